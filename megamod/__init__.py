@@ -1,0 +1,68 @@
+"""megamod: modular language models on DeepSpeed.
+
+Importing it makes the project's models known to the Auto classes of transformers: at once if they
+are loaded, else in the moment they are. So `--help` need not wait for torch.
+"""
+
+import importlib.util
+import sys
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+__version__ = "0.1.0"
+
+
+def _register_configurations(auto: ModuleType) -> None:
+    from megamod.models.configuration import DemixConfig
+
+    auto.AutoConfig.register(DemixConfig.model_type, DemixConfig)
+
+
+def _register_models(auto: ModuleType) -> None:
+    from megamod.models.configuration import DemixConfig
+    from megamod.models.demix_lm import DemixForCausalLM, DemixModel
+
+    auto.AutoModel.register(DemixConfig, DemixModel)
+    auto.AutoModelForCausalLM.register(DemixConfig, DemixForCausalLM)
+
+
+_ON_IMPORT = {
+    "transformers.models.auto.configuration_auto": _register_configurations,
+    "transformers.models.auto.modeling_auto": _register_models,
+}
+
+
+class _AfterImport(MetaPathFinder):
+    """Runs a function on a module right after its first import."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        if name not in _ON_IMPORT:
+            return None
+        sys.meta_path.remove(self)  # while the search runs that this finder stands in front of
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            sys.meta_path.insert(0, self)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Then(spec.loader, _ON_IMPORT[name])
+        return spec
+
+
+class _Then(Loader):
+    def __init__(self, loader: Loader, then: object):
+        self.loader = loader
+        self.then = then
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.loader.exec_module(module)
+        self.then(module)
+
+
+for _name, _register in _ON_IMPORT.items():
+    if _name in sys.modules:
+        _register(sys.modules[_name])
+sys.meta_path.insert(0, _AfterImport())

@@ -1,0 +1,219 @@
+"""What a run does, as small dataclasses; `parse_args` fills them.
+
+Flags are spelled as in the Trainer of transformers.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from megamod.errors import UserError
+from megamod.flags import Arguments, change, option, origin_of, parse_args, require, save_run
+
+__all__ = [
+    "Arguments",
+    "DataArgs",
+    "ModelArgs",
+    "OptimArgs",
+    "RunArgs",
+    "SafetyArgs",
+    "follow_ds_values",
+    "option",
+    "origin_of",
+    "parse_args",
+    "require",
+    "save_run",
+]
+
+
+@dataclass
+class RunArgs(Arguments):
+    """Length, batch, logging and saving."""
+
+    output_dir: str | None = option(None, "folder of this run: checkpoints, metrics, run.yaml")
+    max_steps: int = option(1000, "optimizer steps of the whole run", least=0)
+    stop_step: int | None = option(
+        None,
+        "stop after this step with a checkpoint; the schedule stays that of --max_steps",
+        least=0,
+    )
+    per_device_train_batch_size: int = option(8, "sequences per rank and micro-batch", least=1)
+    per_device_eval_batch_size: int = option(8, "sequences per rank and batch", least=1)
+    gradient_accumulation_steps: int = option(1, "micro-batches per rank and step", least=1)
+    global_batch_size: int | None = option(
+        None, "sequences per step over all ranks; decides the accumulation", least=1
+    )
+    logging_steps: int = option(10, "steps between two lines of the log", least=1)
+    eval_steps: int = option(0, "steps between evaluations; 0: only at the end", least=0)
+    eval_batches: int = option(0, "batches per evaluation and domain; 0: the whole split", least=0)
+    save_steps: int = option(0, "steps between checkpoints; 0: only at the end", least=0)
+    save_total_limit: int | None = option(None, "checkpoints to keep; none: all", least=1)
+    seed: int = option(1, "seed of weights, data order and dropout", least=0, most=2**32 - 1)
+    precision: Literal["fp32", "bf16", "fp16"] | None = option(
+        None, "arithmetic of the model; none: as the DeepSpeed file says"
+    )
+    report_to: Literal["tensorboard", "none"] = option("tensorboard", "where curves are written")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.global_batch_size is not None and self.gradient_accumulation_steps != 1:
+            raise UserError(
+                f"--global_batch_size {self.global_batch_size} decides the accumulation, yet "
+                f"--gradient_accumulation_steps is {self.gradient_accumulation_steps}; "
+                "give one of the two (accumulation 1 counts as not given)"
+            )
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro-batches per rank and step on `world_size` ranks.
+
+        Raises:
+            UserError: if the global batch is no multiple of ranks times micro-batch.
+        """
+        if self.global_batch_size is None:
+            return self.gradient_accumulation_steps
+        at_once = self.per_device_train_batch_size * world_size
+        if self.global_batch_size % at_once:
+            raise UserError(
+                f"--global_batch_size {self.global_batch_size} is not a multiple of {at_once} = "
+                f"--per_device_train_batch_size {self.per_device_train_batch_size} x "
+                f"{world_size} ranks"
+            )
+        return self.global_batch_size // at_once
+
+
+@dataclass
+class SafetyArgs(Arguments):
+    """Starting, stopping, and what happens when something goes wrong."""
+
+    deepspeed: str | None = option(
+        None, "DeepSpeed JSON; none: fp32 with ZeRO stage 1", alias="deepspeed_config"
+    )
+    resume: str = option("auto", "auto: from the newest checkpoint if there is one; none; or PATH")
+    nonfinite: Literal["stop", "skip", "rollback"] = option(
+        "stop", "what to do with a step whose loss or gradient is not finite"
+    )
+    spike_factor: float = option(
+        0.0, "a loss above this many running means counts as not finite; 0: off", least=0
+    )
+    save_failure: Literal["continue", "stop"] = option(
+        "continue", "what to do when a checkpoint cannot be written"
+    )
+    dist_timeout: int = option(600, "seconds until a silent rank counts as lost", least=1)
+    print_groups: bool = option(False, "print ranks, domains and groups, then exit")
+    allow_unknown_ds_keys: bool = option(False, "let unknown keys of the DeepSpeed JSON pass")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if 0 < self.spike_factor <= 1:
+            raise UserError(f"--spike_factor: {self.spike_factor} is not 0 (off) or above 1")
+
+
+@dataclass
+class OptimArgs(Arguments):
+    """AdamW and its schedule; the defaults are those of the DEMix release."""
+
+    learning_rate: float = option(5e-4, "peak learning rate", least=0)
+    lr_scheduler_type: Literal["linear", "constant"] = option(
+        "linear", "after warm-up: down to 0 at the last step, or constant"
+    )
+    warmup_ratio: float = option(0.08, "warm-up as a share of all steps", least=0, most=1)
+    warmup_steps: int | None = option(None, "warm-up in steps; overrides the share", least=0)
+    adam_beta1: float = option(0.9, "decay of the first moment", least=0, most=0.99999)
+    adam_beta2: float = option(0.95, "decay of the second moment", least=0, most=0.99999)
+    adam_epsilon: float = option(1e-7, "added to the root of the second moment", least=0)
+    weight_decay: float = option(0.1, "decoupled weight decay of all parameters", least=0)
+    max_grad_norm: float = option(0.1, "gradients are clipped to this norm; 0: off", least=0)
+
+
+@dataclass
+class ModelArgs(Arguments):
+    """Which language model, and what its domains share."""
+
+    model: str = option(
+        "tiny", "tiny, 125m, 350m, 750m, 1.3b, or a model folder", alias="model_name_or_path"
+    )
+    untie: Literal[
+        "none", "feedforward", "feedforward_every_other", "feedforward_top",
+        "transformer", "transformer_output", "input_output", "all",
+    ] = option(
+        "none", "what each domain owns; none: dense, feedforward: DEMix, all: BTM"
+    )  # fmt: skip
+    init_from: str | None = option(None, "model folder whose weights start the run")
+    gradient_checkpointing: bool = option(False, "recompute blocks in the backward pass")
+    attn_implementation: Literal["sdpa", "eager"] = option("sdpa", "code path of attention")
+    hidden_size: int | None = option(None, "width; none: that of the model", least=1)
+    num_hidden_layers: int | None = option(None, "blocks; none: those of the model", least=1)
+    num_attention_heads: int | None = option(None, "heads; none: those of the model", least=1)
+    intermediate_size: int | None = option(
+        None, "width of the feed-forward; none: that of the model", least=1
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        width, heads = self.hidden_size, self.num_attention_heads
+        if width is not None and heads is not None and width % heads:
+            raise UserError(
+                f"--hidden_size {width} is not a multiple of --num_attention_heads {heads}"
+            )
+
+
+@dataclass
+class DataArgs(Arguments):
+    """Data-bin, domains and sequences."""
+
+    data: str | None = option(None, "data-bin folder written by launchers/preprocess.py")
+    domains: list[str] | None = option(  # noqa: RUF009
+        None, "domains in this order; none: all of the data-bin"
+    )
+    sampler: Literal["balanced", "unbalanced", "temperature"] = option(
+        "balanced", "domains in equal shares, by size, or by size to the power --alpha"
+    )
+    alpha: float = option(0.5, "power of --sampler temperature", least=0, most=1)
+    max_seq_length: int = option(1024, "tokens per sequence", least=2)
+    domain_token: bool = option(False, "put the token of the domain in front of each sequence")
+    dataloader_num_workers: int = option(0, "processes that read data, per rank", least=0)
+    eval_split: Literal["valid", "test", "train"] = option("valid", "split of the evaluation")
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in self.domains or ():
+            if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+                raise UserError(f"--domains: {name!r} is not made of letters, digits, _ and -")
+            if self.domains.count(name) > 1:
+                raise UserError(f"--domains: {name!r} is named twice")
+
+
+def follow_ds_values(
+    run: RunArgs, optim: OptimArgs, values: Mapping[str, object], origin: str, held: int = 1
+) -> None:
+    """Put the values that were settled with a DeepSpeed JSON into the run.
+
+    Args:
+        values: by key path, as returned beside the resolved configuration.
+        origin: what `origin_of` answers for values that changed, such as "DeepSpeed FILE".
+        held: domains of a rank; --gradient_accumulation_steps counts micro-batches per domain.
+    Raises:
+        UserError: for a value the field does not allow, or that `held` does not divide.
+    """
+    precision = "bf16" if values["bf16.enabled"] else "fp16" if values["fp16.enabled"] else "fp32"
+    settled = {
+        "per_device_train_batch_size": values["train_micro_batch_size_per_gpu"],
+        "precision": precision,
+        "max_grad_norm": values["gradient_clipping"],
+        "learning_rate": values["optimizer.params.lr"],
+        "adam_beta1": values["optimizer.params.betas"][0],
+        "adam_beta2": values["optimizer.params.betas"][1],
+        "adam_epsilon": values["optimizer.params.eps"],
+        "weight_decay": values["optimizer.params.weight_decay"],
+    }
+    steps = values["gradient_accumulation_steps"]
+    if steps % held:
+        raise UserError(
+            f"{origin}: gradient_accumulation_steps {steps} is not a multiple of the {held} "
+            "domains of a rank"
+        )
+    if run.global_batch_size is None:
+        settled["gradient_accumulation_steps"] = steps // held
+    change(run, settled, origin)
+    change(optim, settled, origin)

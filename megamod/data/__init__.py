@@ -1,0 +1,1 @@
+"""Data: text to a data-bin, and a data-bin to batches."""

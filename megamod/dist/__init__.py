@@ -1,0 +1,1 @@
+"""Processes, topology and the DeepSpeed configuration of a run."""

@@ -1,0 +1,372 @@
+"""Read a DeepSpeed JSON, check every key, and fill it from the run.
+
+`"auto"` is a convention of the Trainer of transformers; DeepSpeed itself does not resolve it. Here
+the JSON and the run become one configuration: what only one side says is taken, what both say must
+agree, and a run's defaults give way to the JSON.
+"""
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from pydantic import ValidationError
+
+from megamod.dist.ds_keys import (
+    OPTIONAL_AUTO,
+    REFUSED,
+    REMOVED,
+    REQUIRED,
+    SCALARS,
+    known_keys,
+    models,
+)
+from megamod.dist.scope import Sharing
+from megamod.errors import UserError
+
+TOTAL, MICRO, STEPS = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+)
+BUILT_IN = "the built-in configuration"
+HALF = ("bf16", "fp16")
+MISSING = object()
+
+AUTO = {
+    "bf16.enabled": False,
+    "fp16.enabled": False,
+    "fp16.loss_scale": 0,
+    "fp16.initial_scale_power": 7,  # the DEMix release starts at 128
+    "zero_optimization.stage": 1,
+}
+"""What "auto" stands for where the run has no value."""
+
+
+class ResolvedConfig(NamedTuple):
+    """What goes to DeepSpeed, and what the run must follow.
+
+    Attributes:
+        config: for `deepspeed.initialize`; without an optimizer, and without train_batch_size,
+            which DeepSpeed derives from its own data-parallel world (in BTM that of a domain).
+        values: by key path, the final value of everything the run and the JSON both decide: batch
+            sizes (train_batch_size in sequences over all ranks), gradient_clipping, bf16.enabled,
+            fp16.enabled, optimizer.params.{lr,betas,eps,weight_decay}.
+    """
+
+    config: dict[str, object]
+    values: dict[str, object]
+
+
+def resolve_ds_config(
+    path: str | None,
+    values: Mapping[str, object],
+    origins: Mapping[str, str],
+    *,
+    allow_unknown: bool = False,
+) -> ResolvedConfig:
+    """One configuration from a DeepSpeed JSON and the run.
+
+    Args:
+        path: the JSON; None: ZeRO stage 1, in the precision of the run, else float32.
+        values: the run's values by key path, such as "optimizer.params.lr"; they fill every "auto".
+            The three batch sizes and gradient_clipping must be among them.
+        origins: where each value came from; "default" or absent: it gives way to the JSON.
+        allow_unknown: let keys pass that are not in our table (DeepSpeed checks some blocks too).
+    Raises:
+        UserError: for syntax errors, unknown, removed or unusable keys, an "auto" without a value,
+            and for conflicts, all of them in one message.
+    """
+    name = path or BUILT_IN
+    config = _read(Path(path)) if path else {"zero_optimization": {"stage": 1}}
+    config = _without_nulls(config)
+    _check_keys(name, config, known_keys(), allow_unknown)
+    _check_usable(name, config)
+    _check_scalars(name, config)
+    final = _merge(name, config, values, origins)
+    auto = [where for where, value in _leaves(config) if value == "auto"]
+    auto = [where for where in auto if where not in OPTIONAL_AUTO]
+    if auto:
+        raise UserError(f'{name}: the run has no value for "auto" at {", ".join(auto)}')
+    _check_optimizer(name, config.pop("optimizer", {}))
+    _check_blocks(name, config)
+    config.pop(TOTAL, None)
+    config.setdefault("zero_optimization", {}).setdefault("stage", 0)
+    return ResolvedConfig(
+        # Another optimizer than DeepSpeed's own is what the run brings along.
+        config | {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False},
+        final,
+    )
+
+
+def check_sharing(config: dict[str, object], sharing: Sharing | str, world_size: int) -> None:
+    """Refuse what does not work with a sharing; set what it needs.
+
+    Args:
+        config: a resolved configuration; changed in place.
+        sharing: "dense", "demix" or "btm".
+        world_size: ranks of the run.
+    Raises:
+        UserError: for a combination that DeepSpeed refuses, or trains wrongly without a word.
+    """
+    sharing = Sharing(sharing)
+    zero = config["zero_optimization"]
+    stage = zero["stage"]
+    half = [name for name in HALF if config.get(name, {}).get("enabled")]
+    if len(half) == 2:
+        raise UserError("bf16 and fp16 are both enabled; enable one of them")
+    if stage == 0 and half:
+        raise UserError(
+            f"{half[0]} with ZeRO stage 0 is not supported; use stage 1: the arithmetic is the "
+            "same, and its optimizer state can be saved and resharded"
+        )
+    if stage == 0 and sharing is Sharing.BTM:
+        raise UserError(
+            "independent models (--untie all) with ZeRO stage 0 are not supported, because the "
+            "norm would be taken over all domains; use stage 1, 2 or 3"
+        )
+    if sharing is Sharing.DEMIX and stage not in (1, 2):
+        raise UserError(
+            f"a model with experts (--untie {{feedforward, ...}}) cannot use ZeRO stage {stage}, "
+            "with which DeepSpeed trains experts wrongly; use stage 1 or 2"
+        )
+    if stage == 1 and half == ["bf16"] and _grad_accum_dtype(config) == "fp32":
+        raise UserError(
+            "bf16 with ZeRO stage 1 cannot accumulate gradients in fp32, because that state cannot "
+            "be resharded; use stage 2, or remove data_types.grad_accum_dtype"
+        )
+    if sharing is Sharing.DEMIX and stage == 2:
+        for key in ("contiguous_gradients", "reduce_scatter"):
+            if zero.get(key) is False:
+                raise UserError(
+                    f"experts with ZeRO stage 2 need zero_optimization.{key} true; remove the key"
+                )
+    copies = int(zero.get("zero_hpz_partition_size", 1))
+    if copies < 1 or world_size % copies:
+        raise UserError(
+            f"zero_optimization.zero_hpz_partition_size {copies} does not divide the "
+            f"{world_size} ranks"
+        )
+    if sharing is Sharing.DEMIX:
+        # Ranks of a domain stand next to each other, as the data of the domains are dealt out.
+        config["use_data_before_expert_parallelism"] = True
+
+
+def _read(path: Path) -> dict[str, object]:
+    def without_doubles(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        names = [key for key, _ in pairs]
+        doubled = next((key for key in names if names.count(key) > 1), None)
+        if doubled is not None:
+            raise UserError(f"{path}: key {doubled!r} is there twice in one block")
+        return dict(pairs)
+
+    def no_number(word: str) -> None:
+        raise UserError(f"{path}: {word} is not a number of JSON")
+
+    try:
+        config = json.loads(
+            path.read_bytes().decode("utf-8-sig"),
+            object_pairs_hook=without_doubles,
+            parse_constant=no_number,
+        )
+    except OSError as error:
+        raise UserError(f"DeepSpeed file {path} cannot be read: {error.strerror}") from error
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise UserError(f"{path}, {where}: not JSON: {error.msg}") from error
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} holds {type(config).__name__}, not a JSON object")
+    return config
+
+
+def _check_keys(name: str, block: dict, known: dict, allow_unknown: bool, parent: str = "") -> None:
+    for key, value in block.items():
+        where = f"{parent}{key}"
+        if where in REMOVED:
+            raise UserError(f"{name}: DeepSpeed has no {where} any more; {REMOVED[where]}")
+        if key not in known:
+            if allow_unknown:
+                continue
+            nearest = difflib.get_close_matches(key, list(known), n=1, cutoff=0)[0]
+            raise UserError(
+                f"{name}: unknown key {where}; the nearest is {parent}{nearest} "
+                "(--allow_unknown_ds_keys lets it pass)"
+            )
+        inner = known[key]
+        if isinstance(inner, dict):
+            if not isinstance(value, dict):
+                raise UserError(f"{name}: {where} is {value!r}, not a block in braces")
+            _check_keys(name, value, inner, allow_unknown, f"{where}.")
+        elif inner is None and isinstance(value, dict):
+            raise UserError(f"{name}: {where} is a block, but it must be a single value")
+
+
+def _check_usable(name: str, config: dict) -> None:
+    for where, advice in REFUSED.items():
+        value = _get(config, where)
+        if isinstance(value, dict) and value.get("enabled", value.get("device")) in (False, "none"):
+            continue
+        if value is not MISSING and value not in (False, {}):
+            raise UserError(f"{name}: {where} cannot be used here: {advice}")
+    for where, (needed, why) in REQUIRED.items():
+        value = _get(config, where)
+        if value not in (MISSING, needed):
+            raise UserError(f"{name}: {where} is {value!r}, but {why}")
+
+
+def _check_scalars(name: str, config: dict) -> None:
+    for key, kind in SCALARS.items():
+        value = config.get(key, "auto")
+        if value == "auto":
+            continue
+        right = type(value) is kind or (kind is float and type(value) is int)
+        # Whole numbers are sizes and intervals; the others are factors and norms.
+        if not right or (kind is int and value < 1) or (kind is float and value < 0):
+            least = {int: ", 1 or more", float: ", 0 or more"}.get(kind, "")
+            raise UserError(f"{name}: {key} is {value!r}; it must be a {kind.__name__}{least}")
+
+
+def _merge(
+    name: str, config: dict, values: Mapping[str, object], origins: Mapping[str, str]
+) -> dict[str, object]:
+    """Fill `config`; return the final values the run must follow.
+
+    Raises:
+        UserError: listing every pair of values that disagree.
+    """
+    conflicts = []
+    batch = _settle_batch(name, config, values, origins, conflicts)
+    merged = {**AUTO, **values, **batch}
+    shared = [where for where in values if not where.startswith("zero_optimization.")]
+    for where, value in merged.items():
+        theirs = _get(config, where)
+        if where not in batch and theirs not in (MISSING, "auto"):
+            origin = origins.get(where, "default")
+            if origin != "default" and theirs != value:
+                conflicts.append(f"{where} is {theirs} in {name}, {value} from {origin}")
+            if where in values:
+                merged[where] = theirs
+        elif theirs == "auto" or (where in shared and value is not False):
+            _set(config, where, value)
+    if conflicts:
+        raise UserError(
+            f'{name} and the run disagree; change one of each pair, or write "auto" in the file: '
+            + "; ".join(conflicts)
+        )
+    final = {where: merged[where] for where in shared}
+    for key, value in config.get("optimizer", {}).get("params", {}).items():
+        if key != "torch_adam":  # which class of AdamW is up to the run
+            final[f"optimizer.params.{key}"] = value
+    return final | {f"{kind}.enabled": _get(config, f"{kind}.enabled") is True for kind in HALF}
+
+
+def _settle_batch(
+    name: str,
+    config: Mapping[str, object],
+    values: Mapping[str, object],
+    origins: Mapping[str, str],
+    conflicts: list[str],
+) -> dict[str, int]:
+    """The batch sizes, total = micro-batch x accumulation x ranks, from those that were given.
+
+    Raises:
+        UserError: if those that were given contradict each other.
+    """
+    given, source = {}, {}
+    for key in (TOTAL, MICRO, STEPS):
+        theirs, origin = config.get(key, "auto"), origins.get(key, "default")
+        if theirs != "auto" and origin != "default" and theirs != values[key]:
+            conflicts.append(f"{key} is {theirs} in {name}, {values[key]} from {origin}")
+        if theirs != "auto":
+            given[key], source[key] = theirs, name
+        elif origin != "default":
+            given[key], source[key] = values[key], origin
+    ranks = values[TOTAL] // (values[MICRO] * values[STEPS])
+    micro = given.get(MICRO, values[MICRO])
+    if TOTAL not in given:
+        steps = given.get(STEPS, values[STEPS])
+        return {TOTAL: micro * steps * ranks, MICRO: micro, STEPS: steps}
+    steps = given.get(STEPS, given[TOTAL] // (micro * ranks))
+    if not conflicts and micro * steps * ranks != given[TOTAL]:
+        accumulation = f" x {steps} micro-batches ({source[STEPS]})" if STEPS in given else ""
+        raise UserError(
+            f"{TOTAL} {given[TOTAL]} ({source[TOTAL]}) is not "
+            f"{'' if accumulation else 'a multiple of '}"
+            f"{micro} sequences ({source.get(MICRO, 'default')}){accumulation} x {ranks} ranks"
+        )
+    return {TOTAL: given[TOTAL], MICRO: micro, STEPS: steps}
+
+
+def _check_optimizer(name: str, block: dict) -> None:
+    """The run builds AdamW itself, with the values of the block."""
+    kind = block.get("type", "AdamW")
+    if str(kind).lower() not in ("adam", "adamw"):
+        raise UserError(f"{name}: optimizer.type is {kind!r}; the run trains with AdamW only")
+    for key, value in block.get("params", {}).items():
+        numbers = value if key == "betas" and isinstance(value, list) else [value]
+        if key != "torch_adam" and not all(type(n) in (int, float) and n >= 0 for n in numbers):
+            raise UserError(f"{name}: optimizer.params.{key} is {value!r}; give a number from 0")
+        if key == "betas" and (len(numbers) != 2 or max(numbers) >= 1):
+            raise UserError(
+                f"{name}: optimizer.params.betas is {value!r}; give two numbers below 1"
+            )
+
+
+def _check_blocks(name: str, config: dict) -> None:
+    exact = {"zero_optimization.stage": int, "bf16.enabled": bool, "fp16.enabled": bool}
+    for where, kind in exact.items():
+        value = _get(config, where)
+        if value is not MISSING and type(value) is not kind:
+            raise UserError(f"{name}: {where} is {value!r}; it must be a {kind.__name__}")
+    for where, model in models().items():
+        block = _get(config, where)
+        if block is MISSING:
+            continue
+        try:
+            model(**block)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join([where, *map(str, first["loc"])])
+            raise UserError(f"{name}: {key} is {first['input']!r}: {first['msg']}") from error
+
+
+def _without_nulls(value: object) -> object:
+    """null stands for a key that is not given."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return value
+
+
+def _leaves(value: object, where: str = "") -> Iterator[tuple[str, object]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{where}.{key}" if where else key)
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _leaves(inner, f"{where}[{index}]")
+    else:
+        yield where, value
+
+
+def _get(config: Mapping, where: str) -> object:
+    for key in where.split("."):
+        if not isinstance(config, Mapping) or key not in config:
+            return MISSING
+        config = config[key]
+    return config
+
+
+def _set(config: dict, where: str, value: object) -> None:
+    *parents, key = where.split(".")
+    for parent in parents:
+        config = config.setdefault(parent, {})
+    config[key] = value
+
+
+def _grad_accum_dtype(config: Mapping) -> object:
+    return (config.get("data_types") or {}).get("grad_accum_dtype")

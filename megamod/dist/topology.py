@@ -1,0 +1,137 @@
+"""Which rank trains which domains, and the process groups that follow from it.
+
+The layout is contiguous. With g ranks a domain, domain d owns ranks [d*g, (d+1)*g), so an expert
+stays inside a node when g divides the node's size. With fewer ranks than domains, a rank owns that
+many consecutive domains. Everything but `DomainGroup` is arithmetic and needs no process group.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from megamod.dist.scope import Sharing
+from megamod.errors import UserError
+
+
+@dataclass(frozen=True)
+class DomainTopology:
+    """Layout of `domains` over `world_size` ranks.
+
+    Raises:
+        UserError: if experts are to be placed and the world size is neither a multiple nor a
+            divisor of their number; for independent experts (BTM) a multiple is needed.
+    """
+
+    world_size: int
+    domains: tuple[str, ...]
+    sharing: Sharing
+
+    def __post_init__(self) -> None:
+        ranks, experts = self.world_size, len(self.domains)
+        if self.sharing is Sharing.DENSE:
+            return
+        allowed = [n for n in range(1, 4 * experts + 1) if n % experts == 0 or experts % n == 0]
+        if self.sharing is Sharing.BTM:
+            allowed = [n for n in allowed if n % experts == 0]
+        if ranks % experts and (self.sharing is Sharing.BTM or experts % ranks):
+            hint = (
+                "; independent experts need at least one rank each: start one job per domain with "
+                "--domains NAME --untie none instead"
+                if self.sharing is Sharing.BTM
+                else ""
+            )
+            raise UserError(
+                f"{ranks} ranks cannot hold {experts} experts ({', '.join(self.domains)}): "
+                f"use {', '.join(map(str, allowed))}, ... ranks{hint}"
+            )
+
+    @property
+    def ranks_per_domain(self) -> int:
+        """g: ranks that hold the same expert; 1 where a rank holds several experts."""
+        return max(1, self.world_size // len(self.domains))
+
+    @property
+    def expert_ranks(self) -> int:
+        """Number of different sets of experts: the expert-parallel size."""
+        return min(self.world_size, len(self.domains))
+
+    def domains_of(self, rank: int) -> tuple[str, ...]:
+        """Domains whose data and experts a rank holds; all of them in dense training."""
+        if self.sharing is Sharing.DENSE:
+            return self.domains
+        held = len(self.domains) // self.expert_ranks
+        first = rank // self.ranks_per_domain * held
+        return self.domains[first : first + held]
+
+    def ranks_of(self, domain: str) -> range:
+        """Ranks that hold a domain's expert; every rank in dense training."""
+        if self.sharing is Sharing.DENSE:
+            return range(self.world_size)
+        held = len(self.domains) // self.expert_ranks
+        first = self.domains.index(domain) // held * self.ranks_per_domain
+        return range(first, first + self.ranks_per_domain)
+
+    def group_rank(self, rank: int) -> int:
+        """Place of a rank among those that hold the same experts."""
+        return rank - self.ranks_of(self.domains_of(rank)[0])[0]
+
+    def is_lead(self, rank: int) -> bool:
+        """True for the rank that writes its domains' experts."""
+        return self.group_rank(rank) == 0
+
+    def table(self, hosts: Sequence[str], devices: Sequence[str]) -> str:
+        """Rank, host, device, domains and groups, one line a rank; the same text on every run."""
+        rows = [("rank", "host", "device", "domains", "shared over", "experts over")]
+        for rank in range(self.world_size):
+            domains = self.domains_of(rank)
+            group = _ranges(self.ranks_of(domains[0]))
+            world = _ranges(range(self.world_size))
+            shared = group if self.sharing is Sharing.BTM else world
+            experts = {Sharing.DENSE: "-", Sharing.DEMIX: group, Sharing.BTM: "-"}[self.sharing]
+            rows.append(
+                (str(rank), hosts[rank], devices[rank], ",".join(domains), shared, experts)
+            )
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        )
+
+
+class DomainGroup:
+    """The ranks of one domain as DeepSpeed's data-parallel world (its `mpu` protocol).
+
+    Handed to `deepspeed.initialize`, it makes the domains of one job independent of each other.
+    Every rank must construct it, since making process groups is collective.
+    """
+
+    def __init__(self, topology: DomainTopology):
+        self.ranks: tuple[int, ...] = ()
+        for domain in topology.domains:
+            ranks = tuple(topology.ranks_of(domain))
+            group = dist.new_group(ranks)
+            if dist.get_rank() in ranks:
+                self.ranks, self.group = ranks, group
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self.group
+
+    def get_data_parallel_world_size(self) -> int:
+        return len(self.ranks)
+
+    def get_data_parallel_rank(self) -> int:
+        return self.ranks.index(dist.get_rank())
+
+    def get_model_parallel_group(self) -> None:
+        return None
+
+    def get_model_parallel_world_size(self) -> int:
+        return 1
+
+    def get_model_parallel_rank(self) -> int:
+        return 0
+
+
+def _ranges(ranks: range) -> str:
+    return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"

@@ -1,0 +1,75 @@
+"""What can end a run, and the exit code each ending has.
+
+    0 ok | 2 user error | 3 stopped by policy | 4 distributed failure | 130 interrupted
+
+Every launcher ends with `run(main)`, so that a person who mistyped something reads one paragraph
+and a script reads one number.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+
+class UserError(ValueError):
+    """Input the user can mend. The message names the value, where it came from and what is allowed."""
+
+    exit_code = 2
+
+
+class PolicyStop(RuntimeError):
+    """The run ended itself as it was told to, for example on a loss that is not a number."""
+
+    exit_code = 3
+
+
+class DistributedFailure(RuntimeError):
+    """Another rank died or stopped answering."""
+
+    exit_code = 4
+
+
+class Interrupted(RuntimeError):
+    """SIGTERM, SIGUSR1 or Ctrl-C arrived, and a checkpoint was written before stopping."""
+
+    exit_code = 130
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call `main` and end the process with the exit code its outcome has.
+
+    `--traceback` anywhere on the command line shows where a user error was raised.
+    """
+    try:
+        main()
+    except (UserError, PolicyStop, DistributedFailure, Interrupted) as error:
+        if "--traceback" in sys.argv:
+            traceback.print_exc()
+        _leave(f"{type(error).__name__}: {error}", error.exit_code)
+    except KeyboardInterrupt:
+        _leave("Interrupted", Interrupted.exit_code)
+    except RuntimeError as error:
+        if not is_distributed_failure(error):
+            raise
+        where = f"rank {os.environ.get('RANK', '0')} on {os.uname().nodename}"
+        _leave(f"DistributedFailure: {where} lost its peers: {error}", DistributedFailure.exit_code)
+
+
+def is_distributed_failure(error: RuntimeError) -> bool:
+    """True if the error says that a collective lost a peer (gloo, NCCL or the store)."""
+    from torch.distributed import DistBackendError, DistNetworkError, DistStoreError
+
+    lost = ("Connection reset by peer", "Connection closed by peer", "gloo", "NCCL", "Timed out")
+    return isinstance(error, (DistBackendError, DistNetworkError, DistStoreError)) or any(
+        sign in str(error) for sign in lost
+    )
+
+
+def _leave(message: str, code: int) -> None:
+    print(message, file=sys.stderr, flush=True)
+    if "RANK" in os.environ:
+        # Other ranks may be gone: the orderly shutdown of the process group could wait for them.
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)

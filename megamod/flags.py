@@ -1,0 +1,288 @@
+"""Flags from dataclasses: a recipe, the environment and the command line fill their fields.
+
+A value is looked up in this order, later ones winning: the default of the field, the recipe (an
+optional YAML file, the first argument), the variable `MEGAMOD_<FLAG>`, the flag. The parser is
+plain argparse: importing transformers' HfArgumentParser alone takes about a second, which is all
+that `--help` may take.
+"""
+
+import argparse
+import difflib
+import os
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import Field, field, fields
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Literal, Union, get_args, get_origin
+
+import yaml
+
+from megamod.errors import UserError
+from megamod.files import write_atomic
+
+
+def option(
+    default: object,
+    help: str,
+    *,
+    least: float | None = None,
+    most: float | None = None,
+    alias: str | None = None,
+):
+    """A dataclass field that is a flag.
+
+    Args:
+        default: value when nothing is given.
+        help: one line, shown by `--help`.
+        least, most: inclusive bounds of a number.
+        alias: a second spelling of the flag, without dashes.
+    """
+    return field(default=default, metadata=dict(help=help, least=least, most=most, alias=alias))
+
+
+class Arguments:
+    """Base of the dataclasses: checks types, choices and bounds of all fields.
+
+    Raises:
+        UserError: naming the flag, the value and what is allowed.
+    """
+
+    def __post_init__(self):
+        for f in fields(self):
+            setattr(self, f.name, _checked(f, getattr(self, f.name), f"--{f.name}"))
+
+
+def parse_args(*classes: type, argv: Sequence[str] | None = None, doc: str | None = None) -> tuple:
+    """Instances of `classes` from `[RECIPE.yaml] [--flag value ...]` and the environment.
+
+    Args:
+        argv: arguments without the program's name; None: those of the process.
+        doc: docstring of the launcher: its first paragraph heads the help, the rest ends it.
+    Raises:
+        UserError: for an unknown flag or key, with the nearest valid one, and for bad values.
+    """
+    arguments = [
+        re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), argument)
+        for argument in (sys.argv[1:] if argv is None else argv)
+    ]
+    known = {f.name: f for cls in classes for f in fields(cls)}
+    given: dict[str, tuple[object, str]] = {}
+    # The deepspeed launcher puts its own --local_rank=N in front of what the user wrote.
+    at = 1 if arguments and re.match("--local_rank=", arguments[0]) else 0
+    if len(arguments) > at and not arguments[at].startswith("-"):
+        given |= _read_recipe(Path(arguments.pop(at)), known)
+    flags = vars(_parse_flags(arguments, classes, doc))
+    for name, f in known.items():
+        variable = f"MEGAMOD_{name.upper()}"
+        if os.environ.get(variable):
+            given[name] = _read_text(f, os.environ[variable], f"environment {variable}")
+        spelled = _spelled(f, flags)
+        if spelled:
+            given[name] = _read_text(f, spelled[1], f"--{spelled[0]}")
+    parsed = []
+    for cls in classes:
+        args = cls(**{f.name: given[f.name][0] for f in fields(cls) if f.name in given})
+        args._origins = {f.name: given[f.name][1] for f in fields(cls) if f.name in given}
+        parsed.append(args)
+    return tuple(parsed)
+
+
+def origin_of(args: Arguments, name: str) -> str:
+    """Where a field's value came from: "default", "recipe FILE", "environment VAR" or "--flag"."""
+    return getattr(args, "_origins", {}).get(name, "default")
+
+
+def change(args: Arguments, values: Mapping[str, object], origin: str) -> None:
+    """Set fields to these values; `origin` becomes that of the fields whose value changed.
+
+    Raises:
+        UserError: naming the origin, the value and what is allowed.
+    """
+    for f in fields(args):
+        if f.name in values and values[f.name] != getattr(args, f.name):
+            setattr(args, f.name, _checked(f, values[f.name], f"{origin}, {f.name}"))
+            args._origins = {**getattr(args, "_origins", {}), f.name: origin}
+
+
+def require(args: Arguments, *names: str) -> None:
+    """Raise UserError if one of these fields has no value."""
+    for f in fields(args):
+        if f.name in names and getattr(args, f.name) is None:
+            raise UserError(f"--{f.name} is missing: {f.metadata['help']}")
+
+
+def save_run(path: Path, *parsed: Arguments) -> None:
+    """Write the run as a recipe that repeats it, with the origin of each value as a comment."""
+    lines = []
+    for args in parsed:
+        lines.append(f"# {type(args).__doc__.splitlines()[0]}")
+        for f in fields(args):
+            value = {f.name: getattr(args, f.name)}
+            text = yaml.safe_dump(value, default_flow_style=None, width=2**20).rstrip("\n")
+            origin = " ".join(origin_of(args, f.name).split())
+            lines.append(f"{text}  # {origin}" if "\n" not in text else text)
+        lines.append("")
+    write_atomic(path, "\n".join(lines))
+
+
+def _read_recipe(path: Path, known: dict[str, Field]) -> dict[str, tuple[object, str]]:
+    """Values of a recipe with their origin, by field name."""
+    try:
+        loader = yaml.SafeLoader(path.read_bytes())
+        node = loader.get_single_node()
+    except OSError as error:
+        raise UserError(f"recipe {path} cannot be read: {error.strerror}") from error
+    except yaml.MarkedYAMLError as error:
+        line, column = error.problem_mark.line + 1, error.problem_mark.column + 1
+        where = f"recipe {path}, line {line}, column {column}"
+        raise UserError(f"{where} is not YAML: {error.problem}") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
+    if node is not None and not isinstance(node, yaml.MappingNode):
+        raise UserError(f"recipe {path} is not a list of `flag: value` lines")
+    values: dict[str, tuple[object, str]] = {}
+    for key_node, value_node in node.value if node else ():
+        key, where = str(key_node.value), f"recipe {path}, line {key_node.start_mark.line + 1}"
+        if key not in known:
+            raise _unknown(f"{where}: unknown key", key, known)
+        if key in values:
+            raise UserError(f"{where}: {key!r} is given a second time")
+        try:
+            value = loader.construct_object(value_node, deep=True)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise UserError(f"{where}: {key!r} is not valid YAML: {error}") from error
+        if isinstance(value, str) and _kind(known[key])[0] is float:
+            value = _from_text(float, value)  # YAML 1.1 reads 1e-3 as text
+        values[key] = _checked(known[key], value, f"{where}, {key}"), f"recipe {path}"
+    return values
+
+
+def _parse_flags(
+    arguments: list[str], classes: Sequence[type], doc: str | None
+) -> argparse.Namespace:
+    """The flags that were given, as text."""
+    description, _, epilog = (doc or "").strip().partition("\n\n")
+    parser = _Parser(
+        usage="%(prog)s [RECIPE.yaml] [--flag value ...]",
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # LOCAL_RANK is what is read
+    parser.add_argument("--traceback", action="store_true", help=argparse.SUPPRESS)
+    for cls in classes:
+        group = parser.add_argument_group(cls.__doc__.splitlines()[0].rstrip("."))
+        for f in fields(cls):
+            kind, choices, _ = _kind(f)
+            # DeepSpeed's own parser knows --deepspeed as a switch, so it may stand bare.
+            bare = kind is bool or f.name == "deepspeed"
+            form = dict(
+                nargs="+" if kind == list[str] else "?" if bare else None,
+                const="true" if kind is bool else None,
+                metavar="{" + ",".join(choices) + "}" if choices else _NAMES[kind][0],
+            )
+            text = f"{f.metadata['help']} (default: {'none' if f.default is None else f.default})"
+            group.add_argument(f"--{f.name}", help=text.replace("%", "%%"), **form)
+            if f.metadata["alias"]:
+                group.add_argument(f"--{f.metadata['alias']}", help=f"same as --{f.name}", **form)
+    parsed, unknown = parser.parse_known_args(arguments)
+    for word in unknown:
+        if word.startswith("-"):
+            flag = word.partition("=")[0]
+            flags = [a for action in parser._actions for a in action.option_strings]
+            raise _unknown("unknown flag", flag, flags)
+    if unknown:
+        raise UserError(f"unexpected argument {unknown[0]!r}; a recipe is the first argument")
+    return parsed
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(message)
+
+
+def _spelled(f: Field, flags: dict[str, object]) -> tuple[str, object] | None:
+    """The spelling of a field's flag that was given, with its value; None if there is none."""
+    spellings = (f.name, f.metadata["alias"])
+    given = {name: flags[name] for name in spellings if flags.get(name) is not None}
+    if len({os.path.normpath(str(value)) for value in given.values()}) > 1:
+        both = " and ".join(f"--{name} {value}" for name, value in given.items())
+        raise UserError(f"{both} are one flag with two values; give one of them")
+    return next(iter(given.items()), None)
+
+
+def _read_text(f: Field, text: str | list[str], origin: str) -> tuple[object, str]:
+    """The checked value of a flag or an environment variable, and its origin."""
+    kind, _, optional = _kind(f)
+    value = None if optional and text in ("none", ["none"]) else _from_text(kind, text)
+    return _checked(f, value, origin), origin
+
+
+def _from_text(kind: type, text: str | list[str]) -> object:
+    """The text as a value of `kind`; the text itself if it is not one."""
+    if kind == list[str]:
+        return text.split() if isinstance(text, str) else text
+    if kind is bool:
+        return _TRUTH.get(text.lower(), text)
+    try:
+        return kind(text)
+    except ValueError:
+        return text
+
+
+def _kind(f: Field) -> tuple[type, tuple[str, ...], bool]:
+    """A field's plain type, the values of a Literal, and whether None is allowed."""
+    optional = get_origin(f.type) in (Union, UnionType)
+    plain = next(t for t in get_args(f.type) if t is not NoneType) if optional else f.type
+    if get_origin(plain) is Literal:
+        return str, get_args(plain), optional
+    return plain, (), optional
+
+
+def _checked(f: Field, value: object, where: str) -> object:
+    """The value with the type of its field.
+
+    Raises:
+        UserError: naming `where`, the value and what is allowed.
+    """
+    kind, choices, optional = _kind(f)
+    if value is None and optional:
+        return None
+    if kind is float and type(value) is int and abs(value) < 2**63:
+        value = float(value)
+    least, most = f.metadata["least"], f.metadata["most"]
+    if kind == list[str]:
+        right = type(value) is list and value and all(type(item) is str for item in value)
+    else:
+        right = type(value) is kind and (not choices or value in choices)
+    if right and kind in (int, float):
+        right = abs(value) < 2**63  # neither of inf and nan is
+        right &= (least is None or value >= least) and (most is None or value <= most)
+    if right:
+        return value
+    allowed = f"one of {', '.join(choices)}" if choices else _NAMES[kind][1]
+    allowed += f", {least} or more" if least is not None else ""
+    allowed += f", {most} or less" if most is not None else ""
+    raise UserError(
+        f"{where}: {value!r} is not allowed; give {allowed}{' or none' if optional else ''}"
+    )
+
+
+def _unknown(what: str, word: str, words: Iterable[str]) -> UserError:
+    nearest = difflib.get_close_matches(word, list(words), n=1, cutoff=0)[0]
+    return UserError(f"{what} {word!r}; the nearest is {nearest!r}, --help lists all")
+
+
+# How help and messages name a type.
+_NAMES = {
+    int: ("INT", "a whole number"),
+    float: ("FLOAT", "a number"),
+    str: ("TEXT", "text (in quotes, if YAML reads it as something else)"),
+    bool: ("BOOL", "true or false"),
+    list[str]: ("NAME", "a list of names"),
+}
+_TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}

@@ -1,0 +1,1 @@
+"""Configurations and models, registered with the Auto classes of transformers."""

@@ -1,0 +1,89 @@
+"""Configurations of the models: written beside the weights, read back by `from_pretrained`."""
+
+import re
+from collections.abc import Sequence
+
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import PreTrainedConfig
+
+UNTIE = (
+    "none",
+    "feedforward",
+    "feedforward_every_other",
+    "feedforward_top",
+    "transformer",
+    "transformer_output",
+    "input_output",
+)
+"""Which parts a causal LM holds once per domain: nothing (a dense model); the feed-forward of every
+layer (DEMix), of every second layer, of the last layer; whole blocks; blocks and output matrix;
+embeddings and output matrix."""
+
+PRESETS = {
+    "tiny": dict(num_hidden_layers=2, hidden_size=64, num_attention_heads=4),
+    "125m": dict(num_hidden_layers=12, hidden_size=768, num_attention_heads=12),
+    "350m": dict(num_hidden_layers=24, hidden_size=1024, num_attention_heads=16),
+    "750m": dict(num_hidden_layers=24, hidden_size=1536, num_attention_heads=16),
+    "1.3b": dict(num_hidden_layers=24, hidden_size=2048, num_attention_heads=32),
+}
+"""Sizes of Gururangan et al. 2022 (DEMix), table 1; the feed-forward is always four times as wide."""
+
+
+@strict
+class DemixConfig(PreTrainedConfig):
+    """A causal LM whose domains may own parts of it.
+
+    Args:
+        intermediate_size: width of the feed-forward; 0 stands for 4 * hidden_size.
+        max_position_embeddings: longest sequence, in tokens; the table has two rows more.
+        domains: names of the domains, in the order of training; their order is their numbering.
+        untie: which parts exist once per domain, see `UNTIE`.
+    Raises:
+        ValueError: for an unknown `untie`, or domains that are missing, doubled or not nameable.
+    """
+
+    model_type = "demix"
+    keys_to_ignore_at_inference = ("past_key_values",)
+
+    vocab_size: int = 50264
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 0
+    max_position_embeddings: int = 1024
+    layer_norm_eps: float = 1e-5
+    hidden_dropout_prob: float = 0.0
+    attention_probs_dropout_prob: float = 0.0
+    domains: list[str] | tuple[str, ...] = ()
+    untie: str = "none"
+    use_cache: bool = True
+    bos_token_id: int | None = 0
+    pad_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs):
+        self.intermediate_size = self.intermediate_size or 4 * self.hidden_size
+        self.domains = list(self.domains)
+        check_domains(self.domains)
+        if self.untie not in UNTIE:
+            raise ValueError(f"untie {self.untie!r} is unknown; choose one of {', '.join(UNTIE)}")
+        if self.untie != "none" and not self.domains:
+            raise ValueError(f"untie {self.untie!r} needs the names of the domains")
+        # Shared embeddings cannot be one tensor with an output matrix of each domain.
+        self.tie_word_embeddings = self.tie_word_embeddings and self.untie != "transformer_output"
+        super().__post_init__(**kwargs)
+
+
+def check_domains(domains: Sequence[str]) -> None:
+    """Raise ValueError for names that are doubled or cannot be part of a parameter's name."""
+    for domain in domains:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", domain) or hasattr(nn.ModuleDict, domain):
+            raise ValueError(
+                f"domain {domain!r}: a name is made of letters, digits, _ and -, "
+                "and is not the name of a method of torch modules"
+            )
+    doubled = {domain for domain in domains if domains.count(domain) > 1}
+    if doubled:
+        raise ValueError(f"domain {sorted(doubled)[0]!r} is named twice")

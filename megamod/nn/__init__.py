@@ -1,0 +1,1 @@
+"""Layers: tensors in, tensors out. No tokenizer, no files, no DeepSpeed."""

@@ -1,0 +1,67 @@
+"""Multi-head self-attention with separate query, key, value and output projections."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.cache_utils import Cache
+
+
+class SelfAttention(nn.Module):
+    """softmax(q k^T / sqrt(K) + mask) v, all projections with bias.
+
+    Source: Vaswani et al. 2017, section 3.2.
+    """
+
+    def __init__(
+        self, hidden_size: int, num_heads: int, layer: int, dropout: float, implementation: str
+    ):
+        super().__init__()
+        if hidden_size % num_heads:
+            raise ValueError(
+                f"hidden_size {hidden_size} is not divisible by num_attention_heads {num_heads}"
+            )
+        self.num_heads = num_heads
+        self.layer = layer
+        self.dropout = dropout
+        self.attend = {"sdpa": _sdpa, "eager": _eager}[implementation]
+        self.q_proj = nn.Linear(hidden_size, hidden_size)
+        self.k_proj = nn.Linear(hidden_size, hidden_size)
+        self.v_proj = nn.Linear(hidden_size, hidden_size)
+        self.out_proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor, mask: Tensor | None, cache: Cache | None = None) -> Tensor:
+        """Attend from every position of x.
+
+        Args:
+            x: [B, L, D].
+            mask: bool [B, 1, L, S], True where a query sees a key; None means causal over x.
+            cache: keys and values of earlier positions, extended in place.
+        Returns:
+            [B, L, D].
+        """
+        query, key, value = (
+            projection(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, L, K]
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer)
+        dropout = self.dropout if self.training else 0.0
+        mixed = self.attend(query, key, value, mask, dropout)
+        return self.out_proj(mixed.transpose(1, 2).flatten(2))
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None
+    )
+
+
+def _eager(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float
+) -> Tensor:
+    if mask is None:
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+        mask = mask.tril()
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+    weights = scores.float().masked_fill(~mask, -torch.inf).softmax(-1).to(value.dtype)
+    return F.dropout(weights, dropout) @ value

@@ -1,0 +1,74 @@
+"""Domain experts: copies of a module, one per domain, chosen by the provenance of the sequence.
+
+There is no router and nothing is dispatched: a sequence's domain picks the expert, so in training
+a rank runs the experts whose data it reads, and the forward pass needs no communication.
+Source: Gururangan et al. 2022 (DEMix), section 3.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class DomainExperts(nn.Module):
+    """One module per domain, called like any one of them.
+
+    In a single process it holds every domain's expert; under training only those of its rank. The
+    attribute `experts` is what `megamod.dist.scope` reads a parameter's domain from.
+    """
+
+    def __init__(self, build: Callable[[], nn.Module], domains: Sequence[str]):
+        super().__init__()
+        self.experts = nn.ModuleDict({domain: build() for domain in domains})
+        self.domain = domains[0] if len(domains) == 1 else None
+
+    def forward(self, *args: object, **kwargs: object) -> Tensor | tuple[Tensor, ...]:
+        """What the chosen domain's expert makes of the arguments.
+
+        Raises:
+            ValueError: if several experts are held and none was chosen.
+        """
+        if self.domain is None:
+            raise ValueError(
+                f"choose one of the domains {', '.join(self.experts)}: "
+                "model(..., domain=NAME) or model.set_domain(NAME)"
+            )
+        output = self.experts[self.domain](*args, **kwargs)
+        if not torch.is_grad_enabled() or len(self.experts) == 1:
+            return output
+        if isinstance(output, tuple):
+            return _ZeroGradient.apply(output[0], *self._idle_parameters()), *output[1:]
+        return _ZeroGradient.apply(output, *self._idle_parameters())
+
+    def _idle_parameters(self) -> Iterator[nn.Parameter]:
+        for domain, expert in self.experts.items():
+            if domain != self.domain:
+                yield from (p for p in expert.parameters() if p.requires_grad)
+
+
+class _ZeroGradient(torch.autograd.Function):
+    """Identity that hands zero gradients to parameters that took no part.
+
+    A ZeRO engine reduces what its backward hooks have seen. Without this, an expert that is idle in
+    the last micro-batch of a step would miss the division by the world size (with overlapped
+    communication) or its update (with an offloaded optimizer).
+    """
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, *idle: Tensor) -> Tensor:
+        ctx.like = [(p.shape, p.dtype, p.device) for p in idle]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, ...]:
+        zeros = (
+            torch.zeros((), dtype=dtype, device=device).expand(shape)
+            for shape, dtype, device in ctx.like
+        )
+        return grad, *zeros
+
+
+def domain_experts(module: nn.Module) -> Iterator[DomainExperts]:
+    """Every group of experts inside a module."""
+    return (m for m in module.modules() if isinstance(m, DomainExperts))

@@ -1,0 +1,90 @@
+"""Pre-norm decoder block, feed-forward network, and the embeddings of the fairseq GPT models."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.cache_utils import Cache
+
+from megamod.nn.attention import SelfAttention
+
+POSITION_OFFSET = 2  # row 0 of a position table is never used, row 1 belongs to padding
+
+
+class FeedForward(nn.Module):
+    """fc2(gelu(fc1 x)), the exact (erf) GELU. What DEMix gives each domain a copy of."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, intermediate_size)
+        self.fc2 = nn.Linear(intermediate_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class DecoderBlock(nn.Module):
+    """x + Attention(LN x), then x + FeedForward(LN x): the pre-norm block of GPT-2 and GPT-3."""
+
+    def __init__(
+        self, attention: SelfAttention, feed_forward: nn.Module, hidden_size: int, eps: float,
+        dropout: float,
+    ):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(hidden_size, eps=eps)
+        self.attention = attention
+        self.feed_forward_norm = nn.LayerNorm(hidden_size, eps=eps)
+        self.feed_forward = feed_forward
+        self.dropout = dropout
+
+    def forward(self, x: Tensor, mask: Tensor | None, cache: Cache | None = None) -> Tensor:
+        """[B, L, D] -> [B, L, D]; mask and cache as in `SelfAttention.forward`."""
+        x = x + self._drop(self.attention(self.attention_norm(x), mask, cache))
+        return x + self._drop(self.feed_forward(self.feed_forward_norm(x)))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout) if self.training and self.dropout else x
+
+
+class Embeddings(nn.Module):
+    """sqrt(D) * token + learned position, no norm: fairseq's decoder with `embed_scale`.
+
+    The position table has two rows more than positions; row 1 is padding's and stays zero.
+    """
+
+    def __init__(self, vocab_size: int, hidden_size: int, max_positions: int, pad_id: int):
+        super().__init__()
+        self.scale = math.sqrt(hidden_size)
+        self.tokens = nn.Embedding(vocab_size, hidden_size, padding_idx=pad_id)
+        self.positions = nn.Embedding(
+            max_positions + POSITION_OFFSET, hidden_size, padding_idx=POSITION_OFFSET - 1
+        )
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Token ids [B, L] and positions [B, L] (0 first, -1 for padding) -> [B, L, D]."""
+        return self.scale * self.tokens(input_ids) + self.positions(position_ids + POSITION_OFFSET)
+
+
+def positions_of(attention_mask: Tensor) -> Tensor:
+    """Rank of each real token in its row: [B, S] mask -> [B, S] int64, -1 at padding."""
+    mask = attention_mask.long()
+    return mask.cumsum(1) * mask - 1
+
+
+def causal_mask(attention_mask: Tensor, queries: int) -> Tensor:
+    """Who sees whom where there is padding.
+
+    Args:
+        attention_mask: [B, S], nonzero at real tokens, earlier (cached) positions first.
+        queries: L, the number of trailing positions that ask.
+    Returns:
+        bool [B, 1, L, S]. A row that would see nothing (padding on the left) sees itself, so that
+        no softmax is taken over an empty set.
+    """
+    size = attention_mask.shape[1]
+    causal = torch.ones(size, size, dtype=torch.bool, device=attention_mask.device).tril()
+    seen = causal[None, None] & attention_mask[:, None, None, :].bool()
+    itself = torch.eye(size, dtype=torch.bool, device=attention_mask.device)
+    return (seen | (itself & ~seen.any(-1, keepdim=True)))[:, :, size - queries :]

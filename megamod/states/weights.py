@@ -1,0 +1,101 @@
+"""Weight files: which tensors lie in which file, for dense models and for experts.
+
+    dense, ELM    model.safetensors
+    DEMix         shared.safetensors, expert_<domain>.safetensors, model.safetensors.index.json
+
+The index is the one of sharded Hugging Face checkpoints, so `from_pretrained` reads both kinds.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megamod.dist.scope import dense_name, domain_of_name
+from megamod.errors import UserError
+from megamod.files import write_json
+
+DENSE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+def file_of(name: str, has_experts: bool) -> str:
+    """The weight file that holds a parameter."""
+    if not has_experts:
+        return DENSE_FILE
+    domain = domain_of_name(name)
+    return f"expert_{domain}.safetensors" if domain else "shared.safetensors"
+
+
+def write_weights(folder: Path, state: Mapping[str, Tensor], has_experts: bool) -> list[Path]:
+    """Write a state dict's tensors into the files they belong to; return the files."""
+    files: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in state.items():
+        files.setdefault(file_of(name, has_experts), {})[name] = tensor.detach().contiguous()
+    for file, tensors in files.items():
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    return [folder / file for file in files]
+
+
+def write_index(folder: Path, names: Iterable[str], total_bytes: int) -> Path:
+    """Write the index of a model with experts; return its file."""
+    weight_map = {name: file_of(name, has_experts=True) for name in names}
+    write_json(
+        folder / INDEX_FILE, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    )
+    return folder / INDEX_FILE
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a model folder, by name.
+
+    Raises:
+        UserError: if the folder has no weights, or a file of its index is missing.
+    """
+    folder = Path(folder)
+    if (folder / INDEX_FILE).exists():
+        index = json.loads((folder / INDEX_FILE).read_text())
+        files = sorted(set(index["weight_map"].values()))
+    else:
+        files = [DENSE_FILE]
+    state: dict[str, Tensor] = {}
+    for file in files:
+        if not (folder / file).exists():
+            raise UserError(f"{folder}: the weight file {file} is missing")
+        with safe_open(folder / file, framework="pt") as tensors:
+            state |= {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+    return state
+
+
+def expert_state(state: Mapping[str, Tensor], domain: str) -> dict[str, Tensor]:
+    """The ordinary dense model that shared weights and one domain's expert make together.
+
+    Raises:
+        UserError: if the state holds no expert of that domain.
+    """
+    experts = {owner for name in state if (owner := domain_of_name(name))}
+    if domain not in experts:
+        raise UserError(f"no expert of domain {domain!r}; there are {', '.join(sorted(experts))}")
+    return {
+        dense_name(name): tensor
+        for name, tensor in state.items()
+        if domain_of_name(name) in (None, domain)
+    }
+
+
+def spread(state: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """Give parameters of a model with experts the weights that a dense model has in their place.
+
+    Args:
+        state: weights of a dense model.
+        names: parameter names of the model to fill.
+    Raises:
+        UserError: if the dense model lacks one of them.
+    """
+    missing = [name for name in names if dense_name(name) not in state]
+    if missing:
+        raise UserError(f"the weights lack {dense_name(missing[0])} (and {len(missing) - 1} more)")
+    return {name: state[dense_name(name)] for name in names}

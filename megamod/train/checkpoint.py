@@ -1,0 +1,335 @@
+"""Checkpoints that a kill at any instant cannot lose, readable at another world size and ZeRO stage.
+
+    checkpoints/latest                  name of the newest checkpoint
+    checkpoints/step-N/                 a model folder: config.json, weight files, tokenizer
+                      /optimizer-R.safetensors   rank R's fragments of masters and moments
+                      /state.json       step, data position, tokens, run settings
+                      /run.yaml
+                      /manifest.json    bytes and SHA-256 of every file
+
+Commit: every rank writes and syncs its files in a hidden folder and lists their digests; rank 0
+gathers the lists into the manifest, then renames the folder, and only then deletes older ones. A
+folder without a manifest that verifies does not count as a checkpoint.
+"""
+
+import json
+import logging
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import deepspeed
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from megamod.dist.process import everywhere, from_rank_0
+from megamod.dist.scope import Sharing
+from megamod.dist.topology import DomainTopology
+from megamod.errors import UserError
+from megamod.files import sha256, sync_file, sync_folder, write_atomic, write_json
+from megamod.train.fragments import (
+    fragments,
+    optimizer_steps,
+    refresh_weights,
+    set_optimizer_steps,
+)
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+FULL_CHECK_BYTES = 10**9  # above this, opening a checkpoint checks sizes only; `verify` checks all
+
+
+@dataclass
+class TrainState:
+    """Where a run stands. Everything else about it follows from its settings.
+
+    Attributes:
+        step: finished optimizer steps, skipped ones included.
+        data_step: steps' worth of data taken; ahead of `step` after a rollback.
+        tokens: target tokens trained on, per domain.
+        skipped: steps whose update was left out because a loss or gradient was not finite.
+        mean_loss: running mean of the loss, in nats per token, for spike detection.
+    """
+
+    step: int = 0
+    data_step: int = 0
+    tokens: dict[str, int] = field(default_factory=dict)
+    skipped: int = 0
+    mean_loss: float | None = None
+
+
+ModelWriter = Callable[[Path], list[Path]]
+"""Writes this rank's share of the model folder and returns the files. Called on every rank."""
+
+
+class Checkpoints:
+    """The checkpoints of one run."""
+
+    def __init__(
+        self,
+        folder: Path,
+        engine: deepspeed.DeepSpeedEngine,
+        topology: DomainTopology,
+        write_model: ModelWriter,
+        settings: Mapping[str, object],
+        keep: int | None,
+    ):
+        """`settings`: what a resumed run must agree on. `keep`: how many checkpoints; None: all."""
+        self.folder = Path(folder)
+        self.engine = engine
+        self.topology = topology
+        self.write_model = write_model
+        self.settings = dict(settings)
+        self.keep = keep
+        if dist.get_rank() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for stale in self.folder.glob(".tmp-*"):
+                shutil.rmtree(stale, ignore_errors=True)
+        dist.barrier()
+
+    def save(self, state: TrainState) -> bool:
+        """Write a checkpoint; collective. False if any rank could not write its part."""
+        final = self.folder / f"step-{state.step}"
+        nonce = from_rank_0(secrets.randbits(32))
+        temporary = self.folder / f".tmp-step-{state.step}-{nonce:08x}"
+        try:
+            temporary.mkdir(exist_ok=True)
+            files = [*self.write_model(temporary), *self._write_optimizer(temporary)]
+            if dist.get_rank() == 0:
+                files.append(self._write_state(temporary, state))
+            self._write_digests(temporary, files)
+            written = True
+        except OSError as error:
+            logger.error("checkpoint %s: rank %d: %s", final.name, dist.get_rank(), error)
+            written = False
+        if everywhere(written) and dist.get_rank() == 0:
+            try:
+                self._commit(temporary, final)
+            except OSError as error:
+                logger.error("checkpoint %s: %s", final.name, error)
+                written = False
+        written = everywhere(written)
+        if dist.get_rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return written
+
+    def resume(self, choice: str) -> TrainState | None:
+        """Load a checkpoint into the engine; collective.
+
+        Args:
+            choice: "auto" (the newest valid one, if any was ever written), "none", or a path.
+        Returns:
+            the state of the run, or None to start afresh.
+        Raises:
+            UserError: if checkpoints exist but none is valid, or were made with other settings.
+        """
+        path = self._chosen(choice)
+        return None if path is None else self.load(path)
+
+    def load(self, path: Path) -> TrainState:
+        """Load the checkpoint in `path` into the engine; collective."""
+        saved = json.loads((path / "state.json").read_text())
+        differences = [
+            f"{key}: {saved['settings'].get(key)!r} then, {value!r} now"
+            for key, value in self.settings.items()
+            if saved["settings"].get(key) != value
+        ]
+        if differences:
+            raise UserError(
+                f"{path} was made with other settings; a resumed run must keep them. "
+                + "; ".join(differences)
+            )
+        _read_optimizer(path, self.engine, self._prefix())
+        set_optimizer_steps(self.engine, saved["optimizer_steps"])
+        refresh_weights(self.engine)
+        scaler = getattr(self.engine.optimizer, "loss_scaler", None)
+        for name, value in saved["loss_scaler"].items():
+            setattr(scaler, name, value)
+        return TrainState(**saved["state"])
+
+    def newest(self) -> Path | None:
+        """The newest valid checkpoint of this run; collective."""
+        return self._chosen("auto")
+
+    def _chosen(self, choice: str) -> Path | None:
+        """Rank 0 reads and checks the folders, every rank takes its answer."""
+        step, fault = -1, None
+        if dist.get_rank() == 0:
+            try:
+                path = find_checkpoint(self.folder, choice)
+                step = -1 if path is None else int(path.name.rpartition("-")[2])
+            except UserError as error:
+                step, fault = -2, error
+        step = from_rank_0(step)
+        if step == -2:
+            raise fault or UserError(f"--resume {choice}: rank 0 found no valid checkpoint")
+        if step == -1:
+            return None
+        return self.folder / f"step-{step}" if choice == "auto" else Path(choice)
+
+    def _write_optimizer(self, folder: Path) -> list[Path]:
+        """This rank's fragments. Without ZeRO every rank holds all of them, and rank 0 writes."""
+        prefix = self._prefix()
+        tensors, starts = {}, {}
+        for fragment in fragments(self.engine):
+            starts[prefix + fragment.name] = str(fragment.start)
+            for kind, tensor in fragment.tensors.items():
+                tensors[f"{kind}/{prefix}{fragment.name}"] = tensor.clone()
+        if self.engine.zero_optimization_stage() == 0 and dist.get_rank() > 0:
+            return []
+        path = folder / f"optimizer-{dist.get_rank()}.safetensors"
+        save_file(tensors, path, metadata=starts)
+        return [path]
+
+    def _prefix(self) -> str:
+        """Independent models have parameters of equal names: theirs carry the domain in front."""
+        if self.topology.sharing is Sharing.BTM:
+            return self.topology.domains_of(dist.get_rank())[0] + ":"
+        return ""
+
+    def _write_state(self, folder: Path, state: TrainState) -> Path:
+        scaler = getattr(self.engine.optimizer, "loss_scaler", None)
+        plain = {
+            name: value
+            for name, value in vars(scaler).items()
+            if isinstance(value, (int, float, bool))
+        } if scaler is not None else {}
+        record = {
+            "state": asdict(state),
+            "optimizer_steps": optimizer_steps(self.engine),
+            "loss_scaler": plain,
+            "settings": self.settings,
+            "world_size": dist.get_world_size(),
+        }
+        write_json(folder / "state.json", record)
+        return folder / "state.json"
+
+    def _write_digests(self, folder: Path, files: list[Path]) -> None:
+        """Sync and digest this rank's files: the disk and the processor work side by side."""
+        with ThreadPoolExecutor(2) as pool:
+            syncs = [pool.submit(sync_file, file) for file in files]
+            digests = {
+                str(file.relative_to(folder)): {
+                    "bytes": file.stat().st_size,
+                    "sha256": sha256(file),
+                }
+                for file in files
+            }
+            for sync in syncs:
+                sync.result()
+        write_atomic(folder / f".rank-{dist.get_rank()}.json", json.dumps(digests))
+
+    def _commit(self, temporary: Path, final: Path) -> None:
+        digests: dict[str, object] = {}
+        for rank in range(dist.get_world_size()):
+            part = temporary / f".rank-{rank}.json"
+            digests |= json.loads(part.read_text())
+            part.unlink()
+        for subfolder in {(temporary / name).parent for name in digests}:
+            sync_folder(subfolder)
+        write_json(temporary / MANIFEST, {"files": dict(sorted(digests.items()))})
+        if final.exists():
+            # Only a folder that did not verify can be in the way: a valid one was resumed from.
+            shutil.rmtree(final)
+        os.rename(temporary, final)
+        sync_folder(self.folder)
+        write_atomic(self.folder / "latest", final.name + "\n")
+        for old in list_checkpoints(self.folder)[: -self.keep if self.keep else 0]:
+            shutil.rmtree(old)
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint folders by rising step, valid or not."""
+    found = [path for path in Path(folder).glob("step-*") if path.name[5:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def find_checkpoint(folder: Path, choice: str) -> Path | None:
+    """The checkpoint that `--resume` means.
+
+    Raises:
+        UserError: if `choice` is a path that is not a valid checkpoint; if it is "auto" and
+            checkpoints exist but none is valid; if it is "none" and checkpoints exist.
+    """
+    if choice not in ("auto", "none"):
+        path = Path(choice)
+        faults = verify(path)
+        if faults:
+            raise UserError(f"--resume {choice}: not a valid checkpoint: {faults[0]}")
+        return path
+    existing = list_checkpoints(folder)
+    if choice == "none":
+        if existing:
+            raise UserError(
+                f"--resume none: {folder} holds checkpoints already ({existing[-1].name}); "
+                "choose another --output_dir or resume"
+            )
+        return None
+    faults: list[str] = []
+    for path in reversed(existing):
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        faults = verify(path, digests=size <= FULL_CHECK_BYTES)
+        if not faults:
+            return path
+        logger.warning("checkpoint %s is not valid (%s); trying the one before", path, faults[0])
+    if existing:
+        raise UserError(
+            f"{folder}: none of {len(existing)} checkpoints is valid ({faults[0]}); "
+            "remove the folder to start afresh"
+        )
+    return None
+
+
+def verify(path: Path, digests: bool = True) -> list[str]:
+    """What is wrong with a checkpoint, one sentence per fault; empty if it is whole.
+
+    Args:
+        digests: compare SHA-256 digests too, not only names and sizes.
+    """
+    try:
+        listed = json.loads((path / MANIFEST).read_text())["files"]
+    except FileNotFoundError:
+        return [f"{path / MANIFEST} is missing"]
+    except (ValueError, KeyError) as error:
+        return [f"{path / MANIFEST} is unreadable: {error}"]
+    faults = []
+    for name, expected in listed.items():
+        file = path / name
+        if not file.is_file():
+            faults.append(f"{file} is missing")
+        elif file.stat().st_size != expected["bytes"]:
+            faults.append(f"{file} has {file.stat().st_size} bytes, not {expected['bytes']}")
+        elif digests and sha256(file) != expected["sha256"]:
+            faults.append(f"{file} does not have the SHA-256 digest of its manifest")
+    return faults
+
+
+def _read_optimizer(path: Path, engine: deepspeed.DeepSpeedEngine, prefix: str) -> None:
+    """Fill this rank's fragments from whatever fragments were written."""
+    pieces: dict[str, list[tuple[int, int, Path]]] = {}  # name -> (start, stop, file)
+    for file in sorted(path.glob("optimizer-*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name, start in (tensors.metadata() or {}).items():
+                size = tensors.get_slice(f"master/{name}").get_shape()[0]
+                pieces.setdefault(name, []).append((int(start), int(start) + size, file))
+    opened = {file: safe_open(file, framework="pt") for row in pieces.values() for *_, file in row}
+    for fragment in fragments(engine):
+        name = prefix + fragment.name
+        stop = fragment.start + len(fragment.tensors["master"])
+        filled = 0
+        for start, end, file in pieces.get(name, []):
+            low, high = max(start, fragment.start), min(end, stop)
+            if low >= high:
+                continue
+            for kind, tensor in fragment.tensors.items():
+                source = opened[file].get_slice(f"{kind}/{name}")[low - start : high - start]
+                tensor[low - fragment.start : high - fragment.start].copy_(source)
+            filled += high - low
+        if filled != stop - fragment.start:
+            raise UserError(f"{path}: the optimizer's state of {name} is not there in full")

@@ -1,0 +1,130 @@
+"""A model, an optimizer and a topology become a DeepSpeed engine with the right groups.
+
+This file and `train/fragments.py` are the only ones that know DeepSpeed's internals.
+"""
+
+from collections.abc import Callable, Mapping
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.moe.layer import MoE
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from deepspeed.utils import groups
+from torch import nn
+
+from megamod.dist.scope import Sharing
+from megamod.dist.topology import DomainGroup, DomainTopology
+from megamod.nn.demix import DomainExperts, domain_experts
+
+MakeOptimizer = Callable[[list[dict[str, object]]], torch.optim.Optimizer]
+
+
+class _EngineExperts(DomainExperts, MoE):
+    """`DomainExperts` as DeepSpeed wants to see it: an instance of its MoE layer.
+
+    The engine recognises expert parameters only inside modules of that class. There is no gate and
+    no all-to-all; what is wanted is only that gradients stay in the group of the domain.
+    """
+
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+        if self.expert_group_name not in groups._get_expert_parallel_group_dict():
+            groups._create_expert_and_data_parallel(
+                self.ep_size, use_data_before_expert_parallel_=use_data_before_expert_parallel_
+            )
+
+
+def build_engine(
+    model: nn.Module,
+    make_optimizer: MakeOptimizer,
+    config: Mapping[str, object],
+    topology: DomainTopology,
+) -> deepspeed.DeepSpeedEngine:
+    """Wrap a model for training.
+
+    Dense models share every parameter over the world. In a DEMix model, parameters inside
+    `DomainExperts` are reduced over the ranks of their domain only, summed and divided by the world
+    size: the gradient of the joint loss (Gururangan et al. 2022, section 3). Independent models
+    (BTM) get a data-parallel world of their domain's ranks.
+
+    Args:
+        make_optimizer: from parameter groups to an optimizer.
+        config: resolved DeepSpeed configuration.
+    Raises:
+        AssertionError: if DeepSpeed groups other ranks together than `topology` does.
+    """
+    mpu = DomainGroup(topology) if topology.sharing is Sharing.BTM else None
+    if config["zero_optimization"]["stage"] == 0:
+        config = {**config, "gradient_clipping": 0.0}  # `update` clips, having checked the norm
+    parameters: list[dict[str, object]] = [{"params": list(model.parameters()), "name": "all"}]
+    if topology.sharing is Sharing.DEMIX:
+        group_name = _present_as_experts(model, topology)
+        parameters = split_params_into_different_moe_groups_for_optimizer(parameters)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=make_optimizer(parameters),
+        config=dict(config),
+        mpu=mpu,
+        dist_init_required=False,
+    )
+    if topology.sharing is Sharing.DEMIX:
+        _check_groups(group_name, topology)
+    return engine
+
+
+def _present_as_experts(model: nn.Module, topology: DomainTopology) -> str:
+    """Give every `DomainExperts` the class and marks DeepSpeed looks for; return the group name."""
+    size = topology.expert_ranks
+    name = f"ep_size_{size}"
+    for module in domain_experts(model):
+        module.__class__ = _EngineExperts
+        module.num_experts = len(topology.domains)
+        module.ep_size = size
+        module.num_local_experts = len(module.experts)
+        module.use_residual = False
+        module.expert_group_name = name
+        for parameter in module.experts.parameters():
+            parameter.allreduce, parameter.group_name = False, name
+    return name
+
+
+def _check_groups(name: str, topology: DomainTopology) -> None:
+    """Experts must be averaged over exactly the ranks that read their domain's data."""
+    rank = dist.get_rank()
+    theirs = dist.get_process_group_ranks(groups._get_expert_data_parallel_group(name))
+    ours = list(topology.ranks_of(topology.domains_of(rank)[0]))
+    assert theirs == ours, (
+        f"rank {rank}: DeepSpeed averages its experts over ranks {theirs}, "
+        f"but their domain's data is read by ranks {ours}"
+    )
+
+
+def loss_group(engine: deepspeed.DeepSpeedEngine) -> dist.ProcessGroup | None:
+    """The ranks whose tokens make up one loss: those of the domain for BTM, else the world."""
+    return engine.mpu.get_data_parallel_group() if engine.mpu is not None else None
+
+
+def update(engine: deepspeed.DeepSpeedEngine, max_grad_norm: float) -> float | None:
+    """Finish a micro-step after its backward pass; at the last one of a step, update the weights.
+
+    Every expert counts once in the norm. (The DEMix release counts it once per rank that holds it.)
+
+    Returns:
+        the gradient norm before clipping; None before the last micro-step, and if the update was
+        left out because the norm is not finite.
+    """
+    boundary = engine.is_gradient_accumulation_boundary()
+    if not boundary or engine.zero_optimization_stage() > 0:
+        engine.step()
+        return float(engine.get_global_grad_norm()) if engine.was_step_applied() else None
+    # Without ZeRO the engine would take a NaN for a gradient like any other.
+    parameters = [p for p in engine.module.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    applied = bool(norm.isfinite())
+    if not applied:
+        for parameter in parameters:
+            parameter.grad = None
+    elif max_grad_norm > 0:
+        nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
+    engine.step()
+    return float(norm) if applied else None

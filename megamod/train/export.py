@@ -1,0 +1,125 @@
+"""Writing the model of a running engine as a folder that `from_pretrained` reads.
+
+Dense and DEMix runs write one folder; independent models (BTM) write one folder per domain.
+"""
+
+import shutil
+from pathlib import Path
+
+import deepspeed
+import torch.distributed as dist
+from torch import Tensor
+
+from megamod import __version__
+from megamod.dist.scope import Sharing, domain_of_name
+from megamod.dist.topology import DomainTopology
+from megamod.models.configuration import DemixConfig
+from megamod.states.weights import write_index, write_weights
+
+CARD = """---
+library_name: megamod
+license: unknown
+tags: [causal-lm, {sharing}]
+---
+A causal language model trained with megamod {version}, sharing: {sharing}.
+
+- domains, in order: {domains}
+- parts held per domain: {untie}
+- data-bin digest: {data_digest}
+
+Load it with `import megamod; AutoModelForCausalLM.from_pretrained(FOLDER)`{choose}.
+The resolved run is in `run.yaml` beside this file or in the run's folder.
+"""
+
+
+class ModelExport:
+    """Callable that writes this rank's share of the model folder and returns the files; collective.
+
+    Rank 0 writes what all domains share; the lead of each domain writes its expert.
+    """
+
+    def __init__(
+        self,
+        engine: deepspeed.DeepSpeedEngine,
+        config: DemixConfig,
+        topology: DomainTopology,
+        tokenizer: Path | None,
+        run_file: Path,
+        data_digest: str,
+    ):
+        """`config`: of the whole model, all domains. `tokenizer`: folder to copy; None: none."""
+        self.engine = engine
+        self.config = config
+        self.topology = topology
+        self.tokenizer = tokenizer
+        self.run_file = run_file
+        self.data_digest = data_digest
+
+    def __call__(self, folder: Path) -> list[Path]:
+        rank, sharing = dist.get_rank(), self.topology.sharing
+        lead = self.topology.is_lead(rank)
+        state = self._gather(keep=rank == 0 or lead)
+        if sharing is Sharing.BTM:
+            domain = self.topology.domains_of(rank)[0]
+            config = DemixConfig(**{**self.config.to_dict(), "domains": [domain]})
+            return self._whole(folder / domain, config, state) if lead else []
+        if sharing is Sharing.DENSE:
+            return self._whole(folder, self.config, state) if rank == 0 else []
+        mine = {
+            name: tensor
+            for name, tensor in state.items()
+            if (lead if domain_of_name(name) else rank == 0)
+        }
+        files = write_weights(folder, mine, has_experts=True)
+        if rank == 0:
+            files += self._beside(folder, self.config) + self._index(folder, state)
+        return files
+
+    def _gather(self, keep: bool) -> dict[str, Tensor]:
+        """Weights by name, tied ones once; under ZeRO 3 put together one by one."""
+        state = {}
+        for name, parameter in self.engine.module.named_parameters():
+            if self.engine.zero_optimization_stage() < 3:
+                state[name] = parameter
+                continue
+            with deepspeed.zero.GatheredParameters([parameter]):
+                if keep:
+                    state[name] = parameter.detach().cpu().clone()
+        return state
+
+    def _index(self, folder: Path, state: dict[str, Tensor]) -> list[Path]:
+        local = self.topology.domains_of(0)[0]
+        names, size = [], 0
+        for name, tensor in state.items():
+            domain = domain_of_name(name)
+            if domain in (None, local):
+                copies = self.topology.domains if domain else ("",)
+                mark = f".{domain}."
+                names += [name.replace(mark, f".{copy}.", 1) if domain else name for copy in copies]
+                size += tensor.numel() * tensor.element_size() * len(copies)
+        return [write_index(folder, names, size)]
+
+    def _whole(self, folder: Path, config: DemixConfig, state: dict[str, Tensor]) -> list[Path]:
+        folder.mkdir(exist_ok=True)
+        return write_weights(folder, state, has_experts=False) + self._beside(folder, config)
+
+    def _beside(self, folder: Path, config: DemixConfig) -> list[Path]:
+        """Configuration, tokenizer, model card and the run's recipe."""
+        config.architectures = [type(self.engine.module).__name__]
+        config.dtype = next(self.engine.module.parameters()).dtype
+        config.save_pretrained(folder)
+        copies = [self.run_file, *(sorted(self.tokenizer.iterdir()) if self.tokenizer else ())]
+        for file in copies:
+            shutil.copyfile(file, folder / file.name)
+        card = CARD.format(
+            version=__version__,
+            sharing=self.topology.sharing.value,
+            domains=", ".join(config.domains) or "none named",
+            untie=config.untie,
+            data_digest=self.data_digest,
+            choose=" and choose an expert with `model.set_domain(NAME)`"
+            if config.untie != "none"
+            else "",
+        )
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        return [folder / name for name in ("config.json", "README.md", *(f.name for f in copies))]

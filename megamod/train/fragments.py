@@ -1,0 +1,135 @@
+"""The optimizer's state as named fragments of parameters, whatever ZeRO stage holds it.
+
+ZeRO keeps float32 masters and moments in flat buffers cut over the ranks. A checkpoint in terms of
+those buffers could be read by the same world only. Here each rank's share is seen as ranges of
+named parameters, which can be written and read at any world size and any stage.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import deepspeed
+import torch
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A range of one parameter that this rank's optimizer updates.
+
+    Attributes:
+        name: the parameter's name in the module.
+        start: offset of the range in the flattened parameter, in elements.
+        tensors: one-dimensional float32 views of equal length; "master" (the weight), "exp_avg" and
+            "exp_avg_sq". Writing into them changes the optimizer's state.
+    """
+
+    name: str
+    start: int
+    tensors: dict[str, Tensor]
+
+
+def fragments(engine: deepspeed.DeepSpeedEngine) -> Iterator[Fragment]:
+    """This rank's share of the optimizer's state. Missing moments are created, at zero."""
+    names = {parameter: name for name, parameter in engine.module.named_parameters()}
+    optimizer = engine.optimizer
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        yield from _stage3(optimizer, names)
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+        yield from _stage1_and_2(optimizer, names)
+    else:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                yield _cut(
+                    names[parameter], 0, parameter.data, optimizer, parameter, 0, parameter.numel()
+                )
+
+
+def refresh_weights(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Make the module's weights those of the masters, after the masters were written."""
+    optimizer = engine.optimizer
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        for group in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        # Small parameters stay gathered between steps: their full copies are made anew.
+        persistent = optimizer.persistent_parameters
+        if persistent:
+            persistent[0].partition(persistent)
+            persistent[0].all_gather(persistent)
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+        optimizer.update_lp_params()
+
+
+def optimizer_steps(engine: deepspeed.DeepSpeedEngine) -> float:
+    """How many updates Adam has made: the exponent of its bias correction."""
+    states = _base(engine).state.values()
+    return max((float(state["step"]) for state in states if "step" in state), default=0.0)
+
+
+def set_optimizer_steps(engine: deepspeed.DeepSpeedEngine, steps: float) -> None:
+    """The inverse of `optimizer_steps`, after `fragments` has been run through."""
+    for state in _base(engine).state.values():
+        state["step"].fill_(steps)
+
+
+def _base(engine: deepspeed.DeepSpeedEngine) -> torch.optim.Optimizer:
+    optimizer = engine.optimizer
+    return optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
+
+
+def _stage1_and_2(
+    zero: DeepSpeedZeroOptimizer, names: dict[torch.nn.Parameter, str]
+) -> Iterator[Fragment]:
+    for flat, parameters in zip(
+        zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True
+    ):
+        for parameter in parameters:
+            mapping = parameter._hp_mapping
+            if mapping is not None:
+                here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
+                yield _cut(
+                    names[parameter],
+                    there.start,
+                    flat.data,
+                    zero.optimizer,
+                    flat,
+                    here.start,
+                    here.numel,
+                )
+
+
+def _stage3(
+    zero: DeepSpeedZeroOptimizer_Stage3, names: dict[torch.nn.Parameter, str]
+) -> Iterator[Fragment]:
+    for parameter, name in names.items():
+        group, offset, size = zero.grad_position[zero.get_param_id(parameter)]
+        start = size * zero._get_param_partition_rank(parameter)
+        real = min(size, parameter.ds_numel - start)  # the last rank's share is padded
+        if real > 0:
+            flat = zero.fp32_partitioned_groups_flat[group]
+            yield _cut(name, start, flat.data, zero.optimizer, flat, offset, real)
+
+
+def _cut(
+    name: str,
+    start: int,
+    master: Tensor,
+    optimizer: torch.optim.Optimizer,
+    key: Tensor,
+    offset: int,
+    size: int,
+) -> Fragment:
+    """The range [offset, offset + size) of a tensor the optimizer updates, and of its moments."""
+    state = optimizer.state[key]
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=key.device)
+        state["exp_avg"] = torch.zeros_like(key)
+        state["exp_avg_sq"] = torch.zeros_like(key)
+    whole = {"master": master, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+    return Fragment(
+        name,
+        start,
+        {kind: tensor.view(-1).narrow(0, offset, size) for kind, tensor in whole.items()},
+    )

@@ -1,0 +1,262 @@
+"""The training loop: the only one in the repository.
+
+Pretraining, finetuning, adaptation and branch training differ in objective, batches and sharing,
+which are arguments. One pass of the loop is one optimizer step.
+"""
+
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from megamod.dist.process import control
+from megamod.errors import Interrupted, PolicyStop, UserError
+from megamod.train.checkpoint import Checkpoints, TrainState
+from megamod.train.engine import loss_group, update
+from megamod.train.monitor import Monitor
+from megamod.train.objectives import Batch, Objective, Scored
+from megamod.train.optim import Schedule, set_rate
+
+logger = logging.getLogger(__name__)
+
+MEAN_LOSS_DECAY = 0.98  # of the running mean that a spike is measured against
+
+BatchesFrom = Callable[[int], Iterator[Batch]]
+"""From a step of data to the endless iterator of this rank's micro-batches."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The numbers of a run that the loop needs. An interval of 0 steps means "only at the end"."""
+
+    max_steps: int
+    stop_step: int
+    micro_steps: int
+    schedule: Schedule
+    max_grad_norm: float
+    logging_steps: int
+    eval_steps: int
+    save_steps: int
+    seed: int
+    nonfinite: str
+    spike_factor: float
+    save_failure: str
+
+
+class Stop(IntEnum):
+    """Why a run ends before its last step; of two reasons the larger counts."""
+
+    NO = 0
+    SIGNAL = 1
+    NONFINITE = 2
+
+
+def train(
+    engine: deepspeed.DeepSpeedEngine,
+    objective: Objective,
+    batches_from: BatchesFrom,
+    plan: Plan,
+    state: TrainState,
+    checkpoints: Checkpoints,
+    monitor: Monitor,
+    evaluate: Callable[[int], None],
+) -> TrainState:
+    """Train from `state` to the last step; log, evaluate and save on the way.
+
+    Args:
+        evaluate: called on every rank with the number of finished steps.
+    Raises:
+        PolicyStop: a loss or gradient was not finite and the policy is to stop.
+        Interrupted: SIGTERM or SIGUSR1 arrived. In both cases a checkpoint was written before.
+        UserError: a checkpoint could not be written: at the end, or at once if so wanted.
+    """
+    group = loss_group(engine)
+    coupled = dist.get_world_size(group) == dist.get_world_size()
+    batches = batches_from(state.data_step)
+    saver = _Saver(checkpoints, plan.save_failure)
+    signals = _Signals()
+    stop = Stop.NO
+
+    def due(every: int) -> bool:
+        return state.step == plan.stop_step or (every > 0 and state.step % every == 0)
+
+    while state.step < plan.stop_step:
+        started = time.perf_counter()
+        micro_batches = [next(batches) for _ in range(plan.micro_steps)]
+        fetched = time.perf_counter()
+        items = float(sum(map(objective.count, micro_batches)))
+        items, reason = _agree(items, max(stop, signals.seen), group)
+        if reason and coupled:
+            stop = reason
+            break
+
+        torch.manual_seed(_seed(plan.seed, state.data_step))
+        rate = plan.schedule(state.step)
+        set_rate(engine.optimizer, rate)
+        scored, norm = _step(engine, objective, micro_batches, items, plan, state, group)
+        state.step += 1
+        state.data_step += 1
+        monitor.add(scored, norm, rate, fetched - started, time.perf_counter() - started)
+        if norm is None:
+            state.skipped += 1
+            if not engine.fp16_enabled():
+                # With fp16 an overflow is routine: the loss scale is halved and training goes on.
+                stop = _not_finite(plan, state, checkpoints)
+                batches = batches_from(state.data_step) if plan.nonfinite == "rollback" else batches
+
+        if due(plan.logging_steps) or due(plan.eval_steps) or due(plan.save_steps):
+            if not coupled:  # independent models hear of each other's signals here only
+                _, stop = _agree(0.0, max(stop, signals.seen), None)
+            monitor.log(state)
+            if due(plan.eval_steps):
+                evaluate(state.step)
+            if due(plan.save_steps):
+                saver.save(state)
+            if stop and not coupled:
+                break
+
+    signals.restore()
+    if monitor.steps:
+        monitor.log(state)
+    saver.save(state)
+    if stop is Stop.NONFINITE:
+        raise PolicyStop(
+            f"a loss or gradient was not finite at step {state.step}; its update was left out, "
+            f"a checkpoint is in {checkpoints.folder}. --nonfinite skip or rollback goes on instead"
+        )
+    if stop is Stop.SIGNAL:
+        raise Interrupted(
+            f"stopped by a signal after step {state.step}; a checkpoint is in "
+            f"{checkpoints.folder}, the same command resumes"
+        )
+    saver.complain()
+    return state
+
+
+def _step(
+    engine: deepspeed.DeepSpeedEngine,
+    objective: Objective,
+    micro_batches: Sequence[Batch],
+    items: float,
+    plan: Plan,
+    state: TrainState,
+    group: dist.ProcessGroup | None,
+) -> tuple[list[Scored], float | None]:
+    """One update; returns what was scored and the gradient norm, None if the update was left out.
+
+    The engine averages over micro-batches and ranks, so that dividing each summed loss by this
+    share of the items gives the gradient of the mean over all items, however ragged the batches.
+    """
+    share = items / (len(micro_batches) * dist.get_world_size(group))
+    scored, norm = [], None
+    for number, micro_batch in enumerate(micro_batches, start=1):
+        scored.append(objective.score(engine, micro_batch, share))
+        loss = scored[-1].loss
+        if plan.spike_factor and number == len(micro_batches) and _spike(scored, plan, state, group):
+            # A gradient that is not finite makes every rank leave out the update.
+            loss = loss * float("nan")
+        engine.backward(loss)
+        norm = update(engine, plan.max_grad_norm)
+    return scored, norm
+
+
+def _spike(
+    scored: Sequence[Scored], plan: Plan, state: TrainState, group: dist.ProcessGroup | None
+) -> bool:
+    """True if this step's loss is too far above the running mean, which it else enters."""
+    sums = torch.stack([torch.stack((s.total.sum(), s.items.sum())) for s in scored]).sum(0)
+    dist.all_reduce(sums, group=group)
+    loss = float(sums[0] / sums[1])
+    mean = state.mean_loss
+    if not math.isfinite(loss) or (mean is not None and loss > plan.spike_factor * mean):
+        return True
+    state.mean_loss = loss if mean is None else mean + (1 - MEAN_LOSS_DECAY) * (loss - mean)
+    return False
+
+
+def _not_finite(plan: Plan, state: TrainState, checkpoints: Checkpoints) -> Stop:
+    """Apply the policy for a step that was left out."""
+    logger.warning(
+        "step %d: loss or gradient not finite, update left out (policy: %s)",
+        state.step,
+        plan.nonfinite,
+    )
+    if plan.nonfinite == "rollback":
+        path = checkpoints.newest()
+        if path is None:
+            return Stop.NONFINITE
+        data_step, skipped = state.data_step, state.skipped
+        vars(state).update(vars(checkpoints.load(path)))
+        state.data_step, state.skipped = data_step, skipped
+        logger.warning("rolled back to %s; the data in between are skipped", path.name)
+    return Stop.NONFINITE if plan.nonfinite == "stop" else Stop.NO
+
+
+def _agree(items: float, stop: int, group: dist.ProcessGroup | None) -> tuple[float, Stop]:
+    """Sum of the items and the gravest reason to stop, over a group."""
+    counts = control([items] + [float(stop >= reason) for reason in Stop if reason])
+    dist.all_reduce(counts, group=group)
+    total, *raised = counts.tolist()
+    return total, Stop(sum(count > 0 for count in raised))
+
+
+def _seed(seed: int, data_step: int) -> int:
+    """Dropout is a function of seed, step and rank, so no generator's state is ever saved."""
+    return (seed << 31) + data_step * dist.get_world_size() + dist.get_rank()
+
+
+class _Saver:
+    """Saves each state once and remembers failures."""
+
+    def __init__(self, checkpoints: Checkpoints, on_failure: str):
+        self.checkpoints = checkpoints
+        self.on_failure = on_failure
+        self.saved: tuple[int, int] | None = None
+        self.failed = False
+
+    def save(self, state: TrainState) -> None:
+        position = (state.step, state.data_step)
+        if position == self.saved:
+            return
+        if self.checkpoints.save(state):
+            self.saved = position
+            return
+        self.failed = True
+        if self.on_failure == "stop":
+            self.complain()
+
+    def complain(self) -> None:
+        if self.failed:
+            raise UserError(
+                f"{self.checkpoints.folder}: a checkpoint could not be written, see the log above"
+            )
+
+
+class _Signals:
+    """SIGTERM, SIGUSR1 (Slurm's notice of preemption) and Ctrl-C ask for a checkpoint and an end.
+
+    The second Ctrl-C ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        self.seen = Stop.NO
+        self.before = {
+            number: signal.signal(number, self._note)
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+        }
+
+    def _note(self, number: int, frame: object) -> None:
+        if number == signal.SIGINT and self.seen:
+            raise KeyboardInterrupt
+        self.seen = Stop.SIGNAL
+
+    def restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

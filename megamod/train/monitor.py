@@ -1,0 +1,239 @@
+"""What a run tells: metrics.jsonl, TensorBoard, one console line per log step, a progress bar."""
+
+import json
+import logging
+import os
+import platform
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from megamod.dist.process import rank
+from megamod.files import write_atomic, write_json
+from megamod.train.checkpoint import TrainState
+from megamod.train.objectives import Scored
+
+logger = logging.getLogger(__name__)
+
+DENSE_BF16_PEAK = {
+    "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+}
+"""Peak bf16 rates without sparsity in FLOP/s, from NVIDIA's data sheets, by a part of the device's
+name; the first that fits counts."""
+
+
+class Monitor:
+    """Collects what happens between two log steps and writes it; collective where it says so.
+
+    Args:
+        flops_per_token: of a forward and backward pass; None where that is not defined.
+        peak: FLOP/s of one device; None if unknown, and then no MFU is ever printed.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        domains: Sequence[str],
+        max_steps: int,
+        flops_per_token: float | None,
+        peak: float | None,
+        tensorboard: bool,
+        first_step: int,
+    ):
+        self.folder = Path(folder)
+        self.domains = tuple(domains)
+        self.max_steps = max_steps
+        self.flops_per_token = flops_per_token
+        self.peak = peak
+        self.writer = None
+        self.bar = None
+        self.reset()
+        if rank() > 0:
+            return
+        _forget_after(self.folder / "metrics.jsonl", first_step)
+        self.metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(self.folder / "tb"), purge_step=first_step + 1)
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=max_steps, initial=first_step, unit="step", dynamic_ncols=True)
+
+    def reset(self) -> None:
+        """Forget what was collected; the next interval starts now."""
+        self.scored: list[Scored] = []
+        self.norm: float | None = None
+        self.rate = 0.0
+        self.steps = 0
+        self.data_seconds = 0.0
+        self.step_seconds = 0.0
+        self.since = time.perf_counter()
+
+    def add(
+        self,
+        scored: Sequence[Scored],
+        norm: float | None,
+        rate: float,
+        data_seconds: float,
+        step_seconds: float,
+    ) -> None:
+        """Take in one step; nothing is read back from the device."""
+        self.scored += scored
+        self.norm, self.rate = norm, rate
+        self.steps += 1
+        self.data_seconds += data_seconds
+        self.step_seconds += step_seconds
+        if self.bar is not None:
+            self.bar.update()
+
+    def log(self, state: TrainState) -> None:
+        """Sum over all ranks, write one record, and count the tokens into `state`; collective."""
+        sums = torch.stack([torch.stack((s.total, s.items)) for s in self.scored]).double().sum(0)
+        dist.all_reduce(sums)
+        seconds = time.perf_counter() - self.since
+        totals, items = sums.tolist()
+        for domain, count in zip(self.domains, items, strict=True):
+            state.tokens[domain] = state.tokens.get(domain, 0) + round(count)
+        per_second = sum(items) / seconds
+        record: dict[str, object] = {
+            "step": state.step,
+            "tokens": sum(state.tokens.values()),
+            "loss": sum(totals) / max(1.0, sum(items)),
+            "loss_by_domain": {
+                domain: total / count
+                for domain, total, count in zip(self.domains, totals, items, strict=True)
+                if count
+            },
+            "lr": self.rate,
+            "grad_norm": self.norm,
+            "tokens_per_second": per_second,
+            "mfu": self._mfu(per_second),
+            "step_ms": 1e3 * self.step_seconds / self.steps,
+            "data_ms": 1e3 * self.data_seconds / self.steps,
+            "memory_bytes": _memory(),
+            "skipped": state.skipped,
+        }
+        if rank() == 0:
+            self._write(record)
+            self._show(record, seconds)
+        self.reset()
+
+    def evaluated(self, step: int, perplexity: Mapping[str, float], split: str) -> None:
+        """Write the perplexity of each domain; called on rank 0."""
+        self._write({"step": step, "perplexity": dict(perplexity), "split": split})
+        scores = "  ".join(f"{domain} {value:.2f}" for domain, value in perplexity.items())
+        self._say(f"step {step}  {split} perplexity  {scores}")
+        self.since = time.perf_counter()
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        if self.bar is not None:
+            self.bar.close()
+        if self.writer is not None:
+            self.writer.close()
+
+    def _mfu(self, tokens_per_second: float) -> float | None:
+        if self.peak is None or self.flops_per_token is None:
+            return None
+        return tokens_per_second * self.flops_per_token / (self.peak * dist.get_world_size())
+
+    def _write(self, record: Mapping[str, object]) -> None:
+        self.metrics.write(json.dumps(record) + "\n")
+        self.metrics.flush()
+        if self.writer is not None:
+            for tag, value in _tags(record).items():
+                self.writer.add_scalar(tag, value, record["step"])
+            self.writer.flush()
+
+    def _show(self, record: Mapping[str, object], seconds: float) -> None:
+        left = (self.max_steps - record["step"]) * seconds / self.steps
+        mfu = "n/a" if record["mfu"] is None else f"{100 * record['mfu']:.1f}%"
+        norm = "left out" if record["grad_norm"] is None else f"{record['grad_norm']:.3g}"
+        self._say(
+            f"step {record['step']}/{self.max_steps}  loss {record['loss']:.4f}  "
+            f"lr {record['lr']:.3g}  norm {norm}  "
+            f"{record['tokens_per_second']:,.0f} tok/s  MFU {mfu}  "
+            f"ETA {int(left) // 3600}:{int(left) // 60 % 60:02}:{int(left) % 60:02}"
+        )
+
+    def _say(self, line: str) -> None:
+        if self.bar is not None:
+            self.bar.write(line, file=sys.stderr)
+        else:
+            logger.info("%s", line)
+
+
+def peak_of(device_name: str) -> float | None:
+    """Dense bf16 FLOP/s of a device by its name; None for one that is not in the table."""
+    return next((peak for part, peak in DENSE_BF16_PEAK.items() if part in device_name), None)
+
+
+def write_environment(path: Path) -> None:
+    """Record versions and hardware beside a run; of the environment only harmless variables."""
+    packages = ("torch", "deepspeed", "transformers", "tokenizers", "numpy", "triton", "megamod")
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    cuda = torch.cuda.is_available()
+    write_json(
+        path,
+        {
+            "versions": {"python": platform.python_version(), **found},
+            "machine": platform.machine(),
+            "cpus": os.cpu_count(),
+            "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+            if cuda
+            else ["cpu"],
+            "world_size": dist.get_world_size() if dist.is_initialized() else 1,
+            "variables": {
+                name: os.environ[name]
+                for name in ("OMP_NUM_THREADS", "DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES")
+                if name in os.environ
+            },
+        },
+    )
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drop records of steps that a resumed run makes again."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if _step_of(line) <= step]
+        write_atomic(path, "".join(line + "\n" for line in kept))
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:  # the line a kill cut short
+        return float("inf")
+
+
+def _tags(record: Mapping[str, object]) -> dict[str, float]:
+    if "perplexity" in record:
+        scores = record["perplexity"]
+        return {f"{record['split']}/{domain}/ppl": value for domain, value in scores.items()}
+    tags = {f"train/{key}": record[key] for key in ("loss", "lr", "grad_norm", "tokens_per_second")}
+    tags |= {f"train/loss/{d}": value for d, value in record["loss_by_domain"].items()}
+    return {tag: value for tag, value in tags.items() if value is not None}
+
+
+def _memory() -> int:
+    """Peak bytes on the GPU, or the resident bytes of the process on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return psutil.Process().memory_info().rss

@@ -1,0 +1,73 @@
+"""What is minimised: from a batch to a loss, per system. The loop knows nothing else of a model."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import deepspeed
+import torch
+from torch import Tensor
+
+Batch = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What an objective makes of a micro-batch.
+
+    Attributes:
+        loss: differentiable scalar, the summed loss divided by the `items` asked for.
+        total: [E] float32, summed loss of each domain's sequences, in nats.
+        items: [E] float32, what was summed over (target tokens).
+    """
+
+    loss: Tensor
+    total: Tensor
+    items: Tensor
+
+
+class Objective(Protocol):
+    """Turns batches into losses."""
+
+    domains: tuple[str, ...]
+
+    def count(self, batch: Batch) -> int:
+        """Number of items (target tokens) in a batch, before any forward pass."""
+        ...
+
+    def score(self, engine: deepspeed.DeepSpeedEngine, batch: Batch, items: float) -> Scored:
+        """Run the model; `items` is what the summed loss is divided by."""
+        ...
+
+
+class CausalLM:
+    """Next-token cross entropy, every target token weighing the same."""
+
+    def __init__(self, domains: tuple[str, ...], device: torch.device):
+        self.domains = domains
+        self.device = device
+
+    def count(self, batch: Batch) -> int:
+        return batch["tokens"]
+
+    def score(self, engine: deepspeed.DeepSpeedEngine, batch: Batch, items: float) -> Scored:
+        labels = batch["labels"].to(self.device, non_blocking=True)
+        input_ids = batch["input_ids"].to(self.device, non_blocking=True)
+        mask = batch.get("attention_mask")
+        if mask is not None:
+            mask = mask.to(self.device, non_blocking=True)
+        else:
+            # Positions say that nothing is padded, so the model need not look.
+            positions = torch.arange(input_ids.shape[1], device=self.device).expand_as(input_ids)
+        output = engine(
+            input_ids,
+            attention_mask=mask,
+            position_ids=None if mask is not None else positions,
+            shift_labels=labels,
+            num_items_in_batch=items,
+            domain=batch["domain"],
+        )
+        of = batch["domains"].to(self.device, non_blocking=True)
+        totals = torch.zeros(2, len(self.domains), device=self.device)
+        totals[0].index_add_(0, of, -output.token_log_probs.sum(1))
+        totals[1].index_add_(0, of, (labels != -100).sum(1).float())
+        return Scored(output.loss, totals[0], totals[1])

@@ -1,0 +1,51 @@
+"""AdamW and the learning-rate schedule. The rate is a function of the step, so it needs no state."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+
+Schedule = Callable[[int], float]
+
+
+def adamw(
+    parameters: Iterable[nn.Parameter] | list[dict[str, object]],
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> torch.optim.AdamW:
+    """AdamW with decoupled weight decay; the caller sets the learning rate before every step."""
+    return torch.optim.AdamW(
+        parameters, lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay, fused=True
+    )
+
+
+def linear(peak: float, warmup_steps: int, max_steps: int) -> Schedule:
+    """Linear from 0 to peak over the warm-up, then linear to 0 at the last step.
+
+    The value for n finished steps is in force for the step that follows, so with a warm-up the very
+    first step has rate 0 (fairseq's polynomial_decay with power 1).
+    """
+
+    def rate(finished: int) -> float:
+        if finished <= warmup_steps and warmup_steps:
+            return peak * finished / warmup_steps
+        remaining = max(0, max_steps - finished) / max(1, max_steps - warmup_steps)
+        return peak * remaining
+
+    return rate
+
+
+def constant(peak: float, warmup_steps: int, max_steps: int) -> Schedule:
+    """Linear from 0 to peak over the warm-up, then constant."""
+    return lambda finished: peak * min(1.0, finished / warmup_steps if warmup_steps else 1.0)
+
+
+SCHEDULES = {"linear": linear, "constant": constant}
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Put a learning rate in force in every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate

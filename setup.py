@@ -1,0 +1,38 @@
+"""Packaging: two import packages (megamod, megamod_kernels) from one repository."""
+
+from setuptools import find_packages, setup
+
+CORE = [
+    "torch>=2.10",
+    "deepspeed>=0.19,<0.20",
+    "transformers>=5.17,<6",
+    "datasets>=5.2,<6",
+    "sentencepiece>=0.2",
+    "tensorboard>=2.20",
+    "safetensors>=0.8",
+    "numpy>=2.2",
+    "scipy>=1.15",
+    "scikit-learn>=1.6",
+    "matplotlib>=3.10",
+    "pyyaml>=6",
+    "tqdm>=4.66",
+    "psutil>=6",
+]
+TRITON = ["triton>=3.6; platform_system == 'Linux'"]
+DEV = ["pytest>=9", "pytest-timeout>=2.4", "hypothesis>=6.150", "ruff>=0.14", "pre-commit>=4", "build>=1.2"]
+
+setup(
+    name="megamod",
+    version="0.1.0",
+    description="Modular language models on DeepSpeed: experts, multiplexing, conditioning, merging",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["megamod", "megamod.*"])
+    + find_packages("kernels", include=["megamod_kernels*"]),
+    package_dir={"megamod_kernels": "kernels/megamod_kernels"},
+    install_requires=CORE,
+    extras_require={"triton": TRITON, "dev": DEV + TRITON},
+)

@@ -1,0 +1,214 @@
+"""A tiny model trained on made-up ragged batches, by the real loop and by a plain reference."""
+
+from pathlib import Path
+
+import torch
+
+from megamod.dist.process import rank as my_rank
+from megamod.dist.process import world_size
+from megamod.dist.scope import Sharing, sharing_of
+from megamod.dist.topology import DomainTopology
+from megamod.models.configuration import DemixConfig
+from megamod.models.demix_lm import DemixForCausalLM, initialise
+from megamod.train.optim import adamw, linear, set_rate
+
+DOMAINS = ("law", "med", "code", "news")
+VOCAB, LENGTH, MICRO = 40, 12, 2
+# With a usual eps Adam turns rounding noise of gradients that are zero in exact arithmetic (the key
+# bias) into updates of full size; with this one the update is smooth in the gradient.
+RECIPE = dict(betas=(0.9, 0.95), eps=1e-2, weight_decay=0.1)
+PEAK, WARMUP = 3e-3, 2
+
+
+def tiny_config(untie: str, domains=DOMAINS) -> DemixConfig:
+    return DemixConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=LENGTH,
+        domains=list(domains),
+        untie="none" if untie == "all" else untie,
+    )
+
+
+def make_batch(domain: str, step: int, index: int, ragged: bool = True) -> dict[str, object]:
+    """Micro-batch `index` of a domain in a step; some rows are padded on the right."""
+    seed = DOMAINS.index(domain) * 10_000 + step * 100 + index
+    generator = torch.Generator().manual_seed(seed)
+    low = 2 + 9 * DOMAINS.index(domain)  # domains use different words
+    tokens = torch.randint(low, low + 10, (MICRO, LENGTH + 1), generator=generator)
+    ids, labels = tokens[:, :-1].clone(), tokens[:, 1:].clone()
+    batch = {"domain": domain, "domains": torch.full((MICRO,), DOMAINS.index(domain))}
+    if ragged:
+        length = int(torch.randint(3, LENGTH + 1, (), generator=generator))
+        ids[-1, length:], labels[-1, length:] = 1, -100
+        batch["attention_mask"] = ids != 1
+    return {
+        **batch,
+        "input_ids": ids,
+        "labels": labels,
+        "tokens": int((labels != -100).sum()),
+    }
+
+
+def batches_of(topology: DomainTopology, per_domain: int):
+    """This rank's micro-batches from a step on; `per_domain` micro-batches per domain and step.
+
+    In dense training rank r takes every W-th of all micro-batches of the step.
+    """
+    rank = my_rank()
+
+    def batches_from(step: int):
+        while True:
+            if topology.sharing is Sharing.DENSE:
+                everything = [(d, i) for d in DOMAINS for i in range(per_domain)]
+                mine = everything[rank :: topology.world_size]
+            else:
+                part, parts = topology.group_rank(rank), topology.ranks_per_domain
+                mine = [
+                    (d, i) for i in range(part, per_domain, parts) for d in topology.domains_of(rank)
+                ]
+            for domain, index in mine:
+                batch = make_batch(domain, step, index)
+                if topology.sharing is not Sharing.DEMIX:
+                    batch["domain"] = None
+                yield batch
+            step += 1
+
+    return batches_from
+
+
+def reference(untie: str, steps: int, per_domain: int, clip: float):
+    """The joint objective in one process without DeepSpeed: weights by name, norms by step.
+
+    For independent models, a dict by domain of such weights, each trained on its domain alone.
+    """
+    if untie == "all":
+        return {
+            d: _reference(tiny_config("none"), (d,), steps, per_domain, clip)[0] for d in DOMAINS
+        }
+    return _reference(tiny_config(untie), DOMAINS, steps, per_domain, clip)[0]
+
+
+def _reference(config, domains, steps, per_domain, clip):
+    model = DemixForCausalLM(config)
+    initialise(model, seed=5)
+    optimizer = adamw(list(model.parameters()), **RECIPE)
+    schedule, norms = linear(PEAK, WARMUP, 10), []
+    for step in range(steps):
+        batches = [make_batch(d, step, i) for d in domains for i in range(per_domain)]
+        items = sum(batch["tokens"] for batch in batches)
+        for batch in batches:
+            model(
+                batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                shift_labels=batch["labels"],
+                num_items_in_batch=items,
+                domain=batch["domain"] if config.untie != "none" else None,
+            ).loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip)))
+        set_rate(optimizer, schedule(step))
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: p.detach() for name, p in model.named_parameters()}, norms
+
+
+def ds_config(stage: int, micro_steps: int, clip: float, precision: str = "fp32") -> dict:
+    config = {
+        "train_micro_batch_size_per_gpu": MICRO,
+        "gradient_accumulation_steps": micro_steps,
+        "gradient_clipping": clip,
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "use_data_before_expert_parallelism": True,
+        "steps_per_print": None,
+    }
+    if precision == "bf16":
+        config["bf16"] = {"enabled": True, "check_grad_overflow": True}
+    if precision == "fp16":
+        config["fp16"] = {"enabled": True, "initial_scale_power": 7}
+    return config
+
+
+def run_tiny(
+    folder: Path,
+    untie: str,
+    stage: int,
+    max_steps: int,
+    *,
+    per_domain: int = 2,
+    clip: float = 0.5,
+    stop_step: int | None = None,
+    save_steps: int = 0,
+    resume: str = "auto",
+    precision: str = "fp32",
+    nonfinite: str = "stop",
+    spike_factor: float = 0.0,
+    batches=None,
+    settings: dict | None = None,
+):
+    """Train with the real loop; returns (engine, state, topology)."""
+    from megamod.train.checkpoint import Checkpoints, TrainState
+    from megamod.train.engine import build_engine
+    from megamod.train.export import ModelExport
+    from megamod.train.loop import Plan, train
+    from megamod.train.monitor import Monitor
+    from megamod.train.objectives import CausalLM
+
+    sharing = sharing_of(untie)
+    topology = DomainTopology(world_size(), DOMAINS, sharing)
+    config = tiny_config(untie)
+    held = topology.domains_of(my_rank())
+    model = DemixForCausalLM(config, held if sharing is Sharing.DEMIX else None)
+    initialise(model, seed=5)
+    everything = per_domain * len(DOMAINS)
+    micro_steps = everything // world_size()
+    engine = build_engine(
+        model,
+        lambda groups: adamw(groups, **RECIPE),
+        ds_config(stage, micro_steps, clip, precision),
+        topology,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    run_file = folder / "run.yaml"
+    if my_rank() == 0:
+        run_file.write_text("seed: 5\n")
+    torch.distributed.barrier()
+    checkpoints = Checkpoints(
+        folder / "checkpoints",
+        engine,
+        topology,
+        ModelExport(engine, config, topology, None, run_file, "none"),
+        settings or {"untie": untie},
+        keep=None,
+    )
+    state = checkpoints.resume(resume) or TrainState()
+    plan = Plan(
+        max_steps=10,
+        stop_step=max_steps if stop_step is None else stop_step,
+        micro_steps=micro_steps,
+        schedule=linear(PEAK, WARMUP, 10),
+        max_grad_norm=clip,
+        logging_steps=2,
+        eval_steps=0,
+        save_steps=save_steps,
+        seed=5,
+        nonfinite=nonfinite,
+        spike_factor=spike_factor,
+        save_failure="continue",
+    )
+    monitor = Monitor(folder, DOMAINS, 10, None, None, False, state.step)
+    state = train(
+        engine,
+        CausalLM(DOMAINS, torch.device("cpu")),
+        batches or batches_of(topology, per_domain),
+        plan,
+        state,
+        checkpoints,
+        monitor,
+        lambda step: None,
+    )
+    monitor.close()
+    return engine, state, topology
