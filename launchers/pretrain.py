@@ -12,16 +12,10 @@ The same command resumes an interrupted run. DATABIN comes from launchers/prepro
 
 from pathlib import Path
 
-from megamod.args import (
-    DataArgs,
-    ModelArgs,
-    OptimArgs,
-    RunArgs,
-    SafetyArgs,
-    parse_args,
-    require,
-)
+from megamod.args import DataArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs, parse_args, require
 from megamod.errors import run
+
+SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
 
 def main() -> None:
@@ -31,42 +25,166 @@ def main() -> None:
     require(run_args, "output_dir")
     require(data_args, "data")
     # Only now the heavy imports, so that --help and mistakes in flags answer at once.
+    import torch
     import torch.distributed as dist
 
-    from megamod.data.lm import DataBin, LmData
-    from megamod.dist.process import init_process, rank, world_size
+    from megamod.data.lm import train_loader
+    from megamod.data.pretraining import LmData
+    from megamod.dist.process import init_process
     from megamod.dist.scope import Sharing, sharing_of
     from megamod.dist.topology import DomainTopology
-    from megamod.evaluation.perplexity import DomainEvaluation
-    from megamod.models.auto import build_lm, lm_config
+    from megamod.evaluation.perplexity import DENSE, DomainEvaluation, own_scores
+    from megamod.evaluation.report import write_report
+    from megamod.models.auto import active_parameters, build_lm, lm_config
     from megamod.train import setup
     from megamod.train.checkpoint import Checkpoints, TrainState
     from megamod.train.engine import build_engine
-    from megamod.train.export import ModelExport
+    from megamod.train.export import ModelExport, publish
     from megamod.train.loop import train
-    from megamod.train.monitor import Monitor, peak_of
+    from megamod.train.monitor import Monitor, peak_of, training_flops_per_token
     from megamod.train.objectives import CausalLM
     from megamod.train.optim import adamw
 
-    # Everything a user can get wrong is looked at before any process waits for another.
+    # What a user can get wrong is looked at before any process waits for another.
     setup.start_logging()
-    data_bin = DataBin(Path(data_args.data))
-    data = LmData(data_bin, data_args, run_args)
+    output = Path(run_args.output_dir)
+    data = LmData(
+        data_args.data,
+        domains=data_args.domains,
+        block_size=data_args.max_seq_length,
+        domain_token=data_args.domain_token,
+    )
     sharing = sharing_of(model_args.untie)
-    topology = DomainTopology(setup.environment_world_size(), data.domains, sharing)
+    topology = DomainTopology(setup.started_world_size(), data.domains, sharing)
+    rank, apart = setup.started_rank(), sharing is not Sharing.DENSE
+    held = topology.domains_of(rank)
+    part, parts = topology.group_rank(rank), len(topology.ranks_of(held[0]))
     config = lm_config(
         model_args.model,
         vocab_size=data.vocab_size,
-        special_ids=data_bin.special_ids,
+        special_ids=data.special_ids,
         domains=data.domains,
         untie=model_args.untie,
         max_positions=data_args.max_seq_length,
         attn_implementation=model_args.attn_implementation,
-        overrides={
-            name: getattr(model_args, name)
-            for name in ("hidden_size", "num_hidden_layers", "num_attention_heads",
-                         "intermediate_size")
-        },
+        overrides={name: getattr(model_args, name) for name in SHAPE},
     )
     ds_config = setup.engine_config(run_args, safety, optim, topology, config.hidden_size)
     plan = setup.make_plan(run_args, safety, optim, topology)
+    global_batch = run_args.per_device_train_batch_size * plan.micro_steps * topology.world_size
+    batches = data.train_batches(
+        sampler=data_args.sampler,
+        alpha=data_args.alpha,
+        seed=run_args.seed,
+        micro_batch=run_args.per_device_train_batch_size,
+        global_batch=global_batch,
+        rank=part,
+        ranks=parts,
+        held=held if apart else None,
+    )
+
+    device = init_process(safety.dist_timeout)
+    setup.check_agreement({"the run": repr(parsed), "the data": data.digest})
+    table = setup.group_table(topology, device)
+    if rank == 0:
+        print(table, flush=True)
+    if safety.print_groups:
+        return
+    model = build_lm(
+        config,
+        seed=run_args.seed,
+        init_from=model_args.init_from,
+        local_domains=held if sharing is Sharing.DEMIX else None,
+    )
+    if model_args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    engine = build_engine(
+        model,
+        lambda groups: adamw(
+            groups,
+            betas=(optim.adam_beta1, optim.adam_beta2),
+            eps=optim.adam_epsilon,
+            weight_decay=optim.weight_decay,
+        ),
+        ds_config,
+        topology,
+    )
+    if rank == 0:
+        output.mkdir(parents=True, exist_ok=True)
+        setup.record_run(output, ds_config, parsed)
+    dist.barrier()
+    export = ModelExport(
+        engine, config, topology, data.tokenizer_folder, output / "run.yaml", data.digest
+    )
+    checkpoints = Checkpoints(
+        output / "checkpoints",
+        engine,
+        topology,
+        export,
+        setup.settings_to_keep(parsed, data.digest, global_batch),
+        run_args.save_total_limit,
+    )
+    state = checkpoints.resume(safety.resume) or TrainState()
+
+    evaluate = DomainEvaluation(
+        model=engine.module,
+        experts=topology.domains if apart else (DENSE,),
+        held=held if apart else (DENSE,),
+        choose=sharing is Sharing.DEMIX,
+        domains=data.domains,
+        batches=lambda domain: data.eval_batches(
+            domain,
+            data_args.eval_split,
+            run_args.per_device_eval_batch_size,
+            run_args.eval_batches,
+        ),
+        bytes_of=lambda domain: (
+            0 if run_args.eval_batches else data.bytes_of(domain, data_args.eval_split)
+        ),
+        part=part,
+        parts=parts,
+        device=device,
+        reduce=dist.all_reduce,
+    )
+    monitor = Monitor(
+        output,
+        data.domains,
+        run_args.max_steps,
+        training_flops_per_token(
+            active_parameters(model),
+            config.num_hidden_layers,
+            config.hidden_size,
+            data_args.max_seq_length,
+        ),
+        peak_of(torch.cuda.get_device_name()) if device.type == "cuda" else None,
+        run_args.report_to == "tensorboard",
+        state.step,
+    )
+    state = train(
+        engine,
+        CausalLM(data.domains, device, choose=sharing is Sharing.DEMIX),
+        lambda step: train_loader(
+            batches,
+            step * plan.micro_steps,
+            data_args.dataloader_num_workers,
+            pin_memory=device.type == "cuda",
+        ),
+        plan,
+        state,
+        checkpoints,
+        monitor,
+        lambda step: monitor.evaluated(
+            step,
+            {d: s.perplexity for d, s in own_scores(evaluate(own_only=True)).items()},
+            data_args.eval_split,
+        ),
+    )
+    matrix = evaluate()
+    publish(export, output / "model")
+    if rank == 0:
+        monitor.close()
+        print(write_report(output, matrix, data_args.eval_split, state.step))
+
+
+if __name__ == "__main__":
+    run(main)

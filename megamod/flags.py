@@ -8,6 +8,7 @@ that `--help` may take.
 
 import argparse
 import difflib
+import math
 import os
 import re
 import sys
@@ -119,10 +120,12 @@ def save_run(path: Path, *parsed: Arguments) -> None:
     for args in parsed:
         lines.append(f"# {type(args).__doc__.splitlines()[0]}")
         for f in fields(args):
-            value = {f.name: getattr(args, f.name)}
-            text = yaml.safe_dump(value, default_flow_style=None, width=2**20).rstrip("\n")
+            # As the only item of a list in brackets, any value is written in a single line.
+            listed = yaml.safe_dump(
+                [getattr(args, f.name)], default_flow_style=True, width=math.inf
+            )
             origin = " ".join(origin_of(args, f.name).split())
-            lines.append(f"{text}  # {origin}" if "\n" not in text else text)
+            lines.append(f"{f.name}: {listed.strip()[1:-1]}  # {origin}")
         lines.append("")
     write_atomic(path, "\n".join(lines))
 

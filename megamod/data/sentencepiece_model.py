@@ -16,7 +16,7 @@ UNIGRAM, BPE = 1, 2  # model types
 LONGEST_LINE = 4000  # characters; the trainer skips lines it finds too long
 PROBE = (
     " Ships  sail.\tDon't pay 12,345.67 (a+b)==c_d; Größe naïve İstanbul русский 漢字 かな 한국어",
-    "עברית ﬁ ① ½ e\u0301 \u00a0\u200b😀 ------ ____ <s> ",
+    "עברית ﬁ ① ½ e\u0301 \u00a0\u200b😀 ------ ____ ",
     "two\nlines",
 )
 
@@ -81,6 +81,10 @@ def train(texts: Iterable[str], vocab_size: int, where: str) -> bytes:
 
 def convert(content: bytes, where: str) -> tuple["tokenizers.Tokenizer", dict[str, int | None]]:
     """The `tokenizers` form of a serialised model, and its ids of bos, pad, eos and unk.
+
+    BPE models give the same ids on any text. Of a unigram model two things can differ: which of
+    several equally good ways to cut a run such as "!!!!" is taken, and text that spells a special
+    piece, which becomes that piece.
 
     Raises:
         UserError: if `content` is no model, or one whose ids `tokenizers` does not reproduce.

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,7 +61,17 @@ class Tokenizer:
         self.backend.no_padding()
         self.backend.encode_special_tokens = self.literal_specials
 
-    @property
+    def __getstate__(self) -> dict:
+        """What another process needs to encode: all but the originals."""
+        return {**vars(self), "backend": self.backend.to_str(), "files": {}, "original": None}
+
+    def __setstate__(self, state: dict) -> None:
+        from tokenizers import Tokenizer as Backend
+
+        vars(self).update(state, backend=Backend.from_str(state["backend"]))
+        self.__post_init__()
+
+    @cached_property
     def vocab_size(self) -> int:
         """One more than the largest id."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
@@ -86,28 +97,33 @@ class Tokenizer:
         across such a place, except that those which put a blank before the first word put one at
         each cut.
         """
-        cut = [list(_cut(text)) for text in texts]
-        parts = [part for parts in cut for part in parts]
-        encoded = self.backend.encode_batch_fast(parts, add_special_tokens=False)
-        ids = iter([np.array(one.ids, dtype=np.int32) for one in encoded])
-        return [np.concatenate([next(ids) for _ in parts]) for parts in cut]
+        if all(len(text) <= LONGEST for text in texts):
+            return self._encode(texts)
+        return [np.concatenate([self._encode([part])[0] for part in _cut(text)]) for text in texts]
+
+    def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encoded = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(one.ids, dtype=np.int32) for one in encoded]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; special tokens are left out."""
         return self.backend.decode([int(one) for one in ids], skip_special_tokens=True)
 
-    def fairseq_dictionary(self) -> Dictionary | None:
-        """What `dict.txt` says: None unless the special ids are 0..3 in fairseq's order.
+    def save_dictionary(self, path: Path) -> None:
+        """Write fairseq's dict.txt, if the special ids are 0..3 in fairseq's order.
 
-        As fairseq does for GPT-2, the symbols are decimal ids of the tokenizer, because a token
-        may hold blanks and line ends.
+        GPT-2 has its own. Elsewhere, as fairseq does for GPT-2, the symbols are decimal ids,
+        because a token may hold blanks and line ends.
         """
         if tuple(self.special_ids.values()) != (0, 1, 2, 3):
-            return None
+            return
+        if "dict.txt" in self.files:
+            write_atomic(path, self.files["dict.txt"])
+            return
         dictionary = Dictionary()
         for one in range(len(FAIRSEQ_SYMBOLS), self.vocab_size):
             dictionary.add(str(one), 1)
-        return dictionary
+        dictionary.save(path)
 
     def save(self, folder: str | Path) -> None:
         """Write a folder that `load_tokenizer` and `AutoTokenizer.from_pretrained` both read."""

@@ -7,6 +7,7 @@ agree, and a run's defaults give way to the JSON.
 
 import difflib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -51,7 +52,7 @@ class ResolvedConfig(NamedTuple):
         config: for `deepspeed.initialize`; without an optimizer, and without train_batch_size,
             which DeepSpeed derives from its own data-parallel world (in BTM that of a domain).
         values: by key path, the final value of everything the run and the JSON both decide: batch
-            sizes (train_batch_size in sequences over all ranks), gradient_clipping, bf16.enabled,
+            sizes, gradient_clipping, bf16.enabled,
             fp16.enabled, optimizer.params.{lr,betas,eps,weight_decay}.
     """
 
@@ -226,7 +227,11 @@ def _check_scalars(name: str, config: dict) -> None:
             continue
         right = type(value) is kind or (kind is float and type(value) is int)
         # Whole numbers are sizes and intervals; the others are factors and norms.
-        if not right or (kind is int and value < 1) or (kind is float and value < 0):
+        if (
+            not right
+            or (kind is int and value < 1)
+            or (kind is float and not 0 <= value < math.inf)
+        ):
             least = {int: ", 1 or more", float: ", 0 or more"}.get(kind, "")
             raise UserError(f"{name}: {key} is {value!r}; it must be a {kind.__name__}{least}")
 
@@ -309,7 +314,9 @@ def _check_optimizer(name: str, block: dict) -> None:
         raise UserError(f"{name}: optimizer.type is {kind!r}; the run trains with AdamW only")
     for key, value in block.get("params", {}).items():
         numbers = value if key == "betas" and isinstance(value, list) else [value]
-        if key != "torch_adam" and not all(type(n) in (int, float) and n >= 0 for n in numbers):
+        if key != "torch_adam" and not all(
+            type(n) in (int, float) and 0 <= n < math.inf for n in numbers
+        ):
             raise UserError(f"{name}: optimizer.params.{key} is {value!r}; give a number from 0")
         if key == "betas" and (len(numbers) != 2 or max(numbers) >= 1):
             raise UserError(
@@ -333,6 +340,8 @@ def _check_blocks(name: str, config: dict) -> None:
             first = error.errors()[0]
             key = ".".join([where, *map(str, first["loc"])])
             raise UserError(f"{name}: {key} is {first['input']!r}: {first['msg']}") from error
+        except AssertionError as error:
+            raise UserError(f"{name}: {where}: {error}") from error
 
 
 def _without_nulls(value: object) -> object:

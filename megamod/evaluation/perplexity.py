@@ -1,13 +1,18 @@
-"""Perplexity of language models, per domain, and of every expert on every domain."""
+"""Perplexity of language models per domain: each under its own expert, or under every expert."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import nn
 
 Batch = dict[str, object]
+Matrix = dict[str, dict[str, "Score"]]
+"""Scores by expert (row) and domain (column)."""
+
+DENSE = "dense"  # the row of a model whose domains share everything
 
 
 @dataclass(frozen=True)
@@ -16,32 +21,85 @@ class Score:
 
     nll: float
     tokens: int
-    bytes: int
+    bytes: int = 0
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean per token, `</s>` of each item included; inf where it overflows."""
+        """exp of the mean per token, the `</s>` of each item included; inf where it overflows."""
         mean = self.nll / max(1, self.tokens)
         return math.exp(mean) if mean < 700 else math.inf
 
     @property
-    def bits_per_byte(self) -> float:
-        """Comparable between tokenizers; nan if the bytes are not known."""
-        return self.nll / math.log(2) / self.bytes if self.bytes else math.nan
+    def bits_per_byte(self) -> float | None:
+        """Comparable between tokenizers; None if the bytes scored are not known."""
+        return self.nll / math.log(2) / self.bytes if self.bytes else None
+
+
+@dataclass
+class DomainEvaluation:
+    """Scores every expert of a run on held-out text; to be called on all ranks at once.
+
+    Attributes:
+        model: the module to score.
+        experts: names of all rows, for a dense model (`DENSE`,).
+        held: rows this rank can score; `DENSE` and an independent model's own domain included.
+        choose: True if the model must be told which expert to use.
+        domains: names of all columns.
+        batches: from a domain to its batches, in a fixed order.
+        bytes_of: from a domain to the UTF-8 bytes that all its batches stand for; 0 if unknown.
+        part, parts: this rank's place among those that hold the same rows; they share the work.
+        reduce: sums a tensor over all ranks, in place.
+    """
+
+    model: nn.Module
+    experts: Sequence[str]
+    held: Sequence[str]
+    choose: bool
+    domains: Sequence[str]
+    batches: Callable[[str], Iterable[Batch]]
+    bytes_of: Callable[[str], int]
+    part: int
+    parts: int
+    device: torch.device
+    reduce: Callable[[torch.Tensor], None]
+
+    def __call__(self, own_only: bool = False) -> Matrix:
+        """The matrix of scores; with `own_only` each expert on its own domain and nothing else.
+
+        Source: Gururangan et al. 2022 (DEMix), table 3, without mixing.
+        """
+        sums = torch.zeros(
+            len(self.experts), len(self.domains), 2, dtype=torch.float64, device=self.device
+        )
+        for row, expert in enumerate(self.experts):
+            if expert not in self.held:
+                continue
+            for column, domain in enumerate(self.domains):
+                if own_only and expert not in (domain, DENSE):
+                    continue
+                mine = share_of(self.batches(domain), self.part, self.parts)
+                chosen = expert if self.choose else None
+                sums[row, column] = score_batches(self.model, mine, chosen, self.device)
+        self.reduce(sums)
+        return {
+            expert: {
+                domain: Score(float(nll), int(tokens), self.bytes_of(domain))
+                for domain, (nll, tokens) in zip(self.domains, sums[row].tolist(), strict=True)
+                if tokens
+            }
+            for row, expert in enumerate(self.experts)
+        }
 
 
 @torch.no_grad()
 def score_batches(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    domain: str | None,
-    device: torch.device,
+    model: nn.Module, batches: Iterable[Batch], domain: str | None, device: torch.device
 ) -> torch.Tensor:
     """[2] float64: summed nll and number of targets; batches of weight 0 only keep ranks in step.
 
     Tokens whose log-probability is not finite are left out of both, as in the DEMix release.
     """
-    training, model_sums = model.training, torch.zeros(2, dtype=torch.float64, device=device)
+    training, sums = model.training, torch.zeros(2, dtype=torch.float64, device=device)
     model.eval()
     for batch in batches:
         labels = batch["labels"].to(device)
@@ -54,44 +112,50 @@ def score_batches(
         )
         counted = (labels != -100) & output.token_log_probs.isfinite()
         weight = float(batch.get("weight", 1.0))
-        model_sums[0] -= weight * output.token_log_probs[counted].double().sum()
-        model_sums[1] += weight * counted.sum()
+        sums[0] -= weight * output.token_log_probs[counted].double().sum()
+        sums[1] += weight * counted.sum()
     model.train(training)
-    return model_sums
+    return sums
 
 
-def share_of(batches: Sequence[Batch] | Iterable[Batch], part: int, parts: int) -> list[Batch]:
+def share_of(batches: Iterable[Batch], part: int, parts: int) -> Iterator[Batch]:
     """Every `parts`-th batch from the `part`-th on; all parts equally long.
 
-    A part that would be shorter repeats a batch with weight 0, because ranks that hold a model
-    together (ZeRO 3) must run it equally often.
+    A part that would be shorter repeats its round's first batch with weight 0, because ranks that
+    hold a model together (ZeRO 3) must run it equally often.
     """
-    batches = list(batches)
-    size = math.ceil(len(batches) / parts)
-    mine = batches[part::parts]
-    return mine + [{**batches[0], "weight": 0.0}] * (size - len(mine))
+    batches = iter(batches)
+    while taken := list(islice(batches, parts)):
+        yield taken[part] if part < len(taken) else {**taken[0], "weight": 0.0}
 
 
-def domain_matrix(
-    experts: Sequence[str],
-    domains: Sequence[str],
-    score: Callable[[str, str], Score],
-) -> dict[str, dict[str, Score]]:
-    """Scores of every expert (row) on every domain (column)."""
-    return {expert: {domain: score(expert, domain) for domain in domains} for expert in experts}
+def perplexities(matrix: Matrix) -> dict[str, dict[str, float]]:
+    """The matrix in perplexities."""
+    return {e: {d: s.perplexity for d, s in row.items()} for e, row in matrix.items()}
 
 
-def format_matrix(matrix: Mapping[str, Mapping[str, float]], title: str) -> str:
-    """A matrix of perplexities as aligned text; the best of each column is starred."""
+def own_scores(matrix: Matrix) -> dict[str, Score]:
+    """Each domain under its own expert, or under the dense model."""
+    return {
+        domain: matrix[domain if domain in matrix else DENSE][domain]
+        for domain in {d: None for row in matrix.values() for d in row}
+    }
+
+
+def format_matrix(matrix: Mapping[str, Mapping[str, float]]) -> str:
+    """Perplexities as aligned text, experts down, domains across; the best of a column starred."""
     columns = list(next(iter(matrix.values())))
     best = {c: min(row[c] for row in matrix.values()) for c in columns}
-    rows = [[title, *columns]]
+    table = [["expert \\ text", *columns]]
     for name, row in matrix.items():
-        cells = (f"{row[c]:.2f}" + ("*" if row[c] == best[c] and len(matrix) > 1 else " ")
-                 for c in columns)
-        rows.append([name, *cells])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        marks = ("*" if row[c] == best[c] and len(matrix) > 1 else " " for c in columns)
+        cells = (f"{row[c]:.2f}{mark}" for c, mark in zip(columns, marks, strict=True))
+        table.append([name, *cells])
+    widths = [max(map(len, cells)) for cells in zip(*table, strict=True)]
     return "\n".join(
-        row[0].ljust(widths[0]) + "".join("  " + c.rjust(w) for c, w in zip(row[1:], widths[1:]))
-        for row in rows
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in table
     )

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from megamod.dist.scope import dense_name
+from megamod.dist.scope import dense_name, domain_of_name
 from megamod.errors import UserError
 from megamod.models.configuration import PRESETS, DemixConfig
 from megamod.models.demix_lm import DemixForCausalLM, initialise
@@ -98,3 +98,13 @@ def build_lm(
         parameter.data.copy_(state[name])
     model.tie_weights()
     return model
+
+
+def active_parameters(model: DemixForCausalLM) -> int:
+    """Parameters that one token passes through: one expert of each kind, no position table."""
+    held = next((domain_of_name(name) for name, _ in model.named_parameters() if "experts" in name), None)
+    return sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if domain_of_name(name) in (None, held) and "positions" not in name
+    )

@@ -13,6 +13,7 @@ from torch import Tensor
 from megamod import __version__
 from megamod.dist.scope import Sharing, domain_of_name
 from megamod.dist.topology import DomainTopology
+from megamod.files import sync_folder, sync_tree
 from megamod.models.configuration import DemixConfig
 from megamod.states.weights import write_index, write_weights
 
@@ -123,3 +124,19 @@ class ModelExport:
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
         return [folder / name for name in ("config.json", "README.md", *(f.name for f in copies))]
+
+
+def publish(export: ModelExport, folder: Path) -> None:
+    """Write the model folder beside the checkpoints, whole or not at all; collective."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    if dist.get_rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    export(temporary)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        sync_tree(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+        sync_folder(folder.parent)

@@ -130,10 +130,11 @@ class Monitor:
         self.reset()
 
     def evaluated(self, step: int, perplexity: Mapping[str, float], split: str) -> None:
-        """Write the perplexity of each domain; called on rank 0."""
-        self._write({"step": step, "perplexity": dict(perplexity), "split": split})
-        scores = "  ".join(f"{domain} {value:.2f}" for domain, value in perplexity.items())
-        self._say(f"step {step}  {split} perplexity  {scores}")
+        """Take in the perplexity of each domain."""
+        if rank() == 0:
+            self._write({"step": step, "perplexity": dict(perplexity), "split": split})
+            scores = "  ".join(f"{domain} {value:.2f}" for domain, value in perplexity.items())
+            self._say(f"step {step}  {split} perplexity  {scores}")
         self.since = time.perf_counter()
 
     def close(self) -> None:
@@ -177,6 +178,15 @@ class Monitor:
 def peak_of(device_name: str) -> float | None:
     """Dense bf16 FLOP/s of a device by its name; None for one that is not in the table."""
     return next((peak for part, peak in DENSE_BF16_PEAK.items() if part in device_name), None)
+
+
+def training_flops_per_token(active_parameters: int, layers: int, width: int, length: int) -> float:
+    """6 N + 12 L D T: forward and backward, attention included (Chowdhery et al. 2022, appendix B).
+
+    Args:
+        active_parameters: N, those a token passes through, without the position table.
+    """
+    return 6.0 * active_parameters + 12.0 * layers * width * length
 
 
 def write_environment(path: Path) -> None:

@@ -40,11 +40,17 @@ class Objective(Protocol):
 
 
 class CausalLM:
-    """Next-token cross entropy, every target token weighing the same."""
+    """Next-token cross entropy, every target token weighing the same.
 
-    def __init__(self, domains: tuple[str, ...], device: torch.device):
+    Args:
+        domains: names by number.
+        choose: True if the model must be told which domain's expert to use.
+    """
+
+    def __init__(self, domains: tuple[str, ...], device: torch.device, choose: bool):
         self.domains = domains
         self.device = device
+        self.choose = choose
 
     def count(self, batch: Batch) -> int:
         return batch["tokens"]
@@ -64,7 +70,7 @@ class CausalLM:
             position_ids=None if mask is not None else positions,
             shift_labels=labels,
             num_items_in_batch=items,
-            domain=batch["domain"],
+            domain=self.domains[batch["domain"]] if self.choose else None,
         )
         of = batch["domains"].to(self.device, non_blocking=True)
         totals = torch.zeros(2, len(self.domains), device=self.device)

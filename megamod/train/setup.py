@@ -5,12 +5,21 @@ import os
 import sys
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from megamod.args import Arguments, OptimArgs, RunArgs, SafetyArgs, origin_of, save_run
+from megamod.args import (
+    Arguments,
+    OptimArgs,
+    RunArgs,
+    SafetyArgs,
+    follow_ds_values,
+    origin_of,
+    save_run,
+)
 from megamod.dist.ds_config import check_sharing, resolve_ds_config
 from megamod.dist.process import control, gather_text
 from megamod.dist.scope import Sharing
@@ -27,6 +36,7 @@ DS_KEYS = {
     "train_batch_size": "global_batch_size",
     "gradient_clipping": "max_grad_norm",
     "optimizer.params.lr": "learning_rate",
+    "optimizer.params.betas": "adam_beta2",
     "optimizer.params.eps": "adam_epsilon",
     "optimizer.params.weight_decay": "weight_decay",
     "bf16.enabled": "precision",
@@ -35,15 +45,40 @@ DS_KEYS = {
 """Keys of a DeepSpeed file that say the same as one of our fields."""
 
 
+def started_world_size() -> int:
+    """Number of ranks that the launcher announced; 1 for plain `python`."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def started_rank() -> int:
+    """This process's rank as the launcher announced it; 0 for plain `python`."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def start_logging() -> None:
     """Rank 0 at INFO, the others at WARNING; libraries at WARNING."""
-    rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(
         stream=sys.stderr, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"
     )
-    logging.getLogger("megamod").setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    logging.getLogger("megamod").setLevel(logging.INFO if started_rank() == 0 else logging.WARNING)
     for name in ("DeepSpeed", "deepspeed", "transformers"):
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+FREE_ON_RESUME = frozenset(
+    """output_dir stop_step per_device_train_batch_size per_device_eval_batch_size
+    gradient_accumulation_steps global_batch_size logging_steps eval_steps eval_batches save_steps
+    save_total_limit precision report_to deepspeed resume nonfinite spike_factor save_failure
+    dist_timeout print_groups allow_unknown_ds_keys init_from gradient_checkpointing
+    attn_implementation data dataloader_num_workers eval_split""".split()
+)
+"""Fields that may differ when a run is resumed: they leave its numbers as they are, or (precision)
+change their rounding only. The product of the batch sizes is compared apart."""
+
+
+def held_domains(topology: DomainTopology) -> int:
+    """Domains that a rank trains in turn: 1 where micro-batches are not tied to experts."""
+    return 1 if topology.sharing is Sharing.DENSE else len(topology.domains_of(0))
 
 
 def micro_steps(run: RunArgs, topology: DomainTopology) -> int:
@@ -52,9 +87,8 @@ def micro_steps(run: RunArgs, topology: DomainTopology) -> int:
     Without --global_batch_size, --gradient_accumulation_steps counts micro-batches per domain, so
     that a rank with several domains takes that many of each.
     """
-    held = 1 if topology.sharing is Sharing.DENSE else len(topology.domains_of(0))
     if run.global_batch_size is None:
-        return held * run.gradient_accumulation_steps
+        return held_domains(topology) * run.gradient_accumulation_steps
     return run.accumulation(topology.world_size)
 
 
@@ -66,6 +100,8 @@ def engine_config(
     hidden_size: int,
 ) -> dict[str, object]:
     """The DeepSpeed configuration of a run: the file, its "auto" resolved, checked.
+
+    Where the file says more than the defaults of `run` and `optim`, these are changed to follow it.
 
     Raises:
         UserError: see `resolve_ds_config` and `check_sharing`.
@@ -95,11 +131,14 @@ def engine_config(
         for args in (run, optim)
         if hasattr(args, field) and (origin := origin_of(args, field)) != "default"
     }
-    config = resolve_ds_config(
+    resolved = resolve_ds_config(
         safety.deepspeed, values, origins, allow_unknown=safety.allow_unknown_ds_keys
     )
-    check_sharing(config, topology.sharing.value, topology.world_size)
-    return config
+    follow_ds_values(
+        run, optim, resolved.values, f"DeepSpeed {safety.deepspeed}", held_domains(topology)
+    )
+    check_sharing(resolved.config, topology.sharing, topology.world_size)
+    return resolved.config
 
 
 def make_plan(run: RunArgs, safety: SafetyArgs, optim: OptimArgs, topology: DomainTopology) -> Plan:
@@ -143,6 +182,19 @@ def record_run(folder: Path, config: Mapping[str, object], parsed: Sequence[Argu
     save_run(folder / "run.yaml", *parsed)
     write_json(folder / "ds_config.resolved.json", config)
     write_environment(folder / "env.json")
+
+
+def settings_to_keep(
+    parsed: Sequence[Arguments], data_digest: str, global_batch: int
+) -> dict[str, object]:
+    """What a resumed run must agree on: all that decides its numbers, and nothing else."""
+    kept = {
+        field.name: getattr(args, field.name)
+        for args in parsed
+        for field in fields(args)
+        if field.name not in FREE_ON_RESUME
+    }
+    return {**kept, "data digest": data_digest, "sequences per step": global_batch}
 
 
 def check_agreement(facts: Mapping[str, str]) -> None:

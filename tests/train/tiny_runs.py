@@ -39,7 +39,7 @@ def make_batch(domain: str, step: int, index: int, ragged: bool = True) -> dict[
     low = 2 + 9 * DOMAINS.index(domain)  # domains use different words
     tokens = torch.randint(low, low + 10, (MICRO, LENGTH + 1), generator=generator)
     ids, labels = tokens[:, :-1].clone(), tokens[:, 1:].clone()
-    batch = {"domain": domain, "domains": torch.full((MICRO,), DOMAINS.index(domain))}
+    batch = {"domain": DOMAINS.index(domain), "domains": torch.full((MICRO,), DOMAINS.index(domain))}
     if ragged:
         length = int(torch.randint(3, LENGTH + 1, (), generator=generator))
         ids[-1, length:], labels[-1, length:] = 1, -100
@@ -70,10 +70,7 @@ def batches_of(topology: DomainTopology, per_domain: int):
                     (d, i) for i in range(part, per_domain, parts) for d in topology.domains_of(rank)
                 ]
             for domain, index in mine:
-                batch = make_batch(domain, step, index)
-                if topology.sharing is not Sharing.DEMIX:
-                    batch["domain"] = None
-                yield batch
+                yield make_batch(domain, step, index)
             step += 1
 
     return batches_from
@@ -105,7 +102,7 @@ def _reference(config, domains, steps, per_domain, clip):
                 attention_mask=batch["attention_mask"],
                 shift_labels=batch["labels"],
                 num_items_in_batch=items,
-                domain=batch["domain"] if config.untie != "none" else None,
+                domain=DOMAINS[batch["domain"]] if config.untie != "none" else None,
             ).loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip)))
         set_rate(optimizer, schedule(step))
@@ -202,7 +199,7 @@ def run_tiny(
     monitor = Monitor(folder, DOMAINS, 10, None, None, False, state.step)
     state = train(
         engine,
-        CausalLM(DOMAINS, torch.device("cpu")),
+        CausalLM(DOMAINS, torch.device("cpu"), choose=sharing is Sharing.DEMIX),
         batches or batches_of(topology, per_domain),
         plan,
         state,

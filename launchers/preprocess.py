@@ -1,0 +1,115 @@
+"""Turn text into a data-bin, the folder that every training run reads.
+
+    python launchers/preprocess.py --input news=data/news.jsonl code=data/code/ \\
+        --tokenizer sentencepiece:8192 --output_dir runs/databin
+
+Each domain is NAME=PATH, where PATH is one of
+    FILE.txt       documents with blank lines between them      \\  divided 90/5/5 into train, valid
+    FILE.jsonl     one JSON object per line, key --field        /   and test by a hash of the text
+    FOLDER         with train, valid and test files, .txt or .jsonl
+    FOLDER         written by datasets' save_to_disk
+    hf:NAME[:CONFIG]   a data set of the Hugging Face hub
+or --builtin takes four domains of real text from this Python installation.
+
+A run that was interrupted goes on where it was when the same command is given again.
+"""
+
+import argparse
+from pathlib import Path
+
+from megamod.errors import UserError, run
+
+
+def main() -> None:
+    """Parse, binarize, print one table."""
+    options = parse_arguments()
+
+    from megamod.data.binarize import binarize
+    from megamod.data.builtin import builtin_documents
+    from megamod.data.documents import parse_inputs
+
+    inputs: dict[str, str | list[str]] = {**parse_inputs(options.input)}
+    if options.builtin:
+        builtin = builtin_documents()
+        if both := sorted(builtin.keys() & inputs.keys()):
+            raise UserError(f"--input {both[0]}=...: --builtin has a domain of that name")
+        inputs = {**builtin, **inputs}
+    header = binarize(
+        inputs,
+        options.tokenizer,
+        options.output_dir,
+        items=options.items,
+        field=options.field,
+        encoding_errors=options.encoding_errors,
+        seed=options.seed,
+        workers=options.workers,
+    )
+    print(summary(header, options.output_dir))
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line; see `--help`."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "--input",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=PATH",
+        help="domains, in the order that all later steps keep",
+    )
+    add("--builtin", action="store_true", help="add python_code, c_headers, reference_prose, ...")
+    add(
+        "--tokenizer",
+        required=True,
+        metavar="T",
+        help="sentencepiece:VOCAB to train one on the train splits; a SentencePiece .model file; a "
+        "folder with encoder.json, vocab.bpe and dict.txt (GPT-2 with the ids of fairseq); or a "
+        "Hugging Face folder or name",
+    )
+    add("--output_dir", required=True, type=Path, metavar="DATABIN", help="folder to make")
+    add(
+        "--items",
+        choices=("document", "line"),
+        help="what ends with an eos token; default: line for the GPT-2 folder, else document",
+    )
+    add("--field", default="text", help="JSON key or column of the text (default: text)")
+    add(
+        "--encoding_errors",
+        choices=("strict", "replace"),
+        default="strict",
+        help="refuse bytes that are not UTF-8 text (default), or replace and count them",
+    )
+    add("--seed", type=int, default=0, help="divides files that are not split (default: 0)")
+    add("--workers", type=int, metavar="N", help="processes (default: by the amount of text)")
+    add("--traceback", action="store_true", help="show where an error was raised")
+    return parser.parse_args()
+
+
+def summary(header: dict, output: Path) -> str:
+    """Totals of each domain as a table, and in the last line where the result is."""
+    rows = [("domain", "train tokens", "valid tokens", "test tokens", "bytes", "replaced")]
+    for name, splits in header["domains"].items():
+        tokens = [f"{splits[split]['tokens']:,}" for split in ("train", "valid", "test")]
+        text = sum(of["bytes"] for of in splits.values())
+        rows.append((name, *tokens, f"{text:,}", str(header["replaced"][name])))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+    ]
+    total = sum(of["tokens"] for splits in header["domains"].values() for of in splits.values())
+    kind, vocabulary = header["tokenizer"]["kind"], header["vocab_size"]
+    lines.append(
+        f"{output}: {len(rows) - 1} domains, {total:,} tokens, {kind} tokenizer with "
+        f"{vocabulary:,} ids, one eos per {header['items']}"
+    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run(main)

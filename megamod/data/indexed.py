@@ -1,0 +1,327 @@
+"""Token files in fairseq's format: `PREFIX.bin` with the ids, `PREFIX.idx` with where items begin.
+
+    .idx   9 bytes "MMIDIDX\\0\\0", u64 version 1, u8 dtype code, u64 number of items n,
+           n x i32 sizes in tokens, n x i64 byte offsets into .bin           (little endian)
+    .bin   the ids of all items back to back
+
+Source: fairseq MMapIndexedDataset and Dictionary.
+"""
+
+import os
+import re
+import secrets
+import struct
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from megamod.errors import UserError
+from megamod.files import sync_folder, write_atomic
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+HEADER = struct.Struct("<9sQBQ")
+DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2", 9: "<u4", 10: "<u8"}
+CODES = {np.dtype(name): code for code, name in DTYPES.items()}
+SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
+OVERWRITE = "#fairseq:overwrite"
+SCAN_TOKENS = 1 << 22
+
+
+def dtype_for(vocab_size: int) -> np.dtype:
+    """uint16 where ids of the vocabulary fit (with some room, as in fairseq), else int32."""
+    return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
+
+
+class IndexedWriter:
+    """Writes items; `prefix.bin` and `prefix.idx` appear whole, at the end of the `with` block.
+
+    Files of that name from before stay until then. If the block fails, nothing changes.
+
+    Args:
+        prefix: path without ending; its folder exists.
+        dtype: integer type of the ids, see `dtype_for`.
+    """
+
+    def __init__(self, prefix: str | Path, dtype: np.dtype):
+        self.bin_path, self.idx_path = _paths(prefix)
+        self.dtype = np.dtype(dtype)
+        if self.dtype not in CODES:
+            raise ValueError(f"{self.dtype} is no dtype of a token file")
+        self.sizes: list[int] = []
+        self._limits = np.iinfo(self.dtype)
+        self._partial = self.bin_path.with_name(f".{self.bin_path.name}.{secrets.token_hex(4)}.tmp")
+
+    def __enter__(self) -> "IndexedWriter":
+        self._file = open(self._partial, "wb")
+        return self
+
+    def add(self, ids: np.ndarray) -> None:
+        """Append one item, [tokens] of any integer type.
+
+        Raises:
+            ValueError: if it is no such array, or an id does not fit the dtype.
+        """
+        ids = np.asarray(ids)
+        if ids.ndim != 1 or not (np.issubdtype(ids.dtype, np.integer) or ids.size == 0):
+            raise ValueError(f"an item is a 1-D array of integers, not {ids.ndim}-D {ids.dtype}")
+        if ids.dtype != self.dtype and ids.size:
+            low, high = int(ids.min()), int(ids.max())
+            if low < self._limits.min or high > self._limits.max:
+                raise ValueError(
+                    f"item {len(self.sizes)} holds ids {low} to {high}, beyond {self.dtype}"
+                )
+        self._file.write(ids.astype(self.dtype).tobytes())
+        self.sizes.append(ids.size)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            with self._file:
+                if kind is not None:
+                    return
+                self._file.flush()
+                os.fsync(self._file.fileno())
+            # An index beside ids of another run would be believed: without one there is no data.
+            self.idx_path.unlink(missing_ok=True)
+            os.replace(self._partial, self.bin_path)
+            sync_folder(self.bin_path.parent)
+            write_atomic(self.idx_path, self._index())
+        finally:
+            self._partial.unlink(missing_ok=True)
+
+    def _index(self) -> bytes:
+        sizes = np.array(self.sizes, dtype="<i4")
+        offsets = np.zeros(len(sizes), dtype="<i8")
+        np.cumsum(sizes[:-1], out=offsets[1:])
+        header = HEADER.pack(MAGIC, VERSION, CODES[self.dtype], len(sizes))
+        return header + sizes.tobytes() + (offsets * self.dtype.itemsize).tobytes()
+
+
+class IndexedDataset:
+    """Items of a token file, memory-mapped.
+
+    Args:
+        prefix: path without ending.
+        vocab_size: if given, all ids are checked against it, see `check_ids`.
+
+    Attributes:
+        sizes: [n] int32, tokens of each item.
+        offsets: [n+1] int64, where each item begins and the last one ends, in tokens.
+        tokens: [tokens] all ids, memory-mapped.
+
+    Raises:
+        UserError: if a file is missing, malformed or empty, or an id is outside the vocabulary.
+    """
+
+    def __init__(self, prefix: str | Path, vocab_size: int | None = None):
+        self.prefix = Path(prefix)
+        self.bin_path, self.idx_path = _paths(prefix)
+        try:
+            self.dtype, self.sizes, self.offsets = _read_index(self.idx_path)
+            held, wanted = self.bin_path.stat().st_size, int(self.offsets[-1]) * self.dtype.itemsize
+            if held != wanted:
+                what = "shorter" if held < wanted else "longer"
+                raise UserError(
+                    f"{self.bin_path}: ends at byte {held}, {what} than {self.idx_path.name} "
+                    f"promises: {len(self.sizes)} items of {self.dtype} end at byte {wanted}"
+                )
+            # As a plain view, because slicing the memmap class costs several times as much.
+            self.tokens = np.asarray(np.memmap(self.bin_path, dtype=self.dtype, mode="r"))
+        except OSError as error:
+            raise UserError(f"{error.filename or self.prefix}: {error.strerror}") from error
+        if vocab_size is not None:
+            self.check_ids(vocab_size)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, item: int) -> np.ndarray:
+        """[size] ids of an item, read-only, in the dtype of the file."""
+        item = range(len(self))[item]
+        return self.tokens[self.offsets[item] : self.offsets[item + 1]]
+
+    def __reduce__(self) -> tuple[type, tuple[Path]]:
+        return IndexedDataset, (self.prefix,)  # a worker process maps the file, it gets no copy
+
+    def check_ids(self, vocab_size: int) -> None:
+        """Read all ids once.
+
+        Raises:
+            UserError: naming the first id that is negative or not below `vocab_size`.
+        """
+        for start in range(0, len(self.tokens), SCAN_TOKENS):
+            chunk = self.tokens[start : start + SCAN_TOKENS]
+            if chunk.max() < vocab_size and chunk.min() >= 0:
+                continue
+            place = start + int(np.argmax((chunk >= vocab_size) | (chunk < 0)))
+            item = int(np.searchsorted(self.offsets, place, side="right")) - 1
+            raise UserError(
+                f"{self.bin_path}: token id {self.tokens[place]} at byte "
+                f"{place * self.dtype.itemsize} (item {item}) is outside the vocabulary of "
+                f"{vocab_size}: allowed are 0 to {vocab_size - 1}"
+            )
+
+
+class Dictionary:
+    """Symbols and their ids; `<s>`, `<pad>`, `</s>`, `<unk>` are always 0 to 3.
+
+    In a file, line k (from 0) is `symbol count` and has id k + 4.
+    """
+
+    def __init__(self) -> None:
+        self.symbols = list(SPECIALS)
+        self.counts = [1] * len(SPECIALS)
+        self._ids = {symbol: one for one, symbol in enumerate(SPECIALS)}
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Dictionary":
+        """Read a `dict.txt`.
+
+        A symbol that stands twice is an error unless the later line ends in `#fairseq:overwrite`;
+        then the symbol means the later id from there on.
+
+        Raises:
+            UserError: naming the line.
+        """
+        dictionary = cls()
+        try:
+            lines = Path(path).read_bytes().split(b"\n")
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}") from error
+        if not lines[-1]:
+            lines.pop()
+        for number, raw in enumerate(lines, start=1):
+            where = f"{path}, line {number}"
+            try:
+                line = raw.decode().removesuffix("\r").rstrip(" ")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{where}: not UTF-8 at byte {error.start} of the line") from error
+            overwrite = line.endswith(" " + OVERWRITE)
+            line = line.removesuffix(" " + OVERWRITE)
+            symbol, _, count = line.rpartition(" ")
+            if not symbol or not re.fullmatch("-?[0-9]{1,18}", count):
+                raise UserError(
+                    f'{where}: {line!r} is not "symbol count", which {OVERWRITE} may follow'
+                )
+            if symbol in dictionary._ids and not overwrite:
+                raise UserError(
+                    f"{where}: {symbol!r} has id {dictionary.index(symbol)} already; a line that "
+                    f"is to replace it ends in {OVERWRITE}"
+                )
+            dictionary._append(symbol, int(count))
+        return dictionary
+
+    def save(self, path: str | Path) -> None:
+        """Write a file that `load` reads back as it is."""
+        seen, lines = set(SPECIALS), []
+        for one in range(len(SPECIALS), len(self)):
+            symbol = self.symbols[one]
+            mark = f" {OVERWRITE}" if symbol in seen else ""
+            lines.append(f"{symbol} {self.counts[one]}{mark}\n")
+            seen.add(symbol)
+        write_atomic(Path(path), "".join(lines))
+
+    def __len__(self) -> int:
+        return len(self.symbols)
+
+    def index(self, symbol: str) -> int:
+        """Id of a symbol; that of `<unk>`, 3, for unknown ones."""
+        return self._ids.get(symbol, SPECIALS.index("<unk>"))
+
+    def symbol(self, one: int) -> str:
+        """Symbol of an id."""
+        if not 0 <= one < len(self):
+            raise IndexError(f"id {one} is outside the dictionary of {len(self)}")
+        return self.symbols[one]
+
+    def add(self, symbol: str, count: int = 1) -> int:
+        """Id of a symbol, appended if it is new; `count` is added to its frequency.
+
+        Raises:
+            ValueError: for a symbol that a line of a file cannot hold.
+        """
+        if not symbol or "\n" in symbol or "\r" in symbol:
+            raise ValueError(f"{symbol!r} cannot be a symbol: it is empty or holds a line end")
+        if symbol not in self._ids:
+            return self._append(symbol, count)
+        self.counts[self._ids[symbol]] += count
+        return self._ids[symbol]
+
+    def _append(self, symbol: str, count: int) -> int:
+        self._ids[symbol] = len(self.symbols)
+        self.symbols.append(symbol)
+        self.counts.append(count)
+        return len(self.symbols) - 1
+
+
+def _paths(prefix: str | Path) -> tuple[Path, Path]:
+    prefix = Path(prefix)
+    return prefix.with_name(prefix.name + ".bin"), prefix.with_name(prefix.name + ".idx")
+
+
+def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:
+    """Dtype, sizes [n] and token offsets [n+1], everything checked."""
+    length = path.stat().st_size
+    with open(path, "rb") as file:
+        head = file.read(HEADER.size)
+        if head[: len(MAGIC)] != MAGIC[: len(head)]:
+            raise UserError(
+                f"{path}: begins with {head[: len(MAGIC)]!r} at byte 0, not with the {MAGIC!r} of "
+                "a fairseq index"
+            )
+        if len(head) < HEADER.size:
+            raise UserError(f"{path}: ends at byte {len(head)}, inside its {HEADER.size}-byte head")
+        _, version, code, items = HEADER.unpack(head)
+        if version != VERSION:
+            raise UserError(f"{path}: version {version} at byte 9; only {VERSION} can be read")
+        if code not in DTYPES:
+            allowed = ", ".join(f"{one} ({np.dtype(name)})" for one, name in DTYPES.items())
+            raise UserError(f"{path}: dtype code {code} at byte 17; tokens have one of {allowed}")
+        dtype = np.dtype(DTYPES[code])
+        wanted = HEADER.size + 12 * items
+        if length != wanted:
+            _refuse_megatron(path, file.read(8), items, length)
+            raise UserError(
+                f"{path}: is {length} bytes long, but {items} items (the number at byte 18) need "
+                f"{wanted}"
+            )
+        if items == 0:
+            raise UserError(f"{path}: holds no items (the number at byte 18 is 0)")
+        sizes = np.fromfile(file, dtype="<i4", count=items)
+        starts = np.fromfile(file, dtype="<i8", count=items)
+    if sizes.min() < 0:
+        item = int(np.argmax(sizes < 0))
+        raise UserError(
+            f"{path}: size {sizes[item]} of item {item} at byte {HEADER.size + 4 * item} is "
+            "negative"
+        )
+    offsets = np.zeros(items + 1, dtype=np.int64)
+    np.cumsum(sizes, out=offsets[1:])
+    wrong = starts != offsets[:-1] * dtype.itemsize
+    if wrong.any():
+        item = int(np.argmax(wrong))
+        raise UserError(
+            f"{path}: offset {starts[item]} of item {item} at byte "
+            f"{HEADER.size + 4 * items + 8 * item} does not follow from the sizes before it, which "
+            f"end at {offsets[item] * dtype.itemsize}"
+        )
+    if offsets[-1] == 0:
+        raise UserError(f"{path}: all {items} items are empty")
+    return dtype, sizes, offsets
+
+
+def _refuse_megatron(path: Path, field: bytes, items: int, length: int) -> None:
+    """Megatron-LM's index shares magic and version, and is told apart by its length."""
+    documents = int.from_bytes(field, "little")
+    expected = HEADER.size + 8 + 12 * items + 8 * documents
+    if len(field) == 8 and length in (expected, expected + items):
+        raise UserError(
+            f"{path}: is an index of Megatron-LM ({documents} document bounds at byte "
+            f"{HEADER.size}), not of fairseq; write the text anew with launchers/preprocess.py"
+        )

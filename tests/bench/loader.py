@@ -1,0 +1,104 @@
+"""Tokens per second of the training loader, as a multiple of a nanoGPT-style reader's.
+
+    python tests/bench/loader.py
+
+Both read the same files in one process on one thread, in turns; minima of the rounds are compared,
+three times over. Ours includes the shuffled order, the domains and all else of a batch.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megamod.data.blocks import TokenBlocks
+from megamod.data.indexed import IndexedDataset, IndexedWriter
+from megamod.data.lm import AHEAD, TrainBatches, train_loader
+from megamod.data.order import Balanced
+
+SHAPES = ((8, 128), (8, 1024), (32, 128), (32, 1024))
+DOMAINS = 4
+TOKENS = 2_000_000  # per domain
+ITEM = 500
+REPEATS, ROUNDS = 3, 10
+
+
+def write_domains(folder: Path) -> list[Path]:
+    """Domains of random tokens; returns their prefixes."""
+    generator = np.random.default_rng(0)
+    prefixes = [folder / f"domain{number}" for number in range(DOMAINS)]
+    for prefix in prefixes:
+        with IndexedWriter(prefix, np.uint16) as writer:
+            for item in generator.integers(4, 50_000, (TOKENS // ITEM, ITEM), dtype=np.uint16):
+                writer.add(item)
+    return prefixes
+
+
+def nanogpt_reader(path: Path, size: int, length: int) -> Callable[[], object]:
+    """A function that returns a batch the way nanoGPT's `get_batch` does."""
+
+    def get_batch() -> object:
+        data = np.memmap(path, dtype=np.uint16, mode="r")
+        starts = torch.randint(len(data) - length, (size,))
+        inputs = [torch.from_numpy(data[i : i + length].astype(np.int64)) for i in starts]
+        labels = [torch.from_numpy(data[i + 1 : i + 1 + length].astype(np.int64)) for i in starts]
+        return torch.stack(inputs), torch.stack(labels)
+
+    return get_batch
+
+
+def our_reader(prefixes: list[Path], size: int, length: int) -> Callable[[], object]:
+    """A function that returns the next batch of dense training on the domains."""
+    blocks = [TokenBlocks(IndexedDataset(prefix), length, 2, 1) for prefix in prefixes]
+    sampler = Balanced([len(one) for one in blocks], seed=0)
+    loader = train_loader(TrainBatches.over_world(blocks, sampler, size, size, 0, 1), 0, 0, False)
+    return lambda: next(loader)
+
+
+def seconds(reader: Callable[[], object], batches: int) -> float:
+    """Time of some batches."""
+    start = time.perf_counter()
+    for _ in range(batches):
+        reader()
+    return time.perf_counter() - start
+
+
+def measure() -> dict[str, tuple[float, float, float]]:
+    """(middle, lowest, highest) speed ratio of the repeats, by shape and number of domains."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    ratios = {}
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            prefixes = write_domains(Path(folder))
+            for size, length in SHAPES:
+                for used in (prefixes[:1], prefixes):
+                    theirs = nanogpt_reader(prefixes[0].with_suffix(".bin"), size, length)
+                    ours = our_reader(used, size, length)
+                    # Then every round of ours works out the order of one stretch of samples.
+                    batches, found = AHEAD // size, []
+                    for _ in range(REPEATS):
+                        times = [
+                            (seconds(ours, batches), seconds(theirs, batches))
+                            for _ in range(ROUNDS)
+                        ]
+                        mine, other = map(min, zip(*times, strict=True))
+                        found.append(other / mine)
+                    low, middle, high = sorted(found)
+                    ratios[f"B{size}-T{length}-domains{len(used)}"] = (middle, low, high)
+    finally:
+        torch.set_num_threads(before)
+    return ratios
+
+
+def main() -> None:
+    """Print one line of ratios."""
+    shown = (f"{n} {m:.1f}x ({low:.1f}-{high:.1f})" for n, (m, low, high) in measure().items())
+    print("loader tokens/s over a nanoGPT-style reader: " + ", ".join(shown))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from megamod.data import builtin
+from megamod.data.builtin import builtin_documents
+from megamod.data.documents import SPLITS, split_of
+from megamod.errors import UserError
+
+
+def test_domains_are_real_distinct_and_repeatable():
+    domains = builtin_documents(400_000)
+    assert list(domains) == ["python_code", "c_headers", "reference_prose", "package_texts"]
+    for documents in domains.values():
+        sizes = [len(document.encode()) for document in documents]
+        assert 320_000 < sum(sizes) <= 400_000
+        assert len(set(documents)) == len(documents) >= 60
+        assert min(map(len, documents)) >= 200
+        assert max(map(len, documents)) <= 4000
+    assert builtin_documents(400_000) == domains
+    shares = {
+        name: sum("import" in document or "def " in document for document in documents)
+        / len(documents)
+        for name, documents in domains.items()
+    }
+    assert max(shares, key=shares.get) == "python_code"
+    shares = {
+        name: sum(document.count(";") for document in documents)
+        for name, documents in domains.items()
+    }
+    assert max(shares, key=shares.get) == "c_headers"
+
+
+def test_every_split_of_every_domain_has_documents():
+    for documents in builtin_documents().values():
+        found = [split_of(document, 0) for document in documents]
+        assert min(found.count(split) for split in SPLITS) >= 3
+
+
+def test_reference_prose_is_that_of_help():
+    from pydoc_data.topics import topics
+
+    text = "\n".join(topics.values())
+    documents = list(builtin._topics(Path(sysconfig.get_path("stdlib"))))
+    assert all(document in text for document in documents)
+    assert sum(map(len, documents)) > 0.9 * len(text)
+
+
+def test_what_is_missing_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(builtin, "_header_folders", lambda: [tmp_path])
+    with pytest.raises(UserError, match=r"c_headers needs 60 .* headers of Python, numpy"):
+        builtin_documents()

@@ -1,0 +1,234 @@
+import hashlib
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, pre_tokenizers
+
+from megamod.data import tokenizers
+from megamod.data.tokenizers import load_tokenizer, train_sentencepiece, trained_vocab_size
+from megamod.errors import UserError
+
+SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "tokenizers"
+CODE = [Path(module.__file__).read_text("utf-8") for module in (json, hashlib, st, np)]
+ODD = [
+    "",
+    " ",
+    "\n",
+    " lead  two   three\n\n\ttab\r\n end ",
+    "▁ U+2581 ▁▁ and <0x41> </s> <s><pad> <unk>",
+    "é e\u0301 漢字 😀 \u2028\u00a0\u200b",
+    "if x:\n        return [a+b]  # -----------\n",
+]
+
+
+def need(name: str) -> Path:
+    if not (SHARED / name).exists():
+        pytest.skip("the shared tokenizer files are not beside this repository")
+    return SHARED / name
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return train_sentencepiece(CODE, 700)
+
+
+def test_trained_special_ids(trained):
+    assert trained.special_ids == {"bos_id": 0, "pad_id": 1, "eos_id": 2, "unk_id": 3}
+    assert trained.vocab_size == 700
+    symbols = [trained.backend.id_to_token(one) for one in range(7)]
+    assert symbols == ["<s>", "<pad>", "</s>", "<unk>", "\n", "\t", "<0x00>"]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(st.characters(blacklist_categories=["Cs"])))
+def test_trained_loses_nothing(trained, text):
+    (ids,) = trained.encode_batch([text])
+    assert trained.decode(ids) == text
+    assert not set(ids.tolist()) & {0, 1, 2, 3}
+
+
+def test_trained_loses_nothing_on_real_and_odd_text(trained):
+    for text, ids in zip(CODE + ODD, trained.encode_batch(CODE + ODD), strict=True):
+        assert ids.dtype == np.int32
+        assert trained.decode(ids) == text
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(st.sampled_from("aelrst -=_\n\t#▁é")))
+def test_trained_equals_sentencepiece_on_repetitive_text(trained, text):
+    assert trained.encode_batch([text])[0].tolist() == _processor(trained).encode(text)
+
+
+def test_trained_equals_sentencepiece_and_auto_tokenizer(trained, tmp_path):
+    from transformers import AutoTokenizer
+
+    trained.save(tmp_path)
+    auto = AutoTokenizer.from_pretrained(tmp_path)
+    for text, ids in zip(CODE + ODD, trained.encode_batch(CODE + ODD), strict=True):
+        assert ids.tolist() == _processor(trained).encode(text)
+        assert ids.tolist() == auto(text)["input_ids"]
+    named = (auto.bos_token_id, auto.pad_token_id, auto.eos_token_id, auto.unk_token_id)
+    assert named == (0, 1, 2, 3)
+    again = load_tokenizer(tmp_path)
+    assert (again.kind, again.digest) == ("sentencepiece", trained.digest)
+    assert load_tokenizer(tmp_path / "sentencepiece.model").digest == trained.digest
+
+
+def test_training_is_deterministic_and_depends_on_the_text(trained):
+    assert train_sentencepiece(CODE, 700).files == trained.files
+    assert train_sentencepiece(CODE[:2], 700).digest != trained.digest
+
+
+def test_training_errors_are_the_users():
+    with pytest.raises(UserError, match=r"sentencepiece:4096: .*too high"):
+        train_sentencepiece(["a few words"], 4096)
+    with pytest.raises(UserError, match=r"sentencepiece:100: .*smaller than required"):
+        train_sentencepiece(CODE, 100)
+    assert trained_vocab_size("sentencepiece:4096") == 4096
+    assert trained_vocab_size("some/folder") is None
+    with pytest.raises(UserError, match="sentencepiece:4k"):
+        trained_vocab_size("sentencepiece:4k")
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_foreign_sentencepiece_models(tmp_path, kind):
+    import sentencepiece
+
+    content = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter("".join(CODE).split("\n")),
+        model_writer=content,
+        model_type=kind,
+        vocab_size=600,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    (tmp_path / "own.model").write_bytes(content.getvalue())
+    made = load_tokenizer(tmp_path / "own.model")
+    assert made.special_ids == {"bos_id": 1, "pad_id": 2, "eos_id": 2, "unk_id": 0}
+    text = " ".join(CODE[0].split())[:2000]
+    (ids,) = made.encode_batch([text])
+    assert ids.tolist() == _processor(made).encode(text)
+    assert made.decode(ids) == _processor(made).decode(ids.tolist())
+    (tmp_path / "broken.model").write_bytes(b"\xff" * 40)
+    with pytest.raises(UserError, match="not a SentencePiece model"):
+        load_tokenizer(tmp_path / "broken.model")
+
+
+def test_a_huge_text_is_cut_in_front_of_blanks(trained, monkeypatch):
+    text = "\n".join(" ".join(part.split()) for part in CODE[0].split("\n\n"))
+    whole = trained.backend.encode(text).ids
+    monkeypatch.setattr(tokenizers, "LONGEST", 500)
+    assert trained.encode_batch([text, "a"])[0].tolist() == whole
+    assert trained.decode(trained.encode_batch(["x" * 1200])[0]) == "x" * 1200
+
+
+def tiny_gpt2(folder: Path) -> dict[str, str]:
+    """GPT-2 BPE with two merges and a dict.txt in another order; gives symbol -> token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    encoder = {token: number for number, token in enumerate([*alphabet, "he", "Ġhe"])}
+    folder.mkdir()
+    (folder / "encoder.json").write_text(json.dumps(encoder))
+    (folder / "vocab.bpe").write_text("#version: 0.2\nh e\nĠ he\n")
+    symbols = [str(number) for number in reversed(range(len(encoder)))] + ["madeupword0000"]
+    (folder / "dict.txt").write_text("".join(f"{symbol} 1\n" for symbol in symbols))
+    return {str(number): token for token, number in encoder.items()}
+
+
+def test_tiny_gpt2_by_hand(tmp_path):
+    tokens = tiny_gpt2(tmp_path / "gpt2")
+    made = load_tokenizer(tmp_path / "gpt2")
+    size = len(tokens)
+    assert (made.kind, made.vocab_size) == ("gpt2", size + 5)
+    of = {token: 4 + size - 1 - int(symbol) for symbol, token in tokens.items()}
+    (ids,) = made.encode_batch(["he </s> he"])
+    assert ids.tolist() == [of[t] for t in ["he", "Ġ", "<", "/", "s", ">", "Ġhe"]]
+    assert [made.decode(one) for one in made.encode_batch(ODD)] == ODD
+    made.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").digest == made.digest
+    text = (tmp_path / "gpt2" / "dict.txt").read_text().split("\n", 1)[1]
+    (tmp_path / "gpt2" / "dict.txt").write_text(text)
+    with pytest.raises(UserError, match=rf"dict\.txt lacks 1 ids .* such as {size - 1}"):
+        load_tokenizer(tmp_path / "gpt2")
+
+
+def test_released_gpt2_files(tmp_path):
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import AutoTokenizer
+
+    folder = need("gpt2")
+    made = load_tokenizer(folder)
+    assert made.vocab_size == 50264
+    plain = ByteLevelBPETokenizer.from_file(str(folder / "encoder.json"), str(folder / "vocab.bpe"))
+    lines = (folder / "dict.txt").read_text("utf-8").splitlines()
+    of = {line.split(" ")[0]: number + 4 for number, line in enumerate(lines)}
+    made.save(tmp_path)
+    auto = AutoTokenizer.from_pretrained(tmp_path)
+    texts = [*CODE, *ODD, "Hello world"]
+    for text, ids in zip(texts, made.encode_batch(texts), strict=True):
+        assert ids.tolist() == [of[str(one)] for one in plain.encode(text).ids]
+        assert ids.tolist() == auto(text)["input_ids"]
+        assert made.decode(ids) == text
+    assert ids.tolist() == [of["15496"], of["995"]]
+
+
+@pytest.mark.parametrize("name", ["bert-base-uncased", "bert-base-cased"])
+def test_bert_from_its_vocabulary_alone(tmp_path, name):
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import AutoTokenizer
+
+    folder = need(name)
+    made = load_tokenizer(folder)
+    plain = BertWordPieceTokenizer(str(folder / "vocab.txt"), lowercase=name.endswith("uncased"))
+    pad, unk, cls, sep = (
+        plain.token_to_id(token) for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+    )
+    assert made.special_ids == {"bos_id": cls, "pad_id": pad, "eos_id": sep, "unk_id": unk}
+    made.save(tmp_path)
+    auto = AutoTokenizer.from_pretrained(tmp_path)
+    for text in ["Größe matters, it's 3 Words", CODE[0]]:
+        ids = made.encode_batch([text])[0].tolist()
+        assert ids == plain.encode(text, add_special_tokens=False).ids
+        assert ids == auto(text, add_special_tokens=False)["input_ids"]
+    assert load_tokenizer(tmp_path).digest == made.digest
+
+
+def test_stand_ins_for_missing_special_tokens(tmp_path):
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Backend(models.WordLevel({"a": 0, "b": 1, "[SEP]": 2}, unk_token="b"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=backend, sep_token="[SEP]").save_pretrained(tmp_path)
+    made = load_tokenizer(tmp_path)
+    assert made.special_ids == {"bos_id": 2, "pad_id": 2, "eos_id": 2, "unk_id": 2}
+    assert made.encode_batch(["a b a", ""])[0].tolist() == [0, 1, 0]
+    made.save_dictionary(tmp_path / "dict.txt")
+    assert not (tmp_path / "dict.txt").exists()
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path / "none")
+    with pytest.raises(UserError, match="neither an eos nor a sep"):
+        load_tokenizer(tmp_path / "none")
+
+
+def test_no_tokenizer_there(tmp_path):
+    (tmp_path / "folder").mkdir()
+    for spec in (tmp_path / "folder", tmp_path / "a.model"):
+        with pytest.raises(UserError, match="--tokenizer"):
+            load_tokenizer(spec)
+
+
+def test_dictionary_of_a_trained_tokenizer(trained, tmp_path):
+    trained.save_dictionary(tmp_path / "dict.txt")
+    lines = (tmp_path / "dict.txt").read_text().splitlines()
+    assert [line.split()[0] for line in lines] == [str(one) for one in range(4, 700)]
+
+
+def _processor(made):
+    import sentencepiece
+
+    return sentencepiece.SentencePieceProcessor(model_proto=made.files["sentencepiece.model"])
