@@ -33,7 +33,8 @@ def to_tensors(
     rows[opens, 0] = eos_id
     span = rows.shape[1] - 1
     padded = bool(lengths.min() < span)
-    inputs, labels = torch.from_numpy(rows[:, :-1]), torch.from_numpy(rows[:, 1:])
+    whole = torch.from_numpy(rows)
+    inputs, labels = whole[:, :-1], whole[:, 1:]
     if padded:
         beyond = torch.from_numpy(np.arange(span) >= lengths[:, None])
         inputs, labels = inputs.masked_fill(beyond, pad_id), labels.masked_fill(beyond, IGNORE)

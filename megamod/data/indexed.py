@@ -26,7 +26,7 @@ DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2", 9: "<u4", 10
 CODES = {np.dtype(name): code for code, name in DTYPES.items()}
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
 OVERWRITE = "#fairseq:overwrite"
-SCAN_TOKENS = 1 << 22
+SCAN = 1 << 20  # items or tokens looked at together
 
 
 def dtype_for(vocab_size: int) -> np.dtype:
@@ -155,8 +155,8 @@ class IndexedDataset:
         Raises:
             UserError: naming the first id that is negative or not below `vocab_size`.
         """
-        for start in range(0, len(self.tokens), SCAN_TOKENS):
-            chunk = self.tokens[start : start + SCAN_TOKENS]
+        for start in range(0, len(self.tokens), SCAN):
+            chunk = self.tokens[start : start + SCAN]
             if chunk.max() < vocab_size and chunk.min() >= 0:
                 continue
             place = start + int(np.argmax((chunk >= vocab_size) | (chunk < 0)))
@@ -294,23 +294,30 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:
         if items == 0:
             raise UserError(f"{path}: holds no items (the number at byte 18 is 0)")
         sizes = np.fromfile(file, dtype="<i4", count=items)
-        starts = np.fromfile(file, dtype="<i8", count=items)
+        offsets = np.empty(items + 1, dtype="<i8")
+        file.readinto(offsets[:-1])
     if sizes.min() < 0:
         item = int(np.argmax(sizes < 0))
         raise UserError(
             f"{path}: size {sizes[item]} of item {item} at byte {HEADER.size + 4 * item} is "
             "negative"
         )
-    offsets = np.zeros(items + 1, dtype=np.int64)
-    np.cumsum(sizes, out=offsets[1:])
-    wrong = starts != offsets[:-1] * dtype.itemsize
-    if wrong.any():
-        item = int(np.argmax(wrong))
-        raise UserError(
-            f"{path}: offset {starts[item]} of item {item} at byte "
-            f"{HEADER.size + 4 * items + 8 * item} does not follow from the sizes before it, which "
-            f"end at {offsets[item] * dtype.itemsize}"
-        )
+    before = 0
+    for first in range(0, items, SCAN):
+        part = sizes[first : first + SCAN]
+        ends = before + np.cumsum(part * np.int64(dtype.itemsize))
+        starts = offsets[first : first + len(part)]
+        expected = np.append(before, ends[:-1])
+        if (starts != expected).any():
+            item = int(np.argmax(starts != expected))
+            raise UserError(
+                f"{path}: offset {starts[item]} of item {first + item} at byte "
+                f"{HEADER.size + 4 * items + 8 * (first + item)} does not follow from the sizes "
+                f"before it, which end at {expected[item]}"
+            )
+        before = int(ends[-1])
+    offsets[-1] = before
+    offsets //= dtype.itemsize
     if offsets[-1] == 0:
         raise UserError(f"{path}: all {items} items are empty")
     return dtype, sizes, offsets

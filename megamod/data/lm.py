@@ -138,7 +138,7 @@ class DataBin:
             raise UserError(f"{path}: lacks the key {error}") from error
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}") from error
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{path}: is not the header of a data-bin: {error}") from error

@@ -1,4 +1,4 @@
-"""Which sample comes when: pure functions of (seed, epoch, domain, index), nothing stored.
+"""Which sample comes when: pure functions of (seed, epoch, domain, index), no stored shuffle.
 
 A run that resumes at step s, on other ranks or with other workers, asks for the same numbers and
 gets the same samples. Every sampler maps global sample numbers 0, 1, 2, ... without end to
@@ -125,7 +125,7 @@ class Temperature(_Sampler):
     """Domain d has a share of length_d^alpha / sum: 0 is balanced, 1 by size.
 
     In every `CYCLE` samples each domain has a fixed number of places, at least one, in a random
-    order that changes from cycle to cycle. Inside a domain all blocks come once an epoch.
+    order that all cycles share. Inside a domain all blocks come once an epoch, as elsewhere.
 
     Args:
         lengths: blocks of each domain.
@@ -139,15 +139,19 @@ class Temperature(_Sampler):
             raise ValueError(f"alpha {alpha} is not between 0 and 1")
         weights = self.lengths.astype(np.float64) ** alpha
         self.quotas = _quotas(weights / weights.sum(), CYCLE)
+        place = KeyedPermutation(CYCLE, key_of(self.seed))(np.arange(CYCLE))
+        ends = np.cumsum(self.quotas)
+        self._domains = np.searchsorted(ends, place, side="right")
+        # Grouped by domain in order of time, the places number each domain's samples of a cycle.
+        by_domain = np.argsort(self._domains, kind="stable")
+        self._ordinals = np.empty(CYCLE, dtype=np.int64)
+        self._ordinals[by_domain] = np.arange(CYCLE) - np.repeat(ends - self.quotas, self.quotas)
 
     def at(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """int64 domains and blocks of int64 global sample numbers, same shape."""
-        ends = np.cumsum(self.quotas)
-        cycles, index = np.divmod(numbers, CYCLE)
-        place = KeyedPermutation(CYCLE, key_of(self.seed, cycles))(index)
-        domains = np.searchsorted(ends, place, side="right")
-        ordinals = cycles * self.quotas[domains] + place - (ends - self.quotas)[domains]
-        return domains, self._block(domains, ordinals)
+        cycles, place = np.divmod(numbers, CYCLE)
+        domains = self._domains[place]
+        return domains, self._block(domains, cycles * self.quotas[domains] + self._ordinals[place])
 
 
 def _quotas(shares: np.ndarray, total: int) -> np.ndarray:

@@ -135,21 +135,36 @@ def perplexities(matrix: Matrix) -> dict[str, dict[str, float]]:
 
 
 def own_scores(matrix: Matrix) -> dict[str, Score]:
-    """Each domain under its own expert, or under the dense model."""
+    """Each domain under its own expert, or under the dense model; domains without one left out."""
     return {
-        domain: matrix[domain if domain in matrix else DENSE][domain]
-        for domain in {d: None for row in matrix.values() for d in row}
+        domain: matrix[row][domain]
+        for domain in columns_of(matrix)
+        if domain in matrix.get(row := domain if domain in matrix else DENSE, {})
     }
 
 
-def format_matrix(matrix: Mapping[str, Mapping[str, float]]) -> str:
-    """Perplexities as aligned text, experts down, domains across; the best of a column starred."""
-    columns = list(next(iter(matrix.values())))
-    best = {c: min(row[c] for row in matrix.values()) for c in columns}
-    table = [["expert \\ text", *columns]]
-    for name, row in matrix.items():
-        marks = ("*" if row[c] == best[c] and len(matrix) > 1 else " " for c in columns)
-        cells = (f"{row[c]:.2f}{mark}" for c, mark in zip(columns, marks, strict=True))
+def columns_of(matrix: Mapping[str, Mapping[str, object]]) -> list[str]:
+    """The domains of all rows, each once, in the order in which they appear."""
+    return list({domain: None for row in matrix.values() for domain in row})
+
+
+def format_matrix(
+    matrix: Mapping[str, Mapping[str, float]], corner: str = "expert \\ text", digits: int = 2
+) -> str:
+    """Numbers as aligned text, rows down, columns across; the best of a column starred.
+
+    Args:
+        matrix: by row, then column; cells may be missing.
+        corner: heading of the column with the names of the rows.
+        digits: decimals shown. What looks equal to the best is starred too.
+    """
+    columns = columns_of(matrix)
+    shown = {name: {c: f"{x:.{digits}f}" for c, x in row.items()} for name, row in matrix.items()}
+    best = {c: min((row[c] for row in shown.values() if c in row), key=float) for c in columns}
+    table = [[corner, *columns]]
+    for name, row in shown.items():
+        marks = ("*" if row.get(c) == best[c] and len(matrix) > 1 else " " for c in columns)
+        cells = (f"{row.get(c, '-')}{mark}" for c, mark in zip(columns, marks, strict=True))
         table.append([name, *cells])
     widths = [max(map(len, cells)) for cells in zip(*table, strict=True)]
     return "\n".join(

@@ -36,7 +36,9 @@ def plot_curves(metrics: Path, output: Path) -> None:
     left.plot([r["step"] for r in trained], [r["loss"] for r in trained], "k", lw=2, label="all")
     for domain in sorted({d for r in trained for d in r["loss_by_domain"]}):
         points = [
-            (r["step"], r["loss_by_domain"][domain]) for r in trained if domain in r["loss_by_domain"]
+            (r["step"], r["loss_by_domain"][domain])
+            for r in trained
+            if domain in r["loss_by_domain"]
         ]
         left.plot(*zip(*points, strict=True), lw=1, alpha=0.8, label=domain)
     left.set(xlabel="step", ylabel="training loss (nats per token)")

@@ -1,10 +1,12 @@
-"""What a finished pretraining run leaves for people: a table, plots and where they are."""
+"""Scores for people and programs: tables, JSON files, plots, and where they are."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megamod.evaluation.perplexity import (
     DENSE,
     Matrix,
+    Score,
     format_matrix,
     own_scores,
     perplexities,
@@ -17,6 +19,7 @@ def write_report(output: Path, matrix: Matrix, split: str, step: int) -> str:
     """Write perplexity.json, loss.png and (with experts) experts.png; return the text to print.
 
     Args:
+        output: folder of a finished run, where its metrics.jsonl lies.
         matrix: scores of experts (rows) on domains (columns).
         split: name of the split that was scored.
         step: finished steps.
@@ -24,7 +27,7 @@ def write_report(output: Path, matrix: Matrix, split: str, step: int) -> str:
     output = Path(output)
     table = perplexities(matrix)
     own = own_scores(matrix)
-    mean = sum(score.perplexity for score in own.values()) / len(own)
+    mean = mean_perplexity(own)
     write_json(
         output / "perplexity.json",
         {
@@ -57,3 +60,79 @@ def write_report(output: Path, matrix: Matrix, split: str, step: int) -> str:
             *(f"{name.ljust(width)}  {place}" for name, place in places.items()),
         ]
     )
+
+
+def mean_perplexity(scores: Mapping[str, Score]) -> float:
+    """Mean of the domains' perplexities, every domain with the same weight."""
+    return sum(score.perplexity for score in scores.values()) / len(scores)
+
+
+def comparison(models: Mapping[str, Matrix], domains: Sequence[str], split: str) -> str:
+    """Text tables of several models' scores, by the name of the model; columns are the domains.
+
+    Every expert of a model with several gets a row in a table of its own; then come perplexity and,
+    where the bytes are known, bits per byte of all models, each domain under its own expert.
+    """
+    parts = [
+        f"{split} perplexity of {name}, by expert\n{format_matrix(perplexities(matrix))}"
+        for name, matrix in models.items()
+        if sum(bool(row) for row in matrix.values()) > 1 and not _own_only(matrix)
+    ]
+    own = {}
+    for name, matrix in models.items():
+        if scores := own_scores(matrix):
+            own[name] = {domain: scores[domain] for domain in domains if domain in scores}
+    if own:
+        rows = {
+            name: {d: s.perplexity for d, s in scores.items()} | {"mean": mean_perplexity(scores)}
+            for name, scores in own.items()
+        }
+        text = format_matrix(rows, corner="model \\ text")
+        parts.append(f"{split} perplexity, each domain under its own expert\n{text}")
+    if own and all(s.bytes for scores in own.values() for s in scores.values()):
+        rows = {
+            name: {d: s.bits_per_byte for d, s in scores.items()} for name, scores in own.items()
+        }
+        rows = {name: row | {"mean": sum(row.values()) / len(row)} for name, row in rows.items()}
+        text = format_matrix(rows, corner="model \\ text", digits=3)
+        parts.append(f"{split} bits per byte, each domain under its own expert\n{text}")
+    return "\n\n".join(parts)
+
+
+def comparison_record(models: Mapping[str, Matrix]) -> dict[str, object]:
+    """The same as a value for JSON: by model its scores by expert and domain, and the means."""
+    record: dict[str, object] = {}
+    for name, matrix in models.items():
+        own = own_scores(matrix)
+        rows = {expert: row for expert, row in matrix.items() if row}
+        record[name] = {
+            "perplexity": {e: {d: s.perplexity for d, s in r.items()} for e, r in rows.items()},
+            "bits_per_byte": {
+                e: {d: s.bits_per_byte for d, s in r.items()} for e, r in rows.items()
+            },
+            "nll": {e: {d: s.nll for d, s in r.items()} for e, r in rows.items()},
+            "tokens": {d: s.tokens for row in rows.values() for d, s in row.items()},
+            "bytes": {d: s.bytes for row in rows.values() for d, s in row.items()},
+            "own": {d: s.perplexity for d, s in own.items()},
+            "mean_of_own": mean_perplexity(own) if own else None,
+        }
+    return record
+
+
+def plot_rows(models: Mapping[str, Matrix]) -> dict[str, dict[str, float]]:
+    """Perplexities of all experts of all models as rows of one heat map.
+
+    A model whose experts were scored on their own domain alone is one row.
+    """
+    rows: dict[str, dict[str, float]] = {}
+    for name, matrix in models.items():
+        if DENSE in matrix or _own_only(matrix):
+            rows[name] = {d: s.perplexity for d, s in own_scores(matrix).items()}
+            continue
+        for expert, row in perplexities(matrix).items():
+            rows[expert if len(models) == 1 else f"{name} {expert}"] = row
+    return {name: row for name, row in rows.items() if row}
+
+
+def _own_only(matrix: Matrix) -> bool:
+    return all(expert == domain for expert, row in matrix.items() for domain in row)

@@ -38,11 +38,9 @@ from megamod.train.fragments import (
     refresh_weights,
     set_optimizer_steps,
 )
+from megamod.train.manifest import MANIFEST, find_checkpoint, list_checkpoints
 
 logger = logging.getLogger(__name__)
-
-MANIFEST = "manifest.json"
-FULL_CHECK_BYTES = 10**9  # above this, opening a checkpoint checks sizes only; `verify` checks all
 
 
 @dataclass
@@ -242,72 +240,6 @@ class Checkpoints:
         write_atomic(self.folder / "latest", final.name + "\n")
         for old in list_checkpoints(self.folder)[: -self.keep if self.keep else 0]:
             shutil.rmtree(old)
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint folders by rising step, valid or not."""
-    found = [path for path in Path(folder).glob("step-*") if path.name[5:].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[5:]))
-
-
-def find_checkpoint(folder: Path, choice: str) -> Path | None:
-    """The checkpoint that `--resume` means.
-
-    Raises:
-        UserError: if `choice` is a path that is not a valid checkpoint; if it is "auto" and
-            checkpoints exist but none is valid; if it is "none" and checkpoints exist.
-    """
-    if choice not in ("auto", "none"):
-        path = Path(choice)
-        faults = verify(path)
-        if faults:
-            raise UserError(f"--resume {choice}: not a valid checkpoint: {faults[0]}")
-        return path
-    existing = list_checkpoints(folder)
-    if choice == "none":
-        if existing:
-            raise UserError(
-                f"--resume none: {folder} holds checkpoints already ({existing[-1].name}); "
-                "choose another --output_dir or resume"
-            )
-        return None
-    faults: list[str] = []
-    for path in reversed(existing):
-        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        faults = verify(path, digests=size <= FULL_CHECK_BYTES)
-        if not faults:
-            return path
-        logger.warning("checkpoint %s is not valid (%s); trying the one before", path, faults[0])
-    if existing:
-        raise UserError(
-            f"{folder}: none of {len(existing)} checkpoints is valid ({faults[0]}); "
-            "remove the folder to start afresh"
-        )
-    return None
-
-
-def verify(path: Path, digests: bool = True) -> list[str]:
-    """What is wrong with a checkpoint, one sentence per fault; empty if it is whole.
-
-    Args:
-        digests: compare SHA-256 digests too, not only names and sizes.
-    """
-    try:
-        listed = json.loads((path / MANIFEST).read_text())["files"]
-    except FileNotFoundError:
-        return [f"{path / MANIFEST} is missing"]
-    except (ValueError, KeyError) as error:
-        return [f"{path / MANIFEST} is unreadable: {error}"]
-    faults = []
-    for name, expected in listed.items():
-        file = path / name
-        if not file.is_file():
-            faults.append(f"{file} is missing")
-        elif file.stat().st_size != expected["bytes"]:
-            faults.append(f"{file} has {file.stat().st_size} bytes, not {expected['bytes']}")
-        elif digests and sha256(file) != expected["sha256"]:
-            faults.append(f"{file} does not have the SHA-256 digest of its manifest")
-    return faults
 
 
 def _read_optimizer(path: Path, engine: deepspeed.DeepSpeedEngine, prefix: str) -> None:

@@ -60,6 +60,7 @@ def build_engine(
     if topology.sharing is Sharing.DEMIX:
         group_name = _present_as_experts(model, topology)
         parameters = split_params_into_different_moe_groups_for_optimizer(parameters)
+    groups.mpu = mpu  # DeepSpeed sets it, but never back, so a second engine would inherit it
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=make_optimizer(parameters),

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 from megamod.dist.process import rank as my_rank
 from megamod.dist.process import world_size
@@ -20,7 +21,7 @@ RECIPE = dict(betas=(0.9, 0.95), eps=1e-2, weight_decay=0.1)
 PEAK, WARMUP = 3e-3, 2
 
 
-def tiny_config(untie: str, domains=DOMAINS) -> DemixConfig:
+def tiny_config(untie: str, domains=DOMAINS, dropout: float = 0.0) -> DemixConfig:
     return DemixConfig(
         vocab_size=VOCAB,
         hidden_size=16,
@@ -29,6 +30,8 @@ def tiny_config(untie: str, domains=DOMAINS) -> DemixConfig:
         max_position_embeddings=LENGTH,
         domains=list(domains),
         untie="none" if untie == "all" else untie,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
     )
 
 
@@ -62,7 +65,7 @@ def batches_of(topology: DomainTopology, per_domain: int):
     def batches_from(step: int):
         while True:
             if topology.sharing is Sharing.DENSE:
-                everything = [(d, i) for d in DOMAINS for i in range(per_domain)]
+                everything = [(d, i) for d in topology.domains for i in range(per_domain)]
                 mine = everything[rank :: topology.world_size]
             else:
                 part, parts = topology.group_rank(rank), topology.ranks_per_domain
@@ -76,16 +79,19 @@ def batches_of(topology: DomainTopology, per_domain: int):
     return batches_from
 
 
-def reference(untie: str, steps: int, per_domain: int, clip: float):
-    """The joint objective in one process without DeepSpeed: weights by name, norms by step.
+def reference(untie: str, steps: int, per_domain: int, clip: float, domains=DOMAINS):
+    """The joint objective in one process without DeepSpeed.
 
-    For independent models, a dict by domain of such weights, each trained on its domain alone.
+    Returns:
+        weights by name after the last step, and the gradient norm of every step. For independent
+        models ("all") a dict by domain of such pairs, each trained on its domain alone.
     """
     if untie == "all":
         return {
-            d: _reference(tiny_config("none"), (d,), steps, per_domain, clip)[0] for d in DOMAINS
+            d: _reference(tiny_config("none", domains), (d,), steps, per_domain, clip)
+            for d in domains
         }
-    return _reference(tiny_config(untie), DOMAINS, steps, per_domain, clip)[0]
+    return _reference(tiny_config(untie, domains), domains, steps, per_domain, clip)
 
 
 def _reference(config, domains, steps, per_domain, clip):
@@ -129,6 +135,20 @@ def ds_config(stage: int, micro_steps: int, clip: float, precision: str = "fp32"
     return config
 
 
+def masters(checkpoint: Path, kind: str = "master") -> dict[str, torch.Tensor]:
+    """Flat float32 tensors put together from what all ranks wrote: "master" or a moment of Adam."""
+    pieces: dict[str, dict[int, torch.Tensor]] = {}
+    for file in checkpoint.glob("optimizer-*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            for name, start in tensors.metadata().items():
+                piece = tensors.get_tensor(f"{kind}/{name}")
+                pieces.setdefault(name, {})[int(start)] = piece
+    return {
+        name: torch.cat([parts[start] for start in sorted(parts)])
+        for name, parts in pieces.items()
+    }
+
+
 def run_tiny(
     folder: Path,
     untie: str,
@@ -137,7 +157,6 @@ def run_tiny(
     *,
     per_domain: int = 2,
     clip: float = 0.5,
-    stop_step: int | None = None,
     save_steps: int = 0,
     resume: str = "auto",
     precision: str = "fp32",
@@ -145,8 +164,20 @@ def run_tiny(
     spike_factor: float = 0.0,
     batches=None,
     settings: dict | None = None,
+    domains=DOMAINS,
+    dropout: float = 0.0,
+    keep: int | None = None,
+    save_failure: str = "continue",
+    wrap_objective=lambda objective: objective,
 ):
-    """Train with the real loop; returns (engine, state, topology)."""
+    """Train with the real loop up to `max_steps` of a schedule of 10 steps.
+
+    Args:
+        batches: from a topology to the iterator of micro-batches from a step on.
+        wrap_objective: puts something around the objective, to make it fail.
+    Returns:
+        (engine, state, topology).
+    """
     from megamod.train.checkpoint import Checkpoints, TrainState
     from megamod.train.engine import build_engine
     from megamod.train.export import ModelExport
@@ -155,13 +186,12 @@ def run_tiny(
     from megamod.train.objectives import CausalLM
 
     sharing = sharing_of(untie)
-    topology = DomainTopology(world_size(), DOMAINS, sharing)
-    config = tiny_config(untie)
+    topology = DomainTopology(world_size(), tuple(domains), sharing)
+    config = tiny_config(untie, domains, dropout)
     held = topology.domains_of(my_rank())
     model = DemixForCausalLM(config, held if sharing is Sharing.DEMIX else None)
     initialise(model, seed=5)
-    everything = per_domain * len(DOMAINS)
-    micro_steps = everything // world_size()
+    micro_steps = per_domain * len(domains) // world_size()
     engine = build_engine(
         model,
         lambda groups: adamw(groups, **RECIPE),
@@ -179,12 +209,12 @@ def run_tiny(
         topology,
         ModelExport(engine, config, topology, None, run_file, "none"),
         settings or {"untie": untie},
-        keep=None,
+        keep,
     )
     state = checkpoints.resume(resume) or TrainState()
     plan = Plan(
         max_steps=10,
-        stop_step=max_steps if stop_step is None else stop_step,
+        stop_step=max_steps,
         micro_steps=micro_steps,
         schedule=linear(PEAK, WARMUP, 10),
         max_grad_norm=clip,
@@ -194,13 +224,15 @@ def run_tiny(
         seed=5,
         nonfinite=nonfinite,
         spike_factor=spike_factor,
-        save_failure="continue",
+        save_failure=save_failure,
     )
-    monitor = Monitor(folder, DOMAINS, 10, None, None, False, state.step)
+    monitor = Monitor(folder, domains, 10, None, None, False, state.step)
     state = train(
         engine,
-        CausalLM(DOMAINS, torch.device("cpu"), choose=sharing is Sharing.DEMIX),
-        batches or batches_of(topology, per_domain),
+        wrap_objective(
+            CausalLM(topology.domains, torch.device("cpu"), choose=sharing is Sharing.DEMIX)
+        ),
+        batches(topology) if batches else batches_of(topology, per_domain),
         plan,
         state,
         checkpoints,

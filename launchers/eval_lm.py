@@ -1,0 +1,84 @@
+"""Perplexity and bits per byte of language models, by domain and expert.
+
+    python launchers/eval_lm.py --model runs/demix/model --data DATABIN
+    python launchers/eval_lm.py --model runs/dense/model runs/demix/model --data DATABIN \\
+        --split valid --domains law code --own_only --output scores.json --plot scores.png
+
+A model is the folder that launchers/pretrain.py wrote: dense, with experts (DEMix), or with a
+folder per independent model (BTM). Splits are scored whole, in one process, on the GPU if there is
+one. A model whose vocabulary has room for domain tokens is given them (see --domain_token).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from megamod.errors import UserError, run
+from megamod.flags import Arguments, option, parse_args, require
+
+
+@dataclass
+class EvalArgs(Arguments):
+    """Models, text and results."""
+
+    model: list[str] | None = option(  # noqa: RUF009
+        None, "model folders to score", alias="model_name_or_path"
+    )
+    data: str | None = option(None, "data-bin folder written by launchers/preprocess.py")
+    domains: list[str] | None = option(  # noqa: RUF009
+        None, "domains to score, in this order; none: all of the data-bin"
+    )
+    split: Literal["test", "valid", "train"] = option("test", "split to score, whole")
+    own_only: bool = option(False, "score each expert on its own domain only")
+    max_seq_length: int | None = option(
+        None, "tokens per sequence; none: the longest the model has positions for", least=2
+    )
+    domain_token: Literal["auto", "true", "false"] = option(
+        "auto", "token of the domain in front of each sequence; auto: if the model has them"
+    )
+    per_device_eval_batch_size: int = option(8, "sequences per batch", least=1)
+    output: str | None = option(None, "JSON file to write")
+    plot: str | None = option(None, "PNG file to write: experts by domains")
+
+
+def main() -> None:
+    """Parse, score one model after the other, print, write."""
+    (args,) = parse_args(EvalArgs, doc=__doc__)
+    require(args, "model", "data")
+    for flag in ("output", "plot"):
+        path = getattr(args, flag)
+        if path is not None and not Path(path).absolute().parent.is_dir():
+            raise UserError(f"--{flag} {path}: there is no folder {Path(path).parent}")
+
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    from megamod.data.lm import DataBin
+    from megamod.evaluation.plots import plot_matrix
+    from megamod.evaluation.report import comparison, comparison_record, plot_rows
+    from megamod.evaluation.saved import HeldOut, find_models, score_models
+    from megamod.files import write_json
+
+    disable_progress_bar()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    held_out = HeldOut(
+        args.data,
+        args.domains or DataBin(args.data).domains,
+        args.split,
+        args.max_seq_length,
+        args.per_device_eval_batch_size,
+        args.domain_token,
+        args.own_only,
+    )
+    found = {model: find_models(Path(model), held_out) for model in args.model}
+    models = {model: score_models(of, held_out, device) for model, of in found.items()}
+    print(comparison(models, held_out.domains, args.split))
+    if args.output is not None:
+        record = {"data": args.data, "split": args.split, "models": comparison_record(models)}
+        write_json(Path(args.output), record)
+    if args.plot is not None:
+        plot_matrix(plot_rows(models), Path(args.plot), f"{args.split} perplexity")
+
+
+if __name__ == "__main__":
+    run(main)

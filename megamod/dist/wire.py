@@ -1,0 +1,75 @@
+"""Bytes that a training step puts on the wire, in closed form.
+
+Per rank and for a ring: an all-reduce of p bytes over n ranks sends 2 (n-1)/n p, an all-gather or
+reduce-scatter half of that. Norms, flags and token counts (a few numbers a step) are left out.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megamod.dist.scope import Scope, scopes
+from megamod.dist.topology import DomainTopology
+
+ALIGNMENT = 2  # DeepSpeed pads flat buffers to a multiple of this times the ranks
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes sent by one rank in one step.
+
+    Attributes:
+        world: over all ranks: what all domains share.
+        domain: inside the group of the rank's domain.
+    """
+
+    world: float
+    domain: float
+
+def step_traffic(
+    sizes: Mapping[str, int],
+    topology: DomainTopology,
+    stage: int,
+    micro_steps: int,
+    element_bytes: int,
+    persistence_threshold: int = 100_000,
+) -> Traffic:
+    """What one rank sends in a step.
+
+    Args:
+        sizes: elements of every parameter that a rank holds, by name.
+        stage: ZeRO stage. 1 reduces gradients once a step, 2 and 3 after every micro-batch, because
+            they keep a part of them only; 3 gathers weights instead of keeping them.
+        micro_steps: micro-batches per rank and step.
+        element_bytes: of weights and gradients as they are sent: 4 in fp32, 2 in bf16 and fp16.
+        persistence_threshold: elements up to which ZeRO 3 keeps a parameter whole.
+    Source: Rajbhandari et al. 2020 (ZeRO), section 7; Gururangan et al. 2022 (DEMix), section 3.2.
+    """
+    where = scopes(sizes, topology.sharing)
+    sent = {}
+    for scope in Scope:
+        ranks = topology.world_size
+        if scope is Scope.DOMAIN:
+            ranks = topology.ranks_per_domain
+        held = [size for name, size in sizes.items() if where[name] is scope]
+        elements = _elements(held, ranks, stage, micro_steps, persistence_threshold)
+        sent[scope] = (ranks - 1) / ranks * elements * element_bytes
+    return Traffic(sent[Scope.WORLD], sent[Scope.DOMAIN])
+
+def _elements(
+    held: list[int], ranks: int, stage: int, micro_steps: int, threshold: int
+) -> int:
+    """Elements that pass through all-gathers and reduce-scatters; an all-reduce is one of each."""
+    total = sum(held)
+    if stage == 0:
+        return 2 * total
+    if stage < 3:
+        reductions = micro_steps if stage == 2 else 1
+        return 2 * total * reductions + _padded(total, ALIGNMENT * ranks)
+    padded = [_padded(size, ranks) for size in held]
+    kept = sum(p for p, size in zip(padded, held, strict=True) if size <= threshold)
+    gathered = sum(padded) - kept
+    return micro_steps * (sum(padded) + 2 * gathered) + kept
+
+def _padded(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
+
+__all__ = ["Sharing", "Traffic", "step_traffic"]

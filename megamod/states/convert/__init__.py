@@ -1,0 +1,90 @@
+"""Checkpoints of the original programs, turned into ours: one module per format.
+
+A format is a key of `FORMATS` and a module of that name beside this file, which has
+    convert(source: Path, options: Options) -> Converted
+    export(source: Path, folder: Path) -> list[Path]      if there is a way back
+Both are pure functions on state dicts; files are written by the caller, into a `new_folder`.
+"""
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from megamod.errors import UserError
+from megamod.files import atomic_folder
+
+if TYPE_CHECKING:  # `--help` lists the formats, and torch takes seconds to load
+    from torch import Tensor
+
+FORMATS = {
+    "fairseq_lm": "causal language models of fairseq: dense, one expert (ELM), or DEMix",
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the weights of a checkpoint cannot tell.
+
+    Attributes:
+        domains: names of the experts in rank order; of a dense model, what it was trained on.
+        num_attention_heads: heads per layer; None: as the checkpoint's settings say.
+    """
+
+    domains: tuple[str, ...] = ()
+    num_attention_heads: int | None = None
+
+
+@dataclass
+class Converted:
+    """A model as plain data.
+
+    Attributes:
+        config: fields of its config.json, `model_type` and `architectures` included.
+        state: tensors by our names, tied ones once.
+        used: keys of the original that went into `state`.
+        dropped: keys of the original that were left out, with the reason.
+        missing: keys that the original could have had, with what stands in for them.
+    """
+
+    config: dict[str, object]
+    state: dict[str, "Tensor"]
+    used: list[str]
+    dropped: dict[str, str] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+
+    def report(self) -> str:
+        """The three lists as text, the used keys as a number."""
+        lines = [f"used      {len(self.used)} tensors"]
+        for title, keys in (("dropped", self.dropped), ("missing", self.missing)):
+            lines += [f"{title:<10}{key}: {why}" for key, why in keys.items()] or [
+                f"{title:<10}none"
+            ]
+        return "\n".join(lines)
+
+
+def format_module(name: str) -> ModuleType:
+    """The module of a format in `FORMATS`."""
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `path`, whole or not at all.
+
+    Raises:
+        UserError: if `path` exists and is not an empty folder, or cannot be written.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"--output_dir {path}: exists already; name a new or an empty folder")
+    try:
+        with atomic_folder(path) as folder:
+            yield folder
+            if path.exists():
+                path.rmdir()
+    except OSError as error:
+        raise UserError(f"--output_dir {path}: cannot be written: {error}") from error

@@ -1,0 +1,366 @@
+"""Causal language models of fairseq: dense ones, ELMs, and DEMix in shared and per-rank files.
+
+    dense, ELM    a .pt or .safetensors, or a folder that holds one
+    DEMix         a folder with NAME-shared.* and NAME-rank-<r>.* for every rank
+
+The architecture is that of the `transformer_lm_gpt3` presets of fairseq's TransformerLanguageModel.
+A DEMix rank file holds the feed-forwards of the rank's domain; ranks of one domain are consecutive
+and hold the same.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megamod.dist.scope import MARK, domain_of_name
+from megamod.errors import UserError
+from megamod.files import write_json
+from megamod.states.convert import Converted, Options
+from megamod.states.convert.reading import Checkpoint, read_checkpoint
+from megamod.states.weights import expert_state, read_weights
+
+_OUTSIDE = {
+    "embed_tokens.weight": "embeddings.tokens.weight",
+    "embed_positions.weight": "embeddings.positions.weight",
+    "layer_norm.weight": "final_norm.weight",
+    "layer_norm.bias": "final_norm.bias",
+}
+_INSIDE = {
+    **{f"self_attn.{which}_proj": f"attention.{which}_proj" for which in ("q", "k", "v", "out")},
+    "self_attn_layer_norm": "attention_norm",
+    "fc1": "feed_forward.fc1",
+    "fc2": "feed_forward.fc2",
+    "final_layer_norm": "feed_forward_norm",
+}
+_TOKENS, _POSITIONS = "decoder.embed_tokens.weight", "decoder.embed_positions.weight"
+_OUTPUT, _VERSION = "decoder.output_projection.weight", "decoder.version"
+_SETTINGS = {
+    "activation_fn": "gelu",
+    "decoder_normalize_before": True,
+    "decoder_learned_pos": True,
+    "no_scale_embedding": False,
+    "layernorm_embedding": False,
+}
+"""What the settings of a checkpoint must say, where they say something: the weights do not show it."""
+_HEADS = ("decoder_attention_heads", "num_attention_heads", "heads")
+_DENSE_FILES = ("model.safetensors", "pytorch_model.bin")
+_STEMS = ("checkpoint_last", "checkpoint_best")
+_ENDINGS = (".pt", ".safetensors")
+_MOST_LAYERS = 1000
+
+
+def key_map(layers: int) -> dict[str, str]:
+    """fairseq's key of every tensor of a dense model -> ours."""
+    names = {f"decoder.{theirs}": f"model.{ours}" for theirs, ours in _OUTSIDE.items()}
+    for layer in range(layers):
+        for theirs, ours in _INSIDE.items():
+            for kind in ("weight", "bias"):
+                key = f"decoder.layers.{layer}.{theirs}.{kind}"
+                names[key] = f"model.layers.{layer}.{ours}.{kind}"
+    return names
+
+
+def convert(source: Path, options: Options) -> Converted:
+    """Read a checkpoint and give its tensors our names, in the dtype they are stored in.
+
+    Args:
+        source: see the head of this module; `NAME-shared.*` alone picks that DEMix checkpoint.
+        options: `domains` are needed for DEMix; `num_attention_heads` where no settings tell.
+    Raises:
+        UserError: naming the key, for a tensor that is unexpected, missing or of a wrong shape, for
+            an output matrix that differs from the embeddings, and for ranks of a domain that
+            differ; for settings that the model does not have.
+    """
+    source = Path(source)
+    shared_file = _shared_file(source)
+    if shared_file is None:
+        file = _dense_file(source)
+        shared, ranks = read_checkpoint(file), []
+        folder = file.parent
+    else:
+        shared, folder = read_checkpoint(shared_file), shared_file.parent
+        ranks = [read_checkpoint(file) for file in _rank_files(shared_file)]
+        file = shared_file
+    settings = _settings(folder, shared)
+    _check_settings(settings, file)
+    # After adapting the feed-forwards of a DEMix model, fairseq has everything in the shared file.
+    apart = any(rank.tensors for rank in ranks)
+    domains = options.domains or (tuple(settings.get("domains", ())) if apart else ())
+    experts = _experts(ranks, domains, shared_file) if apart else {}
+    any_expert = next(iter(experts.values()), {})
+    if both := sorted(any_expert.keys() & shared.tensors.keys()):
+        raise UserError(f"{file}: {both[0]} is also in the rank files")
+    dense = shared.tensors | any_expert
+    layers, config = _shape(dense, settings, options, file)
+    names = key_map(layers)
+    _check(dense, names, config, file)
+    untie = _untie(any_expert, layers, file) if apart else "none"
+
+    dropped, missing = {}, {}
+    if _VERSION in dense:
+        dropped[_VERSION] = "a version number"
+    if _OUTPUT in dense:
+        dropped[_OUTPUT] = f"equal to {_TOKENS}, to which it is tied"
+    else:
+        missing[_OUTPUT] = f"tied to {_TOKENS}"
+    state = {names[key]: t for key, t in shared.tensors.items() if key in names}
+    for domain, tensors in experts.items():
+        state |= {_expert_name(names[key], domain): tensor for key, tensor in tensors.items()}
+    used = [key for key in dense if key in names]
+    return Converted(
+        {**config, "domains": list(domains), "untie": untie}, state, used, dropped, missing
+    )
+
+
+def export(source: Path, folder: Path) -> list[Path]:
+    """Write a model folder of ours in fairseq's keys, as safetensors with settings beside them.
+
+    A dense model becomes model.safetensors; one with experts checkpoint_last-shared.safetensors and
+    one rank file per domain. `convert` reads both back, tensor for tensor.
+
+    Returns:
+        the files.
+    Raises:
+        UserError: if the folder is not a language model of ours, or more than feed-forwards are
+            held per domain.
+    """
+    try:
+        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
+        domains, untie = config["domains"], config["untie"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{source}: is not a language model of megamod: {error!r}") from error
+    if untie != "none" and not untie.startswith("feedforward"):
+        raise UserError(
+            f"{source}: untie is {untie!r}; rank files of fairseq hold feed-forwards only"
+        )
+    state = read_weights(source)
+    keys = {ours: key for key, ours in key_map(layers).items()}
+    files: dict[str, dict[str, Tensor]] = {}
+    if untie == "none":
+        files["model.safetensors"] = _renamed(state, keys, source)
+    else:
+        held = {name: t for name, t in state.items() if domain_of_name(name) is None}
+        files["checkpoint_last-shared.safetensors"] = _renamed(held, keys, source)
+        for rank, domain in enumerate(domains):
+            own = {name: t for name, t in expert_state(state, domain).items() if name not in held}
+            files[f"checkpoint_last-rank-{rank}.safetensors"] = _renamed(own, keys, source)
+    for name, tensors in files.items():
+        save_file(tensors, folder / name)
+    settings = {**_SETTINGS, "decoder_attention_heads": heads, "domains": domains}
+    write_json(folder / "config.json", settings)
+    return [*(folder / name for name in files), folder / "config.json"]
+
+
+def _renamed(
+    state: Mapping[str, Tensor], keys: Mapping[str, str], source: Path
+) -> dict[str, Tensor]:
+    unknown = sorted(name for name in state if name not in keys)
+    if unknown:
+        raise UserError(f"{source}: {unknown[0]} has no counterpart in fairseq")
+    return {keys[name]: tensor for name, tensor in state.items()}
+
+
+def _expert_name(name: str, domain: str) -> str:
+    return name.replace(".feed_forward.", f".feed_forward.{MARK}.{domain}.", 1)
+
+
+def _shared_file(source: Path) -> Path | None:
+    """The shared file of a DEMix checkpoint, None if the source is not one."""
+    if source.is_file():
+        return source if source.stem.endswith("-shared") else None
+    if not source.is_dir():
+        raise UserError(f"--input {source} does not exist")
+    found = {file.stem: file for ending in _ENDINGS for file in source.glob(f"*-shared{ending}")}
+    for stem in _STEMS:
+        if f"{stem}-shared" in found:
+            return found[f"{stem}-shared"]
+    if len(found) > 1:
+        raise UserError(f"--input {source}: name one of {', '.join(map(str, found.values()))}")
+    if not found and any(source.glob("*-rank-[0-9]*")):
+        raise UserError(f"--input {source}: has rank files, but no NAME-shared.pt")
+    return next(iter(found.values()), None)
+
+
+def _rank_files(shared_file: Path) -> list[Path]:
+    stem, ending = shared_file.stem.removesuffix("-shared"), shared_file.suffix
+    found = {}
+    for file in shared_file.parent.glob(f"{stem}-rank-*{ending}"):
+        if number := re.fullmatch(rf"{re.escape(stem)}-rank-(\d+)", file.stem):
+            found[int(number[1])] = file
+    if not found:
+        raise UserError(f"{shared_file}: there is no {stem}-rank-0{ending} beside it")
+    absent = sorted(set(range(max(found) + 1)) - found.keys())
+    if absent:
+        raise UserError(f"{shared_file}: {stem}-rank-{absent[0]}{ending} is missing beside it")
+    return [found[rank] for rank in range(len(found))]
+
+
+def _dense_file(source: Path) -> Path:
+    if source.is_file():
+        return source
+    wanted = [*_DENSE_FILES, *(stem + ending for stem in _STEMS for ending in _ENDINGS)]
+    found = [source / name for name in wanted if (source / name).exists()]
+    found = found or sorted(f for ending in _ENDINGS for f in source.glob(f"*{ending}"))
+    if not found or (len(found) > 1 and found[0].name not in wanted):
+        names = ", ".join(file.name for file in found) or "none"
+        raise UserError(
+            f"--input {source}: cannot tell which file to read (there are: {names}); expected is "
+            f"one of {', '.join(wanted)}, or a single other .pt or .safetensors"
+        )
+    return found[0]
+
+
+def _settings(folder: Path, checkpoint: Checkpoint) -> dict[str, object]:
+    """config.json beside the checkpoint, then what is stored in it: cfg.model, else args."""
+    beside: object = {}
+    if (folder / "config.json").exists():
+        try:
+            beside = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{folder / 'config.json'}: is not JSON: {error}") from error
+    cfg = checkpoint.settings.get("cfg")
+    stored = cfg.get("model") if isinstance(cfg, dict) else None
+    stored = stored if isinstance(stored, dict) else checkpoint.settings.get("args")
+    return {
+        key: value
+        for settings in (beside, stored)
+        if isinstance(settings, dict)
+        for key, value in settings.items()
+        if value is not None
+    }
+
+
+def _check_settings(settings: Mapping[str, object], file: Path) -> None:
+    for key, needed in _SETTINGS.items():
+        if settings.get(key, needed) != needed:
+            raise UserError(
+                f"{file}: was trained with {key} {settings[key]!r}; only {needed!r}, which the "
+                "transformer_lm_gpt3 presets have, can be converted"
+            )
+
+
+def _experts(
+    ranks: Sequence[Checkpoint], domains: Sequence[str], shared_file: Path
+) -> dict[str, dict[str, Tensor]]:
+    """Tensors of each domain's expert, from the first of its ranks; all of them are compared."""
+    where = shared_file.parent
+    if not domains or len(ranks) % len(domains):
+        given = f"{len(domains)} names ({', '.join(domains)})" if domains else "nothing"
+        raise UserError(
+            f"--domains: {where} has rank files of {len(ranks)} ranks, given is {given}; name the "
+            "domains in rank order, as many as divide the ranks evenly"
+        )
+    group = len(ranks) // len(domains)
+    experts = {}
+    for place, domain in enumerate(domains):
+        first = ranks[place * group].tensors
+        for rank in range(place * group, (place + 1) * group):
+            tensors = ranks[rank].tensors
+            if tensors.keys() != ranks[0].tensors.keys():
+                differing = sorted(tensors.keys() ^ ranks[0].tensors.keys())
+                raise UserError(f"{where}: ranks 0 and {rank} do not both hold {differing[0]}")
+            for key, tensor in tensors.items():
+                if tensor.shape != ranks[0].tensors[key].shape:
+                    raise UserError(f"{where}: {key} has other shapes on ranks 0 and {rank}")
+                if not torch.equal(tensor, first[key]):
+                    raise UserError(
+                        f"{where}: {key} differs between ranks {place * group} and {rank}, which "
+                        f"both belong to domain {domain}"
+                    )
+        experts[domain] = first
+    return experts
+
+
+def _shape(
+    dense: Mapping[str, Tensor], settings: Mapping[str, object], options: Options, file: Path
+) -> tuple[int, dict[str, object]]:
+    """Number of layers and the fields of the configuration, from the shapes of the weights."""
+    for key in (_TOKENS, _POSITIONS, "decoder.layers.0.fc1.weight"):
+        if key not in dense:
+            raise UserError(f"{file}: {key} is missing, so this is no language model of fairseq")
+        if dense[key].dim() != 2:
+            raise UserError(f"{file}: {key} has shape {tuple(dense[key].shape)}, not a matrix's")
+    numbers = [re.match(r"decoder\.layers\.(\d{1,4})\.", key) for key in dense]
+    layers = 1 + max(int(number[1]) for number in numbers if number)
+    vocab, width = dense[_TOKENS].shape
+    told = next((settings[key] for key in _HEADS if key in settings), None)
+    heads = options.num_attention_heads or told
+    if not isinstance(heads, int) or heads < 1 or width % heads:
+        raise UserError(
+            f"--num_attention_heads: {heads!r} does not divide the width {width} of {file}"
+            if heads is not None
+            else f"--num_attention_heads is needed: {file} holds no settings that tell, and no "
+            "config.json lies beside it"
+        )
+    return min(layers, _MOST_LAYERS), {
+        "model_type": "demix",
+        "architectures": ["DemixForCausalLM"],
+        "vocab_size": vocab,
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": dense["decoder.layers.0.fc1.weight"].shape[0],
+        "max_position_embeddings": dense[_POSITIONS].shape[0] - 2,
+    }
+
+
+def _check(
+    dense: Mapping[str, Tensor], names: Mapping[str, str], config: Mapping[str, object], file: Path
+) -> None:
+    """Every tensor there, in its shape, and no other."""
+    if unexpected := sorted(dense.keys() - names.keys() - {_OUTPUT, _VERSION}):
+        raise UserError(f"{file}: {unexpected[0]} is unexpected (of {len(unexpected)} such keys)")
+    if missing := sorted(names.keys() - dense.keys()):
+        raise UserError(f"{file}: {missing[0]} is missing (of {len(missing)} such keys)")
+    for key, expected in _shapes(names, config):
+        if tuple(dense[key].shape) != expected:
+            raise UserError(f"{file}: {key} has shape {tuple(dense[key].shape)}, not {expected}")
+        if not dense[key].is_floating_point():
+            raise UserError(f"{file}: {key} has dtype {dense[key].dtype}, not one of weights")
+    if _OUTPUT in dense and not torch.equal(dense[_OUTPUT], dense[_TOKENS]):
+        raise UserError(f"{file}: {_OUTPUT} differs from {_TOKENS}, to which it should be tied")
+
+
+def _shapes(
+    names: Mapping[str, str], config: Mapping[str, object]
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    width, inner = config["hidden_size"], config["intermediate_size"]
+    matrices = {"fc1": (inner, width), "fc2": (width, inner)}
+    for key in names:
+        part, kind = key.split(".")[-2:]
+        if part == "embed_tokens":
+            yield key, (config["vocab_size"], width)
+        elif part == "embed_positions":
+            yield key, (config["max_position_embeddings"] + 2, width)
+        else:
+            square = matrices.get(part, (width, width))
+            vector = kind == "bias" or part.endswith("layer_norm")
+            yield key, square[:1] if vector else square
+
+
+def _untie(expert: Mapping[str, Tensor], layers: int, file: Path) -> str:
+    """Which layers' feed-forwards the rank files hold."""
+    kinds = {
+        "feedforward": range(layers),
+        "feedforward_every_other": range(1, layers, 2),
+        "feedforward_top": range(layers - 1, layers),
+    }
+    for untie, held in kinds.items():
+        parts = {
+            f"decoder.layers.{layer}.{part}.{kind}"
+            for layer in held
+            for part in ("fc1", "fc2")
+            for kind in ("weight", "bias")
+        }
+        if expert.keys() == parts:
+            return untie
+    raise UserError(
+        f"{file}: the rank files hold {', '.join(sorted(expert)[:3])}, ...; expected are fc1 and "
+        "fc2 of every layer, of every second or of the last"
+    )

@@ -1,0 +1,309 @@
+"""Reading checkpoints that somebody else wrote, without running what they may contain.
+
+A pickle can name any function and call it. So the names in it are listed first, with nothing
+executed, and refused unless they are those of plain tensors, `argparse.Namespace` or one of the
+container types below, for which inert stand-ins are loaded. What passes is read by
+`torch.load(weights_only=True)`, which has a list of its own, in a child process with limits on
+memory, processor time and file size; the child hands back safetensors and JSON. There is no other
+way to read a pickle, and no flag that adds one.
+"""
+
+import argparse
+import io
+import json
+import os
+import pickletools
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from megamod.errors import UserError, run
+from megamod.files import write_json
+
+if TYPE_CHECKING:  # the child refuses a file before it spends seconds on loading torch
+    from torch import Tensor
+
+_OMEGACONF = (
+    *("dictconfig.DictConfig", "listconfig.ListConfig", "base.ContainerMetadata", "base.Metadata"),
+    *(f"nodes.{kind}Node" for kind in "Any String Integer Float Boolean Enum Bytes Path".split()),
+)
+_FAIRSEQ = (
+    *(
+        f"dataclass.configs.{name}Config"
+        for name in "Fairseq Common CommonEval DistributedTraining Dataset Optimization Checkpoint "
+        "FairseqBMUF Generation EvalLM Interactive EMA".split()
+    ),
+    *(
+        f"dataclass.constants.{name}"
+        for name in "DDP_BACKEND_CHOICES DDP_COMM_HOOK_CHOICES LOG_FORMAT_CHOICES "
+        "PIPELINE_CHECKPOINT_CHOICES PRINT_ALIGNMENT_CHOICES ZERO_SHARDING_CHOICES "
+        "GENERATION_CONSTRAINTS_CHOICES GENERATION_DECODING_FORMAT_CHOICES".split()
+    ),
+    *("models.transformer_lm.TransformerLanguageModelConfig", "optim.adam.FairseqAdamConfig"),
+    "tasks.language_modeling.LanguageModelingConfig",
+)
+_REFERENCES = (
+    "typing.Any",
+    *(f"builtins.{t}" for t in "dict list tuple int float str bool".split()),
+)
+STAND_INS = (
+    *(f"omegaconf.{name}" for name in _OMEGACONF),
+    *(f"fairseq.{name}" for name in _FAIRSEQ),
+    *_REFERENCES,
+)
+"""Types that settings inside a checkpoint consist of; an inert class is loaded for each."""
+
+_NAMESPACE = "argparse.Namespace"
+_TENSORS = re.compile(
+    r"torch\.\w*Storage|torch\.storage\.\w*Storage|torch\._utils\._rebuild_\w+|torch\._tensor\.\w+"
+    r"|torch\.(Size|Tensor|device|float16|float32|float64|bfloat16|int8|int16|int32|int64|uint8|bool)"
+    r"|torch\.nn\.parameter\.Parameter|collections\.(OrderedDict|Counter|defaultdict)"
+)
+_LEGACY_PICKLES = 5  # magic number, version, machine, the object, keys of its storages
+_STRINGS = ("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8")
+_STRINGS += ("STRING", "BINSTRING", "SHORT_BINSTRING")
+_TIMEOUT = 3600  # seconds until a child that does not even use the processor is ended
+
+
+@dataclass
+class Checkpoint:
+    """Tensors by name, and the settings stored with them as plain JSON values."""
+
+    tensors: "dict[str, Tensor]"
+    settings: dict[str, object]
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """The weights in a `.safetensors`, or in a pickle that `torch.save` wrote (any other ending).
+
+    Of a dict with the key "model" these are the tensors of that entry (fairseq), else those of the
+    dict itself.
+
+    Raises:
+        UserError: if the file is missing, malformed, too large for its length, or a pickle that
+            names anything but tensors and plain containers.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist or is not a file")
+    if path.suffix == ".safetensors":
+        return Checkpoint(_read_safetensors(path), {})
+    with tempfile.TemporaryDirectory(prefix="megamod-convert-") as folder:
+        command = [sys.executable, "-P", "-m", __name__, str(path.absolute()), folder]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        environment.pop("RANK", None)
+        try:
+            child = subprocess.run(
+                command, env=environment, capture_output=True, text=True, timeout=_TIMEOUT
+            )
+        except subprocess.TimeoutExpired as error:
+            raise UserError(f"{path}: reading it took more than {_TIMEOUT} s") from error
+        if child.returncode == UserError.exit_code:
+            raise UserError(child.stderr.strip().splitlines()[-1].removeprefix("UserError: "))
+        if child.returncode != 0:
+            told = (child.stderr.strip().splitlines() or ["it was ended"])[-1]
+            raise UserError(
+                f"{path}: could not be read within the limits on memory and time (exit code "
+                f"{child.returncode}: {told[:300]})"
+            )
+        settings = json.loads((Path(folder) / "settings.json").read_text())
+        return Checkpoint(_read_safetensors(Path(folder) / "tensors.safetensors"), settings)
+
+
+def globals_in(path: Path) -> set[str]:
+    """Full names of all that a `torch.save` file would look up, read without executing anything.
+
+    A name that is put together while the pickle runs is given as "?".
+
+    Raises:
+        UserError: if the file is no pickle, or a TorchScript archive.
+    """
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+                if any(name.endswith("/constants.pkl") for name in names):
+                    raise UserError(f"{path}: is a TorchScript archive, which holds code")
+                found: set[str] = set()
+                for name in names:
+                    if name.endswith(".pkl"):
+                        found |= set(_globals_of_pickle(io.BytesIO(archive.read(name))))
+                return found
+        with open(path, "rb") as file:
+            found = set(_globals_of_pickle(file))
+            with suppress(ValueError):  # a stream that ends early is left to torch to refuse
+                for _ in range(_LEGACY_PICKLES - 1):
+                    found |= set(_globals_of_pickle(file))
+            return found
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError) as error:
+        raise UserError(f"{path}: is not an archive of torch.save: {error}") from error
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: is not a pickle of torch.save: {error}") from error
+
+
+def _globals_of_pickle(file: BinaryIO) -> Iterator[str]:
+    """Names in one pickle; the stream is left behind its end."""
+    strings: list[str] = []  # the last two strings that were pushed
+    memo: dict[int, str] = {}
+    memorable: str | None = None
+    for opcode, argument, _ in pickletools.genops(file):
+        if opcode.name in ("GLOBAL", "INST"):
+            name = str(argument).replace(" ", ".", 1)
+            yield re.sub(r"^__builtin__\.", "builtins.", name)
+        elif opcode.name == "STACK_GLOBAL":
+            yield ".".join(strings[-2:]) if len(strings) >= 2 else "?"
+        elif opcode.name.startswith("EXT"):
+            yield "?"
+        elif opcode.name in _STRINGS:
+            memorable = str(argument)
+            strings = [*strings[-1:], memorable]
+            continue
+        elif opcode.name == "MEMOIZE" and memorable is not None:
+            memo[len(memo)] = memorable
+            continue
+        elif opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and memorable is not None:
+            memo[argument] = memorable
+            continue
+        elif opcode.name in ("GET", "BINGET", "LONG_BINGET") and argument in memo:
+            strings = [*strings[-1:], memo[argument]]
+        elif opcode.name == "MEMOIZE":
+            memo[len(memo)] = "?"
+        memorable = None
+
+
+def _read_safetensors(path: Path) -> "dict[str, Tensor]":
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path}: is not a whole safetensors file: {error}") from error
+
+
+def _child() -> None:
+    """Read the pickle named first on the command line into the folder named second."""
+    path, folder = Path(sys.argv[1]), Path(sys.argv[2])
+    _limit(path.stat().st_size)
+    found = globals_in(path)
+    refused = sorted(
+        name for name in found - {_NAMESPACE, *STAND_INS} if not _TENSORS.fullmatch(name)
+    )
+    if refused:
+        raise UserError(
+            f"{path}: is refused, because it names {', '.join(refused)}. A checkpoint may hold "
+            "tensors, plain values, argparse.Namespace and the containers of omegaconf; nothing "
+            "was executed"
+        )
+    tensors, settings = _load(path)
+
+    from safetensors.torch import save_file
+
+    save_file(tensors, folder / "tensors.safetensors")
+    write_json(folder / "settings.json", settings)
+
+
+def _limit(size: int) -> None:
+    """Bound this process: a file cannot make it take much more than a multiple of its length."""
+    gigabyte = 2**30
+    seconds = 60 + size // (20 * 2**20)
+    for kind, limit in (
+        (resource.RLIMIT_AS, 16 * gigabyte + 4 * size),  # a torch for CUDA maps many gigabytes
+        (resource.RLIMIT_CPU, seconds),
+        (resource.RLIMIT_FSIZE, gigabyte + 2 * size),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        hard = resource.getrlimit(kind)[1]
+        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        resource.setrlimit(kind, (limit, limit))
+
+
+def _load(path: Path) -> "tuple[dict[str, Tensor], dict[str, object]]":
+    import pickle  # for the name of its error; nothing is unpickled by it
+
+    import torch
+
+    allowed = [(_StandIn.named(name), name) for name in STAND_INS]
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace, *allowed]):
+            content = torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            )
+    except pickle.UnpicklingError as error:
+        told = re.search(r"(Unsupported|Trying|Can only|Unsafe|Only)[^\n]*", str(error))
+        raise UserError(f"{path}: is refused: {told[0] if told else error}") from error
+    except Exception as error:
+        # Whatever a broken or crafted file makes the reader stumble over is a fault of the file.
+        first = (str(error).splitlines() or [""])[0]
+        raise UserError(f"{path}: cannot be read: {type(error).__name__}: {first}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, not a dict of tensors")
+    model = content.get("model", content)
+    if not isinstance(model, dict):
+        raise UserError(f'{path}: "model" is a {type(model).__name__}, not a dict of tensors')
+    tensors = {}
+    for name, value in model.items():
+        if not isinstance(value, torch.Tensor):
+            if model is content:
+                continue
+            raise UserError(f'{path}: {name!r} of "model" is a {type(value).__name__}')
+        if value.layout is not torch.strided or value.is_quantized or value.is_meta:
+            raise UserError(f"{path}: {name!r} is not an ordinary tensor")
+        if value.nbytes > value.untyped_storage().nbytes():
+            raise UserError(f"{path}: {name!r} claims more elements than the file stores for it")
+        tensors[str(name)] = value.detach().clone(memory_format=torch.contiguous_format)
+    settings = {str(k): v for k, v in content.items() if k in ("cfg", "args", "config")}
+    return tensors, _plain(settings, 0)
+
+
+class _StandIn:
+    """Takes the place of a type of omegaconf or fairseq: keeps what it is given, does nothing."""
+
+    @classmethod
+    def named(cls, name: str) -> type:
+        return type(name.rpartition(".")[2], (cls,), {})
+
+    def __new__(cls, *given: object) -> "_StandIn":
+        instance = super().__new__(cls)
+        instance.__dict__["given"] = given
+        return instance
+
+    def __init__(self, *given: object):
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        self.__dict__["state"] = state
+
+
+def _plain(value: object, depth: int) -> object:
+    """As JSON values; a type or tensor among the settings becomes null."""
+    if depth > 20:
+        return None
+    if isinstance(value, argparse.Namespace):
+        value = vars(value)
+    if isinstance(value, _StandIn):
+        held = vars(value)
+        if "state" not in held:  # an enumeration: its value
+            return _plain(held["given"][0], depth + 1) if len(held["given"]) == 1 else None
+        state = held["state"]
+        inner = ("_content", "_val")
+        return next((_plain(state[k], depth + 1) for k in inner if k in state), None)
+    if isinstance(value, dict):
+        return {str(key): _plain(one, depth + 1) for key, one in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [_plain(one, depth + 1) for one in value]
+    return value if isinstance(value, (str, int, float, bool)) else None
+
+
+if __name__ == "__main__":
+    run(_child)

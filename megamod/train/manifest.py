@@ -1,0 +1,90 @@
+"""Which folder is a whole checkpoint: names, sizes and digests against its manifest.
+
+    step-N/manifest.json    {"files": {NAME: {"bytes": ..., "sha256": ...}}}, written last
+
+Apart from `megamod.train.checkpoint`, so that a folder can be looked at without DeepSpeed.
+"""
+
+import json
+import logging
+from pathlib import Path
+
+from megamod.errors import UserError
+from megamod.files import sha256
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+FULL_CHECK_BYTES = 10**9  # above this, opening a checkpoint checks sizes only; `verify` checks all
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint folders by rising step, valid or not."""
+    found = [path for path in Path(folder).glob("step-*") if path.name[5:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def find_checkpoint(folder: Path, choice: str) -> Path | None:
+    """The checkpoint that `--resume` means.
+
+    Raises:
+        UserError: if `choice` is a path that is not a valid checkpoint; if it is "auto" and
+            checkpoints exist but none is valid; if it is "none" and checkpoints exist.
+    """
+    if choice not in ("auto", "none"):
+        path = Path(choice)
+        faults = verify(path)
+        if faults:
+            raise UserError(f"--resume {choice}: not a valid checkpoint: {faults[0]}")
+        return path
+    existing = list_checkpoints(folder)
+    if choice == "none":
+        if existing:
+            raise UserError(
+                f"--resume none: {folder} holds checkpoints already ({existing[-1].name}); "
+                "choose another --output_dir or resume"
+            )
+        return None
+    faults: list[str] = []
+    for path in reversed(existing):
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        faults = verify(path, digests=size <= FULL_CHECK_BYTES)
+        if not faults:
+            return path
+        logger.warning("checkpoint %s is not valid (%s); trying the one before", path, faults[0])
+    if existing:
+        raise UserError(
+            f"{folder}: none of {len(existing)} checkpoints is valid ({faults[0]}); "
+            "remove the folder to start afresh"
+        )
+    return None
+
+
+def verify(path: Path, digests: bool = True) -> list[str]:
+    """What is wrong with a checkpoint, one sentence per fault; empty if it is whole.
+
+    Args:
+        digests: compare SHA-256 digests too, not only names and sizes.
+    """
+    file = path / MANIFEST
+    try:
+        listed = json.loads(file.read_text())["files"]
+        expected = {name: (int(of["bytes"]), str(of["sha256"])) for name, of in listed.items()}
+    except FileNotFoundError:
+        return [f"{file} is missing"]
+    except OSError as error:
+        return [f"{file} cannot be read: {error.strerror}"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return [f"{file} is unreadable: {error!r}"]
+    if not expected:
+        return [f"{file} lists no file"]
+    faults = []
+    for name, (size, digest) in expected.items():
+        file = path / name
+        if not file.is_file():
+            faults.append(f"{file} is missing")
+        elif file.stat().st_size != size:
+            faults.append(f"{file} has {file.stat().st_size} bytes, not {size}")
+        elif digests and sha256(file) != digest:
+            faults.append(f"{file} does not have the SHA-256 digest of its manifest")
+    return faults

@@ -1,0 +1,94 @@
+"""Bytes on the wire per step: counted by wrapping the collectives, against the closed form."""
+
+import pytest
+from ranks import on_ranks
+from tiny_runs import DOMAINS, RECIPE, ds_config, make_batch, tiny_config
+from wire_counter import counted
+
+from megamod.dist.scope import Sharing, sharing_of
+from megamod.dist.topology import DomainTopology
+from megamod.dist.wire import step_traffic
+
+MICRO_STEPS = 2
+CASES = [
+    ("none", 0, 10**5),
+    ("none", 1, 10**5),
+    ("none", 2, 10**5),
+    ("none", 3, 10**5),
+    ("none", 3, 0),
+    ("feedforward", 1, 10**5),
+    ("feedforward", 2, 10**5),
+    ("transformer", 2, 10**5),
+    ("all", 1, 10**5),
+    ("all", 2, 10**5),
+    ("all", 3, 0),
+]
+
+
+def count_all(rank: int) -> dict:
+    """Two steps of every case; the second is counted. Two domains, so two ranks share each."""
+    from megamod.models.demix_lm import DemixForCausalLM
+    from megamod.train.engine import build_engine, update
+    from megamod.train.optim import adamw
+
+    domains, results = DOMAINS[:2], {}
+    for untie, stage, threshold in CASES:
+        topology = DomainTopology(4, domains, sharing_of(untie))
+        held = topology.domains_of(rank)
+        demix = topology.sharing is Sharing.DEMIX
+        model = DemixForCausalLM(tiny_config(untie, domains), held if demix else None)
+        sizes = {name: p.numel() for name, p in model.named_parameters()}
+        config = ds_config(stage, MICRO_STEPS, 0.5)
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = threshold
+        engine = build_engine(model, lambda groups: adamw(groups, **RECIPE), config, topology)
+        for step in range(2):
+            with counted() as sent:
+                for index in range(MICRO_STEPS):
+                    batch = make_batch(held[0], step, index, ragged=False)
+                    loss = engine(
+                        batch["input_ids"],
+                        shift_labels=batch["labels"],
+                        domain=held[0] if demix else None,
+                    ).loss
+                    engine.backward(loss)
+                    update(engine, 0.5)
+        payload = dict(sent["payload"])
+        world = sum(size for (_, ranks), size in payload.items() if len(ranks) == 4)
+        domain = sum(size for (_, ranks), size in payload.items() if len(ranks) < 4)
+        expected = step_traffic(sizes, topology, stage, MICRO_STEPS, 4, threshold)
+        results[untie, stage, threshold] = (world, domain, expected.world, expected.domain)
+    return results
+
+
+@pytest.fixture(scope="module")
+def traffic() -> list[dict]:
+    return on_ranks(4, count_all)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_counted_bytes_are_those_of_the_closed_form(traffic, case):
+    for world, domain, expected_world, expected_domain in (result[case] for result in traffic):
+        assert (world, domain) == (expected_world, expected_domain)
+
+
+@pytest.mark.slow
+def test_independent_models_send_nothing_to_each_other(traffic):
+    for result in traffic:
+        for case in CASES:
+            if case[0] == "all":
+                assert result[case][0] == 0
+
+
+def test_traffic_of_the_125m_recipe():
+    """32 GPUs, 8 domains: experts are reduced by 4 ranks each, the rest by all."""
+    shared, expert = 124_446_720 - 56_669_184, 56_669_184
+    demix = step_traffic(
+        {"attention": shared, "x.experts.law.fc1": expert},
+        DomainTopology(32, tuple("abcdefgh"), Sharing.DEMIX),
+        stage=0,
+        micro_steps=8,
+        element_bytes=2,
+    )
+    assert demix.world == 2 * 31 / 32 * 2 * shared
+    assert demix.domain == 2 * 3 / 4 * 2 * expert
