@@ -23,3 +23,41 @@ $(VENV)/.installed: setup.py pyproject.toml constraints.txt
 	fi
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet -c constraints.txt --editable '.[dev]'
 	touch $@
+
+.PHONY: test lint
+test: lint
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 TORCH_EXTENSIONS_DIR="$$(mktemp -d)" $(BIN)/python -m pytest -q
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# On a machine without a GPU two ranks share the cores; with GPUs there are 1, 2 or 4 ranks.
+QUICKSTART := runs/quickstart
+PRETRAIN := launchers/pretrain.py launchers/recipes/quickstart.yaml \
+	--deepspeed ds_configs/cpu_smoke.json --output_dir $(QUICKSTART)
+
+.PHONY: quickstart
+quickstart: install $(QUICKSTART)/data-bin/databin.json
+	@gpus=$$($(BIN)/python -c 'import torch; print(torch.cuda.device_count())') && \
+	if [ "$$gpus" -eq 0 ]; then \
+	  threads=$$(( ($$(nproc) + 1) / 2 )); \
+	  DS_ACCELERATOR=cpu OMP_NUM_THREADS=$$threads deepspeed --num_accelerators 2 $(PRETRAIN); \
+	else \
+	  ranks=$$(( gpus >= 4 ? 4 : gpus >= 2 ? 2 : 1 )); \
+	  deepspeed --num_accelerators $$ranks $(PRETRAIN); \
+	fi
+
+$(QUICKSTART)/data-bin/databin.json: | install
+	$(BIN)/python launchers/preprocess.py --builtin --tokenizer sentencepiece:4096 \
+	  --output_dir $(QUICKSTART)/data-bin
+
+.PHONY: bench
+bench: install
+	$(BIN)/python tests/bench/run.py
+
+# Runs and .venv stay.
+.PHONY: clean
+clean:
+	rm -rf build dist-wheels .pytest_cache .ruff_cache .hypothesis
+	find megamod kernels launchers tests -name __pycache__ -prune -exec rm -rf {} +

@@ -46,12 +46,11 @@ _SETTINGS = {
     "no_scale_embedding": False,
     "layernorm_embedding": False,
 }
-"""What the settings of a checkpoint must say, where they say something: the weights do not show it."""
+"""What the settings of a checkpoint must say if they say anything: the weights do not show it."""
 _HEADS = ("decoder_attention_heads", "num_attention_heads", "heads")
 _DENSE_FILES = ("model.safetensors", "pytorch_model.bin")
 _STEMS = ("checkpoint_last", "checkpoint_best")
 _ENDINGS = (".pt", ".safetensors")
-_MOST_LAYERS = 1000
 
 
 def key_map(layers: int) -> dict[str, str]:
@@ -298,7 +297,7 @@ def _shape(
             else f"--num_attention_heads is needed: {file} holds no settings that tell, and no "
             "config.json lies beside it"
         )
-    return min(layers, _MOST_LAYERS), {
+    return layers, {
         "model_type": "demix",
         "architectures": ["DemixForCausalLM"],
         "vocab_size": vocab,

@@ -31,41 +31,38 @@ from megamod.files import write_json
 if TYPE_CHECKING:  # the child refuses a file before it spends seconds on loading torch
     from torch import Tensor
 
-_OMEGACONF = (
-    *("dictconfig.DictConfig", "listconfig.ListConfig", "base.ContainerMetadata", "base.Metadata"),
-    *(f"nodes.{kind}Node" for kind in "Any String Integer Float Boolean Enum Bytes Path".split()),
-)
-_FAIRSEQ = (
-    *(
-        f"dataclass.configs.{name}Config"
-        for name in "Fairseq Common CommonEval DistributedTraining Dataset Optimization Checkpoint "
-        "FairseqBMUF Generation EvalLM Interactive EMA".split()
+_CONTAINERS = {
+    "omegaconf.base": ("ContainerMetadata", "Metadata"),
+    "omegaconf.dictconfig": ("DictConfig",),
+    "omegaconf.listconfig": ("ListConfig",),
+    "omegaconf.nodes": (
+        *("AnyNode", "StringNode", "IntegerNode", "FloatNode", "BooleanNode", "EnumNode"),
+        *("BytesNode", "PathNode"),
     ),
-    *(
-        f"dataclass.constants.{name}"
-        for name in "DDP_BACKEND_CHOICES DDP_COMM_HOOK_CHOICES LOG_FORMAT_CHOICES "
-        "PIPELINE_CHECKPOINT_CHOICES PRINT_ALIGNMENT_CHOICES ZERO_SHARDING_CHOICES "
-        "GENERATION_CONSTRAINTS_CHOICES GENERATION_DECODING_FORMAT_CHOICES".split()
+    "fairseq.dataclass.configs": (
+        *("FairseqConfig", "CommonConfig", "CommonEvalConfig", "DistributedTrainingConfig"),
+        *("DatasetConfig", "OptimizationConfig", "CheckpointConfig", "FairseqBMUFConfig"),
+        *("GenerationConfig", "EvalLMConfig", "InteractiveConfig", "EMAConfig"),
     ),
-    *("models.transformer_lm.TransformerLanguageModelConfig", "optim.adam.FairseqAdamConfig"),
-    "tasks.language_modeling.LanguageModelingConfig",
-)
-_REFERENCES = (
-    "typing.Any",
-    *(f"builtins.{t}" for t in "dict list tuple int float str bool".split()),
-)
-STAND_INS = (
-    *(f"omegaconf.{name}" for name in _OMEGACONF),
-    *(f"fairseq.{name}" for name in _FAIRSEQ),
-    *_REFERENCES,
-)
+    "fairseq.dataclass.constants": (
+        *("DDP_BACKEND_CHOICES", "DDP_COMM_HOOK_CHOICES", "LOG_FORMAT_CHOICES"),
+        *("PIPELINE_CHECKPOINT_CHOICES", "PRINT_ALIGNMENT_CHOICES", "ZERO_SHARDING_CHOICES"),
+        *("GENERATION_CONSTRAINTS_CHOICES", "GENERATION_DECODING_FORMAT_CHOICES"),
+    ),
+    "fairseq.models.transformer_lm": ("TransformerLanguageModelConfig",),
+    "fairseq.optim.adam": ("FairseqAdamConfig",),
+    "fairseq.tasks.language_modeling": ("LanguageModelingConfig",),
+    "typing": ("Any",),
+    "builtins": ("dict", "list", "tuple", "int", "float", "str", "bool"),
+}
+STAND_INS = tuple(f"{module}.{name}" for module, names in _CONTAINERS.items() for name in names)
 """Types that settings inside a checkpoint consist of; an inert class is loaded for each."""
 
 _NAMESPACE = "argparse.Namespace"
 _TENSORS = re.compile(
     r"torch\.\w*Storage|torch\.storage\.\w*Storage|torch\._utils\._rebuild_\w+|torch\._tensor\.\w+"
     r"|torch\.(Size|Tensor|device|float16|float32|float64|bfloat16|int8|int16|int32|int64|uint8|bool)"
-    r"|torch\.nn\.parameter\.Parameter|collections\.(OrderedDict|Counter|defaultdict)"
+    r"|torch\.nn\.parameter\.Parameter|collections\.(OrderedDict|Counter)"
 )
 _LEGACY_PICKLES = 5  # magic number, version, machine, the object, keys of its storages
 _STRINGS = ("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8")
