@@ -26,7 +26,9 @@ $(VENV)/.installed: setup.py pyproject.toml constraints.txt
 
 .PHONY: test lint
 test: lint
-	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 TORCH_EXTENSIONS_DIR="$$(mktemp -d)" $(BIN)/python -m pytest -q
+	@extensions=$$(mktemp -d) && trap 'rm -rf "$$extensions"' EXIT && \
+	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 TORCH_EXTENSIONS_DIR="$$extensions" \
+	  $(BIN)/python -m pytest -q
 
 lint: install
 	$(BIN)/ruff check .

@@ -25,7 +25,6 @@ def main() -> None:
     require(run_args, "output_dir")
     require(data_args, "data")
     # Only now the heavy imports, so that --help and mistakes in flags answer at once.
-    import torch
     import torch.distributed as dist
 
     from megamod.data.lm import train_loader
@@ -35,15 +34,13 @@ def main() -> None:
     from megamod.dist.topology import DomainTopology
     from megamod.evaluation.perplexity import DENSE, DomainEvaluation, own_scores
     from megamod.evaluation.report import write_report
-    from megamod.models.auto import active_parameters, build_lm, lm_config
+    from megamod.models.auto import build_lm, lm_config
     from megamod.train import setup
     from megamod.train.checkpoint import Checkpoints, TrainState
     from megamod.train.engine import build_engine
     from megamod.train.export import ModelExport, publish
     from megamod.train.loop import train
-    from megamod.train.monitor import Monitor, peak_of, training_flops_per_token
     from megamod.train.objectives import CausalLM
-    from megamod.train.optim import adamw
 
     # What a user can get wrong is looked at before any process waits for another.
     setup.start_logging()
@@ -100,19 +97,10 @@ def main() -> None:
         model.gradient_checkpointing_enable()
     engine = build_engine(
         model,
-        lambda groups: adamw(
-            groups,
-            betas=(optim.adam_beta1, optim.adam_beta2),
-            eps=optim.adam_epsilon,
-            weight_decay=optim.weight_decay,
-        ),
+        setup.optimizer_maker(optim),
         ds_config,
         topology,
     )
-    if rank == 0:
-        output.mkdir(parents=True, exist_ok=True)
-        setup.record_run(output, ds_config, parsed)
-    dist.barrier()
     export = ModelExport(
         engine, config, topology, data.tokenizer_folder, output / "run.yaml", data.digest
     )
@@ -125,7 +113,7 @@ def main() -> None:
         run_args.save_total_limit,
     )
     state = checkpoints.resume(safety.resume) or TrainState()
-
+    setup.record_run(output, ds_config, parsed)
     evaluate = DomainEvaluation(
         model=engine.module,
         experts=topology.domains if apart else (DENSE,),
@@ -146,20 +134,7 @@ def main() -> None:
         device=device,
         reduce=dist.all_reduce,
     )
-    monitor = Monitor(
-        output,
-        data.domains,
-        run_args.max_steps,
-        training_flops_per_token(
-            active_parameters(model),
-            config.num_hidden_layers,
-            config.hidden_size,
-            data_args.max_seq_length,
-        ),
-        peak_of(torch.cuda.get_device_name()) if device.type == "cuda" else None,
-        run_args.report_to == "tensorboard",
-        state.step,
-    )
+    monitor = setup.make_monitor(run_args, data.domains, engine, config, topology, state.step)
     state = train(
         engine,
         CausalLM(data.domains, device, choose=sharing is Sharing.DEMIX),

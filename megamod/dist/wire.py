@@ -31,6 +31,7 @@ def step_traffic(
     micro_steps: int,
     element_bytes: int,
     persistence_threshold: int = 100_000,
+    live_limit: int = 10**9,
 ) -> Traffic:
     """What one rank sends in a step.
 
@@ -41,6 +42,9 @@ def step_traffic(
         micro_steps: micro-batches per rank and step.
         element_bytes: of weights and gradients as they are sent: 4 in fp32, 2 in bf16 and fp16.
         persistence_threshold: elements up to which ZeRO 3 keeps a parameter whole.
+        live_limit: elements of gathered weights that ZeRO 3 may hold (the lesser of its
+            max_live_parameters and max_reuse_distance). A model beyond it is gathered a second time
+            for the backward pass.
     Source: Rajbhandari et al. 2020 (ZeRO), section 7; Gururangan et al. 2022 (DEMix), section 3.2.
     """
     where = scopes(sizes, topology.sharing)
@@ -50,12 +54,13 @@ def step_traffic(
         if scope is Scope.DOMAIN:
             ranks = topology.ranks_per_domain
         held = [size for name, size in sizes.items() if where[name] is scope]
-        elements = _elements(held, ranks, stage, micro_steps, persistence_threshold)
+        gathers = 1 if sum(held) <= live_limit else 2
+        elements = _elements(held, ranks, stage, micro_steps, persistence_threshold, gathers)
         sent[scope] = (ranks - 1) / ranks * elements * element_bytes
     return Traffic(sent[Scope.WORLD], sent[Scope.DOMAIN])
 
 def _elements(
-    held: list[int], ranks: int, stage: int, micro_steps: int, threshold: int
+    held: list[int], ranks: int, stage: int, micro_steps: int, threshold: int, gathers: int
 ) -> int:
     """Elements that pass through all-gathers and reduce-scatters; an all-reduce is one of each."""
     total = sum(held)
@@ -67,7 +72,7 @@ def _elements(
     padded = [_padded(size, ranks) for size in held]
     kept = sum(p for p, size in zip(padded, held, strict=True) if size <= threshold)
     gathered = sum(padded) - kept
-    return micro_steps * (sum(padded) + 2 * gathered) + kept
+    return micro_steps * (sum(padded) + gathers * gathered) + kept
 
 def _padded(size: int, unit: int) -> int:
     return -(-size // unit) * unit

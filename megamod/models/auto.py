@@ -1,6 +1,6 @@
 """From a name or folder to a model, new or loaded, holding the experts that a rank needs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megamod.dist.scope import dense_name, domain_of_name
@@ -100,11 +100,15 @@ def build_lm(
     return model
 
 
-def active_parameters(model: DemixForCausalLM) -> int:
-    """Parameters that one token passes through: one expert of each kind, no position table."""
-    held = next((domain_of_name(name) for name, _ in model.named_parameters() if "experts" in name), None)
+def active_parameters(sizes: Mapping[str, int]) -> int:
+    """Parameters that one token passes through: one expert of each kind, no position table.
+
+    Args:
+        sizes: elements of each parameter, by name.
+    """
+    one = next((domain for name in sizes if (domain := domain_of_name(name))), None)
     return sum(
-        parameter.numel()
-        for name, parameter in model.named_parameters()
-        if domain_of_name(name) in (None, held) and "positions" not in name
+        size
+        for name, size in sizes.items()
+        if domain_of_name(name) in (None, one) and "positions" not in name
     )

@@ -85,11 +85,6 @@ class Checkpoints:
         self.write_model = write_model
         self.settings = dict(settings)
         self.keep = keep
-        if dist.get_rank() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for stale in self.folder.glob(".tmp-*"):
-                shutil.rmtree(stale, ignore_errors=True)
-        dist.barrier()
 
     def save(self, state: TrainState) -> bool:
         """Write a checkpoint; collective. False if any rank could not write its part."""
@@ -97,7 +92,7 @@ class Checkpoints:
         nonce = from_rank_0(secrets.randbits(32))
         temporary = self.folder / f".tmp-step-{state.step}-{nonce:08x}"
         try:
-            temporary.mkdir(exist_ok=True)
+            temporary.mkdir(parents=True, exist_ok=True)
             files = [*self.write_model(temporary), *self._write_optimizer(temporary)]
             if dist.get_rank() == 0:
                 files.append(self._write_state(temporary, state))
@@ -128,7 +123,12 @@ class Checkpoints:
             UserError: if checkpoints exist but none is valid, or were made with other settings.
         """
         path = self._chosen(choice)
-        return None if path is None else self.load(path)
+        state = None if path is None else self.load(path)
+        if dist.get_rank() == 0:
+            for stale in self.folder.glob(".tmp-*"):
+                shutil.rmtree(stale, ignore_errors=True)
+        dist.barrier()
+        return state
 
     def load(self, path: Path) -> TrainState:
         """Load the checkpoint in `path` into the engine; collective."""

@@ -80,7 +80,7 @@ def train(
     group = loss_group(engine)
     coupled = dist.get_world_size(group) == dist.get_world_size()
     batches = batches_from(state.data_step)
-    saver = _Saver(checkpoints, plan.save_failure)
+    saver = _Saver(checkpoints, plan.save_failure, state)
     signals = _Signals()
     stop = Stop.NO
 
@@ -213,12 +213,12 @@ def _seed(seed: int, data_step: int) -> int:
 
 
 class _Saver:
-    """Saves each state once and remembers failures."""
+    """Saves each state once, the one that was loaded not at all, and remembers failures."""
 
-    def __init__(self, checkpoints: Checkpoints, on_failure: str):
+    def __init__(self, checkpoints: Checkpoints, on_failure: str, loaded: TrainState):
         self.checkpoints = checkpoints
         self.on_failure = on_failure
-        self.saved: tuple[int, int] | None = None
+        self.saved = (loaded.step, loaded.data_step)
         self.failed = False
 
     def save(self, state: TrainState) -> None:

@@ -4,10 +4,12 @@ import logging
 import os
 import sys
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
+import deepspeed
 import torch
 import torch.distributed as dist
 
@@ -21,14 +23,24 @@ from megamod.args import (
     save_run,
 )
 from megamod.dist.ds_config import check_sharing, resolve_ds_config
-from megamod.dist.process import control, gather_text
+from megamod.dist.process import control, everywhere, gather_text
 from megamod.dist.scope import Sharing
 from megamod.dist.topology import DomainTopology
+from megamod.dist.wire import step_traffic
 from megamod.errors import UserError
 from megamod.files import write_json
+from megamod.models.auto import active_parameters
+from megamod.models.configuration import DemixConfig
 from megamod.train.loop import Plan
-from megamod.train.monitor import write_environment
-from megamod.train.optim import SCHEDULES
+from megamod.train.monitor import (
+    Monitor,
+    peak_of,
+    training_flops_per_token,
+    write_environment,
+)
+from megamod.train.optim import SCHEDULES, adamw
+
+logger = logging.getLogger(__name__)
 
 DS_KEYS = {
     "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
@@ -177,11 +189,79 @@ def group_table(topology: DomainTopology, device: torch.device) -> str:
     return topology.table(hosts, gather_text(str(device)))
 
 
+def optimizer_maker(optim: OptimArgs) -> Callable[[list[dict[str, object]]], torch.optim.Optimizer]:
+    """From parameter groups to the optimizer that the flags describe."""
+    return partial(
+        adamw,
+        betas=(optim.adam_beta1, optim.adam_beta2),
+        eps=optim.adam_epsilon,
+        weight_decay=optim.weight_decay,
+    )
+
+
 def record_run(folder: Path, config: Mapping[str, object], parsed: Sequence[Arguments]) -> None:
-    """Leave the resolved run, DeepSpeed configuration and environment in the output folder."""
-    save_run(folder / "run.yaml", *parsed)
-    write_json(folder / "ds_config.resolved.json", config)
-    write_environment(folder / "env.json")
+    """Leave the resolved run, DeepSpeed configuration and environment in the folder; collective.
+
+    Raises:
+        UserError: on every rank, if the folder cannot be written.
+    """
+    written = True
+    if dist.get_rank() == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_run(folder / "run.yaml", *parsed)
+            write_json(folder / "ds_config.resolved.json", config)
+            write_environment(folder / "env.json")
+        except OSError as error:
+            logger.error("%s", error)
+            written = False
+    if not everywhere(written):
+        raise UserError(f"--output_dir {folder}: cannot be written")
+
+
+def make_monitor(
+    run: RunArgs,
+    domains: Sequence[str],
+    engine: deepspeed.DeepSpeedEngine,
+    config: DemixConfig,
+    topology: DomainTopology,
+    first_step: int,
+) -> Monitor:
+    """The log of a language model's run; says what a step will put on the wire."""
+    sizes = {
+        name: getattr(parameter, "ds_numel", parameter.numel())
+        for name, parameter in engine.module.named_parameters()
+    }
+    traffic = step_traffic(
+        sizes,
+        topology,
+        engine.zero_optimization_stage(),
+        engine.gradient_accumulation_steps(),
+        next(engine.module.parameters()).element_size(),
+    )
+    logger.info(
+        "%s parameters on this rank; on the wire per step and rank: %.2f MB over all ranks, "
+        "%.2f MB inside a domain",
+        f"{sum(sizes.values()):,}",
+        traffic.world / 1e6,
+        traffic.domain / 1e6,
+    )
+    flops = training_flops_per_token(
+        active_parameters(sizes),
+        config.num_hidden_layers,
+        config.hidden_size,
+        config.max_position_embeddings,
+    )
+    on_gpu = engine.device.type == "cuda"
+    return Monitor(
+        Path(run.output_dir),
+        domains,
+        run.max_steps,
+        flops,
+        peak_of(torch.cuda.get_device_name()) if on_gpu else None,
+        run.report_to == "tensorboard",
+        first_step,
+    )
 
 
 def settings_to_keep(

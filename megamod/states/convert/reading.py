@@ -64,6 +64,7 @@ _TENSORS = re.compile(
     r"|torch\.(Size|Tensor|device|float16|float32|float64|bfloat16|int8|int16|int32|int64|uint8|bool)"
     r"|torch\.nn\.parameter\.Parameter|collections\.(OrderedDict|Counter)"
 )
+_RENAMED = {"__builtin__.unicode": "builtins.str", "__builtin__.long": "builtins.int"}
 _LEGACY_PICKLES = 5  # magic number, version, machine, the object, keys of its storages
 _STRINGS = ("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8")
 _STRINGS += ("STRING", "BINSTRING", "SHORT_BINSTRING")
@@ -121,7 +122,7 @@ def globals_in(path: Path) -> set[str]:
     A name that is put together while the pickle runs is given as "?".
 
     Raises:
-        UserError: if the file is no pickle, or a TorchScript archive.
+        UserError: if the file is no pickle, or an archive that torch.save did not write.
     """
     try:
         if zipfile.is_zipfile(path):
@@ -129,6 +130,11 @@ def globals_in(path: Path) -> set[str]:
                 names = archive.namelist()
                 if any(name.endswith("/constants.pkl") for name in names):
                     raise UserError(f"{path}: is a TorchScript archive, which holds code")
+                packed = [i.filename for i in archive.infolist() if i.compress_size != i.file_size]
+                if packed:
+                    raise UserError(
+                        f"{path}: {packed[0]} is compressed, which torch.save never does"
+                    )
                 found: set[str] = set()
                 for name in names:
                     if name.endswith(".pkl"):
@@ -156,7 +162,7 @@ def _globals_of_pickle(file: BinaryIO) -> Iterator[str]:
     for opcode, argument, _ in pickletools.genops(file):
         if opcode.name in ("GLOBAL", "INST"):
             name = str(argument).replace(" ", ".", 1)
-            yield re.sub(r"^__builtin__\.", "builtins.", name)
+            yield _RENAMED.get(name, name.replace("__builtin__.", "builtins.", 1))
         elif opcode.name == "STACK_GLOBAL":
             yield ".".join(strings[-2:]) if len(strings) >= 2 else "?"
         elif opcode.name.startswith("EXT"):

@@ -1,0 +1,92 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+from megamod import errors
+
+
+def ending(monkeypatch, capsys, error: BaseException) -> tuple[int, str]:
+    """Exit code and stderr of a program whose `main` raises `error`."""
+
+    def main() -> None:
+        raise error
+
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit) as left:
+        errors.run(main)
+    return left.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (errors.UserError("--alpha 7: at most 1"), 2, "UserError: --alpha 7: at most 1\n"),
+        (errors.PolicyStop("the loss is nan"), 3, "PolicyStop: the loss is nan\n"),
+        (errors.DistributedFailure("rank 3"), 4, "DistributedFailure: rank 3\n"),
+        (errors.Interrupted("after step 7"), 130, "Interrupted: after step 7\n"),
+        (KeyboardInterrupt(), 130, "Interrupted\n"),
+    ],
+)
+def test_exit_codes(monkeypatch, capsys, error, code, told):
+    monkeypatch.setattr(sys, "argv", ["launcher"])
+    assert ending(monkeypatch, capsys, error) == (code, told)
+
+
+def test_traceback_on_demand(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["launcher", "--traceback"])
+    code, told = ending(monkeypatch, capsys, errors.UserError("no"))
+    assert code == 2
+    assert told.startswith("Traceback") and told.endswith("UserError: no\n")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:5",
+        "Connection reset by peer",
+        "NCCL error in: remote process exited",
+        "Timed out waiting 1000ms for recv operation to complete",
+    ],
+)
+def test_lost_peers_are_exit_4_and_name_rank_and_host(monkeypatch, capsys, message):
+    monkeypatch.setattr(sys, "argv", ["launcher"])
+    code, told = ending(monkeypatch, capsys, RuntimeError(message))
+    assert code == 4
+    where = f"rank 0 on {os.uname().nodename}"
+    assert told == f"DistributedFailure: {where} lost its peers: {message}\n"
+
+
+def test_faults_of_the_program_keep_their_traceback():
+    def main() -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        errors.run(main)
+
+
+def test_a_program_that_ends_well_goes_on():
+    assert errors.run(lambda: None) is None
+
+
+def test_a_rank_leaves_without_waiting_for_others():
+    """With RANK set nothing that is registered for the end of the process may hold it."""
+    program = (
+        "import atexit, time\n"
+        "from megamod.errors import UserError, run\n"
+        "atexit.register(time.sleep, 60)\n"
+        "def main():\n"
+        "    print('so far')\n"
+        "    raise UserError('no such file')\n"
+        "run(main)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "RANK": "1"},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert (done.returncode, done.stdout) == (2, "so far\n")
+    assert done.stderr == "UserError: no such file\n"

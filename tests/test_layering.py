@@ -1,0 +1,227 @@
+"""Who may import whom. docs/architecture.md shows the same table and says why."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+LEAVES = {"megamod.errors", "megamod.files"}
+
+# Room of the house -> rooms it may import, besides the leaves and itself; and outside packages,
+# besides the standard library. The longest name that fits a module is its room.
+MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
+    # Importing megamod registers the models, later, when transformers is loaded.
+    "megamod": ({"megamod.models"}, set()),
+    "megamod.errors": (set(), {"torch"}),
+    "megamod.files": (set(), set()),
+    "megamod.flags": (set(), {"yaml"}),
+    "megamod.args": ({"megamod.flags"}, set()),
+    "megamod.dist.scope": (set(), set()),
+    "megamod.dist": ({"megamod.dist.scope"}, {"torch", "deepspeed", "pydantic"}),
+    "megamod_kernels": (set(), {"torch", "triton"}),
+    "megamod.nn": ({"megamod_kernels", "megamod.dist.scope"}, {"torch", "transformers"}),
+    "megamod.models": (
+        {"megamod.nn", "megamod_kernels", "megamod.states", "megamod.dist.scope"},
+        {"torch", "transformers", "huggingface_hub"},
+    ),
+    "megamod.data": (
+        {"megamod.dist.scope"},
+        {"numpy", "torch", "transformers", "tokenizers", "datasets", "sentencepiece"}
+        | {"google", "tqdm"},  # google: protobuf, the format of SentencePiece models
+    ),
+    "megamod.states": ({"megamod.dist.scope"}, {"torch", "safetensors"}),
+    "megamod.evaluation": (
+        {"megamod.data", "megamod.models"},
+        {"torch", "matplotlib"},
+    ),
+    "megamod.train": (
+        {"megamod", "megamod.args", "megamod.data", "megamod.dist", "megamod.dist.scope"}
+        | {"megamod.models", "megamod.nn", "megamod.states"},
+        {"torch", "deepspeed", "safetensors", "psutil", "tqdm"},
+    ),
+}
+SOURCES = sorted(
+    path
+    for root in ("megamod", "kernels", "launchers")
+    for path in (REPOSITORY / root).rglob("*.py")
+)
+ALL_PYTHON = SOURCES + sorted((REPOSITORY / "tests").rglob("*.py"))
+LIBRARY = [path for path in SOURCES if path.is_relative_to(REPOSITORY / "megamod")] + sorted(
+    (REPOSITORY / "kernels" / "megamod_kernels").rglob("*.py")
+)
+
+
+def name_of(path: Path) -> str:
+    """The import name of a source file of a package."""
+    parts = path.relative_to(REPOSITORY).with_suffix("").parts
+    parts = parts[1:] if parts[0] == "kernels" else parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def room_of(module: str) -> str:
+    """The longest entry of the table that a module is or lies in."""
+    fitting = [room for room in MAY_IMPORT if module == room or module.startswith(room + ".")]
+    return max(fitting, key=len)
+
+
+def imported(tree: ast.AST) -> set[tuple[int, str]]:
+    """Line and module of all imports, those inside functions too."""
+    found: set[tuple[int, str]] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {(node.lineno, alias.name) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: imports are absolute"
+            found |= {(node.lineno, module) for module in from_modules(node)}
+    return found
+
+
+def from_modules(node: ast.ImportFrom) -> set[str]:
+    """`from megamod.data import lm` is an import of megamod.data.lm if that is a module."""
+    deeper = {f"{node.module}.{alias.name}" for alias in node.names}
+    known = {name_of(path) for path in LIBRARY}
+    return {name if name in known else node.module for name in deeper}
+
+
+def violations(module: str, tree: ast.AST) -> list[str]:
+    """Imports of a module that its room may not have."""
+    room = room_of(module)
+    ours, others = MAY_IMPORT[room]
+    bad = []
+    for line, target in sorted(imported(tree)):
+        top = target.partition(".")[0]
+        if top in ("megamod", "megamod_kernels"):
+            there = room_of(target)
+            leaves = set() if room in LEAVES | {"megamod_kernels"} else LEAVES
+            allowed = there in ours | leaves | {room}
+        else:
+            allowed = top in sys.stdlib_module_names or top in others
+        if not allowed:
+            bad.append(f"{module}, line {line}: {room} may not import {target}")
+    return bad
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=name_of)
+def test_nothing_imports_upwards(path):
+    assert violations(name_of(path), ast.parse(path.read_text(encoding="utf-8"))) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "allowed"),
+    [
+        ("megamod.nn.demix", "import deepspeed", False),
+        ("megamod.nn.demix", "import megamod_kernels", True),
+        ("megamod.models.auto", "from megamod.dist import scope", True),
+        ("megamod.models.auto", "from megamod.dist import process", False),
+        ("megamod.models.auto", "def f():\n    from megamod.dist.process import rank", False),
+        ("megamod.data.lm", "from megamod.models.auto import build_lm", False),
+        ("megamod.data.lm", "from megamod.files import sha256", True),
+        ("megamod.files", "from megamod.errors import UserError", False),
+        ("megamod.evaluation.plots", "from megamod.train.loop import train", False),
+        ("megamod.train.loop", "from megamod.evaluation import plots", False),
+        ("megamod_kernels", "from megamod.errors import UserError", False),
+        ("megamod.states.weights", "import numpy", False),
+        ("megamod.dist.scope", "import torch", False),
+    ],
+)
+def test_the_rule_itself(module, line, allowed):
+    assert (violations(module, ast.parse(line)) == []) is allowed
+
+
+def test_launchers_import_what_is_installed():
+    """A launcher's folder comes first on the path: its name must not hide a module, nor be one."""
+    launchers = sorted((REPOSITORY / "launchers").glob("*.py"))
+    names = {path.stem for path in launchers}
+    for path in launchers:
+        for line, target in imported(ast.parse(path.read_text(encoding="utf-8"))):
+            assert target.partition(".")[0] not in names, f"{path.name}, line {line}: {target}"
+
+
+def test_source_roots_are_not_packages():
+    """A `kernels` package would hide the distribution of that name, which transformers imports."""
+    for folder in ("kernels", "launchers", "tests"):
+        found = sorted((REPOSITORY / folder).glob("__init__.py"))
+        found += sorted((REPOSITORY / folder / "bench").glob("__init__.py"))
+        assert found == []
+
+
+def test_every_file_has_a_name_and_a_size():
+    for path in ALL_PYTHON:
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        limit = 180 if path.parent.name == "launchers" and path in SOURCES else 450
+        assert lines <= limit, f"{path.relative_to(REPOSITORY)} has {lines} lines, over {limit}"
+        assert path.stem not in ("utils", "util", "helpers", "misc", "common"), path
+
+
+def test_test_files_are_told_apart_by_name():
+    """Without packages, pytest imports test files by their bare names."""
+    names = [path.name for path in (REPOSITORY / "tests").rglob("*.py")]
+    assert sorted({name for name in names if names.count(name) > 1}) == []
+
+
+BLOCKED = """
+import sys
+from importlib.abc import MetaPathFinder
+
+class Blocker(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {blocked!r}:
+            raise ModuleNotFoundError(f"{{name}} is blocked", name=name)
+
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+def without(blocked: set[str], program: str) -> str:
+    """Output of a program in a Python where some packages cannot be imported."""
+    code = BLOCKED.format(blocked=blocked) + program
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_megamod_is_free():
+    heavy = {"torch", "transformers", "deepspeed", "numpy"}
+    assert without(heavy, "import megamod; print(megamod.__version__)").strip()
+
+
+def test_models_run_without_what_a_gpu_machine_may_lack():
+    modules = [
+        name
+        for path in LIBRARY
+        if (name := name_of(path)).startswith(("megamod.nn", "megamod.models"))
+    ]
+    program = f"""
+import importlib
+import megamod, megamod_kernels
+for name in {modules!r}:
+    importlib.import_module(name)
+import torch
+from megamod.models.configuration import DemixConfig
+from megamod.models.demix_lm import DemixForCausalLM, initialise
+config = DemixConfig(vocab_size=11, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+                     max_position_embeddings=4, domains=["a", "b"], untie="feedforward")
+model = DemixForCausalLM(config)
+initialise(model, seed=0)
+ids = torch.tensor([[3, 4, 5, 6]])
+loss = model(ids, labels=ids, domain="b").loss
+loss.backward()
+logits = model(ids, domain="b").logits[0, :-1]
+print(float(loss), float(torch.nn.functional.cross_entropy(logits, ids[0, 1:])))
+"""
+    assert len(modules) > 5
+    loss, plain = without({"deepspeed", "datasets", "matplotlib", "triton"}, program).split()
+    assert float(loss) == pytest.approx(float(plain), rel=1e-5)
+
+
+def test_deepspeed_stays_where_it_belongs():
+    told = without(
+        {"deepspeed"},
+        "import megamod.data.pretraining, megamod.states.weights, megamod.evaluation.saved\n"
+        "import megamod.evaluation.report, megamod.args, megamod.dist.scope\n"
+        "print('fine')",
+    )
+    assert told == "fine\n"
