@@ -8,6 +8,7 @@ and a script reads one number.
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 
@@ -67,6 +68,12 @@ def is_distributed_failure(error: RuntimeError) -> bool:
 
 
 def _leave(message: str, code: int) -> None:
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        # Most mistakes are seen by all ranks at once: leave time for rank 0 to say it alone and for
+        # the launcher to end the others.
+        time.sleep(3)
+        message = f"rank {rank}: {message}"
     print(message, file=sys.stderr, flush=True)
     if "RANK" in os.environ:
         # Other ranks may be gone: the orderly shutdown of the process group could wait for them.

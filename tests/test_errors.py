@@ -71,7 +71,8 @@ def test_a_program_that_ends_well_goes_on():
 
 
 def test_a_rank_leaves_without_waiting_for_others():
-    """With RANK set nothing that is registered for the end of the process may hold it."""
+    """With RANK set nothing that is registered for the end of the process may hold it. A rank that
+    is not 0 says who it is."""
     program = (
         "import atexit, time\n"
         "from megamod.errors import UserError, run\n"
@@ -89,4 +90,4 @@ def test_a_rank_leaves_without_waiting_for_others():
         timeout=30,
     )
     assert (done.returncode, done.stdout) == (2, "so far\n")
-    assert done.stderr == "UserError: no such file\n"
+    assert done.stderr == "rank 1: UserError: no such file\n"

@@ -4,7 +4,7 @@ Per rank and for a ring: an all-reduce of p bytes over n ranks sends 2 (n-1)/n p
 reduce-scatter half of that. Norms, flags and token counts (a few numbers a step) are left out.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from megamod.dist.scope import Scope, scopes
@@ -32,6 +32,7 @@ def step_traffic(
     element_bytes: int,
     persistence_threshold: int = 100_000,
     live_limit: int = 10**9,
+    tied: Collection[str] = (),
 ) -> Traffic:
     """What one rank sends in a step.
 
@@ -45,6 +46,7 @@ def step_traffic(
         live_limit: elements of gathered weights that ZeRO 3 may hold (the lesser of its
             max_live_parameters and max_reuse_distance). A model beyond it is gathered a second time
             for the backward pass.
+        tied: parameters that two modules use; a model beyond the limit gathers them for each.
     Source: Rajbhandari et al. 2020 (ZeRO), section 7; Gururangan et al. 2022 (DEMix), section 3.2.
     """
     where = scopes(sizes, topology.sharing)
@@ -53,28 +55,36 @@ def step_traffic(
         ranks = topology.world_size
         if scope is Scope.DOMAIN:
             ranks = topology.ranks_per_domain
-        held = [size for name, size in sizes.items() if where[name] is scope]
-        gathers = 1 if sum(held) <= live_limit else 2
-        elements = _elements(held, ranks, stage, micro_steps, persistence_threshold, gathers)
+        held = {name: size for name, size in sizes.items() if where[name] is scope}
+        if stage == 3:
+            gathers = {
+                name: (2 * (1 + (name in tied)) if sum(held.values()) > live_limit else 1)
+                for name, size in held.items()
+                if size > persistence_threshold
+            }
+            elements = _elements_of_stage_3(held, gathers, ranks, micro_steps)
+        else:
+            elements = _elements(sum(held.values()), ranks, stage, micro_steps)
         sent[scope] = (ranks - 1) / ranks * elements * element_bytes
     return Traffic(sent[Scope.WORLD], sent[Scope.DOMAIN])
 
-def _elements(
-    held: list[int], ranks: int, stage: int, micro_steps: int, threshold: int, gathers: int
-) -> int:
-    """Elements that pass through all-gathers and reduce-scatters; an all-reduce is one of each."""
-    total = sum(held)
+def _elements(total: int, ranks: int, stage: int, micro_steps: int) -> int:
+    """Elements in all-gathers and reduce-scatters of a step; an all-reduce is one of each."""
     if stage == 0:
         return 2 * total
-    if stage < 3:
-        reductions = micro_steps if stage == 2 else 1
-        return 2 * total * reductions + _padded(total, ALIGNMENT * ranks)
-    padded = [_padded(size, ranks) for size in held]
-    kept = sum(p for p, size in zip(padded, held, strict=True) if size <= threshold)
-    gathered = sum(padded) - kept
-    return micro_steps * (sum(padded) + gathers * gathered) + kept
+    return 2 * total * (micro_steps if stage == 2 else 1) + _padded(total, ALIGNMENT * ranks)
+
+
+def _elements_of_stage_3(
+    held: Mapping[str, int], gathers: Mapping[str, int], ranks: int, micro_steps: int
+) -> int:
+    """Gradients are scattered after every micro-batch; weights that are not kept whole are gathered
+    so many times in it, the others once a step."""
+    padded = {name: _padded(size, ranks) for name, size in held.items()}
+    gathered = sum(padded[name] * times for name, times in gathers.items())
+    kept = sum(size for name, size in padded.items() if name not in gathers)
+    return micro_steps * (sum(padded.values()) + gathered) + kept
+
 
 def _padded(size: int, unit: int) -> int:
     return -(-size // unit) * unit
-
-__all__ = ["Sharing", "Traffic", "step_traffic"]

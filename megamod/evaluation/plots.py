@@ -2,9 +2,13 @@
 
 import json
 from collections.abc import Mapping
+from math import ceil, inf, isfinite, nan
 from pathlib import Path
+from types import ModuleType
 
 from megamod.errors import UserError
+
+Numbers = Mapping[str, Mapping[str, float]]
 
 
 def read_metrics(path: Path) -> list[dict[str, object]]:
@@ -28,73 +32,118 @@ def read_metrics(path: Path) -> list[dict[str, object]]:
 
 
 def plot_curves(metrics: Path, output: Path) -> None:
-    """Training loss and validation perplexity against tokens or steps, one line per domain."""
+    """PNG of training loss and held-out perplexity by step, one line per domain.
+
+    Raises:
+        UserError: see `read_metrics`.
+    """
     records = read_metrics(metrics)
+    from matplotlib import ticker
+
     trained = [r for r in records if "loss" in r]
     scored = [r for r in records if "perplexity" in r]
-    figure, (left, right) = _pyplot().subplots(1, 2, figsize=(11, 4), layout="constrained")
-    left.plot([r["step"] for r in trained], [r["loss"] for r in trained], "k", lw=2, label="all")
-    for domain in sorted({d for r in trained for d in r["loss_by_domain"]}):
-        points = [
-            (r["step"], r["loss_by_domain"][domain])
-            for r in trained
-            if domain in r["loss_by_domain"]
-        ]
-        left.plot(*zip(*points, strict=True), lw=1, alpha=0.8, label=domain)
+    names = dict.fromkeys(d for r in trained for d in r["loss_by_domain"])
+    names |= dict.fromkeys(d for r in scored for d in r["perplexity"])
+    pyplot = _pyplot()
+    colours = dict(zip(names, _colours(pyplot, len(names)), strict=True))
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
+    if len(names) > 1:
+        left.plot([r["step"] for r in trained], [r["loss"] for r in trained], "k", lw=2)
     left.set(xlabel="step", ylabel="training loss (nats per token)")
-    left.legend(fontsize=8)
-    for domain in scored[0]["perplexity"] if scored else ():
-        right.plot(
-            [r["step"] for r in scored],
-            [r["perplexity"][domain] for r in scored],
-            "o-",
-            ms=3,
-            label=domain,
-        )
-    right.set(xlabel="step", ylabel=f"{scored[0]['split']} perplexity" if scored else "")
-    if scored:
-        right.set_yscale("log")
-        right.legend(fontsize=8)
+    split = scored[0]["split"] if scored else "held-out"
+    right.set(xlabel="step", ylabel=f"{split} perplexity (log scale)", yscale="log")
+    for domain, colour in colours.items():
+        for axes, rows, key, mark in (
+            (left, trained, "loss_by_domain", "-"),
+            (right, scored, "perplexity", "o-"),
+        ):
+            points = [(r["step"], r[key][domain]) for r in rows if domain in r[key]]
+            axes.plot(
+                *zip(*points, strict=True) if points else ((), ()), mark, c=colour, lw=1.2, ms=4
+            )
+    right.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    right.yaxis.set_major_formatter("{x:g}")
+    right.yaxis.set_minor_formatter(ticker.NullFormatter())
+    for axes in (left, right):
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+    handles = [pyplot.Line2D([], [], color=colour) for colour in colours.values()]
+    labels = list(colours)
+    if len(names) > 1:
+        handles.append(pyplot.Line2D([], [], color="k", lw=2))
+        labels.append("all domains")
+    if labels:
+        figure.legend(handles, labels, loc="outside right center", fontsize=9, frameon=False)
     figure.savefig(output, dpi=120)
-    _pyplot().close(figure)
+    pyplot.close(figure)
 
 
-def plot_matrix(matrix: Mapping[str, Mapping[str, float]], output: Path, title: str) -> None:
-    """Heat map of perplexities: a row per expert, a column per domain.
+def ratios(matrix: Numbers, columns: list[str]) -> list[list[float]]:
+    """Rows of each number divided by the smallest of its column; NaN for cells that are missing."""
+    best = {c: min(row[c] for row in matrix.values() if c in row) for c in columns}
+    return [[row[c] / best[c] if c in row else nan for c in columns] for row in matrix.values()]
+
+
+def plot_matrix(matrix: Numbers, output: Path, title: str) -> None:
+    """PNG heat map of perplexities: a row per expert, a column per domain.
 
     Colours show the ratio to the best expert of each column, so that easy and hard domains can be
-    told apart from good and bad experts.
+    told apart from good and bad experts. The worst tenth of all cells shares one colour.
+
+    Args:
+        matrix: by expert, then domain; cells may be missing.
     """
-    rows, columns = list(matrix), list(next(iter(matrix.values())))
-    best = {c: min(matrix[r][c] for r in rows) for c in columns}
-    ratio = [[matrix[r][c] / best[c] for c in columns] for r in rows]
-    figure, axes = _pyplot().subplots(
-        figsize=(2.5 + 0.95 * len(columns), 1.8 + 0.5 * len(rows)), layout="constrained"
+    columns = list({c: None for row in matrix.values() for c in row})
+    shades = ratios(matrix, columns)
+    held = sorted(x for row in shades for x in row if isfinite(x)) or [1.0]
+    top = max(1.05, held[ceil(0.9 * len(held)) - 1])
+    longest = max(map(len, matrix))
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(
+        figsize=(2.4 + 0.09 * longest + 0.85 * len(columns), 2.2 + 0.42 * len(matrix)),
+        layout="constrained",
     )
-    top = max(1.05, sorted(x for row in ratio for x in row)[int(0.9 * len(rows) * len(columns))])
-    image = axes.imshow(ratio, cmap="YlOrRd", vmin=1.0, vmax=top, aspect="auto")
-    for y, row in enumerate(rows):
+    colours = pyplot.get_cmap("YlOrRd").with_extremes(bad="white")
+    image = axes.imshow(shades, cmap=colours, vmin=1.0, vmax=top, aspect="auto")
+    for y, row in enumerate(matrix.values()):
         for x, column in enumerate(columns):
-            dark = ratio[y][x] > 1 + 0.6 * (top - 1)
             axes.text(
                 x,
                 y,
-                f"{matrix[row][column]:.1f}",
+                _number(row.get(column)),
                 ha="center",
                 va="center",
                 fontsize=9,
-                color="white" if dark else "black",
-                fontweight="bold" if matrix[row][column] == best[column] else "normal",
+                color="white" if shades[y][x] > 1 + 0.6 * (top - 1) else "black",
+                fontweight="bold" if shades[y][x] == 1 and len(matrix) > 1 else "normal",
             )
-    axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
-    axes.set_yticks(range(len(rows)), rows)
-    axes.set(xlabel="domain of the text", ylabel="expert", title=title)
-    figure.colorbar(image, label="perplexity / best of the column")
+    axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(matrix)), list(matrix))
+    axes.set(xlabel="domain of the text", ylabel="expert")
+    figure.suptitle(title, fontsize=12)
+    figure.colorbar(
+        image,
+        label="times the best of the column",
+        extend="max" if held[-1] > top else "neither",
+        format="{x:.3g}",
+    )
     figure.savefig(output, dpi=120)
-    _pyplot().close(figure)
+    pyplot.close(figure)
 
 
-def _pyplot():
+def _number(x: float | None) -> str:
+    if x is None:
+        return "–"
+    return f"{x:.1f}" if x < 10_000 or x == inf else f"{x:.1e}"
+
+
+def _colours(pyplot: ModuleType, count: int) -> list[tuple[float, ...]]:
+    """Colours that are told apart: 10 by name, more from a scale."""
+    if count <= 10:
+        return list(pyplot.get_cmap("tab10").colors[:count])
+    return [pyplot.get_cmap("turbo")(number / (count - 1)) for number in range(count)]
+
+
+def _pyplot() -> ModuleType:
     import matplotlib
 
     matplotlib.use("Agg")

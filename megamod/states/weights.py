@@ -7,11 +7,12 @@ The index is the one of sharded Hugging Face checkpoints, so `from_pretrained` r
 """
 
 import json
+import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megamod.dist.scope import dense_name, domain_of_name
@@ -20,6 +21,19 @@ from megamod.files import write_json
 
 DENSE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""Names of element types in a safetensors header."""
 
 
 def file_of(name: str, has_experts: bool) -> str:
@@ -30,13 +44,45 @@ def file_of(name: str, has_experts: bool) -> str:
     return f"expert_{domain}.safetensors" if domain else "shared.safetensors"
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write one safetensors file, straight from the tensors' memory.
+
+    The library's own writer copies everything twice first, and refuses views of one storage; both
+    matter for checkpoints, whose optimizer state is views of flat buffers.
+
+    Raises:
+        OSError: if it cannot be written.
+    Source: the format is described at https://github.com/huggingface/safetensors.
+    """
+    # Widest types first, so that every tensor begins at a multiple of its element's size.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name in names:
+        tensor = tensors[name]
+        stop = offset + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, stop],
+        }
+        offset = stop
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in names:
+            plain = tensors[name].detach().cpu().contiguous().reshape(-1)
+            file.write(memoryview(plain.view(torch.uint8).numpy()))
+
+
 def write_weights(folder: Path, state: Mapping[str, Tensor], has_experts: bool) -> list[Path]:
     """Write a state dict's tensors into the files they belong to; return the files."""
     files: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
-        files.setdefault(file_of(name, has_experts), {})[name] = tensor.detach().contiguous()
+        files.setdefault(file_of(name, has_experts), {})[name] = tensor
     for file, tensors in files.items():
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        write_tensors(folder / file, tensors, {"format": "pt"})
     return [folder / file for file in files]
 
 

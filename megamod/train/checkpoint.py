@@ -3,7 +3,8 @@
     checkpoints/latest                  name of the newest checkpoint
     checkpoints/step-N/                 a model folder: config.json, weight files, tokenizer
                       /optimizer-R.safetensors   rank R's fragments of masters and moments
-                      /state.json       step, data position, tokens, run settings
+                      /state.json       step, data position, tokens, run settings (independent
+                                        models: in the folder of each)
                       /run.yaml
                       /manifest.json    bytes and SHA-256 of every file
 
@@ -25,13 +26,13 @@ from pathlib import Path
 import deepspeed
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from megamod.dist.process import everywhere, from_rank_0
 from megamod.dist.scope import Sharing
 from megamod.dist.topology import DomainTopology
 from megamod.errors import UserError
 from megamod.files import sha256, sync_file, sync_folder, write_atomic, write_json
+from megamod.states.weights import write_tensors
 from megamod.train.fragments import (
     fragments,
     optimizer_steps,
@@ -91,11 +92,14 @@ class Checkpoints:
         final = self.folder / f"step-{state.step}"
         nonce = from_rank_0(secrets.randbits(32))
         temporary = self.folder / f".tmp-step-{state.step}-{nonce:08x}"
+        if not self._make(temporary):
+            return False
         try:
-            temporary.mkdir(parents=True, exist_ok=True)
-            files = [*self.write_model(temporary), *self._write_optimizer(temporary)]
-            if dist.get_rank() == 0:
-                files.append(self._write_state(temporary, state))
+            files = [
+                *self.write_model(temporary),
+                *self._write_optimizer(temporary),
+                *self._write_state(temporary, state),
+            ]
             self._write_digests(temporary, files)
             written = True
         except OSError as error:
@@ -132,7 +136,7 @@ class Checkpoints:
 
     def load(self, path: Path) -> TrainState:
         """Load the checkpoint in `path` into the engine; collective."""
-        saved = json.loads((path / "state.json").read_text())
+        saved = json.loads(self._state_file(path).read_text())
         differences = [
             f"{key}: {saved['settings'].get(key)!r} then, {value!r} now"
             for key, value in self.settings.items()
@@ -147,8 +151,8 @@ class Checkpoints:
         set_optimizer_steps(self.engine, saved["optimizer_steps"])
         refresh_weights(self.engine)
         scaler = getattr(self.engine.optimizer, "loss_scaler", None)
-        for name, value in saved["loss_scaler"].items():
-            setattr(scaler, name, value)
+        if getattr(scaler, "dynamic", False) and saved["loss_scaler"].get("dynamic"):
+            vars(scaler).update(saved["loss_scaler"])  # static ones follow from the configuration
         return TrainState(**saved["state"])
 
     def newest(self) -> Path | None:
@@ -161,7 +165,8 @@ class Checkpoints:
         if dist.get_rank() == 0:
             try:
                 path = find_checkpoint(self.folder, choice)
-                step = -1 if path is None else int(path.name.rpartition("-")[2])
+                if path is not None:
+                    step = int(path.name[5:]) if choice == "auto" else 0
             except UserError as error:
                 step, fault = -2, error
         step = from_rank_0(step)
@@ -171,6 +176,15 @@ class Checkpoints:
             return None
         return self.folder / f"step-{step}" if choice == "auto" else Path(choice)
 
+    def _make(self, folder: Path) -> bool:
+        """Make the folder; collective, so that with ZeRO 3 no rank gathers weights alone."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            return everywhere(True)
+        except OSError as error:
+            logger.error("checkpoints: rank %d: %s", dist.get_rank(), error)
+            return everywhere(False)
+
     def _write_optimizer(self, folder: Path) -> list[Path]:
         """This rank's fragments. Without ZeRO every rank holds all of them, and rank 0 writes."""
         prefix = self._prefix()
@@ -178,11 +192,11 @@ class Checkpoints:
         for fragment in fragments(self.engine):
             starts[prefix + fragment.name] = str(fragment.start)
             for kind, tensor in fragment.tensors.items():
-                tensors[f"{kind}/{prefix}{fragment.name}"] = tensor.clone()
+                tensors[f"{kind}/{prefix}{fragment.name}"] = tensor
         if self.engine.zero_optimization_stage() == 0 and dist.get_rank() > 0:
             return []
         path = folder / f"optimizer-{dist.get_rank()}.safetensors"
-        save_file(tensors, path, metadata=starts)
+        write_tensors(path, tensors, starts)
         return [path]
 
     def _prefix(self) -> str:
@@ -191,7 +205,16 @@ class Checkpoints:
             return self.topology.domains_of(dist.get_rank())[0] + ":"
         return ""
 
-    def _write_state(self, folder: Path, state: TrainState) -> Path:
+    def _state_file(self, folder: Path) -> Path:
+        """Independent models skip steps and scale losses on their own: each has its own state."""
+        if self.topology.sharing is Sharing.BTM:
+            return folder / self.topology.domains_of(dist.get_rank())[0] / "state.json"
+        return folder / "state.json"
+
+    def _write_state(self, folder: Path, state: TrainState) -> list[Path]:
+        independent, rank = self.topology.sharing is Sharing.BTM, dist.get_rank()
+        if rank > 0 and not (independent and self.topology.is_lead(rank)):
+            return []
         scaler = getattr(self.engine.optimizer, "loss_scaler", None)
         plain = {
             name: value
@@ -205,8 +228,9 @@ class Checkpoints:
             "settings": self.settings,
             "world_size": dist.get_world_size(),
         }
-        write_json(folder / "state.json", record)
-        return folder / "state.json"
+        file = self._state_file(folder)
+        write_json(file, record)
+        return [file]
 
     def _write_digests(self, folder: Path, files: list[Path]) -> None:
         """Sync and digest this rank's files: the disk and the processor work side by side."""
@@ -238,7 +262,10 @@ class Checkpoints:
         os.rename(temporary, final)
         sync_folder(self.folder)
         write_atomic(self.folder / "latest", final.name + "\n")
-        for old in list_checkpoints(self.folder)[: -self.keep if self.keep else 0]:
+        # Later steps are of a run that was given up, or did not verify: not this one's to count.
+        made = list_checkpoints(self.folder)
+        made = made[: made.index(final) + 1]
+        for old in made[: -self.keep if self.keep else 0]:
             shutil.rmtree(old)
 
 

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
@@ -75,6 +76,8 @@ def start_logging() -> None:
     logging.getLogger("megamod").setLevel(logging.INFO if started_rank() == 0 else logging.WARNING)
     for name in ("DeepSpeed", "deepspeed", "transformers"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # DeepSpeed calls collectives by names that torch is about to retire: nothing a user can mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 
 FREE_ON_RESUME = frozenset(

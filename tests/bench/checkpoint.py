@@ -14,14 +14,17 @@ from pathlib import Path
 
 import torch
 
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+
+from ranks import on_ranks  # noqa: E402
+
 ROUNDS, REPEATS = 4, 3
 
 
 def measure_here(rank: int, folder: str) -> list[float]:
     """Sorted ratios ours / torch.save of the minima of each repeat; about 0.5 GB each."""
-    from step import DOMAINS, RECIPE, make_engine  # noqa: F401
-
     from megamod.dist.process import world_size
+    from megamod.dist.scope import Sharing
     from megamod.dist.topology import DomainTopology
     from megamod.models.configuration import DemixConfig
     from megamod.models.demix_lm import DemixForCausalLM
@@ -34,12 +37,10 @@ def measure_here(rank: int, folder: str) -> list[float]:
     config = DemixConfig(
         vocab_size=8000, hidden_size=512, num_hidden_layers=8, num_attention_heads=8
     )
-    from megamod.dist.scope import Sharing
-
-    topology = DomainTopology(world_size(), DOMAINS, Sharing.DENSE)
+    topology = DomainTopology(world_size(), ("text",), Sharing.DENSE)
     engine = build_engine(
         DemixForCausalLM(config),
-        lambda groups: adamw(groups, **RECIPE),
+        lambda groups: adamw(groups, betas=(0.9, 0.95), eps=1e-7, weight_decay=0.1),
         {
             "train_micro_batch_size_per_gpu": 1,
             "zero_optimization": {"stage": 1},
@@ -83,8 +84,6 @@ def measure_here(rank: int, folder: str) -> list[float]:
 def measure() -> dict[str, list[float]]:
     """Sorted ratios of the repeats: the middle one is the result, the others its spread."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from ranks import on_ranks
-
     folder = tempfile.mkdtemp(dir=os.environ.get("BENCH_DIR", "."))
     try:
         return {"checkpoint / torch.save + fsync": on_ranks(1, measure_here, folder)[0]}
@@ -98,4 +97,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

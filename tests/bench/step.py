@@ -8,12 +8,17 @@ three times over.
 
 import itertools
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+
+from ranks import on_ranks  # noqa: E402
 
 ROUNDS, REPEATS = 10, 3
 DOMAINS = ("law", "med")
@@ -59,9 +64,7 @@ def hand_written(model) -> Callable[[dict[str, object]], None]:
     positions = torch.arange(LENGTH).expand(BATCH, LENGTH)
 
     def step(batch: dict[str, object]) -> None:
-        loss = model(
-            batch["input_ids"], position_ids=positions, shift_labels=batch["labels"]
-        ).loss
+        loss = model(batch["input_ids"], position_ids=positions, shift_labels=batch["labels"]).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
@@ -194,8 +197,6 @@ def measure() -> dict[str, list[float]]:
     """Sorted ratios of the repeats: the middle one is the result, the others its spread."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     torch.set_num_threads(1)
-    from ranks import on_ranks
-
     return {
         "step, ZeRO 1 / hand-written loop": on_ranks(1, _on_one, 1)[0],
         "step, ZeRO 0 / hand-written loop": on_ranks(1, _on_one, 0)[0],

@@ -167,7 +167,8 @@ def test_resumed_run_is_bitwise_the_straight_one(pairs, world, name, last):
     assert one.keys() == other.keys() and len(one) > 100
     differing = [key for key, tensor in one.items() if not torch.equal(tensor, other[key])]
     assert differing == []
-    assert (straight / "state.json").read_bytes() == (cut / "state.json").read_bytes()
+    states = [{f.relative_to(c): f.read_text() for f in c.rglob("state.json")} for c in (straight, cut)]
+    assert states[0] == states[1] != {}
 
 
 @pytest.mark.slow
@@ -204,7 +205,8 @@ def resharded(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("untie", "stages"), [(u, f"zero{s}") for u, all_of in RESHARDED.items() for s in (*all_of, "s")]
+    ("untie", "stages"),
+    [(untie, f"zero{s}") for untie, stages in RESHARDED.items() for s in (*stages, "s")],
 )
 def test_other_worlds_and_stages_go_on_alike(resharded, untie, stages):
     """4 -> 2 -> 1 -> 4 ranks: weights and moments of the straight run, to rounding."""

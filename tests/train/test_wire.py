@@ -10,13 +10,14 @@ from megamod.dist.topology import DomainTopology
 from megamod.dist.wire import step_traffic
 
 MICRO_STEPS = 2
+TIED = "model.embeddings.tokens.weight"
 CASES = [
     ("none", 0, {}),
     ("none", 1, {}),
     ("none", 2, {}),
     ("none", 3, {}),
     ("none", 3, {"persistence_threshold": 0}),
-    ("none", 3, {"persistence_threshold": 0, "live_limit": 0}),
+    ("none", 3, {"persistence_threshold": 0, "live_limit": 0, "tied": [TIED]}),
     ("feedforward", 1, {}),
     ("feedforward", 2, {}),
     ("transformer", 2, {}),

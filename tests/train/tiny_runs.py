@@ -42,7 +42,8 @@ def make_batch(domain: str, step: int, index: int, ragged: bool = True) -> dict[
     low = 2 + 9 * DOMAINS.index(domain)  # domains use different words
     tokens = torch.randint(low, low + 10, (MICRO, LENGTH + 1), generator=generator)
     ids, labels = tokens[:, :-1].clone(), tokens[:, 1:].clone()
-    batch = {"domain": DOMAINS.index(domain), "domains": torch.full((MICRO,), DOMAINS.index(domain))}
+    number = DOMAINS.index(domain)
+    batch = {"domain": number, "domains": torch.full((MICRO,), number)}
     if ragged:
         length = int(torch.randint(3, LENGTH + 1, (), generator=generator))
         ids[-1, length:], labels[-1, length:] = 1, -100
@@ -69,9 +70,8 @@ def batches_of(topology: DomainTopology, per_domain: int):
                 mine = everything[rank :: topology.world_size]
             else:
                 part, parts = topology.group_rank(rank), topology.ranks_per_domain
-                mine = [
-                    (d, i) for i in range(part, per_domain, parts) for d in topology.domains_of(rank)
-                ]
+                held = topology.domains_of(rank)
+                mine = [(d, i) for i in range(part, per_domain, parts) for d in held]
             for domain, index in mine:
                 yield make_batch(domain, step, index)
             step += 1

@@ -89,7 +89,7 @@ def convert(source: Path, options: Options) -> Converted:
     _check_settings(settings, file)
     # After adapting the feed-forwards of a DEMix model, fairseq has everything in the shared file.
     apart = any(rank.tensors for rank in ranks)
-    domains = options.domains or (tuple(settings.get("domains", ())) if apart else ())
+    domains = options.domains or tuple(settings.get("domains", ()))
     experts = _experts(ranks, domains, shared_file) if apart else {}
     any_expert = next(iter(experts.values()), {})
     if both := sorted(any_expert.keys() & shared.tensors.keys()):

@@ -1,0 +1,46 @@
+"""All benchmarks that need no GPU: `make bench`. Ratios of things measured in turns, not times.
+
+Of three repeats the middle one counts; in brackets the spread. A floor is missed only if all three
+repeats miss it; then the exit code is 1.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+
+import checkpoint  # noqa: E402
+import loader  # noqa: E402
+import step  # noqa: E402
+
+FLOORS = {  # (limit, True if larger is better)
+    "step, ZeRO 1 / hand-written loop": (1.03, False),
+    "step, ZeRO 0 / hand-written loop": (1.03, False),
+    "DEMix step / dense step, 2 ranks": (1.02, False),
+    "checkpoint / torch.save + fsync": (1.15, False),
+    "loader / nanoGPT-style reader": (3.0, True),
+}
+
+
+def main() -> int:
+    """Run, print a table, and tell whether every floor was reached."""
+    results = {**step.measure(), **checkpoint.measure()}
+    shapes = loader.measure()
+    worst = min(shapes.values())
+    results["loader / nanoGPT-style reader"] = sorted(worst)
+    missed = 0
+    for name, ratios in results.items():
+        limit, larger = FLOORS[name]
+        best = max(ratios) if larger else min(ratios)
+        ok = best >= limit if larger else best <= limit
+        missed += not ok
+        sign = ">=" if larger else "<="
+        print(
+            f"{name:36} {ratios[1]:6.3f}  ({ratios[0]:.3f} to {ratios[2]:.3f})  floor {sign} {limit}"
+            f"{'' if ok else '  MISSED'}"
+        )
+    return int(missed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

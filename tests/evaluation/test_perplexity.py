@@ -1,0 +1,167 @@
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from saved_models import BYTES, DOMAINS, LENGTH, TOKENS, VOCAB, make_data, make_model, plain_nll
+from torch import nn
+
+from megamod.data.pretraining import LmData
+from megamod.evaluation.perplexity import (
+    DENSE,
+    DomainEvaluation,
+    Score,
+    format_matrix,
+    own_scores,
+    perplexities,
+    score_batches,
+    share_of,
+)
+from megamod.models.demix_lm import DemixForCausalLM
+
+CPU = torch.device("cpu")
+
+
+class Fixed(nn.Module):
+    """Stands in for a model: every log-probability is given."""
+
+    def __init__(self, value: float = -math.log(VOCAB)):
+        super().__init__()
+        self.value, self.seen = value, []
+
+    def forward(self, input_ids, attention_mask, shift_labels, domain):
+        self.seen.append((domain, self.training, torch.is_grad_enabled()))
+        log_probs = torch.full(shift_labels.shape, self.value).masked_fill(
+            shift_labels == -100, 0.0
+        )
+        return SimpleNamespace(token_log_probs=log_probs)
+
+
+def batch(*labels: list[int]) -> dict[str, object]:
+    rows = torch.tensor(labels)
+    return {"input_ids": rows.clamp(min=0), "labels": rows}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made")
+    return make_data(folder / "bin"), make_model(folder / "model", untie="feedforward")
+
+
+def evaluation(made, part=0, parts=1, batch_size=2) -> DomainEvaluation:
+    data = LmData(str(made[0]), domains=None, block_size=LENGTH, domain_token=False)
+    return DomainEvaluation(
+        model=DemixForCausalLM.from_pretrained(made[1]),
+        experts=DOMAINS,
+        held=DOMAINS,
+        choose=True,
+        domains=DOMAINS,
+        batches=lambda domain: data.eval_batches(domain, "test", batch_size, 0),
+        bytes_of=lambda domain: data.bytes_of(domain, "test"),
+        part=part,
+        parts=parts,
+        device=CPU,
+        reduce=lambda sums: None,
+    )
+
+
+def test_guessing_costs_the_size_of_the_vocabulary():
+    score = Score(nll=10 * math.log(VOCAB), tokens=10, bytes=40)
+    assert score.perplexity == pytest.approx(VOCAB)
+    assert score.bits_per_byte == pytest.approx(math.log2(VOCAB) / 4)
+    assert Score(1.0, 1).bits_per_byte is None
+    assert Score(1e6, 1).perplexity == math.inf
+    assert Score(0.0, 0).perplexity == 1.0
+
+
+def test_labels_left_out_do_not_count():
+    model = Fixed()
+    sums = score_batches(model, [batch([1, 2, -100], [3, -100, -100])], "law", CPU)
+    assert sums.dtype == torch.float64
+    torch.testing.assert_close(sums, torch.tensor([3 * math.log(VOCAB), 3.0]).double())
+    assert model.seen == [("law", False, False)] and model.training
+
+
+def test_log_probabilities_that_are_not_finite_are_left_out():
+    for value in (-math.inf, math.nan):
+        assert score_batches(Fixed(value), [batch([1, 2])], None, CPU).tolist() == [0.0, 0.0]
+
+
+def test_a_batch_of_weight_0_is_run_but_not_counted():
+    model = Fixed()
+    assert score_batches(model, [{**batch([1, 2]), "weight": 0.0}], None, CPU).tolist() == [0, 0]
+    assert len(model.seen) == 1
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 5])
+@pytest.mark.parametrize("count", [0, 1, 4, 6, 7])
+def test_parts_share_the_batches(count, parts):
+    batches = [{"number": number} for number in range(count)]
+    shares = [list(share_of(iter(batches), part, parts)) for part in range(parts)]
+    assert {len(share) for share in shares} == {-(-count // parts)}
+    taken = [one["number"] for share in shares for one in share if one.get("weight", 1.0)]
+    assert sorted(taken) == list(range(count))
+
+
+def test_matrix_is_that_of_a_plain_loop(made):
+    evaluate = evaluation(made)
+    matrix = evaluate()
+    for expert in DOMAINS:
+        for domain in DOMAINS:
+            score = matrix[expert][domain]
+            expected = plain_nll(evaluate.model, made[0], domain, expert)
+            assert score.nll == pytest.approx(expected, rel=1e-5)
+            assert (score.tokens, score.bytes) == (TOKENS[domain], BYTES[domain])
+    assert len({round(matrix[expert]["law"].nll, 3) for expert in DOMAINS}) == len(DOMAINS)
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_ranks_together_find_what_one_finds(made, parts):
+    whole = evaluation(made)()
+    shares = [evaluation(made, part, parts)() for part in range(parts)]
+    for expert in DOMAINS:
+        for domain in DOMAINS:
+            scores = [share[expert][domain] for share in shares if domain in share[expert]]
+            assert sum(s.tokens for s in scores) == TOKENS[domain]
+            assert sum(s.nll for s in scores) == pytest.approx(whole[expert][domain].nll, rel=1e-9)
+
+
+def test_batch_size_changes_nothing(made):
+    one, seven = evaluation(made, batch_size=1)(), evaluation(made, batch_size=7)()
+    for expert in DOMAINS:
+        for domain in DOMAINS:
+            assert one[expert][domain].nll == pytest.approx(seven[expert][domain].nll, rel=1e-6)
+
+
+def test_own_only_and_rows_that_are_not_held(made):
+    own = evaluation(made)(own_only=True)
+    assert {expert: list(row) for expert, row in own.items()} == {d: [d] for d in DOMAINS}
+    whole = evaluation(made)()
+    assert own_scores(own) == own_scores(whole) == {d: whole[d][d] for d in DOMAINS}
+    part = replace(evaluation(made), held=("code",))()
+    assert [expert for expert, row in part.items() if row] == ["code"]
+
+
+def test_own_scores_of_dense_models_and_of_domains_without_expert():
+    score = Score(1.0, 1)
+    assert own_scores({DENSE: {"law": score, "art": score}}) == {"law": score, "art": score}
+    assert own_scores({"law": {"law": score, "art": score}}) == {"law": score}
+
+
+def test_table_is_aligned_and_marks_the_best():
+    matrix = {"law": {"law": 9.5, "code": 100.0}, "code": {"law": 12.25, "code": 7.0}}
+    assert format_matrix(matrix).splitlines() == [
+        "expert \\ text     law     code",
+        "law             9.50*  100.00",
+        "code           12.25     7.00*",
+    ]
+    one = format_matrix({"dense": {"law": 9.5}}, corner="model")
+    assert one.splitlines() == ["model    law", "dense  9.50"]
+    gaps = format_matrix({"a": {"x": 1.0}, "b": {"y": 2.0}}, digits=1).splitlines()
+    assert [line.split() for line in gaps[1:]] == [["a", "1.0*", "-"], ["b", "-", "2.0*"]]
+
+
+def test_perplexities_of_a_matrix():
+    matrix = {"law": {"law": Score(2 * math.log(5), 2)}}
+    assert perplexities(matrix)["law"]["law"] == pytest.approx(5)

@@ -1,0 +1,108 @@
+import json
+import math
+
+import pytest
+
+from megamod.evaluation.perplexity import DENSE, Score
+from megamod.evaluation.report import (
+    comparison,
+    comparison_record,
+    mean_perplexity,
+    plot_rows,
+    write_report,
+)
+
+
+def score(perplexity: float, bytes: int = 0) -> Score:
+    return Score(nll=8 * math.log(perplexity), tokens=8, bytes=bytes)
+
+
+EXPERTS = {
+    "law": {"law": score(4.0, 16), "code": score(64.0, 32)},
+    "code": {"law": score(16.0, 16), "code": score(8.0, 32)},
+}
+OWN = {"law": {"law": score(4.0, 16)}, "code": {"code": score(8.0, 32)}}
+BASELINE = {DENSE: {"law": score(8.0, 16), "code": score(16.0, 32)}}
+
+
+@pytest.fixture
+def run(tmp_path):
+    record = {"step": 5, "loss": 2.0, "loss_by_domain": {"law": 1.0, "code": 3.0}}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    return tmp_path
+
+
+def test_report_of_a_run_with_experts(run):
+    told = write_report(run, EXPERTS, "valid", 5)
+    saved = json.loads((run / "perplexity.json").read_text())
+    assert saved["step"] == 5 and saved["split"] == "valid"
+    assert saved["perplexity"]["law"] == pytest.approx({"law": 4.0, "code": 64.0})
+    assert saved["mean_of_own"] == pytest.approx(6.0)
+    assert saved["bits_per_byte"] == pytest.approx({"law": 1.0, "code": 0.75})
+    assert saved["tokens"] == {"law": 8, "code": 8}
+    assert {path.name for path in run.glob("*.png")} == {"loss.png", "experts.png"}
+    assert "mean over domains, each under its own expert: 6.00" in told
+    assert str(run / "model") in told and str(run / "experts.png") in told
+
+
+def test_report_of_a_dense_run_has_no_heat_map(run):
+    told = write_report(run, BASELINE, "test", 5)
+    assert {path.name for path in run.glob("*.png")} == {"loss.png"}
+    assert "12.00" in told and "experts.png" not in told
+
+
+def test_bits_per_byte_of_unknown_text_are_null(run):
+    write_report(run, {DENSE: {"law": score(4.0)}}, "test", 5)
+    assert json.loads((run / "perplexity.json").read_text())["bits_per_byte"] == {"law": None}
+
+
+def test_mean_weighs_domains_alike():
+    scores = {"a": Score(100 * math.log(3), 100), "b": Score(math.log(5), 1)}
+    assert mean_perplexity(scores) == pytest.approx(4.0)
+
+
+def test_models_side_by_side():
+    told = comparison({"demix": EXPERTS, "dense": BASELINE}, ["code", "law"], "test")
+    matrix, perplexity, bits = told.split("\n\n")
+    assert matrix.splitlines()[0] == "test perplexity of demix, by expert"
+    assert [line.split() for line in perplexity.splitlines()[1:]] == [
+        ["model", "\\", "text", "code", "law", "mean"],
+        ["demix", "8.00*", "4.00*", "6.00*"],
+        ["dense", "16.00", "8.00", "12.00"],
+    ]
+    assert [line.split() for line in bits.splitlines()[2:]] == [
+        ["demix", "0.750*", "1.000*", "0.875*"],
+        ["dense", "1.000", "1.500", "1.250"],
+    ]
+
+
+def test_own_scores_alone_need_no_matrix_and_unknown_bytes_no_second_table():
+    told = comparison({"demix": OWN}, ["law", "code"], "test")
+    assert "by expert" not in told and told.count("\n\n") == 1
+    told = comparison({"dense": {DENSE: {"law": score(4.0)}}}, ["law"], "test")
+    assert "bits per byte" not in told
+
+
+def test_a_model_without_expert_for_the_text_is_only_in_the_matrix():
+    other = {"news": {"law": score(9.0)}, "art": {"law": score(7.0)}}
+    told = comparison({"other": other}, ["law"], "test")
+    assert "9.00" in told and "own expert" not in told
+    assert comparison_record({"other": other})["other"]["mean_of_own"] is None
+
+
+def test_record_holds_the_same_numbers():
+    record = comparison_record({"demix": EXPERTS, "own": {**OWN, "news": {}}})
+    assert record["demix"]["perplexity"]["code"] == pytest.approx({"law": 16.0, "code": 8.0})
+    assert record["demix"]["bits_per_byte"]["law"] == pytest.approx({"law": 1.0, "code": 1.5})
+    assert record["demix"]["tokens"] == {"law": 8, "code": 8}
+    assert record["demix"]["bytes"] == {"law": 16, "code": 32}
+    assert record["own"]["own"] == pytest.approx({"law": 4.0, "code": 8.0})
+    assert record["own"]["mean_of_own"] == pytest.approx(6.0)
+    assert list(record["own"]["nll"]) == ["law", "code"]
+
+
+def test_rows_of_the_heat_map():
+    assert list(plot_rows({"demix": EXPERTS})) == ["law", "code"]
+    rows = plot_rows({"demix": EXPERTS, "own": OWN, "dense": BASELINE})
+    assert list(rows) == ["demix law", "demix code", "own", "dense"]
+    assert rows["own"] == pytest.approx({"law": 4.0, "code": 8.0})

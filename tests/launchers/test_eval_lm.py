@@ -1,0 +1,62 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from saved_models import DOMAINS, make_data, make_model, plain_perplexity
+
+from megamod.models.demix_lm import DemixForCausalLM
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def launch(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "launchers/eval_lm.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+
+
+def test_two_models_side_by_side(tmp_path):
+    data = make_data(tmp_path / "bin")
+    folders = [make_model(tmp_path / "dense"), make_model(tmp_path / "demix", untie="feedforward")]
+    output, plot = tmp_path / "scores.json", tmp_path / "scores.png"
+    done = launch(
+        *("--model", *folders, "--data", data, "--domains", "art", "law"),
+        *("--output", output, "--plot", plot),
+    )
+    assert done.returncode == 0, done.stderr
+    saved = json.loads(output.read_text())
+    assert saved["split"] == "test" and list(saved["models"]) == [str(one) for one in folders]
+    dense, demix = saved["models"].values()
+    assert list(dense["perplexity"]) == ["dense"] and list(demix["perplexity"]) == list(DOMAINS)
+    model, told = DemixForCausalLM.from_pretrained(folders[1]), done.stdout
+    for expert in DOMAINS:
+        expected = {d: plain_perplexity(model, data, d, expert) for d in ("art", "law")}
+        assert demix["perplexity"][expert] == pytest.approx(expected, rel=1e-5)
+        assert f"{expected['art']:.2f}" in told
+    own = [demix["perplexity"][d][d] for d in ("art", "law")]
+    assert demix["mean_of_own"] == pytest.approx(sum(own) / 2)
+    perplexity, bits = told.split("\n\n")[1:]
+    assert perplexity.splitlines()[1].split()[-3:] == ["art", "law", "mean"]
+    assert perplexity.splitlines()[2].startswith(str(folders[0]))
+    assert bits.startswith("test bits per byte")
+    assert plot.read_bytes()[:4] == b"\x89PNG"
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("bin", "dense", "demix", "scores.json", "scores.png")
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--data", "D"], "--model is missing"),
+        (["--model", "M", "--data", "D", "--splits", "test"], "nearest is '--split'"),
+        (["--model", "M", "--data", "D", "--output", "nowhere/x.json"], "no folder nowhere"),
+        (["--model", "M", "--data", "nowhere"], "--data nowhere: holds neither"),
+    ],
+)
+def test_a_mistake_is_one_message_and_exit_2(arguments, told):
+    done = launch(*arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith("UserError: ") and told in done.stderr
+    assert done.stderr.count("\n") == 1 and done.stdout == ""

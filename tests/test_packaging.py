@@ -1,0 +1,148 @@
+"""What is installed: two packages, their licence, and everything that they import."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import packages_distributions, requires
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+from setuptools import find_packages
+
+import megamod
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+# Imported by name here, brought along by a package that is declared and needs it itself.
+BROUGHT_BY = {
+    "huggingface-hub": "transformers",
+    "tokenizers": "transformers",
+    "pydantic": "deepspeed",
+    "protobuf": "tensorboard",
+}
+
+
+def setup_lists() -> dict[str, list[str]]:
+    """The constants of setup.py."""
+    lists = {}
+    for node in ast.parse((REPOSITORY / "setup.py").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.List):
+            lists[node.targets[0].id] = ast.literal_eval(node.value)
+    return lists
+
+
+def declared() -> dict[str, Requirement]:
+    """What an installation without extras brings, and triton, which is optional."""
+    lists = setup_lists()
+    wanted = map(Requirement, lists["CORE"] + lists["TRITON"])
+    return {canonicalize_name(one.name): one for one in wanted}
+
+
+def pins() -> dict[str, Version]:
+    """The exact versions of constraints.txt."""
+    lines = (REPOSITORY / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    rows = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(name): Version(version) for name, version in rows}
+
+
+def test_exactly_two_packages_and_all_their_parts():
+    found = find_packages(str(REPOSITORY), include=["megamod", "megamod.*"])
+    folders = {
+        ".".join(path.parent.relative_to(REPOSITORY).parts)
+        for path in (REPOSITORY / "megamod").rglob("*.py")
+    }
+    assert set(found) == folders, "a folder without __init__.py would be left out of the wheel"
+    assert find_packages(str(REPOSITORY / "kernels"), include=["megamod_kernels*"]) == [
+        "megamod_kernels"
+    ]
+
+
+def test_every_import_is_declared():
+    distributions = packages_distributions()
+    known, missing = declared(), {}
+    for root in ("megamod", "kernels/megamod_kernels", "launchers"):
+        for path in (REPOSITORY / root).rglob("*.py"):
+            for top in imports(ast.parse(path.read_text(encoding="utf-8"))):
+                if top in sys.stdlib_module_names or top in ("megamod", "megamod_kernels"):
+                    continue
+                names = {canonicalize_name(name) for name in distributions.get(top, [top])}
+                if not names & (known.keys() | BROUGHT_BY.keys()):
+                    missing.setdefault(top, path.name)
+    assert missing == {}
+
+
+def imports(tree: ast.AST) -> set[str]:
+    """Top-level names of all imports of a file."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module.partition(".")[0])
+    return found
+
+
+def test_what_is_brought_along_really_is():
+    for name, by in BROUGHT_BY.items():
+        needed = [Requirement(text) for text in requires(by)]
+        assert name in {canonicalize_name(one.name) for one in needed if "extra" not in str(one)}
+        assert by in declared()
+
+
+def test_pins_lie_in_the_ranges():
+    pinned = pins()
+    for name, requirement in declared().items():
+        assert name in pinned, f"constraints.txt does not pin {name}"
+        assert pinned[name] in requirement.specifier, f"{pinned[name]} is outside {requirement}"
+    exact = [str(one) for one in declared().values() if "==" in str(one.specifier)]
+    assert exact == [], "a library is not pinned; constraints.txt is there for that"
+
+
+def test_versions_and_build_settings():
+    text = (REPOSITORY / "setup.py").read_text(encoding="utf-8")
+    assert re.search(r'version="(.+?)"', text)[1] == megamod.__version__
+    settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
+    # An older setuptools makes an editable install that lacks megamod_kernels.
+    (needed,) = (Requirement(text) for text in settings["build-system"]["requires"])
+    assert needed.name == "setuptools" and Version("76") not in needed.specifier
+    licence = (REPOSITORY / "LICENSE").read_text(encoding="utf-8")
+    assert "Apache License" in licence and "Version 2.0, January 2004" in licence
+    assert len(licence.splitlines()) > 190
+
+
+def test_installed_for_every_folder_and_nothing_else(tmp_path):
+    """From an empty folder both packages import; the repository's other folders do not."""
+    program = (
+        "import importlib.util as u, megamod, megamod_kernels\n"
+        "names = ('launchers', 'megamod', 'megamod_kernels', 'kernels.megamod_kernels')\n"
+        "def there(name):\n"
+        "    try: return u.find_spec(name) is not None\n"
+        "    except ModuleNotFoundError: return False\n"
+        "print([name for name in names if there(name)])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "['megamod', 'megamod_kernels']", done.stderr
+
+
+def test_launchers_help_without_torch():
+    """`--help` of every launcher shows its commands at once, since nothing heavy is loaded."""
+    program = (
+        "import runpy, sys\n"
+        "path = sys.argv[1]\n"
+        "sys.argv = [path, '--help']\n"
+        "try: runpy.run_path(path, run_name='__main__')\n"
+        "except SystemExit as end: code = end.code\n"
+        "heavy = ('torch', 'transformers', 'deepspeed', 'numpy')\n"
+        "print([m for m in heavy if m in sys.modules], code)"
+    )
+    for path in sorted((REPOSITORY / "launchers").glob("*.py")):
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(path)], capture_output=True, text=True
+        )
+        assert done.stdout.rstrip().endswith("[] 0"), f"{path.name}: {done.stdout}{done.stderr}"
+        assert f"launchers/{path.name}" in done.stdout
