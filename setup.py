@@ -1,5 +1,7 @@
 """Packaging: two import packages (megamod, megamod_kernels) from one repository."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 CORE = [
@@ -10,6 +12,7 @@ CORE = [
     "sentencepiece>=0.2",
     "tensorboard>=2.20",
     "safetensors>=0.8",
+    "protobuf>=5",
     "numpy>=2.2",
     "scipy>=1.15",
     "scikit-learn>=1.6",
@@ -19,13 +22,20 @@ CORE = [
     "psutil>=6",
 ]
 TRITON = ["triton>=3.6; platform_system == 'Linux'"]
-DEV = ["pytest>=9", "pytest-timeout>=2.4", "hypothesis>=6.150", "ruff>=0.14", "pre-commit>=4", "build>=1.2"]
+DEV = [
+    "pytest>=9",
+    "pytest-timeout>=2.4",
+    "hypothesis>=6.150",
+    "ruff>=0.14",
+    "pre-commit>=4",
+    "build>=1.2",
+]
 
 setup(
     name="megamod",
     version="0.1.0",
-    description="Modular language models on DeepSpeed: experts, multiplexing, conditioning, merging",
-    long_description=open("README.md", encoding="utf-8").read(),
+    description="Modular language models on DeepSpeed",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],

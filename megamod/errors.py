@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 
 class UserError(ValueError):
-    """Input the user can mend. The message names the value, where it came from and what is allowed."""
+    """Input the user can mend. The message names the value, its origin and what is allowed."""
 
     exit_code = 2
 

@@ -69,8 +69,9 @@ def test_atomic_folder_that_fails_leaves_nothing(tmp_path):
 def test_atomic_folder_never_replaces(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("precious")
-    with pytest.raises(FileExistsError, match="out exists already"), files.atomic_folder(
-        tmp_path / "out"
+    with (
+        pytest.raises(FileExistsError, match="out exists already"),
+        files.atomic_folder(tmp_path / "out"),
     ):
         pass
     assert (tmp_path / "out" / "mine").read_text() == "precious"

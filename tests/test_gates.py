@@ -250,3 +250,50 @@ def test_undescribed_things_are_found():
         "class Module(Base):\n    'Yes.'\n    def forward(self): ...\n"
     )
     assert [name for _, name in undocumented(tree)] == ["bare", "Plain.method"]
+
+
+DOCUMENTS = [
+    REPOSITORY / name
+    for name in ("CONTRIBUTING.md", "tests/README.md", "docs/tour.md", "docs/architecture.md")
+] + [REPOSITORY / "docs/multinode.md"]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=label)
+def test_documents_name_files_that_exist(document):
+    text = document.read_text(encoding="utf-8")
+    linked = [document.parent / link for link in re.findall(r"\]\(([\w./-]+)\)", text)]
+    named = re.findall(r"(?:megamod|launchers|kernels|ds_configs|tests|docs)/[\w./-]*\w", text)
+    missing = [path for path in linked if not path.exists()]
+    missing += [
+        name
+        for name in named
+        if not (REPOSITORY / name).exists() and "NAME" not in name and not name.endswith(".example")
+    ]
+    assert missing == []
+
+
+def test_the_tree_in_the_documents_is_the_tree():
+    told = (REPOSITORY / "docs/architecture.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^    (megamod/[\w/.]+\.py) ", told, flags=re.MULTILINE)
+    trivial = {  # packages whose first file is one line of description
+        label(path)
+        for path in (REPOSITORY / "megamod").rglob("__init__.py")
+        if len(path.read_text(encoding="utf-8").splitlines()) < 2
+    }
+    there = {label(path) for path in (REPOSITORY / "megamod").rglob("*.py")} - trivial
+    assert set(lines) == there and len(lines) == len(set(lines))
+
+
+def test_the_tour_names_things_that_exist():
+    """In each section the words in backticks stand in the file of its heading, or are files."""
+    sections = (REPOSITORY / "docs/tour.md").read_text(encoding="utf-8").split("\n## ")[1:]
+    assert len(sections) == 7
+    for section in sections:
+        path = REPOSITORY / re.match(r"\d\. `([^`]+)`", section)[1]
+        source = path.read_text(encoding="utf-8")
+        section = section.partition("After that the batch is gone")[0].partition("\n")[2]
+        for word in re.findall(r"`([A-Za-z_][\w.]*)`", section):
+            if word.endswith(".py"):
+                assert (REPOSITORY / "megamod" / word).exists() or word == path.name, word
+            else:
+                assert re.search(rf"\b{word}\b", source), f"{label(path)} has no {word}"

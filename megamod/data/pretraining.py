@@ -1,9 +1,11 @@
 """A data-bin as one pretraining run sees it: chosen domains, sequences, and a sampler."""
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
+from megamod.data.blocks import TokenBlocks
 from megamod.data.lm import Batch, DataBin, TrainBatches, eval_batches
 from megamod.data.order import Balanced, Temperature, Unbalanced
 from megamod.errors import UserError
@@ -34,7 +36,11 @@ class LmData:
             domain: self.bin.vocab_size + place if domain_token else None
             for place, domain in enumerate(sorted(self.domains))
         }
-        self.train = [self._blocks(domain, "train") for domain in self.domains]
+
+    @cached_property
+    def train(self) -> list[TokenBlocks]:
+        """Training sequences of each domain; a data-bin that is only scored may have none."""
+        return [self._blocks(domain, "train") for domain in self.domains]
 
     @property
     def tokenizer_folder(self) -> Path | None:
@@ -95,5 +101,5 @@ class LmData:
         """UTF-8 bytes of a split's text; 0 if unknown."""
         return self.bin.bytes(domain, split)
 
-    def _blocks(self, domain: str, split: str):
+    def _blocks(self, domain: str, split: str) -> TokenBlocks:
         return self.bin.blocks(domain, split, self.block_size, self.tokens.get(domain))

@@ -1,4 +1,4 @@
-"""Joining the process group: under the DeepSpeed launcher, torchrun, Slurm's srun, or alone."""
+"""Joining the process group, under a launcher or alone; and small collectives."""
 
 import os
 import socket
@@ -7,6 +7,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed
+
+from megamod.errors import UserError
 
 
 def init_process(timeout: float) -> torch.device:
@@ -21,6 +23,12 @@ def init_process(timeout: float) -> torch.device:
     from deepspeed.accelerator import get_accelerator
 
     if "RANK" not in os.environ:
+        tasks = os.environ.get("SLURM_NTASKS", "1")
+        if tasks != "1":
+            raise UserError(
+                f"SLURM_NTASKS is {tasks}, but RANK is not set, so these would be {tasks} runs in "
+                "one folder: start the ranks as docs/multinode.md says"
+            )
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]

@@ -48,7 +48,7 @@ def lm_config(
         shape = {name: getattr(config, name) for name in names}
     else:
         raise UserError(
-            f"--model {model!r} is neither a folder with config.json nor one of {', '.join(PRESETS)}"
+            f"--model {model!r} is no folder with config.json and none of {', '.join(PRESETS)}"
         )
     try:
         return DemixConfig(

@@ -27,7 +27,7 @@ PRESETS = {
     "750m": dict(num_hidden_layers=24, hidden_size=1536, num_attention_heads=16),
     "1.3b": dict(num_hidden_layers=24, hidden_size=2048, num_attention_heads=32),
 }
-"""Sizes of Gururangan et al. 2022 (DEMix), table 1; the feed-forward is always four times as wide."""
+"""Sizes of Gururangan et al. 2022 (DEMix), table 1; the feed-forward is four times as wide."""
 
 
 @strict

@@ -8,8 +8,10 @@ below is the same for all of them.
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
+from megamod_kernels import linear_cross_entropy
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
@@ -26,7 +28,6 @@ from megamod.nn.transformer import (
     causal_mask,
     positions_of,
 )
-from megamod_kernels import linear_cross_entropy
 
 
 @dataclass
@@ -179,7 +180,7 @@ class DemixForCausalLM(DemixPreTrainedModel, GenerationMixin):
     that of fairseq's `transformer_lm_gpt3` presets.
     """
 
-    _tied_weights_keys = {"lm_head.weight": "model.embeddings.tokens.weight"}
+    _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embeddings.tokens.weight"}
 
     def __init__(self, config: DemixConfig, local_domains: Sequence[str] | None = None):
         super().__init__(config)
@@ -213,7 +214,7 @@ class DemixForCausalLM(DemixPreTrainedModel, GenerationMixin):
         for group in domain_experts(self):
             if domain not in group.experts:
                 raise ValueError(
-                    f"there is no expert for domain {domain!r}; there are {', '.join(group.experts)}"
+                    f"no expert for domain {domain!r}; there are {', '.join(group.experts)}"
                 )
             group.domain = domain
 
@@ -279,7 +280,7 @@ def initialise(model: DemixForCausalLM, seed: int) -> None:
     """
     for name, module in model.named_modules():
         plain = dense_name(f"{name}.weight").encode()
-        generator = torch.Generator().manual_seed(zlib.crc32(plain) + (seed << 32))
+        generator = torch.Generator().manual_seed(zlib.crc32(plain, seed))
         _draw(module, model.config, generator)
     model.tie_weights()
     embeddings = model.model.embeddings

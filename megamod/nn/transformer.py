@@ -29,7 +29,11 @@ class DecoderBlock(nn.Module):
     """x + Attention(LN x), then x + FeedForward(LN x): the pre-norm block of GPT-2 and GPT-3."""
 
     def __init__(
-        self, attention: SelfAttention, feed_forward: nn.Module, hidden_size: int, eps: float,
+        self,
+        attention: SelfAttention,
+        feed_forward: nn.Module,
+        hidden_size: int,
+        eps: float,
         dropout: float,
     ):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Checkpoints that a kill at any instant cannot lose, readable at another world size and ZeRO stage.
+"""Checkpoints that no kill can lose, readable at another world size and ZeRO stage.
 
     checkpoints/latest                  name of the newest checkpoint
     checkpoints/step-N/                 a model folder: config.json, weight files, tokenizer
@@ -216,11 +216,15 @@ class Checkpoints:
         if rank > 0 and not (independent and self.topology.is_lead(rank)):
             return []
         scaler = getattr(self.engine.optimizer, "loss_scaler", None)
-        plain = {
-            name: value
-            for name, value in vars(scaler).items()
-            if isinstance(value, (int, float, bool))
-        } if scaler is not None else {}
+        plain = (
+            {
+                name: value
+                for name, value in vars(scaler).items()
+                if isinstance(value, (int, float, bool))
+            }
+            if scaler is not None
+            else {}
+        )
         record = {
             "state": asdict(state),
             "optimizer_steps": optimizer_steps(self.engine),

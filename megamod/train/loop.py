@@ -159,7 +159,11 @@ def _step(
     for number, micro_batch in enumerate(micro_batches, start=1):
         scored.append(objective.score(engine, micro_batch, share))
         loss = scored[-1].loss
-        if plan.spike_factor and number == len(micro_batches) and _spike(scored, plan, state, group):
+        if (
+            plan.spike_factor
+            and number == len(micro_batches)
+            and _spike(scored, plan, state, group)
+        ):
             # A gradient that is not finite makes every rank leave out the update.
             loss = loss * float("nan")
         engine.backward(loss)

@@ -1,4 +1,4 @@
-"""AdamW and the learning-rate schedule. The rate is a function of the step, so it needs no state."""
+"""AdamW and the learning-rate schedule, which is a function of the step and has no state."""
 
 from collections.abc import Callable, Iterable
 

@@ -81,11 +81,15 @@ def start_logging() -> None:
 
 
 FREE_ON_RESUME = frozenset(
-    """output_dir stop_step per_device_train_batch_size per_device_eval_batch_size
-    gradient_accumulation_steps global_batch_size logging_steps eval_steps eval_batches save_steps
-    save_total_limit precision report_to deepspeed resume nonfinite spike_factor save_failure
-    dist_timeout print_groups allow_unknown_ds_keys init_from gradient_checkpointing
-    attn_implementation data dataloader_num_workers eval_split""".split()
+    (
+        *("output_dir", "data", "init_from", "resume", "deepspeed", "precision"),
+        *("stop_step", "logging_steps", "eval_steps", "save_steps", "save_total_limit"),
+        *("per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size"),
+        *("per_device_eval_batch_size", "eval_batches", "eval_split", "dataloader_num_workers"),
+        *("nonfinite", "spike_factor", "save_failure", "dist_timeout", "report_to"),
+        *("print_groups", "allow_unknown_ds_keys", "gradient_checkpointing"),
+        "attn_implementation",
+    )
 )
 """Fields that may differ when a run is resumed: they leave its numbers as they are, or (precision)
 change their rounding only. The product of the batch sizes is compared apart."""
@@ -122,9 +126,7 @@ def engine_config(
         UserError: see `resolve_ds_config` and `check_sharing`.
     """
     steps = micro_steps(run, topology)
-    ranks = (
-        topology.ranks_per_domain if topology.sharing is Sharing.BTM else topology.world_size
-    )
+    ranks = topology.ranks_per_domain if topology.sharing is Sharing.BTM else topology.world_size
     values = {
         "train_micro_batch_size_per_gpu": run.per_device_train_batch_size,
         "gradient_accumulation_steps": steps,
@@ -293,7 +295,8 @@ def check_agreement(facts: Mapping[str, str]) -> None:
     dist.all_reduce(lowest, dist.ReduceOp.MIN)
     dist.all_reduce(highest, dist.ReduceOp.MAX)
     differing = [
-        name for name, low, high in zip(facts, lowest.tolist(), highest.tolist(), strict=True)
+        name
+        for name, low, high in zip(facts, lowest.tolist(), highest.tolist(), strict=True)
         if low != high
     ]
     if differing:
@@ -301,4 +304,3 @@ def check_agreement(facts: Mapping[str, str]) -> None:
             f"the ranks disagree about {', '.join(differing)}: start all of them with the same "
             "recipe, flags, code and data"
         )
-

@@ -118,9 +118,7 @@ def straight_and_cut(rank: int, root: Path, world: int) -> None:
         for stop in (4, 5):
             data = root / f"data{untie}{stop}"
             data.mkdir(exist_ok=True)
-            pair(
-                f"{untie}-zero{stage}-epoch{stop}", untie, stage, stop, 6, batches=data_of(data)
-            )
+            pair(f"{untie}-zero{stage}-epoch{stop}", untie, stage, stop, 6, batches=data_of(data))
 
 
 def names_of(world: int) -> list[tuple[str, int]]:
@@ -167,7 +165,9 @@ def test_resumed_run_is_bitwise_the_straight_one(pairs, world, name, last):
     assert one.keys() == other.keys() and len(one) > 100
     differing = [key for key, tensor in one.items() if not torch.equal(tensor, other[key])]
     assert differing == []
-    states = [{f.relative_to(c): f.read_text() for f in c.rglob("state.json")} for c in (straight, cut)]
+    states = [
+        {f.relative_to(c): f.read_text() for f in c.rglob("state.json")} for c in (straight, cut)
+    ]
     assert states[0] == states[1] != {}
 
 

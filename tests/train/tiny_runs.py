@@ -1,7 +1,9 @@
 """A tiny model trained on made-up ragged batches, by the real loop and by a plain reference."""
 
 from pathlib import Path
+from typing import NamedTuple
 
+import deepspeed
 import torch
 from safetensors import safe_open
 
@@ -11,6 +13,12 @@ from megamod.dist.scope import Sharing, sharing_of
 from megamod.dist.topology import DomainTopology
 from megamod.models.configuration import DemixConfig
 from megamod.models.demix_lm import DemixForCausalLM, initialise
+from megamod.train.checkpoint import Checkpoints, TrainState
+from megamod.train.engine import build_engine
+from megamod.train.export import ModelExport
+from megamod.train.loop import Plan, train
+from megamod.train.monitor import Monitor
+from megamod.train.objectives import CausalLM
 from megamod.train.optim import adamw, linear, set_rate
 
 DOMAINS = ("law", "med", "code", "news")
@@ -144,47 +152,33 @@ def masters(checkpoint: Path, kind: str = "master") -> dict[str, torch.Tensor]:
                 piece = tensors.get_tensor(f"{kind}/{name}")
                 pieces.setdefault(name, {})[int(start)] = piece
     return {
-        name: torch.cat([parts[start] for start in sorted(parts)])
-        for name, parts in pieces.items()
+        name: torch.cat([parts[start] for start in sorted(parts)]) for name, parts in pieces.items()
     }
 
 
-def run_tiny(
+class Tiny(NamedTuple):
+    """What a run is made of before it starts."""
+
+    engine: deepspeed.DeepSpeedEngine
+    topology: DomainTopology
+    checkpoints: Checkpoints
+    micro_steps: int
+
+
+def build_tiny(
     folder: Path,
     untie: str,
     stage: int,
-    max_steps: int,
     *,
     per_domain: int = 2,
     clip: float = 0.5,
-    save_steps: int = 0,
-    resume: str = "auto",
     precision: str = "fp32",
-    nonfinite: str = "stop",
-    spike_factor: float = 0.0,
-    batches=None,
-    settings: dict | None = None,
     domains=DOMAINS,
     dropout: float = 0.0,
+    settings: dict | None = None,
     keep: int | None = None,
-    save_failure: str = "continue",
-    wrap_objective=lambda objective: objective,
-):
-    """Train with the real loop up to `max_steps` of a schedule of 10 steps.
-
-    Args:
-        batches: from a topology to the iterator of micro-batches from a step on.
-        wrap_objective: puts something around the objective, to make it fail.
-    Returns:
-        (engine, state, topology).
-    """
-    from megamod.train.checkpoint import Checkpoints, TrainState
-    from megamod.train.engine import build_engine
-    from megamod.train.export import ModelExport
-    from megamod.train.loop import Plan, train
-    from megamod.train.monitor import Monitor
-    from megamod.train.objectives import CausalLM
-
+) -> Tiny:
+    """An engine around new weights, and its checkpoints in FOLDER/checkpoints; collective."""
     sharing = sharing_of(untie)
     topology = DomainTopology(world_size(), tuple(domains), sharing)
     config = tiny_config(untie, domains, dropout)
@@ -211,6 +205,38 @@ def run_tiny(
         settings or {"untie": untie},
         keep,
     )
+    return Tiny(engine, topology, checkpoints, micro_steps)
+
+
+def run_tiny(
+    folder: Path,
+    untie: str,
+    stage: int,
+    max_steps: int,
+    *,
+    per_domain: int = 2,
+    clip: float = 0.5,
+    save_steps: int = 0,
+    resume: str = "auto",
+    nonfinite: str = "stop",
+    spike_factor: float = 0.0,
+    save_failure: str = "continue",
+    batches=None,
+    wrap_objective=lambda objective: objective,
+    **build,
+):
+    """Train with the real loop up to `max_steps` of a schedule of 10 steps.
+
+    Args:
+        batches: from a topology to the iterator of micro-batches from a step on.
+        wrap_objective: puts something around the objective, to make it fail.
+        build: further arguments of `build_tiny`.
+    Returns:
+        (engine, state, topology).
+    """
+    engine, topology, checkpoints, micro_steps = build_tiny(
+        folder, untie, stage, per_domain=per_domain, clip=clip, **build
+    )
     state = checkpoints.resume(resume) or TrainState()
     plan = Plan(
         max_steps=10,
@@ -226,12 +252,11 @@ def run_tiny(
         spike_factor=spike_factor,
         save_failure=save_failure,
     )
-    monitor = Monitor(folder, domains, 10, None, None, False, state.step)
+    monitor = Monitor(folder, topology.domains, 10, None, None, False, state.step)
+    choose = topology.sharing is Sharing.DEMIX
     state = train(
         engine,
-        wrap_objective(
-            CausalLM(topology.domains, torch.device("cpu"), choose=sharing is Sharing.DEMIX)
-        ),
+        wrap_objective(CausalLM(topology.domains, torch.device("cpu"), choose)),
         batches(topology) if batches else batches_of(topology, per_domain),
         plan,
         state,

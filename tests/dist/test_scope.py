@@ -1,0 +1,34 @@
+import pytest
+
+from megamod.dist.scope import Scope, Sharing, dense_name, domain_of_name, scopes, sharing_of
+from megamod.models.configuration import UNTIE
+
+NAMES = {
+    "model.layers.0.feed_forward.experts.law.fc1.weight": (
+        "law",
+        "model.layers.0.feed_forward.fc1.weight",
+    ),
+    "lm_head.experts.med.weight": ("med", "lm_head.weight"),
+    "experts.a-b_1.x": ("a-b_1", "x"),
+    "model.embeddings.tokens.weight": (None, "model.embeddings.tokens.weight"),
+    "model.expertsy.law.weight": (None, "model.expertsy.law.weight"),
+    "model.experts": (None, "model.experts"),  # nothing follows
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_tells_its_domain_and_its_dense_counterpart(name):
+    assert (domain_of_name(name), dense_name(name)) == NAMES[name]
+
+
+def test_scope_follows_the_name_except_where_nothing_is_shared():
+    apart = {name: domain is not None for name, (domain, _) in NAMES.items()}
+    for sharing in (Sharing.DENSE, Sharing.DEMIX):
+        found = scopes(NAMES, sharing)
+        assert {name: scope is Scope.DOMAIN for name, scope in found.items()} == apart
+    assert set(scopes(NAMES, Sharing.BTM).values()) == {Scope.DOMAIN}
+
+
+def test_every_value_of_untie_has_a_sharing():
+    assert sharing_of("none") is Sharing.DENSE and sharing_of("all") is Sharing.BTM
+    assert {sharing_of(untie) for untie in UNTIE if untie != "none"} == {Sharing.DEMIX}
