@@ -65,13 +65,23 @@ class DemixPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _no_split_modules = ("DecoderBlock",)
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # For classes outside transformers modules without parameters of their own would be passed
+        # over, and those are the ones that `_draw` knows.
+        super()._initialize_weights(module, is_custom_code=False)
+
     def _init_weights(self, module: nn.Module) -> None:
-        """Draw a module's weights from the global generator, then level the experts."""
+        """Draw a module's weights from the global generator, then level the experts.
+
+        Weights that were loaded from a file stay as they are.
+        """
         _draw(module, self.config, None)
         if isinstance(module, DomainExperts):
             first, *others = module.experts.values()
             for other in others:
-                other.load_state_dict(first.state_dict())
+                for tensor, source in zip(other.parameters(), first.parameters(), strict=True):
+                    if not _was_loaded(tensor):
+                        tensor.copy_(source)
 
 
 class DemixModel(DemixPreTrainedModel):
@@ -306,10 +316,16 @@ def _draw(module: nn.Module, config: DemixConfig, generator: torch.Generator | N
     elif isinstance(module, Embeddings):
         for table in (module.tokens, module.positions):
             nn.init.normal_(table.weight, std=config.hidden_size**-0.5, generator=generator)
-            nn.init.zeros_(table.weight[table.padding_idx])
+            if not _was_loaded(table.weight):
+                nn.init.zeros_(table.weight[table.padding_idx])
     elif isinstance(module, nn.LayerNorm):
         nn.init.ones_(module.weight)
         nn.init.zeros_(module.bias)
+
+
+def _was_loaded(parameter: Tensor) -> bool:
+    """True inside `from_pretrained` for what a file held; whole tensors it guards by itself."""
+    return getattr(parameter, "_is_hf_initialized", False)
 
 
 def _uniform(tensor: Tensor, fan_in: int, generator: torch.Generator | None) -> None:

@@ -108,7 +108,15 @@ def micro_steps(run: RunArgs, topology: DomainTopology) -> int:
     """
     if run.global_batch_size is None:
         return held_domains(topology) * run.gradient_accumulation_steps
-    return run.accumulation(topology.world_size)
+    steps, held = run.accumulation(topology.world_size), held_domains(topology)
+    if steps % held:
+        at_once = run.per_device_train_batch_size * topology.world_size * held
+        raise UserError(
+            f"--global_batch_size {run.global_batch_size} is not a multiple of {at_once} = "
+            f"--per_device_train_batch_size {run.per_device_train_batch_size} x "
+            f"{topology.world_size} ranks x {held} domains of a rank"
+        )
+    return steps
 
 
 def engine_config(

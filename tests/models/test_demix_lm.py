@@ -2,13 +2,14 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from megamod.dist.scope import dense_name, domain_of_name
 from megamod.models.configuration import PRESETS, UNTIE, DemixConfig
 from megamod.models.demix_lm import DemixForCausalLM, initialise
-from megamod.states.weights import expert_state
+from megamod.states.weights import expert_state, write_index, write_weights
 
 DOMAINS = ["law", "med", "code"]
 PAD, VOCAB = 1, 30
@@ -266,7 +267,8 @@ def test_loss_and_gradients_equal_cross_entropy_on_all_logits(dtype, near):
     for name, parameter in model.named_parameters():
         gradient = expected[name].grad.float()
         error = (parameter.grad.float() - gradient).norm()
-        assert error <= near * gradient.norm() + 1e-6, name
+        if "k_proj.bias" not in name:  # zero but for rounding: it shifts all scores alike
+            assert error <= near * gradient.norm(), name
 
 
 def test_labels_shifted_by_the_caller_and_a_count_of_its_own():
@@ -379,10 +381,38 @@ def test_distributions_of_initial_weights():
 
 def test_the_constructor_initialises_alike_with_equal_experts():
     torch.manual_seed(0)
-    model = DemixForCausalLM(config_of("feedforward"))
+    model = DemixForCausalLM(config_of("feedforward", hidden_size=96, vocab_size=400))
     state = dict(model.named_parameters())
     for name, parameter in state.items():
         if domain_of_name(name):
             first = name.replace(f".{domain_of_name(name)}.", ".law.")
             assert torch.equal(parameter, state[first])
-    assert not model.model.embeddings.positions.weight[1].any()
+    tables = model.model.embeddings
+    assert not tables.positions.weight[1].any() and not tables.tokens.weight[1].any()
+    assert abs(tables.tokens.weight.std() * 96**0.5 - 1) < 0.05
+    assert not state["model.layers.0.attention.out_proj.bias"].any()
+
+
+def test_loading_draws_only_what_the_files_lack(tmp_path):
+    model = make("feedforward")
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if ".experts.law." not in name}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded = dict(AutoModelForCausalLM.from_pretrained(tmp_path).named_parameters())
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in kept.items())
+    drawn = [loaded[name] for name in weights if ".experts.law.fc1.weight" in name]
+    assert len(drawn) == 4 and all(0.2 < tensor.abs().max() < 12**-0.5 for tensor in drawn)
+
+
+@torch.no_grad()
+def test_a_folder_with_an_index_and_a_file_per_expert_is_loaded(tmp_path):
+    model, ids = make("feedforward"), tokens(2, 5)
+    state = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    write_weights(tmp_path, state, has_experts=True)
+    write_index(tmp_path, state, sum(tensor.nbytes for tensor in state.values()))
+    model.config.save_pretrained(tmp_path)
+    assert not (tmp_path / "model.safetensors").exists()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    for domain in DOMAINS:
+        assert torch.equal(loaded(ids, domain=domain).logits, model(ids, domain=domain).logits)

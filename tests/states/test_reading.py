@@ -77,6 +77,7 @@ def hostile_file(tmp_path: Path, case: str, form: str) -> tuple[Path, Path]:
     return file, canary
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("case", HOSTILE)
 def test_both_gates_refuse_a_hostile_pickle(tmp_path, case, form):

@@ -196,7 +196,9 @@ def test_a_fault_at_any_call_loses_nothing(told, crash):
     for row in rows[:-1]:
         # Either the old newest checkpoint or the new one, in both cases loaded by `resume`.
         assert row["gained"] in (0, 1), row
-        assert row["saved"] is (None if crash else False), row
+        # That a folder which is there cannot be made does not matter.
+        harmless = row["where"] == "mkdir" and row["gained"]
+        assert row["saved"] is (None if crash else bool(harmless)), row
         assert row["left_after_resume"] == [] and (crash or row["left"] == []), row
         assert all(faults == [] for faults in row["kept"]), row
     assert {row["gained"] for row in rows[:-1]} == {0, 1}

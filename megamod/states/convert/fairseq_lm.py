@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megamod.dist.scope import MARK, domain_of_name
@@ -22,7 +21,7 @@ from megamod.errors import UserError
 from megamod.files import write_json
 from megamod.states.convert import Converted, Options
 from megamod.states.convert.reading import Checkpoint, read_checkpoint
-from megamod.states.weights import expert_state, read_weights
+from megamod.states.weights import expert_state, read_weights, write_tensors
 
 _OUTSIDE = {
     "embed_tokens.weight": "embeddings.tokens.weight",
@@ -150,7 +149,7 @@ def export(source: Path, folder: Path) -> list[Path]:
             own = {name: t for name, t in expert_state(state, domain).items() if name not in held}
             files[f"checkpoint_last-rank-{rank}.safetensors"] = _renamed(own, keys, source)
     for name, tensors in files.items():
-        save_file(tensors, folder / name)
+        write_tensors(folder / name, tensors, {"format": "pt"})
     settings = {**_SETTINGS, "decoder_attention_heads": heads, "domains": domains}
     write_json(folder / "config.json", settings)
     return [*(folder / name for name in files), folder / "config.json"]

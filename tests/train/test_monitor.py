@@ -1,0 +1,123 @@
+import json
+import logging
+import math
+
+import pytest
+import torch
+
+from megamod.train import monitor as module
+from megamod.train.checkpoint import TrainState
+from megamod.train.monitor import Monitor, peak_of, training_flops_per_token, write_environment
+from megamod.train.objectives import Scored
+
+
+@pytest.fixture(autouse=True)
+def two_ranks(monkeypatch):
+    """The other rank has the same numbers as this one."""
+    monkeypatch.setattr(module.dist, "all_reduce", lambda tensor: tensor.mul_(2))
+    monkeypatch.setattr(module.dist, "get_world_size", lambda: 2)
+
+
+def scored(total, items) -> Scored:
+    return Scored(torch.tensor(0.0), torch.tensor(total), torch.tensor(items))
+
+
+def monitor_in(folder, **options) -> Monitor:
+    given = dict(flops_per_token=1e6, peak=1e9, tensorboard=False, first_step=0) | options
+    return Monitor(folder, ("law", "med", "code"), 100, *given.values())
+
+
+def records(folder) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_record_sums_over_micro_batches_steps_and_ranks(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "megamod")
+    monitor, state = monitor_in(tmp_path), TrainState(step=2, tokens={"law": 5})
+    monitor.add([scored([6.0, 0.0, 0.0], [2.0, 0.0, 0.0])] * 2, 0.5, 1e-3, 0.25, 1.0)
+    monitor.add([scored([0.0, 9.0, 0.0], [0.0, 3.0, 0.0])], 0.75, 2e-3, 0.75, 2.0)
+    monitor.log(state)
+    (record,) = records(tmp_path)
+    assert record["loss"] == pytest.approx((12 + 9) / (4 + 3))
+    assert record["loss_by_domain"] == {"law": 3.0, "med": 3.0}  # nothing of code was seen
+    assert state.tokens == {"law": 5 + 8, "med": 6, "code": 0}
+    assert record["tokens"] == 19
+    assert (record["grad_norm"], record["lr"], record["step"]) == (0.75, 2e-3, 2)
+    assert (record["step_ms"], record["data_ms"]) == (1500.0, 500.0)
+    # 14 tokens at 1e6 FLOP each on two devices of 1e9 FLOP/s
+    assert record["mfu"] == pytest.approx(record["tokens_per_second"] * 1e6 / 2e9)
+    assert "step 2/100  loss 3.0000  lr 0.002  norm 0.75" in caplog.text
+    assert not monitor.scored and monitor.steps == 0
+
+
+def test_a_step_that_was_left_out_has_no_norm(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "megamod")
+    monitor = monitor_in(tmp_path, peak=None)
+    monitor.add([scored([6.0, 0.0, 0.0], [2.0, 0.0, 0.0])], None, 1e-3, 0.0, 1.0)
+    monitor.log(TrainState(step=1, skipped=1))
+    (record,) = records(tmp_path)
+    assert (record["grad_norm"], record["skipped"], record["mfu"]) == (None, 1, None)
+    assert "norm left out" in caplog.text and "MFU n/a" in caplog.text
+
+
+def test_a_resumed_run_forgets_what_it_makes_again(tmp_path):
+    lines = [json.dumps({"step": step}) for step in (2, 4, 6, 8)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 10, "lo')
+    monitor = monitor_in(tmp_path, first_step=5)
+    monitor.evaluated(6, {"law": 7.5}, "valid")
+    monitor.close()
+    assert records(tmp_path) == [
+        {"step": 2},
+        {"step": 4},
+        {"step": 6, "perplexity": {"law": 7.5}, "split": "valid"},
+    ]
+
+
+def test_tensorboard_has_the_same_numbers(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monitor = monitor_in(tmp_path, tensorboard=True)
+    monitor.add([scored([6.0, 0.0, 0.0], [2.0, 0.0, 0.0])], 0.5, 1e-3, 0.0, 1.0)
+    monitor.log(TrainState(step=3))
+    monitor.evaluated(3, {"law": 20.0}, "valid")
+    monitor.close()
+    events = EventAccumulator(str(tmp_path / "tb")).Reload()
+    wanted = {
+        "train/loss": 3.0,
+        "train/loss/law": 3.0,
+        "train/lr": 1e-3,
+        "train/grad_norm": 0.5,
+        "valid/law/ppl": 20.0,
+    }
+    for tag, value in wanted.items():
+        (event,) = events.Scalars(tag)
+        assert (event.step, event.value) == (3, pytest.approx(value))
+
+
+def test_peaks_are_found_by_part_of_the_name():
+    assert peak_of("NVIDIA A100-SXM4-80GB") == 312e12
+    assert peak_of("NVIDIA H100 PCIe") == 756e12
+    assert peak_of("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_of("NVIDIA GeForce GTX 1080") is None
+
+
+def test_flops_are_those_of_the_matrix_products():
+    """A dense decoder counted product by product; backward costs twice the forward pass."""
+    layers, width, length, vocabulary = 3, 8, 16, 50
+    parameters = layers * 12 * width**2 + vocabulary * width  # without biases and norms
+    per_layer = 4 * width**2 + 2 * 4 * width**2  # projections; feed-forward
+    attention = 2 * length * width  # scores and their use, over the whole length
+    forward = 2 * (layers * (per_layer + attention) + vocabulary * width)
+    assert training_flops_per_token(parameters, layers, width, length) == 3 * forward
+
+
+def test_the_environment_holds_versions_and_no_secrets(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_very_secret")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    write_environment(tmp_path / "env.json")
+    text = (tmp_path / "env.json").read_text()
+    told = json.loads(text)
+    assert told["versions"]["torch"] == torch.__version__
+    assert told["variables"]["OMP_NUM_THREADS"] == "3"
+    assert "secret" not in text
+    assert not math.isnan(told["cpus"])
