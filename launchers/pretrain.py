@@ -140,7 +140,7 @@ def main() -> None:
         CausalLM(data.domains, device, choose=sharing is Sharing.DEMIX),
         lambda step: train_loader(
             batches,
-            step * plan.micro_steps,
+            step,
             data_args.dataloader_num_workers,
             pin_memory=device.type == "cuda",
         ),

@@ -1,5 +1,7 @@
 """Joining the process group, under a launcher or alone; and small collectives."""
 
+import atexit
+import atexit
 import os
 import socket
 from collections.abc import Sequence
@@ -49,11 +51,21 @@ def init_process(timeout: float) -> torch.device:
         timeout=timedelta(seconds=timeout),
         verbose=False,
     )
+    # Else the threads of gloo may still run when the interpreter is gone, which aborts the process.
+    atexit.register(_leave_group)
+    # Threads of a group that is still alive when the interpreter ends can abort the process.
+    atexit.register(leave_group)
     return torch.device(accelerator.device_name(local_rank))
 
 
+def leave_group() -> None:
+    """Leave the process group, if this process is in one."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def control(values: Sequence[float]) -> torch.Tensor:
-    """A small float64 tensor where collectives can take it: on the GPU for NCCL, else on the CPU."""
+    """A small float64 tensor where collectives take it: on the GPU for NCCL, else on the CPU."""
     from deepspeed.accelerator import get_accelerator
 
     return torch.tensor(
@@ -84,6 +96,11 @@ def gather_text(text: str) -> list[str]:
     return [
         bytes(map(int, row[1 : 1 + int(row[0])].tolist())).decode(errors="replace") for row in rows
     ]
+
+
+def _leave_group() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def rank() -> int:

@@ -72,7 +72,8 @@ def test_engine_config_fills_every_auto(tmp_path):
 
 def test_the_file_has_its_way_with_defaults_but_not_with_flags(tmp_path):
     path = tmp_path / "ds.json"
-    path.write_text('{"train_micro_batch_size_per_gpu": 4, "gradient_clipping": 2.0}')
+    zero = '"zero_optimization": {"stage": 1}'
+    path.write_text(f'{{"train_micro_batch_size_per_gpu": 4, "gradient_clipping": 2.0, {zero}}}')
     run, safety, _, optim, _ = args("--deepspeed", str(path))
     setup.engine_config(run, safety, optim, topology(4, "demix"), hidden_size=64)
     assert (run.per_device_train_batch_size, optim.max_grad_norm) == (4, 2.0)
