@@ -18,9 +18,10 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import deepspeed
@@ -94,13 +95,9 @@ class Checkpoints:
         temporary = self.folder / f".tmp-step-{state.step}-{nonce:08x}"
         if not self._make(temporary):
             return False
+        writers = (self.write_model, self._write_optimizer, partial(self._write_state, state=state))
         try:
-            files = [
-                *self.write_model(temporary),
-                *self._write_optimizer(temporary),
-                *self._write_state(temporary, state),
-            ]
-            self._write_digests(temporary, files)
+            self._write_all(temporary, writers)
             written = True
         except OSError as error:
             logger.error("checkpoint %s: rank %d: %s", final.name, dist.get_rank(), error)
@@ -211,7 +208,7 @@ class Checkpoints:
             return folder / self.topology.domains_of(dist.get_rank())[0] / "state.json"
         return folder / "state.json"
 
-    def _write_state(self, folder: Path, state: TrainState) -> list[Path]:
+    def _write_state(self, folder: Path, *, state: TrainState) -> list[Path]:
         independent, rank = self.topology.sharing is Sharing.BTM, dist.get_rank()
         if rank > 0 and not (independent and self.topology.is_lead(rank)):
             return []
@@ -233,23 +230,27 @@ class Checkpoints:
             "world_size": dist.get_world_size(),
         }
         file = self._state_file(folder)
-        write_json(file, record)
+        file.write_text(json.dumps(record, indent=2) + "\n")
         return [file]
 
-    def _write_digests(self, folder: Path, files: list[Path]) -> None:
-        """Sync and digest this rank's files: the disk and the processor work side by side."""
-        with ThreadPoolExecutor(2) as pool:
-            syncs = [pool.submit(sync_file, file) for file in files]
-            digests = {
-                str(file.relative_to(folder)): {
-                    "bytes": file.stat().st_size,
-                    "sha256": sha256(file),
-                }
-                for file in files
+    def _write_all(self, folder: Path, writers: Sequence[ModelWriter]) -> None:
+        """Write, sync and digest this rank's files.
+
+        The disk takes in each file while the next ones are written and digested.
+        """
+        with ThreadPoolExecutor(8) as pool:
+            jobs = {
+                file: (pool.submit(sync_file, file), pool.submit(sha256, file))
+                for write in writers
+                for file in write(folder)
             }
-            for sync in syncs:
-                sync.result()
-        write_atomic(folder / f".rank-{dist.get_rank()}.json", json.dumps(digests))
+            digests = {}
+            for file, (synced, digest) in jobs.items():
+                synced.result()
+                entry = {"bytes": file.stat().st_size, "sha256": digest.result()}
+                digests[str(file.relative_to(folder))] = entry
+        # Only rank 0 reads this, before the folder has a name: it need not be on disk.
+        (folder / f".rank-{dist.get_rank()}.json").write_text(json.dumps(digests))
 
     def _commit(self, temporary: Path, final: Path) -> None:
         digests: dict[str, object] = {}
@@ -257,15 +258,14 @@ class Checkpoints:
             part = temporary / f".rank-{rank}.json"
             digests |= json.loads(part.read_text())
             part.unlink()
-        for subfolder in {(temporary / name).parent for name in digests}:
+        for subfolder in {(temporary / name).parent for name in digests} - {temporary}:
             sync_folder(subfolder)
         write_json(temporary / MANIFEST, {"files": dict(sorted(digests.items()))})
         if final.exists():
             # Only a folder that did not verify can be in the way: a valid one was resumed from.
             shutil.rmtree(final)
         os.rename(temporary, final)
-        sync_folder(self.folder)
-        write_atomic(self.folder / "latest", final.name + "\n")
+        write_atomic(self.folder / "latest", final.name + "\n")  # syncs both names
         # Later steps are of a run that was given up, or did not verify: not this one's to count.
         made = list_checkpoints(self.folder)
         made = made[: made.index(final) + 1]
