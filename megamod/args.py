@@ -87,7 +87,9 @@ class SafetyArgs(Arguments):
     """Starting, stopping, and what happens when something goes wrong."""
 
     deepspeed: str | None = option(
-        None, "DeepSpeed JSON; none: fp32 with ZeRO stage 1", alias="deepspeed_config"
+        None,
+        "DeepSpeed JSON; none: fp32, ZeRO 1 (0 for a dense model alone)",
+        alias="deepspeed_config",
     )
     resume: str = option("auto", "auto: from the newest checkpoint if there is one; none; or PATH")
     nonfinite: Literal["stop", "skip", "rollback"] = option(

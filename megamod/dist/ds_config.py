@@ -70,7 +70,8 @@ def resolve_ds_config(
     """One configuration from a DeepSpeed JSON and the run.
 
     Args:
-        path: the JSON; None: ZeRO stage 1, in the precision of the run, else float32.
+        path: the JSON; None: the ZeRO stage of `values`, else 1, in the precision of the run, else
+            float32.
         values: the run's values by key path, such as "optimizer.params.lr"; they fill every "auto".
             The three batch sizes and gradient_clipping must be among them.
         origins: where each value came from; "default" or absent: it gives way to the JSON.
@@ -80,7 +81,7 @@ def resolve_ds_config(
             and for conflicts, all of them in one message.
     """
     name = path or BUILT_IN
-    config = _read(Path(path)) if path else {"zero_optimization": {"stage": 1}}
+    config = _read(Path(path)) if path else {"zero_optimization": {"stage": "auto"}}
     config = _without_nulls(config)
     _check_keys(name, config, known_keys(), allow_unknown)
     _check_usable(name, config)

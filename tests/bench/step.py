@@ -22,7 +22,7 @@ from ranks import on_ranks  # noqa: E402
 
 ROUNDS, REPEATS = 10, 3
 DOMAINS = ("law", "med")
-BATCH, LENGTH, VOCAB = 8, 128, 4000
+BATCH, LENGTH, VOCAB = 16, 128, 4000
 CLIP = 1.0
 RECIPE = dict(betas=(0.9, 0.95), eps=1e-7, weight_decay=0.1)
 
