@@ -188,7 +188,7 @@ def test_no_file_names_this_machine():
 
 
 def test_machine_paths_are_told_from_others():
-    machine = ("open('/home/ann/x')", "/tmp/x", "--data /scratch/a", "cd /work/main")
+    machine = ("open('/home/ann/x')", "/tmp/x", "--data /scratch/a", "cd /root/main")
     assert all(MACHINE_PATHS.search(text) for text in machine)
     others = (
         "runs/data/bin",
