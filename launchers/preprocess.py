@@ -39,6 +39,7 @@ def main() -> None:
         options.tokenizer,
         options.output_dir,
         items=options.items,
+        bos=options.bos,
         field=options.field,
         encoding_errors=options.encoding_errors,
         seed=options.seed,
@@ -77,6 +78,11 @@ def parse_arguments() -> argparse.Namespace:
         "--items",
         choices=("document", "line"),
         help="what ends with an eos token; default: line for the GPT-2 folder, else document",
+    )
+    add(
+        "--bos",
+        action="store_true",
+        help="put bos in front of each item, for models that read [CLS] text [SEP]",
     )
     add("--field", default="text", help="JSON key or column of the text (default: text)")
     add(

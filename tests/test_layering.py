@@ -40,7 +40,12 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "megamod.train": (
         {"megamod", "megamod.args", "megamod.data", "megamod.dist", "megamod.dist.scope"}
         | {"megamod.models", "megamod.nn", "megamod.states"},
-        {"torch", "deepspeed", "safetensors", "psutil", "tqdm"},
+        {"torch", "transformers", "deepspeed", "safetensors", "psutil", "tqdm"},
+    ),
+    "megamod.runs": (
+        {"megamod.args", "megamod.data", "megamod.dist", "megamod.dist.scope", "megamod.models"}
+        | {"megamod.evaluation", "megamod.states", "megamod.train"},
+        {"torch", "transformers", "deepspeed"},
     ),
 }
 SOURCES = sorted(

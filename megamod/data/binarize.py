@@ -77,6 +77,7 @@ def binarize(
     output: str | Path,
     *,
     items: str | None = None,
+    bos: bool = False,
     field: str = "text",
     encoding_errors: str = "strict",
     seed: int = 0,
@@ -92,6 +93,7 @@ def binarize(
             nothing is done.
         items: "document" or "line"; each item gets an eos. Default "line", which is fairseq's way,
             for the GPT-2 kind and "document" for the others.
+        bos: put bos in front of each item, as models that read [CLS] text [SEP] want it.
         field: JSON key or column of the text.
         encoding_errors: "strict" or "replace".
         seed: divides sources that are not split yet.
@@ -99,10 +101,10 @@ def binarize(
 
     Returns:
         The content of databin.json: {"format", "tokenizer": {"kind", "digest"}, "vocab_size",
-        "bos_id", "pad_id", "eos_id", "unk_id", "items", "replaced": {NAME: characters},
+        "bos_id", "pad_id", "eos_id", "unk_id", "items", "bos", "replaced": {NAME: characters},
         "domains": {NAME: {SPLIT: {"items", "tokens", "bytes", "max_id", "text_sha256",
         "sha256": {"bin", "idx"}}}}}. "bytes" counts the UTF-8 text of the items without line ends
-        between them, "tokens" includes the eos of each item.
+        between them, "tokens" includes the bos and eos of each item.
 
     Raises:
         UserError: on bad input, an empty split, or an output folder that holds something else.
@@ -133,6 +135,7 @@ def binarize(
         "vocab_size": tokenizer.vocab_size,
         **tokenizer.special_ids,
         "items": items,
+        "bos": bos,
         "replaced": {name: source.decoding.replaced for name, source in sources.items()},
     }
     key = _identity(header, {n: {s: t.digest for s, t in of.items()} for n, of in tallies.items()})
@@ -148,7 +151,7 @@ def binarize(
         workers = min(os.cpu_count() or 1, 1 + total // BYTES_PER_WORKER)
     try:
         with _workplace(output, key) as work:
-            header["domains"] = _write_parts(sources, tallies, tokenizer, items, workers, work)
+            header["domains"] = _write_parts(sources, tallies, tokenizer, items, bos, workers, work)
             _finish(work / "databin", header, tokenizer)
             os.rename(work / "databin", output)
             sync_folder(output.parent)
@@ -190,6 +193,7 @@ def _existing(output: Path) -> dict | None:
 def _identity(header: Mapping[str, object], digests: Mapping[str, Mapping[str, str]]) -> str:
     ordered = [[name, *(of[split] for split in SPLITS)] for name, of in digests.items()]
     told = [FORMAT, header["tokenizer"], header["items"], ordered]
+    told += ["bos"] if header.get("bos") else []
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
@@ -258,6 +262,7 @@ def _write_parts(
     tallies: Mapping[str, Mapping[str, Tally]],
     tokenizer: Tokenizer,
     items: str,
+    bos: bool,
     workers: int,
     work: Path,
 ) -> dict[str, dict[str, dict]]:
@@ -286,7 +291,7 @@ def _write_parts(
                     if left.name.lstrip(".").startswith(f"{prefix.name}."):
                         left.unlink()
                 texts = (text for _, text in _texts(source, items, split))
-                done = _write_part(texts, tokenizer, prefix, encode, bar.update)
+                done = _write_part(texts, tokenizer, bos, prefix, encode, bar.update)
                 if done["text_sha256"] != tallies[name][split].digest:
                     raise UserError(f"domain {name}: {source.where} changed while it was read")
                 write_json(record, done)
@@ -297,11 +302,13 @@ def _write_parts(
 def _write_part(
     texts: Iterator[str],
     tokenizer: Tokenizer,
+    bos: bool,
     prefix: Path,
     encode: Encode,
     progress: Callable[[int], object],
 ) -> dict:
     tally = Tally()
+    front = [tokenizer.bos_id] if bos else []
     tokens, largest, shown = 0, tokenizer.eos_id, 0
 
     def counted() -> Iterator[str]:
@@ -311,7 +318,7 @@ def _write_part(
 
     with IndexedWriter(prefix, dtype_for(tokenizer.vocab_size)) as writer:
         for ids in encode(counted()):
-            ids = np.append(ids, tokenizer.eos_id)
+            ids = np.concatenate([front, ids, [tokenizer.eos_id]]).astype(np.int32)
             writer.add(ids)
             tokens += len(ids)
             largest = max(largest, int(ids.max()))

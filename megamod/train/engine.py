@@ -40,7 +40,7 @@ def build_engine(
     config: Mapping[str, object],
     topology: DomainTopology,
 ) -> deepspeed.DeepSpeedEngine:
-    """Wrap a model for training.
+    """Wrap a model for training; parameters that require no gradient stay as they are.
 
     Dense models share every parameter over the world. In a DEMix model, parameters inside
     `DomainExperts` are reduced over the ranks of their domain only, summed and divided by the world
@@ -56,7 +56,8 @@ def build_engine(
     mpu = DomainGroup(topology) if topology.sharing is Sharing.BTM else None
     if config["zero_optimization"]["stage"] == 0:
         config = {**config, "gradient_clipping": 0.0}  # `update` clips, having checked the norm
-    parameters: list[dict[str, object]] = [{"params": list(model.parameters()), "name": "all"}]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters: list[dict[str, object]] = [{"params": trained, "name": "all"}]
     if topology.sharing is Sharing.DEMIX:
         group_name = _present_as_experts(model, topology)
         parameters = split_params_into_different_moe_groups_for_optimizer(parameters)

@@ -4,33 +4,59 @@ Dense and DEMix runs write one folder; independent models (BTM) write one folder
 """
 
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import deepspeed
 import torch.distributed as dist
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from megamod import __version__
 from megamod.dist.scope import Sharing, domain_of_name
 from megamod.dist.topology import DomainTopology
 from megamod.files import sync_folder, sync_tree
-from megamod.models.configuration import DemixConfig
 from megamod.states.weights import write_index, write_weights
 
-CARD = """---
+TEMPLATE = """---
 library_name: megamod
 license: unknown
-tags: [causal-lm, {sharing}]
+tags: [{tags}]
 ---
-A causal language model trained with megamod {version}, sharing: {sharing}.
+{summary}
 
-- domains, in order: {domains}
-- parts held per domain: {untie}
-- data-bin digest: {data_digest}
+{facts}
 
-Load it with `import megamod; AutoModelForCausalLM.from_pretrained(FOLDER)`{choose}.
+Load it with `import megamod; {load}`.
 The resolved run is in `run.yaml` beside this file or in the run's folder.
 """
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the README.md of a model folder says.
+
+    Attributes:
+        summary: a sentence on what the model is.
+        tags: for search on a hub.
+        facts: further lines, by name.
+        load: the expression that loads it.
+    """
+
+    summary: str
+    tags: tuple[str, ...]
+    facts: Mapping[str, str]
+    load: str
+
+    def text(self) -> str:
+        """The file's content."""
+        facts = "\n".join(
+            f"- {name}: {value}" for name, value in {**self.facts, "megamod": __version__}.items()
+        )
+        return TEMPLATE.format(
+            tags=", ".join(self.tags), summary=self.summary, facts=facts, load=self.load
+        )
 
 
 class ModelExport:
@@ -42,11 +68,11 @@ class ModelExport:
     def __init__(
         self,
         engine: deepspeed.DeepSpeedEngine,
-        config: DemixConfig,
+        config: PreTrainedConfig,
         topology: DomainTopology,
         tokenizer: Path | None,
         run_file: Path,
-        data_digest: str,
+        card: Card,
     ):
         """`config`: of the whole model, all domains. `tokenizer`: folder to copy; None: none."""
         self.engine = engine
@@ -54,7 +80,7 @@ class ModelExport:
         self.topology = topology
         self.tokenizer = tokenizer
         self.run_file = run_file
-        self.data_digest = data_digest
+        self.card = card
 
     def __call__(self, folder: Path) -> list[Path]:
         rank, sharing = dist.get_rank(), self.topology.sharing
@@ -62,7 +88,7 @@ class ModelExport:
         state = self._gather(keep=rank == 0 or lead)
         if sharing is Sharing.BTM:
             domain = self.topology.domains_of(rank)[0]
-            config = DemixConfig(**{**self.config.to_dict(), "domains": [domain]})
+            config = type(self.config)(**{**self.config.to_dict(), "domains": [domain]})
             return self._whole(folder / domain, config, state) if lead else []
         if sharing is Sharing.DENSE:
             return self._whole(folder, self.config, state) if rank == 0 else []
@@ -100,11 +126,13 @@ class ModelExport:
                 size += tensor.numel() * tensor.element_size() * len(copies)
         return [write_index(folder, names, size)]
 
-    def _whole(self, folder: Path, config: DemixConfig, state: dict[str, Tensor]) -> list[Path]:
+    def _whole(
+        self, folder: Path, config: PreTrainedConfig, state: dict[str, Tensor]
+    ) -> list[Path]:
         folder.mkdir(exist_ok=True)
         return write_weights(folder, state, has_experts=False) + self._beside(folder, config)
 
-    def _beside(self, folder: Path, config: DemixConfig) -> list[Path]:
+    def _beside(self, folder: Path, config: PreTrainedConfig) -> list[Path]:
         """Configuration, tokenizer, model card and the run's recipe."""
         config.architectures = [type(self.engine.module).__name__]
         config.dtype = next(self.engine.module.parameters()).dtype
@@ -112,17 +140,7 @@ class ModelExport:
         copies = [self.run_file, *(sorted(self.tokenizer.iterdir()) if self.tokenizer else ())]
         for file in copies:
             shutil.copyfile(file, folder / file.name)
-        card = CARD.format(
-            version=__version__,
-            sharing=self.topology.sharing.value,
-            domains=", ".join(config.domains) or "none named",
-            untie=config.untie,
-            data_digest=self.data_digest,
-            choose=" and choose an expert with `model.set_domain(NAME)`"
-            if config.untie != "none"
-            else "",
-        )
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / "README.md").write_text(self.card.text(), encoding="utf-8")
         return [folder / name for name in ("config.json", "README.md", *(f.name for f in copies))]
 
 

@@ -33,7 +33,11 @@ class Fragment:
 
 def fragments(engine: deepspeed.DeepSpeedEngine) -> Iterator[Fragment]:
     """This rank's share of the optimizer's state. Missing moments are created, at zero."""
-    names = {parameter: name for name, parameter in engine.module.named_parameters()}
+    names = {
+        parameter: name
+        for name, parameter in engine.module.named_parameters()
+        if parameter.requires_grad
+    }
     optimizer = engine.optimizer
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         yield from _stage3(optimizer, names)

@@ -91,7 +91,7 @@ def train(
         started = time.perf_counter()
         micro_batches = [next(batches) for _ in range(plan.micro_steps)]
         fetched = time.perf_counter()
-        items = float(sum(map(objective.count, micro_batches)))
+        items = [sum(counts) for counts in zip(*map(objective.count, micro_batches), strict=True)]
         items, reason = _agree(items, max(stop, signals.seen), group)
         if reason and coupled:
             stop = reason
@@ -113,7 +113,7 @@ def train(
 
         if due(plan.logging_steps) or due(plan.eval_steps) or due(plan.save_steps):
             if not coupled:  # independent models hear of each other's signals here only
-                _, stop = _agree(0.0, max(stop, signals.seen), None)
+                _, stop = _agree((), max(stop, signals.seen), None)
             monitor.log(state)
             if due(plan.eval_steps):
                 evaluate(state.step)
@@ -144,7 +144,7 @@ def _step(
     engine: deepspeed.DeepSpeedEngine,
     objective: Objective,
     micro_batches: Sequence[Batch],
-    items: float,
+    items: Sequence[float],
     plan: Plan,
     state: TrainState,
     group: dist.ProcessGroup | None,
@@ -152,9 +152,10 @@ def _step(
     """One update; returns what was scored and the gradient norm, None if the update was left out.
 
     The engine averages over micro-batches and ranks, so that dividing each summed loss by this
-    share of the items gives the gradient of the mean over all items, however ragged the batches.
+    share of its items gives the gradient of the mean over all items, however ragged the batches.
     """
-    share = items / (len(micro_batches) * dist.get_world_size(group))
+    parts = len(micro_batches) * dist.get_world_size(group)
+    share = [count / parts for count in items]
     scored, norm = [], None
     for number, micro_batch in enumerate(micro_batches, start=1):
         scored.append(objective.score(engine, micro_batch, share))
@@ -203,12 +204,15 @@ def _not_finite(plan: Plan, state: TrainState, checkpoints: Checkpoints) -> Stop
     return Stop.NONFINITE if plan.nonfinite == "stop" else Stop.NO
 
 
-def _agree(items: float, stop: int, group: dist.ProcessGroup | None) -> tuple[float, Stop]:
-    """Sum of the items and the gravest reason to stop, over a group."""
-    counts = control([items] + [float(stop >= reason) for reason in Stop if reason])
+def _agree(
+    items: Sequence[float], stop: int, group: dist.ProcessGroup | None
+) -> tuple[list[float], Stop]:
+    """Sums of the items and the gravest reason to stop, over a group."""
+    counts = control([*items, *(float(stop >= reason) for reason in Stop if reason)])
     dist.all_reduce(counts, group=group)
-    total, *raised = counts.tolist()
-    return total, Stop(sum(count > 0 for count in raised))
+    totals = counts.tolist()
+    raised = totals[len(items) :]
+    return totals[: len(items)], Stop(sum(count > 0 for count in raised))
 
 
 def _seed(seed: int, data_step: int) -> int:

@@ -37,6 +37,8 @@ class Monitor:
     """Collects what happens between two log steps and writes it; collective where it says so.
 
     Args:
+        groups: names by which losses are told apart, such as domains.
+        unit: what a loss is a mean over: "tokens" or "examples".
         flops_per_token: of a forward and backward pass; None where that is not defined.
         peak: FLOP/s of one device; None if unknown, and then no MFU is ever printed.
     """
@@ -44,7 +46,8 @@ class Monitor:
     def __init__(
         self,
         folder: Path,
-        domains: Sequence[str],
+        groups: Sequence[str],
+        unit: str,
         max_steps: int,
         flops_per_token: float | None,
         peak: float | None,
@@ -52,7 +55,8 @@ class Monitor:
         first_step: int,
     ):
         self.folder = Path(folder)
-        self.domains = tuple(domains)
+        self.groups = tuple(groups)
+        self.unit = unit
         self.max_steps = max_steps
         self.flops_per_token = flops_per_token
         self.peak = peak
@@ -101,23 +105,25 @@ class Monitor:
         """Sum over all ranks, write one record, and count the tokens into `state`; collective."""
         sums = torch.stack([torch.stack((s.total, s.items)) for s in self.scored]).double().sum(0)
         dist.all_reduce(sums)
+        further = self._further()
         seconds = time.perf_counter() - self.since
         totals, items = sums.tolist()
-        for domain, count in zip(self.domains, items, strict=True):
-            state.tokens[domain] = state.tokens.get(domain, 0) + round(count)
+        for group, count in zip(self.groups, items, strict=True):
+            state.tokens[group] = state.tokens.get(group, 0) + round(count)
         per_second = sum(items) / seconds
         record: dict[str, object] = {
             "step": state.step,
-            "tokens": sum(state.tokens.values()),
+            self.unit: sum(state.tokens.values()),
             "loss": sum(totals) / max(1.0, sum(items)),
             "loss_by_domain": {
-                domain: total / count
-                for domain, total, count in zip(self.domains, totals, items, strict=True)
+                group: total / count
+                for group, total, count in zip(self.groups, totals, items, strict=True)
                 if count
             },
+            **further,
             "lr": self.rate,
             "grad_norm": self.norm,
-            "tokens_per_second": per_second,
+            f"{self.unit}_per_second": per_second,
             "mfu": self._mfu(per_second),
             "step_ms": 1e3 * self.step_seconds / self.steps,
             "data_ms": 1e3 * self.data_seconds / self.steps,
@@ -125,16 +131,20 @@ class Monitor:
             "skipped": state.skipped,
         }
         if rank() == 0:
-            self._write(record)
+            self._write(record, self._tags(record, further))
             self._show(record, seconds)
         self.reset()
 
-    def evaluated(self, step: int, perplexity: Mapping[str, float], split: str) -> None:
-        """Take in the perplexity of each domain."""
+    def evaluated(
+        self, step: int, scores: Mapping[str, float], split: str, kind: str = "perplexity"
+    ) -> None:
+        """Take in one kind of score, by domain or task."""
         if rank() == 0:
-            self._write({"step": step, "perplexity": dict(perplexity), "split": split})
-            scores = "  ".join(f"{domain} {value:.2f}" for domain, value in perplexity.items())
-            self._say(f"step {step}  {split} perplexity  {scores}")
+            tag = {"perplexity": "ppl"}.get(kind, kind)
+            tags = {f"{split}/{name}/{tag}": value for name, value in scores.items()}
+            self._write({"step": step, kind: dict(scores), "split": split}, tags)
+            told = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
+            self._say(f"step {step}  {split} {kind}  {told}")
         self.since = time.perf_counter()
 
     def close(self) -> None:
@@ -144,18 +154,38 @@ class Monitor:
         if self.writer is not None:
             self.writer.close()
 
+    def _further(self) -> dict[str, float]:
+        """Means over all ranks of what the objective reports besides the loss."""
+        names = list(self.scored[0].further)
+        if not names:
+            return {}
+        rows = [torch.stack([s.further[name] for name in names]) for s in self.scored]
+        sums = torch.stack(rows).double().sum(0)
+        dist.all_reduce(sums)
+        return {
+            name: total / count
+            for name, (total, count) in zip(names, sums.tolist(), strict=True)
+            if count
+        }
+
     def _mfu(self, tokens_per_second: float) -> float | None:
         if self.peak is None or self.flops_per_token is None:
             return None
         return tokens_per_second * self.flops_per_token / (self.peak * dist.get_world_size())
 
-    def _write(self, record: Mapping[str, object]) -> None:
+    def _write(self, record: Mapping[str, object], tags: Mapping[str, float]) -> None:
         self.metrics.write(json.dumps(record) + "\n")
         self.metrics.flush()
         if self.writer is not None:
-            for tag, value in _tags(record).items():
+            for tag, value in tags.items():
                 self.writer.add_scalar(tag, value, record["step"])
             self.writer.flush()
+
+    def _tags(self, record: Mapping[str, object], further: Mapping[str, float]) -> dict[str, float]:
+        names = ("loss", "lr", "grad_norm", f"{self.unit}_per_second", *further)
+        tags = {f"train/{name}": record[name] for name in names}
+        tags |= {f"train/loss/{g}": value for g, value in record["loss_by_domain"].items()}
+        return {tag: value for tag, value in tags.items() if value is not None}
 
     def _show(self, record: Mapping[str, object], seconds: float) -> None:
         left = (self.max_steps - record["step"]) * seconds / self.steps
@@ -164,7 +194,7 @@ class Monitor:
         self._say(
             f"step {record['step']}/{self.max_steps}  loss {record['loss']:.4f}  "
             f"lr {record['lr']:.3g}  norm {norm}  "
-            f"{record['tokens_per_second']:,.0f} tok/s  MFU {mfu}  "
+            f"{record[f'{self.unit}_per_second']:,.0f} {self.unit}/s  MFU {mfu}  "
             f"ETA {int(left) // 3600}:{int(left) // 60 % 60:02}:{int(left) % 60:02}"
         )
 
@@ -231,15 +261,6 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except ValueError:  # the line a kill cut short
         return float("inf")
-
-
-def _tags(record: Mapping[str, object]) -> dict[str, float]:
-    if "perplexity" in record:
-        scores = record["perplexity"]
-        return {f"{record['split']}/{domain}/ppl": value for domain, value in scores.items()}
-    tags = {f"train/{key}": record[key] for key in ("loss", "lr", "grad_norm", "tokens_per_second")}
-    tags |= {f"train/loss/{d}": value for d, value in record["loss_by_domain"].items()}
-    return {tag: value for tag, value in tags.items() if value is not None}
 
 
 def _memory() -> int:

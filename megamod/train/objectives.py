@@ -1,6 +1,7 @@
 """What is minimised: from a batch to a loss, per system. The loop knows nothing else of a model."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import deepspeed
@@ -15,27 +16,29 @@ class Scored:
     """What an objective makes of a micro-batch.
 
     Attributes:
-        loss: differentiable scalar, the summed loss divided by the `items` asked for.
-        total: [E] float32, summed loss of each domain's sequences, in nats.
+        loss: differentiable scalar, each summed loss divided by the `items` asked for it.
+        total: [E] float32, summed loss of each group's sequences (of each domain), in nats.
         items: [E] float32, what was summed over (target tokens).
+        further: name -> [2] float32, sum and count of what else the log shows the mean of.
     """
 
     loss: Tensor
     total: Tensor
     items: Tensor
+    further: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Objective(Protocol):
-    """Turns batches into losses."""
+    """Turns batches into losses. A loss may have several terms, each a mean over its own items."""
 
-    domains: tuple[str, ...]
-
-    def count(self, batch: Batch) -> int:
-        """Number of items (target tokens) in a batch, before any forward pass."""
+    def count(self, batch: Batch) -> Sequence[float]:
+        """Number of items (target tokens) of each term in a batch, before any forward pass."""
         ...
 
-    def score(self, engine: deepspeed.DeepSpeedEngine, batch: Batch, items: float) -> Scored:
-        """Run the model; `items` is what the summed loss is divided by."""
+    def score(
+        self, engine: deepspeed.DeepSpeedEngine, batch: Batch, items: Sequence[float]
+    ) -> Scored:
+        """Run the model; `items` is what the summed loss of each term is divided by."""
         ...
 
 
@@ -52,10 +55,12 @@ class CausalLM:
         self.device = device
         self.choose = choose
 
-    def count(self, batch: Batch) -> int:
-        return batch["tokens"]
+    def count(self, batch: Batch) -> Sequence[float]:
+        return (batch["tokens"],)
 
-    def score(self, engine: deepspeed.DeepSpeedEngine, batch: Batch, items: float) -> Scored:
+    def score(
+        self, engine: deepspeed.DeepSpeedEngine, batch: Batch, items: Sequence[float]
+    ) -> Scored:
         labels = batch["labels"].to(self.device, non_blocking=True)
         input_ids = batch["input_ids"].to(self.device, non_blocking=True)
         mask = batch.get("attention_mask")
@@ -69,7 +74,7 @@ class CausalLM:
             attention_mask=mask,
             position_ids=None if mask is not None else positions,
             shift_labels=labels,
-            num_items_in_batch=items,
+            num_items_in_batch=items[0],
             domain=self.domains[batch["domain"]] if self.choose else None,
         )
         of = batch["domains"].to(self.device, non_blocking=True)

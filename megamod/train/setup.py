@@ -30,15 +30,8 @@ from megamod.dist.topology import DomainTopology
 from megamod.dist.wire import step_traffic
 from megamod.errors import UserError
 from megamod.files import write_json
-from megamod.models.auto import active_parameters
-from megamod.models.configuration import DemixConfig
 from megamod.train.loop import Plan
-from megamod.train.monitor import (
-    Monitor,
-    peak_of,
-    training_flops_per_token,
-    write_environment,
-)
+from megamod.train.monitor import Monitor, peak_of, write_environment
 from megamod.train.optim import SCHEDULES, adamw
 
 logger = logging.getLogger(__name__)
@@ -238,16 +231,18 @@ def record_run(folder: Path, config: Mapping[str, object], parsed: Sequence[Argu
 
 def make_monitor(
     run: RunArgs,
-    domains: Sequence[str],
+    groups: Sequence[str],
+    unit: str,
     engine: deepspeed.DeepSpeedEngine,
-    config: DemixConfig,
     topology: DomainTopology,
+    flops_per_token: float | None,
     first_step: int,
 ) -> Monitor:
-    """The log of a language model's run; says what a step will put on the wire."""
+    """The log of a run; says what a step will put on the wire."""
     sizes = {
         name: getattr(parameter, "ds_numel", parameter.numel())
         for name, parameter in engine.module.named_parameters()
+        if parameter.requires_grad
     }
     traffic = step_traffic(
         sizes,
@@ -257,24 +252,19 @@ def make_monitor(
         next(engine.module.parameters()).element_size(),
     )
     logger.info(
-        "%s parameters on this rank; on the wire per step and rank: %.2f MB over all ranks, "
-        "%.2f MB inside a domain",
+        "%s trained parameters on this rank; on the wire per step and rank: %.2f MB over all "
+        "ranks, %.2f MB inside a domain",
         f"{sum(sizes.values()):,}",
         traffic.world / 1e6,
         traffic.domain / 1e6,
     )
-    flops = training_flops_per_token(
-        active_parameters(sizes),
-        config.num_hidden_layers,
-        config.hidden_size,
-        config.max_position_embeddings,
-    )
     on_gpu = engine.device.type == "cuda"
     return Monitor(
         Path(run.output_dir),
-        domains,
+        groups,
+        unit,
         run.max_steps,
-        flops,
+        flops_per_token,
         peak_of(torch.cuda.get_device_name()) if on_gpu else None,
         run.report_to == "tensorboard",
         first_step,

@@ -28,6 +28,7 @@ def measure_here(rank: int, folder: str) -> list[float]:
     from megamod.dist.topology import DomainTopology
     from megamod.models.configuration import DemixConfig
     from megamod.models.demix_lm import DemixForCausalLM
+    from megamod.runs.causal_lm import card
     from megamod.train.checkpoint import Checkpoints, TrainState
     from megamod.train.engine import build_engine
     from megamod.train.export import ModelExport
@@ -51,7 +52,8 @@ def measure_here(rank: int, folder: str) -> list[float]:
     )
     root = Path(folder)
     (root / "run.yaml").write_text("seed: 1\n")
-    export = ModelExport(engine, config, topology, None, root / "run.yaml", "none")
+    told = card(config, Sharing.DENSE, "none")
+    export = ModelExport(engine, config, topology, None, root / "run.yaml", told)
     checkpoints = Checkpoints(root / "checkpoints", engine, topology, export, {}, keep=1)
 
     def ours(number: int) -> None:

@@ -126,7 +126,7 @@ def loop_against_hand(stage: int) -> list[float]:
 
     asked = [0.0]
     with tempfile.TemporaryDirectory() as folder:
-        monitor = Monitor(Path(folder), DOMAINS, steps, None, None, True, 0)
+        monitor = Monitor(Path(folder), DOMAINS, "tokens", steps, None, None, True, 0)
         plan = Plan(
             max_steps=steps + 1,
             stop_step=steps + 1,

@@ -52,6 +52,16 @@ def baseline(inputs, tokenizer, tmp_path_factory):
     return output
 
 
+def test_bos_stands_in_front_of_each_item(inputs, tokenizer, baseline, tmp_path):
+    header = binarize(inputs, tokenizer, tmp_path / "out", bos=True, workers=1)
+    assert header["bos"] is True
+    for domain, splits in header["domains"].items():
+        for split, of in splits.items():
+            plain = stored(baseline, domain, split)
+            assert stored(tmp_path / "out", domain, split) == [[0, *item] for item in plain]
+            assert of["tokens"] == sum(map(len, plain)) + len(plain)
+
+
 def tree(root: Path) -> dict[str, str]:
     return {
         str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
@@ -158,7 +168,12 @@ def test_same_command_again_does_nothing_and_another_is_refused(inputs, tokenize
     stamps = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
     assert binarize(inputs, tokenizer, output) == json.loads(json.dumps(header))
     swapped = dict(reversed(inputs.items()))
-    for given, options in ((inputs, {"items": "line"}), (swapped, {}), (inputs, {"seed": 1})):
+    for given, options in (
+        (inputs, {"items": "line"}),
+        (inputs, {"bos": True}),
+        (swapped, {}),
+        (inputs, {"seed": 1}),
+    ):
         with pytest.raises(UserError, match="made from other text"):
             binarize(given, tokenizer, output, **options)
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == stamps
@@ -220,7 +235,7 @@ def test_finished_parts_of_an_interrupted_run_are_kept(
     real, calls = module._write_part, []
 
     def stops_at_the_fourth(texts, *rest):
-        calls.append(rest[1].name)
+        calls.append(rest[2].name)
         if len(calls) == 4:
             raise KeyboardInterrupt
         return real(texts, *rest)

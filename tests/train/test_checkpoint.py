@@ -273,7 +273,7 @@ def full_disk(rank: int, root: Path) -> dict[str, str]:
     class Limited:
         def __init__(self, objective):
             self.objective, self.calls = objective, 0
-            self.domains, self.count = objective.domains, objective.count
+            self.count = objective.count
 
         def score(self, *arguments):
             step = self.calls // 4 + 1

@@ -35,7 +35,7 @@ class Faulty:
 
     def __init__(self, objective, number: int, fault):
         self.objective, self.left, self.fault = objective, number, fault
-        self.domains, self.count = objective.domains, objective.count
+        self.count = objective.count
 
     def score(self, *arguments):
         scored = self.objective.score(*arguments)

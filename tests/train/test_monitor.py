@@ -18,13 +18,24 @@ def two_ranks(monkeypatch):
     monkeypatch.setattr(module.dist, "get_world_size", lambda: 2)
 
 
-def scored(total, items) -> Scored:
-    return Scored(torch.tensor(0.0), torch.tensor(total), torch.tensor(items))
+def scored(total, items, **further) -> Scored:
+    further = {name: torch.tensor(pair) for name, pair in further.items()}
+    return Scored(torch.tensor(0.0), torch.tensor(total), torch.tensor(items), further)
 
 
 def monitor_in(folder, **options) -> Monitor:
-    given = dict(flops_per_token=1e6, peak=1e9, tensorboard=False, first_step=0) | options
-    return Monitor(folder, ("law", "med", "code"), 100, *given.values())
+    given = (
+        dict(
+            unit="tokens",
+            max_steps=100,
+            flops_per_token=1e6,
+            peak=1e9,
+            tensorboard=False,
+            first_step=0,
+        )
+        | options
+    )
+    return Monitor(folder, ("law", "med", "code"), **given)
 
 
 def records(folder) -> list[dict[str, object]]:
@@ -92,6 +103,23 @@ def test_tensorboard_has_the_same_numbers(tmp_path):
     for tag, value in wanted.items():
         (event,) = events.Scalars(tag)
         assert (event.step, event.value) == (3, pytest.approx(value))
+
+
+def test_other_units_and_means_of_other_things(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "megamod")
+    monitor = monitor_in(tmp_path, unit="examples")
+    rows = [
+        scored([6.0, 0.0, 0.0], [2.0, 0.0, 0.0], right=[1.0, 4.0], unseen=[0.0, 0.0]),
+        scored([2.0, 0.0, 0.0], [2.0, 0.0, 0.0], right=[5.0, 8.0], unseen=[0.0, 0.0]),
+    ]
+    monitor.add(rows, 0.5, 1e-3, 0.0, 1.0)
+    monitor.log(TrainState(step=1))
+    monitor.evaluated(1, {"cola": 0.25}, "dev", "matthews")
+    trained, evaluated = records(tmp_path)
+    assert trained["right"] == 6 / 12 and "unseen" not in trained
+    assert trained["examples"] == 8 and trained["examples_per_second"] > 0
+    assert evaluated == {"step": 1, "matthews": {"cola": 0.25}, "split": "dev"}
+    assert "examples/s" in caplog.text and "dev matthews  cola 0.25" in caplog.text
 
 
 def test_peaks_are_found_by_part_of_the_name():

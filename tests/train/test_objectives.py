@@ -34,19 +34,19 @@ def naive(model: DemixForCausalLM, batch: dict[str, object], domain: str | None)
 def test_score_is_the_sum_over_tokens(untie):
     model, batch = model_of(untie), make_batch("code", 3, 0)
     objective = CausalLM(DOMAINS, torch.device("cpu"), choose=untie != "none")
-    scored = objective.score(model, batch, items=7.0)
+    scored = objective.score(model, batch, items=(7.0,))
     rows = naive(model, batch, "code" if untie != "none" else None)
     assert scored.loss.item() == pytest.approx(sum(rows) / 7.0, rel=1e-5)
     assert scored.total.tolist() == pytest.approx([0, 0, sum(rows), 0], rel=1e-5)
-    assert scored.items.tolist() == [0, 0, objective.count(batch), 0]
-    assert objective.count(batch) == int((batch["labels"] != -100).sum())
+    assert scored.items.tolist() == [0, 0, *objective.count(batch), 0]
+    assert objective.count(batch) == (int((batch["labels"] != -100).sum()),)
 
 
 def test_the_domain_of_the_batch_chooses_the_expert():
     model, batch = model_of("feedforward"), make_batch("code", 3, 0)
     objective = CausalLM(DOMAINS, torch.device("cpu"), choose=True)
     other = {**batch, "domain": DOMAINS.index("law")}
-    losses = [objective.score(model, one, 1.0).loss.item() for one in (batch, other)]
+    losses = [objective.score(model, one, (1.0,)).loss.item() for one in (batch, other)]
     wanted = [sum(naive(model, batch, domain)) for domain in ("code", "law")]
     assert losses == pytest.approx(wanted, rel=1e-5)
     assert abs(wanted[0] - wanted[1]) > 1e-2
@@ -55,7 +55,7 @@ def test_the_domain_of_the_batch_chooses_the_expert():
 def test_rows_of_several_domains_are_told_apart():
     model, batch = model_of("none"), make_batch("law", 1, 1)
     batch |= {"domain": None, "domains": torch.tensor([3, 1])}
-    scored = CausalLM(DOMAINS, torch.device("cpu"), choose=False).score(model, batch, 1.0)
+    scored = CausalLM(DOMAINS, torch.device("cpu"), choose=False).score(model, batch, (1.0,))
     first, second = naive(model, batch, None)
     assert scored.total.tolist() == pytest.approx([0, second, 0, first], rel=1e-5)
     lengths = (batch["labels"] != -100).sum(1).tolist()
@@ -68,7 +68,7 @@ def test_full_batches_need_no_mask():
     assert "attention_mask" not in batch
     batch["input_ids"][0, 3] = 1
     objective = CausalLM(DOMAINS, torch.device("cpu"), choose=False)
-    scored = objective.score(model, batch, 1.0)
+    scored = objective.score(model, batch, (1.0,))
     masked = {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
-    wanted = objective.score(model, masked, 1.0)
+    wanted = objective.score(model, masked, (1.0,))
     assert scored.loss.item() == pytest.approx(wanted.loss.item(), rel=1e-6)

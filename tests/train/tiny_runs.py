@@ -13,6 +13,7 @@ from megamod.dist.scope import Sharing, sharing_of
 from megamod.dist.topology import DomainTopology
 from megamod.models.configuration import DemixConfig
 from megamod.models.demix_lm import DemixForCausalLM, initialise
+from megamod.runs.causal_lm import card
 from megamod.train.checkpoint import Checkpoints, TrainState
 from megamod.train.engine import build_engine
 from megamod.train.export import ModelExport
@@ -139,7 +140,7 @@ def ds_config(stage: int, micro_steps: int, clip: float, precision: str = "fp32"
     if precision == "bf16":
         config["bf16"] = {"enabled": True, "check_grad_overflow": True}
     if precision == "fp16":
-        config["fp16"] = {"enabled": True, "initial_scale_power": 7}
+        config["fp16"] = {"enabled": True, "initial_scale_power": 7, "hysteresis": 1}
     return config
 
 
@@ -201,7 +202,7 @@ def build_tiny(
         folder / "checkpoints",
         engine,
         topology,
-        ModelExport(engine, config, topology, None, run_file, "none"),
+        ModelExport(engine, config, topology, None, run_file, card(config, sharing, "none")),
         settings or {"untie": untie},
         keep,
     )
@@ -252,7 +253,7 @@ def run_tiny(
         spike_factor=spike_factor,
         save_failure=save_failure,
     )
-    monitor = Monitor(folder, topology.domains, 10, None, None, False, state.step)
+    monitor = Monitor(folder, topology.domains, "tokens", 10, None, None, False, state.step)
     choose = topology.sharing is Sharing.DEMIX
     state = train(
         engine,

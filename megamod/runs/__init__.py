@@ -1,0 +1,1 @@
+"""Whole runs: data, model, objective and evaluation put together around the one loop."""

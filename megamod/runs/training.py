@@ -1,0 +1,152 @@
+"""One training run from parsed arguments to a published model, whatever is trained.
+
+A kind of run (`runs/causal_lm.py` and its neighbours) says what is special about it in a `Recipe`;
+`execute` does what all of them have in common, in the one order that is right.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedConfig
+
+from megamod.args import Arguments, OptimArgs, RunArgs, SafetyArgs
+from megamod.data.lm import train_loader
+from megamod.dist.process import init_process
+from megamod.dist.topology import DomainTopology
+from megamod.train import setup
+from megamod.train.checkpoint import Checkpoints, TrainState
+from megamod.train.engine import build_engine
+from megamod.train.export import Card, ModelExport, publish
+from megamod.train.loop import train
+from megamod.train.monitor import Monitor
+from megamod.train.objectives import Objective
+
+
+@dataclass(frozen=True)
+class Running:
+    """A run after its engine was made: what evaluation needs of it."""
+
+    engine: deepspeed.DeepSpeedEngine
+    device: torch.device
+    monitor: Monitor
+    export: ModelExport
+    output: Path
+    state: TrainState
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is special about a kind of run.
+
+    Attributes:
+        config: of the whole model, all domains.
+        topology: ranks, and what their domains share.
+        data_digest: of what is trained on; ranks and a resumed run must agree on it.
+        tokenizer: folder copied beside the model; None: none.
+        card: what the model card says.
+        groups: names by which losses are told apart in the log, such as domains.
+        unit: what a loss is a mean over: "tokens" or "examples".
+        make_batches: from the sequences of a step over all ranks to the micro-batches of this rank:
+            item k is its k-th. Called before any process waits for another, as mistakes show here.
+        make_model: the module, with new or loaded weights.
+        make_objective: from the device to the objective.
+        make_evaluate: from the run to what is called on every rank every --eval_steps with the
+            number of finished steps.
+        flops_per_token: from the module to the operations of a training step per token; None: the
+            log shows no MFU.
+        settings: further values that a resumed run must agree on.
+    """
+
+    config: PreTrainedConfig
+    topology: DomainTopology
+    data_digest: str
+    tokenizer: Path | None
+    card: Card
+    groups: Sequence[str]
+    unit: str
+    make_batches: Callable[[int], Dataset]
+    make_model: Callable[[], nn.Module]
+    make_objective: Callable[[torch.device], Objective]
+    make_evaluate: Callable[[Running], Callable[[int], None]]
+    flops_per_token: Callable[[nn.Module], float] | None = None
+    settings: dict[str, object] | None = None
+
+
+def execute(
+    recipe: Recipe,
+    parsed: Sequence[Arguments],
+    *,
+    workers: int = 0,
+    checkpointing: bool = False,
+) -> Running | None:
+    """Train, save, publish OUT/model; collective.
+
+    Args:
+        parsed: all arguments, `RunArgs`, `SafetyArgs` and `OptimArgs` among them. What
+            the DeepSpeed file decides is changed in them.
+        workers: processes that read data, per rank.
+        checkpointing: recompute blocks in the backward pass.
+    Returns:
+        the finished run; None if only the groups were asked for.
+    Raises:
+        UserError, PolicyStop, Interrupted: see `megamod.train.loop.train`.
+    """
+    run, safety, optim = (_of(parsed, kind) for kind in (RunArgs, SafetyArgs, OptimArgs))
+    topology, output = recipe.topology, Path(run.output_dir)
+    # What a user can get wrong is looked at before any process waits for another.
+    ds_config = setup.engine_config(run, safety, optim, topology, recipe.config.hidden_size)
+    plan = setup.make_plan(run, safety, optim, topology)
+    global_batch = run.per_device_train_batch_size * plan.micro_steps * topology.world_size
+    batches = recipe.make_batches(global_batch)
+
+    device = init_process(safety.dist_timeout)
+    setup.check_agreement({"the run": repr(parsed), "the data": recipe.data_digest})
+    table = setup.group_table(topology, device)
+    if dist.get_rank() == 0:
+        print(table, flush=True)
+    if safety.print_groups:
+        return None
+    model = recipe.make_model()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    flops = recipe.flops_per_token(model) if recipe.flops_per_token else None
+    engine = build_engine(model, setup.optimizer_maker(optim), ds_config, topology)
+    export = ModelExport(
+        engine, recipe.config, topology, recipe.tokenizer, output / "run.yaml", recipe.card
+    )
+    checkpoints = Checkpoints(
+        output / "checkpoints",
+        engine,
+        topology,
+        export,
+        setup.settings_to_keep(parsed, recipe.data_digest, global_batch) | (recipe.settings or {}),
+        run.save_total_limit,
+    )
+    state = checkpoints.resume(safety.resume) or TrainState()
+    setup.record_run(output, ds_config, parsed)
+    monitor = setup.make_monitor(
+        run, recipe.groups, recipe.unit, engine, topology, flops, state.step
+    )
+    running = Running(engine, device, monitor, export, output, state)
+    train(
+        engine,
+        recipe.make_objective(device),
+        lambda step: train_loader(batches, step, workers, pin_memory=device.type == "cuda"),
+        plan,
+        state,
+        checkpoints,
+        monitor,
+        recipe.make_evaluate(running),
+    )
+    publish(export, output / "model")
+    return running
+
+
+def _of(parsed: Sequence[Arguments], kind: type) -> Arguments:
+    return next(args for args in parsed if isinstance(args, kind))
