@@ -15,6 +15,7 @@ __all__ = [
     "Arguments",
     "DataArgs",
     "ModelArgs",
+    "MuxArgs",
     "OptimArgs",
     "RunArgs",
     "SafetyArgs",
@@ -157,6 +158,48 @@ class ModelArgs(Arguments):
         if width is not None and heads is not None and width % heads:
             raise UserError(
                 f"--hidden_size {width} is not a multiple of --num_attention_heads {heads}"
+            )
+
+
+@dataclass
+class MuxArgs(Arguments):
+    """Encoders: what they predict, and how many instances share a forward pass."""
+
+    objective: Literal["causal_lm", "masked_lm", "replaced_token"] = option(
+        "causal_lm", "next token; masked tokens (MUX-BERT); replaced tokens (MUX-ELECTRA)"
+    )
+    num_instances: int = option(
+        1, "instances that share a forward pass; 1: the plain encoder of transformers", least=1
+    )
+    muxing_variant: Literal[
+        "gaussian_hadamard", "binary_hadamard", "random_ortho", "random_ortho_low_rank",
+        "gaussian_attention_v2", "gaussian_attention",
+    ] = option("gaussian_hadamard", "multiplexer")  # fmt: skip
+    demuxing_variant: Literal["index_pos", "index"] = option(
+        "index_pos", "demultiplexer: RSA, or prefix tokens"
+    )
+    num_hidden_demux_layers: int = option(3, "layers of the RSA demultiplexer", least=2)
+    learn_muxing: bool = option(False, "train the keys of the multiplexer")
+    task_loss_coeff: float = option(1.0, "weight of the masked or replaced tokens", least=0)
+    retrieval_loss_coeff: float = option(
+        0.0, "weight of retrieving every token; the warm-up is 1 with --task_loss_coeff 0", least=0
+    )
+    mlm_probability: float = option(0.15, "share of tokens to predict", least=0, most=1)
+    max_pad_tokens: int = option(0, "up to so many last tokens of a row become padding", least=0)
+    generator: Literal["none", "plain", "multiplexed"] = option(
+        "none", "what replaces tokens for --objective replaced_token; none: chance"
+    )
+    gen_loss_weight: float = option(1.0, "weight of the generator's loss", least=0)
+    disc_loss_weight: float = option(50.0, "weight of the discriminator's loss", least=0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.objective != "causal_lm" and not self.task_loss_coeff + self.retrieval_loss_coeff:
+            raise UserError("--task_loss_coeff and --retrieval_loss_coeff are both 0")
+        if self.retrieval_loss_coeff and self.num_instances == 1:
+            raise UserError(
+                f"--retrieval_loss_coeff {self.retrieval_loss_coeff}: with --num_instances 1 there "
+                "is nothing to retrieve"
             )
 
 

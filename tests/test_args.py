@@ -1,6 +1,6 @@
+import resource
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -268,14 +268,20 @@ def test_help_is_there_within_a_second():
     code = "from megamod.args import *; parse_args(RunArgs, DataArgs, argv=['--help'])"
     took = []
     for _ in range(3):
-        start = time.monotonic()
+        start = processor_seconds()
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
         )
-        took.append(time.monotonic() - start)
+        took.append(processor_seconds() - start)
         assert done.returncode == 0
         assert "--max_seq_length" in done.stdout
     assert min(took) < 1
+
+
+def processor_seconds() -> float:
+    """Of processes that were waited for: what they take does not depend on what else runs."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 TOKENS = {
