@@ -22,6 +22,7 @@ CORE = [
     "psutil>=6",
 ]
 TRITON = ["triton>=3.6; platform_system == 'Linux'"]
+EVAL = ["lm-eval>=0.4.13,<0.5", "accelerate>=1.15,<2"]
 DEV = [
     "pytest>=9",
     "pytest-timeout>=2.4",
@@ -44,5 +45,5 @@ setup(
     + find_packages("kernels", include=["megamod_kernels*"]),
     package_dir={"megamod_kernels": "kernels/megamod_kernels"},
     install_requires=CORE,
-    extras_require={"triton": TRITON, "dev": DEV + TRITON},
+    extras_require={"triton": TRITON, "eval": EVAL, "dev": DEV + TRITON + EVAL},
 )

@@ -14,17 +14,20 @@ __version__ = "0.1.0"
 
 
 def _register_configurations(auto: ModuleType) -> None:
-    from megamod.models.configuration import DemixConfig
+    from megamod.models.configuration import DemixConfig, ForestConfig
 
-    auto.AutoConfig.register(DemixConfig.model_type, DemixConfig)
+    for configuration in (DemixConfig, ForestConfig):
+        auto.AutoConfig.register(configuration.model_type, configuration)
 
 
 def _register_models(auto: ModuleType) -> None:
-    from megamod.models.configuration import DemixConfig
+    from megamod.models.configuration import DemixConfig, ForestConfig
     from megamod.models.demix_lm import DemixForCausalLM, DemixModel
+    from megamod.models.forest_lm import ForestForCausalLM
 
     auto.AutoModel.register(DemixConfig, DemixModel)
     auto.AutoModelForCausalLM.register(DemixConfig, DemixForCausalLM)
+    auto.AutoModelForCausalLM.register(ForestConfig, ForestForCausalLM)
 
 
 _ON_IMPORT = {

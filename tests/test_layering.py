@@ -23,29 +23,36 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "megamod.dist": ({"megamod.dist.scope"}, {"torch", "deepspeed", "pydantic"}),
     "megamod_kernels": (set(), {"torch", "triton"}),
     "megamod.nn": ({"megamod_kernels", "megamod.dist.scope"}, {"torch", "transformers"}),
+    "megamod.lm_eval": (set(), {"lm_eval"}),
+    "megamod.mixture.posterior": (set(), {"torch"}),
+    "megamod.mixture": ({"megamod.mixture.posterior"}, {"torch"}),
     "megamod.models": (
-        {"megamod.nn", "megamod_kernels", "megamod.states", "megamod.dist.scope"},
-        {"torch", "transformers", "huggingface_hub"},
+        {"megamod.nn", "megamod_kernels", "megamod.states", "megamod.dist.scope"}
+        | {"megamod.mixture.posterior"},
+        {"torch", "transformers", "huggingface_hub", "safetensors"},
     ),
     "megamod.data": (
         {"megamod.dist.scope"},
         {"numpy", "torch", "transformers", "tokenizers", "datasets", "sentencepiece"}
-        | {"google", "tqdm"},  # google: protobuf, the format of SentencePiece models
+        | {"google", "tqdm", "yaml"},  # google: protobuf, the format of SentencePiece models
     ),
     "megamod.states": ({"megamod.dist.scope"}, {"torch", "safetensors"}),
     "megamod.evaluation": (
-        {"megamod.data", "megamod.models"},
-        {"torch", "matplotlib"},
+        {"megamod.data", "megamod.models", "megamod.mixture", "megamod.mixture.posterior"}
+        | {"megamod.states"},
+        {"torch", "matplotlib", "numpy", "scipy", "sklearn"},
     ),
     "megamod.train": (
         {"megamod", "megamod.args", "megamod.data", "megamod.dist", "megamod.dist.scope"}
         | {"megamod.models", "megamod.nn", "megamod.states"},
         {"torch", "transformers", "deepspeed", "safetensors", "psutil", "tqdm"},
     ),
+    "megamod.merging": ({"megamod", "megamod.states"}, {"torch", "yaml", "tqdm"}),
     "megamod.runs": (
-        {"megamod.args", "megamod.data", "megamod.dist", "megamod.dist.scope", "megamod.models"}
-        | {"megamod.evaluation", "megamod.states", "megamod.train"},
-        {"torch", "transformers", "deepspeed"},
+        {"megamod.args", "megamod.flags", "megamod.data", "megamod.dist", "megamod.dist.scope"}
+        | {"megamod.models"}
+        | {"megamod.evaluation", "megamod.mixture", "megamod.states", "megamod.train"},
+        {"torch", "transformers", "deepspeed", "numpy", "yaml"},
     ),
 }
 SOURCES = sorted(
@@ -169,14 +176,7 @@ def test_test_files_are_told_apart_by_name():
 
 BLOCKED = """
 import sys
-from importlib.abc import MetaPathFinder
-
-class Blocker(MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {blocked!r}:
-            raise ModuleNotFoundError(f"{{name}} is blocked", name=name)
-
-sys.meta_path.insert(0, Blocker())
+sys.modules |= dict.fromkeys({blocked!r})  # to imports and to searches as if not installed
 """
 
 

@@ -35,9 +35,9 @@ def setup_lists() -> dict[str, list[str]]:
 
 
 def declared() -> dict[str, Requirement]:
-    """What an installation without extras brings, and triton, which is optional."""
+    """What an installation without extras brings, and what is optional but for developers."""
     lists = setup_lists()
-    wanted = map(Requirement, lists["CORE"] + lists["TRITON"])
+    wanted = map(Requirement, lists["CORE"] + lists["TRITON"] + lists["EVAL"])
     return {canonicalize_name(one.name): one for one in wanted}
 
 

@@ -7,6 +7,8 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import PreTrainedConfig
 
+from megamod.mixture.posterior import RULES
+
 UNTIE = (
     "none",
     "feedforward",
@@ -73,6 +75,69 @@ class DemixConfig(PreTrainedConfig):
             raise ValueError(f"untie {self.untie!r} needs the names of the domains")
         # Shared embeddings cannot be one tensor with an output matrix of each domain.
         self.tie_word_embeddings = self.tie_word_embeddings and self.untie != "transformer_output"
+        super().__post_init__(**kwargs)
+
+
+@strict
+class ForestConfig(PreTrainedConfig):
+    """Several language models that predict the next token together.
+
+    The config.json of a forest's folder needs no more than the model type: what the experts are is
+    then read from forest.json and the experts' own folders.
+
+    Args:
+        parts: fields of a `DemixConfig` for each model that is held; the experts of one DEMix model
+            are in one part.
+        experts: for each expert its `domain`, the number of its `part`, and `member`: the domain in
+            that part, or None if the part is the expert.
+        prior: probability of each expert before any token is seen; None: all alike.
+        rule: what the weights are inferred from: all tokens so far ("history") or the last one.
+        temperature: what the log-likelihoods of tokens are divided by ("history" alone).
+        forgetting: what older log-likelihoods are multiplied by with every token ("history" alone).
+        topk: use the experts with the largest prior only, so many of them; 0: all.
+    Raises:
+        ValueError: if the parts do not fit each other, or a value is not allowed.
+    """
+
+    model_type = "demix_forest"
+    keys_to_ignore_at_inference = ("past_key_values",)
+
+    parts: list[dict] | tuple[dict, ...] = ()
+    experts: list[dict] | tuple[dict, ...] = ()
+    prior: list[float] | tuple[float, ...] | None = None
+    rule: str = "history"
+    temperature: float | int = 1.0
+    forgetting: float | int = 1.0
+    topk: int = 0
+    vocab_size: int = 0
+    max_position_embeddings: int = 0
+    # A forest has no layers of its own, so that a cache made for it has as many as it is given.
+    num_hidden_layers: int = 0
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    pad_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = True  # in the parts that do
+
+    def __post_init__(self, **kwargs):
+        parts = [DemixConfig(**fields) for fields in self.parts]
+        for field in ("vocab_size", "bos_token_id", "pad_token_id", "eos_token_id"):
+            values = [getattr(part, field) for part in parts]
+            if any(value != values[0] for value in values):
+                raise ValueError(f"the experts do not fit each other: {field} is one of {values}")
+            if parts:
+                setattr(self, field, values[0])
+        if parts:
+            self.max_position_embeddings = min(part.max_position_embeddings for part in parts)
+        if self.rule not in RULES:
+            raise ValueError(f"rule {self.rule!r} is unknown; choose one of {', '.join(RULES)}")
+        if not self.temperature > 0 or not 0 <= self.forgetting <= 1:
+            raise ValueError(
+                f"temperature {self.temperature} must be positive, forgetting {self.forgetting} "
+                "between 0 and 1"
+            )
+        if self.topk < 0:
+            raise ValueError(f"topk {self.topk} is negative; 0 stands for all experts")
         super().__post_init__(**kwargs)
 
 

@@ -64,6 +64,8 @@ class DemixPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ("DecoderBlock",)
+    # A process that holds some of the experts has no use for the others in the folder.
+    _keys_to_ignore_on_load_unexpected = (rf"\.{MARK}\.",)
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # For classes outside transformers modules without parameters of their own would be passed

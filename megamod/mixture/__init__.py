@@ -1,0 +1,1 @@
+"""Experts at inference: who is believed how much, from log-probabilities alone."""

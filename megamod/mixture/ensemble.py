@@ -1,0 +1,156 @@
+"""Mixtures over a whole text, batch after batch: estimating a prior, and scoring with one.
+
+Everything here works on log-probabilities of target tokens; whose they are does not matter.
+Source: Gururangan et al. 2022 (DEMix), section 5.
+
+Shapes: E experts, B sequences, T positions.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megamod.errors import UserError
+from megamod.mixture.posterior import final_posterior, mix, token_weights
+from megamod.mixture.prior import Prior
+
+MODES = ("cached_prior", "updating_prior", "uniform_prior", "simple_average")
+"""How weights come about: by the rule from a prior that is given, that follows the posteriors of
+the batches so far, or that counts all experts alike; or without any rule, all alike throughout."""
+
+NEW_SHARE = 0.3  # of the newest batch in the moving average
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How the posterior follows a text; see `token_weights`."""
+
+    name: str = "last_token"
+    temperature: float = 1.0
+    forgetting: float = 1.0
+    first_over_all: bool = False
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """What became of one batch.
+
+    Attributes:
+        log_probs: [B, T] of the mixture.
+        log_weights: [E, B, T].
+        posterior: [E] of the batch, the mean over its sequences.
+        average: [E] moving average of the batches' posteriors so far.
+    """
+
+    log_probs: Tensor
+    log_weights: Tensor
+    posterior: Tensor
+    average: Tensor
+
+
+class Tally:
+    """Summed negative log-likelihood (nats) and number of tokens; infinite ones count in neither,
+    as in the DEMix release."""
+
+    def __init__(self) -> None:
+        self.nll, self.tokens = 0.0, 0
+
+    def add(self, log_probs: Tensor, mask: Tensor) -> None:
+        """Count the tokens where mask is True; both [B, T]."""
+        counted = log_probs[mask & log_probs.isfinite()]
+        self.nll -= float(counted.double().sum())
+        self.tokens += counted.numel()
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean; inf where it overflows."""
+        mean = self.nll / max(1, self.tokens)
+        return math.exp(mean) if mean < 700 else math.inf
+
+
+class Mixture:
+    """A mode of mixing on its way through a text.
+
+    Attributes:
+        tally: of the mixture, over all batches so far.
+        average: [E] moving average of the batches' posteriors; None before the first.
+    """
+
+    def __init__(self, mode: str, experts: int, rule: Rule, prior: Tensor | None = None):
+        """Start at the beginning of a text.
+
+        Args:
+            mode: see `MODES`.
+            experts: E.
+            prior: [E], for "cached_prior"; the first one, for "updating_prior" (None: all alike).
+        Raises:
+            ValueError: for an unknown mode, or "cached_prior" without a prior.
+        """
+        if mode not in MODES or (mode == "cached_prior" and prior is None):
+            raise ValueError(f"mode {mode!r} is not one of {MODES}, or lacks a prior")
+        alike = torch.full((experts,), 1 / experts, dtype=torch.float64)
+        self.mode, self.rule = mode, rule
+        self.prior = alike if prior is None or mode == "uniform_prior" else prior.double()
+        self.tally = Tally()
+        self.average: Tensor | None = None
+
+    def add(self, log_probs: Tensor, mask: Tensor) -> Mixed:
+        """Mix the next batch.
+
+        Args:
+            log_probs: [E, B, T] of the target tokens.
+            mask: [B, T] True where a token is real.
+        """
+        prior = self.prior.to(log_probs.device)
+        if self.mode == "simple_average":
+            weights = log_probs.new_full(log_probs.shape, -math.log(len(prior)))
+        else:
+            weights = token_weights(
+                log_probs,
+                prior,
+                rule=self.rule.name,
+                temperature=self.rule.temperature,
+                forgetting=self.rule.forgetting,
+                mask=mask,
+                first_over_all=self.rule.first_over_all,
+            )
+        mixed = mix(weights, log_probs)
+        self.tally.add(mixed, mask)
+        posterior = final_posterior(weights, mask).double().cpu()
+        if self.average is None:
+            self.average = posterior
+        else:
+            self.average = (1 - NEW_SHARE) * self.average + NEW_SHARE * posterior
+        if self.mode == "updating_prior":
+            self.prior = self.average
+        return Mixed(mixed, weights, posterior, self.average)
+
+
+def estimate_prior(
+    domains: Iterable[str],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    rule: Rule,
+    watch: Callable[[Mixture, Mixed], None] | None = None,
+) -> Prior:
+    """The moving average of the posteriors of all batches, each begun from the average before it.
+
+    Args:
+        domains: of the E experts.
+        batches: log-probabilities [E, B, T] and masks [B, T], as many as are to count.
+        watch: called after each batch.
+    Raises:
+        UserError: if there is no batch.
+    """
+    domains = tuple(domains)
+    mixture = Mixture("updating_prior", len(domains), rule)
+    for log_probs, mask in batches:
+        mixed = mixture.add(log_probs, mask)
+        if watch is not None:
+            watch(mixture, mixed)
+    if mixture.average is None:
+        raise UserError("a prior cannot be estimated on no text")
+    weights = mixture.average / mixture.average.sum()
+    return Prior(domains, tuple(weights.tolist()), rule.name)

@@ -1,0 +1,171 @@
+"""The posterior over experts along a text, and the mixture it makes.
+
+    log p(x_t) = log sum_j w_j(t) p_j(x_t)
+
+Two rules give the weights w_j(t) from a prior pi:
+
+    history     w_j(t) ∝ pi_j exp(l_j(t) / temperature),  l_j(t) = forgetting l_j(t-1) + log p_j(x_{t-1})
+    last_token  w_j(t) ∝ pi_j p_j(x_{t-1});  at the first token all experts count alike
+
+With temperature and forgetting 1, `history` is Bayes' rule; `last_token` is what the DEMix release
+computes. Evidence is accumulated in float64, weights are float32 logarithms.
+Source: Gururangan et al. 2022 (DEMix), section 5; Li et al. 2022 (Branch-Train-Merge), section 2.
+
+Shapes: E experts, B sequences, T positions.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+RULES = ("last_token", "history")
+
+# Nats that a token can cost at most: an expert to whom it is impossible is all but ruled out, and
+# where it is impossible to all experts none of them is.
+IMPOSSIBLE = 1e4
+
+
+def token_weights(
+    log_probs: Tensor,
+    prior: Tensor,
+    *,
+    rule: str = "last_token",
+    temperature: float = 1.0,
+    forgetting: float = 1.0,
+    mask: Tensor | None = None,
+    first_over_all: bool = False,
+) -> Tensor:
+    """Logarithms of the experts' weights for predicting each token [E, B, T], float32.
+
+    Those of position t depend on positions before t alone.
+
+    Args:
+        log_probs: [E, B, T] log-probability that each expert gives to each token; -inf is allowed.
+        prior: [E] not negative; an expert with 0 keeps weight 0.
+        rule: see above.
+        temperature: positive ("history" alone).
+        forgetting: from 0 to 1 ("history" alone).
+        mask: [B, T] True where a token is real; others are passed over. None: all are.
+        first_over_all: at the first token count experts with prior 0 as well, as the DEMix release
+            does ("last_token" alone).
+    Raises:
+        ValueError: for an unknown rule.
+    """
+    if mask is None:
+        mask = torch.ones(log_probs.shape[1:], dtype=torch.bool, device=log_probs.device)
+    evidence = _evidence(log_probs, prior, mask)
+    seen = _before(mask.cumsum(-1)) > 0
+    if rule == "history":
+        summed = _decayed_sums(evidence, 1 + mask.double() * (forgetting - 1))
+        return _weights(_before(summed), prior, rule, temperature)
+    places = torch.arange(mask.shape[-1], device=mask.device).where(mask, 0)
+    latest = places.cummax(-1).values.expand_as(evidence)
+    evidence = _before(evidence.gather(-1, latest))
+    return _weights(evidence, prior, rule, 1.0, seen, first_over_all)
+
+
+def mix(log_weights: Tensor, log_probs: Tensor) -> Tensor:
+    """Log-probabilities of the mixture [B, T], float32, of weights and experts' [E, B, T]."""
+    return torch.logsumexp(log_weights.float() + log_probs.float(), dim=0)
+
+
+def final_posterior(log_weights: Tensor, mask: Tensor) -> Tensor:
+    """[E] weights at the last real token of each sequence, averaged over the sequences.
+
+    Sequences without a real token are left out.
+
+    Args:
+        log_weights: [E, B, T].
+        mask: [B, T] True where a token is real.
+    """
+    places = torch.arange(mask.shape[-1], device=mask.device)
+    last = places.where(mask, -1).amax(-1)
+    rows = (last >= 0).nonzero()[:, 0]
+    return log_weights[:, rows, last[rows]].exp().mean(-1)
+
+
+class RunningPosterior:
+    """`token_weights`, one token at a time, for generation.
+
+    Attributes:
+        evidence: [E, B] float64, what the tokens so far say.
+        seen: [B] bool, whether there was one.
+    """
+
+    def __init__(
+        self,
+        prior: Tensor,
+        batch: int,
+        *,
+        rule: str = "last_token",
+        temperature: float = 1.0,
+        forgetting: float = 1.0,
+    ):
+        """Begin `batch` texts; arguments as of `token_weights`."""
+        self.prior, self.rule = prior, rule
+        self.temperature, self.forgetting = temperature, forgetting
+        self.evidence = prior.new_zeros(len(prior), batch, dtype=torch.float64)
+        self.seen = torch.zeros(batch, dtype=torch.bool, device=prior.device)
+
+    def log_weights(self) -> Tensor:
+        """[E, B] float32, for predicting the next token."""
+        if self.rule == "history":
+            return _weights(self.evidence, self.prior, self.rule, self.temperature)
+        return _weights(self.evidence, self.prior, self.rule, 1.0, self.seen)
+
+    def update(self, log_probs: Tensor, mask: Tensor | None = None) -> None:
+        """Take in the log-probabilities [E, B] of the token that came; mask [B] as above."""
+        mask = torch.ones_like(self.seen) if mask is None else mask
+        new = _evidence(log_probs, self.prior, mask)
+        kept = self.forgetting if self.rule == "history" else 0.0
+        self.evidence = (kept * self.evidence + new).where(mask, self.evidence)
+        self.seen = self.seen | mask
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with these rows [B'] of the batch, as beam search asks for."""
+        self.evidence, self.seen = self.evidence[:, rows], self.seen[rows]
+
+
+def _evidence(log_probs: Tensor, prior: Tensor, mask: Tensor) -> Tensor:
+    """float64, 0 for the best expert with a prior; differences are all that counts.
+
+    Without the best's share, sums over long texts stay small and exact.
+    """
+    bounded = log_probs.double().clamp(min=-IMPOSSIBLE)
+    held = (prior > 0).reshape(-1, *[1] * mask.ndim)
+    best = bounded.masked_fill(~held, -torch.inf).amax(0)
+    return (bounded - best).where(mask, 0.0)
+
+
+def _decayed_sums(values: Tensor, keep: Tensor) -> Tensor:
+    """s_t = keep_t s_{t-1} + values_t along the last dimension, in log2(T) passes."""
+    step = 1
+    while step < values.shape[-1]:
+        values = values + keep * pad(values[..., :-step], (step, 0))
+        keep = keep * pad(keep[..., :-step], (step, 0))
+        step *= 2
+    return values
+
+
+def _before(values: Tensor) -> Tensor:
+    """What stands one position earlier; 0 at the first."""
+    return pad(values[..., :-1], (1, 0))
+
+
+def _weights(
+    evidence: Tensor,
+    prior: Tensor,
+    rule: str,
+    temperature: float,
+    seen: Tensor | None = None,
+    first_over_all: bool = False,
+) -> Tensor:
+    """Normalised over experts; where nothing was `seen` [...], alike."""
+    if rule not in RULES:
+        raise ValueError(f"rule {rule!r} is unknown; choose one of {', '.join(RULES)}")
+    shape = (-1, *[1] * (evidence.ndim - 1))
+    scores = prior.double().log().reshape(shape) + evidence / temperature
+    if seen is not None:
+        counted = torch.ones_like(prior) if first_over_all else (prior > 0)
+        scores = scores.where(seen, counted.double().log().reshape(shape))
+    return scores.log_softmax(0).float()

@@ -1,0 +1,92 @@
+"""What a forest keeps of each expert between the steps of generation."""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class Track:
+    """One expert's share of a cache: the keys and values of its layers, then its evidence.
+
+    The evidence is a layer too. Its keys are the states before the output matrix [B, 1, S, D], of
+    which the last gives the next token's probability once that token is known. Its values
+    [B, 1, S, 2] are the log-probability of each token after those before it, and 1 where a token
+    is real. Without a cache nothing is kept.
+    """
+
+    def __init__(self, cache: Cache | None, first: int, layers: int):
+        self.cache = cache
+        self.first = first
+        self.layers = layers
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        """Tokens that are cached."""
+        return self.cache.get_seq_length(self.first + layer) if self.cache is not None else 0
+
+    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """What a layer's self-attention calls: cached keys and values, and the new ones."""
+        if self.cache is None:
+            return key, value
+        return self.cache.update(key, value, self.first + layer)
+
+    def last_states(self) -> Tensor:
+        """[B, 1, D] of the last cached token."""
+        return self._evidence().keys[:, 0, -1:]
+
+    def real(self) -> Tensor:
+        """[B, S] bool, True where a cached token is not padding."""
+        return self._evidence().values[:, 0, :, 1] > 0
+
+    def extend(self, states: Tensor, log_probs: Tensor, real: Tensor) -> Tensor:
+        """Add the evidence of new tokens ([B, L, D], [B, L], [B, L]); log_probs of all [B, S]."""
+        values = torch.stack([log_probs, real.to(log_probs.dtype)], dim=-1)
+        _, values = self.update(states[:, None], values[:, None], self.layers)
+        return values[:, 0, :, 0]
+
+    def _evidence(self) -> CacheLayerMixin:
+        return self.cache.layers[self.first + self.layers]
+
+
+def tracks_of(cache: Cache | None, depths: Sequence[int]) -> list[Track]:
+    """Each expert's share of a cache; `depths` are their numbers of layers.
+
+    Raises:
+        ValueError: if the cache cannot grow, or was filled by other experts.
+    """
+    if cache is not None and getattr(cache, "layer_class_to_replicate", None) is None:
+        raise ValueError(
+            f"a forest needs a cache that grows: DynamicCache() in place of {type(cache).__name__}"
+        )
+    firsts = list(accumulate((depth + 1 for depth in depths), initial=0))
+    if cache is not None and len(cache.layers) not in (0, firsts[-1]):
+        raise ValueError(
+            f"the cache has {len(cache.layers)} layers, the experts in use need {firsts[-1]}: it "
+            "was filled under another prior, or by another model"
+        )
+    return [Track(cache, first, depth) for first, depth in zip(firsts, depths, strict=False)]
+
+
+def padding_of(
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    track: Track,
+    pad_id: int | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Mask [B, S] and positions [B, L] as models take them, where they are not given.
+
+    Padding is then recognised by its id in the first pass, and remembered by the cache.
+    """
+    if attention_mask is None and track.get_seq_length():
+        real = torch.ones_like(input_ids, dtype=torch.bool)
+        attention_mask = torch.cat([track.real(), real], dim=1)
+    elif attention_mask is None and position_ids is None:
+        real = input_ids != pad_id
+        attention_mask = None if bool(real.all()) else real
+    if attention_mask is None and position_ids is None:
+        length = input_ids.shape[1]
+        position_ids = torch.arange(length, device=input_ids.device).expand_as(input_ids)
+    return attention_mask, position_ids

@@ -1,0 +1,235 @@
+"""forest.json: which experts there are, where their weights lie, and what they grew from.
+
+    {"format": 1, "experts": [{"domain": "law", "path": "law/model", "member": null,
+      "parents": [{"path": "seed/checkpoints/step-350", "weight": 1.0}], "seed": 1,
+      "start_update": 350, "updates": 700, "tokens": 89600, "gpus": 1,
+      "data_digest": "...", "config_digest": "..."}]}
+
+Paths are relative to the folder of forest.json where they lie in it. `path` is a model folder;
+`member` is null for a whole model and, for an expert of a DEMix model, its domain in there.
+
+Source: Li et al. 2022 (Branch-Train-Merge), section 2, for what a forest is.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from megamod.errors import UserError
+from megamod.files import write_json
+
+FORMAT = 1
+FILE = "forest.json"
+MODEL_TYPE = "demix_forest"
+
+
+@dataclass(frozen=True)
+class Parent:
+    """A model that an expert's first weights came from, with its share in their average."""
+
+    path: str
+    weight: float
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One expert of a forest.
+
+    Attributes:
+        domain: its name in the forest.
+        path: model folder, absolute.
+        member: its domain in the DEMix model of that folder; None for a whole model.
+        parents: what it grew from; none if from scratch or not known.
+        start_update: step at which it branched.
+        updates: its finished steps, those of its parent up to then included.
+        tokens: target tokens it was trained on itself.
+        gpus: ranks it was trained on.
+        data_digest, config_digest: of its data-bin and of its run.
+    """
+
+    domain: str
+    path: Path
+    member: str | None = None
+    parents: tuple[Parent, ...] = ()
+    seed: int | None = None
+    start_update: int = 0
+    updates: int = 0
+    tokens: int = 0
+    gpus: int = 1
+    data_digest: str | None = None
+    config_digest: str | None = None
+
+
+@dataclass(frozen=True)
+class Forest:
+    """Experts in the order of their file, and what that file is (or the model folder itself)."""
+
+    path: Path
+    experts: tuple[Expert, ...]
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Names of the experts, in order."""
+        return tuple(expert.domain for expert in self.experts)
+
+
+def open_forest(path: str | Path) -> Forest:
+    """The forest in a forest.json, in a folder that has one, or in a model folder.
+
+    A DEMix model is a forest whose experts are its members; a folder with a model folder per
+    domain (independent models of one job) is one of whole models, in alphabetical order.
+
+    Raises:
+        UserError: if there is none, or an entry, folder or vocabulary is wrong.
+    """
+    path = Path(path).absolute()
+    file = path / FILE if path.is_dir() else path
+    if file.is_file():
+        experts = _read(file)
+    elif (path / "config.json").is_file():
+        experts = _members(path)
+    else:
+        found = sorted(one.parent for one in path.glob("*/config.json"))
+        experts = [Expert(folder.name, folder) for folder in found]
+    if not experts:
+        raise UserError(
+            f"--forest {path}: holds no expert; name a forest.json, a folder that has one, a DEMix "
+            "model folder, or a folder with a model folder per domain"
+        )
+    _check(experts, path)
+    return Forest(file if file.is_file() else path, tuple(experts))
+
+
+@contextmanager
+def edit_forest(path: str | Path) -> Iterator[list[Expert]]:
+    """Yield the experts of a forest.json, to be changed in place; an absent file holds none.
+
+    Other editors wait. When the block ends the file is replaced whole, after the same checks as in
+    `open_forest`; if it raises, nothing changes.
+
+    Raises:
+        UserError: if the file, or what it became, is wrong.
+    """
+    path = Path(path).absolute()
+    file = path if path.suffix == ".json" else path / FILE
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file.with_name(f".{file.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        experts = _read(file) if file.exists() else []
+        yield experts
+        _check(experts, file)
+        record = {"format": FORMAT, "experts": [_entry(e, file.parent) for e in experts]}
+        write_json(file, record)
+        if not (file.parent / "config.json").exists():
+            # Makes the folder one that AutoModelForCausalLM.from_pretrained reads.
+            write_json(file.parent / "config.json", {"model_type": MODEL_TYPE})
+
+
+def _read(file: Path) -> list[Expert]:
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read as JSON: {error}") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise UserError(f"{file}: is no forest of format {FORMAT}")
+    if unknown := record.keys() - {"format", "experts"}:
+        raise UserError(f"{file}: unknown key {sorted(unknown)[0]!r}; allowed are format, experts")
+    entries = record.get("experts")
+    if not isinstance(entries, list):
+        raise UserError(f"{file}: experts is not a list")
+    return [
+        _expert(entry, f"{file}, experts[{place}]", file.parent)
+        for place, entry in enumerate(entries)
+    ]
+
+
+def _expert(entry: object, where: str, folder: Path) -> Expert:
+    known = {field.name: field.type for field in fields(Expert)}
+    if not isinstance(entry, dict):
+        raise UserError(f"{where}: is not an object")
+    if unknown := entry.keys() - known.keys():
+        raise UserError(
+            f"{where}: unknown key {sorted(unknown)[0]!r}; allowed are {', '.join(known)}"
+        )
+    for name in ("domain", "path"):
+        if not isinstance(entry.get(name), str):
+            raise UserError(f"{where}: {name} is {entry.get(name)!r}, not a text")
+    kinds = dict.fromkeys(("member", "data_digest", "config_digest"), (str, type(None)))
+    kinds |= dict.fromkeys(("start_update", "updates", "tokens", "gpus"), (int,))
+    for name, kind in (kinds | {"seed": (int, type(None))}).items():
+        if name in entry and type(entry[name]) not in kind:
+            raise UserError(f"{where}: {name} is {entry[name]!r}")
+    try:
+        parents = tuple(
+            Parent(str(p["path"]), float(p["weight"])) for p in entry.get("parents", ())
+        )
+    except (TypeError, KeyError, ValueError) as error:
+        raise UserError(f"{where}: parents is not a list of paths and weights: {error}") from error
+    return Expert(**{**entry, "path": (folder / entry["path"]).absolute(), "parents": parents})
+
+
+def _entry(expert: Expert, folder: Path) -> dict[str, object]:
+    path = Path(os.path.normpath(expert.path))
+    inside = path.is_relative_to(folder)
+    return {
+        **{field.name: getattr(expert, field.name) for field in fields(Expert)},
+        "path": str(path.relative_to(folder)) if inside else str(path),
+        "parents": [{"path": p.path, "weight": p.weight} for p in expert.parents],
+    }
+
+
+def _members(folder: Path) -> list[Expert]:
+    config = read_config(folder)
+    if config.get("untie", "none") == "none":
+        raise UserError(
+            f"--forest {folder}: is one dense model; a forest is a DEMix model, a forest.json, or "
+            "a folder with a model folder per domain"
+        )
+    return [Expert(domain, folder, domain) for domain in config["domains"]]
+
+
+def _check(experts: list[Expert], where: Path) -> None:
+    """Names once each, folders there, members in them, one vocabulary."""
+    names = [expert.domain for expert in experts]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"{where}: domain {name!r} is there twice")
+    sizes: dict[int, str] = {}
+    for expert in experts:
+        config = read_config(expert.path)
+        apart = config.get("untie", "none") != "none"
+        if apart and expert.member not in config["domains"]:
+            raise UserError(
+                f"{where}: {expert.domain} is member {expert.member!r} of {expert.path}; the "
+                f"members there are {', '.join(config['domains'])}"
+            )
+        if expert.member is not None and not apart:
+            raise UserError(
+                f"{where}: {expert.domain} is member {expert.member!r} of {expert.path}, which is "
+                "one dense model"
+            )
+        sizes.setdefault(config.get("vocab_size"), expert.domain)
+    if len(sizes) > 1:
+        told = ", ".join(f"{size} of {name}" for size, name in sizes.items())
+        raise UserError(f"{where}: the experts have different vocabularies: {told}")
+
+
+def read_config(folder: Path) -> dict[str, object]:
+    """config.json of a model folder.
+
+    Raises:
+        UserError: if there is none or it is not JSON.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder}: there is no model (no config.json)") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}/config.json: cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{folder}/config.json: is not an object")
+    return config

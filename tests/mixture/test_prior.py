@@ -1,0 +1,80 @@
+import json
+
+import pytest
+
+from megamod.errors import UserError
+from megamod.mixture.prior import Prior, read_prior, top_k, uniform, write_prior
+
+DOMAINS = ("law", "med", "code")
+TEXT = {"data_digest": "ab", "domain": "law", "split": "valid", "sequences": 100}
+
+
+def test_a_prior_comes_back_in_the_order_asked_for(tmp_path):
+    prior = Prior(DOMAINS, (0.5, 0.2, 0.3), "history", TEXT)
+    write_prior(tmp_path / "prior.json", prior)
+    assert read_prior(tmp_path / "prior.json", DOMAINS) == prior
+    turned = read_prior(tmp_path / "prior.json", ("code", "law", "med"))
+    assert turned.weights == pytest.approx((0.3, 0.5, 0.2)) and turned.domains[0] == "code"
+    assert json.loads((tmp_path / "prior.json").read_text()) == {
+        "format": 1,
+        "domains": ["law", "med", "code"],
+        "prior": [0.5, 0.2, 0.3],
+        "rule": "history",
+        "text": TEXT,
+    }
+
+
+def test_the_best_few_are_scaled_to_one():
+    prior = Prior(("a", "b", "c", "d"), (0.1, 0.4, 0.4, 0.1))
+    assert top_k(prior, 3).weights == pytest.approx((1 / 9, 4 / 9, 4 / 9, 0))
+    assert top_k(prior, 1).kept == ("b",)
+    assert top_k(prior, 4).weights == pytest.approx(prior.weights)
+    for k in (0, 5):
+        with pytest.raises(UserError, match=f"--topk {k}: there are 4 experts"):
+            top_k(prior, k)
+    assert uniform("ab") == Prior(("a", "b"), (0.5, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"prior": [0.5, 0.5]}, "wrong length: 2, domains: 3"),
+        ({"prior": "x"}, "wrong length: not a list"),
+        ({"prior": [0.5, 0.2, 0.2]}, "sums to 0.9; must be 1 within 0.0001"),
+        ({"prior": [1.2, -0.1, -0.1]}, "weight of domain 'law' is 1.2"),
+        ({"prior": [0.9, 0.3, -0.2]}, "weight of domain 'code' is -0.2"),
+        ({"prior": [0.5, 0.5, None]}, "weight of domain 'code' is None"),
+        ({"prior": [True, 0, 0]}, "weight of domain 'law' is True"),
+        ({"domains": ["law", "med"], "prior": [0.5, 0.5]}, "says nothing of domain 'code'"),
+        ({"domains": ["law", "med", "art"]}, "there is no expert of domain 'art'"),
+        ({"domains": ["law", "med", "law"]}, "names domain 'law' twice"),
+        ({"domains": []}, "not a list of names"),
+        ({"format": 2}, "key 'format' is 2; only 1 can be read"),
+        ({"priors": 1}, "unknown key 'priors'"),
+        ({"rule": "bayes"}, "rule 'bayes' is unknown"),
+    ],
+)
+def test_what_is_no_prior_is_told(tmp_path, change, told):
+    content = {"format": 1, "domains": list(DOMAINS), "prior": [0.5, 0.2, 0.3], **change}
+    path = tmp_path / "prior.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=told) as error:
+        read_prior(path, DOMAINS)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"), [("{", "is not JSON"), ("[1]", "'format' is missing"), ("NaN", "missing")]
+)
+def test_what_is_no_json_is_told(tmp_path, text, told):
+    (tmp_path / "prior.json").write_text(text)
+    with pytest.raises(UserError, match=told):
+        read_prior(tmp_path / "prior.json", DOMAINS)
+    with pytest.raises(UserError, match="cannot be read: No such file"):
+        read_prior(tmp_path / "none.json", DOMAINS)
+
+
+def test_rounding_is_forgiven(tmp_path):
+    path = tmp_path / "prior.json"
+    path.write_text(json.dumps({"format": 1, "domains": ["a", "b"], "prior": [0.33333, 0.66666]}))
+    assert sum(read_prior(path, ("a", "b")).weights) == pytest.approx(1, abs=1e-12)
