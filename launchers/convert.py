@@ -4,6 +4,7 @@
     python launchers/convert.py --format fairseq_lm --input DEMIX_FOLDER --domains law med \\
         --output_dir DIR
     python launchers/convert.py --format fairseq_lm --export --input DIR --output_dir FAIRSEQ
+    python launchers/convert.py --format opt --export --input DIR --domains law --output_dir OPT
 
 DIR is read by `AutoModelForCausalLM.from_pretrained(DIR)` after `import megamod`. What was used,
 left out and missing is printed. Pickles are read without running anything they name.
@@ -22,14 +23,17 @@ def main() -> None:
     """Parse, convert or export, and say what was done."""
     options = parse_arguments()
     module = format_module(options.format)
+    told = Options(tuple(options.domains), options.num_attention_heads)
+    way = "export" if options.export else "convert"
+    if not hasattr(module, way):
+        other = "without" if options.export else "with"
+        raise UserError(f"--format {options.format}: can be used {other} --export only")
     if options.export:
         with new_folder(options.output_dir) as folder:
-            files = [file.name for file in module.export(options.input, folder)]
+            files = [file.name for file in module.export(options.input, folder, told)]
         print(f"{options.output_dir}: {', '.join(files)}")
         return
-    converted = module.convert(
-        options.input, Options(tuple(options.domains), options.num_attention_heads)
-    )
+    converted = module.convert(options.input, told)
     with new_folder(options.output_dir) as folder:
         write(converted, folder, options.dtype)
     print(converted.report())
@@ -83,7 +87,8 @@ def parse_arguments() -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="NAME",
-        help="names of the experts, in the order of the ranks that hold them",
+        help="names of the experts, in the order of the ranks that hold them; --format opt: the "
+        "one to export",
     )
     add(
         "--num_attention_heads",

@@ -4,9 +4,14 @@
     python launchers/eval_lm.py --model runs/dense/model runs/demix/model --data DATABIN \\
         --split valid --domains law code --own_only --output scores.json --plot scores.png
 
+    python launchers/eval_lm.py --model runs/demix/model --experts law --data OTHER \\
+        --domains novel --context_window 512 --jsonl scores.jsonl
+
 A model is the folder that launchers/pretrain.py wrote: dense, with experts (DEMix), or with a
-folder per independent model (BTM). Splits are scored whole, in one process, on the GPU if there is
-one. A model whose vocabulary has room for domain tokens is given them (see --domain_token).
+folder per independent model (BTM); or a forest.json. Any domain of a data-bin with the model's
+vocabulary can be scored, also one the model never saw. Splits are scored whole, in one process, on
+the GPU if there is one. A model whose vocabulary has room for domain tokens is given them (see
+--domain_token). A perplexity too large for a number is null in the files.
 """
 
 from dataclasses import dataclass
@@ -29,6 +34,9 @@ class EvalArgs(Arguments):
         None, "domains to score, in this order; none: all of the data-bin"
     )
     split: Literal["test", "valid", "train"] = option("test", "split to score, whole")
+    experts: list[str] | None = option(  # noqa: RUF009
+        None, "experts to score, of models that have several; none: all"
+    )
     own_only: bool = option(False, "score each expert on its own domain only")
     max_seq_length: int | None = option(
         None, "tokens per sequence; none: the longest the model has positions for", least=2
@@ -36,8 +44,15 @@ class EvalArgs(Arguments):
     domain_token: Literal["auto", "true", "false"] = option(
         "auto", "token of the domain in front of each sequence; auto: if the model has them"
     )
+    force_domain_token: str | None = option(
+        None, "domain whose token to put in front, whatever the text, such as the nearest one"
+    )
+    context_window: int = option(
+        0, "tokens of text before each sequence to read, not score; it is so much shorter", least=0
+    )
     per_device_eval_batch_size: int = option(8, "sequences per batch", least=1)
     output: str | None = option(None, "JSON file to write")
+    jsonl: str | None = option(None, "JSON-lines file to write, a line per score")
     plot: str | None = option(None, "PNG file to write: experts by domains")
 
 
@@ -45,7 +60,7 @@ def main() -> None:
     """Parse, score one model after the other, print, write."""
     (args,) = parse_args(EvalArgs, doc=__doc__)
     require(args, "model", "data")
-    for flag in ("output", "plot"):
+    for flag in ("output", "jsonl", "plot"):
         path = getattr(args, flag)
         if path is not None and not Path(path).absolute().parent.is_dir():
             raise UserError(f"--{flag} {path}: there is no folder {Path(path).parent}")
@@ -55,9 +70,9 @@ def main() -> None:
 
     from megamod.data.lm import DataBin
     from megamod.evaluation.plots import plot_matrix
-    from megamod.evaluation.report import comparison, comparison_record, plot_rows
+    from megamod.evaluation.report import comparison, comparison_record, plot_rows, score_lines
     from megamod.evaluation.saved import HeldOut, find_models, score_models
-    from megamod.files import write_json
+    from megamod.files import write_atomic, write_json
 
     disable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -69,13 +84,25 @@ def main() -> None:
         args.per_device_eval_batch_size,
         args.domain_token,
         args.own_only,
+        args.experts,
+        args.context_window,
+        args.force_domain_token,
     )
     found = {model: find_models(Path(model), held_out) for model in args.model}
     models = {model: score_models(of, held_out, device) for model, of in found.items()}
     print(comparison(models, held_out.domains, args.split))
+    for model, matrix in models.items():
+        if len(matrix) > 1 and not args.own_only:
+            print(
+                f"\nhow much each expert of {model} helps the others:\n  python "
+                f"launchers/eval_ensemble.py --forest {model} --data {args.data} "
+                f"--domain {held_out.domains[0]} --removal_test"
+            )
     if args.output is not None:
         record = {"data": args.data, "split": args.split, "models": comparison_record(models)}
         write_json(Path(args.output), record)
+    if args.jsonl is not None:
+        write_atomic(Path(args.jsonl), score_lines(models, args.split))
     if args.plot is not None:
         plot_matrix(plot_rows(models), Path(args.plot), f"{args.split} perplexity")
 

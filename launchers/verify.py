@@ -44,7 +44,7 @@ def groups(path: Path) -> Iterator[Group]:
     Raises:
         UserError: if it is nothing of ours.
     """
-    from megamod.train.manifest import MANIFEST, list_checkpoints
+    from megamod.states.manifest import MANIFEST, list_checkpoints
 
     if not path.is_dir():
         raise UserError(f"{path} is not a folder")
@@ -65,7 +65,7 @@ def groups(path: Path) -> Iterator[Group]:
 
 def run_folder(path: Path) -> Iterator[Group]:
     """Checkpoints by rising step, and the models: one, or one per domain."""
-    from megamod.train.manifest import list_checkpoints
+    from megamod.states.manifest import list_checkpoints
 
     for folder in (path, path / "checkpoints"):
         yield from map(checkpoint, list_checkpoints(folder))
@@ -82,7 +82,7 @@ def run_folder(path: Path) -> Iterator[Group]:
 
 def checkpoint(path: Path) -> Group:
     """All files of the manifest, with their digests."""
-    from megamod.train.manifest import verify
+    from megamod.states.manifest import verify
 
     files = [file for file in path.rglob("*") if file.is_file()]
     size = sum(file.stat().st_size for file in files)

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, field, fields
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Literal, Union, get_args, get_origin
+from typing import ClassVar, Literal, Union, get_args, get_origin
 
 import yaml
 
@@ -46,9 +46,14 @@ def option(
 class Arguments:
     """Base of the dataclasses: checks types, choices and bounds of all fields.
 
+    Attributes:
+        free_on_resume: fields that may differ when a run is resumed: they do not decide its numbers.
+
     Raises:
         UserError: naming the flag, the value and what is allowed.
     """
+
+    free_on_resume: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self):
         for f in fields(self):

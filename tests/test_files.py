@@ -1,5 +1,6 @@
 import errno
 import hashlib
+import math
 import os
 
 import pytest
@@ -49,6 +50,13 @@ def test_content_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
     assert [kind for kind, _ in calls] == ["fsync", "replace", "fsync"]
     assert calls[0][1].startswith(".a.json.")
     assert calls[1:] == [("replace", "a.json"), ("fsync", tmp_path.name)]
+
+
+def test_json_has_no_word_for_numbers_that_are_not_finite():
+    value = {"a": [math.inf, (1.5, -math.inf)], "b": {"c": math.nan}, "d": "é", "e": True}
+    text = files.to_json(value)
+    assert text == '{"a": [null, [1.5, null]], "b": {"c": null}, "d": "é", "e": true}'
+    assert files.to_json({"a": 1}, indent=2) == '{\n  "a": 1\n}'
 
 
 def test_atomic_folder_appears_with_its_content(tmp_path):

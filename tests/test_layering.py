@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "megamod.evaluation": (
         {"megamod.data", "megamod.models", "megamod.mixture", "megamod.mixture.posterior"}
         | {"megamod.states"},
-        {"torch", "matplotlib", "numpy", "scipy", "sklearn"},
+        {"torch", "matplotlib", "numpy", "scipy", "sklearn", "safetensors"},
     ),
     "megamod.train": (
         {"megamod", "megamod.args", "megamod.data", "megamod.dist", "megamod.dist.scope"}
@@ -48,6 +48,10 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "transformers", "deepspeed", "safetensors", "psutil", "tqdm"},
     ),
     "megamod.merging": ({"megamod", "megamod.states"}, {"torch", "yaml", "tqdm"}),
+    "megamod.btm": (
+        {"megamod.dist.scope", "megamod.merging", "megamod.mixture", "megamod.states"},
+        {"torch", "safetensors", "yaml"},
+    ),
     "megamod.runs": (
         {"megamod.args", "megamod.flags", "megamod.data", "megamod.dist", "megamod.dist.scope"}
         | {"megamod.models"}

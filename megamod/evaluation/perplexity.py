@@ -7,6 +7,9 @@ from itertools import islice
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+
+from megamod.data.blocks import IGNORE
 
 Batch = dict[str, object]
 Matrix = dict[str, dict[str, "Score"]]
@@ -110,12 +113,48 @@ def score_batches(
             shift_labels=labels,
             domain=domain,
         )
-        counted = (labels != -100) & output.token_log_probs.isfinite()
+        counted = (labels != IGNORE) & output.token_log_probs.isfinite()
         weight = float(batch.get("weight", 1.0))
         sums[0] -= weight * output.token_log_probs[counted].double().sum()
         sums[1] += weight * counted.sum()
     model.train(training)
     return sums
+
+
+def with_context(
+    batches: Iterable[Batch], window: int, pad_id: int, front: int = 0
+) -> Iterator[Batch]:
+    """Put up to `window` tokens of the text before it in front of each sequence, not scored.
+
+    Source: fairseq's `LMContextWindowDataset`, as used to evaluate DEMix.
+
+    Args:
+        batches: consecutive sequences of a text, in order, padded on the right if at all.
+        window: tokens of context; 0 leaves the batches as they are.
+        pad_id: what sequences with less context than others end in.
+        front: columns that are not text and stay in front, such as a domain token.
+    """
+    before = torch.empty(0, dtype=torch.int64)
+    for batch in batches:
+        if window == 0:
+            yield batch
+            continue
+        inputs, labels = [], []
+        for ids, targets in zip(batch["input_ids"], batch["labels"], strict=True):
+            text = ids[front : front + int((targets != IGNORE).sum())]
+            context = torch.cat([ids[:front], before])
+            inputs.append(torch.cat([context, text]))
+            scored = targets[front : front + len(text)]
+            labels.append(torch.cat([torch.full_like(context, IGNORE), scored]))
+            before = torch.cat([before, text])[-window:]
+        lengths = torch.tensor([len(row) for row in inputs])
+        mask = torch.arange(int(lengths.max())) < lengths[:, None]
+        yield {
+            **batch,
+            "input_ids": pad_sequence(inputs, batch_first=True, padding_value=pad_id),
+            "attention_mask": None if bool(mask.all()) else mask,
+            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE),
+        }
 
 
 def share_of(batches: Iterable[Batch], part: int, parts: int) -> Iterator[Batch]:

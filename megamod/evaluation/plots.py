@@ -1,7 +1,7 @@
 """Plots of a run: loss curves, perplexity over time, and the domain-by-expert heat map."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import ceil, inf, isfinite, nan
 from pathlib import Path
 from types import ModuleType
@@ -125,6 +125,62 @@ def plot_matrix(matrix: Numbers, output: Path, title: str) -> None:
         label="times the best of the column",
         extend="max" if held[-1] > top else "neither",
         format="{x:.3g}",
+    )
+    figure.savefig(output, dpi=120)
+    pyplot.close(figure)
+
+
+def plot_by_instances(lines: Mapping[str, Mapping[int, tuple[float, float]]], output: Path) -> None:
+    """PNG of scores against N, the instances that share a forward pass.
+
+    Args:
+        lines: by name, then N: the mean over seeds and its deviation.
+    """
+    pyplot = _pyplot()
+    colours = _colours(pyplot, len(lines))
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    for (name, points), colour in zip(lines.items(), colours, strict=True):
+        counts = sorted(points)
+        means, deviations = zip(*(points[count] for count in counts), strict=True)
+        axes.errorbar(
+            counts, means, deviations, fmt="o-", c=colour, lw=1.2, ms=4, capsize=3, label=name
+        )
+    axes.set(xlabel="instances that share a forward pass", ylabel="score on dev")
+    axes.set_xticks(sorted({count for points in lines.values() for count in points}))
+    figure.legend(loc="outside right center", fontsize=9, frameon=False)
+    figure.savefig(output, dpi=120)
+    pyplot.close(figure)
+
+
+def plot_posterior(shares: Mapping[str, Sequence[float]], output: Path, title: str) -> None:
+    """PNG of the experts' weights along a text, stacked to 1; the heaviest at the bottom.
+
+    Beyond ten experts those with little weight share one grey area.
+
+    Args:
+        shares: by expert, its weight for predicting each token.
+    """
+    heaviest = sorted(shares, key=lambda name: -sum(shares[name]))
+    named, others = (heaviest, []) if len(heaviest) <= 10 else (heaviest[:9], heaviest[9:])
+    rows = {name: list(shares[name]) for name in named}
+    pyplot = _pyplot()
+    # The colour of an expert follows its place among all, not its weight in this text.
+    palette = dict(zip(shares, _colours(pyplot, len(shares)), strict=True))
+    colours = [palette[name] for name in named]
+    if others:
+        columns = zip(*(shares[name] for name in others), strict=True)
+        rows[f"{len(others)} others"] = [sum(column) for column in columns]
+        colours.append((0.8, 0.8, 0.8))
+    length = len(next(iter(rows.values())))
+    figure, axes = pyplot.subplots(figsize=(11, 3.6), layout="constrained")
+    # Each weight holds for one token: steps, with the last one drawn to its end.
+    held = [[*row, row[-1]] for row in rows.values()]
+    axes.stackplot(range(length + 1), held, colors=colours, labels=list(rows), step="post")
+    axes.set(xlim=(0, length), ylim=(0, 1), xlabel="token", ylabel="weight of the expert")
+    axes.set_title(title, fontsize=11)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(
+        handles[::-1], labels[::-1], loc="outside right center", fontsize=9, frameon=False
     )
     figure.savefig(output, dpi=120)
     pyplot.close(figure)

@@ -12,7 +12,7 @@ from megamod.evaluation.perplexity import (
     perplexities,
 )
 from megamod.evaluation.plots import plot_curves, plot_matrix
-from megamod.files import write_json
+from megamod.files import to_json, write_json
 
 
 def write_report(output: Path, matrix: Matrix, split: str, step: int) -> str:
@@ -100,7 +100,10 @@ def comparison(models: Mapping[str, Matrix], domains: Sequence[str], split: str)
 
 
 def comparison_record(models: Mapping[str, Matrix]) -> dict[str, object]:
-    """The same as a value for JSON: by model its scores by expert and domain, and the means."""
+    """The same as a value for JSON: by model its scores by expert and domain, and the means.
+
+    A perplexity too large for a number is null in a file; nll and tokens give it.
+    """
     record: dict[str, object] = {}
     for name, matrix in models.items():
         own = own_scores(matrix)
@@ -117,6 +120,30 @@ def comparison_record(models: Mapping[str, Matrix]) -> dict[str, object]:
             "mean_of_own": mean_perplexity(own) if own else None,
         }
     return record
+
+
+def score_lines(models: Mapping[str, Matrix], split: str) -> str:
+    """JSON lines, one for each score: model, dataset and ppl as the DEMix release writes them.
+
+    A perplexity too large for a number is null; nll and tokens give it. The expert of a dense model
+    is null too.
+    """
+    lines = [
+        {
+            "model": model,
+            "expert": None if expert == DENSE else expert,
+            "dataset": domain,
+            "split": split,
+            "ppl": score.perplexity,
+            "bits_per_byte": score.bits_per_byte,
+            "nll": score.nll,
+            "tokens": score.tokens,
+        }
+        for model, matrix in models.items()
+        for expert, row in matrix.items()
+        for domain, score in row.items()
+    ]
+    return "".join(f"{to_json(line)}\n" for line in lines)
 
 
 def plot_rows(models: Mapping[str, Matrix]) -> dict[str, dict[str, float]]:

@@ -1,18 +1,20 @@
 """Scores of language models that lie in folders, each read and held one after the other."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from megamod.data.lm import DataBin
+from megamod.data.blocks import TokenBlocks
+from megamod.data.lm import DataBin, eval_batches
 from megamod.data.pretraining import LmData
 from megamod.errors import UserError
-from megamod.evaluation.perplexity import DENSE, Batch, DomainEvaluation, Matrix
+from megamod.evaluation.perplexity import DENSE, Batch, DomainEvaluation, Matrix, with_context
 from megamod.models.configuration import DemixConfig
 from megamod.models.demix_lm import DemixForCausalLM
+from megamod.states.forest import FILE, open_forest
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,10 @@ class HeldOut:
         domain_token: whether the token of the domain stands in front; "true", "false", or "auto"
             for whatever the model's vocabulary has room for.
         own_only: score each expert on its own domain only.
+        experts: the experts to score, of models that have several; None: all.
+        context_window: tokens of the text before each sequence that are read and not scored;
+            sequences hold so many fewer.
+        force_domain_token: domain whose token stands in front, whatever the text; None: its own.
     """
 
     path: str
@@ -37,36 +43,67 @@ class HeldOut:
     batch_size: int
     domain_token: str
     own_only: bool
+    experts: Sequence[str] | None = None
+    context_window: int = 0
+    force_domain_token: str | None = None
 
 
 @dataclass(frozen=True)
 class SavedModel:
-    """A model folder, found to fit the data; `row` names an independent model's row, its domain."""
+    """A model folder, found to fit the data.
+
+    Attributes:
+        rows: names of its rows in a matrix of scores, and the domain whose expert makes each; None
+            where there is nothing to choose.
+    """
 
     folder: Path
     config: DemixConfig
     data: LmData
-    row: str | None
+    rows: Mapping[str, str | None]
 
 
 def find_models(folder: Path, held_out: HeldOut) -> list[SavedModel]:
-    """The model in a folder, or those in its subfolders, named after their domains.
+    """The model in a folder, those that a forest.json lists, or those in its subfolders.
+
+    Independent models in subfolders are named after their domains.
 
     Raises:
-        UserError: if there is none, or one does not fit the data.
+        UserError: if there is none, or one does not fit the data or lacks an expert asked for.
     """
     folder = Path(folder)
-    if (folder / "config.json").exists():
-        found = {None: folder}
+    found: dict[Path, dict[str, str | None] | None] = {}
+    if folder.name == FILE or (folder / FILE).exists():
+        for expert in open_forest(folder).experts:
+            found.setdefault(expert.path, {})[expert.domain] = expert.member
+    elif (folder / "config.json").exists():
+        found = {folder: None}
     else:
-        found = {path.parent.name: path.parent for path in sorted(folder.glob("*/config.json"))}
+        places = (path.parent for path in sorted(folder.glob("*/config.json")))
+        found = {place: {place.name: None} for place in places}
     if not found:
         raise UserError(f"--model {folder}: holds no config.json, and no folder in it does")
     models = []
-    for row, place in found.items():
+    for place, rows in found.items():
         config = read_config(place)
-        models.append(SavedModel(place, config, open_data(place, config, held_out), row))
-    return models
+        if rows is None:
+            rows = {d: d for d in config.domains} if config.untie != "none" else {DENSE: None}
+        models.append(SavedModel(place, config, open_data(place, config, held_out), rows))
+    return models if held_out.experts is None else _chosen(folder, models, held_out.experts)
+
+
+def _chosen(folder: Path, models: list[SavedModel], names: Sequence[str]) -> list[SavedModel]:
+    """The models with the rows named alone; one without experts as it is."""
+    known = [row for saved in models for row in saved.rows]
+    if known == [DENSE]:
+        return models
+    for name in names:
+        if name not in known:
+            raise UserError(
+                f"--experts: {folder} has no expert {name!r}; choose of {', '.join(known)}"
+            )
+    kept = [replace(m, rows={r: c for r, c in m.rows.items() if r in names}) for m in models]
+    return [saved for saved in kept if saved.rows]
 
 
 def score_models(models: Sequence[SavedModel], held_out: HeldOut, device: torch.device) -> Matrix:
@@ -78,27 +115,31 @@ def score_models(models: Sequence[SavedModel], held_out: HeldOut, device: torch.
     """
     matrix: Matrix = {}
     for saved in models:
-        apart = saved.config.untie != "none"
-        rows = tuple(saved.config.domains) if apart else (saved.row or DENSE,)
-        evaluate = DomainEvaluation(
-            model=DemixForCausalLM.from_pretrained(saved.folder).to(device),
-            experts=rows,
-            held=rows,
-            choose=apart,
-            domains=held_out.domains,
-            batches=partial(_batches, saved.data, held_out),
-            bytes_of=partial(saved.data.bytes_of, split=held_out.split),
-            part=0,
-            parts=1,
-            device=device,
-            reduce=lambda sums: None,
-        )
-        matrix |= evaluate(held_out.own_only)
+        members = [member for member in saved.rows.values() if member is not None]
+        # Experts that nobody asked for are not even read.
+        model = DemixForCausalLM.from_pretrained(saved.folder, members or None).to(device)
+        for row, member in saved.rows.items():
+            if member is not None:
+                model.set_domain(member)
+            evaluate = DomainEvaluation(
+                model=model,
+                experts=(row,),
+                held=(row,),
+                choose=False,
+                domains=held_out.domains,
+                batches=partial(held_out_batches, saved.data, held_out),
+                bytes_of=partial(saved.data.bytes_of, split=held_out.split),
+                part=0,
+                parts=1,
+                device=device,
+                reduce=lambda sums: None,
+            )
+            matrix |= evaluate(held_out.own_only)
     return matrix
 
 
-def read_config(folder: Path) -> DemixConfig:
-    """Configuration of a model folder.
+def read_config(folder: Path, flag: str = "--model") -> DemixConfig:
+    """Configuration of a model folder; `flag` is what named it.
 
     Raises:
         UserError: if it is not that of one of our causal language models.
@@ -108,9 +149,9 @@ def read_config(folder: Path) -> DemixConfig:
         if fields.get("model_type") == DemixConfig.model_type:
             return DemixConfig.from_dict(fields)
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"--model {folder}: config.json cannot be used: {error}") from error
+        raise UserError(f"{flag} {folder}: config.json cannot be used: {error}") from error
     raise UserError(
-        f"--model {folder}: config.json has model_type {fields.get('model_type')!r}; "
+        f"{flag} {folder}: config.json has model_type {fields.get('model_type')!r}; "
         f"allowed is {DemixConfig.model_type!r}"
     )
 
@@ -141,7 +182,22 @@ def open_data(folder: Path, config: DemixConfig, held_out: HeldOut) -> LmData:
             f"--domain_token true: the model in {folder} has no domain tokens, its vocabulary of "
             f"{config.vocab_size} is that of the data"
         )
+    forced = held_out.force_domain_token
+    if forced is not None and (not room or held_out.domain_token == "false"):
+        why = "--domain_token is false" if room else f"the model in {folder} has no domain tokens"
+        raise UserError(f"--force_domain_token {forced}: {why}")
+    if forced is not None and forced not in config.domains:
+        raise UserError(
+            f"--force_domain_token {forced}: the model in {folder} has tokens for "
+            f"{', '.join(config.domains)}"
+        )
     domain_token = room and held_out.domain_token != "false"
+    longest = block_size - 1 - domain_token
+    if held_out.context_window > longest:
+        raise UserError(
+            f"--context_window {held_out.context_window}: sequences of {block_size} tokens leave "
+            f"room for {longest} at most"
+        )
     data = LmData(
         held_out.path,
         # The place of a name among all the domains of the training decides the id of its token.
@@ -150,11 +206,28 @@ def open_data(folder: Path, config: DemixConfig, held_out: HeldOut) -> LmData:
         domain_token=domain_token,
     )
     for domain in held_out.domains:
-        if domain not in data.domains:
-            owner = f"the model in {folder} has no token for" if domain_token else "no such data:"
-            raise UserError(f"--domains: {owner} {domain!r}; choose of {', '.join(data.domains)}")
+        if domain not in data.bin.domains:
+            raise UserError(
+                f"--domains: no such data: {domain!r}; choose of {', '.join(data.bin.domains)}"
+            )
+        if domain_token and forced is None and domain not in data.domains:
+            raise UserError(
+                f"--domains: the model in {folder} has no token for {domain!r}; choose of "
+                f"{', '.join(data.domains)}, or give --force_domain_token"
+            )
     return data
 
 
-def _batches(data: LmData, held_out: HeldOut, domain: str) -> Iterator[Batch]:
-    return data.eval_batches(domain, held_out.split, held_out.batch_size, max_batches=0)
+def held_out_blocks(data: LmData, held_out: HeldOut, domain: str) -> TokenBlocks:
+    """The sequences of a domain's text, what stands before each of them as context left out."""
+    token = data.tokens.get(held_out.force_domain_token or domain)
+    length = data.block_size - held_out.context_window
+    return data.bin.blocks(domain, held_out.split, length, token)
+
+
+def held_out_batches(data: LmData, held_out: HeldOut, domain: str) -> Iterator[Batch]:
+    """The same as batches, in order, each sequence with its context."""
+    blocks = held_out_blocks(data, held_out, domain)
+    batches = eval_batches(blocks, held_out.batch_size)
+    front = int(blocks.domain_token is not None)
+    return with_context(batches, held_out.context_window, blocks.pad_id, front)

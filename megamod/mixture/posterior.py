@@ -4,7 +4,8 @@
 
 Two rules give the weights w_j(t) from a prior pi:
 
-    history     w_j(t) ∝ pi_j exp(l_j(t) / temperature),  l_j(t) = forgetting l_j(t-1) + log p_j(x_{t-1})
+    history     w_j(t) ∝ pi_j exp(l_j(t) / temperature),
+                l_j(t) = forgetting l_j(t-1) + log p_j(x_{t-1}),  l_j(0) = 0
     last_token  w_j(t) ∝ pi_j p_j(x_{t-1});  at the first token all experts count alike
 
 With temperature and forgetting 1, `history` is Bayes' rule; `last_token` is what the DEMix release

@@ -40,8 +40,9 @@ def load_experts(
 ) -> Iterator[Loaded]:
     """The experts one after the other, in the order of the forest, their member chosen.
 
-    Experts of one DEMix model come as one module, read once. A module is let go after its last
-    expert, so that a loop that keeps nothing holds one model at a time.
+    Experts of one DEMix model come as one module, read once and without experts that are not
+    wanted. A module is let go after its last expert, so that a loop that keeps nothing holds one
+    model at a time.
 
     Args:
         only: domains to load; None for all.
@@ -59,7 +60,8 @@ def load_experts(
     held: dict[Path, DemixForCausalLM] = {}
     for expert in wanted:
         if expert.path not in held:
-            held[expert.path] = _read(expert.path).to(device)
+            members = [one.member for one in wanted if one.path == expert.path and one.member]
+            held[expert.path] = _read(expert.path, members).to(device)
         loaded = Loaded(expert.domain, held[expert.path], expert.member)
         _check_member(expert, loaded.model.config)
         if expert.member is not None:
@@ -335,8 +337,8 @@ class ForestForCausalLM(PreTrainedModel, GenerationMixin):
         return mixed
 
 
-def _read(folder: Path, **kwargs: object) -> DemixForCausalLM:
-    """A model folder, read whole, for scoring.
+def _read(folder: Path, members: Sequence[str] | None = None, **kwargs: object) -> DemixForCausalLM:
+    """A model folder for scoring, with the experts of these domains; None or empty for all.
 
     Raises:
         UserError: if it is not one of our language models, or lacks weights.
@@ -345,8 +347,9 @@ def _read(folder: Path, **kwargs: object) -> DemixForCausalLM:
         fields, _ = DemixConfig.get_config_dict(folder)
         found = fields.get("model_type")
         if found == DemixConfig.model_type:
+            known = [domain for domain in members or () if domain in fields.get("domains", ())]
             model, report = DemixForCausalLM.from_pretrained(
-                folder, output_loading_info=True, **kwargs
+                folder, known or None, output_loading_info=True, **kwargs
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot be read as a model: {error}") from error

@@ -77,7 +77,7 @@ def pretrain(
         ),
         make_objective=lambda device: CausalLM(data.domains, device, choose),
         make_evaluate=lambda running: partial(
-            _evaluate_own, evaluation(running, data, topology, run, split), running, split
+            evaluate_own, evaluation(running, data, topology, run, split), running, split
         ),
         flops_per_token=partial(lm_flops, config),
     )
@@ -118,7 +118,8 @@ def evaluation(
     )
 
 
-def _evaluate_own(evaluate: DomainEvaluation, running: Running, split: str, step: int) -> None:
+def evaluate_own(evaluate: DomainEvaluation, running: Running, split: str, step: int) -> None:
+    """Log the perplexity of each domain under its own expert; collective."""
     scores = own_scores(evaluate(own_only=True))
     running.monitor.evaluated(step, {d: s.perplexity for d, s in scores.items()}, split)
 

@@ -6,6 +6,7 @@ A kind of run (`runs/causal_lm.py` and its neighbours) says what is special abou
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import deepspeed
@@ -61,6 +62,8 @@ class Recipe:
         flops_per_token: from the module to the operations of a training step per token; None: the
             log shows no MFU.
         settings: further values that a resumed run must agree on.
+        write_model: writes OUT/model, from the exporter and the folder; collective. None: it is
+            what checkpoints hold.
     """
 
     config: PreTrainedConfig
@@ -76,6 +79,7 @@ class Recipe:
     make_evaluate: Callable[[Running], Callable[[int], None]]
     flops_per_token: Callable[[nn.Module], float] | None = None
     settings: dict[str, object] | None = None
+    write_model: Callable[[ModelExport, Path], object] | None = None
 
 
 def execute(
@@ -144,7 +148,7 @@ def execute(
         monitor,
         recipe.make_evaluate(running),
     )
-    publish(export, output / "model")
+    publish(partial(recipe.write_model, export) if recipe.write_model else export, output / "model")
     return running
 
 

@@ -7,6 +7,7 @@ The index is the one of sharded Hugging Face checkpoints, so `from_pretrained` r
 """
 
 import json
+import math
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -44,6 +45,33 @@ def file_of(name: str, has_experts: bool) -> str:
     return f"expert_{domain}.safetensors" if domain else "shared.safetensors"
 
 
+def safetensors_header(
+    specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, list[str]]:
+    """What a safetensors file begins with, and the order in which its tensors follow.
+
+    Args:
+        specs: element type and shape of each tensor.
+    Source: the format is described at https://github.com/huggingface/safetensors.
+    """
+    # Widest types first, so that every tensor begins at a multiple of its element's size.
+    names = sorted(specs, key=lambda name: (-specs[name][0].itemsize, name))
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name in names:
+        dtype, shape = specs[name]
+        stop = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {
+            "dtype": DTYPES[dtype],
+            "shape": list(shape),
+            "data_offsets": [offset, stop],
+        }
+        offset = stop
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text, names
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write one safetensors file, straight from the tensors' memory.
 
@@ -52,25 +80,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
     Raises:
         OSError: if it cannot be written.
-    Source: the format is described at https://github.com/huggingface/safetensors.
     """
-    # Widest types first, so that every tensor begins at a multiple of its element's size.
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
-    offset = 0
-    for name in names:
-        tensor = tensors[name]
-        stop = offset + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, stop],
-        }
-        offset = stop
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    header, names = safetensors_header(
+        {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}, metadata
+    )
     with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(header)
         for name in names:
             plain = tensors[name].detach().cpu().contiguous().reshape(-1)
             file.write(memoryview(plain.view(torch.uint8).numpy()))

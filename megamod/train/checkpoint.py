@@ -33,6 +33,7 @@ from megamod.dist.scope import Sharing
 from megamod.dist.topology import DomainTopology
 from megamod.errors import UserError
 from megamod.files import sha256, sync_file, sync_folder, write_atomic, write_json
+from megamod.states.manifest import MANIFEST, find_checkpoint, list_checkpoints
 from megamod.states.weights import write_tensors
 from megamod.train.fragments import (
     fragments,
@@ -40,7 +41,6 @@ from megamod.train.fragments import (
     refresh_weights,
     set_optimizer_steps,
 )
-from megamod.train.manifest import MANIFEST, find_checkpoint, list_checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -134,10 +134,13 @@ class Checkpoints:
     def load(self, path: Path) -> TrainState:
         """Load the checkpoint in `path` into the engine; collective."""
         saved = json.loads(self._state_file(path).read_text())
+        then = saved["settings"]
+        if saved.get("branched"):  # from another run: it says only what both must agree on
+            then = {**self.settings, **then}
         differences = [
-            f"{key}: {saved['settings'].get(key)!r} then, {value!r} now"
+            f"{key}: {then.get(key)!r} then, {value!r} now"
             for key, value in self.settings.items()
-            if saved["settings"].get(key) != value
+            if then.get(key) != value
         ]
         if differences:
             raise UserError(

@@ -4,7 +4,7 @@ Dense and DEMix runs write one folder; independent models (BTM) write one folder
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -144,8 +144,12 @@ class ModelExport:
         return [folder / name for name in ("config.json", "README.md", *(f.name for f in copies))]
 
 
-def publish(export: ModelExport, folder: Path) -> None:
-    """Write the model folder beside the checkpoints, whole or not at all; collective."""
+def publish(export: Callable[[Path], object], folder: Path) -> None:
+    """Write the model folder beside the checkpoints, whole or not at all; collective.
+
+    Args:
+        export: a `ModelExport`, or what else writes into a folder when called on every rank.
+    """
     temporary = folder.with_name(f".{folder.name}.tmp")
     if dist.get_rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from megamod.dist.process import rank
-from megamod.files import write_atomic, write_json
+from megamod.files import to_json, write_atomic, write_json
 from megamod.train.checkpoint import TrainState
 from megamod.train.objectives import Scored
 
@@ -174,7 +174,7 @@ class Monitor:
         return tokens_per_second * self.flops_per_token / (self.peak * dist.get_world_size())
 
     def _write(self, record: Mapping[str, object], tags: Mapping[str, float]) -> None:
-        self.metrics.write(json.dumps(record) + "\n")
+        self.metrics.write(to_json(record) + "\n")
         self.metrics.flush()
         if self.writer is not None:
             for tag, value in tags.items():
@@ -232,7 +232,8 @@ def write_environment(path: Path) -> None:
     write_json(
         path,
         {
-            "versions": {"python": platform.python_version(), **found},
+            # torch's own word for itself names the build too.
+            "versions": {"python": platform.python_version(), **found, "torch": torch.__version__},
             "machine": platform.machine(),
             "cpus": os.cpu_count(),
             "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

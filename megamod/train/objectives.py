@@ -7,6 +7,7 @@ from typing import Protocol
 import deepspeed
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 Batch = dict[str, object]
 
@@ -82,3 +83,39 @@ class CausalLM:
         totals[0].index_add_(0, of, -output.token_log_probs.sum(1))
         totals[1].index_add_(0, of, (labels != -100).sum(1).float())
         return Scored(output.loss, totals[0], totals[1])
+
+
+class Classify:
+    """Labels or values of rows, or labels of tokens: cross entropy, or squared error.
+
+    Args:
+        inputs: names of the fields of a batch that the model takes; it returns `logits` [R, C] or
+            [R, L, C].
+        regression: True for values, with C = 1.
+    """
+
+    def __init__(self, inputs: Sequence[str], device: torch.device, regression: bool):
+        self.inputs = tuple(inputs)
+        self.device = device
+        self.regression = regression
+
+    def count(self, batch: Batch) -> Sequence[float]:
+        return (batch["items"],)
+
+    def score(
+        self, engine: deepspeed.DeepSpeedEngine, batch: Batch, items: Sequence[float]
+    ) -> Scored:
+        fields = {
+            name: batch[name].to(self.device, non_blocking=True)
+            for name in (*self.inputs, "labels")
+        }
+        labels = fields.pop("labels")
+        logits = engine(**fields).logits.float()
+        if self.regression:
+            total = functional.mse_loss(logits.flatten(), labels, reduction="sum")
+        else:
+            total = functional.cross_entropy(
+                logits.flatten(0, -2), labels.flatten(), ignore_index=-100, reduction="sum"
+            )
+        count = torch.tensor([float(batch["items"])], device=self.device)
+        return Scored(total / items[0], total.detach()[None], count)

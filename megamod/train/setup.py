@@ -279,7 +279,7 @@ def settings_to_keep(
         field.name: getattr(args, field.name)
         for args in parsed
         for field in fields(args)
-        if field.name not in FREE_ON_RESUME
+        if field.name not in FREE_ON_RESUME | args.free_on_resume
     }
     return {**kept, "data digest": data_digest, "sequences per step": global_batch}
 

@@ -1,5 +1,7 @@
 """All benchmarks that need no GPU: `make bench`. Ratios of things measured in turns.
 
+With --large models of 125 million parameters are merged, which takes 4 GB of disk.
+
 Of three repeats the middle one counts; in brackets the spread. A floor is missed only if all three
 repeats miss it; then the exit code is 1.
 """
@@ -10,7 +12,9 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 import checkpoint  # noqa: E402
+import ensemble  # noqa: E402
 import loader  # noqa: E402
+import merge  # noqa: E402
 import step  # noqa: E402
 
 FLOORS = {  # (limit, True if larger is better)
@@ -20,6 +24,9 @@ FLOORS = {  # (limit, True if larger is better)
     "checkpoint / torch.save + fsync": (1.15, False),
     "loader / nanoGPT-style reader": (3.0, True),
     "seconds to the first batch at step 10^6": (1.0, False),
+    ensemble.COST: (1.05, False),
+    merge.SPEED: (1.0, True),
+    merge.MEMORY: (1.0, False),
 }
 
 
@@ -28,6 +35,8 @@ def main() -> int:
     results = {**step.measure(), **checkpoint.measure()}
     results["loader / nanoGPT-style reader"] = sorted(min(loader.measure().values()))
     results["seconds to the first batch at step 10^6"] = loader.seconds_to_resume()
+    results |= merge.measure("--large" in sys.argv)
+    results |= ensemble.measure()
     missed = 0
     for name, ratios in results.items():
         limit, larger = FLOORS[name]

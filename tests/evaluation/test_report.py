@@ -9,6 +9,7 @@ from megamod.evaluation.report import (
     comparison_record,
     mean_perplexity,
     plot_rows,
+    score_lines,
     write_report,
 )
 
@@ -99,6 +100,46 @@ def test_record_holds_the_same_numbers():
     assert record["own"]["own"] == pytest.approx({"law": 4.0, "code": 8.0})
     assert record["own"]["mean_of_own"] == pytest.approx(6.0)
     assert list(record["own"]["nll"]) == ["law", "code"]
+
+
+def test_score_lines():
+    lines = [
+        json.loads(line) for line in score_lines({"a": EXPERTS, "b": BASELINE}, "test").splitlines()
+    ]
+    assert [(line["model"], line["expert"], line["dataset"]) for line in lines] == [
+        ("a", "law", "law"),
+        ("a", "law", "code"),
+        ("a", "code", "law"),
+        ("a", "code", "code"),
+        ("b", None, "law"),
+        ("b", None, "code"),
+    ]
+    assert lines[1]["ppl"] == pytest.approx(64.0) and lines[1]["split"] == "test"
+    assert lines[1]["bits_per_byte"] == pytest.approx(8 * 6 / 32)
+    assert lines[1]["nll"] == pytest.approx(8 * math.log(64)) and lines[1]["tokens"] == 8
+
+
+def strict(text: str) -> object:
+    """JSON as readers other than Python's take it."""
+
+    def refuse(word: str) -> None:
+        raise ValueError(f"{word} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_a_perplexity_beyond_all_numbers_is_null_in_files(run):
+    endless = {DENSE: {"law": Score(1e6, 1), "code": score(4.0)}}
+    assert math.isinf(endless[DENSE]["law"].perplexity)
+    record = {"step": 6, "split": "valid", "perplexity": {"law": None, "code": 3.0}}
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(record) + "\n")
+    told = write_report(run, endless, "valid", 5)
+    saved = strict((run / "perplexity.json").read_text())
+    assert saved["perplexity"][DENSE] == {"law": None, "code": pytest.approx(4.0)}
+    assert saved["mean_of_own"] is None and "inf" in told
+    line = strict(score_lines({"m": endless}, "test").splitlines()[0])
+    assert line["ppl"] is None and (line["nll"], line["tokens"]) == (1e6, 1)
 
 
 def test_rows_of_the_heat_map():

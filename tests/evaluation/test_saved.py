@@ -15,6 +15,8 @@ from saved_models import (
     plain_perplexity,
 )
 
+from megamod.data.binarize import split_prefix
+from megamod.data.indexed import IndexedDataset
 from megamod.errors import UserError
 from megamod.evaluation.perplexity import DENSE, perplexities
 from megamod.evaluation.saved import HeldOut, find_models, score_models
@@ -56,6 +58,14 @@ def scores(made: Path, kind: str, **changes):
 
 def model_in(folder: Path) -> DemixForCausalLM:
     return DemixForCausalLM.from_pretrained(folder)
+
+
+def write_forest(folder: Path, entries: list[dict[str, object]]) -> None:
+    """A forest.json of experts that nothing more is known of."""
+    unknown = {"parents": [], "seed": None, "start_update": 0, "updates": 0, "tokens": 0, "gpus": 1}
+    unknown |= {"data_digest": None, "config_digest": None}
+    text = json.dumps({"format": 1, "experts": [entry | unknown for entry in entries]})
+    (folder / "forest.json").write_text(text)
 
 
 def test_dense_model(made):
@@ -104,6 +114,76 @@ def test_domain_tokens_are_those_of_the_training_whatever_is_scored(made):
     assert perplexities(without)[DENSE]["law"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_experts_that_are_asked_for(made, caplog):
+    whole = scores(made, "demix")
+    matrix = scores(made, "demix", experts=("art", "law"))
+    assert matrix == {expert: whole[expert] for expert in ("law", "art")}
+    assert list(scores(made, "btm", experts=("code",))) == ["code"]
+    assert list(scores(made, "dense", experts=("code",))) == [DENSE]
+    assert caplog.text == ""
+
+
+def test_a_forest_of_members_and_whole_models(made, tmp_path):
+    entries = [
+        {"domain": "rules", "path": str(made / "demix"), "member": "law"},
+        {"domain": "code", "path": str(made / "btm" / "code"), "member": None},
+    ]
+    write_forest(tmp_path, entries)
+    demix, btm = scores(made, "demix"), scores(made, "btm")
+    for given in (tmp_path, tmp_path / "forest.json"):
+        assert scores(made, given) == {"rules": demix["law"], "code": btm["code"]}
+
+
+def source_stream(made: Path, domain: str) -> tuple[list[int], list[int]]:
+    """Every target of a test split, and the input token before each."""
+    dataset = IndexedDataset(made / "bin" / split_prefix(domain, "test"))
+    tokens = [int(token) for item in range(len(dataset)) for token in dataset[item]]
+    return tokens, [2, *tokens[:-1]]
+
+
+@pytest.mark.parametrize("window", [1, 3, 5, 7])
+@torch.no_grad()
+def test_context_window_is_a_plain_loop_over_tokens(made, window):
+    """Each token on its own, read with the block's beginning and the window before that."""
+    model, span = model_in(made / "demix").eval(), LENGTH - window
+    for domain in ("law", "art"):
+        tokens, inputs = source_stream(made, domain)
+        expected = 0.0
+        for place, target in enumerate(tokens):
+            first = max(0, place // span * span - window)
+            logits = model(torch.tensor([inputs[first : place + 1]]), domain="law").logits[0, -1]
+            expected -= float(logits.double().log_softmax(-1)[target])
+        for batch_size in (1, 4):
+            changes = dict(context_window=window, experts=("law",), batch_size=batch_size)
+            score = scores(made, "demix", domains=(domain,), **changes)["law"][domain]
+            assert score.tokens == len(tokens)
+            assert score.nll == pytest.approx(expected, rel=1e-5)
+
+
+@torch.no_grad()
+def test_context_window_behind_a_domain_token(made):
+    model, window = model_in(made / "token").eval(), 3
+    span, token = LENGTH - 1 - window, VOCAB + SORTED_PLACE["law"]
+    tokens, inputs = source_stream(made, "law")
+    expected = 0.0
+    for place, target in enumerate(tokens):
+        first = max(0, place // span * span - window)
+        logits = model(torch.tensor([[token, *inputs[first : place + 1]]])).logits[0, -1]
+        expected -= float(logits.double().log_softmax(-1)[target])
+    score = scores(made, "token", domains=("law",), context_window=window)[DENSE]["law"]
+    assert (score.nll, score.tokens) == (pytest.approx(expected, rel=1e-5), len(tokens))
+
+
+def test_another_domains_token_for_text_the_model_never_saw(made, tmp_path):
+    fields = dict(vocab_size=VOCAB + 2, domains=["law", "art"])
+    model = model_in(make_model(tmp_path / "model", **fields))
+    wanted = dict(domains=("code", "law"), force_domain_token="law")
+    matrix = scores(made, tmp_path / "model", **wanted)[DENSE]
+    for domain in ("code", "law"):  # sorted, art comes first
+        expected = plain_perplexity(model, made / "bin", domain, None, VOCAB + 1)
+        assert matrix[domain].perplexity == pytest.approx(expected, rel=1e-5)
+
+
 def test_sequence_length_cuts_the_context(made):
     short = scores(made, "dense", block_size=LENGTH // 2)[DENSE]["law"]
     assert short.tokens == TOKENS["law"]
@@ -116,6 +196,16 @@ def test_sequence_length_cuts_the_context(made):
         ("nowhere", {}, "holds no config.json, and no folder in it does"),
         ("dense", {"block_size": 9}, "--max_seq_length 9: the model in .* has 8 positions"),
         ("dense", {"domain_token": "true"}, "has no domain tokens"),
+        ("dense", {"context_window": 8}, "sequences of 8 tokens leave room for 7 at most"),
+        ("token", {"context_window": 7}, "sequences of 8 tokens leave room for 6 at most"),
+        ("dense", {"force_domain_token": "law"}, "_token law: the model in .* has no domain tok"),
+        ("token", {"force_domain_token": "lore"}, "lore: .* has tokens for law, code, art"),
+        (
+            "token",
+            {"force_domain_token": "law", "domain_token": "false"},
+            "--force_domain_token law: --domain_token is false",
+        ),
+        ("demix", {"experts": ("lore",)}, "no expert 'lore'; choose of law, code, art"),
         ("dense", {"domains": ("law", "lore")}, "'lore'; choose of law, code, art"),
         ("dense", {"split": "dev"}, "split 'dev': allowed are train, valid, test"),
         ("dense", {"path": "nowhere"}, "is not a data-bin"),

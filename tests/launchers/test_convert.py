@@ -195,4 +195,4 @@ def test_help_lists_the_formats_without_loading_torch():
         "except SystemExit: print([m for m in ('torch', 'transformers') if m in sys.modules])"
     )
     told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout
-    assert told.rstrip().endswith("[]") and "--format {fairseq_lm}" in told
+    assert told.rstrip().endswith("[]") and "--format {fairseq_lm," in told

@@ -19,10 +19,11 @@ def launch(*arguments: object) -> subprocess.CompletedProcess[str]:
 def test_two_models_side_by_side(tmp_path):
     data = make_data(tmp_path / "bin")
     folders = [make_model(tmp_path / "dense"), make_model(tmp_path / "demix", untie="feedforward")]
-    output, plot = tmp_path / "scores.json", tmp_path / "scores.png"
+    output, plot, lines = (tmp_path / f"scores.{kind}" for kind in ("json", "png", "jsonl"))
     done = launch(
         *("--model", *folders, "--data", data, "--domains", "art", "law"),
         *("--output", output, "--plot", plot),
+        *("--jsonl", lines, "--context_window", 0, "--experts", *DOMAINS),
     )
     assert done.returncode == 0, done.stderr
     saved = json.loads(output.read_text())
@@ -36,13 +37,21 @@ def test_two_models_side_by_side(tmp_path):
         assert f"{expected['art']:.2f}" in told
     own = [demix["perplexity"][d][d] for d in ("art", "law")]
     assert demix["mean_of_own"] == pytest.approx(sum(own) / 2)
-    perplexity, bits = told.split("\n\n")[1:]
+    assert f"eval_ensemble.py --forest {folders[1]} --data {data} --domain art --removal" in told
+    rows = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert [(row["model"], row["expert"]) for row in rows[:3:2]] == [
+        (str(folders[0]), None),
+        (str(folders[1]), "law"),
+    ]
+    assert rows[2]["dataset"] == "art" and len(rows) == 2 + 2 * len(DOMAINS)
+    assert rows[2]["ppl"] == demix["perplexity"]["law"]["art"]
+    perplexity, bits = told.split("\n\n")[1:3]
     assert perplexity.splitlines()[1].split()[-3:] == ["art", "law", "mean"]
     assert perplexity.splitlines()[2].startswith(str(folders[0]))
     assert bits.startswith("test bits per byte")
     assert plot.read_bytes()[:4] == b"\x89PNG"
     assert {path.name for path in tmp_path.iterdir()} == {
-        *("bin", "dense", "demix", "scores.json", "scores.png")
+        *("bin", "dense", "demix", "scores.json", "scores.png", "scores.jsonl")
     }
 
 

@@ -13,7 +13,7 @@ import torch
 from megamod.data.binarize import binarize
 from megamod.errors import UserError
 from megamod.states.weights import write_index, write_weights
-from megamod.train.manifest import find_checkpoint, verify
+from megamod.states.manifest import find_checkpoint, verify
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LAUNCHER = REPOSITORY / "launchers" / "verify.py"

@@ -101,9 +101,11 @@ def test_the_average_follows_the_last_real_tokens():
                 posterior[expert] += shares[expert] / sum(shares) / 2
         mixed = mixture.add(scores, mask)
         assert mixed.posterior.tolist() == pytest.approx(posterior, abs=1e-6)
-        average = posterior if average is None else [
-            0.7 * old + 0.3 * new for old, new in zip(average, posterior, strict=True)
-        ]
+        average = (
+            posterior
+            if average is None
+            else [0.7 * old + 0.3 * new for old, new in zip(average, posterior, strict=True)]
+        )
         prior = average
         assert mixed.average.tolist() == pytest.approx(average, abs=1e-6)
     prior = estimate_prior("abc", random_batches(), Rule("history"))

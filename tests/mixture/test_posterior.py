@@ -23,7 +23,7 @@ def random_scores(experts: int = 4, batch: int = 3, length: int = 9, seed: int =
 
 
 def by_hand(column, prior, rule, temperature=1.0, forgetting=1.0) -> list[float]:
-    """Weights [E] after the tokens of `column` ([E] lists of log-probabilities), in plain Python."""
+    """Weights [E] after the tokens of `column` ([E] lists of log-probabilities)."""
     experts, length = len(column), len(column[0])
     if rule == "last_token" and length == 0:
         alive = [1.0 if share > 0 else 0.0 for share in prior]

@@ -21,7 +21,7 @@ from train.tiny_runs import build_tiny, masters, run_tiny
 from megamod.errors import UserError
 from megamod.train.checkpoint import Checkpoints, TrainState
 from megamod.train.fragments import fragments
-from megamod.train.manifest import find_checkpoint, list_checkpoints, verify
+from megamod.states.manifest import find_checkpoint, list_checkpoints, verify
 
 KILLS = 30
 

@@ -1,8 +1,8 @@
 """Checkpoints of the original programs, turned into ours: one module per format.
 
 A format is a key of `FORMATS` and a module of that name beside this file, which has
-    convert(source: Path, options: Options) -> Converted
-    export(source: Path, folder: Path) -> list[Path]      if there is a way back
+    convert(source: Path, options: Options) -> Converted                    if there is a way here
+    export(source: Path, folder: Path, options: Options) -> list[Path]      if there is a way back
 Both are pure functions on state dicts; files are written by the caller, into a `new_folder`.
 """
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # `--help` lists the formats, and torch takes seconds to load
 
 FORMATS = {
     "fairseq_lm": "causal language models of fairseq: dense, one expert (ELM), or DEMix",
+    "opt": "OPTForCausalLM of transformers, for use without megamod (with --export only)",
 }
 
 
@@ -30,12 +31,16 @@ class Options:
     """What the weights of a checkpoint cannot tell.
 
     Attributes:
-        domains: names of the experts in rank order; of a dense model, what it was trained on.
+        domains: names of the experts in rank order; of a dense model, what it was trained on; for
+            an export to one dense model, the expert that is meant.
         num_attention_heads: heads per layer; None: as the checkpoint's settings say.
     """
 
     domains: tuple[str, ...] = ()
     num_attention_heads: int | None = None
+
+
+NO_OPTIONS = Options()
 
 
 @dataclass

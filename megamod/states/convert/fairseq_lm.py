@@ -19,7 +19,7 @@ from torch import Tensor
 from megamod.dist.scope import MARK, domain_of_name
 from megamod.errors import UserError
 from megamod.files import write_json
-from megamod.states.convert import Converted, Options
+from megamod.states.convert import NO_OPTIONS, Converted, Options
 from megamod.states.convert.reading import Checkpoint, read_checkpoint
 from megamod.states.weights import expert_state, read_weights, write_tensors
 
@@ -115,7 +115,7 @@ def convert(source: Path, options: Options) -> Converted:
     )
 
 
-def export(source: Path, folder: Path) -> list[Path]:
+def export(source: Path, folder: Path, options: Options = NO_OPTIONS) -> list[Path]:
     """Write a model folder of ours in fairseq's keys, as safetensors with settings beside them.
 
     A dense model becomes model.safetensors; one with experts checkpoint_last-shared.safetensors and
@@ -125,8 +125,10 @@ def export(source: Path, folder: Path) -> list[Path]:
         the files.
     Raises:
         UserError: if the folder is not a language model of ours, or more than feed-forwards are
-            held per domain.
+            held per domain; if some of the experts are asked for.
     """
+    if options.domains:
+        raise UserError("--domains: all experts are exported to fairseq, there is no choice")
     try:
         config = json.loads((source / "config.json").read_text(encoding="utf-8"))
         layers, heads = config["num_hidden_layers"], config["num_attention_heads"]

@@ -2,7 +2,7 @@
 
     step-N/manifest.json    {"files": {NAME: {"bytes": ..., "sha256": ...}}}, written last
 
-Apart from `megamod.train.checkpoint`, so that a folder can be looked at without DeepSpeed.
+Written by `megamod.train.checkpoint`; here a folder can be looked at without DeepSpeed.
 """
 
 import json

@@ -1,0 +1,39 @@
+"""Adapt an expert of a forest, or a dense model, to a new domain (DAPT, expert addition).
+
+    python launchers/adapt.py --forest runs/demix/model --data DATABIN --domain novel \\
+        --max_steps 1000 --global_batch_size 128 --output_dir runs/novel
+    deepspeed launchers/adapt.py --forest forest.json --data DATABIN --domain novel \\
+        --method full --start law --deepspeed ds_configs/zero2_bf16.json --output_dir runs/novel
+    torchrun --nproc_per_node 2 launchers/adapt.py --model runs/dense/model --data DATABIN \\
+        --domain novel --method full --output_dir runs/novel
+
+The expert to start from is the one that the posterior on the new domain's valid split favours.
+With --method feedforward nothing but feed-forward networks is trained: a model with experts (DEMix)
+gets one expert more, in OUT/model, and its other experts stay as they are, to the bit. Otherwise
+OUT/model is a whole dense model. Either joins the forest; docs/adaptation.md says where that is
+written. The same command resumes an interrupted run.
+"""
+
+from megamod.args import RunArgs, SafetyArgs, parse_args, require
+from megamod.errors import UserError, run
+from megamod.runs.adapt_args import AdaptArgs, AdaptOptimArgs
+
+
+def main() -> None:
+    """Parse, train, and say where everything is."""
+    parsed = parse_args(RunArgs, SafetyArgs, AdaptOptimArgs, AdaptArgs, doc=__doc__)
+    args = parsed[-1]
+    require(parsed[0], "output_dir")
+    require(args, "data", "domain")
+    if args.forest is None and args.model is None:
+        raise UserError("--forest is missing, or --model: what to start from")
+    # Only now the heavy imports, so that --help and mistakes in flags answer at once.
+    from megamod.runs.adapt import adapt
+    from megamod.train.setup import start_logging
+
+    start_logging()
+    adapt(*parsed)
+
+
+if __name__ == "__main__":
+    run(main)

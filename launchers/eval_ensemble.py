@@ -1,0 +1,47 @@
+"""Mix the experts of a forest on held-out text: estimate a prior, then score with it.
+
+    python launchers/eval_ensemble.py --forest forest.json --data DATABIN --domain law
+    python launchers/eval_ensemble.py --forest runs/demix/model --data DATABIN --domain law code \\
+        --rule history --topk 4 --removal_test --output mixed.json --plot "along_{domain}.png"
+
+    python launchers/eval_ensemble.py --forest forest.json --data DATABIN --domain novel \\
+        --estimate_only --prior_output prior.json
+    deepspeed launchers/eval_ensemble.py --forest forest.json --data DATABIN --domain novel \\
+        --prior prior.json
+
+A forest is a forest.json or its folder, a DEMix model folder, or a folder with a model folder per
+domain. The prior is estimated on the first sequences of the valid split and written as JSON; the
+test split is scored whole. One process runs expert after expert; several (deepspeed, torchrun) hold
+the experts together, each its share. `{domain}` in a file name stands for the domain's name.
+docs/mixing.md explains rules and modes.
+"""
+
+import os
+
+from megamod.errors import run
+from megamod.flags import parse_args, require
+from megamod.runs.ensemble_args import EnsembleArgs
+
+
+def main() -> None:
+    """Parse, estimate, score, print, write."""
+    (args,) = parse_args(EnsembleArgs, doc=__doc__)
+    require(args, "forest", "data", "domain")
+
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    from megamod.runs.ensemble import mix_forest
+
+    disable_progress_bar()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from megamod.dist.process import init_process
+
+        device = init_process(timeout=1800)
+    else:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    mix_forest(args, device)
+
+
+if __name__ == "__main__":
+    run(main)

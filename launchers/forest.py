@@ -1,0 +1,146 @@
+"""The experts of a forest: list them, add and remove some, branch new ones.
+
+    python launchers/forest.py list   --forest runs/btm
+    python launchers/forest.py add    --forest runs/btm --path runs/btm/law
+    python launchers/forest.py remove --forest runs/btm --domain law
+    python launchers/forest.py branch --parents runs/seed --share 0.5 --domain law \\
+        --output_dir runs/btm/law
+    python launchers/forest.py branch --forest runs/btm --prior prior.json --topk 4 --domain tax \\
+        --output_dir runs/btm/tax
+
+`branch` writes the first checkpoint of a run. What follows trains it, going on from there:
+
+    python launchers/pretrain.py RECIPE.yaml --data DATABIN --domains law --output_dir runs/btm/law
+
+With one parent that has an optimizer, the optimizer, the step and the place in the learning-rate
+schedule are kept and the data begin anew. The average of several parents begins at step 0.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from megamod.errors import UserError, run
+from megamod.flags import Arguments, option, parse_args, require
+
+VERBS = ("list", "add", "remove", "branch")
+
+
+@dataclass
+class ForestArgs(Arguments):
+    """Which forest, which experts."""
+
+    forest: str | None = option(None, "forest.json, or the folder that holds it")
+    domain: list[str] | None = option(  # noqa: RUF009
+        None, "name of the expert; branch for one job of independent models: several"
+    )
+    path: str | None = option(None, "add: a finished run, or a model folder")
+    member: str | None = option(None, "a domain, of a model or run that holds several")
+
+
+@dataclass
+class BranchArgs(Arguments):
+    """Where a new expert begins."""
+
+    parents: list[str] | None = option(  # noqa: RUF009
+        None, "runs, checkpoints or model folders; none: the experts of --forest"
+    )
+    experts: list[str] | None = option(None, "of --forest, these only")  # noqa: RUF009
+    weights: list[str] | None = option(  # noqa: RUF009
+        None, "numbers, of the parents in their average; none: alike"
+    )
+    prior: str | None = option(
+        None, "JSON file of launchers/eval_ensemble.py: weights of the experts of --forest"
+    )
+    topk: int = option(0, "average the experts with the largest weights only; 0: all", least=0)
+    step: int | None = option(None, "checkpoint nearest to this step; -1: the last", least=-1)
+    share: float | None = option(
+        None, "checkpoint nearest to this share of the run's last step", least=0, most=1
+    )
+    one_world: bool = option(False, "lay out for independent models of one job (--untie all)")
+    output_dir: str | None = option(None, "folder of the run to begin")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.step is not None and self.share is not None:
+            raise UserError(f"--step {self.step} and --share {self.share}: give one of the two")
+        if self.weights is not None and self.prior is not None:
+            raise UserError("--weights and --prior: give one of the two")
+
+
+def main() -> None:
+    """Do what the verb says, then show it."""
+    known = " ".join(VERBS)
+    verb = ""
+    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
+        verb = sys.argv.pop(1)
+    elif not {"-h", "--help"} & set(sys.argv):
+        raise UserError(f"what is to be done is missing: {known}")
+    if verb and verb not in VERBS:
+        raise UserError(f"{verb!r} is none of {known}")
+    args, start = parse_args(ForestArgs, BranchArgs, doc=__doc__)
+
+    if verb == "branch":
+        begin(args, start)
+        return
+    require(args, "forest")
+
+    from megamod.btm.grown import expert_of, table
+    from megamod.states.forest import edit_forest, open_forest
+
+    if verb == "add":
+        require(args, "path")
+        domain = args.domain[0] if args.domain else None
+        new = expert_of(Path(args.path), domain, args.member)
+        with edit_forest(args.forest) as experts:
+            experts.append(new)
+    elif verb == "remove":
+        require(args, "domain")
+        open_forest(args.forest)
+        with edit_forest(args.forest) as experts:
+            for domain in args.domain:
+                names = [expert.domain for expert in experts]
+                if domain not in names:
+                    raise UserError(
+                        f"--domain: {args.forest} has no expert of domain {domain!r}; there are "
+                        f"{', '.join(names)}"
+                    )
+                del experts[names.index(domain)]
+    print(table(open_forest(args.forest)))
+
+
+def begin(args: ForestArgs, start: BranchArgs) -> None:
+    """Write a new expert's first checkpoint, and say how to go on."""
+    require(args, "domain")
+    require(start, "output_dir")
+    if (start.parents is None) is (args.forest is None):
+        raise UserError("branch: give one of --parents and --forest")
+
+    from megamod.btm.branch import branch
+    from megamod.btm.parents import check_weights, find_source, forest_sources
+
+    weights = [number(text) for text in start.weights] if start.weights else None
+    if start.parents is None:
+        sources, weights = forest_sources(
+            args.forest, only=start.experts, weights=weights, prior=start.prior, topk=start.topk
+        )
+    else:
+        sources = [
+            find_source(path, step=start.step, share=start.share, member=args.member)
+            for path in start.parents
+        ]
+        weights = check_weights(weights, len(sources))
+    made = branch(sources, weights, args.domain, start.output_dir, one_world=start.one_world)
+    print(f"{made}: launchers/pretrain.py --output_dir {start.output_dir} goes on from here")
+
+
+def number(text: str) -> float:
+    """A weight as it was given."""
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"--weights: {text!r} is not a number") from None
+
+
+if __name__ == "__main__":
+    run(main)

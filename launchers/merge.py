@@ -1,0 +1,161 @@
+"""Merge models into one: any folders with config.json and safetensors that fit each other.
+
+    python launchers/merge.py RECIPE.yaml --output_dir OUT
+    python launchers/merge.py --merge_method linear --models A B --weights 0.3 0.7 --output_dir OUT
+    python launchers/merge.py --forest forest.json --prior prior.json --topk 4 --output_dir OUT
+    python launchers/merge.py --forest runs/demix/model --experts law med --output_dir OUT
+
+The recipe is one of mergekit: see launchers/recipes/merge_linear.yaml. A forest gives its experts,
+each of a DEMix model together with what is shared, so that a dense model comes out. Weights are
+divided by their sum unless told otherwise; without any, all models count alike. Tensors are
+streamed: memory does not grow with the models. OUT has the configuration and tokenizer of the
+first model, and in merge.json its parents.
+"""
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from megamod.errors import UserError, run
+from megamod.flags import Arguments, option, parse_args, require
+
+if TYPE_CHECKING:
+    from megamod.merging.recipe import Recipe
+
+
+@dataclass
+class MergeArgs(Arguments):
+    """What to merge, how, and where to."""
+
+    merge_method: str = option("linear", "how to merge, where there is no recipe")
+    models: list[str] | None = option(None, "model folders")  # noqa: RUF009
+    forest: str | None = option(
+        None, "in place of --models: forest.json, or a folder with one, or with DEMix experts"
+    )
+    experts: list[str] | None = option(  # noqa: RUF009
+        None, "domains of the forest to take; none: all"
+    )
+    weights: list[str] | None = option(None, "a number for each model")  # noqa: RUF009
+    prior: str | None = option(None, "file with the weights of a forest's experts")
+    topk: int | None = option(None, "keep the models with the largest weights, so many", least=1)
+    no_normalize: bool = option(False, "do not divide the weights by their sum")
+    dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = option(
+        None, "round weights to it before anything else; none: do not"
+    )
+    out_dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = option(
+        None, "dtype of the result; none: --dtype, else that of the first model"
+    )
+    max_shard_size: str = option(
+        "5GB", "size above which there are several weight files", alias="out_shard_size"
+    )
+    dry_run: bool = option(False, "check everything, say what would be done, write nothing")
+    output_dir: str | None = option(None, "folder to make")
+
+
+def main() -> None:
+    """Parse, merge, and say what was made."""
+    argv = sys.argv[1:]
+    recipe_file = Path(argv.pop(0)) if argv and not argv[0].startswith("-") else None
+    (args,) = parse_args(MergeArgs, argv=argv, doc=__doc__)
+    if not args.dry_run:
+        require(args, "output_dir")
+
+    from megamod.merging.average import merge
+    from megamod.merging.recipe import read_recipe
+    from megamod.states.stream import parse_size
+
+    shard_bytes = parse_size(args.max_shard_size, "--max_shard_size")
+    if recipe_file is None:
+        recipe = recipe_of(args)
+    else:
+        _refuse_beside_recipe(args)
+        recipe = read_recipe(recipe_file)
+    output = Path(args.output_dir or ".")
+    plan = merge(recipe, output, shard_bytes=shard_bytes, dry_run=args.dry_run)
+    print(plan.describe())
+    print("nothing was written" if args.dry_run else f"written to {args.output_dir}")
+
+
+def recipe_of(args: MergeArgs) -> "Recipe":
+    """The recipe that the flags stand for.
+
+    Raises:
+        UserError: naming the flag, for values that do not go together.
+    """
+    from megamod.merging.methods import METHODS
+    from megamod.merging.recipe import check_word, weighted
+
+    check_word(args.merge_method, tuple(METHODS), "--merge_method: there is no")
+    if (args.models is None) is (args.forest is None):
+        raise UserError("give a recipe, or one of --models and --forest")
+    if args.forest is None:
+        for flag in ("experts", "prior"):
+            if getattr(args, flag) is not None:
+                raise UserError(f"--{flag} goes with --forest, not with --models")
+        sources, domains = [(Path(model), None) for model in args.models], None
+    else:
+        from megamod.states.forest import open_forest
+
+        forest = open_forest(Path(args.forest))
+        of = {expert.domain: expert for expert in forest.experts}
+        domains = list(args.experts or of)
+        for domain in domains:
+            check_word(domain, tuple(of), f"--experts: {args.forest} has no expert")
+        sources = [(of[domain].path, of[domain].member) for domain in domains]
+    weights, origin = [1.0] * len(sources), "--models"
+    if args.weights is not None and args.prior is not None:
+        raise UserError("--weights and --prior both give weights; give one of them")
+    if args.weights is not None:
+        weights, origin = [_number(text) for text in args.weights], "--weights"
+    elif args.prior is not None:
+        from megamod.mixture.prior import read_prior
+
+        prior = read_prior(Path(args.prior), forest.domains)
+        of_domain = dict(zip(prior.domains, prior.weights, strict=True))
+        weights, origin = [float(of_domain[domain]) for domain in domains], f"--prior {args.prior}"
+    if args.topk is not None and origin == "--models":
+        raise UserError("--topk needs weights to choose by: --weights or --prior")
+    if args.topk is not None and args.topk > len(sources):
+        raise UserError(f"--topk {args.topk}: there are only {len(sources)} models")
+    if args.topk is not None and len(weights) == len(sources):
+        best = sorted(range(len(weights)), key=lambda place: -weights[place])[: args.topk]
+        sources, weights = (
+            [every[place] for place in sorted(best)] for every in (sources, weights)
+        )
+        domains = [domains[place] for place in sorted(best)] if domains else None
+    return weighted(
+        sources,
+        weights,
+        normalize=not args.no_normalize,
+        domains=domains,
+        dtype=args.dtype,
+        out_dtype=args.out_dtype,
+        origin=origin,
+    )
+
+
+def _refuse_beside_recipe(args: MergeArgs) -> None:
+    """Everything but where to write is said in the recipe."""
+    for name in ("models", "forest", "experts", "weights", "prior", "topk", "dtype", "out_dtype"):
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name} cannot be added to a recipe; write it there")
+    if args.no_normalize:
+        raise UserError(
+            "--no_normalize cannot be added to a recipe; write `normalize: false` there"
+        )
+
+
+def _number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"--weights: {text!r} is not a finite number")
+    return number
+
+
+if __name__ == "__main__":
+    run(main)

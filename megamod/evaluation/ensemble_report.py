@@ -1,0 +1,102 @@
+"""Scores of mixtures for people and programs: tables, JSON and JSON lines."""
+
+from collections.abc import Mapping
+
+from megamod.evaluation.ensemble import DomainResult, Protocol
+from megamod.evaluation.perplexity import Score, format_matrix
+from megamod.files import to_json
+
+Results = Mapping[str, DomainResult]
+SHOWN = 6  # experts of a prior in a table; the rest are summed
+
+
+def prior_text(results: Results) -> str:
+    """A line per domain: the experts with the largest prior."""
+    width = max(map(len, results), default=0)
+    lines = []
+    for domain, result in results.items():
+        if result.prior is None:
+            continue
+        told = dict(zip(result.prior.domains, result.prior.weights, strict=True))
+        best = sorted(told, key=lambda name: -told[name])
+        shown = [f"{name} {told[name]:.3f}" for name in best[:SHOWN] if told[name] > 0]
+        rest = sum(told[name] for name in best[SHOWN:])
+        shown += [f"{len(best) - SHOWN} others {rest:.3f}"] if len(best) > SHOWN else []
+        lines.append(f"{domain.ljust(width)}  {', '.join(shown)}")
+    return "\n".join(["prior over experts, by text", *lines]) if lines else ""
+
+
+def score_text(results: Results, protocol: Protocol) -> str:
+    """Perplexity, and bits per byte where known: the best single expert, then the mixtures."""
+    alone = {domain: result.single[result.best] for domain, result in results.items()}
+    rows: dict[str, dict[str, Score]] = {"best single expert": alone}
+    for domain, result in results.items():
+        for mode, score in result.modes.items():
+            rows.setdefault(mode, {})[domain] = score
+    parts = [_table(f"{protocol.split} perplexity", rows, bits=False)]
+    told = ", ".join(f"{result.best} on {domain}" for domain, result in results.items())
+    parts[0] += f"\nbest alone: {told}"
+    if all(score.bytes for row in rows.values() for score in row.values()):
+        parts.append(_table(f"{protocol.split} bits per byte", rows, bits=True))
+    if protocol.removal_test:
+        rows = {"all experts": {d: r.modes[protocol.mode] for d, r in results.items()}}
+        for domain, result in results.items():
+            for name, score in result.without.items():
+                rows.setdefault(f"without {name}", {})[domain] = score
+        title = f"{protocol.split} perplexity of {protocol.mode}, an expert left out"
+        parts.append(_table(title, rows, bits=False))
+    return "\n\n".join(parts)
+
+
+def ensemble_record(results: Results, protocol: Protocol) -> dict[str, object]:
+    """All numbers as a value for JSON; what is not known or not finite becomes null."""
+    rule = protocol.rule
+    return {
+        "mode": protocol.mode,
+        "rule": rule.name,
+        "temperature": rule.temperature,
+        "forgetting": rule.forgetting,
+        "topk": protocol.topk,
+        "split": protocol.split,
+        "domains": {domain: _record(result, protocol) for domain, result in results.items()},
+    }
+
+
+def ensemble_lines(results: Results) -> str:
+    """JSON lines, one per batch of the estimate and of the chosen mode, in this order."""
+    return "".join(f"{to_json(line)}\n" for result in results.values() for line in result.lines)
+
+
+def _record(result: DomainResult, protocol: Protocol) -> dict[str, object]:
+    prior = result.prior
+    record: dict[str, object] = {
+        "prior": None if prior is None else dict(zip(prior.domains, prior.weights, strict=True)),
+        "estimated_on": None if prior is None else prior.text,
+    }
+    if result.modes:
+        record |= {
+            **_numbers(result.modes[protocol.mode]),
+            "best_single": result.best,
+            "single": {name: _numbers(score) for name, score in result.single.items()},
+            "modes": {mode: _numbers(score) for mode, score in result.modes.items()},
+            "without": {name: _numbers(score) for name, score in result.without.items()},
+        }
+    return record
+
+
+def _numbers(score: Score) -> dict[str, float | int | None]:
+    return {
+        "perplexity": score.perplexity,
+        "bits_per_byte": score.bits_per_byte,
+        "nll": score.nll,
+        "tokens": score.tokens,
+    }
+
+
+def _table(title: str, rows: Mapping[str, Mapping[str, Score]], bits: bool) -> str:
+    numbers = {
+        name: {d: s.bits_per_byte if bits else s.perplexity for d, s in row.items()}
+        for name, row in rows.items()
+    }
+    table = format_matrix(numbers, corner="model \\ text", digits=3 if bits else 2)
+    return f"{title}\n{table}"

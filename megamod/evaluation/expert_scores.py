@@ -1,0 +1,311 @@
+"""Log-probabilities that each expert of a forest gives to a text, in one of two ways.
+
+`OneByOne` runs expert after expert over the whole text and keeps [N, T] log-probabilities, in
+memory or in files that a later run finds again; so one process scores any number of experts.
+`Together` holds all experts at once, spread over the ranks if there are several, and scores batch
+by batch; only log-probabilities of target tokens travel. Both give the same numbers.
+
+Shapes: E experts, B sequences of a batch, N of a text, T targets of a sequence.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from megamod.data.binarize import split_prefix
+from megamod.data.blocks import IGNORE
+from megamod.data.lm import DataBin
+from megamod.errors import UserError
+from megamod.evaluation.perplexity import Batch
+from megamod.evaluation.saved import (
+    HeldOut,
+    held_out_batches,
+    held_out_blocks,
+    open_data,
+    read_config,
+)
+from megamod.files import sha256, write_atomic
+from megamod.models.forest_lm import Loaded, load_experts
+from megamod.states.forest import Expert, Forest
+from megamod.states.weights import DENSE_FILE, INDEX_FILE
+
+Scored = tuple[Tensor, Tensor]
+"""Log-probabilities [E, B, T] float32 and a mask [B, T], True where a target is real."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """The first sequences of a split of a domain; `sequences` None: all of them."""
+
+    domain: str
+    split: str
+    sequences: int | None = None
+
+
+class Experts:
+    """The experts of a forest and the data as each of them reads it.
+
+    Attributes:
+        domains: of the experts, in the order of the forest.
+    """
+
+    def __init__(
+        self,
+        forest: Forest,
+        held_out: HeldOut,
+        device: torch.device,
+        only: Sequence[str] | None = None,
+    ):
+        """Check that all fits before anything is loaded.
+
+        Args:
+            held_out: its `domains` are those of the texts; its split counts for nothing.
+            only: experts to use; None: all.
+        Raises:
+            UserError: if an expert is not there, or reads other sequences than the others.
+        """
+        for name in only or ():
+            if name not in forest.domains:
+                raise UserError(
+                    f"--experts: {forest.path} has no expert {name!r}; "
+                    f"choose of {', '.join(forest.domains)}"
+                )
+        kept = tuple(e for e in forest.experts if only is None or e.domain in only)
+        self.forest, self.device = replace(forest, experts=kept), device
+        self.domains = self.forest.domains
+        configs = {expert.path: read_config(expert.path, "--forest") for expert in kept}
+        if held_out.block_size is None:
+            shortest = min(config.max_position_embeddings for config in configs.values())
+            held_out = replace(held_out, block_size=shortest)
+        self.held_out = held_out
+        self._masks: dict[Text, Tensor] = {}
+        known = DataBin(held_out.path).domains
+        for domain in held_out.domains:
+            if domain not in known:
+                raise UserError(
+                    f"--domain: {held_out.path} has no text of {domain!r}; "
+                    f"choose of {', '.join(known)}"
+                )
+        self.data = {path: open_data(path, configs[path], held_out) for path in configs}
+        spoken = {path: data.vocab_size > data.bin.vocab_size for path, data in self.data.items()}
+        if len(set(spoken.values())) > 1:
+            told = ", ".join(f"{path}: {'yes' if has else 'no'}" for path, has in spoken.items())
+            raise UserError(
+                "some experts have domain tokens and others not, so their sequences differ; "
+                f"give --domain_token false ({told})"
+            )
+
+    def masks(self, text: Text) -> Tensor:
+        """[N, T] bool, True where a target is real."""
+        if text not in self._masks:
+            any_data = self.data[self.forest.experts[0].path]
+            held_out = replace(self.held_out, split=text.split)
+            blocks = held_out_blocks(any_data, held_out, text.domain)
+            count = len(blocks) if text.sequences is None else min(len(blocks), text.sequences)
+            lengths = blocks.targets(np.arange(count)) - (blocks.domain_token is not None)
+            self._masks[text] = torch.arange(blocks.span) < torch.from_numpy(lengths)[:, None]
+        return self._masks[text]
+
+    def bytes_of(self, text: Text) -> int:
+        """UTF-8 bytes that a whole split stands for; 0 if unknown or not whole."""
+        any_data = self.data[self.forest.experts[0].path]
+        return any_data.bytes_of(text.domain, text.split) if text.sequences is None else 0
+
+    def of(self, domain: str) -> Expert:
+        """The expert of a domain."""
+        return self.forest.experts[self.domains.index(domain)]
+
+    def load(self, domains: Sequence[str]) -> Iterator[Loaded]:
+        """These experts one after the other, in the order of the forest."""
+        return load_experts(self.forest, self.device, domains) if domains else iter(())
+
+    def score(self, expert: Loaded, text: Text) -> Iterator[Tensor]:
+        """Log-probabilities [B, T] of the text's targets, batch by batch, on the CPU."""
+        data = self.data[self.of(expert.domain).path]
+        left, span = self.masks(text).shape
+        for batch in held_out_batches(data, replace(self.held_out, split=text.split), text.domain):
+            if left <= 0:
+                return
+            rows = min(left, len(batch["labels"]))
+            yield _score_batch(expert, batch, rows, span, self.device)
+            left -= rows
+
+
+class Source(Protocol):
+    """A way of scoring."""
+
+    def score(self, wanted: Mapping[Text, Sequence[str]]) -> None:
+        """Get ready for `batches` of these texts and experts."""
+
+    def batches(self, text: Text, domains: Sequence[str], size: int) -> Iterator[Scored]:
+        """The text in batches of `size`, scored by the experts of `domains`."""
+
+
+class OneByOne:
+    """One expert in memory at a time; its scores of all texts are kept."""
+
+    def __init__(self, experts: Experts, cache_dir: Path | None = None):
+        """Keep scores in memory, or as files in `cache_dir`, where they are found again."""
+        self.experts, self.cache_dir = experts, cache_dir
+        self._kept: dict[tuple[Text, str], Tensor] = {}
+        self._digests: dict[Path, str] = {}
+        if cache_dir is not None:
+            cache_dir.mkdir(parents=True, exist_ok=True)
+
+    def score(self, wanted: Mapping[Text, Sequence[str]]) -> None:
+        """Score what is neither kept nor in a file, loading each expert once."""
+        missing: dict[str, list[Text]] = {}
+        for text, domains in wanted.items():
+            for domain in domains:
+                if (text, domain) not in self._kept and not self._find(text, domain):
+                    missing.setdefault(domain, []).append(text)
+        for expert in self.experts.load([d for d in self.experts.domains if d in missing]):
+            for text in missing[expert.domain]:
+                scores = torch.cat(list(self.experts.score(expert, text)))
+                if self.cache_dir is None:
+                    self._kept[text, expert.domain] = scores
+                else:
+                    write_atomic(self._file(text, expert.domain), save({"log_probs": scores}))
+                    self._find(text, expert.domain)
+            del expert
+
+    def batches(self, text: Text, domains: Sequence[str], size: int) -> Iterator[Scored]:
+        """See `Source`; what `score` was not asked for is scored now."""
+        self.score({text: domains})
+        masks = self.experts.masks(text)
+        rows = [self._kept[text, domain] for domain in domains]
+        for start in range(0, len(masks), size):
+            part = slice(start, start + size)
+            yield torch.stack([one[part] for one in rows]), masks[part]
+
+    def _find(self, text: Text, domain: str) -> bool:
+        """Map the file of a score into memory, if it is there and whole."""
+        if self.cache_dir is None:
+            return False
+        shape = self.experts.masks(text).shape
+        try:
+            with safe_open(self._file(text, domain), framework="pt") as file:
+                scores = file.get_tensor("log_probs")
+        except (OSError, SafetensorError):
+            return False
+        if scores.shape != shape:
+            return False
+        self._kept[text, domain] = scores
+        return True
+
+    def _file(self, text: Text, domain: str) -> Path:
+        """Named after all that the numbers in it depend on."""
+        expert = self.experts.of(domain)
+        held_out, data = self.experts.held_out, self.experts.data[expert.path]
+        prefix = data.bin.path / split_prefix(text.domain, text.split)
+        told = {
+            "text": asdict(text),
+            "data": [self._digest(prefix.with_name(f"{prefix.name}.{s}")) for s in ("bin", "idx")],
+            "special": data.special_ids,
+            "block_size": held_out.block_size,
+            "context_window": held_out.context_window,
+            "domain_token": data.tokens.get(held_out.force_domain_token or text.domain),
+            "device": self.experts.device.type,
+            "expert": [self._digest(path) for path in weight_files(expert)],
+            "member": expert.member,
+        }
+        key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:24]
+        return self.cache_dir / f"{domain}-on-{text.domain}-{text.split}-{key}.safetensors"
+
+    def _digest(self, path: Path) -> str:
+        if path not in self._digests:
+            self._digests[path] = sha256(path)
+        return self._digests[path]
+
+
+class Together:
+    """All experts in memory, every rank its share; collective if there are several ranks."""
+
+    def __init__(self, experts: Experts):
+        self.experts = experts
+        self.ranks = dist.get_world_size() if dist.is_initialized() else 1
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self._held: list[Loaded] = []
+
+    def score(self, wanted: Mapping[Text, Sequence[str]]) -> None:
+        """Nothing: scores are not kept."""
+
+    def batches(self, text: Text, domains: Sequence[str], size: int) -> Iterator[Scored]:
+        """See `Source`; rank r holds expert r, r + ranks, and so on."""
+        mine = list(domains)[self.rank :: self.ranks]
+        if [expert.domain for expert in self._held] != mine:
+            self._held = []
+            by_domain = {expert.domain: expert for expert in self.experts.load(mine)}
+            self._held = [by_domain[domain] for domain in mine]
+        masks = self.experts.masks(text)
+        streams = [self.experts.score(expert, text) for expert in self._held]
+        at = 0
+        while at < len(masks):
+            ours = [next(stream) for stream in streams]
+            count = min(self.experts.held_out.batch_size, len(masks) - at)
+            scores = self._gather(ours, len(domains), count, masks.shape[1])
+            for start in range(0, count, size):
+                rows = slice(start, start + size)
+                yield scores[:, rows], masks[at : at + count][rows]
+            at += count
+
+    def _gather(self, ours: list[Tensor], experts: int, count: int, span: int) -> Tensor:
+        """[E, B, T] of all ranks' scores."""
+        if self.ranks == 1:
+            return torch.stack(ours)
+        rounds = -(-experts // self.ranks)
+        mine = torch.zeros(rounds, count, span, device=self.experts.device)
+        for place, scores in zip(mine, ours, strict=False):
+            place.copy_(scores)
+        parts = [torch.empty_like(mine) for _ in range(self.ranks)]
+        dist.all_gather(parts, mine)
+        # Round by round, the ranks in turn: the order in which the experts were dealt out.
+        return torch.stack(parts, dim=1).flatten(0, 1)[:experts].cpu()
+
+
+def weight_files(expert: Expert) -> list[Path]:
+    """The files that decide what an expert computes; other experts' files of its folder left out.
+
+    Raises:
+        UserError: if one is missing.
+    """
+    index, names = expert.path / INDEX_FILE, [DENSE_FILE]
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    others = {f"expert_{d}.safetensors" for d in read_config(expert.path, "--forest").domains}
+    others -= {f"expert_{expert.member}.safetensors"}
+    files = [expert.path / name for name in ("config.json", *names) if name not in others]
+    for file in files:
+        if not file.exists():
+            raise UserError(f"--forest: {file} is missing")
+    return files
+
+
+@torch.no_grad()
+def _score_batch(
+    expert: Loaded, batch: Batch, rows: int, span: int, device: torch.device
+) -> Tensor:
+    """[rows, span] float32, targets moved to the left, 0 where there is none."""
+    inputs, labels = batch["input_ids"][:rows].to(device), batch["labels"][:rows].to(device)
+    mask = batch.get("attention_mask")
+    output = expert.model(
+        inputs,
+        attention_mask=None if mask is None else mask[:rows].to(device),
+        shift_labels=labels,
+        domain=expert.member,
+    )
+    counted = labels != IGNORE
+    scores = output.token_log_probs.new_zeros(rows, span, dtype=torch.float32)
+    places = torch.arange(span, device=device) < counted.sum(-1, keepdim=True)
+    scores[places] = output.token_log_probs[counted].float()
+    return scores.cpu()

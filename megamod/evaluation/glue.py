@@ -1,0 +1,132 @@
+"""Scores of sentence tasks as GLUE defines them, and the files its server takes.
+
+Source: Wang et al. 2019 (GLUE), section 3 and appendix: the metrics of each task, and the average.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from megamod.data.tasks import TaskSpec
+from megamod.errors import UserError
+
+Scores = dict[str, float]
+
+
+def score_texts(task: TaskSpec, logits: np.ndarray, labels: np.ndarray) -> Scores:
+    """The task's metrics and the mean loss.
+
+    Args:
+        logits: [n, C] float, C is 1 for regression.
+        labels: [n] numbers of labels, or values of a regression.
+    """
+    answers = answers_of(task, logits)
+    scores = {name: metric(name, answers, labels) for name in task.metrics}
+    if task.regression:
+        scores["loss"] = float(np.mean((answers - labels) ** 2))
+    else:
+        shifted = logits - logits.max(-1, keepdims=True)
+        norm = np.log(np.exp(shifted).sum(-1))
+        scores["loss"] = float(np.mean(norm - shifted[np.arange(len(labels)), labels]))
+    return scores
+
+
+def answers_of(task: TaskSpec, logits: np.ndarray) -> np.ndarray:
+    """[n] numbers of the best labels, or values of a regression."""
+    return logits[:, 0] if task.regression else logits.argmax(-1)
+
+
+def metric(name: str, answers: np.ndarray, labels: np.ndarray) -> float:
+    """One metric of [n] answers. Where it is not defined (constant answers) it is 0.
+
+    F1 is that of label 1 against label 0; macro_f1 weighs all labels alike.
+
+    Raises:
+        UserError: for a metric that does not fit the labels.
+    """
+    if name == "accuracy":
+        return float(np.mean(answers == labels))
+    if name in ("pearson", "spearmanr"):
+        return _correlation(name, answers, labels)
+    from sklearn import metrics
+
+    if name == "f1":
+        if max(answers.max(initial=0), labels.max(initial=0)) > 1:
+            raise UserError("metric f1 is for two labels; give macro_f1")
+        return float(metrics.f1_score(labels, answers, zero_division=0))
+    if name == "macro_f1":
+        return float(metrics.f1_score(labels, answers, average="macro", zero_division=0))
+    if name == "matthews_correlation":
+        return float(metrics.matthews_corrcoef(labels, answers))
+    raise UserError(f"metric {name} is for labels of words, not for this task")
+
+
+def _correlation(name: str, answers: np.ndarray, labels: np.ndarray) -> float:
+    from scipy import stats
+
+    if len(labels) < 2 or np.ptp(answers) == 0 or np.ptp(labels) == 0:
+        return 0.0
+    of = {"pearson": stats.pearsonr, "spearmanr": stats.spearmanr}[name]
+    value = float(of(answers, labels).statistic)
+    return value if math.isfinite(value) else 0.0
+
+
+def accuracy_by_slot(answers: np.ndarray, labels: np.ndarray, instances: int) -> list[float]:
+    """Accuracy of each instance of the multiplexed inputs: row r is instance r % N."""
+    right = answers == labels
+    return [float(np.mean(right[slot::instances])) for slot in range(min(instances, len(right)))]
+
+
+def task_score(task: TaskSpec, splits: Mapping[str, Scores]) -> float:
+    """The one number of a task in GLUE: the mean over its metrics, and over dev and dev_mm.
+
+    CoLA counts with Matthews correlation alone.
+    """
+    names = task.metrics[:1] if "matthews_correlation" in task.metrics else task.metrics
+    held = [scores for split, scores in splits.items() if split.startswith("dev")]
+    return float(np.mean([scores[name] for scores in held for name in names]))
+
+
+def glue_average(tasks: Mapping[str, float]) -> float:
+    """Mean of the tasks' scores, each with the same weight."""
+    return sum(tasks.values()) / len(tasks)
+
+
+def submission(task: TaskSpec, logits: np.ndarray) -> str:
+    """A file of predictions as the GLUE server takes it: index and label, or value, by row."""
+    answers = answers_of(task, logits)
+    if task.regression:
+        least, most = task.bounds or (-math.inf, math.inf)
+        texts: Sequence[str] = [f"{value:.3f}" for value in answers.clip(least, most)]
+    else:
+        texts = [task.labels[number] for number in answers]
+    rows = (f"{index}\t{text}" for index, text in enumerate(texts))
+    return "\n".join(["index\tprediction", *rows]) + "\n"
+
+
+def mean_and_deviation(rows: Sequence[Mapping[str, float]]) -> tuple[Scores, Scores]:
+    """Means and sample standard deviations (0 of a single row) of what all rows have."""
+    names = [name for name in rows[0] if all(name in row for row in rows)]
+    columns = {name: np.array([row[name] for row in rows]) for name in names}
+    return (
+        {name: float(column.mean()) for name, column in columns.items()},
+        {name: float(column.std(ddof=min(1, len(rows) - 1))) for name, column in columns.items()},
+    )
+
+
+def score_table(rows: Mapping[str, Mapping[str, float | str]], corner: str) -> str:
+    """A text table: a row per name, a column per score; missing cells are a dash."""
+    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
+    cells = [[corner, *columns]]
+    for name, row in rows.items():
+        values = (row.get(column, "-") for column in columns)
+        cells.append([name, *(v if isinstance(v, str) else f"{v:.4f}" for v in values)])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join(
+            [line[0].ljust(widths[0])]
+            + [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
+        )
+        for line in cells
+    )

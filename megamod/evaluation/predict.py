@@ -1,0 +1,92 @@
+"""What a classifier answers on a whole split, its batches divided among the ranks."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from megamod.data.classification import Encoded, HeldOutBatch
+
+
+class Predictor:
+    """Runs a classifier over held-out rows; with several ranks collective.
+
+    Args:
+        module: takes `input_ids`, `attention_mask` and perhaps `token_type_ids`, returns `logits`.
+        inputs: names of the fields of a batch that the module takes.
+        device: where it is.
+        part, parts: rank `part` of `parts` runs every parts-th batch.
+        reduce: sums a tensor over the ranks in place.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        inputs: Sequence[str],
+        device: torch.device,
+        part: int = 0,
+        parts: int = 1,
+        reduce: Callable[[Tensor], object] = lambda tensor: None,
+    ):
+        self.module, self.inputs, self.device = module, tuple(inputs), device
+        self.part, self.parts, self.reduce = part, parts, reduce
+
+    def __call__(self, encoded: Encoded, batches: Sequence[HeldOutBatch]) -> np.ndarray:
+        """Logits [n, C] float64 of rows, or the best label of each token, [T] int64.
+
+        Fillers are left out, so that every row is scored once.
+        """
+        training = self.module.training
+        self.module.eval()
+        filled = None
+        try:
+            # With parameters divided over the ranks (ZeRO 3) all of them must run equally often.
+            for number in range(self.part, -(-len(batches) // self.parts) * self.parts, self.parts):
+                held = batches[min(number, len(batches) - 1)]
+                logits = self._logits(held)
+                if filled is None:
+                    size = (
+                        (len(encoded.ids),)
+                        if encoded.per_token
+                        else (len(encoded), logits.shape[-1])
+                    )
+                    kind = torch.int64 if encoded.per_token else torch.float64
+                    filled = torch.zeros(size, dtype=kind)
+                if number < len(batches):
+                    _fill(filled, encoded, held, logits)
+        finally:
+            self.module.train(training)
+        filled = filled.to(self.device)
+        self.reduce(filled)
+        return filled.cpu().numpy()
+
+    @torch.no_grad()
+    def _logits(self, held: HeldOutBatch) -> Tensor:
+        fields = {name: held.batch[name].to(self.device) for name in self.inputs}
+        return self.module(**fields).logits[: held.stop - held.start].float().cpu()
+
+
+def _fill(filled: Tensor, encoded: Encoded, held: HeldOutBatch, logits: Tensor) -> None:
+    if not encoded.per_token:
+        filled[held.start : held.stop] = logits.double()
+        return
+    best = logits.argmax(-1)
+    for row, answers in zip(range(held.start, held.stop), best, strict=True):
+        start, stop = encoded.offsets[row : row + 2].tolist()
+        filled[start:stop] = answers[: stop - start]
+
+
+def labels_of_words(
+    encoded: Encoded, answers: np.ndarray, labels: Sequence[str]
+) -> list[list[str]]:
+    """Labels of each sentence's words from those of the tokens.
+
+    Words that were cut off are answered with O if there is such a label, else with the first one:
+    they count, as mistakes where they should have had another.
+    """
+    missing = "O" if "O" in labels else labels[0]
+    return [
+        [labels[answers[start + head]] if head >= 0 else missing for head in heads.tolist()]
+        for start, heads in zip(encoded.offsets[:-1].tolist(), encoded.heads, strict=True)
+    ]

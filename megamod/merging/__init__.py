@@ -1,0 +1,1 @@
+"""Several models made one: recipes, methods, and the streaming of folders through them."""

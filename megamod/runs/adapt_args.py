@@ -1,0 +1,61 @@
+"""The flags of an adaptation. Light, so that a launcher can read them before anything heavy."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from megamod.args import Arguments, OptimArgs, option
+from megamod.errors import UserError
+
+
+@dataclass
+class AdaptArgs(Arguments):
+    """What is adapted to which text."""
+
+    forest: str | None = option(
+        None, "forest.json, its folder, or the folder of a model with experts (DEMix)"
+    )
+    model: str | None = option(
+        None, "folder of a dense model, in place of --forest", alias="model_name_or_path"
+    )
+    data: str | None = option(None, "data-bin folder written by launchers/preprocess.py")
+    domain: str | None = option(None, "domain of the data-bin to adapt to; names the new expert")
+    method: Literal["feedforward", "full"] = option(
+        "feedforward", "train the feed-forward networks alone, or everything"
+    )
+    start: str | None = option(
+        None, "expert to start from; none: the one that the valid split of the domain suits best"
+    )
+    prior: str | None = option(
+        None, "JSON of launchers/eval_ensemble.py that says which expert suits best"
+    )
+    prior_sequences: int = option(
+        100, "sequences of the valid split that the start is chosen by", least=1
+    )
+    max_seq_length: int | None = option(
+        None, "tokens per sequence; none: the longest that the experts have positions for", least=2
+    )
+    dataloader_num_workers: int = option(0, "processes that read data, per rank", least=0)
+    eval_split: Literal["valid", "test", "train"] = option("valid", "split of the evaluation")
+    gradient_checkpointing: bool = option(False, "recompute blocks in the backward pass")
+    attn_implementation: Literal["sdpa", "eager"] = option("sdpa", "code path of attention")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.domain is not None and not re.fullmatch(r"[A-Za-z0-9_-]+", self.domain):
+            raise UserError(f"--domain: {self.domain!r} is not made of letters, digits, _ and -")
+        if self.forest is not None and self.model is not None:
+            raise UserError(f"--forest {self.forest} and --model {self.model}: give one of the two")
+        if self.start is not None and self.prior is not None:
+            raise UserError(f"--start {self.start} and --prior {self.prior}: give one of the two")
+        for flag in ("start", "prior"):
+            value = getattr(self, flag)
+            if value is not None and self.model is not None:
+                raise UserError(f"--{flag} {value}: --model {self.model} is a single model")
+
+
+@dataclass
+class AdaptOptimArgs(OptimArgs):
+    """AdamW and its schedule; a tenth of the learning rate of pretraining."""
+
+    learning_rate: float = option(5e-5, "peak learning rate", least=0)

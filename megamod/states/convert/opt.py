@@ -1,0 +1,139 @@
+"""To the OPT class of transformers: the way to run a model of ours where megamod is not installed.
+
+OPT is the same decoder (learned positions with two rows in front, pre-norm, biases everywhere) but
+does not scale its embeddings. The factor goes into the embedding matrix, which then cannot be the
+output matrix as well: the result has both, and is larger by one of them.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megamod.dist.scope import domain_of_name
+from megamod.errors import UserError
+from megamod.files import write_json
+from megamod.states.convert import NO_OPTIONS, Options
+from megamod.states.weights import DENSE_FILE, expert_state, read_weights, write_tensors
+
+_OUTSIDE = {
+    "model.embeddings.positions.weight": "model.decoder.embed_positions.weight",
+    "model.final_norm.weight": "model.decoder.final_layer_norm.weight",
+    "model.final_norm.bias": "model.decoder.final_layer_norm.bias",
+}
+_INSIDE = {
+    **{f"attention.{which}_proj": f"self_attn.{which}_proj" for which in ("q", "k", "v", "out")},
+    "attention_norm": "self_attn_layer_norm",
+    "feed_forward.fc1": "fc1",
+    "feed_forward.fc2": "fc2",
+    "feed_forward_norm": "final_layer_norm",
+}
+_TOKENS, _OUTPUT = "model.embeddings.tokens.weight", "lm_head.weight"
+_NORM_EPS = 1e-5  # OPT's classes have no field for it
+_FIELDS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+_FIELDS += ("max_position_embeddings", "bos_token_id", "pad_token_id", "eos_token_id")
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+def export(source: Path, folder: Path, options: Options = NO_OPTIONS) -> list[Path]:
+    """Write a dense model, an ELM or one expert of a DEMix model for `OPTForCausalLM`.
+
+    Logits are equal if padded inputs come with an attention mask; OPT does not look for padding by
+    itself.
+
+    Args:
+        options: its one domain names the expert, where there are several.
+    Returns:
+        the files.
+    Raises:
+        UserError: if the folder is not a language model of ours, no single expert is named, or
+            OPT cannot have its arithmetic.
+    """
+    config = _read_config(source)
+    state = _one_model(read_weights(source), config["untie"], options.domains, source)
+    layers = config["num_hidden_layers"]
+    names = {**_OUTSIDE}
+    for layer in range(layers):
+        for ours, theirs in _INSIDE.items():
+            for kind in ("weight", "bias"):
+                names[f"model.layers.{layer}.{ours}.{kind}"] = (
+                    f"model.decoder.layers.{layer}.{theirs}.{kind}"
+                )
+    expected = {*names, _TOKENS}
+    if differing := sorted((state.keys() - {_OUTPUT}) ^ expected):
+        there = "is unexpected" if differing[0] in state else "is missing"
+        raise UserError(f"{source}: {differing[0]} {there}, so this is no whole language model")
+    tensors = {names[name]: state[name] for name in names}
+    tensors["lm_head.weight"] = state.get(_OUTPUT, state[_TOKENS])
+    tensors["model.decoder.embed_tokens.weight"] = _scaled(state[_TOKENS], source)
+    write_tensors(folder / DENSE_FILE, tensors, {"format": "pt"})
+    write_json(folder / "config.json", _opt_config(config, state[_TOKENS].dtype))
+    copied = [source / name for name in _TOKENIZER if (source / name).is_file()]
+    for file in copied:
+        (folder / file.name).write_bytes(file.read_bytes())
+    return [folder / name for name in (DENSE_FILE, "config.json", *(f.name for f in copied))]
+
+
+def _read_config(source: Path) -> dict[str, object]:
+    try:
+        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        if config["model_type"] != "demix":
+            raise UserError(f"{source}: model_type is {config['model_type']!r}; needed is 'demix'")
+        for name in (*_FIELDS, "untie", "intermediate_size"):
+            config[name]
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{source}: is not a language model of megamod: {error!r}") from error
+    eps = config.get("layer_norm_eps", _NORM_EPS)
+    if eps != _NORM_EPS:
+        raise UserError(f"{source}: layer_norm_eps is {eps}; OPT has {_NORM_EPS} and nothing else")
+    return config
+
+
+def _one_model(
+    state: Mapping[str, Tensor], untie: str, domains: tuple[str, ...], source: Path
+) -> Mapping[str, Tensor]:
+    """The state of an ordinary dense model."""
+    if untie == "none":
+        if domains:
+            raise UserError(f"--domains: {source} has no experts to choose from")
+        return state
+    there = ", ".join(sorted({d for name in state if (d := domain_of_name(name))}))
+    if len(domains) != 1:
+        raise UserError(
+            f"--domains: name one of the experts of {source}, which are {there}; OPT holds one"
+        )
+    return expert_state(state, domains[0])
+
+
+def _scaled(tokens: Tensor, source: Path) -> Tensor:
+    """Embeddings with the factor that our model applies to them in each pass.
+
+    Rounded to the dtype of the weights, as the product is there.
+    """
+    scaled = math.sqrt(tokens.shape[1]) * tokens
+    if not torch.isfinite(scaled).all():
+        raise UserError(f"{source}: scaled embeddings are not finite in {tokens.dtype}")
+    return scaled
+
+
+def _opt_config(config: Mapping[str, object], dtype: torch.dtype) -> dict[str, object]:
+    return {
+        "model_type": "opt",
+        "architectures": ["OPTForCausalLM"],
+        **{name: config[name] for name in _FIELDS},
+        "ffn_dim": config["intermediate_size"],
+        "word_embed_proj_dim": config["hidden_size"],
+        "dropout": config.get("hidden_dropout_prob", 0.0),
+        "attention_dropout": config.get("attention_probs_dropout_prob", 0.0),
+        "activation_function": "gelu",
+        "do_layer_norm_before": True,
+        "enable_bias": True,
+        "layer_norm_elementwise_affine": True,
+        "tie_word_embeddings": False,
+        "dtype": str(dtype).removeprefix("torch."),
+    }

@@ -1,0 +1,80 @@
+"""A model folder with experts gets one expert more; what was there stays as it is, to the bit."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from megamod.dist.scope import MARK, dense_name, domain_of_name
+from megamod.errors import UserError
+from megamod.files import write_json
+from megamod.states.stream import ModelFolder
+from megamod.states.weights import INDEX_FILE, file_of, read_weights, write_tensors, write_weights
+
+
+def grow(source: Path, target: Path, domain: str, like: str, dense: Mapping[str, Tensor]) -> None:
+    """Write the weights, index and configuration of a model with experts and one more.
+
+    Weight files of the source get a second name (hard link) in the target where both lie on one
+    file system, else they are copied.
+
+    Args:
+        source: folder of a model with experts.
+        target: folder to write into.
+        domain: name of the new expert.
+        like: the expert of the source whose parts the new one has, with their element types.
+        dense: its weights, by their names in a dense model; other weights are not looked at.
+    Raises:
+        UserError: if the source has no expert `like`, or one named `domain` already, or `dense`
+            lacks a weight or has it in another shape.
+        OSError: if something cannot be written.
+    """
+    source, target = Path(source), Path(target)
+    held = ModelFolder(source)
+    known = list(dict.fromkeys(owner for name in held.tensors if (owner := domain_of_name(name))))
+    if domain in known or like not in known:
+        raise UserError(
+            f"{source}: its experts are {', '.join(known) or 'none'}; {domain!r} must be new, and "
+            f"{like!r} one of them"
+        )
+    added: dict[str, Tensor] = {}
+    for name, spec in held.tensors.items():
+        if domain_of_name(name) != like:
+            continue
+        weight = dense.get(dense_name(name))
+        if weight is None or tuple(weight.shape) != spec.shape:
+            given = "none" if weight is None else tuple(weight.shape)
+            raise UserError(
+                f"{source}: the new expert {domain} needs {dense_name(name)} of shape "
+                f"{spec.shape}, given is {given}"
+            )
+        added[name.replace(f"{MARK}.{like}.", f"{MARK}.{domain}.", 1)] = weight.to(spec.dtype)
+
+    if (source / INDEX_FILE).exists():
+        index = json.loads((source / INDEX_FILE).read_text(encoding="utf-8"))
+        weight_map = {name: index["weight_map"][name] for name in held.tensors}
+        for file in held.files:
+            link_or_copy(file, target / file.name)
+    else:
+        # A single file would be read in place of the index, so its tensors are sorted into files.
+        weight_map = {name: file_of(name, has_experts=True) for name in held.tensors}
+        write_weights(target, read_weights(source), has_experts=True)
+    for name in added:
+        weight_map[name] = file_of(name, has_experts=True)
+    write_tensors(target / file_of(name, has_experts=True), added, {"format": "pt"})
+    size = sum(spec.nbytes for spec in held.tensors.values())
+    size += sum(tensor.nbytes for tensor in added.values())
+    write_json(target / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": weight_map})
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    write_json(target / "config.json", {**config, "domains": [*config["domains"], domain]})
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file that never changes a second name, or where that cannot be, a second copy."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)

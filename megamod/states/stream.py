@@ -1,0 +1,282 @@
+"""Weights larger than memory: the tensors of a model folder read piece by piece, and written so.
+
+Nothing is mapped and nothing is held: a reader keeps the headers of its files, a writer one piece.
+What is read is the folder's weight files, sharded or not; an optimizer's state beside them is not.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import struct
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megamod.dist.scope import dense_name, domain_of_name
+from megamod.errors import UserError
+from megamod.files import write_json
+from megamod.states.weights import DENSE_FILE, DTYPES, INDEX_FILE, safetensors_header
+
+PIECE = 1 << 20  # bytes read at once: what is added up stays in the processor's second-level cache
+_BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Element type and shape of a tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class _Place:
+    file: Path
+    offset: int  # from the start of the file, in bytes
+
+
+class ModelFolder:
+    """The tensors of a model folder by name; open only inside `with`.
+
+    With a member, the ordinary dense model that the shared weights and that domain's expert make
+    together, under the names it has in a dense model.
+
+    Attributes:
+        tensors: specification of every tensor, in the order in which they lie in the files.
+        files: the weight files that hold them.
+    Raises:
+        UserError: if weights or the member are missing, or a file is not whole.
+    """
+
+    def __init__(self, folder: Path, member: str | None = None):
+        self.folder, self.member = Path(folder), member
+        self.tensors: dict[str, Spec] = {}
+        self._places: dict[str, _Place] = {}
+        self._descriptors: dict[Path, int] = {}
+        found: dict[str, tuple[Spec, _Place]] = {}
+        for file, listed in _weight_files(self.folder).items():
+            held = dict(_read_header(file))
+            if listed is not None and (lost := sorted(listed - held.keys())):
+                raise UserError(f"{self.folder / INDEX_FILE}: {lost[0]} is not in {file.name}")
+            found |= (
+                held if listed is None else {name: held[name] for name in held if name in listed}
+            )
+        if member is not None:
+            domains = sorted({d for name in found if (d := domain_of_name(name))})
+            if member not in domains:
+                there = ", ".join(domains) or "none at all"
+                raise UserError(f"{folder}: has no expert of domain {member!r}; there are {there}")
+        for name, (spec, place) in found.items():
+            if member is not None:
+                if domain_of_name(name) not in (None, member):
+                    continue
+                name = dense_name(name)
+            self.tensors[name], self._places[name] = spec, place
+        self.files = sorted({place.file for place in self._places.values()})
+
+    def __enter__(self) -> Self:
+        try:
+            self._descriptors = {file: os.open(file, os.O_RDONLY) for file in self.files}
+        except OSError as error:
+            raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors = {}
+
+    def read_into(self, name: str, start: int, buffer: Tensor) -> None:
+        """Fill a buffer (1-D, contiguous, of the tensor's dtype) with elements from `start` on.
+
+        Raises:
+            UserError: if the file ends early or cannot be read.
+        """
+        place = self._places[name]
+        left = memoryview(buffer.view(torch.uint8).numpy())
+        offset = place.offset + start * buffer.element_size()
+        while left:
+            try:
+                count = os.preadv(self._descriptors[place.file], [left], offset)
+            except OSError as error:
+                raise UserError(f"{place.file}: cannot be read: {error.strerror}") from error
+            if count == 0:
+                raise UserError(f"{place.file}: ends inside of {name}")
+            left, offset = left[count:], offset + count
+
+    def read(self, name: str) -> Tensor:
+        """A whole tensor, in memory of its own."""
+        spec = self.tensors[name]
+        flat = torch.empty(spec.numel, dtype=spec.dtype)
+        self.read_into(name, 0, flat)
+        return flat.view(spec.shape)
+
+    def digest(self) -> str:
+        """Tells these weights from others: SHA-256 over the CRC-32 of every MiB of their files.
+
+        At four times the speed of SHA-256 alone. Not proof against somebody who forges weights.
+        """
+        hashed, buffer = hashlib.sha256(), bytearray(1 << 20)
+        for file in self.files:
+            hashed.update(file.name.encode())
+            with open(file, "rb", buffering=0) as stream:
+                while count := stream.readinto(buffer):
+                    part = memoryview(buffer)[:count]
+                    hashed.update(zlib.crc32(part).to_bytes(4, "little"))
+        return f"crc32-sha256:{hashed.hexdigest()}"
+
+
+def pieces(numel: int, itemsize: int = 4) -> Iterator[tuple[int, int]]:
+    """First element, and that after the last, of the pieces in which a tensor is gone through."""
+    step = PIECE // itemsize
+    for start in range(0, numel, step):
+        yield start, min(start + step, numel)
+
+
+def parse_size(text: str, origin: str) -> int:
+    """Bytes: a number with K, M, G or B (10^9, as mergekit has it) behind it, or KB, MB, GB.
+
+    Raises:
+        UserError: naming `origin`, if it is not that.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGB]?)(B?)", text.strip(), flags=re.IGNORECASE)
+    if match is None or float(match[1]) == 0 or (match[3] and match[2] in "bB"):
+        raise UserError(f"{origin}: {text!r} is not a size; write one like 500M, 5GB or 5B (= 5GB)")
+    return max(1, int(float(match[1]) * _UNITS[match[2].upper()]))
+
+
+def plan_shards(specs: Mapping[str, Spec], most: int) -> dict[str, list[str]]:
+    """File names -> names of the tensors in them: one file, or shards of at most `most` bytes.
+
+    A tensor larger than that has a shard of its own.
+    """
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, spec in specs.items():
+        if shards[-1] and size + spec.nbytes > most:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += spec.nbytes
+    if len(shards) == 1:
+        return {DENSE_FILE: shards[0]}
+    stem = DENSE_FILE.removesuffix(".safetensors")
+    count = len(shards)
+    return {
+        f"{stem}-{number:05d}-of-{count:05d}.safetensors": names
+        for number, names in enumerate(shards, start=1)
+    }
+
+
+def write_stream(
+    folder: Path,
+    files: Mapping[str, list[str]],
+    specs: Mapping[str, Spec],
+    produce: Callable[[str], Iterable[Tensor]],
+) -> list[Path]:
+    """Write safetensors files whose tensors come in pieces, and an index if one is needed.
+
+    Args:
+        files: file names -> the tensors in them, as from `plan_shards`.
+        produce: called with the name of each tensor; gives its elements in order, as contiguous
+            tensors of its dtype. One piece is held at a time.
+    Returns:
+        the files.
+    Raises:
+        ValueError: if it gives fewer or more elements than the specification says.
+        OSError: if a file cannot be written.
+    """
+    written = []
+    for file, names in files.items():
+        header, order = safetensors_header(
+            {name: (specs[name].dtype, specs[name].shape) for name in names}, {"format": "pt"}
+        )
+        with open(folder / file, "wb", buffering=0) as stream:
+            _write(stream.fileno(), memoryview(header))
+            for name in order:
+                left = specs[name].nbytes
+                for piece in produce(name):
+                    left -= piece.nbytes
+                    _write(stream.fileno(), memoryview(piece.reshape(-1).view(torch.uint8).numpy()))
+                if left:
+                    raise ValueError(f"{name}: {-left} bytes more than its specification says")
+        written.append(folder / file)
+    if list(files) != [DENSE_FILE]:
+        weight_map = {name: file for file, names in files.items() for name in names}
+        size = sum(specs[name].nbytes for name in weight_map)
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        write_json(folder / INDEX_FILE, index)
+        written.append(folder / INDEX_FILE)
+    return written
+
+
+def _write(descriptor: int, left: memoryview) -> None:
+    while left:
+        left = left[os.write(descriptor, left) :]
+
+
+def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
+    """Weight files, each with the tensors the index has in it; None where there is no index."""
+    index_file = folder / INDEX_FILE
+    if not index_file.exists():
+        if not (folder / DENSE_FILE).is_file():
+            others = sorted(f.name for f in folder.glob("*.bin")) if folder.is_dir() else []
+            what = f"only {others[0]}, turn it into safetensors first" if others else "no weights"
+            raise UserError(
+                f"{folder}: has {what}; a model folder has {DENSE_FILE} or {INDEX_FILE}"
+                if folder.is_dir()
+                else f"{folder}: is not a folder"
+            )
+        return {folder / DENSE_FILE: None}
+    try:
+        weight_map = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
+        files: dict[Path, set[str] | None] = {}
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or Path(file).name != file:
+                raise UserError(f"{index_file}: {name} is in {file!r}, not a file of this folder")
+            files.setdefault(folder / file, set()).add(name)
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index_file}: is not the index of a model: {error!r}") from error
+    if lost := sorted(file.name for file in files if not file.is_file()):
+        raise UserError(f"{folder}: the weight file {lost[0]} is missing")
+    return files
+
+
+def _read_header(file: Path) -> Iterator[tuple[str, tuple[Spec, _Place]]]:
+    """Name, specification and place of each tensor, by offset."""
+    try:
+        with safe_open(file, framework="pt"):  # checks every length and offset
+            pass
+        with open(file, "rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length))
+    except (SafetensorError, OSError, ValueError, struct.error) as error:
+        raise UserError(f"{file}: is not a whole safetensors file: {error}") from error
+    header.pop("__metadata__", None)
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        if entry["dtype"] not in _BY_NAME:
+            known = ", ".join(_BY_NAME)
+            raise UserError(f"{file}: {name} has dtype {entry['dtype']}; known are {known}")
+        spec = Spec(_BY_NAME[entry["dtype"]], tuple(entry["shape"]))
+        yield name, (spec, _Place(file, 8 + length + entry["data_offsets"][0]))

@@ -1,0 +1,225 @@
+"""Branching: what a run goes on with, against what its parents were."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import on_ranks
+from safetensors.torch import load_file
+from saved_models import make_model
+from train.tiny_runs import DOMAINS, batches_of, masters, run_tiny
+
+from megamod.btm.branch import branch
+from megamod.btm.parents import (
+    Source,
+    check_weights,
+    choose_checkpoint,
+    find_source,
+    forest_sources,
+)
+from megamod.errors import UserError
+from megamod.states.forest import Expert, edit_forest
+from megamod.states.manifest import verify
+from megamod.states.weights import expert_state, read_weights
+
+KINDS = ("master", "exp_avg", "exp_avg_sq")
+
+
+def train_parents(rank: int, root: Path) -> None:
+    """Checkpoints of a dense, a DEMix and a one-world BTM run, on two ranks."""
+    for name, untie, stage in (
+        ("dense", "none", 1),
+        ("demix", "feedforward", 2),
+        ("btm", "all", 1),
+    ):
+        domains = DOMAINS[:2] if untie == "all" else DOMAINS
+        run_tiny(root / name, untie, stage, 3, save_steps=1, domains=domains)
+
+
+def go_on(rank: int, root: Path) -> dict[str, object]:
+    """Branch off step 2 of the dense run and make its step 3 by the real loop."""
+    branch([find_source(root / "dense", step=2)], [1.0], [DOMAINS[0]], root / "same")
+
+    def same_data(topology):
+        # A branch begins its data anew; here they go on where those of the parent did.
+        return lambda step: batches_of(topology, 2)(step + 2)
+
+    _, state, _ = run_tiny(root / "same", "none", 0, 3, save_steps=1, batches=same_data)
+    return vars(state)
+
+
+@pytest.fixture(scope="module")
+def parents(tmp_path_factory):
+    root = tmp_path_factory.mktemp("parents")
+    on_ranks(2, train_parents, root)
+    return root
+
+
+def tree(root: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(root.rglob("*"))
+        if path.is_file()
+    }
+
+
+def state_of(checkpoint: Path) -> dict[str, object]:
+    return json.loads((checkpoint / "state.json").read_text())
+
+
+@pytest.mark.slow
+def test_a_branch_goes_on_as_its_parent_did(parents):
+    """Two ranks at stage 1 made the parent; one rank without ZeRO goes on, to rounding."""
+    (state,) = on_ranks(1, go_on, parents)
+    assert state["step"] == 3 and state["data_step"] == 1
+    mine, straight = (parents / name / "checkpoints" / "step-3" for name in ("same", "dense"))
+    for kind in KINDS:
+        ours, theirs = masters(mine, kind), masters(straight, kind)
+        assert ours.keys() == theirs.keys()
+        for name, tensor in theirs.items():
+            assert torch.allclose(ours[name], tensor, rtol=1e-4, atol=1e-7), (kind, name)
+
+
+@pytest.mark.slow
+def test_one_parent_keeps_optimizer_step_and_schedule(parents, tmp_path):
+    parent = parents / "dense" / "checkpoints" / "step-2"
+    made = branch([find_source(parents / "dense", step=2)], [1.0], ["law"], tmp_path / "law")
+    assert made == tmp_path / "law" / "checkpoints" / "step-2" and verify(made) == []
+    for kind in KINDS:
+        ours, theirs = masters(made, kind), masters(parent, kind)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    weights = load_file(made / "model.safetensors")
+    assert all(torch.equal(weights[name], t) for name, t in read_weights(parent).items())
+    then, now = state_of(parent), state_of(made)
+    assert now["optimizer_steps"] == then["optimizer_steps"] == 2.0
+    assert now["state"]["step"] == 2
+    assert (now["state"]["data_step"], now["state"]["tokens"]) == (0, {})
+    assert json.loads((made / "config.json").read_text())["domains"] == ["law"]
+    record = json.loads((tmp_path / "law" / "branch.json").read_text())
+    assert record["start_update"] == 2 and record["parents"] == [
+        {"path": str(parent), "weight": 1.0}
+    ]
+
+
+@pytest.mark.slow
+def test_a_member_becomes_a_whole_model(parents, tmp_path):
+    parent = parents / "demix" / "checkpoints" / "step-3"
+    made = branch([find_source(parents / "demix", member="code")], [1.0], ["code"], tmp_path / "a")
+    assert verify(made) == []
+    wanted = expert_state(read_weights(parent), "code")
+    got = load_file(made / "model.safetensors")
+    assert got.keys() == wanted.keys()
+    assert all(torch.equal(got[name], tensor) for name, tensor in wanted.items())
+    for kind in KINDS:
+        expected = expert_state(masters(parent, kind), "code")
+        ours = masters(made, kind)
+        assert ours.keys() == expected.keys()
+        assert all(torch.equal(ours[name], tensor) for name, tensor in expected.items())
+    assert json.loads((made / "config.json").read_text())["untie"] == "none"
+
+
+@pytest.mark.slow
+def test_worlds_are_left_and_entered(parents, tmp_path):
+    """From one of the independent models of a job to a model of its own, and back into a job."""
+    parent = parents / "btm" / "checkpoints" / "step-3"
+    name = DOMAINS[1]
+    alone = branch([find_source(parents / "btm", member=name)], [1.0], [name], tmp_path / "alone")
+    prefix = f"{name}:"
+    for kind in KINDS:
+        theirs = {n: t for n, t in masters(parent, kind).items() if n.startswith(prefix)}
+        ours = masters(alone, kind)
+        assert {prefix + n for n in ours} == theirs.keys()
+        assert all(torch.equal(ours[n.removeprefix(prefix)], t) for n, t in theirs.items())
+    source = Source(alone, None, 3)
+    world = branch([source], [1.0], ["x", "y"], tmp_path / "world", one_world=True)
+    assert verify(world) == []
+    for kind in KINDS:
+        ours, theirs = masters(world, kind), masters(alone, kind)
+        assert ours.keys() == {f"{d}:{n}" for d in "xy" for n in theirs}
+        assert all(torch.equal(t, theirs[n.split(":")[1]]) for n, t in ours.items())
+    for domain in "xy":
+        assert json.loads((world / domain / "config.json").read_text())["domains"] == [domain]
+        assert state_of(world / domain)["state"]["step"] == 3
+
+
+def test_an_average_begins_afresh(tmp_path):
+    models = [make_model(tmp_path / name, domains=[name]) for name in ("law", "med")]
+    made = branch([Source(m) for m in models], [0.25, 0.75], ["tax"], tmp_path / "tax")
+    assert made.name == "step-0" and verify(made) == []
+    law, med = (read_weights(model) for model in models)
+    wanted = {name: 0.25 * law[name].double() + 0.75 * med[name].double() for name in law}
+    got, start = load_file(made / "model.safetensors"), masters(made)
+    assert got.keys() == wanted.keys() == start.keys()
+    for name, tensor in wanted.items():
+        assert torch.allclose(got[name].double(), tensor, atol=1e-7)
+        assert torch.equal(start[name], got[name].flatten())
+        assert not masters(made, "exp_avg")[name].any()
+    assert state_of(made)["optimizer_steps"] == 0.0
+
+
+def test_the_checkpoint_is_the_nearest(tmp_path):
+    for step in (10, 20, 40, 80):
+        (tmp_path / "checkpoints" / f"step-{step}").mkdir(parents=True)
+
+    def chosen(**choice):
+        return int(choose_checkpoint(tmp_path, **choice).name[5:])
+
+    assert [chosen(step=step) for step in (-1, 0, 14, 15, 16, 31, 1000)] == [
+        80,
+        10,
+        10,
+        10,
+        20,
+        40,
+        80,
+    ]
+    # Shares of 80: 30 lies between 20 and 40, 60 between 40 and 80.
+    assert [chosen(share=share) for share in (0.0, 0.375, 0.5, 0.75, 1.0)] == [10, 20, 40, 80, 80]
+    assert chosen() == 80
+    assert choose_checkpoint(tmp_path / "other") is None
+
+
+def test_experts_of_a_forest_are_parents(tmp_path):
+    law = make_model(tmp_path / "law", domains=["law"])
+    mixed = make_model(tmp_path / "mixed", "feedforward")
+    with edit_forest(tmp_path) as experts:
+        experts += [Expert("law", law), Expert("code", mixed, "code"), Expert("art", mixed, "art")]
+    sources, weights = forest_sources(tmp_path, weights=[0.2, 0.5, 0.3], topk=2)
+    assert sources == [Source(mixed, "code"), Source(mixed, "art")] and weights == [0.5, 0.3]
+    prior = {"format": 1, "domains": ["art", "code", "law"], "prior": [0.75, 0.0, 0.25]}
+    (tmp_path / "prior.json").write_text(json.dumps(prior | {"rule": "history", "text": {}}))
+    sources, weights = forest_sources(tmp_path, prior=tmp_path / "prior.json")
+    assert sources == [Source(law), Source(mixed, "art")] and weights == [0.25, 0.75]
+
+
+def test_bad_choices_are_refused_and_change_nothing(tmp_path):
+    law = make_model(tmp_path / "law", domains=["law"])
+    mixed = make_model(tmp_path / "mixed", "feedforward")
+    wide = make_model(tmp_path / "wide", domains=["wide"], vocab_size=31)
+    (tmp_path / "begun" / "checkpoints" / "step-1").mkdir(parents=True)
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    before = tree(tmp_path)
+    cases = [
+        (lambda: find_source(tmp_path / "gone"), "no run, no checkpoint and no model"),
+        (lambda: find_source(tmp_path / "empty"), "no checkpoint yet"),
+        (lambda: find_source(tmp_path / "begun"), "not a whole checkpoint"),
+        (lambda: find_source(mixed), "--member must be one of law, code, art"),
+        (lambda: find_source(law, member="law"), "one dense model"),
+        (lambda: forest_sources(mixed, only=["tax"]), "no expert of domain 'tax'"),
+        (lambda: check_weights([1.0], 2), "1 are given, there are 2"),
+        (lambda: check_weights([1.0, -1.0], 2), "sum not 0"),
+        (lambda: check_weights([float("nan")], 1), "finite"),
+        (lambda: branch([Source(law)], [1], ["a"], tmp_path / "begun"), "has checkpoints already"),
+        (lambda: branch([Source(law)], [1], ["a", "b"], tmp_path / "new"), "one domain"),
+        (
+            lambda: branch([Source(law), Source(wide)], [1, 1], ["a"], tmp_path / "new"),
+            "vocab_size",
+        ),
+    ]
+    for attempt, told in cases:
+        with pytest.raises(UserError, match=told):
+            attempt()
+    assert tree(tmp_path) == before

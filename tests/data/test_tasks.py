@@ -1,0 +1,93 @@
+"""Tasks by name, their files, and tasks written as YAML."""
+
+import pytest
+
+from megamod.data.task_file import read_spec
+from megamod.data.tasks import GLUE, TASKS, find_files, task_of, token_task
+from megamod.errors import UserError
+
+
+def test_the_nine_tasks_of_glue_in_their_order():
+    names = "cola mnli rte wnli qqp sts-b sst-2 qnli mrpc"
+    assert " ".join(GLUE) == names
+    labels = {name: len(TASKS[name].labels) for name in GLUE}
+    assert labels == dict.fromkeys(names.split(), 2) | {"mnli": 3, "sts-b": 0}
+    first = {name: TASKS[name].metrics[0] for name in ("cola", "sts-b", "mnli", "qqp")}
+    assert list(first.values()) == ["matthews_correlation", "spearmanr", "accuracy", "accuracy"]
+    assert TASKS["mnli"].labels == TASKS["sick-e"].labels
+    assert TASKS["mnli"].splits("dev") == ("dev", "dev_mm")
+
+
+@pytest.mark.parametrize("name", ["sst2", "SST-2", "sst-2", "SST_2"])
+def test_spellings_of_a_name(name):
+    assert task_of(name) is TASKS["sst-2"]
+
+
+def test_a_name_that_is_none():
+    with pytest.raises(UserError, match="'sst3' is none of cola, mnli"):
+        task_of("sst3")
+
+
+@pytest.mark.parametrize("below", ["", "SST-2", "sst2"])
+def test_files_lie_in_the_folder_or_in_that_of_the_task(tmp_path, below):
+    folder = tmp_path / below
+    folder.mkdir(exist_ok=True)
+    (folder / "train.tsv").touch()
+    assert find_files(task_of("sst-2"), tmp_path) == {"train": folder / "train.tsv"}
+
+
+def test_folders_without_files(tmp_path):
+    with pytest.raises(UserError, match=r"no file of task rte \(train.tsv, dev.tsv, test.tsv\)"):
+        find_files(task_of("rte"), tmp_path)
+    with pytest.raises(UserError, match="there is no such folder"):
+        find_files(task_of("rte"), tmp_path / "missing")
+
+
+def test_columns_of_token_tasks():
+    assert token_task("wnut17").label.place == -1
+    assert token_task("pos").label.place == token_task("ud_ewt").label.place == 1
+    assert token_task("pos", 2).label.place == 2
+
+
+GOOD = """
+name: reviews
+kind: pair
+text: [premise, 4]
+label: label
+labels: [0, 1]
+metrics: [macro_f1, accuracy]
+files: {train: a.tsv, dev_x: b.jsonl}
+"""
+
+
+def test_a_task_in_a_file(tmp_path):
+    path = tmp_path / "task.yaml"
+    path.write_text(GOOD)
+    task = read_spec(path)
+    assert (task.kind, task.labels, task.metrics) == ("pair", ("0", "1"), ("macro_f1", "accuracy"))
+    assert [(c.name, c.place) for c in task.texts] == [("premise", None), ("column 4", 4)]
+    assert task.files == {"train": ("a.tsv",), "dev_x": ("b.jsonl",)}
+
+
+@pytest.mark.parametrize(
+    ("line", "replaced", "message"),
+    [
+        ("kind: pair", "kind: triple", "kind: 'triple' is not allowed; give one of sequence"),
+        ("label: label", "labl: label", "unknown key 'labl'"),
+        ("name: reviews", "", "name is missing"),
+        ("[premise, 4]", "premise", "text: 1 columns, a pair task has 2"),
+        ("[0, 1]", "[0, 0]", "not a list of different names"),
+        ("[0, 1]", "[0]", "leaves nothing to decide"),
+        ("[macro_f1, accuracy]", "[bleu]", "a list of accuracy, f1"),
+        ("dev_x", "valid", "split 'valid' is not train"),
+        ("files: {train: a.tsv, dev_x: b.jsonl}", "", "give either files or hub"),
+        ("label: label", "label: label\nheader: false", "a number: no header"),
+        ("name: reviews", "name: [", "not YAML"),
+        ("label: label", "label: label\nbounds: [1]", "not .least, largest."),
+    ],
+)
+def test_mistakes_in_a_task_file(tmp_path, line, replaced, message):
+    path = tmp_path / "task.yaml"
+    path.write_text(GOOD.replace(line, replaced))
+    with pytest.raises(UserError, match=message):
+        read_spec(path)

@@ -1,0 +1,66 @@
+import json
+
+import pytest
+
+from megamod.evaluation.ensemble import DomainResult, Protocol
+from megamod.evaluation.ensemble_report import (
+    ensemble_lines,
+    ensemble_record,
+    prior_text,
+    score_text,
+)
+from megamod.evaluation.perplexity import Score
+from megamod.evaluation.plots import plot_posterior
+from megamod.mixture.prior import Prior
+
+
+def results(size: int = 16) -> dict[str, DomainResult]:
+    def score(nll: float) -> Score:
+        return Score(nll, 10, size)
+
+    return {
+        "novel": DomainResult(
+            "novel",
+            prior=Prior(("law", "med"), (0.9, 0.1), text={"sequences": 100}),
+            single={"law": score(20.0), "med": score(30.0)},
+            modes={"cached_prior": score(18.0), "simple_average": score(1e5)},
+            without={"law": score(29.0), "med": score(19.0)},
+            lines=[{"ppl": float("inf"), "posterior": [0.5, 0.5]}],
+        )
+    }
+
+
+def test_tables():
+    told = score_text(results(), Protocol(removal_test=True))
+    perplexity, bits, removal = told.split("\n\n")
+    rows = [line.split() for line in perplexity.splitlines()[2:]]
+    assert rows[:2] == [["best", "single", "expert", "7.39"], ["cached_prior", "6.05*"]]
+    assert perplexity.endswith("best alone: law on novel")
+    assert "1.803" in bits and "1.623*" in bits  # 20 and 18 nats over 16 bytes
+    assert removal.splitlines()[0] == "test perplexity of cached_prior, an expert left out"
+    assert [line.split()[-1] for line in removal.splitlines()[2:]] == ["6.05*", "18.17", "6.69"]
+    assert len(score_text(results(size=0), Protocol()).split("\n\n")) == 1
+
+
+def test_a_long_prior_is_summed_up():
+    names = tuple(f"d{number}" for number in range(9))
+    prior = Prior(names, (0.0, 0.3, 0.2, 0.1, 0.1, 0.1, 0.1, 0.06, 0.04))
+    told = prior_text({"x": DomainResult("x", prior=prior)}).splitlines()[1]
+    assert told.startswith("x  d1 0.300, d2 0.200") and told.endswith("3 others 0.100")
+    assert prior_text({"x": DomainResult("x")}) == ""
+
+
+def test_record_and_lines_are_json():
+    record = json.loads(json.dumps(ensemble_record(results(), Protocol())))
+    novel = record["domains"]["novel"]
+    assert novel["prior"] == {"law": 0.9, "med": 0.1} and novel["best_single"] == "law"
+    assert novel["perplexity"] == pytest.approx(6.0496, abs=1e-4) and novel["tokens"] == 10
+    assert novel["without"]["med"]["nll"] == 19.0 and record["rule"] == "last_token"
+    assert json.loads(ensemble_lines(results())) == {"ppl": None, "posterior": [0.5, 0.5]}
+
+
+@pytest.mark.parametrize("experts", [1, 4, 14])
+def test_plot_of_the_posterior(tmp_path, experts):
+    shares = {f"d{n}": [1 / experts] * 30 for n in range(experts)}
+    plot_posterior(shares, tmp_path / "along.png", "a title")
+    assert (tmp_path / "along.png").read_bytes()[:4] == b"\x89PNG"

@@ -1,0 +1,291 @@
+"""Mixtures on saved models: against a plain loop, and the ways of scoring against each other."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import on_ranks
+from saved_models import DOMAINS, LENGTH, TOKENS, VOCAB, make_data, make_model
+
+from megamod.data.binarize import split_prefix
+from megamod.data.indexed import IndexedDataset
+from megamod.errors import UserError
+from megamod.evaluation import expert_scores
+from megamod.evaluation.ensemble import Protocol, estimate_priors, evaluate, prior_on
+from megamod.evaluation.expert_scores import Experts, OneByOne, Text, Together, weight_files
+from megamod.evaluation.saved import HeldOut, find_models, score_models
+from megamod.mixture.ensemble import Rule
+from megamod.mixture.prior import Prior
+from megamod.models.demix_lm import DemixForCausalLM
+from megamod.states.forest import Expert, open_forest
+
+CPU = torch.device("cpu")
+# Domain, folder, member: two whole models and one expert of a DEMix model.
+TREES = (("law", "whole/law", None), ("art", "demix", "art"), ("code", "whole/code", None))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("ensemble")
+    make_data(folder / "bin")
+    make_model(folder / "demix", untie="feedforward")
+    make_model(folder / "whole/law")
+    make_model(folder / "whole/code", max_position_embeddings=LENGTH + 3)
+    entries = [{"domain": d, "path": path, "member": m} for d, path, m in TREES]
+    (folder / "forest.json").write_text(json.dumps({"format": 1, "experts": entries}))
+    return folder
+
+
+def held_out(place: Path, **fields) -> HeldOut:
+    told = HeldOut(str(place / "bin"), ("law", "code"), "test", None, 4, "auto", False)
+    return replace(told, **fields)
+
+
+def experts_of(place: Path, forest: str = "forest.json", only=None, **fields) -> Experts:
+    return Experts(open_forest(place / forest), held_out(place, **fields), CPU, only)
+
+
+def numbers(results) -> dict[str, object]:
+    """Everything that a way of scoring must agree on."""
+    return {
+        domain: {
+            "prior": result.prior.weights if result.prior else (),
+            "single": {name: score.nll for name, score in result.single.items()},
+            "modes": {name: score.nll for name, score in result.modes.items()},
+            "without": {name: score.nll for name, score in result.without.items()},
+            "tokens": [score.tokens for score in result.modes.values()],
+            "posterior": result.posterior,
+            "last": result.lines[-1]["posterior"],
+            "lines": len(result.lines),
+        }
+        for domain, result in results.items()
+    }
+
+
+def agree(ours: object, theirs: object) -> None:
+    """Nested numbers are equal to 1e-6."""
+    if isinstance(ours, dict):
+        assert list(ours) == list(theirs)
+        for key in ours:
+            agree(ours[key], theirs[key])
+    else:
+        assert ours == pytest.approx(theirs, rel=1e-6, abs=1e-6)
+
+
+PROTOCOLS = [
+    Protocol(prior_sequences=5, removal_test=True),
+    Protocol(rule=Rule("history", 1.5, 0.9), topk=2, prior_sequences=3),
+    Protocol("updating_prior", rule=Rule("history"), batch=1),
+    Protocol(topk=1, prior_sequences=3),
+    Protocol(topk=2, rule=Rule(first_over_all=True), prior_sequences=3),
+]
+
+
+def score_on_a_rank(rank: int, place: Path) -> list[dict[str, object]]:
+    experts = experts_of(place)
+    source, domains = Together(experts), ("law", "code")
+    return [numbers(evaluate(experts, source, domains, protocol)) for protocol in PROTOCOLS]
+
+
+def test_two_ranks_one_process_and_one_expert_at_a_time_agree(place):
+    ranks = on_ranks(2, score_on_a_rank, place)
+    for number, protocol in enumerate(PROTOCOLS):
+        experts = experts_of(place)
+        alone = numbers(evaluate(experts, OneByOne(experts), ("law", "code"), protocol))
+        agree(ranks[0][number], alone)
+        agree(ranks[1][number], alone)
+
+
+def test_all_in_memory_is_one_expert_at_a_time(place):
+    for protocol in PROTOCOLS:
+        experts = experts_of(place)
+        apart = numbers(evaluate(experts, OneByOne(experts), ("law", "code"), protocol))
+        agree(numbers(evaluate(experts, Together(experts), ("law", "code"), protocol)), apart)
+
+
+@torch.no_grad()
+def by_logits(place: Path, domain: str, split: str) -> list[list[list[float]]]:
+    """Log-probabilities by sequence, token and expert, from logits, one sequence at a time."""
+    dataset = IndexedDataset(place / "bin" / split_prefix(domain, split))
+    tokens = [int(t) for item in range(len(dataset)) for t in dataset[item]]
+    starts = {int(offset) for offset in dataset.offsets}
+    models = [(DemixForCausalLM.from_pretrained(place / path), m) for _, path, m in TREES]
+    sequences = []
+    for start in range(0, len(tokens), LENGTH):
+        targets = tokens[start : start + LENGTH]
+        first = 2 if start in starts else tokens[start - 1]
+        inputs = torch.tensor([[first, *targets[:-1]]])
+        every = [m(inputs, domain=d).logits[0].double().log_softmax(-1) for m, d in models]
+        sequences.append(
+            [[float(one[t, target]) for one in every] for t, target in enumerate(targets)]
+        )
+    return sequences
+
+
+def mixed_by_hand(sequences, prior, rule: str) -> tuple[float, list[list[float]]]:
+    """Summed nll of the mixture, and the posterior at the last token of each sequence."""
+    nll, finals = 0.0, []
+    for tokens in sequences:
+        belief = list(prior)
+        for t, log_probs in enumerate(tokens):
+            if rule == "last_token" and t == 0:
+                weights = [1 / len(prior)] * len(prior)
+            else:
+                weights = [share / sum(belief) for share in belief]
+            nll -= math.log(sum(w * math.exp(p) for w, p in zip(weights, log_probs, strict=True)))
+            before = prior if rule == "last_token" else weights
+            belief = [b * math.exp(p) for b, p in zip(before, log_probs, strict=True)]
+        finals.append(weights)
+    return nll, finals
+
+
+@pytest.mark.parametrize("rule", ["last_token", "history"])
+def test_the_whole_protocol_by_hand(place, rule):
+    prior, average = [1 / 3] * 3, None
+    sequences = by_logits(place, "law", "valid")[:5]
+    for pair in (sequences[:2], sequences[2:4], sequences[4:]):
+        _, finals = mixed_by_hand(pair, prior, rule)
+        posterior = [sum(column) / len(finals) for column in zip(*finals, strict=True)]
+        old = average or posterior
+        average = [0.7 * a + 0.3 * m for a, m in zip(old, posterior, strict=True)]
+        prior = average
+    expected, _ = mixed_by_hand(by_logits(place, "law", "test"), prior, rule)
+
+    experts = experts_of(place)
+    protocol = Protocol(rule=Rule(rule), prior_sequences=5)
+    result = evaluate(experts, OneByOne(experts), ("law",), protocol)["law"]
+    assert result.prior.weights == pytest.approx(prior, abs=1e-6)
+    assert result.prior.text["sequences"] == 5 and result.prior.text["split"] == "valid"
+    assert result.modes["cached_prior"].nll == pytest.approx(expected, rel=1e-6)
+    assert result.modes["cached_prior"].tokens == TOKENS["law"]
+    uniform, _ = mixed_by_hand(by_logits(place, "law", "test"), [1 / 3] * 3, rule)
+    assert result.modes["uniform_prior"].nll == pytest.approx(uniform, rel=1e-6)
+    # 3 batches of the estimate and 3 of the test split, the second with running perplexity.
+    assert [line["split"] for line in result.lines] == ["valid"] * 3 + ["test"] * 3
+    assert result.lines[-1]["ppl"] == result.modes["cached_prior"].perplexity
+    assert result.lines[2]["exp_avg_posterior"] == pytest.approx(prior, abs=1e-6)
+    assert prior_on(experts, "law", protocol).weights == result.prior.weights
+
+
+@pytest.mark.parametrize("fields", [{}, {"context_window": 3}, {"block_size": 5, "batch_size": 3}])
+def test_experts_alone_score_as_they_do_without_a_forest(place, fields):
+    experts = experts_of(place, **fields)
+    protocol = Protocol("simple_average", batch=1)
+    results = evaluate(experts, OneByOne(experts), ("law", "code"), protocol)
+    told = held_out(place, **fields)
+    if "block_size" not in fields:
+        told = replace(told, block_size=LENGTH)
+    matrix = score_models(find_models(place / "forest.json", told), told, CPU)
+    for domain, result in results.items():
+        assert result.prior is None and "cached_prior" not in result.modes
+        for expert, score in result.single.items():
+            theirs = matrix[expert][domain]
+            assert score.nll == pytest.approx(theirs.nll, rel=1e-6)
+            assert (score.tokens, score.bytes) == (theirs.tokens, theirs.bytes)
+
+
+def test_an_expert_left_out_is_a_forest_without_it(place):
+    priors = {"law": Prior(("law", "art", "code"), (0.5, 0.2, 0.3))}
+    experts = experts_of(place)
+    protocol = Protocol(removal_test=True)
+    result = evaluate(experts, OneByOne(experts), ("law",), protocol, priors)["law"]
+    assert list(result.without) == ["law", "art", "code"] and result.estimate is None
+    fewer = experts_of(place, only=("law", "code"))
+    rest = {"law": Prior(("law", "code"), (0.625, 0.375))}
+    other = evaluate(fewer, OneByOne(fewer), ("law",), Protocol(), rest)["law"]
+    assert result.without["art"].nll == pytest.approx(other.modes["cached_prior"].nll, rel=1e-6)
+
+
+def test_experts_without_a_prior_are_never_loaded(place, monkeypatch):
+    loaded = []
+
+    def watch(forest, device, only):
+        loaded.append(tuple(only))
+        return plain(forest, device, only)
+
+    plain = expert_scores.load_experts
+    monkeypatch.setattr(expert_scores, "load_experts", watch)
+    priors = {"law": Prior(("law", "art", "code"), (0.5, 0.1, 0.4))}
+    experts = experts_of(place)
+    for source in (OneByOne(experts), Together(experts)):
+        loaded.clear()
+        result = evaluate(experts, source, ("law",), Protocol(topk=2), priors)["law"]
+        assert loaded == [("law", "code")] and list(result.single) == ["law", "code"]
+        assert result.prior.weights == pytest.approx((5 / 9, 0, 4 / 9))
+        assert result.lines[-1]["posterior"][1] == 0 and len(result.lines[-1]["posterior"]) == 3
+    # Without top-k both splits of all domains are scored in one go.
+    loaded.clear()
+    evaluate(experts, OneByOne(experts), ("law", "code"), Protocol())
+    assert loaded == [("law", "art", "code")]
+    demix = next(plain(open_forest(place / "demix"), CPU, ["art"])).model
+    assert not [name for name, _ in demix.named_parameters() if ".law." in name]
+
+
+def test_scores_are_found_again(place, tmp_path, monkeypatch):
+    experts = experts_of(place)
+    fresh = numbers(evaluate(experts, OneByOne(experts, tmp_path), ("law",), Protocol()))
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == 6 and all(".tmp" not in file.name for file in files)
+    files[0].write_bytes(files[0].read_bytes()[:100])
+    other = experts_of(place)
+    loaded = []
+    plain = expert_scores.load_experts
+    monkeypatch.setattr(
+        expert_scores, "load_experts", lambda f, d, only: loaded.append(only) or plain(f, d, only)
+    )
+    again = numbers(evaluate(other, OneByOne(other, tmp_path), ("law",), Protocol()))
+    assert again == fresh and loaded == [["art"]]
+    # Another window, another number of sequences: other files.
+    evaluate(other, OneByOne(other, tmp_path), ("law",), Protocol(prior_sequences=2))
+    windowed = experts_of(place, context_window=2)
+    evaluate(windowed, OneByOne(windowed, tmp_path), ("law",), Protocol())
+    assert len(list(tmp_path.iterdir())) == 6 + 3 + 6
+
+
+def test_what_decides_an_expert(place):
+    names = [file.name for file in weight_files(Expert("law", place / "whole/law"))]
+    assert names == ["config.json", "model.safetensors"]
+    folder = place / "split"
+    folder.mkdir()
+    config = (place / "demix/config.json").read_text()
+    (folder / "config.json").write_text(config)
+    files = {"a": "shared.safetensors"}
+    files |= {d: f"expert_{d}.safetensors" for d in DOMAINS}
+    for file in files.values():
+        (folder / file).touch()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    names = [file.name for file in weight_files(Expert("x", folder, "law"))]
+    assert names == ["config.json", "expert_law.safetensors", "shared.safetensors"]
+    (folder / "expert_law.safetensors").unlink()
+    with pytest.raises(UserError, match=r"expert_law\.safetensors is missing"):
+        weight_files(Expert("x", folder, "law"))
+
+
+def test_domain_tokens_must_be_there_for_all_or_none(place, tmp_path):
+    make_model(tmp_path / "law", vocab_size=VOCAB + 3)
+    make_model(tmp_path / "code", vocab_size=VOCAB + 3)
+    experts = Experts(open_forest(tmp_path), held_out(place), CPU)
+    assert experts.masks(Text("law", "test")).shape == (7, LENGTH - 1)
+    scored = list(OneByOne(experts).batches(Text("law", "test", 3), ("code",), 2))
+    assert [one[0].shape for one in scored] == [(1, 2, 7), (1, 1, 7)]
+    result = evaluate(experts, OneByOne(experts), ("law",), Protocol("uniform_prior"))["law"]
+    assert result.modes["uniform_prior"].tokens == TOKENS["law"]
+    told = replace(held_out(place), block_size=LENGTH)
+    matrix = score_models(find_models(tmp_path, told), told, CPU)
+    assert result.single["code"].nll == pytest.approx(matrix["code"]["law"].nll, rel=1e-6)
+
+
+def test_what_does_not_fit_is_told(place):
+    with pytest.raises(UserError, match=r"--experts: .* has no expert 'novel'; choose of law, art"):
+        experts_of(place, only=("law", "novel"))
+    with pytest.raises(UserError, match=r"--domain: .* has no text of 'novel'"):
+        experts_of(place, domains=("novel",))
+    experts = experts_of(place)
+    with pytest.raises(UserError, match="--topk 4: there are 3 experts"):
+        priors = {"law": Prior(("law", "art", "code"), (0.5, 0.1, 0.4))}
+        evaluate(experts, OneByOne(experts), ("law",), Protocol(topk=4), priors)
+    priors = estimate_priors(experts, Together(experts), ("code",), Protocol())
+    assert priors["code"].prior is priors["code"].estimate

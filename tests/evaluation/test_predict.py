@@ -1,0 +1,87 @@
+"""Answers on a whole split: every row once, groups filled, the same on any number of ranks."""
+
+from itertools import pairwise
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from megamod.data.classification import Encoded, held_out_rows
+from megamod.evaluation.predict import Predictor, labels_of_words
+
+
+class Mixed(nn.Module):
+    """N rows share what they are answered with: logits of a row depend on its whole group."""
+
+    def __init__(self, instances: int, per_token: bool):
+        super().__init__()
+        self.instances, self.per_token = instances, per_token
+        self.register_buffer("weight", torch.arange(30.0).reshape(10, 3).sin())
+        self.calls = 0
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> SimpleNamespace:
+        assert len(input_ids) % self.instances == 0 and not self.training
+        self.calls += 1
+        rows = self.weight[input_ids] * attention_mask[..., None]
+        groups = rows.unflatten(0, (-1, self.instances)).mean(1, keepdim=True)
+        slots = torch.arange(1, self.instances + 1)[:, None, None]
+        logits = (groups * slots).flatten(0, 1)
+        return SimpleNamespace(logits=logits if self.per_token else logits.sum(1))
+
+
+def encoded(rows: int, per_token: bool) -> Encoded:
+    random = np.random.default_rng(rows)
+    lengths = random.integers(2, 7, rows)
+    ids = random.integers(1, 10, lengths.sum()).astype(np.int32)
+    heads = [np.arange(length) for length in lengths] if per_token else None
+    offsets = np.cumsum([0, *lengths])
+    return Encoded(ids, np.zeros(len(ids), np.int8), offsets, None, heads, 0, 0)
+
+
+def naive(data: Encoded, instances: int, per_token: bool) -> list[list[float]] | list[int]:
+    """Group by group; the last one is filled with the rows from the start of its batch."""
+    model = Mixed(instances, per_token).eval()
+    rows = [torch.from_numpy(data.ids[a:b]) for a, b in pairwise(data.offsets)]
+    answers = []
+    for start in range(0, len(rows), 2 * instances):
+        batch = rows[start : start + 2 * instances]
+        filled = [*batch, *(batch * instances)[: -len(batch) % instances]]
+        ids = torch.zeros(len(filled), 8, dtype=torch.int64)
+        for place, row in zip(ids, filled, strict=True):
+            place[: len(row)] = row
+        logits = model(ids, (ids > 0).long()).logits
+        for row, logit in zip(batch, logits, strict=False):
+            answers += logit[: len(row)].argmax(-1).tolist() if per_token else [logit.tolist()]
+    return answers
+
+
+@pytest.mark.parametrize("per_token", [False, True], ids=["rows", "tokens"])
+@pytest.mark.parametrize(("rows", "instances"), [(7, 1), (7, 2), (13, 3), (1, 5)])
+def test_groups_are_those_of_the_file_on_any_ranks(rows, instances, per_token):
+    data = encoded(rows, per_token)
+    expected = np.array(naive(data, instances, per_token))
+    for parts in (1, 2, 3):
+        answers, calls = 0, set()
+        for part in range(parts):  # the ranks one after the other, their answers summed
+            model = Mixed(instances, per_token).train()
+            held = list(held_out_rows(data, 2 * instances, instances, None))
+            names = ("input_ids", "attention_mask")
+            predictor = Predictor(model, names, torch.device("cpu"), part, parts)
+            answers = answers + predictor(data, held)
+            calls.add(model.calls)
+            assert model.training
+        np.testing.assert_allclose(answers, expected, atol=1e-6)
+        assert len(calls) == 1  # ranks of ZeRO 3 run equally often
+
+
+def test_labels_of_words_and_of_those_that_were_cut_off():
+    data = Encoded(
+        np.zeros(7, np.int32), np.zeros(7, np.int8), np.array([0, 4, 7]), None,
+        [np.array([1, 2]), np.array([1, -1])], 0, 1,
+    )  # fmt: skip
+    answers = np.array([0, 2, 1, 0, 0, 1, 0])
+    labels = labels_of_words(data, answers, ["B-A", "O", "I-A"])
+    assert labels == [["I-A", "O"], ["O", "O"]]
+    assert labels_of_words(data, answers, ["X", "Y", "Z"])[1] == ["Y", "X"]

@@ -1,0 +1,138 @@
+"""launchers/finetune_*.py as people start them: help, mistakes, and many runs from one file."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megamod.errors import UserError
+from megamod.runs.finetune_sweep import Job, read_sweep, sweep
+
+LAUNCHERS = Path(__file__).resolve().parents[2] / "launchers"
+VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film"]
+HEADER = "sentence\tlabel\n"
+
+
+def start(name: str, *flags: object) -> subprocess.CompletedProcess[str]:
+    left_out = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", str(LAUNCHERS / f"{name}.py"), *map(str, flags)],
+        capture_output=True,
+        text=True,
+        env={key: value for key, value in os.environ.items() if key not in left_out},
+        timeout=300,
+    )
+
+
+@pytest.fixture
+def place(tmp_path) -> Path:
+    """A tiny model and a task."""
+    from transformers import BertConfig
+
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "vocab.txt").write_text("\n".join(VOCAB) + "\n")
+    size = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    BertConfig(vocab_size=8, max_position_embeddings=8, **size).save_pretrained(tmp_path / "new")
+    (tmp_path / "data").mkdir()
+    for split in ("train", "dev"):
+        rows = "good film\t1\nbad film\t0\n" * 4
+        (tmp_path / "data" / f"{split}.tsv").write_text(HEADER + rows)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["finetune_glue", "finetune_ner", "finetune_all"])
+def test_help_is_quick_and_shows_commands(name):
+    begin = os.times().children_user
+    done = start(name, "--help")
+    assert done.returncode == 0 and f"python launchers/{name}.py" in done.stdout
+    assert "--output_dir" in done.stdout and os.times().children_user - begin < 1
+
+
+def test_a_mistake_in_a_file_is_one_line_and_leaves_nothing(place):
+    file = place / "data" / "dev.tsv"
+    file.write_text(HEADER + "good film\t1\nbad film\t2\n")
+    done = start(
+        "finetune_glue", "--task", "sst2", "--data_dir", place / "data", "--model", place / "new",
+        "--tokenizer_name", place / "tokenizer", "--do_train", "--do_eval",
+        "--output_dir", place / "out",
+    )  # fmt: skip
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"{file}, line 3: label '2' is not one of task sst-2: 0, 1" in done.stderr
+    assert not (place / "out").exists()
+
+
+SWEEP = """
+common: {data_dir: DATA, tokenizer_name: TOKENIZER, do_train: true, do_eval: true, max_steps: 2,
+         report_to: none, per_device_train_batch_size: 2}
+tasks: {sst-2: }
+models: {new: {model: NEW}}
+seeds: [1, 2]
+"""
+
+
+def test_many_runs_give_one_table_and_are_made_once(place):
+    file = place / "sweep.yaml"
+    text = SWEEP.replace("DATA", str(place / "data")).replace("NEW", str(place / "new"))
+    file.write_text(text.replace("TOKENIZER", str(place / "tokenizer")))
+    jobs, launch = read_sweep(file)
+    out = place / "all"
+    table = sweep(jobs, out, LAUNCHERS, 2, launch)
+    (record,) = json.loads((out / "summary.json").read_text())
+    folders = [job.folder(out) for job in jobs]
+    scores = [json.loads((f / "results.json").read_text())["task_score"] for f in folders]
+    assert record["num_instances"] == 1 and record["seeds"] == 2
+    assert record["mean"]["task_score"] == pytest.approx(sum(scores) / 2)
+    assert f"{sum(scores) / 2:.4f} ±" in table and "new, N = 1" in table
+    assert (out / "scores.png").read_bytes()[:4] == b"\x89PNG"
+    times = [(folder / "results.json").stat().st_mtime_ns for folder in folders]
+    assert sweep(jobs, out, LAUNCHERS, 1, launch) == table
+    assert [(folder / "results.json").stat().st_mtime_ns for folder in folders] == times
+    file.write_text(file.read_text().replace("max_steps: 2", "max_steps: 3"))
+    with pytest.raises(UserError, match="holds a run with other flags"):
+        sweep(read_sweep(file)[0], out, LAUNCHERS, 1, launch)
+
+
+def test_jobs_of_a_sweep(tmp_path):
+    (tmp_path / "s.yaml").write_text(
+        "common: {do_train: true, max_steps: 5}\n"
+        "tasks: {rte: {max_steps: 9}, toy: {launcher: ner}}\n"
+        "models: {mux: {model: 'runs/mux-{N}', num_instances: [2, 5]}}\n"
+        "launch: [deepspeed]\n"
+    )
+    jobs, launch = read_sweep(tmp_path / "s.yaml")
+    assert launch == ["deepspeed"] and len(jobs) == 4
+    flags = dict(task="rte", do_train=True, max_steps=9, model="runs/mux-5", num_instances=5)
+    assert jobs[1] == Job("rte", "mux", 5, 1, "glue", flags)
+    words = jobs[2].words(tmp_path)
+    assert jobs[2].launcher == "ner" and words[:4] == ["--task", "toy", "--do_train", "true"]
+    assert words[-2:] == ["--output_dir", str(tmp_path / "toy" / "mux" / "N-2" / "seed-1")]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1]", "not `key: value` lines"),
+        ("{tasks: {rte: }}", "models is missing"),
+        ("{tasks: {rte: }, models: {a: }, seed: 1}", "unknown key 'seed'; allowed are common"),
+        ("{tasks: {rte: }, models: {a: {seed: 1}}}", "models, a: seed is chosen for each run"),
+        ("{tasks: {rte: }, models: {a: }, seeds: [x]}", "not a list of whole numbers"),
+        ("{tasks: {rte: {launcher: x}}, models: {a: }}", "launcher 'x' is not allowed"),
+        ("{tasks: {rte: }, models: {a: {num_instances: [0]}}}", "whole numbers from 1"),
+        ("{", "not YAML"),
+    ],
+)
+def test_mistakes_in_a_sweep(tmp_path, text, message):
+    (tmp_path / "s.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_sweep(tmp_path / "s.yaml")
+
+
+def test_runs_that_fail_are_named_with_their_logs(tmp_path):
+    jobs = [Job("sst-2", "gone", 1, 1, "glue", {"task": "sst-2", "do_trian": True})]
+    with pytest.raises(UserError, match=r"1 of 1 runs failed; see .*gone/N-1/seed-1/log.txt"):
+        sweep(jobs, tmp_path, LAUNCHERS, 1, [])
+    log = tmp_path / "sst-2" / "gone" / "N-1" / "seed-1" / "log.txt"
+    assert "unknown flag '--do_trian'; the nearest is '--do_train'" in log.read_text()

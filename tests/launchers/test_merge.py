@@ -1,0 +1,150 @@
+import hashlib
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from saved_models import DOMAINS, make_model
+
+from megamod.errors import UserError
+from megamod.states.weights import expert_state, read_weights
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+LAUNCHER = REPOSITORY / "launchers" / "merge.py"
+
+
+def merge_here(monkeypatch, *arguments: object) -> str:
+    """The command in this process, which saves the time to load torch; its error message."""
+    spec = importlib.util.spec_from_file_location("merge_launcher", LAUNCHER)
+    launcher = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(launcher)
+    monkeypatch.setattr(sys, "argv", [str(LAUNCHER), *map(str, arguments)])
+    try:
+        launcher.main()
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.fixture
+def elms(tmp_path):
+    return [make_model(tmp_path / name) for name in ("a", "b", "c")]
+
+
+def tree(folder: Path) -> dict[str, str]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(f): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+def check(folder: Path, states: list, shares: list[float]) -> None:
+    """The folder holds the sum of these models with these factors."""
+    found = read_weights(folder)
+    assert found.keys() == states[0].keys()
+    for name, tensor in found.items():
+        wanted = sum(share * state[name] for share, state in zip(shares, states, strict=True))
+        torch.testing.assert_close(tensor, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_flags_and_recipe_do_the_same(tmp_path, elms, monkeypatch, capsys):
+    states = [read_weights(elm) for elm in elms]
+    flags = ["--merge_method", "linear", "--models", *elms, "--weights", "0.5", "1", "0.5"]
+    assert not merge_here(monkeypatch, *flags, "--output_dir", tmp_path / "flags")
+    check(tmp_path / "flags", states, [0.25, 0.5, 0.25])
+    told = capsys.readouterr().out
+    assert "linear of 3 models" in told and "0.25" in told and "model.safetensors" in told
+
+    raw = tmp_path / "raw"
+    assert not merge_here(monkeypatch, *flags, "--no_normalize", "--output_dir", raw)
+    check(raw, states, [0.5, 1, 0.5])
+
+    pairs = zip(elms, (1, 2, 1), strict=True)
+    models = [{"model": str(elm), "parameters": {"weight": weight}} for elm, weight in pairs]
+    recipe = tmp_path / "merge.yml"
+    recipe.write_text(json.dumps({"merge_method": "linear", "models": models}))
+    more = ("--max_shard_size", "9K", "--output_dir", tmp_path / "recipe")
+    assert not merge_here(monkeypatch, recipe, *more)
+    assert len(list((tmp_path / "recipe").glob("model-*.safetensors"))) > 1
+    same = read_weights(tmp_path / "recipe")
+    assert all(torch.equal(same[k], t) for k, t in read_weights(tmp_path / "flags").items())
+
+
+def test_experts_of_a_forest(tmp_path, monkeypatch, capsys):
+    demix = make_model(tmp_path / "demix", untie="feedforward")
+    state = read_weights(demix)
+    experts = {domain: expert_state(state, domain) for domain in DOMAINS}
+    prior = tmp_path / "prior.json"
+    record = {"format": 1, "domains": list(reversed(DOMAINS)), "prior": [0.1, 0.3, 0.6]}
+    prior.write_text(json.dumps(record | {"rule": "last_token", "text": None}))
+
+    forest = ("--forest", demix, "--output_dir")
+    assert not merge_here(monkeypatch, *forest, tmp_path / "all")
+    check(tmp_path / "all", list(experts.values()), [1 / 3] * 3)
+    assert not merge_here(monkeypatch, *forest, tmp_path / "prior", "--prior", prior)
+    check(tmp_path / "prior", list(experts.values()), [0.6, 0.3, 0.1])
+    assert not merge_here(monkeypatch, *forest, tmp_path / "top", "--prior", prior, "--topk", 2)
+    check(tmp_path / "top", [experts["law"], experts["code"]], [2 / 3, 1 / 3])
+    chosen = ("--experts", "art", "law", "--weights", "1", "3")
+    assert not merge_here(monkeypatch, *forest, tmp_path / "two", *chosen)
+    check(tmp_path / "two", [experts["art"], experts["law"]], [0.25, 0.75])
+    config = json.loads((tmp_path / "two" / "config.json").read_text())
+    assert config["untie"] == "none" and config["domains"] == ["art", "law"]
+    parents = json.loads((tmp_path / "two" / "merge.json").read_text())["parents"]
+    assert [(p["member"], p["weight"]) for p in parents] == [("art", 0.25), ("law", 0.75)]
+
+    before = tree(tmp_path)
+    record["prior"] = [0.1, 0.3, 0.7]
+    (tmp_path / "prior.json").write_text(json.dumps(record | {"rule": "last_token", "text": None}))
+    assert "prior.json" in merge_here(monkeypatch, *forest, tmp_path / "x", "--prior", prior)
+    assert "'lax'" in merge_here(monkeypatch, *forest, tmp_path / "x", "--experts", "lax")
+    del before[str(prior)]
+    assert {k: v for k, v in tree(tmp_path).items() if k != str(prior)} == before
+
+
+def test_dry_run_writes_nothing(tmp_path, elms, monkeypatch, capsys):
+    before = tree(tmp_path)
+    assert not merge_here(monkeypatch, "--models", *elms, "--dry_run")
+    told = capsys.readouterr().out
+    assert "linear of 3 models" in told and "nothing was written" in told and "0.333333" in told
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--models", "a", "b"], "--output_dir is missing"),
+        (["--models", "a", "--output_dir", "o", "--merge_method", "liner"], "nearest is 'linear'"),
+        (["--models", "a", "--output_dir", "o", "--weights", "x"], "--weights: 'x' is not"),
+        (["--models", "a", "--output_dir", "o", "--weights", "inf"], "--weights: 'inf' is not"),
+        (["--models", "a", "--output_dir", "o", "--weights", "1", "2"], "gives 2 weights"),
+        (["--models", "a", "z", "--output_dir", "o"], "z: is not a folder"),
+        (["--models", "a", "wide", "--output_dir", "o"], "vocab_size is 23 in the first, 24"),
+        (["--models", "a", "--output_dir", "a"], "--output_dir a: exists already"),
+        (["--models", "a", "--output_dir", "o", "--prior", "p"], "--prior goes with --forest"),
+        (["--models", "a", "--output_dir", "o", "--topk", "1"], "--topk needs weights"),
+        (["--models", "a", "--output_dir", "o", "--max_shard_size", "5X"], "'5X' is not a size"),
+        (["--output_dir", "o"], "--models and --forest"),
+        (["none.yml", "--output_dir", "o"], "none.yml cannot be read"),
+        (["none.yml", "--output_dir", "o", "--models", "a"], "--models cannot be added"),
+        (["--forest", "empty", "--output_dir", "o"], "empty"),
+    ],
+)
+def test_what_is_wrong_is_named_and_nothing_written(tmp_path, monkeypatch, arguments, told):
+    make_model(tmp_path / "a")
+    make_model(tmp_path / "wide", vocab_size=24)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    before = tree(tmp_path)
+    assert told in merge_here(monkeypatch, *arguments)
+    assert tree(tmp_path) == before
+
+
+def test_the_command_itself(tmp_path, elms):
+    command = [sys.executable, str(LAUNCHER), "--models", *map(str, elms), "--output_dir"]
+    done = subprocess.run([*command, str(tmp_path / "out")], capture_output=True, text=True)
+    assert done.returncode == 0 and "written to" in done.stdout, done.stderr
+    assert done.stderr == ""  # no progress bar where nobody looks
+    again = subprocess.run([*command, str(tmp_path / "out")], capture_output=True, text=True)
+    assert again.returncode == 2 and again.stderr.startswith("UserError: --output_dir")

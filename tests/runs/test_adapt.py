@@ -1,0 +1,324 @@
+"""Adaptation to a new domain: what changes, what must not, and what becomes of the forest."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import on_ranks
+from saved_models import DOMAINS, LENGTH, TOKENS, VOCAB, make_data, make_model
+
+from megamod.args import RunArgs, SafetyArgs
+from megamod.data.binarize import split_prefix
+from megamod.data.indexed import IndexedWriter
+from megamod.data.pretraining import LmData
+from megamod.errors import UserError
+from megamod.evaluation.perplexity import DENSE
+from megamod.evaluation.saved import HeldOut, find_models, score_models
+from megamod.models.demix_lm import DemixForCausalLM
+from megamod.runs.adapt_args import AdaptArgs, AdaptOptimArgs
+from megamod.runs.adapt_start import Start, choose, estimate, record
+from megamod.states.forest import open_forest
+from megamod.states.grow import grow
+from megamod.states.weights import expert_state, read_weights
+
+NEW, OLD = "art", ("law", "code")
+FEED_FORWARD = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
+
+
+PRIOR = """{"format": 1, "domains": ["code", "law"], "prior": [0.25, 0.75], "rule": "last_token",
+    "text": {"data_digest": "?", "domain": "art", "split": "valid", "sequences": 100}}"""
+
+
+def start(place: Path, output: Path, *, stage: int | None = None, **changes) -> None:
+    """One adaptation in this process or on these ranks."""
+    from megamod.runs.adapt import adapt
+
+    run = dict(max_steps=4, per_device_train_batch_size=1, global_batch_size=2, save_steps=2)
+    run |= dict(logging_steps=2, report_to="none", output_dir=str(output))
+    given = dict(forest=str(place / "demix"), data=str(place / "bin"), domain=NEW, start="law")
+    if "model" in changes:
+        given |= dict(forest=None, start=None)
+    run |= {name: changes.pop(name) for name in list(changes) if name in RunArgs.__annotations__}
+    safety = SafetyArgs()
+    if stage is not None:
+        file = place / f"zero{stage}.json"
+        file.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+        safety = SafetyArgs(deepspeed=str(file))
+    optim = AdaptOptimArgs(learning_rate=0.03, max_grad_norm=1.0, warmup_ratio=0.0)
+    adapt(RunArgs(**run), safety, optim, AdaptArgs(**given | changes))
+
+
+def learnable(databin: Path) -> None:
+    """Make the new domain one that a few steps can learn: five words in turn."""
+    for split in ("train", "valid", "test"):
+        tokens = 4 + np.arange(TOKENS[NEW]) % 5
+        tokens[6::7], tokens[-1] = 2, 2
+        with IndexedWriter(databin / split_prefix(NEW, split), np.uint16) as writer:
+            for item in np.split(tokens, range(7, len(tokens), 7)):
+                writer.add(item)
+
+
+def make_place(place: Path) -> Path:
+    """A data-bin, a model with experts of all its domains but one, whole models, and a forest."""
+    make_data(place / "bin")
+    learnable(place / "bin")
+    make_model(place / "demix", untie="feedforward", domains=list(OLD))
+    make_model(place / "whole", domains=["code"])
+    forest = place / "forest"
+    forest.mkdir()
+    entries = [
+        {"domain": "law", "path": "../demix", "member": "law"},
+        {"domain": "code", "path": "../whole", "member": None},
+    ]
+    rest = {"parents": [], "seed": None, "start_update": 0, "updates": 0, "tokens": 0, "gpus": 1}
+    rest |= {"data_digest": None, "config_digest": None}
+    text = json.dumps({"format": 1, "experts": [entry | rest for entry in entries]})
+    (forest / "forest.json").write_text(text)
+    return place
+
+
+def scores(place: Path, model: Path):
+    held_out = HeldOut(str(place / "bin"), DOMAINS, "test", None, 2, "auto", False)
+    return score_models(find_models(model, held_out), held_out, torch.device("cpu"))
+
+
+def changed(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> set[str]:
+    assert one.keys() == other.keys()
+    return {name for name in one if not torch.equal(one[name], other[name])}
+
+
+def feed_forward(state: dict[str, torch.Tensor]) -> set[str]:
+    return {name for name in state if name.endswith(FEED_FORWARD)}
+
+
+def adapt_alone(rank: int, place: Path) -> None:
+    """All runs of one rank."""
+    start(place, place / "grown")
+    start(place, place / "resumed", stop_step=2)
+    with pytest.raises(UserError, match="start: 'law' then, 'code' now"):
+        start(place, place / "resumed", start="code")
+    start(place, place / "resumed")
+    start(place, place / "whole-new", method="full", start="code")
+    start(place, place / "dense", model=str(place / "whole"), gradient_checkpointing=True)
+    forest = place / "forest"
+    start(place, place / "joined", forest=str(forest))
+    before = (forest / "forest.json").read_bytes()
+    start(place, place / "joined", forest=str(forest))
+    assert (forest / "forest.json").read_bytes() == before
+    estimated(place, "one.json")
+    start(place, place / "zero3", stage=3, stop_step=2)
+    start(place, place / "zero3", stage=3)
+
+
+def adapt_together(rank: int, place: Path) -> None:
+    """All runs of two ranks."""
+    start(place, place / "two", stage=2)
+    start(place, place / "two-zero3", stage=3)
+    estimated(place, "two.json")
+
+
+def estimated(place: Path, name: str) -> None:
+    data = LmData(str(place / "bin"), domains=[NEW], block_size=LENGTH, domain_token=False)
+    found = estimate(open_forest(place / "demix"), data, 3, 1, torch.device("cpu"))
+    if dist.get_rank() == 0:
+        (place / name).write_text(json.dumps(found))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """The runs of one rank and of two, done."""
+    place = make_place(tmp_path_factory.mktemp("adapt"))
+    on_ranks(1, adapt_alone, place)
+    on_ranks(2, adapt_together, place)
+    return place
+
+
+def test_other_experts_are_left_alone_to_the_bit(place):
+    old, new = scores(place, place / "demix"), scores(place, place / "grown" / "model")
+    assert list(new) == [*OLD, NEW]
+    assert {domain: new[domain] for domain in OLD} == old
+    before, after = (read_weights(place / f) for f in ("demix", "grown/model"))
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    config = json.loads((place / "grown" / "model" / "config.json").read_text())
+    assert config["domains"] == [*OLD, NEW] and config["untie"] == "feedforward"
+
+
+def test_new_expert_is_better_and_only_its_feed_forward_differs(place):
+    matrix = scores(place, place / "grown" / "model")
+    assert matrix[NEW][NEW].perplexity < 0.9 * matrix["law"][NEW].perplexity
+    state = read_weights(place / "grown" / "model")
+    law, new = expert_state(state, "law"), expert_state(state, NEW)
+    assert changed(law, new) == feed_forward(law)
+    trained = read_weights(place / "grown" / "checkpoints" / "step-4")
+    assert changed(trained, new) == set()
+
+
+def test_weight_files_of_the_source_are_linked(place):
+    first = place / "resumed" / "model"
+    start_from = place / "linked"
+    start_from.mkdir()
+    grow(first, start_from, "new", "law", expert_state(read_weights(first), "code"))
+    for name in ("shared.safetensors", "expert_law.safetensors", f"expert_{NEW}.safetensors"):
+        assert (start_from / name).samefile(first / name)
+    model = DemixForCausalLM.from_pretrained(start_from)
+    assert model.config.domains == [*OLD, NEW, "new"]
+    tokens = torch.arange(4, 10)[None]
+    assert torch.equal(model(tokens, domain="new").logits, model(tokens, domain="code").logits)
+    with pytest.raises(UserError, match=r"its experts are .*; 'new' must be new"):
+        grow(start_from, start_from, "new", "law", {})
+    with pytest.raises(UserError, match=r"needs .*fc1.* of shape .*, given is none"):
+        grow(first, start_from, "newer", "law", {})
+
+
+def test_resumed_run_is_the_same_to_the_bit(place):
+    for folder in ("model", "checkpoints/step-4"):
+        one, other = (read_weights(place / run / folder) for run in ("grown", "resumed"))
+        assert changed(one, other) == set()
+
+
+def test_the_start_is_the_expert_of_the_highest_posterior(place):
+    """The prior follows the posteriors of the sequences before; a plain loop over tokens."""
+    data = LmData(str(place / "bin"), domains=[NEW], block_size=LENGTH, domain_token=False)
+    model, prior, average = DemixForCausalLM.from_pretrained(place / "demix"), [0.5, 0.5], None
+    for batch in data.eval_batches(NEW, "valid", 2, 2):
+        posteriors = []
+        for ids, targets in zip(batch["input_ids"], batch["labels"].tolist(), strict=True):
+            weights = []
+            for expert, share in zip(OLD, prior, strict=True):
+                with torch.no_grad():
+                    logits = model(ids[None], domain=expert).logits[0, -2].double()
+                weights.append(share * float(logits.softmax(-1)[targets[-2]]))
+            posteriors.append([weight / sum(weights) for weight in weights])
+        means = [sum(column) / len(posteriors) for column in zip(*posteriors, strict=True)]
+        if average is not None:
+            means = [0.7 * a + 0.3 * m for a, m in zip(average, means, strict=True)]
+        prior = average = means
+    one, two = (json.loads((place / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert one == pytest.approx(average, abs=1e-5) and two == pytest.approx(one, abs=1e-6)
+
+
+def never() -> list[float]:
+    raise AssertionError("nothing needs to be estimated")
+
+
+def test_the_start_that_is_chosen(tmp_path):
+    place = make_place(tmp_path)
+    forest, args = open_forest(place / "demix"), AdaptArgs(forest="F", domain=NEW)
+    found = choose(forest, args, place, "auto", lambda: [0.25, 0.75])
+    assert found.expert.domain == "code" and found.posterior == {"law": 0.25, "code": 0.75}
+    (place / "prior.json").write_text(PRIOR)
+    by_file = AdaptArgs(forest="F", domain=NEW, prior=str(place / "prior.json"))
+    assert choose(forest, by_file, place, "auto", never).posterior == {"law": 0.75, "code": 0.25}
+    named = AdaptArgs(forest="F", domain=NEW, start="code")
+    assert choose(forest, named, place, "auto", never).expert == forest.experts[1]
+    # A run that goes on keeps to its choice, unless it is told otherwise.
+    (place / "start.json").write_text(json.dumps(record(forest, found, "digest")))
+    assert choose(forest, args, place, "auto", never) == found
+    assert choose(forest, args, place, "none", lambda: [0.75, 0.25]).expert.domain == "law"
+    other = replace(forest, path=place / "other")
+    assert choose(other, args, place, "auto", lambda: [0.75, 0.25]).expert.domain == "law"
+    (place / "start.json").write_text("{}")
+    with pytest.raises(UserError, match="remove it to choose anew"):
+        choose(forest, args, place, "auto", never)
+    alone = replace(forest, experts=forest.experts[:1])
+    assert choose(alone, args, place, "auto", never) == Start(forest.experts[0], "the only one")
+
+
+@pytest.mark.parametrize("run", ["zero3", "two", "two-zero3"])
+def test_stages_and_ranks_make_the_same_model(place, run):
+    one, other = (read_weights(place / f / "model") for f in ("grown", run))
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_full_adaptation_of_an_expert_is_a_whole_model_beside_the_others(place):
+    output = place / "whole-new"
+    forest = open_forest(output)
+    assert forest.domains == (*OLD, NEW)
+    assert [expert.member for expert in forest.experts] == [*OLD, None]
+    made = forest.experts[-1]
+    assert made.path == output / "model" and made.updates == 4 and made.start_update == 0
+    assert [Path(parent.path).name for parent in made.parents] == ["demix"]
+    started, state = expert_state(read_weights(place / "demix"), "code"), read_weights(made.path)
+    assert changed(started, state) == set(state)
+    matrix = scores(place, output)
+    assert {domain: matrix[domain] for domain in OLD} == scores(place, place / "demix")
+    assert matrix[NEW][NEW].perplexity < matrix["code"][NEW].perplexity
+
+
+def test_dense_model_alone(place):
+    state, started = read_weights(place / "dense" / "model"), read_weights(place / "whole")
+    assert changed(started, state) == feed_forward(state)
+    assert not (place / "dense" / "forest.json").exists()
+    better, before = scores(place, place / "dense" / "model"), scores(place, place / "whole")
+    assert better[DENSE][NEW].perplexity < before[DENSE][NEW].perplexity
+    log = (place / "dense" / "metrics.jsonl").read_text().splitlines()
+    first = next(record for record in map(json.loads, log) if "perplexity" in record)
+    assert first["step"] == 0 and first["split"] == "valid"
+
+
+def test_forest_is_joined_and_its_members_move_to_the_grown_folder(place):
+    forest = open_forest(place / "forest" / "forest.json")
+    grown = place / "joined" / "model"
+    assert [(e.domain, e.path.resolve(), e.member) for e in forest.experts] == [
+        ("law", grown, "law"),
+        ("code", place / "whole", None),
+        (NEW, grown, NEW),
+    ]
+    made = forest.experts[-1]
+    assert made.tokens > 0 and made.gpus == 1 and made.seed == 1
+    assert made.data_digest and made.config_digest
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    return {str(p): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"start": "lore"}, "--start lore: .* has no such expert; choose of law, code"),
+        ({"domain": "lore"}, "--domain lore is not in the data-bin .*; it holds law, code, art"),
+        ({"domain": "law"}, "--domain law: .*demix has an expert of that name already"),
+        ({"max_seq_length": 9}, "--max_seq_length 9: the experts have 8 positions"),
+        ({"forest": "other"}, "other has vocab_size 24, --data .* has 23"),
+        ({"model": "demix"}, "--model .*demix has experts: give it as --forest"),
+        ({"model": "nowhere"}, "nowhere"),
+        ({"forest": "nowhere"}, "nowhere"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_nothing_is_written(tmp_path, changes, told):
+    make_place(tmp_path)
+    make_model(tmp_path / "other", untie="feedforward", vocab_size=VOCAB + 1, domains=list(OLD))
+    changes = {
+        name: str(tmp_path / value) if name in ("forest", "model") else value
+        for name, value in changes.items()
+    }
+    before = tree(tmp_path)
+    with pytest.raises(UserError, match=told):
+        start(tmp_path, tmp_path / "out", **changes)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ({"forest": "F", "model": "M"}, "--forest F and --model M: give one of the two"),
+        ({"start": "law", "prior": "P"}, "--start law and --prior P: give one of the two"),
+        ({"model": "M", "prior": "P"}, "--prior P: --model M is a single model"),
+        ({"domain": "a.b"}, "'a.b' is not made of letters, digits, _ and -"),
+    ],
+)
+def test_flags_that_contradict_each_other(flags, told):
+    with pytest.raises(UserError, match=told):
+        AdaptArgs(**flags)
+
+
+def test_defaults_are_those_of_the_paper():
+    optim = AdaptOptimArgs()
+    assert (optim.learning_rate, optim.warmup_ratio, optim.max_grad_norm) == (5e-5, 0.08, 0.1)
+    assert optim.lr_scheduler_type == "linear"

@@ -1,0 +1,261 @@
+"""Finetuning from flags to files: what is learned, on any ranks, across a cut, and mistakes."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ranks import on_ranks
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    BertConfig,
+)
+
+from megamod.args import SafetyArgs, parse_args
+from megamod.errors import UserError
+from megamod.runs.finetune_args import TaskArgs, TunedArgs, TunedOptimArgs, TunedRunArgs, WordArgs
+
+WORDS = [f"w{n}" for n in range(12)]
+VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, ".", "##s"]
+SEQUENCE = (TunedRunArgs, SafetyArgs, TunedOptimArgs, TunedArgs, TaskArgs)
+SIZE = dict(vocab_size=len(VOCAB), hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+SIZE |= dict(intermediate_size=32, max_position_embeddings=24, initializer_range=0.3)
+
+
+def sentence(label: int, random_: random.Random) -> str:
+    """Words of the first half for label 0, of the second one for label 1."""
+    return " ".join(random_.choices(WORDS[6 * label : 6 * label + 6], k=random_.randint(3, 6)))
+
+
+def make_place(root: Path) -> Path:
+    """A tokenizer, a model without weights, a sentence task, a regression and an entity task."""
+    random_ = random.Random(5)
+    (root / "tokenizer").mkdir(parents=True)
+    (root / "tokenizer" / "vocab.txt").write_text("\n".join(VOCAB) + "\n")
+    # Without dropout: its draws depend on the rank, as they should.
+    BertConfig(**SIZE, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).save_pretrained(
+        root / "new"
+    )
+    for split, rows in (("train", 24), ("dev", 11), ("test", 5)):
+        labels = [random_.randrange(2) for _ in range(rows)]
+        texts = [sentence(label, random_) for label in labels]
+        folder = root / "glue" / "SST-2"
+        folder.mkdir(parents=True, exist_ok=True)
+        if split == "test":
+            lines = ["index\tsentence", *(f"{n}\t{text}" for n, text in enumerate(texts))]
+        else:
+            rows_ = zip(texts, labels, strict=True)
+            lines = ["sentence\tlabel", *(f"{text}\t{label}" for text, label in rows_)]
+        (folder / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+        folder = root / "ner" / "toy"
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / f"{split}.txt", "w") as file:
+            for text in texts:
+                for word in text.split():
+                    file.write(f"{word}s\t{'B-HIGH' if WORDS.index(word) >= 6 else 'O'}\n")
+                file.write("\n")
+    return root
+
+
+def flags(place: Path, output: Path, **changes: object) -> list[str]:
+    """A short run as flags; values None are left out."""
+    given = dict(
+        task="sst-2", data_dir=place / "glue", model=place / "new", num_instances=1,
+        tokenizer_name=place / "tokenizer", output_dir=output, max_seq_length=16, max_steps=12,
+        per_device_train_batch_size=2, global_batch_size=8, per_device_eval_batch_size=4,
+        eval_steps=4, save_steps=4, logging_steps=4, learning_rate=0.01, report_to="none",
+        adam_epsilon=1e-3,  # a usual one makes updates of the rounding noise of the key bias
+        do_train=True, do_eval=True,
+    )  # fmt: skip
+    given |= changes
+    words = []
+    for name, value in given.items():
+        if value is not None:
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{name}", *map(str, values)]
+    return words
+
+
+def start(place: Path, output: Path, *, words: bool = False, **changes: object) -> None:
+    """One command in this process."""
+    from megamod.runs.finetune import finetune
+
+    if words:
+        changes = {"task": "toy", "data_dir": place / "ner", **changes}
+    classes = (*SEQUENCE, WordArgs) if words else SEQUENCE
+    finetune(*parse_args(*classes, argv=flags(place, output, **changes)))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def results(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def alone(rank: int, root: Path) -> None:
+    """Everything that is done in one process."""
+    start(root, root / "whole", do_predict=True, save_total_limit=9)
+    start(root, root / "cut", stop_step=6)
+    shutil.copytree(root / "cut", root / "cut-kept")
+    start(root, root / "cut")
+    start(root, root / "cut", do_predict=True, per_device_eval_batch_size=8)  # nothing to train
+    start(root, root / "seeds", seeds=[1, 2], max_steps=2, eval_steps=0)
+    start(root, root / "words", words=True, do_predict=True, max_steps=24, eval_steps=12)
+    start(
+        root, root / "again", words=True, do_train=None, do_predict=True, tokenizer_name=None,
+        model=root / "words" / "model", predict_split="dev",
+    )  # fmt: skip
+    changes = dict(max_steps=None, num_train_epochs=1.5, do_eval=None, global_batch_size=16)
+    start(root, root / "epochs", **changes)
+
+
+def together(rank: int, root: Path) -> None:
+    """The same on two ranks."""
+    start(root, root / "two")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder in which all runs were made."""
+    root = make_place(tmp_path_factory.mktemp("finetune"))
+    on_ranks(1, alone, root)
+    on_ranks(2, together, root)
+    return root
+
+
+def test_results_predictions_and_the_model_belong_together(place):
+    out = place / "whole"
+    record, scores = results(out), json.loads((out / "evaluations.json").read_text())
+    assert [one["step"] for one in scores] == [4, 8, 12]
+    values = [one["scores"]["dev"]["accuracy"] for one in scores]
+    best = scores[values.index(max(values))]
+    assert record["seeds"]["1"]["best"] == best
+    assert record["mean"]["dev accuracy"] == record["task_score"] == max(values) > 0.8
+    kept = weights(out / "checkpoints" / f"step-{best['step']}")
+    assert all(torch.equal(kept[name], w) for name, w in weights(out / "model").items())
+
+    model = AutoModelForSequenceClassification.from_pretrained(out / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(out / "model")
+
+    def answer(text: str) -> int:
+        with torch.no_grad():
+            return int(model(**tokenizer(text, return_tensors="pt")).logits.argmax())
+
+    rows = (place / "glue" / "SST-2" / "dev.tsv").read_text().splitlines()[1:]
+    right = [answer(row.split("\t")[0]) == int(row.split("\t")[1]) for row in rows]
+    assert np.mean(right) == pytest.approx(max(values))
+    rows = (place / "glue" / "SST-2" / "test.tsv").read_text().splitlines()[1:]
+    predicted = (out / "predictions" / "SST-2.tsv").read_text().splitlines()
+    assert predicted[0] == "index\tprediction"
+    assert predicted[1:] == [f"{n}\t{answer(row.split(chr(9))[1])}" for n, row in enumerate(rows)]
+
+
+def test_two_ranks_learn_what_one_learns(place):
+    one, two = (json.loads((place / n / "evaluations.json").read_text()) for n in ("whole", "two"))
+    for a, b in zip(one, two, strict=True):
+        assert a["scores"]["dev"]["loss"] == pytest.approx(b["scores"]["dev"]["loss"], abs=1e-5)
+    ours, theirs = (weights(place / n / "checkpoints" / "step-12") for n in ("whole", "two"))
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], atol=2e-4, rtol=1e-3)
+
+
+def test_a_run_that_was_cut_ends_like_one_that_was_not(place):
+    assert len(json.loads((place / "cut-kept" / "evaluations.json").read_text())) == 2
+    before = json.loads((place / "whole" / "evaluations.json").read_text())
+    after = json.loads((place / "cut" / "evaluations.json").read_text())
+    # The cut run was scored at its end, step 6, too: that is not forgotten and changes nothing.
+    assert [one for one in after if one["step"] != 6] == before
+    ours, theirs = (weights(place / n / "checkpoints" / "step-12") for n in ("whole", "cut"))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert (place / "cut" / "predictions" / "SST-2.tsv").exists()
+
+
+def test_seeds_have_means_and_deviations(place):
+    record = results(place / "seeds")
+    losses = [record["seeds"][seed]["best"]["scores"]["dev"]["loss"] for seed in "12"]
+    assert losses[0] != losses[1]
+    assert record["mean"]["dev loss"] == pytest.approx(np.mean(losses))
+    assert record["deviation"]["dev loss"] == pytest.approx(np.std(losses, ddof=1))
+    assert results(place / "seeds" / "seed-2")["seed"] == 2
+
+
+def test_labels_of_words(place):
+    record = results(place / "words")
+    assert record["task"]["labels"] == ["O", "B-HIGH", "I-HIGH"]
+    assert record["mean"]["dev f1"] > 0.9
+    assert record["seeds"]["1"]["predicted"]["test"]["accuracy"] > 0.9
+    model = AutoModelForTokenClassification.from_pretrained(place / "words" / "model")
+    assert model.config.label2id == {"O": 0, "B-HIGH": 1, "I-HIGH": 2}
+    rows = (place / "words" / "predictions" / "test.txt").read_text().split("\n\n")
+    assert len(rows) == 5 and all(len(r.split("\t")) == 3 for r in rows[0].split("\n"))
+
+
+def test_a_trained_model_is_scored_again_by_itself(place):
+    trained, again = results(place / "words"), results(place / "again")
+    assert again["mean"]["dev f1"] == pytest.approx(trained["mean"]["dev f1"])
+    assert (place / "again" / "predictions" / "dev.txt").exists()
+    assert not (place / "again" / "checkpoints").exists()
+
+
+def test_epochs_become_steps(place):
+    assert results(place / "epochs")["seeds"]["1"] == {"step": 3}  # 1.5 x 24 / 16 = 2.25
+    assert "max_steps: 3  # --num_train_epochs 1.5" in (place / "epochs" / "run.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(num_instances=2), "--num_instances 2: the model .*new is made for 1"),
+        (dict(max_seq_length=40), "--max_seq_length 40: the model has positions for 24 tokens"),
+        (dict(task="rte"), "no file of task rte"),
+        (dict(task=None), "--task is missing"),
+        (dict(do_train=None), "there are no weights in it, so it must be trained"),
+        (dict(tokenizer_name=None), "has no tokenizer; --tokenizer_name names one"),
+        (dict(model=None, config_name="bert_huge"), "no configuration there"),
+        (
+            dict(predict_split="valid", do_predict=True),
+            "--predict_split valid: task sst-2 has train",
+        ),
+        (dict(seeds=["1", "x"]), "--seeds: 'x' is not a whole number"),
+        (dict(metric_for_best_model="bleu"), "--metric_for_best_model bleu is none of accuracy"),
+        (dict(do_train=None, do_eval=None), "nothing to do"),
+        (dict(data_dir=None), "cannot be loaded from the hub"),
+        (dict(words=True, label_column=5), "2 columns, there is no column 5"),
+        (dict(per_device_train_batch_size=3), "--global_batch_size 8 is not a multiple of 3"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_written(tmp_path, place, changes, message):
+    with pytest.raises(UserError, match=message):
+        start(place, tmp_path / "out", **changes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sentence_longer_than_the_model(tmp_path, place):
+    shutil.copytree(place / "glue", tmp_path / "glue")
+    with open(tmp_path / "glue" / "SST-2" / "dev.tsv", "a") as file:
+        file.write("w1 " * 23 + "\t1\n")
+    with pytest.raises(UserError, match=r"dev.tsv, line 13: 25 tokens, the model has 24 positions"):
+        start(place, tmp_path / "out", data_dir=tmp_path / "glue")
+
+
+def test_a_tokenizer_of_another_model(tmp_path, place):
+    (tmp_path / "vocab.txt").write_text("\n".join([*VOCAB, "more"]) + "\n")
+    with pytest.raises(
+        UserError, match=r"has 20 ids, the model .* 19: they do not belong together"
+    ):
+        start(place, tmp_path / "out", tokenizer_name=tmp_path)
+
+
+def test_a_model_of_other_labels(tmp_path, place):
+    with pytest.raises(UserError, match="the model answers 0, 1, task sick-e has contradiction"):
+        start(
+            place, tmp_path / "out", task="sick-e", model=place / "whole" / "model", do_train=None
+        )

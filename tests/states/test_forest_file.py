@@ -1,0 +1,158 @@
+import json
+import multiprocessing
+import shutil
+
+import pytest
+from saved_models import make_model
+
+from megamod import files
+from megamod.errors import UserError
+from megamod.states import forest as module
+from megamod.states.forest import Expert, Parent, edit_forest, open_forest
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    make_model(root / "law", domains=["law"])
+    make_model(root / "med", domains=["med"])
+    make_model(root / "wide", domains=["wide"], vocab_size=31)
+    make_model(root / "mixed", "feedforward")
+    return root
+
+
+@pytest.fixture
+def place(models, tmp_path):
+    return shutil.copytree(models, tmp_path / "place")
+
+
+def law(place) -> Expert:
+    parents = (Parent("seed/checkpoints/step-3", 1.0),)
+    return Expert("law", place / "law", None, parents, 5, 3, 7, 640, 2, "abc", "def")
+
+
+def test_what_is_written_is_read(place, tmp_path):
+    with edit_forest(place) as experts:
+        assert experts == []
+        experts += [law(place), Expert("code", place / "mixed", "code")]
+    forest = open_forest(place)
+    assert forest == open_forest(place / "forest.json")
+    assert forest.domains == ("law", "code")
+    assert forest.experts == (law(place), Expert("code", place / "mixed", "code"))
+    record = json.loads((place / "forest.json").read_text())["experts"][0]
+    assert record["path"] == "law" and record["member"] is None
+    moved = shutil.move(place, tmp_path / "moved")
+    assert open_forest(moved).experts[0].path == tmp_path / "moved" / "law"
+
+
+def test_experts_elsewhere_keep_their_whole_path(place, tmp_path):
+    with edit_forest(tmp_path / "other" / "forest.json") as experts:
+        experts.append(Expert("law", place / "law"))
+    assert open_forest(tmp_path / "other").experts == (Expert("law", place / "law"),)
+
+
+def test_model_folders_are_forests(place):
+    members = open_forest(place / "mixed").experts
+    assert [(e.domain, e.member, e.path) for e in members] == [
+        (name, name, place / "mixed") for name in ("law", "code", "art")
+    ]
+    shutil.rmtree(place / "mixed")
+    shutil.rmtree(place / "wide")
+    assert open_forest(place).experts == (
+        Expert("law", place / "law"),
+        Expert("med", place / "med"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"path": "gone"}, "no config.json"),
+        ({"path": 3}, r"experts\[0\]: path is 3"),
+        ({"member": "law"}, "one dense model"),
+        ({"path": "mixed"}, "the members there are law, code, art"),
+        ({"path": "mixed", "member": "tax"}, "member 'tax'"),
+        ({"steps": 3}, "unknown key 'steps'"),
+        ({"updates": "7"}, "updates is '7'"),
+        ({"parents": [{"path": "seed"}]}, "parents"),
+        ({"domain": "med"}, "domain 'med' is there twice"),
+        ({"path": "wide"}, "different vocabularies: 31 of law, 23 of med"),
+    ],
+)
+def test_wrong_entries_are_named(place, change, told):
+    entries = [{"domain": "law", "path": "law"} | change, {"domain": "med", "path": "med"}]
+    text = json.dumps({"format": 1, "experts": entries})
+    (place / "forest.json").write_text(text)
+    for attempt in (open_forest, lambda path: edit_forest(path).__enter__().clear()):
+        if "experts[0]" in told or attempt is open_forest:
+            with pytest.raises(UserError, match=told):
+                attempt(place)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("{", "JSON"),
+        ("[]", "format 1"),
+        ('{"format": 2}', "format 1"),
+        ('{"format": 1, "experts": {}}', "not a list"),
+        ('{"format": 1, "experts": [3]}', r"experts\[0\]: is not an object"),
+        ('{"format": 1, "experts": [], "more": 1}', "unknown key 'more'"),
+        ('{"format": 1, "experts": []}', "holds no expert"),
+    ],
+)
+def test_other_files_are_refused(place, text, told):
+    (place / "forest.json").write_text(text)
+    with pytest.raises(UserError, match=told):
+        open_forest(place)
+
+
+def test_what_is_no_forest_is_refused(place, tmp_path):
+    with pytest.raises(UserError, match="one dense model"):
+        open_forest(place / "law")
+    with pytest.raises(UserError, match="holds no expert"):
+        open_forest(tmp_path / "nothing")
+
+
+def test_a_failed_edit_changes_nothing(place):
+    with edit_forest(place) as experts:
+        experts.append(law(place))
+    before = (place / "forest.json").read_bytes()
+    with pytest.raises(ZeroDivisionError), edit_forest(place) as experts:
+        experts.append(Expert("med", place / "med"))
+        raise ZeroDivisionError
+    with pytest.raises(UserError, match="vocabularies"), edit_forest(place) as experts:
+        experts.append(Expert("wide", place / "wide"))
+    assert (place / "forest.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_an_error_while_writing_changes_nothing(place, monkeypatch, call):
+    with edit_forest(place) as experts:
+        experts.append(law(place))
+    before = (place / "forest.json").read_bytes()
+
+    def fails(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, call, fails)
+    with pytest.raises(OSError, match="No space"), edit_forest(place) as experts:
+        experts.append(Expert("med", place / "med"))
+    assert (place / "forest.json").read_bytes() == before
+    assert not list(place.glob(".forest.json.*.tmp"))
+
+
+def add(place, number: int) -> None:
+    with edit_forest(place) as experts:
+        experts.append(Expert(f"law{number}", place / "law"))
+
+
+def test_editors_wait_for_each_other(place):
+    assert module.FILE == "forest.json"
+    context = multiprocessing.get_context("fork")
+    editors = [context.Process(target=add, args=(place, number)) for number in range(8)]
+    for editor in editors:
+        editor.start()
+    for editor in editors:
+        editor.join(60)
+    assert sorted(open_forest(place).domains) == [f"law{number}" for number in range(8)]
