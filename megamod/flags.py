@@ -47,7 +47,7 @@ class Arguments:
     """Base of the dataclasses: checks types, choices and bounds of all fields.
 
     Attributes:
-        free_on_resume: fields that may differ when a run is resumed: they do not decide its numbers.
+        free_on_resume: fields that may differ when a run is resumed, as they decide no numbers.
 
     Raises:
         UserError: naming the flag, the value and what is allowed.

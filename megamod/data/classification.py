@@ -132,9 +132,7 @@ def encode_texts(texts: TextSet, tokenizer: "PreTrainedTokenizerFast", lengths: 
     Raises:
         UserError: naming file and line of a row that is too long for the model.
     """
-    rows: list[list[int]] = []
-    segments: list[list[int]] = []
-    cut = 0
+    ids_of, types_of, sizes, cut = [], [], [], 0
     for start in range(0, len(texts), CHUNK):
         chunk = [part[start : start + CHUNK] for part in texts.texts]
         made = tokenizer(*chunk, return_token_type_ids=True)
@@ -151,13 +149,14 @@ def encode_texts(texts: TextSet, tokenizer: "PreTrainedTokenizerFast", lengths: 
             )
             ids[row], types[row] = again["input_ids"], again["token_type_ids"]
             cut += 1
-        rows += ids
-        segments += types
-    _tell(cut, len(rows), lengths)
+        ids_of.append(_flat(ids, np.int32))
+        types_of.append(_flat(types, np.int8))
+        sizes += map(len, ids)
+    _tell(cut, len(texts), lengths)
     return Encoded(
-        _flat(rows, np.int32),
-        _flat(segments, np.int8),
-        _offsets(rows),
+        np.concatenate(ids_of),
+        np.concatenate(types_of),
+        np.cumsum([0, *sizes], dtype=np.int64),
         texts.labels,
         None,
         tokenizer.pad_token_id or 0,
@@ -224,7 +223,7 @@ def encode_words(
     return Encoded(
         ids,
         np.zeros(len(ids), dtype=np.int8),
-        _offsets(rows),
+        np.cumsum([0, *map(len, rows)], dtype=np.int64),
         np.concatenate(targets) if tokens.labels is not None else None,
         heads,
         tokenizer.pad_token_id or 0,
@@ -330,10 +329,6 @@ def _frame(tokenizer: "PreTrainedTokenizerFast") -> tuple[list[int], list[int]]:
 
 def _flat(rows: Sequence[Sequence[int]], kind: type) -> np.ndarray:
     return np.fromiter((one for row in rows for one in row), dtype=kind)
-
-
-def _offsets(rows: Sequence[Sequence[int]]) -> np.ndarray:
-    return np.cumsum([0, *map(len, rows)], dtype=np.int64)
 
 
 def _tell(cut: int, rows: int, lengths: Lengths) -> None:

@@ -41,7 +41,7 @@ def read_spec(path: str | Path) -> TaskSpec:
         value = yaml.safe_load(path.read_bytes())
     except OSError as error:
         raise UserError(f"--task_spec {path}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"--task_spec {path}: not YAML: {' '.join(str(error).split())}") from error
     return _spec_of(value, f"--task_spec {path}")
 

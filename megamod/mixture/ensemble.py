@@ -23,6 +23,10 @@ the batches so far, or that counts all experts alike; or without any rule, all a
 
 NEW_SHARE = 0.3  # of the newest batch in the moving average
 
+# What a prior leaves to an expert at least, if it follows posteriors of whole sequences: those come
+# out at 0 and 1 after a hundred tokens, and with a prior of 0 no text brings an expert back.
+LEAST = 1e-4
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -125,8 +129,13 @@ class Mixture:
         else:
             self.average = (1 - NEW_SHARE) * self.average + NEW_SHARE * posterior
         if self.mode == "updating_prior":
-            self.prior = self.average
+            self.prior = self._as_prior(self.average)
         return Mixed(mixed, weights, posterior, self.average)
+
+    def _as_prior(self, average: Tensor) -> Tensor:
+        if self.rule.name == "history":
+            average = average.clamp(min=LEAST).where(self.prior > 0, 0.0)
+        return average / average.sum()
 
 
 def estimate_prior(
@@ -152,5 +161,4 @@ def estimate_prior(
             watch(mixture, mixed)
     if mixture.average is None:
         raise UserError("a prior cannot be estimated on no text")
-    weights = mixture.average / mixture.average.sum()
-    return Prior(domains, tuple(weights.tolist()), rule.name)
+    return Prior(domains, tuple(mixture.prior.tolist()), rule.name)

@@ -27,6 +27,7 @@ from pathlib import Path
 import deepspeed
 import torch.distributed as dist
 from safetensors import safe_open
+from transformers import PreTrainedConfig
 
 from megamod.dist.process import everywhere, from_rank_0
 from megamod.dist.scope import Sharing
@@ -43,6 +44,12 @@ from megamod.train.fragments import (
 )
 
 logger = logging.getLogger(__name__)
+
+MEANING = (
+    *("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
+    *("intermediate_size", "max_position_embeddings", "tie_word_embeddings", "untie"),
+)
+"""Fields of a configuration that a branch shares with its parent."""
 
 
 @dataclass
@@ -133,10 +140,14 @@ class Checkpoints:
 
     def load(self, path: Path) -> TrainState:
         """Load the checkpoint in `path` into the engine; collective."""
-        saved = json.loads(self._state_file(path).read_text())
+        file = self._state_file(path)
+        if not file.is_file():
+            raise UserError(f"{path} was made with another --untie: it has no {file}")
+        saved = json.loads(file.read_text())
         then = saved["settings"]
         if saved.get("branched"):  # from another run: it says only what both must agree on
             then = {**self.settings, **then}
+            _check_model(file.parent, self.engine.module.config)
         differences = [
             f"{key}: {then.get(key)!r} then, {value!r} now"
             for key, value in self.settings.items()
@@ -274,6 +285,20 @@ class Checkpoints:
         made = made[: made.index(final) + 1]
         for old in made[: -self.keep if self.keep else 0]:
             shutil.rmtree(old)
+
+
+def _check_model(folder: Path, config: PreTrainedConfig) -> None:
+    """Weights from another run are of the shape that this run has, and mean the same."""
+    saved = type(config).from_pretrained(folder)
+    differences = [
+        f"{name}: {getattr(saved, name)!r} there, {getattr(config, name)!r} now"
+        for name in MEANING
+        if getattr(saved, name, None) != getattr(config, name, None)
+    ]
+    if differences:
+        raise UserError(
+            f"{folder} branched off another model than this run has; " + "; ".join(differences)
+        )
 
 
 def _read_optimizer(path: Path, engine: deepspeed.DeepSpeedEngine, prefix: str) -> None:

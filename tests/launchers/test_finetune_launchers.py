@@ -51,48 +51,54 @@ def test_help_is_quick_and_shows_commands(name):
     assert "--output_dir" in done.stdout and os.times().children_user - begin < 1
 
 
-def test_a_mistake_in_a_file_is_one_line_and_leaves_nothing(place):
+def test_a_run_from_the_command_line_and_a_mistake_in_its_file(place):
+    flags = [
+        "--task", "sst2", "--data_dir", place / "data", "--model", place / "new",
+        "--tokenizer_name", place / "tokenizer", "--do_train", "--do_eval", "--max_steps", 2,
+        "--per_device_train_batch_size", 2, "--output_dir",
+    ]  # fmt: skip
+    done = start("finetune_glue", *flags, place / "out")
+    assert done.returncode == 0, done.stderr
+    assert "dev accuracy" in done.stdout and (place / "out" / "model" / "config.json").exists()
     file = place / "data" / "dev.tsv"
     file.write_text(HEADER + "good film\t1\nbad film\t2\n")
-    done = start(
-        "finetune_glue", "--task", "sst2", "--data_dir", place / "data", "--model", place / "new",
-        "--tokenizer_name", place / "tokenizer", "--do_train", "--do_eval",
-        "--output_dir", place / "out",
-    )  # fmt: skip
+    done = start("finetune_glue", *flags, place / "no")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert f"{file}, line 3: label '2' is not one of task sst-2: 0, 1" in done.stderr
-    assert not (place / "out").exists()
+    assert not (place / "no").exists()
 
 
-SWEEP = """
-common: {data_dir: DATA, tokenizer_name: TOKENIZER, do_train: true, do_eval: true, max_steps: 2,
-         report_to: none, per_device_train_batch_size: 2}
-tasks: {sst-2: }
-models: {new: {model: NEW}}
-seeds: [1, 2]
+PROGRAM = """
+import json, pathlib, sys
+flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+score = int(flags["--seed"]) / 10 + int(flags["--num_instances"]) / 100
+record = {"task_score": score, "mean": {"dev accuracy": score}}
+(pathlib.Path(flags["--output_dir"]) / "results.json").write_text(json.dumps(record))
 """
+SWEEP = "{tasks: {rte: }, models: {mux: {num_instances: [2, 5]}}, seeds: [1, 3]}"
 
 
-def test_many_runs_give_one_table_and_are_made_once(place):
-    file = place / "sweep.yaml"
-    text = SWEEP.replace("DATA", str(place / "data")).replace("NEW", str(place / "new"))
-    file.write_text(text.replace("TOKENIZER", str(place / "tokenizer")))
-    jobs, launch = read_sweep(file)
-    out = place / "all"
-    table = sweep(jobs, out, LAUNCHERS, 2, launch)
-    (record,) = json.loads((out / "summary.json").read_text())
-    folders = [job.folder(out) for job in jobs]
-    scores = [json.loads((f / "results.json").read_text())["task_score"] for f in folders]
-    assert record["num_instances"] == 1 and record["seeds"] == 2
-    assert record["mean"]["task_score"] == pytest.approx(sum(scores) / 2)
-    assert f"{sum(scores) / 2:.4f} ±" in table and "new, N = 1" in table
+def test_many_runs_give_one_table_and_are_made_once(tmp_path):
+    (tmp_path / "finetune_glue.py").write_text(PROGRAM)  # in place of the launcher
+    (tmp_path / "sweep.yaml").write_text(SWEEP)
+    jobs, launch = read_sweep(tmp_path / "sweep.yaml")
+    out = tmp_path / "all"
+    table = sweep(jobs, out, tmp_path, 2, launch)
+    record = json.loads((out / "summary.json").read_text())
+    assert [(one["task"], one["num_instances"], one["seeds"]) for one in record] == [
+        ("rte", 2, 2),
+        ("rte", 5, 2),
+    ]
+    assert record[0]["mean"]["task_score"] == pytest.approx(0.22)
+    assert record[0]["deviation"]["dev accuracy"] == pytest.approx(0.02**0.5)
+    assert "mux, N = 2    0.2200 ± 0.1414" in table
     assert (out / "scores.png").read_bytes()[:4] == b"\x89PNG"
-    times = [(folder / "results.json").stat().st_mtime_ns for folder in folders]
-    assert sweep(jobs, out, LAUNCHERS, 1, launch) == table
-    assert [(folder / "results.json").stat().st_mtime_ns for folder in folders] == times
-    file.write_text(file.read_text().replace("max_steps: 2", "max_steps: 3"))
+    times = [(job.folder(out) / "results.json").stat().st_mtime_ns for job in jobs]
+    assert sweep(jobs, out, tmp_path, 1, launch) == table
+    assert [(job.folder(out) / "results.json").stat().st_mtime_ns for job in jobs] == times
+    (tmp_path / "sweep.yaml").write_text(SWEEP.replace("rte: ", "rte: {max_steps: 3}"))
     with pytest.raises(UserError, match="holds a run with other flags"):
-        sweep(read_sweep(file)[0], out, LAUNCHERS, 1, launch)
+        sweep(read_sweep(tmp_path / "sweep.yaml")[0], out, tmp_path, 1, launch)
 
 
 def test_jobs_of_a_sweep(tmp_path):

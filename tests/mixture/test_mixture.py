@@ -140,6 +140,21 @@ def test_a_fixed_prior_stays():
     assert torch.equal(before, alike.log_probs)
 
 
+def test_no_expert_is_lost_for_good():
+    certain = torch.tensor([-1.0, -9.0]).reshape(2, 1, 1).expand(2, 1, 50)
+    mask = torch.ones(1, 50, dtype=torch.bool)
+    prior = estimate_prior("ab", [(certain, mask)] * 3, Rule("history"))
+    assert prior.weights == pytest.approx((1 - 1e-4, 1e-4), rel=1e-3)
+    mixture = Mixture("updating_prior", 2, Rule("history"))
+    mixture.add(certain, mask)
+    turned = mixture.add(certain.flip(0), mask)
+    assert float(turned.posterior[1]) == pytest.approx(1)
+    # An expert that was left out on purpose stays out.
+    mixture = Mixture("updating_prior", 2, Rule("history"), torch.tensor([0.0, 1.0]))
+    mixture.add(certain, mask)
+    assert mixture.prior.tolist() == [0, 1]
+
+
 def test_infinite_tokens_count_in_neither_sum_nor_number():
     tally = Tally()
     tally.add(torch.tensor([[-1.0, -torch.inf, -3.0, -5.0]]), torch.tensor([[1, 1, 1, 0]]).bool())

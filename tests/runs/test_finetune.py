@@ -10,12 +10,17 @@ import pytest
 import torch
 from ranks import on_ranks
 from safetensors.torch import load_file
+from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
     BertConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
 )
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from megamod.args import SafetyArgs, parse_args
 from megamod.errors import UserError
@@ -26,6 +31,43 @@ VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, ".", "##s"]
 SEQUENCE = (TunedRunArgs, SafetyArgs, TunedOptimArgs, TunedArgs, TaskArgs)
 SIZE = dict(vocab_size=len(VOCAB), hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
 SIZE |= dict(intermediate_size=32, max_position_embeddings=24, initializer_range=0.3)
+
+
+class MixConfig(PreTrainedConfig):
+    """A bag of words in which N rows share one state."""
+
+    model_type = "mix_of_rows"
+    vocab_size, hidden_size, num_instances, muxing_variant = len(VOCAB), 16, 2, "mean"
+    task_loss_coeff, retrieval_loss_coeff = 0.0, 1.0  # as after a warm-up
+
+
+class MixForSequenceClassification(PreTrainedModel):
+    """Keys tell the rows apart, in the mix and out of it."""
+
+    config_class = MixConfig
+
+    def __init__(self, config: MixConfig):
+        super().__init__(config)
+        self.words = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.keys = nn.Parameter(torch.randn(config.num_instances, config.hidden_size))
+        self.classifier = nn.Linear(2 * config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight)
+
+    def forward(self, input_ids, attention_mask) -> SequenceClassifierOutput:
+        assert self.config.retrieval_loss_coeff == 0.0 and input_ids.shape[1] == 16
+        states = (self.words(input_ids) * attention_mask[..., None]).mean(1)
+        groups = states.unflatten(0, (-1, len(self.keys)))
+        mixed = (groups * self.keys).mean(1, keepdim=True).expand_as(groups)
+        told = torch.cat([mixed * self.keys, self.keys.expand_as(mixed)], -1).flatten(0, 1)
+        return SequenceClassifierOutput(logits=self.classifier(told))
+
+
+AutoConfig.register(MixConfig.model_type, MixConfig)
+AutoModelForSequenceClassification.register(MixConfig, MixForSequenceClassification)
 
 
 def sentence(label: int, random_: random.Random) -> str:
@@ -42,6 +84,7 @@ def make_place(root: Path) -> Path:
     BertConfig(**SIZE, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).save_pretrained(
         root / "new"
     )
+    MixConfig().save_pretrained(root / "mix")
     for split, rows in (("train", 24), ("dev", 11), ("test", 5)):
         labels = [random_.randrange(2) for _ in range(rows)]
         texts = [sentence(label, random_) for label in labels]
@@ -113,6 +156,8 @@ def alone(rank: int, root: Path) -> None:
         root, root / "again", words=True, do_train=None, do_predict=True, tokenizer_name=None,
         model=root / "words" / "model", predict_split="dev",
     )  # fmt: skip
+    mixed = dict(model=root / "mix", num_instances=2, max_steps=40, eval_steps=0, do_predict=True)
+    start(root, root / "mixed", **mixed, predict_split="dev", learning_rate=0.05)
     changes = dict(max_steps=None, num_train_epochs=1.5, do_eval=None, global_batch_size=16)
     start(root, root / "epochs", **changes)
 
@@ -205,6 +250,19 @@ def test_a_trained_model_is_scored_again_by_itself(place):
     assert not (place / "again" / "checkpoints").exists()
 
 
+def test_instances_are_scored_apart(place):
+    record = results(place / "mixed")
+    scores = record["seeds"]["1"]["best"]["scores"]["dev"]
+    slots = scores["accuracy_by_slot"]
+    assert record["num_instances"] == 2 and len(slots) == 2
+    assert scores["accuracy"] == pytest.approx((6 * slots[0] + 5 * slots[1]) / 11)
+    assert scores["accuracy"] > 0.6
+    model = AutoModelForSequenceClassification.from_pretrained(place / "mixed" / "model")
+    assert (model.config.task_loss_coeff, model.config.retrieval_loss_coeff) == (1.0, 0.0)
+    rows = (place / "mixed" / "predictions" / "sst-2_dev.tsv").read_text().splitlines()
+    assert len(rows) == 12
+
+
 def test_epochs_become_steps(place):
     assert results(place / "epochs")["seeds"]["1"] == {"step": 3}  # 1.5 x 24 / 16 = 2.25
     assert "max_steps: 3  # --num_train_epochs 1.5" in (place / "epochs" / "run.yaml").read_text()
@@ -214,6 +272,10 @@ def test_epochs_become_steps(place):
     ("changes", "message"),
     [
         (dict(num_instances=2), "--num_instances 2: the model .*new is made for 1"),
+        (
+            dict(model="mix", num_instances=None, per_device_train_batch_size=1),
+            "of the 2 inst.* 2$",
+        ),
         (dict(max_seq_length=40), "--max_seq_length 40: the model has positions for 24 tokens"),
         (dict(task="rte"), "no file of task rte"),
         (dict(task=None), "--task is missing"),
@@ -233,6 +295,8 @@ def test_epochs_become_steps(place):
     ],
 )
 def test_mistakes_are_told_before_anything_is_written(tmp_path, place, changes, message):
+    if changes.get("model") == "mix":
+        changes = {**changes, "model": place / "mix"}
     with pytest.raises(UserError, match=message):
         start(place, tmp_path / "out", **changes)
     assert not (tmp_path / "out").exists()

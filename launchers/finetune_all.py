@@ -1,0 +1,63 @@
+"""Finetune many models on many tasks: one file, one command, one table and one plot.
+
+    python launchers/finetune_all.py SWEEP.yaml --output_dir runs/all
+    python launchers/finetune_all.py SWEEP.yaml --output_dir runs/all --jobs 2
+    python launchers/finetune_all.py SWEEP.yaml --output_dir runs/all --dry_run
+
+    common: {data_dir: GLUE, max_steps: 1000, do_train: true, do_eval: true}
+    tasks:
+      sst-2: {max_steps: 20000}
+      wnut17: {launcher: ner, data_dir: NER}
+    models:
+      plain: {model: runs/bert/model}
+      mux: {model: "runs/mux-{N}/model", num_instances: [2, 5, 10]}
+    seeds: [1, 2, 3]
+
+Flags are those of finetune_glue.py and finetune_ner.py. Every run has a folder with its log; the
+same command again makes only what is missing. summary.json and scores.png are made at the end.
+"""
+
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from megamod.errors import UserError, run
+from megamod.flags import Arguments, option, parse_args, require
+
+
+@dataclass
+class SweepArgs(Arguments):
+    """Which runs, and where."""
+
+    sweep: str | None = option(None, "YAML file of the runs; may come first without the flag")
+    output_dir: str | None = option(None, "folder of all runs and of their table")
+    jobs: int = option(1, "runs at the same time", least=1)
+    dry_run: bool = option(False, "print the commands only")
+
+
+def main() -> None:
+    """Parse, run what is missing, print the table."""
+    arguments = sys.argv[1:]
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--sweep", *arguments]
+    (args,) = parse_args(SweepArgs, argv=arguments, doc=__doc__)
+    require(args, "sweep", "output_dir")
+    from megamod.runs.finetune_sweep import read_sweep, sweep
+    from megamod.train.setup import start_logging
+
+    jobs, launch = read_sweep(Path(args.sweep))
+    here, output = Path(__file__).resolve().parent, Path(args.output_dir)
+    if args.dry_run:
+        for job in jobs:
+            program = str(here / f"finetune_{job.launcher}.py")
+            print(shlex.join([*(launch or ["python"]), program, *job.words(output)]))
+        return
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output_dir {output}: not a folder")
+    start_logging()
+    print(sweep(jobs, output, here, args.jobs, launch))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,37 @@
+"""Finetune, score and predict on sentence tasks: GLUE, SICK-E, SNLI, or any from a file.
+
+    python launchers/finetune_glue.py --task sst-2 --data_dir GLUE --model MODEL \\
+        --do_train --do_eval --do_predict --output_dir runs/sst2
+    python launchers/finetune_glue.py --task rte --data_dir GLUE --config_name bert_tiny \\
+        --tokenizer_name TOKENIZER --seeds 1 2 3 --do_train --do_eval --output_dir runs/rte
+    deepspeed launchers/finetune_glue.py --task mnli --data_dir GLUE --model MUX_MODEL \\
+        --num_instances 5 --deepspeed ds_configs/zero1_bf16.json --max_steps 100000 \\
+        --eval_steps 5000 --do_train --do_eval --output_dir runs/mnli
+    python launchers/finetune_glue.py --task_spec reviews.yaml --model runs/reviews/model \\
+        --do_eval --output_dir runs/reviews-scored
+
+MODEL is a folder or a name on the hub: a stock encoder, or a multiplexed one, which answers N rows
+in a forward pass. GLUE is the folder of the official files. The same command resumes an interrupted
+run. OUT/model is the best model by the task's first metric on dev, OUT/results.json has the scores
+and OUT/predictions the files for the GLUE server. docs/finetuning.md tells more.
+"""
+
+from megamod.args import SafetyArgs, parse_args, require
+from megamod.errors import run
+from megamod.runs.finetune_args import TaskArgs, TunedArgs, TunedOptimArgs, TunedRunArgs
+
+
+def main() -> None:
+    """Parse, train, score, predict."""
+    parsed = parse_args(TunedRunArgs, SafetyArgs, TunedOptimArgs, TunedArgs, TaskArgs, doc=__doc__)
+    require(parsed[0], "output_dir")
+    # Only now the heavy imports, so that --help and mistakes in flags answer at once.
+    from megamod.runs.finetune import finetune
+    from megamod.train.setup import start_logging
+
+    start_logging()
+    finetune(*parsed)
+
+
+if __name__ == "__main__":
+    run(main)

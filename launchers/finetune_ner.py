@@ -1,0 +1,36 @@
+"""Finetune, score and predict labels per word: entities or parts of speech, in CoNLL files.
+
+    python launchers/finetune_ner.py --task wnut17 --data_dir NER --model MODEL \\
+        --do_train --do_eval --do_predict --output_dir runs/wnut17
+    python launchers/finetune_ner.py --task pos --data_dir POS/ud_ewt --model MUX_MODEL \\
+        --num_instances 2 --seeds 1 2 3 --do_train --do_eval --output_dir runs/pos
+    python launchers/finetune_ner.py --task any --data_dir FOLDER --label_column 3 \\
+        --config_name bert_tiny --tokenizer_name TOKENIZER --do_train --do_eval --output_dir OUT
+
+The folder has train.txt, dev.txt and test.txt, one word per line, a blank line behind a sentence.
+Entities may be in IOB1 or IOB2 and are scored as a whole, as CoNLL does; other labels by accuracy.
+The first token of a word carries its label. The same command resumes an interrupted run. OUT/model
+is the best model on dev, OUT/results.json has the scores. docs/finetuning.md tells more.
+"""
+
+from megamod.args import SafetyArgs, parse_args, require
+from megamod.errors import run
+from megamod.runs.finetune_args import TaskArgs, TunedArgs, TunedOptimArgs, TunedRunArgs, WordArgs
+
+
+def main() -> None:
+    """Parse, train, score, predict."""
+    parsed = parse_args(
+        TunedRunArgs, SafetyArgs, TunedOptimArgs, TunedArgs, TaskArgs, WordArgs, doc=__doc__
+    )
+    require(parsed[0], "output_dir")
+    # Only now the heavy imports, so that --help and mistakes in flags answer at once.
+    from megamod.runs.finetune import finetune
+    from megamod.train.setup import start_logging
+
+    start_logging()
+    finetune(*parsed)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,366 @@
+"""Finetuning on sentence tasks and on labels per word, one instance or N in a forward pass.
+
+A run trains with the one loop, scores the dev splits on the way, keeps the model that was best by
+the task's first metric, and writes predictions. Several seeds are several runs.
+"""
+
+import copy
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers.utils.logging import disable_progress_bar
+
+from megamod.args import Arguments, OptimArgs, RunArgs, SafetyArgs, origin_of
+from megamod.data.classification import TrainRows, check_rows, held_out_rows
+from megamod.data.tasks import describe
+from megamod.dist.process import init_process
+from megamod.dist.scope import Sharing
+from megamod.dist.topology import DomainTopology
+from megamod.evaluation.glue import (
+    Scores,
+    accuracy_by_slot,
+    answers_of,
+    mean_and_deviation,
+    score_table,
+    score_texts,
+    submission,
+    task_score,
+)
+from megamod.evaluation.ner import (
+    conll_text,
+    entity_counts,
+    score_words,
+    word_accuracy_by_slot,
+)
+from megamod.evaluation.predict import Predictor, labels_of_words
+from megamod.files import write_atomic, write_json
+from megamod.flags import change
+from megamod.runs.finetune_args import TaskArgs, TunedArgs, WordArgs
+from megamod.runs.finetune_problem import Problem, load_model, prepare
+from megamod.runs.training import Recipe, Running, execute
+from megamod.train import setup
+from megamod.train.export import Card, ModelExport, publish
+from megamod.train.objectives import Classify
+
+RESULTS = "results.json"
+EVALUATIONS = "evaluations.json"
+
+
+def finetune(
+    run: RunArgs,
+    safety: SafetyArgs,
+    optim: OptimArgs,
+    tuned: TunedArgs,
+    args: TaskArgs,
+    words: WordArgs | None = None,
+) -> None:
+    """Train, score and predict as the flags say; print a table and write OUT/results.json.
+
+    Args:
+        words: given for labels per word.
+    Raises:
+        UserError: for arguments, data, model or ranks that do not fit, before anything is written.
+    """
+    disable_progress_bar()
+    problem = prepare(tuned, args, words)
+    for flag in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+        if origin_of(run, flag) == "default":
+            change(run, {flag: 32 * problem.instances}, "32 x --num_instances")
+    check_rows("--per_device_eval_batch_size", run.per_device_eval_batch_size, problem.instances)
+    parsed = tuple(part for part in (run, safety, optim, tuned, args, words) if part is not None)
+    output = Path(run.output_dir)
+    if tuned.do_train:
+        runs = {}
+        for seed in map(int, tuned.seeds or [run.seed]):
+            folder = output / f"seed-{seed}" if tuned.seeds else output
+            done = _train(problem, _with_seed(parsed, seed, folder), folder)
+            if done is None:
+                return
+            runs[seed] = done
+    else:
+        device = init_process(safety.dist_timeout)
+        model = problem.make_model(run.seed).to(device)
+        runs = {run.seed: _answer(problem, model, device, run, tuned, args, output)}
+    if setup.started_rank() == 0:
+        print(_report(problem, runs, output, tuned))
+
+
+def _with_seed(parsed: Sequence[Arguments], seed: int, folder: Path) -> tuple[Arguments, ...]:
+    """The arguments of the run with one seed."""
+    own = copy.deepcopy(tuple(parsed))
+    for part in own:
+        if isinstance(part, RunArgs):
+            change(part, {"seed": seed, "output_dir": str(folder)}, "--seeds")
+        if isinstance(part, TunedArgs):
+            change(part, {"seeds": None}, "--seeds")
+    return own
+
+
+def _train(problem: Problem, parsed: Sequence[Arguments], folder: Path) -> dict[str, object] | None:
+    """One run; what is to be said of it, None if only the groups were asked for."""
+    run, safety, optim, tuned, args = parsed[:5]
+    task, train = problem.task, problem.encoded["train"]
+    topology = DomainTopology(setup.started_world_size(), (task.name,), Sharing.DENSE)
+    setup.engine_config(run, safety, optim, topology, problem.config.hidden_size)
+    step_rows = (
+        run.per_device_train_batch_size * setup.micro_steps(run, topology) * topology.world_size
+    )
+    if origin_of(run, "max_steps") == "default":
+        steps = math.ceil(tuned.num_train_epochs * len(train) / step_rows - 1e-9)
+        change(run, {"max_steps": steps}, f"--num_train_epochs {tuned.num_train_epochs:g}")
+    best = Best(folder, task.metrics[0])
+
+    def make_model() -> nn.Module:
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder / "tokenizer", ignore_errors=True)
+            problem.tokenizer.save_pretrained(folder / "tokenizer")
+        return problem.make_model(run.seed)
+
+    def make_evaluate(running: Running) -> "_Evaluation":
+        best.load(running.state.step)
+        return _Evaluation(problem, run, running, best)
+
+    recipe = Recipe(
+        config=problem.config,
+        topology=topology,
+        data_digest=train.digest,
+        tokenizer=folder / "tokenizer",
+        card=_card(problem),
+        groups=(task.name,),
+        unit="tokens" if train.per_token else "examples",
+        make_batches=lambda global_batch: TrainRows(
+            train,
+            seed=run.seed,
+            instances=problem.instances,
+            micro_batch=run.per_device_train_batch_size,
+            global_batch=global_batch,
+            rank=setup.started_rank(),
+            ranks=topology.world_size,
+            pad_to=problem.pad_to,
+        ),
+        make_model=make_model,
+        make_objective=lambda device: Classify(problem.inputs, device, task.regression),
+        make_evaluate=make_evaluate if tuned.do_eval else lambda running: lambda step: None,
+        write_model=partial(_write_best, best),
+    )
+    done = execute(recipe, parsed, workers=args.dataloader_num_workers)
+    if done is None:
+        return None
+    if dist.get_rank() == 0:
+        done.monitor.close()
+    record: dict[str, object] = {"step": done.state.step}
+    if best.evaluations:
+        record |= {"best": best.best, "last": best.evaluations[-1]}
+    if tuned.do_predict:
+        model = load_model(task, str(folder / "model")).to(done.device)
+        record |= _predict(problem, _predictor(problem, model, done.device), run, args, folder)
+    if dist.get_rank() == 0:
+        write_json(folder / RESULTS, {**_facts(problem), "seed": run.seed, **record})
+    return record
+
+
+def _answer(
+    problem: Problem,
+    model: nn.Module,
+    device: torch.device,
+    run: RunArgs,
+    tuned: TunedArgs,
+    args: TaskArgs,
+    output: Path,
+) -> dict[str, object]:
+    """Score and predict with a model as it is."""
+    predictor, record = _predictor(problem, model, device), {}
+    if tuned.do_eval:
+        scores = {s: _score(problem, s, predictor, run)[0] for s in problem.splits("dev")}
+        record["last"] = record["best"] = {"step": 0, "scores": scores}
+    if tuned.do_predict:
+        record |= _predict(problem, predictor, run, args, output)
+    return record
+
+
+class Best:
+    """Scores of a run so far, kept beside it, and the best of them by one metric on dev."""
+
+    def __init__(self, folder: Path, metric: str):
+        self.folder, self.metric = folder, metric
+        self.evaluations: list[dict[str, object]] = []
+
+    @property
+    def best(self) -> dict[str, object] | None:
+        """The first evaluation that no later one is better than."""
+        return max(self.evaluations, key=self._value, default=None)
+
+    def load(self, step: int) -> None:
+        """Take up what a run that resumes behind `step` has scored until then."""
+        file = self.folder / EVALUATIONS
+        if step and file.exists() and (self.folder / "model").is_dir():
+            kept = json.loads(file.read_text(encoding="utf-8"))
+            kept = [one for one in kept if self.metric in one["scores"]["dev"]]
+            self.evaluations = [one for one in kept if one["step"] <= step]
+
+    def add(self, step: int, scores: dict[str, Scores]) -> bool:
+        """Take in an evaluation; True if it is the best one."""
+        self.evaluations.append({"step": step, "scores": scores})
+        return self.best is self.evaluations[-1]
+
+    def save(self) -> None:
+        """Write all evaluations."""
+        write_json(self.folder / EVALUATIONS, self.evaluations)
+
+    def _value(self, evaluation: dict[str, object]) -> float:
+        return evaluation["scores"]["dev"][self.metric]
+
+
+class _Evaluation:
+    """Called in training: scores the dev splits, and publishes the model if it is the best."""
+
+    def __init__(self, problem: Problem, run: RunArgs, running: Running, best: Best):
+        self.problem, self.run, self.running, self.best = problem, run, running, best
+        self.predictor = _predictor(problem, running.engine.module, running.device)
+
+    def __call__(self, step: int) -> None:
+        scores = {}
+        for split in self.problem.splits("dev"):
+            scores[split], _ = _score(self.problem, split, self.predictor, self.run)
+            for name, value in scores[split].items():
+                if isinstance(value, float):
+                    told = {self.problem.task.name: value}
+                    self.running.monitor.evaluated(step, told, split, kind=name)
+        if self.best.add(step, scores):
+            publish(self.running.export, self.running.output / "model")
+        if dist.get_rank() == 0:
+            self.best.save()
+
+
+def _write_best(best: Best, export: ModelExport, folder: Path) -> None:
+    """OUT/model holds the best model at the end, which is there already, or the last one."""
+    if not best.evaluations:
+        export(folder)
+    elif dist.get_rank() == 0:
+        shutil.copytree(best.folder / "model", folder, dirs_exist_ok=True)
+
+
+def _predictor(problem: Problem, module: nn.Module, device: torch.device) -> Predictor:
+    return Predictor(
+        module, problem.inputs, device, dist.get_rank(), dist.get_world_size(), dist.all_reduce
+    )
+
+
+def _score(
+    problem: Problem, split: str, predictor: Predictor, run: RunArgs
+) -> tuple[Scores | None, np.ndarray | list[list[str]]]:
+    """Scores (None if labels are hidden), and logits of rows or labels of words; collective."""
+    task, found, encoded = problem.task, problem.sets[split], problem.encoded[split]
+    batches = list(
+        held_out_rows(encoded, run.per_device_eval_batch_size, problem.instances, problem.pad_to)
+    )
+    answers = predictor(encoded, batches)
+    if encoded.per_token:
+        answers = labels_of_words(encoded, answers, task.labels)
+        if found.labels is None:
+            return None, answers
+        scores = score_words(task, found.labels, answers)
+        slots = partial(word_accuracy_by_slot, found.labels, answers)
+        if "f1" in task.metrics:
+            by_type = entity_counts(found.labels, answers)
+            scores["by_type"] = {kind: count.scores() for kind, count in by_type.items()}
+    else:
+        if found.labels is None:
+            return None, answers
+        scores = score_texts(task, answers, found.labels)
+        slots = partial(accuracy_by_slot, answers_of(task, answers), found.labels)
+    if problem.instances > 1 and not task.regression:
+        scores["accuracy_by_slot"] = slots(problem.instances)
+    return scores, answers
+
+
+def _predict(
+    problem: Problem, predictor: Predictor, run: RunArgs, args: TaskArgs, folder: Path
+) -> dict[str, object]:
+    """Write predictions of the wished splits; scores of those whose labels are known."""
+    scored = {}
+    task = problem.task
+    for split in problem.splits(args.predict_split):
+        scores, answers = _score(problem, split, predictor, run)
+        if scores is not None:
+            scored[split] = scores
+        if dist.get_rank() > 0:
+            continue
+        (folder / "predictions").mkdir(parents=True, exist_ok=True)
+        if task.kind == "token":
+            found = problem.sets[split]
+            text, name = conll_text(found.words, answers, found.labels), f"{split}.txt"
+        else:
+            text = submission(task, answers)
+            name = task.submission.get(split, f"{task.name}_{split}.tsv")
+        write_atomic(folder / "predictions" / name, text)
+    return {"predicted": scored}
+
+
+def _facts(problem: Problem) -> dict[str, object]:
+    return {
+        "task": describe(problem.task),
+        "num_instances": problem.instances,
+        "rows": {split: len(encoded) for split, encoded in problem.encoded.items()},
+        "cut_rows": {split: encoded.cut for split, encoded in problem.encoded.items()},
+    }
+
+
+def _report(
+    problem: Problem, runs: dict[int, dict[str, object]], output: Path, tuned: TunedArgs
+) -> str:
+    """Write OUT/results.json; the table to print."""
+    rows = {}
+    for seed, record in runs.items():
+        splits = {**record.get("best", {}).get("scores", {}), **record.get("predicted", {})}
+        rows[f"seed {seed}"] = {
+            f"{split} {name}": value
+            for split, scores in splits.items()
+            for name, value in scores.items()
+            if isinstance(value, float)
+        }
+    means, deviations = mean_and_deviation(list(rows.values()))
+    record = {
+        **_facts(problem),
+        "model": tuned.model or tuned.config_name,
+        "metric": problem.task.metrics[0],
+        "seeds": {str(seed): one for seed, one in runs.items()},
+        "mean": means,
+        "deviation": deviations,
+    }
+    held = [one["best"]["scores"] for one in runs.values() if "best" in one]
+    if held:
+        record["task_score"] = float(np.mean([task_score(problem.task, one) for one in held]))
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / RESULTS, record)
+    if len(runs) > 1:
+        rows["mean"], rows["deviation"] = means, deviations
+    places = [("numbers", output / RESULTS)]
+    if tuned.do_train and not tuned.seeds:
+        places.append(("model", output / "model"))
+    if tuned.do_predict and not tuned.seeds:
+        places.append(("predictions", output / "predictions"))
+    table = score_table(rows, problem.task.name) if means else "nothing was scored"
+    return "\n".join(["", table, "", *(f"{name:11}  {place}" for name, place in places)])
+
+
+def _card(problem: Problem) -> Card:
+    task = problem.task
+    kind = "TokenClassification" if task.kind == "token" else "SequenceClassification"
+    return Card(
+        summary=f"A classifier for the task {task.name}, trained with megamod.",
+        tags=("classification", task.name),
+        facts={
+            "labels, in order": ", ".join(task.labels) or "a number",
+            "instances that share a forward pass": str(problem.instances),
+        },
+        load=f"AutoModelFor{kind}.from_pretrained(FOLDER)",
+    )

@@ -1,0 +1,338 @@
+"""What is finetuned, put together: task, model configuration, tokenizer and encoded rows.
+
+Everything a user can get wrong about them shows here, before any process waits for another.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    BertConfig,
+    PreTrainedConfig,
+)
+
+from megamod.args import origin_of
+from megamod.data.classification import Encoded, Lengths, encode_texts, encode_words
+from megamod.data.glue import TextSet, read_task
+from megamod.data.ner import TokenSet, read_token_task
+from megamod.data.task_file import read_spec
+from megamod.data.tasks import TaskSpec, task_of, token_task
+from megamod.data.tokenizers import load_tokenizer
+from megamod.errors import UserError
+from megamod.runs.finetune_args import TaskArgs, TunedArgs, WordArgs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+SIZES = {
+    "bert_tiny": (2, 128, 2, 512),
+    "bert_mini": (4, 256, 4, 1024),
+    "bert_small": (4, 512, 8, 2048),
+    "bert_base": (12, 768, 12, 3072),
+    "bert_large": (24, 1024, 16, 4096),
+}
+"""Layers, width, heads and width of the feed-forward of --config_name."""
+
+OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "longformer")
+"""Model types whose first position has the number behind that of padding."""
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One task for one model.
+
+    Attributes:
+        sets, encoded: by split, as read and as token ids.
+        weights: folder or name whose weights start the run; None: new ones.
+        inputs: fields of a batch that the model takes.
+        instances: N, rows that share a forward pass.
+        pad_to: see `Encoded.gather`.
+    """
+
+    task: TaskSpec
+    sets: dict[str, TextSet | TokenSet]
+    encoded: dict[str, Encoded]
+    config: PreTrainedConfig
+    tokenizer: "PreTrainedTokenizerFast"
+    weights: str | None
+    inputs: tuple[str, ...]
+    instances: int
+    pad_to: int | None
+
+    def make_model(self, seed: int) -> nn.Module:
+        """A classifier in float32; what the weights lack is drawn with the seed."""
+        torch.manual_seed(seed)
+        if self.weights is None:
+            return _auto(self.task).from_config(self.config, dtype=torch.float32)
+        return load_model(self.task, self.weights, self.config)
+
+    def splits(self, kind: str) -> tuple[str, ...]:
+        """Encoded splits that begin with "train", "dev" or "test"."""
+        return tuple(split for split in self.encoded if split.startswith(kind))
+
+
+def load_model(task: TaskSpec, source: str, config: PreTrainedConfig | None = None) -> nn.Module:
+    """A classifier of a folder or of the hub, in float32; a head of another size is made anew.
+
+    Raises:
+        UserError: if it cannot be loaded.
+    """
+    try:
+        return _auto(task).from_pretrained(
+            source, config=config, dtype=torch.float32, ignore_mismatched_sizes=True
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"--model {source}: {' '.join(str(error).split())[:300]}") from error
+
+
+def prepare(tuned: TunedArgs, args: TaskArgs, words: WordArgs | None) -> Problem:
+    """Read, check and encode.
+
+    Args:
+        words: given for labels per word.
+    Raises:
+        UserError: for a task, file, row, model or length that does not fit.
+    """
+    task = _task(args, words)
+    config, weights = _config(tuned)
+    if words is None:
+        task = _with_labels_of(config, task, tuned.do_train)
+    data_dir = args.data_dir
+    if data_dir is None and args.task_spec is not None and task.hub is None:
+        data_dir = str(Path(args.task_spec).parent)
+    wanted = _wanted(task, tuned, args.predict_split)
+    if words is None:
+        task, sets = read_task(task, data_dir, wanted)
+    else:
+        labels = () if tuned.do_train else _names(config)
+        task, sets = read_token_task(task, data_dir, wanted, repair=words.repair_iob, labels=labels)
+        task = _with_labels_of(config, task, tuned.do_train)
+    if tuned.metric_for_best_model is not None:
+        others = [name for name in task.metrics if name != tuned.metric_for_best_model]
+        task = replace(task, metrics=(tuned.metric_for_best_model, *others))
+    tokenizer = _tokenizer(tuned)
+    if config is None:
+        config = _new_config(tuned, len(tokenizer))
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(
+            f"the tokenizer {tuned.tokenizer_name or tuned.model} has {len(tokenizer)} ids, the "
+            f"model {tuned.model or tuned.config_name} {config.vocab_size}: they do not belong "
+            "together"
+        )
+    instances = _instances(config, tuned)
+    _set_labels(config, task)
+    lengths = _lengths(config, args, instances)
+    sets = {
+        split: found.first(args.max_train_samples if split == "train" else args.max_eval_samples)
+        for split, found in sets.items()
+    }
+    encoded = {
+        split: encode_texts(found, tokenizer, lengths)
+        if words is None
+        else encode_words(found, tokenizer, lengths, task.labels, label_all=words.label_all_tokens)
+        for split, found in sets.items()
+    }
+    fixed = args.pad_to_max_length
+    fixed = hasattr(config, "muxing_variant") if fixed is None else fixed
+    types = getattr(config, "type_vocab_size", 0) > 1
+    return Problem(
+        task=task,
+        sets=sets,
+        encoded=encoded,
+        config=config,
+        tokenizer=tokenizer,
+        weights=weights,
+        inputs=("input_ids", "attention_mask", *(("token_type_ids",) if types else ())),
+        instances=instances,
+        pad_to=lengths.longest if fixed else None,
+    )
+
+
+def _auto(task: TaskSpec) -> type:
+    return (
+        AutoModelForTokenClassification
+        if task.kind == "token"
+        else AutoModelForSequenceClassification
+    )
+
+
+def _task(args: TaskArgs, words: WordArgs | None) -> TaskSpec:
+    if args.task_spec is None and args.task is None:
+        raise UserError("--task is missing: name of the task; --task_spec FILE describes another")
+    if args.task_spec is not None:
+        task = read_spec(args.task_spec)
+    elif words is not None:
+        task = token_task(args.task, words.label_column)
+    else:
+        task = task_of(args.task)
+    if (task.kind == "token") != (words is not None):
+        raise UserError(
+            f"task {task.name} is of kind {task.kind}: "
+            "finetune_ner.py is for labels of words, finetune_glue.py for those of sentences"
+        )
+    return task
+
+
+def _wanted(task: TaskSpec, tuned: TunedArgs, predicted: str) -> list[str]:
+    splits = []
+    if tuned.do_train:
+        splits.append("train")
+    if tuned.do_eval:
+        splits += task.splits("dev")
+        if "dev" not in splits:
+            raise UserError(f"--do_eval: task {task.name} has no split dev")
+    if tuned.do_predict:
+        answered = [split for split in task.splits(predicted) if split not in splits]
+        if not task.splits(predicted):
+            raise UserError(
+                f"--predict_split {predicted}: task {task.name} has {', '.join(task.files)}"
+            )
+        splits += answered
+    return splits
+
+
+def _config(tuned: TunedArgs) -> tuple[PreTrainedConfig | None, str | None]:
+    """Configuration and where the weights are; None for a size that waits for the vocabulary."""
+    if tuned.model is None and tuned.config_name is None:
+        raise UserError(
+            "--model is missing: a model folder or name, or --config_name for a new one"
+        )
+    if tuned.config_name in SIZES:
+        return None, None
+    source = tuned.model or tuned.config_name
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        flag = "--model" if tuned.model else f"--config_name (or one of {', '.join(SIZES)})"
+        raise UserError(
+            f"{flag} {source}: no configuration there: {' '.join(str(error).split())[:300]}"
+        ) from error
+    if tuned.model is None:
+        return config, None
+    folder = Path(source)
+    files = {file.name for file in folder.iterdir()} if folder.is_dir() else set(WEIGHTS)
+    there = any(name in files or f"{name}.index.json" in files for name in WEIGHTS)
+    if not there and not tuned.do_train:
+        raise UserError(f"--model {source}: there are no weights in it, so it must be trained")
+    return config, source if there else None
+
+
+def _new_config(tuned: TunedArgs, vocab_size: int) -> PreTrainedConfig:
+    layers, width, heads, inner = SIZES[tuned.config_name]
+    shape = dict(
+        vocab_size=vocab_size,
+        num_hidden_layers=layers,
+        hidden_size=width,
+        num_attention_heads=heads,
+        intermediate_size=inner,
+    )
+    if (tuned.num_instances or 1) == 1:
+        return BertConfig(**shape)
+    from megamod.models.mux_configuration import MuxBertConfig
+
+    try:
+        return MuxBertConfig(
+            **shape,
+            num_instances=tuned.num_instances,
+            muxing_variant=tuned.muxing_variant,
+            demuxing_variant=tuned.demuxing_variant,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _instances(config: PreTrainedConfig, tuned: TunedArgs) -> int:
+    instances = getattr(config, "num_instances", 1)
+    if tuned.num_instances not in (None, instances):
+        raise UserError(
+            f"--num_instances {tuned.num_instances}: the model "
+            f"{tuned.model or tuned.config_name} is made for {instances}"
+        )
+    return instances
+
+
+def _tokenizer(tuned: TunedArgs) -> "PreTrainedTokenizerFast":
+    spec = tuned.tokenizer_name or tuned.model
+    if spec is None:
+        raise UserError("--tokenizer_name is missing: a model from scratch has no tokenizer")
+    try:
+        found = load_tokenizer(spec).original
+        # For a folder without a vocabulary transformers makes one of special tokens alone.
+        empty = found is not None and len(found) <= len(found.all_special_ids)
+    except UserError:
+        if tuned.tokenizer_name is not None:
+            raise
+        empty = True
+    if empty:
+        raise UserError(
+            f"{tuned.tokenizer_name or tuned.model} has no tokenizer; --tokenizer_name names one, "
+            "for BERT a folder with vocab.txt"
+        )
+    if found is None or found.pad_token_id is None:
+        raise UserError(f"--tokenizer_name {spec}: an encoder's tokenizer is needed, with padding")
+    return found
+
+
+def _lengths(config: PreTrainedConfig, args: TaskArgs, instances: int) -> Lengths:
+    room = getattr(config, "max_position_embeddings", 1 << 20)
+    if config.model_type in OFFSET_POSITIONS:
+        room -= config.pad_token_id + 1
+    if getattr(config, "demuxing_variant", None) == "index":
+        room -= instances + 1
+    longest = args.max_seq_length
+    if longest > room:
+        if origin_of(args, "max_seq_length") != "default":
+            raise UserError(
+                f"--max_seq_length {longest}: the model has positions for {room} tokens"
+            )
+        longest = room
+    return Lengths(longest, room, args.truncate)
+
+
+def _names(config: PreTrainedConfig | None) -> tuple[str, ...]:
+    """Labels of a trained model; none if it has names of convenience only."""
+    if config is None:
+        return ()
+    names = tuple(config.id2label[number] for number in range(config.num_labels))
+    return () if names == tuple(f"LABEL_{n}" for n in range(len(names))) else names
+
+
+def _with_labels_of(config: PreTrainedConfig | None, task: TaskSpec, train: bool) -> TaskSpec:
+    """The task with its labels in the order of the model's, whose head knows no other.
+
+    Raises:
+        UserError: if the model is not trained here and has another set of labels.
+    """
+    names = _names(config)
+    if names and (set(names) == set(task.labels) or not (train or task.labels or task.regression)):
+        return replace(task, labels=names)
+    if train or config is None:
+        return task
+    count = 1 if task.regression else len(task.labels)
+    if config.num_labels != count or (names and not task.regression):
+        raise UserError(
+            f"the model answers {', '.join(names) or f'{config.num_labels} labels'}, task "
+            f"{task.name} has {', '.join(task.labels) or 'a number'}; train it first (--do_train)"
+        )
+    return task
+
+
+def _set_labels(config: PreTrainedConfig, task: TaskSpec) -> None:
+    if task.regression:
+        config.num_labels = 1
+        config.problem_type = "regression"
+    else:
+        config.id2label = dict(enumerate(task.labels))
+        config.label2id = {name: number for number, name in enumerate(task.labels)}
+        config.problem_type = None if task.kind == "token" else "single_label_classification"
+    if hasattr(config, "retrieval_loss_coeff"):
+        # What was right for a warm-up of the multiplexer is not for a task.
+        config.task_loss_coeff, config.retrieval_loss_coeff = 1.0, 0.0

@@ -1,0 +1,238 @@
+"""Many finetuning runs from one file: tasks x models x instances x seeds, as processes.
+
+A run that is finished is not made again, and one that was cut short goes on where it stood. What
+comes out is one table, and score against N, the instances that share a forward pass.
+"""
+
+import itertools
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from megamod.data.tasks import GLUE
+from megamod.errors import UserError
+from megamod.evaluation.glue import glue_average, mean_and_deviation, score_table
+from megamod.evaluation.plots import plot_by_instances
+from megamod.files import write_json
+
+logger = logging.getLogger(__name__)
+
+KEYS = ("common", "tasks", "models", "seeds", "launch")
+Flags = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a launcher: `flags` without seed and folder."""
+
+    task: str
+    model: str
+    instances: int
+    seed: int
+    launcher: str
+    flags: Mapping[str, object]
+
+    def folder(self, output: Path) -> Path:
+        """Where it writes."""
+        return output / self.task / self.model / f"N-{self.instances}" / f"seed-{self.seed}"
+
+    def words(self, output: Path) -> list[str]:
+        """Its flags on a command line."""
+        words = []
+        flags = {**self.flags, "seed": self.seed, "output_dir": str(self.folder(output))}
+        for name, value in flags.items():
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{name}", *("true" if v is True else str(v) for v in values)]
+        return words
+
+
+def read_sweep(path: Path) -> tuple[list[Job], list[str]]:
+    """Jobs of a YAML file, and the words to start each with in place of python.
+
+        common: {data_dir: GLUE, max_steps: 1000, do_train: true, do_eval: true}
+        tasks:                                    # flags of one task win over common ones
+          sst-2: {max_steps: 20000}
+          wnut17: {launcher: ner, data_dir: NER}  # else: glue
+        models:                                   # and flags of a model over those of tasks
+          plain: {model: runs/bert/model}
+          mux: {model: "runs/mux-{N}/model", num_instances: [2, 5, 10]}
+        seeds: [1, 2, 3]
+        launch: [deepspeed, --num_gpus, "2"]      # optional
+
+    Raises:
+        UserError: naming the key that is wrong and what is allowed.
+    """
+    where = f"{path}"
+    try:
+        value = yaml.safe_load(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: not `key: value` lines; keys are {', '.join(KEYS)}")
+    for key in value:
+        if key not in KEYS:
+            raise UserError(f"{where}: unknown key {key!r}; allowed are {', '.join(KEYS)}")
+    tasks, models = (_named(value, key, where) for key in ("tasks", "models"))
+    common = _flags(value.get("common") or {}, f"{where}, common")
+    seeds = value.get("seeds", [1])
+    if (
+        not isinstance(seeds, list)
+        or not all(type(s) is int and s >= 0 for s in seeds)
+        or not seeds
+    ):
+        raise UserError(f"{where}, seeds: {seeds!r} is not a list of whole numbers")
+    launch = value.get("launch", [])
+    if not isinstance(launch, list) or not all(isinstance(word, str) for word in launch):
+        raise UserError(f"{where}, launch: {launch!r} is not a list of words")
+    jobs = []
+    for task, model in itertools.product(tasks, models):
+        jobs += _jobs_of(task, model, common, tasks[task], models[model], seeds, where)
+    return jobs, launch
+
+
+def sweep(
+    jobs: Sequence[Job], output: Path, launchers: Path, at_once: int, launch: Sequence[str]
+) -> str:
+    """Run what is not finished, then write summary.json and scores.png; the table to print.
+
+    Args:
+        launchers: folder of finetune_glue.py and finetune_ner.py.
+        at_once: processes that run at the same time.
+        launch: words to start a launcher with; empty: this python.
+    Raises:
+        UserError: naming the jobs that failed and their logs, after all others have run.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    start = list(launch) or [sys.executable]
+    with ThreadPoolExecutor(at_once) as pool:
+        done = list(pool.map(lambda job: _run(job, output, launchers, start), jobs))
+    failed = [
+        str(job.folder(output) / "log.txt")
+        for job, fine in zip(jobs, done, strict=True)
+        if not fine
+    ]
+    table = _summarise([job for job, fine in zip(jobs, done, strict=True) if fine], output)
+    if failed:
+        raise UserError(f"{len(failed)} of {len(jobs)} runs failed; see {', '.join(failed)}")
+    return table
+
+
+def _named(value: Mapping[str, object], key: str, where: str) -> dict[str, Flags]:
+    named = value.get(key)
+    if not isinstance(named, dict) or not named:
+        raise UserError(f"{where}: {key} is missing: names, each with its flags")
+    return {
+        str(name): _flags(flags or {}, f"{where}, {key}, {name}") for name, flags in named.items()
+    }
+
+
+def _flags(value: object, where: str) -> Flags:
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        raise UserError(f"{where}: {value!r} is not flag: value")
+    for name in ("output_dir", "seed", "seeds"):
+        if name in value:
+            raise UserError(f"{where}: {name} is chosen for each run and is no flag here")
+    return dict(value)
+
+
+def _jobs_of(
+    task: str,
+    model: str,
+    common: Flags,
+    of_task: Flags,
+    of_model: Flags,
+    seeds: Sequence[int],
+    where: str,
+) -> Iterator[Job]:
+    flags = {"task": task, **common, **of_task, **of_model}
+    launcher = flags.pop("launcher", "glue")
+    if launcher not in ("glue", "ner"):
+        raise UserError(f"{where}, {task}: launcher {launcher!r} is not allowed; give glue or ner")
+    if "task_spec" in flags:
+        flags.pop("task")
+    several = flags.pop("num_instances", None)
+    for instances in several if isinstance(several, list) else [several]:
+        if instances is not None and (type(instances) is not int or instances < 1):
+            raise UserError(f"{where}, {model}: num_instances {several!r}: whole numbers from 1")
+        own = {
+            name: flag.replace("{N}", str(instances or 1)) if isinstance(flag, str) else flag
+            for name, flag in flags.items()
+        }
+        if instances is not None:
+            own["num_instances"] = instances
+        for seed in seeds:
+            yield Job(task, model, instances or 1, seed, launcher, own)
+
+
+def _run(job: Job, output: Path, launchers: Path, start: Sequence[str]) -> bool:
+    """True if the job has results, made now or before."""
+    folder, words = job.folder(output), job.words(output)
+    record = folder / "job.json"
+    if record.exists():
+        before = json.loads(record.read_text(encoding="utf-8"))
+        if before != words:
+            raise UserError(
+                f"{folder} holds a run with other flags ({' '.join(before)}); remove it or choose "
+                "another --output_dir"
+            )
+        if (folder / "results.json").exists():
+            logger.info("%s is finished", folder)
+            return True
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(record, words)
+    logger.info("%s starts", folder)
+    with open(folder / "log.txt", "ab") as log:
+        program = str(launchers / f"finetune_{job.launcher}.py")
+        ended = subprocess.run([*start, program, *words], stdout=log, stderr=log, check=False)
+    fine = ended.returncode == 0 and (folder / "results.json").exists()
+    logger.info("%s %s", folder, "is finished" if fine else f"failed ({ended.returncode})")
+    return fine
+
+
+def _summarise(jobs: Sequence[Job], output: Path) -> str:
+    """summary.json and scores.png of finished jobs; a table."""
+    runs: dict[tuple[str, int], dict[str, list[dict[str, float]]]] = {}
+    for job in jobs:
+        record = json.loads((job.folder(output) / "results.json").read_text(encoding="utf-8"))
+        if "task_score" in record:
+            score = {"task_score": record["task_score"], **record["mean"]}
+            runs.setdefault((job.model, job.instances), {}).setdefault(job.task, []).append(score)
+    rows: dict[str, dict[str, str]] = {}
+    summary, lines = [], {}
+    for (model, instances), tasks in runs.items():
+        row, means = {}, {}
+        for task, scores in tasks.items():
+            mean, deviation = mean_and_deviation(scores)
+            means[task] = mean["task_score"]
+            row[task] = f"{mean['task_score']:.4f} ± {deviation['task_score']:.4f}"
+            lines.setdefault(f"{task}, {model}", {})[instances] = (
+                mean["task_score"],
+                deviation["task_score"],
+            )
+            summary.append(
+                {
+                    "task": task,
+                    "model": model,
+                    "num_instances": instances,
+                    "seeds": len(scores),
+                    "mean": mean,
+                    "deviation": deviation,
+                }
+            )
+        if set(GLUE) <= set(means):
+            row["GLUE"] = f"{glue_average({task: means[task] for task in GLUE}):.4f}"
+        rows[f"{model}, N = {instances}"] = row
+    write_json(output / "summary.json", summary)
+    if lines:
+        plot_by_instances(lines, output / "scores.png")
+    table = score_table(rows, "score on dev") if rows else "nothing was scored (do_eval)"
+    return f"\n{table}\n\nnumbers  {output / 'summary.json'}\nplot     {output / 'scores.png'}"
