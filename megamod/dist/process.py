@@ -1,7 +1,6 @@
 """Joining the process group, under a launcher or alone; and small collectives."""
 
 import atexit
-import atexit
 import os
 import socket
 from collections.abc import Sequence
@@ -53,15 +52,7 @@ def init_process(timeout: float) -> torch.device:
     )
     # Else the threads of gloo may still run when the interpreter is gone, which aborts the process.
     atexit.register(_leave_group)
-    # Threads of a group that is still alive when the interpreter ends can abort the process.
-    atexit.register(leave_group)
     return torch.device(accelerator.device_name(local_rank))
-
-
-def leave_group() -> None:
-    """Leave the process group, if this process is in one."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def control(values: Sequence[float]) -> torch.Tensor:
