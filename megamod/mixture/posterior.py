@@ -85,48 +85,6 @@ def final_posterior(log_weights: Tensor, mask: Tensor) -> Tensor:
     return log_weights[:, rows, last[rows]].exp().mean(-1)
 
 
-class RunningPosterior:
-    """`token_weights`, one token at a time, for generation.
-
-    Attributes:
-        evidence: [E, B] float64, what the tokens so far say.
-        seen: [B] bool, whether there was one.
-    """
-
-    def __init__(
-        self,
-        prior: Tensor,
-        batch: int,
-        *,
-        rule: str = "last_token",
-        temperature: float = 1.0,
-        forgetting: float = 1.0,
-    ):
-        """Begin `batch` texts; arguments as of `token_weights`."""
-        self.prior, self.rule = prior, rule
-        self.temperature, self.forgetting = temperature, forgetting
-        self.evidence = prior.new_zeros(len(prior), batch, dtype=torch.float64)
-        self.seen = torch.zeros(batch, dtype=torch.bool, device=prior.device)
-
-    def log_weights(self) -> Tensor:
-        """[E, B] float32, for predicting the next token."""
-        if self.rule == "history":
-            return _weights(self.evidence, self.prior, self.rule, self.temperature)
-        return _weights(self.evidence, self.prior, self.rule, 1.0, self.seen)
-
-    def update(self, log_probs: Tensor, mask: Tensor | None = None) -> None:
-        """Take in the log-probabilities [E, B] of the token that came; mask [B] as above."""
-        mask = torch.ones_like(self.seen) if mask is None else mask
-        new = _evidence(log_probs, self.prior, mask)
-        kept = self.forgetting if self.rule == "history" else 0.0
-        self.evidence = (kept * self.evidence + new).where(mask, self.evidence)
-        self.seen = self.seen | mask
-
-    def select(self, rows: Tensor) -> None:
-        """Go on with these rows [B'] of the batch, as beam search asks for."""
-        self.evidence, self.seen = self.evidence[:, rows], self.seen[rows]
-
-
 def _evidence(log_probs: Tensor, prior: Tensor, mask: Tensor) -> Tensor:
     """float64, 0 for the best expert with a prior; differences are all that counts.
 

@@ -73,9 +73,10 @@ def mix_forest(args: EnsembleArgs, device: torch.device) -> dict[str, DomainResu
 
 
 def _report(args: EnsembleArgs, protocol: Protocol, results: Mapping[str, DomainResult]) -> None:
-    print(prior_text(results))
+    parts = [prior_text(results)]
     if not args.estimate_only:
-        print(f"\n{score_text(results, protocol)}")
+        parts.append(score_text(results, protocol))
+    print("\n\n".join(part for part in parts if part))
     if args.prior is None:
         for domain, result in results.items():
             if result.estimate is not None:

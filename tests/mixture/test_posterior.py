@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from megamod.mixture.posterior import RunningPosterior, final_posterior, mix, token_weights
+from megamod.mixture.posterior import final_posterior, mix, token_weights
 
 PRIOR = [0.5, 0.2, 0.25, 0.05]
 SETTINGS = [
@@ -71,21 +71,6 @@ def test_a_long_text_stays_exact(setting):
             told = setting.get("forgetting", 1.0) * told + log_probs
     hand = (torch.tensor(PRIOR).log() + told / setting.get("temperature", 1.0)).softmax(0)
     torch.testing.assert_close(weights[:, 0, -1], hand.float(), rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_one_token_at_a_time_gives_the_same_numbers(setting):
-    scores, prior = random_scores(seed=1), torch.tensor(PRIOR)
-    mask = torch.rand(3, 9, generator=torch.Generator().manual_seed(2)) < 0.7
-    whole = token_weights(scores, prior, mask=mask, **setting)
-    running = RunningPosterior(prior, 3, **setting)
-    for at in range(9):
-        torch.testing.assert_close(running.log_weights(), whole[:, :, at])
-        running.update(scores[:, :, at], mask[:, at])
-    rows = torch.tensor([2, 0, 0])
-    before = running.log_weights()
-    running.select(rows)
-    assert torch.equal(running.log_weights(), before[:, rows])
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
