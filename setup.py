@@ -26,6 +26,7 @@ EVAL = ["lm-eval>=0.4.13,<0.5", "accelerate>=1.15,<2"]
 DEV = [
     "pytest>=9",
     "pytest-timeout>=2.4",
+    "pytest-xdist>=3.8",
     "hypothesis>=6.150",
     "ruff>=0.14",
     "pre-commit>=4",
