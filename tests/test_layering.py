@@ -49,8 +49,9 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     ),
     "megamod.merging": ({"megamod", "megamod.states"}, {"torch", "yaml", "tqdm"}),
     "megamod.btm": (
-        {"megamod.dist.scope", "megamod.merging", "megamod.mixture", "megamod.states"},
-        {"torch", "safetensors", "yaml"},
+        {"megamod.args", "megamod.flags", "megamod.dist.scope", "megamod.merging"}
+        | {"megamod.mixture", "megamod.states"},
+        {"torch", "safetensors", "yaml", "psutil"},
     ),
     "megamod.runs": (
         {"megamod.args", "megamod.flags", "megamod.data", "megamod.dist", "megamod.dist.scope"}

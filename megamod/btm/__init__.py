@@ -1,1 +1,1 @@
-"""Branch-Train-Merge: which jobs a recipe means, where they run, and keeping them running."""
+"""Branch-Train-Merge: new experts from old ones, and a driver that grows a whole forest."""

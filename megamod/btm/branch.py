@@ -9,8 +9,10 @@ Source: Li et al. 2022 (Branch-Train-Merge), section 3.1, and its release for wh
 """
 
 import json
+import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,8 +27,10 @@ from megamod.errors import UserError
 from megamod.files import atomic_folder, sha256, write_json
 from megamod.merging.average import average_folders
 from megamod.states.forest import Parent, read_config
+from megamod.states.grow import link_or_copy
 from megamod.states.manifest import MANIFEST, list_checkpoints
-from megamod.states.weights import DENSE_FILE, expert_state, read_weights, write_tensors
+from megamod.states.stream import ModelFolder, write_stream
+from megamod.states.weights import DENSE_FILE, read_weights, write_tensors
 
 SCHEDULE = ("max_steps", "learning_rate", "lr_scheduler_type", "warmup_ratio", "warmup_steps")
 """Settings that a branched run must share with its parent: they say where the schedule stands."""
@@ -63,7 +67,12 @@ def branch(
     kept = len(sources) == 1 and sources[0].step is not None
     step = sources[0].step if kept else 0
     final = run / "checkpoints" / f"step-{step}"
-    with atomic_folder(final) as folder:
+    total = math.fsum(weights)
+    parents = [
+        asdict(Parent(str(one.model.absolute()) + (f" ({one.member})" if one.member else ""), w))
+        for one, w in zip(sources, (float(weight) / total for weight in weights), strict=True)
+    ]
+    with _untouched_on_failure(final.parent), atomic_folder(final) as folder:
         base = folder / ".start"
         _start_model(sources, weights, base)
         state = _state_of(sources[0]) if kept else _fresh_state()
@@ -72,37 +81,56 @@ def branch(
             prefix = f"{domain}:" if one_world else ""
             place.mkdir(exist_ok=True)
             _write_model(base, place, domain)
-            (place / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+            write_json(place / "state.json", state)
             if kept:
                 _keep_optimizer(sources[0], folder, number, prefix)
+                _check_complete(sources[0], base, folder, prefix)
             else:
                 _fresh_optimizer(base, folder / f"optimizer-{number}.safetensors", prefix)
         shutil.rmtree(base)
         _write_manifest(folder)
-    parents = [
-        asdict(Parent(str(one.model) + (f" ({one.member})" if one.member else ""), float(weight)))
-        for one, weight in zip(sources, weights, strict=True)
-    ]
-    write_json(run / RECORD, {"format": 1, "parents": parents, "start_update": step})
+        # Before the checkpoint has its name: there is none whose parents are not known.
+        write_json(run / RECORD, {"format": 1, "parents": parents, "start_update": step})
     return final
+
+
+@contextmanager
+def _untouched_on_failure(folder: Path) -> Iterator[None]:
+    """Folders that were made on the way to `folder` go again if the block fails."""
+    made = [one for one in (folder, *folder.parents) if not one.exists()]
+    try:
+        yield
+    except BaseException:
+        for one in made:
+            with suppress(OSError):  # there may be something in it by now
+                one.rmdir()
+        raise
 
 
 def _start_model(sources: Sequence[Source], weights: Sequence[float], base: Path) -> None:
     """The model all begins with, as a dense model folder."""
     if len(sources) > 1:
+        # In float32, as the optimizer's masters are made of it.
         average_folders(
-            [(one.model, one.member) for one in sources], weights, base, origin="--weights"
+            [(one.model, one.member) for one in sources],
+            weights,
+            base,
+            out_dtype="float32",
+            origin="--weights",
         )
         return
     (one,) = sources
     base.mkdir()
     config = read_config(one.model)
-    if one.member is None:
-        shutil.copyfile(one.model / DENSE_FILE, base / DENSE_FILE)
-    else:
-        state = expert_state(read_weights(one.model), one.member)
-        write_tensors(base / DENSE_FILE, state, {"format": "pt"})
-        config |= {"untie": "none", "tie_word_embeddings": "lm_head.weight" not in state}
+    with ModelFolder(one.model, one.member) as held:
+        if one.member is None and [file.name for file in held.files] == [DENSE_FILE]:
+            link_or_copy(one.model / DENSE_FILE, base / DENSE_FILE)
+        else:
+            files = {DENSE_FILE: list(held.tensors)}
+            write_stream(base, files, held.tensors, lambda name: [held.read(name)])
+        if one.member is not None:
+            tied = "lm_head.weight" not in held.tensors
+            config |= {"untie": "none", "tie_word_embeddings": tied}
     write_json(base / "config.json", config)
     for file in one.model.iterdir():
         if file.is_file() and file.suffix != ".safetensors" and not _is_left_behind(file):
@@ -116,7 +144,7 @@ def _is_left_behind(file: Path) -> bool:
 def _write_model(base: Path, place: Path, domain: str) -> None:
     for file in base.iterdir():
         if file.name not in ("config.json", "README.md", "merge.json"):
-            shutil.copyfile(file, place / file.name)
+            link_or_copy(file, place / file.name)
     write_json(place / "config.json", read_config(base) | {"domains": [domain]})
 
 
@@ -124,7 +152,7 @@ def _state_of(source: Source) -> dict[str, object]:
     """A parent's state with the data at their beginning, and its schedule alone of its settings."""
     file = source.model / "state.json"
     record = json.loads(file.read_text(encoding="utf-8"))
-    record["state"] |= {"data_step": 0, "tokens": {}, "skipped": 0}
+    record["state"] |= {"data_step": 0, "tokens": {}, "skipped": 0, "mean_loss": None}
     settings = {name: record["settings"].get(name) for name in SCHEDULE}
     return {**record, "settings": settings, "branched": True}
 
@@ -165,10 +193,29 @@ def _keep_optimizer(source: Source, folder: Path, number: int, prefix: str) -> N
             )
 
 
+def _check_complete(source: Source, base: Path, folder: Path, prefix: str) -> None:
+    """Refuse a parent that trained some of its weights only: the others have no optimizer."""
+    sizes: dict[str, int] = {}
+    for file in folder.glob("optimizer-*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.metadata() or {}:
+                size = tensors.get_slice(f"master/{name}").get_shape()[0]
+                sizes[name] = sizes.get(name, 0) + size
+    for name, spec in ModelFolder(base).tensors.items():
+        if spec.dtype.is_floating_point and sizes.get(prefix + name) != spec.numel:
+            raise UserError(
+                f"--parents {source.folder}: the optimizer holds {sizes.get(prefix + name, 0)} of "
+                f"the {spec.numel} elements of {name}; to begin with a new optimizer, name the "
+                "run's model folder"
+            )
+
+
 def _fresh_optimizer(base: Path, path: Path, prefix: str) -> None:
     """The weights as masters, with moments of zero."""
     tensors: dict[str, Tensor] = {}
     for name, weight in read_weights(base).items():
+        if not weight.is_floating_point():
+            continue
         master = weight.float().reshape(-1)
         tensors[f"master/{prefix}{name}"] = master
         for kind in ("exp_avg", "exp_avg_sq"):

@@ -43,10 +43,10 @@ def expert_of(path: Path, domain: str | None = None, member: str | None = None) 
 
 
 def table(forest: Forest) -> str:
-    """The experts as aligned text."""
-    rows = [("domain", "model", "parents", "from", "steps", "tokens", "parameters' bytes")]
+    """The experts as aligned text; the size of a member includes what it shares with others."""
+    rows = [("domain", "model", "parents", "from", "steps", "tokens", "bytes")]
     for expert in forest.experts:
-        size = sum(file.stat().st_size for file in expert.path.glob("*.safetensors"))
+        size = sum(file.stat().st_size for file in _weight_files(expert))
         parents = " + ".join(f"{p.weight:.3g} {Path(p.path).name}" for p in expert.parents)
         where = f"{expert.path} ({expert.member})" if expert.member else str(expert.path)
         numbers = (expert.start_update, expert.updates, expert.tokens, size)
@@ -59,6 +59,17 @@ def table(forest: Forest) -> str:
         ).rstrip()
         for row in rows
     )
+
+
+def _weight_files(expert: Expert) -> list[Path]:
+    """The files that an expert is read from."""
+    own = f"expert_{expert.member}.safetensors"
+    return [
+        file
+        for file in expert.path.glob("*.safetensors")
+        if not file.name.startswith("optimizer-")
+        and (expert.member is None or file.name == own or not file.name.startswith("expert_"))
+    ]
 
 
 def _history(run: Path) -> dict[str, object]:

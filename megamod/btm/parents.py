@@ -1,5 +1,6 @@
 """The models that a new expert can grow from, as users name them."""
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,20 +52,21 @@ def find_source(
     if chosen is None:
         if not (path / "config.json").is_file():
             raise UserError(f"--parents {path}: is no run, no checkpoint and no model folder")
+        if step is not None or share is not None:
+            raise UserError(f"--parents {path}: is a model folder, there is no step to choose")
         return Source(path, _member_of(path, path, member))
     faults = verify(chosen)
     if faults:
         raise UserError(f"--parents {chosen}: is not a whole checkpoint: {faults[0]}")
-    number = int(chosen.name[5:])
     if (chosen / "config.json").is_file():
-        return Source(chosen, _member_of(chosen, path, member), number)
+        return Source(chosen, _member_of(chosen, path, member), _step_of(chosen))
     worlds = sorted(one.parent.name for one in chosen.glob("*/config.json"))
     if member not in worlds:
         raise UserError(
             f"--parents {path}: holds independent models; --member must be one of "
             f"{', '.join(worlds)}, not {member!r}"
         )
-    return Source(chosen, None, number, member)
+    return Source(chosen, None, _step_of(chosen / member), member)
 
 
 def choose_checkpoint(
@@ -108,7 +110,7 @@ def forest_sources(
 
     Args:
         only: domains; None for all.
-        weights: in the same order; `prior`: a file with those of all experts; neither: alike.
+        weights: in the same order; `prior`: a file with those of these experts; neither: alike.
         topk: keep those with the largest weights only; 0 for all. A weight of 0 is left out.
     Raises:
         UserError: if a domain is not in the forest, or weights do not fit.
@@ -122,9 +124,7 @@ def forest_sources(
                 f"--forest {forest}: no expert of domain {domain!r}; there are {', '.join(experts)}"
             )
     if prior is not None:
-        read = read_prior(Path(prior), opened.domains)
-        of = dict(zip(read.domains, read.weights, strict=True))
-        weights = [of[domain] for domain in domains]
+        weights = list(read_prior(Path(prior), domains).weights)
     weights = check_weights(weights, len(domains))
     best = sorted(range(len(domains)), key=lambda place: -weights[place])[: topk or len(domains)]
     kept = [place for place in sorted(best) if weights[place]]
@@ -147,6 +147,14 @@ def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     if not all(map(math.isfinite, weights)) or not math.fsum(weights):
         raise UserError(f"--weights {' '.join(map(str, weights))}: must be finite, sum not 0")
     return list(weights)
+
+
+def _step_of(folder: Path) -> int:
+    """The finished steps of a checkpoint, whatever its folder is called."""
+    try:
+        return int(json.loads((folder / "state.json").read_text())["state"]["step"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--parents {folder}: state.json cannot be read: {error!r}") from error
 
 
 def _member_of(folder: Path, path: Path, member: str | None) -> str | None:

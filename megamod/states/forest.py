@@ -29,7 +29,10 @@ MODEL_TYPE = "demix_forest"
 
 @dataclass(frozen=True)
 class Parent:
-    """A model that an expert's first weights came from, with its share in their average."""
+    """A model that an expert's first weights came from, with its share in their average.
+
+    `path` is as in the file: it tells where the model was, and may be gone by now.
+    """
 
     path: str
     weight: float
@@ -81,13 +84,16 @@ def open_forest(path: str | Path) -> Forest:
     """The forest in a forest.json, in a folder that has one, or in a model folder.
 
     A DEMix model is a forest whose experts are its members; a folder with a model folder per
-    domain (independent models of one job) is one of whole models, in alphabetical order.
+    domain (independent models of one job) is one of whole models, in alphabetical order. Of a run's
+    folder, the model is meant.
 
     Raises:
         UserError: if there is none, or an entry, folder or vocabulary is wrong.
     """
     path = Path(path).absolute()
     file = path / FILE if path.is_dir() else path
+    if not file.is_file() and (path / "model").is_dir():
+        path = path / "model"
     if file.is_file():
         experts = _read(file)
     elif (path / "config.json").is_file():
@@ -122,11 +128,13 @@ def edit_forest(path: str | Path) -> Iterator[list[Expert]]:
         experts = _read(file) if file.exists() else []
         yield experts
         _check(experts, file)
-        record = {"format": FORMAT, "experts": [_entry(e, file.parent) for e in experts]}
-        write_json(file, record)
+        for stale in file.parent.glob(f".{file.name}.*.tmp"):
+            stale.unlink()  # of an editor that was killed: while the lock is held nobody writes
         if not (file.parent / "config.json").exists():
             # Makes the folder one that AutoModelForCausalLM.from_pretrained reads.
             write_json(file.parent / "config.json", {"model_type": MODEL_TYPE})
+        record = {"format": FORMAT, "experts": [_entry(e, file.parent) for e in experts]}
+        write_json(file, record)
 
 
 def _read(file: Path) -> list[Expert]:
@@ -173,17 +181,26 @@ def _expert(entry: object, where: str, folder: Path) -> Expert:
 
 
 def _entry(expert: Expert, folder: Path) -> dict[str, object]:
-    path = Path(os.path.normpath(expert.path))
-    inside = path.is_relative_to(folder)
     return {
         **{field.name: getattr(expert, field.name) for field in fields(Expert)},
-        "path": str(path.relative_to(folder)) if inside else str(path),
-        "parents": [{"path": p.path, "weight": p.weight} for p in expert.parents],
+        "path": _inside(str(expert.path), folder),
+        "parents": [
+            {"path": _inside(parent.path, folder), "weight": parent.weight}
+            for parent in expert.parents
+        ],
     }
+
+
+def _inside(path: str, folder: Path) -> str:
+    """A path relative to the folder, if it lies in it, so that both can be moved together."""
+    plain = Path(os.path.normpath(path))
+    return str(plain.relative_to(folder)) if plain.is_relative_to(folder) else str(plain)
 
 
 def _members(folder: Path) -> list[Expert]:
     config = read_config(folder)
+    if config.get("model_type") == MODEL_TYPE:
+        return []
     if config.get("untie", "none") == "none":
         raise UserError(
             f"--forest {folder}: is one dense model; a forest is a DEMix model, a forest.json, or "

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from ranks import on_ranks
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from saved_models import make_model
 from train.tiny_runs import DOMAINS, batches_of, masters, run_tiny
 
@@ -39,7 +41,7 @@ def train_parents(rank: int, root: Path) -> None:
 
 
 def go_on(rank: int, root: Path) -> dict[str, object]:
-    """Branch off step 2 of the dense run and make its step 3 by the real loop."""
+    """Branch off step 2 of two dense runs, and make the steps after it by the real loop."""
     branch([find_source(root / "dense", step=2)], [1.0], [DOMAINS[0]], root / "same")
 
     def same_data(topology):
@@ -47,7 +49,29 @@ def go_on(rank: int, root: Path) -> dict[str, object]:
         return lambda step: batches_of(topology, 2)(step + 2)
 
     _, state, _ = run_tiny(root / "same", "none", 0, 3, save_steps=1, batches=same_data)
-    return vars(state)
+    run_tiny(root / "straight", "none", 1, 5, save_steps=1)
+    branch([find_source(root / "straight", step=2)], [1.0], ["law"], root / "bent")
+    run_tiny(root / "bent", "none", 1, 5, save_steps=1, batches=same_data)
+    return vars(state) | {"refused": refusals(root)}
+
+
+def refusals(root: Path) -> dict[str, str]:
+    """What the loop says to branched checkpoints that do not fit its run."""
+    law = make_model(root / "model", domains=["law"])
+    small = branch([Source(law)], [1.0], ["law"], root / "small")
+    scheduled = branch([find_source(root / "dense")], [1.0], ["law"], root / "scheduled")
+    told = {}
+    for name, checkpoint, untie, settings in (
+        ("shape", small, "none", {"seed": 7}),
+        ("schedule", scheduled, "none", {"seed": 7, "max_steps": 20}),
+        ("untie", scheduled, "all", {"seed": 7}),
+    ):
+        try:
+            build = dict(settings=settings, domains=DOMAINS[:1])
+            run_tiny(root / f"no-{name}", untie, 1, 4, resume=str(checkpoint), **build)
+        except UserError as error:
+            told[name] = str(error)
+    return told
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +104,16 @@ def test_a_branch_goes_on_as_its_parent_did(parents):
         assert ours.keys() == theirs.keys()
         for name, tensor in theirs.items():
             assert torch.allclose(ours[name], tensor, rtol=1e-4, atol=1e-7), (kind, name)
+    # On as many ranks as its parent, and at its stage, a branch is the same to the bit.
+    bent, straight = (parents / name / "checkpoints" / "step-5" for name in ("bent", "straight"))
+    for kind in KINDS:
+        ours, theirs = masters(bent, kind), masters(straight, kind)
+        assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items()), kind
+    assert "vocab_size: 23 there, 40 now" in state["refused"]["shape"]
+    # The seed may differ, but not where the schedule stands.
+    assert "max_steps: None then, 20 now" in state["refused"]["schedule"]
+    assert "seed" not in state["refused"]["schedule"]
+    assert "another --untie" in state["refused"]["untie"]
 
 
 @pytest.mark.slow
@@ -102,6 +136,20 @@ def test_one_parent_keeps_optimizer_step_and_schedule(parents, tmp_path):
     assert record["start_update"] == 2 and record["parents"] == [
         {"path": str(parent), "weight": 1.0}
     ]
+
+
+@pytest.mark.slow
+def test_weights_without_optimizer_are_named(parents, tmp_path):
+    """A run that trained a part of its weights has no optimizer for the others."""
+    copy = Path(shutil.copytree(parents / "dense" / "checkpoints" / "step-3", tmp_path / "best"))
+    for file in copy.glob("optimizer-*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            starts = {n: start for n, start in tensors.metadata().items() if "fc1.bias" not in n}
+        kept = {n: t for n, t in load_file(file).items() if n.split("/", 1)[1] in starts}
+        save_file(kept, file, starts)
+    with pytest.raises(UserError, match=r"holds 0 of the 64 elements of .*fc1\.bias"):
+        branch([Source(copy, None, 3)], [1.0], ["law"], tmp_path / "runs" / "law")
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.slow
@@ -193,6 +241,12 @@ def test_experts_of_a_forest_are_parents(tmp_path):
     (tmp_path / "prior.json").write_text(json.dumps(prior | {"rule": "history", "text": {}}))
     sources, weights = forest_sources(tmp_path, prior=tmp_path / "prior.json")
     assert sources == [Source(law), Source(mixed, "art")] and weights == [0.25, 0.75]
+    with edit_forest(tmp_path) as experts:
+        experts.append(Expert("new", mixed, "law"))  # of whom the prior does not know
+    known = forest_sources(
+        tmp_path, only=["art", "code", "law"], prior=tmp_path / "prior.json", topk=1
+    )
+    assert known == ([Source(mixed, "art")], [0.75])
 
 
 def test_bad_choices_are_refused_and_change_nothing(tmp_path):
@@ -201,8 +255,13 @@ def test_bad_choices_are_refused_and_change_nothing(tmp_path):
     wide = make_model(tmp_path / "wide", domains=["wide"], vocab_size=31)
     (tmp_path / "begun" / "checkpoints" / "step-1").mkdir(parents=True)
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "state.json").write_text("{}")
     before = tree(tmp_path)
     cases = [
+        (lambda: find_source(law, step=3), "a model folder, there is no step to choose"),
+        (lambda: find_source(tmp_path / "best", share=0.5), "one checkpoint, there is no step"),
+        (lambda: find_source(tmp_path / "best"), "not a whole checkpoint"),
         (lambda: find_source(tmp_path / "gone"), "no run, no checkpoint and no model"),
         (lambda: find_source(tmp_path / "empty"), "no checkpoint yet"),
         (lambda: find_source(tmp_path / "begun"), "not a whole checkpoint"),
@@ -222,4 +281,4 @@ def test_bad_choices_are_refused_and_change_nothing(tmp_path):
     for attempt, told in cases:
         with pytest.raises(UserError, match=told):
             attempt()
-    assert tree(tmp_path) == before
+    assert tree(tmp_path) == before and not (tmp_path / "new").exists()

@@ -1,18 +1,23 @@
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from saved_models import make_model
+from saved_models import make_data, make_model
 
-from megamod.states.forest import open_forest
+from megamod.states.forest import Expert, Parent, open_forest
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def forest(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-W", "ignore", ROOT / "launchers" / "forest.py"]
+def launch(name: str, *arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-W", "ignore", ROOT / "launchers" / f"{name}.py"]
     return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, cwd=cwd)
+
+
+def forest(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    return launch("forest", *arguments, cwd=cwd)
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +91,51 @@ def test_mistakes_end_with_2_and_one_message(place, tmp_path, arguments, told):
     assert done.returncode == 2 and told in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_pretraining_goes_on_from_a_branch(tmp_path):
+    """A seed of 4 steps of 6 on two domains, then 2 steps of an expert on one of them alone."""
+    data, seed, law = make_data(tmp_path / "bin"), tmp_path / "seed", tmp_path / "law"
+    common = ("--data", data, "--max_seq_length", 8, "--max_steps", 6, "--logging_steps", 1)
+    common += ("--hidden_size", 16, "--num_attention_heads", 2, "--report_to", "none")
+    common += ("--per_device_train_batch_size", 2)
+    seeded = launch(
+        *("pretrain", *common, "--domains", "law", "code", "--global_batch_size", 4),
+        *("--save_steps", 1, "--stop_step", 4, "--output_dir", seed),
+    )
+    assert seeded.returncode == 0, seeded.stderr
+    done = forest(
+        *("branch", "--parents", seed, "--share", 0.5, "--domain", "law", "--output_dir", law)
+    )
+    assert done.returncode == 0, done.stderr
+    assert [one.name for one in (law / "checkpoints").iterdir()] == ["step-2"]
+    wrong = launch("pretrain", *common, "--learning_rate", 1, "--domains=law", "--output_dir", law)
+    assert wrong.returncode == 2 and "learning_rate: 0.0005 then, 1.0 now" in wrong.stderr
+    trained = launch("pretrain", *common, "--domains", "law", "--seed", 8, "--output_dir", law)
+    assert trained.returncode == 0, trained.stderr
+    rates = {}
+    for run in (seed, law):
+        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        rates[run] = {r["step"]: r["lr"] for r in records if "lr" in r}
+    # The schedule is that of six steps, entered where the parent was.
+    assert list(rates[law]) == [3, 4, 5, 6] and rates[law][3] == rates[seed][3]
+    state = json.loads((law / "checkpoints" / "step-6" / "state.json").read_text())
+    assert state["state"]["data_step"] == 4 and state["state"]["tokens"].keys() == {"law"}
+    assert state["settings"]["seed"] == 8 and "branched" not in state
+    done = forest("add", "--forest", tmp_path, "--path", law)
+    assert done.returncode == 0, done.stderr
+    (made,) = open_forest(tmp_path).experts
+    assert made == Expert(
+        domain="law",
+        path=law / "model",
+        parents=(Parent("seed/checkpoints/step-2", 1.0),),
+        seed=8,
+        start_update=2,
+        updates=6,
+        tokens=state["state"]["tokens"]["law"],
+        data_digest=state["settings"]["data digest"],
+        config_digest=made.config_digest,
+    )
+    assert len(made.config_digest) == 64
+    assert launch("verify", tmp_path).returncode == 0

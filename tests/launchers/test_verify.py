@@ -12,8 +12,9 @@ import torch
 
 from megamod.data.binarize import binarize
 from megamod.errors import UserError
-from megamod.states.weights import write_index, write_weights
+from megamod.states.forest import Expert, edit_forest
 from megamod.states.manifest import find_checkpoint, verify
+from megamod.states.weights import write_index, write_weights
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LAUNCHER = REPOSITORY / "launchers" / "verify.py"
@@ -249,6 +250,36 @@ def test_a_data_bin_of_fairseq_has_its_ids_checked(data_bin, monkeypatch):
     assert len(faults) == 5 and all("outside the vocabulary of 54" in fault for fault in faults)
 
 
+def test_a_forest_with_the_models_and_runs_of_its_experts(tmp_path, monkeypatch, capsys):
+    for name in ("law", "med"):
+        write_model(tmp_path / name / "model")
+        config = {"model_type": "demix", "domains": [name], "vocab_size": 23}
+        (tmp_path / name / "model" / "config.json").write_text(json.dumps(config))
+    write_checkpoint(tmp_path / "law" / "checkpoints" / "step-4")
+    write_checkpoint(tmp_path / "seed" / "checkpoints" / "step-2")
+    with edit_forest(tmp_path) as experts:
+        experts += [Expert(name, tmp_path / name / "model") for name in ("law", "med")]
+    assert check(monkeypatch, tmp_path) == []
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    assert [kind for kind, _ in lines] == ["ok"] * 5
+    assert lines[0][1] == f"{tmp_path / 'forest.json'}: forest, 2 experts"
+    flip(tmp_path / "seed" / "checkpoints" / "step-2" / "shared.safetensors", random.Random(0))
+    (tmp_path / "med" / "model" / "expert_med.safetensors").unlink()
+    faults = check(monkeypatch, tmp_path / "forest.json")
+    assert len(faults) == 2
+    assert "expert_med.safetensors cannot be opened" in faults[0]
+    assert "step-2/shared.safetensors does not have the SHA-256" in faults[1]
+    shutil.rmtree(tmp_path / "med")
+    (fault,) = check(monkeypatch, tmp_path)
+    assert "med/model: there is no model" in fault
+    (tmp_path / "forest.json").write_text('{"format": 1, "experts": [], "trees": 3}')
+    (fault,) = check(monkeypatch, tmp_path)
+    assert "forest.json: unknown key 'trees'; allowed are format, experts" in fault
+
+
 def test_what_is_nothing_of_ours_is_told(tmp_path, monkeypatch):
-    assert "holds no checkpoint, no model and no data-bin" in check(monkeypatch, tmp_path)[0]
+    assert (
+        "holds no checkpoint, no model, no forest and no data-bin"
+        in check(monkeypatch, tmp_path)[0]
+    )
     assert "is not a folder" in check(monkeypatch, tmp_path / "none")[0]

@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 import shutil
+from pathlib import Path
 
 import pytest
 from saved_models import make_model
@@ -140,6 +141,66 @@ def test_an_error_while_writing_changes_nothing(place, monkeypatch, call):
         experts.append(Expert("med", place / "med"))
     assert (place / "forest.json").read_bytes() == before
     assert not list(place.glob(".forest.json.*.tmp"))
+
+
+class Crash(BaseException):
+    """Stands for the end of the process."""
+
+
+def crashing(original, left: list[int]):
+    """The call, until so many of those that change the disk are through."""
+
+    def call(*arguments, **options):
+        harmless = original is open and not set(str(arguments[1:2])) & set("wax+")
+        left[0] -= not harmless
+        if left[0] < 0:
+            raise Crash
+        return original(*arguments, **options)
+
+    return call
+
+
+def test_a_kill_at_any_call_leaves_the_old_forest_or_the_new(place, monkeypatch):
+    """As if killed at the first call that changes the disk, at the second, and so on."""
+    with edit_forest(place) as experts:
+        experts.append(law(place))
+    seen, done, start = [], False, (place / "forest.json").read_bytes()
+    while not done:
+        (place / "forest.json").write_bytes(start)
+        (place / "config.json").unlink(missing_ok=True)
+        left = [len(seen)]
+        with monkeypatch.context() as patch:
+            for name in ("fsync", "replace"):
+                patch.setattr(files.os, name, crashing(getattr(files.os, name), left))
+            patch.setattr("builtins.open", crashing(open, left))
+            # The end of a process leaves temporary files where they are.
+            patch.setattr("pathlib.Path.unlink", crashing(Path.unlink, left))
+            try:
+                with edit_forest(place) as experts:
+                    experts.append(Expert("med", place / "med"))
+                done = True
+            except Crash:
+                pass
+        seen.append(open_forest(place).domains)
+    assert seen[0] == ("law",) and seen[-1] == ("law", "med") and len(seen) > 8
+    assert seen == sorted(seen)  # never back
+    with edit_forest(place):
+        pass
+    assert not list(place.glob(".forest.json.*.tmp"))
+
+
+def test_parents_inside_move_with_the_forest(place, tmp_path):
+    parents = tuple(Parent(str(at / "seed"), 0.5) for at in (place, tmp_path / "elsewhere"))
+    with edit_forest(place) as experts:
+        experts.append(Expert("law", place / "law", parents=parents))
+    paths = [parent.path for parent in open_forest(place).experts[0].parents]
+    assert paths == ["seed", str(tmp_path / "elsewhere" / "seed")]
+
+
+def test_a_run_stands_for_its_model(place, tmp_path):
+    shutil.copytree(place / "mixed", tmp_path / "run" / "model")
+    (tmp_path / "run" / "checkpoints").mkdir()
+    assert open_forest(tmp_path / "run").domains == ("law", "code", "art")
 
 
 def add(place, number: int) -> None:

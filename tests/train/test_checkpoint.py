@@ -19,9 +19,9 @@ from ranks import on_ranks
 from train.tiny_runs import build_tiny, masters, run_tiny
 
 from megamod.errors import UserError
+from megamod.states.manifest import find_checkpoint, list_checkpoints, verify
 from megamod.train.checkpoint import Checkpoints, TrainState
 from megamod.train.fragments import fragments
-from megamod.states.manifest import find_checkpoint, list_checkpoints, verify
 
 KILLS = 30
 

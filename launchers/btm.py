@@ -1,0 +1,31 @@
+"""Branch-Train-Merge: a seed, an expert per domain grown from it, and the forest they make.
+
+    python launchers/btm.py launchers/recipes/btm_quick.yaml --output_dir runs/btm
+    python launchers/btm.py launchers/recipes/btm_125m.yaml --data DATABIN --hostfile hostfile \\
+        --deepspeed ds_configs/zero1_bf16.json --output_dir OUT
+    python launchers/btm.py RECIPE.yaml --data DATABIN --output_dir OUT --dry_run
+    python launchers/btm.py RECIPE.yaml --data DATABIN --output_dir OUT \\
+        --rounds "law med" "code tax" --topk 2 --average true --evaluate true
+
+The recipe is one of launchers/pretrain.py, with the lines that this help lists first. Each expert
+is a job of its own, on its own GPUs, and started again alone when it crashes. The same command goes
+on where a stopped or killed driver was. OUT/forest.json holds the experts when all is done;
+OUT/logs has what each job wrote. docs/btm.md explains rounds, slots and restarts.
+"""
+
+from pathlib import Path
+
+from megamod.args import DataArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs, parse_args
+from megamod.btm.driver import drive
+from megamod.btm.recipe import BtmArgs
+from megamod.errors import run
+
+
+def main() -> None:
+    """Parse, run all jobs, and say where the forest is."""
+    parsed = parse_args(BtmArgs, RunArgs, SafetyArgs, ModelArgs, OptimArgs, DataArgs, doc=__doc__)
+    drive(parsed, Path(__file__).resolve().parent)
+
+
+if __name__ == "__main__":
+    run(main)

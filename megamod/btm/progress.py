@@ -1,0 +1,103 @@
+"""How far each job is: read from the metrics of its run, shown as a table or line by line."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+TAIL_BYTES = 16_384
+COLUMNS = ("job", "state", "step", "loss", "tokens/s", "ppl", "restarts", "slots")
+
+
+@dataclass
+class Row:
+    """A job's line of the table. None: not known, or not yet."""
+
+    name: str
+    state: str
+    last: int = 0
+    step: int | None = None
+    loss: float | None = None
+    rate: float | None = None
+    perplexity: float | None = None
+    restarts: int = 0
+    slots: str = ""
+
+    def cells(self) -> tuple[str, ...]:
+        """The line's texts, by column."""
+        step = "" if not self.last else f"{self.step or 0}/{self.last}"
+        numbers = ((self.loss, ".4f"), (self.rate, ",.0f"), (self.perplexity, ".4g"))
+        told = ["" if value is None else format(value, form) for value, form in numbers]
+        return self.name, self.state, step, *told, str(self.restarts), self.slots
+
+
+def read_progress(folder: Path | None, row: Row) -> None:
+    """Fill step, loss, rate and perplexity from the end of a run's metrics.jsonl."""
+    path = folder / "metrics.jsonl" if folder else None
+    if path is None or not path.exists():
+        return
+    with open(path, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+        lines = file.read().decode(errors="replace").splitlines()
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:  # cut at either end
+            continue
+        if "perplexity" in record:
+            scores = [score for score in record["perplexity"].values() if score is not None]
+            row.perplexity = sum(scores) / len(scores) if scores else None
+        elif "loss" in record:
+            row.step, row.loss = record["step"], record["loss"]
+            row.rate = record.get("tokens_per_second")
+
+
+def format_table(rows: Sequence[Row]) -> str:
+    """The table of all jobs as text."""
+    lines = [COLUMNS, *(row.cells() for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(COLUMNS))]
+    right = range(2, len(COLUMNS) - 1)
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+class Screen:
+    """Shows rows: drawn over each other on a terminal, elsewhere a line for each change."""
+
+    def __init__(self, stream: TextIO = sys.stdout, every: float = 1.0):
+        self.stream = stream
+        self.every = every
+        self.height = 0
+        self.drawn = 0.0
+        self.told: dict[str, tuple[str, int]] = {}
+
+    def show(self, rows: Sequence[Row], now: bool = False) -> None:
+        """Show what changed; on a terminal at most once in `every` seconds, unless `now`."""
+        if not self.stream.isatty():
+            for row in rows:
+                if self.told.get(row.name) != (row.state, row.restarts):
+                    self.told[row.name] = (row.state, row.restarts)
+                    named = zip(COLUMNS[2:], row.cells()[2:], strict=True)
+                    further = [f"{name} {cell}" for name, cell in named if cell not in ("", "0")]
+                    print("  ".join([row.name, row.state, *further]), file=self.stream, flush=True)
+            return
+        if not now and time.monotonic() - self.drawn < self.every:
+            return
+        text = format_table(rows)
+        up = f"\x1b[{self.height}F\x1b[J" if self.height else ""
+        print(up + text, file=self.stream, flush=True)
+        self.height, self.drawn = text.count("\n") + 1, time.monotonic()
+
+    def say(self, text: str) -> None:
+        """Print a message above the table."""
+        print(text, file=self.stream, flush=True)
+        self.height = 0

@@ -1,0 +1,235 @@
+"""What a Branch-Train-Merge recipe means: rounds of experts, their steps, batches and tokens.
+
+Source: Li et al. 2022 (Branch-Train-Merge), section 2 for the loop, section 4.1 for what makes the
+cost that of the dense run: an expert of E has an E-th of the batch, and as many steps.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megamod.args import DataArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs
+from megamod.errors import UserError
+from megamod.flags import Arguments, option, origin_of, require
+
+RESERVED = ("seed", "world", "average", "evaluation")
+"""Names of jobs and folders, which no domain can have."""
+
+
+@dataclass
+class BtmArgs(Arguments):
+    """Branch-Train-Merge: rounds, shares, and where jobs run."""
+
+    seed_share: float = option(
+        0.5, "part of --max_steps that the seed is trained for; 0: no seed", least=0, most=1
+    )
+    seed_domains: list[str] | None = option(  # noqa: RUF009
+        None, "domains of the seed; none: those of the first round"
+    )
+    rounds: list[str] | None = option(  # noqa: RUF009
+        None, 'a text per round: its domains, as in "law med" "cs"; none: one of all --domains'
+    )
+    topk: int | None = option(
+        None, "experts that a new one of a later round starts from, at most; none: all", least=1
+    )
+    prior_sequences: int = option(
+        100, "sequences of a new domain that say how much each expert counts", least=1
+    )
+    gpus_per_expert: int = option(1, "slots of an expert's job", least=1)
+    seed_gpus: int | None = option(
+        None, "slots of the seed's job; none: as many as its batch fills", least=1
+    )
+    hostfile: str | None = option(None, "machines, in DeepSpeed's format; none: this one")
+    slots: int | None = option(
+        None, "slots of this machine to use; none: its GPUs, or 1 without any", least=1
+    )
+    max_restarts: int = option(3, "times an expert's job is started anew", least=0)
+    in_one_world: bool = option(False, "train the experts of a round in one job, side by side")
+    average: bool = option(False, "average all experts into OUT/average in the end")
+    evaluate: bool = option(False, "score the forest on each domain in the end, and the average")
+    dry_run: bool = option(False, "print jobs, slots and tokens, then stop")
+
+
+@dataclass(frozen=True)
+class Campaign:
+    """A checked recipe.
+
+    Attributes:
+        rounds: domains by round.
+        seed_domains: what the seed reads.
+        total_steps: of the schedule; the seed's included.
+        seed_steps: steps of the seed; 0: none.
+        batch: sequences of a step of the seed, of all experts together too.
+        expert_batch: sequences of a step of one expert.
+        length: tokens of a sequence.
+        output: folder of everything.
+    """
+
+    rounds: tuple[tuple[str, ...], ...]
+    seed_domains: tuple[str, ...]
+    total_steps: int
+    seed_steps: int
+    batch: int
+    expert_batch: int
+    length: int
+    output: Path
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """All domains, in the order of their rounds."""
+        return tuple(domain for round_ in self.rounds for domain in round_)
+
+    def first_step(self, number: int) -> int:
+        """Step at which the experts of a round begin to train.
+
+        In later rounds they start from an average, which no optimizer has seen: from step 0.
+        """
+        return self.seed_steps if number == 0 else 0
+
+    def last_step(self, number: int) -> int:
+        """Step at which the experts of a round end."""
+        return self.total_steps - (self.seed_steps if number else 0)
+
+    def accounting(self) -> str:
+        """Tokens of seed and experts, and of the dense run they are compared with, as text."""
+        rows = []
+        if self.seed_steps:
+            rows.append(("seed", self.seed_steps, self.batch))
+        for domain in self.domains:
+            rows.append((domain, self.total_steps - self.seed_steps, self.expert_batch))
+        width = max(len(name) for name, *_ in rows)
+        lines = [
+            f"{name.ljust(width)}  {steps:,} steps x {batch:,} sequences x {self.length:,} = "
+            f"{steps * batch * self.length:,} tokens"
+            for name, steps, batch in rows
+        ]
+        total = sum(steps * batch * self.length for _, steps, batch in rows)
+        dense = self.total_steps * self.batch * self.length
+        lines.append(
+            f"all together {total:,} tokens; a dense run of {self.total_steps:,} steps x "
+            f"{self.batch:,} sequences has {dense:,}"
+        )
+        return "\n".join(lines)
+
+
+Parsed = tuple[BtmArgs, RunArgs, SafetyArgs, ModelArgs, OptimArgs, DataArgs]
+
+
+def make_campaign(parsed: Parsed) -> Campaign:
+    """Check that the arguments make sense together.
+
+    Raises:
+        UserError: naming the flag and what is allowed.
+    """
+    btm, run, *_, data = parsed
+    require(run, "output_dir")
+    require(data, "data")
+    _refuse(parsed)
+    there = domains_of(Path(data.data))
+    rounds = _rounds(btm, data, there)
+    domains = [domain for round_ in rounds for domain in round_]
+    seed_domains = tuple(btm.seed_domains or rounds[0])
+    _known(seed_domains, there, "--seed_domains", data.data)
+    if btm.in_one_world and len(rounds) > 1:
+        raise UserError(f"--in_one_world: has one round of experts, not {len(rounds)}")
+    if run.global_batch_size is None:
+        raise UserError(
+            "--global_batch_size is missing: sequences of a step of the seed; each of the "
+            f"{len(domains)} experts gets as large a part of it"
+        )
+    if run.global_batch_size % len(domains):
+        raise UserError(
+            f"--global_batch_size {run.global_batch_size} is not a multiple of the "
+            f"{len(domains)} experts, who share it"
+        )
+    share = run.global_batch_size // len(domains)
+    at_once = run.per_device_train_batch_size * btm.gpus_per_expert
+    if share % at_once:
+        raise UserError(
+            f"--global_batch_size {run.global_batch_size} over {len(domains)} experts leaves each "
+            f"{share} sequences a step, which is not a multiple of {at_once} = "
+            f"--per_device_train_batch_size {run.per_device_train_batch_size} x "
+            f"--gpus_per_expert {btm.gpus_per_expert}"
+        )
+    seed_steps = round(btm.seed_share * run.max_steps)
+    if seed_steps >= run.max_steps:
+        raise UserError(
+            f"--seed_share {btm.seed_share} of --max_steps {run.max_steps} leaves the experts no "
+            "step to train"
+        )
+    return Campaign(
+        rounds=rounds,
+        seed_domains=seed_domains,
+        total_steps=run.max_steps,
+        seed_steps=seed_steps,
+        batch=run.global_batch_size,
+        expert_batch=share,
+        length=data.max_seq_length,
+        output=Path(run.output_dir),
+    )
+
+
+def _refuse(parsed: Parsed) -> None:
+    """Flags that are the driver's own to set, and what independent jobs cannot have."""
+    _, run, safety, model, _, data = parsed
+    for args, name in ((run, "stop_step"), (safety, "resume"), (safety, "print_groups")):
+        if origin_of(args, name) != "default":
+            raise UserError(f"--{name}: is set by the driver, for each of its jobs")
+    if model.untie not in ("none", "all"):
+        raise UserError(
+            f"--untie {model.untie}: experts of Branch-Train-Merge are whole models; leave it out"
+        )
+    if data.domain_token:
+        raise UserError("--domain_token: experts with one domain each have no use for it")
+    if safety.nonfinite == "rollback" and parsed[0].in_one_world:
+        raise UserError("--nonfinite rollback: cannot be had --in_one_world; use skip or stop")
+
+
+def _rounds(btm: BtmArgs, data: DataArgs, there: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    if btm.rounds is None:
+        rounds: tuple[tuple[str, ...], ...] = (tuple(data.domains or there),)
+        flag = "--domains"
+    else:
+        rounds, flag = tuple(tuple(text.split()) for text in btm.rounds), "--rounds"
+    domains = [domain for round_ in rounds for domain in round_]
+    _known(domains, there, flag, data.data)
+    for round_, name in zip(rounds, btm.rounds or ("",), strict=True):
+        if not round_:
+            raise UserError(f"--rounds: {name!r} names no domain")
+    for domain in domains:
+        if domains.count(domain) > 1:
+            raise UserError(f"{flag}: {domain!r} is named twice")
+        if domain in RESERVED:
+            raise UserError(f"{flag}: {domain!r} is a name that the driver uses itself")
+    if btm.rounds and data.domains and set(data.domains) != set(domains):
+        raise UserError(
+            f"--rounds and --domains name different domains: {', '.join(domains)}; "
+            f"{', '.join(data.domains)}"
+        )
+    return rounds
+
+
+def _known(domains: Sequence[str], there: Sequence[str], flag: str, data: str) -> None:
+    for domain in domains:
+        if domain not in there:
+            raise UserError(f"{flag}: {domain!r} is not in {data}, which holds {', '.join(there)}")
+
+
+def domains_of(data: Path) -> tuple[str, ...]:
+    """Domains of a data-bin, read without what reads its tokens.
+
+    Raises:
+        UserError: if it is none.
+    """
+    header = data / "databin.json"
+    try:
+        if header.exists():
+            named = list(json.loads(header.read_text(encoding="utf-8"))["domains"])
+        else:
+            named = sorted(file.parent.name for file in data.glob("*/train.idx"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{header}: cannot be read: {error!r}") from error
+    if not named:
+        raise UserError(f"--data {data}: is not a data-bin; launchers/preprocess.py writes one")
+    return tuple(named)

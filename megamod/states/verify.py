@@ -1,0 +1,116 @@
+"""What is wrong with runs, checkpoints, models and forests on disk, if anything.
+
+Loads neither torch nor DeepSpeed, so that a look takes as long as reading the files.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from megamod.errors import UserError
+from megamod.states.forest import FILE, open_forest
+from megamod.states.manifest import MANIFEST, list_checkpoints, verify
+
+Group = tuple[str, list[str]]
+"""What was looked at, in words, and its faults, one sentence each."""
+
+
+def groups(path: Path) -> Iterator[Group]:
+    """Every group of files below a forest.json, checkpoint, model, run or folder of runs.
+
+    Raises:
+        UserError: if it is nothing of ours.
+    """
+    if path.name == FILE or (path / FILE).is_file():
+        yield from forest(path)
+    elif _is_checkpoint(path):
+        yield checkpoint(path)
+    elif (path / "config.json").exists():
+        yield model(path)
+    else:
+        found = [*run_folder(path)]
+        if not found:
+            raise UserError(f"{path} holds no checkpoint, no model, no forest and no data-bin")
+        yield from found
+
+
+def forest(path: Path) -> Iterator[Group]:
+    """The file, the models of its experts, and the runs that these are of or that lie beside it."""
+    file = path if path.name == FILE else path / FILE
+    try:
+        opened = open_forest(file)
+    except UserError as error:
+        yield f"{file}: forest", [str(error)]
+        return
+    yield f"{file}: forest, {len(opened.experts)} experts", []
+    for folder in dict.fromkeys(expert.path for expert in opened.experts):
+        yield model(folder)
+    runs = {expert.path.parent for expert in opened.experts}
+    runs |= {folder.parent for folder in file.parent.glob("*/checkpoints")}
+    for run in sorted(runs):
+        yield from checkpoints(run / "checkpoints")
+
+
+def run_folder(path: Path) -> Iterator[Group]:
+    """Checkpoints by rising step, and the models: one, or one per domain."""
+    for folder in (path, path / "checkpoints"):
+        yield from checkpoints(folder)
+    for pattern in ("model/config.json", "model/*/config.json", "*/config.json"):
+        for config in sorted(path.glob(pattern)):
+            if pattern != "*/config.json" or config.parent.name != "model":
+                yield model(config.parent)
+
+
+def checkpoints(folder: Path) -> Iterator[Group]:
+    """Those of one folder, and the file that names the newest."""
+    there = list_checkpoints(folder)
+    yield from map(checkpoint, there)
+    if (folder / "latest").exists():
+        name = (folder / "latest").read_text(errors="replace").strip()
+        names = [one.name for one in there]
+        wrong = f"{folder / 'latest'} names {name!r}; there are {', '.join(names) or 'none'}"
+        yield f"{folder / 'latest'}: {name}", [] if name in names else [wrong]
+
+
+def checkpoint(path: Path) -> Group:
+    """All files of the manifest, with their digests."""
+    files = [file for file in path.rglob("*") if file.is_file()]
+    size = sum(file.stat().st_size for file in files)
+    return f"{path}: checkpoint, {len(files)} files, {size:,} bytes", verify(path)
+
+
+def model(path: Path) -> Group:
+    """Weight files that can be opened and hold what the index says; it has no digests."""
+    from safetensors import SafetensorError, safe_open
+
+    faults: list[str] = []
+    held: dict[str, str] = {}
+    index, where = path / "model.safetensors.index.json", path / "config.json"
+    try:
+        config = json.loads(where.read_text(encoding="utf-8"))
+        if not isinstance(config, dict) or "model_type" not in config:
+            faults.append(f"{where} names no model_type")
+        where, listed = index, {}
+        if index.exists():
+            listed = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{path}: model", [f"{where} is unreadable: {error!r}"]
+    files = sorted(set(listed.values())) or ["model.safetensors"]
+    for name in files:
+        try:
+            with safe_open(path / name, framework="np") as tensors:
+                held |= dict.fromkeys(tensors.keys(), name)
+        except (OSError, SafetensorError) as error:
+            faults.append(f"{path / name} cannot be opened: {error}")
+    if listed and not faults:
+        faults += [
+            f"{index} and {listed.get(name, held.get(name))} do not agree on {name}"
+            for name in sorted(listed.keys() | held.keys())
+            if listed.get(name) != held.get(name)
+        ]
+    return f"{path}: model, {len(files)} weight files, {len(held)} tensors", faults
+
+
+def _is_checkpoint(path: Path) -> bool:
+    named = any((path / name).exists() for name in (MANIFEST, "state.json"))
+    return named or path in list_checkpoints(path.parent)

@@ -1,0 +1,279 @@
+"""The driver with stand-ins for the launchers: small programs that leave the same files behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megamod.btm.jobs import MARK
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+# A run that takes `last` steps of 0.02 s; files named after its folder make it misbehave.
+PRETRAIN = """
+import json, os, signal, sys, time
+from pathlib import Path
+
+flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+out = Path(flags["--output_dir"])
+last = int(flags.get("--stop_step", flags["--max_steps"]))
+told = Path(os.environ["TOLD"])
+with open(told / "starts", "a") as starts:
+    starts.write(f"{out.name} {os.getpid()}\\n")
+asked = []
+signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+
+def save(step):
+    folder = out / "checkpoints" / f"step-{step}"
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {"step": step, "tokens": {out.name: 10 * step}}
+    record = {"state": state, "settings": {"seed": 1, "data digest": "d"}, "world_size": 1}
+    (folder / "state.json").write_text(json.dumps(record))
+
+wrong = told / f"wrong-{out.name}"
+if wrong.exists():
+    print("some lines before\\nUserError: --data: is not what it should be", file=sys.stderr)
+    sys.exit(int(wrong.read_text()))
+there = sorted(int(p.name[5:]) for p in (out / "checkpoints").glob("step-*"))
+for step in range(there[-1] if there else 0, last):
+    time.sleep(float(os.environ.get("PAUSE", "0.02")))
+    out.mkdir(parents=True, exist_ok=True)
+    record = {"step": step + 1, "loss": 5 - step / 10, "tokens_per_second": 100.0}
+    with open(out / "metrics.jsonl", "a") as metrics:
+        metrics.write(json.dumps(record) + "\\n")
+    crash = told / f"crash-{out.name}"
+    if step == 2 and crash.exists() and crash.stat().st_size:
+        crash.write_text(crash.read_text()[1:])
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(step + 1)
+    if asked:
+        sys.exit(130)
+(out / "model").mkdir(exist_ok=True)
+config = {"vocab_size": 7, "domains": [out.name], "untie": "none"}
+(out / "model" / "config.json").write_text(json.dumps(config))
+(out / "perplexity.json").write_text(json.dumps({"step": last}))
+"""
+FOREST = """
+import json, sys
+from pathlib import Path
+
+words = sys.argv[1:]
+assert words[0] == "branch"
+out, step = Path(words[words.index("--output_dir") + 1]), int(words[words.index("--step") + 1])
+parent = Path(words[words.index("--parents") + 1]) / "checkpoints" / f"step-{step}"
+assert parent.is_dir()
+(out / "checkpoints" / f"step-{step}").mkdir(parents=True)
+record = {"parents": [{"path": str(parent), "weight": 1.0}], "start_update": step}
+(out / "branch.json").write_text(json.dumps(record))
+"""
+FLAGS = ("--max_steps", "6", "--global_batch_size", "6", "--per_device_train_batch_size", "1")
+
+
+@pytest.fixture
+def place(tmp_path) -> Path:
+    """Stand-ins for launchers, a data-bin's header, a folder for what programs tell."""
+    for name, text in (("pretrain.py", PRETRAIN), ("forest.py", FOREST)):
+        (tmp_path / "launchers").mkdir(exist_ok=True)
+        (tmp_path / "launchers" / name).write_text(text)
+    btm = (REPOSITORY / "launchers" / "btm.py").read_text()
+    (tmp_path / "launchers" / "btm.py").write_text(btm)
+    (tmp_path / "told").mkdir()
+    (tmp_path / "bin").mkdir()
+    domains = {name: {} for name in ("law", "med", "code")}
+    (tmp_path / "bin" / "databin.json").write_text(json.dumps({"domains": domains}))
+    yield tmp_path
+    for process in marked(tmp_path):
+        process.kill()
+
+
+def begin(place: Path, *flags: str, **variables: str) -> subprocess.Popen[str]:
+    """A driver at work in place/out."""
+    environment = {**os.environ, "TOLD": str(place / "told"), "DS_ACCELERATOR": "cpu", **variables}
+    command = [sys.executable, str(place / "launchers" / "btm.py"), "--data", str(place / "bin")]
+    return subprocess.Popen(
+        [*command, "--output_dir", str(place / "out"), *FLAGS, *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def ended(driver: subprocess.Popen[str], code: int) -> str:
+    """Wait for the end of a driver; returns what it printed."""
+    out, err = driver.communicate(timeout=60)
+    assert driver.returncode == code, out + err
+    return out + err
+
+
+def marked(place: Path) -> list[psutil.Process]:
+    """Living processes of the jobs in place/out."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK, "").startswith(str(place.resolve())):
+                found.append(process)
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
+def starts(place: Path) -> list[str]:
+    """Names of the runs in the order in which their programs were started."""
+    lines = (place / "told" / "starts").read_text().splitlines()
+    return [line.split()[0] for line in lines]
+
+
+def wait_for(what, seconds: float = 30) -> None:
+    """Wait until `what()` is true."""
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def experts(place: Path) -> list[dict[str, object]]:
+    return json.loads((place / "out" / "forest.json").read_text())["experts"]
+
+
+def tree(place: Path) -> list[str]:
+    return sorted(str(path) for path in place.rglob("*"))
+
+
+def test_seed_then_experts_then_a_forest(place):
+    told = ended(begin(place, "--slots", "2", "--seed_gpus", "1"), 0)
+    assert starts(place)[0] == "seed" and sorted(starts(place)[1:]) == ["code", "law", "med"]
+    made = experts(place)
+    assert [expert["domain"] for expert in made] == ["law", "med", "code"]
+    assert [expert["path"] for expert in made] == [
+        f"experts/{d}/model" for d in ("law", "med", "code")
+    ]
+    for expert in made:
+        assert (expert["start_update"], expert["updates"]) == (3, 6)
+        assert expert["parents"][0]["path"].endswith("seed/checkpoints/step-3")
+    assert "med  done  step 6/6  loss 4.5000  tokens/s 100" in told
+
+    # All is done: nothing is started again, and the forest stays as it is.
+    before = (place / "out" / "forest.json").read_bytes()
+    ended(begin(place, "--slots", "2", "--seed_gpus", "1"), 0)
+    assert len(starts(place)) == 4 and (place / "out" / "forest.json").read_bytes() == before
+
+
+def test_slots_are_all_that_run_at_once(place):
+    driver = begin(place, "--slots", "2", "--seed_share", "0", PAUSE="0.1")
+    most = 0
+    while driver.poll() is None:
+        most = max(most, len(marked(place)))
+        time.sleep(0.02)
+    ended(driver, 0)
+    assert most == 2
+
+
+def test_a_crash_restarts_that_expert_alone(place):
+    (place / "told" / "crash-med").write_text("xx")
+    told = ended(begin(place, "--seed_share", "0", "--slots", "3"), 0)
+    assert sorted(starts(place)) == ["code", "law", "med", "med", "med"]
+    assert "med  done  step 6/6" in told and "restarts 2" in told
+    assert len(experts(place)) == 3
+
+
+def test_crashes_without_end(place):
+    (place / "told" / "crash-med").write_text("x" * 9)
+    told = ended(begin(place, "--seed_share", "0", "--slots", "3", "--max_restarts", "1"), 4)
+    assert starts(place).count("med") == 2
+    assert "med: pretrain.py crashed (exit code -9) once too often" in told
+    assert not (place / "out" / "forest.json").exists()
+    assert (place / "out" / "experts" / "code" / "perplexity.json").exists()
+
+
+@pytest.mark.parametrize("code", [2, 3])
+def test_a_mistake_is_told_and_not_tried_again(place, code):
+    (place / "told" / "wrong-law").write_text(str(code))
+    told = ended(begin(place, "--seed_share", "0", "--slots", "2"), code)
+    assert starts(place).count("law") == 1
+    assert f"law: pretrain.py ended with exit code {code}" in told
+    assert "UserError: --data: is not what it should be" in told
+    # Mended, the same command goes on: only what is missing is run.
+    (place / "told" / "wrong-law").unlink()
+    ended(begin(place, "--seed_share", "0", "--slots", "2"), 0)
+    assert sorted(starts(place)) == ["code", "law", "law", "med"]
+
+
+def test_told_to_stop_jobs_save_and_the_driver_says_130(place):
+    driver = begin(place, "--seed_share", "0", "--slots", "2", PAUSE="0.3")
+    metrics = place / "out" / "experts" / "law" / "metrics.jsonl"
+    wait_for(metrics.exists)
+    driver.send_signal(signal.SIGTERM)
+    assert "the same command goes on" in ended(driver, 130)
+    assert marked(place) == []
+    assert list((place / "out" / "experts" / "law" / "checkpoints").glob("step-*"))
+    ended(begin(place, "--seed_share", "0", "--slots", "2"), 0)
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 6]  # none was made twice
+
+
+def test_a_killed_driver_leaves_jobs_that_the_next_one_waits_for(place):
+    driver = begin(place, "--seed_share", "0", "--slots", "2", PAUSE="0.3")
+    wait_for((place / "out" / "experts" / "law" / "metrics.jsonl").exists)
+    before = {process.pid for process in marked(place)}
+    driver.kill()
+    driver.communicate()
+    assert {process.pid for process in marked(place)} == before and before
+    told = ended(begin(place, "--seed_share", "0", "--slots", "2", PAUSE="0.02"), 0)
+    assert "law  adopted" in told
+    assert sorted(starts(place)) == ["code", "law", "med"]
+    assert len(experts(place)) == 3
+
+
+def test_two_drivers_do_not_share_a_folder(place):
+    driver = begin(place, "--seed_share", "0", PAUSE="0.3")
+    wait_for((place / "out" / "experts" / "law" / "metrics.jsonl").exists)
+    assert "another driver is at work there" in ended(begin(place, "--seed_share", "0"), 2)
+    driver.terminate()
+    ended(driver, 130)
+
+
+def test_mistakes_start_nothing_and_change_nothing(place):
+    recipe = place / "recipe.yaml"
+    recipe.write_text("seed_shares: 0.5\n")
+    before = tree(place)
+    hosts = place / "nowhere"
+    cases = [
+        ((str(recipe),), "the nearest is 'seed_share'"),
+        (("--rounds", "law tax"), "'tax' is not in"),
+        (("--gpus_per_expert", "2"), "--gpus_per_expert"),
+        (("--hostfile", str(hosts)), "nowhere: cannot be read"),
+        (("--in_one_world", "--slots", "2"), "--in_one_world 3: does not fit"),
+    ]
+    for flags, told in cases:
+        command = [sys.executable, str(place / "launchers" / "btm.py"), *flags]
+        command += ["--data", str(place / "bin"), "--output_dir", str(place / "out"), *FLAGS]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2 and told in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr and tree(place) == before
+
+
+def test_a_dry_run_names_commands_and_slots(place):
+    (place / "hosts").write_text("node-1 slots=4\nnode-2 slots=4\n")
+    before = tree(place)
+    flags = ("--hostfile", str(place / "hosts"), "--gpus_per_expert", "2", "--dry_run")
+    told = ended(begin(place, *flags), 0)
+    assert tree(place) == before
+    assert "--include node-1:0,1 --force_multi" in told
+    for where in ("law: node-1:0,1", "med: node-1:2,3", "code: node-2:0,1"):
+        assert f"\n{where}\n" in told
+    assert "seed: node-1:0,1,2@node-2:0,1,2" not in told  # six slots are no whole machines
+    assert "\nseed: node-1:0,1,2\n" in told
+
+
+def test_the_driver_does_without_torch():
+    program = "import sys; sys.modules['torch'] = None\nimport megamod.btm.driver, psutil\n"
+    program += "assert not {'transformers', 'numpy', 'deepspeed'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

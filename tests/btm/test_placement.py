@@ -1,0 +1,123 @@
+"""Packing of jobs on slots: rules on small clusters, and properties on random ones."""
+
+import random
+
+import pytest
+
+from megamod.btm.placement import (
+    Host,
+    check_fits,
+    free_port,
+    include,
+    local_hosts,
+    pack,
+    parse_include,
+    read_hostfile,
+)
+from megamod.errors import UserError
+
+
+def cluster(*sizes: int) -> tuple[Host, ...]:
+    return tuple(Host(f"n{k}", tuple(range(size))) for k, size in enumerate(sizes, start=1))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "gpus", "jobs", "placed"),
+    [
+        ((8,), 2, 5, ["n1:0,1", "n1:2,3", "n1:4,5", "n1:6,7", None]),
+        ((4, 4), 3, 3, ["n1:0,1,2", "n2:0,1,2", None]),  # one slot each is left, in two machines
+        ((4, 2), 2, 3, ["n2:0,1", "n1:0,1", "n1:2,3"]),  # the tightest fit first
+        ((2, 2, 2), 4, 2, ["n1:0,1@n2:0,1", None]),
+        ((2, 4, 2), 8, 1, [None]),  # machines of equal size only
+        ((2, 4, 4), 8, 1, ["n2:0,1,2,3@n3:0,1,2,3"]),
+        ((4, 4), 6, 1, [None]),
+    ],
+)
+def test_packing(sizes, gpus, jobs, placed):
+    busy, found = [], []
+    for _ in range(jobs):
+        place = pack(cluster(*sizes), busy, gpus)
+        busy += place or ()
+        found.append(include(place) if place else None)
+    assert found == placed
+
+
+def test_a_whole_machine_stays_free_for_a_job_that_needs_it():
+    hosts = cluster(4, 4)
+    first = pack(hosts, (), 1)
+    second = pack(hosts, first, 2)
+    assert {host.name for host in (*first, *second)} == {"n1"}
+    assert include(pack(hosts, [*first, *second], 4)) == "n2:0,1,2,3"
+
+
+def test_no_slot_twice_and_no_split_on_random_clusters():
+    draw = random.Random(0)
+    for _ in range(300):
+        hosts = cluster(*(draw.randint(1, 8) for _ in range(draw.randint(1, 4))))
+        busy, largest = [], max(len(host.slots) for host in hosts)
+        while place := pack(hosts, busy, gpus := draw.randint(1, 12)):
+            slots = [(host.name, slot) for host in [*busy, *place] for slot in host.slots]
+            assert len(slots) == len(set(slots))
+            assert sum(len(host.slots) for host in place) == gpus
+            assert len(place) == 1 if gpus <= largest else all(host in hosts for host in place)
+            assert parse_include(include(place)) == place
+            busy += place
+            draw.random()
+
+
+def test_jobs_that_can_never_run_are_refused():
+    check_fits(cluster(2, 2), 4, "--gpus_per_expert")
+    with pytest.raises(UserError, match=r"--gpus_per_expert 3: does not fit the slots \(n1 2, n2"):
+        check_fits(cluster(2, 2), 3, "--gpus_per_expert")
+
+
+def test_hostfile(tmp_path):
+    file = tmp_path / "hostfile"
+    file.write_text("# cluster\n\nnode-1  slots=2 # first\nnode_2.local\tslots=8\n")
+    assert read_hostfile(file) == (
+        Host("node-1", (0, 1)),
+        Host("node_2.local", tuple(range(8))),
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("a slots=2\nb slots=2\na slots=1\n", "line 3: 'a' is there a second time"),
+        ("a slots=0\n", "line 1: 'a slots=0' is not"),
+        ("a slots=8x\n", "line 1: 'a slots=8x' is not"),
+        ("a\n", "line 1: 'a' is not"),
+        ("\ufeffa slots=1\n", "line 1: begins with a byte order mark"),
+        ("# one\r\na slots=1\r\n", "line 1: ends in a carriage return"),
+        ("a;reboot slots=1\n", "line 1: 'a;reboot' is no host name"),
+        ("-oProxyCommand=x slots=1\n", "line 1: '-oProxyCommand=x' is no host name"),
+        ("# nobody\n", "names no machine"),
+    ],
+)
+def test_hostfiles_that_are_refused(tmp_path, text, told):
+    (tmp_path / "hostfile").write_bytes(text.encode())
+    with pytest.raises(UserError, match=r"--hostfile .*hostfile") as error:
+        read_hostfile(tmp_path / "hostfile")
+    assert told in str(error.value)
+
+
+def test_slots_of_this_machine(monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert local_hosts(None) == (Host("localhost", (0,)),)
+    assert local_hosts(3) == (Host("localhost", (0, 1, 2)),)
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, 6")
+    assert local_hosts(None) == (Host("localhost", (4, 6)),)
+    assert local_hosts(1) == (Host("localhost", (4,)),)
+    with pytest.raises(UserError, match="--slots 3: there are 2 GPUs"):
+        local_hosts(3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1f")
+    with pytest.raises(UserError, match="GPU-1f"):
+        local_hosts(None)
+
+
+def test_ports_are_distinct():
+    ports: list[int] = []
+    for _ in range(20):
+        ports.append(free_port(ports))
+    assert len(set(ports)) == 20

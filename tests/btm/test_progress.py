@@ -1,0 +1,76 @@
+"""What is shown of jobs: numbers from metrics, lines for changes, a table on a terminal."""
+
+import io
+import json
+
+from megamod.btm.progress import TAIL_BYTES, Row, Screen, format_table, read_progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_numbers_are_the_last_ones(tmp_path):
+    step = {"step": 7, "loss": 2.5, "tokens_per_second": 1234.5}
+    records = [{"step": n, "loss": 9.0, "note": "x" * 1000} for n in range(40)]
+    records += [step, {"step": 7, "perplexity": {"law": 12.0, "med": None}, "split": "valid"}]
+    text = "".join(json.dumps(record) + "\n" for record in records) + '{"step": 8, "lo'
+    assert len(text) > 2 * TAIL_BYTES
+    (tmp_path / "metrics.jsonl").write_text(text)
+    row = Row("law", "train", last=10)
+    read_progress(tmp_path, row)
+    assert (row.step, row.loss, row.rate, row.perplexity) == (7, 2.5, 1234.5, 12.0)
+    assert row.cells() == ("law", "train", "7/10", "2.5000", "1,234", "12", "0", "")
+    untouched = Row("med", "waiting")
+    read_progress(tmp_path / "nowhere", untouched)
+    assert untouched == Row("med", "waiting")
+
+
+def test_columns_are_aligned():
+    rows = [Row("law", "train", 100, 5, 2.0), Row("anonymized", "waiting", 100)]
+    lines = format_table(rows).splitlines()
+    assert lines[0].split() == [
+        "job",
+        "state",
+        "step",
+        "loss",
+        "tokens/s",
+        "ppl",
+        "restarts",
+        "slots",
+    ]
+    assert lines[1].index("train") == lines[2].index("waiting") == lines[0].index("state")
+    assert lines[1].index("5/100") + 5 == lines[0].index("step") + 4 == lines[2].index("0/100") + 5
+
+
+def test_a_line_for_each_change():
+    stream, row = io.StringIO(), Row("law", "train", 10)
+    screen = Screen(stream)
+    screen.show([row])
+    row.step = 5
+    screen.show([row])  # progress alone is no change
+    row.state, row.restarts = "restarting", 1
+    screen.show([row])
+    assert stream.getvalue().splitlines() == [
+        "law  train  step 0/10",
+        "law  restarting  step 5/10  restarts 1",
+    ]
+
+
+def test_a_terminal_is_drawn_over():
+    stream, rows = Terminal(), [Row("law", "train", 10), Row("med", "waiting", 10)]
+    screen = Screen(stream, every=0)
+    screen.show(rows)
+    screen.show(rows)
+    table = format_table(rows) + "\n"
+    assert stream.getvalue() == table + "\x1b[3F\x1b[J" + table
+    screen.say("med: crashed")
+    screen.show(rows)
+    assert stream.getvalue().endswith("med: crashed\n" + table)
+    slow = Screen(Terminal(), every=60)
+    slow.show(rows)
+    slow.show(rows)
+    assert slow.stream.getvalue() == table
+    slow.show(rows, now=True)
+    assert slow.stream.getvalue().count("law") == 2

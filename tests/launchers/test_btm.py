@@ -1,0 +1,96 @@
+"""launchers/btm.py with real jobs: two rounds of experts, their average and their mixture."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megamod.data.binarize import binarize
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+RECIPE = """
+model: tiny
+hidden_size: 32
+num_hidden_layers: 2
+num_attention_heads: 2
+seed_share: 0
+rounds: [law med, code]
+average: true
+evaluate: true
+prior_sequences: 4
+max_steps: 6
+per_device_train_batch_size: 2
+global_batch_size: 6
+logging_steps: 1
+save_steps: 0
+eval_batches: 2
+max_seq_length: 32
+learning_rate: 3.0e-3
+report_to: none
+slots: 2
+"""
+
+
+def start(*words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "ignore", REPOSITORY / "launchers" / "btm.py", *words]
+    return subprocess.run(
+        [str(word) for word in command],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "MEGAMOD_MAX_STEPS": "4"},
+        timeout=500,
+    )
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.slow
+def test_two_rounds(tmp_path):
+    draw = random.Random(0)
+    texts = {
+        domain: [
+            " ".join(draw.choices([f"{domain}{c}" for c in "abcdefgh"], k=40)) for _ in range(200)
+        ]
+        for domain in ("law", "med", "code")
+    }
+    binarize(texts, "sentencepiece:300", tmp_path / "bin")
+    (tmp_path / "recipe.yaml").write_text(RECIPE + f"data: {tmp_path / 'bin'}\n")
+    out = tmp_path / "out"
+    done = start(tmp_path / "recipe.yaml", "--output_dir", out)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    # The environment's --max_steps holds for the driver, which hands it on.
+    made = json.loads((out / "forest.json").read_text())["experts"]
+    assert [expert["domain"] for expert in made] == ["law", "med", "code"]
+    assert [expert["updates"] for expert in made] == [4, 4, 4]
+    assert [expert["tokens"] for expert in made] == [4 * 2 * 32] * 3
+    assert "all together 768 tokens; a dense run of 4 steps x 6 sequences has 768" in done.stdout
+
+    # The third begins as the average of the first two, weighted by their prior.
+    prior = json.loads((out / "priors" / "code.json").read_text())
+    share = dict(zip(prior["domains"], prior["prior"], strict=True))
+    assert set(share) == {"law", "med"} and sum(share.values()) == pytest.approx(1)
+    assert {round(parent["weight"], 6) for parent in made[2]["parents"]} == {
+        round(weight, 6) for weight in share.values()
+    }
+    law, med, code = (weights(out / "experts" / d / "model") for d in ("law", "med", "code"))
+    began = weights(out / "experts" / "code" / "checkpoints" / "step-0")
+    for name, tensor in began.items():
+        mean = share["law"] * law[name].double() + share["med"] * med[name].double()
+        torch.testing.assert_close(tensor.double(), mean, rtol=0, atol=1e-6)
+        assert tensor.ndim < 2 or not torch.equal(tensor, code[name])
+
+    for name, tensor in weights(out / "average").items():
+        mean = (law[name].double() + med[name].double() + code[name].double()) / 3
+        torch.testing.assert_close(tensor.double(), mean, rtol=0, atol=1e-6)
+    for name in ("mixture", "average"):
+        text = (out / "evaluation" / f"{name}.json").read_text()
+        assert all(f'"{domain}"' in text for domain in texts)
