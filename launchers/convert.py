@@ -5,9 +5,11 @@
         --output_dir DIR
     python launchers/convert.py --format fairseq_lm --export --input DIR --output_dir FAIRSEQ
     python launchers/convert.py --format opt --export --input DIR --domains law --output_dir OPT
+    python launchers/convert.py --format datamux --input MUXBERT_FOLDER --output_dir DIR
 
-DIR is read by `AutoModelForCausalLM.from_pretrained(DIR)` after `import megamod`. What was used,
-left out and missing is printed. Pickles are read without running anything they name.
+DIR is read by `from_pretrained(DIR)` of the Auto class for its kind (`AutoModelForCausalLM`, for
+encoders `AutoModelForMaskedLM`, ...) after `import megamod`. What was used, left out and missing is
+printed. Pickles are read without running anything they name.
 """
 
 import argparse
@@ -48,6 +50,7 @@ def write(converted: Converted, folder: Path, dtype: str) -> None:
         UserError: for names that cannot be a domain, and weights that the dtype cannot hold.
     """
     import torch
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     import megamod  # noqa: F401  (makes our configurations known)
@@ -56,15 +59,16 @@ def write(converted: Converted, folder: Path, dtype: str) -> None:
     fields = dict(converted.config)
     try:
         config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    except ValueError as error:
-        raise UserError(f"--domains: {error}") from error
+    except (ValueError, StrictDataclassError) as error:
+        told = "--domains" if "domains" in fields else "config.json"
+        raise UserError(f"{told}: {' '.join(str(error).split())}") from error
     config.dtype = getattr(torch, dtype)
     state = {name: tensor.to(config.dtype) for name, tensor in converted.state.items()}
     for name, tensor in state.items():
         if not torch.isfinite(tensor).all():
             raise UserError(f"{name} holds values that are not finite in {dtype}")
     config.save_pretrained(folder)
-    apart = fields["untie"] != "none"
+    apart = fields.get("untie", "none") != "none"
     write_weights(folder, state, has_experts=apart)
     if apart:
         write_index(folder, state, sum(tensor.nbytes for tensor in state.values()))

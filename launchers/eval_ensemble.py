@@ -2,7 +2,7 @@
 
     python launchers/eval_ensemble.py --forest forest.json --data DATABIN --domain law
     python launchers/eval_ensemble.py --forest runs/demix/model --data DATABIN --domain law code \\
-        --rule history --topk 4 --removal_test --output mixed.json --plot "along_{domain}.png"
+        --rule history --topk 4 --output mixed.json --plot "along_{domain}.png"
 
     python launchers/eval_ensemble.py --forest forest.json --data DATABIN --domain novel \\
         --estimate_only --prior_output prior.json

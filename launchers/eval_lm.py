@@ -96,7 +96,7 @@ def main() -> None:
             print(
                 f"\nhow much each expert of {model} helps the others:\n  python "
                 f"launchers/eval_ensemble.py --forest {model} --data {args.data} "
-                f"--domain {held_out.domains[0]} --removal_test"
+                f"--domain {held_out.domains[0]}"
             )
     if args.output is not None:
         record = {"data": args.data, "split": args.split, "models": comparison_record(models)}

@@ -46,7 +46,7 @@ class BranchArgs(Arguments):
         None, "runs, checkpoints or model folders; none: the experts of --forest"
     )
     experts: list[str] | None = option(None, "of --forest, these only")  # noqa: RUF009
-    weights: list[str] | None = option(  # noqa: RUF009
+    weights: list[float] | None = option(  # noqa: RUF009
         None, "numbers, of the parents in their average; none: alike"
     )
     prior: str | None = option(
@@ -106,6 +106,11 @@ def main() -> None:
                         f"{', '.join(names)}"
                     )
                 del experts[names.index(domain)]
+            if not experts:
+                raise UserError(
+                    f"--domain {' '.join(args.domain)}: a forest without experts is none; remove "
+                    "its folder"
+                )
     print(table(open_forest(args.forest)))
 
 
@@ -119,27 +124,22 @@ def begin(args: ForestArgs, start: BranchArgs) -> None:
     from megamod.btm.branch import branch
     from megamod.btm.parents import check_weights, find_source, forest_sources
 
-    weights = [number(text) for text in start.weights] if start.weights else None
     if start.parents is None:
         sources, weights = forest_sources(
-            args.forest, only=start.experts, weights=weights, prior=start.prior, topk=start.topk
+            args.forest,
+            only=start.experts,
+            weights=start.weights,
+            prior=start.prior,
+            topk=start.topk,
         )
     else:
         sources = [
             find_source(path, step=start.step, share=start.share, member=args.member)
             for path in start.parents
         ]
-        weights = check_weights(weights, len(sources))
+        weights = check_weights(start.weights, len(sources))
     made = branch(sources, weights, args.domain, start.output_dir, one_world=start.one_world)
     print(f"{made}: launchers/pretrain.py --output_dir {start.output_dir} goes on from here")
-
-
-def number(text: str) -> float:
-    """A weight as it was given."""
-    try:
-        return float(text)
-    except ValueError:
-        raise UserError(f"--weights: {text!r} is not a number") from None
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ streamed: memory does not grow with the models. OUT has the configuration and to
 first model, and in merge.json its parents.
 """
 
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +36,7 @@ class MergeArgs(Arguments):
     experts: list[str] | None = option(  # noqa: RUF009
         None, "domains of the forest to take; none: all"
     )
-    weights: list[str] | None = option(None, "a number for each model")  # noqa: RUF009
+    weights: list[float] | None = option(None, "a number for each model")  # noqa: RUF009
     prior: str | None = option(None, "file with the weights of a forest's experts")
     topk: int | None = option(None, "keep the models with the largest weights, so many", least=1)
     no_normalize: bool = option(False, "do not divide the weights by their sum")
@@ -108,13 +107,12 @@ def recipe_of(args: MergeArgs) -> "Recipe":
     if args.weights is not None and args.prior is not None:
         raise UserError("--weights and --prior both give weights; give one of them")
     if args.weights is not None:
-        weights, origin = [_number(text) for text in args.weights], "--weights"
+        weights, origin = args.weights, "--weights"
     elif args.prior is not None:
         from megamod.mixture.prior import read_prior
 
-        prior = read_prior(Path(args.prior), forest.domains)
-        of_domain = dict(zip(prior.domains, prior.weights, strict=True))
-        weights, origin = [float(of_domain[domain]) for domain in domains], f"--prior {args.prior}"
+        weights = read_prior(Path(args.prior), domains).weights
+        origin = f"--prior {args.prior}"
     if args.topk is not None and origin == "--models":
         raise UserError("--topk needs weights to choose by: --weights or --prior")
     if args.topk is not None and args.topk > len(sources):
@@ -145,16 +143,6 @@ def _refuse_beside_recipe(args: MergeArgs) -> None:
         raise UserError(
             "--no_normalize cannot be added to a recipe; write `normalize: false` there"
         )
-
-
-def _number(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise UserError(f"--weights: {text!r} is not a finite number")
-    return number
 
 
 if __name__ == "__main__":

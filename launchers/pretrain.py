@@ -1,4 +1,5 @@
-"""Pretrain a language model: dense, with domain experts (DEMix), or one per domain (BTM).
+"""Pretrain a language model: dense, with domain experts (DEMix), one per domain (BTM), or an
+encoder that reads several texts in one pass (MUX-BERT).
 
     deepspeed launchers/pretrain.py launchers/recipes/quickstart.yaml \\
         --deepspeed ds_configs/cpu_smoke.json --output_dir runs/first
@@ -6,25 +7,43 @@
         --deepspeed ds_configs/demix_zero2_bf16.json --output_dir runs/demix
     torchrun --nproc_per_node 2 launchers/pretrain.py RECIPE.yaml --output_dir OUT
     python launchers/pretrain.py RECIPE.yaml --output_dir OUT      (one process)
+    python launchers/pretrain.py --objective masked_lm --model small --num_instances 5 \\
+        --task_loss_coeff 0 --retrieval_loss_coeff 1 --data DATABIN --output_dir runs/warm-up
 
 The same command resumes an interrupted run. DATABIN comes from launchers/preprocess.py.
 """
 
-from megamod.args import DataArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs, parse_args, require
+from megamod.args import (
+    DataArgs,
+    ModelArgs,
+    MuxArgs,
+    OptimArgs,
+    RunArgs,
+    SafetyArgs,
+    parse_args,
+    require,
+)
 from megamod.errors import run
 
 
 def main() -> None:
     """Parse, train, and say where everything is."""
-    parsed = parse_args(RunArgs, SafetyArgs, ModelArgs, OptimArgs, DataArgs, doc=__doc__)
+    parsed = parse_args(RunArgs, SafetyArgs, ModelArgs, OptimArgs, MuxArgs, DataArgs, doc=__doc__)
+    *common, mux, data = parsed
     require(parsed[0], "output_dir")
-    require(parsed[-1], "data")
+    require(data, "data")
     # Only now the heavy imports, so that --help and mistakes in flags answer at once.
-    from megamod.runs.causal_lm import pretrain
     from megamod.train.setup import start_logging
 
     start_logging()
-    pretrain(*parsed)
+    if mux.objective == "masked_lm":
+        from megamod.runs.masked_lm import pretrain
+
+        pretrain(*common, mux, data)
+    else:
+        from megamod.runs.causal_lm import pretrain
+
+        pretrain(*common, data)
 
 
 if __name__ == "__main__":

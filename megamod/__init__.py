@@ -15,8 +15,10 @@ __version__ = "0.1.0"
 
 def _register_configurations(auto: ModuleType) -> None:
     from megamod.models.configuration import DemixConfig, ForestConfig
+    from megamod.models.mux_configuration import MuxBertConfig, MuxElectraConfig, MuxRobertaConfig
 
-    for configuration in (DemixConfig, ForestConfig):
+    of_mux = (MuxBertConfig, MuxElectraConfig, MuxRobertaConfig)
+    for configuration in (DemixConfig, ForestConfig, *of_mux):
         auto.AutoConfig.register(configuration.model_type, configuration)
 
 
@@ -28,6 +30,29 @@ def _register_models(auto: ModuleType) -> None:
     auto.AutoModel.register(DemixConfig, DemixModel)
     auto.AutoModelForCausalLM.register(DemixConfig, DemixForCausalLM)
     auto.AutoModelForCausalLM.register(ForestConfig, ForestForCausalLM)
+    _register_multiplexed(auto)
+
+
+def _register_multiplexed(auto: ModuleType) -> None:
+    from megamod.models import mux_bert, mux_electra, mux_generator, mux_roberta
+    from megamod.models.mux_configuration import MuxBertConfig, MuxElectraConfig, MuxRobertaConfig
+
+    auto.AutoModel.register(MuxBertConfig, mux_bert.MuxBertModel)
+    auto.AutoModel.register(MuxElectraConfig, mux_electra.MuxElectraModel)
+    auto.AutoModelForMaskedLM.register(MuxBertConfig, mux_bert.MuxBertForMaskedLM)
+    auto.AutoModelForMaskedLM.register(MuxElectraConfig, mux_generator.MuxElectraForMaskedLM)
+    auto.AutoModelForPreTraining.register(MuxBertConfig, mux_bert.MuxBertForMaskedLM)
+    # Which of the two is meant, the name of the architecture in a folder's config.json says.
+    both = (mux_generator.MuxElectraForReplacedTokens, mux_electra.MuxElectraForPreTraining)
+    auto.AutoModelForPreTraining.register(MuxElectraConfig, both)
+    for configuration, family, name in (
+        (MuxBertConfig, mux_bert, "MuxBert"),
+        (MuxElectraConfig, mux_electra, "MuxElectra"),
+        (MuxRobertaConfig, mux_roberta, "MuxRoberta"),
+    ):
+        for task in ("SequenceClassification", "TokenClassification"):
+            model = getattr(family, f"{name}For{task}")
+            getattr(auto, f"AutoModelFor{task}").register(configuration, model)
 
 
 _ON_IMPORT = {

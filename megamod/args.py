@@ -163,17 +163,17 @@ class ModelArgs(Arguments):
 
 @dataclass
 class MuxArgs(Arguments):
-    """Encoders: what they predict, and how many instances share a forward pass."""
+    """Encoders (--objective masked_lm): what they predict, and how many instances share a pass."""
 
-    objective: Literal["causal_lm", "masked_lm", "replaced_token"] = option(
-        "causal_lm", "next token; masked tokens (MUX-BERT); replaced tokens (MUX-ELECTRA)"
+    objective: Literal["causal_lm", "masked_lm"] = option(
+        "causal_lm", "next token, or masked tokens of an encoder (MUX-BERT)"
     )
     num_instances: int = option(
         1, "instances that share a forward pass; 1: the plain encoder of transformers", least=1
     )
     muxing_variant: Literal[
         "gaussian_hadamard", "binary_hadamard", "random_ortho", "random_ortho_low_rank",
-        "gaussian_attention_v2", "gaussian_attention",
+        "gaussian_attention_v2",
     ] = option("gaussian_hadamard", "multiplexer")  # fmt: skip
     demuxing_variant: Literal["index_pos", "index"] = option(
         "index_pos", "demultiplexer: RSA, or prefix tokens"
@@ -186,11 +186,6 @@ class MuxArgs(Arguments):
     )
     mlm_probability: float = option(0.15, "share of tokens to predict", least=0, most=1)
     max_pad_tokens: int = option(0, "up to so many last tokens of a row become padding", least=0)
-    generator: Literal["none", "plain", "multiplexed"] = option(
-        "none", "what replaces tokens for --objective replaced_token; none: chance"
-    )
-    gen_loss_weight: float = option(1.0, "weight of the generator's loss", least=0)
-    disc_loss_weight: float = option(50.0, "weight of the discriminator's loss", least=0)
 
     def __post_init__(self):
         super().__post_init__()

@@ -189,7 +189,7 @@ def _parse_flags(
             # DeepSpeed's own parser knows --deepspeed as a switch, so it may stand bare.
             bare = kind is bool or f.name == "deepspeed"
             form = dict(
-                nargs="+" if kind == list[str] else "?" if bare else None,
+                nargs="+" if get_origin(kind) is list else "?" if bare else None,
                 const="true" if kind is bool else None,
                 metavar="{" + ",".join(choices) + "}" if choices else _NAMES[kind][0],
             )
@@ -232,8 +232,9 @@ def _read_text(f: Field, text: str | list[str], origin: str) -> tuple[object, st
 
 def _from_text(kind: type, text: str | list[str]) -> object:
     """The text as a value of `kind`; the text itself if it is not one."""
-    if kind == list[str]:
-        return text.split() if isinstance(text, str) else text
+    if get_origin(kind) is list:
+        words = text.split() if isinstance(text, str) else text
+        return [_from_text(get_args(kind)[0], word) for word in words]
     if kind is bool:
         return _TRUTH.get(text.lower(), text)
     try:
@@ -262,9 +263,13 @@ def _checked(f: Field, value: object, where: str) -> object:
         return None
     if kind is float and type(value) is int and abs(value) < 2**63:
         value = float(value)
+    if kind == list[float] and type(value) is list:
+        value = [float(x) if type(x) is int and abs(x) < 2**63 else x for x in value]
     least, most = f.metadata["least"], f.metadata["most"]
-    if kind == list[str]:
-        right = type(value) is list and value and all(type(item) is str for item in value)
+    if get_origin(kind) is list:
+        item = get_args(kind)[0]
+        right = type(value) is list and value and all(type(x) is item for x in value)
+        right = right and (item is str or all(abs(x) < 2**63 for x in value))
     else:
         right = type(value) is kind and (not choices or value in choices)
     if right and kind in (int, float):
@@ -292,5 +297,6 @@ _NAMES = {
     str: ("TEXT", "text (in quotes, if YAML reads it as something else)"),
     bool: ("BOOL", "true or false"),
     list[str]: ("NAME", "a list of names"),
+    list[float]: ("FLOAT", "a list of numbers"),
 }
 _TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}

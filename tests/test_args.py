@@ -324,3 +324,21 @@ def test_recipe_batches_are_those_of_the_papers(name):
     assert len(data.domains) == 8
     known = {f.name for c in CLASSES + driven for f in fields(c)}
     assert set(yaml.safe_load(path.read_text())) <= known
+
+
+def test_numbers_as_a_list(tmp_path):
+    @dataclass
+    class Weights(Arguments):
+        """Weights."""
+
+        weights: list[float] | None = option(None, "numbers")  # noqa: RUF009
+
+    (tmp_path / "r.yaml").write_text("weights: [1, 2.5]")
+    (recipe,) = parse_args(Weights, argv=[str(tmp_path / "r.yaml")])
+    (flags,) = parse_args(Weights, argv=["--weights", "-1", "2.5e-1"])
+    assert recipe.weights == [1.0, 2.5] and flags.weights == [-1.0, 0.25]
+    for wrong in ("x", "inf", "nan"):
+        with pytest.raises(
+            UserError, match=r"--weights: .* is not allowed; give a list of numbers"
+        ):
+            parse_args(Weights, argv=["--weights", "1", wrong])

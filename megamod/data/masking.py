@@ -82,6 +82,8 @@ class MaskedBatches(Dataset):
         order: which block comes when.
         block_size: T.
         instances: N; every rank's micro-batch must be a multiple of it.
+        prefix: columns at the end that the model drops to make room for a prefix of its own; no
+            label stands there, and as many positions at the beginning are not retrieved.
         micro_batch: rows of a micro-batch, R.
         global_batch: rows of a step over all ranks.
     Raises:
@@ -101,6 +103,7 @@ class MaskedBatches(Dataset):
         rank: int,
         ranks: int,
         seed: int,
+        prefix: int = 0,
     ):
         if micro_batch % instances:
             raise UserError(
@@ -114,6 +117,7 @@ class MaskedBatches(Dataset):
             )
         self.datasets, self.order, self.masking = list(datasets), order, masking
         self.block_size, self.instances, self.seed = block_size, instances, seed
+        self.prefix = prefix
         self.micro_batch, self.global_batch = micro_batch, global_batch
         self.first = rank * (global_batch // ranks)
         self.micro_steps = global_batch // (ranks * micro_batch)
@@ -135,6 +139,7 @@ class MaskedBatches(Dataset):
             )
         ]
         inputs, labels, anything = (np.stack(column) for column in zip(*rows, strict=True))
+        labels[:, self.block_size - self.prefix :] = IGNORE
         groups = samples[:: self.instances] // self.instances
         slots = np.stack([self._slots(int(group)) for group in groups])
         return {
@@ -144,7 +149,7 @@ class MaskedBatches(Dataset):
             "slots": torch.from_numpy(slots),
             "domains": torch.from_numpy(domains.astype(np.int64)),
             "masked": int((labels != IGNORE).sum()),
-            "positions": slots.size,
+            "positions": len(slots) * (self.block_size - self.prefix),
         }
 
     def _slots(self, group: int) -> np.ndarray:

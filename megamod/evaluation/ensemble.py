@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from megamod.evaluation.expert_scores import Experts, OneByOne, Source, Text
+from megamod.evaluation.expert_scores import Experts, Source, Text
 from megamod.evaluation.perplexity import Score
 from megamod.mixture.ensemble import MODES, Mixed, Mixture, Rule, Tally, estimate_prior
 from megamod.mixture.prior import Prior, top_k
@@ -104,16 +104,6 @@ def estimate_priors(
         result.estimate = result.prior = replace(prior, text=told)
         results[text.domain] = result
     return results
-
-
-def prior_on(experts: Experts, domain: str, protocol: Protocol | None = None) -> Prior:
-    """The prior on one domain's text, in this process alone.
-
-    Raises:
-        UserError: if there is no text.
-    """
-    protocol = protocol or Protocol()
-    return estimate_priors(experts, OneByOne(experts), [domain], protocol)[domain].prior
 
 
 def evaluate(

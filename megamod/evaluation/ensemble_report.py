@@ -27,7 +27,8 @@ def prior_text(results: Results) -> str:
 
 
 def score_text(results: Results, protocol: Protocol) -> str:
-    """Perplexity, and bits per byte where known: the best single expert, then the mixtures."""
+    """Perplexity, and bits per byte where known: the best single expert, then the mixtures; then
+    every expert alone, and the chosen mixture without each of them."""
     alone = {domain: result.single[result.best] for domain, result in results.items()}
     rows: dict[str, dict[str, Score]] = {"best single expert": alone}
     for domain, result in results.items():
@@ -38,6 +39,11 @@ def score_text(results: Results, protocol: Protocol) -> str:
     parts[0] += f"\nbest alone: {told}"
     if all(score.bytes for row in rows.values() for score in row.values()):
         parts.append(_table(f"{protocol.split} bits per byte", rows, bits=True))
+    rows = {}
+    for domain, result in results.items():
+        for name, score in result.single.items():
+            rows.setdefault(name, {})[domain] = score
+    parts.append(_table(f"{protocol.split} perplexity of each expert alone", rows, bits=False))
     if protocol.removal_test:
         rows = {"all experts": {d: r.modes[protocol.mode] for d, r in results.items()}}
         for domain, result in results.items():

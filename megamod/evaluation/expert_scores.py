@@ -32,12 +32,12 @@ from megamod.evaluation.saved import (
     held_out_batches,
     held_out_blocks,
     open_data,
-    read_config,
 )
 from megamod.files import sha256, write_atomic
+from megamod.models.configuration import read_lm_config
 from megamod.models.forest_lm import Loaded, load_experts
 from megamod.states.forest import Expert, Forest
-from megamod.states.weights import DENSE_FILE, INDEX_FILE
+from megamod.states.stream import ModelFolder
 
 Scored = tuple[Tensor, Tensor]
 """Log-probabilities [E, B, T] float32 and a mask [B, T], True where a target is real."""
@@ -83,7 +83,7 @@ class Experts:
         kept = tuple(e for e in forest.experts if only is None or e.domain in only)
         self.forest, self.device = replace(forest, experts=kept), device
         self.domains = self.forest.domains
-        configs = {expert.path: read_config(expert.path, "--forest") for expert in kept}
+        configs = {expert.path: read_lm_config(expert.path, "--forest") for expert in kept}
         if held_out.block_size is None:
             shortest = min(config.max_position_embeddings for config in configs.values())
             held_out = replace(held_out, block_size=shortest)
@@ -160,7 +160,10 @@ class OneByOne:
         self._kept: dict[tuple[Text, str], Tensor] = {}
         self._digests: dict[Path, str] = {}
         if cache_dir is not None:
-            cache_dir.mkdir(parents=True, exist_ok=True)
+            try:
+                cache_dir.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"--cache_dir {cache_dir}: {error.strerror}") from error
 
     def score(self, wanted: Mapping[Text, Sequence[str]]) -> None:
         """Score what is neither kept nor in a file, loading each expert once."""
@@ -277,18 +280,9 @@ def weight_files(expert: Expert) -> list[Path]:
     """The files that decide what an expert computes; other experts' files of its folder left out.
 
     Raises:
-        UserError: if one is missing.
+        UserError: if one is missing or not whole.
     """
-    index, names = expert.path / INDEX_FILE, [DENSE_FILE]
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    others = {f"expert_{d}.safetensors" for d in read_config(expert.path, "--forest").domains}
-    others -= {f"expert_{expert.member}.safetensors"}
-    files = [expert.path / name for name in ("config.json", *names) if name not in others]
-    for file in files:
-        if not file.exists():
-            raise UserError(f"--forest: {file} is missing")
-    return files
+    return [expert.path / "config.json", *ModelFolder(expert.path, expert.member).files]
 
 
 @torch.no_grad()
@@ -308,4 +302,9 @@ def _score_batch(
     scores = output.token_log_probs.new_zeros(rows, span, dtype=torch.float32)
     places = torch.arange(span, device=device) < counted.sum(-1, keepdim=True)
     scores[places] = output.token_log_probs[counted].float()
+    if bool(scores.isnan().any()):
+        raise UserError(
+            f"the expert {expert.domain} gives probabilities that are not numbers; its weights may "
+            "hold such"
+        )
     return scores.cpu()

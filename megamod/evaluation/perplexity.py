@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from megamod.data.blocks import IGNORE
+from megamod.mixture.ensemble import perplexity
 
 Batch = dict[str, object]
 Matrix = dict[str, dict[str, "Score"]]
@@ -29,8 +30,7 @@ class Score:
     @property
     def perplexity(self) -> float:
         """exp of the mean per token, the `</s>` of each item included; inf where it overflows."""
-        mean = self.nll / max(1, self.tokens)
-        return math.exp(mean) if mean < 700 else math.inf
+        return perplexity(self.nll, self.tokens)
 
     @property
     def bits_per_byte(self) -> float | None:

@@ -76,7 +76,7 @@ def comparison(models: Mapping[str, Matrix], domains: Sequence[str], split: str)
     parts = [
         f"{split} perplexity of {name}, by expert\n{format_matrix(perplexities(matrix))}"
         for name, matrix in models.items()
-        if sum(bool(row) for row in matrix.values()) > 1 and not _own_only(matrix)
+        if not _own_only(matrix) and set(matrix) != {DENSE}
     ]
     own = {}
     for name, matrix in models.items():

@@ -11,9 +11,16 @@ from megamod.data.blocks import TokenBlocks
 from megamod.data.lm import DataBin, eval_batches
 from megamod.data.pretraining import LmData
 from megamod.errors import UserError
-from megamod.evaluation.perplexity import DENSE, Batch, DomainEvaluation, Matrix, with_context
-from megamod.models.configuration import DemixConfig
-from megamod.models.demix_lm import DemixForCausalLM
+from megamod.evaluation.perplexity import (
+    DENSE,
+    Batch,
+    DomainEvaluation,
+    Matrix,
+    Score,
+    with_context,
+)
+from megamod.models.configuration import DemixConfig, read_lm_config
+from megamod.models.forest_lm import read_lm
 from megamod.states.forest import FILE, open_forest
 
 
@@ -73,7 +80,7 @@ def find_models(folder: Path, held_out: HeldOut) -> list[SavedModel]:
     """
     folder = Path(folder)
     found: dict[Path, dict[str, str | None] | None] = {}
-    if folder.name == FILE or (folder / FILE).exists():
+    if folder.is_file() or (folder / FILE).exists():
         for expert in open_forest(folder).experts:
             found.setdefault(expert.path, {})[expert.domain] = expert.member
     elif (folder / "config.json").exists():
@@ -85,7 +92,7 @@ def find_models(folder: Path, held_out: HeldOut) -> list[SavedModel]:
         raise UserError(f"--model {folder}: holds no config.json, and no folder in it does")
     models = []
     for place, rows in found.items():
-        config = read_config(place)
+        config = read_lm_config(place, "--model")
         if rows is None:
             rows = {d: d for d in config.domains} if config.untie != "none" else {DENSE: None}
         models.append(SavedModel(place, config, open_data(place, config, held_out), rows))
@@ -117,7 +124,7 @@ def score_models(models: Sequence[SavedModel], held_out: HeldOut, device: torch.
     for saved in models:
         members = [member for member in saved.rows.values() if member is not None]
         # Experts that nobody asked for are not even read.
-        model = DemixForCausalLM.from_pretrained(saved.folder, members or None).to(device)
+        model = read_lm(saved.folder, members).to(device)
         for row, member in saved.rows.items():
             if member is not None:
                 model.set_domain(member)
@@ -134,26 +141,23 @@ def score_models(models: Sequence[SavedModel], held_out: HeldOut, device: torch.
                 device=device,
                 reduce=lambda sums: None,
             )
-            matrix |= evaluate(held_out.own_only)
+            scores = evaluate(held_out.own_only)
+            _check_scored(saved, row, scores[row], held_out)
+            matrix |= scores
     return matrix
 
 
-def read_config(folder: Path, flag: str = "--model") -> DemixConfig:
-    """Configuration of a model folder; `flag` is what named it.
-
-    Raises:
-        UserError: if it is not that of one of our causal language models.
-    """
-    try:
-        fields, _ = DemixConfig.get_config_dict(folder)
-        if fields.get("model_type") == DemixConfig.model_type:
-            return DemixConfig.from_dict(fields)
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{flag} {folder}: config.json cannot be used: {error}") from error
-    raise UserError(
-        f"{flag} {folder}: config.json has model_type {fields.get('model_type')!r}; "
-        f"allowed is {DemixConfig.model_type!r}"
-    )
+def _check_scored(
+    saved: SavedModel, row: str, scores: Mapping[str, Score], held_out: HeldOut
+) -> None:
+    """Raise UserError where a model has no score on a text that it was to be scored on."""
+    for domain in held_out.domains:
+        own = not held_out.own_only or row in (domain, DENSE)
+        if own and domain not in scores and len(held_out_blocks(saved.data, held_out, domain)):
+            raise UserError(
+                f"--model {saved.folder}: gives no token of {domain} a finite log-probability; its "
+                "weights may hold values that are not numbers"
+            )
 
 
 def open_data(folder: Path, config: DemixConfig, held_out: HeldOut) -> LmData:

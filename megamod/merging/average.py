@@ -16,11 +16,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megamod.errors import UserError
-from megamod.merging.fitting import check_configs, match_names, read_config
+from megamod.merging.fitting import check_configs, match_names
 from megamod.merging.methods import METHODS, Operand, Values
 from megamod.merging.model_folder import carry_over, merged_config, write_record
 from megamod.merging.recipe import Recipe, check_word, depths, values_for, weighted
 from megamod.states.convert import new_folder
+from megamod.states.forest import read_config
 from megamod.states.stream import PIECE, ModelFolder, Spec, pieces, plan_shards, write_stream
 from megamod.states.weights import file_of
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from megamod.errors import UserError
+from megamod.states.forest import read_config
 from megamod.states.stream import PIECE, ModelFolder, Spec, pieces
 
 # Fields of configurations that change what weights of the same shapes mean.
@@ -16,24 +17,6 @@ _MEANING = (
 )
 # Files of tokenizers that hold nothing but their vocabulary, or merges.
 _VOCABULARIES = ("vocab.txt", "vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "dict.txt")
-
-
-def read_config(folder: Path) -> dict[str, object]:
-    """The config.json of a model folder.
-
-    Raises:
-        UserError: if there is none, or it is no JSON object.
-    """
-    path = Path(folder) / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: is not an object with the fields of a configuration")
-    return config
 
 
 def check_configs(folders: Sequence[Path]) -> None:

@@ -55,6 +55,12 @@ class Mixed:
     average: Tensor
 
 
+def perplexity(nll: float, tokens: int) -> float:
+    """exp of the mean of summed nats; inf where it overflows, or where no token was counted."""
+    mean = nll / tokens if tokens else math.inf
+    return math.exp(mean) if mean < 700 else math.inf
+
+
 class Tally:
     """Summed negative log-likelihood (nats) and number of tokens; infinite ones count in neither,
     as in the DEMix release."""
@@ -70,9 +76,8 @@ class Tally:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean; inf where it overflows."""
-        mean = self.nll / max(1, self.tokens)
-        return math.exp(mean) if mean < 700 else math.inf
+        """See `perplexity`."""
+        return perplexity(self.nll, self.tokens)
 
 
 class Mixture:

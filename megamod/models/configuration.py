@@ -2,11 +2,14 @@
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedConfig
 
+from megamod.errors import UserError
 from megamod.mixture.posterior import RULES
 
 UNTIE = (
@@ -139,6 +142,26 @@ class ForestConfig(PreTrainedConfig):
         if self.topk < 0:
             raise ValueError(f"topk {self.topk} is negative; 0 stands for all experts")
         super().__post_init__(**kwargs)
+
+
+def read_lm_config(folder: Path, flag: str | None = None) -> DemixConfig:
+    """Configuration of a model folder; `flag` is what named it.
+
+    Raises:
+        UserError: if it is not that of one of our causal language models.
+    """
+    where = str(folder) if flag is None else f"{flag} {folder}"
+    try:
+        fields, _ = DemixConfig.get_config_dict(folder)
+        if fields.get("model_type") == DemixConfig.model_type:
+            return DemixConfig.from_dict(fields)
+    except (OSError, ValueError, TypeError, AttributeError, StrictDataclassError) as error:
+        told = " ".join(str(error).split())
+        raise UserError(f"{where}: config.json cannot be used: {told}") from error
+    raise UserError(
+        f"{where}: config.json has model_type {fields.get('model_type')!r}; "
+        f"allowed is {DemixConfig.model_type!r}"
+    )
 
 
 def check_domains(domains: Sequence[str]) -> None:

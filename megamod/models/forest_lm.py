@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from megamod.errors import UserError
 from megamod.mixture.posterior import mix, token_weights
-from megamod.models.configuration import DemixConfig, ForestConfig
+from megamod.models.configuration import DemixConfig, ForestConfig, read_lm_config
 from megamod.models.demix_lm import DemixForCausalLM, DemixOutput
 from megamod.models.forest_cache import Track, padding_of, tracks_of
 from megamod.states.forest import FILE, Expert, Forest, open_forest
@@ -61,7 +61,7 @@ def load_experts(
     for expert in wanted:
         if expert.path not in held:
             members = [one.member for one in wanted if one.path == expert.path and one.member]
-            held[expert.path] = _read(expert.path, members).to(device)
+            held[expert.path] = read_lm(expert.path, members).to(device)
         loaded = Loaded(expert.domain, held[expert.path], expert.member)
         _check_member(expert, loaded.model.config)
         if expert.member is not None:
@@ -138,7 +138,7 @@ class ForestForCausalLM(PreTrainedModel, GenerationMixin):
         if config is not None and config._attn_implementation is not None:
             kwargs.setdefault("attn_implementation", config._attn_implementation)
         folders = list(dict.fromkeys(expert.path for expert in forest.experts))
-        parts = [_read(folder, **kwargs) for folder in folders]
+        parts = [read_lm(folder, **kwargs) for folder in folders]
         experts = []
         for expert in forest.experts:
             part = folders.index(expert.path)
@@ -337,26 +337,22 @@ class ForestForCausalLM(PreTrainedModel, GenerationMixin):
         return mixed
 
 
-def _read(folder: Path, members: Sequence[str] | None = None, **kwargs: object) -> DemixForCausalLM:
+def read_lm(
+    folder: Path, members: Sequence[str] | None = None, **kwargs: object
+) -> DemixForCausalLM:
     """A model folder for scoring, with the experts of these domains; None or empty for all.
 
     Raises:
         UserError: if it is not one of our language models, or lacks weights.
     """
+    domains = read_lm_config(folder).domains
+    known = [domain for domain in members or () if domain in domains]
     try:
-        fields, _ = DemixConfig.get_config_dict(folder)
-        found = fields.get("model_type")
-        if found == DemixConfig.model_type:
-            known = [domain for domain in members or () if domain in fields.get("domains", ())]
-            model, report = DemixForCausalLM.from_pretrained(
-                folder, known or None, output_loading_info=True, **kwargs
-            )
+        model, report = DemixForCausalLM.from_pretrained(
+            folder, known or None, output_loading_info=True, **kwargs
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot be read as a model: {error}") from error
-    if found != DemixConfig.model_type:
-        raise UserError(
-            f"{folder}: config.json has model_type {found!r}; allowed is {DemixConfig.model_type!r}"
-        )
     if report["missing_keys"]:
         raise UserError(f"{folder}: the weights lack {min(report['missing_keys'])}")
     return model.eval()

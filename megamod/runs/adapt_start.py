@@ -17,9 +17,9 @@ from megamod.dist.scope import dense_name, domain_of_name
 from megamod.errors import UserError
 from megamod.evaluation.ensemble import Protocol, estimate_priors
 from megamod.evaluation.expert_scores import Experts, OneByOne, Together
-from megamod.evaluation.saved import HeldOut, read_config
+from megamod.evaluation.saved import HeldOut
 from megamod.mixture.prior import read_prior
-from megamod.models.configuration import DemixConfig
+from megamod.models.configuration import DemixConfig, read_lm_config
 from megamod.models.demix_lm import DemixForCausalLM
 from megamod.runs.adapt_args import AdaptArgs
 from megamod.states.forest import Expert, Forest, open_forest
@@ -51,7 +51,7 @@ def candidates(args: AdaptArgs) -> Forest:
         forest = open_forest(Path(args.forest))
     else:
         folder = Path(args.model).absolute()
-        if read_config(folder).untie != "none":
+        if read_lm_config(folder, "--model").untie != "none":
             raise UserError(f"--model {args.model} has experts: give it as --forest")
         forest = Forest(folder, (Expert(domain="dense", path=folder),))
     if args.start is not None and args.start not in forest.domains:
@@ -75,7 +75,7 @@ def open_data(args: AdaptArgs, forest: Forest) -> LmData:
             f"{', '.join(databin.domains)}"
         )
     flag = "--model" if args.forest is None else "--forest"
-    configs = {e.path: read_config(e.path, flag) for e in forest.experts}
+    configs = {e.path: read_lm_config(e.path, flag) for e in forest.experts}
     wanted = {"vocab_size": databin.vocab_size, **databin.special_ids}
     for path, config in configs.items():
         for field in ("vocab_size", "pad_token_id", "eos_token_id"):
@@ -148,7 +148,7 @@ def config_of(expert: Expert, args: AdaptArgs) -> DemixConfig:
     Raises:
         UserError: if the new name cannot be one, or is taken, or there is nothing to train.
     """
-    fields = read_config(expert.path).to_dict()
+    fields = read_lm_config(expert.path).to_dict()
     if args.domain in fields["domains"] and expert.member is not None:
         raise UserError(f"--domain {args.domain}: {expert.path} has an expert of that name already")
     if args.method == "feedforward" and fields["untie"] == "input_output":

@@ -42,7 +42,7 @@ class EnsembleArgs(Arguments):
     prior_split: Literal["valid", "train", "test"] = option("valid", "split to estimate it on")
     split: Literal["test", "valid", "train"] = option("test", "split to score, whole")
     estimate_only: bool = option(False, "write the prior and stop")
-    removal_test: bool = option(False, "score without each of the experts as well")
+    removal_test: bool = option(True, "score without each of the experts as well")
     in_memory: bool = option(False, "hold all experts at once, in one process too")
     cache_dir: str | None = option(None, "folder of log-probabilities that later runs find again")
     max_seq_length: int | None = option(
@@ -84,9 +84,15 @@ class EnsembleArgs(Arguments):
             )
         if self.estimate_only and self.prior is not None:
             raise UserError(f"--estimate_only and --prior {self.prior}: give one of the two")
-        for flag in ("plot", "removal_test"):
-            if self.estimate_only and getattr(self, flag):
-                raise UserError(f"--{flag}: nothing is scored with --estimate_only")
+        if self.estimate_only and self.plot is not None:
+            raise UserError(f"--plot {self.plot}: nothing is scored with --estimate_only")
+        needed = self.estimate_only or self.mode == "cached_prior" or self.topk is not None
+        if self.prior_output is not None and (self.prior is not None or not needed):
+            raise UserError(f"--prior_output {self.prior_output}: no prior is estimated")
+        if self.rule != "history" and (self.temperature, self.forgetting) != (1.0, 1.0):
+            raise UserError("--temperature and --forgetting go with --rule history")
+        if self.rule == "history" and self.first_over_all:
+            raise UserError("--first_over_all goes with --rule last_token")
         for flag in FILES:
             path = getattr(self, flag)
             if path is None:

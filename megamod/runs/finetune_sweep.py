@@ -24,6 +24,7 @@ from megamod.files import write_json
 
 logger = logging.getLogger(__name__)
 
+RECORD = "job.json"
 KEYS = ("common", "tasks", "models", "seeds", "launch")
 Flags = dict[str, object]
 
@@ -49,7 +50,7 @@ class Job:
         flags = {**self.flags, "seed": self.seed, "output_dir": str(self.folder(output))}
         for name, value in flags.items():
             values = value if isinstance(value, list) else [value]
-            words += [f"--{name}", *("true" if v is True else str(v) for v in values)]
+            words += [f"--{name}", *(_word(v) for v in values)]
         return words
 
 
@@ -113,14 +114,16 @@ def sweep(
     """
     output.mkdir(parents=True, exist_ok=True)
     start = list(launch) or [sys.executable]
+    left = [job for job in jobs if not _finished(job, output)]
+    logger.info("%d of %d runs are finished", len(jobs) - len(left), len(jobs))
     with ThreadPoolExecutor(at_once) as pool:
-        done = list(pool.map(lambda job: _run(job, output, launchers, start), jobs))
+        fine = list(pool.map(lambda job: _run(job, output, launchers, start), left))
     failed = [
         str(job.folder(output) / "log.txt")
-        for job, fine in zip(jobs, done, strict=True)
-        if not fine
+        for job, done in zip(left, fine, strict=True)
+        if not done
     ]
-    table = _summarise([job for job, fine in zip(jobs, done, strict=True) if fine], output)
+    table = _summarise([job for job in jobs if _finished(job, output)], output)
     if failed:
         raise UserError(f"{len(failed)} of {len(jobs)} runs failed; see {', '.join(failed)}")
     return table
@@ -173,22 +176,36 @@ def _jobs_of(
             yield Job(task, model, instances or 1, seed, launcher, own)
 
 
+def _word(value: object) -> str:
+    if value is None:
+        return "none"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _finished(job: Job, output: Path) -> bool:
+    """True if the job has results from before.
+
+    Raises:
+        UserError: if its folder holds a run with other flags.
+    """
+    folder = job.folder(output)
+    record = folder / RECORD
+    if not record.exists():
+        return False
+    before = json.loads(record.read_text(encoding="utf-8"))
+    if before != job.words(output):
+        raise UserError(
+            f"{folder} holds a run with other flags ({' '.join(before)}); remove it or choose "
+            "another --output_dir"
+        )
+    return (folder / "results.json").exists()
+
+
 def _run(job: Job, output: Path, launchers: Path, start: Sequence[str]) -> bool:
-    """True if the job has results, made now or before."""
+    """True if the job has results now."""
     folder, words = job.folder(output), job.words(output)
-    record = folder / "job.json"
-    if record.exists():
-        before = json.loads(record.read_text(encoding="utf-8"))
-        if before != words:
-            raise UserError(
-                f"{folder} holds a run with other flags ({' '.join(before)}); remove it or choose "
-                "another --output_dir"
-            )
-        if (folder / "results.json").exists():
-            logger.info("%s is finished", folder)
-            return True
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(record, words)
+    write_json(folder / RECORD, words)
     logger.info("%s starts", folder)
     with open(folder / "log.txt", "ab") as log:
         program = str(launchers / f"finetune_{job.launcher}.py")

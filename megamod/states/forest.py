@@ -14,6 +14,7 @@ Source: Li et al. 2022 (Branch-Train-Merge), section 2, for what a forest is.
 import fcntl
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -140,7 +141,7 @@ def edit_forest(path: str | Path) -> Iterator[list[Expert]]:
 def _read(file: Path) -> list[Expert]:
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read as JSON: {error}") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise UserError(f"{file}: is no forest of format {FORMAT}")
@@ -213,6 +214,8 @@ def _check(experts: list[Expert], where: Path) -> None:
     """Names once each, folders there, members in them, one vocabulary."""
     names = [expert.domain for expert in experts]
     for name in names:
+        if not re.fullmatch(r"[\w.+-]+", name):
+            raise UserError(f"{where}: domain {name!r} is not made of letters, digits, . _ + and -")
         if names.count(name) > 1:
             raise UserError(f"{where}: domain {name!r} is there twice")
     sizes: dict[int, str] = {}
@@ -236,17 +239,21 @@ def _check(experts: list[Expert], where: Path) -> None:
 
 
 def read_config(folder: Path) -> dict[str, object]:
-    """config.json of a model folder.
+    """config.json of a model folder, with the names of its domains if it has experts.
 
     Raises:
-        UserError: if there is none or it is not JSON.
+        UserError: if there is none, it is no JSON object, or lacks them.
     """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{folder}: there is no model (no config.json)") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder}/config.json: cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise UserError(f"{folder}/config.json: is not an object")
+    domains = config.get("domains")
+    named = isinstance(domains, list) and all(isinstance(domain, str) for domain in domains)
+    if config.get("untie", "none") != "none" and not (named and domains):
+        raise UserError(f"{folder}/config.json: domains is {domains!r}, not a list of names")
     return config

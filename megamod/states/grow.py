@@ -11,8 +11,16 @@ from torch import Tensor
 from megamod.dist.scope import MARK, dense_name, domain_of_name
 from megamod.errors import UserError
 from megamod.files import write_json
+from megamod.states.forest import read_config
 from megamod.states.stream import ModelFolder
-from megamod.states.weights import INDEX_FILE, file_of, read_weights, write_tensors, write_weights
+from megamod.states.weights import (
+    INDEX_FILE,
+    file_of,
+    has_index,
+    read_weights,
+    write_tensors,
+    write_weights,
+)
 
 
 def grow(source: Path, target: Path, domain: str, like: str, dense: Mapping[str, Tensor]) -> None:
@@ -53,7 +61,7 @@ def grow(source: Path, target: Path, domain: str, like: str, dense: Mapping[str,
             )
         added[name.replace(f"{MARK}.{like}.", f"{MARK}.{domain}.", 1)] = weight.to(spec.dtype)
 
-    if (source / INDEX_FILE).exists():
+    if has_index(source):
         index = json.loads((source / INDEX_FILE).read_text(encoding="utf-8"))
         weight_map = {name: index["weight_map"][name] for name in held.tensors}
         for file in held.files:
@@ -68,7 +76,7 @@ def grow(source: Path, target: Path, domain: str, like: str, dense: Mapping[str,
     size = sum(spec.nbytes for spec in held.tensors.values())
     size += sum(tensor.nbytes for tensor in added.values())
     write_json(target / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": weight_map})
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config = read_config(source)
     write_json(target / "config.json", {**config, "domains": [*config["domains"], domain]})
 
 

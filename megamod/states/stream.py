@@ -23,7 +23,13 @@ from torch import Tensor
 from megamod.dist.scope import dense_name, domain_of_name
 from megamod.errors import UserError
 from megamod.files import write_json
-from megamod.states.weights import DENSE_FILE, DTYPES, INDEX_FILE, safetensors_header
+from megamod.states.weights import (
+    DENSE_FILE,
+    DTYPES,
+    INDEX_FILE,
+    has_index,
+    safetensors_header,
+)
 
 PIECE = 1 << 20  # bytes read at once: what is added up stays in the processor's second-level cache
 _BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
@@ -237,7 +243,7 @@ def _write(descriptor: int, left: memoryview) -> None:
 def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
     """Weight files, each with the tensors the index has in it; None where there is no index."""
     index_file = folder / INDEX_FILE
-    if not index_file.exists():
+    if not has_index(folder):
         if not (folder / DENSE_FILE).is_file():
             others = sorted(f.name for f in folder.glob("*.bin")) if folder.is_dir() else []
             what = f"only {others[0]}, turn it into safetensors first" if others else "no weights"

@@ -110,6 +110,11 @@ def write_index(folder: Path, names: Iterable[str], total_bytes: int) -> Path:
     return folder / INDEX_FILE
 
 
+def has_index(folder: Path) -> bool:
+    """Whether an index says where the weights are; a single file goes first, as elsewhere."""
+    return (folder / INDEX_FILE).exists() and not (folder / DENSE_FILE).exists()
+
+
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a model folder, by name.
 
@@ -117,7 +122,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         UserError: if the folder has no weights, or a file of its index is missing.
     """
     folder = Path(folder)
-    if (folder / INDEX_FILE).exists():
+    if has_index(folder):
         index = json.loads((folder / INDEX_FILE).read_text())
         files = sorted(set(index["weight_map"].values()))
     else:

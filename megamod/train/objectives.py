@@ -6,7 +6,7 @@ from typing import Protocol
 
 import deepspeed
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 Batch = dict[str, object]
@@ -119,3 +119,75 @@ class Classify:
             )
         count = torch.tensor([float(batch["items"])], device=self.device)
         return Scored(total / items[0], total.detach()[None], count)
+
+
+class MaskedLM:
+    """Masked tokens, retrieved tokens, or both; the log shows the first that has a weight.
+
+    Args:
+        multiplexed: whether the model is one of ours; else a masked LM of transformers.
+        task: whether masked tokens count; if not, retrieved ones are the loss that is shown.
+    """
+
+    def __init__(self, device: torch.device, multiplexed: bool, task: bool):
+        self.device = device
+        self.multiplexed = multiplexed
+        self.task = task
+
+    def count(self, batch: Batch) -> Sequence[float]:
+        return (batch["masked"], batch["positions"])
+
+    def score(
+        self, engine: deepspeed.DeepSpeedEngine, batch: Batch, items: Sequence[float]
+    ) -> Scored:
+        found = masked_losses(engine, batch, items, self.device, self.multiplexed)
+        shown = found["task_loss" if self.task else "retrieval_loss"]
+        further = {
+            name: pair
+            for name, pair in found.items()
+            if name not in ("loss", "task_loss" if self.task else "retrieval_loss")
+        }
+        return Scored(found["loss"], shown[:1], shown[1:], further)
+
+
+def masked_losses(
+    model: nn.Module,
+    batch: Batch,
+    items: Sequence[float],
+    device: torch.device,
+    multiplexed: bool,
+) -> dict[str, Tensor]:
+    """What a masked LM makes of a batch.
+
+    Args:
+        items: what the sums over masked and over retrieved tokens are divided by in "loss".
+    Returns:
+        "loss", a differentiable scalar; and [2] float32 sums with their counts: "task_loss" and
+        "retrieval_loss" (nats), "retrieval_accuracy"; of terms that have a weight.
+    """
+    inputs = batch["input_ids"].to(device, non_blocking=True)
+    labels = batch["labels"].to(device, non_blocking=True)
+    masked, positions = (count or 1.0 for count in items)
+
+    def pair(total: Tensor, count: float) -> Tensor:
+        return torch.stack((total.detach().float(), total.new_tensor(float(count)).float()))
+
+    if not multiplexed:
+        logits = model(input_ids=inputs).logits[labels != -100].float()
+        total = nn.functional.cross_entropy(logits, labels[labels != -100], reduction="sum")
+        return {"loss": total / masked, "task_loss": pair(total, batch["masked"])}
+    output = model(
+        input_ids=inputs,
+        labels=labels,
+        num_items_in_batch=masked,
+        retrieval_slots=batch["slots"].to(device, non_blocking=True),
+        num_retrieval_items=positions,
+    )
+    found = {"loss": output.loss}
+    if output.task_loss is not None:
+        found["task_loss"] = pair(output.task_loss * masked, batch["masked"])
+    if output.retrieval_loss is not None:
+        found["retrieval_loss"] = pair(output.retrieval_loss * positions, batch["positions"])
+        right = output.retrieval_correct.float()
+        found["retrieval_accuracy"] = pair(right, float(output.retrieval_count))
+    return found

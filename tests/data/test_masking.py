@@ -18,7 +18,9 @@ class Tokens:
         self.tokens[::7] = 1
 
 
-def batches_of(rank: int = 0, ranks: int = 1, micro: int = 12, seed: int = 3, **changes):
+def batches_of(
+    rank: int = 0, ranks: int = 1, micro: int = 12, seed: int = 3, prefix: int = 0, **changes
+):
     datasets = [Tokens(403, 10), Tokens(165, 30)]
     masking = Masking(**{**vars(MASKING), **changes})
     order = Balanced([blocks_of(one, 8) for one in datasets], seed)
@@ -33,6 +35,7 @@ def batches_of(rank: int = 0, ranks: int = 1, micro: int = 12, seed: int = 3, **
         rank=rank,
         ranks=ranks,
         seed=seed,
+        prefix=prefix,
     )
 
 
@@ -117,6 +120,15 @@ def test_held_out_text_is_read_once_and_always_the_same():
     first, second = (list(held_out_batches(batches_of(), 2)) for _ in range(2))
     assert len(first) == 2
     assert all(torch.equal(a["labels"], b["labels"]) for a, b in zip(first, second, strict=True))
+
+
+def test_a_prefix_takes_the_place_of_the_last_tokens():
+    plain, batch = batches_of()[5], batches_of(prefix=4)[5]
+    assert torch.equal(batch["input_ids"], plain["input_ids"])
+    assert torch.equal(batch["labels"][:, :4], plain["labels"][:, :4])
+    assert (batch["labels"][:, 4:] == IGNORE).all()
+    assert batch["masked"] == int((batch["labels"] != IGNORE).sum())
+    assert batch["positions"] == 4 * 4
 
 
 @pytest.mark.parametrize(

@@ -32,14 +32,16 @@ def results(size: int = 16) -> dict[str, DomainResult]:
 
 def test_tables():
     told = score_text(results(), Protocol(removal_test=True))
-    perplexity, bits, removal = told.split("\n\n")
+    perplexity, bits, alone, removal = told.split("\n\n")
     rows = [line.split() for line in perplexity.splitlines()[2:]]
     assert rows[:2] == [["best", "single", "expert", "7.39"], ["cached_prior", "6.05*"]]
     assert perplexity.endswith("best alone: law on novel")
     assert "1.803" in bits and "1.623*" in bits  # 20 and 18 nats over 16 bytes
+    assert alone.splitlines()[0] == "test perplexity of each expert alone"
+    assert [line.split() for line in alone.splitlines()[2:]] == [["law", "7.39*"], ["med", "20.09"]]
     assert removal.splitlines()[0] == "test perplexity of cached_prior, an expert left out"
     assert [line.split()[-1] for line in removal.splitlines()[2:]] == ["6.05*", "18.17", "6.69"]
-    assert len(score_text(results(size=0), Protocol()).split("\n\n")) == 1
+    assert len(score_text(results(size=0), Protocol()).split("\n\n")) == 2
 
 
 def test_a_long_prior_is_summed_up():

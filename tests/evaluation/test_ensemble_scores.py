@@ -2,25 +2,27 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from ranks import on_ranks
-from saved_models import DOMAINS, LENGTH, TOKENS, VOCAB, make_data, make_model
+from saved_models import LENGTH, TOKENS, VOCAB, make_data, make_model
 
 from megamod.data.binarize import split_prefix
 from megamod.data.indexed import IndexedDataset
 from megamod.errors import UserError
 from megamod.evaluation import expert_scores
-from megamod.evaluation.ensemble import Protocol, estimate_priors, evaluate, prior_on
+from megamod.evaluation.ensemble import Protocol, estimate_priors, evaluate
 from megamod.evaluation.expert_scores import Experts, OneByOne, Text, Together, weight_files
 from megamod.evaluation.saved import HeldOut, find_models, score_models
 from megamod.mixture.ensemble import Rule
 from megamod.mixture.prior import Prior
 from megamod.models.demix_lm import DemixForCausalLM
 from megamod.states.forest import Expert, open_forest
+from megamod.states.weights import read_weights, write_index, write_weights
 
 CPU = torch.device("cpu")
 # Domain, folder, member: two whole models and one expert of a DEMix model.
@@ -167,7 +169,6 @@ def test_the_whole_protocol_by_hand(place, rule):
     assert [line["split"] for line in result.lines] == ["valid"] * 3 + ["test"] * 3
     assert result.lines[-1]["ppl"] == result.modes["cached_prior"].perplexity
     assert result.lines[2]["exp_avg_posterior"] == pytest.approx(prior, abs=1e-6)
-    assert prior_on(experts, "law", protocol).weights == result.prior.weights
 
 
 @pytest.mark.parametrize("fields", [{}, {"context_window": 3}, {"block_size": 5, "batch_size": 3}])
@@ -250,18 +251,26 @@ def test_what_decides_an_expert(place):
     assert names == ["config.json", "model.safetensors"]
     folder = place / "split"
     folder.mkdir()
-    config = (place / "demix/config.json").read_text()
-    (folder / "config.json").write_text(config)
-    files = {"a": "shared.safetensors"}
-    files |= {d: f"expert_{d}.safetensors" for d in DOMAINS}
-    for file in files.values():
-        (folder / file).touch()
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    state = read_weights(place / "demix")
+    write_weights(folder, state, has_experts=True)
+    write_index(folder, state, sum(tensor.nbytes for tensor in state.values()))
     names = [file.name for file in weight_files(Expert("x", folder, "law"))]
     assert names == ["config.json", "expert_law.safetensors", "shared.safetensors"]
     (folder / "expert_law.safetensors").unlink()
     with pytest.raises(UserError, match=r"expert_law\.safetensors is missing"):
         weight_files(Expert("x", folder, "law"))
+
+
+def test_an_expert_whose_weights_are_no_numbers_is_named(place, tmp_path):
+    shutil.copytree(place / "whole", tmp_path / "whole")
+    state = read_weights(place / "whole" / "code")
+    name = next(iter(state))
+    state[name] = torch.full_like(state[name], torch.nan)
+    write_weights(tmp_path / "whole" / "code", state, has_experts=False)
+    experts = Experts(open_forest(tmp_path / "whole"), held_out(place), CPU)
+    for source in (OneByOne(experts), Together(experts)):
+        with pytest.raises(UserError, match="expert code gives probabilities that are not numbers"):
+            evaluate(experts, source, ("law",), Protocol())
 
 
 def test_domain_tokens_must_be_there_for_all_or_none(place, tmp_path):

@@ -72,7 +72,7 @@ def test_guessing_costs_the_size_of_the_vocabulary():
     assert score.bits_per_byte == pytest.approx(math.log2(VOCAB) / 4)
     assert Score(1.0, 1).bits_per_byte is None
     assert Score(1e6, 1).perplexity == math.inf
-    assert Score(0.0, 0).perplexity == 1.0
+    assert Score(0.0, 0).perplexity == math.inf
 
 
 def test_labels_left_out_do_not_count():

@@ -89,6 +89,7 @@ def test_a_model_without_expert_for_the_text_is_only_in_the_matrix():
     told = comparison({"other": other}, ["law"], "test")
     assert "9.00" in told and "own expert" not in told
     assert comparison_record({"other": other})["other"]["mean_of_own"] is None
+    assert "9.00" in comparison({"one": {"news": {"law": score(9.0)}}}, ["law"], "test")
 
 
 def test_record_holds_the_same_numbers():

@@ -21,6 +21,7 @@ from megamod.errors import UserError
 from megamod.evaluation.perplexity import DENSE, perplexities
 from megamod.evaluation.saved import HeldOut, find_models, score_models
 from megamod.models.demix_lm import DemixForCausalLM
+from megamod.states.weights import read_weights, write_weights
 
 SORTED_PLACE = {"art": 0, "code": 1, "law": 2}
 
@@ -228,12 +229,32 @@ def test_a_domain_without_token_is_refused(made, tmp_path):
         find_models(tmp_path / "model", held_out(made))
 
 
+@pytest.mark.parametrize("weights", [None, b"half a file", "nan"])
+def test_weights_that_cannot_be_scored_are_refused(made, tmp_path, weights):
+    folder = make_model(tmp_path / "law", domains=["law"])
+    file, told = folder / "model.safetensors", "law: cannot be read as a model"
+    state = {name: tensor.clone() for name, tensor in read_weights(folder).items()}
+    file.unlink()
+    if weights == "nan":
+        told = "gives no token of law a finite log-probability"
+        write_weights(folder, {k: t.fill_(torch.nan) for k, t in state.items()}, has_experts=False)
+    elif weights is not None:
+        file.write_bytes(weights)
+    with pytest.raises(UserError, match=told):
+        score_models(find_models(folder, held_out(made)), held_out(made), torch.device("cpu"))
+
+
 @pytest.mark.parametrize(
     ("content", "told"),
     [
         (json.dumps({"model_type": "gpt2"}), "model_type 'gpt2'; allowed is 'demix'"),
         ("{", "config.json cannot be used"),
         (json.dumps({"model_type": "demix", "untie": "all"}), "untie 'all' is unknown"),
+        (
+            json.dumps({"model_type": "demix", "domains": [1]}),
+            "config.json cannot be used: .*domains",
+        ),
+        ("[]", "config.json cannot be used"),
     ],
 )
 def test_other_models_are_refused(made, tmp_path, content, told):

@@ -37,7 +37,7 @@ def test_two_models_side_by_side(tmp_path):
         assert f"{expected['art']:.2f}" in told
     own = [demix["perplexity"][d][d] for d in ("art", "law")]
     assert demix["mean_of_own"] == pytest.approx(sum(own) / 2)
-    assert f"eval_ensemble.py --forest {folders[1]} --data {data} --domain art --removal" in told
+    assert f"eval_ensemble.py --forest {folders[1]} --data {data} --domain art" in told
     rows = [json.loads(line) for line in lines.read_text().splitlines()]
     assert [(row["model"], row["expert"]) for row in rows[:3:2]] == [
         (str(folders[0]), None),

@@ -65,6 +65,7 @@ def test_a_branch_is_a_checkpoint(place, tmp_path):
         (("list", "--forest", "nowhere"), "holds no expert"),
         (("add", "--forest", "new", "--path", "{}/mixed"), "--member must be one of"),
         (("remove", "--forest", "nowhere", "--domain", "x"), "holds no expert"),
+        (("remove", "--forest", "{}", "--domain", "law"), "a forest without experts is none"),
         (("branch", "--domain", "x", "--output_dir", "o"), "one of --parents and --forest"),
         (("branch", "--parents", "{}/law", "--output_dir", "o"), "--domain is missing"),
         (
@@ -82,7 +83,7 @@ def test_a_branch_is_a_checkpoint(place, tmp_path):
                 "x",
                 "--output_dir=o",
             ),
-            "'heavy' is not a number",
+            "--weights: ['heavy'] is not allowed",
         ),
     ],
 )

@@ -116,8 +116,14 @@ def test_dry_run_writes_nothing(tmp_path, elms, monkeypatch, capsys):
     [
         (["--models", "a", "b"], "--output_dir is missing"),
         (["--models", "a", "--output_dir", "o", "--merge_method", "liner"], "nearest is 'linear'"),
-        (["--models", "a", "--output_dir", "o", "--weights", "x"], "--weights: 'x' is not"),
-        (["--models", "a", "--output_dir", "o", "--weights", "inf"], "--weights: 'inf' is not"),
+        (
+            ["--models", "a", "--output_dir", "o", "--weights", "x"],
+            "--weights: ['x'] is not allowed",
+        ),
+        (
+            ["--models", "a", "--output_dir", "o", "--weights", "inf"],
+            "--weights: [inf] is not allowed",
+        ),
         (["--models", "a", "--output_dir", "o", "--weights", "1", "2"], "gives 2 weights"),
         (["--models", "a", "z", "--output_dir", "o"], "z: is not a folder"),
         (["--models", "a", "wide", "--output_dir", "o"], "vocab_size is 23 in the first, 24"),

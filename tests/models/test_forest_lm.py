@@ -266,7 +266,7 @@ def test_experts_one_by_one(folder):
         ("mix", "tax", "no expert of domain 'tax'; there are law, code, art"),
         ("law", "law", "no expert of domain 'law'; there are none, the model is dense"),
         ("mix", None, "`member` must name one of law, code, art"),
-        ("nowhere", None, "nowhere: cannot be read as a model"),
+        ("nowhere", None, "nowhere: config.json cannot be used"),
     ],
 )
 def test_experts_that_are_not_there(folder, part, member, message):

@@ -77,6 +77,7 @@ def test_model_folders_are_forests(place):
         ({"updates": "7"}, "updates is '7'"),
         ({"parents": [{"path": "seed"}]}, "parents"),
         ({"domain": "med"}, "domain 'med' is there twice"),
+        ({"domain": "../law"}, "domain '../law' is not made of letters"),
         ({"path": "wide"}, "different vocabularies: 31 of law, 23 of med"),
     ],
 )
@@ -94,6 +95,7 @@ def test_wrong_entries_are_named(place, change, told):
     ("text", "told"),
     [
         ("{", "JSON"),
+        ("[" * 100_000, "JSON"),
         ("[]", "format 1"),
         ('{"format": 2}', "format 1"),
         ('{"format": 1, "experts": {}}', "not a list"),

@@ -18,6 +18,7 @@ from megamod.states.stream import (
     plan_shards,
     write_stream,
 )
+from megamod.states.weights import read_weights
 
 MARKS = "layers.0.feed_forward.experts"
 
@@ -130,6 +131,7 @@ def test_broken_folders_are_refused_by_name(tmp_path):
         file.write_bytes(broken)
         refused("model.safetensors")
     file.write_bytes(whole)
+    file.rename(tmp_path / "part.safetensors")
     index = tmp_path / "model.safetensors.index.json"
     for content, told in (
         ("{", "is not the index"),
@@ -137,10 +139,13 @@ def test_broken_folders_are_refused_by_name(tmp_path):
         ('{"weight_map": {"a": "../model.safetensors"}}', "not a file of this folder"),
         ('{"weight_map": {"a": 3}}', "not a file of this folder"),
         ('{"weight_map": {"a": "other.safetensors"}}', "other.safetensors is missing"),
-        ('{"weight_map": {"b": "model.safetensors"}}', "b is not in model.safetensors"),
+        ('{"weight_map": {"b": "part.safetensors"}}', "b is not in part.safetensors"),
     ):
         index.write_text(content)
         refused(told)
+    # Beside a single file an index counts for nothing, here as in transformers.
+    file.write_bytes(whole)
+    assert list(ModelFolder(tmp_path).tensors) == list(read_weights(tmp_path)) == ["a"]
 
 
 @pytest.mark.parametrize(

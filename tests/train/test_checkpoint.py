@@ -377,7 +377,7 @@ def test_kills_lose_nothing_that_was_committed(tmp_path):
     results = context.Queue()
     parent = context.Process(target=kill_drill, args=(tmp_path, results), daemon=False)
     parent.start()
-    rows = results.get(timeout=300)
+    rows = results.get(timeout=540)
     parent.join(10)
     assert len(rows) == KILLS
     for killed, committed, newest, count in rows:

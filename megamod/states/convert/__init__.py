@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # `--help` lists the formats, and torch takes seconds to load
     from torch import Tensor
 
 FORMATS = {
+    "datamux": "multiplexed encoders: MUX-BERT, MUX-ELECTRA, DataMUX on RoBERTa",
     "fairseq_lm": "causal language models of fairseq: dense, one expert (ELM), or DEMix",
     "opt": "OPTForCausalLM of transformers, for use without megamod (with --export only)",
 }

@@ -1,0 +1,41 @@
+"""Scores of masked language models on held-out text."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+Losses = Callable[[nn.Module, dict[str, object]], Mapping[str, Tensor]]
+"""From a model and a batch to sums and counts [2] by name."""
+
+
+@torch.no_grad()
+def score_masked(
+    model: nn.Module,
+    batches: Iterable[dict[str, object]],
+    losses: Losses,
+    device: torch.device,
+    reduce: Callable[[Tensor], object],
+) -> dict[str, float]:
+    """Mean losses (nats) and accuracies over all batches of all ranks, and the perplexity.
+
+    Args:
+        batches: this rank's; one of weight 0 only keeps ranks in step.
+        reduce: sums a tensor over all ranks, in place.
+    """
+    training, sums = model.training, {}
+    model.eval()
+    for batch in batches:
+        weight = float(batch.get("weight", 1.0))
+        for name, pair in losses(model, batch).items():
+            if name != "loss":
+                sums[name] = sums.get(name, 0) + weight * pair.double()
+    model.train(training)
+    names = sorted(sums)
+    totals = torch.stack([sums[name] for name in names]).to(device)
+    reduce(totals)
+    means = {n: float(total / count) for n, (total, count) in zip(names, totals, strict=True)}
+    if "task_loss" in means:
+        means["perplexity"] = math.exp(min(means["task_loss"], 700.0))
+    return means

@@ -1,0 +1,242 @@
+"""Configurations of the multiplexed encoders, and named sizes.
+
+Their defaults are the values of the published checkpoints.
+"""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from megamod.nn.multiplexer import HADAMARD, ORTHOGONAL
+
+_BERT = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
+_SIZES = {
+    "small": (4, 512, 8, 2048),
+    "base": (12, 768, 12, 3072),
+    "large": (24, 1024, 16, 4096),
+    "1.3b": (24, 2048, 32, 8192),
+}
+PRESETS = {
+    "mux_bert": {size: dict(zip(_BERT, shape, strict=True)) for size, shape in _SIZES.items()},
+    "mux_electra": {
+        size: dict(zip(_BERT, shape, strict=True), embedding_size=shape[1])
+        for size, shape in _SIZES.items()
+    }
+    | {"small": dict(zip(_BERT, (12, 256, 4, 1024), strict=True), embedding_size=128)},
+    "mux_roberta": {size: dict(zip(_BERT, shape, strict=True)) for size, shape in _SIZES.items()}
+    | {"small": dict(zip(_BERT, (4, 512, 8, 3072), strict=True))},
+}
+"""Shapes by model type and size: BERT and ELECTRA as published, small as in the release of
+Murahari et al. 2023, 1.3b with the shape of GPT-3 XL."""
+
+
+@strict
+class MuxConfig(PreTrainedConfig):
+    """What all multiplexed encoders have in common.
+
+    Args:
+        num_instances: N, rows that share a forward pass.
+        muxing_variant: how instances become one sequence.
+        demuxing_variant: how they are told apart again: "index_pos" (RSA), "index" (prefix tokens),
+            "mlp" (a network per instance, RoBERTa only).
+        num_hidden_demux_layers: L, layers the RSA demultiplexer shares with the retrieval head.
+        gaussian_hadamard_norm: length of a key.
+        binary_hadamard_epsilon: overlap of the chunks of binary keys, 0 to 1.
+        learn_muxing: whether the keys are trained.
+        task_loss_coeff, retrieval_loss_coeff: weights of the two terms of the loss.
+        retrieval_percentage: share of the tokens to retrieve (classification and generators).
+        filler: which rows fill up the last group of a batch to classify: "deterministic" takes
+            them in order, "random" draws them, as the release does.
+        use_token_type_ids: whether classifiers see the segment of a token; the release ignores it.
+        mask_padding: whether positions that are padding in all instances are masked in attention;
+            the release masks none.
+        padding_logits: whether token classifiers compute logits at padding in evaluation; if not
+            they are 0, which is faster.
+        output_logits: whether masked-LM logits of all positions are made when labels are given.
+        cls_token_id: what column 0 is overwritten with, and the end of a prefix.
+        mask_token_id: what the replaced-token model replaces.
+        prefix_fill_token_id: fills a prefix.
+        prefix_first_token_id: marks instance 0 in a prefix, one less instance 1, and so on.
+    Raises:
+        ValueError: for a variant that does not exist or is not possible here, L < 2, or ids
+            outside the vocabulary.
+    """
+
+    multiplexers = (*HADAMARD[:2], *ORTHOGONAL)
+    demultiplexers = ("index_pos", "index")
+    first_position = 0
+    keys_to_ignore_at_inference = (
+        *("task_loss", "retrieval_loss", "retrieval_correct", "retrieval_count"),
+    )
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float | int = 0.1
+    attention_probs_dropout_prob: float | int = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int | None = 0
+    tie_word_embeddings: bool = True
+
+    num_instances: int = 2
+    muxing_variant: str = "gaussian_hadamard"
+    demuxing_variant: str = "index_pos"
+    num_hidden_demux_layers: int = 3
+    gaussian_hadamard_norm: float | int = 1.0
+    binary_hadamard_epsilon: float | int = 0.0
+    learn_muxing: bool | int = False
+    task_loss_coeff: float | int = 1.0
+    retrieval_loss_coeff: float | int = 0.0
+    retrieval_percentage: float | int = 1.0
+    filler: str = "deterministic"
+    use_token_type_ids: bool = False
+    mask_padding: bool = False
+    padding_logits: bool = True
+    output_logits: bool = False
+    cls_token_id: int = 101
+    mask_token_id: int = 103
+    prefix_fill_token_id: int = 680
+    prefix_first_token_id: int = 678
+
+    def __post_init__(self, **kwargs):
+        self.learn_muxing = bool(self.learn_muxing)
+        self._check_choice("muxing_variant", self.multiplexers)
+        self._check_choice("demuxing_variant", self.demultiplexers)
+        self._check_choice("filler", ("deterministic", "random"))
+        self._check_choice("hidden_act", ("gelu",))
+        for name in ("num_instances", "num_hidden_layers", "hidden_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not divisible by num_attention_heads "
+                f"{self.num_attention_heads}"
+            )
+        if self.num_hidden_demux_layers < 2 and self.demuxing_variant == "index_pos":
+            raise ValueError(
+                f"num_hidden_demux_layers {self.num_hidden_demux_layers} must be at least 2"
+            )
+        for name in ("binary_hadamard_epsilon", "retrieval_percentage"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} {getattr(self, name)} must lie between 0 and 1")
+        if self.num_instances > self.hidden_size and self.muxing_variant in (
+            "binary_hadamard",
+            "random_ortho_low_rank",
+        ):
+            raise ValueError(
+                f"{self.muxing_variant} divides hidden_size {self.hidden_size} among the "
+                f"instances; num_instances {self.num_instances} is larger"
+            )
+        self._check_ids()
+        super().__post_init__(**kwargs)
+
+    @property
+    def prefix_length(self) -> int:
+        """Tokens that the demultiplexer puts in front of each row."""
+        return self.num_instances + 1 if self.demuxing_variant == "index" else 0
+
+    def _check_choice(self, name: str, allowed: tuple[str, ...]) -> None:
+        if getattr(self, name) not in allowed:
+            raise ValueError(
+                f"{name} {getattr(self, name)!r}: choose one of {', '.join(allowed)}"
+                f" ({type(self).model_type})"
+            )
+
+    def _check_ids(self) -> None:
+        ids = {"cls_token_id": self.cls_token_id}
+        if self.demuxing_variant == "index":
+            ids["prefix_fill_token_id"] = self.prefix_fill_token_id
+            ids["prefix_first_token_id"] = self.prefix_first_token_id
+            last = self.prefix_first_token_id - self.num_instances + 1
+            ids["prefix_first_token_id - num_instances + 1"] = last
+        for name, value in ids.items():
+            if not 0 <= value < self.vocab_size:
+                raise ValueError(
+                    f"{name} {value} is not in the vocabulary of {self.vocab_size} tokens"
+                )
+
+
+@strict
+class MuxBertConfig(MuxConfig):
+    """MUX-BERT: see `MuxConfig`. Source: Murahari et al. 2023."""
+
+    model_type = "mux_bert"
+    multiplexers = (*MuxConfig.multiplexers, "gaussian_attention_v2")
+
+
+@strict
+class MuxElectraConfig(MuxConfig):
+    """MUX-ELECTRA: see `MuxConfig`.
+
+    Args:
+        embedding_size: width of the embeddings.
+        generator: what replaces tokens in pretraining: "none" (chance), "plain" or "multiplexed".
+        generator_config: fields in which the generator differs; by default it is of the same size.
+        gen_loss_weight, disc_loss_weight: weights of the losses of generator and discriminator.
+    Source: Murahari et al. 2023; Clark et al. 2020 (ELECTRA).
+    """
+
+    model_type = "mux_electra"
+    multiplexers = (*MuxConfig.multiplexers, "gaussian_attention")
+    keys_to_ignore_at_inference = (
+        *MuxConfig.keys_to_ignore_at_inference,
+        *("generator_loss", "discriminator_loss", "input_ids", "corrupted"),
+    )
+
+    embedding_size: int = 768
+    generator: str = "none"
+    generator_config: dict | None = None
+    gen_loss_weight: float | int = 1.0
+    disc_loss_weight: float | int = 50.0
+
+    def __post_init__(self, **kwargs):
+        self._check_choice("generator", ("none", "plain", "multiplexed"))
+        if self.muxing_variant in ORTHOGONAL and self.embedding_size != self.hidden_size:
+            raise ValueError(
+                f"{self.muxing_variant} needs embedding_size {self.embedding_size} to be "
+                f"hidden_size {self.hidden_size}"
+            )
+        super().__post_init__(**kwargs)
+
+    def of_generator(self) -> "MuxElectraConfig":
+        """Configuration of the generator.
+
+        Raises:
+            ValueError: if `generator_config` names a field that does not exist.
+        """
+        fields = {k: v for k, v in self.to_dict().items() if k not in ("model_type", "generator")}
+        changed = self.generator_config or {}
+        if unknown := sorted(changed.keys() - fields.keys()):
+            raise ValueError(f"generator_config: {unknown[0]} is no field of the configuration")
+        return MuxElectraConfig(**fields | {"generator_config": None} | changed)
+
+
+@strict
+class MuxRobertaConfig(MuxConfig):
+    """DataMUX on RoBERTa: see `MuxConfig`. Source: Murahari et al. 2022."""
+
+    model_type = "mux_roberta"
+    multiplexers = (*HADAMARD[:2], "random_ortho")
+    demultiplexers = (*MuxConfig.demultiplexers[1:], "mlp")
+    first_position = 2
+
+    vocab_size: int = 50265
+    max_position_embeddings: int = 514
+    type_vocab_size: int = 1
+    layer_norm_eps: float = 1e-5
+    pad_token_id: int | None = 1
+    demuxing_variant: str = "index"
+    cls_token_id: int = 49923
+    mask_token_id: int = 50264
+    prefix_fill_token_id: int = 50000
+    prefix_first_token_id: int = -1
+
+    def __post_init__(self, **kwargs):
+        if self.prefix_first_token_id < 0:
+            self.prefix_first_token_id = self.vocab_size - 2
+        super().__post_init__(**kwargs)

@@ -1,0 +1,149 @@
+"""Demultiplexers: from the mixed hidden states back to those of each instance.
+
+`index_pos` (RSA) has a learned key per instance; for `index` the key is the hidden state at the
+instance's column of a prefix; `mlp` has a network per instance. All of them can be asked for some
+pairs of instance and position only.
+"""
+
+import torch
+from megamod_kernels.demux import Chain, Pairs, add_pairs, rsa_demux, split_projection
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class SharedDemux(nn.Module):
+    """What the RSA demultiplexer and the retrieval head have in common: keys and layers.
+
+    `layer_norm_j` is used by the retrieval head alone.
+    """
+
+    def __init__(self, instances: int, size: int, layers: int, eps: float):
+        super().__init__()
+        self.layers = layers
+        self.demux_instance_embedding = nn.Parameter(torch.empty(instances, size))
+        nn.init.normal_(self.demux_instance_embedding)
+        for layer in range(1, layers + 1):
+            dense = nn.Linear(2 * size if layer == 1 else size, size)
+            self.add_module(f"dense_{layer}", dense)
+            self.add_module(f"layer_norm_{layer}", nn.LayerNorm(size, eps=eps))
+
+    def dense(self, layer: int) -> nn.Linear:
+        """Layer 1 (over [key ; hidden]) to L."""
+        return getattr(self, f"dense_{layer}")
+
+    def norm(self, layer: int) -> nn.LayerNorm:
+        """The norm of a layer."""
+        return getattr(self, f"layer_norm_{layer}")
+
+
+class RsaDemultiplexer(nn.Module):
+    """Index embeddings as keys: a residual network over [key ; hidden].
+
+    Source: Murahari et al. 2023 (MUX-PLM), section 3.1, RSA demultiplexing. As in its release
+    layer L of the shared ones is not used, and there are no norms between them.
+    """
+
+    def __init__(self, size: int, eps: float, dropout: float):
+        super().__init__()
+        self.dropout = dropout
+        self.pre_decoder = nn.Linear(size, size)
+        self.pre_decoder_layer_norm = nn.LayerNorm(size, eps=eps)
+
+    def forward(self, shared: SharedDemux, hidden: Tensor, pairs: Pairs | None = None) -> Tensor:
+        """Mixed states [B, L, D] -> [R, D] for pairs, else [B, N, L, D]."""
+        first = shared.dense(1)
+        parts = split_projection(
+            hidden, shared.demux_instance_embedding.to(hidden.dtype), first.weight, first.bias
+        )
+        between = [shared.dense(layer) for layer in range(2, shared.layers)]
+        norm = self.pre_decoder_layer_norm
+        chain = Chain(
+            [(dense.weight, dense.bias) for dense in between],
+            (self.pre_decoder.weight, self.pre_decoder.bias),
+            (norm.weight, norm.bias),
+            norm.eps,
+        )
+        return rsa_demux(*parts, chain, pairs, self.dropout if self.training else 0.0)
+
+
+class PrefixDemultiplexer(nn.Module):
+    """LN(gelu(dense [key ; hidden])), the key of instance i being column i of the mixed sequence.
+
+    Source: Murahari et al. 2022 (DataMUX), section 3.2, index embeddings.
+    """
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.dense = nn.Linear(2 * size, size)
+        self.layer_norm = nn.LayerNorm(size, eps=eps)
+
+    def forward(
+        self, hidden: Tensor, instances: int, columns: slice, pairs: Pairs | None = None
+    ) -> Tensor:
+        """Demultiplex columns of a mixed sequence whose first ones are the keys.
+
+        Args:
+            hidden: [B, T, D], prefix first.
+            columns: which are wanted; ignored with pairs.
+            pairs: which positions of which instances, in place of columns.
+        Returns:
+            [R, D] for pairs, else [B, N, columns, D].
+        """
+        wanted = hidden if pairs is not None else hidden[:, columns]
+        return self.layer_norm(
+            F.gelu(keyed(wanted, hidden[:, :instances], self.dense.weight, self.dense.bias, pairs))
+        )
+
+
+class MlpDemux(nn.Module):
+    """LN_i(gelu(dense_i(dropout(hidden)))): a network for each instance.
+
+    Source: Murahari et al. 2022 (DataMUX), section 3.2, MLP demultiplexing.
+    """
+
+    def __init__(self, instances: int, size: int, eps: float, dropout: float):
+        super().__init__()
+        self.instances = instances
+        self.dropout = nn.Dropout(dropout)
+        for instance in range(instances):
+            self.add_module(f"dense_{instance}", nn.Linear(size, size))
+            self.add_module(f"layer_norm_{instance}", nn.LayerNorm(size, eps=eps))
+
+    def forward(self, hidden: Tensor, slots: Tensor | None = None) -> Tensor:
+        """Mixed states of every instance, or of one instance per position.
+
+        Args:
+            hidden: [B, L, D].
+            slots: [B, L] int64, an instance per position; None for all instances.
+        Returns:
+            [B, L, D] for slots, else [B, N, L, D].
+        """
+        if slots is None:
+            return torch.stack([self._one(i, hidden) for i in range(self.instances)], 1)
+        output = torch.zeros_like(hidden)
+        for instance in range(self.instances):
+            output[slots == instance] = self._one(instance, hidden[slots == instance])
+        return output
+
+    def _one(self, instance: int, hidden: Tensor) -> Tensor:
+        dense = getattr(self, f"dense_{instance}")
+        return getattr(self, f"layer_norm_{instance}")(F.gelu(dense(self.dropout(hidden))))
+
+
+def keyed(hidden: Tensor, key: Tensor, weight: Tensor, bias: Tensor, pairs: Pairs | None) -> Tensor:
+    """A linear layer over [key ; hidden], without the concatenation.
+
+    Args:
+        hidden: [B, L, D].
+        key: [N, D], or [B, N, D] where each group has its own.
+        weight, bias: [D, 2 D] and [D], key columns first.
+        pairs: which positions of which instances; None for all.
+    Returns:
+        [R, D] for pairs, else [B, N, L, D].
+    """
+    if pairs is None or len(pairs.group) >= hidden.shape[0] * hidden.shape[1]:
+        return add_pairs(*split_projection(hidden, key, weight, bias), pairs)
+    # Fewer pairs than positions: gather first, so that no position is projected for nothing.
+    chosen = hidden[pairs.group, pairs.position]
+    part, keys = split_projection(chosen, key, weight, bias)
+    return part + (keys[pairs.instance] if key.dim() == 2 else keys[pairs.group, pairs.instance])

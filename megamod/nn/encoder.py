@@ -1,0 +1,198 @@
+"""The encoder of BERT, ELECTRA and RoBERTa: embeddings and post-norm blocks.
+
+Parameters have the names of the published checkpoints (`attention.self.query`, ...).
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedConfig
+
+MASKED = -10000.0  # what BERT adds to the score of a masked key; finite, so all may be masked
+
+
+class EncoderEmbeddings(nn.Module):
+    """LN(word + segment + position), then dropout."""
+
+    def __init__(self, config: PreTrainedConfig, size: int):
+        super().__init__()
+        self.first_position = config.first_position
+        padded = config.pad_token_id if config.first_position else None
+        self.word_embeddings = nn.Embedding(
+            config.vocab_size, size, padding_idx=config.pad_token_id
+        )
+        self.position_embeddings = nn.Embedding(
+            config.max_position_embeddings, size, padding_idx=padded
+        )
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, size)
+        self.LayerNorm = nn.LayerNorm(size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        words: Tensor,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Embed tokens, or vectors in their place.
+
+        Args:
+            words: ids [R, T], or vectors [R, T, D].
+            token_type_ids: [R, T]; None for segment 0 everywhere.
+            position_ids: [R, T] or [1, T] rows of the position table; None for consecutive ones.
+        Returns:
+            [R, T, D].
+        """
+        if position_ids is None:
+            start, table = self.first_position, self.position_embeddings.weight
+            added = table[start : start + words.shape[1]]
+        else:
+            added = self.position_embeddings(position_ids)
+        if token_type_ids is None:
+            added = added + self.token_type_embeddings.weight[0]
+        else:
+            added = added + self.token_type_embeddings(token_type_ids)
+        vectors = words if words.is_floating_point() else self.word_embeddings(words)
+        return self.dropout(self.LayerNorm(vectors + added))
+
+
+class EncoderLayer(nn.Module):
+    """x = LN(x + Attention(x)), then LN(x + FeedForward(x)): the post-norm block of BERT.
+
+    Source: Devlin et al. 2019; Vaswani et al. 2017, sections 3.1 to 3.3; the exact (erf) GELU.
+    """
+
+    def __init__(self, config: PreTrainedConfig, size: int | None = None):
+        super().__init__()
+        size, eps = size or config.hidden_size, config.layer_norm_eps
+        self.heads = config.num_attention_heads
+        self.attention_dropout = config.attention_probs_dropout_prob
+        projections = {name: nn.Linear(size, size) for name in ("query", "key", "value")}
+        self.attention = nn.ModuleDict(
+            {
+                "self": nn.ModuleDict(projections),
+                "output": _output(nn.Linear(size, size), eps),
+            }
+        )
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(size, config.intermediate_size)})
+        self.output = _output(nn.Linear(config.intermediate_size, size), eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, queries: int | None = None) -> Tensor:
+        """One block.
+
+        Args:
+            x: [B, L, D].
+            mask: broadcastable to [B, 1, L, L] over queries and keys: bool, True where a key is
+                seen, or float, added to the scores; None if all see all.
+            queries: compute the first so many positions only; they still see all of x.
+        Returns:
+            [B, queries or L, D].
+        """
+        project = self.attention["self"]
+        asked = x if queries is None else x[:, :queries]
+        query, key, value = (
+            project[name](given).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, H, L, K]
+            for name, given in (("query", asked), ("key", x), ("value", x))
+        )
+        if mask is not None and queries is not None and mask.shape[-2] > 1:
+            mask = mask[..., :queries, :]
+        mixed = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask if mask is None or mask.dtype == torch.bool else mask.to(query.dtype),
+            dropout_p=self.attention_dropout if self.training else 0.0,
+        )
+        x = self._residual(self.attention["output"], mixed.transpose(1, 2).flatten(2), asked)
+        return self._residual(self.output, F.gelu(self.intermediate["dense"](x)), x)
+
+    def _residual(self, part: nn.ModuleDict, given: Tensor, x: Tensor) -> Tensor:
+        return part["LayerNorm"](self.dropout(part["dense"](given)) + x)
+
+
+class Encoder(nn.Module):
+    """Blocks one after the other; each may be computed again in backward instead of kept."""
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__()
+        self.layer = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.gradient_checkpointing = False
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, queries: int | None = None) -> Tensor:
+        """[B, L, D] -> [B, queries or L, D]: the last block leaves out what nobody reads."""
+        for number, layer in enumerate(self.layer):
+            asked = queries if number == len(self.layer) - 1 else None
+            if self.gradient_checkpointing and self.training:
+                x = self._gradient_checkpointing_func(layer.__call__, x, mask, asked)
+            else:
+                x = layer(x, mask, asked)
+        return x
+
+
+class EncoderModel(nn.Module):
+    """Embeddings, their projection where they are narrower, and blocks.
+
+    Args:
+        own_embeddings: False if those of another model are passed to each call.
+    """
+
+    def __init__(self, config: PreTrainedConfig, own_embeddings: bool = True):
+        super().__init__()
+        size = getattr(config, "embedding_size", config.hidden_size)
+        if own_embeddings:
+            self.embeddings = EncoderEmbeddings(config, size)
+        if size != config.hidden_size:
+            self.embeddings_project = nn.Linear(size, config.hidden_size)
+        self.encoder = Encoder(config)
+
+    def encode(self, x: Tensor, mask: Tensor | None = None, queries: int | None = None) -> Tensor:
+        """From embeddings [B, L, D'] to hidden states [B, queries or L, D]."""
+        if hasattr(self, "embeddings_project"):
+            x = self.embeddings_project(x)
+        return self.encoder(x, mask, queries)
+
+
+def key_mask(attention_mask: Tensor) -> Tensor:
+    """What to add to attention scores: [R, L], nonzero at real tokens -> float [R, 1, 1, L]."""
+    return (attention_mask == 0)[:, None, None, :] * MASKED
+
+
+def padding_aware_positions(input_ids: Tensor, pad_token_id: int) -> Tensor:
+    """RoBERTa's rows of the position table: tokens are counted without padding, [R, T] -> [R, T].
+
+    The first token has row pad_token_id + 1, padding has row pad_token_id.
+    """
+    real = (input_ids != pad_token_id).long()
+    return real.cumsum(1) * real + pad_token_id
+
+
+def draw_weights(module: nn.Module, std: float) -> None:
+    """BERT's initialisation of one module, children left alone, from torch's global generator.
+
+    Layers with the attribute `default_initialisation` keep that of torch. The embedding of padding
+    is 0. Weights that were loaded from a file stay as they are.
+    """
+    if isinstance(module, nn.Linear):
+        if getattr(module, "default_initialisation", False):
+            module.reset_parameters()
+            return
+        nn.init.normal_(module.weight, std=std)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=std)
+        if module.padding_idx is not None and not was_loaded(module.weight):
+            nn.init.zeros_(module.weight[module.padding_idx])
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+def was_loaded(parameter: Tensor) -> bool:
+    """True inside `from_pretrained` for what a file held; whole tensors it guards by itself."""
+    return getattr(parameter, "_is_hf_initialized", False)
+
+
+def _output(dense: nn.Linear, eps: float) -> nn.ModuleDict:
+    norm = nn.LayerNorm(dense.out_features, eps=eps)
+    return nn.ModuleDict({"dense": dense, "LayerNorm": norm})

@@ -1,0 +1,170 @@
+"""Retrieving tokens: what the demultiplexer must be able to do before any task.
+
+For each position of a mixed sequence one instance is drawn; the head says which token that instance
+had there. The same heads are those of masked-language models.
+"""
+
+import torch
+from megamod_kernels import linear_cross_entropy
+from megamod_kernels.demux import Pairs
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megamod.nn.demultiplexer import MlpDemux, SharedDemux, keyed
+
+IGNORED = -100
+_SCORED_TOGETHER = 2**24  # logits of one chunk whose largest is looked for
+
+
+def draw_slots(
+    groups: int, length: int, instances: int, start: int, device: torch.device
+) -> Tensor:
+    """An instance for each position, [B, T] int64; 0 in front of `start`."""
+    slots = torch.randint(instances, (groups, length), device=device)
+    slots[:, :start] = 0
+    return slots
+
+
+def retrieval_targets(
+    ids_fed: Tensor,
+    slots: Tensor,
+    *,
+    start: int = 0,
+    ignored_id: int | None = None,
+    kept: Tensor | None = None,
+) -> Tensor:
+    """Which token the head must say at each position.
+
+    Args:
+        ids_fed: [B * N, T] ids the model embedded (masks, prefix and overwritten columns included).
+        slots: [B, T] int64, the instance that is asked for.
+        start: columns in front of this one have no target.
+        ignored_id: a token that is no target (padding); None if all are.
+        kept: [B, T] bool; other positions have no target.
+    Returns:
+        [B, T] int64, -100 where there is no target.
+    Raises:
+        ValueError: if the shapes do not fit.
+    Source: Murahari et al. 2022 (DataMUX), section 3.3.
+    """
+    if slots.dim() != 2 or ids_fed.shape[0] % len(slots) or ids_fed.shape[1] != slots.shape[1]:
+        raise ValueError(
+            f"ids {tuple(ids_fed.shape)} and slots {tuple(slots.shape)} do not fit: expected "
+            "[B * N, T] and [B, T]"
+        )
+    by_instance = ids_fed.view(len(slots), -1, slots.shape[1])
+    targets = by_instance.gather(1, slots[:, None])[:, 0]
+    counted = torch.arange(slots.shape[1], device=slots.device) >= start
+    if ignored_id is not None:
+        counted = counted & (targets != ignored_id)
+    if kept is not None:
+        counted = counted & kept
+    return targets.masked_fill(~counted, IGNORED)
+
+
+def pairs_at(slots: Tensor, chosen: Tensor) -> Pairs:
+    """Pairs for the chosen positions: slots [B, T] and chosen [B, T] bool."""
+    group, position = chosen.nonzero(as_tuple=True)
+    return Pairs(group, slots[group, position], position)
+
+
+def pairs_of_rows(chosen: Tensor, instances: int) -> Pairs:
+    """Pairs for chosen positions of rows: [B * N, T] bool, row r being instance r % N."""
+    row, position = chosen.nonzero(as_tuple=True)
+    return Pairs(row // instances, row % instances, position)
+
+
+def token_scores(
+    states: Tensor, decoder: nn.Linear, labels: Tensor, *, keep_logits: bool, count: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """How well tokens are predicted.
+
+    Args:
+        states: [R, D].
+        labels: [R] int64.
+        keep_logits: return logits; else they are never held at once.
+        count: whether right answers are counted.
+    Returns:
+        summed loss (nats, float32), number of right answers, logits [R, V]; the latter or None.
+    """
+    if keep_logits:
+        logits = decoder(states)
+        total = F.cross_entropy(logits.float(), labels, reduction="sum")
+        return total, (logits.argmax(-1) == labels).sum() if count else None, logits
+    # The bias is one more column of the matrix; columns of zeros keep rows aligned.
+    extra = torch.zeros(8, decoder.out_features, dtype=states.dtype, device=states.device)
+    extra = torch.cat([decoder.bias.to(states.dtype)[None], extra[1:]]).T
+    one = F.pad(states.new_ones(len(states), 1), (0, 7))
+    weight = torch.cat([decoder.weight.to(states.dtype), extra], 1)
+    total, _ = linear_cross_entropy(torch.cat([states, one], 1), weight, labels)
+    return total, _right(states, decoder, labels) if count else None, None
+
+
+class RetrievalHead(nn.Module):
+    """Tokens from pairs of key and hidden state, by the layers shared with the demultiplexer.
+
+    Args:
+        layers: how many of the shared layers are used.
+        residual: whether each layer but the first adds to its input (ELECTRA) or not (BERT).
+    Source: Murahari et al. 2023, section 3.1, and its release.
+    """
+
+    def __init__(self, size: int, vocab_size: int, eps: float, layers: int, residual: bool):
+        super().__init__()
+        self.layers, self.residual = layers, residual
+        self.pre_decoder = nn.Linear(size, size)
+        self.pre_decoder_layer_norm = nn.LayerNorm(size, eps=eps)
+        self.decoder = nn.Linear(size, vocab_size)
+
+    def forward(self, shared: SharedDemux, hidden: Tensor, pairs: Pairs | None) -> Tensor:
+        """States in front of `decoder`: [B, T, D] -> [R, D] for pairs, else [B, N, T, D]."""
+        first = shared.dense(1)
+        key = shared.demux_instance_embedding.to(hidden.dtype)
+        x = shared.norm(1)(F.gelu(keyed(hidden, key, first.weight, first.bias, pairs)))
+        for layer in range(2, self.layers + 1):
+            x = self._add(shared.norm(layer)(F.gelu(shared.dense(layer)(x))), x)
+        return self._add(self.pre_decoder_layer_norm(F.gelu(self.pre_decoder(x))), x)
+
+    def _add(self, new: Tensor, x: Tensor) -> Tensor:
+        return new + x if self.residual else new
+
+
+class PrefixRetrievalHead(nn.Module):
+    """The same where an instance's key is its column of the prefix."""
+
+    def __init__(self, size: int, vocab_size: int, eps: float):
+        super().__init__()
+        self.dense = nn.Linear(2 * size, size)
+        self.layer_norm = nn.LayerNorm(size, eps=eps)
+        self.decoder = nn.Linear(size, vocab_size)
+
+    def forward(self, hidden: Tensor, instances: int, pairs: Pairs | None) -> Tensor:
+        """States in front of `decoder`: [B, T, D] -> [R, D] for pairs, else [B, N, T, D]."""
+        key = hidden[:, :instances]
+        return self.layer_norm(
+            F.gelu(keyed(hidden, key, self.dense.weight, self.dense.bias, pairs))
+        )
+
+
+class MlpRetrievalHead(nn.Module):
+    """The same with a network per instance, of its own. Source: the release of DataMUX."""
+
+    def __init__(self, instances: int, size: int, vocab_size: int, eps: float, dropout: float):
+        super().__init__()
+        self.demux_module = MlpDemux(instances, size, eps, dropout)
+        self.dense_pre_vocab = nn.Linear(size, size)
+        self.layer_norm_pre_vocab = nn.LayerNorm(size, eps=eps)
+        self.decoder = nn.Linear(size, vocab_size)
+
+    def forward(self, hidden: Tensor, slots: Tensor) -> Tensor:
+        """States in front of `decoder` for one instance per position: [B, T, D] -> [B, T, D]."""
+        return self.layer_norm_pre_vocab(
+            F.gelu(self.dense_pre_vocab(self.demux_module(hidden, slots)))
+        )
+
+
+@torch.no_grad()
+def _right(states: Tensor, decoder: nn.Linear, labels: Tensor) -> Tensor:
+    rows = max(1, _SCORED_TOGETHER // decoder.out_features)
+    found = [decoder(part).argmax(-1) for part in states.split(rows)] if len(states) else []
+    return (torch.cat(found) == labels).sum() if found else labels.new_zeros(())

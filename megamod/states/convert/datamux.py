@@ -1,0 +1,288 @@
+"""MUX-BERT, MUX-ELECTRA and DataMUX-RoBERTa: checkpoints of the MUX-PLM and DataMUX releases.
+
+    a folder with config.json, whose `architectures` names the original class, and
+    model.safetensors, pytorch_model.bin or state.safetensors
+
+Our models have the names of the originals. What differs: tensors that the originals store under
+several names are here once, and the ELECTRA wrapper's discriminator has no prefix.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megamod.errors import UserError
+from megamod.files import write_json
+from megamod.states.convert import NO_OPTIONS, Converted, Options
+from megamod.states.convert.datamux_names import FAMILIES, Head, shapes
+from megamod.states.convert.reading import read_checkpoint
+from megamod.states.weights import DENSE_FILE, read_weights, write_tensors
+
+_FILES = ("model.safetensors", "pytorch_model.bin", "state.safetensors")
+_STOCK = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+_STOCK += ("intermediate_size", "max_position_embeddings", "type_vocab_size")
+_MORE = ("hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range")
+_MORE += ("layer_norm_eps", "pad_token_id", "embedding_size", "num_labels", "id2label", "label2id")
+_MORE += ("problem_type", "bos_token_id", "eos_token_id")
+_MUX = ("num_instances", "muxing_variant", "demuxing_variant", "num_hidden_demux_layers")
+_MUX += ("gaussian_hadamard_norm", "binary_hadamard_epsilon", "learn_muxing", "task_loss_coeff")
+_MUX += ("retrieval_loss_coeff", "retrieval_percentage")
+_DEAD = ("head_temperature", "hierarchical_softmax_buckets", "use_hierarchical_softmax")
+_DEAD += ("legacy_demuxing",)
+_PREFIX = "discriminator."
+
+
+@dataclass(frozen=True)
+class Original:
+    """What an original class is here."""
+
+    model_type: str
+    head: Head
+    ours: str
+
+
+ORIGINALS = {
+    "MuxedBertForMaskedLM": Original("mux_bert", "mlm", "MuxBertForMaskedLM"),
+    "MuxedElectraForMaskedLM": Original("mux_electra", "mlm", "MuxElectraForMaskedLM"),
+    "MuxedElectraForPreTraining": Original(
+        "mux_electra", "discriminator", "MuxElectraForPreTraining"
+    ),
+    "ELECTRAModel": Original("mux_electra", "wrapper", "MuxElectraForReplacedTokens"),
+    **{
+        f"Muxed{family}For{task}Classification": Original(
+            f"mux_{family.lower()}", task.lower(), f"Mux{family}For{task}Classification"
+        )
+        for family in ("Bert", "Electra")
+        for task in ("Sequence", "Token")
+    },
+    **{
+        f"Roberta{task}ClassificationMuxed": Original(
+            "mux_roberta", task.lower(), f"MuxRobertaFor{task}Classification"
+        )
+        for task in ("Sequence", "Token")
+    },
+}
+"""Classes of the releases by name."""
+
+
+def convert(source: Path, options: Options = NO_OPTIONS) -> Converted:
+    """Read a checkpoint and give its tensors our names, in the dtype they are stored in.
+
+    Args:
+        source: see the head of this module, or one of the files in such a folder.
+        options: `num_attention_heads` where no config.json tells.
+    Raises:
+        UserError: for a class or field that is unknown or missing, and naming the key, for a tensor
+            that is missing, of a wrong shape, or differs from one that it should equal.
+    """
+    source = Path(source)
+    file = _weight_file(source)
+    settings, name = _settings(file.parent)
+    original = ORIGINALS[name]
+    checkpoint = read_checkpoint(file)
+    found = {key.removeprefix(_PREFIX): tensor for key, tensor in checkpoint.tensors.items()}
+    whole = {key.removeprefix(_PREFIX): key for key in checkpoint.tensors}
+    config, dropped, missing = _config(settings, original, options, file)
+    if original.head == "wrapper":
+        _add_generator(config, found, missing, file)
+    expected, optional, aliases = shapes(original.head, config)
+    state, used = {}, []
+    for key, tensor in found.items():
+        if key in expected:
+            state[key] = tensor
+            used.append(whole[key])
+    for key, tensor in found.items():
+        if key in expected:
+            continue
+        if target := _alias(key, aliases, expected):
+            if target not in state:
+                state[target] = tensor
+                used.append(whole[key])
+            elif not torch.equal(state[target], tensor):
+                raise UserError(f"{file}: {whole[key]} differs from {target}, which it should be")
+            else:
+                dropped[whole[key]] = f"equal to {target}"
+        elif key.endswith("position_ids"):
+            dropped[whole[key]] = "counts from 0"
+        else:
+            dropped[whole[key]] = f"no tensor of {original.ours}"
+    absent = [key for key in expected if key not in state]
+    if needed := [key for key in absent if key not in optional]:
+        raise UserError(f"{file}: {needed[0]} is missing (of {len(needed)} such keys)")
+    missing |= {key: optional[key] for key in absent}
+    for key, tensor in state.items():
+        if tuple(tensor.shape) != expected[key]:
+            raise UserError(
+                f"{file}: {key} has shape {tuple(tensor.shape)}, not {expected[key]} as the "
+                "fields of config.json ask for"
+            )
+        if not tensor.is_floating_point():
+            raise UserError(f"{file}: {key} has dtype {tensor.dtype}, not one of weights")
+    return Converted(config, state, used, dropped, missing)
+
+
+def export(source: Path, folder: Path, options: Options = NO_OPTIONS) -> list[Path]:
+    """Write a model folder of ours in the originals' keys, with all the names they have.
+
+    Returns:
+        the files.
+    Raises:
+        UserError: if the folder is not a multiplexed model.
+    """
+    if options.domains:
+        raise UserError("--domains: a multiplexed model has no experts to choose from")
+    try:
+        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        ours = config["architectures"][0]
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise UserError(f"{source}: is not a multiplexed model: {error!r}") from error
+    name = next((name for name, to in ORIGINALS.items() if to.ours == ours), None)
+    if name is None:
+        raise UserError(
+            f"{source}: is of class {ours!r}; exported are "
+            f"{', '.join(sorted(to.ours for to in ORIGINALS.values()))}"
+        )
+    head = ORIGINALS[name].head
+    state = read_weights(source)
+    expected, _, aliases = shapes(head, config)
+    tensors = {}
+    for key, tensor in state.items():
+        if key not in expected:
+            raise UserError(f"{source}: {key} has no counterpart in {name}")
+        for alias in (key, *_names_of(key, aliases)):
+            tensors[alias] = tensor
+    backbone = FAMILIES[config["model_type"]]
+    positions = torch.arange(config["max_position_embeddings"])[None]
+    tensors[f"{backbone}.embeddings.position_ids"] = positions
+    if head == "wrapper":
+        tensors = {
+            key if key.startswith("generator.") else _PREFIX + key: tensor
+            for key, tensor in tensors.items()
+        }
+    write_tensors(folder / DENSE_FILE, tensors, {"format": "pt"})
+    fields = {key: config[key] for key in (*_STOCK, *_MORE, *_MUX) if key in config}
+    fields |= {"model_type": backbone, "architectures": [name]}
+    fields["learn_muxing"] = int(config.get("learn_muxing", 0))
+    write_json(folder / "config.json", fields)
+    return [folder / DENSE_FILE, folder / "config.json"]
+
+
+def _alias(
+    key: str, aliases: Mapping[str, str], expected: Mapping[str, tuple[int, ...]]
+) -> str | None:
+    """The name of ours for another name of the same tensor, None for a tensor of its own."""
+    for start, target in aliases.items():
+        if key.startswith(start) and target + key.removeprefix(start) in expected:
+            return target + key.removeprefix(start)
+    return None
+
+
+def _names_of(key: str, aliases: Mapping[str, str]) -> Iterator[str]:
+    for start, target in aliases.items():
+        if key.startswith(target):
+            yield start + key.removeprefix(target)
+
+
+def _weight_file(source: Path) -> Path:
+    if source.is_file():
+        return source
+    if not source.is_dir():
+        raise UserError(f"--input {source} does not exist")
+    found = [source / name for name in _FILES if (source / name).is_file()]
+    if not found:
+        raise UserError(f"--input {source}: there is none of {', '.join(_FILES)}")
+    return found[0]
+
+
+def _settings(folder: Path) -> tuple[dict[str, object], str]:
+    """Fields of config.json, and the name of the original class."""
+    path = folder / "config.json"
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(settings.get("config"), dict):
+            settings = settings["config"] | {"architectures": [settings.get("case", "")]}
+        named = [re.split(r"\W", str(name))[0] for name in settings["architectures"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}: cannot be read, or does not name the class of the model in `architectures`: "
+            f"{error!r}"
+        ) from error
+    known = [name for name in named if name in ORIGINALS]
+    if not known:
+        raise UserError(
+            f"{path}: architectures names {', '.join(named) or 'nothing'}; converted are "
+            f"{', '.join(ORIGINALS)}"
+        )
+    return settings, known[0]
+
+
+def _config(
+    settings: Mapping[str, object], original: Original, options: Options, file: Path
+) -> tuple[dict[str, object], dict[str, str], dict[str, str]]:
+    """Our fields; what was left out of the originals', and what stands in for absent ones."""
+    path = file.parent / "config.json"
+    given = {key: value for key, value in settings.items() if value is not None}
+    if options.num_attention_heads is not None:
+        given["num_attention_heads"] = options.num_attention_heads
+    if lacking := [name for name in (*_STOCK, "num_instances") if name not in given]:
+        raise UserError(f"{path}: {lacking[0]} is missing")
+    for name in (*_STOCK, "num_instances", "num_hidden_demux_layers"):
+        value = given.get(name, 1)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f"{path}: {name} is {value!r}, not a number of at least 1")
+    for name, needed in (("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
+        if given.get(name, needed) != needed:
+            raise UserError(f"{path}: {name} is {given[name]!r}; only {needed!r} can be converted")
+    fields = {key: given[key] for key in (*_STOCK, *_MORE, *_MUX) if key in given}
+    if original.model_type != "mux_electra":
+        fields.pop("embedding_size", None)
+    missing = {
+        f"config.json: {name}": f"{value!r}, the default of the release"
+        for name, value in (
+            ("muxing_variant", "gaussian_hadamard"),
+            ("demuxing_variant", "index"),
+            ("num_hidden_demux_layers", 2),
+        )
+        if name not in given
+    }
+    defaults = {"muxing_variant": "gaussian_hadamard", "demuxing_variant": "index"}
+    if original.model_type == "mux_electra":
+        defaults["embedding_size"] = given["hidden_size"]
+    fields = defaults | {"num_hidden_demux_layers": 2} | fields
+    dropped = {f"config.json: {name}": "without effect" for name in _DEAD if name in given}
+    head = {"model_type": original.model_type, "architectures": [original.ours]}
+    return head | fields, dropped, missing
+
+
+def _add_generator(
+    config: dict[str, object], found: Mapping[str, Tensor], missing: dict[str, str], file: Path
+) -> None:
+    """The wrapper's generator, as its weights show it."""
+    layers = [re.match(r"generator\.electra\.encoder\.layer\.(\d{1,4})\.", key) for key in found]
+    numbers = [int(layer[1]) for layer in layers if layer]
+    if not numbers:
+        return
+    multiplexed = any(key.startswith("generator.retrieval_head.") for key in found)
+    config["generator"] = "multiplexed" if multiplexed else "plain"
+    key = "generator.electra.encoder.layer.0.intermediate.dense.weight"
+    inner = found.get(key)
+    if inner is None or inner.dim() != 2:
+        raise UserError(f"{file}: {key} is missing, or not a matrix")
+    size = inner.shape[1]
+    width = found.get("generator.electra.embeddings_project.weight")
+    heads = max(1, size * config["num_attention_heads"] // config["hidden_size"])
+    config["generator_config"] = {
+        "num_hidden_layers": 1 + max(numbers),
+        "hidden_size": size,
+        "intermediate_size": inner.shape[0],
+        "embedding_size": size if width is None else width.shape[1],
+        "num_attention_heads": heads,
+    }
+    missing["config.json: generator"] = (
+        f"{heads} attention heads of the discriminator's width; the rest from its tensors"
+    )

@@ -1,0 +1,234 @@
+"""Pretraining of encoders: stages, resuming, ranks, and what is refused."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import on_ranks
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM, BertTokenizerFast
+
+from megamod.args import DataArgs, ModelArgs, MuxArgs, OptimArgs, RunArgs, SafetyArgs
+from megamod.data.binarize import binarize
+from megamod.data.lm import DataBin
+from megamod.errors import UserError
+from megamod.models.mux_bert import MuxBertForMaskedLM
+from megamod.models.mux_configuration import MuxBertConfig
+from megamod.runs.masked_lm import encoder_config, masking_of
+from megamod.train.objectives import MaskedLM
+
+WORDS = [f"w{number}" for number in range(40)]
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+SMALL = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+LENGTH, INSTANCES = 8, 2
+
+
+def make_place(place: Path) -> Path:
+    """A data-bin of words that follow each other in turn, and models without dropout."""
+    (place / "tokenizer").mkdir()
+    (place / "tokenizer" / "vocab.txt").write_text("\n".join([*SPECIAL, *WORDS]) + "\n")
+    BertTokenizerFast(vocab=str(place / "tokenizer" / "vocab.txt")).save_pretrained(
+        place / "tokenizer"
+    )
+    source = random.Random(1)
+    for split, lines in (("train", 60), ("valid", 12), ("test", 12)):
+        starts = [source.randrange(40) for _ in range(lines)]
+        text = "\n\n".join(" ".join(WORDS[(s + i) % 40] for i in range(10)) for s in starts)
+        (place / "text").mkdir(exist_ok=True)
+        (place / "text" / f"{split}.txt").write_text(text + "\n")
+    binarize({"text": place / "text"}, str(place / "tokenizer"), place / "bin", bos=True)
+    quiet = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, vocab_size=45)
+    quiet |= dict(max_position_embeddings=LENGTH, pad_token_id=0)
+    torch.manual_seed(3)
+    mux = MuxBertConfig(**SMALL, **quiet, num_instances=INSTANCES, cls_token_id=2)
+    MuxBertForMaskedLM(mux).save_pretrained(place / "mux")
+    BertForMaskedLM(BertConfig(**SMALL, **quiet)).save_pretrained(place / "plain")
+    return place
+
+
+def run(place: Path, output: str, *, model: str = "mux", stop: int = 4, ranks: int = 1, **mux):
+    """Some steps of 8 rows."""
+    from megamod.runs.masked_lm import pretrain
+
+    pretrain(
+        RunArgs(
+            output_dir=str(place / output),
+            max_steps=4,
+            stop_step=stop,
+            per_device_train_batch_size=4,
+            per_device_eval_batch_size=4,
+            global_batch_size=8,
+            logging_steps=2,
+            save_steps=2,
+            report_to="none",
+        ),
+        SafetyArgs(),
+        ModelArgs(model=str(place / model), init_from=mux.pop("init_from", str(place / model))),
+        OptimArgs(learning_rate=0.01, max_grad_norm=1.0, warmup_ratio=0.0, adam_epsilon=1e-4),
+        MuxArgs(**{"objective": "masked_lm", "num_instances": INSTANCES, **mux}),
+        DataArgs(data=str(place / "bin"), max_seq_length=LENGTH),
+    )
+
+
+BOTH = dict(task_loss_coeff=0.5, retrieval_loss_coeff=0.5)
+WARM_UP = dict(task_loss_coeff=0.0, retrieval_loss_coeff=1.0)
+
+
+def alone(rank: int, place: Path) -> None:
+    run(place, "one", **BOTH)
+    run(place, "cut", stop=2, **BOTH)
+    run(place, "cut", **BOTH)
+    run(place, "warm-up", **WARM_UP)
+    run(place, "after", init_from=str(place / "warm-up" / "model"))
+    run(place, "plain-run", model="plain", num_instances=1)
+
+
+def together(rank: int, place: Path) -> None:
+    run(place, "two", **BOTH)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    place = make_place(tmp_path_factory.mktemp("masked"))
+    on_ranks(1, alone, place)
+    on_ranks(2, together, place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory) -> Path:
+    return make_place(tmp_path_factory.mktemp("bare"))
+
+
+def weights(place: Path, output: str) -> dict[str, torch.Tensor]:
+    return load_file(place / output / "model" / "model.safetensors")
+
+
+def results(place: Path, output: str) -> dict[str, float]:
+    return json.loads((place / output / "results.json").read_text())
+
+
+@pytest.mark.slow
+def test_a_resumed_run_has_equal_bits(place):
+    whole, cut = weights(place, "one"), weights(place, "cut")
+    assert whole.keys() == cut.keys()
+    assert all(torch.equal(tensor, cut[name]) for name, tensor in whole.items())
+    assert results(place, "one") == results(place, "cut")
+
+
+@pytest.mark.slow
+def test_two_ranks_make_the_step_of_one(place):
+    start = load_file(place / "mux" / "model.safetensors")
+    one, two = weights(place, "one"), weights(place, "two")
+    moved = sum(float((one[n] - t).square().sum()) for n, t in start.items() if n in one)
+    apart = sum(float((one[n] - two[n]).square().sum()) for n in one)
+    assert moved > 0.01 and apart < 1e-8 * moved
+    for name, value in results(place, "one").items():
+        if isinstance(value, float):
+            assert results(place, "two")[name] == pytest.approx(value, rel=1e-4), name
+
+
+@pytest.mark.slow
+def test_the_stages_hand_over(place):
+    assert results(place, "warm-up").keys() >= {"retrieval_accuracy", "retrieval_loss"}
+    assert "perplexity" not in results(place, "warm-up")
+    after = results(place, "after")
+    assert after["perplexity"] == pytest.approx(2.718281828 ** after["task_loss"], rel=1e-6)
+    start, end = weights(place, "warm-up"), weights(place, "after")
+    key = "instance_embedding"
+    assert torch.equal(start[key], end[key])  # frozen by default
+    moved = "retrieval_head.pre_decoder.weight"
+    assert not torch.equal(start[moved], end[moved])
+    lines = (place / "one" / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert any("retrieval_accuracy" in record and "loss" in record for record in records)
+
+
+@pytest.mark.slow
+def test_one_instance_is_the_stock_model(place):
+    model = AutoModelForMaskedLM.from_pretrained(place / "plain-run" / "model")
+    assert type(model) is BertForMaskedLM
+    assert results(place, "plain-run")["task_loss"] > 0
+
+
+def batch_of(place: Path, seed: int = 0) -> dict[str, object]:
+    draw = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, 45, (4, LENGTH), generator=draw)
+    labels = ids.where(torch.rand(ids.shape, generator=draw) < 0.4, torch.tensor(-100))
+    slots = torch.randint(INSTANCES, (2, LENGTH), generator=draw)
+    masked = int((labels != -100).sum())
+    return dict(input_ids=ids, labels=labels, slots=slots, masked=masked, positions=slots.numel())
+
+
+def test_the_objective_divides_each_sum_by_its_own_items(bare):
+    model = AutoModelForMaskedLM.from_pretrained(bare / "mux").eval()
+    model.config.task_loss_coeff, model.config.retrieval_loss_coeff = 0.25, 2.0
+    batch = batch_of(bare)
+    objective = MaskedLM(torch.device("cpu"), multiplexed=True, task=True)
+    scored = objective.score(model, batch, (3.0, 5.0))
+    # By hand, from the logits of all positions of each instance.
+    logits = model(batch["input_ids"]).logits
+    task = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum")
+    fed = batch["input_ids"].clone()
+    fed[:, 0] = 2
+    by_instance = logits.view(2, INSTANCES, LENGTH, -1)
+    targets = fed.view(2, INSTANCES, LENGTH).gather(1, batch["slots"][:, None])[:, 0]
+    chosen = by_instance.gather(1, batch["slots"][:, None, :, None].expand(-1, 1, -1, 45))[:, 0]
+    retrieval = F.cross_entropy(chosen.flatten(0, 1), targets.flatten(), reduction="sum")
+    assert scored.loss.item() == pytest.approx(
+        0.25 * task.item() / 3 + 2 * retrieval.item() / 5, rel=1e-5
+    )
+    assert objective.count(batch) == (batch["masked"], 16)
+    assert scored.total.item() == pytest.approx(task.item(), rel=1e-5)
+    assert scored.items.tolist() == [batch["masked"]]
+    right, count = scored.further["retrieval_accuracy"].tolist()
+    assert (right, count) == (float((chosen.argmax(-1) == targets).sum()), 16.0)
+    total, count = scored.further["retrieval_loss"].tolist()
+    assert total == pytest.approx(retrieval.item(), rel=1e-5) and count == 16
+
+
+def test_the_stock_model_is_scored_alike(bare):
+    model, batch = AutoModelForMaskedLM.from_pretrained(bare / "plain").eval(), batch_of(bare, 1)
+    scored = MaskedLM(torch.device("cpu"), multiplexed=False, task=True).score(
+        model, batch, (4.0, 1.0)
+    )
+    mean = model(input_ids=batch["input_ids"], labels=batch["labels"]).loss.item()
+    assert scored.loss.item() == pytest.approx(mean * batch["masked"] / 4, rel=1e-5)
+    assert not scored.further
+
+
+@pytest.mark.parametrize(
+    ("model", "mux", "told"),
+    [
+        ("gone", {}, "none of small, base, large, 1.3b"),
+        ("mux", {"num_instances": 5}, "--num_instances 5: the model in .* has 2"),
+        ("plain", {}, "--num_instances 2: the model in .* has 1"),
+    ],
+)
+def test_models_that_do_not_fit_are_refused(bare, model, mux, told):
+    data = DataBin(bare / "bin")
+    args = ModelArgs(model=str(bare / model) if (bare / model).exists() else model)
+    with pytest.raises(UserError, match=told):
+        encoder_config(args, MuxArgs(**{"num_instances": INSTANCES, **mux}), data, LENGTH)
+
+
+def test_positions_and_vocabulary_must_suffice(bare):
+    data = DataBin(bare / "bin")
+    with pytest.raises(UserError, match="8 positions; the data need 45 and 9"):
+        encoder_config(
+            ModelArgs(model=str(bare / "mux")), MuxArgs(num_instances=INSTANCES), data, 9
+        )
+
+
+def test_named_sizes_take_flags(bare):
+    mux = MuxArgs(num_instances=5, retrieval_loss_coeff=1.0, task_loss_coeff=0.0)
+    config = encoder_config(
+        ModelArgs(model="base", num_hidden_layers=3), mux, DataBin(bare / "bin"), 8
+    )
+    assert (config.num_hidden_layers, config.hidden_size, config.vocab_size) == (3, 768, 45)
+    assert (config.num_instances, config.retrieval_loss_coeff) == (5, 1.0)
+    masking = masking_of(DataBin(bare / "bin"), mux)
+    assert masking.mask_id == 4 and set(masking.special_ids) == {0, 2, 3, 4}
