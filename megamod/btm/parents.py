@@ -126,6 +126,8 @@ def forest_sources(
     if prior is not None:
         weights = list(read_prior(Path(prior), domains).weights)
     weights = check_weights(weights, len(domains))
+    if topk > len(domains):
+        raise UserError(f"--topk {topk}: there are only {len(domains)} experts")
     best = sorted(range(len(domains)), key=lambda place: -weights[place])[: topk or len(domains)]
     kept = [place for place in sorted(best) if weights[place]]
     sources = [

@@ -268,6 +268,7 @@ def test_bad_choices_are_refused_and_change_nothing(tmp_path):
         (lambda: find_source(mixed), "--member must be one of law, code, art"),
         (lambda: find_source(law, member="law"), "one dense model"),
         (lambda: forest_sources(mixed, only=["tax"]), "no expert of domain 'tax'"),
+        (lambda: forest_sources(mixed, topk=9), "--topk 9: there are only 3 experts"),
         (lambda: check_weights([1.0], 2), "1 are given, there are 2"),
         (lambda: check_weights([1.0, -1.0], 2), "sum not 0"),
         (lambda: check_weights([float("nan")], 1), "finite"),
