@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import megamod  # noqa: F401  (makes the models known)
 from megamod.errors import UserError
+from megamod.states.convert import FORMATS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GOLDEN = REPOSITORY.parent / "shared" / "golden" / "demix_btm"
@@ -195,4 +196,5 @@ def test_help_lists_the_formats_without_loading_torch():
         "except SystemExit: print([m for m in ('torch', 'transformers') if m in sys.modules])"
     )
     told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout
-    assert told.rstrip().endswith("[]") and "--format {fairseq_lm," in told
+    assert told.rstrip().endswith("[]")
+    assert "--format {" + ",".join(FORMATS) + "}" in told
