@@ -69,8 +69,9 @@ def parse_arguments() -> argparse.Namespace:
         "--tokenizer",
         required=True,
         metavar="T",
-        help="sentencepiece:VOCAB to train one on the train splits; a SentencePiece .model file; a "
-        "folder with encoder.json, vocab.bpe and dict.txt (GPT-2 with the ids of fairseq); or a "
+        help="sentencepiece:VOCAB, or wordpiece:VOCAB for encoders, to train one on the train "
+        "splits; a SentencePiece .model file; a folder with encoder.json, vocab.bpe and dict.txt "
+        "(GPT-2 with the ids of fairseq); or a "
         "Hugging Face folder or name",
     )
     add("--output_dir", required=True, type=Path, metavar="DATABIN", help="folder to make")

@@ -29,8 +29,7 @@ from megamod.data.pool import Encode, encoder
 from megamod.data.tokenizers import (
     Tokenizer,
     load_tokenizer,
-    train_sentencepiece,
-    trained_vocab_size,
+    trainer_of,
 )
 from megamod.errors import UserError
 from megamod.files import sha256, sync_folder, sync_tree, write_json
@@ -120,15 +119,15 @@ def binarize(
         name: open_source(spec, field=field, encoding_errors=encoding_errors, seed=seed)
         for name, spec in inputs.items()
     }
-    size = None
+    train = None
     if not isinstance(tokenizer, Tokenizer):
-        size = trained_vocab_size(str(tokenizer))
-        tokenizer = tokenizer if size is not None else load_tokenizer(tokenizer)
+        train = trainer_of(str(tokenizer))
+        tokenizer = tokenizer if train is not None else load_tokenizer(tokenizer)
     gpt2 = isinstance(tokenizer, Tokenizer) and tokenizer.kind == "gpt2"
     items = items or ("line" if gpt2 else "document")
     tallies = {name: _scan(name, source, items) for name, source in sources.items()}
     if not isinstance(tokenizer, Tokenizer):
-        tokenizer = train_sentencepiece(_sample(sources, tallies), size)
+        tokenizer = train(_sample(sources, tallies))
     header = {
         "format": FORMAT,
         "tokenizer": {"kind": tokenizer.kind, "digest": tokenizer.digest},

@@ -7,9 +7,10 @@ through `transformers.AutoTokenizer`, and a worker process needs nothing but a J
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,10 +25,10 @@ if TYPE_CHECKING:
     import tokenizers
     from transformers import PreTrainedTokenizerFast
 
-TRAINED = "sentencepiece:"
 SENTENCEPIECE_FILE = "sentencepiece.model"
 GPT2_FILES = ("encoder.json", "vocab.bpe", "dict.txt")
 FAIRSEQ_SYMBOLS = ("<s>", "<pad>", "</s>", "<unk>")
+ALPHABET = 1000  # characters that trained word pieces are made of
 LONGEST = 1 << 20  # characters encoded at once: bounds the memory a huge document takes
 
 
@@ -194,25 +195,69 @@ def train_sentencepiece(
     Raises:
         UserError: if the texts cannot give that many pieces, or need more.
     """
-    content = sentencepiece_model.train(texts, vocab_size, f"--tokenizer {TRAINED}{vocab_size}")
-    made = _sentencepiece(content, f"{TRAINED}{vocab_size}")
+    name = f"sentencepiece:{vocab_size}"
+    made = _sentencepiece(sentencepiece_model.train(texts, vocab_size, f"--tokenizer {name}"), name)
     if folder is not None:
         made.save(folder)
     return made
 
 
-def trained_vocab_size(spec: str) -> int | None:
-    """VOCAB of `sentencepiece:VOCAB`, or None if the tokenizer exists already.
+def train_wordpiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Train the lower-casing word pieces of BERT, for encoders.
+
+    Ids are 0 [PAD], 1 [UNK], 2 [CLS], 3 [SEP], 4 [MASK], then characters and pieces. Training is
+    deterministic.
+
+    Args:
+        texts: documents; hand over some megabytes, not a corpus.
+        vocab_size: number of ids at most; fewer if the texts give no more.
+
+    Raises:
+        UserError: if the characters alone are more.
+    """
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import BertTokenizerFast
+
+    backend = BertWordPieceTokenizer(lowercase=True)
+    normal = map(backend.normalizer.normalize_str, texts)
+    words = Counter(
+        word for text in normal for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)
+    )
+    # Characters inside words get their ids in the order of a hash table, and ties between pieces
+    # are decided by ids: so they are named beforehand, as if they were special tokens.
+    counts = Counter(character for word in words for character in word[1:])
+    inside = [f"##{character}" for character, _ in counts.most_common(ALPHABET)]
+    backend.train_from_iterator(
+        words.elements(),
+        vocab_size=vocab_size,
+        show_progress=False,
+        limit_alphabet=ALPHABET,
+        special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(inside)],
+    )
+    vocab = backend.get_vocab(with_added_tokens=True)
+    if len(vocab) > vocab_size:
+        raise UserError(
+            f"--tokenizer wordpiece:{vocab_size}: special tokens and characters alone are "
+            f"{len(vocab)} ids"
+        )
+    return _of_fast(BertTokenizerFast(vocab=vocab), f"wordpiece:{vocab_size}")
+
+
+TRAINERS = {"sentencepiece": train_sentencepiece, "wordpiece": train_wordpiece}
+
+
+def trainer_of(spec: str) -> "Callable[[Iterable[str]], Tokenizer] | None":
+    """What trains the tokenizer `KIND:VOCAB` on texts; None if the tokenizer exists already.
 
     Raises:
         UserError: if VOCAB is not a number.
     """
-    if not spec.startswith(TRAINED):
+    kind, _, number = spec.partition(":")
+    if kind not in TRAINERS or ":" not in spec:
         return None
-    number = spec.removeprefix(TRAINED)
     if not re.fullmatch("[0-9]{1,7}", number):
-        raise UserError(f"--tokenizer {spec}: write the number of ids, as in {TRAINED}4096")
-    return int(number)
+        raise UserError(f"--tokenizer {spec}: write the number of ids, as in {kind}:4096")
+    return partial(TRAINERS[kind], vocab_size=int(number))
 
 
 def _cut(text: str) -> Iterator[str]:
@@ -241,11 +286,16 @@ def _huggingface(spec: str) -> Tokenizer:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
             f"--tokenizer {spec}: no tokenizer there. Allowed are a Hugging Face folder or name, a "
-            f"folder with {', '.join(GPT2_FILES)}, a SentencePiece .model file and {TRAINED}VOCAB. "
+            f"folder with {', '.join(GPT2_FILES)}, a SentencePiece .model file, and "
+            f"{' or '.join(f'{kind}:VOCAB' for kind in TRAINERS)}. "
             f"({reason})"
         ) from error
     if not fast.is_fast:
         raise UserError(f"--tokenizer {spec}: only fast tokenizers (tokenizer.json) are read")
+    return _of_fast(fast, spec)
+
+
+def _of_fast(fast: "PreTrainedTokenizerFast", spec: str) -> Tokenizer:
     eos = _first(fast.eos_token_id, fast.sep_token_id)
     if eos is None:
         raise UserError(f"--tokenizer {spec}: it defines neither an eos nor a sep token")

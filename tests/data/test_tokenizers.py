@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
 from megamod.data import tokenizers
-from megamod.data.tokenizers import load_tokenizer, train_sentencepiece, trained_vocab_size
+from megamod.data.tokenizers import load_tokenizer, train_sentencepiece, train_wordpiece, trainer_of
 from megamod.errors import UserError
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "tokenizers"
@@ -90,10 +90,27 @@ def test_training_errors_are_the_users():
         train_sentencepiece(["a few words"], 4096)
     with pytest.raises(UserError, match=r"sentencepiece:100: .*smaller than required"):
         train_sentencepiece(CODE, 100)
-    assert trained_vocab_size("sentencepiece:4096") == 4096
-    assert trained_vocab_size("some/folder") is None
-    with pytest.raises(UserError, match="sentencepiece:4k"):
-        trained_vocab_size("sentencepiece:4k")
+    assert trainer_of("some/folder") is trainer_of("sentencepiece") is None
+    with pytest.raises(UserError, match="sentencepiece:4k: write the number of ids"):
+        trainer_of("sentencepiece:4k")
+    with pytest.raises(UserError, match=r"wordpiece:20: .* alone are \d+ ids"):
+        train_wordpiece(CODE, 20)
+
+
+def test_trained_word_pieces_are_those_of_a_bert_tokenizer(tmp_path):
+    made = trainer_of("wordpiece:600")(CODE)
+    assert list(made.special_ids.values()) == [2, 0, 3, 1]
+    assert made.vocab_size == 600
+    assert train_wordpiece(CODE, 600).digest == made.digest
+    made.save(tmp_path)
+    again = load_tokenizer(tmp_path)
+    text = "def Encode(self, value): return json.dumps(value)"
+    assert again.encode_batch([text])[0].tolist() == made.encode_batch([text])[0].tolist()
+    assert again.original.mask_token_id == 4
+    ids = again.original(text)["input_ids"]
+    assert ids == [2, *made.encode_batch([text.lower()])[0].tolist(), 3]
+    pieces = again.original.tokenize("encoding")
+    assert "".join(piece.removeprefix("##") for piece in pieces) == "encoding"
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
