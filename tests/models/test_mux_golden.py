@@ -1,0 +1,113 @@
+"""Multiplexed models against tensors recorded from the original programs."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import CONFIG_MAPPING, PreTrainedModel
+
+from megamod.models import mux_bert, mux_electra, mux_generator, mux_roberta
+from megamod.states.convert.datamux import convert
+
+GOLDEN = Path(__file__).resolve().parents[2].parent / "shared" / "golden" / "mux"
+CASES = sorted(p.name for p in GOLDEN.glob("*")) if GOLDEN.is_dir() else []
+CLASSES = {
+    name: member
+    for module in (mux_bert, mux_electra, mux_generator, mux_roberta)
+    for name, member in vars(module).items()
+    if isinstance(member, type)
+}
+WRAPPER = "discriminator."
+
+
+@pytest.fixture(scope="module", params=CASES or ["none recorded"])
+def case(request):
+    """Model, configuration and recorded tensors of one case."""
+    if not CASES:
+        pytest.skip(f"recorded tensors are not at {GOLDEN}")
+    folder = GOLDEN / request.param
+    converted = convert(folder)
+    fields = {k: v for k, v in converted.config.items() if k not in ("architectures", "model_type")}
+    config = CONFIG_MAPPING[converted.config["model_type"]](**fields)
+    model: PreTrainedModel = CLASSES[converted.config["architectures"][0]](config)
+    missing, unexpected = model.load_state_dict(converted.state, strict=False)
+    # A masked LM has no use for the demultiplexer of tasks.
+    unused = ("demultiplexer.",) if "MaskedLM" in type(model).__name__ else ()
+    assert all(key.startswith(unused) for key in unexpected) and (unused or not unexpected)
+    tied = set(model.all_tied_weights_keys)
+    assert set(missing) <= tied
+    model.tie_weights()
+    return model.eval(), load_file(folder / "io.safetensors")
+
+
+def inputs_of(recorded: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the model was given, and the instances that it drew."""
+    given = {k.removeprefix("in."): v for k, v in recorded.items() if k.startswith("in.")}
+    given["retrieval_slots"] = recorded["mid.retrieval_instance_labels"]
+    if "out.sampled_input_ids" in recorded:
+        given["random_ids"] = recorded["out.sampled_input_ids"]
+    return given
+
+
+def scored(recorded: dict[str, Tensor], prefix: int) -> Tensor:
+    """Rows of masked-LM logits that the original computed."""
+    labels = recorded["in.labels"]
+    if prefix:
+        labels = torch.nn.functional.pad(labels, (prefix, -prefix), value=-100)
+    return labels != -100
+
+
+def test_as_recorded(case):
+    model, recorded = case
+    given = inputs_of(recorded)
+    before = {name: tensor.clone() for name, tensor in given.items()}
+    model.config.output_logits = True
+    output = model(**given)
+    assert all(torch.equal(given[name], tensor) for name, tensor in before.items())
+
+    logits = recorded.get("out.logits", recorded.get("out.disc_logits"))
+    ours = output.logits
+    if logits.dim() == 3 and logits.shape[-1] == model.config.vocab_size:
+        at = scored(recorded, model.config.prefix_length)
+        logits, ours = logits[at], ours[at]
+    assert ours.shape == logits.shape
+    assert (ours - logits).abs().max() <= 1e-5
+    for name in ("loss", "task_loss", "retrieval_loss"):
+        if f"out.{name}" in recorded:
+            assert abs(output[name] - recorded[f"out.{name}"]) <= 1.5e-5, name
+    if "out.disc_loss" in recorded:
+        assert torch.equal(output.input_ids, recorded["out.sampled_input_ids"])
+        assert torch.equal(output.corrupted, recorded["out.corruption_applied"].bool())
+        assert abs(output.task_loss - recorded["out.disc_loss"]) <= 1.5e-5
+
+    model.zero_grad()
+    model.instance_embedding.requires_grad_()
+    model(**given).loss.backward()
+    parameters = dict(model.named_parameters())
+    names = [name for name in recorded if name.startswith("grad.")]
+    assert names
+    for name in names:
+        gradient, expected = parameters[ours_of(name)].grad, recorded[name]
+        assert (gradient - expected).abs().max() <= 1e-5 * expected.abs().max(), name
+
+
+def ours_of(name: str) -> str:
+    """Our name of a recorded gradient."""
+    return name.removeprefix("grad.").removeprefix(WRAPPER)
+
+
+def test_without_labels_the_same_logits(case):
+    model, recorded = case
+    if "out.logits" not in recorded:
+        return  # the wrapper is for training alone
+    given = {k: v for k, v in inputs_of(recorded).items() if k not in ("labels", "retrieval_slots")}
+    with torch.no_grad():
+        ours = model(**given).logits
+    expected = recorded["out.logits"]
+    if expected.dim() == 3 and expected.shape[-1] == model.config.vocab_size:
+        at = scored(recorded, model.config.prefix_length)
+        expected, ours = expected[at], ours[at]
+    assert len(ours) == len(expected) > 0
+    assert (ours - expected).abs().max() <= 1e-5
