@@ -14,19 +14,23 @@ __version__ = "0.1.0"
 
 
 def _register_configurations(auto: ModuleType) -> None:
+    from megamod.models.ca_mtl_configuration import CaMtlConfig
     from megamod.models.configuration import DemixConfig, ForestConfig
     from megamod.models.mux_configuration import MuxBertConfig, MuxElectraConfig, MuxRobertaConfig
 
     of_mux = (MuxBertConfig, MuxElectraConfig, MuxRobertaConfig)
-    for configuration in (DemixConfig, ForestConfig, *of_mux):
+    for configuration in (CaMtlConfig, DemixConfig, ForestConfig, *of_mux):
         auto.AutoConfig.register(configuration.model_type, configuration)
 
 
 def _register_models(auto: ModuleType) -> None:
+    from megamod.models.ca_mtl import CaMtlForMultiTask
+    from megamod.models.ca_mtl_configuration import CaMtlConfig
     from megamod.models.configuration import DemixConfig, ForestConfig
     from megamod.models.demix_lm import DemixForCausalLM, DemixModel
     from megamod.models.forest_lm import ForestForCausalLM
 
+    auto.AutoModel.register(CaMtlConfig, CaMtlForMultiTask)
     auto.AutoModel.register(DemixConfig, DemixModel)
     auto.AutoModelForCausalLM.register(DemixConfig, DemixForCausalLM)
     auto.AutoModelForCausalLM.register(ForestConfig, ForestForCausalLM)

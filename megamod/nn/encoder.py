@@ -79,13 +79,24 @@ class EncoderLayer(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, queries: int | None = None) -> Tensor:
-        """One block.
+        """One block: [B, L, D] -> [B, queries or L, D]; arguments as of `attend`."""
+        return self.feed(self.attend(x, mask, queries))
+
+    def attend(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        queries: int | None = None,
+        conditions: tuple[Tensor, ...] = (),
+    ) -> Tensor:
+        """The first half.
 
         Args:
             x: [B, L, D].
             mask: broadcastable to [B, 1, L, L] over queries and keys: bool, True where a key is
                 seen, or float, added to the scores; None if all see all.
             queries: compute the first so many positions only; they still see all of x.
+            conditions: what the norm is given besides.
         Returns:
             [B, queries or L, D].
         """
@@ -104,11 +115,17 @@ class EncoderLayer(nn.Module):
             attn_mask=mask if mask is None or mask.dtype == torch.bool else mask.to(query.dtype),
             dropout_p=self.attention_dropout if self.training else 0.0,
         )
-        x = self._residual(self.attention["output"], mixed.transpose(1, 2).flatten(2), asked)
-        return self._residual(self.output, F.gelu(self.intermediate["dense"](x)), x)
+        mixed = mixed.transpose(1, 2).flatten(2)
+        return self._residual(self.attention["output"], mixed, asked, conditions)
 
-    def _residual(self, part: nn.ModuleDict, given: Tensor, x: Tensor) -> Tensor:
-        return part["LayerNorm"](self.dropout(part["dense"](given)) + x)
+    def feed(self, x: Tensor, conditions: tuple[Tensor, ...] = ()) -> Tensor:
+        """The second half, of which every position is alone: [B, L, D] -> [B, L, D]."""
+        return self._residual(self.output, F.gelu(self.intermediate["dense"](x)), x, conditions)
+
+    def _residual(
+        self, part: nn.ModuleDict, given: Tensor, x: Tensor, conditions: tuple[Tensor, ...]
+    ) -> Tensor:
+        return part["LayerNorm"](self.dropout(part["dense"](given)) + x, *conditions)
 
 
 class Encoder(nn.Module):

@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # `--help` lists the formats, and torch takes seconds to load
     from torch import Tensor
 
 FORMATS = {
+    "ca_mtl": "CA-MTL: many tasks on a conditional BERT; --domains are the names of the tasks",
     "datamux": "multiplexed encoders: MUX-BERT, MUX-ELECTRA, DataMUX on RoBERTa",
     "fairseq_lm": "causal language models of fairseq: dense, one expert (ELM), or DEMix",
     "opt": "OPTForCausalLM of transformers, for use without megamod (with --export only)",
@@ -33,7 +34,7 @@ class Options:
 
     Attributes:
         domains: names of the experts in rank order; of a dense model, what it was trained on; for
-            an export to one dense model, the expert that is meant.
+            an export to one dense model, the expert that is meant; of CA-MTL, names of the tasks.
         num_attention_heads: heads per layer; None: as the checkpoint's settings say.
     """
 

@@ -1,0 +1,102 @@
+"""The encoder of CA-MTL: BERT's blocks with a task-dependent bias on attention, and more above.
+
+Source: Pilault et al. 2021 (CA-MTL), section 2 and figure 2; names and order of its release.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from megamod.nn.conditioning import (
+    Adapter,
+    Bottleneck,
+    ConditionalLayerNorm,
+    Film,
+    block_bias,
+    block_shape,
+)
+from megamod.nn.encoder import EncoderLayer
+
+
+class ConditionalLayer(EncoderLayer):
+    """BERT's block with conditional attention.
+
+    Args:
+        norms: whether its LayerNorms are conditional as well.
+        adapter: whether an adapter stands at its end.
+    """
+
+    def __init__(self, config: PreTrainedConfig, norms: bool, adapter: bool = False):
+        super().__init__(config)
+        size, eps, length = config.hidden_size, config.layer_norm_eps, config.max_seq_length
+        _, width = block_shape(size, length)
+        attention = self.attention["self"]
+        attention.register_parameter(
+            "random_weight_matrix", nn.Parameter(torch.zeros(length, width))
+        )
+        attention["cond_block_diag_attn"] = Film(size, width)
+        self.norms = norms
+        if norms:
+            for part in (self.attention["output"], self.output):
+                part["LayerNorm"] = ConditionalLayerNorm(size, eps)
+        self.adapter = Adapter(size, eps) if adapter else None
+
+    def forward(self, x: Tensor, mask: Tensor | None, tasks: Tensor, task_of: Tensor) -> Tensor:
+        """One block.
+
+        Args:
+            x: [B, L, D].
+            mask: float, broadcastable to [B, 1, L, L], added to attention scores.
+            tasks: [T, D], a vector per task.
+            task_of: [B], task of each row.
+        Returns:
+            [B, L, D].
+        """
+        attention = self.attention["self"]
+        factor, shift = attention["cond_block_diag_attn"](tasks)
+        bias = block_bias(attention.random_weight_matrix, factor, shift, x.shape[1])
+        bias = bias[task_of][:, None]
+        conditions = (tasks, task_of) if self.norms else ()
+        attended = self.attend(
+            x, bias if mask is None else bias + mask.to(bias.dtype), conditions=conditions
+        )
+        x = self.feed(attended, conditions)
+        # The adapter's residual is the state behind attention, not the one behind the block.
+        return x if self.adapter is None else self.adapter(x, attended, tasks, task_of)
+
+
+class ConditionalEncoder(nn.Module):
+    """The stacks of CA-MTL.
+
+    "base": the upper half of the blocks has conditional norms, the last block an adapter.
+    "large": likewise without an adapter; beside the blocks runs a sum of bottlenecks, which is what
+    comes out.
+    """
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__()
+        depth, size = config.num_hidden_layers, config.hidden_size
+        lower = depth // 2 + depth % 2
+        base = config.variant == "base"
+        self.task_transformation = nn.Linear(size, size)
+        self.layer = nn.ModuleList(
+            ConditionalLayer(config, i >= lower, adapter=base and i == depth - 1)
+            for i in range(depth)
+        )
+        if not base:
+            self.adapter_layer = nn.ModuleList(Bottleneck(size) for _ in range(depth))
+        self.gradient_checkpointing = False
+
+    def forward(self, x: Tensor, mask: Tensor | None, tasks: Tensor, task_of: Tensor) -> Tensor:
+        """Arguments and result as of `ConditionalLayer`; `tasks` are embeddings of tasks."""
+        tasks = self.task_transformation(tasks)
+        side = None
+        for number, layer in enumerate(self.layer):
+            if self.gradient_checkpointing and self.training:
+                x = self._gradient_checkpointing_func(layer.__call__, x, mask, tasks, task_of)
+            else:
+                x = layer(x, mask, tasks, task_of)
+            if hasattr(self, "adapter_layer"):
+                given = x if side is None else x + side
+                side = self.adapter_layer[number](given, tasks, task_of)
+        return x if side is None else side

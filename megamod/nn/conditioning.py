@@ -1,0 +1,124 @@
+"""Layers that a task conditions. What depends on the task alone is computed once per task.
+
+Tasks are few and rows are many: so each layer makes a table with a row per task, and takes from it
+by the task of each row of the batch. All parameters have a part in every batch, whichever tasks
+are in it, which is what ZeRO 3 needs.
+
+Parameters have the names of the release. Source: Pilault et al. 2021 (CA-MTL), section 2.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Film(nn.Module):
+    """Feature-wise modulation: a linear layer from the task vector to a factor and a shift.
+
+    Source: Perez et al. 2018 (FiLM); with 1 + factor, as in the release of CA-MTL.
+    """
+
+    def __init__(self, condition_size: int, size: int):
+        super().__init__()
+        self.gb_weights = nn.Linear(condition_size, 2 * size)
+
+    def forward(self, condition: Tensor) -> tuple[Tensor, Tensor]:
+        """Task vectors [T, D] -> factors, 1 included, and shifts, [T, size] each."""
+        factor, shift = self.gb_weights(condition).chunk(2, -1)
+        return 1 + factor, shift
+
+
+class ConditionalLayerNorm(nn.Module):
+    """LayerNorm whose weight is modulated by the task; its bias is not.
+
+    Source: Pilault et al. 2021, section 2.3, and its release.
+    """
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+        self.bias = nn.Parameter(torch.zeros(size))
+        self.ln_weight_modulation = Film(size, size)
+
+    def forward(self, x: Tensor, tasks: Tensor, task_of: Tensor) -> Tensor:
+        """Normalise each position.
+
+        Args:
+            x: [B, L, D].
+            tasks: [T, D], a vector per task.
+            task_of: [B], task of each row.
+        Returns:
+            [B, L, D].
+        """
+        factor, shift = self.ln_weight_modulation(tasks)
+        weight = (factor * self.weight + shift)[task_of][:, None]
+        return F.layer_norm(x, x.shape[-1:], eps=self.eps) * weight + self.bias
+
+
+class Bottleneck(nn.Module):
+    """Two linear layers through D // 3 features, the task modulating what goes in.
+
+    Source: Pilault et al. 2021, section 2.4; linear and without a residual, as in the release.
+    """
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.emb_transf = nn.Linear(size, size)
+        self.hidden_modulation = Film(size, size)
+        self.down_proj_layer = nn.Linear(size, size // 3)
+        self.up_proj_layer = nn.Linear(size // 3, size)
+
+    def forward(self, x: Tensor, tasks: Tensor, task_of: Tensor) -> Tensor:
+        """Arguments and result as of `ConditionalLayerNorm`."""
+        factor, shift = self.hidden_modulation(self.emb_transf(tasks))
+        x = x * factor[task_of][:, None] + shift[task_of][:, None]
+        return self.up_proj_layer(self.down_proj_layer(x))
+
+
+class Adapter(nn.Module):
+    """A bottleneck whose sum with a residual is normalised."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.bottleneck = Bottleneck(size)
+        self.condlayernorm = ConditionalLayerNorm(size, eps)
+
+    def forward(self, x: Tensor, residual: Tensor, tasks: Tensor, task_of: Tensor) -> Tensor:
+        """[B, L, D] and [B, L, D] -> [B, L, D]."""
+        x = self.bottleneck(x, tasks, task_of) + residual
+        return self.condlayernorm(x, tasks, task_of)
+
+
+def block_shape(size: int, length: int) -> tuple[int, int]:
+    """Number of attention blocks and their width, for hidden size D and sequences of L tokens.
+
+    Raises:
+        ValueError: if L does not divide D.
+    """
+    if length < 1 or size % length:
+        raise ValueError(f"max_seq_length {length} does not divide hidden_size {size}")
+    blocks = size // length
+    return blocks, -(-length // blocks)
+
+
+def block_bias(matrix: Tensor, factor: Tensor, shift: Tensor, length: int) -> Tensor:
+    """What a task adds to attention scores: blocks along the diagonal, 0 elsewhere.
+
+        bias[t, r, c] = factor[t, c mod w] * matrix[r, c mod w] + shift[t, c mod w]
+
+    where r // w = c // w, so the last block is cut off where the sequence ends.
+
+    Args:
+        matrix: [L, w].
+        factor, shift: [T, w].
+        length: S <= L, of the sequences at hand.
+    Returns:
+        [T, S, S].
+    Source: Pilault et al. 2021, section 2.1, conditional attention; closed form of the release.
+    """
+    width = matrix.shape[1]
+    place = torch.arange(length, device=matrix.device)
+    blocks = factor[:, None] * matrix[:length] + shift[:, None]  # [T, S, w]
+    same = place[:, None] // width == place // width
+    return blocks[:, :, place % width] * same

@@ -1,0 +1,167 @@
+"""CA-MTL: checkpoints of the release, folders with config.json and pytorch_model.bin.
+
+The variant, the longest sequence and the number of labels are read from the weights; the names of
+the tasks are told (`domains`), in the order of the ids. What differs from our names: the heads,
+which are one tensor here, and the last block of "base", whose parts are called new_... there.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megamod.errors import UserError
+from megamod.files import write_json
+from megamod.states.convert import NO_OPTIONS, Converted, Options
+from megamod.states.convert.reading import read_checkpoint
+from megamod.states.weights import DENSE_FILE, read_weights, write_tensors
+
+_FILES = ("model.safetensors", "pytorch_model.bin", "state.safetensors")
+_STOCK = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+_STOCK += ("intermediate_size", "max_position_embeddings", "type_vocab_size")
+_MORE = ("hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range")
+_MORE += ("layer_norm_eps", "pad_token_id")
+_HEAD = re.compile(r"decoders\.(\d{1,4})\.model\.(weight|bias)")
+_NEW = ("attention", "intermediate", "output")
+
+
+def convert(source: Path, options: Options = NO_OPTIONS) -> Converted:
+    """Read a checkpoint and give its tensors our names.
+
+    Args:
+        source: see the head of this module, or the file of the weights.
+        options: `domains` are the names of the tasks, in the order of their ids.
+    Raises:
+        UserError: for fields, heads or names that are missing or do not fit each other.
+    """
+    file = _weight_file(Path(source))
+    path = file.parent / "config.json"
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        fields = {name: settings[name] for name in (*_STOCK, *_MORE) if name in settings}
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    if lacking := [name for name in _STOCK if name not in fields]:
+        raise UserError(f"{path}: {lacking[0]} is missing")
+    found = read_checkpoint(file).tensors
+    last = fields["num_hidden_layers"] - 1
+    state, used, dropped = {}, [], {}
+    heads: dict[tuple[int, str], Tensor] = {}
+    for key, tensor in found.items():
+        if head := _HEAD.fullmatch(key):
+            heads[int(head[1]), head[2]] = tensor
+            used.append(key)
+        elif key.startswith("bert.") and not key.endswith("position_ids"):
+            state[_ours(key, last)] = tensor
+            used.append(key)
+        else:
+            dropped[key] = "counts from 0" if key.endswith("position_ids") else "no part of CA-MTL"
+    sizes = _bank(state, heads, fields["hidden_size"], file)
+    tasks = list(options.domains) or [f"task{number}" for number in range(len(sizes))]
+    if len(tasks) != len(sizes):
+        raise UserError(
+            f"--domains {' '.join(tasks)}: {len(tasks)} names of tasks, the checkpoint has "
+            f"{len(sizes)} heads"
+        )
+    variant, length = _variant(state, settings)
+    config = {
+        "model_type": "ca_mtl",
+        "architectures": ["CaMtlForMultiTask"],
+        **fields,
+        "variant": variant,
+        "max_seq_length": length,
+        "tasks": tasks,
+        "task_kinds": ["regression" if size == 1 else "sequence" for size in sizes],
+        "task_labels": [[str(n) for n in range(size)] if size > 1 else [] for size in sizes],
+    }
+    told = {} if options.domains else {"names of the tasks": f"{', '.join(tasks)} (--domains)"}
+    return Converted(config, state, used, dropped, told)
+
+
+def export(source: Path, folder: Path, options: Options = NO_OPTIONS) -> list[Path]:
+    """Write a model folder of ours in the release's keys.
+
+    Returns:
+        the files.
+    Raises:
+        UserError: if the folder is not a CA-MTL model, or has heads that the release lacks.
+    """
+    try:
+        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source}: is not a CA-MTL model: {error}") from error
+    if config.get("model_type") != "ca_mtl":
+        raise UserError(f"{source}: is of type {config.get('model_type')!r}, not ca_mtl")
+    if "token" in config["task_kinds"]:
+        raise UserError(f"{source}: the release has no heads for labels of tokens")
+    state, base = read_weights(source), config["variant"] == "base"
+    last = config["num_hidden_layers"] - 1
+    tensors = {
+        (_theirs(key, last) if base else key): tensor
+        for key, tensor in state.items()
+        if key.startswith("bert.")
+    }
+    for task, labels in enumerate(config["task_labels"]):
+        for kind in ("weight", "bias"):
+            rows = state[f"heads.{kind}"][task, : len(labels) or 1]
+            tensors[f"decoders.{task}.model.{kind}"] = rows.contiguous()
+    write_tensors(folder / DENSE_FILE, tensors, {"format": "pt"})
+    fields = {name: config[name] for name in (*_STOCK, *_MORE) if name in config}
+    fields |= {"model_type": "bert", "num_tasks": len(config["tasks"])}
+    write_json(folder / "config.json", fields | {"max_seq_length": config["max_seq_length"]})
+    return [folder / DENSE_FILE, folder / "config.json"]
+
+
+def _ours(key: str, last: int) -> str:
+    start = f"bert.encoder.layer.{last}.new_"
+    return key.replace(start, start.removesuffix("new_"), 1) if key.startswith(start) else key
+
+
+def _theirs(key: str, last: int) -> str:
+    start = f"bert.encoder.layer.{last}."
+    part = key.removeprefix(start).split(".")[0]
+    if key.startswith(start) and part in _NEW:
+        return f"{start}new_{key.removeprefix(start)}"
+    return key
+
+
+def _weight_file(source: Path) -> Path:
+    if source.is_file():
+        return source
+    found = [source / name for name in _FILES if (source / name).is_file()]
+    if not found:
+        raise UserError(f"--input {source}: there is none of {', '.join(_FILES)}")
+    return found[0]
+
+
+def _bank(
+    state: dict[str, Tensor], heads: Mapping[tuple[int, str], Tensor], size: int, file: Path
+) -> list[int]:
+    """Put all heads into one tensor; their numbers of labels."""
+    count = 1 + max((task for task, _ in heads), default=-1)
+    for task in range(count):
+        for kind, shape in (("weight", 2), ("bias", 1)):
+            head = heads.get((task, kind))
+            if head is None or head.dim() != shape or (shape == 2 and head.shape[1] != size):
+                raise UserError(f"{file}: decoders.{task}.model.{kind} is missing or misshapen")
+    if not count:
+        raise UserError(f"{file}: there is no head (decoders.0.model.weight)")
+    sizes = [len(heads[task, "bias"]) for task in range(count)]
+    state["heads.weight"] = torch.zeros(count, max(sizes), size)
+    state["heads.bias"] = torch.zeros(count, max(sizes))
+    for task, rows in enumerate(sizes):
+        state["heads.weight"][task, :rows] = heads[task, "weight"]
+        state["heads.bias"][task, :rows] = heads[task, "bias"]
+    return sizes
+
+
+def _variant(state: Mapping[str, Tensor], settings: Mapping[str, object]) -> tuple[str, int]:
+    """The variant and the longest sequence, as the weights show them."""
+    if "bert.task_type_embeddings.weight" not in state:
+        return "plain", int(settings.get("max_seq_length", 128))
+    matrix = state["bert.encoder.layer.0.attention.self.random_weight_matrix"]
+    large = any(key.startswith("bert.encoder.adapter_layer.0.") for key in state)
+    return "large" if large else "base", len(matrix)

@@ -1,0 +1,266 @@
+"""CA-MTL against tensors recorded from the original program, and properties of its parts."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import BertConfig, BertModel
+
+from megamod.models.ca_mtl import CaMtlForMultiTask
+from megamod.models.ca_mtl_configuration import CaMtlConfig
+from megamod.nn.conditioning import Film, block_bias, block_shape
+from megamod.states.convert import Options
+from megamod.states.convert.ca_mtl import convert, export
+from megamod.states.weights import write_weights
+
+GOLDEN = Path(__file__).resolve().parents[2].parent / "shared" / "golden" / "camtl"
+CASES = sorted(one.parent.name for one in GOLDEN.glob("*/state.safetensors"))
+REGRESSION = ("sts-b",)
+SMALL = dict(
+    vocab_size=50,
+    hidden_size=32,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    intermediate_size=48,
+    max_position_embeddings=16,
+    max_seq_length=16,
+    tasks=["a", "b", "c"],
+    task_kinds=["sequence", "regression", "token"],
+    task_labels=[["x", "y", "z"], [], ["O", "B-q", "I-q", "B-r", "I-r"]],
+)
+
+
+def model_of(case: str, tmp_path: Path | None = None) -> CaMtlForMultiTask:
+    """The converted model of a recorded case."""
+    tasks = json.loads((GOLDEN / case / "config.json").read_text())["tasks"]
+    converted = convert(GOLDEN / case, Options(domains=tuple(tasks)))
+    fields = {k: v for k, v in converted.config.items() if k not in ("model_type", "architectures")}
+    model = CaMtlForMultiTask(CaMtlConfig(**fields))
+    model.load_state_dict(converted.state)
+    return model.eval()
+
+
+@pytest.fixture(scope="module", params=CASES or ["none recorded"])
+def case(request):
+    """Name of a recorded case, its model and tensors."""
+    if not CASES:
+        pytest.skip(f"recorded tensors are not at {GOLDEN}")
+    return (
+        request.param,
+        model_of(request.param),
+        load_file(GOLDEN / request.param / "io.safetensors"),
+    )
+
+
+def inputs(io: dict[str, torch.Tensor], batch: str) -> dict[str, torch.Tensor]:
+    """What a recorded batch gave to the model."""
+    given = {k.split(".in.")[1]: v for k, v in io.items() if k.startswith(f"{batch}.in.")}
+    given["task_ids"] = given.pop("task_id")
+    given["labels"] = given["labels"].float()
+    return given
+
+
+def test_batches_as_recorded(case):
+    name, model, io = case
+    output = model(**inputs(io, "mixed"))
+    assert (output.pooled - io["mixed.mid.pooled"]).abs().max() <= 1e-5
+    assert abs(output.loss - io["mixed.out.loss"]) <= 5e-6
+    means = output.task_totals / output.task_items.clamp(min=1)
+    assert torch.allclose(means, io["mixed.out.loss_per_task"], rtol=5e-6, atol=5e-6)
+    assert (output.entropy - io["mixed.out.entropy_per_sample"]).abs().max() <= 1e-6
+    for task, logits in enumerate(output.logits):
+        recorded = io.get(f"mixed.mid.logits.{task}")
+        assert (logits is None) == (recorded is None)
+        if logits is not None:
+            assert (logits - recorded).abs().max() <= 1e-5, (name, task)
+    for batch in sorted({key.split(".")[0] for key in io if key.startswith("task")}):
+        output = model(**inputs(io, batch))
+        assert (output.pooled - io[f"{batch}.out.pooled"]).abs().max() <= 1e-5
+        assert abs(output.loss - io[f"{batch}.out.loss"]) <= 5e-6
+        logits = next(one for one in output.logits if one is not None)
+        assert (logits - io[f"{batch}.out.logits"]).abs().max() <= 1e-5
+
+
+def test_gradients_as_recorded(case):
+    name, model, io = case
+    recorded = load_file(GOLDEN / name / "grads.safetensors")
+    model.zero_grad()
+    model(**inputs(io, "mixed")).loss.backward()
+    ours = dict(model.named_parameters())
+    last = model.config.num_hidden_layers - 1
+    assert recorded
+    for key, expected in recorded.items():
+        if key.startswith("decoders."):
+            _, task, _, kind = key.split(".")
+            found = ours[f"heads.{kind}"].grad[int(task), : len(expected)]
+        else:
+            found = ours[key.replace(f"layer.{last}.new_", f"layer.{last}.")].grad
+        # The recordings are float32 themselves: computed in float64, ours are as far from them.
+        assert (found - expected).abs().max() <= 2e-5 * expected.abs().max() + 1e-6, key
+
+
+def test_there_and_back(case, tmp_path):
+    name, model, _ = case
+    ours, back = tmp_path / "ours", tmp_path / "back"
+    ours.mkdir()
+    back.mkdir()
+    model.config.save_pretrained(ours)
+    state = {key: tensor.detach() for key, tensor in model.state_dict().items()}
+    write_weights(ours, state, has_experts=False)
+    export(ours, back)
+    there, again = (
+        load_file(GOLDEN / name / "state.safetensors"),
+        load_file(back / "model.safetensors"),
+    )
+    assert again.keys() == {key for key in there if not key.endswith("position_ids")}
+    assert all(torch.equal(again[key], there[key]) for key in again)
+
+
+@pytest.mark.parametrize(
+    ("size", "length"),
+    [(768, 128), (1024, 128), (96, 16), (64, 16), (64, 64), (60, 10), (80, 16), (770, 110)],
+)
+def test_bias_is_the_direct_sum_of_blocks(size, length):
+    blocks, width = block_shape(size, length)
+    torch.manual_seed(0)
+    matrix, factor, shift = torch.randn(length, width), torch.randn(2, width), torch.randn(2, width)
+    found = block_bias(matrix, factor, shift, length)
+    for task in range(2):
+        modulated = matrix * factor[task] + shift[task]
+        parts = modulated.split(width)
+        whole = torch.block_diag(*parts)[:length, :length]
+        assert torch.equal(found[task], whole)
+    assert torch.equal(block_bias(matrix, factor, shift, 5), found[:, :5, :5])
+    assert blocks * length == size
+
+
+def test_length_must_divide_the_width():
+    with pytest.raises(ValueError, match="max_seq_length 12 does not divide hidden_size 32"):
+        CaMtlConfig(**SMALL | dict(max_seq_length=12))
+
+
+def made(variant: str, **changed) -> CaMtlForMultiTask:
+    """A small model with random weights, norms and biases too."""
+    torch.manual_seed(1)
+    model = CaMtlForMultiTask(CaMtlConfig(**SMALL | changed, variant=variant)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def batch(rows: int = 6, length: int = 11) -> dict[str, torch.Tensor]:
+    """Rows of all tasks, right-padded."""
+    torch.manual_seed(2)
+    lengths = torch.randint(4, length + 1, (rows,))
+    lengths[0] = length
+    return {
+        "input_ids": torch.randint(5, 50, (rows, length)),
+        "attention_mask": (torch.arange(length) < lengths[:, None]).long(),
+        "token_type_ids": torch.randint(0, 2, (rows, length)),
+        "task_ids": torch.tensor([0, 1, 2, 0, 2, 1])[:rows],
+        "labels": torch.tensor([1.0, 2.5, 0.0, 2.0, 0.0, -1.0])[:rows],
+        "token_labels": torch.where(
+            torch.rand(rows, length) < 0.5, torch.randint(0, 5, (rows, length)), -100
+        ),
+    }
+
+
+@pytest.mark.parametrize("variant", ["base", "large", "plain"])
+def test_rows_are_on_their_own(variant):
+    model, given = made(variant), batch()
+    whole = model(**given)
+    order = torch.tensor([4, 2, 0, 5, 3, 1])
+    permuted = model(**{name: tensor[order] for name, tensor in given.items()})
+    assert torch.allclose(permuted.pooled, whole.pooled[order], atol=1e-5)
+    assert torch.allclose(permuted.loss, whole.loss, atol=1e-5)
+    for row in range(6):
+        one = model(**{name: tensor[row : row + 1] for name, tensor in given.items()})
+        assert torch.allclose(one.pooled[0], whole.pooled[row], atol=1e-5)
+    means = whole.task_totals / whole.task_items
+    assert torch.allclose(whole.loss, means.mean())
+    tokens = given["token_labels"][given["task_ids"] == 2]
+    logits = whole.logits[2]
+    assert logits.shape == (2, 11, 5)
+    total = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), tokens.flatten(), reduction="sum"
+    )
+    assert torch.allclose(whole.task_totals[2], total, rtol=1e-5)
+    p = logits.softmax(-1)
+    entropy = -(p * p.log()).sum(-1) / (torch.tensor(5.0).log() + 1e-5)
+    there = tokens != -100
+    expected = (entropy * there).sum(1) / there.sum(1)
+    assert torch.allclose(whole.entropy[given["task_ids"] == 2], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", ["base", "large"])
+def test_shorter_padding_changes_nothing(variant):
+    model, given = made(variant), batch()
+    longer = {
+        name: torch.nn.functional.pad(tensor, (0, 5), value=-100 if name == "token_labels" else 0)
+        if tensor.dim() == 2
+        else tensor
+        for name, tensor in given.items()
+    }
+    assert torch.allclose(model(**longer).pooled, model(**given).pooled, atol=1e-5)
+    assert torch.allclose(model(**longer).loss, model(**given).loss, atol=1e-5)
+
+
+def test_plain_is_bert():
+    model, given = made("plain"), batch()
+    bert = BertModel(
+        BertConfig(**{k: SMALL[k] for k in list(SMALL)[:6]}, attn_implementation="eager")
+    ).eval()
+    state = {k.removeprefix("bert."): v for k, v in model.state_dict().items() if "heads" not in k}
+    missing, unexpected = bert.load_state_dict(state, strict=False)
+    assert not missing and not unexpected
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    expected = bert(**{name: given[name] for name in names}).pooler_output
+    assert torch.allclose(model(**given).pooled, expected, atol=1e-5)
+
+
+def test_without_modulation_the_blocks_are_those_of_bert():
+    model, given = made("large"), batch()
+    plain = made("plain")
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, Film):
+                module.gb_weights.weight.zero_()
+                module.gb_weights.bias.zero_()
+        for name, parameter in model.named_parameters():
+            if name.endswith("random_weight_matrix"):
+                parameter.zero_()
+    shared = {k: v for k, v in model.state_dict().items() if k in plain.state_dict()}
+    plain.load_state_dict(shared)
+    states = []
+    for one in (model, plain):
+        hook = one.bert.encoder.layer[-1].register_forward_hook(
+            lambda module, given, output: states.append(output)
+        )
+        one(**given)
+        hook.remove()
+    assert torch.allclose(states[0], states[1], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("variant", "shape", "expected"),
+    [("base", (12, 768, 12, 3072), 128_063_264), ("large", (24, 1024, 16, 4096), 480_334_600)],
+)
+def test_numbers_of_parameters(variant, shape, expected):
+    sizes = (2, 3, 2, 2, 1, 2, 2, 2)  # cola mnli rte qqp sts-b sst-2 qnli mrpc
+    names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
+    config = CaMtlConfig(
+        vocab_size=28996,
+        **dict(zip(names, shape, strict=True)),
+        variant=variant,
+        tasks=[f"t{n}" for n in range(8)],
+        task_kinds=["regression" if size == 1 else "sequence" for size in sizes],
+        task_labels=[[str(n) for n in range(size)] if size > 1 else [] for size in sizes],
+    )
+    with torch.device("meta"):
+        model = CaMtlForMultiTask(config)
+    # The bank is padded to the largest head.
+    padding = sum(max(sizes) - size for size in sizes) * (shape[1] + 1)
+    assert sum(p.numel() for p in model.parameters()) - padding == expected
