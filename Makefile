@@ -58,6 +58,13 @@ $(QUICKSTART)/data-bin/databin.json: | install
 bench: install
 	$(BIN)/python tests/bench/run.py
 
+# On a machine with a GPU: first whether the kernels are right, then how fast they are.
+.PHONY: bench-gpu
+bench-gpu: install
+	$(BIN)/python -m pytest -q -m gpu tests/kernels
+	$(BIN)/python kernels/bench/run.py --all --json runs/bench/kernels.json \
+	  --plot runs/bench/kernels.png --docs docs/kernels.md
+
 # Runs and .venv stay.
 .PHONY: clean
 clean:

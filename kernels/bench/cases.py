@@ -1,0 +1,210 @@
+"""What is measured: each operation, its competitors, and the least it can move and compute.
+
+Bytes and operations are derived in docs/kernels.md. P is the number of mixed positions.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from megamod_kernels.demux import Chain, rsa_demux, split_projection
+from megamod_kernels.mux import multiplex
+from torch import Tensor
+from torch.nn import functional as F
+
+SIZES = {"small": (512, 8), "base": (768, 12), "large": (1024, 16), "1.3b": (2048, 32)}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+EPS = 1e-12
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Groups, instances, tokens, width, heads."""
+
+    groups: int
+    instances: int
+    length: int
+    size: int
+    heads: int
+
+    @property
+    def positions(self) -> int:
+        """Mixed positions of all groups."""
+        return self.groups * self.length
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation at one shape.
+
+    Attributes:
+        inputs: keyword arguments of every variant.
+        variants: "ours" and its competitors, each from the inputs to one tensor.
+        compiled: those of them that are measured compiled as well.
+        differentiable: inputs whose gradients are computed.
+        reference: the definition, which is computed in float64.
+        bytes, flops: the least, by mode.
+    """
+
+    device: str
+    inputs: Mapping[str, Tensor]
+    variants: Mapping[str, Callable[..., Tensor]]
+    compiled: tuple[str, ...]
+    differentiable: tuple[str, ...]
+    reference: Callable[..., Tensor]
+    bytes: Mapping[str, float]
+    flops: Mapping[str, float]
+
+    def exact(self) -> Tensor:
+        """The definition's result in float64."""
+        wide = {
+            name: tensor.double() if tensor.is_floating_point() else tensor
+            for name, tensor in self.inputs.items()
+        }
+        with torch.no_grad():
+            return self.reference(**wide)
+
+
+def parse_shape(text: str) -> Shape:
+    """SIZE-nN[-sLENGTH][-gGROUPS].
+
+    Raises:
+        SystemExit: for anything else.
+    """
+    found = re.fullmatch(r"(\w[\w.]*)-n(\d+)(?:-s(\d+))?(?:-g(\d+))?", text)
+    if not found or found[1] not in SIZES:
+        raise SystemExit(
+            f"--shape {text}: write SIZE-nN[-sLENGTH][-gGROUPS] with one of {', '.join(SIZES)}"
+        )
+    size, heads = SIZES[found[1]]
+    return Shape(int(found[4] or 32), int(found[2]), int(found[3] or 128), size, heads)
+
+
+def _drawn(device: str, dtype: torch.dtype, *shape: int, scale: float = 1.0) -> Tensor:
+    return (torch.randn(*shape, device=device) * scale).to(dtype).requires_grad_()
+
+
+def _modes(forward: float, backward: float) -> dict[str, float]:
+    return {"fwd": forward, "bwd": backward, "fwd_bwd": forward + backward}
+
+
+def multiplex_case(shape: Shape, dtype: str, device: str) -> Case:
+    """Keyed mean of N instances, keys frozen."""
+    kind = DTYPES[dtype]
+    N, D, unit = shape.instances, shape.size, shape.positions * shape.size * kind.itemsize
+    key = torch.randn(N, D, device=device)
+    inputs = {
+        "x": _drawn(device, kind, shape.groups, N, shape.length, D),
+        "key": key / key.norm(dim=1, keepdim=True),
+    }
+
+    def eager(x: Tensor, key: Tensor) -> Tensor:
+        return (x * key.to(x.dtype)[:, None]).mean(1)
+
+    return Case(
+        device,
+        inputs,
+        {"ours": multiplex, "eager": eager},
+        ("eager",),
+        ("x",),
+        eager,
+        _modes((N + 1) * unit, (N + 1) * unit),
+        _modes(2 * N * shape.positions * D, N * shape.positions * D),
+    )
+
+
+def rsa_demux_case(shape: Shape, dtype: str, device: str, layers: int = 2) -> Case:
+    """RSA demultiplexing of all positions, L = 2."""
+    kind, N, D, P = DTYPES[dtype], shape.instances, shape.size, shape.positions
+    draw = partial(_drawn, device, kind)
+    inputs = {
+        "hidden": draw(shape.groups, shape.length, D),
+        "key": draw(N, D),
+        "first": draw(D, 2 * D, scale=D**-0.5),
+        "first_bias": draw(D, scale=0.1),
+        "last": draw(D, D, scale=D**-0.5),
+        "last_bias": draw(D, scale=0.1),
+        "norm": draw(D),
+        "norm_bias": draw(D),
+    }
+    for layer in range(2, layers):
+        inputs |= {f"dense_{layer}": draw(D, D, scale=D**-0.5), f"dense_{layer}_bias": draw(D)}
+
+    def concat(
+        hidden: Tensor,
+        key: Tensor,
+        first: Tensor,
+        first_bias: Tensor,
+        last: Tensor,
+        last_bias: Tensor,
+        norm: Tensor,
+        norm_bias: Tensor,
+        **dense: Tensor,
+    ) -> Tensor:
+        keys = key[None, :, None].expand(len(hidden), -1, hidden.shape[1], -1)
+        repeated = hidden[:, None].expand(-1, len(key), -1, -1)
+        x = F.gelu(F.linear(torch.cat([keys, repeated], -1), first, first_bias))
+        for layer in range(2, layers):
+            x = F.gelu(F.linear(x, dense[f"dense_{layer}"], dense[f"dense_{layer}_bias"])) + x
+        return F.layer_norm(F.gelu(F.linear(x, last, last_bias)), (D,), norm, norm_bias, EPS) + x
+
+    def split(
+        hidden: Tensor,
+        key: Tensor,
+        first: Tensor,
+        first_bias: Tensor,
+        last: Tensor,
+        last_bias: Tensor,
+        norm: Tensor,
+        norm_bias: Tensor,
+        **dense: Tensor,
+    ) -> Tensor:
+        of_hidden, of_key = split_projection(hidden, key, first, first_bias)
+        x = F.gelu(of_hidden[:, None] + of_key[:, None])
+        for layer in range(2, layers):
+            x = F.gelu(F.linear(x, dense[f"dense_{layer}"], dense[f"dense_{layer}_bias"])) + x
+        return F.layer_norm(F.gelu(F.linear(x, last, last_bias)), (D,), norm, norm_bias, EPS) + x
+
+    def ours(
+        hidden: Tensor,
+        key: Tensor,
+        first: Tensor,
+        first_bias: Tensor,
+        last: Tensor,
+        last_bias: Tensor,
+        norm: Tensor,
+        norm_bias: Tensor,
+        **dense: Tensor,
+    ) -> Tensor:
+        between = [
+            (dense[f"dense_{layer}"], dense[f"dense_{layer}_bias"]) for layer in range(2, layers)
+        ]
+        parts = split_projection(hidden, key, first, first_bias)
+        return rsa_demux(*parts, Chain(between, (last, last_bias), (norm, norm_bias), EPS))
+
+    unit = P * D * kind.itemsize
+    forward = 2 * (N * (layers - 1) + 1) * P * D * D
+    return Case(
+        device,
+        inputs,
+        {"ours": ours, "eager split": split, "eager concat": concat},
+        ("eager split", "eager concat"),
+        tuple(inputs),
+        concat,
+        _modes((N + 1) * unit, 2 * (N + 1) * unit),
+        _modes(forward, 2 * forward),
+    )
+
+
+def rsa_demux_l3_case(shape: Shape, dtype: str, device: str) -> Case:
+    """RSA demultiplexing of all positions, L = 3 as in the published models."""
+    return rsa_demux_case(shape, dtype, device, layers=3)
+
+
+CASES: dict[str, Callable[[Shape, str, str], Case]] = {
+    "multiplex": multiplex_case,
+    "rsa_demux": rsa_demux_case,
+    "rsa_demux_l3": rsa_demux_l3_case,
+}
