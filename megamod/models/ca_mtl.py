@@ -142,6 +142,7 @@ class CaMtlForMultiTask(PreTrainedModel):
             there = items > 0
             means = torch.where(there, scores.totals / items.clamp(min=1), 0.0)
             output["loss"] = means.sum() / there.sum().clamp(min=1)
+        output = CaMtlOutput(**output)  # in the order of its fields: the loss was set last
         wants_dict = self.config.return_dict if return_dict is None else return_dict
         return output if wants_dict else output.to_tuple()
 
