@@ -147,7 +147,9 @@ def _train(problem: Problem, parsed: Sequence[Arguments], folder: Path) -> dict[
             pad_to=problem.pad_to,
         ),
         make_model=make_model,
-        make_objective=lambda device: Classify(problem.inputs, device, task.regression),
+        make_objective=lambda device: Classify(
+            problem.inputs, device, task.regression, problem.retrieved
+        ),
         make_evaluate=make_evaluate if tuned.do_eval else lambda running: lambda step: None,
         write_model=partial(_write_best, best),
     )

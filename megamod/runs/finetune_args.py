@@ -58,7 +58,8 @@ class TunedArgs(Arguments):
     """Which model, and what is done with it."""
 
     free_on_resume: ClassVar[frozenset[str]] = frozenset(
-        ("do_train", "do_eval", "do_predict", "seeds", "num_train_epochs", "metric_for_best_model")
+        ("do_train", "do_eval", "do_predict", "ensemble", "seeds", "num_train_epochs")
+        + ("metric_for_best_model",)
     )
     model: str | None = option(
         None,
@@ -77,9 +78,18 @@ class TunedArgs(Arguments):
     demuxing_variant: Literal["index_pos", "index"] = option(
         "index_pos", "demultiplexer of --config_name with N > 1"
     )
+    retrieval_loss_coeff: float = option(
+        0.0, "weight of retrieving every token besides the task (N > 1)", least=0
+    )
+    retrieval_percentage: float = option(
+        1.0, "share of the tokens that are retrieved then", least=0, most=1
+    )
     do_train: bool = option(False, "train")
     do_eval: bool = option(False, "score the dev splits, in training every --eval_steps")
     do_predict: bool = option(False, "write predictions of --predict_split")
+    ensemble: bool = option(
+        False, "score and predict by the mean of N copies of a row, in random places of the groups"
+    )
     seeds: list[str] | None = option(  # noqa: RUF009
         None, "train once with each seed, in OUT/seed-S; results are means and deviations"
     )

@@ -54,6 +54,7 @@ class Problem:
         weights: folder or name whose weights start the run; None: new ones.
         inputs: fields of a batch that the model takes.
         instances: N, rows that share a forward pass.
+        retrieved: see `Classify`.
         pad_to: see `Encoded.gather`.
     """
 
@@ -65,6 +66,7 @@ class Problem:
     weights: str | None
     inputs: tuple[str, ...]
     instances: int
+    retrieved: float
     pad_to: int | None
 
     def make_model(self, seed: int) -> nn.Module:
@@ -129,6 +131,7 @@ def prepare(tuned: TunedArgs, args: TaskArgs, words: WordArgs | None) -> Problem
         )
     instances = _instances(config, tuned)
     _set_labels(config, task)
+    _set_retrieval(config, tuned)
     lengths = _lengths(config, args, instances)
     sets = {
         split: found.first(args.max_train_samples if split == "train" else args.max_eval_samples)
@@ -152,6 +155,7 @@ def prepare(tuned: TunedArgs, args: TaskArgs, words: WordArgs | None) -> Problem
         weights=weights,
         inputs=("input_ids", "attention_mask", *(("token_type_ids",) if types else ())),
         instances=instances,
+        retrieved=tuned.retrieval_percentage / instances if tuned.retrieval_loss_coeff else 0.0,
         pad_to=lengths.longest if fixed else None,
     )
 
@@ -333,6 +337,16 @@ def _set_labels(config: PreTrainedConfig, task: TaskSpec) -> None:
         config.id2label = dict(enumerate(task.labels))
         config.label2id = {name: number for number, name in enumerate(task.labels)}
         config.problem_type = None if task.kind == "token" else "single_label_classification"
+
+
+def _set_retrieval(config: PreTrainedConfig, tuned: TunedArgs) -> None:
+    """Weights of the two losses: what was right for a warm-up is not for a task."""
     if hasattr(config, "retrieval_loss_coeff"):
-        # What was right for a warm-up of the multiplexer is not for a task.
-        config.task_loss_coeff, config.retrieval_loss_coeff = 1.0, 0.0
+        config.task_loss_coeff = 1.0
+        config.retrieval_loss_coeff = tuned.retrieval_loss_coeff
+        config.retrieval_percentage = tuned.retrieval_percentage
+    elif tuned.retrieval_loss_coeff:
+        raise UserError(
+            f"--retrieval_loss_coeff {tuned.retrieval_loss_coeff}: there is nothing to retrieve, "
+            f"{tuned.model or tuned.config_name} is no multiplexed model"
+        )

@@ -2,12 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import deepspeed
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+if TYPE_CHECKING:
+    from megamod.models.mux_model import MuxOutput
 
 Batch = dict[str, object]
 
@@ -92,15 +95,27 @@ class Classify:
         inputs: names of the fields of a batch that the model takes; it returns `logits` [R, C] or
             [R, L, C].
         regression: True for values, with C = 1.
+        retrieved: how many tokens a multiplexed model is asked to retrieve besides, per real token
+            of a batch; 0: none, and the loss is that of the logits alone.
     """
 
-    def __init__(self, inputs: Sequence[str], device: torch.device, regression: bool):
+    def __init__(
+        self,
+        inputs: Sequence[str],
+        device: torch.device,
+        regression: bool,
+        retrieved: float = 0.0,
+    ):
         self.inputs = tuple(inputs)
         self.device = device
         self.regression = regression
+        self.retrieved = retrieved
 
     def count(self, batch: Batch) -> Sequence[float]:
-        return (batch["items"],)
+        if not self.retrieved:
+            return (batch["items"],)
+        # The expected number: which tokens are asked for is drawn in the model.
+        return batch["items"], self.retrieved * float(batch["attention_mask"].sum())
 
     def score(
         self, engine: deepspeed.DeepSpeedEngine, batch: Batch, items: Sequence[float]
@@ -109,6 +124,13 @@ class Classify:
             name: batch[name].to(self.device, non_blocking=True)
             for name in (*self.inputs, "labels")
         }
+        count = torch.tensor([float(batch["items"])], device=self.device)
+        if self.retrieved:
+            return self._with_retrieval(
+                engine(**fields, num_items_in_batch=items[0], num_retrieval_items=items[1]),
+                items[0],
+                count,
+            )
         labels = fields.pop("labels")
         logits = engine(**fields).logits.float()
         if self.regression:
@@ -117,8 +139,12 @@ class Classify:
             total = functional.cross_entropy(
                 logits.flatten(0, -2), labels.flatten(), ignore_index=-100, reduction="sum"
             )
-        count = torch.tensor([float(batch["items"])], device=self.device)
         return Scored(total / items[0], total.detach()[None], count)
+
+    def _with_retrieval(self, output: "MuxOutput", items: float, count: Tensor) -> Scored:
+        total = (output.task_loss.detach() * items)[None]
+        right = torch.stack((output.retrieval_correct, output.retrieval_count)).float()
+        return Scored(output.loss, total, count, {"retrieval_accuracy": right})
 
 
 class MaskedLM:

@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megamod.models.mux_bert import MuxBertForSequenceClassification
+from megamod.models.mux_configuration import MuxBertConfig
 from megamod.train.objectives import Classify
 
 CPU = torch.device("cpu")
@@ -43,3 +45,34 @@ def test_values():
         engine(torch.tensor([[2.0], [1.0]])), batch, (4.0,)
     )
     assert float(scored.loss) == pytest.approx((1 + 9) / 4)
+
+
+def test_retrieval_beside_the_task():
+    torch.manual_seed(0)
+    config = MuxBertConfig(
+        vocab_size=120,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        num_labels=3,
+        retrieval_loss_coeff=0.5,
+    )
+    model = MuxBertForSequenceClassification(config).eval()
+    ids = torch.randint(5, 120, (4, 6))
+    mask = torch.ones_like(ids)
+    ids[1, 4:], mask[1, 4:] = 0, 0
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([0, 2, 1, 0])}
+    batch["items"] = 4
+    objective = Classify(("input_ids", "attention_mask"), CPU, False, retrieved=0.5)
+    assert objective.count(batch) == (4, 11.0)
+    torch.manual_seed(5)
+    scored = objective.score(model, batch, (8.0, 22.0))
+    torch.manual_seed(5)
+    output = model(ids, attention_mask=mask, labels=batch["labels"])
+    count = output.retrieval_count
+    expected = output.task_loss / 2 + 0.5 * output.retrieval_loss * count / 22
+    assert torch.allclose(scored.loss, expected)
+    assert torch.allclose(scored.total, output.task_loss[None] * 4)
+    found = scored.further["retrieval_accuracy"]
+    assert found.tolist() == [float(output.retrieval_correct), float(count)] and count <= 12
