@@ -124,12 +124,13 @@ class MuxConfig(PreTrainedConfig):
         for name in ("binary_hadamard_epsilon", "retrieval_percentage"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} {getattr(self, name)} must lie between 0 and 1")
-        if self.num_instances > self.hidden_size and self.muxing_variant in (
+        name = "embedding_size" if hasattr(self, "embedding_size") else "hidden_size"
+        if self.num_instances > getattr(self, name) and self.muxing_variant in (
             "binary_hadamard",
             "random_ortho_low_rank",
         ):
             raise ValueError(
-                f"{self.muxing_variant} divides hidden_size {self.hidden_size} among the "
+                f"{self.muxing_variant} divides {name} {getattr(self, name)} among the "
                 f"instances; num_instances {self.num_instances} is larger"
             )
         self._check_ids()

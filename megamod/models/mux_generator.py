@@ -128,7 +128,7 @@ class MuxElectraForReplacedTokens(MuxElectraForPreTraining):
             self.shares_embeddings = all(getattr(own, n) == getattr(config, n) for n in same)
             kind = PlainGenerator if config.generator == "plain" else MuxElectraForMaskedLM
             self.generator = kind(own, not self.shares_embeddings)
-            if config.generator == "plain":
+            if config.generator == "plain" and own.tie_word_embeddings:
                 place = "" if self.shares_embeddings else "generator."
                 self._tied_weights_keys = {
                     "generator.generator_lm_head.weight": (
@@ -159,7 +159,7 @@ class MuxElectraForReplacedTokens(MuxElectraForPreTraining):
             input_ids: [B * N, S] with `mask_token_id` where tokens are to be replaced.
             labels: [B * N, S] the tokens that were there, -100 where the generator is not scored;
                 not needed without a generator.
-            random_ids: [B * N, S] replacements of a model without generator; None to draw them.
+            random_ids: [B * N, S] with what masks are replaced by; None to draw it.
             num_items_in_batch, num_retrieval_items, num_generator_items,
             num_generator_retrieval_items: what the summed losses of discriminator and generator
                 are divided by; None for the numbers of this batch.
@@ -184,6 +184,7 @@ class MuxElectraForReplacedTokens(MuxElectraForPreTraining):
                 (input_ids, *given),
                 labels,
                 masked,
+                random_ids,
                 num_generator_items,
                 generator_slots,
                 num_generator_retrieval_items,
@@ -214,6 +215,7 @@ class MuxElectraForReplacedTokens(MuxElectraForPreTraining):
         given: tuple[Tensor | None, ...],
         labels: Tensor,
         masked: Tensor,
+        random_ids: Tensor | None,
         items: Tensor | float | None,
         slots: Tensor | None,
         retrieval_items: Tensor | float | None,
@@ -243,8 +245,10 @@ class MuxElectraForReplacedTokens(MuxElectraForPreTraining):
         if self.config.generator == "multiplexed":
             loss = generator.combined(loss, retrieval)
         replaced = given[0].clone()
-        drawn = sample_tokens(states[masked[chosen]], generator.decoder)
-        replaced[chosen & masked] = drawn
+        if random_ids is None:
+            replaced[chosen & masked] = sample_tokens(states[masked[chosen]], generator.decoder)
+        else:
+            replaced[chosen & masked] = random_ids[chosen & masked]
         return loss, replaced
 
 

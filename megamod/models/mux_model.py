@@ -248,6 +248,8 @@ class MuxPreTrainedModel(PreTrainedModel):
                 given[order] if given is not None else None
                 for given in (input_ids, attention_mask, token_type_ids)
             )
+            if self.sees_segments and position_ids is not None and len(position_ids) == rows:
+                position_ids = position_ids[order]
         if not (self.sees_segments or self.config.use_token_type_ids):
             token_type_ids = None
         ids = self.ids_fed(input_ids)
@@ -337,6 +339,7 @@ class MuxPreTrainedModel(PreTrainedModel):
 
     def returned(self, output: ModelOutput, return_dict: bool | None) -> ModelOutput | tuple:
         """The output, or a tuple if the caller or the configuration wants one."""
+        output = type(output)(**output)  # in the order of its fields: the loss was set last
         wants_dict = self.config.return_dict if return_dict is None else return_dict
         return output if wants_dict else output.to_tuple()
 

@@ -111,3 +111,43 @@ def test_without_labels_the_same_logits(case):
         expected, ours = expected[at], ours[at]
     assert len(ours) == len(expected) > 0
     assert (ours - expected).abs().max() <= 1e-5
+
+
+@torch.no_grad()
+def test_what_lies_between(case):
+    model, recorded = case
+    given, seen = inputs_of(recorded), {"embeddings": [], "encoder": []}
+    hooks = [
+        getattr(model.backbone, name).register_forward_hook(
+            lambda module, inputs, output, name=name: seen[name].append((inputs[0], output))
+        )
+        for name in seen
+    ]
+    output = model(**given)
+    for hook in hooks:
+        hook.remove()
+    (ids, embedded), (mixed, second) = seen["embeddings"]
+    hidden = seen["encoder"][0][1]
+    ours = {
+        "effective_input_ids": ids,
+        "embeddings_out": embedded,
+        "muxed": mixed,
+        "encoder_embeddings_out": second,
+        "encoder_out": hidden,
+    }
+    if "mid.demuxed" in recorded:
+        columns = (
+            slice(None) if model.config.prefix_length else slice(recorded["mid.demuxed"].shape[1])
+        )
+        demuxed = model.demultiplex(hidden, columns).flatten(0, 1)
+        is_roberta = model.config.model_type == "mux_roberta"
+        ours["demuxed"] = output.logits if is_roberta else demuxed
+    if "mid.retrieval_logits" in recorded:
+        states = model.vocabulary_states(hidden, None)
+        slots = given["retrieval_slots"][:, None, :, None].expand(-1, 1, -1, states.shape[-1])
+        ours["retrieval_logits"] = model.retrieval_head.decoder(states.gather(1, slots)[:, 0])
+    for name, value in ours.items():
+        expected = recorded[f"mid.{name}"]
+        assert value.shape == expected.shape, name
+        allowed = 1e-5 * expected.abs().max().clamp(min=1)
+        assert (value - expected).abs().max() <= allowed, name

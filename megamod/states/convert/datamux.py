@@ -283,6 +283,12 @@ def _add_generator(
         "embedding_size": size if width is None else width.shape[1],
         "num_attention_heads": heads,
     }
+    # Where the release shares embeddings it may leave the generator its own matrix of tokens.
+    matrix = found.get("generator.generator_lm_head.weight")
+    words = [found.get(f"{p}electra.embeddings.word_embeddings.weight") for p in ("generator.", "")]
+    words = words[0] if words[0] is not None else words[1]
+    if matrix is not None and words is not None and not torch.equal(matrix, words):
+        config["generator_config"]["tie_word_embeddings"] = False
     missing["config.json: generator"] = (
         f"{heads} attention heads of the discriminator's width; the rest from its tensors"
     )

@@ -193,9 +193,12 @@ def _generator(config: Mapping[str, object], aliases: dict[str, str]) -> Shapes:
         found |= _linear("generator_predictions.dense", own["hidden_size"], width)
         found |= _norm("generator_predictions.LayerNorm", width)
         found["generator_lm_head.bias"] = (own["vocab_size"],)
-        place = "" if shared else "generator."
-        words = f"{place}electra.embeddings.word_embeddings.weight"
-        aliases["generator.generator_lm_head.weight"] = words
+        if own.get("tie_word_embeddings", True):
+            place = "" if shared else "generator."
+            words = f"{place}electra.embeddings.word_embeddings.weight"
+            aliases["generator.generator_lm_head.weight"] = words
+        else:
+            found["generator_lm_head.weight"] = (own["vocab_size"], width)
     else:
         found, _, inner = shapes("mlm", own)
         found = {k: v for k, v in found.items() if not k.startswith("demultiplexer.")}
