@@ -1,4 +1,4 @@
-"""Pretraining of encoders: masked tokens or the retrieval of tokens, multiplexed or not."""
+"""Pretraining of encoders, multiplexed or not: masked, replaced or retrieved tokens."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -7,7 +7,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, BertConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoModelForPreTraining,
+    AutoTokenizer,
+    BertConfig,
+    ElectraConfig,
+    PreTrainedConfig,
+)
 
 from megamod.args import DataArgs, ModelArgs, MuxArgs, OptimArgs, RunArgs, SafetyArgs
 from megamod.data.lm import Batch, DataBin
@@ -17,18 +25,21 @@ from megamod.dist.process import rank as my_rank
 from megamod.dist.scope import Sharing
 from megamod.dist.topology import DomainTopology
 from megamod.errors import UserError
-from megamod.evaluation.masked import score_masked
+from megamod.evaluation.encoder_lm import score_encoder
 from megamod.evaluation.perplexity import share_of
 from megamod.evaluation.plots import plot_curves
 from megamod.files import write_json
-from megamod.models.mux_configuration import PRESETS, MuxBertConfig
+from megamod.models.mux_configuration import PRESETS, MuxBertConfig, MuxElectraConfig
 from megamod.runs.causal_lm import SHAPE
 from megamod.runs.training import Recipe, Running, execute
 from megamod.train import setup
 from megamod.train.export import Card
-from megamod.train.objectives import MaskedLM, masked_losses
+from megamod.train.objectives import EncoderLM, Losses, masked_losses, replaced_losses
 
 GROUP = "text"  # by which the loss is logged
+FAMILIES = {"masked_lm": "mux_bert", "replaced_token": "mux_electra"}
+TERMS = {"masked_lm": ("masked", "positions"), "replaced_token": ("tokens", "positions", "masked")}
+"""Model family, and what the sums of a step are divided by, by --objective."""
 
 
 def pretrain(
@@ -50,7 +61,8 @@ def pretrain(
     rank, split = setup.started_rank(), data_args.eval_split
     config = encoder_config(model, mux, data, data_args.max_seq_length)
     masking = masking_of(data, mux)
-    multiplexed = mux.num_instances > 1
+    shown = "task_loss" if mux.task_loss_coeff > 0 else "retrieval_loss"
+    terms = TERMS[mux.objective]
 
     def batches(of: str, global_batch: int, micro_batch: int, part: int, parts: int):
         datasets = [data.split(domain, of) for domain in domains]
@@ -85,14 +97,14 @@ def pretrain(
     last: dict[str, float] = {}
 
     def evaluate(running: Running, step: int) -> None:
-        found = score_masked(
+        losses = losses_of(mux, config, running.device)
+        found = score_encoder(
             running.engine.module,
             held_out(my_rank(), topology.world_size),
-            lambda module, batch: masked_losses(
-                module, batch, (batch["masked"], batch["positions"]), running.device, multiplexed
-            ),
+            lambda module, batch: losses(module, batch, [batch[name] for name in terms]),
             running.device,
             dist.all_reduce,
+            perplexity=mux.objective == "masked_lm",
         )
         for name, value in found.items():
             running.monitor.evaluated(step, {GROUP: value}, split, name)
@@ -109,8 +121,8 @@ def pretrain(
         make_batches=lambda global_batch: batches(
             "train", global_batch, run.per_device_train_batch_size, rank, topology.world_size
         ),
-        make_model=lambda: build_encoder(config, run.seed, model.init_from),
-        make_objective=lambda device: MaskedLM(device, multiplexed, mux.task_loss_coeff > 0),
+        make_model=lambda: build_encoder(config, run.seed, model.init_from, mux.objective),
+        make_objective=lambda device: EncoderLM(losses_of(mux, config, device), terms, shown),
         make_evaluate=lambda running: partial(evaluate, running),
     )
     done = execute(
@@ -131,20 +143,30 @@ def pretrain(
         print(f"{split} after {done.state.step} steps: {told}\nmodel {done.output / 'model'}")
 
 
+def losses_of(mux: MuxArgs, config: PreTrainedConfig, device: torch.device) -> Losses:
+    """From model, batch and items to losses, for the objective at hand."""
+    if mux.objective == "masked_lm":
+        return partial(masked_losses, device=device, multiplexed=mux.num_instances > 1)
+    return partial(replaced_losses, device=device, config=config)
+
+
 def encoder_config(
     model: ModelArgs, mux: MuxArgs, data: DataBin, length: int
-) -> MuxBertConfig | BertConfig:
+) -> MuxBertConfig | MuxElectraConfig | BertConfig | ElectraConfig:
     """Configuration of the encoder: a named size, or that of a folder.
 
     Raises:
         UserError: for an unknown size, or a model that does not fit the data or the flags.
     """
-    sizes = PRESETS["mux_bert"]
+    family = FAMILIES[mux.objective]
+    sizes = PRESETS[family]
     fields = dict(
         task_loss_coeff=mux.task_loss_coeff,
         retrieval_loss_coeff=mux.retrieval_loss_coeff,
         learn_muxing=mux.learn_muxing,
     )
+    if mux.objective == "replaced_token":
+        fields |= dict(gen_loss_weight=mux.gen_loss_weight, disc_loss_weight=mux.disc_loss_weight)
     given = {name: getattr(model, name) for name in SHAPE if getattr(model, name) is not None}
     if (Path(model.model) / "config.json").is_file():
         if given:
@@ -155,6 +177,12 @@ def encoder_config(
             raise UserError(
                 f"--num_instances {mux.num_instances}: the model in {model.model} has {instances}"
             )
+        kind = family if mux.num_instances > 1 else family.removeprefix("mux_")
+        if config.model_type != kind:
+            raise UserError(
+                f"--objective {mux.objective} trains models of type {kind}, the one in "
+                f"{model.model} is of type {config.model_type}"
+            )
         for name, value in fields.items() if mux.num_instances > 1 else ():
             setattr(config, name, value)
     elif model.model not in sizes:
@@ -163,20 +191,11 @@ def encoder_config(
         )
     else:
         shape = sizes[model.model] | given | {"vocab_size": data.vocab_size}
+        if "hidden_size" in given and "embedding_size" in shape:
+            shape["embedding_size"] = min(shape["embedding_size"], given["hidden_size"])
         shape |= {"pad_token_id": data.pad_id, "max_position_embeddings": max(512, length)}
         try:
-            if mux.num_instances == 1:
-                config = BertConfig(**shape)
-            else:
-                config = MuxBertConfig(
-                    **shape,
-                    **fields,
-                    num_instances=mux.num_instances,
-                    muxing_variant=mux.muxing_variant,
-                    demuxing_variant=mux.demuxing_variant,
-                    num_hidden_demux_layers=mux.num_hidden_demux_layers,
-                    cls_token_id=data.bos_id,
-                )
+            config = _new_config(shape, fields, mux, data)
         except ValueError as error:
             raise UserError(str(error)) from error
     if config.vocab_size != data.vocab_size or config.max_position_embeddings < length:
@@ -185,41 +204,97 @@ def encoder_config(
             f"{config.max_position_embeddings} positions; the data need {data.vocab_size} and "
             f"{length}"
         )
+    prefix = getattr(config, "prefix_length", 0)
+    if prefix >= length:
+        raise UserError(
+            f"--max_seq_length {length}: a prefix for {mux.num_instances} instances takes the "
+            f"place of {prefix} tokens and leaves none"
+        )
     return config
 
 
-def masking_of(data: DataBin, mux: MuxArgs) -> Masking:
-    """How tokens are masked, with the ids of the data's tokenizer.
+def _new_config(
+    shape: dict[str, int], fields: dict[str, float], mux: MuxArgs, data: DataBin
+) -> PreTrainedConfig:
+    electra = mux.objective == "replaced_token"
+    if mux.num_instances == 1:
+        return (ElectraConfig if electra else BertConfig)(**shape)
+    if electra:
+        fields = fields | {"mask_token_id": mask_id_of(data), "generator": mux.generator}
+        if mux.generator != "none":
+            heads = max(1, round(shape["num_attention_heads"] * mux.generator_size))
+            width = shape["hidden_size"] // shape["num_attention_heads"] * heads
+            inner = max(1, round(shape["intermediate_size"] * mux.generator_size))
+            fields["generator_config"] = dict(
+                hidden_size=width, num_attention_heads=heads, intermediate_size=inner
+            )
+    return (MuxElectraConfig if electra else MuxBertConfig)(
+        **shape,
+        **fields,
+        num_instances=mux.num_instances,
+        muxing_variant=mux.muxing_variant,
+        demuxing_variant=mux.demuxing_variant,
+        num_hidden_demux_layers=mux.num_hidden_demux_layers,
+        cls_token_id=data.bos_id,
+    )
+
+
+def mask_id_of(data: DataBin) -> int:
+    """Id of the data's [MASK].
 
     Raises:
-        UserError: if the tokenizer has no [MASK].
+        UserError: if its tokenizer has none.
     """
     tokenizer = AutoTokenizer.from_pretrained(data.path / "tokenizer")
     if tokenizer.mask_token_id is None:
         raise UserError(
             f"--data {data.path}: its tokenizer has no mask token; preprocess with one of BERT"
         )
-    special = (data.bos_id, data.eos_id, data.pad_id, tokenizer.mask_token_id)
+    return tokenizer.mask_token_id
+
+
+def masking_of(data: DataBin, mux: MuxArgs) -> Masking:
+    """How tokens are masked, with the ids of the data's tokenizer.
+
+    Of the tokens to predict 80 % become [MASK] and 10 % others; of those to replace 85 % become
+    [MASK], which is what the generator replaces.
+
+    Raises:
+        UserError: if the tokenizer has no [MASK].
+    """
+    mask = mask_id_of(data)
+    shares = {"masked": 0.85, "random": 0.0} if mux.objective == "replaced_token" else {}
     return Masking(
-        tokenizer.mask_token_id,
+        mask,
         data.pad_id,
-        special,
+        (data.bos_id, data.eos_id, data.pad_id, mask),
         data.vocab_size,
         probability=mux.mlm_probability,
         max_pad_tokens=mux.max_pad_tokens,
+        **shares,
     )
 
 
 def build_encoder(
-    config: MuxBertConfig | BertConfig, seed: int, init_from: str | None
+    config: PreTrainedConfig, seed: int, init_from: str | None, objective: str
 ) -> nn.Module:
-    """A masked LM with new weights, or with those of a folder as far as it has them."""
+    """An encoder with new weights, or with those of a folder as far as it has them."""
+    kind = AutoModelForMaskedLM if objective == "masked_lm" else AutoModelForPreTraining
+    if isinstance(config, MuxElectraConfig):
+        # Of the two heads that pretraining has, this one replaces tokens by itself.
+        config.architectures = ["MuxElectraForReplacedTokens"]
     torch.manual_seed(seed)
     if init_from is None:
-        return AutoModelForMaskedLM.from_config(config, dtype=torch.float32)
+        return kind.from_config(config, dtype=torch.float32)
     if not (Path(init_from) / "config.json").is_file():
         raise UserError(f"--init_from {init_from}: there is no model (no config.json)")
-    model, report = AutoModelForMaskedLM.from_pretrained(
+    instances = getattr(AutoConfig.from_pretrained(init_from), "num_instances", 1)
+    if instances != getattr(config, "num_instances", 1):
+        raise UserError(
+            f"--init_from {init_from}: that model has num_instances {instances}, this one "
+            f"{getattr(config, 'num_instances', 1)}"
+        )
+    model, report = kind.from_pretrained(
         init_from, config=config, dtype=torch.float32, output_loading_info=True
     )
     for title, names in (("new", "missing_keys"), ("left out", "unexpected_keys")):
@@ -228,12 +303,15 @@ def build_encoder(
     return model
 
 
-def card(config: MuxBertConfig | BertConfig, mux: MuxArgs, data_digest: str) -> Card:
+def card(config: PreTrainedConfig, mux: MuxArgs, data_digest: str) -> Card:
     """The model card of an encoder."""
     kind = "multiplexed " if mux.num_instances > 1 else ""
+    masked = mux.objective == "masked_lm"
+    what = "masked language model" if masked else "discriminator of replaced tokens"
+    tag = ("fill-mask",) if masked else ("electra",)
     return Card(
-        summary=f"A {kind}masked language model trained with megamod.",
-        tags=("fill-mask", "data-multiplexing") if kind else ("fill-mask",),
+        summary=f"A {kind}{what} trained with megamod.",
+        tags=(*tag, "data-multiplexing") if kind else tag,
         facts={"instances per forward pass": str(mux.num_instances), "data digest": data_digest},
-        load="AutoModelForMaskedLM.from_pretrained(FOLDER)",
+        load=f"AutoModelFor{'MaskedLM' if masked else 'PreTraining'}.from_pretrained(FOLDER)",
     )

@@ -1,4 +1,4 @@
-"""Scores of masked language models on held-out text."""
+"""Scores of encoders on held-out text: masked, replaced and retrieved tokens."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -11,18 +11,21 @@ Losses = Callable[[nn.Module, dict[str, object]], Mapping[str, Tensor]]
 
 
 @torch.no_grad()
-def score_masked(
+def score_encoder(
     model: nn.Module,
     batches: Iterable[dict[str, object]],
     losses: Losses,
     device: torch.device,
     reduce: Callable[[Tensor], object],
+    *,
+    perplexity: bool,
 ) -> dict[str, float]:
-    """Mean losses (nats) and accuracies over all batches of all ranks, and the perplexity.
+    """Mean losses (nats) and accuracies over all batches of all ranks.
 
     Args:
         batches: this rank's; one of weight 0 only keeps ranks in step.
         reduce: sums a tensor over all ranks, in place.
+        perplexity: add exp("task_loss").
     """
     training, sums = model.training, {}
     model.eval()
@@ -35,7 +38,10 @@ def score_masked(
     names = sorted(sums)
     totals = torch.stack([sums[name] for name in names]).to(device)
     reduce(totals)
-    means = {n: float(total / count) for n, (total, count) in zip(names, totals, strict=True)}
-    if "task_loss" in means:
+    means = {
+        n: float(total / count.clamp(min=1))
+        for n, (total, count) in zip(names, totals, strict=True)
+    }
+    if perplexity and "task_loss" in means:
         means["perplexity"] = math.exp(min(means["task_loss"], 700.0))
     return means

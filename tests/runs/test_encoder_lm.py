@@ -2,28 +2,41 @@
 
 import json
 import random
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from ranks import on_ranks
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM, BertTokenizerFast
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForPreTraining,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
+    BertTokenizerFast,
+    ElectraConfig,
+    ElectraForPreTraining,
+)
 
 from megamod.args import DataArgs, ModelArgs, MuxArgs, OptimArgs, RunArgs, SafetyArgs
 from megamod.data.binarize import binarize
 from megamod.data.lm import DataBin
 from megamod.errors import UserError
 from megamod.models.mux_bert import MuxBertForMaskedLM
-from megamod.models.mux_configuration import MuxBertConfig
-from megamod.runs.masked_lm import encoder_config, masking_of
-from megamod.train.objectives import MaskedLM
+from megamod.models.mux_configuration import MuxBertConfig, MuxElectraConfig
+from megamod.models.mux_generator import MuxElectraForReplacedTokens
+from megamod.runs.encoder_lm import encoder_config, masking_of
+from megamod.train.objectives import EncoderLM, masked_losses, replaced_losses
 
 WORDS = [f"w{number}" for number in range(40)]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 SMALL = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
 LENGTH, INSTANCES = 8, 2
+BERT_DATA = dict(vocab_size=30522, pad_id=0, bos_id=101)
 
 
 def make_place(place: Path) -> Path:
@@ -46,12 +59,22 @@ def make_place(place: Path) -> Path:
     mux = MuxBertConfig(**SMALL, **quiet, num_instances=INSTANCES, cls_token_id=2)
     MuxBertForMaskedLM(mux).save_pretrained(place / "mux")
     BertForMaskedLM(BertConfig(**SMALL, **quiet)).save_pretrained(place / "plain")
+    electra = {**SMALL, **quiet, "num_instances": INSTANCES, "cls_token_id": 2, "mask_token_id": 4}
+    smaller = dict(hidden_size=8, intermediate_size=16, num_attention_heads=1)
+    for name, more in (
+        ("electra", {}),
+        ("generating", {"generator": "multiplexed", "generator_config": smaller}),
+    ):
+        config = MuxElectraConfig(**electra, embedding_size=16, **more)
+        MuxElectraForReplacedTokens(config).save_pretrained(place / name)
+    plain = ElectraConfig(**SMALL, **quiet, embedding_size=16)
+    ElectraForPreTraining(plain).save_pretrained(place / "plain-electra")
     return place
 
 
 def run(place: Path, output: str, *, model: str = "mux", stop: int = 4, ranks: int = 1, **mux):
     """Some steps of 8 rows."""
-    from megamod.runs.masked_lm import pretrain
+    from megamod.runs.encoder_lm import pretrain
 
     pretrain(
         RunArgs(
@@ -74,20 +97,32 @@ def run(place: Path, output: str, *, model: str = "mux", stop: int = 4, ranks: i
 
 
 BOTH = dict(task_loss_coeff=0.5, retrieval_loss_coeff=0.5)
+REPLACED = dict(objective="replaced_token", task_loss_coeff=0.5, retrieval_loss_coeff=0.5)
 WARM_UP = dict(task_loss_coeff=0.0, retrieval_loss_coeff=1.0)
 
 
 def alone(rank: int, place: Path) -> None:
+    after = str(place / "electra-warm-up" / "model")
     run(place, "one", **BOTH)
     run(place, "cut", stop=2, **BOTH)
     run(place, "cut", **BOTH)
     run(place, "warm-up", **WARM_UP)
     run(place, "after", init_from=str(place / "warm-up" / "model"))
     run(place, "plain-run", model="plain", num_instances=1)
+    run(place, "electra", model="electra", **REPLACED)
+    run(place, "electra-cut", model="electra", stop=2, **REPLACED)
+    run(place, "electra-cut", model="electra", **REPLACED)
+    run(place, "generated", model="generating", **REPLACED)
+    run(place, "generated-cut", model="generating", stop=2, **REPLACED)
+    run(place, "generated-cut", model="generating", **REPLACED)
+    run(place, "electra-warm-up", model="electra", objective="replaced_token", **WARM_UP)
+    run(place, "electra-after", model="electra", init_from=after, objective="replaced_token")
+    run(place, "electra-plain", model="plain-electra", objective="replaced_token", num_instances=1)
 
 
 def together(rank: int, place: Path) -> None:
     run(place, "two", **BOTH)
+    run(place, "electra-two", model="electra", **REPLACED)
 
 
 @pytest.fixture(scope="module")
@@ -112,23 +147,30 @@ def results(place: Path, output: str) -> dict[str, float]:
 
 
 @pytest.mark.slow
-def test_a_resumed_run_has_equal_bits(place):
-    whole, cut = weights(place, "one"), weights(place, "cut")
+@pytest.mark.parametrize(
+    ("run", "resumed"),
+    [("one", "cut"), ("electra", "electra-cut"), ("generated", "generated-cut")],
+)
+def test_a_resumed_run_has_equal_bits(place, run, resumed):
+    whole, cut = weights(place, run), weights(place, resumed)
     assert whole.keys() == cut.keys()
     assert all(torch.equal(tensor, cut[name]) for name, tensor in whole.items())
-    assert results(place, "one") == results(place, "cut")
+    assert results(place, run) == results(place, resumed)
 
 
 @pytest.mark.slow
-def test_two_ranks_make_the_step_of_one(place):
-    start = load_file(place / "mux" / "model.safetensors")
-    one, two = weights(place, "one"), weights(place, "two")
+@pytest.mark.parametrize(
+    ("model", "alone", "shared"), [("mux", "one", "two"), ("electra", "electra", "electra-two")]
+)
+def test_two_ranks_make_the_step_of_one(place, model, alone, shared):
+    start = load_file(place / model / "model.safetensors")
+    one, two = weights(place, alone), weights(place, shared)
     moved = sum(float((one[n] - t).square().sum()) for n, t in start.items() if n in one)
     apart = sum(float((one[n] - two[n]).square().sum()) for n in one)
     assert moved > 0.01 and apart < 1e-8 * moved
-    for name, value in results(place, "one").items():
+    for name, value in results(place, alone).items():
         if isinstance(value, float):
-            assert results(place, "two")[name] == pytest.approx(value, rel=1e-4), name
+            assert results(place, shared)[name] == pytest.approx(value, rel=1e-4), name
 
 
 @pytest.mark.slow
@@ -163,11 +205,16 @@ def batch_of(place: Path, seed: int = 0) -> dict[str, object]:
     return dict(input_ids=ids, labels=labels, slots=slots, masked=masked, positions=slots.numel())
 
 
+def masked(multiplexed: bool) -> EncoderLM:
+    losses = partial(masked_losses, device=torch.device("cpu"), multiplexed=multiplexed)
+    return EncoderLM(losses, ("masked", "positions"), "task_loss")
+
+
 def test_the_objective_divides_each_sum_by_its_own_items(bare):
     model = AutoModelForMaskedLM.from_pretrained(bare / "mux").eval()
     model.config.task_loss_coeff, model.config.retrieval_loss_coeff = 0.25, 2.0
     batch = batch_of(bare)
-    objective = MaskedLM(torch.device("cpu"), multiplexed=True, task=True)
+    objective = masked(multiplexed=True)
     scored = objective.score(model, batch, (3.0, 5.0))
     # By hand, from the logits of all positions of each instance.
     logits = model(batch["input_ids"]).logits
@@ -192,9 +239,7 @@ def test_the_objective_divides_each_sum_by_its_own_items(bare):
 
 def test_the_stock_model_is_scored_alike(bare):
     model, batch = AutoModelForMaskedLM.from_pretrained(bare / "plain").eval(), batch_of(bare, 1)
-    scored = MaskedLM(torch.device("cpu"), multiplexed=False, task=True).score(
-        model, batch, (4.0, 1.0)
-    )
+    scored = masked(multiplexed=False).score(model, batch, (4.0, 1.0))
     mean = model(input_ids=batch["input_ids"], labels=batch["labels"]).loss.item()
     assert scored.loss.item() == pytest.approx(mean * batch["masked"] / 4, rel=1e-5)
     assert not scored.further
@@ -206,25 +251,40 @@ def test_the_stock_model_is_scored_alike(bare):
         ("gone", {}, "none of small, base, large, 1.3b"),
         ("mux", {"num_instances": 5}, "--num_instances 5: the model in .* has 2"),
         ("plain", {}, "--num_instances 2: the model in .* has 1"),
+        (
+            "mux",
+            {"objective": "replaced_token"},
+            "replaced_token trains models of type mux_electra, .* is of type mux_bert",
+        ),
     ],
 )
 def test_models_that_do_not_fit_are_refused(bare, model, mux, told):
     data = DataBin(bare / "bin")
     args = ModelArgs(model=str(bare / model) if (bare / model).exists() else model)
     with pytest.raises(UserError, match=told):
-        encoder_config(args, MuxArgs(**{"num_instances": INSTANCES, **mux}), data, LENGTH)
+        encoder_config(
+            args,
+            MuxArgs(**{"objective": "masked_lm", "num_instances": INSTANCES, **mux}),
+            data,
+            LENGTH,
+        )
 
 
 def test_positions_and_vocabulary_must_suffice(bare):
     data = DataBin(bare / "bin")
     with pytest.raises(UserError, match="8 positions; the data need 45 and 9"):
         encoder_config(
-            ModelArgs(model=str(bare / "mux")), MuxArgs(num_instances=INSTANCES), data, 9
+            ModelArgs(model=str(bare / "mux")),
+            MuxArgs(objective="masked_lm", num_instances=INSTANCES),
+            data,
+            9,
         )
 
 
 def test_named_sizes_take_flags(bare):
-    mux = MuxArgs(num_instances=5, retrieval_loss_coeff=1.0, task_loss_coeff=0.0)
+    mux = MuxArgs(
+        objective="masked_lm", num_instances=5, retrieval_loss_coeff=1.0, task_loss_coeff=0.0
+    )
     config = encoder_config(
         ModelArgs(model="base", num_hidden_layers=3), mux, DataBin(bare / "bin"), 8
     )
@@ -232,3 +292,73 @@ def test_named_sizes_take_flags(bare):
     assert (config.num_instances, config.retrieval_loss_coeff) == (5, 1.0)
     masking = masking_of(DataBin(bare / "bin"), mux)
     assert masking.mask_id == 4 and set(masking.special_ids) == {0, 2, 3, 4}
+
+
+@pytest.mark.slow
+def test_electra_hands_over_to_a_classifier(place):
+    told = results(place, "electra-after")
+    assert told.keys() >= {"task_loss", "recall", "precision"} and "perplexity" not in told
+    assert results(place, "electra-warm-up").keys() >= {"retrieval_accuracy", "retrieval_loss"}
+    assert results(place, "generated")["generator_loss"] > 0
+    for run in ("electra-after", "generated"):
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            place / run / "model", output_loading_info=True
+        )
+        assert {name.split(".")[0] for name in report["missing_keys"]} == {"classifier"}
+        assert not report["unexpected_keys"]
+        kept = weights(place, run)["electra.encoder.layer.0.output.dense.weight"]
+        assert torch.equal(model.electra.encoder.layer[0].output["dense"].weight, kept)
+    again = AutoModelForPreTraining.from_pretrained(place / "electra-plain" / "model")
+    assert type(again) is ElectraForPreTraining
+
+
+def test_replaced_tokens_by_hand(bare):
+    model = MuxElectraForReplacedTokens.from_pretrained(bare / "electra").eval()
+    config = model.config
+    config.task_loss_coeff, config.retrieval_loss_coeff, config.disc_loss_weight = 0.5, 2.0, 3.0
+    batch = batch_of(bare) | {"tokens": 32, "mask_id": 4}
+    batch["input_ids"][batch["labels"] != -100] = 4
+    batch["random_ids"] = torch.randint(5, 45, (4, LENGTH))
+    losses = partial(replaced_losses, device=torch.device("cpu"), config=config)
+    objective = EncoderLM(losses, ("tokens", "positions", "masked"), "task_loss")
+    assert objective.count(batch) == (32, 16, batch["masked"])
+    scored = objective.score(model, batch, (64.0, 20.0, 7.0))
+    corrupted = batch["input_ids"] == 4
+    replaced = torch.where(corrupted, batch["random_ids"], batch["input_ids"])
+    given = dict(input_ids=replaced, labels=corrupted.long(), retrieval_slots=batch["slots"])
+    alone = super(MuxElectraForReplacedTokens, model).forward(**given)
+    task, retrieval = alone.task_loss.item() * 32, alone.retrieval_loss.item() * 16
+    assert scored.loss.item() == pytest.approx(3 * (0.5 * task / 64 + 2 * retrieval / 20), rel=1e-5)
+    assert scored.total.item() == pytest.approx(task, rel=1e-5) and scored.items.item() == 32
+    told = alone.logits > 0
+    assert scored.further["recall"].tolist() == [(told & corrupted).sum(), corrupted.sum()]
+    assert scored.further["precision"].tolist() == [(told & corrupted).sum(), told.sum()]
+
+
+def test_plain_electra_is_scored_alike(bare):
+    model = ElectraForPreTraining.from_pretrained(bare / "plain-electra").eval()
+    batch = batch_of(bare, 2) | {"tokens": 32, "mask_id": 4}
+    batch["input_ids"][batch["labels"] != -100] = 4
+    batch["random_ids"] = torch.randint(5, 45, (4, LENGTH))
+    found = replaced_losses(model, batch, (64.0, 1.0, 1.0), torch.device("cpu"), model.config)
+    corrupted = batch["input_ids"] == 4
+    replaced = torch.where(corrupted, batch["random_ids"], batch["input_ids"])
+    mean = model(input_ids=replaced, labels=corrupted.long()).loss.item()
+    assert found["loss"].item() == pytest.approx(mean * 32 / 64, rel=1e-5)
+    assert found["task_loss"].tolist() == [pytest.approx(mean * 32, rel=1e-5), 32]
+
+
+def test_electra_of_a_named_size(bare):
+    data = DataBin(bare / "bin")
+    mux = MuxArgs(objective="replaced_token", num_instances=2, generator="plain")
+    config = encoder_config(ModelArgs(model="small"), mux, data, 8)
+    assert (config.hidden_size, config.embedding_size, config.mask_token_id) == (256, 128, 4)
+    own = config.of_generator()
+    assert (own.hidden_size, own.num_attention_heads, own.intermediate_size) == (64, 1, 256)
+    masking = masking_of(data, mux)
+    assert (masking.masked, masking.random) == (0.85, 0.0)
+    with pytest.raises(UserError, match="a prefix for 9 instances takes the place of 10 tokens"):
+        mux = MuxArgs(objective="masked_lm", num_instances=9, demuxing_variant="index")
+        encoder_config(ModelArgs(model="small"), mux, SimpleNamespace(**BERT_DATA), 10)
+    with pytest.raises(UserError, match="--generator plain goes with --objective replaced_token"):
+        MuxArgs(objective="masked_lm", num_instances=2, generator="plain")
