@@ -1,5 +1,5 @@
 """Pretrain a language model: dense, with domain experts (DEMix), one per domain (BTM), or an
-encoder that reads several texts in one pass (MUX-BERT).
+encoder that reads several texts in one pass (MUX-BERT, MUX-ELECTRA).
 
     deepspeed launchers/pretrain.py launchers/recipes/quickstart.yaml \\
         --deepspeed ds_configs/cpu_smoke.json --output_dir runs/first
@@ -36,14 +36,14 @@ def main() -> None:
     from megamod.train.setup import start_logging
 
     start_logging()
-    if mux.objective == "masked_lm":
-        from megamod.runs.masked_lm import pretrain
-
-        pretrain(*common, mux, data)
-    else:
+    if mux.objective == "causal_lm":
         from megamod.runs.causal_lm import pretrain
 
         pretrain(*common, data)
+    else:
+        from megamod.runs.encoder_lm import pretrain
+
+        pretrain(*common, mux, data)
 
 
 if __name__ == "__main__":

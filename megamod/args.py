@@ -163,17 +163,18 @@ class ModelArgs(Arguments):
 
 @dataclass
 class MuxArgs(Arguments):
-    """Encoders (--objective masked_lm): what they predict, and how many instances share a pass."""
+    """Encoders: what they predict, and how many instances share a pass."""
 
-    objective: Literal["causal_lm", "masked_lm"] = option(
-        "causal_lm", "next token, or masked tokens of an encoder (MUX-BERT)"
+    objective: Literal["causal_lm", "masked_lm", "replaced_token"] = option(
+        "causal_lm",
+        "next token; encoders: masked tokens (MUX-BERT), or which are replaced (MUX-ELECTRA)",
     )
     num_instances: int = option(
         1, "instances that share a forward pass; 1: the plain encoder of transformers", least=1
     )
     muxing_variant: Literal[
         "gaussian_hadamard", "binary_hadamard", "random_ortho", "random_ortho_low_rank",
-        "gaussian_attention_v2",
+        "gaussian_attention_v2", "gaussian_attention",
     ] = option("gaussian_hadamard", "multiplexer")  # fmt: skip
     demuxing_variant: Literal["index_pos", "index"] = option(
         "index_pos", "demultiplexer: RSA, or prefix tokens"
@@ -186,9 +187,22 @@ class MuxArgs(Arguments):
     )
     mlm_probability: float = option(0.15, "share of tokens to predict", least=0, most=1)
     max_pad_tokens: int = option(0, "up to so many last tokens of a row become padding", least=0)
+    generator: Literal["none", "plain", "multiplexed"] = option(
+        "none", "what replaces tokens (replaced_token): chance, or a model trained along"
+    )
+    generator_size: float = option(
+        0.25, "width of the generator as a share of the model's", least=0.01, most=1
+    )
+    gen_loss_weight: float = option(1.0, "weight of the generator's loss", least=0)
+    disc_loss_weight: float = option(50.0, "weight of the discriminator's loss", least=0)
 
     def __post_init__(self):
         super().__post_init__()
+        if self.generator != "none" and (self.num_instances == 1 or self.objective == "masked_lm"):
+            raise UserError(
+                f"--generator {self.generator} goes with --objective replaced_token and more than "
+                "one instance"
+            )
         if self.objective != "causal_lm" and not self.task_loss_coeff + self.retrieval_loss_coeff:
             raise UserError("--task_loss_coeff and --retrieval_loss_coeff are both 0")
         if self.retrieval_loss_coeff and self.num_instances == 1:

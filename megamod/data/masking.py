@@ -76,6 +76,7 @@ class MaskedBatches(Dataset):
         slots:              [R / N, T] int64, an instance of each position (retrieval of tokens).
         domains:            [R] int64, domain of each row.
         masked, positions:  ints, labels to predict and positions to retrieve at.
+        tokens, mask_id:    ints, tokens to tell replaced ones from, and the id of [MASK].
 
     Args:
         datasets: tokens of each domain; the rest behind its last full block is left out.
@@ -150,6 +151,8 @@ class MaskedBatches(Dataset):
             "domains": torch.from_numpy(domains.astype(np.int64)),
             "masked": int((labels != IGNORE).sum()),
             "positions": len(slots) * (self.block_size - self.prefix),
+            "tokens": len(inputs) * (self.block_size - self.prefix),
+            "mask_id": self.masking.mask_id,
         }
 
     def _slots(self, group: int) -> np.ndarray:

@@ -1,6 +1,6 @@
 """What is minimised: from a batch to a loss, per system. The loop knows nothing else of a model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -8,6 +8,7 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import PreTrainedConfig
 
 if TYPE_CHECKING:
     from megamod.models.mux_model import MuxOutput
@@ -147,32 +148,34 @@ class Classify:
         return Scored(output.loss, total, count, {"retrieval_accuracy": right})
 
 
-class MaskedLM:
-    """Masked tokens, retrieved tokens, or both; the log shows the first that has a weight.
+Losses = Callable[[nn.Module, Batch, Sequence[float]], dict[str, Tensor]]
+"""From a model, a batch and what its sums are divided by, to "loss", a differentiable scalar, and
+to [2] float32 sums with their counts by name."""
+
+
+class EncoderLM:
+    """Pretraining of an encoder: masked, replaced or retrieved tokens, or several of these.
 
     Args:
-        multiplexed: whether the model is one of ours; else a masked LM of transformers.
-        task: whether masked tokens count; if not, retrieved ones are the loss that is shown.
+        losses: `masked_losses` or `replaced_losses` with all but model, batch and items.
+        terms: fields of a batch with the numbers of items, one for each sum.
+        shown: which of the losses is the one the log shows.
     """
 
-    def __init__(self, device: torch.device, multiplexed: bool, task: bool):
-        self.device = device
-        self.multiplexed = multiplexed
-        self.task = task
+    def __init__(self, losses: Losses, terms: Sequence[str], shown: str):
+        self.losses = losses
+        self.terms = tuple(terms)
+        self.shown = shown
 
     def count(self, batch: Batch) -> Sequence[float]:
-        return (batch["masked"], batch["positions"])
+        return tuple(batch[name] for name in self.terms)
 
     def score(
         self, engine: deepspeed.DeepSpeedEngine, batch: Batch, items: Sequence[float]
     ) -> Scored:
-        found = masked_losses(engine, batch, items, self.device, self.multiplexed)
-        shown = found["task_loss" if self.task else "retrieval_loss"]
-        further = {
-            name: pair
-            for name, pair in found.items()
-            if name not in ("loss", "task_loss" if self.task else "retrieval_loss")
-        }
+        found = self.losses(engine, batch, items)
+        shown = found[self.shown]
+        further = {n: pair for n, pair in found.items() if n not in ("loss", self.shown)}
         return Scored(found["loss"], shown[:1], shown[1:], further)
 
 
@@ -194,14 +197,10 @@ def masked_losses(
     inputs = batch["input_ids"].to(device, non_blocking=True)
     labels = batch["labels"].to(device, non_blocking=True)
     masked, positions = (count or 1.0 for count in items)
-
-    def pair(total: Tensor, count: float) -> Tensor:
-        return torch.stack((total.detach().float(), total.new_tensor(float(count)).float()))
-
     if not multiplexed:
         logits = model(input_ids=inputs).logits[labels != -100].float()
         total = nn.functional.cross_entropy(logits, labels[labels != -100], reduction="sum")
-        return {"loss": total / masked, "task_loss": pair(total, batch["masked"])}
+        return {"loss": total / masked, "task_loss": _pair(total, batch["masked"])}
     output = model(
         input_ids=inputs,
         labels=labels,
@@ -209,11 +208,75 @@ def masked_losses(
         retrieval_slots=batch["slots"].to(device, non_blocking=True),
         num_retrieval_items=positions,
     )
-    found = {"loss": output.loss}
-    if output.task_loss is not None:
-        found["task_loss"] = pair(output.task_loss * masked, batch["masked"])
-    if output.retrieval_loss is not None:
-        found["retrieval_loss"] = pair(output.retrieval_loss * positions, batch["positions"])
-        right = output.retrieval_correct.float()
-        found["retrieval_accuracy"] = pair(right, float(output.retrieval_count))
+    return {"loss": output.loss, **_terms(output, batch, (masked, batch["masked"]), positions)}
+
+
+def replaced_losses(
+    model: nn.Module,
+    batch: Batch,
+    items: Sequence[float],
+    device: torch.device,
+    config: PreTrainedConfig,
+) -> dict[str, Tensor]:
+    """What a discriminator makes of a batch whose masked tokens were replaced.
+
+    Args:
+        items: what the sums over looked-at, retrieved and masked tokens are divided by in "loss".
+        config: of the model; a plain ELECTRA has its tokens replaced by chance here.
+    Returns:
+        as `masked_losses`; "task_loss" is that of the discriminator, "recall" and "precision" tell
+        how it finds replaced tokens, "generator_loss" is there if the model has a generator.
+    """
+    inputs = batch["input_ids"].to(device, non_blocking=True)
+    anything = batch["random_ids"].to(device, non_blocking=True)
+    tokens, positions, masked = (count or 1.0 for count in items)
+    if not hasattr(config, "num_instances"):
+        corrupted = inputs == batch["mask_id"]
+        logits = model(input_ids=torch.where(corrupted, anything, inputs)).logits.float()
+        total = functional.binary_cross_entropy_with_logits(
+            logits, corrupted.float(), reduction="sum"
+        )
+        found = {"loss": total / tokens, "task_loss": _pair(total, batch["tokens"])}
+        return found | _found(logits, corrupted)
+    generates = config.generator != "none"
+    output = model(
+        input_ids=inputs,
+        labels=batch["labels"].to(device, non_blocking=True),
+        random_ids=None if generates else anything,
+        num_items_in_batch=tokens,
+        retrieval_slots=batch["slots"].to(device, non_blocking=True),
+        num_retrieval_items=positions,
+        num_generator_items=masked,
+    )
+    found = {"loss": output.loss, **_terms(output, batch, (tokens, batch["tokens"]), positions)}
+    if output.logits is not None:
+        found |= _found(output.logits, output.corrupted[:, : output.logits.shape[1]])
+    if generates:
+        found["generator_loss"] = _pair(output.generator_loss * masked, batch["masked"])
     return found
+
+
+def _terms(
+    output: "MuxOutput", batch: Batch, task: tuple[float, float], positions: float
+) -> dict[str, Tensor]:
+    found = {}
+    if output.task_loss is not None:
+        found["task_loss"] = _pair(output.task_loss * task[0], task[1])
+    if output.retrieval_loss is not None:
+        found["retrieval_loss"] = _pair(output.retrieval_loss * positions, batch["positions"])
+        right = output.retrieval_correct.float()
+        found["retrieval_accuracy"] = _pair(right, float(output.retrieval_count))
+    return found
+
+
+def _found(logits: Tensor, corrupted: Tensor) -> dict[str, Tensor]:
+    told = logits.detach() > 0
+    right = (told & corrupted).sum().float()
+    return {
+        "recall": torch.stack((right, corrupted.sum().float())),
+        "precision": torch.stack((right, told.sum().float())),
+    }
+
+
+def _pair(total: Tensor, count: float) -> Tensor:
+    return torch.stack((total.detach().float(), total.new_tensor(float(count)).float()))

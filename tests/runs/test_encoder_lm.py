@@ -22,7 +22,15 @@ from transformers import (
     ElectraForPreTraining,
 )
 
-from megamod.args import DataArgs, ModelArgs, MuxArgs, OptimArgs, RunArgs, SafetyArgs
+from megamod.args import (
+    DataArgs,
+    ModelArgs,
+    MuxArgs,
+    OptimArgs,
+    RunArgs,
+    SafetyArgs,
+    parse_args,
+)
 from megamod.data.binarize import binarize
 from megamod.data.lm import DataBin
 from megamod.errors import UserError
@@ -362,3 +370,29 @@ def test_electra_of_a_named_size(bare):
         encoder_config(ModelArgs(model="small"), mux, SimpleNamespace(**BERT_DATA), 10)
     with pytest.raises(UserError, match="--generator plain goes with --objective replaced_token"):
         MuxArgs(objective="masked_lm", num_instances=2, generator="plain")
+
+
+@pytest.mark.parametrize(
+    "name", ["mux_bert_warmup", "mux_bert_mlm", "mux_electra_warmup", "mux_electra_pretrain"]
+)
+def test_recipes_are_those_of_the_release(name):
+    path = Path(__file__).resolve().parents[2] / "launchers" / "recipes" / f"{name}.yaml"
+    kinds = (RunArgs, SafetyArgs, ModelArgs, OptimArgs, MuxArgs, DataArgs)
+    run, _, model, optim, mux, data = parse_args(*kinds, argv=[str(path)])
+    assert run.accumulation(8) == 1 and run.per_device_train_batch_size == 16 * 5
+    assert (run.max_steps, optim.warmup_steps, optim.learning_rate) == (1_000_000, 10_000, 1e-4)
+    assert (mux.task_loss_coeff, mux.retrieval_loss_coeff) == (
+        (0.0, 1.0) if name.endswith("warmup") else (1.0, 0.0)
+    )
+    assert data.max_seq_length == 512
+    if "electra" in name:
+        return
+    bert = SimpleNamespace(**BERT_DATA)
+    with torch.device("meta"):
+        made = MuxBertForMaskedLM(encoder_config(model, mux, bert, 512))
+    D, V, N = 768, 30522, 5
+    layer = 12 * D * D + 13 * D
+    demux = N * D + (2 * D * D + D) + 2 * (D * D + D) + 3 * 2 * D
+    head = D * D + D + 2 * D + V
+    embeddings = (V + 512 + 2) * D + 2 * D + N * D
+    assert made.num_parameters() == embeddings + 12 * layer + demux + head
