@@ -1,4 +1,4 @@
-"""Environment of the whole suite: CPU, one thread, no network."""
+"""Environment of the whole suite: CPU, one thread, no network; what tests of kernels need."""
 
 import atexit
 import os
@@ -6,12 +6,14 @@ import shutil
 import tempfile
 
 import hypothesis
+import pytest
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; read when Triton is loaded
 if "TORCH_EXTENSIONS_DIR" not in os.environ:
     os.environ["TORCH_EXTENSIONS_DIR"] = tempfile.mkdtemp(prefix="megamod-extensions-")
     atexit.register(shutil.rmtree, os.environ["TORCH_EXTENSIONS_DIR"], ignore_errors=True)
@@ -19,3 +21,45 @@ if "TORCH_EXTENSIONS_DIR" not in os.environ:
 # An example may take long on a machine that does other things too.
 hypothesis.settings.register_profile("megamod", deadline=None)
 hypothesis.settings.load_profile("megamod")
+
+
+@pytest.fixture
+def rounding(monkeypatch):
+    """Stores in bfloat16 round to nearest, as on a GPU; the interpreter would truncate.
+
+    Truncation doubles the error of a store, and so would hide whether a kernel is as near to
+    float64 as plain operations are.
+    """
+    import numpy as np
+    import torch
+    from triton import language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounded(given, given_type, wanted_type, mode):
+        if (given_type, wanted_type) != (tl.float32, tl.bfloat16):
+            return convert(given, given_type, wanted_type, mode)
+        exact = torch.from_numpy(np.ascontiguousarray(given).view(np.float32))
+        return exact.bfloat16().view(torch.int16).numpy().view(np.uint16).reshape(given.shape)
+
+    monkeypatch.setattr(interpreter, "_convert_float", rounded)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Memory that nobody wrote is NaN."""
+    import torch
+
+    def poison(owner, name):
+        allocate = getattr(owner, name)
+
+        def filled(*args, **more):
+            made = allocate(*args, **more)
+            return made.fill_(torch.nan) if made.is_floating_point() else made
+
+        monkeypatch.setattr(owner, name, filled)
+
+    poison(torch, "empty")
+    poison(torch, "empty_like")
+    poison(torch.Tensor, "new_empty")

@@ -5,152 +5,227 @@ part is computed once per mixed position and the key part once per instance: 2 N
 operations than concatenating, and the concatenation is never built.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
+
+from megamod_kernels.demux_torch import (
+    Chain,
+    Pairs,
+    RsaDemuxFunction,
+    add_pairs,
+    by_two,
+    rsa_demux_reference,
+    split_projection,
+)
+from megamod_kernels.dispatch import uses_triton
+
+if TYPE_CHECKING:
+    from megamod_kernels.compile_ahead import Build
+
+__all__ = ["Chain", "Pairs", "add_pairs", "builds", "rsa_demux", "rsa_demux_reference"]
+__all__ += ["split_projection"]
+
+ROWS, WIDTH = 4, 256  # tile of what is done row by row; the tuned widths are multiples of it
+PARTIALS = 128  # rows of the buffers from which gradients of norm, biases and keys are summed
 
 
-class Pairs(NamedTuple):
-    """Positions to demultiplex, each for one instance; all [R] int64.
-
-    Attributes:
-        group: which mixed sequence.
-        instance: which of its N instances.
-        position: which of its positions.
-    """
-
-    group: Tensor
-    instance: Tensor
-    position: Tensor
+def _tile(rows: int, itemsize: int) -> tuple[int, int, int, int, int]:
+    """Rows, columns and inner columns of a tile of the product, warps and stages."""
+    if itemsize == 4:
+        return 64, 64, 32, 4, 2
+    return (128, 128, 32, 8, 3) if rows >= 4096 else (64, 64, 32, 4, 3)
 
 
-class Chain(NamedTuple):
-    """Weights behind the first layer.
-
-    Attributes:
-        dense: (weight [D, D], bias [D]) of each residual layer.
-        last: weight [D, D] and bias [D] of the layer before the norm.
-        norm: weight [D] and bias [D] of the norm.
-        eps: of the norm.
-    """
-
-    dense: Sequence[tuple[Tensor, Tensor]]
-    last: tuple[Tensor, Tensor]
-    norm: tuple[Tensor, Tensor]
-    eps: float
-
-
-def split_projection(
-    hidden: Tensor, key: Tensor, weight: Tensor, bias: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Both parts of a layer over [key ; hidden], each computed once.
-
-    Args:
-        hidden: [..., D] mixed states.
-        key: [..., N, D] keys.
-        weight: [D, 2 D], key columns first.
-        bias: [D].
-    Returns:
-        hidden part [..., D] and key part, bias included, [..., N, D].
-    """
-    size = key.shape[-1]
-    return F.linear(hidden, weight[:, size:]), F.linear(key, weight[:, :size], bias)
-
-
-def add_pairs(hidden: Tensor, key: Tensor, pairs: Pairs | None) -> Tensor:
-    """Sum of a hidden and a key part for every instance and position, or for some.
-
-    Args:
-        hidden: [B, L, D] of the mixed positions.
-        key: [N, D], or [B, N, D] where every group has keys of its own.
-        pairs: which ones; None for all.
-    Returns:
-        [R, D], or [B, N, L, D].
-    """
-    if pairs is None:
-        return hidden[:, None] + key[..., None, :]
-    keys = key[pairs.instance] if key.dim() == 2 else key[pairs.group, pairs.instance]
-    return hidden[pairs.group, pairs.position] + keys
-
-
-def rsa_demux_reference(
+@torch.library.custom_op("megamod::rsa_demux", mutates_args=())
+def _rsa_demux(
     hidden: Tensor,
     key: Tensor,
-    chain: Chain,
-    pairs: Pairs | None = None,
-    dropout: float = 0.0,
-) -> Tensor:
-    """The definition; arguments and result as of `rsa_demux`."""
-    x = F.dropout(F.gelu(add_pairs(hidden, key, pairs)), dropout)
-    for weight, bias in chain.dense:
-        x = F.dropout(F.gelu(F.linear(x, weight, bias)), dropout) + x
-    last = F.gelu(F.linear(x, *chain.last))
-    return F.layer_norm(last, last.shape[-1:], *chain.norm, chain.eps) + x
+    weights: Sequence[Tensor],
+    of_hidden: Tensor | None,
+    of_key: Tensor | None,
+    seed: Tensor | None,
+    dropout: float,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """The result, flat [R, D], and what each GELU behind the first was given [layers, R, D]."""
+    from megamod_kernels import demux_kernels as kernels
+
+    hidden, key = hidden.contiguous(), key.contiguous()
+    output, before = _shapes(hidden, key, weights, of_hidden)
+    rows, size = output.shape
+    if not output.numel():
+        return output, before
+    *layers, norm = by_two([weight.contiguous() for weight in weights])
+    tall, wide, inner, warps, stages = _tile(rows, hidden.element_size())
+    counts = (rows, size, len(key), hidden.shape[1], dropout)
+    flags = {"PAIRS": of_hidden is not None, "DROPS": seed is not None}
+    places = [hidden if one is None else one.contiguous() for one in (of_hidden, of_key, seed)]
+    for layer, (weight, bias) in enumerate(layers):
+        kernels.rsa_demux_matmul_kernel[(-(-rows // tall) * -(-size // wide),)](
+            hidden, key, before, weight, bias, before[layer], *places, *counts,
+            LAYERS=layer, **flags, ROWS=tall, COLUMNS=wide, INNER=inner,
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    kernels.rsa_demux_finish_kernel[(-(-rows // ROWS),)](
+        hidden, key, before, before[-1], *norm, output, *places, *counts, eps,
+        LAYERS=len(layers) - 1, **flags, ROWS=ROWS, WIDTH=WIDTH, num_warps=4,
+    )  # fmt: skip
+    return output, before
 
 
-class _RsaDemuxFunction(torch.autograd.Function):
-    """Saves both parts of the first layer and what each GELU was given; nothing else.
+@_rsa_demux.register_fake
+def _(
+    hidden: Tensor,
+    key: Tensor,
+    weights: Sequence[Tensor],
+    of_hidden: Tensor | None,
+    of_key: Tensor | None,
+    seed: Tensor | None,
+    dropout: float,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    return _shapes(hidden, key, weights, of_hidden)
 
-    Everything between is element-wise and made again in backward. The plain form saves five times
-    as much: every GELU's input and output, and the concatenation.
-    """
 
-    @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx,
-        hidden: Tensor,
-        key: Tensor,
-        pairs: Pairs | None,
-        dropout: float,
-        eps: float,
-        *weights: Tensor,
-    ) -> Tensor:
-        *dense, last, norm = _by_two(weights)
-        first = add_pairs(hidden, key, pairs)
-        masks = [
-            torch.empty_like(first, dtype=torch.bool).bernoulli_(1 - dropout) if dropout else None
-            for _ in range(len(dense) + 1)
-        ]
-        x = _drop(F.gelu(first), masks[0], dropout)
-        before = []
-        for (weight, bias), mask in zip(dense, masks[1:], strict=True):
-            before.append(F.linear(x, weight, bias))
-            x = _drop(F.gelu(before[-1]), mask, dropout).add_(x)
-        before.append(F.linear(x, *last))
-        output = F.layer_norm(F.gelu(before[-1]), x.shape[-1:], *norm, eps).add_(x)
-        ctx.save_for_backward(hidden, key, *(pairs or ()), *weights, *before, *masks)
-        ctx.counts = (len(pairs or ()), len(weights), len(before))
-        ctx.dropout, ctx.eps = dropout, eps
-        return output
+def _shapes(
+    hidden: Tensor, key: Tensor, weights: Sequence[Tensor], of_hidden: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    groups, length, size = hidden.shape
+    rows = groups * len(key) * length if of_hidden is None else of_hidden.shape[0]
+    return hidden.new_empty(rows, size), hidden.new_empty(len(weights) // 2 - 1, rows, size)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(
-        ctx: torch.autograd.function.FunctionCtx, upstream: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        hidden, key, *rest = ctx.saved_tensors
-        pairs, weights, before, masks = _split(rest, ctx.counts)
-        pairs = Pairs(*pairs) if pairs else None
-        *dense, last, norm = _by_two(weights)
-        first = add_pairs(hidden, key, pairs)
-        states = [_drop(F.gelu(first), masks[0], ctx.dropout)]
-        for given, mask in zip(before[:-1], masks[1:], strict=True):
-            states.append(_drop(F.gelu(given), mask, ctx.dropout).add_(states[-1]))
 
-        grad, grad_norm = _norm_backward(upstream, F.gelu(before[-1]), norm, ctx.eps)
-        grad = torch.ops.aten.gelu_backward(grad, before[-1])
-        grads = [*_weight_grads(grad, states[-1]), *grad_norm]
-        grad = (grad @ last[0]).add_(upstream)
-        for number in reversed(range(len(dense))):
-            inner = _drop(grad, masks[number + 1], ctx.dropout, keep=True)
-            inner = torch.ops.aten.gelu_backward(inner, before[number])
-            grads[:0] = _weight_grads(inner, states[number])
-            grad = grad.add_(inner @ dense[number][0])
-        grad = torch.ops.aten.gelu_backward(_drop(grad, masks[0], ctx.dropout), first)
-        return *_take_apart(grad, hidden, key, pairs), None, None, None, *grads
+@torch.library.custom_op("megamod::rsa_demux_backward", mutates_args=())
+def _rsa_demux_backward(
+    upstream: Tensor,
+    hidden: Tensor,
+    key: Tensor,
+    weights: Sequence[Tensor],
+    before: Tensor,
+    of_hidden: Tensor | None,
+    of_key: Tensor | None,
+    seed: Tensor | None,
+    dropout: float,
+    eps: float,
+) -> list[Tensor]:
+    """Gradients of hidden, key and all weights."""
+    from megamod_kernels import demux_kernels as kernels
+
+    if not upstream.numel():
+        return [torch.zeros_like(tensor) for tensor in (hidden, key, *weights)]
+    hidden, key, upstream = hidden.contiguous(), key.contiguous(), upstream.contiguous()
+    *layers, norm = by_two([weight.contiguous() for weight in weights])
+    rows, size = upstream.shape
+    N, L = len(key), hidden.shape[1]
+    flags = {"DROPS": seed is not None, "ROWS": ROWS, "WIDTH": WIDTH, "num_warps": 4}
+    pairs = {"PAIRS": of_hidden is not None}
+    places = [hidden if one is None else one.contiguous() for one in (of_hidden, of_key, seed)]
+    counts = (rows, size, N, L, dropout)
+    blocks = -(-rows // ROWS)
+    programs = min(blocks, PARTIALS)
+    grad, state = torch.empty_like(upstream), torch.empty_like(upstream)
+    partial = hidden.new_empty((programs, 3, size), dtype=torch.float32)
+    kernels.rsa_demux_norm_bwd_kernel[(programs,)](
+        hidden, key, before, before[-1], upstream, norm[0], grad, state, partial, *places, *counts,
+        eps, blocks, LAYERS=len(layers) - 1, **pairs, **flags,
+    )  # fmt: skip
+    *of_norm, of_bias = (part.sum(0).to(key.dtype) for part in partial.unbind(1))
+    grads = [grad.T @ state, of_bias, *of_norm]
+    upstream = torch.addmm(upstream, grad, layers[-1][0])
+    for layer in reversed(range(len(layers) - 1)):
+        partial = hidden.new_empty((programs, size), dtype=torch.float32)
+        kernels.rsa_demux_layer_bwd_kernel[(programs,)](
+            hidden, key, before, before[layer], upstream, grad, state, partial, *places, *counts,
+            blocks, LAYER=layer, **pairs, **flags,
+        )  # fmt: skip
+        grads[:0] = [grad.T @ state, partial.sum(0).to(key.dtype)]
+        upstream = torch.addmm(upstream, grad, layers[layer][0])
+    if of_hidden is not None:
+        kernels.rsa_demux_first_bwd_kernel[(blocks, -(-size // WIDTH))](
+            hidden, key, upstream, grad, *places, *counts, **pairs, **flags
+        )
+        # Both sums are made in a fixed order, unlike those of index_add_ on a GPU.
+        grad_hidden = torch.zeros_like(hidden).flatten(0, 1)
+        grad_hidden = grad_hidden.index_put_((of_hidden,), grad, accumulate=True)
+        chosen = F.one_hot(of_key, N).to(grad.dtype)
+        return [grad_hidden.view_as(hidden), chosen.T @ grad, *grads]
+    blocks = -(-hidden.shape[0] * L // ROWS)
+    programs = min(blocks, PARTIALS)
+    grad_hidden = torch.empty_like(hidden)
+    partial = hidden.new_empty((programs, N, size), dtype=torch.float32)
+    kernels.rsa_demux_sums_bwd_kernel[(programs, -(-size // WIDTH))](
+        hidden, key, upstream, grad_hidden, partial, places[2], hidden.shape[0] * L, *counts[1:],
+        blocks, **flags,
+    )  # fmt: skip
+    return [grad_hidden, partial.sum(0).to(key.dtype), *grads]
+
+
+@_rsa_demux_backward.register_fake
+def _(
+    upstream: Tensor,
+    hidden: Tensor,
+    key: Tensor,
+    weights: Sequence[Tensor],
+    before: Tensor,
+    of_hidden: Tensor | None,
+    of_key: Tensor | None,
+    seed: Tensor | None,
+    dropout: float,
+    eps: float,
+) -> list[Tensor]:
+    return [torch.empty_like(tensor) for tensor in (hidden, key, *weights)]
+
+
+def _keep(
+    ctx: torch.autograd.function.FunctionCtx,
+    inputs: tuple[object, ...],
+    output: tuple[Tensor, Tensor],
+) -> None:
+    hidden, key, weights, of_hidden, of_key, seed, ctx.dropout, ctx.eps = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(hidden, key, output[1], of_hidden, of_key, seed, *weights)
+
+
+def _differentiate(
+    ctx: torch.autograd.function.FunctionCtx, upstream: Tensor, _: Tensor
+) -> tuple[object, ...]:
+    hidden, key, before, of_hidden, of_key, seed, *weights = ctx.saved_tensors
+    given = (hidden, key, weights, before, of_hidden, of_key, seed, ctx.dropout, ctx.eps)
+    grad_hidden, grad_key, *grads = _rsa_demux_backward(upstream, *given)
+    return grad_hidden, grad_key, grads, None, None, None, None, None
+
+
+_rsa_demux.register_autograd(_differentiate, setup_context=_keep)
+
+
+@register_flop_formula(torch.ops.megamod.rsa_demux)
+def _flops(
+    hidden: Sequence[int],
+    key: Sequence[int],
+    weights: Sequence[Sequence[int]],
+    of_hidden: Sequence[int] | None,
+    *args: object,
+    **kwargs: object,
+) -> int:
+    rows = hidden[0] * key[0] * hidden[1] if of_hidden is None else of_hidden[0]
+    return 2 * rows * hidden[2] ** 2 * (len(weights) // 2 - 1)
+
+
+@register_flop_formula(torch.ops.megamod.rsa_demux_backward)
+def _flops_backward(
+    upstream: Sequence[int],
+    hidden: Sequence[int],
+    key: Sequence[int],
+    weights: Sequence[Sequence[int]],
+    *args: object,
+    **kwargs: object,
+) -> int:
+    return 4 * upstream[0] * hidden[2] ** 2 * (len(weights) // 2 - 1)
 
 
 def rsa_demux(
@@ -159,6 +234,7 @@ def rsa_demux(
     chain: Chain,
     pairs: Pairs | None = None,
     dropout: float = 0.0,
+    implementation: str = "auto",
 ) -> Tensor:
     """The whole demultiplexer behind the split first layer.
 
@@ -168,11 +244,13 @@ def rsa_demux(
         hidden, key: parts of the first layer, [B, L, D] and [N, D], from `split_projection`.
         pairs: which positions of which instances; None for all.
         dropout: probability, behind the first GELU and that of each residual layer.
+        implementation: "triton", "reference", or "auto", which is Triton on a GPU. float64 and
+            autocast are always computed by plain torch.
     Returns:
         [R, D] for pairs, else [B, N, L, D], in hidden's dtype. Differentiable once in all tensors.
         A backward pass keeps 1 + len(chain.dense) tensors of that size, and the two parts.
     Raises:
-        ValueError: if the shapes do not fit.
+        ValueError: if the shapes do not fit, or the implementation cannot run.
     Source: Murahari et al. 2023 (MUX-PLM), section 3.1; layers in the order of its release.
     """
     if hidden.dim() != 3 or key.dim() != 2 or hidden.shape[-1] != key.shape[-1]:
@@ -183,51 +261,56 @@ def rsa_demux(
     if torch.is_autocast_enabled(hidden.device.type):  # which a backward of our own would not see
         return rsa_demux_reference(hidden, key, chain, pairs, dropout)
     weights = [tensor for pair in (*chain.dense, chain.last, chain.norm) for tensor in pair]
-    return _RsaDemuxFunction.apply(hidden, key, pairs, dropout, chain.eps, *weights)
+    if uses_triton(implementation, hidden) and hidden.dtype != torch.float64:
+        places = (None, None)
+        if pairs is not None:
+            places = (pairs.group * hidden.shape[1] + pairs.position, pairs.instance)
+        seed = torch.randint(2**31, (1,), device=hidden.device) if dropout else None
+        output, _ = _rsa_demux(hidden, key, weights, *places, seed, dropout, chain.eps)
+        if pairs is not None:
+            return output
+        return output.view(len(hidden), len(key), *hidden.shape[1:])
+    return RsaDemuxFunction.apply(hidden, key, pairs, dropout, chain.eps, *weights)
 
 
-def _by_two(weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(weights[::2], weights[1::2], strict=True))
+def builds() -> "Iterator[Build]":
+    """The kernels at the tuned widths, for ahead-of-time compilation."""
+    from megamod_kernels import demux_kernels as kernels
+    from megamod_kernels.compile_ahead import Build
 
-
-def _split(tensors: Sequence[Tensor], counts: Sequence[int]) -> list[list[Tensor]]:
-    parts, start = [], 0
-    for count in (*counts, len(tensors) - sum(counts)):
-        parts.append(list(tensors[start : start + count]))
-        start += count
-    return parts
-
-
-def _drop(x: Tensor, mask: Tensor | None, dropout: float, keep: bool = False) -> Tensor:
-    """Dropout by a mask, in place unless x must be kept."""
-    if mask is None:
-        return x
-    return (x * mask if keep else x.mul_(mask)).mul_(1 / (1 - dropout))
-
-
-def _weight_grads(grad: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
-    grad, given = grad.flatten(0, -2), given.flatten(0, -2)
-    return grad.T @ given, grad.sum(0)
-
-
-def _norm_backward(
-    upstream: Tensor, given: Tensor, norm: tuple[Tensor, Tensor], eps: float
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    shape = list(given.shape[-1:])
-    _, mean, rstd = torch.ops.aten.native_layer_norm(given, shape, *norm, eps)
-    grad, *weights = torch.ops.aten.native_layer_norm_backward(
-        upstream.contiguous(), given, shape, mean, rstd, *norm, [True, True, True]
-    )
-    return grad, tuple(weights)
-
-
-def _take_apart(
-    grad: Tensor, hidden: Tensor, key: Tensor, pairs: Pairs | None
-) -> tuple[Tensor, Tensor]:
-    """Gradients of both summands of `add_pairs`."""
-    if pairs is None:
-        return grad.sum(1), grad.sum((0, 2))
-    place = pairs.group * hidden.shape[1] + pairs.position
-    grad_hidden = torch.zeros_like(hidden).flatten(0, 1).index_add_(0, place, grad)
-    grad_key = torch.zeros_like(key).index_add_(0, pairs.instance, grad)
-    return grad_hidden.view_as(hidden), grad_key
+    types = {"of_hidden": "*i64", "of_key": "*i64", "seed": "*i64", "partial": "*fp32"}
+    types |= dict.fromkeys(("dropout", "eps"), "fp32")
+    counts = ("rows", "D", "N", "L", "blocks", "positions")
+    for size in (768, 1024, 2048):
+        for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
+            tall, wide, inner, warps, stages = _tile(size * 8, itemsize)
+            product = {"ROWS": tall, "COLUMNS": wide, "INNER": inner}
+            by_rows = {"ROWS": ROWS, "WIDTH": WIDTH}
+            for kernel, layers, tile in (
+                (kernels.rsa_demux_matmul_kernel, {"LAYERS": 0}, product),
+                (kernels.rsa_demux_matmul_kernel, {"LAYERS": 1}, product),
+                (kernels.rsa_demux_finish_kernel, {"LAYERS": 1}, by_rows),
+                (kernels.rsa_demux_norm_bwd_kernel, {"LAYERS": 1}, by_rows),
+                (kernels.rsa_demux_layer_bwd_kernel, {"LAYER": 0}, by_rows),
+                (kernels.rsa_demux_first_bwd_kernel, {}, by_rows),
+                (kernels.rsa_demux_sums_bwd_kernel, {}, by_rows),
+            ):
+                names = kernel.arg_names
+                constants = layers | tile | {"DROPS": size == 768}
+                if "PAIRS" in names:
+                    constants |= {"PAIRS": size == 1024}
+                signature = {
+                    name: types.get(name, "i32" if name in counts else f"*{dtype}")
+                    for name in names
+                    if name not in constants
+                }
+                number = "".join(map(str, layers.values()))
+                yield Build(
+                    name=f"{kernel.__name__}{number}-D{size}-{dtype}",
+                    kernel=kernel,
+                    signature=signature,
+                    constants=constants,
+                    num_warps=warps if tile is product else 4,
+                    num_stages=stages if tile is product else 3,
+                    aligned=(*(n for n, kind in signature.items() if kind[0] == "*"), "D"),
+                )

@@ -4,8 +4,22 @@ Hadamard multiplexing is pure bandwidth: the least it can move is the instances 
 once. The product of instances and keys is never held.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+
+from megamod_kernels.dispatch import uses_triton
+
+if TYPE_CHECKING:
+    from megamod_kernels.compile_ahead import Build
+
+COLUMNS = 256  # of a tile; the tuned widths are multiples of it
+ROWS = 4
+PARTIALS = 128  # rows of the buffer from which the key's gradient is summed
 
 
 def multiplex_reference(x: Tensor, key: Tensor) -> Tensor:
@@ -49,21 +63,138 @@ class _MultiplexFunction(torch.autograd.Function):
         return grad_x, grad_key
 
 
-def multiplex(x: Tensor, key: Tensor) -> Tensor:
+@torch.library.custom_op("megamod::multiplex", mutates_args=())
+def _multiplex(x: Tensor, key: Tensor) -> Tensor:
+    from megamod_kernels.mux_kernels import multiplex_fwd_kernel
+
+    groups, instances, length, size = x.shape
+    x, key = x.contiguous(), key.contiguous()
+    mixed = x.new_empty(groups, length, size)
+    rows = groups * length
+    if mixed.numel():
+        grid = (-(-rows // ROWS), -(-size // COLUMNS))
+        multiplex_fwd_kernel[grid](
+            x, key, mixed, rows, length, size, instances, ROWS, COLUMNS, num_warps=4
+        )
+    return mixed
+
+
+@_multiplex.register_fake
+def _(x: Tensor, key: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[2], x.shape[3])
+
+
+@torch.library.custom_op("megamod::multiplex_backward", mutates_args=())
+def _multiplex_backward(
+    upstream: Tensor, x: Tensor | None, key: Tensor, of_x: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x, empty unless asked for, and of the key, empty unless x is given."""
+    from megamod_kernels.mux_kernels import multiplex_bwd_kernel
+
+    groups, length, size = upstream.shape
+    instances, rows = len(key), groups * length
+    upstream, key = upstream.contiguous(), key.contiguous()
+    grad_x = upstream.new_empty((groups, instances, length, size) if of_x else 0)
+    if not upstream.numel():
+        return grad_x, torch.zeros_like(key) if x is not None else key.new_empty(0)
+    blocks = -(-rows // ROWS)
+    programs = blocks if x is None else min(blocks, PARTIALS)
+    wanted = (programs, instances, size) if x is not None else 0
+    partial = upstream.new_empty(wanted, dtype=torch.float32)
+    multiplex_bwd_kernel[(programs, -(-size // COLUMNS))](
+        upstream,
+        x.contiguous() if x is not None else upstream,
+        key,
+        grad_x,
+        partial,
+        rows,
+        length,
+        size,
+        instances,
+        blocks,
+        ROWS,
+        COLUMNS,
+        of_x,
+        x is not None,
+        num_warps=4,
+    )
+    return grad_x, partial.sum(0).to(key.dtype) if x is not None else key.new_empty(0)
+
+
+@_multiplex_backward.register_fake
+def _(upstream: Tensor, x: Tensor | None, key: Tensor, of_x: bool) -> tuple[Tensor, Tensor]:
+    groups, length, size = upstream.shape
+    grad_x = upstream.new_empty((groups, len(key), length, size) if of_x else 0)
+    return grad_x, torch.empty_like(key) if x is not None else key.new_empty(0)
+
+
+def _keep(
+    ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, Tensor], output: Tensor
+) -> None:
+    x, key = inputs
+    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, key)
+
+
+def _differentiate(
+    ctx: torch.autograd.function.FunctionCtx, upstream: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    of_x, of_key = ctx.needs_input_grad
+    grad_x, grad_key = _multiplex_backward(upstream, *ctx.saved_tensors, of_x)
+    return grad_x if of_x else None, grad_key if of_key else None
+
+
+_multiplex.register_autograd(_differentiate, setup_context=_keep)
+
+
+def multiplex(x: Tensor, key: Tensor, implementation: str = "auto") -> Tensor:
     """Combine N instances into one sequence by keyed averaging.
 
     Args:
         x: [B, N, L, D] instances, any float dtype.
         key: [N, D] one vector per instance; its dtype may be wider than that of x.
+        implementation: "triton", "reference", or "auto", which is Triton on a GPU. Triton has no
+            kernel for float64, which is always computed by the reference.
     Returns:
         [B, L, D], in x's dtype; accumulated in float32. Differentiable once in x and key.
     Raises:
-        ValueError: if N or D of x and key differ.
+        ValueError: if N or D of x and key differ, N is 0, or the implementation cannot run.
     Source: Murahari et al. 2022 (DataMUX), section 3.1, Hadamard products.
     """
-    if x.dim() != 4 or key.shape != (x.shape[1], x.shape[3]):
+    if x.dim() != 4 or key.shape != (x.shape[1], x.shape[3]) or not x.shape[1]:
         raise ValueError(
             f"x {tuple(x.shape)} and key {tuple(key.shape)} do not fit: expected [B, N, L, D] "
-            "and [N, D]"
+            "and [N, D], N at least 1"
         )
+    if uses_triton(implementation, x) and x.dtype != torch.float64:
+        return _multiplex(x, key)
     return _MultiplexFunction.apply(x, key)
+
+
+def builds() -> Iterator[Build]:
+    """The kernels at the tuned widths, for ahead-of-time compilation."""
+    from megamod_kernels.compile_ahead import Build
+    from megamod_kernels.mux_kernels import multiplex_bwd_kernel, multiplex_fwd_kernel
+
+    for size in (768, 1024, 1536, 2048):
+        for dtype in ("bf16", "fp32"):
+            tensors = dict.fromkeys(("x", "key", "mixed", "upstream", "grad_x"), f"*{dtype}")
+            signature = tensors | {"partial": "*fp32"}
+            signature |= dict.fromkeys(("rows", "length", "D", "N", "blocks"), "i32")
+            constants = {"BLOCK": ROWS, "WIDTH": COLUMNS}
+            aligned = ("upstream", "x", "key", "grad_x", "partial", "mixed", "D")
+            for kernel, more in (
+                (multiplex_fwd_kernel, {}),
+                (multiplex_bwd_kernel, {"OF_X": True, "OF_KEY": True}),
+                (multiplex_bwd_kernel, {"OF_X": True, "OF_KEY": False}),
+            ):
+                names = kernel.arg_names
+                key = "-key" if more.get("OF_KEY") else ""
+                yield Build(
+                    name=f"{kernel.__name__}{key}-D{size}-{dtype}",
+                    kernel=kernel,
+                    signature={name: signature[name] for name in names if name in signature},
+                    constants=constants | more,
+                    num_warps=4,
+                    num_stages=3,
+                    aligned=tuple(name for name in aligned if name in names),
+                )

@@ -5,6 +5,9 @@ that uses them: so they are called in published checkpoints.
 """
 
 import torch
+from megamod_kernels.keyed_linear import keyed_linear
+from megamod_kernels.mux import multiplex
+from megamod_kernels.slot_attention import runs_kernels, slot_attention_packed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -71,6 +74,7 @@ def multiplex_contextual(
     over_instances: EncoderLayer,
     attention_mask: Tensor | None,
     mask_instances: bool,
+    implementation: str = "auto",
 ) -> Tensor:
     """Attention over each instance's tokens, keys, attention over the instances of each position.
 
@@ -79,6 +83,7 @@ def multiplex_contextual(
         key: [N, D].
         attention_mask: [B * N, L], nonzero at real tokens; None if all are.
         mask_instances: whether padding is masked in the second attention as well.
+        implementation: of what is done among instances, see `slot_attention`.
     Returns:
         [B, L, D].
     Source: Murahari et al. 2023, section 3.1, contextual multiplexer; `gaussian_attention_v2`.
@@ -86,15 +91,42 @@ def multiplex_contextual(
     groups, instances, length, size = x.shape
     rows = x.flatten(0, 1)
     mask = key_mask(attention_mask) if attention_mask is not None else None
-    context = over_tokens(rows, mask) + rows
-    marked = context.view_as(x) * key[:, None].to(x.dtype)
-    at_positions = marked.transpose(1, 2).reshape(-1, instances, size)  # [B * L, N, D]
-    mask = None
+    context = (over_tokens(rows, mask) + rows).view_as(x)
+    seen = None
     if mask_instances and attention_mask is not None:
-        by_position = attention_mask.view(groups, instances, length).transpose(1, 2)
-        mask = key_mask(by_position.reshape(-1, instances))
+        seen = attention_mask.view(groups, instances, length)
+    if runs_kernels(x, over_instances.heads, implementation):
+        mixed = _attend_over_instances(over_instances, context, key, seen, implementation)
+        return over_instances.feed(mixed).mean(1) + multiplex(context, key, implementation)
+    marked = context * key[:, None].to(x.dtype)
+    at_positions = marked.transpose(1, 2).reshape(-1, instances, size)  # [B * L, N, D]
+    mask = key_mask(seen.transpose(1, 2).flatten(0, 1)) if seen is not None else None
     mixed = over_instances(at_positions, mask) + at_positions
     return mixed.mean(1).view(groups, length, size)
+
+
+def _attend_over_instances(
+    block: EncoderLayer, x: Tensor, key: Tensor, seen: Tensor | None, implementation: str
+) -> Tensor:
+    """`block.attend` of x * key over its second dimension; neither permuted nor multiplied first.
+
+    Args:
+        x: [B, N, L, D].
+        seen: [B, N, L], 0 where an instance is masked.
+    """
+    projections = [block.attention["self"][name] for name in ("query", "key", "value")]
+    weight = torch.cat([projection.weight for projection in projections])
+    bias = torch.cat([projection.bias for projection in projections])
+    mixed = slot_attention_packed(
+        keyed_linear(x, key, weight, bias, implementation),
+        block.heads,
+        seen if seen is None else seen != 0,
+        block.attention_dropout if block.training else 0.0,
+        implementation,
+    )
+    output = block.attention["output"]
+    changed = block.dropout(output["dense"](mixed))
+    return output["LayerNorm"](torch.addcmul(changed, x, key[:, None].to(x.dtype)))
 
 
 def multiplex_contextual_v1(

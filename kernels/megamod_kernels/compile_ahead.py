@@ -1,0 +1,135 @@
+"""Kernels built without a GPU, and what they take of one: registers, shared memory, spills.
+
+    python -m megamod_kernels.compile_ahead            all tuned builds, for sm_80 and sm_90
+    python -m megamod_kernels.compile_ahead --json FILE rsa_demux
+
+Triton compiles down to a cubin for any target; the tools in its wheel tell the resources. Nothing
+is said about results or speed. TRITON_INTERPRET must not be set.
+"""
+
+import argparse
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+OPERATIONS = ("mux", "mux_embed", "slot_attention", "keyed_linear", "demux")
+"""Modules of this package that have `builds()`."""
+
+SHARED_LIMIT = {80: 166_912, 90: 232_448}
+"""Bytes of shared memory that one block may ask for, by compute capability."""
+
+WARP_SIZE = 32
+
+
+@dataclass(frozen=True)
+class Build:
+    """One kernel with one set of constants.
+
+    Attributes:
+        name: for reports.
+        kernel: a function under `triton.jit`.
+        signature: argument to type, such as "*bf16", "i32", "fp32".
+        constants: compile-time arguments.
+        aligned: arguments that are multiples of 16, as a launch would find out.
+    """
+
+    name: str
+    kernel: object
+    signature: Mapping[str, str]
+    constants: Mapping[str, object]
+    num_warps: int
+    num_stages: int
+    aligned: tuple[str, ...]
+
+
+def resources(build: Build, capability: int) -> dict[str, int]:
+    """Compile for a compute capability, such as 90.
+
+    Returns:
+        per thread "registers", "stack" and "spills" (bytes stored or loaded for want of registers);
+        per block "shared" (bytes).
+    """
+    names = build.kernel.arg_names
+    place = {name: (number,) for number, name in enumerate(names)}
+    source = ASTSource(
+        fn=build.kernel,
+        signature={n: "constexpr" if n in build.constants else build.signature[n] for n in names},
+        constexprs={place[name]: value for name, value in build.constants.items()},
+        attrs={place[n]: [["tt.divisibility", 16]] for n in build.aligned if n in place},
+    )
+    options = {"num_warps": build.num_warps, "num_stages": build.num_stages}
+    made = triton.compile(source, target=GPUTarget("cuda", capability, WARP_SIZE), options=options)
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin, ptx = Path(folder) / "kernel.cubin", Path(folder) / "kernel.ptx"
+        cubin.write_bytes(made.asm["cubin"])
+        used = _run(tools / "cuobjdump", "-res-usage", cubin)
+        ptx.write_text(made.asm["ptx"])
+        target = re.search(r"\.target (\w+)", made.asm["ptx"])[1]
+        told = _run(tools / "ptxas", "-v", f"--gpu-name={target}", ptx, "-o", "/dev/null")
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", used).groups())
+    spills = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", told)))
+    shared = made.metadata.shared
+    return {"registers": registers, "stack": stack, "spills": spills, "shared": shared}
+
+
+def builds_of(operations: Iterable[str]) -> Iterator[Build]:
+    """All tuned builds of some operations."""
+    for name in operations:
+        yield from importlib.import_module(f"megamod_kernels.{name}").builds()
+
+
+def faults(found: Mapping[str, int], capability: int) -> list[str]:
+    """What is wrong with a build; nothing for a good one."""
+    wrong = [f"{found[name]} bytes of {name}" for name in ("stack", "spills") if found[name]]
+    limit = SHARED_LIMIT[capability]
+    if found["shared"] > limit:
+        wrong.append(f"{found['shared']} bytes of shared memory, {limit} are there")
+    return wrong
+
+
+def main() -> int:
+    """Build, print a line each, and tell by the exit code whether all are good."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("operations", nargs="*", help=f"of {', '.join(OPERATIONS)}; none: all")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
+    parser.add_argument(
+        "--capability", type=int, nargs="+", choices=tuple(SHARED_LIMIT), default=[80, 90]
+    )
+    args = parser.parse_args()
+    rows, bad = [], 0
+    for build in builds_of(args.operations or OPERATIONS):
+        for capability in args.capability:
+            found = resources(build, capability)
+            wrong = faults(found, capability)
+            bad += bool(wrong)
+            rows.append({"build": build.name, "capability": capability, **found, "faults": wrong})
+            print(
+                f"sm_{capability} {build.name:58} {found['registers']:4} registers "
+                f"{found['shared']:7} shared  {'; '.join(wrong)}",
+                flush=True,
+            )
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return int(bad > 0)
+
+
+def _run(*command: object) -> str:
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,278 @@
+"""A linear layer over instances that are marked by their keys on the way in.
+
+The product of instances and keys, as large as the instances, is made in registers and never held.
+Backward needs the instances alone: with C_n = dy_n^T x_n, each made of instance n's rows, the
+gradient of the weight is the sum of C_n * key_n over instances, and that of key_n the sum of
+weight * C_n over the layer's outputs.
+"""
+
+from itertools import product
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
+
+from megamod_kernels.dispatch import uses_triton
+
+if TYPE_CHECKING:
+    from megamod_kernels.compile_ahead import Build
+
+SPLIT_ROWS = 1024  # the fewest rows of an instance that are worth a part of their own
+
+
+def keyed_linear_reference(
+    x: Tensor, key: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """The definition: (x * key) weight^T + bias."""
+    return F.linear(x * key[:, None].to(x.dtype), weight, bias)
+
+
+@torch.library.custom_op("megamod::keyed_linear", mutates_args=())
+def _keyed_linear(x: Tensor, key: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
+    _matmul(x, weight, key, bias, out, forward=True)
+    return out
+
+
+@_keyed_linear.register_fake
+def _(x: Tensor, key: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
+
+
+@torch.library.custom_op("megamod::keyed_linear_grad_input", mutates_args=())
+def _grad_input(upstream: Tensor, key: Tensor, weight: Tensor) -> Tensor:
+    out = torch.empty(
+        (*upstream.shape[:-1], weight.shape[1]), dtype=upstream.dtype, device=upstream.device
+    )
+    _matmul(upstream, weight, key, None, out, forward=False)
+    return out
+
+
+@_grad_input.register_fake
+def _(upstream: Tensor, key: Tensor, weight: Tensor) -> Tensor:
+    shape = (*upstream.shape[:-1], weight.shape[1])
+    return torch.empty(shape, dtype=upstream.dtype, device=upstream.device)
+
+
+@torch.library.custom_op("megamod::keyed_linear_grad_weight", mutates_args=())
+def _grad_weight(
+    upstream: Tensor, x: Tensor, key: Tensor, weight: Tensor, key_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the weight and of the keys; the latter is empty unless asked for."""
+    from megamod_kernels import keyed_linear_kernels as kernels
+
+    groups, instances, length, size = x.shape
+    outputs = weight.shape[0]
+    if x.numel() == 0 or outputs == 0:
+        return torch.zeros_like(weight), torch.zeros_like(key if key_grad else key[:0])
+    block_out, block_in, block_rows, warps, stages = kernels.weight_tile(x.element_size(), key_grad)
+    tiles = _blocks(outputs, block_out) * _blocks(size, block_in)
+    positions = groups * length
+    parts = max(1, min(_blocks(kernels.PROGRAMS, tiles), positions // SPLIT_ROWS))
+    part_positions = _blocks(positions, parts)
+    options = {"dtype": torch.float32, "device": x.device}
+    weight_part = torch.empty((parts, outputs, size), **options)
+    key_rows = parts * _blocks(outputs, block_out) if key_grad else 0
+    key_part = torch.empty((key_rows, instances, size), **options)
+    kernels.keyed_weight_kernel[(tiles, parts)](
+        upstream.contiguous(),
+        x.contiguous(),
+        key.contiguous(),
+        weight.contiguous(),
+        weight_part,
+        key_part,
+        positions,
+        length,
+        instances,
+        size,
+        outputs,
+        part_positions,
+        BLOCK_OUT=block_out,
+        BLOCK_IN=block_in,
+        BLOCK_ROWS=block_rows,
+        KEY_GRAD=key_grad,
+        num_warps=warps,
+        num_stages=stages,
+    )
+    grad_key = key_part.sum(0) if key_grad else key_part.new_empty((0, size))
+    return weight_part.sum(0).to(weight.dtype), grad_key.to(key.dtype)
+
+
+@_grad_weight.register_fake
+def _(
+    upstream: Tensor, x: Tensor, key: Tensor, weight: Tensor, key_grad: bool
+) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty(weight.shape, dtype=weight.dtype, device=weight.device),
+        key.new_empty((key.shape[0] if key_grad else 0, key.shape[1])),
+    )
+
+
+def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    x, key, weight, _ = inputs
+    ctx.save_for_backward(x if any(ctx.needs_input_grad[1:3]) else None, key, weight)
+
+
+def _backward(
+    ctx: torch.autograd.function.FunctionCtx, upstream: Tensor
+) -> tuple[Tensor | None, ...]:
+    x, key, weight = ctx.saved_tensors
+    needs_x, needs_key, needs_weight, needs_bias = ctx.needs_input_grad
+    grad_x = grad_key = grad_weight = grad_bias = None
+    if needs_x:
+        grad_x = _grad_input(upstream, key, weight)
+    if needs_key or needs_weight:
+        grad_weight, grad_key = _grad_weight(upstream, x, key, weight, needs_key)
+    if needs_bias:
+        grad_bias = upstream.flatten(0, -2).sum(0)
+    return grad_x, grad_key if needs_key else None, grad_weight, grad_bias
+
+
+_keyed_linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(
+    [
+        torch.ops.megamod.keyed_linear,
+        torch.ops.megamod.keyed_linear_grad_input,
+        torch.ops.megamod.keyed_linear_grad_weight,
+    ]
+)
+def _flops(
+    first: tuple[int, ...], *rest: tuple[int, ...], out_shape: object = None, **_: object
+) -> int:
+    """Each is one product of the size of the layer's."""
+    weight = rest[2] if len(rest) > 3 else rest[1]
+    rows = first[0] * first[1] * first[2]
+    return 2 * rows * weight[0] * weight[1]
+
+
+def keyed_linear(
+    x: Tensor,
+    key: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    implementation: str = "auto",
+) -> Tensor:
+    """(x * key) weight^T + bias, each instance multiplied by its key.
+
+    Args:
+        x: [B, N, L, D].
+        key: [N, D]; its dtype may be wider than that of x.
+        weight: [E, D], dtype of x.
+        bias: [E], or None.
+        implementation: "auto", "triton" or "reference"; "auto" leaves float32 to the reference,
+            because its products are faster than anything that multiplies without tensor cores.
+    Returns:
+        [B, N, L, E], in x's dtype. Differentiable once; x is all that backward keeps besides
+        parameters.
+    Raises:
+        ValueError: if shapes or dtypes do not fit.
+    """
+    if (
+        x.dim() != 4
+        or weight.dim() != 2
+        or key.shape != (x.shape[1], x.shape[3])
+        or weight.shape[1] != x.shape[3]
+        or (bias is not None and bias.shape != weight.shape[:1])
+    ):
+        given = "none" if bias is None else tuple(bias.shape)
+        raise ValueError(
+            f"x {tuple(x.shape)}, key {tuple(key.shape)}, weight {tuple(weight.shape)} and bias "
+            f"{given} do not fit: expected [B, N, L, D], [N, D], [E, D] and [E]"
+        )
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    if implementation == "auto" and not (x.is_cuda and half):
+        return keyed_linear_reference(x, key, weight, bias)
+    if not uses_triton(implementation, x):
+        return keyed_linear_reference(x, key, weight, bias)
+    if x.dtype != weight.dtype or not (half or x.dtype == torch.float32):
+        raise ValueError(
+            f"x of {x.dtype} and weight of {weight.dtype}: kernels take one of float32, bfloat16 "
+            "and float16"
+        )
+    return _keyed_linear(x, key, weight, bias)
+
+
+def _matmul(
+    a: Tensor, weight: Tensor, key: Tensor, bias: Tensor | None, out: Tensor, forward: bool
+) -> None:
+    from megamod_kernels import keyed_linear_kernels as kernels
+
+    if out.numel() == 0:
+        return
+    weight = weight if weight.stride(-1) == 1 else weight.contiguous()
+    _, instances, length, inner = a.shape
+    rows, outputs = a.numel() // inner, out.shape[-1]
+    block_rows, block_out, block_in, warps, stages = kernels.matmul_tile(
+        rows, outputs, a.element_size()
+    )
+    strides = weight.stride()
+    kernels.keyed_matmul_kernel[(_blocks(rows, block_rows) * _blocks(outputs, block_out),)](
+        a.contiguous(),
+        weight,
+        key.contiguous(),
+        weight if bias is None else bias.contiguous(),
+        out,
+        rows,
+        length,
+        instances,
+        inner,
+        outputs,
+        *(strides[::-1] if forward else strides),
+        BLOCK_ROWS=block_rows,
+        BLOCK_OUT=block_out,
+        BLOCK_IN=block_in,
+        ONE_KEY=length % block_rows == 0,
+        FORWARD=forward,
+        USES_BIAS=bias is not None,
+        num_warps=warps,
+        num_stages=stages,
+    )
+
+
+def _blocks(whole: int, part: int) -> int:
+    return -(-whole // part)
+
+
+def builds() -> "list[Build]":
+    """Ahead-of-time compilations of every tile; no kernel depends on D."""
+    from megamod_kernels import keyed_linear_kernels as kernels
+    from megamod_kernels.compile_ahead import Build
+
+    found = []
+    for dtype, rows in (("bf16", 2**20), ("bf16", 1), ("fp32", 2**20)):
+        *blocks, warps, stages = kernels.matmul_tile(rows, 768, 2 if dtype == "bf16" else 4)
+        for forward, one_key in product((True, False), repeat=2):
+            constants = dict(zip(("BLOCK_ROWS", "BLOCK_OUT", "BLOCK_IN"), blocks, strict=True))
+            constants |= {"ONE_KEY": one_key, "FORWARD": forward, "USES_BIAS": forward}
+            constants["weight_in" if forward else "weight_out"] = 1
+            found.append((kernels.keyed_matmul_kernel, dtype, constants, warps, stages))
+    for dtype, key_grad in product(("bf16", "fp32"), (True, False)):
+        *blocks, warps, stages = kernels.weight_tile(2 if dtype == "bf16" else 4, key_grad)
+        constants = dict(zip(("BLOCK_OUT", "BLOCK_IN", "BLOCK_ROWS"), blocks, strict=True))
+        constants["KEY_GRAD"] = key_grad
+        found.append((kernels.keyed_weight_kernel, dtype, constants, warps, stages))
+    return [
+        Build(
+            name=f"{kernel.__name__}-{dtype}-" + "-".join(str(x) for x in constants.values()),
+            kernel=kernel,
+            signature={
+                name: ("*fp32" if "part_ptr" in name else f"*{dtype}") if "_ptr" in name else "i32"
+                for name in kernel.arg_names
+                if name not in constants
+            },
+            constants=constants,
+            num_warps=warps,
+            num_stages=stages,
+            aligned=tuple(
+                name
+                for name in kernel.arg_names
+                if name not in constants
+                and name.endswith(("_ptr", "IN", "OUT", "weight_in", "weight_out"))
+            ),
+        )
+        for kernel, dtype, constants, warps, stages in found
+    ]

@@ -1,0 +1,403 @@
+"""From token ids of N instances to the input of a multiplexed encoder, in one pass.
+
+Word, position and segment are added and normed, N instances are multiplexed, and the result is
+embedded once more by the same tables and the same norm. Embeddings of instances, [B, N, T, D], are
+never held, neither forward nor backward: both make them again from the ids.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from megamod_kernels.dispatch import uses_triton
+from megamod_kernels.mux import multiplex
+
+if TYPE_CHECKING:
+    from megamod_kernels.compile_ahead import Build
+
+WIDTH = 256  # columns of a tile
+CHUNK = 32  # sorted rows that one program adds up
+PARTIALS = 128  # rows of the buffers from which gradients of norm and keys are summed
+_COUNTS = (
+    "rows", "length", "D", "N", "start", "first_stride", "second_stride", "position_stride",
+    "blocks", "every", "count", "padding",
+)  # fmt: skip
+
+
+class Tables(NamedTuple):
+    """What an embedding module holds.
+
+    Attributes:
+        word, position, token_type: [V, D], [P, D], [S, D].
+        weight, bias: [D], of the norm.
+        eps: of the norm.
+        first_position: row of the position table that belongs to the first token.
+        word_padding: row of `word` that receives no gradient; None if all do.
+        position_padding: the same of `position`, where rows of it are given.
+    """
+
+    word: Tensor
+    position: Tensor
+    token_type: Tensor
+    weight: Tensor
+    bias: Tensor
+    eps: float = 1e-12
+    first_position: int = 0
+    word_padding: int | None = None
+    position_padding: int | None = None
+
+
+def mux_embed_reference(
+    ids: Tensor,
+    key: Tensor,
+    tables: Tables,
+    token_type_ids: Tensor | None = None,
+    first_positions: Tensor | None = None,
+    second_positions: Tensor | None = None,
+    dropout: float = 0.0,
+    masks: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """The definition; arguments and result as of `mux_embed`.
+
+    Args:
+        masks: what both dropouts multiply by, [B, N, T, D] and [B, T, D]; None to draw them.
+    """
+
+    def embed(x: Tensor, types: Tensor | None, positions: Tensor | None) -> Tensor:
+        if positions is None:
+            start = tables.first_position
+            added = tables.position[start : start + x.shape[1]]
+        else:
+            added = F.embedding(positions, tables.position, tables.position_padding)
+        segment = tables.token_type[0] if types is None else F.embedding(types, tables.token_type)
+        normed = (tables.weight, tables.bias, tables.eps)
+        return F.layer_norm(x + (added + segment), x.shape[-1:], *normed)
+
+    words = F.embedding(ids, tables.word, tables.word_padding)
+    instances = embed(words, token_type_ids, first_positions).unflatten(0, (-1, len(key)))
+    instances = F.dropout(instances, dropout) if masks is None else instances * masks[0]
+    mixed = embed(multiplex(instances, key, "reference"), None, second_positions)
+    return F.dropout(mixed, dropout) if masks is None else mixed * masks[1]
+
+
+def _blocks(count: int, size: int) -> int:
+    return -(-count // size)
+
+
+def _block(size: int) -> int:
+    """Mixed rows of a program: as many as fit its registers."""
+    return 2 if size <= 1024 else 1
+
+
+def _warps(size: int) -> int:
+    return 4 if size <= 1024 else 8
+
+
+def _optional(tensor: Tensor | None, instead: Tensor) -> tuple[Tensor, int, bool]:
+    """A tensor of rows, contiguous, how far its rows lie apart, and whether it is there."""
+    if tensor is None:
+        return instead, 1, False
+    return tensor.contiguous(), 0 if len(tensor) == 1 else tensor.shape[1], True
+
+
+@torch.library.custom_op("megamod::mux_embed", mutates_args=())
+def _mux_embed(
+    ids: Tensor, word: Tensor, position: Tensor, token_type: Tensor, weight: Tensor, bias: Tensor,
+    key: Tensor, types: Tensor | None, firsts: Tensor | None, seconds: Tensor | None,
+    seed: Tensor | None, eps: float, start: int, dropout: float, word_padding: int,
+    position_padding: int, keep: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The encoder's input, and the mixed rows before the second embedding if they are kept."""
+    from megamod_kernels import mux_embed_kernels as kernels
+
+    (rows, length), (instances, size) = ids.shape, key.shape
+    groups = rows // instances
+    output = word.new_empty(groups, length, size)
+    mixed = word.new_empty((groups, length, size) if keep else 0)
+    if output.numel():
+        types, _, typed = _optional(types, ids)
+        firsts, first_stride, placed = _optional(firsts, ids)
+        seconds, second_stride, replaced = _optional(seconds, ids)
+        kernels.mux_embed_fwd_kernel[(_blocks(groups * length, _block(size)),)](
+            ids.contiguous(), word.contiguous(), position.contiguous(), token_type.contiguous(),
+            weight.contiguous(), bias.contiguous(), key.contiguous(), types,
+            firsts, seconds, ids if seed is None else seed,
+            output, mixed, groups * length, length, size, instances, start, first_stride,
+            second_stride, eps, dropout, BLOCK=_block(size), WIDTH=WIDTH,
+            TILES=_blocks(size, WIDTH), TYPES=int(typed), FIRSTS=placed, SECONDS=replaced,
+            DROPOUT=seed is not None, KEEP=keep, num_warps=_warps(size),
+        )  # fmt: skip
+    return output, mixed
+
+
+@_mux_embed.register_fake
+def _(
+    ids: Tensor, word: Tensor, position: Tensor, token_type: Tensor, weight: Tensor, bias: Tensor,
+    key: Tensor, types: Tensor | None, firsts: Tensor | None, seconds: Tensor | None,
+    seed: Tensor | None, eps: float, start: int, dropout: float, word_padding: int,
+    position_padding: int, keep: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    shape = (ids.shape[0] // key.shape[0], ids.shape[1], key.shape[1])
+    return word.new_empty(shape), word.new_empty(shape if keep else 0)
+
+
+@torch.library.custom_op("megamod::mux_embed_backward", mutates_args=())
+def _mux_embed_backward(
+    upstream: Tensor, mixed: Tensor, ids: Tensor, word: Tensor, position: Tensor,
+    token_type: Tensor, weight: Tensor, bias: Tensor, key: Tensor, types: Tensor | None,
+    firsts: Tensor | None, seconds: Tensor | None, seed: Tensor | None, eps: float, start: int,
+    dropout: float, word_padding: int, position_padding: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of word, position, token_type, weight, bias and key."""
+    from megamod_kernels import mux_embed_kernels as kernels
+
+    (rows, length), (instances, size) = ids.shape, key.shape
+    groups = rows // instances
+    parameters = (word, position, token_type, weight, bias, key)
+    if not upstream.numel():
+        return tuple(torch.zeros_like(given) for given in parameters)
+    upstream, ids = upstream.contiguous(), ids.contiguous()
+    given_types, given_firsts, given_seconds = types, firsts, seconds
+    word, position, token_type, weight, bias, key = (t.contiguous() for t in parameters)
+    types, _, typed = _optional(types, ids)
+    firsts, first_stride, placed = _optional(firsts, ids)
+    seconds, second_stride, replaced = _optional(seconds, ids)
+    drop, drawn = seed is not None, ids if seed is None else seed
+    every, all_mixed, tiles = rows * length, groups * length, _blocks(size, WIDTH)
+    wide = {"dtype": torch.float32, "device": word.device}
+
+    grad_mixed = torch.empty_like(mixed)
+    stats, second_stats = torch.empty(4, every, **wide), torch.empty(2, all_mixed, **wide)
+    kernels.mux_embed_bwd_kernel[(_blocks(all_mixed, _block(size)),)](
+        upstream, ids, word, position, token_type, weight, key, types, firsts, seconds, drawn,
+        mixed, grad_mixed, stats, second_stats, all_mixed, length, size, instances, start,
+        first_stride, second_stride, eps, dropout, BLOCK=_block(size), WIDTH=WIDTH, TILES=tiles,
+        TYPES=int(typed), FIRSTS=placed, SECONDS=replaced, DROPOUT=drop, num_warps=_warps(size),
+    )  # fmt: skip
+
+    def columns(second: bool) -> Tensor:
+        """Sums over all rows, [instances or 1, 2, D]."""
+        blocks, count = _blocks(all_mixed, 4), 1 if second else instances
+        programs = min(blocks, PARTIALS)
+        partial = torch.empty(programs, count, 2, size, **wide)
+        kernels.mux_embed_columns_kernel[(programs, tiles, count)](
+            upstream if second else grad_mixed, ids, mixed if second else word, position,
+            token_type, types, seconds if second else firsts, drawn,
+            second_stats if second else stats, partial, all_mixed, length, size, count, blocks,
+            start, second_stride if second else first_stride, all_mixed if second else every,
+            dropout, BLOCK=4, WIDTH=WIDTH, TYPES=0 if second else int(typed),
+            POSITIONS=replaced if second else placed, DROPOUT=drop, SECOND=second, num_warps=4,
+        )  # fmt: skip
+        return partial.sum(0)
+
+    def table(owner: Tensor, order: Tensor, grad: Tensor, padding: int, of_mixed: bool) -> Tensor:
+        """Sums of rows by the row of `grad`, zero as given, that owns them."""
+        count = len(order)
+        grid = (_blocks(count, CHUNK), tiles)
+        head, tail = (torch.empty(grid[0], size, **wide) for _ in range(2))
+        kernels.mux_embed_table_kernel[grid](
+            grad_mixed, ids, word, position, token_type, weight, key, types, firsts, drawn, stats,
+            order, owner, grad, head, tail, count, length, size, instances, start, first_stride,
+            dropout, padding, CHUNK=CHUNK, WIDTH=WIDTH, TYPES=int(typed), FIRSTS=placed,
+            DROPOUT=drop, MIXED=of_mixed, num_warps=1,
+        )  # fmt: skip
+        kernels.mux_embed_join_kernel[grid](
+            owner, grad, head, tail, count, size, padding, CHUNK=CHUNK, WIDTH=WIDTH, num_warps=1
+        )
+        return grad
+
+    owner, order = ids.flatten().sort(stable=True)
+    grad_word = table(owner, order, torch.zeros_like(word), word_padding, False)
+
+    # Rows of one position and one segment are summed first; both tables' gradients follow.
+    first = _rows(given_firsts, rows, length, start, ids)
+    places, segments = len(position), len(token_type)
+    owner = first if given_types is None else first + given_types * places
+    owner, order = owner.flatten().sort(stable=True)
+    slots = torch.zeros(segments * places, size, **wide)
+    slots = table(owner, order, slots, -1, False).view(segments, places, size)
+    owner, order = _rows(given_seconds, groups, length, start, ids).flatten().sort(stable=True)
+    again = table(owner, order, torch.zeros(places, size, **wide), -1, True)
+
+    grad_type = slots.sum(1)
+    grad_type[0] += again.sum(0)
+    of_first = slots.sum(0)
+    if position_padding >= 0:
+        for found, by_row in ((of_first, placed), (again, replaced)):
+            found[position_padding] *= not by_row
+    sums, second_sums, marks = columns(False), columns(True)[0], key.float()
+    grads = (
+        grad_word,
+        of_first + again,
+        grad_type,
+        (marks * sums[:, 1]).sum(0) + second_sums[1],
+        (marks * sums[:, 0]).sum(0) + second_sums[0],
+        weight.float() * sums[:, 1] + bias.float() * sums[:, 0],
+    )
+    return tuple(grad.to(given.dtype) for grad, given in zip(grads, parameters, strict=True))
+
+
+@_mux_embed_backward.register_fake
+def _(
+    upstream: Tensor, mixed: Tensor, ids: Tensor, word: Tensor, position: Tensor,
+    token_type: Tensor, weight: Tensor, bias: Tensor, key: Tensor, types: Tensor | None,
+    firsts: Tensor | None, seconds: Tensor | None, seed: Tensor | None, eps: float, start: int,
+    dropout: float, word_padding: int, position_padding: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return tuple(torch.empty_like(t) for t in (word, position, token_type, weight, bias, key))
+
+
+def _rows(given: Tensor | None, rows: int, length: int, start: int, like: Tensor) -> Tensor:
+    """Rows of the position table, [rows, length]."""
+    if given is None:
+        given = torch.arange(start, start + length, device=like.device)[None]
+    return given.expand(rows, length)
+
+
+def _keep(
+    ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]
+) -> None:
+    *tensors, eps, start, dropout, word_padding, position_padding, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1], *tensors)
+    ctx.numbers = (eps, start, dropout, word_padding, position_padding)
+
+
+def _differentiate(
+    ctx: torch.autograd.function.FunctionCtx, upstream: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    wanted, behind = ctx.needs_input_grad[1:7], (None,) * 10
+    if upstream is None:
+        return (None,) * 17
+    grads = _mux_embed_backward(upstream, *ctx.saved_tensors, *ctx.numbers)
+    return None, *(g if asked else None for g, asked in zip(grads, wanted, strict=True)), *behind
+
+
+_mux_embed.register_autograd(_differentiate, setup_context=_keep)
+
+
+def mux_embed(
+    ids: Tensor,
+    key: Tensor,
+    tables: Tables,
+    token_type_ids: Tensor | None = None,
+    first_positions: Tensor | None = None,
+    second_positions: Tensor | None = None,
+    dropout: float = 0.0,
+    implementation: str = "auto",
+) -> Tensor:
+    """Embed, multiplex and embed again.
+
+        x_i = dropout(LN(word + position + segment));  M = mean of key_i * x_i
+        result = dropout(LN(M + position + segment 0))
+
+    Args:
+        ids: [B * N, T] int64, row r is instance r % N of group r // N.
+        key: [N, D] one vector per instance.
+        tables: of both embeddings, whose gradients add up.
+        token_type_ids: [B * N, T]; None for segment 0 everywhere.
+        first_positions: [B * N, T] or [1, T] rows of the position table; None for consecutive ones.
+        second_positions: [B, T] or [1, T], the same of the second embedding.
+        dropout: probability; 0 outside training.
+        implementation: "triton", "reference", or "auto", which is Triton on a GPU. Triton has no
+            kernel for float64, which is always computed by the reference.
+    Returns:
+        [B, T, D], in the dtype of `tables.word`. Differentiable once in key and all tables.
+        Backward keeps one tensor of that size.
+    Raises:
+        ValueError: if shapes do not fit, or the implementation cannot run.
+    Source: Murahari et al. 2023 (MUX-PLM), section 3.1; both embeddings as in its release.
+    """
+    _check(ids, key, tables, token_type_ids, first_positions, second_positions)
+    optional = (token_type_ids, first_positions, second_positions)
+    if not uses_triton(implementation, ids) or tables.word.dtype == torch.float64:
+        return mux_embed_reference(ids, key, tables, *optional, dropout)
+    seed = torch.randint(2**62, (1,), device=ids.device) if dropout else None
+    learned = (*tables[:5], key)
+    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in learned)
+    padding = [-1 if row is None else row for row in (tables.word_padding, tables.position_padding)]
+    numbers = (tables.eps, tables.first_position, float(dropout), *padding, keep)
+    return _mux_embed(ids, *learned, *optional, seed, *numbers)[0]
+
+
+def _check(
+    ids: Tensor,
+    key: Tensor,
+    tables: Tables,
+    types: Tensor | None,
+    firsts: Tensor | None,
+    seconds: Tensor | None,
+) -> None:
+    instances, size = key.shape if key.dim() == 2 else (0, 0)
+    if ids.dim() != 2 or not instances or ids.shape[0] % instances:
+        raise ValueError(
+            f"ids {tuple(ids.shape)} and key {tuple(key.shape)} do not fit: expected [B * N, T] "
+            "and [N, D], N at least 1"
+        )
+    for name, given in zip(Tables._fields[:5], tables[:5], strict=True):
+        columns = (size,) if name in ("weight", "bias") else (len(given), size)
+        if tuple(given.shape) != columns:
+            raise ValueError(
+                f"{name} {tuple(given.shape)} does not fit key {tuple(key.shape)}: expected "
+                f"{size} columns"
+            )
+    rows, length = ids.shape
+    groups = rows // instances
+    for name, given, allowed in (
+        ("token_type_ids", types, (rows,)),
+        ("first_positions", firsts, (rows, 1)),
+        ("second_positions", seconds, (groups, 1)),
+    ):
+        if given is not None and tuple(given.shape) not in [(count, length) for count in allowed]:
+            expected = " or ".join(str([count, length]) for count in allowed)
+            raise ValueError(f"{name} {tuple(given.shape)} does not fit: expected {expected}")
+    room = len(tables.position) - tables.first_position
+    if length > room and (firsts is None or seconds is None):
+        raise ValueError(f"{length} tokens need more than the {room} positions of the table")
+
+
+def builds() -> Iterator["Build"]:
+    """The kernels at the tuned widths, without and with dropout, to compile ahead of time."""
+    from megamod_kernels import mux_embed_kernels as kernels
+    from megamod_kernels.compile_ahead import Build
+
+    by_rows = (kernels.mux_embed_fwd_kernel, kernels.mux_embed_bwd_kernel)
+    others = (
+        kernels.mux_embed_columns_kernel,
+        kernels.mux_embed_table_kernel,
+        kernels.mux_embed_join_kernel,
+    )
+    wide = ("stats", "second_stats", "partial", "head", "tail")
+    whole = ("ids", "types", "firsts", "seconds", "positions", "seed", "order", "owner")
+    real = ("eps", "p")
+    for size in (768, 1024, 1536, 2048):
+        for dtype in ("bf16", "fp32"):
+            for drop in (False, True):
+                flags = {"TYPES": 1, "FIRSTS": True, "SECONDS": True, "POSITIONS": True}
+                flags |= {"KEEP": True, "MIXED": False, "SECOND": False, "DROPOUT": drop}
+                flags |= {"WIDTH": WIDTH, "TILES": _blocks(size, WIDTH), "CHUNK": CHUNK}
+                for kernel in (*by_rows, *others):
+                    rowwise = kernel in by_rows
+                    flags["BLOCK"] = _block(size) if rowwise else 4
+                    names = kernel.arg_names
+                    constants = {name: flags[name] for name in names if name in flags}
+                    if drop and "DROPOUT" not in constants:
+                        continue
+                    kinds = dict.fromkeys(names, f"*{dtype}") | dict.fromkeys(wide, "*fp32")
+                    kinds |= dict.fromkeys(whole, "*i64") | dict.fromkeys(real, "fp32")
+                    kinds |= dict.fromkeys(_COUNTS, "i32")
+                    signature = {name: kinds[name] for name in names if name not in constants}
+                    aligned = [name for name in signature if signature[name][0] == "*"]
+                    warps = _warps(size) if rowwise else 4 if "blocks" in names else 1
+                    yield Build(
+                        name=f"{kernel.__name__}-D{size}-{dtype}{'-dropout' * drop}",
+                        kernel=kernel,
+                        signature=signature,
+                        constants=constants,
+                        num_warps=warps,
+                        num_stages=3,
+                        aligned=(*aligned, "D"),
+                    )

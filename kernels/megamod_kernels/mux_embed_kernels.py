@@ -1,0 +1,339 @@
+"""Triton kernels of `mux_embed`, which is where their arguments are described.
+
+A row is one token of one instance, r = (group * N + instance) * T + t; a mixed row is m = group * T
++ t. Rows are held as tuples of tiles of WIDTH columns, so that no width wastes a power of two.
+"""
+
+# ruff: noqa: RUF005, B007 (Triton knows neither starred tuples nor a loop variable `_`)
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _looked_up(source, position, token_type, source_row, position_row, type_row, column, D, inside):
+    """Sum of a source's, a position's and a segment's rows: one tile in float32."""
+    found = tl.load(source + source_row[:, None] * D + column[None, :], mask=inside, other=0.0)
+    added = tl.load(position + position_row[:, None] * D + column[None, :], mask=inside, other=0.0)
+    segment = tl.load(token_type + type_row[:, None] * D + column[None, :], mask=inside, other=0.0)
+    return found.to(tl.float32) + added.to(tl.float32) + segment.to(tl.float32)
+
+
+@triton.jit
+def _rows_of(ids, group, t, length, start, stride, inside, GIVEN: tl.constexpr):
+    """Rows of a table: as given, or consecutive from `start`."""
+    if GIVEN:
+        return tl.load(ids + group * stride + t, mask=inside, other=0).to(tl.int64)
+    else:
+        return (start + t * stride).to(tl.int64)
+
+
+@triton.jit
+def _kept(seed, stream, row, first_column, p, DROPOUT: tl.constexpr, WIDTH: tl.constexpr):
+    """What dropout multiplies a tile by; Philox counts (row, column // 4, stream)."""
+    if DROPOUT:
+        quad = first_column // 4 + tl.arange(0, WIDTH // 4)
+        drawn = tl.load(seed)
+        counter = row.to(tl.int32)[:, None] + tl.zeros_like(quad)[None, :]
+        quads = quad[None, :] + tl.zeros_like(counter)
+        a, b, c, d = tl.philox(
+            drawn, counter, quads, tl.zeros_like(counter) + stream, tl.zeros_like(counter)
+        )
+        bits = tl.join(tl.join(a, c), tl.join(b, d))
+        bits = tl.reshape(bits, [row.shape[0], WIDTH])
+        uniform = (bits >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08
+        return tl.where(uniform >= p, 1.0 / (1.0 - p), 0.0)
+    else:
+        return tl.full([row.shape[0], WIDTH], 1.0, tl.float32)
+
+
+@triton.jit
+def _moments(x, D, eps, TILES: tl.constexpr, WIDTH: tl.constexpr):
+    """Mean and reciprocal deviation of rows whose columns beyond D are zero."""
+    total = tl.sum(x[0], 1)
+    for tile in tl.static_range(1, TILES):
+        total += tl.sum(x[tile], 1)
+    mean = total / D
+    square = tl.zeros_like(mean)
+    for tile in tl.static_range(TILES):
+        column = tile * WIDTH + tl.arange(0, WIDTH)
+        off = tl.where((column < D)[None, :], x[tile] - mean[:, None], 0.0)
+        square += tl.sum(off * off, 1)
+    return mean, 1.0 / tl.sqrt(square / D + eps)
+
+
+@triton.jit
+def mux_embed_fwd_kernel(
+    ids, word, position, token_type, weight, bias, key, types, firsts, seconds, seed,
+    output, mixed, rows, length, D, N, start, first_stride, second_stride, eps, p,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr, TYPES: tl.constexpr,
+    FIRSTS: tl.constexpr, SECONDS: tl.constexpr, DROPOUT: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """BLOCK mixed rows from their ids to the encoder's input."""
+    m = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    real = m < rows
+    group, t = m // length, m % length
+    total = ()
+    for tile in tl.static_range(TILES):
+        total = total + (tl.zeros([BLOCK, WIDTH], tl.float32),)
+    for instance in range(N):
+        row = group * N + instance
+        word_row = tl.load(ids + row * length + t, mask=real, other=0)
+        position_row = _rows_of(firsts, row, t, length, start, first_stride, real, FIRSTS)
+        type_row = _rows_of(types, row, t, length, 0, length * TYPES, real, TYPES)
+        x = ()
+        for tile in tl.static_range(TILES):
+            column = tile * WIDTH + tl.arange(0, WIDTH)
+            inside = real[:, None] & (column < D)[None, :]
+            x = x + (
+                _looked_up(word, position, token_type, word_row, position_row, type_row, column,
+                           D, inside),
+            )  # fmt: skip
+        mean, rstd = _moments(x, D, eps, TILES, WIDTH)
+        more = ()
+        for tile in tl.static_range(TILES):
+            column = tile * WIDTH + tl.arange(0, WIDTH)
+            gain = tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
+            shift = tl.load(bias + column, mask=column < D, other=0.0).to(tl.float32)
+            mark = tl.load(key + instance * D + column, mask=column < D, other=0.0).to(tl.float32)
+            normed = (x[tile] - mean[:, None]) * rstd[:, None] * gain[None, :] + shift[None, :]
+            kept = _kept(seed, 0, row * length + t, tile * WIDTH, p, DROPOUT, WIDTH)
+            more = more + (total[tile] + normed * kept * mark[None, :],)
+        total = more
+    position_row = _rows_of(seconds, group, t, length, start, second_stride, real, SECONDS)
+    z = ()
+    for tile in tl.static_range(TILES):
+        column = tile * WIDTH + tl.arange(0, WIDTH)
+        inside = real[:, None] & (column < D)[None, :]
+        mean_of_instances = total[tile] / N
+        if KEEP:
+            tl.store(mixed + m[:, None] * D + column[None, :],
+                     mean_of_instances.to(mixed.dtype.element_ty), mask=inside)  # fmt: skip
+        added = tl.load(position + position_row[:, None] * D + column[None, :], mask=inside,
+                        other=0.0)  # fmt: skip
+        segment = tl.load(token_type + column, mask=column < D, other=0.0).to(tl.float32)
+        z = z + (mean_of_instances + added.to(tl.float32) + segment[None, :],)
+    mean, rstd = _moments(z, D, eps, TILES, WIDTH)
+    for tile in tl.static_range(TILES):
+        column = tile * WIDTH + tl.arange(0, WIDTH)
+        inside = real[:, None] & (column < D)[None, :]
+        gain = tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
+        shift = tl.load(bias + column, mask=column < D, other=0.0).to(tl.float32)
+        normed = (z[tile] - mean[:, None]) * rstd[:, None] * gain[None, :] + shift[None, :]
+        normed *= _kept(seed, 1, m, tile * WIDTH, p, DROPOUT, WIDTH)
+        tl.store(output + m[:, None] * D + column[None, :], normed.to(output.dtype.element_ty),
+                 mask=inside)  # fmt: skip
+
+
+@triton.jit
+def mux_embed_bwd_kernel(
+    upstream, ids, word, position, token_type, weight, key, types, firsts, seconds, seed, mixed,
+    grad_mixed, stats, second_stats, rows, length, D, N, start, first_stride, second_stride, eps,
+    p, BLOCK: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr, TYPES: tl.constexpr,
+    FIRSTS: tl.constexpr, SECONDS: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """Gradient of BLOCK mixed rows, and of each norm what the other kernels cannot see.
+
+    stats [4, R * T] of the first norm: mean, reciprocal deviation, and the means of the gradient
+    and of its product with the normed row. second_stats [2, B * T]: the first two of the second.
+    """
+    m = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    real = m < rows
+    group, t = m // length, m % length
+    position_row = _rows_of(seconds, group, t, length, start, second_stride, real, SECONDS)
+    z = ()
+    for tile in tl.static_range(TILES):
+        column = tile * WIDTH + tl.arange(0, WIDTH)
+        inside = real[:, None] & (column < D)[None, :]
+        z = z + (
+            _looked_up(mixed, position, token_type, m, position_row, tl.zeros_like(m), column, D,
+                       inside),
+        )  # fmt: skip
+    mean, rstd = _moments(z, D, eps, TILES, WIDTH)
+    tl.store(second_stats + m, mean, mask=real)
+    tl.store(second_stats + rows + m, rstd, mask=real)
+    given = ()
+    first = tl.zeros([BLOCK], tl.float32)
+    second = tl.zeros([BLOCK], tl.float32)
+    for tile in tl.static_range(TILES):
+        column = tile * WIDTH + tl.arange(0, WIDTH)
+        inside = real[:, None] & (column < D)[None, :]
+        above = tl.load(upstream + m[:, None] * D + column[None, :], mask=inside, other=0.0)
+        gain = tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
+        grad = above.to(tl.float32) * gain[None, :]
+        grad *= _kept(seed, 1, m, tile * WIDTH, p, DROPOUT, WIDTH)
+        first += tl.sum(grad, 1)
+        second += tl.sum(grad * (z[tile] - mean[:, None]) * rstd[:, None], 1)
+        given = given + (grad,)
+    first, second = first / D, second / D
+    shared = ()
+    for tile in tl.static_range(TILES):
+        column = tile * WIDTH + tl.arange(0, WIDTH)
+        inside = real[:, None] & (column < D)[None, :]
+        normed = (z[tile] - mean[:, None]) * rstd[:, None]
+        grad = (given[tile] - first[:, None] - normed * second[:, None]) * rstd[:, None]
+        tl.store(grad_mixed + m[:, None] * D + column[None, :],
+                 grad.to(grad_mixed.dtype.element_ty), mask=inside)  # fmt: skip
+        gain = tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
+        shared = shared + (grad * gain[None, :] / N,)
+    for instance in range(N):
+        row = group * N + instance
+        place = row * length + t
+        word_row = tl.load(ids + place, mask=real, other=0)
+        position_row = _rows_of(firsts, row, t, length, start, first_stride, real, FIRSTS)
+        type_row = _rows_of(types, row, t, length, 0, length * TYPES, real, TYPES)
+        x = ()
+        for tile in tl.static_range(TILES):
+            column = tile * WIDTH + tl.arange(0, WIDTH)
+            inside = real[:, None] & (column < D)[None, :]
+            x = x + (
+                _looked_up(word, position, token_type, word_row, position_row, type_row, column,
+                           D, inside),
+            )  # fmt: skip
+        mean, rstd = _moments(x, D, eps, TILES, WIDTH)
+        first = tl.zeros([BLOCK], tl.float32)
+        second = tl.zeros([BLOCK], tl.float32)
+        for tile in tl.static_range(TILES):
+            column = tile * WIDTH + tl.arange(0, WIDTH)
+            mark = tl.load(key + instance * D + column, mask=column < D, other=0.0).to(tl.float32)
+            grad = shared[tile] * mark[None, :]
+            grad *= _kept(seed, 0, place, tile * WIDTH, p, DROPOUT, WIDTH)
+            first += tl.sum(grad, 1)
+            second += tl.sum(grad * (x[tile] - mean[:, None]) * rstd[:, None], 1)
+        every = rows * N
+        tl.store(stats + place, mean, mask=real)
+        tl.store(stats + every + place, rstd, mask=real)
+        tl.store(stats + every * 2 + place, first / D, mask=real)
+        tl.store(stats + every * 3 + place, second / D, mask=real)
+
+
+@triton.jit
+def mux_embed_columns_kernel(
+    upstream, ids, source, position, token_type, types, positions, seed, stats, partial, rows,
+    length, D, N, blocks, start, position_stride, every, p, BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr, TYPES: tl.constexpr, POSITIONS: tl.constexpr, DROPOUT: tl.constexpr,
+    SECOND: tl.constexpr,
+):  # fmt: skip
+    """Column sums of v and of v * normed row, for one instance: partial [programs, N, 2, D].
+
+    v is the gradient behind the norm before the key is multiplied. All gradients of norm and keys
+    follow from these. With SECOND the source is the mixed rows, and there is one instance.
+    """
+    instance = tl.program_id(2)
+    first_column = tl.program_id(1) * WIDTH
+    column = first_column + tl.arange(0, WIDTH)
+    plain = tl.zeros([BLOCK, WIDTH], tl.float32)
+    product = tl.zeros([BLOCK, WIDTH], tl.float32)
+    for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
+        m = (block * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+        real = m < rows
+        inside = real[:, None] & (column < D)[None, :]
+        t = m % length
+        row = m // length * N + instance
+        place = row * length + t
+        source_row = m
+        if not SECOND:
+            source_row = tl.load(ids + place, mask=real, other=0)
+        position_row = _rows_of(positions, row, t, length, start, position_stride, real, POSITIONS)
+        type_row = _rows_of(types, row, t, length, 0, length * TYPES, real, TYPES)
+        x = _looked_up(source, position, token_type, source_row, position_row, type_row, column, D,
+                       inside)  # fmt: skip
+        mean = tl.load(stats + place, mask=real, other=0.0)
+        rstd = tl.load(stats + every + place, mask=real, other=0.0)
+        v = tl.load(upstream + m[:, None] * D + column[None, :], mask=inside, other=0.0)
+        kept = _kept(seed, 1 if SECOND else 0, place, first_column, p, DROPOUT, WIDTH)
+        v = v.to(tl.float32) * kept / N
+        plain += v
+        product += v * (x - mean[:, None]) * rstd[:, None]
+    place = (tl.program_id(0).to(tl.int64) * N + instance) * 2 * D
+    tl.store(partial + place + column, tl.sum(plain, 0), mask=column < D)
+    tl.store(partial + place + D + column, tl.sum(product, 0), mask=column < D)
+
+
+@triton.jit
+def mux_embed_table_kernel(
+    grad_mixed, ids, word, position, token_type, weight, key, types, firsts, seed, stats, order,
+    owner, grad, head, tail, count, length, D, N, start, first_stride, p, padding,
+    CHUNK: tl.constexpr, WIDTH: tl.constexpr, TYPES: tl.constexpr, FIRSTS: tl.constexpr,
+    DROPOUT: tl.constexpr, MIXED: tl.constexpr,
+):  # fmt: skip
+    """Sums the gradients of CHUNK rows by the row of the table that owns them.
+
+    `order` sorts the rows by `owner`, which is sorted. A sum whose rows all lie in the chunk goes
+    to the table; of one that began before it, this part goes to `head`, of one that begins here and
+    goes on, to `tail`. With MIXED, rows are mixed ones, whose gradient is at hand.
+    """
+    chunk = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    wanted = (column < D)[None, :]
+    begin = chunk * CHUNK
+    gain = tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
+    before = tl.load(owner + begin - 1, mask=begin > 0, other=-1)
+    began_before = before == tl.load(owner + begin)
+    total = tl.zeros([1, WIDTH], tl.float32)
+    for step in range(CHUNK):
+        at = begin + step
+        real = at < count
+        mine = tl.load(owner + at, mask=real, other=-1)
+        following = tl.load(owner + at + 1, mask=at + 1 < count, other=-1)
+        counts = real & (mine != padding)
+        place = tl.load(order + at + tl.arange(0, 1), mask=counts, other=0)
+        inside = counts & wanted
+        if MIXED:
+            found = tl.load(grad_mixed + place[:, None] * D + column[None, :], mask=inside,
+                            other=0.0)  # fmt: skip
+            total += found.to(tl.float32)
+        else:
+            row, t = place // length, place % length
+            m = row // N * length + t
+            word_row = tl.load(ids + place, mask=counts, other=0)
+            position_row = _rows_of(firsts, row, t, length, start, first_stride, counts, FIRSTS)
+            type_row = _rows_of(types, row, t, length, 0, length * TYPES, counts, TYPES)
+            x = _looked_up(word, position, token_type, word_row, position_row, type_row, column, D,
+                           inside)  # fmt: skip
+            every = count
+            mean = tl.load(stats + place)
+            rstd = tl.load(stats + every + place)
+            first = tl.load(stats + every * 2 + place)
+            second = tl.load(stats + every * 3 + place)
+            v = tl.load(grad_mixed + m[:, None] * D + column[None, :], mask=inside, other=0.0)
+            mark = tl.load(key + (row % N)[:, None] * D + column[None, :], mask=inside, other=0.0)
+            v = v.to(tl.float32) * mark.to(tl.float32) * gain[None, :] / N
+            v *= _kept(seed, 0, place, tl.program_id(1) * WIDTH, p, DROPOUT, WIDTH)
+            normed = (x - mean[:, None]) * rstd[:, None]
+            found = (v - first[:, None] - normed * second[:, None]) * rstd[:, None]
+            total += tl.where(inside, found, 0.0)
+        ends = counts & (mine != following)
+        row_of_grad = tl.where(counts, mine, 0).to(tl.int64) * D
+        tl.store(grad + row_of_grad + column[None, :], total.to(grad.dtype.element_ty),
+                 mask=wanted & ends & (began_before == 0))  # fmt: skip
+        tl.store(head + chunk * D + column[None, :], total, mask=wanted & ends & began_before)
+        total = tl.where(ends, 0.0, total)
+        began_before = began_before & (mine == following)
+    tl.store(head + chunk * D + column[None, :], total, mask=wanted & began_before)
+    tl.store(tail + chunk * D + column[None, :], total, mask=wanted & (began_before == 0))
+
+
+@triton.jit
+def mux_embed_join_kernel(
+    owner, grad, head, tail, count, D, padding, CHUNK: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Sums that lie in several chunks, each added up by the program of the one it begins in."""
+    chunk = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    begin, end = chunk * CHUNK, (chunk + 1) * CHUNK
+    mine = tl.load(owner + end - 1, mask=end < count, other=-1)
+    before = tl.load(owner + begin - 1, mask=begin > 0, other=-1)
+    following = tl.load(owner + end, mask=end < count, other=-2)
+    if (mine == following) & (mine != before) & (mine != padding):
+        parts = chunk * 0
+        while (
+            following == mine
+        ):  # counted first: Triton cannot lay out a tile that a `while` carries
+            parts += 1
+            following = tl.load(owner + end + parts * CHUNK, mask=end + parts * CHUNK < count,
+                                other=-2)  # fmt: skip
+        total = tl.load(tail + chunk * D + column, mask=column < D, other=0.0)
+        for part in range(parts):
+            total += tl.load(head + (chunk + 1 + part) * D + column, mask=column < D, other=0.0)
+        tl.store(grad + mine * D + column, total.to(grad.dtype.element_ty), mask=column < D)

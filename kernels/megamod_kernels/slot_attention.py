@@ -1,0 +1,304 @@
+"""Attention among the N instances of each position, for contextual multiplexing.
+
+To stock attention this is B * L sequences of length N, for which it permutes every tensor and then
+runs nearly empty tiles. Here a tile holds the instances of as many positions as fit in it, row r
+being instance r % N of the tile's position r // N. One matrix product gives all their scores, and
+those between different positions are left out. Tensors stay as the projections wrote them.
+"""
+
+from itertools import product
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
+
+from megamod_kernels.dispatch import uses_triton
+
+if TYPE_CHECKING:
+    from megamod_kernels.compile_ahead import Build
+
+MASKED = -10000.0  # what BERT adds to the score of a masked key; finite, so all may be masked
+LARGEST_N = 64  # instances of a position share a tile
+LARGEST_HEAD = 256
+
+
+def slot_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """The definition, arguments as of `slot_attention`: stock attention over B * L sequences."""
+    groups, _, length, _ = q.shape
+    q, k, v = (
+        x.transpose(1, 2).flatten(0, 1).unflatten(-1, (heads, -1)).transpose(1, 2)
+        for x in (q, k, v)
+    )  # [B * L, heads, N, K]
+    shift = None
+    if mask is not None:
+        by_position = mask.transpose(1, 2).flatten(0, 1)
+        shift = by_position.logical_not()[:, None, None, :].to(q.dtype) * MASKED
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=shift, dropout_p=dropout)
+    return mixed.transpose(1, 2).flatten(2).unflatten(0, (groups, length)).transpose(1, 2)
+
+
+@torch.library.custom_op("megamod::slot_attention", mutates_args=())
+def _slot_attention(
+    projected: list[Tensor], heads: int, mask: Tensor | None, dropout: float, seed: Tensor | None
+) -> Tensor:
+    """`projected` is q, k and v, or one tensor of them side by side."""
+    from megamod_kernels import slot_attention_kernels as kernels
+
+    q, k, v = (_unit_stride(x) for x in _three(projected))
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if out.numel() == 0:
+        return out
+    arguments, constants = _launch(q, heads, mask, dropout)
+    strides = [stride for x in (q, k, v) for stride in x.stride()[:3]]
+    kernels.slot_attention_fwd_kernel[_grid(q, constants)](
+        q, k, v, out, *_or_any(mask, seed, q), *arguments, *strides, **constants
+    )
+    return out
+
+
+@_slot_attention.register_fake
+def _(
+    projected: list[Tensor], heads: int, mask: Tensor | None, dropout: float, seed: Tensor | None
+) -> Tensor:
+    q = _three(projected)[0]
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+@torch.library.custom_op("megamod::slot_attention_backward", mutates_args=())
+def _slot_attention_backward(
+    upstream: Tensor,
+    projected: list[Tensor],
+    heads: int,
+    mask: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+) -> list[Tensor]:
+    """Gradients of `projected`, contiguous."""
+    from megamod_kernels import slot_attention_kernels as kernels
+
+    up, q, k, v = (_unit_stride(x) for x in (upstream, *_three(projected)))
+    grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in projected]
+    if q.numel() == 0:
+        return grads
+    arguments, constants = _launch(q, heads, mask, dropout)
+    strides = [stride for x in (up, q, k, v) for stride in x.stride()[:3]]
+    kernels.slot_attention_bwd_kernel[_grid(q, constants)](
+        up,
+        q,
+        k,
+        v,
+        *_three(grads),
+        *_or_any(mask, seed, q),
+        *arguments,
+        *strides,
+        grads[0].shape[-1],
+        **constants,
+    )
+    return grads
+
+
+@_slot_attention_backward.register_fake
+def _(
+    upstream: Tensor,
+    projected: list[Tensor],
+    heads: int,
+    mask: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+) -> list[Tensor]:
+    return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in projected]
+
+
+def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    projected, ctx.heads, mask, ctx.dropout, seed = inputs
+    ctx.save_for_backward(*projected, mask, seed)
+
+
+def _backward(
+    ctx: torch.autograd.function.FunctionCtx, upstream: Tensor
+) -> tuple[list[Tensor], None, None, None, None]:
+    *projected, mask, seed = ctx.saved_tensors
+    grads = _slot_attention_backward(upstream, projected, ctx.heads, mask, ctx.dropout, seed)
+    return grads, None, None, None, None
+
+
+_slot_attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.megamod.slot_attention)
+def _flops(projected: list[tuple[int, ...]], *_: object, **__: object) -> int:
+    """Of the two products among a position's instances; what a tile makes besides is not work."""
+    groups, instances, length, columns = projected[0]
+    size = columns // (1 if len(projected) == 3 else 3)
+    return 4 * groups * length * instances**2 * size
+
+
+@register_flop_formula(torch.ops.megamod.slot_attention_backward)
+def _backward_flops(_: object, projected: list[tuple[int, ...]], *__: object, **___: object) -> int:
+    """Of five products, scores made again among them."""
+    return _flops(projected) // 2 * 5
+
+
+def runs_kernels(x: Tensor, heads: int, implementation: str = "auto") -> bool:
+    """Whether `slot_attention` of tensors such as x, [B, N, L, D], runs its kernels.
+
+    Raises:
+        ValueError: if kernels are asked for what they do not hold, or cannot run.
+    """
+    if not uses_triton(implementation, x):
+        return False
+    narrow = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    fits = narrow and x.shape[1] <= LARGEST_N and x.shape[-1] // heads <= LARGEST_HEAD
+    if implementation == "triton" and not fits:
+        raise ValueError(
+            f"kernels hold N <= {LARGEST_N} and at most {LARGEST_HEAD} columns per head of "
+            f"float32, bfloat16 or float16; here N is {x.shape[1]}, a head has "
+            f"{x.shape[-1] // heads} columns of {x.dtype}"
+        )
+    return fits
+
+
+def slot_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    implementation: str = "auto",
+) -> Tensor:
+    """Multi-head attention of each position's N instances among themselves.
+
+    Args:
+        q, k, v: [B, N, L, D], any strides; head h has columns [h * D / heads, (h + 1) * D / heads).
+        mask: [B, N, L], True where an instance is seen; BERT's shift of -10000 hides the others,
+            so where none is seen all are. None if all are seen.
+        dropout: part of the probabilities to drop, from torch's generator; give 0 in evaluation.
+        implementation: "auto", "triton" or "reference". Kernels hold N <= 64 and heads of at most
+            256 columns of float32, bfloat16 or float16; "auto" leaves all else to the reference.
+    Returns:
+        [B, N, L, D]. Differentiable once; backward keeps q, k, v and computes the scores again.
+    Raises:
+        ValueError: if shapes do not fit, or kernels are asked for what they do not hold.
+    Source: Murahari et al. 2023 (MUX-PLM), section 3.1, contextual multiplexer; Dao et al. 2022,
+        appendix B.2, for the backward pass.
+    """
+    if q.dim() != 4 or not q.shape == k.shape == v.shape:
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit: expected "
+            "three times [B, N, L, D]"
+        )
+    _check(q.shape, heads, mask, dropout)
+    if not runs_kernels(q, heads, implementation):
+        return slot_attention_reference(q, k, v, heads, mask, dropout)
+    return _slot_attention([q, k, v], heads, mask, dropout, _seed(q, dropout))
+
+
+def slot_attention_packed(
+    qkv: Tensor,
+    heads: int,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    implementation: str = "auto",
+) -> Tensor:
+    """`slot_attention` of [B, N, L, 3 D], queries, keys and values side by side.
+
+    The gradient is one tensor as well, so that nothing is copied between this and one projection.
+    """
+    if qkv.dim() != 4 or qkv.shape[-1] % 3:
+        raise ValueError(f"qkv {tuple(qkv.shape)} does not fit: expected [B, N, L, 3 * D]")
+    q, k, v = qkv.chunk(3, -1)
+    _check(q.shape, heads, mask, dropout)
+    if not runs_kernels(q, heads, implementation):
+        return slot_attention_reference(q, k, v, heads, mask, dropout)
+    return _slot_attention([qkv], heads, mask, dropout, _seed(q, dropout))
+
+
+def _check(shape: torch.Size, heads: int, mask: Tensor | None, dropout: float) -> None:
+    if heads < 1 or shape[-1] % heads:
+        raise ValueError(f"{heads} heads do not divide {shape[-1]} columns")
+    if mask is not None and (mask.shape != shape[:-1] or mask.dtype != torch.bool):
+        raise ValueError(
+            f"mask {tuple(mask.shape)} of {mask.dtype} does not fit: expected bool "
+            f"{tuple(shape[:-1])}"
+        )
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout {dropout} is not in [0, 1)")
+
+
+def _seed(q: Tensor, dropout: float) -> Tensor | None:
+    """On q's device, whose generator activation checkpointing restores."""
+    if not dropout:
+        return None
+    return torch.randint(2**62, (1,), device=q.device, dtype=torch.int64)
+
+
+def _three(projected: list[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(projected) if len(projected) == 3 else projected[0].chunk(3, -1)
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _or_any(mask: Tensor | None, seed: Tensor | None, anything: Tensor) -> tuple[Tensor, Tensor]:
+    """Kernels never read a pointer whose use is switched off."""
+    return (
+        anything if mask is None else mask.contiguous(),
+        anything if seed is None else seed,
+    )
+
+
+def _launch(
+    q: Tensor, heads: int, mask: Tensor | None, dropout: float
+) -> tuple[tuple[int | float, ...], dict[str, int | bool]]:
+    from megamod_kernels import slot_attention_kernels as kernels
+
+    groups, instances, length, size = q.shape
+    head = size // heads
+    rows, warps = kernels.tile(instances, head, q.element_size())
+    constants = kernels.constants_of(instances, heads, head, rows, mask is not None, dropout > 0)
+    return (groups * length, length, head**-0.5, dropout), constants | {"num_warps": warps}
+
+
+def _grid(q: Tensor, constants: dict[str, int | bool]) -> tuple[int]:
+    blocks = -(-q.shape[0] * q.shape[2] // (constants["ROWS"] // constants["N"]))
+    return (blocks * constants["HEADS"],)
+
+
+def builds() -> "list[Build]":
+    """Ahead-of-time compilations of both tiles, with and without dropout."""
+    from megamod_kernels import slot_attention_kernels as kernels
+    from megamod_kernels.compile_ahead import Build
+
+    found = []
+    types = {"mask_ptr": "*i1", "seed_ptr": "*i64", "scale": "fp32", "dropout": "fp32"}
+    for size, dtype, instances in product((768, 1024, 2048), ("bf16", "fp32"), (5, 12)):
+        head, drops = 128 if size == 2048 else 64, instances == 12
+        rows, warps = kernels.tile(instances, head, 2 if dtype == "bf16" else 4)
+        constants = kernels.constants_of(instances, size // head, head, rows, True, drops)
+        for kernel in (kernels.slot_attention_fwd_kernel, kernels.slot_attention_bwd_kernel):
+            names = [name for name in kernel.arg_names if name not in constants]
+            pointers = {name: f"*{dtype}" for name in names if name.endswith("_ptr")}
+            strides = [name for name in names if name.endswith(("_group", "_slot", "_token"))]
+            found.append(
+                Build(
+                    name=f"{kernel.__name__}-D{size}-N{instances}-{dtype}",
+                    kernel=kernel,
+                    signature=dict.fromkeys(names, "i32") | pointers | types,
+                    constants=constants,
+                    num_warps=warps,
+                    num_stages=3,
+                    aligned=(*pointers, *strides),
+                )
+            )
+    return found

@@ -1,0 +1,42 @@
+"""Every tuned build, compiled for two generations of GPUs without one."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from megamod_kernels.compile_ahead import OPERATIONS, SHARED_LIMIT, faults
+
+
+@pytest.mark.slow
+def test_every_tuned_build_fits_a_gpu(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
+    command = [sys.executable, "-W", "ignore", "-m", "megamod_kernels.compile_ahead"]
+    done = subprocess.run(
+        [*command, "--json", str(tmp_path / "builds.json")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "builds.json").read_text())
+    assert {row["capability"] for row in rows} == set(SHARED_LIMIT)
+    names = {row["build"] for row in rows}
+    for start in ("multiplex_", "mux_embed_", "slot_attention_", "keyed_", "rsa_demux_"):
+        assert any(name.startswith(start) for name in names), start
+    for row in rows:
+        assert row["stack"] == row["spills"] == 0 and 0 < row["registers"] <= 255, row
+        assert row["shared"] <= SHARED_LIMIT[row["capability"]], row
+
+
+def test_faults_are_told():
+    good = {"registers": 100, "stack": 0, "spills": 0, "shared": 1024}
+    assert faults(good, 90) == [] and "demux" in OPERATIONS
+    assert faults({**good, "spills": 16}, 80) == ["16 bytes of spills"]
+    told = "170000 bytes of shared memory, 166912 are there"
+    assert faults({**good, "shared": 170_000}, 80) == [told] and not faults(
+        {**good, "shared": 170_000}, 90
+    )
