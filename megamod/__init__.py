@@ -1,7 +1,8 @@
 """megamod: modular language models on DeepSpeed.
 
 Importing it makes the project's models known to the Auto classes of transformers: at once if they
-are loaded, else in the moment they are. So `--help` need not wait for torch.
+are loaded, else in the moment they are. So `--help` need not wait for torch. `megamod.MuxPipeline`
+is imported when it is asked for.
 """
 
 import importlib.util
@@ -11,6 +12,14 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    if name != "MuxPipeline":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from megamod.mux_pipeline import MuxPipeline
+
+    return MuxPipeline
 
 
 def _register_configurations(auto: ModuleType) -> None:

@@ -14,7 +14,7 @@ LEAVES = {"megamod.errors", "megamod.files"}
 # besides the standard library. The longest name that fits a module is its room.
 MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     # Importing megamod registers the models, later, when transformers is loaded.
-    "megamod": ({"megamod.models"}, set()),
+    "megamod": ({"megamod.models", "megamod.mux_pipeline"}, set()),
     "megamod.errors": (set(), {"torch"}),
     "megamod.files": (set(), set()),
     "megamod.flags": (set(), {"yaml"}),
@@ -24,6 +24,10 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "megamod_kernels": (set(), {"torch", "triton"}),
     "megamod.nn": ({"megamod_kernels", "megamod.dist.scope"}, {"torch", "transformers"}),
     "megamod.lm_eval": (set(), {"lm_eval"}),
+    "megamod.mux_pipeline": (
+        {"megamod.data", "megamod.evaluation", "megamod.runs"},
+        {"torch", "transformers", "numpy"},
+    ),
     "megamod.mixture.posterior": (set(), {"torch"}),
     "megamod.mixture": ({"megamod.mixture.posterior"}, {"torch"}),
     "megamod.models": (

@@ -37,7 +37,7 @@ PARTIALS = 128  # rows of the buffers from which gradients of norm, biases and k
 def _tile(rows: int, itemsize: int) -> tuple[int, int, int, int, int]:
     """Rows, columns and inner columns of a tile of the product, warps and stages."""
     if itemsize == 4:
-        return 64, 64, 32, 4, 2
+        return 64, 64, 32, 8, 2
     return (128, 128, 32, 8, 3) if rows >= 4096 else (64, 64, 32, 4, 3)
 
 

@@ -82,6 +82,7 @@ def slot_attention_fwd_kernel(
     USES_MASK: tl.constexpr,
     USES_DROPOUT: tl.constexpr,
 ):
+    """One head, as many positions as a tile holds: softmax(q k^T) v among their instances."""
     head = tl.program_id(0) % HEADS
     rows = tl.arange(0, ROWS)
     tile_position, slot = rows // N, rows % N
@@ -146,6 +147,7 @@ def slot_attention_bwd_kernel(
     USES_MASK: tl.constexpr,
     USES_DROPOUT: tl.constexpr,
 ):
+    """The same backward: probabilities once more, then gradients of q, k and v."""
     head = tl.program_id(0) % HEADS
     rows = tl.arange(0, ROWS)
     tile_position, slot = rows // N, rows % N

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from megamod.data.blocks import IGNORE
 from megamod.data.glue import TextSet
+from megamod.data.groups import Layout, ensembled, in_order
 from megamod.data.lm import Batch
 from megamod.data.ner import TokenSet
 from megamod.data.order import Balanced
@@ -285,27 +286,43 @@ class TrainRows(Dataset):
 
 
 class HeldOutBatch(NamedTuple):
-    """Consecutive rows of a split; fillers behind them make the last group full."""
+    """Consecutive rows of a split, in whole groups; `layout` counts them from `start`."""
 
     start: int
     stop: int
     batch: Batch
+    layout: Layout
 
 
 def held_out_rows(
-    encoded: Encoded, batch_size: int, instances: int, pad_to: int | None
+    encoded: Encoded,
+    batch_size: int,
+    instances: int,
+    pad_to: int | None,
+    *,
+    ensemble: bool = False,
+    seed: int = 0,
 ) -> Iterator[HeldOutBatch]:
     """Every row once in the order of the file; the fillers repeat rows of the last batch in order.
 
+    Args:
+        batch_size: rows of a forward pass of the model, a multiple of `instances`.
+        pad_to: see `Encoded.gather`.
+        ensemble: let every row take `instances` places and not one: a batch holds fewer rows, and
+            no fillers.
+        seed: of these places.
     Raises:
-        UserError: if groups would not be full: a batch is a multiple of `instances` rows.
+        UserError: if groups would not be full.
     """
     check_rows("--per_device_eval_batch_size", batch_size, instances)
-    for start in range(0, len(encoded), batch_size):
-        stop = min(start + batch_size, len(encoded))
-        full = -(-(stop - start) // instances) * instances
-        rows = start + np.arange(full) % (stop - start)
-        yield HeldOutBatch(start, stop, encoded.gather(rows, pad_to))
+    size = batch_size // instances if ensemble else batch_size
+    for start in range(0, len(encoded), size):
+        stop = min(start + size, len(encoded))
+        if ensemble:
+            layout = ensembled(stop - start, instances, (seed, start))
+        else:
+            layout = in_order(stop - start, instances)
+        yield HeldOutBatch(start, stop, encoded.gather(start + layout.rows, pad_to), layout)
 
 
 def check_rows(flag: str, rows: int, instances: int) -> None:

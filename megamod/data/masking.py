@@ -77,6 +77,7 @@ class MaskedBatches(Dataset):
         domains:            [R] int64, domain of each row.
         masked, positions:  ints, labels to predict and positions to retrieve at.
         tokens, mask_id:    ints, tokens to tell replaced ones from, and the id of [MASK].
+        readable:           int, positions whose instance has no padding there (generators).
 
     Args:
         datasets: tokens of each domain; the rest behind its last full block is left out.
@@ -152,8 +153,18 @@ class MaskedBatches(Dataset):
             "masked": int((labels != IGNORE).sum()),
             "positions": len(slots) * (self.block_size - self.prefix),
             "tokens": len(inputs) * (self.block_size - self.prefix),
+            "readable": self._readable(inputs, slots),
             "mask_id": self.masking.mask_id,
         }
+
+    def _readable(self, inputs: np.ndarray, slots: np.ndarray) -> int:
+        by_group = inputs.reshape(len(slots), self.instances, self.block_size)
+        kept = by_group[:, :, : self.block_size - self.prefix]
+        asked = np.take_along_axis(kept, slots[:, None, self.prefix :], axis=1)[:, 0]
+        there = asked != self.masking.pad_id
+        if not self.prefix:
+            there[:, 0] = True  # the model puts [CLS] there
+        return int(there.sum())
 
     def _slots(self, group: int) -> np.ndarray:
         draw = np.random.Generator(np.random.Philox(key=int(key_of(self.seed, group, 1))))
@@ -167,7 +178,7 @@ def blocks_of(dataset: IndexedDataset, block_size: int) -> int:
 
 def held_out_batches(batches: MaskedBatches, count: int | None = None) -> Iterator[Batch]:
     """Every block once in file order, masked the same at every call; a last part of a batch that
-    does not fill its groups is left out.
+    does not fill its groups is left out. "number" counts the batches.
 
     Args:
         batches: of the held-out split; its micro-batch is the size of these.
@@ -181,7 +192,8 @@ def held_out_batches(batches: MaskedBatches, count: int | None = None) -> Iterat
         if number == count:
             return
         stop = min(start + batches.micro_batch, whole)
-        yield batches._make(np.arange(start, stop), domains[start:stop], blocks[start:stop])
+        made = batches._make(np.arange(start, stop), domains[start:stop], blocks[start:stop])
+        yield {**made, "number": number}
 
 
 def _block(dataset: IndexedDataset, block: int, size: int) -> np.ndarray:

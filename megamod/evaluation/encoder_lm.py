@@ -22,6 +22,8 @@ def score_encoder(
 ) -> dict[str, float]:
     """Mean losses (nats) and accuracies over all batches of all ranks.
 
+    What a model draws is a function of a batch's "number": the same at every call, on any ranks.
+
     Args:
         batches: this rank's; one of weight 0 only keeps ranks in step.
         reduce: sums a tensor over all ranks, in place.
@@ -29,11 +31,13 @@ def score_encoder(
     """
     training, sums = model.training, {}
     model.eval()
-    for batch in batches:
-        weight = float(batch.get("weight", 1.0))
-        for name, pair in losses(model, batch).items():
-            if name != "loss":
-                sums[name] = sums.get(name, 0) + weight * pair.double()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for batch in batches:
+            weight = float(batch.get("weight", 1.0))
+            torch.manual_seed(batch["number"])
+            for name, pair in losses(model, batch).items():
+                if name != "loss":
+                    sums[name] = sums.get(name, 0) + weight * pair.double()
     model.train(training)
     names = sorted(sums)
     totals = torch.stack([sums[name] for name in names]).to(device)

@@ -1,4 +1,4 @@
-"""Plots of a run: loss curves, perplexity over time, and the domain-by-expert heat map."""
+"""Plots of runs: loss curves, the domain-by-expert heat map, scores of multiplexed models."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -148,6 +148,42 @@ def plot_by_instances(lines: Mapping[str, Mapping[int, tuple[float, float]]], ou
     axes.set(xlabel="instances that share a forward pass", ylabel="score on dev")
     axes.set_xticks(sorted({count for points in lines.values() for count in points}))
     figure.legend(loc="outside right center", fontsize=9, frameon=False)
+    figure.savefig(output, dpi=120)
+    pyplot.close(figure)
+
+
+def plot_trade_off(
+    tasks: Mapping[str, Mapping[str, Mapping[int, tuple[float, float]]]], output: Path
+) -> None:
+    """PNG of score against throughput: a panel per task, a line per model over N.
+
+    Args:
+        tasks: by task, model, then N: instances per second, and the score.
+    """
+    names = list(dict.fromkeys(name for lines in tasks.values() for name in lines))
+    across = min(3, len(tasks))
+    down = ceil(len(tasks) / across)
+    pyplot = _pyplot()
+    colours = dict(zip(names, _colours(pyplot, len(names)), strict=True))
+    figure, grid = pyplot.subplots(
+        down, across, figsize=(2.4 + 3.8 * across, 0.4 + 3.2 * down), squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    panels = grid.flat
+    for (task, lines), axes in zip(tasks.items(), panels, strict=False):
+        axes.set(title=task, xlabel="instances per second (log scale)", ylabel="score on dev")
+        axes.set_xscale("log")
+        axes.margins(0.15)
+        for name, points in lines.items():
+            counts = sorted(points)
+            line = [points[count] for count in counts]
+            axes.plot(*zip(*line, strict=True), "o-", c=colours[name], lw=1.2, ms=4)
+            for count, point in zip(counts, line, strict=True):
+                axes.annotate(f"N = {count}", point, (3, 3), textcoords="offset points", fontsize=8)
+    for axes in panels:
+        axes.remove()
+    handles = [pyplot.Line2D([], [], color=colour, marker="o", ms=4) for colour in colours.values()]
+    figure.legend(handles, names, loc="outside right center", fontsize=9, frameon=False)
     figure.savefig(output, dpi=120)
     pyplot.close(figure)
 

@@ -1,5 +1,6 @@
 """What a classifier answers on a whole split, its batches divided among the ranks."""
 
+import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -31,11 +32,22 @@ class Predictor:
     ):
         self.module, self.inputs, self.device = module, tuple(inputs), device
         self.part, self.parts, self.reduce = part, parts, reduce
+        self._passes: list[tuple[int, float]] = []  # rows that were answered, seconds
+
+    @property
+    def instances_per_second(self) -> float:
+        """Rows that this rank has answered by the seconds of its forward passes alone.
+
+        The first pass is left out where there are others: it starts what later ones find ready.
+        """
+        counted = self._passes[1:] or self._passes
+        rows, seconds = (sum(column) for column in zip(*counted, strict=True))
+        return rows / seconds
 
     def __call__(self, encoded: Encoded, batches: Sequence[HeldOutBatch]) -> np.ndarray:
         """Logits [n, C] float64 of rows, or the best label of each token, [T] int64.
 
-        Fillers are left out, so that every row is scored once.
+        Every row is scored once: fillers are left out, copies of a row averaged.
         """
         training = self.module.training
         self.module.eval()
@@ -44,7 +56,7 @@ class Predictor:
             # With parameters divided over the ranks (ZeRO 3) all of them must run equally often.
             for number in range(self.part, -(-len(batches) // self.parts) * self.parts, self.parts):
                 held = batches[min(number, len(batches) - 1)]
-                logits = self._logits(held)
+                logits = self.logits(held)
                 if filled is None:
                     size = (
                         (len(encoded.ids),)
@@ -62,9 +74,22 @@ class Predictor:
         return filled.cpu().numpy()
 
     @torch.no_grad()
-    def _logits(self, held: HeldOutBatch) -> Tensor:
+    def logits(self, held: HeldOutBatch) -> Tensor:
+        """Logits of the n rows of a batch, [n, C] or [n, L, C] of tokens, float32 on the CPU.
+
+        The module is to be in evaluation mode.
+        """
         fields = {name: held.batch[name].to(self.device) for name in self.inputs}
-        return self.module(**fields).logits[: held.stop - held.start].float().cpu()
+        self._wait()
+        started = time.perf_counter()
+        logits = self.module(**fields).logits
+        self._wait()
+        self._passes.append((held.stop - held.start, time.perf_counter() - started))
+        return held.layout.answers(logits.float()).cpu()
+
+    def _wait(self) -> None:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
 
 
 def _fill(filled: Tensor, encoded: Encoded, held: HeldOutBatch, logits: Tensor) -> None:

@@ -4,6 +4,7 @@ Their defaults are the values of the published checkpoints.
 """
 
 from huggingface_hub.dataclasses import strict
+from megamod_kernels.dispatch import IMPLEMENTATIONS
 from transformers import PreTrainedConfig
 
 from megamod.nn.multiplexer import HADAMARD, ORTHOGONAL
@@ -51,6 +52,8 @@ class MuxConfig(PreTrainedConfig):
             the release masks none.
         padding_logits: whether token classifiers compute logits at padding in evaluation; if not
             they are 0, which is faster.
+        kernels: what runs multiplexer and demultiplexer: "triton", "reference" (plain torch), or
+            "auto", which is Triton on a GPU.
         output_logits: whether masked-LM logits of all positions are made when labels are given.
         cls_token_id: what column 0 is overwritten with, and the end of a prefix.
         mask_token_id: what the replaced-token model replaces.
@@ -98,6 +101,7 @@ class MuxConfig(PreTrainedConfig):
     mask_padding: bool = False
     padding_logits: bool = True
     output_logits: bool = False
+    kernels: str = "auto"
     cls_token_id: int = 101
     mask_token_id: int = 103
     prefix_fill_token_id: int = 680
@@ -109,6 +113,7 @@ class MuxConfig(PreTrainedConfig):
         self._check_choice("demuxing_variant", self.demultiplexers)
         self._check_choice("filler", ("deterministic", "random"))
         self._check_choice("hidden_act", ("gelu",))
+        self._check_choice("kernels", IMPLEMENTATIONS)
         for name in ("num_instances", "num_hidden_layers", "hidden_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import torch
 from megamod_kernels.demux import Pairs
+from megamod_kernels.dispatch import uses_triton
 from megamod_kernels.mux import multiplex
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,6 +29,7 @@ from megamod.nn.encoder import (
 )
 from megamod.nn.multiplexer import (
     HADAMARD,
+    KEYED_MEANS,
     draw_keys,
     key_shape,
     multiplex_contextual,
@@ -278,9 +280,15 @@ class MuxPreTrainedModel(PreTrainedModel):
         """
         embeddings = embeddings or self.backbone.embeddings
         first, second = self._positions(fed)
-        x = embeddings(fed.ids, fed.token_type_ids, first)
-        mixed = self._multiplex(x.unflatten(0, (-1, self.config.num_instances)), fed.mask)
-        mixed = embeddings(mixed, None, second)
+        table, kernels = embeddings.word_embeddings.weight, self.config.kernels
+        if self.config.muxing_variant in KEYED_MEANS and uses_triton(kernels, table):
+            mixed = embeddings.multiplexed(
+                fed.ids, self.instance_embedding, fed.token_type_ids, first, second, kernels
+            )
+        else:
+            x = embeddings(fed.ids, fed.token_type_ids, first)
+            mixed = self._multiplex(x.unflatten(0, (-1, self.config.num_instances)), fed.mask)
+            mixed = embeddings(mixed, None, second)
         return self.backbone.encode(mixed, self._encoder_mask(fed), queries)
 
     def demultiplex(self, hidden: Tensor, columns: slice, pairs: Pairs | None = None) -> Tensor:
@@ -288,7 +296,7 @@ class MuxPreTrainedModel(PreTrainedModel):
         if self.config.prefix_length:
             return self.demultiplexer(hidden, self.config.num_instances, columns, pairs)
         wanted = hidden if pairs is not None else hidden[:, columns]
-        return self.demultiplexer(self.demux_module, wanted, pairs)
+        return self.demultiplexer(self.demux_module, wanted, pairs, self.config.kernels)
 
     def vocabulary_states(self, hidden: Tensor, pairs: Pairs | None) -> Tensor:
         """What the retrieval head's decoder is applied to: as `demultiplex`, of all columns."""
@@ -371,12 +379,13 @@ class MuxPreTrainedModel(PreTrainedModel):
         variant, key = self.config.muxing_variant, self.instance_embedding
         if variant == "gaussian_attention_v2":
             blocks = (self.muxing_attention, self.muxing_attention_2)
-            return multiplex_contextual(x, key, *blocks, mask, self.masks_instances)
+            shown = (mask, self.masks_instances, self.config.kernels)
+            return multiplex_contextual(x, key, *blocks, *shown)
         if variant == "gaussian_attention":
             modules = (self.muxing_attention, self.cross_instances_linear)
             return multiplex_contextual_v1(x, key, *modules, self.cross_instances_layernorm)
         if variant in HADAMARD:
-            return multiplex(x, key)
+            return multiplex(x, key, self.config.kernels)
         return multiplex_orthogonal(x, key.to(x.dtype))
 
     def _encoder_mask(self, fed: Fed) -> Tensor | None:

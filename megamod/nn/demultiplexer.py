@@ -49,8 +49,14 @@ class RsaDemultiplexer(nn.Module):
         self.pre_decoder = nn.Linear(size, size)
         self.pre_decoder_layer_norm = nn.LayerNorm(size, eps=eps)
 
-    def forward(self, shared: SharedDemux, hidden: Tensor, pairs: Pairs | None = None) -> Tensor:
-        """Mixed states [B, L, D] -> [R, D] for pairs, else [B, N, L, D]."""
+    def forward(
+        self,
+        shared: SharedDemux,
+        hidden: Tensor,
+        pairs: Pairs | None = None,
+        implementation: str = "auto",
+    ) -> Tensor:
+        """Mixed states [B, L, D] -> [R, D] for pairs, else [B, N, L, D]; see `rsa_demux`."""
         first = shared.dense(1)
         parts = split_projection(
             hidden, shared.demux_instance_embedding.to(hidden.dtype), first.weight, first.bias
@@ -63,7 +69,8 @@ class RsaDemultiplexer(nn.Module):
             (norm.weight, norm.bias),
             norm.eps,
         )
-        return rsa_demux(*parts, chain, pairs, self.dropout if self.training else 0.0)
+        dropout = self.dropout if self.training else 0.0
+        return rsa_demux(*parts, chain, pairs, dropout, implementation)
 
 
 class PrefixDemultiplexer(nn.Module):

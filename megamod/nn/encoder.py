@@ -4,9 +4,12 @@ Parameters have the names of the published checkpoints (`attention.self.query`, 
 """
 
 import torch
+from megamod_kernels.mux_embed import Tables, mux_embed
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
+
+from megamod.nn.linear import Linear
 
 MASKED = -10000.0  # what BERT adds to the score of a masked key; finite, so all may be masked
 
@@ -55,6 +58,40 @@ class EncoderEmbeddings(nn.Module):
         vectors = words if words.is_floating_point() else self.word_embeddings(words)
         return self.dropout(self.LayerNorm(vectors + added))
 
+    def multiplexed(
+        self,
+        ids: Tensor,
+        key: Tensor,
+        token_type_ids: Tensor | None,
+        first: Tensor | None,
+        second: Tensor | None,
+        implementation: str,
+    ) -> Tensor:
+        """Embed instances, mix them by their keys, embed the mix: as one operation.
+
+        Args:
+            ids: [B * N, T].
+            key: [N, D].
+            token_type_ids: [B * N, T].
+            first, second: positions of instances, [B * N, T] or [1, T], and of the mix, [B, T] or
+                [1, T]; None for consecutive ones.
+        Returns:
+            [B, T, D], see `mux_embed`.
+        """
+        tables = Tables(
+            self.word_embeddings.weight,
+            self.position_embeddings.weight,
+            self.token_type_embeddings.weight,
+            self.LayerNorm.weight,
+            self.LayerNorm.bias,
+            self.LayerNorm.eps,
+            self.first_position,
+            self.word_embeddings.padding_idx,
+            self.position_embeddings.padding_idx,
+        )
+        dropout = self.dropout.p if self.training else 0.0
+        return mux_embed(ids, key, tables, token_type_ids, first, second, dropout, implementation)
+
 
 class EncoderLayer(nn.Module):
     """x = LN(x + Attention(x)), then LN(x + FeedForward(x)): the post-norm block of BERT.
@@ -67,15 +104,15 @@ class EncoderLayer(nn.Module):
         size, eps = size or config.hidden_size, config.layer_norm_eps
         self.heads = config.num_attention_heads
         self.attention_dropout = config.attention_probs_dropout_prob
-        projections = {name: nn.Linear(size, size) for name in ("query", "key", "value")}
+        projections = {name: Linear(size, size) for name in ("query", "key", "value")}
         self.attention = nn.ModuleDict(
             {
                 "self": nn.ModuleDict(projections),
-                "output": _output(nn.Linear(size, size), eps),
+                "output": _output(Linear(size, size), eps),
             }
         )
-        self.intermediate = nn.ModuleDict({"dense": nn.Linear(size, config.intermediate_size)})
-        self.output = _output(nn.Linear(config.intermediate_size, size), eps)
+        self.intermediate = nn.ModuleDict({"dense": Linear(size, config.intermediate_size)})
+        self.output = _output(Linear(config.intermediate_size, size), eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, queries: int | None = None) -> Tensor:

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from megamod.nn.encoder import EncoderLayer, key_mask
 
-HADAMARD = ("gaussian_hadamard", "binary_hadamard", "gaussian_attention", "gaussian_attention_v2")
+KEYED_MEANS = ("gaussian_hadamard", "binary_hadamard")
+HADAMARD = (*KEYED_MEANS, "gaussian_attention", "gaussian_attention_v2")
 ORTHOGONAL = ("random_ortho", "random_ortho_low_rank")
 
 

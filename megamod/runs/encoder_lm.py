@@ -1,6 +1,6 @@
 """Pretraining of encoders, multiplexed or not: masked, replaced or retrieved tokens."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +17,15 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from megamod.args import DataArgs, ModelArgs, MuxArgs, OptimArgs, RunArgs, SafetyArgs
+from megamod.args import (
+    DataArgs,
+    ModelArgs,
+    MuxArgs,
+    OptimArgs,
+    RunArgs,
+    SafetyArgs,
+    origin_of,
+)
 from megamod.data.lm import Batch, DataBin
 from megamod.data.masking import MaskedBatches, Masking, blocks_of, held_out_batches
 from megamod.data.order import SAMPLERS, Temperature
@@ -38,8 +46,13 @@ from megamod.train.objectives import EncoderLM, Losses, masked_losses, replaced_
 
 GROUP = "text"  # by which the loss is logged
 FAMILIES = {"masked_lm": "mux_bert", "replaced_token": "mux_electra"}
-TERMS = {"masked_lm": ("masked", "positions"), "replaced_token": ("tokens", "positions", "masked")}
+TERMS = {
+    "masked_lm": ("masked", "positions"),
+    "replaced_token": ("tokens", "positions", "masked", "readable"),
+}
 """Model family, and what the sums of a step are divided by, by --objective."""
+
+STRUCTURE = ("muxing_variant", "demuxing_variant", "num_hidden_demux_layers", "generator")
 
 
 def pretrain(
@@ -63,6 +76,7 @@ def pretrain(
     masking = masking_of(data, mux)
     shown = "task_loss" if mux.task_loss_coeff > 0 else "retrieval_loss"
     terms = TERMS[mux.objective]
+    _check_held_out(data, domains, split, data_args.max_seq_length, mux.num_instances)
 
     def batches(of: str, global_batch: int, micro_batch: int, part: int, parts: int):
         datasets = [data.split(domain, of) for domain in domains]
@@ -183,8 +197,10 @@ def encoder_config(
                 f"--objective {mux.objective} trains models of type {kind}, the one in "
                 f"{model.model} is of type {config.model_type}"
             )
-        for name, value in fields.items() if mux.num_instances > 1 else ():
-            setattr(config, name, value)
+        if mux.num_instances > 1:
+            _check_structure(model.model, config, mux, data)
+            for name, value in fields.items():
+                setattr(config, name, value)
     elif model.model not in sizes:
         raise UserError(
             f"--model {model.model!r} is no folder with config.json and none of {', '.join(sizes)}"
@@ -211,6 +227,35 @@ def encoder_config(
             f"place of {prefix} tokens and leaves none"
         )
     return config
+
+
+def _check_held_out(
+    data: DataBin, domains: Sequence[str], split: str, length: int, instances: int
+) -> None:
+    # Else it would show at the first evaluation, which may be the end of the run.
+    blocks = sum(blocks_of(data.split(domain, split), length) for domain in domains)
+    if blocks < instances:
+        raise UserError(
+            f"--eval_split {split}: {blocks} sequences of --max_seq_length {length}, but a forward "
+            f"pass takes --num_instances {instances}"
+        )
+
+
+def _check_structure(
+    folder: str, config: MuxBertConfig | MuxElectraConfig, mux: MuxArgs, data: DataBin
+) -> None:
+    for name in STRUCTURE:
+        held = getattr(config, name, "none")
+        if origin_of(mux, name) != "default" and getattr(mux, name) != held:
+            raise UserError(
+                f"--{name} {getattr(mux, name)}: cannot change the model in {folder}, "
+                f"which has {held}"
+            )
+    if mux.objective == "replaced_token" and config.mask_token_id != mask_id_of(data):
+        raise UserError(
+            f"--model {folder}: its mask_token_id {config.mask_token_id} is not the "
+            f"{mask_id_of(data)} of the tokenizer in --data {data.path}"
+        )
 
 
 def _new_config(
@@ -278,7 +323,11 @@ def masking_of(data: DataBin, mux: MuxArgs) -> Masking:
 def build_encoder(
     config: PreTrainedConfig, seed: int, init_from: str | None, objective: str
 ) -> nn.Module:
-    """An encoder with new weights, or with those of a folder as far as it has them."""
+    """An encoder with new weights, or with those of a folder as far as it has them.
+
+    Raises:
+        UserError: if the folder has no model, or one of another family, instances or size.
+    """
     kind = AutoModelForMaskedLM if objective == "masked_lm" else AutoModelForPreTraining
     if isinstance(config, MuxElectraConfig):
         # Of the two heads that pretraining has, this one replaces tokens by itself.
@@ -288,15 +337,31 @@ def build_encoder(
         return kind.from_config(config, dtype=torch.float32)
     if not (Path(init_from) / "config.json").is_file():
         raise UserError(f"--init_from {init_from}: there is no model (no config.json)")
-    instances = getattr(AutoConfig.from_pretrained(init_from), "num_instances", 1)
+    found = AutoConfig.from_pretrained(init_from)
+    family, wanted = (c.model_type.removeprefix("mux_") for c in (found, config))
+    if family != wanted:
+        raise UserError(
+            f"--init_from {init_from}: that model is of type {found.model_type}, this one "
+            f"{config.model_type}"
+        )
+    instances = getattr(found, "num_instances", 1)
     if instances != getattr(config, "num_instances", 1):
         raise UserError(
             f"--init_from {init_from}: that model has num_instances {instances}, this one "
             f"{getattr(config, 'num_instances', 1)}"
         )
     model, report = kind.from_pretrained(
-        init_from, config=config, dtype=torch.float32, output_loading_info=True
+        init_from,
+        config=config,
+        dtype=torch.float32,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
     )
+    if report["mismatched_keys"]:
+        name, there, here = min(report["mismatched_keys"])
+        raise UserError(
+            f"--init_from {init_from}: {name} has shape {tuple(there)}, in this model {tuple(here)}"
+        )
     for title, names in (("new", "missing_keys"), ("left out", "unexpected_keys")):
         if report[names]:
             setup.logger.info("--init_from: %s: %s", title, ", ".join(sorted(report[names])))

@@ -182,7 +182,8 @@ def _answer(
     predictor, record = _predictor(problem, model, device), {}
     if tuned.do_eval:
         scores = {s: _score(problem, s, predictor, run)[0] for s in problem.splits("dev")}
-        record["last"] = record["best"] = {"step": 0, "scores": scores}
+        speed = predictor.instances_per_second
+        record["last"] = record["best"] = _evaluation(0, scores, speed)
     if tuned.do_predict:
         record |= _predict(problem, predictor, run, args, output)
     return record
@@ -208,9 +209,9 @@ class Best:
             kept = [one for one in kept if self.metric in one["scores"]["dev"]]
             self.evaluations = [one for one in kept if one["step"] <= step]
 
-    def add(self, step: int, scores: dict[str, Scores]) -> bool:
+    def add(self, evaluation: dict[str, object]) -> bool:
         """Take in an evaluation; True if it is the best one."""
-        self.evaluations.append({"step": step, "scores": scores})
+        self.evaluations.append(evaluation)
         return self.best is self.evaluations[-1]
 
     def save(self) -> None:
@@ -236,10 +237,15 @@ class _Evaluation:
                 if isinstance(value, float):
                     told = {self.problem.task.name: value}
                     self.running.monitor.evaluated(step, told, split, kind=name)
-        if self.best.add(step, scores):
+        if self.best.add(_evaluation(step, scores, self.predictor.instances_per_second)):
             publish(self.running.export, self.running.output / "model")
         if dist.get_rank() == 0:
             self.best.save()
+
+
+def _evaluation(step: int, scores: dict[str, Scores], speed: float) -> dict[str, object]:
+    """Scores by split, and rows per second of rank 0, forward passes alone."""
+    return {"step": step, "scores": scores, "instances_per_second": speed}
 
 
 def _write_best(best: Best, export: ModelExport, folder: Path) -> None:
@@ -262,7 +268,14 @@ def _score(
     """Scores (None if labels are hidden), and logits of rows or labels of words; collective."""
     task, found, encoded = problem.task, problem.sets[split], problem.encoded[split]
     batches = list(
-        held_out_rows(encoded, run.per_device_eval_batch_size, problem.instances, problem.pad_to)
+        held_out_rows(
+            encoded,
+            run.per_device_eval_batch_size,
+            problem.instances,
+            problem.pad_to,
+            ensemble=problem.ensemble,
+            seed=run.seed,
+        )
     )
     answers = predictor(encoded, batches)
     if encoded.per_token:
@@ -279,7 +292,7 @@ def _score(
             return None, answers
         scores = score_texts(task, answers, found.labels)
         slots = partial(accuracy_by_slot, answers_of(task, answers), found.labels)
-    if problem.instances > 1 and not task.regression:
+    if problem.instances > 1 and not (task.regression or problem.ensemble):
         scores["accuracy_by_slot"] = slots(problem.instances)
     return scores, answers
 
@@ -338,9 +351,12 @@ def _report(
         "mean": means,
         "deviation": deviations,
     }
-    held = [one["best"]["scores"] for one in runs.values() if "best" in one]
+    held = [one["best"] for one in runs.values() if "best" in one]
     if held:
-        record["task_score"] = float(np.mean([task_score(problem.task, one) for one in held]))
+        scores = [task_score(problem.task, one["scores"]) for one in held]
+        record["task_score"] = float(np.mean(scores))
+        speeds = [one["instances_per_second"] for one in held]
+        record["instances_per_second"] = float(np.mean(speeds))
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / RESULTS, record)
     if len(runs) > 1:

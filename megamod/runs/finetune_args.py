@@ -58,8 +58,10 @@ class TunedArgs(Arguments):
     """Which model, and what is done with it."""
 
     free_on_resume: ClassVar[frozenset[str]] = frozenset(
-        ("do_train", "do_eval", "do_predict", "ensemble", "seeds", "num_train_epochs")
-        + ("metric_for_best_model",)
+        (
+            *("do_train", "do_eval", "do_predict", "ensemble", "seeds", "num_train_epochs"),
+            "metric_for_best_model",
+        )
     )
     model: str | None = option(
         None,

@@ -25,6 +25,7 @@ from megamod.data.task_file import read_spec
 from megamod.data.tasks import TaskSpec, task_of, token_task
 from megamod.data.tokenizers import load_tokenizer
 from megamod.errors import UserError
+from megamod.runs.classifiers import inputs_of, is_empty, mixes_padding, room_of
 from megamod.runs.finetune_args import TaskArgs, TunedArgs, WordArgs
 
 if TYPE_CHECKING:
@@ -38,9 +39,6 @@ SIZES = {
     "bert_large": (24, 1024, 16, 4096),
 }
 """Layers, width, heads and width of the feed-forward of --config_name."""
-
-OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "longformer")
-"""Model types whose first position has the number behind that of padding."""
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
@@ -56,6 +54,7 @@ class Problem:
         instances: N, rows that share a forward pass.
         retrieved: see `Classify`.
         pad_to: see `Encoded.gather`.
+        ensemble: see `held_out_rows`.
     """
 
     task: TaskSpec
@@ -68,6 +67,7 @@ class Problem:
     instances: int
     retrieved: float
     pad_to: int | None
+    ensemble: bool
 
     def make_model(self, seed: int) -> nn.Module:
         """A classifier in float32; what the weights lack is drawn with the seed."""
@@ -132,7 +132,7 @@ def prepare(tuned: TunedArgs, args: TaskArgs, words: WordArgs | None) -> Problem
     instances = _instances(config, tuned)
     _set_labels(config, task)
     _set_retrieval(config, tuned)
-    lengths = _lengths(config, args, instances)
+    lengths = _lengths(config, args)
     sets = {
         split: found.first(args.max_train_samples if split == "train" else args.max_eval_samples)
         for split, found in sets.items()
@@ -144,8 +144,7 @@ def prepare(tuned: TunedArgs, args: TaskArgs, words: WordArgs | None) -> Problem
         for split, found in sets.items()
     }
     fixed = args.pad_to_max_length
-    fixed = hasattr(config, "muxing_variant") if fixed is None else fixed
-    types = getattr(config, "type_vocab_size", 0) > 1
+    fixed = mixes_padding(config) if fixed is None else fixed
     return Problem(
         task=task,
         sets=sets,
@@ -153,10 +152,11 @@ def prepare(tuned: TunedArgs, args: TaskArgs, words: WordArgs | None) -> Problem
         config=config,
         tokenizer=tokenizer,
         weights=weights,
-        inputs=("input_ids", "attention_mask", *(("token_type_ids",) if types else ())),
+        inputs=inputs_of(config),
         instances=instances,
         retrieved=tuned.retrieval_percentage / instances if tuned.retrieval_loss_coeff else 0.0,
         pad_to=lengths.longest if fixed else None,
+        ensemble=tuned.ensemble,
     )
 
 
@@ -269,8 +269,7 @@ def _tokenizer(tuned: TunedArgs) -> "PreTrainedTokenizerFast":
         raise UserError("--tokenizer_name is missing: a model from scratch has no tokenizer")
     try:
         found = load_tokenizer(spec).original
-        # For a folder without a vocabulary transformers makes one of special tokens alone.
-        empty = found is not None and len(found) <= len(found.all_special_ids)
+        empty = found is not None and is_empty(found)
     except UserError:
         if tuned.tokenizer_name is not None:
             raise
@@ -285,12 +284,8 @@ def _tokenizer(tuned: TunedArgs) -> "PreTrainedTokenizerFast":
     return found
 
 
-def _lengths(config: PreTrainedConfig, args: TaskArgs, instances: int) -> Lengths:
-    room = getattr(config, "max_position_embeddings", 1 << 20)
-    if config.model_type in OFFSET_POSITIONS:
-        room -= config.pad_token_id + 1
-    if getattr(config, "demuxing_variant", None) == "index":
-        room -= instances + 1
+def _lengths(config: PreTrainedConfig, args: TaskArgs) -> Lengths:
+    room = room_of(config)
     longest = args.max_seq_length
     if longest > room:
         if origin_of(args, "max_seq_length") != "default":

@@ -1,7 +1,8 @@
 """Many finetuning runs from one file: tasks x models x instances x seeds, as processes.
 
 A run that is finished is not made again, and one that was cut short goes on where it stood. What
-comes out is one table, and score against N, the instances that share a forward pass.
+comes out is one table, and the score against N, the instances that share a forward pass, and
+against how many of them are answered per second.
 """
 
 import itertools
@@ -19,7 +20,7 @@ import yaml
 from megamod.data.tasks import GLUE
 from megamod.errors import UserError
 from megamod.evaluation.glue import glue_average, mean_and_deviation, score_table
-from megamod.evaluation.plots import plot_by_instances
+from megamod.evaluation.plots import plot_by_instances, plot_trade_off
 from megamod.files import write_json
 
 logger = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ def read_sweep(path: Path) -> tuple[list[Job], list[str]]:
 def sweep(
     jobs: Sequence[Job], output: Path, launchers: Path, at_once: int, launch: Sequence[str]
 ) -> str:
-    """Run what is not finished, then write summary.json and scores.png; the table to print.
+    """Run what is not finished, then write summary.json and the plots; the table to print.
 
     Args:
         launchers: folder of finetune_glue.py and finetune_ner.py.
@@ -216,15 +217,16 @@ def _run(job: Job, output: Path, launchers: Path, start: Sequence[str]) -> bool:
 
 
 def _summarise(jobs: Sequence[Job], output: Path) -> str:
-    """summary.json and scores.png of finished jobs; a table."""
+    """summary.json, scores.png and trade_off.png of finished jobs; a table."""
     runs: dict[tuple[str, int], dict[str, list[dict[str, float]]]] = {}
     for job in jobs:
         record = json.loads((job.folder(output) / "results.json").read_text(encoding="utf-8"))
         if "task_score" in record:
             score = {"task_score": record["task_score"], **record["mean"]}
+            score["instances_per_second"] = record["instances_per_second"]
             runs.setdefault((job.model, job.instances), {}).setdefault(job.task, []).append(score)
     rows: dict[str, dict[str, str]] = {}
-    summary, lines = [], {}
+    summary, lines, speeds = [], {}, {}
     for (model, instances), tasks in runs.items():
         row, means = {}, {}
         for task, scores in tasks.items():
@@ -235,6 +237,8 @@ def _summarise(jobs: Sequence[Job], output: Path) -> str:
                 mean["task_score"],
                 deviation["task_score"],
             )
+            line = speeds.setdefault(task, {}).setdefault(model, {})
+            line[instances] = (mean["instances_per_second"], mean["task_score"])
             summary.append(
                 {
                     "task": task,
@@ -251,5 +255,9 @@ def _summarise(jobs: Sequence[Job], output: Path) -> str:
     write_json(output / "summary.json", summary)
     if lines:
         plot_by_instances(lines, output / "scores.png")
+        plot_trade_off(speeds, output / "trade_off.png")
     table = score_table(rows, "score on dev") if rows else "nothing was scored (do_eval)"
-    return f"\n{table}\n\nnumbers  {output / 'summary.json'}\nplot     {output / 'scores.png'}"
+    files = {"numbers": "summary.json", "plots": "scores.png", "": "trade_off.png"}
+    return "\n".join(
+        ["", table, "", *(f"{what:7}  {output / file}" for what, file in files.items())]
+    )

@@ -221,7 +221,8 @@ def replaced_losses(
     """What a discriminator makes of a batch whose masked tokens were replaced.
 
     Args:
-        items: what the sums over looked-at, retrieved and masked tokens are divided by in "loss".
+        items: what the sums over looked-at, retrieved and masked tokens, and over those that a
+            multiplexed generator retrieves, are divided by in "loss".
         config: of the model; a plain ELECTRA has its tokens replaced by chance here.
     Returns:
         as `masked_losses`; "task_loss" is that of the discriminator, "recall" and "precision" tell
@@ -229,7 +230,7 @@ def replaced_losses(
     """
     inputs = batch["input_ids"].to(device, non_blocking=True)
     anything = batch["random_ids"].to(device, non_blocking=True)
-    tokens, positions, masked = (count or 1.0 for count in items)
+    tokens, positions, masked, readable = (count or 1.0 for count in items)
     if not hasattr(config, "num_instances"):
         corrupted = inputs == batch["mask_id"]
         logits = model(input_ids=torch.where(corrupted, anything, inputs)).logits.float()
@@ -239,14 +240,17 @@ def replaced_losses(
         found = {"loss": total / tokens, "task_loss": _pair(total, batch["tokens"])}
         return found | _found(logits, corrupted)
     generates = config.generator != "none"
+    slots = batch["slots"].to(device, non_blocking=True)
     output = model(
         input_ids=inputs,
         labels=batch["labels"].to(device, non_blocking=True),
         random_ids=None if generates else anything,
         num_items_in_batch=tokens,
-        retrieval_slots=batch["slots"].to(device, non_blocking=True),
+        retrieval_slots=slots,
         num_retrieval_items=positions,
         num_generator_items=masked,
+        generator_slots=slots,
+        num_generator_retrieval_items=readable,
     )
     found = {"loss": output.loss, **_terms(output, batch, (tokens, batch["tokens"]), positions)}
     if output.logits is not None:
@@ -264,8 +268,8 @@ def _terms(
         found["task_loss"] = _pair(output.task_loss * task[0], task[1])
     if output.retrieval_loss is not None:
         found["retrieval_loss"] = _pair(output.retrieval_loss * positions, batch["positions"])
-        right = output.retrieval_correct.float()
-        found["retrieval_accuracy"] = _pair(right, float(output.retrieval_count))
+        right = (output.retrieval_correct, output.retrieval_count)
+        found["retrieval_accuracy"] = torch.stack(right).float()
     return found
 
 

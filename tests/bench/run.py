@@ -15,6 +15,7 @@ import checkpoint  # noqa: E402
 import ensemble  # noqa: E402
 import loader  # noqa: E402
 import merge  # noqa: E402
+import mux_throughput  # noqa: E402
 import step  # noqa: E402
 
 FLOORS = {  # (limit, True if larger is better)
@@ -27,6 +28,9 @@ FLOORS = {  # (limit, True if larger is better)
     ensemble.COST: (1.05, False),
     merge.SPEED: (1.0, True),
     merge.MEMORY: (1.0, False),
+    **{
+        mux_throughput.row_name(*row): (floor, True) for row, floor in mux_throughput.FLOORS.items()
+    },
 }
 
 
@@ -37,6 +41,7 @@ def main() -> int:
     results["seconds to the first batch at step 10^6"] = loader.seconds_to_resume()
     results |= merge.measure("--large" in sys.argv)
     results |= ensemble.measure()
+    results |= mux_throughput.measure()
     missed = 0
     for name, ratios in results.items():
         limit, larger = FLOORS[name]

@@ -146,3 +146,27 @@ def test_one_bad_cell_does_not_wash_out_the_others(tmp_path, figures):
     matrix["3"]["4"] = 1e6
     plots.plot_matrix(matrix, tmp_path / "m.png", "t")
     assert figures[0].axes[0].images[0].get_clim() == pytest.approx((1.0, 1.3))
+
+
+def test_score_against_throughput_has_a_panel_per_task_and_a_point_per_N(tmp_path, figures):
+    tasks = {
+        f"task-{number}": {
+            "plain": {1: (4.0, 0.9)},
+            "mux": {10: (38.5, 0.7 + number / 100), 2: (8.5, 0.8)},
+        }
+        for number in range(4)
+    }
+    plots.plot_trade_off(tasks, tmp_path / "trade_off.png")
+    (figure,) = figures
+    assert [axes.get_title() for axes in figure.axes] == list(tasks)
+    for number, axes in enumerate(figure.axes):
+        plain, mux = axes.lines
+        assert plain.get_xydata().tolist() == [[4.0, 0.9]]
+        assert mux.get_xydata().tolist() == [[8.5, 0.8], [38.5, 0.7 + number / 100]]
+        assert [text.get_text() for text in axes.texts] == ["N = 1", "N = 2", "N = 10"]
+        assert axes.get_xscale() == "log"
+    legend = figure.legends[0]
+    assert [text.get_text() for text in legend.get_texts()] == ["plain", "mux"]
+    assert legend.legend_handles[1].get_color() == figure.axes[3].lines[1].get_color()
+    assert not clipped(figure)
+    assert size_of(tmp_path / "trade_off.png")[0] > 1000

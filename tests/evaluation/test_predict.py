@@ -76,6 +76,48 @@ def test_groups_are_those_of_the_file_on_any_ranks(rows, instances, per_token):
         assert len(calls) == 1  # ranks of ZeRO 3 run equally often
 
 
+@pytest.mark.parametrize("per_token", [False, True], ids=["rows", "tokens"])
+def test_copies_are_averaged_on_any_ranks(per_token):
+    """Against a loop over what the model was fed, in which a row is told by its ids."""
+    data, instances = encoded(7, per_token), 3
+    rows = [data.ids[a:b].tolist() for a, b in pairwise(data.offsets)]
+    assert len({tuple(row) for row in rows}) == 7
+    held = list(held_out_rows(data, 12, instances, None, ensemble=True, seed=1))
+    assert [(one.start, one.stop) for one in held] == [(0, 4), (4, 7)]
+    model, expected, places = Mixed(instances, per_token).eval(), [], set()
+    for number, row in enumerate(rows):
+        batch = held[number // 4].batch
+        lengths = batch["attention_mask"].sum(1).tolist()
+        fed = [ids[:n].tolist() for ids, n in zip(batch["input_ids"], lengths, strict=True)]
+        copies = [line for line, ids in enumerate(fed) if ids == row]
+        assert len(copies) == instances and len(fed) % instances == 0
+        places.add(tuple(line % instances for line in copies))
+        logits = model(batch["input_ids"], batch["attention_mask"]).logits
+        mean = sum(logits[line] for line in copies) / instances
+        expected += mean[: len(row)].argmax(-1).tolist() if per_token else [mean.tolist()]
+    assert len(places) > 1
+    for parts in (1, 2):
+        answers = 0
+        for part in range(parts):
+            names = ("input_ids", "attention_mask")
+            predictor = Predictor(model, names, torch.device("cpu"), part, parts)
+            answers = answers + predictor(data, held)
+        np.testing.assert_allclose(answers, expected, atol=1e-6)
+
+
+def test_speed_is_that_of_passes_alone_and_without_the_first(monkeypatch):
+    data = encoded(7, False)
+    times = iter([0.0, 100.0, 200.0, 200.5, 300.0, 301.0, 400.0, 400.5])  # of 2, 2, 2 and 1 rows
+    monkeypatch.setattr("megamod.evaluation.predict.time.perf_counter", lambda: next(times))
+    model = Mixed(2, False)
+    predictor = Predictor(model, ("input_ids", "attention_mask"), torch.device("cpu"))
+    first, *others = held_out_rows(data, 2, 2, None)
+    predictor(data, [first])
+    assert predictor.instances_per_second == pytest.approx(2 / 100)
+    predictor(data, others)
+    assert predictor.instances_per_second == pytest.approx((2 + 2 + 1) / (0.5 + 1.0 + 0.5))
+
+
 def test_labels_of_words_and_of_those_that_were_cut_off():
     data = Encoded(
         np.zeros(7, np.int32), np.zeros(7, np.int8), np.array([0, 4, 7]), None,

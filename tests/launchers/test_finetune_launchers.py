@@ -73,6 +73,7 @@ import json, pathlib, sys
 flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 score = int(flags["--seed"]) / 10 + int(flags["--num_instances"]) / 100
 record = {"task_score": score, "mean": {"dev accuracy": score}}
+record["instances_per_second"] = 10.0 * int(flags["--num_instances"])
 (pathlib.Path(flags["--output_dir"]) / "results.json").write_text(json.dumps(record))
 """
 SWEEP = "{tasks: {rte: }, models: {mux: {num_instances: [2, 5]}}, seeds: [1, 3]}"
@@ -91,8 +92,10 @@ def test_many_runs_give_one_table_and_are_made_once(tmp_path):
     ]
     assert record[0]["mean"]["task_score"] == pytest.approx(0.22)
     assert record[0]["deviation"]["dev accuracy"] == pytest.approx(0.02**0.5)
+    assert record[1]["mean"]["instances_per_second"] == 50
     assert "mux, N = 2    0.2200 ± 0.1414" in table
-    assert (out / "scores.png").read_bytes()[:4] == b"\x89PNG"
+    for plot in ("scores.png", "trade_off.png"):
+        assert (out / plot).read_bytes()[:4] == b"\x89PNG" and str(out / plot) in table
     times = [(job.folder(out) / "results.json").stat().st_mtime_ns for job in jobs]
     assert sweep(jobs, out, tmp_path, 1, launch) == table
     assert [(job.folder(out) / "results.json").stat().st_mtime_ns for job in jobs] == times

@@ -300,3 +300,24 @@ def test_a_generator_needs_labels():
     model = made("electra", "wrapper", "index_pos", GAUSS, {"generator": "plain"})
     with pytest.raises(ValueError, match="labels are missing: the generator must know"):
         model(torch.ones(2, LENGTH).long())
+
+
+@pytest.mark.parametrize("mux", ["gaussian_hadamard", "binary_hadamard", V2])
+@pytest.mark.parametrize("head", ["sequence", "token", "mlm"])
+def test_kernels_compute_what_plain_torch_does(mux, head):
+    """Loss, logits and every gradient, in training form."""
+    model = bert(head, mux=mux, retrieval_loss_coeff=0.5, kernels="reference").float()
+    given = batch(head, model.config, 4, True)
+    found = {}
+    for kernels in ("reference", "triton"):
+        model.config.kernels = kernels
+        model.zero_grad()
+        output = model(**given)
+        output.loss.backward()
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found[kernels] = (output.loss.detach(), grads)
+    torch.testing.assert_close(found["triton"][0], found["reference"][0], rtol=1e-5, atol=1e-6)
+    assert found["triton"][1].keys() == found["reference"][1].keys()
+    for name, grad in found["reference"][1].items():
+        off = (found["triton"][1][name] - grad).abs().max()
+        assert off <= 1e-4 * grad.abs().max() + 1e-6, name

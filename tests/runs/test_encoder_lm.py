@@ -328,9 +328,9 @@ def test_replaced_tokens_by_hand(bare):
     batch["input_ids"][batch["labels"] != -100] = 4
     batch["random_ids"] = torch.randint(5, 45, (4, LENGTH))
     losses = partial(replaced_losses, device=torch.device("cpu"), config=config)
-    objective = EncoderLM(losses, ("tokens", "positions", "masked"), "task_loss")
-    assert objective.count(batch) == (32, 16, batch["masked"])
-    scored = objective.score(model, batch, (64.0, 20.0, 7.0))
+    objective = EncoderLM(losses, ("tokens", "positions", "masked", "positions"), "task_loss")
+    assert objective.count(batch) == (32, 16, batch["masked"], 16)
+    scored = objective.score(model, batch, (64.0, 20.0, 7.0, 16.0))
     corrupted = batch["input_ids"] == 4
     replaced = torch.where(corrupted, batch["random_ids"], batch["input_ids"])
     given = dict(input_ids=replaced, labels=corrupted.long(), retrieval_slots=batch["slots"])
@@ -348,7 +348,7 @@ def test_plain_electra_is_scored_alike(bare):
     batch = batch_of(bare, 2) | {"tokens": 32, "mask_id": 4}
     batch["input_ids"][batch["labels"] != -100] = 4
     batch["random_ids"] = torch.randint(5, 45, (4, LENGTH))
-    found = replaced_losses(model, batch, (64.0, 1.0, 1.0), torch.device("cpu"), model.config)
+    found = replaced_losses(model, batch, (64.0, 1.0, 1.0, 1.0), torch.device("cpu"), model.config)
     corrupted = batch["input_ids"] == 4
     replaced = torch.where(corrupted, batch["random_ids"], batch["input_ids"])
     mean = model(input_ids=replaced, labels=corrupted.long()).loss.item()

@@ -24,6 +24,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from megamod.args import SafetyArgs, parse_args
 from megamod.errors import UserError
+from megamod.mux_pipeline import MuxPipeline
 from megamod.runs.finetune_args import TaskArgs, TunedArgs, TunedOptimArgs, TunedRunArgs, WordArgs
 
 WORDS = [f"w{n}" for n in range(12)]
@@ -158,6 +159,8 @@ def alone(rank: int, root: Path) -> None:
     )  # fmt: skip
     mixed = dict(model=root / "mix", num_instances=2, max_steps=40, eval_steps=0, do_predict=True)
     start(root, root / "mixed", **mixed, predict_split="dev", learning_rate=0.05)
+    mixed = dict(model=root / "mixed" / "model", num_instances=None, tokenizer_name=None)
+    start(root, root / "copies", **mixed, do_train=None, do_predict=None, ensemble=True)
     changes = dict(max_steps=None, num_train_epochs=1.5, do_eval=None, global_batch_size=16)
     start(root, root / "epochs", **changes)
 
@@ -217,6 +220,8 @@ def test_a_run_that_was_cut_ends_like_one_that_was_not(place):
     before = json.loads((place / "whole" / "evaluations.json").read_text())
     after = json.loads((place / "cut" / "evaluations.json").read_text())
     # The cut run was scored at its end, step 6, too: that is not forgotten and changes nothing.
+    for scored in (before, after):
+        assert all(one.pop("instances_per_second") > 0 for one in scored)
     assert [one for one in after if one["step"] != 6] == before
     ours, theirs = (weights(place / n / "checkpoints" / "step-12") for n in ("whole", "cut"))
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
@@ -261,6 +266,26 @@ def test_instances_are_scored_apart(place):
     assert (model.config.task_loss_coeff, model.config.retrieval_loss_coeff) == (1.0, 0.0)
     rows = (place / "mixed" / "predictions" / "sst-2_dev.tsv").read_text().splitlines()
     assert len(rows) == 12
+
+
+def test_an_ensemble_is_the_mean_over_copies(place):
+    """N = 2: a row of the model above shares its pass with itself or with any other."""
+    record = results(place / "copies")
+    scores = record["seeds"]["1"]["best"]["scores"]["dev"]
+    assert "accuracy_by_slot" not in scores and scores["accuracy"] > 0.6
+    assert record["instances_per_second"] > 0 and record["rows"]["dev"] == 11
+    alone = results(place / "mixed")["seeds"]["1"]["best"]["scores"]["dev"]
+    assert scores["loss"] != alone["loss"]
+    classify = MuxPipeline.from_pretrained(
+        place / "mixed" / "model", max_length=16, batch_size=2, ensemble=True, seed=1
+    )
+    rows = (place / "glue" / "SST-2" / "dev.tsv").read_text().splitlines()[1:]
+    texts, labels = zip(*(row.split("\t") for row in rows), strict=True)
+    answers = classify(list(texts))
+    right = [told["label"] == label for told, label in zip(answers, labels, strict=True)]
+    assert np.mean(right) == pytest.approx(scores["accuracy"])
+    shares = [x["score"] if ok else 1 - x["score"] for x, ok in zip(answers, right, strict=True)]
+    assert -np.log(shares).mean() == pytest.approx(scores["loss"], abs=1e-5)
 
 
 def test_epochs_become_steps(place):

@@ -1,0 +1,37 @@
+"""What the configuration of a classifier says about the rows it takes."""
+
+from typing import TYPE_CHECKING
+
+from transformers import PreTrainedConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "longformer")
+"""Model types whose first position has the number behind that of padding."""
+
+
+def inputs_of(config: PreTrainedConfig) -> tuple[str, ...]:
+    """Fields of a batch that the model takes."""
+    types = getattr(config, "type_vocab_size", 0) > 1
+    return ("input_ids", "attention_mask", *(("token_type_ids",) if types else ()))
+
+
+def mixes_padding(config: PreTrainedConfig) -> bool:
+    """True for a multiplexed model: it wants rows padded to one length, the same as in training."""
+    return hasattr(config, "muxing_variant")
+
+
+def room_of(config: PreTrainedConfig) -> int:
+    """Tokens of a row that the model has positions for, special ones included."""
+    room = getattr(config, "max_position_embeddings", 1 << 20)
+    if config.model_type in OFFSET_POSITIONS:
+        room -= config.pad_token_id + 1
+    if getattr(config, "demuxing_variant", None) == "index":
+        room -= config.num_instances + 1
+    return room
+
+
+def is_empty(tokenizer: "PreTrainedTokenizerFast") -> bool:
+    """True for special tokens alone, which transformers makes of a folder without vocabulary."""
+    return len(tokenizer) <= len(tokenizer.all_special_ids)

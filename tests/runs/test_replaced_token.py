@@ -1,0 +1,259 @@
+"""Replaced tokens: a step by hand, what a generator draws, and models that do not fit."""
+
+import math
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
+
+from megamod.args import DataArgs, ModelArgs, MuxArgs, OptimArgs, RunArgs, SafetyArgs, parse_args
+from megamod.data.binarize import binarize
+from megamod.data.lm import DataBin
+from megamod.data.masking import MaskedBatches, Masking, blocks_of, held_out_batches
+from megamod.data.order import Balanced
+from megamod.errors import UserError
+from megamod.evaluation.encoder_lm import score_encoder
+from megamod.evaluation.perplexity import share_of
+from megamod.models.mux_configuration import MuxElectraConfig
+from megamod.models.mux_generator import MuxElectraForReplacedTokens
+from megamod.runs.encoder_lm import TERMS, build_encoder, encoder_config, pretrain
+from megamod.train.objectives import EncoderLM, replaced_losses
+
+VOCABULARY, LENGTH, INSTANCES = 45, 8, 2
+MASK, CLS, PAD = 4, 2, 0
+CPU = torch.device("cpu")
+SMALLER = dict(hidden_size=8, intermediate_size=16, num_attention_heads=1)
+PREFIX = dict(demuxing_variant="index", prefix_fill_token_id=44, prefix_first_token_id=43)
+BOTH = dict(task_loss_coeff=0.25, retrieval_loss_coeff=2.0, disc_loss_weight=3.0)
+
+
+class Tokens:
+    """Stands for a split's tokens."""
+
+    def __init__(self, count: int):
+        self.tokens = (5 + np.arange(count) * 7 % 38).astype(np.uint16)
+
+
+def batches_of(prefix: int = 0, micro: int = 4, pads: int = 0, blocks: int = 7) -> MaskedBatches:
+    """Batches of 8 rows to a step, with many masks."""
+    datasets = [Tokens(blocks * LENGTH)]
+    masking = Masking(MASK, PAD, (PAD, CLS, MASK), VOCABULARY, 0.5, 0.85, 0.0, pads)
+    return MaskedBatches(
+        datasets,
+        Balanced([blocks_of(one, LENGTH) for one in datasets], 1),
+        masking,
+        block_size=LENGTH,
+        instances=INSTANCES,
+        micro_batch=micro,
+        global_batch=8,
+        rank=0,
+        ranks=1,
+        seed=1,
+        prefix=prefix,
+    )
+
+
+def electra(**more: object) -> MuxElectraForReplacedTokens:
+    """A tiny discriminator without dropout."""
+    torch.manual_seed(2)
+    quiet = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.2)
+    shape = dict(hidden_size=16, embedding_size=16, num_hidden_layers=2, num_attention_heads=2)
+    ids = dict(vocab_size=VOCABULARY, cls_token_id=CLS, mask_token_id=MASK, pad_token_id=PAD)
+    return MuxElectraForReplacedTokens(
+        MuxElectraConfig(
+            **quiet,
+            **shape,
+            **ids,
+            intermediate_size=32,
+            max_position_embeddings=LENGTH,
+            num_instances=INSTANCES,
+            **more,
+        )
+    )
+
+
+def objective_of(model: MuxElectraForReplacedTokens) -> EncoderLM:
+    losses = partial(replaced_losses, device=CPU, config=model.config)
+    return EncoderLM(losses, TERMS["replaced_token"], "task_loss")
+
+
+def step_by_hand(model: MuxElectraForReplacedTokens, batch: dict, prefix: int) -> torch.Tensor:
+    """The loss of a whole step, token by token."""
+    replaced, corrupted = batch["input_ids"].clone(), batch["input_ids"] == MASK
+    replaced[corrupted] = batch["random_ids"][corrupted]
+    fed = model.feed(replaced)
+    hidden = model.encode(fed)
+    logits = model.discriminator_predictions(model.demultiplex(hidden, slice(prefix, None)))
+    words = model.retrieval_head.decoder(model.vocabulary_states(hidden, None)).log_softmax(-1)
+    told, asked = [], []
+    for row in range(len(replaced)):
+        group, slot = divmod(row, INSTANCES)
+        for column in range(LENGTH - prefix):
+            chance = torch.sigmoid(logits[group, slot, column])
+            told.append(-torch.log(chance if corrupted[row, column] else 1 - chance))
+    for group, slots in enumerate(batch["slots"].tolist()):
+        for column in range(prefix, LENGTH):
+            target = fed.ids[group * INSTANCES + slots[column], column]
+            asked.append(-words[group, slots[column], column, target])
+    return 3 * (0.25 * sum(told) / len(told) + 2 * sum(asked) / len(asked))
+
+
+@pytest.mark.parametrize("more", [{}, PREFIX])
+def test_the_micro_batches_of_a_step_make_its_loss_and_gradient(more):
+    model = electra(**BOTH, **more)
+    prefix, objective = model.config.prefix_length, objective_of(model)
+    micro = [batches_of(prefix)[number] for number in range(2)]
+    items = [sum(counts) / 2 for counts in zip(*map(objective.count, micro), strict=True)]
+    scored = [objective.score(model, batch, items) for batch in micro]
+    (sum(one.loss for one in scored) / 2).backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    loss = step_by_hand(model, batches_of(prefix, micro=8)[0], prefix)
+    loss.backward()
+    assert sum(one.loss.item() for one in scored) / 2 == pytest.approx(loss.item(), rel=1e-5)
+    trained = {n: p for n, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == trained.keys() and len(found) > 30
+    for name, parameter in trained.items():
+        # The order of sums is another; single values of a gradient may nearly cancel.
+        bound = 1e-5 * parameter.grad.abs().max().item() + 1e-7
+        assert torch.allclose(found[name], parameter.grad, rtol=1e-4, atol=bound), name
+
+
+@pytest.mark.parametrize("more", [{}, PREFIX])
+def test_a_generator_retrieves_as_many_tokens_as_are_counted(more):
+    model = electra(
+        **{**BOTH, **more}, generator="multiplexed", generator_config=SMALLER, gen_loss_weight=0.5
+    )
+    prefix, objective = model.config.prefix_length, objective_of(model)
+    seen, fewer = [], 0
+    whole = model.generator.retrieve
+
+    def retrieve(output, *args):
+        whole(output, *args)
+        seen.append((output.retrieval_loss, output.retrieval_count.item()))
+
+    model.generator.retrieve = retrieve
+    for number in range(12):
+        batch = batches_of(prefix, pads=LENGTH)[number]
+        counts = dict(zip(TERMS["replaced_token"], objective.count(batch), strict=True))
+        by_hand = 0
+        for group, slots in enumerate(batch["slots"].tolist()):
+            for column in range(prefix, LENGTH):
+                row = batch["input_ids"][group * INSTANCES + slots[column]]
+                overwritten = not prefix and column == 0
+                by_hand += overwritten or row[column - prefix].item() != PAD
+        objective.score(model, batch, [1.0, 1.0, 1.0, 10.0])
+        objective.score(model, batch, [1.0, 1.0, 1.0, 20.0])
+        (ten, count), (twenty, again) = seen[-2:]
+        assert count == again == counts["readable"] == by_hand
+        fewer += count < counts["positions"]
+        assert ten.item() == pytest.approx(2 * twenty.item(), rel=1e-6)
+    assert fewer > 6
+
+
+@pytest.mark.parametrize("kind", ["plain", "multiplexed"])
+def test_held_out_text_is_scored_the_same_at_every_call(kind):
+    model = electra(**BOTH, generator=kind, generator_config=SMALLER)
+    losses = partial(replaced_losses, device=CPU, config=model.config)
+
+    def scores(part: int, parts: int, total: list[torch.Tensor]) -> dict[str, float]:
+        return score_encoder(
+            model,
+            share_of(held_out_batches(batches_of(blocks=9)), part, parts),
+            lambda module, batch: losses(module, batch, [1.0] * 4),
+            CPU,
+            total.append,
+            perplexity=False,
+        )
+
+    sums: list[torch.Tensor] = []
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    first = scores(0, 1, sums)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(8)
+    assert scores(0, 1, sums) == first and first["generator_loss"] > 0
+    for part in range(2):
+        scores(part, 2, sums)
+    assert torch.allclose(sums[2] + sums[3], sums[0], rtol=1e-5)
+    assert math.isfinite(first["task_loss"]) and model.training
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A data-bin whose held-out text is shorter than a group, and models of several kinds."""
+    place = tmp_path_factory.mktemp("replaced")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{n}" for n in range(40))]
+    for name in ("tokenizer", "text"):
+        (place / name).mkdir()
+    (place / "tokenizer" / "vocab.txt").write_text("\n".join(words) + "\n")
+    BertTokenizerFast(vocab=str(place / "tokenizer" / "vocab.txt")).save_pretrained(
+        place / "tokenizer"
+    )
+    for split, count in (("train", 40), ("valid", 8), ("test", 40)):
+        (place / "text" / f"{split}.txt").write_text(" ".join(words[5 : 5 + count]) + "\n")
+    binarize({"text": place / "text"}, str(place / "tokenizer"), place / "bin", bos=True)
+    electra().save_pretrained(place / "electra")
+    electra(num_hidden_demux_layers=2).save_pretrained(place / "two-layers")
+    other = electra().config
+    other.mask_token_id = 7
+    other.save_pretrained(place / "other-mask")
+    shape = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    sizes = dict(vocab_size=VOCABULARY, max_position_embeddings=LENGTH)
+    BertForMaskedLM(BertConfig(**shape, **sizes)).save_pretrained(place / "bert")
+    return place
+
+
+def parsed(place: Path, model: str, *flags: str) -> tuple:
+    argv = [
+        *("--objective", "replaced_token", "--num_instances", "2", "--max_seq_length", "8"),
+        *("--model", str(place / model), "--data", str(place / "bin"), *flags),
+        *("--output_dir", str(place / "run")),
+    ]
+    return parse_args(RunArgs, SafetyArgs, ModelArgs, OptimArgs, MuxArgs, DataArgs, argv=argv)
+
+
+@pytest.mark.parametrize(
+    ("model", "flags", "told"),
+    [
+        ("other-mask", (), "its mask_token_id 7 is not the 4 of the tokenizer in --data"),
+        ("electra", ("--generator", "plain"), "--generator plain: cannot .* which has none"),
+        ("electra", ("--demuxing_variant", "index"), "--demuxing_variant .* has index_pos"),
+        ("two-layers", ("--num_hidden_demux_layers", "3"), "layers 3: cannot .* which has 2"),
+    ],
+)
+def test_folders_that_contradict_flags_or_data(place, model, flags, told):
+    _, _, chosen, _, mux, _ = parsed(place, model, *flags)
+    with pytest.raises(UserError, match=told):
+        encoder_config(chosen, mux, DataBin(place / "bin"), LENGTH)
+
+
+def test_a_flag_that_says_what_the_folder_says(place):
+    _, _, chosen, _, mux, _ = parsed(place, "electra", "--demuxing_variant", "index_pos")
+    assert encoder_config(chosen, mux, DataBin(place / "bin"), LENGTH).num_instances == 2
+    _, _, chosen, _, mux, _ = parsed(place, "two-layers")  # the default is 3, and was not asked for
+    config = encoder_config(chosen, mux, DataBin(place / "bin"), LENGTH)
+    assert config.num_hidden_demux_layers == 2
+
+
+def test_weights_to_start_from_must_fit(place):
+    config = electra().config
+    found = build_encoder(config, 1, str(place / "electra"), "replaced_token")
+    key = "electra.embeddings.word_embeddings.weight"
+    assert torch.equal(found.state_dict()[key], electra().state_dict()[key])
+    with pytest.raises(UserError, match=r"of type bert, this one mux_electra"):
+        build_encoder(config, 1, str(place / "bert"), "replaced_token")
+    wider = electra(num_hidden_demux_layers=2).config
+    wider.hidden_size = wider.embedding_size = 32
+    with pytest.raises(UserError, match=r"has shape \(.*16.*\), in this model \(.*32.*\)"):
+        build_encoder(wider, 1, str(place / "electra"), "replaced_token")
+
+
+def test_held_out_text_must_fill_a_group(place):
+    told = "--eval_split valid: 1 sequences of --max_seq_length 8, .* takes --num_instances 2"
+    with pytest.raises(UserError, match=told):
+        pretrain(*parsed(place, "electra"))
+    assert not (place / "run").exists()
