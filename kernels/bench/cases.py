@@ -10,13 +10,17 @@ from functools import partial
 
 import torch
 from megamod_kernels.demux import Chain, rsa_demux, split_projection
+from megamod_kernels.keyed_linear import keyed_linear, keyed_linear_reference
 from megamod_kernels.mux import multiplex
+from megamod_kernels.mux_embed import Tables, mux_embed, mux_embed_reference
+from megamod_kernels.slot_attention import slot_attention, slot_attention_reference
 from torch import Tensor
 from torch.nn import functional as F
 
 SIZES = {"small": (512, 8), "base": (768, 12), "large": (1024, 16), "1.3b": (2048, 32)}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 EPS = 1e-12
+VOCABULARY = 30522
 
 
 @dataclass(frozen=True)
@@ -203,8 +207,89 @@ def rsa_demux_l3_case(shape: Shape, dtype: str, device: str) -> Case:
     return rsa_demux_case(shape, dtype, device, layers=3)
 
 
+def mux_embed_case(shape: Shape, dtype: str, device: str) -> Case:
+    """From token ids to the encoder's input: two embeddings and the keyed mean between them."""
+    kind, N, D, P = DTYPES[dtype], shape.instances, shape.size, shape.positions
+    draw = partial(_drawn, device, kind)
+    key = torch.randn(N, D, device=device)
+    inputs = {
+        "ids": torch.randint(1, VOCABULARY, (shape.groups * N, shape.length), device=device),
+        "key": (key / key.norm(dim=1, keepdim=True)).to(kind),
+        "word": draw(VOCABULARY, D, scale=0.02),
+        "position": draw(max(512, shape.length), D, scale=0.02),
+        "token_type": draw(2, D, scale=0.02),
+        "weight": draw(D),
+        "bias": draw(D),
+    }
+
+    def ours(ids: Tensor, key: Tensor, **tables: Tensor) -> Tensor:
+        return mux_embed(ids, key, Tables(**tables, word_padding=0))
+
+    def eager(ids: Tensor, key: Tensor, **tables: Tensor) -> Tensor:
+        return mux_embed_reference(ids, key, Tables(**tables, word_padding=0))
+
+    unit = P * D * kind.itemsize
+    return Case(
+        device,
+        inputs,
+        {"ours": ours, "eager": eager},
+        ("eager",),
+        ("word", "position", "token_type", "weight", "bias"),
+        eager,
+        _modes((N + 1) * unit + 8 * N * P, (3 * N + 2) * unit + 8 * N * P),
+        _modes((10 * N + 8) * P * D, 2 * (10 * N + 8) * P * D),
+    )
+
+
+def slot_attention_case(shape: Shape, dtype: str, device: str) -> Case:
+    """Attention among the N instances of each position; stock attention on B * L sequences of N."""
+    kind, N, D, P = DTYPES[dtype], shape.instances, shape.size, shape.positions
+    sizes = (shape.groups, N, shape.length, D)
+    inputs = {name: _drawn(device, kind, *sizes) for name in ("q", "k", "v")}
+    unit = P * D * kind.itemsize
+    return Case(
+        device,
+        inputs,
+        {
+            "ours": partial(slot_attention, heads=shape.heads),
+            "eager sdpa": partial(slot_attention_reference, heads=shape.heads),
+        },
+        ("eager sdpa",),
+        ("q", "k", "v"),
+        partial(slot_attention_reference, heads=shape.heads),
+        _modes(4 * N * unit, 7 * N * unit),
+        _modes(4 * N * N * D * P, 10 * N * N * D * P),
+    )
+
+
+def keyed_linear_case(shape: Shape, dtype: str, device: str) -> Case:
+    """Query, key and value of instances that are marked by their keys on the way in."""
+    kind, N, D, P = DTYPES[dtype], shape.instances, shape.size, shape.positions
+    key = torch.randn(N, D, device=device)
+    inputs = {
+        "x": _drawn(device, kind, shape.groups, N, shape.length, D),
+        "key": (key / key.norm(dim=1, keepdim=True)).to(kind),
+        "weight": _drawn(device, kind, 3 * D, D, scale=D**-0.5),
+        "bias": _drawn(device, kind, 3 * D),
+    }
+    unit, product = P * D * kind.itemsize, 2 * N * P * D * 3 * D
+    return Case(
+        device,
+        inputs,
+        {"ours": keyed_linear, "eager": keyed_linear_reference},
+        ("eager",),
+        ("x", "weight", "bias"),
+        keyed_linear_reference,
+        _modes(4 * N * unit, 8 * N * unit),
+        _modes(product, 2 * product),
+    )
+
+
 CASES: dict[str, Callable[[Shape, str, str], Case]] = {
     "multiplex": multiplex_case,
+    "mux_embed": mux_embed_case,
+    "slot_attention": slot_attention_case,
+    "keyed_linear": keyed_linear_case,
     "rsa_demux": rsa_demux_case,
     "rsa_demux_l3": rsa_demux_l3_case,
 }

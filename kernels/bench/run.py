@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-SHAPES = ("base-n2", "base-n5", "base-n10", "base-n5-s512", "large-n5", "large-n10")
+SHAPES = ("base-n2", "base-n5", "base-n10", "base-n5-s512", "large-n5")
 MODES = ("fwd", "bwd", "fwd_bwd")
 
 
