@@ -64,31 +64,26 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = sorted({(row["op"], row["mode"]) for row in rows})
+    panels = list(dict.fromkeys((row["op"], row["mode"]) for row in rows))
     figure, axes = pyplot.subplots(
-        2, len(panels), figsize=(1 + 4 * len(panels), 7), squeeze=False, layout="constrained"
+        len(panels), 2, figsize=(12, 3 * len(panels)), squeeze=False, layout="constrained"
     )
-    for column, panel in enumerate(panels):
+    for panel, pair in zip(panels, axes, strict=True):
         own = [row for row in rows if (row["op"], row["mode"]) == panel]
         shapes = list(dict.fromkeys(row["shape"] for row in own))
         variants = list(dict.fromkeys(row["variant"] for row in own))
-        for place, (axis, name) in enumerate(
-            zip(axes[:, column], ("us", "share_of_floor"), strict=True)
-        ):
+        width = 0.8 / len(variants)
+        for axis, name in zip(pair, ("us", "share_of_floor"), strict=True):
             for number, variant in enumerate(variants):
-                heights = [
-                    next(r[name] for r in own if r["variant"] == variant and r["shape"] == shape)
-                    for shape in shapes
-                ]
-                width = 0.8 / len(variants)
-                at = [n + (number - (len(variants) - 1) / 2) * width for n in range(len(shapes))]
-                axis.bar(at, heights, width, label=variant)
-            axis.set_xticks(range(len(shapes)), shapes, rotation=30, ha="right")
-            axis.set_ylabel("microseconds" if place == 0 else "share of the floor")
-            if place == 0:
-                axis.set_title(" ".join(panel))
-        if place and len(shapes):
-            axes[1, column].axhline(1, color="black", linewidth=0.8)
-    axes[0, 0].legend(fontsize=7)
-    figure.savefig(path, dpi=120)
+                found = {row["shape"]: row[name] for row in own if row["variant"] == variant}
+                shift = (number - (len(variants) - 1) / 2) * width
+                places = [place + shift for place in range(len(shapes))]
+                axis.bar(places, [found[shape] for shape in shapes], width, label=variant)
+            axis.set_xticks(range(len(shapes)), shapes)
+            axis.set_title(" ".join(panel))
+        pair[0].set_ylabel("microseconds")
+        pair[0].legend(fontsize=7)
+        pair[1].set_ylabel("share of the floor")
+        pair[1].axhline(1, color="black", linewidth=0.8)
+    figure.savefig(path, dpi=100)
     pyplot.close(figure)
