@@ -35,10 +35,14 @@ PARTIALS = 128  # rows of the buffers from which gradients of norm, biases and k
 
 
 def _tile(rows: int, itemsize: int) -> tuple[int, int, int, int, int]:
-    """Rows, columns and inner columns of a tile of the product, warps and stages."""
+    """Rows, columns and inner columns of a tile of the product, warps and stages.
+
+    Every tile across makes the states of its rows again, so tiles are wider than they are tall:
+    on tensor cores the GELU of a state costs as much as its product with a hundred columns.
+    """
     if itemsize == 4:
         return 64, 64, 32, 8, 2
-    return (128, 128, 32, 8, 3) if rows >= 4096 else (64, 64, 32, 4, 3)
+    return (64, 256, 32, 8, 3) if rows >= 4096 else (64, 64, 32, 4, 3)
 
 
 @torch.library.custom_op("megamod::rsa_demux", mutates_args=())
@@ -146,14 +150,16 @@ def _rsa_demux_backward(
         grads[:0] = [grad.T @ state, partial.sum(0).to(key.dtype)]
         upstream = torch.addmm(upstream, grad, layers[layer][0])
     if of_hidden is not None:
+        # In float32, because several pairs may share a position.
+        grad = torch.empty_like(upstream, dtype=torch.float32)
         kernels.rsa_demux_first_bwd_kernel[(blocks, -(-size // WIDTH))](
             hidden, key, upstream, grad, *places, *counts, **pairs, **flags
         )
         # Both sums are made in a fixed order, unlike those of index_add_ on a GPU.
-        grad_hidden = torch.zeros_like(hidden).flatten(0, 1)
+        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32).flatten(0, 1)
         grad_hidden = grad_hidden.index_put_((of_hidden,), grad, accumulate=True)
-        chosen = F.one_hot(of_key, N).to(grad.dtype)
-        return [grad_hidden.view_as(hidden), chosen.T @ grad, *grads]
+        grad_key = F.one_hot(of_key, N).to(grad.dtype).T @ grad
+        return [grad_hidden.view_as(hidden).to(hidden.dtype), grad_key.to(key.dtype), *grads]
     blocks = -(-hidden.shape[0] * L // ROWS)
     programs = min(blocks, PARTIALS)
     grad_hidden = torch.empty_like(hidden)
@@ -258,7 +264,8 @@ def rsa_demux(
             f"hidden {tuple(hidden.shape)} and key {tuple(key.shape)} do not fit: expected "
             "[B, L, D] and [N, D]"
         )
-    if torch.is_autocast_enabled(hidden.device.type):  # which a backward of our own would not see
+    if not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type):
+        # A backward pass of our own would not see it.
         return rsa_demux_reference(hidden, key, chain, pairs, dropout)
     weights = [tensor for pair in (*chain.dense, chain.last, chain.norm) for tensor in pair]
     if uses_triton(implementation, hidden) and hidden.dtype != torch.float64:
@@ -304,6 +311,8 @@ def builds() -> "Iterator[Build]":
                     for name in names
                     if name not in constants
                 }
+                if kernel is kernels.rsa_demux_first_bwd_kernel:
+                    signature["grad"] = "*fp32"
                 number = "".join(map(str, layers.values()))
                 yield Build(
                     name=f"{kernel.__name__}{number}-D{size}-{dtype}",

@@ -12,6 +12,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 import checkpoint  # noqa: E402
+import demux_split  # noqa: E402
 import ensemble  # noqa: E402
 import loader  # noqa: E402
 import merge  # noqa: E402
@@ -31,6 +32,7 @@ FLOORS = {  # (limit, True if larger is better)
     **{
         mux_throughput.row_name(*row): (floor, True) for row, floor in mux_throughput.FLOORS.items()
     },
+    **{demux_split.row_name(row): (floor, True) for row, floor in demux_split.FLOORS.items()},
 }
 
 
@@ -42,6 +44,7 @@ def main() -> int:
     results |= merge.measure("--large" in sys.argv)
     results |= ensemble.measure()
     results |= mux_throughput.measure()
+    results |= demux_split.measure()
     missed = 0
     for name, ratios in results.items():
         limit, larger = FLOORS[name]

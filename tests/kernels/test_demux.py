@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from megamod_kernels import demux
 from megamod_kernels.demux import (
     Chain,
     Pairs,
@@ -84,6 +85,19 @@ def test_value_and_gradients_against_float64(shape, dtype, chosen, poisoned, rou
             assert error(found, wanted) <= 2e-6
         else:
             assert error(found, wanted) <= 1.1 * error(plain, wanted)
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+def test_tiles_of_large_inputs(chosen, monkeypatch, poisoned):
+    """Tuned tiles on sizes that no tile divides, which tests are too small to be given."""
+    tuned = demux._tile(1 << 20, 2)
+    assert tuned != demux._tile(1, 2)
+    monkeypatch.setattr(demux, "_tile", lambda rows, itemsize: tuned)
+    leaves, pairs = case((1, 3, 23, 40, 3), chosen)
+    leaves = [leaf.float().double() for leaf in leaves]
+    exact = results(rsa_demux_reference, leaves, pairs, torch.float64)
+    ours = results(kernels, leaves, pairs, torch.float32)
+    assert all(error(*both) <= 2e-6 for both in zip(ours, exact, strict=True))
 
 
 @pytest.mark.parametrize("chosen", [False, True])
