@@ -74,11 +74,13 @@ def resources(build: Build, capability: int) -> dict[str, int]:
         cubin, ptx = Path(folder) / "kernel.cubin", Path(folder) / "kernel.ptx"
         cubin.write_bytes(made.asm["cubin"])
         used = _run(tools / "cuobjdump", "-res-usage", cubin)
-        ptx.write_text(made.asm["ptx"])
-        target = re.search(r"\.target (\w+)", made.asm["ptx"])[1]
-        told = _run(tools / "ptxas", "-v", f"--gpu-name={target}", ptx, "-o", "/dev/null")
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", used).groups())
-    spills = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", told)))
+        registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", used).groups())
+        spills = 0
+        if stack:  # where spilled registers go, among others
+            ptx.write_text(made.asm["ptx"])
+            target = re.search(r"\.target (\w+)", made.asm["ptx"])[1]
+            told = _run(tools / "ptxas", "-v", f"--gpu-name={target}", ptx, "-o", "/dev/null")
+            spills = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", told)))
     shared = made.metadata.shared
     return {"registers": registers, "stack": stack, "spills": spills, "shared": shared}
 
