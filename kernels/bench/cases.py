@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from megamod_kernels.demux import Chain, rsa_demux, split_projection
+from megamod_kernels.demux import Chain, rsa_demux, rsa_demux_reference, split_projection
 from megamod_kernels.keyed_linear import keyed_linear, keyed_linear_reference
 from megamod_kernels.mux import multiplex
 from megamod_kernels.mux_embed import Tables, mux_embed, mux_embed_reference
@@ -136,64 +136,42 @@ def rsa_demux_case(shape: Shape, dtype: str, device: str, layers: int = 2) -> Ca
     for layer in range(2, layers):
         inputs |= {f"dense_{layer}": draw(D, D, scale=D**-0.5), f"dense_{layer}_bias": draw(D)}
 
+    def chain_of(weights: Mapping[str, Tensor]) -> Chain:
+        names = (*(f"dense_{layer}" for layer in range(2, layers)), "last", "norm")
+        *between, last, norm = ((weights[name], weights[f"{name}_bias"]) for name in names)
+        return Chain(between, last, norm, EPS)
+
     def concat(
-        hidden: Tensor,
-        key: Tensor,
-        first: Tensor,
-        first_bias: Tensor,
-        last: Tensor,
-        last_bias: Tensor,
-        norm: Tensor,
-        norm_bias: Tensor,
-        **dense: Tensor,
+        hidden: Tensor, key: Tensor, first: Tensor, first_bias: Tensor, **weights: Tensor
     ) -> Tensor:
+        chain = chain_of(weights)
         keys = key[None, :, None].expand(len(hidden), -1, hidden.shape[1], -1)
         repeated = hidden[:, None].expand(-1, len(key), -1, -1)
         x = F.gelu(F.linear(torch.cat([keys, repeated], -1), first, first_bias))
-        for layer in range(2, layers):
-            x = F.gelu(F.linear(x, dense[f"dense_{layer}"], dense[f"dense_{layer}_bias"])) + x
-        return F.layer_norm(F.gelu(F.linear(x, last, last_bias)), (D,), norm, norm_bias, EPS) + x
+        for dense in chain.dense:
+            x = F.gelu(F.linear(x, *dense)) + x
+        return F.layer_norm(F.gelu(F.linear(x, *chain.last)), (D,), *chain.norm, EPS) + x
 
     def split(
+        demux: Callable[..., Tensor],
         hidden: Tensor,
         key: Tensor,
         first: Tensor,
         first_bias: Tensor,
-        last: Tensor,
-        last_bias: Tensor,
-        norm: Tensor,
-        norm_bias: Tensor,
-        **dense: Tensor,
+        **weights: Tensor,
     ) -> Tensor:
-        of_hidden, of_key = split_projection(hidden, key, first, first_bias)
-        x = F.gelu(of_hidden[:, None] + of_key[:, None])
-        for layer in range(2, layers):
-            x = F.gelu(F.linear(x, dense[f"dense_{layer}"], dense[f"dense_{layer}_bias"])) + x
-        return F.layer_norm(F.gelu(F.linear(x, last, last_bias)), (D,), norm, norm_bias, EPS) + x
-
-    def ours(
-        hidden: Tensor,
-        key: Tensor,
-        first: Tensor,
-        first_bias: Tensor,
-        last: Tensor,
-        last_bias: Tensor,
-        norm: Tensor,
-        norm_bias: Tensor,
-        **dense: Tensor,
-    ) -> Tensor:
-        between = [
-            (dense[f"dense_{layer}"], dense[f"dense_{layer}_bias"]) for layer in range(2, layers)
-        ]
-        parts = split_projection(hidden, key, first, first_bias)
-        return rsa_demux(*parts, Chain(between, (last, last_bias), (norm, norm_bias), EPS))
+        return demux(*split_projection(hidden, key, first, first_bias), chain_of(weights))
 
     unit = P * D * kind.itemsize
     forward = 2 * (N * (layers - 1) + 1) * P * D * D
     return Case(
         device,
         inputs,
-        {"ours": ours, "eager split": split, "eager concat": concat},
+        {
+            "ours": partial(split, rsa_demux),
+            "eager split": partial(split, rsa_demux_reference),
+            "eager concat": concat,
+        },
         ("eager split", "eager concat"),
         tuple(inputs),
         concat,

@@ -16,10 +16,9 @@ from torch import Tensor
 from megamod.errors import UserError
 from megamod.files import write_json
 from megamod.states.convert import NO_OPTIONS, Converted, Options
-from megamod.states.convert.reading import read_checkpoint
+from megamod.states.convert.reading import read_checkpoint, weight_file
 from megamod.states.weights import DENSE_FILE, read_weights, write_tensors
 
-_FILES = ("model.safetensors", "pytorch_model.bin", "state.safetensors")
 _STOCK = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 _STOCK += ("intermediate_size", "max_position_embeddings", "type_vocab_size")
 _MORE = ("hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range")
@@ -37,7 +36,7 @@ def convert(source: Path, options: Options = NO_OPTIONS) -> Converted:
     Raises:
         UserError: for fields, heads or names that are missing or do not fit each other.
     """
-    file = _weight_file(Path(source))
+    file = weight_file(Path(source))
     path = file.parent / "config.json"
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
@@ -126,15 +125,6 @@ def _theirs(key: str, last: int) -> str:
     if key.startswith(start) and part in _NEW:
         return f"{start}new_{key.removeprefix(start)}"
     return key
-
-
-def _weight_file(source: Path) -> Path:
-    if source.is_file():
-        return source
-    found = [source / name for name in _FILES if (source / name).is_file()]
-    if not found:
-        raise UserError(f"--input {source}: there is none of {', '.join(_FILES)}")
-    return found[0]
 
 
 def _bank(

@@ -20,10 +20,9 @@ from megamod.errors import UserError
 from megamod.files import write_json
 from megamod.states.convert import NO_OPTIONS, Converted, Options
 from megamod.states.convert.datamux_names import FAMILIES, Head, shapes
-from megamod.states.convert.reading import read_checkpoint
+from megamod.states.convert.reading import read_checkpoint, weight_file
 from megamod.states.weights import DENSE_FILE, read_weights, write_tensors
 
-_FILES = ("model.safetensors", "pytorch_model.bin", "state.safetensors")
 _STOCK = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 _STOCK += ("intermediate_size", "max_position_embeddings", "type_vocab_size")
 _MORE = ("hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range")
@@ -81,7 +80,7 @@ def convert(source: Path, options: Options = NO_OPTIONS) -> Converted:
             that is missing, of a wrong shape, or differs from one that it should equal.
     """
     source = Path(source)
-    file = _weight_file(source)
+    file = weight_file(source)
     settings, name = _settings(file.parent)
     original = ORIGINALS[name]
     checkpoint = read_checkpoint(file)
@@ -186,17 +185,6 @@ def _names_of(key: str, aliases: Mapping[str, str]) -> Iterator[str]:
     for start, target in aliases.items():
         if key.startswith(target):
             yield start + key.removeprefix(target)
-
-
-def _weight_file(source: Path) -> Path:
-    if source.is_file():
-        return source
-    if not source.is_dir():
-        raise UserError(f"--input {source} does not exist")
-    found = [source / name for name in _FILES if (source / name).is_file()]
-    if not found:
-        raise UserError(f"--input {source}: there is none of {', '.join(_FILES)}")
-    return found[0]
 
 
 def _settings(folder: Path) -> tuple[dict[str, object], str]:

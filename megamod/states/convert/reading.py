@@ -70,6 +70,8 @@ _STRINGS = ("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8")
 _STRINGS += ("STRING", "BINSTRING", "SHORT_BINSTRING")
 _TIMEOUT = 3600  # seconds until a child that does not even use the processor is ended
 
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "state.safetensors")
+
 
 @dataclass
 class Checkpoint:
@@ -310,3 +312,19 @@ def _plain(value: object, depth: int) -> object:
 
 if __name__ == "__main__":
     run(_child)
+
+
+def weight_file(source: Path) -> Path:
+    """The weights of a folder, or the file itself.
+
+    Raises:
+        UserError: if there are none.
+    """
+    if source.is_file():
+        return source
+    if not source.is_dir():
+        raise UserError(f"--input {source} does not exist")
+    found = [source / name for name in WEIGHT_FILES if (source / name).is_file()]
+    if not found:
+        raise UserError(f"--input {source}: there is none of {', '.join(WEIGHT_FILES)}")
+    return found[0]
