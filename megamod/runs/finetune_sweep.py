@@ -26,6 +26,7 @@ from megamod.files import write_json
 logger = logging.getLogger(__name__)
 
 RECORD = "job.json"
+LAUNCHERS = ("glue", "ner", "mtl")
 KEYS = ("common", "tasks", "models", "seeds", "launch")
 Flags = dict[str, object]
 
@@ -62,11 +63,15 @@ def read_sweep(path: Path) -> tuple[list[Job], list[str]]:
         tasks:                                    # flags of one task win over common ones
           sst-2: {max_steps: 20000}
           wnut17: {launcher: ner, data_dir: NER}  # else: glue
+          all: {launcher: mtl, tasks: [cola, rte]}
         models:                                   # and flags of a model over those of tasks
           plain: {model: runs/bert/model}
           mux: {model: "runs/mux-{N}/model", num_instances: [2, 5, 10]}
+          own: {model: runs/own, num_instances: {2: {}, 5: {learning_rate: 3.0e-4}}}
         seeds: [1, 2, 3]
         launch: [deepspeed, --num_gpus, "2"]      # optional
+
+    Flags beside one number of instances win over all others.
 
     Raises:
         UserError: naming the key that is wrong and what is allowed.
@@ -107,7 +112,7 @@ def sweep(
     """Run what is not finished, then write summary.json and the plots; the table to print.
 
     Args:
-        launchers: folder of finetune_glue.py and finetune_ner.py.
+        launchers: folder of finetune_glue.py and its neighbours.
         at_once: processes that run at the same time.
         launch: words to start a launcher with; empty: this python.
     Raises:
@@ -157,19 +162,30 @@ def _jobs_of(
     seeds: Sequence[int],
     where: str,
 ) -> Iterator[Job]:
-    flags = {"task": task, **common, **of_task, **of_model}
+    flags = {**common, **of_task, **of_model}
     launcher = flags.pop("launcher", "glue")
-    if launcher not in ("glue", "ner"):
-        raise UserError(f"{where}, {task}: launcher {launcher!r} is not allowed; give glue or ner")
-    if "task_spec" in flags:
-        flags.pop("task")
+    if launcher not in LAUNCHERS:
+        raise UserError(
+            f"{where}, {task}: launcher {launcher!r} is not allowed; give {', '.join(LAUNCHERS)}"
+        )
+    if launcher == "mtl":
+        flags = {"tasks": [task], **flags}
+    elif "task_spec" not in flags:
+        flags = {"task": task, **flags}
     several = flags.pop("num_instances", None)
-    for instances in several if isinstance(several, list) else [several]:
+    if isinstance(several, dict):
+        numbers = list(several.items())
+    else:
+        numbers = [(one, {}) for one in (several if isinstance(several, list) else [several])]
+    for instances, of_number in numbers:
         if instances is not None and (type(instances) is not int or instances < 1):
-            raise UserError(f"{where}, {model}: num_instances {several!r}: whole numbers from 1")
+            raise UserError(
+                f"{where}, {model}: num_instances {instances!r} is not a whole number from 1"
+            )
+        named = _flags(of_number, f"{where}, {model}, num_instances {instances}")
         own = {
             name: flag.replace("{N}", str(instances or 1)) if isinstance(flag, str) else flag
-            for name, flag in flags.items()
+            for name, flag in {**flags, **named}.items()
         }
         if instances is not None:
             own["num_instances"] = instances

@@ -120,6 +120,16 @@ def test_jobs_of_a_sweep(tmp_path):
     assert words[-2:] == ["--output_dir", str(tmp_path / "toy" / "mux" / "N-2" / "seed-1")]
 
 
+def test_flags_of_one_number_of_instances_win(tmp_path):
+    (tmp_path / "s.yaml").write_text(
+        "tasks: {rte: {learning_rate: 1.0}}\n"
+        "models: {mux: {num_instances: {2: {}, 5: {learning_rate: 2.0, model: 'at-{N}'}}}}\n"
+    )
+    two, five = read_sweep(tmp_path / "s.yaml")[0]
+    assert dict(two.flags) == dict(task="rte", learning_rate=1.0, num_instances=2)
+    assert dict(five.flags) == dict(task="rte", learning_rate=2.0, model="at-5", num_instances=5)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -129,7 +139,7 @@ def test_jobs_of_a_sweep(tmp_path):
         ("{tasks: {rte: }, models: {a: {seed: 1}}}", "models, a: seed is chosen for each run"),
         ("{tasks: {rte: }, models: {a: }, seeds: [x]}", "not a list of whole numbers"),
         ("{tasks: {rte: {launcher: x}}, models: {a: }}", "launcher 'x' is not allowed"),
-        ("{tasks: {rte: }, models: {a: {num_instances: [0]}}}", "whole numbers from 1"),
+        ("{tasks: {rte: }, models: {a: {num_instances: [0]}}}", "0 is not a whole number from 1"),
         ("{", "not YAML"),
     ],
 )
