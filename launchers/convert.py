@@ -88,11 +88,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--output_dir", required=True, type=Path, metavar="DIR", help="folder to make")
     add(
         "--domains",
+        "--tasks",
         nargs="+",
         default=[],
         metavar="NAME",
         help="names of the experts, in the order of the ranks that hold them; --format opt: the "
-        "one to export",
+        "one to export; --format ca_mtl: names of the tasks, in the order of their ids",
     )
     add(
         "--num_attention_heads",

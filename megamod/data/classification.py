@@ -68,6 +68,7 @@ class Encoded:
             -1 for words that were cut off; else None.
         pad_id: of the tokenizer.
         cut: rows that were shortened.
+        longest: tokens that a row may have; none is padded beyond them.
     """
 
     ids: np.ndarray
@@ -77,6 +78,7 @@ class Encoded:
     heads: list[np.ndarray] | None
     pad_id: int
     cut: int
+    longest: int
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -94,6 +96,11 @@ class Encoded:
             hashed.update(b"none" if part is None else part.tobytes())
         return hashed.hexdigest()
 
+    def padded(self, rows: np.ndarray) -> int:
+        """Tokens of the longest of the rows, up to the next multiple of 8 if there is room."""
+        most = int((self.offsets[rows + 1] - self.offsets[rows]).max())
+        return min(-(-most // 8) * 8, self.longest)
+
     def gather(self, rows: np.ndarray, pad_to: int | None) -> Batch:
         """A batch of rows.
 
@@ -105,7 +112,7 @@ class Encoded:
             are any, and `items`, the number of labels.
         """
         starts, ends = self.offsets[rows], self.offsets[rows + 1]
-        length = pad_to or -(-int((ends - starts).max()) // 8) * 8
+        length = pad_to or self.padded(rows)
         place = starts[:, None] + np.arange(length)
         real = place < ends[:, None]
         place = np.where(real, place, 0)
@@ -162,6 +169,7 @@ def encode_texts(texts: TextSet, tokenizer: "PreTrainedTokenizerFast", lengths: 
         None,
         tokenizer.pad_token_id or 0,
         cut,
+        lengths.longest,
     )
 
 
@@ -229,6 +237,7 @@ def encode_words(
         heads,
         tokenizer.pad_token_id or 0,
         cut,
+        lengths.longest,
     )
 
 
@@ -263,11 +272,7 @@ class TrainRows(Dataset):
         pad_to: int | None,
     ):
         check_rows("--per_device_train_batch_size", micro_batch, instances)
-        if global_batch % (ranks * micro_batch):
-            raise UserError(
-                f"--global_batch_size {global_batch}: not a multiple of {ranks} ranks x "
-                f"{micro_batch} rows of a micro-batch"
-            )
+        check_micro_steps(global_batch, ranks, micro_batch)
         self.encoded, self.pad_to = encoded, pad_to
         self.order = Balanced([len(encoded)], seed)
         self.micro_batch, self.global_batch = micro_batch, global_batch
@@ -323,6 +328,15 @@ def held_out_rows(
         else:
             layout = in_order(stop - start, instances)
         yield HeldOutBatch(start, stop, encoded.gather(start + layout.rows, pad_to), layout)
+
+
+def check_micro_steps(global_batch: int, ranks: int, micro_batch: int) -> None:
+    """Raise UserError if the rows of a step are not whole micro-batches on every rank."""
+    if global_batch % (ranks * micro_batch):
+        raise UserError(
+            f"--global_batch_size {global_batch}: not a multiple of {ranks} ranks x "
+            f"{micro_batch} rows of a micro-batch"
+        )
 
 
 def check_rows(flag: str, rows: int, instances: int) -> None:

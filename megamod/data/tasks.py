@@ -320,6 +320,23 @@ _TOKEN_HUB: dict[str, tuple[str, str | None]] = {
 }
 
 
+def any_task(name: str) -> TaskSpec:
+    """A task by name, of whatever kind.
+
+    Raises:
+        UserError: if there is none of that name.
+    """
+    if name.lower() in _TOKEN_HUB:
+        return token_task(name.lower())
+    try:
+        return task_of(name)
+    except UserError:
+        known = ", ".join((*TASKS, *_TOKEN_HUB))
+        raise UserError(
+            f"--tasks {name}: is none of {known}; a YAML file describes another one"
+        ) from None
+
+
 def describe(task: TaskSpec) -> dict[str, object]:
     """The fields of a task as plain values, for records."""
     plain = {f.name: getattr(task, f.name) for f in fields(task)}

@@ -222,6 +222,39 @@ def plot_posterior(shares: Mapping[str, Sequence[float]], output: Path, title: s
     pyplot.close(figure)
 
 
+def plot_task_shares(metrics: Path, output: Path) -> None:
+    """PNG of the share of rows that each task had among those trained on, by step, stacked.
+
+    Raises:
+        UserError: see `read_metrics`.
+    """
+    records = [r for r in read_metrics(metrics) if any(key.startswith("share/") for key in r)]
+    names = dict.fromkeys(
+        key.removeprefix("share/") for r in records for key in r if key.startswith("share/")
+    )
+    from matplotlib import ticker
+
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(8, 4.2), layout="constrained")
+    steps = [0, *(r["step"] for r in records)]
+    shares = [[r.get(f"share/{name}", 0.0) for r in records] for name in names]
+    # A share is that of the steps since the record before: the edge stands at their beginning.
+    axes.stackplot(
+        steps,
+        [[row[0], *row] for row in shares] if records else [],
+        labels=list(names),
+        colors=_colours(pyplot, len(names)),
+        step="pre",
+    )
+    axes.set(xlabel="step", ylabel="share of the rows", ylim=(0, 1), xlim=(0, steps[-1] or 1))
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+    handles, labels = axes.get_legend_handles_labels()
+    if labels:
+        figure.legend(handles[::-1], labels[::-1], loc="outside right center", frameon=False)
+    figure.savefig(output, dpi=120)
+    pyplot.close(figure)
+
+
 def _number(x: float | None) -> str:
     if x is None:
         return "–"

@@ -5,28 +5,20 @@ read between its entries; or a list of `{filter, value}`, of which the first fit
 part of the tensor's name.
 """
 
-import difflib
-import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import yaml
 
 from megamod.errors import UserError
+from megamod.merging.settings import Setting, check_word
 
-if TYPE_CHECKING:
-    from megamod.merging.methods import Method
-
-Setting = float | bool | Sequence["Setting"] | Mapping[str, "Setting"] | str
 DTYPES = ("float32", "float16", "bfloat16", "float64")
-_TOP = ("merge_method", "base_model", "models", "parameters", "dtype", "out_dtype")
-_TOP += ("tokenizer_source", "chat_template")
-_LATER = ("slices", "modules", "tokenizer")  # mergekit's keys that are not read here
-_LARGEST = 1e30
-_WITHOUT_EFFECT = ("int8_mask",)  # saves mergekit memory; the values are the same
+_TOP = ("merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype")
+_TOP += ("out_dtype", "tokenizer_source", "tokenizer", "chat_template", "align")
+_SHAPES = ("models", "slices", "modules")
+_MODEL_KEYS = ("model", "parameters", "member", "statistics")
 
 
 @dataclass(frozen=True)
@@ -37,15 +29,53 @@ class Input:
         path: its folder; `member`: an expert of a DEMix folder, None for the whole.
         parameters: settings by name.
         domain: what it was trained on, to be recorded.
+        statistics: file with what was measured on data, for methods that weigh by it.
     """
 
     path: Path
     member: str | None = None
     parameters: Mapping[str, Setting] = field(default_factory=dict)
     domain: str | None = None
+    statistics: Path | None = None
 
     def __str__(self) -> str:
         return str(self.path) if self.member is None else f"{self.path} ({self.member})"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Some layers of one model.
+
+    Attributes:
+        model: its number among the inputs.
+        layers: the first of them, and that after the last.
+        parameters: settings by name.
+    """
+
+    model: int
+    layers: tuple[int, int]
+    parameters: Mapping[str, Setting] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Some layers of the result, merged from as many of each source.
+
+    Attributes:
+        sources: at least one, all of the same number of layers.
+        parameters: settings by name, for all sources.
+        base: number of the input that is the base here; None: that of the recipe.
+    """
+
+    sources: tuple[Source, ...]
+    parameters: Mapping[str, Setting] = field(default_factory=dict)
+    base: int | None = None
+
+    @property
+    def depth(self) -> int:
+        """Number of layers."""
+        first, last = self.sources[0].layers
+        return last - first
 
 
 @dataclass(frozen=True)
@@ -54,12 +84,16 @@ class Recipe:
 
     Attributes:
         method: a key of `METHODS`.
-        parameters: settings for all models, by name.
+        inputs: the models; `slices`: layers to stack, else whole models are merged.
+        parameters: settings for all models, by name; `module`: those that go before them.
         dtype: name of the dtype that weights are rounded to first; None: none.
-        out_dtype: name of the dtype that is stored; None: `dtype`, else that of the base.
-        base: number of the model whose configuration and names of tensors the result has.
-        tokenizer: number of the model whose tokenizer files it has.
+        out_dtype: name of the dtype that is stored; None: `dtype`, else that of the template.
+        base: number of the model that the others are compared with; None: none.
+        tokenizer: number of the model whose tokenizer files the result has.
         origin: where all this was said, for messages.
+        chat: whether the chat template is that of most models.
+        cut: whether vocabularies of unequal size are cut to what they have in common.
+        align: how to reorder the neurons of models before they are merged; None: not at all.
     """
 
     method: str
@@ -67,9 +101,21 @@ class Recipe:
     parameters: Mapping[str, Setting] = field(default_factory=dict)
     dtype: str | None = None
     out_dtype: str | None = None
-    base: int = 0
+    base: int | None = None
     tokenizer: int = 0
     origin: str = "--models"
+    slices: tuple[Slice, ...] = ()
+    module: Mapping[str, Setting] = field(default_factory=dict)
+    chat: bool = False
+    cut: bool = False
+    align: Mapping[str, Setting] | None = None
+
+    @property
+    def template(self) -> int:
+        """Number of the model whose configuration and names of tensors the result has."""
+        if self.base is not None:
+            return self.base
+        return self.slices[0].sources[0].model if self.slices else 0
 
 
 def weighted(
@@ -105,14 +151,56 @@ def weighted(
 
 
 def read_recipe(path: Path) -> Recipe:
-    """A recipe from a YAML file as mergekit reads it; `member: DOMAIN` beside `model:` is ours.
+    """A recipe from a YAML file as mergekit reads it.
 
-    Folders are looked for in the working directory, then beside the file.
+    Ours are `member: DOMAIN` and `statistics: FILE` beside `model:`, and `align:` at the top.
+    Folders are looked for in the working directory, then beside the file. A base that is none of
+    the models becomes the last input.
 
     Raises:
         UserError: naming the file and the key: for what is not YAML, unknown keys and values.
     """
     path = Path(path)
+    content, where = _read_yaml(path), f"recipe {path}"
+    method = content.get("merge_method")
+    if not isinstance(method, str):
+        raise UserError(f"{where}: merge_method is {method!r}; give the name of a method")
+    body, module = _only_module(content, where)
+    inputs: list[Input] = []
+    if "slices" in body:
+        slices = tuple(
+            _slice(entry, f"{where}, slices[{place}]", path.parent, inputs)
+            for place, entry in enumerate(_listed(body["slices"], "slices", where))
+        )
+    else:
+        slices = ()
+        for place, entry in enumerate(_listed(body["models"], "models", where)):
+            inputs.append(_input(entry, f"{where}, models[{place}]", path.parent, _MODEL_KEYS))
+    base = _base(content.get("base_model"), inputs, path.parent, f"{where}, base_model")
+    chat = content.get("chat_template")
+    if chat not in (None, "auto"):
+        raise UserError(f"{where}: chat_template is {chat!r}; only auto is supported")
+    align = content.get("align")
+    if align is not None and not isinstance(align, dict):
+        raise UserError(f"{where}: align is {align!r}, not `name: value` lines")
+    recipe = Recipe(
+        method=method,
+        inputs=tuple(inputs),
+        parameters=_parameters(content.get("parameters"), f"{where}, parameters"),
+        dtype=_dtype(content.get("dtype"), f"{where}, dtype"),
+        out_dtype=_dtype(content.get("out_dtype"), f"{where}, out_dtype"),
+        base=base,
+        origin=where,
+        slices=slices,
+        module=module,
+        chat=chat is not None,
+        cut=True,
+        align=align,
+    )
+    return _with_tokenizer(recipe, content, path)
+
+
+def _read_yaml(path: Path) -> dict:
     try:
         content = yaml.safe_load(path.read_bytes())
     except OSError as error:
@@ -123,133 +211,131 @@ def read_recipe(path: Path) -> Recipe:
         raise UserError(f"recipe {path}{where} is not YAML: {error.problem}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
-    where = f"recipe {path}"
     if not isinstance(content, dict):
-        raise UserError(f"{where} is not a list of `key: value` lines")
+        raise UserError(f"recipe {path} is not a list of `key: value` lines")
     for key in content:
-        if key in _LATER:
-            raise UserError(f"{where}: {key!r} is not read here; list whole models under 'models'")
-        check_word(str(key), _TOP, f"{where}: unknown key")
-    method, models = content.get("merge_method"), content.get("models")
-    if not isinstance(method, str):
-        raise UserError(f"{where}: merge_method is {method!r}; give the name of a method")
-    if not isinstance(models, list) or not models:
-        raise UserError(f"{where}: 'models' is not a list of models, but {models!r}")
-    inputs = tuple(
-        _input(entry, f"{where}, models[{place}]", path.parent)
-        for place, entry in enumerate(models)
-    )
-    chat = content.get("chat_template", "auto")
-    if chat != "auto":
-        raise UserError(f"{where}: chat_template is {chat!r}; only auto is supported")
-    base = _number_of(content.get("base_model"), inputs, path, "base_model", 0)
-    source = content.get("tokenizer_source")
-    return Recipe(
-        method=method,
-        inputs=inputs,
-        parameters=_parameters(content.get("parameters"), f"{where}, parameters"),
-        dtype=_dtype(content.get("dtype"), f"{where}, dtype"),
-        out_dtype=_dtype(content.get("out_dtype"), f"{where}, out_dtype"),
-        base=base,
-        tokenizer=_number_of(
-            None if source == "base" else source, inputs, path, "tokenizer_source", base
-        ),
-        origin=where,
-    )
+        check_word(str(key), _TOP, f"recipe {path}: unknown key")
+    return content
 
 
-def values_for(
-    recipe: Recipe, method: "Method", name: str, depth: float
-) -> tuple[dict, list[dict]]:
-    """The values of all parameters for one tensor: overall ones, then those of each model.
-
-    Args:
-        name: of the tensor.
-        depth: where its layer lies, from 0 for the first to 1 for the last.
-    Raises:
-        UserError: for an unknown parameter, one that is missing, or a value that is not a number.
-    """
-    known = (*method.per_model, *method.overall, *_WITHOUT_EFFECT)
-    for settings in (recipe.parameters, *(one.parameters for one in recipe.inputs)):
-        for word, setting in settings.items():
-            check_word(word, known, f"{recipe.origin}: {recipe.method} has no parameter")
-            if word in _WITHOUT_EFFECT and not isinstance(setting, bool):
-                raise UserError(f"{recipe.origin}, {word}: {setting!r} is not true or false")
-
-    def look_up(parameter: str, default: object, places: list) -> float | bool:
-        for where, settings in places:
-            if parameter in settings:
-                value = _value(settings[parameter], name, depth, f"{where}, {parameter}")
-                if value is not None and isinstance(value, bool) is not isinstance(default, bool):
-                    kind = "true or false" if isinstance(default, bool) else "a number"
-                    raise UserError(f"{where}, {parameter}: {value!r} is not {kind}")
-                if value is not None:
-                    return value
-        if default is None:
-            raise UserError(f"{places[0][0]}: {parameter} is missing for {name}")
-        return default
-
-    shared = [(f"{recipe.origin}, parameters", recipe.parameters)]
-    overall = {p: look_up(p, default, shared) for p, default in method.overall.items()}
-    each = [
-        {
-            p: look_up(p, default, [(f"{recipe.origin}, {one}", one.parameters), *shared])
-            for p, default in method.per_model.items()
-        }
-        for one in recipe.inputs
-    ]
-    return overall, each
-
-
-def depths(names: Iterable[str]) -> dict[str, float]:
-    """Where the layer of each tensor lies, from 0 to 1; 0 for tensors of no layer.
-
-    A layer's number is the first number among the parts of a name, `model.layers.3.fc1.weight`.
-    """
-    found = {name: re.search(r"(?:^|\.)(\d{1,6})(?:\.|$)", name) for name in names}
-    layers = {name: int(match[1]) for name, match in found.items() if match}
-    last = max(layers.values(), default=0)
-    return {
-        name: 0.0 if name not in layers else layers[name] / last if last else 1.0 for name in found
-    }
-
-
-def check_word(word: str, known: Sequence[str], what: str) -> None:
-    """Raise UserError, naming the nearest of the known words, if this is none of them."""
-    if word not in known:
-        nearest = difflib.get_close_matches(word, known, n=1, cutoff=0)[0]
+def _only_module(content: Mapping, where: str) -> tuple[Mapping, dict[str, Setting]]:
+    """What holds `models` or `slices`: the recipe, or its only module; and the module's settings."""
+    given = [key for key in _SHAPES if content.get(key) is not None]
+    if len(given) != 1:
+        told = "all of " + ", ".join(given) if given else "none of " + ", ".join(_SHAPES)
+        raise UserError(f"{where}: has {told}; give exactly one")
+    if given != ["modules"]:
+        return {given[0]: content[given[0]]}, {}
+    modules = content["modules"]
+    if not isinstance(modules, dict) or len(modules) != 1:
         raise UserError(
-            f"{what} {word!r}; the nearest is {nearest!r}, there are {', '.join(known)}"
+            f"{where}: 'modules' is not a mapping with one module; models of several are not read"
         )
+    ((name, module),) = modules.items()
+    where = f"{where}, modules, {name}"
+    if not isinstance(module, dict):
+        raise UserError(f"{where}: is {module!r}; give 'models' or 'slices'")
+    for key in module:
+        check_word(str(key), ("models", "slices", "parameters"), f"{where}: unknown key")
+    given = [key for key in _SHAPES if module.get(key) is not None]
+    if len(given) != 1:
+        raise UserError(f"{where}: give exactly one of models and slices")
+    settings = _parameters(module.get("parameters"), f"{where}, parameters")
+    return {given[0]: module[given[0]]}, settings
 
 
-def _input(entry: object, where: str, beside: Path) -> Input:
+def _listed(entries: object, key: str, where: str) -> list:
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"{where}: '{key}' is not a list of {key}, but {entries!r}")
+    return entries
+
+
+def _slice(entry: object, where: str, beside: Path, inputs: list[Input]) -> Slice:
+    """Reads a slice; its models are added to the inputs where they are new."""
+    if not isinstance(entry, dict):
+        raise UserError(f"{where}: is {entry!r}; give `sources:`")
+    for key in entry:
+        check_word(str(key), ("sources", "parameters", "base_model"), f"{where}: unknown key")
+    sources = []
+    for place, one in enumerate(_listed(entry.get("sources"), "sources", where)):
+        there = f"{where}, sources[{place}]"
+        found = _input(one, there, beside, (*_MODEL_KEYS, "layer_range"))
+        plain = Input(found.path, found.member, {}, found.domain, found.statistics)
+        if plain not in inputs:
+            inputs.append(plain)
+        span = one.get("layer_range")
+        whole = isinstance(span, list) and [type(number) for number in span] == [int, int]
+        if not whole or not 0 <= span[0] < span[1]:
+            raise UserError(
+                f"{there}: layer_range is {span!r}; give [FIRST, LAST + 1], as in [0, 12]"
+            )
+        sources.append(Source(inputs.index(plain), (span[0], span[1]), found.parameters))
+    lengths = [source.layers[1] - source.layers[0] for source in sources]
+    if len(set(lengths)) > 1:
+        raise UserError(f"{where}: sources have {lengths} layers; all of a slice need equally many")
+    base = _base(entry.get("base_model"), inputs, beside, f"{where}, base_model")
+    parameters = _parameters(entry.get("parameters"), f"{where}, parameters")
+    return Slice(tuple(sources), parameters, base)
+
+
+def _input(entry: object, where: str, beside: Path, keys: Sequence[str]) -> Input:
     if not isinstance(entry, dict) or not isinstance(entry.get("model"), str):
         raise UserError(f"{where}: is {entry!r}; give `model: FOLDER`")
     for key in entry:
-        check_word(str(key), ("model", "parameters", "member"), f"{where}: unknown key")
-    member = entry.get("member")
+        check_word(str(key), keys, f"{where}: unknown key")
+    member, statistics = entry.get("member"), entry.get("statistics")
     if member is not None and not isinstance(member, str):
         raise UserError(f"{where}, member: {member!r} is not the name of a domain")
-    settings = _parameters(entry.get("parameters"), f"{where}, parameters")
-    return Input(_folder(entry["model"], beside), member, settings, member)
+    if statistics is not None and not isinstance(statistics, str):
+        raise UserError(f"{where}, statistics: {statistics!r} is not the name of a file")
+    return Input(
+        _folder(entry["model"], beside),
+        member,
+        _parameters(entry.get("parameters"), f"{where}, parameters"),
+        member,
+        None if statistics is None else _folder(statistics, beside),
+    )
 
 
 def _folder(text: str, beside: Path) -> Path:
     return Path(text) if Path(text).exists() or not (beside / text).exists() else beside / text
 
 
-def _number_of(model: object, inputs: Sequence[Input], path: Path, key: str, default: int) -> int:
-    """Which of the inputs a key of the recipe means."""
+def _base(model: object, inputs: list[Input], beside: Path, where: str) -> int | None:
+    """Which of the inputs this is; a new one becomes the last of them."""
     if model is None:
-        return default
-    folders = [one.path for one in inputs]
-    if not isinstance(model, str) or (found := _folder(model, path.parent)) not in folders:
-        raise UserError(
-            f"recipe {path}: {key} is {model!r}, which is none of the models "
-            f"{', '.join(map(str, folders))}"
-        )
-    return folders.index(found)
+        return None
+    if not isinstance(model, str):
+        raise UserError(f"{where}: is {model!r}, not the name of a folder")
+    path = _folder(model, beside)
+    if path not in (paths := [one.path for one in inputs]):
+        inputs.append(Input(path))
+        return len(paths)
+    return paths.index(path)
+
+
+def _with_tokenizer(recipe: Recipe, content: Mapping, path: Path) -> Recipe:
+    """The recipe with the number of the model that its tokenizer is taken from."""
+    where, source = f"recipe {path}", content.get("tokenizer_source")
+    key, tokenizer = "tokenizer_source", content.get("tokenizer")
+    if tokenizer is not None:
+        if source is not None:
+            raise UserError(f"{where}: has both tokenizer and tokenizer_source; give one")
+        if not isinstance(tokenizer, dict) or set(tokenizer) != {"source"}:
+            raise UserError(f"{where}: tokenizer is {tokenizer!r}; only `source: ...` is read")
+        key, source = "tokenizer, source", tokenizer["source"]
+    number = recipe.template
+    if source not in (None, "base"):
+        paths = [one.path for one in recipe.inputs]
+        found = _folder(source, path.parent) if isinstance(source, str) else None
+        if found not in paths:
+            reason = "made of several is not supported" if source == "union" else "is not there"
+            raise UserError(
+                f"{where}: {key} is {source!r}, a tokenizer that {reason}; give base, or one of "
+                f"the models {', '.join(map(str, paths))}"
+            )
+        number = paths.index(found)
+    return replace(recipe, tokenizer=number)
 
 
 def _parameters(content: object, where: str) -> dict[str, Setting]:
@@ -264,42 +350,3 @@ def _dtype(name: object, where: str) -> str | None:
     if name is not None and name not in DTYPES:
         raise UserError(f"{where}: {name!r} is not one of {', '.join(DTYPES)}")
     return name
-
-
-def _value(setting: Setting, name: str, depth: float, where: str) -> float | bool | None:
-    """A setting's value for a tensor; None if none of its filters fits."""
-    if isinstance(setting, dict):
-        setting = [setting]
-    if not (isinstance(setting, list) and setting and isinstance(setting[0], dict)):
-        return _plain_value(setting, depth, where)
-    found = None
-    for case in setting:
-        filter_ = case.get("filter", "*") if isinstance(case, dict) else 0
-        if not isinstance(filter_, str) or not {"value"} <= case.keys() <= {"filter", "value"}:
-            raise UserError(f"{where}: {case!r} is not of the form {{filter: TEXT, value: NUMBER}}")
-        value = _plain_value(case["value"], depth, where)
-        if found is None and (filter_ == "*" or filter_ in name):
-            found = value
-    return found
-
-
-def _plain_value(setting: object, depth: float, where: str) -> float | bool:
-    """A number, the value of a list at a depth, or a truth value."""
-    if isinstance(setting, list) and setting:
-        stops = [_number(one, where) for one in setting]
-        place = depth * (len(stops) - 1)
-        low = min(int(place), len(stops) - 1)
-        high = min(low + 1, len(stops) - 1)
-        return stops[low] + (place - low) * (stops[high] - stops[low])
-    return setting if isinstance(setting, bool) else _number(setting, where)
-
-
-def _number(value: object, where: str) -> float:
-    """A number that float32 can hold with room to spare; YAML 1.1 reads 1e-3 as text."""
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not abs(number) <= _LARGEST:
-        raise UserError(f"{where}: {value!r} is not a finite number (of at most {_LARGEST:g})")
-    return number

@@ -4,15 +4,17 @@ Source: Pilault et al. 2021 (Conditionally Adaptive Multi-Task Learning), and it
 the paper leaves open.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
+from transformers.utils import logging
 
 from megamod.models.ca_mtl_configuration import CaMtlConfig
-from megamod.nn.conditional_encoder import ConditionalEncoder
+from megamod.nn.conditional_encoder import ConditionalEncoder, ConditionalLayer
 from megamod.nn.conditioning import ConditionalLayerNorm, Film
 from megamod.nn.encoder import Encoder, EncoderEmbeddings, draw_weights, key_mask
 from megamod.nn.task_heads import TaskHeads
@@ -140,7 +142,7 @@ class CaMtlForMultiTask(PreTrainedModel):
             output["task_totals"], output["task_items"] = scores
             items = scores.items if num_items_in_batch is None else num_items_in_batch
             there = items > 0
-            means = torch.where(there, scores.totals / items.clamp(min=1), 0.0)
+            means = torch.where(there, scores.totals / torch.where(there, items, 1.0), 0.0)
             output["loss"] = means.sum() / there.sum().clamp(min=1)
         output = CaMtlOutput(**output)  # in the order of its fields: the loss was set last
         wants_dict = self.config.return_dict if return_dict is None else return_dict
@@ -164,3 +166,102 @@ class CaMtlForMultiTask(PreTrainedModel):
         elif isinstance(module, ConditionalLayerNorm):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
+        elif hasattr(module, "random_weight_matrix"):
+            nn.init.zeros_(module.random_weight_matrix)
+
+
+class OneTask(nn.Module):
+    """A model of many tasks as a classifier of one of them, like those of transformers."""
+
+    def __init__(self, model: CaMtlForMultiTask, task: int):
+        super().__init__()
+        self.model, self.task = model, task
+
+    def forward(self, input_ids: Tensor, **fields: Tensor) -> CaMtlOutput:
+        """Ids [B, L] -> `logits` [B, C], or [B, L, C] for labels of tokens."""
+        task_ids = torch.full((len(input_ids),), self.task, device=input_ids.device)
+        output = self.model(input_ids, task_ids=task_ids, **fields)
+        return CaMtlOutput(logits=output.logits[self.task])
+
+
+def from_encoder(
+    source: str, config: CaMtlConfig, *, top: bool = True
+) -> tuple[CaMtlForMultiTask, dict[str, list[str]]]:
+    """A model that starts from BERT's weights; what BERT lacks is drawn by torch's generator.
+
+    Args:
+        source: folder or name on the hub, of BERT or of a model like this one.
+        top: give the last block its weights too. The release of CA-MTL does not: under "base" its
+            names differ there.
+    Returns:
+        the model in float32; names of parameters by "loaded", "new" and "unused".
+    Raises:
+        OSError, ValueError, RuntimeError: if there are no such weights, or of other shapes.
+    """
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what is new is returned, and is expected to be new
+    try:
+        model, found = CaMtlForMultiTask.from_pretrained(
+            source, config=config, dtype=torch.float32, output_loading_info=True
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+    new = set(found["missing_keys"])
+    if not top and config.variant == "base":
+        last = model.bert.encoder.layer[-1]
+        for name, module in last.named_modules():
+            # Its parts of BERT, and none of those that are CA-MTL's own.
+            if isinstance(module, nn.Linear | ConditionalLayerNorm) and not _conditions(name):
+                model._init_weights(module)
+                prefix = f"bert.encoder.layer.{len(model.bert.encoder.layer) - 1}.{name}"
+                new |= {f"{prefix}.weight", f"{prefix}.bias"}
+    names = [name for name, _ in model.named_parameters()]
+    return model, {
+        "loaded": [name for name in names if name not in new],
+        "new": [name for name in names if name in new],
+        "unused": sorted(found["unexpected_keys"]),
+    }
+
+
+def freeze(
+    model: CaMtlForMultiTask, first: int, last: int, *, release: bool = False
+) -> Mapping[str, int]:
+    """Stop training embeddings and blocks `first` to `last`, but not what conditions them.
+
+    Args:
+        release: leave out what makes the bias on attention from the task as well, which stays as it
+            was drawn: so the release does it, against the paper.
+    Returns:
+        numbers of parameters: "trained", "frozen".
+    Raises:
+        ValueError: if there are no such blocks.
+    Source: Pilault et al. 2021 (CA-MTL), section 2 and appendix A.3.
+    """
+    blocks = model.bert.encoder.layer
+    if not 0 <= first <= last < len(blocks):
+        raise ValueError(f"blocks {first}-{last}: the model has blocks 0-{len(blocks) - 1}")
+    model.bert.embeddings.requires_grad_(False)
+    for block in blocks[first : last + 1]:
+        block.requires_grad_(False)
+        if isinstance(block, ConditionalLayer):
+            _train_conditions(block, release)
+    counts = {"trained": 0, "frozen": 0}
+    for parameter in model.parameters():
+        counts["trained" if parameter.requires_grad else "frozen"] += parameter.numel()
+    return counts
+
+
+def _train_conditions(block: ConditionalLayer, release: bool) -> None:
+    attention = block.attention["self"]
+    attention.random_weight_matrix.requires_grad_(True)
+    attention["cond_block_diag_attn"].requires_grad_(not release)
+    for module in block.modules():
+        if isinstance(module, ConditionalLayerNorm):
+            module.ln_weight_modulation.requires_grad_(True)
+    if block.adapter is not None:
+        block.adapter.requires_grad_(True)
+
+
+def _conditions(name: str) -> bool:
+    """True for a module of a block that BERT does not have."""
+    return name.startswith("adapter") or "gb_weights" in name

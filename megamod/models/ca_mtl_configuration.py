@@ -78,6 +78,22 @@ class CaMtlConfig(PreTrainedConfig):
         self._check_tasks()
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def around(cls, encoder: PreTrainedConfig, **more: object) -> "CaMtlConfig":
+        """The configuration that has the encoder's sizes, rates and constants.
+
+        Args:
+            more: fields that the encoder has not, or that are to differ.
+        Raises:
+            ValueError: see the class.
+        """
+        same = {
+            name: getattr(encoder, name)
+            for name in cls.__annotations__
+            if getattr(encoder, name, None) is not None
+        }
+        return cls(**{**same, **more})
+
     @property
     def task_sizes(self) -> list[int]:
         """Outputs of each task's head."""

@@ -4,12 +4,9 @@ A run trains with the one loop, scores the dev splits on the way, keeps the mode
 the task's first metric, and writes predictions. Several seeds are several runs.
 """
 
-import copy
-import json
 import math
 import shutil
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,39 +16,28 @@ from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
 from megamod.args import Arguments, OptimArgs, RunArgs, SafetyArgs, origin_of
-from megamod.data.classification import TrainRows, check_rows, held_out_rows
+from megamod.data.classification import TrainRows, check_rows
 from megamod.data.tasks import describe
 from megamod.dist.process import init_process
 from megamod.dist.scope import Sharing
 from megamod.dist.topology import DomainTopology
 from megamod.evaluation.glue import (
     Scores,
-    accuracy_by_slot,
-    answers_of,
     mean_and_deviation,
     score_table,
-    score_texts,
-    submission,
     task_score,
 )
-from megamod.evaluation.ner import (
-    conll_text,
-    entity_counts,
-    score_words,
-    word_accuracy_by_slot,
-)
-from megamod.evaluation.predict import Predictor, labels_of_words
-from megamod.files import write_atomic, write_json
+from megamod.files import write_json
 from megamod.flags import change
 from megamod.runs.finetune_args import TaskArgs, TunedArgs, WordArgs
 from megamod.runs.finetune_problem import Problem, load_model, prepare
+from megamod.runs.finetune_scores import Best, predict, predictor_of, score_split, with_seed
 from megamod.runs.training import Recipe, Running, execute
 from megamod.train import setup
-from megamod.train.export import Card, ModelExport, publish
+from megamod.train.export import Card, publish
 from megamod.train.objectives import Classify
 
 RESULTS = "results.json"
-EVALUATIONS = "evaluations.json"
 
 
 def finetune(
@@ -81,7 +67,7 @@ def finetune(
         runs = {}
         for seed in map(int, tuned.seeds or [run.seed]):
             folder = output / f"seed-{seed}" if tuned.seeds else output
-            done = _train(problem, _with_seed(parsed, seed, folder), folder)
+            done = _train(problem, with_seed(parsed, seed, folder), folder)
             if done is None:
                 return
             runs[seed] = done
@@ -91,17 +77,6 @@ def finetune(
         runs = {run.seed: _answer(problem, model, device, run, tuned, args, output)}
     if setup.started_rank() == 0:
         print(_report(problem, runs, output, tuned))
-
-
-def _with_seed(parsed: Sequence[Arguments], seed: int, folder: Path) -> tuple[Arguments, ...]:
-    """The arguments of the run with one seed."""
-    own = copy.deepcopy(tuple(parsed))
-    for part in own:
-        if isinstance(part, RunArgs):
-            change(part, {"seed": seed, "output_dir": str(folder)}, "--seeds")
-        if isinstance(part, TunedArgs):
-            change(part, {"seeds": None}, "--seeds")
-    return own
 
 
 def _train(problem: Problem, parsed: Sequence[Arguments], folder: Path) -> dict[str, object] | None:
@@ -116,7 +91,8 @@ def _train(problem: Problem, parsed: Sequence[Arguments], folder: Path) -> dict[
     if origin_of(run, "max_steps") == "default":
         steps = math.ceil(tuned.num_train_epochs * len(train) / step_rows - 1e-9)
         change(run, {"max_steps": steps}, f"--num_train_epochs {tuned.num_train_epochs:g}")
-    best = Best(folder, task.metrics[0])
+    metric = task.metrics[0]
+    best = Best(folder, lambda one: one["scores"]["dev"].get(metric))
 
     def make_model() -> nn.Module:
         if dist.get_rank() == 0:
@@ -151,7 +127,7 @@ def _train(problem: Problem, parsed: Sequence[Arguments], folder: Path) -> dict[
             problem.inputs, device, task.regression, problem.retrieved
         ),
         make_evaluate=make_evaluate if tuned.do_eval else lambda running: lambda step: None,
-        write_model=partial(_write_best, best),
+        write_model=best.write_model,
     )
     done = execute(recipe, parsed, workers=args.dataloader_num_workers)
     if done is None:
@@ -163,7 +139,10 @@ def _train(problem: Problem, parsed: Sequence[Arguments], folder: Path) -> dict[
         record |= {"best": best.best, "last": best.evaluations[-1]}
     if tuned.do_predict:
         model = load_model(task, str(folder / "model")).to(done.device)
-        record |= _predict(problem, _predictor(problem, model, done.device), run, args, folder)
+        predictor = predictor_of(problem, model, done.device)
+        record["predicted"] = predict(
+            problem, predictor, run, args.predict_split, folder / "predictions"
+        )
     if dist.get_rank() == 0:
         write_json(folder / RESULTS, {**_facts(problem), "seed": run.seed, **record})
     return record
@@ -179,47 +158,16 @@ def _answer(
     output: Path,
 ) -> dict[str, object]:
     """Score and predict with a model as it is."""
-    predictor, record = _predictor(problem, model, device), {}
+    predictor, record = predictor_of(problem, model, device), {}
     if tuned.do_eval:
-        scores = {s: _score(problem, s, predictor, run)[0] for s in problem.splits("dev")}
+        scores = {s: score_split(problem, s, predictor, run)[0] for s in problem.splits("dev")}
         speed = predictor.instances_per_second
         record["last"] = record["best"] = _evaluation(0, scores, speed)
     if tuned.do_predict:
-        record |= _predict(problem, predictor, run, args, output)
+        record["predicted"] = predict(
+            problem, predictor, run, args.predict_split, output / "predictions"
+        )
     return record
-
-
-class Best:
-    """Scores of a run so far, kept beside it, and the best of them by one metric on dev."""
-
-    def __init__(self, folder: Path, metric: str):
-        self.folder, self.metric = folder, metric
-        self.evaluations: list[dict[str, object]] = []
-
-    @property
-    def best(self) -> dict[str, object] | None:
-        """The first evaluation that no later one is better than."""
-        return max(self.evaluations, key=self._value, default=None)
-
-    def load(self, step: int) -> None:
-        """Take up what a run that resumes behind `step` has scored until then."""
-        file = self.folder / EVALUATIONS
-        if step and file.exists() and (self.folder / "model").is_dir():
-            kept = json.loads(file.read_text(encoding="utf-8"))
-            kept = [one for one in kept if self.metric in one["scores"]["dev"]]
-            self.evaluations = [one for one in kept if one["step"] <= step]
-
-    def add(self, evaluation: dict[str, object]) -> bool:
-        """Take in an evaluation; True if it is the best one."""
-        self.evaluations.append(evaluation)
-        return self.best is self.evaluations[-1]
-
-    def save(self) -> None:
-        """Write all evaluations."""
-        write_json(self.folder / EVALUATIONS, self.evaluations)
-
-    def _value(self, evaluation: dict[str, object]) -> float:
-        return evaluation["scores"]["dev"][self.metric]
 
 
 class _Evaluation:
@@ -227,12 +175,12 @@ class _Evaluation:
 
     def __init__(self, problem: Problem, run: RunArgs, running: Running, best: Best):
         self.problem, self.run, self.running, self.best = problem, run, running, best
-        self.predictor = _predictor(problem, running.engine.module, running.device)
+        self.predictor = predictor_of(problem, running.engine.module, running.device)
 
     def __call__(self, step: int) -> None:
         scores = {}
         for split in self.problem.splits("dev"):
-            scores[split], _ = _score(self.problem, split, self.predictor, self.run)
+            scores[split], _ = score_split(self.problem, split, self.predictor, self.run)
             for name, value in scores[split].items():
                 if isinstance(value, float):
                     told = {self.problem.task.name: value}
@@ -246,78 +194,6 @@ class _Evaluation:
 def _evaluation(step: int, scores: dict[str, Scores], speed: float) -> dict[str, object]:
     """Scores by split, and rows per second of rank 0, forward passes alone."""
     return {"step": step, "scores": scores, "instances_per_second": speed}
-
-
-def _write_best(best: Best, export: ModelExport, folder: Path) -> None:
-    """OUT/model holds the best model at the end, which is there already, or the last one."""
-    if not best.evaluations:
-        export(folder)
-    elif dist.get_rank() == 0:
-        shutil.copytree(best.folder / "model", folder, dirs_exist_ok=True)
-
-
-def _predictor(problem: Problem, module: nn.Module, device: torch.device) -> Predictor:
-    return Predictor(
-        module, problem.inputs, device, dist.get_rank(), dist.get_world_size(), dist.all_reduce
-    )
-
-
-def _score(
-    problem: Problem, split: str, predictor: Predictor, run: RunArgs
-) -> tuple[Scores | None, np.ndarray | list[list[str]]]:
-    """Scores (None if labels are hidden), and logits of rows or labels of words; collective."""
-    task, found, encoded = problem.task, problem.sets[split], problem.encoded[split]
-    batches = list(
-        held_out_rows(
-            encoded,
-            run.per_device_eval_batch_size,
-            problem.instances,
-            problem.pad_to,
-            ensemble=problem.ensemble,
-            seed=run.seed,
-        )
-    )
-    answers = predictor(encoded, batches)
-    if encoded.per_token:
-        answers = labels_of_words(encoded, answers, task.labels)
-        if found.labels is None:
-            return None, answers
-        scores = score_words(task, found.labels, answers)
-        slots = partial(word_accuracy_by_slot, found.labels, answers)
-        if "f1" in task.metrics:
-            by_type = entity_counts(found.labels, answers)
-            scores["by_type"] = {kind: count.scores() for kind, count in by_type.items()}
-    else:
-        if found.labels is None:
-            return None, answers
-        scores = score_texts(task, answers, found.labels)
-        slots = partial(accuracy_by_slot, answers_of(task, answers), found.labels)
-    if problem.instances > 1 and not (task.regression or problem.ensemble):
-        scores["accuracy_by_slot"] = slots(problem.instances)
-    return scores, answers
-
-
-def _predict(
-    problem: Problem, predictor: Predictor, run: RunArgs, args: TaskArgs, folder: Path
-) -> dict[str, object]:
-    """Write predictions of the wished splits; scores of those whose labels are known."""
-    scored = {}
-    task = problem.task
-    for split in problem.splits(args.predict_split):
-        scores, answers = _score(problem, split, predictor, run)
-        if scores is not None:
-            scored[split] = scores
-        if dist.get_rank() > 0:
-            continue
-        (folder / "predictions").mkdir(parents=True, exist_ok=True)
-        if task.kind == "token":
-            found = problem.sets[split]
-            text, name = conll_text(found.words, answers, found.labels), f"{split}.txt"
-        else:
-            text = submission(task, answers)
-            name = task.submission.get(split, f"{task.name}_{split}.tsv")
-        write_atomic(folder / "predictions" / name, text)
-    return {"predicted": scored}
 
 
 def _facts(problem: Problem) -> dict[str, object]:

@@ -9,28 +9,34 @@ from megamod.errors import UserError
 
 
 @dataclass
-class TaskArgs(Arguments):
-    """What is learned from which files."""
+class RowArgs(Arguments):
+    """How long rows are, and how many."""
 
     free_on_resume: ClassVar[frozenset[str]] = frozenset(
         ("data_dir", "task_spec", "max_eval_samples", "predict_split", "dataloader_num_workers")
-    )
-    task: str | None = option(None, "name of the task, such as sst-2 or wnut17")
-    task_spec: str | None = option(None, "YAML file that describes a task, in place of --task")
-    data_dir: str | None = option(
-        None, "folder of the task's files, or the one above it; none: the hub"
     )
     max_seq_length: int = option(128, "tokens per row, special ones included", least=3)
     truncate: bool = option(
         False, "cut also rows with more tokens than the model has positions, which are refused else"
     )
-    pad_to_max_length: bool | None = option(
-        None, "pad every row to --max_seq_length; none: if padding is mixed with text (N > 1)"
-    )
     max_train_samples: int | None = option(None, "use the first rows of train only", least=1)
     max_eval_samples: int | None = option(None, "score the first rows of a split only", least=1)
     predict_split: str = option("test", "split that --do_predict answers, and others like it")
     dataloader_num_workers: int = option(0, "processes that make batches, per rank", least=0)
+
+
+@dataclass
+class TaskArgs(RowArgs):
+    """What is learned from which files."""
+
+    task: str | None = option(None, "name of the task, such as sst-2 or wnut17")
+    task_spec: str | None = option(None, "YAML file that describes a task, in place of --task")
+    data_dir: str | None = option(
+        None, "folder of the task's files, or the one above it; none: the hub"
+    )
+    pad_to_max_length: bool | None = option(
+        None, "pad every row to --max_seq_length; none: if padding is mixed with text (N > 1)"
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -54,14 +60,11 @@ class WordArgs(Arguments):
 
 
 @dataclass
-class TunedArgs(Arguments):
+class StageArgs(Arguments):
     """Which model, and what is done with it."""
 
     free_on_resume: ClassVar[frozenset[str]] = frozenset(
-        (
-            *("do_train", "do_eval", "do_predict", "ensemble", "seeds", "num_train_epochs"),
-            "metric_for_best_model",
-        )
+        ("do_train", "do_eval", "do_predict", "seeds", "num_train_epochs")
     )
     model: str | None = option(
         None,
@@ -73,6 +76,39 @@ class TunedArgs(Arguments):
         "start from scratch: bert_tiny, bert_mini, bert_small, bert_base, bert_large, a folder",
     )
     tokenizer_name: str | None = option(None, "tokenizer folder or name; none: that of --model")
+    do_train: bool = option(False, "train")
+    do_eval: bool = option(False, "score the dev splits, in training every --eval_steps")
+    do_predict: bool = option(False, "write predictions of --predict_split")
+    seeds: list[str] | None = option(  # noqa: RUF009
+        None, "train once with each seed, in OUT/seed-S; results are means and deviations"
+    )
+    num_train_epochs: float = option(3.0, "passes over train; --max_steps overrides it", least=0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        for seed in self.seeds or ():
+            if not seed.isdecimal() or int(seed) >= 2**32 or self.seeds.count(seed) > 1:
+                raise UserError(
+                    f"--seeds: {seed!r} is not a whole number below {2**32} that is given once"
+                )
+        if self.seeds is not None and not self.do_train:
+            raise UserError("--seeds: only training has a seed; give --do_train too")
+        if not (self.do_train or self.do_eval or self.do_predict):
+            raise UserError("nothing to do: give --do_train, --do_eval or --do_predict")
+        if self.model is not None and self.config_name is not None:
+            raise UserError(
+                f"--model {self.model} and --config_name {self.config_name}: give one of the two"
+            )
+
+
+@dataclass
+class TunedArgs(StageArgs):
+    """Which model, and what is done with it."""
+
+    free_on_resume: ClassVar[frozenset[str]] = StageArgs.free_on_resume | {
+        "ensemble",
+        "metric_for_best_model",
+    }
     num_instances: int | None = option(
         None, "instances that share a forward pass, N; none: as the model says", least=1
     )
@@ -86,38 +122,18 @@ class TunedArgs(Arguments):
     retrieval_percentage: float = option(
         1.0, "share of the tokens that are retrieved then", least=0, most=1
     )
-    do_train: bool = option(False, "train")
-    do_eval: bool = option(False, "score the dev splits, in training every --eval_steps")
-    do_predict: bool = option(False, "write predictions of --predict_split")
     ensemble: bool = option(
         False, "score and predict by the mean of N copies of a row, in random places of the groups"
     )
-    seeds: list[str] | None = option(  # noqa: RUF009
-        None, "train once with each seed, in OUT/seed-S; results are means and deviations"
-    )
-    num_train_epochs: float = option(3.0, "passes over train; --max_steps overrides it", least=0)
     metric_for_best_model: str | None = option(
         None, "metric on dev that chooses OUT/model; none: the first one of the task"
     )
 
     def __post_init__(self):
         super().__post_init__()
-        for seed in self.seeds or ():
-            if not seed.isdecimal() or int(seed) >= 2**32 or self.seeds.count(seed) > 1:
-                raise UserError(
-                    f"--seeds: {seed!r} is not a whole number below {2**32} that is given once"
-                )
-        if self.seeds is not None and not self.do_train:
-            raise UserError("--seeds: only training has a seed; give --do_train too")
-        if not (self.do_train or self.do_eval or self.do_predict):
-            raise UserError("nothing to do: give --do_train, --do_eval or --do_predict")
         metric = self.metric_for_best_model
         if metric is not None and metric not in METRICS:
             raise UserError(f"--metric_for_best_model {metric} is none of {', '.join(METRICS)}")
-        if self.model is not None and self.config_name is not None:
-            raise UserError(
-                f"--model {self.model} and --config_name {self.config_name}: give one of the two"
-            )
 
 
 @dataclass

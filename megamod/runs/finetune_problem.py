@@ -3,6 +3,7 @@
 Everything a user can get wrong about them shows here, before any process waits for another.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,7 +27,7 @@ from megamod.data.tasks import TaskSpec, task_of, token_task
 from megamod.data.tokenizers import load_tokenizer
 from megamod.errors import UserError
 from megamod.runs.classifiers import inputs_of, is_empty, mixes_padding, room_of
-from megamod.runs.finetune_args import TaskArgs, TunedArgs, WordArgs
+from megamod.runs.finetune_args import RowArgs, StageArgs, TaskArgs, TunedArgs, WordArgs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -104,13 +105,13 @@ def prepare(tuned: TunedArgs, args: TaskArgs, words: WordArgs | None) -> Problem
         UserError: for a task, file, row, model or length that does not fit.
     """
     task = _task(args, words)
-    config, weights = _config(tuned)
+    config, weights = config_of(tuned)
     if words is None:
         task = _with_labels_of(config, task, tuned.do_train)
     data_dir = args.data_dir
     if data_dir is None and args.task_spec is not None and task.hub is None:
         data_dir = str(Path(args.task_spec).parent)
-    wanted = _wanted(task, tuned, args.predict_split)
+    wanted = wanted_splits(task, tuned, args.predict_split)
     if words is None:
         task, sets = read_task(task, data_dir, wanted)
     else:
@@ -120,7 +121,7 @@ def prepare(tuned: TunedArgs, args: TaskArgs, words: WordArgs | None) -> Problem
     if tuned.metric_for_best_model is not None:
         others = [name for name in task.metrics if name != tuned.metric_for_best_model]
         task = replace(task, metrics=(tuned.metric_for_best_model, *others))
-    tokenizer = _tokenizer(tuned)
+    tokenizer = tokenizer_of(tuned)
     if config is None:
         config = _new_config(tuned, len(tokenizer))
     if len(tokenizer) > config.vocab_size:
@@ -132,17 +133,10 @@ def prepare(tuned: TunedArgs, args: TaskArgs, words: WordArgs | None) -> Problem
     instances = _instances(config, tuned)
     _set_labels(config, task)
     _set_retrieval(config, tuned)
-    lengths = _lengths(config, args)
-    sets = {
-        split: found.first(args.max_train_samples if split == "train" else args.max_eval_samples)
-        for split, found in sets.items()
-    }
-    encoded = {
-        split: encode_texts(found, tokenizer, lengths)
-        if words is None
-        else encode_words(found, tokenizer, lengths, task.labels, label_all=words.label_all_tokens)
-        for split, found in sets.items()
-    }
+    lengths = lengths_of(config, args)
+    sets = first_rows(sets, args)
+    label_all = words is not None and words.label_all_tokens
+    encoded = encode(task, sets, tokenizer, lengths, label_all=label_all)
     fixed = args.pad_to_max_length
     fixed = mixes_padding(config) if fixed is None else fixed
     return Problem(
@@ -158,6 +152,37 @@ def prepare(tuned: TunedArgs, args: TaskArgs, words: WordArgs | None) -> Problem
         pad_to=lengths.longest if fixed else None,
         ensemble=tuned.ensemble,
     )
+
+
+def first_rows(
+    sets: Mapping[str, TextSet | TokenSet], args: RowArgs
+) -> dict[str, TextSet | TokenSet]:
+    """As many rows of each split as are wanted."""
+    return {
+        split: found.first(args.max_train_samples if split == "train" else args.max_eval_samples)
+        for split, found in sets.items()
+    }
+
+
+def encode(
+    task: TaskSpec,
+    sets: Mapping[str, TextSet | TokenSet],
+    tokenizer: "PreTrainedTokenizerFast",
+    lengths: Lengths,
+    *,
+    label_all: bool = False,
+) -> dict[str, Encoded]:
+    """Token ids of all splits.
+
+    Args:
+        label_all: see `encode_words`.
+    """
+    return {
+        split: encode_texts(found, tokenizer, lengths)
+        if task.kind != "token"
+        else encode_words(found, tokenizer, lengths, task.labels, label_all=label_all)
+        for split, found in sets.items()
+    }
 
 
 def _auto(task: TaskSpec) -> type:
@@ -185,15 +210,16 @@ def _task(args: TaskArgs, words: WordArgs | None) -> TaskSpec:
     return task
 
 
-def _wanted(task: TaskSpec, tuned: TunedArgs, predicted: str) -> list[str]:
+def wanted_splits(task: TaskSpec, stage: StageArgs, predicted: str) -> list[str]:
+    """Splits to read; "dev" and "test" stand for all of their kind."""
     splits = []
-    if tuned.do_train:
+    if stage.do_train:
         splits.append("train")
-    if tuned.do_eval:
+    if stage.do_eval:
         splits += task.splits("dev")
         if "dev" not in splits:
             raise UserError(f"--do_eval: task {task.name} has no split dev")
-    if tuned.do_predict:
+    if stage.do_predict:
         answered = [split for split in task.splits(predicted) if split not in splits]
         if not task.splits(predicted):
             raise UserError(
@@ -203,28 +229,28 @@ def _wanted(task: TaskSpec, tuned: TunedArgs, predicted: str) -> list[str]:
     return splits
 
 
-def _config(tuned: TunedArgs) -> tuple[PreTrainedConfig | None, str | None]:
+def config_of(stage: StageArgs) -> tuple[PreTrainedConfig | None, str | None]:
     """Configuration and where the weights are; None for a size that waits for the vocabulary."""
-    if tuned.model is None and tuned.config_name is None:
+    if stage.model is None and stage.config_name is None:
         raise UserError(
             "--model is missing: a model folder or name, or --config_name for a new one"
         )
-    if tuned.config_name in SIZES:
+    if stage.config_name in SIZES:
         return None, None
-    source = tuned.model or tuned.config_name
+    source = stage.model or stage.config_name
     try:
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
-        flag = "--model" if tuned.model else f"--config_name (or one of {', '.join(SIZES)})"
+        flag = "--model" if stage.model else f"--config_name (or one of {', '.join(SIZES)})"
         raise UserError(
             f"{flag} {source}: no configuration there: {' '.join(str(error).split())[:300]}"
         ) from error
-    if tuned.model is None:
+    if stage.model is None:
         return config, None
     folder = Path(source)
     files = {file.name for file in folder.iterdir()} if folder.is_dir() else set(WEIGHTS)
     there = any(name in files or f"{name}.index.json" in files for name in WEIGHTS)
-    if not there and not tuned.do_train:
+    if not there and not stage.do_train:
         raise UserError(f"--model {source}: there are no weights in it, so it must be trained")
     return config, source if there else None
 
@@ -263,20 +289,21 @@ def _instances(config: PreTrainedConfig, tuned: TunedArgs) -> int:
     return instances
 
 
-def _tokenizer(tuned: TunedArgs) -> "PreTrainedTokenizerFast":
-    spec = tuned.tokenizer_name or tuned.model
+def tokenizer_of(stage: StageArgs) -> "PreTrainedTokenizerFast":
+    """The tokenizer of --tokenizer_name, or that of the model."""
+    spec = stage.tokenizer_name or stage.model
     if spec is None:
         raise UserError("--tokenizer_name is missing: a model from scratch has no tokenizer")
     try:
         found = load_tokenizer(spec).original
         empty = found is not None and is_empty(found)
     except UserError:
-        if tuned.tokenizer_name is not None:
+        if stage.tokenizer_name is not None:
             raise
         empty = True
     if empty:
         raise UserError(
-            f"{tuned.tokenizer_name or tuned.model} has no tokenizer; --tokenizer_name names one, "
+            f"{stage.tokenizer_name or stage.model} has no tokenizer; --tokenizer_name names one, "
             "for BERT a folder with vocab.txt"
         )
     if found is None or found.pad_token_id is None:
@@ -284,7 +311,8 @@ def _tokenizer(tuned: TunedArgs) -> "PreTrainedTokenizerFast":
     return found
 
 
-def _lengths(config: PreTrainedConfig, args: TaskArgs) -> Lengths:
+def lengths_of(config: PreTrainedConfig, args: RowArgs) -> Lengths:
+    """How long rows may be."""
     room = room_of(config)
     longest = args.max_seq_length
     if longest > room:

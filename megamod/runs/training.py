@@ -24,7 +24,7 @@ from megamod.train import setup
 from megamod.train.checkpoint import Checkpoints, TrainState
 from megamod.train.engine import build_engine
 from megamod.train.export import Card, ModelExport, publish
-from megamod.train.loop import train
+from megamod.train.loop import Choose, train
 from megamod.train.monitor import Monitor
 from megamod.train.objectives import Objective
 
@@ -62,6 +62,8 @@ class Recipe:
         flops_per_token: from the module to the operations of a training step per token; None: the
             log shows no MFU.
         settings: further values that a resumed run must agree on.
+        make_choice: from the device to what chooses among a step's data, see `train.loop.train`;
+            None: all is trained on.
         write_model: writes OUT/model, from the exporter and the folder; collective. None: it is
             what checkpoints hold.
     """
@@ -79,6 +81,7 @@ class Recipe:
     make_evaluate: Callable[[Running], Callable[[int], None]]
     flops_per_token: Callable[[nn.Module], float] | None = None
     settings: dict[str, object] | None = None
+    make_choice: Callable[[torch.device], Choose] | None = None
     write_model: Callable[[ModelExport, Path], object] | None = None
 
 
@@ -147,6 +150,7 @@ def execute(
         checkpoints,
         monitor,
         recipe.make_evaluate(running),
+        recipe.make_choice(device) if recipe.make_choice else None,
     )
     publish(partial(recipe.write_model, export) if recipe.write_model else export, output / "model")
     return running

@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 MEAN_LOSS_DECAY = 0.98  # of the running mean that a spike is measured against
 
+Choose = Callable[[deepspeed.DeepSpeedEngine, Sequence[Batch]], Sequence[Batch]]
+"""From a step's micro-batches of this rank to those that are trained on; called on every rank."""
+
 BatchesFrom = Callable[[int], Iterator[Batch]]
 """From a step of data to the endless iterator of this rank's micro-batches."""
 
@@ -67,11 +70,13 @@ def train(
     checkpoints: Checkpoints,
     monitor: Monitor,
     evaluate: Callable[[int], None],
+    choose: Choose | None = None,
 ) -> TrainState:
     """Train from `state` to the last step; log, evaluate and save on the way.
 
     Args:
         evaluate: called on every rank with the number of finished steps.
+        choose: what becomes of a step's data before it is counted; None: all is trained on.
     Raises:
         PolicyStop: a loss or gradient was not finite and the policy is to stop.
         Interrupted: SIGTERM or SIGUSR1 arrived. In both cases a checkpoint was written before.
@@ -91,13 +96,15 @@ def train(
         started = time.perf_counter()
         micro_batches = [next(batches) for _ in range(plan.micro_steps)]
         fetched = time.perf_counter()
+        torch.manual_seed(_seed(plan.seed, state.data_step))
+        if choose is not None:
+            micro_batches = choose(engine, micro_batches)
         items = [sum(counts) for counts in zip(*map(objective.count, micro_batches), strict=True)]
         items, reason = _agree(items, max(stop, signals.seen), group)
         if reason and coupled:
             stop = reason
             break
 
-        torch.manual_seed(_seed(plan.seed, state.data_step))
         rate = plan.schedule(state.step)
         set_rate(engine.optimizer, rate)
         scored, norm = _step(engine, objective, micro_batches, items, plan, state, group)

@@ -148,6 +148,45 @@ class Classify:
         return Scored(output.loss, total, count, {"retrieval_accuracy": right})
 
 
+class MultiTask:
+    """Rows of several tasks: the mean over the tasks in a step of each task's mean loss.
+
+    A task with one row weighs as much as one with thirty (Pilault et al. 2021, and its release).
+
+    Args:
+        inputs: names of the fields of a batch that the model takes.
+        tasks: names.
+        reduction: "global": tasks and rows of the whole step count, so that ranks and micro-batches
+            do not matter; "local": each micro-batch has a loss of its own, as in the release.
+    """
+
+    def __init__(
+        self, inputs: Sequence[str], tasks: Sequence[str], device: torch.device, reduction: str
+    ):
+        self.inputs, self.tasks = tuple(inputs), tuple(tasks)
+        self.device = device
+        self.reduction = reduction
+
+    def count(self, batch: Batch) -> Sequence[float]:
+        return batch["items"]
+
+    def score(
+        self, engine: deepspeed.DeepSpeedEngine, batch: Batch, items: Sequence[float]
+    ) -> Scored:
+        names = (*self.inputs, "task_ids", "labels")
+        names += ("token_labels",) if "token_labels" in batch else ()
+        fields = {name: batch[name].to(self.device, non_blocking=True) for name in names}
+        if self.reduction == "global":
+            fields["num_items_in_batch"] = torch.tensor(items, device=self.device)
+        output = engine(**fields)
+        rows = torch.bincount(fields["task_ids"], minlength=len(self.tasks)).float()
+        shares = {
+            f"share/{task}": torch.stack((own, rows.sum()))
+            for task, own in zip(self.tasks, rows, strict=True)
+        }
+        return Scored(output.loss, output.task_totals.detach(), output.task_items, shares)
+
+
 Losses = Callable[[nn.Module, Batch, Sequence[float]], dict[str, Tensor]]
 """From a model, a batch and what its sums are divided by, to "loss", a differentiable scalar, and
 to [2] float32 sums with their counts by name."""

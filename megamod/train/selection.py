@@ -5,11 +5,16 @@ Source: Pilault et al. 2021 (CA-MTL), section 2.6, and its release, whose rule i
 
 from collections.abc import Sequence
 
+import deepspeed
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from megamod.data.task_mixture import TaskMixture
+from megamod.train.objectives import Batch
+
 RULES = ("release", "paper")
-REGRESSION_RULES = ("mean", "release")
+REGRESSION_RULES = ("borrow", "mean", "release")
 BORROWER, LENDER = "sts-b", "mrpc"  # of the release: both compare two sentences
 
 
@@ -27,7 +32,7 @@ def uncertainty_scores(
     kinds: Sequence[str],
     *,
     rule: str = "release",
-    regression: str = "mean",
+    regression: str = "borrow",
 ) -> Tensor:
     """How much each candidate is worth.
 
@@ -35,9 +40,11 @@ def uncertainty_scores(
     unsure of as well; with "paper" the row's entropy decides alone. Both divide by the largest mean
     of a task.
 
-    A regression has no entropy. By the rule "mean" each of its rows is worth the mean of all other
-    candidates; by "release" the j-th row of STS-B is worth as much as the j-th of MRPC if both
-    tasks are there, and all else is worth nothing.
+    A regression has no entropy. By the rule "release" the j-th row of STS-B is worth as much as the
+    j-th of MRPC if both tasks are there, and all else is worth nothing. By "borrow" it is so too,
+    and rows of any other regression have the scores of rows of classifications, taken evenly from
+    all of them, so that a regression is chosen as often as an average task. By "mean" each is worth
+    the mean of all others, which is less than what is chosen as long as some rows stand out.
 
     Args:
         entropy: [B] float32, see `TaskHeads.entropy`.
@@ -50,18 +57,109 @@ def uncertainty_scores(
     largest = means.max()
     factor = means[task_of] if rule == "release" else torch.ones_like(entropy)
     scores = torch.where(largest > 0, entropy * factor / largest.clamp(min=1e-30), 0.0)
-    values = torch.tensor([kind == "regression" for kind in kinds], device=entropy.device)[task_of]
-    if regression == "mean":
-        others = scores[~values]
-        return torch.where(values, others.mean(), scores) if len(others) else scores
-    if BORROWER in tasks and LENDER in tasks:
-        borrowers = (task_of == tasks.index(BORROWER)).nonzero()[:, 0]
-        lenders = (task_of == tasks.index(LENDER)).nonzero()[:, 0]
-        count = min(len(borrowers), len(lenders))
-        scores = scores.index_copy(0, borrowers[:count], scores[lenders[:count]])
+    values = torch.tensor([kind == "regression" for kind in kinds], device=entropy.device)
+    classified = (~values[task_of]).nonzero()[:, 0]
+    if regression == "mean" and len(classified):
+        return torch.where(values[task_of], scores[classified].mean(), scores)
+    for task in values.nonzero()[:, 0].tolist():
+        borrowers, lenders = (task_of == task).nonzero()[:, 0], classified
+        if tasks[task] == BORROWER and LENDER in tasks:
+            lenders = (task_of == tasks.index(LENDER)).nonzero()[:, 0]
+            borrowers = borrowers[: len(lenders)]
+            lenders = lenders[: len(borrowers)]
+        elif regression == "release" or not len(classified):
+            continue
+        else:
+            evenly = torch.arange(len(borrowers), device=entropy.device) * len(lenders)
+            lenders = lenders[evenly // max(1, len(borrowers))]
+        scores = scores.index_copy(0, borrowers, scores[lenders])
     return scores
 
 
 def most_uncertain(scores: Tensor, count: int) -> Tensor:
     """Places of the largest scores, the largest first; of equal ones the first: [count] int64."""
     return scores.argsort(descending=True, stable=True)[:count]
+
+
+class MostUncertain:
+    """Of each step's candidates, those that the model is least sure about.
+
+    With "local" every micro-batch is chosen among its own candidates, as in the release. With
+    "global" a step's rows are the best of all ranks' candidates, in the same order on any number of
+    ranks; nothing but scores and numbers of rows is sent.
+
+    Args:
+        mixture: where candidates come from, and rows are put together.
+        inputs: names of the fields of a batch that the model takes.
+        kinds: of the tasks.
+        scope: "local" or "global".
+        dropout: score with dropout, as the release does.
+        rule, regression: see `uncertainty_scores`.
+    """
+
+    def __init__(
+        self,
+        mixture: TaskMixture,
+        inputs: Sequence[str],
+        tasks: Sequence[str],
+        kinds: Sequence[str],
+        device: torch.device,
+        *,
+        scope: str,
+        dropout: bool,
+        rule: str,
+        regression: str,
+    ):
+        self.mixture, self.inputs, self.device = mixture, tuple(inputs), device
+        self.tasks, self.kinds = tuple(tasks), tuple(kinds)
+        self.scope, self.dropout = scope, dropout
+        self.rule, self.regression = rule, regression
+
+    def __call__(
+        self, engine: deepspeed.DeepSpeedEngine, micro_batches: Sequence[Batch]
+    ) -> list[Batch]:
+        """The micro-batches to train on; collective with "global"."""
+        entropy = torch.stack([self._entropy(engine, one) for one in micro_batches])
+        task_of, rows = (
+            torch.stack([one[name] for one in micro_batches]).to(self.device)
+            for name in ("task_ids", "rows")
+        )
+        size = self.mixture.micro_batch
+        if self.scope == "local":
+            chosen = [
+                (task_of[turn][best], rows[turn][best])
+                for turn, scores in enumerate(map(self._scores, entropy, task_of))
+                for best in [most_uncertain(scores, size)]
+            ]
+        else:
+            entropy, task_of, rows = map(self._everyones, (entropy, task_of, rows))
+            best = most_uncertain(self._scores(entropy, task_of), self.mixture.global_batch)
+            first = self.mixture.first
+            mine = best[first : first + size * len(micro_batches)].split(size)
+            chosen = [(task_of[places], rows[places]) for places in mine]
+        return [
+            self.mixture.gather(tasks.cpu().numpy(), numbers.cpu().numpy())
+            for tasks, numbers in chosen
+        ]
+
+    def _scores(self, entropy: Tensor, task_of: Tensor) -> Tensor:
+        return uncertainty_scores(
+            entropy, task_of, self.tasks, self.kinds, rule=self.rule, regression=self.regression
+        )
+
+    @torch.no_grad()
+    def _entropy(self, engine: deepspeed.DeepSpeedEngine, batch: Batch) -> Tensor:
+        """All candidates of a micro-batch in one forward pass: [T * rows] float32."""
+        names = (*self.inputs, "task_ids", *(("token_labels",) if "token_labels" in batch else ()))
+        fields = {name: batch[name].to(self.device, non_blocking=True) for name in names}
+        engine.train(self.dropout)
+        entropy = engine(**fields).entropy
+        engine.train()
+        return entropy
+
+    def _everyones(self, mine: Tensor) -> Tensor:
+        """[micro-batches, T * rows] -> those of all ranks, by task, rank and micro-batch, flat."""
+        parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, mine.contiguous())
+        by_task = torch.stack(parts).unflatten(-1, (len(self.tasks), self.mixture.micro_batch))
+        return by_task.movedim(2, 0).flatten()

@@ -8,7 +8,12 @@ import torch
 from safetensors.torch import load_file
 
 from megamod.nn.task_heads import TaskHeads
-from megamod.train.selection import most_uncertain, task_means, uncertainty_scores
+from megamod.train.selection import (
+    REGRESSION_RULES,
+    most_uncertain,
+    task_means,
+    uncertainty_scores,
+)
 
 GOLDEN = Path(__file__).resolve().parents[2].parent / "shared" / "golden" / "camtl"
 CASES = sorted(one.name for one in GOLDEN.glob("sampler_*"))
@@ -63,15 +68,24 @@ def test_paper_rule_ranks_by_entropy_alone():
 
 
 def test_a_regression_is_worth_the_mean_of_the_others():
-    found = uncertainty_scores(ENTROPY, TASK_OF, NAMES, OF_KIND)
+    found = uncertainty_scores(ENTROPY, TASK_OF, NAMES, OF_KIND, regression="mean")
     others = (0.9 + 0.5 + (0.2 + 0.4) * 0.3 / 0.7) / 4
     assert torch.allclose(found[4:], torch.full((3,), others))
+
+
+def test_a_regression_borrows_from_all_classifications():
+    names = ("mrpc", "rte", "other")
+    found = uncertainty_scores(ENTROPY, TASK_OF, names, OF_KIND)
+    # The 1st, 2nd and 3rd of three rows stand for the 1st, 2nd and 3rd of four: 0 * 4 // 3, ...
+    assert torch.allclose(found[4:], torch.tensor([0.9, 0.5, 0.2 * 0.3 / 0.7]))
+    as_released = uncertainty_scores(ENTROPY, TASK_OF, NAMES, OF_KIND)
+    assert torch.allclose(as_released[4:], torch.tensor([0.9, 0.5, 0.0]))
 
 
 def test_sure_of_everything():
     nothing = torch.zeros(3)
     only = torch.tensor([2, 2, 2])
-    for regression in ("mean", "release"):
+    for regression in REGRESSION_RULES:
         found = uncertainty_scores(nothing, only, NAMES, OF_KIND, regression=regression)
         assert torch.equal(found, nothing)
     assert most_uncertain(nothing, 2).tolist() == [0, 1]

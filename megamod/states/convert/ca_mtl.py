@@ -62,7 +62,7 @@ def convert(source: Path, options: Options = NO_OPTIONS) -> Converted:
     tasks = list(options.domains) or [f"task{number}" for number in range(len(sizes))]
     if len(tasks) != len(sizes):
         raise UserError(
-            f"--domains {' '.join(tasks)}: {len(tasks)} names of tasks, the checkpoint has "
+            f"--tasks {' '.join(tasks)}: {len(tasks)} names of tasks, the checkpoint has "
             f"{len(sizes)} heads"
         )
     variant, length = _variant(state, settings)
@@ -76,7 +76,7 @@ def convert(source: Path, options: Options = NO_OPTIONS) -> Converted:
         "task_kinds": ["regression" if size == 1 else "sequence" for size in sizes],
         "task_labels": [[str(n) for n in range(size)] if size > 1 else [] for size in sizes],
     }
-    told = {} if options.domains else {"names of the tasks": f"{', '.join(tasks)} (--domains)"}
+    told = {} if options.domains else {"names of the tasks": f"{', '.join(tasks)} (--tasks)"}
     return Converted(config, state, used, dropped, told)
 
 

@@ -1,0 +1,42 @@
+"""Finetune one BERT on many tasks at once: CA-MTL, or plain multi-task learning.
+
+    python launchers/finetune_mtl.py --tasks cola mrpc sst-2 --data_dir GLUE --model BERT \\
+        --do_train --do_eval --do_predict --output_dir runs/three
+    deepspeed launchers/finetune_mtl.py --data_dir GLUE --model bert-base-cased --variant base \\
+        --use_mt_uncertainty --freeze_encoder_layers 0-5 --per_device_train_batch_size 32 \\
+        --learning_rate 2e-5 --num_train_epochs 5 --do_train --do_eval --output_dir runs/glue
+    python launchers/finetune_mtl.py --tasks sst-2 wnut17 reviews.yaml --data_dir GLUE NER \\
+        --model BERT --variant plain --mt_sampling temperature --seeds 1 2 3 --do_train --do_eval \\
+        --output_dir runs/mixed
+    python launchers/finetune_mtl.py --model runs/glue/model --data_dir GLUE --do_predict \\
+        --output_dir runs/glue-answers
+
+BERT is a folder or a name on the hub. Without --tasks there are the nine of GLUE, which is the
+folder of the official files. The same command resumes an interrupted run. OUT/model is the best
+model by the mean score of all tasks on dev, OUT/results.json has the scores, OUT/predictions the
+files for the GLUE server, OUT/task_shares.png what share of the rows each task had.
+docs/multitask.md tells more.
+"""
+
+from megamod.args import SafetyArgs, parse_args, require
+from megamod.errors import run
+from megamod.runs.finetune_args import TunedOptimArgs, TunedRunArgs
+from megamod.runs.multitask_args import ConditionedArgs, MixtureArgs
+
+
+def main() -> None:
+    """Parse, train, score, predict."""
+    parsed = parse_args(
+        TunedRunArgs, SafetyArgs, TunedOptimArgs, ConditionedArgs, MixtureArgs, doc=__doc__
+    )
+    require(parsed[0], "output_dir")
+    # Only now the heavy imports, so that --help and mistakes in flags answer at once.
+    from megamod.runs.multitask import finetune_tasks
+    from megamod.train.setup import start_logging
+
+    start_logging()
+    finetune_tasks(*parsed)
+
+
+if __name__ == "__main__":
+    run(main)

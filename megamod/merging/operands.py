@@ -1,0 +1,135 @@
+"""What a merge method works on: one tensor as every model has it, read piece by piece."""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megamod.states.stream import PIECE, ModelFolder, pieces
+
+Values = Mapping[str, float | bool]
+"""Parameters by name, as they are for one tensor."""
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One tensor as one model has it.
+
+    Attributes:
+        source: the open folder; `name`: what the tensor is called there.
+        values: the model's parameters for this tensor.
+        cast: dtype that elements are rounded to before anything is computed; None: none.
+        rows: how many of its rows take part, from the first on; None: all.
+        number: of the model in the recipe, for what is drawn at random.
+        statistics: open file with what was measured on data; None: there is none.
+    """
+
+    source: ModelFolder
+    name: str
+    values: Values
+    cast: torch.dtype | None = None
+    rows: int | None = None
+    number: int = 0
+    statistics: ModelFolder | None = None
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        spec = self.source.tensors[self.name]
+        return spec.numel if self.rows is None else spec.numel // spec.shape[0] * self.rows
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of what takes part."""
+        shape = self.source.tensors[self.name].shape
+        return shape if self.rows is None else (self.rows, *shape[1:])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in: float32, or float64 if that is stored."""
+        return torch.promote_types(torch.float32, self.source.tensors[self.name].dtype)
+
+    def read_into(self, start: int, out: Tensor) -> None:
+        """Fill `out` (1-D, of `dtype`) with elements from `start` on."""
+        stored = self.source.tensors[self.name].dtype
+        if stored == out.dtype:
+            self.source.read_into(self.name, start, out)
+        else:
+            raw = torch.empty(len(out), dtype=stored)
+            self.source.read_into(self.name, start, raw)
+            out.copy_(raw)
+        if self.cast not in (None, stored):
+            out.copy_(out.to(self.cast))
+
+    def read(self) -> Tensor:
+        """The whole tensor, in its shape and in `dtype`."""
+        flat = torch.empty(self.numel, dtype=self.dtype)
+        self.read_into(0, flat)
+        return flat.view(self.shape)
+
+
+@dataclass(frozen=True)
+class Blend:
+    """One tensor of the result, to be made of that of every model.
+
+    Attributes:
+        name: of the tensor in the result.
+        operands: of the models, in the order of the recipe.
+        base: the one of them that the others are compared with; None: none.
+        values: parameters of the whole merge for this tensor.
+        seed: of everything that is drawn at random.
+    """
+
+    name: str
+    operands: Sequence[Operand]
+    base: Operand | None
+    values: Values
+    seed: int = 0
+
+    @property
+    def others(self) -> list[Operand]:
+        """The operands besides the base."""
+        return [operand for operand in self.operands if operand is not self.base]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements of the result."""
+        return self.operands[0].numel
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the result."""
+        return self.operands[0].shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in: the widest of the operands'."""
+        return max((one.dtype for one in self.operands), key=lambda dtype: dtype.itemsize)
+
+    def buffers(self, count: int, step: int | None = None) -> Tensor:
+        """Room for so many pieces; `step`: elements of each, else as `pieces` has them."""
+        step = PIECE // self.dtype.itemsize if step is None else step
+        return torch.empty(count, min(self.numel, step), dtype=self.dtype)
+
+    def pieces(self) -> Iterator[tuple[int, int]]:
+        """First element, and that after the last, of each piece."""
+        return pieces(self.numel, self.dtype.itemsize)
+
+    def row_pieces(self) -> Iterator[tuple[int, int]]:
+        """The same, but whole rows (along the last axis), at least one; a vector is one row."""
+        step = self.row_step()
+        for start in range(0, self.numel, step):
+            yield start, min(start + step, self.numel)
+
+    def row_step(self) -> int:
+        """Number of elements in each of `row_pieces`."""
+        row = max(1, self.shape[-1] if self.shape else 1)
+        return max(1, PIECE // self.dtype.itemsize // row) * row
+
+    def generator(self, operand: Operand) -> torch.Generator:
+        """Random numbers that belong to this tensor of this model, whoever asks, and when."""
+        text = f"{self.seed}/{operand.number}/{self.name}"
+        digest = hashlib.sha256(text.encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
