@@ -76,6 +76,9 @@ class StageArgs(Arguments):
         "start from scratch: bert_tiny, bert_mini, bert_small, bert_base, bert_large, a folder",
     )
     tokenizer_name: str | None = option(None, "tokenizer folder or name; none: that of --model")
+    dropout: float | None = option(
+        None, "rate of all dropout, heads included; none: as the model says", least=0, most=0.9
+    )
     do_train: bool = option(False, "train")
     do_eval: bool = option(False, "score the dev splits, in training every --eval_steps")
     do_predict: bool = option(False, "write predictions of --predict_split")

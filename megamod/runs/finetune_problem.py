@@ -41,6 +41,7 @@ SIZES = {
 }
 """Layers, width, heads and width of the feed-forward of --config_name."""
 
+DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -133,6 +134,7 @@ def prepare(tuned: TunedArgs, args: TaskArgs, words: WordArgs | None) -> Problem
     instances = _instances(config, tuned)
     _set_labels(config, task)
     _set_retrieval(config, tuned)
+    set_dropout(config, tuned.dropout)
     lengths = lengths_of(config, args)
     sets = first_rows(sets, args)
     label_all = words is not None and words.label_all_tokens
@@ -360,6 +362,14 @@ def _set_labels(config: PreTrainedConfig, task: TaskSpec) -> None:
         config.id2label = dict(enumerate(task.labels))
         config.label2id = {name: number for number, name in enumerate(task.labels)}
         config.problem_type = None if task.kind == "token" else "single_label_classification"
+
+
+def set_dropout(config: PreTrainedConfig, rate: float | None) -> None:
+    """Give all dropout of the model one rate; None: leave it as it is."""
+    if rate is not None:
+        for name in DROPOUTS:
+            if hasattr(config, name):
+                setattr(config, name, rate)
 
 
 def _set_retrieval(config: PreTrainedConfig, tuned: TunedArgs) -> None:

@@ -29,6 +29,7 @@ from megamod.runs.finetune_problem import (
     config_of,
     encode,
     first_rows,
+    set_dropout,
     tokenizer_of,
     wanted_splits,
 )
@@ -113,6 +114,7 @@ def prepare(stage: ConditionedArgs, args: MixtureArgs) -> Mixture:
             f"the tokenizer {stage.tokenizer_name or stage.model} has {len(tokenizer)} ids, the "
             f"model {config.vocab_size}: they do not belong together"
         )
+    set_dropout(config, stage.dropout)
     frozen = stage.frozen_blocks()
     if frozen is not None and frozen[1] >= config.num_hidden_layers:
         raise UserError(

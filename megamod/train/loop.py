@@ -89,6 +89,8 @@ def train(
     signals = _Signals()
     stop = Stop.NO
 
+    engine.train()  # a model that was loaded comes without dropout
+
     def due(every: int) -> bool:
         return state.step == plan.stop_step or (every > 0 and state.step % every == 0)
 

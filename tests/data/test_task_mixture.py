@@ -1,0 +1,158 @@
+"""Which rows of which task a step has, on any number of ranks, and what a mixed batch holds."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megamod.data.classification import Encoded
+from megamod.data.task_mixture import SAMPLINGS, TaskMixture
+from megamod.errors import UserError
+
+GOLDEN = Path(__file__).resolve().parents[2].parent / "shared" / "golden" / "camtl"
+SIZES = (7, 20, 12)  # classes, values, labels of tokens
+
+
+def rows_of(task: int, count: int) -> Encoded:
+    """Row r has 2 + r % 5 tokens, all of them 100 * task + r, and a label that names it."""
+    sizes = 2 + np.arange(count) % 5
+    ids = np.repeat(100 * task + np.arange(count), sizes).astype(np.int32)
+    labels = {
+        0: np.arange(count) % 3,
+        1: (np.arange(count) + 0.8).astype(np.float32),
+        2: np.where(ids % 2 == 0, ids, -100),
+    }[task]
+    return Encoded(
+        ids=ids,
+        segments=np.ones(len(ids), dtype=np.int8),
+        offsets=np.cumsum([0, *sizes], dtype=np.int64),
+        labels=labels.astype(np.int64) if task != 1 else labels,
+        heads=[np.zeros(1, dtype=np.int64)] * count if task == 2 else None,
+        pad_id=0,
+        cut=0,
+        longest=7,
+    )
+
+
+def mixture(sampling: str, *, rank: int = 0, ranks: int = 1, size: int = 4, batch: int = 4):
+    return TaskMixture(
+        [rows_of(task, count) for task, count in enumerate(SIZES)],
+        sampling,
+        seed=3,
+        alpha=0.5,
+        micro_batch=size,
+        global_batch=batch,
+        rank=rank,
+        ranks=ranks,
+    )
+
+
+def places(mixed: TaskMixture, steps: int) -> list[tuple[int, int]]:
+    """(task, row) of all rows of so many micro-batches."""
+    parts = [mixed.places(number) for number in range(steps)]
+    return [pair for tasks, rows in parts for pair in zip(tasks, rows, strict=True)]
+
+
+def test_proportional_has_every_row_once_an_epoch():
+    mixed = mixture("proportional")
+    assert mixed.epoch(1.0) == 10
+    everything = {(task, row) for task, size in enumerate(SIZES) for row in range(size)}
+    found = places(mixed, 39)
+    assert len(found) == 4 * sum(SIZES) and Counter(found) == dict.fromkeys(everything, 4)
+    assert set(found[:39]) == everything and found[:39] != found[39:78]
+    assert len({task for task, _ in found[:4]}) > 1
+
+
+def test_uniform_gives_each_task_its_turn():
+    mixed = mixture("uniform")
+    assert mixed.epoch(1.0) == 15 and mixed.epoch(0.5) == 7
+    tasks = [set(mixed.places(step)[0]) for step in range(60)]
+    assert all(len(one) == 1 for one in tasks)
+    turns = [tuple(min(one) for one in tasks[start : start + 3]) for start in range(0, 60, 3)]
+    assert all(sorted(turn) == [0, 1, 2] for turn in turns) and len(set(turns)) > 3
+    first = [row for task, row in places(mixed, 60) if task == 1]
+    assert [sorted(first[start : start + 20]) for start in (0, 20)] == [[*range(20)]] * 2
+
+
+def test_sequential_ends_one_task_before_the_next():
+    mixed = mixture("sequential")
+    assert mixed.epoch(1.0) == 2 + 5 + 3
+    tasks = [int(mixed.places(step)[0][0]) for step in range(20)]
+    assert tasks == ([0] * 2 + [1] * 5 + [2] * 3) * 2
+    assert {row for task, row in places(mixed, 10) if task == 0} == set(range(7))
+
+
+def test_temperature_lies_between():
+    mixed = mixture("temperature")
+    shares = Counter(task for task, _ in places(mixed, 5000))
+    wanted = np.sqrt(SIZES) / np.sqrt(SIZES).sum()
+    assert np.allclose([shares[task] / 20000 for task in range(3)], wanted, atol=0.01)
+
+
+def test_candidates_are_equally_many_of_each_task():
+    mixed = mixture("uncertainty")
+    tasks, rows = mixed.places(0)
+    assert tasks.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert mixed.epoch(1.0) == 15
+    own = [row for task, row in places(mixed, 5) if task == 1]
+    assert sorted(own) == [*range(20)]
+    assert sorted(row for task, row in places(mixed, 7) if task == 0) == sorted([*range(7)] * 4)
+    assert mixed[0]["items"][:2] == [4.0, 4.0] and mixed[0]["rows"].tolist() == rows.tolist()
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_ranks_and_micro_batches_divide_what_one_process_has(sampling):
+    whole = mixture(sampling, size=8, batch=8)
+    for step in range(6):
+        parts = [
+            mixture(sampling, rank=rank, ranks=2, size=2, batch=8).places(2 * step + turn)
+            for rank in range(2)
+            for turn in range(2)
+        ]
+        found = [pair for part in parts for pair in zip(*part, strict=True)]
+        if sampling == "uncertainty":  # by task there, by rank here
+            found.sort(key=lambda pair: pair[0])
+        assert found == list(zip(*whole.places(step), strict=True))
+
+
+def test_rows_of_a_mixed_batch_keep_what_they_had():
+    tasks, rows = np.array([1, 0, 2, 1, 2]), np.array([3, 6, 4, 19, 1])
+    batch = mixture("proportional").gather(tasks, rows)
+    assert batch["input_ids"].shape == (5, 7)  # no further than rows may be long
+    for place, (task, row) in enumerate(zip(tasks, rows, strict=True)):
+        length = 2 + row % 5
+        wanted = [100 * task + row] * length + [0] * (7 - length)
+        assert batch["input_ids"][place].tolist() == wanted
+        assert batch["attention_mask"][place].sum() == length
+    # Values are not cut to whole numbers for standing beside classes.
+    assert batch["labels"].tolist() == pytest.approx([3.8, 0.0, 0.0, 19.8, 0.0])
+    assert batch["token_labels"][2].tolist() == [204] * 6 + [-100]
+    assert (batch["token_labels"][[0, 1, 3, 4]] == -100).all()
+    assert batch["items"] == [1.0, 2.0, 6.0]
+
+
+def test_rows_that_do_not_divide():
+    with pytest.raises(UserError, match=r"--global_batch_size 6: not a multiple of 2 ranks x 2"):
+        mixture("proportional", ranks=2, size=2, batch=6)
+
+
+@pytest.mark.parametrize("case", sorted(p.name for p in GOLDEN.glob("sampler_*")) or ["none"])
+def test_epochs_as_recorded(case):
+    if case == "none":
+        pytest.skip(f"recorded tensors are not at {GOLDEN}")
+    config = json.loads((GOLDEN / case / "config.json").read_text())
+    mixed = TaskMixture(
+        [rows_of(0, size) for size in config["dataset_sizes"]],
+        "uncertainty",
+        seed=1,
+        alpha=0.5,
+        micro_batch=config["train_batch_size"],
+        global_batch=config["train_batch_size"],
+        rank=0,
+        ranks=1,
+    )
+    assert mixed.steps == config["batches_per_task_loader"]
+    assert mixed.epoch(1.0) == config["len_uncertainty"]
+    assert mixed.epoch(0.5) == config["len_uncertainty_pct_0.5"]
