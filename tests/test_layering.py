@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "megamod.data": (
         {"megamod.dist.scope"},
         {"numpy", "torch", "transformers", "tokenizers", "datasets", "sentencepiece"}
-        | {"google", "tqdm", "yaml"},  # google: protobuf, the format of SentencePiece models
+        | {"google", "tqdm", "yaml", "safetensors"},  # google: protobuf, of SentencePiece models
     ),
     "megamod.states": ({"megamod.dist.scope"}, {"torch", "safetensors"}),
     "megamod.evaluation": (
@@ -61,7 +61,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         {"megamod.args", "megamod.flags", "megamod.data", "megamod.dist", "megamod.dist.scope"}
         | {"megamod.models"}
         | {"megamod.evaluation", "megamod.mixture", "megamod.states", "megamod.train"},
-        {"torch", "transformers", "deepspeed", "numpy", "yaml"},
+        {"torch", "transformers", "deepspeed", "huggingface_hub", "numpy", "yaml"},
     ),
 }
 SOURCES = sorted(

@@ -13,7 +13,10 @@ class RowArgs(Arguments):
     """How long rows are, and how many."""
 
     free_on_resume: ClassVar[frozenset[str]] = frozenset(
-        ("data_dir", "task_spec", "max_eval_samples", "predict_split", "dataloader_num_workers")
+        (
+            *("data_dir", "task_spec", "cache_dir", "max_eval_samples", "predict_split"),
+            "dataloader_num_workers",
+        )
     )
     max_seq_length: int = option(128, "tokens per row, special ones included", least=3)
     truncate: bool = option(
@@ -22,6 +25,9 @@ class RowArgs(Arguments):
     max_train_samples: int | None = option(None, "use the first rows of train only", least=1)
     max_eval_samples: int | None = option(None, "score the first rows of a split only", least=1)
     predict_split: str = option("test", "split that --do_predict answers, and others like it")
+    cache_dir: str | None = option(
+        None, "folder that keeps token ids, by all that they depend on; none: they are not kept"
+    )
     dataloader_num_workers: int = option(0, "processes that make batches, per rank", least=0)
 
 

@@ -5,6 +5,7 @@ Everything a user can get wrong about them shows here, before any process waits 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from transformers import (
 
 from megamod.args import origin_of
 from megamod.data.classification import Encoded, Lengths, encode_texts, encode_words
+from megamod.data.encoded_cache import cached, key_of
 from megamod.data.glue import TextSet, read_task
 from megamod.data.ner import TokenSet, read_token_task
 from megamod.data.task_file import read_spec
@@ -138,7 +140,7 @@ def prepare(tuned: TunedArgs, args: TaskArgs, words: WordArgs | None) -> Problem
     lengths = lengths_of(config, args)
     sets = first_rows(sets, args)
     label_all = words is not None and words.label_all_tokens
-    encoded = encode(task, sets, tokenizer, lengths, label_all=label_all)
+    encoded = encode(task, sets, tokenizer, lengths, args.cache_dir, label_all=label_all)
     fixed = args.pad_to_max_length
     fixed = mixes_padding(config) if fixed is None else fixed
     return Problem(
@@ -171,19 +173,31 @@ def encode(
     sets: Mapping[str, TextSet | TokenSet],
     tokenizer: "PreTrainedTokenizerFast",
     lengths: Lengths,
+    cache_dir: str | None,
     *,
     label_all: bool = False,
 ) -> dict[str, Encoded]:
     """Token ids of all splits.
 
     Args:
+        cache_dir: see `cached`.
         label_all: see `encode_words`.
     """
+
+    def encode_rows(rows: TextSet | TokenSet) -> Encoded:
+        if isinstance(rows, TextSet):
+            return encode_texts(rows, tokenizer, lengths)
+        return encode_words(rows, tokenizer, lengths, task.labels, label_all=label_all)
+
+    if cache_dir is None:
+        return {split: encode_rows(rows) for split, rows in sets.items()}
     return {
-        split: encode_texts(found, tokenizer, lengths)
-        if task.kind != "token"
-        else encode_words(found, tokenizer, lengths, task.labels, label_all=label_all)
-        for split, found in sets.items()
+        split: cached(
+            Path(cache_dir),
+            key_of(rows, tokenizer, lengths, task.labels, label_all),
+            partial(encode_rows, rows),
+        )
+        for split, rows in sets.items()
     }
 
 

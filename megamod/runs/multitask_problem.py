@@ -127,7 +127,7 @@ def prepare(stage: ConditionedArgs, args: MixtureArgs) -> Mixture:
         Problem(
             task=task,
             sets=sets,
-            encoded=encode(task, sets, tokenizer, lengths),
+            encoded=encode(task, sets, tokenizer, lengths, args.cache_dir),
             config=config,
             tokenizer=tokenizer,
             weights=weights,

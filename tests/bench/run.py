@@ -16,6 +16,7 @@ import demux_split  # noqa: E402
 import ensemble  # noqa: E402
 import loader  # noqa: E402
 import merge  # noqa: E402
+import multitask_step  # noqa: E402
 import mux_throughput  # noqa: E402
 import step  # noqa: E402
 
@@ -32,6 +33,7 @@ FLOORS = {  # (limit, True if larger is better)
     **{
         mux_throughput.row_name(*row): (floor, True) for row, floor in mux_throughput.FLOORS.items()
     },
+    multitask_step.STEP: (multitask_step.LIMIT, False),
     **{demux_split.row_name(row): (floor, True) for row, floor in demux_split.FLOORS.items()},
 }
 
@@ -45,6 +47,7 @@ def main() -> int:
     results |= ensemble.measure()
     results |= mux_throughput.measure()
     results |= demux_split.measure()
+    results |= multitask_step.measure()
     missed = 0
     for name, ratios in results.items():
         limit, larger = FLOORS[name]

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertForMaskedLM, BertModel
 
-from megamod.models.ca_mtl import CaMtlForMultiTask
+from megamod.models.ca_mtl import CaMtlForMultiTask, OneTask, freeze, from_encoder
 from megamod.models.ca_mtl_configuration import CaMtlConfig
 from megamod.nn.conditioning import Film, block_bias, block_shape
 from megamod.states.convert import Options
@@ -264,3 +264,76 @@ def test_numbers_of_parameters(variant, shape, expected):
     # The bank is padded to the largest head.
     padding = sum(max(sizes) - size for size in sizes) * (shape[1] + 1)
     assert sum(p.numel() for p in model.parameters()) - padding == expected
+
+
+def test_trainable_names_as_recorded(case):
+    name, model, _ = case
+    ranges = json.loads((GOLDEN / name / "config.json").read_text())["trainable_after_freeze"]
+    if not ranges or model.config.variant == "plain":
+        pytest.skip("the release cannot freeze a plain encoder")
+    last = model.config.num_hidden_layers - 1
+    for blocks, recorded in ranges.items():
+        model.requires_grad_(True)
+        first, end = map(int, blocks.split("-"))
+        counts = freeze(model, first, min(end, last), release=True)
+        ours = {n for n, p in model.named_parameters() if p.requires_grad and "heads" not in n}
+        theirs = {
+            n.replace(f"layer.{last}.new_", f"layer.{last}.")
+            for n in recorded
+            if not n.startswith("decoders.")
+        }
+        assert ours == theirs, blocks
+        total = sum(p.numel() for p in model.parameters())
+        assert counts["trained"] + counts["frozen"] == total
+        freeze(model, first, min(end, last))
+        more = {n for n, p in model.named_parameters() if p.requires_grad} - ours
+        biases = {n for n in more if "cond_block_diag_attn" in n}
+        assert more - biases == {"heads.weight", "heads.bias"}
+        assert len(biases) == 2 * (min(end, last) - first + 1)
+    model.requires_grad_(True)
+
+
+def test_freezing_blocks_of_a_plain_encoder():
+    model = made("plain")
+    counts = freeze(model, 0, 2)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert all(n.startswith(("bert.encoder.layer.3.", "bert.pooler", "heads")) for n in trained)
+    assert counts["trained"] == sum(p.numel() for n, p in model.named_parameters() if n in trained)
+    with pytest.raises(ValueError, match="blocks 3-4: the model has blocks 0-3"):
+        freeze(model, 3, 4)
+
+
+@pytest.mark.parametrize("top", [True, False])
+def test_starting_from_bert(tmp_path, top):
+    shape = {k: SMALL[k] for k in list(SMALL)[:6]}
+    BertForMaskedLM(BertConfig(**shape)).save_pretrained(tmp_path)
+    bert = BertForMaskedLM.from_pretrained(tmp_path).state_dict()
+    torch.manual_seed(0)
+    tasks = {k: SMALL[k] for k in SMALL if k.startswith("task") or k == "max_seq_length"}
+    config = CaMtlConfig.around(BertConfig.from_pretrained(tmp_path), **tasks)
+    assert config.hidden_size == 32 and config.variant == "base"
+    model, report = from_encoder(str(tmp_path), config, top=top)
+    ours = model.state_dict()
+    assert all(tensor.isfinite().all() for tensor in ours.values())
+    names = [n for n in ours if n in bert and ("layer.3." not in n or top)]
+    assert names and all(torch.equal(ours[n], bert[n]) for n in names)
+    changed = "bert.encoder.layer.3.intermediate.dense.weight"
+    assert torch.equal(ours[changed], bert[changed]) is top
+    assert (changed in report["loaded"]) is top and (changed in report["new"]) is not top
+    assert set(report["loaded"]) | set(report["new"]) == set(ours)
+    # What is new is drawn as the release draws it.
+    assert ours["bert.encoder.layer.0.attention.self.random_weight_matrix"].abs().max() == 0
+    assert ours["heads.bias"].abs().max() == 0
+    norm = "bert.encoder.layer.3.adapter.condlayernorm"
+    assert (ours[f"{norm}.weight"] == 1).all() and (ours[f"{norm}.bias"] == 0).all()
+    assert 0.01 < ours["bert.encoder.task_transformation.weight"].std() < 0.03
+
+
+def test_one_task_of_many_is_a_classifier():
+    model, given = made("base"), batch()
+    fields = {n: given[n] for n in ("input_ids", "attention_mask", "token_type_ids")}
+    for task, shape in ((0, (6, 3)), (1, (6, 1)), (2, (6, 11, 5))):
+        logits = OneTask(model, task)(**fields).logits
+        assert logits.shape == shape
+        own = given["task_ids"] == task
+        assert torch.allclose(logits[own], model(**given).logits[task], atol=1e-5)

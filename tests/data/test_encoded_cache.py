@@ -1,0 +1,93 @@
+"""Kept token ids: the same rows again, and never those of other settings."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from transformers import BertTokenizerFast
+
+from megamod.data.classification import Lengths, encode_texts, encode_words
+from megamod.data.encoded_cache import cached, key_of
+from megamod.data.glue import TextSet
+from megamod.data.ner import TokenSet
+
+LENGTHS = Lengths(8, 16)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """Word pieces of a few words."""
+    file = tmp_path_factory.mktemp("vocab") / "vocab.txt"
+    file.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdef", "##x"]))
+    return BertTokenizerFast(str(file))
+
+
+TEXTS = TextSet((["a b", "c", "f e d c b a f e d"],), np.array([0, 1, 1]), ["f, line 1"] * 3)
+WORDS = TokenSet([["a", "bx"], ["c"]], [["O", "B-X"], ["O"]], [1, 4], "f")
+
+
+def never():
+    raise AssertionError("it was there already")
+
+
+def same(one, other) -> bool:
+    if (one.heads is None) != (other.heads is None):
+        return False
+    pairs = [(getattr(one, n), getattr(other, n)) for n in ("ids", "segments", "offsets", "labels")]
+    pairs += list(zip(one.heads or [], other.heads or [], strict=True))
+    numbers = all(getattr(one, n) == getattr(other, n) for n in ("pad_id", "cut", "longest"))
+    return numbers and all(
+        (a is None) == (b is None) and (a is None or (a.dtype == b.dtype and np.array_equal(a, b)))
+        for a, b in pairs
+    )
+
+
+def test_the_same_rows_come_back(tmp_path, tokenizer):
+    for rows, labels, make in (
+        (TEXTS, (), lambda: encode_texts(TEXTS, tokenizer, LENGTHS)),
+        (
+            replace(TEXTS, labels=None),
+            (),
+            lambda: encode_texts(replace(TEXTS, labels=None), tokenizer, LENGTHS),
+        ),
+        (
+            WORDS,
+            ("O", "B-X", "I-X"),
+            lambda: encode_words(WORDS, tokenizer, LENGTHS, ("O", "B-X", "I-X")),
+        ),
+    ):
+        key = key_of(rows, tokenizer, LENGTHS, labels, False)
+        made = cached(tmp_path / "kept", key, make)
+        assert same(cached(tmp_path / "kept", key, never), made)
+        assert same(make(), made)
+    assert len(list((tmp_path / "kept").iterdir())) == 3
+
+
+def test_whatever_matters_changes_the_name(tokenizer, tmp_path):
+    file = tmp_path / "vocab.txt"
+    file.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefg"]))
+    other_text = TextSet((["a b", "c", "f"],), TEXTS.labels, TEXTS.places)
+    keys = [
+        key_of(rows, pieces, lengths, labels, label_all)
+        for rows, pieces, lengths, labels, label_all in (
+            (TEXTS, tokenizer, LENGTHS, ("0", "1"), False),
+            (other_text, tokenizer, LENGTHS, ("0", "1"), False),
+            (replace(TEXTS, labels=np.array([1, 1, 1])), tokenizer, LENGTHS, ("0", "1"), False),
+            (replace(TEXTS, labels=None), tokenizer, LENGTHS, ("0", "1"), False),
+            (TEXTS, BertTokenizerFast(str(file)), LENGTHS, ("0", "1"), False),
+            (TEXTS, tokenizer, Lengths(7, 16), ("0", "1"), False),
+            (TEXTS, tokenizer, LENGTHS, ("1", "0"), False),
+            (WORDS, tokenizer, LENGTHS, ("0", "1"), False),
+            (WORDS, tokenizer, LENGTHS, ("0", "1"), True),
+        )
+    ]
+    assert len(set(keys)) == len(keys)
+    again = TextSet(TEXTS.texts, TEXTS.labels.copy(), ["g, line 9"] * 3)
+    assert key_of(again, tokenizer, LENGTHS, ("0", "1"), False) == keys[0]
+
+
+def test_a_broken_file_is_made_anew(tmp_path, tokenizer, caplog):
+    (tmp_path / "key.safetensors").write_bytes(b"half")
+    made = cached(tmp_path, "key", lambda: encode_texts(TEXTS, tokenizer, LENGTHS))
+    assert "made anew" in caplog.text and len(made) == 3
+    assert same(cached(tmp_path, "key", never), made)
