@@ -268,3 +268,15 @@ def test_mistakes_about_a_trained_model(place):
     wrong = [place / "bad", place / "glue"]
     with pytest.raises(UserError, match=r"dev.tsv, line 2: label '7' is not one of task sst-2"):
         prepare(*parsed(place, place / "x", **model, data_dir=wrong)[3:])
+
+
+def test_the_recipe_is_that_of_the_release():
+    recipe = Path(__file__).resolve().parents[2] / "launchers" / "recipes" / "ca_mtl_base.yaml"
+    run, _, optim, stage, args = parse_args(*CLASSES, argv=[str(recipe), "--output_dir", "out"])
+    assert (stage.model, stage.variant, stage.frozen_blocks()) == (
+        "bert-base-cased",
+        "base",
+        (0, 5),
+    )
+    assert (args.mt_sampling, args.max_seq_length, len(args.tasks)) == ("uncertainty", 128, 8)
+    assert (optim.learning_rate, stage.num_train_epochs, run.seed) == (2e-5, 5.0, 12)
