@@ -11,6 +11,9 @@ Each domain is NAME=PATH, where PATH is one of
     hf:NAME[:CONFIG]   a data set of the Hugging Face hub
 or --builtin takes four domains of real text from this Python installation.
 
+With --sample_lines N nothing is tokenized: OUT/NAME.txt gets N random lines of every text file
+below PATH that has so many, such as of every book of a corpus, to compare models on.
+
 A run that was interrupted goes on where it was when the same command is given again.
 """
 
@@ -29,6 +32,11 @@ def main() -> None:
     from megamod.data.documents import parse_inputs
 
     inputs: dict[str, str | list[str]] = {**parse_inputs(options.input)}
+    if options.sample_lines is not None:
+        print(sample(options, inputs))
+        return
+    if options.tokenizer is None:
+        raise UserError("--tokenizer is missing: sentencepiece:8192, or a folder; see --help")
     if options.builtin:
         builtin = builtin_documents()
         if both := sorted(builtin.keys() & inputs.keys()):
@@ -67,7 +75,6 @@ def parse_arguments() -> argparse.Namespace:
     add("--builtin", action="store_true", help="add python_code, c_headers, reference_prose, ...")
     add(
         "--tokenizer",
-        required=True,
         metavar="T",
         help="sentencepiece:VOCAB, or wordpiece:VOCAB for encoders, to train one on the train "
         "splits; a SentencePiece .model file; a folder with encoder.json, vocab.bpe and dict.txt "
@@ -93,9 +100,36 @@ def parse_arguments() -> argparse.Namespace:
         help="refuse bytes that are not UTF-8 text (default), or replace and count them",
     )
     add("--seed", type=int, default=0, help="divides files that are not split (default: 0)")
+    add("--sample_lines", type=int, metavar="N", help="draw N lines of each file, and no more")
     add("--workers", type=int, metavar="N", help="processes (default: by the amount of text)")
     add("--traceback", action="store_true", help="show where an error was raised")
     return parser.parse_args()
+
+
+def sample(options: argparse.Namespace, inputs: dict[str, str]) -> str:
+    """Draw lines of text files; what came of it, a line per domain.
+
+    Raises:
+        UserError: for flags that do not go with it, and files that do not do.
+    """
+    from megamod.data.line_sample import sample_lines
+
+    if options.builtin or options.tokenizer is not None or not inputs:
+        raise UserError("--sample_lines goes with --input alone: it writes text, not a data-bin")
+    if options.sample_lines < 1:
+        raise UserError(f"--sample_lines {options.sample_lines}: at least 1 is needed")
+    told = sample_lines(
+        inputs,
+        options.sample_lines,
+        options.output_dir,
+        encoding_errors=options.encoding_errors,
+        seed=options.seed,
+    )
+    return "\n".join(
+        f"{options.output_dir / name}.txt: {options.sample_lines} lines of each of {taken} files, "
+        f"{left} files have fewer"
+        for name, (taken, left) in told.items()
+    )
 
 
 def summary(header: dict, output: Path) -> str:

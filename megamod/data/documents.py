@@ -174,7 +174,7 @@ def open_source(
     line_readers = {}
     if all(file.suffix != ".jsonl" for file in files.values()):
         line_readers = {
-            split: lambda file=file: (line for _, line in _read_lines(file, decoding))
+            split: lambda file=file: (line for _, line in text_lines(file, decoding))
             for split, file in files.items()
         }
     return Source(where, readers, decoding, seed, line_readers)
@@ -194,7 +194,7 @@ def read_documents(
     """
     path, decoding = Path(path), decoding or Decoding()
     if path.suffix == ".jsonl":
-        for number, line in _read_lines(path, decoding):
+        for number, line in text_lines(path, decoding):
             if line.strip():
                 text = _json_text(line, field, f"{path}:{number}")
                 text = decoding.string(text, f"{path}:{number}")
@@ -202,7 +202,7 @@ def read_documents(
                     yield text
         return
     kept: list[str] = []
-    for _, line in _read_lines(path, decoding):
+    for _, line in text_lines(path, decoding):
         if line.strip():
             kept.append(line)
         elif kept:
@@ -222,7 +222,12 @@ def split_of(document: str, seed: int) -> str:
     return "valid" if position < SHARES["train"] + SHARES["valid"] else "test"
 
 
-def _read_lines(path: Path, decoding: Decoding) -> Iterator[tuple[int, str]]:
+def text_lines(path: Path, decoding: Decoding) -> Iterator[tuple[int, str]]:
+    """Lines of a file from 1 on, without their ends.
+
+    Raises:
+        UserError: if it cannot be read, or holds what the decoding refuses.
+    """
     offset = 0
     try:
         with open(path, "rb") as file:

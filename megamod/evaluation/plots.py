@@ -255,6 +255,59 @@ def plot_task_shares(metrics: Path, output: Path) -> None:
     pyplot.close(figure)
 
 
+def plot_losses_along(
+    variants: Mapping[str, Sequence[Mapping[str, Sequence[float]]]], output: Path, title: str
+) -> None:
+    """PNG of losses on the line between two models, a line per way to align.
+
+    Args:
+        variants: by name a mapping per pair, "weights" of the first model and "losses" there. Of
+            several pairs the mean is drawn, and a band from the lowest to the highest.
+    """
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    colours = _colours(pyplot, len(variants))
+    for (name, pairs), colour in zip(variants.items(), colours, strict=True):
+        weights = pairs[0]["weights"]
+        columns = list(zip(*(pair["losses"] for pair in pairs), strict=True))
+        means = [sum(column) / len(column) for column in columns]
+        axes.plot(weights, means, "o-", c=colour, lw=1.4, ms=3, label=name)
+        if len(pairs) > 1:
+            lowest, highest = (list(map(pick, columns)) for pick in (min, max))
+            axes.fill_between(weights, lowest, highest, color=colour, alpha=0.15, lw=0)
+    axes.set(title=title, xlabel="weight of the first model", ylabel="loss (nats)")
+    figure.legend(loc="outside right center", fontsize=9, frameon=False)
+    figure.savefig(output, dpi=120)
+    pyplot.close(figure)
+
+
+def plot_barriers(tasks: Mapping[str, Mapping[str, tuple[float, float]]], output: Path) -> None:
+    """PNG of barriers: a group of bars per task, a bar per way to align.
+
+    Args:
+        tasks: by task and name the mean over pairs and its standard error.
+    """
+    names = list(dict.fromkeys(name for bars in tasks.values() for name in bars))
+    pyplot = _pyplot()
+    width = 0.8 / len(names)
+    figure, axes = pyplot.subplots(
+        figsize=(3 + 0.5 * len(tasks) * len(names), 4.2), layout="constrained"
+    )
+    for number, (name, colour) in enumerate(zip(names, _colours(pyplot, len(names)), strict=True)):
+        points = [
+            (place + (number - (len(names) - 1) / 2) * width, *bars[name])
+            for place, bars in enumerate(tasks.values())
+            if name in bars
+        ]
+        at, means, errors = zip(*points, strict=True)
+        axes.bar(at, means, width, yerr=errors, color=colour, capsize=3, label=name)
+    axes.set_xticks(range(len(tasks)), list(tasks))
+    axes.set(ylabel="barrier (nats)")
+    figure.legend(loc="outside right center", fontsize=9, frameon=False)
+    figure.savefig(output, dpi=120)
+    pyplot.close(figure)
+
+
 def _number(x: float | None) -> str:
     if x is None:
         return "–"

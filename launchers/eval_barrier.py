@@ -1,0 +1,64 @@
+"""Losses on the straight line between models, as they are and aligned: the barrier.
+
+    python launchers/eval_barrier.py STUDY.yaml --output_dir runs/barrier
+
+    models: {a: runs/seed-1/model, b: runs/seed-2/model, c: runs/seed-3/model}
+    task: mlm
+    data: valid.txt
+    variants:
+      vanilla: {method: identity}
+      ff+attn: {groups: [ff, attn], calibration: {path: train.txt, fraction: 0.1}}
+      all: {calibration: {path: train.txt, fraction: 0.1}}
+
+task is mlm, clm (text files), or a task of finetune_glue.py or finetune_ner.py, whose folder is the
+data and whose train rows are compared on where a variant names no file; a list makes several, and
+{task} in a model's folder stands for them. All pairs are compared, or those under `pairs`. The same
+command makes only what is missing. OUT/results.json has both definitions of the barrier by pair,
+their means and standard errors; OUT/TASK.png the curves and OUT/barriers.png all barriers.
+launchers/recipes/barrier_*.yaml are studies to start from; docs/merging.md tells more.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from megamod.errors import UserError, run
+from megamod.flags import Arguments, option, parse_args, require
+
+
+@dataclass
+class BarrierArgs(Arguments):
+    """What to compare, and where to write it."""
+
+    study: str | None = option(None, "YAML file; may come first without the flag")
+    output_dir: str | None = option(None, "folder of all curves, of the table and the plots")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "where models run; auto: a GPU, if any")
+
+
+def main() -> None:
+    """Parse, make what is missing, print the table."""
+    arguments = sys.argv[1:]
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--study", *arguments]
+    (args,) = parse_args(BarrierArgs, argv=arguments, doc=__doc__)
+    require(args, "study", "output_dir")
+    import torch
+
+    from megamod.runs.barrier import run_study
+    from megamod.runs.barrier_recipe import read_study
+    from megamod.train.setup import start_logging
+
+    study, output = read_study(Path(args.study)), Path(args.output_dir)
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output_dir {output}: not a folder")
+    there = torch.cuda.is_available()
+    if args.device == "cuda" and not there:
+        raise UserError("--device cuda: torch sees no GPU here; give cpu")
+    start_logging()
+    device = torch.device("cuda" if there and args.device != "cpu" else "cpu")
+    print(run_study(study, output, device))
+
+
+if __name__ == "__main__":
+    run(main)

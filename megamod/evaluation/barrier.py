@@ -1,0 +1,66 @@
+"""The loss on the straight line between two models, and how high it rises there.
+
+Source: Frankle et al. 2020 (Linear mode connectivity), section 2; Verma and Elbayad 2024 (Merging
+text transformer models from different initializations), section 5.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+Losses = Callable[[nn.Module], Mapping[str, float]]
+"""From a model to its losses by name, such as those of two dev sets."""
+
+
+def weights_of(points: int) -> list[float]:
+    """Weights of the first model, evenly from 0 to 1."""
+    return [number / (points - 1) for number in range(points)]
+
+
+def barrier(weights: Sequence[float], losses: Sequence[float]) -> float:
+    """How far the loss is at most above the line between its ends; 0 if it is nowhere.
+
+    Args:
+        weights: of the first model, from 0 to 1.
+        losses: at each of them.
+    """
+    ends = losses[0], losses[-1]
+    return max(
+        loss - (weight * ends[1] + (1 - weight) * ends[0])
+        for weight, loss in zip(weights, losses, strict=True)
+    )
+
+
+def barrier_over_mean(losses: Sequence[float]) -> float:
+    """How far the largest loss is above the mean of both ends."""
+    return max(losses) - (losses[0] + losses[-1]) / 2
+
+
+@torch.no_grad()
+def losses_along(
+    model: nn.Module,
+    first: Mapping[str, Tensor],
+    second: Mapping[str, Tensor],
+    weights: Sequence[float],
+    losses: Losses,
+    tell: Callable[[], object] = lambda: None,
+) -> dict[str, list[float]]:
+    """Losses of weight * first + (1 - weight) * second, by name, for every weight.
+
+    Args:
+        model: whose weights are overwritten.
+        first, second: weights of the two by name.
+        tell: called behind every weight.
+    """
+    model.eval()
+    found: dict[str, list[float]] = {}
+    own = model.state_dict()
+    for weight in weights:
+        for name, tensor in own.items():
+            if tensor.is_floating_point():
+                tensor.copy_(torch.lerp(second[name], first[name], weight))
+        for name, loss in losses(model).items():
+            found.setdefault(name, []).append(loss)
+        tell()
+    return found

@@ -1,0 +1,87 @@
+"""Mean losses of models on held-out text and rows: one number, without metrics or perplexities."""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from megamod.data.blocks import IGNORE
+from megamod.data.classification import Encoded
+from megamod.data.masking import Masking
+
+
+@torch.no_grad()
+def masked_loss(
+    model: nn.Module, blocks: np.ndarray, masking: Masking, seed: int, batch_size: int
+) -> float:
+    """Mean cross entropy of masked tokens, nats; the same tokens are masked in every call.
+
+    Args:
+        model: takes `input_ids` and returns `logits` [B, T, V].
+        blocks: [n, T] token ids.
+        seed: of the masks.
+    """
+    total, count = 0.0, 0
+    for start in range(0, len(blocks), batch_size):
+        rows = [
+            masking.apply(block, (seed << 40) + start + place)[:2]
+            for place, block in enumerate(blocks[start : start + batch_size])
+        ]
+        inputs, labels = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
+        logits = model(input_ids=inputs.to(_device(model))).logits
+        there = labels != IGNORE
+        total += _summed(logits.cpu()[there], labels[there])
+        count += int(there.sum())
+    return total / max(1, count)
+
+
+@torch.no_grad()
+def causal_loss(model: nn.Module, blocks: np.ndarray, batch_size: int) -> float:
+    """Mean cross entropy of every token but the first of a block, nats.
+
+    Args:
+        model: takes `input_ids` and returns `logits` [B, T, V].
+        blocks: [n, T] token ids.
+    """
+    total = 0.0
+    for start in range(0, len(blocks), batch_size):
+        inputs = torch.from_numpy(blocks[start : start + batch_size].astype(np.int64))
+        logits = model(input_ids=inputs.to(_device(model))).logits[:, :-1]
+        total += _summed(logits.cpu().flatten(0, 1), inputs[:, 1:].flatten())
+    return total / (blocks.shape[0] * (blocks.shape[1] - 1))
+
+
+@torch.no_grad()
+def classifier_loss(
+    model: nn.Module,
+    encoded: Encoded,
+    inputs: tuple[str, ...],
+    regression: bool,
+    batch_size: int,
+) -> float:
+    """Mean loss of labelled rows, or of labelled tokens: cross entropy, or squared error.
+
+    Args:
+        model: takes the fields `inputs` of a batch and returns `logits`.
+    """
+    total, count = 0.0, 0
+    for start in range(0, len(encoded), batch_size):
+        batch = encoded.gather(np.arange(start, min(start + batch_size, len(encoded))), None)
+        fields = {name: batch[name].to(_device(model)) for name in inputs}
+        logits, labels = model(**fields).logits.float().cpu(), batch["labels"]
+        if regression:
+            total += float(functional.mse_loss(logits[:, 0], labels, reduction="sum"))
+        else:
+            total += _summed(logits.flatten(0, -2), labels.flatten())
+        count += batch["items"]
+    return total / max(1, count)
+
+
+def _summed(logits: Tensor, labels: Tensor) -> float:
+    return float(
+        functional.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum")
+    )
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

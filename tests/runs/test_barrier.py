@@ -1,0 +1,224 @@
+"""Studies of barriers: what alignment can undo is undone, and nothing is made twice."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+)
+
+from megamod.data.text_blocks import text_blocks
+from megamod.errors import UserError
+from megamod.evaluation.barrier import barrier, barrier_over_mean, losses_along, weights_of
+from megamod.merging.alignment.align import shapes_of
+from megamod.merging.alignment.options import Options
+from megamod.merging.alignment.permute import permuted
+from megamod.merging.alignment.record import Alignment, aligned_groups
+from megamod.merging.alignment.symmetry import symmetry_of
+from megamod.runs.barrier import run_study
+from megamod.runs.barrier_recipe import read_study
+
+WORDS = [f"w{n}" for n in range(30)]
+VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+BERT = dict(vocab_size=len(VOCAB), hidden_size=24, num_hidden_layers=2, num_attention_heads=3)
+BERT |= dict(intermediate_size=40, max_position_embeddings=32, initializer_range=0.3)
+GPT2 = dict(vocab_size=len(VOCAB), n_embd=24, n_layer=2, n_head=3, n_positions=32)
+ALL = Options(head_follow_residual=True)
+
+
+def twin(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """A model that computes the same, its features in another order."""
+    symmetry = symmetry_of(model.config.to_dict(), shapes_of(model.state_dict()))
+    options = ALL if symmetry.of("res") else Options(groups=("ff", "attn"))
+    generator = torch.Generator().manual_seed(seed)
+    found, shared = {}, None
+    for group in aligned_groups(symmetry, options):
+        if group.family in ("res", "head"):
+            shared = torch.randperm(group.size, generator=generator) if shared is None else shared
+            found[group.name] = shared
+        elif group.heads is None:
+            found[group.name] = torch.randperm(group.size, generator=generator)
+        else:
+            within = group.size // group.heads
+            order = torch.randperm(group.heads, generator=generator)
+            parts = [head * within + torch.randperm(within, generator=generator) for head in order]
+            found[group.name] = torch.cat(parts)
+    state = permuted(model.state_dict(), symmetry, Alignment(found, {}, options))
+    other = type(model)(model.config)
+    other.load_state_dict(state)
+    return other
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """Pairs of models that differ in the order of their features, text, and a task."""
+    root = tmp_path_factory.mktemp("barrier")
+    random_ = random.Random(1)
+    for name, kind, config in (
+        ("bert", BertForMaskedLM, BertConfig(**BERT)),
+        ("cola", BertForSequenceClassification, BertConfig(**BERT, num_labels=2)),
+        ("gpt2", GPT2LMHeadModel, GPT2Config(**GPT2, initializer_range=0.3)),
+    ):
+        torch.manual_seed(3)
+        first = kind(config)
+        for number, model in enumerate((first, twin(first, 5), twin(first, 6)), start=1):
+            folder = root / f"{name}-{number}"
+            model.save_pretrained(folder)
+            (folder / "vocab.txt").write_text("\n".join(VOCAB) + "\n")
+    for file in ("train.txt", "valid.txt"):
+        lines = [" ".join(random_.choices(WORDS, k=9)) for _ in range(40)]
+        (root / file).write_text("\n".join(lines) + "\n")
+    (root / "CoLA").mkdir()
+    for split in ("train", "dev"):
+        rows = [f"x\t{n % 2}\t*\t{' '.join(random_.choices(WORDS, k=6))}" for n in range(20)]
+        (root / "CoLA" / f"{split}.tsv").write_text("\n".join(rows) + "\n")
+    return root
+
+
+def study(root: Path, name: str, task: str, **more: object) -> Path:
+    """A file that compares the models of that name."""
+    calibration = {} if task == "cola" else {"calibration": {"path": str(root / "train.txt")}}
+    content = {
+        "models": [str(root / f"{name}-{number}") for number in (1, 2, 3)],
+        "pairs": [[1, 2], [1, 3]],
+        "task": task,
+        "data": str(root if task == "cola" else root / "valid.txt"),
+        "tokenizer": str(root / "bert-1"),
+        "max_seq_length": 16,
+        "points": 5,
+        "variants": {
+            "vanilla": {"method": "identity"},
+            "ff+attn": {"groups": ["ff", "attn"], **calibration},
+            "all": calibration,
+        },
+        **more,
+    }
+    path = root / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+@pytest.mark.parametrize(("name", "task"), [("bert", "mlm"), ("cola", "cola"), ("gpt2", "clm")])
+def test_alignment_takes_the_barrier_away(place, name, task):
+    path = study(place, name, task)
+    if name == "gpt2":  # its residual stream
+        content = yaml.safe_load(path.read_text())
+        content["variants"]["all"] = content["variants"]["ff+attn"] | {
+            "groups": ["ff", "attn", "res"]
+        }
+        path.write_text(yaml.safe_dump(content, sort_keys=False))
+    out = place / f"out-{name}"
+    table = run_study(read_study(path), out, torch.device("cpu"))
+    record = json.loads((out / "results.json").read_text())[task]
+
+    def losses(variant: str, pair: str) -> list[float]:
+        curve = json.loads((out / "curves" / task / variant / f"{pair}.json").read_text())
+        (found,) = curve["losses"].values()
+        return found
+
+    for pair in ("1-2", "1-3"):
+        assert np.ptp(losses("all", pair)) < 1e-4  # the same function all along
+        assert np.ptp(losses("vanilla", pair)) > 0.02
+        assert losses("vanilla", pair)[0] == pytest.approx(losses("all", pair)[0], abs=1e-4)
+        assert abs(record["all"]["pairs"][pair]["barrier"]) < 1e-4
+    assert "ff+attn" in table and "over the mean" in table
+    for plot in (f"{task}.png", "barriers.png"):
+        assert (out / plot).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_only_what_is_missing_is_made(place):
+    out, path = place / "again", study(place, "bert", "mlm", pairs=[["1", "2"]])
+    content = yaml.safe_load(path.read_text())
+    content["variants"].pop("all")
+    path.write_text(yaml.safe_dump(content))
+    run_study(read_study(path), out, torch.device("cpu"))
+    files = sorted((out / "curves").rglob("*.json"))
+    times = [file.stat().st_mtime_ns for file in files]
+    content["variants"]["monotonic"] = content["variants"]["ff+attn"] | {"attention": "monotonic"}
+    path.write_text(yaml.safe_dump(content))
+    run_study(read_study(path), out, torch.device("cpu"))
+    assert [file.stat().st_mtime_ns for file in files] == times
+    assert len(sorted((out / "curves").rglob("*.json"))) == len(files) + 1
+    path.write_text(yaml.safe_dump(content | {"points": 3}))
+    with pytest.raises(UserError, match="holds a study with another points"):
+        run_study(read_study(path), out, torch.device("cpu"))
+
+
+def test_both_definitions_of_the_barrier():
+    weights = weights_of(5)
+    assert weights == [0, 0.25, 0.5, 0.75, 1]
+    losses = [1.0, 2.0, 4.0, 3.0, 3.0]
+    assert barrier(weights, losses) == pytest.approx(4.0 - 2.0)
+    assert barrier_over_mean(losses) == pytest.approx(4.0 - 2.0)
+    assert barrier(weights, [1.0, 1.2, 1.4, 3.2, 3.0]) == pytest.approx(3.2 - 2.5)
+    assert barrier(weights, [2.0, 1.0, 0.5, 1.0, 2.0]) == 0
+
+
+def test_the_line_runs_from_the_second_to_the_first():
+    model = torch.nn.Linear(2, 1, bias=False)
+    first, second = {"weight": torch.tensor([[4.0, 0.0]])}, {"weight": torch.tensor([[0.0, 8.0]])}
+    found = losses_along(
+        model,
+        first,
+        second,
+        [0, 0.25, 1],
+        lambda m: {"loss": float((m.weight @ torch.ones(2)).sum())},
+    )
+    assert found == {"loss": [8.0, 7.0, 4.0]}
+
+
+def test_blocks_of_text(tmp_path):
+    (tmp_path / "t.txt").write_text("ab c\n\nde\nfgh\n")
+    found = text_blocks(tmp_path / "t.txt", lambda line: [ord(one) for one in line], 4)
+    assert ["".join(map(chr, row)) for row in found] == ["ab c", "defg"]
+    spaced = text_blocks(tmp_path / "t.txt", lambda line: [*map(ord, line)], 4, most=1, spaced=True)
+    assert ["".join(map(chr, row)) for row in spaced] == ["a b "]
+    with pytest.raises(UserError, match="fewer than the 40 tokens"):
+        text_blocks(tmp_path / "t.txt", lambda line: [1], 40)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1]", "not `key: value` lines"),
+        ("{models: [a], variants: {x: {}}}", "is not two or more models"),
+        ("{models: [a, b], variants: {x: {}}, pair: 1}", "unknown key 'pair'; allowed are models"),
+        ("{models: [a, b], pairs: [[1, 3]], variants: {x: {}}}", "is not two of 1, 2"),
+        ("{models: [a, b]}", "variants: None is not names"),
+        ("{models: [a, b], variants: {x: {method: magic}}}", "'magic' is not one of activation"),
+        (
+            "{models: [a, b], variants: {x: {}}, points: 1}",
+            "1 is not a whole number from 2",
+        ),
+        ("{models: [a, b], variants: {x: {}}, mlm_probability: 1.5}", "not between 0 and 1"),
+    ],
+)
+def test_mistakes_in_a_study(tmp_path, text, message):
+    (tmp_path / "s.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_study(tmp_path / "s.yaml")
+
+
+RECIPES = Path(__file__).resolve().parents[2] / "launchers" / "recipes"
+
+
+@pytest.mark.parametrize(
+    ("name", "variants"),
+    [("components", 4), ("heads", 4), ("residual", 5), ("data", 8), ("glue", 2)],
+)
+def test_recipes_are_studies(name, variants):
+    found = read_study(RECIPES / f"barrier_{name}.yaml")
+    assert len(found.models) == 5 and len(found.pairs) == 10 and found.points == 21
+    assert len(found.variants) == variants
+    amounts = [one.calibration.fraction for one in found.variants.values()]
+    assert name != "data" or amounts[1:] == [0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0]
