@@ -52,6 +52,10 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "transformers", "deepspeed", "safetensors", "psutil", "tqdm"},
     ),
     "megamod.merging": ({"megamod", "megamod.states"}, {"torch", "yaml", "tqdm"}),
+    "megamod.merging.alignment": (
+        {"megamod", "megamod.dist.scope", "megamod.states"},
+        {"torch", "transformers", "safetensors", "numpy", "scipy"},
+    ),
     "megamod.btm": (
         {"megamod.args", "megamod.flags", "megamod.dist.scope", "megamod.merging"}
         | {"megamod.mixture", "megamod.states"},
@@ -59,9 +63,9 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     ),
     "megamod.runs": (
         {"megamod.args", "megamod.flags", "megamod.data", "megamod.dist", "megamod.dist.scope"}
-        | {"megamod.models"}
+        | {"megamod.models", "megamod.btm", "megamod.merging", "megamod.merging.alignment"}
         | {"megamod.evaluation", "megamod.mixture", "megamod.states", "megamod.train"},
-        {"torch", "transformers", "deepspeed", "huggingface_hub", "numpy", "yaml"},
+        {"torch", "transformers", "deepspeed", "huggingface_hub", "numpy", "yaml", "tqdm"},
     ),
 }
 SOURCES = sorted(

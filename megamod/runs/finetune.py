@@ -4,9 +4,9 @@ A run trains with the one loop, scores the dev splits on the way, keeps the mode
 the task's first metric, and writes predictions. Several seeds are several runs.
 """
 
-import math
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,13 +31,20 @@ from megamod.files import write_json
 from megamod.flags import change
 from megamod.runs.finetune_args import TaskArgs, TunedArgs, WordArgs
 from megamod.runs.finetune_problem import Problem, load_model, prepare
-from megamod.runs.finetune_scores import Best, predict, predictor_of, score_split, with_seed
+from megamod.runs.finetune_scores import (
+    RESULTS,
+    Best,
+    predict,
+    predictor_of,
+    score_split,
+    steps_of_epochs,
+    told_places,
+    train_with_seeds,
+)
 from megamod.runs.training import Recipe, Running, execute
 from megamod.train import setup
 from megamod.train.export import Card, publish
 from megamod.train.objectives import Classify
-
-RESULTS = "results.json"
 
 
 def finetune(
@@ -64,13 +71,9 @@ def finetune(
     parsed = tuple(part for part in (run, safety, optim, tuned, args, words) if part is not None)
     output = Path(run.output_dir)
     if tuned.do_train:
-        runs = {}
-        for seed in map(int, tuned.seeds or [run.seed]):
-            folder = output / f"seed-{seed}" if tuned.seeds else output
-            done = _train(problem, with_seed(parsed, seed, folder), folder)
-            if done is None:
-                return
-            runs[seed] = done
+        runs = train_with_seeds(parsed, partial(_train, problem))
+        if runs is None:
+            return
     else:
         device = init_process(safety.dist_timeout)
         model = problem.make_model(run.seed).to(device)
@@ -88,9 +91,7 @@ def _train(problem: Problem, parsed: Sequence[Arguments], folder: Path) -> dict[
     step_rows = (
         run.per_device_train_batch_size * setup.micro_steps(run, topology) * topology.world_size
     )
-    if origin_of(run, "max_steps") == "default":
-        steps = math.ceil(tuned.num_train_epochs * len(train) / step_rows - 1e-9)
-        change(run, {"max_steps": steps}, f"--num_train_epochs {tuned.num_train_epochs:g}")
+    steps_of_epochs(run, tuned, len(train) / step_rows)
     metric = task.metrics[0]
     best = Best(folder, lambda one: one["scores"]["dev"].get(metric))
 
@@ -237,13 +238,8 @@ def _report(
     write_json(output / RESULTS, record)
     if len(runs) > 1:
         rows["mean"], rows["deviation"] = means, deviations
-    places = [("numbers", output / RESULTS)]
-    if tuned.do_train and not tuned.seeds:
-        places.append(("model", output / "model"))
-    if tuned.do_predict and not tuned.seeds:
-        places.append(("predictions", output / "predictions"))
     table = score_table(rows, problem.task.name) if means else "nothing was scored"
-    return "\n".join(["", table, "", *(f"{name:11}  {place}" for name, place in places)])
+    return "\n".join(["", table, "", told_places(output, tuned)])
 
 
 def _card(problem: Problem) -> Card:

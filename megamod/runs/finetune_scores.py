@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megamod.args import Arguments, RunArgs
+from megamod.args import Arguments, RunArgs, origin_of
 from megamod.data.classification import held_out_rows
 from megamod.evaluation.glue import (
     Scores,
@@ -34,6 +35,7 @@ from megamod.runs.finetune_args import StageArgs
 from megamod.runs.finetune_problem import Problem
 from megamod.train.export import ModelExport
 
+RESULTS = "results.json"
 EVALUATIONS = "evaluations.json"
 Evaluation = dict[str, object]
 
@@ -80,8 +82,31 @@ class Best:
             shutil.copytree(self.folder / "model", folder, dirs_exist_ok=True)
 
 
-def with_seed(parsed: Sequence[Arguments], seed: int, folder: Path) -> tuple[Arguments, ...]:
-    """The arguments of the run with one seed."""
+def train_with_seeds(
+    parsed: Sequence[Arguments],
+    train: Callable[[tuple[Arguments, ...], Path], Evaluation | None],
+) -> dict[int, Evaluation] | None:
+    """One run, or one for each of --seeds in a folder of its own.
+
+    Args:
+        parsed: all arguments.
+        train: from the arguments of a run and its folder to what is to be said of it.
+    Returns:
+        that, by seed; None if only the groups were asked for.
+    """
+    run = next(part for part in parsed if isinstance(part, RunArgs))
+    seeds = next(part for part in parsed if isinstance(part, StageArgs)).seeds
+    runs = {}
+    for seed in map(int, seeds or [run.seed]):
+        folder = Path(run.output_dir) / f"seed-{seed}" if seeds else Path(run.output_dir)
+        done = train(_with_seed(parsed, seed, folder), folder)
+        if done is None:
+            return None
+        runs[seed] = done
+    return runs
+
+
+def _with_seed(parsed: Sequence[Arguments], seed: int, folder: Path) -> tuple[Arguments, ...]:
     own = copy.deepcopy(tuple(parsed))
     for part in own:
         if isinstance(part, RunArgs):
@@ -89,6 +114,31 @@ def with_seed(parsed: Sequence[Arguments], seed: int, folder: Path) -> tuple[Arg
         if isinstance(part, StageArgs):
             change(part, {"seeds": None}, "--seeds")
     return own
+
+
+def steps_of_epochs(run: RunArgs, stage: StageArgs, epoch: float) -> None:
+    """Where --max_steps is not given, set it to as many epochs as are wanted.
+
+    Args:
+        epoch: steps of one, perhaps no whole number.
+    """
+    if origin_of(run, "max_steps") == "default":
+        steps = math.ceil(stage.num_train_epochs * epoch - 1e-9)
+        change(run, {"max_steps": steps}, f"--num_train_epochs {stage.num_train_epochs:g}")
+
+
+def told_places(output: Path, stage: StageArgs, *more: tuple[str, str]) -> str:
+    """Where everything of a run is, a line each.
+
+    Args:
+        more: names and files below OUT that a trained run has besides.
+    """
+    places = [("numbers", output / RESULTS)]
+    if stage.do_train and not stage.seeds:
+        places += [("model", output / "model"), *((name, output / file) for name, file in more)]
+    if stage.do_predict and not stage.seeds:
+        places.append(("predictions", output / "predictions"))
+    return "\n".join(f"{name:11}  {place}" for name, place in places)
 
 
 def predictor_of(problem: Problem, module: nn.Module, device: torch.device) -> Predictor:

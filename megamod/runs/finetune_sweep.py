@@ -17,6 +17,7 @@ from pathlib import Path
 
 import yaml
 
+from megamod.btm.placement import free_port
 from megamod.data.tasks import GLUE
 from megamod.errors import UserError
 from megamod.evaluation.glue import glue_average, mean_and_deviation, score_table
@@ -221,6 +222,9 @@ def _finished(job: Job, output: Path) -> bool:
 def _run(job: Job, output: Path, launchers: Path, start: Sequence[str]) -> bool:
     """True if the job has results now."""
     folder, words = job.folder(output), job.words(output)
+    if Path(start[0]).name == "deepspeed" and "--master_port" not in start:
+        # Launchers that run at the same time must not meet at the usual port.
+        start = [*start, "--master_port", str(free_port(()))]
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / RECORD, words)
     logger.info("%s starts", folder)

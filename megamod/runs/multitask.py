@@ -6,9 +6,9 @@ tasks is best, and writes predictions of each. Several seeds are several runs.
 Source: Pilault et al. 2021 (CA-MTL), sections 2 and 3.
 """
 
-import math
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from transformers.utils.logging import disable_progress_bar
 
-from megamod.args import Arguments, OptimArgs, RunArgs, SafetyArgs, origin_of
+from megamod.args import Arguments, OptimArgs, RunArgs, SafetyArgs
 from megamod.data.task_mixture import TaskMixture
 from megamod.data.tasks import GLUE, describe
 from megamod.dist.process import init_process
@@ -32,15 +32,17 @@ from megamod.evaluation.glue import (
 from megamod.evaluation.plots import plot_task_shares
 from megamod.evaluation.predict import Predictor
 from megamod.files import write_json
-from megamod.flags import change
 from megamod.models.ca_mtl import CaMtlForMultiTask, OneTask
 from megamod.runs.finetune_scores import (
+    RESULTS,
     Best,
     Evaluation,
     predict,
     predictor_of,
     score_split,
-    with_seed,
+    steps_of_epochs,
+    told_places,
+    train_with_seeds,
 )
 from megamod.runs.multitask_args import ConditionedArgs, MixtureArgs
 from megamod.runs.multitask_problem import Mixture, prepare
@@ -50,7 +52,7 @@ from megamod.train.export import Card, publish
 from megamod.train.objectives import MultiTask
 from megamod.train.selection import MostUncertain
 
-RESULTS = "results.json"
+SHARES = "task_shares.png"
 AVERAGE = "average"
 
 
@@ -70,13 +72,9 @@ def finetune_tasks(
     mixture = prepare(stage, args)
     parsed, output = (run, safety, optim, stage, args), Path(run.output_dir)
     if stage.do_train:
-        runs = {}
-        for seed in map(int, stage.seeds or [run.seed]):
-            folder = output / f"seed-{seed}" if stage.seeds else output
-            done = _train(mixture, with_seed(parsed, seed, folder), folder)
-            if done is None:
-                return
-            runs[seed] = done
+        runs = train_with_seeds(parsed, partial(_train, mixture))
+        if runs is None:
+            return
     else:
         device = init_process(safety.dist_timeout)
         model, _ = mixture.make_model(run.seed)
@@ -102,10 +100,7 @@ def _train(mixture: Mixture, parsed: Sequence[Arguments], folder: Path) -> Evalu
         rank=setup.started_rank(),
         ranks=topology.world_size,
     )
-    if origin_of(run, "max_steps") == "default":
-        epoch = rows.epoch(args.percent_of_max_data_size)
-        steps = math.ceil(stage.num_train_epochs * epoch - 1e-9)
-        change(run, {"max_steps": steps}, f"--num_train_epochs {stage.num_train_epochs:g}")
+    steps_of_epochs(run, stage, rows.epoch(args.percent_of_max_data_size))
     best = Best(folder, lambda one: one.get("score"))
     inputs = mixture.problems[0].inputs
 
@@ -156,11 +151,13 @@ def _train(mixture: Mixture, parsed: Sequence[Arguments], folder: Path) -> Evalu
     if best.evaluations:
         record |= {"best": best.best, "last": best.evaluations[-1], "by_task": _peaks(best)}
     if stage.do_predict:
-        model = CaMtlForMultiTask.from_pretrained(folder / "model").to(done.device)
-        record["predicted"] = _predict(mixture, model, done.device, run, args, folder)
+        model = CaMtlForMultiTask.from_pretrained(folder / "model", dtype=torch.float32)
+        record["predicted"] = _predict(
+            mixture, model.to(done.device), done.device, run, args, folder
+        )
     if dist.get_rank() == 0:
         done.monitor.close()
-        plot_task_shares(folder / "metrics.jsonl", folder / "task_shares.png")
+        plot_task_shares(folder / "metrics.jsonl", folder / SHARES)
         write_json(folder / RESULTS, {**_facts(mixture), "seed": run.seed, **record})
     return record
 
@@ -323,13 +320,9 @@ def _report(
             rows["mean"], rows["deviation"] = means, deviations
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / RESULTS, record)
-    places = [("numbers", output / RESULTS)]
-    if stage.do_train and not stage.seeds:
-        places += [("model", output / "model"), ("task shares", output / "task_shares.png")]
-    if stage.do_predict and not stage.seeds:
-        places.append(("predictions", output / "predictions"))
     table = score_table(rows, "task score") if rows else "nothing was scored"
-    return "\n".join(["", table, "", *(f"{name:11}  {place}" for name, place in places)])
+    places = told_places(output, stage, ("task shares", SHARES))
+    return "\n".join(["", table, "", places])
 
 
 def _card(mixture: Mixture) -> Card:

@@ -21,9 +21,10 @@ if TYPE_CHECKING:  # `--help` lists the formats, and torch takes seconds to load
     from torch import Tensor
 
 FORMATS = {
-    "ca_mtl": "CA-MTL: many tasks on a conditional BERT; --domains are the names of the tasks",
+    "ca_mtl": "CA-MTL: many tasks on a conditional BERT; --tasks names them",
     "datamux": "multiplexed encoders: MUX-BERT, MUX-ELECTRA, DataMUX on RoBERTa",
     "fairseq_lm": "causal language models of fairseq: dense, one expert (ELM), or DEMix",
+    "hf_bert": "BERT of transformers as published: MultiBERTs, old names, finetuned heads",
     "opt": "OPTForCausalLM of transformers, for use without megamod (with --export only)",
 }
 

@@ -1,0 +1,93 @@
+"""BERT as it is published: MultiBERTs and other seeds, old names of LayerNorm, finetuned heads.
+
+What comes out is a stock model of transformers in safetensors, every tied matrix once. Which head
+it has is read from the weights; that of next-sentence prediction, which nothing here uses, is left
+out.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+from megamod.errors import UserError
+from megamod.states.convert import NO_OPTIONS, Converted, Options
+from megamod.states.convert.reading import read_checkpoint, weight_file
+
+_OLD = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+_INSIDE = ("embeddings.", "encoder.", "pooler.")
+_WORDS = "bert.embeddings.word_embeddings.weight"
+_TIED = "cls.predictions.decoder.weight"
+_TWINS = {_TIED: _WORDS, "cls.predictions.decoder.bias": "cls.predictions.bias"}
+
+
+def convert(source: Path, options: Options = NO_OPTIONS) -> Converted:
+    """Read a checkpoint and give its tensors the names of today.
+
+    Args:
+        source: folder with config.json and pytorch_model.bin or model.safetensors, or that file.
+    Raises:
+        UserError: if it is no BERT, or a tensor that every BERT has is missing or of another shape.
+    """
+    file = weight_file(Path(source))
+    path = file.parent / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        kind = config.get("model_type", "bert")
+        rows, size = int(config["vocab_size"]), int(config["hidden_size"])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}: cannot be read as that of a BERT: {error!r}") from error
+    if kind != "bert":
+        raise UserError(f"{path}: model_type is {kind!r}, not 'bert'")
+    found = read_checkpoint(file).tensors
+    state, used, dropped = {}, [], {}
+    for key, tensor in found.items():
+        name = _name(key)
+        if name.endswith("position_ids"):
+            dropped[key] = "counts from 0"
+        elif name.startswith("cls.seq_relationship."):
+            dropped[key] = "predicts the next sentence, which no model here does"
+        elif name.startswith(("bert.", "cls.predictions.", "classifier.")):
+            state[name] = tensor
+            used.append(key)
+        else:
+            dropped[key] = "no part of a BERT with one head"
+    words = state.get(_WORDS)
+    if words is None or tuple(words.shape) != (rows, size):
+        told = "missing" if words is None else f"of shape {tuple(words.shape)}"
+        raise UserError(f"{file}: {_WORDS} is {told}, config.json says {rows} x {size}")
+    for name, source_of in _TWINS.items():
+        twin = state.get(name)
+        if twin is not None and source_of in state and torch.equal(twin, state[source_of]):
+            del state[name]
+            key = next(key for key in used if _name(key) == name)
+            used.remove(key)
+            dropped[key] = f"the same as {source_of}"
+    fields = {key: one for key, one in config.items() if key not in ("dtype", "torch_dtype")}
+    return Converted({**fields, "model_type": "bert", **_head(state, config)}, state, used, dropped)
+
+
+def _name(key: str) -> str:
+    name = key.removeprefix("module.")
+    for old, new in _OLD.items():
+        name = name.replace(old, new)
+    return f"bert.{name}" if name.startswith(_INSIDE) else name
+
+
+def _head(state: dict[str, torch.Tensor], config: dict[str, object]) -> dict[str, object]:
+    """What config.json must say of the head that is there."""
+    if "classifier.weight" in state:
+        count = len(state["classifier.weight"])
+        named = str((config.get("architectures") or [""])[0])
+        kind = "Token" if "Token" in named else "Sequence"
+        labels = config.get("id2label")
+        if not isinstance(labels, dict) or len(labels) != count:
+            labels = {str(number): f"LABEL_{number}" for number in range(count)}
+        return {
+            "architectures": [f"BertFor{kind}Classification"],
+            "id2label": labels,
+            "label2id": {name: int(number) for number, name in labels.items()},
+        }
+    if "cls.predictions.bias" not in state:
+        return {"architectures": ["BertModel"]}
+    return {"architectures": ["BertForMaskedLM"], "tie_word_embeddings": _TIED not in state}
