@@ -5,13 +5,15 @@
     python launchers/merge.py --forest forest.json --prior prior.json --topk 4 --output_dir OUT
     python launchers/merge.py --forest runs/demix/model --experts law med --output_dir OUT
 
-The recipe is one of mergekit: see launchers/recipes/merge_linear.yaml. A forest gives its experts,
-each of a DEMix model together with what is shared, so that a dense model comes out. Weights are
-divided by their sum unless told otherwise; without any, all models count alike. Tensors are
-streamed: memory does not grow with the models. OUT has the configuration and tokenizer of the
-first model, and in merge.json its parents.
+The recipe is one of mergekit: see launchers/recipes/merge_linear.yaml and merge_ties.yaml. All
+methods (slerp, ties, dare_ties, ...) are in docs/merging.md; flags alone give averages. A forest
+gives its experts, each of a DEMix model together with what is shared, so that a dense model comes
+out. Weights are divided by their sum unless told otherwise; without any, all models count alike.
+Tensors are streamed: memory does not grow with the models. OUT has the configuration and tokenizer
+of the base or first model, and in merge.json its parents.
 """
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +25,14 @@ from megamod.flags import Arguments, option, parse_args, require
 if TYPE_CHECKING:
     from megamod.merging.recipe import Recipe
 
+_SHORT = {"-j": "--num_threads"}  # as mergekit spells it
+
 
 @dataclass
 class MergeArgs(Arguments):
     """What to merge, how, and where to."""
 
-    merge_method: str = option("linear", "how to merge, where there is no recipe")
+    merge_method: str = option("linear", "without a recipe only linear")
     models: list[str] | None = option(None, "model folders")  # noqa: RUF009
     forest: str | None = option(
         None, "in place of --models: forest.json, or a folder with one, or with DEMix experts"
@@ -49,13 +53,19 @@ class MergeArgs(Arguments):
     max_shard_size: str = option(
         "5GB", "size above which there are several weight files", alias="out_shard_size"
     )
+    random_seed: int = option(0, "seed of what methods draw at random", least=0)
+    num_threads: int | None = option(
+        None, "tensors merged at the same time; none: one per processor, 8 at most", least=1
+    )
+    copy_tokenizer: bool = option(True, "whether the result gets a tokenizer")
+    quiet: bool = option(False, "no progress bar, and not a word unless something is wrong")
     dry_run: bool = option(False, "check everything, say what would be done, write nothing")
     output_dir: str | None = option(None, "folder to make")
 
 
 def main() -> None:
     """Parse, merge, and say what was made."""
-    argv = sys.argv[1:]
+    argv = [_SHORT.get(word, word) for word in sys.argv[1:]]
     recipe_file = Path(argv.pop(0)) if argv and not argv[0].startswith("-") else None
     (args,) = parse_args(MergeArgs, argv=argv, doc=__doc__)
     if not args.dry_run:
@@ -72,9 +82,19 @@ def main() -> None:
         _refuse_beside_recipe(args)
         recipe = read_recipe(recipe_file)
     output = Path(args.output_dir or ".")
-    plan = merge(recipe, output, shard_bytes=shard_bytes, dry_run=args.dry_run)
-    print(plan.describe())
-    print("nothing was written" if args.dry_run else f"written to {args.output_dir}")
+    plan = merge(
+        recipe,
+        output,
+        shard_bytes=shard_bytes,
+        dry_run=args.dry_run,
+        threads=args.num_threads or min(len(os.sched_getaffinity(0)), 8),
+        seed=args.random_seed,
+        copy_tokenizer=args.copy_tokenizer,
+        quiet=args.quiet,
+    )
+    if not args.quiet:
+        print(plan.describe())
+        print("nothing was written" if args.dry_run else f"written to {args.output_dir}")
 
 
 def recipe_of(args: MergeArgs) -> "Recipe":
@@ -84,9 +104,15 @@ def recipe_of(args: MergeArgs) -> "Recipe":
         UserError: naming the flag, for values that do not go together.
     """
     from megamod.merging.methods import METHODS
-    from megamod.merging.recipe import check_word, weighted
+    from megamod.merging.recipe import weighted
+    from megamod.merging.settings import check_word
 
     check_word(args.merge_method, tuple(METHODS), "--merge_method: there is no")
+    if args.merge_method != "linear":
+        raise UserError(
+            f"--merge_method {args.merge_method}: needs a recipe, as it has more parameters than "
+            "there are flags; launchers/recipes/merge_ties.yaml is one"
+        )
     if (args.models is None) is (args.forest is None):
         raise UserError("give a recipe, or one of --models and --forest")
     if args.forest is None:

@@ -1,13 +1,12 @@
 """Merging folders of models: checked first, then streamed tensor by tensor into a new folder.
 
-No more than a few pieces of a tensor are in memory with the methods that go through it in pieces,
-and no more than that tensor of every model with the others, however large the models are.
+No more than a few pieces of a tensor are in memory at a time, however large the models are; only
+`regmean`, which solves for a layer as a whole, holds one.
 """
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -16,59 +15,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megamod.errors import UserError
-from megamod.merging.fitting import check_configs, match_names
-from megamod.merging.methods import METHODS, Operand, Values
-from megamod.merging.model_folder import carry_over, merged_config, write_record
-from megamod.merging.recipe import Recipe, check_word, depths, values_for, weighted
+from megamod.merging.methods import METHODS
+from megamod.merging.model_folder import carry_over, commonest_chat, write_record
+from megamod.merging.operands import Operand
+from megamod.merging.plan import Plan, make_plan
+from megamod.merging.recipe import Recipe, weighted
 from megamod.states.convert import new_folder
-from megamod.states.forest import read_config
-from megamod.states.stream import PIECE, ModelFolder, Spec, pieces, plan_shards, write_stream
-from megamod.states.weights import file_of
+from megamod.states.stream import PIECE, ModelFolder, pieces, write_stream
 
 SHARD_BYTES = 5 * 10**9
 """Size of a weight file above which there are several, as in mergekit."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A merge that was checked and can be carried out while its folders are open.
-
-    Attributes:
-        folders: one for each model; `names`: what each calls the tensors that are merged.
-        values: overall and per-model parameters of each tensor that is merged.
-        specs: of the tensors to write; `files`: which of them go into which file.
-        config: the configuration to write.
-    """
-
-    recipe: Recipe
-    folders: Sequence[ModelFolder]
-    names: Sequence[dict[str, str]]
-    values: dict[str, tuple[Values, Sequence[Values]]]
-    specs: dict[str, Spec]
-    files: dict[str, list[str]]
-    config: dict[str, object]
-
-    def describe(self) -> str:
-        """What would be merged into what, as text."""
-        lines = [f"{self.recipe.method} of {len(self.folders)} models"]
-        for one, weight in zip(self.recipe.inputs, self.shares(), strict=True):
-            told = f"{weight:.6g}" if weight is not None else "by tensor"
-            lines.append(f"  {told:>10}  {one}")
-        size = sum(spec.nbytes for spec in self.specs.values())
-        count = sum(spec.numel for spec in self.specs.values())
-        files = f"{len(self.files)} files" if len(self.files) > 1 else next(iter(self.files))
-        lines.append(f"{len(self.specs)} tensors, {count:,} parameters, {size:,} bytes in {files}")
-        return "\n".join(lines)
-
-    def shares(self) -> list[float | None]:
-        """The factor that each model is multiplied with; None where there is no single one."""
-        found: list[set[float | None]] = [set() for _ in self.folders]
-        for overall, each in self.values.values():
-            total = sum(values.get("weight", 0) for values in each)
-            divisor = total if overall.get("normalize") and total else 1.0
-            for shares, values in zip(found, each, strict=True):
-                shares.add(values["weight"] / divisor if "weight" in values else None)
-        return [shares.pop() if len(shares) == 1 else None for shares in found]
 
 
 def average_folders(
@@ -109,16 +65,28 @@ def average_folders(
 
 
 def merge(
-    recipe: Recipe, output: Path, *, shard_bytes: int = SHARD_BYTES, dry_run: bool = False
+    recipe: Recipe,
+    output: Path,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    dry_run: bool = False,
+    threads: int = 1,
+    seed: int = 0,
+    copy_tokenizer: bool = True,
+    quiet: bool = False,
 ) -> Plan:
     """Carry out a recipe: the folder `output` appears whole or not at all.
 
-    Accumulates in float32 (in float64 what is stored so), reads one piece of one model at a time,
-    and takes buffers of integers from the base. Files of the optimizer are not read.
+    Computes in float32 (in float64 what is stored so), reads models by pieces, and takes buffers of
+    integers from the base. Files of the optimizer are not read.
 
     Args:
         shard_bytes: size of a weight file above which there are several.
         dry_run: check everything and write nothing.
+        threads: how many tensors are merged at the same time; the result is the same.
+        seed: of everything that is drawn at random.
+        copy_tokenizer: whether the result gets the files of a tokenizer.
+        quiet: no progress bar.
     Returns:
         what was done.
     Raises:
@@ -126,7 +94,11 @@ def merge(
     """
     with ExitStack() as stack:
         folders = [stack.enter_context(ModelFolder(one.path, one.member)) for one in recipe.inputs]
-        plan = make_plan(recipe, folders, shard_bytes)
+        statistics = [
+            None if one.statistics is None else stack.enter_context(ModelFolder(one.statistics))
+            for one in recipe.inputs
+        ]
+        plan = make_plan(recipe, _aligned(recipe, folders), statistics, shard_bytes)
         if dry_run:
             return plan
         folder = stack.enter_context(new_folder(output))
@@ -135,65 +107,54 @@ def merge(
         stack.callback(hashing.shutdown, cancel_futures=True)
         digests = [hashing.submit(one.digest) for one in folders]
         size = sum(spec.nbytes for spec in plan.specs.values())
-        with tqdm(total=size, unit="B", unit_scale=True, disable=None, leave=False) as bar:
-            write_stream(folder, plan.files, plan.specs, partial(_produce, plan, bar))
-        carry_over(folders[recipe.tokenizer].folder, folder, plan.config)
+        hidden = True if quiet else None  # None: where nobody looks
+        with tqdm(total=size, unit="B", unit_scale=True, disable=hidden, leave=False) as bar:
+            produce = partial(_produce, plan, bar, seed)
+            write_stream(folder, plan.files, plan.specs, produce, threads)
+        words = folders[recipe.tokenizer].folder if copy_tokenizer else None
+        chat = commonest_chat([one.path for one in recipe.inputs]) if recipe.chat else None
+        carry_over(folders[recipe.template].folder, words, folder, plan.config, chat)
         write_record(
-            folder, recipe, plan.shares(), [digest.result() for digest in digests], plan.config
+            folder,
+            recipe,
+            plan.shares(),
+            [digest.result() for digest in digests],
+            plan.config,
+            seed,
         )
     return plan
 
 
-def make_plan(recipe: Recipe, folders: Sequence[ModelFolder], shard_bytes: int) -> Plan:
-    """Check that the open folders can be merged so, and settle what becomes of each tensor.
+def _aligned(recipe: Recipe, folders: Sequence[ModelFolder]) -> Sequence[ModelFolder]:
+    """The folders with their neurons in the order of the first one's, where the recipe asks so.
 
     Raises:
-        UserError: as `average_folders`.
+        UserError: if it does.
     """
-    check_word(recipe.method, tuple(METHODS), f"{recipe.origin}: there is no merge method")
-    method, base = METHODS[recipe.method], folders[recipe.base]
-    check_configs([base.folder, *(folder.folder for folder in folders)])
-    names = [match_names(base, folder) for folder in folders]
-    merged = names[recipe.base]
-    depth = depths(merged)
-    values = {name: values_for(recipe, method, name, depth[name]) for name in merged}
-    stored = recipe.out_dtype or recipe.dtype
-    specs = {
-        name: Spec(getattr(torch, stored), spec.shape) if stored and name in merged else spec
-        for name, spec in base.tensors.items()
-    }
-    config = merged_config(read_config(base.folder), recipe, stored)
-    if config.get("model_type") == "demix" and config.get("untie") != "none":
-        files: dict[str, list[str]] = {}
-        for name in specs:
-            files.setdefault(file_of(name, has_experts=True), []).append(name)
-    else:
-        files = plan_shards(specs, shard_bytes)
-    return Plan(recipe, folders, names, values, specs, files, config)
+    if recipe.align is not None:
+        raise UserError(f"{recipe.origin}: align: not available")
+    return folders
 
 
-def _produce(plan: Plan, bar: tqdm, name: str) -> Iterator[Tensor]:
+def _produce(plan: Plan, bar: tqdm, seed: int, name: str) -> Iterator[Tensor]:
     """The elements of one tensor of the result, in its dtype.
 
     Raises:
         UserError: if one of them is not finite.
     """
-    spec, recipe = plan.specs[name], plan.recipe
-    if name not in plan.values:
-        yield from _copied(plan.folders[recipe.base], name)
+    spec, recipe, making = plan.specs[name], plan.recipe, plan.makings[name]
+    if not spec.dtype.is_floating_point:
+        ((number, theirs),) = making.sources
+        yield from _copied(plan.folders[number], theirs)
         return
     cast = getattr(torch, recipe.dtype) if recipe.dtype else None
-    overall, each = plan.values[name]
-    operands = [
-        Operand(folder, names[name], values, cast)
-        for folder, names, values in zip(plan.folders, plan.names, each, strict=True)
-    ]
-    for piece in METHODS[recipe.method].function(operands, overall):
+    blend = plan.blend(name, seed)
+    for piece in METHODS[recipe.method].function(blend):
         piece = piece.reshape(-1) if cast is None else piece.reshape(-1).to(cast)
         piece = piece.to(spec.dtype)
         # The sum is forty times as fast as looking at each element, and only finite if all are.
         if not torch.isfinite(piece.sum()) and not torch.isfinite(piece).all():
-            raise UserError(_not_finite(plan, name, operands))
+            raise UserError(_not_finite(plan, name, blend.operands))
         yield piece
         bar.update(piece.nbytes)
 
@@ -208,7 +169,8 @@ def _copied(folder: ModelFolder, name: str) -> Iterator[Tensor]:
 
 def _not_finite(plan: Plan, name: str, operands: Sequence[Operand]) -> str:
     """Says where values that are not finite come from."""
-    for one, operand in zip(plan.recipe.inputs, operands, strict=True):
+    for operand in operands:
         if not torch.isfinite(operand.read()).all():
+            one = plan.recipe.inputs[operand.number]
             return f"{one}: {operand.name} holds values that are not finite"
     return f"{name} would hold values that are not finite in {plan.specs[name].dtype}"

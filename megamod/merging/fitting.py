@@ -19,9 +19,11 @@ _MEANING = (
 _VOCABULARIES = ("vocab.txt", "vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "dict.txt")
 
 
-def check_configs(folders: Sequence[Path]) -> None:
+def check_configs(folders: Sequence[Path], *, cut: bool = False) -> None:
     """Refuse models whose weights mean different things.
 
+    Args:
+        cut: whether one vocabulary may be longer than another.
     Raises:
         UserError: naming two folders and what differs: a field of the configuration, or the
             vocabulary of the tokenizer.
@@ -31,6 +33,8 @@ def check_configs(folders: Sequence[Path]) -> None:
     for folder in dict.fromkeys(folders[1:]):
         other = read_config(folder)
         for name in _MEANING:
+            if cut and name == "vocab_size":
+                continue
             if name in config and name in other and config[name] != other[name]:
                 raise UserError(
                     f"{base} and {folder} cannot be merged: {name} is {config[name]!r} in the "
@@ -44,13 +48,15 @@ def check_configs(folders: Sequence[Path]) -> None:
                 )
 
 
-def match_names(base: ModelFolder, other: ModelFolder) -> dict[str, str]:
+def match_names(base: ModelFolder, other: ModelFolder, *, cut: bool = False) -> dict[str, str]:
     """For each tensor of the base, the name of the tensor that stands for it in the other model.
 
     Names differ only where tensors are tied: some programs store both of the pair, some one. A
     second copy is taken for such if it is equal to the first, bit by bit. Buffers of integers may
     be missing, they are not merged.
 
+    Args:
+        cut: whether embeddings may be of vocabularies of unequal size.
     Raises:
         UserError: naming the first tensor that has no counterpart, or one of another shape.
     """
@@ -66,17 +72,57 @@ def match_names(base: ModelFolder, other: ModelFolder) -> dict[str, str]:
             raise UserError(f"{_label(base)} has no {name}, which {_label(other)} has")
     names = {name: twins.get(name) or name for name, spec in base.tensors.items() if _float(spec)}
     for name, theirs in names.items():
-        ours, spec = base.tensors[name], other.tensors[theirs]
-        if ours.shape != spec.shape:
-            raise UserError(
-                f"{name} has shape {list(ours.shape)} in {_label(base)}, {list(spec.shape)} in "
-                f"{_label(other)}"
-            )
-        if not _float(spec):
-            raise UserError(
-                f"{name} has dtype {ours.dtype} in {_label(base)}, {spec.dtype} in {_label(other)}"
-            )
+        check_shapes(base, name, other, theirs, cut=cut)
     return names
+
+
+def counterpart(base: ModelFolder, name: str, other: ModelFolder, theirs: str) -> str:
+    """The name of the tensor that stands for this one in the other model: `theirs` or its twin.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if theirs in other.tensors:
+        return theirs
+    twin = _twin(base, name, other.tensors.keys())
+    if twin is None:
+        raise UserError(f"{_label(other)} has no {theirs}, for {name} of {_label(base)}")
+    return twin
+
+
+def check_shapes(
+    base: ModelFolder, name: str, other: ModelFolder, theirs: str, *, cut: bool = False
+) -> None:
+    """Refuse two tensors that cannot be merged.
+
+    Args:
+        cut: as in `match_names`.
+    Raises:
+        UserError: naming the tensor and both models.
+    """
+    ours, spec = base.tensors[name], other.tensors[theirs]
+    longer = (
+        cut
+        and ours.shape[1:] == spec.shape[1:]
+        and _spans_vocabularies((base, ours), (other, spec))
+    )
+    if ours.shape != spec.shape and not longer:
+        raise UserError(
+            f"{name} has shape {list(ours.shape)} in {_label(base)}, {list(spec.shape)} in "
+            f"{_label(other)}"
+        )
+    if not _float(spec):
+        raise UserError(
+            f"{name} has dtype {ours.dtype} in {_label(base)}, {spec.dtype} in {_label(other)}"
+        )
+
+
+def _spans_vocabularies(*tensors: tuple[ModelFolder, Spec]) -> bool:
+    """Whether each of these tensors has a row for every word of its model."""
+    return all(
+        spec.shape[:1] == (read_config(folder.folder).get("vocab_size"),)
+        for folder, spec in tensors
+    )
 
 
 def _label(folder: ModelFolder) -> str:

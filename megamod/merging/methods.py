@@ -8,6 +8,7 @@ the whole tensor go through it more than once.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import Tensor
 
@@ -27,6 +28,8 @@ class Method:
         base: what the base is: "none", one of the models like any other; "optional" or "needed",
             the one that the others are compared with.
         models: the least and the largest number of models besides such a base.
+        common_rows: whether of unequal vocabularies what is common is merged, and not what the
+            base has.
     """
 
     function: Callable[[Blend], Iterator[Tensor]]
@@ -34,8 +37,10 @@ class Method:
     overall: Mapping[str, float | bool | None] = field(default_factory=dict)
     base: str = "needed"
     models: tuple[int, int] = (1, 10**6)
+    common_rows: bool = True
 
 
+_compared = partial(Method, common_rows=False)
 _TAU = {"weight": None, "density": 1.0}
 _SUM = {"normalize": False, "lambda": 1.0, "rescale": False, "rescale_by_density": False}
 _DROP = _SUM | {"rescale": True}
@@ -50,15 +55,15 @@ METHODS = {
         base="optional",
         models=(2, 2),
     ),
-    "task_arithmetic": Method(task_vectors.task_arithmetic, {"weight": None}, _SUM),
-    "ties": Method(task_vectors.ties, _TAU, _SUM | {"normalize": True}),
-    "dare_linear": Method(task_vectors.dare_linear, _TAU, _DROP),
-    "dare_ties": Method(task_vectors.dare_ties, _TAU, _DROP),
-    "breadcrumbs": Method(task_vectors.breadcrumbs, _TAU | {"gamma": 0.01}, _SUM),
-    "breadcrumbs_ties": Method(task_vectors.breadcrumbs_ties, _TAU | {"gamma": 0.01}, _SUM),
-    "della": Method(task_vectors.della, _TAU | {"epsilon": 0.15}, _DROP | {"normalize": True}),
-    "della_linear": Method(task_vectors.della_linear, _TAU | {"epsilon": 0.15}, _DROP),
-    "model_stock": Method(
+    "task_arithmetic": _compared(task_vectors.task_arithmetic, {"weight": None}, _SUM),
+    "ties": _compared(task_vectors.ties, _TAU, _SUM | {"normalize": True}),
+    "dare_linear": _compared(task_vectors.dare_linear, _TAU, _DROP),
+    "dare_ties": _compared(task_vectors.dare_ties, _TAU, _DROP),
+    "breadcrumbs": _compared(task_vectors.breadcrumbs, _TAU | {"gamma": 0.01}, _SUM),
+    "breadcrumbs_ties": _compared(task_vectors.breadcrumbs_ties, _TAU | {"gamma": 0.01}, _SUM),
+    "della": _compared(task_vectors.della, _TAU | {"epsilon": 0.15}, _DROP | {"normalize": True}),
+    "della_linear": _compared(task_vectors.della_linear, _TAU | {"epsilon": 0.15}, _DROP),
+    "model_stock": _compared(
         task_vectors.model_stock, overall={"filter_wise": False}, models=(2, 10**6)
     ),
     "passthrough": Method(elementwise.passthrough, {"scale": 1.0}, base="none", models=(1, 1)),

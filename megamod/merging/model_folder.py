@@ -1,19 +1,25 @@
 """What lies beside the weights of a merged model: configuration, tokenizer, card and record."""
 
+import json
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from megamod import __version__
-from megamod.files import write_json
+from megamod.errors import UserError
+from megamod.files import write_atomic, write_json
 from megamod.merging.recipe import Recipe
 
 RECORD = "merge.json"
-_CARRIED = (
+_CHAT = "chat_template.jinja"
+_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_WORDS = (
     *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
     *("vocab.txt", "vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "dict.txt", "*.model"),
-    *("generation_config.json", "preprocessor_config.json"),
 )
+_CARRIED = ("generation_config.json", "preprocessor_config.json")
 _CARD = """---
 library_name: {library}
 license: unknown
@@ -38,10 +44,12 @@ def merged_config(
         stored: name of the dtype of the weights; None: as the base's.
     """
     config = dict(config)
+    if recipe.slices:
+        config |= _stacked(config, recipe)
     if stored is not None:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = stored
     if config.get("model_type") == "demix":
-        if recipe.inputs[recipe.base].member is not None:
+        if recipe.inputs[recipe.template].member is not None:
             config["untie"] = "none"
         domains = [one.domain for one in recipe.inputs]
         if config.get("untie") == "none" and None not in domains:
@@ -49,16 +57,80 @@ def merged_config(
     return config
 
 
-def carry_over(source: Path, folder: Path, config: Mapping[str, object]) -> None:
-    """Write config.json, and copy the files of the tokenizer and of generation.
+def _stacked(config: dict[str, object], recipe: Recipe) -> dict[str, object]:
+    """What changes in a configuration with the number of layers.
+
+    Raises:
+        UserError: if it does not say how many layers there are.
+    """
+    known = [name for name in _LAYERS if isinstance(config.get(name), int)]
+    if not known:
+        raise UserError(
+            f"{recipe.inputs[recipe.template]}/config.json: says nowhere how many layers there are "
+            f"({', '.join(_LAYERS)}), so slices cannot be stacked"
+        )
+    depth = sum(part.depth for part in recipe.slices)
+    changed: dict[str, object] = dict.fromkeys(known, depth)
+    # Fields with an entry for each layer, such as its kind of attention.
+    for name, value in config.items():
+        if name.startswith("layer_") and isinstance(value, list) and len(value) == config[known[0]]:
+            spans = [part.sources[0].layers for part in recipe.slices]
+            changed[name] = [entry for first, end in spans for entry in value[first:end]]
+    return changed
+
+
+def carry_over(
+    source: Path,
+    words: Path | None,
+    folder: Path,
+    config: Mapping[str, object],
+    chat: str | None = None,
+) -> None:
+    """Write config.json, and copy the files of generation and of the tokenizer.
 
     Of a model with code of its own (`auto_map`), the code too.
+
+    Args:
+        source: the model that the result is like; `words`: that with the tokenizer, None: none.
+        chat: the chat template to write beside the tokenizer; None: the one it has.
     """
     write_json(folder / "config.json", config)
     for pattern in (*_CARRIED, *(("*.py",) if "auto_map" in config else ())):
-        for file in sorted(source.glob(pattern)):
-            if file.is_file():
-                shutil.copyfile(file, folder / file.name)
+        _copy(source, pattern, folder)
+    for pattern in _WORDS if words is not None else ():
+        _copy(words, pattern, folder)
+    if words is not None and chat is not None:
+        write_atomic(folder / _CHAT, chat)
+
+
+def _copy(source: Path, pattern: str, folder: Path) -> None:
+    for file in sorted(source.glob(pattern)):
+        if file.is_file():
+            shutil.copyfile(file, folder / file.name)
+
+
+def commonest_chat(folders: Sequence[Path]) -> str | None:
+    """The chat template that most of these models have, of equals the first; None: none has one.
+
+    Raises:
+        UserError: naming a tokenizer_config.json that is not JSON.
+    """
+    found = [template for folder in dict.fromkeys(folders) if (template := _chat(folder))]
+    return Counter(found).most_common(1)[0][0] if found else None
+
+
+def _chat(folder: Path) -> str | None:
+    if (folder / _CHAT).is_file():
+        return (folder / _CHAT).read_text(encoding="utf-8")
+    file = folder / "tokenizer_config.json"
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: cannot be read: {error}") from error
+    template = content.get("chat_template") if isinstance(content, dict) else None
+    return template if isinstance(template, str) else None
 
 
 def write_record(
@@ -67,6 +139,7 @@ def write_record(
     shares: Sequence[float | None],
     digests: Sequence[str],
     config: Mapping[str, object],
+    seed: int,
 ) -> None:
     """Write merge.json and the model card.
 
@@ -87,6 +160,9 @@ def write_record(
     ]
     record = {"format": 1, "merge_method": recipe.method, "parameters": dict(recipe.parameters)}
     record |= {"dtype": recipe.dtype, "out_dtype": recipe.out_dtype, "parents": parents}
+    record |= {"base": recipe.base, "random_seed": seed}
+    if recipe.slices:
+        record["slices"] = [asdict(part) for part in recipe.slices]
     record["megamod"] = __version__
     write_json(folder / RECORD, record)
     rows = "\n".join(

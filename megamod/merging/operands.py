@@ -60,7 +60,7 @@ class Operand:
             raw = torch.empty(len(out), dtype=stored)
             self.source.read_into(self.name, start, raw)
             out.copy_(raw)
-        if self.cast not in (None, stored):
+        if self.cast not in (None, stored, out.dtype):
             out.copy_(out.to(self.cast))
 
     def read(self) -> Tensor:

@@ -219,7 +219,7 @@ def _read_yaml(path: Path) -> dict:
 
 
 def _only_module(content: Mapping, where: str) -> tuple[Mapping, dict[str, Setting]]:
-    """What holds `models` or `slices`: the recipe, or its only module; and the module's settings."""
+    """What holds `models` or `slices`: the recipe or its only module; and the settings of that."""
     given = [key for key in _SHAPES if content.get(key) is not None]
     if len(given) != 1:
         told = "all of " + ", ".join(given) if given else "none of " + ", ".join(_SHAPES)

@@ -176,7 +176,7 @@ def ranked(pieces: Callable[[], Iterable[Tensor]], rank: int) -> tuple[float, in
 
     Args:
         pieces: called once for each 16 bits of a number; gives its elements, all of one dtype of
-            32 or 64 bits.
+            32 or 64 bits, in memory that may be written over.
         rank: 0 for the smallest magnitude.
     """
     prefix, shift, below, equal, kind = 0, None, 0, 0, torch.float32
@@ -186,11 +186,13 @@ def ranked(pieces: Callable[[], Iterable[Tensor]], rank: int) -> tuple[float, in
         for piece in pieces():
             kind = piece.dtype
             bits = piece.view(torch.int32 if kind.itemsize == 4 else torch.int64)
-            bits = bits & torch.iinfo(bits.dtype).max  # without the sign
-            following = (8 * kind.itemsize if shift is None else shift) - _DIGIT
-            if shift is not None:
+            bits.bitwise_and_(torch.iinfo(bits.dtype).max)  # without the sign
+            if shift is None:
+                following = 8 * kind.itemsize - _DIGIT
+            else:
+                following = shift - _DIGIT
                 bits = bits[bits >> shift == prefix]
-            digits = (bits >> following) & (2**_DIGIT - 1)
+            digits = bits.bitwise_right_shift_(following).bitwise_and_(2**_DIGIT - 1)
             counts += torch.bincount(digits, minlength=2**_DIGIT)
         upto = counts.cumsum(0)
         digit = int(torch.searchsorted(upto, rank - below, right=True))

@@ -9,6 +9,7 @@ from torch import Tensor
 from megamod.merging.operands import Blend, Operand
 
 _STRAIGHT = 0.9995  # cosine beyond which the arc is taken for a straight line
+_PARALLEL = 1e-12  # the same for nuslerp, as the square of the sine
 _TINY = 1e-8  # a tensor of a smaller norm has no direction
 
 
@@ -66,14 +67,12 @@ def nuslerp(blend: Blend) -> Iterator[Tensor]:
 
 def _along_all(blend: Blend, one: Operand, other: Operand, t: float) -> Iterator[Tensor]:
     first, second, anchor = blend.buffers(3)
-    squares, other_squares, products = 0.0, 0.0, 0.0
+    sums = torch.zeros(3, dtype=torch.float64)
     for start, stop in blend.pieces():
         x, y, _ = _differences(blend, one, other, start, first, second, anchor, stop - start)
-        squares += float(x @ x)
-        other_squares += float(y @ y)
-        products += float(x @ y)
-    shares = _shares(*(torch.tensor(n).double() for n in (squares, other_squares, products)), t)
-    share, other_share = (float(value) for value in shares)
+        wide, other_wide = x.double(), y.double()
+        sums += torch.stack((wide @ wide, other_wide @ other_wide, wide @ other_wide))
+    share, other_share = (float(value) for value in _shares(*sums, t))
     for start, stop in blend.pieces():
         x, y, base = _differences(blend, one, other, start, first, second, anchor, stop - start)
         x.mul_(share).add_(y, alpha=other_share)
@@ -87,7 +86,7 @@ def _along_rows(blend: Blend, one: Operand, other: Operand, t: float) -> Iterato
         x, y, base = _differences(blend, one, other, start, first, second, anchor, stop - start)
         x, y = x.view(-1, width), y.view(-1, width)
         squares, other_squares, products = (
-            (a * b).sum(1, keepdim=True, dtype=torch.float64) for a, b in ((x, x), (y, y), (x, y))
+            (a.double() * b).sum(1, keepdim=True) for a, b in ((x, x), (y, y), (x, y))
         )
         share, other_share = _shares(squares, other_squares, products, t)
         x.mul_(share).addcmul_(y, other_share.to(y.dtype))
@@ -108,7 +107,7 @@ def _along_first_axis(blend: Blend, one: Operand, other: Operand, t: float) -> I
         x, y, _ = _differences(blend, one, other, start, first, second, anchor, stop - start)
         x, y = x.view(-1, width), y.view(-1, width)
         for row, (a, b) in enumerate(((x, x), (y, y), (x, y))):
-            sums[row] += (a * b).sum(0, dtype=torch.float64)
+            sums[row] += (a.double() * b).sum(0)
     share, other_share = _shares(*sums, t)
     for start, stop in spans:
         x, y, base = _differences(blend, one, other, start, first, second, anchor, stop - start)
@@ -143,7 +142,7 @@ def _shares(
     """Factors of both vectors, from their squared norms and their product (float64, any shape)."""
     norms = squares.sqrt().clamp(min=1e-7) * other_squares.sqrt().clamp(min=1e-7)
     cosine = (products / norms).clamp(-1, 1)
-    straight = 1 - cosine.square() <= _TINY**2
+    straight = 1 - cosine.square() <= _PARALLEL
     angle = torch.acos(torch.where(straight, 0, cosine))
     sine = torch.sin(angle)
     share = torch.where(straight, 1 - t, torch.sin((1 - t) * angle) / sine)

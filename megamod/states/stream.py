@@ -10,8 +10,11 @@ import math
 import os
 import re
 import struct
+import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -61,7 +64,7 @@ class _Place:
 
 
 class ModelFolder:
-    """The tensors of a model folder by name; open only inside `with`.
+    """The tensors of a model folder, or of one safetensors file, by name; open only inside `with`.
 
     With a member, the ordinary dense model that the shared weights and that domain's expert make
     together, under the names it has in a dense model.
@@ -198,6 +201,7 @@ def write_stream(
     files: Mapping[str, list[str]],
     specs: Mapping[str, Spec],
     produce: Callable[[str], Iterable[Tensor]],
+    threads: int = 1,
 ) -> list[Path]:
     """Write safetensors files whose tensors come in pieces, and an index if one is needed.
 
@@ -205,27 +209,56 @@ def write_stream(
         files: file names -> the tensors in them, as from `plan_shards`.
         produce: called with the name of each tensor; gives its elements in order, as contiguous
             tensors of its dtype. One piece is held at a time.
+        threads: how many tensors are made at the same time. With one they are made in order, by
+            the caller's thread.
     Returns:
         the files.
     Raises:
         ValueError: if it gives fewer or more elements than the specification says.
         OSError: if a file cannot be written.
     """
-    written = []
-    for file, names in files.items():
-        header, order = safetensors_header(
-            {name: (specs[name].dtype, specs[name].shape) for name in names}, {"format": "pt"}
-        )
-        with open(folder / file, "wb", buffering=0) as stream:
-            _write(stream.fileno(), memoryview(header))
+    with ExitStack() as stack:
+        tensors = []  # descriptor, place in the file, name
+        for file, names in files.items():
+            header, order = safetensors_header(
+                {name: (specs[name].dtype, specs[name].shape) for name in names}, {"format": "pt"}
+            )
+            stream = stack.enter_context(open(folder / file, "wb", buffering=0))
+            _write(stream.fileno(), memoryview(header), 0)
+            offset = len(header)
             for name in order:
-                left = specs[name].nbytes
-                for piece in produce(name):
-                    left -= piece.nbytes
-                    _write(stream.fileno(), memoryview(piece.reshape(-1).view(torch.uint8).numpy()))
-                if left:
-                    raise ValueError(f"{name}: {-left} bytes more than its specification says")
-        written.append(folder / file)
+                tensors.append((stream.fileno(), offset, name))
+                offset += specs[name].nbytes
+        failed = threading.Event()
+
+        def make(descriptor: int, offset: int, name: str) -> None:
+            left = specs[name].nbytes
+            for piece in produce(name):
+                if failed.is_set():
+                    return
+                left -= piece.nbytes
+                if left < 0:
+                    break
+                raw = memoryview(piece.reshape(-1).view(torch.uint8).numpy())
+                _write(descriptor, raw, offset)
+                offset += piece.nbytes
+            if left:
+                raise ValueError(f"{name}: {-left} bytes more than its specification says")
+
+        if threads == 1:
+            for place in tensors:
+                make(*place)
+        else:
+            # The large ones first, so that no thread is left alone with one at the end.
+            tensors.sort(key=lambda place: -specs[place[2]].nbytes)
+            pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+            try:
+                for done in as_completed([pool.submit(make, *place) for place in tensors]):
+                    done.result()
+            finally:
+                failed.set()
+                pool.shutdown(cancel_futures=True)
+    written = [folder / file for file in files]
     if list(files) != [DENSE_FILE]:
         weight_map = {name: file for file, names in files.items() for name in names}
         size = sum(specs[name].nbytes for name in weight_map)
@@ -235,14 +268,17 @@ def write_stream(
     return written
 
 
-def _write(descriptor: int, left: memoryview) -> None:
+def _write(descriptor: int, left: memoryview, offset: int) -> None:
     while left:
-        left = left[os.write(descriptor, left) :]
+        count = os.pwrite(descriptor, left, offset)
+        left, offset = left[count:], offset + count
 
 
 def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
     """Weight files, each with the tensors the index has in it; None where there is no index."""
     index_file = folder / INDEX_FILE
+    if folder.suffix == ".safetensors" and folder.is_file():
+        return {folder: None}
     if not has_index(folder):
         if not (folder / DENSE_FILE).is_file():
             others = sorted(f.name for f in folder.glob("*.bin")) if folder.is_dir() else []

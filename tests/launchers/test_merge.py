@@ -71,6 +71,26 @@ def test_flags_and_recipe_do_the_same(tmp_path, elms, monkeypatch, capsys):
     assert all(torch.equal(same[k], t) for k, t in read_weights(tmp_path / "flags").items())
 
 
+def test_flags_of_the_merge_itself(tmp_path, elms, monkeypatch, capsys):
+    models = [{"model": str(elm), "parameters": {"weight": 1, "density": 0.5}} for elm in elms[1:]]
+    recipe = tmp_path / "merge.yml"
+    content = {"merge_method": "dare_ties", "base_model": str(elms[0]), "models": models}
+    recipe.write_text(json.dumps(content))
+    (elms[0] / "tokenizer.json").write_text("{}")
+    runs = {"x": ("-j", 1), "y": ("-j", 3), "z": ("--random_seed", 5, "--copy_tokenizer", "false")}
+    for name, flags in runs.items():
+        assert not merge_here(
+            monkeypatch, recipe, *flags, "--quiet", "--output_dir", tmp_path / name
+        )
+    assert capsys.readouterr().out == ""
+    a, b, c = (tmp_path / name / "model.safetensors" for name in runs)
+    assert a.read_bytes() == b.read_bytes() != c.read_bytes()
+    assert (tmp_path / "x" / "tokenizer.json").exists()
+    assert not (tmp_path / "z" / "tokenizer.json").exists()
+    assert not merge_here(monkeypatch, recipe, "--dry_run")
+    assert f"base  {elms[0]}" in capsys.readouterr().out
+
+
 def test_experts_of_a_forest(tmp_path, monkeypatch, capsys):
     demix = make_model(tmp_path / "demix", untie="feedforward")
     state = read_weights(demix)
@@ -116,6 +136,7 @@ def test_dry_run_writes_nothing(tmp_path, elms, monkeypatch, capsys):
     [
         (["--models", "a", "b"], "--output_dir is missing"),
         (["--models", "a", "--output_dir", "o", "--merge_method", "liner"], "nearest is 'linear'"),
+        (["--models", "a", "--output_dir", "o", "--merge_method", "ties"], "ties: needs a recipe"),
         (
             ["--models", "a", "--output_dir", "o", "--weights", "x"],
             "--weights: ['x'] is not allowed",

@@ -1,8 +1,10 @@
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -162,21 +164,24 @@ def test_whole_demix_models_are_averaged_expert_by_expert(tmp_path):
 
 
 @pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"recorded tensors are not at {GOLDEN}")
-def test_mergekit_recipe_gives_the_recorded_tensors(tmp_path):
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("case", ["linear", "slerp_gradient", "task_arithmetic", "ties"])
+def test_mergekit_recipe_gives_the_recorded_tensors(tmp_path, case, threads):
     (tmp_path / "case").mkdir()
-    for name in ("a", "b"):
+    for name in ("a", "b", "base"):
         folder = tmp_path / "common" / name
         folder.mkdir(parents=True)
         for file, target in ((f"{name}.safetensors", "model.safetensors"), ("config.json", None)):
             content = (GOLDEN / "common" / file).read_bytes()
             (folder / (target or file)).write_bytes(content)
     recipe = tmp_path / "case" / "merge.yml"
-    recipe.write_bytes((GOLDEN / "linear" / "merge.yml").read_bytes())
-    merge(read_recipe(recipe), tmp_path / "out")
+    recipe.write_bytes((GOLDEN / case / "merge.yml").read_bytes())
+    merge(read_recipe(recipe), tmp_path / "out", threads=threads)
     found = load_file(tmp_path / "out" / "model.safetensors")
-    recorded = load_file(GOLDEN / "linear" / "merged.safetensors")
+    recorded = load_file(GOLDEN / case / "merged.safetensors")
     assert found.keys() == recorded.keys()
-    assert all(torch.equal(found[name], recorded[name]) for name in recorded)
+    for name, tensor in recorded.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6)
 
 
 GOOD = random_state(0)
@@ -223,38 +228,74 @@ def test_overflow_of_the_stored_dtype_is_no_result(tmp_path):
         average_folders([(folder, None)], [1.0], folder)
 
 
-def test_memory_is_that_of_a_few_pieces_and_transformers_is_not_needed(tmp_path):
-    for name in "abc":
-        save_file(
-            {"w": torch.ones(12_000_000)}, make_folder(tmp_path / name, {}) / "model.safetensors"
-        )
-    program = """
+PROGRAM = """
 import sys, threading, time
 from pathlib import Path
 import torch
-from megamod.merging.average import average_folders
+from megamod.merging.average import merge
+from megamod.merging.recipe import Input, Recipe
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
 
-before, peak, done = anonymous(), 0, threading.Event()
-def watch():
+root, each = Path(sys.argv[1]), {"weight": 0.5, "density": 0.3}
+inputs = tuple(Input(root / n, None, each) for n in "abc")
+
+def work(method):
     global peak
-    while not done.wait(0.001):
-        peak = max(peak, anonymous())
-threading.Thread(target=watch, daemon=True).start()
-root = Path(sys.argv[1])
-average_folders([(root / n, None) for n in "abc"], [1.0, 2.0, 3.0], root / "out")
-done.set()
-assert "transformers" not in sys.modules and "deepspeed" not in sys.modules
-print(peak - before)
+    models = inputs[:2] if method == "slerp" else inputs
+    recipe = Recipe(method, models, {"t": 0.3}, base=None if method == "linear" else 0)
+    before, peak, done = anonymous(), 0, threading.Event()
+    def watch():
+        global peak
+        while not done.wait(0.001):
+            peak = max(peak, anonymous())
+    threading.Thread(target=watch, daemon=True).start()
+    merge(recipe, root / method, threads=2)
+    done.set()
+    return peak - before
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """Three models of 48 MB."""
+    root = tmp_path_factory.mktemp("large")
+    for seed, name in enumerate("abc"):
+        generator = torch.Generator().manual_seed(seed)
+        state = {f"w{n}": torch.randn(6_000_000, generator=generator) for n in range(2)}
+        make_folder(root / name, state)
+    return root
+
+
+def run_program(code: str, root: Path) -> subprocess.Popen:
+    command = [sys.executable, "-c", PROGRAM + code, str(root)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 24_000_000  # half of one of the three models
+
+
+def test_memory_is_that_of_a_few_pieces_and_transformers_is_not_needed(large):
+    code = """
+print([work(method) for method in ("linear", "slerp", "ties", "dare_ties")])
+assert "transformers" not in sys.modules and "deepspeed" not in sys.modules
+"""
+    output, errors = run_program(code, large).communicate(timeout=120)
+    assert output, errors
+    # Two threads with their pieces: less than one of the three models, whatever its size.
+    assert max(json.loads(output)) < 40_000_000, output
+
+
+def test_a_merge_that_is_killed_leaves_no_output(large):
+    process = run_program("work('della')", large)
+    begun = (large / f".tmp-della-{'?' * 8}/*.safetensors").relative_to(large)
+    for _ in range(6000):
+        if list(large.glob(str(begun))) or process.poll() is not None:
+            break
+        time.sleep(0.01)
+    process.kill()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL, errors
+    assert not (large / "della").exists()

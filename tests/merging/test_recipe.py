@@ -1,11 +1,18 @@
+import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from megamod.errors import UserError
-from megamod.merging.methods import METHODS
-from megamod.merging.recipe import depths, read_recipe, values_for, weighted
+from megamod.merging.average import merge
+from megamod.merging.methods import METHODS, PARAMETERS
+from megamod.merging.recipe import Recipe, read_recipe, weighted
+from megamod.merging.settings import Asked, check_parameters, depths, values_for
+from megamod.states.weights import read_weights
 
+SLICED = "merge_method: x\nslices:\n- sources: [{model: a, layer_range: "
 HEAD = "merge_method: linear\nmodels:\n- {model: a, parameters: {weight: 1}}\n"
 
 
@@ -15,9 +22,18 @@ def write(folder: Path, text: str) -> Path:
     return path
 
 
-def weights_of(recipe, names: list[str]) -> dict[str, list[float]]:
-    depth, method = depths(names), METHODS[recipe.method]
-    return {n: [v["weight"] for v in values_for(recipe, method, n, depth[n])[1]] for n in names}
+def values_of(recipe: Recipe, name: str, depth: float) -> tuple[dict, list[dict]]:
+    """Values of one tensor: of the whole merge, and of each model."""
+    common = [(f"{recipe.origin}, parameters", recipe.parameters)]
+    places = [(f"{recipe.origin}, {one}", one.parameters) for one in recipe.inputs]
+    check_parameters([*places, *common], PARAMETERS, recipe.method)
+    each = [Asked(name, [place, *common]) for place in places]
+    return values_for(METHODS[recipe.method], depth, Asked(name, common), each)
+
+
+def weights_of(recipe: Recipe, names: list[str]) -> dict[str, list[float]]:
+    depth = depths(names)
+    return {n: [v["weight"] for v in values_of(recipe, n, depth[n])[1]] for n in names}
 
 
 def test_depth_is_the_layers_place_among_the_layers():
@@ -45,12 +61,8 @@ parameters:
 dtype: float32
 """
     recipe = read_recipe(write(tmp_path, text))
-    assert (recipe.dtype, recipe.out_dtype, recipe.base, recipe.tokenizer) == (
-        "float32",
-        None,
-        0,
-        0,
-    )
+    assert (recipe.dtype, recipe.out_dtype) == ("float32", None)
+    assert (recipe.base, recipe.template, recipe.tokenizer) == (None, 0, 0)
     assert weights_of(recipe, ["wte", "h.0.mlp", "h.1.mlp", "h.3.mlp", "h.4.attn"]) == {
         "wte": [0, 7, 7],
         "h.0.mlp": [0, 2, 7],
@@ -58,7 +70,7 @@ dtype: float32
         "h.3.mlp": [5.5, 3.5, 7],
         "h.4.attn": [10, 1e-3, 7],
     }
-    assert values_for(recipe, METHODS["linear"], "x", 0)[0] == {"normalize": False}
+    assert values_of(recipe, "x", 0)[0] == {"normalize": False}
 
 
 def test_base_and_tokenizer_are_found_among_the_models(tmp_path):
@@ -77,9 +89,21 @@ def test_base_and_tokenizer_are_found_among_the_models(tmp_path):
         ("- a", "not a list of `key: value` lines"),
         (HEAD + "dtyp: float32", "'dtyp'; the nearest is 'dtype'"),
         (HEAD + "dtype: float33", "'float33' is not one of float32"),
-        (HEAD + "slices: []", "'slices' is not read here"),
-        (HEAD + "tokenizer_source: union", "tokenizer_source is 'union'"),
-        (HEAD + "base_model: z", "base_model is 'z', which is none of the models a"),
+        (HEAD + "slices: [a]", "has all of models, slices; give exactly one"),
+        (HEAD + "tokenizer_source: union", "tokenizer_source is 'union', a tokenizer that made of"),
+        (HEAD + "tokenizer_source: z", "'z', a tokenizer that is not there; give base, or one of"),
+        (HEAD + "tokenizer: {tokens: {}}", "only `source: ...` is read"),
+        (HEAD + "tokenizer_source: a\ntokenizer: {source: a}", "has both tokenizer and"),
+        (HEAD + "base_model: 3", "base_model: is 3, not the name of a folder"),
+        (HEAD + "align: 3", "align is 3"),
+        ("merge_method: linear", "has none of models, slices, modules"),
+        (SLICED + "[3, 1]}]", "slices[0], sources[0]: layer_range is [3, 1]"),
+        (SLICED + "[0, true]}]", "layer_range is [0, True]"),
+        (SLICED + "[0, 2]}, {model: b, layer_range: [0, 3]}]", "sources have [2, 3] layers"),
+        ("merge_method: x\nslices: [{sorces: []}]", "unknown key 'sorces'"),
+        ("merge_method: x\nslices: []", "'slices' is not a list of slices"),
+        ("merge_method: x\nmodules: {a: {}, b: {}}", "'modules' is not a mapping with one module"),
+        ("merge_method: x\nmodules: {a: {model: b}}", "unknown key 'model'"),
         (HEAD + "chat_template: x", "chat_template is 'x'"),
         (HEAD + "parameters: 3", "parameters: is 3"),
         ("merge_method: linear\nmodels: []", "'models' is not a list of models"),
@@ -119,7 +143,7 @@ def test_parameters_that_are_wrong(tmp_path, parameters, told):
     text = f"merge_method: linear\nmodels: [{{model: a}}]\nparameters: {parameters}\n"
     recipe = read_recipe(write(tmp_path, text))
     with pytest.raises(UserError) as error:
-        values_for(recipe, METHODS["linear"], "attn.w", 0)
+        values_of(recipe, "attn.w", 0)
     assert told in str(error.value) and "merge.yml" in str(error.value)
 
 
@@ -128,3 +152,147 @@ def test_as_many_weights_as_models():
         weighted([(Path("a"), None), (Path("b"), "law")], [1, 2, 3])
     with pytest.raises(UserError, match="no model"):
         weighted([], [])
+
+
+def make_model(folder: Path, layers: int, seed: int, vocabulary: int = 6, **files: str) -> dict:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"wte.weight": (vocabulary, 3), "ln_f.weight": (3,), "head.weight": (vocabulary, 3)}
+    shapes |= {f"h.{layer}.{part}": (3, 3) for layer in range(layers) for part in ("mlp", "attn")}
+    state = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    state |= {f"h.{layer}.mask": torch.tensor([seed, layer]) for layer in range(layers)}
+    folder.mkdir()
+    save_file(state, folder / "model.safetensors")
+    config = {"model_type": "toy", "vocab_size": vocabulary, "n_layer": layers}
+    config["layer_types"] = [f"{seed}-{layer}" for layer in range(layers)]
+    (folder / "config.json").write_text(json.dumps(config))
+    for name, content in files.items():
+        (folder / name.replace("__", ".")).write_text(content)
+    return state
+
+
+def run(folder: Path, text: str) -> tuple[dict, dict]:
+    """Weights and configuration of what a recipe makes."""
+    output = folder / f"out{len(list(folder.iterdir()))}"
+    merge(read_recipe(write(folder, text)), output)
+    return read_weights(output), json.loads((output / "config.json").read_text())
+
+
+def test_slices_stack_layers(tmp_path):
+    a, b = make_model(tmp_path / "a", 3, 1), make_model(tmp_path / "b", 4, 2)
+    found, config = run(
+        tmp_path,
+        """
+merge_method: passthrough
+slices:
+- sources: [{model: a, layer_range: [0, 2]}]
+- sources: [{model: b, layer_range: [1, 4], parameters: {scale: [{filter: mlp, value: 0.5}]}}]
+""",
+    )
+    assert config["n_layer"] == 5 and config["layer_types"] == ["1-0", "1-1", "1-1", "1-2"]
+    origins = [(a, 0), (a, 1), (b, 1), (b, 2), (b, 3)]
+    for layer, (state, number) in enumerate(origins):
+        factor = 0.5 if state is b else 1
+        assert torch.equal(found[f"h.{layer}.mlp"], factor * state[f"h.{number}.mlp"])
+        assert torch.equal(found[f"h.{layer}.attn"], state[f"h.{number}.attn"])
+        assert torch.equal(found[f"h.{layer}.mask"], state[f"h.{number}.mask"])
+    assert torch.equal(found["wte.weight"], a["wte.weight"])
+    assert torch.equal(found["ln_f.weight"], b["ln_f.weight"])
+    assert torch.equal(found["head.weight"], b["head.weight"])
+    assert len(found) == 5 * 3 + 3
+
+
+def test_parameters_are_looked_for_in_source_slice_module_and_recipe(tmp_path):
+    a, b = make_model(tmp_path / "a", 3, 1), make_model(tmp_path / "b", 3, 2)
+    found, _ = run(
+        tmp_path,
+        """
+merge_method: linear
+modules:
+  default:
+    slices:
+    - sources:
+      - {model: a, layer_range: [0, 2], parameters: {weight: 1}}
+      - {model: b, layer_range: [1, 3], parameters: {weight: [{filter: mlp, value: 3}]}}
+      parameters: {weight: [{filter: attn, value: [5, 7]}]}
+    - sources: [{model: a, layer_range: [2, 3]}]
+    parameters: {weight: [{filter: ln_f, value: 2}, {filter: h.2, value: 4}], normalize: false}
+parameters: {weight: 9, normalize: true}
+""",
+    )
+    wanted = {"h.0.mlp": (1, 0, 3, 1), "h.1.mlp": (1, 1, 3, 2)}
+    wanted |= {"h.0.attn": (1, 0, 5, 1), "h.1.attn": (1, 1, 7, 2)}
+    for name, (one, first, other, second) in wanted.items():
+        part = name.split(".")[2]
+        mixed = one * a[f"h.{first}.{part}"] + other * b[f"h.{second}.{part}"]
+        torch.testing.assert_close(found[name], mixed)
+    torch.testing.assert_close(found["wte.weight"], a["wte.weight"] + 9 * b["wte.weight"])
+    torch.testing.assert_close(found["h.2.mlp"], 4 * a["h.2.mlp"])
+    torch.testing.assert_close(found["ln_f.weight"], 2 * a["ln_f.weight"])
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[{model: a, layer_range: [2, 5]}]", "layer_range [2, 5]: "),
+        ("[{model: a, layer_range: [0, 1]}, {model: b, layer_range: [3, 4]}]", "not 2"),
+    ],
+)
+def test_layers_that_are_not_there(tmp_path, text, told):
+    make_model(tmp_path / "a", 3, 1), make_model(tmp_path / "b", 3, 2)
+    with pytest.raises(UserError) as error:
+        run(tmp_path, f"merge_method: passthrough\nslices: [{{sources: {text}}}]")
+    assert told in str(error.value) and "merge.yml" in str(error.value)
+    linear = "merge_method: linear\nparameters: {weight: 1}\n"
+    sources = "[{model: a, layer_range: [0, 1]}, {model: b, layer_range: [3, 4]}]"
+    with pytest.raises(UserError, match=r"b has no h\.3\.\w+; it has 3 layers"):
+        run(tmp_path, linear + f"slices: [{{sources: {sources}}}]")
+
+
+def test_a_base_that_is_no_model_becomes_one(tmp_path):
+    a, b = make_model(tmp_path / "a", 2, 1), make_model(tmp_path / "b", 2, 2)
+    models = "models: [{model: a, parameters: {weight: 0.5}}]\nbase_model: b\n"
+    found, _ = run(tmp_path, "merge_method: task_arithmetic\n" + models)
+    torch.testing.assert_close(found["h.1.mlp"], (a["h.1.mlp"] + b["h.1.mlp"]) / 2)
+    assert torch.equal(found["h.0.mask"], b["h.0.mask"])
+    with pytest.raises(UserError, match="b: weight is missing for"):
+        run(tmp_path, "merge_method: linear\n" + models)
+
+
+def test_vocabularies_of_unequal_size(tmp_path):
+    a, b = make_model(tmp_path / "a", 1, 1), make_model(tmp_path / "b", 1, 2, vocabulary=8)
+    two = "models: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {weight: 1}}]\n"
+    for extra in ("", "base_model: b\n"):
+        found, config = run(tmp_path, "merge_method: linear\n" + two + extra)
+        for name in ("wte.weight", "head.weight"):
+            torch.testing.assert_close(found[name], (a[name] + b[name][:6]) / 2)
+        assert config["vocab_size"] == 6
+    found, config = run(tmp_path, "merge_method: task_arithmetic\nbase_model: a\n" + two)
+    torch.testing.assert_close(found["wte.weight"], b["wte.weight"][:6])
+    assert config["vocab_size"] == 6
+    with pytest.raises(UserError, match=r"has 6 rows in .*a, fewer than in the base, 8"):
+        run(tmp_path, "merge_method: ties\nbase_model: b\n" + two)
+
+
+def test_the_chat_template_of_most_models(tmp_path):
+    make_model(tmp_path / "a", 1, 1, tokenizer_config__json='{"chat_template": "one"}')
+    make_model(tmp_path / "b", 1, 2, chat_template__jinja="two")
+    make_model(tmp_path / "c", 1, 3, tokenizer_config__json='{"chat_template": "two"}')
+    models = ", ".join(f"{{model: {name}, parameters: {{weight: 1}}}}" for name in "abc")
+    text = f"merge_method: linear\nmodels: [{models}]\n"
+    for extra, told in (("", None), ("chat_template: auto", "two")):
+        recipe = read_recipe(write(tmp_path, text + extra))
+        merge(recipe, tmp_path / f"chat{told}")
+        file = tmp_path / f"chat{told}" / "chat_template.jinja"
+        assert (file.read_text() if file.exists() else None) == told
+        assert (tmp_path / f"chat{told}" / "tokenizer_config.json").exists()
+    merge(recipe, tmp_path / "bare", copy_tokenizer=False)
+    assert not list((tmp_path / "bare").glob("*t*k*_config.json"))
+    assert not (tmp_path / "bare" / "chat_template.jinja").exists()
+
+
+def test_alignment_is_not_there_yet(tmp_path):
+    make_model(tmp_path / "a", 1, 1)
+    recipe = read_recipe(write(tmp_path, HEAD + "align: {method: weight}"))
+    assert recipe.align == {"method": "weight"}
+    with pytest.raises(UserError, match="align: not available"):
+        merge(recipe, tmp_path / "out")

@@ -1,0 +1,1 @@
+"""Aligning models that were trained from different seeds, so that their weights can be averaged."""

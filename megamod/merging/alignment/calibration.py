@@ -1,0 +1,119 @@
+"""The text that two models are compared on: as batches, and which of their tokens count."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megamod.errors import UserError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Items of one forward pass.
+
+    Attributes:
+        input_ids: [B, T] int64, padded behind.
+        lengths: [B] int64, tokens of each item.
+        domain: of the items, for models with experts; None for all.
+    """
+
+    input_ids: Tensor
+    lengths: Tensor
+    domain: str | None = None
+
+    @property
+    def mask(self) -> Tensor:
+        """[B, T] int64, 1 at tokens."""
+        positions = torch.arange(self.input_ids.shape[1])
+        return (positions < self.lengths[:, None]).long()
+
+    def kept(self, special_tokens: bool) -> Tensor:
+        """[B, T] bool, the tokens that count; without `special_tokens` not the first and last."""
+        positions = torch.arange(self.input_ids.shape[1])
+        inner = 0 if special_tokens else 1
+        return (positions >= inner) & (positions < self.lengths[:, None] - inner)
+
+
+def whole_batches(
+    items: Sequence[Sequence[int]],
+    batch_size: int,
+    fraction: float = 1.0,
+    *,
+    pad_id: int = 0,
+    domain: str | None = None,
+) -> Iterator[Batch]:
+    """Whole batches until int(fraction * items) items were seen, in order, again if need be.
+
+    Args:
+        items: token ids of each.
+        pad_id: what they are padded with.
+        domain: of all of them.
+    Raises:
+        UserError: if that is no item at all.
+    """
+    target = int(fraction * len(items))
+    if target < 1:
+        raise UserError(
+            f"calibration: fraction {fraction:g} of {len(items)} items is none; there must be one"
+        )
+    starts = range(0, len(items), batch_size)
+    seen = 0
+    while seen < target:
+        for start in starts:
+            part = items[start : start + batch_size]
+            yield _padded(part, pad_id, domain)
+            seen += len(part)
+            if seen >= target:
+                break
+
+
+def _padded(items: Sequence[Sequence[int]], pad_id: int, domain: str | None) -> Batch:
+    lengths = torch.tensor([len(item) for item in items])
+    ids = torch.full((len(items), int(lengths.max())), pad_id)
+    for row, item in zip(ids, items, strict=True):
+        row[: len(item)] = torch.tensor(item)
+    return Batch(ids, lengths, domain)
+
+
+def read_items(
+    path: Path, tokenize: Callable[[str], Sequence[int]], max_length: int
+) -> list[list[int]]:
+    """Token ids of a file's items.
+
+    Args:
+        path: JSON lines with the key "text" if it ends so, else text with an item a line. Blank
+            lines are passed over.
+        tokenize: from text to ids, special tokens included.
+        max_length: tokens of an item behind which it is cut off.
+    Raises:
+        UserError: if the file cannot be read, holds no item, or a line is not of that form.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"calibration.path: {path} cannot be read: {error}") from error
+    texts = (
+        _text(line, f"{path}, line {number}") if Path(path).suffix == ".jsonl" else line
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    )
+    items = [list(tokenize(text))[:max_length] for text in texts]
+    items = [item for item in items if item]
+    if not items:
+        raise UserError(f"calibration.path: {path} holds no text")
+    return items
+
+
+def _text(line: str, origin: str) -> str:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{origin}: is not JSON: {error}") from error
+    text = record.get("text") if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        raise UserError(f'{origin}: has no key "text" with a string')
+    return text

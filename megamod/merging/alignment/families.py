@@ -1,0 +1,174 @@
+"""Architectures as tables: what the modules are called whose features may be permuted.
+
+A new architecture of the same kind (attention, feed-forward, residual stream) is a new row here.
+Names are relative to the backbone's prefix, and those inside a layer to the layer.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Head:
+    """A layer between the last hidden states and the output: dense, activation, perhaps a norm.
+
+    Attributes:
+        name: of its group.
+        dense: module that makes its features; `norm`: what normalises them, or None.
+        readers: modules that read them, of which a model has at most one.
+        whole: prefix of everything that belongs to the head, as kept by `merge_keeping_heads`.
+    """
+
+    name: str
+    dense: str
+    norm: str | None
+    readers: tuple[str, ...]
+    whole: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Family:
+    """What an architecture calls its modules.
+
+    Attributes:
+        prefix: of the backbone in models with a head.
+        layer: of a layer, `{}` being its number.
+        query, key, value, mixed: projections of attention; one name for the first three if they
+            are one matrix. `mixed` is the one back to the residual stream.
+        widen, narrow: the two of the feed-forward network.
+        norms: of a layer, by the order in which they are applied.
+        tables: embeddings.
+        outer_norm: behind the embeddings (post-norm), or behind the last layer (pre-norm).
+        pre_norm: whether norms stand in front of attention and feed-forward.
+        transposed: whether weights are [in, out].
+        layers, heads: fields of the configuration with their numbers.
+        output_heads: which a model may have; `readers`: modules behind the last hidden states.
+        tied: tensor -> the one it shares storage with, unless the configuration unties them.
+        free: ends of names of tensors that no permutation touches.
+        residual: whether the residual stream can be permuted.
+    """
+
+    prefix: str
+    layer: str
+    query: str
+    key: str
+    value: str
+    mixed: str
+    widen: str
+    narrow: str
+    norms: tuple[str, str]
+    tables: tuple[str, ...]
+    outer_norm: str
+    pre_norm: bool = False
+    transposed: bool = False
+    layers: str = "num_hidden_layers"
+    heads: str = "num_attention_heads"
+    output_heads: tuple[Head, ...] = ()
+    readers: tuple[str, ...] = ()
+    tied: tuple[tuple[str, str], ...] = ()
+    free: tuple[str, ...] = ()
+    residual: bool = True
+
+
+_TABLES = tuple(f"embeddings.{name}_embeddings" for name in ("word", "position", "token_type"))
+_ENCODER = dict(
+    layer="encoder.layer.{}.",
+    query="attention.self.query",
+    key="attention.self.key",
+    value="attention.self.value",
+    mixed="attention.output.dense",
+    widen="intermediate.dense",
+    narrow="output.dense",
+    norms=("attention.output.LayerNorm", "output.LayerNorm"),
+    tables=_TABLES,
+    outer_norm="embeddings.LayerNorm",
+)
+_TRANSFORM = "cls.predictions.transform"
+
+FAMILIES = {
+    "bert": Family(
+        prefix="bert.",
+        **_ENCODER,
+        output_heads=(
+            Head(
+                "mlm_head",
+                f"{_TRANSFORM}.dense",
+                f"{_TRANSFORM}.LayerNorm",
+                ("cls.predictions.decoder",),
+                ("cls.predictions.",),
+            ),
+            Head(
+                "pooler",
+                "pooler.dense",
+                None,
+                ("classifier", "cls.seq_relationship"),
+                ("bert.pooler.", "pooler.", "classifier.", "cls.seq_relationship."),
+            ),
+        ),
+        readers=("classifier", "qa_outputs"),
+        tied=(
+            ("cls.predictions.decoder.weight", "embeddings.word_embeddings.weight"),
+            ("cls.predictions.decoder.bias", "cls.predictions.bias"),
+        ),
+        free=(
+            *("cls.predictions.bias", "cls.predictions.decoder.bias", "classifier.bias"),
+            *("cls.seq_relationship.bias", "qa_outputs.bias"),
+        ),
+    ),
+    "roberta": Family(
+        prefix="roberta.",
+        **_ENCODER,
+        output_heads=(
+            Head("mlm_head", "lm_head.dense", "lm_head.layer_norm", ("lm_head.decoder",), ("lm_",)),
+            Head("pooler", "classifier.dense", None, ("classifier.out_proj",), ("classifier.",)),
+        ),
+        readers=("classifier", "qa_outputs", "pooler.dense"),
+        tied=(
+            ("lm_head.decoder.weight", "embeddings.word_embeddings.weight"),
+            ("lm_head.decoder.bias", "lm_head.bias"),
+        ),
+        free=(
+            *("lm_head.bias", "lm_head.decoder.bias", "classifier.bias", "qa_outputs.bias"),
+            *("classifier.out_proj.bias", "pooler.dense.bias"),
+        ),
+    ),
+    "gpt2": Family(
+        prefix="transformer.",
+        layer="h.{}.",
+        query="attn.c_attn",
+        key="attn.c_attn",
+        value="attn.c_attn",
+        mixed="attn.c_proj",
+        widen="mlp.c_fc",
+        narrow="mlp.c_proj",
+        norms=("ln_1", "ln_2"),
+        tables=("wte", "wpe"),
+        outer_norm="ln_f",
+        pre_norm=True,
+        transposed=True,
+        layers="n_layer",
+        heads="n_head",
+        readers=("lm_head", "score", "classifier", "qa_outputs"),
+        tied=(("lm_head.weight", "wte.weight"),),
+        # Old checkpoints store the causal mask.
+        free=(".attn.bias", ".attn.masked_bias", "classifier.bias", "qa_outputs.bias"),
+    ),
+    "demix": Family(
+        prefix="model.",
+        layer="layers.{}.",
+        query="attention.q_proj",
+        key="attention.k_proj",
+        value="attention.v_proj",
+        mixed="attention.out_proj",
+        widen="feed_forward.fc1",
+        narrow="feed_forward.fc2",
+        norms=("attention_norm", "feed_forward_norm"),
+        tables=("embeddings.tokens", "embeddings.positions"),
+        outer_norm="final_norm",
+        pre_norm=True,
+        readers=("lm_head",),
+        tied=(("lm_head.weight", "embeddings.tokens.weight"),),
+    ),
+    # What follows keys and demultiplexer differs from variant to variant: their features stay.
+    "mux_bert": Family(prefix="bert.", **_ENCODER, residual=False),
+}
+FAMILIES["xlm-roberta"] = FAMILIES["roberta"]

@@ -1,0 +1,107 @@
+"""Model folders read as if they were aligned, so that any merge method can merge them.
+
+Nothing is written: rows are read in their new order, and the columns of a piece are reordered when
+it is read.
+"""
+
+from itertools import pairwise
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from megamod.merging.alignment.permute import Change, axis_index, changes, reorder, untied
+from megamod.merging.alignment.record import Alignment
+from megamod.merging.alignment.symmetry import Symmetry, symmetry_of
+from megamod.states.forest import read_config
+from megamod.states.stream import PIECE, ModelFolder, Spec
+
+
+class PermutedFolder:
+    """An open `ModelFolder` with its features in the order of the reference.
+
+    It is read like a `ModelFolder`. Where the alignment needs output matrices that are no longer
+    tied, it has them as tensors of their own; then so must the reference and the merged model.
+
+    Args:
+        source: the folder.
+        alignment: of its model to the reference.
+        reference: read the folder as it is, only with those output matrices.
+    Attributes:
+        tensors: specification of every tensor.
+        config: the configuration of a model with these weights.
+    Raises:
+        UserError: if the alignment is not one of such a model.
+    """
+
+    def __init__(self, source: ModelFolder, alignment: Alignment, reference: bool = False):
+        self.source, self.folder, self.member = source, source.folder, source.member
+        self.files = source.files
+        symmetry = folder_symmetry(source, qk=alignment.options.qk)
+        found = changes(symmetry, alignment)
+        self._stored = untied(symmetry, found)
+        self._changes: dict[str, list[Change]] = {} if reference else found
+        self.tensors: dict[str, Spec] = dict(source.tensors)
+        for alias, original in self._stored.items():
+            self.tensors.setdefault(alias, source.tensors[original])
+        self.config = read_config(source.folder)
+        if self._stored:
+            self.config |= {"tie_word_embeddings": False}
+
+    def __enter__(self) -> Self:
+        self.source.__enter__()
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self.source.__exit__(*details)
+
+    def read_into(self, name: str, start: int, buffer: Tensor) -> None:
+        """As `ModelFolder.read_into`."""
+        wanted = self._changes.get(name, [])
+        own = name if name in self.source.tensors else self._stored[name]
+        if not wanted:
+            self.source.read_into(own, start, buffer)
+            return
+        spec = self.tensors[name]
+        if spec.nbytes <= PIECE:
+            whole = reorder(self.source.read(own), wanted).reshape(-1)
+            buffer.copy_(whole[start : start + len(buffer)])
+            return
+        row = spec.numel // spec.shape[0]
+        first, last = start // row, (start + len(buffer) - 1) // row
+        rows = axis_index(spec.shape[0], 0, wanted)[first : last + 1]
+        read = torch.empty(len(rows), row, dtype=spec.dtype)
+        self._read_rows(own, rows, read)
+        inner = [change for change in wanted if change.axis != 0]
+        flat = reorder(read.view(len(rows), *spec.shape[1:]), inner).reshape(-1)
+        buffer.copy_(flat[start - first * row :][: len(buffer)])
+
+    def _read_rows(self, name: str, rows: Tensor, out: Tensor) -> None:
+        """Read rows of a tensor; those that lie behind each other at once."""
+        breaks = (rows.diff() != 1).nonzero()[:, 0] + 1
+        edges = [0, *breaks.tolist(), len(rows)]
+        for begin, end in pairwise(edges):
+            place = int(rows[begin]) * out.shape[1]
+            self.source.read_into(name, place, out[begin:end].view(-1))
+
+    def read(self, name: str) -> Tensor:
+        """A whole tensor, in memory of its own."""
+        flat = torch.empty(self.tensors[name].numel, dtype=self.tensors[name].dtype)
+        self.read_into(name, 0, flat)
+        return flat.view(self.tensors[name].shape)
+
+    def digest(self) -> str:
+        """The digest of what is on disk."""
+        return self.source.digest()
+
+
+def folder_symmetry(folder: ModelFolder, *, qk: bool = False) -> Symmetry:
+    """The groups of a model in a folder.
+
+    Raises:
+        UserError: as `symmetry_of`.
+    """
+    shapes = {
+        name: spec.shape for name, spec in folder.tensors.items() if spec.dtype.is_floating_point
+    }
+    return symmetry_of(read_config(folder.folder), shapes, qk=qk)

@@ -1,0 +1,156 @@
+"""Permutations carried out on weights, and merging what was aligned.
+
+A permuted model computes what it computed before. Rows of what makes features are reordered, and
+columns of what reads them, by plain indexing.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megamod.merging.alignment.record import Alignment
+from megamod.merging.alignment.symmetry import Symmetry
+
+State = Mapping[str, Tensor]
+"""A model's weights by name."""
+
+_SCALE = 2 / (2 + 1e-5)  # what the original program multiplies by, see `Compat.scale`
+
+
+@dataclass(frozen=True)
+class Change:
+    """What becomes of part of a tensor: entry i along `axis` is what was entry `index[i]`, both
+    counted from `start`."""
+
+    axis: int
+    start: int
+    index: Tensor
+
+
+def changes(symmetry: Symmetry, alignment: Alignment) -> dict[str, list[Change]]:
+    """What becomes of each tensor of the aligned model; what stays as it is has no entry.
+
+    Raises:
+        UserError: if the alignment is not one of such a model.
+    """
+    found: dict[str, list[Change]] = {}
+    effective = alignment.in_effect(symmetry)
+    for name, index in effective.items():
+        if torch.equal(index, torch.arange(len(index))):
+            continue
+        for slot in symmetry.groups[name].slots:
+            found.setdefault(slot.tensor, []).append(Change(slot.axis, slot.start, index))
+    if alignment.options.compat.unmerge and "res.emb" in effective:
+        index = effective["res.emb"]
+        for alias in _tied_matrices(symmetry):
+            found[alias] = [Change(1, 0, index[index])]
+    return found
+
+
+def untied(symmetry: Symmetry, found: Mapping[str, list[Change]]) -> dict[str, str]:
+    """Tied tensors, if they need storage of their own when aligned -> what they were tied to."""
+
+    def told(tensor: str) -> list[tuple[int, int, list[int]]]:
+        return [
+            (change.axis, change.start, change.index.tolist()) for change in found.get(tensor, [])
+        ]
+
+    # A configuration unties all of them or none.
+    differ = any(told(alias) != told(source) for alias, source in symmetry.tied.items())
+    return dict(symmetry.tied) if differ else {}
+
+
+def _tied_matrices(symmetry: Symmetry) -> set[str]:
+    slots = (slot for group in symmetry.groups.values() for slot in group.slots)
+    return {slot.tensor for slot in slots} & symmetry.tied.keys()
+
+
+def reorder(tensor: Tensor, wanted: list[Change]) -> Tensor:
+    """The tensor with its changes made; a new one unless there is none."""
+    for axis in dict.fromkeys(change.axis for change in wanted):
+        index = axis_index(tensor.shape[axis], axis, wanted)
+        tensor = tensor.index_select(axis, index.to(tensor.device))
+    return tensor
+
+
+def axis_index(length: int, axis: int, wanted: list[Change]) -> Tensor:
+    """All changes along an axis as one index vector [length]."""
+    index = torch.arange(length)
+    for change in wanted:
+        if change.axis == axis:
+            index[change.start : change.start + len(change.index)] = change.start + change.index
+    return index
+
+
+def permuted(state: State, symmetry: Symmetry, alignment: Alignment) -> dict[str, Tensor]:
+    """The aligned model's weights in the order of the reference.
+
+    Tied matrices that the state lacks appear where their permutation is not that of what they are
+    tied to; the model must then be loaded with `tie_word_embeddings` off.
+    """
+    found = changes(symmetry, alignment)
+    whole = _prepared(state, symmetry, alignment, found)
+    return {name: reorder(tensor, found.get(name, [])) for name, tensor in whole.items()}
+
+
+def reference(state: State, symmetry: Symmetry, alignment: Alignment) -> dict[str, Tensor]:
+    """The reference's weights under the same names as those of `permuted`."""
+    return _prepared(state, symmetry, alignment, changes(symmetry, alignment))
+
+
+def interpolate(first: State, second: State, weight: float = 0.5) -> dict[str, Tensor]:
+    """weight * first + (1 - weight) * second; integers are those of the first."""
+    return {
+        name: torch.lerp(second[name], tensor, weight) if tensor.is_floating_point() else tensor
+        for name, tensor in first.items()
+    }
+
+
+def merge_states(
+    first: State, second: State, symmetry: Symmetry, alignment: Alignment
+) -> dict[str, Tensor]:
+    """The mean of the reference and the aligned model."""
+    return interpolate(reference(first, symmetry, alignment), permuted(second, symmetry, alignment))
+
+
+def merge_keeping_heads(
+    first: State, second: State, symmetry: Symmetry, alignment: Alignment
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Two merged models: the mean of everything but the output heads, of which each keeps its own.
+
+    A head is all from the last hidden states on: transform, norm, output matrix and biases; pooler
+    and classifier. An output matrix that was tied has storage of its own in both.
+    """
+    pair = (reference(first, symmetry, alignment), permuted(second, symmetry, alignment))
+    for state in pair:
+        for alias, source in symmetry.tied.items():
+            state.setdefault(alias, state[source])
+    mean = interpolate(*pair)
+    kept = tuple(prefix for head in symmetry.output_heads for prefix in head.whole)
+    kept += tuple(symmetry.tied)
+    return tuple(
+        mean | {name: tensor for name, tensor in state.items() if name.startswith(kept)}
+        for state in pair
+    )
+
+
+def _prepared(
+    state: State, symmetry: Symmetry, alignment: Alignment, found: Mapping[str, list[Change]]
+) -> dict[str, Tensor]:
+    """The state before anything moves: scaled if asked for, with every matrix that is needed."""
+    prepared = dict(state)
+    if alignment.options.compat.scale:
+        for name in alignment.in_effect(symmetry):
+            group = symmetry.groups[name]
+            for slot in group.out:
+                tensor = prepared[slot.tensor]
+                if tensor is state[slot.tensor]:
+                    tensor = prepared[slot.tensor] = tensor.clone()
+                tensor.narrow(slot.axis, slot.start, group.size).mul_(_SCALE)
+    needed = untied(symmetry, found)
+    for alias, source in symmetry.tied.items():
+        if alias in prepared or alias in needed:
+            prepared[alias] = prepared[source]
+    return prepared

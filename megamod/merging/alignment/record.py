@@ -1,0 +1,121 @@
+"""What an alignment found, and its folder on disk: `alignment.json`, `permutations.safetensors`."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from megamod.errors import UserError
+from megamod.files import atomic_folder, write_json
+from megamod.merging.alignment.options import Options, options_from
+from megamod.merging.alignment.symmetry import Group, Symmetry
+from megamod.states.weights import write_tensors
+
+_RECORD, _PERMUTATIONS = "alignment.json", "permutations.safetensors"
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Permutations that give a model's features the order of another's.
+
+    Attributes:
+        permutations: group -> [C] int64; feature r of the reference goes with this model's feature
+            `permutation[r]`. Some may have been found and take no part, see `in_effect`.
+        costs: group -> summed similarity of what is matched, divided by 2 C: with correlations half
+            their mean. With `qk` the cost of an attention group is that of its queries and keys.
+        options: what was asked for.
+    """
+
+    permutations: Mapping[str, Tensor]
+    costs: Mapping[str, float]
+    options: Options
+
+    def in_effect(self, symmetry: Symmetry) -> dict[str, Tensor]:
+        """The permutations that are carried out, by group.
+
+        Raises:
+            UserError: if one is missing, or of another size than the model's group.
+        """
+        chosen = {}
+        for group in aligned_groups(symmetry, self.options):
+            name = group.name
+            if name == followed(symmetry, self.options):
+                name = "res.emb"
+            found = self.permutations.get(name)
+            if found is None or len(found) != group.size:
+                what = "none" if found is None else f"one of {len(found)} features"
+                raise UserError(
+                    f"alignment: {group.name} has {group.size} features in this model; there is "
+                    f"{what} for it"
+                )
+            chosen[group.name] = found
+        return chosen
+
+    def save(self, folder: Path) -> None:
+        """Write a folder that appears whole or not at all.
+
+        Raises:
+            UserError: if it exists.
+        """
+        try:
+            with atomic_folder(folder) as temporary:
+                write_tensors(
+                    temporary / _PERMUTATIONS,
+                    {name: index.contiguous() for name, index in self.permutations.items()},
+                    {"format": "pt"},
+                )
+                record = {"format": 1, "options": asdict(self.options), "costs": dict(self.costs)}
+                write_json(temporary / _RECORD, record)
+        except FileExistsError as error:
+            raise UserError(f"{folder}: exists already") from error
+
+
+def aligned_groups(symmetry: Symmetry, options: Options) -> list[Group]:
+    """The groups that are permuted, in order."""
+    families = [*options.groups, *(["qk"] if options.qk and "attn" in options.groups else [])]
+    chosen = symmetry.of(*families)
+    if options.compat.res_attn_without_embeddings and set(options.groups) == {"attn", "res"}:
+        chosen = [group for group in chosen if group.name != "res.emb"]
+    heads = [
+        group
+        for group in symmetry.of("head")
+        if options.head or group.name == followed(symmetry, options)
+    ]
+    return chosen + heads
+
+
+def followed(symmetry: Symmetry, options: Options) -> str | None:
+    """The head whose features get the order of the residual stream, so that it stays tied."""
+    if not (options.head_follow_residual and "res" in options.groups):
+        return None
+    for group in symmetry.of("head"):
+        if any(slot.tensor in symmetry.tied for slot in group.into):
+            return group.name
+    return None
+
+
+def load_alignment(folder: Path) -> Alignment:
+    """Read what `Alignment.save` wrote.
+
+    Raises:
+        UserError: if it is not that.
+    """
+    folder = Path(folder)
+    try:
+        record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
+        permutations = load_file(folder / _PERMUTATIONS)
+        costs = {str(name): float(cost) for name, cost in record["costs"].items()}
+        options = options_from(record["options"], str(folder / _RECORD))
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise UserError(f"{folder}: is not an alignment: {error!r}") from error
+    for name, index in permutations.items():
+        if index.dim() != 1 or not torch.equal(index.sort().values, torch.arange(len(index))):
+            raise UserError(f"{folder / _PERMUTATIONS}: {name} is not a permutation")
+    return Alignment(permutations, costs, options)

@@ -1,0 +1,105 @@
+"""Permutations without data: those that bring the weights of one model closest to the other's.
+
+Coordinate descent over groups: with all others held, the best permutation of one is an assignment.
+Source: Ainsworth et al. 2023 (Git Re-Basin), algorithm 1, with heads matched as blocks.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from megamod.merging.alignment.matching import Match, assign, assign_heads
+from megamod.merging.alignment.options import Options
+from megamod.merging.alignment.symmetry import Group, Slot
+
+_IMPROVES = 1e-12  # relative; less is rounding
+_ROUNDS = 100
+
+
+def match_weights(
+    first: Mapping[str, Tensor],
+    second: Mapping[str, Tensor],
+    units: Sequence[Sequence[Sequence[Group]]],
+    options: Options,
+) -> dict[str, Match]:
+    """Permutations of the second model's groups.
+
+    Args:
+        first, second: weights by name.
+        units: what is decided at once: one or several classes of groups. Groups of a class share
+            one permutation, classes of a unit the order of their heads.
+    Returns:
+        a match for each group, whose value is the inner product of its weights with the first
+        model's.
+    """
+    classes = [groups for unit in units for groups in unit]
+    found = {
+        group.name: Match(torch.arange(group.size), -torch.inf)
+        for groups in classes
+        for group in groups
+    }
+    owners: dict[str, list[tuple[Slot, Group]]] = {}
+    for groups in classes:
+        for group in groups:
+            for slot in group.slots:
+                owners.setdefault(slot.tensor, []).append((slot, group))
+    generator = torch.Generator().manual_seed(options.seed)
+    for _ in range(_ROUNDS):
+        improved = False
+        for number in torch.randperm(len(units), generator=generator).tolist():
+            unit = units[number]
+            similarities = [_similarity(first, second, groups, owners, found) for groups in unit]
+            matches = _solve(similarities, unit, options)
+            before = sum(
+                float(m.gather(1, found[groups[0].name].permutation[:, None]).sum())
+                for m, groups in zip(similarities, unit, strict=True)
+            )
+            after = sum(match.value for match in matches)
+            better = after - before > _IMPROVES * max(1.0, abs(before))
+            improved |= better
+            for match, groups in zip(matches, unit, strict=True):
+                for group in groups:
+                    if better or found[group.name].value == -torch.inf:
+                        found[group.name] = match
+        if not improved:
+            break
+    return found
+
+
+def _solve(
+    similarities: Sequence[Tensor], unit: Sequence[Sequence[Group]], options: Options
+) -> list[Match]:
+    heads = unit[0][0].heads
+    if heads is None:
+        return [assign(similarity) for similarity in similarities]
+    return assign_heads(similarities, heads, options.attention)
+
+
+def _similarity(
+    first: Mapping[str, Tensor],
+    second: Mapping[str, Tensor],
+    groups: Sequence[Group],
+    owners: Mapping[str, Sequence[tuple[Slot, Group]]],
+    found: Mapping[str, Match],
+) -> Tensor:
+    """[C, C] float64: what pairing each feature with each contributes to the inner product."""
+    size = groups[0].size
+    total = torch.zeros(size, size, dtype=torch.float64)
+    for slot in dict.fromkeys(slot for group in groups for slot in group.slots):
+        if slot.tensor not in first or slot.tensor not in second:
+            continue  # a tied matrix that is stored once counts once
+        other = second[slot.tensor].float()
+        for theirs, owner in owners[slot.tensor]:
+            if theirs.axis != slot.axis:
+                index = torch.arange(other.shape[theirs.axis])
+                index[theirs.start : theirs.start + owner.size] = (
+                    theirs.start + found[owner.name].permutation
+                )
+                other = other.index_select(theirs.axis, index)
+        one, other = (
+            tensor.narrow(slot.axis, slot.start, size).movedim(slot.axis, 0).reshape(size, -1)
+            for tensor in (first[slot.tensor].float(), other)
+        )
+        total += one @ other.T
+    return total

@@ -1,0 +1,193 @@
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional
+
+from megamod.errors import UserError
+from megamod.merging.average import merge
+from megamod.merging.calibrated import diagonal_fisher, input_grams, write_statistics
+from megamod.merging.recipe import read_recipe
+
+
+class Conv1D(nn.Module):
+    """A linear layer with its weight as [in, out]."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs))
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+class Toy(nn.Module):
+    def __init__(self, seed: int):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed = nn.Embedding(9, 4)
+        self.up = nn.Linear(4, 4)
+        self.turned = Conv1D(4, 4)
+        self.head = nn.Linear(4, 9, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids, attention_mask=None, labels=None):
+        hidden = self.turned(self.up(self.embed(ids)).tanh())
+        logits = self.head(hidden)
+        loss = None
+        if labels is not None:
+            loss = functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return SimpleNamespace(logits=logits, loss=loss)
+
+
+def batches(seed: int, count: int = 3) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(count):
+        ids = torch.randint(0, 9, (2, 5), generator=generator)
+        mask = torch.ones(2, 5, dtype=torch.long)
+        mask[1, 3:] = 0
+        found.append({"ids": ids, "attention_mask": mask, "labels": ids.flip(1)})
+    return found
+
+
+def folders(root: Path, statistics: list[dict] | None, models: list[Toy]) -> None:
+    for number, model in enumerate(models):
+        folder = root / str(number)
+        folder.mkdir()
+        state = {n: p.detach().clone() for n, p in model.named_parameters()}
+        save_file(state, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps({"model_type": "toy"}))
+        if statistics is not None:
+            write_statistics(folder / "statistics.safetensors", statistics[number])
+
+
+def run(root: Path, method: str, weights: list[float], parameters: str = "{}") -> dict:
+    models = "".join(
+        f"- {{model: '{n}', statistics: {n}/statistics.safetensors, parameters: {{weight: {w}}}}}\n"
+        for n, w in enumerate(weights)
+    )
+    (root / "merge.yml").write_text(
+        f"merge_method: {method}\nparameters: {parameters}\nmodels:\n{models}"
+    )
+    merge(read_recipe(root / "merge.yml"), root / "out")
+    return load_file(root / "out" / "model.safetensors")
+
+
+def test_gram_matrices_are_those_of_the_inputs():
+    model, data = Toy(0), batches(1)
+    found = input_grams(model, data)
+    assert found.keys() == {"up.weight", "turned.weight.T"}
+    inputs = torch.cat([model.embed(b["ids"][b["attention_mask"].bool()]) for b in data]).double()
+    wanted = sum(x[:, None] * x for x in inputs)
+    torch.testing.assert_close(found["up.weight"].double(), wanted, rtol=1e-5, atol=1e-5)
+    hidden = model.up(inputs.float()).tanh()
+    torch.testing.assert_close(found["turned.weight.T"], hidden.T @ hidden, rtol=1e-5, atol=1e-5)
+    with pytest.raises(UserError, match="no batch"):
+        input_grams(model, [])
+
+
+def test_fisher_of_given_labels_is_the_mean_of_squared_gradients():
+    model, data = Toy(0), batches(1)
+    found = diagonal_fisher(model, data, given=True)
+    squares: dict[str, list] = {}
+    for batch in data:
+        for row in range(2):
+            one = {name: value[row : row + 1] for name, value in batch.items()}
+            names, parameters = zip(*model.named_parameters(), strict=True)
+            gradients = torch.autograd.grad(model(**one).loss, parameters)
+            for name, gradient in zip(names, gradients, strict=True):
+                squares.setdefault(name, []).append(gradient**2)
+    assert found.keys() == squares.keys()
+    for name, each in squares.items():
+        torch.testing.assert_close(found[name], torch.stack(each).mean(0))
+    with pytest.raises(UserError, match="no batch"):
+        diagonal_fisher(model, [])
+
+
+def test_fisher_of_drawn_labels_is_that_of_softmax_regression():
+    layer = nn.Linear(3, 4, bias=False)
+    model = nn.Module()
+    model.layer, model.forward = layer, lambda x: SimpleNamespace(logits=layer(x))
+    x = torch.tensor([1.0, -2.0, 0.5])
+    found = diagonal_fisher(model, [{"x": x.expand(3000, 3)}])["layer.weight"]
+    p = layer(x).softmax(-1)
+    # E over y of (p - onehot(y))^2 x^2 = p (1 - p) x^2
+    wanted = (p * (1 - p))[:, None] * x**2
+    torch.testing.assert_close(found, wanted.detach(), rtol=0.15, atol=1e-3)
+
+
+def test_fisher_weighs_entry_by_entry(tmp_path):
+    models = [Toy(n) for n in range(3)]
+    statistics = [diagonal_fisher(m, batches(n)) for n, m in enumerate(models)]
+    for one in statistics:
+        one["up.bias"][0] = 0  # no model knows anything of it
+        del one["turned.weight"]  # nor of this
+    folders(tmp_path, statistics, models)
+    weights = [1.0, 2.0, 0.5]
+    found = run(tmp_path, "fisher", weights)
+    states = [dict(model.named_parameters()) for model in models]
+    for name, tensor in found.items():
+        parts = [
+            w * s.get(name, torch.ones(())).double().clamp(min=1e-8)
+            for w, s in zip(weights, statistics, strict=True)
+        ]
+        wanted = sum(p * s[name].double() for p, s in zip(parts, states, strict=True)) / sum(parts)
+        torch.testing.assert_close(tensor.double(), wanted.detach(), rtol=1e-5, atol=1e-6)
+    plain = sum(w * s["up.bias"][0] for w, s in zip(weights, states, strict=True)) / 3.5
+    torch.testing.assert_close(found["up.bias"][0], plain.detach())
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.9, 0.0])
+def test_regmean_has_the_least_error_on_all_inputs(tmp_path, alpha):
+    models = [Toy(n) for n in range(2)]
+    grams = [input_grams(m, batches(n, 8)) for n, m in enumerate(models)]
+    folders(tmp_path, grams, models)
+    found = run(tmp_path, "regmean", [1.0, 3.0], f"{{alpha: {alpha}}}")
+    states = [dict(model.named_parameters()) for model in models]
+    for name, turned in (("up.weight", False), ("turned.weight", True)):
+        # Rows of weighted square roots of the Gram matrices: X^T X = G.
+        left, right = [], []
+        for weight, gram, state in zip((1.0, 3.0), grams, states, strict=True):
+            g = gram[name + (".T" if turned else "")].double()
+            g = alpha * g + (1 - alpha) * torch.diag(g.diagonal())
+            values, vectors = torch.linalg.eigh(g * weight)
+            root = (vectors * values.clamp(min=0).sqrt()).T
+            w = state[name].detach().double()
+            left.append(root)
+            right.append(root @ (w if turned else w.T))
+        wanted = torch.linalg.lstsq(torch.cat(left), torch.cat(right)).solution
+        wanted = wanted if turned else wanted.T
+        torch.testing.assert_close(found[name].double(), wanted, rtol=1e-4, atol=1e-5)
+    mean = (states[0]["embed.weight"] + 3 * states[1]["embed.weight"]) / 4
+    torch.testing.assert_close(found["embed.weight"], mean.detach())
+
+
+@pytest.mark.parametrize("method", ["fisher", "regmean"])
+def test_statistics_that_are_missing_or_of_another_shape(tmp_path, method):
+    models = [Toy(n) for n in range(2)]
+    measure = diagonal_fisher if method == "fisher" else input_grams
+    good = [measure(model, batches(0)) for model in models]
+    folders(tmp_path, good, models)
+    second = tmp_path / "1" / "statistics.safetensors"
+    for change, told in (
+        ({"up.weight": None}, "has no up.weight"),
+        ({"up.weight": torch.ones(3, 3)}, "up.weight has shape [3, 3], not [4, 4]"),
+    ):
+        changed = {k: v for k, v in (good[1] | change).items() if v is not None}
+        write_statistics(second, changed)
+        with pytest.raises(UserError) as error:
+            run(tmp_path, method, [1, 1])
+        assert told in str(error.value) and not (tmp_path / "out").exists()
+    second.unlink()
+    with pytest.raises(UserError, match=r"1/statistics\.safetensors"):
+        run(tmp_path, method, [1, 1])
+    recipe = (tmp_path / "merge.yml").read_text()
+    recipe = recipe.replace(", statistics: 1/statistics.safetensors", "")
+    (tmp_path / "merge.yml").write_text(recipe)
+    with pytest.raises(UserError, match="give `statistics: FILE`"):
+        merge(read_recipe(tmp_path / "merge.yml"), tmp_path / "out")
