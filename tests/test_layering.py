@@ -51,7 +51,11 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         | {"megamod.models", "megamod.nn", "megamod.states"},
         {"torch", "transformers", "deepspeed", "safetensors", "psutil", "tqdm"},
     ),
-    "megamod.merging": ({"megamod", "megamod.states"}, {"torch", "yaml", "tqdm"}),
+    # Alignment runs models, so it is imported where a recipe asks for it only.
+    "megamod.merging": (
+        {"megamod", "megamod.states", "megamod.merging.alignment"},
+        {"torch", "yaml", "tqdm"},
+    ),
     "megamod.merging.alignment": (
         {"megamod", "megamod.dist.scope", "megamod.states"},
         {"torch", "transformers", "safetensors", "numpy", "scipy"},

@@ -126,14 +126,17 @@ def merge(
 
 
 def _aligned(recipe: Recipe, folders: Sequence[ModelFolder]) -> Sequence[ModelFolder]:
-    """The folders with their neurons in the order of the first one's, where the recipe asks so.
+    """The folders with their features in the order of the first one's, where the recipe asks so.
 
     Raises:
-        UserError: if it does.
+        UserError: if they cannot be aligned.
     """
-    if recipe.align is not None:
-        raise UserError(f"{recipe.origin}: align: not available")
-    return folders
+    if recipe.align is None:
+        return folders
+    # Models may have to be run, which takes libraries that no other merge needs.
+    from megamod.merging.alignment.before_merge import aligned_folders
+
+    return aligned_folders(recipe.align, folders, recipe.origin)
 
 
 def _produce(plan: Plan, bar: tqdm, seed: int, name: str) -> Iterator[Tensor]:

@@ -161,6 +161,8 @@ def write_record(
     record = {"format": 1, "merge_method": recipe.method, "parameters": dict(recipe.parameters)}
     record |= {"dtype": recipe.dtype, "out_dtype": recipe.out_dtype, "parents": parents}
     record |= {"base": recipe.base, "random_seed": seed}
+    if recipe.align is not None:
+        record["align"] = dict(recipe.align)
     if recipe.slices:
         record["slices"] = [asdict(part) for part in recipe.slices]
     record["megamod"] = __version__

@@ -38,7 +38,7 @@ from megamod.evaluation.held_out_loss import causal_loss, classifier_loss, maske
 from megamod.evaluation.plots import plot_barriers, plot_losses_along
 from megamod.files import write_json
 from megamod.merging.alignment.align import align, shapes_of
-from megamod.merging.alignment.calibration import batches, read_items
+from megamod.merging.alignment.calibration import read_items, whole_batches
 from megamod.merging.alignment.options import Options
 from megamod.merging.alignment.permute import changes, permuted, reference, untied
 from megamod.merging.alignment.record import Alignment
@@ -261,7 +261,7 @@ def _aligned(
         items = read_items(Path(chosen.path), ground.tokenize, max_length)
     if items is None:
         raise UserError("align.calibration.path is missing: text to compare the models on")
-    parts = batches(items, chosen.batch_size, chosen.fraction, pad_id=ground.pad_id)
+    parts = whole_batches(items, chosen.batch_size, chosen.fraction, pad_id=ground.pad_id)
     return align(first, second, parts, options)
 
 

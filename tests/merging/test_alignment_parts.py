@@ -9,10 +9,20 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from test_alignment_families import MODELS, copy_of, outputs, random_alignment, random_model, texts
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
 
 from megamod.errors import UserError
 from megamod.merging.alignment import folder as folder_module
-from megamod.merging.alignment.align import align, align_to_first, shapes_of
+from megamod.merging.alignment.align import (
+    align,
+    align_folders,
+    align_to_first,
+    align_weights,
+    shapes_of,
+)
 from megamod.merging.alignment.calibration import Batch, read_items, whole_batches
 from megamod.merging.alignment.folder import PermutedFolder, folder_symmetry
 from megamod.merging.alignment.matching import assign_heads
@@ -226,6 +236,11 @@ def test_weight_matching_ends_where_no_single_group_can_be_improved():
         names = [name for name in state if "decoder" not in name]
         return sum(float((state[name].double() * moved[name].double()).sum()) for name in names)
 
+    config, states = first.config.to_dict(), [state, second.state_dict()]
+    stored = [{k: v for k, v in one.items() if "decoder" not in k} for one in states]
+    again = align_weights(config, stored[0], config, stored[1], options)
+    for name, permutation in alignment.permutations.items():
+        assert torch.equal(permutation, again.permutations[name])  # tied matrices count once
     best = closeness(alignment.permutations)
     identity = {name: torch.arange(len(p)) for name, p in alignment.permutations.items()}
     assert best > closeness(identity)
@@ -336,6 +351,28 @@ def test_a_permuted_folder_written_out_is_the_same_model(tmp_path, follow):
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
     same = load_model(str(tmp_path)).eval()
     torch.testing.assert_close(outputs(same), outputs(model), rtol=0, atol=2e-5)
+
+
+def test_folders_are_aligned_on_a_text(tmp_path):
+    pair = [random_model("bert", seed) for seed in (1, 2)]
+    vocabulary = {f"w{number}": number for number in range(40)}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="w1"))
+    words.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "0")
+    for number, model in enumerate(pair):
+        model.save_pretrained(tmp_path / str(number))
+    (tmp_path / "text.txt").write_text(
+        "".join(" ".join(f"w{i}" for i in text) + "\n" for text in texts(20))
+    )
+    calibration = Calibration(path=str(tmp_path / "text.txt"), fraction=0.5, batch_size=5)
+    options = Options(calibration=calibration)
+    found = align_folders(str(tmp_path / "0"), str(tmp_path / "1"), options)
+    expected = align(*pair, whole_batches(texts(20)[:10], 5), options)
+    for name, permutation in expected.permutations.items():
+        assert torch.equal(found.permutations[name], permutation)
+    assert found.costs == pytest.approx(dict(expected.costs), abs=1e-6)
+    with pytest.raises(UserError, match="has no tokenizer"):
+        align_folders(str(tmp_path / "1"), str(tmp_path / "0"), options)
 
 
 def other(kind: str, **fields):

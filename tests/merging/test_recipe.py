@@ -288,11 +288,3 @@ def test_the_chat_template_of_most_models(tmp_path):
     merge(recipe, tmp_path / "bare", copy_tokenizer=False)
     assert not list((tmp_path / "bare").glob("*t*k*_config.json"))
     assert not (tmp_path / "bare" / "chat_template.jinja").exists()
-
-
-def test_alignment_is_not_there_yet(tmp_path):
-    make_model(tmp_path / "a", 1, 1)
-    recipe = read_recipe(write(tmp_path, HEAD + "align: {method: weight}"))
-    assert recipe.align == {"method": "weight"}
-    with pytest.raises(UserError, match="align: not available"):
-        merge(recipe, tmp_path / "out")

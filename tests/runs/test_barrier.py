@@ -14,17 +14,12 @@ from transformers import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
-    PreTrainedModel,
 )
+from twins import twin
 
 from megamod.data.text_blocks import text_blocks
 from megamod.errors import UserError
 from megamod.evaluation.barrier import barrier, barrier_over_mean, losses_along, weights_of
-from megamod.merging.alignment.align import shapes_of
-from megamod.merging.alignment.options import Options
-from megamod.merging.alignment.permute import permuted
-from megamod.merging.alignment.record import Alignment, aligned_groups
-from megamod.merging.alignment.symmetry import symmetry_of
 from megamod.runs.barrier import run_study
 from megamod.runs.barrier_recipe import read_study
 
@@ -33,30 +28,6 @@ VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
 BERT = dict(vocab_size=len(VOCAB), hidden_size=24, num_hidden_layers=2, num_attention_heads=3)
 BERT |= dict(intermediate_size=40, max_position_embeddings=32, initializer_range=0.3)
 GPT2 = dict(vocab_size=len(VOCAB), n_embd=24, n_layer=2, n_head=3, n_positions=32)
-ALL = Options(head_follow_residual=True)
-
-
-def twin(model: PreTrainedModel, seed: int) -> PreTrainedModel:
-    """A model that computes the same, its features in another order."""
-    symmetry = symmetry_of(model.config.to_dict(), shapes_of(model.state_dict()))
-    options = ALL if symmetry.of("res") else Options(groups=("ff", "attn"))
-    generator = torch.Generator().manual_seed(seed)
-    found, shared = {}, None
-    for group in aligned_groups(symmetry, options):
-        if group.family in ("res", "head"):
-            shared = torch.randperm(group.size, generator=generator) if shared is None else shared
-            found[group.name] = shared
-        elif group.heads is None:
-            found[group.name] = torch.randperm(group.size, generator=generator)
-        else:
-            within = group.size // group.heads
-            order = torch.randperm(group.heads, generator=generator)
-            parts = [head * within + torch.randperm(within, generator=generator) for head in order]
-            found[group.name] = torch.cat(parts)
-    state = permuted(model.state_dict(), symmetry, Alignment(found, {}, options))
-    other = type(model)(model.config)
-    other.load_state_dict(state)
-    return other
 
 
 @pytest.fixture(scope="module")

@@ -25,8 +25,6 @@ from megamod.merging.alignment.statistics import averaged
 from megamod.merging.alignment.symmetry import (
     Group,
     Symmetry,
-    check_configs,
-    check_same,
     symmetry_of,
 )
 from megamod.merging.alignment.weight_matching import match_weights
@@ -105,7 +103,14 @@ def align_weights(
             units.append([[group], *([[partner]] if partner else [])])
         elif group.family in ("ff", "head") and group is not tied_head:
             units.append([[group]])
-    matches = match_weights(first, second, units, options)
+    # Tied matrices say something of their own only where they read features of a head.
+    alone = [g for g in groups.values() if g.family == "head" and g is not tied_head]
+    read = {slot.tensor for group in alone for slot in group.into}
+    states = []
+    for state in (first, second):
+        own = {name: tensor for name, tensor in state.items() if name not in symmetry.tied}
+        states.append(own | {a: state[s] for a, s in symmetry.tied.items() if a in read})
+    matches = match_weights(*states, units, options)
     return _alignment(symmetry, matches, options)
 
 
@@ -121,9 +126,9 @@ def _common_symmetry(
     Raises:
         UserError: if they are not.
     """
-    check_configs(config, other_config)
+    _check_configs(config, other_config)
     symmetry = symmetry_of(config, shapes, qk=options.qk)
-    check_same(shapes, other_shapes, symmetry.tied)
+    _check_same(shapes, other_shapes, symmetry.tied)
     if "res" in options.groups and not symmetry.of("res"):
         raise UserError(
             f"align.groups: the residual stream of a {config['model_type']} cannot be permuted; "
@@ -135,6 +140,45 @@ def _common_symmetry(
             "stream cannot be permuted; leave out 'res' from align.groups"
         )
     return symmetry
+
+
+def _check_same(
+    first: Mapping[str, tuple[int, ...]],
+    second: Mapping[str, tuple[int, ...]],
+    tied: Mapping[str, str],
+) -> None:
+    """Refuse two models whose weights do not correspond.
+
+    Args:
+        tied: matrices that either may lack.
+    Raises:
+        UserError: naming the tensor.
+    """
+    for name in [*first, *second]:
+        if name in first and name in second:
+            if tuple(first[name]) != tuple(second[name]):
+                raise UserError(
+                    f"{name} has shape {list(first[name])} in the first model, "
+                    f"{list(second[name])} in the second; only models of one shape can be aligned"
+                )
+        elif name not in tied:
+            where = "first" if name in second else "second"
+            raise UserError(f"{name} is missing in the {where} model")
+
+
+def _check_configs(first: Mapping[str, object], second: Mapping[str, object]) -> None:
+    """Refuse two models whose configurations give equal shapes another meaning.
+
+    Raises:
+        UserError: naming the field.
+    """
+    fields = ("model_type", "num_attention_heads", "n_head", "hidden_act", "activation_function")
+    for key in (*fields, "vocab_size", "untie", "domains"):
+        if first.get(key) != second.get(key):
+            raise UserError(
+                f"{key} is {first.get(key)!r} in the first model, {second.get(key)!r} in the "
+                "second; only models of one architecture can be aligned"
+            )
 
 
 def _solved(symmetry: Symmetry, options: Options) -> list[Group]:
@@ -235,8 +279,11 @@ def read_batches(name: str, config: PreTrainedConfig, calibration: Calibration) 
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name}: has no tokenizer to read calibration text with") from error
+    except (OSError, ValueError):
+        tokenizer = None
+    # From a folder without its files transformers makes a tokenizer of special tokens alone.
+    if tokenizer is None or len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise UserError(f"{name}: has no tokenizer to read calibration text with")
     room = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
     if config.model_type in ("roberta", "xlm-roberta"):
         room -= config.pad_token_id + 1  # positions are counted from there

@@ -141,41 +141,6 @@ def symmetry_of(config: Mapping[str, object], shapes: Shapes, *, qk: bool = Fals
     )
 
 
-def check_same(first: Shapes, second: Shapes, tied: Mapping[str, str]) -> None:
-    """Refuse two models whose weights do not correspond.
-
-    Args:
-        tied: matrices that either may lack.
-    Raises:
-        UserError: naming the tensor.
-    """
-    for name in [*first, *second]:
-        if name in first and name in second:
-            if tuple(first[name]) != tuple(second[name]):
-                raise UserError(
-                    f"{name} has shape {list(first[name])} in the first model, "
-                    f"{list(second[name])} in the second; only models of one shape can be aligned"
-                )
-        elif name not in tied:
-            where = "first" if name in second else "second"
-            raise UserError(f"{name} is missing in the {where} model")
-
-
-def check_configs(first: Mapping[str, object], second: Mapping[str, object]) -> None:
-    """Refuse two models whose configurations give equal shapes another meaning.
-
-    Raises:
-        UserError: naming the field.
-    """
-    fields = ("model_type", "num_attention_heads", "n_head", "hidden_act", "activation_function")
-    for key in (*fields, "vocab_size", "untie", "domains"):
-        if first.get(key) != second.get(key):
-            raise UserError(
-                f"{key} is {first.get(key)!r} in the first model, {second.get(key)!r} in the "
-                "second; only models of one architecture can be aligned"
-            )
-
-
 @dataclass(frozen=True)
 class _Names:
     """Slots of modules, by the names they have in a dense model."""
@@ -226,19 +191,6 @@ class _Names:
             raise UserError(f"{tensor} is missing; there is no aligning without it")
         return self.shapes[tensor][axis]
 
-    def group(
-        self,
-        name: str,
-        family: str,
-        out: Iterable[Slot],
-        into: Iterable[Slot],
-        hooks: Iterable[Hook],
-        size: int,
-        heads: int | None = None,
-    ) -> Group:
-        """A group of what is given, by its dense names."""
-        return Group(name, family, size, heads, tuple(out), tuple(into), tuple(hooks))
-
     def head_group(self, head: Head, reader: str) -> Group:
         """The group of a model's output head."""
         dense = self.head_module(head)
@@ -246,12 +198,24 @@ class _Names:
         out += self.scaled_by(head.norm) if head.norm else []
         size = self.size(f"{dense}.weight", 0)
         into = [Slot(f"{reader}.weight", 1)]
-        return self.group(head.name, "head", out, into, [Hook(reader, "input")], size)
+        return _group(head.name, "head", size, None, out, into, [Hook(reader, "input")])
 
     def head_module(self, head: Head) -> str:
         """Name of the head's dense module: within the backbone, or outside."""
         inside = self.prefix + head.dense
         return inside if self.has(inside) else head.dense
+
+
+def _group(
+    name: str,
+    family: str,
+    size: int,
+    heads: int | None,
+    out: Iterable[Slot],
+    into: Iterable[Slot],
+    hooks: Iterable[Hook],
+) -> Group:
+    return Group(name, family, size, heads, tuple(out), tuple(into), tuple(hooks))
 
 
 def _output(names: _Names) -> tuple[list[tuple[Head, str | None]], list[Slot]]:
@@ -292,7 +256,7 @@ def _first_residual(names: _Names) -> Group:
     size = names.size(f"{norm}.weight", 0)
     into = _projections(names, 0, size)
     hook = Hook(norm, "input" if family.pre_norm else "output")
-    return names.group("res.emb", "res", out + names.scaled_by(norm), into, [hook], size)
+    return _group("res.emb", "res", size, None, out + names.scaled_by(norm), into, [hook])
 
 
 def _projections(names: _Names, layer: int, size: int) -> list[Slot]:
@@ -329,20 +293,13 @@ def _layer(
     groups = []
     if qk:
         hooks = [Hook(key, "output", starts[1]), Hook(query, "output", starts[0])]
-        groups.append(names.group(f"layer.{layer}.qk", "qk", own, [], hooks, size, heads))
+        groups.append(_group(f"layer.{layer}.qk", "qk", size, heads, own, [], hooks))
         own = []
-    groups.append(
-        names.group(f"layer.{layer}.attn", "attn", [*own, *made[2]], into, [hook], size, heads)
-    )
+    own += made[2]
+    groups.append(_group(f"layer.{layer}.attn", "attn", size, heads, own, into, [hook]))
     wide = names.size(f"{narrow}.weight", inputs)
-    feed_forward = names.group(
-        f"layer.{layer}.ffn",
-        "ff",
-        names.made_by(widen),
-        names.read_by(narrow),
-        [Hook(narrow, "input")],
-        wide,
-    )
+    out, into, hooks = names.made_by(widen), names.read_by(narrow), [Hook(narrow, "input")]
+    feed_forward = _group(f"layer.{layer}.ffn", "ff", wide, None, out, into, hooks)
     if not family.residual:
         return [*groups, feed_forward]
     last = layer == layers - 1
@@ -354,17 +311,20 @@ def _layer(
     side = "input" if family.pre_norm else "output"
     behind = readers if last else _projections(names, layer + 1, stream)
     middle, end = (
-        names.group(
-            f"res.{layer}.{name}",
-            "res",
-            [*names.made_by(maker), *names.scaled_by(norm)],
-            into,
-            [Hook(norm, side)],
-            stream,
-        )
-        for name, maker, norm, into in (
-            ("attn_ln", mixed, after[0], names.read_by(widen)),
-            ("final_ln", narrow, after[1], behind),
+        _group(f"res.{layer}.{name}", "res", stream, None, out, into, [Hook(norm, side)])
+        for name, out, norm, into in (
+            (
+                "attn_ln",
+                names.made_by(mixed) + names.scaled_by(after[0]),
+                after[0],
+                names.read_by(widen),
+            ),
+            (
+                "final_ln",
+                names.made_by(narrow) + names.scaled_by(after[1]),
+                after[1],
+                behind,
+            ),
         )
     )
     return [*groups, middle, feed_forward, end]

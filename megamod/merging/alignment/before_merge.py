@@ -1,0 +1,53 @@
+"""The `align:` block of a merge: every model read in the order of the first one's features."""
+
+from collections.abc import Mapping, Sequence
+
+from megamod.errors import UserError
+from megamod.merging.alignment.align import align_folders, align_weights
+from megamod.merging.alignment.folder import PermutedFolder
+from megamod.merging.alignment.options import Options, options_from
+from megamod.merging.alignment.record import Alignment
+from megamod.states.forest import read_config
+from megamod.states.stream import ModelFolder
+
+
+def aligned_folders(
+    block: Mapping[str, object], folders: Sequence[ModelFolder], origin: str
+) -> list[ModelFolder | PermutedFolder]:
+    """The folders of a recipe, all but the first with their features in the first one's order.
+
+    Args:
+        block: `align:` of the recipe; `origin`: where it stands, for messages.
+    Raises:
+        UserError: if models cannot be aligned so, or the result would need an output matrix that
+            is no longer tied.
+    """
+    options = options_from(dict(block), origin)
+    if options.method == "identity":
+        return list(folders)
+    found: list[ModelFolder | PermutedFolder] = [folders[0]]
+    for folder in folders[1:]:
+        one = PermutedFolder(folder, _alignment(folders[0], folder, options, origin))
+        if extra := sorted(one.tensors.keys() - folder.tensors.keys()):
+            raise UserError(
+                f"{origin}: aligned so, {extra[0]} is no longer tied; leave head_follow_residual "
+                "on and head off in align"
+            )
+        found.append(one)
+    return found
+
+
+def _alignment(first: ModelFolder, second: ModelFolder, options: Options, origin: str) -> Alignment:
+    if options.method == "activation":
+        for folder in (first, second):
+            if folder.member is not None:
+                raise UserError(
+                    f"{origin}: {folder.folder} ({folder.member}): one expert of a folder is not "
+                    "run on text; give align the method weight"
+                )
+        if options.calibration.path is None:
+            raise UserError(f"{origin}: align.calibration.path is missing: text to compare on")
+        return align_folders(str(first.folder), str(second.folder), options)
+    states = [{name: folder.read(name) for name in folder.tensors} for folder in (first, second)]
+    configs = [read_config(folder.folder) for folder in (first, second)]
+    return align_weights(configs[0], states[0], configs[1], states[1], options)

@@ -1,0 +1,114 @@
+"""Merging models from different seeds: aligned first, whatever the method."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+from twins import twin
+
+from megamod.errors import UserError
+from megamod.merging.average import merge
+from megamod.merging.recipe import read_recipe
+from megamod.models.configuration import DemixConfig
+from megamod.models.demix_lm import DemixForCausalLM
+
+WORDS = [f"w{n}" for n in range(25)]
+VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+IDS = torch.randint(5, 30, (4, 12), generator=torch.Generator().manual_seed(0))
+BERT = BertConfig(
+    vocab_size=30, hidden_size=24, num_hidden_layers=2, num_attention_heads=3,
+    intermediate_size=40, max_position_embeddings=32, initializer_range=0.3,
+)  # fmt: skip
+GPT2 = GPT2Config(
+    vocab_size=30, n_embd=24, n_layer=2, n_head=3, n_positions=32, initializer_range=0.3,
+    bos_token_id=2, eos_token_id=3,
+)  # fmt: skip
+OURS = DemixConfig(
+    vocab_size=30, hidden_size=24, num_hidden_layers=2, num_attention_heads=3,
+    intermediate_size=40, max_position_embeddings=32,
+)  # fmt: skip
+KINDS = {"bert": (BertForMaskedLM, BERT), "gpt2": (GPT2LMHeadModel, GPT2)}
+KINDS |= {"ours": (DemixForCausalLM, OURS)}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """Of each kind a model and two that compute the same."""
+    root = tmp_path_factory.mktemp("aligned")
+    for name, (kind, config) in KINDS.items():
+        torch.manual_seed(1)
+        first = kind(config)
+        for parameter in first.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        for number, model in enumerate((first, twin(first, 2), twin(first, 3))):
+            model.save_pretrained(root / f"{name}-{number}")
+            (root / f"{name}-{number}" / "vocab.txt").write_text("\n".join(VOCAB))
+            tokenizer = {"tokenizer_class": "BertTokenizer"}
+            file = root / f"{name}-{number}" / "tokenizer_config.json"
+            file.write_text(json.dumps(tokenizer))
+    generator = torch.Generator().manual_seed(4)
+    rows = torch.randint(25, (60, 9), generator=generator).tolist()
+    (root / "text.txt").write_text("\n".join(" ".join(WORDS[n] for n in row) for row in rows))
+    return root
+
+
+def recipe(place: Path, name: str, align: str, method: str = "linear", count: int = 3) -> Path:
+    """A file that merges the models of a kind."""
+    weights = {"linear": "parameters: {weight: 1.0}", "slerp": "parameters: {t: 0.4}"}[method]
+    lines = [f"  - model: {place / f'{name}-{number}'}" for number in range(count)]
+    path = place / "recipe.yaml"
+    base = f"base_model: {place / f'{name}-0'}\n" if method == "slerp" else ""
+    text = f"merge_method: {method}\n{base}models:\n" + "\n".join(lines)
+    path.write_text(f"{text}\n{weights}\ndtype: float32\n{align}\n")
+    return path
+
+
+def answers(folder: Path, kind: type) -> torch.Tensor:
+    with torch.no_grad():
+        return kind.from_pretrained(folder).eval()(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize("method", ["linear", "slerp"])
+@pytest.mark.parametrize("how", ["weight", "activation"])
+@pytest.mark.parametrize("name", KINDS)
+def test_models_that_compute_the_same_still_do_when_merged(place, tmp_path, name, how, method):
+    kind = KINDS[name][0]
+    text = f", calibration: {{path: {place / 'text.txt'}}}" if how == "activation" else ""
+    align = f"align: {{method: {how}{text}}}"
+    file = recipe(place, name, align, method, 2 if method == "slerp" else 3)
+    merge(read_recipe(file), tmp_path / "out")
+    wanted = answers(place / f"{name}-0", kind)
+    torch.testing.assert_close(answers(tmp_path / "out", kind), wanted, atol=2e-4, rtol=1e-3)
+    record = json.loads((tmp_path / "out" / "merge.json").read_text())
+    assert record["align"]["method"] == how
+    merge(read_recipe(recipe(place, name, "", method, 2)), tmp_path / "plain")
+    assert (answers(tmp_path / "plain", kind) - wanted).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("align", "message"),
+    [
+        ("align: {methods: weight}", "there is no 'methods'; known are method"),
+        ("align: {method: activation}", "align.calibration.path is missing"),
+        ("align: {method: weight, head_follow_residual: false}", "is no longer tied"),
+        ("align: {calibration: {path: nowhere.txt}}", "nowhere.txt cannot be read"),
+        ("align: 3", "align is 3, not"),
+    ],
+)
+def test_alignments_that_cannot_be(place, tmp_path, align, message):
+    with pytest.raises(UserError, match=message):
+        merge(read_recipe(recipe(place, "bert", align)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_of_different_shapes(place, tmp_path):
+    other = BertForMaskedLM(BertConfig(**BERT.to_dict() | {"intermediate_size": 48}))
+    other.save_pretrained(tmp_path / "other")
+    file = recipe(place, "bert", "align: {method: weight}", count=1)
+    text = file.read_text().replace("parameters:", f"  - model: {tmp_path / 'other'}\nparameters:")
+    file.write_text(text)
+    with pytest.raises(UserError, match=r"intermediate"):
+        merge(read_recipe(file), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

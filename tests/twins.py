@@ -1,0 +1,35 @@
+"""Models that compute what another one does, with their features in another order."""
+
+import torch
+from transformers import PreTrainedModel
+
+from megamod.merging.alignment.align import shapes_of
+from megamod.merging.alignment.options import Options
+from megamod.merging.alignment.permute import permuted
+from megamod.merging.alignment.record import Alignment, aligned_groups
+from megamod.merging.alignment.symmetry import symmetry_of
+
+ALL = Options(head_follow_residual=True)
+
+
+def twin(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """A model that computes the same, its features in another order."""
+    symmetry = symmetry_of(model.config.to_dict(), shapes_of(model.state_dict()))
+    options = ALL if symmetry.of("res") else Options(groups=("ff", "attn"))
+    generator = torch.Generator().manual_seed(seed)
+    found, shared = {}, None
+    for group in aligned_groups(symmetry, options):
+        if group.family in ("res", "head"):
+            shared = torch.randperm(group.size, generator=generator) if shared is None else shared
+            found[group.name] = shared
+        elif group.heads is None:
+            found[group.name] = torch.randperm(group.size, generator=generator)
+        else:
+            within = group.size // group.heads
+            order = torch.randperm(group.heads, generator=generator)
+            parts = [head * within + torch.randperm(within, generator=generator) for head in order]
+            found[group.name] = torch.cat(parts)
+    state = permuted(model.state_dict(), symmetry, Alignment(found, {}, options))
+    other = type(model)(model.config)
+    other.load_state_dict(state)
+    return other
