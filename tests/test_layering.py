@@ -71,6 +71,11 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         | {"megamod.evaluation", "megamod.mixture", "megamod.states", "megamod.train"},
         {"torch", "transformers", "deepspeed", "huggingface_hub", "numpy", "yaml", "tqdm"},
     ),
+    "megamod.planning": (
+        {"megamod.args", "megamod.flags", "megamod.btm", "megamod.dist", "megamod.dist.scope"}
+        | {"megamod.models", "megamod.train"},
+        {"torch", "transformers", "matplotlib"},
+    ),
 }
 SOURCES = sorted(
     path

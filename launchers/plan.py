@@ -1,0 +1,67 @@
+"""Say what a pretraining run would need, before it runs: memory, traffic, time, and what fits.
+
+    python launchers/plan.py launchers/recipes/demix_1.3b_d8.yaml --world_size 128 \\
+        --deepspeed ds_configs/demix_zero2_bf16.json --gpu_memory_gb 32 --peak_tflops 125
+    python launchers/plan.py launchers/recipes/btm_125m.yaml --hostfile hostfile \\
+        --deepspeed ds_configs/zero1_bf16.json --json plan.json
+    python launchers/plan.py launchers/recipes/dense_1.3b.yaml --world_size 8 \\
+        --deepspeed ds_configs/zero2_bf16.json --search true
+    python launchers/plan.py launchers/recipes/demix_1.3b_d8.yaml --world_size 128 \\
+        --deepspeed ds_configs/demix_zero2_bf16.json --simulate speed.png --step_ms 3100
+
+Recipes and flags are those of launchers/pretrain.py and launchers/btm.py. Nothing is trained and no
+weight takes up memory; neither data nor GPUs are needed. docs/planning.md has the formulas.
+"""
+
+from pathlib import Path
+
+from megamod.args import (
+    DataArgs,
+    ModelArgs,
+    MuxArgs,
+    OptimArgs,
+    RunArgs,
+    SafetyArgs,
+    parse_args,
+)
+from megamod.btm.recipe import BtmArgs
+from megamod.errors import run
+from megamod.files import write_json
+from megamod.planning.plan_args import PlanArgs
+
+
+def main() -> None:
+    """Parse, plan every job, and print."""
+    parsed = parse_args(
+        PlanArgs, RunArgs, SafetyArgs, ModelArgs, OptimArgs, MuxArgs, DataArgs, BtmArgs, doc=__doc__
+    )
+    *others, btm = parsed
+    args = others[0]
+    # Only now the heavy imports, so that --help and mistakes in flags answer at once.
+    from megamod.planning import report, simulate
+    from megamod.planning.plan import plan_of
+    from megamod.planning.request import jobs_of
+    from megamod.planning.search import proposals
+
+    jobs = jobs_of((args, btm, *others[1:]))
+    records = []
+    for plan in [plan_of(job, args) for job in jobs]:
+        print(report.of_job(plan), flush=True)
+        records.append(plan.record())
+        if args.search:
+            found = proposals(plan)
+            print(report.of_proposals(found), flush=True)
+            records[-1]["proposals"] = [proposal.record() for proposal in found]
+        if args.simulate is not None and plan.job is jobs[0]:
+            seconds = None if args.step_ms is None else args.step_ms / 1e3
+            curves = simulate.simulate(plan, seconds, args.step_world_size)
+            print(report.of_curves(curves), flush=True)
+            simulate.draw(curves, f"{plan.job.model.model} on more GPUs", Path(args.simulate))
+            records[-1]["simulation"] = simulate.record(curves)
+        print()
+    if args.json is not None:
+        write_json(Path(args.json), {"jobs": records})
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,231 @@
+"""What a job needs, whether that fits, and if not, the nearest that does."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+
+from megamod.btm.placement import include
+from megamod.dist.ds_config import check_sharing
+from megamod.dist.scope import Sharing
+from megamod.dist.topology import DomainTopology
+from megamod.dist.wire import Traffic
+from megamod.errors import UserError
+from megamod.planning.memory import MASTER, MOMENTS, USABLE, Memory, Setting, memory
+from megamod.planning.network import Network, network_of
+from megamod.planning.plan_args import PlanArgs
+from megamod.planning.request import Job
+from megamod.planning.timing import Links, traffic_of
+
+UTILISATIONS = (0.3, 0.4, 0.5)
+FOLLOWED = 4096  # scored tokens of a micro-batch from which on larger ones lie on a line
+SMALL_BUCKET = 50_000_000
+MOST_RANKS = 1024
+NOT_YET = "a run refuses to offload, as its checkpoints do not carry offloaded state yet"
+
+
+@dataclass(frozen=True)
+class JobPlan:
+    """A job with its model, on GPUs of so many bytes.
+
+    Attributes:
+        flops_per_second: peak of a GPU.
+    """
+
+    job: Job
+    network: Network
+    gpu_bytes: float
+    flops_per_second: float
+    links: Links
+
+    @cached_property
+    def memory(self) -> Memory:
+        """Bytes of a rank, as the job is."""
+        return self.memory_with(self.job.setting)
+
+    @property
+    def traffic(self) -> Traffic:
+        """Bytes that a rank sends in a step."""
+        return traffic_of(self.network, self.job.topology, self.job.setting)
+
+    @property
+    def fits(self) -> bool:
+        """Whether a rank's GPU is large enough."""
+        return self.holds(self.memory)
+
+    def holds(self, needed: Memory) -> bool:
+        """Whether a GPU is large enough for this."""
+        return needed.peak <= USABLE * self.gpu_bytes
+
+    def memory_with(self, setting: Setting, topology: DomainTopology | None = None) -> Memory:
+        """Bytes of a rank under another setting, or on other ranks."""
+        passed = self._peak(setting.micro_batch, setting.checkpointing)
+        return memory(
+            self.network.sizes,
+            self.network.frozen,
+            topology or self.job.topology,
+            setting,
+            passed,
+        )
+
+    @cached_property
+    def _passes(self) -> dict[tuple[int, bool], int]:
+        return {}
+
+    def _peak(self, micro_batch: int, checkpointing: bool) -> int:
+        """Measured; of large micro-batches that the job does not have, on a straight line."""
+        group, length = self.job.mux.num_instances, self.job.data.max_seq_length
+        # The head works in chunks: below a full one, what it holds grows otherwise.
+        low = group * math.ceil(FOLLOWED / (group * length * self.network.chosen))
+        high = 2 * low
+        if micro_batch > high and micro_batch != self.job.setting.micro_batch:
+            first, second = self._peak(low, checkpointing), self._peak(high, checkpointing)
+            return second + (micro_batch - high) * (second - first) // (high - low)
+        key = (micro_batch, checkpointing)
+        if key not in self._passes:
+            found = self.network.run(micro_batch, checkpointing=checkpointing)
+            self._passes[key] = found.peak
+        return self._passes[key]
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes of one checkpoint on disk: weights as they are held, masters and moments."""
+        total, trained = self.network.total, self.network.total - self.network.frozen
+        return total * self.job.setting.element + trained * (MASTER + MOMENTS)
+
+    @property
+    def tokens_per_second(self) -> dict[float, float]:
+        """Of all ranks together, by the share of the peak that is reached."""
+        ranks, flops = self.job.topology.world_size, self.network.flops_per_token
+        return {u: u * self.flops_per_second * ranks / flops for u in UTILISATIONS}
+
+    @property
+    def days(self) -> dict[float, float]:
+        """Of all steps, by the share of the peak that is reached."""
+        tokens = self.job.steps * self.job.tokens
+        return {u: tokens / rate / 86_400 for u, rate in self.tokens_per_second.items()}
+
+    def what_fits(self) -> list[str]:
+        """Changes that make it fit, each one alone; the nearest first."""
+        return [
+            f"{told}: {needed.peak / 1e9:.2f} GB"
+            for told, needed in self._changes()
+            if self.holds(needed)
+        ]
+
+    def _changes(self) -> Iterator[tuple[str, Memory]]:
+        setting, topology = self.job.setting, self.job.topology
+        for micro in sorted(micro_batches(self.job), reverse=True):
+            if micro < setting.micro_batch:
+                needed = self.memory_with(with_micro_batch(setting, micro))
+                yield f"--per_device_train_batch_size {micro}", needed
+                if self.holds(needed):
+                    break
+        if not setting.checkpointing:
+            told = "--gradient_checkpointing true"
+            yield told, self.memory_with(replace(setting, checkpointing=True))
+        for stage in range(setting.stage + 1, 4):
+            if stage_allowed(stage, setting.precision, topology):
+                told = f"ZeRO stage {stage}"
+                yield told, self.memory_with(replace(setting, stage=stage))
+        if setting.stage and setting.bucket > SMALL_BUCKET:
+            told = f"reduce_bucket_size {SMALL_BUCKET}"
+            yield told, self.memory_with(replace(setting, bucket=SMALL_BUCKET))
+        ranks, steps = topology.world_size, setting.micro_steps
+        while ranks < MOST_RANKS and steps % 2 == 0:
+            ranks, steps = 2 * ranks, steps // 2
+            if topology.sharing is Sharing.DEMIX and ranks <= len(topology.domains):
+                continue  # a rank would hold fewer experts: another model than was measured
+            more = replace(topology, world_size=ranks)
+            needed = self.memory_with(replace(setting, micro_steps=steps), more)
+            yield f"{ranks} ranks", needed
+            if self.holds(needed):
+                break
+        offloaded = replace(setting, offload=True)
+        if setting.stage:
+            yield f"the optimizer on the host ({NOT_YET})", self.memory_with(offloaded)
+
+    def record(self) -> dict[str, object]:
+        """Everything, as it is written to JSON: bytes, elements, seconds."""
+        job, network = self.job, self.network
+        return {
+            "name": job.name,
+            "alike": list(job.alike),
+            "sharing": job.topology.sharing.value,
+            "domains": list(job.topology.domains),
+            "ranks": job.topology.world_size,
+            "ranks_per_domain": job.topology.ranks_per_domain,
+            "setting": asdict(job.setting),
+            "vocabulary": {"size": job.vocabulary.size, "assumed": job.vocabulary.assumed},
+            "parameters": {
+                "shared": network.shared,
+                "per_expert": network.per_expert,
+                "per_rank": network.per_rank,
+                "active": network.active,
+                "total": network.total,
+            },
+            "flops_per_token": network.flops_per_token,
+            "memory": {**asdict(self.memory), "peak": self.memory.peak},
+            "gpu_bytes": self.gpu_bytes,
+            "fits": self.fits,
+            "what_fits": [] if self.fits else self.what_fits(),
+            "wire": asdict(self.traffic),
+            "checkpoint_bytes": self.checkpoint_bytes,
+            "sequences_per_step": job.sequences,
+            "tokens_per_step": job.tokens,
+            "steps": job.steps,
+            "tokens_per_second": {f"{u:.0%}": rate for u, rate in self.tokens_per_second.items()},
+            "days": {f"{u:.0%}": days for u, days in self.days.items()},
+            "places": [include(place) for place in job.places],
+        }
+
+
+def plan_of(job: Job, args: PlanArgs) -> JobPlan:
+    """A job on the GPUs and links that the flags describe."""
+    return JobPlan(
+        job,
+        network_of(job),
+        args.gpu_memory_gb * 1e9,
+        args.peak_tflops * 1e12,
+        Links(args.intra_gbs * 1e9, args.inter_gbs * 1e9, ranks_of_a_machine(job, args)),
+    )
+
+
+def ranks_of_a_machine(job: Job, args: PlanArgs) -> int:
+    """Ranks on the job's first machine; of a job on one machine, those it could have there."""
+    place = job.places[0]
+    return len(place[0].slots) if len(place) > 1 else max(args.ranks_per_node, len(place[0].slots))
+
+
+def micro_batches(job: Job) -> list[int]:
+    """Micro-batches that leave the sequences of a step as they are, at most 64 groups."""
+    group = job.mux.num_instances
+    dense = job.topology.sharing is Sharing.DENSE
+    held = 1 if dense else len(job.topology.domains_of(0))
+    groups = job.sequences // job.topology.world_size // held // group
+    return [group * n for n in (1, 2, 4, 8, 16, 32, 64) if groups % n == 0]
+
+
+def with_micro_batch(setting: Setting, micro_batch: int) -> Setting:
+    """The same number of sequences in micro-batches of another size."""
+    steps = setting.micro_steps * setting.micro_batch // micro_batch
+    return replace(setting, micro_batch=micro_batch, micro_steps=steps)
+
+
+def stage_allowed(stage: int, precision: str, topology: DomainTopology) -> bool:
+    """Whether a run takes a ZeRO stage with its sharing and precision."""
+    config: dict[str, object] = {"zero_optimization": {"stage": stage}}
+    if precision != "fp32":
+        config[precision] = {"enabled": True}
+    try:
+        check_sharing(config, topology.sharing, topology.world_size)
+    except UserError:
+        return False
+    return True
+
+
+def machines_of_domains(job: Job) -> dict[str, int]:
+    """On how many machines the ranks of each domain lie, of a job that starts at once."""
+    where = [host.name for host in job.places[0] for _ in host.slots]
+    ranks = job.topology.ranks_of
+    return {d: len({where[rank] for rank in ranks(d)}) for d in job.topology.domains}

@@ -1,0 +1,151 @@
+"""A plan as text."""
+
+from collections.abc import Mapping, Sequence
+
+from megamod.btm.placement import include
+from megamod.dist.scope import Sharing
+from megamod.planning.memory import USABLE
+from megamod.planning.plan import JobPlan, machines_of_domains
+from megamod.planning.search import Proposal
+from megamod.planning.simulate import Point
+
+
+def of_job(plan: JobPlan) -> str:
+    """What a job needs, and whether that fits."""
+    job, network, setting = plan.job, plan.network, plan.job.setting
+    ranks = job.topology.world_size
+    count = f"{len(job.alike)} jobs of {ranks}" if len(job.alike) > 1 else f"{ranks}"
+    states = "no ZeRO" if setting.stage == 0 else f"ZeRO stage {setting.stage}"
+    recompute = ", blocks recomputed" if setting.checkpointing else ""
+    assumed = " (assumed)" if job.vocabulary.assumed else ""
+    counted = "" if job.mux.objective == "causal_lm" else ", counted"
+    rows: list[tuple[str, str]] = [
+        ("ranks", f"{count}, {job.topology.sharing.value}, {setting.precision}, {states}"),
+        (
+            "batch",
+            f"{setting.micro_batch} sequences x {setting.micro_steps} micro-batches x {ranks} "
+            f"ranks = {job.sequences:,}; {job.tokens:,} tokens a step{recompute}",
+        ),
+        ("vocabulary", f"{job.vocabulary.size:,}{assumed}"),
+        *_parameters(plan),
+        ("operations per token", f"{network.flops_per_token / 1e9:.3f} GFLOP{counted}"),
+        *_memory(plan),
+        *_wire(plan),
+        ("checkpoint", _gb(plan.checkpoint_bytes)),
+        *_time(plan),
+        *_places(plan),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join([f"== {job.name}", *(f"{name.ljust(width)}  {told}" for name, told in rows)])
+
+
+def of_proposals(found: Sequence[Proposal]) -> str:
+    """Settings, best first."""
+    if not found:
+        return "no setting fits; use more ranks or larger GPUs"
+    lines = ["settings that fit, best first (time of a step: operations + communication)"]
+    for number, proposal in enumerate(found, start=1):
+        setting = proposal.setting
+        parts = [
+            f"ZeRO stage {setting.stage}" if setting.stage else "no ZeRO",
+            f"micro-batch {setting.micro_batch} x {setting.micro_steps}",
+            "recomputing" if setting.checkpointing else "no recomputing",
+        ]
+        parts += ["optimizer on the host"] if setting.offload else []
+        lines.append(
+            f"{number}. {', '.join(parts)}: {proposal.memory.peak / 1e9:.2f} GB, "
+            f"{1e3 * proposal.compute:,.0f} + {1e3 * proposal.wire:,.0f} ms"
+        )
+        lines.append(f"   {'; '.join(proposal.reasons)}")
+    return "\n".join(lines)
+
+
+def of_curves(curves: Mapping[Sharing, Sequence[Point]]) -> str:
+    """Tokens per second by GPUs: communication in the open, and hidden as far as it can be."""
+    kinds = list(curves)
+    gpus = sorted({point.gpus for points in curves.values() for point in points})
+    found = {(kind, p.gpus): p for kind, points in curves.items() for p in points}
+    head = ["GPUs", *(f"{kind.value} tokens/s" for kind in kinds)]
+    lines = [head]
+    for number in gpus:
+        cells = [found.get((kind, number)) for kind in kinds]
+        lines.append([str(number), *(f"{p.slow:,.0f} - {p.fast:,.0f}" if p else "" for p in cells)])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        for line in lines
+    )
+
+
+def _parameters(plan: JobPlan) -> list[tuple[str, str]]:
+    network = plan.network
+    rows = [("parameters", f"{network.per_rank:,} on a rank, {network.active:,} active")]
+    if network.per_expert:
+        rows.append(("", f"{network.shared:,} shared, {network.per_expert:,} per expert"))
+    if network.total != network.per_rank:
+        rows.append(("", f"{network.total:,} of all domains together"))
+    if len(plan.job.alike) > 1:
+        rows.append(("", f"{len(plan.job.alike) * network.total:,} of all jobs together"))
+    return rows
+
+
+def _memory(plan: JobPlan) -> list[tuple[str, str]]:
+    needed = plan.memory
+    usable = USABLE * plan.gpu_bytes
+    rows = [
+        ("memory of a rank", f"weights {_gb(needed.weights)}, gradients {_gb(needed.gradients)}, "
+         f"optimizer {_gb(needed.optimizer)}"),
+        ("", f"activations {_gb(needed.activations)}, buffers {_gb(needed.buffers)}; in the update "
+         f"{_gb(needed.update)} in place of both"),
+        ("", f"at the fullest {_gb(needed.peak)}; {_gb(usable)} of {_gb(plan.gpu_bytes)} are "
+         f"usable: {'fits' if plan.fits else 'DOES NOT FIT'}"),
+    ]  # fmt: skip
+    if not plan.fits:
+        changes = plan.what_fits() or ["no single change; --search tries several at once"]
+        rows += [("what would fit" if i == 0 else "", told) for i, told in enumerate(changes)]
+    return rows
+
+
+def _wire(plan: JobPlan) -> list[tuple[str, str]]:
+    traffic, topology = plan.traffic, plan.job.topology
+    rows = [("sent per step", f"{_gb(traffic.world)} over all {topology.world_size} ranks")]
+    if topology.sharing is not Sharing.DENSE:
+        rows.append(("", f"{_gb(traffic.domain)} inside a domain's {topology.ranks_per_domain}"))
+    return rows
+
+
+def _time(plan: JobPlan) -> list[tuple[str, str]]:
+    peak = plan.flops_per_second / 1e12
+    rates = plan.tokens_per_second
+    told = ", ".join(f"{rate:,.0f} at {u:.0%}" for u, rate in rates.items())
+    days = ", ".join(f"{days:.2f}" for days in plan.days.values())
+    return [
+        ("tokens/s", f"{told} of {peak:g} TFLOP/s a GPU"),
+        ("days", f"{days} for {plan.job.steps:,} steps"),
+    ]
+
+
+def _places(plan: JobPlan) -> list[tuple[str, str]]:
+    job = plan.job
+    rows = []
+    if len(job.alike) > 1:
+        return [
+            (name, include(place) or "waits for free slots")
+            for name, place in zip(job.alike, job.places, strict=True)
+        ]
+    first = 0
+    for host in job.places[0]:
+        ranks = range(first, first + len(host.slots))
+        first += len(host.slots)
+        domains = dict.fromkeys(d for rank in ranks for d in job.topology.domains_of(rank))
+        told = f"ranks {ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else f"rank {ranks[0]}"
+        rows.append((host.name, f"{told}: {', '.join(domains)}"))
+    if job.topology.sharing is not Sharing.DENSE:
+        spread = [domain for domain, count in machines_of_domains(job).items() if count > 1]
+        if spread:
+            rows.append(("", f"gradients inside {', '.join(spread)} cross machines"))
+    return rows
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.3g} GB" if size >= 1e7 else f"{size / 1e6:.3g} MB"

@@ -1,0 +1,268 @@
+"""From a recipe, a DeepSpeed file and a number of ranks to the jobs that would run.
+
+Nothing is made up here: batch sizes, precision and stage are settled by what settles them in a run.
+"""
+
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from megamod.args import DataArgs, ModelArgs, MuxArgs, OptimArgs, RunArgs, SafetyArgs
+from megamod.btm.placement import Host, Place, check_fits, pack, read_hostfile
+from megamod.btm.recipe import BtmArgs
+from megamod.dist.scope import Sharing, sharing_of
+from megamod.dist.topology import DomainTopology
+from megamod.errors import UserError
+from megamod.flags import origin_of
+from megamod.models.configuration import PRESETS as lm_sizes
+from megamod.models.mux_configuration import PRESETS as encoder_sizes
+from megamod.planning.memory import BUCKET, LIVE, PERSISTENT, Setting
+from megamod.planning.plan_args import PlanArgs
+from megamod.train.setup import engine_config, micro_steps
+
+VOCABULARY = {"causal_lm": 50264, "masked_lm": 30522, "replaced_token": 30522}
+"""Tokens where no data-bin says how many: GPT-2's in fairseq's dictionary, and BERT's."""
+
+ONE_JOB = ("hostfile",)  # of the fields of Branch-Train-Merge, what other runs have too
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Tokens of the data: how many, and the ids with a meaning (None: no such token)."""
+
+    size: int
+    bos: int
+    pad: int
+    eos: int
+    mask: int = 103
+    assumed: bool = True
+
+
+@dataclass(frozen=True)
+class Job:
+    """Ranks that train together.
+
+    Attributes:
+        name: what it is called.
+        alike: names of the jobs that need as much, its own among them.
+        topology: its ranks and domains.
+        run, model, mux, data: its arguments, with what the DeepSpeed file decides.
+        setting: how it is trained.
+        steps: optimizer steps of the schedule.
+        places: slots of each of the jobs that are alike, ranks in order; empty for one that has to
+            wait for others.
+    """
+
+    name: str
+    alike: tuple[str, ...]
+    topology: DomainTopology
+    run: RunArgs
+    model: ModelArgs
+    mux: MuxArgs
+    data: DataArgs
+    vocabulary: Vocabulary
+    setting: Setting
+    steps: int
+    places: tuple[Place, ...]
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of a step over all ranks."""
+        return self.setting.micro_batch * self.setting.micro_steps * self.topology.world_size
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step over all ranks."""
+        return self.sequences * self.data.max_seq_length
+
+
+Parsed = tuple[PlanArgs, BtmArgs, RunArgs, SafetyArgs, ModelArgs, OptimArgs, MuxArgs, DataArgs]
+
+
+def jobs_of(parsed: Parsed) -> list[Job]:
+    """The jobs of a run; several for Branch-Train-Merge.
+
+    Raises:
+        UserError: for what a run would refuse too, and for ranks that are not said.
+    """
+    plan, btm, run, _, model, _, mux, data = parsed
+    hosts = machines(plan, btm)
+    ranks = sum(len(host.slots) for host in hosts)
+    vocabulary, there = read_vocabulary(plan, mux, data)
+    domains = tuple(data.domains or there)
+    if mux.objective != "causal_lm" and model.untie != "none":
+        raise UserError(f"--untie {model.untie}: goes with --objective causal_lm")
+    if _is_campaign(btm) and not btm.in_one_world:
+        return _campaign(parsed, hosts, domains, vocabulary)
+    sharing = Sharing.BTM if btm.in_one_world else sharing_of(model.untie)
+    if sharing is not Sharing.DENSE and not domains:
+        raise UserError("--domains is missing: without a data-bin, experts need their names")
+    steps = run.max_steps
+    return [_job(parsed, "run", ("run",), sharing, domains, ranks, vocabulary, steps, [hosts])]
+
+
+def machines(plan: PlanArgs, btm: BtmArgs) -> Place:
+    """The machines that ranks would run on.
+
+    Raises:
+        UserError: if their number is not said, or said twice with different answers.
+    """
+    if btm.hostfile is not None:
+        hosts = read_hostfile(btm.hostfile)
+        slots = sum(len(host.slots) for host in hosts)
+        if plan.world_size not in (None, slots):
+            raise UserError(
+                f"--world_size {plan.world_size}: --hostfile {btm.hostfile} has {slots} slots"
+            )
+        return hosts
+    if plan.world_size is None:
+        raise UserError("--world_size is missing: the number of ranks; or give a --hostfile")
+    full, rest = divmod(plan.world_size, plan.ranks_per_node)
+    sizes = [plan.ranks_per_node] * full + [rest] * (rest > 0)
+    return tuple(Host(f"node-{i}", tuple(range(size))) for i, size in enumerate(sizes, start=1))
+
+
+def read_vocabulary(
+    plan: PlanArgs, mux: MuxArgs, data: DataArgs
+) -> tuple[Vocabulary, tuple[str, ...]]:
+    """Tokens and domains of the data-bin, or what stands for them while there is none.
+
+    Raises:
+        UserError: if the data-bin's header cannot be read.
+    """
+    header = Path(data.data or "") / "databin.json"
+    causal = mux.objective == "causal_lm"
+    if data.data is not None and header.is_file():
+        try:
+            read = json.loads(header.read_text(encoding="utf-8"))
+            ids = [int(read[name] or 0) for name in ("bos_id", "pad_id", "eos_id")]
+            size, domains = int(read["vocab_size"]), tuple(read["domains"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{header}: cannot be read: {error!r}") from error
+        extra = len(data.domains or domains) if data.domain_token else 0
+        mask = min(103, size - 1)
+        return Vocabulary(plan.vocab_size or size + extra, *ids, mask, assumed=False), domains
+    size = plan.vocab_size or VOCABULARY[mux.objective]
+    ids = (0, 1, 2) if causal else (min(101, size - 1), 0, min(102, size - 1))
+    return Vocabulary(size, *ids, min(103, size - 1), plan.vocab_size is None), ()
+
+
+def _is_campaign(btm: BtmArgs) -> bool:
+    own = [field.name for field in fields(btm) if field.name not in ONE_JOB]
+    return any(origin_of(btm, name) != "default" for name in own)
+
+
+def _campaign(
+    parsed: Parsed, hosts: Place, domains: Sequence[str], vocabulary: Vocabulary
+) -> list[Job]:
+    """A seed, and experts that share its batch. Source: Li et al. 2022, section 4.1."""
+    _, btm, run, _, model, *_ = parsed
+    domains = [d for text in btm.rounds for d in text.split()] if btm.rounds else list(domains)
+    if model.untie not in ("none", "all"):
+        raise UserError(
+            f"--untie {model.untie}: experts of Branch-Train-Merge are whole models; leave it out"
+        )
+    if not domains:
+        raise UserError("--domains is missing: without a data-bin, experts need their names")
+    batch = run.global_batch_size
+    if batch is None or batch % len(domains):
+        raise UserError(
+            f"--global_batch_size {batch}: is shared by {len(domains)} experts; give a multiple"
+        )
+    seed_steps = round(btm.seed_share * run.max_steps)
+    jobs = []
+    if seed_steps:
+        filled = batch // run.per_device_train_batch_size
+        total = sum(len(host.slots) for host in hosts)
+        ranks = btm.seed_gpus or next(
+            n for n in range(total, 0, -1) if filled % n == 0 and pack(hosts, (), n)
+        )
+        check_fits(hosts, ranks, "--seed_gpus")
+        place = [pack(hosts, (), ranks)]
+        jobs.append(
+            _job(
+                parsed, "seed", ("seed",), Sharing.DENSE, domains, ranks, vocabulary, seed_steps,
+                place,
+            )
+        )  # fmt: skip
+    check_fits(hosts, btm.gpus_per_expert, "--gpus_per_expert")
+    places: list[Place] = []
+    for _ in domains:
+        busy = [host for place in places for host in place]
+        places.append(pack(hosts, busy, btm.gpus_per_expert) or ())
+    share = copy.copy(run)
+    share.global_batch_size = batch // len(domains)
+    jobs.append(
+        _job(
+            (*parsed[:2], share, *parsed[3:]), "expert", tuple(domains), Sharing.DENSE,
+            domains[:1], btm.gpus_per_expert, vocabulary, run.max_steps - seed_steps, places,
+        )
+    )  # fmt: skip
+    return jobs
+
+
+def _job(
+    parsed: Parsed,
+    name: str,
+    alike: Sequence[str],
+    sharing: Sharing,
+    domains: Sequence[str],
+    ranks: int,
+    vocabulary: Vocabulary,
+    steps: int,
+    places: Sequence[Place],
+) -> Job:
+    _, _, run, safety, model, optim, mux, data = (copy.copy(args) for args in parsed)
+    topology = DomainTopology(ranks, tuple(domains) or ("text",), sharing)
+    config = engine_config(run, safety, optim, topology, hidden_size_of(model, mux))
+    zero = config["zero_optimization"]
+    stage = zero["stage"]
+    overlap = zero.get("overlap_comm", stage == 3)
+    summed = (config.get("data_types") or {}).get("grad_accum_dtype") == "fp32"
+    setting = Setting(
+        stage=stage,
+        precision=run.precision or "fp32",
+        micro_batch=run.per_device_train_batch_size,
+        micro_steps=micro_steps(run, topology),
+        checkpointing=model.gradient_checkpointing,
+        sum_in_fp32=summed and run.precision not in (None, "fp32"),
+        bucket=int(zero.get("reduce_bucket_size", BUCKET)),
+        buffers=2 if overlap and stage < 3 else 1,
+        live=min(
+            int(zero.get("stage3_max_live_parameters", LIVE)),
+            int(zero.get("stage3_max_reuse_distance", LIVE)),
+        ),
+        persistent=int(zero.get("stage3_param_persistence_threshold", PERSISTENT)),
+    )
+    return Job(
+        name,
+        tuple(alike),
+        topology,
+        run,
+        model,
+        mux,
+        data,
+        vocabulary,
+        setting,
+        steps,
+        tuple(places),
+    )
+
+
+def hidden_size_of(model: ModelArgs, mux: MuxArgs) -> int:
+    """Width of the model, from its arguments alone."""
+    if model.hidden_size is not None:
+        return model.hidden_size
+    folder = Path(model.model) / "config.json"
+    if folder.is_file():
+        return int(json.loads(folder.read_text(encoding="utf-8"))["hidden_size"])
+    sizes = lm_sizes
+    if mux.objective != "causal_lm":
+        sizes = encoder_sizes["mux_bert" if mux.objective == "masked_lm" else "mux_electra"]
+    if model.model not in sizes:
+        raise UserError(
+            f"--model {model.model!r} is no folder with config.json and none of {', '.join(sizes)}"
+        )
+    return sizes[model.model]["hidden_size"]

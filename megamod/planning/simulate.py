@@ -1,0 +1,158 @@
+"""Tokens per second of dense, DEMix and BTM training on more GPUs, from one measured step.
+
+Every rank has as many sequences a step on any number of GPUs, so its operations take as long, and
+what changes is what a ring sends and how fast its slowest link is. Bytes are those of
+`dist/wire.py`. Two curves bound the truth: nothing of the communication hidden behind the backward
+pass, and all that fits.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megamod.dist.scope import Sharing
+from megamod.dist.topology import DomainTopology
+from megamod.errors import UserError
+from megamod.planning.network import network_of
+from megamod.planning.plan import JobPlan
+from megamod.planning.request import Job
+from megamod.planning.search import UTILISATION
+from megamod.planning.timing import compute_seconds, traffic_of, wire_seconds
+
+MOST_GPUS = 1024
+UNTIED = {Sharing.DENSE: "none", Sharing.DEMIX: "feedforward", Sharing.BTM: "all"}
+
+
+@dataclass(frozen=True)
+class Point:
+    """A number of GPUs.
+
+    Attributes:
+        compute, wire: seconds of a step.
+        tokens: of a step, over all ranks.
+    """
+
+    gpus: int
+    compute: float
+    wire: float
+    tokens: int
+
+    @property
+    def slow(self) -> float:
+        """Tokens per second if communication waits for computation."""
+        return self.tokens / (self.compute + self.wire)
+
+    @property
+    def fast(self) -> float:
+        """Tokens per second if they go on side by side."""
+        return self.tokens / max(self.compute, self.wire)
+
+
+Curves = Mapping[Sharing, Sequence[Point]]
+
+
+def simulate(plan: JobPlan, step_seconds: float | None, step_ranks: int | None) -> Curves:
+    """Curves of the three kinds of training.
+
+    Args:
+        step_seconds: measured on the job as it is; None: operations at 40 % of the peak.
+        step_ranks: ranks that it was measured on; None: those of the job.
+    Raises:
+        UserError: for a job that is no causal language model of several domains, and for a measured
+            time shorter than its communication.
+    """
+    job = plan.job
+    if job.mux.objective != "causal_lm" or len(job.topology.domains) < 2:
+        raise UserError("--simulate: compares causal language models of two domains or more")
+    setting = job.setting
+    compute = compute_seconds(plan.network, setting, UTILISATION * plan.flops_per_second)
+    if step_seconds is not None:
+        topology = replace(job.topology, world_size=step_ranks or job.topology.world_size)
+        there = _wire(plan, _as(job, topology))
+        compute = step_seconds - there
+        if compute <= 0:
+            raise UserError(
+                f"--step_ms {1e3 * step_seconds:g}: sending the bytes of a step takes "
+                f"{1e3 * there:.1f} ms at these links; give faster ones, or what was measured"
+            )
+    return {kind: _curve(plan, kind, compute) for kind in Sharing}
+
+
+def record(curves: Curves) -> dict[str, list[dict[str, float]]]:
+    """For JSON."""
+    return {
+        kind.value: [
+            {
+                "gpus": point.gpus,
+                "step_ms": 1e3 * (point.compute + point.wire),
+                "step_ms_overlapped": 1e3 * max(point.compute, point.wire),
+                "tokens_per_second": point.slow,
+                "tokens_per_second_overlapped": point.fast,
+            }
+            for point in points
+        ]
+        for kind, points in curves.items()
+    }
+
+
+def draw(curves: Curves, title: str, path: Path) -> None:
+    """The curves as a PNG; the band of each is what overlap can gain."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for kind, points in curves.items():
+        gpus = [point.gpus for point in points]
+        (line,) = axes.plot(gpus, [p.slow for p in points], marker=".", label=kind.value)
+        axes.fill_between(
+            gpus,
+            [p.slow for p in points],
+            [p.fast for p in points],
+            color=line.get_color(),
+            alpha=0.15,
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set(xlabel="GPUs", ylabel="tokens/s", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _curve(plan: JobPlan, kind: Sharing, compute: float) -> list[Point]:
+    domains, points = plan.job.topology.domains, []
+    gpus = 1
+    while gpus <= MOST_GPUS:
+        topology = _topology(gpus, domains, kind)
+        if topology is not None:
+            job = _as(plan.job, topology)
+            points.append(Point(gpus, compute, _wire(plan, job), job.tokens))
+        gpus *= 2
+    return points
+
+
+def _topology(gpus: int, domains: tuple[str, ...], kind: Sharing) -> DomainTopology | None:
+    """None where a rank would hold another number of experts, and so not the model measured."""
+    if kind is not Sharing.DENSE and gpus % len(domains):
+        return None
+    return DomainTopology(gpus, domains, kind)
+
+
+def _as(job: Job, topology: DomainTopology) -> Job:
+    """The job on other ranks with another sharing; the sequences of a rank stay."""
+    model = copy.copy(job.model)
+    if topology.sharing is not job.topology.sharing:
+        model.untie = UNTIED[topology.sharing]
+    setting = job.setting
+    if topology.sharing is Sharing.DEMIX:
+        setting = replace(setting, stage=min(2, setting.stage))
+    return replace(job, topology=topology, model=model, setting=setting)
+
+
+def _wire(plan: JobPlan, job: Job) -> float:
+    traffic = traffic_of(network_of(job), job.topology, job.setting)
+    return wire_seconds(traffic, job.topology, plan.links)

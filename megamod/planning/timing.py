@@ -1,0 +1,65 @@
+"""How long a step takes: operations at a share of the peak, and bytes over links.
+
+A ring is as fast as its slowest link, so a group that lies on several machines sends at the speed
+between machines (Thakur et al. 2005, section 4, without latency). Nothing is taken to overlap:
+these are upper bounds of what communication costs.
+"""
+
+from dataclasses import dataclass
+
+from megamod.dist.topology import DomainTopology
+from megamod.dist.wire import Traffic, step_traffic
+from megamod.planning.memory import Setting
+from megamod.planning.network import Network
+
+
+@dataclass(frozen=True)
+class Links:
+    """Bytes per second that a GPU sends, inside a machine and between machines.
+
+    Attributes:
+        ranks_per_node: GPUs of a machine.
+    """
+
+    intra: float
+    inter: float
+    ranks_per_node: int
+
+    def world(self, topology: DomainTopology) -> float:
+        """Speed of the ring of all ranks."""
+        return self.intra if topology.world_size <= self.ranks_per_node else self.inter
+
+    def domain(self, topology: DomainTopology) -> float:
+        """Speed of the ring of a domain's ranks; some domain's, if they lie differently."""
+        inside = self.ranks_per_node % topology.ranks_per_domain == 0
+        return self.intra if inside else self.world(topology)
+
+
+def traffic_of(network: Network, topology: DomainTopology, setting: Setting) -> Traffic:
+    """Bytes that a rank sends in a step."""
+    tied = [name for name in network.sizes if name.endswith("embeddings.tokens.weight")]
+    return step_traffic(
+        network.sizes,
+        topology,
+        setting.stage,
+        setting.micro_steps,
+        setting.element,
+        setting.persistent,
+        setting.live,
+        tied,
+    )
+
+
+def wire_seconds(traffic: Traffic, topology: DomainTopology, links: Links) -> float:
+    """Time to send a step's bytes."""
+    return traffic.world / links.world(topology) + traffic.domain / links.domain(topology)
+
+
+def compute_seconds(network: Network, setting: Setting, flops_per_second: float) -> float:
+    """Time for a step's operations on one rank.
+
+    Recomputing adds a forward pass: a third of the operations (Korthikanti et al. 2022, section 5).
+    """
+    tokens = setting.micro_batch * setting.micro_steps * network.job.data.max_seq_length
+    extra = 4 / 3 if setting.checkpointing else 1.0
+    return tokens * network.flops_per_token * extra / flops_per_second

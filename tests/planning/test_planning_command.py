@@ -1,0 +1,232 @@
+"""The planning command: what it proposes, simulates and refuses; a pass without storage."""
+
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from test_planning_recipes import RECIPES, ROOT, planned
+from torch import nn
+
+from megamod.dist.scope import Sharing
+from megamod.errors import UserError
+from megamod.models.configuration import DemixConfig
+from megamod.models.demix_lm import DemixForCausalLM
+from megamod.planning.activations import measure
+from megamod.planning.search import proposals
+from megamod.planning.simulate import simulate
+from megamod.planning.timing import Links, traffic_of, wire_seconds
+
+LAUNCHER = ROOT / "launchers" / "plan.py"
+ZERO2 = ("--deepspeed", str(ROOT / "ds_configs/zero2_bf16.json"))
+DEMIX = ("--deepspeed", str(ROOT / "ds_configs/demix_zero2_bf16.json"))
+DOMAINS = ("--domains", *"abcdefgh")
+
+
+def command(monkeypatch, *argv: str) -> None:
+    """The command in this process."""
+    spec = importlib.util.spec_from_file_location("plan_launcher", LAUNCHER)
+    launcher = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(launcher)
+    monkeypatch.setattr(sys, "argv", [str(LAUNCHER), *argv])
+    launcher.main()
+
+
+def tiny(layers: int, **more) -> DemixConfig:
+    return DemixConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=16,
+        **more,
+    )
+
+
+def loss_of(batch: int, module: nn.Module):
+    ids = torch.zeros(batch, 16, dtype=torch.int64)
+    return module(ids, position_ids=ids, shift_labels=ids, num_items_in_batch=1.0).loss
+
+
+@pytest.mark.parametrize(("precision", "element"), [("fp32", 4), ("bf16", 2)])
+def test_a_block_keeps_what_the_formula_says(precision, element):
+    def peak(layers: int, checkpointing: bool) -> int:
+        loss = partial(loss_of, 3)
+        more = dict(precision=precision, checkpointing=checkpointing)
+        return measure(tiny(layers), DemixForCausalLM, loss, **more).peak
+
+    tokens, width, heads = 3 * 16, 32, 4
+    # LayerNorm keeps mean and deviation of a token in the precision of its input on processors.
+    block = tokens * (16 * width * element + 4 * heads + 4 * element)
+    assert peak(9, False) - peak(8, False) == block
+    assert peak(9, True) - peak(8, True) == tokens * width * element
+
+
+def test_operations_are_counted_as_by_the_formula():
+    """6 N + 12 L D T, where N are the parameters that matrix products use."""
+    layers, width, length = 7, 32, 16
+    found = measure(
+        tiny(layers), DemixForCausalLM, partial(loss_of, 3), precision="fp32", checkpointing=False
+    )
+    used = layers * 12 * width**2 + 64 * width
+    assert found.flops == 3 * length * (6 * used + 12 * layers * width * length)
+
+
+def test_the_best_proposal_is_the_fastest_and_all_fit():
+    (plan,) = planned(
+        str(RECIPES / "quickstart.yaml"), "--world_size", "4", "--gpu_memory_gb", "1",
+        "--precision", "bf16", "--vocab_size", "1000",
+    )  # fmt: skip
+    found = proposals(plan, shown=100)
+    seconds = [proposal.seconds for proposal in found]
+    assert all(later >= 0.98 * seconds[0] for later in seconds)
+    assert all(plan.holds(proposal.memory) for proposal in found)
+    assert {proposal.setting.stage for proposal in found} <= {1, 2}  # experts
+    steps = {p.setting.micro_batch * p.setting.micro_steps for p in found}
+    assert steps == {plan.job.setting.micro_batch * plan.job.setting.micro_steps}
+    assert all(p.setting.bucket == 50_000_000 for p in found)  # DeepSpeed's own are 2 GB
+    assert not any(p.setting.offload for p in found)
+
+
+def test_large_micro_batches_lie_on_a_line():
+    sizes = ("--world_size", "1", "--hidden_size", "64", "--vocab_size", "8192")
+    (plan,) = planned(*sizes, "--global_batch_size", "32", "--per_device_train_batch_size", "1")
+    (large,) = planned(*sizes, "--global_batch_size", "32", "--per_device_train_batch_size", "32")
+    guessed = plan.memory_with(replace(plan.job.setting, micro_batch=32)).activations
+    assert guessed == pytest.approx(large.memory.activations, rel=0.01)
+
+
+def test_nothing_is_proposed_where_nothing_fits():
+    (plan,) = planned(
+        str(RECIPES / "quickstart.yaml"),
+        "--world_size",
+        "4",
+        "--gpu_memory_gb",
+        "0.001",
+        "--vocab_size",
+        "1000",
+    )
+    assert proposals(plan) == []
+    assert plan.what_fits() == []
+
+
+def test_rings_inside_and_between_machines():
+    (plan,) = planned(
+        *("--untie", "feedforward", "--world_size", "16", *DOMAINS, *DEMIX),
+        *("--intra_gbs", "100", "--inter_gbs", "10"),
+    )
+    topology, traffic = plan.job.topology, plan.traffic
+    expected = traffic.world / 10e9 + traffic.domain / 100e9  # two ranks a domain, side by side
+    assert wire_seconds(traffic, topology, plan.links) == pytest.approx(expected)
+    spread = Links(100e9, 10e9, ranks_per_node=3)
+    assert wire_seconds(traffic, topology, spread) == pytest.approx(
+        (traffic.world + traffic.domain) / 10e9
+    )
+
+
+def test_curves_go_through_what_was_measured():
+    (plan,) = planned(
+        "--model", "125m", "--world_size", "16", *DOMAINS, "--gradient_accumulation_steps", "4",
+        *ZERO2,
+    )  # fmt: skip
+    curves = simulate(plan, step_seconds=0.9, step_ranks=None)
+    (dense,) = [point for point in curves[Sharing.DENSE] if point.gpus == 16]
+    assert dense.compute + dense.wire == pytest.approx(0.9)
+    assert dense.slow == pytest.approx(16 * 8 * 4 * 1024 / 0.9)
+    for kind, points in curves.items():
+        gpus = [point.gpus for point in points]
+        assert gpus == [2**n for n in range(0 if kind is Sharing.DENSE else 3, 11)]
+        assert all(point.fast >= point.slow for point in points)
+    last = {kind: points[-1].slow for kind, points in curves.items()}
+    assert last[Sharing.DENSE] < last[Sharing.DEMIX] < last[Sharing.BTM]
+    alone = curves[Sharing.BTM][0]
+    assert (alone.gpus, alone.wire) == (8, 0)  # an expert on one GPU sends nothing
+    bytes_ = traffic_of(plan.network, plan.job.topology, plan.job.setting).world
+    assert dense.wire == pytest.approx(bytes_ / 25e9)
+
+
+def test_a_step_shorter_than_its_communication_is_refused():
+    (plan,) = planned("--model", "125m", "--world_size", "16", *DOMAINS, *ZERO2)
+    with pytest.raises(UserError, match="sending the bytes of a step takes"):
+        simulate(plan, 1e-4, None)
+
+
+def test_the_whole_command(monkeypatch, tmp_path, capsys):
+    (tmp_path / "hosts").write_text("a slots=4\nb slots=4\n")
+    command(
+        monkeypatch,
+        *("--untie", "feedforward", "--hidden_size", "32", *DOMAINS),
+        *("--hostfile", str(tmp_path / "hosts"), "--json", str(tmp_path / "plan.json")),
+        *("--search", "true", "--simulate", str(tmp_path / "speed.png")),
+        *("--vocab_size", "1000", "--max_seq_length", "128"),
+    )
+    told = capsys.readouterr().out
+    assert "ranks 4-7: e, f, g, h" in told
+    assert "best first" in told
+    (job,) = json.loads((tmp_path / "plan.json").read_text())["jobs"]
+    assert job["places"] == ["a:0,1,2,3@b:0,1,2,3"]
+    assert job["parameters"]["total"] == (
+        job["parameters"]["shared"] + 8 * job["parameters"]["per_expert"]
+    )
+    assert job["tokens_per_step"] == 8 * 8 * 128
+    assert job["setting"]["precision"] == "fp32"
+    assert math.isclose(job["days"]["30%"] * 0.3, job["days"]["50%"] * 0.5)
+    assert job["simulation"]["demix"][0]["gpus"] == 8
+    assert (tmp_path / "speed.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_data_say_how_many_tokens_there_are(tmp_path):
+    ids = dict(bos_id=None, pad_id=0, eos_id=1, unk_id=2)
+    header = {"vocab_size": 1000, "domains": ["law", "med"], **ids}
+    (tmp_path / "databin.json").write_text(json.dumps(header))
+    (plan,) = planned("--data", str(tmp_path), "--untie", "feedforward", "--world_size", "2")
+    assert plan.network.config.vocab_size == 1000
+    assert plan.job.topology.domains == ("law", "med")
+    assert not plan.job.vocabulary.assumed
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ((), "--world_size is missing"),
+        (("--world_size", "6", "--untie", "all", *DOMAINS), "6 ranks cannot hold 8 experts"),
+        (("--world_size", "2", "--untie", "feedforward"), "--domains is missing"),
+        (("--world_size", "2", "--model", "2b"), "--model '2b' is no folder"),
+        (("--world_size", "2", "--global_batch_size", "9"), "is not a multiple of 16"),
+        (("--hostfile", "{tmp}/none"), "cannot be read"),
+        (("--hostfile", "{tmp}/zero"), "line 2: 'b slots=0' is not"),
+        (("--hostfile", "{tmp}/good", "--world_size", "3"), "has 4 slots"),
+        (("{tmp}/odd.yaml", "--world_size", "2"), "line 2: unknown key 'hidden_sise'"),
+        (("--world_size", "2", "--deepspeed", "{tmp}/odd.json"), "unknown key zero_optimisation"),
+        (("--world_size", "2", "--simulate", "x.png"), "--simulate: compares"),
+        (("--world_size", "2", "--objective", "masked_lm", "--untie", "all"), "--untie all: goes"),
+        (("--world_size", "2", "--objective", "masked_lm", "--model", "big"), "--model 'big'"),
+    ],
+)
+def test_mistakes_are_told(monkeypatch, tmp_path, argv, message):
+    (tmp_path / "zero").write_text("a slots=2\nb slots=0\n")
+    (tmp_path / "good").write_text("a slots=4\n")
+    (tmp_path / "odd.yaml").write_text("model: tiny\nhidden_sise: 8\n")
+    (tmp_path / "odd.json").write_text('{"zero_optimisation": {"stage": 1}}')
+    given = [part.format(tmp=tmp_path) for part in argv]
+    with pytest.raises(UserError) as caught:
+        command(monkeypatch, *given)
+    assert message in str(caught.value)
+
+
+def test_a_mistake_ends_with_2_and_one_message():
+    done = subprocess.run(
+        [sys.executable, str(LAUNCHER), "--world_size", "8", "--gpu_memory_gb", "-1"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "--gpu_memory_gb: -1.0 is not allowed" in done.stderr

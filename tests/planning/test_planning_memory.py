@@ -1,0 +1,123 @@
+"""Bytes of a rank: counted in an engine of DeepSpeed, and by hand for many ranks."""
+
+import pytest
+from ranks import on_ranks
+from train.tiny_runs import DOMAINS, RECIPE, ds_config, make_batch, tiny_config
+
+from megamod.dist.scope import Sharing, sharing_of
+from megamod.dist.topology import DomainTopology
+from megamod.planning.memory import Setting, memory
+
+CASES = [
+    ("none", 0, "fp32"),
+    *[("none", stage, kind) for stage in (1, 2, 3) for kind in ("fp32", "bf16", "fp16")],
+    *[("feedforward", stage, "bf16") for stage in (1, 2)],
+]
+TWO_RANKS = [
+    *[("none", stage, kind) for stage in (1, 2, 3) for kind in ("fp32", "bf16")],
+    *[(untie, stage, "bf16") for untie in ("feedforward", "all") for stage in (1, 2)],
+]
+
+
+def settings(stage: int, precision: str) -> Setting:
+    return Setting(stage, precision, 2, 1, False, bucket=1000, persistent=100)
+
+
+def counted(rank: int, world: int, cases: list[tuple[str, int, str]]) -> list[tuple]:
+    """Bytes of weights, gradients and optimizer of an engine at the end of a backward pass."""
+    from deepspeed.accelerator import get_accelerator
+
+    from megamod.models.demix_lm import DemixForCausalLM
+    from megamod.train.engine import build_engine, update
+    from megamod.train.optim import adamw
+
+    get_accelerator().is_fp16_supported = lambda: True  # torch computes it on any processor
+    domains, told = DOMAINS[:2], []
+    for untie, stage, precision in cases:
+        sharing = sharing_of(untie)
+        topology = DomainTopology(world, domains, sharing)
+        held, demix = topology.domains_of(rank), sharing is Sharing.DEMIX
+        model = DemixForCausalLM(tiny_config(untie, domains), held if demix else None)
+        sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+        steps = 2 if stage == 1 else 1  # gradients of stage 1 are whole until the last micro-batch
+        config = ds_config(stage, steps, 0.5, precision)
+        config["zero_optimization"] |= {
+            "reduce_bucket_size": 1000,
+            "stage3_param_persistence_threshold": 100,
+        }
+        engine = build_engine(model, lambda groups: adamw(groups, **RECIPE), config, topology)
+        batch = make_batch(held[0], 0, 0, ragged=False)
+        domain = held[0] if demix else None
+        engine.backward(loss_of(engine, batch, domain))
+        gradients = gradient_bytes(engine, stage)
+        if steps == 2:
+            update(engine, 0.5)
+            engine.backward(loss_of(engine, batch, domain))
+        update(engine, 0.5)
+        needed = memory(sizes, 0, topology, settings(stage, precision))
+        found = (weight_bytes(engine, stage), gradients, optimizer_bytes(engine, stage))
+        told.append((found, (needed.weights, needed.gradients, needed.optimizer)))
+    return told
+
+
+def loss_of(engine, batch, domain):
+    return engine(batch["input_ids"], shift_labels=batch["labels"], domain=domain).loss
+
+
+def weight_bytes(engine, stage: int) -> int:
+    tensors = [parameter.data for parameter in engine.module.parameters()]
+    if stage == 3:
+        tensors += [parameter.ds_tensor for parameter in engine.module.parameters()]
+        # What is gathered lives until it is released: only what stays is counted.
+        kept = {id(p) for p in engine.optimizer.persistent_parameters}
+        parameters = list(engine.module.parameters())
+        whole = sum(p.data.numel() * p.element_size() for p in parameters if id(p) in kept)
+        return whole + sum(p.ds_tensor.numel() * p.element_size() for p in parameters)
+    return storage_bytes(tensors)
+
+
+def gradient_bytes(engine, stage: int) -> int:
+    zero = engine.optimizer
+    if stage == 3:
+        return storage_bytes([zero.grad_partitions_flat_buffer])
+    if stage == 2:
+        groups = zero.averaged_gradients.values()
+        return sum(t.numel() * t.element_size() for group in groups for t in group)
+    parameters = list(engine.module.parameters())
+    held = [p.grad for p in parameters if p.grad is not None]
+    assert len(held) == len(parameters)
+    return sum(gradient.numel() * gradient.element_size() for gradient in held)
+
+
+def optimizer_bytes(engine, stage: int) -> int:
+    zero = engine.optimizer
+    base, masters = zero, []
+    if stage:
+        base = zero.optimizer
+        name = "fp32_partitioned_groups_flat" if stage == 3 else "single_partition_of_fp32_groups"
+        masters = getattr(zero, name)
+    states = [state[name] for state in base.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    return storage_bytes([*masters, *states])
+
+
+def storage_bytes(tensors) -> int:
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+@pytest.fixture(scope="module")
+def alone() -> list[tuple]:
+    return on_ranks(1, counted, 1, CASES)[0]
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda number: str(CASES[number]))
+def test_bytes_are_those_of_the_engine(alone, number):
+    found, expected = alone[number]
+    assert found == expected
+
+
+@pytest.mark.slow
+def test_bytes_are_those_of_the_engine_on_two_ranks():
+    for told in on_ranks(2, counted, 2, TWO_RANKS):
+        for case, (found, expected) in zip(TWO_RANKS, told, strict=True):
+            assert found == expected, case
