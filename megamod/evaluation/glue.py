@@ -81,9 +81,10 @@ def accuracy_by_slot(answers: np.ndarray, labels: np.ndarray, instances: int) ->
 def task_score(task: TaskSpec, splits: Mapping[str, Scores]) -> float:
     """The one number of a task in GLUE: the mean over its metrics, and over dev and dev_mm.
 
-    CoLA counts with Matthews correlation alone.
+    CoLA counts with Matthews correlation alone, a task of labels of words with its first metric.
     """
-    names = task.metrics[:1] if "matthews_correlation" in task.metrics else task.metrics
+    alone = task.kind == "token" or "matthews_correlation" in task.metrics
+    names = task.metrics[:1] if alone else task.metrics
     held = [scores for split, scores in splits.items() if split.startswith("dev")]
     return float(np.mean([scores[name] for scores in held for name in names]))
 

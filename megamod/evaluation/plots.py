@@ -160,6 +160,8 @@ def plot_trade_off(
     Args:
         tasks: by task, model, then N: instances per second, and the score.
     """
+    from matplotlib import ticker
+
     names = list(dict.fromkeys(name for lines in tasks.values() for name in lines))
     across = min(3, len(tasks))
     down = ceil(len(tasks) / across)
@@ -173,6 +175,9 @@ def plot_trade_off(
     for (task, lines), axes in zip(tasks.items(), panels, strict=False):
         axes.set(title=task, xlabel="instances per second (log scale)", ylabel="score on dev")
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(ticker.NullFormatter())
         axes.margins(0.15)
         for name, points in lines.items():
             counts = sorted(points)
