@@ -37,7 +37,7 @@ def encoded(rows: int, per_token: bool) -> Encoded:
     ids = random.integers(1, 10, lengths.sum()).astype(np.int32)
     heads = [np.arange(length) for length in lengths] if per_token else None
     offsets = np.cumsum([0, *lengths])
-    return Encoded(ids, np.zeros(len(ids), np.int8), offsets, None, heads, 0, 0)
+    return Encoded(ids, np.zeros(len(ids), np.int8), offsets, None, heads, 0, 0, 8)
 
 
 def naive(data: Encoded, instances: int, per_token: bool) -> list[list[float]] | list[int]:
@@ -121,7 +121,7 @@ def test_speed_is_that_of_passes_alone_and_without_the_first(monkeypatch):
 def test_labels_of_words_and_of_those_that_were_cut_off():
     data = Encoded(
         np.zeros(7, np.int32), np.zeros(7, np.int8), np.array([0, 4, 7]), None,
-        [np.array([1, 2]), np.array([1, -1])], 0, 1,
+        [np.array([1, 2]), np.array([1, -1])], 0, 1, 4,
     )  # fmt: skip
     answers = np.array([0, 2, 1, 0, 0, 1, 0])
     labels = labels_of_words(data, answers, ["B-A", "O", "I-A"])
