@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RESULTS = "results.json"
+RECORD = "study.json"
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def run_study(study: Study, output: Path, device: torch.device) -> str:
         UserError: for models, data or settings that do not fit, or a folder of another study.
     """
     disable_progress_bar()
-    _check_folder(study, output)
+    told = _checked_record(study, output)
     grounds = {task: _ground(study, task) for task in study.tasks}
     jobs = [
         (task, name, pair)
@@ -97,13 +98,15 @@ def run_study(study: Study, output: Path, device: torch.device) -> str:
             tell = partial(bar.update, 1)
             curve = _curve(study, task, study.variants[name], pair, grounds[task], device, tell)
             path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(output / RECORD, told)
             write_json(path, curve)
     return _summarise(study, output)
 
 
-def _check_folder(study: Study, output: Path) -> None:
+def _checked_record(study: Study, output: Path) -> dict[str, object]:
+    """The study as plain values, if what the folder has already is of the same one."""
     told = json.loads(json.dumps(asdict(study), default=str))
-    record = output / "study.json"
+    record = output / RECORD
     if record.exists():
         before = json.loads(record.read_text(encoding="utf-8"))
         # More pairs, tasks and variants may be added; what is there already must mean the same.
@@ -117,8 +120,7 @@ def _check_folder(study: Study, output: Path) -> None:
                 f"{output}: holds a study with another {differs[0]}; remove it or choose another "
                 "--output_dir"
             )
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(record, told)
+    return told
 
 
 def _file(output: Path, task: str, variant: str, pair: tuple[str, str]) -> Path:

@@ -125,6 +125,15 @@ def test_only_what_is_missing_is_made(place):
         run_study(read_study(path), out, torch.device("cpu"))
 
 
+def test_a_study_that_cannot_be_leaves_nothing(place, tmp_path):
+    path = study(place, "bert", "mlm", models=[str(place / "bert-1"), str(tmp_path / "gone")])
+    content = yaml.safe_load(path.read_text()) | {"pairs": [[1, 2]]}
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match="gone"):
+        run_study(read_study(path), tmp_path / "out", torch.device("cpu"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_both_definitions_of_the_barrier():
     weights = weights_of(5)
     assert weights == [0, 0.25, 0.5, 0.75, 1]
