@@ -72,28 +72,32 @@ def main() -> None:
         require(args, "output_dir")
 
     from megamod.merging.average import merge
-    from megamod.merging.recipe import read_recipe
+    from megamod.merging.recipe import GREEDY_SOUP
+    from megamod.merging.recipe_file import read_recipe
     from megamod.states.stream import parse_size
 
-    shard_bytes = parse_size(args.max_shard_size, "--max_shard_size")
+    options = {
+        "shard_bytes": parse_size(args.max_shard_size, "--max_shard_size"),
+        "dry_run": args.dry_run,
+        "threads": args.num_threads or min(len(os.sched_getaffinity(0)), 8),
+        "copy_tokenizer": args.copy_tokenizer,
+        "quiet": args.quiet,
+    }
     if recipe_file is None:
         recipe = recipe_of(args)
     else:
         _refuse_beside_recipe(args)
         recipe = read_recipe(recipe_file)
-    output = Path(args.output_dir or ".")
-    plan = merge(
-        recipe,
-        output,
-        shard_bytes=shard_bytes,
-        dry_run=args.dry_run,
-        threads=args.num_threads or min(len(os.sched_getaffinity(0)), 8),
-        seed=args.random_seed,
-        copy_tokenizer=args.copy_tokenizer,
-        quiet=args.quiet,
-    )
+    output = None if args.output_dir is None else Path(args.output_dir)
+    if recipe.method == GREEDY_SOUP:
+        from megamod.runs.soup import described, greedy_soup
+
+        plan, tasted = greedy_soup(recipe, output, **options)
+        told = [plan.describe(), *([described(tasted)] if tasted else [])]
+    else:
+        told = [merge(recipe, output, seed=args.random_seed, **options).describe()]
     if not args.quiet:
-        print(plan.describe())
+        print(*told, sep="\n")
         print("nothing was written" if args.dry_run else f"written to {args.output_dir}")
 
 
@@ -103,11 +107,14 @@ def recipe_of(args: MergeArgs) -> "Recipe":
     Raises:
         UserError: naming the flag, for values that do not go together.
     """
+    from megamod.btm.parents import forest_sources, strongest
     from megamod.merging.methods import METHODS
-    from megamod.merging.recipe import weighted
+    from megamod.merging.recipe import GREEDY_SOUP, weighted
     from megamod.merging.settings import check_word
+    from megamod.states.forest import open_forest
 
-    check_word(args.merge_method, tuple(METHODS), "--merge_method: there is no")
+    methods = (*METHODS, GREEDY_SOUP)
+    check_word(args.merge_method, methods, "--merge_method: there is no")
     if args.merge_method != "linear":
         raise UserError(
             f"--merge_method {args.merge_method}: needs a recipe, as it has more parameters than "
@@ -115,40 +122,36 @@ def recipe_of(args: MergeArgs) -> "Recipe":
         )
     if (args.models is None) is (args.forest is None):
         raise UserError("give a recipe, or one of --models and --forest")
+    if args.weights is not None and args.prior is not None:
+        raise UserError("--weights and --prior both give weights; give one of them")
+    origin = f"--prior {args.prior}" if args.prior is not None else "--weights"
+    if args.topk is not None and args.weights is None and args.prior is None:
+        raise UserError("--topk needs weights to choose by: --weights or --prior")
+    domains, count = None, len(args.models or ())
     if args.forest is None:
         for flag in ("experts", "prior"):
             if getattr(args, flag) is not None:
                 raise UserError(f"--{flag} goes with --forest, not with --models")
-        sources, domains = [(Path(model), None) for model in args.models], None
+        sources, weights = [(Path(model), None) for model in args.models], args.weights
+        if weights is not None and len(weights) == count:
+            if (args.topk or 0) > count:
+                raise UserError(f"--topk {args.topk}: there are only {count} models")
+            kept = strongest(weights, args.topk or 0)
+            sources, weights = [sources[n] for n in kept], [weights[n] for n in kept]
     else:
-        from megamod.states.forest import open_forest
-
-        forest = open_forest(Path(args.forest))
-        of = {expert.domain: expert for expert in forest.experts}
-        domains = list(args.experts or of)
-        for domain in domains:
-            check_word(domain, tuple(of), f"--experts: {args.forest} has no expert")
-        sources = [(of[domain].path, of[domain].member) for domain in domains]
-    weights, origin = [1.0] * len(sources), "--models"
-    if args.weights is not None and args.prior is not None:
-        raise UserError("--weights and --prior both give weights; give one of them")
-    if args.weights is not None:
-        weights, origin = args.weights, "--weights"
-    elif args.prior is not None:
-        from megamod.mixture.prior import read_prior
-
-        weights = read_prior(Path(args.prior), domains).weights
-        origin = f"--prior {args.prior}"
-    if args.topk is not None and origin == "--models":
-        raise UserError("--topk needs weights to choose by: --weights or --prior")
-    if args.topk is not None and args.topk > len(sources):
-        raise UserError(f"--topk {args.topk}: there are only {len(sources)} models")
-    if args.topk is not None and len(weights) == len(sources):
-        best = sorted(range(len(weights)), key=lambda place: -weights[place])[: args.topk]
-        sources, weights = (
-            [every[place] for place in sorted(best)] for every in (sources, weights)
+        known = {(one.path, one.member): one.domain for one in open_forest(args.forest).experts}
+        parents, weights = forest_sources(
+            args.forest,
+            only=args.experts,
+            weights=args.weights,
+            prior=args.prior,
+            topk=args.topk or 0,
         )
-        domains = [domains[place] for place in sorted(best)] if domains else None
+        sources = [(parent.folder, parent.member) for parent in parents]
+        domains = [known[source] for source in sources]
+        if args.weights is None and args.prior is None:
+            weights = None  # all alike, whatever their sum
+    weights = [1.0] * len(sources) if weights is None else weights
     return weighted(
         sources,
         weights,

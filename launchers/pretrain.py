@@ -3,7 +3,7 @@ encoder that reads several texts in one pass (MUX-BERT, MUX-ELECTRA).
 
     deepspeed launchers/pretrain.py launchers/recipes/quickstart.yaml \\
         --deepspeed ds_configs/cpu_smoke.json --output_dir runs/first
-    deepspeed launchers/pretrain.py launchers/recipes/demix_125m_d8.yaml --data DATABIN \\
+    deepspeed launchers/pretrain.py launchers/recipes/modern/demix_125m_d8.yaml --data DATABIN \\
         --deepspeed ds_configs/demix_zero2_bf16.json --output_dir runs/demix
     torchrun --nproc_per_node 2 launchers/pretrain.py RECIPE.yaml --output_dir OUT
     python launchers/pretrain.py RECIPE.yaml --output_dir OUT      (one process)

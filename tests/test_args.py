@@ -28,7 +28,7 @@ from megamod.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = (RunArgs, SafetyArgs, OptimArgs, ModelArgs, DataArgs)
-RECIPES = sorted((ROOT / "launchers" / "recipes").glob("*.yaml"))
+RECIPES = sorted((ROOT / "launchers" / "recipes").rglob("*.yaml"))
 
 
 @pytest.fixture(autouse=True)
@@ -306,7 +306,7 @@ def test_every_recipe_is_listed():
 
 @pytest.mark.parametrize("name", sorted(TOKENS))
 def test_recipe_batches_are_those_of_the_papers(name):
-    path = ROOT / "launchers" / "recipes" / f"{name}.yaml"
+    path = next(path for path in RECIPES if path.stem == name)
     driven = (BtmArgs,) if name.startswith("btm") else ()
     run, _, _, model, data, *_ = parse_args(*CLASSES, *driven, argv=[str(path)])
     assert run.global_batch_size * data.max_seq_length == TOKENS[name]

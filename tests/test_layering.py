@@ -20,7 +20,11 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "megamod.flags": (set(), {"yaml"}),
     "megamod.args": ({"megamod.flags"}, set()),
     "megamod.dist.scope": (set(), set()),
-    "megamod.dist": ({"megamod.dist.scope"}, {"torch", "deepspeed", "pydantic"}),
+    "megamod.dist.hostfile": (set(), set()),
+    "megamod.dist": (
+        {"megamod.dist.scope", "megamod.dist.hostfile"},
+        {"torch", "deepspeed", "pydantic"},
+    ),
     "megamod_kernels": (set(), {"torch", "triton"}),
     "megamod.nn": ({"megamod_kernels", "megamod.dist.scope"}, {"torch", "transformers"}),
     "megamod.lm_eval": (set(), {"lm_eval"}),
@@ -61,8 +65,8 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "transformers", "safetensors", "numpy", "scipy"},
     ),
     "megamod.btm": (
-        {"megamod.args", "megamod.flags", "megamod.dist.scope", "megamod.merging"}
-        | {"megamod.mixture", "megamod.states"},
+        {"megamod.args", "megamod.flags", "megamod.dist.scope", "megamod.dist.hostfile"}
+        | {"megamod.merging", "megamod.mixture", "megamod.states"},
         {"torch", "safetensors", "yaml", "psutil"},
     ),
     "megamod.runs": (
@@ -73,7 +77,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     ),
     "megamod.planning": (
         {"megamod.args", "megamod.flags", "megamod.btm", "megamod.dist", "megamod.dist.scope"}
-        | {"megamod.models", "megamod.train"},
+        | {"megamod.dist.hostfile", "megamod.models", "megamod.train"},
         {"torch", "transformers", "matplotlib"},
     ),
 }

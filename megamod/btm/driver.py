@@ -16,19 +16,17 @@ from megamod.btm import tasks as make
 from megamod.btm.collect import collect
 from megamod.btm.jobs import ask_to_stop, clear, command_of, start, tail, take
 from megamod.btm.placement import (
-    Host,
-    Place,
     check_fits,
     free_port,
     include,
     local_hosts,
     pack,
     parse_include,
-    read_hostfile,
 )
 from megamod.btm.progress import Row, Screen, read_progress
 from megamod.btm.recipe import Campaign, Parsed, make_campaign
 from megamod.btm.tasks import Stage, Task
+from megamod.dist.hostfile import Host, Place, read_hostfile
 from megamod.errors import DistributedFailure, Interrupted, PolicyStop, UserError
 
 POLL_SECONDS = 0.2

@@ -128,12 +128,17 @@ def forest_sources(
     weights = check_weights(weights, len(domains))
     if topk > len(domains):
         raise UserError(f"--topk {topk}: there are only {len(domains)} experts")
-    best = sorted(range(len(domains)), key=lambda place: -weights[place])[: topk or len(domains)]
-    kept = [place for place in sorted(best) if weights[place]]
+    kept = strongest(weights, topk)
     sources = [
         Source(experts[domains[place]].path, experts[domains[place]].member) for place in kept
     ]
     return sources, [weights[place] for place in kept]
+
+
+def strongest(weights: Sequence[float], count: int = 0) -> list[int]:
+    """Places of so many of the largest weights, in order; 0 for all. A weight of 0 is left out."""
+    best = sorted(range(len(weights)), key=lambda place: -weights[place])[: count or None]
+    return [place for place in sorted(best) if weights[place]]
 
 
 def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:

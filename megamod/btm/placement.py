@@ -1,69 +1,18 @@
-"""Which slots (GPUs) an expert's job gets: hostfiles, packing, names for DeepSpeed's launcher.
+"""Which slots (GPUs) an expert's job gets: packing, names for DeepSpeed's launcher.
 
 Source: Li et al. 2022 (Branch-Train-Merge), section 3: experts share nothing while they train, so
 each is a job of its own, and all that matters is that its gradients stay inside a machine.
 """
 
 import os
-import re
 import socket
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from megamod.dist.hostfile import Host, Place
 from megamod.errors import UserError
 
 LOCAL = "localhost"
-
-
-@dataclass(frozen=True)
-class Host:
-    """Slots of one machine: all of them, or those of a job."""
-
-    name: str
-    slots: tuple[int, ...]
-
-
-Place = tuple[Host, ...]
-"""The slots of a job."""
-
-
-def read_hostfile(path: str | Path) -> Place:
-    """Machines in the order of a hostfile: lines of `NAME slots=N`, and comments.
-
-    Stricter than DeepSpeed, which takes a byte order mark for a part of the name, reads "8x" as 8
-    and starts nothing on a machine of no slots.
-
-    Raises:
-        UserError: naming file, line and what is wrong.
-    """
-    try:
-        text = Path(path).read_bytes().decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--hostfile {path}: cannot be read: {error}") from error
-    if text.startswith("\ufeff"):
-        raise UserError(f"--hostfile {path}, line 1: begins with a byte order mark; remove it")
-    hosts: dict[str, Host] = {}
-    for number, line in enumerate(text.split("\n"), start=1):
-        where = f"--hostfile {path}, line {number}"
-        if "\r" in line:
-            raise UserError(f"{where}: ends in a carriage return; save it with Unix line ends")
-        words = line.partition("#")[0].split()
-        if not words:
-            continue
-        slots = re.fullmatch(r"slots=([1-9]\d{0,4})", words[1]) if len(words) == 2 else None
-        if slots is None:
-            raise UserError(f"{where}: {line.strip()!r} is not `NAME slots=N` with N of 1 or more")
-        if not re.fullmatch(r"[A-Za-z0-9._][A-Za-z0-9._-]*", words[0]):
-            raise UserError(
-                f"{where}: {words[0]!r} is no host name: letters, digits, dots, _ and -"
-            )
-        if words[0] in hosts:
-            raise UserError(f"{where}: {words[0]!r} is there a second time")
-        hosts[words[0]] = Host(words[0], tuple(range(int(slots[1]))))
-    if not hosts:
-        raise UserError(f"--hostfile {path}: names no machine")
-    return tuple(hosts.values())
 
 
 def local_hosts(slots: int | None) -> Place:

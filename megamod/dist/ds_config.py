@@ -144,6 +144,7 @@ def check_sharing(config: dict[str, object], sharing: Sharing | str, world_size:
                 raise UserError(
                     f"experts with ZeRO stage 2 need zero_optimization.{key} true; remove the key"
                 )
+    _check_offload(zero)
     copies = int(zero.get("zero_hpz_partition_size", 1))
     if copies < 1 or world_size % copies:
         raise UserError(
@@ -153,6 +154,31 @@ def check_sharing(config: dict[str, object], sharing: Sharing | str, world_size:
     if sharing is Sharing.DEMIX:
         # Ranks of a domain stand next to each other, as the data of the domains are dealt out.
         config["use_data_before_expert_parallelism"] = True
+
+
+def offloaded_to(zero: Mapping[str, object], what: str) -> str:
+    """Where a block `zero_optimization` puts the "optimizer" or "param": none, cpu or nvme."""
+    return str((zero.get(f"offload_{what}") or {}).get("device", "none"))
+
+
+def _check_offload(zero: Mapping[str, object]) -> None:
+    where = "zero_optimization.offload_"
+    optimizer, parameters = offloaded_to(zero, "optimizer"), offloaded_to(zero, "param")
+    if optimizer != "none" and zero["stage"] == 0:
+        raise UserError(f"{where}optimizer needs ZeRO stage 1, 2 or 3; the file has stage 0")
+    if optimizer == "nvme" and zero["stage"] != 3:
+        raise UserError(
+            f"{where}optimizer.device nvme needs ZeRO stage 3; the file has stage {zero['stage']}; "
+            "use stage 3, or device cpu"
+        )
+    if parameters != "none" and zero["stage"] != 3:
+        raise UserError(
+            f"{where}param needs ZeRO stage 3; the file has stage {zero['stage']}; remove it"
+        )
+    if parameters == "nvme":
+        raise UserError(f"{where}param.device nvme is not supported; use cpu, or remove the block")
+    if optimizer == "nvme" and not zero["offload_optimizer"].get("nvme_path"):
+        raise UserError(f'{where}optimizer.nvme_path is missing: a folder, or "auto"')
 
 
 def _read(path: Path) -> dict[str, object]:

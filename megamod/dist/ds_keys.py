@@ -115,7 +115,7 @@ REMOVED = {
 }
 """Keys that DeepSpeed once knew, each with what to do about it."""
 
-_OFFLOAD = "checkpoints do not carry offloaded state yet; remove it and use a higher ZeRO stage"
+_OFFLOAD = "use zero_optimization.offload_optimizer, as in ds_configs/zero2_bf16_offload.json"
 _PARALLEL = "models are split over data-parallel ranks only; remove it and use ZeRO stage 3"
 _MASTERS = "checkpoints hold float32 master weights; remove it"
 _FINITE = "it keeps gradients that are not finite out of the weights; remove the key"
@@ -137,8 +137,7 @@ REFUSED = {
     "zero_optimization.cpu_offload_param": _OFFLOAD,
     "zero_optimization.cpu_offload_use_pin_memory": _OFFLOAD,
     "zero_optimization.legacy_stage1": "DeepSpeed has no such stage any more; remove it",
-    "zero_optimization.offload_optimizer": _OFFLOAD,
-    "zero_optimization.offload_param": _OFFLOAD,
+    "zero_optimization.offload_optimizer.super_offload": _OFFLOAD,
     "zero_optimization.zenflow": _OFFLOAD,
 }
 """Keys that may be there only if they are switched off, each with what to use instead."""
@@ -148,6 +147,7 @@ REQUIRED = {
     "gradient_allreduce_op": ("mean", "the loss is a mean over all ranks; remove the key"),
     "managed_gradient_accumulation": (True, "the run counts micro-batches; remove the key"),
     "zero_optimization.compute_grad_norm": (True, _FINITE),
+    "zero_optimization.offload_optimizer.ratio": (1.0, "all is offloaded, or nothing"),
 }
 """Keys that may have one value only, and why."""
 

@@ -4,6 +4,7 @@ import atexit
 import os
 import socket
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -12,24 +13,142 @@ import torch.distributed
 from megamod.errors import UserError
 
 
+@dataclass(frozen=True)
+class _Starter:
+    """A program that starts ranks.
+
+    Attributes:
+        sign: the variable that shows that it started this process.
+        rank, world, local: variables with the rank, their number, and the rank within the host.
+    """
+
+    name: str
+    sign: str
+    rank: str
+    world: str
+    local: str
+
+
+_OWN = _Starter("the launcher", "RANK", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+_MPI = (
+    _Starter(
+        "Open MPI",
+        *("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+    ),
+    _Starter("MPICH", "MPI_LOCALRANKID", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+)
+_SLURM = _Starter("srun", "SLURM_PROCID", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+_RENUMBERING = ("TORCHELASTIC_RUN_ID", "CROSS_RANK")
+"""Set by torchrun and by DeepSpeed, whose ranks may be many in one task of srun or mpirun."""
+
+
+def adopt_rank() -> None:
+    """Take over the rank that srun or mpirun gave this process, as RANK and its companions.
+
+    A rank of torchrun or DeepSpeed counts more than theirs, as these may run inside their tasks;
+    mpirun counts more than srun, which it may use itself. With none of them nothing is set, and the
+    process is a world of its own.
+
+    Raises:
+        UserError: for variables that are incomplete, no numbers, or contradict each other.
+    """
+    own = _numbers(_OWN)
+    # A batch script is itself called task 0 of all; only what srun starts has a step.
+    in_script = "SLURM_JOB_ID" in os.environ and "SLURM_STEP_ID" not in os.environ
+    found = [(starter, _numbers(starter)) for starter in (*_MPI, *(() if in_script else (_SLURM,)))]
+    found = [(starter, numbers) for starter, numbers in found if numbers and numbers[1] > 1]
+    if not found:
+        return
+    starter, (rank_, world, local) = found[0]
+    if own is None:
+        if "MASTER_ADDR" not in os.environ:
+            raise UserError(
+                f"{starter.rank}={rank_} and {starter.world}={world} of {starter.name}, but "
+                "MASTER_ADDR is not set: give all ranks the name of the first host in it, and a "
+                "free port of it in MASTER_PORT (29500 if there is none)"
+            )
+        os.environ |= dict(RANK=str(rank_), WORLD_SIZE=str(world), LOCAL_RANK=str(local))
+        os.environ.setdefault("MASTER_PORT", "29500")
+        return
+    renumbered = any(name in os.environ for name in _RENUMBERING)
+    if not renumbered and own[:2] != (rank_, world):
+        raise UserError(
+            f"RANK={own[0]} and WORLD_SIZE={own[1]} contradict {starter.rank}={rank_} and "
+            f"{starter.world}={world} of {starter.name}: leave RANK and WORLD_SIZE unset"
+        )
+
+
+def _numbers(starter: _Starter) -> tuple[int, int, int] | None:
+    """Rank, world size and local rank that a program gave this process; None if it did not."""
+    if starter.sign not in os.environ:
+        return None
+    found = []
+    for name in (starter.rank, starter.world, starter.local):
+        text = os.environ.get(name, "0" if name == _OWN.local else "")
+        if not text.isdecimal():
+            told = repr(text) if text else "not set"
+            raise UserError(f"{starter.sign} is set by {starter.name}, but {name} is {told}")
+        found.append(int(text))
+    rank_, world, local = found
+    if max(rank_, local) >= world:
+        raise UserError(
+            f"{starter.rank}={rank_} and {starter.local}={local} must be below "
+            f"{starter.world}={world}"
+        )
+    return rank_, world, local
+
+
+def check_started() -> None:
+    """See that a process without a rank is meant to be alone, and one with it can find the others.
+
+    Raises:
+        UserError: if not.
+    """
+    tasks = os.environ.get("SLURM_NTASKS", "1")
+    if "RANK" not in os.environ and tasks != "1":
+        raise UserError(
+            f"SLURM_NTASKS is {tasks}, but this process was not started by srun, so it would be "
+            f"alone: start the ranks as docs/multinode.md says, or `unset SLURM_NTASKS`"
+        )
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if "RANK" in os.environ and not os.environ.get(name):
+            raise UserError(
+                f"RANK is {os.environ['RANK']}, but {name} is not set: where the ranks meet, the "
+                "same on all of them"
+            )
+
+
+def check_device(local_rank: int, devices: int) -> None:
+    """See that this host has a device for the rank.
+
+    Raises:
+        UserError: naming host, rank and devices.
+    """
+    if local_rank >= devices:
+        raise UserError(
+            f"LOCAL_RANK is {local_rank}, but this process on {os.uname().nodename} sees {devices} "
+            f"devices: the hostfile gives it too many slots, or CUDA_VISIBLE_DEVICES or Slurm's "
+            f"--gpus-per-task leaves out some (use --gpus-per-node)"
+        )
+
+
 def init_process(timeout: float) -> torch.device:
     """Join the process group and return this rank's device.
 
-    Started by plain `python` (no RANK in the environment) the process is a world of one.
+    Started by plain `python` the process is a world of one; see `adopt_rank`.
 
     Args:
         timeout: seconds after which a collective that hears nothing fails.
+    Raises:
+        UserError: if the launcher's variables are not right, or the host has no such GPU.
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
+    adopt_rank()
+    check_started()
     if "RANK" not in os.environ:
-        tasks = os.environ.get("SLURM_NTASKS", "1")
-        if tasks != "1":
-            raise UserError(
-                f"SLURM_NTASKS is {tasks}, but RANK is not set, so these would be {tasks} runs in "
-                "one folder: start the ranks as docs/multinode.md says"
-            )
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -42,12 +161,19 @@ def init_process(timeout: float) -> torch.device:
         # leaves a lock on which every later run of the account waits for ever.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if accelerator.device_name() != "cpu":
+        check_device(local_rank, accelerator.device_count())
     accelerator.set_device(local_rank)
+    # DeepSpeed makes groups of its own without a word about their timeout, which would be torch's:
+    # half an hour, after which a host that froze is noticed.
+    patience = timedelta(seconds=timeout)
+    torch.distributed.distributed_c10d.default_pg_timeout = patience
+    torch.distributed.distributed_c10d.default_pg_nccl_timeout = patience
     deepspeed.init_distributed(
         dist_backend=accelerator.communication_backend_name()
         if accelerator.device_name() != "cpu"
         else "gloo",
-        timeout=timedelta(seconds=timeout),
+        timeout=patience,
         verbose=False,
     )
     # Else the threads of gloo may still run when the interpreter is gone, which aborts the process.

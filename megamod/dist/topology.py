@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
+from megamod.dist.hostfile import spell, split_groups
 from megamod.dist.scope import Sharing
 from megamod.errors import UserError
 
@@ -81,22 +82,35 @@ class DomainTopology:
         return self.group_rank(rank) == 0
 
     def table(self, hosts: Sequence[str], devices: Sequence[str]) -> str:
-        """Rank, host, device, domains and groups, one line a rank; the same text on every run."""
+        """Rank, host, device, domains and groups, one line a rank; the same text on every run.
+
+        A last line warns of experts that lie on several hosts though one could hold them.
+        """
         rows = [("rank", "host", "device", "domains", "shared over", "experts over")]
         for rank in range(self.world_size):
             domains = self.domains_of(rank)
-            group = _ranges(self.ranks_of(domains[0]))
-            world = _ranges(range(self.world_size))
+            group = spell(self.ranks_of(domains[0]))
+            world = spell(range(self.world_size))
             shared = group if self.sharing is Sharing.BTM else world
             experts = {Sharing.DENSE: "-", Sharing.DEMIX: group, Sharing.BTM: "-"}[self.sharing]
             rows.append(
                 (str(rank), hosts[rank], devices[rank], ",".join(domains), shared, experts)
             )
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
+        lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
             for row in rows
-        )
+        ]
+        if self.sharing is not Sharing.DENSE:
+            apart = split_groups(hosts, {domain: self.ranks_of(domain) for domain in self.domains})
+            told = "; ".join(f"{domain} on {', '.join(there)}" for domain, there in apart.items())
+            if apart:
+                lines.append(
+                    f"warning: gradients of experts cross between hosts, though one host could "
+                    f"hold all {self.ranks_per_domain} ranks of an expert: {told}; use slots in "
+                    f"multiples of {self.ranks_per_domain} on every host"
+                )
+        return "\n".join(lines)
 
 
 class DomainGroup:
@@ -132,6 +146,3 @@ class DomainGroup:
     def get_model_parallel_rank(self) -> int:
         return 0
 
-
-def _ranges(ranks: range) -> str:
-    return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"

@@ -4,23 +4,28 @@ No more than a few pieces of a tensor are in memory at a time, however large the
 `regmean`, which solves for a layer as a whole, holds one.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from megamod.errors import UserError
+from megamod.merging.measured import check_calibration, measure_statistics
 from megamod.merging.methods import METHODS
 from megamod.merging.model_folder import carry_over, commonest_chat, write_record
 from megamod.merging.operands import Operand
 from megamod.merging.plan import Plan, make_plan
 from megamod.merging.recipe import Recipe, weighted
-from megamod.states.convert import new_folder
+from megamod.merging.reindexed import reindexed
+from megamod.merging.vocabulary import Vocabulary, unite
+from megamod.states.convert import check_new, new_folder
 from megamod.states.stream import PIECE, ModelFolder, pieces, write_stream
 
 SHARD_BYTES = 5 * 10**9
@@ -66,7 +71,7 @@ def average_folders(
 
 def merge(
     recipe: Recipe,
-    output: Path,
+    output: Path | None,
     *,
     shard_bytes: int = SHARD_BYTES,
     dry_run: bool = False,
@@ -74,6 +79,8 @@ def merge(
     seed: int = 0,
     copy_tokenizer: bool = True,
     quiet: bool = False,
+    found: Mapping[str, object] | None = None,
+    note: str = "",
 ) -> Plan:
     """Carry out a recipe: the folder `output` appears whole or not at all.
 
@@ -81,26 +88,34 @@ def merge(
     integers from the base. Files of the optimizer are not read.
 
     Args:
+        output: None: nowhere, with `dry_run`.
         shard_bytes: size of a weight file above which there are several.
         dry_run: check everything and write nothing.
         threads: how many tensors are merged at the same time; the result is the same.
         seed: of everything that is drawn at random.
         copy_tokenizer: whether the result gets the files of a tokenizer.
         quiet: no progress bar.
+        found: what else to record, such as how the models were chosen; `note`: the same as text.
     Returns:
         what was done.
     Raises:
         UserError: as `average_folders`.
     """
+    if output is not None:
+        check_new(output)
     with ExitStack() as stack:
         folders = [stack.enter_context(ModelFolder(one.path, one.member)) for one in recipe.inputs]
-        statistics = [
-            None if one.statistics is None else stack.enter_context(ModelFolder(one.statistics))
-            for one in recipe.inputs
-        ]
-        plan = make_plan(recipe, _aligned(recipe, folders), statistics, shard_bytes)
+        vocabulary = _vocabulary(recipe)
+        inputs = _aligned(recipe, folders)
+        if vocabulary is not None:
+            inputs = reindexed(inputs, vocabulary)
+        check_calibration(recipe)
+        plan = make_plan(recipe, inputs, shard_bytes, vocabulary)
         if dry_run:
             return plan
+        measured = measure_statistics(recipe, Path(stack.enter_context(TemporaryDirectory())))
+        statistics = [file and stack.enter_context(ModelFolder(file)) for file in measured]
+        plan = replace(plan, statistics=statistics)
         folder = stack.enter_context(new_folder(output))
         # Neither digests nor reading hold the interpreter's lock.
         hashing = ThreadPoolExecutor(1)
@@ -113,7 +128,9 @@ def merge(
             write_stream(folder, plan.files, plan.specs, produce, threads)
         words = folders[recipe.tokenizer].folder if copy_tokenizer else None
         chat = commonest_chat([one.path for one in recipe.inputs]) if recipe.chat else None
-        carry_over(folders[recipe.template].folder, words, folder, plan.config, chat)
+        carry_over(
+            folders[recipe.template].folder, words, folder, plan.config, chat, plan.vocabulary
+        )
         write_record(
             folder,
             recipe,
@@ -121,8 +138,28 @@ def merge(
             [digest.result() for digest in digests],
             plan.config,
             seed,
+            found or {},
+            note,
         )
     return plan
+
+
+def _vocabulary(recipe: Recipe) -> Vocabulary | None:
+    """The vocabulary of the result, where it is not that of every model.
+
+    Raises:
+        UserError: if it cannot be made.
+    """
+    if recipe.words is None:
+        return None
+    paths = [one.path for one in recipe.inputs]
+    vocabulary = unite(recipe.words, paths, recipe.template, recipe.base)
+    if vocabulary is not None and recipe.align is not None:
+        raise UserError(
+            f"{recipe.origin}: align compares models that have the same words; leave out align, or "
+            f"{recipe.words.where}"
+        )
+    return vocabulary
 
 
 def _aligned(recipe: Recipe, folders: Sequence[ModelFolder]) -> Sequence[ModelFolder]:

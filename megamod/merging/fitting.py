@@ -19,11 +19,12 @@ _MEANING = (
 _VOCABULARIES = ("vocab.txt", "vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "dict.txt")
 
 
-def check_configs(folders: Sequence[Path], *, cut: bool = False) -> None:
+def check_configs(folders: Sequence[Path], *, cut: bool = False, same_words: bool = True) -> None:
     """Refuse models whose weights mean different things.
 
     Args:
         cut: whether one vocabulary may be longer than another.
+        same_words: whether equal ids must be equal words.
     Raises:
         UserError: naming two folders and what differs: a field of the configuration, or the
             vocabulary of the tokenizer.
@@ -33,14 +34,14 @@ def check_configs(folders: Sequence[Path], *, cut: bool = False) -> None:
     for folder in dict.fromkeys(folders[1:]):
         other = read_config(folder)
         for name in _MEANING:
-            if cut and name == "vocab_size":
+            if (cut or not same_words) and name == "vocab_size":
                 continue
             if name in config and name in other and config[name] != other[name]:
                 raise UserError(
                     f"{base} and {folder} cannot be merged: {name} is {config[name]!r} in the "
                     f"first, {other[name]!r} in the second"
                 )
-        for file, content in _vocabulary(folder).items():
+        for file, content in _vocabulary(folder).items() if same_words else ():
             if file in words and words[file] != content:
                 raise UserError(
                     f"{base} and {folder} cannot be merged: their tokenizers differ, as {file} "

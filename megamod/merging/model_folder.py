@@ -11,14 +11,16 @@ from megamod import __version__
 from megamod.errors import UserError
 from megamod.files import write_atomic, write_json
 from megamod.merging.recipe import Recipe
+from megamod.merging.vocabulary import FILE as VOCABULARY
+from megamod.merging.vocabulary import Vocabulary
 
 RECORD = "merge.json"
 _CHAT = "chat_template.jinja"
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-_WORDS = (
-    *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
-    *("vocab.txt", "vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "dict.txt", "*.model"),
-)
+_LISTS = ("vocab.txt", "vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "dict.txt")
+_LISTS += ("*.model",)
+_WORDS = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "chat_template*")
+_WORDS += _LISTS
 _CARRIED = ("generation_config.json", "preprocessor_config.json")
 _CARD = """---
 library_name: {library}
@@ -30,20 +32,32 @@ A merge ({method}) of {count} models, made with megamod {version}.
 | weight | model | digest of its weights |
 |---|---|---|
 {rows}
-
+{note}
 Load it as those it was made of{how}. `{record}` has all of this for programs.
 """
 
 
 def merged_config(
-    config: dict[str, object], recipe: Recipe, stored: str | None
+    config: dict[str, object],
+    recipe: Recipe,
+    stored: str | None,
+    vocabulary: Vocabulary | None = None,
 ) -> dict[str, object]:
-    """The base's configuration, with what the merge changes: the dtype, and which domains.
+    """The base's configuration, with what the merge changes: dtype, domains, vocabulary.
 
     Args:
         stored: name of the dtype of the weights; None: as the base's.
+        vocabulary: of the result; None: that of the base.
     """
     config = dict(config)
+    if vocabulary is not None:
+        config = vocabulary.renumbered(config)
+        inner = config.get("text_config")
+        if "vocab_size" in config:
+            config["vocab_size"] = len(vocabulary)
+        elif isinstance(inner, dict):
+            inner = vocabulary.renumbered(inner) | {"vocab_size": len(vocabulary)}
+            config["text_config"] = inner
     if recipe.slices:
         config |= _stacked(config, recipe)
     if stored is not None:
@@ -85,6 +99,7 @@ def carry_over(
     folder: Path,
     config: Mapping[str, object],
     chat: str | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> None:
     """Write config.json, and copy the files of generation and of the tokenizer.
 
@@ -93,14 +108,38 @@ def carry_over(
     Args:
         source: the model that the result is like; `words`: that with the tokenizer, None: none.
         chat: the chat template to write beside the tokenizer; None: the one it has.
+        vocabulary: of the result; None: that of the tokenizer.
     """
     write_json(folder / "config.json", config)
     for pattern in (*_CARRIED, *(("*.py",) if "auto_map" in config else ())):
         _copy(source, pattern, folder)
     for pattern in _WORDS if words is not None else ():
         _copy(words, pattern, folder)
+    if vocabulary is not None:
+        _revise(folder, words is not None, vocabulary)
     if words is not None and chat is not None:
         write_atomic(folder / _CHAT, chat)
+
+
+def _revise(folder: Path, words: bool, vocabulary: Vocabulary) -> None:
+    """Bring what was copied in line with the vocabulary.
+
+    Raises:
+        UserError: if generation_config.json is not JSON.
+    """
+    generation = folder / _CARRIED[0]
+    if generation.is_file():
+        try:
+            content = json.loads(generation.read_text(encoding="utf-8"))
+            write_json(generation, vocabulary.renumbered(content))
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{_CARRIED[0]}: is not JSON: {error}") from error
+    if words and vocabulary.grown:
+        write_json(folder / VOCABULARY, vocabulary.tokenizer)
+        # These lack the new words, and are not read where there is a tokenizer.json.
+        for pattern in (*_LISTS, "added_tokens.json"):
+            for file in folder.glob(pattern):
+                file.unlink()
 
 
 def _copy(source: Path, pattern: str, folder: Path) -> None:
@@ -140,12 +179,16 @@ def write_record(
     digests: Sequence[str],
     config: Mapping[str, object],
     seed: int,
+    found: Mapping[str, object],
+    note: str,
 ) -> None:
     """Write merge.json and the model card.
 
     Args:
         shares: factor of each model, None where it differs between tensors.
         digests: of the weights of each model.
+        found: entries of merge.json that are added to these, or stand in for them.
+        note: text for the card.
     """
     parents = [
         {
@@ -163,10 +206,14 @@ def write_record(
     record |= {"base": recipe.base, "random_seed": seed}
     if recipe.align is not None:
         record["align"] = dict(recipe.align)
+    if recipe.words is not None:
+        record["tokenizer"] = asdict(recipe.words)
+    if recipe.modules:
+        record["modules"] = [asdict(part) for part in recipe.modules]
     if recipe.slices:
         record["slices"] = [asdict(part) for part in recipe.slices]
     record["megamod"] = __version__
-    write_json(folder / RECORD, record)
+    write_json(folder / RECORD, {**record, **found})
     rows = "\n".join(
         f"| {'by tensor' if share is None else format(share, '.6g')} | {one} | {digest} |"
         for one, share, digest in zip(recipe.inputs, shares, digests, strict=True)
@@ -175,10 +222,11 @@ def write_record(
     text = _CARD.format(
         library="megamod" if ours else "transformers",
         model_type=config.get("model_type", "unknown"),
-        method=recipe.method,
+        method=found.get("merge_method", recipe.method),
         count=len(parents),
         version=__version__,
         rows=rows,
+        note=f"\n{note}\n" if note else "",
         how=", after `import megamod`" if ours else "",
         record=RECORD,
     )

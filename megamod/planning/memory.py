@@ -30,7 +30,8 @@ class Setting:
         micro_batch: sequences per rank and micro-batch.
         micro_steps: micro-batches per rank and step.
         checkpointing: recompute blocks in the backward pass.
-        offload: masters, moments and gradients live in the memory of the host.
+        offload: where masters, moments and gradients live instead: "cpu" (the memory of the host),
+            "nvme" (a disk), or "none".
         sum_in_fp32: gradients are summed in float32 over the micro-batches.
         bucket: elements of a buffer that gradients are reduced in.
         buffers: how many of these (two where reduction overlaps with the backward pass).
@@ -43,7 +44,7 @@ class Setting:
     micro_batch: int
     micro_steps: int
     checkpointing: bool
-    offload: bool = False
+    offload: str = "none"
     sum_in_fp32: bool = False
     bucket: int = BUCKET
     buffers: int = 1
@@ -66,7 +67,7 @@ class Memory:
         activations: of a micro-batch at its fullest.
         buffers: that gradients are reduced and weights gathered in, during the backward pass.
         update: float32 copies of gradients, during the update.
-        host: outside the GPU.
+        host: outside the GPU: in the memory of the machine, or on its disk.
     """
 
     weights: int
@@ -112,7 +113,7 @@ def memory(
             buffers=whole.buffers + part.buffers,
             update=max(whole.update, part.update),  # groups are updated one after the other
         )
-    if not setting.offload:
+    if setting.offload == "none":
         return whole
     own = whole.optimizer // (MASTER + MOMENTS)
     kept = whole.gradients if setting.stage < 2 else 0

@@ -21,7 +21,6 @@ UTILISATIONS = (0.3, 0.4, 0.5)
 FOLLOWED = 4096  # scored tokens of a micro-batch from which on larger ones lie on a line
 SMALL_BUCKET = 50_000_000
 MOST_RANKS = 1024
-NOT_YET = "a run refuses to offload, as its checkpoints do not carry offloaded state yet"
 
 
 @dataclass(frozen=True)
@@ -141,9 +140,10 @@ class JobPlan:
             yield f"{ranks} ranks", needed
             if self.holds(needed):
                 break
-        offloaded = replace(setting, offload=True)
-        if setting.stage:
-            yield f"the optimizer on the host ({NOT_YET})", self.memory_with(offloaded)
+        if setting.stage and setting.offload == "none":
+            needed = self.memory_with(replace(setting, offload="cpu"))
+            told = f"offload_optimizer.device cpu ({needed.host / 1e9:.1f} GB of the host per rank)"
+            yield told, needed
 
     def record(self) -> dict[str, object]:
         """Everything, as it is written to JSON: bytes, elements, seconds."""

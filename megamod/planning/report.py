@@ -51,7 +51,7 @@ def of_proposals(found: Sequence[Proposal]) -> str:
             f"micro-batch {setting.micro_batch} x {setting.micro_steps}",
             "recomputing" if setting.checkpointing else "no recomputing",
         ]
-        parts += ["optimizer on the host"] if setting.offload else []
+        parts += [f"offload_optimizer {setting.offload}"] if setting.offload != "none" else []
         lines.append(
             f"{number}. {', '.join(parts)}: {proposal.memory.peak / 1e9:.2f} GB, "
             f"{1e3 * proposal.compute:,.0f} + {1e3 * proposal.wire:,.0f} ms"
@@ -100,6 +100,9 @@ def _memory(plan: JobPlan) -> list[tuple[str, str]]:
         ("", f"at the fullest {_gb(needed.peak)}; {_gb(usable)} of {_gb(plan.gpu_bytes)} are "
          f"usable: {'fits' if plan.fits else 'DOES NOT FIT'}"),
     ]  # fmt: skip
+    if needed.host:
+        place = "on the disk" if plan.job.setting.offload == "nvme" else "in memory"
+        rows.append(("", f"{_gb(needed.host)} {place} of the host"))
     if not plan.fits:
         changes = plan.what_fits() or ["no single change; --search tries several at once"]
         rows += [("what would fit" if i == 0 else "", told) for i, told in enumerate(changes)]

@@ -10,8 +10,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from megamod.args import DataArgs, ModelArgs, MuxArgs, OptimArgs, RunArgs, SafetyArgs
-from megamod.btm.placement import Host, Place, check_fits, pack, read_hostfile
+from megamod.btm.placement import check_fits, pack
 from megamod.btm.recipe import BtmArgs
+from megamod.dist.ds_config import offloaded_to
+from megamod.dist.hostfile import Host, Place, read_hostfile
 from megamod.dist.scope import Sharing, sharing_of
 from megamod.dist.topology import DomainTopology
 from megamod.errors import UserError
@@ -227,6 +229,7 @@ def _job(
         micro_batch=run.per_device_train_batch_size,
         micro_steps=micro_steps(run, topology),
         checkpointing=model.gradient_checkpointing,
+        offload=offloaded_to(zero, "optimizer"),
         sum_in_fp32=summed and run.precision not in (None, "fp32"),
         bucket=int(zero.get("reduce_bucket_size", BUCKET)),
         buffers=2 if overlap and stage < 3 else 1,

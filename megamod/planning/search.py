@@ -4,7 +4,6 @@ from dataclasses import dataclass, replace
 
 from megamod.planning.memory import Memory, Setting
 from megamod.planning.plan import (
-    NOT_YET,
     SMALL_BUCKET,
     JobPlan,
     micro_batches,
@@ -61,7 +60,7 @@ def proposals(plan: JobPlan, shown: int = SHOWN) -> list[Proposal]:
     """
     given = plan.job.setting
     small = replace(given, bucket=min(given.bucket, SMALL_BUCKET))
-    for base in (given, small, replace(small, offload=True)):
+    for base in (given, small, replace(small, offload="cpu")):
         found = [p for setting in _settings(plan, base) if (p := _proposal(plan, setting))]
         if found:
             found.sort(key=_order)
@@ -74,7 +73,7 @@ def _settings(plan: JobPlan, base: Setting) -> list[Setting]:
     return [
         replace(with_micro_batch(base, micro), stage=stage, checkpointing=checkpointing)
         for stage in range(4)
-        if stage_allowed(stage, base.precision, job.topology) and not (base.offload and stage == 0)
+        if stage_allowed(stage, base.precision, job.topology) and (stage or base.offload == "none")
         for micro in micro_batches(job)
         for checkpointing in (False, True)
     ]
@@ -110,6 +109,6 @@ def _reasons(plan: JobPlan, setting: Setting, needed: Memory, world: float) -> t
         )
     if setting.stage and setting.bucket < plan.job.setting.bucket:
         told.append(f"needs reduce_bucket_size {setting.bucket:,} in the DeepSpeed file")
-    if setting.offload:
-        told.append(f"{needed.host / 1e9:.1f} GB on the host per rank; {NOT_YET}")
+    if setting.offload != "none":
+        told.append(f"{needed.host / 1e9:.1f} GB on the host per rank; its bus is not in the time")
     return tuple(told)

@@ -4,6 +4,7 @@ A kind of run (`runs/causal_lm.py` and its neighbours) says what is special abou
 `execute` does what all of them have in common, in the one order that is right.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,7 @@ from megamod.args import Arguments, OptimArgs, RunArgs, SafetyArgs
 from megamod.data.lm import train_loader
 from megamod.dist.process import init_process
 from megamod.dist.topology import DomainTopology
+from megamod.runs.node_log import node_log
 from megamod.train import setup
 from megamod.train.checkpoint import Checkpoints, TrainState
 from megamod.train.engine import build_engine
@@ -113,7 +115,8 @@ def execute(
     batches = recipe.make_batches(global_batch)
 
     device = init_process(safety.dist_timeout)
-    setup.check_agreement({"the run": repr(parsed), "the data": recipe.data_digest})
+    facts = {"the run": repr(parsed), "the data": recipe.data_digest, "the code": code_digest()}
+    setup.check_agreement(facts)
     table = setup.group_table(topology, device)
     if dist.get_rank() == 0:
         print(table, flush=True)
@@ -137,23 +140,37 @@ def execute(
     )
     state = checkpoints.resume(safety.resume) or TrainState()
     setup.record_run(output, ds_config, parsed)
-    monitor = setup.make_monitor(
-        run, recipe.groups, recipe.unit, engine, topology, flops, state.step
-    )
-    running = Running(engine, device, monitor, export, output, state)
-    train(
-        engine,
-        recipe.make_objective(device),
-        lambda step: train_loader(batches, step, workers, pin_memory=device.type == "cuda"),
-        plan,
-        state,
-        checkpoints,
-        monitor,
-        recipe.make_evaluate(running),
-        recipe.make_choice(device) if recipe.make_choice else None,
-    )
-    publish(partial(recipe.write_model, export) if recipe.write_model else export, output / "model")
+    with node_log(output, table, state.step):
+        monitor = setup.make_monitor(
+            run, recipe.groups, recipe.unit, engine, topology, flops, state.step
+        )
+        running = Running(engine, device, monitor, export, output, state)
+        train(
+            engine,
+            recipe.make_objective(device),
+            lambda step: train_loader(batches, step, workers, pin_memory=device.type == "cuda"),
+            plan,
+            state,
+            checkpoints,
+            monitor,
+            recipe.make_evaluate(running),
+            recipe.make_choice(device) if recipe.make_choice else None,
+        )
+        publish(
+            partial(recipe.write_model, export) if recipe.write_model else export, output / "model"
+        )
+    setup.remove_offloaded(run)
     return running
+
+
+def code_digest() -> str:
+    """A digest of this package's sources and the versions of what computes with it."""
+    found = hashlib.sha256(f"{torch.__version__} {deepspeed.__version__}".encode())
+    package = Path(__file__).resolve().parents[1]
+    for path in sorted(package.rglob("*.py")):
+        found.update(str(path.relative_to(package)).encode())
+        found.update(path.read_bytes())
+    return found.hexdigest()
 
 
 def _of(parsed: Sequence[Arguments], kind: type) -> Arguments:

@@ -3,6 +3,7 @@
     checkpoints/latest                  name of the newest checkpoint
     checkpoints/step-N/                 a model folder: config.json, weight files, tokenizer
                       /optimizer-R.safetensors   rank R's fragments of masters and moments
+                                        (optimizer-R-N: more of them, if they lived on a disk)
                       /state.json       step, data position, tokens, run settings (independent
                                         models: in the folder of each)
                       /run.yaml
@@ -37,6 +38,7 @@ from megamod.files import sha256, sync_file, sync_folder, write_atomic, write_js
 from megamod.states.manifest import MANIFEST, find_checkpoint, list_checkpoints
 from megamod.states.weights import write_tensors
 from megamod.train.fragments import (
+    fragment_shards,
     fragments,
     optimizer_steps,
     refresh_weights,
@@ -198,17 +200,19 @@ class Checkpoints:
 
     def _write_optimizer(self, folder: Path) -> list[Path]:
         """This rank's fragments. Without ZeRO every rank holds all of them, and rank 0 writes."""
-        prefix = self._prefix()
-        tensors, starts = {}, {}
-        for fragment in fragments(self.engine):
-            starts[prefix + fragment.name] = str(fragment.start)
-            for kind, tensor in fragment.tensors.items():
-                tensors[f"{kind}/{prefix}{fragment.name}"] = tensor
-        if self.engine.zero_optimization_stage() == 0 and dist.get_rank() > 0:
-            return []
-        path = folder / f"optimizer-{dist.get_rank()}.safetensors"
-        write_tensors(path, tensors, starts)
-        return [path]
+        prefix, rank, paths = self._prefix(), dist.get_rank(), []
+        for number, shard in enumerate(fragment_shards(self.engine)):
+            if self.engine.zero_optimization_stage() == 0 and rank > 0:
+                continue
+            starts = {prefix + fragment.name: str(fragment.start) for fragment in shard}
+            tensors = {
+                f"{kind}/{prefix}{fragment.name}": tensor
+                for fragment in shard
+                for kind, tensor in fragment.tensors.items()
+            }
+            paths.append(folder / f"optimizer-{rank}{f'-{number}' * (number > 0)}.safetensors")
+            write_tensors(paths[-1], tensors, starts)
+        return paths
 
     def _prefix(self) -> str:
         """Independent models have parameters of equal names: theirs carry the domain in front."""

@@ -3,6 +3,7 @@
 This file and `train/fragments.py` are the only ones that know DeepSpeed's internals.
 """
 
+import copy
 from collections.abc import Callable, Mapping
 
 import deepspeed
@@ -54,8 +55,14 @@ def build_engine(
         AssertionError: if DeepSpeed groups other ranks together than `topology` does.
     """
     mpu = DomainGroup(topology) if topology.sharing is Sharing.BTM else None
-    if config["zero_optimization"]["stage"] == 0:
-        config = {**config, "gradient_clipping": 0.0}  # `update` clips, having checked the norm
+    config = copy.deepcopy(dict(config))
+    zero = config["zero_optimization"]
+    if zero["stage"] == 0:
+        config["gradient_clipping"] = 0.0  # `update` clips, having checked the norm
+    if not torch.accelerator.is_available():
+        for block in ("offload_optimizer", "offload_param"):
+            if block in zero:  # there is no memory that would have to be pinned for transfers
+                zero[block]["pin_memory"] = False
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     parameters: list[dict[str, object]] = [{"params": trained, "name": "all"}]
     if topology.sharing is Sharing.DEMIX:
@@ -65,7 +72,7 @@ def build_engine(
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=make_optimizer(parameters),
-        config=dict(config),
+        config=config,
         mpu=mpu,
         dist_init_required=False,
     )

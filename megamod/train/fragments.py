@@ -6,6 +6,7 @@ named parameters, which can be written and read at any world size and any stage.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import deepspeed
@@ -31,8 +32,13 @@ class Fragment:
     tensors: dict[str, Tensor]
 
 
-def fragments(engine: deepspeed.DeepSpeedEngine) -> Iterator[Fragment]:
-    """This rank's share of the optimizer's state. Missing moments are created, at zero."""
+def fragment_shards(engine: deepspeed.DeepSpeedEngine) -> Iterator[list[Fragment]]:
+    """This rank's share of the optimizer's state. Missing moments are created, at zero.
+
+    One list, unless the state is swapped to a disk (ZeRO-Infinity): then one list for each group of
+    parameters that is swapped together. It is in memory, and may be written to, until the next one
+    is asked for.
+    """
     names = {
         parameter: name
         for name, parameter in engine.module.named_parameters()
@@ -42,13 +48,19 @@ def fragments(engine: deepspeed.DeepSpeedEngine) -> Iterator[Fragment]:
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         yield from _stage3(optimizer, names)
     elif isinstance(optimizer, DeepSpeedZeroOptimizer):
-        yield from _stage1_and_2(optimizer, names)
+        yield list(_stage1_and_2(optimizer, names))
     else:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                yield _cut(
-                    names[parameter], 0, parameter.data, optimizer, parameter, 0, parameter.numel()
-                )
+        yield [
+            _cut(names[parameter], 0, parameter.data, optimizer, parameter, 0, parameter.numel())
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        ]
+
+
+def fragments(engine: deepspeed.DeepSpeedEngine) -> Iterator[Fragment]:
+    """All of `fragment_shards`, one by one."""
+    for shard in fragment_shards(engine):
+        yield from shard
 
 
 def refresh_weights(engine: deepspeed.DeepSpeedEngine) -> None:
@@ -56,7 +68,8 @@ def refresh_weights(engine: deepspeed.DeepSpeedEngine) -> None:
     optimizer = engine.optimizer
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         for group in range(len(optimizer.fp16_groups)):
-            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            with _in_memory(optimizer, group):
+                optimizer._reassign_or_swap_out_partitioned_parameters(group)
         # Small parameters stay gathered between steps: their full copies are made anew.
         persistent = optimizer.persistent_parameters
         if persistent:
@@ -106,14 +119,37 @@ def _stage1_and_2(
 
 def _stage3(
     zero: DeepSpeedZeroOptimizer_Stage3, names: dict[torch.nn.Parameter, str]
+) -> Iterator[list[Fragment]]:
+    """One list of all groups that stay in memory, and one of each that is swapped to a disk."""
+    groups = range(len(zero.fp16_groups))
+    swapped = [group for group in groups if zero._swappable_optimizer_subgroup(group)]
+    for together in ([group for group in groups if group not in swapped], *([g] for g in swapped)):
+        if together:
+            with _in_memory(zero, together[0]):
+                yield [cut for group in together for cut in _stage3_group(zero, group, names)]
+
+
+def _stage3_group(
+    zero: DeepSpeedZeroOptimizer_Stage3, group: int, names: dict[torch.nn.Parameter, str]
 ) -> Iterator[Fragment]:
-    for parameter, name in names.items():
-        group, offset, size = zero.grad_position[zero.get_param_id(parameter)]
+    for parameter in zero.fp16_groups[group]:
+        _, offset, size = zero.grad_position[zero.get_param_id(parameter)]
         start = size * zero._get_param_partition_rank(parameter)
         real = min(size, parameter.ds_numel - start)  # the last rank's share is padded
         if real > 0:
             flat = zero.fp32_partitioned_groups_flat[group]
-            yield _cut(name, start, flat.data, zero.optimizer, flat, offset, real)
+            yield _cut(names[parameter], start, flat.data, zero.optimizer, flat, offset, real)
+
+
+@contextmanager
+def _in_memory(zero: DeepSpeedZeroOptimizer_Stage3, group: int) -> Iterator[None]:
+    """Masters and moments of a group, if they are swapped to a disk, read and written back."""
+    swapped = zero._swappable_optimizer_subgroup(group)
+    if swapped:
+        zero._optimizer_states_and_gradient_swap_in(group)
+    yield
+    if swapped:
+        zero._optimizer_states_and_gradient_swap_out(group)
 
 
 def _cut(

@@ -199,9 +199,7 @@ class Monitor:
         )
 
     def _say(self, line: str) -> None:
-        if self.bar is not None:
-            self.bar.write(line, file=sys.stderr)
-        else:
+        with tqdm.external_write_mode(file=sys.stderr):  # the bar steps aside
             logger.info("%s", line)
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import sys
 import warnings
 import zlib
@@ -24,7 +25,7 @@ from megamod.args import (
     save_run,
 )
 from megamod.dist.ds_config import check_sharing, resolve_ds_config
-from megamod.dist.process import control, everywhere, gather_text
+from megamod.dist.process import adopt_rank, control, everywhere, gather_text
 from megamod.dist.scope import Sharing
 from megamod.dist.topology import DomainTopology
 from megamod.dist.wire import step_traffic
@@ -62,7 +63,12 @@ def started_rank() -> int:
 
 
 def start_logging() -> None:
-    """Rank 0 at INFO, the others at WARNING; libraries at WARNING."""
+    """Rank 0 at INFO, the others at WARNING; libraries at WARNING.
+
+    Raises:
+        UserError: if variables of srun or mpirun contradict each other, see `adopt_rank`.
+    """
+    adopt_rank()
     logging.basicConfig(
         stream=sys.stderr, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"
     )
@@ -146,6 +152,7 @@ def engine_config(
         "zero_optimization.reduce_bucket_size": hidden_size * hidden_size,
         "zero_optimization.stage3_prefetch_bucket_size": hidden_size * hidden_size,
         "zero_optimization.stage3_param_persistence_threshold": 10 * hidden_size,
+        "zero_optimization.offload_optimizer.nvme_path": str(offload_folder(run)),
     }
     origins = {
         key: origin
@@ -161,6 +168,17 @@ def engine_config(
     )
     check_sharing(resolved.config, topology.sharing, topology.world_size)
     return resolved.config
+
+
+def offload_folder(run: RunArgs) -> Path:
+    """Where an optimizer lives that is offloaded to "nvme", if the DeepSpeed file says "auto"."""
+    return Path(run.output_dir or ".") / "offload"
+
+
+def remove_offloaded(run: RunArgs) -> None:
+    """Delete what an optimizer on a disk leaves behind in `offload_folder`; collective."""
+    everywhere(True)  # nobody reads it any more
+    shutil.rmtree(offload_folder(run), ignore_errors=True)
 
 
 def make_plan(run: RunArgs, safety: SafetyArgs, optim: OptimArgs, topology: DomainTopology) -> Plan:

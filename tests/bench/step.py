@@ -27,7 +27,7 @@ CLIP = 1.0
 RECIPE = dict(betas=(0.9, 0.95), eps=1e-7, weight_decay=0.1)
 
 
-def make_model(untie: str, held: tuple[str, ...]):
+def make_model(untie: str, held: tuple[str, ...], domains: tuple[str, ...] = DOMAINS):
     """Four layers of width 256: a step takes 0.3 s or more on one core."""
     from megamod.models.configuration import DemixConfig
     from megamod.models.demix_lm import DemixForCausalLM, initialise
@@ -38,7 +38,7 @@ def make_model(untie: str, held: tuple[str, ...]):
         num_hidden_layers=4,
         num_attention_heads=4,
         max_position_embeddings=LENGTH,
-        domains=list(DOMAINS),
+        domains=list(domains),
         untie=untie,
     )
     model = DemixForCausalLM(config, held if untie != "none" else None)

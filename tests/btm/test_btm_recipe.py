@@ -109,7 +109,7 @@ def test_a_folder_without_data(tmp_path):
 
 def test_the_recipe_of_the_paper(data):
     """Li et al. 2022: 16 GPUs x 2 x 32 for the seed, of which each of 8 experts has 2 GPUs."""
-    argv = [str(RECIPES / "btm_125m.yaml"), "--output_dir", "out"]
+    argv = [str(RECIPES / "paper" / "btm_125m.yaml"), "--output_dir", "out"]
     domains = parse_args(BtmArgs, RunArgs, SafetyArgs, ModelArgs, OptimArgs, DataArgs, argv=argv)[
         -1
     ].domains

@@ -5,15 +5,14 @@ import random
 import pytest
 
 from megamod.btm.placement import (
-    Host,
     check_fits,
     free_port,
     include,
     local_hosts,
     pack,
     parse_include,
-    read_hostfile,
 )
+from megamod.dist.hostfile import Host
 from megamod.errors import UserError
 
 
@@ -69,36 +68,6 @@ def test_jobs_that_can_never_run_are_refused():
     check_fits(cluster(2, 2), 4, "--gpus_per_expert")
     with pytest.raises(UserError, match=r"--gpus_per_expert 3: does not fit the slots \(n1 2, n2"):
         check_fits(cluster(2, 2), 3, "--gpus_per_expert")
-
-
-def test_hostfile(tmp_path):
-    file = tmp_path / "hostfile"
-    file.write_text("# cluster\n\nnode-1  slots=2 # first\nnode_2.local\tslots=8\n")
-    assert read_hostfile(file) == (
-        Host("node-1", (0, 1)),
-        Host("node_2.local", tuple(range(8))),
-    )
-
-
-@pytest.mark.parametrize(
-    ("text", "told"),
-    [
-        ("a slots=2\nb slots=2\na slots=1\n", "line 3: 'a' is there a second time"),
-        ("a slots=0\n", "line 1: 'a slots=0' is not"),
-        ("a slots=8x\n", "line 1: 'a slots=8x' is not"),
-        ("a\n", "line 1: 'a' is not"),
-        ("\ufeffa slots=1\n", "line 1: begins with a byte order mark"),
-        ("# one\r\na slots=1\r\n", "line 1: ends in a carriage return"),
-        ("a;reboot slots=1\n", "line 1: 'a;reboot' is no host name"),
-        ("-oProxyCommand=x slots=1\n", "line 1: '-oProxyCommand=x' is no host name"),
-        ("# nobody\n", "names no machine"),
-    ],
-)
-def test_hostfiles_that_are_refused(tmp_path, text, told):
-    (tmp_path / "hostfile").write_bytes(text.encode())
-    with pytest.raises(UserError, match=r"--hostfile .*hostfile") as error:
-        read_hostfile(tmp_path / "hostfile")
-    assert told in str(error.value)
 
 
 def test_slots_of_this_machine(monkeypatch):

@@ -5,12 +5,14 @@ import sys
 
 import pytest
 import torch
-from ranks import on_ranks
+from ranks import WAIT, free_port, on_ranks
 
 from megamod.dist import process
+from megamod.errors import UserError
 
 
 def exchange(rank: int) -> dict[str, object]:
+    group = torch.distributed.new_group([0, 1])
     texts = ["ä" * 200, ""]
     return dict(
         rank=process.rank(),
@@ -21,6 +23,7 @@ def exchange(rank: int) -> dict[str, object]:
         texts=process.gather_text(texts[rank]),
         control=str(process.control([1.0]).dtype),
         backend=torch.distributed.get_backend(),
+        patience=group._get_backend(torch.device("cpu")).options._timeout.total_seconds(),
     )
 
 
@@ -34,6 +37,7 @@ def test_two_ranks_tell_each_other():
         # 255 bytes of text: 127 letters of two bytes and half of one.
         assert of["texts"] == ["ä" * 127 + "\ufffd", ""]
         assert of["control"] == "torch.float64"
+        assert of["patience"] == WAIT  # of groups that others make too
 
 
 def test_without_a_group_the_process_is_alone():
@@ -60,3 +64,135 @@ def test_plain_python_is_a_world_of_one():
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == ["cpu", 0, 1, True, "0"]
+
+
+LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+FOREIGN = ("OMPI_", "PMI_", "MPI_", "SLURM_", "TORCHELASTIC_", "CROSS_")
+
+
+def srun(rank: int, world: int, local: int, **more: str) -> dict[str, str]:
+    told = dict(SLURM_PROCID=str(rank), SLURM_NTASKS=str(world), SLURM_LOCALID=str(local))
+    return {**told, **more}
+
+
+def mpirun(rank: int, world: int, local: int, **more: str) -> dict[str, str]:
+    names = ("RANK", "SIZE", "LOCAL_RANK")
+    told = {
+        f"OMPI_COMM_WORLD_{n}": str(v) for n, v in zip(names, (rank, world, local), strict=True)
+    }
+    return {**told, **more}
+
+
+def launched(rank: int, world: int, local: int, **more: str) -> dict[str, str]:
+    return dict(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(local), **more)
+
+
+@pytest.fixture
+def variables(monkeypatch):
+    """Sets variables in an environment that no launcher has touched."""
+    for name in list(os.environ):
+        if name in LAUNCHED or name.startswith(FOREIGN):
+            monkeypatch.delenv(name)
+    # What the function sets itself goes away with the copy.
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    return os.environ.update
+
+
+MEET = dict(MASTER_ADDR="node-1")
+STEP = dict(SLURM_JOB_ID="7", SLURM_STEP_ID="0")
+
+
+@pytest.mark.parametrize(
+    ("given", "rank"),
+    [
+        ({}, None),
+        (launched(3, 8, 1), (3, 8, 1)),
+        (srun(9, 16, 1, **MEET), (9, 16, 1)),
+        (srun(9, 16, 1, **MEET, **STEP), (9, 16, 1)),
+        (srun(0, 1, 0), None),
+        (srun(0, 16, 0, SLURM_JOB_ID="7", **MEET), None),  # the batch script itself
+        (mpirun(5, 8, 1, **MEET), (5, 8, 1)),
+        (mpirun(0, 1, 0), None),
+        (dict(PMI_RANK="2", PMI_SIZE="4", MPI_LOCALRANKID="0", **MEET), (2, 4, 0)),
+        (mpirun(5, 8, 1, **MEET, **srun(1, 2, 0), **STEP), (5, 8, 1)),  # mpirun by way of srun
+        (launched(9, 16, 1, CROSS_RANK="1") | srun(1, 2, 0, **STEP), (9, 16, 1)),  # deepspeed in it
+        (launched(0, 1, 0, TORCHELASTIC_RUN_ID="x") | mpirun(0, 1, 0), (0, 1, 0)),
+        (launched(9, 16, 1) | srun(9, 16, 1, **STEP), (9, 16, 1)),
+    ],
+)
+def test_the_rank_that_a_launcher_gave(variables, given, rank):
+    variables(given)
+    for _ in range(2):  # the second time changes nothing
+        process.adopt_rank()
+        if rank is None:
+            assert "RANK" not in os.environ
+        else:
+            assert tuple(int(os.environ[name]) for name in LAUNCHED[:3]) == rank
+    assert os.environ.get("MASTER_ADDR") == given.get("MASTER_ADDR")
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (srun(9, 16, 1), "SLURM_NTASKS=16 of srun, but MASTER_ADDR is not set"),
+        (mpirun(5, 8, 1), "OMPI_COMM_WORLD_SIZE=8 of Open MPI, but MASTER_ADDR is not set"),
+        (dict(RANK="1"), "RANK is set by the launcher, but WORLD_SIZE is not set"),
+        (dict(SLURM_PROCID="1", SLURM_NTASKS="2"), "but SLURM_LOCALID is not set"),
+        (dict(OMPI_COMM_WORLD_RANK="1"), "but OMPI_COMM_WORLD_SIZE is not set"),
+        (launched(8, 8, 0), "RANK=8 and LOCAL_RANK=0 must be below WORLD_SIZE=8"),
+        (srun(1, 2, 2, **MEET), "SLURM_LOCALID=2 must be below SLURM_NTASKS=2"),
+        (dict(RANK="one", WORLD_SIZE="2"), "RANK is 'one'"),
+        (launched(0, 1, 0) | srun(3, 4, 3, **STEP), "contradict SLURM_PROCID=3 and SLURM_NTASKS=4"),
+        (launched(0, 4, 0) | mpirun(3, 4, 3), "RANK=0 and WORLD_SIZE=4 contradict OMPI_COMM_WORLD"),
+    ],
+)
+def test_variables_that_make_no_rank(variables, given, told):
+    variables(given)
+    before = dict(os.environ)
+    with pytest.raises(UserError, match=told):
+        process.adopt_rank()
+    assert dict(os.environ) == before
+
+
+def test_a_rank_that_would_be_alone_or_not_find_the_others(variables):
+    process.check_started()
+    variables(dict(SLURM_NTASKS="8"))
+    with pytest.raises(UserError, match="SLURM_NTASKS is 8, but this process was not started by"):
+        process.check_started()
+    variables(launched(0, 2, 0, MASTER_ADDR="a"))
+    with pytest.raises(UserError, match="RANK is 0, but MASTER_PORT is not set"):
+        process.check_started()
+
+
+def test_a_host_with_too_few_devices():
+    process.check_device(7, 8)
+    with pytest.raises(UserError, match="sees 8 devices: the hostfile gives it too many"):
+        process.check_device(8, 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [srun, mpirun])
+def test_ranks_of_other_launchers_meet(kind):
+    program = (
+        "from megamod.dist.process import gather_text, init_process, rank\n"
+        "init_process(timeout=60)\n"
+        "print(*gather_text(f'rank {rank()}'), sep=', ')\n"
+    )
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in LAUNCHED and not name.startswith(FOREIGN)
+    }
+    meet = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", program],
+            env={**kept, **kind(number, 2, number, **meet)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    for one in started:
+        told, _ = one.communicate(timeout=120)
+        assert (one.returncode, told.splitlines()[-1]) == (0, "rank 0, rank 1")

@@ -129,6 +129,17 @@ def test_dry_run_writes_nothing(tmp_path, elms, monkeypatch, capsys):
     told = capsys.readouterr().out
     assert "linear of 3 models" in told and "nothing was written" in told and "0.333333" in told
     assert tree(tmp_path) == before
+    # A dry run looks at the folder that would be made, as the real one does.
+    told = merge_here(monkeypatch, "--models", *elms, "--dry_run", "--output_dir", elms[0])
+    assert told == f"--output_dir {elms[0]}: exists already; name a new or an empty folder"
+    below = elms[0] / "config.json" / "out"
+    told = merge_here(monkeypatch, "--models", *elms, "--dry_run", "--output_dir", below)
+    assert "cannot be written" in told and "config.json is not a writable folder" in told
+    capsys.readouterr()
+    assert not merge_here(
+        monkeypatch, "--models", *elms, "--dry_run", "--output_dir", tmp_path / "new" / "out"
+    )
+    assert "nothing was written" in capsys.readouterr().out and tree(tmp_path) == before
 
 
 @pytest.mark.parametrize(
@@ -146,6 +157,10 @@ def test_dry_run_writes_nothing(tmp_path, elms, monkeypatch, capsys):
             "--weights: [inf] is not allowed",
         ),
         (["--models", "a", "--output_dir", "o", "--weights", "1", "2"], "gives 2 weights"),
+        (
+            ["--models", "a", "--output_dir", "o", "--weights", "1", "--topk", "2"],
+            "--topk 2: there are only 1 models",
+        ),
         (["--models", "a", "z", "--output_dir", "o"], "z: is not a folder"),
         (["--models", "a", "wide", "--output_dir", "o"], "vocab_size is 23 in the first, 24"),
         (["--models", "a", "--output_dir", "a"], "--output_dir a: exists already"),

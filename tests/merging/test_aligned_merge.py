@@ -10,7 +10,7 @@ from twins import twin
 
 from megamod.errors import UserError
 from megamod.merging.average import merge
-from megamod.merging.recipe import read_recipe
+from megamod.merging.recipe_file import read_recipe
 from megamod.models.configuration import DemixConfig
 from megamod.models.demix_lm import DemixForCausalLM
 

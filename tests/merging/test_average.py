@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import megamod  # noqa: F401  (makes the models known)
 from megamod.errors import UserError
 from megamod.merging.average import average_folders, merge
-from megamod.merging.recipe import read_recipe
+from megamod.merging.recipe_file import read_recipe
 from megamod.states.weights import expert_state, read_weights
 
 GOLDEN = Path(__file__).resolve().parents[2].parent / "shared" / "golden" / "mergekit"

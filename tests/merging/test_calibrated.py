@@ -7,11 +7,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from megamod.errors import UserError
 from megamod.merging.average import merge
 from megamod.merging.calibrated import diagonal_fisher, input_grams, write_statistics
-from megamod.merging.recipe import read_recipe
+from megamod.merging.recipe_file import read_recipe
 
 
 class Conv1D(nn.Module):
@@ -191,3 +192,83 @@ def test_statistics_that_are_missing_or_of_another_shape(tmp_path, method):
     (tmp_path / "merge.yml").write_text(recipe)
     with pytest.raises(UserError, match="give `statistics: FILE`"):
         merge(read_recipe(tmp_path / "merge.yml"), tmp_path / "out")
+
+
+WORDS = [f"w{n}" for n in range(12)]
+GPT2 = GPT2Config(vocab_size=17, n_embd=8, n_layer=1, n_head=2, n_positions=16, bos_token_id=2)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    """Two models with tokenizers, and a text for each."""
+    root = tmp_path_factory.mktemp("texts")
+    for number in range(2):
+        torch.manual_seed(number)
+        model = GPT2LMHeadModel(GPT2)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        model.save_pretrained(root / str(number))
+        vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+        (root / str(number) / "vocab.txt").write_text("\n".join(vocabulary))
+        settings = json.dumps({"tokenizer_class": "BertTokenizer"})
+        (root / str(number) / "tokenizer_config.json").write_text(settings)
+        rows = torch.randint(12, (9, 6), generator=torch.Generator().manual_seed(number)).tolist()
+        lines = [" ".join(WORDS[n] for n in row[: 3 + place % 4]) for place, row in enumerate(rows)]
+        (root / f"{number}.txt").write_text("\n".join(lines))
+    return root
+
+
+@pytest.mark.parametrize("method", ["fisher", "regmean"])
+def test_statistics_are_measured_on_text_of_the_recipe(texts, tmp_path, method):
+    # Once with files that were made from Python, once with text of the recipe.
+    measure = diagonal_fisher if method == "fisher" else input_grams
+    lines = ["", ""]
+    for number in range(2):
+        model = GPT2LMHeadModel.from_pretrained(texts / str(number))
+        items = [
+            [2, *(5 + WORDS.index(word) for word in line.split()), 3]
+            for line in (texts / f"{number}.txt").read_text().split("\n")
+        ]
+        found = []
+        for part in (items[:4], items[4:8]):
+            width = max(map(len, part))
+            ids = torch.tensor([one + [0] * (width - len(one)) for one in part])
+            mask = torch.tensor([[1] * len(one) + [0] * (width - len(one)) for one in part])
+            found.append({"input_ids": ids, "attention_mask": mask})
+        file = tmp_path / f"{number}.safetensors"
+        write_statistics(file, measure(model, found))
+        own = f"{{path: {texts}/{number}.txt, fraction: 0.8, batch_size: 4}}"
+        for place, key in enumerate((f"statistics: {file}", f"calibration: {own}")):
+            lines[place] += f"- {{model: {texts}/{number}, {key}}}\n"
+    head = f"merge_method: {method}\nmodels:\n"
+    for name, text in zip(("files", "text"), lines, strict=True):
+        (tmp_path / f"{name}.yml").write_text(head + text)
+        merge(read_recipe(tmp_path / f"{name}.yml"), tmp_path / name)
+    files, text = (load_file(tmp_path / n / "model.safetensors") for n in ("files", "text"))
+    for name, tensor in files.items():
+        torch.testing.assert_close(text[name], tensor, msg=name)
+    plain = [load_file(texts / str(n) / "model.safetensors") for n in range(2)]
+    name = "transformer.h.0.mlp.c_fc.weight"
+    assert (text[name] - (plain[0][name] + plain[1][name]) / 2).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("block", "told"),
+    [
+        ("{path: nowhere.txt}", "calibration: path is 'nowhere.txt'; give a file with text"),
+        ("{fraction: 1}", "calibration: path is None"),
+        ("{path: 0.txt, special_tokens: true}", "unknown key 'special_tokens'"),
+        ("3", "calibration is 3, not"),
+    ],
+)
+def test_text_that_cannot_be_measured_on(texts, tmp_path, monkeypatch, block, told):
+    monkeypatch.chdir(texts)
+    models = "models: [{model: '0'}, {model: '1'}]\n"
+    (tmp_path / "merge.yml").write_text(f"merge_method: fisher\n{models}calibration: {block}\n")
+    with pytest.raises(UserError) as error:
+        merge(read_recipe(tmp_path / "merge.yml"), tmp_path / "out", dry_run=True)
+    assert told in str(error.value)
+    text = f"merge_method: linear\n{models}calibration: {{path: 0.txt}}\n"
+    (tmp_path / "merge.yml").write_text(text)
+    with pytest.raises(UserError, match="calibration goes with fisher, regmean, not linear"):
+        read_recipe(tmp_path / "merge.yml")

@@ -62,7 +62,7 @@ def merged(
     recipe = recipe_of(method, write(root, states), each, overall, base)
     with ExitStack() as stack:
         folders = [stack.enter_context(ModelFolder(one.path)) for one in recipe.inputs]
-        plan = make_plan(recipe, folders, [None] * len(folders), 10**9)
+        plan = make_plan(recipe, folders, 10**9)
         found = {}
         for name, spec in plan.specs.items():
             pieces = METHODS[method].function(plan.blend(name, seed))

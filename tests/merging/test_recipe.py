@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 from megamod.errors import UserError
 from megamod.merging.average import merge
 from megamod.merging.methods import METHODS, PARAMETERS
-from megamod.merging.recipe import Recipe, read_recipe, weighted
+from megamod.merging.recipe import Recipe, weighted
+from megamod.merging.recipe_file import read_recipe
 from megamod.merging.settings import Asked, check_parameters, depths, values_for
 from megamod.states.weights import read_weights
 
@@ -90,9 +91,8 @@ def test_base_and_tokenizer_are_found_among_the_models(tmp_path):
         (HEAD + "dtyp: float32", "'dtyp'; the nearest is 'dtype'"),
         (HEAD + "dtype: float33", "'float33' is not one of float32"),
         (HEAD + "slices: [a]", "has all of models, slices; give exactly one"),
-        (HEAD + "tokenizer_source: union", "tokenizer_source is 'union', a tokenizer that made of"),
-        (HEAD + "tokenizer_source: z", "'z', a tokenizer that is not there; give base, or one of"),
-        (HEAD + "tokenizer: {tokens: {}}", "only `source: ...` is read"),
+        (HEAD + "tokenizer_source: z", "is 'z'; give union, base, or one of the models a"),
+        (HEAD + "tokenizer: {tokens: {}}", "tokenizer: has no `source: ...`"),
         (HEAD + "tokenizer_source: a\ntokenizer: {source: a}", "has both tokenizer and"),
         (HEAD + "base_model: 3", "base_model: is 3, not the name of a folder"),
         (HEAD + "align: 3", "align is 3"),
@@ -102,7 +102,15 @@ def test_base_and_tokenizer_are_found_among_the_models(tmp_path):
         (SLICED + "[0, 2]}, {model: b, layer_range: [0, 3]}]", "sources have [2, 3] layers"),
         ("merge_method: x\nslices: [{sorces: []}]", "unknown key 'sorces'"),
         ("merge_method: x\nslices: []", "'slices' is not a list of slices"),
-        ("merge_method: x\nmodules: {a: {}, b: {}}", "'modules' is not a mapping with one module"),
+        (
+            "merge_method: x\nmodules: {a: {}, b: {}}",
+            "modules, a: has none of models, slices; give",
+        ),
+        ("merge_method: x\nmodules: [a]", "'modules' is not a mapping from names to modules"),
+        (
+            "merge_method: x\nmodules: {a: {slices: []}, b: {}}",
+            "several modules cannot have slices",
+        ),
         ("merge_method: x\nmodules: {a: {model: b}}", "unknown key 'model'"),
         (HEAD + "chat_template: x", "chat_template is 'x'"),
         (HEAD + "parameters: 3", "parameters: is 3"),
@@ -228,6 +236,76 @@ parameters: {weight: 9, normalize: true}
     torch.testing.assert_close(found["wte.weight"], a["wte.weight"] + 9 * b["wte.weight"])
     torch.testing.assert_close(found["h.2.mlp"], 4 * a["h.2.mlp"])
     torch.testing.assert_close(found["ln_f.weight"], 2 * a["ln_f.weight"])
+
+
+MODULES = """
+merge_method: linear
+modules:
+  encoder:
+    models:
+    - {model: a, parameters: {weight: [1, 3]}}
+    - {model: b}
+    parameters: {weight: 2}
+  decoder:
+    models: [{model: c, parameters: {weight: 1}}, {model: a}]
+  default:
+    models: [{model: b}]
+parameters: {weight: 5}
+"""
+
+
+def make_pair(folder: Path, layers: tuple[int, int], seed: int) -> dict:
+    """A model of an encoder and a decoder with layers of their own."""
+    state = make_model(folder, 0, seed)
+    generator = torch.Generator().manual_seed(seed + 50)
+    for stack, count in zip(("encoder", "decoder"), layers, strict=True):
+        for layer in range(count):
+            for part in ("mlp", "encoder"):  # the second is where a decoder reads an encoder
+                name = f"model.{stack}.block.{layer}.{part}"
+                state[name] = torch.randn(3, 2, generator=generator)
+        state[f"model.{stack}.norm"] = torch.randn(3, generator=generator)
+    save_file(state, folder / "model.safetensors")
+    return state
+
+
+def test_modules_are_merged_each_for_itself(tmp_path):
+    a, b, c = (make_pair(tmp_path / n, (3, 2), s) for s, n in enumerate("abc"))
+    found, _ = run(tmp_path, MODULES)
+    for name, tensor in found.items():
+        if "model.encoder" in name:  # a list is spread over the layers of the module
+            weight = {"0": 1, "1": 2, "2": 3}.get(name.split(".")[-2], 1)
+            wanted = (weight * a[name] + 2 * b[name]) / (weight + 2)
+        elif "model.decoder" in name:
+            wanted = (c[name] + 5 * a[name]) / 6
+        else:
+            wanted = b[name]
+        torch.testing.assert_close(tensor, wanted, msg=name)
+    assert found.keys() == a.keys()
+    # A base that no module names takes part in all of them.
+    text = MODULES.replace("linear", "task_arithmetic") + "base_model: d\n"
+    d = make_pair(tmp_path / "d", (3, 2), 9)
+    found, _ = run(tmp_path, text)
+    for name in ("model.decoder.block.1.encoder", "model.decoder.norm"):
+        wanted = d[name] + (c[name] - d[name]) + 5 * (a[name] - d[name])
+        torch.testing.assert_close(found[name], wanted)
+    torch.testing.assert_close(found["wte.weight"], d["wte.weight"] * -4 + b["wte.weight"] * 5)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("default", "wte", "modules: head.weight is in none of encoder, decoder, wte; a module"),
+        ("decoder", "vision", "modules: vision has no tensor"),
+        ("weight: [1, 3]", "wight: 1", "modules, encoder, a: linear has no parameter 'wight'"),
+        ("linear", "slerp", "modules, encoder: slerp compares models with base_model"),
+    ],
+)
+def test_modules_that_are_not_there(tmp_path, old, new, told):
+    for seed, name in enumerate("abc"):
+        make_pair(tmp_path / name, (1, 1), seed)
+    with pytest.raises(UserError) as error:
+        run(tmp_path, MODULES.replace(old, new))
+    assert told in str(error.value).replace(f"{tmp_path}/", "")
 
 
 @pytest.mark.parametrize(

@@ -26,20 +26,29 @@ from megamod.planning.request import Vocabulary, jobs_of
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "launchers" / "recipes"
-V100, V100_TFLOPS = "32", "125"
 
 # Gururangan et al. 2022: layers, width; the count follows from the architecture.
-SIZES = {"125m": (12, 768), "350m": (24, 1024), "750m": (24, 1536), "1.3b": (24, 2048)}
-DS = {
-    "dense": "zero2_bf16.json",
-    "demix": "demix_zero2_bf16.json",
-    "btm": "zero1_bf16.json",
-    "mux": "zero2_bf16.json",
+KINDS = {"dense": "", "demix": "_d8", "btm": ""}
+ENCODERS = {"small": (4, 512), "base": (12, 768), "large": (24, 1024), "1.3b": (24, 2048)}
+# Tokens of an update and updates; Gururangan et al. 2022 and Li et al. 2022.
+PUBLISHED = {
+    "dense": {
+        "125m": (524_288, 300_000),
+        "350m": (1_048_576, 120_000),
+        "750m": (2_097_152, 65_000),
+        "1.3b": (2_097_152, 50_000),
+    },
+    "btm": {
+        "125m": (1_048_576, 80_000),
+        "350m": (2_097_152, 32_000),
+        "750m": (4_194_304, 24_000),
+        "1.3b": (8_388_608, 12_000),
+    },
 }
-STATED = [
-    path for path in sorted(RECIPES.glob("*.yaml")) if path.stem.split("_")[0] in DS
-]  # fmt: skip
-STATED = [path for path in STATED if "# GPUs:" in path.read_text()]
+PUBLISHED["demix"] = PUBLISHED["dense"]
+SIZES = {"125m": (12, 768), "350m": (24, 1024), "750m": (24, 1536), "1.3b": (24, 2048)}
+PAPER, MODERN = RECIPES / "paper", RECIPES / "modern"
+STATED = [path for path in sorted(RECIPES.rglob("*.yaml")) if "# GPUs:" in path.read_text()]
 
 
 def planned(*argv: str):
@@ -49,9 +58,12 @@ def planned(*argv: str):
 
 
 def of_recipe(path: Path, *more: str):
-    ranks = re.search(r"# GPUs: (\d+)", path.read_text())[1]
-    file = ROOT / "ds_configs" / DS[path.stem.split("_")[0]]
-    return planned(str(path), "--world_size", ranks, "--deepspeed", str(file), *more)
+    """Plans on the GPUs that the recipe's header tells, with the DeepSpeed file that it tells."""
+    text = path.read_text()
+    ranks, memory_gb = re.search(r"# GPUs: (\d+) of (\d+) GB", text).groups()
+    file = ROOT / re.search(r"ds_configs/\w+\.json", text)[0]
+    gpus = ("--world_size", ranks, "--gpu_memory_gb", memory_gb)
+    return planned(str(path), *gpus, "--deepspeed", str(file), *more)
 
 
 def parameters(layers: int, width: int, vocabulary: int = 50264, length: int = 1024) -> int:
@@ -59,31 +71,84 @@ def parameters(layers: int, width: int, vocabulary: int = 50264, length: int = 1
     return vocabulary * width + (length + 2) * width + layers * block + 2 * width
 
 
-@pytest.mark.parametrize("path", STATED, ids=lambda path: path.stem)
-def test_recipes_fit_the_gpus_of_their_headers(path):
-    plans = of_recipe(path, "--gpu_memory_gb", V100)
+def test_every_size_has_its_recipes():
+    names = [f"{kind}_{size}{end}.yaml" for size in SIZES for kind, end in KINDS.items()]
+    for folder in (PAPER, MODERN):
+        assert {path.name for path in folder.iterdir()} == set(names)
+    assert len(STATED) == 2 * len(names) + 2 * (len(ENCODERS) + len(ENCODERS) - 1)
+
+
+@pytest.mark.parametrize("path", STATED, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_recipes_are_what_their_headers_tell(path):
+    """They fit the GPUs, and sequences, micro-batches, tokens and groups are those told."""
+    text = path.read_text()
+    plans = of_recipe(path)
     assert all(plan.fits for plan in plans)
-    tokens = re.search(r"Tokens per update: (\d+)", path.read_text())
-    if tokens:
-        assert plans[0].job.tokens == int(tokens[1])
-    if "batch" in path.read_text() and plans[0].job.mux.objective != "causal_lm":
-        assert plans[0].job.sequences == 640
+    first = plans[0].job
+    precision = {"paper": "fp16", "modern": "bf16", "mux": "bf16"}[path.parent.name]
+    assert {plan.job.setting.precision for plan in plans} == {precision}
+    assert {plan.job.setting.stage for plan in plans} <= {1, 2}
+    if path.parent.name == "mux":
+        assert first.sequences == 640 and first.setting.micro_batch == 80
+        return
+    told = " ".join(text.replace("\n#", " ").split())
+    sequences, steps = re.search(r"(\d+) sequences each, (\d+) micro-batch", told).groups()
+    for plan in plans:
+        assert plan.job.setting.micro_batch == int(sequences)
+        assert plan.job.setting.micro_steps == int(steps)
+    assert first.tokens == int(re.search(r"Tokens per update: (\d+)", told)[1])
+    size = path.stem.split("_")[1]
+    each = PUBLISHED[path.stem.split("_")[0]][size]
+    assert (first.tokens, sum(p.job.steps for p in plans) // len(plans)) == (
+        each[0], each[1] // len(plans),
+    )  # fmt: skip
+    if path.stem.startswith("demix"):
+        gpus = first.topology.world_size
+        assert first.topology.ranks_per_domain == gpus // 8
+    if path.stem.startswith("btm"):
+        assert plans[1].job.tokens == each[0] // 8
+        assert len(plans[1].job.alike) == 8 and all(plans[1].job.places)
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_parameters_of_dense_and_demix_recipes(size):
+@pytest.mark.parametrize("folder", [PAPER, MODERN], ids=["paper", "modern"])
+def test_parameters_of_dense_and_demix_recipes(size, folder):
     layers, width = SIZES[size]
     whole, expert = parameters(layers, width), layers * (8 * width**2 + 5 * width)
-    (dense,) = of_recipe(RECIPES / f"dense_{size}.yaml")
+    (dense,) = of_recipe(folder / f"dense_{size}.yaml")
     assert dense.network.per_rank == dense.network.total == whole
     assert dense.network.active == whole - 1026 * width
     assert dense.network.flops_per_token == 6 * dense.network.active + 12 * layers * width * 1024
-    (demix,) = of_recipe(RECIPES / f"demix_{size}_d8.yaml")
+    (demix,) = of_recipe(folder / f"demix_{size}_d8.yaml")
     assert demix.network.per_expert == expert
     assert demix.network.shared == whole - expert
     assert demix.network.per_rank == whole
     assert demix.network.total == whole + 7 * expert
     assert demix.network.active == dense.network.active
+
+
+@pytest.mark.parametrize("size", ENCODERS)
+def test_parameters_of_encoder_recipes(size):
+    """Closed forms: BERT and ELECTRA with the keys and the demultiplexer of MUX-PLM, N = 5."""
+    tokens, places, number = 30522, 512, 5
+
+    def encoder(layers: int, width: int, embedded: int) -> int:
+        demux = number * width + (2 * width**2 + width) + 2 * (width**2 + width) + 3 * 2 * width
+        project = embedded * width + width if embedded != width else 0
+        embeddings = (tokens + places + 2) * embedded + (2 + number) * embedded
+        return embeddings + project + layers * (12 * width**2 + 13 * width) + demux
+
+    layers, width = ENCODERS[size]
+    (bert,) = of_recipe(RECIPES / "mux" / f"mux_bert_{size}_mlm.yaml")
+    head = width**2 + width + 2 * width + tokens
+    assert bert.network.total == encoder(layers, width, width) + head
+    if size == "1.3b":
+        return
+    layers, width, embedded = (12, 256, 128) if size == "small" else (layers, width, width)
+    (electra,) = of_recipe(RECIPES / "mux" / f"mux_electra_{size}_pretrain.yaml")
+    own = width**2 + 3 * width  # a dense layer and its norm, before a head
+    head = 2 * own + (tokens * width + tokens) + (width**2 + width) + (width + 1)
+    assert electra.network.total == encoder(layers, width, embedded) + head
 
 
 def test_published_counts():
@@ -92,7 +157,7 @@ def test_published_counts():
 
 
 def test_btm_is_a_seed_and_experts_that_share_its_batch():
-    seed, expert = of_recipe(RECIPES / "btm_125m.yaml")
+    seed, expert = of_recipe(PAPER / "btm_125m.yaml")
     assert (seed.job.tokens, expert.job.tokens) == (1_048_576, 131_072)
     assert (seed.job.steps, expert.job.steps) == (40_000, 40_000)
     assert seed.network.total == expert.network.total == 124_446_720
@@ -104,8 +169,8 @@ def test_btm_is_a_seed_and_experts_that_share_its_batch():
 
 def test_experts_that_find_no_slots_wait():
     _, expert = planned(
-        str(RECIPES / "btm_125m.yaml"), "--world_size", "4", "--seed_gpus", "4",
-        "--deepspeed", str(ROOT / "ds_configs/zero1_bf16.json"),
+        str(PAPER / "btm_125m.yaml"), "--world_size", "4", "--seed_gpus", "4",
+        "--deepspeed", str(ROOT / "ds_configs/zero2_fp16.json"),
     )  # fmt: skip
     assert [bool(place) for place in expert.job.places] == [True, True] + [False] * 6
 
@@ -150,7 +215,7 @@ def test_an_offloaded_optimizer_is_on_the_host():
 
     dense = DomainTopology(4, ("text",), jobs_sharing("none"))
     plain = memory({"w": 8000}, 0, dense, settings(2, "bf16"))
-    moved = memory({"w": 8000}, 0, dense, replace(settings(2, "bf16"), offload=True))
+    moved = memory({"w": 8000}, 0, dense, replace(settings(2, "bf16"), offload="cpu"))
     assert (moved.optimizer, moved.gradients, moved.weights) == (0, 0, plain.weights)
     assert moved.host == 2000 * (12 + 4)
 
@@ -163,19 +228,19 @@ def jobs_sharing(untie: str):
 
 def test_a_plan_of_1_3b_is_quick():
     before = time.process_time()
-    (plan,) = of_recipe(RECIPES / "demix_1.3b_d8.yaml")
+    (plan,) = of_recipe(PAPER / "demix_1.3b_d8.yaml")
     assert plan.record()["memory"]["peak"] > 0
     assert time.process_time() - before < 5
 
 
 def test_what_fits_is_told_and_does_fit():
-    (plan,) = of_recipe(RECIPES / "dense_350m.yaml", "--gpu_memory_gb", "3.6")
+    (plan,) = of_recipe(PAPER / "dense_350m.yaml", "--gpu_memory_gb", "3.6")
     assert not plan.fits
     told = plan.what_fits()
     assert told[0].startswith("--per_device_train_batch_size 1")
     assert any(line.startswith("--gradient_checkpointing true") for line in told)
     (smaller,) = of_recipe(
-        RECIPES / "dense_350m.yaml", "--gpu_memory_gb", "3.6",
+        PAPER / "dense_350m.yaml", "--gpu_memory_gb", "3.6",
         "--per_device_train_batch_size", "1",
     )  # fmt: skip
     assert smaller.fits

@@ -11,6 +11,8 @@ from megamod.dist.wire import step_traffic
 
 MICRO_STEPS = 2
 TIED = "model.embeddings.tokens.weight"
+EXPERTS = ("feedforward", "feedforward_every_other", "feedforward_top")
+EXPERTS += ("transformer", "transformer_output", "input_output")
 CASES = [
     ("none", 0, {}),
     ("none", 1, {}),
@@ -18,9 +20,7 @@ CASES = [
     ("none", 3, {}),
     ("none", 3, {"persistence_threshold": 0}),
     ("none", 3, {"persistence_threshold": 0, "live_limit": 0, "tied": [TIED]}),
-    ("feedforward", 1, {}),
-    ("feedforward", 2, {}),
-    ("transformer", 2, {}),
+    *((untie, stage, {}) for untie in EXPERTS for stage in (1, 2)),
     ("all", 1, {}),
     ("all", 2, {}),
     ("all", 3, {"persistence_threshold": 0}),

@@ -1,6 +1,8 @@
 """A tiny model trained on made-up ragged batches, by the real loop and by a plain reference."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import deepspeed
@@ -28,12 +30,13 @@ VOCAB, LENGTH, MICRO = 40, 12, 2
 # bias) into updates of full size; with this one the update is smooth in the gradient.
 RECIPE = dict(betas=(0.9, 0.95), eps=1e-2, weight_decay=0.1)
 PEAK, WARMUP = 3e-3, 2
+NOTHING: Mapping[str, object] = MappingProxyType({})
 
 
-def tiny_config(untie: str, domains=DOMAINS, dropout: float = 0.0) -> DemixConfig:
+def tiny_config(untie: str, domains=DOMAINS, dropout: float = 0.0, width: int = 16) -> DemixConfig:
     return DemixConfig(
         vocab_size=VOCAB,
-        hidden_size=16,
+        hidden_size=width,
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=LENGTH,
@@ -126,12 +129,21 @@ def _reference(config, domains, steps, per_domain, clip):
     return {name: p.detach() for name, p in model.named_parameters()}, norms
 
 
-def ds_config(stage: int, micro_steps: int, clip: float, precision: str = "fp32") -> dict:
+def ds_config(
+    stage: int,
+    micro_steps: int,
+    clip: float,
+    precision: str = "fp32",
+    offload: Mapping[str, object] = NOTHING,
+) -> dict:
     config = {
         "train_micro_batch_size_per_gpu": MICRO,
         "gradient_accumulation_steps": micro_steps,
         "gradient_clipping": clip,
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {
+            "stage": stage,
+            **offload,
+        },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "use_data_before_expert_parallelism": True,
@@ -174,6 +186,8 @@ def build_tiny(
     per_domain: int = 2,
     clip: float = 0.5,
     precision: str = "fp32",
+    offload: Mapping[str, object] = NOTHING,
+    width: int = 16,
     domains=DOMAINS,
     dropout: float = 0.0,
     settings: dict | None = None,
@@ -182,7 +196,7 @@ def build_tiny(
     """An engine around new weights, and its checkpoints in FOLDER/checkpoints; collective."""
     sharing = sharing_of(untie)
     topology = DomainTopology(world_size(), tuple(domains), sharing)
-    config = tiny_config(untie, domains, dropout)
+    config = tiny_config(untie, domains, dropout, width)
     held = topology.domains_of(my_rank())
     model = DemixForCausalLM(config, held if sharing is Sharing.DEMIX else None)
     initialise(model, seed=5)
@@ -190,7 +204,7 @@ def build_tiny(
     engine = build_engine(
         model,
         lambda groups: adamw(groups, **RECIPE),
-        ds_config(stage, micro_steps, clip, precision),
+        ds_config(stage, micro_steps, clip, precision, offload),
         topology,
     )
     folder.mkdir(parents=True, exist_ok=True)

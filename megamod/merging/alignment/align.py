@@ -9,6 +9,7 @@ Source: Verma and Elbayad 2024 (Merging text transformer models from different i
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,16 +18,21 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from megamod.errors import UserError
 from megamod.merging.alignment.calibration import Batch, read_items, whole_batches
-from megamod.merging.alignment.matching import Match, assign, assign_heads, identity
+from megamod.merging.alignment.groups import Group
+from megamod.merging.alignment.matching import (
+    Match,
+    assign,
+    assign_heads,
+    identity,
+    solver_of,
+    transport,
+    transport_heads,
+)
 from megamod.merging.alignment.options import Calibration, Options
 from megamod.merging.alignment.record import Alignment, aligned_groups, followed
 from megamod.merging.alignment.running import Measured, load_model, measure
 from megamod.merging.alignment.statistics import averaged
-from megamod.merging.alignment.symmetry import (
-    Group,
-    Symmetry,
-    symmetry_of,
-)
+from megamod.merging.alignment.symmetry import Symmetry, symmetry_of
 from megamod.merging.alignment.weight_matching import match_weights
 
 
@@ -57,7 +63,7 @@ def align(
     )
     if batches is None:
         if options.method != "identity":
-            raise UserError("align.method: 'activation' needs calibration text")
+            raise UserError(f"align.method: {options.method!r} needs calibration text")
         matches = {g.name: Match(torch.arange(g.size), 0.0) for g in _solved(symmetry, options)}
         return _alignment(symmetry, matches, options, costs=False)
     solved = _solved(symmetry, options)
@@ -129,6 +135,14 @@ def _common_symmetry(
     _check_configs(config, other_config)
     symmetry = symmetry_of(config, shapes, qk=options.qk)
     _check_same(shapes, other_shapes, symmetry.tied)
+    rotated = any(slot.part == "queries" for group in symmetry.of("attn") for slot in group.out)
+    mixed = options.attention == "ignore_heads" or options.method == "ot"
+    if rotated and "attn" in options.groups and mixed:
+        key = "method: ot" if options.method == "ot" else "attention: ignore_heads"
+        raise UserError(
+            f"align.{key}: queries and keys of a {config['model_type']} can be permuted by whole "
+            "heads only; leave out 'attn' from align.groups, or choose another"
+        )
     if "res" in options.groups and not symmetry.of("res"):
         raise UserError(
             f"align.groups: the residual stream of a {config['model_type']} cannot be permuted; "
@@ -172,8 +186,8 @@ def _check_configs(first: Mapping[str, object], second: Mapping[str, object]) ->
     Raises:
         UserError: naming the field.
     """
-    fields = ("model_type", "num_attention_heads", "n_head", "hidden_act", "activation_function")
-    for key in (*fields, "vocab_size", "untie", "domains"):
+    fields = ("model_type", "num_attention_heads", "n_head", "num_key_value_heads", "hidden_act")
+    for key in (*fields, "activation_function", "vocab_size", "untie", "domains"):
         if first.get(key) != second.get(key):
             raise UserError(
                 f"{key} is {first.get(key)!r} in the first model, {second.get(key)!r} in the "
@@ -212,11 +226,13 @@ def _match(groups: Sequence[Group], measured: Measured, options: Options) -> dic
 
     if options.method == "identity":
         return {group.name: identity(similarity(group.name)) for group in groups}
+    soft = options.method == "ot"
+    solve = partial(transport, regularisation=options.regularisation) if soft else assign
     found: dict[str, Match] = {}
     residual = [group for group in groups if group.family == "res"]
     if residual and options.residual != "sep":
         places = {"first": residual[:1], "last": residual[-1:], "all": residual}
-        shared = assign(similarity(*(group.name for group in places[options.residual])))
+        shared = solve(similarity(*(group.name for group in places[options.residual])))
         found |= dict.fromkeys((group.name for group in residual), shared)
     # Queries and keys come in the order of heads that attention has, so they are matched behind.
     for group in sorted(groups, key=lambda group: group.family == "qk"):
@@ -224,10 +240,17 @@ def _match(groups: Sequence[Group], measured: Measured, options: Options) -> dic
             continue
         matrix = similarity(group.name)
         if group.heads is None:
-            found[group.name] = assign(matrix)
+            found[group.name] = solve(matrix)
         else:
             order = found[_partner(group.name)].heads if group.family == "qk" else None
-            found[group.name] = assign_heads([matrix], group.heads, options.attention, order)[0]
+            heads, mode = group.heads, options.attention
+            if soft:
+                found[group.name] = transport_heads(
+                    matrix, heads, mode, options.regularisation, order
+                )
+            else:
+                inner = solver_of(group.queries, mode)
+                found[group.name], *_ = assign_heads([matrix], heads, mode, order, inner)
     return found
 
 

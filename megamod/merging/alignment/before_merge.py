@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from megamod.errors import UserError
 from megamod.merging.alignment.align import align_folders, align_weights
 from megamod.merging.alignment.folder import PermutedFolder
-from megamod.merging.alignment.options import Options, options_from
+from megamod.merging.alignment.options import BY_TEXT, Options, options_from
 from megamod.merging.alignment.record import Alignment
 from megamod.states.forest import read_config
 from megamod.states.stream import ModelFolder
@@ -38,7 +38,7 @@ def aligned_folders(
 
 
 def _alignment(first: ModelFolder, second: ModelFolder, options: Options, origin: str) -> Alignment:
-    if options.method == "activation":
+    if options.method in BY_TEXT:
         for folder in (first, second):
             if folder.member is not None:
                 raise UserError(

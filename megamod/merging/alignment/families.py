@@ -34,15 +34,19 @@ class Family:
         layer: of a layer, `{}` being its number.
         query, key, value, mixed: projections of attention; one name for the first three if they
             are one matrix. `mixed` is the one back to the residual stream.
-        widen, narrow: the two of the feed-forward network.
+        widen, narrow: the two of the feed-forward network; `gate`: what is multiplied with the
+            features that `widen` makes.
         norms: of a layer, by the order in which they are applied.
         tables: embeddings.
         outer_norm: behind the embeddings (post-norm), or behind the last layer (pre-norm).
         pre_norm: whether norms stand in front of attention and feed-forward.
         transposed: whether weights are [in, out].
-        layers, heads: fields of the configuration with their numbers.
+        rotary: whether queries and keys are rotated, which ties their features to their places.
+        layers, heads: fields of the configuration with their numbers; `key_heads`: of keys and
+            values, None if there are as many.
         output_heads: which a model may have; `readers`: modules behind the last hidden states.
-        tied: tensor -> the one it shares storage with, unless the configuration unties them.
+        tied: tensor -> the one it shares storage with, unless the configuration unties them;
+            `ties`: what holds if it says nothing.
         free: ends of names of tensors that no permutation touches.
         residual: whether the residual stream can be permuted.
     """
@@ -60,11 +64,15 @@ class Family:
     outer_norm: str
     pre_norm: bool = False
     transposed: bool = False
+    gate: str | None = None
+    rotary: bool = False
     layers: str = "num_hidden_layers"
     heads: str = "num_attention_heads"
+    key_heads: str | None = None
     output_heads: tuple[Head, ...] = ()
     readers: tuple[str, ...] = ()
     tied: tuple[tuple[str, str], ...] = ()
+    ties: bool = True
     free: tuple[str, ...] = ()
     residual: bool = True
 
@@ -81,6 +89,31 @@ _ENCODER = dict(
     norms=("attention.output.LayerNorm", "output.LayerNorm"),
     tables=_TABLES,
     outer_norm="embeddings.LayerNorm",
+)
+_LLAMA = Family(
+    prefix="model.",
+    layer="layers.{}.",
+    query="self_attn.q_proj",
+    key="self_attn.k_proj",
+    value="self_attn.v_proj",
+    mixed="self_attn.o_proj",
+    widen="mlp.up_proj",
+    gate="mlp.gate_proj",
+    narrow="mlp.down_proj",
+    norms=("input_layernorm", "post_attention_layernorm"),
+    tables=("embed_tokens",),
+    outer_norm="norm",
+    pre_norm=True,
+    rotary=True,
+    key_heads="num_key_value_heads",
+    readers=("lm_head", "score", "qa_outputs"),
+    tied=(("lm_head.weight", "embed_tokens.weight"),),
+    ties=False,
+    # Norms within heads and tables of angles know nothing of which head it is.
+    free=(
+        *("score.bias", "qa_outputs.bias", "rotary_emb.inv_freq"),
+        *("self_attn.q_norm.weight", "self_attn.k_norm.weight"),
+    ),
 )
 _TRANSFORM = "cls.predictions.transform"
 
@@ -171,4 +204,5 @@ FAMILIES = {
     # What follows keys and demultiplexer differs from variant to variant: their features stay.
     "mux_bert": Family(prefix="bert.", **_ENCODER, residual=False),
 }
+FAMILIES |= dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _LLAMA)
 FAMILIES["xlm-roberta"] = FAMILIES["roberta"]

@@ -1,10 +1,10 @@
 """Model folders read as if they were aligned, so that any merge method can merge them.
 
 Nothing is written: rows are read in their new order, and the columns of a piece are reordered when
-it is read.
+it is read. Where features are mixed and not only reordered, one tensor of each thread is held.
 """
 
-from itertools import pairwise
+import threading
 from typing import Self
 
 import torch
@@ -14,6 +14,7 @@ from megamod.merging.alignment.permute import Change, axis_index, changes, reord
 from megamod.merging.alignment.record import Alignment
 from megamod.merging.alignment.symmetry import Symmetry, symmetry_of
 from megamod.states.forest import read_config
+from megamod.states.rows import read_rows
 from megamod.states.stream import PIECE, ModelFolder, Spec
 
 
@@ -41,6 +42,7 @@ class PermutedFolder:
         found = changes(symmetry, alignment)
         self._stored = untied(symmetry, found)
         self._changes: dict[str, list[Change]] = {} if reference else found
+        self._held = threading.local()
         self.tensors: dict[str, Spec] = dict(source.tensors)
         for alias, original in self._stored.items():
             self.tensors.setdefault(alias, source.tensors[original])
@@ -63,26 +65,28 @@ class PermutedFolder:
             self.source.read_into(own, start, buffer)
             return
         spec = self.tensors[name]
-        if spec.nbytes <= PIECE:
-            whole = reorder(self.source.read(own), wanted).reshape(-1)
+        soft = any(change.soft for change in wanted)
+        if spec.nbytes <= PIECE or soft:
+            whole = self._mixed(name, own) if soft else reorder(self.source.read(own), wanted)
+            whole = whole.reshape(-1)
             buffer.copy_(whole[start : start + len(buffer)])
             return
         row = spec.numel // spec.shape[0]
         first, last = start // row, (start + len(buffer) - 1) // row
         rows = axis_index(spec.shape[0], 0, wanted)[first : last + 1]
         read = torch.empty(len(rows), row, dtype=spec.dtype)
-        self._read_rows(own, rows, read)
+        read_rows(self.source, own, rows, read)
         inner = [change for change in wanted if change.axis != 0]
         flat = reorder(read.view(len(rows), *spec.shape[1:]), inner).reshape(-1)
         buffer.copy_(flat[start - first * row :][: len(buffer)])
 
-    def _read_rows(self, name: str, rows: Tensor, out: Tensor) -> None:
-        """Read rows of a tensor; those that lie behind each other at once."""
-        breaks = (rows.diff() != 1).nonzero()[:, 0] + 1
-        edges = [0, *breaks.tolist(), len(rows)]
-        for begin, end in pairwise(edges):
-            place = int(rows[begin]) * out.shape[1]
-            self.source.read_into(name, place, out[begin:end].view(-1))
+    def _mixed(self, name: str, own: str) -> Tensor:
+        """A whole tensor; the last one is kept, as the next piece that is asked for is of it."""
+        held = getattr(self._held, "tensor", None)
+        if held is None or held[0] != name:
+            held = name, reorder(self.source.read(own), self._changes[name])
+            self._held.tensor = held
+        return held[1]
 
     def read(self, name: str) -> Tensor:
         """A whole tensor, in memory of its own."""

@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 from megamod.errors import UserError
 from megamod.merging.alignment.matching import ATTENTION
 
-METHODS = ("activation", "weight", "identity")
+METHODS = ("activation", "ot", "weight", "identity")
+BY_TEXT = ("activation", "ot")
+"""Methods that run models on calibration text."""
 GROUPS = ("ff", "attn", "res")
 RESIDUAL = ("first", "last", "all", "sep")
 SENTENCE_LEVELS = ("none", "cls", "maxpool", "avgpool")
@@ -59,7 +61,10 @@ class Options:
     """How to align.
 
     Attributes:
-        method: by "activation" on calibration text, by "weight" (data-free), or "identity".
+        method: by "activation" on calibration text, by "weight" (data-free), or "identity"; "ot":
+            as "activation", but every feature becomes a mean of several, which changes what the
+            model computes.
+        regularisation: with "ot", how soft that is.
         groups: of "ff", "attn" and "res", what is permuted.
         attention: see `matching.ATTENTION`.
         residual: the one permutation of the residual stream comes from its "first" or "last" place
@@ -91,6 +96,7 @@ class Options:
     calibration: Calibration = field(default_factory=Calibration)
     seed: int = 0
     compat: Compat = field(default_factory=Compat)
+    regularisation: float = 0.1
 
     def __post_init__(self):
         object.__setattr__(self, "groups", tuple(self.groups))
@@ -106,6 +112,10 @@ class Options:
                 raise UserError(f"align.{key}: {value!r} is not one of {', '.join(allowed)}")
         if not (self.groups or self.head):
             raise UserError("align.groups: is empty, so there is nothing to align")
+        if not 0 < self.regularisation < float("inf"):
+            raise UserError(f"align.regularisation: {self.regularisation} is not positive")
+        if self.method == "ot" and self.compat.unmerge:
+            raise UserError("align.compat.unmerge: goes with permutations, not with method ot")
         if self.calibration.fraction <= 0 or self.calibration.batch_size < 1:
             raise UserError(
                 f"align.calibration: fraction {self.calibration.fraction} and batch_size "
@@ -138,6 +148,8 @@ def _checked(block: object, kind: type, origin: str) -> dict[str, object]:
         if not isinstance(key, str) or key not in vars(defaults):
             raise UserError(f"{origin}: there is no {key!r}; known are {', '.join(vars(defaults))}")
         default = getattr(defaults, key)
+        if value is None and default is None:  # as records have it
+            continue
         kinds = {float: (int, float), tuple: (list, tuple), type(None): str}
         wanted = kinds.get(type(default), type(default))
         if not isinstance(value, wanted) or isinstance(value, bool) != isinstance(default, bool):

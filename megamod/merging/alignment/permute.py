@@ -22,11 +22,16 @@ _SCALE = 2 / (2 + 1e-5)  # what the original program multiplies by, see `Compat.
 @dataclass(frozen=True)
 class Change:
     """What becomes of part of a tensor: entry i along `axis` is what was entry `index[i]`, both
-    counted from `start`."""
+    counted from `start`. With a matrix it is the sum of entries times its row i."""
 
     axis: int
     start: int
     index: Tensor
+
+    @property
+    def soft(self) -> bool:
+        """Whether entries are mixed."""
+        return self.index.dim() == 2
 
 
 def changes(symmetry: Symmetry, alignment: Alignment) -> dict[str, list[Change]]:
@@ -40,8 +45,10 @@ def changes(symmetry: Symmetry, alignment: Alignment) -> dict[str, list[Change]]
     for name, index in effective.items():
         if torch.equal(index, torch.arange(len(index))):
             continue
-        for slot in symmetry.groups[name].slots:
-            found.setdefault(slot.tensor, []).append(Change(slot.axis, slot.start, index))
+        group = symmetry.groups[name]
+        for slot in group.slots:
+            change = Change(slot.axis, slot.start, group.index(slot, index))
+            found.setdefault(slot.tensor, []).append(change)
     if alignment.options.compat.unmerge and "res.emb" in effective:
         index = effective["res.emb"]
         for alias in _tied_matrices(symmetry):
@@ -69,17 +76,35 @@ def _tied_matrices(symmetry: Symmetry) -> set[str]:
 
 def reorder(tensor: Tensor, wanted: list[Change]) -> Tensor:
     """The tensor with its changes made; a new one unless there is none."""
-    for axis in dict.fromkeys(change.axis for change in wanted):
+    for change in wanted:
+        if change.soft:
+            tensor = _mixed(tensor, change)
+    for axis in dict.fromkeys(change.axis for change in wanted if not change.soft):
         index = axis_index(tensor.shape[axis], axis, wanted)
         tensor = tensor.index_select(axis, index.to(tensor.device))
     return tensor
+
+
+def _mixed(tensor: Tensor, change: Change) -> Tensor:
+    """The tensor with entries along an axis mixed, in float64.
+
+    What makes features is multiplied by the matrix, and what reads them by its transpose from the
+    right: both sums run over the entries that there were.
+    """
+    part = tensor.narrow(change.axis, change.start, change.index.shape[1])
+    matrix = change.index.to(tensor.device, torch.float64)
+    whole = tensor.clone()
+    whole.narrow(change.axis, change.start, len(matrix)).copy_(
+        torch.tensordot(matrix, part.double(), ([1], [change.axis])).movedim(0, change.axis)
+    )
+    return whole
 
 
 def axis_index(length: int, axis: int, wanted: list[Change]) -> Tensor:
     """All changes along an axis as one index vector [length]."""
     index = torch.arange(length)
     for change in wanted:
-        if change.axis == axis:
+        if change.axis == axis and not change.soft:
             index[change.start : change.start + len(change.index)] = change.start + change.index
     return index
 
@@ -148,7 +173,7 @@ def _prepared(
                 tensor = prepared[slot.tensor]
                 if tensor is state[slot.tensor]:
                     tensor = prepared[slot.tensor] = tensor.clone()
-                tensor.narrow(slot.axis, slot.start, group.size).mul_(_SCALE)
+                tensor.narrow(slot.axis, slot.start, group.length(slot)).mul_(_SCALE)
     needed = untied(symmetry, found)
     for alias, source in symmetry.tied.items():
         if alias in prepared or alias in needed:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from megamod.errors import UserError
 from megamod.files import atomic_folder, write_json
+from megamod.merging.alignment.groups import Group
 from megamod.merging.alignment.options import Options, options_from
-from megamod.merging.alignment.symmetry import Group, Symmetry
+from megamod.merging.alignment.symmetry import Symmetry
 from megamod.states.weights import write_tensors
 
 _RECORD, _PERMUTATIONS = "alignment.json", "permutations.safetensors"
@@ -25,7 +26,8 @@ class Alignment:
 
     Attributes:
         permutations: group -> [C] int64; feature r of the reference goes with this model's feature
-            `permutation[r]`. Some may have been found and take no part, see `in_effect`.
+            `permutation[r]`. With the method "ot" [C, C] float64, row r being what goes with it.
+            Some may have been found and take no part, see `in_effect`.
         costs: group -> summed similarity of what is matched, divided by 2 C: with correlations half
             their mean. With `qk` the cost of an attention group is that of its queries and keys.
         options: what was asked for.
@@ -116,6 +118,11 @@ def load_alignment(folder: Path) -> Alignment:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(f"{folder}: is not an alignment: {error!r}") from error
     for name, index in permutations.items():
-        if index.dim() != 1 or not torch.equal(index.sort().values, torch.arange(len(index))):
+        if index.dim() == 2 and options.method == "ot":
+            sums = torch.cat([index.sum(0), index.sum(1)])
+            good = bool((index >= 0).all()) and torch.allclose(sums, sums.new_ones(()), atol=1e-4)
+        else:
+            good = index.dim() == 1 and torch.equal(index.sort().values, torch.arange(len(index)))
+        if not good:
             raise UserError(f"{folder / _PERMUTATIONS}: {name} is not a permutation")
     return Alignment(permutations, costs, options)

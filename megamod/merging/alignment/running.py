@@ -21,9 +21,9 @@ from transformers import (
 
 from megamod.errors import UserError
 from megamod.merging.alignment.calibration import Batch
+from megamod.merging.alignment.groups import Group, Hook
 from megamod.merging.alignment.options import Options
 from megamod.merging.alignment.statistics import CrossCovariance
-from megamod.merging.alignment.symmetry import Group, Hook
 
 _AUTO = (
     AutoModelForMaskedLM,

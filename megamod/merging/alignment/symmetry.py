@@ -11,54 +11,10 @@ from dataclasses import dataclass, field, replace
 from megamod.dist.scope import MARK, dense_name, domain_of_name
 from megamod.errors import UserError
 from megamod.merging.alignment.families import FAMILIES, Family, Head
+from megamod.merging.alignment.groups import Group, Hook, Slot
 
 Shapes = Mapping[str, Sequence[int]]
 """Shapes of a model's tensors by name."""
-
-
-@dataclass(frozen=True)
-class Slot:
-    """A group's features within a tensor: `size` entries along `axis`, from `start` on."""
-
-    tensor: str
-    axis: int
-    start: int = 0
-
-
-@dataclass(frozen=True)
-class Hook:
-    """Where a group's features can be seen: `size` columns of a module's input or output."""
-
-    module: str
-    side: str  # "input" or "output"
-    start: int = 0
-
-
-@dataclass(frozen=True)
-class Group:
-    """Features that have one permutation.
-
-    Attributes:
-        name: for example layer.3.ffn; for a domain's expert layer.3.ffn.law.
-        family: "ff", "attn", "qk" (within-head features of queries and keys), "res" or "head".
-        size: number of features.
-        heads: number of attention heads they are divided into; None if they are not.
-        out: what makes the features, or works on each of them alone; `into`: what reads them.
-        hooks: where they are seen. What is seen at several is added up.
-    """
-
-    name: str
-    family: str
-    size: int
-    heads: int | None
-    out: tuple[Slot, ...]
-    into: tuple[Slot, ...]
-    hooks: tuple[Hook, ...]
-
-    @property
-    def slots(self) -> tuple[Slot, ...]:
-        """Everything that is permuted."""
-        return (*self.out, *self.into)
 
 
 @dataclass(frozen=True)
@@ -108,8 +64,16 @@ def symmetry_of(config: Mapping[str, object], shapes: Shapes, *, qk: bool = Fals
         if not isinstance(count, int) or count < 1:
             raise UserError(f"config.json: {key} is {count!r}, not a positive number")
     layers, heads = counts
+    if family.rotary and qk:
+        raise UserError(
+            f"align.qk: features of queries and keys of a {kind} cannot be permuted within heads, "
+            "as they are rotated by their places; leave it out"
+        )
+    key_heads = config.get(family.key_heads or family.heads) or heads
+    if not isinstance(key_heads, int) or key_heads < 1 or heads % key_heads:
+        raise UserError(f"config.json: {family.key_heads} is {key_heads!r}; {heads} heads share it")
     tied = {}
-    if config.get("tie_word_embeddings", True):
+    if config.get("tie_word_embeddings", family.ties):
         tied = {
             alias: prefix + source if prefix + source in dense else source
             for alias, source in family.tied
@@ -120,7 +84,7 @@ def symmetry_of(config: Mapping[str, object], shapes: Shapes, *, qk: bool = Fals
     if family.residual:
         groups.append(_first_residual(names))
     for layer in range(layers):
-        groups += _layer(names, layer, layers, heads, qk, readers)
+        groups += _layer(names, layer, layers, (heads, key_heads), qk, readers)
     groups += [names.head_group(head, reader) for head, reader in output_heads if reader]
     every = _spread(groups, tied, shapes)
     touched = {slot.tensor for group in every for slot in group.slots}
@@ -162,12 +126,18 @@ class _Names:
         """Whether the module has a weight."""
         return f"{module}.weight" in self.shapes
 
-    def made_by(self, module: str, start: int = 0) -> list[Slot]:
+    def made_by(self, module: str, start: int = 0, part: str = "features") -> list[Slot]:
         """What a dense layer makes."""
-        slots = [Slot(f"{module}.weight", 1 if self.family.transposed else 0, start)]
+        slots = [Slot(f"{module}.weight", 1 if self.family.transposed else 0, start, part)]
         if f"{module}.bias" in self.shapes:
-            slots.append(Slot(f"{module}.bias", 0, start))
+            slots.append(Slot(f"{module}.bias", 0, start, part))
         return slots
+
+    def widened(self, layer: str) -> list[str]:
+        """What reads the residual stream in front of a feed-forward network, and makes its
+        features."""
+        parts = (self.family.widen, *((self.family.gate,) if self.family.gate else ()))
+        return [layer + part for part in parts]
 
     def read_by(self, module: str) -> list[Slot]:
         """What a dense layer reads. Heads are never stored transposed."""
@@ -268,25 +238,34 @@ def _projections(names: _Names, layer: int, size: int) -> list[Slot]:
 
 
 def _layer(
-    names: _Names, layer: int, layers: int, heads: int, qk: bool, readers: Sequence[Slot]
+    names: _Names,
+    layer: int,
+    layers: int,
+    counts: tuple[int, int],
+    qk: bool,
+    readers: Sequence[Slot],
 ) -> list[Group]:
-    """Groups of one layer, in the order of its computation."""
-    family = names.family
+    """Groups of one layer, in the order of its computation.
+
+    Args:
+        counts: number of heads, and of those of keys and values.
+    """
+    family, (heads, key_heads) = names.family, counts
     stem = names.prefix + family.layer.format(layer)
-    query, key, value, mixed, widen, narrow = (
+    query, key, value, mixed, narrow = (
         stem + part
-        for part in (
-            *(family.query, family.key, family.value),
-            *(family.mixed, family.widen, family.narrow),
-        )
+        for part in (family.query, family.key, family.value, family.mixed, family.narrow)
     )
+    widen = names.widened(stem)
     inputs = 0 if family.transposed else 1
     size = names.size(f"{mixed}.weight", inputs)
     if size % heads:
         raise UserError(f"{mixed}.weight: {size} features are not divisible by {heads} heads")
     fused = query == key
     starts = (0, size, 2 * size) if fused else (0, 0, 0)
-    made = [names.made_by(m, s) for m, s in zip((query, key, value), starts, strict=True)]
+    parts = ("queries", "keys", "values") if family.rotary else ("features",) * 3
+    places = zip((query, key, value), starts, parts, strict=True)
+    made = [names.made_by(*place) for place in places]
     own = [*made[0], *made[1]]
     hook = Hook(mixed, "input")
     into = names.read_by(mixed)
@@ -296,9 +275,11 @@ def _layer(
         groups.append(_group(f"layer.{layer}.qk", "qk", size, heads, own, [], hooks))
         own = []
     own += made[2]
-    groups.append(_group(f"layer.{layer}.attn", "attn", size, heads, own, into, [hook]))
+    attention = _group(f"layer.{layer}.attn", "attn", size, key_heads, own, into, [hook])
+    groups.append(replace(attention, queries=heads // key_heads))
     wide = names.size(f"{narrow}.weight", inputs)
-    out, into, hooks = names.made_by(widen), names.read_by(narrow), [Hook(narrow, "input")]
+    out = [slot for module in widen for slot in names.made_by(module)]
+    into, hooks = names.read_by(narrow), [Hook(narrow, "input")]
     feed_forward = _group(f"layer.{layer}.ffn", "ff", wide, None, out, into, hooks)
     if not family.residual:
         return [*groups, feed_forward]
@@ -317,7 +298,7 @@ def _layer(
                 "attn_ln",
                 names.made_by(mixed) + names.scaled_by(after[0]),
                 after[0],
-                names.read_by(widen),
+                [slot for module in widen for slot in names.read_by(module)],
             ),
             (
                 "final_ln",
@@ -383,8 +364,8 @@ def _check(group: Group, shapes: Shapes, tied: Mapping[str, str]) -> None:
         shape = shapes.get(slot.tensor, shapes.get(tied.get(slot.tensor, "")))
         if shape is None:
             raise UserError(f"{slot.tensor} is missing; there is no aligning {group.name} without")
-        if slot.axis >= len(shape) or shape[slot.axis] < slot.start + group.size:
+        if slot.axis >= len(shape) or shape[slot.axis] < slot.start + group.length(slot):
             raise UserError(
-                f"{slot.tensor} has shape {list(shape)}; {group.name} needs {group.size} features "
-                f"from {slot.start} on along axis {slot.axis}"
+                f"{slot.tensor} has shape {list(shape)}; {group.name} needs {group.length(slot)} "
+                f"features from {slot.start} on along axis {slot.axis}"
             )

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from megamod.merging.alignment.matching import Match, assign, assign_heads
+from megamod.merging.alignment.groups import Group, Slot
+from megamod.merging.alignment.matching import Match, assign, assign_heads, solver_of
 from megamod.merging.alignment.options import Options
-from megamod.merging.alignment.symmetry import Group, Slot
 
 _IMPROVES = 1e-12  # relative; less is rounding
 _ROUNDS = 100
@@ -73,7 +73,8 @@ def _solve(
     heads = unit[0][0].heads
     if heads is None:
         return [assign(similarity) for similarity in similarities]
-    return assign_heads(similarities, heads, options.attention)
+    inner = solver_of(unit[0][0].queries, options.attention)
+    return assign_heads(similarities, heads, options.attention, solve=inner)
 
 
 def _similarity(
@@ -89,17 +90,16 @@ def _similarity(
     for slot in dict.fromkeys(slot for group in groups for slot in group.slots):
         if slot.tensor not in first or slot.tensor not in second:
             continue  # a tied matrix that is stored once counts once
-        other = second[slot.tensor].float()
+        other, length = second[slot.tensor].float(), groups[0].length(slot)
         for theirs, owner in owners[slot.tensor]:
             if theirs.axis != slot.axis:
                 index = torch.arange(other.shape[theirs.axis])
-                index[theirs.start : theirs.start + owner.size] = (
-                    theirs.start + found[owner.name].permutation
-                )
+                moved = owner.index(theirs, found[owner.name].permutation)
+                index[theirs.start : theirs.start + len(moved)] = theirs.start + moved
                 other = other.index_select(theirs.axis, index)
         one, other = (
-            tensor.narrow(slot.axis, slot.start, size).movedim(slot.axis, 0).reshape(size, -1)
+            tensor.narrow(slot.axis, slot.start, length).movedim(slot.axis, 0).reshape(length, -1)
             for tensor in (first[slot.tensor].float(), other)
         )
-        total += one @ other.T
+        total += groups[0].spread(slot, one @ other.T)
     return total

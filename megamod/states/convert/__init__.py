@@ -7,6 +7,7 @@ Both are pure functions on state dicts; files are written by the caller, into a 
 """
 
 import importlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -79,6 +80,20 @@ def format_module(name: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{name}")
 
 
+def check_new(path: Path) -> None:
+    """Refuse a folder that `new_folder` could not make.
+
+    Raises:
+        UserError: if it exists and is not an empty folder, or lies where nothing can be written.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"--output_dir {path}: exists already; name a new or an empty folder")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"--output_dir {path}: cannot be written: {above} is not a writable folder")
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path`, whole or not at all.
@@ -87,8 +102,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         UserError: if `path` exists and is not an empty folder, or cannot be written.
     """
     path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"--output_dir {path}: exists already; name a new or an empty folder")
+    check_new(path)
     try:
         with atomic_folder(path) as folder:
             yield folder

@@ -1,0 +1,47 @@
+"""Check a hostfile before a job waits for machines that do not answer.
+
+    python launchers/check_hostfile.py hostfile
+    python launchers/check_hostfile.py hostfile --experts 8
+    python launchers/check_hostfile.py hostfile --ssh_port 2222
+    python launchers/check_hostfile.py hostfile --no_ssh_check
+
+Tells all faults at once, each with its line: names that are there twice, slots that are no number
+above 0, tabs, carriage returns and other words, machines that ssh does not reach within 5 seconds
+without a password, and, with --experts, experts whose ranks would lie on two machines though one
+could hold them. If all is well, a table says which ranks and experts each machine has. Exit code 0
+if all is well, else 2. docs/multinode.md has the rest of the way.
+"""
+
+import argparse
+from pathlib import Path
+
+from megamod.errors import UserError, run
+
+
+def main() -> None:
+    """Check, and print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="lines of `NAME slots=N`")
+    parser.add_argument("--experts", type=int, help="domains of a DEMix run on all slots")
+    parser.add_argument("--no_ssh_check", action="store_true", help="log in to no machine")
+    parser.add_argument("--ssh_port", type=int, help="default: as ssh is configured")
+    parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
+    args = parser.parse_args()
+    for flag, most in (("experts", 10**6), ("ssh_port", 65535)):
+        value = getattr(args, flag)
+        if value is not None and not 1 <= value <= most:
+            raise UserError(f"--{flag} {value}: is not from 1 to {most}")
+    from megamod.dist.hostfile import check_hostfile
+
+    checked = check_hostfile(
+        args.file, experts=args.experts, ssh=not args.no_ssh_check, port=args.ssh_port
+    )
+    print(checked.table())
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,249 @@
+"""Hostfiles: read strictly, all faults at once; where experts lie; which machines ssh reaches.
+
+DeepSpeed's own reader takes a byte order mark for a part of a name, reads "8x" as 8, starts nothing
+on a machine of no slots, and stops at the first line that it does not like.
+"""
+
+import re
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+from megamod.errors import UserError
+
+SSH_SECONDS = 5
+NAME = re.compile(r"[A-Za-z0-9._][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True)
+class Host:
+    """Slots of one machine: all of them, or those of a job."""
+
+    name: str
+    slots: tuple[int, ...]
+
+
+Place = tuple[Host, ...]
+"""Slots of several machines; ranks are numbered in this order."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A hostfile without faults.
+
+    Attributes:
+        hosts: its machines.
+        seconds: how long ssh took to log in to each; None: not tried.
+        experts: ranks of each expert, by its number; None: not asked about.
+    """
+
+    hosts: Place
+    seconds: tuple[float | None, ...]
+    experts: dict[str, range] | None
+
+    def table(self) -> str:
+        """Machines with their slots, ranks and experts, and how quickly ssh reached them."""
+        rows = [["host", "slots", "ssh", "ranks"] + ["experts"] * (self.experts is not None)]
+        ends = list(accumulate(len(host.slots) for host in self.hosts))
+        for host, seconds, end in zip(self.hosts, self.seconds, ends, strict=True):
+            here = range(end - len(host.slots), end)
+            ssh = "not tried" if seconds is None else f"{seconds:.2f} s"
+            rows.append([host.name, str(len(here)), ssh, spell(here)])
+            if self.experts is not None:
+                held = [int(e) for e, ranks in self.experts.items() if set(ranks) & set(here)]
+                rows[-1].append(spell(range(held[0], held[-1] + 1)))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        )
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A line that names a machine; no slots where these are wrong."""
+
+    number: int
+    name: str
+    slots: int
+
+
+def read_hostfile(path: str | Path) -> Place:
+    """Machines in the order of a hostfile: lines of `NAME slots=N`, and comments.
+
+    Raises:
+        UserError: naming the file and, each with its line, all that is wrong.
+    """
+    return check_hostfile(path).hosts
+
+
+def check_hostfile(
+    path: str | Path, *, experts: int | None = None, ssh: bool = False, port: int | None = None
+) -> Checked:
+    """Read a hostfile and look for whatever would be wrong with a job on its machines.
+
+    Args:
+        experts: of a DEMix run on all slots; each is to stay inside a machine that can hold it.
+        ssh: log in to every machine as well, side by side, without a password.
+        port: where ssh listens; None: as ssh is configured.
+    Raises:
+        UserError: naming the file and, each with its line, all that is wrong.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"hostfile {path}: cannot be read: {error.strerror}") from error
+    lines, faults = _read(content)
+    groups = None
+    if lines and not faults and experts is not None:
+        groups, faults = _place_experts(lines, experts)
+    seconds: list[float | None] = [None] * len(lines)
+    if ssh:
+        # The tries wait for the network: nothing is gained by fewer at once.
+        with ThreadPoolExecutor(max(1, len(lines))) as pool:
+            answers = list(pool.map(lambda line: _log_in(line.name, port), lines))
+        seconds = [time_ for time_, _ in answers]
+        faults += [
+            (line.number, f"{line.name}: {fault}")
+            for line, (_, fault) in zip(lines, answers, strict=True)
+            if fault
+        ]
+    _refuse(path, sorted(faults))
+    hosts = tuple(Host(line.name, tuple(range(line.slots))) for line in lines)
+    return Checked(hosts, tuple(seconds), groups)
+
+
+def split_groups(hosts: Sequence[str], groups: Mapping[str, range]) -> dict[str, list[str]]:
+    """Groups of ranks that lie on several machines, though one of these has ranks enough for all.
+
+    Args:
+        hosts: the machine of each rank.
+        groups: ranks by the group's name.
+    Returns:
+        the machines by the group's name.
+    """
+    size = Counter(hosts)
+    touched = {name: list(dict.fromkeys(hosts[r] for r in ranks)) for name, ranks in groups.items()}
+    return {
+        name: there
+        for name, there in touched.items()
+        if len(there) > 1 and len(groups[name]) <= max(size[host] for host in there)
+    }
+
+
+def spell(numbers: range) -> str:
+    """`3` or `3-7`."""
+    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
+
+
+def _read(content: bytes) -> tuple[list[_Line], list[tuple[int, str]]]:
+    """Lines that name machines, each name once, and faults with the number of their line."""
+    lines: dict[str, _Line] = {}
+    faults: list[tuple[int, str]] = []
+    for number, raw in enumerate(content.split(b"\n"), start=1):
+        line, found = _read_line(raw, number)
+        if line is not None:
+            first = lines.setdefault(line.name.lower(), line)
+            if first is not line:
+                found.append(f"{line.name!r} is there a second time, first in line {first.number}")
+        faults += [(number, fault) for fault in found]
+    if not lines and not faults:
+        faults.append((0, "names no machine"))
+    return list(lines.values()), faults
+
+
+def _read_line(raw: bytes, number: int) -> tuple[_Line | None, list[str]]:
+    """The machine of a line, if it names one, and what is wrong with the line."""
+    faults = []
+    if number == 1 and raw.startswith(b"\xef\xbb\xbf"):
+        raw = raw[3:]
+        faults.append("begins with a byte order mark; save it as plain UTF-8")
+    if b"\r" in raw:
+        raw = raw.replace(b"\r", b"")
+        faults.append("has a carriage return; save it with Unix line ends")
+    try:
+        text = raw.decode().partition("#")[0]
+    except UnicodeDecodeError:
+        return None, [*faults, "is not UTF-8 text"]
+    if "\t" in text:
+        faults.append("has a tab; use spaces")
+    words = text.split()
+    if not words:
+        return None, faults
+    name, *others = words
+    unknown = [word for word in others if not word.startswith("slots=")]
+    slots = [word for word in others if word not in unknown]
+    if unknown:
+        faults.append(f"unknown word {unknown[0]!r}; a line is `NAME slots=N`")
+    right = len(slots) == 1 and re.fullmatch(r"slots=([1-9]\d{0,4})", slots[0])
+    if not right and (slots or not unknown):
+        told = " ".join([name, *slots])
+        faults.append(f"{told!r} is not `NAME slots=N` with N of 1 or more, given once")
+    if not NAME.fullmatch(name):
+        return None, [*faults, f"{name!r} is no host name: letters, digits, dots, _ and -"]
+    return _Line(number, name, int(right[1]) if right else 0), faults
+
+
+def _place_experts(
+    lines: Sequence[_Line], experts: int
+) -> tuple[dict[str, range] | None, list[tuple[int, str]]]:
+    """Ranks of each expert, as in `DomainTopology`, and what is wrong with them."""
+    machines = [line.name for line in lines for _ in range(line.slots)]
+    world = len(machines)
+    if world % experts and experts % world:
+        near = [n for n in range(1, 2 * world + experts) if not (n % experts and experts % n)]
+        around = [*[n for n in near if n < world][-1:], next(n for n in near if n > world)]
+        told = " or ".join(map(str, around))
+        fault = f"{world} slots cannot give {experts} experts as many ranks each; use {told}"
+        return None, [(0, fault)]
+    size, held = max(1, world // experts), max(1, experts // world)
+    groups = {str(e): range(e // held * size, e // held * size + size) for e in range(experts)}
+    numbers = {line.name: line.number for line in lines}
+    faults = []
+    for name, there in split_groups(machines, groups).items():
+        told = (
+            f"expert {name} has ranks {spell(groups[name])}, on {' and '.join(there)}, where one "
+            f"machine could hold all; give slots in multiples of {size}"
+        )
+        faults.append((numbers[there[0]], told))
+    return groups, faults
+
+
+def _refuse(path: str | Path, faults: Sequence[tuple[int, str]]) -> None:
+    """Raise a UserError that lists faults with their lines, 0 for the whole file, if any."""
+    told = [f"line {number}: {fault}" if number else fault for number, fault in faults]
+    if len(told) == 1:
+        raise UserError(f"hostfile {path}{', ' if faults[0][0] else ': '}{told[0]}")
+    if told:
+        listed = "".join(f"\n  {fault}" for fault in told)
+        raise UserError(f"hostfile {path} has {len(told)} faults:{listed}")
+
+
+def _log_in(name: str, port: int | None) -> tuple[float, str]:
+    """Seconds that a login by ssh took, and what was wrong with it, or nothing."""
+    command = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={SSH_SECONDS}"]
+    command += [] if port is None else ["-p", str(port)]
+    began = time.monotonic()
+    try:
+        done = subprocess.run(
+            [*command, name, "true"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=SSH_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return SSH_SECONDS, f"no answer by ssh within {SSH_SECONDS} s"
+    except OSError as error:
+        return 0.0, f"ssh cannot be run: {error.strerror}"
+    seconds = time.monotonic() - began
+    told = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    if done.returncode:
+        return seconds, f"ssh says {told[-1] if told else f'exit code {done.returncode}'!r}"
+    return seconds, ""

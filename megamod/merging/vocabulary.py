@@ -1,0 +1,255 @@
+"""Vocabularies of several models made one: which words there are, and whose row each one gets.
+
+What a row is where a model lacks the word follows mergekit: the row of the base, else the mean of
+those that models have. So do the keys of the `tokenizer:` block.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megamod.errors import UserError
+from megamod.merging.settings import check_word
+
+UNION = "union"
+FILE = "tokenizer.json"
+Donors = tuple[tuple[int, int], ...]
+"""Rows whose mean is taken, as number of the model and of the row; none: zeros."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a recipe takes the row of a word from.
+
+    Attributes:
+        model: number of the input; None: zeros.
+        word: which of its words, or of its rows; None: the word itself.
+        force: also for models that have the word.
+    """
+
+    model: int | None
+    word: str | int | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Words:
+    """What a recipe says about the vocabulary of the result.
+
+    Attributes:
+        source: number of the input whose vocabulary it is; None: the union of all.
+        origins: of single words.
+        where: the place in the recipe, for messages.
+    """
+
+    source: int | None
+    origins: Mapping[str, Origin] = field(default_factory=dict)
+    where: str = "tokenizer_source"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The vocabulary of the result.
+
+    Attributes:
+        rows: for each model [words] int64, which of its rows a word has; -1: none of its own.
+        donors: for each model, the rows that stand in at those places.
+        tokenizer: content of its tokenizer.json.
+        grown: whether it has words that the tokenizer it is made from has not.
+        ids: number of a word in the vocabulary of the model with the configuration -> in the
+            result.
+    """
+
+    rows: Sequence[Tensor]
+    donors: Sequence[Mapping[int, Donors]]
+    tokenizer: Mapping[str, object]
+    grown: bool
+    ids: Mapping[int, int]
+
+    def __len__(self) -> int:
+        return len(self.rows[0])
+
+    def renumbered(self, config: Mapping[str, object]) -> dict[str, object]:
+        """A configuration with the number of each special word (`..._token_id`) in the result.
+
+        Words that the result has not are None.
+        """
+
+        def number(value: object) -> object:
+            if isinstance(value, list):
+                return [number(one) for one in value]
+            return self.ids.get(value) if type(value) is int else value
+
+        return {k: number(v) if k.endswith("_token_id") else v for k, v in config.items()}
+
+
+@dataclass(frozen=True)
+class _Tokenizer:
+    file: Path
+    content: Mapping[str, object]
+    ids: Mapping[str, int]
+    added: Mapping[str, Mapping[str, object]]
+
+
+def read_words(block: object, find: Callable[[object, str], int | None], where: str) -> Words:
+    """The `tokenizer:` block of a recipe, or the value of `tokenizer_source`.
+
+    Args:
+        find: from the name of a model and the place where it stands to the number of the input;
+            None for the union.
+        where: where the block stands, for messages.
+    Raises:
+        UserError: naming the key, if it is not known or its value is of the wrong kind.
+    """
+    if not isinstance(block, dict):
+        return Words(find(block, where), where=where)
+    for key in block:
+        check_word(str(key), ("source", "tokens"), f"{where}: unknown key")
+    if "source" not in block:
+        raise UserError(f"{where}: has no `source: ...`; give union, base, or one of the models")
+    entries = block.get("tokens") or {}
+    if not isinstance(entries, dict):
+        raise UserError(f"{where}, tokens: is {entries!r}, not `WORD: {{source: ...}}` lines")
+    origins = {
+        str(word): _origin(entry, find, f"{where}, tokens, {word!r}")
+        for word, entry in entries.items()
+    }
+    return Words(find(block["source"], f"{where}, source"), origins, where)
+
+
+def _origin(entry: object, find: Callable[[object, str], int | None], where: str) -> Origin:
+    if not isinstance(entry, dict) or "source" not in entry:
+        raise UserError(f"{where}: is {entry!r}; give `source: MODEL` or `source: {{kind: zero}}`")
+    for key in entry:
+        check_word(str(key), ("source", "force"), f"{where}: unknown key")
+    force, source = entry.get("force", False), entry["source"]
+    if not isinstance(force, bool):
+        raise UserError(f"{where}, force: {force!r} is not true or false")
+    if not isinstance(source, dict):
+        return Origin(_one_model(source, find, f"{where}, source"), None, force)
+    if source == {"kind": "zero"}:
+        return Origin(None, None, force)
+    keys = sorted(source)
+    if source.get("kind") != "model_token" or keys not in (
+        ["kind", "model", "token"],
+        ["kind", "model", "token_id"],
+    ):
+        raise UserError(
+            f"{where}, source: is {source!r}; give a model, {{kind: zero}}, or {{kind: "
+            "model_token, model: MODEL, token: WORD}, with token_id in place of token for a number"
+        )
+    word = source.get("token", source.get("token_id"))
+    if not isinstance(word, str) if "token" in source else type(word) is not int or word < 0:
+        raise UserError(f"{where}, source, {keys[-1]}: {word!r} is not a word or number")
+    return Origin(_one_model(source["model"], find, f"{where}, source, model"), word, force)
+
+
+def _one_model(name: object, find: Callable[[object, str], int | None], where: str) -> int:
+    number = find(name, where)
+    if number is None:
+        raise UserError(f"{where}: is {name!r}; give one of the models")
+    return number
+
+
+def unite(
+    words: Words, folders: Sequence[Path], template: int, base: int | None
+) -> Vocabulary | None:
+    """The vocabulary that a recipe asks for; None where all models have it already.
+
+    Words of the union are numbered as in the template, the base or else the first model; behind
+    them come new ones in the order of the models, those that a tokenizer has added last.
+
+    Args:
+        folders: of the models; `template`: number of that with the configuration.
+        base: number of the recipe's `base_model`; None: there is none.
+    Raises:
+        UserError: naming the file or word, if a tokenizer cannot be read, or a row is not there.
+    """
+    plain = words.source is not None and not words.origins
+    if plain and not all((folder / FILE).is_file() for folder in folders):
+        return None  # whether they fit is seen from other files
+    known = [_read(folder / FILE) for folder in folders]
+    if plain and all(one.ids == known[0].ids for one in known):
+        return None
+    holder = known[template if words.source is None else words.source]
+    ids = dict(holder.ids)
+    if sorted(ids.values()) != list(range(len(ids))):
+        raise UserError(
+            f"{holder.file}: numbers of its {len(ids)} words are not 0 to {len(ids) - 1}, so no "
+            "vocabulary can be made of it"
+        )
+    if words.source is None:
+        for added in (False, True):
+            for one in known:
+                for word in one.ids:  # by number
+                    if (word in one.added) is added:
+                        ids.setdefault(word, len(ids))
+    for word in words.origins:
+        ids.setdefault(word, len(ids))
+    rows = [torch.tensor([one.ids.get(word, -1) for word in ids]) for one in known]
+    donors: list[dict[int, Donors]] = [{} for _ in known]
+    for word, row in ids.items():
+        origin = words.origins.get(word)
+        given = None if origin is None else _asked(origin, word, known, words.where)
+        having = tuple((n, one.ids[word]) for n, one in enumerate(known) if word in one.ids)
+        if base is not None and word in known[base].ids:
+            having = ((base, known[base].ids[word]),)
+        for number, one in enumerate(known):
+            if word not in one.ids or (origin is not None and origin.force):
+                rows[number][row] = -1
+                donors[number][row] = having if given is None else given
+    numbers = {number: ids[word] for word, number in known[template].ids.items() if word in ids}
+    grown = len(ids) > len(holder.ids)
+    return Vocabulary(rows, donors, _tokenizer(holder, ids, known), grown, numbers)
+
+
+def _asked(origin: Origin, word: str, known: Sequence[_Tokenizer], where: str) -> Donors:
+    """The row that a recipe names for a word.
+
+    Raises:
+        UserError: if that model has none such.
+    """
+    if origin.model is None:
+        return ()
+    if isinstance(origin.word, int):
+        return ((origin.model, origin.word),)
+    meant, one = word if origin.word is None else origin.word, known[origin.model]
+    if meant not in one.ids:
+        raise UserError(f"{where}, tokens, {word!r}: {one.file} has no {meant!r}")
+    return ((origin.model, one.ids[meant]),)
+
+
+def _read(file: Path) -> _Tokenizer:
+    """Words and numbers of a tokenizer, in the order of the numbers."""
+    try:
+        content = json.loads(file.read_bytes())
+        listed = content["model"]["vocab"]
+        if isinstance(listed, list):  # unigrams, each with its score
+            listed = {word: number for number, (word, _) in enumerate(listed)}
+        added = {entry["content"]: entry for entry in content.get("added_tokens") or ()}
+        ids = {**listed, **{word: entry["id"] for word, entry in added.items()}}
+        ids = dict(sorted(ids.items(), key=lambda item: item[1]))
+    except FileNotFoundError:
+        raise UserError(
+            f"{file.parent}: has no {FILE}, which a vocabulary of several is made from"
+        ) from None
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file}: is not the file of a tokenizer: {error!r}") from error
+    return _Tokenizer(file, content, ids, added)
+
+
+def _tokenizer(
+    holder: _Tokenizer, ids: Mapping[str, int], known: Sequence[_Tokenizer]
+) -> dict[str, object]:
+    """The tokenizer's file with new words; those of other models are found as they are spelled."""
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True}
+    plain |= {"special": False}
+    entries = list(holder.content.get("added_tokens") or ())
+    for word in list(ids)[len(holder.ids) :]:
+        like = next((one.added[word] for one in known if word in one.added), plain)
+        entries.append({**like, "content": word, "id": ids[word]})
+    return {**holder.content, "added_tokens": entries}

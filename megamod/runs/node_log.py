@@ -1,0 +1,87 @@
+"""OUT/logs/HOST.log: what the first rank of each host says on its console, kept."""
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megamod.dist.process import world_size
+
+LONGEST = 4000  # characters of a record; a traceback or a table of a large job is cut
+
+
+class NodeLog(logging.Handler):
+    """Appends each record to a file in a single write, so that lines of two writers stay whole.
+
+    Args:
+        path: made if it is not there; kept if it is.
+    Raises:
+        OSError: if it cannot be opened.
+    """
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = self.format(record)
+        if len(text) > LONGEST:
+            text = text[:LONGEST] + " ..."
+        try:
+            os.write(self.file, f"{text}\n".encode())
+        except OSError:  # a full disk must not end a run that its console can tell about
+            self.handleError(record)
+
+    def note(self, text: str) -> None:
+        """Append a line that the console does not get from here."""
+        self.emit(logging.LogRecord(__name__, logging.INFO, __file__, 0, text, None, None))
+
+    def close(self) -> None:
+        os.close(self.file)
+        super().close()
+
+
+@contextmanager
+def node_log(output: Path, table: str, step: int) -> Iterator[None]:
+    """While a run lasts, append the lines of its console to OUT/logs/HOST.log.
+
+    On the first rank of each host only; the others do nothing. The lines are those of `logging`
+    that this rank shows, begin and end of the run, and the error that ended it. A folder that
+    cannot be written is passed over here: whatever else is written into it says so.
+
+    Args:
+        table: who does what, to begin with.
+        step: finished steps.
+    """
+    local, rank = os.environ.get("LOCAL_RANK", "0"), os.environ.get("RANK", "0")
+    log = _open(output / "logs" / f"{os.uname().nodename}.log") if local == "0" else None
+    if log is None:
+        yield
+        return
+    log.note(
+        f"rank {rank} of {world_size()}, process {os.getpid()}, begins at step {step}\n{table}"
+    )
+    began = time.monotonic()
+    root = logging.getLogger()
+    root.addHandler(log)
+    try:
+        yield
+        log.note(f"rank {rank} is done after {time.monotonic() - began:.0f} s")
+    except BaseException as error:
+        seconds = time.monotonic() - began
+        log.note(f"rank {rank} ended after {seconds:.0f} s: {type(error).__name__}: {error}")
+        raise
+    finally:
+        root.removeHandler(log)
+        log.close()
+
+
+def _open(path: Path) -> NodeLog | None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return NodeLog(path)
+    except OSError:
+        return None

@@ -1,0 +1,118 @@
+"""The planner's step times against measured ones: dense, DEMix and BTM on 1, 2 and 4 processes.
+
+    python tests/bench/scaling.py [RANKS ...]
+
+Two things are measured: a step of independent models (BTM, a domain each), which is operations
+only, and the bytes per second at which a process sends in an all-reduce. The formulas of plans make
+steps of dense and DEMix training out of these; the table has them beside measured ones. All kinds
+take their steps in turns, in the same processes; minima are compared, three times over.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+
+from ranks import on_ranks  # noqa: E402
+from step import BATCH, CLIP, RECIPE, REPEATS, make_model, random_batch  # noqa: E402
+
+ROUNDS = 6
+KINDS = ("all", "feedforward", "none")
+ELEMENTS = 4_000_000  # of the buffer that is reduced: 16 MB, about that of the model
+
+
+def make_engine(untie: str):
+    """An engine with as many domains as ranks, and its topology."""
+    from megamod.dist.scope import Sharing, sharing_of
+    from megamod.dist.topology import DomainTopology
+    from megamod.train.engine import build_engine
+    from megamod.train.optim import adamw
+
+    ranks = dist.get_world_size()
+    domains = ("law", "med", "code", "news")[:ranks]
+    topology = DomainTopology(ranks, domains, sharing_of(untie))
+    demix = topology.sharing is Sharing.DEMIX
+    held = topology.domains_of(dist.get_rank())
+    model = make_model("feedforward" if demix else "none", held, domains)
+    config = {
+        "train_micro_batch_size_per_gpu": BATCH,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": CLIP,
+        "zero_optimization": {"stage": 1},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "use_data_before_expert_parallelism": demix,
+        "steps_per_print": None,
+    }
+    return build_engine(model, lambda groups: adamw(groups, **RECIPE), config, topology), topology
+
+
+def take_turns(rank: int) -> dict[str, list[float]]:
+    """Minima of every repeat: seconds of a step of each kind, and of the all-reduce."""
+    from megamod.train.engine import update
+    from megamod.train.optim import set_rate
+
+    made = {untie: make_engine(untie) for untie in KINDS}
+    buffer = torch.zeros(ELEMENTS)
+    times: dict[str, list[float]] = {name: [] for name in (*KINDS, "reduce")}
+    for number in range(ROUNDS * REPEATS + 1):
+        batch = random_batch(number * 8 + rank, rank)
+        for untie, (engine, topology) in made.items():
+            dist.barrier()
+            started = time.perf_counter()
+            set_rate(engine.optimizer, 1e-4)
+            domain = topology.domains_of(rank)[0] if untie == "feedforward" else None
+            loss = engine(batch["input_ids"], shift_labels=batch["labels"], domain=domain).loss
+            engine.backward(loss)
+            update(engine, CLIP)
+            dist.barrier()
+            times[untie].append(time.perf_counter() - started)
+        dist.barrier()
+        started = time.perf_counter()
+        dist.all_reduce(buffer)
+        times["reduce"].append(time.perf_counter() - started)
+    pieces = range(1, ROUNDS * REPEATS + 1, ROUNDS)
+    minima = {name: [min(row[i : i + ROUNDS]) for i in pieces] for name, row in times.items()}
+    minima["wire"] = [_bytes(*made[untie]) for untie in KINDS]
+    return minima
+
+
+def _bytes(engine, topology) -> float:
+    from megamod.dist.wire import step_traffic
+
+    sizes = {name: p.numel() for name, p in engine.module.named_parameters()}
+    traffic = step_traffic(sizes, topology, 1, 1, 4)
+    return traffic.world + traffic.domain
+
+
+def measure(ranks: int) -> dict[str, list[float]]:
+    """For dense and DEMix: sorted ratios predicted / measured of the repeats."""
+    told = on_ranks(ranks, take_turns)[0]
+    ratios = {}
+    for untie, wire in zip(KINDS[1:], told["wire"][1:], strict=True):
+        found = []
+        for alone, reduce, real in zip(told["all"], told["reduce"], told[untie], strict=True):
+            speed = 2 * (ranks - 1) / ranks * ELEMENTS * 4 / reduce
+            found.append((alone + (wire / speed if wire else 0.0)) / real)
+        ratios[untie] = sorted(found)
+        print(
+            f"{ranks} processes, {'dense' if untie == 'none' else 'DEMix'}: measured "
+            f"{1e3 * min(told[untie]):.0f} ms, BTM {1e3 * min(told['all']):.0f} ms, "
+            f"{wire / 1e6:.1f} MB; predicted / measured {ratios[untie][1]:.3f} "
+            f"({ratios[untie][0]:.3f} to {ratios[untie][2]:.3f})"
+        )
+    return ratios
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    for ranks in map(int, sys.argv[1:] or ("1", "2", "4")):
+        measure(ranks)
+
+
+if __name__ == "__main__":
+    main()

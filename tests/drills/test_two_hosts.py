@@ -1,0 +1,240 @@
+"""The whole way over two hosts: started by pdsh and ssh or by hand, killed in the midst, resumed.
+
+The hosts are simulated (hosts.py); ssh, pdsh and DeepSpeed's launcher are the real ones. Whatever
+is trained on two hosts must have the tensors of the same world on one, bit for bit.
+"""
+
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hosts import ADDRESSES, NAMES, TwoHosts, missing, two_hosts
+from ranks import free_port
+from safetensors.torch import load_file
+
+from megamod.data.binarize import binarize
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PRETRAIN, BTM = (str(REPOSITORY / "launchers" / name) for name in ("pretrain.py", "btm.py"))
+DEEPSPEED = (sys.executable, "-m", "deepspeed.launcher.runner")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2")
+RECIPE = """
+model: tiny
+hidden_size: 32
+num_hidden_layers: 2
+num_attention_heads: 2
+max_steps: 4
+per_device_train_batch_size: 2
+global_batch_size: 4
+logging_steps: 2
+save_steps: 2
+eval_batches: 1
+max_seq_length: 32
+learning_rate: 3.0e-3
+report_to: none
+"""
+UNTIE = {"dense": "none", "demix": "feedforward"}
+LONGEST = 240
+
+over_ssh = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with a data-bin of two domains and a recipe."""
+    root = tmp_path_factory.mktemp("hosts")
+    draw = random.Random(0)
+    texts = {
+        domain: [" ".join(draw.choices([domain + c for c in "abcdefgh"], k=40)) for _ in range(200)]
+        for domain in ("law", "med")
+    }
+    binarize(texts, "sentencepiece:300", root / "bin")
+    (root / "recipe.yaml").write_text(RECIPE + f"data: {root / 'bin'}\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory):
+    """Two hosts."""
+    with two_hosts(tmp_path_factory.mktemp("ssh") / "hosts") as started:
+        yield started
+
+
+def begin(command, output: Path, environment: dict[str, str] | None = None):
+    """Start a program; what it writes goes to OUTPUT.txt."""
+    left_out = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    kept = {k: v for k, v in (environment or os.environ).items() if k not in left_out}
+    with open(f"{output}.txt", "a") as log:
+        return subprocess.Popen(
+            [str(word) for word in command],
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            cwd=REPOSITORY,
+            env={**kept, "PYTHONWARNINGS": "ignore"},
+        )
+
+
+def finish(process: subprocess.Popen, output: Path) -> str:
+    """Wait for its success; returns what it wrote."""
+    try:
+        code = process.wait(LONGEST)
+    finally:
+        process.kill()
+    told = Path(f"{output}.txt").read_text()
+    assert code == 0, told[-4000:]
+    return told
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    """Wait until a file of a running program is there."""
+    deadline = time.monotonic() + LONGEST
+    while not path.exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+
+
+def flags(place: Path, output: Path, kind: str, *more: object) -> list[object]:
+    return [place / "recipe.yaml", "--untie", UNTIE[kind], "--output_dir", output, *more]
+
+
+def made(output: Path) -> dict[str, str]:
+    """Digests of all tensors below a folder; metadata of a file have no order."""
+    found = {}
+    for file in sorted(output.rglob("*.safetensors")):
+        for name, tensor in load_file(file).items():
+            raw = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+            found[f"{file.relative_to(output)} {name}"] = hashlib.sha256(raw).hexdigest()
+    assert found
+    return found
+
+
+def on_one_host(place: Path, kind: str, *more: object) -> dict[str, str]:
+    """What two ranks of one host make; once a session."""
+    output = place / "-".join(map(str, ("one", kind, *more)))
+    if not output.exists():
+        command = (*TORCHRUN, "--master_port", free_port(), PRETRAIN)
+        finish(begin([*command, *flags(place, output, kind, *more)], output), output)
+    return made(output)
+
+
+def without_ssh(place: Path, kind: str) -> Path:
+    """Train with a launcher started by hand on each host; once a session."""
+    output = place / f"by-hand-{kind}"
+    if not output.exists():
+        (place / "hosts").write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
+        common = ("--hostfile", place / "hosts", "--no_ssh", "--master_addr", "127.0.0.1")
+        common += ("--master_port", free_port())
+        started = [
+            begin(
+                [*DEEPSPEED, *common, "--node_rank", node, PRETRAIN, *flags(place, output, kind)],
+                output,
+                {**os.environ, "GLOO_SOCKET_IFNAME": "lo"},
+            )
+            for node in range(2)
+        ]
+        for process in started:
+            finish(process, output)
+    return output
+
+
+def test_without_ssh_each_host_holds_a_domain(place):
+    output = without_ssh(place, "demix")
+    rows = [line.split() for line in Path(f"{output}.txt").read_text().splitlines()]
+    table = [(row[0], row[3], row[5]) for row in rows if len(row) == 6 and row[2] == "cpu"]
+    assert table == [("0", "law", "0"), ("1", "med", "1")]
+    # Both launchers are on this machine, so their lines are in one file, whole.
+    (log,) = (output / "logs").iterdir()
+    lines = log.read_text().splitlines()
+    assert sum("begins at step 0" in line for line in lines) == 2
+    assert sum("is done after" in line for line in lines) == 2
+    assert sum("step 4/4  loss" in line for line in lines) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", UNTIE)
+def test_without_ssh_the_weights_are_those_of_one_host(place, kind):
+    assert made(without_ssh(place, kind)) == on_one_host(place, kind)
+
+
+class TestOverSsh:
+    pytestmark = over_ssh
+
+    def command(self, hosts: TwoHosts) -> list[object]:
+        found = [*DEEPSPEED, "--hostfile", hosts.hostfile, "--master_addr", ADDRESSES[0]]
+        return [*found, "--master_port", free_port(), PRETRAIN]
+
+    @pytest.mark.parametrize("kind", UNTIE)
+    def test_the_weights_are_those_of_one_host(self, place, hosts, kind):
+        output = place / f"two-{kind}"
+        process = begin(
+            [*self.command(hosts), *flags(place, output, kind)], output, hosts.environment
+        )
+        told = finish(process, output)
+        assert made(output) == on_one_host(place, kind)
+        # pdsh puts the address of its host in front of each line.
+        rows = [line.split()[1:] for line in told.splitlines()]
+        domains = {"dense": ("law,med", "law,med"), "demix": ("law", "med")}[kind]
+        for rank, name in enumerate(NAMES):
+            assert [str(rank), name, "cpu", domains[rank]] in [row[:4] for row in rows]
+            log = (output / "logs" / f"{name}.log").read_text()
+            assert f"rank {rank} of 2" in log and "is done after" in log
+            assert ("step 4/4  loss" in log) is (rank == 0)
+
+    def test_a_host_dies_and_the_same_command_goes_on(self, place, hosts):
+        more = ("--max_steps", 60, "--save_steps", 10, "--save_total_limit", 2)
+        cut, command = place / "cut", self.command(hosts)
+        process = begin([*command, *flags(place, cut, "dense", *more)], cut, hosts.environment)
+        wait_for(cut / "checkpoints" / "step-10", process)
+        assert hosts.hit(1) > 1
+        killed = time.monotonic()
+        assert process.wait(60) not in (0, None)
+        seconds = time.monotonic() - killed
+        told = Path(f"{cut}.txt").read_text()
+        assert "DistributedFailure: rank 0 on host-2 lost its peers" in told, told[-3000:]
+        assert seconds < 30, f"{seconds} s"
+        assert not (cut / "model").exists()
+        assert "rank 0 ended after" in (cut / "logs" / "host-2.log").read_text()
+
+        finish(begin([*command, *flags(place, cut, "dense", *more)], cut, hosts.environment), cut)
+        for name in NAMES:  # appended to, not begun anew
+            log = (cut / "logs" / f"{name}.log").read_text()
+            assert log.count("begins at step") == 2 and log.count("begins at step 0") == 1
+        assert made(cut) == on_one_host(place, "dense", *more)
+
+    def test_a_host_that_freezes_does_not_hold_the_others_for_ever(self, place, hosts):
+        more = ("--max_steps", 5000, "--save_steps", 10, "--dist_timeout", 10)
+        output = place / "frozen"
+        # The ssh client of the frozen host ends only if it is told to look whether it is there.
+        alive = "-o ServerAliveInterval=5 -o ServerAliveCountMax=2"
+        environment = {**hosts.environment, "PDSH_SSH_ARGS_APPEND": alive}
+        command = [*self.command(hosts), *flags(place, output, "dense", *more)]
+        process = begin(command, output, environment)
+        wait_for(output / "checkpoints" / "step-10", process)
+        assert hosts.hit(1, signal.SIGSTOP) > 1
+        try:
+            assert process.wait(60) not in (0, None)
+        finally:
+            process.kill()
+            hosts.hit(1)
+            hosts.hit(0)
+        told = Path(f"{output}.txt").read_text()
+        assert "DistributedFailure: rank 0 on host-2 lost its peers" in told, told[-3000:]
+
+    def test_an_expert_on_each_host(self, place, hosts):
+        outputs = place / "btm-one", place / "btm-two"
+        runs = [("--slots", "2"), ("--hostfile", hosts.hostfile)]
+        for output, where in zip(outputs, runs, strict=True):
+            command = (sys.executable, BTM, place / "recipe.yaml", "--seed_share", "0.5", *where)
+            process = begin([*command, "--output_dir", output], output, hosts.environment)
+            finish(process, output)
+        assert made(outputs[0]) == made(outputs[1])
+        logs = sorted(path.name for path in (outputs[1] / "experts").glob("*/logs/*"))
+        assert logs == [f"{name}.log" for name in NAMES]

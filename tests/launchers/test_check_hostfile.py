@@ -1,0 +1,45 @@
+"""launchers/check_hostfile.py as people start it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+LAUNCHER = Path(__file__).resolve().parents[2] / "launchers" / "check_hostfile.py"
+
+
+def check(*words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, LAUNCHER, *words]
+    return subprocess.run([str(word) for word in command], capture_output=True, text=True)
+
+
+def test_a_good_file_and_its_experts(tmp_path):
+    (tmp_path / "hosts").write_text("a slots=4\nb slots=4\n")
+    done = check(tmp_path / "hosts", "--experts", "4", "--no_ssh_check")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line.split() for line in done.stdout.splitlines()[1:]] == [
+        ["a", "4", "not", "tried", "0-3", "0-1"],
+        ["b", "4", "not", "tried", "4-7", "2-3"],
+    ]
+
+
+def test_all_faults_and_no_table(tmp_path):
+    (tmp_path / "hosts").write_text("a slots=0\nb slots=4\nb slots=4\n")
+    done = check(tmp_path / "hosts", "--no_ssh_check")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert [line.partition(":")[0].strip() for line in done.stderr.splitlines()] == [
+        "UserError",
+        "line 1",
+        "line 3",
+    ]
+
+
+def test_flags_that_cannot_be(tmp_path):
+    (tmp_path / "hosts").write_text("a slots=1\n")
+    for flag, value in (("--experts", "0"), ("--ssh_port", "70000")):
+        done = check(tmp_path / "hosts", flag, value, "--no_ssh_check")
+        assert done.returncode == 2 and f"{flag} {value}: is not from 1 to" in done.stderr
+
+
+def test_the_example_is_a_hostfile():
+    done = check(LAUNCHER.parent / "hostfile.example", "--no_ssh_check", "--experts", "8")
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 3, done.stderr

@@ -1,0 +1,155 @@
+"""Greedy soups: which models are kept, and what is written."""
+
+import json
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from megamod.errors import UserError
+from megamod.merging.recipe_file import read_recipe
+from megamod.runs import soup as soup_module
+from megamod.runs.soup import choose, greedy_soup
+from megamod.states.weights import read_weights
+
+WORDS = [f"w{n}" for n in range(12)]
+VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+CONFIG = GPT2Config(
+    vocab_size=len(VOCAB), n_embd=8, n_layer=1, n_head=2, n_positions=16, bos_token_id=2,
+    eos_token_id=3,
+)  # fmt: skip
+COUNT = 5
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """Models near each other, one of them far away, and text."""
+    root = tmp_path_factory.mktemp("soup")
+    torch.manual_seed(1)
+    model = GPT2LMHeadModel(CONFIG)
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for number in range(COUNT):
+        torch.manual_seed(10 + number)
+        far = 3.0 if number == 2 else 0.4
+        with torch.no_grad():
+            for name, tensor in model.state_dict().items():
+                tensor.copy_(base[name] + far * torch.randn(tensor.shape))
+        model.tie_weights()
+        model.save_pretrained(root / str(number))
+        (root / str(number) / "vocab.txt").write_text("\n".join(VOCAB) + "\n")
+        settings = {"tokenizer_class": "BertTokenizer"}
+        (root / str(number) / "tokenizer_config.json").write_text(json.dumps(settings))
+    random_ = random.Random(3)
+    lines = [" ".join(random_.choices(WORDS[:4], k=9)) for _ in range(30)]
+    (root / "valid.txt").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def recipe_of(place: Path, tmp_path: Path, **changes: object) -> Path:
+    content = {
+        "merge_method": "greedy_soup",
+        "models": [{"model": str(place / str(number))} for number in range(COUNT)],
+        "evaluation": {"data": str(place / "valid.txt"), "max_seq_length": 12, "max_items": 10},
+    } | changes
+    path = tmp_path / "soup.yaml"
+    path.write_text(yaml.safe_dump({k: v for k, v in content.items() if v is not None}))
+    return path
+
+
+@torch.no_grad()
+def plain_loss(states: list[dict], place: Path) -> float:
+    """Mean cross entropy of the mean of models, block by block and token by token."""
+    model = GPT2LMHeadModel(CONFIG).eval()
+    mean = {k: sum(one[k].double() for one in states) / len(states) for k in states[0]}
+    model.load_state_dict({k: v.float() for k, v in mean.items()}, strict=False)
+    model.tie_weights()
+    lines = (place / "valid.txt").read_text().split("\n")
+    ids = [n for line in lines if line for n in [2, *map(VOCAB.index, line.split()), 3]]
+    total, count = 0.0, 0
+    for start in range(0, 120, 12):
+        block = ids[start : start + 12]
+        logits = model(torch.tensor([block])).logits[0].double()
+        for place_, word in enumerate(block[1:]):
+            total -= float(logits[place_].log_softmax(-1)[word])
+            count += 1
+    return total / count
+
+
+def test_a_soup_is_that_of_the_plain_recipe(place, tmp_path):
+    states = [read_weights(place / str(number)) for number in range(COUNT)]
+    alone = [plain_loss([state], place) for state in states]
+    kept: list[int] = []
+    best, tried = math.inf, {}
+    for number in sorted(range(COUNT), key=lambda n: alone[n]):
+        loss = plain_loss([states[n] for n in (*kept, number)], place)
+        tried[number] = loss
+        if loss <= best:
+            kept, best = [*kept, number], loss
+    assert 1 < len(kept) < COUNT  # else there is nothing to see
+
+    plan, tasted = greedy_soup(read_recipe(recipe_of(place, tmp_path)), tmp_path / "out")
+    assert [one.number for one in tasted] == list(tried)
+    for one in tasted:
+        assert one.loss == pytest.approx(alone[one.number], abs=1e-5)
+        assert one.soup_loss == pytest.approx(tried[one.number], abs=1e-5)
+        assert one.kept is (one.number in kept)
+    found = read_weights(tmp_path / "out")
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, sum(states[n][name] for n in kept) / len(kept))
+    record = json.loads((tmp_path / "out" / "merge.json").read_text())
+    assert record["merge_method"] == "greedy_soup" and record["evaluation"]["max_items"] == 10
+    assert [one["kept"] for one in record["tasted"]] == [one.kept for one in tasted]
+    assert [Path(one["path"]).name for one in record["parents"]] == [str(n) for n in sorted(kept)]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "A merge (greedy_soup)" in card and card.count("left out") == COUNT - len(kept)
+    assert f"{len(kept)} models" in plan.describe()
+    # What is held out may not be there, and then nothing is.
+    with pytest.raises(UserError, match="exists already"):
+        greedy_soup(read_recipe(recipe_of(place, tmp_path)), tmp_path / "out")
+
+
+def test_ties_keep_the_order_and_do_no_harm(place, monkeypatch):
+    paths = [str(place / str(number)) for number in (1, 0, 2)]
+    equal = choose(paths, lambda model: {"a": 1.0, "b": 3.0}, torch.device("cpu"))
+    assert [(one.number, one.loss, one.kept) for one in equal] == [
+        (0, 2.0, True),
+        (1, 2.0, True),
+        (2, 2.0, True),
+    ]
+    numbers = iter([math.nan, 2.0, 1.0, 1.5, math.nan])
+    tasted = choose(paths, lambda model: {"loss": next(numbers)}, torch.device("cpu"))
+    assert [(one.number, one.kept) for one in tasted] == [(2, True), (1, False), (0, False)]
+    with pytest.raises(UserError, match="the loss of every model is inf"):
+        choose(paths, lambda model: {"loss": math.nan}, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"evaluation": None}, "evaluation: is missing; give"),
+        ({"evaluation": {"dta": "x"}}, "evaluation: unknown key 'dta'"),
+        ({"evaluation": {"data": "x", "batch_size": 0}}, "evaluation, batch_size: 0"),
+        ({"evaluation": {"task": 3}}, "task: 3 is not clm"),
+        ({"evaluation": {"task": "mlm"}}, "data is missing: a text file"),
+        ({"align": {"method": "weight"}}, "greedy_soup has no use for align"),
+        ({"parameters": {"weight": 1}}, "no use for parameters"),
+        ({"merge_method": "linear"}, "evaluation goes with greedy_soup, not linear"),
+    ],
+)
+def test_recipes_that_are_no_soup(place, tmp_path, changes, told):
+    with pytest.raises(UserError) as error:
+        greedy_soup(read_recipe(recipe_of(place, tmp_path, **changes)), tmp_path / "out")
+    assert told in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_runs_no_model(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(soup_module, "load_model", None)
+    recipe = read_recipe(recipe_of(place, tmp_path))
+    plan, tasted = greedy_soup(recipe, None, dry_run=True)
+    assert "5 models" in plan.describe() and tasted == []
+    assert [path.name for path in tmp_path.iterdir()] == ["soup.yaml"]
