@@ -6,7 +6,7 @@
     python launchers/merge.py --forest runs/demix/model --experts law med --output_dir OUT
 
 The recipe is one of mergekit: see launchers/recipes/merge_linear.yaml and merge_ties.yaml. All
-methods (slerp, ties, dare_ties, ...) are in docs/merging.md; flags alone give averages. A forest
+methods (slerp, ties, greedy_soup, ...) are in docs/merging.md; flags alone give averages. A forest
 gives its experts, each of a DEMix model together with what is shared, so that a dense model comes
 out. Weights are divided by their sum unless told otherwise; without any, all models count alike.
 Tensors are streamed: memory does not grow with the models. OUT has the configuration and tokenizer

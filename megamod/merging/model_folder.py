@@ -12,7 +12,7 @@ from megamod.errors import UserError
 from megamod.files import write_atomic, write_json
 from megamod.merging.recipe import Recipe
 from megamod.merging.vocabulary import FILE as VOCABULARY
-from megamod.merging.vocabulary import Vocabulary
+from megamod.merging.vocabulary import UNION, Vocabulary
 
 RECORD = "merge.json"
 _CHAT = "chat_template.jinja"
@@ -207,7 +207,11 @@ def write_record(
     if recipe.align is not None:
         record["align"] = dict(recipe.align)
     if recipe.words is not None:
-        record["tokenizer"] = asdict(recipe.words)
+        source = recipe.words.source
+        record["tokenizer"] = {
+            "source": UNION if source is None else str(recipe.inputs[source].path),
+            "tokens": {word: asdict(origin) for word, origin in recipe.words.origins.items()},
+        }
     if recipe.modules:
         record["modules"] = [asdict(part) for part in recipe.modules]
     if recipe.slices:

@@ -62,10 +62,12 @@ class Memory:
     """Bytes of one rank.
 
     Attributes:
-        weights, gradients, optimizer: held from step to step; the optimizer's are masters and
-            moments.
+        weights, optimizer: held from step to step; the optimizer's are masters and moments.
+        gradients: at the end of a step's last backward pass.
+        kept: gradients that are there while activations are: the sum of earlier micro-batches.
         activations: of a micro-batch at its fullest.
         buffers: that gradients are reduced and weights gathered in, during the backward pass.
+        collected: the rank's share of what a backward pass reduced, beside `gradients`.
         update: float32 copies of gradients, during the update.
         host: outside the GPU: in the memory of the machine, or on its disk.
     """
@@ -73,19 +75,22 @@ class Memory:
     weights: int
     gradients: int
     optimizer: int
+    kept: int
     activations: int
     buffers: int
+    collected: int
     update: int
     host: int = 0
 
     @property
     def peak(self) -> int:
-        """The fullest moment: the end of a forward pass, or the update.
+        """The fullest moment: the end of the last forward or backward pass, or the update.
 
         (With stage 1 a little less: the update begins when whole gradients are gone.)
         """
-        states = self.weights + self.gradients + self.optimizer
-        return states + max(self.activations + self.buffers, self.update)
+        forward = self.kept + self.activations + self.buffers
+        backward = self.gradients + max(self.collected, self.update)
+        return self.weights + self.optimizer + max(forward, backward)
 
 
 def memory(
@@ -103,23 +108,24 @@ def memory(
         activations: bytes of a micro-batch.
     """
     parts = [_part(*group, setting) for group in _groups(sizes, topology) if group[0]]
-    whole = Memory(frozen * setting.element, 0, 0, activations, _buffers(sizes, setting), 0)
+    buffers = _buffers(sizes, setting)
+    whole = Memory(frozen * setting.element, 0, 0, 0, activations, buffers, 0, 0)
     for part in parts:
         whole = replace(
             whole,
             weights=whole.weights + part.weights,
             gradients=whole.gradients + part.gradients,
             optimizer=whole.optimizer + part.optimizer,
-            buffers=whole.buffers + part.buffers,
+            kept=whole.kept + part.kept,
+            collected=whole.collected + part.collected,
             update=max(whole.update, part.update),  # groups are updated one after the other
         )
     if setting.offload == "none":
         return whole
     own = whole.optimizer // (MASTER + MOMENTS)
-    kept = whole.gradients if setting.stage < 2 else 0
-    return replace(
-        whole, gradients=kept, optimizer=0, update=0, host=whole.optimizer + MASTER * own
-    )
+    if setting.stage > 1:
+        whole = replace(whole, gradients=0, kept=0)
+    return replace(whole, optimizer=0, collected=0, update=0, host=whole.optimizer + MASTER * own)
 
 
 def _groups(
@@ -139,8 +145,10 @@ def _groups(
 def _part(held: list[int], ranks: int, limit: float, setting: Setting) -> Memory:
     element, total = setting.element, sum(held)
     summed = 4 if setting.sum_in_fp32 else element
+    earlier = setting.micro_steps > 1 or setting.stage == 3  # whose buffer is never given back
     if setting.stage == 0:
-        return Memory(element * total, element * total, MOMENTS * total, 0, 0, 0)
+        held_bytes = element * total
+        return Memory(held_bytes, held_bytes, MOMENTS * total, held_bytes * earlier, 0, 0, 0, 0)
     if setting.stage == 3:
         own = sum(-(-size // ranks) for size in held)
         whole = sum(size for size in held if size <= setting.persistent)
@@ -155,7 +163,16 @@ def _part(held: list[int], ranks: int, limit: float, setting: Setting) -> Memory
     update = copies * round(min(own, limit / ranks))
     # The rank's share is collected anew in every reduction, beside the sum of earlier ones.
     anew = stage_1 or (setting.stage == 2 and setting.micro_steps > 1)
-    return Memory(weights, gradients, (MASTER + MOMENTS) * own, 0, element * own * anew, update)
+    return Memory(
+        weights,
+        gradients,
+        (MASTER + MOMENTS) * own,
+        gradients * earlier,
+        0,
+        0,
+        element * own * anew,
+        update,
+    )
 
 
 def _buffers(sizes: Mapping[str, int], setting: Setting) -> int:

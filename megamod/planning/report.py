@@ -95,8 +95,9 @@ def _memory(plan: JobPlan) -> list[tuple[str, str]]:
     rows = [
         ("memory of a rank", f"weights {_gb(needed.weights)}, gradients {_gb(needed.gradients)}, "
          f"optimizer {_gb(needed.optimizer)}"),
-        ("", f"activations {_gb(needed.activations)}, buffers {_gb(needed.buffers)}; in the update "
-         f"{_gb(needed.update)} in place of both"),
+        ("", f"activations {_gb(needed.activations)}, buffers {_gb(needed.buffers)}, beside "
+         f"{_gb(needed.kept)} of gradients; then all of these, and "
+         f"{_gb(max(needed.collected, needed.update))} in the update"),
         ("", f"at the fullest {_gb(needed.peak)}; {_gb(usable)} of {_gb(plan.gpu_bytes)} are "
          f"usable: {'fits' if plan.fits else 'DOES NOT FIT'}"),
     ]  # fmt: skip

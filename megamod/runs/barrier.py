@@ -39,7 +39,7 @@ from megamod.evaluation.plots import plot_barriers, plot_losses_along
 from megamod.files import write_json
 from megamod.merging.alignment.align import align, shapes_of
 from megamod.merging.alignment.calibration import read_items, whole_batches
-from megamod.merging.alignment.options import Options
+from megamod.merging.alignment.options import BY_TEXT, Options
 from megamod.merging.alignment.permute import changes, permuted, reference, untied
 from megamod.merging.alignment.record import Alignment
 from megamod.merging.alignment.running import load_model
@@ -82,7 +82,7 @@ def run_study(study: Study, output: Path, device: torch.device) -> str:
     """
     disable_progress_bar()
     told = _checked_record(study, output)
-    grounds = {task: _ground(study, task) for task in study.tasks}
+    grounds = {task: ground_of(study, task) for task in study.tasks}
     jobs = [
         (task, name, pair)
         for task in study.tasks
@@ -127,8 +127,12 @@ def _file(output: Path, task: str, variant: str, pair: tuple[str, str]) -> Path:
     return output / "curves" / task / variant / f"{pair[0]}-{pair[1]}.json"
 
 
-def _ground(study: Study, task: str) -> Ground:
-    """Tokenizer and held-out data of a task."""
+def ground_of(study: Study, task: str) -> Ground:
+    """Tokenizer and held-out data of a task.
+
+    Raises:
+        UserError: for data that are not there or do not fit.
+    """
     first = next(iter(study.models.values())).replace("{task}", task)
     if task in (MLM, CLM):
         return _text_ground(study, task, first)
@@ -256,7 +260,7 @@ def _aligned(
     ground: Ground,
     max_length: int,
 ) -> Alignment:
-    if options.method != "activation":
+    if options.method not in BY_TEXT:
         return align(first, second, None, options)
     chosen, items = options.calibration, ground.calibration
     if chosen.path is not None:

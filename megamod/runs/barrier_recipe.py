@@ -86,7 +86,7 @@ def read_study(path: Path) -> Study:
         pairs=_pairs(fields.pop("pairs", None), models, f"{path}, pairs"),
         tasks=tuple(tasks),
         variants=_variants(fields.pop("variants", None), f"{path}, variants"),
-        **_checked(fields, path),
+        **checked_fields(fields, path),
     )
 
 
@@ -123,8 +123,12 @@ def _variants(value: object, where: str) -> dict[str, Options]:
     }
 
 
-def _checked(fields: Mapping[str, object], path: Path) -> dict[str, object]:
-    """Values of the right kind and size."""
+def checked_fields(fields: Mapping[str, object], path: Path) -> dict[str, object]:
+    """Fields of a `Study` that are plain values, each of the right kind and size.
+
+    Raises:
+        UserError: naming the key and what is allowed.
+    """
     kinds: dict[str, tuple[type, ...]] = {
         "data": (str,),
         "tokenizer": (str,),

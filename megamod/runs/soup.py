@@ -24,8 +24,8 @@ from megamod.merging.alignment.running import load_model
 from megamod.merging.average import SHARD_BYTES, merge
 from megamod.merging.plan import Plan
 from megamod.merging.recipe import GREEDY_SOUP, Recipe
-from megamod.runs.barrier import _ground
-from megamod.runs.barrier_recipe import CLM, Study, _checked
+from megamod.runs.barrier import ground_of
+from megamod.runs.barrier_recipe import CLM, Study, checked_fields
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def greedy_soup(
     plan = merge(every, output, dry_run=True, copy_tokenizer=copy_tokenizer, **options)
     if dry_run:
         return plan, []
-    losses = _ground(study, study.tasks[0]).losses
+    losses = ground_of(study, study.tasks[0]).losses
     paths = [str(one.path) for one in recipe.inputs]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tasted = choose(paths, losses, device)
@@ -200,4 +200,4 @@ def _study(recipe: Recipe) -> Study:
     names = [str(one.path) for one in recipe.inputs]
     models = {str(number): name for number, name in enumerate(names)}
     variants = {GREEDY_SOUP: Options(method="identity")}
-    return Study(models, (), (task,), variants, **_checked(fields, Path(where)))
+    return Study(models, (), (task,), variants, **checked_fields(fields, Path(where)))

@@ -105,8 +105,11 @@ class ModelExport:
     def _gather(self, keep: bool) -> dict[str, Tensor]:
         """Weights by name, tied ones once; under ZeRO 3 put together one by one."""
         state = {}
+        whole = self.engine.zero_optimization_stage() < 3
+        if not whole:  # the last forward pass may have asked for weights that nobody waited for
+            self.engine.empty_partition_cache()
         for name, parameter in self.engine.module.named_parameters():
-            if self.engine.zero_optimization_stage() < 3:
+            if whole:
                 state[name] = parameter
                 continue
             with deepspeed.zero.GatheredParameters([parameter]):

@@ -89,6 +89,22 @@ def test_table_for_a_person():
     assert two.splitlines()[1].split() == ["0", "n", "cpu", "law,med", "0", "0"]
 
 
+@pytest.mark.parametrize("sharing", [Sharing.DEMIX, Sharing.BTM])
+def test_the_table_warns_of_experts_that_are_torn_apart_for_nothing(sharing):
+    layout = DomainTopology(8, ("law", "med", "code", "news"), sharing)
+    three_and_five = layout.table(["a"] * 3 + ["b"] * 5, ["cpu"] * 8).splitlines()
+    assert len(three_and_five) == 10 and three_and_five[-1].startswith("warning: ")
+    assert (
+        "all 2 ranks of an expert: med on a, b; use slots in multiples of 2" in three_and_five[-1]
+    )
+    assert "warning" not in layout.table(["a"] * 2 + ["b"] * 6, ["cpu"] * 8)
+    # No host has two ranks: it cannot be helped.
+    assert "warning" not in layout.table(list("abcdefgh"), ["cpu"] * 8)
+    assert "warning" not in DomainTopology(8, ("law",), Sharing.DENSE).table(
+        ["a"] * 3 + ["b"] * 5, ["cpu"] * 8
+    )
+
+
 def sum_in_group(rank: int) -> tuple[list[int], float, int, int]:
     group = DomainGroup(DomainTopology(4, ("law", "med"), Sharing.BTM))
     value = torch.tensor(10.0**rank)

@@ -1,5 +1,6 @@
 """launchers/check_hostfile.py as people start it."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,3 +44,14 @@ def test_flags_that_cannot_be(tmp_path):
 def test_the_example_is_a_hostfile():
     done = check(LAUNCHER.parent / "hostfile.example", "--no_ssh_check", "--experts", "8")
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 3, done.stderr
+
+
+def test_the_example_of_variables_is_one_that_deepspeed_reads():
+    """It splits each line at the first `=`; a blank line or a comment would break the launch."""
+    lines = (LAUNCHER.parent / "deepspeed_env.example").read_text().splitlines(keepends=True)
+    values = dict(line.split("=", maxsplit=1) for line in lines)
+    assert len(values) == len(lines)
+    for name, value in values.items():
+        assert re.fullmatch(r"[A-Z][A-Z0-9_]*", name) and re.fullmatch(r"[\w/.]+\n", value)
+    told = (LAUNCHER.parents[1] / "docs" / "multinode.md").read_text()
+    assert all(f"`{name}`" in told for name in values)

@@ -376,7 +376,9 @@ def test_electra_of_a_named_size(bare):
     "name", ["bert_base_warmup", "bert_base_mlm", "electra_base_warmup", "electra_base_pretrain"]
 )
 def test_recipes_are_those_of_the_release(name):
-    path = Path(__file__).resolve().parents[2] / "launchers" / "recipes" / "mux" / f"mux_{name}.yaml"
+    path = (
+        Path(__file__).resolve().parents[2] / "launchers" / "recipes" / "mux" / f"mux_{name}.yaml"
+    )
     kinds = (RunArgs, SafetyArgs, ModelArgs, OptimArgs, MuxArgs, DataArgs)
     run, _, model, optim, mux, data = parse_args(*kinds, argv=[str(path)])
     assert run.accumulation(8) == 1 and run.per_device_train_batch_size == 16 * 5
