@@ -1,8 +1,8 @@
 """Branch-Train-Merge: a seed, an expert per domain grown from it, and the forest they make.
 
     python launchers/btm.py launchers/recipes/btm_quick.yaml --output_dir runs/btm
-    python launchers/btm.py launchers/recipes/modern/btm_125m.yaml --data DATABIN --hostfile hostfile \\
-        --deepspeed ds_configs/zero1_bf16.json --output_dir OUT
+    python launchers/btm.py launchers/recipes/modern/btm_125m.yaml --hostfile hostfile \\
+        --data DATABIN --deepspeed ds_configs/zero1_bf16.json --output_dir OUT
     python launchers/btm.py RECIPE.yaml --data DATABIN --output_dir OUT --dry_run
     python launchers/btm.py RECIPE.yaml --data DATABIN --output_dir OUT \\
         --rounds "law med" "code tax" --topk 2 --average true --evaluate true

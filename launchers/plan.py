@@ -56,7 +56,8 @@ def main() -> None:
             seconds = None if args.step_ms is None else args.step_ms / 1e3
             curves = simulate.simulate(plan, seconds, args.step_world_size)
             print(report.of_curves(curves), flush=True)
-            simulate.draw(curves, f"{plan.job.model.model} on more GPUs", Path(args.simulate))
+            tokens, title = plan.job.steps * plan.job.tokens, f"{plan.job.model.model} on more GPUs"
+            simulate.draw(curves, tokens, title, Path(args.simulate))
             records[-1]["simulation"] = simulate.record(curves)
         print()
     if args.json is not None:

@@ -185,9 +185,7 @@ def control(values: Sequence[float]) -> torch.Tensor:
     """A small float64 tensor where collectives take it: on the GPU for NCCL, else on the CPU."""
     from deepspeed.accelerator import get_accelerator
 
-    return torch.tensor(
-        values, dtype=torch.float64, device=get_accelerator().current_device_name()
-    )
+    return torch.tensor(values, dtype=torch.float64, device=get_accelerator().current_device_name())
 
 
 def everywhere(fact: bool) -> bool:

@@ -93,9 +93,7 @@ class DomainTopology:
             world = spell(range(self.world_size))
             shared = group if self.sharing is Sharing.BTM else world
             experts = {Sharing.DENSE: "-", Sharing.DEMIX: group, Sharing.BTM: "-"}[self.sharing]
-            rows.append(
-                (str(rank), hosts[rank], devices[rank], ",".join(domains), shared, experts)
-            )
+            rows.append((str(rank), hosts[rank], devices[rank], ",".join(domains), shared, experts))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -145,4 +143,3 @@ class DomainGroup:
 
     def get_model_parallel_rank(self) -> int:
         return 0
-

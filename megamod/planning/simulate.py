@@ -96,31 +96,43 @@ def record(curves: Curves) -> dict[str, list[dict[str, float]]]:
     }
 
 
-def draw(curves: Curves, title: str, path: Path) -> None:
-    """The curves as a PNG; the band of each is what overlap can gain."""
+def draw(curves: Curves, tokens: int, title: str, path: Path) -> None:
+    """Speed and cost by GPUs as a PNG; the band of each curve is what overlap can gain.
+
+    Args:
+        tokens: of the whole training, which the cost is of.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, (speed, cost) = pyplot.subplots(ncols=2, figsize=(11, 4.5), layout="constrained")
     for kind, points in curves.items():
         gpus = [point.gpus for point in points]
-        (line,) = axes.plot(gpus, [p.slow for p in points], marker=".", label=kind.value)
-        axes.fill_between(
-            gpus,
-            [p.slow for p in points],
-            [p.fast for p in points],
-            color=line.get_color(),
-            alpha=0.15,
-        )
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set(xlabel="GPUs", ylabel="tokens/s", title=title)
-    axes.grid(alpha=0.3)
-    axes.legend()
+        slow, fast = [point.slow for point in points], [point.fast for point in points]
+        for axes, (low, high) in (
+            (speed, (slow, fast)),
+            (cost, (gpu_days(gpus, slow, tokens), gpu_days(gpus, fast, tokens))),
+        ):
+            (line,) = axes.plot(gpus, low, marker=".", label=kind.value)
+            axes.fill_between(gpus, low, high, color=line.get_color(), alpha=0.15)
+    for axes, ylabel in ((speed, "tokens/s"), (cost, f"GPU days for {tokens / 1e9:.3g} G tokens")):
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:.0f}")
+        axes.set(xlabel="GPUs", ylabel=ylabel)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    speed.set_yscale("log")
+    cost.set_ylim(bottom=0)
+    figure.suptitle(title)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def gpu_days(gpus: Sequence[int], rates: Sequence[float], tokens: int) -> list[float]:
+    """Cost of so many tokens at each number of GPUs and its tokens per second."""
+    return [n * tokens / rate / 86_400 for n, rate in zip(gpus, rates, strict=True)]
 
 
 def _curve(plan: JobPlan, kind: Sharing, compute: float) -> list[Point]:

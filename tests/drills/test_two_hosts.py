@@ -19,6 +19,7 @@ from hosts import ADDRESSES, NAMES, TwoHosts, missing, two_hosts
 from ranks import free_port
 from safetensors.torch import load_file
 
+from megamod.btm.jobs import clear
 from megamod.data.binarize import binarize
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -41,7 +42,7 @@ learning_rate: 3.0e-3
 report_to: none
 """
 UNTIE = {"dense": "none", "demix": "feedforward"}
-LONGEST = 240
+LONGEST = 500
 
 over_ssh = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
 
@@ -165,7 +166,7 @@ def test_without_ssh_the_weights_are_those_of_one_host(place, kind):
 
 
 class TestOverSsh:
-    pytestmark = over_ssh
+    pytestmark = [*over_ssh, pytest.mark.timeout(1200)]
 
     def command(self, hosts: TwoHosts) -> list[object]:
         found = [*DEEPSPEED, "--hostfile", hosts.hostfile, "--master_addr", ADDRESSES[0]]
@@ -215,11 +216,11 @@ class TestOverSsh:
         wait_for(cut / "checkpoints" / "step-10", process)
         assert hosts.hit(1) > 1
         killed = time.monotonic()
-        assert process.wait(60) in (4, 255)  # of the rank that is left, or of the ssh that was cut
+        assert process.wait(120) in (4, 255)  # of the rank that is left, or of the ssh that was cut
         seconds = time.monotonic() - killed
         told = Path(f"{cut}.txt").read_text()
         assert "DistributedFailure: rank 0 on host-2 lost its peers" in told, told[-3000:]
-        assert seconds < 30, f"{seconds} s"
+        assert seconds < 45, f"{seconds} s"
         assert not (cut / "model").exists()
         assert "rank 0 ended after" in (cut / "logs" / "host-2.log").read_text()
 
@@ -240,7 +241,7 @@ class TestOverSsh:
         wait_for(output / "checkpoints" / "step-10", process)
         assert hosts.hit(1, signal.SIGSTOP) > 1
         try:
-            assert process.wait(60) in (4, 255)
+            assert process.wait(120) in (4, 255)
         finally:
             process.kill()
             hosts.hit(1)
@@ -254,7 +255,11 @@ class TestOverSsh:
         for output, where in zip(outputs, runs, strict=True):
             command = (sys.executable, BTM, place / "recipe.yaml", "--seed_share", "0.5", *where)
             process = begin([*command, "--output_dir", output], output, hosts.environment)
-            finish(process, output)
+            try:
+                finish(process, output)
+            finally:  # jobs outlive a driver that is killed
+                for lock in (output / "jobs").glob("*.lock"):
+                    clear(str(lock.resolve()))
         assert made(outputs[0]) == made(outputs[1])
         logs = sorted(path.name for path in (outputs[1] / "experts").glob("*/logs/*"))
         assert logs == [f"{name}.log" for name in NAMES]

@@ -20,7 +20,7 @@ from megamod.models.configuration import DemixConfig
 from megamod.models.demix_lm import DemixForCausalLM
 from megamod.planning.activations import measure
 from megamod.planning.search import proposals
-from megamod.planning.simulate import simulate
+from megamod.planning.simulate import gpu_days, simulate
 from megamod.planning.timing import Links, traffic_of, wire_seconds
 
 LAUNCHER = ROOT / "launchers" / "plan.py"
@@ -139,6 +139,9 @@ def test_curves_go_through_what_was_measured():
     (dense,) = [point for point in curves[Sharing.DENSE] if point.gpus == 16]
     assert dense.compute + dense.wire == pytest.approx(0.9)
     assert dense.slow == pytest.approx(16 * 8 * 4 * 1024 / 0.9)
+    # 16 GPUs for a thousand steps of 0.9 s, whatever the tokens of a step are.
+    (days,) = gpu_days([16], [dense.slow], 1000 * dense.tokens)
+    assert days == pytest.approx(16 * 900 / 86_400)
     for kind, points in curves.items():
         gpus = [point.gpus for point in points]
         assert gpus == [2**n for n in range(0 if kind is Sharing.DENSE else 3, 11)]
