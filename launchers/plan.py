@@ -1,12 +1,12 @@
 """Say what a pretraining run would need, before it runs: memory, traffic, time, and what fits.
 
-    python launchers/plan.py launchers/recipes/modern/demix_1.3b_d8.yaml --world_size 128 \\
-        --deepspeed ds_configs/demix_zero2_bf16.json --gpu_memory_gb 32 --peak_tflops 125
+    python launchers/plan.py launchers/recipes/modern/demix_1.3b_d8.yaml --world_size 64 \\
+        --deepspeed ds_configs/demix_zero2_bf16.json
     python launchers/plan.py launchers/recipes/modern/btm_125m.yaml --hostfile hostfile \\
         --deepspeed ds_configs/zero1_bf16.json --json plan.json
     python launchers/plan.py launchers/recipes/modern/dense_1.3b.yaml --world_size 8 \\
         --deepspeed ds_configs/zero2_bf16.json --search true
-    python launchers/plan.py launchers/recipes/modern/demix_1.3b_d8.yaml --world_size 128 \\
+    python launchers/plan.py launchers/recipes/modern/demix_1.3b_d8.yaml --world_size 64 \\
         --deepspeed ds_configs/demix_zero2_bf16.json --simulate speed.png --step_ms 3100
 
 Recipes and flags are those of launchers/pretrain.py and launchers/btm.py. Nothing is trained and no

@@ -7,6 +7,7 @@ and a script reads one number.
 """
 
 import os
+import signal
 import sys
 import time
 import traceback
@@ -48,6 +49,12 @@ def run(main: Callable[[], None]) -> None:
         if "--traceback" in sys.argv:
             traceback.print_exc()
         _leave(f"{type(error).__name__}: {error}", error.exit_code)
+    except BrokenPipeError:
+        if "RANK" in os.environ:
+            raise
+        # Who reads our output, such as `head`, has read enough. Nothing may be flushed there now.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         _leave("Interrupted", Interrupted.exit_code)
     except RuntimeError as error:

@@ -91,3 +91,13 @@ def test_a_rank_leaves_without_waiting_for_others():
     )
     assert (done.returncode, done.stdout) == (2, "so far\n")
     assert done.stderr == "rank 1: UserError: no such file\n"
+
+
+def test_a_reader_that_has_read_enough():
+    program = "from megamod.errors import run; run(lambda: print('x\\n' * 100_000))"
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"x\n"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 128 + 13
