@@ -44,7 +44,11 @@ report_to: none
 UNTIE = {"dense": "none", "demix": "feedforward"}
 LONGEST = 500
 
-over_ssh = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
+over_ssh = [
+    pytest.mark.slow,
+    pytest.mark.skipif(missing() is not None, reason=str(missing())),
+    pytest.mark.timeout(1200),
+]
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +170,7 @@ def test_without_ssh_the_weights_are_those_of_one_host(place, kind):
 
 
 class TestOverSsh:
-    pytestmark = [*over_ssh, pytest.mark.timeout(1200)]
+    pytestmark = over_ssh
 
     def command(self, hosts: TwoHosts) -> list[object]:
         found = [*DEEPSPEED, "--hostfile", hosts.hostfile, "--master_addr", ADDRESSES[0]]

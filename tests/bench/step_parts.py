@@ -1,0 +1,119 @@
+"""What single parts of a training step are worth: each with it, and without it.
+
+    python tests/bench/step_parts.py
+
+One process, one thread; both ways take turns, minima of processor time are compared, three times.
+Memory is what autograd keeps for the backward pass (saved-tensor hooks).
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+
+ROUNDS, REPEATS = 8, 3
+BATCH, LENGTH, WIDTH, HEADS, LAYERS, VOCAB = 4, 512, 256, 4, 4, 16384
+
+
+def make_model(attention: str):
+    from megamod.models.configuration import DemixConfig
+    from megamod.models.demix_lm import DemixForCausalLM, initialise
+
+    config = DemixConfig(
+        vocab_size=VOCAB,
+        hidden_size=WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        max_position_embeddings=LENGTH,
+        domains=["x"],
+    )
+    model = DemixForCausalLM._from_config(config, attn_implementation=attention)
+    initialise(model, seed=1)
+    return model
+
+
+def forward_backward(model, tokens: torch.Tensor) -> None:
+    model(tokens[:, :-1], shift_labels=tokens[:, 1:]).loss.backward()
+    model.zero_grad()
+
+
+def whole_logits(model, tokens: torch.Tensor) -> None:
+    """The usual loss: all logits at once."""
+    logits = model(tokens[:, :-1]).logits
+    F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    model.zero_grad()
+
+
+def kept_bytes(call: Callable[[], None]) -> int:
+    """Bytes of different storages that autograd keeps, parameters left out."""
+    seen: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, torch.nn.Parameter):
+            storage = tensor.untyped_storage()
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        call()
+    return sum(seen.values())
+
+
+def optimizers() -> tuple[Callable[[], None], Callable[[], None]]:
+    """AdamW over 20 M elements, fused and as torch chooses by itself on a CPU."""
+
+    def make(fused: bool) -> Callable[[], None]:
+        parameters = [torch.nn.Parameter(torch.randn(1000, 1000)) for _ in range(20)]
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter)
+        return torch.optim.AdamW(parameters, lr=1e-4, fused=fused or None).step
+
+    return make(True), make(False)
+
+
+def ratios(with_it: Callable[[], None], without: Callable[[], None]) -> list[float]:
+    """Sorted ratios without / with of the minima of each repeat."""
+    found = []
+    with_it(), without()
+    for _ in range(REPEATS):
+        times: tuple[list[float], list[float]] = ([], [])
+        for _ in range(ROUNDS):
+            for call, into in zip((with_it, without), times, strict=True):
+                started = time.process_time()
+                call()
+                into.append(time.process_time() - started)
+        found.append(min(times[1]) / min(times[0]))
+    return sorted(found)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(1)
+    tokens = torch.randint(4, VOCAB, (BATCH, LENGTH + 1))
+    model, eager = make_model("sdpa"), make_model("eager")
+    rows = {
+        "attention by SDPA, forward and backward": (
+            lambda: forward_backward(model, tokens),
+            lambda: forward_backward(eager, tokens),
+        ),
+        "loss by chunks of logits, forward and backward": (
+            lambda: forward_backward(model, tokens),
+            lambda: whole_logits(model, tokens),
+        ),
+        "fused AdamW": optimizers(),
+    }
+    for name, (with_it, without) in rows.items():
+        low, middle, high = ratios(with_it, without)
+        kept = ""
+        if "backward" in name:
+            kept = f", keeps {kept_bytes(with_it) / kept_bytes(without):.2f} of the bytes"
+        print(f"{name}: {middle:.2f}x as fast ({low:.2f} to {high:.2f}){kept}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
