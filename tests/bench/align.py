@@ -1,0 +1,94 @@
+"""Time of aligning two models of BERT-base size, against the least it can be.
+
+    python tests/bench/align.py [--rows 200] [--rounds 1]
+
+The least is the two models' forward passes over the rows, the products of their features, and the
+assignments, each by itself. Processor time of one thread; everything is permuted (feed-forward,
+attention by heads, residual stream).
+"""
+
+import argparse
+import resource
+import time
+from collections.abc import Callable
+from functools import wraps
+
+import torch
+
+LENGTH, BATCH, LAYERS, WIDTH, INNER = 128, 8, 12, 768, 3072
+LIMIT = 1.3
+
+
+def timed(call: Callable[[], object]) -> float:
+    """Seconds of processor time that a call takes."""
+    started = time.process_time()
+    call()
+    return time.process_time() - started
+
+
+def products(batches: int) -> float:
+    """Seconds of the correlation products alone: one of each group and batch."""
+    sizes = {INNER: LAYERS, WIDTH: LAYERS + 2}  # and the residual stream, and the head
+    features = {size: torch.randn(2, BATCH * LENGTH, size) for size in sizes}
+
+    def all_of_them() -> None:
+        for size, count in sizes.items():
+            first, second = features[size]
+            for _ in range(count * batches):
+                first.T @ second
+
+    return timed(all_of_them)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=200, help="of 128 tokens each")
+    parser.add_argument("--rounds", type=int, default=1)
+    options = parser.parse_args()
+
+    from transformers import BertConfig, BertForMaskedLM
+
+    import megamod.merging.alignment.matching as matching
+    from megamod.merging.alignment.align import align
+    from megamod.merging.alignment.calibration import whole_batches
+    from megamod.merging.alignment.options import Calibration, Options
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    models = [BertForMaskedLM(BertConfig()).eval() for _ in range(2)]
+    rows = torch.randint(1000, 30000, (options.rows, LENGTH)).tolist()
+    batches = list(whole_batches(rows, BATCH))
+    groups = Options(groups=("ff", "attn", "res"), calibration=Calibration(special_tokens=True))
+
+    def forward() -> None:
+        with torch.no_grad():
+            for batch in batches:
+                for model in models:
+                    model(input_ids=batch.input_ids, attention_mask=batch.mask)
+
+    spent = [0.0]
+    original = matching.linear_sum_assignment
+
+    @wraps(original)
+    def assignment(*arguments, **named):
+        started = time.process_time()
+        found = original(*arguments, **named)
+        spent[0] += time.process_time() - started
+        return found
+
+    matching.linear_sum_assignment = assignment
+    for _ in range(options.rounds):
+        spent[0] = 0.0
+        passes, multiplied = timed(forward), products(len(batches))
+        whole = timed(lambda: align(*models, batches, groups))
+        ratio = whole / (passes + multiplied + spent[0])
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        print(
+            f"forward passes {passes:.1f} s, products {multiplied:.1f} s, assignments "
+            f"{spent[0]:.1f} s; align {whole:.1f} s: {ratio:.3f} (limit {LIMIT}); {peak:.2f} GB",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
