@@ -7,6 +7,7 @@ and a script reads one number.
 """
 
 import os
+import select
 import signal
 import sys
 import time
@@ -45,12 +46,13 @@ def run(main: Callable[[], None]) -> None:
     """
     try:
         main()
+        sys.stdout.flush()
     except (UserError, PolicyStop, DistributedFailure, Interrupted) as error:
         if "--traceback" in sys.argv:
             traceback.print_exc()
         _leave(f"{type(error).__name__}: {error}", error.exit_code)
     except BrokenPipeError:
-        if "RANK" in os.environ:
+        if "RANK" in os.environ or not _is_stdout_closed():
             raise
         # Who reads our output, such as `head`, has read enough. Nothing may be flushed there now.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -72,6 +74,13 @@ def is_distributed_failure(error: RuntimeError) -> bool:
     return isinstance(error, (DistBackendError, DistNetworkError, DistStoreError)) or any(
         sign in str(error) for sign in lost
     )
+
+
+def _is_stdout_closed() -> bool:
+    """Whether nobody reads our output any more."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def _leave(message: str, code: int) -> None:

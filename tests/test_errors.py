@@ -93,11 +93,33 @@ def test_a_rank_leaves_without_waiting_for_others():
     assert done.stderr == "rank 1: UserError: no such file\n"
 
 
-def test_a_reader_that_has_read_enough():
-    program = "from megamod.errors import run; run(lambda: print('x\\n' * 100_000))"
+@pytest.mark.parametrize("lines", [2, 100_000])
+def test_a_reader_that_has_read_enough(lines):
+    wait = "import time; time.sleep(0.5)"
+    program = f"""
+from megamod.errors import run
+
+def main():
+    print("x", flush=True)
+    {wait}
+    print("x\\n" * {lines})
+
+run(main)
+"""
     command = [sys.executable, "-c", program]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"x\n"
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 128 + 13
+
+
+def test_another_broken_pipe_is_a_fault(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(errors, "_is_stdout_closed", lambda: False)
+
+    def main() -> None:
+        raise BrokenPipeError("a worker is gone")
+
+    with pytest.raises(BrokenPipeError, match="a worker"):
+        errors.run(main)

@@ -104,8 +104,8 @@ def check_hostfile(
         groups, faults = _place_experts(lines, experts)
     seconds: list[float | None] = [None] * len(lines)
     if ssh:
-        # The tries wait for the network: nothing is gained by fewer at once.
-        with ThreadPoolExecutor(max(1, len(lines))) as pool:
+        # The tries wait for the network, but exchanging keys takes processor time here.
+        with ThreadPoolExecutor(min(64, max(1, len(lines)))) as pool:
             answers = list(pool.map(lambda line: _log_in(line.name, port), lines))
         seconds = [time_ for time_, _ in answers]
         faults += [

@@ -105,11 +105,11 @@ def merge(
         check_new(output)
     with ExitStack() as stack:
         folders = [stack.enter_context(ModelFolder(one.path, one.member)) for one in recipe.inputs]
+        check_calibration(recipe)
         vocabulary = _vocabulary(recipe)
         inputs = _aligned(recipe, folders)
         if vocabulary is not None:
             inputs = reindexed(inputs, vocabulary)
-        check_calibration(recipe)
         plan = make_plan(recipe, inputs, shard_bytes, vocabulary)
         if dry_run:
             return plan

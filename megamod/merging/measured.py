@@ -26,6 +26,16 @@ def check_calibration(recipe: Recipe) -> None:
     Raises:
         UserError: naming the key, file or model.
     """
+    if recipe.method in _MEASURES and recipe.align is not None:
+        raise UserError(
+            f"{recipe.origin}: align reorders features, but {recipe.method} weighs by statistics "
+            "of the models as they are stored; leave out align, or merge by another method"
+        )
+    if recipe.method == "fisher" and recipe.words is not None:
+        raise UserError(
+            f"{recipe.origin}: fisher weighs by statistics of each model's own words; leave out "
+            f"{recipe.words.where}"
+        )
     for one in recipe.inputs:
         block = _block(one, recipe)
         if block is None:

@@ -198,14 +198,17 @@ def write_record(
             "weight": share,
             "parameters": dict(one.parameters),
             "digest": digest,
+            **({"statistics": str(one.statistics)} if one.statistics is not None else {}),
+            **({"calibration": dict(one.calibration)} if one.calibration is not None else {}),
         }
         for one, share, digest in zip(recipe.inputs, shares, digests, strict=True)
     ]
     record = {"format": 1, "merge_method": recipe.method, "parameters": dict(recipe.parameters)}
     record |= {"dtype": recipe.dtype, "out_dtype": recipe.out_dtype, "parents": parents}
     record |= {"base": recipe.base, "random_seed": seed}
-    if recipe.align is not None:
-        record["align"] = dict(recipe.align)
+    for key, block in (("align", recipe.align), ("calibration", recipe.calibration)):
+        if block is not None:
+            record[key] = dict(block)
     if recipe.words is not None:
         source = recipe.words.source
         record["tokenizer"] = {

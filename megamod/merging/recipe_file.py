@@ -78,6 +78,10 @@ def read_recipe(path: Path) -> Recipe:
             raise UserError(f"{where}: {key} is {block!r}, not `name: value` lines")
         if block is not None and _BLOCKS[key] and method not in _BLOCKS[key]:
             raise UserError(f"{where}: {key} goes with {', '.join(_BLOCKS[key])}, not {method}")
+    for one in inputs:
+        if one.calibration is not None and method not in _BLOCKS["calibration"]:
+            allowed = ", ".join(_BLOCKS["calibration"])
+            raise UserError(f"{where}, {one}: calibration goes with {allowed}, not {method}")
     recipe = Recipe(
         method=method,
         inputs=tuple(inputs),

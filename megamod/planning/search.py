@@ -73,10 +73,16 @@ def _settings(plan: JobPlan, base: Setting) -> list[Setting]:
     return [
         replace(with_micro_batch(base, micro), stage=stage, checkpointing=checkpointing)
         for stage in range(4)
-        if stage_allowed(stage, base.precision, job.topology) and (stage or base.offload == "none")
+        if stage_allowed(stage, base.precision, job.topology) and _offloads(base, stage)
         for micro in micro_batches(job)
         for checkpointing in (False, True)
     ]
+
+
+def _offloads(base: Setting, stage: int) -> bool:
+    """Whether the optimizer can be where it is with another stage."""
+    least = {"none": 0, "cpu": 1, "nvme": 3}
+    return stage >= least[base.offload]
 
 
 def _order(proposal: Proposal) -> tuple[float, int, int]:
@@ -110,5 +116,6 @@ def _reasons(plan: JobPlan, setting: Setting, needed: Memory, world: float) -> t
     if setting.stage and setting.bucket < plan.job.setting.bucket:
         told.append(f"needs reduce_bucket_size {setting.bucket:,} in the DeepSpeed file")
     if setting.offload != "none":
-        told.append(f"{needed.host / 1e9:.1f} GB on the host per rank; its bus is not in the time")
+        place = "on the disk" if setting.offload == "nvme" else "on the host"
+        told.append(f"{needed.host / 1e9:.1f} GB {place} per rank; its bus is not in the time")
     return tuple(told)

@@ -37,7 +37,7 @@ from megamod.evaluation.glue import score_table
 from megamod.evaluation.held_out_loss import causal_loss, classifier_loss, masked_loss
 from megamod.evaluation.plots import plot_barriers, plot_losses_along
 from megamod.files import write_json
-from megamod.merging.alignment.align import align, shapes_of
+from megamod.merging.alignment.align import align, places_of, shapes_of
 from megamod.merging.alignment.calibration import read_items, whole_batches
 from megamod.merging.alignment.options import BY_TEXT, Options
 from megamod.merging.alignment.permute import changes, permuted, reference, untied
@@ -170,6 +170,17 @@ def ground_of(study: Study, task: str) -> Ground:
     return Ground(losses, items, _with_specials(problem.tokenizer), train.pad_id)
 
 
+def _fitting(model: PreTrainedModel, study: Study) -> PreTrainedModel:
+    """The model, if it has positions for the blocks of a study."""
+    room = places_of(model.config)
+    if room is not None and study.max_seq_length > room:
+        raise UserError(
+            f"max_seq_length {study.max_seq_length}: {model.name_or_path or 'a model'} has {room} "
+            "positions; give no more"
+        )
+    return model
+
+
 def _text_ground(study: Study, task: str, first: str) -> Ground:
     if study.data is None:
         raise UserError(f"data is missing: a text file to tell the loss of {task} on")
@@ -190,7 +201,7 @@ def _text_ground(study: Study, task: str, first: str) -> Ground:
     )
     if task == CLM:
         return Ground(
-            lambda model: {"loss": causal_loss(model, blocks, study.batch_size)},
+            lambda model: {"loss": causal_loss(_fitting(model, study), blocks, study.batch_size)},
             None,
             tokenize,
             tokenizer.pad_id,
@@ -207,7 +218,9 @@ def _text_ground(study: Study, task: str, first: str) -> Ground:
     )
     return Ground(
         lambda model: {
-            "loss": masked_loss(model, blocks, masking, study.seed, study.batch_size),
+            "loss": masked_loss(
+                _fitting(model, study), blocks, masking, study.seed, study.batch_size
+            ),
         },
         None,
         tokenize,

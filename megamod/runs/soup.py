@@ -164,6 +164,7 @@ def _average(recipe: Recipe, numbers: Sequence[int]) -> Recipe:
         UserError: for what a soup has no use for.
     """
     used = {
+        "base_model": recipe.base is not None,
         "slices": recipe.slices,
         "modules": recipe.modules or recipe.module,
         "align": recipe.align,
@@ -175,7 +176,7 @@ def _average(recipe: Recipe, numbers: Sequence[int]) -> Recipe:
         if value:
             raise UserError(f"{recipe.origin}: {GREEDY_SOUP} has no use for {key}; leave it out")
     inputs = tuple(replace(recipe.inputs[n], parameters={"weight": 1.0}) for n in numbers)
-    return replace(recipe, method="linear", inputs=inputs, base=None, tokenizer=0)
+    return replace(recipe, method="linear", inputs=inputs, tokenizer=0, cut=False)
 
 
 def _study(recipe: Recipe) -> Study:

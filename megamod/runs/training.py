@@ -8,11 +8,13 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import deepspeed
 import torch
 import torch.distributed as dist
+import transformers
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedConfig
@@ -159,17 +161,19 @@ def execute(
         publish(
             partial(recipe.write_model, export) if recipe.write_model else export, output / "model"
         )
-    setup.remove_offloaded(run)
+    setup.remove_offloaded(run, ds_config)
     return running
 
 
 def code_digest() -> str:
-    """A digest of this package's sources and the versions of what computes with it."""
-    found = hashlib.sha256(f"{torch.__version__} {deepspeed.__version__}".encode())
-    package = Path(__file__).resolve().parents[1]
-    for path in sorted(package.rglob("*.py")):
-        found.update(str(path.relative_to(package)).encode())
-        found.update(path.read_bytes())
+    """A digest of our sources, kernels among them, and the versions of what computes with them."""
+    versions = (torch.__version__, deepspeed.__version__, transformers.__version__)
+    found = hashlib.sha256(" ".join(versions).encode())
+    for name in ("megamod", "megamod_kernels"):
+        package = Path(find_spec(name).origin).resolve().parent
+        for path in sorted(package.rglob("*.py")):
+            found.update(str(path.relative_to(package)).encode())
+            found.update(path.read_bytes())
     return found.hexdigest()
 
 

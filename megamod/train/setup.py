@@ -175,8 +175,15 @@ def offload_folder(run: RunArgs) -> Path:
     return Path(run.output_dir or ".") / "offload"
 
 
-def remove_offloaded(run: RunArgs) -> None:
-    """Delete what an optimizer on a disk leaves behind in `offload_folder`; collective."""
+def remove_offloaded(run: RunArgs, config: Mapping[str, object]) -> None:
+    """Delete what an optimizer on a disk leaves behind, if it is in `offload_folder`; collective.
+
+    Args:
+        config: DeepSpeed's, resolved.
+    """
+    optimizer = config["zero_optimization"].get("offload_optimizer") or {}
+    if optimizer.get("device") != "nvme" or optimizer["nvme_path"] != str(offload_folder(run)):
+        return
     everywhere(True)  # nobody reads it any more
     shutil.rmtree(offload_folder(run), ignore_errors=True)
 

@@ -272,3 +272,30 @@ def test_text_that_cannot_be_measured_on(texts, tmp_path, monkeypatch, block, to
     (tmp_path / "merge.yml").write_text(text)
     with pytest.raises(UserError, match="calibration goes with fisher, regmean, not linear"):
         read_recipe(tmp_path / "merge.yml")
+
+
+@pytest.mark.parametrize(
+    ("method", "more", "told"),
+    [
+        ("regmean", "align: {method: weight}", "align reorders features"),
+        ("fisher", "align: {method: weight}", "align reorders features"),
+        ("fisher", "tokenizer_source: union", "statistics of each model's own words"),
+    ],
+)
+def test_statistics_are_of_models_as_they_are_stored(
+    texts, tmp_path, monkeypatch, method, more, told
+):
+    monkeypatch.chdir(texts)
+    models = "models: [{model: '0'}, {model: '1'}]\ncalibration: {path: 0.txt}\n"
+    (tmp_path / "merge.yml").write_text(f"merge_method: {method}\n{models}{more}\n")
+    with pytest.raises(UserError) as error:
+        merge(read_recipe(tmp_path / "merge.yml"), tmp_path / "out", dry_run=True)
+    assert told in str(error.value)
+
+
+def test_text_of_one_model_that_nobody_measures(texts, tmp_path, monkeypatch):
+    monkeypatch.chdir(texts)
+    models = "models: [{model: '0', calibration: {path: 0.txt}}, {model: '1'}]\n"
+    (tmp_path / "merge.yml").write_text(f"merge_method: linear\n{models}")
+    with pytest.raises(UserError, match="calibration goes with fisher, regmean, not linear"):
+        read_recipe(tmp_path / "merge.yml")

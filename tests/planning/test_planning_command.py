@@ -94,6 +94,20 @@ def test_the_best_proposal_is_the_fastest_and_all_fit():
     assert {p.setting.offload for p in found} == {"none"}
 
 
+def test_proposals_are_taken_by_a_run(tmp_path):
+    """An optimizer on a disk needs stage 3."""
+    file = tmp_path / "nvme.json"
+    disk = {"device": "nvme", "nvme_path": "auto"}
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_optimizer": disk}}))
+    (plan,) = planned(
+        "--model", "tiny", "--world_size", "2", "--gpu_memory_gb", "8", "--global_batch_size", "16",
+        "--vocab_size", "1000", "--deepspeed", str(file),
+    )  # fmt: skip
+    found = proposals(plan, shown=100)
+    assert {proposal.setting.stage for proposal in found} == {3}
+    assert all("on the disk per rank" in "; ".join(p.reasons) for p in found)
+
+
 def test_large_micro_batches_lie_on_a_line():
     sizes = ("--world_size", "1", "--hidden_size", "64", "--vocab_size", "8192")
     (plan,) = planned(*sizes, "--global_batch_size", "32", "--per_device_train_batch_size", "1")

@@ -137,10 +137,13 @@ def test_ties_keep_the_order_and_do_no_harm(place, monkeypatch):
         ({"evaluation": {"task": "mlm"}}, "data is missing: a text file"),
         ({"align": {"method": "weight"}}, "greedy_soup has no use for align"),
         ({"parameters": {"weight": 1}}, "no use for parameters"),
+        ({"base_model": "0"}, "no use for base_model"),
+        ({"evaluation": {"data": "valid.txt", "max_seq_length": 17}}, "has 16 positions; give"),
         ({"merge_method": "linear"}, "evaluation goes with greedy_soup, not linear"),
     ],
 )
-def test_recipes_that_are_no_soup(place, tmp_path, changes, told):
+def test_recipes_that_are_no_soup(place, tmp_path, monkeypatch, changes, told):
+    monkeypatch.chdir(place)
     with pytest.raises(UserError) as error:
         greedy_soup(read_recipe(recipe_of(place, tmp_path, **changes)), tmp_path / "out")
     assert told in str(error.value)
@@ -153,3 +156,12 @@ def test_a_dry_run_runs_no_model(place, tmp_path, monkeypatch):
     plan, tasted = greedy_soup(recipe, None, dry_run=True)
     assert "5 models" in plan.describe() and tasted == []
     assert [path.name for path in tmp_path.iterdir()] == ["soup.yaml"]
+
+
+def test_models_of_unequal_vocabularies(place, tmp_path):
+    model = GPT2LMHeadModel(GPT2Config(**{**CONFIG.to_dict(), "vocab_size": len(VOCAB) + 4}))
+    model.save_pretrained(tmp_path / "larger")
+    models = [{"model": str(place / "0")}, {"model": str(tmp_path / "larger")}]
+    recipe = read_recipe(recipe_of(place, tmp_path, models=models))
+    with pytest.raises(UserError, match=r"vocab_size|embedding|wte"):
+        greedy_soup(recipe, None, dry_run=True)

@@ -292,6 +292,14 @@ def align_folders(
     return align(*models, batches, options)
 
 
+def places_of(config: PreTrainedConfig) -> int | None:
+    """How many tokens of a text a model has positions for; None: any number."""
+    room = getattr(config, "max_position_embeddings", None)
+    if room and config.model_type in ("roberta", "xlm-roberta"):
+        room -= config.pad_token_id + 1  # positions are counted from there
+    return room or None
+
+
 def read_batches(name: str, config: PreTrainedConfig, calibration: Calibration) -> Iterable[Batch]:
     """Calibration text in the tokens of a model.
 
@@ -307,9 +315,7 @@ def read_batches(name: str, config: PreTrainedConfig, calibration: Calibration) 
     # From a folder without its files transformers makes a tokenizer of special tokens alone.
     if tokenizer is None or len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise UserError(f"{name}: has no tokenizer to read calibration text with")
-    room = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
-    if config.model_type in ("roberta", "xlm-roberta"):
-        room -= config.pad_token_id + 1  # positions are counted from there
+    room = places_of(config) or tokenizer.model_max_length
     items = read_items(Path(calibration.path), lambda text: tokenizer(text)["input_ids"], room)
     pad_id = config.pad_token_id if config.pad_token_id is not None else 0
     return whole_batches(items, calibration.batch_size, calibration.fraction, pad_id=pad_id)

@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForTokenClassification,
     PreTrainedModel,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from megamod.errors import UserError
 from megamod.merging.alignment.calibration import Batch
@@ -56,6 +57,7 @@ def load_model(name: str) -> PreTrainedModel:
     """
     import megamod  # noqa: F401  (its models become known to transformers)
 
+    disable_progress_bar()  # a merge or a study has its own
     try:
         config = AutoConfig.from_pretrained(name)
         wanted = (config.architectures or [None])[0]
