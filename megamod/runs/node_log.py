@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,22 +25,27 @@ class NodeLog(logging.Handler):
     def __init__(self, path: Path):
         super().__init__()
         self.file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self.told = False
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s"))
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Append a record; a fault of the disk is told once, on the console."""
         text = self.format(record)
         if len(text) > LONGEST:
             text = text[:LONGEST] + " ..."
         try:
             os.write(self.file, f"{text}\n".encode())
-        except OSError:  # a full disk must not end a run that its console can tell about
-            self.handleError(record)
+        except OSError as error:  # it must not end a run that its console can tell about
+            if not self.told:
+                print(f"OUT/logs: cannot be written: {error.strerror}", file=sys.stderr, flush=True)
+            self.told = True
 
     def note(self, text: str) -> None:
         """Append a line that the console does not get from here."""
         self.emit(logging.LogRecord(__name__, logging.INFO, __file__, 0, text, None, None))
 
     def close(self) -> None:
+        """Close the file."""
         os.close(self.file)
         super().close()
 

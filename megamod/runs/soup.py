@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megamod.data.tasks import any_task
 from megamod.errors import UserError
 from megamod.evaluation.barrier import Losses
 from megamod.merging.alignment.options import Options
@@ -25,7 +26,7 @@ from megamod.merging.average import SHARD_BYTES, merge
 from megamod.merging.plan import Plan
 from megamod.merging.recipe import GREEDY_SOUP, Recipe
 from megamod.runs.barrier import ground_of
-from megamod.runs.barrier_recipe import CLM, Study, checked_fields
+from megamod.runs.barrier_recipe import CLM, MLM, Study, checked_fields
 
 logger = logging.getLogger(__name__)
 
@@ -198,7 +199,12 @@ def _study(recipe: Recipe) -> Study:
     task = fields.pop("task", CLM)
     if not isinstance(task, str):
         raise UserError(f"{where}, task: {task!r} is not clm, mlm or the name of a task")
+    fields = checked_fields(fields, Path(where))
+    if task not in (CLM, MLM):
+        any_task(task)
+    elif not isinstance(fields.get("data"), str) or not Path(fields["data"]).is_file():
+        raise UserError(f"{where}, data: {fields.get('data')!r} is no file; give one with text")
     names = [str(one.path) for one in recipe.inputs]
     models = {str(number): name for number, name in enumerate(names)}
     variants = {GREEDY_SOUP: Options(method="identity")}
-    return Study(models, (), (task,), variants, **checked_fields(fields, Path(where)))
+    return Study(models, (), (task,), variants, **fields)
