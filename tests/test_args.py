@@ -306,7 +306,7 @@ def test_every_recipe_is_listed():
 
 @pytest.mark.parametrize("name", sorted(TOKENS))
 def test_recipe_batches_are_those_of_the_papers(name):
-    path = next(path for path in RECIPES if path.stem == name)
+    path = next(p for p in RECIPES if p.stem == name and p.parent.name != "modern")
     driven = (BtmArgs,) if name.startswith("btm") else ()
     run, _, _, model, data, *_ = parse_args(*CLASSES, *driven, argv=[str(path)])
     assert run.global_batch_size * data.max_seq_length == TOKENS[name]
