@@ -18,37 +18,11 @@ import torch.distributed as dist
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 from ranks import on_ranks  # noqa: E402
-from step import BATCH, CLIP, RECIPE, REPEATS, make_model, random_batch  # noqa: E402
+from step import CLIP, REPEATS, make_engine, random_batch  # noqa: E402
 
 ROUNDS = 6
 KINDS = ("all", "feedforward", "none")
 ELEMENTS = 4_000_000  # of the buffer that is reduced: 16 MB, about that of the model
-
-
-def make_engine(untie: str):
-    """An engine with as many domains as ranks, and its topology."""
-    from megamod.dist.scope import Sharing, sharing_of
-    from megamod.dist.topology import DomainTopology
-    from megamod.train.engine import build_engine
-    from megamod.train.optim import adamw
-
-    ranks = dist.get_world_size()
-    domains = ("law", "med", "code", "news")[:ranks]
-    topology = DomainTopology(ranks, domains, sharing_of(untie))
-    demix = topology.sharing is Sharing.DEMIX
-    held = topology.domains_of(dist.get_rank())
-    model = make_model("feedforward" if demix else "none", held, domains)
-    config = {
-        "train_micro_batch_size_per_gpu": BATCH,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": CLIP,
-        "zero_optimization": {"stage": 1},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "use_data_before_expert_parallelism": demix,
-        "steps_per_print": None,
-    }
-    return build_engine(model, lambda groups: adamw(groups, **RECIPE), config, topology), topology
 
 
 def take_turns(rank: int) -> dict[str, list[float]]:
@@ -56,7 +30,8 @@ def take_turns(rank: int) -> dict[str, list[float]]:
     from megamod.train.engine import update
     from megamod.train.optim import set_rate
 
-    made = {untie: make_engine(untie) for untie in KINDS}
+    domains = ("law", "med", "code", "news")[: dist.get_world_size()]
+    made = {untie: make_engine(untie, 1, domains) for untie in KINDS}
     buffer = torch.zeros(ELEMENTS)
     times: dict[str, list[float]] = {name: [] for name in (*KINDS, "reduce")}
     for number in range(ROUNDS * REPEATS + 1):

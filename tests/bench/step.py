@@ -73,7 +73,7 @@ def hand_written(model) -> Callable[[dict[str, object]], None]:
     return step
 
 
-def make_engine(untie: str, stage: int):
+def make_engine(untie: str, stage: int, domains: tuple[str, ...] = DOMAINS):
     """An engine, as launchers/pretrain.py builds it, and the topology."""
     import torch.distributed as dist
 
@@ -82,7 +82,7 @@ def make_engine(untie: str, stage: int):
     from megamod.train.engine import build_engine
     from megamod.train.optim import adamw
 
-    topology = DomainTopology(dist.get_world_size(), DOMAINS, sharing_of(untie))
+    topology = DomainTopology(dist.get_world_size(), domains, sharing_of(untie))
     held = topology.domains_of(dist.get_rank())
     config = {
         "train_micro_batch_size_per_gpu": BATCH,
@@ -94,7 +94,7 @@ def make_engine(untie: str, stage: int):
         "use_data_before_expert_parallelism": topology.sharing is Sharing.DEMIX,
         "steps_per_print": None,
     }
-    model = make_model(untie, held)
+    model = make_model("none" if untie == "all" else untie, held, domains)
     return build_engine(model, lambda groups: adamw(groups, **RECIPE), config, topology), topology
 
 
