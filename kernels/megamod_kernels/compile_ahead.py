@@ -22,7 +22,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-OPERATIONS = ("mux", "mux_embed", "slot_attention", "keyed_linear", "demux")
+OPERATIONS = (
+    "mux",
+    "mux_embed",
+    "mux_attention",
+    "slot_attention",
+    "keyed_linear",
+    "norm_linear",
+    "demux",
+)
 """Modules of this package that have `builds()`."""
 
 SHARED_LIMIT = {80: 166_912, 90: 232_448}

@@ -9,19 +9,7 @@ import triton
 import triton.language as tl
 
 from megamod_kernels.dot import dot
-
-_ROOT_HALF = tl.constexpr(0.7071067811865476)
-_DENSITY = tl.constexpr(0.3989422804014327)  # of the standard normal distribution at 0
-
-
-@triton.jit
-def _gelu(x):
-    return 0.5 * x * (1.0 + tl.math.erf(x * _ROOT_HALF))
-
-
-@triton.jit
-def _gelu_slope(x):
-    return 0.5 * (1.0 + tl.math.erf(x * _ROOT_HALF)) + x * _DENSITY * tl.exp(-0.5 * x * x)
+from megamod_kernels.rows import gelu, gelu_slope, moments
 
 
 @triton.jit
@@ -64,12 +52,12 @@ def _state(
     """Rows x columns of the state behind LAYERS residual layers, in float32."""
     first = tl.load(hidden + place[:, None] * D + column[None, :], mask=inside, other=0.0)
     marked = tl.load(key + instance[:, None] * D + column[None, :], mask=inside, other=0.0)
-    x = _gelu(first.to(tl.float32) + marked.to(tl.float32))
+    x = gelu(first.to(tl.float32) + marked.to(tl.float32))
     if DROPS:
         x *= _kept(seed, 0, row, column, D, dropout)
     for layer in tl.static_range(LAYERS):
         at = before + (layer * rows + row[:, None]) * D + column[None, :]
-        more = _gelu(tl.load(at, mask=inside, other=0.0).to(tl.float32))
+        more = gelu(tl.load(at, mask=inside, other=0.0).to(tl.float32))
         if DROPS:
             more *= _kept(seed, layer + 1, row, column, D, dropout)
         x += more
@@ -129,25 +117,6 @@ def rsa_demux_matmul_kernel(
 
 
 @triton.jit
-def _moments(last, row, valid, D, eps, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """Mean and 1 / deviation of gelu(last) of rows, tile by tile (Chan et al. 1979)."""
-    mean = tl.zeros([ROWS], tl.float32)
-    spread = tl.zeros([ROWS], tl.float32)
-    for start in range(0, D, WIDTH):
-        column = start + tl.arange(0, WIDTH)
-        inside = valid[:, None] & (column < D)[None, :]
-        given = tl.load(last + row[:, None] * D + column[None, :], mask=inside, other=0.0)
-        value = tl.where(inside, _gelu(given.to(tl.float32)), 0.0)
-        count = tl.minimum(D - start, WIDTH).to(tl.float32)
-        own = tl.sum(value, 1) / count
-        apart = tl.where(inside, value - own[:, None], 0.0)
-        delta = own - mean
-        mean += delta * count / (start + count)
-        spread += tl.sum(apart * apart, 1) + delta * delta * start * count / (start + count)
-    return mean, 1.0 / tl.sqrt(spread / D + eps)
-
-
-@triton.jit
 def rsa_demux_finish_kernel(
     hidden,
     key,
@@ -175,12 +144,12 @@ def rsa_demux_finish_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     valid = row < rows
     place, instance = _places(row, of_hidden, of_key, valid, N, L, PAIRS)
-    mean, scale = _moments(last, row, valid, D, eps, ROWS, WIDTH)
+    mean, scale = moments(last, row, valid, D, eps, ROWS, WIDTH, True)
     for start in range(0, D, WIDTH):
         column = start + tl.arange(0, WIDTH)
         inside = valid[:, None] & (column < D)[None, :]
         at = row[:, None] * D + column[None, :]
-        value = _gelu(tl.load(last + at, mask=inside, other=0.0).to(tl.float32))
+        value = gelu(tl.load(last + at, mask=inside, other=0.0).to(tl.float32))
         w = tl.load(norm + column, mask=column < D, other=0.0).to(tl.float32)
         b = tl.load(norm_bias + column, mask=column < D, other=0.0).to(tl.float32)
         value = (value - mean[:, None]) * scale[:, None] * w[None, :] + b[None, :]
@@ -226,14 +195,14 @@ def rsa_demux_norm_bwd_kernel(
         row = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         valid = row < rows
         place, instance = _places(row, of_hidden, of_key, valid, N, L, PAIRS)
-        mean, scale = _moments(last, row, valid, D, eps, ROWS, WIDTH)
+        mean, scale = moments(last, row, valid, D, eps, ROWS, WIDTH, True)
         along = tl.zeros([ROWS], tl.float32)
         level = tl.zeros([ROWS], tl.float32)
         for start in range(0, D, WIDTH):
             column = start + tl.arange(0, WIDTH)
             inside = valid[:, None] & (column < D)[None, :]
             at = row[:, None] * D + column[None, :]
-            value = _gelu(tl.load(last + at, mask=inside, other=0.0).to(tl.float32))
+            value = gelu(tl.load(last + at, mask=inside, other=0.0).to(tl.float32))
             unit = tl.where(inside, (value - mean[:, None]) * scale[:, None], 0.0)
             up = tl.load(upstream + at, mask=inside, other=0.0).to(tl.float32)
             w = tl.load(norm + column, mask=column < D, other=0.0).to(tl.float32)
@@ -245,11 +214,11 @@ def rsa_demux_norm_bwd_kernel(
             inside = valid[:, None] & (column < D)[None, :]
             at = row[:, None] * D + column[None, :]
             given = tl.load(last + at, mask=inside, other=0.0).to(tl.float32)
-            unit = tl.where(inside, (_gelu(given) - mean[:, None]) * scale[:, None], 0.0)
+            unit = tl.where(inside, (gelu(given) - mean[:, None]) * scale[:, None], 0.0)
             up = tl.load(upstream + at, mask=inside, other=0.0).to(tl.float32)
             w = tl.load(norm + column, mask=column < D, other=0.0).to(tl.float32)
             grad = (up * w[None, :] - level[:, None] - unit * along[:, None]) * scale[:, None]
-            grad *= _gelu_slope(given)
+            grad *= gelu_slope(given)
             grad = tl.where(inside, grad, 0.0)
             tl.store(grad_last + at, grad.to(grad_last.dtype.element_ty), mask=inside)
             x = _state(
@@ -307,7 +276,7 @@ def rsa_demux_layer_bwd_kernel(
             grad = tl.load(upstream + at, mask=inside, other=0.0).to(tl.float32)
             if DROPS:
                 grad *= _kept(seed, LAYER + 1, row, column, D, dropout)
-            grad = tl.where(inside, grad * _gelu_slope(given), 0.0)
+            grad = tl.where(inside, grad * gelu_slope(given), 0.0)
             tl.store(grad_layer + at, grad.to(grad_layer.dtype.element_ty), mask=inside)
             x = _state(
                 hidden, key, before, seed, row, place, instance, column, inside, rows, D,
@@ -352,7 +321,7 @@ def rsa_demux_first_bwd_kernel(
     value = tl.load(upstream + at, mask=inside, other=0.0).to(tl.float32)
     if DROPS:
         value *= _kept(seed, 0, row, column, D, dropout)
-    value *= _gelu_slope(first.to(tl.float32) + marked.to(tl.float32))
+    value *= gelu_slope(first.to(tl.float32) + marked.to(tl.float32))
     tl.store(grad + at, value.to(grad.dtype.element_ty), mask=inside)
 
 
@@ -394,7 +363,7 @@ def rsa_demux_sums_bwd_kernel(
             ).to(tl.float32)
             if DROPS:
                 value *= _kept(seed, 0, row, column, D, dropout)
-            value *= _gelu_slope(first + marked.to(tl.float32)[None, :])
+            value *= gelu_slope(first + marked.to(tl.float32)[None, :])
             value = tl.where(inside, value, 0.0)
             total += value
             share = tl.sum(value, 0)

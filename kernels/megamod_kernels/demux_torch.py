@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from megamod_kernels.norm_linear import Norm, norm_linear
+
 
 class Pairs(NamedTuple):
     """Positions to demultiplex, each for one instance; all [R] int64.
@@ -44,7 +46,12 @@ class Chain(NamedTuple):
 
 
 def split_projection(
-    hidden: Tensor, key: Tensor, weight: Tensor, bias: Tensor
+    hidden: Tensor,
+    key: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    norm: Norm | None = None,
+    implementation: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Both parts of a layer over [key ; hidden], each computed once.
 
@@ -53,11 +60,16 @@ def split_projection(
         key: [..., N, D] keys.
         weight: [D, 2 D], key columns first.
         bias: [D].
+        norm: of the hidden states, if that is still to be done.
+        implementation: of the norm and the product behind it, see `norm_linear`.
     Returns:
         hidden part [..., D] and key part, bias included, [..., N, D].
     """
     size = key.shape[-1]
-    return F.linear(hidden, weight[:, size:]), F.linear(key, weight[:, :size], bias)
+    of_key, of_hidden = F.linear(key, weight[:, :size], bias), weight[:, size:]
+    if norm is None:
+        return F.linear(hidden, of_hidden), of_key
+    return norm_linear(hidden, norm, of_hidden, implementation=implementation), of_key
 
 
 def add_pairs(hidden: Tensor, key: Tensor, pairs: Pairs | None) -> Tensor:

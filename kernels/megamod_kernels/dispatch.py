@@ -7,6 +7,7 @@ on the CPU, slowly: tests do so. This file does without Triton, which not every 
 
 import os
 
+import torch
 from torch import Tensor
 
 IMPLEMENTATIONS = ("auto", "triton", "reference")
@@ -29,3 +30,8 @@ def uses_triton(implementation: str, tensor: Tensor) -> bool:
             "'auto' chooses by the device"
         )
     return implementation == "triton" or (implementation == "auto" and tensor.is_cuda)
+
+
+def half_on_gpu(tensor: Tensor) -> bool:
+    """Whether tensor cores would multiply it: where products of our own can pay."""
+    return tensor.is_cuda and tensor.dtype in (torch.bfloat16, torch.float16)

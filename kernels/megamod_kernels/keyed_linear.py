@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from megamod_kernels.dispatch import uses_triton
+from megamod_kernels.dispatch import half_on_gpu, uses_triton
 
 if TYPE_CHECKING:
     from megamod_kernels.compile_ahead import Build
@@ -183,12 +183,10 @@ def keyed_linear(
             f"x {tuple(x.shape)}, key {tuple(key.shape)}, weight {tuple(weight.shape)} and bias "
             f"{given} do not fit: expected [B, N, L, D], [N, D], [E, D] and [E]"
         )
-    half = x.dtype in (torch.bfloat16, torch.float16)
-    if implementation == "auto" and not (x.is_cuda and half):
+    triton = half_on_gpu(x) if implementation == "auto" else uses_triton(implementation, x)
+    if not triton:
         return keyed_linear_reference(x, key, weight, bias)
-    if not uses_triton(implementation, x):
-        return keyed_linear_reference(x, key, weight, bias)
-    if x.dtype != weight.dtype or not (half or x.dtype == torch.float32):
+    if x.dtype != weight.dtype or x.dtype == torch.float64:
         raise ValueError(
             f"x of {x.dtype} and weight of {weight.dtype}: kernels take one of float32, bfloat16 "
             "and float16"

@@ -5,7 +5,8 @@ embedded once more by the same tables and the same norm. Embeddings of instances
 never held, neither forward nor backward: both make them again from the ids.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import product
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -114,23 +115,39 @@ def _mux_embed(
     from megamod_kernels import mux_embed_kernels as kernels
 
     (rows, length), (instances, size) = ids.shape, key.shape
-    groups = rows // instances
-    output = word.new_empty(groups, length, size)
-    mixed = word.new_empty((groups, length, size) if keep else 0)
+    output = word.new_empty(rows // instances, length, size)
+    mixed = torch.empty_like(output) if keep else word.new_empty(0)
     if output.numel():
-        types, _, typed = _optional(types, ids)
-        firsts, first_stride, placed = _optional(firsts, ids)
-        seconds, second_stride, replaced = _optional(seconds, ids)
-        kernels.mux_embed_fwd_kernel[(_blocks(groups * length, _block(size)),)](
-            ids.contiguous(), word.contiguous(), position.contiguous(), token_type.contiguous(),
-            weight.contiguous(), bias.contiguous(), key.contiguous(), types,
-            firsts, seconds, ids if seed is None else seed,
-            output, mixed, groups * length, length, size, instances, start, first_stride,
-            second_stride, eps, dropout, BLOCK=_block(size), WIDTH=WIDTH,
-            TILES=_blocks(size, WIDTH), TYPES=int(typed), FIRSTS=placed, SECONDS=replaced,
-            DROPOUT=seed is not None, KEEP=keep, num_warps=_warps(size),
+        given, flags = embedding_arguments(
+            ids, word, position, token_type, weight, bias, key, types, firsts, seconds, seed,
+            output, mixed, eps, start, dropout, keep,
         )  # fmt: skip
+        kernels.mux_embed_fwd_kernel[(_blocks(len(output) * length, _block(size)),)](
+            *given, **flags, BLOCK=_block(size), num_warps=_warps(size)
+        )
     return output, mixed
+
+
+def embedding_arguments(
+    ids: Tensor, word: Tensor, position: Tensor, token_type: Tensor, weight: Tensor, bias: Tensor,
+    key: Tensor, types: Tensor | None, firsts: Tensor | None, seconds: Tensor | None,
+    seed: Tensor | None, output: Tensor, mixed: Tensor, eps: float, start: int, dropout: float,
+    keep: bool,
+) -> tuple[tuple[object, ...], dict[str, object]]:  # fmt: skip
+    """What `embed_rows` is told by a launch, by place and by name."""
+    types, _, typed = _optional(types, ids)
+    firsts, first_stride, placed = _optional(firsts, ids)
+    seconds, second_stride, replaced = _optional(seconds, ids)
+    groups, length, size = output.shape
+    given = (
+        ids.contiguous(), word.contiguous(), position.contiguous(), token_type.contiguous(),
+        weight.contiguous(), bias.contiguous(), key.contiguous(), types, firsts, seconds,
+        ids if seed is None else seed, output, mixed, groups * length, length, size, len(key),
+        start, first_stride, second_stride, eps, dropout,
+    )  # fmt: skip
+    flags = {"WIDTH": WIDTH, "TILES": _blocks(size, WIDTH), "TYPES": int(typed)}
+    flags |= {"FIRSTS": placed, "SECONDS": replaced, "DROPOUT": seed is not None, "KEEP": keep}
+    return given, flags
 
 
 @_mux_embed.register_fake
@@ -145,7 +162,7 @@ def _(
 
 
 @torch.library.custom_op("megamod::mux_embed_backward", mutates_args=())
-def _mux_embed_backward(
+def mux_embed_backward(
     upstream: Tensor, mixed: Tensor, ids: Tensor, word: Tensor, position: Tensor,
     token_type: Tensor, weight: Tensor, bias: Tensor, key: Tensor, types: Tensor | None,
     firsts: Tensor | None, seconds: Tensor | None, seed: Tensor | None, eps: float, start: int,
@@ -240,7 +257,7 @@ def _mux_embed_backward(
     return tuple(grad.to(given.dtype) for grad, given in zip(grads, parameters, strict=True))
 
 
-@_mux_embed_backward.register_fake
+@mux_embed_backward.register_fake
 def _(
     upstream: Tensor, mixed: Tensor, ids: Tensor, word: Tensor, position: Tensor,
     token_type: Tensor, weight: Tensor, bias: Tensor, key: Tensor, types: Tensor | None,
@@ -272,7 +289,7 @@ def _differentiate(
     wanted, behind = ctx.needs_input_grad[1:7], (None,) * 10
     if upstream is None:
         return (None,) * 17
-    grads = _mux_embed_backward(upstream, *ctx.saved_tensors, *ctx.numbers)
+    grads = mux_embed_backward(upstream, *ctx.saved_tensors, *ctx.numbers)
     return None, *(g if asked else None for g, asked in zip(grads, wanted, strict=True)), *behind
 
 
@@ -311,19 +328,26 @@ def mux_embed(
         ValueError: if shapes do not fit, or the implementation cannot run.
     Source: Murahari et al. 2023 (MUX-PLM), section 3.1; both embeddings as in its release.
     """
-    _check(ids, key, tables, token_type_ids, first_positions, second_positions)
+    check(ids, key, tables, token_type_ids, first_positions, second_positions)
     optional = (token_type_ids, first_positions, second_positions)
     if not uses_triton(implementation, ids) or tables.word.dtype == torch.float64:
         return mux_embed_reference(ids, key, tables, *optional, dropout)
-    seed = torch.randint(2**62, (1,), device=ids.device) if dropout else None
     learned = (*tables[:5], key)
-    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in learned)
-    padding = [-1 if row is None else row for row in (tables.word_padding, tables.position_padding)]
-    numbers = (tables.eps, tables.first_position, float(dropout), *padding, keep)
+    seed, numbers = settings(ids, learned, tables, dropout)
     return _mux_embed(ids, *learned, *optional, seed, *numbers)[0]
 
 
-def _check(
+def settings(
+    ids: Tensor, learned: tuple[Tensor, ...], tables: Tables, dropout: float
+) -> tuple[Tensor | None, tuple[float | int, ...]]:
+    """Dropout's seed, if there is one, and the numbers that end an operation's arguments."""
+    seed = torch.randint(2**62, (1,), device=ids.device) if dropout else None
+    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in learned)
+    padding = [-1 if row is None else row for row in (tables.word_padding, tables.position_padding)]
+    return seed, (tables.eps, tables.first_position, float(dropout), *padding, keep)
+
+
+def check(
     ids: Tensor,
     key: Tensor,
     tables: Tables,
@@ -359,6 +383,22 @@ def _check(
         raise ValueError(f"{length} tokens need more than the {room} positions of the table")
 
 
+def build_flags(size: int, dropout: bool) -> dict[str, object]:
+    """Compile-time arguments of kernels, optional ids given, to compile ahead of time."""
+    flags = {"TYPES": 1, "FIRSTS": True, "SECONDS": True, "POSITIONS": True, "KEEP": True}
+    flags |= {"MIXED": False, "SECOND": False, "DROPOUT": dropout}
+    return flags | {"WIDTH": WIDTH, "TILES": _blocks(size, WIDTH), "CHUNK": CHUNK}
+
+
+def build_kinds(names: Iterable[str], dtype: str) -> dict[str, str]:
+    """Types of arguments by name; tensors are of a dtype unless they are known to be others."""
+    kinds = dict.fromkeys(names, f"*{dtype}")
+    kinds |= dict.fromkeys(("stats", "second_stats", "partial", "head", "tail"), "*fp32")
+    whole = ("ids", "types", "firsts", "seconds", "positions", "seed", "order", "owner")
+    kinds |= dict.fromkeys(whole, "*i64") | dict.fromkeys(("eps", "p"), "fp32")
+    return kinds | dict.fromkeys(_COUNTS, "i32")
+
+
 def builds() -> Iterator["Build"]:
     """The kernels at the tuned widths, without and with dropout, to compile ahead of time."""
     from megamod_kernels import mux_embed_kernels as kernels
@@ -370,37 +410,26 @@ def builds() -> Iterator["Build"]:
         kernels.mux_embed_table_kernel,
         kernels.mux_embed_join_kernel,
     )
-    wide = ("stats", "second_stats", "partial", "head", "tail")
-    whole = ("ids", "types", "firsts", "seconds", "positions", "seed", "order", "owner")
-    real = ("eps", "p")
-    for size in (768, 1024, 1536, 2048):
-        for dtype in ("bf16", "fp32"):
-            for drop in (False, True):
-                # Tiles do not depend on these two: one width of each is enough.
-                if size != 768 and (dtype == "fp32" or drop):
-                    continue
-                flags = {"TYPES": 1, "FIRSTS": True, "SECONDS": True, "POSITIONS": True}
-                flags |= {"KEEP": True, "MIXED": False, "SECOND": False, "DROPOUT": drop}
-                flags |= {"WIDTH": WIDTH, "TILES": _blocks(size, WIDTH), "CHUNK": CHUNK}
-                for kernel in (*by_rows, *others):
-                    rowwise = kernel in by_rows
-                    flags["BLOCK"] = _block(size) if rowwise else 4
-                    names = kernel.arg_names
-                    constants = {name: flags[name] for name in names if name in flags}
-                    if drop and "DROPOUT" not in constants:
-                        continue
-                    kinds = dict.fromkeys(names, f"*{dtype}") | dict.fromkeys(wide, "*fp32")
-                    kinds |= dict.fromkeys(whole, "*i64") | dict.fromkeys(real, "fp32")
-                    kinds |= dict.fromkeys(_COUNTS, "i32")
-                    signature = {name: kinds[name] for name in names if name not in constants}
-                    aligned = [name for name in signature if signature[name][0] == "*"]
-                    warps = _warps(size) if rowwise else 4 if "blocks" in names else 1
-                    yield Build(
-                        name=f"{kernel.__name__}-D{size}-{dtype}{'-dropout' * drop}",
-                        kernel=kernel,
-                        signature=signature,
-                        constants=constants,
-                        num_warps=warps,
-                        num_stages=3,
-                        aligned=(*aligned, "D"),
-                    )
+    for size, dtype, drop in product((768, 1024, 1536, 2048), ("bf16", "fp32"), (False, True)):
+        # Tiles do not depend on these two: one width of each is enough.
+        if size != 768 and (dtype == "fp32" or drop):
+            continue
+        for kernel in (*by_rows, *others):
+            rowwise = kernel in by_rows
+            names = kernel.arg_names
+            flags = {"BLOCK": _block(size) if rowwise else 4, **build_flags(size, drop)}
+            constants = {name: flags[name] for name in names if name in flags}
+            if drop and "DROPOUT" not in constants:
+                continue
+            kinds = build_kinds(names, dtype)
+            signature = {name: kinds[name] for name in names if name not in constants}
+            aligned = [name for name in signature if signature[name][0] == "*"]
+            yield Build(
+                name=f"{kernel.__name__}-D{size}-{dtype}{'-dropout' * drop}",
+                kernel=kernel,
+                signature=signature,
+                constants=constants,
+                num_warps=_warps(size) if rowwise else 4 if "blocks" in names else 1,
+                num_stages=3,
+                aligned=(*aligned, "D"),
+            )

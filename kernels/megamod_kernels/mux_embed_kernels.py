@@ -63,15 +63,13 @@ def _moments(x, D, eps, TILES: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def mux_embed_fwd_kernel(
-    ids, word, position, token_type, weight, bias, key, types, firsts, seconds, seed,
-    output, mixed, rows, length, D, N, start, first_stride, second_stride, eps, p,
+def embed_rows(
+    m, real, ids, word, position, token_type, weight, bias, key, types, firsts, seconds, seed,
+    output, mixed, length, D, N, start, first_stride, second_stride, eps, p,
     BLOCK: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr, TYPES: tl.constexpr,
     FIRSTS: tl.constexpr, SECONDS: tl.constexpr, DROPOUT: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK mixed rows from their ids to the encoder's input."""
-    m = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    real = m < rows
+    """BLOCK mixed rows m from their ids to the encoder's input."""
     group, t = m // length, m % length
     total = ()
     for tile in tl.static_range(TILES):
@@ -123,6 +121,22 @@ def mux_embed_fwd_kernel(
         normed *= _kept(seed, 1, m, tile * WIDTH, p, DROPOUT, WIDTH)
         tl.store(output + m[:, None] * D + column[None, :], normed.to(output.dtype.element_ty),
                  mask=inside)  # fmt: skip
+
+
+@triton.jit
+def mux_embed_fwd_kernel(
+    ids, word, position, token_type, weight, bias, key, types, firsts, seconds, seed,
+    output, mixed, rows, length, D, N, start, first_stride, second_stride, eps, p,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr, TYPES: tl.constexpr,
+    FIRSTS: tl.constexpr, SECONDS: tl.constexpr, DROPOUT: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """The same for every row, BLOCK of them a program."""
+    m = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    embed_rows(
+        m, m < rows, ids, word, position, token_type, weight, bias, key, types, firsts, seconds,
+        seed, output, mixed, length, D, N, start, first_stride, second_stride, eps, p,
+        BLOCK, WIDTH, TILES, TYPES, FIRSTS, SECONDS, DROPOUT, KEEP,
+    )  # fmt: skip
 
 
 @triton.jit

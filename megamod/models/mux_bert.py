@@ -11,7 +11,8 @@ from megamod.models.mux_classifier import (
     MuxTokenClassifier,
 )
 from megamod.models.mux_configuration import MuxBertConfig
-from megamod.models.mux_model import MuxOutput, MuxPreTrainedModel
+from megamod.models.mux_model import MuxPreTrainedModel
+from megamod.models.mux_types import MixedStates, MuxOutput
 from megamod.nn.retrieval import IGNORED, pairs_of_rows, token_scores
 
 
@@ -93,7 +94,7 @@ class MuxMaskedLM(MuxPreTrainedModel):
         return self.returned(output, return_dict)
 
     def _score(
-        self, output: MuxOutput, hidden: Tensor, labels: Tensor, items: Tensor | float | None
+        self, output: MuxOutput, hidden: MixedStates, labels: Tensor, items: Tensor | float | None
     ) -> None:
         chosen = labels != IGNORED
         decoder, targets = self.retrieval_head.decoder, labels[chosen]

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutput
 
-from megamod.models.mux_model import MuxOutput, MuxPreTrainedModel
+from megamod.models.mux_model import MuxPreTrainedModel
+from megamod.models.mux_types import MixedStates, MuxOutput
 from megamod.nn.retrieval import IGNORED
 
 
@@ -38,7 +39,7 @@ class MuxSequenceClassifier(MuxPreTrainedModel):
         """[..., D] -> [..., C]."""
         return self.classifier(self.dropout(states))
 
-    def row_logits(self, hidden: Tensor) -> Tensor:
+    def row_logits(self, hidden: MixedStates) -> Tensor:
         """Mixed states [B, T, D] -> [B, N, C], read off the column that stands for the row."""
         column = self.config.prefix_length - 1 if self.config.prefix_length else 0
         states = self.demultiplex(hidden, slice(column, column + 1))
@@ -96,7 +97,7 @@ class MuxTokenClassifier(MuxPreTrainedModel):
         """[..., D] -> [..., C]."""
         return self.classifier(self.dropout(states))
 
-    def token_logits(self, hidden: Tensor, chosen: Tensor | None) -> Tensor:
+    def token_logits(self, hidden: MixedStates, chosen: Tensor | None) -> Tensor:
         """Mixed states [B, T, D] -> logits [B * N, S, C]; zero where `chosen` [B * N, S] is not."""
         start, N = self.config.prefix_length, self.config.num_instances
         if chosen is None:

@@ -12,7 +12,8 @@ from megamod.models.mux_classifier import (
     MuxTokenClassifier,
 )
 from megamod.models.mux_configuration import MuxElectraConfig
-from megamod.models.mux_model import Fed, MuxOutput, MuxPreTrainedModel
+from megamod.models.mux_model import MuxPreTrainedModel
+from megamod.models.mux_types import Fed, MuxOutput
 
 
 def default_initialisation(linear: nn.Linear) -> nn.Linear:

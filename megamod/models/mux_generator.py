@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from megamod.models.mux_bert import MuxMaskedLM
 from megamod.models.mux_configuration import MuxElectraConfig
 from megamod.models.mux_electra import MuxElectraForPreTraining, default_initialisation
-from megamod.models.mux_model import Fed, MuxOutput
+from megamod.models.mux_types import Fed, MixedStates, MuxOutput
 from megamod.nn.encoder import EncoderEmbeddings, EncoderModel, key_mask
 from megamod.nn.retrieval import IGNORED, pairs_of_rows, token_scores
 
@@ -67,7 +67,7 @@ class MuxElectraForMaskedLM(MuxMaskedLM):
 
     def states_at(
         self, fed: Fed, chosen: Tensor, embeddings: EncoderEmbeddings | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, MixedStates]:
         """States in front of `decoder` at chosen tokens [B * N, S], and all mixed ones."""
         hidden = self.encode(fed, embeddings=embeddings)
         length = self.config.prefix_length

@@ -6,19 +6,20 @@ Parameters have the names of the published checkpoints, those of shared modules 
 Source: Murahari et al. 2023 (MUX-PLM), and its release for everything the paper leaves open.
 """
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from megamod_kernels.demux import Pairs
 from megamod_kernels.dispatch import uses_triton
 from megamod_kernels.mux import multiplex
+from megamod_kernels.norm_linear import uses_kernel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from megamod.models.mux_configuration import MuxConfig
+from megamod.models.mux_types import Fed, MixedStates, MuxOutput
 from megamod.nn.demultiplexer import PrefixDemultiplexer, RsaDemultiplexer, SharedDemux
 from megamod.nn.encoder import (
     EncoderEmbeddings,
@@ -45,45 +46,6 @@ from megamod.nn.retrieval import (
     retrieval_targets,
     token_scores,
 )
-
-
-@dataclass
-class MuxOutput(ModelOutput):
-    """What a multiplexed model returns; what was not asked for is None.
-
-    Attributes:
-        loss: coefficients times the two terms below, summed.
-        logits: see the model.
-        task_loss: summed loss of the task divided by its items, nats.
-        retrieval_loss: the same of retrieving tokens.
-        retrieval_correct, retrieval_count: tokens retrieved rightly, and all that were asked for.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    task_loss: Tensor | None = None
-    retrieval_loss: Tensor | None = None
-    retrieval_correct: Tensor | None = None
-    retrieval_count: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Fed:
-    """A batch as the encoder gets it: whole groups, with a prefix where one belongs.
-
-    Attributes:
-        rows: rows of the caller's batch; those behind them only fill up the last group.
-        ids: [B * N, T].
-        mask: attention mask of the caller's columns [B * N, S], or None.
-        token_type_ids: [B * N, T] or None.
-        position_ids: as given.
-    """
-
-    rows: int
-    ids: Tensor
-    mask: Tensor | None
-    token_type_ids: Tensor | None
-    position_ids: Tensor | None
 
 
 class MuxPreTrainedModel(PreTrainedModel):
@@ -269,45 +231,54 @@ class MuxPreTrainedModel(PreTrainedModel):
 
     def encode(
         self, fed: Fed, queries: int | None = None, embeddings: EncoderEmbeddings | None = None
-    ) -> Tensor:
-        """Mixed hidden states of a batch.
+    ) -> MixedStates:
+        """Mixed hidden states of a batch, [B, queries or T, D].
 
         Args:
             queries: how many of the first columns are needed; None for all.
             embeddings: used in place of the model's own.
-        Returns:
-            [B, queries or T, D].
         """
         embeddings = embeddings or self.backbone.embeddings
+        mask, attended = self._encoder_mask(fed), None
         first, second = self._positions(fed)
         table, kernels = embeddings.word_embeddings.weight, self.config.kernels
         if self.config.muxing_variant in KEYED_MEANS and uses_triton(kernels, table):
-            mixed = embeddings.multiplexed(
-                fed.ids, self.instance_embedding, fed.token_type_ids, first, second, kernels
-            )
+            given = (fed.ids, self.instance_embedding, fed.token_type_ids, first, second)
+            if kernels == "triton" and self._begins_with_all_columns(queries):
+                block = self.backbone.encoder.layer[0]
+                mixed, attended = embeddings.multiplexed_attention(*given, block, mask, kernels)
+            else:
+                mixed = embeddings.multiplexed(*given, kernels)
         else:
             x = embeddings(fed.ids, fed.token_type_ids, first)
             mixed = self._multiplex(x.unflatten(0, (-1, self.config.num_instances)), fed.mask)
             mixed = embeddings(mixed, None, second)
-        return self.backbone.encode(mixed, self._encoder_mask(fed), queries)
+        rsa = isinstance(getattr(self, "demultiplexer", None), RsaDemultiplexer)
+        if rsa and uses_kernel(kernels, mixed):
+            states = self.backbone.encode(mixed, mask, queries, attended, norm=False)
+            return MixedStates(states, self.backbone.encoder.layer[-1].output["LayerNorm"])
+        return MixedStates(self.backbone.encode(mixed, mask, queries, attended))
 
-    def demultiplex(self, hidden: Tensor, columns: slice, pairs: Pairs | None = None) -> Tensor:
+    def demultiplex(
+        self, hidden: MixedStates, columns: slice, pairs: Pairs | None = None
+    ) -> Tensor:
         """Hidden states of instances: [R, D] for pairs, else [B, N, columns, D]."""
         if self.config.prefix_length:
-            return self.demultiplexer(hidden, self.config.num_instances, columns, pairs)
-        wanted = hidden if pairs is not None else hidden[:, columns]
-        return self.demultiplexer(self.demux_module, wanted, pairs, self.config.kernels)
+            return self.demultiplexer(hidden.normed(), self.config.num_instances, columns, pairs)
+        wanted = hidden.states if pairs is not None else hidden.states[:, columns]
+        given = (wanted, pairs, self.config.kernels, hidden.norm)
+        return self.demultiplexer(self.demux_module, *given)
 
-    def vocabulary_states(self, hidden: Tensor, pairs: Pairs | None) -> Tensor:
+    def vocabulary_states(self, hidden: MixedStates, pairs: Pairs | None) -> Tensor:
         """What the retrieval head's decoder is applied to: as `demultiplex`, of all columns."""
         if self.config.prefix_length:
-            return self.retrieval_head(hidden, self.config.num_instances, pairs)
-        return self.retrieval_head(self.demux_module, hidden, pairs)
+            return self.retrieval_head(hidden.normed(), self.config.num_instances, pairs)
+        return self.retrieval_head(self.demux_module, hidden.normed(), pairs)
 
     def retrieve(
         self,
         output: MuxOutput,
-        hidden: Tensor,
+        hidden: MixedStates,
         ids: Tensor,
         slots: Tensor | None,
         items: Tensor | float | None,
@@ -315,7 +286,7 @@ class MuxPreTrainedModel(PreTrainedModel):
         """Retrieve one token per mixed position; put the loss and what was right in the output.
 
         Args:
-            hidden: [B, T, D].
+            hidden: of [B, T, D].
             ids: [B * N, T] as they were fed.
             slots: [B, T], instances to ask for; None to draw them.
             items: what the summed loss is divided by; None for the number of targets.
@@ -326,12 +297,12 @@ class MuxPreTrainedModel(PreTrainedModel):
             )
         config = self.config
         start = config.prefix_length or self.retrieval_start
-        groups, length = hidden.shape[:2]
+        groups, length = hidden.states.shape[:2]
         if slots is None:
-            slots = draw_slots(groups, length, config.num_instances, start, hidden.device)
+            slots = draw_slots(groups, length, config.num_instances, start, ids.device)
         kept = None
         if not self.retrieves_padding and config.retrieval_percentage < 1:
-            kept = torch.rand(slots.shape, device=hidden.device) < config.retrieval_percentage
+            kept = torch.rand(slots.shape, device=ids.device) < config.retrieval_percentage
         padding = None if self.retrieves_padding else config.pad_token_id
         targets = retrieval_targets(ids, slots, start=start, ignored_id=padding, kept=kept)
         total, correct = self._retrieval_scores(hidden, slots, targets)
@@ -352,7 +323,7 @@ class MuxPreTrainedModel(PreTrainedModel):
         return output if wants_dict else output.to_tuple()
 
     def _retrieval_scores(
-        self, hidden: Tensor, slots: Tensor, targets: Tensor
+        self, hidden: MixedStates, slots: Tensor, targets: Tensor
     ) -> tuple[Tensor, Tensor]:
         chosen = targets != IGNORED
         states = self.vocabulary_states(hidden, pairs_at(slots, chosen))
@@ -373,6 +344,12 @@ class MuxPreTrainedModel(PreTrainedModel):
     def _positions(self, fed: Fed) -> tuple[Tensor | None, Tensor | None]:
         """Position rows of the first and of the second embedding; None for consecutive ones."""
         return (fed.position_ids, None) if self.sees_segments else (None, fed.position_ids)
+
+    def _begins_with_all_columns(self, queries: int | None) -> bool:
+        """Whether the first block attends to what the embedding gives, from every column."""
+        backbone = self.backbone
+        narrow = hasattr(backbone, "embeddings_project")
+        return not narrow and (queries is None or len(backbone.encoder.layer) > 1)
 
     def _multiplex(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """[B, N, T, D] -> [B, T, D]."""

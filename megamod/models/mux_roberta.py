@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from megamod.models.mux_classifier import MuxSequenceClassifier, MuxTokenClassifier
 from megamod.models.mux_configuration import MuxRobertaConfig
-from megamod.models.mux_model import Fed, MuxPreTrainedModel
+from megamod.models.mux_model import MuxPreTrainedModel
+from megamod.models.mux_types import Fed, MixedStates
 from megamod.nn.demultiplexer import MlpDemux, PrefixDemultiplexer
 from megamod.nn.encoder import padding_aware_positions
 from megamod.nn.retrieval import IGNORED, MlpRetrievalHead, token_scores
@@ -70,10 +71,12 @@ class MuxRobertaPreTrainedModel(MuxPreTrainedModel):
     ties_vocabulary: ClassVar[bool] = False
     sees_segments: ClassVar[bool] = True
 
-    def demultiplex(self, hidden: Tensor, columns: slice, pairs: Pairs | None = None) -> Tensor:
+    def demultiplex(
+        self, hidden: MixedStates, columns: slice, pairs: Pairs | None = None
+    ) -> Tensor:
         if self.config.demuxing_variant == "index":
             return super().demultiplex(hidden, columns, pairs)
-        states = self.demultiplexer(hidden[:, columns])
+        states = self.demultiplexer(hidden.normed()[:, columns])
         return states if pairs is None else states[pairs.group, pairs.instance, pairs.position]
 
     def class_logits(self, states: Tensor) -> Tensor:
@@ -93,12 +96,12 @@ class MuxRobertaPreTrainedModel(MuxPreTrainedModel):
         )
 
     def _retrieval_scores(
-        self, hidden: Tensor, slots: Tensor, targets: Tensor
+        self, hidden: MixedStates, slots: Tensor, targets: Tensor
     ) -> tuple[Tensor, Tensor]:
         if self.config.demuxing_variant == "index":
             return super()._retrieval_scores(hidden, slots, targets)
         chosen = targets != IGNORED
-        states = self.retrieval_head(hidden, slots)[chosen]
+        states = self.retrieval_head(hidden.normed(), slots)[chosen]
         decoder, labels = self.retrieval_head.decoder, targets[chosen]
         together = not self.training
         return token_scores(states, decoder, labels, keep_logits=together, count=True)[:2]

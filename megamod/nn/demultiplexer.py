@@ -7,6 +7,7 @@ pairs of instance and position only.
 
 import torch
 from megamod_kernels.demux import Chain, Pairs, add_pairs, rsa_demux, split_projection
+from megamod_kernels.norm_linear import Norm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -55,19 +56,23 @@ class RsaDemultiplexer(nn.Module):
         hidden: Tensor,
         pairs: Pairs | None = None,
         implementation: str = "auto",
+        norm: nn.LayerNorm | None = None,
     ) -> Tensor:
-        """Mixed states [B, L, D] -> [R, D] for pairs, else [B, N, L, D]; see `rsa_demux`."""
-        first = shared.dense(1)
-        parts = split_projection(
-            hidden, shared.demux_instance_embedding.to(hidden.dtype), first.weight, first.bias
-        )
+        """Mixed states [B, L, D] -> [R, D] for pairs, else [B, N, L, D]; see `rsa_demux`.
+
+        Args:
+            norm: that of the encoder's last block, if it is still to be applied to `hidden`.
+        """
+        first, last = shared.dense(1), self.pre_decoder_layer_norm
+        before = None if norm is None else Norm(norm.weight, norm.bias, norm.eps)
+        key = shared.demux_instance_embedding.to(hidden.dtype)
+        parts = split_projection(hidden, key, first.weight, first.bias, before, implementation)
         between = [shared.dense(layer) for layer in range(2, shared.layers)]
-        norm = self.pre_decoder_layer_norm
         chain = Chain(
             [(dense.weight, dense.bias) for dense in between],
             (self.pre_decoder.weight, self.pre_decoder.bias),
-            (norm.weight, norm.bias),
-            norm.eps,
+            (last.weight, last.bias),
+            last.eps,
         )
         dropout = self.dropout if self.training else 0.0
         return rsa_demux(*parts, chain, pairs, dropout, implementation)

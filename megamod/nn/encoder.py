@@ -4,6 +4,7 @@ Parameters have the names of the published checkpoints (`attention.self.query`, 
 """
 
 import torch
+from megamod_kernels.mux_attention import mux_attention
 from megamod_kernels.mux_embed import Tables, mux_embed
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -78,7 +79,51 @@ class EncoderEmbeddings(nn.Module):
         Returns:
             [B, T, D], see `mux_embed`.
         """
-        tables = Tables(
+        dropout = self.dropout.p if self.training else 0.0
+        given = (ids, key, self._tables(), token_type_ids, first, second)
+        return mux_embed(*given, dropout, implementation)
+
+    def multiplexed_attention(
+        self,
+        ids: Tensor,
+        key: Tensor,
+        token_type_ids: Tensor | None,
+        first: Tensor | None,
+        second: Tensor | None,
+        block: "EncoderLayer",
+        mask: Tensor | None,
+        implementation: str,
+    ) -> tuple[Tensor, Tensor]:
+        """The same, and what the heads of the first block make of it.
+
+        Args:
+            block: the first one.
+            mask: as of `EncoderLayer.attend`.
+        Returns:
+            what `multiplexed` does, and the block's `attended`; both [B, T, D].
+        """
+        projections = [
+            (block.attention["self"][name].weight, block.attention["self"][name].bias)
+            for name in ("query", "key", "value")
+        ]
+        attended, x = mux_attention(
+            ids,
+            key,
+            self._tables(),
+            projections,
+            block.heads,
+            token_type_ids,
+            first,
+            second,
+            mask,
+            self.dropout.p if self.training else 0.0,
+            block.attention_dropout if block.training else 0.0,
+            implementation,
+        )
+        return x, attended
+
+    def _tables(self) -> Tables:
+        return Tables(
             self.word_embeddings.weight,
             self.position_embeddings.weight,
             self.token_type_embeddings.weight,
@@ -89,8 +134,6 @@ class EncoderEmbeddings(nn.Module):
             self.word_embeddings.padding_idx,
             self.position_embeddings.padding_idx,
         )
-        dropout = self.dropout.p if self.training else 0.0
-        return mux_embed(ids, key, tables, token_type_ids, first, second, dropout, implementation)
 
 
 class EncoderLayer(nn.Module):
@@ -115,9 +158,26 @@ class EncoderLayer(nn.Module):
         self.output = _output(Linear(config.intermediate_size, size), eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, queries: int | None = None) -> Tensor:
-        """One block: [B, L, D] -> [B, queries or L, D]; arguments as of `attend`."""
-        return self.feed(self.attend(x, mask, queries))
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        queries: int | None = None,
+        attended: Tensor | None = None,
+        norm: bool = True,
+    ) -> Tensor:
+        """One block: [B, L, D] -> [B, queries or L, D].
+
+        Args:
+            x, mask, queries: as of `attend`.
+            attended: what the heads make of x, [B, L, D], where that is known already.
+            norm: False if whoever reads the result applies the last norm.
+        """
+        if attended is None:
+            x = self.attend(x, mask, queries)
+        else:
+            x = self._residual(self.attention["output"], attended, x)
+        return self.feed(x, norm=norm)
 
     def attend(
         self,
@@ -155,14 +215,21 @@ class EncoderLayer(nn.Module):
         mixed = mixed.transpose(1, 2).flatten(2)
         return self._residual(self.attention["output"], mixed, asked, conditions)
 
-    def feed(self, x: Tensor, conditions: tuple[Tensor, ...] = ()) -> Tensor:
+    def feed(self, x: Tensor, conditions: tuple[Tensor, ...] = (), norm: bool = True) -> Tensor:
         """The second half, of which every position is alone: [B, L, D] -> [B, L, D]."""
-        return self._residual(self.output, F.gelu(self.intermediate["dense"](x)), x, conditions)
+        inner = F.gelu(self.intermediate["dense"](x))
+        return self._residual(self.output, inner, x, conditions, norm)
 
     def _residual(
-        self, part: nn.ModuleDict, given: Tensor, x: Tensor, conditions: tuple[Tensor, ...]
+        self,
+        part: nn.ModuleDict,
+        given: Tensor,
+        x: Tensor,
+        conditions: tuple[Tensor, ...] = (),
+        norm: bool = True,
     ) -> Tensor:
-        return part["LayerNorm"](self.dropout(part["dense"](given)) + x, *conditions)
+        total = self.dropout(part["dense"](given)) + x
+        return part["LayerNorm"](total, *conditions) if norm else total
 
 
 class Encoder(nn.Module):
@@ -173,14 +240,26 @@ class Encoder(nn.Module):
         self.layer = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
         self.gradient_checkpointing = False
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, queries: int | None = None) -> Tensor:
-        """[B, L, D] -> [B, queries or L, D]: the last block leaves out what nobody reads."""
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        queries: int | None = None,
+        attended: Tensor | None = None,
+        norm: bool = True,
+    ) -> Tensor:
+        """[B, L, D] -> [B, queries or L, D]: the last block leaves out what nobody reads.
+
+        Arguments as of `EncoderLayer.forward`: `attended` of the first block, `norm` of the last.
+        """
         for number, layer in enumerate(self.layer):
-            asked = queries if number == len(self.layer) - 1 else None
+            last = number == len(self.layer) - 1
+            given = (x, mask, queries if last else None, attended, norm or not last)
             if self.gradient_checkpointing and self.training:
-                x = self._gradient_checkpointing_func(layer.__call__, x, mask, asked)
+                x = self._gradient_checkpointing_func(layer.__call__, *given)
             else:
-                x = layer(x, mask, asked)
+                x = layer(*given)
+            attended = None
         return x
 
 
@@ -200,11 +279,18 @@ class EncoderModel(nn.Module):
             self.embeddings_project = nn.Linear(size, config.hidden_size)
         self.encoder = Encoder(config)
 
-    def encode(self, x: Tensor, mask: Tensor | None = None, queries: int | None = None) -> Tensor:
-        """From embeddings [B, L, D'] to hidden states [B, queries or L, D]."""
+    def encode(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        queries: int | None = None,
+        attended: Tensor | None = None,
+        norm: bool = True,
+    ) -> Tensor:
+        """From embeddings [B, L, D'] to hidden states [B, queries or L, D]; see `Encoder`."""
         if hasattr(self, "embeddings_project"):
             x = self.embeddings_project(x)
-        return self.encoder(x, mask, queries)
+        return self.encoder(x, mask, queries, attended, norm)
 
 
 def key_mask(attention_mask: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from megamod.models import mux_bert, mux_electra, mux_generator, mux_roberta
+from megamod.models.mux_types import MixedStates
 from megamod.states.convert.datamux import convert
 
 GOLDEN = Path(__file__).resolve().parents[2].parent / "shared" / "golden" / "mux"
@@ -139,11 +140,11 @@ def test_what_lies_between(case):
         columns = (
             slice(None) if model.config.prefix_length else slice(recorded["mid.demuxed"].shape[1])
         )
-        demuxed = model.demultiplex(hidden, columns).flatten(0, 1)
+        demuxed = model.demultiplex(MixedStates(hidden), columns).flatten(0, 1)
         is_roberta = model.config.model_type == "mux_roberta"
         ours["demuxed"] = output.logits if is_roberta else demuxed
     if "mid.retrieval_logits" in recorded:
-        states = model.vocabulary_states(hidden, None)
+        states = model.vocabulary_states(MixedStates(hidden), None)
         slots = given["retrieval_slots"][:, None, :, None].expand(-1, 1, -1, states.shape[-1])
         ours["retrieval_logits"] = model.retrieval_head.decoder(states.gather(1, slots)[:, 0])
     for name, value in ours.items():

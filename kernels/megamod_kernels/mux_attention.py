@@ -1,0 +1,248 @@
+"""The first block's attention from token ids: embedding and multiplexing as its prologue.
+
+A program embeds and mixes some rows, writes them, for the residual needs them, and projects them
+to queries, keys and values before they have left the cache.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
+
+from megamod_kernels import mux_embed as embedding
+from megamod_kernels.dispatch import uses_triton
+from megamod_kernels.mux_embed import Tables, mux_embed, mux_embed_reference
+
+if TYPE_CHECKING:
+    from megamod_kernels.compile_ahead import Build
+
+Projections = Sequence[tuple[Tensor, Tensor]]
+"""Weight [D, D] and bias [D] of queries, keys and values."""
+
+
+def mux_attention_reference(
+    ids: Tensor,
+    key: Tensor,
+    tables: Tables,
+    projections: Projections,
+    heads: int,
+    token_type_ids: Tensor | None = None,
+    first_positions: Tensor | None = None,
+    second_positions: Tensor | None = None,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    attention_dropout: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """The definition; arguments and result as of `mux_attention`."""
+    optional = (token_type_ids, first_positions, second_positions)
+    x = mux_embed_reference(ids, key, tables, *optional, dropout)
+    projected = [F.linear(x, *projection) for projection in projections]
+    return _attend(projected, heads, mask, attention_dropout), x
+
+
+def _attend(projected: Sequence[Tensor], heads: int, mask: Tensor | None, dropout: float) -> Tensor:
+    query, key, value = (one.unflatten(-1, (heads, -1)).transpose(1, 2) for one in projected)
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(query.dtype)
+    mixed = F.scaled_dot_product_attention(query, key, value, mask, dropout)
+    return mixed.transpose(1, 2).flatten(2)
+
+
+def _tile(rows: int, itemsize: int) -> tuple[int, int, int, int, int]:
+    """Rows of a program, columns and inner columns of its products, warps, stages.
+
+    A program goes through all columns, so every one reads all weights: it has as many rows as leave
+    each multiprocessor of a large GPU one program.
+    """
+    if itemsize == 4:
+        return 32, 64, 32, 8, 2
+    return (32 if rows <= 4224 else 64 if rows <= 8448 else 128), 128, 64, 8, 3
+
+
+def _block(size: int) -> int:
+    """Rows that a program embeds at a time."""
+    return 8 if size <= 1024 else 4
+
+
+@torch.library.custom_op("megamod::mux_qkv", mutates_args=())
+def _mux_qkv(
+    ids: Tensor, word: Tensor, position: Tensor, token_type: Tensor, weight: Tensor, bias: Tensor,
+    key: Tensor, types: Tensor | None, firsts: Tensor | None, seconds: Tensor | None,
+    seed: Tensor | None, projections: Sequence[Tensor], eps: float, start: int, dropout: float,
+    word_padding: int, position_padding: int, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The encoder's input, qkv [3, B, T, D], and the mixed rows if they are kept."""
+    from megamod_kernels import mux_attention_kernels as kernels
+
+    output, qkv, mixed = _shapes(ids, word, key, keep)
+    if output.numel():
+        given, flags = embedding.embedding_arguments(
+            ids, word, position, token_type, weight, bias, key, types, firsts, seconds, seed,
+            output, mixed, eps, start, dropout, keep,
+        )  # fmt: skip
+        rows, size = output.shape[0] * output.shape[1], output.shape[2]
+        tall, wide, inner, warps, stages = _tile(rows, output.element_size())
+        kernels.mux_qkv_kernel[(-(-rows // tall),)](
+            *given, *(tensor.contiguous() for tensor in projections), qkv, **flags,
+            BLOCK=_block(size), TALL=tall, WIDE=wide, INNER=inner, num_warps=warps,
+            num_stages=stages,
+        )  # fmt: skip
+    return output, qkv, mixed
+
+
+@_mux_qkv.register_fake
+def _(
+    ids: Tensor, word: Tensor, position: Tensor, token_type: Tensor, weight: Tensor, bias: Tensor,
+    key: Tensor, types: Tensor | None, firsts: Tensor | None, seconds: Tensor | None,
+    seed: Tensor | None, projections: Sequence[Tensor], eps: float, start: int, dropout: float,
+    word_padding: int, position_padding: int, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return _shapes(ids, word, key, keep)
+
+
+def _shapes(ids: Tensor, word: Tensor, key: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (ids.shape[0] // key.shape[0], ids.shape[1], key.shape[1])
+    return word.new_empty(shape), word.new_empty(3, *shape), word.new_empty(shape if keep else 0)
+
+
+def _keep(
+    ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, ...]
+) -> None:
+    *tensors, projections, eps, start, dropout, word_padding, position_padding, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[0], output[2], *projections, *tensors)
+    ctx.numbers = (eps, start, dropout, word_padding, position_padding)
+
+
+def _differentiate(
+    ctx: torch.autograd.function.FunctionCtx,
+    of_residual: Tensor | None,
+    of_qkv: Tensor | None,
+    _: Tensor | None,
+) -> tuple[object, ...]:
+    residual, mixed, *rest = ctx.saved_tensors
+    projections, tensors = rest[:6], rest[6:]
+    flat = residual.flatten(0, -2)
+    grad = torch.zeros_like(flat) if of_residual is None else of_residual.flatten(0, -2)
+    grads = []
+    for part in range(3):
+        weight, bias = projections[2 * part : 2 * part + 2]
+        if of_qkv is None:
+            grads += [torch.zeros_like(weight), torch.zeros_like(bias)]
+            continue
+        upstream = of_qkv[part].flatten(0, -2)
+        grads += [upstream.T @ flat, upstream.sum(0)]
+        grad = torch.addmm(grad, upstream, weight)
+    wanted, of_tables = ctx.needs_input_grad[1:7], (None,) * 6
+    if any(wanted):
+        found = embedding.mux_embed_backward(grad.view_as(residual), mixed, *tensors, *ctx.numbers)
+        of_tables = (one if asked else None for one, asked in zip(found, wanted, strict=True))
+    return None, *of_tables, None, None, None, None, grads, *(None,) * 6
+
+
+_mux_qkv.register_autograd(_differentiate, setup_context=_keep)
+
+
+@register_flop_formula(torch.ops.megamod.mux_qkv)
+def _flops(ids: Sequence[int], *given: object, out_shape: object = None, **_: object) -> int:
+    instances, size = given[5]
+    return 3 * 2 * ids[0] // instances * ids[1] * size * size
+
+
+def mux_attention(
+    ids: Tensor,
+    key: Tensor,
+    tables: Tables,
+    projections: Projections,
+    heads: int,
+    token_type_ids: Tensor | None = None,
+    first_positions: Tensor | None = None,
+    second_positions: Tensor | None = None,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+    attention_dropout: float = 0.0,
+    implementation: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """What the heads of a multiplexed encoder's first block read, from token ids.
+
+        x = mux_embed(ids, key, tables);  softmax(Q K^T / sqrt(D / heads) + mask) V of x
+
+    Args:
+        ids, key, tables, token_type_ids, first_positions, second_positions, dropout: see
+            `mux_embed`.
+        projections: of x to queries, keys and values, each (weight [D, D], bias [D]).
+        heads: that D is divided among.
+        mask: broadcastable to [B, 1, T, T]: bool, True where a position is seen, or float, added.
+        attention_dropout: probability, of the weights of positions.
+        implementation: "triton": one kernel embeds, mixes and projects. "reference": plain torch.
+            "auto": on a GPU `mux_embed` and the vendor's products behind it, because one kernel has
+            to read all weights in every program (docs/kernels.md). float64 and autocast are always
+            computed by the reference.
+    Returns:
+        the heads' result, before the block's output projection, and x, which is the block's
+        residual input; both [B, T, D].
+    Raises:
+        ValueError: if shapes do not fit, or the implementation cannot run.
+    Source: Murahari et al. 2023 (MUX-PLM), section 3.1; Vaswani et al. 2017, section 3.2.
+    """
+    optional = (token_type_ids, first_positions, second_positions)
+    embedding.check(ids, key, tables, *optional)
+    size = key.shape[1]
+    for weight, bias in projections:
+        if weight.shape != (size, size) or bias.shape != (size,):
+            raise ValueError(
+                f"projection {tuple(weight.shape)} with bias {tuple(bias.shape)} does not fit key "
+                f"{tuple(key.shape)}: expected {[size, size]} and {[size]}"
+            )
+    if size % heads:
+        raise ValueError(f"heads {heads} do not divide {size} columns")
+    autocast = not ids.is_meta and torch.is_autocast_enabled(ids.device.type)
+    triton = uses_triton(implementation, ids)
+    if not triton or tables.word.dtype == torch.float64 or autocast:
+        rest = (*optional, mask, dropout, attention_dropout)
+        return mux_attention_reference(ids, key, tables, projections, heads, *rest)
+    if implementation == "auto":
+        x = mux_embed(ids, key, tables, *optional, dropout)
+        projected = [F.linear(x, *projection) for projection in projections]
+    else:
+        learned = (*tables[:5], key)
+        seed, numbers = embedding.settings(ids, learned, tables, dropout)
+        flat = [tensor for projection in projections for tensor in projection]
+        x, qkv, _ = _mux_qkv(ids, *learned, *optional, seed, flat, *numbers)
+        projected = qkv.unbind()
+    return _attend(projected, heads, mask, attention_dropout), x
+
+
+def builds() -> "Iterator[Build]":
+    """The kernel at the tuned widths, to compile ahead of time."""
+    from megamod_kernels import mux_attention_kernels as kernels
+    from megamod_kernels.compile_ahead import Build
+
+    names = kernels.mux_qkv_kernel.arg_names
+    for size, rows, dtype, itemsize in (
+        (768, 4096, "bf16", 2),
+        (768, 8192, "bf16", 2),
+        (768, 16384, "bf16", 2),
+        (768, 16384, "fp32", 4),
+        (1024, 16384, "bf16", 2),
+        (1536, 16384, "bf16", 2),
+        (2048, 16384, "bf16", 2),
+    ):
+        tall, wide, inner, warps, stages = _tile(rows, itemsize)
+        constants = {"BLOCK": _block(size), "TALL": tall, "WIDE": wide, "INNER": inner}
+        constants |= embedding.build_flags(size, dropout=size == 768)
+        constants = {name: value for name, value in constants.items() if name in names}
+        kinds = embedding.build_kinds(names, dtype)
+        signature = {name: kinds[name] for name in names if name not in constants}
+        yield Build(
+            name=f"mux_qkv_kernel-D{size}-{tall}-{dtype}",
+            kernel=kernels.mux_qkv_kernel,
+            signature=signature,
+            constants=constants,
+            num_warps=warps,
+            num_stages=stages,
+            aligned=(*(name for name, kind in signature.items() if kind[0] == "*"), "D"),
+        )

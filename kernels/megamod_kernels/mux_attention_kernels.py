@@ -1,0 +1,66 @@
+"""Triton kernel of `mux_attention`: rows are embedded, then projected by the same program."""
+
+import triton
+import triton.language as tl
+
+from megamod_kernels.dot import dot
+from megamod_kernels.mux_embed_kernels import embed_rows
+
+
+@triton.jit
+def mux_qkv_kernel(
+    ids, word, position, token_type, weight, bias, key, types, firsts, seconds, seed,
+    residual, mixed, rows, length, D, N, start, first_stride, second_stride, eps, p,
+    query, query_bias, sought, sought_bias, value, value_bias, qkv,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr, TYPES: tl.constexpr,
+    FIRSTS: tl.constexpr, SECONDS: tl.constexpr, DROPOUT: tl.constexpr, KEEP: tl.constexpr,
+    TALL: tl.constexpr, WIDE: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """TALL mixed rows from their ids to `residual`, and from there to qkv [3, rows, D]."""
+    first = tl.program_id(0).to(tl.int64) * TALL
+    for step in range(0, TALL, BLOCK):
+        m = first + step + tl.arange(0, BLOCK)
+        embed_rows(
+            m, m < rows, ids, word, position, token_type, weight, bias, key, types, firsts,
+            seconds, seed, residual, mixed, length, D, N, start, first_stride, second_stride, eps,
+            p, BLOCK, WIDTH, TILES, TYPES, FIRSTS, SECONDS, DROPOUT, KEEP,
+        )  # fmt: skip
+    # The product reads what other threads of this program have written.
+    tl.debug_barrier()
+    row = first + tl.arange(0, TALL)
+    one = rows.to(tl.int64) * D
+    _project(residual, row, rows, query, query_bias, qkv, D, TALL, WIDE, INNER)
+    _project(residual, row, rows, sought, sought_bias, qkv + one, D, TALL, WIDE, INNER)
+    _project(residual, row, rows, value, value_bias, qkv + 2 * one, D, TALL, WIDE, INNER)
+
+
+@triton.jit
+def _project(
+    source, row, rows, weight, bias, target, D,
+    TALL: tl.constexpr, WIDE: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """All columns of target = source weight^T + bias, of TALL rows."""
+    valid = row < rows
+    for begin in range(0, D, WIDE):
+        column = begin + tl.arange(0, WIDE)
+        total = tl.zeros([TALL, WIDE], tl.float32)
+        for start in range(0, D, INNER):
+            inner = start + tl.arange(0, INNER)
+            known = inner < D
+            a = tl.load(
+                source + row[:, None] * D + inner[None, :],
+                mask=valid[:, None] & known[None, :],
+                other=0.0,
+            )
+            w = tl.load(
+                weight + column[None, :] * D + inner[:, None],
+                mask=(column < D)[None, :] & known[:, None],
+                other=0.0,
+            )
+            total += dot(a, w)
+        total += tl.load(bias + column, mask=column < D, other=0.0).to(tl.float32)[None, :]
+        tl.store(
+            target + row[:, None] * D + column[None, :],
+            total.to(target.dtype.element_ty),
+            mask=valid[:, None] & (column < D)[None, :],
+        )

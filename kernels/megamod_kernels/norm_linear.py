@@ -1,0 +1,190 @@
+"""A linear layer behind a LayerNorm whose result is never held.
+
+In front of the demultiplexer stands the norm of the encoder's last block. Its moments are read off
+once; the rest of it happens where the product reads its rows.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
+
+from megamod_kernels.dispatch import half_on_gpu, uses_triton
+
+if TYPE_CHECKING:
+    from megamod_kernels.compile_ahead import Build
+
+ROWS, WIDTH = 4, 256  # tile from which moments are made; the tuned widths are multiples of it
+
+
+class Norm(NamedTuple):
+    """A LayerNorm: weight and bias [D], eps."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+
+def norm_linear_reference(
+    x: Tensor, norm: Norm, weight: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """The definition: LN(x) weight^T + bias."""
+    return F.linear(F.layer_norm(x, x.shape[-1:], *norm), weight, bias)
+
+
+@torch.library.custom_op("megamod::norm_linear", mutates_args=())
+def _norm_linear(
+    x: Tensor, gain: Tensor, shift: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> Tensor:
+    from megamod_kernels import norm_linear_kernels as kernels
+    from megamod_kernels.keyed_linear_kernels import matmul_tile
+
+    output = x.new_empty(*x.shape[:-1], len(weight))
+    if not output.numel():
+        return output
+    size, outputs = x.shape[-1], len(weight)
+    rows = x.numel() // size
+    x, gain, shift = x.contiguous(), gain.contiguous(), shift.contiguous()
+    weight = weight if weight.stride(-1) == 1 else weight.contiguous()
+    stats = x.new_empty((2, rows), dtype=torch.float32)
+    kernels.norm_moments_kernel[(-(-rows // ROWS),)](
+        x, stats, rows, size, eps, ROWS=ROWS, WIDTH=WIDTH, num_warps=4
+    )
+    tall, wide, inner, warps, stages = matmul_tile(rows, outputs, x.element_size())
+    kernels.norm_matmul_kernel[(-(-rows // tall) * -(-outputs // wide),)](
+        x, stats, gain, shift, weight, weight if bias is None else bias.contiguous(), output,
+        rows, size, outputs, weight.stride(0), BLOCK_ROWS=tall, BLOCK_OUT=wide, BLOCK_IN=inner,
+        USES_BIAS=bias is not None, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return output
+
+
+@_norm_linear.register_fake
+def _(
+    x: Tensor, gain: Tensor, shift: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], len(weight))
+
+
+def _keep(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    *tensors, _, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(
+    ctx: torch.autograd.function.FunctionCtx, upstream: Tensor
+) -> tuple[Tensor | None, ...]:
+    x, gain, shift, weight = ctx.saved_tensors
+    wanted = ctx.needs_input_grad
+    flat, upstream = x.flatten(0, -2), upstream.flatten(0, -2)
+    shape = list(x.shape[-1:])
+    normed, mean, rstd = torch.ops.aten.native_layer_norm(flat, shape, gain, shift, ctx.eps)
+    grad_weight = upstream.T @ normed if wanted[3] else None
+    grad_bias = upstream.sum(0) if wanted[4] else None
+    grads = (None, None, None)
+    if any(wanted[:3]):
+        grads = torch.ops.aten.native_layer_norm_backward(
+            upstream @ weight, flat, shape, mean, rstd, gain, shift, list(wanted[:3])
+        )
+    grad_x = grads[0].view_as(x) if wanted[0] else None
+    return grad_x, *grads[1:], grad_weight, grad_bias, None
+
+
+_norm_linear.register_autograd(_differentiate, setup_context=_keep)
+
+
+@register_flop_formula(torch.ops.megamod.norm_linear)
+def _flops(
+    x: tuple[int, ...],
+    gain: object,
+    shift: object,
+    weight: tuple[int, ...],
+    *_: object,
+    **__: object,
+) -> int:
+    rows = 1
+    for count in x[:-1]:
+        rows *= count
+    return 2 * rows * weight[0] * weight[1]
+
+
+def uses_kernel(implementation: str, x: Tensor) -> bool:
+    """Whether `norm_linear` of x would leave the norm to its product.
+
+    Raises:
+        ValueError: as `uses_triton`.
+    """
+    triton = half_on_gpu(x) if implementation == "auto" else uses_triton(implementation, x)
+    autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    return triton and x.dtype != torch.float64 and not autocast
+
+
+def norm_linear(
+    x: Tensor,
+    norm: Norm,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    implementation: str = "auto",
+) -> Tensor:
+    """LN(x) weight^T + bias.
+
+    Args:
+        x: [..., D].
+        norm: of the last dimension.
+        weight: [E, D], dtype of x; its rows may lie apart.
+        bias: [E], or None.
+        implementation: "auto", "triton" or "reference"; "auto" leaves float32 to the reference,
+            because its products are faster than anything that multiplies without tensor cores.
+            float64 and autocast are always computed by the reference.
+    Returns:
+        [..., E], in x's dtype. Differentiable once; x is all that backward keeps besides
+        parameters.
+    Raises:
+        ValueError: if shapes or dtypes do not fit.
+    """
+    size = x.shape[-1]
+    if weight.dim() != 2 or weight.shape[1] != size or norm.weight.shape != (size,):
+        raise ValueError(
+            f"x {tuple(x.shape)}, norm {tuple(norm.weight.shape)} and weight "
+            f"{tuple(weight.shape)} do not fit: expected [..., D], [D] and [E, D]"
+        )
+    if not uses_kernel(implementation, x):
+        return norm_linear_reference(x, norm, weight, bias)
+    if x.dtype != weight.dtype:
+        raise ValueError(f"x of {x.dtype} and weight of {weight.dtype}: kernels take one dtype")
+    return _norm_linear(x, norm.weight, norm.bias, weight, bias, norm.eps)
+
+
+def builds() -> "Iterator[Build]":
+    """Ahead-of-time compilations of every tile; only moments depend on D."""
+    from megamod_kernels import norm_linear_kernels as kernels
+    from megamod_kernels.compile_ahead import Build
+    from megamod_kernels.keyed_linear_kernels import matmul_tile
+
+    found = []
+    for dtype, rows in (("bf16", 2**20), ("bf16", 1), ("fp32", 2**20)):
+        *tile, warps, stages = matmul_tile(rows, 768, 2 if dtype == "bf16" else 4)
+        constants = dict(zip(("BLOCK_ROWS", "BLOCK_OUT", "BLOCK_IN"), tile, strict=True))
+        constants["USES_BIAS"] = True
+        found.append((kernels.norm_matmul_kernel, dtype, constants, warps, stages))
+        if rows > 1:
+            constants = {"ROWS": ROWS, "WIDTH": WIDTH}
+            found.append((kernels.norm_moments_kernel, dtype, constants, 4, 3))
+    counts = ("rows", "D", "OUT", "weight_out")
+    for kernel, dtype, constants, warps, stages in found:
+        kinds = {name: f"*{dtype}" for name in kernel.arg_names}
+        kinds |= dict.fromkeys(counts, "i32") | {"stats": "*fp32", "eps": "fp32"}
+        signature = {name: kinds[name] for name in kernel.arg_names if name not in constants}
+        pointers = (name for name, kind in signature.items() if kind[0] == "*")
+        yield Build(
+            name=f"{kernel.__name__}-{dtype}-" + "-".join(map(str, constants.values())),
+            kernel=kernel,
+            signature=signature,
+            constants=constants,
+            num_warps=warps,
+            num_stages=stages,
+            aligned=(*pointers, "D", "OUT", "weight_out"),
+        )

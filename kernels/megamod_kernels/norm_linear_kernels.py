@@ -1,0 +1,72 @@
+"""Triton kernels of `norm_linear`: moments of rows, and a product that norms on the way in."""
+
+import triton
+import triton.language as tl
+
+from megamod_kernels.dot import dot
+from megamod_kernels.rows import moments
+
+
+@triton.jit
+def norm_moments_kernel(x, stats, rows, D, eps, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """stats [2, rows] float32: mean and 1 / deviation."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    valid = row < rows
+    mean, scale = moments(x, row, valid, D, eps, ROWS, WIDTH, False)
+    tl.store(stats + row, mean, mask=valid)
+    tl.store(stats + rows + row, scale, mask=valid)
+
+
+@triton.jit
+def norm_matmul_kernel(
+    x,
+    stats,
+    gain,
+    shift,
+    weight,
+    bias,
+    output,
+    rows,
+    D,
+    OUT,
+    weight_out,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    USES_BIAS: tl.constexpr,
+):
+    """output = (gain (x - mean) / deviation + shift) weight^T + bias."""
+    # Programs that run together share 8 blocks of rows, which then stay in the cache.
+    across = tl.cdiv(OUT, BLOCK_OUT)
+    band = tl.program_id(0) // (8 * across)
+    height = min(8, tl.cdiv(rows, BLOCK_ROWS) - band * 8)
+    within = tl.program_id(0) % (8 * across)
+    row = (band * 8 + within % height).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = within // height * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    valid = row < rows
+    mean = tl.load(stats + row, mask=valid, other=0.0)
+    scale = tl.load(stats + rows + row, mask=valid, other=0.0)
+    total = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
+    for start in range(0, D, BLOCK_IN):
+        inner = start + tl.arange(0, BLOCK_IN)
+        known = inner < D
+        a = tl.load(
+            x + row[:, None] * D + inner[None, :], mask=valid[:, None] & known[None, :], other=0.0
+        )
+        w = tl.load(gain + inner, mask=known, other=0.0).to(tl.float32)
+        b = tl.load(shift + inner, mask=known, other=0.0).to(tl.float32)
+        # Columns beyond D come out as 0, for gain and shift are 0 there.
+        normed = (a.to(tl.float32) - mean[:, None]) * scale[:, None] * w[None, :] + b[None, :]
+        other = tl.load(
+            weight + column[None, :].to(tl.int64) * weight_out + inner[:, None],
+            mask=known[:, None] & (column < OUT)[None, :],
+            other=0.0,
+        )
+        total += dot(normed.to(x.dtype.element_ty), other)
+    if USES_BIAS:
+        total += tl.load(bias + column, mask=column < OUT, other=0.0).to(tl.float32)[None, :]
+    tl.store(
+        output + row[:, None] * OUT + column[None, :],
+        total.to(output.dtype.element_ty),
+        mask=valid[:, None] & (column < OUT)[None, :],
+    )
