@@ -5,22 +5,36 @@ import os
 import shutil
 import tempfile
 
-import hypothesis
 import pytest
+
+try:
+    import hypothesis
+except ModuleNotFoundError:  # tests that need a GPU do without
+    hypothesis = None
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; read when Triton is loaded
 if "TORCH_EXTENSIONS_DIR" not in os.environ:
     os.environ["TORCH_EXTENSIONS_DIR"] = tempfile.mkdtemp(prefix="megamod-extensions-")
     atexit.register(shutil.rmtree, os.environ["TORCH_EXTENSIONS_DIR"], ignore_errors=True)
 
 # An example may take long on a machine that does other things too.
-hypothesis.settings.register_profile("megamod", deadline=None)
-hypothesis.settings.load_profile("megamod")
+if hypothesis is not None:
+    hypothesis.settings.register_profile("megamod", deadline=None)
+    hypothesis.settings.load_profile("megamod")
+
+
+def pytest_configure(config):
+    """Kernels run on the CPU, by Triton's interpreter, unless tests of a GPU were asked for.
+
+    Triton reads the variable when it is loaded, so one process does the one or the other.
+    """
+    asked = config.getoption("markexpr")
+    if "gpu" not in asked or "not gpu" in asked:
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture

@@ -5,19 +5,28 @@ Bytes and operations are derived in docs/kernels.md. P is the number of mixed po
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
+import flex
 import torch
 from megamod_kernels.demux import Chain, rsa_demux, rsa_demux_reference, split_projection
 from megamod_kernels.keyed_linear import keyed_linear, keyed_linear_reference
 from megamod_kernels.mux import multiplex
+from megamod_kernels.mux_attention import mux_attention, mux_attention_reference
 from megamod_kernels.mux_embed import Tables, mux_embed, mux_embed_reference
+from megamod_kernels.norm_linear import Norm, norm_linear, norm_linear_reference
 from megamod_kernels.slot_attention import slot_attention, slot_attention_reference
 from torch import Tensor
 from torch.nn import functional as F
 
-SIZES = {"small": (512, 8), "base": (768, 12), "large": (1024, 16), "1.3b": (2048, 32)}
+SIZES = {
+    "tiny": (32, 2),
+    "small": (512, 8),
+    "base": (768, 12),
+    "large": (1024, 16),
+    "1.3b": (2048, 32),
+}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 EPS = 1e-12
 VOCABULARY = 30522
@@ -50,6 +59,7 @@ class Case:
         differentiable: inputs whose gradients are computed.
         reference: the definition, which is computed in float64.
         bytes, flops: the least, by mode.
+        compiled_only: further competitors that are never run as they are.
     """
 
     device: str
@@ -60,15 +70,7 @@ class Case:
     reference: Callable[..., Tensor]
     bytes: Mapping[str, float]
     flops: Mapping[str, float]
-
-    def exact(self) -> Tensor:
-        """The definition's result in float64."""
-        wide = {
-            name: tensor.double() if tensor.is_floating_point() else tensor
-            for name, tensor in self.inputs.items()
-        }
-        with torch.no_grad():
-            return self.reference(**wide)
+    compiled_only: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)
 
 
 def parse_shape(text: str) -> Shape:
@@ -185,13 +187,14 @@ def rsa_demux_l3_case(shape: Shape, dtype: str, device: str) -> Case:
     return rsa_demux_case(shape, dtype, device, layers=3)
 
 
-def mux_embed_case(shape: Shape, dtype: str, device: str) -> Case:
-    """From token ids to the encoder's input: two embeddings and the keyed mean between them."""
-    kind, N, D, P = DTYPES[dtype], shape.instances, shape.size, shape.positions
+def _embedding_inputs(shape: Shape, dtype: str, device: str) -> dict[str, Tensor]:
+    """Ids, keys, and all that `Tables` holds."""
+    kind, D = DTYPES[dtype], shape.size
     draw = partial(_drawn, device, kind)
-    key = torch.randn(N, D, device=device)
-    inputs = {
-        "ids": torch.randint(1, VOCABULARY, (shape.groups * N, shape.length), device=device),
+    key = torch.randn(shape.instances, D, device=device)
+    ids = (shape.groups * shape.instances, shape.length)
+    return {
+        "ids": torch.randint(1, VOCABULARY, ids, device=device),
         "key": (key / key.norm(dim=1, keepdim=True)).to(kind),
         "word": draw(VOCABULARY, D, scale=0.02),
         "position": draw(max(512, shape.length), D, scale=0.02),
@@ -200,13 +203,19 @@ def mux_embed_case(shape: Shape, dtype: str, device: str) -> Case:
         "bias": draw(D),
     }
 
+
+def mux_embed_case(shape: Shape, dtype: str, device: str) -> Case:
+    """From token ids to the encoder's input: two embeddings and the keyed mean between them."""
+    N, D, P = shape.instances, shape.size, shape.positions
+    inputs = _embedding_inputs(shape, dtype, device)
+
     def ours(ids: Tensor, key: Tensor, **tables: Tensor) -> Tensor:
         return mux_embed(ids, key, Tables(**tables, word_padding=0))
 
     def eager(ids: Tensor, key: Tensor, **tables: Tensor) -> Tensor:
         return mux_embed_reference(ids, key, Tables(**tables, word_padding=0))
 
-    unit = P * D * kind.itemsize
+    unit = P * D * DTYPES[dtype].itemsize
     return Case(
         device,
         inputs,
@@ -216,6 +225,77 @@ def mux_embed_case(shape: Shape, dtype: str, device: str) -> Case:
         eager,
         _modes((N + 1) * unit + 8 * N * P, (3 * N + 2) * unit + 8 * N * P),
         _modes((10 * N + 8) * P * D, 2 * (10 * N + 8) * P * D),
+    )
+
+
+def mux_attention_case(shape: Shape, dtype: str, device: str) -> Case:
+    """From token ids to what the first block's heads read, and the residual, which is added.
+
+    "ours" is what "auto" does; "ours fused" embeds and projects in one kernel.
+    """
+    kind, N, D, P = DTYPES[dtype], shape.instances, shape.size, shape.positions
+    inputs = _embedding_inputs(shape, dtype, device)
+    names = [part + end for part in ("query", "key", "value") for end in ("_weight", "_bias")]
+    for name in names:
+        sizes = (D, D) if name.endswith("weight") else (D,)
+        inputs[f"to_{name}"] = _drawn(device, kind, *sizes, scale=D**-0.5)
+
+    def both(
+        attention: Callable[..., tuple[Tensor, Tensor]], ids: Tensor, key: Tensor, **given: Tensor
+    ) -> Tensor:
+        flat = [given.pop(f"to_{name}") for name in names]
+        projections = list(zip(flat[::2], flat[1::2], strict=True))
+        tables = Tables(**given, word_padding=0)
+        attended, residual = attention(ids, key, tables, projections, shape.heads)
+        return attended + residual
+
+    variants = {"ours": partial(both, mux_attention)}
+    if device == "cuda":
+        variants["ours fused"] = partial(both, partial(mux_attention, implementation="triton"))
+    unit, product = P * D * kind.itemsize, 6 * P * D * D
+    attention = 4 * P * shape.length * D
+    return Case(
+        device,
+        inputs,
+        variants | {"eager": partial(both, mux_attention_reference)},
+        ("eager",),
+        # Softmax does not see the bias of keys: its gradient is 0, and so has no relative error.
+        tuple(name for name in inputs if name not in ("ids", "key", "to_key_bias")),
+        partial(both, mux_attention_reference),
+        _modes((N + 9) * unit + 8 * N * P, (3 * N + 20) * unit + 8 * N * P),
+        _modes(product + attention, 2 * product + 2.5 * attention),
+    )
+
+
+def norm_linear_case(shape: Shape, dtype: str, device: str) -> Case:
+    """The encoder's last norm, and the hidden half of the demultiplexer's first layer."""
+    kind, D, P = DTYPES[dtype], shape.size, shape.positions
+    draw = partial(_drawn, device, kind)
+    inputs = {
+        "x": draw(shape.groups, shape.length, D),
+        "gain": draw(D),
+        "shift": draw(D),
+        "first": draw(D, 2 * D, scale=D**-0.5),
+    }
+
+    def behind_norm(
+        linear: Callable[..., Tensor], x: Tensor, gain: Tensor, shift: Tensor, first: Tensor
+    ) -> Tensor:
+        return linear(x, Norm(gain, shift, EPS), first[:, D:])
+
+    unit, product = P * D * kind.itemsize, 2 * P * D * D
+    return Case(
+        device,
+        inputs,
+        {
+            "ours": partial(behind_norm, norm_linear),
+            "eager": partial(behind_norm, norm_linear_reference),
+        },
+        ("eager",),
+        tuple(inputs),
+        partial(behind_norm, norm_linear_reference),
+        _modes(3 * unit, 6 * unit),
+        _modes(product, 2 * product),
     )
 
 
@@ -237,6 +317,7 @@ def slot_attention_case(shape: Shape, dtype: str, device: str) -> Case:
         partial(slot_attention_reference, heads=shape.heads),
         _modes(4 * N * unit, 7 * N * unit),
         _modes(4 * N * N * D * P, 10 * N * N * D * P),
+        flex.peers(N, shape.length, shape.heads, device),
     )
 
 
@@ -266,8 +347,10 @@ def keyed_linear_case(shape: Shape, dtype: str, device: str) -> Case:
 CASES: dict[str, Callable[[Shape, str, str], Case]] = {
     "multiplex": multiplex_case,
     "mux_embed": mux_embed_case,
+    "mux_attention": mux_attention_case,
     "slot_attention": slot_attention_case,
     "keyed_linear": keyed_linear_case,
+    "norm_linear": norm_linear_case,
     "rsa_demux": rsa_demux_case,
     "rsa_demux_l3": rsa_demux_l3_case,
 }

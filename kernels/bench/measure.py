@@ -1,103 +1,137 @@
-"""Clocks and yardsticks: interleaved times, copy bandwidth, GEMM rate, error against float64."""
+"""One operation at one shape: times of all variants in turns, and their errors against float64."""
 
-import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from cases import Case
+from clock import Clock, Yard, percentiles, settle
 from torch import Tensor
 
+MODES = ("fwd", "bwd", "fwd_bwd")
+TUNED = "max-autotune-no-cudagraphs"
+OUT_OF_TIME = "no time left"
 
-@dataclass(frozen=True)
-class Yard:
-    """What this machine can do, measured."""
-
-    device: str
-    bytes_per_second: float
-    flops_per_second: float
+Variant = Callable[..., Tensor]
+Row = dict[str, object]
 
 
-class Clock:
-    """Seconds of a call, with cold caches."""
+def variants_of(case: Case, compiled: str) -> dict[str, Variant]:
+    """By name: ours, plain torch, and torch compiled.
 
-    def __init__(self, device: str):
-        self.cuda = device == "cuda"
-        size = 256 << 20 if self.cuda else 64 << 20
-        self.flush = torch.empty(size, dtype=torch.int8, device=device)
-
-    def __call__(self, call: Callable[[], object]) -> float:
-        self.flush.zero_()
-        if not self.cuda:
-            start = time.perf_counter()
-            call()
-            return time.perf_counter() - start
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        stop.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(stop) / 1000
-
-
-def yardsticks(device: str) -> Yard:
-    """Copy bandwidth (bytes read and written) and rate of a large GEMM, the best of ten."""
-    clock = Clock(device)
-    cuda = device == "cuda"
-    source = torch.empty(1 << 30 if cuda else 1 << 27, dtype=torch.int8, device=device)
-    target = torch.empty_like(source)
-    size, dtype = (8192, torch.bfloat16) if cuda else (1024, torch.float32)
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    copy = min(clock(lambda: target.copy_(source)) for _ in range(10))
-    gemm = min(clock(lambda: a @ b) for _ in range(10))
-    name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-    return Yard(name, 2 * source.numel() / copy, 2 * size**3 / gemm)
+    Args:
+        compiled: "none", "default", or "all" for max-autotune too.
+    """
+    # A variant is compiled for every shape anew, as if it were the only one of a program.
+    compile_ = partial(torch.compile, dynamic=False)
+    found = dict(case.variants)
+    if compiled == "none":
+        return found
+    named = {name: case.variants[name] for name in case.compiled} | dict(case.compiled_only)
+    found |= {f"compile {name}": compile_(variant) for name, variant in named.items()}
+    if compiled == "all":
+        tuned = {name: named[name] for name in case.compiled}
+        found |= {f"max-autotune {n}": compile_(v, mode=TUNED) for n, v in tuned.items()}
+    return found
 
 
 def measure_case(
-    case: Case, mode: str, yard: Yard, rounds: int, compiled: str
-) -> list[dict[str, object]]:
-    """Times of all variants of a case, in turns; a row for each."""
+    case: Case,
+    mode: str,
+    variants: Mapping[str, Variant],
+    yard: Yard,
+    rounds: int,
+    deadline: float = float("inf"),
+) -> list[Row]:
+    """A row for each variant; one that fails, or that there is no time for, has a row that says so.
+
+    Args:
+        deadline: of `time.monotonic`, after which no further variant is compiled.
+    """
     clock = Clock(case.device)
-    variants = dict(case.variants)
-    for name in case.compiled if compiled != "none" else ():
-        variants[f"compile {name}"] = torch.compile(case.variants[name])
-        if compiled == "all":
-            variants[f"max-autotune {name}"] = torch.compile(
-                case.variants[name], mode="max-autotune-no-cudagraphs"
-            )
-    calls = {name: _call(case, variant, mode) for name, variant in variants.items()}
-    exact = case.exact()
-    errors = {name: _error(case, variant, exact) for name, variant in variants.items()}
-    for call in calls.values():
-        call()
+    exact = wanted_of(case, mode)
+    upstream = None if mode == "fwd" else exact[-1]
+    calls, rows = {}, {}
+    for name, variant in variants.items():
+        rows[name] = {"variant": name, "mode": mode}
+        if name != "ours" and time.monotonic() > deadline:
+            rows[name]["failed"] = OUT_OF_TIME
+            continue
+        try:
+            found = _results(case, variant, upstream)
+            rows[name] |= errors_of(found, exact)
+            call = _call(case, variant, mode, upstream)
+            call()
+            calls[name] = call, 2 * clock.host(call)
+        except Exception as error:
+            rows[name]["failed"] = first_line(error)
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
-        for name, call in calls.items():
-            times[name].append(clock(call))
+        for name, (call, ahead) in calls.items():
+            times[name].append(clock(call, ahead))
     floor = max(case.bytes[mode] / yard.bytes_per_second, case.flops[mode] / yard.flops_per_second)
-    rows = []
     for name, found in times.items():
-        low, middle, high = _percentiles(found)
-        rows.append(
-            {
-                "variant": name,
-                "us": middle * 1e6,
-                "us_p20": low * 1e6,
-                "us_p80": high * 1e6,
-                "bytes": case.bytes[mode],
-                "flops": case.flops[mode],
-                "floor_us": floor * 1e6,
-                "share_of_floor": floor / middle,
-                "error": errors[name],
-            }
-        )
-    return rows
+        low, middle, high = percentiles(found)
+        rows[name] |= {
+            "us": middle * 1e6,
+            "us_p20": low * 1e6,
+            "us_p80": high * 1e6,
+            "host_us": calls[name][1] / 2 * 1e6,
+            "bytes": case.bytes[mode],
+            "flops": case.flops[mode],
+            "floor_us": floor * 1e6,
+            "share_of_floor": floor / middle,
+        }
+    return list(rows.values())
 
 
-def _call(case: Case, variant: Callable[..., Tensor], mode: str) -> Callable[[], object]:
-    inputs, wanted = case.inputs, [case.inputs[name] for name in case.differentiable]
+def wanted_of(case: Case, mode: str) -> list[Tensor]:
+    """In float64 by the definition: the value; unless in mode "fwd" gradients and, last, theirs."""
+    wide = {
+        name: tensor.detach().double() if tensor.is_floating_point() else tensor
+        for name, tensor in case.inputs.items()
+    }
+    if mode == "fwd":
+        with torch.no_grad():
+            return [case.reference(**wide)]
+    leaves = [wide[name].requires_grad_() for name in case.differentiable]
+    value = case.reference(**wide)
+    dtype = case.inputs[case.differentiable[0]].dtype
+    upstream = torch.randn_like(value).to(dtype)  # as the variants get it: rounded
+    grads = torch.autograd.grad(value, leaves, upstream.double())
+    return [value.detach(), *grads, upstream]
+
+
+def errors_of(found: Sequence[Tensor], exact: Sequence[Tensor]) -> Row:
+    """Norm of the difference over the norm: of the value, and the worst of all gradients."""
+    errors = [
+        float((ours.double() - wanted).norm() / wanted.norm().clamp_min(1e-300))
+        for ours, wanted in zip(found, exact, strict=False)
+    ]
+    return {"error": errors[0], "grad_error": max(errors[1:], default=None)}
+
+
+def first_line(error: BaseException) -> str:
+    """What to say of a variant that failed."""
+    said = str(error).strip().splitlines() or ["without a message"]
+    return f"{type(error).__name__}: {said[0]}"[:200]
+
+
+def _results(case: Case, variant: Variant, upstream: Tensor | None) -> list[Tensor]:
+    if upstream is None:
+        with torch.no_grad():
+            found = [variant(**case.inputs)]
+    else:
+        value = variant(**case.inputs)
+        leaves = [case.inputs[name] for name in case.differentiable]
+        found = [value.detach(), *torch.autograd.grad(value, leaves, upstream)]
+    settle(case.device == "cuda")
+    return found
+
+
+def _call(case: Case, variant: Variant, mode: str, upstream: Tensor | None) -> Callable[[], object]:
+    inputs, leaves = case.inputs, [case.inputs[name] for name in case.differentiable]
 
     if mode == "fwd":
 
@@ -106,22 +140,7 @@ def _call(case: Case, variant: Callable[..., Tensor], mode: str) -> Callable[[],
                 return variant(**inputs)
 
         return forward
-    output = variant(**inputs)
-    upstream = torch.randn_like(output)
     if mode == "bwd":
-        return lambda: torch.autograd.grad(output, wanted, upstream, retain_graph=True)
-    return lambda: torch.autograd.grad(variant(**inputs), wanted, upstream)
-
-
-def _error(case: Case, variant: Callable[..., Tensor], exact: Tensor) -> float:
-    """Norm of the difference over the norm, of the forward pass."""
-    with torch.no_grad():
-        found = variant(**case.inputs).double()
-    return float((found - exact).norm() / exact.norm())
-
-
-def _percentiles(times: list[float]) -> tuple[float, float, float]:
-    if len(times) < 2:
-        return times[0], times[0], times[0]
-    cuts = statistics.quantiles(times, n=10, method="inclusive")
-    return cuts[1], cuts[4], cuts[7]
+        output = variant(**inputs)
+        return lambda: torch.autograd.grad(output, leaves, upstream, retain_graph=True)
+    return lambda: torch.autograd.grad(variant(**inputs), leaves, upstream)

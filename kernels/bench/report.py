@@ -1,10 +1,19 @@
-"""Tables and plots of measured operations."""
+"""Tables and plots of measured operations, and where they go."""
 
+import csv
+import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from clock import yard_text
+from floors import overhead_verdict, verdicts
+
 Row = Mapping[str, object]
 BEGIN, END = "<!-- measured -->", "<!-- end of measured -->"
+FIELDS = ("op", "shape", "instances", "mode", "dtype", "variant", "us", "us_p20", "us_p80")
+FIELDS += ("host_us", "bytes", "flops", "floor_us", "share_of_floor", "error", "grad_error")
+FIELDS += ("failed",)
 
 
 def table(rows: Sequence[Row], header: bool = True) -> str:
@@ -12,64 +21,132 @@ def table(rows: Sequence[Row], header: bool = True) -> str:
     lines = []
     if header:
         lines.append(
-            f"{'op':16} {'shape':14} {'mode':8} {'variant':24} {'us':>9} {'p20..p80':>19} "
-            f"{'floor':>8} {'share':>6} {'error':>8}"
+            f"{'op':16} {'shape':14} {'mode':8} {'variant':26} {'us':>9} {'p20..p80':>19} "
+            f"{'floor':>8} {'share':>6} {'error':>8} {'of grads':>8}"
         )
     for row in rows:
+        place = f"{row['op']:16} {row['shape']:14} {row['mode']:8} {row['variant']:26} "
+        if "failed" in row:
+            lines.append(place + f"failed: {row['failed']}")
+            continue
         spread = f"{row['us_p20']:.1f}..{row['us_p80']:.1f}"
         lines.append(
-            f"{row['op']:16} {row['shape']:14} {row['mode']:8} {row['variant']:24} "
-            f"{row['us']:9.1f} {spread:>19} {row['floor_us']:8.1f} {row['share_of_floor']:6.2f} "
-            f"{row['error']:8.1e}"
+            place + f"{row['us']:9.1f} {spread:>19} {row['floor_us']:8.1f} "
+            f"{row['share_of_floor']:6.2f} {row['error']:8.1e} {_grad_error(row):>8}"
         )
     return "\n".join(lines)
 
 
 def markdown(record: Mapping[str, object]) -> str:
     """The same for a document: a line per case, ours against the best of the others."""
-    cases: dict[tuple[object, ...], dict[str, Row]] = {}
-    for row in record["rows"]:
-        key = tuple(row[name] for name in ("op", "shape", "mode", "dtype"))
-        cases.setdefault(key, {})[row["variant"]] = row
-    lines = [
-        f"{record['device']}: copy {record['copy_gb_s']:.0f} GB/s, GEMM "
-        f"{record['gemm_tflop_s']:.3g} TFLOP/s, both measured in the same run.",
-        "",
-        "| op | shape | mode | dtype | ours, us | share of the floor | best other, us | ratio |",
-        "|---|---|---|---|---|---|---|---|",
+    found = [f"{yard_text(record['yard'])}, both measured in the same run.", ""]
+    found += [
+        "| op | shape | mode | dtype | ours, us | share of the floor | error | of gradients | "
+        "best other, us | ratio | floor |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for key, variants in cases.items():
-        ours = variants["ours"]
-        others = {name: row for name, row in variants.items() if name != "ours"}
-        best = min(others, key=lambda name: others[name]["us"])
-        lines.append(
-            f"| {' | '.join(map(str, key))} | {ours['us']:.1f} | {ours['share_of_floor']:.2f} | "
-            f"{others[best]['us']:.1f} ({best}) | {others[best]['us'] / ours['us']:.2f} |"
-        )
-    return "\n".join(lines)
+    failed = []
+    for key, variants in _cases(record["rows"]).items():
+        failed += [f"{' '.join(key[:3])} {n}: {r['failed']}" for n, r in _failed(variants)]
+        ours = variants.get("ours", {})
+        cells = list(map(str, key))
+        if "us" not in ours:
+            found.append(f"| {' | '.join(cells)} | failed" + " | -" * 6 + " |")
+            continue
+        cells += [f"{ours['us']:.1f}", f"{ours['share_of_floor']:.2f}", f"{ours['error']:.1e}"]
+        cells.append(_grad_error(ours))
+        others = {n: row["us"] for n, row in variants.items() if n != "ours" and "us" in row}
+        if others:
+            best = min(others, key=others.__getitem__)
+            cells += [f"{others[best]:.1f} ({best})", f"{others[best] / ours['us']:.2f}"]
+        else:
+            cells += ["-", "-"]
+        judged = verdicts(variants.values())
+        cells.append("; ".join(f"{v.word()} ({v.what} {_at_least(v)})" for v in judged) or "-")
+        found.append(f"| {' | '.join(cells)} |")
+    if overhead := record.get("overhead"):
+        found += ["", _overhead_line(overhead)]
+    if failed:
+        found += ["", "Without a time:", "", *(f"* {line}" for line in failed)]
+    if left := record.get("not_measured"):
+        found += ["", f"Not measured, no time left: {', '.join(left)}."]
+    return "\n".join(found)
+
+
+def judged_lines(record: Mapping[str, object]) -> list[str]:
+    """All verdicts of a record, as text."""
+    return [str(verdict) for verdict in judged(record)]
+
+
+def judged(record: Mapping[str, object]) -> list:
+    """All verdicts of a record."""
+    found = verdicts(record["rows"])
+    if overhead := record.get("overhead"):
+        found.append(overhead_verdict(overhead))
+    return found
+
+
+def write_between(path: Path, begin: str, end: str, text: str) -> None:
+    """Put text between two markers of a document.
+
+    Raises:
+        SystemExit: if the document has not each of them once, in this order.
+    """
+    whole = path.read_text(encoding="utf-8")
+    front, first, rest = whole.partition(begin)
+    _, last, back = rest.partition(end)
+    if not first or not last or begin in back or end in front + back:
+        raise SystemExit(f"{path}: needs {begin} and behind it {end}, each once")
+    write_text(path, f"{front}{begin}\n\n{text}\n\n{end}{back}")
 
 
 def write_docs(record: Mapping[str, object], path: Path) -> None:
     """Put the table between the markers of a document."""
-    text = path.read_text(encoding="utf-8")
-    front, rest = text.split(BEGIN)
-    _, back = rest.split(END)
-    path.write_text(f"{front}{BEGIN}\n\n{markdown(record)}\n\n{END}{back}", encoding="utf-8")
+    write_between(path, BEGIN, END, markdown(record))
+
+
+def write_text(path: Path, text: str) -> None:
+    """A file that is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
+def write_json(record: Mapping[str, object], path: Path) -> None:
+    """The whole record."""
+    write_text(path, json.dumps(record, indent=1) + "\n")
+
+
+def write_csv(rows: Sequence[Row], path: Path) -> None:
+    """The rows, empty where one has no such field."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
     """Times, and shares of the floor, of every variant: a panel per operation and mode."""
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        print(f"{path} was not drawn: matplotlib is not there")
+        return
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = list(dict.fromkeys((row["op"], row["mode"]) for row in rows))
+    timed = [row for row in rows if "us" in row]
+    panels = list(dict.fromkeys((row["op"], row["mode"]) for row in timed))
+    if not panels:
+        return
+    colours = _colours(timed, pyplot.get_cmap("tab20"))
     figure, axes = pyplot.subplots(
         len(panels), 2, figsize=(12, 3 * len(panels)), squeeze=False, layout="constrained"
     )
     for panel, pair in zip(panels, axes, strict=True):
-        own = [row for row in rows if (row["op"], row["mode"]) == panel]
+        own = [row for row in timed if (row["op"], row["mode"]) == panel]
         shapes = list(dict.fromkeys(row["shape"] for row in own))
         variants = list(dict.fromkeys(row["variant"] for row in own))
         width = 0.8 / len(variants)
@@ -77,13 +154,49 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             for number, variant in enumerate(variants):
                 found = {row["shape"]: row[name] for row in own if row["variant"] == variant}
                 shift = (number - (len(variants) - 1) / 2) * width
-                places = [place + shift for place in range(len(shapes))]
-                axis.bar(places, [found[shape] for shape in shapes], width, label=variant)
-            axis.set_xticks(range(len(shapes)), shapes)
+                places = [shapes.index(shape) + shift for shape in found]
+                axis.bar(places, found.values(), width, label=variant, color=colours[variant])
+            axis.set_xticks(range(len(shapes)), shapes, fontsize=8)
+            axis.set_xlim(-0.6, len(shapes) - 0.4)
             axis.set_title(" ".join(panel))
         pair[0].set_ylabel("microseconds")
-        pair[0].legend(fontsize=7)
         pair[1].set_ylabel("share of the floor")
         pair[1].axhline(1, color="black", linewidth=0.8)
+        pair[1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
+
+
+def _colours(rows: Sequence[Row], palette) -> dict[str, object]:
+    """One colour per variant in all panels; ours is black."""
+    others = dict.fromkeys(row["variant"] for row in rows if row["variant"] != "ours")
+    return {"ours": "black"} | {name: palette(i % 20) for i, name in enumerate(others)}
+
+
+def _cases(rows: Sequence[Row]) -> dict[tuple[object, ...], dict[str, Row]]:
+    cases: dict[tuple[object, ...], dict[str, Row]] = {}
+    for row in rows:
+        key = tuple(row[name] for name in ("op", "shape", "mode", "dtype"))
+        cases.setdefault(key, {})[row["variant"]] = row
+    return cases
+
+
+def _failed(variants: Mapping[str, Row]) -> list[tuple[str, Row]]:
+    return [(name, row) for name, row in variants.items() if "failed" in row]
+
+
+def _grad_error(row: Row) -> str:
+    return "-" if row.get("grad_error") is None else f"{row['grad_error']:.1e}"
+
+
+def _at_least(verdict) -> str:
+    return "?" if verdict.value is None else f"{verdict.value:.2f}, at least {verdict.limit:g}"
+
+
+def _overhead_line(overhead: Mapping[str, float]) -> str:
+    return (
+        f"launch overhead, us on the host per call against torch op: {overhead['ours_us']:.1f} "
+        f"(multiplex) and {overhead['torch_us']:.1f} (mean): "
+        f"{overhead_verdict(overhead).word()} ({overhead['extra_us']:.1f} more, at most 15)"
+    )

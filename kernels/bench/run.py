@@ -2,31 +2,37 @@
 
     python kernels/bench/run.py --list
     python kernels/bench/run.py --op rsa_demux --mode fwd_bwd --shape base-n5
-    python kernels/bench/run.py --all --json runs/kernels.json --plot runs/kernels.png
+    python kernels/bench/run.py --all --minutes 3 --json runs/kernels.json --plot runs/kernels.png
 
 All variants of a case take turns, a buffer larger than the caches is written between any two calls,
-and the middle of many rounds counts. Beside each time stand the error against float64 and the share
-of the floor: the time that the least possible bytes or operations take at the copy bandwidth and
-the GEMM rate that the same run measured. SHAPE is SIZE-nN[-sLENGTH][-gGROUPS], such as
-large-n10-s512: 32 groups of N instances of 128 tokens unless it says otherwise.
+and the middle of many rounds counts. Beside each time stand the errors against float64, of the
+value and the worst of all gradients, and the share of the floor: the time that the least possible
+bytes or operations take at the copy bandwidth and the GEMM rate that the same run measured. SHAPE
+is SIZE-nN[-sLENGTH][-gGROUPS], such as large-n10-s512: 32 groups of N instances of 128 tokens
+unless it says otherwise.
+
+With --all the most important cases come first, and the whole ends after --minutes; what there was
+no time for is listed. On a GPU the speeds that must be reached are judged, and the exit code is 1
+if one is missed.
 """
 
 import argparse
-import csv
 import json
 import sys
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-SHAPES = ("base-n2", "base-n5", "base-n10", "base-n5-s512", "large-n5")
 MODES = ("fwd", "bwd", "fwd_bwd")
 
 
 def main() -> int:
     """Measure what was asked for, print a table, write files."""
     args = parse_arguments()
+    if args.docs and args.from_json:
+        return write_docs_of(args.from_json, args.docs)
     from cases import CASES, parse_shape
+    from schedule import SHAPES, Wish, whole_program
 
     if args.list:
         for name, case in CASES.items():
@@ -34,44 +40,77 @@ def main() -> int:
         print(f"modes   {' '.join(MODES)}\nshapes  {' '.join(SHAPES)} ...")
         return 0
     ops = list(CASES) if args.all else args.op
-    shapes = list(SHAPES) if args.all and args.shape is None else args.shape or ["base-n5"]
     if unknown := [op for op in ops if op not in CASES]:
         sys.exit(f"--op {unknown[0]}: there are {', '.join(CASES)}")
-    from measure import measure_case, yardsticks
-    from report import plot, table, write_docs
+    wishes = whole_program(ops)
+    if not args.all or args.shape or args.mode:
+        modes, shapes = tuple(args.mode or ["fwd_bwd"]), args.shape or ["base-n5"]
+        wishes = [Wish(op, shape, modes, tuned=True) for op in ops for shape in shapes]
+    for wish in wishes:
+        parse_shape(wish.shape)
+    import torch
 
-    yard = yardsticks(args.device)
-    rows = []
-    for op in ops:
-        for shape in shapes:
-            case = CASES[op](parse_shape(shape), args.dtype, args.device)
-            for mode in args.mode or ["fwd_bwd"]:
-                found = measure_case(case, mode, yard, args.rounds, args.compile)
-                rows += [
-                    {"op": op, "shape": shape, "mode": mode, "dtype": args.dtype, **row}
-                    for row in found
-                ]
-                print(table(rows[-len(found) :], header=len(rows) == len(found)), flush=True)
-    record = {"device": yard.device, "copy_gb_s": yard.bytes_per_second / 1e9}
-    record |= {"gemm_tflop_s": yard.flops_per_second / 1e12, "rows": rows}
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("there is no CUDA device; --device cpu times the code for processors")
+    record = measure(args, wishes)
+    from report import judged, plot, write_csv, write_docs
+
     if args.csv:
-        args.csv.parent.mkdir(parents=True, exist_ok=True)
-        with open(args.csv, "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(record["rows"], args.csv)
     if args.plot:
-        args.plot.parent.mkdir(parents=True, exist_ok=True)
-        plot(rows, args.plot)
+        plot(record["rows"], args.plot)
     if args.docs:
         write_docs(record, args.docs)
-    print(
-        f"{yard.device}: copy {record['copy_gb_s']:.0f} GB/s, "
-        f"GEMM {record['gemm_tflop_s']:.3g} TFLOP/s"
-    )
+    if record["not_measured"]:
+        print(f"not measured, no time left: {', '.join(record['not_measured'])}")
+    from clock import yard_text
+
+    print(yard_text(record["yard"]))
+    if args.device != "cuda":
+        return 0
+    found = judged(record)
+    print("\n".join(map(str, found)))
+    return int(any(verdict.met is False for verdict in found))
+
+
+def measure(args: argparse.Namespace, wishes: list) -> dict[str, object]:
+    """The whole record; it is in --json after every case, so that an end by force loses little."""
+    from clock import yard_text, yardsticks
+    from overhead import launch_overhead
+    from report import table, write_json
+    from schedule import measure_all, replaced
+
+    yard = yardsticks(args.device)
+    print(yard_text(yard.record()), flush=True)
+    rows, left = [], []
+    record: dict[str, object] = {"yard": yard.record(), "not_measured": left}
+    record |= {"overhead": launch_overhead(args.device), "rows": rows}
+    for wish, found in measure_all(
+        wishes,
+        device=args.device,
+        dtype=args.dtype,
+        rounds=args.rounds,
+        compiled=args.compile or ("floors" if args.all else "all"),
+        yard=yard,
+        seconds=60 * args.minutes if args.minutes is not None else float("inf"),
+    ):
+        if found is None:
+            left.append(str(wish))
+            continue
+        print(table(found, header=not rows), flush=True)
+        rows[:] = replaced(rows, found)
+        if args.json:
+            write_json(record, args.json)
+    if args.json:
+        write_json(record, args.json)
+    return record
+
+
+def write_docs_of(source: Path, document: Path) -> int:
+    """Put an earlier run's table into a document."""
+    from report import write_docs
+
+    write_docs(json.loads(source.read_text(encoding="utf-8")), document)
     return 0
 
 
@@ -85,24 +124,26 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--list", action="store_true", help="print operations, modes and shapes")
     add("--op", nargs="+", metavar="OP", help="operations")
-    add("--all", action="store_true", help="all operations, and all shapes unless --shape is given")
+    add("--all", action="store_true", help="all operations and shapes, the most important first")
     add("--mode", nargs="+", choices=MODES, help="what is timed (default: fwd_bwd)")
     add("--shape", nargs="+", metavar="SHAPE", help="see above (default: base-n5)")
     add("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of tensors")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu times the torch code paths")
     add("--rounds", type=int, default=30, help="turns of each variant (default: 30)")
+    add("--minutes", type=float, metavar="M", help="begin nothing later (default: no limit)")
     add(
         "--compile",
-        choices=("none", "default", "all"),
-        default="all",
-        help="compiled variants to compare with; all: max-autotune too (default: all)",
+        choices=("none", "default", "floors", "all"),
+        help="compiled variants to compare with; all: max-autotune too; floors: that only where it "
+        "matters most (default: floors with --all, else all)",
     )
-    add("--json", type=Path, metavar="FILE", help="write everything")
+    add("--json", type=Path, metavar="FILE", help="write everything, after every case")
     add("--csv", type=Path, metavar="FILE", help="write the rows")
     add("--plot", type=Path, metavar="FILE", help="draw times and shares of the floor")
     add("--docs", type=Path, metavar="FILE.md", help="put the table between the file's markers")
+    add("--from_json", type=Path, metavar="FILE", help="with --docs: of a run that --json wrote")
     args = parser.parse_args()
-    if not (args.list or args.op or args.all):
+    if not (args.list or args.op or args.all or (args.docs and args.from_json)):
         parser.error("name operations with --op, or give --all or --list")
     return args
 

@@ -355,6 +355,11 @@ def check(
     firsts: Tensor | None,
     seconds: Tensor | None,
 ) -> None:
+    """See that shapes fit.
+
+    Raises:
+        ValueError: if they do not.
+    """
     instances, size = key.shape if key.dim() == 2 else (0, 0)
     if ids.dim() != 2 or not instances or ids.shape[0] % instances:
         raise ValueError(

@@ -73,8 +73,8 @@ def hand_written(model) -> Callable[[dict[str, object]], None]:
     return step
 
 
-def make_engine(untie: str, stage: int, domains: tuple[str, ...] = DOMAINS):
-    """An engine, as launchers/pretrain.py builds it, and the topology."""
+def make_engine(untie: str, stage: int, domains: tuple[str, ...] = DOMAINS, **zero: object):
+    """An engine, as launchers/pretrain.py builds it, and the topology; `zero`: further settings."""
     import torch.distributed as dist
 
     from megamod.dist.scope import Sharing, sharing_of
@@ -88,7 +88,7 @@ def make_engine(untie: str, stage: int, domains: tuple[str, ...] = DOMAINS):
         "train_micro_batch_size_per_gpu": BATCH,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": CLIP,
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": stage, **zero},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "use_data_before_expert_parallelism": topology.sharing is Sharing.DEMIX,

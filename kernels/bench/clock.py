@@ -1,0 +1,112 @@
+"""Clocks and yardsticks: time with cold caches, copy bandwidth, rate of matrix products."""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+CYCLES_PER_SECOND = 2e9  # of a GPU, about: only how long it is kept waiting depends on it
+LONGEST_WAIT = 0.02
+
+
+@dataclass(frozen=True)
+class Yard:
+    """What this machine can do, measured."""
+
+    device: str
+    bytes_per_second: float
+    flops_per_second: float
+    software: str = ""
+
+    def record(self) -> dict[str, object]:
+        """For a JSON file, and what `text` reads."""
+        return asdict(self)
+
+
+class Clock:
+    """Seconds of a call, with cold caches."""
+
+    def __init__(self, device: str):
+        self.cuda = device == "cuda"
+        size = 256 << 20 if self.cuda else 64 << 20
+        self.flush = torch.empty(size, dtype=torch.int8, device=device)
+
+    def __call__(self, call: Callable[[], object], ahead: float = 0.0) -> float:
+        """Time once.
+
+        Args:
+            ahead: seconds that a GPU is kept busy before, so that the host has queued the whole
+                call when the first of its kernels starts: launching is then not part of the time.
+        """
+        self.flush.zero_()
+        if not self.cuda:
+            start = time.perf_counter()
+            call()
+            return time.perf_counter() - start
+        if ahead:
+            torch.cuda._sleep(int(min(ahead, LONGEST_WAIT) * CYCLES_PER_SECOND))
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        stop.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(stop) / 1000
+
+    def host(self, call: Callable[[], object], rounds: int = 3) -> float:
+        """Seconds until a call returns on the host, whether or not the device is done."""
+        found = []
+        for _ in range(rounds):
+            settle(self.cuda)
+            start = time.perf_counter()
+            call()
+            found.append(time.perf_counter() - start)
+        settle(self.cuda)
+        return min(found)
+
+
+def settle(cuda: bool) -> None:
+    """Wait for the device."""
+    if cuda:
+        torch.cuda.synchronize()
+
+
+def yardsticks(device: str) -> Yard:
+    """Copy bandwidth (bytes read and written) and rate of a large GEMM, the best of ten."""
+    clock = Clock(device)
+    cuda = device == "cuda"
+    source = torch.empty(1 << 30 if cuda else 1 << 25, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    size, dtype = (8192, torch.bfloat16) if cuda else (512, torch.float32)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    copy = min(clock(lambda: target.copy_(source)) for _ in range(10))
+    gemm = min(clock(lambda: a @ b) for _ in range(10))
+    name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    return Yard(name, 2 * source.numel() / copy, 2 * size**3 / gemm, software())
+
+
+def yard_text(yard: dict[str, object]) -> str:
+    """What the shares are shares of, from `Yard.record`."""
+    copy, gemm = yard["bytes_per_second"] / 1e9, yard["flops_per_second"] / 1e12
+    return f"{yard['device']}, {yard['software']}: copy {copy:.0f} GB/s, GEMM {gemm:.3g} TFLOP/s"
+
+
+def software() -> str:
+    """Versions of what computes."""
+    found = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
+    try:
+        found.append(f"triton {version('triton')}")
+    except PackageNotFoundError:
+        found.append("no triton")
+    return ", ".join(found)
+
+
+def percentiles(times: Sequence[float]) -> tuple[float, float, float]:
+    """The 20th, 50th and 80th."""
+    if len(times) < 2:
+        return times[0], times[0], times[0]
+    cuts = statistics.quantiles(times, n=10, method="inclusive")
+    return cuts[1], cuts[4], cuts[7]

@@ -1,0 +1,63 @@
+"""Every kernel once, forward and backward, at odd sizes: what a memory checker is run on.
+
+    python kernels/bench/every_kernel.py
+    python kernels/bench/every_kernel.py --memcheck
+
+With --memcheck it runs itself under `compute-sanitizer --tool memcheck`; where there is none, it
+says so and all is well.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+
+FAULT = 9  # exit code of the checker where it found something
+
+
+def main() -> int:
+    """Run them here, or under the checker."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--memcheck", action="store_true", help="under compute-sanitizer")
+    args = parser.parse_args()
+    if args.memcheck:
+        return under_checker(args.device)
+    from cases import CASES, Shape
+    from torch.autograd import grad
+
+    shape = Shape(groups=2, instances=3, length=19, size=200, heads=4)
+    for name, make in CASES.items():
+        for dtype in ("bf16", "fp32"):
+            case = make(shape, dtype, args.device)
+            value = case.variants["ours"](**case.inputs)
+            grads = grad(value.float().sum(), [case.inputs[n] for n in case.differentiable])
+            finite = all(bool(tensor.isfinite().all()) for tensor in (value, *grads))
+            print(f"{name} {dtype}: {'finite' if finite else 'NOT FINITE'}", flush=True)
+            if not finite:
+                return 1
+    return 0
+
+
+def under_checker(device: str) -> int:
+    """Exit code of the checker; 0 if there is none."""
+    checker = shutil.which("compute-sanitizer")
+    if checker is None:
+        print("compute-sanitizer is not on the PATH: memory accesses were not checked")
+        return 0
+    command = [checker, "--tool", "memcheck", "--error-exitcode", str(FAULT)]
+    command += [sys.executable, __file__, "--device", device]
+    # Every tensor an allocation of its own, so that reading past one is seen.
+    return subprocess.run(
+        command, env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, check=False
+    ).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

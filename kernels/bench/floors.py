@@ -1,0 +1,116 @@
+"""What must be reached on a GPU, and whether it was."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+Row = Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The least speed of ours, against other variants of the same run or the least possible time.
+
+    Attributes:
+        peers: endings of the names of those that count, of which the fastest is compared: its time
+            over ours. Empty: the share of the floor of bytes and operations.
+        instances: from and to which N it holds.
+        least_bytes: of cases that are judged; in smaller ones starting a kernel takes most time.
+    """
+
+    what: str
+    ops: tuple[str, ...]
+    modes: tuple[str, ...]
+    peers: tuple[str, ...]
+    limit: float
+    instances: tuple[int, int] = (1, 64)
+    least_bytes: float = 0.0
+
+    def fits(self, row: Row) -> bool:
+        """Whether it says something about a row of ours."""
+        low, high = self.instances
+        return (
+            row["op"] in self.ops
+            and row["mode"] in self.modes
+            and row["dtype"] == "bf16"
+            and low <= row["instances"] <= high
+            and row.get("bytes", self.least_bytes) >= self.least_bytes
+        )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One floor at one place; `value` is None where nothing was measured to compare."""
+
+    place: str
+    what: str
+    value: float | None
+    limit: float
+    larger: bool = True
+
+    @property
+    def met(self) -> bool | None:
+        """None: not known."""
+        if self.value is None:
+            return None
+        return self.value >= self.limit if self.larger else self.value <= self.limit
+
+    def word(self) -> str:
+        """MET, MISSED, or that it is not known."""
+        return {None: "not measured", True: "MET", False: "MISSED"}[self.met]
+
+    def __str__(self) -> str:
+        found = "-" if self.value is None else f"{self.value:.3g}"
+        sign = ">=" if self.larger else "<="
+        return f"{self.place}: {self.what} {found}, floor {sign} {self.limit:g}: {self.word()}"
+
+
+DEMUX = ("rsa_demux", "rsa_demux_l3")
+CONCAT = ("compile eager concat", "max-autotune eager concat")
+SPLIT = ("compile eager split", "max-autotune eager split")
+COMPILED = ("compile eager", "max-autotune eager")
+ATTENTION = ("eager sdpa", "compile eager sdpa", "compile flex mask", "compile flex batches")
+BOTH = ("fwd_bwd",)
+LARGE = 4e8
+FLOORS = (
+    Floor("best compile of the concatenated form / ours", DEMUX[:1], BOTH, CONCAT, 2.0, (5, 64)),
+    Floor("best compile of the concatenated form / ours", DEMUX[:1], BOTH, CONCAT, 1.6, (2, 4)),
+    Floor("best compile of the concatenated form / ours", DEMUX[1:], BOTH, CONCAT, 1.5, (5, 64)),
+    Floor("best compile of the split form / ours", DEMUX, BOTH, SPLIT, 1.15),
+    Floor("best of SDPA and FlexAttention / ours", ("slot_attention",), BOTH, ATTENTION, 3.0),
+    Floor("best compile / ours", ("mux_embed",), BOTH, COMPILED, 1.5, (5, 64)),
+    Floor("best compile / ours", ("multiplex",), ("fwd", "bwd", *BOTH), COMPILED, 0.97),
+    Floor("share of copy bandwidth", ("multiplex",), ("fwd",), (), 0.85, least_bytes=LARGE),
+)
+OVERHEAD_US = 15.0
+
+
+def verdicts(rows: Iterable[Row], floors: Sequence[Floor] = FLOORS) -> list[Verdict]:
+    """Of all floors that say something about these rows. If ours failed, its floors are missed."""
+    cases: dict[tuple[object, ...], dict[str, Row]] = {}
+    for row in rows:
+        key = tuple(row[name] for name in ("op", "shape", "mode", "dtype"))
+        cases.setdefault(key, {})[row["variant"]] = row
+    return [
+        Verdict(" ".join(key[:3]), floor.what, _value(floor, variants), floor.limit)
+        for key, variants in cases.items()
+        for floor in floors
+        if "ours" in variants and floor.fits(variants["ours"])
+    ]
+
+
+def overhead_verdict(overhead: Mapping[str, float]) -> Verdict:
+    """Of what `overhead.launch_overhead` found."""
+    return Verdict(
+        "multiplex, tiny", "us on the host beyond a torch operation", overhead["extra_us"],
+        OVERHEAD_US, larger=False,
+    )  # fmt: skip
+
+
+def _value(floor: Floor, variants: Mapping[str, Row]) -> float | None:
+    ours = variants["ours"]
+    if "failed" in ours:
+        return 0.0
+    if not floor.peers:
+        return ours["share_of_floor"]
+    times = [row["us"] for name, row in variants.items() if name in floor.peers and "us" in row]
+    return min(times) / ours["us"] if times else None

@@ -1,0 +1,41 @@
+"""What a call of ours costs on the host, beyond an operation of torch."""
+
+import time
+from collections.abc import Callable
+
+import torch
+from clock import settle
+from megamod_kernels.mux import multiplex
+from torch import Tensor
+
+CALLS, ROUNDS = 100, 7  # a GPU's queue holds about a thousand launches
+
+
+def launch_overhead(device: str, calls: int = CALLS, rounds: int = ROUNDS) -> dict[str, float]:
+    """Microseconds per call of `multiplex` and of `torch.mean`, on a tensor of a few kilobytes.
+
+    Neither needs a gradient. The device has so little to do that only the host's work is seen;
+    both take turns, the least of all rounds counts.
+    """
+    cuda = device == "cuda"
+    x = torch.randn(2, 2, 4, 256, device=device).to(torch.bfloat16)
+    key = torch.randn(2, 256, device=device)
+    sides = {"ours_us": lambda: multiplex(x, key), "torch_us": lambda: x.mean(1)}
+    found = dict.fromkeys(sides, float("inf"))
+    with torch.no_grad():
+        for call in sides.values():
+            call()
+        for _ in range(rounds):
+            for name, call in sides.items():
+                found[name] = min(found[name], _per_call(call, calls, cuda) * 1e6)
+    return found | {"extra_us": found["ours_us"] - found["torch_us"]}
+
+
+def _per_call(call: Callable[[], Tensor], calls: int, cuda: bool) -> float:
+    settle(cuda)
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    found = (time.perf_counter() - start) / calls
+    settle(cuda)
+    return found

@@ -1,0 +1,186 @@
+"""Steps of training, as `gpu_training.py` times them: from flags to an engine, loops in turns."""
+
+import itertools
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from clock import settle
+
+DS_CONFIG = Path(__file__).resolve().parents[2] / "ds_configs" / "zero1_bf16.json"
+CLIP, WARM_UP = 1.0, 3
+
+
+@dataclass(frozen=True)
+class Size:
+    """A decoder to train; `floor` is the MFU that is to be reached, `more` further flags."""
+
+    model: str
+    rows: int
+    micro_steps: int
+    floor: float
+    length: int = 1024
+    more: tuple[str, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Of an optimizer step."""
+        return self.rows * self.micro_steps * self.length
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """What a launcher would be given."""
+        return (
+            *("--model", self.model, "--max_seq_length", str(self.length)),
+            *("--per_device_train_batch_size", str(self.rows)),
+            *("--global_batch_size", str(self.rows * self.micro_steps), *self.more),
+        )
+
+
+class Job:
+    """What a launcher and the planner make of flags, on one rank."""
+
+    def __init__(self, *flags: str):
+        from megamod.args import DataArgs, ModelArgs, MuxArgs, OptimArgs, RunArgs, SafetyArgs
+        from megamod.btm.recipe import BtmArgs
+        from megamod.flags import parse_args
+        from megamod.planning.plan import plan_of
+        from megamod.planning.plan_args import PlanArgs
+        from megamod.planning.request import jobs_of
+
+        kinds = (PlanArgs, BtmArgs, RunArgs, SafetyArgs, ModelArgs, OptimArgs, MuxArgs, DataArgs)
+        given = ("--world_size", "1", "--precision", "bf16", "--deepspeed", str(DS_CONFIG))
+        given += ("--max_grad_norm", str(CLIP), "--adam_beta2", "0.95", "--weight_decay", "0.1")
+        self.parsed = parse_args(*kinds, argv=[*given, *flags])
+        (self.job,) = jobs_of(self.parsed)
+        self.plan = plan_of(self.job, self.parsed[0])
+
+    def engine(self, device: torch.device):
+        """A model with new weights in the engine of the launchers."""
+        from megamod.train import setup
+        from megamod.train.engine import build_engine
+
+        _, _, run, safety, _, optim, _, _ = self.parsed
+        config, topology = self.plan.network.config, self.job.topology
+        resolved = setup.engine_config(run, safety, optim, topology, config.hidden_size)
+        torch.manual_seed(1)
+        with device:
+            model = self.plan.network.build(config)
+        return build_engine(model, setup.optimizer_maker(optim), resolved, topology)
+
+
+def random_batches(vocabulary: int, size: Size, device: torch.device) -> list[dict[str, object]]:
+    """A step's micro-batches, in memory that is copied from at once where there is a GPU."""
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for _ in range(size.micro_steps):
+        ids = torch.randint(4, vocabulary, (size.rows, size.length + 1), generator=generator)
+        batch = {"input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
+        batch["domains"] = torch.zeros(size.rows, dtype=torch.int64)
+        if device.type == "cuda":
+            batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+        found.append(batch | {"domain": 0, "tokens": size.rows * size.length})
+    return found
+
+
+def in_turns(
+    engine,
+    step_batches: Sequence[dict[str, object]],
+    others: Mapping[str, Callable[[], None]],
+    device: torch.device,
+    rounds: int,
+) -> dict[str, float]:
+    """Least seconds of a step of the training loop ("ours") and of the others, in turns."""
+    from megamod.train.checkpoint import TrainState
+    from megamod.train.loop import Plan, train
+    from megamod.train.monitor import Monitor
+    from megamod.train.objectives import CausalLM
+    from megamod.train.optim import constant
+
+    steps, domains = WARM_UP + rounds, ("text",)
+    times: dict[str, list[float]] = {name: [] for name in ("ours", *others)}
+
+    def now() -> float:
+        settle(device.type == "cuda")
+        return time.perf_counter()
+
+    def batches(first: int) -> Iterator[dict[str, object]]:
+        started = None
+        for number in itertools.count():
+            if started is not None:
+                times["ours"].append(now() - started)
+            if number < steps:
+                for name, step in others.items():
+                    begun = now()
+                    step()
+                    times[name].append(now() - begun)
+            started = now()
+            yield from step_batches
+
+    with tempfile.TemporaryDirectory() as folder:
+        monitor = Monitor(Path(folder), domains, "tokens", steps + 1, None, None, False, 0)
+        plan = Plan(
+            max_steps=steps + 1,
+            stop_step=steps + 1,
+            micro_steps=len(step_batches),
+            schedule=constant(1e-4, 0, steps),
+            max_grad_norm=CLIP,
+            logging_steps=10,
+            eval_steps=0,
+            save_steps=0,
+            seed=1,
+            nonfinite="stop",
+            spike_factor=0.0,
+            save_failure="continue",
+        )
+        objective = CausalLM(domains, device, choose=False)
+        state, saved = TrainState(), _NoCheckpoints()
+        train(engine, objective, batches, plan, state, saved, monitor, lambda step: None)
+        monitor.close()
+    return {name: min(taken[WARM_UP:]) for name, taken in times.items()}
+
+
+class _NoCheckpoints:
+    """Saving is measured elsewhere."""
+
+    folder = Path()
+
+    def save(self, state: object) -> bool:
+        return True
+
+
+def whole_step(engine, objective, batches: Sequence[dict[str, object]]) -> Callable[[], None]:
+    """A function that makes one optimizer step, as the loop does, without its bookkeeping."""
+    from megamod.train.engine import update
+    from megamod.train.optim import set_rate
+
+    items = [sum(counts) for counts in zip(*map(objective.count, batches), strict=True)]
+    share = [count / len(batches) for count in items]
+    engine.train()
+
+    def step() -> None:
+        set_rate(engine.optimizer, 1e-4)
+        for batch in batches:
+            engine.backward(objective.score(engine, batch, share).loss)
+            update(engine, CLIP)
+
+    return step
+
+
+def least(
+    sides: Mapping[str, Callable[[], None]], device: torch.device, rounds: int
+) -> dict[str, float]:
+    """Least seconds of each call, in turns."""
+    found = dict.fromkeys(sides, float("inf"))
+    for number in range(WARM_UP + rounds):
+        for name, call in sides.items():
+            settle(device.type == "cuda")
+            started = time.perf_counter()
+            call()
+            settle(device.type == "cuda")
+            if number >= WARM_UP:
+                found[name] = min(found[name], time.perf_counter() - started)
+    return found
