@@ -288,8 +288,10 @@ def builds() -> "Iterator[Build]":
     types = {"of_hidden": "*i64", "of_key": "*i64", "seed": "*i64", "partial": "*fp32"}
     types |= dict.fromkeys(("dropout", "eps"), "fp32")
     counts = ("rows", "D", "N", "L", "blocks", "positions")
-    for size in (768, 1024, 2048):
+    for size in (768, 1024, 1536, 2048):
         for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
+            if size == 1536 and dtype == "fp32":
+                continue  # as 1024
             tall, wide, inner, warps, stages = _tile(size * 8, itemsize)
             product = {"ROWS": tall, "COLUMNS": wide, "INNER": inner}
             by_rows = {"ROWS": ROWS, "WIDTH": WIDTH}

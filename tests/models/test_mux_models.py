@@ -321,3 +321,20 @@ def test_kernels_compute_what_plain_torch_does(mux, head):
     for name, grad in found["reference"][1].items():
         off = (found["triton"][1][name] - grad).abs().max()
         assert off <= 1e-4 * grad.abs().max() + 1e-6, name
+
+
+@pytest.mark.parametrize("kernels", ["reference", "triton"])
+@pytest.mark.parametrize("head", ["sequence", "token"])
+def test_compiles_without_a_break(head, kernels):
+    model = bert(head, kernels=kernels).float()
+    given = batch(head, model.config, 4, False)
+    ids = {name: given[name] for name in ("input_ids", "attention_mask")}
+    plain = model(**ids).logits
+    plain.sum().backward()
+    expected = model.demultiplexer.pre_decoder.weight.grad.clone()
+    model.zero_grad()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found = compiled(**ids).logits
+    found.sum().backward()
+    torch.testing.assert_close(found, plain)
+    torch.testing.assert_close(model.demultiplexer.pre_decoder.weight.grad, expected)
