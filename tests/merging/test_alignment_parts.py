@@ -19,7 +19,6 @@ from megamod.merging.alignment import folder as folder_module
 from megamod.merging.alignment.align import (
     align,
     align_folders,
-    align_to_first,
     align_weights,
     shapes_of,
 )
@@ -264,16 +263,6 @@ def test_merged_models_keep_their_own_heads():
     embeddings = "bert.embeddings.word_embeddings.weight"
     mean = (first.state_dict()[embeddings] + second.state_dict()[embeddings]) / 2
     torch.testing.assert_close(pair[0][embeddings], mean)
-
-
-def test_each_model_is_aligned_to_the_first():
-    models = [random_model("gpt2", seed) for seed in (1, 2, 3)]
-    given, options = list(whole_batches(texts(), 4)), Options(groups=("ff",))
-    found = align_to_first(models, given, options)
-    for alignment, model in zip(found, models[1:], strict=True):
-        alone = align(models[0], model, given, options)
-        for name, permutation in alone.permutations.items():
-            assert torch.equal(alignment.permutations[name], permutation)
 
 
 def test_an_alignment_is_kept_and_read_again(tmp_path):

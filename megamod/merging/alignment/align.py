@@ -72,13 +72,6 @@ def align(
     return _alignment(symmetry, _match(solved, measured, options), options)
 
 
-def align_to_first(
-    models: Sequence[PreTrainedModel], batches: Sequence[Batch] | None, options: Options
-) -> list[Alignment]:
-    """An alignment of each model but the first, to the first."""
-    return [align(models[0], model, batches, options) for model in models[1:]]
-
-
 def align_weights(
     config: Mapping[str, object],
     first: Mapping[str, Tensor],
