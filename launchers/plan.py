@@ -13,6 +13,7 @@ Recipes and flags are those of launchers/pretrain.py and launchers/btm.py. Nothi
 weight takes up memory; neither data nor GPUs are needed. docs/planning.md has the formulas.
 """
 
+import sys
 from pathlib import Path
 
 from megamod.args import (
@@ -38,7 +39,7 @@ def main() -> None:
     *others, btm = parsed
     args = others[0]
     # Only now the heavy imports, so that --help and mistakes in flags answer at once.
-    from megamod.planning import report, simulate
+    from megamod.planning import published, report, simulate
     from megamod.planning.plan import plan_of
     from megamod.planning.request import jobs_of
     from megamod.planning.search import proposals
@@ -56,8 +57,12 @@ def main() -> None:
             seconds = None if args.step_ms is None else args.step_ms / 1e3
             curves = simulate.simulate(plan, seconds, args.step_world_size)
             print(report.of_curves(curves), flush=True)
+            known = published.published_of(plan.job.model)
+            if known:
+                print(report.of_published(curves, known), flush=True)
+            theirs = published.markers(curves, known) if known else {}
             tokens, title = plan.job.steps * plan.job.tokens, f"{plan.job.model.model} on more GPUs"
-            simulate.draw(curves, tokens, title, Path(args.simulate))
+            simulate.draw(curves, tokens, title, Path(args.simulate), theirs, published.SOURCE)
             records[-1]["simulation"] = simulate.record(curves)
         print()
     if args.json is not None:
@@ -65,4 +70,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # transformers loads it, where it is installed, for a kind of generation that nobody asks for
+    # here: a sixth of the whole command. (None stands for a module that cannot be imported.)
+    sys.modules["sklearn"] = None
     run(main)

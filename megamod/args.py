@@ -144,6 +144,7 @@ class ModelArgs(Arguments):
     )  # fmt: skip
     init_from: str | None = option(None, "model folder whose weights start the run")
     gradient_checkpointing: bool = option(False, "recompute blocks in the backward pass")
+    torch_compile: bool = option(False, "compile blocks when the first step calls them")
     attn_implementation: Literal["sdpa", "eager"] = option("sdpa", "code path of attention")
     hidden_size: int | None = option(None, "width; none: that of the model", least=1)
     num_hidden_layers: int | None = option(None, "blocks; none: those of the model", least=1)

@@ -95,6 +95,11 @@ def find_models(folder: Path, held_out: HeldOut) -> list[SavedModel]:
         config = read_lm_config(place, "--model")
         if rows is None:
             rows = {d: d for d in config.domains} if config.untie != "none" else {DENSE: None}
+        if DENSE in rows and (place != folder or rows[DENSE] is not None):
+            raise UserError(
+                f"--model {folder}: has an expert named {DENSE!r}, which is the row of models "
+                "without experts; give it another name"
+            )
         models.append(SavedModel(place, config, open_data(place, config, held_out), rows))
     return models if held_out.experts is None else _chosen(folder, models, held_out.experts)
 

@@ -32,6 +32,7 @@ class Setting:
         checkpointing: recompute blocks in the backward pass.
         offload: where masters, moments and gradients live instead: "cpu" (the memory of the host),
             "nvme" (a disk), or "none".
+        offload_param: where the rank's share of the weights lives (stage 3): "cpu" or "none".
         sum_in_fp32: gradients are summed in float32 over the micro-batches.
         bucket: elements of a buffer that gradients are reduced in.
         buffers: how many of these (two where reduction overlaps with the backward pass).
@@ -45,6 +46,7 @@ class Setting:
     micro_steps: int
     checkpointing: bool
     offload: str = "none"
+    offload_param: str = "none"
     sum_in_fp32: bool = False
     bucket: int = BUCKET
     buffers: int = 1
@@ -69,7 +71,9 @@ class Memory:
         buffers: that gradients are reduced and weights gathered in, during the backward pass.
         collected: the rank's share of what a backward pass reduced, beside `gradients`.
         update: float32 copies of gradients, during the update.
-        host: outside the GPU: in the memory of the machine, or on its disk.
+        host: what an offloaded optimizer has outside the GPU: in the memory of the machine, or on
+            its disk.
+        host_weights: weights that are in the memory of the machine.
     """
 
     weights: int
@@ -81,6 +85,7 @@ class Memory:
     collected: int
     update: int
     host: int = 0
+    host_weights: int = 0
 
     @property
     def peak(self) -> int:
@@ -119,6 +124,7 @@ def memory(
             kept=whole.kept + part.kept,
             collected=whole.collected + part.collected,
             update=max(whole.update, part.update),  # groups are updated one after the other
+            host_weights=whole.host_weights + part.host_weights,
         )
     if setting.offload == "none":
         return whole
@@ -143,7 +149,7 @@ def _groups(
 
 
 def _part(held: list[int], ranks: int, limit: float, setting: Setting) -> Memory:
-    element, total = setting.element, sum(held)
+    element, total, away = setting.element, sum(held), 0
     summed = 4 if setting.sum_in_fp32 else element
     earlier = setting.micro_steps > 1 or setting.stage == 3  # whose buffer is never given back
     if setting.stage == 0:
@@ -152,7 +158,8 @@ def _part(held: list[int], ranks: int, limit: float, setting: Setting) -> Memory
     if setting.stage == 3:
         own = sum(-(-size // ranks) for size in held)
         whole = sum(size for size in held if size <= setting.persistent)
-        weights = element * (own + whole)
+        away = own if setting.offload_param != "none" else 0
+        weights = element * (own - away + whole)
     else:
         unit = ALIGNMENT * ranks
         padded = -(-total // unit) * unit
@@ -172,6 +179,7 @@ def _part(held: list[int], ranks: int, limit: float, setting: Setting) -> Memory
         0,
         element * own * anew,
         update,
+        host_weights=element * away,
     )
 
 

@@ -16,6 +16,7 @@ from megamod.planning.network import Network, network_of
 from megamod.planning.plan_args import PlanArgs
 from megamod.planning.request import Job
 from megamod.planning.timing import Links, traffic_of
+from megamod.train.compiled import check_stage
 
 UTILISATIONS = (0.3, 0.4, 0.5)
 FOLLOWED = 4096  # scored tokens of a micro-batch from which on larger ones lie on a line
@@ -124,7 +125,7 @@ class JobPlan:
             told = "--gradient_checkpointing true"
             yield told, self.memory_with(replace(setting, checkpointing=True))
         for stage in range(setting.stage + 1, 4):
-            if stage_allowed(stage, setting.precision, topology):
+            if stage_allowed(stage, self.job):
                 told = f"ZeRO stage {stage}"
                 yield told, self.memory_with(replace(setting, stage=stage))
         if setting.stage and setting.bucket > SMALL_BUCKET:
@@ -144,6 +145,10 @@ class JobPlan:
             needed = self.memory_with(replace(setting, offload="cpu"))
             told = f"offload_optimizer.device cpu ({needed.host / 1e9:.1f} GB of the host per rank)"
             yield told, needed
+        if setting.stage == 3 and setting.offload_param == "none":
+            needed = self.memory_with(replace(setting, offload_param="cpu"))
+            share = f"{needed.host_weights / 1e9:.1f} GB of the host per rank"
+            yield f"offload_param.device cpu ({share})", needed
 
     def record(self) -> dict[str, object]:
         """Everything, as it is written to JSON: bytes, elements, seconds."""
@@ -212,13 +217,15 @@ def with_micro_batch(setting: Setting, micro_batch: int) -> Setting:
     return replace(setting, micro_batch=micro_batch, micro_steps=steps)
 
 
-def stage_allowed(stage: int, precision: str, topology: DomainTopology) -> bool:
+def stage_allowed(stage: int, job: Job) -> bool:
     """Whether a run takes a ZeRO stage with its sharing and precision."""
     config: dict[str, object] = {"zero_optimization": {"stage": stage}}
-    if precision != "fp32":
-        config[precision] = {"enabled": True}
+    if job.setting.precision != "fp32":
+        config[job.setting.precision] = {"enabled": True}
     try:
-        check_sharing(config, topology.sharing, topology.world_size)
+        check_sharing(config, job.topology.sharing, job.topology.world_size)
+        if job.model.torch_compile:
+            check_stage(config)
     except UserError:
         return False
     return True

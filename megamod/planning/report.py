@@ -6,8 +6,9 @@ from megamod.btm.placement import include
 from megamod.dist.scope import Sharing
 from megamod.planning.memory import USABLE
 from megamod.planning.plan import JobPlan, machines_of_domains
+from megamod.planning.published import SOURCE, Published, ratios
 from megamod.planning.search import Proposal
-from megamod.planning.simulate import Point
+from megamod.planning.simulate import Curves, Point
 
 
 def of_job(plan: JobPlan) -> str:
@@ -77,6 +78,20 @@ def of_curves(curves: Mapping[Sharing, Sequence[Point]]) -> str:
     )
 
 
+def of_published(curves: Curves, published: Published) -> str:
+    """Speeds relative to dense training, beside those that were published."""
+    own = ratios(curves, published.gpus)
+    lines = [f"speed over that of dense training, {published.gpus} GPUs"]
+    for kind, speed in published.speed.items():
+        if kind is not Sharing.DENSE and kind in own:
+            slow, fast = own[kind]
+            lines.append(
+                f"{kind.value}: {slow:.2f} simulated, {fast:.2f} with all overlap; "
+                f"{speed:.2f} published ({SOURCE})"
+            )
+    return "\n".join(lines)
+
+
 def _parameters(plan: JobPlan) -> list[tuple[str, str]]:
     network = plan.network
     rows = [("parameters", f"{network.per_rank:,} on a rank, {network.active:,} active")]
@@ -104,6 +119,8 @@ def _memory(plan: JobPlan) -> list[tuple[str, str]]:
     if needed.host:
         place = "on the disk" if plan.job.setting.offload == "nvme" else "in memory"
         rows.append(("", f"{_gb(needed.host)} {place} of the host"))
+    if needed.host_weights:
+        rows.append(("", f"{_gb(needed.host_weights)} of weights in memory of the host"))
     if not plan.fits:
         changes = plan.what_fits() or ["no single change; --search tries several at once"]
         rows += [("what would fit" if i == 0 else "", told) for i, told in enumerate(changes)]

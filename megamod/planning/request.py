@@ -22,6 +22,7 @@ from megamod.models.configuration import PRESETS as lm_sizes
 from megamod.models.mux_configuration import PRESETS as encoder_sizes
 from megamod.planning.memory import BUCKET, LIVE, PERSISTENT, Setting
 from megamod.planning.plan_args import PlanArgs
+from megamod.train.compiled import check_stage
 from megamod.train.setup import engine_config, micro_steps
 
 VOCABULARY = {"causal_lm": 50264, "masked_lm": 30522, "replaced_token": 30522}
@@ -219,6 +220,8 @@ def _job(
     _, _, run, safety, model, optim, mux, data = (copy.copy(args) for args in parsed)
     topology = DomainTopology(ranks, tuple(domains) or ("text",), sharing)
     config = engine_config(run, safety, optim, topology, hidden_size_of(model, mux))
+    if model.torch_compile:
+        check_stage(config)
     zero = config["zero_optimization"]
     stage = zero["stage"]
     overlap = zero.get("overlap_comm", stage == 3)
@@ -230,6 +233,7 @@ def _job(
         micro_steps=micro_steps(run, topology),
         checkpointing=model.gradient_checkpointing,
         offload=offloaded_to(zero, "optimizer"),
+        offload_param=offloaded_to(zero, "param"),
         sum_in_fp32=summed and run.precision not in (None, "fp32"),
         bucket=int(zero.get("reduce_bucket_size", BUCKET)),
         buffers=2 if overlap and stage < 3 else 1,

@@ -44,8 +44,9 @@ class Proposal:
             "micro_steps": self.setting.micro_steps,
             "gradient_checkpointing": self.setting.checkpointing,
             "offload": self.setting.offload,
+            "offload_param": self.setting.offload_param,
             "peak_bytes": self.memory.peak,
-            "host_bytes": self.memory.host,
+            "host_bytes": self.memory.host + self.memory.host_weights,
             "step_seconds": self.seconds,
             "reasons": list(self.reasons),
         }
@@ -73,16 +74,16 @@ def _settings(plan: JobPlan, base: Setting) -> list[Setting]:
     return [
         replace(with_micro_batch(base, micro), stage=stage, checkpointing=checkpointing)
         for stage in range(4)
-        if stage_allowed(stage, base.precision, job.topology) and _offloads(base, stage)
+        if stage_allowed(stage, job) and _offloads(base, stage)
         for micro in micro_batches(job)
         for checkpointing in (False, True)
     ]
 
 
 def _offloads(base: Setting, stage: int) -> bool:
-    """Whether the optimizer can be where it is with another stage."""
+    """Whether optimizer and weights can be where they are with another stage."""
     least = {"none": 0, "cpu": 1, "nvme": 3}
-    return stage >= least[base.offload]
+    return stage >= least[base.offload] and (stage == 3 or base.offload_param == "none")
 
 
 def _order(proposal: Proposal) -> tuple[float, int, int]:
@@ -118,4 +119,6 @@ def _reasons(plan: JobPlan, setting: Setting, needed: Memory, world: float) -> t
     if setting.offload != "none":
         place = "on the disk" if setting.offload == "nvme" else "on the host"
         told.append(f"{needed.host / 1e9:.1f} GB {place} per rank; its bus is not in the time")
+    if needed.host_weights:
+        told.append(f"{needed.host_weights / 1e9:.1f} GB of weights on the host, nor is their bus")
     return tuple(told)

@@ -86,6 +86,7 @@ def pretrain(
         (run, safety, model, optim, data_args),
         workers=data_args.dataloader_num_workers,
         checkpointing=model.gradient_checkpointing,
+        compiled=model.torch_compile,
     )
     if done is None:
         return

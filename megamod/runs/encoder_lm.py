@@ -144,6 +144,7 @@ def pretrain(
         (run, safety, model, optim, mux, data_args),
         workers=data_args.dataloader_num_workers,
         checkpointing=model.gradient_checkpointing,
+        compiled=model.torch_compile,
     )
     if done is None:
         return
@@ -161,7 +162,7 @@ def losses_of(mux: MuxArgs, config: PreTrainedConfig, device: torch.device) -> L
     """From model, batch and items to losses, for the objective at hand."""
     if mux.objective == "masked_lm":
         return partial(masked_losses, device=device, multiplexed=mux.num_instances > 1)
-    return partial(replaced_losses, device=device, config=config)
+    return partial(replaced_losses, device=device, config=config, weight=mux.disc_loss_weight)
 
 
 def encoder_config(

@@ -15,6 +15,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 import transformers
+from deepspeed.accelerator import get_accelerator
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedConfig
@@ -26,6 +27,7 @@ from megamod.dist.topology import DomainTopology
 from megamod.runs.node_log import node_log
 from megamod.train import setup
 from megamod.train.checkpoint import Checkpoints, TrainState
+from megamod.train.compiled import check_compiler, check_stage, compile_blocks
 from megamod.train.engine import build_engine
 from megamod.train.export import Card, ModelExport, publish
 from megamod.train.loop import Choose, train
@@ -95,6 +97,7 @@ def execute(
     *,
     workers: int = 0,
     checkpointing: bool = False,
+    compiled: bool = False,
 ) -> Running | None:
     """Train, save, publish OUT/model; collective.
 
@@ -103,6 +106,7 @@ def execute(
             the DeepSpeed file decides is changed in them.
         workers: processes that read data, per rank.
         checkpointing: recompute blocks in the backward pass.
+        compiled: have torch compile the blocks.
     Returns:
         the finished run; None if only the groups were asked for.
     Raises:
@@ -112,6 +116,9 @@ def execute(
     topology, output = recipe.topology, Path(run.output_dir)
     # What a user can get wrong is looked at before any process waits for another.
     ds_config = setup.engine_config(run, safety, optim, topology, recipe.config.hidden_size)
+    if compiled:
+        check_stage(ds_config)
+        check_compiler(get_accelerator().device_name())
     plan = setup.make_plan(run, safety, optim, topology)
     global_batch = run.per_device_train_batch_size * plan.micro_steps * topology.world_size
     batches = recipe.make_batches(global_batch)
@@ -127,6 +134,8 @@ def execute(
     model = recipe.make_model()
     if checkpointing:
         model.gradient_checkpointing_enable()
+    if compiled:
+        compile_blocks(model)
     flops = recipe.flops_per_token(model) if recipe.flops_per_token else None
     engine = build_engine(model, setup.optimizer_maker(optim), ds_config, topology)
     export = ModelExport(
@@ -140,9 +149,10 @@ def execute(
         setup.settings_to_keep(parsed, recipe.data_digest, global_batch) | (recipe.settings or {}),
         run.save_total_limit,
     )
-    state = checkpoints.resume(safety.resume) or TrainState()
-    setup.record_run(output, ds_config, parsed)
-    with node_log(output, table, state.step):
+    with node_log(output, table) as note:
+        state = checkpoints.resume(safety.resume) or TrainState()
+        note(f"begins at step {state.step}")
+        setup.record_run(output, ds_config, parsed)
         monitor = setup.make_monitor(
             run, recipe.groups, recipe.unit, engine, topology, flops, state.step
         )

@@ -147,9 +147,11 @@ def _in_memory(zero: DeepSpeedZeroOptimizer_Stage3, group: int) -> Iterator[None
     swapped = zero._swappable_optimizer_subgroup(group)
     if swapped:
         zero._optimizer_states_and_gradient_swap_in(group)
-    yield
-    if swapped:
-        zero._optimizer_states_and_gradient_swap_out(group)
+    try:
+        yield
+    finally:
+        if swapped:
+            zero._optimizer_states_and_gradient_swap_out(group)
 
 
 def _cut(

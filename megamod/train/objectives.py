@@ -256,6 +256,7 @@ def replaced_losses(
     items: Sequence[float],
     device: torch.device,
     config: PreTrainedConfig,
+    weight: float = 1.0,
 ) -> dict[str, Tensor]:
     """What a discriminator makes of a batch whose masked tokens were replaced.
 
@@ -263,6 +264,7 @@ def replaced_losses(
         items: what the sums over looked-at, retrieved and masked tokens, and over those that a
             multiplexed generator retrieves, are divided by in "loss".
         config: of the model; a plain ELECTRA has its tokens replaced by chance here.
+        weight: of a plain discriminator's loss in "loss"; that of others is in the configuration.
     Returns:
         as `masked_losses`; "task_loss" is that of the discriminator, "recall" and "precision" tell
         how it finds replaced tokens, "generator_loss" is there if the model has a generator.
@@ -276,7 +278,7 @@ def replaced_losses(
         total = functional.binary_cross_entropy_with_logits(
             logits, corrupted.float(), reduction="sum"
         )
-        found = {"loss": total / tokens, "task_loss": _pair(total, batch["tokens"])}
+        found = {"loss": weight * total / tokens, "task_loss": _pair(total, batch["tokens"])}
         return found | _found(logits, corrupted)
     generates = config.generator != "none"
     slots = batch["slots"].to(device, non_blocking=True)

@@ -87,7 +87,7 @@ FREE_ON_RESUME = frozenset(
         *("per_device_eval_batch_size", "eval_batches", "eval_split", "dataloader_num_workers"),
         *("nonfinite", "spike_factor", "save_failure", "dist_timeout", "report_to"),
         *("print_groups", "allow_unknown_ds_keys", "gradient_checkpointing"),
-        "attn_implementation",
+        *("attn_implementation", "torch_compile"),
     )
 )
 """Fields that may differ when a run is resumed: they leave its numbers as they are, or (precision)

@@ -3,10 +3,13 @@
     python tests/bench/step_parts.py
 
 One process, one thread; both ways take turns, minima of processor time are compared, three times.
-Memory is what autograd keeps for the backward pass (saved-tensor hooks).
+Memory is what autograd keeps for the backward pass (saved-tensor hooks). Overlap of reduction is
+measured on two processes, by the clock.
 """
 
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +18,9 @@ import torch
 import torch.nn.functional as F
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+
+from loader import our_reader, seconds, write_domains  # noqa: E402
+from ranks import on_ranks  # noqa: E402
 
 ROUNDS, REPEATS = 8, 3
 BATCH, LENGTH, WIDTH, HEADS, LAYERS, VOCAB = 4, 512, 256, 4, 4, 16384
@@ -49,6 +55,17 @@ def whole_logits(model, tokens: torch.Tensor) -> None:
     model.zero_grad()
 
 
+def compiled() -> tuple[Callable[[torch.Tensor], None], float]:
+    """Forward and backward of a model with compiled blocks, and seconds of its first call."""
+    from megamod.train.compiled import compile_blocks
+
+    model = make_model("sdpa")
+    compile_blocks(model)
+    started = time.perf_counter()
+    forward_backward(model, torch.randint(4, VOCAB, (BATCH, LENGTH + 1)))
+    return lambda tokens: forward_backward(model, tokens), time.perf_counter() - started
+
+
 def kept_bytes(call: Callable[[], None]) -> int:
     """Bytes of different storages that autograd keeps, parameters left out."""
     seen: dict[int, int] = {}
@@ -76,6 +93,39 @@ def optimizers() -> tuple[Callable[[], None], Callable[[], None]]:
     return make(True), make(False)
 
 
+def overlap(rank: int, stage: int) -> list[float]:
+    """Sorted ratios without / with of the minima of each repeat: whole steps, dense."""
+    from step import CLIP, make_engine, random_batch
+
+    from megamod.train.engine import update
+
+    engines = [make_engine("none", stage, overlap_comm=on)[0] for on in (True, False)]
+    found = []
+    for repeat in range(REPEATS + 1):
+        times: tuple[list[float], list[float]] = ([], [])
+        for number in range(ROUNDS):
+            batch = random_batch(2 * number + rank, 0)
+            for engine, into in zip(engines, times, strict=True):
+                torch.distributed.barrier()
+                started = time.perf_counter()
+                loss = engine(batch["input_ids"], shift_labels=batch["labels"]).loss
+                engine.backward(loss)
+                update(engine, CLIP)
+                torch.distributed.barrier()
+                into.append(time.perf_counter() - started)
+        if repeat:
+            found.append(min(times[1]) / min(times[0]))
+    return sorted(found)
+
+
+def reading_share(step: Callable[[], None]) -> float:
+    """Time of a batch of the step's size, read in this process, as a share of the step."""
+    with tempfile.TemporaryDirectory() as folder:
+        read = our_reader(write_domains(Path(folder)), BATCH, LENGTH)
+        batch = min(seconds(read, 100) / 100 for _ in range(REPEATS))
+    return batch / min(seconds(step, 1) for _ in range(REPEATS))
+
+
 def ratios(with_it: Callable[[], None], without: Callable[[], None]) -> list[float]:
     """Sorted ratios without / with of the minima of each repeat."""
     found = []
@@ -92,10 +142,14 @@ def ratios(with_it: Callable[[], None], without: Callable[[], None]) -> list[flo
 
 
 def main() -> None:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     torch.set_num_threads(1)
     torch.manual_seed(1)
     tokens = torch.randint(4, VOCAB, (BATCH, LENGTH + 1))
     model, eager = make_model("sdpa"), make_model("eager")
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # nothing is compiled already
+        by_compiler, first = compiled()
     rows = {
         "attention by SDPA, forward and backward": (
             lambda: forward_backward(model, tokens),
@@ -105,6 +159,10 @@ def main() -> None:
             lambda: forward_backward(model, tokens),
             lambda: whole_logits(model, tokens),
         ),
+        "compiled blocks, forward and backward": (
+            lambda: by_compiler(tokens),
+            lambda: forward_backward(model, tokens),
+        ),
         "fused AdamW": optimizers(),
     }
     for name, (with_it, without) in rows.items():
@@ -113,6 +171,13 @@ def main() -> None:
         if "backward" in name:
             kept = f", keeps {kept_bytes(with_it) / kept_bytes(without):.2f} of the bytes"
         print(f"{name}: {middle:.2f}x as fast ({low:.2f} to {high:.2f}){kept}", flush=True)
+    print(f"compiled blocks: {first:.1f} s until the first pass is done")
+    for stage in (1, 2):
+        low, middle, high = on_ranks(2, overlap, stage)[0]
+        name = f"overlap_comm, ZeRO {stage}, 2 processes"
+        print(f"{name}: {middle:.3f}x as fast ({low:.3f} to {high:.3f})", flush=True)
+    share = reading_share(lambda: forward_backward(model, tokens))
+    print(f"reading a batch: {share:.5f} of forward and backward")
 
 
 if __name__ == "__main__":

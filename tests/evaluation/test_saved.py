@@ -229,6 +229,18 @@ def test_a_domain_without_token_is_refused(made, tmp_path):
         find_models(tmp_path / "model", held_out(made))
 
 
+@pytest.mark.parametrize("kind", ["folders", "experts"])
+def test_an_expert_named_like_the_row_of_dense_models_is_refused(made, tmp_path, kind):
+    names = ["law", DENSE]
+    if kind == "folders":
+        for name in names:
+            make_model(tmp_path / name, domains=[name])
+    else:
+        make_model(tmp_path, untie="feedforward", domains=names)
+    with pytest.raises(UserError, match="has an expert named 'dense'"):
+        find_models(tmp_path, held_out(made))
+
+
 @pytest.mark.parametrize("weights", [None, b"half a file", "nan"])
 def test_weights_that_cannot_be_scored_are_refused(made, tmp_path, weights):
     folder = make_model(tmp_path / "law", domains=["law"])

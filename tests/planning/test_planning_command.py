@@ -19,6 +19,8 @@ from megamod.errors import UserError
 from megamod.models.configuration import DemixConfig
 from megamod.models.demix_lm import DemixForCausalLM
 from megamod.planning.activations import measure
+from megamod.planning.published import markers, published_of, ratios
+from megamod.planning.report import of_published
 from megamod.planning.search import proposals
 from megamod.planning.simulate import gpu_days, simulate
 from megamod.planning.timing import Links, traffic_of, wire_seconds
@@ -26,6 +28,7 @@ from megamod.planning.timing import Links, traffic_of, wire_seconds
 LAUNCHER = ROOT / "launchers" / "plan.py"
 ZERO2 = ("--deepspeed", str(ROOT / "ds_configs/zero2_bf16.json"))
 DEMIX = ("--deepspeed", str(ROOT / "ds_configs/demix_zero2_bf16.json"))
+ZERO3 = ("--deepspeed", str(ROOT / "ds_configs/zero3_bf16.json"))
 DOMAINS = ("--domains", *"abcdefgh")
 
 
@@ -108,6 +111,20 @@ def test_proposals_are_taken_by_a_run(tmp_path):
     assert all("on the disk per rank" in "; ".join(p.reasons) for p in found)
 
 
+def test_weights_that_cannot_be_where_they_shall(tmp_path):
+    """As in a run: on a disk they cannot be, and proposals keep the stage that they need."""
+    file, block = tmp_path / "host.json", {"device": "cpu"}
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_param": block}}))
+    options = ("--model", "tiny", "--world_size", "2", "--vocab_size", "1000")
+    (plan,) = planned(*options, "--deepspeed", str(file))
+    assert plan.memory.host_weights > 0.9 * 4 * plan.network.per_rank // 2
+    assert {proposal.setting.stage for proposal in proposals(plan, shown=100)} == {3}
+    block |= {"device": "nvme", "nvme_path": str(tmp_path)}
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_param": block}}))
+    with pytest.raises(UserError, match=r"offload_param\.device nvme is not supported; use cpu"):
+        planned(*options, "--deepspeed", str(file))
+
+
 def test_large_micro_batches_lie_on_a_line():
     sizes = ("--world_size", "1", "--hidden_size", "64", "--vocab_size", "8192")
     (plan,) = planned(*sizes, "--global_batch_size", "32", "--per_device_train_batch_size", "1")
@@ -174,6 +191,22 @@ def test_a_step_shorter_than_its_communication_is_refused():
         simulate(plan, 1e-4, None)
 
 
+def test_published_ratios_lie_on_the_dense_curve_times_the_ratio():
+    (plan,) = planned("--model", "1.3b", "--world_size", "128", *DOMAINS, *ZERO2)
+    curves = simulate(plan, None, None)
+    known = published_of(plan.job.model)
+    assert (known.gpus, known.speed[Sharing.BTM]) == (128, 1.33)
+    (dense,) = [point for point in curves[Sharing.DENSE] if point.gpus == 128]
+    (btm,) = [point for point in curves[Sharing.BTM] if point.gpus == 128]
+    assert markers(curves, known)[Sharing.BTM] == (128, pytest.approx(1.33 * dense.slow))
+    slow, fast = ratios(curves, 128)[Sharing.BTM]
+    assert slow == pytest.approx((dense.compute + dense.wire) / (btm.compute + btm.wire))
+    assert fast == pytest.approx(max(dense.compute, dense.wire) / max(btm.compute, btm.wire))
+    assert f"btm: {slow:.2f} simulated" in of_published(curves, known)
+    (other,) = planned("--model", "1.3b", "--hidden_size", "64", "--world_size", "128", *ZERO2)
+    assert published_of(other.job.model) is None
+
+
 def test_the_whole_command(monkeypatch, tmp_path, capsys):
     (tmp_path / "hosts").write_text("a slots=4\nb slots=4\n")
     command(
@@ -222,6 +255,10 @@ def test_the_data_say_how_many_tokens_there_are(tmp_path):
         (("{tmp}/odd.yaml", "--world_size", "2"), "line 2: unknown key 'hidden_sise'"),
         (("--world_size", "2", "--deepspeed", "{tmp}/odd.json"), "unknown key zero_optimisation"),
         (("--world_size", "2", "--simulate", "x.png"), "--simulate: compares"),
+        (
+            ("--world_size", "2", "--torch_compile", "true", *ZERO3),
+            "--torch_compile with ZeRO stage 3",
+        ),
         (("--world_size", "2", "--objective", "masked_lm", "--untie", "all"), "--untie all: goes"),
         (("--world_size", "2", "--objective", "masked_lm", "--model", "big"), "--model 'big'"),
     ],
@@ -247,3 +284,22 @@ def test_a_mistake_ends_with_2_and_one_message():
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "--gpu_memory_gb: -1.0 is not allowed" in done.stderr
+
+
+def test_what_only_runs_need_is_not_loaded():
+    """Most of a plan's time are imports; those that are left are transformers' and DeepSpeed's."""
+    script = (
+        "import atexit, runpy, sys; atexit.register(lambda: print(*sys.modules));"
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], None, '__main__')"
+    )
+    recipe = RECIPES / "modern" / "demix_1.3b_d8.yaml"
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(LAUNCHER), str(recipe), "--world_size", "128", *DEMIX],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert "megamod.planning.plan" in loaded
+    unwanted = {"datasets", "matplotlib", "tensorboard", "sklearn.metrics", "pandas"}
+    assert not loaded & (unwanted | {"megamod.runs", "megamod.evaluation", "lm_eval"})

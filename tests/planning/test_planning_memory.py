@@ -12,19 +12,26 @@ CASES = [
     ("none", 0, "fp32"),
     *[("none", stage, kind) for stage in (1, 2, 3) for kind in ("fp32", "bf16", "fp16")],
     *[("feedforward", stage, "bf16") for stage in (1, 2)],
+    ("none", 3, "bf16", "cpu"),  # weights on the host
 ]
 TWO_RANKS = [
     *[("none", stage, kind) for stage in (1, 2, 3) for kind in ("fp32", "bf16")],
     *[(untie, stage, "bf16") for untie in ("feedforward", "all") for stage in (1, 2)],
+    ("none", 3, "bf16", "cpu"),
 ]
 
 
-def settings(stage: int, precision: str) -> Setting:
-    return Setting(stage, precision, 2, 1, False, bucket=1000, persistent=100)
+def settings(stage: int, precision: str, weights: str = "none") -> Setting:
+    return Setting(
+        stage, precision, 2, 1, False, offload_param=weights, bucket=1000, persistent=100
+    )
 
 
-def counted(rank: int, world: int, cases: list[tuple[str, int, str]]) -> list[tuple]:
-    """Bytes of weights, gradients and optimizer of an engine at the end of a backward pass."""
+def counted(rank: int, world: int, cases: list[tuple]) -> list[tuple]:
+    """Bytes of weights, gradients, optimizer and of weights on the host of an engine.
+
+    Gradients are those at the end of a backward pass.
+    """
     from deepspeed.accelerator import get_accelerator
 
     from megamod.models.demix_lm import DemixForCausalLM
@@ -33,7 +40,7 @@ def counted(rank: int, world: int, cases: list[tuple[str, int, str]]) -> list[tu
 
     get_accelerator().is_fp16_supported = lambda: True  # torch computes it on any processor
     domains, told = DOMAINS[:2], []
-    for untie, stage, precision in cases:
+    for untie, stage, precision, *where in cases:
         sharing = sharing_of(untie)
         topology = DomainTopology(world, domains, sharing)
         held, demix = topology.domains_of(rank), sharing is Sharing.DEMIX
@@ -45,6 +52,8 @@ def counted(rank: int, world: int, cases: list[tuple[str, int, str]]) -> list[tu
             "reduce_bucket_size": 1000,
             "stage3_param_persistence_threshold": 100,
         }
+        if where:
+            config["zero_optimization"]["offload_param"] = {"device": where[0]}
         engine = build_engine(model, lambda groups: adamw(groups, **RECIPE), config, topology)
         batch = make_batch(held[0], 0, 0, ragged=False)
         domain = held[0] if demix else None
@@ -54,9 +63,11 @@ def counted(rank: int, world: int, cases: list[tuple[str, int, str]]) -> list[tu
             update(engine, 0.5)
             engine.backward(loss_of(engine, batch, domain))
         update(engine, 0.5)
-        needed = memory(sizes, 0, topology, settings(stage, precision))
-        found = (weight_bytes(engine, stage), gradients, optimizer_bytes(engine, stage))
-        told.append((found, (needed.weights, needed.gradients, needed.optimizer)))
+        needed = memory(sizes, 0, topology, settings(stage, precision, *where))
+        away = storage_bytes(engine.optimizer.param_groups_fp16_flat_cpu_memory) if where else 0
+        found = (weight_bytes(engine, stage) - away, gradients, optimizer_bytes(engine, stage))
+        expected = (needed.weights, needed.gradients, needed.optimizer, needed.host_weights)
+        told.append(((*found, away), expected))
     return told
 
 

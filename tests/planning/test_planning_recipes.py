@@ -220,6 +220,18 @@ def test_an_offloaded_optimizer_is_on_the_host():
     assert moved.host == 2000 * (12 + 4)
 
 
+def test_offloaded_weights_are_on_the_host_but_for_small_ones():
+    from dataclasses import replace
+
+    dense = DomainTopology(4, ("text",), jobs_sharing("none"))
+    given = replace(settings(3, "bf16"), persistent=100)
+    moved = memory({"w": 8000, "bias": 100}, 0, dense, replace(given, offload_param="cpu"))
+    assert moved.host_weights == 2 * (8000 + 100) // 4
+    assert moved.weights == 2 * 100  # kept whole
+    both = replace(given, offload_param="cpu", offload="nvme")
+    assert memory({"w": 8000}, 0, dense, both).host == 2000 * (12 + 4)
+
+
 def jobs_sharing(untie: str):
     from megamod.dist.scope import sharing_of
 

@@ -37,7 +37,7 @@ from megamod.errors import UserError
 from megamod.models.mux_bert import MuxBertForMaskedLM
 from megamod.models.mux_configuration import MuxBertConfig, MuxElectraConfig
 from megamod.models.mux_generator import MuxElectraForReplacedTokens
-from megamod.runs.encoder_lm import encoder_config, masking_of
+from megamod.runs.encoder_lm import encoder_config, losses_of, masking_of
 from megamod.train.objectives import EncoderLM, masked_losses, replaced_losses
 
 WORDS = [f"w{number}" for number in range(40)]
@@ -354,6 +354,12 @@ def test_plain_electra_is_scored_alike(bare):
     mean = model(input_ids=replaced, labels=corrupted.long()).loss.item()
     assert found["loss"].item() == pytest.approx(mean * 32 / 64, rel=1e-5)
     assert found["task_loss"].tolist() == [pytest.approx(mean * 32, rel=1e-5), 32]
+    mux = MuxArgs(objective="replaced_token", disc_loss_weight=3.0)
+    weighted = losses_of(mux, model.config, torch.device("cpu"))(
+        model, batch, (64.0, 1.0, 1.0, 1.0)
+    )
+    assert weighted["loss"].item() == pytest.approx(3 * mean * 32 / 64, rel=1e-5)
+    assert weighted["task_loss"].tolist() == found["task_loss"].tolist()
 
 
 def test_electra_of_a_named_size(bare):

@@ -192,14 +192,20 @@ def build_tiny(
     dropout: float = 0.0,
     settings: dict | None = None,
     keep: int | None = None,
+    prepare=lambda model: None,
 ) -> Tiny:
-    """An engine around new weights, and its checkpoints in FOLDER/checkpoints; collective."""
+    """An engine around new weights, and its checkpoints in FOLDER/checkpoints; collective.
+
+    Args:
+        prepare: called with the model before an engine is made of it.
+    """
     sharing = sharing_of(untie)
     topology = DomainTopology(world_size(), tuple(domains), sharing)
     config = tiny_config(untie, domains, dropout, width)
     held = topology.domains_of(my_rank())
     model = DemixForCausalLM(config, held if sharing is Sharing.DEMIX else None)
     initialise(model, seed=5)
+    prepare(model)
     micro_steps = per_domain * len(domains) // world_size()
     engine = build_engine(
         model,

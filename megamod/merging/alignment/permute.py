@@ -59,14 +59,19 @@ def changes(symmetry: Symmetry, alignment: Alignment) -> dict[str, list[Change]]
 def untied(symmetry: Symmetry, found: Mapping[str, list[Change]]) -> dict[str, str]:
     """Tied tensors, if they need storage of their own when aligned -> what they were tied to."""
 
-    def told(tensor: str) -> list[tuple[int, int, list[int]]]:
-        return [
-            (change.axis, change.start, change.index.tolist()) for change in found.get(tensor, [])
-        ]
-
     # A configuration unties all of them or none.
-    differ = any(told(alias) != told(source) for alias, source in symmetry.tied.items())
-    return dict(symmetry.tied) if differ else {}
+    same = all(
+        _equal(found.get(alias, []), found.get(source, []))
+        for alias, source in symmetry.tied.items()
+    )
+    return {} if same else dict(symmetry.tied)
+
+
+def _equal(first: list[Change], second: list[Change]) -> bool:
+    return len(first) == len(second) and all(
+        (one.axis, one.start) == (other.axis, other.start) and torch.equal(one.index, other.index)
+        for one, other in zip(first, second, strict=True)
+    )
 
 
 def _tied_matrices(symmetry: Symmetry) -> set[str]:
