@@ -141,7 +141,7 @@ def draw(
         axes.xaxis.set_major_formatter("{x:.0f}")
         axes.set(xlabel="GPUs", ylabel=ylabel)
         axes.grid(alpha=0.3)
-        axes.legend()
+    speed.legend()  # of both: where curves of cost leave room depends on the run
     speed.set_yscale("log")
     cost.set_ylim(bottom=0)
     figure.suptitle(title)
