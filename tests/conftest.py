@@ -12,6 +12,8 @@ try:
 except ModuleNotFoundError:  # tests that need a GPU do without
     hypothesis = None
 
+LONGEST = ("test_compile_ahead.py", "test_two_hosts.py", "test_kill_drill.py", "test_pretrain.py")
+
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -35,6 +37,11 @@ def pytest_configure(config):
     asked = config.getoption("markexpr")
     if "gpu" not in asked or "not gpu" in asked:
         os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take minutes come first, so that no core waits for the last of them."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -51,7 +51,7 @@ class NodeLog(logging.Handler):
 
 
 @contextmanager
-def node_log(output: Path, table: str) -> Iterator[Callable[[str], None]]:
+def node_log(output: Path, table: str, step: int) -> Iterator[None]:
     """While a run lasts, append the lines of its console to OUT/logs/HOST.log.
 
     On the first rank of each host only; the others do nothing. The lines are those of `logging`
@@ -60,20 +60,21 @@ def node_log(output: Path, table: str) -> Iterator[Callable[[str], None]]:
 
     Args:
         table: who does what, to begin with.
-    Yields:
-        what appends a text that the console does not get.
+        step: finished steps.
     """
     local, rank = os.environ.get("LOCAL_RANK", "0"), os.environ.get("RANK", "0")
     log = _open(output / "logs" / f"{os.uname().nodename}.log") if local == "0" else None
     if log is None:
-        yield lambda text: None
+        yield
         return
-    log.note(f"rank {rank} of {world_size()}, process {os.getpid()}, begins\n{table}")
+    log.note(
+        f"rank {rank} of {world_size()}, process {os.getpid()}, begins at step {step}\n{table}"
+    )
     began = time.monotonic()
     root = logging.getLogger()
     root.addHandler(log)
     try:
-        yield log.note
+        yield
         log.note(f"rank {rank} is done after {time.monotonic() - began:.0f} s")
     except BaseException as error:
         seconds = time.monotonic() - began

@@ -149,10 +149,9 @@ def execute(
         setup.settings_to_keep(parsed, recipe.data_digest, global_batch) | (recipe.settings or {}),
         run.save_total_limit,
     )
-    with node_log(output, table) as note:
-        state = checkpoints.resume(safety.resume) or TrainState()
-        note(f"begins at step {state.step}")
-        setup.record_run(output, ds_config, parsed)
+    state = checkpoints.resume(safety.resume) or TrainState()
+    setup.record_run(output, ds_config, parsed)
+    with node_log(output, table, state.step):
         monitor = setup.make_monitor(
             run, recipe.groups, recipe.unit, engine, topology, flops, state.step
         )

@@ -33,38 +33,34 @@ def lines_of(folder):
 def test_a_run_that_ends_well_and_goes_on(tmp_path, rank):
     rank(8, 0)
     for step in (0, 40):
-        with node_log(tmp_path, "table\nrows") as note:
-            note(f"begins at step {step}")
+        with node_log(tmp_path, "table\nrows", step):
             say(logging.WARNING, f"after {step}")
         say(logging.WARNING, "not of the run")
     told = [re.sub(r"^[\d-]+ [\d:,]+ ", "", line) for line in lines_of(tmp_path)]
-    process = f"I rank 8 of 1, process {os.getpid()}, begins"
+    process = f"I rank 8 of 1, process {os.getpid()}, begins at step"
     assert told == [
-        *(process, "table", "rows", "I begins at step 0"),
-        *("W after 0", "I rank 8 is done after 0 s"),
-        *(process, "table", "rows", "I begins at step 40"),
-        *("W after 40", "I rank 8 is done after 0 s"),
+        *(f"{process} 0", "table", "rows", "W after 0", "I rank 8 is done after 0 s"),
+        *(f"{process} 40", "table", "rows", "W after 40", "I rank 8 is done after 0 s"),
     ]
 
 
 def test_the_error_that_ended_it(tmp_path, rank):
     rank(0, 0)
-    with pytest.raises(KeyError), node_log(tmp_path, "table"):
+    with pytest.raises(KeyError), node_log(tmp_path, "table", 0):
         raise KeyError("law")
     assert lines_of(tmp_path)[-1].endswith("I rank 0 ended after 0 s: KeyError: 'law'")
 
 
 def test_other_ranks_of_a_host_write_nothing(tmp_path, rank):
     rank(9, 1)
-    with node_log(tmp_path, "table") as note:
-        note("begins at step 0")
+    with node_log(tmp_path, "table", 0):
         say(logging.WARNING, "here")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_long_records_are_cut(tmp_path, rank):
     rank(0, 0)
-    with node_log(tmp_path, "table"):
+    with node_log(tmp_path, "table", 0):
         say(logging.WARNING, "x" * 2 * LONGEST)
     assert lines_of(tmp_path)[-2] == lines_of(tmp_path)[-2][:LONGEST] + " ..."
 
@@ -72,6 +68,6 @@ def test_long_records_are_cut(tmp_path, rank):
 def test_a_folder_that_cannot_be_written_is_passed_over(tmp_path, rank):
     rank(0, 0)
     (tmp_path / "logs").write_text("a file")
-    with node_log(tmp_path, "table"):
+    with node_log(tmp_path, "table", 0):
         say(logging.WARNING, "here")
     assert (tmp_path / "logs").read_text() == "a file"
