@@ -164,16 +164,15 @@ def rsa_demux_case(shape: Shape, dtype: str, device: str, layers: int = 2) -> Ca
     ) -> Tensor:
         return demux(*split_projection(hidden, key, first, first_bias), chain_of(weights))
 
+    variants = {"ours": partial(split, rsa_demux)}
+    if device == "cuda":
+        variants["ours fused"] = partial(split, partial(rsa_demux, implementation="triton"))
     unit = P * D * kind.itemsize
     forward = 2 * (N * (layers - 1) + 1) * P * D * D
     return Case(
         device,
         inputs,
-        {
-            "ours": partial(split, rsa_demux),
-            "eager split": partial(split, rsa_demux_reference),
-            "eager concat": concat,
-        },
+        variants | {"eager split": partial(split, rsa_demux_reference), "eager concat": concat},
         ("eager split", "eager concat"),
         tuple(inputs),
         concat,

@@ -19,8 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import triton
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompilationError
+from triton.compiler.compiler import make_backend
 
 OPERATIONS = (
     "mux",
@@ -91,6 +93,31 @@ def resources(build: Build, capability: int) -> dict[str, int]:
             spills = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", told)))
     shared = made.metadata.shared
     return {"registers": registers, "stack": stack, "spills": spills, "shared": shared}
+
+
+def refused_ones(build: Build) -> list[str]:
+    """Integers with which the kernel cannot be translated if they are 1.
+
+    A launch makes constants of these, which lack some methods of other integers.
+    """
+    target, names = GPUTarget("cuda", 90, WARP_SIZE), build.kernel.arg_names
+    backend, refused = make_backend(target), []
+    for one in (name for name, kind in build.signature.items() if kind == "i32"):
+        constants = {**build.constants, one: 1}
+        source = ASTSource(
+            fn=build.kernel,
+            signature={n: "constexpr" if n in constants else build.signature[n] for n in names},
+            constexprs={(names.index(name),): value for name, value in constants.items()},
+        )
+        options, context = backend.parse_options({"num_warps": build.num_warps}), ir.context()
+        ir.load_dialects(context)
+        backend.load_dialects(context)
+        made_by = backend.get_codegen_implementation(options), backend.get_module_map()
+        try:
+            source.make_ir(target, options, *made_by, context)
+        except CompilationError:
+            refused.append(one)
+    return refused
 
 
 def builds_of(operations: Iterable[str]) -> Iterator[Build]:

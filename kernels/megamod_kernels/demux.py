@@ -6,6 +6,7 @@ operations than concatenating, and the concatenation is never built.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import product
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,19 +31,38 @@ if TYPE_CHECKING:
 __all__ = ["Chain", "Pairs", "add_pairs", "builds", "rsa_demux", "rsa_demux_reference"]
 __all__ += ["split_projection"]
 
-ROWS, WIDTH = 4, 256  # tile of what is done row by row; the tuned widths are multiples of it
-PARTIALS = 128  # rows of the buffers from which gradients of norm, biases and keys are summed
+WIDTH = 256  # columns of a tile; the tuned widths are multiples of it
+PROGRAMS = 264  # two per multiprocessor: rows of the buffer from which gradients are summed
 
 
-def _tile(rows: int, itemsize: int) -> tuple[int, int, int, int, int]:
-    """Rows, columns and inner columns of a tile of the product, warps and stages.
+def _held(size: int, itemsize: int) -> dict[str, int | bool]:
+    """How rows are held, whole: by how many threads each, for backward holds 6 tensors of a row."""
+    warps = 4 if size <= 2048 else 8
+    share = size / (32 * warps)  # of a thread, in columns; more are spilled
+    most = ((4, 24), (2, 16)) if itemsize == 2 else ((4, 12), (2, 12))
+    rows = next((rows for rows, columns in most if rows * share <= columns), 1)
+    return {"ROWS": rows, "TILES": -(-size // WIDTH), **_tile(size), "num_warps": warps}
 
-    Every tile across makes the states of its rows again, so tiles are wider than they are tall:
-    on tensor cores the GELU of a state costs as much as its product with a hundred columns.
+
+def _tile(size: int) -> dict[str, int | bool]:
+    return {"WIDTH": WIDTH, "WHOLE": size % WIDTH == 0}
+
+
+def _block(size: int, itemsize: int) -> dict[str, int | bool]:
+    """A tile of rows that are not held."""
+    return {"ROWS": 32 // itemsize, **_tile(size), "num_warps": 4}
+
+
+def _product(rows: int, size: int, itemsize: int) -> dict[str, int | bool]:
+    """Tile of a product that makes the states it reads.
+
+    Every tile across makes the states of its rows again, so tiles are wider than they are tall.
     """
-    if itemsize == 4:
-        return 64, 64, 32, 8, 2
-    return (64, 256, 32, 8, 3) if rows >= 4096 else (64, 64, 32, 4, 3)
+    names = ("ROWS", "COLUMNS", "INNER", "num_warps", "num_stages")
+    chosen = (32, 64, 32, 8, 2)
+    if itemsize == 2:
+        chosen = (64, 256, 32, 8, 3) if rows >= 4096 else (64, 64, 32, 4, 3)
+    return dict(zip(names, chosen, strict=True)) | {"WHOLE": size % 32 == 0}
 
 
 @torch.library.custom_op("megamod::rsa_demux", mutates_args=())
@@ -55,6 +75,7 @@ def _rsa_demux(
     seed: Tensor | None,
     dropout: float,
     eps: float,
+    fused: bool,
 ) -> tuple[Tensor, Tensor]:
     """The result, flat [R, D], and what each GELU behind the first was given [layers, R, D]."""
     from megamod_kernels import demux_kernels as kernels
@@ -65,20 +86,26 @@ def _rsa_demux(
     if not output.numel():
         return output, before
     *layers, norm = by_two([weight.contiguous() for weight in weights])
-    tall, wide, inner, warps, stages = _tile(rows, hidden.element_size())
-    counts = (rows, size, len(key), hidden.shape[1], dropout)
+    held = _held(size, hidden.element_size())
+    grid = (-(-rows // held["ROWS"]),)
     flags = {"PAIRS": of_hidden is not None, "DROPS": seed is not None}
     places = [hidden if one is None else one.contiguous() for one in (of_hidden, of_key, seed)]
+    counts = (rows, size, len(key), hidden.shape[1], dropout)
+    tile = _product(rows, size, hidden.element_size())
+    tiles = (-(-rows // tile["ROWS"]) * -(-size // tile["COLUMNS"]),)
+    # In either form the last state lies where the result will be.
     for layer, (weight, bias) in enumerate(layers):
-        kernels.rsa_demux_matmul_kernel[(-(-rows // tall) * -(-size // wide),)](
-            hidden, key, before, weight, bias, before[layer], *places, *counts,
-            LAYERS=layer, **flags, ROWS=tall, COLUMNS=wide, INNER=inner,
-            num_warps=warps, num_stages=stages,
-        )  # fmt: skip
-    kernels.rsa_demux_finish_kernel[(-(-rows // ROWS),)](
-        hidden, key, before, before[-1], *norm, output, *places, *counts, eps,
-        LAYERS=len(layers) - 1, **flags, ROWS=ROWS, WIDTH=WIDTH, num_warps=4,
-    )  # fmt: skip
+        if fused:
+            kernels.rsa_demux_matmul_kernel[tiles](
+                hidden, key, before, output, weight, bias, before[layer], *places, *counts,
+                LAYERS=layer, LAST=layer == len(layers) - 1, **flags, **tile,
+            )  # fmt: skip
+            continue
+        kernels.rsa_demux_state_kernel[grid](
+            hidden, key, before, output, *places, *counts, LAYERS=layer, **flags, **held
+        )
+        torch.addmm(bias, output, weight.T, out=before[layer])
+    kernels.rsa_demux_finish_kernel[grid](before[-1], *norm, output, rows, size, eps, **held)
     return output, before
 
 
@@ -92,6 +119,7 @@ def _(
     seed: Tensor | None,
     dropout: float,
     eps: float,
+    fused: bool,
 ) -> tuple[Tensor, Tensor]:
     return _shapes(hidden, key, weights, of_hidden)
 
@@ -126,47 +154,43 @@ def _rsa_demux_backward(
     *layers, norm = by_two([weight.contiguous() for weight in weights])
     rows, size = upstream.shape
     N, L = len(key), hidden.shape[1]
-    flags = {"DROPS": seed is not None, "ROWS": ROWS, "WIDTH": WIDTH, "num_warps": 4}
+    drops, itemsize = {"DROPS": seed is not None}, hidden.element_size()
+    held, block = _held(size, itemsize) | drops, _block(size, itemsize) | drops
+    across = -(-size // WIDTH)
     pairs = {"PAIRS": of_hidden is not None}
     places = [hidden if one is None else one.contiguous() for one in (of_hidden, of_key, seed)]
-    counts = (rows, size, N, L, dropout)
-    blocks = -(-rows // ROWS)
-    programs = min(blocks, PARTIALS)
+    blocks = -(-rows // held["ROWS"])
+    programs = min(blocks, PROGRAMS)
     grad, state = torch.empty_like(upstream), torch.empty_like(upstream)
-    partial = hidden.new_empty((programs, 3, size), dtype=torch.float32)
-    kernels.rsa_demux_norm_bwd_kernel[(programs,)](
-        hidden, key, before, before[-1], upstream, norm[0], grad, state, partial, *places, *counts,
-        eps, blocks, LAYERS=len(layers) - 1, **pairs, **flags,
-    )  # fmt: skip
-    *of_norm, of_bias = (part.sum(0).to(key.dtype) for part in partial.unbind(1))
-    grads = [grad.T @ state, of_bias, *of_norm]
-    upstream = torch.addmm(upstream, grad, layers[-1][0])
-    for layer in reversed(range(len(layers) - 1)):
-        partial = hidden.new_empty((programs, size), dtype=torch.float32)
+    grads: list[Tensor] = []
+    for layer in reversed(range(len(layers))):
+        last = layer == len(layers) - 1
+        partial = hidden.new_empty((programs, 3 if last else 1, size), dtype=torch.float32)
         kernels.rsa_demux_layer_bwd_kernel[(programs,)](
-            hidden, key, before, before[layer], upstream, grad, state, partial, *places, *counts,
-            blocks, LAYER=layer, **pairs, **flags,
+            hidden, key, before, upstream, norm[0], grad, state, partial, *places, rows, size, N, L,
+            dropout, eps, blocks, LAYER=layer, NORM=last, **pairs, **held,
         )  # fmt: skip
-        grads[:0] = [grad.T @ state, partial.sum(0).to(key.dtype)]
+        sums = (part.to(key.dtype, copy=True) for part in partial.sum(0))
+        grads[:0] = [grad.T @ state, *sums]
         upstream = torch.addmm(upstream, grad, layers[layer][0])
     if of_hidden is not None:
         # In float32, because several pairs may share a position.
         grad = torch.empty_like(upstream, dtype=torch.float32)
-        kernels.rsa_demux_first_bwd_kernel[(blocks, -(-size // WIDTH))](
-            hidden, key, upstream, grad, *places, *counts, **pairs, **flags
-        )
+        kernels.rsa_demux_first_bwd_kernel[(-(-rows // block["ROWS"]), across)](
+            hidden, key, upstream, grad, *places, rows, size, dropout, **block
+        )  # fmt: skip
         # Both sums are made in a fixed order, unlike those of index_add_ on a GPU.
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32).flatten(0, 1)
         grad_hidden = grad_hidden.index_put_((of_hidden,), grad, accumulate=True)
         grad_key = F.one_hot(of_key, N).to(grad.dtype).T @ grad
         return [grad_hidden.view_as(hidden).to(hidden.dtype), grad_key.to(key.dtype), *grads]
-    blocks = -(-hidden.shape[0] * L // ROWS)
-    programs = min(blocks, PARTIALS)
+    positions = hidden.shape[0] * L
+    programs = -(-positions // block["ROWS"])
     grad_hidden = torch.empty_like(hidden)
     partial = hidden.new_empty((programs, N, size), dtype=torch.float32)
-    kernels.rsa_demux_sums_bwd_kernel[(programs, -(-size // WIDTH))](
-        hidden, key, upstream, grad_hidden, partial, places[2], hidden.shape[0] * L, *counts[1:],
-        blocks, **flags,
+    kernels.rsa_demux_sums_bwd_kernel[(programs, across)](
+        hidden, key, upstream, grad_hidden, partial, places[2], positions, size, N, L, dropout,
+        **block,
     )  # fmt: skip
     return [grad_hidden, partial.sum(0).to(key.dtype), *grads]
 
@@ -192,7 +216,7 @@ def _keep(
     inputs: tuple[object, ...],
     output: tuple[Tensor, Tensor],
 ) -> None:
-    hidden, key, weights, of_hidden, of_key, seed, ctx.dropout, ctx.eps = inputs
+    hidden, key, weights, of_hidden, of_key, seed, ctx.dropout, ctx.eps, _ = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(hidden, key, output[1], of_hidden, of_key, seed, *weights)
 
@@ -203,7 +227,7 @@ def _differentiate(
     hidden, key, before, of_hidden, of_key, seed, *weights = ctx.saved_tensors
     given = (hidden, key, weights, before, of_hidden, of_key, seed, ctx.dropout, ctx.eps)
     grad_hidden, grad_key, *grads = _rsa_demux_backward(upstream, *given)
-    return grad_hidden, grad_key, grads, None, None, None, None, None
+    return grad_hidden, grad_key, grads, None, None, None, None, None, None
 
 
 _rsa_demux.register_autograd(_differentiate, setup_context=_keep)
@@ -250,8 +274,10 @@ def rsa_demux(
         hidden, key: parts of the first layer, [B, L, D] and [N, D], from `split_projection`.
         pairs: which positions of which instances; None for all.
         dropout: probability, behind the first GELU and that of each residual layer.
-        implementation: "triton", "reference", or "auto", which is Triton on a GPU. float64 and
-            autocast are always computed by plain torch.
+        implementation: "reference"; "auto": on a GPU one kernel per layer makes its state, and the
+            vendor's product follows; "triton": products of our own that make the states they read
+            (docs/kernels.md says what that costs). float64 and autocast are always computed by
+            plain torch.
     Returns:
         [R, D] for pairs, else [B, N, L, D], in hidden's dtype. Differentiable once in all tensors.
         A backward pass keeps 1 + len(chain.dense) tensors of that size, and the two parts.
@@ -267,17 +293,28 @@ def rsa_demux(
     if not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type):
         # A backward pass of our own would not see it.
         return rsa_demux_reference(hidden, key, chain, pairs, dropout)
-    weights = [tensor for pair in (*chain.dense, chain.last, chain.norm) for tensor in pair]
     if uses_triton(implementation, hidden) and hidden.dtype != torch.float64:
-        places = (None, None)
-        if pairs is not None:
-            places = (pairs.group * hidden.shape[1] + pairs.position, pairs.instance)
-        seed = torch.randint(2**31, (1,), device=hidden.device) if dropout else None
-        output, _ = _rsa_demux(hidden, key, weights, *places, seed, dropout, chain.eps)
-        if pairs is not None:
-            return output
-        return output.view(len(hidden), len(key), *hidden.shape[1:])
-    return RsaDemuxFunction.apply(hidden, key, pairs, dropout, chain.eps, *weights)
+        return by_kernels(hidden, key, chain, pairs, dropout, fused=implementation == "triton")
+    return RsaDemuxFunction.apply(hidden, key, pairs, dropout, chain.eps, *_flat(chain))
+
+
+def by_kernels(
+    hidden: Tensor, key: Tensor, chain: Chain, pairs: Pairs | None, dropout: float, fused: bool
+) -> Tensor:
+    """`rsa_demux` by Triton; fused: with products that make the states they read."""
+    places = (None, None)
+    if pairs is not None:
+        places = (pairs.group * hidden.shape[1] + pairs.position, pairs.instance)
+    seed = torch.randint(2**31, (1,), device=hidden.device) if dropout else None
+    given = (hidden, key, _flat(chain), *places, seed, dropout, chain.eps, fused)
+    output, _ = _rsa_demux(*given)
+    if pairs is not None:
+        return output
+    return output.view(len(hidden), len(key), *hidden.shape[1:])
+
+
+def _flat(chain: Chain) -> list[Tensor]:
+    return [tensor for pair in (*chain.dense, chain.last, chain.norm) for tensor in pair]
 
 
 def builds() -> "Iterator[Build]":
@@ -287,41 +324,43 @@ def builds() -> "Iterator[Build]":
 
     types = {"of_hidden": "*i64", "of_key": "*i64", "seed": "*i64", "partial": "*fp32"}
     types |= dict.fromkeys(("dropout", "eps"), "fp32")
-    counts = ("rows", "D", "N", "L", "blocks", "positions")
-    for size in (768, 1024, 1536, 2048):
-        for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
-            if size == 1536 and dtype == "fp32":
-                continue  # as 1024
-            tall, wide, inner, warps, stages = _tile(size * 8, itemsize)
-            product = {"ROWS": tall, "COLUMNS": wide, "INNER": inner}
-            by_rows = {"ROWS": ROWS, "WIDTH": WIDTH}
-            for kernel, layers, tile in (
-                (kernels.rsa_demux_matmul_kernel, {"LAYERS": 0}, product),
-                (kernels.rsa_demux_matmul_kernel, {"LAYERS": 1}, product),
-                (kernels.rsa_demux_finish_kernel, {"LAYERS": 1}, by_rows),
-                (kernels.rsa_demux_norm_bwd_kernel, {"LAYERS": 1}, by_rows),
-                (kernels.rsa_demux_layer_bwd_kernel, {"LAYER": 0}, by_rows),
-                (kernels.rsa_demux_first_bwd_kernel, {}, by_rows),
-                (kernels.rsa_demux_sums_bwd_kernel, {}, by_rows),
-            ):
-                names = kernel.arg_names
-                constants = layers | tile | {"DROPS": size == 768}
-                if "PAIRS" in names:
-                    constants |= {"PAIRS": size == 1024}
-                signature = {
-                    name: types.get(name, "i32" if name in counts else f"*{dtype}")
-                    for name in names
-                    if name not in constants
-                }
-                if kernel is kernels.rsa_demux_first_bwd_kernel:
-                    signature["grad"] = "*fp32"
-                number = "".join(map(str, layers.values()))
-                yield Build(
-                    name=f"{kernel.__name__}{number}-D{size}-{dtype}",
-                    kernel=kernel,
-                    signature=signature,
-                    constants=constants,
-                    num_warps=warps if tile is product else 4,
-                    num_stages=stages if tile is product else 3,
-                    aligned=(*(n for n, kind in signature.items() if kind[0] == "*"), "D"),
-                )
+    types |= dict.fromkeys(("rows", "D", "N", "L", "blocks", "positions"), "i32")
+    for size, (dtype, itemsize) in product((768, 1024, 1536, 2048), (("bf16", 2), ("fp32", 4))):
+        if size == 1536 and dtype == "fp32":
+            continue  # as 2048
+        for kernel, layers in (
+            (kernels.rsa_demux_state_kernel, {"LAYERS": 0}),
+            (kernels.rsa_demux_state_kernel, {"LAYERS": 1}),
+            (kernels.rsa_demux_matmul_kernel, {"LAYERS": 0, "LAST": True}),
+            (kernels.rsa_demux_matmul_kernel, {"LAYERS": 1, "LAST": True}),
+            (kernels.rsa_demux_finish_kernel, {}),
+            (kernels.rsa_demux_layer_bwd_kernel, {"LAYER": 0, "NORM": True}),
+            (kernels.rsa_demux_layer_bwd_kernel, {"LAYER": 1, "NORM": True}),
+            (kernels.rsa_demux_layer_bwd_kernel, {"LAYER": 0, "NORM": False}),
+            (kernels.rsa_demux_first_bwd_kernel, {}),
+            (kernels.rsa_demux_sums_bwd_kernel, {}),
+        ):
+            if kernel is kernels.rsa_demux_matmul_kernel:
+                flags = _product(size * 8, size, itemsize) | layers
+            else:
+                flags = (_held if "TILES" in kernel.arg_names else _block)(size, itemsize) | layers
+            warps, stages = flags.pop("num_warps"), flags.pop("num_stages", 3)
+            flags |= {"PAIRS": size == 1024, "DROPS": size == 768}
+            constants = {name: flags[name] for name in kernel.arg_names if name in flags}
+            signature = {
+                name: types.get(name, f"*{dtype}")
+                for name in kernel.arg_names
+                if name not in constants
+            }
+            if kernel is kernels.rsa_demux_first_bwd_kernel:
+                signature["grad"] = "*fp32"
+            number = "".join(str(int(number)) for number in layers.values())
+            yield Build(
+                name=f"{kernel.__name__}{number}-D{size}-{dtype}",
+                kernel=kernel,
+                signature=signature,
+                constants=constants,
+                num_warps=warps,
+                num_stages=stages,
+                aligned=(*(n for n, kind in signature.items() if kind[0] == "*"), "D"),
+            )

@@ -65,11 +65,12 @@ def split_projection(
     Returns:
         hidden part [..., D] and key part, bias included, [..., N, D].
     """
-    size = key.shape[-1]
-    of_key, of_hidden = F.linear(key, weight[:, :size], bias), weight[:, size:]
+    # Gradients of parts that were split together are put together at once.
+    by_key, by_hidden = weight.split(key.shape[-1], 1)
+    of_key = F.linear(key, by_key, bias)
     if norm is None:
-        return F.linear(hidden, of_hidden), of_key
-    return norm_linear(hidden, norm, of_hidden, implementation=implementation), of_key
+        return F.linear(hidden, by_hidden), of_key
+    return norm_linear(hidden, norm, by_hidden, implementation=implementation), of_key
 
 
 def add_pairs(hidden: Tensor, key: Tensor, pairs: Pairs | None) -> Tensor:
@@ -132,7 +133,8 @@ class RsaDemuxFunction(torch.autograd.Function):
             before.append(F.linear(x, weight, bias))
             x = _drop(F.gelu(before[-1]), mask, dropout).add_(x)
         before.append(F.linear(x, *last))
-        output = F.layer_norm(F.gelu(before[-1]), x.shape[-1:], *norm, eps).add_(x)
+        # Not in place: up to torch 2.11 the compiler drops the gradient of such a result.
+        output = F.layer_norm(F.gelu(before[-1]), x.shape[-1:], *norm, eps) + x
         ctx.save_for_backward(hidden, key, *(pairs or ()), *weights, *before, *masks)
         ctx.counts = (len(pairs or ()), len(weights), len(before))
         ctx.dropout, ctx.eps = dropout, eps

@@ -41,9 +41,12 @@ class _MultiplexFunction(torch.autograd.Function):
         scaled = key.to(wide) / x.shape[1]
         mixed = x[:, 0].to(wide) * scaled[0]
         for instance in range(1, x.shape[1]):
-            mixed.addcmul_(x[:, instance].to(wide), scaled[instance])
+            add = mixed.addcmul if instance == x.shape[1] - 1 else mixed.addcmul_
+            mixed = add(x[:, instance].to(wide), scaled[instance])
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, key)
-        return mixed.to(x.dtype)
+        # Neither changed in place nor converted to what it is: up to torch 2.11 the compiler drops
+        # the gradient of such a result.
+        return mixed if x.dtype == wide else mixed.to(x.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

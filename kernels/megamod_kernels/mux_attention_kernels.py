@@ -13,22 +13,23 @@ def mux_qkv_kernel(
     residual, mixed, rows, length, D, N, start, first_stride, second_stride, eps, p,
     query, query_bias, sought, sought_bias, value, value_bias, qkv,
     BLOCK: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr, TYPES: tl.constexpr,
-    FIRSTS: tl.constexpr, SECONDS: tl.constexpr, DROPOUT: tl.constexpr, KEEP: tl.constexpr,
-    TALL: tl.constexpr, WIDE: tl.constexpr, INNER: tl.constexpr,
+    FIRSTS: tl.constexpr, SECONDS: tl.constexpr, DROPOUT: tl.constexpr, WHOLE: tl.constexpr,
+    KEEP: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr,
+    INNER: tl.constexpr,
 ):  # fmt: skip
     """TALL mixed rows from their ids to `residual`, and from there to qkv [3, rows, D]."""
-    first = tl.program_id(0).to(tl.int64) * TALL
+    first = tl.program_id(0) * TALL
     for step in range(0, TALL, BLOCK):
         m = first + step + tl.arange(0, BLOCK)
         embed_rows(
             m, m < rows, ids, word, position, token_type, weight, bias, key, types, firsts,
             seconds, seed, residual, mixed, length, D, N, start, first_stride, second_stride, eps,
-            p, BLOCK, WIDTH, TILES, TYPES, FIRSTS, SECONDS, DROPOUT, KEEP,
+            p, BLOCK, WIDTH, TILES, TYPES, FIRSTS, SECONDS, DROPOUT, WHOLE, KEEP,
         )  # fmt: skip
     # The product reads what other threads of this program have written.
     tl.debug_barrier()
-    row = first + tl.arange(0, TALL)
-    one = rows.to(tl.int64) * D
+    row = first.to(tl.int64) + tl.arange(0, TALL)
+    one = (first * 0 + rows).to(tl.int64) * D  # a launch makes rows a constant if it is 1
     _project(residual, row, rows, query, query_bias, qkv, D, TALL, WIDE, INNER)
     _project(residual, row, rows, sought, sought_bias, qkv + one, D, TALL, WIDE, INNER)
     _project(residual, row, rows, value, value_bias, qkv + 2 * one, D, TALL, WIDE, INNER)

@@ -7,81 +7,26 @@ never held, neither forward nor backward: both make them again from the ids.
 
 from collections.abc import Iterable, Iterator
 from itertools import product
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from megamod_kernels.dispatch import uses_triton
-from megamod_kernels.mux import multiplex
+from megamod_kernels.mux_embed_torch import Tables, check, mux_embed_reference
 
 if TYPE_CHECKING:
     from megamod_kernels.compile_ahead import Build
 
+__all__ = ["Tables", "builds", "check", "mux_embed", "mux_embed_reference"]
+
 WIDTH = 256  # columns of a tile
-CHUNK = 32  # sorted rows that one program adds up
+CHUNK = 16  # sorted rows that one program adds up
 PARTIALS = 128  # rows of the buffers from which gradients of norm and keys are summed
 _COUNTS = (
     "rows", "length", "D", "N", "start", "first_stride", "second_stride", "position_stride",
     "blocks", "every", "count", "padding",
 )  # fmt: skip
-
-
-class Tables(NamedTuple):
-    """What an embedding module holds.
-
-    Attributes:
-        word, position, token_type: [V, D], [P, D], [S, D].
-        weight, bias: [D], of the norm.
-        eps: of the norm.
-        first_position: row of the position table that belongs to the first token.
-        word_padding: row of `word` that receives no gradient; None if all do.
-        position_padding: the same of `position`, where rows of it are given.
-    """
-
-    word: Tensor
-    position: Tensor
-    token_type: Tensor
-    weight: Tensor
-    bias: Tensor
-    eps: float = 1e-12
-    first_position: int = 0
-    word_padding: int | None = None
-    position_padding: int | None = None
-
-
-def mux_embed_reference(
-    ids: Tensor,
-    key: Tensor,
-    tables: Tables,
-    token_type_ids: Tensor | None = None,
-    first_positions: Tensor | None = None,
-    second_positions: Tensor | None = None,
-    dropout: float = 0.0,
-    masks: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """The definition; arguments and result as of `mux_embed`.
-
-    Args:
-        masks: what both dropouts multiply by, [B, N, T, D] and [B, T, D]; None to draw them.
-    """
-
-    def embed(x: Tensor, types: Tensor | None, positions: Tensor | None) -> Tensor:
-        if positions is None:
-            start = tables.first_position
-            added = tables.position[start : start + x.shape[1]]
-        else:
-            added = F.embedding(positions, tables.position, tables.position_padding)
-        segment = tables.token_type[0] if types is None else F.embedding(types, tables.token_type)
-        normed = (tables.weight, tables.bias, tables.eps)
-        return F.layer_norm(x + (added + segment), x.shape[-1:], *normed)
-
-    words = F.embedding(ids, tables.word, tables.word_padding)
-    instances = embed(words, token_type_ids, first_positions).unflatten(0, (-1, len(key)))
-    instances = F.dropout(instances, dropout) if masks is None else instances * masks[0]
-    mixed = embed(multiplex(instances, key, "reference"), None, second_positions)
-    return F.dropout(mixed, dropout) if masks is None else mixed * masks[1]
 
 
 def _blocks(count: int, size: int) -> int:
@@ -91,6 +36,10 @@ def _blocks(count: int, size: int) -> int:
 def _block(size: int) -> int:
     """Mixed rows of a program: as many as fit its registers."""
     return 2 if size <= 1024 else 1
+
+
+def _tiles(size: int) -> dict[str, int | bool]:
+    return {"WIDTH": WIDTH, "TILES": _blocks(size, WIDTH), "WHOLE": size % WIDTH == 0}
 
 
 def _warps(size: int) -> int:
@@ -145,7 +94,7 @@ def embedding_arguments(
         ids if seed is None else seed, output, mixed, groups * length, length, size, len(key),
         start, first_stride, second_stride, eps, dropout,
     )  # fmt: skip
-    flags = {"WIDTH": WIDTH, "TILES": _blocks(size, WIDTH), "TYPES": int(typed)}
+    flags = {**_tiles(size), "TYPES": int(typed)}
     flags |= {"FIRSTS": placed, "SECONDS": replaced, "DROPOUT": seed is not None, "KEEP": keep}
     return given, flags
 
@@ -191,7 +140,7 @@ def mux_embed_backward(
     kernels.mux_embed_bwd_kernel[(_blocks(all_mixed, _block(size)),)](
         upstream, ids, word, position, token_type, weight, key, types, firsts, seconds, drawn,
         mixed, grad_mixed, stats, second_stats, all_mixed, length, size, instances, start,
-        first_stride, second_stride, eps, dropout, BLOCK=_block(size), WIDTH=WIDTH, TILES=tiles,
+        first_stride, second_stride, eps, dropout, BLOCK=_block(size), **_tiles(size),
         TYPES=int(typed), FIRSTS=placed, SECONDS=replaced, DROPOUT=drop, num_warps=_warps(size),
     )  # fmt: skip
 
@@ -206,7 +155,8 @@ def mux_embed_backward(
             second_stats if second else stats, partial, all_mixed, length, size, count, blocks,
             start, second_stride if second else first_stride, all_mixed if second else every,
             dropout, BLOCK=4, WIDTH=WIDTH, TYPES=0 if second else int(typed),
-            POSITIONS=replaced if second else placed, DROPOUT=drop, SECOND=second, num_warps=4,
+            POSITIONS=replaced if second else placed, DROPOUT=drop, SECOND=second,
+            WHOLE=size % WIDTH == 0, num_warps=4,
         )  # fmt: skip
         return partial.sum(0)
 
@@ -226,35 +176,39 @@ def mux_embed_backward(
         )
         return grad
 
-    owner, order = ids.flatten().sort(stable=True)
-    grad_word = table(owner, order, torch.zeros_like(word), word_padding, False)
+    grad_word = table(*_sorted(ids), torch.zeros_like(word), word_padding, False)
 
     # Rows of one position and one segment are summed first; both tables' gradients follow.
-    first = _rows(given_firsts, rows, length, start, ids)
-    places, segments = len(position), len(token_type)
-    owner = first if given_types is None else first + given_types * places
-    owner, order = owner.flatten().sort(stable=True)
+    places, segments = len(position), len(token_type) if typed else 1
+    if placed or typed:
+        first = _rows(given_firsts, rows, length, start, ids)
+        order_of_slots = _sorted(first + given_types * places if typed else first)
+    else:
+        order_of_slots = _by_column(rows, length, start, ids)
     slots = torch.zeros(segments * places, size, **wide)
-    slots = table(owner, order, slots, -1, False).view(segments, places, size)
-    owner, order = _rows(given_seconds, groups, length, start, ids).flatten().sort(stable=True)
-    again = table(owner, order, torch.zeros(places, size, **wide), -1, True)
+    slots = table(*order_of_slots, slots, -1, False).view(segments, places, size)
+    again = torch.zeros(places, size, **wide)
+    if replaced:
+        second = _rows(given_seconds, groups, length, start, ids)
+        again = table(*_sorted(second), again, -1, True)
+    else:
+        again[start : start + length] = grad_mixed.sum(0, dtype=torch.float32)
 
-    grad_type = slots.sum(1)
+    grad_type = torch.zeros(token_type.shape, **wide)
+    grad_type[:segments] = slots.sum(1)
     grad_type[0] += again.sum(0)
     of_first = slots.sum(0)
     if position_padding >= 0:
         for found, by_row in ((of_first, placed), (again, replaced)):
             found[position_padding] *= not by_row
-    sums, second_sums, marks = columns(False), columns(True)[0], key.float()
-    grads = (
-        grad_word,
-        of_first + again,
-        grad_type,
-        (marks * sums[:, 1]).sum(0) + second_sums[1],
-        (marks * sums[:, 0]).sum(0) + second_sums[0],
-        weight.float() * sums[:, 1] + bias.float() * sums[:, 0],
-    )
-    return tuple(grad.to(given.dtype) for grad, given in zip(grads, parameters, strict=True))
+    of_norm = torch.empty_like(weight), torch.empty_like(bias)
+    grad_key = torch.empty_like(key)
+    kernels.mux_embed_finish_kernel[(tiles,)](
+        columns(False), columns(True), key, weight, bias, *of_norm, grad_key, size, instances,
+        WIDTH=WIDTH, num_warps=4,
+    )  # fmt: skip
+    of_position = (of_first + again).to(position.dtype)
+    return grad_word, of_position, grad_type.to(token_type.dtype), *of_norm, grad_key
 
 
 @mux_embed_backward.register_fake
@@ -272,6 +226,18 @@ def _rows(given: Tensor | None, rows: int, length: int, start: int, like: Tensor
     if given is None:
         given = torch.arange(start, start + length, device=like.device)[None]
     return given.expand(rows, length)
+
+
+def _sorted(owner: Tensor) -> tuple[Tensor, Tensor]:
+    """Owners of rows in order, and which rows these are; in 32 bits sorting takes half as long."""
+    return owner.flatten().to(torch.int32).sort(stable=True)
+
+
+def _by_column(rows: int, length: int, start: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """What `_sorted` finds of rows [rows, length] that hold consecutive numbers."""
+    numbers = torch.arange(rows * length, device=like.device).view(rows, length)
+    owner = torch.arange(start, start + length, dtype=torch.int32, device=like.device)
+    return owner.repeat_interleave(rows), numbers.T.flatten()
 
 
 def _keep(
@@ -347,60 +313,21 @@ def settings(
     return seed, (tables.eps, tables.first_position, float(dropout), *padding, keep)
 
 
-def check(
-    ids: Tensor,
-    key: Tensor,
-    tables: Tables,
-    types: Tensor | None,
-    firsts: Tensor | None,
-    seconds: Tensor | None,
-) -> None:
-    """See that shapes fit.
-
-    Raises:
-        ValueError: if they do not.
-    """
-    instances, size = key.shape if key.dim() == 2 else (0, 0)
-    if ids.dim() != 2 or not instances or ids.shape[0] % instances:
-        raise ValueError(
-            f"ids {tuple(ids.shape)} and key {tuple(key.shape)} do not fit: expected [B * N, T] "
-            "and [N, D], N at least 1"
-        )
-    for name, given in zip(Tables._fields[:5], tables[:5], strict=True):
-        columns = (size,) if name in ("weight", "bias") else (len(given), size)
-        if tuple(given.shape) != columns:
-            raise ValueError(
-                f"{name} {tuple(given.shape)} does not fit key {tuple(key.shape)}: expected "
-                f"{size} columns"
-            )
-    rows, length = ids.shape
-    groups = rows // instances
-    for name, given, allowed in (
-        ("token_type_ids", types, (rows,)),
-        ("first_positions", firsts, (rows, 1)),
-        ("second_positions", seconds, (groups, 1)),
-    ):
-        if given is not None and tuple(given.shape) not in [(count, length) for count in allowed]:
-            expected = " or ".join(str([count, length]) for count in allowed)
-            raise ValueError(f"{name} {tuple(given.shape)} does not fit: expected {expected}")
-    room = len(tables.position) - tables.first_position
-    if length > room and (firsts is None or seconds is None):
-        raise ValueError(f"{length} tokens need more than the {room} positions of the table")
-
-
 def build_flags(size: int, dropout: bool) -> dict[str, object]:
     """Compile-time arguments of kernels, optional ids given, to compile ahead of time."""
     flags = {"TYPES": 1, "FIRSTS": True, "SECONDS": True, "POSITIONS": True, "KEEP": True}
     flags |= {"MIXED": False, "SECOND": False, "DROPOUT": dropout}
-    return flags | {"WIDTH": WIDTH, "TILES": _blocks(size, WIDTH), "CHUNK": CHUNK}
+    return flags | {"CHUNK": CHUNK, **_tiles(size)}
 
 
 def build_kinds(names: Iterable[str], dtype: str) -> dict[str, str]:
     """Types of arguments by name; tensors are of a dtype unless they are known to be others."""
     kinds = dict.fromkeys(names, f"*{dtype}")
-    kinds |= dict.fromkeys(("stats", "second_stats", "partial", "head", "tail"), "*fp32")
-    whole = ("ids", "types", "firsts", "seconds", "positions", "seed", "order", "owner")
-    kinds |= dict.fromkeys(whole, "*i64") | dict.fromkeys(("eps", "p"), "fp32")
+    kinds |= dict.fromkeys(
+        ("stats", "second_stats", "partial", "head", "tail", "sums", "second_sums"), "*fp32"
+    )
+    whole = ("ids", "types", "firsts", "seconds", "positions", "seed", "order")
+    kinds |= dict.fromkeys(whole, "*i64") | {"owner": "*i32"} | dict.fromkeys(("eps", "p"), "fp32")
     return kinds | dict.fromkeys(_COUNTS, "i32")
 
 
@@ -414,6 +341,7 @@ def builds() -> Iterator["Build"]:
         kernels.mux_embed_columns_kernel,
         kernels.mux_embed_table_kernel,
         kernels.mux_embed_join_kernel,
+        kernels.mux_embed_finish_kernel,
     )
     for size, dtype, drop in product((768, 1024, 1536, 2048), ("bf16", "fp32"), (False, True)):
         # Tiles do not depend on these two: one width of each is enough.
@@ -434,7 +362,7 @@ def builds() -> Iterator["Build"]:
                 kernel=kernel,
                 signature=signature,
                 constants=constants,
-                num_warps=_warps(size) if rowwise else 4 if "blocks" in names else 1,
+                num_warps=_warps(size) if rowwise else 1 if "owner" in names else 4,
                 num_stages=3,
                 aligned=(*aligned, "D"),
             )

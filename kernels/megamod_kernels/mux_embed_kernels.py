@@ -9,6 +9,8 @@ A row is one token of one instance, r = (group * N + instance) * T + t; a mixed 
 import triton
 import triton.language as tl
 
+from megamod_kernels.rows import held_moments, inside, kept
+
 
 @triton.jit
 def _looked_up(source, position, token_type, source_row, position_row, type_row, column, D, inside):
@@ -29,48 +31,16 @@ def _rows_of(ids, group, t, length, start, stride, inside, GIVEN: tl.constexpr):
 
 
 @triton.jit
-def _kept(seed, stream, row, first_column, p, DROPOUT: tl.constexpr, WIDTH: tl.constexpr):
-    """What dropout multiplies a tile by; Philox counts (row, column // 4, stream)."""
-    if DROPOUT:
-        quad = first_column // 4 + tl.arange(0, WIDTH // 4)
-        drawn = tl.load(seed)
-        counter = row.to(tl.int32)[:, None] + tl.zeros_like(quad)[None, :]
-        quads = quad[None, :] + tl.zeros_like(counter)
-        a, b, c, d = tl.philox(
-            drawn, counter, quads, tl.zeros_like(counter) + stream, tl.zeros_like(counter)
-        )
-        bits = tl.join(tl.join(a, c), tl.join(b, d))
-        bits = tl.reshape(bits, [row.shape[0], WIDTH])
-        uniform = (bits >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08
-        return tl.where(uniform >= p, 1.0 / (1.0 - p), 0.0)
-    else:
-        return tl.full([row.shape[0], WIDTH], 1.0, tl.float32)
-
-
-@triton.jit
-def _moments(x, D, eps, TILES: tl.constexpr, WIDTH: tl.constexpr):
-    """Mean and reciprocal deviation of rows whose columns beyond D are zero."""
-    total = tl.sum(x[0], 1)
-    for tile in tl.static_range(1, TILES):
-        total += tl.sum(x[tile], 1)
-    mean = total / D
-    square = tl.zeros_like(mean)
-    for tile in tl.static_range(TILES):
-        column = tile * WIDTH + tl.arange(0, WIDTH)
-        off = tl.where((column < D)[None, :], x[tile] - mean[:, None], 0.0)
-        square += tl.sum(off * off, 1)
-    return mean, 1.0 / tl.sqrt(square / D + eps)
-
-
-@triton.jit
 def embed_rows(
     m, real, ids, word, position, token_type, weight, bias, key, types, firsts, seconds, seed,
     output, mixed, length, D, N, start, first_stride, second_stride, eps, p,
     BLOCK: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr, TYPES: tl.constexpr,
-    FIRSTS: tl.constexpr, SECONDS: tl.constexpr, DROPOUT: tl.constexpr, KEEP: tl.constexpr,
+    FIRSTS: tl.constexpr, SECONDS: tl.constexpr, DROPOUT: tl.constexpr, WHOLE: tl.constexpr,
+    KEEP: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK mixed rows m from their ids to the encoder's input."""
-    group, t = m // length, m % length
+    """BLOCK mixed rows m, int32 because they are divided, from ids to the encoder's input."""
+    group, t = (m // length).to(tl.int64), m % length
+    m = m.to(tl.int64)
     total = ()
     for tile in tl.static_range(TILES):
         total = total + (tl.zeros([BLOCK, WIDTH], tl.float32),)
@@ -82,12 +52,12 @@ def embed_rows(
         x = ()
         for tile in tl.static_range(TILES):
             column = tile * WIDTH + tl.arange(0, WIDTH)
-            inside = real[:, None] & (column < D)[None, :]
+            there = inside(real, column, D, WHOLE)
             x = x + (
                 _looked_up(word, position, token_type, word_row, position_row, type_row, column,
-                           D, inside),
+                           D, there),
             )  # fmt: skip
-        mean, rstd = _moments(x, D, eps, TILES, WIDTH)
+        mean, rstd = held_moments(x, D, eps, TILES, WIDTH, WHOLE)
         more = ()
         for tile in tl.static_range(TILES):
             column = tile * WIDTH + tl.arange(0, WIDTH)
@@ -95,32 +65,32 @@ def embed_rows(
             shift = tl.load(bias + column, mask=column < D, other=0.0).to(tl.float32)
             mark = tl.load(key + instance * D + column, mask=column < D, other=0.0).to(tl.float32)
             normed = (x[tile] - mean[:, None]) * rstd[:, None] * gain[None, :] + shift[None, :]
-            kept = _kept(seed, 0, row * length + t, tile * WIDTH, p, DROPOUT, WIDTH)
-            more = more + (total[tile] + normed * kept * mark[None, :],)
+            normed *= kept(seed, 0, row * length + t, tile * WIDTH, p, DROPOUT, WIDTH)
+            more = more + (total[tile] + normed * mark[None, :],)
         total = more
     position_row = _rows_of(seconds, group, t, length, start, second_stride, real, SECONDS)
     z = ()
     for tile in tl.static_range(TILES):
         column = tile * WIDTH + tl.arange(0, WIDTH)
-        inside = real[:, None] & (column < D)[None, :]
-        mean_of_instances = total[tile] / N
+        there = inside(real, column, D, WHOLE)
+        mean_of_instances = total[tile] * (1.0 / N)
         if KEEP:
             tl.store(mixed + m[:, None] * D + column[None, :],
-                     mean_of_instances.to(mixed.dtype.element_ty), mask=inside)  # fmt: skip
-        added = tl.load(position + position_row[:, None] * D + column[None, :], mask=inside,
+                     mean_of_instances.to(mixed.dtype.element_ty), mask=there)  # fmt: skip
+        added = tl.load(position + position_row[:, None] * D + column[None, :], mask=there,
                         other=0.0)  # fmt: skip
         segment = tl.load(token_type + column, mask=column < D, other=0.0).to(tl.float32)
         z = z + (mean_of_instances + added.to(tl.float32) + segment[None, :],)
-    mean, rstd = _moments(z, D, eps, TILES, WIDTH)
+    mean, rstd = held_moments(z, D, eps, TILES, WIDTH, WHOLE)
     for tile in tl.static_range(TILES):
         column = tile * WIDTH + tl.arange(0, WIDTH)
-        inside = real[:, None] & (column < D)[None, :]
+        there = inside(real, column, D, WHOLE)
         gain = tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
         shift = tl.load(bias + column, mask=column < D, other=0.0).to(tl.float32)
         normed = (z[tile] - mean[:, None]) * rstd[:, None] * gain[None, :] + shift[None, :]
-        normed *= _kept(seed, 1, m, tile * WIDTH, p, DROPOUT, WIDTH)
+        normed *= kept(seed, 1, m, tile * WIDTH, p, DROPOUT, WIDTH)
         tl.store(output + m[:, None] * D + column[None, :], normed.to(output.dtype.element_ty),
-                 mask=inside)  # fmt: skip
+                 mask=there)  # fmt: skip
 
 
 @triton.jit
@@ -128,14 +98,15 @@ def mux_embed_fwd_kernel(
     ids, word, position, token_type, weight, bias, key, types, firsts, seconds, seed,
     output, mixed, rows, length, D, N, start, first_stride, second_stride, eps, p,
     BLOCK: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr, TYPES: tl.constexpr,
-    FIRSTS: tl.constexpr, SECONDS: tl.constexpr, DROPOUT: tl.constexpr, KEEP: tl.constexpr,
+    FIRSTS: tl.constexpr, SECONDS: tl.constexpr, DROPOUT: tl.constexpr, WHOLE: tl.constexpr,
+    KEEP: tl.constexpr,
 ):  # fmt: skip
     """The same for every row, BLOCK of them a program."""
-    m = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     embed_rows(
         m, m < rows, ids, word, position, token_type, weight, bias, key, types, firsts, seconds,
         seed, output, mixed, length, D, N, start, first_stride, second_stride, eps, p,
-        BLOCK, WIDTH, TILES, TYPES, FIRSTS, SECONDS, DROPOUT, KEEP,
+        BLOCK, WIDTH, TILES, TYPES, FIRSTS, SECONDS, DROPOUT, WHOLE, KEEP,
     )  # fmt: skip
 
 
@@ -144,52 +115,53 @@ def mux_embed_bwd_kernel(
     upstream, ids, word, position, token_type, weight, key, types, firsts, seconds, seed, mixed,
     grad_mixed, stats, second_stats, rows, length, D, N, start, first_stride, second_stride, eps,
     p, BLOCK: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr, TYPES: tl.constexpr,
-    FIRSTS: tl.constexpr, SECONDS: tl.constexpr, DROPOUT: tl.constexpr,
+    FIRSTS: tl.constexpr, SECONDS: tl.constexpr, DROPOUT: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Gradient of BLOCK mixed rows, and of each norm what the other kernels cannot see.
 
     stats [4, R * T] of the first norm: mean, reciprocal deviation, and the means of the gradient
     and of its product with the normed row. second_stats [2, B * T]: the first two of the second.
     """
-    m = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     real = m < rows
-    group, t = m // length, m % length
+    group, t = (m // length).to(tl.int64), m % length
+    m = m.to(tl.int64)
     position_row = _rows_of(seconds, group, t, length, start, second_stride, real, SECONDS)
     z = ()
     for tile in tl.static_range(TILES):
         column = tile * WIDTH + tl.arange(0, WIDTH)
-        inside = real[:, None] & (column < D)[None, :]
+        there = inside(real, column, D, WHOLE)
         z = z + (
             _looked_up(mixed, position, token_type, m, position_row, tl.zeros_like(m), column, D,
-                       inside),
+                       there),
         )  # fmt: skip
-    mean, rstd = _moments(z, D, eps, TILES, WIDTH)
+    mean, rstd = held_moments(z, D, eps, TILES, WIDTH, WHOLE)
     tl.store(second_stats + m, mean, mask=real)
     tl.store(second_stats + rows + m, rstd, mask=real)
     given = ()
-    first = tl.zeros([BLOCK], tl.float32)
-    second = tl.zeros([BLOCK], tl.float32)
+    level = tl.zeros([BLOCK, WIDTH], tl.float32)
+    along = tl.zeros([BLOCK, WIDTH], tl.float32)
     for tile in tl.static_range(TILES):
         column = tile * WIDTH + tl.arange(0, WIDTH)
-        inside = real[:, None] & (column < D)[None, :]
-        above = tl.load(upstream + m[:, None] * D + column[None, :], mask=inside, other=0.0)
+        there = inside(real, column, D, WHOLE)
+        above = tl.load(upstream + m[:, None] * D + column[None, :], mask=there, other=0.0)
         gain = tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
         grad = above.to(tl.float32) * gain[None, :]
-        grad *= _kept(seed, 1, m, tile * WIDTH, p, DROPOUT, WIDTH)
-        first += tl.sum(grad, 1)
-        second += tl.sum(grad * (z[tile] - mean[:, None]) * rstd[:, None], 1)
+        grad *= kept(seed, 1, m, tile * WIDTH, p, DROPOUT, WIDTH)
+        level += grad
+        along += grad * (z[tile] - mean[:, None])
         given = given + (grad,)
-    first, second = first / D, second / D
+    first, second = tl.sum(level, 1) / D, tl.sum(along, 1) * rstd / D
     shared = ()
     for tile in tl.static_range(TILES):
         column = tile * WIDTH + tl.arange(0, WIDTH)
-        inside = real[:, None] & (column < D)[None, :]
+        there = inside(real, column, D, WHOLE)
         normed = (z[tile] - mean[:, None]) * rstd[:, None]
         grad = (given[tile] - first[:, None] - normed * second[:, None]) * rstd[:, None]
         tl.store(grad_mixed + m[:, None] * D + column[None, :],
-                 grad.to(grad_mixed.dtype.element_ty), mask=inside)  # fmt: skip
+                 grad.to(grad_mixed.dtype.element_ty), mask=there)  # fmt: skip
         gain = tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
-        shared = shared + (grad * gain[None, :] / N,)
+        shared = shared + (grad * gain[None, :] * (1.0 / N),)
     for instance in range(N):
         row = group * N + instance
         place = row * length + t
@@ -199,26 +171,26 @@ def mux_embed_bwd_kernel(
         x = ()
         for tile in tl.static_range(TILES):
             column = tile * WIDTH + tl.arange(0, WIDTH)
-            inside = real[:, None] & (column < D)[None, :]
+            there = inside(real, column, D, WHOLE)
             x = x + (
                 _looked_up(word, position, token_type, word_row, position_row, type_row, column,
-                           D, inside),
+                           D, there),
             )  # fmt: skip
-        mean, rstd = _moments(x, D, eps, TILES, WIDTH)
-        first = tl.zeros([BLOCK], tl.float32)
-        second = tl.zeros([BLOCK], tl.float32)
+        mean, rstd = held_moments(x, D, eps, TILES, WIDTH, WHOLE)
+        level = tl.zeros([BLOCK, WIDTH], tl.float32)
+        along = tl.zeros([BLOCK, WIDTH], tl.float32)
         for tile in tl.static_range(TILES):
             column = tile * WIDTH + tl.arange(0, WIDTH)
             mark = tl.load(key + instance * D + column, mask=column < D, other=0.0).to(tl.float32)
             grad = shared[tile] * mark[None, :]
-            grad *= _kept(seed, 0, place, tile * WIDTH, p, DROPOUT, WIDTH)
-            first += tl.sum(grad, 1)
-            second += tl.sum(grad * (x[tile] - mean[:, None]) * rstd[:, None], 1)
+            grad *= kept(seed, 0, place, tile * WIDTH, p, DROPOUT, WIDTH)
+            level += grad
+            along += grad * (x[tile] - mean[:, None])
         every = rows * N
         tl.store(stats + place, mean, mask=real)
         tl.store(stats + every + place, rstd, mask=real)
-        tl.store(stats + every * 2 + place, first / D, mask=real)
-        tl.store(stats + every * 3 + place, second / D, mask=real)
+        tl.store(stats + every * 2 + place, tl.sum(level, 1) / D, mask=real)
+        tl.store(stats + every * 3 + place, tl.sum(along, 1) * rstd / D, mask=real)
 
 
 @triton.jit
@@ -226,7 +198,7 @@ def mux_embed_columns_kernel(
     upstream, ids, source, position, token_type, types, positions, seed, stats, partial, rows,
     length, D, N, blocks, start, position_stride, every, p, BLOCK: tl.constexpr,
     WIDTH: tl.constexpr, TYPES: tl.constexpr, POSITIONS: tl.constexpr, DROPOUT: tl.constexpr,
-    SECOND: tl.constexpr,
+    SECOND: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Column sums of v and of v * normed row, for one instance: partial [programs, N, 2, D].
 
@@ -239,24 +211,25 @@ def mux_embed_columns_kernel(
     plain = tl.zeros([BLOCK, WIDTH], tl.float32)
     product = tl.zeros([BLOCK, WIDTH], tl.float32)
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
-        m = (block * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+        m = block * BLOCK + tl.arange(0, BLOCK)  # divided in 32 bits, which is far faster
         real = m < rows
-        inside = real[:, None] & (column < D)[None, :]
+        there = inside(real, column, D, WHOLE)
         t = m % length
-        row = m // length * N + instance
+        row = (m // length).to(tl.int64) * N + instance
         place = row * length + t
+        m = m.to(tl.int64)
         source_row = m
         if not SECOND:
             source_row = tl.load(ids + place, mask=real, other=0)
         position_row = _rows_of(positions, row, t, length, start, position_stride, real, POSITIONS)
         type_row = _rows_of(types, row, t, length, 0, length * TYPES, real, TYPES)
         x = _looked_up(source, position, token_type, source_row, position_row, type_row, column, D,
-                       inside)  # fmt: skip
+                       there)  # fmt: skip
         mean = tl.load(stats + place, mask=real, other=0.0)
         rstd = tl.load(stats + every + place, mask=real, other=0.0)
-        v = tl.load(upstream + m[:, None] * D + column[None, :], mask=inside, other=0.0)
-        kept = _kept(seed, 1 if SECOND else 0, place, first_column, p, DROPOUT, WIDTH)
-        v = v.to(tl.float32) * kept / N
+        v = tl.load(upstream + m[:, None] * D + column[None, :], mask=there, other=0.0)
+        v = v.to(tl.float32) * (1.0 / N)
+        v *= kept(seed, 1 if SECOND else 0, place, first_column, p, DROPOUT, WIDTH)
         plain += v
         product += v * (x - mean[:, None]) * rstd[:, None]
     place = (tl.program_id(0).to(tl.int64) * N + instance) * 2 * D
@@ -298,8 +271,9 @@ def mux_embed_table_kernel(
                             other=0.0)  # fmt: skip
             total += found.to(tl.float32)
         else:
-            row, t = place // length, place % length
-            m = row // N * length + t
+            narrow = place.to(tl.int32)
+            row, t = narrow // length, narrow % length
+            m = (row // N).to(tl.int64) * length + t
             word_row = tl.load(ids + place, mask=counts, other=0)
             position_row = _rows_of(firsts, row, t, length, start, first_stride, counts, FIRSTS)
             type_row = _rows_of(types, row, t, length, 0, length * TYPES, counts, TYPES)
@@ -312,8 +286,8 @@ def mux_embed_table_kernel(
             second = tl.load(stats + every * 3 + place)
             v = tl.load(grad_mixed + m[:, None] * D + column[None, :], mask=inside, other=0.0)
             mark = tl.load(key + (row % N)[:, None] * D + column[None, :], mask=inside, other=0.0)
-            v = v.to(tl.float32) * mark.to(tl.float32) * gain[None, :] / N
-            v *= _kept(seed, 0, place, tl.program_id(1) * WIDTH, p, DROPOUT, WIDTH)
+            v = v.to(tl.float32) * mark.to(tl.float32) * gain[None, :] * (1.0 / N)
+            v *= kept(seed, 0, place, tl.program_id(1) * WIDTH, p, DROPOUT, WIDTH)
             normed = (x - mean[:, None]) * rstd[:, None]
             found = (v - first[:, None] - normed * second[:, None]) * rstd[:, None]
             total += tl.where(inside, found, 0.0)
@@ -350,4 +324,30 @@ def mux_embed_join_kernel(
         total = tl.load(tail + chunk * D + column, mask=column < D, other=0.0)
         for part in range(parts):
             total += tl.load(head + (chunk + 1 + part) * D + column, mask=column < D, other=0.0)
-        tl.store(grad + mine * D + column, total.to(grad.dtype.element_ty), mask=column < D)
+        tl.store(
+            grad + mine.to(tl.int64) * D + column, total.to(grad.dtype.element_ty), mask=column < D
+        )
+
+
+@triton.jit
+def mux_embed_finish_kernel(
+    sums, second_sums, key, weight, bias, grad_weight, grad_bias, grad_key, D, N,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Gradients of norm and keys from what the columns kernel found, summed over its programs."""
+    column = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    known = column < D
+    gain = tl.load(weight + column, mask=known, other=0.0).to(tl.float32)
+    shift = tl.load(bias + column, mask=known, other=0.0).to(tl.float32)
+    of_shift = tl.load(second_sums + column, mask=known, other=0.0)
+    of_gain = tl.load(second_sums + D + column, mask=known, other=0.0)
+    for instance in range(N):
+        mark = tl.load(key + instance * D + column, mask=known, other=0.0).to(tl.float32)
+        plain = tl.load(sums + 2 * instance * D + column, mask=known, other=0.0)
+        product = tl.load(sums + (2 * instance + 1) * D + column, mask=known, other=0.0)
+        of_shift += mark * plain
+        of_gain += mark * product
+        grad = gain * product + shift * plain
+        tl.store(grad_key + instance * D + column, grad.to(grad_key.dtype.element_ty), mask=known)
+    tl.store(grad_weight + column, of_gain.to(grad_weight.dtype.element_ty), mask=known)
+    tl.store(grad_bias + column, of_shift.to(grad_bias.dtype.element_ty), mask=known)

@@ -12,7 +12,7 @@ def norm_moments_kernel(x, stats, rows, D, eps, ROWS: tl.constexpr, WIDTH: tl.co
     """stats [2, rows] float32: mean and 1 / deviation."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     valid = row < rows
-    mean, scale = moments(x, row, valid, D, eps, ROWS, WIDTH, False)
+    mean, scale = moments(x, row, valid, D, eps, ROWS, WIDTH)
     tl.store(stats + row, mean, mask=valid)
     tl.store(stats + rows + row, scale, mask=valid)
 

@@ -247,7 +247,9 @@ def _three(projected: list[Tensor]) -> tuple[Tensor, ...]:
 
 
 def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    """With columns side by side, and instances so near that kernels count their way in 32 bits."""
+    adjacent = x.stride(-1) == 1 or x.shape[-1] == 1
+    return x if adjacent and x.stride(1) * x.shape[1] < 2**31 else x.contiguous()
 
 
 def _or_any(mask: Tensor | None, seed: Tensor | None, anything: Tensor) -> tuple[Tensor, Tensor]:

@@ -54,7 +54,7 @@ def test_every_operation_in_every_mode(op):
             assert row["floor_us"] == pytest.approx(least)
             assert row["share_of_floor"] == pytest.approx(least / row["us"])
             assert (row["grad_error"] is None) == (mode == "fwd")
-            assert mode == "fwd" or 0 < row["grad_error"] < 2e-6
+            assert mode == "fwd" or 0 < row["grad_error"] < 5e-6
 
 
 def test_errors_are_relative_and_the_worst_of_all_gradients():
@@ -238,7 +238,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     with open(files["csv"], newline="") as file:
         read = list(csv.DictReader(file))
     assert [line["variant"] for line in read] == ["ours", "eager"] * 4
-    assert files["png"].read_bytes().startswith(b"\x89PNG")
+    if importlib.util.find_spec("matplotlib"):  # else nothing is drawn
+        assert files["png"].read_bytes().startswith(b"\x89PNG")
     said = capsys.readouterr().out
     assert "tiny-n5-s4-g2" in said and "failed" not in said
     assert command(monkeypatch, "--list") == 0

@@ -110,6 +110,7 @@ def trained(rank: int) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def record():
+    pytest.importorskip("deepspeed")
     return on_ranks(1, trained)[0]
 
 
@@ -144,6 +145,7 @@ def test_verdicts_of_training(record):
 
 
 def test_the_peer_has_our_shape():
+    pytest.importorskip("deepspeed")
     config = Job(*TINY.flags).plan.network.config
     peer = gpu_peer.Gpt(512, WIDTH, LAYERS, 2, LENGTH)
     ours = Job(*TINY.flags).plan.network.total

@@ -33,6 +33,27 @@ def test_every_tuned_build_fits_a_gpu(tmp_path):
         assert row["shared"] <= SHARED_LIMIT[row["capability"]], row
 
 
+ONES = """
+from megamod_kernels.compile_ahead import OPERATIONS, builds_of, refused_ones
+found = {}
+for build in builds_of(OPERATIONS):
+    flags = [value for value in build.constants.values() if isinstance(value, bool)]
+    found.setdefault((build.kernel.__name__, *flags), build)
+for build in found.values():
+    print(build.name, refused_ones(build))
+"""
+
+
+@pytest.mark.slow
+def test_kernels_can_be_launched_where_a_number_is_one():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-c", ONES]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) > 20 and all(line.endswith("[]") for line in lines), done.stdout
+
+
 def test_faults_are_told():
     good = {"registers": 100, "stack": 0, "spills": 0, "shared": 1024}
     assert faults(good, 90) == [] and "demux" in OPERATIONS

@@ -7,6 +7,7 @@ from megamod_kernels.demux import (
     Chain,
     Pairs,
     _rsa_demux,
+    by_kernels,
     rsa_demux,
     rsa_demux_reference,
     split_projection,
@@ -21,6 +22,7 @@ SHAPES = [
     (2, 3, 1, 200, 3),
     (1, 20, 2, 16, 2),
     (1, 2, 5, 300, 4),
+    (1, 2, 3, 512, 3),
 ]
 CASES = [
     pytest.param(shape, dtype, chosen, id=f"{name}-{kind}-{'pairs' if chosen else 'all'}")
@@ -68,6 +70,11 @@ def kernels(hidden, key, chain, pairs, dropout=0.0):
     return rsa_demux(hidden, key, chain, pairs, dropout, implementation="triton")
 
 
+def apart(hidden, key, chain, pairs, dropout=0.0):
+    """What "auto" does on a GPU: states first, then the vendor's products."""
+    return by_kernels(hidden, key, chain, pairs, dropout, fused=False)
+
+
 def error(found, exact) -> float:
     return float((found.double() - exact).norm() / exact.norm())
 
@@ -78,26 +85,53 @@ def test_value_and_gradients_against_float64(shape, dtype, chosen, poisoned, rou
     leaves = [leaf.to(dtype).double() for leaf in leaves]
     exact = results(rsa_demux_reference, leaves, pairs, torch.float64)
     eager = results(rsa_demux_reference, leaves, pairs, dtype)
-    ours = results(kernels, leaves, pairs, dtype)
-    for found, plain, wanted in zip(ours, eager, exact, strict=True):
-        assert found.shape == wanted.shape and found.dtype == dtype
-        if dtype == torch.float32:
-            assert error(found, wanted) <= 2e-6
-        else:
-            assert error(found, wanted) <= 1.1 * error(plain, wanted)
+    for form in (kernels, apart):
+        ours = results(form, leaves, pairs, dtype)
+        for found, plain, wanted in zip(ours, eager, exact, strict=True):
+            assert found.shape == wanted.shape and found.dtype == dtype
+            if dtype == torch.float32:
+                assert error(found, wanted) <= 2e-6
+            else:
+                assert error(found, wanted) <= 1.1 * error(plain, wanted)
 
 
 @pytest.mark.parametrize("chosen", [False, True])
-def test_tiles_of_large_inputs(chosen, monkeypatch, poisoned):
+def test_tiles_of_large_products(chosen, monkeypatch, poisoned):
     """Tuned tiles on sizes that no tile divides, which tests are too small to be given."""
-    tuned = demux._tile(1 << 20, 2)
-    assert tuned != demux._tile(1, 2)
-    monkeypatch.setattr(demux, "_tile", lambda rows, itemsize: tuned)
+    tuned = demux._product(1 << 20, 40, 2)
+    assert tuned != demux._product(1, 40, 2)
+    monkeypatch.setattr(demux, "_product", lambda *_: tuned)
     leaves, pairs = case((1, 3, 23, 40, 3), chosen)
     leaves = [leaf.float().double() for leaf in leaves]
     exact = results(rsa_demux_reference, leaves, pairs, torch.float64)
     ours = results(kernels, leaves, pairs, torch.float32)
     assert all(error(*both) <= 2e-6 for both in zip(ours, exact, strict=True))
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+def test_programs_with_several_blocks(chosen, monkeypatch, poisoned):
+    """As where there are more rows than programs at once, which tests are too small for."""
+    monkeypatch.setattr(demux, "PROGRAMS", 2)
+    leaves, pairs = case((1, 3, 23, 40, 3), chosen)
+    leaves = [leaf.float().double() for leaf in leaves]
+    exact = results(rsa_demux_reference, leaves, pairs, torch.float64)
+    ours = results(apart, leaves, pairs, torch.float32)
+    assert all(error(*both) <= 2e-6 for both in zip(ours, exact, strict=True))
+
+
+def test_gelu_is_exact(rounding):
+    """Far into both tails, where what is left of a normal distribution is small."""
+    x = torch.linspace(-9, 9, 901).view(1, 1, -1)
+    zero, one = torch.zeros_like(x), torch.ones(1, 901)
+    chain = chain_of([torch.zeros(901, 901), one[0] * 0, one[0] * 0, one[0] * 0])
+    leaf = x.clone().requires_grad_()
+    value = kernels(leaf, zero[0], chain, None)
+    (slope,) = torch.autograd.grad(value.sum(), leaf)
+    wide = x.double().requires_grad_()
+    exact = F.gelu(wide)
+    (wanted,) = torch.autograd.grad(exact.sum(), wide)
+    torch.testing.assert_close(value[:, 0].double(), exact.detach(), rtol=3e-7, atol=5e-8)
+    torch.testing.assert_close(slope.double(), wanted, rtol=3e-7, atol=2e-7)
 
 
 @pytest.mark.parametrize("chosen", [False, True])
@@ -161,17 +195,17 @@ def test_nothing_to_do():
     assert kernels(empty[0], empty[1], chain_of(empty[2:]), None).shape == (0, 3, 4, 24)
 
 
-@pytest.mark.parametrize("chosen", [False, True])
-def test_dropout_is_the_same_in_backward(chosen):
+@pytest.mark.parametrize(("form", "chosen"), [(kernels, False), (apart, False), (apart, True)])
+def test_dropout_is_the_same_in_backward(form, chosen):
     """With every mask found from the result, the gradient is that of the masked network."""
     leaves, pairs = case((1, 2, 3, 32, 3), chosen)
     hidden, key, *weights = (leaf.float().requires_grad_() for leaf in leaves)
     torch.manual_seed(3)
-    one = kernels(hidden, key, chain_of(weights), pairs, 0.5)
+    one = form(hidden, key, chain_of(weights), pairs, 0.5)
     torch.manual_seed(3)
-    again = kernels(hidden, key, chain_of(weights), pairs, 0.5)
+    again = form(hidden, key, chain_of(weights), pairs, 0.5)
     assert torch.equal(one, again)
-    assert not torch.equal(one, kernels(hidden, key, chain_of(weights), pairs, 0.5))
+    assert not torch.equal(one, form(hidden, key, chain_of(weights), pairs, 0.5))
     upstream = torch.randn_like(one)
     grads = torch.autograd.grad(one, (hidden, key, *weights), upstream)
     # Central differences along the gradient, with the same masks, in float32.
@@ -185,12 +219,14 @@ def test_dropout_is_the_same_in_backward(chosen):
         ]
         torch.manual_seed(3)
         with torch.no_grad():
-            output = kernels(moved[0], moved[1], chain_of(moved[2:]), pairs, 0.5)
+            output = form(moved[0], moved[1], chain_of(moved[2:]), pairs, 0.5)
         values.append((output.double() * upstream.double()).sum())
     slope = (values[0] - values[1]) / (2 * step)
     assert slope / norm**2 == pytest.approx(1.0, rel=2e-2)
     # Half of what is dropped from is 0: the last residual is a sum of two such terms.
-    _, before = _rsa_demux(hidden, key, weights, None, None, torch.tensor([7]), 0.5, 1e-12)
+    _, before = _rsa_demux(
+        hidden, key, weights, None, None, torch.tensor([7]), 0.5, 1e-12, form is kernels
+    )
     x = F.gelu(hidden[:, None] + key[None, :, None]).flatten(0, 2)
     pre = before[0] - weights[1]
     kept = torch.linalg.solve(weights[0].double(), pre.double().T).T / x.double()
@@ -222,7 +258,7 @@ def test_operator_is_well_formed():
     hidden, key, *weights = (leaf.float().requires_grad_() for leaf in leaves)
     places = (pairs.group * 3 + pairs.position, pairs.instance)
     torch.library.opcheck(
-        torch.ops.megamod.rsa_demux, (hidden, key, weights, *places, None, 0.0, 1e-12)
+        torch.ops.megamod.rsa_demux, (hidden, key, weights, *places, None, 0.0, 1e-12, True)
     )
 
 

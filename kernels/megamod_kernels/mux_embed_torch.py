@@ -1,0 +1,105 @@
+"""A multiplexed encoder's input from token ids of N instances, in plain torch: the definition."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from megamod_kernels.mux import multiplex
+
+
+class Tables(NamedTuple):
+    """What an embedding module holds.
+
+    Attributes:
+        word, position, token_type: [V, D], [P, D], [S, D].
+        weight, bias: [D], of the norm.
+        eps: of the norm.
+        first_position: row of the position table that belongs to the first token.
+        word_padding: row of `word` that receives no gradient; None if all do.
+        position_padding: the same of `position`, where rows of it are given.
+    """
+
+    word: Tensor
+    position: Tensor
+    token_type: Tensor
+    weight: Tensor
+    bias: Tensor
+    eps: float = 1e-12
+    first_position: int = 0
+    word_padding: int | None = None
+    position_padding: int | None = None
+
+
+def mux_embed_reference(
+    ids: Tensor,
+    key: Tensor,
+    tables: Tables,
+    token_type_ids: Tensor | None = None,
+    first_positions: Tensor | None = None,
+    second_positions: Tensor | None = None,
+    dropout: float = 0.0,
+    masks: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """The definition; arguments and result as of `mux_embed`.
+
+    Args:
+        masks: what both dropouts multiply by, [B, N, T, D] and [B, T, D]; None to draw them.
+    """
+
+    def embed(x: Tensor, types: Tensor | None, positions: Tensor | None) -> Tensor:
+        if positions is None:
+            start = tables.first_position
+            added = tables.position[start : start + x.shape[1]]
+        else:
+            added = F.embedding(positions, tables.position, tables.position_padding)
+        segment = tables.token_type[0] if types is None else F.embedding(types, tables.token_type)
+        normed = (tables.weight, tables.bias, tables.eps)
+        return F.layer_norm(x + (added + segment), x.shape[-1:], *normed)
+
+    words = F.embedding(ids, tables.word, tables.word_padding)
+    instances = embed(words, token_type_ids, first_positions).unflatten(0, (-1, len(key)))
+    instances = F.dropout(instances, dropout) if masks is None else instances * masks[0]
+    mixed = embed(multiplex(instances, key, "reference"), None, second_positions)
+    return F.dropout(mixed, dropout) if masks is None else mixed * masks[1]
+
+
+def check(
+    ids: Tensor,
+    key: Tensor,
+    tables: Tables,
+    types: Tensor | None,
+    firsts: Tensor | None,
+    seconds: Tensor | None,
+) -> None:
+    """See that shapes fit.
+
+    Raises:
+        ValueError: if they do not.
+    """
+    instances, size = key.shape if key.dim() == 2 else (0, 0)
+    if ids.dim() != 2 or not instances or ids.shape[0] % instances:
+        raise ValueError(
+            f"ids {tuple(ids.shape)} and key {tuple(key.shape)} do not fit: expected [B * N, T] "
+            "and [N, D], N at least 1"
+        )
+    for name, given in zip(Tables._fields[:5], tables[:5], strict=True):
+        columns = (size,) if name in ("weight", "bias") else (len(given), size)
+        if tuple(given.shape) != columns:
+            raise ValueError(
+                f"{name} {tuple(given.shape)} does not fit key {tuple(key.shape)}: expected "
+                f"{size} columns"
+            )
+    rows, length = ids.shape
+    groups = rows // instances
+    for name, given, allowed in (
+        ("token_type_ids", types, (rows,)),
+        ("first_positions", firsts, (rows, 1)),
+        ("second_positions", seconds, (groups, 1)),
+    ):
+        if given is not None and tuple(given.shape) not in [(count, length) for count in allowed]:
+            expected = " or ".join(str([count, length]) for count in allowed)
+            raise ValueError(f"{name} {tuple(given.shape)} does not fit: expected {expected}")
+    room = len(tables.position) - tables.first_position
+    if length > room and (firsts is None or seconds is None):
+        raise ValueError(f"{length} tokens need more than the {room} positions of the table")
