@@ -262,17 +262,18 @@ def _or_any(mask: Tensor | None, seed: Tensor | None, anything: Tensor) -> tuple
 
 def _launch(
     q: Tensor, heads: int, mask: Tensor | None, dropout: float
-) -> tuple[tuple[int | float, ...], dict[str, int | bool]]:
+) -> tuple[tuple[int | float, ...], dict[str, float]]:
     from megamod_kernels import slot_attention_kernels as kernels
 
     groups, instances, length, size = q.shape
     head = size // heads
     rows, warps = kernels.tile(instances, head, q.element_size())
-    constants = kernels.constants_of(instances, heads, head, rows, mask is not None, dropout > 0)
+    shift = 0.0 if mask is None else MASKED
+    constants = kernels.constants_of(instances, heads, head, rows, shift, dropout > 0)
     return (groups * length, length, head**-0.5, dropout), constants | {"num_warps": warps}
 
 
-def _grid(q: Tensor, constants: dict[str, int | bool]) -> tuple[int]:
+def _grid(q: Tensor, constants: dict[str, float]) -> tuple[int]:
     blocks = -(-q.shape[0] * q.shape[2] // (constants["ROWS"] // constants["N"]))
     return (blocks * constants["HEADS"],)
 
@@ -287,7 +288,7 @@ def builds() -> "list[Build]":
     for size, dtype, instances in product((768, 1024, 2048), ("bf16", "fp32"), (5, 12)):
         head, drops = 128 if size == 2048 else 64, instances == 12
         rows, warps = kernels.tile(instances, head, 2 if dtype == "bf16" else 4)
-        constants = kernels.constants_of(instances, size // head, head, rows, True, drops)
+        constants = kernels.constants_of(instances, size // head, head, rows, MASKED, drops)
         for kernel in (kernels.slot_attention_fwd_kernel, kernels.slot_attention_bwd_kernel):
             names = [name for name in kernel.arg_names if name not in constants]
             pointers = {name: f"*{dtype}" for name in names if name.endswith("_ptr")}

@@ -8,10 +8,8 @@ import triton
 import triton.language as tl
 
 from megamod_kernels.dot import dot
-from megamod_kernels.slot_attention import MASKED
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
-_MASKED_LOG2 = tl.constexpr(MASKED * 1.4426950408889634)
 
 
 @triton.jit
@@ -30,16 +28,19 @@ def _dot_wide(wide, narrow):
 
 
 @triton.jit
-def _probabilities(q, k, mask_ptr, seen_rows, valid, tile_position, scale, USES_MASK: tl.constexpr):
-    """softmax(q k^T * scale) of the rows of a tile among those of the same position."""
+def _probabilities(q, k, mask_ptr, seen_rows, valid, tile_position, scale, SHIFT: tl.constexpr):
+    """softmax(q k^T * scale) of the rows of a tile among those of the same position.
+
+    SHIFT is added to the scores of masked instances; 0 if there is no mask.
+    """
     scores = dot(q, tl.trans(k)) * (scale * _LOG2_E)
     same = tile_position[:, None] == tile_position[None, :]
-    if USES_MASK:
+    if SHIFT != 0:
         seen = tl.load(mask_ptr + seen_rows, mask=valid, other=0).to(tl.int32)
         # Where no instance is seen all scores are shifted alike, which changes nothing but digits.
         any_seen = tl.max(tl.where(same, seen[None, :], 0), axis=1)
         hidden = (seen[None, :] == 0) & (any_seen[:, None] != 0)
-        scores += tl.where(hidden, _MASKED_LOG2, 0.0)
+        scores += tl.where(hidden, SHIFT * _LOG2_E, 0.0)
     scores = tl.where(same, scores, float("-inf"))
     weights = tl.exp2(scores - tl.max(scores, axis=1)[:, None])
     return weights / tl.sum(weights, axis=1)[:, None]
@@ -79,7 +80,7 @@ def slot_attention_fwd_kernel(
     K: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    USES_MASK: tl.constexpr,
+    SHIFT: tl.constexpr,
     USES_DROPOUT: tl.constexpr,
 ):
     """One head, as many positions as a tile holds: softmax(q k^T) v among their instances."""
@@ -102,7 +103,7 @@ def slot_attention_fwd_kernel(
     k = tl.load(k_ptr + k_rows[:, None] + columns[None, :], mask=inside, other=0.0)
     v = tl.load(v_ptr + v_rows[:, None] + columns[None, :], mask=inside, other=0.0)
 
-    p = _probabilities(q, k, mask_ptr, out_rows, valid, tile_position, scale, USES_MASK)
+    p = _probabilities(q, k, mask_ptr, out_rows, valid, tile_position, scale, SHIFT)
     if USES_DROPOUT:
         kept = _kept(seed_ptr, position, head, slot, dropout, HEADS, N)
         p = tl.where(kept, p / (1.0 - dropout), 0.0)
@@ -144,7 +145,7 @@ def slot_attention_bwd_kernel(
     K: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    USES_MASK: tl.constexpr,
+    SHIFT: tl.constexpr,
     USES_DROPOUT: tl.constexpr,
 ):
     """The same backward: probabilities once more, then gradients of q, k and v."""
@@ -170,7 +171,7 @@ def slot_attention_bwd_kernel(
     up = tl.load(up_ptr + up_rows[:, None] + columns[None, :], mask=inside, other=0.0)
     grads = mask_rows[:, None] * grad_token + columns[None, :]
 
-    p = _probabilities(q, k, mask_ptr, mask_rows, valid, tile_position, scale, USES_MASK)
+    p = _probabilities(q, k, mask_ptr, mask_rows, valid, tile_position, scale, SHIFT)
     dp = dot(up, tl.trans(v))
     if USES_DROPOUT:
         kept = _kept(seed_ptr, position, head, slot, dropout, HEADS, N)
@@ -203,15 +204,19 @@ def tile(instances: int, head: int, element_size: int) -> tuple[int, int]:
 
 
 def constants_of(
-    instances: int, heads: int, head: int, rows: int, masked: bool, drops: bool
-) -> dict[str, int | bool]:
-    """Compile-time arguments of both kernels; `head` is the columns of one head."""
+    instances: int, heads: int, head: int, rows: int, shift: float, drops: bool
+) -> dict[str, float]:
+    """Compile-time arguments of both kernels; `head` is the columns of one head.
+
+    Args:
+        shift: added to the scores of masked instances; 0 if there is no mask.
+    """
     return {
         "N": instances,
         "HEADS": heads,
         "K": head,
         "ROWS": rows,
         "COLUMNS": max(16, triton.next_power_of_2(head)),
-        "USES_MASK": masked,
+        "SHIFT": shift,
         "USES_DROPOUT": drops,
     }
