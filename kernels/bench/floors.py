@@ -69,7 +69,8 @@ CONCAT = ("compile eager concat", "max-autotune eager concat")
 SPLIT = ("compile eager split", "max-autotune eager split")
 COMPILED = ("compile eager", "max-autotune eager")
 ATTENTION = ("eager sdpa", "compile eager sdpa", "compile flex mask", "compile flex batches")
-BOTH = ("fwd_bwd",)
+MODES = ("fwd", "bwd", "fwd_bwd")
+BOTH = MODES[2:]
 LARGE = 4e8
 FLOORS = (
     Floor("best compile of the concatenated form / ours", DEMUX[:1], BOTH, CONCAT, 2.0, (5, 64)),
@@ -78,21 +79,26 @@ FLOORS = (
     Floor("best compile of the split form / ours", DEMUX, BOTH, SPLIT, 1.15),
     Floor("best of SDPA and FlexAttention / ours", ("slot_attention",), BOTH, ATTENTION, 3.0),
     Floor("best compile / ours", ("mux_embed",), BOTH, COMPILED, 1.5, (5, 64)),
-    Floor("best compile / ours", ("multiplex",), ("fwd", "bwd", *BOTH), COMPILED, 0.97),
+    Floor("best compile / ours", ("multiplex",), MODES, COMPILED, 0.97),
     Floor("share of copy bandwidth", ("multiplex",), ("fwd",), (), 0.85, least_bytes=LARGE),
 )
 OVERHEAD_US = 15.0
 
 
-def verdicts(rows: Iterable[Row], floors: Sequence[Floor] = FLOORS) -> list[Verdict]:
-    """Of all floors that say something about these rows. If ours failed, its floors are missed."""
+def by_case(rows: Iterable[Row]) -> dict[tuple[object, ...], dict[str, Row]]:
+    """Rows by operation, shape, mode and dtype, and then by variant."""
     cases: dict[tuple[object, ...], dict[str, Row]] = {}
     for row in rows:
         key = tuple(row[name] for name in ("op", "shape", "mode", "dtype"))
         cases.setdefault(key, {})[row["variant"]] = row
+    return cases
+
+
+def verdicts(rows: Iterable[Row], floors: Sequence[Floor] = FLOORS) -> list[Verdict]:
+    """Of all floors that say something about these rows. If ours failed, its floors are missed."""
     return [
         Verdict(" ".join(key[:3]), floor.what, _value(floor, variants), floor.limit)
-        for key, variants in cases.items()
+        for key, variants in by_case(rows).items()
         for floor in floors
         if "ours" in variants and floor.fits(variants["ours"])
     ]

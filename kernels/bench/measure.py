@@ -9,7 +9,6 @@ from cases import Case
 from clock import Clock, Yard, percentiles, settle
 from torch import Tensor
 
-MODES = ("fwd", "bwd", "fwd_bwd")
 TUNED = "max-autotune-no-cudagraphs"
 OUT_OF_TIME = "no time left"
 

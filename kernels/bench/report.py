@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from clock import yard_text
-from floors import overhead_verdict, verdicts
+from floors import by_case, overhead_verdict, verdicts
 
 Row = Mapping[str, object]
 BEGIN, END = "<!-- measured -->", "<!-- end of measured -->"
@@ -46,7 +46,7 @@ def markdown(record: Mapping[str, object]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     failed = []
-    for key, variants in _cases(record["rows"]).items():
+    for key, variants in by_case(record["rows"]).items():
         failed += [f"{' '.join(key[:3])} {n}: {r['failed']}" for n, r in _failed(variants)]
         ours = variants.get("ours", {})
         cells = list(map(str, key))
@@ -174,14 +174,6 @@ def _colours(rows: Sequence[Row], palette) -> dict[str, object]:
     return {"ours": "black"} | {name: palette(i % 20) for i, name in enumerate(others)}
 
 
-def _cases(rows: Sequence[Row]) -> dict[tuple[object, ...], dict[str, Row]]:
-    cases: dict[tuple[object, ...], dict[str, Row]] = {}
-    for row in rows:
-        key = tuple(row[name] for name in ("op", "shape", "mode", "dtype"))
-        cases.setdefault(key, {})[row["variant"]] = row
-    return cases
-
-
 def _failed(variants: Mapping[str, Row]) -> list[tuple[str, Row]]:
     return [(name, row) for name, row in variants.items() if "failed" in row]
 
@@ -195,8 +187,9 @@ def _at_least(verdict) -> str:
 
 
 def _overhead_line(overhead: Mapping[str, float]) -> str:
+    verdict = overhead_verdict(overhead)
     return (
         f"launch overhead, us on the host per call against torch op: {overhead['ours_us']:.1f} "
         f"(multiplex) and {overhead['torch_us']:.1f} (mean): "
-        f"{overhead_verdict(overhead).word()} ({overhead['extra_us']:.1f} more, at most 15)"
+        f"{verdict.word()} ({verdict.value:.1f} more, at most {verdict.limit:g})"
     )

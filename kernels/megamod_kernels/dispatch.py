@@ -32,6 +32,8 @@ def uses_triton(implementation: str, tensor: Tensor) -> bool:
     return implementation == "triton" or (implementation == "auto" and tensor.is_cuda)
 
 
-def half_on_gpu(tensor: Tensor) -> bool:
-    """Whether tensor cores would multiply it: where products of our own can pay."""
-    return tensor.is_cuda and tensor.dtype in (torch.bfloat16, torch.float16)
+def multiplies(implementation: str, tensor: Tensor) -> bool:
+    """`uses_triton` of products of our own: "auto" takes them where tensor cores multiply."""
+    if implementation == "auto":
+        return tensor.is_cuda and tensor.dtype in (torch.bfloat16, torch.float16)
+    return uses_triton(implementation, tensor)

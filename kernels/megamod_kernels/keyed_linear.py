@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from megamod_kernels.dispatch import half_on_gpu, uses_triton
+from megamod_kernels.dispatch import multiplies
 
 if TYPE_CHECKING:
     from megamod_kernels.compile_ahead import Build
@@ -183,8 +183,7 @@ def keyed_linear(
             f"x {tuple(x.shape)}, key {tuple(key.shape)}, weight {tuple(weight.shape)} and bias "
             f"{given} do not fit: expected [B, N, L, D], [N, D], [E, D] and [E]"
         )
-    triton = half_on_gpu(x) if implementation == "auto" else uses_triton(implementation, x)
-    if not triton:
+    if not multiplies(implementation, x):
         return keyed_linear_reference(x, key, weight, bias)
     if x.dtype != weight.dtype or x.dtype == torch.float64:
         raise ValueError(

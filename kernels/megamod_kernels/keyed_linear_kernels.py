@@ -6,7 +6,7 @@ Row r of x is token r % L of instance r // L % N.
 import triton
 import triton.language as tl
 
-from megamod_kernels.dot import dot
+from megamod_kernels.dot import dot, tile_of_program
 
 PROGRAMS = 264  # two per multiprocessor
 
@@ -36,14 +36,9 @@ def keyed_matmul_kernel(
 
     ONE_KEY: a block of rows lies within one instance.
     """
-    # Programs that run together share 8 blocks of rows, which then stay in the cache.
-    across = tl.cdiv(OUT, BLOCK_OUT)
-    band = tl.program_id(0) // (8 * across)
-    height = min(8, tl.cdiv(rows, BLOCK_ROWS) - band * 8)
-    within = tl.program_id(0) % (8 * across)
-    block = band * 8 + within % height
+    block, across = tile_of_program(rows, OUT, BLOCK_ROWS, BLOCK_OUT)
     row = block.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    column = within // height * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    column = across * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     if ONE_KEY:
         slot = tl.zeros((1,), tl.int64) + block.to(tl.int64) * BLOCK_ROWS // length % N
     else:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from megamod_kernels.dispatch import half_on_gpu, uses_triton
+from megamod_kernels.dispatch import multiplies
 
 if TYPE_CHECKING:
     from megamod_kernels.compile_ahead import Build
@@ -117,9 +117,8 @@ def uses_kernel(implementation: str, x: Tensor) -> bool:
     Raises:
         ValueError: as `uses_triton`.
     """
-    triton = half_on_gpu(x) if implementation == "auto" else uses_triton(implementation, x)
     autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
-    return triton and x.dtype != torch.float64 and not autocast
+    return multiplies(implementation, x) and x.dtype != torch.float64 and not autocast
 
 
 def norm_linear(

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from megamod_kernels.dot import dot
+from megamod_kernels.dot import dot, tile_of_program
 from megamod_kernels.rows import moments
 
 
@@ -36,13 +36,9 @@ def norm_matmul_kernel(
     USES_BIAS: tl.constexpr,
 ):
     """output = (gain (x - mean) / deviation + shift) weight^T + bias."""
-    # Programs that run together share 8 blocks of rows, which then stay in the cache.
-    across = tl.cdiv(OUT, BLOCK_OUT)
-    band = tl.program_id(0) // (8 * across)
-    height = min(8, tl.cdiv(rows, BLOCK_ROWS) - band * 8)
-    within = tl.program_id(0) % (8 * across)
-    row = (band * 8 + within % height).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    column = within // height * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    block, across = tile_of_program(rows, OUT, BLOCK_ROWS, BLOCK_OUT)
+    row = block.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = across * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     valid = row < rows
     mean = tl.load(stats + row, mask=valid, other=0.0)
     scale = tl.load(stats + rows + row, mask=valid, other=0.0)

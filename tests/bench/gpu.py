@@ -202,4 +202,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from command import run as run_command
+
+    run_command(main)

@@ -1,7 +1,6 @@
 """Steps of training, as `gpu_training.py` times them: from flags to an engine, loops in turns."""
 
 import itertools
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,9 +8,10 @@ from pathlib import Path
 
 import torch
 from clock import settle
+from step import CLIP, through_loop
 
 DS_CONFIG = Path(__file__).resolve().parents[2] / "ds_configs" / "zero1_bf16.json"
-CLIP, WARM_UP = 1.0, 3
+WARM_UP = 3
 
 
 @dataclass(frozen=True)
@@ -94,13 +94,7 @@ def in_turns(
     rounds: int,
 ) -> dict[str, float]:
     """Least seconds of a step of the training loop ("ours") and of the others, in turns."""
-    from megamod.train.checkpoint import TrainState
-    from megamod.train.loop import Plan, train
-    from megamod.train.monitor import Monitor
-    from megamod.train.objectives import CausalLM
-    from megamod.train.optim import constant
-
-    steps, domains = WARM_UP + rounds, ("text",)
+    steps = WARM_UP + rounds
     times: dict[str, list[float]] = {name: [] for name in ("ours", *others)}
 
     def now() -> float:
@@ -120,36 +114,9 @@ def in_turns(
             started = now()
             yield from step_batches
 
-    with tempfile.TemporaryDirectory() as folder:
-        monitor = Monitor(Path(folder), domains, "tokens", steps + 1, None, None, False, 0)
-        plan = Plan(
-            max_steps=steps + 1,
-            stop_step=steps + 1,
-            micro_steps=len(step_batches),
-            schedule=constant(1e-4, 0, steps),
-            max_grad_norm=CLIP,
-            logging_steps=10,
-            eval_steps=0,
-            save_steps=0,
-            seed=1,
-            nonfinite="stop",
-            spike_factor=0.0,
-            save_failure="continue",
-        )
-        objective = CausalLM(domains, device, choose=False)
-        state, saved = TrainState(), _NoCheckpoints()
-        train(engine, objective, batches, plan, state, saved, monitor, lambda step: None)
-        monitor.close()
+    micro_steps = len(step_batches)
+    through_loop(engine, ("text",), device, batches, steps, micro_steps=micro_steps, lead=False)
     return {name: min(taken[WARM_UP:]) for name, taken in times.items()}
-
-
-class _NoCheckpoints:
-    """Saving is measured elsewhere."""
-
-    folder = Path()
-
-    def save(self, state: object) -> bool:
-        return True
 
 
 def whole_step(engine, objective, batches: Sequence[dict[str, object]]) -> Callable[[], None]:

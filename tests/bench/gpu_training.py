@@ -72,9 +72,7 @@ def measure_size(
     pairs = [(batch["input_ids"].to(device), batch["labels"].to(device)) for batch in batches]
     step = gpu_peer.stepping(peer, pairs, CLIP, compiled)
     if compiled:
-        from megamod.train.compiled import compile_blocks
-
-        compile_blocks(engine.module)
+        _compile(engine)
     found = in_turns(engine, batches, {"peer": step}, device, rounds)
     engine.destroy()
     best = min(plain, found["ours"])
@@ -112,9 +110,7 @@ def measure_demix(
     for untie in ("none", "feedforward"):
         engine = Job(*size.flags, "--domains", "text", "--untie", untie).engine(device)
         if compiled:
-            from megamod.train.compiled import compile_blocks
-
-            compile_blocks(engine.module)
+            _compile(engine)
         objective = CausalLM(("text",), device, choose=untie != "none")
         batches = random_batches(engine.module.config.vocab_size, size, device)
         sides[untie] = whole_step(engine, objective, batches)
@@ -149,9 +145,7 @@ def measure_mux(
     sides = {"ours": whole_step(engine, objective, batches)}
     took = least(sides, device, rounds)["ours"]
     if compiled:
-        from megamod.train.compiled import compile_blocks
-
-        compile_blocks(engine.module)
+        _compile(engine)
         took = min(took, least(sides, device, rounds)["ours"])
     flops = job.plan.network.flops_per_token
     return {
@@ -245,6 +239,12 @@ def _tidy(device: torch.device) -> None:
     torch.compiler.reset()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def _compile(engine) -> None:
+    from megamod.train.compiled import compile_blocks
+
+    compile_blocks(engine.module)
 
 
 def _start_of_memory(device: torch.device) -> int:

@@ -103,11 +103,6 @@ def loop_against_hand(stage: int) -> list[float]:
 
     The real loop runs; whenever it asks for a batch, the hand-written loop makes a step first.
     """
-    from megamod.train.loop import Plan, train
-    from megamod.train.monitor import Monitor
-    from megamod.train.objectives import CausalLM
-    from megamod.train.optim import constant
-
     steps = ROUNDS * REPEATS + 1
     engine, _ = make_engine("none", stage)
     peer = hand_written(make_model("none", DOMAINS))
@@ -125,36 +120,51 @@ def loop_against_hand(stage: int) -> list[float]:
             yield batch
 
     asked = [0.0]
-    with tempfile.TemporaryDirectory() as folder:
-        monitor = Monitor(Path(folder), DOMAINS, "tokens", steps, None, None, True, 0)
-        plan = Plan(
-            max_steps=steps + 1,
-            stop_step=steps + 1,
-            micro_steps=1,
-            schedule=constant(1e-4, 0, steps),
-            max_grad_norm=CLIP,
-            logging_steps=10,
-            eval_steps=0,
-            save_steps=0,
-            seed=1,
-            nonfinite="stop",
-            spike_factor=0.0,
-            save_failure="continue",
-        )
-        from megamod.train.checkpoint import TrainState
-
-        train(
-            engine,
-            CausalLM(DOMAINS, torch.device("cpu"), choose=False),
-            batches,
-            plan,
-            TrainState(),
-            _NoCheckpoints(),
-            monitor,
-            lambda step: None,
-        )
-        monitor.close()
+    through_loop(engine, DOMAINS, torch.device("cpu"), batches, steps)
     return _ratios(ours[1:], theirs[1:])
+
+
+def through_loop(
+    engine,
+    domains: tuple[str, ...],
+    device: torch.device,
+    batches: Callable[[int], Iterator[dict[str, object]]],
+    steps: int,
+    *,
+    micro_steps: int = 1,
+    lead: bool = True,
+) -> None:
+    """The training loop over causal batches, one step more than asked for; nothing is saved.
+
+    Args:
+        lead: whether this rank writes the log.
+    """
+    from megamod.train.checkpoint import TrainState
+    from megamod.train.loop import Plan, train
+    from megamod.train.monitor import Monitor
+    from megamod.train.objectives import CausalLM
+    from megamod.train.optim import constant
+
+    plan = Plan(
+        max_steps=steps + 1,
+        stop_step=steps + 1,
+        micro_steps=micro_steps,
+        schedule=constant(1e-4, 0, steps),
+        max_grad_norm=CLIP,
+        logging_steps=10,
+        eval_steps=0,
+        save_steps=0,
+        seed=1,
+        nonfinite="stop",
+        spike_factor=0.0,
+        save_failure="continue",
+    )
+    objective = CausalLM(domains, device, choose=False)
+    state, saved = TrainState(), _NoCheckpoints()
+    with tempfile.TemporaryDirectory() as folder:
+        monitor = Monitor(Path(folder), domains, "tokens", steps + 1, None, None, lead, 0)
+        train(engine, objective, batches, plan, state, saved, monitor, lambda step: None)
+        monitor.close()
 
 
 def demix_against_dense(rank: int) -> list[float]:

@@ -21,7 +21,8 @@ import report  # noqa: E402
 import schedule  # noqa: E402
 from cases import CASES, parse_shape  # noqa: E402
 from clock import Clock, Yard, percentiles  # noqa: E402
-from measure import MODES, OUT_OF_TIME, errors_of, measure_case, variants_of  # noqa: E402
+from command import run as run_command  # noqa: E402
+from measure import OUT_OF_TIME, errors_of, measure_case, variants_of  # noqa: E402
 from overhead import launch_overhead  # noqa: E402
 from schedule import Wish, measure_all, replaced, whole_program  # noqa: E402
 
@@ -45,7 +46,7 @@ def test_every_operation_in_every_mode(op):
     case = CASES[op](parse_shape("tiny-n3-s4-g2"), "fp32", "cpu")
     variants = variants_of(case, "none")
     assert "ours" in variants and len(variants) > 1
-    for mode in MODES:
+    for mode in floors.MODES:
         rows = measure_case(case, mode, variants, YARD, 2)
         assert [row["variant"] for row in rows] == list(variants)
         for row in rows:
@@ -270,3 +271,17 @@ def test_overhead_and_percentiles():
     assert found["extra_us"] == pytest.approx(found["ours_us"] - found["torch_us"])
     assert percentiles([1.0]) == (1.0, 1.0, 1.0)
     assert percentiles([float(n) for n in range(11)]) == (2.0, 5.0, 8.0)
+
+
+def test_a_mistake_is_no_missed_floor(capsys):
+    def mistaken():
+        raise SystemExit("--op nothing: there are others")
+
+    with pytest.raises(SystemExit) as ended:
+        run_command(mistaken)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "--op nothing: there are others\n"
+    for code in (0, 1):
+        with pytest.raises(SystemExit) as ended:
+            run_command(lambda code=code: code)
+        assert ended.value.code == code
