@@ -15,8 +15,8 @@ printed. Pickles are read without running anything they name.
 import argparse
 from pathlib import Path
 
+from megamod.convert import FORMATS, Converted, Options, format_module, new_folder
 from megamod.errors import UserError, run
-from megamod.states.convert import FORMATS, Converted, Options, format_module, new_folder
 
 DTYPES = ("float32", "float16", "bfloat16")
 

@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "megamod.nn": ({"megamod_kernels", "megamod.dist.scope"}, {"torch", "transformers"}),
     "megamod.lm_eval": (set(), {"lm_eval"}),
     "megamod.mux_pipeline": (
-        {"megamod.data", "megamod.evaluation", "megamod.runs"},
+        {"megamod.convert", "megamod.data", "megamod.evaluation", "megamod.runs"},
         {"torch", "transformers", "numpy"},
     ),
     "megamod.mixture.posterior": (set(), {"torch"}),
@@ -45,6 +45,10 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         | {"google", "tqdm", "yaml", "safetensors"},  # google: protobuf, of SentencePiece models
     ),
     "megamod.states": ({"megamod.dist.scope"}, {"torch", "safetensors"}),
+    "megamod.convert": (
+        {"megamod", "megamod.dist.scope", "megamod.states", "megamod.models"},
+        {"torch", "transformers", "huggingface_hub", "safetensors"},
+    ),
     "megamod.evaluation": (
         {"megamod.data", "megamod.models", "megamod.mixture", "megamod.mixture.posterior"}
         | {"megamod.states"},
@@ -57,11 +61,11 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     ),
     # Alignment runs models, so it is imported where a recipe asks for it only.
     "megamod.merging": (
-        {"megamod", "megamod.states", "megamod.merging.alignment"},
+        {"megamod", "megamod.convert", "megamod.states", "megamod.merging.alignment"},
         {"torch", "yaml", "tqdm"},
     ),
     "megamod.merging.alignment": (
-        {"megamod", "megamod.dist.scope", "megamod.states"},
+        {"megamod", "megamod.convert", "megamod.dist.scope", "megamod.states"},
         {"torch", "transformers", "safetensors", "numpy", "scipy"},
     ),
     "megamod.btm": (
@@ -71,7 +75,8 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     ),
     "megamod.runs": (
         {"megamod.args", "megamod.flags", "megamod.data", "megamod.dist", "megamod.dist.scope"}
-        | {"megamod.models", "megamod.btm", "megamod.merging", "megamod.merging.alignment"}
+        | {"megamod.convert", "megamod.models", "megamod.btm", "megamod.merging"}
+        | {"megamod.merging.alignment"}
         | {"megamod.evaluation", "megamod.mixture", "megamod.states", "megamod.train"},
         {"torch", "transformers", "deepspeed", "huggingface_hub", "numpy", "yaml", "tqdm"},
     ),

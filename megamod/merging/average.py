@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from megamod.convert import check_new, new_folder
 from megamod.errors import UserError
 from megamod.merging.measured import check_calibration, measure_statistics
 from megamod.merging.methods import METHODS
@@ -25,7 +26,6 @@ from megamod.merging.plan import Plan, make_plan
 from megamod.merging.recipe import Recipe, weighted
 from megamod.merging.reindexed import reindexed
 from megamod.merging.vocabulary import Vocabulary, unite
-from megamod.states.convert import check_new, new_folder
 from megamod.states.stream import PIECE, ModelFolder, pieces, write_stream
 
 SHARD_BYTES = 5 * 10**9

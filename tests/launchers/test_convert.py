@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import megamod  # noqa: F401  (makes the models known)
+from megamod.convert import FORMATS
 from megamod.errors import UserError
-from megamod.states.convert import FORMATS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GOLDEN = REPOSITORY.parent / "shared" / "golden" / "demix_btm"

@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
+from megamod.convert import Options
+from megamod.convert.ca_mtl import convert, export
 from megamod.models.ca_mtl import CaMtlForMultiTask, OneTask, freeze, from_encoder
 from megamod.models.ca_mtl_configuration import CaMtlConfig
 from megamod.nn.conditioning import Film, block_bias, block_shape
-from megamod.states.convert import Options
-from megamod.states.convert.ca_mtl import convert, export
 from megamod.states.weights import write_weights
 
 GOLDEN = Path(__file__).resolve().parents[2].parent / "shared" / "golden" / "camtl"

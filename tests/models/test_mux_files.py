@@ -7,9 +7,9 @@ from safetensors.torch import load_file, save_file
 from tiny_mux import batch, made
 
 import megamod  # noqa: F401  (makes the models known)
+from megamod.convert.datamux import convert, export
 from megamod.models.mux_bert import MuxBertForMaskedLM, MuxBertForTokenClassification
 from megamod.models.mux_electra import MuxElectraForSequenceClassification
-from megamod.states.convert.datamux import convert, export
 
 AUTO = {
     "mlm": "AutoModelForMaskedLM",

@@ -8,9 +8,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
+from megamod.convert.datamux import convert
 from megamod.models import mux_bert, mux_electra, mux_generator, mux_roberta
 from megamod.models.mux_types import MixedStates
-from megamod.states.convert.datamux import convert
 
 GOLDEN = Path(__file__).resolve().parents[2].parent / "shared" / "golden" / "mux"
 CASES = sorted(p.name for p in GOLDEN.glob("*")) if GOLDEN.is_dir() else []

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megamod.convert import Options
+from megamod.convert.datamux import ORIGINALS, convert, export
+from megamod.convert.datamux_names import shapes
 from megamod.errors import UserError
-from megamod.states.convert import Options
-from megamod.states.convert.datamux import ORIGINALS, convert, export
-from megamod.states.convert.datamux_names import shapes
 from megamod.states.weights import write_weights
 
 GOLDEN = Path(__file__).resolve().parents[2].parent / "shared" / "golden" / "mux"

@@ -13,8 +13,8 @@ from transformers import (
     BertModel,
 )
 
+from megamod.convert.hf_bert import convert
 from megamod.errors import UserError
-from megamod.states.convert.hf_bert import convert
 from megamod.states.weights import write_weights
 
 SIZE = dict(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)

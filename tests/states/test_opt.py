@@ -10,10 +10,10 @@ import torch
 from saved_models import make_model
 from transformers import AutoModelForCausalLM, OPTForCausalLM
 
+from megamod.convert import Options
+from megamod.convert.opt import export
 from megamod.errors import UserError
 from megamod.models.demix_lm import DemixForCausalLM
-from megamod.states.convert import Options
-from megamod.states.convert.opt import export
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LENGTH, PAD = 24, 1

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from megamod.convert import reading
+from megamod.convert.reading import STAND_INS, globals_in, read_checkpoint
 from megamod.errors import UserError
-from megamod.states.convert import reading
-from megamod.states.convert.reading import STAND_INS, globals_in, read_checkpoint
 
 
 class Call:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
+from megamod.convert import NO_OPTIONS, Converted, Options
+from megamod.convert.reading import read_checkpoint, weight_file
 from megamod.errors import UserError
-from megamod.states.convert import NO_OPTIONS, Converted, Options
-from megamod.states.convert.reading import read_checkpoint, weight_file
 
 _OLD = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 _INSIDE = ("embeddings.", "encoder.", "pooler.")

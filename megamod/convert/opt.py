@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megamod.convert import NO_OPTIONS, Options
 from megamod.dist.scope import domain_of_name
 from megamod.errors import UserError
 from megamod.files import write_json
-from megamod.states.convert import NO_OPTIONS, Options
 from megamod.states.weights import DENSE_FILE, expert_state, read_weights, write_tensors
 
 _OUTSIDE = {

@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megamod.convert import NO_OPTIONS, Converted, Options
+from megamod.convert.reading import Checkpoint, read_checkpoint
 from megamod.dist.scope import MARK, domain_of_name
 from megamod.errors import UserError
 from megamod.files import write_json
-from megamod.states.convert import NO_OPTIONS, Converted, Options
-from megamod.states.convert.reading import Checkpoint, read_checkpoint
 from megamod.states.weights import expert_state, read_weights, write_tensors
 
 _OUTSIDE = {

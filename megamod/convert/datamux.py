@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megamod.convert import NO_OPTIONS, Converted, Options
+from megamod.convert.datamux_names import FAMILIES, Head, shapes
+from megamod.convert.reading import read_checkpoint, weight_file
 from megamod.errors import UserError
 from megamod.files import write_json
-from megamod.states.convert import NO_OPTIONS, Converted, Options
-from megamod.states.convert.datamux_names import FAMILIES, Head, shapes
-from megamod.states.convert.reading import read_checkpoint, weight_file
 from megamod.states.weights import DENSE_FILE, read_weights, write_tensors
 
 _STOCK = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
