@@ -20,6 +20,8 @@ CORE = [
     "pyyaml>=6",
     "tqdm>=4.66",
     "psutil>=6",
+    "pyarrow>=20",
+    "zstandard>=0.23",
 ]
 TRITON = ["triton>=3.6; platform_system == 'Linux'"]
 EVAL = ["lm-eval>=0.4.13,<0.5", "accelerate>=1.15,<2"]

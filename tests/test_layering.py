@@ -42,7 +42,8 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "megamod.data": (
         {"megamod.dist.scope"},
         {"numpy", "torch", "transformers", "tokenizers", "datasets", "sentencepiece"}
-        | {"google", "tqdm", "yaml", "safetensors"},  # google: protobuf, of SentencePiece models
+        | {"google", "tqdm", "yaml", "safetensors"}  # google: protobuf, of SentencePiece models
+        | {"pyarrow", "zstandard"},
     ),
     "megamod.states": ({"megamod.dist.scope"}, {"torch", "safetensors"}),
     "megamod.convert": (

@@ -4,35 +4,38 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from megamod.data.file_formats import raw_lines
 from megamod.errors import UserError
 
 BOM = b"\xef\xbb\xbf"
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines from 1 on without their ends.
+    """Numbered lines from 1 without their ends; .gz and .zst files are decompressed.
 
     Only a line feed, or carriage return and line feed, ends a line: data sets hold other control
     characters inside of sentences. A byte order mark at the start is dropped.
 
     Raises:
-        UserError: naming file and line, if the file cannot be read or holds bytes that are no text.
+        UserError: naming file and line, if the file cannot be read, holds bytes that are not UTF-8,
+            or ends its lines with carriage returns alone.
     """
-    try:
-        with open(path, "rb") as file:
-            for number, raw in enumerate(file, start=1):
-                if number == 1:
-                    raw = raw.removeprefix(BOM)
-                raw = raw.removesuffix(b"\n").removesuffix(b"\r")
-                where = f"{path}, line {number}"
-                try:
-                    yield number, checked_text(raw.decode(), where)
-                except UnicodeDecodeError as error:
-                    raise UserError(
-                        f"{where}: invalid UTF-8 at byte {error.start + 1} of the line"
-                    ) from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    for number, raw in enumerate(raw_lines(path), start=1):
+        ended = raw.endswith(b"\n")
+        raw = raw.removesuffix(b"\n").removesuffix(b"\r")
+        if number == 1:
+            raw = raw.removeprefix(BOM)
+            if raw.count(b"\r") > ended:
+                raise UserError(
+                    f"{path}: its lines end with carriage returns alone; convert them to line feeds"
+                )
+        where = f"{path}, line {number}"
+        try:
+            yield number, checked_text(raw.decode(), where)
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{where}: invalid UTF-8 at byte {error.start + 1} of the line"
+            ) from error
 
 
 def checked_text(text: str, where: str) -> str:
