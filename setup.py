@@ -1,8 +1,11 @@
 """Packaging: two import packages (megamod, megamod_kernels) from one repository."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
+
+VERSION = re.search(r'"(.+)"$', Path("megamod/version.py").read_text(encoding="utf-8"), re.M)[1]
 
 CORE = [
     "torch>=2.10",
@@ -13,6 +16,7 @@ CORE = [
     "tensorboard>=2.20",
     "safetensors>=0.8",
     "protobuf>=5",
+    "pydantic>=2.10",
     "numpy>=2.2",
     "scipy>=1.15",
     "scikit-learn>=1.6",
@@ -37,7 +41,7 @@ DEV = [
 
 setup(
     name="megamod",
-    version="0.1.0",
+    version=VERSION,
     description="Modular language models on DeepSpeed",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

@@ -16,7 +16,7 @@ written. The same command resumes an interrupted run.
 
 from megamod.args import RunArgs, SafetyArgs, parse_args, require
 from megamod.errors import UserError, run
-from megamod.runs.adapt_args import AdaptArgs, AdaptOptimArgs
+from megamod.runs.pretrain.adapt_args import AdaptArgs, AdaptOptimArgs
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
     if args.forest is None and args.model is None:
         raise UserError("--forest is missing, or --model: what to start from")
     # Only now the heavy imports, so that --help and mistakes in flags answer at once.
-    from megamod.runs.adapt import adapt
+    from megamod.runs.pretrain.adapt import adapt
     from megamod.train.setup import start_logging
 
     start_logging()

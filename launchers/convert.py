@@ -15,8 +15,9 @@ printed. Pickles are read without running anything they name.
 import argparse
 from pathlib import Path
 
-from megamod.convert import FORMATS, Converted, Options, format_module, new_folder
+from megamod.convert import FORMATS, Converted, Options, format_module
 from megamod.errors import UserError, run
+from megamod.states.output_folder import new_folder
 
 DTYPES = ("float32", "float16", "bfloat16")
 

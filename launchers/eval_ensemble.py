@@ -20,7 +20,7 @@ import os
 
 from megamod.errors import run
 from megamod.flags import parse_args, require
-from megamod.runs.ensemble_args import EnsembleArgs
+from megamod.runs.studies.ensemble_args import EnsembleArgs
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from megamod.runs.ensemble import mix_forest
+    from megamod.runs.studies.ensemble import mix_forest
 
     disable_progress_bar()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

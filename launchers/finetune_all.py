@@ -43,7 +43,7 @@ def main() -> None:
         arguments = ["--sweep", *arguments]
     (args,) = parse_args(SweepArgs, argv=arguments, doc=__doc__)
     require(args, "sweep", "output_dir")
-    from megamod.runs.finetune_sweep import read_sweep, sweep
+    from megamod.runs.studies.sweep import read_sweep, sweep
     from megamod.train.setup import start_logging
 
     jobs, launch = read_sweep(Path(args.sweep))

@@ -18,7 +18,7 @@ and OUT/predictions the files for the GLUE server. docs/finetuning.md tells more
 
 from megamod.args import SafetyArgs, parse_args, require
 from megamod.errors import run
-from megamod.runs.finetune_args import TaskArgs, TunedArgs, TunedOptimArgs, TunedRunArgs
+from megamod.runs.finetune.args import TaskArgs, TunedArgs, TunedOptimArgs, TunedRunArgs
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
     parsed = parse_args(TunedRunArgs, SafetyArgs, TunedOptimArgs, TunedArgs, TaskArgs, doc=__doc__)
     require(parsed[0], "output_dir")
     # Only now the heavy imports, so that --help and mistakes in flags answer at once.
-    from megamod.runs.finetune import finetune
+    from megamod.runs.finetune.one_task import finetune
     from megamod.train.setup import start_logging
 
     start_logging()

@@ -20,8 +20,8 @@ docs/multitask.md tells more.
 
 from megamod.args import SafetyArgs, parse_args, require
 from megamod.errors import run
-from megamod.runs.finetune_args import TunedOptimArgs, TunedRunArgs
-from megamod.runs.multitask_args import ConditionedArgs, MixtureArgs
+from megamod.runs.finetune.args import TunedOptimArgs, TunedRunArgs
+from megamod.runs.finetune.many_tasks_args import ConditionedArgs, MixtureArgs
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
     )
     require(parsed[0], "output_dir")
     # Only now the heavy imports, so that --help and mistakes in flags answer at once.
-    from megamod.runs.multitask import finetune_tasks
+    from megamod.runs.finetune.many_tasks import finetune_tasks
     from megamod.train.setup import start_logging
 
     start_logging()

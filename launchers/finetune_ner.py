@@ -15,7 +15,7 @@ is the best model on dev, OUT/results.json has the scores. docs/finetuning.md te
 
 from megamod.args import SafetyArgs, parse_args, require
 from megamod.errors import run
-from megamod.runs.finetune_args import TaskArgs, TunedArgs, TunedOptimArgs, TunedRunArgs, WordArgs
+from megamod.runs.finetune.args import TaskArgs, TunedArgs, TunedOptimArgs, TunedRunArgs, WordArgs
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
     )
     require(parsed[0], "output_dir")
     # Only now the heavy imports, so that --help and mistakes in flags answer at once.
-    from megamod.runs.finetune import finetune
+    from megamod.runs.finetune.one_task import finetune
     from megamod.train.setup import start_logging
 
     start_logging()

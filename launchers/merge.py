@@ -90,7 +90,7 @@ def main() -> None:
         recipe = read_recipe(recipe_file)
     output = None if args.output_dir is None else Path(args.output_dir)
     if recipe.method == GREEDY_SOUP:
-        from megamod.runs.soup import described, greedy_soup
+        from megamod.runs.studies.soup import described, greedy_soup
 
         plan, tasted = greedy_soup(recipe, output, **options)
         told = [plan.describe(), *([described(tasted)] if tasted else [])]

@@ -39,7 +39,7 @@ def main() -> None:
     *others, btm = parsed
     args = others[0]
     # Only now the heavy imports, so that --help and mistakes in flags answer at once.
-    from megamod.planning import published, report, simulate
+    from megamod.planning import report, simulate
     from megamod.planning.plan import plan_of
     from megamod.planning.request import jobs_of
     from megamod.planning.search import proposals
@@ -57,12 +57,8 @@ def main() -> None:
             seconds = None if args.step_ms is None else args.step_ms / 1e3
             curves = simulate.simulate(plan, seconds, args.step_world_size)
             print(report.of_curves(curves), flush=True)
-            known = published.published_of(plan.job.model)
-            if known:
-                print(report.of_published(curves, known), flush=True)
-            theirs = published.markers(curves, known) if known else {}
             tokens, title = plan.job.steps * plan.job.tokens, f"{plan.job.model.model} on more GPUs"
-            simulate.draw(curves, tokens, title, Path(args.simulate), theirs, published.SOURCE)
+            simulate.draw(curves, tokens, title, Path(args.simulate))
             records[-1]["simulation"] = simulate.record(curves)
         print()
     if args.json is not None:

@@ -27,9 +27,9 @@ def main() -> None:
     """Parse, binarize, print one table."""
     options = parse_arguments()
 
-    from megamod.data.binarize import binarize
-    from megamod.data.builtin import builtin_documents
-    from megamod.data.documents import parse_inputs
+    from megamod.data.corpus.binarize import binarize
+    from megamod.data.corpus.builtin import builtin_documents
+    from megamod.data.corpus.documents import parse_inputs
 
     inputs: dict[str, str | list[str]] = {**parse_inputs(options.input)}
     if options.sample_lines is not None:
@@ -112,7 +112,7 @@ def sample(options: argparse.Namespace, inputs: dict[str, str]) -> str:
     Raises:
         UserError: for flags that do not go with it, and files that do not do.
     """
-    from megamod.data.line_sample import sample_lines
+    from megamod.data.corpus.line_sample import sample_lines
 
     if options.builtin or options.tokenizer is not None or not inputs:
         raise UserError("--sample_lines goes with --input alone: it writes text, not a data-bin")

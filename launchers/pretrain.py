@@ -37,11 +37,11 @@ def main() -> None:
 
     start_logging()
     if mux.objective == "causal_lm":
-        from megamod.runs.causal_lm import pretrain
+        from megamod.runs.pretrain.causal_lm import pretrain
 
         pretrain(*common, data)
     else:
-        from megamod.runs.encoder_lm import pretrain
+        from megamod.runs.pretrain.encoder_lm import pretrain
 
         pretrain(*common, mux, data)
 

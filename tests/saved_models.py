@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megamod.data.binarize import split_prefix
-from megamod.data.indexed import IndexedDataset, IndexedWriter
-from megamod.models.configuration import DemixConfig
-from megamod.models.demix_lm import DemixForCausalLM
+from megamod.data.corpus.binarize import split_prefix
+from megamod.data.corpus.indexed import IndexedDataset, IndexedWriter
+from megamod.models.lm.configuration import DemixConfig
+from megamod.models.lm.demix import DemixForCausalLM
 
 VOCAB, LENGTH = 23, 8
 DOMAINS = ("law", "code", "art")  # not sorted: domain tokens are numbered in sorted order

@@ -9,12 +9,14 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LEAVES = {"megamod.errors", "megamod.files"}
+DATA = {"megamod.data", "megamod.data.corpus", "megamod.data.lm", "megamod.data.tasks"}
 
 # Room of the house -> rooms it may import, besides the leaves and itself; and outside packages,
 # besides the standard library. The longest name that fits a module is its room.
 MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
-    # Importing megamod registers the models, later, when transformers is loaded.
-    "megamod": ({"megamod.models", "megamod.mux_pipeline"}, set()),
+    # Importing megamod installs the registration of the models, which runs once transformers loads.
+    "megamod": ({"megamod.models", "megamod.evaluation", "megamod.version"}, set()),
+    "megamod.version": (set(), set()),
     "megamod.errors": (set(), {"torch"}),
     "megamod.files": (set(), set()),
     "megamod.flags": (set(), {"yaml"}),
@@ -28,10 +30,6 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "megamod_kernels": (set(), {"torch", "triton"}),
     "megamod.nn": ({"megamod_kernels", "megamod.dist.scope"}, {"torch", "transformers"}),
     "megamod.lm_eval": (set(), {"lm_eval"}),
-    "megamod.mux_pipeline": (
-        {"megamod.convert", "megamod.data", "megamod.evaluation", "megamod.runs"},
-        {"torch", "transformers", "numpy"},
-    ),
     "megamod.mixture.posterior": (set(), {"torch"}),
     "megamod.mixture": ({"megamod.mixture.posterior"}, {"torch"}),
     "megamod.models": (
@@ -39,34 +37,46 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         | {"megamod.mixture.posterior"},
         {"torch", "transformers", "huggingface_hub", "safetensors"},
     ),
-    "megamod.data": (
-        {"megamod.dist.scope"},
+    # Each room of data imports only those before it: corpus, lm, tasks.
+    "megamod.data": (set(), set()),
+    "megamod.data.corpus": (
+        {"megamod.data"},
         {"numpy", "torch", "transformers", "tokenizers", "datasets", "sentencepiece"}
-        | {"google", "tqdm", "yaml", "safetensors"}  # google: protobuf, of SentencePiece models
-        | {"pyarrow", "zstandard"},
+        | {"google", "tqdm", "pyarrow", "zstandard"},  # google: protobuf, of SentencePiece models
+    ),
+    "megamod.data.lm": (
+        {"megamod.data", "megamod.data.corpus", "megamod.dist.scope"},
+        {"numpy", "torch"},
+    ),
+    "megamod.data.tasks": (
+        {"megamod.data", "megamod.data.corpus", "megamod.data.lm"},
+        {"numpy", "torch", "transformers", "datasets", "yaml", "safetensors"},
     ),
     "megamod.states": ({"megamod.dist.scope"}, {"torch", "safetensors"}),
     "megamod.convert": (
-        {"megamod", "megamod.dist.scope", "megamod.states", "megamod.models"},
-        {"torch", "transformers", "huggingface_hub", "safetensors"},
+        {"megamod.models", "megamod.states", "megamod.dist.scope"},
+        {"torch", "safetensors", "transformers"},
     ),
     "megamod.evaluation": (
-        {"megamod.data", "megamod.models", "megamod.mixture", "megamod.mixture.posterior"}
+        DATA
+        | {"megamod.convert"}
+        | {"megamod.models", "megamod.mixture", "megamod.mixture.posterior"}
         | {"megamod.states"},
-        {"torch", "matplotlib", "numpy", "scipy", "sklearn", "safetensors"},
+        {"torch", "transformers", "matplotlib", "numpy", "scipy", "sklearn", "safetensors"},
     ),
     "megamod.train": (
-        {"megamod", "megamod.args", "megamod.data", "megamod.dist", "megamod.dist.scope"}
+        DATA
+        | {"megamod.version", "megamod.args", "megamod.dist", "megamod.dist.scope"}
         | {"megamod.models", "megamod.nn", "megamod.states"},
         {"torch", "transformers", "deepspeed", "safetensors", "psutil", "tqdm"},
     ),
-    # Alignment runs models, so it is imported where a recipe asks for it only.
+    # Alignment runs models, so it is imported only where a recipe asks for it.
     "megamod.merging": (
-        {"megamod", "megamod.convert", "megamod.states", "megamod.merging.alignment"},
+        {"megamod.version", "megamod.states", "megamod.convert", "megamod.merging.alignment"},
         {"torch", "yaml", "tqdm"},
     ),
     "megamod.merging.alignment": (
-        {"megamod", "megamod.convert", "megamod.dist.scope", "megamod.states"},
+        {"megamod", "megamod.dist.scope", "megamod.states"},
         {"torch", "transformers", "safetensors", "numpy", "scipy"},
     ),
     "megamod.btm": (
@@ -75,10 +85,11 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "safetensors", "yaml", "psutil"},
     ),
     "megamod.runs": (
-        {"megamod.args", "megamod.flags", "megamod.data", "megamod.dist", "megamod.dist.scope"}
-        | {"megamod.convert", "megamod.models", "megamod.btm", "megamod.merging"}
-        | {"megamod.merging.alignment"}
-        | {"megamod.evaluation", "megamod.mixture", "megamod.states", "megamod.train"},
+        DATA
+        | {"megamod.args", "megamod.flags", "megamod.dist", "megamod.dist.scope"}
+        | {"megamod.models", "megamod.btm", "megamod.merging", "megamod.merging.alignment"}
+        | {"megamod.evaluation", "megamod.mixture", "megamod.states", "megamod.train"}
+        | {"megamod.convert"},
         {"torch", "transformers", "deepspeed", "huggingface_hub", "numpy", "yaml", "tqdm"},
     ),
     "megamod.planning": (
@@ -161,8 +172,11 @@ def test_nothing_imports_upwards(path):
         ("megamod.models.auto", "from megamod.dist import scope", True),
         ("megamod.models.auto", "from megamod.dist import process", False),
         ("megamod.models.auto", "def f():\n    from megamod.dist.process import rank", False),
-        ("megamod.data.lm", "from megamod.models.auto import build_lm", False),
-        ("megamod.data.lm", "from megamod.files import sha256", True),
+        ("megamod.data.lm.batches", "from megamod.models.auto import build_lm", False),
+        ("megamod.data.lm.batches", "from megamod.files import sha256", True),
+        ("megamod.data.corpus.documents", "from megamod.data.lm.order import Balanced", False),
+        ("megamod.data.lm.order", "from megamod.data.tasks.specs import any_task", False),
+        ("megamod.data.tasks.specs", "from megamod.data.lm.order import Balanced", True),
         ("megamod.files", "from megamod.errors import UserError", False),
         ("megamod.evaluation.plots", "from megamod.train.loop import train", False),
         ("megamod.train.loop", "from megamod.evaluation import plots", False),
@@ -237,8 +251,8 @@ import megamod, megamod_kernels
 for name in {modules!r}:
     importlib.import_module(name)
 import torch
-from megamod.models.configuration import DemixConfig
-from megamod.models.demix_lm import DemixForCausalLM, initialise
+from megamod.models.lm.configuration import DemixConfig
+from megamod.models.lm.demix import DemixForCausalLM, initialise
 config = DemixConfig(vocab_size=11, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
                      max_position_embeddings=4, domains=["a", "b"], untie="feedforward")
 model = DemixForCausalLM(config)
@@ -257,7 +271,7 @@ print(float(loss), float(torch.nn.functional.cross_entropy(logits, ids[0, 1:])))
 def test_deepspeed_stays_where_it_belongs():
     told = without(
         {"deepspeed"},
-        "import megamod.data.pretraining, megamod.states.weights, megamod.evaluation.saved\n"
+        "import megamod.data.lm.pretraining, megamod.states.weights, megamod.evaluation.saved\n"
         "import megamod.evaluation.report, megamod.args, megamod.dist.scope\n"
         "print('fine')",
     )

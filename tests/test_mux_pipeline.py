@@ -13,13 +13,13 @@ from transformers import (
 
 import megamod
 from megamod.errors import UserError
-from megamod.models.mux_bert import (
+from megamod.evaluation.mux_pipeline import MuxPipeline
+from megamod.models.mux.bert import (
     MuxBertForMaskedLM,
     MuxBertForSequenceClassification,
     MuxBertForTokenClassification,
 )
-from megamod.models.mux_configuration import MuxBertConfig
-from megamod.mux_pipeline import MuxPipeline
+from megamod.models.mux.configuration import MuxBertConfig
 
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{n}" for n in range(12)), "##s", "."]
 LENGTH = 9

@@ -7,16 +7,9 @@ Both are pure functions on state dicts; files are written by the caller, into a 
 """
 
 import importlib
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
-
-from megamod.errors import UserError
-from megamod.files import atomic_folder
 
 if TYPE_CHECKING:  # `--help` lists the formats, and torch takes seconds to load
     from torch import Tensor
@@ -78,35 +71,3 @@ class Converted:
 def format_module(name: str) -> ModuleType:
     """The module of a format in `FORMATS`."""
     return importlib.import_module(f"{__name__}.{name}")
-
-
-def check_new(path: Path) -> None:
-    """Refuse a folder that `new_folder` could not make.
-
-    Raises:
-        UserError: if it exists and is not an empty folder, or lies where nothing can be written.
-    """
-    path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"--output_dir {path}: exists already; name a new or an empty folder")
-    above = next(folder for folder in path.absolute().parents if folder.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise UserError(f"--output_dir {path}: cannot be written: {above} is not a writable folder")
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `path`, whole or not at all.
-
-    Raises:
-        UserError: if `path` exists and is not an empty folder, or cannot be written.
-    """
-    path = Path(path)
-    check_new(path)
-    try:
-        with atomic_folder(path) as folder:
-            yield folder
-            if path.exists():
-                path.rmdir()
-    except OSError as error:
-        raise UserError(f"--output_dir {path}: cannot be written: {error}") from error

@@ -1,1 +1,1 @@
-"""Data: text to a data-bin, and a data-bin to batches."""
+"""Data: text to a data-bin, a data-bin to batches, and labelled rows to batches."""

@@ -22,9 +22,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from megamod.data.binarize import split_prefix
-from megamod.data.blocks import IGNORE
-from megamod.data.lm import DataBin
+from megamod.data.corpus.binarize import split_prefix
+from megamod.data.lm.batches import DataBin
+from megamod.data.lm.blocks import IGNORE
 from megamod.errors import UserError
 from megamod.evaluation.perplexity import Batch
 from megamod.evaluation.saved import (
@@ -34,8 +34,8 @@ from megamod.evaluation.saved import (
     open_data,
 )
 from megamod.files import sha256, write_atomic
-from megamod.models.configuration import read_lm_config
-from megamod.models.forest_lm import Loaded, load_experts
+from megamod.models.lm.configuration import read_lm_config
+from megamod.models.lm.forest import Loaded, load_experts
 from megamod.states.forest import Expert, Forest
 from megamod.states.stream import ModelFolder
 

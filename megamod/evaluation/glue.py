@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from megamod.data.tasks import TaskSpec
+from megamod.data.tasks.specs import TaskSpec
 from megamod.errors import UserError
 
 Scores = dict[str, float]

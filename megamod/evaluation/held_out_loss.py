@@ -5,9 +5,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megamod.data.blocks import IGNORE
-from megamod.data.classification import Encoded
-from megamod.data.masking import Masking
+from megamod.data.lm.blocks import IGNORE
+from megamod.data.lm.masking import Masking
+from megamod.data.tasks.classification import Encoded
 
 
 @torch.no_grad()

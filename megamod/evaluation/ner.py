@@ -7,7 +7,7 @@ type, its first and its last word are.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megamod.data.tasks import TaskSpec
+from megamod.data.tasks.specs import TaskSpec
 
 Labels = Sequence[Sequence[str]]
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from megamod.data.blocks import IGNORE
+from megamod.data.lm.blocks import IGNORE
 from megamod.mixture.ensemble import perplexity
 
 Batch = dict[str, object]

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from megamod.data.classification import Encoded, HeldOutBatch
+from megamod.data.tasks.classification import Encoded, HeldOutBatch
 
 
 class Predictor:

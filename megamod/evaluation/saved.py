@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from megamod.data.blocks import TokenBlocks
-from megamod.data.lm import DataBin, eval_batches
-from megamod.data.pretraining import LmData
+from megamod.data.lm.batches import DataBin, eval_batches
+from megamod.data.lm.blocks import TokenBlocks
+from megamod.data.lm.pretraining import LmData
 from megamod.errors import UserError
 from megamod.evaluation.perplexity import (
     DENSE,
@@ -19,8 +19,8 @@ from megamod.evaluation.perplexity import (
     Score,
     with_context,
 )
-from megamod.models.configuration import DemixConfig, read_lm_config
-from megamod.models.forest_lm import read_lm
+from megamod.models.lm.configuration import DemixConfig, read_lm_config
+from megamod.models.lm.forest import read_lm
 from megamod.states.forest import FILE, open_forest
 
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megamod.convert import check_new, new_folder
 from megamod.errors import UserError
 from megamod.merging.measured import check_calibration, measure_statistics
 from megamod.merging.methods import METHODS
@@ -26,6 +25,7 @@ from megamod.merging.plan import Plan, make_plan
 from megamod.merging.recipe import Recipe, weighted
 from megamod.merging.reindexed import reindexed
 from megamod.merging.vocabulary import Vocabulary, unite
+from megamod.states.output_folder import check_new_folder, new_folder
 from megamod.states.stream import PIECE, ModelFolder, pieces, write_stream
 
 SHARD_BYTES = 5 * 10**9
@@ -102,7 +102,7 @@ def merge(
         UserError: as `average_folders`.
     """
     if output is not None:
-        check_new(output)
+        check_new_folder(output)
     with ExitStack() as stack:
         folders = [stack.enter_context(ModelFolder(one.path, one.member)) for one in recipe.inputs]
         check_calibration(recipe)

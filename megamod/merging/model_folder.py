@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from megamod import __version__
 from megamod.errors import UserError
 from megamod.files import write_atomic, write_json
 from megamod.merging.recipe import Recipe
 from megamod.merging.vocabulary import FILE as VOCABULARY
 from megamod.merging.vocabulary import UNION, Vocabulary
+from megamod.version import __version__
 
 RECORD = "merge.json"
 _CHAT = "chat_template.jinja"

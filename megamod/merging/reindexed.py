@@ -150,10 +150,10 @@ def _by_word(folder: ModelFolder) -> list[str]:
         if name not in known and len(folder.tensors[name].shape) > 1 and not _ELSE.search(name)
     ]
     if unknown or not any(_INPUT.search(name) for name in known):
-        told = f"what {unknown[0]} is, which" if unknown else "which embedding"
+        tensor = f"whether {unknown[0]}" if unknown else "which tensor"
         raise UserError(
-            f"{folder.folder}: vocab_size is {size}; it is not known {told} has as many rows, so "
-            "they cannot be brought into another order"
+            f"{folder.folder}: cannot tell {tensor} ({size} rows = vocab_size) is an embedding, "
+            "so its rows cannot be reordered"
         )
     return known
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from megamod.dist.scope import dense_name, domain_of_name
 from megamod.errors import UserError
-from megamod.models.configuration import PRESETS, DemixConfig
-from megamod.models.demix_lm import DemixForCausalLM, initialise
+from megamod.models.lm.configuration import PRESETS, DemixConfig
+from megamod.models.lm.demix import DemixForCausalLM, initialise
 from megamod.states.weights import read_weights, spread
 
 

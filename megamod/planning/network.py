@@ -18,8 +18,8 @@ from megamod.args import ModelArgs, MuxArgs
 from megamod.dist.scope import Sharing, domain_of_name
 from megamod.errors import UserError
 from megamod.models.auto import active_parameters, lm_config
-from megamod.models.demix_lm import DemixForCausalLM
-from megamod.models.mux_configuration import PRESETS, MuxBertConfig, MuxElectraConfig
+from megamod.models.lm.demix import DemixForCausalLM
+from megamod.models.mux.configuration import PRESETS, MuxBertConfig, MuxElectraConfig
 from megamod.planning.activations import Pass, measure
 from megamod.planning.request import Job, Vocabulary
 from megamod.train.monitor import training_flops_per_token

@@ -6,9 +6,8 @@ from megamod.btm.placement import include
 from megamod.dist.scope import Sharing
 from megamod.planning.memory import USABLE
 from megamod.planning.plan import JobPlan, machines_of_domains
-from megamod.planning.published import SOURCE, Published, ratios
 from megamod.planning.search import Proposal
-from megamod.planning.simulate import Curves, Point
+from megamod.planning.simulate import Point
 
 
 def of_job(plan: JobPlan) -> str:
@@ -76,20 +75,6 @@ def of_curves(curves: Mapping[Sharing, Sequence[Point]]) -> str:
         "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
         for line in lines
     )
-
-
-def of_published(curves: Curves, published: Published) -> str:
-    """Speeds relative to dense training, beside those that were published."""
-    own = ratios(curves, published.gpus)
-    lines = [f"speed over that of dense training, {published.gpus} GPUs"]
-    for kind, speed in published.speed.items():
-        if kind is not Sharing.DENSE and kind in own:
-            slow, fast = own[kind]
-            lines.append(
-                f"{kind.value}: {slow:.2f} simulated, {fast:.2f} with all overlap; "
-                f"{speed:.2f} published ({SOURCE})"
-            )
-    return "\n".join(lines)
 
 
 def _parameters(plan: JobPlan) -> list[tuple[str, str]]:

@@ -18,8 +18,8 @@ from megamod.dist.scope import Sharing, sharing_of
 from megamod.dist.topology import DomainTopology
 from megamod.errors import UserError
 from megamod.flags import origin_of
-from megamod.models.configuration import PRESETS as lm_sizes
-from megamod.models.mux_configuration import PRESETS as encoder_sizes
+from megamod.models.lm.configuration import PRESETS as lm_sizes
+from megamod.models.mux.configuration import PRESETS as encoder_sizes
 from megamod.planning.memory import BUCKET, LIVE, PERSISTENT, Setting
 from megamod.planning.plan_args import PlanArgs
 from megamod.train.compiled import check_stage

@@ -96,21 +96,11 @@ def record(curves: Curves) -> dict[str, list[dict[str, float]]]:
     }
 
 
-def draw(
-    curves: Curves,
-    tokens: int,
-    title: str,
-    path: Path,
-    measured: Mapping[Sharing, tuple[int, float]] | None = None,
-    source: str = "",
-) -> None:
+def draw(curves: Curves, tokens: int, title: str, path: Path) -> None:
     """Speed and cost by GPUs as a PNG; the band of each curve is what overlap can gain.
 
     Args:
-        tokens: of the whole training, which the cost is of.
-        measured: GPUs and tokens per second of others, drawn as hollow markers of the curve's
-            colour.
-        source: who measured them.
+        tokens: number of tokens of the whole training run; the cost is for all of them.
     """
     import matplotlib
 
@@ -127,15 +117,6 @@ def draw(
         ):
             (line,) = axes.plot(gpus, low, marker=".", label=kind.value)
             axes.fill_between(gpus, low, high, color=line.get_color(), alpha=0.15)
-        if measured and kind in measured:
-            there, rate = measured[kind]
-            label = f"{kind.value}, published ({source})"
-            style = dict(
-                color=line.get_color(), markerfacecolor="none", linestyle="none", marker="o",
-                markersize=9, label=label,
-            )  # fmt: skip
-            speed.plot(there, rate, **style)
-            cost.plot(there, gpu_days([there], [rate], tokens), **style)
     for axes, ylabel in ((speed, "tokens/s"), (cost, f"GPU days for {tokens / 1e9:.3g} G tokens")):
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:.0f}")

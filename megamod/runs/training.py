@@ -1,7 +1,7 @@
 """One training run from parsed arguments to a published model, whatever is trained.
 
-A kind of run (`runs/causal_lm.py` and its neighbours) says what is special about it in a `Recipe`;
-`execute` does what all of them have in common, in the one order that is right.
+Each kind of run (`runs/pretrain/causal_lm.py` for one) fills a `Recipe`; `execute` does what all
+kinds have in common, in a fixed order.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedConfig
 
 from megamod.args import Arguments, OptimArgs, RunArgs, SafetyArgs
-from megamod.data.lm import train_loader
+from megamod.data.lm.batches import train_loader
 from megamod.dist.process import init_process
 from megamod.dist.topology import DomainTopology
 from megamod.runs.node_log import node_log

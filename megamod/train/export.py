@@ -13,11 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from megamod import __version__
 from megamod.dist.scope import Sharing, domain_of_name
 from megamod.dist.topology import DomainTopology
 from megamod.files import sync_folder, sync_tree
 from megamod.states.weights import write_index, write_weights
+from megamod.version import __version__
 
 TEMPLATE = """---
 library_name: megamod

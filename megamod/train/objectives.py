@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers import PreTrainedConfig
 
 if TYPE_CHECKING:
-    from megamod.models.mux_types import MuxOutput
+    from megamod.models.mux.types import MuxOutput
 
 Batch = dict[str, object]
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megamod.data.task_mixture import TaskMixture
+from megamod.data.tasks.task_mixture import TaskMixture
 from megamod.train.objectives import Batch
 
 RULES = ("release", "paper")

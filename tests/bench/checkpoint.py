@@ -26,9 +26,9 @@ def measure_here(rank: int, folder: str) -> list[float]:
     from megamod.dist.process import world_size
     from megamod.dist.scope import Sharing
     from megamod.dist.topology import DomainTopology
-    from megamod.models.configuration import DemixConfig
-    from megamod.models.demix_lm import DemixForCausalLM
-    from megamod.runs.causal_lm import card
+    from megamod.models.lm.configuration import DemixConfig
+    from megamod.models.lm.demix import DemixForCausalLM
+    from megamod.runs.pretrain.causal_lm import card
     from megamod.train.checkpoint import Checkpoints, TrainState
     from megamod.train.engine import build_engine
     from megamod.train.export import ModelExport

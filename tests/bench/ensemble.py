@@ -25,8 +25,8 @@ CPU = torch.device("cpu")
 
 def make_data(folder: Path) -> Path:
     """A data-bin with one domain of random tokens."""
-    from megamod.data.binarize import split_prefix
-    from megamod.data.indexed import IndexedWriter
+    from megamod.data.corpus.binarize import split_prefix
+    from megamod.data.corpus.indexed import IndexedWriter
 
     tokens = np.random.default_rng(1).integers(4, VOCAB, SEQUENCES * LENGTH)
     (folder / "text").mkdir(parents=True)
@@ -43,8 +43,8 @@ def make_data(folder: Path) -> Path:
 
 def make_forest(folder: Path) -> Path:
     """A folder of whole models: small ones, with the vocabulary of a real tokenizer."""
-    from megamod.models.configuration import DemixConfig
-    from megamod.models.demix_lm import DemixForCausalLM, initialise
+    from megamod.models.lm.configuration import DemixConfig
+    from megamod.models.lm.demix import DemixForCausalLM, initialise
 
     for seed, domain in enumerate(EXPERTS):
         config = DemixConfig(

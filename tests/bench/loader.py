@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megamod.data.blocks import TokenBlocks
-from megamod.data.indexed import IndexedDataset, IndexedWriter
-from megamod.data.lm import AHEAD, TrainBatches, train_loader
-from megamod.data.order import Balanced
+from megamod.data.corpus.indexed import IndexedDataset, IndexedWriter
+from megamod.data.lm.batches import AHEAD, TrainBatches, train_loader
+from megamod.data.lm.blocks import TokenBlocks
+from megamod.data.lm.order import Balanced
 
 SHAPES = ((8, 128), (8, 1024), (32, 128), (32, 1024))
 DOMAINS = 4

@@ -35,8 +35,8 @@ def measure(size: str = "base", rounds: int = ROUNDS) -> dict[str, list[float]]:
 
 def _seconds(size: str, rounds: int) -> list[tuple[float, float, float]]:
     """By repeat: seconds of a step of CA-MTL, of plain BERT, and of scoring candidates."""
-    from megamod.models.ca_mtl import CaMtlForMultiTask
-    from megamod.models.ca_mtl_configuration import CaMtlConfig
+    from megamod.models.ca_mtl.configuration import CaMtlConfig
+    from megamod.models.ca_mtl.model import CaMtlForMultiTask
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

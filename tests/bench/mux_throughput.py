@@ -56,11 +56,11 @@ def make_stock(kind: str, shape: dict[str, int]) -> nn.Module:
 
 def make_mux(kind: str, shape: dict[str, int], instances: int) -> nn.Module:
     """A multiplexed one of the same size, as published: Hadamard keys, RSA, L = 3."""
-    from megamod.models.mux_bert import (
+    from megamod.models.mux.bert import (
         MuxBertForSequenceClassification,
         MuxBertForTokenClassification,
     )
-    from megamod.models.mux_configuration import MuxBertConfig
+    from megamod.models.mux.configuration import MuxBertConfig
 
     config = MuxBertConfig(**shape, num_labels=LABELS, num_instances=instances)
     if kind == "token":
@@ -96,7 +96,7 @@ def _seconds(
     size: str, counts: Sequence[int], kind: str, rounds: int
 ) -> dict[int, list[tuple[float, float, float]]]:
     """By N and repeat: seconds for ROWS rows of ours, of stock BERT, of that with our layers."""
-    from megamod.models.mux_configuration import PRESETS
+    from megamod.models.mux.configuration import PRESETS
 
     torch.set_num_threads(1)
     torch.manual_seed(1)

@@ -33,8 +33,8 @@ Case = tuple[int, str, int, int, bool]
 
 def measured(rank: int, case: Case) -> int:
     """Bytes by which the resident set grew at its fullest, from the model to the third step."""
-    from megamod.models.configuration import DemixConfig
-    from megamod.models.demix_lm import DemixForCausalLM, initialise
+    from megamod.models.lm.configuration import DemixConfig
+    from megamod.models.lm.demix import DemixForCausalLM, initialise
     from megamod.train.engine import build_engine, update
     from megamod.train.optim import adamw, set_rate
 

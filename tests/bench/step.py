@@ -29,8 +29,8 @@ RECIPE = dict(betas=(0.9, 0.95), eps=1e-7, weight_decay=0.1)
 
 def make_model(untie: str, held: tuple[str, ...], domains: tuple[str, ...] = DOMAINS):
     """Four layers of width 256: a step takes 0.3 s or more on one core."""
-    from megamod.models.configuration import DemixConfig
-    from megamod.models.demix_lm import DemixForCausalLM, initialise
+    from megamod.models.lm.configuration import DemixConfig
+    from megamod.models.lm.demix import DemixForCausalLM, initialise
 
     config = DemixConfig(
         vocab_size=VOCAB,

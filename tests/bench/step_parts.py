@@ -27,8 +27,8 @@ BATCH, LENGTH, WIDTH, HEADS, LAYERS, VOCAB = 4, 512, 256, 4, 4, 16384
 
 
 def make_model(attention: str):
-    from megamod.models.configuration import DemixConfig
-    from megamod.models.demix_lm import DemixForCausalLM, initialise
+    from megamod.models.lm.configuration import DemixConfig
+    from megamod.models.lm.demix import DemixForCausalLM, initialise
 
     config = DemixConfig(
         vocab_size=VOCAB,

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megamod.data import binarize as module
-from megamod.data.binarize import binarize, split_prefix
-from megamod.data.documents import split_of
-from megamod.data.indexed import IndexedDataset
-from megamod.data.tokenizers import load_tokenizer, train_sentencepiece
+from megamod.data.corpus import binarize as module
+from megamod.data.corpus.binarize import binarize, split_prefix
+from megamod.data.corpus.documents import split_of
+from megamod.data.corpus.indexed import IndexedDataset
+from megamod.data.corpus.tokenizers import load_tokenizer, train_sentencepiece
 from megamod.errors import UserError
 
 SPLITS = ("train", "valid", "test")
@@ -147,7 +147,7 @@ def test_lines_of_files_with_blank_ones(inputs, tokenizer, tmp_path):
 
 
 def test_same_bytes_for_any_number_of_workers(baseline, inputs, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("megamod.data.pool.BATCH_TEXTS", 7)
+    monkeypatch.setattr("megamod.data.corpus.pool.BATCH_TEXTS", 7)
     for workers in (1, 2):
         binarize(inputs, tokenizer, tmp_path / str(workers), workers=workers)
         assert tree(tmp_path / str(workers)) == tree(baseline)
@@ -289,7 +289,7 @@ def test_a_failing_disk_at_any_call_leaves_no_half_output(
 @pytest.mark.slow
 def test_kill_at_random_times(baseline, inputs, tmp_path):
     program = (
-        "import sys; from megamod.data.binarize import binarize; "
+        "import sys; from megamod.data.corpus.binarize import binarize; "
         "given = dict(one.split('=') for one in sys.argv[3:]); "
         "binarize(given, sys.argv[1], sys.argv[2], workers=1)"
     )
@@ -321,7 +321,7 @@ def test_wide_vocabularies_are_stored_in_four_bytes(tmp_path):
     from tokenizers import Tokenizer as Backend
     from tokenizers import models, pre_tokenizers
 
-    from megamod.data.tokenizers import Tokenizer
+    from megamod.data.corpus.tokenizers import Tokenizer
 
     backend = Backend(models.WordLevel({f"w{one}": one for one in range(70000)}, unk_token="w0"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from megamod.data.blocks import IGNORE, TokenBlocks
-from megamod.data.indexed import IndexedDataset, IndexedWriter
+from megamod.data.corpus.indexed import IndexedDataset, IndexedWriter
+from megamod.data.lm.blocks import IGNORE, TokenBlocks
 from megamod.errors import UserError
 
 GOLDEN = Path(__file__).resolve().parents[2].parent / "shared/golden/demix_btm/databin"

@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from megamod.data import builtin
-from megamod.data.builtin import builtin_documents
-from megamod.data.documents import SPLITS, split_of
+from megamod.data.corpus import builtin
+from megamod.data.corpus.builtin import builtin_documents
+from megamod.data.corpus.documents import SPLITS, split_of
 from megamod.errors import UserError
 
 

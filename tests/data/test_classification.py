@@ -7,15 +7,15 @@ import pytest
 import torch
 from transformers import BertTokenizerFast
 
-from megamod.data.classification import (
+from megamod.data.tasks.classification import (
     Lengths,
     TrainRows,
     encode_texts,
     encode_words,
     held_out_rows,
 )
-from megamod.data.glue import TextSet
-from megamod.data.ner import TokenSet
+from megamod.data.tasks.glue import TextSet
+from megamod.data.tasks.ner import TokenSet
 from megamod.errors import UserError
 
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b", "c", "d", "##a", "##b", "##c"]

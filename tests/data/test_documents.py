@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megamod.data.documents import (
+from megamod.data.corpus.documents import (
     Decoding,
     open_source,
     parse_inputs,

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from transformers import BertTokenizerFast
 
-from megamod.data.classification import Lengths, encode_texts, encode_words
-from megamod.data.encoded_cache import cached, key_of
-from megamod.data.glue import TextSet
-from megamod.data.ner import TokenSet
+from megamod.data.tasks.classification import Lengths, encode_texts, encode_words
+from megamod.data.tasks.encoded_cache import cached, key_of
+from megamod.data.tasks.glue import TextSet
+from megamod.data.tasks.ner import TokenSet
 
 LENGTHS = Lengths(8, 16)
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from megamod.data.glue import read_task
-from megamod.data.lines import read_lines
-from megamod.data.task_file import read_spec
-from megamod.data.tasks import TASKS, task_of
+from megamod.data.corpus.lines import read_lines
+from megamod.data.tasks.glue import read_task
+from megamod.data.tasks.specs import TASKS, task_of
+from megamod.data.tasks.task_file import read_spec
 from megamod.errors import UserError
 
 REAL = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "glue"

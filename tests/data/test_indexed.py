@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megamod.data.indexed import Dictionary, IndexedDataset, IndexedWriter, dtype_for
+from megamod.data.corpus.indexed import Dictionary, IndexedDataset, IndexedWriter, dtype_for
 from megamod.errors import UserError
 
 GOLDEN = Path(__file__).resolve().parents[2].parent / "shared/golden/demix_btm/databin"
@@ -55,7 +55,7 @@ def test_reads_and_writes_fairseq_files(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["u1", "i1", "i2", "i4", "i8", "u2", "u4", "u8"])
 def test_round_trip_in_every_dtype(tmp_path, monkeypatch, dtype):
-    monkeypatch.setattr("megamod.data.indexed.SCAN", 2)
+    monkeypatch.setattr("megamod.data.corpus.indexed.SCAN", 2)
     generator = np.random.default_rng(1)
     items = [generator.integers(0, 120, size).tolist() for size in (3, 1, 0, 50, 7)]
     dataset = IndexedDataset(write(tmp_path / "a", items, dtype), vocab_size=120)
@@ -142,7 +142,7 @@ MALFORMED = {
 @pytest.mark.parametrize("chunk", [1, 3, 1 << 22])
 @pytest.mark.parametrize("case", MALFORMED)
 def test_malformed_files_are_named_with_the_place(tmp_path, monkeypatch, case, chunk):
-    monkeypatch.setattr("megamod.data.indexed.SCAN", chunk)
+    monkeypatch.setattr("megamod.data.corpus.indexed.SCAN", chunk)
     prefix = write(tmp_path / "a")
     content, message = MALFORMED[case]
     prefix.with_suffix(".idx").write_bytes(content)
@@ -179,7 +179,7 @@ def test_random_damage_is_an_error_or_harmless(tmp_path):
 
 
 def test_ids_outside_the_vocabulary_are_found(tmp_path, monkeypatch):
-    monkeypatch.setattr("megamod.data.indexed.SCAN", 3)
+    monkeypatch.setattr("megamod.data.corpus.indexed.SCAN", 3)
     prefix = write(tmp_path / "a")
     IndexedDataset(prefix, vocab_size=10)
     message = r"token id 9 at byte 12 \(item 2\) is outside the vocabulary of 9: allowed are 0 to 8"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megamod.data.line_sample import sample_lines
+from megamod.data.corpus.line_sample import sample_lines
 from megamod.errors import UserError
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from megamod.data.blocks import IGNORE, TokenBlocks
-from megamod.data.indexed import Dictionary, IndexedDataset, IndexedWriter
-from megamod.data.lm import DataBin, TrainBatches, eval_batches, train_loader
-from megamod.data.order import Balanced, Temperature, Unbalanced
+from megamod.data.corpus.indexed import Dictionary, IndexedDataset, IndexedWriter
+from megamod.data.lm.batches import DataBin, TrainBatches, eval_batches, train_loader
+from megamod.data.lm.blocks import IGNORE, TokenBlocks
+from megamod.data.lm.order import Balanced, Temperature, Unbalanced
 from megamod.errors import UserError
 
 LENGTH = 4

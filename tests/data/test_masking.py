@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from megamod.data.blocks import IGNORE
-from megamod.data.masking import MaskedBatches, Masking, blocks_of, held_out_batches
-from megamod.data.order import Balanced
+from megamod.data.lm.blocks import IGNORE
+from megamod.data.lm.masking import MaskedBatches, Masking, blocks_of, held_out_batches
+from megamod.data.lm.order import Balanced
 from megamod.errors import UserError
 
 MASKING = Masking(mask_id=4, pad_id=0, special_ids=(0, 1, 2, 4), vocab_size=50)

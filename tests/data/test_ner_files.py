@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megamod.data.ner import TokenSet, normalise, read_conll, read_token_task
-from megamod.data.tasks import token_task
+from megamod.data.tasks.ner import TokenSet, normalise, read_conll, read_token_task
+from megamod.data.tasks.specs import token_task
 from megamod.errors import UserError
 
 REAL = Path(__file__).resolve().parents[2].parent / "shared" / "data"

@@ -7,8 +7,15 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from megamod.data.order import CYCLE, SAMPLERS, Balanced, KeyedPermutation, Temperature, Unbalanced
-from megamod.data.order import key_of as make_key
+from megamod.data.lm.order import (
+    CYCLE,
+    SAMPLERS,
+    Balanced,
+    KeyedPermutation,
+    Temperature,
+    Unbalanced,
+)
+from megamod.data.lm.order import key_of as make_key
 
 LENGTHS = [50, 7, 1, 20]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megamod.data.classification import Encoded
-from megamod.data.task_mixture import SAMPLINGS, TaskMixture
+from megamod.data.tasks.classification import Encoded
+from megamod.data.tasks.task_mixture import SAMPLINGS, TaskMixture
 from megamod.errors import UserError
 
 GOLDEN = Path(__file__).resolve().parents[2].parent / "shared" / "golden" / "camtl"

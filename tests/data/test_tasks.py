@@ -2,8 +2,8 @@
 
 import pytest
 
-from megamod.data.task_file import read_spec
-from megamod.data.tasks import GLUE, TASKS, find_files, task_of, token_task
+from megamod.data.tasks.specs import GLUE, TASKS, find_files, task_of, token_task
+from megamod.data.tasks.task_file import read_spec
 from megamod.errors import UserError
 
 

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megamod.data.glue import read_task
-from megamod.data.ner import read_token_task
-from megamod.data.task_file import read_spec
-from megamod.data.tasks import TASKS, token_task
+from megamod.data.tasks.glue import read_task
+from megamod.data.tasks.ner import read_token_task
+from megamod.data.tasks.specs import TASKS, token_task
+from megamod.data.tasks.task_file import read_spec
 from megamod.errors import UserError
 
 TSV = "\ufeffindex\tsentence1\tsentence2\tlabel\n" + "".join(

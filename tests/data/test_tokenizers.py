@@ -10,8 +10,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
-from megamod.data import tokenizers
-from megamod.data.tokenizers import load_tokenizer, train_sentencepiece, train_wordpiece, trainer_of
+from megamod.data.corpus import tokenizers
+from megamod.data.corpus.tokenizers import (
+    load_tokenizer,
+    train_sentencepiece,
+    train_wordpiece,
+    trainer_of,
+)
 from megamod.errors import UserError
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "tokenizers"

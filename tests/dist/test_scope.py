@@ -1,7 +1,7 @@
 import pytest
 
 from megamod.dist.scope import Scope, Sharing, dense_name, domain_of_name, scopes, sharing_of
-from megamod.models.configuration import UNTIE
+from megamod.models.lm.configuration import UNTIE
 
 NAMES = {
     "model.layers.0.feed_forward.experts.law.fc1.weight": (

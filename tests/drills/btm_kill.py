@@ -79,7 +79,7 @@ def drill(folder: Path, kills: int, seed: int) -> dict[str, int]:
 def prepare(folder: Path) -> None:
     """A data-bin of made-up sentences, and the recipe."""
     if not (folder / "bin").exists():
-        from megamod.data.binarize import binarize
+        from megamod.data.corpus.binarize import binarize
 
         words = random.Random(0)
         binarize(

@@ -20,7 +20,7 @@ from ranks import free_port
 from safetensors.torch import load_file
 
 from megamod.btm.jobs import clear
-from megamod.data.binarize import binarize
+from megamod.data.corpus.binarize import binarize
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PRETRAIN, BTM = (str(REPOSITORY / "launchers" / name) for name in ("pretrain.py", "btm.py"))

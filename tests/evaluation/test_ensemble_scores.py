@@ -11,8 +11,8 @@ import torch
 from ranks import on_ranks
 from saved_models import LENGTH, TOKENS, VOCAB, make_data, make_model
 
-from megamod.data.binarize import split_prefix
-from megamod.data.indexed import IndexedDataset
+from megamod.data.corpus.binarize import split_prefix
+from megamod.data.corpus.indexed import IndexedDataset
 from megamod.errors import UserError
 from megamod.evaluation import expert_scores
 from megamod.evaluation.ensemble import Protocol, estimate_priors, evaluate
@@ -20,7 +20,7 @@ from megamod.evaluation.expert_scores import Experts, OneByOne, Text, Together, 
 from megamod.evaluation.saved import HeldOut, find_models, score_models
 from megamod.mixture.ensemble import Rule
 from megamod.mixture.prior import Prior
-from megamod.models.demix_lm import DemixForCausalLM
+from megamod.models.lm.demix import DemixForCausalLM
 from megamod.states.forest import Expert, open_forest
 from megamod.states.weights import read_weights, write_index, write_weights
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megamod.data.tasks import TASKS
+from megamod.data.tasks.specs import TASKS
 from megamod.errors import UserError
 from megamod.evaluation.glue import (
     accuracy_by_slot,

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megamod.data.tasks import token_task
+from megamod.data.tasks.specs import token_task
 from megamod.evaluation.ner import (
     conll_text,
     entities,

@@ -7,7 +7,7 @@ import torch
 from saved_models import BYTES, DOMAINS, LENGTH, TOKENS, VOCAB, make_data, make_model, plain_nll
 from torch import nn
 
-from megamod.data.pretraining import LmData
+from megamod.data.lm.pretraining import LmData
 from megamod.evaluation.perplexity import (
     DENSE,
     DomainEvaluation,
@@ -18,7 +18,7 @@ from megamod.evaluation.perplexity import (
     score_batches,
     share_of,
 )
-from megamod.models.demix_lm import DemixForCausalLM
+from megamod.models.lm.demix import DemixForCausalLM
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from megamod.data.classification import Encoded, held_out_rows
+from megamod.data.tasks.classification import Encoded, held_out_rows
 from megamod.evaluation.predict import Predictor, labels_of_words
 
 

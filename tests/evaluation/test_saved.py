@@ -15,12 +15,12 @@ from saved_models import (
     plain_perplexity,
 )
 
-from megamod.data.binarize import split_prefix
-from megamod.data.indexed import IndexedDataset
+from megamod.data.corpus.binarize import split_prefix
+from megamod.data.corpus.indexed import IndexedDataset
 from megamod.errors import UserError
 from megamod.evaluation.perplexity import DENSE, perplexities
 from megamod.evaluation.saved import HeldOut, find_models, score_models
-from megamod.models.demix_lm import DemixForCausalLM
+from megamod.models.lm.demix import DemixForCausalLM
 from megamod.states.weights import read_weights, write_weights
 
 SORTED_PLACE = {"art": 0, "code": 1, "law": 2}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megamod.data.binarize import binarize
+from megamod.data.corpus.binarize import binarize
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RECIPE = """

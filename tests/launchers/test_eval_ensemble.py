@@ -10,8 +10,8 @@ from saved_models import TOKENS, make_data, make_model
 
 from megamod.errors import UserError
 from megamod.flags import parse_args
-from megamod.runs.ensemble import mix_forest
-from megamod.runs.ensemble_args import EnsembleArgs
+from megamod.runs.studies.ensemble import mix_forest
+from megamod.runs.studies.ensemble_args import EnsembleArgs
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from saved_models import DOMAINS, make_data, make_model, plain_perplexity
 
-from megamod.models.demix_lm import DemixForCausalLM
+from megamod.models.lm.demix import DemixForCausalLM
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

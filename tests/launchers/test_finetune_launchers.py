@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megamod.errors import UserError
-from megamod.runs.finetune_sweep import Job, read_sweep, sweep
+from megamod.runs.studies.sweep import Job, read_sweep, sweep
 
 LAUNCHERS = Path(__file__).resolve().parents[2] / "launchers"
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film"]

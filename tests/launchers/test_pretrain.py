@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import megamod  # noqa: F401  (registers the models)
-from megamod.data.binarize import binarize
-from megamod.data.pretraining import LmData
+from megamod.data.corpus.binarize import binarize
+from megamod.data.lm.pretraining import LmData
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LAUNCHER = REPOSITORY / "launchers" / "pretrain.py"

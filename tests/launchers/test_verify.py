@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megamod.data.binarize import binarize
+from megamod.data.corpus.binarize import binarize
 from megamod.errors import UserError
 from megamod.states.forest import Expert, edit_forest
 from megamod.states.manifest import find_checkpoint, verify

@@ -11,8 +11,8 @@ from twins import twin
 from megamod.errors import UserError
 from megamod.merging.average import merge
 from megamod.merging.recipe_file import read_recipe
-from megamod.models.configuration import DemixConfig
-from megamod.models.demix_lm import DemixForCausalLM
+from megamod.models.lm.configuration import DemixConfig
+from megamod.models.lm.demix import DemixForCausalLM
 
 WORDS = [f"w{n}" for n in range(25)]
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]

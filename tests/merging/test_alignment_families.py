@@ -31,10 +31,10 @@ from megamod.merging.alignment.options import Calibration, Options
 from megamod.merging.alignment.permute import merge_states, permuted
 from megamod.merging.alignment.record import Alignment, aligned_groups
 from megamod.merging.alignment.symmetry import symmetry_of
-from megamod.models.configuration import DemixConfig
-from megamod.models.demix_lm import DemixForCausalLM
-from megamod.models.mux_bert import MuxBertForTokenClassification
-from megamod.models.mux_configuration import MuxBertConfig
+from megamod.models.lm.configuration import DemixConfig
+from megamod.models.lm.demix import DemixForCausalLM
+from megamod.models.mux.bert import MuxBertForTokenClassification
+from megamod.models.mux.configuration import MuxBertConfig
 
 WORDS, HEADS, SIZE, LAYERS = 40, 4, 16, 2
 ENCODER = dict(

@@ -10,8 +10,8 @@ from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from megamod.convert import Options
 from megamod.convert.ca_mtl import convert, export
-from megamod.models.ca_mtl import CaMtlForMultiTask, OneTask, freeze, from_encoder
-from megamod.models.ca_mtl_configuration import CaMtlConfig
+from megamod.models.ca_mtl.configuration import CaMtlConfig
+from megamod.models.ca_mtl.model import CaMtlForMultiTask, OneTask, freeze, from_encoder
 from megamod.nn.conditioning import Film, block_bias, block_shape
 from megamod.states.weights import write_weights
 

@@ -1,7 +1,7 @@
 import pytest
 from torch import nn
 
-from megamod.models.configuration import PRESETS, UNTIE, DemixConfig
+from megamod.models.lm.configuration import PRESETS, UNTIE, DemixConfig
 
 
 def test_the_feed_forward_is_four_times_as_wide_unless_told():

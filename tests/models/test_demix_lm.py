@@ -7,8 +7,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from megamod.dist.scope import dense_name, domain_of_name
-from megamod.models.configuration import PRESETS, UNTIE, DemixConfig
-from megamod.models.demix_lm import DemixForCausalLM, initialise
+from megamod.models.lm.configuration import PRESETS, UNTIE, DemixConfig
+from megamod.models.lm.demix import DemixForCausalLM, initialise
 from megamod.states.weights import expert_state, write_index, write_weights
 
 DOMAINS = ["law", "med", "code"]

@@ -5,8 +5,8 @@ import torch
 from saved_models import VOCAB, make_model
 from torch.nn import functional as F
 
-from megamod.models.configuration import ForestConfig
-from megamod.models.forest_lm import ForestForCausalLM
+from megamod.models.lm.configuration import ForestConfig
+from megamod.models.lm.forest import ForestForCausalLM
 from megamod.states.forest import Expert, Forest
 
 PAD, NEW = 1, 8

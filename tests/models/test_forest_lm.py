@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from megamod.errors import UserError
 from megamod.mixture.posterior import mix, token_weights
-from megamod.models.configuration import ForestConfig
-from megamod.models.demix_lm import DemixForCausalLM
-from megamod.models.forest_lm import ForestForCausalLM, load_experts
+from megamod.models.lm.configuration import ForestConfig
+from megamod.models.lm.demix import DemixForCausalLM
+from megamod.models.lm.forest import ForestForCausalLM, load_experts
 from megamod.states.forest import Expert, Forest, edit_forest
 
 PAD, LONGEST = 1, 24

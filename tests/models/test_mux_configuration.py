@@ -2,14 +2,14 @@
 
 import pytest
 
-from megamod.models.mux_bert import MuxBertForSequenceClassification
-from megamod.models.mux_configuration import (
+from megamod.models.mux.bert import MuxBertForSequenceClassification
+from megamod.models.mux.configuration import (
     PRESETS,
     MuxBertConfig,
     MuxElectraConfig,
     MuxRobertaConfig,
 )
-from megamod.models.mux_electra import MuxElectraForSequenceClassification
+from megamod.models.mux.electra import MuxElectraForSequenceClassification
 
 
 @pytest.mark.parametrize(

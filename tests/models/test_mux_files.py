@@ -8,8 +8,8 @@ from tiny_mux import batch, made
 
 import megamod  # noqa: F401  (makes the models known)
 from megamod.convert.datamux import convert, export
-from megamod.models.mux_bert import MuxBertForMaskedLM, MuxBertForTokenClassification
-from megamod.models.mux_electra import MuxElectraForSequenceClassification
+from megamod.models.mux.bert import MuxBertForMaskedLM, MuxBertForTokenClassification
+from megamod.models.mux.electra import MuxElectraForSequenceClassification
 
 AUTO = {
     "mlm": "AutoModelForMaskedLM",

@@ -9,8 +9,11 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from megamod.convert.datamux import convert
-from megamod.models import mux_bert, mux_electra, mux_generator, mux_roberta
-from megamod.models.mux_types import MixedStates
+from megamod.models.mux import bert as mux_bert
+from megamod.models.mux import electra as mux_electra
+from megamod.models.mux import generator as mux_generator
+from megamod.models.mux import roberta as mux_roberta
+from megamod.models.mux.types import MixedStates
 
 GOLDEN = Path(__file__).resolve().parents[2].parent / "shared" / "golden" / "mux"
 CASES = sorted(p.name for p in GOLDEN.glob("*")) if GOLDEN.is_dir() else []

@@ -5,9 +5,9 @@ import torch
 from tiny_mux import LENGTH, batch, made
 from torch.nn import functional as F
 
-from megamod.models.mux_bert import MuxBertConfig, MuxBertForSequenceClassification
-from megamod.models.mux_generator import sample_tokens
-from megamod.models.mux_roberta import MuxRobertaConfig
+from megamod.models.mux.bert import MuxBertConfig, MuxBertForSequenceClassification
+from megamod.models.mux.generator import sample_tokens
+from megamod.models.mux.roberta import MuxRobertaConfig
 
 GAUSS, V2 = "gaussian_hadamard", "gaussian_attention_v2"
 

@@ -3,9 +3,12 @@
 import torch
 from torch import Tensor
 
-from megamod.models import mux_bert, mux_electra, mux_generator, mux_roberta
-from megamod.models.mux_configuration import MuxConfig
-from megamod.models.mux_model import MuxPreTrainedModel
+from megamod.models.mux import bert as mux_bert
+from megamod.models.mux import electra as mux_electra
+from megamod.models.mux import generator as mux_generator
+from megamod.models.mux import roberta as mux_roberta
+from megamod.models.mux.configuration import MuxConfig
+from megamod.models.mux.model import MuxPreTrainedModel
 
 FIELDS = dict(
     vocab_size=41,

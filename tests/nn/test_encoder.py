@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertModel
 
-from megamod.models.mux_configuration import MuxBertConfig, MuxRobertaConfig
+from megamod.models.mux.configuration import MuxBertConfig, MuxRobertaConfig
 from megamod.nn.encoder import (
     Encoder,
     EncoderEmbeddings,

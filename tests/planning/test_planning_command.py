@@ -16,11 +16,9 @@ from torch import nn
 
 from megamod.dist.scope import Sharing
 from megamod.errors import UserError
-from megamod.models.configuration import DemixConfig
-from megamod.models.demix_lm import DemixForCausalLM
+from megamod.models.lm.configuration import DemixConfig
+from megamod.models.lm.demix import DemixForCausalLM
 from megamod.planning.activations import measure
-from megamod.planning.published import markers, published_of, ratios
-from megamod.planning.report import of_published
 from megamod.planning.search import proposals
 from megamod.planning.simulate import gpu_days, simulate
 from megamod.planning.timing import Links, traffic_of, wire_seconds
@@ -189,22 +187,6 @@ def test_a_step_shorter_than_its_communication_is_refused():
     (plan,) = planned("--model", "125m", "--world_size", "16", *DOMAINS, *ZERO2)
     with pytest.raises(UserError, match="sending the bytes of a step takes"):
         simulate(plan, 1e-4, None)
-
-
-def test_published_ratios_lie_on_the_dense_curve_times_the_ratio():
-    (plan,) = planned("--model", "1.3b", "--world_size", "128", *DOMAINS, *ZERO2)
-    curves = simulate(plan, None, None)
-    known = published_of(plan.job.model)
-    assert (known.gpus, known.speed[Sharing.BTM]) == (128, 1.33)
-    (dense,) = [point for point in curves[Sharing.DENSE] if point.gpus == 128]
-    (btm,) = [point for point in curves[Sharing.BTM] if point.gpus == 128]
-    assert markers(curves, known)[Sharing.BTM] == (128, pytest.approx(1.33 * dense.slow))
-    slow, fast = ratios(curves, 128)[Sharing.BTM]
-    assert slow == pytest.approx((dense.compute + dense.wire) / (btm.compute + btm.wire))
-    assert fast == pytest.approx(max(dense.compute, dense.wire) / max(btm.compute, btm.wire))
-    assert f"btm: {slow:.2f} simulated" in of_published(curves, known)
-    (other,) = planned("--model", "1.3b", "--hidden_size", "64", "--world_size", "128", *ZERO2)
-    assert published_of(other.job.model) is None
 
 
 def test_the_whole_command(monkeypatch, tmp_path, capsys):

@@ -34,7 +34,7 @@ def counted(rank: int, world: int, cases: list[tuple]) -> list[tuple]:
     """
     from deepspeed.accelerator import get_accelerator
 
-    from megamod.models.demix_lm import DemixForCausalLM
+    from megamod.models.lm.demix import DemixForCausalLM
     from megamod.train.engine import build_engine, update
     from megamod.train.optim import adamw
 

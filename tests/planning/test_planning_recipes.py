@@ -265,7 +265,7 @@ def test_encoders_are_those_that_pretraining_makes(objective, number):
     """The configuration is made by other code there, from a data-bin."""
     from types import SimpleNamespace
 
-    from megamod.runs import encoder_lm
+    from megamod.runs.pretrain import encoder_lm
 
     data = SimpleNamespace(vocab_size=30522, pad_id=0, bos_id=101)
     mux = MuxArgs(objective=objective, num_instances=number)

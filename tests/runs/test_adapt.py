@@ -12,15 +12,15 @@ from ranks import on_ranks
 from saved_models import DOMAINS, LENGTH, TOKENS, VOCAB, make_data, make_model
 
 from megamod.args import RunArgs, SafetyArgs
-from megamod.data.binarize import split_prefix
-from megamod.data.indexed import IndexedWriter
-from megamod.data.pretraining import LmData
+from megamod.data.corpus.binarize import split_prefix
+from megamod.data.corpus.indexed import IndexedWriter
+from megamod.data.lm.pretraining import LmData
 from megamod.errors import UserError
 from megamod.evaluation.perplexity import DENSE
 from megamod.evaluation.saved import HeldOut, find_models, score_models
-from megamod.models.demix_lm import DemixForCausalLM
-from megamod.runs.adapt_args import AdaptArgs, AdaptOptimArgs
-from megamod.runs.adapt_start import Start, choose, estimate, record
+from megamod.models.lm.demix import DemixForCausalLM
+from megamod.runs.pretrain.adapt_args import AdaptArgs, AdaptOptimArgs
+from megamod.runs.pretrain.adapt_start import Start, choose, estimate, record
 from megamod.states.forest import open_forest
 from megamod.states.grow import grow
 from megamod.states.weights import expert_state, read_weights
@@ -35,7 +35,7 @@ PRIOR = """{"format": 1, "domains": ["code", "law"], "prior": [0.25, 0.75], "rul
 
 def start(place: Path, output: Path, *, stage: int | None = None, **changes) -> None:
     """One adaptation in this process or on these ranks."""
-    from megamod.runs.adapt import adapt
+    from megamod.runs.pretrain.adapt import adapt
 
     run = dict(max_steps=4, per_device_train_batch_size=1, global_batch_size=2, save_steps=2)
     run |= dict(logging_steps=2, report_to="none", output_dir=str(output))

@@ -17,11 +17,11 @@ from transformers import (
 )
 from twins import twin
 
-from megamod.data.text_blocks import text_blocks
+from megamod.data.lm.text_blocks import text_blocks
 from megamod.errors import UserError
 from megamod.evaluation.barrier import barrier, barrier_over_mean, losses_along, weights_of
-from megamod.runs.barrier import run_study
-from megamod.runs.barrier_recipe import read_study
+from megamod.runs.studies.barrier import run_study
+from megamod.runs.studies.barrier_recipe import read_study
 
 WORDS = [f"w{n}" for n in range(30)]
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]

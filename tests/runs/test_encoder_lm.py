@@ -31,13 +31,13 @@ from megamod.args import (
     SafetyArgs,
     parse_args,
 )
-from megamod.data.binarize import binarize
-from megamod.data.lm import DataBin
+from megamod.data.corpus.binarize import binarize
+from megamod.data.lm.batches import DataBin
 from megamod.errors import UserError
-from megamod.models.mux_bert import MuxBertForMaskedLM
-from megamod.models.mux_configuration import MuxBertConfig, MuxElectraConfig
-from megamod.models.mux_generator import MuxElectraForReplacedTokens
-from megamod.runs.encoder_lm import encoder_config, losses_of, masking_of
+from megamod.models.mux.bert import MuxBertForMaskedLM
+from megamod.models.mux.configuration import MuxBertConfig, MuxElectraConfig
+from megamod.models.mux.generator import MuxElectraForReplacedTokens
+from megamod.runs.pretrain.encoder_lm import encoder_config, losses_of, masking_of
 from megamod.train.objectives import EncoderLM, masked_losses, replaced_losses
 
 WORDS = [f"w{number}" for number in range(40)]
@@ -82,7 +82,7 @@ def make_place(place: Path) -> Path:
 
 def run(place: Path, output: str, *, model: str = "mux", stop: int = 4, ranks: int = 1, **mux):
     """Some steps of 8 rows."""
-    from megamod.runs.encoder_lm import pretrain
+    from megamod.runs.pretrain.encoder_lm import pretrain
 
     pretrain(
         RunArgs(

@@ -24,8 +24,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from megamod.args import SafetyArgs, parse_args
 from megamod.errors import UserError
-from megamod.mux_pipeline import MuxPipeline
-from megamod.runs.finetune_args import TaskArgs, TunedArgs, TunedOptimArgs, TunedRunArgs, WordArgs
+from megamod.evaluation.mux_pipeline import MuxPipeline
+from megamod.runs.finetune.args import TaskArgs, TunedArgs, TunedOptimArgs, TunedRunArgs, WordArgs
 
 WORDS = [f"w{n}" for n in range(12)]
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, ".", "##s"]
@@ -128,7 +128,7 @@ def flags(place: Path, output: Path, **changes: object) -> list[str]:
 
 def start(place: Path, output: Path, *, words: bool = False, **changes: object) -> None:
     """One command in this process."""
-    from megamod.runs.finetune import finetune
+    from megamod.runs.finetune.one_task import finetune
 
     if words:
         changes = {"task": "toy", "data_dir": place / "ner", **changes}

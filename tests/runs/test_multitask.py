@@ -13,9 +13,9 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertForMaskedLM
 
 from megamod.args import SafetyArgs, parse_args
 from megamod.errors import UserError
-from megamod.models.ca_mtl import CaMtlForMultiTask
-from megamod.runs.finetune_args import TunedOptimArgs, TunedRunArgs
-from megamod.runs.multitask_args import ConditionedArgs, MixtureArgs
+from megamod.models.ca_mtl.model import CaMtlForMultiTask
+from megamod.runs.finetune.args import TunedOptimArgs, TunedRunArgs
+from megamod.runs.finetune.many_tasks_args import ConditionedArgs, MixtureArgs
 
 WORDS = [f"w{n}" for n in range(12)]
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, "##s"]
@@ -87,7 +87,7 @@ def parsed(root: Path, output: Path, **changes: object) -> tuple:
 
 def start(root: Path, output: Path, **changes: object) -> None:
     """One command in this process."""
-    from megamod.runs.multitask import finetune_tasks
+    from megamod.runs.finetune.many_tasks import finetune_tasks
 
     finetune_tasks(*parsed(root, output, **changes))
 
@@ -247,7 +247,7 @@ def test_frozen_blocks_stay_and_their_conditions_move(place):
     ],
 )
 def test_mistakes(tmp_path, changes, message):
-    from megamod.runs.multitask_problem import prepare
+    from megamod.runs.finetune.many_tasks_problem import prepare
 
     root = make_place(tmp_path)
     with pytest.raises(UserError, match=message):
@@ -256,7 +256,7 @@ def test_mistakes(tmp_path, changes, message):
 
 
 def test_mistakes_about_a_trained_model(place):
-    from megamod.runs.multitask_problem import prepare
+    from megamod.runs.finetune.many_tasks_problem import prepare
 
     model = dict(model=place / "whole" / "model", do_train=None)
     with pytest.raises(UserError, match=r"--tasks sst-2 rte: .* has heads for sst-2 rte sts-b"):

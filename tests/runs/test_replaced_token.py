@@ -10,16 +10,16 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
 
 from megamod.args import DataArgs, ModelArgs, MuxArgs, OptimArgs, RunArgs, SafetyArgs, parse_args
-from megamod.data.binarize import binarize
-from megamod.data.lm import DataBin
-from megamod.data.masking import MaskedBatches, Masking, blocks_of, held_out_batches
-from megamod.data.order import Balanced
+from megamod.data.corpus.binarize import binarize
+from megamod.data.lm.batches import DataBin
+from megamod.data.lm.masking import MaskedBatches, Masking, blocks_of, held_out_batches
+from megamod.data.lm.order import Balanced
 from megamod.errors import UserError
 from megamod.evaluation.encoder_lm import score_encoder
 from megamod.evaluation.perplexity import share_of
-from megamod.models.mux_configuration import MuxElectraConfig
-from megamod.models.mux_generator import MuxElectraForReplacedTokens
-from megamod.runs.encoder_lm import TERMS, build_encoder, encoder_config, pretrain
+from megamod.models.mux.configuration import MuxElectraConfig
+from megamod.models.mux.generator import MuxElectraForReplacedTokens
+from megamod.runs.pretrain.encoder_lm import TERMS, build_encoder, encoder_config, pretrain
 from megamod.train.objectives import EncoderLM, replaced_losses
 
 VOCABULARY, LENGTH, INSTANCES = 45, 8, 2

@@ -12,8 +12,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from megamod.errors import UserError
 from megamod.merging.recipe_file import read_recipe
-from megamod.runs import soup as soup_module
-from megamod.runs.soup import choose, greedy_soup
+from megamod.runs.studies import soup as soup_module
+from megamod.runs.studies.soup import choose, greedy_soup
 from megamod.states.weights import read_weights
 
 WORDS = [f"w{n}" for n in range(12)]

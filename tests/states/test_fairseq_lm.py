@@ -6,9 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megamod.convert import FORMATS, Options, format_module, new_folder
+from megamod.convert import FORMATS, Options, format_module
 from megamod.convert.fairseq_lm import convert, export, key_map
 from megamod.errors import UserError
+from megamod.states.output_folder import new_folder
 from megamod.states.weights import write_index, write_weights
 
 GOLDEN = Path(__file__).resolve().parents[2].parent / "shared" / "golden" / "demix_btm"

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, OPTForCausalLM
 from megamod.convert import Options
 from megamod.convert.opt import export
 from megamod.errors import UserError
-from megamod.models.demix_lm import DemixForCausalLM
+from megamod.models.lm.demix import DemixForCausalLM
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LENGTH, PAD = 24, 1

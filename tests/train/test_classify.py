@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megamod.models.mux_bert import MuxBertForSequenceClassification
-from megamod.models.mux_configuration import MuxBertConfig
+from megamod.models.mux.bert import MuxBertForSequenceClassification
+from megamod.models.mux.configuration import MuxBertConfig
 from megamod.train.objectives import Classify
 
 CPU = torch.device("cpu")

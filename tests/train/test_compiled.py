@@ -20,9 +20,9 @@ from transformers import BertConfig, BertForMaskedLM
 
 from megamod.args import DataArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs
 from megamod.errors import UserError
-from megamod.models.demix_lm import DemixForCausalLM, initialise
-from megamod.models.mux_bert import MuxBertForMaskedLM
-from megamod.models.mux_configuration import MuxBertConfig
+from megamod.models.lm.demix import DemixForCausalLM, initialise
+from megamod.models.mux.bert import MuxBertForMaskedLM
+from megamod.models.mux.configuration import MuxBertConfig
 from megamod.train.compiled import check_compiler, check_stage, compile_blocks
 
 NO_COMPILER = "inductor needs a C++ compiler"
@@ -94,7 +94,7 @@ def test_recomputing_and_resuming(trained, way):
 
 def run(root: Path, output: str, untie: str, compiled: bool, stop: int = 4) -> None:
     """Four steps, as launchers/pretrain.py makes them."""
-    from megamod.runs.causal_lm import pretrain
+    from megamod.runs.pretrain.causal_lm import pretrain
 
     pretrain(
         RunArgs(

@@ -8,7 +8,7 @@ from train.tiny_runs import DOMAINS, ds_config, make_batch, tiny_config
 from megamod.dist.process import rank as my_rank
 from megamod.dist.scope import Sharing, domain_of_name
 from megamod.dist.topology import DomainTopology
-from megamod.models.demix_lm import DemixForCausalLM, initialise
+from megamod.models.lm.demix import DemixForCausalLM, initialise
 from megamod.train.engine import build_engine, loss_group, update
 
 MICRO_STEPS = 2

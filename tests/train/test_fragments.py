@@ -7,7 +7,7 @@ from ranks import on_ranks
 from train.tiny_runs import DOMAINS, build_tiny, tiny_config
 
 from megamod.dist.scope import domain_of_name
-from megamod.models.demix_lm import DemixForCausalLM, initialise
+from megamod.models.lm.demix import DemixForCausalLM, initialise
 from megamod.train.fragments import (
     fragments,
     optimizer_steps,

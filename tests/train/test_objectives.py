@@ -2,7 +2,7 @@ import pytest
 import torch
 from train.tiny_runs import DOMAINS, make_batch, tiny_config
 
-from megamod.models.demix_lm import DemixForCausalLM, initialise
+from megamod.models.lm.demix import DemixForCausalLM, initialise
 from megamod.train.objectives import CausalLM
 
 

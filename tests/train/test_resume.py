@@ -15,10 +15,10 @@ from ranks import on_ranks
 from safetensors.torch import load_file
 from train.tiny_runs import DOMAINS, MICRO, VOCAB, masters, run_tiny
 
-from megamod.data.blocks import TokenBlocks
-from megamod.data.indexed import IndexedDataset, IndexedWriter
-from megamod.data.lm import TrainBatches
-from megamod.data.order import Balanced
+from megamod.data.corpus.indexed import IndexedDataset, IndexedWriter
+from megamod.data.lm.batches import TrainBatches
+from megamod.data.lm.blocks import TokenBlocks
+from megamod.data.lm.order import Balanced
 from megamod.dist.process import rank as my_rank
 from megamod.dist.scope import Sharing
 from megamod.states.weights import read_weights

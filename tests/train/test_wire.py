@@ -29,7 +29,7 @@ CASES = [
 
 def count_all(rank: int) -> dict:
     """Two steps of every case; the second is counted. Two domains, so two ranks share each."""
-    from megamod.models.demix_lm import DemixForCausalLM
+    from megamod.models.lm.demix import DemixForCausalLM
     from megamod.train.engine import build_engine, update
     from megamod.train.optim import adamw
 

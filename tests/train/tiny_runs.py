@@ -13,9 +13,9 @@ from megamod.dist.process import rank as my_rank
 from megamod.dist.process import world_size
 from megamod.dist.scope import Sharing, sharing_of
 from megamod.dist.topology import DomainTopology
-from megamod.models.configuration import DemixConfig
-from megamod.models.demix_lm import DemixForCausalLM, initialise
-from megamod.runs.causal_lm import card
+from megamod.models.lm.configuration import DemixConfig
+from megamod.models.lm.demix import DemixForCausalLM, initialise
+from megamod.runs.pretrain.causal_lm import card
 from megamod.train.checkpoint import Checkpoints, TrainState
 from megamod.train.engine import build_engine
 from megamod.train.export import ModelExport

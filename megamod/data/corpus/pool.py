@@ -1,0 +1,82 @@
+"""Encoding of a stream of texts, here or in worker processes; the result is the same."""
+
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from itertools import islice
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
+
+import numpy as np
+
+from megamod.data.corpus.tokenizers import Tokenizer
+
+Encode = Callable[[Iterable[str]], Iterator[np.ndarray]]
+BATCH_CHARACTERS = 1 << 20
+BATCH_TEXTS = 4096
+
+_tokenizer: Tokenizer | None = None  # of a worker process
+
+
+@contextmanager
+def encoder(tokenizer: Tokenizer, workers: int) -> Iterator[Encode]:
+    """A function that encodes texts, in order; it holds a few batches of them at a time.
+
+    Args:
+        workers: 1 to encode in this process, else the number of processes started.
+    """
+    if workers == 1:
+        yield lambda texts: (
+            ids for batch in _batches(texts) for ids in tokenizer.encode_batch(batch)
+        )
+        return
+    pool = ProcessPoolExecutor(
+        workers, get_context("spawn"), initializer=_begin, initargs=(tokenizer,)
+    )
+    try:
+        yield lambda texts: _spread(pool, workers, texts)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _spread(pool: ProcessPoolExecutor, workers: int, texts: Iterable[str]) -> Iterator[np.ndarray]:
+    batches = _batches(texts)
+    waiting = deque(pool.submit(_encode, batch) for batch in islice(batches, 2 * workers))
+    while waiting:
+        yield from waiting.popleft().result()
+        waiting.extend(pool.submit(_encode, batch) for batch in islice(batches, 1))
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    characters = 0
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
+        if characters >= BATCH_CHARACTERS or len(batch) == BATCH_TEXTS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _begin(tokenizer: Tokenizer) -> None:
+    global _tokenizer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_follow_parent, daemon=True).start()
+    _tokenizer = tokenizer
+
+
+def _follow_parent() -> None:
+    """End with the parent: a killed parent closes no queue, so a worker would wait forever."""
+    wait([parent_process().sentinel])
+    os._exit(1)
+
+
+def _encode(texts: list[str]) -> list[np.ndarray]:
+    return _tokenizer.encode_batch(texts)

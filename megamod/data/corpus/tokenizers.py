@@ -1,0 +1,358 @@
+"""One tokenizer class for three kinds: Hugging Face, SentencePiece and GPT-2 BPE in fairseq order.
+
+All three run on the `tokenizers` library, so the folder `Tokenizer.save` writes gives the same ids
+through `transformers.AutoTokenizer`, and a worker process needs nothing but a JSON string.
+"""
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megamod.data.corpus import sentencepiece_model
+from megamod.data.corpus.indexed import Dictionary
+from megamod.errors import UserError
+from megamod.files import write_atomic
+
+if TYPE_CHECKING:
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+SENTENCEPIECE_FILE = "sentencepiece.model"
+GPT2_FILES = ("encoder.json", "vocab.bpe", "dict.txt")
+FAIRSEQ_SYMBOLS = ("<s>", "<pad>", "</s>", "<unk>")
+ALPHABET = 1000  # characters that trained word pieces are made of
+LONGEST = 1 << 20  # characters encoded at once: bounds the memory a huge document takes
+
+
+@dataclass
+class Tokenizer:
+    """Text to ids and back.
+
+    Args:
+        kind: "huggingface", "sentencepiece" or "gpt2".
+        backend: the `tokenizers` object that does the work.
+        bos_id, pad_id, eos_id, unk_id: special ids; where the original has none, see
+            `load_tokenizer` for what stands in.
+        literal_specials: True if text that spells a special token, such as "</s>", is ordinary
+            text; False if it becomes that token, as Hugging Face tokenizers do.
+        files: the original files by name, saved beside the common ones.
+        original: the Hugging Face tokenizer it came from, for kind "huggingface".
+    """
+
+    kind: str
+    backend: "tokenizers.Tokenizer"
+    bos_id: int
+    pad_id: int
+    eos_id: int
+    unk_id: int
+    literal_specials: bool = True
+    files: dict[str, bytes] = field(default_factory=dict)
+    original: "PreTrainedTokenizerFast | None" = None
+
+    def __post_init__(self) -> None:
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.backend.encode_special_tokens = self.literal_specials
+
+    def __getstate__(self) -> dict:
+        """What another process needs to encode: all but the originals."""
+        return {**vars(self), "backend": self.backend.to_str(), "files": {}, "original": None}
+
+    def __setstate__(self, state: dict) -> None:
+        from tokenizers import Tokenizer as Backend
+
+        vars(self).update(state, backend=Backend.from_str(state["backend"]))
+        self.__post_init__()
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def special_ids(self) -> dict[str, int]:
+        """`bos_id`, `pad_id`, `eos_id` and `unk_id` by name."""
+        return {name: getattr(self, name) for name in ("bos_id", "pad_id", "eos_id", "unk_id")}
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all that decides ids: the `tokenizers` JSON, the special ids, the files."""
+        hashed = hashlib.sha256(self.backend.to_str().encode())
+        hashed.update(json.dumps([self.special_ids, self.literal_specials]).encode())
+        for name, content in sorted(self.files.items()):
+            hashed.update(f"{name} {hashlib.sha256(content).hexdigest()}\n".encode())
+        return hashed.hexdigest()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text, int32 `[n]`, without bos or eos.
+
+        A text beyond 2**20 characters is cut in front of a blank. No tokenizer here joins text
+        across such a place, except that those which put a blank before the first word put one at
+        each cut.
+        """
+        if all(len(text) <= LONGEST for text in texts):
+            return self._encode(texts)
+        return [np.concatenate([self._encode([part])[0] for part in _cut(text)]) for text in texts]
+
+    def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encoded = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(one.ids, dtype=np.int32) for one in encoded]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids; special tokens are left out."""
+        return self.backend.decode([int(one) for one in ids], skip_special_tokens=True)
+
+    def save_dictionary(self, path: Path) -> None:
+        """Write fairseq's dict.txt, if the special ids are 0..3 in fairseq's order.
+
+        GPT-2 has its own. Elsewhere, as fairseq does for GPT-2, the symbols are decimal ids,
+        because a token may hold blanks and line ends.
+        """
+        if tuple(self.special_ids.values()) != (0, 1, 2, 3):
+            return
+        if "dict.txt" in self.files:
+            write_atomic(path, self.files["dict.txt"])
+            return
+        dictionary = Dictionary()
+        for one in range(len(FAIRSEQ_SYMBOLS), self.vocab_size):
+            dictionary.add(str(one), 1)
+        dictionary.save(path)
+
+    def save(self, folder: str | Path) -> None:
+        """Write a folder that `load_tokenizer` and `AutoTokenizer.from_pretrained` both read."""
+        from transformers import PreTrainedTokenizerFast
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in self.files.items():
+            write_atomic(folder / name, content)
+        fast = self.original
+        if fast is None:
+            names = {
+                f"{name.removesuffix('_id')}_token": self.backend.id_to_token(one)
+                for name, one in self.special_ids.items()
+            }
+            fast = PreTrainedTokenizerFast(
+                tokenizer_object=self.backend,
+                split_special_tokens=self.literal_specials,
+                clean_up_tokenization_spaces=False,
+                **names,
+            )
+        fast.save_pretrained(folder)
+
+
+def load_tokenizer(spec: str | Path) -> Tokenizer:
+    """The tokenizer a user named.
+
+    - a SentencePiece `.model` file, or a folder where `Tokenizer.save` put one;
+    - a folder with encoder.json, vocab.bpe and dict.txt: GPT-2 BPE with the ids of fairseq, where
+      line k of dict.txt, counted from 0, is id k + 4;
+    - any other folder or name: what `AutoTokenizer` makes of it, or BERT word pieces for a folder
+      with vocab.txt alone.
+
+    Where a special token is not defined, eos is sep, pad is eos, bos is cls or else eos, and unk
+    is eos (tokenizers without unk never meet an unknown symbol).
+
+    Raises:
+        UserError: if nothing is there, there is neither eos nor sep, or a `.model` file cannot be
+            represented exactly.
+    """
+    path = Path(spec)
+    if path.is_dir():
+        if all((path / name).is_file() for name in GPT2_FILES):
+            return _gpt2(path)
+        if (path / SENTENCEPIECE_FILE).is_file():
+            return _sentencepiece((path / SENTENCEPIECE_FILE).read_bytes(), str(path))
+    elif path.suffix == ".model":
+        if not path.is_file():
+            raise UserError(f"--tokenizer {spec}: no such file")
+        return _sentencepiece(path.read_bytes(), str(path))
+    return _huggingface(str(spec))
+
+
+def train_sentencepiece(
+    texts: Iterable[str], vocab_size: int, folder: str | Path | None = None
+) -> Tokenizer:
+    """Train a lossless SentencePiece BPE: `decode(encode(text)) == text` for any text.
+
+    Ids are 0 <s>, 1 <pad>, 2 </s>, 3 <unk>, 4 line end, 5 tab, then 256 bytes, then pieces. Text
+    is not normalised. Blanks are kept as themselves rather than as U+2581, which SentencePiece
+    could not tell from a U+2581 of the text. Training is deterministic.
+
+    Args:
+        texts: documents; hand over some megabytes, not a corpus.
+        vocab_size: number of ids.
+        folder: where to save the tokenizer, or None.
+
+    Raises:
+        UserError: if the texts cannot give that many pieces, or need more.
+    """
+    name = f"sentencepiece:{vocab_size}"
+    made = _sentencepiece(sentencepiece_model.train(texts, vocab_size, f"--tokenizer {name}"), name)
+    if folder is not None:
+        made.save(folder)
+    return made
+
+
+def train_wordpiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Train the lower-casing word pieces of BERT, for encoders.
+
+    Ids are 0 [PAD], 1 [UNK], 2 [CLS], 3 [SEP], 4 [MASK], then characters and pieces. Training is
+    deterministic.
+
+    Args:
+        texts: documents; hand over some megabytes, not a corpus.
+        vocab_size: number of ids at most; fewer if the texts give no more.
+
+    Raises:
+        UserError: if the characters alone are more.
+    """
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import BertTokenizerFast
+
+    backend = BertWordPieceTokenizer(lowercase=True)
+    normal = map(backend.normalizer.normalize_str, texts)
+    words = Counter(
+        word for text in normal for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)
+    )
+    # Characters inside words get their ids in the order of a hash table, and ties between pieces
+    # are decided by ids: so they are named beforehand, as if they were special tokens.
+    counts = Counter(character for word in words for character in word[1:])
+    inside = [f"##{character}" for character, _ in counts.most_common(ALPHABET)]
+    backend.train_from_iterator(
+        words.elements(),
+        vocab_size=vocab_size,
+        show_progress=False,
+        limit_alphabet=ALPHABET,
+        special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(inside)],
+    )
+    vocab = backend.get_vocab(with_added_tokens=True)
+    if len(vocab) > vocab_size:
+        raise UserError(
+            f"--tokenizer wordpiece:{vocab_size}: special tokens and characters alone are "
+            f"{len(vocab)} ids"
+        )
+    return _of_fast(BertTokenizerFast(vocab=vocab), f"wordpiece:{vocab_size}")
+
+
+TRAINERS = {"sentencepiece": train_sentencepiece, "wordpiece": train_wordpiece}
+
+
+def trainer_of(spec: str) -> "Callable[[Iterable[str]], Tokenizer] | None":
+    """What trains the tokenizer `KIND:VOCAB` on texts; None if the tokenizer exists already.
+
+    Raises:
+        UserError: if VOCAB is not a number.
+    """
+    kind, _, number = spec.partition(":")
+    if kind not in TRAINERS or ":" not in spec:
+        return None
+    if not re.fullmatch("[0-9]{1,7}", number):
+        raise UserError(f"--tokenizer {spec}: write the number of ids, as in {kind}:4096")
+    return partial(TRAINERS[kind], vocab_size=int(number))
+
+
+def _cut(text: str) -> Iterator[str]:
+    begin = 0
+    while len(text) - begin > LONGEST:
+        blank = re.compile(r"(?<=\S) ").search(text, begin + LONGEST // 2, begin + LONGEST)
+        end = blank.start() if blank else begin + LONGEST
+        yield text[begin:end]
+        begin = end
+    yield text[begin:]
+
+
+def _huggingface(spec: str) -> Tokenizer:
+    from transformers import AutoTokenizer, BertTokenizerFast
+
+    folder = Path(spec)
+    try:
+        names = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+        if "vocab.txt" in names and not names & {"tokenizer.json", "tokenizer_config.json"}:
+            vocab = (folder / "vocab.txt").read_text(encoding="utf-8").split()
+            cased = any(token != token.lower() for token in vocab if not token.startswith("["))
+            fast = BertTokenizerFast(vocab=str(folder / "vocab.txt"), do_lower_case=not cased)
+        else:
+            fast = AutoTokenizer.from_pretrained(spec)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"--tokenizer {spec}: no tokenizer there. Allowed are a Hugging Face folder or name, a "
+            f"folder with {', '.join(GPT2_FILES)}, a SentencePiece .model file, and "
+            f"{' or '.join(f'{kind}:VOCAB' for kind in TRAINERS)}. "
+            f"({reason})"
+        ) from error
+    if not fast.is_fast:
+        raise UserError(f"--tokenizer {spec}: only fast tokenizers (tokenizer.json) are read")
+    return _of_fast(fast, spec)
+
+
+def _of_fast(fast: "PreTrainedTokenizerFast", spec: str) -> Tokenizer:
+    eos = _first(fast.eos_token_id, fast.sep_token_id)
+    if eos is None:
+        raise UserError(f"--tokenizer {spec}: it defines neither an eos nor a sep token")
+    return Tokenizer(
+        "huggingface",
+        fast.backend_tokenizer,
+        bos_id=_first(fast.bos_token_id, fast.cls_token_id, eos),
+        pad_id=_first(fast.pad_token_id, eos),
+        eos_id=eos,
+        unk_id=_first(fast.unk_token_id, eos),
+        literal_specials=bool(fast.split_special_tokens),
+        original=fast,
+    )
+
+
+def _first(*ids: int | None) -> int | None:
+    return next((one for one in ids if one is not None), None)
+
+
+def _gpt2(folder: Path) -> Tokenizer:
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers
+
+    dictionary = Dictionary.load(folder / "dict.txt")
+    try:
+        encoder = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
+        token_of = {str(one): token for token, one in encoder.items()}
+        lines = (folder / "vocab.bpe").read_text(encoding="utf-8").split("\n")
+        merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
+        symbols = [dictionary.symbol(one) for one in range(len(dictionary))]
+        vocab = {token_of.get(symbol, symbol): one for one, symbol in enumerate(symbols)}
+        missing = set(token_of) - set(symbols)
+        if missing or len(vocab) != len(symbols):
+            lacking = (
+                f"lacks {len(missing)} ids of encoder.json, such as {min(missing, default='')}"
+            )
+            raise ValueError(f"dict.txt {lacking}" if missing else "a symbol stands twice")
+        backend = Backend(models.BPE(vocab, merges))
+    except Exception as error:  # `tokenizers` raises bare Exception on a merge outside vocab
+        raise UserError(f"--tokenizer {folder}: {error}") from error
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(list(FAIRSEQ_SYMBOLS))
+    files = {name: (folder / name).read_bytes() for name in GPT2_FILES}
+    return Tokenizer("gpt2", backend, *range(4), files=files)
+
+
+def _sentencepiece(content: bytes, where: str) -> Tokenizer:
+    backend, ids = sentencepiece_model.convert(content, f"--tokenizer {where}")
+    if ids["eos"] is None:
+        raise UserError(f"--tokenizer {where}: it defines no eos token")
+    return Tokenizer(
+        "sentencepiece",
+        backend,
+        bos_id=_first(ids["bos"], ids["eos"]),
+        pad_id=_first(ids["pad"], ids["eos"]),
+        eos_id=ids["eos"],
+        unk_id=ids["unk"],
+        files={SENTENCEPIECE_FILE: content},
+    )

@@ -1,0 +1,1 @@
+"""Data-bins to batches: blocks of tokens, sample order and masking."""

@@ -1,0 +1,394 @@
+"""From a data-bin to the micro-batches of one rank.
+
+`DataBin` knows the folder, `TrainBatches` says which sequences make up each micro-batch of a rank,
+`train_loader` and `eval_batches` iterate.
+"""
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from megamod.data.corpus.binarize import FORMAT, HEADER, split_prefix
+from megamod.data.corpus.documents import SPLITS
+from megamod.data.corpus.indexed import Dictionary, IndexedDataset
+from megamod.data.lm.blocks import IGNORE, TokenBlocks, to_tensors
+from megamod.data.lm.order import Balanced, Temperature, Unbalanced
+from megamod.errors import UserError
+from megamod.files import sha256
+
+AHEAD = 4096  # samples whose order is worked out at once
+ENDLESS = 1 << 62
+
+Batch = dict[str, object]
+
+
+class DataBin:
+    """A folder of token files by domain: ours, with databin.json, or fairseq's, with dict.txt.
+
+    Attributes:
+        domains: names, in the order of preprocessing (fairseq: sorted).
+        vocab_size, bos_id, pad_id, eos_id, unk_id: of the tokenizer (fairseq: ids 0 to 3).
+        digest: SHA-256 of the header (fairseq: of the dictionary and the indices).
+
+    Raises:
+        UserError: if the folder is not a data-bin or its header is malformed.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._header: dict | None = None
+        header = self.path / HEADER
+        if header.exists():
+            self._read_header(header)
+        elif (self.path / "dict.txt").exists():
+            self._look_around()
+        else:
+            raise UserError(
+                f"--data {path}: holds neither {HEADER} nor dict.txt, so it is not a data-bin; "
+                "launchers/preprocess.py writes one"
+            )
+
+    @property
+    def special_ids(self) -> dict[str, int]:
+        """Ids by the names they have in a model's configuration."""
+        return {f"{name}_token_id": getattr(self, f"{name}_id") for name in ("bos", "pad", "eos")}
+
+    def split(self, domain: str, split: str) -> IndexedDataset:
+        """Tokens of a domain's "train", "valid" or "test" split.
+
+        Ids are known to be in the vocabulary: from the header, or by reading them once.
+
+        Raises:
+            UserError: for an unknown domain, or a missing, malformed or empty split.
+        """
+        prefix = self.path / split_prefix(domain, self._known(domain, split))
+        if self._header is None:
+            return IndexedDataset(prefix, self.vocab_size)
+        told = self._header["domains"][domain][split]
+        dataset = IndexedDataset(prefix)
+        for name, held in (("items", len(dataset)), ("tokens", len(dataset.tokens))):
+            if held != told[name]:
+                raise UserError(
+                    f"{prefix}: holds {held} {name}, but {HEADER} says {told[name]} for the split "
+                    f"{split} of domain {domain}: they are not of the same run"
+                )
+        return dataset
+
+    def blocks(
+        self, domain: str, split: str, block_size: int, domain_token: int | None = None
+    ) -> TokenBlocks:
+        """A split as sequences of `block_size`.
+
+        Raises:
+            UserError: as `split`; and if the train split is shorter than one sequence.
+        """
+        dataset = self.split(domain, split)
+        if split == "train" and len(dataset.tokens) < block_size:
+            raise UserError(
+                f"--max_seq_length {block_size}: domain {domain} has {len(dataset.tokens)} train "
+                f"tokens, less than one sequence; the domains of {self.path} are "
+                f"{', '.join(self.domains)}"
+            )
+        return TokenBlocks(dataset, block_size, self.eos_id, self.pad_id, domain_token)
+
+    def bytes(self, domain: str, split: str) -> int:
+        """UTF-8 bytes of the text of a split; 0 if unknown, as in fairseq's data-bins."""
+        self._known(domain, split)
+        return self._header["domains"][domain][split]["bytes"] if self._header else 0
+
+    def _known(self, domain: str, split: str) -> str:
+        if domain not in self.domains:
+            raise UserError(
+                f"domain {domain!r} is not in the data-bin {self.path}; it holds "
+                f"{', '.join(self.domains)}"
+            )
+        if split not in SPLITS:
+            raise UserError(f"split {split!r}: allowed are {', '.join(SPLITS)}")
+        if self._header is not None and split not in self._header["domains"][domain]:
+            raise UserError(f"{self.path / HEADER}: domain {domain} has no split {split}")
+        return split
+
+    def _read_header(self, path: Path) -> None:
+        try:
+            header = json.loads(path.read_text(encoding="utf-8"))
+            if header["format"] != FORMAT:
+                raise UserError(f"{path}: format {header['format']!r}, only {FORMAT} can be read")
+            self.domains = tuple(header["domains"])
+            self.vocab_size = _whole(header, "vocab_size")
+            for name in ("bos_id", "pad_id", "eos_id", "unk_id"):
+                if name in ("pad_id", "eos_id") or header[name] is not None:
+                    _whole(header, name, self.vocab_size)
+                setattr(self, name, header[name])
+            for name, splits in header["domains"].items():
+                if not re.fullmatch("[A-Za-z0-9_-]+", name):
+                    raise ValueError(f"domain {name!r} is not made of letters, digits, _ and -")
+                for split in splits.values():
+                    for key in ("items", "tokens", "bytes"):
+                        _whole(split, key)
+                    _whole(split, "max_id", self.vocab_size)
+        except KeyError as error:
+            raise UserError(f"{path}: lacks the key {error}") from error
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}") from error
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{path}: is not the header of a data-bin: {error}") from error
+        if not self.domains:
+            raise UserError(f"{path}: holds no domain")
+        self._header = header
+        self.digest = sha256(path)
+
+    def _look_around(self) -> None:
+        files = sorted(self.path.glob("*/*.idx"))
+        self.domains = tuple(dict.fromkeys(file.parent.name for file in files))
+        if not self.domains:
+            raise UserError(f"--data {self.path}: has dict.txt but no NAME/train.idx below it")
+        self.vocab_size = len(Dictionary.load(self.path / "dict.txt"))
+        self.bos_id, self.pad_id, self.eos_id, self.unk_id = range(4)
+        parts = [self.path / "dict.txt", *files]
+        told = [(str(file.relative_to(self.path)), sha256(file)) for file in parts]
+        self.digest = hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+
+class TrainBatches(Dataset):
+    """The micro-batches of one rank: item k is its k-th since step 0, without end.
+
+    A pure function of k and what it was made of, whatever the number of ranks and workers. Build it
+    with `over_world` or `over_domains`. An item is a dict of
+        input_ids, labels:  [B, T] int64; labels are -100 at padding.
+        attention_mask:     [B, T] bool, only if a sequence is padded.
+        domain:             number of the domain of all sequences, None if they differ.
+        domains:            [B] int64, domain of each sequence.
+        tokens:             int, number of targets.
+
+    Attributes:
+        micro_steps: micro-batches of this rank in a step.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[TokenBlocks],
+        sampler: Balanced | Unbalanced | Temperature,
+        micro_batch: int,
+        streams: Sequence[int] | None,
+        per_step: int,
+        part: int,
+        parts: int,
+    ):
+        """Take part `part` of `parts` of each step's `per_step` samples.
+
+        Args:
+            streams: domains to take the samples of in turn, `per_step` of each; None: the samples
+                of all domains in the order of the sampler.
+        """
+        self.blocks, self.sampler, self.micro_batch = list(blocks), sampler, micro_batch
+        self.streams, self.per_step = streams, per_step
+        self.first = part * (per_step // parts)
+        self.rounds = per_step // (parts * micro_batch)
+        self.micro_steps = self.rounds * (1 if streams is None else len(streams))
+        self._ahead = -1
+
+    @classmethod
+    def over_world(
+        cls,
+        blocks: Sequence[TokenBlocks],
+        sampler: Balanced | Unbalanced | Temperature,
+        micro_batch: int,
+        global_batch: int,
+        rank: int,
+        world: int,
+    ) -> "TrainBatches":
+        """One stream for all ranks, each taking its consecutive part of a step (dense training).
+
+        Args:
+            blocks: of each domain, in the sampler's order.
+            micro_batch: sequences of a micro-batch, B.
+            global_batch: sequences of a step over all ranks.
+        Raises:
+            UserError: if the step cannot be divided so.
+        """
+        _check_divides(global_batch, {"ranks": world, "sequences of a micro-batch": micro_batch})
+        return cls(blocks, sampler, micro_batch, None, global_batch, rank, world)
+
+    @classmethod
+    def over_domains(
+        cls,
+        blocks: Sequence[TokenBlocks],
+        sampler: Balanced,
+        micro_batch: int,
+        global_batch: int,
+        domains: Sequence[int],
+        group_rank: int,
+        group_size: int,
+    ) -> "TrainBatches":
+        """A stream for each domain, shared by the ranks that hold it (DEMix, BTM).
+
+        Every domain has the same number of sequences in a step: those that `over_world` reads.
+
+        Args:
+            blocks: of all E domains, also those of other ranks.
+            micro_batch: sequences of a micro-batch, B; all of one domain.
+            global_batch: sequences of a step over all ranks and domains.
+            domains: numbers of the domains this rank holds, taken in turn.
+            group_rank, group_size: place of the rank among those that hold the same domains.
+        Raises:
+            UserError: if the step cannot be divided so.
+        """
+        parts = {
+            "domains": len(blocks),
+            "ranks of each": group_size,
+            "sequences of a micro-batch": micro_batch,
+        }
+        _check_divides(global_batch, parts)
+        per_step = global_batch // len(blocks)
+        return cls(blocks, sampler, micro_batch, list(domains), per_step, group_rank, group_size)
+
+    def samples(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """[B] domains and [B] blocks of micro-batch `number`."""
+        row = self._look_ahead(number)
+        return self._domains[row], self._indices[row]
+
+    def __getitem__(self, number: int) -> Batch:
+        """Micro-batch `number` of this rank."""
+        row = self._look_ahead(number)
+        domains, indices, any_of = self._domains[row], self._indices[row], self.blocks[0]
+        domain = int(domains[0]) if self._alike[row] else None
+        if domain is not None:
+            rows = self.blocks[domain].read(indices)
+        else:
+            rows = np.zeros((len(indices), any_of.span + 1), dtype=np.int64)
+            for place, of, index in zip(rows, domains.tolist(), indices.tolist(), strict=True):
+                self.blocks[of].read_into(place, index)
+        front = None if self._fronts is None else self._fronts[domains]
+        inputs, labels, padded = to_tensors(
+            rows, self._opens[row], self._lengths[row], any_of.eos_id, any_of.pad_id, front
+        )
+        batch = {"input_ids": inputs, "labels": labels}
+        if padded:
+            batch["attention_mask"] = labels != IGNORE
+        return {
+            **batch,
+            "domain": domain,
+            "domains": torch.from_numpy(domains.copy()),
+            "tokens": int(self._lengths[row].sum()) + (0 if front is None else len(front)),
+        }
+
+    def _look_ahead(self, number: int) -> int:
+        """Work out the order of the stretch that holds a micro-batch; its row in there."""
+        if number < 0:
+            raise IndexError(f"micro-batch {number} is before the first")
+        size = -(-AHEAD // self.micro_batch)
+        stretch, row = divmod(number, size)
+        if stretch != self._ahead:
+            self._prepare(np.arange(stretch * size, (stretch + 1) * size))
+            self._ahead = stretch
+        return row
+
+    def _prepare(self, numbers: np.ndarray) -> None:
+        steps, turn = np.divmod(numbers, self.micro_steps)
+        place, stream = np.divmod(turn, self.micro_steps // self.rounds)
+        first = steps * self.per_step + self.first + place * self.micro_batch
+        ordinals = first[:, None] + np.arange(self.micro_batch)
+        if self.streams is None:
+            self._domains, self._indices = self.sampler.at(ordinals)
+        else:
+            of = np.array(self.streams)[stream][:, None]
+            self._domains = np.broadcast_to(of, ordinals.shape)
+            self._indices = self.sampler.at_domain(self._domains, ordinals)
+        self._alike = (self._domains == self._domains[:, :1]).all(1)
+        self._opens = np.empty(ordinals.shape, dtype=bool)
+        self._lengths = np.empty(ordinals.shape, dtype=np.int64)
+        tokens = [one.domain_token for one in self.blocks]
+        self._fronts = None if None in tokens else np.array(tokens)
+        for domain, blocks in enumerate(self.blocks):
+            here = self._domains == domain
+            indices = self._indices[here]
+            self._opens[here] = blocks.opens(indices)
+            self._lengths[here] = blocks.targets(indices) - (self._fronts is not None)
+
+
+def train_loader(
+    dataset: TrainBatches, first_step: int, num_workers: int, pin_memory: bool
+) -> Iterator[Batch]:
+    """Endless micro-batches of a rank from the first one of step `first_step` on.
+
+    Args:
+        num_workers: processes that read ahead; 0 reads in this one. The batches are the same.
+        pin_memory: put tensors where a GPU can copy them from while it computes.
+    """
+    first = first_step * dataset.micro_steps
+    if num_workers == 0:
+        batches = map(dataset.__getitem__, itertools.count(first))
+        return map(_pinned, batches) if pin_memory else batches
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=range(first, ENDLESS),
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        collate_fn=_as_it_is,
+        generator=torch.Generator(),  # else the loader draws from the generator of dropout
+    )
+    return iter(loader)
+
+
+def eval_batches(
+    blocks: TokenBlocks, batch_size: int, max_batches: int | None = None
+) -> Iterator[Batch]:
+    """Every block once, in file order: `input_ids`, `labels`, `tokens`, `attention_mask` if padded.
+
+    The last batch may hold fewer sequences. A domain token is an input, but not scored.
+
+    Args:
+        max_batches: end after so many.
+    """
+    for number, start in enumerate(range(0, len(blocks), batch_size)):
+        if number == max_batches:
+            return
+        indices = np.arange(start, min(start + batch_size, len(blocks)))
+        inputs, labels, padded = blocks.gather(indices)
+        batch = {"input_ids": inputs, "labels": labels}
+        if padded:
+            batch["attention_mask"] = labels != IGNORE
+        tokens = int(blocks.targets(indices).sum())
+        if blocks.domain_token is not None:
+            labels[:, 0] = IGNORE
+            tokens -= len(indices)
+        yield {**batch, "tokens": tokens}
+
+
+def _check_divides(global_batch: int, parts: dict[str, int]) -> None:
+    product = int(np.prod(list(parts.values())))
+    if global_batch < 1 or global_batch % product:
+        below = global_batch // product * product
+        near = f"{below} or {below + product}" if below else str(product)
+        made = " x ".join(f"{count} {what}" for what, count in parts.items())
+        raise UserError(
+            f"--global_batch_size {global_batch}: must be a multiple of {product} = {made}; "
+            f"the nearest is {near}"
+        )
+
+
+def _whole(entry: dict, key: str, below: int | None = None) -> int:
+    value = entry[key]
+    if type(value) is not int or value < 0 or (below is not None and value >= below):
+        limit = "" if below is None else f" below the vocabulary size {below}"
+        raise ValueError(f"{key} is {value!r}, not a whole number{limit}")
+    return value
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
+def _pinned(batch: Batch) -> Batch:
+    return {k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in batch.items()}

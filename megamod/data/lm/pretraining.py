@@ -1,0 +1,105 @@
+"""A data-bin as one pretraining run sees it: chosen domains, sequences, and a sampler."""
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+
+from megamod.data.lm.batches import Batch, DataBin, TrainBatches, eval_batches
+from megamod.data.lm.blocks import TokenBlocks
+from megamod.data.lm.order import Balanced, Temperature, Unbalanced
+from megamod.errors import UserError
+
+
+class LmData:
+    """Training and evaluation sequences of some domains of a data-bin.
+
+    Attributes:
+        domains: names in the order of the run; their place is their number.
+        vocab_size: that of the tokenizer, and one more per domain with domain tokens.
+
+    Raises:
+        UserError: if the folder is no data-bin, or a domain is missing, malformed or too short.
+    """
+
+    def __init__(
+        self, path: str, *, domains: Sequence[str] | None, block_size: int, domain_token: bool
+    ):
+        self.bin = DataBin(path)
+        self.domains = tuple(domains or self.bin.domains)
+        self.block_size = block_size
+        self.special_ids = self.bin.special_ids
+        self.digest = self.bin.digest
+        self.vocab_size = self.bin.vocab_size + (len(self.domains) if domain_token else 0)
+        # Symbols of domains follow the dictionary in sorted order, as in the DEMix release.
+        self.tokens = {
+            domain: self.bin.vocab_size + place if domain_token else None
+            for place, domain in enumerate(sorted(self.domains))
+        }
+
+    @cached_property
+    def train(self) -> list[TokenBlocks]:
+        """Training sequences of each domain; a data-bin that is only scored may have none."""
+        return [self._blocks(domain, "train") for domain in self.domains]
+
+    @property
+    def tokenizer_folder(self) -> Path | None:
+        """Folder of the tokenizer that made the data; None if it is not kept with them."""
+        folder = self.bin.path / "tokenizer"
+        return folder if folder.is_dir() else None
+
+    def train_batches(
+        self,
+        *,
+        sampler: str,
+        alpha: float,
+        seed: int,
+        micro_batch: int,
+        global_batch: int,
+        rank: int,
+        ranks: int,
+        held: Sequence[str] | None,
+    ) -> TrainBatches:
+        """Micro-batches of one rank.
+
+        Args:
+            sampler: "balanced", "unbalanced" or "temperature" (with `alpha`).
+            global_batch: sequences per step over all ranks.
+            rank, ranks: place among the ranks that share the stream.
+            held: domains whose streams to read, for models with experts; None: one stream of all.
+        Raises:
+            UserError: if the batch cannot be divided so, or experts ask for another sampler.
+        """
+        lengths = [len(blocks) for blocks in self.train]
+        if held is not None and sampler != "balanced":
+            raise UserError(
+                f"--sampler {sampler}: experts read their own domain only, in equal shares; "
+                "use balanced, or --untie none"
+            )
+        order = {
+            "balanced": lambda: Balanced(lengths, seed),
+            "unbalanced": lambda: Unbalanced(lengths, seed),
+            "temperature": lambda: Temperature(lengths, seed, alpha),
+        }[sampler]()
+        if held is None:
+            return TrainBatches.over_world(
+                self.train, order, micro_batch, global_batch, rank, ranks
+            )
+        numbers = [self.domains.index(domain) for domain in held]
+        return TrainBatches.over_domains(
+            self.train, order, micro_batch, global_batch, numbers, rank, ranks
+        )
+
+    def eval_batches(
+        self, domain: str, split: str, batch_size: int, max_batches: int
+    ) -> Iterator[Batch]:
+        """A split of a domain in file order; `max_batches` 0 stands for all of it."""
+        batches = eval_batches(self._blocks(domain, split), batch_size)
+        return islice(batches, max_batches or None)
+
+    def bytes_of(self, domain: str, split: str) -> int:
+        """UTF-8 bytes of a split's text; 0 if unknown."""
+        return self.bin.bytes(domain, split)
+
+    def _blocks(self, domain: str, split: str) -> TokenBlocks:
+        return self.bin.blocks(domain, split, self.block_size, self.tokens.get(domain))

@@ -1,0 +1,1 @@
+"""Labelled rows: task specifications, file formats and batches."""

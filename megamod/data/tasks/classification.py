@@ -1,0 +1,367 @@
+"""Labelled texts as batches: encoded once, padded, grouped for multiplexing.
+
+Which rows a training step has is a pure function of seed and step, so it is the same on any number
+of ranks. Held-out rows come in the order of the file. N consecutive rows are the instances of one
+multiplexed input: row r of a split is instance r % N (Murahari et al. 2023, MUX-PLM, section 3).
+"""
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from megamod.data.lm.batches import Batch
+from megamod.data.lm.blocks import IGNORE
+from megamod.data.lm.instance_groups import Layout, ensembled, in_order
+from megamod.data.lm.order import Balanced
+from megamod.data.tasks.glue import TextSet
+from megamod.data.tasks.ner import TokenSet
+from megamod.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+logger = logging.getLogger(__name__)
+
+CHUNK = 4096  # texts encoded at once
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How long a row may be.
+
+    Attributes:
+        longest: tokens of a row, special ones included; what is longer is cut.
+        room: positions of the model. A row beyond it is refused, unless `truncate` is set: whoever
+            asked for `longest` tokens knows of cuts below the model's limit, not above it.
+        truncate: cut such rows too.
+    """
+
+    longest: int
+    room: int
+    truncate: bool = False
+
+    def refuse(self, tokens: int, place: str) -> None:
+        """Raise UserError if a row of so many tokens may not be cut."""
+        if tokens > self.room and not self.truncate:
+            raise UserError(
+                f"{place}: {tokens} tokens, the model has {self.room} positions; --truncate cuts "
+                "such sentences"
+            )
+
+
+@dataclass
+class Encoded:
+    """Rows of token ids, end to end.
+
+    Attributes:
+        ids: [T] int32 of all rows.
+        segments: [T] int8, 1 in the second text of a pair.
+        offsets: [n + 1] int64, row r is ids[offsets[r]:offsets[r + 1]].
+        labels: [n] int64 or float32 of rows, [T] int64 of tokens (-100: none); None: hidden.
+        heads: of a token task, for each row the [W] places of the words' first tokens in the row,
+            -1 for words that were cut off; else None.
+        pad_id: of the tokenizer.
+        cut: rows that were shortened.
+        longest: tokens that a row may have; none is padded beyond them.
+    """
+
+    ids: np.ndarray
+    segments: np.ndarray
+    offsets: np.ndarray
+    labels: np.ndarray | None
+    heads: list[np.ndarray] | None
+    pad_id: int
+    cut: int
+    longest: int
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def per_token(self) -> bool:
+        """True if labels belong to tokens and not to rows."""
+        return self.heads is not None
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of ids and labels."""
+        hashed = hashlib.sha256(self.ids.tobytes())
+        for part in (self.segments, self.offsets, self.labels):
+            hashed.update(b"none" if part is None else part.tobytes())
+        return hashed.hexdigest()
+
+    def padded(self, rows: np.ndarray) -> int:
+        """Tokens of the longest of the rows, up to the next multiple of 8 if there is room."""
+        most = int((self.offsets[rows + 1] - self.offsets[rows]).max())
+        return min(-(-most // 8) * 8, self.longest)
+
+    def gather(self, rows: np.ndarray, pad_to: int | None) -> Batch:
+        """A batch of rows.
+
+        Args:
+            rows: [R] numbers; may repeat.
+            pad_to: tokens per row; None: those of the longest, up to the next multiple of 8.
+        Returns:
+            input_ids, attention_mask, token_type_ids [R, L] int64, labels ([R] or [R, L]) if there
+            are any, and `items`, the number of labels.
+        """
+        starts, ends = self.offsets[rows], self.offsets[rows + 1]
+        length = pad_to or self.padded(rows)
+        place = starts[:, None] + np.arange(length)
+        real = place < ends[:, None]
+        place = np.where(real, place, 0)
+        batch: Batch = {
+            "input_ids": torch.from_numpy(
+                np.where(real, self.ids[place], self.pad_id).astype("i8")
+            ),
+            "attention_mask": torch.from_numpy(real.astype(np.int64)),
+            "token_type_ids": torch.from_numpy(
+                np.where(real, self.segments[place], 0).astype("i8")
+            ),
+            "items": len(rows),
+        }
+        if self.labels is not None and self.per_token:
+            labels = np.where(real, self.labels[place], IGNORE)
+            batch |= {"labels": torch.from_numpy(labels), "items": int((labels != IGNORE).sum())}
+        elif self.labels is not None:
+            batch["labels"] = torch.from_numpy(self.labels[rows])
+        return batch
+
+
+def encode_texts(texts: TextSet, tokenizer: "PreTrainedTokenizerFast", lengths: Lengths) -> Encoded:
+    """Sentences or pairs with their special tokens; of pairs the longer text is cut first.
+
+    Raises:
+        UserError: naming file and line of a row that is too long for the model.
+    """
+    ids_of, types_of, sizes, cut = [], [], [], 0
+    for start in range(0, len(texts), CHUNK):
+        chunk = [part[start : start + CHUNK] for part in texts.texts]
+        made = tokenizer(*chunk, return_token_type_ids=True)
+        ids, types = made["input_ids"], made["token_type_ids"]
+        for row, one in enumerate(ids):
+            if len(one) <= lengths.longest:
+                continue
+            lengths.refuse(len(one), texts.places[start + row])
+            again = tokenizer(
+                *(part[row] for part in chunk),
+                truncation="longest_first",
+                max_length=lengths.longest,
+                return_token_type_ids=True,
+            )
+            ids[row], types[row] = again["input_ids"], again["token_type_ids"]
+            cut += 1
+        ids_of.append(_flat(ids, np.int32))
+        types_of.append(_flat(types, np.int8))
+        sizes += map(len, ids)
+    _tell(cut, len(texts), lengths)
+    return Encoded(
+        np.concatenate(ids_of),
+        np.concatenate(types_of),
+        np.cumsum([0, *sizes], dtype=np.int64),
+        texts.labels,
+        None,
+        tokenizer.pad_token_id or 0,
+        cut,
+        lengths.longest,
+    )
+
+
+def encode_words(
+    tokens: TokenSet,
+    tokenizer: "PreTrainedTokenizerFast",
+    lengths: Lengths,
+    labels: Sequence[str],
+    *,
+    label_all: bool = False,
+) -> Encoded:
+    """Sentences of words; the first token of a word carries its label.
+
+    A word that the tokenizer drops, such as a lone variation selector, becomes the unknown token:
+    every word has a token, unless its sentence is cut.
+
+    Args:
+        labels: names by number.
+        label_all: further tokens of a word are labelled too, I- where the word has B-.
+    Raises:
+        UserError: naming file and line of a sentence that is too long for the model.
+    """
+    front, back = _frame(tokenizer)
+    number = {name: index for index, name in enumerate(labels)}
+    inside = {name: number.get("I" + name[1:], index) for name, index in number.items()}
+    rows, heads, targets, cut = [], [], [], 0
+    for start in range(0, len(tokens), CHUNK):
+        made = tokenizer(
+            tokens.words[start : start + CHUNK], is_split_into_words=True, add_special_tokens=False
+        )
+        for row, words in enumerate(tokens.words[start : start + CHUNK], start=start):
+            pieces: list[list[int]] = [[] for _ in words]
+            for one, word in zip(
+                made["input_ids"][row - start], made.word_ids(row - start), strict=True
+            ):
+                pieces[word].append(one)
+            pieces = [piece or [tokenizer.unk_token_id] for piece in pieces]
+            sizes = np.array([len(piece) for piece in pieces])
+            total = len(front) + int(sizes.sum()) + len(back)
+            if total > lengths.longest:
+                lengths.refuse(total, f"{tokens.where}, line {tokens.lines[row]}")
+                cut += 1
+            kept = min(total, lengths.longest) - len(back)
+            first = len(front) + np.cumsum(sizes) - sizes
+            ids = [*front, *(one for piece in pieces for one in piece)][:kept]
+            rows.append([*ids, *back])
+            heads.append(np.where(first < kept, first, -1))
+            target = np.full(len(rows[-1]), IGNORE)
+            if tokens.labels is not None:
+                for place, size, name in zip(first, sizes, tokens.labels[row], strict=True):
+                    if label_all and name in number:
+                        target[place : min(place + size, kept)] = (
+                            inside[name] if name.startswith("B-") else number[name]
+                        )
+                    if place < kept:
+                        target[place] = number[name]
+            targets.append(target)
+    _tell(cut, len(rows), lengths)
+    ids = _flat(rows, np.int32)
+    return Encoded(
+        ids,
+        np.zeros(len(ids), dtype=np.int8),
+        np.cumsum([0, *map(len, rows)], dtype=np.int64),
+        np.concatenate(targets) if tokens.labels is not None else None,
+        heads,
+        tokenizer.pad_token_id or 0,
+        cut,
+        lengths.longest,
+    )
+
+
+class TrainRows(Dataset):
+    """Micro-batches of one rank: item k is its k-th since step 0, without end.
+
+    Every epoch is another permutation of the rows. A step that reaches over the end of an epoch
+    takes the first rows of the next one, so that no row is left out and every group is full.
+
+    Args:
+        encoded: the split.
+        seed: of the order.
+        instances: N, rows of a group; a micro-batch is a multiple of it.
+        micro_batch: rows of a micro-batch.
+        global_batch: rows of a step over all ranks.
+        rank, ranks: this rank's place.
+        pad_to: see `Encoded.gather`.
+    Raises:
+        UserError: if the rows cannot be divided so.
+    """
+
+    def __init__(
+        self,
+        encoded: Encoded,
+        *,
+        seed: int,
+        instances: int,
+        micro_batch: int,
+        global_batch: int,
+        rank: int,
+        ranks: int,
+        pad_to: int | None,
+    ):
+        check_rows("--per_device_train_batch_size", micro_batch, instances)
+        check_micro_steps(global_batch, ranks, micro_batch)
+        self.encoded, self.pad_to = encoded, pad_to
+        self.order = Balanced([len(encoded)], seed)
+        self.micro_batch, self.global_batch = micro_batch, global_batch
+        self.first = rank * (global_batch // ranks)
+        self.micro_steps = global_batch // (ranks * micro_batch)
+
+    def rows(self, number: int) -> np.ndarray:
+        """[R] numbers of the rows of micro-batch `number`."""
+        step, turn = divmod(number, self.micro_steps)
+        first = step * self.global_batch + self.first + turn * self.micro_batch
+        return self.order.draw(first, self.micro_batch)[1]
+
+    def __getitem__(self, number: int) -> Batch:
+        """Micro-batch `number` of this rank."""
+        return self.encoded.gather(self.rows(number), self.pad_to)
+
+
+class HeldOutBatch(NamedTuple):
+    """Consecutive rows of a split, in whole groups; `layout` counts them from `start`."""
+
+    start: int
+    stop: int
+    batch: Batch
+    layout: Layout
+
+
+def held_out_rows(
+    encoded: Encoded,
+    batch_size: int,
+    instances: int,
+    pad_to: int | None,
+    *,
+    ensemble: bool = False,
+    seed: int = 0,
+) -> Iterator[HeldOutBatch]:
+    """Every row once in the order of the file; the fillers repeat rows of the last batch in order.
+
+    Args:
+        batch_size: rows of a forward pass of the model, a multiple of `instances`.
+        pad_to: see `Encoded.gather`.
+        ensemble: let every row take `instances` places and not one: a batch holds fewer rows, and
+            no fillers.
+        seed: of these places.
+    Raises:
+        UserError: if groups would not be full.
+    """
+    check_rows("--per_device_eval_batch_size", batch_size, instances)
+    size = batch_size // instances if ensemble else batch_size
+    for start in range(0, len(encoded), size):
+        stop = min(start + size, len(encoded))
+        if ensemble:
+            layout = ensembled(stop - start, instances, (seed, start))
+        else:
+            layout = in_order(stop - start, instances)
+        yield HeldOutBatch(start, stop, encoded.gather(start + layout.rows, pad_to), layout)
+
+
+def check_micro_steps(global_batch: int, ranks: int, micro_batch: int) -> None:
+    """Raise UserError if the rows of a step are not whole micro-batches on every rank."""
+    if global_batch % (ranks * micro_batch):
+        raise UserError(
+            f"--global_batch_size {global_batch}: not a multiple of {ranks} ranks x "
+            f"{micro_batch} rows of a micro-batch"
+        )
+
+
+def check_rows(flag: str, rows: int, instances: int) -> None:
+    """Raise UserError if a batch of so many rows does not fill its groups."""
+    if rows % instances:
+        below = rows // instances * instances
+        near = f"{below} or {below + instances}" if below else str(instances)
+        raise UserError(
+            f"{flag} {rows}: not a multiple of the {instances} instances that share a forward "
+            f"pass; the nearest is {near}"
+        )
+
+
+def _frame(tokenizer: "PreTrainedTokenizerFast") -> tuple[list[int], list[int]]:
+    """Special tokens in front of and behind a single text."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    at = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
+    return whole[:at], whole[at + len(plain) :]
+
+
+def _flat(rows: Sequence[Sequence[int]], kind: type) -> np.ndarray:
+    return np.fromiter((one for row in rows for one in row), dtype=kind)
+
+
+def _tell(cut: int, rows: int, lengths: Lengths) -> None:
+    if cut:
+        logger.warning("%d of %d rows were cut to %d tokens", cut, rows, lengths.longest)

@@ -1,0 +1,95 @@
+"""Token ids of splits kept in a folder, by everything that they depend on.
+
+A file's name is a digest of the texts and labels, the tokenizer, the lengths and the order of the
+labels: what was encoded otherwise has another name, and nothing is ever stale. Ids of tasks are no
+part of it.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from megamod.data.tasks.classification import Encoded, Lengths
+from megamod.data.tasks.glue import TextSet
+from megamod.data.tasks.ner import TokenSet
+from megamod.files import write_atomic
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1  # to be raised when the encoding of the same rows changes
+NUMBERS = ("pad_id", "cut", "longest")
+ARRAYS = ("ids", "segments", "offsets", "labels")
+
+
+def key_of(
+    rows: TextSet | TokenSet,
+    tokenizer: "PreTrainedTokenizerFast",
+    lengths: Lengths,
+    labels: Sequence[str],
+    label_all: bool,
+) -> str:
+    """Name of the file that holds these rows encoded so."""
+    hashed = hashlib.sha256()
+    columns: Iterable[Sequence[object]] = rows.texts if isinstance(rows, TextSet) else [rows.words]
+    for part in (*columns, [] if rows.labels is None else list(rows.labels)):
+        hashed.update(json.dumps([_plain(one) for one in part]).encode())
+    hashed.update(tokenizer.backend_tokenizer.to_str().encode())
+    settings = [FORMAT, asdict(lengths), list(labels), label_all, rows.labels is None]
+    hashed.update(json.dumps([*settings, type(rows).__name__, tokenizer.pad_token_id]).encode())
+    return hashed.hexdigest()
+
+
+def cached(folder: Path, key: str, make: Callable[[], Encoded]) -> Encoded:
+    """What the folder has under the key, or what `make` gives, which it has from then on.
+
+    Args:
+        folder: made if it is not there.
+    """
+    path = folder / f"{key}.safetensors"
+    if path.exists():
+        try:
+            return _read(path)
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            logger.warning("%s cannot be read and is made anew: %s", path, error)
+    encoded = make()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, _bytes(encoded))
+    return encoded
+
+
+def _read(path: Path) -> Encoded:
+    with safe_open(path, framework="numpy") as file:
+        told = file.metadata()
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    heads = None
+    if "heads" in arrays:
+        heads = np.split(arrays["heads"], arrays["head_ends"][:-1])
+    return Encoded(
+        **{name: arrays.get(name) for name in ARRAYS},
+        heads=heads,
+        **{name: int(told[name]) for name in NUMBERS},
+    )
+
+
+def _bytes(encoded: Encoded) -> bytes:
+    arrays = {name: getattr(encoded, name) for name in ARRAYS}
+    if encoded.heads is not None:
+        arrays["heads"] = np.concatenate(encoded.heads)
+        arrays["head_ends"] = np.cumsum([len(head) for head in encoded.heads])
+    found = {name: np.ascontiguousarray(one) for name, one in arrays.items() if one is not None}
+    return save(found, {name: str(getattr(encoded, name)) for name in NUMBERS})
+
+
+def _plain(value: object) -> object:
+    return value.item() if isinstance(value, np.generic) else value

@@ -1,0 +1,344 @@
+"""What a labelled task is: files, columns, labels, metrics. The tasks of GLUE, more, and any other.
+
+A `TaskSpec` says everything that readers, models and scores must know, so that one program trains
+any task, and another one many at once. Further tasks are written as YAML, see
+`megamod.data.tasks.task_file`.
+
+Source: Wang et al. 2019 (GLUE), section 3, for tasks and metrics; the layout of its files.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Literal
+
+from megamod.errors import UserError
+
+Kind = Literal["sequence", "pair", "regression", "token"]
+METRICS = (
+    *("accuracy", "f1", "macro_f1", "matthews_correlation", "pearson", "spearmanr"),
+    *("precision", "recall"),
+)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a file.
+
+    Attributes:
+        name: in the header, or the key of a JSON object.
+        place: from 0, or from -1 backwards; where there is no header, or one that has none of the
+            task's names. None: only the name counts.
+    """
+
+    name: str
+    place: int | None = None
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """One task.
+
+    Attributes:
+        name: in flags and results.
+        kind: one text, two, a number to be predicted (of one or two texts), or a label per word.
+        texts: columns of the texts; of a token task the column of the words.
+        label: column of the label; may be missing in test files, whose labels are hidden.
+        labels: names by number; empty for regression, and where the train file is to decide.
+        metrics: of `METRICS`; the first one chooses the best model.
+        files: split -> file names, the first that exists counts. Splits that begin with "dev" are
+            scored in training, those that begin with "test" are predicted.
+        folder: below the data folder, where the files are not in the data folder itself.
+        headless: splits without a header line.
+        skip_short: rows with too few columns are left out, as in QQP, and not refused.
+        skip_labels: rows with these labels are left out: annotators did not agree (SNLI).
+        bounds: least and largest value of a regression.
+        submission: split -> file name for the benchmark's server.
+        hub: data set of the hub and its configuration.
+        hub_columns: our column name -> the hub's, where they differ.
+        hub_splits: our split -> the hub's, where they differ.
+    """
+
+    name: str
+    kind: Kind
+    texts: tuple[Column, ...]
+    label: Column
+    labels: tuple[str, ...]
+    metrics: tuple[str, ...]
+    files: Mapping[str, tuple[str, ...]]
+    folder: str = ""
+    headless: tuple[str, ...] = ()
+    skip_short: bool = False
+    skip_labels: tuple[str, ...] = ()
+    bounds: tuple[float, float] | None = None
+    submission: Mapping[str, str] = field(default_factory=dict)
+    hub: tuple[str, str | None] | None = None
+    hub_columns: Mapping[str, str] = field(default_factory=dict)
+    hub_splits: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def regression(self) -> bool:
+        """True if a number is predicted and not a label."""
+        return self.kind == "regression"
+
+    def splits(self, kind: str) -> tuple[str, ...]:
+        """Names of the splits that begin with "train", "dev" or "test"."""
+        return tuple(split for split in self.files if split.startswith(kind))
+
+
+def task_of(name: str) -> TaskSpec:
+    """A task by name; capitals, - and _ do not count.
+
+    Raises:
+        UserError: if there is none of that name.
+    """
+    key = _key(name)
+    for task in TASKS.values():
+        if key in (_key(task.name), _key(task.folder)):
+            return task
+    raise UserError(
+        f"--task {name!r} is none of {', '.join(TASKS)}; --task_spec FILE describes another one"
+    )
+
+
+def find_files(task: TaskSpec, data_dir: str | Path) -> dict[str, Path]:
+    """Existing files of a task by split, in DATA_DIR or in the task's folder below it.
+
+    Raises:
+        UserError: if there is not one.
+    """
+    root = Path(data_dir)
+    if not root.is_dir():
+        raise UserError(f"--data_dir {root}: there is no such folder")
+    below = (
+        [] if not task.folder else [p for p in root.iterdir() if _key(p.name) == _key(task.name)]
+    )
+    places = [root / task.folder, *sorted(below), root] if task.folder else [root]
+    for place in places:
+        found = {
+            split: next((place / name for name in names if (place / name).is_file()), None)
+            for split, names in task.files.items()
+        }
+        if any(found.values()):
+            return {split: path for split, path in found.items() if path is not None}
+    wanted = ", ".join(names[0] for names in task.files.values())
+    raise UserError(
+        f"--data_dir {root}: no file of task {task.name} ({wanted}) in {places[0]} or {root}"
+    )
+
+
+def _key(name: str) -> str:
+    return re.sub("[^a-z0-9]", "", name.lower())
+
+
+_TSV = {"train": ("train.tsv",), "dev": ("dev.tsv",), "test": ("test.tsv",)}
+_PAIR = (Column("sentence1", 1), Column("sentence2", 2))
+_NLI = ("contradiction", "entailment", "neutral")
+_ENTAILS = ("entailment", "not_entailment")
+_DEV = {"dev": "validation"}
+_SNLI = {
+    split: (f"{split}.tsv", f"snli_1.0_{split}.jsonl", f"{split}.jsonl")
+    for split in ("train", "dev", "test")
+}
+_SCITAIL = {
+    split: (f"scitail_1.0_{split}.tsv", f"{split}.tsv") for split in ("train", "dev", "test")
+}
+
+
+def _glue(
+    name: str,
+    folder: str,
+    texts: tuple[Column, ...],
+    label: Column,
+    labels: tuple[str, ...],
+    metrics: tuple[str, ...] = ("accuracy",),
+    **more: object,
+) -> TaskSpec:
+    task = TaskSpec(
+        name=name,
+        kind="sequence" if len(texts) == 1 else "pair",
+        texts=texts,
+        label=label,
+        labels=labels,
+        metrics=metrics,
+        files=_TSV,
+        folder=folder,
+        submission={"test": f"{folder}.tsv"},
+        hub=("nyu-mll/glue", name.replace("-", "")),
+        hub_columns={label.name: "label"},
+        hub_splits=_DEV,
+    )
+    return replace(task, **more)
+
+
+TASKS: dict[str, TaskSpec] = {
+    task.name: task
+    for task in (
+        _glue(
+            "cola",
+            "CoLA",
+            (Column("sentence", 3),),
+            Column("label", 1),
+            ("0", "1"),
+            ("matthews_correlation", "accuracy"),
+            headless=("train", "dev"),
+        ),
+        _glue(
+            "mnli",
+            "MNLI",
+            (Column("sentence1", 8), Column("sentence2", 9)),
+            Column("gold_label", -1),
+            _NLI,
+            files={
+                "train": ("train.tsv",),
+                "dev": ("dev_matched.tsv",),
+                "dev_mm": ("dev_mismatched.tsv",),
+                "test": ("test_matched.tsv",),
+                "test_mm": ("test_mismatched.tsv",),
+            },
+            submission={"test": "MNLI-m.tsv", "test_mm": "MNLI-mm.tsv"},
+            skip_labels=("-",),
+            hub_columns={"sentence1": "premise", "sentence2": "hypothesis", "gold_label": "label"},
+            hub_splits={
+                "dev": "validation_matched",
+                "dev_mm": "validation_mismatched",
+                "test": "test_matched",
+                "test_mm": "test_mismatched",
+            },
+        ),
+        _glue("rte", "RTE", _PAIR, Column("label", -1), _ENTAILS),
+        _glue("wnli", "WNLI", _PAIR, Column("label", -1), ("0", "1")),
+        _glue(
+            "qqp",
+            "QQP",
+            (Column("question1", 3), Column("question2", 4)),
+            Column("is_duplicate", 5),
+            ("0", "1"),
+            ("accuracy", "f1"),
+            skip_short=True,
+        ),
+        _glue(
+            "sts-b",
+            "STS-B",
+            (Column("sentence1", 7), Column("sentence2", 8)),
+            Column("score", -1),
+            (),
+            ("spearmanr", "pearson"),
+            kind="regression",
+            bounds=(0.0, 5.0),
+        ),
+        _glue("sst-2", "SST-2", (Column("sentence", 0),), Column("label", 1), ("0", "1")),
+        _glue(
+            "qnli",
+            "QNLI",
+            (Column("question", 1), Column("sentence", 2)),
+            Column("label", -1),
+            _ENTAILS,
+        ),
+        _glue(
+            "mrpc",
+            "MRPC",
+            (Column("#1 String", 3), Column("#2 String", 4)),
+            Column("Quality", 0),
+            ("0", "1"),
+            ("accuracy", "f1"),
+            hub_columns={
+                "#1 String": "sentence1",
+                "#2 String": "sentence2",
+                "Quality": "label",
+            },
+        ),
+        _glue("sick-e", "SICK-E", _PAIR, Column("label", -1), _NLI, submission={}, hub=None),
+        _glue(
+            "snli",
+            "SNLI",
+            (Column("sentence1", 7), Column("sentence2", 8)),
+            Column("gold_label", -1),
+            _NLI,
+            files=_SNLI,
+            skip_labels=("-",),
+            submission={},
+            hub=("stanfordnlp/snli", None),
+            hub_columns={"sentence1": "premise", "sentence2": "hypothesis", "gold_label": "label"},
+        ),
+        _glue(
+            "scitail",
+            "SciTail",
+            (Column("sentence1", 0), Column("sentence2", 1)),
+            Column("label", 2),
+            ("entails", "neutral"),
+            files=_SCITAIL,
+            headless=("train", "dev", "test"),
+            submission={},
+            hub=None,
+        ),
+    )
+}
+"""Tasks on sentences and pairs by name: GLUE in the order of CA-MTL, then further ones."""
+
+GLUE = tuple(TASKS)[:9]
+
+
+def token_task(name: str, label_column: int | None = None) -> TaskSpec:
+    """A task of labels per word in CoNLL files; any name is allowed.
+
+    Args:
+        name: also that of the folder below the data folder, where there is one.
+        label_column: column of the label; None: the second for part-of-speech tasks ("pos" or a
+            name with "ud_" in front), else the last.
+    """
+    pos = name == "pos" or name.startswith("ud_")
+    if label_column is None:
+        label_column = 1 if pos else -1
+    ends = (".txt", ".conll", ".conllu", ".tsv", ".iob", ".bio")
+    spellings = {"train": ("train",), "dev": ("dev", "valid", "validation"), "test": ("test",)}
+    return TaskSpec(
+        name=name,
+        kind="token",
+        texts=(Column("tokens", 0),),
+        label=Column("upos" if pos else "ner_tags", label_column),
+        labels=(),
+        metrics=("accuracy",) if pos else ("f1", "precision", "recall", "accuracy"),
+        files={
+            split: tuple(f"{stem}{end}" for stem in stems for end in ends)
+            for split, stems in spellings.items()
+        },
+        folder=name,
+        hub=_TOKEN_HUB.get(name),
+        hub_splits=_DEV,
+    )
+
+
+_TOKEN_HUB: dict[str, tuple[str, str | None]] = {
+    "ner": ("conll2003", None),
+    "conll2003": ("conll2003", None),
+    "pos": ("universal_dependencies", "en_ewt"),
+    "ud_ewt": ("universal_dependencies", "en_ewt"),
+    "wnut17": ("wnut_17", None),
+    "wikiann_en": ("wikiann", "en"),
+}
+
+
+def any_task(name: str) -> TaskSpec:
+    """A task by name, of whatever kind.
+
+    Raises:
+        UserError: if there is none of that name.
+    """
+    if name.lower() in _TOKEN_HUB:
+        return token_task(name.lower())
+    try:
+        return task_of(name)
+    except UserError:
+        known = ", ".join((*TASKS, *_TOKEN_HUB))
+        raise UserError(
+            f"--tasks {name}: is none of {known}; a YAML file describes another one"
+        ) from None
+
+
+def describe(task: TaskSpec) -> dict[str, object]:
+    """The fields of a task as plain values, for records."""
+    plain = {f.name: getattr(task, f.name) for f in fields(task)}
+    plain["texts"], plain["label"] = [c.name for c in task.texts], task.label.name
+    return {key: plain[key] for key in ("name", "kind", "texts", "label", "labels", "metrics")}

@@ -1,0 +1,228 @@
+"""Answers of a trained classifier to any number of requests, N of them in a forward pass.
+
+    from megamod import MuxPipeline
+
+    classify = MuxPipeline.from_pretrained("runs/sst2/model")
+    classify(["a fine film", "a dull one"])     # [{"label": "1", "score": 0.98}, ...]
+    classify([("a premise", "a hypothesis")])   # pairs, for a model of pairs
+    tag = MuxPipeline.from_pretrained("runs/wnut17/model")
+    tag([["Ada", "lives", "in", "London"]])     # [[{"word": "Ada", "label": "B-person", ...}]]
+
+It works like a pipeline of transformers, for multiplexed models and for stock ones (N = 1). Those
+of transformers run multiplexed models too, but neither pad as in training nor average copies.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+)
+
+from megamod.data.corpus.tokenizers import load_tokenizer
+from megamod.data.tasks.classification import (
+    Encoded,
+    Lengths,
+    encode_texts,
+    encode_words,
+    held_out_rows,
+)
+from megamod.data.tasks.glue import TextSet
+from megamod.data.tasks.ner import TokenSet
+from megamod.errors import UserError
+from megamod.evaluation.predict import Predictor, labels_of_words
+from megamod.models.classifier_inputs import inputs_of, is_empty, mixes_padding, room_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Request = str | tuple[str, str] | dict[str, str] | list[str]
+Answer = dict[str, str | float]
+
+AUTO = {
+    "ForSequenceClassification": AutoModelForSequenceClassification,
+    "ForTokenClassification": AutoModelForTokenClassification,
+}
+
+
+class MuxPipeline:
+    """Groups requests, runs them, and answers in their order.
+
+    Rows of a multiplexed model are padded to `max_length`; the last group is filled with copies of
+    requests of its batch. So what is answered depends on the other requests of a call, and on
+    nothing else.
+
+    Args:
+        model: a classifier of sequences or of tokens, on its device.
+        tokenizer: of the model.
+        batch_size: groups of N rows in a forward pass.
+        max_length: tokens of a row, as in training; what is longer is cut, and logged.
+        ensemble: give every request N places in random groups, and average its N logits: N times
+            the work of the plain way, for better answers.
+        seed: of these places.
+    Raises:
+        ValueError: if the model is no such classifier, or has no positions for `max_length`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: "PreTrainedTokenizerFast",
+        *,
+        batch_size: int = 8,
+        max_length: int = 128,
+        ensemble: bool = False,
+        seed: int = 0,
+    ):
+        config, name = model.config, type(model).__name__
+        if not name.endswith(tuple(AUTO)):
+            raise ValueError(f"{name} is no classifier; names of such end in {', '.join(AUTO)}")
+        room = room_of(config)
+        if not 3 <= max_length <= room:
+            raise ValueError(f"max_length {max_length} is not between 3 and {room} positions")
+        if batch_size < 1:
+            raise ValueError(f"batch_size {batch_size} is not a number of groups, from 1")
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.per_token = name.endswith("ForTokenClassification")
+        self.num_instances = getattr(config, "num_instances", 1)
+        self.batch_size, self.ensemble, self.seed = batch_size, ensemble, seed
+        self.lengths = Lengths(max_length, room, truncate=True)
+        self.labels = [config.id2label[number] for number in range(config.num_labels)]
+        self._pad_to = max_length if mixes_padding(config) else None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        tokenizer: str | Path | None = None,
+        device: str | torch.device = "cpu",
+        **options: int | bool,
+    ) -> "MuxPipeline":
+        """A pipeline of a model folder or of a name on the hub.
+
+        Args:
+            tokenizer: folder or name of one; None for that of the model.
+            options: see the class.
+        Raises:
+            UserError: if model or tokenizer cannot be loaded, or are not those of a classifier.
+        """
+        try:
+            config = AutoConfig.from_pretrained(source)
+            name = (config.architectures or ["a model of no named architecture"])[0]
+            kind = next((kind for kind in AUTO if name.endswith(kind)), None)
+            if kind is None:
+                raise UserError(f"{source}: {name} is no classifier; finetune it first")
+            model = AUTO[kind].from_pretrained(source, dtype=torch.float32)
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise UserError(f"{source}: {' '.join(str(error).split())[:300]}") from error
+        return cls(model.to(device), _tokenizer(tokenizer or source), **options)
+
+    def __call__(self, requests: Request | list[Request]) -> list[Answer] | list[list[Answer]]:
+        """Answer one request, or a list of any number of them.
+
+        Args:
+            requests: a list is always one of requests. A request for labels of rows is a text or a
+                pair, ("...", "...") or {"text": "...", "text_pair": "..."}; all are alike. One for
+                labels of words is a list of words, or a text that is split at white space.
+        Returns:
+            For labels of rows {"label", "score"} of each request, score being the probability, or
+            the value of a regression. For labels of words a list for each request, with {"word",
+            "label", "score"} of each of its words, and for a request that is no list this alone.
+            The label of words that were cut off is O or else the first one, with score 0.
+        Raises:
+            ValueError: naming the request that is no text, pair or words, or unlike the others.
+        """
+        asked = requests if isinstance(requests, list) else [requests]
+        if not asked:
+            return []
+        self.model.eval()
+        if not self.per_token:
+            return self._of_rows(asked)
+        answers = self._of_words([_words(one, number) for number, one in enumerate(asked)])
+        return answers if isinstance(requests, list) else answers[0]
+
+    def _of_rows(self, asked: Sequence[Request]) -> list[Answer]:
+        texts = [_texts(request, number) for number, request in enumerate(asked)]
+        for number, one in enumerate(texts):
+            if len(one) != len(texts[0]):
+                raise ValueError(
+                    f"request {number}, {asked[number]!r}: texts and pairs do not go together"
+                )
+        columns = tuple(list(column) for column in zip(*texts, strict=True))
+        places = [f"request {number}" for number in range(len(asked))]
+        encoded = encode_texts(TextSet(columns, None, places), self.tokenizer, self.lengths)
+        return [self._best(logits) for _, logits in self._run(encoded)]
+
+    def _of_words(self, sentences: list[list[str]]) -> list[list[Answer]]:
+        tokens = TokenSet(sentences, None, list(range(len(sentences))), "requests")
+        encoded = encode_words(tokens, self.tokenizer, self.lengths, self.labels)
+        best, scores = np.zeros(len(encoded.ids), dtype=np.int64), np.zeros(len(encoded.ids))
+        for row, logits in self._run(encoded):
+            start, stop = encoded.offsets[row : row + 2]
+            of_tokens = logits[: stop - start].softmax(-1).max(-1)
+            scores[start:stop], best[start:stop] = of_tokens.values, of_tokens.indices
+        answers = []
+        for row, labels in enumerate(labels_of_words(encoded, best, self.labels)):
+            start = encoded.offsets[row]
+            heads = encoded.heads[row].tolist()
+            sure = [float(scores[start + head]) if head >= 0 else 0.0 for head in heads]
+            told = zip(sentences[row], labels, sure, strict=True)
+            answers.append([{"word": w, "label": label, "score": x} for w, label, x in told])
+        return answers
+
+    def _run(self, encoded: Encoded) -> Iterator[tuple[int, Tensor]]:
+        """Number and logits of each row, [C] or [L, C]."""
+        predictor = Predictor(self.model, inputs_of(self.model.config), self.model.device)
+        N = self.num_instances
+        for held in held_out_rows(
+            encoded, self.batch_size * N, N, self._pad_to, ensemble=self.ensemble, seed=self.seed
+        ):
+            yield from enumerate(predictor.logits(held), start=held.start)
+
+    def _best(self, logits: Tensor) -> Answer:
+        if len(self.labels) == 1:
+            return {"label": self.labels[0], "score": float(logits[0])}
+        score, best = logits.softmax(-1).max(-1)
+        return {"label": self.labels[int(best)], "score": float(score)}
+
+
+def _tokenizer(source: str | Path) -> "PreTrainedTokenizerFast":
+    reason = None
+    try:
+        found = load_tokenizer(source).original
+    except UserError as error:
+        found, reason = None, error
+    if found is None or is_empty(found) or found.pad_token_id is None:
+        raise UserError(
+            f"{source} has no tokenizer of an encoder; `tokenizer` names one"
+        ) from reason
+    return found
+
+
+def _texts(request: Request, number: int) -> tuple[str, ...]:
+    """One text or two."""
+    if isinstance(request, dict):
+        given = [request.get("text"), *(request[key] for key in request if key != "text")]
+        fits = set(request) in ({"text"}, {"text", "text_pair"})
+    else:
+        given = [request] if isinstance(request, str) else request
+        fits = isinstance(request, str) or (isinstance(given, list | tuple) and len(given) == 2)
+    if not fits or not all(isinstance(text, str) for text in given):
+        raise ValueError(f"request {number}, {request!r}: neither a text nor a pair of texts")
+    return tuple(given)
+
+
+def _words(request: Request, number: int) -> list[str]:
+    """The words of a sentence."""
+    words = request.split() if isinstance(request, str) else request
+    fits = isinstance(words, list | tuple) and all(isinstance(word, str) for word in words)
+    if not fits or not words:
+        raise ValueError(f"request {number}, {request!r}: neither a text nor a list of words")
+    return list(words)

@@ -1,0 +1,1 @@
+"""CA-MTL: one task-conditioned BERT for many tasks."""

@@ -1,0 +1,267 @@
+"""CA-MTL: BERT conditioned on the task of each row, with a head per task.
+
+Source: Pilault et al. 2021 (Conditionally Adaptive Multi-Task Learning), and its release for what
+the paper leaves open.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
+from transformers.utils import logging
+
+from megamod.models.ca_mtl.configuration import CaMtlConfig
+from megamod.nn.conditional_encoder import ConditionalEncoder, ConditionalLayer
+from megamod.nn.conditioning import ConditionalLayerNorm, Film
+from megamod.nn.encoder import Encoder, EncoderEmbeddings, draw_weights, key_mask
+from megamod.nn.task_heads import TaskHeads
+
+
+@dataclass
+class CaMtlOutput(ModelOutput):
+    """What a batch of rows of several tasks gives.
+
+    Attributes:
+        loss: mean over the tasks in the batch of each task's mean loss.
+        logits: one per task in the order of the configuration, [rows, C] or [rows, L, C] of its
+            rows in the order of the batch; None for a task that has no row.
+        task_totals, task_items: [T], summed loss of each task and what it is summed over.
+        entropy: [B], how unsure the model is about each row, see `TaskHeads.entropy`.
+        pooled: [B, D].
+    """
+
+    loss: Tensor | None = None
+    logits: tuple[Tensor | None, ...] | None = None
+    task_totals: Tensor | None = None
+    task_items: Tensor | None = None
+    entropy: Tensor | None = None
+    pooled: Tensor | None = None
+
+
+class ConditionalBert(nn.Module):
+    """Embeddings, their alignment by the task, blocks and pooler; BERT itself if "plain"."""
+
+    def __init__(self, config: CaMtlConfig):
+        super().__init__()
+        size = config.hidden_size
+        self.embeddings = EncoderEmbeddings(config, size)
+        self.plain = config.variant == "plain"
+        if self.plain:
+            self.encoder = Encoder(config)
+        else:
+            self.task_type_embeddings = nn.Embedding(len(config.tasks), size)
+            self.conditional_alignment = Film(size, size)
+            self.encoder = ConditionalEncoder(config)
+        self.pooler = nn.ModuleDict({"dense": nn.Linear(size, size)})
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        token_type_ids: Tensor | None,
+        task_of: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Ids [B, L] -> states [B, L, D] and pooled state [B, D]."""
+        x = self.embeddings(input_ids, token_type_ids)
+        mask = None if attention_mask is None else key_mask(attention_mask)
+        if self.plain:
+            x = self.encoder(x, mask)
+        else:
+            tasks = self.task_type_embeddings.weight
+            factor, shift = self.conditional_alignment(tasks)
+            x = x * factor[task_of][:, None] + shift[task_of][:, None]
+            x = self.encoder(x, mask, tasks, task_of)
+        return x, torch.tanh(self.pooler["dense"](x[:, 0]))
+
+
+class CaMtlForMultiTask(PreTrainedModel):
+    """An encoder that knows the task of each row, and the heads of all tasks."""
+
+    config: CaMtlConfig
+    base_model_prefix = "bert"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ("ConditionalLayer", "EncoderLayer")
+    _keys_to_ignore_on_load_unexpected = (r"position_ids$", r"^cls\.", r"^classifier\.")
+
+    def __init__(self, config: CaMtlConfig):
+        super().__init__(config)
+        self.bert = ConditionalBert(config)
+        self.heads = TaskHeads(
+            config.hidden_size, config.task_sizes, config.task_kinds, config.classifier_dropout
+        )
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.bert.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.bert.embeddings.word_embeddings = value
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        task_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        token_labels: Tensor | None = None,
+        num_items_in_batch: Tensor | None = None,
+        return_dict: bool | None = None,
+    ) -> CaMtlOutput | tuple:
+        """One pass over rows of any tasks.
+
+        Args:
+            input_ids: [B, S], S at most `max_seq_length`.
+            task_ids: [B] int64, place of each row's task in the configuration.
+            attention_mask: [B, S], 0 at padding, which is at the right.
+            labels: [B] float32, class or value of each row whose task has no labels of tokens.
+            token_labels: [B, S] int64, -100 where there is none.
+            num_items_in_batch: [T], what the summed loss of each task is divided by; None for the
+                numbers of this batch. The mean is over tasks that have items in it.
+        Raises:
+            ValueError: if the rows are too long.
+        """
+        longest = self.config.max_seq_length
+        if input_ids.shape[1] > longest:
+            raise ValueError(f"{input_ids.shape[1]} tokens are more than max_seq_length {longest}")
+        states, pooled = self.bert(input_ids, attention_mask, token_type_ids, task_ids)
+        rows = self.heads.row_logits(pooled, task_ids)
+        tokens = self.heads.token_logits(states, task_ids)
+        output = CaMtlOutput(
+            logits=self._by_task(rows, tokens, task_ids),
+            entropy=self.heads.entropy(rows, tokens, task_ids, token_labels),
+            pooled=pooled,
+        )
+        if labels is not None or token_labels is not None:
+            scores = self.heads.scores(rows, tokens, task_ids, labels, token_labels)
+            output["task_totals"], output["task_items"] = scores
+            items = scores.items if num_items_in_batch is None else num_items_in_batch
+            there = items > 0
+            means = torch.where(there, scores.totals / torch.where(there, items, 1.0), 0.0)
+            output["loss"] = means.sum() / there.sum().clamp(min=1)
+        output = CaMtlOutput(**output)  # in the order of its fields: the loss was set last
+        wants_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if wants_dict else output.to_tuple()
+
+    def _by_task(
+        self, rows: Tensor, tokens: Tensor | None, task_of: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        found = []
+        for task, (size, kind) in enumerate(zip(self.heads.sizes, self.heads.kinds, strict=True)):
+            own = task_of == task
+            given = tokens if kind == "token" else rows
+            found.append(given[own][..., :size] if own.any() else None)
+        return tuple(found)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """BERT's initialisation, for what conditions as well; from torch's global generator."""
+        draw_weights(module, self.config.initializer_range)
+        if isinstance(module, TaskHeads):
+            module.draw(self.config.initializer_range)
+        elif isinstance(module, ConditionalLayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif hasattr(module, "random_weight_matrix"):
+            nn.init.zeros_(module.random_weight_matrix)
+
+
+class OneTask(nn.Module):
+    """A model of many tasks as a classifier of one of them, like those of transformers."""
+
+    def __init__(self, model: CaMtlForMultiTask, task: int):
+        super().__init__()
+        self.model, self.task = model, task
+
+    def forward(self, input_ids: Tensor, **fields: Tensor) -> CaMtlOutput:
+        """Ids [B, L] -> `logits` [B, C], or [B, L, C] for labels of tokens."""
+        task_ids = torch.full((len(input_ids),), self.task, device=input_ids.device)
+        output = self.model(input_ids, task_ids=task_ids, **fields)
+        return CaMtlOutput(logits=output.logits[self.task])
+
+
+def from_encoder(
+    source: str, config: CaMtlConfig, *, top: bool = True
+) -> tuple[CaMtlForMultiTask, dict[str, list[str]]]:
+    """A model that starts from BERT's weights; what BERT lacks is drawn by torch's generator.
+
+    Args:
+        source: folder or name on the hub, of BERT or of a model like this one.
+        top: give the last block its weights too. The release of CA-MTL does not: under "base" its
+            names differ there.
+    Returns:
+        the model in float32; names of parameters by "loaded", "new" and "unused".
+    Raises:
+        OSError, ValueError, RuntimeError: if there are no such weights, or of other shapes.
+    """
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what is new is returned, and is expected to be new
+    try:
+        model, found = CaMtlForMultiTask.from_pretrained(
+            source, config=config, dtype=torch.float32, output_loading_info=True
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+    new = set(found["missing_keys"])
+    if not top and config.variant == "base":
+        last = model.bert.encoder.layer[-1]
+        for name, module in last.named_modules():
+            # Its parts of BERT, and none of those that are CA-MTL's own.
+            if isinstance(module, nn.Linear | ConditionalLayerNorm) and not _conditions(name):
+                model._init_weights(module)
+                prefix = f"bert.encoder.layer.{len(model.bert.encoder.layer) - 1}.{name}"
+                new |= {f"{prefix}.weight", f"{prefix}.bias"}
+    names = [name for name, _ in model.named_parameters()]
+    return model, {
+        "loaded": [name for name in names if name not in new],
+        "new": [name for name in names if name in new],
+        "unused": sorted(found["unexpected_keys"]),
+    }
+
+
+def freeze(
+    model: CaMtlForMultiTask, first: int, last: int, *, release: bool = False
+) -> Mapping[str, int]:
+    """Stop training embeddings and blocks `first` to `last`, but not what conditions them.
+
+    Args:
+        release: leave out what makes the bias on attention from the task as well, which stays as it
+            was drawn: so the release does it, against the paper.
+    Returns:
+        numbers of parameters: "trained", "frozen".
+    Raises:
+        ValueError: if there are no such blocks.
+    Source: Pilault et al. 2021 (CA-MTL), section 2 and appendix A.3.
+    """
+    blocks = model.bert.encoder.layer
+    if not 0 <= first <= last < len(blocks):
+        raise ValueError(f"blocks {first}-{last}: the model has blocks 0-{len(blocks) - 1}")
+    model.bert.embeddings.requires_grad_(False)
+    for block in blocks[first : last + 1]:
+        block.requires_grad_(False)
+        if isinstance(block, ConditionalLayer):
+            _train_conditions(block, release)
+    counts = {"trained": 0, "frozen": 0}
+    for parameter in model.parameters():
+        counts["trained" if parameter.requires_grad else "frozen"] += parameter.numel()
+    return counts
+
+
+def _train_conditions(block: ConditionalLayer, release: bool) -> None:
+    attention = block.attention["self"]
+    attention.random_weight_matrix.requires_grad_(True)
+    attention["cond_block_diag_attn"].requires_grad_(not release)
+    for module in block.modules():
+        if isinstance(module, ConditionalLayerNorm):
+            module.ln_weight_modulation.requires_grad_(True)
+    if block.adapter is not None:
+        block.adapter.requires_grad_(True)
+
+
+def _conditions(name: str) -> bool:
+    """True for a module of a block that BERT does not have."""
+    return name.startswith("adapter") or "gb_weights" in name

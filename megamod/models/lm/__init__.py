@@ -1,0 +1,1 @@
+"""Causal language models: dense, DEMix and forests of experts."""

@@ -1,0 +1,375 @@
+"""A forest of language models as one: each expert predicts, the posterior over experts mixes.
+
+    p(x_t | x_<t) = sum_j w_j(t) p_j(x_t | x_<t),    w_j(t) from the prior and p_j(x_<t)
+
+Experts are whole models (Branch-Train-Merge) or the domains of a DEMix model. The weights follow
+the text: they are inferred from how well each expert predicted the tokens so far.
+Source: Gururangan et al. 2022 (DEMix), section 5; Li et al. 2022 (Branch-Train-Merge), section 2.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+
+from megamod.errors import UserError
+from megamod.mixture.posterior import mix, token_weights
+from megamod.models.lm.configuration import DemixConfig, ForestConfig, read_lm_config
+from megamod.models.lm.demix import DemixForCausalLM, DemixOutput
+from megamod.models.lm.forest_cache import Track, padding_of, tracks_of
+from megamod.states.forest import FILE, Expert, Forest, open_forest
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An expert in memory: call `model(..., domain=member)`, also where member is None."""
+
+    domain: str
+    model: DemixForCausalLM
+    member: str | None
+
+
+def load_experts(
+    forest: Forest, device: torch.device | str, only: Sequence[str] | None = None
+) -> Iterator[Loaded]:
+    """The experts one after the other, in the order of the forest, their member chosen.
+
+    Experts of one DEMix model come as one module, read once and without experts that are not
+    wanted. A module is let go after its last expert, so that a loop that keeps nothing holds one
+    model at a time.
+
+    Args:
+        only: domains to load; None for all.
+    Raises:
+        UserError: if a domain of `only` is not in the forest, or a folder cannot be read.
+    """
+    for domain in only or ():
+        if domain not in forest.domains:
+            raise UserError(
+                f"{forest.path}: no expert of domain {domain!r}; "
+                f"there are {', '.join(forest.domains)}"
+            )
+    wanted = [expert for expert in forest.experts if only is None or expert.domain in only]
+    left = Counter(expert.path for expert in wanted)
+    held: dict[Path, DemixForCausalLM] = {}
+    for expert in wanted:
+        if expert.path not in held:
+            members = [one.member for one in wanted if one.path == expert.path and one.member]
+            held[expert.path] = read_lm(expert.path, members).to(device)
+        loaded = Loaded(expert.domain, held[expert.path], expert.member)
+        _check_member(expert, loaded.model.config)
+        if expert.member is not None:
+            loaded.model.set_domain(expert.member)
+        left[expert.path] -= 1
+        if not left[expert.path]:
+            del held[expert.path]
+        yield loaded
+        del loaded
+
+
+@dataclass
+class ForestOutput(DemixOutput):
+    """`DemixOutput` plus the weights of the experts.
+
+    logits: [B, L, V] float32, normalised: the logarithm of the mixed probabilities.
+    log_weights: [E, B, L] float32, of the experts in use, for predicting the token after each
+        position.
+    """
+
+    log_weights: Tensor | None = None
+
+
+class ForestForCausalLM(PreTrainedModel, GenerationMixin):
+    """The mixture of a forest's experts, for scoring and generation; experts are trained alone.
+
+    The cache is the stock `DynamicCache`: the layers of one expert after the other, each followed
+    by a layer of evidence (see `Track`). So whatever reorders, crops or selects a cache does it to
+    the posterior too.
+
+    Args:
+        parts: the models that `config.parts` describes; None to make new ones.
+    """
+
+    config: ForestConfig
+    _supports_sdpa = True
+    _no_split_modules = ("DecoderBlock",)
+
+    def __init__(self, config: ForestConfig, parts: Sequence[DemixForCausalLM] | None = None):
+        super().__init__(config)
+        if not config.experts:
+            raise ValueError(
+                "the configuration names no experts: load the folder of a forest, or use "
+                "ForestForCausalLM.from_experts"
+            )
+        if parts is None:
+            implementation = config._attn_implementation or "sdpa"
+            parts = [
+                DemixForCausalLM(DemixConfig(**fields, attn_implementation=implementation))
+                for fields in config.parts
+            ]
+        self.parts = nn.ModuleList(parts)
+        self._tied_weights_keys = {
+            f"parts.{number}.{tied}": f"parts.{number}.{source}"
+            for number, part in enumerate(parts)
+            for tied, source in part.all_tied_weights_keys.items()
+        }
+        self.set_prior(config.prior)
+        self.post_init()
+
+    @classmethod
+    def from_experts(
+        cls, forest: Forest, config: ForestConfig | None = None, **kwargs: object
+    ) -> "ForestForCausalLM":
+        """The model of an opened forest.
+
+        Args:
+            config: how to mix; None for the defaults. Its experts are replaced by the forest's.
+            kwargs: passed to `from_pretrained` of each expert, such as dtype and device_map.
+        Raises:
+            UserError: if a folder cannot be read.
+            ValueError: if the experts, or the prior, do not fit each other.
+        """
+        if config is not None and config._attn_implementation is not None:
+            kwargs.setdefault("attn_implementation", config._attn_implementation)
+        folders = list(dict.fromkeys(expert.path for expert in forest.experts))
+        parts = [read_lm(folder, **kwargs) for folder in folders]
+        experts = []
+        for expert in forest.experts:
+            part = folders.index(expert.path)
+            _check_member(expert, parts[part].config)
+            experts.append({"domain": expert.domain, "part": part, "member": expert.member})
+        given = (config or ForestConfig()).to_diff_dict()
+        for field in ("model_type", "transformers_version", "architectures"):
+            given.pop(field, None)
+        given |= {"parts": [_fields(part.config) for part in parts], "experts": experts}
+        merged = ForestConfig(**given)
+        merged.dtype = parts[0].dtype
+        return cls(merged, parts).eval()
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, *args: object, config: ForestConfig | None = None, **kwargs: object
+    ) -> "ForestForCausalLM":
+        """As for every model; a folder with forest.json is read from its experts' folders."""
+        if not (Path(folder) / FILE).is_file():
+            return super().from_pretrained(folder, *args, config=config, **kwargs)
+        if config is None:
+            precision = {name: kwargs[name] for name in kwargs.keys() & {"dtype"}}
+            config, kwargs = ForestConfig.from_pretrained(
+                folder, return_unused_kwargs=True, **kwargs
+            )
+            kwargs |= precision
+        return cls.from_experts(open_forest(Path(folder)), config, **kwargs)
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Of the experts, in order."""
+        return tuple(expert["domain"] for expert in self.config.experts)
+
+    def set_prior(self, prior: Sequence[float] | Mapping[str, float] | None) -> None:
+        """Choose the probabilities of the experts before any token is seen.
+
+        Args:
+            prior: in the order of `domains`, or by domain (0 where one is not named); None: alike.
+        Raises:
+            ValueError: if it does not fit the experts, is negative or does not sum to 1.
+        """
+        if isinstance(prior, Mapping):
+            unknown = sorted(set(prior) - set(self.domains))
+            if unknown:
+                raise ValueError(
+                    f"prior: no expert of domain {unknown[0]!r}; there are "
+                    f"{', '.join(self.domains)}"
+                )
+            prior = [prior.get(domain, 0.0) for domain in self.domains]
+        if prior is not None:
+            prior = [float(weight) for weight in prior]
+            fits = len(prior) == len(self.domains) and min(prior) >= 0
+            if not (fits and abs(sum(prior) - 1) <= 1e-4):
+                raise ValueError(
+                    f"prior {prior}: needs {len(self.domains)} weights, none negative, that sum to "
+                    "1 within 1e-4"
+                )
+        self.config.prior = prior
+
+    def _in_use(self) -> tuple[list[int], Tensor]:
+        """Numbers of the experts with a prior above 0, top k at most; and that prior [E]."""
+        prior = self.config.prior
+        count = len(self.domains)
+        if self.config.topk and prior is None:
+            raise ValueError(f"topk {self.config.topk} needs a prior; see set_prior")
+        prior = [1 / count] * count if prior is None else prior
+        kept = sorted(range(count), key=lambda expert: -prior[expert])[: self.config.topk or count]
+        kept = sorted(expert for expert in kept if prior[expert] > 0)
+        weights = torch.tensor([prior[expert] for expert in kept], device=self.device)
+        return kept, weights / weights.sum()
+
+    def _choose(self, expert: int) -> DemixForCausalLM:
+        """The part an expert is in, its member chosen."""
+        entry = self.config.experts[expert]
+        part = self.parts[entry["part"]]
+        if entry["member"] is not None:
+            part.set_domain(entry["member"])
+        return part
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: Tensor | float | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        return_dict: bool | None = None,
+    ) -> ForestOutput | tuple:
+        """One pass of all experts in use, one after the other; arguments as in `DemixForCausalLM`.
+
+        The weights follow `input_ids`; labels only say which predictions are scored.
+
+        Returns:
+            `ForestOutput`; with labels it has a loss (nats, without gradient) and log-probabilities
+            of the mixture, else logits.
+        Raises:
+            ValueError: if the cache is of another kind than `DynamicCache()`, or was filled by
+                other experts than those in use now.
+        """
+        if labels is not None and shift_labels is None:
+            shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and shift_labels is None
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        experts, prior = self._in_use()
+        parts = [self.parts[self.config.experts[expert]["part"]] for expert in experts]
+        tracks = tracks_of(past_key_values, [part.config.num_hidden_layers for part in parts])
+        attention_mask, position_ids = padding_of(
+            input_ids, attention_mask, position_ids, tracks[0], self.config.pad_token_id
+        )
+        hidden, seen, scored = self._run(
+            experts, tracks, input_ids, attention_mask, position_ids, shift_labels
+        )
+        log_weights = token_weights(
+            # At place t the log-probability of token t + 1, which that of its successor leans on.
+            nn.functional.pad(seen[:, :, 1:], (0, 1)),
+            prior,
+            rule=self.config.rule,
+            temperature=self.config.temperature,
+            forgetting=self.config.forgetting,
+            mask=attention_mask.bool() if attention_mask is not None else None,
+        )[:, :, -input_ids.shape[1] :]
+
+        output = ForestOutput(
+            past_key_values=past_key_values if use_cache else None, log_weights=log_weights
+        )
+        if shift_labels is None:
+            output["logits"] = self._mixed_logits(experts, hidden, log_weights, logits_to_keep)
+        else:
+            counted = shift_labels != -100
+            output["token_log_probs"] = mix(log_weights, scored).where(counted, 0.0)
+            if num_items_in_batch is None:
+                num_items_in_batch = counted.sum().clamp(min=1)
+            output["loss"] = -output["token_log_probs"].sum() / num_items_in_batch
+        wants_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if wants_dict else output.to_tuple()
+
+    def _run(
+        self,
+        experts: Sequence[int],
+        tracks: Sequence[Track],
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        shift_labels: Tensor | None,
+    ) -> tuple[list[Tensor], Tensor, Tensor | None]:
+        """Every expert's pass, without logits.
+
+        Returns:
+            The states before the output matrix, [B, L, D] of each expert; the log-probability of
+            each token so far after those before it [E, B, S], 0 for the first; and with labels
+            that of each label [E, B, L].
+        """
+        past, length = tracks[0].get_seq_length(), input_ids.shape[1]
+        # What each position is asked for: the token that follows it, or what labels say it is.
+        following = nn.functional.pad(input_ids[:, 1:], (0, 1), value=-100)
+        if shift_labels is not None:
+            following = shift_labels.where(shift_labels != -100, following)
+        real = torch.ones_like(input_ids)
+        if attention_mask is not None:
+            real = attention_mask[:, past:]
+        hidden, seen, scored = [], [], []
+        for expert, track in zip(experts, tracks, strict=True):
+            part = self._choose(expert)
+            states, _ = part.model(input_ids, attention_mask, position_ids, track)
+            rows, targets = states, following
+            if past:  # the last cached position is asked for the first token of this pass
+                rows = torch.cat([track.last_states(), states], dim=1)
+                targets = torch.cat([input_ids[:, :1], following], dim=1)
+            if shift_labels is None:  # nothing is known yet of what follows the last token
+                rows, targets = rows[:, :-1], targets[:, :-1]
+            log_probs = part.lm_head(rows, targets)[1]
+            if shift_labels is not None:
+                scored.append(log_probs[:, -length:])
+                log_probs = log_probs[:, :-1]
+            log_probs = log_probs if past else nn.functional.pad(log_probs, (1, 0))
+            seen.append(track.extend(states, log_probs, real))
+            hidden.append(states)
+        return hidden, torch.stack(seen), torch.stack(scored) if scored else None
+
+    def _mixed_logits(
+        self, experts: Sequence[int], hidden: Sequence[Tensor], log_weights: Tensor, keep: int
+    ) -> Tensor:
+        """log sum_j w_j softmax_j [B, keep, V], never more than two experts' at a time."""
+        mixed = None
+        for number, expert in enumerate(experts):
+            logits = self._choose(expert).lm_head(hidden[number][:, -keep:]).float()
+            weighted = logits.log_softmax(-1).add_(log_weights[number, :, -keep:, None])
+            mixed = weighted if mixed is None else torch.logaddexp(mixed, weighted, out=mixed)
+        return mixed
+
+
+def read_lm(
+    folder: Path, members: Sequence[str] | None = None, **kwargs: object
+) -> DemixForCausalLM:
+    """A model folder for scoring, with the experts of these domains; None or empty for all.
+
+    Raises:
+        UserError: if it is not one of our language models, or lacks weights.
+    """
+    domains = read_lm_config(folder).domains
+    known = [domain for domain in members or () if domain in domains]
+    try:
+        model, report = DemixForCausalLM.from_pretrained(
+            folder, known or None, output_loading_info=True, **kwargs
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder}: cannot be read as a model: {error}") from error
+    if report["missing_keys"]:
+        raise UserError(f"{folder}: the weights lack {min(report['missing_keys'])}")
+    return model.eval()
+
+
+def _check_member(expert: Expert, config: DemixConfig) -> None:
+    apart = config.untie != "none"
+    if expert.member is not None and (not apart or expert.member not in config.domains):
+        there = ", ".join(config.domains) if apart else "none, the model is dense"
+        raise UserError(f"{expert.path}: no expert of domain {expert.member!r}; there are {there}")
+    if expert.member is None and apart:
+        raise UserError(
+            f"{expert.path}: holds experts; `member` must name one of {', '.join(config.domains)}"
+        )
+
+
+def _fields(config: DemixConfig) -> dict:
+    """What a `DemixConfig` is made from, without what belongs to the forest as a whole."""
+    left_out = ("transformers_version", "architectures", "model_type")
+    return {name: value for name, value in config.to_diff_dict().items() if name not in left_out}

@@ -1,0 +1,1 @@
+"""Multiplexed encoders: MUX-BERT, MUX-ELECTRA and DataMUX-RoBERTa."""

@@ -1,0 +1,157 @@
+"""What every family of multiplexed encoders offers: hidden states, labels of rows, of tokens."""
+
+from typing import ClassVar
+
+from megamod_kernels.demux import Pairs
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.modeling_outputs import BaseModelOutput
+
+from megamod.models.mux.model import MuxPreTrainedModel
+from megamod.models.mux.types import MixedStates, MuxOutput
+from megamod.nn.retrieval import IGNORED
+
+
+class MuxBareModel(MuxPreTrainedModel):
+    """Hidden states of every instance."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutput | tuple:
+        """Ids [R, S] -> `last_hidden_state` [R, S, D]; arguments as of the classifiers."""
+        fed = self.feed(input_ids, attention_mask, token_type_ids, position_ids)
+        states = self.demultiplex(self.encode(fed), slice(self.config.prefix_length, None))
+        output = BaseModelOutput(last_hidden_state=states.flatten(0, 1)[: fed.rows])
+        return self.returned(output, return_dict)
+
+
+class MuxSequenceClassifier(MuxPreTrainedModel):
+    """Labels or values of rows. Heads define `class_logits` and what comes before it."""
+
+    masks_instances: ClassVar[bool] = True
+
+    def class_logits(self, states: Tensor) -> Tensor:
+        """[..., D] -> [..., C]."""
+        return self.classifier(self.dropout(states))
+
+    def row_logits(self, hidden: MixedStates) -> Tensor:
+        """Mixed states [B, T, D] -> [B, N, C], read off the column that stands for the row."""
+        column = self.config.prefix_length - 1 if self.config.prefix_length else 0
+        states = self.demultiplex(hidden, slice(column, column + 1))
+        return self.class_logits(states[:, :, 0])
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | float | None = None,
+        retrieval_slots: Tensor | None = None,
+        num_retrieval_items: Tensor | float | None = None,
+        return_dict: bool | None = None,
+    ) -> MuxOutput | tuple:
+        """One pass; any number of rows.
+
+        Args:
+            input_ids: [R, S].
+            attention_mask: [R, S]; only contextual multiplexers and `mask_padding` look at it.
+            token_type_ids: [R, S], looked at if the configuration says so.
+            position_ids: [1, T] or [B, T], of the mixed sequence.
+            labels: [R] classes, or values if num_labels is 1.
+            num_items_in_batch, num_retrieval_items: what the summed losses are divided by; None
+                for the numbers of this batch.
+            retrieval_slots: [B, T], see `retrieval_targets`; None to draw them.
+        Returns:
+            `MuxOutput` with logits [R, C].
+        """
+        fed = self.feed(input_ids, attention_mask, token_type_ids, position_ids)
+        retrieves = labels is not None and self.config.retrieval_loss_coeff > 0
+        hidden = self.encode(fed, None if retrieves else self.config.prefix_length or 1)
+        logits = self.row_logits(hidden).flatten(0, 1)[: fed.rows]
+        output = MuxOutput(logits=logits)
+        if labels is not None:
+            flat = logits.float()
+            if self.config.num_labels == 1:
+                total = F.mse_loss(flat.flatten(), labels.flatten().float(), reduction="sum")
+            else:
+                total = F.cross_entropy(flat, labels.flatten(), reduction="sum")
+            items = labels.numel() if num_items_in_batch is None else num_items_in_batch
+            output["task_loss"] = total / items
+            if retrieves:
+                self.retrieve(output, hidden, fed.ids, retrieval_slots, num_retrieval_items)
+            output["loss"] = self.combined(output.task_loss, output.retrieval_loss)
+        return self.returned(output, return_dict)
+
+
+class MuxTokenClassifier(MuxPreTrainedModel):
+    """Labels of tokens."""
+
+    def class_logits(self, states: Tensor) -> Tensor:
+        """[..., D] -> [..., C]."""
+        return self.classifier(self.dropout(states))
+
+    def token_logits(self, hidden: MixedStates, chosen: Tensor | None) -> Tensor:
+        """Mixed states [B, T, D] -> logits [B * N, S, C]; zero where `chosen` [B * N, S] is not."""
+        start, N = self.config.prefix_length, self.config.num_instances
+        if chosen is None:
+            states = self.demultiplex(hidden, slice(start, None))
+            return self.class_logits(states).flatten(0, 1)
+        row, position = chosen.nonzero(as_tuple=True)
+        pairs = Pairs(row // N, row % N, position + start)
+        logits = self.class_logits(self.demultiplex(hidden, slice(start, None), pairs))
+        dense = logits.new_zeros(*chosen.shape, logits.shape[-1])
+        return dense.index_put((row, position), logits)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | float | None = None,
+        retrieval_slots: Tensor | None = None,
+        num_retrieval_items: Tensor | float | None = None,
+        return_dict: bool | None = None,
+    ) -> MuxOutput | tuple:
+        """One pass; arguments as of `MuxSequenceClassifier.forward`.
+
+        Args:
+            labels: [R, S] classes, -100 where none is predicted.
+        Returns:
+            `MuxOutput` with logits [R, S, C]. In training those of padding are 0, as long as no
+            label lies there; in evaluation if `padding_logits` is off.
+        """
+        fed = self.feed(input_ids, attention_mask, token_type_ids, position_ids)
+        hidden = self.encode(fed)
+        skips = fed.mask is not None and (self.training or not self.config.padding_logits)
+        chosen = None
+        if skips:
+            chosen = fed.mask != 0
+            chosen[fed.rows :] = False
+            if labels is not None:
+                chosen[: fed.rows] |= labels != IGNORED
+        logits = self.token_logits(hidden, chosen)[: fed.rows]
+        output = MuxOutput(logits=logits)
+        if labels is not None:
+            total = F.cross_entropy(
+                logits.flatten(0, 1).float(),
+                labels.flatten(),
+                ignore_index=IGNORED,
+                reduction="sum",
+            )
+            items = num_items_in_batch
+            if items is None:
+                items = (labels != IGNORED).sum().clamp(min=1)
+            output["task_loss"] = total / items
+            if self.config.retrieval_loss_coeff > 0:
+                self.retrieve(output, hidden, fed.ids, retrieval_slots, num_retrieval_items)
+            output["loss"] = self.combined(output.task_loss, output.retrieval_loss)
+        return self.returned(output, return_dict)

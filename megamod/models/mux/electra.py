@@ -1,0 +1,190 @@
+"""MUX-ELECTRA: a bare encoder, the discriminator, and classifiers of sequences and tokens."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megamod.models.mux.classifier import (
+    MuxBareModel,
+    MuxSequenceClassifier,
+    MuxTokenClassifier,
+)
+from megamod.models.mux.configuration import MuxElectraConfig
+from megamod.models.mux.model import MuxPreTrainedModel
+from megamod.models.mux.types import Fed, MuxOutput
+
+
+def default_initialisation(linear: nn.Linear) -> nn.Linear:
+    """Have a layer keep torch's own initialisation, as it does in the release."""
+    linear.default_initialisation = True
+    return linear
+
+
+class MuxElectraPreTrainedModel(MuxPreTrainedModel):
+    """The family's deviations from MUX-BERT."""
+
+    config: MuxElectraConfig
+    backbone_name: ClassVar[str] = "electra"
+    ties_vocabulary: ClassVar[bool] = False
+    overwrites_cls: ClassVar[bool] = False
+    residual_retrieval: ClassVar[bool] = True
+    _keys_to_ignore_on_load_unexpected = (
+        *MuxPreTrainedModel._keys_to_ignore_on_load_unexpected,
+        r"^generator\.",
+        r"^discriminator_predictions\.",
+    )
+
+
+class MuxElectraModel(MuxElectraPreTrainedModel, MuxBareModel):
+    """Hidden states of every instance."""
+
+    def __init__(self, config: MuxElectraConfig):
+        super().__init__(config)
+        self.add_demultiplexer()
+        self.post_init()
+
+
+class DiscriminatorHead(nn.Module):
+    """One number per state: dense, gelu, dense."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.dense = default_initialisation(nn.Linear(size, size))
+        self.dense_prediction = default_initialisation(nn.Linear(size, 1))
+
+    def forward(self, states: Tensor) -> Tensor:
+        """[..., D] -> [...]."""
+        return self.dense_prediction(F.gelu(self.dense(states)))[..., 0]
+
+
+class MuxElectraForPreTraining(MuxElectraPreTrainedModel):
+    """The discriminator: which tokens of every instance were replaced.
+
+    Source: Murahari et al. 2023, section 3.2; Clark et al. 2020.
+    """
+
+    pretraining: ClassVar[bool] = True
+    sees_segments: ClassVar[bool] = True
+    overwrites_cls: ClassVar[bool] = True
+    retrieves_padding: ClassVar[bool] = True
+    multiplexers_of_others: ClassVar[tuple[str, ...]] = ()
+    _keys_to_ignore_on_load_unexpected = (r"position_ids$", r"^generator\.")
+
+    def __init__(self, config: MuxElectraConfig):
+        super().__init__(config)
+        self.add_demultiplexer()
+        self.add_retrieval()
+        self.discriminator_predictions = DiscriminatorHead(config.hidden_size)
+        self._finish()
+
+    def _finish(self) -> None:
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | float | None = None,
+        retrieval_slots: Tensor | None = None,
+        num_retrieval_items: Tensor | float | None = None,
+        return_dict: bool | None = None,
+    ) -> MuxOutput | tuple:
+        """One pass over whole groups.
+
+        Args:
+            input_ids: [B * N, S].
+            attention_mask: [B * N, S]; the loss counts tokens where it is not 0.
+            labels: [B * N, S], 1 where a token was replaced.
+            num_items_in_batch, num_retrieval_items, retrieval_slots: see `MuxMaskedLM.forward`.
+        Returns:
+            `MuxOutput` with logits [B * N, S], or with a prefix [B * N, S - N - 1]: of the tokens
+            that were not dropped.
+        Raises:
+            ValueError: if the rows are no whole groups, or too long.
+        """
+        fed = self.feed(input_ids, attention_mask, token_type_ids, position_ids)
+        output = self.discriminate(
+            fed, labels, num_items_in_batch, retrieval_slots, num_retrieval_items
+        )
+        return self.returned(output, return_dict)
+
+    def discriminate(
+        self,
+        fed: Fed,
+        labels: Tensor | None,
+        items: Tensor | float | None,
+        slots: Tensor | None,
+        retrieval_items: Tensor | float | None,
+    ) -> MuxOutput:
+        """What `forward` does behind `feed`."""
+        hidden = self.encode(fed)
+        needed = labels is None or self.config.task_loss_coeff > 0
+        output = MuxOutput()
+        if needed:
+            states = self.demultiplex(hidden, slice(self.config.prefix_length, None))
+            output["logits"] = self.discriminator_predictions(states).flatten(0, 1)
+        if labels is None:
+            return output
+        if needed:
+            length = output.logits.shape[1]
+            scores = F.binary_cross_entropy_with_logits(
+                output.logits.float(), labels[:, :length].float(), reduction="none"
+            )
+            counted = torch.ones_like(labels) if fed.mask is None else fed.mask != 0
+            counted = counted[:, :length]
+            count = counted.sum().clamp(min=1) if items is None else items
+            output["task_loss"] = (scores * counted).sum() / count
+        if self.config.retrieval_loss_coeff > 0:
+            self.retrieve(output, hidden, fed.ids, slots, retrieval_items)
+        output["loss"] = self.combined(output.task_loss, output.retrieval_loss)
+        return output
+
+
+class ElectraClassifier(nn.Module):
+    """Dense, gelu, projection, with dropout before both."""
+
+    def __init__(self, size: int, labels: int, dropout: float):
+        super().__init__()
+        self.dense = default_initialisation(nn.Linear(size, size))
+        self.dropout = nn.Dropout(dropout)
+        self.out_proj = default_initialisation(nn.Linear(size, labels))
+
+    def forward(self, states: Tensor) -> Tensor:
+        """[..., D] -> [..., C]."""
+        return self.out_proj(self.dropout(F.gelu(self.dense(self.dropout(states)))))
+
+
+class MuxElectraForSequenceClassification(MuxElectraPreTrainedModel, MuxSequenceClassifier):
+    """Two layers over the first state of every instance."""
+
+    masks_instances: ClassVar[bool] = False
+    retrieval_start: ClassVar[int] = 1
+
+    def __init__(self, config: MuxElectraConfig):
+        super().__init__(config)
+        self.add_demultiplexer()
+        self.add_retrieval_if_used()
+        self.classifier = ElectraClassifier(
+            config.hidden_size, config.num_labels, config.hidden_dropout_prob
+        )
+        self.post_init()
+
+    def class_logits(self, states: Tensor) -> Tensor:
+        return self.classifier(states)
+
+
+class MuxElectraForTokenClassification(MuxElectraPreTrainedModel, MuxTokenClassifier):
+    """A linear layer over every state of every instance."""
+
+    def __init__(self, config: MuxElectraConfig):
+        super().__init__(config)
+        self.add_demultiplexer()
+        self.add_retrieval_if_used()
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.classifier = default_initialisation(nn.Linear(config.hidden_size, config.num_labels))
+        self.post_init()

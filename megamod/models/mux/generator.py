@@ -1,0 +1,263 @@
+"""MUX-ELECTRA with what replaces the tokens: chance, a plain generator or a multiplexed one.
+
+A generator's weights lie under `generator.`; those of the discriminator have the names they have
+alone, so that classifiers are loaded from either.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megamod.models.mux.bert import MuxMaskedLM
+from megamod.models.mux.configuration import MuxElectraConfig
+from megamod.models.mux.electra import MuxElectraForPreTraining, default_initialisation
+from megamod.models.mux.types import Fed, MixedStates, MuxOutput
+from megamod.nn.encoder import EncoderEmbeddings, EncoderModel, key_mask
+from megamod.nn.retrieval import IGNORED, pairs_of_rows, token_scores
+
+_SAMPLED_TOGETHER = 2**24  # logits of one chunk of positions that tokens are drawn for
+
+
+@dataclass
+class MuxElectraOutput(MuxOutput):
+    """`MuxOutput` of the discriminator, and what was done to its input.
+
+    Attributes:
+        loss: weighted sum of the two losses below.
+        generator_loss, discriminator_loss: each task and retrieval, weighted.
+        input_ids: [B * N, S] with replaced tokens.
+        corrupted: [B * N, S] bool, what the discriminator is to find.
+    """
+
+    generator_loss: Tensor | None = None
+    discriminator_loss: Tensor | None = None
+    input_ids: Tensor | None = None
+    corrupted: Tensor | None = None
+
+
+class MuxElectraForMaskedLM(MuxMaskedLM):
+    """A multiplexed generator, or a masked language model with ELECTRA's retrieval head.
+
+    Args:
+        own_embeddings: False if those of a discriminator are passed to it.
+    """
+
+    config: MuxElectraConfig
+    backbone_name: ClassVar[str] = "electra"
+    ties_vocabulary: ClassVar[bool] = False
+    residual_retrieval: ClassVar[bool] = True
+    retrieves_padding: ClassVar[bool] = False
+
+    def __init__(self, config: MuxElectraConfig, own_embeddings: bool = True):
+        super().__init__(config, own_embeddings)
+        self.add_retrieval()
+        for module in (getattr(self, "demux_module", None), self.retrieval_head):
+            for part in module.modules() if module is not None else ():
+                if isinstance(part, nn.Linear):
+                    default_initialisation(part)
+        self.post_init()
+
+    @property
+    def decoder(self) -> nn.Linear:
+        """From states to tokens."""
+        return self.retrieval_head.decoder
+
+    def states_at(
+        self, fed: Fed, chosen: Tensor, embeddings: EncoderEmbeddings | None
+    ) -> tuple[Tensor, MixedStates]:
+        """States in front of `decoder` at chosen tokens [B * N, S], and all mixed ones."""
+        hidden = self.encode(fed, embeddings=embeddings)
+        length = self.config.prefix_length
+        shifted = F.pad(chosen, (length, -length)) if length else chosen
+        pairs = pairs_of_rows(shifted, self.config.num_instances)
+        return self.vocabulary_states(hidden, pairs), hidden
+
+
+class PlainGenerator(nn.Module):
+    """ELECTRA's generator, one row at a time, with padding masked."""
+
+    def __init__(self, config: MuxElectraConfig, own_embeddings: bool):
+        super().__init__()
+        self.electra = EncoderModel(config, own_embeddings)
+        width = config.embedding_size
+        norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        dense = nn.Linear(config.hidden_size, width)
+        self.generator_predictions = nn.ModuleDict({"LayerNorm": norm, "dense": dense})
+        self.generator_lm_head = nn.Linear(width, config.vocab_size)
+
+    @property
+    def decoder(self) -> nn.Linear:
+        """From states to tokens."""
+        return self.generator_lm_head
+
+    def states_at(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        token_type_ids: Tensor | None,
+        position_ids: Tensor | None,
+        chosen: Tensor,
+        embeddings: EncoderEmbeddings | None,
+    ) -> Tensor:
+        """States in front of `decoder` at chosen tokens: [R, S] ids, bool [R, S] -> [C, D]."""
+        embed = embeddings or self.electra.embeddings
+        mask = key_mask(attention_mask) if attention_mask is not None else None
+        hidden = self.electra.encode(embed(input_ids, token_type_ids, position_ids), mask)[chosen]
+        head = self.generator_predictions
+        return head["LayerNorm"](F.gelu(head["dense"](hidden)))
+
+
+class MuxElectraForReplacedTokens(MuxElectraForPreTraining):
+    """A discriminator with what replaces the tokens it looks at.
+
+    Generator and discriminator share their embeddings if these are of one size.
+
+    Source: Murahari et al. 2023, section 3.2; Clark et al. 2020, section 2.
+    """
+
+    _keys_to_ignore_on_load_unexpected = (r"position_ids$",)
+
+    def _finish(self) -> None:
+        config = self.config
+        if config.generator != "none":
+            own = config.of_generator()
+            same = ("embedding_size", "vocab_size", "max_position_embeddings", "type_vocab_size")
+            self.shares_embeddings = all(getattr(own, n) == getattr(config, n) for n in same)
+            kind = PlainGenerator if config.generator == "plain" else MuxElectraForMaskedLM
+            self.generator = kind(own, not self.shares_embeddings)
+            if config.generator == "plain" and own.tie_word_embeddings:
+                place = "" if self.shares_embeddings else "generator."
+                self._tied_weights_keys = {
+                    "generator.generator_lm_head.weight": (
+                        f"{place}electra.embeddings.word_embeddings.weight"
+                    )
+                }
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | float | None = None,
+        retrieval_slots: Tensor | None = None,
+        num_retrieval_items: Tensor | float | None = None,
+        random_ids: Tensor | None = None,
+        num_generator_items: Tensor | float | None = None,
+        generator_slots: Tensor | None = None,
+        num_generator_retrieval_items: Tensor | float | None = None,
+        return_dict: bool | None = None,
+    ) -> MuxElectraOutput | tuple:
+        """Replace what is masked, and tell it from the rest.
+
+        Args:
+            input_ids: [B * N, S] with `mask_token_id` where tokens are to be replaced.
+            labels: [B * N, S] the tokens that were there, -100 where the generator is not scored;
+                not needed without a generator.
+            random_ids: [B * N, S] with what masks are replaced by; None to draw it.
+            num_items_in_batch, num_retrieval_items, num_generator_items,
+            num_generator_retrieval_items: what the summed losses of discriminator and generator
+                are divided by; None for the numbers of this batch.
+            retrieval_slots, generator_slots: [B, T], see `retrieval_targets`; None to draw them.
+        Returns:
+            `MuxElectraOutput`.
+        Raises:
+            ValueError: if labels are missing that the generator needs, and as for the
+                discriminator.
+        """
+        given = (attention_mask, token_type_ids, position_ids)
+        masked = input_ids == self.config.mask_token_id
+        generator_loss = None
+        if self.config.generator == "none":
+            if random_ids is None:
+                random_ids = torch.randint_like(input_ids, self.config.vocab_size)
+            replaced, corrupted = torch.where(masked, random_ids, input_ids), masked
+        else:
+            if labels is None:
+                raise ValueError("labels are missing: the generator must know the masked tokens")
+            generator_loss, replaced = self._generate(
+                (input_ids, *given),
+                labels,
+                masked,
+                random_ids,
+                num_generator_items,
+                generator_slots,
+                num_generator_retrieval_items,
+            )
+            corrupted = masked & (replaced != labels)
+        found = self.discriminate(
+            self.feed(replaced, *given),
+            corrupted,
+            num_items_in_batch,
+            retrieval_slots,
+            num_retrieval_items,
+        )
+        loss = self.config.disc_loss_weight * found.loss
+        if generator_loss is not None:
+            loss = loss + self.config.gen_loss_weight * generator_loss
+        output = MuxElectraOutput(
+            **{name: value for name, value in found.items() if name != "loss"},
+            loss=loss,
+            generator_loss=generator_loss,
+            discriminator_loss=found.loss,
+            input_ids=replaced,
+            corrupted=corrupted,
+        )
+        return self.returned(output, return_dict)
+
+    def _generate(
+        self,
+        given: tuple[Tensor | None, ...],
+        labels: Tensor,
+        masked: Tensor,
+        random_ids: Tensor | None,
+        items: Tensor | float | None,
+        slots: Tensor | None,
+        retrieval_items: Tensor | float | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Loss of the generator, and the ids with what it put in place of the masks."""
+        generator, embeddings = self.generator, None
+        if self.shares_embeddings:
+            embeddings = self.backbone.embeddings
+        chosen, retrieval = masked | (labels != IGNORED), None
+        if self.config.generator == "plain":
+            states = generator.states_at(*given, chosen, embeddings)
+        else:
+            if length := generator.config.prefix_length:
+                chosen = F.pad(chosen[:, :-length], (0, length))  # those columns are dropped
+            fed = generator.feed(*given)
+            states, hidden = generator.states_at(fed, chosen, embeddings)
+            if generator.config.retrieval_loss_coeff > 0:
+                retrieved = MuxOutput()
+                generator.retrieve(retrieved, hidden, fed.ids, slots, retrieval_items)
+                retrieval = retrieved.retrieval_loss
+        scored = labels[chosen] != IGNORED
+        targets = labels[chosen][scored]
+        total, *_ = token_scores(
+            states[scored], generator.decoder, targets, keep_logits=False, count=False
+        )
+        loss = total / (max(targets.numel(), 1) if items is None else items)
+        if self.config.generator == "multiplexed":
+            loss = generator.combined(loss, retrieval)
+        replaced = given[0].clone()
+        if random_ids is None:
+            replaced[chosen & masked] = sample_tokens(states[masked[chosen]], generator.decoder)
+        else:
+            replaced[chosen & masked] = random_ids[chosen & masked]
+        return loss, replaced
+
+
+@torch.no_grad()
+def sample_tokens(states: Tensor, decoder: nn.Linear) -> Tensor:
+    """Tokens drawn from softmax(decoder(states)): [R, D] -> [R] int64, chunk by chunk."""
+    rows = max(1, _SAMPLED_TOGETHER // decoder.out_features)
+    drawn = [
+        torch.multinomial(decoder(part).float().softmax(-1), 1)[:, 0]
+        for part in (states.split(rows) if len(states) else ())
+    ]
+    return torch.cat(drawn) if drawn else states.new_zeros(0, dtype=torch.long)

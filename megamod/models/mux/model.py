@@ -1,0 +1,399 @@
+"""What all multiplexed encoders have in common: from ids of B * N rows to mixed hidden states.
+
+Row r of a batch is instance r % N of group r // N; a group shares one pass through the encoder.
+Parameters have the names of the published checkpoints, those of shared modules once.
+
+Source: Murahari et al. 2023 (MUX-PLM), and its release for everything the paper leaves open.
+"""
+
+from typing import ClassVar
+
+import torch
+from megamod_kernels.demux import Pairs
+from megamod_kernels.dispatch import uses_triton
+from megamod_kernels.mux import multiplex
+from megamod_kernels.norm_linear import uses_kernel
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
+
+from megamod.models.mux.configuration import MuxConfig
+from megamod.models.mux.types import Fed, MixedStates, MuxOutput
+from megamod.nn.demultiplexer import PrefixDemultiplexer, RsaDemultiplexer, SharedDemux
+from megamod.nn.encoder import (
+    EncoderEmbeddings,
+    EncoderLayer,
+    EncoderModel,
+    draw_weights,
+    was_loaded,
+)
+from megamod.nn.multiplexer import (
+    HADAMARD,
+    KEYED_MEANS,
+    draw_keys,
+    key_shape,
+    multiplex_contextual,
+    multiplex_contextual_v1,
+    multiplex_orthogonal,
+)
+from megamod.nn.retrieval import (
+    IGNORED,
+    PrefixRetrievalHead,
+    RetrievalHead,
+    draw_slots,
+    pairs_at,
+    retrieval_targets,
+    token_scores,
+)
+
+
+class MuxPreTrainedModel(PreTrainedModel):
+    """Embeddings, multiplexer, encoder and demultiplexer.
+
+    Class attributes say how a family or a head deviates:
+        backbone_name: attribute that holds the encoder.
+        pretraining: a prefix takes the place of the last tokens, and a batch must consist of whole
+            groups.
+        sees_segments: token types and positions are those of the tokens. In the release
+            classifiers ignore token types, and give positions to the mixed sequence.
+        overwrites_cls: column 0 of an RSA model always holds `cls_token_id`.
+        masks_instances: the contextual multiplexer masks padding among instances.
+        ties_vocabulary: the retrieval head's matrix is that of the word embeddings.
+        residual_retrieval: the retrieval head adds to its input and uses all layers (ELECTRA).
+        retrieval_start: first column that an RSA model is asked to retrieve.
+        retrieves_padding: whether padding is a target.
+    """
+
+    config: MuxConfig
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ("EncoderLayer",)
+    # Parts that a head does not have: checkpoints hold those of pretraining and of tasks alike.
+    _keys_to_ignore_on_load_unexpected = (r"position_ids$", r"^retrieval_head\.")
+
+    backbone_name: ClassVar[str] = "bert"
+    pretraining: ClassVar[bool] = False
+    sees_segments: ClassVar[bool] = False
+    overwrites_cls: ClassVar[bool] = True
+    masks_instances: ClassVar[bool] = False
+    ties_vocabulary: ClassVar[bool] = True
+    residual_retrieval: ClassVar[bool] = False
+    retrieval_start: ClassVar[int] = 0
+    retrieves_padding: ClassVar[bool] = False
+    takes_prefix_with_context: ClassVar[bool] = False
+    multiplexers_of_others: ClassVar[tuple[str, ...]] = ("gaussian_attention",)
+
+    def __init__(self, config: MuxConfig, own_embeddings: bool = True):
+        super().__init__(config)
+        variant, N = config.muxing_variant, config.num_instances
+        width = getattr(config, "embedding_size", config.hidden_size)
+        if variant in self.multiplexers_of_others:
+            raise ValueError(f"muxing_variant {variant!r} is not one of {type(self).__name__}")
+        contextual = variant == "gaussian_attention_v2"
+        if contextual and config.prefix_length and not self.takes_prefix_with_context:
+            raise ValueError(
+                f"{type(self).__name__}: gaussian_attention_v2 needs demuxing_variant 'index_pos'"
+            )
+        self.add_module(self.backbone_name, EncoderModel(config, own_embeddings))
+        self.instance_embedding = nn.Parameter(
+            torch.empty(key_shape(variant, N, width)), requires_grad=bool(config.learn_muxing)
+        )
+        if variant.startswith("gaussian_attention"):
+            self.muxing_attention = EncoderLayer(config, width)
+        if contextual:
+            self.muxing_attention_2 = EncoderLayer(config, width)
+        if variant == "gaussian_attention":
+            self.cross_instances_linear = nn.Linear(width, width)
+            self.cross_instances_layernorm = nn.LayerNorm(width)
+
+    @classmethod
+    def from_pretrained(cls, *args: object, **kwargs: object) -> "MuxPreTrainedModel | tuple":
+        """As for every model; keys that are not to be trained stay so."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        # Loading makes parameters anew, and all of them trainable.
+        for module in (loaded[0] if isinstance(loaded, tuple) else loaded).modules():
+            if isinstance(module, MuxPreTrainedModel):
+                module.instance_embedding.requires_grad_(bool(module.config.learn_muxing))
+        return loaded
+
+    @property
+    def backbone(self) -> EncoderModel:
+        """Embeddings and encoder."""
+        return getattr(self, self.backbone_name)
+
+    def get_input_embeddings(self) -> nn.Module | None:
+        embeddings = getattr(self.backbone, "embeddings", None)
+        return None if embeddings is None else embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.backbone.embeddings.word_embeddings = value
+
+    def add_demultiplexer(self) -> None:
+        """Give the model its modules to demultiplex with."""
+        config = self.config
+        size, eps = config.hidden_size, config.layer_norm_eps
+        if config.demuxing_variant == "index_pos":
+            self.demux_module = SharedDemux(
+                config.num_instances, size, config.num_hidden_demux_layers, eps
+            )
+            self.demultiplexer = RsaDemultiplexer(size, eps, config.hidden_dropout_prob)
+        else:
+            self.demultiplexer = PrefixDemultiplexer(size, eps)
+
+    def add_retrieval_if_used(self) -> None:
+        """A head over the vocabulary, unless nothing would train it."""
+        if self.config.retrieval_loss_coeff > 0:
+            self.add_retrieval()
+
+    def add_retrieval(self) -> None:
+        """Give the model a head over the vocabulary, of which BERT's matrix is the embeddings'."""
+        config = self.config
+        if config.tie_word_embeddings and self.ties_vocabulary:
+            source = f"{self.backbone_name}.embeddings.word_embeddings.weight"
+            self._tied_weights_keys = {"retrieval_head.decoder.weight": source}
+        size, eps = config.hidden_size, config.layer_norm_eps
+        if config.demuxing_variant == "index":
+            self.retrieval_head = PrefixRetrievalHead(size, config.vocab_size, eps)
+            return
+        if not hasattr(self, "demux_module"):
+            self.demux_module = SharedDemux(
+                config.num_instances, size, config.num_hidden_demux_layers, eps
+            )
+        layers = config.num_hidden_demux_layers if self.residual_retrieval else 2
+        self.retrieval_head = RetrievalHead(
+            size, config.vocab_size, eps, layers, self.residual_retrieval
+        )
+
+    def ids_fed(self, input_ids: Tensor) -> Tensor:
+        """The ids that are embedded: column 0 overwritten, or with a prefix.
+
+        Args:
+            input_ids: [B * N, S] of whole groups; it is left as it is.
+        Returns:
+            [B * N, T]; T is S, or S + N + 1 for classifiers with a prefix.
+        """
+        config, length = self.config, self.config.prefix_length
+        if not length:
+            if not self.overwrites_cls:
+                return input_ids
+            ids = input_ids.clone()
+            ids[:, 0] = config.cls_token_id
+            return ids
+        N = config.num_instances
+        slots = torch.arange(N, device=input_ids.device)
+        prefix = input_ids.new_full((N, N + 1), config.prefix_fill_token_id)
+        prefix[slots, slots] = config.prefix_first_token_id - slots
+        prefix[:, N] = config.cls_token_id
+        return self._prepend(prefix.repeat(len(input_ids) // N, 1), input_ids)
+
+    def feed(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Fed:
+        """Fill up the last group, and see that the batch fits the model.
+
+        Raises:
+            ValueError: for a batch that pretraining cannot group, or that is too long.
+        """
+        N, rows = self.config.num_instances, len(input_ids)
+        if rows % N:
+            if self.pretraining:
+                raise ValueError(f"{rows} rows are no whole groups of num_instances {N}")
+            order = torch.arange(-(-rows // N) * N, device=input_ids.device)
+            if self.config.filler == "random":
+                order[rows:] = torch.randint(rows, (len(order) - rows,), device=order.device)
+            order %= rows
+            input_ids, attention_mask, token_type_ids = (
+                given[order] if given is not None else None
+                for given in (input_ids, attention_mask, token_type_ids)
+            )
+            if self.sees_segments and position_ids is not None and len(position_ids) == rows:
+                position_ids = position_ids[order]
+        if not (self.sees_segments or self.config.use_token_type_ids):
+            token_type_ids = None
+        ids = self.ids_fed(input_ids)
+        added = ids.shape[1] - input_ids.shape[1]
+        if added and token_type_ids is not None:
+            token_type_ids = F.pad(token_type_ids, (added, 0))
+        room = self.config.max_position_embeddings - self.config.first_position
+        if ids.shape[1] > room:
+            behind = f" behind a prefix of {added}" if added else ""
+            raise ValueError(
+                f"{input_ids.shape[1]} tokens{behind} need more than the {room} positions of "
+                f"max_position_embeddings {self.config.max_position_embeddings}"
+            )
+        return Fed(rows, ids, attention_mask, token_type_ids, position_ids)
+
+    def encode(
+        self, fed: Fed, queries: int | None = None, embeddings: EncoderEmbeddings | None = None
+    ) -> MixedStates:
+        """Mixed hidden states of a batch, [B, queries or T, D].
+
+        Args:
+            queries: how many of the first columns are needed; None for all.
+            embeddings: used in place of the model's own.
+        """
+        embeddings = embeddings or self.backbone.embeddings
+        mask, attended = self._encoder_mask(fed), None
+        first, second = self._positions(fed)
+        table, kernels = embeddings.word_embeddings.weight, self.config.kernels
+        if self.config.muxing_variant in KEYED_MEANS and uses_triton(kernels, table):
+            given = (fed.ids, self.instance_embedding, fed.token_type_ids, first, second)
+            if kernels == "triton" and self._begins_with_all_columns(queries):
+                block = self.backbone.encoder.layer[0]
+                mixed, attended = embeddings.multiplexed_attention(*given, block, mask, kernels)
+            else:
+                mixed = embeddings.multiplexed(*given, kernels)
+        else:
+            x = embeddings(fed.ids, fed.token_type_ids, first)
+            mixed = self._multiplex(x.unflatten(0, (-1, self.config.num_instances)), fed.mask)
+            mixed = embeddings(mixed, None, second)
+        rsa = isinstance(getattr(self, "demultiplexer", None), RsaDemultiplexer)
+        if rsa and uses_kernel(kernels, mixed):
+            states = self.backbone.encode(mixed, mask, queries, attended, norm=False)
+            return MixedStates(states, self.backbone.encoder.layer[-1].output["LayerNorm"])
+        return MixedStates(self.backbone.encode(mixed, mask, queries, attended))
+
+    def demultiplex(
+        self, hidden: MixedStates, columns: slice, pairs: Pairs | None = None
+    ) -> Tensor:
+        """Hidden states of instances: [R, D] for pairs, else [B, N, columns, D]."""
+        if self.config.prefix_length:
+            return self.demultiplexer(hidden.normed(), self.config.num_instances, columns, pairs)
+        wanted = hidden.states if pairs is not None else hidden.states[:, columns]
+        given = (wanted, pairs, self.config.kernels, hidden.norm)
+        return self.demultiplexer(self.demux_module, *given)
+
+    def vocabulary_states(self, hidden: MixedStates, pairs: Pairs | None) -> Tensor:
+        """What the retrieval head's decoder is applied to: as `demultiplex`, of all columns."""
+        if self.config.prefix_length:
+            return self.retrieval_head(hidden.normed(), self.config.num_instances, pairs)
+        return self.retrieval_head(self.demux_module, hidden.normed(), pairs)
+
+    def retrieve(
+        self,
+        output: MuxOutput,
+        hidden: MixedStates,
+        ids: Tensor,
+        slots: Tensor | None,
+        items: Tensor | float | None,
+    ) -> None:
+        """Retrieve one token per mixed position; put the loss and what was right in the output.
+
+        Args:
+            hidden: of [B, T, D].
+            ids: [B * N, T] as they were fed.
+            slots: [B, T], instances to ask for; None to draw them.
+            items: what the summed loss is divided by; None for the number of targets.
+        """
+        if not hasattr(self, "retrieval_head"):
+            raise ValueError(
+                "retrieval_loss_coeff was 0 when this model was made, so it has no retrieval head"
+            )
+        config = self.config
+        start = config.prefix_length or self.retrieval_start
+        groups, length = hidden.states.shape[:2]
+        if slots is None:
+            slots = draw_slots(groups, length, config.num_instances, start, ids.device)
+        kept = None
+        if not self.retrieves_padding and config.retrieval_percentage < 1:
+            kept = torch.rand(slots.shape, device=ids.device) < config.retrieval_percentage
+        padding = None if self.retrieves_padding else config.pad_token_id
+        targets = retrieval_targets(ids, slots, start=start, ignored_id=padding, kept=kept)
+        total, correct = self._retrieval_scores(hidden, slots, targets)
+        count = (targets != IGNORED).sum()
+        output["retrieval_loss"] = total / (count.clamp(min=1) if items is None else items)
+        output["retrieval_correct"], output["retrieval_count"] = correct, count
+
+    def combined(self, task: Tensor | None, retrieval: Tensor | None) -> Tensor | None:
+        """The loss: both terms times their coefficients; a term that is None is left out."""
+        terms = ((self.config.task_loss_coeff, task), (self.config.retrieval_loss_coeff, retrieval))
+        there = [weight * term for weight, term in terms if term is not None]
+        return sum(there[1:], there[0]) if there else None
+
+    def returned(self, output: ModelOutput, return_dict: bool | None) -> ModelOutput | tuple:
+        """The output, or a tuple if the caller or the configuration wants one."""
+        output = type(output)(**output)  # in the order of its fields: the loss was set last
+        wants_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if wants_dict else output.to_tuple()
+
+    def _retrieval_scores(
+        self, hidden: MixedStates, slots: Tensor, targets: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        chosen = targets != IGNORED
+        states = self.vocabulary_states(hidden, pairs_at(slots, chosen))
+        decoder, labels = self.retrieval_head.decoder, targets[chosen]
+        together = not self.training
+        return token_scores(states, decoder, labels, keep_logits=together, count=True)[:2]
+
+    def _prepend(self, prefix: Tensor, given: Tensor) -> Tensor:
+        if not self.pretraining:
+            return torch.cat([prefix, given], 1)
+        kept = given.shape[1] - prefix.shape[1]
+        if kept < 1:
+            raise ValueError(
+                f"{given.shape[1]} tokens leave no room for a prefix of {prefix.shape[1]}"
+            )
+        return torch.cat([prefix, given[:, :kept]], 1)
+
+    def _positions(self, fed: Fed) -> tuple[Tensor | None, Tensor | None]:
+        """Position rows of the first and of the second embedding; None for consecutive ones."""
+        return (fed.position_ids, None) if self.sees_segments else (None, fed.position_ids)
+
+    def _begins_with_all_columns(self, queries: int | None) -> bool:
+        """Whether the first block attends to what the embedding gives, from every column."""
+        backbone = self.backbone
+        narrow = hasattr(backbone, "embeddings_project")
+        return not narrow and (queries is None or len(backbone.encoder.layer) > 1)
+
+    def _multiplex(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """[B, N, T, D] -> [B, T, D]."""
+        variant, key = self.config.muxing_variant, self.instance_embedding
+        if variant == "gaussian_attention_v2":
+            blocks = (self.muxing_attention, self.muxing_attention_2)
+            shown = (mask, self.masks_instances, self.config.kernels)
+            return multiplex_contextual(x, key, *blocks, *shown)
+        if variant == "gaussian_attention":
+            modules = (self.muxing_attention, self.cross_instances_linear)
+            return multiplex_contextual_v1(x, key, *modules, self.cross_instances_layernorm)
+        if variant in HADAMARD:
+            return multiplex(x, key, self.config.kernels)
+        return multiplex_orthogonal(x, key.to(x.dtype))
+
+    def _encoder_mask(self, fed: Fed) -> Tensor | None:
+        """bool [B, 1, 1, T], False where all instances are padding, if that is to be masked."""
+        if not self.config.mask_padding or fed.mask is None:
+            return None
+        mask = fed.mask != 0
+        if length := self.config.prefix_length:
+            mask = self._prepend(mask.new_ones(len(mask), length), mask)
+        by_group = mask.view(-1, self.config.num_instances, mask.shape[1])
+        return by_group.any(1)[:, None, None, :]
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # For classes outside transformers a module would be passed over once all of its own
+        # parameters were loaded, and the keys are the model's own.
+        super()._initialize_weights(module, is_custom_code=False)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """BERT's initialisation; keys are drawn. All from torch's global generator."""
+        draw_weights(module, self.config.initializer_range)
+        if isinstance(module, SharedDemux):
+            nn.init.normal_(module.demux_instance_embedding)
+        elif isinstance(module, MuxPreTrainedModel):
+            key = module.instance_embedding
+            if not was_loaded(key):
+                config = module.config
+                drawn = draw_keys(
+                    config.muxing_variant,
+                    config.num_instances,
+                    key.shape[-1],
+                    norm=config.gaussian_hadamard_norm,
+                    epsilon=config.binary_hadamard_epsilon,
+                )
+                key.copy_(drawn)

@@ -1,0 +1,137 @@
+"""DataMUX on RoBERTa, as first published: classifiers of sequences and tokens.
+
+Source: Murahari et al. 2022 (DataMUX), section 3, and its release.
+"""
+
+from typing import ClassVar
+
+from megamod_kernels.demux import Pairs
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megamod.models.mux.classifier import MuxSequenceClassifier, MuxTokenClassifier
+from megamod.models.mux.configuration import MuxRobertaConfig
+from megamod.models.mux.model import MuxPreTrainedModel
+from megamod.models.mux.types import Fed, MixedStates
+from megamod.nn.demultiplexer import MlpDemux, PrefixDemultiplexer
+from megamod.nn.encoder import padding_aware_positions
+from megamod.nn.retrieval import IGNORED, MlpRetrievalHead, token_scores
+
+
+class PrefixSequenceHead(PrefixDemultiplexer):
+    """Prefix demultiplexer with classifier: out_proj(gelu(dense z))."""
+
+    def __init__(self, config: MuxRobertaConfig):
+        super().__init__(config.hidden_size, config.layer_norm_eps)
+        self.dense_before_out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
+
+    def classify(self, states: Tensor) -> Tensor:
+        """[..., D] -> [..., C]."""
+        return self.out_proj(F.gelu(self.dense_before_out_proj(states)))
+
+
+class PrefixTokenHead(PrefixDemultiplexer):
+    """Prefix demultiplexer with classifier."""
+
+    def __init__(self, config: MuxRobertaConfig):
+        super().__init__(config.hidden_size, config.layer_norm_eps)
+        self.decoder = nn.Linear(config.hidden_size, config.num_labels)
+
+    def classify(self, states: Tensor) -> Tensor:
+        """[..., D] -> [..., C]."""
+        return self.decoder(states)
+
+
+class MlpHead(nn.Module):
+    """A network per instance with classifier: out_proj(LN(gelu(dense x)))."""
+
+    def __init__(self, config: MuxRobertaConfig):
+        super().__init__()
+        size, eps = config.hidden_size, config.layer_norm_eps
+        self.demux_module = MlpDemux(config.num_instances, size, eps, config.hidden_dropout_prob)
+        self.dense_before_out_proj = nn.Linear(size, size)
+        self.layernorm_presoftmax = nn.LayerNorm(size, eps=eps)
+        self.out_proj = nn.Linear(size, config.num_labels)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Mixed states [B, L, D] -> [B, N, L, D]."""
+        return self.demux_module(hidden)
+
+    def classify(self, states: Tensor) -> Tensor:
+        """[..., D] -> [..., C]."""
+        return self.out_proj(self.layernorm_presoftmax(F.gelu(self.dense_before_out_proj(states))))
+
+
+class MuxRobertaPreTrainedModel(MuxPreTrainedModel):
+    """The family's deviations from MUX-BERT."""
+
+    config: MuxRobertaConfig
+    backbone_name: ClassVar[str] = "roberta"
+    ties_vocabulary: ClassVar[bool] = False
+    sees_segments: ClassVar[bool] = True
+
+    def demultiplex(
+        self, hidden: MixedStates, columns: slice, pairs: Pairs | None = None
+    ) -> Tensor:
+        if self.config.demuxing_variant == "index":
+            return super().demultiplex(hidden, columns, pairs)
+        states = self.demultiplexer(hidden.normed()[:, columns])
+        return states if pairs is None else states[pairs.group, pairs.instance, pairs.position]
+
+    def class_logits(self, states: Tensor) -> Tensor:
+        return self.demultiplexer.classify(states)
+
+    def add_retrieval(self) -> None:
+        config = self.config
+        if config.demuxing_variant == "index":
+            super().add_retrieval()
+            return
+        self.retrieval_head = MlpRetrievalHead(
+            config.num_instances,
+            config.hidden_size,
+            config.vocab_size,
+            config.layer_norm_eps,
+            config.hidden_dropout_prob,
+        )
+
+    def _retrieval_scores(
+        self, hidden: MixedStates, slots: Tensor, targets: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        if self.config.demuxing_variant == "index":
+            return super()._retrieval_scores(hidden, slots, targets)
+        chosen = targets != IGNORED
+        states = self.retrieval_head(hidden.normed(), slots)[chosen]
+        decoder, labels = self.retrieval_head.decoder, targets[chosen]
+        together = not self.training
+        return token_scores(states, decoder, labels, keep_logits=together, count=True)[:2]
+
+    def _positions(self, fed: Fed) -> tuple[Tensor | None, Tensor | None]:
+        if fed.position_ids is not None:
+            return fed.position_ids, None
+        return padding_aware_positions(fed.ids, self.config.pad_token_id), None
+
+
+class MuxRobertaForSequenceClassification(MuxRobertaPreTrainedModel, MuxSequenceClassifier):
+    """Labels of rows; prefix or network per instance."""
+
+    masks_instances: ClassVar[bool] = False
+    retrieval_start: ClassVar[int] = 1
+
+    def __init__(self, config: MuxRobertaConfig):
+        super().__init__(config)
+        prefix = config.demuxing_variant == "index"
+        self.demultiplexer = PrefixSequenceHead(config) if prefix else MlpHead(config)
+        self.add_retrieval_if_used()
+        self.post_init()
+
+
+class MuxRobertaForTokenClassification(MuxRobertaPreTrainedModel, MuxTokenClassifier):
+    """Labels of tokens; prefix or network per instance."""
+
+    def __init__(self, config: MuxRobertaConfig):
+        super().__init__(config)
+        prefix = config.demuxing_variant == "index"
+        self.demultiplexer = PrefixTokenHead(config) if prefix else MlpHead(config)
+        self.add_retrieval_if_used()
+        self.post_init()

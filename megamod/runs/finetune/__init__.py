@@ -1,0 +1,1 @@
+"""Finetuning runs on one task or on many."""

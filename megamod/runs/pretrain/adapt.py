@@ -1,0 +1,274 @@
+"""Adaptation of one expert to a new domain, and the place of the result in its forest.
+
+Source: Gururangan et al. 2022 (DEMix), section 6: domain-adaptive pretraining of the expert that
+suits the new text best; with `feedforward` it becomes an expert more and the others stay as they
+are.
+"""
+
+import shutil
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch.distributed as dist
+from torch import nn
+
+from megamod.args import OptimArgs, RunArgs, SafetyArgs
+from megamod.data.lm.pretraining import LmData
+from megamod.dist.process import gather_text, init_process
+from megamod.dist.scope import Sharing
+from megamod.dist.topology import DomainTopology
+from megamod.errors import UserError
+from megamod.evaluation.perplexity import own_scores
+from megamod.evaluation.plots import read_metrics
+from megamod.evaluation.report import write_report
+from megamod.files import sha256, sync_folder, write_json
+from megamod.models.auto import active_parameters
+from megamod.models.lm.configuration import DemixConfig
+from megamod.runs.pretrain.adapt_args import AdaptArgs
+from megamod.runs.pretrain.adapt_start import (
+    RECORD,
+    Start,
+    build,
+    candidates,
+    choose,
+    config_of,
+    digest_of,
+    estimate,
+    open_data,
+    record,
+)
+from megamod.runs.pretrain.causal_lm import evaluate_own, evaluation, lm_flops
+from megamod.runs.training import Recipe, Running, execute
+from megamod.states.forest import FILE, Expert, Forest, Parent, edit_forest
+from megamod.states.grow import grow
+from megamod.states.weights import read_weights
+from megamod.train.checkpoint import TrainState
+from megamod.train.export import Card, ModelExport
+from megamod.train.objectives import CausalLM
+
+
+def adapt(run: RunArgs, safety: SafetyArgs, optim: OptimArgs, args: AdaptArgs) -> None:
+    """Choose the start, train, publish OUT/model, and let it join the forest; collective.
+
+    Raises:
+        UserError: for an unknown start, domains or a vocabulary that do not fit, or a domain that
+            the forest has already; then nothing is written.
+    """
+    output = Path(run.output_dir).absolute()
+    forest = candidates(args)
+    if args.domain in forest.domains:
+        made = forest.experts[forest.domains.index(args.domain)]
+        if made.path.resolve() != (output / "model").resolve():
+            raise UserError(
+                f"--domain {args.domain}: {forest.path} has an expert of that name already, "
+                f"{made.path}"
+            )
+        print(f"{forest.path} has the expert {args.domain} of this run already: {made.path}")
+        return
+    data = open_data(args, forest)
+    device = init_process(safety.dist_timeout)
+    batch_size = run.per_device_eval_batch_size
+    start = choose(
+        forest,
+        args,
+        output,
+        safety.resume,
+        partial(estimate, forest, data, args.prior_sequences, batch_size, device),
+    )
+    topology = DomainTopology(dist.get_world_size(), data.domains, Sharing.DENSE)
+    done = execute(
+        _recipe(run, args, forest, data, start, topology),
+        (run, safety, optim, args),
+        workers=args.dataloader_num_workers,
+        checkpointing=args.gradient_checkpointing,
+    )
+    if done is None:
+        return
+    matrix = evaluation(done, data, topology, run, args.eval_split)()
+    if dist.get_rank() == 0:
+        done.monitor.close()
+        print(write_report(done.output, matrix, args.eval_split, done.state.step))
+        before, after = _before(done.output, args.domain), own_scores(matrix)[args.domain]
+        if before is not None:
+            print(
+                f"{args.domain}: {args.eval_split} perplexity {before:.2f} under "
+                f"{start.expert.domain}, {after.perplexity:.2f} after adaptation"
+            )
+        if done.state.step < run.max_steps:
+            print(f"stopped at step {done.state.step}: {args.domain} joins the forest at the end")
+        else:
+            made = _made(run, args, data, start, done.state, output)
+            print(join(args, forest, start.expert, made, output))
+
+
+def _recipe(
+    run: RunArgs,
+    args: AdaptArgs,
+    forest: Forest,
+    data: LmData,
+    start: Start,
+    topology: DomainTopology,
+) -> Recipe:
+    output, rank = Path(run.output_dir), dist.get_rank()
+    config = config_of(start.expert, args)
+    digest = gather_text(digest_of(start.expert) if rank == 0 else "")[0]
+
+    def make_model() -> nn.Module:
+        if rank == 0:
+            output.mkdir(parents=True, exist_ok=True)
+            write_json(output / RECORD, record(forest, start, digest))
+            print(f"starting from the expert {start.expert.domain}, {start.why}", flush=True)
+        return build(start.expert, config, args.method)
+
+    def make_evaluate(running: Running) -> partial[None]:
+        scores = evaluation(running, data, topology, run, args.eval_split)
+        evaluate = partial(evaluate_own, scores, running, args.eval_split)
+        if running.state.step == 0:
+            evaluate(0)  # what the start makes of the new domain
+        return evaluate
+
+    return Recipe(
+        config=config,
+        topology=topology,
+        data_digest=data.digest,
+        tokenizer=data.tokenizer_folder,
+        card=_card(args, start, data.digest),
+        groups=data.domains,
+        unit="tokens",
+        make_batches=lambda global_batch: data.train_batches(
+            sampler="balanced",
+            alpha=1.0,
+            seed=run.seed,
+            micro_batch=run.per_device_train_batch_size,
+            global_batch=global_batch,
+            rank=rank,
+            ranks=topology.world_size,
+            held=None,
+        ),
+        make_model=make_model,
+        make_objective=lambda device: CausalLM(data.domains, device, choose=False),
+        make_evaluate=make_evaluate,
+        flops_per_token=partial(_flops, config),
+        # The weights say what was started from, wherever they lie now and however they were chosen.
+        settings={"start weights": digest, "start": start.expert.domain}
+        | dict.fromkeys(("forest", "model", "prior", "prior_sequences")),
+        write_model=(
+            partial(write_grown, start.expert, args.domain) if _grows(args, start) else None
+        ),
+    )
+
+
+def write_grown(expert: Expert, domain: str, export: ModelExport, folder: Path) -> None:
+    """Write the model that `expert` belongs to, what was trained as one expert more; collective.
+
+    Args:
+        export: writes the dense model that was trained.
+        folder: there already, and empty.
+    """
+    dense = folder / ".dense"
+    export(dense)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        grow(expert.path, folder, domain, expert.member, read_weights(dense))
+        for file in dense.iterdir():
+            # Model card, recipe and tokenizer; weights and configuration are the grown model's.
+            if not (folder / file.name).exists() and file.suffix != ".safetensors":
+                file.rename(folder / file.name)
+        shutil.rmtree(dense)
+        sync_folder(folder)
+
+
+def join(args: AdaptArgs, forest: Forest, start: Expert, made: Expert, output: Path) -> str:
+    """Add the new expert to its forest; returns the text that says where it is.
+
+    A forest.json is edited. A model with experts that grew is a forest itself. A whole model that
+    started from a folder without forest.json gets one in OUT, beside the experts of that folder.
+
+    Raises:
+        UserError: if the forest got an expert of that name in the meantime.
+    """
+    if args.model is not None:
+        return f"a model of its own: {made.path}"
+    given = Path(args.forest)
+    manifest = given / FILE if given.is_dir() else given
+    if not manifest.is_file():
+        if made.member is not None:
+            return f"{made.domain} is an expert of {made.path}, beside those it had"
+        manifest = output / FILE
+    with edit_forest(manifest) as experts:
+        # The same run may have come this far before.
+        experts[:] = [e for e in experts or forest.experts if not _same(e, made)]
+        if any(expert.domain == made.domain for expert in experts):
+            raise UserError(
+                f"{manifest} got an expert {made.domain} while this one was trained; this one is "
+                f"in {made.path}"
+            )
+        if made.member is not None:
+            # The grown folder holds the same experts, to the bit: so shared weights are read once.
+            experts[:] = [_moved(expert, start.path, made.path) for expert in experts]
+        experts.append(made)
+    return f"{made.domain} is an expert of {manifest}"
+
+
+def _grows(args: AdaptArgs, start: Start) -> bool:
+    """Whether the result is an expert more of the model that it started from."""
+    return args.method == "feedforward" and start.expert.member is not None
+
+
+def _made(
+    run: RunArgs, args: AdaptArgs, data: LmData, start: Start, state: TrainState, output: Path
+) -> Expert:
+    return Expert(
+        domain=args.domain,
+        path=output / "model",
+        member=args.domain if _grows(args, start) else None,
+        parents=(Parent(str(start.expert.path), 1.0),),
+        seed=run.seed,
+        updates=state.step,
+        tokens=sum(state.tokens.values()),
+        gpus=dist.get_world_size(),
+        data_digest=data.digest,
+        config_digest=sha256(output / "model" / "config.json"),
+    )
+
+
+def _same(one: Expert, other: Expert) -> bool:
+    return one.domain == other.domain and one.path.resolve() == other.path.resolve()
+
+
+def _moved(expert: Expert, source: Path, target: Path) -> Expert:
+    return replace(expert, path=target) if expert.path.resolve() == source.resolve() else expert
+
+
+def _before(output: Path, domain: str) -> float | None:
+    """Perplexity of the start on the new domain, which the run logged as that of step 0."""
+    records = read_metrics(output / "metrics.jsonl")
+    scores = [r["perplexity"][domain] for r in records if r["step"] == 0 and "perplexity" in r]
+    return scores[-1] if scores else None
+
+
+def _flops(config: DemixConfig, module: nn.Module) -> float:
+    """Operations of a training step per token; a frozen weight has no gradient, a third of them."""
+    frozen = {name: p.numel() for name, p in module.named_parameters() if not p.requires_grad}
+    return lm_flops(config, module) - 2 * active_parameters(frozen)
+
+
+def _card(args: AdaptArgs, start: Start, data_digest: str) -> Card:
+    facts = {
+        "adapted to the domain": args.domain,
+        "trained": "feed-forward networks" if args.method == "feedforward" else "everything",
+        "start": f"{start.expert.domain}, {start.why}",
+        "data-bin digest": data_digest,
+    }
+    if _grows(args, start):
+        facts["choose the new expert with"] = f"`model.set_domain({args.domain!r})`"
+        summary = "A language model with domain experts, one of them added by adaptation."
+    else:
+        summary = "A causal language model adapted to a domain with megamod."
+    return Card(
+        summary=summary,
+        tags=("causal-lm", "adapted"),
+        facts=facts,
+        load="AutoModelForCausalLM.from_pretrained(FOLDER)",
+    )

@@ -1,0 +1,227 @@
+"""Where an adaptation starts: which expert suits the new text best, and what it is made of.
+
+Source: Gururangan et al. 2022 (DEMix), section 6.2.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megamod.data.lm.batches import DataBin
+from megamod.data.lm.pretraining import LmData
+from megamod.dist.scope import dense_name, domain_of_name
+from megamod.errors import UserError
+from megamod.evaluation.ensemble import Protocol, estimate_priors
+from megamod.evaluation.expert_scores import Experts, OneByOne, Together
+from megamod.evaluation.saved import HeldOut
+from megamod.mixture.prior import read_prior
+from megamod.models.lm.configuration import DemixConfig, read_lm_config
+from megamod.models.lm.demix import DemixForCausalLM
+from megamod.runs.pretrain.adapt_args import AdaptArgs
+from megamod.states.forest import Expert, Forest, open_forest
+from megamod.states.stream import ModelFolder
+
+RECORD = "start.json"
+
+
+@dataclass(frozen=True)
+class Start:
+    """The expert an adaptation starts from, and how it was chosen.
+
+    Attributes:
+        posterior: of each expert on the new domain, where that decided.
+    """
+
+    expert: Expert
+    why: str
+    posterior: dict[str, float] | None = None
+
+
+def candidates(args: AdaptArgs) -> Forest:
+    """The experts that can be started from; a dense model is a forest of one.
+
+    Raises:
+        UserError: if there are none, or --start is none of them.
+    """
+    if args.model is None:
+        forest = open_forest(Path(args.forest))
+    else:
+        folder = Path(args.model).absolute()
+        if read_lm_config(folder, "--model").untie != "none":
+            raise UserError(f"--model {args.model} has experts: give it as --forest")
+        forest = Forest(folder, (Expert(domain="dense", path=folder),))
+    if args.start is not None and args.start not in forest.domains:
+        raise UserError(
+            f"--start {args.start}: {forest.path} has no such expert; choose of "
+            f"{', '.join(forest.domains)}"
+        )
+    return forest
+
+
+def open_data(args: AdaptArgs, forest: Forest) -> LmData:
+    """The new domain as every expert of the forest can read it.
+
+    Raises:
+        UserError: if domain, split, vocabulary or sequence length do not fit.
+    """
+    databin = DataBin(args.data)
+    if args.domain not in databin.domains:
+        raise UserError(
+            f"--domain {args.domain} is not in the data-bin {args.data}; it holds "
+            f"{', '.join(databin.domains)}"
+        )
+    flag = "--model" if args.forest is None else "--forest"
+    configs = {e.path: read_lm_config(e.path, flag) for e in forest.experts}
+    wanted = {"vocab_size": databin.vocab_size, **databin.special_ids}
+    for path, config in configs.items():
+        for field in ("vocab_size", "pad_token_id", "eos_token_id"):
+            if getattr(config, field) != wanted[field]:
+                raise UserError(
+                    f"{flag}: {path} has {field} {getattr(config, field)}, --data {args.data} has "
+                    f"{wanted[field]}: they are not of one vocabulary"
+                )
+    positions = min(config.max_position_embeddings for config in configs.values())
+    if args.max_seq_length is not None and args.max_seq_length > positions:
+        raise UserError(
+            f"--max_seq_length {args.max_seq_length}: the experts have {positions} positions"
+        )
+    block_size = args.max_seq_length or positions
+    for split in dict.fromkeys(("train", "valid", args.eval_split)):
+        databin.blocks(args.domain, split, block_size)
+    return LmData(args.data, domains=[args.domain], block_size=block_size, domain_token=False)
+
+
+def choose(
+    forest: Forest,
+    args: AdaptArgs,
+    output: Path,
+    resume: str,
+    estimate: Callable[[], Sequence[float]],
+) -> Start:
+    """The expert to start from: named, chosen before, or of the highest weight.
+
+    Args:
+        output: folder of the run, which may have been interrupted; --resume none forgets it.
+        estimate: makes the weights of all experts, if nothing else says them.
+    """
+    if len(forest.experts) == 1:
+        return Start(forest.experts[0], "the only one")
+    if args.start is not None:
+        return Start(forest.experts[forest.domains.index(args.start)], "as --start says")
+    if args.prior is not None:
+        weights, why = read_prior(Path(args.prior), forest.domains).weights, f"by {args.prior}"
+    elif resume != "none" and (recorded := _recorded(output / RECORD, forest)) is not None:
+        return recorded
+    else:
+        weights, why = estimate(), "of the highest posterior"
+    best = max(range(len(weights)), key=lambda number: weights[number])
+    posterior = dict(zip(forest.domains, map(float, weights), strict=True))
+    return Start(forest.experts[best], f"{why} ({weights[best]:.3f})", posterior)
+
+
+def estimate(
+    forest: Forest, data: LmData, sequences: int, batch_size: int, device: torch.device
+) -> Sequence[float]:
+    """[E] prior of the experts, estimated on the new domain's valid split; collective.
+
+    Args:
+        sequences: how many to look at, from the first on.
+        batch_size: how many to run at once.
+    """
+    protocol = Protocol(prior_sequences=sequences)
+    # Whole batches of the protocol at once, so that ranks mix the same ones as one process.
+    at_once = -(-batch_size // protocol.batch) * protocol.batch
+    domain, path = data.domains[0], str(data.bin.path)
+    held_out = HeldOut(path, [domain], "valid", data.block_size, at_once, "false", False)
+    experts = Experts(forest, held_out, device)
+    source = Together(experts) if dist.get_world_size() > 1 else OneByOne(experts)
+    return estimate_priors(experts, source, [domain], protocol)[domain].prior.weights
+
+
+def config_of(expert: Expert, args: AdaptArgs) -> DemixConfig:
+    """Configuration of the dense model that is trained.
+
+    Raises:
+        UserError: if the new name cannot be one, or is taken, or there is nothing to train.
+    """
+    fields = read_lm_config(expert.path).to_dict()
+    if args.domain in fields["domains"] and expert.member is not None:
+        raise UserError(f"--domain {args.domain}: {expert.path} has an expert of that name already")
+    if args.method == "feedforward" and fields["untie"] == "input_output":
+        raise UserError(
+            f"--method feedforward: the experts of {expert.path} own no feed-forward network "
+            "(untie input_output); use full"
+        )
+    fields |= {"domains": [args.domain], "untie": "none"}
+    try:
+        return DemixConfig(**fields, attn_implementation=args.attn_implementation)
+    except ValueError as error:
+        raise UserError(f"--domain {args.domain}: {error}") from error
+
+
+def build(expert: Expert, config: DemixConfig, method: str) -> DemixForCausalLM:
+    """The expert as a dense model; with `feedforward` only its own fc1 and fc2 require gradients.
+
+    Raises:
+        UserError: if its weights do not fit its configuration.
+    """
+    model = DemixForCausalLM(config)
+    with ModelFolder(expert.path, expert.member) as folder:
+        for name, parameter in model.named_parameters():
+            spec = folder.tensors.get(name)
+            if spec is None or spec.shape != tuple(parameter.shape):
+                held = "none" if spec is None else spec.shape
+                raise UserError(
+                    f"{expert.path}: {name} has shape {held}, its configuration says "
+                    f"{tuple(parameter.shape)}"
+                )
+            parameter.data.copy_(folder.read(name))
+    model.tie_weights()
+    if method == "feedforward":
+        own = _own_names(expert)
+        for name, parameter in model.named_parameters():
+            inside = any(f".feed_forward.{layer}." in name for layer in ("fc1", "fc2"))
+            parameter.requires_grad_(inside and (own is None or name in own))
+    return model
+
+
+def record(forest: Forest, start: Start, digest: str) -> dict[str, object]:
+    """What is left of the choice in OUT, for people and for the same run resumed."""
+    return {
+        "forest": str(forest.path),
+        "start": start.expert.domain,
+        "why": start.why,
+        "weights": digest,
+        "posterior": start.posterior,
+    }
+
+
+def digest_of(expert: Expert) -> str:
+    """SHA-256 of the weight files that an expert is read from."""
+    return ModelFolder(expert.path, expert.member).digest()
+
+
+def _recorded(path: Path, forest: Forest) -> Start | None:
+    """The start that an interrupted run chose from the same forest; the forest may have grown."""
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if saved["forest"] == str(forest.path) and saved["start"] in forest.domains:
+            expert = forest.experts[forest.domains.index(saved["start"])]
+            return Start(expert, saved["why"], saved["posterior"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read: {error!r}; remove it to choose anew") from error
+    return None
+
+
+def _own_names(expert: Expert) -> set[str] | None:
+    """What a member of a model with experts owns, by names in a dense model; None: everything."""
+    if expert.member is None:
+        return None
+    names = ModelFolder(expert.path).tensors
+    return {dense_name(name) for name in names if domain_of_name(name) == expert.member}

@@ -1,0 +1,153 @@
+"""Pretraining of causal language models: dense, with domain experts (DEMix), independent (BTM)."""
+
+from functools import partial
+
+import torch.distributed as dist
+from torch import nn
+
+from megamod.args import DataArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs
+from megamod.data.lm.pretraining import LmData
+from megamod.dist.scope import Sharing, sharing_of
+from megamod.dist.topology import DomainTopology
+from megamod.evaluation.perplexity import DENSE, DomainEvaluation, own_scores
+from megamod.evaluation.report import write_report
+from megamod.models.auto import active_parameters, build_lm, lm_config
+from megamod.models.lm.configuration import DemixConfig
+from megamod.runs.training import Recipe, Running, execute
+from megamod.train import setup
+from megamod.train.export import Card
+from megamod.train.monitor import training_flops_per_token
+from megamod.train.objectives import CausalLM
+
+SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+
+
+def pretrain(
+    run: RunArgs, safety: SafetyArgs, model: ModelArgs, optim: OptimArgs, data_args: DataArgs
+) -> None:
+    """Train, score every expert on every domain, and say where everything is.
+
+    Raises:
+        UserError: for arguments, data or ranks that do not fit, before anything is written.
+    """
+    data = LmData(
+        data_args.data,
+        domains=data_args.domains,
+        block_size=data_args.max_seq_length,
+        domain_token=data_args.domain_token,
+    )
+    sharing = sharing_of(model.untie)
+    topology = DomainTopology(setup.started_world_size(), data.domains, sharing)
+    rank, apart = setup.started_rank(), sharing is not Sharing.DENSE
+    held = topology.domains_of(rank)
+    config = lm_config(
+        model.model,
+        vocab_size=data.vocab_size,
+        special_ids=data.special_ids,
+        domains=data.domains,
+        untie=model.untie,
+        max_positions=data_args.max_seq_length,
+        attn_implementation=model.attn_implementation,
+        overrides={name: getattr(model, name) for name in SHAPE},
+    )
+    choose, split = sharing is Sharing.DEMIX, data_args.eval_split
+    recipe = Recipe(
+        config=config,
+        topology=topology,
+        data_digest=data.digest,
+        tokenizer=data.tokenizer_folder,
+        card=card(config, sharing, data.digest),
+        groups=data.domains,
+        unit="tokens",
+        make_batches=lambda global_batch: data.train_batches(
+            sampler=data_args.sampler,
+            alpha=data_args.alpha,
+            seed=run.seed,
+            micro_batch=run.per_device_train_batch_size,
+            global_batch=global_batch,
+            rank=topology.group_rank(rank),
+            ranks=len(topology.ranks_of(held[0])),
+            held=held if apart else None,
+        ),
+        make_model=lambda: build_lm(
+            config,
+            seed=run.seed,
+            init_from=model.init_from,
+            local_domains=held if choose else None,
+        ),
+        make_objective=lambda device: CausalLM(data.domains, device, choose),
+        make_evaluate=lambda running: partial(
+            evaluate_own, evaluation(running, data, topology, run, split), running, split
+        ),
+        flops_per_token=partial(lm_flops, config),
+    )
+    done = execute(
+        recipe,
+        (run, safety, model, optim, data_args),
+        workers=data_args.dataloader_num_workers,
+        checkpointing=model.gradient_checkpointing,
+        compiled=model.torch_compile,
+    )
+    if done is None:
+        return
+    matrix = evaluation(done, data, topology, run, split)()
+    if rank == 0:
+        done.monitor.close()
+        print(write_report(done.output, matrix, split, done.state.step))
+
+
+def evaluation(
+    running: Running, data: LmData, topology: DomainTopology, run: RunArgs, split: str
+) -> DomainEvaluation:
+    """Perplexity of the run's experts on a split."""
+    rank, apart = dist.get_rank(), topology.sharing is not Sharing.DENSE
+    held = topology.domains_of(rank)
+    return DomainEvaluation(
+        model=running.engine.module,
+        experts=topology.domains if apart else (DENSE,),
+        held=held if apart else (DENSE,),
+        choose=topology.sharing is Sharing.DEMIX,
+        domains=data.domains,
+        batches=lambda domain: data.eval_batches(
+            domain, split, run.per_device_eval_batch_size, run.eval_batches
+        ),
+        bytes_of=lambda domain: 0 if run.eval_batches else data.bytes_of(domain, split),
+        part=topology.group_rank(rank),
+        parts=len(topology.ranks_of(held[0])),
+        device=running.device,
+        reduce=dist.all_reduce,
+    )
+
+
+def evaluate_own(evaluate: DomainEvaluation, running: Running, split: str, step: int) -> None:
+    """Log the perplexity of each domain under its own expert; collective."""
+    scores = own_scores(evaluate(own_only=True))
+    running.monitor.evaluated(step, {d: s.perplexity for d, s in scores.items()}, split)
+
+
+def lm_flops(config: DemixConfig, module: nn.Module) -> float:
+    """Operations of a training step per token."""
+    sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
+    return training_flops_per_token(
+        active_parameters(sizes),
+        config.num_hidden_layers,
+        config.hidden_size,
+        config.max_position_embeddings,
+    )
+
+
+def card(config: DemixConfig, sharing: Sharing, data_digest: str) -> Card:
+    """The model card of a causal language model."""
+    facts = {
+        "domains, in order": ", ".join(config.domains) or "none named",
+        "parts held per domain": config.untie,
+        "data-bin digest": data_digest,
+    }
+    if config.untie != "none":
+        facts["choose an expert with"] = "`model.set_domain(NAME)`"
+    return Card(
+        summary=f"A causal language model trained with megamod, sharing: {sharing.value}.",
+        tags=("causal-lm", sharing.value),
+        facts=facts,
+        load="AutoModelForCausalLM.from_pretrained(FOLDER)",
+    )

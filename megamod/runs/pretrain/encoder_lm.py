@@ -1,0 +1,383 @@
+"""Pretraining of encoders, multiplexed or not: masked, replaced or retrieved tokens."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoModelForPreTraining,
+    AutoTokenizer,
+    BertConfig,
+    ElectraConfig,
+    PreTrainedConfig,
+)
+
+from megamod.args import (
+    DataArgs,
+    ModelArgs,
+    MuxArgs,
+    OptimArgs,
+    RunArgs,
+    SafetyArgs,
+    origin_of,
+)
+from megamod.data.lm.batches import Batch, DataBin
+from megamod.data.lm.masking import MaskedBatches, Masking, blocks_of, held_out_batches
+from megamod.data.lm.order import SAMPLERS, Temperature
+from megamod.dist.process import rank as my_rank
+from megamod.dist.scope import Sharing
+from megamod.dist.topology import DomainTopology
+from megamod.errors import UserError
+from megamod.evaluation.encoder_lm import score_encoder
+from megamod.evaluation.perplexity import share_of
+from megamod.evaluation.plots import plot_curves
+from megamod.files import write_json
+from megamod.models.mux.configuration import PRESETS, MuxBertConfig, MuxElectraConfig
+from megamod.runs.pretrain.causal_lm import SHAPE
+from megamod.runs.training import Recipe, Running, execute
+from megamod.train import setup
+from megamod.train.export import Card
+from megamod.train.objectives import EncoderLM, Losses, masked_losses, replaced_losses
+
+GROUP = "text"  # by which the loss is logged
+FAMILIES = {"masked_lm": "mux_bert", "replaced_token": "mux_electra"}
+TERMS = {
+    "masked_lm": ("masked", "positions"),
+    "replaced_token": ("tokens", "positions", "masked", "readable"),
+}
+"""Model family, and what the sums of a step are divided by, by --objective."""
+
+STRUCTURE = ("muxing_variant", "demuxing_variant", "num_hidden_demux_layers", "generator")
+
+
+def pretrain(
+    run: RunArgs,
+    safety: SafetyArgs,
+    model: ModelArgs,
+    optim: OptimArgs,
+    mux: MuxArgs,
+    data_args: DataArgs,
+) -> None:
+    """Train an encoder, score it on held-out text, and say where everything is.
+
+    Raises:
+        UserError: for arguments or data that do not fit, before anything is written.
+    """
+    data = DataBin(data_args.data)
+    domains = tuple(data_args.domains or data.domains)
+    topology = DomainTopology(setup.started_world_size(), domains, Sharing.DENSE)
+    rank, split = setup.started_rank(), data_args.eval_split
+    config = encoder_config(model, mux, data, data_args.max_seq_length)
+    masking = masking_of(data, mux)
+    shown = "task_loss" if mux.task_loss_coeff > 0 else "retrieval_loss"
+    terms = TERMS[mux.objective]
+    _check_held_out(data, domains, split, data_args.max_seq_length, mux.num_instances)
+
+    def batches(of: str, global_batch: int, micro_batch: int, part: int, parts: int):
+        datasets = [data.split(domain, of) for domain in domains]
+        lengths = [blocks_of(dataset, data_args.max_seq_length) for dataset in datasets]
+        for domain, length in zip(domains, lengths, strict=True):
+            if not length and of == "train":
+                raise UserError(
+                    f"--max_seq_length {data_args.max_seq_length}: domain {domain} has fewer train "
+                    "tokens than one sequence"
+                )
+        kind = SAMPLERS[data_args.sampler]
+        extra = (data_args.alpha,) if kind is Temperature else ()
+        return MaskedBatches(
+            datasets,
+            kind([max(1, length) for length in lengths], run.seed, *extra),
+            masking,
+            block_size=data_args.max_seq_length,
+            instances=mux.num_instances,
+            micro_batch=micro_batch,
+            global_batch=global_batch,
+            rank=part,
+            ranks=parts,
+            seed=run.seed,
+            prefix=getattr(config, "prefix_length", 0),
+        )
+
+    def held_out(part: int, parts: int) -> Iterator[Batch]:
+        rows = max(1, run.per_device_eval_batch_size // mux.num_instances) * mux.num_instances
+        whole = held_out_batches(batches(split, rows, rows, 0, 1), run.eval_batches or None)
+        return share_of(whole, part, parts)
+
+    last: dict[str, float] = {}
+
+    def evaluate(running: Running, step: int) -> None:
+        losses = losses_of(mux, config, running.device)
+        found = score_encoder(
+            running.engine.module,
+            held_out(my_rank(), topology.world_size),
+            lambda module, batch: losses(module, batch, [batch[name] for name in terms]),
+            running.device,
+            dist.all_reduce,
+            perplexity=mux.objective == "masked_lm",
+        )
+        for name, value in found.items():
+            running.monitor.evaluated(step, {GROUP: value}, split, name)
+        last.update(found)
+
+    recipe = Recipe(
+        config=config,
+        topology=topology,
+        data_digest=data.digest,
+        tokenizer=data.path / "tokenizer",
+        card=card(config, mux, data.digest),
+        groups=(GROUP,),
+        unit="tokens",
+        make_batches=lambda global_batch: batches(
+            "train", global_batch, run.per_device_train_batch_size, rank, topology.world_size
+        ),
+        make_model=lambda: build_encoder(config, run.seed, model.init_from, mux.objective),
+        make_objective=lambda device: EncoderLM(losses_of(mux, config, device), terms, shown),
+        make_evaluate=lambda running: partial(evaluate, running),
+    )
+    done = execute(
+        recipe,
+        (run, safety, model, optim, mux, data_args),
+        workers=data_args.dataloader_num_workers,
+        checkpointing=model.gradient_checkpointing,
+        compiled=model.torch_compile,
+    )
+    if done is None:
+        return
+    if not last:  # a run that was finished before is scored again
+        evaluate(done, done.state.step)
+    if rank == 0:
+        done.monitor.close()
+        write_json(done.output / "results.json", {"step": done.state.step, "split": split, **last})
+        plot_curves(done.output / "metrics.jsonl", done.output / "loss.png")
+        told = "  ".join(f"{name} {value:.4g}" for name, value in last.items())
+        print(f"{split} after {done.state.step} steps: {told}\nmodel {done.output / 'model'}")
+
+
+def losses_of(mux: MuxArgs, config: PreTrainedConfig, device: torch.device) -> Losses:
+    """From model, batch and items to losses, for the objective at hand."""
+    if mux.objective == "masked_lm":
+        return partial(masked_losses, device=device, multiplexed=mux.num_instances > 1)
+    return partial(replaced_losses, device=device, config=config, weight=mux.disc_loss_weight)
+
+
+def encoder_config(
+    model: ModelArgs, mux: MuxArgs, data: DataBin, length: int
+) -> MuxBertConfig | MuxElectraConfig | BertConfig | ElectraConfig:
+    """Configuration of the encoder: a named size, or that of a folder.
+
+    Raises:
+        UserError: for an unknown size, or a model that does not fit the data or the flags.
+    """
+    family = FAMILIES[mux.objective]
+    sizes = PRESETS[family]
+    fields = dict(
+        task_loss_coeff=mux.task_loss_coeff,
+        retrieval_loss_coeff=mux.retrieval_loss_coeff,
+        learn_muxing=mux.learn_muxing,
+    )
+    if mux.objective == "replaced_token":
+        fields |= dict(gen_loss_weight=mux.gen_loss_weight, disc_loss_weight=mux.disc_loss_weight)
+    given = {name: getattr(model, name) for name in SHAPE if getattr(model, name) is not None}
+    if (Path(model.model) / "config.json").is_file():
+        if given:
+            raise UserError(f"--{next(iter(given))} cannot change the model in {model.model}")
+        config = AutoConfig.from_pretrained(model.model)
+        instances = getattr(config, "num_instances", 1)
+        if instances != mux.num_instances:
+            raise UserError(
+                f"--num_instances {mux.num_instances}: the model in {model.model} has {instances}"
+            )
+        kind = family if mux.num_instances > 1 else family.removeprefix("mux_")
+        if config.model_type != kind:
+            raise UserError(
+                f"--objective {mux.objective} trains models of type {kind}, the one in "
+                f"{model.model} is of type {config.model_type}"
+            )
+        if mux.num_instances > 1:
+            _check_structure(model.model, config, mux, data)
+            for name, value in fields.items():
+                setattr(config, name, value)
+    elif model.model not in sizes:
+        raise UserError(
+            f"--model {model.model!r} is no folder with config.json and none of {', '.join(sizes)}"
+        )
+    else:
+        shape = sizes[model.model] | given | {"vocab_size": data.vocab_size}
+        if "hidden_size" in given and "embedding_size" in shape:
+            shape["embedding_size"] = min(shape["embedding_size"], given["hidden_size"])
+        shape |= {"pad_token_id": data.pad_id, "max_position_embeddings": max(512, length)}
+        try:
+            config = _new_config(shape, fields, mux, data)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+    if config.vocab_size != data.vocab_size or config.max_position_embeddings < length:
+        raise UserError(
+            f"--model {model.model} has a vocabulary of {config.vocab_size} and "
+            f"{config.max_position_embeddings} positions; the data need {data.vocab_size} and "
+            f"{length}"
+        )
+    prefix = getattr(config, "prefix_length", 0)
+    if prefix >= length:
+        raise UserError(
+            f"--max_seq_length {length}: a prefix for {mux.num_instances} instances takes the "
+            f"place of {prefix} tokens and leaves none"
+        )
+    return config
+
+
+def _check_held_out(
+    data: DataBin, domains: Sequence[str], split: str, length: int, instances: int
+) -> None:
+    # Else it would show at the first evaluation, which may be the end of the run.
+    blocks = sum(blocks_of(data.split(domain, split), length) for domain in domains)
+    if blocks < instances:
+        raise UserError(
+            f"--eval_split {split}: {blocks} sequences of --max_seq_length {length}, but a forward "
+            f"pass takes --num_instances {instances}"
+        )
+
+
+def _check_structure(
+    folder: str, config: MuxBertConfig | MuxElectraConfig, mux: MuxArgs, data: DataBin
+) -> None:
+    for name in STRUCTURE:
+        held = getattr(config, name, "none")
+        if origin_of(mux, name) != "default" and getattr(mux, name) != held:
+            raise UserError(
+                f"--{name} {getattr(mux, name)}: cannot change the model in {folder}, "
+                f"which has {held}"
+            )
+    if mux.objective == "replaced_token" and config.mask_token_id != mask_id_of(data):
+        raise UserError(
+            f"--model {folder}: its mask_token_id {config.mask_token_id} is not the "
+            f"{mask_id_of(data)} of the tokenizer in --data {data.path}"
+        )
+
+
+def _new_config(
+    shape: dict[str, int], fields: dict[str, float], mux: MuxArgs, data: DataBin
+) -> PreTrainedConfig:
+    electra = mux.objective == "replaced_token"
+    if mux.num_instances == 1:
+        return (ElectraConfig if electra else BertConfig)(**shape)
+    if electra:
+        fields = fields | {"mask_token_id": mask_id_of(data), "generator": mux.generator}
+        if mux.generator != "none":
+            heads = max(1, round(shape["num_attention_heads"] * mux.generator_size))
+            width = shape["hidden_size"] // shape["num_attention_heads"] * heads
+            inner = max(1, round(shape["intermediate_size"] * mux.generator_size))
+            fields["generator_config"] = dict(
+                hidden_size=width, num_attention_heads=heads, intermediate_size=inner
+            )
+    return (MuxElectraConfig if electra else MuxBertConfig)(
+        **shape,
+        **fields,
+        num_instances=mux.num_instances,
+        muxing_variant=mux.muxing_variant,
+        demuxing_variant=mux.demuxing_variant,
+        num_hidden_demux_layers=mux.num_hidden_demux_layers,
+        cls_token_id=data.bos_id,
+    )
+
+
+def mask_id_of(data: DataBin) -> int:
+    """Id of the data's [MASK].
+
+    Raises:
+        UserError: if its tokenizer has none.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(data.path / "tokenizer")
+    if tokenizer.mask_token_id is None:
+        raise UserError(
+            f"--data {data.path}: its tokenizer has no mask token; preprocess with one of BERT"
+        )
+    return tokenizer.mask_token_id
+
+
+def masking_of(data: DataBin, mux: MuxArgs) -> Masking:
+    """How tokens are masked, with the ids of the data's tokenizer.
+
+    Of the tokens to predict 80 % become [MASK] and 10 % others; of those to replace 85 % become
+    [MASK], which is what the generator replaces.
+
+    Raises:
+        UserError: if the tokenizer has no [MASK].
+    """
+    mask = mask_id_of(data)
+    shares = {"masked": 0.85, "random": 0.0} if mux.objective == "replaced_token" else {}
+    return Masking(
+        mask,
+        data.pad_id,
+        (data.bos_id, data.eos_id, data.pad_id, mask),
+        data.vocab_size,
+        probability=mux.mlm_probability,
+        max_pad_tokens=mux.max_pad_tokens,
+        **shares,
+    )
+
+
+def build_encoder(
+    config: PreTrainedConfig, seed: int, init_from: str | None, objective: str
+) -> nn.Module:
+    """An encoder with new weights, or with those of a folder as far as it has them.
+
+    Raises:
+        UserError: if the folder has no model, or one of another family, instances or size.
+    """
+    kind = AutoModelForMaskedLM if objective == "masked_lm" else AutoModelForPreTraining
+    if isinstance(config, MuxElectraConfig):
+        # Of the two heads that pretraining has, this one replaces tokens by itself.
+        config.architectures = ["MuxElectraForReplacedTokens"]
+    torch.manual_seed(seed)
+    if init_from is None:
+        return kind.from_config(config, dtype=torch.float32)
+    if not (Path(init_from) / "config.json").is_file():
+        raise UserError(f"--init_from {init_from}: there is no model (no config.json)")
+    found = AutoConfig.from_pretrained(init_from)
+    family, wanted = (c.model_type.removeprefix("mux_") for c in (found, config))
+    if family != wanted:
+        raise UserError(
+            f"--init_from {init_from}: that model is of type {found.model_type}, this one "
+            f"{config.model_type}"
+        )
+    instances = getattr(found, "num_instances", 1)
+    if instances != getattr(config, "num_instances", 1):
+        raise UserError(
+            f"--init_from {init_from}: that model has num_instances {instances}, this one "
+            f"{getattr(config, 'num_instances', 1)}"
+        )
+    model, report = kind.from_pretrained(
+        init_from,
+        config=config,
+        dtype=torch.float32,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    if report["mismatched_keys"]:
+        name, there, here = min(report["mismatched_keys"])
+        raise UserError(
+            f"--init_from {init_from}: {name} has shape {tuple(there)}, in this model {tuple(here)}"
+        )
+    for title, names in (("new", "missing_keys"), ("left out", "unexpected_keys")):
+        if report[names]:
+            setup.logger.info("--init_from: %s: %s", title, ", ".join(sorted(report[names])))
+    return model
+
+
+def card(config: PreTrainedConfig, mux: MuxArgs, data_digest: str) -> Card:
+    """The model card of an encoder."""
+    kind = "multiplexed " if mux.num_instances > 1 else ""
+    masked = mux.objective == "masked_lm"
+    what = "masked language model" if masked else "discriminator of replaced tokens"
+    tag = ("fill-mask",) if masked else ("electra",)
+    return Card(
+        summary=f"A {kind}{what} trained with megamod.",
+        tags=(*tag, "data-multiplexing") if kind else tag,
+        facts={"instances per forward pass": str(mux.num_instances), "data digest": data_digest},
+        load=f"AutoModelFor{'MaskedLM' if masked else 'PreTraining'}.from_pretrained(FOLDER)",
+    )

@@ -1,0 +1,1 @@
+"""Runs that compare models: barriers, soups, sweeps and ensembles."""

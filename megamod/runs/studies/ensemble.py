@@ -1,0 +1,99 @@
+"""Mixing the experts of a forest: what launchers/eval_ensemble.py does with its flags."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import distributed as dist
+
+from megamod.errors import UserError
+from megamod.evaluation.ensemble import DomainResult, Protocol, estimate_priors, evaluate
+from megamod.evaluation.ensemble_report import (
+    ensemble_lines,
+    ensemble_record,
+    prior_text,
+    score_text,
+)
+from megamod.evaluation.expert_scores import Experts, OneByOne, Together
+from megamod.evaluation.plots import plot_posterior
+from megamod.evaluation.saved import HeldOut
+from megamod.files import write_atomic, write_json
+from megamod.mixture.ensemble import Rule
+from megamod.mixture.prior import read_prior, write_prior
+from megamod.runs.studies.ensemble_args import EnsembleArgs
+from megamod.states.forest import open_forest
+
+
+def mix_forest(args: EnsembleArgs, device: torch.device) -> dict[str, DomainResult]:
+    """Estimate, score, and on rank 0 print and write; collective if there are several ranks.
+
+    Raises:
+        UserError: if forest, data, prior and flags do not fit each other; nothing is written then.
+    """
+    held_out = HeldOut(
+        args.data,
+        args.domain,
+        args.split,
+        args.max_seq_length,
+        args.per_device_eval_batch_size,
+        args.domain_token,
+        own_only=False,
+        context_window=args.context_window,
+        force_domain_token=args.force_domain_token,
+    )
+    experts = Experts(open_forest(args.forest), held_out, device, args.experts)
+    count = len(experts.domains)
+    if args.topk is not None and args.topk > count:
+        raise UserError(f"--topk {args.topk}: there are {count} experts, give {count} or less")
+    protocol = Protocol(
+        args.mode,
+        Rule(args.rule, args.temperature, args.forgetting, args.first_over_all),
+        args.topk,
+        args.prior_split,
+        args.prior_sequences,
+        args.split,
+        args.mixing_batch_size,
+        args.removal_test,
+    )
+    priors = None
+    if args.prior is not None:
+        priors = {d: read_prior(_named(args.prior, d), experts.domains) for d in args.domain}
+    several = dist.is_initialized() and dist.get_world_size() > 1
+    if several or args.in_memory:
+        source = Together(experts)
+    else:
+        source = OneByOne(experts, Path(args.cache_dir) if args.cache_dir is not None else None)
+    if args.estimate_only:
+        results = estimate_priors(experts, source, args.domain, protocol)
+    else:
+        results = evaluate(experts, source, args.domain, protocol, priors)
+    if not several or dist.get_rank() == 0:
+        _report(args, protocol, results)
+    return results
+
+
+def _report(args: EnsembleArgs, protocol: Protocol, results: Mapping[str, DomainResult]) -> None:
+    parts = [prior_text(results)]
+    if not args.estimate_only:
+        parts.append(score_text(results, protocol))
+    print("\n\n".join(part for part in parts if part))
+    if args.prior is None:
+        for domain, result in results.items():
+            if result.estimate is not None:
+                beside = Path(args.output).parent if args.output is not None else Path()
+                path = _named(args.prior_output or beside / "prior_{domain}.json", domain)
+                write_prior(path, result.estimate)
+                print(f"prior on {domain}: {path}")
+    if args.output is not None:
+        told = {"forest": args.forest, "data": args.data, **ensemble_record(results, protocol)}
+        write_json(Path(args.output), told)
+    if args.jsonl is not None:
+        write_atomic(Path(args.jsonl), ensemble_lines(results))
+    if args.plot is not None:
+        for domain, result in results.items():
+            title = f"{args.mode}, {args.rule}: weights along the first {args.split} text of "
+            plot_posterior(result.posterior, _named(args.plot, domain), title + domain)
+
+
+def _named(path: str | Path, domain: str) -> Path:
+    return Path(str(path).replace("{domain}", domain))

@@ -1,0 +1,283 @@
+"""Many finetuning runs from one file: tasks x models x instances x seeds, as processes.
+
+A run that is finished is not made again, and one that was cut short goes on where it stood. What
+comes out is one table, and the score against N, the instances that share a forward pass, and
+against how many of them are answered per second.
+"""
+
+import itertools
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from megamod.btm.placement import free_port
+from megamod.data.tasks.specs import GLUE
+from megamod.errors import UserError
+from megamod.evaluation.glue import glue_average, mean_and_deviation, score_table
+from megamod.evaluation.plots import plot_by_instances, plot_trade_off
+from megamod.files import write_json
+
+logger = logging.getLogger(__name__)
+
+RECORD = "job.json"
+LAUNCHERS = ("glue", "ner", "mtl")
+KEYS = ("common", "tasks", "models", "seeds", "launch")
+Flags = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a launcher: `flags` without seed and folder."""
+
+    task: str
+    model: str
+    instances: int
+    seed: int
+    launcher: str
+    flags: Mapping[str, object]
+
+    def folder(self, output: Path) -> Path:
+        """Where it writes."""
+        return output / self.task / self.model / f"N-{self.instances}" / f"seed-{self.seed}"
+
+    def words(self, output: Path) -> list[str]:
+        """Its flags on a command line."""
+        words = []
+        flags = {**self.flags, "seed": self.seed, "output_dir": str(self.folder(output))}
+        for name, value in flags.items():
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{name}", *(_word(v) for v in values)]
+        return words
+
+
+def read_sweep(path: Path) -> tuple[list[Job], list[str]]:
+    """Jobs of a YAML file, and the words to start each with in place of python.
+
+        common: {data_dir: GLUE, max_steps: 1000, do_train: true, do_eval: true}
+        tasks:                                    # flags of one task win over common ones
+          sst-2: {max_steps: 20000}
+          wnut17: {launcher: ner, data_dir: NER}  # else: glue
+          all: {launcher: mtl, tasks: [cola, rte]}
+        models:                                   # and flags of a model over those of tasks
+          plain: {model: runs/bert/model}
+          mux: {model: "runs/mux-{N}/model", num_instances: [2, 5, 10]}
+          own: {model: runs/own, num_instances: {2: {}, 5: {learning_rate: 3.0e-4}}}
+        seeds: [1, 2, 3]
+        launch: [deepspeed, --num_gpus, "2"]      # optional
+
+    Flags beside one number of instances win over all others.
+
+    Raises:
+        UserError: naming the key that is wrong and what is allowed.
+    """
+    where = f"{path}"
+    try:
+        value = yaml.safe_load(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: not `key: value` lines; keys are {', '.join(KEYS)}")
+    for key in value:
+        if key not in KEYS:
+            raise UserError(f"{where}: unknown key {key!r}; allowed are {', '.join(KEYS)}")
+    tasks, models = (_named(value, key, where) for key in ("tasks", "models"))
+    common = _flags(value.get("common") or {}, f"{where}, common")
+    seeds = value.get("seeds", [1])
+    if (
+        not isinstance(seeds, list)
+        or not all(type(s) is int and s >= 0 for s in seeds)
+        or not seeds
+    ):
+        raise UserError(f"{where}, seeds: {seeds!r} is not a list of whole numbers")
+    launch = value.get("launch", [])
+    if not isinstance(launch, list) or not all(isinstance(word, str) for word in launch):
+        raise UserError(f"{where}, launch: {launch!r} is not a list of words")
+    jobs = []
+    for task, model in itertools.product(tasks, models):
+        jobs += _jobs_of(task, model, common, tasks[task], models[model], seeds, where)
+    return jobs, launch
+
+
+def sweep(
+    jobs: Sequence[Job], output: Path, launchers: Path, at_once: int, launch: Sequence[str]
+) -> str:
+    """Run what is not finished, then write summary.json and the plots; the table to print.
+
+    Args:
+        launchers: folder of finetune_glue.py and its neighbours.
+        at_once: processes that run at the same time.
+        launch: words to start a launcher with; empty: this python.
+    Raises:
+        UserError: naming the jobs that failed and their logs, after all others have run.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    start = list(launch) or [sys.executable]
+    left = [job for job in jobs if not _finished(job, output)]
+    logger.info("%d of %d runs are finished", len(jobs) - len(left), len(jobs))
+    with ThreadPoolExecutor(at_once) as pool:
+        fine = list(pool.map(lambda job: _run(job, output, launchers, start), left))
+    failed = [
+        str(job.folder(output) / "log.txt")
+        for job, done in zip(left, fine, strict=True)
+        if not done
+    ]
+    table = _summarise([job for job in jobs if _finished(job, output)], output)
+    if failed:
+        raise UserError(f"{len(failed)} of {len(jobs)} runs failed; see {', '.join(failed)}")
+    return table
+
+
+def _named(value: Mapping[str, object], key: str, where: str) -> dict[str, Flags]:
+    named = value.get(key)
+    if not isinstance(named, dict) or not named:
+        raise UserError(f"{where}: {key} is missing: names, each with its flags")
+    return {
+        str(name): _flags(flags or {}, f"{where}, {key}, {name}") for name, flags in named.items()
+    }
+
+
+def _flags(value: object, where: str) -> Flags:
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        raise UserError(f"{where}: {value!r} is not flag: value")
+    for name in ("output_dir", "seed", "seeds"):
+        if name in value:
+            raise UserError(f"{where}: {name} is chosen for each run and is no flag here")
+    return dict(value)
+
+
+def _jobs_of(
+    task: str,
+    model: str,
+    common: Flags,
+    of_task: Flags,
+    of_model: Flags,
+    seeds: Sequence[int],
+    where: str,
+) -> Iterator[Job]:
+    flags = {**common, **of_task, **of_model}
+    launcher = flags.pop("launcher", "glue")
+    if launcher not in LAUNCHERS:
+        raise UserError(
+            f"{where}, {task}: launcher {launcher!r} is not allowed; give {', '.join(LAUNCHERS)}"
+        )
+    if launcher == "mtl":
+        flags = {"tasks": [task], **flags}
+    elif "task_spec" not in flags:
+        flags = {"task": task, **flags}
+    several = flags.pop("num_instances", None)
+    if isinstance(several, dict):
+        numbers = list(several.items())
+    else:
+        numbers = [(one, {}) for one in (several if isinstance(several, list) else [several])]
+    for instances, of_number in numbers:
+        if instances is not None and (type(instances) is not int or instances < 1):
+            raise UserError(
+                f"{where}, {model}: num_instances {instances!r} is not a whole number from 1"
+            )
+        named = _flags(of_number, f"{where}, {model}, num_instances {instances}")
+        own = {
+            name: flag.replace("{N}", str(instances or 1)) if isinstance(flag, str) else flag
+            for name, flag in {**flags, **named}.items()
+        }
+        if instances is not None:
+            own["num_instances"] = instances
+        for seed in seeds:
+            yield Job(task, model, instances or 1, seed, launcher, own)
+
+
+def _word(value: object) -> str:
+    if value is None:
+        return "none"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _finished(job: Job, output: Path) -> bool:
+    """True if the job has results from before.
+
+    Raises:
+        UserError: if its folder holds a run with other flags.
+    """
+    folder = job.folder(output)
+    record = folder / RECORD
+    if not record.exists():
+        return False
+    before = json.loads(record.read_text(encoding="utf-8"))
+    if before != job.words(output):
+        raise UserError(
+            f"{folder} holds a run with other flags ({' '.join(before)}); remove it or choose "
+            "another --output_dir"
+        )
+    return (folder / "results.json").exists()
+
+
+def _run(job: Job, output: Path, launchers: Path, start: Sequence[str]) -> bool:
+    """True if the job has results now."""
+    folder, words = job.folder(output), job.words(output)
+    if Path(start[0]).name == "deepspeed" and "--master_port" not in start:
+        # Launchers that run at the same time must not meet at the usual port.
+        start = [*start, "--master_port", str(free_port(()))]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / RECORD, words)
+    logger.info("%s starts", folder)
+    with open(folder / "log.txt", "ab") as log:
+        program = str(launchers / f"finetune_{job.launcher}.py")
+        ended = subprocess.run([*start, program, *words], stdout=log, stderr=log, check=False)
+    fine = ended.returncode == 0 and (folder / "results.json").exists()
+    logger.info("%s %s", folder, "is finished" if fine else f"failed ({ended.returncode})")
+    return fine
+
+
+def _summarise(jobs: Sequence[Job], output: Path) -> str:
+    """summary.json, scores.png and trade_off.png of finished jobs; a table."""
+    runs: dict[tuple[str, int], dict[str, list[dict[str, float]]]] = {}
+    for job in jobs:
+        record = json.loads((job.folder(output) / "results.json").read_text(encoding="utf-8"))
+        if "task_score" in record:
+            score = {"task_score": record["task_score"], **record["mean"]}
+            score["instances_per_second"] = record["instances_per_second"]
+            runs.setdefault((job.model, job.instances), {}).setdefault(job.task, []).append(score)
+    rows: dict[str, dict[str, str]] = {}
+    summary, lines, speeds = [], {}, {}
+    for (model, instances), tasks in runs.items():
+        row, means = {}, {}
+        for task, scores in tasks.items():
+            mean, deviation = mean_and_deviation(scores)
+            means[task] = mean["task_score"]
+            row[task] = f"{mean['task_score']:.4f} ± {deviation['task_score']:.4f}"
+            lines.setdefault(f"{task}, {model}", {})[instances] = (
+                mean["task_score"],
+                deviation["task_score"],
+            )
+            line = speeds.setdefault(task, {}).setdefault(model, {})
+            line[instances] = (mean["instances_per_second"], mean["task_score"])
+            summary.append(
+                {
+                    "task": task,
+                    "model": model,
+                    "num_instances": instances,
+                    "seeds": len(scores),
+                    "mean": mean,
+                    "deviation": deviation,
+                }
+            )
+        if set(GLUE) <= set(means):
+            row["GLUE"] = f"{glue_average({task: means[task] for task in GLUE}):.4f}"
+        rows[f"{model}, N = {instances}"] = row
+    write_json(output / "summary.json", summary)
+    if lines:
+        plot_by_instances(lines, output / "scores.png")
+        plot_trade_off(speeds, output / "trade_off.png")
+    table = score_table(rows, "score on dev") if rows else "nothing was scored (do_eval)"
+    files = {"numbers": "summary.json", "plots": "scores.png", "": "trade_off.png"}
+    return "\n".join(
+        ["", table, "", *(f"{what:7}  {output / file}" for what, file in files.items())]
+    )

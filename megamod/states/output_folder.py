@@ -1,0 +1,43 @@
+"""New output folders, created atomically: complete or absent."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megamod.errors import UserError
+from megamod.files import atomic_folder
+
+
+def check_new_folder(path: Path) -> None:
+    """Check that `new_folder` can create a folder.
+
+    Raises:
+        UserError: if it exists and is not an empty folder, or lies where nothing can be written.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"--output_dir {path}: exists already; name a new or an empty folder")
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(
+            f"--output_dir {path}: cannot be written: {parent} is not a writable folder"
+        )
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder that is renamed to `path` at the end, or removed on an error.
+
+    Raises:
+        UserError: if `path` exists and is not an empty folder, or cannot be written.
+    """
+    path = Path(path)
+    check_new_folder(path)
+    try:
+        with atomic_folder(path) as folder:
+            yield folder
+            if path.exists():
+                path.rmdir()
+    except OSError as error:
+        raise UserError(f"--output_dir {path}: cannot be written: {error}") from error
