@@ -54,8 +54,8 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     ),
     "megamod.states": ({"megamod.dist.scope"}, {"torch", "safetensors"}),
     "megamod.convert": (
-        {"megamod.models", "megamod.states", "megamod.dist.scope"},
-        {"torch", "safetensors", "transformers"},
+        {"megamod", "megamod.models", "megamod.states", "megamod.dist.scope"},
+        {"torch", "safetensors", "transformers", "huggingface_hub"},
     ),
     "megamod.evaluation": (
         DATA
@@ -76,7 +76,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "yaml", "tqdm"},
     ),
     "megamod.merging.alignment": (
-        {"megamod", "megamod.dist.scope", "megamod.states"},
+        {"megamod", "megamod.convert", "megamod.dist.scope", "megamod.states"},
         {"torch", "transformers", "safetensors", "numpy", "scipy"},
     ),
     "megamod.btm": (
