@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from megamod.data.file_formats import FORMATS, format_of, raw_lines
+from megamod.data.corpus.file_formats import FORMATS, format_of, raw_lines
 from megamod.errors import UserError
 
 

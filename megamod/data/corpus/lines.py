@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from megamod.data.file_formats import raw_lines
+from megamod.data.corpus.file_formats import raw_lines
 from megamod.errors import UserError
 
 BOM = b"\xef\xbb\xbf"
