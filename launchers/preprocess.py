@@ -6,7 +6,7 @@
 Each domain is NAME=PATH, where PATH is one of
     FILE.txt       documents with blank lines between them      \\  divided 90/5/5 into train, valid
     FILE.jsonl     one JSON object per line, key --field        /   and test by a hash of the text
-    FOLDER         with train, valid and test files, .txt or .jsonl
+    FOLDER         with train, valid and test files in these formats
     FOLDER         written by datasets' save_to_disk
     hf:NAME[:CONFIG]   a data set of the Hugging Face hub
 or --builtin takes four domains of real text from this Python installation.

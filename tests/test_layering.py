@@ -76,7 +76,8 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "yaml", "tqdm"},
     ),
     "megamod.merging.alignment": (
-        {"megamod", "megamod.convert", "megamod.dist.scope", "megamod.states"},
+        {"megamod", "megamod.convert", "megamod.dist.scope", "megamod.states"}
+        | {"megamod.data", "megamod.data.corpus"},
         {"torch", "transformers", "safetensors", "numpy", "scipy"},
     ),
     "megamod.btm": (

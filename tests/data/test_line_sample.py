@@ -34,8 +34,10 @@ def test_files_that_will_not_do(tmp_path):
     settings = dict(encoding_errors="strict", seed=1)
     with pytest.raises(UserError, match="--sample_lines 2: no file of --input x="):
         sample_lines({"x": str(tmp_path)}, 2, tmp_path / "out", **settings)
-    with pytest.raises(UserError, match=r"there is no .txt file"):
-        sample_lines({"x": str(tmp_path / "none")}, 2, tmp_path / "out", **settings)
+    (tmp_path / "empty").mkdir()
+    for name, message in (("none", "no such file or folder"), ("empty", "holds no text file")):
+        with pytest.raises(UserError, match=message):
+            sample_lines({"x": str(tmp_path / name)}, 2, tmp_path / "out", **settings)
     (tmp_path / "a.txt").write_bytes(b"one\n\xff\n")
     with pytest.raises(UserError, match=r"a.txt"):
         sample_lines({"x": str(tmp_path)}, 1, tmp_path / "out", **settings)

@@ -55,7 +55,8 @@ def test_text_to_data_bin(tmp_path):
         ([], "pass --input NAME=PATH or --builtin"),
         (["--builtin", "--input", "c_headers=x"], "--builtin has a domain of that name"),
         (["--input", "a=setup.py", "--workers", "0"], "at least 1"),
-        (["--input", "a=LICENSE", "--tokenizer", "sentencepiece:x"], "write the number of ids"),
+        (["--input", "a=LICENSE"], "LICENSE: the ending '' is not one of"),
+        (["--builtin", "--tokenizer", "sentencepiece:x"], "write the number of ids"),
     ],
 )
 def test_a_mistake_is_one_message_and_exit_2(tmp_path, arguments, told):

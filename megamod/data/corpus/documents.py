@@ -5,13 +5,19 @@ offset, or is repaired and counted where the user asked for that.
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megamod.data.corpus.file_formats import (
+    format_of,
+    json_object,
+    known_format,
+    numbered_lines,
+    stem_of,
+)
 from megamod.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,8 +26,7 @@ if TYPE_CHECKING:
 SPLITS = ("train", "valid", "test")
 SPELLINGS = {"train": ("train",), "valid": ("valid", "validation", "dev"), "test": ("test",)}
 SHARES = {"train": 0.90, "valid": 0.05, "test": 0.05}
-NOT_TEXT = (".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zip", ".zst", ".xz", ".bz2")
-BOM = b"\xef\xbb\xbf"
+FORMATS = ("text", "JSON lines", "JSON")
 
 
 @dataclass
@@ -172,7 +177,7 @@ def open_source(
     files = _split_files(path)
     readers = {split: _file_reader(file, field, decoding) for split, file in files.items()}
     line_readers = {}
-    if all(file.suffix != ".jsonl" for file in files.values()):
+    if all(format_of(file, FORMATS) == "text" for file in files.values()):
         line_readers = {
             split: lambda file=file: (line for _, line in text_lines(file, decoding))
             for split, file in files.items()
@@ -183,7 +188,7 @@ def open_source(
 def read_documents(
     path: str | Path, field: str = "text", decoding: Decoding | None = None
 ) -> Iterator[str]:
-    """Documents of one file: JSON lines if it ends in .jsonl, else plain text.
+    """Documents of one file, in the format that its ending says.
 
     In plain text one or more blank lines stand between documents, and line ends inside a document
     are kept as "\\n". A byte order mark at the start is dropped and CRLF is read as LF. Documents
@@ -193,7 +198,7 @@ def read_documents(
         UserError: naming file and line or byte offset.
     """
     path, decoding = Path(path), decoding or Decoding()
-    if path.suffix == ".jsonl":
+    if format_of(path, FORMATS) != "text":
         for number, line in text_lines(path, decoding):
             if line.strip():
                 text = _json_text(line, field, f"{path}:{number}")
@@ -228,34 +233,15 @@ def text_lines(path: Path, decoding: Decoding) -> Iterator[tuple[int, str]]:
     Raises:
         UserError: if it cannot be read, or holds what the decoding refuses.
     """
-    offset = 0
-    try:
-        with open(path, "rb") as file:
-            for number, raw in enumerate(file, start=1):
-                begin, end = 0, len(raw)
-                if number == 1 and raw.startswith(BOM):
-                    begin = len(BOM)
-                if raw.endswith(b"\n"):
-                    end -= 2 if raw.endswith(b"\r\n") else 1
-                yield number, decoding.line(raw[begin:end], path, offset + begin)
-                offset += len(raw)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    for number, offset, raw in numbered_lines(path):
+        yield number, decoding.line(raw, path, offset)
 
 
 def _json_text(line: str, field: str, where: str) -> str:
-    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        if sum(key == field for key, _ in pairs) > 1:
-            raise ValueError(f'the key "{field}" stands twice in one object')
-        return dict(pairs)
-
-    try:
-        row = json.loads(line, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not a JSON object with one key {field!r}: {error}") from error
-    if not isinstance(row, dict) or field not in row:
-        keys = sorted(row)[:8] if isinstance(row, dict) else type(row).__name__
-        raise UserError(f"{where}: no key {field!r} (found {keys}); --field names another key")
+    row = json_object(line, where, field)
+    if field not in row:
+        keys = ", ".join(map(repr, sorted(row)[:8])) or "none"
+        raise UserError(f"{where}: no key {field!r} among {keys}; --field names another key")
     return _require_string(row[field], field, where)
 
 
@@ -267,23 +253,25 @@ def _require_string(value: object, field: str, where: str) -> str:
 
 
 def _file_reader(path: Path, field: str, decoding: Decoding) -> Callable[[], Iterator[str]]:
-    if path.suffix in NOT_TEXT:
-        raise UserError(f"{path}: plain text (.txt) or JSON lines (.jsonl) is needed")
+    format_of(path, FORMATS)
     return lambda: read_documents(path, field, decoding)
 
 
 def _split_files(folder: Path) -> dict[str, Path]:
     files = {}
     for split, spellings in SPELLINGS.items():
-        names = [f"{name}{suffix}" for name in spellings for suffix in (".txt", ".jsonl")]
-        found = [folder / name for name in names if (folder / name).is_file()]
-        if len(found) != 1:
-            problem = " and ".join(str(file) for file in found) or "nothing"
+        matches = [
+            file
+            for file in sorted(folder.iterdir())
+            if stem_of(file) in spellings and known_format(file) in FORMATS
+        ]
+        if len(matches) != 1:
+            names = " and ".join(file.name for file in matches) or "none"
             raise UserError(
-                f"{folder}: one file for the split {split} is needed, one of {', '.join(names)}; "
-                f"found {problem}"
+                f"{folder}: one file of the split {split} is needed, named "
+                f"{' or '.join(spellings)} with an ending such as .txt or .jsonl.gz; found {names}"
             )
-        files[split] = found[0]
+        files[split] = matches[0]
     return files
 
 

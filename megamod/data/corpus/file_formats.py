@@ -1,69 +1,184 @@
-"""Formats of data files by their endings, in any case, and files read through their compression."""
+"""Formats of data files by their endings, in any case, and files read through their compression.
 
+An ending that is not in the table is refused: a format is never guessed. Content that contradicts
+the ending is refused as well.
+"""
+
+import bz2
 import gzip
 import io
+import json
+import lzma
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from megamod.errors import UserError
 
 FORMATS = {
-    "text": (".txt", ".text"),
+    "text": (".txt", ".text", ".raw", ".tokens"),
     "JSON lines": (".jsonl", ".ndjson", ".jsonlines", ".jl"),
     "JSON": (".json",),
     "TSV": (".tsv", ".tab"),
     "CSV": (".csv",),
     "CoNLL": (".conll", ".conllu", ".conllup", ".iob", ".iob2", ".bio", ".bioes"),
-    "Parquet": (".parquet",),
+    "Parquet": (".parquet", ".pq"),
 }
-COMPRESSIONS = (".gz", ".zst")
+# Ending -> name, and the bytes that every such file begins with.
+COMPRESSIONS = {
+    ".gz": ("gzip", b"\x1f\x8b"),
+    ".zst": ("zstd", b"\x28\xb5\x2f\xfd"),
+    ".bz2": ("bzip2", b"BZh"),
+    ".xz": ("xz", b"\xfd7zXZ\x00"),
+}
+BOM = b"\xef\xbb\xbf"
 CHUNK = 1 << 20
+ONE_A_LINE = "JSON lines are needed: one whole object per line"
 
 
-def format_of(path: Path, allowed: Sequence[str]) -> str:
+def format_of(path: Path, allowed: Sequence[str], flag: str = "") -> str:
     """Key of `FORMATS` for a file; an ending of a compression is left out.
 
+    Args:
+        allowed: keys of the formats that the caller reads.
+        flag: the flag or key that named the file, put before it in the message.
     Raises:
         UserError: if the ending is unknown or its format is not in `allowed`.
     """
-    name = path.name.lower()
-    for end in COMPRESSIONS:
-        name = name.removesuffix(end)
-    suffix = Path(name).suffix
-    for kind in allowed:
-        if suffix in FORMATS[kind]:
-            return kind
+    name = known_format(path)
+    if name in allowed:
+        return name
+    suffix = Path(_uncompressed_name(path)).suffix.lower()
     ends = "; ".join(f"{', '.join(FORMATS[kind])} ({kind})" for kind in allowed)
     raise UserError(
-        f"{path}: the ending {suffix!r} is not one of {ends}, each perhaps with "
+        f"{flag}{path}: the ending {suffix!r} is not one of {ends}, each perhaps with "
         f"{' or '.join(COMPRESSIONS)} after it"
     )
 
 
-def raw_lines(path: Path) -> Iterator[bytes]:
-    """Lines of a file with their ends; .gz and .zst are decompressed.
+def known_format(path: Path) -> str | None:
+    """Key of `FORMATS` for a file; None if its ending is unknown."""
+    suffix = Path(_uncompressed_name(path)).suffix.lower()
+    return next((name for name, endings in FORMATS.items() if suffix in endings), None)
+
+
+def stem_of(path: Path) -> str:
+    """Name of a file without the endings of its format and compression."""
+    return Path(_uncompressed_name(path)).stem
+
+
+@contextmanager
+def open_binary(path: Path) -> Iterator[BinaryIO]:
+    """The bytes of a file, decompressed where its ending says so.
 
     Raises:
-        UserError: if the file cannot be read or its compressed data are damaged or cut.
+        UserError: if it cannot be read, is cut short, or is not compressed as its ending says.
     """
-    from zstandard import ZstdError
+    compression = COMPRESSIONS.get(path.suffix.lower(), (None,))[0]
+    try:
+        with open(path, "rb") as file:
+            _check_magic(path, file, compression)
+            if compression is None:
+                yield file
+            else:
+                with _decompressed(file, compression) as plain:
+                    yield plain
+    except EOFError as error:
+        raise UserError(
+            f"{path}: cannot be read: cut short inside its {compression} data; copy it again"
+        ) from error
+    except (gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
+        raise UserError(f"{path}: cannot be read: damaged {compression} data ({error})") from error
+    except OSError as error:
+        problem = error.strerror or f"damaged {compression} data"  # bz2 raises a bare OSError
+        raise UserError(f"{path}: cannot be read: {problem}") from error
+
+
+def raw_lines(path: Path) -> Iterator[bytes]:
+    """Lines of a file with their ends, decompressed.
+
+    Raises:
+        UserError: as `open_binary`.
+    """
+    with open_binary(path) as file:
+        yield from file
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
+    """Number from 1, byte offset in the decompressed file, and bytes of each line.
+
+    Only a line feed, or carriage return and line feed, ends a line: data sets hold other control
+    characters inside of sentences. Line ends and a byte order mark at the start are left out.
+
+    Raises:
+        UserError: as `open_binary`, or if the lines end with carriage returns alone.
+    """
+    offset, held = 0, None
+    for number, raw in enumerate(raw_lines(path), start=1):
+        if held is not None:
+            yield held
+        begin = len(BOM) if number == 1 and raw.startswith(BOM) else 0
+        held = number, offset + begin, raw[begin:].removesuffix(b"\n").removesuffix(b"\r")
+        offset += len(raw)
+    if held is None:
+        return
+    if held[0] == 1 and (returns := held[2].count(b"\r")):
+        raise UserError(
+            f"{path}: one line, because its {returns} or more lines end with carriage returns "
+            "alone; convert them to line feeds"
+        )
+    yield held
+
+
+def json_object(line: str, where: str, key: str | None = None) -> dict[str, object]:
+    """The object in a line of JSON.
+
+    Args:
+        where: file and line, for messages.
+        key: refused if it occurs twice.
+    Raises:
+        UserError: if the line is anything else than one JSON object.
+    """
+
+    def checked(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        if sum(name == key for name, _ in pairs) > 1:
+            raise ValueError(f"the key {key!r} occurs twice in one object")
+        return dict(pairs)
 
     try:
-        with _open(path) as file:
-            yield from file
-    except (OSError, EOFError, zlib.error, ZstdError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"{path}: cannot be read: {reason}") from error
+        value = json.loads(line, object_pairs_hook=checked if key else None)
+    except (ValueError, RecursionError) as error:
+        if line.lstrip().startswith("["):
+            raise UserError(f"{where}: a JSON list; {ONE_A_LINE}") from error
+        raise UserError(f"{where}: not a JSON object: {str(error)[:200]}; {ONE_A_LINE}") from error
+    if not isinstance(value, dict):
+        kind = {list: "list", type(None): "null"}.get(type(value), type(value).__name__)
+        raise UserError(f"{where}: a JSON {kind}; {ONE_A_LINE}")
+    return value
 
 
-def _open(path: Path) -> io.BufferedIOBase:
-    suffix = path.suffix.lower()
-    if suffix == ".gz":
-        return gzip.open(path, "rb")
-    if suffix == ".zst":
-        return io.BufferedReader(_ZstandardFile(path), CHUNK)
-    return open(path, "rb")
+def _uncompressed_name(path: Path) -> str:
+    return path.stem if path.suffix.lower() in COMPRESSIONS else path.name
+
+
+def _check_magic(path: Path, file: BinaryIO, compression: str | None) -> None:
+    head = file.peek(8)
+    for ending, (name, magic) in COMPRESSIONS.items():
+        if name == compression and not head.startswith(magic):
+            content = "not" if head else "empty, not"
+            raise UserError(f"{path}: cannot be read: {content} {name} data as its ending says")
+        if compression is None and head.startswith(magic):
+            raise UserError(f"{path}: {name} data; rename it to {path.name}{ending}")
+
+
+def _decompressed(file: BinaryIO, compression: str) -> BinaryIO:
+    """A reader of the decompressed bytes of `file`."""
+    if compression == "zstd":
+        return io.BufferedReader(_ZstandardFile(file), CHUNK)
+    kinds = {"gzip": lambda: gzip.GzipFile(fileobj=file), "bzip2": lambda: bz2.BZ2File(file)}
+    return io.BufferedReader(kinds.get(compression, lambda: lzma.LZMAFile(file))(), CHUNK)
 
 
 class _ZstandardFile(io.RawIOBase):
@@ -72,12 +187,13 @@ class _ZstandardFile(io.RawIOBase):
     `zstandard.open` stops after the first frame, and ends without an error where a file is cut.
     """
 
-    def __init__(self, path: Path):
-        from zstandard import ZstdDecompressor
+    def __init__(self, file: BinaryIO):
+        from zstandard import ZstdDecompressor, ZstdError
 
-        self._file = open(path, "rb")  # noqa: SIM115
-        self._start = ZstdDecompressor().decompressobj
-        self._frame, self._input, self._output = None, b"", b""
+        self._file, self._error = file, ZstdError
+        # Corpora are often packed with --long=31, whose window is 2 GiB.
+        self._start = ZstdDecompressor(max_window_size=1 << 31).decompressobj
+        self._frame, self._input, self._output = None, b"", memoryview(b"")
 
     def readable(self) -> bool:
         """True."""
@@ -89,10 +205,13 @@ class _ZstandardFile(io.RawIOBase):
             self._input = self._input or self._file.read(CHUNK)
             if not self._input:
                 if self._frame is not None:
-                    raise EOFError("the compressed data end inside a frame")
+                    raise EOFError
                 return 0
             self._frame = self._frame or self._start()
-            self._output = self._frame.decompress(self._input)
+            try:
+                self._output = memoryview(self._frame.decompress(self._input))
+            except self._error as error:
+                raise lzma.LZMAError(str(error)) from error
             self._input = b""
             if self._frame.eof:
                 self._input, self._frame = self._frame.unused_data, None
@@ -100,8 +219,3 @@ class _ZstandardFile(io.RawIOBase):
         buffer[:count] = self._output[:count]
         self._output = self._output[count:]
         return count
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-        super().close()

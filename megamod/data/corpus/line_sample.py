@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megamod.data.corpus.documents import Decoding, text_lines
+from megamod.data.corpus.file_formats import format_of, known_format
 from megamod.errors import UserError
 from megamod.files import write_atomic
 
@@ -18,7 +19,7 @@ def sample_lines(
     depends on the seed and its name alone.
 
     Args:
-        inputs: name -> a text file, or a folder whose .txt files are taken, however deep.
+        inputs: name -> a text file, or a folder whose text files are taken, however deep.
     Returns:
         by name the numbers of files that were drawn from and of those passed over.
     Raises:
@@ -29,9 +30,15 @@ def sample_lines(
     drawn, told = {}, {}
     for name, place in inputs.items():
         path = Path(place)
-        files = [path] if path.is_file() else sorted(path.rglob("*.txt"))
+        if not path.exists():
+            raise UserError(f"--input {name}={place}: no such file or folder")
+        if path.is_dir():
+            files = sorted(file for file in path.rglob("*") if known_format(file) == "text")
+        else:
+            format_of(path, ["text"], f"--input {name}=")
+            files = [path]
         if not files:
-            raise UserError(f"--input {name}={place}: there is no .txt file")
+            raise UserError(f"--input {name}={place}: it holds no text file (.txt)")
         decoding, lines, taken = Decoding(encoding_errors), [], 0
         for file in files:
             whole = [line for _, line in text_lines(file, decoding) if line.strip()]

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from megamod.data.corpus.file_formats import format_of
+from megamod.data.corpus.lines import read_lines
 from megamod.errors import UserError
 
 LINES = 1000  # concatenated at once; what is left of them is dropped
@@ -28,11 +30,8 @@ def text_blocks(
     Raises:
         UserError: if the file cannot be read or does not fill a block.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
-    lines = [line for line in lines if line.strip()]
+    format_of(path, ["text"])
+    lines = [line for _, line in read_lines(path) if line.strip()]
     blocks: list[np.ndarray] = []
     for start in range(0, len(lines), LINES):
         part = lines[start : start + LINES]

@@ -1,6 +1,5 @@
 """The text that two models are compared on: as batches, and which of their tokens count."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megamod.data.corpus.file_formats import format_of, json_object, numbered_lines
 from megamod.errors import UserError
 
 
@@ -85,22 +85,14 @@ def read_items(
     """Token ids of a file's items.
 
     Args:
-        path: JSON lines with the key "text" if it ends so, else text with an item a line. Blank
-            lines are passed over.
+        path: JSON lines with the key "text", or text with one item per line. Blank lines are
+            skipped.
         tokenize: from text to ids, special tokens included.
         max_length: tokens of an item behind which it is cut off.
     Raises:
         UserError: if the file cannot be read, holds no item, or a line is not of that form.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"calibration.path: {path} cannot be read: {error}") from error
-    texts = (
-        _text(line, f"{path}, line {number}") if Path(path).suffix == ".jsonl" else line
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
-    )
+    texts = _texts(Path(path))
     items = [list(tokenize(text))[:max_length] for text in texts]
     items = [item for item in items if item]
     if not items:
@@ -108,12 +100,17 @@ def read_items(
     return items
 
 
-def _text(line: str, origin: str) -> str:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{origin}: is not JSON: {error}") from error
-    text = record.get("text") if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        raise UserError(f'{origin}: has no key "text" with a string')
-    return text
+def _texts(path: Path) -> Iterator[str]:
+    json_lines = format_of(path, ("text", "JSON lines", "JSON"), "calibration.path: ") != "text"
+    for number, _, raw in numbered_lines(path):
+        where = f"{path}, line {number}"
+        try:
+            line = raw.decode()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where}: invalid UTF-8 at byte {error.start + 1}") from error
+        if not line.strip():
+            continue
+        text = json_object(line, where).get("text") if json_lines else line
+        if not isinstance(text, str):
+            raise UserError(f'{where}: no key "text" with a string')
+        yield text
