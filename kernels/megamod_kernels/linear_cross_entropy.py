@@ -13,9 +13,18 @@ IGNORE_INDEX = -100
 LOGITS_BYTES = 64 * 2**20  # of one chunk, in float32: large enough for full-speed products
 
 
-def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """The definition: sum over rows of -log softmax(hidden @ weight.T)[label], in float32."""
-    logits = F.linear(hidden, weight).float()
+def linear_cross_entropy_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """Sum over rows of -log softmax(z)[label] in float32; z as in `linear_cross_entropy`."""
+    logits = F.linear(hidden, weight, bias).float() * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
@@ -29,14 +38,24 @@ class _LinearCrossEntropyFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx, hidden: Tensor, weight: Tensor, labels: Tensor
+        ctx: torch.autograd.function.FunctionCtx,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        softcap: float | None,
     ) -> tuple[Tensor, Tensor]:
-        needs_hidden, needs_weight, _ = ctx.needs_input_grad
+        needs_hidden, needs_weight, _, needs_bias, *_ = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
         log_probs = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
         for rows in _chunks(hidden, weight):
-            gradient, log_probs[rows] = _score(hidden[rows], weight, labels[rows])
+            logits = F.linear(hidden[rows], weight, bias).float()
+            gradient, log_probs[rows] = _score(logits, labels[rows], scale, softcap)
+            if needs_bias:
+                grad_bias += gradient.sum(0)
             if needs_hidden or needs_weight:
                 gradient = gradient.to(hidden.dtype)
             if needs_hidden:
@@ -45,7 +64,7 @@ class _LinearCrossEntropyFunction(torch.autograd.Function):
                 grad_weight.addmm_(gradient.T, hidden[rows])
             elif needs_weight:
                 grad_weight += gradient.T @ hidden[rows]
-        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(log_probs)
         return -log_probs.sum(), log_probs
@@ -53,26 +72,38 @@ class _LinearCrossEntropyFunction(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: torch.autograd.function.FunctionCtx, upstream: Tensor, _: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, None]:
-        grad_hidden, grad_weight = ctx.saved_tensors
+    ) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         if grad_hidden is not None:
             grad_hidden = (grad_hidden * upstream).to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * upstream).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None
+        if grad_bias is not None:
+            grad_bias = (grad_bias * upstream).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, grad_bias, None, None
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihood of `labels` under softmax(hidden @ weight.T), taken in float32.
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood of `labels` under softmax(z), taken in float32.
+
+        z = scale (hidden @ weight.T + bias);  with a softcap c: z <- c tanh(z / c)
 
     Args:
         hidden: [..., D] last hidden states, any float dtype.
         weight: [V, D] output matrix, same dtype.
         labels: [...] int64 token ids, -100 where nothing is predicted.
+        bias: [V], same dtype; None for none.
     Returns:
-        The sum over labels (scalar float32, nats; differentiable once in hidden and weight), and
-        the log-probability of each label ([...] float32, not differentiable, 0 where ignored).
-        Peak extra memory: one chunk of logits, and in training the two gradients.
+        The sum over labels (scalar float32, nats; differentiable once in hidden, weight and bias),
+        and the log-probability of each label ([...] float32, not differentiable, 0 where ignored).
+        Peak extra memory: one chunk of logits, and in training the gradients.
     Raises:
         ValueError: if the shapes do not fit.
     """
@@ -82,20 +113,36 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> tupl
             f"{tuple(labels.shape)} do not fit: expected [..., D], [V, D] and [...]"
         )
     rows = hidden.reshape(-1, hidden.shape[-1])
-    total, log_probs = _LinearCrossEntropyFunction.apply(rows, weight, labels.reshape(-1))
+    total, log_probs = _LinearCrossEntropyFunction.apply(
+        rows, weight, labels.reshape(-1), bias, scale, softcap
+    )
     return total, log_probs.view(labels.shape)
 
 
-def _score(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """d(-log p)/d logits [rows, V] and log p of the label [rows], both float32, 0 where ignored."""
-    logits = F.linear(hidden, weight).float()
+def _score(
+    logits: Tensor, labels: Tensor, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """d(-log p)/d logits [rows, V] and log p of the label [rows], both float32, 0 where ignored.
+
+    Overwrites `logits` (float32), which are those before scale and softcap.
+    """
+    slope = None
+    if scale != 1.0:
+        logits.mul_(scale)
+    if softcap is not None:
+        logits.div_(softcap).tanh_()
+        slope = 1 - logits.square()  # of softcap * tanh(z / softcap)
+        logits.mul_(softcap)
     normaliser = logits.logsumexp(dim=1, keepdim=True)
     counted = (labels != IGNORE_INDEX)[:, None]
     target = labels[:, None].where(counted, 0)
     log_probs = (logits.gather(1, target) - normaliser).where(counted, 0.0)
     gradient = logits.sub_(normaliser).exp_()
     gradient.scatter_add_(1, target, torch.full_like(log_probs, -1.0))
-    return gradient.mul_(counted), log_probs[:, 0]
+    gradient.mul_(counted)
+    if slope is not None:
+        gradient.mul_(slope)
+    return gradient.mul_(scale) if scale != 1.0 else gradient, log_probs[:, 0]
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:

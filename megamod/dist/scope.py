@@ -32,13 +32,17 @@ def sharing_of(untie: str) -> Sharing:
 
 def scopes(names: Iterable[str], sharing: Sharing) -> dict[str, Scope]:
     """Scope of every named parameter under a sharing."""
-    if sharing is Sharing.BTM:
-        return dict.fromkeys(names, Scope.DOMAIN)
+    if sharing is not Sharing.DEMIX:
+        # Names are not asked: a stock mixture of experts calls its modules `experts` too.
+        return dict.fromkeys(names, Scope.DOMAIN if sharing is Sharing.BTM else Scope.WORLD)
     return {name: Scope.DOMAIN if domain_of_name(name) else Scope.WORLD for name in names}
 
 
 def domain_of_name(name: str) -> str | None:
-    """The domain whose expert a parameter belongs to; None for a shared parameter."""
+    """The domain whose expert a parameter belongs to; None for a shared parameter.
+
+    To be asked of models with an expert per domain alone.
+    """
     parts = name.split(".")
     return parts[parts.index(MARK) + 1] if MARK in parts[:-1] else None
 

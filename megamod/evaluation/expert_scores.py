@@ -34,7 +34,7 @@ from megamod.evaluation.saved import (
     open_data,
 )
 from megamod.files import sha256, write_atomic
-from megamod.models.lm.configuration import read_lm_config
+from megamod.models.lm.configuration import default_sequence, read_lm_config
 from megamod.models.lm.forest import Loaded, load_experts
 from megamod.states.forest import Expert, Forest
 from megamod.states.stream import ModelFolder
@@ -85,7 +85,7 @@ class Experts:
         self.domains = self.forest.domains
         configs = {expert.path: read_lm_config(expert.path, "--forest") for expert in kept}
         if held_out.block_size is None:
-            shortest = min(config.max_position_embeddings for config in configs.values())
+            shortest = min(default_sequence(config) for config in configs.values())
             held_out = replace(held_out, block_size=shortest)
         self.held_out = held_out
         self._masks: dict[Text, Tensor] = {}

@@ -19,7 +19,15 @@ from megamod.evaluation.perplexity import (
     Score,
     with_context,
 )
-from megamod.models.lm.configuration import DemixConfig, read_lm_config
+from megamod.models.lm.configuration import (
+    DemixConfig,
+    LmConfig,
+    default_sequence,
+    domains_of,
+    longest_sequence,
+    read_lm_config,
+    untie_of,
+)
 from megamod.models.lm.forest import read_lm
 from megamod.states.forest import FILE, open_forest
 
@@ -65,7 +73,7 @@ class SavedModel:
     """
 
     folder: Path
-    config: DemixConfig
+    config: LmConfig
     data: LmData
     rows: Mapping[str, str | None]
 
@@ -94,7 +102,9 @@ def find_models(folder: Path, held_out: HeldOut) -> list[SavedModel]:
     for place, rows in found.items():
         config = read_lm_config(place, "--model")
         if rows is None:
-            rows = {d: d for d in config.domains} if config.untie != "none" else {DENSE: None}
+            rows = (
+                {d: d for d in domains_of(config)} if untie_of(config) != "none" else {DENSE: None}
+            )
         if DENSE in rows and (place != folder or rows[DENSE] is not None):
             raise UserError(
                 f"--model {folder}: has an expert named {DENSE!r}, which is the row of models "
@@ -165,27 +175,33 @@ def _check_scored(
             )
 
 
-def open_data(folder: Path, config: DemixConfig, held_out: HeldOut) -> LmData:
+def open_data(folder: Path, config: LmConfig, held_out: HeldOut) -> LmData:
     """The data-bin as the model in `folder` reads it, domain tokens included if it has them.
 
     Raises:
         UserError: if vocabulary, domains or sequence length do not fit.
     """
-    block_size = held_out.block_size or config.max_position_embeddings
-    if block_size > config.max_position_embeddings:
+    block_size = held_out.block_size or default_sequence(config)
+    longest = longest_sequence(config)
+    if longest is not None and block_size > longest:
         raise UserError(
-            f"--max_seq_length {block_size}: the model in {folder} has "
-            f"{config.max_position_embeddings} positions"
+            f"--max_seq_length {block_size}: the model in {folder} has {longest} positions"
         )
-    vocabulary = DataBin(held_out.path).vocab_size
-    with_tokens = vocabulary + len(config.domains)
-    if config.vocab_size not in (vocabulary, with_tokens):
+    vocabulary, domains = DataBin(held_out.path).vocab_size, domains_of(config)
+    stock = config.model_type != DemixConfig.model_type
+    with_tokens = vocabulary + len(domains)
+    if stock and config.vocab_size < vocabulary:
+        raise UserError(
+            f"--model {folder} has a vocabulary of {config.vocab_size}; --data {held_out.path} "
+            f"needs {vocabulary}"
+        )
+    if not stock and config.vocab_size not in (vocabulary, with_tokens):
         raise UserError(
             f"--model {folder} has a vocabulary of {config.vocab_size}; --data {held_out.path} "
             f"needs {vocabulary}, or {with_tokens} with a token for each of the model's "
-            f"{len(config.domains)} domains"
+            f"{len(domains)} domains"
         )
-    room = config.vocab_size > vocabulary
+    room = config.vocab_size > vocabulary and not stock
     if held_out.domain_token == "true" and not room:
         raise UserError(
             f"--domain_token true: the model in {folder} has no domain tokens, its vocabulary of "
@@ -195,10 +211,10 @@ def open_data(folder: Path, config: DemixConfig, held_out: HeldOut) -> LmData:
     if forced is not None and (not room or held_out.domain_token == "false"):
         why = "--domain_token is false" if room else f"the model in {folder} has no domain tokens"
         raise UserError(f"--force_domain_token {forced}: {why}")
-    if forced is not None and forced not in config.domains:
+    if forced is not None and forced not in domains:
         raise UserError(
             f"--force_domain_token {forced}: the model in {folder} has tokens for "
-            f"{', '.join(config.domains)}"
+            f"{', '.join(domains)}"
         )
     domain_token = room and held_out.domain_token != "false"
     longest = block_size - 1 - domain_token
@@ -210,7 +226,7 @@ def open_data(folder: Path, config: DemixConfig, held_out: HeldOut) -> LmData:
     data = LmData(
         held_out.path,
         # The place of a name among all the domains of the training decides the id of its token.
-        domains=config.domains if domain_token else None,
+        domains=domains if domain_token else None,
         block_size=block_size,
         domain_token=domain_token,
     )

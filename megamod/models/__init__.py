@@ -14,11 +14,11 @@ from types import ModuleType
 
 def _register_configurations(auto: ModuleType) -> None:
     from megamod.models.ca_mtl.configuration import CaMtlConfig
-    from megamod.models.lm.configuration import DemixConfig, ForestConfig
+    from megamod.models.lm.configuration import DemixConfig, DemixHostConfig, ForestConfig
     from megamod.models.mux.configuration import MuxBertConfig, MuxElectraConfig, MuxRobertaConfig
 
     of_mux = (MuxBertConfig, MuxElectraConfig, MuxRobertaConfig)
-    for configuration in (CaMtlConfig, DemixConfig, ForestConfig, *of_mux):
+    for configuration in (CaMtlConfig, DemixConfig, DemixHostConfig, ForestConfig, *of_mux):
         auto.AutoConfig.register(configuration.model_type, configuration)
 
 

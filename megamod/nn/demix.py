@@ -58,7 +58,7 @@ class _ZeroGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, *idle: Tensor) -> Tensor:
         ctx.like = [(p.shape, p.dtype, p.device) for p in idle]
-        return x.view_as(x)
+        return x.clone()  # not a view: layers may add to it in place
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, ...]:
@@ -72,3 +72,17 @@ class _ZeroGradient(torch.autograd.Function):
 def domain_experts(module: nn.Module) -> Iterator[DomainExperts]:
     """Every group of experts inside a module."""
     return (m for m in module.modules() if isinstance(m, DomainExperts))
+
+
+def choose_domain(module: nn.Module, domain: str) -> None:
+    """Choose the expert that following calls of every group of experts use.
+
+    Raises:
+        ValueError: if a group does not hold the domain's expert.
+    """
+    for group in domain_experts(module):
+        if domain not in group.experts:
+            raise ValueError(
+                f"no expert for domain {domain!r}; there are {', '.join(group.experts)}"
+            )
+        group.domain = domain

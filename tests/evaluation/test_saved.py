@@ -259,7 +259,7 @@ def test_weights_that_cannot_be_scored_are_refused(made, tmp_path, weights):
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        (json.dumps({"model_type": "gpt2"}), "model_type 'gpt2'; allowed is 'demix'"),
+        (json.dumps({"model_type": "bert"}), "model_type 'bert'; a causal language model"),
         ("{", "config.json cannot be used"),
         (json.dumps({"model_type": "demix", "untie": "all"}), "untie 'all' is unknown"),
         (

@@ -57,6 +57,26 @@ def test_gradients_against_autograd_of_the_definition(chunks, scale):
     assert not hidden.grad[::7].any()
 
 
+@pytest.mark.parametrize(("scale", "softcap"), [(0.125, None), (1.0, 2.0), (3.0, 2.0)])
+def test_bias_scale_and_softcap_against_autograd_of_the_definition(chunks, scale, softcap):
+    hidden, weight, labels = case()
+    bias = torch.randn(VOCAB, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    total, log_probs = linear_cross_entropy(hidden, weight, labels, bias, scale, softcap)
+    total.backward()
+    exact = [t.detach().double().requires_grad_() for t in (hidden, weight, bias)]
+    logits = scale * (exact[0] @ exact[1].T + exact[2])
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+    loss.backward()
+    torch.testing.assert_close(total.double(), loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(-log_probs.sum().double(), loss, rtol=1e-6, atol=0)
+    for ours, theirs in zip((hidden, weight, bias), exact, strict=True):
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-5, atol=1e-6)
+    definition = linear_cross_entropy_reference(hidden, weight, labels, bias, scale, softcap)
+    torch.testing.assert_close(definition, total, rtol=1e-6, atol=0)
+
+
 def test_half_precision_is_as_near_to_float64_as_the_plain_operations(chunks):
     hidden, weight, labels = case(torch.bfloat16)
     exact_hidden = hidden.detach().double().requires_grad_()

@@ -279,8 +279,8 @@ def test_experts_that_are_not_there(folder, part, member, message):
 
 def test_a_folder_of_another_kind_or_half_a_model_is_refused(folder, tmp_path):
     forest = Forest(tmp_path, (Expert("x", tmp_path),))
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(UserError, match="model_type 'gpt2'; allowed is 'demix'"):
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(UserError, match="model_type 'bert'; a causal language model is needed"):
         ForestForCausalLM.from_experts(forest)
     (tmp_path / "config.json").write_bytes((folder / "mix" / "config.json").read_bytes())
     (tmp_path / "model.safetensors").write_bytes((folder / "law/model.safetensors").read_bytes())

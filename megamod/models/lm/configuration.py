@@ -1,7 +1,7 @@
 """Configurations of the models: written beside the weights, read back by `from_pretrained`."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from huggingface_hub.dataclasses import strict
@@ -33,6 +33,11 @@ PRESETS = {
     "1.3b": dict(num_hidden_layers=24, hidden_size=2048, num_attention_heads=32),
 }
 """Sizes of Gururangan et al. 2022 (DEMix), table 1; the feed-forward is four times as wide."""
+
+SPECIAL_IDS = ("bos_token_id", "pad_token_id", "eos_token_id")
+
+HOST_TYPE = "demix_host"
+"""Model type of a stock language model of transformers that has experts per domain."""
 
 
 @strict
@@ -89,8 +94,8 @@ class ForestConfig(PreTrainedConfig):
     then read from forest.json and the experts' own folders.
 
     Args:
-        parts: fields of a `DemixConfig` for each model that is held; the experts of one DEMix model
-            are in one part.
+        parts: fields of the configuration of each model that is held, `model_type` among them
+            ("demix" where it is missing); the experts of one DEMix model are in one part.
         experts: for each expert its `domain`, the number of its `part`, and `member`: the domain in
             that part, or None if the part is the expert.
         prior: probability of each expert before any token is seen; None: all alike.
@@ -123,15 +128,21 @@ class ForestConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True  # in the parts that do
 
     def __post_init__(self, **kwargs):
-        parts = [DemixConfig(**fields) for fields in self.parts]
-        for field in ("vocab_size", "bos_token_id", "pad_token_id", "eos_token_id"):
+        parts = [part_config(fields) for fields in self.parts]
+        stock = any(part.model_type != DemixConfig.model_type for part in parts)
+        # Stock models pad the vocabulary, and name special ids or not, as they like.
+        for field in ("eos_token_id",) if stock else ("vocab_size", *SPECIAL_IDS):
             values = [getattr(part, field) for part in parts]
             if any(value != values[0] for value in values):
                 raise ValueError(f"the experts do not fit each other: {field} is one of {values}")
-            if parts:
-                setattr(self, field, values[0])
         if parts:
-            self.max_position_embeddings = min(part.max_position_embeddings for part in parts)
+            for field in SPECIAL_IDS:
+                setattr(self, field, getattr(parts[0], field))
+            if stock and self.pad_token_id == self.eos_token_id:
+                self.pad_token_id = None  # an end of text is no padding
+            self.vocab_size = min(part.vocab_size for part in parts)
+            limits = [limit for part in parts if (limit := longest_sequence(part))]
+            self.max_position_embeddings = min(limits, default=0)
         if self.rule not in RULES:
             raise ValueError(f"rule {self.rule!r} is unknown; choose one of {', '.join(RULES)}")
         if not self.temperature > 0 or not 0 <= self.forgetting <= 1:
@@ -144,23 +155,119 @@ class ForestConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
 
-def read_lm_config(folder: Path, flag: str | None = None) -> DemixConfig:
-    """Configuration of a model folder; `flag` is what named it.
+def default_sequence(config: PreTrainedConfig) -> int:
+    """Tokens per sequence where no option says how many.
+
+    The longest of the project's GPT. Stock models allow far longer ones than anyone evaluates.
+    """
+    longest = longest_sequence(config)
+    if config.model_type == DemixConfig.model_type:
+        return longest
+    return min(longest or SEQUENCE, SEQUENCE)
+
+
+def part_config(fields: Mapping[str, object]) -> PreTrainedConfig:
+    """Configuration of a part of a forest.
 
     Raises:
-        UserError: if it is not that of one of our causal language models.
+        ValueError: for an unknown model type.
+    """
+    return _config_class(fields.get("model_type", DemixConfig.model_type)).from_dict(dict(fields))
+
+
+def _config_class(kind: object) -> type[PreTrainedConfig]:
+    # The mapping is imported late: making it imports this module.
+    from transformers import CONFIG_MAPPING
+
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(f"model_type {kind!r} is unknown to transformers")
+    return CONFIG_MAPPING[kind]
+
+
+class DemixHostConfig(PreTrainedConfig):
+    """Reads config.json of a stock model with experts; the class it returns depends on `host`."""
+
+    model_type = HOST_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs: object) -> PreTrainedConfig:
+        """A configuration of the class that `host_classes` makes for the field `host`."""
+        from megamod.models.lm.host import host_classes
+
+        return host_classes(config_dict.get("host"))[0].from_dict(config_dict, **kwargs)
+
+
+def read_lm_config(folder: Path, flag: str | None = None) -> PreTrainedConfig:
+    """Configuration of the folder of a causal language model; `flag` is what named the folder.
+
+    Raises:
+        UserError: if it is of another kind, or needs code that is not part of transformers.
     """
     where = str(folder) if flag is None else f"{flag} {folder}"
     try:
-        fields, _ = DemixConfig.get_config_dict(folder)
-        if fields.get("model_type") == DemixConfig.model_type:
-            return DemixConfig.from_dict(fields)
+        fields, _ = PreTrainedConfig.get_config_dict(folder)
+        kind = fields.get("model_type")
+        _check_causal(where, kind, fields)
+        return _config_class(kind).from_dict(fields)
+    except UserError:
+        raise
     except (OSError, ValueError, TypeError, AttributeError, StrictDataclassError) as error:
-        told = " ".join(str(error).split())
-        raise UserError(f"{where}: config.json cannot be used: {told}") from error
-    raise UserError(
-        f"{where}: config.json has model_type {fields.get('model_type')!r}; "
-        f"allowed is {DemixConfig.model_type!r}"
+        reason = " ".join(str(error).split())
+        raise UserError(f"{where}: config.json cannot be used: {reason}") from error
+
+
+def _check_causal(where: str, kind: object, fields: Mapping[str, object]) -> None:
+    from transformers.models.auto import modeling_auto
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    if kind in (DemixConfig.model_type, HOST_TYPE):
+        return
+    if kind not in CONFIG_MAPPING_NAMES:
+        code = ", and code in folders is never run" if "auto_map" in fields else ""
+        raise UserError(
+            f"{where}: config.json has model_type {kind!r}, which transformers does not know{code}"
+        )
+    name = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
+    masked = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    pairs = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    causal = isinstance(name, str) and name.endswith(("ForCausalLM", "LMHeadModel"))
+    if not causal or kind in masked or kind in pairs:
+        raise UserError(
+            f"{where}: config.json has model_type {kind!r}; a causal language model is needed, "
+            "such as llama, gpt2 or demix"
+        )
+
+
+LmConfig = PreTrainedConfig
+"""Configuration of a causal language model: `DemixConfig`, or one of a stock family."""
+
+SEQUENCE = 1024  # tokens of a sequence of a stock model, where nothing says how many
+
+
+def domains_of(config: PreTrainedConfig) -> list[str]:
+    """Domains of a language model's configuration; stock ones name none."""
+    return list(getattr(config, "domains", ()))
+
+
+def untie_of(config: PreTrainedConfig) -> str:
+    """What a language model's domains own, see `UNTIE`; "none" for a stock configuration."""
+    return getattr(config, "untie", "none")
+
+
+def longest_sequence(config: PreTrainedConfig) -> int | None:
+    """Longest sequence of a language model in tokens; None if its family has no limit."""
+    for name in ("max_position_embeddings", "max_seq_len"):
+        if getattr(config, name, None):
+            return getattr(config, name)
+    return None
+
+
+def owns_feed_forward(untie: str, layer: int, layers: int) -> bool:
+    """True if each domain has a feed-forward of its own in this layer, the rest being shared."""
+    return (
+        untie == "feedforward"
+        or (untie == "feedforward_every_other" and layer % 2 == 1)
+        or (untie == "feedforward_top" and layer == layers - 1)
     )
 
 

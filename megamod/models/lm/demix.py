@@ -18,9 +18,9 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from megamod.dist.scope import MARK, dense_name, domain_of_name
-from megamod.models.lm.configuration import DemixConfig
+from megamod.models.lm.configuration import DemixConfig, owns_feed_forward
 from megamod.nn.attention import SelfAttention
-from megamod.nn.demix import DomainExperts, domain_experts
+from megamod.nn.demix import DomainExperts, choose_domain
 from megamod.nn.transformer import (
     DecoderBlock,
     Embeddings,
@@ -102,10 +102,7 @@ class DemixModel(DemixPreTrainedModel):
             return DomainExperts(build, domains) if apart else build()
 
         def block(layer: int) -> DecoderBlock:
-            apart = untie == "feedforward" or (
-                (untie == "feedforward_every_other" and layer % 2 == 1)
-                or (untie == "feedforward_top" and layer == config.num_hidden_layers - 1)
-            )
+            apart = owns_feed_forward(untie, layer, config.num_hidden_layers)
             return DecoderBlock(
                 SelfAttention(
                     size,
@@ -223,12 +220,25 @@ class DemixForCausalLM(DemixPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: if this process does not hold the domain's expert.
         """
-        for group in domain_experts(self):
-            if domain not in group.experts:
-                raise ValueError(
-                    f"no expert for domain {domain!r}; there are {', '.join(group.experts)}"
-                )
-            group.domain = domain
+        choose_domain(self, domain)
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> Tensor:
+        """States before the output matrix [B, L, D]; arguments as in `DemixModel.forward`."""
+        return self.model(input_ids, attention_mask, position_ids, past_key_values)[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of what `hidden_states` returned."""
+        return self.lm_head(hidden)
+
+    def score(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Summed loss and log-probabilities [...] of labels, -100 where nothing is predicted."""
+        return self.lm_head(hidden, labels)
 
     def forward(
         self,
@@ -273,14 +283,27 @@ class DemixForCausalLM(DemixPreTrainedModel, GenerationMixin):
         if not training_pass:
             output["logits"] = self.lm_head(hidden[:, -logits_to_keep:])
         else:
-            if shift_labels is None:
-                shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-            total, output["token_log_probs"] = self.lm_head(hidden, shift_labels)
-            if num_items_in_batch is None:
-                num_items_in_batch = (shift_labels != -100).sum().clamp(min=1)
-            output["loss"] = total / num_items_in_batch
+            output["loss"], output["token_log_probs"] = score_labels(
+                self, hidden, labels, shift_labels, num_items_in_batch
+            )
         wants_dict = self.config.return_dict if return_dict is None else return_dict
         return output if wants_dict else output.to_tuple()
+
+
+def score_labels(
+    model: "DemixForCausalLM",
+    hidden: Tensor,
+    labels: Tensor | None,
+    shift_labels: Tensor | None,
+    num_items_in_batch: Tensor | float | None,
+) -> tuple[Tensor, Tensor]:
+    """Loss and log-probabilities [B, L] of hidden states; arguments as in `forward`."""
+    if shift_labels is None:
+        shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    total, log_probs = model.score(hidden, shift_labels)
+    if num_items_in_batch is None:
+        num_items_in_batch = (shift_labels != -100).sum().clamp(min=1)
+    return total / num_items_in_batch, log_probs
 
 
 @torch.no_grad()

@@ -13,15 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from megamod.errors import UserError
 from megamod.mixture.posterior import mix, token_weights
-from megamod.models.lm.configuration import DemixConfig, ForestConfig, read_lm_config
-from megamod.models.lm.demix import DemixForCausalLM, DemixOutput
+from megamod.models.auto import LanguageModel, lm_class, load_lm
+from megamod.models.lm.configuration import (
+    ForestConfig,
+    domains_of,
+    part_config,
+    read_lm_config,
+    untie_of,
+)
+from megamod.models.lm.demix import DemixOutput
 from megamod.models.lm.forest_cache import Track, padding_of, tracks_of
 from megamod.states.forest import FILE, Expert, Forest, open_forest
 
@@ -31,7 +37,7 @@ class Loaded:
     """An expert in memory: call `model(..., domain=member)`, also where member is None."""
 
     domain: str
-    model: DemixForCausalLM
+    model: LanguageModel
     member: str | None
 
 
@@ -57,7 +63,7 @@ def load_experts(
             )
     wanted = [expert for expert in forest.experts if only is None or expert.domain in only]
     left = Counter(expert.path for expert in wanted)
-    held: dict[Path, DemixForCausalLM] = {}
+    held: dict[Path, LanguageModel] = {}
     for expert in wanted:
         if expert.path not in held:
             members = [one.member for one in wanted if one.path == expert.path and one.member]
@@ -100,7 +106,7 @@ class ForestForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _no_split_modules = ("DecoderBlock",)
 
-    def __init__(self, config: ForestConfig, parts: Sequence[DemixForCausalLM] | None = None):
+    def __init__(self, config: ForestConfig, parts: Sequence[LanguageModel] | None = None):
         super().__init__(config)
         if not config.experts:
             raise ValueError(
@@ -108,11 +114,10 @@ class ForestForCausalLM(PreTrainedModel, GenerationMixin):
                 "ForestForCausalLM.from_experts"
             )
         if parts is None:
-            implementation = config._attn_implementation or "sdpa"
-            parts = [
-                DemixForCausalLM(DemixConfig(**fields, attn_implementation=implementation))
-                for fields in config.parts
-            ]
+            configs = [part_config(fields) for fields in config.parts]
+            for part in configs:
+                part._attn_implementation = config._attn_implementation
+            parts = [lm_class(part)(part) for part in configs]
         self.parts = nn.ModuleList(parts)
         self._tied_weights_keys = {
             f"parts.{number}.{tied}": f"parts.{number}.{source}"
@@ -210,7 +215,7 @@ class ForestForCausalLM(PreTrainedModel, GenerationMixin):
         weights = torch.tensor([prior[expert] for expert in kept], device=self.device)
         return kept, weights / weights.sum()
 
-    def _choose(self, expert: int) -> DemixForCausalLM:
+    def _choose(self, expert: int) -> LanguageModel:
         """The part an expert is in, its member chosen."""
         entry = self.config.experts[expert]
         part = self.parts[entry["part"]]
@@ -309,14 +314,14 @@ class ForestForCausalLM(PreTrainedModel, GenerationMixin):
         hidden, seen, scored = [], [], []
         for expert, track in zip(experts, tracks, strict=True):
             part = self._choose(expert)
-            states, _ = part.model(input_ids, attention_mask, position_ids, track)
+            states = part.hidden_states(input_ids, attention_mask, position_ids, track)
             rows, targets = states, following
             if past:  # the last cached position is asked for the first token of this pass
                 rows = torch.cat([track.last_states(), states], dim=1)
                 targets = torch.cat([input_ids[:, :1], following], dim=1)
             if shift_labels is None:  # nothing is known yet of what follows the last token
                 rows, targets = rows[:, :-1], targets[:, :-1]
-            log_probs = part.lm_head(rows, targets)[1]
+            log_probs = part.score(rows, targets)[1]
             if shift_labels is not None:
                 scored.append(log_probs[:, -length:])
                 log_probs = log_probs[:, :-1]
@@ -331,45 +336,37 @@ class ForestForCausalLM(PreTrainedModel, GenerationMixin):
         """log sum_j w_j softmax_j [B, keep, V], never more than two experts' at a time."""
         mixed = None
         for number, expert in enumerate(experts):
-            logits = self._choose(expert).lm_head(hidden[number][:, -keep:]).float()
-            weighted = logits.log_softmax(-1).add_(log_weights[number, :, -keep:, None])
+            logits = self._choose(expert).logits(hidden[number][:, -keep:]).float()
+            # Output matrices may be padded; the rows that all experts have are those of tokens.
+            log_probs = logits.log_softmax(-1)[..., : self.config.vocab_size]
+            weighted = log_probs + log_weights[number, :, -keep:, None]
             mixed = weighted if mixed is None else torch.logaddexp(mixed, weighted, out=mixed)
         return mixed
 
 
-def read_lm(
-    folder: Path, members: Sequence[str] | None = None, **kwargs: object
-) -> DemixForCausalLM:
+def read_lm(folder: Path, members: Sequence[str] | None = None, **kwargs: object) -> LanguageModel:
     """A model folder for scoring, with the experts of these domains; None or empty for all.
 
     Raises:
         UserError: if it is not one of our language models, or lacks weights.
     """
-    domains = read_lm_config(folder).domains
+    domains = domains_of(read_lm_config(folder))
     known = [domain for domain in members or () if domain in domains]
-    try:
-        model, report = DemixForCausalLM.from_pretrained(
-            folder, known or None, output_loading_info=True, **kwargs
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder}: cannot be read as a model: {error}") from error
-    if report["missing_keys"]:
-        raise UserError(f"{folder}: the weights lack {min(report['missing_keys'])}")
-    return model.eval()
+    return load_lm(folder, local_domains=known or None, **kwargs).eval()
 
 
-def _check_member(expert: Expert, config: DemixConfig) -> None:
-    apart = config.untie != "none"
-    if expert.member is not None and (not apart or expert.member not in config.domains):
-        there = ", ".join(config.domains) if apart else "none, the model is dense"
+def _check_member(expert: Expert, config: PreTrainedConfig) -> None:
+    apart, domains = untie_of(config) != "none", domains_of(config)
+    if expert.member is not None and (not apart or expert.member not in domains):
+        there = ", ".join(domains) if apart else "none, the model is dense"
         raise UserError(f"{expert.path}: no expert of domain {expert.member!r}; there are {there}")
     if expert.member is None and apart:
         raise UserError(
-            f"{expert.path}: holds experts; `member` must name one of {', '.join(config.domains)}"
+            f"{expert.path}: holds experts; `member` must name one of {', '.join(domains)}"
         )
 
 
-def _fields(config: DemixConfig) -> dict:
-    """What a `DemixConfig` is made from, without what belongs to the forest as a whole."""
-    left_out = ("transformers_version", "architectures", "model_type")
+def _fields(config: PreTrainedConfig) -> dict:
+    """Fields of a part's configuration, without those of the forest as a whole."""
+    left_out = ("transformers_version", "architectures")
     return {name: value for name, value in config.to_diff_dict().items() if name not in left_out}

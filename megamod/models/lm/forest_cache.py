@@ -26,8 +26,27 @@ class Track:
         """Tokens that are cached."""
         return self.cache.get_seq_length(self.first + layer) if self.cache is not None else 0
 
-    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """What a layer's self-attention calls: cached keys and values, and the new ones."""
+    # Stock models ask these before they build their masks: every layer keeps all positions, and
+    # windows of attention are the masks' matter.
+    is_compileable = False
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """For each layer whether it drops positions."""
+        return [False] * self.layers
+
+    def get_query_offset(self, layer: int = 0) -> int:
+        """Position of the first new token."""
+        return self.get_seq_length(layer)
+
+    def get_mask_sizes(self, queries: int, layer: int) -> tuple[int, int]:
+        """Number of keys that `queries` new tokens attend to, and the position of the first."""
+        return self.get_seq_length(layer) + queries, 0
+
+    def update(
+        self, key: Tensor, value: Tensor, layer: int, *_: object, **__: object
+    ) -> tuple[Tensor, Tensor]:
+        """Called by a layer's self-attention: cached keys and values, and the new ones."""
         if self.cache is None:
             return key, value
         return self.cache.update(key, value, self.first + layer)
@@ -84,7 +103,7 @@ def padding_of(
         real = torch.ones_like(input_ids, dtype=torch.bool)
         attention_mask = torch.cat([track.real(), real], dim=1)
     elif attention_mask is None and position_ids is None:
-        real = input_ids != pad_id
+        real = input_ids != (-1 if pad_id is None else pad_id)
         attention_mask = None if bool(real.all()) else real
     if attention_mask is None and position_ids is None:
         length = input_ids.shape[1]

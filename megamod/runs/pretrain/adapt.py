@@ -24,7 +24,7 @@ from megamod.evaluation.plots import read_metrics
 from megamod.evaluation.report import write_report
 from megamod.files import sha256, sync_folder, write_json
 from megamod.models.auto import active_parameters
-from megamod.models.lm.configuration import DemixConfig
+from megamod.models.lm.configuration import LmConfig
 from megamod.runs.pretrain.adapt_args import AdaptArgs
 from megamod.runs.pretrain.adapt_start import (
     RECORD,
@@ -149,7 +149,7 @@ def _recipe(
         make_model=make_model,
         make_objective=lambda device: CausalLM(data.domains, device, choose=False),
         make_evaluate=make_evaluate,
-        flops_per_token=partial(_flops, config),
+        flops_per_token=partial(_flops, config, data.block_size),
         # The weights say what was started from, wherever they lie now and however they were chosen.
         settings={"start weights": digest, "start": start.expert.domain}
         | dict.fromkeys(("forest", "model", "prior", "prior_sequences")),
@@ -248,10 +248,10 @@ def _before(output: Path, domain: str) -> float | None:
     return scores[-1] if scores else None
 
 
-def _flops(config: DemixConfig, module: nn.Module) -> float:
+def _flops(config: LmConfig, length: int, module: nn.Module) -> float:
     """Operations of a training step per token; a frozen weight has no gradient, a third of them."""
     frozen = {name: p.numel() for name, p in module.named_parameters() if not p.requires_grad}
-    return lm_flops(config, module) - 2 * active_parameters(frozen)
+    return lm_flops(config, length, module) - 2 * active_parameters(frozen)
 
 
 def _card(args: AdaptArgs, start: Start, data_digest: str) -> Card:

@@ -19,7 +19,14 @@ from megamod.evaluation.ensemble import Protocol, estimate_priors
 from megamod.evaluation.expert_scores import Experts, OneByOne, Together
 from megamod.evaluation.saved import HeldOut
 from megamod.mixture.prior import read_prior
-from megamod.models.lm.configuration import DemixConfig, read_lm_config
+from megamod.models.lm.configuration import (
+    SEQUENCE,
+    DemixConfig,
+    default_sequence,
+    longest_sequence,
+    read_lm_config,
+    untie_of,
+)
 from megamod.models.lm.demix import DemixForCausalLM
 from megamod.runs.pretrain.adapt_args import AdaptArgs
 from megamod.states.forest import Expert, Forest, open_forest
@@ -51,7 +58,7 @@ def candidates(args: AdaptArgs) -> Forest:
         forest = open_forest(Path(args.forest))
     else:
         folder = Path(args.model).absolute()
-        if read_lm_config(folder, "--model").untie != "none":
+        if untie_of(read_lm_config(folder, "--model")) != "none":
             raise UserError(f"--model {args.model} has experts: give it as --forest")
         forest = Forest(folder, (Expert(domain="dense", path=folder),))
     if args.start is not None and args.start not in forest.domains:
@@ -84,12 +91,13 @@ def open_data(args: AdaptArgs, forest: Forest) -> LmData:
                     f"{flag}: {path} has {field} {getattr(config, field)}, --data {args.data} has "
                     f"{wanted[field]}: they are not of one vocabulary"
                 )
-    positions = min(config.max_position_embeddings for config in configs.values())
-    if args.max_seq_length is not None and args.max_seq_length > positions:
+    limits = [limit for config in configs.values() if (limit := longest_sequence(config))]
+    positions = min(limits, default=SEQUENCE)
+    if limits and args.max_seq_length is not None and args.max_seq_length > positions:
         raise UserError(
             f"--max_seq_length {args.max_seq_length}: the experts have {positions} positions"
         )
-    block_size = args.max_seq_length or positions
+    block_size = args.max_seq_length or min(map(default_sequence, configs.values()))
     for split in dict.fromkeys(("train", "valid", args.eval_split)):
         databin.blocks(args.domain, split, block_size)
     return LmData(args.data, domains=[args.domain], block_size=block_size, domain_token=False)
@@ -149,6 +157,8 @@ def config_of(expert: Expert, args: AdaptArgs) -> DemixConfig:
         UserError: if the new name cannot be one, or is taken, or there is nothing to train.
     """
     fields = read_lm_config(expert.path).to_dict()
+    if fields["model_type"] != DemixConfig.model_type:
+        raise UserError(f"{expert.path}: a {fields['model_type']} cannot be adapted yet")
     if args.domain in fields["domains"] and expert.member is not None:
         raise UserError(f"--domain {args.domain}: {expert.path} has an expert of that name already")
     if args.method == "feedforward" and fields["untie"] == "input_output":

@@ -12,7 +12,7 @@ from megamod.dist.topology import DomainTopology
 from megamod.evaluation.perplexity import DENSE, DomainEvaluation, own_scores
 from megamod.evaluation.report import write_report
 from megamod.models.auto import active_parameters, build_lm, lm_config
-from megamod.models.lm.configuration import DemixConfig
+from megamod.models.lm.configuration import LmConfig, domains_of, untie_of
 from megamod.runs.training import Recipe, Running, execute
 from megamod.train import setup
 from megamod.train.export import Card
@@ -79,7 +79,7 @@ def pretrain(
         make_evaluate=lambda running: partial(
             evaluate_own, evaluation(running, data, topology, run, split), running, split
         ),
-        flops_per_token=partial(lm_flops, config),
+        flops_per_token=partial(lm_flops, config, data_args.max_seq_length),
     )
     done = execute(
         recipe,
@@ -125,25 +125,25 @@ def evaluate_own(evaluate: DomainEvaluation, running: Running, split: str, step:
     running.monitor.evaluated(step, {d: s.perplexity for d, s in scores.items()}, split)
 
 
-def lm_flops(config: DemixConfig, module: nn.Module) -> float:
+def lm_flops(config: LmConfig, length: int, module: nn.Module) -> float:
     """Operations of a training step per token."""
     sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
     return training_flops_per_token(
         active_parameters(sizes),
         config.num_hidden_layers,
         config.hidden_size,
-        config.max_position_embeddings,
+        length,
     )
 
 
-def card(config: DemixConfig, sharing: Sharing, data_digest: str) -> Card:
+def card(config: LmConfig, sharing: Sharing, data_digest: str) -> Card:
     """The model card of a causal language model."""
     facts = {
-        "domains, in order": ", ".join(config.domains) or "none named",
-        "parts held per domain": config.untie,
+        "domains, in order": ", ".join(domains_of(config)) or "none named",
+        "parts held per domain": untie_of(config),
         "data-bin digest": data_digest,
     }
-    if config.untie != "none":
+    if untie_of(config) != "none":
         facts["choose an expert with"] = "`model.set_domain(NAME)`"
     return Card(
         summary=f"A causal language model trained with megamod, sharing: {sharing.value}.",

@@ -1,0 +1,302 @@
+"""Stock causal language models of transformers, trained here: dense, or with an expert per domain.
+
+`dense_class` and `host_classes` make classes from a stock one. They add the chunked loss, the
+interface `megamod.models.auto.LanguageModel`, and `DomainExperts` in place of feed-forwards. Names
+of parameters are the stock ones, so a dense model is saved as a stock folder.
+"""
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+
+import torch
+from huggingface_hub.dataclasses import strict
+from megamod_kernels import linear_cross_entropy
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+
+from megamod.dist.scope import MARK
+from megamod.models.lm.configuration import HOST_TYPE, check_domains, owns_feed_forward
+from megamod.models.lm.demix import DemixOutput, score_labels
+from megamod.models.lm.hosts import HOSTS, UNTIE_OF_HOSTS, Host
+from megamod.nn.demix import DomainExperts, choose_domain
+
+Scores = tuple[Tensor, Tensor]
+
+
+class HostMixin:
+    """What is added to a stock causal language model; it stands before the stock class.
+
+    Args:
+        config: the stock configuration, or one made by `host_classes`.
+        local_domains: domains whose experts are held; None: all; empty: the feed-forwards are left
+            whole until `own_feed_forwards` is called.
+    """
+
+    config: PreTrainedConfig
+
+    def __init__(self, config: PreTrainedConfig, local_domains: Sequence[str] | None = None):
+        super().__init__(config)
+        head = self.get_output_embeddings()
+        if self.host is not None:
+            head.__class__ = _scoring_head(type(head))
+            head.scale, head.softcap = _scale(config, self.host), _softcap(config, self.host)
+        domains = getattr(config, "domains", ()) if local_domains is None else local_domains
+        if domains and config.model_type == HOST_TYPE:
+            self.own_feed_forwards(domains)
+
+    @property
+    def host(self) -> Host | None:
+        """Row of the model's family in the table of hosts; None if it has none."""
+        return HOSTS.get(getattr(self.config, "host", self.config.model_type))
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # The layers are those of transformers and initialise their buffers as it expects.
+        return False
+
+    def own_feed_forwards(self, domains: Sequence[str]) -> None:
+        """Replace feed-forwards, as the configuration's `untie` says, by a copy per domain."""
+        layers = self.get_submodule(self.host.layers)
+        for number, layer in enumerate(layers):
+            if not owns_feed_forward(self.config.untie, number, len(layers)):
+                continue
+            for name in self.host.feed_forward:
+                experts = [getattr(layer, name)]
+                experts += [copy.deepcopy(experts[0]) for _ in domains[1:]]
+                setattr(layer, name, DomainExperts(experts.pop, domains))
+
+    def set_domain(self, domain: str) -> None:
+        """Choose the expert that following calls use.
+
+        Raises:
+            ValueError: if this process does not hold the domain's expert.
+        """
+        choose_domain(self, domain)
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> Tensor:
+        """States before the output matrix [B, L, D]; a family without a row returns logits."""
+        if self.host is None:
+            return (
+                super()
+                .forward(**self._inputs(input_ids, attention_mask, position_ids, past_key_values))
+                .logits
+            )
+        inputs = self._inputs(input_ids, attention_mask, position_ids, past_key_values)
+        return self.base_model(**inputs)[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of what `hidden_states` returned."""
+        if self.host is None:
+            return hidden
+        head = self.get_output_embeddings()
+        scores = head(hidden) * head.scale
+        if head.softcap is not None:
+            scores = head.softcap * torch.tanh(scores / head.softcap)
+        return scores
+
+    def score(self, hidden: Tensor, labels: Tensor) -> Scores:
+        """Summed loss and log-probabilities [...] of labels, -100 where nothing is predicted."""
+        if self.host is not None:
+            return self.get_output_embeddings()(hidden, labels)
+        counted = labels != -100
+        log_probs = hidden.float().log_softmax(-1)
+        log_probs = log_probs.gather(-1, labels.where(counted, 0)[..., None])[..., 0]
+        log_probs = log_probs.where(counted, 0.0)
+        return -log_probs.sum(), log_probs.detach()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: Tensor | float | None = None,
+        domain: str | None = None,
+        return_dict: bool | None = None,
+        **others: object,
+    ) -> DemixOutput | tuple:
+        """The stock pass without labels; with them the loss, logits not held.
+
+        Args:
+            labels, shift_labels, num_items_in_batch, domain: as in `DemixForCausalLM.forward`.
+            others: further arguments of the stock class.
+        """
+        if domain is not None:
+            self.set_domain(domain)
+        if labels is None and shift_labels is None:
+            positions = {"position_ids": position_ids} if takes_positions(type(self)) else {}
+            return super().forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                return_dict=return_dict,
+                **positions,
+                **others,
+            )
+        hidden = self.hidden_states(input_ids, attention_mask, position_ids)
+        output = DemixOutput()
+        output["loss"], output["token_log_probs"] = score_labels(
+            self, hidden, labels, shift_labels, num_items_in_batch
+        )
+        wants_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if wants_dict else output.to_tuple()
+
+    def _inputs(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+    ) -> dict[str, object]:
+        if attention_mask is not None and attention_mask.dim() == 2:
+            attention_mask = attention_mask.long()  # some families do arithmetic on it
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+            "use_cache": past_key_values is not None,
+            "return_dict": True,
+        }
+        if takes_positions(type(self)):
+            inputs["position_ids"] = position_ids
+        return inputs
+
+    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        # Tables of rotary frequencies lose their meaning in half precision: buffers keep theirs.
+        kept = [
+            (module, name, buffer)
+            for module in self.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None and buffer.is_floating_point()
+        ]
+        super()._apply(function, recurse)
+        for module, name, buffer in kept:
+            if module._buffers[name].dtype != buffer.dtype:
+                module._buffers[name] = buffer.to(module._buffers[name].device)
+        return self
+
+
+def stock_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The causal language model of transformers for a stock configuration.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    # Imported late, as everywhere in this file: importing it imports this file.
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    try:
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    except KeyError as error:
+        raise ValueError(f"model_type {config.model_type!r} is no causal language model") from error
+
+
+@functools.cache
+def dense_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The stock class with `HostMixin`, under the stock name, which is what config.json states."""
+    return type(stock.__name__, (HostMixin, stock), {"__doc__": HostMixin.__doc__})
+
+
+@functools.cache
+def host_classes(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
+    """Configuration and model with an expert per domain, known to the Auto classes.
+
+    Raises:
+        ValueError: if the table of hosts has no row for the family.
+    """
+    if model_type not in HOSTS:
+        raise ValueError(
+            f"model_type {model_type!r} has no table of its feed-forward layers; known are "
+            f"{', '.join(HOSTS)}"
+        )
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+
+    stock_config = CONFIG_MAPPING[model_type]
+    stock = MODEL_FOR_CAUSAL_LM_MAPPING[stock_config]
+
+    @strict
+    class HostConfig(stock_config):
+        domains: list[str] | tuple[str, ...] = ()
+        untie: str = "none"
+        host: str = model_type
+
+        def __post_init__(self, **kwargs: object):
+            self.domains = list(self.domains)
+            check_domains(self.domains)
+            if self.untie not in UNTIE_OF_HOSTS or (self.untie != "none" and not self.domains):
+                raise ValueError(
+                    f"untie {self.untie!r}: a {self.host} needs domains and one of "
+                    f"{', '.join(UNTIE_OF_HOSTS)}"
+                )
+            super().__post_init__(**kwargs)
+
+    HostConfig.model_type = HOST_TYPE
+    HostConfig.__name__ = HostConfig.__qualname__ = f"Demix{stock_config.__name__}"
+    _copy_renaming(stock, model_type, f"Demix{stock.__name__}")
+    ignored = stock._keys_to_ignore_on_load_unexpected or ()
+    model = type(
+        f"Demix{stock.__name__}",
+        (HostMixin, stock),
+        {
+            "__doc__": HostMixin.__doc__,
+            "config_class": HostConfig,
+            # A process that holds some of the experts has no use for the others in the folder.
+            "_keys_to_ignore_on_load_unexpected": [*ignored, rf"\.{MARK}\."],
+        },
+    )
+    AutoModelForCausalLM.register(HostConfig, model)
+    return HostConfig, model
+
+
+def takes_positions(model: type[PreTrainedModel]) -> bool:
+    """True if the stock class takes `position_ids`; those with ALiBi do not."""
+    stock = next(base for base in model.__mro__ if base.__module__.startswith("transformers."))
+    return "position_ids" in inspect.signature(stock.forward).parameters
+
+
+def _copy_renaming(stock: type[PreTrainedModel], model_type: str, name: str) -> None:
+    """Let a class read files in which transformers renames tensors of the stock class."""
+    renaming = get_checkpoint_conversion_mapping(stock.__name__)
+    renaming = renaming or get_checkpoint_conversion_mapping(model_type)
+    if renaming:
+        register_checkpoint_conversion_mapping(name, renaming, overwrite=True)
+
+
+@functools.cache
+def _scoring_head(head: type[nn.Module]) -> type[nn.Module]:
+    """The class of an output matrix that with labels goes straight to the loss.
+
+    It is called as a module, so that ZeRO 3 gathers its weight.
+    """
+
+    def forward(self: nn.Module, hidden: Tensor, labels: Tensor | None = None) -> Tensor | Scores:
+        if labels is None:
+            return head.forward(self, hidden)
+        return linear_cross_entropy(
+            hidden, self.weight, labels, self.bias, self.scale, self.softcap
+        )
+
+    return type(head.__name__, (head,), {"forward": forward, "__doc__": head.__doc__})
+
+
+def _scale(config: PreTrainedConfig, host: Host) -> float:
+    if host.divide is not None:
+        return 1 / getattr(config, host.divide)
+    return 1.0 if host.multiply is None else getattr(config, host.multiply)
+
+
+def _softcap(config: PreTrainedConfig, host: Host) -> float | None:
+    return None if host.softcap is None else getattr(config, host.softcap)
