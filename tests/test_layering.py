@@ -50,7 +50,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     ),
     "megamod.data.tasks": (
         {"megamod.data", "megamod.data.corpus", "megamod.data.lm"},
-        {"numpy", "torch", "transformers", "datasets", "yaml", "safetensors"},
+        {"numpy", "torch", "transformers", "datasets", "yaml", "safetensors", "pyarrow"},
     ),
     "megamod.states": ({"megamod.dist.scope"}, {"torch", "safetensors"}),
     "megamod.convert": (

@@ -12,6 +12,7 @@ It works like a pipeline of transformers, for multiplexed models and for stock o
 of transformers run multiplexed models too, but neither pad as in training nor average copies.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,8 +35,8 @@ from megamod.data.tasks.classification import (
     encode_words,
     held_out_rows,
 )
+from megamod.data.tasks.conll import TokenSet
 from megamod.data.tasks.glue import TextSet
-from megamod.data.tasks.ner import TokenSet
 from megamod.errors import UserError
 from megamod.evaluation.predict import Predictor, labels_of_words
 from megamod.models.classifier_inputs import inputs_of, is_empty, mixes_padding, room_of
@@ -130,7 +131,8 @@ class MuxPipeline:
         Args:
             requests: a list is always one of requests. A request for labels of rows is a text or a
                 pair, ("...", "...") or {"text": "...", "text_pair": "..."}; all are alike. One for
-                labels of words is a list of words, or a text that is split at white space.
+                labels of words is a list of words, or a text that is split at blanks,
+                tabs and line ends.
         Returns:
             For labels of rows {"label", "score"} of each request, score being the probability, or
             the value of a regression. For labels of words a list for each request, with {"word",
@@ -161,7 +163,8 @@ class MuxPipeline:
         return [self._best(logits) for _, logits in self._run(encoded)]
 
     def _of_words(self, sentences: list[list[str]]) -> list[list[Answer]]:
-        tokens = TokenSet(sentences, None, list(range(len(sentences))), "requests")
+        lines = [[number] * len(words) for number, words in enumerate(sentences)]
+        tokens = TokenSet(sentences, None, lines, "requests", "request")
         encoded = encode_words(tokens, self.tokenizer, self.lengths, self.labels)
         best, scores = np.zeros(len(encoded.ids), dtype=np.int64), np.zeros(len(encoded.ids))
         for row, logits in self._run(encoded):
@@ -221,7 +224,7 @@ def _texts(request: Request, number: int) -> tuple[str, ...]:
 
 def _words(request: Request, number: int) -> list[str]:
     """The words of a sentence."""
-    words = request.split() if isinstance(request, str) else request
+    words = re.findall(r"[^ \t\r\n]+", request) if isinstance(request, str) else request
     fits = isinstance(words, list | tuple) and all(isinstance(word, str) for word in words)
     if not fits or not words:
         raise ValueError(f"request {number}, {request!r}: neither a text nor a list of words")

@@ -7,6 +7,7 @@ type, its first and its last word are.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from megamod.data.tasks.iob import CONTINUE, LAST, OUTSIDE, are_entities, parts_of
 from megamod.data.tasks.specs import TaskSpec
 
 Labels = Sequence[Sequence[str]]
@@ -29,58 +30,72 @@ class Counts:
         return {"precision": precision, "recall": recall, "f1": f1}
 
 
-def entities(labels: Sequence[str]) -> Iterator[tuple[str, int, int]]:
-    """Type, first word and last word of each entity of a sentence in IOB1 or IOB2.
+def entities(labels: Sequence[str], runs: bool = False) -> Iterator[tuple[str, int, int]]:
+    """Type, first word and last word of each entity of a sentence in any scheme of `data.iob`.
 
     An entity begins at B-, and at an I- that continues none of its type; so every sequence of
     labels that a model may answer has a reading.
+
+    Args:
+        runs: the labels are plain tags: an entity is a run of one tag other than O.
     """
     kind, start = None, 0
-    for place, label in enumerate([*labels, "O"]):
-        part, _, here = label.partition("-")
-        if kind is not None and (part != "I" or here != kind):
+    for place, label in enumerate([*labels, OUTSIDE]):
+        if label == OUTSIDE:
+            part, here = None, None
+        else:
+            part, here = ("I", label) if runs else (parts_of(label) or (None, None))
+        if kind is not None and (part is None or part not in CONTINUE or here != kind):
             yield kind, start, place - 1
             kind = None
-        if part in ("B", "I") and kind is None:
+        if part is not None and kind is None:
             kind, start = here, place
+        if part is not None and part in LAST:
+            yield kind, start, place
+            kind = None
 
 
-def entity_counts(gold: Labels, answers: Labels) -> dict[str, Counts]:
-    """Counts by type, sorted by name."""
+def entity_counts(gold: Labels, answers: Labels, runs: bool = False) -> dict[str, Counts]:
+    """Counts by type, sorted by name; `runs` as in `entities`."""
     counts: dict[str, Counts] = {}
-    for there, found in zip(gold, answers, strict=True):
-        if len(there) != len(found):
-            raise ValueError(f"{len(found)} answers for {len(there)} words")
-        want, have = set(entities(there)), set(entities(found))
-        for kind, *_ in want:
+    for gold_row, answered_row in zip(gold, answers, strict=True):
+        if len(gold_row) != len(answered_row):
+            raise ValueError(f"{len(answered_row)} answers for {len(gold_row)} words")
+        wanted = set(entities(gold_row, runs))
+        for kind, *_ in wanted:
             counts.setdefault(kind, Counts()).there += 1
-        for one in have:
-            count = counts.setdefault(one[0], Counts())
+        for entity in set(entities(answered_row, runs)):
+            count = counts.setdefault(entity[0], Counts())
             count.found += 1
-            count.right += one in want
+            count.right += entity in wanted
     return dict(sorted(counts.items()))
 
 
 def score_words(task: TaskSpec, gold: Labels, answers: Labels) -> dict[str, float]:
-    """The task's metrics: over all entities ("f1", ...), and accuracy over all words."""
+    """The task's metrics: over all entities ("f1", ...), and accuracy over all words.
+
+    Without labels of entities a run of one tag other than O is an entity.
+    """
     pairs = [
         pair
-        for there, found in zip(gold, answers, strict=True)
-        for pair in zip(there, found, strict=True)
+        for gold_row, answered_row in zip(gold, answers, strict=True)
+        for pair in zip(gold_row, answered_row, strict=True)
     ]
     scores = {"accuracy": sum(a == b for a, b in pairs) / max(1, len(pairs))}
-    if set(task.metrics) & {"f1", "precision", "recall"}:
-        by_type = entity_counts(gold, answers).values()
-        total = Counts(
-            sum(c.right for c in by_type),
-            sum(c.found for c in by_type),
-            sum(c.there for c in by_type),
-        )
-        scores |= total.scores()
-    if "macro_f1" in task.metrics:
-        kinds = [count.scores()["f1"] for count in entity_counts(gold, answers).values()]
-        scores["macro_f1"] = sum(kinds) / max(1, len(kinds))
+    by_type = entity_counts(gold, answers, has_runs(task)).values()
+    total = Counts(
+        sum(count.right for count in by_type),
+        sum(count.found for count in by_type),
+        sum(count.there for count in by_type),
+    )
+    scores |= total.scores()
+    scores["macro_f1"] = sum(count.scores()["f1"] for count in by_type) / max(1, len(by_type))
     return {name: scores[name] for name in (*task.metrics, "accuracy")}
+
+
+def has_runs(task: TaskSpec) -> bool:
+    """True if the labels are plain tags, so that entities are runs of one tag."""
+    return bool(task.labels) and not are_entities(task.labels)
 
 
 def word_accuracy_by_slot(gold: Labels, answers: Labels, instances: int) -> list[float]:

@@ -14,8 +14,8 @@ from megamod.data.tasks.classification import (
     encode_words,
     held_out_rows,
 )
+from megamod.data.tasks.conll import TokenSet
 from megamod.data.tasks.glue import TextSet
-from megamod.data.tasks.ner import TokenSet
 from megamod.errors import UserError
 
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b", "c", "d", "##a", "##b", "##c"]
@@ -61,7 +61,7 @@ def test_rows_beyond_the_model_are_refused_unless_cuts_were_asked_for(tokenizer)
     ):
         encode_texts(texts, tokenizer, Lengths(8, 10))
     assert encode_texts(texts, tokenizer, Lengths(8, 10, truncate=True)).offsets[-1] == 5 + 8
-    words = TokenSet([["a"] * 9], [["O"] * 9], [4], "file")
+    words = TokenSet([["a"] * 9], [["O"] * 9], [[4] * 9], "file")
     with pytest.raises(UserError, match="file, line 4: 11 tokens, the model has 10 positions"):
         encode_words(words, tokenizer, Lengths(10, 10), ["O"])
 
@@ -70,7 +70,7 @@ def test_rows_beyond_the_model_are_refused_unless_cuts_were_asked_for(tokenizer)
 def test_the_first_token_of_a_word_carries_its_label(tokenizer, label_all):
     labels = ["O", "B-X", "I-X"]
     words = [["abc", "\ufe0f", "ca", "d"], ["a"]]
-    found = TokenSet(words, [["B-X", "I-X", "O", "O"], ["O"]], [1, 6], "file")
+    found = TokenSet(words, [["B-X", "I-X", "O", "O"], ["O"]], [[1, 2, 3, 4], [6]], "file")
     encoded = encode_words(found, tokenizer, LONG, labels, label_all=label_all)
     assert spelled(encoded.ids[:9]) == "[CLS] a ##b ##c [UNK] c ##a d [SEP]"
     rest, other = (2, 0) if label_all else (-100, -100)
@@ -81,7 +81,7 @@ def test_the_first_token_of_a_word_carries_its_label(tokenizer, label_all):
 
 
 def test_words_behind_a_cut_have_no_token(tokenizer):
-    found = TokenSet([["a", "abc", "d"]], [["O", "B-X", "O"]], [1], "file")
+    found = TokenSet([["a", "abc", "d"]], [["O", "B-X", "O"]], [[1, 2, 3]], "file")
     encoded = encode_words(found, tokenizer, Lengths(5, 64), ["O", "B-X"], label_all=True)
     assert spelled(encoded.ids) == "[CLS] a a ##b [SEP]"
     assert encoded.heads[0].tolist() == [1, 2, -1]

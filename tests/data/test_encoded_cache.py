@@ -7,9 +7,9 @@ import pytest
 from transformers import BertTokenizerFast
 
 from megamod.data.tasks.classification import Lengths, encode_texts, encode_words
+from megamod.data.tasks.conll import TokenSet
 from megamod.data.tasks.encoded_cache import cached, key_of
 from megamod.data.tasks.glue import TextSet
-from megamod.data.tasks.ner import TokenSet
 
 LENGTHS = Lengths(8, 16)
 
@@ -23,7 +23,7 @@ def tokenizer(tmp_path_factory):
 
 
 TEXTS = TextSet((["a b", "c", "f e d c b a f e d"],), np.array([0, 1, 1]), ["f, line 1"] * 3)
-WORDS = TokenSet([["a", "bx"], ["c"]], [["O", "B-X"], ["O"]], [1, 4], "f")
+WORDS = TokenSet([["a", "bx"], ["c"]], [["O", "B-X"], ["O"]], [[1, 2], [4]], "f")
 
 
 def never():

@@ -1,9 +1,11 @@
 """Files of sentence tasks: the layouts of GLUE, other ones, and everything that is refused."""
 
+import gzip
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from megamod.data.corpus.lines import read_lines
 from megamod.data.tasks.glue import read_task
@@ -109,8 +111,9 @@ def test_json_lines_and_labels_of_the_train_file(tmp_path):
         ('{"text": "x"}', "no label 'y'"),
         ('{"txt": "x", "y": "a"}', "no column 'text'; there are 'txt', 'y'"),
         ('{"text": "x", "y": ["a"]}', r"label \['a'\] is not a name"),
-        ("[1]", "list where a JSON object is needed"),
-        ("{", "not JSON"),
+        ("3", "a JSON int; JSON lines are needed"),
+        ("[1]", "a JSON list; JSON lines"),
+        ("{", "not a JSON object"),
         (r'{"text": "\ud800", "y": "a"}', r"character U\+D800 is not text"),
     ):
         (tmp_path / "a.jsonl").write_text(line + "\n")
@@ -196,3 +199,103 @@ def test_real_files_have_the_known_numbers_of_rows():
 def test_lines_end_at_line_feeds_alone(tmp_path):
     (tmp_path / "x").write_bytes("\ufeffa\x85b\x1cc\r\nd\u2028e".encode())
     assert list(read_lines(tmp_path / "x")) == [(1, "a\x85b\x1cc"), (2, "d\u2028e")]
+
+
+SPEC = "{name: t, kind: sequence, text: text, label: y, files: {train: FILE}}"
+
+
+def read_rows(folder: Path, name: str, content: bytes) -> tuple[tuple[str, ...], list, list]:
+    """Labels, texts and label numbers of a train file."""
+    (folder / name).write_bytes(content)
+    (folder / "task.yaml").write_text(SPEC.replace("FILE", name))
+    task, sets = read_task(read_spec(folder / "task.yaml"), folder, ["train"])
+    return task.labels, sets["train"].texts[0], sets["train"].labels.tolist()
+
+
+CSV = b'y,text\n"1 ","a ""b"", c"\n 0,"two\nlines"\n'
+ROWS = b'{"y": " 1", "text": "a \\"b\\", c"}\n{"y": 0, "text": "two\\nlines"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", CSV),
+        ("a.csv.gz", gzip.compress(CSV)),
+        ("a.ndjson", ROWS),
+        ("a.jsonlines", ROWS),
+        ("a.JSONL", ROWS),
+        ("a.jl.zst", zstandard.compress(ROWS)),
+        ("a.json", ROWS),
+    ],
+)
+def test_formats_by_their_endings(tmp_path, name, content):
+    assert read_rows(tmp_path, name, content) == (("0", "1"), ['a "b", c', "two\nlines"], [1, 0])
+
+
+@pytest.mark.parametrize("name", ["a.xml", "a.xlsx", "a", "a.tsv.zip", "a.arrow"])
+def test_unknown_endings_are_refused(tmp_path, name):
+    with pytest.raises(UserError, match=r"the ending '.*' is not one of \.tsv, "):
+        read_rows(tmp_path, name, b"text\ty\na\t0\nb\t1\n")
+
+
+def test_parquet_has_the_names_of_the_hub(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        text=datasets.Value("string"), y=datasets.ClassLabel(names=["no", "yes"])
+    )
+    table = datasets.Dataset.from_dict({"text": ["a", "b"], "y": [1, 0]}, features=features)
+    table.to_parquet(tmp_path / "b.parquet")
+    content = (tmp_path / "b.parquet").read_bytes()
+    assert read_rows(tmp_path, "a.parquet", content) == (("no", "yes"), ["a", "b"], [1, 0])
+    with pytest.raises(UserError, match=r"a\.parquet: not a Parquet file"):
+        read_rows(tmp_path, "a.parquet", content[:-9])
+
+
+@pytest.mark.parametrize("blank", [" ", "\t"[:0], "  ", "\u00a0"])
+def test_blanks_around_labels_do_not_count(tmp_path, blank):
+    rows = f"text\ty\na\t{blank}1\nb\t0\nc\t1{blank}\n".encode()
+    assert read_rows(tmp_path, "a.tsv", rows) == (("0", "1"), ["a", "b", "c"], [1, 0, 1])
+    with pytest.raises(UserError, match="line 3: no label in y"):
+        read_rows(tmp_path, "a.tsv", f"text\ty\na\t1\nb\t{blank}\nc\t0\n".encode())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.tsv",
+            b"text\ty\r" + b"some text\t0\r" * 500,
+            "a.tsv: one line, because its .* carriage",
+        ),
+        (
+            "a.tsv",
+            b"text\ty\r" + b"some text\t0\r" * 500 + b"\n",
+            "a.tsv: one line, because its .* carriage",
+        ),
+        ("a.json", b'[\n {"text": "a", "y": 0},\n {"text": "b", "y": 1}\n]\n', "a JSON list; JSON"),
+        (
+            "a.jsonl",
+            b'[{"text": "a", "y": 0}]',
+            "a.jsonl, line 1: a JSON list; JSON lines are needed",
+        ),
+        (
+            "a.tsv",
+            b"\t".join(b"c%d" % n for n in range(9999)) + b"\n",
+            "no column 'text' .*9999 in",
+        ),
+        ("a.jsonl", b'{"text": "a", "y": "' + b"long" * 999 + b'"}\n', "all its labels are 'lo"),
+        ("a.csv", b'text,y\n"a,0\n', "line 2: not CSV"),
+    ],
+)
+def test_short_messages_name_the_cause(tmp_path, name, content, message):
+    with pytest.raises(UserError, match=message) as error:
+        read_rows(tmp_path, name, content)
+    assert len(str(error.value).splitlines()) <= 3 and len(str(error.value)) < 500
+
+
+def test_capitals_of_labels_do_not_count(tmp_path):
+    (tmp_path / "train.tsv").write_text(HEADER + "0\ta\tb\tENTAILMENT\n1\ta\tb\tNot_Entailment\n")
+    _, sets = read_task(TASKS["rte"], tmp_path, ["train"])
+    assert sets["train"].labels.tolist() == [0, 1]
+    labels, *_, numbers = read_rows(tmp_path, "a.tsv", b"text\ty\na\tUS\nb\tus\n")
+    assert labels == ("US", "us") and numbers == [0, 1]

@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megamod.data.tasks.ner import TokenSet, normalise, read_conll, read_token_task
+from megamod.data.tasks.conll import TokenSet, read_conll
+from megamod.data.tasks.iob import to_iob2
+from megamod.data.tasks.ner import read_token_task
 from megamod.data.tasks.specs import token_task
 from megamod.errors import UserError
 
@@ -15,7 +17,8 @@ REAL = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 
 def tokens(*rows: str) -> TokenSet:
     labels = [row.split() for row in rows]
-    lines = [1 + sum(len(row) + 1 for row in labels[:n]) for n in range(len(labels))]
+    starts = [1 + sum(len(row) + 1 for row in labels[:n]) for n in range(len(labels))]
+    lines = [list(range(at, at + len(row))) for at, row in zip(starts, labels, strict=True)]
     return TokenSet([["w"] * len(row) for row in labels], labels, lines, "file")
 
 
@@ -41,7 +44,7 @@ def test_iob1_is_read_as_the_iob2_it_came_from(sentences):
         for parts in sentences
     ]  # fmt: skip
     found = tokens(*(" ".join(as_iob1(row)) for row in rows))
-    scheme = normalise(found, repair=False)
+    scheme = to_iob2(found, repair=False)
     assert found.labels == rows
     assert scheme == ("iob2" if all(as_iob1(row) == row for row in rows) else "iob1")
 
@@ -49,15 +52,15 @@ def test_iob1_is_read_as_the_iob2_it_came_from(sentences):
 def test_a_broken_transition_is_refused_or_repaired():
     rows = ("O B-PER I-PER O", "B-LOC I-PER O I-LOC")
     with pytest.raises(UserError, match="file, line 7: I-PER follows B-LOC: neither IOB1 nor IOB2"):
-        normalise(tokens(*rows), repair=False)
+        to_iob2(tokens(*rows), repair=False)
     found = tokens(*rows)
-    assert normalise(found, repair=True) == "broken"
+    assert to_iob2(found, repair=True) == "broken"
     assert found.labels[1] == ["B-LOC", "B-PER", "O", "B-LOC"]
 
 
 def test_a_label_of_no_scheme():
-    with pytest.raises(UserError, match="line 2: label 'S-PER' is none of O, B-TYPE, I-TYPE"):
-        normalise(tokens("O S-PER"), repair=True)
+    with pytest.raises(UserError, match="line 2: label 'X-PER' is none of O, B-TYPE, I-TYPE"):
+        to_iob2(tokens("O X-PER"), repair=True)
 
 
 TEXT = """-DOCSTART- -X- -X- O
@@ -77,7 +80,7 @@ def test_columns_blank_lines_document_starts_and_comments(tmp_path):
     found = read_conll(tmp_path / "train.txt", 0, -1)
     assert found.words == [["EU", "rejects"], ["German"]]
     assert found.labels == [["I-ORG", "O"], ["I-MISC"]]
-    assert found.lines == [3, 7]
+    assert found.lines == [[3, 4], [7]]
     assert read_conll(tmp_path / "train.txt", 0, 1).labels == [["NNP", "VBZ"], ["JJ"]]
     task, sets = read_token_task(token_task("any"), tmp_path, ["train"])
     assert sets["train"].labels == [["B-ORG", "O"], ["B-MISC"]]
@@ -100,7 +103,7 @@ def test_plain_tags_are_scored_by_accuracy(tmp_path):
     [
         (b"", "no sentence in it"),
         (b"\n\n", "no sentence in it"),
-        (b"a\tO\nb\n", "line 2: 1 columns, the lines above have 2"),
+        (b"a\tO\nb\n", "line 2: 1 columns, most lines have 2"),
         (b"a\tO\nb\tO\tO\n", "line 2: 3 columns"),
         (b"a\n", "line 1: 1 columns, so word and label would be the same"),
         (b"a\tO\n\xff\tO\n", "line 2: invalid UTF-8"),

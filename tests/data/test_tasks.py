@@ -44,9 +44,9 @@ def test_folders_without_files(tmp_path):
 
 
 def test_columns_of_token_tasks():
-    assert token_task("wnut17").label.place == -1
-    assert token_task("pos").label.place == token_task("ud_ewt").label.place == 1
-    assert token_task("pos", 2).label.place == 2
+    assert token_task("pos").label.name == token_task("ud_ewt").label.name == "upos"
+    assert token_task("wnut17").texts[0].place is token_task("wnut17").label.place is None
+    assert token_task("pos", 1, 2).label.place == 2 and token_task("pos", 1, 2).texts[0].place == 1
 
 
 GOOD = """
@@ -74,6 +74,9 @@ def test_a_task_in_a_file(tmp_path):
     [
         ("kind: pair", "kind: triple", "kind: 'triple' is not allowed; give one of sequence"),
         ("label: label", "labl: label", "unknown key 'labl'"),
+        ("name: reviews", "name: ../../x", "name: '../../x' is not made of letters"),
+        ("name: reviews", "name: '..'", "is not made of letters"),
+        ("[0, 1]", "['a', 'a ']", "not a list of different names"),
         ("name: reviews", "", "name is missing"),
         ("[premise, 4]", "premise", "text: 1 columns, a pair task has 2"),
         ("[0, 1]", "[0, 0]", "not a list of different names"),

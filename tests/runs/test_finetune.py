@@ -348,3 +348,33 @@ def test_a_model_of_other_labels(tmp_path, place):
         start(
             place, tmp_path / "out", task="sick-e", model=place / "whole" / "model", do_train=None
         )
+
+
+def test_labels_in_capitals_and_labels_without_names(tmp_path, place, caplog):
+    """As in run_glue capitals do not count; LABEL_n are taken in the order of the task's labels."""
+    model = AutoModelForSequenceClassification.from_pretrained(place / "whole" / "model")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = (place / "glue" / "SST-2" / "dev.tsv").read_text().replace("\t1", "\tgood")
+    (folder / "dev.tsv").write_text(rows.replace("\t0", "\tbad"))
+    spec = (
+        "{name: t, kind: sequence, text: sentence, label: label, labels: [LABELS], "
+        "files: {dev: dev.tsv}}"
+    )
+    scores = results(place / "whole")["mean"]
+    for labels, names, warns in (
+        ("good, bad", ["BAD", "Good"], False),
+        ("bad, good", ["LABEL_0", "LABEL_1"], True),
+    ):
+        model.config.id2label = dict(enumerate(names))
+        model.save_pretrained(tmp_path / "model")
+        (tmp_path / "t.yaml").write_text(spec.replace("LABELS", labels))
+        caplog.clear()
+        out = tmp_path / names[0]
+        start(
+            place, out, task=None, task_spec=tmp_path / "t.yaml", data_dir=folder, do_train=None,
+            model=tmp_path / "model",
+        )  # fmt: skip
+        assert results(out)["task"]["labels"] == ["bad", "good"]
+        assert results(out)["mean"]["dev accuracy"] == scores["dev accuracy"]
+        assert ("LABEL_0 to LABEL_1: they are taken to be bad, good" in caplog.text) is warns

@@ -19,12 +19,13 @@ from megamod.data.lm.batches import Batch
 from megamod.data.lm.blocks import IGNORE
 from megamod.data.lm.instance_groups import Layout, ensembled, in_order
 from megamod.data.lm.order import Balanced
+from megamod.data.tasks.conll import TokenSet
 from megamod.data.tasks.glue import TextSet
-from megamod.data.tasks.ner import TokenSet
+from megamod.data.tasks.iob import are_entities, join, parts_of
 from megamod.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
 
@@ -184,7 +185,8 @@ def encode_words(
     """Sentences of words; the first token of a word carries its label.
 
     A word that the tokenizer drops, such as a lone variation selector, becomes the unknown token:
-    every word has a token, unless its sentence is cut.
+    every word has a token, unless its sentence is cut. Every word, the first one too, is encoded as
+    in running text: after a blank, where the tokenizer keeps blanks.
 
     Args:
         labels: names by number.
@@ -194,23 +196,15 @@ def encode_words(
     """
     front, back = _frame(tokenizer)
     number = {name: index for index, name in enumerate(labels)}
-    inside = {name: number.get("I" + name[1:], index) for name, index in number.items()}
+    inside = _inside(labels)
     rows, heads, targets, cut = [], [], [], 0
     for start in range(0, len(tokens), CHUNK):
-        made = tokenizer(
-            tokens.words[start : start + CHUNK], is_split_into_words=True, add_special_tokens=False
-        )
-        for row, words in enumerate(tokens.words[start : start + CHUNK], start=start):
-            pieces: list[list[int]] = [[] for _ in words]
-            for one, word in zip(
-                made["input_ids"][row - start], made.word_ids(row - start), strict=True
-            ):
-                pieces[word].append(one)
-            pieces = [piece or [tokenizer.unk_token_id] for piece in pieces]
+        sentences = tokens.words[start : start + CHUNK]
+        for row, pieces in enumerate(_pieces(tokenizer, sentences), start=start):
             sizes = np.array([len(piece) for piece in pieces])
             total = len(front) + int(sizes.sum()) + len(back)
             if total > lengths.longest:
-                lengths.refuse(total, f"{tokens.where}, line {tokens.lines[row]}")
+                lengths.refuse(total, tokens.place(row))
                 cut += 1
             kept = min(total, lengths.longest) - len(back)
             first = len(front) + np.cumsum(sizes) - sizes
@@ -221,9 +215,7 @@ def encode_words(
             if tokens.labels is not None:
                 for place, size, name in zip(first, sizes, tokens.labels[row], strict=True):
                     if label_all and name in number:
-                        target[place : min(place + size, kept)] = (
-                            inside[name] if name.startswith("B-") else number[name]
-                        )
+                        target[place : min(place + size, kept)] = number[inside[name]]
                     if place < kept:
                         target[place] = number[name]
             targets.append(target)
@@ -356,6 +348,48 @@ def _frame(tokenizer: "PreTrainedTokenizerFast") -> tuple[list[int], list[int]]:
     whole = tokenizer("a")["input_ids"]
     at = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
     return whole[:at], whole[at + len(plain) :]
+
+
+def _pieces(
+    tokenizer: "PreTrainedTokenizerFast", sentences: Sequence[list[str]]
+) -> Iterator[list[list[int]]]:
+    """Token ids of each word of each sentence, as the model was pretrained on text."""
+    if _needs_blanks(tokenizer):
+        sentences = [[f" {word}" for word in words] for words in sentences]
+    encoded = _encode_split(tokenizer, sentences)
+    dropped = next((one for one in (tokenizer.unk_token_id, tokenizer.pad_token_id) if one), 0)
+    for row, words in enumerate(sentences):
+        pieces: list[list[int]] = [[] for _ in words]
+        for one, word in zip(encoded["input_ids"][row], encoded.word_ids(row), strict=True):
+            pieces[word].append(one)
+        yield [piece or [dropped] for piece in pieces]
+
+
+def _needs_blanks(tokenizer: "PreTrainedTokenizerFast") -> bool:
+    """True if words of a sentence get the tokens that they have in text only after a blank.
+
+    Byte-level tokenizers keep the blank before a word in the word's first token and lose it where
+    words are given one by one, unless they add a blank themselves.
+    """
+    text = tokenizer("a b", add_special_tokens=False)["input_ids"]
+    return text != _encode_split(tokenizer, [["a", "b"]])["input_ids"][0]
+
+
+def _encode_split(
+    tokenizer: "PreTrainedTokenizerFast", sentences: Sequence[list[str]]
+) -> "BatchEncoding":
+    return tokenizer(sentences, is_split_into_words=True, add_special_tokens=False)
+
+
+def _inside(labels: Sequence[str]) -> dict[str, str]:
+    """The label of further tokens of a word: I- where the word has B-, if that is a label."""
+    inside = {name: name for name in labels}
+    if are_entities(labels):
+        for name in labels:
+            part, kind = parts_of(name) or (None, "")
+            if part == "B" and join("I", kind) in inside:
+                inside[name] = join("I", kind)
+    return inside
 
 
 def _flat(rows: Sequence[Sequence[int]], kind: type) -> np.ndarray:

@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from megamod.data.tasks.classification import Encoded, Lengths
+from megamod.data.tasks.conll import TokenSet
 from megamod.data.tasks.glue import TextSet
-from megamod.data.tasks.ner import TokenSet
 from megamod.files import write_atomic
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # to be raised when the encoding of the same rows changes
+FORMAT = 2  # to be raised when the encoding of the same rows changes
 NUMBERS = ("pad_id", "cut", "longest")
 ARRAYS = ("ids", "segments", "offsets", "labels")
 

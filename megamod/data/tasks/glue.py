@@ -1,20 +1,25 @@
-"""Labelled sentences and pairs of sentences: TSV in the layouts of GLUE, JSON lines, the hub.
+"""Labelled sentences and pairs: TSV in the layouts of GLUE, CSV, JSON lines, Parquet, the hub.
 
 A TSV is read as GLUE writes it: tabs only, no quoting, lines end with a line feed alone (some
-sentences hold other control characters). What does not fit ends with file and line.
+sentences hold other control characters). Blanks around a label do not count. What does not fit is
+refused with file and line.
 """
 
-import json
+import csv
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from megamod.data.corpus.file_formats import format_of
 from megamod.data.corpus.lines import checked_text, read_lines
-from megamod.data.tasks.specs import Column, TaskSpec, find_files
+from megamod.data.tasks.specs import Column, TaskSpec, find_files, some_of, speller
+from megamod.data.tasks.task_rows import RowTable, hub_tables, json_table, parquet_table
 from megamod.errors import UserError
+
+FORMATS = ("TSV", "text", "CSV", "JSON lines", "JSON", "Parquet")
 
 Rows = Iterator[tuple[str, Sequence[str], str | None]]
 """Place of a row for messages, its texts, and its label; None: hidden."""
@@ -69,7 +74,8 @@ def read_task(
     rows = {split: list(_rows_of(task, split, source)) for split, source in sources.items()}
     for split, found in rows.items():
         if not found:
-            raise UserError(f"{sources[split]}: no example of task {task.name} in it")
+            where = getattr(sources[split], "where", sources[split])
+            raise UserError(f"{where}: no example of task {task.name} in it")
     if not task.labels and not task.regression:
         if "train" not in rows:
             raise UserError(
@@ -77,7 +83,10 @@ def read_task(
             )
         names = sorted({label for _, _, label in rows["train"] if label is not None})
         if len(names) < 2:
-            raise UserError(f"{sources['train']}: its labels are {names}, a task needs two or more")
+            raise UserError(
+                f"task {task.name}, split train: all its labels are "
+                f"{some_of(map(repr, names))}, a task needs two or more"
+            )
         task = replace(task, labels=tuple(names))
     return task, {split: _texts(task, found) for split, found in rows.items()}
 
@@ -90,13 +99,15 @@ def _texts(task: TaskSpec, rows: list[tuple[str, Sequence[str], str | None]]) ->
     if task.regression:
         values = [_value(task, label, place) for place, _, label in rows]
         return TextSet(texts, np.array(values, dtype=np.float32), places)
-    number = {name: index for index, name in enumerate(task.labels)}
+    number, spelled = {name: index for index, name in enumerate(task.labels)}, speller(task.labels)
     for place, _, label in rows:
-        if label not in number:
+        if spelled(label) is None:
             raise UserError(
-                f"{place}: label {label!r} is not one of task {task.name}: {', '.join(task.labels)}"
+                f"{place}: label {label[:60]!r} is not one of task {task.name}: "
+                f"{some_of(task.labels)}"
             )
-    return TextSet(texts, np.array([number[row[2]] for row in rows], dtype=np.int64), places)
+    numbers = [number[spelled(label)] for _, _, label in rows]
+    return TextSet(texts, np.array(numbers, dtype=np.int64), places)
 
 
 def _value(task: TaskSpec, text: str | None, place: str) -> float:
@@ -107,38 +118,50 @@ def _value(task: TaskSpec, text: str | None, place: str) -> float:
     least, most = task.bounds or (-math.inf, math.inf)
     if not math.isfinite(value) or not least <= value <= most:
         raise UserError(
-            f"{place}: label {text!r} is not a number"
+            f"{place}: label {(text or '')[:60]!r} is not a number"
             + (f" from {least:g} to {most:g}" if task.bounds else "")
         )
     return value
 
 
-def _rows_of(task: TaskSpec, split: str, source: object) -> Rows:
-    if not isinstance(source, Path):
-        rows = _hub_rows(task, split, source)
-    elif source.suffix in (".jsonl", ".json"):
-        rows = _json_rows(task, split, source)
+def _rows_of(task: TaskSpec, split: str, source: Path | RowTable) -> Rows:
+    kind = format_of(source, FORMATS) if isinstance(source, Path) else "hub"
+    if kind in ("TSV", "text"):
+        rows = _table_rows(task, split, source, _tsv_cells(source))
+    elif kind == "CSV":
+        rows = _table_rows(task, split, source, _csv_cells(source))
+    elif kind == "Parquet":
+        rows = _dict_rows(task, split, parquet_table(source))
+    elif kind == "hub":
+        rows = _dict_rows(task, split, source, task.hub_columns)
     else:
-        rows = _tsv_rows(task, split, source)
+        rows = _dict_rows(task, split, json_table(source))
     hidden = None
     for place, texts, label in rows:
+        label = None if label is None else label.strip()
         if label in task.skip_labels and label is not None:
             continue
+        if not label and split.startswith("test"):
+            label = None
         if hidden is None:
             hidden = label is None
         if hidden != (label is None):
             raise UserError(f"{place}: some rows of the split have a label and some have none")
+        if label == "" and not task.regression:
+            raise UserError(f"{place}: no label in {task.label.name}")
         if not any(text.strip() for text in texts):
             raise UserError(f"{place}: no text in {', '.join(c.name for c in task.texts)}")
         yield place, texts, label
 
 
-def _tsv_rows(task: TaskSpec, split: str, path: Path) -> Rows:
+def _table_rows(
+    task: TaskSpec, split: str, path: Path, lines: Iterator[tuple[int, list[str]]]
+) -> Rows:
+    """Texts and labels of numbered lines of cells."""
     columns = [*task.texts, task.label]
     places: list[int | None] | None = None
     width = 0
-    for number, line in _filled_lines(path):
-        cells = line.split("\t")
+    for number, cells in lines:
         where = f"{path}, line {number}"
         if places is None:
             width = len(cells)
@@ -171,7 +194,7 @@ def _places(
     if header is not None:
         if len(set(header)) < len(header):
             twice = next(name for name in header if header.count(name) > 1)
-            raise UserError(f"{where}: two columns are named {twice!r}")
+            raise UserError(f"{where}: two columns are named {twice[:60]!r}")
         named = [header.index(c.name) if c.name in header else None for c in columns]
         missing = [c for c, place in zip(columns[:-1], named, strict=False) if place is None]
         if named[-1] is None and not missing and columns[-1].place == -1 and not test:
@@ -183,7 +206,7 @@ def _places(
             wanted = missing or columns[-1:]
             raise UserError(
                 f"{where}: no column {wanted[0].name!r} for task {task.name}; "
-                f"the header has {', '.join(map(repr, header))}"
+                f"the header has {some_of(map(repr, header))}"
             )
     numbers = [c.place % width if -width <= c.place < width else None for c in columns]
     if test and (header is not None or numbers[-1] in (*numbers[:-1], None)):
@@ -200,8 +223,8 @@ def _places(
     return numbers
 
 
-def _filled_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines of a TSV; blank ones at the end are dropped, elsewhere refused."""
+def _tsv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Cells of numbered lines; blank lines at the end are dropped, others refused."""
     blank = None
     for number, line in read_lines(path):
         if not line:
@@ -209,84 +232,69 @@ def _filled_lines(path: Path) -> Iterator[tuple[int, str]]:
             continue
         if blank is not None:
             raise UserError(f"{path}, line {blank}: an empty line between rows")
-        yield number, line
+        yield number, line.split("\t")
 
 
-def _json_rows(task: TaskSpec, split: str, path: Path) -> Rows:
-    for number, line in read_lines(path):
-        where = f"{path}, line {number}"
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: {type(row).__name__} where a JSON object is needed")
-        yield where, *_fields(task, split, row, where, {})
+def _csv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Cells of the rows of a CSV file, with the number of the line where each row ends."""
+    reader = csv.reader((f"{line}\n" for _, line in read_lines(path)), strict=True)
+    try:
+        for cells in reader:
+            if cells:
+                yield reader.line_num, cells
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: not CSV: {error}") from error
+
+
+def _dict_rows(
+    task: TaskSpec, split: str, table: RowTable, columns: Mapping[str, str] | None = None
+) -> Rows:
+    """Rows of a table. Numbers of named labels become names, and -1 hidden ones.
+
+    Args:
+        columns: our name of a column -> the table's, where they differ.
+    """
+    columns = columns or {}
+    names = table.names.get(columns.get(task.label.name, task.label.name))
+    if names is not None and task.labels and set(names) != set(task.labels):
+        if len(names) != len(task.labels):
+            raise UserError(
+                f"{table.where}: its labels are {some_of(names)}, those of task {task.name} are "
+                f"{some_of(task.labels)}"
+            )
+        names = task.labels  # GLUE's files say 0 and 1 where the hub has words
+    for number, row in table.rows:
+        where = table.place(number)
+        texts, label = _fields(task, split, row, where, columns)
+        if names is not None and label is not None and label not in names:
+            label = _name_of(label, names, where)
+            if label is None and not split.startswith("test"):
+                continue
+        yield where, texts, label
+
+
+def _name_of(number: str, names: Sequence[str], where: str) -> str | None:
+    """Name of a label by its number; None for -1."""
+    place = int(number) if number.removeprefix("-").isdecimal() else len(names)
+    if not -1 <= place < len(names):
+        raise UserError(f"{where}: label {number[:60]!r} is not one of 0 to {len(names) - 1}")
+    return None if place < 0 else names[place]
 
 
 def _fields(
-    task: TaskSpec, split: str, row: dict, where: str, names: dict[str, str]
+    task: TaskSpec, split: str, row: Mapping[str, object], where: str, names: Mapping[str, str]
 ) -> tuple[list[str], str | None]:
     texts = []
     for column in task.texts:
         name = names.get(column.name, column.name)
         if name not in row:
-            raise UserError(f"{where}: no column {name!r}; there are {', '.join(map(repr, row))}")
+            raise UserError(f"{where}: no column {name!r}; there are {some_of(map(repr, row))}")
         if not isinstance(row[name], str):
-            raise UserError(f"{where}: {name!r} is {row[name]!r}, text is needed")
+            raise UserError(f"{where}: {name!r} is {repr(row[name])[:60]}, text is needed")
         texts.append(checked_text(row[name], where))
     label = row.get(names.get(task.label.name, task.label.name))
     if label is None and not split.startswith("test"):
         raise UserError(f"{where}: no label {task.label.name!r}")
     if label is not None and (isinstance(label, bool) or not isinstance(label, str | int | float)):
-        raise UserError(f"{where}: label {label!r} is not a name or a number")
+        raise UserError(f"{where}: label {repr(label)[:60]} is not a name or a number")
     return texts, None if label is None else str(label)
-
-
-def hub_tables(task: TaskSpec, splits: Sequence[str]) -> Iterator[tuple[str, object]]:
-    """Tables of a task's data set on the hub by our names of the splits, where they exist.
-
-    Raises:
-        UserError: if the task has none there, or it cannot be loaded.
-    """
-    if task.hub is None:
-        raise UserError(f"--data_dir is missing: task {task.name} is not on the hub")
-    from datasets import load_dataset
-
-    name, config = task.hub
-    try:
-        tables = load_dataset(name, config)
-    except Exception as error:  # its loaders raise whatever their scripts and the network raise
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"task {task.name}: data set {name} cannot be loaded from the hub ({reason}); "
-            "--data_dir names a folder with its files"
-        ) from error
-    for split in splits:
-        there = task.hub_splits.get(split, split)
-        if there in tables:
-            yield split, tables[there]
-
-
-def _hub_rows(task: TaskSpec, split: str, table: object) -> Rows:
-    """Rows of a hub data set; its numbers of labels become names, and -1 hidden ones."""
-    column = task.hub_columns.get(task.label.name, task.label.name)
-    names = getattr(table.features.get(column), "names", None)
-    if names is not None and task.labels and set(names) != set(task.labels):
-        if len(names) != len(task.labels):
-            raise UserError(
-                f"task {task.name}: its labels are {', '.join(task.labels)}, the hub has "
-                f"{', '.join(names)}"
-            )
-        names = list(task.labels)  # GLUE's files say 0 and 1 where the hub has words
-    for number, row in enumerate(table):
-        where = f"{task.hub[0]} {split}, row {number}"
-        texts, label = _fields(task, split, row, where, dict(task.hub_columns))
-        if names is not None and label is not None:
-            place = int(label)
-            if place < 0 and not split.startswith("test"):
-                continue
-            label = names[place] if place >= 0 else None
-        yield where, texts, label

@@ -1,50 +1,21 @@
-"""Labels per word from CoNLL files: columns, the IOB schemes, and sentences.
+"""Labels per word: sentences of a task from CoNLL, JSON lines or Parquet files or the hub.
 
-One word per line, columns apart by tabs or blanks, a blank line behind each sentence; lines with
--DOCSTART- and comments of CoNLL-U are left out. Entities come out as IOB2 whatever the file has.
-
-Source: Tjong Kim Sang and De Meulder 2003 (CoNLL-2003), section 2.3; Ramshaw and Marcus 1995 (IOB).
+Entities come out as IOB2 whatever the file has.
 """
 
-import logging
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from megamod.data.corpus.lines import checked_text, read_lines
-from megamod.data.tasks.glue import hub_tables
-from megamod.data.tasks.specs import TaskSpec, find_files
+from megamod.data.corpus.file_formats import format_of
+from megamod.data.corpus.lines import checked_text
+from megamod.data.tasks.conll import TokenSet, read_conll
+from megamod.data.tasks.iob import OUTSIDE, are_entities, join, parts_of, to_iob2
+from megamod.data.tasks.specs import TaskSpec, find_files, some_of, speller
+from megamod.data.tasks.task_rows import RowTable, hub_tables, json_table, parquet_table
 from megamod.errors import UserError
 
-logger = logging.getLogger(__name__)
-
-ENTITY = re.compile(r"[BI]-.+")
-COMMENT = re.compile(r"# (\S.* = |new(doc|par)\b)")
-
-
-@dataclass
-class TokenSet:
-    """Sentences of one split in the order of the file.
-
-    Attributes:
-        words, labels: by sentence; labels None: hidden.
-        lines: number of the first line of each sentence (row, on the hub).
-        where: the file.
-    """
-
-    words: list[list[str]]
-    labels: list[list[str]] | None
-    lines: list[int]
-    where: str
-
-    def __len__(self) -> int:
-        return len(self.words)
-
-    def first(self, count: int | None) -> "TokenSet":
-        """The first sentences only; None: all."""
-        labels = None if self.labels is None else self.labels[:count]
-        return TokenSet(self.words[:count], labels, self.lines[:count], self.where)
+FORMATS = ("text", "CoNLL", "TSV", "JSON lines", "JSON", "Parquet")
 
 
 def read_token_task(
@@ -59,9 +30,9 @@ def read_token_task(
 
     Args:
         data_dir: folder of the files; None: the hub.
-        splits: wanted; "train" and "dev" must exist.
-        repair: turn an I- without a B- in front into a B-, and not refuse it.
-        labels: of a trained model, which decide; empty: those of the spec or of the train file.
+        splits: names of splits; "train", "dev" and "test" must exist.
+        repair: see `to_iob2`.
+        labels: of a trained model, which win; empty: those of the spec or of the train file.
     Raises:
         UserError: naming file and line of what does not fit.
     """
@@ -71,178 +42,125 @@ def read_token_task(
         sources = {s: path for s, path in find_files(task, data_dir).items() if s in splits}
     for split in splits:
         if split in ("train", "dev", "test") and split not in sources:
-            place = data_dir if data_dir is not None else "the hub"
-            raise UserError(f"task {task.name}: {place} has no split {split}")
-    sets = {}
-    for split, source in sources.items():
-        found = (
-            read_conll(source, task.texts[0].place or 0, _label_place(task), split)
-            if isinstance(source, Path)
-            else _from_hub(task, split, source)
-        )
-        if not len(found):
-            raise UserError(f"{found.where}: no sentence in it")
-        if found.labels is not None and entities_in(found):
-            normalise(found, repair)
-        sets[split] = found
-    labels = tuple(labels) or task.labels or label_set(sets)
-    for found in sets.values():
-        _check_labels(found, labels)
-    entities = any(ENTITY.fullmatch(label) for label in labels)
-    if not entities and set(task.metrics) & {"f1", "precision", "recall"}:
+            origin = data_dir if data_dir is not None else "the hub"
+            raise UserError(f"task {task.name}: {origin} has no split {split}")
+    sets = {split: _read(task, split, source) for split, source in sources.items()}
+    labels = tuple(labels) or task.labels
+    entities = are_entities(
+        {label for one in sets.values() for row in one.labels or () for label in row} | set(labels)
+    )
+    if entities:
+        for one in sets.values():
+            if one.labels is not None:
+                to_iob2(one, repair)
+    labels = labels or label_set(sets, entities)
+    for one in sets.values():
+        _check_labels(one, labels)
+    of_entities = {"f1", "precision", "recall"}
+    if not entities and OUTSIDE not in labels and set(task.metrics) & of_entities:
         task = replace(task, metrics=("accuracy",))
     return replace(task, labels=labels), sets
 
 
-def read_conll(path: Path, word_column: int, label_column: int, split: str = "train") -> TokenSet:
-    """Sentences of a CoNLL file.
-
-    Args:
-        word_column, label_column: from 0, or from -1 backwards.
-        split: a file of a split that begins with "test" may have one column, its labels hidden.
-    Raises:
-        UserError: naming the line with another number of columns than the first.
-    """
-    words, labels, lines = [[]], [[]], []
-    width, tabs = 0, False
-    for number, line in read_lines(path):
-        if not line.strip() or line.startswith("-DOCSTART-"):
-            if words[-1]:
-                words.append([])
-                labels.append([])
-            continue
-        if COMMENT.match(line) and not words[-1]:
-            continue
-        cells = line.split("\t") if tabs or (not width and "\t" in line) else line.split()
-        where = f"{path}, line {number}"
-        if not width:
-            width, tabs = len(cells), "\t" in line
-            hidden = split.startswith("test") and width == 1
-            for column in (word_column, *(() if hidden else (label_column,))):
-                if not -width <= column < width:
-                    raise UserError(f"{where}: {width} columns, there is no column {column}")
-            if not hidden and word_column % width == label_column % width:
-                raise UserError(
-                    f"{where}: {width} columns, so word and label would be the same one"
-                )
-        if len(cells) != width:
-            raise UserError(f"{where}: {len(cells)} columns, the lines above have {width}")
-        if not cells[word_column].strip():
-            raise UserError(f"{where}: no word in column {word_column}")
-        if not words[-1]:
-            lines.append(number)
-        words[-1].append(cells[word_column])
-        if not hidden:
-            if not cells[label_column]:
-                raise UserError(f"{where}: no label in column {label_column}")
-            labels[-1].append(cells[label_column])
-    if not width:
-        raise UserError(f"{path}: no sentence in it")
-    if not words[-1]:
-        words.pop()
-        labels.pop()
-    return TokenSet(words, None if hidden else labels, lines, str(path))
-
-
-def entities_in(found: TokenSet) -> bool:
-    """True if the labels are of entities: O, B-TYPE, I-TYPE; False for plain tags."""
-    return any(label == "O" or ENTITY.fullmatch(label) for row in found.labels for label in row)
-
-
-def normalise(found: TokenSet, repair: bool) -> str:
-    """Turn labels of entities into IOB2 in place; returns the scheme they had.
-
-    In IOB2 every entity begins with B-; in IOB1 only one that touches another of its type does. A
-    file that follows neither is "broken": an I- whose entity has no beginning.
-
-    Args:
-        repair: read such an I- as the beginning, as the CoNLL evaluation does.
-    Raises:
-        UserError: naming the line of a label of no scheme, and of an I- if `repair` is not set.
-    """
-    orphan = None  # an I- that begins an entity
-    needless = False  # a B- that IOB1 would write I-
-    for row, first in zip(found.labels, found.lines, strict=True):
-        before = "O"
-        for place, label in enumerate(row):
-            where = f"{found.where}, line {first + place}"
-            if label != "O" and not ENTITY.fullmatch(label):
-                raise UserError(f"{where}: label {label!r} is none of O, B-TYPE, I-TYPE")
-            touches = before != "O" and before[2:] == label[2:]
-            if label.startswith("I-") and not touches:
-                orphan = orphan or (where, label, before)
-            needless |= label.startswith("B-") and not touches
-            before = label
-    if orphan is None:
-        return "iob2"
-    if needless and not repair:
-        where, label, before = orphan
-        raise UserError(
-            f"{where}: {label} follows {before}: neither IOB1 nor IOB2 allows this beside the B- "
-            f"labels of the file; --repair_iob reads it as B-{label[2:]}"
-        )
-    for row in found.labels:
-        before = "O"
-        for place, label in enumerate(row):
-            if label.startswith("I-") and (before == "O" or before[2:] != label[2:]):
-                row[place] = "B-" + label[2:]
-            before = label
-    logger.info("%s: %s read as IOB2", found.where, "broken IOB2" if needless else "IOB1")
-    return "broken" if needless else "iob1"
-
-
-def label_set(sets: dict[str, TokenSet]) -> tuple[str, ...]:
+def label_set(sets: dict[str, TokenSet], entities: bool) -> tuple[str, ...]:
     """Labels of the train split in an order that does not depend on the file's.
 
     O comes first, then B- and I- of each type by name, both even if one of them does not occur;
     plain tags are sorted.
 
     Raises:
-        UserError: if there is no train split to take them from.
+        UserError: if there is no train split to take them from, or it has one label only.
     """
     if "train" not in sets or sets["train"].labels is None:
         raise UserError("the labels come from a train split, or from a trained model; give either")
-    found = {label for row in sets["train"].labels for label in row}
-    if not entities_in(sets["train"]):
-        return tuple(sorted(found))
-    types = sorted({label[2:] for label in found if label != "O"})
-    return ("O", *(f"{part}-{kind}" for kind in types for part in "BI"))
+    labels = {label for row in sets["train"].labels for label in row}
+    if entities:
+        types = sorted({parts_of(label)[1] for label in labels if label != OUTSIDE})
+        labels = (OUTSIDE, *(join(part, kind) for kind in types for part in "BI"))
+    if len(labels) < 2:
+        raise UserError(
+            f"{sets['train'].where}: all its labels are {min(labels)[:60]!r}, a task needs two or "
+            "more; --label_column names another column"
+        )
+    return tuple(labels) if entities else tuple(sorted(labels))
 
 
-def _check_labels(found: TokenSet, labels: Sequence[str]) -> None:
-    known = set(labels)
-    for row, first in zip(found.labels or (), found.lines if found.labels else (), strict=True):
-        for place, label in enumerate(row):
-            if label not in known:
+def _read(task: TaskSpec, split: str, source: Path | RowTable) -> TokenSet:
+    """Sentences of one split as its source spells them."""
+    if isinstance(source, Path):
+        kind = format_of(source, FORMATS)
+        if kind in ("JSON lines", "JSON"):
+            source = json_table(source)
+        elif kind == "Parquet":
+            source = parquet_table(source)
+    if isinstance(source, RowTable):
+        sentences = _of_rows(task, split, source)
+    else:
+        word, label, tags = task.texts[0].place, task.label.place, task.label.name == "upos"
+        sentences = read_conll(source, word, label, split, tags=tags)
+    if not len(sentences):
+        raise UserError(f"{sentences.where}: no sentence in it")
+    return sentences
+
+
+def _check_labels(sentences: TokenSet, labels: Sequence[str]) -> None:
+    """Spell labels as `labels` does, which may differ in capitals.
+
+    Raises:
+        UserError: naming the line of a label that is none of them.
+    """
+    spelled = speller(labels)
+    for sentence, row in enumerate(sentences.labels or ()):
+        for word, label in enumerate(row):
+            row[word] = spelled(label)
+            if row[word] is None:
                 raise UserError(
-                    f"{found.where}, line {first + place}: label {label!r} is not one of "
-                    f"{', '.join(labels)}"
+                    f"{sentences.place(sentence, word)}: label {label[:60]!r} is not one of "
+                    f"{some_of(labels)}"
                 )
 
 
-def _label_place(task: TaskSpec) -> int:
-    return -1 if task.label.place is None else task.label.place
-
-
-def _from_hub(task: TaskSpec, split: str, table: object) -> TokenSet:
-    """Sentences of a hub data set with a list of words and one of labels in every row."""
-    where = f"{task.hub[0]} {split}"
+def _of_rows(task: TaskSpec, split: str, table: RowTable) -> TokenSet:
+    """Sentences of rows with a list of words and a list of labels."""
     word_name, label_name = task.texts[0].name, task.label.name
-    for name in (word_name, label_name):
-        if name not in table.column_names:
-            raise UserError(f"{where}: no column {name!r} among {table.column_names}")
-    feature = table.features[label_name]
-    names = getattr(getattr(feature, "feature", feature), "names", None)
+    names = table.names.get(label_name)
     words, labels, lines = [], [], []
-    for number, row in enumerate(table):
-        if not row[word_name]:
+    for number, row in table.rows:
+        where = table.place(number)
+        row_words = _list_in(row, word_name, where)
+        hidden = split.startswith("test") and row.get(label_name) is None
+        row_labels = [] if hidden else _list_in(row, label_name, where)
+        if not row_words:
             continue
-        if len(row[word_name]) != len(row[label_name]):
+        if not hidden and len(row_words) != len(row_labels):
             raise UserError(
-                f"{where}, row {number}: {len(row[word_name])} words and "
-                f"{len(row[label_name])} labels"
+                f"{where}: {len(row_words)} words and {len(row_labels)} labels; each word needs one"
             )
-        words.append([checked_text(word, f"{where}, row {number}") for word in row[word_name]])
-        labels.append([names[one] if names else str(one) for one in row[label_name]])
-        lines.append(number)
-    return TokenSet(words, labels, lines, where)
+        for word in row_words:
+            if not isinstance(word, str) or not word:
+                raise UserError(f"{where}: {word!r} among {word_name!r} is not a word")
+        words.append([checked_text(word, where) for word in row_words])
+        lines.append([number] * len(row_words))
+        if not hidden:
+            labels.append([_label(one, names, where) for one in row_labels])
+    if labels and len(labels) != len(words):
+        raise UserError(f"{table.where}: some rows have labels and some have none")
+    return TokenSet(words, labels or None, lines, table.where, table.unit)
+
+
+def _list_in(row: dict[str, object], name: str, where: str) -> list[object]:
+    if name not in row:
+        raise UserError(f"{where}: no column {name!r}; there are {some_of(map(repr, row))}")
+    if not isinstance(row[name], list):
+        raise UserError(f"{where}: {name!r} is {type(row[name]).__name__}, a list is needed")
+    return row[name]
+
+
+def _label(value: object, names: Sequence[str] | None, where: str) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise UserError(f"{where}: label {repr(value)[:60]} is not a name or a number")
+    if names is None or isinstance(value, str):
+        return str(value).strip()
+    if not 0 <= value < len(names):
+        raise UserError(f"{where}: label {value} is not one of the numbers 0 to {len(names) - 1}")
+    return names[value]

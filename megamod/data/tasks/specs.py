@@ -8,11 +8,12 @@ Source: Wang et al. 2019 (GLUE), section 3, for tasks and metrics; the layout of
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
+from megamod.data.corpus.file_formats import COMPRESSIONS, FORMATS
 from megamod.errors import UserError
 
 Kind = Literal["sequence", "pair", "regression", "token"]
@@ -116,16 +117,38 @@ def find_files(task: TaskSpec, data_dir: str | Path) -> dict[str, Path]:
     )
     places = [root / task.folder, *sorted(below), root] if task.folder else [root]
     for place in places:
-        found = {
-            split: next((place / name for name in names if (place / name).is_file()), None)
-            for split, names in task.files.items()
-        }
-        if any(found.values()):
-            return {split: path for split, path in found.items() if path is not None}
+        files = {split: _first_file(place, names) for split, names in task.files.items()}
+        if any(files.values()):
+            return {split: path for split, path in files.items() if path is not None}
     wanted = ", ".join(names[0] for names in task.files.values())
     raise UserError(
         f"--data_dir {root}: no file of task {task.name} ({wanted}) in {places[0]} or {root}"
     )
+
+
+def _first_file(folder: Path, names: Sequence[str]) -> Path | None:
+    """The first of the names that is a file, each also compressed."""
+    paths = (folder / f"{name}{end}" for name in names for end in ("", *COMPRESSIONS))
+    return next((path for path in paths if path.is_file()), None)
+
+
+def speller(labels: Sequence[str]) -> Callable[[str], str | None]:
+    """From a label to the one of `labels` that equals it but for capitals; None: there is none.
+
+    Capitals count where two of `labels` differ by nothing else.
+    """
+    exact = {label: label for label in labels}
+    folded = {label.casefold(): label for label in labels}
+    if len(folded) < len(exact):
+        folded = {}
+    return lambda label: exact.get(label) or folded.get(label.casefold())
+
+
+def some_of(names: Iterable[str], most: int = 12) -> str:
+    """Names for a message, cut where there are many or long ones."""
+    names = [name if len(name) <= 40 else f"{name[:40]}..." for name in names]
+    rest = f", ... ({len(names)} in all)" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
 
 
 def _key(name: str) -> str:
@@ -137,6 +160,7 @@ _PAIR = (Column("sentence1", 1), Column("sentence2", 2))
 _NLI = ("contradiction", "entailment", "neutral")
 _ENTAILS = ("entailment", "not_entailment")
 _DEV = {"dev": "validation"}
+SPELLINGS = {"train": ("train",), "dev": ("dev", "valid", "validation"), "test": ("test",)}
 _SNLI = {
     split: (f"{split}.tsv", f"snli_1.0_{split}.jsonl", f"{split}.jsonl")
     for split in ("train", "dev", "test")
@@ -280,29 +304,28 @@ TASKS: dict[str, TaskSpec] = {
 GLUE = tuple(TASKS)[:9]
 
 
-def token_task(name: str, label_column: int | None = None) -> TaskSpec:
+def token_task(
+    name: str, word_column: int | None = None, label_column: int | None = None
+) -> TaskSpec:
     """A task of labels per word in CoNLL files; any name is allowed.
 
     Args:
-        name: also that of the folder below the data folder, where there is one.
-        label_column: column of the label; None: the second for part-of-speech tasks ("pos" or a
-            name with "ud_" in front), else the last.
+        name: also that of the folder below the data folder, where there is one. "pos" and names
+            that begin with "ud_" are part-of-speech tasks.
+        word_column, label_column: see `read_conll`; None: by the content of the files.
     """
     pos = name == "pos" or name.startswith("ud_")
-    if label_column is None:
-        label_column = 1 if pos else -1
-    ends = (".txt", ".conll", ".conllu", ".tsv", ".iob", ".bio")
-    spellings = {"train": ("train",), "dev": ("dev", "valid", "validation"), "test": ("test",)}
+    ends = tuple(end for kind in ("text", "CoNLL", "TSV", "JSON lines") for end in FORMATS[kind])
     return TaskSpec(
         name=name,
         kind="token",
-        texts=(Column("tokens", 0),),
+        texts=(Column("tokens", word_column),),
         label=Column("upos" if pos else "ner_tags", label_column),
         labels=(),
         metrics=("accuracy",) if pos else ("f1", "precision", "recall", "accuracy"),
         files={
-            split: tuple(f"{stem}{end}" for stem in stems for end in ends)
-            for split, stems in spellings.items()
+            split: tuple(f"{stem}{end}" for stem in stems for end in (*ends, ".parquet"))
+            for split, stems in SPELLINGS.items()
         },
         folder=name,
         hub=_TOKEN_HUB.get(name),

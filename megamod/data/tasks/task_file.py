@@ -67,6 +67,9 @@ def _spec_of(value: object, where: str) -> TaskSpec:
     for key in ("name", "kind", "text", "label"):
         if key not in value:
             raise UserError(f"{where}: {key} is missing")
+    name = str(value["name"])
+    if not re.fullmatch(r"[\w.-]+", name, re.ASCII) or set(name) == {"."}:
+        raise UserError(f"{where}, name: {name[:60]!r} is not made of letters, digits, _ . and -")
     kind = value["kind"]
     if kind not in KINDS:
         raise UserError(f"{where}, kind: {kind!r} is not allowed; give one of {', '.join(KINDS)}")
@@ -78,8 +81,10 @@ def _spec_of(value: object, where: str) -> TaskSpec:
     if len(texts) not in allowed:
         raise UserError(f"{where}, text: {len(texts)} columns, a {kind} task has {allowed[-1]}")
     labels = value.get("labels", [])
-    if not isinstance(labels, list) or len(set(map(str, labels))) < len(labels):
-        raise UserError(f"{where}, labels: {labels!r} is not a list of different names")
+    if isinstance(labels, list):
+        labels = [str(label).strip() for label in labels]
+    if not isinstance(labels, list) or len(set(labels)) < len(labels) or "" in labels:
+        raise UserError(f"{where}, labels: {repr(labels)[:200]} is not a list of different names")
     if kind == "regression" and labels:
         raise UserError(f"{where}, labels: a regression has none")
     if len(labels) == 1:
@@ -101,19 +106,19 @@ def _spec_of(value: object, where: str) -> TaskSpec:
         isinstance(bounds, list) and len(bounds) == 2 and all(_number(b) for b in bounds)
     ):
         raise UserError(f"{where}, bounds: {bounds!r} is not [least, largest]")
-    name, _, config = (hub or "").partition(":")
+    hub_name, _, config = (hub or "").partition(":")
     return TaskSpec(
-        name=str(value["name"]),
+        name=name,
         kind=kind,
         texts=tuple(_column(text, header, f"{where}, text") for text in texts),
         label=_column(value["label"], header, f"{where}, label"),
-        labels=tuple(map(str, labels)),
+        labels=tuple(labels),
         metrics=tuple(metrics),
         files={split: (file,) for split, file in files.items()}
         or {"train": (), "dev": (), "test": ()},
         headless=() if header else tuple(files),
         bounds=None if bounds is None else (float(bounds[0]), float(bounds[1])),
-        hub=(name, config or None) if hub else None,
+        hub=(hub_name, config or None) if hub else None,
     )
 
 

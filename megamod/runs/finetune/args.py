@@ -25,6 +25,9 @@ class RowArgs(Arguments):
     max_train_samples: int | None = option(None, "use the first rows of train only", least=1)
     max_eval_samples: int | None = option(None, "score the first rows of a split only", least=1)
     predict_split: str = option("test", "split that --do_predict answers, and others like it")
+    repair_iob: bool = option(
+        False, "labels of words: read an I- that begins an entity as B-, which is refused otherwise"
+    )
     cache_dir: str | None = option(
         None, "folder that keeps token ids, by all that they depend on; none: they are not kept"
     )
@@ -56,13 +59,19 @@ class TaskArgs(RowArgs):
 class WordArgs(Arguments):
     """Labels per word."""
 
+    word_column: int | None = option(
+        None,
+        "column of the word from 0, -1: the last; none: FORM of CoNLL-U, else the first one that "
+        "does not number the words",
+    )
     label_column: int | None = option(
-        None, "column of the label from 0, -1: the last; none: 1 for pos and ud_..., else the last"
+        None,
+        "column of the label from 0, -1: the last; none: UPOS of CoNLL-U, the one after the word "
+        "for pos and ud_..., else the last",
     )
     label_all_tokens: bool = option(
         False, "label all tokens of a word, not the first alone; B- goes on as I-"
     )
-    repair_iob: bool = option(False, "read an I- without a B- in front as B-, and not refuse it")
 
 
 @dataclass

@@ -15,9 +15,10 @@ from transformers import BertConfig, PreTrainedConfig
 
 from megamod.args import origin_of
 from megamod.data.tasks.classification import Lengths
+from megamod.data.tasks.conll import TokenSet
 from megamod.data.tasks.glue import TextSet, read_task
-from megamod.data.tasks.ner import TokenSet, read_token_task
-from megamod.data.tasks.specs import GLUE, TaskSpec, any_task, find_files
+from megamod.data.tasks.ner import read_token_task
+from megamod.data.tasks.specs import GLUE, TaskSpec, any_task, find_files, some_of
 from megamod.data.tasks.task_file import read_spec
 from megamod.errors import UserError
 from megamod.models.ca_mtl.configuration import CaMtlConfig
@@ -30,6 +31,7 @@ from megamod.runs.finetune.problem import (
     config_of,
     encode,
     first_rows,
+    in_order_of,
     set_dropout,
     tokenizer_of,
     wanted_splits,
@@ -187,7 +189,7 @@ def _read(
     names = _labels_of(tuned, task) if tuned else ()
     folder = None if folders is None else _folder_of(task, folders)
     if task.kind == "token":
-        task, sets = read_token_task(task, folder, wanted, labels=names)
+        task, sets = read_token_task(task, folder, wanted, repair=args.repair_iob, labels=names)
     else:
         if names:
             task = replace(task, labels=names)
@@ -224,12 +226,15 @@ def _labels_of(config: CaMtlConfig, task: TaskSpec) -> tuple[str, ...]:
         raise UserError(f"task {task.name}: the model has a head of kind {kind} for it")
     if task.labels and labels == tuple(map(str, range(len(task.labels)))):
         return task.labels
-    if task.labels and set(labels) != set(task.labels):
+    if not task.labels:
+        return labels
+    ordered = in_order_of(labels, task.labels)
+    if ordered is None:
         raise UserError(
-            f"task {task.name} has the labels {', '.join(task.labels)}, the model answers "
-            f"{', '.join(labels)}"
+            f"task {task.name} has the labels {some_of(task.labels)}, the model answers "
+            f"{some_of(labels)}"
         )
-    return labels
+    return ordered
 
 
 def _kind(task: TaskSpec) -> str:

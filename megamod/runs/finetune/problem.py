@@ -3,7 +3,8 @@
 Everything a user can get wrong about them shows here, before any process waits for another.
 """
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,10 +23,11 @@ from transformers import (
 from megamod.args import origin_of
 from megamod.data.corpus.tokenizers import load_tokenizer
 from megamod.data.tasks.classification import Encoded, Lengths, encode_texts, encode_words
+from megamod.data.tasks.conll import TokenSet
 from megamod.data.tasks.encoded_cache import cached, key_of
 from megamod.data.tasks.glue import TextSet, read_task
-from megamod.data.tasks.ner import TokenSet, read_token_task
-from megamod.data.tasks.specs import TaskSpec, task_of, token_task
+from megamod.data.tasks.ner import read_token_task
+from megamod.data.tasks.specs import TaskSpec, some_of, speller, task_of, token_task
 from megamod.data.tasks.task_file import read_spec
 from megamod.errors import UserError
 from megamod.models.classifier_inputs import inputs_of, is_empty, mixes_padding, room_of
@@ -33,6 +35,8 @@ from megamod.runs.finetune.args import RowArgs, StageArgs, TaskArgs, TunedArgs, 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+logger = logging.getLogger(__name__)
 
 SIZES = {
     "bert_tiny": (2, 128, 2, 512),
@@ -119,7 +123,7 @@ def prepare(tuned: TunedArgs, args: TaskArgs, words: WordArgs | None) -> Problem
         task, sets = read_task(task, data_dir, wanted)
     else:
         labels = () if tuned.do_train else _names(config)
-        task, sets = read_token_task(task, data_dir, wanted, repair=words.repair_iob, labels=labels)
+        task, sets = read_token_task(task, data_dir, wanted, repair=args.repair_iob, labels=labels)
         task = _with_labels_of(config, task, tuned.do_train)
     if tuned.metric_for_best_model is not None:
         others = [name for name in task.metrics if name != tuned.metric_for_best_model]
@@ -215,7 +219,7 @@ def _task(args: TaskArgs, words: WordArgs | None) -> TaskSpec:
     if args.task_spec is not None:
         task = read_spec(args.task_spec)
     elif words is not None:
-        task = token_task(args.task, words.label_column)
+        task = token_task(args.task, words.word_column, words.label_column)
     else:
         task = task_of(args.task)
     if (task.kind == "token") != (words is not None):
@@ -355,17 +359,33 @@ def _with_labels_of(config: PreTrainedConfig | None, task: TaskSpec, train: bool
         UserError: if the model is not trained here and has another set of labels.
     """
     names = _names(config)
-    if names and (set(names) == set(task.labels) or not (train or task.labels or task.regression)):
+    if names and not task.labels and not (train or task.regression):
         return replace(task, labels=names)
-    if train or config is None:
+    if names and task.labels:
+        ordered = in_order_of(names, task.labels)
+        if ordered is not None:
+            return replace(task, labels=ordered)
+    if train or config is None or not (task.labels or task.regression):
         return task
     count = 1 if task.regression else len(task.labels)
     if config.num_labels != count or (names and not task.regression):
         raise UserError(
-            f"the model answers {', '.join(names) or f'{config.num_labels} labels'}, task "
-            f"{task.name} has {', '.join(task.labels) or 'a number'}; train it first (--do_train)"
+            f"the model answers {some_of(names) or f'{config.num_labels} labels'}, task "
+            f"{task.name} has {some_of(task.labels) or 'a number'}; train it first (--do_train)"
+        )
+    if any(label != str(number) for number, label in enumerate(task.labels)):
+        logger.warning(
+            "the model calls its labels %s: they are taken to be %s, in this order",
+            *(f"LABEL_0 to LABEL_{count - 1}", some_of(task.labels)),
         )
     return task
+
+
+def in_order_of(names: Sequence[str], labels: Sequence[str]) -> tuple[str, ...] | None:
+    """The labels in the order of a model's names, which may differ in capitals; None: others."""
+    spelled = speller(labels)
+    ordered = tuple(spelled(name) or "" for name in names)
+    return ordered if sorted(ordered) == sorted(labels) else None
 
 
 def _set_labels(config: PreTrainedConfig, task: TaskSpec) -> None:

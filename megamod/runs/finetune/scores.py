@@ -25,6 +25,7 @@ from megamod.evaluation.glue import (
 from megamod.evaluation.ner import (
     conll_text,
     entity_counts,
+    has_runs,
     score_words,
     word_accuracy_by_slot,
 )
@@ -171,7 +172,7 @@ def score_split(
         scores = score_words(task, found.labels, answers)
         slots = partial(word_accuracy_by_slot, found.labels, answers)
         if "f1" in task.metrics:
-            by_type = entity_counts(found.labels, answers)
+            by_type = entity_counts(found.labels, answers, has_runs(task))
             scores["by_type"] = {kind: count.scores() for kind, count in by_type.items()}
     else:
         if found.labels is None:

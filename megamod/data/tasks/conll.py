@@ -1,0 +1,274 @@
+"""Words and labels in CoNLL files: columns, comments and sentences.
+
+One word per line, columns separated by tabs or else by blanks, a blank line after each sentence.
+Only ASCII blanks separate: a no-break space is part of a word. Lines with -DOCSTART-, comments
+before a sentence, and the ranges and empty nodes of CoNLL-U are left out.
+
+Source: Tjong Kim Sang and De Meulder 2003 (CoNLL-2003), section 2.3; the CoNLL-U and CoNLL-U Plus
+formats of Universal Dependencies, version 2.
+"""
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megamod.data.corpus.lines import read_lines
+from megamod.data.tasks.iob import OUTSIDE, are_entities, parts_of
+from megamod.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+BLANKS = " \t\r"
+COMMENT = re.compile(r"# (\S.* = |new(doc|par)\b|global\.columns\b)")
+NAMED_COLUMNS = re.compile(r"# global\.columns = (.+)")
+CONLLU = ["ID", "FORM", "LEMMA", "UPOS", "XPOS", "FEATS", "HEAD", "DEPREL", "DEPS", "MISC"]
+NODE = re.compile(r"\d+([-.]\d+)?")  # ID of a word, of a range (1-2) or of an empty node (1.1)
+HIDDEN = "_"
+Numbered = tuple[int, str]
+
+
+@dataclass
+class TokenSet:
+    """Sentences of one split in the order of the file.
+
+    Attributes:
+        words, labels: by sentence; labels None: hidden.
+        lines: for each sentence the line of each word, or the row of a table.
+        where: the file or data set.
+        unit: "line" or "row", for messages.
+    """
+
+    words: list[list[str]]
+    labels: list[list[str]] | None
+    lines: list[list[int]]
+    where: str
+    unit: str = "line"
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def first(self, count: int | None) -> "TokenSet":
+        """The first `count` sentences; None: all."""
+        labels = None if self.labels is None else self.labels[:count]
+        return replace(self, words=self.words[:count], labels=labels, lines=self.lines[:count])
+
+    def place(self, sentence: int, word: int = 0) -> str:
+        """File and line of a word, for messages."""
+        return f"{self.where}, {self.unit} {self.lines[sentence][word]}"
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How a line is divided.
+
+    Attributes:
+        width: number of columns.
+        tabs: whether tabs separate them.
+        numbered: column 0 counts the words of a sentence, so no word begins with #.
+        word, label: columns; label None: the file has none.
+    """
+
+    width: int
+    tabs: bool
+    numbered: bool
+    word: int
+    label: int | None
+
+    def cells(self, line: str) -> list[str]:
+        return _cells(line, self.tabs)
+
+
+def read_conll(
+    path: Path,
+    word_column: int | None,
+    label_column: int | None,
+    split: str = "train",
+    *,
+    tags: bool = False,
+) -> TokenSet:
+    """Sentences of a CoNLL file.
+
+    Args:
+        word_column, label_column: from 0, or from -1 backwards. None: in CoNLL-U FORM and UPOS;
+            else the first and the last column. If the first one numbers the words, the second one
+            and the first one after it with entity labels.
+        split: the labels of a split that begins with "test" may be hidden: the column is missing,
+            or all of it is "_".
+        tags: the label is by default the column after the word, not the last one.
+    Raises:
+        UserError: naming the line with another number of columns than the others.
+    """
+    blocks = list(_blocks(path))
+    layout = _layout(path, blocks, word_column, label_column, split.startswith("test"), tags)
+    known = _labels_in(blocks, layout)
+    words, labels, lines, comments = [], [], [], 0
+    for block in blocks:
+        start = _first_word(block, layout, known)
+        comments += start
+        rows = [(number, layout.cells(line)) for number, line in block[start:]]
+        for number, cells in rows:
+            _check(f"{path}, line {number}", cells, layout)
+        if layout.numbered:
+            rows = [row for row in rows if row[1][0].isdecimal()]
+        if not rows:
+            continue
+        lines.append([number for number, _ in rows])
+        words.append([cells[layout.word].strip(BLANKS) for _, cells in rows])
+        if layout.label is not None:
+            labels.append([cells[layout.label].strip(BLANKS) for _, cells in rows])
+    if comments:
+        logger.info("%s: %d comment lines are left out", path, comments)
+    if split.startswith("test") and {label for row in labels for label in row} == {HIDDEN}:
+        labels = []
+    return TokenSet(words, labels or None, lines, str(path))
+
+
+def _blocks(path: Path) -> Iterator[list[Numbered]]:
+    """Lines between blank lines, with their numbers."""
+    block: list[Numbered] = []
+    for number, line in read_lines(path):
+        if line.strip(BLANKS) and not line.startswith("-DOCSTART-"):
+            block.append((number, line))
+        elif block:
+            yield block
+            block = []
+    if block:
+        yield block
+
+
+def _cells(line: str, tabs: bool) -> list[str]:
+    return line.split("\t") if tabs else re.split("[ \t]+", line.strip(BLANKS))
+
+
+def _candidates(block: list[Numbered]) -> int:
+    """Number of lines at the start of a block that may be comments."""
+    return next((n for n, (_, line) in enumerate(block) if not line.startswith("#")), len(block))
+
+
+def _layout(
+    path: Path,
+    blocks: list[list[Numbered]],
+    word_column: int | None,
+    label_column: int | None,
+    test: bool,
+    tags: bool,
+) -> _Layout:
+    """Columns by the lines that are no comments, and by what their first column holds."""
+    certain = [block[_candidates(block) :] for block in blocks]
+    certain = [block for block in certain if block]
+    if not certain:  # every line begins with #: none of them is a comment but by its form
+        certain = [[row for row in block if not COMMENT.match(row[1])] for block in blocks]
+        certain = [block for block in certain if block]
+    if not certain:
+        raise UserError(f"{path}: no sentence in it")
+    lines = [line for block in certain for _, line in block]
+    tabs = _usual("\t" in line for line in lines)
+    width = _usual(len(_cells(line, tabs)) for line in lines)
+    firsts = [[_cells(line, tabs)[0] for _, line in block] for block in certain]
+    names = _named_columns(blocks) or CONLLU
+    if names[0] == "ID" and len(names) == width:
+        numbered = all(NODE.fullmatch(first) for row in firsts for first in row)
+    else:
+        numbered = width > 1 + (not test) and _count_words(firsts)
+        names = []
+    word, label = word_column, label_column
+    if word is None:
+        word = names.index("FORM") if numbered and "FORM" in names else int(numbered)
+        if numbered and not names:
+            logger.warning(
+                "%s: column 0 numbers the words, so words are column 1 (--word_column)", path
+            )
+    if label is None:
+        label = word + 1 if tags else -1
+        if numbered and "UPOS" in names:
+            label = names.index("UPOS")
+        elif numbered and not names and not tags:
+            label = _first_entities([_cells(line, tabs) for line in lines], word, width)
+    where = f"{path}, line {certain[0][0][0]}"
+    return _Layout(width, tabs, numbered, *_in_range(where, width, word, label, test))
+
+
+def _usual(values: Iterable[object]) -> object:
+    """The most frequent value, of equally frequent ones the first."""
+    return Counter(values).most_common(1)[0][0]
+
+
+def _count_words(firsts: list[list[str]]) -> bool:
+    """True if the first cells of every sentence are 1, 2, 3, ... or 0, 1, 2, ..."""
+    return max(map(len, firsts)) > 1 and all(
+        row == [str(number + (row[0] != "0")) for number in range(len(row))] for row in firsts
+    )
+
+
+def _first_entities(rows: list[list[str]], word: int, width: int) -> int:
+    """The first column after the word with entity labels only, as in GermEval; else the last."""
+    for column in range(word % width + 1, width):
+        labels = {row[column].strip(BLANKS) for row in rows if len(row) == width}
+        if all(label == OUTSIDE or parts_of(label) for label in labels):
+            return column
+    return -1
+
+
+def _named_columns(blocks: list[list[Numbered]]) -> list[str] | None:
+    """Names of the columns of a CoNLL-U Plus file."""
+    match = NAMED_COLUMNS.match(blocks[0][0][1])
+    return match and match[1].split()
+
+
+def _in_range(where: str, width: int, word: int, label: int, test: bool) -> tuple[int, int | None]:
+    """Both columns counted from 0; the label None where a test file has none."""
+    if not -width <= word < width:
+        raise UserError(f"{where}: {width} columns, there is no column {word} (--word_column)")
+    if not -width <= label < width:
+        if test:
+            return word % width, None
+        raise UserError(f"{where}: {width} columns, there is no column {label} (--label_column)")
+    if word % width == label % width:
+        if test:
+            return word % width, None
+        raise UserError(f"{where}: {width} columns, so word and label would be the same one")
+    return word % width, label % width
+
+
+def _labels_in(blocks: list[list[Numbered]], layout: _Layout) -> set[str]:
+    """Labels of the lines that cannot be comments."""
+    if layout.label is None:
+        return set()
+    rows = (layout.cells(line) for block in blocks for _, line in block[_candidates(block) :])
+    return {cells[layout.label].strip(BLANKS) for cells in rows if len(cells) == layout.width}
+
+
+def _first_word(block: list[Numbered], layout: _Layout, known: set[str]) -> int:
+    """Number of comment lines at the start of a block.
+
+    A line with # is a comment if its form says so, if it has other columns than the words, or if
+    what stands in place of its label is none. Otherwise it is a word such as a hashtag.
+    """
+    entities = are_entities(known)
+    for place, (_, line) in enumerate(block[: _candidates(block)]):
+        cells = layout.cells(line)
+        if COMMENT.match(line) or layout.numbered or len(cells) != layout.width:
+            continue
+        if layout.label is None:
+            return place
+        label = cells[layout.label].strip(BLANKS)
+        if entities:
+            word = label == OUTSIDE or parts_of(label) is not None
+        else:
+            word = label in known or cells[0].strip(BLANKS) != "#"
+        if word:
+            return place
+    return _candidates(block)
+
+
+def _check(where: str, cells: list[str], layout: _Layout) -> None:
+    """Raise UserError for a line that lacks a column, a word or a label."""
+    if len(cells) != layout.width:
+        raise UserError(f"{where}: {len(cells)} columns, most lines have {layout.width}")
+    if not cells[layout.word].strip(BLANKS):
+        raise UserError(f"{where}: no word in column {layout.word}")
+    if layout.label is not None and not cells[layout.label].strip(BLANKS):
+        raise UserError(f"{where}: no label in column {layout.label}")

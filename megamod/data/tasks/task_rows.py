@@ -1,0 +1,107 @@
+"""Rows of labelled data sets as dictionaries: JSON lines, Parquet files and tables of the hub."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megamod.data.corpus.file_formats import json_object
+from megamod.data.corpus.lines import read_lines
+from megamod.data.tasks.specs import TaskSpec
+from megamod.errors import UserError
+
+
+@dataclass(frozen=True)
+class RowTable:
+    """Rows of one split.
+
+    Attributes:
+        where: file or data set.
+        unit: "line" or "row": what the numbers of `rows` count.
+        rows: numbers and rows, to be read once.
+        names: column -> names of its labels, where labels are numbers with names.
+    """
+
+    where: str
+    unit: str
+    rows: Iterator[tuple[int, Mapping[str, object]]]
+    names: Mapping[str, Sequence[str]]
+
+    def place(self, number: int) -> str:
+        """File and line of a row, for messages."""
+        return f"{self.where}, {self.unit} {number}"
+
+
+def json_table(path: Path) -> RowTable:
+    """Rows of a file of JSON lines."""
+    rows = (
+        (number, json_object(line, f"{path}, line {number}"))
+        for number, line in read_lines(path)
+        if line.strip()
+    )
+    return RowTable(str(path), "line", rows, {})
+
+
+def parquet_table(path: Path) -> RowTable:
+    """Rows of a Parquet file; names of labels are those that `datasets` wrote into it.
+
+    Raises:
+        UserError: if it is no Parquet file.
+    """
+    from pyarrow import ArrowException
+    from pyarrow.parquet import read_table
+
+    try:
+        table = read_table(path)
+    except (ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: not a Parquet file that can be read: {reason}") from error
+    names = _names_in((table.schema.metadata or {}).get(b"huggingface"))
+    return RowTable(str(path), "row", enumerate(table.to_pylist()), names)
+
+
+def _names_in(metadata: bytes | None) -> dict[str, list[str]]:
+    """Names of the labels of each column by the metadata of `datasets`."""
+    try:
+        features = json.loads(metadata or b"{}")["info"]["features"]
+        columns = {name: feature.get("feature", feature) for name, feature in features.items()}
+        return {
+            name: list(map(str, one["names"])) for name, one in columns.items() if "names" in one
+        }
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def hub_tables(task: TaskSpec, splits: Sequence[str]) -> Iterator[tuple[str, RowTable]]:
+    """Tables of a task's data set on the hub by our names of the splits, where they exist.
+
+    Raises:
+        UserError: if the task has none there, or it cannot be loaded.
+    """
+    if task.hub is None:
+        raise UserError(f"--data_dir is missing: task {task.name} is not on the hub")
+    from datasets import load_dataset
+
+    name, config = task.hub
+    try:
+        tables = load_dataset(name, config)
+    except Exception as error:  # its loaders raise whatever their scripts and the network raise
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"task {task.name}: data set {name} cannot be loaded from the hub ({reason}); "
+            "--data_dir names a folder with its files"
+        ) from error
+    for split in splits:
+        on_hub = task.hub_splits.get(split, split)
+        if on_hub in tables:
+            yield split, _hub_table(tables[on_hub], f"{name} {split}")
+
+
+def _hub_table(table: object, where: str) -> RowTable:
+    """Rows of a `datasets.Dataset`."""
+    names = {}
+    for column, feature in table.features.items():
+        of_labels = getattr(getattr(feature, "feature", feature), "names", None)
+        if of_labels is not None:
+            names[column] = of_labels
+    return RowTable(where, "row", enumerate(table), names)
