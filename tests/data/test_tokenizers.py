@@ -1,6 +1,8 @@
+import copy
 import hashlib
 import io
 import json
+import random
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
-from megamod.data.corpus import tokenizers
+from megamod.data.corpus import sentencepiece_model, tokenizers
 from megamod.data.corpus.tokenizers import (
     load_tokenizer,
     train_sentencepiece,
@@ -118,29 +120,96 @@ def test_trained_word_pieces_are_those_of_a_bert_tokenizer(tmp_path):
     assert "".join(piece.removeprefix("##") for piece in pieces) == "encoding"
 
 
-@pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_foreign_sentencepiece_models(tmp_path, kind):
+SYMBOLS = ["<sep>", "<cls>", "ab", "New", "the", "\n", "▁▁", "é", "①", "<<", ".", "x", "a b"]
+
+
+def foreign(folder: Path, **settings: object) -> Path:
+    """A small SentencePiece model with settings of its trainer."""
     import sentencepiece
 
     content = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter("".join(CODE).split("\n")),
+        sentence_iterator=iter("".join(CODE[:2]).split("\n")),
         model_writer=content,
-        model_type=kind,
-        vocab_size=600,
+        vocab_size=500,
         hard_vocab_limit=False,
-        minloglevel=2,
+        minloglevel=3,
+        **settings,
     )
-    (tmp_path / "own.model").write_bytes(content.getvalue())
-    made = load_tokenizer(tmp_path / "own.model")
-    assert made.special_ids == {"bos_id": 1, "pad_id": 2, "eos_id": 2, "unk_id": 0}
-    text = " ".join(CODE[0].split())[:2000]
-    (ids,) = made.encode_batch([text])
-    assert ids.tolist() == _processor(made).encode(text)
-    assert made.decode(ids) == _processor(made).decode(ids.tolist())
-    (tmp_path / "broken.model").write_bytes(b"\xff" * 40)
+    path = folder / "foreign.model"
+    path.write_bytes(content.getvalue())
+    return path
+
+
+@pytest.mark.parametrize("seed", range(14))
+def test_ids_of_random_sentencepiece_models_are_those_of_sentencepiece(tmp_path, seed):
+    draw = random.Random(seed)
+    kind = ["bpe", "unigram"][seed % 2]
+    symbols, control = draw.sample(SYMBOLS, seed % 4), draw.sample(["<ctl>", "[C]", "<se"], 2)
+    settings = dict(
+        user_defined_symbols=symbols,
+        control_symbols=control,
+        byte_fallback=draw.random() < 0.5,
+        add_dummy_prefix=draw.random() < 0.6,
+        remove_extra_whitespaces=draw.random() < 0.6,
+        normalization_rule_name=draw.choice(["nmt_nfkc", "identity", "nmt_nfkc_cf"]),
+        split_by_whitespace=draw.random() < 0.8,
+    )
+    path = foreign(tmp_path, model_type=kind, **settings)
+    try:
+        made = load_tokenizer(path)
+    except UserError as error:
+        assert "does not reproduce" in str(error)
+        return
+    words = [*symbols, " ", "  ", "the", "cabs", "ａ", "hello", "New York", "\n", ".", "漢"]
+    spelled = [*control, "<s>", "<unk>", "<0x41>"]
+    for number in range(300):
+        texts = words if number % 2 and kind == "unigram" else words + spelled
+        text = "".join(draw.choices(texts, k=draw.randint(1, 7)))
+        exact = _processor(made).encode(text)
+        assert made.encode_batch([text])[0].tolist() == exact
+        if texts is words or kind == "bpe":
+            assert made.backend.encode(text, add_special_tokens=False).ids == exact, text
+        if made.unk_id not in exact:
+            assert made.decode(exact) == _processor(made).decode(exact)
+
+
+def test_user_defined_symbols_of_a_model_in_a_saved_folder(tmp_path):
+    from transformers import AutoTokenizer
+
+    path = foreign(tmp_path, model_type="bpe", user_defined_symbols=["<sep>", "<cls>"])
+    made = load_tokenizer(path)
+    texts = ["<sep> the<sep>", "<sep>", "a<cls><s><cls> end", "the  <sep>  <unk>"]
+    made.save(tmp_path / "saved")
+    auto, again = (
+        AutoTokenizer.from_pretrained(tmp_path / "saved"),
+        load_tokenizer(tmp_path / "saved"),
+    )
+    assert again.digest == made.digest
+    for text, ids in zip(texts, copy.deepcopy(again).encode_batch(texts), strict=True):
+        assert ids.tolist() == _processor(made).encode(text)
+        assert ids.tolist() == auto(text, add_special_tokens=False)["input_ids"]
+    pieces = auto.convert_ids_to_tokens(auto(texts[0], add_special_tokens=False)["input_ids"])
+    assert pieces[:2] == ["▁", "<sep>"] and pieces[2].startswith("▁t") and pieces[-1] == "<sep>"
+
+
+def test_models_that_the_common_form_cannot_reproduce_are_refused(tmp_path):
+    path = foreign(tmp_path, model_type="bpe", user_defined_symbols=["①<"])
+    with pytest.raises(UserError, match=r"does not reproduce this model: it encodes '.*①<"):
+        load_tokenizer(path)
+    path.write_bytes(b"\xff" * 40)
     with pytest.raises(UserError, match="not a SentencePiece model"):
-        load_tokenizer(tmp_path / "broken.model")
+        load_tokenizer(path)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"add_dummy_prefix": False}, {"split_by_whitespace": False}]
+)
+def test_huge_texts_have_the_ids_of_sentencepiece(tmp_path, monkeypatch, settings):
+    made = load_tokenizer(foreign(tmp_path, model_type="unigram", **settings))
+    monkeypatch.setattr(sentencepiece_model, "LONGEST_PART", 300)
+    texts = [CODE[0][:4000], "short", "x" * 1000, "a " * 400]
+    assert [ids.tolist() for ids in made.encode_batch(texts)] == _processor(made).encode(texts)
 
 
 def test_a_huge_text_is_cut_in_front_of_blanks(trained, monkeypatch):

@@ -1,18 +1,25 @@
 """SentencePiece models: training one that loses nothing, and its exact form for `tokenizers`."""
 
 import io
+import os
+import random
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megamod.errors import UserError
 
 if TYPE_CHECKING:
     import tokenizers
-    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+    from sentencepiece import SentencePieceProcessor
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto, SentencePiece
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # piece types
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # piece types
 UNIGRAM, BPE = 1, 2  # model types
+STANDARD_NORMALIZERS = ("identity", "nfkc", "nmt_nfkc", "nfkc_cf", "nmt_nfkc_cf")
+PROBES = 500  # random texts on which a conversion is tried
+LONGEST_PART = 1 << 20  # characters encoded at once: bounds the memory a huge text takes
 LONGEST_LINE = 4000  # characters; the trainer skips lines it finds too long
 PROBE = (
     " Ships  sail.\tDon't pay 12,345.67 (a+b)==c_d; Größe naïve İstanbul русский 漢字 かな 한국어",
@@ -79,15 +86,52 @@ def train(texts: Iterable[str], vocab_size: int, where: str) -> bytes:
     return model.SerializeToString(deterministic=True)
 
 
-def convert(content: bytes, where: str) -> tuple["tokenizers.Tokenizer", dict[str, int | None]]:
-    """The `tokenizers` form of a serialised model, and its ids of bos, pad, eos and unk.
+@dataclass
+class ExactEncoder:
+    """Ids as SentencePiece itself gives them, for texts of any length.
 
-    BPE models give the same ids on any text. Of a unigram model two things can differ: which of
-    several equally good ways to cut a run such as "!!!!" is taken, and text that spells a special
-    piece, which becomes that piece.
+    Args:
+        processor: the loaded model.
+        dummy_prefix: True if the model puts a blank before a text.
+        separable: True if no piece crosses a blank, so that a long text can be cut at one.
+    """
+
+    processor: "SentencePieceProcessor"
+    dummy_prefix: bool
+    separable: bool
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, without bos and eos."""
+        threads = 1 if os.environ.get("TOKENIZERS_PARALLELISM") == "false" else os.cpu_count()
+        if not self.separable or all(len(text) <= LONGEST_PART for text in texts):
+            return self.processor.encode(list(texts), num_threads=threads)
+        return [
+            [one for part in self._parts(text) for one in self.processor.encode(part)]
+            for text in texts
+        ]
+
+    def _parts(self, text: str) -> Iterator[str]:
+        """Cut at single blanks; a blank that the model puts there itself is left out."""
+        begin, blank = 0, re.compile(r"(?<=[^\s▁]) (?=[^\s▁])")
+        while match := blank.search(text, begin + LONGEST_PART):
+            yield text[begin : match.start()]
+            begin = match.end() if self.dummy_prefix else match.start()
+        yield text[begin:]
+
+
+def convert(
+    content: bytes, where: str
+) -> tuple["tokenizers.Tokenizer", ExactEncoder | None, dict[str, int | None]]:
+    """The `tokenizers` form of a serialised model, an encoder, and its ids of bos, pad, eos, unk.
+
+    The encoder gives the ids of SentencePiece on any text; it is None for models of `train`, of
+    which the `tokenizers` form does. For other models that form is tried on texts made of the
+    model's own pieces and symbols. Two differences of unigram models are let pass: a choice between
+    cuts of equal score, such as of "!!!!", and text that spells a control piece, which the
+    `tokenizers` form turns into that piece.
 
     Raises:
-        UserError: if `content` is no model, or one whose ids `tokenizers` does not reproduce.
+        UserError: if `content` is no model, or one that `tokenizers` does not reproduce.
     """
     import sentencepiece
     from google.protobuf.message import DecodeError
@@ -101,54 +145,128 @@ def convert(content: bytes, where: str) -> tuple["tokenizers.Tokenizer", dict[st
     if model.trainer_spec.model_type not in (UNIGRAM, BPE):
         raise UserError(f"{where}: only unigram and BPE models of SentencePiece are read")
     backend = _backend(model)
-    for text in PROBE:
-        if backend.encode(text, add_special_tokens=False).ids != processor.encode(text):
+    texts = list(_probes(model))
+    encoded = backend.encode_batch_fast(texts, add_special_tokens=False)
+    for text, ids, exact in zip(texts, encoded, processor.encode(texts), strict=True):
+        if ids.ids != exact and not _tied(model, ids.ids, exact):
             raise UserError(
-                f"{where}: the `tokenizers` library does not reproduce this model; use the folder "
-                "of its Hugging Face version instead"
+                f"{where}: the `tokenizers` library does not reproduce this model: it encodes "
+                f"{text[:40]!r} otherwise; use the folder of its Hugging Face version instead"
             )
+    exact = None
+    if not _like_trained(model):
+        dummy_prefix = model.normalizer_spec.add_dummy_prefix
+        exact = ExactEncoder(processor, dummy_prefix, _separable(model))
     ids = {name: getattr(processor, f"{name}_id")() for name in ("bos", "pad", "eos", "unk")}
-    return backend, {name: one if one >= 0 else None for name, one in ids.items()}
+    return backend, exact, {name: one if one >= 0 else None for name, one in ids.items()}
+
+
+def _like_trained(model: "ModelProto") -> bool:
+    """True for models of `train`, whose `tokenizers` form is exact on any text."""
+    spec = model.normalizer_spec
+    changes = (spec.precompiled_charsmap, spec.add_dummy_prefix, spec.escape_whitespaces)
+    return (
+        model.trainer_spec.model_type == BPE
+        and not any((*changes, spec.remove_extra_whitespaces))
+        and all(len(p.piece) == 1 for p in model.pieces if p.type in (USER_DEFINED, UNUSED))
+    )
+
+
+def _separable(model: "ModelProto") -> bool:
+    """True if a text can be cut at a blank between two words without a change of ids."""
+    spec = model.normalizer_spec
+    return (
+        spec.name in STANDARD_NORMALIZERS
+        and (spec.add_dummy_prefix or not spec.remove_extra_whitespaces)
+        and not model.trainer_spec.treat_whitespace_as_suffix
+        and not any(re.search("(?<!^)[ ▁]", piece.piece) for piece in model.pieces)
+    )
+
+
+def _probes(model: "ModelProto") -> Iterator[str]:
+    """Texts on which a conversion is compared: fixed ones, and random joins of pieces, symbols
+    and characters that normalisation changes. The same for equal models."""
+    bpe = model.trainer_spec.model_type == BPE
+    draw = random.Random(0)
+    symbols = [piece.piece for piece in model.pieces if piece.type in (USER_DEFINED, UNUSED)]
+    reserved = [piece.piece for piece in model.pieces if piece.type in (CONTROL, UNKNOWN, BYTE)]
+    pieces = [piece.piece.replace("▁", " ") for piece in model.pieces if piece.type == NORMAL]
+    common = [" ", "  ", "\n", "\t", "a", "A", "é", "e\u0301", "漢", "😀", "ａ", "."]
+    if not model.normalizer_spec.precompiled_charsmap:
+        common.append("▁")
+    yield from PROBE
+    for symbol in draw.sample(symbols, min(len(symbols), PROBES)):
+        yield from (f"{front}{symbol}{back}" for front in ("", " ", "a", symbol) for back in common)
+        if bpe and reserved:
+            yield symbol + draw.choice(reserved) + symbol
+    sources = [source for source in (symbols, pieces, common, reserved if bpe else []) if source]
+    for _ in range(PROBES):
+        yield "".join(draw.choice(draw.choice(sources)) for _ in range(draw.randint(1, 8)))
+
+
+def _tied(model: "ModelProto", first: Sequence[int], second: Sequence[int]) -> bool:
+    """True if a unigram model likes both sequences equally well."""
+    if model.trainer_spec.model_type != UNIGRAM:
+        return False
+    sums = [sum(model.pieces[one].score for one in ids) for ids in (first, second)]
+    return abs(sums[0] - sums[1]) <= 1e-4 * max(1.0, abs(sums[0]))
 
 
 def _backend(model: "ModelProto") -> "tokenizers.Tokenizer":
-    from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
     from tokenizers import Tokenizer as Backend
 
     pieces, spec = model.pieces, model.normalizer_spec
     byte_fallback = any(piece.type == BYTE for piece in pieces)
     unknown = next(index for index, piece in enumerate(pieces) if piece.type == UNKNOWN)
+    splits = []
+    if not spec.escape_whitespaces:
+        # No piece joins a blank to the text before it, so words can be encoded, and cached, one
+        # at a time.
+        splits.append(Regex(r"\n| +[^ \n]*|[^ \n]+"))
     if model.trainer_spec.model_type == BPE:
-        core = models.BPE(
-            {piece.piece: index for index, piece in enumerate(pieces)},
-            _merges(_ranked(model)),
+        settings = dict(
+            vocab={piece.piece: index for index, piece in enumerate(pieces)},
+            merges=_merges(_ranked(model)),
             unk_token=pieces[unknown].piece,
             fuse_unk=True,
             byte_fallback=byte_fallback,
         )
+        core = models.BPE(**settings)
+        # A symbol of one character is never merged as it is in no merge. A longer one is split off
+        # first, and `ignore_merges` then takes a whole part of the text that is in the vocabulary.
+        long = [p.piece for p in pieces if p.type == USER_DEFINED and len(p.piece) > 1]
+        if long:
+            splits += [Regex(_any_of(long)), Regex(_unreachable(core, pieces))]
+            core = models.BPE(**settings, ignore_merges=True)
     else:
-        scores = [(piece.piece, piece.score) for piece in pieces]
-        core = models.Unigram(scores, unk_id=unknown, byte_fallback=byte_fallback)
+        core = models.Unigram(_scores(model), unk_id=unknown, byte_fallback=byte_fallback)
     backend = Backend(core)
     steps = []
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
-    if spec.remove_extra_whitespaces:
+    if spec.remove_extra_whitespaces and spec.precompiled_charsmap:
         steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    elif spec.remove_extra_whitespaces:
+        # Without a map of characters, tabs and line ends are not blanks and stay.
+        steps += [normalizers.Replace(Regex(r"\A +"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     if spec.add_dummy_prefix:
         steps.append(normalizers.Prepend(" "))
     undo = [decoders.ByteFallback(), decoders.Fuse()]
     if spec.escape_whitespaces:
         steps.append(normalizers.Replace(" ", "▁"))
         undo.insert(0, decoders.Replace("▁", " "))
-    else:
-        # No piece joins a blank to what stands before it, so words can be encoded, and cached,
-        # one at a time.
-        backend.pre_tokenizer = pre_tokenizers.Split(
-            Regex(r"\n| +[^ \n]*|[^ \n]+"), behavior="isolated"
-        )
+    if spec.remove_extra_whitespaces and not spec.precompiled_charsmap:
+        blank = "▁" if spec.escape_whitespaces else " "
+        steps.append(normalizers.Replace(Regex(rf"{blank}+\z"), ""))
     if spec.add_dummy_prefix:
         undo.append(decoders.Strip(" ", 1, 0))
+    if len(splits) == 1:
+        backend.pre_tokenizer = pre_tokenizers.Split(splits[0], behavior="isolated")
+    elif splits:
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(split, behavior="isolated") for split in splits]
+        )
     if steps:
         backend.normalizer = normalizers.Sequence(steps)
     backend.decoder = decoders.Sequence(undo)
@@ -156,14 +274,46 @@ def _backend(model: "ModelProto") -> "tokenizers.Tokenizer":
     backend.add_special_tokens(
         [piece.piece for piece in pieces if piece.type in (CONTROL, UNKNOWN)]
     )
-    backend.add_tokens(
-        [
-            AddedToken(piece.piece, normalized=False)
-            for piece in pieces
-            if piece.type == USER_DEFINED and len(piece.piece) > 1
-        ]
-    )
     return backend
+
+
+def _any_of(texts: Iterable[str]) -> str:
+    """Regular expression of any of some texts, longer ones first as SentencePiece takes them."""
+    return "|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True))
+
+
+def _unreachable(core: "tokenizers.models.BPE", pieces: Sequence["SentencePiece"]) -> str:
+    """Regular expression of the first token of every piece that its own text does not become.
+
+    Such as control and byte pieces: where the text is nothing else, `ignore_merges` would take it
+    for the piece. A split after its first token prevents that and changes no other token.
+    """
+    firsts = []
+    for piece in pieces:
+        if piece.type == USER_DEFINED or len(piece.piece) < 2:
+            continue
+        tokens = core.tokenize(piece.piece)
+        if len(tokens) > 1:
+            cut = next(token.offsets[1] for token in tokens)
+            text = piece.piece.encode()
+            first, rest = text[:cut].decode(), text[cut:].decode()
+            firsts.append(rf"\A{re.escape(first)}(?={re.escape(rest)}\z)")
+    return "|".join(firsts) or r"\A\z"
+
+
+def _scores(model: "ModelProto") -> list[tuple[str, float]]:
+    """Pieces and scores of a unigram model; user-defined symbols get that of SentencePiece.
+
+    Source: sentencepiece's unigram_model.cc, `EncodeOptimized`.
+    """
+    best = max((piece.score for piece in model.pieces if piece.type == NORMAL), default=0.0)
+    return [
+        (
+            piece.piece,
+            len(piece.piece.encode()) * best - 0.1 if piece.type == USER_DEFINED else piece.score,
+        )
+        for piece in model.pieces
+    ]
 
 
 def _ranked(model: "ModelProto") -> list[str]:

@@ -44,6 +44,7 @@ class Tokenizer:
         literal_specials: True if text that spells a special token, such as "</s>", is ordinary
             text; False if it becomes that token, as Hugging Face tokenizers do.
         files: the original files by name, saved beside the common ones.
+        exact: encodes instead of the backend, for SentencePiece models of others.
         original: the Hugging Face tokenizer it came from, for kind "huggingface".
     """
 
@@ -56,6 +57,7 @@ class Tokenizer:
     literal_specials: bool = True
     files: dict[str, bytes] = field(default_factory=dict)
     original: "PreTrainedTokenizerFast | None" = None
+    exact: sentencepiece_model.ExactEncoder | None = None
 
     def __post_init__(self) -> None:
         self.backend.no_truncation()
@@ -94,10 +96,12 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text, int32 `[n]`, without bos or eos.
 
-        A text beyond 2**20 characters is cut in front of a blank. No tokenizer here joins text
-        across such a place, except that those which put a blank before the first word put one at
-        each cut.
+        A text beyond 2**20 characters is cut before a blank. No tokenizer here joins text across
+        such a place, except that Hugging Face tokenizers which put a blank before the first word
+        put one at each cut.
         """
+        if self.exact is not None:
+            return [np.array(ids, dtype=np.int32) for ids in self.exact.encode(texts)]
         if all(len(text) <= LONGEST for text in texts):
             return self._encode(texts)
         return [np.concatenate([self._encode([part])[0] for part in _cut(text)]) for text in texts]
@@ -344,7 +348,7 @@ def _gpt2(folder: Path) -> Tokenizer:
 
 
 def _sentencepiece(content: bytes, where: str) -> Tokenizer:
-    backend, ids = sentencepiece_model.convert(content, f"--tokenizer {where}")
+    backend, exact, ids = sentencepiece_model.convert(content, f"--tokenizer {where}")
     if ids["eos"] is None:
         raise UserError(f"--tokenizer {where}: it defines no eos token")
     return Tokenizer(
@@ -355,4 +359,5 @@ def _sentencepiece(content: bytes, where: str) -> Tokenizer:
         eos_id=ids["eos"],
         unk_id=ids["unk"],
         files={SENTENCEPIECE_FILE: content},
+        exact=exact,
     )
