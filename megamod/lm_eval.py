@@ -1,27 +1,52 @@
-"""The Language Model Evaluation Harness with the models of this package known to it.
+"""The Language Model Evaluation Harness, with the models of this package registered.
 
     python -m megamod.lm_eval run --model hf --model_args pretrained=runs/forest \\
         --include_path my_tasks --tasks my_task --batch_size 8 --output_path results
+    python -m megamod.lm_eval run --model hf --model_args pretrained=runs/demix/model,domain=law ...
 
-Flags are the harness's own (`run --help`, `ls tasks`). All this adds to its command is that
-`megamod` is imported first, which registers the models with the Auto classes that its ordinary
-`hf` backend loads them by. Needs `pip install "megamod[eval]"`.
+Flags are the harness's own (`run --help`, `ls tasks`). Its ordinary `hf` backend loads models by
+the Auto classes of transformers, and importing `megamod` first registers the models with these.
+`domain=NAME` selects an expert: a DEMix model needs it, a forest mixes its experts without it.
+Needs `pip install "megamod[eval]"`.
 """
+
+from collections.abc import Mapping
+from pathlib import Path
 
 from megamod.errors import UserError, run
 
 
 def main() -> None:
-    """Hand the command line over.
+    """Check the model and hand the command line to the harness.
 
     Raises:
-        UserError: if the harness is not installed.
+        UserError: if the harness is not installed, or the expert of a DEMix model is not named.
     """
     try:
-        from lm_eval.__main__ import cli_evaluate
+        from lm_eval.__main__ import HarnessCLI, cli_evaluate
     except ModuleNotFoundError as error:
         raise UserError(f'{error}; install it with: pip install "megamod[eval]"') from error
+    check_expert(getattr(HarnessCLI().parse_args(), "model_args", None) or {})
     cli_evaluate()
+
+
+def check_expert(model_args: Mapping[str, object]) -> None:
+    """Refuse a DEMix folder without `domain`, before tasks are read and a model is loaded.
+
+    Raises:
+        UserError: naming the domains.
+    """
+    folder = model_args.get("pretrained")
+    if "domain" in model_args or not folder or not (Path(str(folder)) / "config.json").is_file():
+        return
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(str(folder))
+    if getattr(config, "untie", "none") != "none" and len(config.domains) > 1:
+        raise UserError(
+            f"--model_args pretrained={folder}: the model has an expert per domain; add "
+            f"domain=NAME, NAME one of {', '.join(config.domains)}"
+        )
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ def _register_models(auto: ModuleType) -> None:
     from megamod.models.ca_mtl.configuration import CaMtlConfig
     from megamod.models.ca_mtl.model import CaMtlForMultiTask
     from megamod.models.lm.configuration import DemixConfig, ForestConfig
-    from megamod.models.lm.demix import DemixForCausalLM, DemixModel
+    from megamod.models.lm.demix import DemixForCausalLM
+    from megamod.models.lm.demix_model import DemixModel
     from megamod.models.lm.forest import ForestForCausalLM
 
     auto.AutoModel.register(CaMtlConfig, CaMtlForMultiTask)

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from megamod.errors import UserError
+
 
 class DomainExperts(nn.Module):
     """One module per domain, called like any one of them.
@@ -24,15 +26,15 @@ class DomainExperts(nn.Module):
         self.domain = domains[0] if len(domains) == 1 else None
 
     def forward(self, *args: object, **kwargs: object) -> Tensor | tuple[Tensor, ...]:
-        """What the chosen domain's expert makes of the arguments.
+        """Apply the chosen domain's expert.
 
         Raises:
-            ValueError: if several experts are held and none was chosen.
+            UserError: if several experts are held and none was chosen.
         """
         if self.domain is None:
-            raise ValueError(
-                f"choose one of the domains {', '.join(self.experts)}: "
-                "model(..., domain=NAME) or model.set_domain(NAME)"
+            raise UserError(
+                f"choose one of the domains {', '.join(self.experts)}: domain=NAME at "
+                "from_pretrained or in a call, or model.set_domain(NAME)"
             )
         output = self.experts[self.domain](*args, **kwargs)
         if not torch.is_grad_enabled() or len(self.experts) == 1:
@@ -69,6 +71,13 @@ class _ZeroGradient(torch.autograd.Function):
         return grad, *zeros
 
 
+def chosen_expert(module: nn.Module) -> nn.Module:
+    """The expert of the chosen domain, or the first; a module that is not per domain itself."""
+    if not isinstance(module, DomainExperts):
+        return module
+    return module.experts[module.domain or next(iter(module.experts))]
+
+
 def domain_experts(module: nn.Module) -> Iterator[DomainExperts]:
     """Every group of experts inside a module."""
     return (m for m in module.modules() if isinstance(m, DomainExperts))
@@ -78,11 +87,11 @@ def choose_domain(module: nn.Module, domain: str) -> None:
     """Choose the expert that following calls of every group of experts use.
 
     Raises:
-        ValueError: if a group does not hold the domain's expert.
+        UserError: if a group does not hold the domain's expert.
     """
     for group in domain_experts(module):
         if domain not in group.experts:
-            raise ValueError(
+            raise UserError(
                 f"no expert for domain {domain!r}; there are {', '.join(group.experts)}"
             )
         group.domain = domain

@@ -5,11 +5,15 @@ instance's column of a prefix; `mlp` has a network per instance. All of them can
 pairs of instance and position only.
 """
 
+from collections.abc import Sequence
+
 import torch
 from megamod_kernels.demux import Chain, Pairs, add_pairs, rsa_demux, split_projection
 from megamod_kernels.norm_linear import Norm
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from megamod.nn.linear import is_plain
 
 
 class SharedDemux(nn.Module):
@@ -64,10 +68,13 @@ class RsaDemultiplexer(nn.Module):
             norm: that of the encoder's last block, if it is still to be applied to `hidden`.
         """
         first, last = shared.dense(1), self.pre_decoder_layer_norm
+        between = [shared.dense(layer) for layer in range(2, shared.layers)]
+        if not is_plain(first, *between, self.pre_decoder, last):
+            states = hidden if norm is None else norm(hidden)
+            return self._by_modules(shared.demux_instance_embedding, states, first, between, pairs)
         before = None if norm is None else Norm(norm.weight, norm.bias, norm.eps)
         key = shared.demux_instance_embedding.to(hidden.dtype)
         parts = split_projection(hidden, key, first.weight, first.bias, before, implementation)
-        between = [shared.dense(layer) for layer in range(2, shared.layers)]
         chain = Chain(
             [(dense.weight, dense.bias) for dense in between],
             (self.pre_decoder.weight, self.pre_decoder.bias),
@@ -76,6 +83,24 @@ class RsaDemultiplexer(nn.Module):
         )
         dropout = self.dropout if self.training else 0.0
         return rsa_demux(*parts, chain, pairs, dropout, implementation)
+
+    def _by_modules(
+        self,
+        key: Tensor,
+        hidden: Tensor,
+        first: nn.Module,
+        between: Sequence[nn.Module],
+        pairs: Pairs | None,
+    ) -> Tensor:
+        """`rsa_demux` by calls of the layers, for layers that were replaced."""
+
+        def drop(x: Tensor) -> Tensor:
+            return F.dropout(x, self.dropout, self.training)
+
+        x = drop(F.gelu(keyed(hidden, key.to(hidden.dtype), first, pairs)))
+        for dense in between:
+            x = drop(F.gelu(dense(x))) + x
+        return self.pre_decoder_layer_norm(F.gelu(self.pre_decoder(x))) + x
 
 
 class PrefixDemultiplexer(nn.Module):
@@ -102,9 +127,7 @@ class PrefixDemultiplexer(nn.Module):
             [R, D] for pairs, else [B, N, columns, D].
         """
         wanted = hidden if pairs is not None else hidden[:, columns]
-        return self.layer_norm(
-            F.gelu(keyed(wanted, hidden[:, :instances], self.dense.weight, self.dense.bias, pairs))
-        )
+        return self.layer_norm(F.gelu(keyed(wanted, hidden[:, :instances], self.dense, pairs)))
 
 
 class MlpDemux(nn.Module):
@@ -142,20 +165,33 @@ class MlpDemux(nn.Module):
         return getattr(self, f"layer_norm_{instance}")(F.gelu(dense(self.dropout(hidden))))
 
 
-def keyed(hidden: Tensor, key: Tensor, weight: Tensor, bias: Tensor, pairs: Pairs | None) -> Tensor:
-    """A linear layer over [key ; hidden], without the concatenation.
+def keyed(hidden: Tensor, key: Tensor, dense: nn.Module, pairs: Pairs | None) -> Tensor:
+    """A linear layer over [key ; hidden], without the concatenation if the layer is plain.
 
     Args:
         hidden: [B, L, D].
         key: [N, D], or [B, N, D] where each group has its own.
-        weight, bias: [D, 2 D] and [D], key columns first.
+        dense: from 2 D to D features, key columns first.
         pairs: which positions of which instances; None for all.
     Returns:
         [R, D] for pairs, else [B, N, L, D].
     """
+    if not is_plain(dense):
+        return dense(_concatenated(hidden, key, pairs))
+    weight, bias = dense.weight, dense.bias
     if pairs is None or len(pairs.group) >= hidden.shape[0] * hidden.shape[1]:
         return add_pairs(*split_projection(hidden, key, weight, bias), pairs)
     # Fewer pairs than positions: gather first, so that no position is projected for nothing.
     chosen = hidden[pairs.group, pairs.position]
     part, keys = split_projection(chosen, key, weight, bias)
     return part + (keys[pairs.instance] if key.dim() == 2 else keys[pairs.group, pairs.instance])
+
+
+def _concatenated(hidden: Tensor, key: Tensor, pairs: Pairs | None) -> Tensor:
+    """[key ; hidden]: [R, 2 D] for pairs, else [B, N, L, 2 D]; arguments as of `keyed`."""
+    key = key.expand(len(hidden), -1, -1)
+    if pairs is not None:
+        parts = (key[pairs.group, pairs.instance], hidden[pairs.group, pairs.position])
+        return torch.cat(parts, -1)
+    shape = (*key.shape[:2], *hidden.shape[1:])
+    return torch.cat([key[:, :, None].expand(shape), hidden[:, None].expand(shape)], -1)

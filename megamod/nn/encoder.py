@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
 
-from megamod.nn.linear import Linear
+from megamod.nn.linear import Linear, is_plain
 
 MASKED = -10000.0  # what BERT adds to the score of a masked key; finite, so all may be masked
 
@@ -47,6 +47,12 @@ class EncoderEmbeddings(nn.Module):
         Returns:
             [R, T, D].
         """
+        if not is_plain(self.position_embeddings, self.token_type_embeddings):
+            if position_ids is None:
+                last = self.first_position + words.shape[1]
+                position_ids = torch.arange(self.first_position, last, device=words.device)[None]
+            if token_type_ids is None:
+                token_type_ids = torch.zeros_like(position_ids)
         if position_ids is None:
             start, table = self.first_position, self.position_embeddings.weight
             added = table[start : start + words.shape[1]]
@@ -121,6 +127,11 @@ class EncoderEmbeddings(nn.Module):
             implementation,
         )
         return x, attended
+
+    def is_plain(self) -> bool:
+        """True if the tables and the norm are all there is to it, as kernels take it."""
+        tables = (self.word_embeddings, self.position_embeddings, self.token_type_embeddings)
+        return is_plain(*tables, self.LayerNorm)
 
     def _tables(self) -> Tables:
         return Tables(

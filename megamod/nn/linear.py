@@ -1,4 +1,4 @@
-"""A linear layer that leaves its product to oneDNN where that is the faster library."""
+"""A linear layer that uses oneDNN where that is faster, and a check for replaced layers."""
 
 import torch
 from torch import Tensor, nn
@@ -33,3 +33,12 @@ class Linear(nn.Linear):
         ):
             return F.linear(input, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(input, self.weight, self.bias, "none", [], "")
+
+
+def is_plain(*modules: nn.Module) -> bool:
+    """True if each module's result follows from its `weight` and `bias` as torch defines it.
+
+    An adapter (LoRA) or a quantised layer in the place of a layer of ours has a `weight` too, which
+    is not the whole truth. Code that reads weights directly must call such modules instead.
+    """
+    return all(type(m) in (nn.Linear, Linear, nn.LayerNorm, nn.Embedding) for m in modules)

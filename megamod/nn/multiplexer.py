@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megamod.nn.encoder import EncoderLayer, key_mask
+from megamod.nn.linear import is_plain
 
 KEYED_MEANS = ("gaussian_hadamard", "binary_hadamard")
 HADAMARD = (*KEYED_MEANS, "gaussian_attention", "gaussian_attention_v2")
@@ -96,7 +97,8 @@ def multiplex_contextual(
     seen = None
     if mask_instances and attention_mask is not None:
         seen = attention_mask.view(groups, instances, length)
-    if runs_kernels(x, over_instances.heads, implementation):
+    projections = over_instances.attention["self"].values()
+    if is_plain(*projections) and runs_kernels(x, over_instances.heads, implementation):
         mixed = _attend_over_instances(over_instances, context, key, seen, implementation)
         return over_instances.feed(mixed).mean(1) + multiplex(context, key, implementation)
     marked = context * key[:, None].to(x.dtype)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megamod.nn.demultiplexer import MlpDemux, SharedDemux, keyed
+from megamod.nn.linear import is_plain
 
 IGNORED = -100
 _SCORED_TOGETHER = 2**24  # logits of one chunk whose largest is looked for
@@ -75,7 +76,7 @@ def pairs_of_rows(chosen: Tensor, instances: int) -> Pairs:
 
 
 def token_scores(
-    states: Tensor, decoder: nn.Linear, labels: Tensor, *, keep_logits: bool, count: bool
+    states: Tensor, decoder: nn.Linear, labels: Tensor, *, keep_logits: bool, count: bool = True
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """How well tokens are predicted.
 
@@ -87,10 +88,11 @@ def token_scores(
     Returns:
         summed loss (nats, float32), number of right answers, logits [R, V]; the latter or None.
     """
-    if keep_logits:
+    if keep_logits or not is_plain(decoder):
         logits = decoder(states)
         total = F.cross_entropy(logits.float(), labels, reduction="sum")
-        return total, (logits.argmax(-1) == labels).sum() if count else None, logits
+        right = (logits.argmax(-1) == labels).sum() if count else None
+        return total, right, logits if keep_logits else None
     # The bias is one more column of the matrix; columns of zeros keep rows aligned.
     extra = torch.zeros(8, decoder.out_features, dtype=states.dtype, device=states.device)
     extra = torch.cat([decoder.bias.to(states.dtype)[None], extra[1:]]).T
@@ -120,7 +122,7 @@ class RetrievalHead(nn.Module):
         """States in front of `decoder`: [B, T, D] -> [R, D] for pairs, else [B, N, T, D]."""
         first = shared.dense(1)
         key = shared.demux_instance_embedding.to(hidden.dtype)
-        x = shared.norm(1)(F.gelu(keyed(hidden, key, first.weight, first.bias, pairs)))
+        x = shared.norm(1)(F.gelu(keyed(hidden, key, first, pairs)))
         for layer in range(2, self.layers + 1):
             x = self._add(shared.norm(layer)(F.gelu(shared.dense(layer)(x))), x)
         return self._add(self.pre_decoder_layer_norm(F.gelu(self.pre_decoder(x))), x)
@@ -141,9 +143,7 @@ class PrefixRetrievalHead(nn.Module):
     def forward(self, hidden: Tensor, instances: int, pairs: Pairs | None) -> Tensor:
         """States in front of `decoder`: [B, T, D] -> [R, D] for pairs, else [B, N, T, D]."""
         key = hidden[:, :instances]
-        return self.layer_norm(
-            F.gelu(keyed(hidden, key, self.dense.weight, self.dense.bias, pairs))
-        )
+        return self.layer_norm(F.gelu(keyed(hidden, key, self.dense, pairs)))
 
 
 class MlpRetrievalHead(nn.Module):

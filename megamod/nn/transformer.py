@@ -66,9 +66,17 @@ class Embeddings(nn.Module):
             max_positions + POSITION_OFFSET, hidden_size, padding_idx=POSITION_OFFSET - 1
         )
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """Token ids [B, L] and positions [B, L] (0 first, -1 for padding) -> [B, L, D]."""
-        return self.scale * self.tokens(input_ids) + self.positions(position_ids + POSITION_OFFSET)
+    def forward(self, tokens: Tensor, position_ids: Tensor) -> Tensor:
+        """Embed tokens, or rows of the token table in their place.
+
+        Args:
+            tokens: ids [B, L], or rows [B, L, D].
+            position_ids: [B, L], 0 first, -1 for padding.
+        Returns:
+            [B, L, D].
+        """
+        rows = tokens if tokens.is_floating_point() else self.tokens(tokens)
+        return self.scale * rows + self.positions(position_ids + POSITION_OFFSET)
 
 
 def positions_of(attention_mask: Tensor) -> Tensor:

@@ -246,6 +246,7 @@ def masked_losses(
         num_items_in_batch=masked,
         retrieval_slots=batch["slots"].to(device, non_blocking=True),
         num_retrieval_items=positions,
+        output_logits=False,
     )
     return {"loss": output.loss, **_terms(output, batch, (masked, batch["masked"]), positions)}
 

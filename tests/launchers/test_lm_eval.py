@@ -15,6 +15,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from megamod.errors import UserError
+from megamod.lm_eval import main
 from megamod.states.forest import Expert, edit_forest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -81,9 +83,9 @@ def log_prob(model: PreTrainedModel, context: list[int], tokens: list[int]) -> f
     return sum(float(log_probs[at, token]) for at, token in zip(places, tokens, strict=True))
 
 
-def check(folder: Path, samples: dict[str, list[dict]]) -> None:
+def check(folder: Path, samples: dict[str, list[dict]], **chosen: str) -> None:
     """Compare what the harness was answered with the model, one unpadded sequence at a time."""
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, **chosen)
     encode = PreTrainedTokenizerFast.from_pretrained(folder).encode
     answers = {
         name: [
@@ -126,23 +128,54 @@ def test_the_command_on_the_folder_of_a_forest(tmp_path):
 
 
 @needs_harness
-def test_a_dense_model_through_the_library(tmp_path):
+def test_dense_models_experts_and_forests_through_the_library(tmp_path):
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    folder = make_model(tmp_path / "law", max_position_embeddings=32)
-    write_tokenizer(folder)
+    folders = {
+        "dense": make_model(tmp_path / "dense", max_position_embeddings=32),
+        "demix": make_model(tmp_path / "demix", "feedforward", max_position_embeddings=32),
+        "forest": tmp_path / "forest",
+    }
+    with edit_forest(folders["forest"]) as experts:
+        experts.append(Expert("law", folders["demix"], "law"))
+        experts.append(Expert("sql", folders["dense"]))
     tasks = TaskManager(include_path=str(write_tasks(tmp_path / "tasks")), include_defaults=False)
-    found = simple_evaluate(
-        model="hf",
-        model_args={"pretrained": str(folder)},
-        tasks=list(TASKS),
-        task_manager=tasks,
-        device="cpu",
-        batch_size=2,
-        bootstrap_iters=0,
-    )
-    check(folder, found["samples"])
+    for kind, chosen in (
+        ("dense", {}),
+        ("demix", {"domain": "law"}),
+        ("forest", {"domain": "law"}),
+    ):
+        write_tokenizer(folders[kind])
+        results = simple_evaluate(
+            model="hf",
+            model_args={"pretrained": str(folders[kind])} | chosen,
+            tasks=list(TASKS),
+            task_manager=tasks,
+            device="cpu",
+            batch_size=2,
+            bootstrap_iters=0,
+        )
+        check(folders[kind], results["samples"], **chosen)
+        if kind == "forest":  # the expert alone, not the mixture
+            check(folders["demix"], results["samples"], **chosen)
+
+
+@needs_harness
+def test_the_expert_of_a_demix_model_must_be_named(tmp_path, monkeypatch):
+    folder = make_model(tmp_path / "demix", "feedforward", max_position_embeddings=32)
+    words = ["lm_eval", "run", "--model", "hf", "--tasks", "tiny_write", "--model_args"]
+    for arguments, sentence in (
+        ([f"pretrained={folder}"], "add domain=NAME, NAME one of law, code, art"),
+        ([f"pretrained={folder},dtype=float32"], "add domain=NAME, NAME one of law, code, art"),
+        ([f"pretrained={folder},domain=news"], "no expert for domain 'news'; there are law, code"),
+        ([f"pretrained={folder}", "domain=news"], "no expert for domain 'news'; there are law"),
+    ):
+        tokens = ["--include_path", str(tmp_path), "--device", "cpu"]
+        monkeypatch.setattr(sys, "argv", [*words, *arguments, *tokens])
+        with pytest.raises(UserError) as error:
+            main()
+        assert sentence in str(error.value) and "\n" not in str(error.value)
 
 
 def test_without_the_harness_one_line_says_what_to_install():

@@ -6,7 +6,8 @@ import megamod  # noqa: F401  (makes the models known)
 from megamod.errors import UserError
 from megamod.models.auto import active_parameters, build_lm, lm_config
 from megamod.models.lm.configuration import PRESETS, DemixConfig
-from megamod.models.lm.demix import DemixForCausalLM, DemixModel
+from megamod.models.lm.demix import DemixForCausalLM
+from megamod.models.lm.demix_model import DemixModel
 from megamod.states.weights import expert_state, read_weights
 
 SPECIAL = {"bos_token_id": 4, "pad_token_id": 5, "eos_token_id": 6}

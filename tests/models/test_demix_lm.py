@@ -239,7 +239,9 @@ def test_hidden_states_are_those_between_the_layers():
     states = model(ids, output_hidden_states=True).hidden_states
     assert len(states) == 5
     torch.testing.assert_close(states[1], model.model.layers[0](states[0], None))
-    logits = model.lm_head(model.model.final_norm(states[-1]))
+    normed = model.model.final_norm(model.model.layers[3](states[3], None))
+    torch.testing.assert_close(states[4], normed)
+    logits = model.lm_head(states[4])
     torch.testing.assert_close(logits, model(ids).logits)
 
 
@@ -251,7 +253,7 @@ def test_loss_and_gradients_equal_cross_entropy_on_all_logits(dtype, near):
     ids[1, 6:] = PAD
     labels = ids.masked_fill(ids == PAD, -100)
     model, plain = make().to(dtype), make().to(dtype)
-    output = model(ids, labels=labels)
+    output = model(ids, shift_labels=nn.functional.pad(labels[:, 1:], (0, 1), value=-100))
     output.loss.backward()
     logits = plain(ids).logits.float()[:, :-1]
     scores = logits.log_softmax(-1)
@@ -275,7 +277,7 @@ def test_labels_shifted_by_the_caller_and_a_count_of_its_own():
     model, ids = make(), tokens(2, 9)
     shifted = nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
     inside = model(ids, labels=ids).loss
-    assert torch.equal(model(ids, shift_labels=shifted).loss, inside)
+    torch.testing.assert_close(model(ids, shift_labels=shifted).loss, inside)
     torch.testing.assert_close(
         model(ids, shift_labels=shifted, num_items_in_batch=4).loss, inside * 16 / 4
     )

@@ -71,9 +71,11 @@ def test_experts_in_place_of_the_feed_forward_change_no_bit(family):
             assert torch.equal(gradient, theirs[dense_name(name)])
 
     # The chunked loss with scale, softcap and bias; every cap is 2 here, so it cannot hide.
-    output = model(input_ids=IDS, labels=IDS)
+    output = model(input_ids=IDS, shift_labels=F.pad(IDS[:, 1:], (0, 1), value=-100))
     stock_loss = stock(input_ids=IDS, labels=IDS).loss
     assert output.logits is None
+    both = model(input_ids=IDS, labels=IDS)
+    assert torch.equal(both.logits, expected) and torch.equal(both.loss, stock_loss)
     torch.testing.assert_close(output.loss, stock_loss, rtol=1e-6, atol=1e-6)
     theirs, ours = gradients(stock, stock_loss), gradients(model, output.loss)
     embeddings = [name for name in ours if "embed" in name or "head" in name or "wte" in name]

@@ -55,26 +55,17 @@ def inputs_of(recorded: dict[str, Tensor]) -> dict[str, Tensor]:
     return given
 
 
-def scored(recorded: dict[str, Tensor], prefix: int) -> Tensor:
-    """Rows of masked-LM logits that the original computed."""
-    labels = recorded["in.labels"]
-    if prefix:
-        labels = torch.nn.functional.pad(labels, (prefix, -prefix), value=-100)
-    return labels != -100
-
-
 def test_as_recorded(case):
     model, recorded = case
     given = inputs_of(recorded)
     before = {name: tensor.clone() for name, tensor in given.items()}
-    model.config.output_logits = True
     output = model(**given)
     assert all(torch.equal(given[name], tensor) for name, tensor in before.items())
 
     logits = recorded.get("out.logits", recorded.get("out.disc_logits"))
     ours = output.logits
     if logits.dim() == 3 and logits.shape[-1] == model.config.vocab_size:
-        at = scored(recorded, model.config.prefix_length)
+        at = recorded["in.labels"] != -100
         logits, ours = logits[at], ours[at]
     assert ours.shape == logits.shape
     assert (ours - logits).abs().max() <= 1e-5
@@ -111,7 +102,7 @@ def test_without_labels_the_same_logits(case):
         ours = model(**given).logits
     expected = recorded["out.logits"]
     if expected.dim() == 3 and expected.shape[-1] == model.config.vocab_size:
-        at = scored(recorded, model.config.prefix_length)
+        at = recorded["in.labels"] != -100
         expected, ours = expected[at], ours[at]
     assert len(ours) == len(expected) > 0
     assert (ours - expected).abs().max() <= 1e-5

@@ -64,18 +64,53 @@ def test_a_repeated_group_is_the_same_group():
     torch.testing.assert_close(model(given["input_ids"]).logits, model(whole).logits[:5])
 
 
+@pytest.mark.parametrize("demux", ["index_pos", "index"])
 @pytest.mark.parametrize("head", ["mlm", "discriminator"])
-def test_pretraining_wants_whole_groups(head):
-    model = made("electra", head, "index_pos", GAUSS, {"num_instances": 2})
-    with pytest.raises(ValueError, match=r"3 rows are no whole groups of num_instances 2"):
-        model(torch.ones(3, LENGTH).long())
+def test_pretraining_heads_take_any_number_of_rows(head, demux):
+    """Five rows of N = 2 are as six, of which the last is a copy without labels."""
+    family = "bert" if head == "mlm" else "electra"
+    fields = {"num_instances": 2, "retrieval_loss_coeff": 0.0}
+    model = made(family, head, demux, GAUSS, fields).eval()
+    given = batch(head, model.config, 5, False)
+    whole = {k: torch.cat([v, v[:1]]) for k, v in given.items() if k != "retrieval_slots"}
+    if head == "mlm":
+        whole["labels"][5] = -100
+    five, six = model(**given), model(**whole)
+    torch.testing.assert_close(five.logits, six.logits[:5])
+    if head == "mlm":
+        torch.testing.assert_close(five.loss, six.loss)
+    else:
+        length, mask = five.logits.shape[1], given["attention_mask"]
+        scores = F.binary_cross_entropy_with_logits(
+            five.logits, given["labels"][:, :length].double(), reduction="none"
+        )
+        counted = mask[:, :length].bool()
+        expected = 0.75 * scores[counted].mean()
+        torch.testing.assert_close(five.loss.double(), expected, rtol=1e-6, atol=0)
+    with pytest.raises(ValueError, match="the batch has no rows"):
+        model(torch.ones(0, LENGTH).long())
+
+
+def test_a_masked_lm_with_a_prefix_sees_all_tokens_if_there_is_room():
+    """Without labels nothing is dropped, and logits stand at the columns of the tokens."""
+    model = bert("mlm", "index", num_instances=2).eval()
+    ids = batch("mlm", model.config, 2, True)["input_ids"]  # 7 + 3 tokens
+    padded = torch.cat([ids, torch.zeros(2, 3).long()], 1)
+    labels = ids.masked_fill(torch.arange(10) != 4, -100)
+    both = model(padded, labels=F.pad(labels, (0, 3), value=-100))
+    logits = model(ids).logits
+    torch.testing.assert_close(logits, both.logits[:, :10])
+    expected = F.cross_entropy(logits[:, 4].float(), ids[:, 4])
+    torch.testing.assert_close(both.task_loss.double(), expected.double(), rtol=1e-6, atol=0)
+    faster = model(padded, labels=F.pad(labels, (0, 3), value=-100), output_logits=False)
+    assert faster.logits is None
+    torch.testing.assert_close(faster.task_loss, both.task_loss, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(
     ("head", "length", "message"),
     [
         ("sequence", 14, r"14 tokens behind a prefix of 3 need more than the 16 positions"),
-        ("mlm", 3, r"3 tokens leave no room for a prefix of 3"),
         ("mlm", 17, r"17 tokens need more than the 16 positions of max_position_embeddings 16"),
     ],
 )

@@ -92,15 +92,16 @@ def test_dropout_keeps_the_mean_of_the_first_layer():
 def test_keyed_is_a_layer_over_key_and_hidden(few, own_keys):
     hidden = torch.randn(B, L, D).double()
     key = torch.randn(B, N, D).double() if own_keys else torch.randn(N, D).double()
-    weight, bias = torch.randn(D, 2 * D).double(), torch.randn(D).double()
+    dense = torch.nn.Linear(2 * D, D).double()
+    weight, bias = dense.weight, dense.bias
     keys = key[:, :, None].expand(B, N, L, D) if own_keys else key[:, None].expand(B, N, L, D)
     together = torch.cat([keys, hidden[:, None].expand(B, N, L, D)], -1)
     expected = together @ weight.T + bias
-    torch.testing.assert_close(keyed(hidden, key, weight, bias, None), expected)
-    pairs = all_pairs(3 if few else None)
-    torch.testing.assert_close(keyed(hidden, key, weight, bias, pairs), at(expected, pairs))
-    none = all_pairs(0)
-    assert keyed(hidden, key, weight, bias, none).shape == (0, D)
+    pairs, none = all_pairs(3 if few else None), all_pairs(0)
+    for layer in (dense, torch.nn.Sequential(dense)):  # the second is one to call, not to read
+        torch.testing.assert_close(keyed(hidden, key, layer, None), expected)
+        torch.testing.assert_close(keyed(hidden, key, layer, pairs), at(expected, pairs))
+        assert keyed(hidden, key, layer, none).shape == (0, D)
 
 
 def test_prefix_columns_are_the_keys():

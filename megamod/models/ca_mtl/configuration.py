@@ -29,7 +29,7 @@ class CaMtlConfig(PreTrainedConfig):
 
     model_type = "ca_mtl"
     first_position = 0
-    keys_to_ignore_at_inference = ("task_losses", "entropy", "pooled")
+    keys_to_ignore_at_inference = ("task_totals", "task_items", "entropy", "pooled")
 
     vocab_size: int = 30522
     hidden_size: int = 768

@@ -14,6 +14,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
 from megamod.models.ca_mtl.configuration import CaMtlConfig
+from megamod.models.calls import check_arguments, returned
 from megamod.nn.conditional_encoder import ConditionalEncoder, ConditionalLayer
 from megamod.nn.conditioning import ConditionalLayerNorm, Film
 from megamod.nn.encoder import Encoder, EncoderEmbeddings, draw_weights, key_mask
@@ -22,19 +23,19 @@ from megamod.nn.task_heads import TaskHeads
 
 @dataclass
 class CaMtlOutput(ModelOutput):
-    """What a batch of rows of several tasks gives.
+    """Result of a batch of rows of several tasks.
 
     Attributes:
         loss: mean over the tasks in the batch of each task's mean loss.
         logits: one per task in the order of the configuration, [rows, C] or [rows, L, C] of its
-            rows in the order of the batch; None for a task that has no row.
+            rows in the order of the batch; of no rows for a task that has none.
         task_totals, task_items: [T], summed loss of each task and what it is summed over.
         entropy: [B], how unsure the model is about each row, see `TaskHeads.entropy`.
         pooled: [B, D].
     """
 
     loss: Tensor | None = None
-    logits: tuple[Tensor | None, ...] | None = None
+    logits: tuple[Tensor, ...] | None = None
     task_totals: Tensor | None = None
     task_items: Tensor | None = None
     entropy: Tensor | None = None
@@ -83,6 +84,7 @@ class CaMtlForMultiTask(PreTrainedModel):
     config: CaMtlConfig
     base_model_prefix = "bert"
     main_input_name = "input_ids"
+    accepts_loss_kwargs = False  # Trainer counts labels, the loss is a mean over tasks
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ("ConditionalLayer", "EncoderLayer")
@@ -105,27 +107,37 @@ class CaMtlForMultiTask(PreTrainedModel):
     def forward(
         self,
         input_ids: Tensor,
-        task_ids: Tensor,
+        task_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         labels: Tensor | None = None,
-        token_labels: Tensor | None = None,
         num_items_in_batch: Tensor | None = None,
         return_dict: bool | None = None,
+        **more: object,
     ) -> CaMtlOutput | tuple:
         """One pass over rows of any tasks.
 
         Args:
             input_ids: [B, S], S at most `max_seq_length`.
-            task_ids: [B] int64, place of each row's task in the configuration.
+            task_ids: [B] int64, place of each row's task in the configuration; None is the only
+                task of a model of one.
             attention_mask: [B, S], 0 at padding, which is at the right.
-            labels: [B] float32, class or value of each row whose task has no labels of tokens.
-            token_labels: [B, S] int64, -100 where there is none.
+            labels: [B], class or value of each row; or [B, S] int64, -100 where there is none, if
+                all rows are of tasks with labels of tokens.
             num_items_in_batch: [T], what the summed loss of each task is divided by; None for the
-                numbers of this batch. The mean is over tasks that have items in it.
+                numbers of this batch. The mean is over tasks that have items in it. One number
+                for all tasks, as Trainer counts, is not used.
+            more: `token_labels` [B, S], beside labels [B] in a batch of both kinds of tasks. It is
+                no parameter of its own, because Trainer takes every parameter with "label" in its
+                name for a field that all batches have.
         Raises:
-            ValueError: if the rows are too long.
+            ValueError: if the rows are too long, or their tasks are not known.
         """
+        token_labels = more.pop("token_labels", None)
+        check_arguments(self, more)
+        if labels is not None and labels.dim() == 2 and token_labels is None:
+            labels, token_labels = None, labels
+        task_ids = self._task_ids(input_ids, task_ids)
         longest = self.config.max_seq_length
         if input_ids.shape[1] > longest:
             raise ValueError(f"{input_ids.shape[1]} tokens are more than max_seq_length {longest}")
@@ -140,23 +152,30 @@ class CaMtlForMultiTask(PreTrainedModel):
         if labels is not None or token_labels is not None:
             scores = self.heads.scores(rows, tokens, task_ids, labels, token_labels)
             output["task_totals"], output["task_items"] = scores
-            items = scores.items if num_items_in_batch is None else num_items_in_batch
-            there = items > 0
-            means = torch.where(there, scores.totals / torch.where(there, items, 1.0), 0.0)
-            output["loss"] = means.sum() / there.sum().clamp(min=1)
-        output = CaMtlOutput(**output)  # in the order of its fields: the loss was set last
-        wants_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if wants_dict else output.to_tuple()
+            by_task = num_items_in_batch is not None and torch.is_tensor(num_items_in_batch)
+            by_task = by_task and num_items_in_batch.dim() == 1
+            items = num_items_in_batch if by_task else scores.items
+            counted = items > 0
+            means = torch.where(counted, scores.totals / torch.where(counted, items, 1.0), 0.0)
+            output["loss"] = means.sum() / counted.sum().clamp(min=1)
+        return returned(self, output, return_dict)
 
-    def _by_task(
-        self, rows: Tensor, tokens: Tensor | None, task_of: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        found = []
+    def _task_ids(self, input_ids: Tensor, task_ids: Tensor | None) -> Tensor:
+        if task_ids is None:
+            if len(self.config.tasks) > 1:
+                raise ValueError(
+                    f"task_ids is missing; it numbers the tasks {', '.join(self.config.tasks)} "
+                    "from 0 (PEFT passes it on if its configuration has no task_type)"
+                )
+            task_ids = input_ids.new_zeros(len(input_ids))
+        return task_ids
+
+    def _by_task(self, rows: Tensor, tokens: Tensor | None, task_of: Tensor) -> tuple[Tensor, ...]:
+        logits = []
         for task, (size, kind) in enumerate(zip(self.heads.sizes, self.heads.kinds, strict=True)):
-            own = task_of == task
-            given = tokens if kind == "token" else rows
-            found.append(given[own][..., :size] if own.any() else None)
-        return tuple(found)
+            source = tokens if kind == "token" else rows
+            logits.append(source[task_of == task][..., :size])
+        return tuple(logits)
 
     def _init_weights(self, module: nn.Module) -> None:
         """BERT's initialisation, for what conditions as well; from torch's global generator."""

@@ -49,12 +49,13 @@ class DemixConfig(PreTrainedConfig):
         max_position_embeddings: longest sequence, in tokens; the table has two rows more.
         domains: names of the domains, in the order of training; their order is their numbering.
         untie: which parts exist once per domain, see `UNTIE`.
+        domain: whose expert a model made from this configuration uses; None: to be chosen later.
     Raises:
         ValueError: for an unknown `untie`, or domains that are missing, doubled or not nameable.
     """
 
     model_type = "demix"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ("past_key_values", "token_log_probs")
 
     vocab_size: int = 50264
     hidden_size: int = 768
@@ -67,6 +68,7 @@ class DemixConfig(PreTrainedConfig):
     attention_probs_dropout_prob: float = 0.0
     domains: list[str] | tuple[str, ...] = ()
     untie: str = "none"
+    domain: str | None = None
     use_cache: bool = True
     bos_token_id: int | None = 0
     pad_token_id: int | None = 1
@@ -103,12 +105,13 @@ class ForestConfig(PreTrainedConfig):
         temperature: what the log-likelihoods of tokens are divided by ("history" alone).
         forgetting: what older log-likelihoods are multiplied by with every token ("history" alone).
         topk: use the experts with the largest prior only, so many of them; 0: all.
+        domain: use the expert of this domain alone; it sets `prior`.
     Raises:
         ValueError: if the parts do not fit each other, or a value is not allowed.
     """
 
     model_type = "demix_forest"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ("past_key_values", "token_log_probs", "log_weights")
 
     parts: list[dict] | tuple[dict, ...] = ()
     experts: list[dict] | tuple[dict, ...] = ()
@@ -117,6 +120,7 @@ class ForestConfig(PreTrainedConfig):
     temperature: float | int = 1.0
     forgetting: float | int = 1.0
     topk: int = 0
+    domain: str | None = None
     vocab_size: int = 0
     max_position_embeddings: int = 0
     # A forest has no layers of its own, so that a cache made for it has as many as it is given.

@@ -6,36 +6,32 @@ below is the same for all of them.
 """
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from megamod_kernels import linear_cross_entropy
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers import GenerationMixin
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from megamod.dist.scope import MARK, dense_name, domain_of_name
-from megamod.models.lm.configuration import DemixConfig, owns_feed_forward
-from megamod.nn.attention import SelfAttention
-from megamod.nn.demix import DomainExperts, choose_domain
-from megamod.nn.transformer import (
-    DecoderBlock,
-    Embeddings,
-    FeedForward,
-    causal_mask,
-    positions_of,
-)
+from megamod.errors import UserError
+from megamod.models.calls import BoundedGeneration, check_arguments, last_logits, returned
+from megamod.models.lm.configuration import DemixConfig
+from megamod.models.lm.demix_draw import draw_module
+from megamod.models.lm.demix_model import DemixModel, DemixPreTrainedModel
+from megamod.nn.demix import DomainExperts, choose_domain, chosen_expert
 
 
 @dataclass
 class DemixOutput(CausalLMOutputWithPast):
-    """`CausalLMOutputWithPast` plus what evaluation needs.
+    """`CausalLMOutputWithPast` plus the score of each token.
 
-    token_log_probs: [B, L] float32, log-probability of each label (0 where the label is -100);
-    present with labels, and then `logits` is None: they are never held at once.
+    token_log_probs: [B, L] float32, log-probability of each label (0 where the label is -100), if
+    there are labels. With `shift_labels` there are no `logits`: they are never held at once.
     """
 
     token_log_probs: Tensor | None = None
@@ -56,133 +52,7 @@ class OutputHead(nn.Linear):
         return linear_cross_entropy(hidden, self.weight, labels)
 
 
-class DemixPreTrainedModel(PreTrainedModel):
-    """Loading, saving and initialisation, shared by the bare model and the language model."""
-
-    config: DemixConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _no_split_modules = ("DecoderBlock",)
-    # A process that holds some of the experts has no use for the others in the folder.
-    _keys_to_ignore_on_load_unexpected = (rf"\.{MARK}\.",)
-
-    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
-        # For classes outside transformers modules without parameters of their own would be passed
-        # over, and those are the ones that `_draw` knows.
-        super()._initialize_weights(module, is_custom_code=False)
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """Draw a module's weights from the global generator, then level the experts.
-
-        Weights that were loaded from a file stay as they are.
-        """
-        _draw(module, self.config, None)
-        if isinstance(module, DomainExperts):
-            first, *others = module.experts.values()
-            for other in others:
-                for tensor, source in zip(other.parameters(), first.parameters(), strict=True):
-                    if not _was_loaded(tensor):
-                        tensor.copy_(source)
-
-
-class DemixModel(DemixPreTrainedModel):
-    """Embeddings, decoder blocks and final norm.
-
-    Args:
-        local_domains: the domains whose experts this process holds; None for all of them.
-    """
-
-    def __init__(self, config: DemixConfig, local_domains: Sequence[str] | None = None):
-        super().__init__(config)
-        domains = config.domains if local_domains is None else list(local_domains)
-        size, untie = config.hidden_size, config.untie
-
-        def per_domain(build: Callable[[], nn.Module], apart: bool) -> nn.Module:
-            return DomainExperts(build, domains) if apart else build()
-
-        def block(layer: int) -> DecoderBlock:
-            apart = owns_feed_forward(untie, layer, config.num_hidden_layers)
-            return DecoderBlock(
-                SelfAttention(
-                    size,
-                    config.num_attention_heads,
-                    layer,
-                    config.attention_probs_dropout_prob,
-                    config._attn_implementation or "sdpa",
-                ),
-                per_domain(lambda: FeedForward(size, config.intermediate_size), apart),
-                size,
-                config.layer_norm_eps,
-                config.hidden_dropout_prob,
-            )
-
-        self.embeddings = per_domain(
-            lambda: Embeddings(
-                config.vocab_size, size, config.max_position_embeddings, config.pad_token_id
-            ),
-            untie == "input_output",
-        )
-        whole_blocks = untie in ("transformer", "transformer_output")
-        self.layers = nn.ModuleList(
-            per_domain(lambda layer=layer: block(layer), whole_blocks)
-            for layer in range(config.num_hidden_layers)
-        )
-        self.final_norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
-        self.gradient_checkpointing = False
-        self.post_init()
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        output_hidden_states: bool = False,
-    ) -> tuple[Tensor, list[Tensor] | None]:
-        """Hidden states after the final norm [B, L, D], and those before it if asked for.
-
-        Args:
-            input_ids: [B, L] int64.
-            attention_mask: [B, S] nonzero at real tokens, S = cached + L; without it (and without
-                position_ids) padding is recognised by its id.
-            position_ids: [B, L], 0 first. Given without a mask they promise that nothing is
-                padded, which spares the search for padding.
-        """
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        length = input_ids.shape[1]
-        if attention_mask is None and position_ids is None and past == 0:
-            real = input_ids != self.config.pad_token_id
-            attention_mask = None if bool(real.all()) else real
-        if position_ids is None and attention_mask is not None:
-            position_ids = positions_of(attention_mask)[:, past:]
-        elif position_ids is None:
-            position_ids = torch.arange(past, past + length, device=input_ids.device)
-            position_ids = position_ids.expand_as(input_ids)
-        mask = self._mask(attention_mask, input_ids, past)
-
-        x = self.embeddings(input_ids, position_ids)
-        states = [x] if output_hidden_states else None
-        for layer in self.layers:
-            if self.gradient_checkpointing and self.training:
-                x = self._gradient_checkpointing_func(layer.__call__, x, mask)
-            else:
-                x = layer(x, mask, past_key_values)
-            if states is not None:
-                states.append(x)
-        return self.final_norm(x), states
-
-    @staticmethod
-    def _mask(attention_mask: Tensor | None, input_ids: Tensor, past: int) -> Tensor | None:
-        if attention_mask is None and past == 0:
-            return None
-        batch, length = input_ids.shape
-        if attention_mask is None:
-            attention_mask = torch.ones(batch, past + length, device=input_ids.device)
-        return causal_mask(attention_mask, length)
-
-
-class DemixForCausalLM(DemixPreTrainedModel, GenerationMixin):
+class DemixForCausalLM(DemixPreTrainedModel, BoundedGeneration, GenerationMixin):
     """Next-token prediction, with the output matrix tied to the embeddings.
 
     Source: Gururangan et al. 2022 (DEMix); Li et al. 2022 (Branch-Train-Merge). The arithmetic is
@@ -206,19 +76,34 @@ class DemixForCausalLM(DemixPreTrainedModel, GenerationMixin):
                 f"lm_head.{MARK}.{d}.weight": f"model.embeddings.{MARK}.{d}.tokens.weight"
                 for d in domains
             }
+        if config.domain is not None:
+            if config.untie == "none":
+                raise UserError(f"domain {config.domain!r}: the model is dense and has no experts")
+            self.set_domain(str(config.domain))
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return getattr(self.model.embeddings, "tokens", self.model.embeddings)
+    def get_output_embeddings(self) -> nn.Module:
+        return chosen_expert(self.lm_head)
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.embeddings.tokens = value
+    def resize_token_embeddings(self, *args: object, **kwargs: object) -> nn.Module:
+        """As for every model, unless each domain has a vocabulary matrix of its own.
+
+        Raises:
+            ValueError: if it has.
+        """
+        changes = bool(args) or kwargs.get("new_num_tokens") is not None
+        if changes and isinstance(self.lm_head, DomainExperts):
+            raise ValueError(
+                f"untie {self.config.untie!r}: every domain has a vocabulary matrix of its own; "
+                "these cannot be resized"
+            )
+        return super().resize_token_embeddings(*args, **kwargs)
 
     def set_domain(self, domain: str) -> None:
         """Choose the expert that following calls use.
 
         Raises:
-            ValueError: if this process does not hold the domain's expert.
+            UserError: if this process does not hold the domain's expert.
         """
         choose_domain(self, domain)
 
@@ -242,68 +127,91 @@ class DemixForCausalLM(DemixPreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | float | None = None,
         domain: str | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
+        **more: object,
     ) -> DemixOutput | tuple:
         """One pass; shapes as in `DemixModel.forward`.
 
         Args:
             labels: [B, L] the input itself, -100 where ignored; shifted by one inside.
-            shift_labels: [B, L] the token that follows each position; in place of labels.
             num_items_in_batch: what the summed loss is divided by; None for the number of labels.
             domain: name of the expert to use from now on; see `set_domain`.
-            logits_to_keep: compute logits for the last so many positions only; 0 for all.
+            logits_to_keep: compute logits for the last so many positions only; 0 for all. A tensor:
+                at these positions. Not used with labels.
+            more: `shift_labels` [B, L], the token that follows each position: in place of labels,
+                for a loss without logits. It is no parameter of its own, because Trainer takes
+                every parameter with "label" in its name for a field that all batches have.
         Returns:
-            `DemixOutput`; with labels it has a loss (nats) and log-probabilities, else logits.
+            `DemixOutput`: logits, with labels also the loss (nats) and log-probabilities.
         """
+        shift_labels = more.pop("shift_labels", None)
+        check_arguments(self, more)
         if domain is not None:
             self.set_domain(domain)
-        training_pass = labels is not None or shift_labels is not None
         if use_cache is None:
-            use_cache = self.config.use_cache and not self.training and not training_pass
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        hidden, states = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, bool(output_hidden_states)
+            scored = labels is not None or shift_labels is not None
+            use_cache = self.config.use_cache and not self.training and not scored
+        states = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            output_hidden_states,
+            return_dict=True,
         )
+        hidden = states.last_hidden_state
         output = DemixOutput(
-            past_key_values=past_key_values if use_cache else None,
-            hidden_states=tuple(states) if states is not None else None,
+            past_key_values=states.past_key_values, hidden_states=states.hidden_states
         )
-        if not training_pass:
-            output["logits"] = self.lm_head(hidden[:, -logits_to_keep:])
-        else:
+        if shift_labels is not None:
             output["loss"], output["token_log_probs"] = score_labels(
-                self, hidden, labels, shift_labels, num_items_in_batch
+                self, hidden, shift_labels, num_items_in_batch
             )
-        wants_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if wants_dict else output.to_tuple()
+        elif labels is not None:
+            shift_labels = shifted(labels)
+            output["logits"] = self.lm_head(hidden)
+            losses = nn.functional.cross_entropy(
+                output.logits.float().transpose(1, 2), shift_labels, reduction="none"
+            )
+            output["token_log_probs"] = -losses.detach()
+            output["loss"] = losses.sum() / number_of(shift_labels, num_items_in_batch)
+        else:
+            output["logits"] = self.lm_head(last_logits(hidden, logits_to_keep))
+        return returned(self, output, return_dict)
+
+
+def shifted(labels: Tensor) -> Tensor:
+    """Label of each position [B, L] that predicts the next token; -100 for the last one."""
+    return nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+
+
+def number_of(labels: Tensor, items: Tensor | float | None) -> Tensor | float:
+    """Divisor of a summed loss: `items`, or the number of labels that are not -100."""
+    return (labels != -100).sum().clamp(min=1) if items is None else items
 
 
 def score_labels(
     model: "DemixForCausalLM",
     hidden: Tensor,
-    labels: Tensor | None,
-    shift_labels: Tensor | None,
+    shift_labels: Tensor,
     num_items_in_batch: Tensor | float | None,
 ) -> tuple[Tensor, Tensor]:
     """Loss and log-probabilities [B, L] of hidden states; arguments as in `forward`."""
-    if shift_labels is None:
-        shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
     total, log_probs = model.score(hidden, shift_labels)
-    if num_items_in_batch is None:
-        num_items_in_batch = (shift_labels != -100).sum().clamp(min=1)
-    return total / num_items_in_batch, log_probs
+    return total / number_of(shift_labels, num_items_in_batch), log_probs
 
 
 @torch.no_grad()
@@ -316,7 +224,7 @@ def initialise(model: DemixForCausalLM, seed: int) -> None:
     for name, module in model.named_modules():
         plain = dense_name(f"{name}.weight").encode()
         generator = torch.Generator().manual_seed(zlib.crc32(plain, seed))
-        _draw(module, model.config, generator)
+        draw_module(module, model.config, generator)
     model.tie_weights()
     embeddings = model.model.embeddings
     for parameter, tensor in model.lm_head.named_parameters():
@@ -324,36 +232,3 @@ def initialise(model: DemixForCausalLM, seed: int) -> None:
         domain = domain_of_name(f"lm_head.{parameter}")
         source = embeddings.experts[domain] if isinstance(embeddings, DomainExperts) else embeddings
         tensor.copy_(source.tokens.weight)
-
-
-def _draw(module: nn.Module, config: DemixConfig, generator: torch.Generator | None) -> None:
-    """fairseq's initialisation of one module, children left alone."""
-    if isinstance(module, SelfAttention):
-        for projection in (module.q_proj, module.k_proj, module.v_proj):
-            nn.init.xavier_uniform_(projection.weight, gain=2**-0.5, generator=generator)
-            _uniform(projection.bias, projection.in_features, generator)
-        nn.init.xavier_uniform_(module.out_proj.weight, generator=generator)
-        nn.init.zeros_(module.out_proj.bias)
-    elif isinstance(module, FeedForward):
-        for linear in (module.fc1, module.fc2):
-            _uniform(linear.weight, linear.in_features, generator)
-            _uniform(linear.bias, linear.in_features, generator)
-    elif isinstance(module, Embeddings):
-        for table in (module.tokens, module.positions):
-            nn.init.normal_(table.weight, std=config.hidden_size**-0.5, generator=generator)
-            if not _was_loaded(table.weight):
-                nn.init.zeros_(table.weight[table.padding_idx])
-    elif isinstance(module, nn.LayerNorm):
-        nn.init.ones_(module.weight)
-        nn.init.zeros_(module.bias)
-
-
-def _was_loaded(parameter: Tensor) -> bool:
-    """True inside `from_pretrained` for what a file held; whole tensors it guards by itself."""
-    return getattr(parameter, "_is_hf_initialized", False)
-
-
-def _uniform(tensor: Tensor, fan_in: int, generator: torch.Generator | None) -> None:
-    """The default of torch.nn.Linear, for weights and biases alike."""
-    bound = fan_in**-0.5
-    nn.init.uniform_(tensor, -bound, bound, generator=generator)

@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from megamod.errors import UserError
 from megamod.mixture.posterior import mix, token_weights
 from megamod.models.auto import LanguageModel, lm_class, load_lm
+from megamod.models.calls import BoundedGeneration, check_arguments, last_logits, returned
 from megamod.models.lm.configuration import (
     ForestConfig,
     domains_of,
@@ -91,7 +92,7 @@ class ForestOutput(DemixOutput):
     log_weights: Tensor | None = None
 
 
-class ForestForCausalLM(PreTrainedModel, GenerationMixin):
+class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
     """The mixture of a forest's experts, for scoring and generation; experts are trained alone.
 
     The cache is the stock `DynamicCache`: the layers of one expert after the other, each followed
@@ -124,8 +125,15 @@ class ForestForCausalLM(PreTrainedModel, GenerationMixin):
             for number, part in enumerate(parts)
             for tied, source in part.all_tied_weights_keys.items()
         }
-        self.set_prior(config.prior)
+        self.set_prior(config.prior if config.domain is None else {str(config.domain): 1.0})
         self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Of the first part; the parts have tables of their own for one vocabulary."""
+        return self.parts[0].get_input_embeddings()
+
+    def get_output_embeddings(self) -> None:
+        """None: every part has a matrix of its own."""
 
     @classmethod
     def from_experts(
@@ -183,12 +191,13 @@ class ForestForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             prior: in the order of `domains`, or by domain (0 where one is not named); None: alike.
         Raises:
+            UserError: if there is no expert of a domain.
             ValueError: if it does not fit the experts, is negative or does not sum to 1.
         """
         if isinstance(prior, Mapping):
             unknown = sorted(set(prior) - set(self.domains))
             if unknown:
-                raise ValueError(
+                raise UserError(
                     f"prior: no expert of domain {unknown[0]!r}; there are "
                     f"{', '.join(self.domains)}"
                 )
@@ -231,24 +240,28 @@ class ForestForCausalLM(PreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         labels: Tensor | None = None,
-        shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | float | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
+        **more: object,
     ) -> ForestOutput | tuple:
         """One pass of all experts in use, one after the other; arguments as in `DemixForCausalLM`.
 
         The weights follow `input_ids`; labels only say which predictions are scored.
 
         Returns:
-            `ForestOutput`; with labels it has a loss (nats, without gradient) and log-probabilities
-            of the mixture, else logits.
+            `ForestOutput`: logits, with labels also the loss (nats, without gradient) and
+            log-probabilities of the mixture; with `shift_labels` these without logits.
         Raises:
             ValueError: if the cache is of another kind than `DynamicCache()`, or was filled by
                 other experts than those in use now.
         """
-        if labels is not None and shift_labels is None:
+        shift_labels = more.pop("shift_labels", None)
+        check_arguments(self, more)
+        wants_logits = shift_labels is None
+        if labels is not None and wants_logits:
+            logits_to_keep = 0
             shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and shift_labels is None
@@ -276,16 +289,15 @@ class ForestForCausalLM(PreTrainedModel, GenerationMixin):
         output = ForestOutput(
             past_key_values=past_key_values if use_cache else None, log_weights=log_weights
         )
-        if shift_labels is None:
+        if wants_logits:
             output["logits"] = self._mixed_logits(experts, hidden, log_weights, logits_to_keep)
-        else:
+        if shift_labels is not None:
             counted = shift_labels != -100
             output["token_log_probs"] = mix(log_weights, scored).where(counted, 0.0)
             if num_items_in_batch is None:
                 num_items_in_batch = counted.sum().clamp(min=1)
             output["loss"] = -output["token_log_probs"].sum() / num_items_in_batch
-        wants_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if wants_dict else output.to_tuple()
+        return returned(self, output, return_dict)
 
     def _run(
         self,
@@ -331,15 +343,19 @@ class ForestForCausalLM(PreTrainedModel, GenerationMixin):
         return hidden, torch.stack(seen), torch.stack(scored) if scored else None
 
     def _mixed_logits(
-        self, experts: Sequence[int], hidden: Sequence[Tensor], log_weights: Tensor, keep: int
+        self,
+        experts: Sequence[int],
+        hidden: Sequence[Tensor],
+        log_weights: Tensor,
+        keep: int | Tensor,
     ) -> Tensor:
         """log sum_j w_j softmax_j [B, keep, V], never more than two experts' at a time."""
         mixed = None
         for number, expert in enumerate(experts):
-            logits = self._choose(expert).logits(hidden[number][:, -keep:]).float()
+            logits = self._choose(expert).logits(last_logits(hidden[number], keep)).float()
             # Output matrices may be padded; the rows that all experts have are those of tokens.
             log_probs = logits.log_softmax(-1)[..., : self.config.vocab_size]
-            weighted = log_probs + log_weights[number, :, -keep:, None]
+            weighted = log_probs + last_logits(log_weights[number], keep)[..., None]
             mixed = weighted if mixed is None else torch.logaddexp(mixed, weighted, out=mixed)
         return mixed
 

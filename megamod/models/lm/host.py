@@ -20,8 +20,10 @@ from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
+from transformers.modeling_outputs import ModelOutput
 
 from megamod.dist.scope import MARK
+from megamod.models.calls import returned
 from megamod.models.lm.configuration import HOST_TYPE, check_domains, owns_feed_forward
 from megamod.models.lm.demix import DemixOutput, score_labels
 from megamod.models.lm.hosts import HOSTS, UNTIE_OF_HOSTS, Host
@@ -50,6 +52,8 @@ class HostMixin:
         domains = getattr(config, "domains", ()) if local_domains is None else local_domains
         if domains and config.model_type == HOST_TYPE:
             self.own_feed_forwards(domains)
+            if config.domain is not None:
+                self.set_domain(str(config.domain))
 
     @property
     def host(self) -> Host | None:
@@ -76,7 +80,7 @@ class HostMixin:
         """Choose the expert that following calls use.
 
         Raises:
-            ValueError: if this process does not hold the domain's expert.
+            UserError: if this process does not hold the domain's expert.
         """
         choose_domain(self, domain)
 
@@ -123,36 +127,39 @@ class HostMixin:
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
-        shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | float | None = None,
         domain: str | None = None,
         return_dict: bool | None = None,
         **others: object,
-    ) -> DemixOutput | tuple:
-        """The stock pass without labels; with them the loss, logits not held.
+    ) -> ModelOutput | tuple:
+        """The stock pass; with `shift_labels` the loss without logits.
 
         Args:
-            labels, shift_labels, num_items_in_batch, domain: as in `DemixForCausalLM.forward`.
-            others: further arguments of the stock class.
+            num_items_in_batch, domain: as in `DemixForCausalLM.forward`.
+            labels: [B, L] as in the stock class.
+            others: `shift_labels`, see there, and further arguments of the stock class.
         """
         if domain is not None:
             self.set_domain(domain)
-        if labels is None and shift_labels is None:
-            positions = {"position_ids": position_ids} if takes_positions(type(self)) else {}
+        shift_labels = others.pop("shift_labels", None)
+        if shift_labels is None:
+            if takes_positions(type(self)):
+                others["position_ids"] = position_ids
+            if labels is not None and num_items_in_batch is not None:
+                others["num_items_in_batch"] = num_items_in_batch
             return super().forward(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
+                labels=labels,
                 return_dict=return_dict,
-                **positions,
                 **others,
             )
         hidden = self.hidden_states(input_ids, attention_mask, position_ids)
         output = DemixOutput()
         output["loss"], output["token_log_probs"] = score_labels(
-            self, hidden, labels, shift_labels, num_items_in_batch
+            self, hidden, shift_labels, num_items_in_batch
         )
-        wants_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if wants_dict else output.to_tuple()
+        return returned(self, output, return_dict)
 
     def _inputs(
         self,
@@ -231,6 +238,7 @@ def host_classes(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTrain
     class HostConfig(stock_config):
         domains: list[str] | tuple[str, ...] = ()
         untie: str = "none"
+        domain: str | None = None
         host: str = model_type
 
         def __post_init__(self, **kwargs: object):

@@ -5,6 +5,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megamod.models.calls import check_arguments, returned
 from megamod.models.mux.classifier import (
     MuxBareModel,
     MuxSequenceClassifier,
@@ -39,16 +40,11 @@ class MuxMaskedLM(MuxPreTrainedModel):
         r"^demultiplexer\.",
     )
 
-    def get_output_embeddings(self) -> nn.Module:
-        return self.retrieval_head.decoder
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        self.retrieval_head.decoder = value
-
     def labels_fed(self, labels: Tensor) -> Tensor:
-        """Labels where the tokens are: behind the prefix, [B * N, T]."""
-        length = self.config.prefix_length
-        return F.pad(labels, (length, -length), value=IGNORED) if length else labels
+        """Labels at the columns of their tokens, after the prefix: [R, S] -> [B * N, S]."""
+        length, rows = self.config.prefix_length, len(labels)
+        added = -rows % self.config.num_instances
+        return F.pad(labels, (length, -length, 0, added), value=IGNORED)
 
     def forward(
         self,
@@ -60,50 +56,83 @@ class MuxMaskedLM(MuxPreTrainedModel):
         num_items_in_batch: Tensor | float | None = None,
         retrieval_slots: Tensor | None = None,
         num_retrieval_items: Tensor | float | None = None,
+        output_logits: bool | None = None,
         return_dict: bool | None = None,
+        **more: object,
     ) -> MuxOutput | tuple:
-        """One pass over whole groups.
+        """One pass; any number of rows.
 
         Args:
-            input_ids: [B * N, T]; with a prefix its last N + 1 columns are dropped.
-            attention_mask: [B * N, T]; only contextual multiplexers and `mask_padding` look at it.
-            token_type_ids, position_ids: [B * N, T], of the tokens.
-            labels: [B * N, T] tokens to predict, -100 elsewhere.
+            input_ids: [R, S]. With a prefix and labels the last N + 1 columns are dropped, as in
+                pretraining; without labels only as many as there are no positions for.
+            attention_mask: [R, S]; only contextual multiplexers and `mask_padding` look at it.
+            token_type_ids, position_ids: [R, S], of the tokens.
+            labels: [R, S] tokens to predict, -100 elsewhere.
             num_items_in_batch, num_retrieval_items: what the summed losses are divided by; None
                 for the numbers of this batch.
             retrieval_slots: [B, T], see `retrieval_targets`; None to draw them.
+            output_logits: False to compute no logits if there are labels, which is faster; None for
+                what the configuration says.
         Returns:
-            `MuxOutput`. Without labels, or with `output_logits`, logits are [B * N, T, V]. Else
-            they are those of the labelled tokens, row by row, [labels, V] in evaluation, and None
-            in training. A term whose coefficient is 0 is not computed.
+            `MuxOutput` with logits [R, S, V], 0 at columns that were dropped. A term of the loss
+            whose coefficient is 0 is not computed.
         Raises:
-            ValueError: if the rows are no whole groups, or too long.
+            ValueError: if the rows are too long.
         """
-        fed = self.feed(input_ids, attention_mask, token_type_ids, position_ids)
+        check_arguments(self, more)
+        given = (input_ids, attention_mask, token_type_ids, position_ids)
+        columns = input_ids.shape[1]
+        if output_logits is None:
+            output_logits = self.config.output_logits
+        fed = self.feed(*(given if labels is not None else self._with_room_for_prefix(*given)))
         hidden = self.encode(fed)
         output = MuxOutput()
-        if labels is None or self.config.output_logits:
-            states = self.vocabulary_states(hidden, None)
-            output["logits"] = self.retrieval_head.decoder(states).flatten(0, 1)
+        if labels is None or output_logits:
+            logits = self.retrieval_head.decoder(self.vocabulary_states(hidden, None))
+            logits = logits.flatten(0, 1)[: fed.rows, self.config.prefix_length :]
+            output["logits"] = F.pad(logits, (0, 0, 0, columns - logits.shape[1]))
         if labels is not None:
             if self.config.task_loss_coeff > 0:
-                self._score(output, hidden, self.labels_fed(labels), num_items_in_batch)
+                output["task_loss"] = self._task_loss(
+                    hidden, labels, output.logits, num_items_in_batch
+                )
             if self.config.retrieval_loss_coeff > 0:
                 self.retrieve(output, hidden, fed.ids, retrieval_slots, num_retrieval_items)
             output["loss"] = self.combined(output.task_loss, output.retrieval_loss)
-        return self.returned(output, return_dict)
+        return returned(self, output, return_dict)
 
-    def _score(
-        self, output: MuxOutput, hidden: MixedStates, labels: Tensor, items: Tensor | float | None
-    ) -> None:
-        chosen = labels != IGNORED
-        decoder, targets = self.retrieval_head.decoder, labels[chosen]
-        states = self.vocabulary_states(hidden, pairs_of_rows(chosen, self.config.num_instances))
-        keep = output.logits is None and not self.training
-        total, _, logits = token_scores(states, decoder, targets, keep_logits=keep, count=False)
-        output["task_loss"] = total / (max(targets.numel(), 1) if items is None else items)
-        if keep:
-            output["logits"] = logits
+    def _with_room_for_prefix(self, *given: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Fields [R, S] with columns of padding for the prefix to drop, as positions allow."""
+        config, columns = self.config, given[0].shape[1]
+        room = config.max_position_embeddings - config.first_position - columns
+        added = max(0, min(config.prefix_length, room))
+        fills = (config.pad_token_id or 0, 0, 0, 0)
+        return tuple(
+            field if field is None else F.pad(field, (0, added), value=fill)
+            for field, fill in zip(given, fills, strict=True)
+        )
+
+    def _task_loss(
+        self,
+        hidden: MixedStates,
+        labels: Tensor,
+        logits: Tensor | None,
+        items: Tensor | float | None,
+    ) -> Tensor:
+        """Mean loss (nats) of the labels that are not dropped; from the logits where there are."""
+        fed = self.labels_fed(labels)
+        chosen = fed != IGNORED
+        targets = fed[chosen]
+        if logits is not None:
+            kept = chosen[: len(labels), self.config.prefix_length :]
+            scored = logits[:, : kept.shape[1]][kept].float()
+            total = F.cross_entropy(scored, targets, reduction="sum")
+        else:
+            pairs = pairs_of_rows(chosen, self.config.num_instances)
+            states = self.vocabulary_states(hidden, pairs)
+            decoder = self.retrieval_head.decoder
+            total = token_scores(states, decoder, targets, keep_logits=False, count=False)[0]
+        return total / (max(targets.numel(), 1) if items is None else items)
 
 
 class MuxBertForMaskedLM(MuxMaskedLM):

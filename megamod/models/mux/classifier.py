@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutput
 
+from megamod.models.calls import check_arguments, returned
 from megamod.models.mux.model import MuxPreTrainedModel
 from megamod.models.mux.types import MixedStates, MuxOutput
 from megamod.nn.retrieval import IGNORED
@@ -22,12 +23,14 @@ class MuxBareModel(MuxPreTrainedModel):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         return_dict: bool | None = None,
+        **more: object,
     ) -> BaseModelOutput | tuple:
         """Ids [R, S] -> `last_hidden_state` [R, S, D]; arguments as of the classifiers."""
+        check_arguments(self, more)
         fed = self.feed(input_ids, attention_mask, token_type_ids, position_ids)
         states = self.demultiplex(self.encode(fed), slice(self.config.prefix_length, None))
         output = BaseModelOutput(last_hidden_state=states.flatten(0, 1)[: fed.rows])
-        return self.returned(output, return_dict)
+        return returned(self, output, return_dict)
 
 
 class MuxSequenceClassifier(MuxPreTrainedModel):
@@ -56,6 +59,7 @@ class MuxSequenceClassifier(MuxPreTrainedModel):
         retrieval_slots: Tensor | None = None,
         num_retrieval_items: Tensor | float | None = None,
         return_dict: bool | None = None,
+        **more: object,
     ) -> MuxOutput | tuple:
         """One pass; any number of rows.
 
@@ -71,6 +75,7 @@ class MuxSequenceClassifier(MuxPreTrainedModel):
         Returns:
             `MuxOutput` with logits [R, C].
         """
+        check_arguments(self, more)
         fed = self.feed(input_ids, attention_mask, token_type_ids, position_ids)
         retrieves = labels is not None and self.config.retrieval_loss_coeff > 0
         hidden = self.encode(fed, None if retrieves else self.config.prefix_length or 1)
@@ -87,7 +92,7 @@ class MuxSequenceClassifier(MuxPreTrainedModel):
             if retrieves:
                 self.retrieve(output, hidden, fed.ids, retrieval_slots, num_retrieval_items)
             output["loss"] = self.combined(output.task_loss, output.retrieval_loss)
-        return self.returned(output, return_dict)
+        return returned(self, output, return_dict)
 
 
 class MuxTokenClassifier(MuxPreTrainedModel):
@@ -120,6 +125,7 @@ class MuxTokenClassifier(MuxPreTrainedModel):
         retrieval_slots: Tensor | None = None,
         num_retrieval_items: Tensor | float | None = None,
         return_dict: bool | None = None,
+        **more: object,
     ) -> MuxOutput | tuple:
         """One pass; arguments as of `MuxSequenceClassifier.forward`.
 
@@ -129,6 +135,7 @@ class MuxTokenClassifier(MuxPreTrainedModel):
             `MuxOutput` with logits [R, S, C]. In training those of padding are 0, as long as no
             label lies there; in evaluation if `padding_logits` is off.
         """
+        check_arguments(self, more)
         fed = self.feed(input_ids, attention_mask, token_type_ids, position_ids)
         hidden = self.encode(fed)
         skips = fed.mask is not None and (self.training or not self.config.padding_logits)
@@ -154,4 +161,4 @@ class MuxTokenClassifier(MuxPreTrainedModel):
             if self.config.retrieval_loss_coeff > 0:
                 self.retrieve(output, hidden, fed.ids, retrieval_slots, num_retrieval_items)
             output["loss"] = self.combined(output.task_loss, output.retrieval_loss)
-        return self.returned(output, return_dict)
+        return returned(self, output, return_dict)

@@ -54,7 +54,7 @@ class MuxConfig(PreTrainedConfig):
             they are 0, which is faster.
         kernels: what runs multiplexer and demultiplexer: "triton", "reference" (plain torch), or
             "auto", which is Triton on a GPU.
-        output_logits: whether masked-LM logits of all positions are made when labels are given.
+        output_logits: False: a masked LM that is given labels computes no logits.
         cls_token_id: what column 0 is overwritten with, and the end of a prefix.
         mask_token_id: what the replaced-token model replaces.
         prefix_fill_token_id: fills a prefix.
@@ -100,7 +100,7 @@ class MuxConfig(PreTrainedConfig):
     use_token_type_ids: bool = False
     mask_padding: bool = False
     padding_logits: bool = True
-    output_logits: bool = False
+    output_logits: bool = True
     kernels: str = "auto"
     cls_token_id: int = 101
     mask_token_id: int = 103
@@ -208,6 +208,10 @@ class MuxElectraConfig(MuxConfig):
                 f"hidden_size {self.hidden_size}"
             )
         super().__post_init__(**kwargs)
+
+    def get_text_config(self, *args: object, **kwargs: object) -> "MuxElectraConfig":
+        """This configuration: transformers would take `generator` for the one of a text model."""
+        return self
 
     def of_generator(self) -> "MuxElectraConfig":
         """Configuration of the generator.

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megamod.models.calls import check_arguments, returned
 from megamod.models.mux.classifier import (
     MuxBareModel,
     MuxSequenceClassifier,
@@ -70,6 +71,7 @@ class MuxElectraForPreTraining(MuxElectraPreTrainedModel):
     overwrites_cls: ClassVar[bool] = True
     retrieves_padding: ClassVar[bool] = True
     multiplexers_of_others: ClassVar[tuple[str, ...]] = ()
+    accepts_loss_kwargs: ClassVar[bool] = False  # Trainer counts labels, the loss all real tokens
     _keys_to_ignore_on_load_unexpected = (r"position_ids$", r"^generator\.")
 
     def __init__(self, config: MuxElectraConfig):
@@ -93,25 +95,27 @@ class MuxElectraForPreTraining(MuxElectraPreTrainedModel):
         retrieval_slots: Tensor | None = None,
         num_retrieval_items: Tensor | float | None = None,
         return_dict: bool | None = None,
+        **more: object,
     ) -> MuxOutput | tuple:
-        """One pass over whole groups.
+        """One pass; any number of rows.
 
         Args:
-            input_ids: [B * N, S].
-            attention_mask: [B * N, S]; the loss counts tokens where it is not 0.
-            labels: [B * N, S], 1 where a token was replaced.
+            input_ids: [R, S].
+            attention_mask: [R, S]; the loss counts tokens where it is not 0.
+            labels: [R, S], 1 where a token was replaced.
             num_items_in_batch, num_retrieval_items, retrieval_slots: see `MuxMaskedLM.forward`.
         Returns:
-            `MuxOutput` with logits [B * N, S], or with a prefix [B * N, S - N - 1]: of the tokens
-            that were not dropped.
+            `MuxOutput` with logits [R, S], or with a prefix [R, S - N - 1]: of the tokens that were
+            not dropped.
         Raises:
-            ValueError: if the rows are no whole groups, or too long.
+            ValueError: if the rows are too long.
         """
+        check_arguments(self, more)
         fed = self.feed(input_ids, attention_mask, token_type_ids, position_ids)
         output = self.discriminate(
             fed, labels, num_items_in_batch, retrieval_slots, num_retrieval_items
         )
-        return self.returned(output, return_dict)
+        return returned(self, output, return_dict)
 
     def discriminate(
         self,
@@ -121,13 +125,13 @@ class MuxElectraForPreTraining(MuxElectraPreTrainedModel):
         slots: Tensor | None,
         retrieval_items: Tensor | float | None,
     ) -> MuxOutput:
-        """What `forward` does behind `feed`."""
+        """`forward` after `feed`."""
         hidden = self.encode(fed)
         needed = labels is None or self.config.task_loss_coeff > 0
         output = MuxOutput()
         if needed:
             states = self.demultiplex(hidden, slice(self.config.prefix_length, None))
-            output["logits"] = self.discriminator_predictions(states).flatten(0, 1)
+            output["logits"] = self.discriminator_predictions(states).flatten(0, 1)[: fed.rows]
         if labels is None:
             return output
         if needed:
@@ -136,7 +140,7 @@ class MuxElectraForPreTraining(MuxElectraPreTrainedModel):
                 output.logits.float(), labels[:, :length].float(), reduction="none"
             )
             counted = torch.ones_like(labels) if fed.mask is None else fed.mask != 0
-            counted = counted[:, :length]
+            counted = counted[: fed.rows, :length]
             count = counted.sum().clamp(min=1) if items is None else items
             output["task_loss"] = (scores * counted).sum() / count
         if self.config.retrieval_loss_coeff > 0:

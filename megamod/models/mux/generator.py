@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megamod.models.calls import check_arguments, returned
 from megamod.models.mux.bert import MuxMaskedLM
 from megamod.models.mux.configuration import MuxElectraConfig
 from megamod.models.mux.electra import MuxElectraForPreTraining, default_initialisation
@@ -137,6 +138,17 @@ class MuxElectraForReplacedTokens(MuxElectraForPreTraining):
                 }
         self.post_init()
 
+    def resize_token_embeddings(self, *args: object, **kwargs: object) -> nn.Module:
+        """As for every model, without a generator.
+
+        Raises:
+            ValueError: if there is one, whose vocabulary would stay as it is.
+        """
+        changes = bool(args) or kwargs.get("new_num_tokens") is not None
+        if changes and self.config.generator != "none":
+            raise ValueError("a model with a generator cannot be resized; set vocab_size instead")
+        return super().resize_token_embeddings(*args, **kwargs)
+
     def forward(
         self,
         input_ids: Tensor,
@@ -152,6 +164,7 @@ class MuxElectraForReplacedTokens(MuxElectraForPreTraining):
         generator_slots: Tensor | None = None,
         num_generator_retrieval_items: Tensor | float | None = None,
         return_dict: bool | None = None,
+        **more: object,
     ) -> MuxElectraOutput | tuple:
         """Replace what is masked, and tell it from the rest.
 
@@ -170,6 +183,7 @@ class MuxElectraForReplacedTokens(MuxElectraForPreTraining):
             ValueError: if labels are missing that the generator needs, and as for the
                 discriminator.
         """
+        check_arguments(self, more)
         given = (attention_mask, token_type_ids, position_ids)
         masked = input_ids == self.config.mask_token_id
         generator_loss = None
@@ -208,7 +222,7 @@ class MuxElectraForReplacedTokens(MuxElectraForPreTraining):
             input_ids=replaced,
             corrupted=corrupted,
         )
-        return self.returned(output, return_dict)
+        return returned(self, output, return_dict)
 
     def _generate(
         self,

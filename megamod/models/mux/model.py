@@ -16,10 +16,10 @@ from megamod_kernels.norm_linear import uses_kernel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import ModelOutput
 
 from megamod.models.mux.configuration import MuxConfig
 from megamod.models.mux.types import Fed, MixedStates, MuxOutput
+from megamod.models.mux.vocabulary import VocabularyAccess
 from megamod.nn.demultiplexer import PrefixDemultiplexer, RsaDemultiplexer, SharedDemux
 from megamod.nn.encoder import (
     EncoderEmbeddings,
@@ -28,6 +28,7 @@ from megamod.nn.encoder import (
     draw_weights,
     was_loaded,
 )
+from megamod.nn.linear import is_plain
 from megamod.nn.multiplexer import (
     HADAMARD,
     KEYED_MEANS,
@@ -48,13 +49,12 @@ from megamod.nn.retrieval import (
 )
 
 
-class MuxPreTrainedModel(PreTrainedModel):
+class MuxPreTrainedModel(VocabularyAccess, PreTrainedModel):
     """Embeddings, multiplexer, encoder and demultiplexer.
 
     Class attributes say how a family or a head deviates:
         backbone_name: attribute that holds the encoder.
-        pretraining: a prefix takes the place of the last tokens, and a batch must consist of whole
-            groups.
+        pretraining: a prefix takes the place of the last tokens.
         sees_segments: token types and positions are those of the tokens. In the release
             classifiers ignore token types, and give positions to the mixed sequence.
         overwrites_cls: column 0 of an RSA model always holds `cls_token_id`.
@@ -119,16 +119,14 @@ class MuxPreTrainedModel(PreTrainedModel):
         return loaded
 
     @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Read by Trainer, whose count of labels is not that of the retrieval loss."""
+        return self.config.retrieval_loss_coeff == 0
+
+    @property
     def backbone(self) -> EncoderModel:
         """Embeddings and encoder."""
         return getattr(self, self.backbone_name)
-
-    def get_input_embeddings(self) -> nn.Module | None:
-        embeddings = getattr(self.backbone, "embeddings", None)
-        return None if embeddings is None else embeddings.word_embeddings
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.backbone.embeddings.word_embeddings = value
 
     def add_demultiplexer(self) -> None:
         """Give the model its modules to demultiplex with."""
@@ -195,15 +193,15 @@ class MuxPreTrainedModel(PreTrainedModel):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
     ) -> Fed:
-        """Fill up the last group, and see that the batch fits the model.
+        """Fill up the last group with copies of rows, and check that the batch fits the model.
 
         Raises:
-            ValueError: for a batch that pretraining cannot group, or that is too long.
+            ValueError: for a batch that is empty or too long.
         """
         N, rows = self.config.num_instances, len(input_ids)
+        if not rows:
+            raise ValueError("the batch has no rows")
         if rows % N:
-            if self.pretraining:
-                raise ValueError(f"{rows} rows are no whole groups of num_instances {N}")
             order = torch.arange(-(-rows // N) * N, device=input_ids.device)
             if self.config.filler == "random":
                 order[rows:] = torch.randint(rows, (len(order) - rows,), device=order.device)
@@ -242,7 +240,8 @@ class MuxPreTrainedModel(PreTrainedModel):
         mask, attended = self._encoder_mask(fed), None
         first, second = self._positions(fed)
         table, kernels = embeddings.word_embeddings.weight, self.config.kernels
-        if self.config.muxing_variant in KEYED_MEANS and uses_triton(kernels, table):
+        keyed_mean = self.config.muxing_variant in KEYED_MEANS
+        if keyed_mean and uses_triton(kernels, table) and embeddings.is_plain():
             given = (fed.ids, self.instance_embedding, fed.token_type_ids, first, second)
             if kernels == "triton" and self._begins_with_all_columns(queries):
                 block = self.backbone.encoder.layer[0]
@@ -316,20 +315,13 @@ class MuxPreTrainedModel(PreTrainedModel):
         there = [weight * term for weight, term in terms if term is not None]
         return sum(there[1:], there[0]) if there else None
 
-    def returned(self, output: ModelOutput, return_dict: bool | None) -> ModelOutput | tuple:
-        """The output, or a tuple if the caller or the configuration wants one."""
-        output = type(output)(**output)  # in the order of its fields: the loss was set last
-        wants_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if wants_dict else output.to_tuple()
-
     def _retrieval_scores(
         self, hidden: MixedStates, slots: Tensor, targets: Tensor
     ) -> tuple[Tensor, Tensor]:
         chosen = targets != IGNORED
         states = self.vocabulary_states(hidden, pairs_at(slots, chosen))
         decoder, labels = self.retrieval_head.decoder, targets[chosen]
-        together = not self.training
-        return token_scores(states, decoder, labels, keep_logits=together, count=True)[:2]
+        return token_scores(states, decoder, labels, keep_logits=not self.training)[:2]
 
     def _prepend(self, prefix: Tensor, given: Tensor) -> Tensor:
         if not self.pretraining:
@@ -346,10 +338,11 @@ class MuxPreTrainedModel(PreTrainedModel):
         return (fed.position_ids, None) if self.sees_segments else (None, fed.position_ids)
 
     def _begins_with_all_columns(self, queries: int | None) -> bool:
-        """Whether the first block attends to what the embedding gives, from every column."""
-        backbone = self.backbone
+        """True if the first block takes the embeddings as they are, from every column."""
+        backbone, layers = self.backbone, self.backbone.encoder.layer
         narrow = hasattr(backbone, "embeddings_project")
-        return not narrow and (queries is None or len(backbone.encoder.layer) > 1)
+        plain = is_plain(*layers[0].attention["self"].values())
+        return not narrow and plain and (queries is None or len(layers) > 1)
 
     def _multiplex(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """[B, N, T, D] -> [B, T, D]."""

@@ -103,8 +103,7 @@ class MuxRobertaPreTrainedModel(MuxPreTrainedModel):
         chosen = targets != IGNORED
         states = self.retrieval_head(hidden.normed(), slots)[chosen]
         decoder, labels = self.retrieval_head.decoder, targets[chosen]
-        together = not self.training
-        return token_scores(states, decoder, labels, keep_logits=together, count=True)[:2]
+        return token_scores(states, decoder, labels, keep_logits=not self.training)[:2]
 
     def _positions(self, fed: Fed) -> tuple[Tensor | None, Tensor | None]:
         if fed.position_ids is not None:

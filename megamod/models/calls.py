@@ -1,0 +1,88 @@
+"""Conventions of transformers that all models follow: extra arguments, output, length of text."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
+from transformers.utils import logging
+
+WITHOUT_EFFECT = ("use_cache", "cache_position")
+"""Arguments that say how to compute and do not change a result, so models may ignore them."""
+
+
+def check_arguments(model: PreTrainedModel, more: Mapping[str, object]) -> None:
+    """Refuse arguments that a model does not have, unless they are None, False or have no effect.
+
+    Trainer, PEFT and TRL pass every model the same arguments, most of them None.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    for name, value in more.items():
+        if value is not None and value is not False and name not in WITHOUT_EFFECT:
+            shown = f"{name} of shape {tuple(value.shape)}"
+            if not isinstance(value, Tensor):
+                shown = f"{name}={value!r}"
+            raise ValueError(f"{type(model).__name__}.forward does not support {shown}")
+
+
+def returned(
+    model: PreTrainedModel, output: ModelOutput, return_dict: bool | None
+) -> ModelOutput | tuple:
+    """The output with its fields in order, or a tuple if the caller or configuration wants one.
+
+    Fields that were set later stand last until then, and position counts in a tuple.
+    """
+    output = type(output)(**output)
+    wants_dict = model.config.return_dict if return_dict is None else return_dict
+    return output if wants_dict else output.to_tuple()
+
+
+def check_positions(position_ids: Tensor, columns: int, positions: int) -> None:
+    """Refuse text that is longer than a model's position table.
+
+    Args:
+        position_ids: [B, L], 0 first.
+        columns: tokens so far, padding and cached ones included.
+        positions: `max_position_embeddings`.
+    Raises:
+        ValueError: if a token has no position.
+    """
+    # Reading the largest position waits for the device, so only where it can be too large.
+    if columns > positions and (longest := int(position_ids.max()) + 1) > positions:
+        raise ValueError(
+            f"a text of {longest} tokens is longer than the {positions} positions of the model "
+            "(max_position_embeddings)"
+        )
+
+
+def last_logits(hidden: Tensor, keep: int | Tensor) -> Tensor:
+    """States [B, L, D] that logits are computed for: the last `keep`, those at `keep`, 0: all."""
+    return hidden[:, keep if isinstance(keep, Tensor) else slice(-keep, None)]
+
+
+class BoundedGeneration(GenerationMixin):
+    """Generation that stops at the last position of a learned position table.
+
+    GPT-2 of transformers goes on and ends with an IndexError. A prompt that fills all positions
+    gets one token more, which needs no position.
+    """
+
+    def _prepare_generated_length(
+        self, generation_config: GenerationConfig, **given: object
+    ) -> GenerationConfig:
+        settled = super()._prepare_generated_length(generation_config, **given)
+        length, limit = given["input_ids_length"], self.config.max_position_embeddings
+        if given["model_input_name"] == "inputs_embeds":
+            limit -= given["inputs_tensor"].shape[1] - length
+        limit = max(limit, length + 1)
+        if settled.max_length > limit:
+            if settled.max_length > length + 1:
+                logging.get_logger("transformers").warning_once(
+                    f"generation stops at {limit} tokens, {settled.max_length} were asked for: "
+                    f"max_position_embeddings is {self.config.max_position_embeddings}"
+                )
+            settled.max_length = limit
+            settled.min_length = min(settled.min_length or 0, limit)
+        return settled

@@ -1,0 +1,41 @@
+"""Initial weights of the causal language model."""
+
+import torch
+from torch import Tensor, nn
+
+from megamod.models.lm.configuration import DemixConfig
+from megamod.nn.attention import SelfAttention
+from megamod.nn.encoder import was_loaded
+from megamod.nn.transformer import Embeddings, FeedForward
+
+
+def draw_module(module: nn.Module, config: DemixConfig, generator: torch.Generator | None) -> None:
+    """Initialise one module as fairseq does, its children left alone.
+
+    Args:
+        generator: None for torch's global one.
+    """
+    if isinstance(module, SelfAttention):
+        for projection in (module.q_proj, module.k_proj, module.v_proj):
+            nn.init.xavier_uniform_(projection.weight, gain=2**-0.5, generator=generator)
+            _uniform(projection.bias, projection.in_features, generator)
+        nn.init.xavier_uniform_(module.out_proj.weight, generator=generator)
+        nn.init.zeros_(module.out_proj.bias)
+    elif isinstance(module, FeedForward):
+        for linear in (module.fc1, module.fc2):
+            _uniform(linear.weight, linear.in_features, generator)
+            _uniform(linear.bias, linear.in_features, generator)
+    elif isinstance(module, Embeddings):
+        for table in (module.tokens, module.positions):
+            nn.init.normal_(table.weight, std=config.hidden_size**-0.5, generator=generator)
+            if not was_loaded(table.weight):
+                nn.init.zeros_(table.weight[table.padding_idx])
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+def _uniform(tensor: Tensor, fan_in: int, generator: torch.Generator | None) -> None:
+    """The default of torch.nn.Linear, for weights and biases alike."""
+    bound = fan_in**-0.5
+    nn.init.uniform_(tensor, -bound, bound, generator=generator)

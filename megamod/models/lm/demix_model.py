@@ -1,0 +1,186 @@
+"""Backbone of the causal language model: embeddings, decoder blocks, final norm."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from megamod.dist.scope import MARK
+from megamod.models.calls import check_arguments, check_positions, returned
+from megamod.models.lm.configuration import DemixConfig, owns_feed_forward
+from megamod.models.lm.demix_draw import draw_module
+from megamod.nn.attention import SelfAttention
+from megamod.nn.demix import DomainExperts, chosen_expert
+from megamod.nn.encoder import was_loaded
+from megamod.nn.transformer import (
+    DecoderBlock,
+    Embeddings,
+    FeedForward,
+    causal_mask,
+    positions_of,
+)
+
+
+class DemixPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation, shared by the bare model and the language model."""
+
+    config: DemixConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ("DecoderBlock",)
+    # A process that holds some of the experts has no use for the others in the folder.
+    _keys_to_ignore_on_load_unexpected = (rf"\.{MARK}\.",)
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # For classes outside transformers modules without parameters of their own would be passed
+        # over, and those are the ones that `draw_module` knows.
+        super()._initialize_weights(module, is_custom_code=False)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Draw a module's weights from the global generator, then level the experts.
+
+        Weights that were loaded from a file stay as they are.
+        """
+        draw_module(module, self.config, None)
+        if isinstance(module, DomainExperts):
+            first, *others = module.experts.values()
+            for other in others:
+                for tensor, source in zip(other.parameters(), first.parameters(), strict=True):
+                    if not was_loaded(tensor):
+                        tensor.copy_(source)
+
+
+class DemixModel(DemixPreTrainedModel):
+    """Embeddings, decoder blocks and final norm.
+
+    Args:
+        local_domains: the domains whose experts this process holds; None for all of them.
+    """
+
+    def __init__(self, config: DemixConfig, local_domains: Sequence[str] | None = None):
+        super().__init__(config)
+        domains = config.domains if local_domains is None else list(local_domains)
+        size, untie = config.hidden_size, config.untie
+
+        def per_domain(build: Callable[[], nn.Module], apart: bool) -> nn.Module:
+            return DomainExperts(build, domains) if apart else build()
+
+        def block(layer: int) -> DecoderBlock:
+            apart = owns_feed_forward(untie, layer, config.num_hidden_layers)
+            return DecoderBlock(
+                SelfAttention(
+                    size,
+                    config.num_attention_heads,
+                    layer,
+                    config.attention_probs_dropout_prob,
+                    config._attn_implementation or "sdpa",
+                ),
+                per_domain(lambda: FeedForward(size, config.intermediate_size), apart),
+                size,
+                config.layer_norm_eps,
+                config.hidden_dropout_prob,
+            )
+
+        self.embeddings = per_domain(
+            lambda: Embeddings(
+                config.vocab_size, size, config.max_position_embeddings, config.pad_token_id
+            ),
+            untie == "input_output",
+        )
+        whole_blocks = untie in ("transformer", "transformer_output")
+        self.layers = nn.ModuleList(
+            per_domain(lambda layer=layer: block(layer), whole_blocks)
+            for layer in range(config.num_hidden_layers)
+        )
+        self.final_norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return chosen_expert(self.embeddings).tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        chosen_expert(self.embeddings).tokens = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **more: object,
+    ) -> BaseModelOutputWithPast | tuple:
+        """Hidden states after the final norm [B, L, D].
+
+        Args:
+            input_ids: [B, L] int64.
+            attention_mask: [B, S] nonzero at real tokens, S = cached + L; without it (and without
+                position_ids) padding is recognised by its id.
+            position_ids: [B, L], 0 first. Given without a mask they promise that nothing is
+                padded, which spares the search for padding.
+            inputs_embeds: [B, L, D] rows of the embedding table, in place of input_ids.
+            use_cache: make a cache if none is given. With gradient checkpointing there is none.
+        Returns:
+            The states; with output_hidden_states also those before each block and the final ones.
+        Raises:
+            ValueError: if there are not either ids or embeddings, or more tokens than positions.
+        """
+        check_arguments(self, more)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        checkpoints = self.gradient_checkpointing and self.training
+        if checkpoints:
+            past_key_values = None
+        elif use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        batch, length = tokens.shape[:2]
+        if attention_mask is None and position_ids is None and past == 0 and input_ids is not None:
+            real = input_ids != self.config.pad_token_id
+            attention_mask = None if bool(real.all()) else real
+        if position_ids is None and attention_mask is not None:
+            position_ids = positions_of(attention_mask)[:, past:]
+        elif position_ids is None:
+            position_ids = torch.arange(past, past + length, device=tokens.device)
+            position_ids = position_ids.expand(batch, length)
+        check_positions(position_ids, past + length, self.config.max_position_embeddings)
+        mask = self._mask(attention_mask, tokens, past)
+
+        x = self.embeddings(tokens, position_ids)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        states = [x] if output_hidden_states else None
+        for layer in self.layers:
+            if checkpoints:
+                x = self._gradient_checkpointing_func(layer.__call__, x, mask)
+            else:
+                x = layer(x, mask, past_key_values)
+            if states is not None:
+                states.append(x)
+        x = self.final_norm(x)
+        if states is not None:
+            states[-1] = x
+        output = BaseModelOutputWithPast(
+            last_hidden_state=x,
+            past_key_values=past_key_values if use_cache is not False else None,
+            hidden_states=tuple(states) if states is not None else None,
+        )
+        return returned(self, output, return_dict)
+
+    @staticmethod
+    def _mask(attention_mask: Tensor | None, tokens: Tensor, past: int) -> Tensor | None:
+        if attention_mask is None and past == 0:
+            return None
+        batch, length = tokens.shape[:2]
+        if attention_mask is None:
+            attention_mask = torch.ones(batch, past + length, device=tokens.device)
+        return causal_mask(attention_mask, length)

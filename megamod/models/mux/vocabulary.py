@@ -1,0 +1,28 @@
+"""Access to the two matrices of a multiplexed encoder that have a row per token."""
+
+from torch import nn
+
+
+class VocabularyAccess:
+    """Methods by which transformers reads, replaces and resizes these matrices."""
+
+    def get_input_embeddings(self) -> nn.Module | None:
+        embeddings = getattr(self.backbone, "embeddings", None)
+        return None if embeddings is None else embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.backbone.embeddings.word_embeddings = value
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.retrieval_head.decoder if hasattr(self, "retrieval_head") else None
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.retrieval_head.decoder = value
+
+    def resize_token_embeddings(self, *args: object, **kwargs: object) -> nn.Module:
+        """As for every model; a retrieval head that is not tied gets as many rows."""
+        table = super().resize_token_embeddings(*args, **kwargs)
+        head, rows = self.get_output_embeddings(), table.weight.shape[0]
+        if head is not None and head.weight.shape[0] != rows:
+            self.set_output_embeddings(self._get_resized_lm_head(head, rows))
+        return table
