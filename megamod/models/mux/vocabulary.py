@@ -7,16 +7,20 @@ class VocabularyAccess:
     """Methods by which transformers reads, replaces and resizes these matrices."""
 
     def get_input_embeddings(self) -> nn.Module | None:
+        """The word embeddings; None in a generator that uses those of the discriminator."""
         embeddings = getattr(self.backbone, "embeddings", None)
         return None if embeddings is None else embeddings.word_embeddings
 
     def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the word embeddings."""
         self.backbone.embeddings.word_embeddings = value
 
     def get_output_embeddings(self) -> nn.Module | None:
+        """The matrix of the retrieval head; None without a head."""
         return self.retrieval_head.decoder if hasattr(self, "retrieval_head") else None
 
     def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replace the matrix of the retrieval head."""
         self.retrieval_head.decoder = value
 
     def resize_token_embeddings(self, *args: object, **kwargs: object) -> nn.Module:
