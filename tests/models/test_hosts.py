@@ -71,7 +71,7 @@ def test_experts_in_place_of_the_feed_forward_change_no_bit(family):
             assert torch.equal(gradient, theirs[dense_name(name)])
 
     # The chunked loss with scale, softcap and bias; every cap is 2 here, so it cannot hide.
-    output = model(input_ids=IDS, shift_labels=F.pad(IDS[:, 1:], (0, 1), value=-100))
+    output = model(input_ids=IDS, shift_labels=functional.pad(IDS[:, 1:], (0, 1), value=-100))
     stock_loss = stock(input_ids=IDS, labels=IDS).loss
     assert output.logits is None
     both = model(input_ids=IDS, labels=IDS)
