@@ -165,14 +165,14 @@ def test_dense_models_experts_and_forests_through_the_library(tmp_path):
 def test_the_expert_of_a_demix_model_must_be_named(tmp_path, monkeypatch):
     folder = make_model(tmp_path / "demix", "feedforward", max_position_embeddings=32)
     words = ["lm_eval", "run", "--model", "hf", "--tasks", "tiny_write", "--model_args"]
+    others = ["--include_path", str(write_tasks(tmp_path / "tasks")), "--device", "cpu"]
     for arguments, sentence in (
         ([f"pretrained={folder}"], "add domain=NAME, NAME one of law, code, art"),
         ([f"pretrained={folder},dtype=float32"], "add domain=NAME, NAME one of law, code, art"),
-        ([f"pretrained={folder},domain=news"], "no expert for domain 'news'; there are law, code"),
-        ([f"pretrained={folder}", "domain=news"], "no expert for domain 'news'; there are law"),
+        ([f"pretrained={folder},domain=news"], "domain=news; add domain=NAME, NAME one of law"),
+        ([f"pretrained={folder}", "domain=news"], "domain=news; add domain=NAME, NAME one of law"),
     ):
-        tokens = ["--include_path", str(tmp_path), "--device", "cpu"]
-        monkeypatch.setattr(sys, "argv", [*words, *arguments, *tokens])
+        monkeypatch.setattr(sys, "argv", [*words, *arguments, *others])
         with pytest.raises(UserError) as error:
             main()
         assert sentence in str(error.value) and "\n" not in str(error.value)
