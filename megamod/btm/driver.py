@@ -24,7 +24,7 @@ from megamod.btm.placement import (
     parse_include,
 )
 from megamod.btm.progress import Row, Screen, read_progress
-from megamod.btm.recipe import Campaign, Parsed, make_campaign
+from megamod.btm.recipe import Campaign, Parsed, check_data, make_campaign
 from megamod.btm.tasks import Stage, Task
 from megamod.dist.hostfile import Host, Place, read_hostfile
 from megamod.errors import DistributedFailure, Interrupted, PolicyStop, UserError
@@ -231,6 +231,7 @@ def drive(parsed: Parsed, launchers: Path) -> None:
     if btm.dry_run:
         print(describe(campaign, waves, hosts, launchers, btm.hostfile))
         return
+    check_data(campaign, parsed)
     output = campaign.output
     for folder in ("jobs", "logs", make.PRIORS, make.EVALUATION):
         (output / folder).mkdir(parents=True, exist_ok=True)

@@ -170,6 +170,30 @@ def make_campaign(parsed: Parsed) -> Campaign:
     )
 
 
+def check_data(campaign: Campaign, parsed: Parsed) -> None:
+    """Open every split that a job of the campaign will read, before the first of them starts.
+
+    Raises:
+        UserError: if one is missing, malformed or empty.
+    """
+    from megamod.data.corpus.indexed import (  # with numpy, not for --help
+        IndexedDataset,
+        split_prefix,
+    )
+
+    btm, data = parsed[0], parsed[-1]
+    everything = dict.fromkeys((*campaign.seed_domains, *campaign.domains))
+    splits = {domain: {"train", data.eval_split} for domain in everything}
+    for domain in campaign.domains:
+        if btm.evaluate:
+            splits[domain] |= {"valid", "test"}
+        elif domain not in campaign.rounds[0]:
+            splits[domain].add("valid")  # decides which experts it branches off
+    for domain, names in splits.items():
+        for name in sorted(names):
+            IndexedDataset(Path(data.data) / split_prefix(domain, name))
+
+
 def _refuse(parsed: Parsed) -> None:
     """Flags that are the driver's own to set, and what independent jobs cannot have."""
     _, run, safety, model, _, data = parsed

@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megamod.args import DataArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs, parse_args
-from megamod.btm.recipe import BtmArgs, make_campaign
+from megamod.btm.recipe import BtmArgs, check_data, make_campaign
 from megamod.btm.tasks import expert_task, world_task
+from megamod.data.corpus.indexed import IndexedWriter, split_prefix
 from megamod.errors import UserError
 
 RECIPES = Path(__file__).resolve().parents[2] / "launchers" / "recipes"
@@ -100,6 +102,36 @@ def test_what_is_refused(data, flags, told):
     with pytest.raises(UserError) as error:
         make_campaign(parsed_of(data, *flags))
     assert told in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "domain", "split"),
+    [
+        ((), "art", "valid"),
+        (("--eval_split", "test"), "art", "test"),
+        (("--domains", "law", "med", "--seed_domains", "code"), "code", "train"),
+        (("--rounds", "law med", "code art", "--eval_split", "test"), "art", "valid"),
+        (("--eval_split", "train", "--evaluate"), "law", "test"),
+    ],
+)
+def test_splits_are_opened_before_the_first_job(data, flags, domain, split):
+    """All splits that some job reads exist but one; without it nothing starts."""
+    parsed = parsed_of(data, "--global_batch_size", 8, *flags)
+    campaign = make_campaign(parsed)
+    for name in ("law", "med", "code", "art"):
+        for kind in ("train", "valid", "test"):
+            prefix = data / split_prefix(name, kind)
+            prefix.parent.mkdir(exist_ok=True)
+            with IndexedWriter(prefix, np.uint16) as writer:
+                writer.add(np.arange(4))
+    check_data(campaign, parsed)
+    gone = data / split_prefix(domain, split)
+    gone.with_suffix(".bin").write_bytes(b"")
+    with pytest.raises(UserError, match=f"{gone.name}.bin: ends at byte 0"):
+        check_data(campaign, parsed)
+    gone.with_suffix(".idx").unlink()
+    with pytest.raises(UserError, match=f"{gone.name}.idx"):
+        check_data(campaign, parsed)
 
 
 def test_a_folder_without_data(tmp_path):

@@ -8,10 +8,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
 from megamod.btm.jobs import MARK
+from megamod.data.corpus.indexed import IndexedWriter, split_prefix
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -87,6 +89,12 @@ def place(tmp_path) -> Path:
     (tmp_path / "bin").mkdir()
     domains = {name: {} for name in ("law", "med", "code")}
     (tmp_path / "bin" / "databin.json").write_text(json.dumps({"domains": domains}))
+    for name in domains:
+        for split in ("train", "valid"):
+            prefix = tmp_path / "bin" / split_prefix(name, split)
+            prefix.parent.mkdir(exist_ok=True)
+            with IndexedWriter(prefix, np.uint16) as writer:
+                writer.add(np.arange(4))
     yield tmp_path
     for process in marked(tmp_path):
         process.kill()

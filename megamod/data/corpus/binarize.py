@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from megamod.data.corpus.documents import SPLITS, Source, open_source
-from megamod.data.corpus.indexed import IndexedWriter, dtype_for
+from megamod.data.corpus.indexed import IndexedWriter, dtype_for, split_prefix
 from megamod.data.corpus.pool import Encode, encoder
 from megamod.data.corpus.tokenizers import (
     Tokenizer,
@@ -63,11 +63,6 @@ class Tally:
     def digest(self) -> str:
         """SHA-256 so far, hexadecimal."""
         return self._hash.hexdigest()
-
-
-def split_prefix(domain: str, split: str) -> str:
-    """Path of a split's files inside a data-bin, without ending: only train has a plain name."""
-    return f"{domain}/{split}" if split == "train" else f"{domain}/{split}_{domain}"
 
 
 def binarize(
