@@ -76,6 +76,7 @@ def binarize(
     encoding_errors: str = "strict",
     seed: int = 0,
     workers: int | None = None,
+    do_lower_case: bool | None = None,
 ) -> dict:
     """Write a data-bin and return its header.
 
@@ -92,6 +93,7 @@ def binarize(
         encoding_errors: "strict" or "replace".
         seed: divides sources that are not split yet.
         workers: processes; default by the amount of text. The output does not depend on it.
+        do_lower_case: for BERT's word pieces, see `load_fast`.
 
     Returns:
         The content of databin.json: {"format", "tokenizer": {"kind", "digest"}, "vocab_size",
@@ -117,7 +119,12 @@ def binarize(
     train = None
     if not isinstance(tokenizer, Tokenizer):
         train = trainer_of(str(tokenizer))
-        tokenizer = tokenizer if train is not None else load_tokenizer(tokenizer)
+        if train is None:
+            tokenizer = load_tokenizer(tokenizer, do_lower_case)
+        elif do_lower_case is not None:
+            raise UserError(
+                f"--do_lower_case: --tokenizer {tokenizer} trains one, which has its own case"
+            )
     gpt2 = isinstance(tokenizer, Tokenizer) and tokenizer.kind == "gpt2"
     items = items or ("line" if gpt2 else "document")
     tallies = {name: _scan(name, source, items) for name, source in sources.items()}
