@@ -9,14 +9,13 @@ import torch
 from megamod.errors import UserError
 from megamod.states.forest import read_config
 from megamod.states.stream import PIECE, ModelFolder, Spec, pieces
+from megamod.states.tokenizer_files import VOCABULARIES
 
 # Fields of configurations that change what weights of the same shapes mean.
 _MEANING = (
     *("model_type", "vocab_size", "num_attention_heads", "num_key_value_heads", "n_head"),
     *("hidden_act", "activation_function"),
 )
-# Files of tokenizers that hold nothing but their vocabulary, or merges.
-_VOCABULARIES = ("vocab.txt", "vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "dict.txt")
 
 
 def check_configs(folders: Sequence[Path], *, cut: bool = False, same_words: bool = True) -> None:
@@ -162,7 +161,7 @@ def _equal(folder: ModelFolder, one: str, other: str) -> bool:
 def _vocabulary(folder: Path) -> Mapping[str, object]:
     """Content of the files that say which word has which id, by file name."""
     found: dict[str, object] = {}
-    for path in [folder / name for name in _VOCABULARIES] + sorted(folder.glob("*.model")):
+    for path in [folder / name for name in VOCABULARIES] + sorted(folder.glob("*.model")):
         if path.is_file():
             found[path.name] = _content(path)
     if (folder / "tokenizer.json").is_file():

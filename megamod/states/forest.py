@@ -22,6 +22,7 @@ from pathlib import Path
 
 from megamod.errors import UserError
 from megamod.files import write_json
+from megamod.states.tokenizer_files import lend_tokenizer
 
 FORMAT = 1
 FILE = "forest.json"
@@ -134,6 +135,8 @@ def edit_forest(path: str | Path) -> Iterator[list[Expert]]:
         if not (file.parent / "config.json").exists():
             # Makes the folder one that AutoModelForCausalLM.from_pretrained reads.
             write_json(file.parent / "config.json", {"model_type": MODEL_TYPE})
+        for expert in experts:  # as the experts share a tokenizer, the first one found will do
+            lend_tokenizer(expert.path, file.parent)
         record = {"format": FORMAT, "experts": [_entry(e, file.parent) for e in experts]}
         write_json(file, record)
 
