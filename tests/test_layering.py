@@ -71,18 +71,26 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "transformers", "deepspeed", "safetensors", "psutil", "tqdm"},
     ),
     # Alignment runs models, so it is imported only where a recipe asks for it.
+    "megamod.merging.tensors": ({"megamod.states"}, {"torch"}),
+    # Imported where a configuration or a name leaves a question open.
+    "megamod.merging.known_models": (
+        {"megamod", "megamod.merging.tensors"},
+        {"torch", "transformers"},
+    ),
     "megamod.merging": (
-        {"megamod.version", "megamod.states", "megamod.convert", "megamod.merging.alignment"},
+        {"megamod.version", "megamod.states", "megamod.convert", "megamod.merging.alignment"}
+        | {"megamod.merging.tensors", "megamod.merging.known_models"},
         {"torch", "yaml", "tqdm"},
     ),
     "megamod.merging.alignment": (
         {"megamod", "megamod.convert", "megamod.dist.scope", "megamod.states"}
+        | {"megamod.merging.tensors"}
         | {"megamod.data", "megamod.data.corpus"},
         {"torch", "transformers", "safetensors", "numpy", "scipy"},
     ),
     "megamod.btm": (
         {"megamod.args", "megamod.flags", "megamod.dist.scope", "megamod.dist.hostfile"}
-        | {"megamod.data.corpus", "megamod.merging", "megamod.mixture", "megamod.states"},
+        | {"megamod.merging", "megamod.mixture", "megamod.states"},
         {"torch", "safetensors", "yaml", "psutil"},
     ),
     "megamod.runs": (

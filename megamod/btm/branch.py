@@ -1,11 +1,11 @@
-"""First checkpoint of a new expert, built from the checkpoints of its parents.
+"""A new expert's first checkpoint, made from the checkpoints of its parents.
 
-`branch` writes RUN/checkpoints/step-N, from which `launchers/pretrain.py --output_dir RUN` resumes
-like any interrupted run. With one parent, the optimizer state and its step are kept, and so is the
-position in the learning-rate schedule; only the data start over. The average of several parents, or
-a parent without an optimizer, starts at step 0 with a new optimizer.
+`branch` writes RUN/checkpoints/step-N, from which `launchers/pretrain.py --output_dir RUN` goes on
+like any interrupted run. With one parent the optimizer, its step and hence the place in the
+learning-rate schedule are kept, and only the data begin anew; the average of several parents, or a
+parent without an optimizer, begins at step 0 with a fresh one.
 
-Source: Li et al. 2022 (Branch-Train-Merge), section 3.1, and its release for the optimizer state.
+Source: Li et al. 2022 (Branch-Train-Merge), section 3.1, and its release for what is kept.
 """
 
 import json
@@ -33,9 +33,9 @@ from megamod.states.stream import ModelFolder, write_stream
 from megamod.states.weights import DENSE_FILE, read_weights, write_tensors
 
 SCHEDULE = ("max_steps", "learning_rate", "lr_scheduler_type", "warmup_ratio", "warmup_steps")
-"""Settings that a branched run shares with its parent, because they define the schedule."""
+"""Settings that a branched run must share with its parent: they say where the schedule stands."""
 
-_SKIPPED = (MANIFEST, "state.json", "config.json", "README.md", "merge.json", RECORD)
+_LEFT_BEHIND = (MANIFEST, "state.json", "config.json", "README.md", "merge.json", RECORD)
 
 
 def branch(
@@ -46,117 +46,110 @@ def branch(
     *,
     one_world: bool = False,
 ) -> Path:
-    """Write the first checkpoint of an expert, and branch.json with its parents.
+    """Write the first checkpoint of an expert, and branch.json with where it came from.
 
     Args:
         sources: one parent, or several to be averaged.
-        weights: weight of each parent in the average.
-        domains: the new expert's domain; several only with one_world.
-        run: folder of the new run.
-        one_world: write the layout of independent models in one job (`--untie all`).
+        weights: of the parents in the average.
+        domains: the new expert's domain; several only in one world.
+        run: folder of the run to begin.
+        one_world: lay the checkpoint out for independent models of one job (`--untie all`).
     Returns:
         the checkpoint.
     Raises:
-        UserError: if the run has checkpoints already, or the parents are not compatible.
+        UserError: if the run has begun already, or the parents do not fit.
     """
     run = Path(run)
     if list_checkpoints(run / "checkpoints"):
-        raise UserError(f"--output_dir {run}: has checkpoints already; a branch starts a new run")
+        raise UserError(f"--output_dir {run}: has checkpoints already; a branch begins a new run")
     if len(domains) != 1 and not one_world:
         raise UserError(f"--domain: one expert has one domain, not {', '.join(domains)}")
-    keeps_optimizer = len(sources) == 1 and sources[0].step is not None
-    step = sources[0].step if keeps_optimizer else 0
+    kept = len(sources) == 1 and sources[0].step is not None
+    step = sources[0].step if kept else 0
     final = run / "checkpoints" / f"step-{step}"
     total = math.fsum(weights)
     parents = [
-        asdict(Parent(_parent_name(source), weight))
-        for source, weight in zip(
-            sources, (float(weight) / total for weight in weights), strict=True
-        )
+        asdict(Parent(str(one.model.absolute()) + (f" ({one.member})" if one.member else ""), w))
+        for one, w in zip(sources, (float(weight) / total for weight in weights), strict=True)
     ]
     with _untouched_on_failure(final.parent), atomic_folder(final) as folder:
         base = folder / ".start"
         _start_model(sources, weights, base)
-        state = _state_of(sources[0]) if keeps_optimizer else _fresh_state()
+        state = _state_of(sources[0]) if kept else _fresh_state()
         for number, domain in enumerate(domains):
-            target = folder / domain if one_world else folder
+            place = folder / domain if one_world else folder
             prefix = f"{domain}:" if one_world else ""
-            target.mkdir(exist_ok=True)
-            _write_model(base, target, domain)
-            write_json(target / "state.json", state)
-            if keeps_optimizer:
+            place.mkdir(exist_ok=True)
+            _write_model(base, place, domain)
+            write_json(place / "state.json", state)
+            if kept:
                 _keep_optimizer(sources[0], folder, number, prefix)
                 _check_complete(sources[0], base, folder, prefix)
             else:
                 _fresh_optimizer(base, folder / f"optimizer-{number}.safetensors", prefix)
         shutil.rmtree(base)
         _write_manifest(folder)
-        # Before the checkpoint is renamed, so that no checkpoint exists without its record.
+        # Before the checkpoint has its name: there is none whose parents are not known.
         write_json(run / RECORD, {"format": 1, "parents": parents, "start_update": step})
     return final
 
 
 @contextmanager
 def _untouched_on_failure(folder: Path) -> Iterator[None]:
-    """Remove the folders created on the way to `folder` if the block fails."""
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    """Folders that were made on the way to `folder` go again if the block fails."""
+    made = [one for one in (folder, *folder.parents) if not one.exists()]
     try:
         yield
     except BaseException:
-        for path in missing:
-            with suppress(OSError):  # another process may have written into it
-                path.rmdir()
+        for one in made:
+            with suppress(OSError):  # there may be something in it by now
+                one.rmdir()
         raise
 
 
 def _start_model(sources: Sequence[Source], weights: Sequence[float], base: Path) -> None:
-    """Write the initial weights as a dense model folder."""
+    """The model all begins with, as a dense model folder."""
     if len(sources) > 1:
-        # In float32, because the optimizer's master weights are copied from it.
+        # In float32, as the optimizer's masters are made of it.
         average_folders(
-            [(source.model, source.member) for source in sources],
+            [(one.model, one.member) for one in sources],
             weights,
             base,
             out_dtype="float32",
             origin="--weights",
         )
         return
-    (source,) = sources
+    (one,) = sources
     base.mkdir()
-    config = read_config(source.model)
-    with ModelFolder(source.model, source.member) as model:
-        if source.member is None and [file.name for file in model.files] == [DENSE_FILE]:
-            link_or_copy(source.model / DENSE_FILE, base / DENSE_FILE)
+    config = read_config(one.model)
+    with ModelFolder(one.model, one.member) as held:
+        if one.member is None and [file.name for file in held.files] == [DENSE_FILE]:
+            link_or_copy(one.model / DENSE_FILE, base / DENSE_FILE)
         else:
-            files = {DENSE_FILE: list(model.tensors)}
-            write_stream(base, files, model.tensors, lambda name: [model.read(name)])
-        if source.member is not None:
-            tied = "lm_head.weight" not in model.tensors
+            files = {DENSE_FILE: list(held.tensors)}
+            write_stream(base, files, held.tensors, lambda name: [held.read(name)])
+        if one.member is not None:
+            tied = "lm_head.weight" not in held.tensors
             config |= {"untie": "none", "tie_word_embeddings": tied}
     write_json(base / "config.json", config)
-    for file in source.model.iterdir():
-        if file.is_file() and file.suffix != ".safetensors" and not _is_skipped(file):
+    for file in one.model.iterdir():
+        if file.is_file() and file.suffix != ".safetensors" and not _is_left_behind(file):
             shutil.copyfile(file, base / file.name)
 
 
-def _parent_name(source: Source) -> str:
-    path = str(source.model.absolute())
-    return f"{path} ({source.member})" if source.member else path
+def _is_left_behind(file: Path) -> bool:
+    return file.name in _LEFT_BEHIND or file.name.endswith(".index.json")
 
 
-def _is_skipped(file: Path) -> bool:
-    return file.name in _SKIPPED or file.name.endswith(".index.json")
-
-
-def _write_model(base: Path, target: Path, domain: str) -> None:
+def _write_model(base: Path, place: Path, domain: str) -> None:
     for file in base.iterdir():
         if file.name not in ("config.json", "README.md", "merge.json"):
-            link_or_copy(file, target / file.name)
-    write_json(target / "config.json", read_config(base) | {"domains": [domain]})
+            link_or_copy(file, place / file.name)
+    write_json(place / "config.json", read_config(base) | {"domains": [domain]})
 
 
 def _state_of(source: Source) -> dict[str, object]:
-    """Return a parent's state with its data position reset and only the schedule settings."""
+    """A parent's state with the data at their beginning, and its schedule alone of its settings."""
     file = source.model / "state.json"
     record = json.loads(file.read_text(encoding="utf-8"))
     record["state"] |= {"data_step": 0, "tokens": {}, "skipped": 0, "mean_loss": None}
@@ -177,15 +170,15 @@ def _fresh_state() -> dict[str, object]:
 
 
 def _keep_optimizer(source: Source, folder: Path, number: int, prefix: str) -> None:
-    """Copy the parent's master weights and moments under the new expert's names."""
-    source_prefix = f"{source.world}:" if source.world else ""
-    for part, file in enumerate(sorted(source.folder.glob("optimizer-*.safetensors"))):
+    """The parent's masters and moments under the new expert's names."""
+    own = f"{source.world}:" if source.world else ""
+    for place, file in enumerate(sorted(source.folder.glob("optimizer-*.safetensors"))):
         with safe_open(file, framework="pt") as tensors:
             starts = tensors.metadata() or {}
             names = {
-                name: prefix + dense_name(name.removeprefix(source_prefix))
+                name: prefix + dense_name(name.removeprefix(own))
                 for name in starts
-                if name.startswith(source_prefix) and domain_of_name(name) in (None, source.member)
+                if name.startswith(own) and domain_of_name(name) in (None, source.member)
             }
             renamed = {
                 f"{kind}/{new}": tensors.get_tensor(f"{kind}/{old}")
@@ -194,14 +187,14 @@ def _keep_optimizer(source: Source, folder: Path, number: int, prefix: str) -> N
             }
         if renamed:
             write_tensors(
-                folder / f"optimizer-{number}-{part}.safetensors",
+                folder / f"optimizer-{number}-{place}.safetensors",
                 renamed,
                 {new: starts[old] for old, new in names.items()},
             )
 
 
 def _check_complete(source: Source, base: Path, folder: Path, prefix: str) -> None:
-    """Refuse a parent that trained only some of its weights: the others have no optimizer state."""
+    """Refuse a parent that trained some of its weights only: the others have no optimizer."""
     sizes: dict[str, int] = {}
     for file in folder.glob("optimizer-*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
@@ -212,13 +205,13 @@ def _check_complete(source: Source, base: Path, folder: Path, prefix: str) -> No
         if spec.dtype.is_floating_point and sizes.get(prefix + name) != spec.numel:
             raise UserError(
                 f"--parents {source.folder}: the optimizer holds {sizes.get(prefix + name, 0)} of "
-                f"the {spec.numel} elements of {name}; to start with a new optimizer, name the "
+                f"the {spec.numel} elements of {name}; to begin with a new optimizer, name the "
                 "run's model folder"
             )
 
 
 def _fresh_optimizer(base: Path, path: Path, prefix: str) -> None:
-    """Write the weights as master weights, with zero moments."""
+    """The weights as masters, with moments of zero."""
     tensors: dict[str, Tensor] = {}
     for name, weight in read_weights(base).items():
         if not weight.is_floating_point():

@@ -1,4 +1,4 @@
-"""Parents of a new expert: checkpoints and model folders, resolved from paths."""
+"""The models that a new expert can grow from, as users name them."""
 
 import json
 import math
@@ -14,13 +14,9 @@ from megamod.states.manifest import MANIFEST, list_checkpoints, verify
 
 @dataclass(frozen=True)
 class Source:
-    """A parent: a checkpoint or a model folder, and the selected expert.
+    """A parent: a checkpoint (with `step`) or a model folder, and the expert in it that is meant.
 
-    Attributes:
-        folder: the checkpoint or model folder.
-        member: the expert, in a model with experts.
-        step: training step of a checkpoint; None for a model folder.
-        world: the domain's subfolder in a checkpoint of independent models of one job.
+    `world`: the domain's folder in a checkpoint of independent models of one job.
     """
 
     folder: Path
@@ -30,7 +26,7 @@ class Source:
 
     @property
     def model(self) -> Path:
-        """Folder that holds its config.json."""
+        """Where its config.json lies."""
         return self.folder / self.world if self.world else self.folder
 
 
@@ -41,15 +37,15 @@ def find_source(
     share: float | None = None,
     member: str | None = None,
 ) -> Source:
-    """Resolve a path to a checkpoint or model folder.
+    """The checkpoint or model that a user means by a path.
 
     Args:
         path: a run, one of its checkpoints, or a model folder.
-        step: select the run's checkpoint nearest to this step; -1 or None: the last.
-        share: select the checkpoint nearest to this fraction of the last step.
+        step: take the run's checkpoint nearest to this step; -1 the last, as with None.
+        share: take the one nearest to this share of the last one's step.
         member: a domain, for models with experts and for independent models of one job.
     Raises:
-        UserError: if the path is none of these, or the checkpoint is incomplete.
+        UserError: if there is no such thing, or the checkpoint is not whole.
     """
     path = Path(path)
     chosen = choose_checkpoint(path, step=step, share=share)
@@ -57,16 +53,14 @@ def find_source(
         if not (path / "config.json").is_file():
             raise UserError(f"--parents {path}: is no run, no checkpoint and no model folder")
         if step is not None or share is not None:
-            raise UserError(
-                f"--parents {path}: is a model folder, so --step and --share do not apply"
-            )
+            raise UserError(f"--parents {path}: is a model folder, there is no step to choose")
         return Source(path, _member_of(path, path, member))
     faults = verify(chosen)
     if faults:
-        raise UserError(f"--parents {chosen}: is not a complete checkpoint: {faults[0]}")
+        raise UserError(f"--parents {chosen}: is not a whole checkpoint: {faults[0]}")
     if (chosen / "config.json").is_file():
         return Source(chosen, _member_of(chosen, path, member), _step_of(chosen))
-    worlds = sorted(config.parent.name for config in chosen.glob("*/config.json"))
+    worlds = sorted(one.parent.name for one in chosen.glob("*/config.json"))
     if member not in worlds:
         raise UserError(
             f"--parents {path}: holds independent models; --member must be one of "
@@ -78,33 +72,30 @@ def find_source(
 def choose_checkpoint(
     path: Path, *, step: int | None = None, share: float | None = None
 ) -> Path | None:
-    """Select a checkpoint of a run; `path` itself if it is one; None for a model folder.
+    """A checkpoint of a run, or the checkpoint that `path` is; None for a model folder.
 
-    Ties go to the earlier checkpoint, for a share above one half to the later one.
+    Ties between two go to the earlier for shares up to one half, else to the later; for a step, to
+    the earlier.
 
     Raises:
-        UserError: if the run has no checkpoint, or `path` is a checkpoint and step or share is set.
+        UserError: if the run has no checkpoint, or a single one is given with a choice.
     """
     if (path / "state.json").is_file() or (path / MANIFEST).is_file():
         if step is not None or share is not None:
-            raise UserError(
-                f"--parents {path}: is a single checkpoint, so --step and --share do not apply"
-            )
+            raise UserError(f"--parents {path}: is one checkpoint, there is no step to choose")
         return path
-    checkpoints = list_checkpoints(path / "checkpoints")
-    if not checkpoints:
+    there = list_checkpoints(path / "checkpoints")
+    if not there:
         if (path / "checkpoints").is_dir():
             raise UserError(f"--parents {path}: the run has no checkpoint yet")
         return None
-    steps = [int(checkpoint.name[5:]) for checkpoint in checkpoints]
+    steps = [int(one.name[5:]) for one in there]
     if share is not None:
-        target, prefer_later = share * steps[-1], share > 0.5
+        wanted, later = share * steps[-1], share > 0.5
     else:
-        target, prefer_later = (steps[-1] if step in (None, -1) else step), False
-    nearest = min(
-        range(len(steps)), key=lambda n: (abs(steps[n] - target), -n if prefer_later else n)
-    )
-    return checkpoints[nearest]
+        wanted, later = (steps[-1] if step in (None, -1) else step), False
+    nearest = min(range(len(steps)), key=lambda n: (abs(steps[n] - wanted), -n if later else n))
+    return there[nearest]
 
 
 def forest_sources(
@@ -115,14 +106,14 @@ def forest_sources(
     prior: str | Path | None = None,
     topk: int = 0,
 ) -> tuple[list[Source], list[float]]:
-    """Select experts of a forest as parents, with their weights in an average.
+    """Experts of a forest as parents, with their weights in an average.
 
     Args:
         only: domains; None for all.
-        weights: in the same order; None: those of the file `prior`, or equal ones.
-        topk: keep only the experts with the largest weights; 0 for all. Weights of 0 are dropped.
+        weights: in the same order; `prior`: a file with those of these experts; neither: alike.
+        topk: keep those with the largest weights only; 0 for all. A weight of 0 is left out.
     Raises:
-        UserError: if a domain is not in the forest, or the number of weights is wrong.
+        UserError: if a domain is not in the forest, or weights do not fit.
     """
     opened = open_forest(forest)
     experts = {expert.domain: expert for expert in opened.experts}
@@ -137,19 +128,21 @@ def forest_sources(
     weights = check_weights(weights, len(domains))
     if topk > len(domains):
         raise UserError(f"--topk {topk}: there are only {len(domains)} experts")
-    selected = strongest(weights, topk)
-    sources = [Source(experts[domains[i]].path, experts[domains[i]].member) for i in selected]
-    return sources, [weights[i] for i in selected]
+    kept = strongest(weights, topk)
+    sources = [
+        Source(experts[domains[place]].path, experts[domains[place]].member) for place in kept
+    ]
+    return sources, [weights[place] for place in kept]
 
 
 def strongest(weights: Sequence[float], count: int = 0) -> list[int]:
-    """Return the indices of the `count` largest weights, ascending; 0 for all, without zeros."""
-    best = sorted(range(len(weights)), key=lambda i: -weights[i])[: count or None]
-    return [i for i in sorted(best) if weights[i]]
+    """Places of so many of the largest weights, in order; 0 for all. A weight of 0 is left out."""
+    best = sorted(range(len(weights)), key=lambda place: -weights[place])[: count or None]
+    return [place for place in sorted(best) if weights[place]]
 
 
 def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
-    """Return one finite weight per parent; equal weights for None.
+    """One finite weight per parent; all alike where none are given.
 
     Raises:
         UserError: for another number of weights, one that is not finite, or a sum of 0.
@@ -157,14 +150,14 @@ def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     if weights is None:
         return [1 / count] * count
     if len(weights) != count:
-        raise UserError(f"--weights: {len(weights)} weights for {count} parents")
+        raise UserError(f"--weights: {len(weights)} are given, there are {count} parents")
     if not all(map(math.isfinite, weights)) or not math.fsum(weights):
         raise UserError(f"--weights {' '.join(map(str, weights))}: must be finite, sum not 0")
     return list(weights)
 
 
 def _step_of(folder: Path) -> int:
-    """Read the training step of a checkpoint from its state.json."""
+    """The finished steps of a checkpoint, whatever its folder is called."""
     try:
         return int(json.loads((folder / "state.json").read_text())["state"]["step"])
     except (OSError, ValueError, KeyError, TypeError) as error:

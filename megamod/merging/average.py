@@ -17,13 +17,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megamod.errors import UserError
+from megamod.merging.compatibility import check_configs
 from megamod.merging.measured import check_calibration, measure_statistics
 from megamod.merging.methods import METHODS
 from megamod.merging.model_folder import carry_over, commonest_chat, write_record
-from megamod.merging.operands import Operand
+from megamod.merging.naming import harmonise, tied_pairs
 from megamod.merging.plan import Plan, make_plan
-from megamod.merging.recipe import Recipe, weighted
+from megamod.merging.recipe import Input, Recipe, weighted
 from megamod.merging.reindexed import reindexed
+from megamod.merging.tensors import Operand, TensorSource, same_bits
 from megamod.merging.vocabulary import Vocabulary, unite
 from megamod.states.output_folder import check_new_folder, new_folder
 from megamod.states.stream import PIECE, ModelFolder, pieces, write_stream
@@ -104,13 +106,16 @@ def merge(
     if output is not None:
         check_new_folder(output)
     with ExitStack() as stack:
-        folders = [stack.enter_context(ModelFolder(one.path, one.member)) for one in recipe.inputs]
+        folders = [_opened(one, stack) for one in recipe.inputs]
         check_calibration(recipe)
         vocabulary = _vocabulary(recipe)
-        inputs = _aligned(recipe, folders)
+        paths = [folders[recipe.template].folder, *(folder.folder for folder in folders)]
+        check_configs(paths, cut=recipe.cut, same_words=vocabulary is None)
+        common = harmonise(folders, recipe.template, whole=not recipe.slices)
+        inputs = _aligned(recipe, common.folders)
         if vocabulary is not None:
             inputs = reindexed(inputs, vocabulary)
-        plan = make_plan(recipe, inputs, shard_bytes, vocabulary)
+        plan = make_plan(recipe, inputs, shard_bytes, vocabulary, common.copied)
         if dry_run:
             return plan
         measured = measure_statistics(recipe, Path(stack.enter_context(TemporaryDirectory())))
@@ -126,6 +131,7 @@ def merge(
         with tqdm(total=size, unit="B", unit_scale=True, disable=hidden, leave=False) as bar:
             produce = partial(_produce, plan, bar, seed)
             write_stream(folder, plan.files, plan.specs, produce, threads)
+        plan = replace(plan, config=_with_tie(plan, folder))
         words = folders[recipe.tokenizer].folder if copy_tokenizer else None
         chat = commonest_chat([one.path for one in recipe.inputs]) if recipe.chat else None
         carry_over(
@@ -142,6 +148,16 @@ def merge(
             note,
         )
     return plan
+
+
+def _opened(one: Input, stack: ExitStack) -> TensorSource:
+    """The tensors of a model until the stack is closed, with its adapter if it has one."""
+    folder = stack.enter_context(ModelFolder(one.path, one.member))
+    if one.adapter is None:
+        return folder
+    from megamod.merging.lora import AdaptedFolder
+
+    return AdaptedFolder(folder, one.adapter)
 
 
 def _vocabulary(recipe: Recipe) -> Vocabulary | None:
@@ -162,7 +178,7 @@ def _vocabulary(recipe: Recipe) -> Vocabulary | None:
     return vocabulary
 
 
-def _aligned(recipe: Recipe, folders: Sequence[ModelFolder]) -> Sequence[ModelFolder]:
+def _aligned(recipe: Recipe, folders: Sequence[TensorSource]) -> Sequence[TensorSource]:
     """The folders with their features in the order of the first one's, where the recipe asks so.
 
     Raises:
@@ -176,6 +192,25 @@ def _aligned(recipe: Recipe, folders: Sequence[ModelFolder]) -> Sequence[ModelFo
     return aligned_folders(recipe.align, folders, recipe.origin)
 
 
+def _with_tie(plan: Plan, folder: Path) -> dict[str, object]:
+    """The configuration of the result, with `tie_word_embeddings` off if the matrices differ.
+
+    Args:
+        folder: with the weights of the result.
+    """
+    pairs = tied_pairs(plan.specs)
+    if not pairs or plan.config.get("tie_word_embeddings") is False:
+        return plan.config
+    with ModelFolder(folder) as written:
+        if all(same_bits(written, one, written, other) for one, other in pairs):
+            return plan.config
+    config = plan.config | {"tie_word_embeddings": False}
+    inner = config.get("text_config")
+    if isinstance(inner, dict) and "tie_word_embeddings" in inner:
+        config["text_config"] = inner | {"tie_word_embeddings": False}
+    return config
+
+
 def _produce(plan: Plan, bar: tqdm, seed: int, name: str) -> Iterator[Tensor]:
     """The elements of one tensor of the result, in its dtype.
 
@@ -183,9 +218,11 @@ def _produce(plan: Plan, bar: tqdm, seed: int, name: str) -> Iterator[Tensor]:
         UserError: if one of them is not finite.
     """
     spec, recipe, making = plan.specs[name], plan.recipe, plan.makings[name]
-    if not spec.dtype.is_floating_point:
+    if making.copied:
         ((number, theirs),) = making.sources
-        yield from _copied(plan.folders[number], theirs)
+        for piece in _copied(plan.folders[number], theirs):
+            yield piece.to(spec.dtype)
+            bar.update(piece.nbytes)
         return
     cast = getattr(torch, recipe.dtype) if recipe.dtype else None
     blend = plan.blend(name, seed)
@@ -199,7 +236,7 @@ def _produce(plan: Plan, bar: tqdm, seed: int, name: str) -> Iterator[Tensor]:
         bar.update(piece.nbytes)
 
 
-def _copied(folder: ModelFolder, name: str) -> Iterator[Tensor]:
+def _copied(folder: TensorSource, name: str) -> Iterator[Tensor]:
     spec = folder.tensors[name]
     buffer = torch.empty(PIECE // spec.dtype.itemsize, dtype=spec.dtype)
     for start, stop in pieces(spec.numel, spec.dtype.itemsize):

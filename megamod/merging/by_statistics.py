@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megamod.errors import UserError
 from megamod.merging.elementwise import linear
-from megamod.merging.operands import Blend, Operand
+from megamod.merging.tensors import Blend, Operand
 
 INPUT_FIRST = ".T"
 """Ends the name of a Gram matrix whose layer holds its weight as [in, out], as GPT-2's do."""

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from megamod.errors import UserError
-from megamod.merging.operands import Blend
+from megamod.merging.tensors import Blend
 
 
 def linear(blend: Blend) -> Iterator[Tensor]:

@@ -1,15 +1,14 @@
 """How each tensor of a merge of whole models is made."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from megamod.errors import UserError
-from megamod.merging.fitting import match_names
+from megamod.merging.compatibility import check_shapes
 from megamod.merging.methods import METHODS, Method
-from megamod.merging.operands import Values
 from megamod.merging.recipe import Module, Recipe
 from megamod.merging.settings import Asked, Place, depths, layer_of, values_for
-from megamod.states.stream import ModelFolder
+from megamod.merging.tensors import TensorSource, Values
 
 
 @dataclass(frozen=True)
@@ -22,6 +21,7 @@ class Making:
         base: which of them the others are compared with; None: none.
         values: overall and per-source parameters.
         rows: how many rows are merged; None: all.
+        copied: the tensor is that of the only source, whatever the method.
     """
 
     sources: Sequence[tuple[int, str]]
@@ -29,6 +29,12 @@ class Making:
     base: int | None
     values: tuple[Values, Sequence[Values]]
     rows: int | None = None
+    copied: bool = False
+
+
+def copy_of(number: int, name: str) -> Making:
+    """A tensor that is taken from one model as it is."""
+    return Making([(number, name)], 0, None, ({}, [{}]), copied=True)
 
 
 def common_places(recipe: Recipe) -> list[Place]:
@@ -74,22 +80,33 @@ def places_of(recipe: Recipe, module: Module) -> list[Place]:
     return [*models, (where, module.parameters)]
 
 
-def of_models(recipe: Recipe, folders: Sequence[ModelFolder]) -> dict[str, Making]:
-    """Whole models into one with the tensors of the template."""
+def of_models(
+    recipe: Recipe, folders: Sequence[TensorSource], copied: Collection[str] = ()
+) -> dict[str, Making]:
+    """Whole models into one with the tensors of the template.
+
+    Args:
+        folders: of the models, under common names.
+        copied: tensors that are taken from the template as they are.
+    """
     method, template = METHODS[recipe.method], folders[recipe.template]
     base = recipe.base if method.base != "none" else None
-    names = [match_names(template, folder, cut=recipe.cut) for folder in folders]
-    merged = names[recipe.template]
+    merged = [
+        name
+        for name, spec in template.tensors.items()
+        if spec.dtype.is_floating_point and name not in copied
+    ]
+    for folder in folders:
+        for name in merged:
+            check_shapes(template, name, folder, theirs=name, cut=recipe.cut)
     makings = {
-        name: Making([(recipe.template, name)], 0, None, ({}, [{}]))
-        for name in template.tensors
-        if name not in merged
+        name: copy_of(recipe.template, name) for name in template.tensors.keys() - set(merged)
     }
     if not recipe.modules:
         places = [(f"{recipe.origin}, {one}", one.parameters) for one in recipe.inputs]
         models = dict(enumerate(places))
         check_count(recipe, list(models), base, recipe.origin)
-        makings |= _of_part(recipe, models, common_places(recipe), names, list(merged))
+        makings |= _of_part(recipe, models, common_places(recipe), merged)
     for module, owned in _owned(recipe, merged).items():
         part = recipe.modules[module]
         *places, own = places_of(recipe, part)
@@ -97,7 +114,7 @@ def of_models(recipe: Recipe, folders: Sequence[ModelFolder]) -> dict[str, Makin
         if recipe.base is not None:
             models.setdefault(recipe.base, (f"{own[0]}, {recipe.inputs[recipe.base]}", {}))
         check_count(recipe, list(models), base, own[0])
-        makings |= _of_part(recipe, models, [own, *common_places(recipe)], names, owned)
+        makings |= _of_part(recipe, models, [own, *common_places(recipe)], owned)
     return {name: makings[name] for name in template.tensors}
 
 
@@ -105,14 +122,13 @@ def _of_part(
     recipe: Recipe,
     models: Mapping[int, Place],
     common: Sequence[Place],
-    names: Sequence[Mapping[str, str]],
     part: Sequence[str],
 ) -> dict[str, Making]:
     """Some tensors of the template.
 
     Args:
         models: which models are merged, each with its own parameters; `common`: further ones.
-        names: of each model, what it calls a tensor; `part`: names of the tensors to make.
+        part: names of the tensors to make.
     """
     method = METHODS[recipe.method]
     base = recipe.base if method.base != "none" else None
@@ -122,7 +138,7 @@ def _of_part(
     lead = numbers.index(recipe.template) if recipe.template in models else 0
     makings = {}
     for name in part:
-        theirs = [names[number][name] for number in numbers]
+        theirs = [name] * len(numbers)
         values = values_for(
             method, depth[name], Asked(name, common), asked_of(method, theirs, anchor, places)
         )

@@ -45,6 +45,8 @@ def check_calibration(recipe: Recipe) -> None:
             check_word(str(key), _KEYS, f"{where}: unknown key")
         if not isinstance(block.get("path"), str) or not Path(block["path"]).is_file():
             raise UserError(f"{where}: path is {block.get('path')!r}; give a file with text")
+        if one.adapter is not None:
+            raise UserError(f"{where}: a model with an adapter is not run on text; merge it first")
         if one.member is not None or read_config(one.path).get("untie", "none") != "none":
             raise UserError(
                 f"{where}: a model with experts is not run on text; give `statistics: FILE`"

@@ -13,7 +13,7 @@ from functools import partial
 from torch import Tensor
 
 from megamod.merging import by_statistics, elementwise, spherical, task_vectors
-from megamod.merging.operands import Blend
+from megamod.merging.tensors import Blend
 
 
 @dataclass(frozen=True)

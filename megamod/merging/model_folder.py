@@ -9,15 +9,19 @@ from pathlib import Path
 
 from megamod.errors import UserError
 from megamod.files import write_atomic, write_json
+from megamod.merging.layer_settings import Origin, stacked_config
 from megamod.merging.recipe import Recipe
 from megamod.merging.vocabulary import FILE as VOCABULARY
 from megamod.merging.vocabulary import UNION, Vocabulary
-from megamod.states.tokenizer_files import PATTERNS, VOCABULARIES
+from megamod.states.forest import read_config
 from megamod.version import __version__
 
 RECORD = "merge.json"
 _CHAT = "chat_template.jinja"
-_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_LISTS = ("vocab.txt", "vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "dict.txt")
+_LISTS += ("*.model",)
+_WORDS = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "chat_template*")
+_WORDS += _LISTS
 _CARRIED = ("generation_config.json", "preprocessor_config.json")
 _CARD = """---
 library_name: {library}
@@ -56,7 +60,7 @@ def merged_config(
             inner = vocabulary.renumbered(inner) | {"vocab_size": len(vocabulary)}
             config["text_config"] = inner
     if recipe.slices:
-        config |= _stacked(config, recipe)
+        config = _stacked(config, recipe)
     if stored is not None:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = stored
     if config.get("model_type") == "demix":
@@ -68,26 +72,19 @@ def merged_config(
     return config
 
 
-def _stacked(config: dict[str, object], recipe: Recipe) -> dict[str, object]:
-    """What changes in a configuration with the number of layers.
-
-    Raises:
-        UserError: if it does not say how many layers there are.
-    """
-    known = [name for name in _LAYERS if isinstance(config.get(name), int)]
-    if not known:
-        raise UserError(
-            f"{recipe.inputs[recipe.template]}/config.json: says nowhere how many layers there are "
-            f"({', '.join(_LAYERS)}), so slices cannot be stacked"
-        )
-    depth = sum(part.depth for part in recipe.slices)
-    changed: dict[str, object] = dict.fromkeys(known, depth)
-    # Fields with an entry for each layer, such as its kind of attention.
-    for name, value in config.items():
-        if name.startswith("layer_") and isinstance(value, list) and len(value) == config[known[0]]:
-            spans = [part.sources[0].layers for part in recipe.slices]
-            changed[name] = [entry for first, end in spans for entry in value[first:end]]
-    return changed
+def _stacked(config: Mapping[str, object], recipe: Recipe) -> dict[str, object]:
+    """The configuration with the settings of the layers that are stacked."""
+    configs = {
+        number: config if number == recipe.template else read_config(one.path)
+        for number, one in enumerate(recipe.inputs)
+    }
+    leading = [part.leading(recipe.base) for part in recipe.slices]
+    origins = [
+        Origin(recipe.inputs[source.model].path, configs[source.model], layer)
+        for source in leading
+        for layer in range(*source.layers)
+    ]
+    return stacked_config(config, recipe.inputs[recipe.template].path, origins)
 
 
 def carry_over(
@@ -110,7 +107,7 @@ def carry_over(
     write_json(folder / "config.json", config)
     for pattern in (*_CARRIED, *(("*.py",) if "auto_map" in config else ())):
         _copy(source, pattern, folder)
-    for pattern in PATTERNS if words is not None else ():
+    for pattern in _WORDS if words is not None else ():
         _copy(words, pattern, folder)
     if vocabulary is not None:
         _revise(folder, words is not None, vocabulary)
@@ -134,7 +131,7 @@ def _revise(folder: Path, words: bool, vocabulary: Vocabulary) -> None:
     if words and vocabulary.grown:
         write_json(folder / VOCABULARY, vocabulary.tokenizer)
         # These lack the new words, and are not read where there is a tokenizer.json.
-        for pattern in (*VOCABULARIES, "*.model", "added_tokens.json"):
+        for pattern in (*_LISTS, "added_tokens.json"):
             for file in folder.glob(pattern):
                 file.unlink()
 
@@ -190,6 +187,7 @@ def write_record(
     parents = [
         {
             "path": str(one.path),
+            **({"adapter": str(one.adapter)} if one.adapter is not None else {}),
             "member": one.member,
             "domain": one.domain,
             "weight": share,

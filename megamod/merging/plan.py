@@ -1,23 +1,25 @@
 """What becomes of each tensor in a merge: settled from headers alone, before any work."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from megamod.errors import UserError
-from megamod.merging.fitting import check_configs
 from megamod.merging.making import Making, common_places, of_models, places_of
 from megamod.merging.methods import METHODS, PARAMETERS, Method
 from megamod.merging.model_folder import merged_config
-from megamod.merging.operands import Blend, Operand
 from megamod.merging.recipe import Recipe
-from megamod.merging.settings import Place, check_parameters, check_word
+from megamod.merging.settings import WITHOUT_EFFECT, Place, check_parameters, check_word
 from megamod.merging.stacking import of_slices
+from megamod.merging.tensors import Blend, Operand, TensorSource
 from megamod.merging.vocabulary import Vocabulary
 from megamod.states.forest import read_config
-from megamod.states.stream import ModelFolder, Spec, plan_shards
+from megamod.states.stream import Spec, plan_shards
 from megamod.states.weights import file_of
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Plan:
     """A merge that was checked and can be carried out while its folders are open.
 
     Attributes:
-        folders: one for each model; `statistics`: what was measured of it, None: nothing yet.
+        folders: of the models; `statistics`: what was measured of it, None: nothing yet.
         makings: how each tensor is made.
         specs: of the tensors to write; `files`: which of them go into which file.
         config: the configuration to write.
@@ -33,8 +35,8 @@ class Plan:
     """
 
     recipe: Recipe
-    folders: Sequence[ModelFolder]
-    statistics: Sequence[ModelFolder | None]
+    folders: Sequence[TensorSource]
+    statistics: Sequence[TensorSource | None]
     makings: dict[str, Making]
     specs: dict[str, Spec]
     files: dict[str, list[str]]
@@ -59,8 +61,8 @@ class Plan:
         """The weight of each model, in averages divided by their sum; None: no single one."""
         plain = METHODS[self.recipe.method].base == "none"
         found: list[set[float | None]] = [set() for _ in self.folders]
-        for name, making in self.makings.items():
-            if not self.specs[name].dtype.is_floating_point:
+        for making in self.makings.values():
+            if making.copied:
                 continue
             overall, each = making.values
             total = sum(values.get("weight", 0) for values in each)
@@ -91,29 +93,33 @@ class Plan:
 
 def make_plan(
     recipe: Recipe,
-    folders: Sequence[ModelFolder],
+    folders: Sequence[TensorSource],
     shard_bytes: int,
     vocabulary: Vocabulary | None = None,
+    copied: Collection[str] = (),
 ) -> Plan:
     """Check that the open folders can be merged so, and settle what becomes of each tensor.
 
     Args:
+        copied: tensors that are taken from the template as they are.
         vocabulary: that the folders have been given; None: each has its own.
     Raises:
         UserError: naming the folder, tensor or parameter, if they cannot.
     """
     check_word(recipe.method, tuple(METHODS), f"{recipe.origin}: there is no merge method")
     check_parameters(_all_places(recipe), PARAMETERS, recipe.method)
+    _warn_of_parameters(recipe)
     template = folders[recipe.template]
-    every = [template.folder, *(folder.folder for folder in folders)]
-    check_configs(every, cut=recipe.cut, same_words=vocabulary is None)
-    makings = of_slices(recipe, folders) if recipe.slices else of_models(recipe, folders)
+    make = of_slices if recipe.slices else of_models
+    makings = make(recipe, folders, copied)
     stored = recipe.out_dtype or recipe.dtype
     specs, config = {}, merged_config(read_config(template.folder), recipe, stored, vocabulary)
     for name, making in makings.items():
         number, theirs = making.sources[making.lead]
         spec = folders[number].tensors[theirs]
-        if spec.dtype.is_floating_point:
+        if spec.dtype.is_floating_point and making.copied:
+            spec = Spec(getattr(torch, stored) if stored else spec.dtype, spec.shape)
+        elif spec.dtype.is_floating_point:
             rows = _rows(METHODS[recipe.method], making, folders, name)
             makings[name] = replace(making, rows=rows)
             if rows is not None and spec.shape[0] == config.get("vocab_size"):
@@ -145,7 +151,17 @@ def _all_places(recipe: Recipe) -> list[Place]:
     return [*places, *common_places(recipe)]
 
 
-def _rows(method: Method, making: Making, folders: Sequence[ModelFolder], name: str) -> int | None:
+def _warn_of_parameters(recipe: Recipe) -> None:
+    """Log parameters of other methods: they are allowed, as in mergekit, and have no effect."""
+    method = METHODS[recipe.method]
+    used = {*method.per_model, *method.overall, *WITHOUT_EFFECT}
+    for where, settings in _all_places(recipe):
+        for name in settings:
+            if name not in used:
+                logger.warning("%s, %s: has no effect with %s", where, name, recipe.method)
+
+
+def _rows(method: Method, making: Making, folders: Sequence[TensorSource], name: str) -> int | None:
     """How many rows are merged where vocabularies are of unequal size; else None.
 
     Raises:

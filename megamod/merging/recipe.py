@@ -18,6 +18,7 @@ class Input:
 
     Attributes:
         path: its folder; `member`: an expert of a DEMix folder, None for the whole.
+        adapter: folder of a LoRA adapter that is merged into it first; None: none.
         parameters: settings by name.
         domain: what it was trained on, to be recorded.
         statistics: file with what was measured on data, for methods that weigh by it;
@@ -30,9 +31,33 @@ class Input:
     domain: str | None = None
     statistics: Path | None = None
     calibration: Mapping[str, Setting] | None = None
+    adapter: Path | None = None
 
     def __str__(self) -> str:
-        return str(self.path) if self.member is None else f"{self.path} ({self.member})"
+        text = str(self.path) if self.adapter is None else f"{self.path}+{self.adapter}"
+        return text if self.member is None else f"{text} ({self.member})"
+
+
+def split_adapter(text: str, beside: Path = Path()) -> tuple[Path, Path | None]:
+    """Split `MODEL+ADAPTER`, mergekit's spelling of a model with a LoRA adapter.
+
+    A folder that exists under the whole text, plus included, is one model.
+
+    Args:
+        beside: folder in which names are looked up that the working directory does not have.
+    """
+    whole = find_path(text, beside)
+    if "+" in text and not whole.exists():
+        for place in (number for number, letter in enumerate(text) if letter == "+"):
+            model, adapter = (find_path(t, beside) for t in (text[:place], text[place + 1 :]))
+            if text[:place] and model.exists() and adapter.exists():
+                return model, adapter
+    return whole, None
+
+
+def find_path(text: str, beside: Path) -> Path:
+    """The path if it exists, else the one in the other folder if that exists."""
+    return Path(text) if Path(text).exists() or not (beside / text).exists() else beside / text
 
 
 @dataclass(frozen=True)
@@ -69,6 +94,15 @@ class Slice:
         """Number of layers."""
         first, last = self.sources[0].layers
         return last - first
+
+    def leading(self, base: int | None) -> Source:
+        """The source that has the names, shapes and settings: the base, else the first.
+
+        Args:
+            base: number of the input that is the base of the recipe; None: there is none.
+        """
+        base = base if self.base is None else self.base
+        return next((one for one in self.sources if one.model == base), self.sources[0])
 
 
 @dataclass(frozen=True)
@@ -147,12 +181,13 @@ def weighted(
     """The recipe of a weighted average.
 
     Args:
-        sources: folder, and for an expert of a DEMix folder its domain.
+        sources: folder, or model and adapter as `MODEL+ADAPTER`; and for an expert of a DEMix
+            folder its domain.
         weights: of each source; `origin`: where they come from, for messages.
     Raises:
         UserError: if there are not as many weights as sources.
     """
-    sources = [(Path(path), member) for path, member in sources]
+    sources = [(*split_adapter(str(path)), member) for path, member in sources]
     if not sources:
         raise UserError(f"{origin}: there is no model to merge")
     if len(weights) != len(sources):
@@ -160,7 +195,15 @@ def weighted(
             f"{origin}: gives {len(weights)} weights, but there are {len(sources)} models"
         )
     inputs = tuple(
-        Input(path, member, {"weight": weight}, domains[place] if domains else member)
-        for place, ((path, member), weight) in enumerate(zip(sources, weights, strict=True))
+        Input(
+            path,
+            member,
+            {"weight": weight},
+            domains[place] if domains else member,
+            adapter=adapter,
+        )
+        for place, ((path, adapter, member), weight) in enumerate(
+            zip(sources, weights, strict=True)
+        )
     )
     return Recipe("linear", inputs, {"normalize": normalize}, dtype, out_dtype, origin=origin)

@@ -12,7 +12,16 @@ from pathlib import Path
 import yaml
 
 from megamod.errors import UserError
-from megamod.merging.recipe import GREEDY_SOUP, Input, Module, Recipe, Slice, Source
+from megamod.merging.recipe import (
+    GREEDY_SOUP,
+    Input,
+    Module,
+    Recipe,
+    Slice,
+    Source,
+    find_path,
+    split_adapter,
+)
 from megamod.merging.settings import Setting, check_word
 from megamod.merging.vocabulary import UNION, read_words
 
@@ -79,6 +88,9 @@ def read_recipe(path: Path) -> Recipe:
         if block is not None and _BLOCKS[key] and method not in _BLOCKS[key]:
             raise UserError(f"{where}: {key} goes with {', '.join(_BLOCKS[key])}, not {method}")
     for one in inputs:
+        if one.statistics is not None and method not in _BLOCKS["calibration"]:
+            allowed = ", ".join(_BLOCKS["calibration"])
+            raise UserError(f"{where}, {one}: statistics goes with {allowed}, not {method}")
         if one.calibration is not None and method not in _BLOCKS["calibration"]:
             allowed = ", ".join(_BLOCKS["calibration"])
             raise UserError(f"{where}, {one}: calibration goes with {allowed}, not {method}")
@@ -225,18 +237,16 @@ def _input(entry: object, where: str, beside: Path, keys: Sequence[str]) -> Inpu
     calibration = entry.get("calibration")
     if calibration is not None and not isinstance(calibration, dict):
         raise UserError(f"{where}, calibration: is {calibration!r}, not `name: value` lines")
+    path, adapter = split_adapter(entry["model"], beside)
     return Input(
-        _folder(entry["model"], beside),
+        path,
         member,
         _parameters(entry.get("parameters"), f"{where}, parameters"),
         member,
-        None if statistics is None else _folder(statistics, beside),
+        None if statistics is None else find_path(statistics, beside),
         calibration,
+        adapter,
     )
-
-
-def _folder(text: str, beside: Path) -> Path:
-    return Path(text) if Path(text).exists() or not (beside / text).exists() else beside / text
 
 
 def _base(model: object, inputs: list[Input], beside: Path, where: str) -> int | None:
@@ -245,11 +255,11 @@ def _base(model: object, inputs: list[Input], beside: Path, where: str) -> int |
         return None
     if not isinstance(model, str):
         raise UserError(f"{where}: is {model!r}, not the name of a folder")
-    path = _folder(model, beside)
-    if path not in (paths := [one.path for one in inputs]):
-        inputs.append(Input(path))
-        return len(paths)
-    return paths.index(path)
+    path, adapter = split_adapter(model, beside)
+    if (path, adapter) not in (known := [(one.path, one.adapter) for one in inputs]):
+        inputs.append(Input(path, adapter=adapter))
+        return len(known)
+    return known.index((path, adapter))
 
 
 def _with_tokenizer(recipe: Recipe, content: Mapping, path: Path) -> Recipe:
@@ -266,14 +276,14 @@ def _with_tokenizer(recipe: Recipe, content: Mapping, path: Path) -> Recipe:
     def find(name: object, there: str) -> int | None:
         if name in (UNION, "base"):
             return None if name == UNION else recipe.template
-        paths = [one.path for one in recipe.inputs]
-        found = _folder(name, path.parent) if isinstance(name, str) else None
-        if found not in paths:
+        known = [(one.path, one.adapter) for one in recipe.inputs]
+        found = split_adapter(name, path.parent) if isinstance(name, str) else None
+        if found not in known:
             raise UserError(
                 f"{there}: is {name!r}; give union, base, or one of the models "
-                f"{', '.join(map(str, paths))}"
+                f"{', '.join(map(str, recipe.inputs))}"
             )
-        return paths.index(found)
+        return known.index(found)
 
     key = "tokenizer_source" if block is None else "tokenizer"
     words = read_words(source if block is None else block, find, f"{where}, {key}")

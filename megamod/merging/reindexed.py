@@ -2,30 +2,31 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from megamod.errors import UserError
-from megamod.merging.fitting import counterpart
+from megamod.merging.compatibility import vocab_size
+from megamod.merging.naming import INPUT_NAMES, OUTPUT_NAMES
 from megamod.merging.settings import layer_of
+from megamod.merging.tensors import TensorSource, View
 from megamod.merging.vocabulary import Donors, Vocabulary
 from megamod.states.forest import read_config
 from megamod.states.rows import read_rows
-from megamod.states.stream import PIECE, ModelFolder, Spec
+from megamod.states.stream import PIECE, Spec
 
-_EMBEDDING = r"embed_tokens|wte|word_embeddings?|tok_embeddings|embed_in|shared|tokens"
-_OUTPUT = r"lm_head|embed_out|output|decoder|generator_lm_head|predictions"
-_KNOWN = re.compile(rf"(?:^|\.)({_EMBEDDING}|{_OUTPUT})(?:\.experts\.[^.]+)?\.(?:weight|bias)$")
+_EXPERT = r"(?:\.experts\.[^.]+)?"
+_KNOWN = re.compile(rf"(?:^|\.)({INPUT_NAMES}|{OUTPUT_NAMES}){_EXPERT}\.(?:weight|bias)$")
 _ELSE = re.compile(r"position|wpe|token_type")
-_INPUT = re.compile(rf"(?:^|\.)(?:{_EMBEDDING})(?:\.experts\.[^.]+)?\.weight$")
+_INPUT = re.compile(rf"(?:^|\.)(?:{INPUT_NAMES}){_EXPERT}\.weight$")
 
 
-class ReindexedFolder:
-    """An open `ModelFolder` with the vocabulary of the result of a merge.
+class ReindexedFolder(View):
+    """A source with the vocabulary of the result of a merge.
 
-    It is read like a `ModelFolder`. Rows that it lacks are read from other folders.
+    Rows that it lacks are read from other folders.
 
     Args:
         number: of the folder among `folders`, which are those of all models.
@@ -37,26 +38,21 @@ class ReindexedFolder:
     def __init__(
         self,
         number: int,
-        folders: Sequence[ModelFolder],
+        folders: Sequence[TensorSource],
         by_word: Sequence[Sequence[str]],
         vocabulary: Vocabulary,
     ):
-        self.source = folders[number]
-        self.folder, self.member = self.source.folder, self.source.member
+        super().__init__(folders[number])
         self._folders = folders
         self._rows, self._donors = vocabulary.rows[number], vocabulary.donors[number]
-        self.tensors: dict[str, Spec] = dict(self.source.tensors)
-        self._there: dict[str, list[str]] = {}
+        self._by_word: set[str] = set()
         used = {model for donors in self._donors.values() for model, _ in donors}
         for name in by_word[number]:
             spec = self.source.tensors[name]
             self.tensors[name] = Spec(spec.dtype, (len(vocabulary), *spec.shape[1:]))
-            self._there[name] = [
-                counterpart(self.source, name, other, name) if model in used else name
-                for model, other in enumerate(folders)
-            ]
+            self._by_word.add(name)
             for model in used:
-                shape = folders[model].tensors[self._there[name][model]].shape
+                shape = folders[model].tensors[name].shape
                 if shape[1:] != spec.shape[1:]:
                     raise UserError(
                         f"{name} has shape {list(spec.shape)} in {self.folder}, {list(shape)} in "
@@ -64,8 +60,8 @@ class ReindexedFolder:
                     )
 
     def read_into(self, name: str, start: int, buffer: Tensor) -> None:
-        """As `ModelFolder.read_into`."""
-        if name not in self._there:
+        """As `TensorSource.read_into`."""
+        if name not in self._by_word:
             self.source.read_into(name, start, buffer)
             return
         spec = self.tensors[name]
@@ -91,25 +87,14 @@ class ReindexedFolder:
         """The mean of rows of other models, [width]; of none zeros."""
         total = torch.zeros(width, dtype=torch.float64)
         for model, row in donors:
-            source, theirs = self._folders[model], self._there[name][model]
-            read = torch.empty(width, dtype=source.tensors[theirs].dtype)
-            source.read_into(theirs, row * width, read)
+            source = self._folders[model]
+            read = torch.empty(width, dtype=source.tensors[name].dtype)
+            source.read_into(name, row * width, read)
             total += read
         return total / max(1, len(donors))
 
-    def read(self, name: str) -> Tensor:
-        """A whole tensor, in memory of its own."""
-        spec = self.tensors[name]
-        flat = torch.empty(spec.numel, dtype=spec.dtype)
-        self.read_into(name, 0, flat)
-        return flat.view(spec.shape)
 
-    def digest(self) -> str:
-        """The digest of what is on disk."""
-        return self.source.digest()
-
-
-def reindexed(folders: Sequence[ModelFolder], vocabulary: Vocabulary) -> list[ReindexedFolder]:
+def reindexed(folders: Sequence[TensorSource], vocabulary: Vocabulary) -> list[ReindexedFolder]:
     """The folders of a merge, each with the vocabulary of the result.
 
     Raises:
@@ -131,13 +116,13 @@ def reindexed(folders: Sequence[ModelFolder], vocabulary: Vocabulary) -> list[Re
     return [ReindexedFolder(n, folders, by_word, vocabulary) for n in range(len(folders))]
 
 
-def _by_word(folder: ModelFolder) -> list[str]:
+def _by_word(folder: TensorSource) -> list[str]:
     """Tensors with a row for every word.
 
     Raises:
         UserError: if there is no embedding, or a tensor of such a shape is not known.
     """
-    size = _vocab_size(read_config(folder.folder))
+    size = vocab_size(read_config(folder.folder))
     shaped = [
         name
         for name, spec in folder.tensors.items()
@@ -156,8 +141,3 @@ def _by_word(folder: ModelFolder) -> list[str]:
             "so its rows cannot be reordered"
         )
     return known
-
-
-def _vocab_size(config: Mapping[str, object]) -> object:
-    inner = config.get("text_config")
-    return config.get("vocab_size", inner.get("vocab_size") if isinstance(inner, dict) else None)

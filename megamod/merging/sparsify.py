@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megamod.errors import UserError
-from megamod.merging.operands import Blend, Operand
+from megamod.merging.tensors import Blend, Operand
 
 _DIGIT = 16  # bits
 _TINY = 1e-7

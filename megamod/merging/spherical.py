@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from megamod.merging.operands import Blend, Operand
+from megamod.merging.tensors import Blend, Operand
 
 _STRAIGHT = 0.9995  # cosine beyond which the arc is taken for a straight line
 _PARALLEL = 1e-12  # the same for nuslerp, as the square of the sine

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megamod.merging import sparsify
-from megamod.merging.operands import Blend, Operand
+from megamod.merging.tensors import Blend, Operand
 
 Thinning = Callable[[Blend, Operand], Callable[[], sparsify.Thin]]
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from megamod.errors import UserError
 from megamod.files import write_json
-from megamod.states.tokenizer_files import lend_tokenizer
+from megamod.states.token_ids import check_same_ids
 
 FORMAT = 1
 FILE = "forest.json"
@@ -135,8 +135,6 @@ def edit_forest(path: str | Path) -> Iterator[list[Expert]]:
         if not (file.parent / "config.json").exists():
             # Makes the folder one that AutoModelForCausalLM.from_pretrained reads.
             write_json(file.parent / "config.json", {"model_type": MODEL_TYPE})
-        for expert in experts:  # as the experts share a tokenizer, the first one found will do
-            lend_tokenizer(expert.path, file.parent)
         record = {"format": FORMAT, "experts": [_entry(e, file.parent) for e in experts]}
         write_json(file, record)
 
@@ -239,6 +237,9 @@ def _check(experts: list[Expert], where: Path) -> None:
     if len(sizes) > 1:
         told = ", ".join(f"{size} of {name}" for size, name in sizes.items())
         raise UserError(f"{where}: the experts have different vocabularies: {told}")
+    folders = list(dict.fromkeys(expert.path for expert in experts))
+    for folder in folders[1:]:
+        check_same_ids(folders[0], folder)
 
 
 def read_config(folder: Path) -> dict[str, object]:

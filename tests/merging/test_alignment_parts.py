@@ -299,7 +299,8 @@ def test_a_folder_is_read_as_if_it_were_permuted(tmp_path, monkeypatch, kind, fo
     expected = permuted(model.state_dict(), symmetry, alignment)
     decoder = "cls.predictions.decoder.weight"
     for as_reference in (False, True):
-        with PermutedFolder(ModelFolder(tmp_path / "model"), alignment, as_reference) as source:
+        with ModelFolder(tmp_path / "model") as stored:
+            source = PermutedFolder(stored, alignment, as_reference)
             if as_reference:
                 expected = reference(model.state_dict(), symmetry, alignment)
             untied = kind == "bert" and not follow
@@ -334,9 +335,9 @@ def test_a_permuted_folder_written_out_is_the_same_model(tmp_path, follow):
     with ModelFolder(tmp_path / "model") as opened:
         symmetry = folder_symmetry(opened)
         alignment = random_alignment(symmetry, Options(head_follow_residual=follow))
-        with PermutedFolder(opened, alignment) as source:
-            state = {name: source.read(name) for name in source.tensors}
-            (tmp_path / "config.json").write_text(json.dumps(source.config))
+        source = PermutedFolder(opened, alignment)
+        state = {name: source.read(name) for name in source.tensors}
+        (tmp_path / "config.json").write_text(json.dumps(source.config))
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
     same = load_model(str(tmp_path)).eval()
     torch.testing.assert_close(outputs(same), outputs(model), rtol=0, atol=2e-5)

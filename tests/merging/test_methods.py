@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from megamod.errors import UserError
-from megamod.merging import operands, sparsify
+from megamod.merging import sparsify, tensors
 from megamod.merging.average import merge
 from megamod.merging.methods import METHODS
 from megamod.merging.plan import make_plan
@@ -24,7 +24,7 @@ SHAPES |= {"wide": (2, 150)}
 def small_pieces(monkeypatch):
     """Pieces of 16 floats, so that most tensors have several, the last one short."""
     monkeypatch.setattr(stream, "PIECE", 64)
-    monkeypatch.setattr(operands, "PIECE", 64)
+    monkeypatch.setattr(tensors, "PIECE", 64)
 
 
 def states_of(count: int, dtype=torch.float32, seed: int = 0) -> list[dict[str, torch.Tensor]]:
@@ -335,8 +335,8 @@ def test_of_equal_entries_the_first_stay(tmp_path, low, high):
     tau = torch.randint(-2, 3, (101,), generator=generator).float()
     folders = write(tmp_path, [{"w": torch.zeros(101)}, {"w": tau}])
     with ModelFolder(folders[0]) as first, ModelFolder(folders[1]) as second:
-        base, model = (operands.Operand(f, "w", {}) for f in (first, second))
-        vector = sparsify.TaskVector(operands.Blend("w", [base, model], base, {}), model)
+        base, model = (tensors.Operand(f, "w", {}) for f in (first, second))
+        vector = sparsify.TaskVector(tensors.Blend("w", [base, model], base, {}), model)
         thin = sparsify._band(vector, low, high)()
         pieces = [piece.clone() for piece in vector.pieces()]
         for piece in pieces:

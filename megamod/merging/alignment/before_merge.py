@@ -4,16 +4,16 @@ from collections.abc import Mapping, Sequence
 
 from megamod.errors import UserError
 from megamod.merging.alignment.align import align_folders, align_weights
-from megamod.merging.alignment.folder import PermutedFolder
-from megamod.merging.alignment.options import BY_TEXT, Options, options_from
-from megamod.merging.alignment.record import Alignment
+from megamod.merging.alignment.folder import PermutedFolder, folder_symmetry
+from megamod.merging.alignment.options import BY_TEXT, Options, checked_options
+from megamod.merging.alignment.record import Alignment, unaligned
+from megamod.merging.tensors import TensorSource, label
 from megamod.states.forest import read_config
-from megamod.states.stream import ModelFolder
 
 
 def aligned_folders(
-    block: Mapping[str, object], folders: Sequence[ModelFolder], origin: str
-) -> list[ModelFolder | PermutedFolder]:
+    block: Mapping[str, object], folders: Sequence[TensorSource], origin: str
+) -> list[TensorSource]:
     """The folders of a recipe, all but the first with their features in the first one's order.
 
     Args:
@@ -22,12 +22,15 @@ def aligned_folders(
         UserError: if models cannot be aligned so, or the result would need an output matrix that
             is no longer tied.
     """
-    options = options_from(dict(block), origin)
-    if options.method == "identity":
+    options = checked_options(dict(block), origin)
+    if options.method == "identity" and not options.compat.scale:
         return list(folders)
-    found: list[ModelFolder | PermutedFolder] = [folders[0]]
+    found: list[TensorSource] = [folders[0]]
     for folder in folders[1:]:
-        one = PermutedFolder(folder, _alignment(folders[0], folder, options, origin))
+        alignment = _alignment(folders[0], folder, options, origin)
+        one = PermutedFolder(folder, alignment)
+        if options.compat.scale:
+            found[0] = PermutedFolder(folders[0], alignment, reference=True)
         if extra := sorted(one.tensors.keys() - folder.tensors.keys()):
             raise UserError(
                 f"{origin}: aligned so, {extra[0]} is no longer tied; leave head_follow_residual "
@@ -37,17 +40,26 @@ def aligned_folders(
     return found
 
 
-def _alignment(first: ModelFolder, second: ModelFolder, options: Options, origin: str) -> Alignment:
+def _alignment(
+    first: TensorSource, second: TensorSource, options: Options, origin: str
+) -> Alignment:
     if options.method in BY_TEXT:
         for folder in (first, second):
+            if getattr(folder, "adapter", None) is not None:
+                raise UserError(
+                    f"{origin}: {label(folder)}: a model with an adapter is not "
+                    "run on text; give align the method weight, or merge the adapter first"
+                )
             if folder.member is not None:
                 raise UserError(
-                    f"{origin}: {folder.folder} ({folder.member}): one expert of a folder is not "
+                    f"{origin}: {label(folder)}: one expert of a folder is not "
                     "run on text; give align the method weight"
                 )
         if options.calibration.path is None:
             raise UserError(f"{origin}: align.calibration.path is missing: text to compare on")
         return align_folders(str(first.folder), str(second.folder), options)
+    if options.method == "identity":
+        return unaligned(folder_symmetry(second, qk=options.qk), options)
     states = [{name: folder.read(name) for name in folder.tensors} for folder in (first, second)]
     configs = [read_config(folder.folder) for folder in (first, second)]
     return align_weights(configs[0], states[0], configs[1], states[1], options)

@@ -5,23 +5,31 @@ it is read. Where features are mixed and not only reordered, one tensor of each 
 """
 
 import threading
-from typing import Self
 
 import torch
 from torch import Tensor
 
-from megamod.merging.alignment.permute import Change, axis_index, changes, reorder, untied
+from megamod.merging.alignment.permute import (
+    Change,
+    axis_index,
+    changes,
+    reorder,
+    scale_features,
+    scaled_features,
+    untied,
+)
 from megamod.merging.alignment.record import Alignment
 from megamod.merging.alignment.symmetry import Symmetry, symmetry_of
+from megamod.merging.tensors import TensorSource, View
 from megamod.states.forest import read_config
 from megamod.states.rows import read_rows
-from megamod.states.stream import PIECE, ModelFolder, Spec
+from megamod.states.stream import PIECE
 
 
-class PermutedFolder:
-    """An open `ModelFolder` with its features in the order of the reference.
+class PermutedFolder(View):
+    """A source with its features in the order of the reference.
 
-    It is read like a `ModelFolder`. Where the alignment needs output matrices that are no longer
+    Where the alignment needs output matrices that are no longer
     tied, it has them as tensors of their own; then so must the reference and the merged model.
 
     Args:
@@ -35,41 +43,34 @@ class PermutedFolder:
         UserError: if the alignment is not one of such a model.
     """
 
-    def __init__(self, source: ModelFolder, alignment: Alignment, reference: bool = False):
-        self.source, self.folder, self.member = source, source.folder, source.member
-        self.files = source.files
+    def __init__(self, source: TensorSource, alignment: Alignment, reference: bool = False):
+        super().__init__(source)
         symmetry = folder_symmetry(source, qk=alignment.options.qk)
         found = changes(symmetry, alignment)
         self._stored = untied(symmetry, found)
         self._changes: dict[str, list[Change]] = {} if reference else found
+        self._scaled, self._tied = scaled_features(symmetry, alignment), symmetry.tied
         self._held = threading.local()
-        self.tensors: dict[str, Spec] = dict(source.tensors)
         for alias, original in self._stored.items():
             self.tensors.setdefault(alias, source.tensors[original])
         self.config = read_config(source.folder)
         if self._stored:
             self.config |= {"tie_word_embeddings": False}
 
-    def __enter__(self) -> Self:
-        self.source.__enter__()
-        return self
-
-    def __exit__(self, *details: object) -> None:
-        self.source.__exit__(*details)
-
     def read_into(self, name: str, start: int, buffer: Tensor) -> None:
-        """As `ModelFolder.read_into`."""
+        """Fill a buffer (1-D, of the tensor's dtype) with elements from `start` on."""
         wanted = self._changes.get(name, [])
+        scaled = self._scaled.get(self._tied.get(name, name), [])
         own = name if name in self.source.tensors else self._stored[name]
-        if not wanted:
+        if not wanted and not scaled:
             self.source.read_into(own, start, buffer)
             return
         spec = self.tensors[name]
         soft = any(change.soft for change in wanted)
         if spec.nbytes <= PIECE or soft:
             whole = self._mixed(name, own) if soft else reorder(self.source.read(own), wanted)
-            whole = whole.reshape(-1)
-            buffer.copy_(whole[start : start + len(buffer)])
+            whole = scale_features(whole, scaled)
+            buffer.copy_(whole.reshape(-1)[start : start + len(buffer)])
             return
         row = spec.numel // spec.shape[0]
         first, last = start // row, (start + len(buffer) - 1) // row
@@ -77,8 +78,9 @@ class PermutedFolder:
         read = torch.empty(len(rows), row, dtype=spec.dtype)
         read_rows(self.source, own, rows, read)
         inner = [change for change in wanted if change.axis != 0]
-        flat = reorder(read.view(len(rows), *spec.shape[1:]), inner).reshape(-1)
-        buffer.copy_(flat[start - first * row :][: len(buffer)])
+        part = reorder(read.view(len(rows), *spec.shape[1:]), inner)
+        part = scale_features(part, scaled, first)
+        buffer.copy_(part.reshape(-1)[start - first * row :][: len(buffer)])
 
     def _mixed(self, name: str, own: str) -> Tensor:
         """A whole tensor; the last one is kept, as the next piece that is asked for is of it."""
@@ -88,18 +90,8 @@ class PermutedFolder:
             self._held.tensor = held
         return held[1]
 
-    def read(self, name: str) -> Tensor:
-        """A whole tensor, in memory of its own."""
-        flat = torch.empty(self.tensors[name].numel, dtype=self.tensors[name].dtype)
-        self.read_into(name, 0, flat)
-        return flat.view(self.tensors[name].shape)
 
-    def digest(self) -> str:
-        """The digest of what is on disk."""
-        return self.source.digest()
-
-
-def folder_symmetry(folder: ModelFolder, *, qk: bool = False) -> Symmetry:
+def folder_symmetry(folder: TensorSource, *, qk: bool = False) -> Symmetry:
     """The groups of a model in a folder.
 
     Raises:

@@ -123,6 +123,61 @@ class Options:
             )
 
 
+def unused_keys(options: Options) -> list[str]:
+    """Keys that were set to something other than their default and have no effect with the others.
+
+    A record of an alignment holds all keys, so only documents that people write are checked.
+    """
+    by_text, permuting = options.method in BY_TEXT, options.method != "identity"
+    groups, compat, text = set(options.groups), options.compat, options.calibration
+    effective = {
+        "groups": permuting or compat.scale,
+        "attention": permuting and "attn" in groups,
+        "residual": "res" in groups and (by_text or options.residual == "sep"),
+        "qk": permuting and "attn" in groups,
+        "absolute": by_text,
+        "covariance": by_text,
+        "head": permuting or compat.scale,
+        "head_follow_residual": permuting and "res" in groups,
+        "seed": options.method == "weight",
+        "regularisation": options.method == "ot",
+        "calibration.path": by_text,
+        "calibration.fraction": by_text,
+        "calibration.batch_size": by_text,
+        "calibration.special_tokens": by_text and text.sentence_level != "cls",
+        "calibration.sentence_level": by_text,
+        "compat.scale": True,
+        "compat.unmerge": permuting and "res" in groups,
+        "compat.res_attn_without_embeddings": permuting and groups == {"attn", "res"},
+        "compat.pooler_by_tokens": by_text and options.head,
+        "compat.cls_at_one": by_text and text.sentence_level == "cls",
+        "compat.stacked": by_text,
+    }
+    defaults, unused = Options(), []
+    for key, used in effective.items():
+        value, default = options, defaults
+        for part in key.split("."):
+            value, default = getattr(value, part), getattr(default, part)
+        if value != default and not used:
+            unused.append(key)
+    return unused
+
+
+def checked_options(block: dict[str, object], origin: str) -> Options:
+    """`options_from` for documents that people write: keys without effect are refused, too.
+
+    Raises:
+        UserError: naming the key.
+    """
+    options = options_from(block, origin)
+    if unused := unused_keys(options):
+        raise UserError(
+            f"{origin}: align.{unused[0]} has no effect with method {options.method} and groups "
+            f"{', '.join(options.groups) or 'none'}; leave it out"
+        )
+    return options
+
+
 def options_from(block: dict[str, object], origin: str) -> Options:
     """The options of an `align:` block.
 

@@ -4,12 +4,13 @@ A permuted model computes what it computed before. Rows of what makes features a
 columns of what reads them, by plain indexing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from megamod.errors import UserError
 from megamod.merging.alignment.record import Alignment
 from megamod.merging.alignment.symmetry import Symmetry
 
@@ -54,6 +55,36 @@ def changes(symmetry: Symmetry, alignment: Alignment) -> dict[str, list[Change]]
         for alias in _tied_matrices(symmetry):
             found[alias] = [Change(1, 0, index[index])]
     return found
+
+
+Span = tuple[int, int, int]
+"""Axis of a tensor, first entry along it, and number of entries."""
+
+
+def scaled_features(symmetry: Symmetry, alignment: Alignment) -> dict[str, list[Span]]:
+    """Entries of tensors that `Compat.scale` multiplies, in both models; empty without it."""
+    found: dict[str, list[Span]] = {}
+    for name in alignment.in_effect(symmetry) if alignment.options.compat.scale else ():
+        group = symmetry.groups[name]
+        for slot in group.out:
+            span = (slot.axis, slot.start, group.length(slot))
+            found.setdefault(slot.tensor, []).append(span)
+    return found
+
+
+def scale_features(tensor: Tensor, spans: Sequence[Span], first: int = 0) -> Tensor:
+    """Multiply entries by the factor of `Compat.scale`; a new tensor unless there is no span.
+
+    Args:
+        first: number of the tensor's first row in the whole tensor.
+    """
+    tensor = tensor.clone() if spans else tensor
+    for axis, start, length in spans:
+        start = start - first if axis == 0 else start
+        stop = min(start + length, tensor.shape[axis])
+        if stop > max(start, 0):
+            tensor.narrow(axis, max(start, 0), stop - max(start, 0)).mul_(_SCALE)
+    return tensor
 
 
 def untied(symmetry: Symmetry, found: Mapping[str, list[Change]]) -> dict[str, str]:
@@ -131,7 +162,17 @@ def reference(state: State, symmetry: Symmetry, alignment: Alignment) -> dict[st
 
 
 def interpolate(first: State, second: State, weight: float = 0.5) -> dict[str, Tensor]:
-    """weight * first + (1 - weight) * second; integers are those of the first."""
+    """weight * first + (1 - weight) * second; integers are those of both.
+
+    Raises:
+        UserError: naming a tensor of integers that differ, as those of quantised models do.
+    """
+    for name, tensor in first.items():
+        if not tensor.is_floating_point() and not torch.equal(tensor, second[name]):
+            raise UserError(
+                f"{name} holds integers that differ between the models, which have no mean; load "
+                "models that are not quantised"
+            )
     return {
         name: torch.lerp(second[name], tensor, weight) if tensor.is_floating_point() else tensor
         for name, tensor in first.items()
@@ -171,14 +212,8 @@ def _prepared(
 ) -> dict[str, Tensor]:
     """The state before anything moves: scaled if asked for, with every matrix that is needed."""
     prepared = dict(state)
-    if alignment.options.compat.scale:
-        for name in alignment.in_effect(symmetry):
-            group = symmetry.groups[name]
-            for slot in group.out:
-                tensor = prepared[slot.tensor]
-                if tensor is state[slot.tensor]:
-                    tensor = prepared[slot.tensor] = tensor.clone()
-                tensor.narrow(slot.axis, slot.start, group.length(slot)).mul_(_SCALE)
+    for name, spans in scaled_features(symmetry, alignment).items():
+        prepared[name] = scale_features(prepared[name], spans)
     needed = untied(symmetry, found)
     for alias, source in symmetry.tied.items():
         if alias in prepared or alias in needed:

@@ -77,6 +77,12 @@ class Alignment:
             raise UserError(f"{folder}: exists already") from error
 
 
+def unaligned(symmetry: Symmetry, options: Options) -> Alignment:
+    """The alignment that leaves every feature where it is."""
+    groups = aligned_groups(symmetry, options)
+    return Alignment({group.name: torch.arange(group.size) for group in groups}, {}, options)
+
+
 def aligned_groups(symmetry: Symmetry, options: Options) -> list[Group]:
     """The groups that are permuted, in order."""
     families = [*options.groups, *(["qk"] if options.qk and "attn" in options.groups else [])]

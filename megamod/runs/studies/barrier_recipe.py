@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from megamod.errors import UserError
-from megamod.merging.alignment.options import Options, options_from
+from megamod.merging.alignment.options import Options, checked_options
 
 MLM, CLM = "mlm", "clm"
 KEYS = ("models", "pairs", "task", "data", "tokenizer", "max_seq_length", "batch_size", "points")
@@ -81,6 +81,9 @@ def read_study(path: Path) -> Study:
     tasks = tasks if isinstance(tasks, list) else [tasks]
     if not tasks or not all(isinstance(task, str) for task in tasks):
         raise UserError(f"{path}, task: {tasks!r} is not mlm, clm or the name of a task")
+    for key in ("seed", "mlm_probability"):
+        if key in fields and MLM not in tasks:
+            raise UserError(f"{path}, {key}: has no effect without the task mlm; leave it out")
     return Study(
         models=models,
         pairs=_pairs(fields.pop("pairs", None), models, f"{path}, pairs"),
@@ -119,7 +122,7 @@ def _variants(value: object, where: str) -> dict[str, Options]:
     if not isinstance(value, dict) or not value:
         raise UserError(f"{where}: {value!r} is not names, each with its way to align")
     return {
-        str(name): options_from(block or {}, f"{where}, {name}") for name, block in value.items()
+        str(name): checked_options(block or {}, f"{where}, {name}") for name, block in value.items()
     }
 
 

@@ -172,6 +172,7 @@ def _average(recipe: Recipe, numbers: Sequence[int]) -> Recipe:
         "tokenizer_source": recipe.words,
         "parameters": recipe.parameters or [one for one in recipe.inputs if one.parameters],
         "member": [one for one in recipe.inputs if one.member],
+        "adapters (MODEL+ADAPTER)": [one for one in recipe.inputs if one.adapter],
     }
     for key, value in used.items():
         if value:
@@ -200,6 +201,8 @@ def _study(recipe: Recipe) -> Study:
     if not isinstance(task, str):
         raise UserError(f"{where}, task: {task!r} is not clm, mlm or the name of a task")
     fields = checked_fields(fields, Path(where))
+    if unused := [key for key in ("seed", "mlm_probability") if key in fields and task != MLM]:
+        raise UserError(f"{where}, {unused[0]}: has no effect with task {task}; leave it out")
     if task not in (CLM, MLM):
         any_task(task)
     elif not isinstance(fields.get("data"), str) or not Path(fields["data"]).is_file():

@@ -1,16 +1,110 @@
-"""What a merge method works on: one tensor as every model has it, read piece by piece."""
+"""Tensors that are merged: where they are read from, and one tensor as every model has it."""
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from megamod.states.stream import PIECE, ModelFolder, pieces
+from megamod.states.stream import PIECE, ModelFolder, Spec, pieces
 
+TOWER = re.compile(r"vision|visual|image|audio|speech|projector|merger|connector|perceiver")
+"""Part of the names of modules that feed a language model with something other than text."""
 Values = Mapping[str, float | bool]
 """Parameters by name, as they are for one tensor."""
+
+
+class TensorSource(Protocol):
+    """Tensors by name that are read piece by piece: an open `ModelFolder`, or a view of one.
+
+    Attributes:
+        folder: with the model's configuration; `member`: expert of a DEMix folder, None: all.
+        tensors: specification of every tensor.
+    """
+
+    folder: Path
+    member: str | None
+    tensors: Mapping[str, Spec]
+
+    def read_into(self, name: str, start: int, buffer: Tensor) -> None:
+        """Fill a buffer (1-D, of the tensor's dtype) with elements from `start` on."""
+
+    def read(self, name: str) -> Tensor:
+        """Read a whole tensor into memory of its own."""
+
+    def digest(self) -> str:
+        """Fingerprint of the weights on disk."""
+
+
+class View:
+    """Base class of sources that change what they read from another source.
+
+    Args:
+        source: the other source; `tensors` starts as a copy of its specifications.
+    """
+
+    def __init__(self, source: TensorSource):
+        self.source, self.folder, self.member = source, source.folder, source.member
+        self.adapter: Path | None = getattr(source, "adapter", None)
+        self.tensors: dict[str, Spec] = dict(source.tensors)
+
+    def read_into(self, name: str, start: int, buffer: Tensor) -> None:
+        """Fill a buffer (1-D, of the tensor's dtype) with elements from `start` on."""
+        self.source.read_into(name, start, buffer)
+
+    def read(self, name: str) -> Tensor:
+        """Read a whole tensor into memory of its own."""
+        spec = self.tensors[name]
+        flat = torch.empty(spec.numel, dtype=spec.dtype)
+        self.read_into(name, 0, flat)
+        return flat.view(spec.shape)
+
+    def digest(self) -> str:
+        """Fingerprint of the weights on disk."""
+        return self.source.digest()
+
+
+class RenamedFolder(View):
+    """A source under other names; one of its tensors may have several.
+
+    Args:
+        names: name -> name in the source. Other tensors of the source are left out.
+    """
+
+    def __init__(self, source: TensorSource, names: Mapping[str, str]):
+        super().__init__(source)
+        self._names = dict(names)
+        self.tensors = {name: source.tensors[stored] for name, stored in self._names.items()}
+
+    def read_into(self, name: str, start: int, buffer: Tensor) -> None:
+        """Fill a buffer (1-D, of the tensor's dtype) with elements from `start` on."""
+        self.source.read_into(self._names[name], start, buffer)
+
+
+def label(source: TensorSource) -> str:
+    """The folder, and the expert if one of several is meant, for messages."""
+    adapter = getattr(source, "adapter", None)
+    text = str(source.folder) if adapter is None else f"{source.folder}+{adapter}"
+    return text if source.member is None else f"{text} ({source.member})"
+
+
+def same_bits(one: TensorSource, name: str, other: TensorSource, theirs: str) -> bool:
+    """True if two tensors have the same dtype, shape and bits."""
+    spec = one.tensors[name]
+    if other.tensors[theirs] != spec:
+        return False
+    raw = torch.empty(2, PIECE // spec.dtype.itemsize, dtype=spec.dtype)
+    for start, stop in pieces(spec.numel, spec.dtype.itemsize):
+        first, second = raw[:, : stop - start]
+        one.read_into(name, start, first)
+        other.read_into(theirs, start, second)
+        if not torch.equal(first.view(torch.uint8), second.view(torch.uint8)):
+            return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -26,7 +120,7 @@ class Operand:
         statistics: open file with what was measured on data; None: there is none.
     """
 
-    source: ModelFolder
+    source: TensorSource
     name: str
     values: Values
     cast: torch.dtype | None = None

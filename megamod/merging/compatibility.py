@@ -1,0 +1,185 @@
+"""Check that models fit each other, from configurations and headers, before any work."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from megamod.errors import UserError
+from megamod.merging.tensors import TensorSource, label
+from megamod.states.forest import read_config
+from megamod.states.stream import Spec
+from megamod.states.token_ids import check_same_ids
+
+logger = logging.getLogger(__name__)
+
+# Fields of configurations that change what weights of the same shapes mean.
+_MEANING = (
+    *("model_type", "vocab_size", "num_attention_heads", "num_key_value_heads", "n_head"),
+    *("hidden_act", "activation_function"),
+)
+# Fields that may differ without any effect on what the weights compute. All others are reported.
+_HARMLESS = {
+    *("_name_or_path", "name_or_path", "architectures", "auto_map", "transformers_version"),
+    *("dtype", "torch_dtype", "use_cache", "initializer_range", "initializer_factor"),
+    *("pretraining_tp", "gradient_checkpointing", "return_dict", "return_dict_in_generate"),
+    *("output_hidden_states", "output_attentions", "output_router_logits", "use_flash_attn"),
+    *("_attn_implementation", "_attn_implementation_autoset", "attn_implementation"),
+    *("tie_word_embeddings", "vocab_size", "max_length", "finetuning_task", "problem_type"),
+    *("id2label", "label2id", "num_labels", "task_specific_params", "domains", "untie"),
+    *("embd_pdrop", "resid_pdrop", "attn_pdrop", "summary_first_dropout", "unsloth_version"),
+    *("unsloth_fixed", "model_max_length", "tokenizer_class", "chat_template", "kernels"),
+    *("quantization_config", "compression_config", "max_position_embeddings", "n_positions"),
+    *("n_ctx", "router_aux_loss_coef", "layerdrop", "layer_drop", "use_mambapy"),
+    *("num_hidden_layers", "n_layer", "num_layers", "n_layers", "tokenizer_model_max_length"),
+}
+_HARMLESS_ENDS = ("_token_id", "_token_ids", "dropout", "dropout_prob", "_loss_coef", "_drop_rate")
+_QUANTISED = ("quantization_config", "compression_config", "quantization")
+_QUANTISED_FILES = ("quantize_config.json", "quant_config.json", "hqq_config.json")
+_MOST = 5
+
+
+def check_configs(folders: Sequence[Path], *, cut: bool = False, same_words: bool = True) -> None:
+    """Refuse models whose weights mean different things, and warn of differences in function.
+
+    Args:
+        cut: whether one vocabulary may be longer than another.
+        same_words: whether equal ids must be equal words.
+    Raises:
+        UserError: naming two folders and the field of the configuration or the word in which they
+            differ, or a model whose weights are quantised.
+    """
+    base = folders[0]
+    config = read_config(base)
+    refuse_quantised(base, config)
+    for folder in dict.fromkeys(folders[1:]):
+        other = read_config(folder)
+        refuse_quantised(folder, other)
+        ours, theirs = dict(_fields(config)), dict(_fields(other))
+        for key in ours:
+            name = key.rpartition(".")[2]
+            if name not in _MEANING or ((cut or not same_words) and name == "vocab_size"):
+                continue
+            if key in theirs and ours[key] != theirs[key]:
+                raise UserError(
+                    f"{base} and {folder} cannot be merged: {key} is {ours[key]!r} in the first, "
+                    f"{theirs[key]!r} in the second"
+                )
+        if same_words:
+            check_same_ids(base, folder, "; a recipe with `tokenizer_source: union` unites them")
+        warn_of_differences(base, folder)
+
+
+def refuse_quantised(folder: Path, config: Mapping[str, object]) -> None:
+    """Refuse a model whose stored numbers are not its weights.
+
+    Raises:
+        UserError: naming the key of config.json or the file that says so.
+    """
+    fields = _fields(config, leaves=False)
+    keys = [key for key, value in fields if value and key.rpartition(".")[2] in _QUANTISED]
+    files = [name for name in _QUANTISED_FILES if (folder / name).is_file()]
+    if keys or files:
+        where = f"config.json has {keys[0]}" if keys else f"there is {files[0]}"
+        raise UserError(
+            f"{folder}: {where}, so its weights are quantised and cannot be merged; load it with "
+            "transformers, call model.dequantize() and save it, or take the unquantised model"
+        )
+
+
+def warn_of_differences(first: Path, second: Path) -> None:
+    """Log fields of two configurations that change what equal weights compute, with both values."""
+    configs = read_config(first), read_config(second)
+    if configs[0] == configs[1]:
+        return
+    differing = _differing(*configs)
+    if differing:
+        differing = _differing(*(_completed(config) for config in configs))
+    if not differing:
+        return
+    listed = [f"{key} {one!r} / {other!r}" for key, one, other in differing]
+    more = f" and {len(listed) - _MOST} more" if len(listed) > _MOST else ""
+    logger.warning(
+        "%s and %s differ in %s%s; the result has the values of its base, so weights of the other "
+        "are used with settings that they were not trained with",
+        *(first, second, ", ".join(text[:160] for text in listed[:_MOST]), more),
+    )
+
+
+def _differing(
+    first: Mapping[str, object], second: Mapping[str, object]
+) -> list[tuple[str, object, object]]:
+    ours, theirs = dict(_fields(first)), dict(_fields(second))
+    return [
+        (key, ours.get(key), theirs.get(key))
+        for key in dict.fromkeys((*ours, *theirs))
+        if ours.get(key) != theirs.get(key) and not _harmless(key, ours.get(key), theirs.get(key))
+    ]
+
+
+def _harmless(key: str, *values: object) -> bool:
+    parts = key.split(".")
+    known = any(part in _HARMLESS or part.endswith(_HARMLESS_ENDS) for part in parts)
+    # Lists for each layer are checked where layers are stacked; here models have equally many.
+    lengths = {len(value) for value in values if isinstance(value, list)}
+    return known or (len(lengths) > 1 and "layer" in key)
+
+
+def _fields(
+    config: Mapping[str, object], prefix: str = "", *, leaves: bool = True
+) -> Iterator[tuple[str, object]]:
+    """Keys of nested mappings with dots between, and their values; with `leaves` no mappings."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            if not leaves:
+                yield f"{prefix}{key}", value
+            yield from _fields(value, f"{prefix}{key}.", leaves=leaves)
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _completed(config: Mapping[str, object]) -> Mapping[str, object]:
+    """The configuration with the defaults of its class, if transformers knows it."""
+    from megamod.merging.known_models import built_config
+
+    built = built_config(config)
+    return config if built is None else built.to_dict()
+
+
+def check_shapes(
+    base: TensorSource, name: str, other: TensorSource, *, theirs: str, cut: bool = False
+) -> None:
+    """Refuse two tensors that cannot be merged.
+
+    Args:
+        cut: whether embeddings may be of vocabularies of unequal size.
+    Raises:
+        UserError: naming the tensor and both models.
+    """
+    ours, spec = base.tensors[name], other.tensors[theirs]
+    longer = (
+        cut
+        and ours.shape[1:] == spec.shape[1:]
+        and _spans_vocabularies((base, ours), (other, spec))
+    )
+    if ours.shape != spec.shape and not longer:
+        raise UserError(
+            f"{name} has shape {list(ours.shape)} in {label(base)}, {list(spec.shape)} in "
+            f"{label(other)}"
+        )
+    if not spec.dtype.is_floating_point:
+        raise UserError(
+            f"{name} has dtype {ours.dtype} in {label(base)}, {spec.dtype} in {label(other)}"
+        )
+
+
+def _spans_vocabularies(*tensors: tuple[TensorSource, Spec]) -> bool:
+    """True if each of these tensors has a row for every word of its model."""
+    return all(
+        spec.shape[:1] == (vocab_size(read_config(source.folder)),) for source, spec in tensors
+    )
+
+
+def vocab_size(config: Mapping[str, object]) -> object:
+    """Number of words of a model, also of one that keeps it in `text_config`."""
+    inner = config.get("text_config")
+    return config.get("vocab_size", inner.get("vocab_size") if isinstance(inner, dict) else None)

@@ -1,0 +1,180 @@
+"""A LoRA adapter from the difference of two models, by singular value decomposition.
+
+The difference of each linear layer's weight is replaced by its best approximation of the given
+rank; everything else that differs (norms, biases, embeddings) is stored whole, as peft does with
+`modules_to_save` and `bias`. With full rank, base and adapter give the other model.
+
+Source: Hu et al. 2021 (LoRA); Eckart and Young 1936 for the best approximation.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megamod.convert import check_new, new_folder
+from megamod.errors import UserError
+from megamod.files import write_json
+from megamod.merging.compatibility import check_configs
+from megamod.merging.known_models import Module, modules_of
+from megamod.merging.lora import CONFIG, PREFIX, WEIGHTS
+from megamod.merging.naming import harmonise
+from megamod.merging.tensors import TensorSource, label
+from megamod.states.forest import read_config
+from megamod.states.stream import ModelFolder
+from megamod.states.weights import write_tensors
+
+_EXACT = 1024  # rows or columns up to which all singular values are computed
+_SPARE = 16  # singular vectors that the randomised method computes besides, for accuracy
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """An adapter that was written.
+
+    Attributes:
+        layers: number of linear layers that it adapts; `whole`: modules that it stores whole.
+        share: squared norm of the differences of linear layers that it holds, of the whole.
+    """
+
+    layers: int
+    whole: tuple[str, ...]
+    share: float
+
+    def describe(self) -> str:
+        """The adapter in one line."""
+        stored = f", {len(self.whole)} modules stored whole" if self.whole else ""
+        return (
+            f"{self.layers} linear layers adapted{stored}; the adapter holds {self.share:.2%} of "
+            "the squared difference of linear layers"
+        )
+
+
+def extract_lora(
+    base: Path, tuned: Path, output: Path, rank: int, dtype: str | None = None
+) -> Extracted:
+    """Write the folder of an adapter; it appears whole or not at all.
+
+    Args:
+        base, tuned: model folders of one architecture that transformers knows.
+        rank: largest rank of an update.
+        dtype: name of the dtype that is stored; None: float32.
+    Raises:
+        UserError: if the models do not fit each other, or are equal.
+    """
+    check_new(output)
+    with ExitStack() as stack:
+        folders = [stack.enter_context(ModelFolder(path)) for path in (base, tuned)]
+        check_configs([Path(base), Path(tuned)])
+        first, second = harmonise(folders, 0).folders
+        modules = modules_of(read_config(Path(base)))
+        if modules is None:
+            raise UserError(f"{base}: is of a type that transformers does not know, nor does peft")
+        return _write(
+            first, second, modules, Path(output), rank, getattr(torch, dtype or "float32")
+        )
+
+
+def _write(
+    base: TensorSource,
+    tuned: TensorSource,
+    modules: Mapping[str, Module],
+    output: Path,
+    rank: int,
+    dtype: torch.dtype,
+) -> Extracted:
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    whole: list[str] = []
+    biases = transposed = False
+    total = held = 0.0
+    for name, before, after in _differences(base, tuned):
+        module, _, part = name.rpartition(".")
+        if module not in modules:
+            raise UserError(
+                f"{label(base)}: stores {name}, which its class does not have; load and save it"
+            )
+        kind = "other" if modules[module].sharing else modules[module].kind
+        if kind in ("linear", "conv1d") and part == "weight":
+            difference = after.double() - before.double()
+            wide = difference.T if kind == "conv1d" else difference
+            up, down = _factors(wide, rank)
+            total += float(difference.square().sum())
+            held += float(difference.square().sum() - (wide - up @ down).square().sum())
+            ranks[module] = len(down)
+            tensors[f"{PREFIX}{module}.lora_A.weight"] = down.to(dtype)
+            tensors[f"{PREFIX}{module}.lora_B.weight"] = up.to(dtype)
+            transposed = transposed or kind == "conv1d"
+        elif kind in ("linear", "conv1d"):
+            tensors[f"{PREFIX}{name}"] = after.to(dtype)
+            biases = True
+        elif module not in whole:
+            whole.append(module)
+    if not tensors and not whole:
+        raise UserError(f"{label(base)} and {label(tuned)} have the same weights: no difference")
+    for module in list(whole):
+        for name in [n for n in base.tensors if n.rpartition(".")[0] == module]:
+            for twin in (module, *modules[module].sharing):
+                # Each of the tied modules gets a copy, or peft would change one of them only.
+                whole += [twin] * (twin not in whole)
+                if twin == module or name.endswith(".weight"):
+                    tensors[f"{PREFIX}{twin}.{name.rpartition('.')[2]}"] = tuned.read(name).to(
+                        dtype
+                    )
+    for module in ranks:
+        # Of an adapted module, peft calls what it had before base_layer.
+        key = f"{PREFIX}{module}.bias"
+        if key in tensors:
+            tensors[f"{PREFIX}{module}.base_layer.bias"] = tensors.pop(key)
+    rank = max(ranks.values(), default=rank)
+    smaller = {module: own for module, own in ranks.items() if own != rank}
+    config = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": str(base.folder),
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": smaller,
+        "alpha_pattern": smaller,
+        "target_modules": sorted(ranks),
+        "modules_to_save": sorted(whole) or None,
+        "bias": "all" if biases else "none",
+        "fan_in_fan_out": transposed,
+        "lora_dropout": 0.0,
+        "inference_mode": True,
+    }
+    with new_folder(output) as folder:
+        write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
+        write_json(folder / CONFIG, config)
+    return Extracted(len(ranks), tuple(whole), held / total if total else 1.0)
+
+
+def _differences(base: TensorSource, tuned: TensorSource) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Tensors that differ, as both models have them."""
+    for name, spec in base.tensors.items():
+        if spec.dtype.is_floating_point and name in tuned.tensors:
+            before, after = base.read(name), tuned.read(name)
+            if before.shape != after.shape:
+                raise UserError(
+                    f"{name} has shape {list(before.shape)} in {label(base)}, "
+                    f"{list(after.shape)} in {label(tuned)}"
+                )
+            if not torch.equal(before.double(), after.double()):
+                yield name, before, after
+
+
+def _factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The best approximation of a matrix [out, in] as a product [out, rank] x [rank, in]."""
+    rank = min(rank, *matrix.shape)
+    if min(matrix.shape) <= _EXACT or 2 * rank > min(matrix.shape):
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            left, values, right = torch.svd_lowrank(matrix, rank + _SPARE, niter=4)
+            right = right.T
+    root = values[:rank].clamp(min=0).sqrt()
+    return (left[:, :rank] * root).contiguous(), (root[:, None] * right[:rank]).contiguous()

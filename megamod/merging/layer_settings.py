@@ -1,0 +1,258 @@
+"""Per-layer settings of a configuration when layers are stacked: each moves with its layer.
+
+A setting is recognised by its value: a list or text with an entry for each layer, GPT-Neo's
+`[[entries], repeats]`, a list of layer numbers, or the number of leading layers of a kind. Where
+transformers knows the model type, every layer of the result is compared with the layer that it
+comes from, on models without weights; what the configuration cannot express is refused.
+"""
+
+import itertools
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megamod.errors import UserError
+
+DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_NOT_LAYERS = re.compile(r"token_ids?$|^architectures$|^domains$|^id2label$|section|_modules$")
+_LEADING = re.compile(r"first_k|dense_layers|max_window_layers|first_.*layers|num_.*_layers_before")
+_PERIODIC = re.compile(r"period|interval|every|layer_step|sparse_step|_offset|pattern$|layer_freq")
+_LAYER_LIKE = re.compile(r"layer|idx|indices|block|attn|attention|moe|rope|pattern")
+_TRIALS = 64
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The layer of a model that a layer of the result has its settings from.
+
+    Attributes:
+        folder: of the model; `config`: its configuration.
+        layer: number of the layer there.
+    """
+
+    folder: Path
+    config: Mapping[str, object]
+    layer: int
+
+
+def language_section(config: Mapping[str, object]) -> tuple[str | None, Mapping[str, object]]:
+    """The part of a configuration that says how many layers there are, and its key.
+
+    The key is None where that is the configuration itself; the part is empty where nothing says it.
+    """
+    if any(isinstance(config.get(name), int) for name in DEPTHS):
+        return None, config
+    for key in ("text_config", "llm_config", "language_config", "decoder"):
+        inner = config.get(key)
+        if isinstance(inner, dict) and any(isinstance(inner.get(name), int) for name in DEPTHS):
+            return key, inner
+    return None, {}
+
+
+def count_layers(config: Mapping[str, object]) -> int | None:
+    """Number of layers of the language model; None if the configuration does not say it."""
+    _, section = language_section(config)
+    return next((section[name] for name in DEPTHS if isinstance(section.get(name), int)), None)
+
+
+def stacked_config(
+    config: Mapping[str, object], folder: Path, origins: Sequence[Origin]
+) -> dict[str, object]:
+    """The configuration of a model that is stacked from layers.
+
+    Args:
+        config: of the model that the result is like; `folder`: of that model.
+        origins: for each layer of the result.
+    Raises:
+        UserError: if a setting can neither move with its layer nor stay.
+    """
+    key, section = language_section(config)
+    depth = count_layers(config)
+    if depth is None:
+        # Without transformers the class may still know a default.
+        raise UserError(
+            f"{folder}/config.json: says nowhere how many layers there are ({', '.join(DEPTHS)}), "
+            "so slices cannot be stacked"
+        )
+    counts = {name: len(origins) for name in DEPTHS if isinstance(section.get(name), int)}
+    same = all(one.config == config for one in origins)
+    if same and [one.layer for one in origins] == list(range(depth)):
+        return dict(config)
+    models = _Models(config, folder, origins)
+    options = [
+        [(name, value) for value in _moved(name, models)]
+        for name in models.sections[0]
+        if name not in DEPTHS
+    ]
+    options = [option for option in options if option]
+    problem: str | None = None
+    for number, choice in enumerate(itertools.product(*options)):
+        if number == _TRIALS:
+            break
+        moved = {**section, **counts, **dict(choice)}
+        new = {**config, key: moved} if key is not None else moved
+        told = models.first_difference(new)
+        if told is None:
+            return new
+        problem = problem or told
+    raise UserError(problem)
+
+
+class _Models:
+    """The models whose layers are stacked, each with its settings completed by its class."""
+
+    def __init__(self, config: Mapping[str, object], folder: Path, origins: Sequence[Origin]):
+        self.folder, self.origins = folder, origins
+        self.configs: list[Mapping[str, object]] = [config]
+        self.folders = [folder]
+        for one in origins:
+            if one.config not in self.configs:
+                self.configs.append(one.config)
+                self.folders.append(one.folder)
+        self.layers = [(self.configs.index(one.config), one.layer) for one in origins]
+        self.depths = [count_layers(one) or 0 for one in self.configs]
+        from megamod.merging.known_models import built_config, layer_fields, layer_signatures
+
+        built = [built_config(one) for one in self.configs]
+        self.sections: list[dict[str, object]] = []
+        for raw, one, depth in zip(self.configs, built, self.depths, strict=True):
+            section = dict(language_section(raw)[1])
+            if one is not None:
+                stored = one.get_text_config().to_dict()
+                listed = dict(layer_fields(one, depth))
+                section = {k: v for k, v in listed.items() if k in stored} | section
+            self.sections.append(section)
+        self.signatures: list[list[dict[str, object]]] | None = None
+        if None not in built:
+            found = [layer_signatures(o, d) for o, d in zip(built, self.depths, strict=True)]
+            self.signatures = None if None in found else found
+
+    @property
+    def known(self) -> bool:
+        """Whether layers can be compared."""
+        return self.signatures is not None
+
+    def first_difference(self, new: Mapping[str, object]) -> str | None:
+        """The first setting in which a layer of the result differs from its origin, as text."""
+        if self.signatures is None:
+            return None
+        from megamod.merging.known_models import built_config, layer_signatures
+
+        found = None
+        try:
+            found = layer_signatures(built_config(new), len(self.origins))
+        except UserError as error:
+            return f"{self.folder}: these layers cannot be stacked: {error}"
+        if found is None:
+            return f"{self.folder}: these layers cannot be stacked into a {new.get('model_type')}"
+        ignored = {
+            key
+            for key in self.signatures[0][0]
+            if "drop" in key or all(s.get(key) == n for n, s in enumerate(self.signatures[0]))
+        }
+        for number, (model, layer) in enumerate(self.layers):
+            ours, theirs = found[number], self.signatures[model][layer]
+            for key in dict.fromkeys((*theirs, *ours)):
+                absent = key not in ours or key not in theirs
+                if key in ignored or (absent and key.startswith("config.")):
+                    continue
+                if ours.get(key) != theirs.get(key):
+                    return (
+                        f"{self.folders[model]}: layer {layer} cannot become layer {number}: "
+                        f"{key.removeprefix('config.')} would be {ours.get(key)!r} there, not "
+                        f"{theirs.get(key)!r}, and config.json cannot say so; choose other layers"
+                    )
+        return None
+
+
+def _moved(name: str, models: _Models) -> Iterator[object]:
+    """Values that a setting may get; none if it stays as it is.
+
+    Raises:
+        UserError: if a setting of a model that transformers does not know cannot move.
+    """
+    value, depth = models.sections[0][name], models.depths[0]
+    readings = [read for read in _READINGS if read(name, value, depth) is not None]
+    if not readings:
+        if not models.known and _PERIODIC.search(name) and type(value) is int and value > 1:
+            raise UserError(
+                f"{models.folder}/config.json: {name} is {value}, so the kind of a layer depends "
+                "on its number, which stacked layers would change; slices cannot be stacked"
+            )
+        return
+    for read in readings:
+        entries = []
+        for number, section in enumerate(models.sections):
+            used = any(model == number for model, _ in models.layers)
+            one = read(name, section.get(name), models.depths[number]) if used else []
+            if one is None:
+                raise UserError(
+                    f"{models.folders[number]}/config.json: {name} is {section.get(name)!r}, but "
+                    f"{value!r} in {models.folder}; layers of both cannot be stacked"
+                )
+            entries.append(one)
+        moved = [entries[model][layer] for model, layer in models.layers]
+        written = _WRITERS[read](moved)
+        if written is None and not models.known:
+            raise UserError(
+                f"{models.folder}/config.json: {name} is {value}, the number of leading layers of "
+                "a kind; stacked so, these layers would not come first"
+            )
+        if written is not None:
+            yield written
+    if models.known:
+        yield value
+
+
+def _entries(name: str, value: object, depth: int) -> list | None:
+    """A list with an entry for each layer."""
+    listed = isinstance(value, list) and len(value) == depth and not _NOT_LAYERS.search(name)
+    return value if listed else None
+
+
+def _repeated(name: str, value: object, depth: int) -> list | None:
+    """Pairs of a list and how often it is repeated, as GPT-Neo's attention_types."""
+    if not isinstance(value, list) or not value:
+        return None
+    if not all(isinstance(pair, list) and list(map(type, pair)) == [list, int] for pair in value):
+        return None
+    whole = [entry for entries, times in value for entry in entries * times]
+    return whole if len(whole) == depth else None
+
+
+def _text(name: str, value: object, depth: int) -> list | None:
+    """A text with a letter for each layer, as Nemotron-H's hybrid_override_pattern."""
+    fits = isinstance(value, str) and len(value) == depth
+    return list(value) if fits and _LAYER_LIKE.search(name) else None
+
+
+def _numbers(name: str, value: object, depth: int) -> list[bool] | None:
+    """Numbers of layers, in order."""
+    fits = isinstance(value, list) and all(type(one) is int and 0 <= one < depth for one in value)
+    if not fits or value != sorted(set(value)) or _NOT_LAYERS.search(name):
+        return None
+    return [n in value for n in range(depth)] if value and _LAYER_LIKE.search(name) else None
+
+
+def _leading(name: str, value: object, depth: int) -> list[bool] | None:
+    """How many leading layers are of a kind."""
+    fits = type(value) is int and value >= 0 and _LEADING.search(name)
+    return [n < value for n in range(depth)] if fits else None
+
+
+def _count_leading(flags: list[bool]) -> int | None:
+    count = sum(flags)
+    return count if all(flags[:count]) else None
+
+
+_READINGS: tuple[Callable[[str, object, int], list | None], ...] = (
+    *(_entries, _repeated, _text, _numbers, _leading),
+)
+_WRITERS: dict[Callable, Callable[[list], object]] = {
+    _entries: list,
+    _repeated: lambda moved: [[moved, 1]],
+    _text: "".join,
+    _numbers: lambda flags: [n for n, flag in enumerate(flags) if flag],
+    _leading: _count_leading,
+}

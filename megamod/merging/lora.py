@@ -1,0 +1,242 @@
+"""LoRA adapters: a base model with an adapter read as one model, and adapters from two models.
+
+The folder of an adapter is that of peft: `adapter_config.json` and `adapter_model.safetensors`.
+Source: Hu et al. 2021 (LoRA), section 4.1; rsLoRA: Kalajdzievski 2023; DoRA: Liu et al. 2024.
+"""
+
+import json
+import logging
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megamod.errors import UserError
+from megamod.merging.tensors import TensorSource, View, label
+from megamod.states.stream import ModelFolder, Spec
+
+logger = logging.getLogger(__name__)
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+"""Before the name of every module of the model."""
+# Keys of adapter_config.json that are handled here or that change nothing once it is trained. Any
+# other key with a value that is not empty is refused.
+_HANDLED = {
+    *("peft_type", "lora_alpha", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out"),
+    *("r", "rank_pattern", "bias", "lora_bias", "modules_to_save", "init_lora_weights"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "task_type"),
+    *("auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "lora_dropout"),
+    *("peft_version", "megatron_core", "eva_config", "qalora_group_size", "ensure_weight_tying"),
+    *("runtime_config",),
+}
+# Initialisations that leave the base model as it is. Others subtract something from its weights.
+_INITIAL = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+@dataclass(frozen=True)
+class _Update:
+    """What an adapter adds to one tensor: scale * up @ down, or its transpose.
+
+    Attributes:
+        down: [rank, in]; `up`: [out, rank], both float32.
+        turned: the tensor is [in, out], as in GPT-2 and in embeddings.
+        magnitude: [out], norm of each row with DoRA; None without.
+    """
+
+    down: Tensor
+    up: Tensor
+    scale: float
+    turned: bool
+    magnitude: Tensor | None = None
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """Rows first to last - 1 of what is added."""
+        if self.turned:
+            return (self.up @ self.down[:, first:last]).T * self.scale
+        return self.up[first:last] @ self.down * self.scale
+
+
+class AdaptedFolder(View):
+    """A base model with a LoRA adapter merged into it while it is read.
+
+    Args:
+        source: the base model.
+        adapter: folder of the adapter.
+    Raises:
+        UserError: naming the adapter and the key or tensor, if it cannot be merged exactly.
+    """
+
+    def __init__(self, source: TensorSource, adapter: Path):
+        super().__init__(source)
+        self.adapter = Path(adapter)
+        config = _read_config(self.adapter)
+        with ModelFolder(self.adapter / WEIGHTS) as stored:
+            tensors = {name: stored.read(name) for name in stored.tensors}
+            self._digest = stored.digest()
+        self._updates: dict[str, _Update] = {}
+        self._biases: dict[str, Tensor] = {}
+        self._replaced: dict[str, Tensor] = {}
+        modules: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            name = key.removeprefix(PREFIX)
+            match = re.fullmatch(r"(.+)\.(lora_\w+?)(?:\.(weight|bias))?", name)
+            if match is None:
+                self._replace(name, tensor)
+            else:
+                part = f"{match[2]}.{match[3]}" if match[3] == "bias" else match[2]
+                modules.setdefault(match[1], {})[part] = tensor
+        for module, parts in modules.items():
+            self._update(module, parts, config)
+
+    def _update(self, module: str, parts: dict[str, Tensor], config: Mapping[str, object]) -> None:
+        embedding = "lora_embedding_A" in parts
+        keys = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
+        allowed = {*keys, "lora_B.bias", "lora_magnitude_vector"}
+        if not set(keys) <= parts.keys() <= allowed:
+            raise UserError(
+                f"{self.adapter}: {module} has {', '.join(sorted(parts))}; LoRA with {keys[0]} and "
+                f"{keys[1]} can be merged"
+            )
+        down, up = (parts[key].float() for key in keys)
+        name = self._find(f"{module}.weight")
+        spec = self.tensors[name]
+        plain, turned = (len(up), down.shape[1]), (down.shape[1], len(up))
+        if embedding:
+            plain = None
+        if down.dim() != 2 or up.dim() != 2 or spec.shape not in (plain, turned):
+            raise UserError(
+                f"{self.adapter}: {module} is of shape {list(up.shape)} x {list(down.shape)}, but "
+                f"{name} of {label(self.source)} is {list(spec.shape)}"
+            )
+        square = plain == turned
+        is_turned = bool(config.get("fan_in_fan_out")) if square else spec.shape == turned
+        magnitude = parts.get("lora_magnitude_vector")
+        if magnitude is not None and is_turned:
+            raise UserError(
+                f"{self.adapter}: use_dora on {module}, whose weight is transposed or an "
+                "embedding; merge it with peft (merge_and_unload) first"
+            )
+        alpha = _of_module(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
+        rank = len(down)
+        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        magnitude = None if magnitude is None else magnitude.float().flatten()
+        self._updates[name] = _Update(down, up, scale, is_turned, magnitude)
+        if "lora_B.bias" in parts:
+            self._biases[self._find(f"{module}.bias")] = parts["lora_B.bias"].float() * scale
+
+    def _replace(self, name: str, tensor: Tensor) -> None:
+        """Take over a tensor that was trained whole: of `modules_to_save`, or a bias."""
+        name = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+        if "token_adapter" in name or "trainable_tokens" in name:
+            raise UserError(
+                f"{self.adapter}: {name}: trained rows of embeddings are not supported; merge it "
+                "with peft (merge_and_unload) first"
+            )
+        known = self._find(name, required=False)
+        if known is not None and self.tensors[known].shape != tuple(tensor.shape):
+            raise UserError(
+                f"{self.adapter}: {name} has shape {list(tensor.shape)}, but "
+                f"{list(self.tensors[known].shape)} in {label(self.source)}; the adapter was made "
+                "for a model with other words or labels"
+            )
+        key = known or name
+        self.tensors[key] = Spec(tensor.dtype, tuple(tensor.shape))
+        self._replaced[key] = tensor
+
+    def _find(self, name: str, required: bool = True) -> str | None:
+        """The name of a tensor in the base, which may lack the prefix of its backbone or have one.
+
+        Raises:
+            UserError: if it is required and not there.
+        """
+        if name in self.tensors:
+            return name
+        short = name.partition(".")[2]
+        longer = [one for one in self.tensors if one.endswith(f".{name}")]
+        if short in self.tensors:
+            return short
+        if len(longer) == 1:
+            return longer[0]
+        if required:
+            raise UserError(
+                f"{self.adapter}: adapts {name}, which {label(self.source)} does not store; is it "
+                "the base that the adapter was trained on?"
+            )
+        return None
+
+    def read_into(self, name: str, start: int, buffer: Tensor) -> None:
+        """Fill a buffer (1-D, of the tensor's dtype) with elements from `start` on."""
+        update, bias = self._updates.get(name), self._biases.get(name)
+        if update is None:
+            self._read_base(name, start, buffer)
+            if bias is not None:
+                buffer.copy_(buffer.float() + bias[start : start + len(buffer)])
+            return
+        width = self.tensors[name].shape[1]
+        first, last = start // width, -(-(start + len(buffer)) // width)
+        rows = torch.empty((last - first) * width, dtype=buffer.dtype)
+        self._read_base(name, first * width, rows)
+        total = rows.view(-1, width).to(torch.promote_types(torch.float32, rows.dtype))
+        total = total + update.rows(first, last)
+        if update.magnitude is not None:
+            total *= (update.magnitude[first:last] / total.norm(dim=1))[:, None]
+        buffer.copy_(total.view(-1)[start - first * width :][: len(buffer)])
+
+    def _read_base(self, name: str, start: int, buffer: Tensor) -> None:
+        if name in self._replaced:
+            buffer.copy_(self._replaced[name].reshape(-1)[start : start + len(buffer)])
+        else:
+            self.source.read_into(name, start, buffer)
+
+    def digest(self) -> str:
+        """Fingerprint of the weights on disk: of the base, and of the adapter."""
+        return f"{self.source.digest()}+{self._digest}"
+
+
+def _read_config(adapter: Path) -> Mapping[str, object]:
+    """adapter_config.json of a LoRA adapter.
+
+    Raises:
+        UserError: naming the key that cannot be merged.
+    """
+    file = adapter / CONFIG
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{adapter}: is not the folder of an adapter (no {CONFIG})") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: cannot be read: {error}") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else None
+        raise UserError(f"{file}: peft_type is {kind!r}; LORA can be merged")
+    if not (adapter / WEIGHTS).is_file():
+        raise UserError(f"{adapter}: has no {WEIGHTS}; save the adapter as safetensors")
+    for key, value in config.items():
+        if key not in _HANDLED and value not in (None, False, {}, [], ""):
+            raise UserError(
+                f"{file}: {key} is {value!r}, which cannot be merged here; merge it with peft "
+                "(merge_and_unload) first"
+            )
+    initial = config.get("init_lora_weights")
+    if initial not in _INITIAL:
+        raise UserError(
+            f"{file}: init_lora_weights is {initial!r}, which changes the base model too; merge it "
+            "with peft (merge_and_unload) first"
+        )
+    alpha = config.get("lora_alpha")
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        raise UserError(f"{file}: lora_alpha is {alpha!r}, not a number")
+    return config
+
+
+def _of_module(patterns: Mapping[str, float], module: str, default: float) -> float:
+    """The value of the first pattern that ends the name of a module, as peft matches them."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default

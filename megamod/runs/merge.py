@@ -1,0 +1,198 @@
+"""The command `merge`: recipes from flags or files, soups, and LoRA adapters."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from megamod.errors import UserError
+from megamod.flags import Arguments, option, require
+
+if TYPE_CHECKING:
+    from megamod.merging.recipe import Recipe
+
+
+@dataclass
+class MergeArgs(Arguments):
+    """Flags of `merge`: models, method and output."""
+
+    merge_method: str = option("linear", "without a recipe only linear")
+    models: list[str] | None = option(  # noqa: RUF009
+        None, "model folders; MODEL+ADAPTER merges a LoRA adapter in first"
+    )
+    forest: str | None = option(
+        None, "in place of --models: forest.json, or a folder with one, or with DEMix experts"
+    )
+    experts: list[str] | None = option(  # noqa: RUF009
+        None, "domains of the forest to take; none: all"
+    )
+    weights: list[float] | None = option(None, "a number for each model")  # noqa: RUF009
+    prior: str | None = option(None, "file with the weights of a forest's experts")
+    topk: int | None = option(None, "keep the models with the largest weights, so many", least=1)
+    extract_lora: str | None = option(
+        None, "model folder: write a LoRA adapter that makes it from --base_model"
+    )
+    base_model: str | None = option(None, "with --extract_lora: the model to compare with")
+    rank: int = option(16, "with --extract_lora: largest rank of an update", least=1)
+    no_normalize: bool = option(False, "do not divide the weights by their sum")
+    dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = option(
+        None, "round weights to it before anything else; none: do not"
+    )
+    out_dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = option(
+        None, "dtype of the result; none: --dtype, else that of the first model"
+    )
+    max_shard_size: str = option(
+        "5GB", "size above which there are several weight files", alias="out_shard_size"
+    )
+    random_seed: int = option(0, "seed of what methods draw at random", least=0)
+    num_threads: int | None = option(
+        None, "tensors merged at the same time; none: one per processor, 8 at most", least=1
+    )
+    copy_tokenizer: bool = option(True, "whether the result gets a tokenizer")
+    quiet: bool = option(False, "no progress bar, and not a word unless something is wrong")
+    dry_run: bool = option(False, "check everything, say what would be done, write nothing")
+    output_dir: str | None = option(None, "folder to make")
+
+
+def run_merge(args: MergeArgs, recipe_file: Path | None) -> None:
+    """Merge models and print what was merged.
+
+    Args:
+        recipe_file: recipe in YAML; None: the flags alone describe the merge.
+    Raises:
+        UserError: for flags, recipes or models that do not fit each other.
+    """
+    if not args.dry_run:
+        require(args, "output_dir")
+
+    if args.extract_lora is not None:
+        _extract_lora(args, recipe_file)
+        return
+    if args.base_model is not None:
+        raise UserError("--base_model goes with --extract_lora; a recipe has base_model of its own")
+
+    from megamod.merging.average import merge
+    from megamod.merging.recipe import GREEDY_SOUP
+    from megamod.merging.recipe_file import read_recipe
+    from megamod.states.stream import parse_size
+
+    options = {
+        "shard_bytes": parse_size(args.max_shard_size, "--max_shard_size"),
+        "dry_run": args.dry_run,
+        "threads": args.num_threads or min(len(os.sched_getaffinity(0)), 8),
+        "copy_tokenizer": args.copy_tokenizer,
+        "quiet": args.quiet,
+    }
+    if recipe_file is None:
+        recipe = recipe_of(args)
+    else:
+        _refuse_beside_recipe(args)
+        recipe = read_recipe(recipe_file)
+    output = None if args.output_dir is None else Path(args.output_dir)
+    if recipe.method == GREEDY_SOUP:
+        from megamod.runs.studies.soup import described, greedy_soup
+
+        plan, tasted = greedy_soup(recipe, output, **options)
+        lines = [plan.describe(), *([described(tasted)] if tasted else [])]
+    else:
+        lines = [merge(recipe, output, seed=args.random_seed, **options).describe()]
+    if not args.quiet:
+        print(*lines, sep="\n")
+        print("nothing was written" if args.dry_run else f"written to {args.output_dir}")
+
+
+def _extract_lora(args: MergeArgs, recipe_file: Path | None) -> None:
+    """Write the adapter that `--extract_lora` asks for.
+
+    Raises:
+        UserError: for flags that do not go with it, or models that do not fit each other.
+    """
+    for flag in ("models", "forest", "experts", "weights", "prior", "topk", "dtype"):
+        if getattr(args, flag) is not None:
+            raise UserError(f"--{flag} does not go with --extract_lora")
+    if recipe_file is not None or args.base_model is None or args.dry_run:
+        raise UserError("--extract_lora needs --base_model BASE and --output_dir, and no recipe")
+    from megamod.merging.extract_lora import extract_lora
+
+    extracted = extract_lora(
+        Path(args.base_model),
+        Path(args.extract_lora),
+        Path(args.output_dir),
+        args.rank,
+        args.out_dtype,
+    )
+    if not args.quiet:
+        print(extracted.describe(), f"written to {args.output_dir}", sep="\n")
+
+
+def recipe_of(args: MergeArgs) -> "Recipe":
+    """Build the recipe that the flags describe.
+
+    Raises:
+        UserError: naming the flag, for values that do not go together.
+    """
+    from megamod.btm.parents import forest_sources, strongest
+    from megamod.merging.methods import METHODS
+    from megamod.merging.recipe import GREEDY_SOUP, weighted
+    from megamod.merging.settings import check_word
+    from megamod.states.forest import open_forest
+
+    methods = (*METHODS, GREEDY_SOUP)
+    check_word(args.merge_method, methods, "--merge_method: there is no")
+    if args.merge_method != "linear":
+        raise UserError(
+            f"--merge_method {args.merge_method}: needs a recipe, as it has more parameters than "
+            "there are flags; launchers/recipes/merge_ties.yaml is one"
+        )
+    if (args.models is None) is (args.forest is None):
+        raise UserError("give a recipe, or one of --models and --forest")
+    if args.weights is not None and args.prior is not None:
+        raise UserError("--weights and --prior both give weights; give one of them")
+    origin = f"--prior {args.prior}" if args.prior is not None else "--weights"
+    if args.topk is not None and args.weights is None and args.prior is None:
+        raise UserError("--topk needs weights to choose by: --weights or --prior")
+    domains, count = None, len(args.models or ())
+    if args.forest is None:
+        for flag in ("experts", "prior"):
+            if getattr(args, flag) is not None:
+                raise UserError(f"--{flag} goes with --forest, not with --models")
+        sources, weights = [(Path(model), None) for model in args.models], args.weights
+        if weights is not None and len(weights) == count:
+            if (args.topk or 0) > count:
+                raise UserError(f"--topk {args.topk}: there are only {count} models")
+            kept = strongest(weights, args.topk or 0)
+            sources, weights = [sources[n] for n in kept], [weights[n] for n in kept]
+    else:
+        known = {(one.path, one.member): one.domain for one in open_forest(args.forest).experts}
+        parents, weights = forest_sources(
+            args.forest,
+            only=args.experts,
+            weights=args.weights,
+            prior=args.prior,
+            topk=args.topk or 0,
+        )
+        sources = [(parent.folder, parent.member) for parent in parents]
+        domains = [known[source] for source in sources]
+        if args.weights is None and args.prior is None:
+            weights = None  # all alike, whatever their sum
+    weights = [1.0] * len(sources) if weights is None else weights
+    return weighted(
+        sources,
+        weights,
+        normalize=not args.no_normalize,
+        domains=domains,
+        dtype=args.dtype,
+        out_dtype=args.out_dtype,
+        origin=origin,
+    )
+
+
+def _refuse_beside_recipe(args: MergeArgs) -> None:
+    """Refuse flags that would change a recipe read from a file."""
+    for name in ("models", "forest", "experts", "weights", "prior", "topk", "dtype", "out_dtype"):
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name} cannot be added to a recipe; write it there")
+    if args.no_normalize:
+        raise UserError(
+            "--no_normalize cannot be added to a recipe; write `normalize: false` there"
+        )

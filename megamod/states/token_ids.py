@@ -1,0 +1,136 @@
+"""The ids of words in the tokenizer files of a model folder, and whether two folders agree on them.
+
+Added words count like those of the base vocabulary: tokenizer.json, added_tokens.json and
+tokenizer_config.json (`added_tokens_decoder`) all list some.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from megamod.errors import UserError
+
+_RAW = ("merges.txt", "vocab.bpe", "dict.txt")
+"""Files of subword merges and ranks; their bytes must be equal."""
+
+
+def token_ids(folder: Path) -> dict[str, int]:
+    """Map every word that the tokenizer files of a folder list to its id; empty without files.
+
+    Raises:
+        UserError: naming a file that is not what its name promises.
+    """
+    folder, ids = Path(folder), {}
+    for name, read in _READERS.items():
+        if (folder / name).is_file():
+            try:
+                ids |= dict(read(_content(folder / name)))
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise UserError(
+                    f"{folder / name}: is not the file of a tokenizer: {error!r}"
+                ) from error
+    return ids
+
+
+def check_same_ids(first: Path, second: Path, remedy: str = "") -> None:
+    """Refuse two folders whose tokenizers give one id to two words, or one word two ids.
+
+    Words that only one of them has are allowed. Folders without tokenizer files pass.
+
+    Args:
+        remedy: further sentence for the message.
+    Raises:
+        UserError: naming both folders, the word and the id.
+    """
+    first, second = Path(first), Path(second)
+    if _same_files(first, second):
+        return
+    one, other = token_ids(first), token_ids(second)
+    words = {number: word for word, number in one.items()}
+    for word, number in other.items():
+        known = words.get(number, word)
+        if known != word:
+            raise UserError(
+                f"{first} and {second}: their tokenizers differ: id {number} is {known!r} in the "
+                f"first and {word!r} in the second, so equal ids are different words{remedy}"
+            )
+        if one.get(word, number) != number:
+            raise UserError(
+                f"{first} and {second}: their tokenizers differ: {word!r} has id {one[word]} in "
+                f"the first and {number} in the second{remedy}"
+            )
+    for name in (*_RAW, *sorted({file.name for file in first.glob("*.model")})):
+        files = first / name, second / name
+        if all(file.is_file() for file in files) and not _equal(*files):
+            raise UserError(
+                f"{first} and {second}: their tokenizers differ, as {name} shows, so equal ids are "
+                f"different words{remedy}"
+            )
+
+
+def _same_files(first: Path, second: Path) -> bool:
+    """Whether both folders hold the same tokenizer files, byte by byte."""
+    names = (*_READERS, *_RAW)
+    pairs = [(first / name, second / name) for name in names]
+    pairs += [(file, second / file.name) for file in sorted(first.glob("*.model"))]
+    pairs += [(first / file.name, file) for file in sorted(second.glob("*.model"))]
+    return all(
+        one.is_file() is other.is_file() and (not one.is_file() or _equal(one, other))
+        for one, other in pairs
+    )
+
+
+def _equal(first: Path, second: Path) -> bool:
+    return _bytes(first) == _bytes(second)
+
+
+def _bytes(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from error
+
+
+def _content(file: Path) -> object:
+    """Parsed JSON, or the lines of a text file."""
+    raw = _bytes(file)
+    try:
+        text = raw.decode("utf-8")
+        return json.loads(text) if file.suffix == ".json" else text.removesuffix("\n").split("\n")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: cannot be read: {error}") from error
+
+
+def _whole(content: Mapping) -> Iterator[tuple[str, int]]:
+    model = content.get("model") or {}
+    listed = model.get("vocab") or {}
+    if isinstance(listed, list):  # unigrams, each with its score
+        listed = {word: number for number, (word, _) in enumerate(listed)}
+    yield from listed.items()
+    for entry in content.get("added_tokens") or ():
+        yield entry["content"], entry["id"]
+
+
+def _mapping(content: Mapping[str, int]) -> Iterator[tuple[str, int]]:
+    for word, number in content.items():
+        yield str(word), int(number)
+
+
+def _decoder(content: Mapping) -> Iterator[tuple[str, int]]:
+    for number, entry in (content.get("added_tokens_decoder") or {}).items():
+        yield entry["content"] if isinstance(entry, dict) else str(entry), int(number)
+
+
+def _lines(content: list[str]) -> Iterator[tuple[str, int]]:
+    for number, line in enumerate(content):
+        yield line.rstrip("\r"), number
+
+
+_READERS = {
+    "vocab.txt": _lines,
+    "vocab.json": _mapping,
+    "encoder.json": _mapping,
+    "tokenizer.json": _whole,
+    "added_tokens.json": _mapping,
+    "tokenizer_config.json": _decoder,
+}
