@@ -58,6 +58,9 @@ class BranchArgs(Arguments):
         None, "checkpoint nearest to this share of the run's last step", least=0, most=1
     )
     one_world: bool = option(False, "lay out for independent models of one job (--untie all)")
+    learning_rate: float | None = option(
+        None, "peak of the new run's schedule, whose place is kept; none: that of the parent"
+    )
     output_dir: str | None = option(None, "folder of the run to begin")
 
     def __post_init__(self):
@@ -138,7 +141,14 @@ def begin(args: ForestArgs, start: BranchArgs) -> None:
             for path in start.parents
         ]
         weights = check_weights(start.weights, len(sources))
-    made = branch(sources, weights, args.domain, start.output_dir, one_world=start.one_world)
+    made = branch(
+        sources,
+        weights,
+        args.domain,
+        start.output_dir,
+        one_world=start.one_world,
+        learning_rate=start.learning_rate,
+    )
     print(f"{made}: launchers/pretrain.py --output_dir {start.output_dir} goes on from here")
 
 

@@ -135,6 +135,20 @@ def save_run(path: Path, *parsed: Arguments) -> None:
     write_atomic(path, "\n".join(lines))
 
 
+def flag_words(values: Mapping[str, object]) -> list[str]:
+    """Values by flag as the words of a command line, which `parse_args` reads."""
+    words = []
+    for name, value in values.items():
+        words += [f"--{name}", *map(_word, value if isinstance(value, (list, tuple)) else [value])]
+    return words
+
+
+def _word(value: object) -> str:
+    if value is None:
+        return "none"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def _read_recipe(path: Path, known: dict[str, Field]) -> dict[str, tuple[object, str]]:
     """Values of a recipe with their origin, by field name."""
     try:

@@ -98,8 +98,9 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         | {"megamod.args", "megamod.flags", "megamod.dist", "megamod.dist.scope"}
         | {"megamod.models", "megamod.btm", "megamod.merging", "megamod.merging.alignment"}
         | {"megamod.evaluation", "megamod.mixture", "megamod.states", "megamod.train"}
-        | {"megamod.convert"},
-        {"torch", "transformers", "deepspeed", "huggingface_hub", "numpy", "yaml", "tqdm"},
+        | {"megamod.convert", "megamod.version"},
+        {"torch", "transformers", "deepspeed", "huggingface_hub", "numpy", "yaml", "tqdm"}
+        | {"pydantic"},
     ),
     "megamod.planning": (
         {"megamod.args", "megamod.flags", "megamod.btm", "megamod.dist", "megamod.dist.scope"}

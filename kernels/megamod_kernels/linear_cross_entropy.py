@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 IGNORE_INDEX = -100
 LOGITS_BYTES = 64 * 2**20  # of one chunk, in float32: large enough for full-speed products
+CACHE_BYTES, CACHE_ROWS = 2**20, 256  # on a CPU a chunk of so many rows or more stays in its cache
 
 
 def linear_cross_entropy_reference(
@@ -51,9 +52,10 @@ class _LinearCrossEntropyFunction(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
         log_probs = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
+        differentiate = needs_hidden or needs_weight or needs_bias
         for rows in _chunks(hidden, weight):
             logits = F.linear(hidden[rows], weight, bias).float()
-            gradient, log_probs[rows] = _score(logits, labels[rows], scale, softcap)
+            gradient, log_probs[rows] = _score(logits, labels[rows], scale, softcap, differentiate)
             if needs_bias:
                 grad_bias += gradient.sum(0)
             if needs_hidden or needs_weight:
@@ -120,23 +122,26 @@ def linear_cross_entropy(
 
 
 def _score(
-    logits: Tensor, labels: Tensor, scale: float, softcap: float | None
-) -> tuple[Tensor, Tensor]:
+    logits: Tensor, labels: Tensor, scale: float, softcap: float | None, differentiate: bool
+) -> tuple[Tensor | None, Tensor]:
     """d(-log p)/d logits [rows, V] and log p of the label [rows], both float32, 0 where ignored.
 
-    Overwrites `logits` (float32), which are those before scale and softcap.
+    The first is None unless `differentiate`. Overwrites `logits` (float32), which are those before
+    scale and softcap.
     """
     slope = None
     if scale != 1.0:
         logits.mul_(scale)
     if softcap is not None:
         logits.div_(softcap).tanh_()
-        slope = 1 - logits.square()  # of softcap * tanh(z / softcap)
+        slope = 1 - logits.square() if differentiate else None  # of softcap * tanh(z / softcap)
         logits.mul_(softcap)
     normaliser = logits.logsumexp(dim=1, keepdim=True)
     counted = (labels != IGNORE_INDEX)[:, None]
     target = labels[:, None].where(counted, 0)
     log_probs = (logits.gather(1, target) - normaliser).where(counted, 0.0)
+    if not differentiate:
+        return None, log_probs[:, 0]
     gradient = logits.sub_(normaliser).exp_()
     gradient.scatter_add_(1, target, torch.full_like(log_probs, -1.0))
     gradient.mul_(counted)
@@ -146,5 +151,8 @@ def _score(
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
-    rows = max(16, LOGITS_BYTES // (4 * weight.shape[0]))
+    row = 4 * weight.shape[0]
+    rows = max(16, LOGITS_BYTES // row)
+    if hidden.device.type == "cpu":
+        rows = min(rows, max(CACHE_ROWS, CACHE_BYTES // row))
     return [slice(start, start + rows) for start in range(0, hidden.shape[0], rows)]

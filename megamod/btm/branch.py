@@ -45,6 +45,7 @@ def branch(
     run: Path,
     *,
     one_world: bool = False,
+    learning_rate: float | None = None,
 ) -> Path:
     """Write the first checkpoint of an expert, and branch.json with where it came from.
 
@@ -54,6 +55,8 @@ def branch(
         domains: the new expert's domain; several only in one world.
         run: folder of the run to begin.
         one_world: lay the checkpoint out for independent models of one job (`--untie all`).
+        learning_rate: peak of the new run's schedule; None: the parent's. The place in the schedule
+            stays.
     Returns:
         the checkpoint.
     Raises:
@@ -76,6 +79,8 @@ def branch(
         base = folder / ".start"
         _start_model(sources, weights, base)
         state = _state_of(sources[0]) if kept else _fresh_state()
+        if kept and learning_rate is not None:
+            state["settings"]["learning_rate"] = learning_rate
         for number, domain in enumerate(domains):
             place = folder / domain if one_world else folder
             prefix = f"{domain}:" if one_world else ""

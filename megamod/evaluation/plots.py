@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 from megamod.errors import UserError
+from megamod.evaluation.paired import Estimate
 
 Numbers = Mapping[str, Mapping[str, float]]
 
@@ -308,6 +309,30 @@ def plot_barriers(tasks: Mapping[str, Mapping[str, tuple[float, float]]], output
         axes.bar(at, means, width, yerr=errors, color=colour, capsize=3, label=name)
     axes.set_xticks(range(len(tasks)), list(tasks))
     axes.set(ylabel="barrier (nats)")
+    figure.legend(loc="outside right center", fontsize=9, frameon=False)
+    figure.savefig(output, dpi=120)
+    pyplot.close(figure)
+
+
+def plot_ratios(
+    lines: Mapping[str, Sequence[tuple[float, Estimate]]], output: Path, across: str, up: str
+) -> None:
+    """PNG of ratios to a baseline with their intervals; the baseline is the line at 1.
+
+    Args:
+        lines: by name, points of a number and the ratio there.
+        across, up: titles of the axes.
+    """
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(8, 4.2), layout="constrained")
+    axes.axhline(1.0, color="black", lw=0.8)
+    for (name, points), colour in zip(lines.items(), _colours(pyplot, len(lines)), strict=True):
+        at, ratios = [x for x, _ in points], [ratio for _, ratio in points]
+        axes.plot(at, [ratio.mean for ratio in ratios], "o-", c=colour, lw=1.4, ms=4, label=name)
+        for x, ratio in points:
+            if ratio.low is not None:
+                axes.vlines(x, ratio.low, ratio.high, color=colour, lw=1.4)
+    axes.set(xlabel=across, ylabel=up, xscale="log")
     figure.legend(loc="outside right center", fontsize=9, frameon=False)
     figure.savefig(output, dpi=120)
     pyplot.close(figure)

@@ -136,6 +136,9 @@ def test_one_parent_keeps_optimizer_step_and_schedule(parents, tmp_path):
     assert record["start_update"] == 2 and record["parents"] == [
         {"path": str(parent), "weight": 1.0}
     ]
+    source = [find_source(parents / "dense", step=2)]
+    faster = branch(source, [1.0], ["law"], tmp_path / "faster", learning_rate=0.5)
+    assert state_of(faster)["settings"] == {**now["settings"], "learning_rate": 0.5}
 
 
 @pytest.mark.slow

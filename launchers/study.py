@@ -1,0 +1,125 @@
+"""Run a study, a matrix of runs, and make its table: arms x rungs x seeds from one file.
+
+    python launchers/study.py ladder_1k --inputs DATA
+    python launchers/study.py ladder_1k --inputs DATA --jobs 2
+    python launchers/study.py ladder_1k --inputs DATA --cells dense.t80.s1 demix.t80.s1
+    python launchers/study.py ladder_1k --inputs DATA --cells dense.t80.s1 --repeat true
+    python launchers/study.py mine/study.yaml --inputs DATA --evidence mine/evidence
+    python launchers/study.py ladder_1k --table true --document docs/results.md
+    python launchers/study.py ladder_1k --list true
+
+A study is a YAML file, or the name of one in launchers/recipes/studies. DATA has the folders
+domains (with a folder of train, valid and test files each) and glue, ner, pos. Every run leaves
+a small JSON file in docs/evidence/NAME, and a run that has one is not made again. --repeat runs a
+cell anew and compares its scores with the kept ones. docs/studies.md tells more.
+"""
+
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from megamod.errors import UserError, run
+from megamod.flags import Arguments, option, parse_args, require
+
+HERE = Path(__file__).resolve().parent
+STUDIES = HERE / "recipes" / "studies"
+EVIDENCE = HERE.parent / "docs" / "evidence"
+
+
+@dataclass
+class StudyArgs(Arguments):
+    """Which study, which of its runs, and where."""
+
+    study: str | None = option(None, "name or YAML file; may come first without the flag")
+    inputs: str | None = option(None, "folder with the folders domains, glue, ner, pos")
+    cells: list[str] | None = option(  # noqa: RUF009
+        None, "runs to make, ARM.RUNG.sSEED each; none: all"
+    )
+    jobs: int = option(1, "processes that make runs at the same time, a thread each", least=1)
+    work_dir: str | None = option(None, "folder of models and logs; none: runs/studies/NAME")
+    evidence: str | None = option(None, "folder of the JSON files; none: docs/evidence/NAME")
+    repeat: bool = option(False, "make --cells anew and compare with their kept scores")
+    table: bool = option(False, "make the table of what there is, and run nothing")
+    document: str | None = option(None, "Markdown file whose table between markers to replace")
+    plot: str | None = option(None, "PNG file of ratios to write")
+    list: bool = option(False, "print the runs and their settings, and run nothing")
+
+
+def main() -> None:
+    """Parse, run what is missing, print the table."""
+    words = sys.argv[1:]
+    if words and not words[0].startswith("-"):
+        words = ["--study", *words]
+    (args,) = parse_args(StudyArgs, argv=words, doc=__doc__)
+    require(args, "study")
+    path = find_study(args.study)
+
+    from megamod.runs.studies.study_file import read_study
+
+    study = read_study(path)
+    cells = [study.cell(name) for name in args.cells] if args.cells else list(study.cells)
+    if args.list:
+        for cell in cells:
+            print(cell.name, cell.settings)
+        return
+    evidence = Path(args.evidence) if args.evidence else EVIDENCE / study.name
+    if not args.table:
+        make_runs(args, study, cells, evidence)
+    if not args.repeat:
+        show(args, study, evidence)
+
+
+def find_study(name: str) -> Path:
+    """The file of a study.
+
+    Raises:
+        UserError: if there is none.
+    """
+    for path in (Path(name), STUDIES / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    known = ", ".join(sorted(path.stem for path in STUDIES.glob("*.yaml")))
+    raise UserError(f"--study {name}: is no file and none of {known}")
+
+
+def make_runs(args: StudyArgs, study, cells: list, evidence: Path) -> None:
+    """Run what is missing, or --cells anew."""
+    require(args, "inputs")
+    if not Path(args.inputs).is_dir():
+        raise UserError(f"--inputs {args.inputs}: there is no such folder")
+    if args.repeat and not args.cells:
+        raise UserError("--repeat: name the runs with --cells")
+
+    from megamod.runs.studies.study import Places, repeat, run_cells, run_in_processes
+    from megamod.train.setup import start_logging
+
+    start_logging()
+    work = Path(args.work_dir) if args.work_dir else Path("runs") / "studies" / study.name
+    places = Places(Path(args.inputs), work, evidence)
+    if args.repeat:
+        for cell in cells:
+            with tempfile.TemporaryDirectory() as again:
+                print(repeat(study, cell, places, Path(again)))
+    elif args.jobs == 1:
+        run_cells(study, cells, places)
+    else:
+        words = [sys.argv[0], *sys.argv[1:], "--jobs", "1"]
+        run_in_processes(study, cells, places, words, args.jobs)
+
+
+def show(args: StudyArgs, study, evidence: Path) -> None:
+    """Print the table; write it into --document and draw --plot."""
+    from megamod.runs.studies.report import markdown, plot, read_records, write_document
+
+    records = read_records(study, evidence)
+    text = markdown(study, records)
+    print(text)
+    if args.document is not None:
+        write_document(Path(args.document), {study.name: text})
+    if args.plot is not None and not plot(study, records, Path(args.plot)):
+        print(f"nothing to draw in {args.plot} yet")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,133 @@
+"""One cell of a study of finetuning: what finetune_glue.py, _ner.py or _mtl.py does with flags.
+
+Settings are flags of the launcher that `launcher` names (glue, ner or mtl). A model or tokenizer
+`package:NAME/FOLDER` lies in an installed Python package; `data_dir` is below the folder of inputs.
+"""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+from megamod.args import SafetyArgs
+from megamod.errors import UserError
+from megamod.files import sha256
+from megamod.flags import flag_words, parse_args
+from megamod.runs.finetune.args import TaskArgs, TunedArgs, TunedOptimArgs, TunedRunArgs, WordArgs
+from megamod.runs.finetune.many_tasks_args import ConditionedArgs, MixtureArgs
+from megamod.runs.studies.records import Figures, Scores
+from megamod.runs.studies.study_file import Cell, Settings, Study
+
+PACKAGE = "package:"
+COMMON = (TunedRunArgs, SafetyArgs, TunedOptimArgs)
+CLASSES = {
+    "glue": (*COMMON, TunedArgs, TaskArgs),
+    "ner": (*COMMON, TunedArgs, TaskArgs, WordArgs),
+    "mtl": (*COMMON, ConditionedArgs, MixtureArgs),
+}
+
+
+def run(study: Study, cell: Cell, inputs: Path, work: Path) -> tuple[Figures, dict[str, object]]:
+    """Finetune, score on dev; the run's folder goes when its figures are read.
+
+    Returns:
+        scores by task, and the digests of model and data.
+    """
+    settings = dict(cell.settings)
+    launcher = settings.pop("launcher", "glue")
+    if launcher not in CLASSES:
+        raise UserError(f"launcher {launcher!r} is none of {', '.join(CLASSES)}")
+    several = settings.pop("one_model_a_task", False)
+    tasks = settings["tasks"] if launcher == "mtl" else [None]
+    runs = [[task] for task in tasks] if several else [tasks]
+    figures, digests = Figures({}), {}
+    for named in runs:
+        folder = work / f"{cell.name}{'.' + named[0] if several else ''}"
+        own = settings | ({"tasks": named} if launcher == "mtl" else {})
+        digests |= _finetune(own, launcher, cell.seed, inputs, folder)
+        record = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        _read_scores(record, launcher, figures)
+        shutil.rmtree(folder)
+    speed = [values["instances_per_second"] for values in figures.scores.values()]
+    scores = [values["score"] for values in figures.scores.values()]
+    figures.scores["mean"] = {
+        "score": sum(scores) / len(scores),
+        "instances_per_second": sum(speed) / len(speed),
+    }
+    return figures, digests
+
+
+def _finetune(
+    settings: Settings, launcher: str, seed: int, inputs: Path, folder: Path
+) -> dict[str, object]:
+    """One run in `folder`; digests of its model."""
+    flags = dict(settings)
+    digests: dict[str, object] = {}
+    for name in ("model", "tokenizer_name"):
+        if str(flags.get(name, "")).startswith(PACKAGE):
+            flags[name] = str(package_folder(str(flags[name])))
+            weights = Path(flags[name]) / "model.safetensors"
+            if name == "model" and weights.is_file():
+                digests["model"] = sha256(weights)[:16]
+    given = flags.get("data_dir", [])
+    folders = [str(inputs / one) for one in (given if isinstance(given, list) else [given])]
+    if folders:
+        flags["data_dir"] = folders if launcher == "mtl" else folders[0]
+    flags |= {
+        "seed": seed,
+        "output_dir": str(folder),
+        "do_train": True,
+        "do_eval": True,
+        "report_to": "none",
+        "save_total_limit": 1,
+    }
+    parsed = parse_args(*CLASSES[launcher], argv=flag_words(flags))
+    # Heavy, and not needed where figures are only read.
+    if launcher == "mtl":
+        from megamod.runs.finetune.many_tasks import finetune_tasks
+
+        finetune_tasks(*parsed)
+    else:
+        from megamod.runs.finetune.one_task import finetune
+
+        finetune(*parsed)
+    return digests
+
+
+def package_folder(text: str) -> Path:
+    """The folder that `package:NAME/FOLDER` names.
+
+    Raises:
+        UserError: if the package is not installed or has no such folder.
+    """
+    name, _, inside = text.removeprefix(PACKAGE).partition("/")
+    found = importlib.util.find_spec(name)
+    if found is None or found.origin is None:
+        pip = name.replace("_", "-")
+        raise UserError(f"{text}: the Python package {name} is not installed; pip install {pip}")
+    folder = Path(found.origin).parent / inside
+    if not folder.is_dir():
+        raise UserError(f"{text}: there is no folder {inside} in the package {name}")
+    return folder
+
+
+def _read_scores(record: dict[str, object], launcher: str, figures: Figures) -> None:
+    """Last evaluation of a run's results.json as scores by task."""
+    (one,) = record["seeds"].values()
+    last = one["last"]
+    speed = last["instances_per_second"]
+    if launcher == "mtl":
+        splits = {task: of for task, of in last["tasks"].items()}
+        means = record["mean"]
+    else:
+        name = record["task"]["name"]
+        splits, means = {name: last["scores"]}, {name: record["task_score"]}
+    for task, of in splits.items():
+        values = {
+            f"{split}_{metric}": value
+            for split, scores in of.items()
+            for metric, value in scores.items()
+            if isinstance(value, float)
+        }
+        scores: Scores = {task: {"score": means[task], "instances_per_second": speed, **values}}
+        figures.scores |= scores

@@ -1,0 +1,141 @@
+"""Losses of dense models and forests on held-out text, with the experts mixed in several ways."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megamod.evaluation.ensemble import Protocol, estimate_priors
+from megamod.evaluation.expert_scores import Experts, OneByOne, Text
+from megamod.evaluation.perplexity import DENSE
+from megamod.evaluation.saved import HeldOut, find_models, score_models
+from megamod.mixture.ensemble import Mixture, Rule, Tally
+from megamod.mixture.prior import Prior, top_k
+from megamod.states.forest import Forest
+
+CPU = torch.device("cpu")
+BATCH = 16
+RULES = {
+    "mixed": ("cached_prior", Rule()),
+    "history": ("cached_prior", Rule("history")),
+    "history_0.9": ("cached_prior", Rule("history", forgetting=0.9)),
+    "uniform_prior": ("uniform_prior", Rule()),
+    "simple_average": ("simple_average", Rule()),
+}
+"""Rows of a forest's losses, and how each is mixed."""
+TOP = (1, 2, 4)
+
+Losses = dict[str, dict[str, float]]
+"""Nats per token by row and domain."""
+
+
+@dataclass(frozen=True)
+class ScoredText:
+    """Held-out text: a split of some domains of a data-bin."""
+
+    databin: Path
+    domains: Sequence[str]
+    split: str
+
+    def held_out(self) -> HeldOut:
+        """As models are scored on it."""
+        return HeldOut(
+            str(self.databin), self.domains, self.split, None, BATCH, "auto", own_only=False
+        )
+
+
+@dataclass
+class ForestLosses:
+    """Losses of a forest.
+
+    Attributes:
+        rows: of the mixtures, and "own": each domain's text under the expert of that name.
+        experts: of each expert alone.
+        without: of the mixture "mixed" without an expert, by that expert.
+        priors: estimated weights of the experts, by domain.
+    """
+
+    rows: Losses
+    experts: Losses
+    without: Losses
+    priors: dict[str, dict[str, float]]
+
+
+def dense_losses(model: Path, text: ScoredText) -> dict[str, float]:
+    """Nats per token of a model without experts, by domain."""
+    held_out = text.held_out()
+    scores = score_models(find_models(model, held_out), held_out, CPU)[DENSE]
+    return {domain: _rounded(score.nll, score.tokens) for domain, score in scores.items()}
+
+
+def forest_losses(forest: Forest, text: ScoredText) -> ForestLosses:
+    """Losses of all rows; every expert reads every text once.
+
+    Priors are estimated on the first hundred sequences of the valid split.
+    """
+    experts = Experts(forest, text.held_out(), CPU)
+    source, names = OneByOne(experts), experts.domains
+    protocol = Protocol()
+    texts = {domain: Text(domain, text.split) for domain in text.domains}
+    before = [Text(d, protocol.prior_split, protocol.prior_sequences) for d in text.domains]
+    source.score(dict.fromkeys([*texts.values(), *before], names))
+    priors = {
+        name: estimate_priors(experts, source, text.domains, Protocol(rule=Rule(name)))
+        for name in {rule.name for _, rule in RULES.values()}
+    }
+    losses = ForestLosses({}, {}, {}, {})
+    for domain, one in texts.items():
+        prior = priors["last_token"][domain].estimate
+        losses.priors[domain] = {
+            name: round(weight, 6) for name, weight in zip(names, prior.weights, strict=True)
+        }
+        mixtures = {
+            row: _mixture(mode, rule, priors[rule.name][domain].estimate)
+            for row, (mode, rule) in RULES.items()
+        }
+        mixtures |= {
+            f"top{count}": _mixture("cached_prior", Rule(), top_k(prior, count))
+            for count in TOP
+            if count < len(names)
+        }
+        fewer = _leave_out(prior)
+        alone = {name: Tally() for name in names}
+        for log_probs, mask in source.batches(one, names, BATCH):
+            for mixture in mixtures.values():
+                mixture.add(log_probs, mask)
+            for places, mixture in fewer.values():
+                mixture.add(log_probs[places], mask)
+            for tally, scores in zip(alone.values(), log_probs, strict=True):
+                tally.add(scores, mask)
+        _add(losses.rows, domain, {row: mixture.tally for row, mixture in mixtures.items()})
+        _add(losses.experts, domain, alone)
+        _add(losses.without, domain, {name: mixture.tally for name, (_, mixture) in fewer.items()})
+        if domain in alone:
+            _add(losses.rows, domain, {"own": alone[domain]})
+    return losses
+
+
+def _mixture(mode: str, rule: Rule, prior: Prior) -> Mixture:
+    weights = torch.tensor(prior.weights, dtype=torch.float64)
+    return Mixture(mode, len(weights), rule, weights)
+
+
+def _leave_out(prior: Prior) -> dict[str, tuple[list[int], Mixture]]:
+    """For each expert the places of the others, and their mixture."""
+    weights, fewer = torch.tensor(prior.weights, dtype=torch.float64), {}
+    for removed, name in enumerate(prior.domains):
+        rest = [place for place in range(len(weights)) if place != removed]
+        if float(weights[rest].sum()) > 0:
+            share = weights[rest] / weights[rest].sum()
+            fewer[name] = rest, Mixture("cached_prior", len(rest), Rule(), share)
+    return fewer
+
+
+def _add(losses: Losses, domain: str, tallies: Mapping[str, Tally]) -> None:
+    for row, tally in tallies.items():
+        losses.setdefault(row, {})[domain] = _rounded(tally.nll, tally.tokens)
+
+
+def _rounded(nll: float, tokens: int) -> float:
+    return round(nll / tokens, 6)

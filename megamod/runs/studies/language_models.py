@@ -1,0 +1,247 @@
+"""One cell of a study of language models: dense, DEMix or Branch-Train-Merge on some domains.
+
+A cell trains through the same functions as launchers/pretrain.py and launchers/forest.py, in this
+process, in a folder named after its flags: runs that two cells have in common (the seed of a forest
+is the beginning of a dense run) are made once, and a cell that was interrupted goes on.
+
+Settings are flags of launchers/pretrain.py, and
+    seed_share             train a forest, with a seed of so large a part of the steps
+    expert_learning_rate   peak of the experts' schedule, whose place is that of the seed
+    random_split           train the experts on a random split of the text (a control)
+    score_split            "test", or "valid" where settings are searched
+    score_novel            score domains that nothing was trained on as well
+"""
+
+import fcntl
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from megamod.args import DataArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs
+from megamod.btm.branch import branch
+from megamod.btm.grown import expert_of
+from megamod.btm.parents import find_source
+from megamod.data.lm.batches import DataBin
+from megamod.errors import UserError
+from megamod.evaluation.plots import read_metrics
+from megamod.flags import flag_words, parse_args
+from megamod.merging.average import average_folders
+from megamod.runs.studies.forest_scores import (
+    Losses,
+    ScoredText,
+    dense_losses,
+    forest_losses,
+)
+from megamod.runs.studies.records import Figures
+from megamod.runs.studies.study_file import Cell, Settings, Study
+from megamod.runs.studies.texts import StudyText
+from megamod.states.forest import edit_forest, open_forest
+from megamod.states.manifest import list_checkpoints
+from megamod.states.weights import read_weights
+
+OWN_SETTINGS = ("seed_share", "expert_learning_rate", "random_split", "score_split", "score_novel")
+QUARTERS = 4  # a dense run keeps a checkpoint after each, which a forest can branch off
+
+
+def run(study: Study, cell: Cell, inputs: Path, work: Path) -> tuple[Figures, dict[str, object]]:
+    """Train what is not trained yet below `work`, then score.
+
+    Returns:
+        the figures, and the digest of the data.
+    """
+    spec = study.file.text
+    text = StudyText(
+        inputs / "domains", work, spec.domains, spec.novel, spec.tokenizer, spec.held_out_bytes
+    )
+    own = {name: cell.settings.get(name) for name in OWN_SETTINGS}
+    flags = {k: v for k, v in cell.settings.items() if k not in own} | {"seed": cell.seed}
+    if not isinstance(flags.get("max_steps"), int):
+        raise UserError(f"{study.name}, {cell.name}: max_steps is missing")
+    if own["seed_share"] is None:
+        runs = {"": train(flags, text.main, work)}
+    else:
+        runs = grow(flags, own, text, work)
+    models = [folder / "model" for folder in runs.values()]
+    scored = ScoredText(text.main, spec.domains, own["score_split"] or "test")
+    details = {"parameters": parameters_of(models), "tokens": _tokens(flags, runs, own)}
+    details["training_seconds"] = round(sum(map(_training_seconds, runs.values())), 1)
+    rows, more = _losses(runs, scored, work)
+    scores = {row: _scores(losses, scored) for row, losses in rows.items()}
+    details |= {"losses": rows, **more}
+    if own["score_novel"]:
+        unseen = ScoredText(text.unseen, spec.novel, "test")
+        rows, more = _losses(runs, unseen, work)
+        scores |= {f"novel_{row}": _scores(losses, unseen) for row, losses in rows.items()}
+        details["novel"] = {"losses": rows, **more}
+    return Figures(scores, details), {"text": text.digest}
+
+
+def train(flags: Settings, databin: Path, work: Path, *, stop: int | None = None) -> Path:
+    """Train to step `stop` (None: to the end) unless that was done before; the run's folder."""
+    folder = work / f"run-{_key({**flags, 'text': DataBin(databin).digest})}"
+    with _locked(folder):
+        _train(flags, databin, folder, stop)
+    return folder
+
+
+def grow(
+    flags: Settings, own: Mapping[str, object], text: StudyText, work: Path
+) -> dict[str, Path]:
+    """Train a seed and its experts, each with its part of the batch; their runs by domain.
+
+    Raises:
+        UserError: if the experts cannot share the batch.
+    """
+    databin = text.random if own["random_split"] else text.main
+    domains, batch = DataBin(databin).domains, flags["per_device_train_batch_size"]
+    if batch % len(domains):
+        raise UserError(
+            f"per_device_train_batch_size {batch} is not a multiple of the {len(domains)} experts"
+        )
+    seed_steps = round(own["seed_share"] * flags["max_steps"])
+    seed = train(flags, text.main, work, stop=seed_steps) if seed_steps else None
+    rate = own["expert_learning_rate"] or flags["learning_rate"]
+    runs = {}
+    for domain in domains:
+        mine = flags | {
+            "domains": [domain],
+            "per_device_train_batch_size": batch // len(domains),
+            "learning_rate": rate,
+        }
+        origin = {"text": DataBin(databin).digest, "seed_steps": seed_steps}
+        origin["seed_rate"] = flags["learning_rate"] if seed_steps else None
+        folder = work / f"expert-{_key({**mine, **origin})}"
+        with _locked(folder):
+            if seed is not None and not list_checkpoints(folder / "checkpoints"):
+                source = find_source(seed, step=seed_steps)
+                branch([source], [1.0], [domain], folder, learning_rate=rate)
+            _train(mine, databin, folder)
+        runs[domain] = folder
+    return runs
+
+
+def parameters_of(models: Sequence[Path]) -> dict[str, int]:
+    """Elements of the weights of all models together, those that a token meets, and of the latter
+    those outside the embeddings."""
+    total, active, body = 0, 0, 0
+    for model in models:
+        sizes = {name: tensor.numel() for name, tensor in read_weights(model).items()}
+        members = [n.split(".experts.")[1].split(".")[0] for n in sizes if ".experts." in n]
+        met = {
+            name: size
+            for name, size in sizes.items()
+            if ".experts." not in name or f".experts.{members[0]}." in name
+        }
+        total += sum(sizes.values())
+        active = sum(met.values())
+        body = sum(size for name, size in met.items() if "embeddings" not in name)
+    return {"total": total, "active": active, "outside_embeddings": body}
+
+
+def _train(flags: Settings, databin: Path, folder: Path, stop: int | None = None) -> None:
+    steps = [int(path.name[5:]) for path in list_checkpoints(folder / "checkpoints")]
+    last = flags["max_steps"] if stop is None else stop
+    if last in steps and (stop is not None or (folder / "model" / "config.json").is_file()):
+        return
+    from megamod.runs.pretrain.causal_lm import pretrain
+
+    expert = (folder / "branch.json").exists()
+    several = expert or flags.get("untie", "none") != "none"
+    extra = {
+        "data": str(databin),
+        "output_dir": str(folder),
+        "stop_step": stop,
+        # Scores are made from the saved model; this evaluation is for the log alone.
+        "eval_batches": 1,
+        "per_device_eval_batch_size": 4,
+        "report_to": "none",
+        "logging_steps": max(1, flags["max_steps"] // 10),
+        "save_steps": 0 if expert else flags["max_steps"] // QUARTERS,
+        "save_total_limit": 1 if several else None,
+    }
+    kinds = (RunArgs, SafetyArgs, ModelArgs, OptimArgs, DataArgs)
+    pretrain(*parse_args(*kinds, argv=flag_words({**flags, **extra})))
+
+
+def _losses(
+    runs: Mapping[str, Path], scored: ScoredText, work: Path
+) -> tuple[Losses, dict[str, object]]:
+    """Losses by row, and what else a forest tells."""
+    models = {domain: folder / "model" for domain, folder in runs.items()}
+    if list(runs) == [""]:
+        config = json.loads((models[""] / "config.json").read_text(encoding="utf-8"))
+        if config["untie"] == "none":
+            return {"own": dense_losses(models[""], scored)}, {}
+        losses = forest_losses(open_forest(models[""]), scored)
+    else:
+        folder = work / f"forest-{_key([folder.name for folder in runs.values()])}"
+        with _locked(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            with edit_forest(folder) as experts:
+                experts += [expert_of(place, domain) for domain, place in runs.items()]
+            losses = forest_losses(open_forest(folder), scored)
+            sources = [(model, None) for model in models.values()]
+            average_folders(sources, [1 / len(sources)] * len(sources), folder / "average")
+            losses.rows["average"] = dense_losses(folder / "average", scored)
+            shutil.rmtree(folder)
+    best = min(losses.experts, key=lambda name: sum(losses.experts[name].values()))
+    losses.rows["best_expert"] = losses.experts[best]
+    more = {"experts": losses.experts, "without": losses.without, "priors": losses.priors}
+    return losses.rows, {**more, "best_expert": best}
+
+
+def _scores(losses: Mapping[str, float], scored: ScoredText) -> dict[str, float]:
+    """Means over domains: perplexity per token, and bits per byte of the text."""
+    databin = DataBin(scored.databin)
+    bits, perplexities = [], []
+    for domain, loss in losses.items():
+        # Each token is predicted once, the eos of each document among them.
+        tokens = len(databin.split(domain, scored.split).tokens)
+        bits.append(loss * tokens / math.log(2) / databin.bytes(domain, scored.split))
+        perplexities.append(math.exp(loss))
+    return {
+        "perplexity": sum(perplexities) / len(perplexities),
+        "bits_per_byte": sum(bits) / len(bits),
+    }
+
+
+def _tokens(flags: Settings, runs: Mapping[str, Path], own: Mapping[str, object]) -> int:
+    """Target tokens that all runs were trained on, the seed counted once."""
+    total = 0
+    for folder in runs.values():
+        newest = list_checkpoints(folder / "checkpoints")[-1]
+        state = json.loads((newest / "state.json").read_text(encoding="utf-8"))["state"]
+        total += sum(state["tokens"].values())
+    if own["seed_share"] is not None:
+        steps = round(own["seed_share"] * flags["max_steps"])
+        total += steps * flags["per_device_train_batch_size"] * flags["max_seq_length"]
+    return total
+
+
+def _training_seconds(run: Path) -> float:
+    """Seconds of a run's own steps, whichever process made them."""
+    branched = run / "branch.json"
+    before = json.loads(branched.read_text())["start_update"] if branched.is_file() else 0
+    seconds = 0.0
+    for record in read_metrics(run / "metrics.jsonl"):
+        if "step_ms" in record:
+            seconds += record["step_ms"] / 1000 * (record["step"] - before)
+            before = record["step"]
+    return seconds
+
+
+def _key(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder against other processes; they wait."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,138 @@
+"""Figures of a cell as a JSON file, EVIDENCE/STUDY/CELL.json; tables are made from these alone.
+
+{"format": 1, "study": "ladder_1k", "cell": "dense.t80.s1", "arm": "dense", "rung": "t80",
+ "seed": 1, "config": {settings and digests of the inputs}, "config_digest": "...",
+ "code": {"version": "...", "digest": "..."}, "machine": {...}, "seconds": 342.0,
+ "scores": {ROW: {VALUE: number}}, "details": {...}}
+"""
+
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from megamod.errors import UserError
+from megamod.files import to_json, write_json
+from megamod.runs.studies.study_file import Cell, Study
+from megamod.runs.training import code_digest
+from megamod.version import __version__
+
+FORMAT = 1
+TOLERANCE = 1e-4
+Scores = dict[str, dict[str, float]]
+Record = dict[str, object]
+
+
+@dataclass
+class Figures:
+    """What a cell's run gave: `scores` by row and value, and `details` that tables do not need."""
+
+    scores: Scores
+    details: dict[str, object] = field(default_factory=dict)
+
+
+def record_of(
+    study: Study,
+    cell: Cell,
+    figures: Figures,
+    inputs: Mapping[str, object],
+    seconds: float,
+    processor_seconds: float,
+) -> Record:
+    """The content of a cell's file.
+
+    Args:
+        inputs: digests of the data, part of the configuration.
+    """
+    config = configuration(study, cell, inputs)
+    return {
+        "format": FORMAT,
+        "study": study.name,
+        "cell": cell.name,
+        "arm": cell.arm,
+        "rung": cell.rung,
+        "seed": cell.seed,
+        "config": config,
+        "config_digest": digest(config),
+        "code": {"version": __version__, "digest": code_digest()[:16]},
+        "machine": {
+            "processor": _processor(),
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+        },
+        "finished": time.strftime("%Y-%m-%d", time.gmtime()),
+        "seconds": round(seconds, 1),
+        "processor_seconds": round(processor_seconds, 1),
+        "scores": figures.scores,
+        "details": figures.details,
+    }
+
+
+def configuration(study: Study, cell: Cell, inputs: Mapping[str, object]) -> dict[str, object]:
+    """All that decides a cell's figures."""
+    return {"kind": study.file.kind, "seed": cell.seed, **cell.settings, "inputs": dict(inputs)}
+
+
+def digest(config: Mapping[str, object]) -> str:
+    """Of a configuration, 16 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def write_record(folder: Path, record: Record) -> None:
+    """Write a cell's file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / f"{record['cell']}.json", json.loads(to_json(record)))
+
+
+def read_record(folder: Path, cell: Cell) -> Record | None:
+    """A cell's file; None if there is none.
+
+    Raises:
+        UserError: if it is not JSON of this format, or of other settings than the study has now.
+    """
+    path = folder / f"{cell.name}.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise UserError(f"{path}: is no file of figures of format {FORMAT}")
+    before = {k: v for k, v in record["config"].items() if k not in ("kind", "seed", "inputs")}
+    now = json.loads(json.dumps(cell.settings))
+    if before != now:
+        keys = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
+        told = "; ".join(f"{k}: {before.get(k)!r} then, {now.get(k)!r} now" for k in keys)
+        raise UserError(f"{path} has figures of other settings ({told}); remove it to run it anew")
+    return record
+
+
+def largest_difference(before: Record, now: Record) -> tuple[float, str]:
+    """Largest relative difference between the scores of two records, and where it is."""
+    worst, place = 0.0, "no score"
+    for row, values in before["scores"].items():
+        for name, value in values.items():
+            if name in ("seconds", "instances_per_second"):
+                continue
+            other = now["scores"].get(row, {}).get(name)
+            if other is None:
+                return float("inf"), f"{row} {name}"
+            difference = abs(value - other) / max(abs(value), 1e-12)
+            if difference >= worst:
+                worst, place = difference, f"{row} {name}"
+    return worst, place
+
+
+def _processor() -> str:
+    """Name of the processor, as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), "")

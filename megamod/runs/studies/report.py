@@ -1,0 +1,176 @@
+"""Tables and plots of a study from its files of figures alone, and their place in a document.
+
+In a Markdown file the text between these two lines is made by `fill`:
+
+    <!-- study NAME -->
+    <!-- end of study NAME -->
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from megamod.errors import UserError
+from megamod.evaluation.paired import Estimate, compare, estimate
+from megamod.evaluation.plots import plot_ratios
+from megamod.files import write_atomic
+from megamod.runs.studies.records import Record, read_record
+from megamod.runs.studies.study_file import Study, Table
+
+EMPTY = "–"
+Values = dict[int, float]
+"""By seed."""
+
+
+def read_records(study: Study, evidence: Path) -> dict[str, Record]:
+    """Files of figures that are there, by cell."""
+    records = {cell.name: read_record(evidence, cell) for cell in study.cells}
+    return {name: record for name, record in records.items() if record is not None}
+
+
+def markdown(study: Study, records: Mapping[str, Record]) -> str:
+    """A study's table, with what it cost; cells that are not run are left open."""
+    table = study.file.table
+    make = _by_rungs if table.columns == "rungs" else _by_rows
+    head, *rows = make(study, records)
+    lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+    hours = sum(float(record["seconds"]) for record in records.values()) / 3600
+    work = sum(float(record["processor_seconds"]) for record in records.values()) / 3600
+    seeds = sorted({record["seed"] for record in records.values()})
+    told = "Mean over seeds"
+    if table.compare == "ratio":
+        told += f"; in brackets the ratio to {_told(table.baseline)} of the same seed"
+    else:
+        told += f"; in brackets the difference to {_told(table.baseline)} of the same seed"
+    lines += [
+        "",
+        f"{told}, its 95 % interval (Student's t), and with how many seeds it is below. "
+        f"{len(records)} of {len(study.cells)} cells, seeds {', '.join(map(str, seeds)) or EMPTY}; "
+        f"{work:.2f} hours of one core ({hours:.2f} by the clock). Figures: "
+        f"`docs/evidence/{study.name}/`; one cell anew: `python launchers/study.py {study.name} "
+        f"--cells {study.cells[0].name} --repeat true --inputs DATA`.",
+    ]
+    return "\n".join(lines)
+
+
+def plot(study: Study, records: Mapping[str, Record], output: Path) -> bool:
+    """PNG of ratios to the baseline by the tokens trained on; False if there is nothing to draw."""
+    table, lines = study.file.table, {}
+    for name in table.plot:
+        points = []
+        for rung in study.file.rungs:
+            arm, row = table.lines[name]
+            tokens = [
+                float(record["details"]["tokens"] / record["details"]["parameters"][BODY])
+                for record in records.values()
+                if record["arm"] == table.baseline[0] and record["rung"] == rung
+            ]
+            compared = _compared(table, records, arm, row, rung)
+            if tokens and compared is not None:
+                points.append((tokens[0], compared[0]))
+        if points:
+            lines[name] = points
+    if not lines:
+        return False
+    label = f"{table.value.replace('_', ' ')}, ratio to {_told(table.baseline)}"
+    plot_ratios(lines, output, "training tokens per parameter outside the embeddings", label)
+    return True
+
+
+BODY = "outside_embeddings"
+
+
+def fill(document: Path, tables: Mapping[str, str]) -> str:
+    """The document's text with the tables of these studies between their markers.
+
+    Raises:
+        UserError: if a marker lacks its end.
+    """
+    text = document.read_text(encoding="utf-8")
+    for name in studies_in(text):
+        begin, end = f"<!-- study {name} -->", f"<!-- end of study {name} -->"
+        if end not in text:
+            raise UserError(f"{document}: {begin} lacks its end, {end}")
+        if name in tables:
+            before, _, rest = text.partition(begin)
+            after = rest.partition(end)[2]
+            text = f"{before}{begin}\n\n{tables[name]}\n\n{end}{after}"
+    return text
+
+
+def write_document(document: Path, tables: Mapping[str, str]) -> None:
+    """Replace the tables in a document."""
+    write_atomic(document, fill(document, tables))
+
+
+def studies_in(text: str) -> list[str]:
+    """Names of the studies whose tables a document has a place for."""
+    return re.findall(r"<!-- study ([A-Za-z0-9_.-]+) -->", text)
+
+
+def _by_rungs(study: Study, records: Mapping[str, Record]) -> list[list[str]]:
+    table = study.file.table
+    rows = [["", *study.file.rungs]]
+    for name, (arm, row) in table.lines.items():
+        cells = []
+        for rung in study.file.rungs:
+            values = _values(records, arm, rung, row, table.value)
+            compared = _compared(table, records, arm, row, rung)
+            if [arm, row] == table.baseline:
+                compared = None
+            cells.append(_cell(values, compared, table))
+        rows.append([name, *cells])
+    return rows
+
+
+def _by_rows(study: Study, records: Mapping[str, Record]) -> list[list[str]]:
+    table, (rung, *_) = study.file.table, study.file.rungs
+    last = f"mean [{'ratio' if table.compare == 'ratio' else 'difference'} to {table.baseline[0]}]"
+    rows = [["", *table.rows, last]]
+    for name, (arm,) in table.lines.items():
+        by_row = [_values(records, arm, rung, row, table.value) for row in table.rows]
+        cells = [_cell(values, None, table) for values in by_row]
+        means = _means(by_row)
+        theirs = [_values(records, table.baseline[0], rung, r, table.value) for r in table.rows]
+        compared = None
+        if arm != table.baseline[0]:
+            compared = compare(means, _means(theirs), table.compare == "ratio")
+        rows.append([name, *cells, _cell(means, compared, table)])
+    return rows
+
+
+def _means(by_row: Sequence[Values]) -> Values:
+    """Mean over rows by seed, of seeds that have all of them."""
+    seeds = set.intersection(*(set(values) for values in by_row))
+    return {seed: sum(values[seed] for values in by_row) / len(by_row) for seed in seeds}
+
+
+def _compared(
+    table: Table, records: Mapping[str, Record], arm: str, row: str, rung: str
+) -> tuple[Estimate, int] | None:
+    values = _values(records, arm, rung, row, table.value)
+    theirs = _values(records, table.baseline[0], rung, table.baseline[1], table.value)
+    return compare(values, theirs, table.compare == "ratio")
+
+
+def _values(records: Mapping[str, Record], arm: str, rung: str, row: str, value: str) -> Values:
+    return {
+        record["seed"]: record["scores"][row][value]
+        for record in records.values()
+        if (record["arm"], record["rung"]) == (arm, rung) and value in record["scores"].get(row, {})
+    }
+
+
+def _cell(values: Values, compared: tuple[Estimate, int] | None, table: Table) -> str:
+    if not values:
+        return EMPTY
+    text = f"{estimate(list(values.values())).mean:.{table.digits}f}"
+    if compared is None:
+        return text
+    ratio = table.compare == "ratio"
+    result, below = compared
+    return f"{text} ({result.text(3, signed=not ratio)}; {below}/{result.count})"
+
+
+def _told(baseline: Sequence[str]) -> str:
+    return ", ".join(baseline)

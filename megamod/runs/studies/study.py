@@ -1,0 +1,158 @@
+"""Running a study's cells: one after the other, in several processes, or one of them again.
+
+A cell's file of figures says that it is done. Processes take cells through locks, so any number of
+them can work on a study, and one that was killed leaves nothing behind that another must clean up.
+"""
+
+import fcntl
+import logging
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megamod.errors import UserError
+from megamod.runs.studies import finetuning, language_models
+from megamod.runs.studies.records import (
+    TOLERANCE,
+    Figures,
+    Record,
+    largest_difference,
+    read_record,
+    record_of,
+    write_record,
+)
+from megamod.runs.studies.study_file import Cell, Study
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 5.0
+Digests = Mapping[str, object]
+RUNS: dict[str, Callable[[Study, Cell, Path, Path], tuple[Figures, Digests]]] = {
+    "language_models": language_models.run,
+    "finetuning": finetuning.run,
+}
+"""By kind: from study, cell, folder of inputs and folder of work to figures and input digests."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Folders of a study: inputs, work in progress, and files of figures."""
+
+    inputs: Path
+    work: Path
+    evidence: Path
+
+
+def run_cells(study: Study, cells: Sequence[Cell], places: Places) -> None:
+    """Run what has no figures yet and no other process works on."""
+    missing = [cell for cell in cells if read_record(places.evidence, cell) is None]
+    for cell in missing:
+        with _taken(places.work, cell) as taken:
+            if not taken or read_record(places.evidence, cell) is not None:
+                continue
+            record = run_cell(study, cell, places)
+            write_record(places.evidence, record)
+        logger.info("%s: %.0f s; %s", cell.name, record["seconds"], progress(study, cells, places))
+
+
+def run_cell(study: Study, cell: Cell, places: Places) -> Record:
+    """Run one cell on one thread, whose sums have one order; what it prints goes to its log."""
+    torch.set_num_threads(1)
+    logs = places.work / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    wall, processor = time.perf_counter(), time.process_time()
+    with open(logs / f"{cell.name}.txt", "a", encoding="utf-8") as log, redirect_stdout(log):
+        figures, digests = RUNS[study.file.kind](study, cell, places.inputs, places.work)
+    seconds = time.perf_counter() - wall, time.process_time() - processor
+    return record_of(study, cell, figures, digests, *seconds)
+
+
+def run_in_processes(
+    study: Study, cells: Sequence[Cell], places: Places, command: Sequence[str], jobs: int
+) -> None:
+    """Start processes that each run cells, and tell how far they are.
+
+    Args:
+        command: arguments of this program that make a process take cells.
+    Raises:
+        UserError: if cells are left when all processes have ended.
+    """
+    logs = places.work / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    running = []
+    for number in range(min(jobs, len(cells))):
+        with open(logs / f"process-{number}.txt", "ab") as log:
+            words = [sys.executable, *command]
+            running.append(subprocess.Popen(words, stdout=log, stderr=log))
+    told = ""
+    while any(process.poll() is None for process in running):
+        time.sleep(POLL_SECONDS)
+        line = progress(study, cells, places)
+        if line != told:
+            logger.info("%s", line)
+            told = line
+    left = [cell.name for cell in cells if read_record(places.evidence, cell) is None]
+    if left:
+        raise UserError(f"{len(left)} cells are not done, {left[0]} among them; see {logs}")
+
+
+def repeat(study: Study, cell: Cell, places: Places, again: Path) -> str:
+    """Run a cell anew in the folder `again`; how far its scores are from the kept ones.
+
+    Raises:
+        UserError: if there are no figures, or the scores differ by more than the tolerance.
+    """
+    before = read_record(places.evidence, cell)
+    if before is None:
+        raise UserError(f"--repeat: {places.evidence} has no figures of {cell.name}")
+    now = run_cell(study, cell, Places(places.inputs, again, places.evidence))
+    if now["config_digest"] != before["config_digest"]:
+        raise UserError(
+            f"{cell.name}: the inputs are others than those of the kept figures: "
+            f"{before['config']['inputs']} then, {now['config']['inputs']} now"
+        )
+    difference, place = largest_difference(before, now)
+    line = f"{cell.name}: largest relative difference {difference:.2g} ({place})"
+    if difference > TOLERANCE:
+        raise UserError(f"{line}; at most {TOLERANCE:g} is expected on a machine of the same class")
+    return line
+
+
+def progress(study: Study, cells: Sequence[Cell], places: Places) -> str:
+    """Cells done and an estimate of the processor time of the rest."""
+    records = [read_record(places.evidence, cell) for cell in cells]
+    done = {cell.name: r for cell, r in zip(cells, records, strict=True) if r is not None}
+    left = sum(_expected(cell, list(done.values())) for cell in cells if cell.name not in done)
+    hours, minutes = divmod(round(left / 60), 60)
+    return f"{len(done)} of {len(cells)} cells of {study.name}; {hours}:{minutes:02} h of work left"
+
+
+def _expected(cell: Cell, records: Sequence[Record]) -> float:
+    """Mean seconds of cells like this one; 0 as long as there is none."""
+    alike = [
+        [r["seconds"] for r in records if r["arm"] == cell.arm and r["rung"] == cell.rung],
+        [r["seconds"] for r in records if r["rung"] == cell.rung],
+        [r["seconds"] for r in records],
+    ]
+    seconds = next((group for group in alike if group), [0.0])
+    return sum(seconds) / len(seconds)
+
+
+@contextmanager
+def _taken(work: Path, cell: Cell) -> Iterator[bool]:
+    """Yield True if this process holds the cell's lock."""
+    folder = work / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"{cell.name}.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True

@@ -1,0 +1,191 @@
+"""A study as a file: arms x rungs x seeds, and the table that is made of their figures.
+
+    title: Experts against a dense model
+    kind: language_models
+    text: {domains: [law, code], tokenizer: "sentencepiece:1000"}
+    common: {hidden_size: 64, per_device_train_batch_size: 32}
+    rungs: {short: {max_steps: 100}, long: {max_steps: 400}}
+    arms:
+      dense: {learning_rate: {short: 8.0e-3, long: 4.0e-3}}
+      demix: {untie: feedforward, learning_rate: 8.0e-3}
+    seeds: [1, 2, 3]
+    table:
+      value: perplexity
+      baseline: [dense, own]
+      lines: {dense: [dense, own], "DEMix, mixed": [demix, mixed]}
+
+Settings are flags of the launcher; those of an arm win over those of a rung, and both over common
+ones. A setting may have a value for each rung.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from megamod.errors import UserError
+
+Scalar = bool | int | float | str | None
+Setting = Scalar | list[Scalar] | dict[str, Scalar | list[Scalar]]
+Settings = dict[str, object]
+
+
+def _plain(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+        raise ValueError("names are made of letters, digits, _ . and -")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_plain)]
+
+
+class _Schema(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class TextSpec(_Schema):
+    """Text of a study of language models; folders of these names lie below INPUTS/domains."""
+
+    domains: list[Name] = Field(min_length=1)
+    novel: list[Name] = []
+    tokenizer: str
+    held_out_bytes: int | None = Field(None, ge=1)
+
+
+class Table(_Schema):
+    """Lines of a table: for each its arm and the row of that arm's scores.
+
+    With columns "rungs" a column is a rung and shows `value` of the line's row; with columns "rows"
+    a column is a row of scores, and the last one is their mean.
+    """
+
+    value: str
+    columns: Literal["rungs", "rows"] = "rungs"
+    rows: list[str] = []
+    lines: dict[str, list[str]]
+    baseline: list[str]
+    compare: Literal["ratio", "difference"] = "ratio"
+    digits: int = Field(2, ge=0, le=6)
+    plot: list[str] = []
+
+    @model_validator(mode="after")
+    def _check(self) -> "Table":
+        size = 2 if self.columns == "rungs" else 1
+        for name, line in {**self.lines, "baseline": self.baseline}.items():
+            if len(line) != size:
+                words = "an arm and a row of its scores" if size == 2 else "an arm"
+                raise ValueError(f"{name}: {line} is not {words}")
+        if self.columns == "rows" and not self.rows:
+            raise ValueError("columns: rows needs the list `rows`")
+        return self
+
+
+class StudyFile(_Schema):
+    """The content of a study's file."""
+
+    title: str
+    kind: Literal["language_models", "finetuning"]
+    text: TextSpec | None = None
+    common: dict[str, Setting] = {}
+    rungs: dict[Name, dict[str, Setting]] = {"all": {}}
+    arms: dict[Name, dict[str, Setting]] = Field(min_length=1)
+    seeds: list[int] = Field([1], min_length=1)
+    table: Table
+
+    @model_validator(mode="after")
+    def _check(self) -> "StudyFile":
+        if (self.text is None) is (self.kind == "language_models"):
+            raise ValueError("`text` goes with kind: language_models, which needs it")
+        if len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError("seeds: different whole numbers from 0 are needed")
+        for line in (*self.table.lines.values(), self.table.baseline):
+            if line[0] not in self.arms:
+                raise ValueError(f"table: {line[0]!r} is no arm")
+        return self
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study: an arm at a rung with a seed."""
+
+    arm: str
+    rung: str
+    seed: int
+    settings: Settings
+
+    @property
+    def name(self) -> str:
+        """Of its file of figures."""
+        return f"{self.arm}.{self.rung}.s{self.seed}"
+
+
+@dataclass(frozen=True)
+class Study:
+    """A checked study: its name is that of its file."""
+
+    name: str
+    file: StudyFile
+    cells: tuple[Cell, ...]
+
+    def cell(self, name: str) -> Cell:
+        """The cell of that name.
+
+        Raises:
+            UserError: if there is none, with the nearest one.
+        """
+        cells = {cell.name: cell for cell in self.cells}
+        if name not in cells:
+            near = difflib.get_close_matches(name, cells, n=1, cutoff=0)[0]
+            raise UserError(f"--cells: the study {self.name} has no {name!r}; the nearest: {near}")
+        return cells[name]
+
+
+def read_study(path: Path) -> Study:
+    """Read and check a study's file.
+
+    Raises:
+        UserError: naming the file, the key and what is wrong.
+    """
+    try:
+        value = yaml.safe_load(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    try:
+        file = StudyFile.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise UserError(f"{path}, {where}: {first['msg'].removeprefix('Value error, ')}") from error
+    cells = [
+        Cell(arm, rung, seed, _settings(file, arm, rung))
+        for rung in file.rungs
+        for seed in file.seeds
+        for arm in file.arms
+    ]
+    return Study(path.stem, file, tuple(cells))
+
+
+def _settings(file: StudyFile, arm: str, rung: str) -> Settings:
+    """Settings of an arm at a rung."""
+    merged: Settings = {}
+    for level in (file.common, file.rungs[rung], file.arms[arm]):
+        merged |= {key: _at(value, rung, file.rungs) for key, value in level.items()}
+    return {key: value for key, value in merged.items() if value is not None}
+
+
+def _at(value: object, rung: str, rungs: Mapping[str, object]) -> object:
+    """The value for a rung, if it is a mapping by rungs; else the value."""
+    if not isinstance(value, dict):
+        return value
+    if rung not in value or not set(value) <= set(rungs):
+        raise UserError(
+            f"a setting by rung has the keys {', '.join(value)}; the rungs: {', '.join(rungs)}"
+        )
+    return value[rung]

@@ -1,0 +1,108 @@
+"""Data-bins of a study of language models, made from folders of text below one folder.
+
+WORK/data/domains    the training domains, held-out text cut to `held_out_bytes` a split
+WORK/data/random     the same training text dealt out at random over as many parts (a control)
+WORK/data/novel      domains that nothing is trained on, with the tokenizer of the first
+"""
+
+import json
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from megamod.data.corpus.binarize import binarize
+from megamod.data.corpus.documents import open_source
+from megamod.data.lm.batches import DataBin
+from megamod.files import write_atomic
+
+PARTS_SEED = 1  # of the random split
+
+
+@dataclass(frozen=True)
+class StudyText:
+    """Text of a study.
+
+    Attributes:
+        source: folder with a folder of train, valid and test files per domain.
+        work: folder of the study's files.
+        domains: trained on and scored.
+        novel: scored alone.
+        tokenizer: as `launchers/preprocess.py --tokenizer`.
+        held_out_bytes: of valid and of test text to keep per domain, in whole documents from the
+            first on; None: all.
+    """
+
+    source: Path
+    work: Path
+    domains: Sequence[str]
+    novel: Sequence[str]
+    tokenizer: str
+    held_out_bytes: int | None
+
+    @cached_property
+    def main(self) -> Path:
+        """Data-bin of the training domains."""
+        return self._bin("domains", {name: self._cut(name) for name in self.domains})
+
+    @cached_property
+    def random(self) -> Path:
+        """Data-bin of a random split of the same training text."""
+        count = len(self.domains)
+        documents = [text for name in self.domains for text in self._documents(name, "train")]
+        random.Random(PARTS_SEED).shuffle(documents)
+        inputs = {}
+        for part, name in enumerate(self.domains):
+            folder = self.work / "text" / f"part{part}"
+            _write(folder, "train", documents[part::count])
+            for split in ("valid", "test"):  # never scored: the scored text is that of the domains
+                _write(folder, split, _first(self._documents(name, split), self.held_out_bytes))
+            inputs[f"part{part}"] = folder
+        return self._bin("random", inputs)
+
+    @cached_property
+    def unseen(self) -> Path:
+        """Data-bin of the novel domains."""
+        return self._bin("novel", {name: self._cut(name) for name in self.novel})
+
+    @property
+    def digest(self) -> str:
+        """Of the training domains' data-bin."""
+        return DataBin(self.main).digest
+
+    def _bin(self, kind: str, inputs: dict[str, Path]) -> Path:
+        output = self.work / "data" / kind
+        output.parent.mkdir(parents=True, exist_ok=True)
+        tokenizer = self.tokenizer if kind == "domains" else self.main / "tokenizer"
+        binarize(inputs, tokenizer, output, workers=1)
+        return output
+
+    def _cut(self, name: str) -> Path:
+        """Folder of a domain with its held-out text cut; the source itself if nothing is cut."""
+        if self.held_out_bytes is None:
+            return self.source / name
+        folder = self.work / "text" / name
+        for split in ("train", "valid", "test"):
+            limit = None if split == "train" else self.held_out_bytes
+            _write(folder, split, _first(self._documents(name, split), limit))
+        return folder
+
+    def _documents(self, name: str, split: str) -> Iterator[str]:
+        return (text for _, text in open_source(self.source / name).documents(split))
+
+
+def _first(documents: Iterable[str], limit: int | None) -> Iterator[str]:
+    """Documents from the first on, as many as fit into `limit` bytes, and one in any case."""
+    total = 0
+    for text in documents:
+        total += len(text.encode())
+        if limit is not None and total > limit and total > len(text.encode()):
+            return
+        yield text
+
+
+def _write(folder: Path, split: str, documents: Iterable[str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents)
+    write_atomic(folder / f"{split}.jsonl", "".join(lines))

@@ -1,0 +1,186 @@
+"""Studies from file to table: tiny runs in one process, their JSON files, and what is read off."""
+
+import json
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from ranks import on_ranks
+
+from megamod.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+WORDS = {
+    "law": ["court", "judge", "plea", "oath", "writ"],
+    "code": ["loop", "if", "else", "while", "def"],
+}
+COMMON = dict(
+    model="tiny", hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+    max_seq_length=16, per_device_train_batch_size=4, learning_rate=0.01, max_steps=4,
+)  # fmt: skip
+STUDY = {
+    "title": "tiny",
+    "kind": "language_models",
+    "text": {
+        "domains": ["law", "code"],
+        "novel": ["tax"],
+        "tokenizer": "sentencepiece:290",
+        "held_out_bytes": 400,
+    },
+    "common": COMMON,
+    "rungs": {"short": {}},
+    "arms": {
+        "dense": {"score_novel": True},
+        "demix": {"untie": "feedforward", "per_device_train_batch_size": 2, "global_batch_size": 4},
+        "btm50": {"seed_share": 0.5, "expert_learning_rate": 0.005},
+        "random": {"seed_share": 0, "random_split": True},
+    },
+    "seeds": [1],
+    "table": {
+        "value": "perplexity",
+        "baseline": ["dense", "own"],
+        "lines": {"dense": ["dense", "own"], "mixed": ["btm50", "mixed"], "dm": ["demix", "own"]},
+        "plot": ["mixed"],
+    },
+}
+
+
+def make_inputs(root: Path) -> Path:
+    """Folders of text and one task."""
+    draw = random.Random(5)
+    for name in ("law", "code", "tax"):
+        folder = root / "inputs" / "domains" / name
+        folder.mkdir(parents=True)
+        for split, count in (("train", 60), ("valid", 30), ("test", 30)):
+            words = WORDS.get(name, WORDS["law"] + WORDS["code"])
+            documents = [" ".join(draw.choices(words, k=9)) for _ in range(count)]
+            (folder / f"{split}.txt").write_text("\n\n".join(documents) + "\n")
+    (root / "tiny.yaml").write_text(yaml.safe_dump(STUDY))
+    return root
+
+
+def run_twice(rank: int, root: Path) -> None:
+    """All cells; again, which must do nothing; and one of them anew."""
+    from megamod.runs.studies.study import Places, repeat, run_cells
+    from megamod.runs.studies.study_file import read_study
+
+    study = read_study(root / "tiny.yaml")
+    places = Places(root / "inputs", root / "work", root / "evidence")
+    run_cells(study, study.cells, places)
+    times = {path: path.stat().st_mtime_ns for path in places.evidence.iterdir()}
+    run_cells(study, study.cells, places)
+    assert times == {path: path.stat().st_mtime_ns for path in places.evidence.iterdir()}
+    line = repeat(study, study.cell("btm50.short.s1"), places, root / "again")
+    assert line.startswith("btm50.short.s1: largest relative difference 0 ")
+    assert torch.get_num_threads() == 1
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = make_inputs(tmp_path_factory.mktemp("study"))
+    on_ranks(1, run_twice, root)
+    return root
+
+
+def records(place: Path) -> dict[str, dict]:
+    return {p.stem: json.loads(p.read_text()) for p in (place / "evidence").glob("*.json")}
+
+
+def test_records(place):
+    found = records(place)
+    assert sorted(found) == [f"{arm}.short.s1" for arm in ("btm50", "demix", "dense", "random")]
+    tokens = 4 * 4 * 16
+    assert {record["details"]["tokens"] for record in found.values()} == {tokens}
+    dense, demix, btm50 = (found[f"{arm}.short.s1"] for arm in ("dense", "demix", "btm50"))
+    sizes = [record["details"]["parameters"] for record in (dense, demix, btm50)]
+    network = 2 * 16 * 32 + 32 + 16
+    assert sizes[1]["total"] == sizes[0]["total"] + network
+    assert sizes[2]["total"] == 2 * sizes[0]["total"]
+    assert sizes[0]["outside_embeddings"] == network + 4 * (16 * 16 + 16) + 3 * 2 * 16
+    assert len({size["active"] for size in sizes}) == 1
+    assert set(dense["scores"]) == {"own", "novel_own"}
+    rows = {"mixed", "history", "history_0.9", "uniform_prior", "simple_average", "top1", "own"}
+    assert set(demix["scores"]) == rows | {"best_expert"}
+    assert set(btm50["scores"]) == rows | {"best_expert", "average"}
+    assert "own" not in found["random.short.s1"]["scores"]
+    for record in found.values():
+        assert record["config"]["learning_rate"] == 0.01 and record["machine"]["threads"] == 1
+        losses = record["details"]["losses"]
+        for row, values in losses.items():
+            told = record["scores"][row]
+            assert told["perplexity"] == pytest.approx(sum(map(math.exp, values.values())) / 2)
+
+
+def test_bits_per_byte(place):
+    header = json.loads((place / "work" / "data" / "domains" / "databin.json").read_text())
+    record = records(place)["dense.short.s1"]
+    bits = []
+    for domain, loss in record["details"]["losses"]["own"].items():
+        test = header["domains"][domain]["test"]
+        text = (place / "inputs" / "domains" / domain / "test.txt").read_text().split("\n\n")
+        kept = "".join(text[: test["items"]]).rstrip("\n")
+        assert test["bytes"] == len(kept) <= 400 < len(kept) + len(text[test["items"]])
+        bits.append(loss / math.log(2) * test["tokens"] / len(kept))
+    assert record["scores"]["own"]["bits_per_byte"] == pytest.approx(sum(bits) / 2)
+
+
+def test_mixtures_bound_experts(place):
+    details = records(place)["btm50.short.s1"]["details"]
+    for domain in ("law", "code"):
+        best = min(losses[domain] for losses in details["experts"].values())
+        # A mixture of two loses at most the logarithm of the smaller weight against the best.
+        assert best - 0.7 < details["losses"]["mixed"][domain] < best + 0.7
+        left = details["without"]["law"][domain]
+        assert left == pytest.approx(details["experts"]["code"][domain], abs=2e-6)
+        assert sum(details["priors"][domain].values()) == pytest.approx(1, abs=1e-5)
+
+
+def test_table_and_document(place):
+    from megamod.runs.studies.report import fill, markdown, plot, read_records
+    from megamod.runs.studies.study_file import read_study
+
+    study, found = read_study(place / "tiny.yaml"), records(place)
+    kept = read_records(study, place / "evidence")
+    text = markdown(study, kept)
+    dense = found["dense.short.s1"]["scores"]["own"]["perplexity"]
+    mixed = found["btm50.short.s1"]["scores"]["mixed"]["perplexity"]
+    assert f"| dense | {dense:.2f} |" in text
+    assert f"| mixed | {mixed:.2f} ({mixed / dense:.3f}; {int(mixed < dense)}/1) |" in text
+    assert "4 of 4 cells, seeds 1" in text
+    document = place / "doc.md"
+    document.write_text("a\n<!-- study tiny -->\nold\n<!-- end of study tiny -->\nb\n")
+    filled = fill(document, {"tiny": text})
+    assert filled == f"a\n<!-- study tiny -->\n\n{text}\n\n<!-- end of study tiny -->\nb\n"
+    document.write_text("<!-- study tiny -->\n")
+    with pytest.raises(UserError, match="lacks its end"):
+        fill(document, {"tiny": text})
+    assert plot(study, kept, place / "plot.png")
+    assert (place / "plot.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_changed_settings_are_refused(place, tmp_path):
+    from megamod.runs.studies.records import read_record
+    from megamod.runs.studies.study_file import read_study
+
+    changed = {**STUDY, "common": {**COMMON, "max_steps": 5}}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(changed))
+    cell = read_study(tmp_path / "tiny.yaml").cell("dense.short.s1")
+    with pytest.raises(UserError, match="max_steps: 4 then, 5 now"):
+        read_record(place / "evidence", cell)
+
+
+def test_results_are_up_to_date():
+    """Tables in docs/results.md are those of the JSON files."""
+    from megamod.runs.studies.report import fill, markdown, read_records, studies_in
+    from megamod.runs.studies.study_file import read_study
+
+    document = REPOSITORY / "docs" / "results.md"
+    text, tables = document.read_text(encoding="utf-8"), {}
+    for name in studies_in(text):
+        study = read_study(REPOSITORY / "launchers" / "recipes" / "studies" / f"{name}.yaml")
+        evidence = REPOSITORY / "docs" / "evidence" / name
+        tables[name] = markdown(study, read_records(study, evidence))
+    assert fill(document, tables) == text, "python launchers/study.py NAME --table true --document"

@@ -1,0 +1,77 @@
+"""Files of studies: what settings a cell has, and what is refused."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megamod.errors import UserError
+from megamod.runs.studies.study_file import read_study
+
+STUDIES = Path(__file__).resolve().parents[2] / "launchers" / "recipes" / "studies"
+GOOD = {
+    "title": "t",
+    "kind": "language_models",
+    "text": {"domains": ["law"], "tokenizer": "sentencepiece:300"},
+    "common": {"model": "tiny", "max_steps": 9, "seed_share": None},
+    "rungs": {"a": {"max_steps": 4}, "b": {}},
+    "arms": {"x": {"learning_rate": {"a": 0.1, "b": 0.2}}, "y": {"model": "125m"}},
+    "seeds": [3, 1],
+    "table": {"value": "perplexity", "lines": {"x": ["x", "own"]}, "baseline": ["x", "own"]},
+}
+
+
+def written(path: Path, **changes: object) -> Path:
+    path.write_text(yaml.safe_dump({**GOOD, **changes}))
+    return path
+
+
+def test_settings_of_cells(tmp_path):
+    study = read_study(written(tmp_path / "mine.yaml"))
+    assert study.name == "mine"
+    assert [cell.name for cell in study.cells] == [
+        *("x.a.s3", "y.a.s3", "x.a.s1", "y.a.s1", "x.b.s3", "y.b.s3", "x.b.s1", "y.b.s1"),
+    ]
+    assert study.cell("x.a.s3").settings == dict(model="tiny", max_steps=4, learning_rate=0.1)
+    assert study.cell("x.b.s1").settings == dict(model="tiny", max_steps=9, learning_rate=0.2)
+    assert study.cell("y.a.s1").settings == dict(model="125m", max_steps=4)
+    with pytest.raises(UserError, match=r"no 'x.a.s2'; the nearest: x.a.s"):
+        study.cell("x.a.s2")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "poems"}, "mine.yaml, kind: Input should be"),
+        ({"text": None}, "`text` goes with kind: language_models"),
+        ({"armz": {}}, "mine.yaml, armz: Extra inputs"),
+        ({"arms": {}}, "arms: "),
+        ({"arms": {"x": {}, "a b": {}}}, "letters, digits"),
+        ({"arms": {"x": {"learning_rate": {"a": 1.0}}}}, "by rung has the keys a; the rungs: a, b"),
+        ({"seeds": [1, 1]}, "different whole numbers"),
+        ({"seeds": ["1"]}, "seeds.0: "),
+        ({"table": {**GOOD["table"], "baseline": ["z", "own"]}}, "'z' is no arm"),
+        ({"table": {**GOOD["table"], "lines": {"x": ["x"]}}}, "is not an arm and a row"),
+    ],
+)
+def test_refused(tmp_path, changes, message):
+    with pytest.raises(UserError, match=re.escape(message)) as raised:
+        read_study(written(tmp_path / "mine.yaml", **changes))
+    assert len(str(raised.value).splitlines()) <= 3
+
+
+@pytest.mark.parametrize("content", [b"a: [", b"\xff", b"- 1", b""])
+def test_not_a_study(tmp_path, content):
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"mine\.yaml"):
+        read_study(path)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_study(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_studies(path):
+    study = read_study(path)
+    assert len({cell.name for cell in study.cells}) == len(study.cells)
