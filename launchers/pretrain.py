@@ -21,6 +21,7 @@ from megamod.args import (
     RunArgs,
     SafetyArgs,
     parse_args,
+    refuse_unused,
     require,
 )
 from megamod.errors import run
@@ -32,6 +33,7 @@ def main() -> None:
     *common, mux, data = parsed
     require(parsed[0], "output_dir")
     require(data, "data")
+    refuse_unused(common[2], mux, data)
     # Only now the heavy imports, so that --help and mistakes in flags answer at once.
     from megamod.train.setup import start_logging
 

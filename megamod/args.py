@@ -5,11 +5,21 @@ Flags are spelled as in the Trainer of transformers.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Literal
 
 from megamod.errors import UserError
-from megamod.flags import Arguments, change, option, origin_of, parse_args, require, save_run
+from megamod.flags import (
+    Arguments,
+    change,
+    option,
+    origin_of,
+    parse_args,
+    refuse_changes,
+    require,
+    save_run,
+)
 
 __all__ = [
     "Arguments",
@@ -94,7 +104,7 @@ class SafetyArgs(Arguments):
     )
     resume: str = option("auto", "auto: from the newest checkpoint if there is one; none; or PATH")
     nonfinite: Literal["stop", "skip", "rollback"] = option(
-        "stop", "what to do with a step whose loss or gradient is not finite"
+        "stop", "what to do with a step whose loss or gradient is not finite (fp16: always skip)"
     )
     spike_factor: float = option(
         0.0, "a loss above this many running means counts as not finite; 0: off", least=0
@@ -110,6 +120,8 @@ class SafetyArgs(Arguments):
         super().__post_init__()
         if 0 < self.spike_factor <= 1:
             raise UserError(f"--spike_factor: {self.spike_factor} is not 0 (off) or above 1")
+        if self.deepspeed is None:
+            refuse_changes(self, ("allow_unknown_ds_keys",), "there is no --deepspeed")
 
 
 @dataclass
@@ -121,12 +133,18 @@ class OptimArgs(Arguments):
         "linear", "after warm-up: down to 0 at the last step, or constant"
     )
     warmup_ratio: float = option(0.08, "warm-up as a share of all steps", least=0, most=1)
-    warmup_steps: int | None = option(None, "warm-up in steps; overrides the share", least=0)
+    warmup_steps: int | None = option(None, "warm-up in steps, in place of the share", least=0)
     adam_beta1: float = option(0.9, "decay of the first moment", least=0, most=0.99999)
     adam_beta2: float = option(0.95, "decay of the second moment", least=0, most=0.99999)
     adam_epsilon: float = option(1e-7, "added to the root of the second moment", least=0)
     weight_decay: float = option(0.1, "decoupled weight decay of all parameters", least=0)
     max_grad_norm: float = option(0.1, "gradients are clipped to this norm; 0: off", least=0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.warmup_steps is not None:
+            steps = f"--warmup_steps is {self.warmup_steps}"
+            refuse_changes(self, ("warmup_ratio",), steps)
 
 
 @dataclass
@@ -237,6 +255,33 @@ class DataArgs(Arguments):
                 raise UserError(f"--domains: {name!r} is not made of letters, digits, _ and -")
             if self.domains.count(name) > 1:
                 raise UserError(f"--domains: {name!r} is named twice")
+
+
+def refuse_unused(model: ModelArgs, mux: MuxArgs, data: DataArgs) -> None:
+    """Check that no flag of a pretraining run is read and ignored.
+
+    Raises:
+        UserError: for a flag that is not its default and has no effect beside the others.
+    """
+    causal, plain = mux.objective == "causal_lm", mux.num_instances == 1
+    if causal:
+        names = [f.name for f in fields(mux) if f.name != "objective"]
+        refuse_changes(mux, names, "it belongs to encoders, and --objective is causal_lm")
+    else:
+        reason = f"--objective {mux.objective} trains an encoder"
+        refuse_changes(model, ("untie", "attn_implementation"), reason)
+        refuse_changes(data, ("domain_token",), reason)
+    if plain:
+        names = ("muxing_variant", "demuxing_variant", "num_hidden_demux_layers", "learn_muxing")
+        refuse_changes(mux, (*names, "task_loss_coeff"), "--num_instances is 1")
+    if mux.demuxing_variant == "index":
+        refuse_changes(mux, ("num_hidden_demux_layers",), "--demuxing_variant is index")
+    if mux.objective != "replaced_token":
+        refuse_changes(mux, ("disc_loss_weight",), "--objective is not replaced_token")
+    if mux.generator == "none" and not Path(model.model).is_dir():  # a folder may have one
+        refuse_changes(mux, ("generator_size", "gen_loss_weight"), "--generator is none")
+    if data.sampler != "temperature":
+        refuse_changes(data, ("alpha",), f"--sampler is {data.sampler}")
 
 
 def follow_ds_values(

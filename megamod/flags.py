@@ -112,6 +112,14 @@ def change(args: Arguments, values: Mapping[str, object], origin: str) -> None:
             args._origins = {**getattr(args, "_origins", {}), f.name: origin}
 
 
+def refuse_changes(args: Arguments, names: Iterable[str], reason: str) -> None:
+    """Raise UserError if one of these fields, which have no effect, is not its default."""
+    for f in fields(args):
+        value = getattr(args, f.name)
+        if f.name in names and value != f.default:
+            raise UserError(f"--{f.name} {value} has no effect: {reason}; leave it out")
+
+
 def require(args: Arguments, *names: str) -> None:
     """Raise UserError if one of these fields has no value."""
     for f in fields(args):

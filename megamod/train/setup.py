@@ -199,6 +199,11 @@ def make_plan(run: RunArgs, safety: SafetyArgs, optim: OptimArgs, topology: Doma
             "--nonfinite rollback: independent models (--untie all) cannot be rolled back one by "
             "one; use skip or stop, or one job per domain"
         )
+    if safety.nonfinite == "rollback" and run.precision == "fp16":
+        raise UserError(
+            "--nonfinite rollback has no effect with fp16, where a step that overflows is left out "
+            "and the loss scale halved; use skip"
+        )
     warmup = optim.warmup_steps
     if warmup is None:
         warmup = int(run.max_steps * optim.warmup_ratio + 1e-9)

@@ -6,6 +6,7 @@ from typing import Literal
 
 from megamod.args import Arguments, OptimArgs, option
 from megamod.errors import UserError
+from megamod.flags import refuse_changes
 
 
 @dataclass
@@ -52,6 +53,10 @@ class AdaptArgs(Arguments):
             value = getattr(self, flag)
             if value is not None and self.model is not None:
                 raise UserError(f"--{flag} {value}: --model {self.model} is a single model")
+            if value is not None:
+                refuse_changes(self, ("prior_sequences",), f"--{flag} is {value}")
+        if self.model is not None:
+            refuse_changes(self, ("prior_sequences",), "--model is a single model")
 
 
 @dataclass

@@ -18,6 +18,7 @@ from megamod.errors import UserError
 from megamod.evaluation.ensemble import Protocol, estimate_priors
 from megamod.evaluation.expert_scores import Experts, OneByOne, Together
 from megamod.evaluation.saved import HeldOut
+from megamod.flags import refuse_changes
 from megamod.mixture.prior import read_prior
 from megamod.models.lm.configuration import (
     SEQUENCE,
@@ -61,6 +62,9 @@ def candidates(args: AdaptArgs) -> Forest:
         if untie_of(read_lm_config(folder, "--model")) != "none":
             raise UserError(f"--model {args.model} has experts: give it as --forest")
         forest = Forest(folder, (Expert(domain="dense", path=folder),))
+    if len(forest.experts) == 1:
+        single = f"{forest.path} has a single expert"
+        refuse_changes(args, ("prior", "prior_sequences"), single)
     if args.start is not None and args.start not in forest.domains:
         raise UserError(
             f"--start {args.start}: {forest.path} has no such expert; choose of "

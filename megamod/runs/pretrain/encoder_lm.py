@@ -37,6 +37,7 @@ from megamod.evaluation.encoder_lm import score_encoder
 from megamod.evaluation.perplexity import share_of
 from megamod.evaluation.plots import plot_curves
 from megamod.files import write_json
+from megamod.flags import refuse_changes
 from megamod.models.mux.configuration import PRESETS, MuxBertConfig, MuxElectraConfig
 from megamod.runs.pretrain.causal_lm import SHAPE
 from megamod.runs.training import Recipe, Running, execute
@@ -252,6 +253,7 @@ def _check_structure(
                 f"--{name} {getattr(mux, name)}: cannot change the model in {folder}, "
                 f"which has {held}"
             )
+    refuse_changes(mux, ("generator_size",), f"the model in {folder} has its size")
     if mux.objective == "replaced_token" and config.mask_token_id != mask_id_of(data):
         raise UserError(
             f"--model {folder}: its mask_token_id {config.mask_token_id} is not the "
