@@ -16,8 +16,8 @@ OUT/logs has what each job wrote. docs/btm.md explains rounds, slots and restart
 from pathlib import Path
 
 from megamod.args import DataArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs, parse_args
+from megamod.btm.campaign import BtmArgs
 from megamod.btm.driver import drive
-from megamod.btm.recipe import BtmArgs
 from megamod.errors import run
 
 

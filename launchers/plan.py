@@ -25,7 +25,7 @@ from megamod.args import (
     SafetyArgs,
     parse_args,
 )
-from megamod.btm.recipe import BtmArgs
+from megamod.btm.campaign import BtmArgs
 from megamod.errors import run
 from megamod.files import write_json
 from megamod.planning.plan_args import PlanArgs

@@ -52,6 +52,7 @@ def main() -> None:
         encoding_errors=options.encoding_errors,
         seed=options.seed,
         workers=options.workers,
+        do_lower_case=None if options.do_lower_case is None else options.do_lower_case == "true",
     )
     print(summary(header, options.output_dir))
 
@@ -80,6 +81,12 @@ def parse_arguments() -> argparse.Namespace:
         "splits; a SentencePiece .model file; a folder with encoder.json, vocab.bpe and dict.txt "
         "(GPT-2 with the ids of fairseq); or a "
         "Hugging Face folder or name",
+    )
+    add(
+        "--do_lower_case",
+        choices=("true", "false"),
+        help="for BERT's word pieces, in place of what the tokenizer's folder says; a folder with "
+        "vocab.txt alone is lower-cased unless capitals are a real part of the vocabulary",
     )
     add("--output_dir", required=True, type=Path, metavar="DATABIN", help="folder to make")
     add(

@@ -33,6 +33,10 @@ class DistributedFailure(RuntimeError):
     exit_code = 4
 
 
+class PeerError(DistributedFailure):
+    """Another rank ended the common work by an error; this one is whole, and so are collectives."""
+
+
 class Interrupted(RuntimeError):
     """SIGTERM, SIGUSR1 or Ctrl-C arrived, and a checkpoint was written before stopping."""
 
@@ -74,6 +78,14 @@ def is_distributed_failure(error: RuntimeError) -> bool:
     return isinstance(error, (DistBackendError, DistNetworkError, DistStoreError)) or any(
         sign in str(error) for sign in lost
     )
+
+
+def can_be_mended(error: Exception) -> bool:
+    """True if the user can mend the error's cause: wrong input, a full disk, too little memory."""
+    from torch import OutOfMemoryError
+
+    kinds = (UserError, OSError, MemoryError, OutOfMemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
 
 def _is_stdout_closed() -> bool:

@@ -23,7 +23,7 @@ from megamod.args import (
     require,
     save_run,
 )
-from megamod.btm.recipe import BtmArgs
+from megamod.btm.campaign import BtmArgs
 from megamod.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

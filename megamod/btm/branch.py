@@ -1,11 +1,11 @@
-"""A new expert's first checkpoint, made from the checkpoints of its parents.
+"""First checkpoint of a new expert, built from the checkpoints of its parents.
 
-`branch` writes RUN/checkpoints/step-N, from which `launchers/pretrain.py --output_dir RUN` goes on
-like any interrupted run. With one parent the optimizer, its step and hence the place in the
-learning-rate schedule are kept, and only the data begin anew; the average of several parents, or a
-parent without an optimizer, begins at step 0 with a fresh one.
+`branch` writes RUN/checkpoints/step-N, from which `launchers/pretrain.py --output_dir RUN` resumes
+like any interrupted run. With one parent, the optimizer state and its step are kept, and so is the
+position in the learning-rate schedule; only the data start over. The average of several parents, or
+a parent without an optimizer, starts at step 0 with a new optimizer.
 
-Source: Li et al. 2022 (Branch-Train-Merge), section 3.1, and its release for what is kept.
+Source: Li et al. 2022 (Branch-Train-Merge), section 3.1, and its release for the optimizer state.
 """
 
 import json
@@ -33,9 +33,9 @@ from megamod.states.stream import ModelFolder, write_stream
 from megamod.states.weights import DENSE_FILE, read_weights, write_tensors
 
 SCHEDULE = ("max_steps", "learning_rate", "lr_scheduler_type", "warmup_ratio", "warmup_steps")
-"""Settings that a branched run must share with its parent: they say where the schedule stands."""
+"""Settings that a branched run shares with its parent, because they define the schedule."""
 
-_LEFT_BEHIND = (MANIFEST, "state.json", "config.json", "README.md", "merge.json", RECORD)
+_SKIPPED = (MANIFEST, "state.json", "config.json", "README.md", "merge.json", RECORD)
 
 
 def branch(
@@ -47,114 +47,121 @@ def branch(
     one_world: bool = False,
     learning_rate: float | None = None,
 ) -> Path:
-    """Write the first checkpoint of an expert, and branch.json with where it came from.
+    """Write the first checkpoint of an expert, and branch.json with its parents.
 
     Args:
         sources: one parent, or several to be averaged.
-        weights: of the parents in the average.
-        domains: the new expert's domain; several only in one world.
-        run: folder of the run to begin.
-        one_world: lay the checkpoint out for independent models of one job (`--untie all`).
+        weights: weight of each parent in the average.
+        domains: the new expert's domain; several only with one_world.
+        run: folder of the new run.
+        one_world: write the layout of independent models in one job (`--untie all`).
         learning_rate: peak of the new run's schedule; None: the parent's. The place in the schedule
             stays.
     Returns:
         the checkpoint.
     Raises:
-        UserError: if the run has begun already, or the parents do not fit.
+        UserError: if the run has checkpoints already, or the parents are not compatible.
     """
     run = Path(run)
     if list_checkpoints(run / "checkpoints"):
-        raise UserError(f"--output_dir {run}: has checkpoints already; a branch begins a new run")
+        raise UserError(f"--output_dir {run}: has checkpoints already; a branch starts a new run")
     if len(domains) != 1 and not one_world:
         raise UserError(f"--domain: one expert has one domain, not {', '.join(domains)}")
-    kept = len(sources) == 1 and sources[0].step is not None
-    step = sources[0].step if kept else 0
+    keeps_optimizer = len(sources) == 1 and sources[0].step is not None
+    step = sources[0].step if keeps_optimizer else 0
     final = run / "checkpoints" / f"step-{step}"
     total = math.fsum(weights)
     parents = [
-        asdict(Parent(str(one.model.absolute()) + (f" ({one.member})" if one.member else ""), w))
-        for one, w in zip(sources, (float(weight) / total for weight in weights), strict=True)
+        asdict(Parent(_parent_name(source), weight))
+        for source, weight in zip(
+            sources, (float(weight) / total for weight in weights), strict=True
+        )
     ]
     with _untouched_on_failure(final.parent), atomic_folder(final) as folder:
         base = folder / ".start"
         _start_model(sources, weights, base)
-        state = _state_of(sources[0]) if kept else _fresh_state()
-        if kept and learning_rate is not None:
+        state = _state_of(sources[0]) if keeps_optimizer else _fresh_state()
+        if keeps_optimizer and learning_rate is not None:
             state["settings"]["learning_rate"] = learning_rate
         for number, domain in enumerate(domains):
-            place = folder / domain if one_world else folder
+            target = folder / domain if one_world else folder
             prefix = f"{domain}:" if one_world else ""
-            place.mkdir(exist_ok=True)
-            _write_model(base, place, domain)
-            write_json(place / "state.json", state)
-            if kept:
+            target.mkdir(exist_ok=True)
+            _write_model(base, target, domain)
+            write_json(target / "state.json", state)
+            if keeps_optimizer:
                 _keep_optimizer(sources[0], folder, number, prefix)
                 _check_complete(sources[0], base, folder, prefix)
             else:
                 _fresh_optimizer(base, folder / f"optimizer-{number}.safetensors", prefix)
         shutil.rmtree(base)
         _write_manifest(folder)
-        # Before the checkpoint has its name: there is none whose parents are not known.
+        # Before the checkpoint is renamed, so that no checkpoint exists without its record.
         write_json(run / RECORD, {"format": 1, "parents": parents, "start_update": step})
     return final
 
 
 @contextmanager
 def _untouched_on_failure(folder: Path) -> Iterator[None]:
-    """Folders that were made on the way to `folder` go again if the block fails."""
-    made = [one for one in (folder, *folder.parents) if not one.exists()]
+    """Remove the folders created on the way to `folder` if the block fails."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         yield
     except BaseException:
-        for one in made:
-            with suppress(OSError):  # there may be something in it by now
-                one.rmdir()
+        for path in missing:
+            with suppress(OSError):  # another process may have written into it
+                path.rmdir()
         raise
 
 
 def _start_model(sources: Sequence[Source], weights: Sequence[float], base: Path) -> None:
-    """The model all begins with, as a dense model folder."""
+    """Write the initial weights as a dense model folder."""
     if len(sources) > 1:
-        # In float32, as the optimizer's masters are made of it.
+        # In float32, because the optimizer's master weights are copied from it.
         average_folders(
-            [(one.model, one.member) for one in sources],
+            [(source.model, source.member) for source in sources],
             weights,
             base,
             out_dtype="float32",
             origin="--weights",
         )
         return
-    (one,) = sources
+    (source,) = sources
     base.mkdir()
-    config = read_config(one.model)
-    with ModelFolder(one.model, one.member) as held:
-        if one.member is None and [file.name for file in held.files] == [DENSE_FILE]:
-            link_or_copy(one.model / DENSE_FILE, base / DENSE_FILE)
+    config = read_config(source.model)
+    with ModelFolder(source.model, source.member) as model:
+        if source.member is None and [file.name for file in model.files] == [DENSE_FILE]:
+            link_or_copy(source.model / DENSE_FILE, base / DENSE_FILE)
         else:
-            files = {DENSE_FILE: list(held.tensors)}
-            write_stream(base, files, held.tensors, lambda name: [held.read(name)])
-        if one.member is not None:
-            tied = "lm_head.weight" not in held.tensors
+            files = {DENSE_FILE: list(model.tensors)}
+            write_stream(base, files, model.tensors, lambda name: [model.read(name)])
+        if source.member is not None:
+            tied = "lm_head.weight" not in model.tensors
             config |= {"untie": "none", "tie_word_embeddings": tied}
     write_json(base / "config.json", config)
-    for file in one.model.iterdir():
-        if file.is_file() and file.suffix != ".safetensors" and not _is_left_behind(file):
+    for file in source.model.iterdir():
+        if file.is_file() and file.suffix != ".safetensors" and not _is_skipped(file):
             shutil.copyfile(file, base / file.name)
 
 
-def _is_left_behind(file: Path) -> bool:
-    return file.name in _LEFT_BEHIND or file.name.endswith(".index.json")
+def _parent_name(source: Source) -> str:
+    path = str(source.model.absolute())
+    return f"{path} ({source.member})" if source.member else path
 
 
-def _write_model(base: Path, place: Path, domain: str) -> None:
+def _is_skipped(file: Path) -> bool:
+    return file.name in _SKIPPED or file.name.endswith(".index.json")
+
+
+def _write_model(base: Path, target: Path, domain: str) -> None:
     for file in base.iterdir():
         if file.name not in ("config.json", "README.md", "merge.json"):
-            link_or_copy(file, place / file.name)
-    write_json(place / "config.json", read_config(base) | {"domains": [domain]})
+            link_or_copy(file, target / file.name)
+    write_json(target / "config.json", read_config(base) | {"domains": [domain]})
 
 
 def _state_of(source: Source) -> dict[str, object]:
-    """A parent's state with the data at their beginning, and its schedule alone of its settings."""
+    """Return a parent's state with its data position reset and only the schedule settings."""
     file = source.model / "state.json"
     record = json.loads(file.read_text(encoding="utf-8"))
     record["state"] |= {"data_step": 0, "tokens": {}, "skipped": 0, "mean_loss": None}
@@ -175,15 +182,15 @@ def _fresh_state() -> dict[str, object]:
 
 
 def _keep_optimizer(source: Source, folder: Path, number: int, prefix: str) -> None:
-    """The parent's masters and moments under the new expert's names."""
-    own = f"{source.world}:" if source.world else ""
-    for place, file in enumerate(sorted(source.folder.glob("optimizer-*.safetensors"))):
+    """Copy the parent's master weights and moments under the new expert's names."""
+    source_prefix = f"{source.world}:" if source.world else ""
+    for part, file in enumerate(sorted(source.folder.glob("optimizer-*.safetensors"))):
         with safe_open(file, framework="pt") as tensors:
             starts = tensors.metadata() or {}
             names = {
-                name: prefix + dense_name(name.removeprefix(own))
+                name: prefix + dense_name(name.removeprefix(source_prefix))
                 for name in starts
-                if name.startswith(own) and domain_of_name(name) in (None, source.member)
+                if name.startswith(source_prefix) and domain_of_name(name) in (None, source.member)
             }
             renamed = {
                 f"{kind}/{new}": tensors.get_tensor(f"{kind}/{old}")
@@ -192,14 +199,14 @@ def _keep_optimizer(source: Source, folder: Path, number: int, prefix: str) -> N
             }
         if renamed:
             write_tensors(
-                folder / f"optimizer-{number}-{place}.safetensors",
+                folder / f"optimizer-{number}-{part}.safetensors",
                 renamed,
                 {new: starts[old] for old, new in names.items()},
             )
 
 
 def _check_complete(source: Source, base: Path, folder: Path, prefix: str) -> None:
-    """Refuse a parent that trained some of its weights only: the others have no optimizer."""
+    """Refuse a parent that trained only some of its weights: the others have no optimizer state."""
     sizes: dict[str, int] = {}
     for file in folder.glob("optimizer-*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
@@ -210,13 +217,13 @@ def _check_complete(source: Source, base: Path, folder: Path, prefix: str) -> No
         if spec.dtype.is_floating_point and sizes.get(prefix + name) != spec.numel:
             raise UserError(
                 f"--parents {source.folder}: the optimizer holds {sizes.get(prefix + name, 0)} of "
-                f"the {spec.numel} elements of {name}; to begin with a new optimizer, name the "
+                f"the {spec.numel} elements of {name}; to start with a new optimizer, name the "
                 "run's model folder"
             )
 
 
 def _fresh_optimizer(base: Path, path: Path, prefix: str) -> None:
-    """The weights as masters, with moments of zero."""
+    """Write the weights as master weights, with zero moments."""
     tensors: dict[str, Tensor] = {}
     for name, weight in read_weights(base).items():
         if not weight.is_floating_point():

@@ -1,4 +1,4 @@
-"""What a finished run adds to a forest: its model, and what is known of where it came from."""
+"""Forest entry of a finished run: its model, parents and training record."""
 
 import hashlib
 import json
@@ -12,78 +12,80 @@ from megamod.states.manifest import list_checkpoints
 
 RECORD = "branch.json"  # in the folder of a branched run: its parents and first step
 WITHOUT_EFFECT = ("output_dir", "data", "deepspeed", "report_to", "logging_steps")
-"""Settings of a run that say nothing about its model."""
+"""Settings of a run that do not affect its model."""
 
 
 def expert_of(path: Path, domain: str | None = None, member: str | None = None) -> Expert:
-    """The entry for a run, or for a bare model folder.
+    """Build the forest entry of a run or of a bare model folder.
 
     Args:
-        domain: name in the forest; None: the one that the model was trained on.
-        member: an expert of a model with experts.
+        domain: name in the forest; None: the domain that the model was trained on.
+        member: expert to take from a model with experts.
     Raises:
-        UserError: if there is no model, or its domain is not plain.
+        UserError: if the folder has no model, or its domain is ambiguous.
     """
     path = Path(path).absolute()
     model = path / "model" if (path / "model" / "config.json").is_file() else path
     config = read_config(model)
-    known = config.get("domains") or []
-    apart = config.get("untie", "none") != "none"
-    if apart and member not in known:
+    domains = config.get("domains") or []
+    has_experts = config.get("untie", "none") != "none"
+    if has_experts and member not in domains:
         raise UserError(
-            f"--path {path}: is a model with experts; --member must be one of {', '.join(known)}, "
-            f"not {member!r}"
+            f"--path {path}: is a model with experts; --member must be one of "
+            f"{', '.join(domains)}, not {member!r}"
         )
     if domain is None:
-        domain = member if apart else known[0] if len(known) == 1 else None
+        domain = member if has_experts else domains[0] if len(domains) == 1 else None
     if domain is None:
-        told = ", ".join(known) or "none named"
-        raise UserError(f"--domain is missing: the model in {model} was trained on {told}")
-    return Expert(domain, model, member if apart else None, **_history(path))
+        named = ", ".join(domains) or "no named domain"
+        raise UserError(f"--domain is missing: the model in {model} was trained on {named}")
+    return Expert(domain, model, member if has_experts else None, **_history(path))
 
 
 def table(forest: Forest) -> str:
-    """The experts as aligned text; the size of a member includes what it shares with others."""
+    """Format the experts as a table; the size of a member includes its shared weights."""
     rows = [("domain", "model", "parents", "from", "steps", "tokens", "bytes")]
     for expert in forest.experts:
         size = sum(file.stat().st_size for file in _weight_files(expert))
         parents = " + ".join(f"{p.weight:.3g} {Path(p.path).name}" for p in expert.parents)
-        where = f"{expert.path} ({expert.member})" if expert.member else str(expert.path)
+        path = f"{expert.path} ({expert.member})" if expert.member else str(expert.path)
         numbers = (expert.start_update, expert.updates, expert.tokens, size)
-        rows.append((expert.domain, where, parents or "-", *(f"{n:,}" for n in numbers)))
+        rows.append((expert.domain, path, parents or "-", *(f"{n:,}" for n in numbers)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if place < 3 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+            cell.ljust(width) if column < 3 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
     )
 
 
 def _weight_files(expert: Expert) -> list[Path]:
-    """The files that an expert is read from."""
-    own = f"expert_{expert.member}.safetensors"
+    """Weight files that an expert is read from."""
+    expert_file = f"expert_{expert.member}.safetensors"
     return [
         file
         for file in expert.path.glob("*.safetensors")
         if not file.name.startswith("optimizer-")
-        and (expert.member is None or file.name == own or not file.name.startswith("expert_"))
+        and (
+            expert.member is None or file.name == expert_file or not file.name.startswith("expert_")
+        )
     ]
 
 
 def _history(run: Path) -> dict[str, object]:
-    """What a run's folder tells about its last checkpoint; nothing for a bare model."""
-    told: dict[str, object] = {}
+    """Training record of a run from its last checkpoint; empty for a bare model."""
+    history: dict[str, object] = {}
     record = run / RECORD
     if record.is_file():
         branched = json.loads(record.read_text(encoding="utf-8"))
-        told["parents"] = tuple(Parent(**parent) for parent in branched["parents"])
-        told["start_update"] = branched["start_update"]
-    there = list_checkpoints(run / "checkpoints")
-    if there and (there[-1] / "state.json").is_file():
-        saved = json.loads((there[-1] / "state.json").read_text(encoding="utf-8"))
-        told |= {
+        history["parents"] = tuple(Parent(**parent) for parent in branched["parents"])
+        history["start_update"] = branched["start_update"]
+    checkpoints = list_checkpoints(run / "checkpoints")
+    if checkpoints and (checkpoints[-1] / "state.json").is_file():
+        saved = json.loads((checkpoints[-1] / "state.json").read_text(encoding="utf-8"))
+        history |= {
             "updates": saved["state"]["step"],
             "tokens": sum(saved["state"]["tokens"].values()),
             "gpus": saved["world_size"],
@@ -92,7 +94,7 @@ def _history(run: Path) -> dict[str, object]:
         }
     if (run / "run.yaml").is_file():
         settings = yaml.safe_load((run / "run.yaml").read_text(encoding="utf-8"))
-        kept = {key: value for key, value in settings.items() if key not in WITHOUT_EFFECT}
-        text = json.dumps(kept, sort_keys=True).encode()
-        told["config_digest"] = hashlib.sha256(text).hexdigest()
-    return told
+        relevant = {key: value for key, value in settings.items() if key not in WITHOUT_EFFECT}
+        text = json.dumps(relevant, sort_keys=True).encode()
+        history["config_digest"] = hashlib.sha256(text).hexdigest()
+    return history

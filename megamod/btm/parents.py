@@ -1,4 +1,4 @@
-"""The models that a new expert can grow from, as users name them."""
+"""Parents of a new expert: checkpoints and model folders, resolved from paths."""
 
 import json
 import math
@@ -14,9 +14,13 @@ from megamod.states.manifest import MANIFEST, list_checkpoints, verify
 
 @dataclass(frozen=True)
 class Source:
-    """A parent: a checkpoint (with `step`) or a model folder, and the expert in it that is meant.
+    """A parent: a checkpoint or a model folder, and the selected expert.
 
-    `world`: the domain's folder in a checkpoint of independent models of one job.
+    Attributes:
+        folder: the checkpoint or model folder.
+        member: the expert, in a model with experts.
+        step: training step of a checkpoint; None for a model folder.
+        world: the domain's subfolder in a checkpoint of independent models of one job.
     """
 
     folder: Path
@@ -26,7 +30,7 @@ class Source:
 
     @property
     def model(self) -> Path:
-        """Where its config.json lies."""
+        """Folder that holds its config.json."""
         return self.folder / self.world if self.world else self.folder
 
 
@@ -37,15 +41,15 @@ def find_source(
     share: float | None = None,
     member: str | None = None,
 ) -> Source:
-    """The checkpoint or model that a user means by a path.
+    """Resolve a path to a checkpoint or model folder.
 
     Args:
         path: a run, one of its checkpoints, or a model folder.
-        step: take the run's checkpoint nearest to this step; -1 the last, as with None.
-        share: take the one nearest to this share of the last one's step.
+        step: select the run's checkpoint nearest to this step; -1 or None: the last.
+        share: select the checkpoint nearest to this fraction of the last step.
         member: a domain, for models with experts and for independent models of one job.
     Raises:
-        UserError: if there is no such thing, or the checkpoint is not whole.
+        UserError: if the path is none of these, or the checkpoint is incomplete.
     """
     path = Path(path)
     chosen = choose_checkpoint(path, step=step, share=share)
@@ -53,14 +57,16 @@ def find_source(
         if not (path / "config.json").is_file():
             raise UserError(f"--parents {path}: is no run, no checkpoint and no model folder")
         if step is not None or share is not None:
-            raise UserError(f"--parents {path}: is a model folder, there is no step to choose")
+            raise UserError(
+                f"--parents {path}: is a model folder, so --step and --share do not apply"
+            )
         return Source(path, _member_of(path, path, member))
     faults = verify(chosen)
     if faults:
-        raise UserError(f"--parents {chosen}: is not a whole checkpoint: {faults[0]}")
+        raise UserError(f"--parents {chosen}: is not a complete checkpoint: {faults[0]}")
     if (chosen / "config.json").is_file():
         return Source(chosen, _member_of(chosen, path, member), _step_of(chosen))
-    worlds = sorted(one.parent.name for one in chosen.glob("*/config.json"))
+    worlds = sorted(config.parent.name for config in chosen.glob("*/config.json"))
     if member not in worlds:
         raise UserError(
             f"--parents {path}: holds independent models; --member must be one of "
@@ -72,30 +78,33 @@ def find_source(
 def choose_checkpoint(
     path: Path, *, step: int | None = None, share: float | None = None
 ) -> Path | None:
-    """A checkpoint of a run, or the checkpoint that `path` is; None for a model folder.
+    """Select a checkpoint of a run; `path` itself if it is one; None for a model folder.
 
-    Ties between two go to the earlier for shares up to one half, else to the later; for a step, to
-    the earlier.
+    Ties go to the earlier checkpoint, for a share above one half to the later one.
 
     Raises:
-        UserError: if the run has no checkpoint, or a single one is given with a choice.
+        UserError: if the run has no checkpoint, or `path` is a checkpoint and step or share is set.
     """
     if (path / "state.json").is_file() or (path / MANIFEST).is_file():
         if step is not None or share is not None:
-            raise UserError(f"--parents {path}: is one checkpoint, there is no step to choose")
+            raise UserError(
+                f"--parents {path}: is a single checkpoint, so --step and --share do not apply"
+            )
         return path
-    there = list_checkpoints(path / "checkpoints")
-    if not there:
+    checkpoints = list_checkpoints(path / "checkpoints")
+    if not checkpoints:
         if (path / "checkpoints").is_dir():
             raise UserError(f"--parents {path}: the run has no checkpoint yet")
         return None
-    steps = [int(one.name[5:]) for one in there]
+    steps = [int(checkpoint.name[5:]) for checkpoint in checkpoints]
     if share is not None:
-        wanted, later = share * steps[-1], share > 0.5
+        target, prefer_later = share * steps[-1], share > 0.5
     else:
-        wanted, later = (steps[-1] if step in (None, -1) else step), False
-    nearest = min(range(len(steps)), key=lambda n: (abs(steps[n] - wanted), -n if later else n))
-    return there[nearest]
+        target, prefer_later = (steps[-1] if step in (None, -1) else step), False
+    nearest = min(
+        range(len(steps)), key=lambda n: (abs(steps[n] - target), -n if prefer_later else n)
+    )
+    return checkpoints[nearest]
 
 
 def forest_sources(
@@ -106,14 +115,14 @@ def forest_sources(
     prior: str | Path | None = None,
     topk: int = 0,
 ) -> tuple[list[Source], list[float]]:
-    """Experts of a forest as parents, with their weights in an average.
+    """Select experts of a forest as parents, with their weights in an average.
 
     Args:
         only: domains; None for all.
-        weights: in the same order; `prior`: a file with those of these experts; neither: alike.
-        topk: keep those with the largest weights only; 0 for all. A weight of 0 is left out.
+        weights: in the same order; None: those of the file `prior`, or equal ones.
+        topk: keep only the experts with the largest weights; 0 for all. Weights of 0 are dropped.
     Raises:
-        UserError: if a domain is not in the forest, or weights do not fit.
+        UserError: if a domain is not in the forest, or the number of weights is wrong.
     """
     opened = open_forest(forest)
     experts = {expert.domain: expert for expert in opened.experts}
@@ -128,21 +137,19 @@ def forest_sources(
     weights = check_weights(weights, len(domains))
     if topk > len(domains):
         raise UserError(f"--topk {topk}: there are only {len(domains)} experts")
-    kept = strongest(weights, topk)
-    sources = [
-        Source(experts[domains[place]].path, experts[domains[place]].member) for place in kept
-    ]
-    return sources, [weights[place] for place in kept]
+    selected = strongest(weights, topk)
+    sources = [Source(experts[domains[i]].path, experts[domains[i]].member) for i in selected]
+    return sources, [weights[i] for i in selected]
 
 
 def strongest(weights: Sequence[float], count: int = 0) -> list[int]:
-    """Places of so many of the largest weights, in order; 0 for all. A weight of 0 is left out."""
-    best = sorted(range(len(weights)), key=lambda place: -weights[place])[: count or None]
-    return [place for place in sorted(best) if weights[place]]
+    """Return the indices of the `count` largest weights, ascending; 0 for all, without zeros."""
+    best = sorted(range(len(weights)), key=lambda i: -weights[i])[: count or None]
+    return [i for i in sorted(best) if weights[i]]
 
 
 def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
-    """One finite weight per parent; all alike where none are given.
+    """Return one finite weight per parent; equal weights for None.
 
     Raises:
         UserError: for another number of weights, one that is not finite, or a sum of 0.
@@ -150,14 +157,14 @@ def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     if weights is None:
         return [1 / count] * count
     if len(weights) != count:
-        raise UserError(f"--weights: {len(weights)} are given, there are {count} parents")
+        raise UserError(f"--weights: {len(weights)} weights for {count} parents")
     if not all(map(math.isfinite, weights)) or not math.fsum(weights):
         raise UserError(f"--weights {' '.join(map(str, weights))}: must be finite, sum not 0")
     return list(weights)
 
 
 def _step_of(folder: Path) -> int:
-    """The finished steps of a checkpoint, whatever its folder is called."""
+    """Read the training step of a checkpoint from its state.json."""
     try:
         return int(json.loads((folder / "state.json").read_text())["state"]["step"])
     except (OSError, ValueError, KeyError, TypeError) as error:

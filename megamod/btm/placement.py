@@ -1,7 +1,7 @@
-"""Which slots (GPUs) an expert's job gets: packing, names for DeepSpeed's launcher.
+"""Placement of jobs on slots (GPUs): packing, and names for DeepSpeed's launcher.
 
 Source: Li et al. 2022 (Branch-Train-Merge), section 3: experts share nothing while they train, so
-each is a job of its own, and all that matters is that its gradients stay inside a machine.
+each is a separate job, and placement only has to keep its gradients inside one host.
 """
 
 import os
@@ -16,25 +16,25 @@ LOCAL = "localhost"
 
 
 def local_hosts(slots: int | None) -> Place:
-    """This machine: its GPUs, those of CUDA_VISIBLE_DEVICES if set; without any, one CPU slot.
+    """Slots of this machine: its GPUs, or those in CUDA_VISIBLE_DEVICES; one CPU slot without any.
 
     Args:
-        slots: how many to use; None: all.
+        slots: number of slots to use; None: all.
     Raises:
-        UserError: if there are fewer GPUs than that.
+        UserError: if the machine has fewer GPUs.
     """
-    found = gpus_here()
-    if found and slots is not None and slots > len(found):
-        raise UserError(f"--slots {slots}: there are {len(found)} GPUs")
-    ids = found[:slots] if found else tuple(range(slots or 1))
+    gpus = gpus_here()
+    if gpus and slots is not None and slots > len(gpus):
+        raise UserError(f"--slots {slots}: this machine has {len(gpus)} GPUs")
+    ids = gpus[:slots] if gpus else tuple(range(slots or 1))
     return (Host(LOCAL, ids),)
 
 
 def gpus_here() -> tuple[int, ...]:
-    """Numbers of this machine's GPUs; none where the accelerator is the CPU.
+    """Indices of this machine's GPUs; empty if the accelerator is the CPU.
 
     Raises:
-        UserError: if CUDA_VISIBLE_DEVICES names them otherwise.
+        UserError: if CUDA_VISIBLE_DEVICES holds anything but indices.
     """
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         return ()
@@ -44,30 +44,30 @@ def gpus_here() -> tuple[int, ...]:
         if not all(name.isdigit() for name in names):
             raise UserError(f"CUDA_VISIBLE_DEVICES is {visible!r}: give numbers, such as 0,1")
         return tuple(map(int, names))
-    found = Path("/dev").glob("nvidia[0-9]*")
-    return tuple(sorted(int(path.name[6:]) for path in found if path.name[6:].isdigit()))
+    devices = Path("/dev").glob("nvidia[0-9]*")
+    return tuple(sorted(int(path.name[6:]) for path in devices if path.name[6:].isdigit()))
 
 
 def check_fits(hosts: Place, gpus: int, flag: str) -> None:
-    """See that a job of so many slots can run at all.
+    """Check that a job of `gpus` slots can run at all.
 
     Raises:
-        UserError: naming the flag and what there is.
+        UserError: naming the flag and the slots of each host.
     """
     if pack(hosts, (), gpus) is None:
-        there = ", ".join(f"{host.name} {len(host.slots)}" for host in hosts)
+        available = ", ".join(f"{host.name} {len(host.slots)}" for host in hosts)
         raise UserError(
-            f"{flag} {gpus}: does not fit the slots ({there}); a job takes slots of one machine, "
-            "or machines of equal size as a whole"
+            f"{flag} {gpus}: does not fit the slots ({available}); a job takes slots of one host, "
+            "or whole hosts of equal size"
         )
 
 
 def pack(hosts: Place, busy: Iterable[Host], gpus: int) -> Place | None:
-    """Free slots for a job; None if it has to wait.
+    """Allocate free slots to a job; None if it has to wait.
 
-    A job that fits a machine is never spread over two, and goes where it leaves the fewest slots
-    free, so that whole machines stay free for jobs that need them. A larger one takes machines of
-    one size as a whole.
+    A job that fits one host is never split, and goes to the host where it leaves the fewest free
+    slots, so that whole hosts stay free for larger jobs. A larger job takes whole hosts of equal
+    size.
     """
     taken = {(host.name, slot) for host in busy for slot in host.slots}
     free = [Host(h.name, tuple(s for s in h.slots if (h.name, s) not in taken)) for h in hosts]
@@ -85,25 +85,25 @@ def pack(hosts: Place, busy: Iterable[Host], gpus: int) -> Place | None:
     return None
 
 
-def include(place: Sequence[Host]) -> str:
-    """A place as --include of DeepSpeed's launcher: `node-1:0,1@node-2:0,1`."""
-    return "@".join(f"{host.name}:{','.join(map(str, host.slots))}" for host in place)
+def include(placement: Sequence[Host]) -> str:
+    """Format slots for --include of DeepSpeed's launcher: `node-1:0,1@node-2:0,1`."""
+    return "@".join(f"{host.name}:{','.join(map(str, host.slots))}" for host in placement)
 
 
 def parse_include(text: str) -> Place:
-    """The inverse of `include`."""
+    """Parse the output of `include`."""
     parts = [part.partition(":") for part in text.split("@") if part]
     return tuple(Host(name, tuple(map(int, slots.split(",")))) for name, _, slots in parts)
 
 
 def is_here(host: Host) -> bool:
-    """True if a host is this machine."""
-    own = os.uname().nodename
-    return host.name in (LOCAL, "127.0.0.1", own, own.partition(".")[0])
+    """Return True if a host is this machine."""
+    name = os.uname().nodename
+    return host.name in (LOCAL, "127.0.0.1", name, name.partition(".")[0])
 
 
 def free_port(taken: Iterable[int]) -> int:
-    """A TCP port nobody of this machine listens on, and none of `taken`."""
+    """Return a free TCP port of this machine that is not in `taken`."""
     taken = set(taken)
     while True:
         with socket.socket() as probe:

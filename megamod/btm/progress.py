@@ -1,4 +1,4 @@
-"""How far each job is: read from the metrics of its run, shown as a table or line by line."""
+"""Progress of all jobs: read from the metrics of their runs, shown as a table or line by line."""
 
 import json
 import os
@@ -15,7 +15,7 @@ COLUMNS = ("job", "state", "step", "loss", "tokens/s", "ppl", "restarts", "slots
 
 @dataclass
 class Row:
-    """A job's line of the table. None: not known, or not yet."""
+    """A job's row of the table; None: not known yet."""
 
     name: str
     state: str
@@ -28,11 +28,11 @@ class Row:
     slots: str = ""
 
     def cells(self) -> tuple[str, ...]:
-        """The line's texts, by column."""
+        """Texts of the row, by column."""
         step = "" if not self.last else f"{self.step or 0}/{self.last}"
         numbers = ((self.loss, ".4f"), (self.rate, ",.0f"), (self.perplexity, ".4g"))
-        told = ["" if value is None else format(value, form) for value, form in numbers]
-        return self.name, self.state, step, *told, str(self.restarts), self.slots
+        values = ["" if value is None else format(value, form) for value, form in numbers]
+        return self.name, self.state, step, *values, str(self.restarts), self.slots
 
 
 def read_progress(folder: Path | None, row: Row) -> None:
@@ -46,7 +46,7 @@ def read_progress(folder: Path | None, row: Row) -> None:
     for line in lines:
         try:
             record = json.loads(line)
-        except ValueError:  # cut at either end
+        except ValueError:  # truncated at either end of the window
             continue
         if "perplexity" in record:
             scores = [score for score in record["perplexity"].values() if score is not None]
@@ -57,7 +57,7 @@ def read_progress(folder: Path | None, row: Row) -> None:
 
 
 def format_table(rows: Sequence[Row]) -> str:
-    """The table of all jobs as text."""
+    """Format the table of all jobs."""
     lines = [COLUMNS, *(row.cells() for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(COLUMNS))]
     right = range(2, len(COLUMNS) - 1)
@@ -71,21 +71,21 @@ def format_table(rows: Sequence[Row]) -> str:
 
 
 class Screen:
-    """Shows rows: drawn over each other on a terminal, elsewhere a line for each change."""
+    """Shows the table: redrawn in place on a terminal, elsewhere one line per change."""
 
     def __init__(self, stream: TextIO = sys.stdout, every: float = 1.0):
         self.stream = stream
         self.every = every
         self.height = 0
         self.drawn = 0.0
-        self.told: dict[str, tuple[str, int]] = {}
+        self.shown: dict[str, tuple[str, int]] = {}
 
     def show(self, rows: Sequence[Row], now: bool = False) -> None:
-        """Show what changed; on a terminal at most once in `every` seconds, unless `now`."""
+        """Show the rows; on a terminal at most once in `every` seconds, unless `now`."""
         if not self.stream.isatty():
             for row in rows:
-                if self.told.get(row.name) != (row.state, row.restarts):
-                    self.told[row.name] = (row.state, row.restarts)
+                if self.shown.get(row.name) != (row.state, row.restarts):
+                    self.shown[row.name] = (row.state, row.restarts)
                     named = zip(COLUMNS[2:], row.cells()[2:], strict=True)
                     further = [f"{name} {cell}" for name, cell in named if cell not in ("", "0")]
                     print("  ".join([row.name, row.state, *further]), file=self.stream, flush=True)

@@ -1,12 +1,12 @@
-"""What each job has to do next. The only state is what lies on the disk.
+"""Tasks of a campaign: the programs of each job, and their state on disk.
 
-OUT/forest.json            experts that are ready
+OUT/forest.json            finished experts
 OUT/seed/                  run of the seed
-OUT/experts/DOMAIN/        run of an expert; OUT/experts/world/ of all of them in one world
-OUT/priors/DOMAIN.json     how much each expert counts for a new domain
+OUT/experts/DOMAIN/        run of an expert; OUT/experts/world/: all experts in one world
+OUT/priors/DOMAIN.json     prior over the experts for a new domain
 OUT/average/, OUT/evaluation/
-OUT/logs/NAME.log          what the programs of a job wrote
-OUT/jobs/NAME.lock         held by the job while it lives
+OUT/logs/NAME.log          output of the programs of a job
+OUT/jobs/NAME.lock         held by the job while it runs
 """
 
 import json
@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
-from megamod.btm.recipe import Campaign, Parsed
+from megamod.btm.campaign import Campaign, Parsed
 from megamod.flags import Arguments, origin_of
 from megamod.states.manifest import list_checkpoints
 
@@ -27,11 +27,11 @@ class Stage:
     """One program to run.
 
     Attributes:
-        title: what it does, in a word.
-        launcher: name of its file in the folder of launchers.
-        arguments: of that program.
-        done: looks at the disk and says whether it need not run any more.
-        ranks: True if it runs on the slots of its job; else it is one process of this machine.
+        title: one word for the progress table.
+        launcher: file name in the folder of launchers.
+        arguments: command-line arguments.
+        done: checks on disk whether the program has finished.
+        ranks: True if it runs on the slots of its job; False: one process on this machine.
     """
 
     title: str
@@ -43,14 +43,14 @@ class Stage:
 
 @dataclass(frozen=True)
 class Task:
-    """A job: programs that follow each other, on slots of their own.
+    """A job: programs that run in order on the job's slots.
 
     Attributes:
-        name: of lock and log, and in the table.
-        gpus: slots.
+        name: name of its lock and log, and in the table.
+        gpus: number of slots.
         stages: its programs, in order.
-        folder: of its run; None: it has no metrics.
-        last: step that its run ends at.
+        folder: folder of its run; None: it has no metrics.
+        last: last step of its run.
     """
 
     name: str
@@ -60,12 +60,12 @@ class Task:
     last: int = 0
 
     def next_stage(self) -> Stage | None:
-        """What is to be run now; None once all is done."""
+        """Return the next program to run; None once all have finished."""
         return next((stage for stage in self.stages if not stage.done()), None)
 
 
 def seed_task(campaign: Campaign, parsed: Parsed, gpus: int) -> Task:
-    """Train the dense model that all experts of the first round branch from."""
+    """Task that trains the seed, the dense model from which the first round branches."""
     folder, steps = campaign.output / SEED, campaign.seed_steps
     train = _train_stage(
         parsed,
@@ -80,15 +80,15 @@ def seed_task(campaign: Campaign, parsed: Parsed, gpus: int) -> Task:
 
 
 def expert_task(campaign: Campaign, parsed: Parsed, number: int, domain: str) -> Task:
-    """Branch and train the expert of a domain of round `number`."""
+    """Task that branches and trains the expert of a domain of round `number`."""
     folder, last = expert_folder(campaign, domain), campaign.last_step(number)
     prior = campaign.output / PRIORS / f"{domain}.json"
     branched = partial(_has_checkpoint, folder)
     stages: list[Stage] = []
     origin: tuple[str, ...] = ()
     if number:
-        before = [name for round_ in campaign.rounds[:number] for name in round_]
-        origin = ("--forest", str(campaign.output), "--experts", *before)
+        earlier = [name for round_ in campaign.rounds[:number] for name in round_]
+        origin = ("--forest", str(campaign.output), "--experts", *earlier)
         estimate = (*origin, "--data", parsed[-1].data, "--domain", domain, "--estimate_only")
         estimate += ("--prior_sequences", str(parsed[0].prior_sequences))
         estimate += ("--max_seq_length", str(campaign.length), "--prior_output", str(prior))
@@ -121,7 +121,7 @@ def expert_task(campaign: Campaign, parsed: Parsed, number: int, domain: str) ->
 
 
 def world_task(campaign: Campaign, parsed: Parsed) -> Task:
-    """Train all experts side by side, in one world of independent models."""
+    """Task that trains all experts in one job of independent models."""
     folder, domains = expert_folder(campaign, WORLD), campaign.rounds[0]
     stages: list[Stage] = []
     changes: dict[str, object] = {}
@@ -137,7 +137,7 @@ def world_task(campaign: Campaign, parsed: Parsed) -> Task:
 
 
 def final_tasks(campaign: Campaign, parsed: Parsed) -> list[Task]:
-    """Average and score the forest, one after the other."""
+    """Tasks that average and score the forest, in this order."""
     btm, data = parsed[0], parsed[-1]
     forest, average = ("--forest", str(campaign.output)), campaign.output / AVERAGE
     tasks = []
@@ -165,7 +165,7 @@ def expert_folder(campaign: Campaign, name: str) -> Path:
 
 
 def finished(folder: Path, step: int) -> bool:
-    """True if a run has ended at `step`: its scores are the last thing that it writes."""
+    """Return True if a run has ended at `step`; its scores are written last."""
     try:
         scores = json.loads((folder / "perplexity.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -184,16 +184,18 @@ def _from_seed(campaign: Campaign) -> tuple[str, ...]:
 def _train_stage(
     parsed: Parsed, folder: Path, last: int, title: str = "train", **changes: object
 ) -> Stage:
-    """launchers/pretrain.py with flags for whatever is not a default, and for `changes`."""
+    """Stage of launchers/pretrain.py with the flags that are not defaults, and `changes`."""
     changes["output_dir"] = str(folder)
-    words: list[str] = []
+    arguments: list[str] = []
     for args in parsed[1:]:
-        own = {f.name: changes[f.name] for f in fields(args) if f.name in changes}
-        changed = replace(args, **own)
+        overrides = {f.name: changes[f.name] for f in fields(args) if f.name in changes}
+        changed = replace(args, **overrides)
         for f in fields(args):
-            if f.name in own or origin_of(args, f.name) != "default":
-                words += _flag(changed, f.name)
-    return Stage(title, "pretrain.py", tuple(words), partial(finished, folder, last), ranks=True)
+            if f.name in overrides or origin_of(args, f.name) != "default":
+                arguments += _flag(changed, f.name)
+    return Stage(
+        title, "pretrain.py", tuple(arguments), partial(finished, folder, last), ranks=True
+    )
 
 
 def _flag(args: Arguments, name: str) -> list[str]:

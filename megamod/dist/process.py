@@ -3,14 +3,16 @@
 import atexit
 import os
 import socket
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed
 
-from megamod.errors import UserError
+from megamod.errors import PeerError, UserError, can_be_mended, is_distributed_failure
 
 
 @dataclass(frozen=True)
@@ -202,10 +204,69 @@ def from_rank_0(number: int) -> int:
     return int(tensor.item())
 
 
-def gather_text(text: str) -> list[str]:
-    """Every rank's short text (up to 255 bytes), by rank; collective."""
-    data = text.encode()[:255]
-    mine = control([len(data), *data, *[0] * (255 - len(data))])
+@contextmanager
+def together(vote: bool = True) -> Iterator[None]:
+    """Make an error on one rank end the block on every rank; collective.
+
+    No rank is left waiting for one that failed if each collective inside the block follows
+    `check_peers` or is `all_reduce` of this module. Afterwards collectives work as before.
+
+    Args:
+        vote: False where the block has other collectives (a forward pass with ZeRO 3). An error is
+            then raised on its own rank alone, and ends the others when that rank exits.
+    Raises:
+        UserError: on every rank, for an error that the user can mend.
+        PeerError: on the other ranks, for any other error; its own rank raises the error itself.
+    """
+    error, failed = None, False
+    try:
+        yield
+        check_peers()
+    except _PeerFailed:
+        failed = True
+    except Exception as caught:
+        if not vote or (isinstance(caught, RuntimeError) and is_distributed_failure(caught)):
+            raise
+        error, failed = caught, True
+        traceback.clear_frames(caught.__traceback__)  # they may hold most of the memory
+        everywhere(False)
+    if not failed:
+        return
+    mendable = error is not None and can_be_mended(error)
+    text = "" if error is None else f"{mendable:d}{_described(error)}"
+    texts = dict(enumerate(gather_text(text, 1023)))
+    first = min(number for number, text in texts.items() if text)
+    if error is not None and not mendable:
+        raise error
+    where = f"rank {first}: " if world_size() > 1 else ""
+    kind = UserError if texts[first][0] == "1" else PeerError
+    raise kind(where + texts[first][1:]) from error
+
+
+def check_peers() -> None:
+    """Leave the surrounding `together` block if another rank failed in it; collective."""
+    if not everywhere(True):
+        raise _PeerFailed
+
+
+def all_reduce(tensor: torch.Tensor) -> None:
+    """Sum a tensor over all ranks in place, inside a `together` block; collective."""
+    check_peers()
+    torch.distributed.all_reduce(tensor)
+
+
+class _PeerFailed(Exception):
+    """Another rank voted that it failed."""
+
+
+def _described(error: Exception) -> str:
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+
+
+def gather_text(text: str, limit: int = 255) -> list[str]:
+    """Every rank's text, cut after `limit` bytes, by rank; collective."""
+    data = text.encode()[:limit]
+    mine = control([len(data), *data, *[0] * (limit - len(data))])
     rows = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(rows, mine)
     return [

@@ -83,6 +83,8 @@ def estimate_priors(
         UserError: if there is no text.
     """
     texts = [_estimate_text(domain, protocol) for domain in domains]
+    for text in texts:
+        experts.masks(text)  # a missing file shows before any score
     source.score({text: experts.domains for text in texts})
     results = {}
     for text in texts:
@@ -121,6 +123,8 @@ def evaluate(
         UserError: if top-k is more than there are experts.
     """
     test = {domain: Text(domain, protocol.split) for domain in domains}
+    for text in test.values():
+        experts.masks(text)  # a missing file shows before any score
     estimate = priors is None and (protocol.mode == "cached_prior" or protocol.topk is not None)
     if priors is not None:
         results = {domain: DomainResult(domain, prior=priors[domain]) for domain in domains}

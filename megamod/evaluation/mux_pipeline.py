@@ -39,7 +39,7 @@ from megamod.data.tasks.conll import TokenSet
 from megamod.data.tasks.glue import TextSet
 from megamod.errors import UserError
 from megamod.evaluation.predict import Predictor, labels_of_words
-from megamod.models.classifier_inputs import inputs_of, is_empty, mixes_padding, room_of
+from megamod.models.classifier_inputs import inputs_of, mixes_padding, room_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -202,7 +202,7 @@ def _tokenizer(source: str | Path) -> "PreTrainedTokenizerFast":
         found = load_tokenizer(source).original
     except UserError as error:
         found, reason = None, error
-    if found is None or is_empty(found) or found.pad_token_id is None:
+    if found is None or found.pad_token_id is None:
         raise UserError(
             f"{source} has no tokenizer of an encoder; `tokenizer` names one"
         ) from reason

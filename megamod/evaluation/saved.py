@@ -110,7 +110,10 @@ def find_models(folder: Path, held_out: HeldOut) -> list[SavedModel]:
                 f"--model {folder}: has an expert named {DENSE!r}, which is the row of models "
                 "without experts; give it another name"
             )
-        models.append(SavedModel(place, config, open_data(place, config, held_out), rows))
+        data = open_data(place, config, held_out)
+        for domain in held_out.domains:
+            held_out_blocks(data, held_out, domain)  # a missing file shows before any score
+        models.append(SavedModel(place, config, data, rows))
     return models if held_out.experts is None else _chosen(folder, models, held_out.experts)
 
 

@@ -14,14 +14,11 @@ from megamod.merging.recipe import Recipe
 from megamod.merging.vocabulary import FILE as VOCABULARY
 from megamod.merging.vocabulary import UNION, Vocabulary
 from megamod.states.forest import read_config
+from megamod.states.tokenizer_files import PATTERNS, VOCABULARIES
 from megamod.version import __version__
 
 RECORD = "merge.json"
 _CHAT = "chat_template.jinja"
-_LISTS = ("vocab.txt", "vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "dict.txt")
-_LISTS += ("*.model",)
-_WORDS = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "chat_template*")
-_WORDS += _LISTS
 _CARRIED = ("generation_config.json", "preprocessor_config.json")
 _CARD = """---
 library_name: {library}
@@ -107,7 +104,7 @@ def carry_over(
     write_json(folder / "config.json", config)
     for pattern in (*_CARRIED, *(("*.py",) if "auto_map" in config else ())):
         _copy(source, pattern, folder)
-    for pattern in _WORDS if words is not None else ():
+    for pattern in PATTERNS if words is not None else ():
         _copy(words, pattern, folder)
     if vocabulary is not None:
         _revise(folder, words is not None, vocabulary)
@@ -131,7 +128,7 @@ def _revise(folder: Path, words: bool, vocabulary: Vocabulary) -> None:
     if words and vocabulary.grown:
         write_json(folder / VOCABULARY, vocabulary.tokenizer)
         # These lack the new words, and are not read where there is a tokenizer.json.
-        for pattern in (*_LISTS, "added_tokens.json"):
+        for pattern in (*VOCABULARIES, "*.model", "added_tokens.json"):
             for file in folder.glob(pattern):
                 file.unlink()
 

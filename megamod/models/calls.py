@@ -21,9 +21,9 @@ def check_arguments(model: PreTrainedModel, more: Mapping[str, object]) -> None:
     """
     for name, value in more.items():
         if value is not None and value is not False and name not in WITHOUT_EFFECT:
-            shown = f"{name} of shape {tuple(value.shape)}"
-            if not isinstance(value, Tensor):
-                shown = f"{name}={value!r}"
+            shown = f"{name}={value!r}"
+            if isinstance(value, Tensor):
+                shown = f"{name} of shape {tuple(value.shape)}"
             raise ValueError(f"{type(model).__name__}.forward does not support {shown}")
 
 

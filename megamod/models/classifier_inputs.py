@@ -1,11 +1,6 @@
 """What the configuration of a classifier says about the rows it takes."""
 
-from typing import TYPE_CHECKING
-
 from transformers import PreTrainedConfig
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "longformer")
 """Model types whose first position has the number behind that of padding."""
@@ -30,8 +25,3 @@ def room_of(config: PreTrainedConfig) -> int:
     if getattr(config, "demuxing_variant", None) == "index":
         room -= config.num_instances + 1
     return room
-
-
-def is_empty(tokenizer: "PreTrainedTokenizerFast") -> bool:
-    """True for special tokens alone, which transformers makes of a folder without vocabulary."""
-    return len(tokenizer) <= len(tokenizer.all_special_ids)

@@ -10,8 +10,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from megamod.args import DataArgs, ModelArgs, MuxArgs, OptimArgs, RunArgs, SafetyArgs
+from megamod.btm.campaign import BtmArgs
 from megamod.btm.placement import check_fits, pack
-from megamod.btm.recipe import BtmArgs
 from megamod.dist.ds_config import offloaded_to
 from megamod.dist.hostfile import Host, Place, read_hostfile
 from megamod.dist.scope import Sharing, sharing_of

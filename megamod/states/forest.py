@@ -23,6 +23,7 @@ from pathlib import Path
 from megamod.errors import UserError
 from megamod.files import write_json
 from megamod.states.token_ids import check_same_ids
+from megamod.states.tokenizer_files import lend_tokenizer
 
 FORMAT = 1
 FILE = "forest.json"
@@ -135,6 +136,8 @@ def edit_forest(path: str | Path) -> Iterator[list[Expert]]:
         if not (file.parent / "config.json").exists():
             # Makes the folder one that AutoModelForCausalLM.from_pretrained reads.
             write_json(file.parent / "config.json", {"model_type": MODEL_TYPE})
+        for expert in experts:  # as the experts share a tokenizer, the first one found will do
+            lend_tokenizer(expert.path, file.parent)
         record = {"format": FORMAT, "experts": [_entry(e, file.parent) for e in experts]}
         write_json(file, record)
 

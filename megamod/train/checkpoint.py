@@ -1,6 +1,7 @@
 """Checkpoints that no kill can lose, readable at another world size and ZeRO stage.
 
     checkpoints/latest                  name of the newest checkpoint
+    checkpoints/evaluating              step of an evaluation that has not ended
     checkpoints/step-N/                 a model folder: config.json, weight files, tokenizer
                       /optimizer-R.safetensors   rank R's fragments of masters and moments
                                         (optimizer-R-N: more of them, if they lived on a disk)
@@ -46,6 +47,8 @@ from megamod.train.fragments import (
 )
 
 logger = logging.getLogger(__name__)
+
+PENDING = "evaluating"  # file with the step whose evaluation has begun and not ended
 
 MEANING = (
     *("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
@@ -167,6 +170,31 @@ class Checkpoints:
         if getattr(scaler, "dynamic", False) and saved["loss_scaler"].get("dynamic"):
             vars(scaler).update(saved["loss_scaler"])  # static ones follow from the configuration
         return TrainState(**saved["state"])
+
+    def begin_evaluation(self, step: int) -> None:
+        """Record that the evaluation after `step` is due: a resumed run repeats it if it fails.
+
+        Call it before the checkpoint of that step is written. A disk that takes no record is
+        reported and ignored.
+        """
+        if dist.get_rank() == 0:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_atomic(self.folder / PENDING, f"{step}\n")
+            except OSError as error:
+                logger.warning("%s: %s", self.folder / PENDING, error.strerror)
+
+    def end_evaluation(self) -> None:
+        """Delete the record of `begin_evaluation`."""
+        if dist.get_rank() == 0:
+            (self.folder / PENDING).unlink(missing_ok=True)
+
+    def is_evaluation_due(self, step: int) -> bool:
+        """True if the evaluation after `step` began and did not end; collective."""
+        record, due = self.folder / PENDING, False
+        if dist.get_rank() == 0 and record.is_file():
+            due = record.read_text(encoding="utf-8").strip() == str(step)
+        return bool(from_rank_0(due))
 
     def newest(self) -> Path | None:
         """The newest valid checkpoint of this run; collective."""

@@ -113,6 +113,11 @@ def loss_group(engine: deepspeed.DeepSpeedEngine) -> dist.ProcessGroup | None:
     return engine.mpu.get_data_parallel_group() if engine.mpu is not None else None
 
 
+def shares_forward(engine: deepspeed.DeepSpeedEngine) -> bool:
+    """True if ranks must run forward passes together: ZeRO 3 gathers weights in them."""
+    return dist.get_world_size() > 1 and engine.zero_optimization_stage() == 3
+
+
 def update(engine: deepspeed.DeepSpeedEngine, max_grad_norm: float) -> float | None:
     """Finish a micro-step after its backward pass; at the last one of a step, update the weights.
 

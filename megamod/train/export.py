@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from megamod.dist.process import check_peers, together
 from megamod.dist.scope import Sharing, domain_of_name
 from megamod.dist.topology import DomainTopology
 from megamod.files import sync_folder, sync_tree
@@ -140,7 +141,8 @@ class ModelExport:
         config.architectures = [type(self.engine.module).__name__]
         config.dtype = next(self.engine.module.parameters()).dtype
         config.save_pretrained(folder)
-        copies = [self.run_file, *(sorted(self.tokenizer.iterdir()) if self.tokenizer else ())]
+        vocabulary = sorted(self.tokenizer.iterdir()) if self.tokenizer else ()
+        copies = [self.run_file, *(file for file in vocabulary if file.is_file())]
         for file in copies:
             shutil.copyfile(file, folder / file.name)
         (folder / "README.md").write_text(self.card.text(), encoding="utf-8")
@@ -148,20 +150,23 @@ class ModelExport:
 
 
 def publish(export: Callable[[Path], object], folder: Path) -> None:
-    """Write the model folder beside the checkpoints, whole or not at all; collective.
+    """Write the model folder after the checkpoints, whole or not at all; collective.
 
     Args:
-        export: a `ModelExport`, or what else writes into a folder when called on every rank.
+        export: a `ModelExport`, or another function that writes into a folder on every rank.
+    Raises:
+        UserError: on every rank, if one of them cannot write.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
-    if dist.get_rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    dist.barrier()
-    export(temporary)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        sync_tree(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-        sync_folder(folder.parent)
+    with together():
+        if dist.get_rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        check_peers()
+        export(temporary)
+        check_peers()
+        if dist.get_rank() == 0:
+            sync_tree(temporary)
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary.rename(folder)
+            sync_folder(folder.parent)

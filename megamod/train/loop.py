@@ -16,10 +16,16 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from megamod.dist.process import control
-from megamod.errors import Interrupted, PolicyStop, UserError
+from megamod.dist.process import control, together
+from megamod.errors import (
+    Interrupted,
+    PolicyStop,
+    UserError,
+    can_be_mended,
+    is_distributed_failure,
+)
 from megamod.train.checkpoint import Checkpoints, TrainState
-from megamod.train.engine import loss_group, update
+from megamod.train.engine import loss_group, shares_forward, update
 from megamod.train.monitor import Monitor
 from megamod.train.objectives import Batch, Objective, Scored
 from megamod.train.optim import Schedule, set_rate
@@ -72,15 +78,20 @@ def train(
     evaluate: Callable[[int], None],
     choose: Choose | None = None,
 ) -> TrainState:
-    """Train from `state` to the last step; log, evaluate and save on the way.
+    """Train from `state` to the last step; log, save and evaluate on the way.
+
+    A failed evaluation loses no step: a checkpoint is written first where one is due, otherwise
+    when the evaluation fails. A resumed run repeats an evaluation that did not end.
 
     Args:
-        evaluate: called on every rank with the number of finished steps.
+        evaluate: called on every rank with the number of finished steps. Its collectives must be
+            those that `megamod.dist.process.together` allows.
         choose: what becomes of a step's data before it is counted; None: all is trained on.
     Raises:
         PolicyStop: a loss or gradient was not finite and the policy is to stop.
         Interrupted: SIGTERM or SIGUSR1 arrived. In both cases a checkpoint was written before.
-        UserError: a checkpoint could not be written: at the end, or at once if so wanted.
+        UserError: a checkpoint could not be written (raised at the end, or at once with
+            `save_failure` "stop"), or an evaluation failed.
     """
     group = loss_group(engine)
     coupled = dist.get_world_size(group) == dist.get_world_size()
@@ -89,6 +100,8 @@ def train(
     signals = _Signals()
     stop = Stop.NO
 
+    if state.step and checkpoints.is_evaluation_due(state.step):
+        _evaluate(evaluate, state, saver, engine)
     engine.train()  # a model that was loaded comes without dropout
 
     def due(every: int) -> bool:
@@ -125,9 +138,11 @@ def train(
                 _, stop = _agree((), max(stop, signals.seen), None)
             monitor.log(state)
             if due(plan.eval_steps):
-                evaluate(state.step)
-            if due(plan.save_steps):
+                checkpoints.begin_evaluation(state.step)
+            if due(plan.save_steps) or (due(plan.eval_steps) and shares_forward(engine)):
                 saver.save(state)
+            if due(plan.eval_steps):
+                _evaluate(evaluate, state, saver, engine)
             if stop and not coupled:
                 break
 
@@ -147,6 +162,32 @@ def train(
         )
     saver.complain()
     return state
+
+
+def _evaluate(
+    evaluate: Callable[[int], None],
+    state: TrainState,
+    saver: "_Saver",
+    engine: deepspeed.DeepSpeedEngine,
+) -> None:
+    """Evaluate; if that fails on any rank, save the steps before the error goes on."""
+    try:
+        with together(vote=not shares_forward(engine)):
+            evaluate(state.step)
+    except Exception as error:
+        if isinstance(error, RuntimeError) and is_distributed_failure(error):
+            raise  # without its peers a rank cannot write a checkpoint
+        if not shares_forward(engine):
+            saver.save(state)
+        text = (
+            f"the evaluation after step {state.step} failed: {error}; {saver.described(state)}, "
+            "the same command repeats the evaluation and goes on"
+        )
+        if can_be_mended(error):
+            raise UserError(text) from error
+        logger.error("%s", text)
+        raise
+    saver.checkpoints.end_evaluation()
 
 
 def _step(
@@ -248,6 +289,12 @@ class _Saver:
         self.failed = True
         if self.on_failure == "stop":
             self.complain()
+
+    def described(self, state: TrainState) -> str:
+        """Which checkpoint holds the steps of `state`."""
+        if self.saved == (state.step, state.data_step):
+            return f"a checkpoint of that step is in {self.checkpoints.folder}"
+        return f"a checkpoint could not be written to {self.checkpoints.folder}"
 
     def complain(self) -> None:
         if self.failed:

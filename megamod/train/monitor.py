@@ -174,12 +174,15 @@ class Monitor:
         return tokens_per_second * self.flops_per_token / (self.peak * dist.get_world_size())
 
     def _write(self, record: Mapping[str, object], tags: Mapping[str, float]) -> None:
-        self.metrics.write(to_json(record) + "\n")
-        self.metrics.flush()
-        if self.writer is not None:
-            for tag, value in tags.items():
-                self.writer.add_scalar(tag, value, record["step"])
-            self.writer.flush()
+        try:
+            self.metrics.write(to_json(record) + "\n")
+            self.metrics.flush()  # after an error the text stays in the buffer for the next call
+            if self.writer is not None:
+                for tag, value in tags.items():
+                    self.writer.add_scalar(tag, value, record["step"])
+                self.writer.flush()
+        except OSError as error:  # losing a line of the log must not end the run
+            logger.error("%s: cannot be written: %s", self.folder / "metrics.jsonl", error.strerror)
 
     def _tags(self, record: Mapping[str, object], further: Mapping[str, float]) -> dict[str, float]:
         names = ("loss", "lr", "grad_norm", f"{self.unit}_per_second", *further)

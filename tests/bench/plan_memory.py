@@ -92,7 +92,7 @@ def planned(case: Case, folder: Path) -> int:
     import json
 
     from megamod.args import DataArgs, ModelArgs, MuxArgs, OptimArgs, RunArgs, SafetyArgs
-    from megamod.btm.recipe import BtmArgs
+    from megamod.btm.campaign import BtmArgs
     from megamod.flags import parse_args
     from megamod.planning.plan import plan_of
     from megamod.planning.plan_args import PlanArgs

@@ -262,17 +262,17 @@ def test_bad_choices_are_refused_and_change_nothing(tmp_path):
     (tmp_path / "best" / "state.json").write_text("{}")
     before = tree(tmp_path)
     cases = [
-        (lambda: find_source(law, step=3), "a model folder, there is no step to choose"),
-        (lambda: find_source(tmp_path / "best", share=0.5), "one checkpoint, there is no step"),
-        (lambda: find_source(tmp_path / "best"), "not a whole checkpoint"),
+        (lambda: find_source(law, step=3), "a model folder, so --step"),
+        (lambda: find_source(tmp_path / "best", share=0.5), "a single checkpoint, so --step"),
+        (lambda: find_source(tmp_path / "best"), "not a complete checkpoint"),
         (lambda: find_source(tmp_path / "gone"), "no run, no checkpoint and no model"),
         (lambda: find_source(tmp_path / "empty"), "no checkpoint yet"),
-        (lambda: find_source(tmp_path / "begun"), "not a whole checkpoint"),
+        (lambda: find_source(tmp_path / "begun"), "not a complete checkpoint"),
         (lambda: find_source(mixed), "--member must be one of law, code, art"),
         (lambda: find_source(law, member="law"), "one dense model"),
         (lambda: forest_sources(mixed, only=["tax"]), "no expert of domain 'tax'"),
         (lambda: forest_sources(mixed, topk=9), "--topk 9: there are only 3 experts"),
-        (lambda: check_weights([1.0], 2), "1 are given, there are 2"),
+        (lambda: check_weights([1.0], 2), "1 weights for 2 parents"),
         (lambda: check_weights([1.0, -1.0], 2), "sum not 0"),
         (lambda: check_weights([float("nan")], 1), "finite"),
         (lambda: branch([Source(law)], [1], ["a"], tmp_path / "begun"), "has checkpoints already"),

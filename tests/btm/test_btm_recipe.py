@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megamod.args import DataArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs, parse_args
-from megamod.btm.recipe import BtmArgs, make_campaign
+from megamod.btm.campaign import BtmArgs, build_campaign, check_data
 from megamod.btm.tasks import expert_task, world_task
+from megamod.data.corpus.indexed import IndexedWriter, split_prefix
 from megamod.errors import UserError
 
 RECIPES = Path(__file__).resolve().parents[2] / "launchers" / "recipes"
@@ -32,7 +34,7 @@ def parsed_of(data: Path, *flags: object) -> tuple:
 @pytest.mark.parametrize("rounds", [["law med code art"], ["law med", "code art"]])
 def test_tokens_are_those_of_the_dense_run(data, share, rounds):
     parsed = parsed_of(data, "--global_batch_size", 16, "--seed_share", share, "--rounds", *rounds)
-    campaign = make_campaign(parsed)
+    campaign = build_campaign(parsed)
     tokens = campaign.seed_steps * 16 * 10
     for number, round_ in enumerate(campaign.rounds):
         for _ in round_:
@@ -49,7 +51,7 @@ def test_later_rounds_begin_a_schedule_of_their_own(data):
         *(data, "--global_batch_size", 16, "--seed_share", 0.3, "--topk", 1),
         *("--rounds", "law med", "code art"),
     )
-    campaign = make_campaign(parsed)
+    campaign = build_campaign(parsed)
     first, later = (expert_task(campaign, parsed, n, d) for n, d in ((0, "law"), (1, "art")))
     assert [stage.title for stage in first.stages] == ["branch", "train"]
     assert [stage.title for stage in later.stages] == ["prior", "branch", "train"]
@@ -63,7 +65,7 @@ def test_later_rounds_begin_a_schedule_of_their_own(data):
 
 def test_without_a_seed_nothing_branches(data):
     parsed = parsed_of(data, "--global_batch_size", 16, "--seed_share", 0, "--init_from", "model")
-    campaign = make_campaign(parsed)
+    campaign = build_campaign(parsed)
     task = expert_task(campaign, parsed, 0, "law")
     assert [stage.title for stage in task.stages] == ["train"]
     assert "--init_from model" in " ".join(task.stages[0].arguments)
@@ -79,7 +81,7 @@ def test_without_a_seed_nothing_branches(data):
         (("--global_batch_size", 8, "--gpus_per_expert", 2), "not a multiple of 4"),
         (("--global_batch_size", 8, "--rounds", "law tax"), "--rounds: 'tax' is not in"),
         (("--global_batch_size", 8, "--rounds", "law med", "code law"), "'law' is named twice"),
-        (("--global_batch_size", 8, "--rounds", "law med", " "), "names no domain"),
+        (("--global_batch_size", 8, "--rounds", "law med", " "), "contains no domain"),
         (("--global_batch_size", 8, "--domains", "tax"), "--domains: 'tax' is not in"),
         (("--global_batch_size", 8, "--seed_domains", "tax"), "--seed_domains: 'tax'"),
         (("--global_batch_size", 8, "--seed_share", 1), "leaves the experts no step"),
@@ -98,13 +100,43 @@ def test_without_a_seed_nothing_branches(data):
 )
 def test_what_is_refused(data, flags, told):
     with pytest.raises(UserError) as error:
-        make_campaign(parsed_of(data, *flags))
+        build_campaign(parsed_of(data, *flags))
     assert told in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "domain", "split"),
+    [
+        ((), "art", "valid"),
+        (("--eval_split", "test"), "art", "test"),
+        (("--domains", "law", "med", "--seed_domains", "code"), "code", "train"),
+        (("--rounds", "law med", "code art", "--eval_split", "test"), "art", "valid"),
+        (("--eval_split", "train", "--evaluate"), "law", "test"),
+    ],
+)
+def test_splits_are_opened_before_the_first_job(data, flags, domain, split):
+    """All splits that some job reads exist but one; without it nothing starts."""
+    parsed = parsed_of(data, "--global_batch_size", 8, *flags)
+    campaign = build_campaign(parsed)
+    for name in ("law", "med", "code", "art"):
+        for kind in ("train", "valid", "test"):
+            prefix = data / split_prefix(name, kind)
+            prefix.parent.mkdir(exist_ok=True)
+            with IndexedWriter(prefix, np.uint16) as writer:
+                writer.add(np.arange(4))
+    check_data(campaign, parsed)
+    gone = data / split_prefix(domain, split)
+    gone.with_suffix(".bin").write_bytes(b"")
+    with pytest.raises(UserError, match=f"{gone.name}.bin: ends at byte 0"):
+        check_data(campaign, parsed)
+    gone.with_suffix(".idx").unlink()
+    with pytest.raises(UserError, match=f"{gone.name}.idx"):
+        check_data(campaign, parsed)
 
 
 def test_a_folder_without_data(tmp_path):
     with pytest.raises(UserError, match="is not a data-bin"):
-        make_campaign(parsed_of(tmp_path, "--global_batch_size", 8))
+        build_campaign(parsed_of(tmp_path, "--global_batch_size", 8))
 
 
 def test_the_recipe_of_the_paper(data):
@@ -119,7 +151,7 @@ def test_the_recipe_of_the_paper(data):
         *(BtmArgs, RunArgs, SafetyArgs, ModelArgs, OptimArgs, DataArgs),
         argv=[*argv, "--data", str(data)],
     )
-    campaign = make_campaign(parsed)
+    campaign = build_campaign(parsed)
     assert domains == sorted(domains) and len(domains) == 8
     assert campaign.batch == parsed[0].seed_gpus * 2 * 32
     assert campaign.expert_batch == parsed[0].gpus_per_expert * 2 * 32

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
+from megamod.btm.campaign import Campaign
 from megamod.btm.collect import collect
-from megamod.btm.recipe import Campaign
 
 
 def test_experts_of_one_world(tmp_path):

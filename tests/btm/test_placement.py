@@ -78,7 +78,7 @@ def test_slots_of_this_machine(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, 6")
     assert local_hosts(None) == (Host("localhost", (4, 6)),)
     assert local_hosts(1) == (Host("localhost", (4,)),)
-    with pytest.raises(UserError, match="--slots 3: there are 2 GPUs"):
+    with pytest.raises(UserError, match="--slots 3: this machine has 2 GPUs"):
         local_hosts(3)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1f")
     with pytest.raises(UserError, match="GPU-1f"):

@@ -258,6 +258,10 @@ def cases_of(place: Path) -> dict[str, tuple[list[object], list[str], dict[str, 
     write(header, header.read_text().replace('"vocab_size": 300', '"vocab_size": 20'))
     gone = spoiled_bin(place, "gone") / "code" / "train.bin"
     gone.unlink()
+    no_valid = spoiled_bin(place, "no-valid") / "news" / "valid_news.idx"
+    no_valid.unlink()
+    cut_valid = spoiled_bin(place, "cut-valid") / "med" / "valid_med.bin"
+    write(cut_valid, cut_valid.read_bytes()[:-2])
     empty = spoiled_bin(place, "empty")
     fairseq = place / "fairseq"
     shutil.copytree(place / "bin" / "law", fairseq / "law", ignore=lambda *_: ["dict.txt"])
@@ -286,6 +290,8 @@ def cases_of(place: Path) -> dict[str, tuple[list[object], list[str], dict[str, 
         "truncated bin": (["--data", truncated_bin.parents[1]], [str(truncated_bin)], {}),
         "wrong magic": (["--data", magic.parents[1]], [str(magic), "NOTMAGIC"], {}),
         "missing bin": (["--data", gone.parents[1]], [str(gone)], {}),
+        "missing valid": (["--data", no_valid.parents[1]], [str(no_valid)], {}),
+        "cut valid": (["--data", cut_valid.parents[1]], [str(cut_valid)], {}),
         "header": (["--data", header.parent], [str(header), "20"], {}),
         "id outside": (["--data", fairseq], [str(fairseq / "law" / "train"), "14"], {}),
         "three ranks": (["--untie", "feedforward"], ["3 ranks", "4 experts", "1, 2, 4, 8"], three),
@@ -368,7 +374,8 @@ def mistakes(place):
 
 NAMES = """
 no data, missing domain, short domain, empty domain, truncated idx, truncated bin, wrong magic,
-missing bin, header, id outside, three ranks, btm ranks, zero 3, json key, json auto, json syntax,
+missing bin, missing valid, cut valid, header, id outside, three ranks, btm ranks, zero 3, json key,
+json auto, json syntax,
 json conflict, no json, flag, value, recipe key, recipe bytes, batch, sampler, model, rollback,
 MEGAMOD, resume path, resume none valid, resume none
 """

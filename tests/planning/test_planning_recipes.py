@@ -16,7 +16,7 @@ from megamod.args import (
     SafetyArgs,
     parse_args,
 )
-from megamod.btm.recipe import BtmArgs
+from megamod.btm.campaign import BtmArgs
 from megamod.dist.topology import DomainTopology
 from megamod.planning.memory import memory
 from megamod.planning.network import encoder_config

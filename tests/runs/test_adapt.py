@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from failures import failing
 from ranks import on_ranks
 from saved_models import DOMAINS, LENGTH, TOKENS, VOCAB, make_data, make_model
 
@@ -19,6 +20,7 @@ from megamod.errors import UserError
 from megamod.evaluation.perplexity import DENSE
 from megamod.evaluation.saved import HeldOut, find_models, score_models
 from megamod.models.lm.demix import DemixForCausalLM
+from megamod.runs.pretrain import causal_lm
 from megamod.runs.pretrain.adapt_args import AdaptArgs, AdaptOptimArgs
 from megamod.runs.pretrain.adapt_start import Start, choose, estimate, record
 from megamod.states.forest import open_forest
@@ -102,6 +104,10 @@ def adapt_alone(rank: int, place: Path) -> None:
     with pytest.raises(UserError, match="start: 'law' then, 'code' now"):
         start(place, place / "resumed", start="code")
     start(place, place / "resumed")
+    with failing(causal_lm, "own_scores", call=2), pytest.raises(UserError, match="after step 1"):
+        start(place, place / "failed", eval_steps=1)  # the first call is that of step 0
+    assert (place / "failed" / "checkpoints" / "step-1").is_dir()
+    start(place, place / "failed", eval_steps=1)
     start(place, place / "whole-new", method="full", start="code")
     start(place, place / "dense", model=str(place / "whole"), gradient_checkpointing=True)
     forest = place / "forest"
@@ -174,9 +180,10 @@ def test_weight_files_of_the_source_are_linked(place):
         grow(first, start_from, "newer", "law", {})
 
 
-def test_resumed_run_is_the_same_to_the_bit(place):
+@pytest.mark.parametrize("run", ["resumed", "failed"])
+def test_resumed_run_is_the_same_to_the_bit(place, run):
     for folder in ("model", "checkpoints/step-4"):
-        one, other = (read_weights(place / run / folder) for run in ("grown", "resumed"))
+        one, other = (read_weights(place / name / folder) for name in ("grown", run))
         assert changed(one, other) == set()
 
 

@@ -1,6 +1,7 @@
 """Pretraining of encoders: stages, resuming, ranks, and what is refused."""
 
 import json
+import os
 import random
 from functools import partial
 from pathlib import Path
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from failures import failing
 from ranks import on_ranks
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -37,6 +39,7 @@ from megamod.errors import UserError
 from megamod.models.mux.bert import MuxBertForMaskedLM
 from megamod.models.mux.configuration import MuxBertConfig, MuxElectraConfig
 from megamod.models.mux.generator import MuxElectraForReplacedTokens
+from megamod.runs.pretrain import encoder_lm
 from megamod.runs.pretrain.encoder_lm import encoder_config, losses_of, masking_of
 from megamod.train.objectives import EncoderLM, masked_losses, replaced_losses
 
@@ -80,7 +83,7 @@ def make_place(place: Path) -> Path:
     return place
 
 
-def run(place: Path, output: str, *, model: str = "mux", stop: int = 4, ranks: int = 1, **mux):
+def run(place: Path, output: str, *, model: str = "mux", stop: int = 4, evals: int = 0, **mux):
     """Some steps of 8 rows."""
     from megamod.runs.pretrain.encoder_lm import pretrain
 
@@ -94,6 +97,7 @@ def run(place: Path, output: str, *, model: str = "mux", stop: int = 4, ranks: i
             global_batch_size=8,
             logging_steps=2,
             save_steps=2,
+            eval_steps=evals,
             report_to="none",
         ),
         SafetyArgs(),
@@ -109,11 +113,28 @@ REPLACED = dict(objective="replaced_token", task_loss_coeff=0.5, retrieval_loss_
 WARM_UP = dict(task_loss_coeff=0.0, retrieval_loss_coeff=1.0)
 
 
+def fail(place: Path) -> None:
+    """Held-out files that are missing or cut, and a disk that is full in an evaluation."""
+    databin = place / "bin" / "text"
+    for name, spoil in (("idx", Path.unlink), ("bin", lambda file: os.truncate(file, 6))):
+        file = databin / f"valid_text.{name}"
+        content = file.read_bytes()
+        spoil(file)
+        with pytest.raises(UserError, match=f"valid_text.{name}"):
+            run(place, "never", **BOTH)
+        file.write_bytes(content)
+    with failing(encoder_lm, "score_encoder"), pytest.raises(UserError, match="after step 1"):
+        run(place, "failed", evals=1, **BOTH)
+    assert [p.name for p in (place / "failed" / "checkpoints").glob("step-*")] == ["step-1"]
+    run(place, "failed", evals=1, **BOTH)
+
+
 def alone(rank: int, place: Path) -> None:
     after = str(place / "electra-warm-up" / "model")
     run(place, "one", **BOTH)
     run(place, "cut", stop=2, **BOTH)
     run(place, "cut", **BOTH)
+    fail(place)
     run(place, "warm-up", **WARM_UP)
     run(place, "after", init_from=str(place / "warm-up" / "model"))
     run(place, "plain-run", model="plain", num_instances=1)
@@ -157,13 +178,14 @@ def results(place: Path, output: str) -> dict[str, float]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("run", "resumed"),
-    [("one", "cut"), ("electra", "electra-cut"), ("generated", "generated-cut")],
+    [("one", "cut"), ("one", "failed"), ("electra", "electra-cut"), ("generated", "generated-cut")],
 )
 def test_a_resumed_run_has_equal_bits(place, run, resumed):
     whole, cut = weights(place, run), weights(place, resumed)
     assert whole.keys() == cut.keys()
     assert all(torch.equal(tensor, cut[name]) for name, tensor in whole.items())
     assert results(place, run) == results(place, resumed)
+    assert not (place / "never").exists()
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from failures import failing
 from ranks import on_ranks
 from safetensors.torch import load_file
 from torch import nn
@@ -107,6 +108,9 @@ def make_place(root: Path) -> Path:
     return root
 
 
+FAILED_AND_NOT = ("failed", "unfailing")
+
+
 def flags(place: Path, output: Path, **changes: object) -> list[str]:
     """A short run as flags; values None are left out."""
     given = dict(
@@ -146,11 +150,18 @@ def results(folder: Path) -> dict:
 
 def alone(rank: int, root: Path) -> None:
     """Everything that is done in one process."""
+    from megamod.runs.finetune import one_task
+
     start(root, root / "whole", do_predict=True, save_total_limit=9)
     start(root, root / "cut", stop_step=6)
     shutil.copytree(root / "cut", root / "cut-kept")
     start(root, root / "cut")
     start(root, root / "cut", do_predict=True, per_device_eval_batch_size=8)  # nothing to train
+    with failing(one_task, "publish", call=2), pytest.raises(UserError, match="after step 4"):
+        start(root, root / "failed", save_steps=0, eval_steps=2)  # step 4 is better than step 2
+    assert (root / "failed" / "checkpoints" / "step-4").is_dir()
+    start(root, root / "failed", save_steps=0, eval_steps=2)
+    start(root, root / "unfailing", save_steps=0, eval_steps=2)
     start(root, root / "seeds", seeds=[1, 2], max_steps=2, eval_steps=0)
     start(root, root / "words", words=True, do_predict=True, max_steps=24, eval_steps=12)
     start(
@@ -226,6 +237,18 @@ def test_a_run_that_was_cut_ends_like_one_that_was_not(place):
     ours, theirs = (weights(place / n / "checkpoints" / "step-12") for n in ("whole", "cut"))
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
     assert (place / "cut" / "predictions" / "SST-2.tsv").exists()
+
+
+def test_an_evaluation_that_failed_is_repeated(place):
+    ours, theirs = (
+        json.loads((place / name / "evaluations.json").read_text()) for name in FAILED_AND_NOT
+    )
+    for scored in (ours, theirs):
+        assert all(one.pop("instances_per_second") > 0 for one in scored)
+    assert ours == theirs and [one["step"] for one in ours] == [2, 4, 6, 8, 10, 12]
+    for folder in ("checkpoints/step-12", "model"):
+        one, other = (weights(place / name / folder) for name in FAILED_AND_NOT)
+        assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
 def test_seeds_have_means_and_deviations(place):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from failures import failing
 from ranks import on_ranks
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertForMaskedLM
@@ -116,12 +117,17 @@ def together(rank: int, root: Path, world: int) -> None:
 
 def alone(rank: int, root: Path) -> None:
     """Everything that is done in one process."""
+    from megamod.runs.finetune import many_tasks
+
     for sampling in ("proportional", "uncertainty"):
         spread(root, "one", sampling, 0)
     whole = dict(mt_sampling="uncertainty", do_predict=True, save_total_limit=9)
     start(root, root / "whole", **whole)
     start(root, root / "cut", **whole, stop_step=4)
     start(root, root / "cut", **whole)
+    with failing(many_tasks, "score_split", call=2), pytest.raises(UserError, match="step 3"):
+        start(root, root / "failed", **whole, save_steps=0)
+    start(root, root / "failed", **whole, save_steps=0)
     mixed = dict(tasks=["sst-2", str(root / "toy.yaml")], data_dir=None, do_predict=True)
     shutil.copytree(root / "glue" / "SST-2", root / "SST-2")
     start(
@@ -167,6 +173,13 @@ def test_ranks_learn_what_one_process_learns(place, world, sampling, stage):
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[name], atol=2e-4, rtol=1e-3)
+
+
+def test_a_run_whose_evaluation_failed_goes_on_from_its_step(place):
+    ours, theirs = (weights(place / n / "checkpoints" / "step-6") for n in ("whole", "failed"))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    scored = json.loads((place / "failed" / "evaluations.json").read_text())
+    assert [one["step"] for one in scored] == [3, 6]
 
 
 def test_a_run_that_was_cut_chooses_and_learns_what_it_had(place):

@@ -244,6 +244,8 @@ def run_tiny(
     save_failure: str = "continue",
     batches=None,
     wrap_objective=lambda objective: objective,
+    eval_steps: int = 0,
+    evaluate=lambda step: None,
     **build,
 ):
     """Train with the real loop up to `max_steps` of a schedule of 10 steps.
@@ -251,6 +253,7 @@ def run_tiny(
     Args:
         batches: from a topology to the iterator of micro-batches from a step on.
         wrap_objective: puts something around the objective, to make it fail.
+        evaluate: called every `eval_steps` steps with the number of finished steps.
         build: further arguments of `build_tiny`.
     Returns:
         (engine, state, topology).
@@ -266,7 +269,7 @@ def run_tiny(
         schedule=linear(PEAK, WARMUP, 10),
         max_grad_norm=clip,
         logging_steps=2,
-        eval_steps=0,
+        eval_steps=eval_steps,
         save_steps=save_steps,
         seed=5,
         nonfinite=nonfinite,
@@ -283,7 +286,7 @@ def run_tiny(
         state,
         checkpoints,
         monitor,
-        lambda step: None,
+        evaluate,
     )
     monitor.close()
     return engine, state, topology

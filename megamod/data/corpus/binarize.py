@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from megamod.data.corpus.documents import SPLITS, Source, open_source
-from megamod.data.corpus.indexed import IndexedWriter, dtype_for
+from megamod.data.corpus.indexed import IndexedWriter, dtype_for, split_prefix
 from megamod.data.corpus.pool import Encode, encoder
 from megamod.data.corpus.tokenizers import (
     Tokenizer,
@@ -65,11 +65,6 @@ class Tally:
         return self._hash.hexdigest()
 
 
-def split_prefix(domain: str, split: str) -> str:
-    """Path of a split's files inside a data-bin, without ending: only train has a plain name."""
-    return f"{domain}/{split}" if split == "train" else f"{domain}/{split}_{domain}"
-
-
 def binarize(
     inputs: Mapping[str, str | Path | Sequence[str]],
     tokenizer: str | Path | Tokenizer,
@@ -81,6 +76,7 @@ def binarize(
     encoding_errors: str = "strict",
     seed: int = 0,
     workers: int | None = None,
+    do_lower_case: bool | None = None,
 ) -> dict:
     """Write a data-bin and return its header.
 
@@ -97,6 +93,7 @@ def binarize(
         encoding_errors: "strict" or "replace".
         seed: divides sources that are not split yet.
         workers: processes; default by the amount of text. The output does not depend on it.
+        do_lower_case: for BERT's word pieces, see `load_fast`.
 
     Returns:
         The content of databin.json: {"format", "tokenizer": {"kind", "digest"}, "vocab_size",
@@ -122,7 +119,12 @@ def binarize(
     train = None
     if not isinstance(tokenizer, Tokenizer):
         train = trainer_of(str(tokenizer))
-        tokenizer = tokenizer if train is not None else load_tokenizer(tokenizer)
+        if train is None:
+            tokenizer = load_tokenizer(tokenizer, do_lower_case)
+        elif do_lower_case is not None:
+            raise UserError(
+                f"--do_lower_case: --tokenizer {tokenizer} trains one, which has its own case"
+            )
     gpt2 = isinstance(tokenizer, Tokenizer) and tokenizer.kind == "gpt2"
     items = items or ("line" if gpt2 else "document")
     tallies = {name: _scan(name, source, items) for name, source in sources.items()}

@@ -29,6 +29,11 @@ OVERWRITE = "#fairseq:overwrite"
 SCAN = 1 << 20  # items or tokens looked at together
 
 
+def split_prefix(domain: str, split: str) -> str:
+    """Path of a split's files inside a data-bin, without ending: only train has a plain name."""
+    return f"{domain}/{split}" if split == "train" else f"{domain}/{split}_{domain}"
+
+
 def dtype_for(vocab_size: int) -> np.dtype:
     """uint16 where ids of the vocabulary fit (with some room, as in fairseq), else int32."""
     return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)

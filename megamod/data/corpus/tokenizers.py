@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megamod.data.corpus import sentencepiece_model
+from megamod.data.corpus.fast_tokenizers import load_fast
 from megamod.data.corpus.indexed import Dictionary
 from megamod.errors import UserError
 from megamod.files import write_atomic
@@ -153,7 +154,7 @@ class Tokenizer:
         fast.save_pretrained(folder)
 
 
-def load_tokenizer(spec: str | Path) -> Tokenizer:
+def load_tokenizer(spec: str | Path, do_lower_case: bool | None = None) -> Tokenizer:
     """The tokenizer a user named.
 
     - a SentencePiece `.model` file, or a folder where `Tokenizer.save` put one;
@@ -165,21 +166,23 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     Where a special token is not defined, eos is sep, pad is eos, bos is cls or else eos, and unk
     is eos (tokenizers without unk never meet an unknown symbol).
 
+    Args:
+        do_lower_case: for BERT's word pieces, see `load_fast`.
     Raises:
-        UserError: if nothing is there, there is neither eos nor sep, or a `.model` file cannot be
-            represented exactly.
+        UserError: if nothing is there, it encodes no text, there is neither eos nor sep, or a
+            `.model` file cannot be represented exactly.
     """
     path = Path(spec)
-    if path.is_dir():
+    if do_lower_case is None and path.is_dir():
         if all((path / name).is_file() for name in GPT2_FILES):
             return _gpt2(path)
         if (path / SENTENCEPIECE_FILE).is_file():
             return _sentencepiece((path / SENTENCEPIECE_FILE).read_bytes(), str(path))
-    elif path.suffix == ".model":
+    elif do_lower_case is None and path.suffix == ".model":
         if not path.is_file():
             raise UserError(f"--tokenizer {spec}: no such file")
         return _sentencepiece(path.read_bytes(), str(path))
-    return _huggingface(str(spec))
+    return _huggingface(str(spec), do_lower_case)
 
 
 def train_sentencepiece(
@@ -274,18 +277,11 @@ def _cut(text: str) -> Iterator[str]:
     yield text[begin:]
 
 
-def _huggingface(spec: str) -> Tokenizer:
-    from transformers import AutoTokenizer, BertTokenizerFast
-
-    folder = Path(spec)
+def _huggingface(spec: str, do_lower_case: bool | None) -> Tokenizer:
     try:
-        names = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
-        if "vocab.txt" in names and not names & {"tokenizer.json", "tokenizer_config.json"}:
-            vocab = (folder / "vocab.txt").read_text(encoding="utf-8").split()
-            cased = any(token != token.lower() for token in vocab if not token.startswith("["))
-            fast = BertTokenizerFast(vocab=str(folder / "vocab.txt"), do_lower_case=not cased)
-        else:
-            fast = AutoTokenizer.from_pretrained(spec)
+        return _of_fast(load_fast(spec, do_lower_case), spec)
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
@@ -294,9 +290,6 @@ def _huggingface(spec: str) -> Tokenizer:
             f"{' or '.join(f'{kind}:VOCAB' for kind in TRAINERS)}. "
             f"({reason})"
         ) from error
-    if not fast.is_fast:
-        raise UserError(f"--tokenizer {spec}: only fast tokenizers (tokenizer.json) are read")
-    return _of_fast(fast, spec)
 
 
 def _of_fast(fast: "PreTrainedTokenizerFast", spec: str) -> Tokenizer:

@@ -36,11 +36,21 @@ class LmData:
             domain: self.bin.vocab_size + place if domain_token else None
             for place, domain in enumerate(sorted(self.domains))
         }
+        self._opened: dict[tuple[str, str], TokenBlocks] = {}
 
     @cached_property
     def train(self) -> list[TokenBlocks]:
         """Training sequences of each domain; a data-bin that is only scored may have none."""
         return [self._blocks(domain, "train") for domain in self.domains]
+
+    def open_split(self, split: str) -> None:
+        """Open a split of every domain, so that later evaluations find nothing missing.
+
+        Raises:
+            UserError: if one is missing, malformed or empty.
+        """
+        for domain in self.domains:
+            self._blocks(domain, split)
 
     @property
     def tokenizer_folder(self) -> Path | None:
@@ -102,4 +112,7 @@ class LmData:
         return self.bin.bytes(domain, split)
 
     def _blocks(self, domain: str, split: str) -> TokenBlocks:
-        return self.bin.blocks(domain, split, self.block_size, self.tokens.get(domain))
+        if (domain, split) not in self._opened:
+            blocks = self.bin.blocks(domain, split, self.block_size, self.tokens.get(domain))
+            self._opened[domain, split] = blocks
+        return self._opened[domain, split]

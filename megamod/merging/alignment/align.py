@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from megamod.data.corpus.fast_tokenizers import load_fast
 from megamod.errors import UserError
 from megamod.merging.alignment.calibration import Batch, read_items, whole_batches
 from megamod.merging.alignment.groups import Group
@@ -302,12 +303,12 @@ def read_batches(name: str, config: PreTrainedConfig, calibration: Calibration) 
         UserError: if there is no tokenizer, or the text cannot be read.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError):
-        tokenizer = None
-    # From a folder without its files transformers makes a tokenizer of special tokens alone.
-    if tokenizer is None or len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise UserError(f"{name}: has no tokenizer to read calibration text with")
+        tokenizer = load_fast(name)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"{name}: has no tokenizer to read calibration text with ({reason})"
+        ) from error
     room = places_of(config) or tokenizer.model_max_length
     items = read_items(Path(calibration.path), lambda text: tokenizer(text)["input_ids"], room)
     pad_id = config.pad_token_id if config.pad_token_id is not None else 0

@@ -1,5 +1,7 @@
 """Configuration of CA-MTL: one encoder for many tasks."""
 
+from typing import ClassVar
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
@@ -29,7 +31,12 @@ class CaMtlConfig(PreTrainedConfig):
 
     model_type = "ca_mtl"
     first_position = 0
-    keys_to_ignore_at_inference = ("task_totals", "task_items", "entropy", "pooled")
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "task_totals",
+        "task_items",
+        "entropy",
+        "pooled",
+    ]
 
     vocab_size: int = 30522
     hidden_size: int = 768

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
@@ -55,7 +56,7 @@ class DemixConfig(PreTrainedConfig):
     """
 
     model_type = "demix"
-    keys_to_ignore_at_inference = ("past_key_values", "token_log_probs")
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "token_log_probs"]
 
     vocab_size: int = 50264
     hidden_size: int = 768
@@ -111,7 +112,11 @@ class ForestConfig(PreTrainedConfig):
     """
 
     model_type = "demix_forest"
-    keys_to_ignore_at_inference = ("past_key_values", "token_log_probs", "log_weights")
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "past_key_values",
+        "token_log_probs",
+        "log_weights",
+    ]
 
     parts: list[dict] | tuple[dict, ...] = ()
     experts: list[dict] | tuple[dict, ...] = ()

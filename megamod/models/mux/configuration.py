@@ -3,6 +3,8 @@
 Their defaults are the values of the published checkpoints.
 """
 
+from typing import ClassVar
+
 from huggingface_hub.dataclasses import strict
 from megamod_kernels.dispatch import IMPLEMENTATIONS
 from transformers import PreTrainedConfig
@@ -67,9 +69,9 @@ class MuxConfig(PreTrainedConfig):
     multiplexers = (*HADAMARD[:2], *ORTHOGONAL)
     demultiplexers = ("index_pos", "index")
     first_position = 0
-    keys_to_ignore_at_inference = (
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
         *("task_loss", "retrieval_loss", "retrieval_correct", "retrieval_count"),
-    )
+    ]
 
     vocab_size: int = 30522
     hidden_size: int = 768
@@ -189,10 +191,10 @@ class MuxElectraConfig(MuxConfig):
 
     model_type = "mux_electra"
     multiplexers = (*MuxConfig.multiplexers, "gaussian_attention")
-    keys_to_ignore_at_inference = (
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
         *MuxConfig.keys_to_ignore_at_inference,
         *("generator_loss", "discriminator_loss", "input_ids", "corrupted"),
-    )
+    ]
 
     embedding_size: int = 768
     generator: str = "none"

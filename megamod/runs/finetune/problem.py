@@ -30,7 +30,7 @@ from megamod.data.tasks.ner import read_token_task
 from megamod.data.tasks.specs import TaskSpec, some_of, speller, task_of, token_task
 from megamod.data.tasks.task_file import read_spec
 from megamod.errors import UserError
-from megamod.models.classifier_inputs import inputs_of, is_empty, mixes_padding, room_of
+from megamod.models.classifier_inputs import inputs_of, mixes_padding, room_of
 from megamod.runs.finetune.args import RowArgs, StageArgs, TaskArgs, TunedArgs, WordArgs
 
 if TYPE_CHECKING:
@@ -316,16 +316,13 @@ def tokenizer_of(stage: StageArgs) -> "PreTrainedTokenizerFast":
         raise UserError("--tokenizer_name is missing: a model from scratch has no tokenizer")
     try:
         found = load_tokenizer(spec).original
-        empty = found is not None and is_empty(found)
-    except UserError:
+    except UserError as error:
         if stage.tokenizer_name is not None:
             raise
-        empty = True
-    if empty:
         raise UserError(
-            f"{stage.tokenizer_name or stage.model} has no tokenizer; --tokenizer_name names one, "
-            "for BERT a folder with vocab.txt"
-        )
+            f"{stage.model} has no tokenizer; --tokenizer_name names one, for BERT a folder with "
+            "vocab.txt"
+        ) from error
     if found is None or found.pad_token_id is None:
         raise UserError(f"--tokenizer_name {spec}: an encoder's tokenizer is needed, with padding")
     return found

@@ -15,6 +15,7 @@ from torch import nn
 
 from megamod.args import Arguments, RunArgs, origin_of
 from megamod.data.tasks.classification import held_out_rows
+from megamod.dist.process import all_reduce
 from megamod.evaluation.glue import (
     Scores,
     accuracy_by_slot,
@@ -145,7 +146,7 @@ def told_places(output: Path, stage: StageArgs, *more: tuple[str, str]) -> str:
 def predictor_of(problem: Problem, module: nn.Module, device: torch.device) -> Predictor:
     """What answers the rows of a problem, the work divided among all ranks."""
     return Predictor(
-        module, problem.inputs, device, dist.get_rank(), dist.get_world_size(), dist.all_reduce
+        module, problem.inputs, device, dist.get_rank(), dist.get_world_size(), all_reduce
     )
 
 

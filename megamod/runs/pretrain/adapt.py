@@ -15,7 +15,7 @@ from torch import nn
 
 from megamod.args import OptimArgs, RunArgs, SafetyArgs
 from megamod.data.lm.pretraining import LmData
-from megamod.dist.process import gather_text, init_process
+from megamod.dist.process import check_peers, gather_text, init_process
 from megamod.dist.scope import Sharing
 from megamod.dist.topology import DomainTopology
 from megamod.errors import UserError
@@ -168,7 +168,7 @@ def write_grown(expert: Expert, domain: str, export: ModelExport, folder: Path) 
     """
     dense = folder / ".dense"
     export(dense)
-    dist.barrier()
+    check_peers()
     if dist.get_rank() == 0:
         grow(expert.path, folder, domain, expert.member, read_weights(dense))
         for file in dense.iterdir():

@@ -102,9 +102,10 @@ def open_data(args: AdaptArgs, forest: Forest) -> LmData:
             f"--max_seq_length {args.max_seq_length}: the experts have {positions} positions"
         )
     block_size = args.max_seq_length or min(map(default_sequence, configs.values()))
+    data = LmData(args.data, domains=[args.domain], block_size=block_size, domain_token=False)
     for split in dict.fromkeys(("train", "valid", args.eval_split)):
-        databin.blocks(args.domain, split, block_size)
-    return LmData(args.data, domains=[args.domain], block_size=block_size, domain_token=False)
+        data.open_split(split)
+    return data
 
 
 def choose(

@@ -7,6 +7,7 @@ from torch import nn
 
 from megamod.args import DataArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs
 from megamod.data.lm.pretraining import LmData
+from megamod.dist.process import all_reduce
 from megamod.dist.scope import Sharing, sharing_of
 from megamod.dist.topology import DomainTopology
 from megamod.evaluation.perplexity import DENSE, DomainEvaluation, own_scores
@@ -51,6 +52,8 @@ def pretrain(
         overrides={name: getattr(model, name) for name in SHAPE},
     )
     choose, split = sharing is Sharing.DEMIX, data_args.eval_split
+    for name in dict.fromkeys(("train", split)):
+        data.open_split(name)
     recipe = Recipe(
         config=config,
         topology=topology,
@@ -115,7 +118,7 @@ def evaluation(
         part=topology.group_rank(rank),
         parts=len(topology.ranks_of(held[0])),
         device=running.device,
-        reduce=dist.all_reduce,
+        reduce=all_reduce,
     )
 
 

@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -29,6 +28,7 @@ from megamod.args import (
 from megamod.data.lm.batches import Batch, DataBin
 from megamod.data.lm.masking import MaskedBatches, Masking, blocks_of, held_out_batches
 from megamod.data.lm.order import SAMPLERS, Temperature
+from megamod.dist.process import all_reduce
 from megamod.dist.process import rank as my_rank
 from megamod.dist.scope import Sharing
 from megamod.dist.topology import DomainTopology
@@ -105,10 +105,10 @@ def pretrain(
         )
 
     def held_out(part: int, parts: int) -> Iterator[Batch]:
-        rows = max(1, run.per_device_eval_batch_size // mux.num_instances) * mux.num_instances
-        whole = held_out_batches(batches(split, rows, rows, 0, 1), run.eval_batches or None)
-        return share_of(whole, part, parts)
+        return share_of(held_out_batches(held_out_rows, run.eval_batches or None), part, parts)
 
+    rows = max(1, run.per_device_eval_batch_size // mux.num_instances) * mux.num_instances
+    held_out_rows = batches(split, rows, rows, 0, 1)  # opened before the first step
     last: dict[str, float] = {}
 
     def evaluate(running: Running, step: int) -> None:
@@ -118,7 +118,7 @@ def pretrain(
             held_out(my_rank(), topology.world_size),
             lambda module, batch: losses(module, batch, [batch[name] for name in terms]),
             running.device,
-            dist.all_reduce,
+            all_reduce,
             perplexity=mux.objective == "masked_lm",
         )
         for name, value in found.items():

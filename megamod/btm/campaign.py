@@ -1,7 +1,7 @@
-"""What a Branch-Train-Merge recipe means: rounds of experts, their steps, batches and tokens.
+"""A Branch-Train-Merge campaign: flags, rounds of experts, their steps, batches and tokens.
 
-Source: Li et al. 2022 (Branch-Train-Merge), section 2 for the loop, section 4.1 for what makes the
-cost that of the dense run: an expert of E has an E-th of the batch, and as many steps.
+Source: Li et al. 2022 (Branch-Train-Merge), section 2 for the loop, section 4.1 for equal cost: of
+E experts, each trains for the steps of the dense run with 1/E of its batch.
 """
 
 import json
@@ -14,27 +14,30 @@ from megamod.errors import UserError
 from megamod.flags import Arguments, option, origin_of, require
 
 RESERVED = ("seed", "world", "average", "evaluation")
-"""Names of jobs and folders, which no domain can have."""
+"""Names of jobs and folders; no domain may have one of them."""
 
 
 @dataclass
 class BtmArgs(Arguments):
-    """Branch-Train-Merge: rounds, shares, and where jobs run."""
+    """Branch-Train-Merge: rounds, seed share, slots of the jobs."""
 
     seed_share: float = option(
-        0.5, "part of --max_steps that the seed is trained for; 0: no seed", least=0, most=1
+        0.5, "fraction of --max_steps for which the seed is trained; 0: no seed", least=0, most=1
     )
     seed_domains: list[str] | None = option(  # noqa: RUF009
         None, "domains of the seed; none: those of the first round"
     )
     rounds: list[str] | None = option(  # noqa: RUF009
-        None, 'a text per round: its domains, as in "law med" "cs"; none: one of all --domains'
+        None,
+        'domains of each round, one text per round, as in "law med" "cs"; none: one round',
     )
     topk: int | None = option(
-        None, "experts that a new one of a later round starts from, at most; none: all", least=1
+        None,
+        "largest number of experts that an expert of a later round starts from; none: all",
+        least=1,
     )
     prior_sequences: int = option(
-        100, "sequences of a new domain that say how much each expert counts", least=1
+        100, "sequences of a new domain from which the prior over experts is estimated", least=1
     )
     gpus_per_expert: int = option(1, "slots of an expert's job", least=1)
     seed_gpus: int | None = option(
@@ -44,26 +47,28 @@ class BtmArgs(Arguments):
     slots: int | None = option(
         None, "slots of this machine to use; none: its GPUs, or 1 without any", least=1
     )
-    max_restarts: int = option(3, "times an expert's job is started anew", least=0)
-    in_one_world: bool = option(False, "train the experts of a round in one job, side by side")
-    average: bool = option(False, "average all experts into OUT/average in the end")
-    evaluate: bool = option(False, "score the forest on each domain in the end, and the average")
+    max_restarts: int = option(3, "largest number of restarts of a job", least=0)
+    in_one_world: bool = option(
+        False, "train the experts of a round in one job of independent models"
+    )
+    average: bool = option(False, "average all experts into OUT/average at the end")
+    evaluate: bool = option(False, "score the forest and the average on each domain at the end")
     dry_run: bool = option(False, "print jobs, slots and tokens, then stop")
 
 
 @dataclass(frozen=True)
 class Campaign:
-    """A checked recipe.
+    """A validated campaign.
 
     Attributes:
         rounds: domains by round.
-        seed_domains: what the seed reads.
-        total_steps: of the schedule; the seed's included.
+        seed_domains: domains that the seed trains on.
+        total_steps: steps of the schedule, including those of the seed.
         seed_steps: steps of the seed; 0: none.
-        batch: sequences of a step of the seed, of all experts together too.
-        expert_batch: sequences of a step of one expert.
-        length: tokens of a sequence.
-        output: folder of everything.
+        batch: sequences per step of the seed, and of all experts together.
+        expert_batch: sequences per step of one expert.
+        length: tokens per sequence.
+        output: output folder of the campaign.
     """
 
     rounds: tuple[tuple[str, ...], ...]
@@ -81,18 +86,18 @@ class Campaign:
         return tuple(domain for round_ in self.rounds for domain in round_)
 
     def first_step(self, number: int) -> int:
-        """Step at which the experts of a round begin to train.
+        """Return the first step of the experts of a round.
 
-        In later rounds they start from an average, which no optimizer has seen: from step 0.
+        In later rounds they start from an average, which has no optimizer state, so from step 0.
         """
         return self.seed_steps if number == 0 else 0
 
     def last_step(self, number: int) -> int:
-        """Step at which the experts of a round end."""
+        """Return the last step of the experts of a round."""
         return self.total_steps - (self.seed_steps if number else 0)
 
     def accounting(self) -> str:
-        """Tokens of seed and experts, and of the dense run they are compared with, as text."""
+        """Tokens of seed and experts, and of the dense run of equal cost, as text."""
         rows = []
         if self.seed_steps:
             rows.append(("seed", self.seed_steps, self.batch))
@@ -116,8 +121,8 @@ class Campaign:
 Parsed = tuple[BtmArgs, RunArgs, SafetyArgs, ModelArgs, OptimArgs, DataArgs]
 
 
-def make_campaign(parsed: Parsed) -> Campaign:
-    """Check that the arguments make sense together.
+def build_campaign(parsed: Parsed) -> Campaign:
+    """Build a campaign from checked arguments.
 
     Raises:
         UserError: naming the flag and what is allowed.
@@ -126,22 +131,22 @@ def make_campaign(parsed: Parsed) -> Campaign:
     require(run, "output_dir")
     require(data, "data")
     _refuse(parsed)
-    there = domains_of(Path(data.data))
-    rounds = _rounds(btm, data, there)
+    available = domains_of(Path(data.data))
+    rounds = _rounds(btm, data, available)
     domains = [domain for round_ in rounds for domain in round_]
     seed_domains = tuple(btm.seed_domains or rounds[0])
-    _known(seed_domains, there, "--seed_domains", data.data)
+    _known(seed_domains, available, "--seed_domains", data.data)
     if btm.in_one_world and len(rounds) > 1:
         raise UserError(f"--in_one_world: has one round of experts, not {len(rounds)}")
     if run.global_batch_size is None:
         raise UserError(
-            "--global_batch_size is missing: sequences of a step of the seed; each of the "
-            f"{len(domains)} experts gets as large a part of it"
+            "--global_batch_size is missing: sequences per step of the seed; the "
+            f"{len(domains)} experts share it equally"
         )
     if run.global_batch_size % len(domains):
         raise UserError(
             f"--global_batch_size {run.global_batch_size} is not a multiple of the "
-            f"{len(domains)} experts, who share it"
+            f"{len(domains)} experts that share it"
         )
     share = run.global_batch_size // len(domains)
     at_once = run.per_device_train_batch_size * btm.gpus_per_expert
@@ -170,38 +175,64 @@ def make_campaign(parsed: Parsed) -> Campaign:
     )
 
 
+def check_data(campaign: Campaign, parsed: Parsed) -> None:
+    """Open every split that a job of the campaign will read, before the first of them starts.
+
+    Raises:
+        UserError: if one is missing, malformed or empty.
+    """
+    from megamod.data.corpus.indexed import (  # with numpy, not for --help
+        IndexedDataset,
+        split_prefix,
+    )
+
+    btm, data = parsed[0], parsed[-1]
+    everything = dict.fromkeys((*campaign.seed_domains, *campaign.domains))
+    splits = {domain: {"train", data.eval_split} for domain in everything}
+    for domain in campaign.domains:
+        if btm.evaluate:
+            splits[domain] |= {"valid", "test"}
+        elif domain not in campaign.rounds[0]:
+            splits[domain].add("valid")  # decides which experts it branches off
+    for domain, names in splits.items():
+        for name in sorted(names):
+            IndexedDataset(Path(data.data) / split_prefix(domain, name))
+
+
 def _refuse(parsed: Parsed) -> None:
-    """Flags that are the driver's own to set, and what independent jobs cannot have."""
+    """Refuse flags that the driver sets itself or that independent jobs cannot use."""
     _, run, safety, model, _, data = parsed
     for args, name in ((run, "stop_step"), (safety, "resume"), (safety, "print_groups")):
         if origin_of(args, name) != "default":
-            raise UserError(f"--{name}: is set by the driver, for each of its jobs")
+            raise UserError(f"--{name}: is set by the driver for each of its jobs")
     if model.untie not in ("none", "all"):
         raise UserError(
             f"--untie {model.untie}: experts of Branch-Train-Merge are whole models; leave it out"
         )
     if data.domain_token:
-        raise UserError("--domain_token: experts with one domain each have no use for it")
+        raise UserError("--domain_token: has no effect on experts of one domain each; leave it out")
     if safety.nonfinite == "rollback" and parsed[0].in_one_world:
-        raise UserError("--nonfinite rollback: cannot be had --in_one_world; use skip or stop")
+        raise UserError(
+            "--nonfinite rollback: cannot be combined with --in_one_world; use skip or stop"
+        )
 
 
-def _rounds(btm: BtmArgs, data: DataArgs, there: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+def _rounds(btm: BtmArgs, data: DataArgs, available: Sequence[str]) -> tuple[tuple[str, ...], ...]:
     if btm.rounds is None:
-        rounds: tuple[tuple[str, ...], ...] = (tuple(data.domains or there),)
+        rounds: tuple[tuple[str, ...], ...] = (tuple(data.domains or available),)
         flag = "--domains"
     else:
         rounds, flag = tuple(tuple(text.split()) for text in btm.rounds), "--rounds"
     domains = [domain for round_ in rounds for domain in round_]
-    _known(domains, there, flag, data.data)
+    _known(domains, available, flag, data.data)
     for round_, name in zip(rounds, btm.rounds or ("",), strict=True):
         if not round_:
-            raise UserError(f"--rounds: {name!r} names no domain")
+            raise UserError(f"--rounds: {name!r} contains no domain")
     for domain in domains:
         if domains.count(domain) > 1:
             raise UserError(f"{flag}: {domain!r} is named twice")
         if domain in RESERVED:
-            raise UserError(f"{flag}: {domain!r} is a name that the driver uses itself")
+            raise UserError(f"{flag}: {domain!r} is reserved by the driver; rename the domain")
     if btm.rounds and data.domains and set(data.domains) != set(domains):
         raise UserError(
             f"--rounds and --domains name different domains: {', '.join(domains)}; "
@@ -210,26 +241,28 @@ def _rounds(btm: BtmArgs, data: DataArgs, there: Sequence[str]) -> tuple[tuple[s
     return rounds
 
 
-def _known(domains: Sequence[str], there: Sequence[str], flag: str, data: str) -> None:
+def _known(domains: Sequence[str], available: Sequence[str], flag: str, data: str) -> None:
     for domain in domains:
-        if domain not in there:
-            raise UserError(f"{flag}: {domain!r} is not in {data}, which holds {', '.join(there)}")
+        if domain not in available:
+            raise UserError(
+                f"{flag}: {domain!r} is not in {data}, which holds {', '.join(available)}"
+            )
 
 
 def domains_of(data: Path) -> tuple[str, ...]:
-    """Domains of a data-bin, read without what reads its tokens.
+    """Read the domains of a data-bin from its header, without opening its token files.
 
     Raises:
-        UserError: if it is none.
+        UserError: if the folder is not a data-bin.
     """
     header = data / "databin.json"
     try:
         if header.exists():
-            named = list(json.loads(header.read_text(encoding="utf-8"))["domains"])
+            domains = list(json.loads(header.read_text(encoding="utf-8"))["domains"])
         else:
-            named = sorted(file.parent.name for file in data.glob("*/train.idx"))
+            domains = sorted(file.parent.name for file in data.glob("*/train.idx"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{header}: cannot be read: {error!r}") from error
-    if not named:
+    if not domains:
         raise UserError(f"--data {data}: is not a data-bin; launchers/preprocess.py writes one")
-    return tuple(named)
+    return tuple(domains)

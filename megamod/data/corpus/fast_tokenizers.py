@@ -1,0 +1,118 @@
+"""Loading the fast tokenizer of a Hugging Face folder or name, and checks that it can encode text.
+
+From a folder without vocabulary transformers makes a tokenizer of special tokens alone, which turns
+every word into [UNK]; and a folder with vocab.txt alone does not state the case of its vocabulary.
+"""
+
+import logging
+import string
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megamod.data.corpus.lines import read_lines
+from megamod.errors import UserError
+
+if TYPE_CHECKING:
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+logger = logging.getLogger(__name__)
+
+CASED_SHARE = 0.2  # of the tokens with letters; BERT's cased vocabulary has 0.4, Chinese BERT 0.003
+TRIED = 200  # tokens of a vocabulary whose text is encoded to see if it encodes any
+
+
+def load_fast(spec: str, do_lower_case: bool | None = None) -> "PreTrainedTokenizerFast":
+    """What `AutoTokenizer` makes of a folder or name; BERT word pieces for vocab.txt alone.
+
+    Args:
+        do_lower_case: for BERT's word pieces, instead of what the folder says; with vocab.txt alone
+            the default is True unless capitals are a real part of the vocabulary.
+    Raises:
+        UserError: if it is not BERT's and `do_lower_case` is set, is not a fast tokenizer, or
+            encodes no text.
+        OSError, ValueError, KeyError, ImportError: of transformers, if there is no tokenizer.
+    """
+    from transformers import AutoTokenizer, BertTokenizerFast
+
+    folder = Path(spec)
+    names = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+    if "vocab.txt" in names and not names & {"tokenizer.json", "tokenizer_config.json"}:
+        vocab = _read_vocabulary(folder / "vocab.txt")
+        lower = not _is_cased(vocab) if do_lower_case is None else do_lower_case
+        fast = BertTokenizerFast(vocab=vocab, do_lower_case=lower)
+        check_usable(fast, spec)
+        return fast
+    options = {} if do_lower_case is None else {"do_lower_case": do_lower_case}
+    fast = AutoTokenizer.from_pretrained(spec, **options)
+    if not fast.is_fast:
+        raise UserError(f"--tokenizer {spec}: only fast tokenizers (tokenizer.json) are read")
+    normalizer = fast.backend_tokenizer.normalizer
+    if do_lower_case is not None and getattr(normalizer, "lowercase", None) is not do_lower_case:
+        raise UserError(
+            f"--do_lower_case {str(do_lower_case).lower()}: only BERT's word pieces have this "
+            f"choice, and --tokenizer {spec} is a {type(fast).__name__}"
+        )
+    check_usable(fast, spec)
+    return fast
+
+
+def check_usable(fast: "PreTrainedTokenizerFast", spec: str) -> None:
+    """Refuse a tokenizer that encodes no text, and warn of one that loses capitals.
+
+    Raises:
+        UserError: if the text of no token of the vocabulary becomes a token.
+    """
+    backend = fast.backend_tokenizer
+    special_ids = {one for one in fast.all_special_ids if one is not None}  # [UNK] is one of them
+    vocab = backend.get_vocab(with_added_tokens=True)
+    first = backend.id_to_token(0) or ""
+    if first.startswith("\ufeff"):
+        raise UserError(
+            f"--tokenizer {spec}: its vocabulary begins with a byte order mark, which is now part "
+            f"of the first token {first[1:]!r}; save the file as UTF-8 without one"
+        )
+    ordinary = sorted(one for one in vocab.values() if one not in special_ids)
+    step = max(1, len(ordinary) // TRIED)
+    texts = [backend.decode([one], skip_special_tokens=False) for one in ordinary[::step]]
+    if all(_is_unknown(backend, special_ids, text.removeprefix("##")) for text in texts):
+        reason = "of its words becomes a token" if ordinary else "stands for text"
+        raise UserError(
+            f"--tokenizer {spec}: has {len(vocab)} ids and none {reason}, so every text would be "
+            "[UNK]; is the file of its vocabulary (tokenizer.json, vocab.txt, vocab.json) missing?"
+        )
+    lost = [
+        letter
+        for letter in string.ascii_lowercase
+        if _is_unknown(backend, special_ids, letter.upper())
+        and not _is_unknown(backend, special_ids, letter)
+    ]
+    if 2 * len(lost) > len(string.ascii_lowercase):
+        logger.warning(
+            "--tokenizer %s: %d of 26 capital letters, such as %s, become [UNK] and their words "
+            "with them; --do_lower_case true reads them as small ones",
+            spec,
+            len(lost),
+            lost[0].upper(),
+        )
+
+
+def _is_unknown(backend: "tokenizers.Tokenizer", special_ids: set[int], text: str) -> bool:
+    return special_ids.issuperset(backend.encode(text, add_special_tokens=False).ids)
+
+
+def _read_vocabulary(path: Path) -> dict[str, int]:
+    """Tokens of a vocab.txt and their line numbers from 0, without a byte order mark.
+
+    Of equal lines the last one counts, as in transformers.
+    """
+    tokens = [line for _, line in read_lines(path)]
+    while tokens and not tokens[-1]:
+        tokens.pop()
+    return {token: number for number, token in enumerate(tokens)}
+
+
+def _is_cased(vocab: dict[str, int]) -> bool:
+    """True if capitals are a real part of the vocabulary."""
+    lettered = [t for t in vocab if t.lower() != t.upper() and not t.startswith(("[", "<"))]
+    return sum(t != t.lower() for t in lettered) > CASED_SHARE * len(lettered)
