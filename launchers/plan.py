@@ -1,4 +1,4 @@
-"""Say what a pretraining run would need, before it runs: memory, traffic, time, and what fits.
+"""Plan a pretraining run before it starts: memory, communication, time, and settings that fit.
 
     python launchers/plan.py launchers/recipes/modern/demix_1.3b_d8.yaml --world_size 64 \\
         --deepspeed ds_configs/demix_zero2_bf16.json
@@ -10,7 +10,7 @@
         --deepspeed ds_configs/demix_zero2_bf16.json --simulate speed.png --step_ms 3100
 
 Recipes and flags are those of launchers/pretrain.py and launchers/btm.py. Nothing is trained and no
-weight takes up memory; neither data nor GPUs are needed. docs/planning.md has the formulas.
+weights are allocated; neither data nor GPUs are needed. docs/planning.md has the formulas.
 """
 
 import sys
@@ -38,25 +38,25 @@ def main() -> None:
     )
     *others, btm = parsed
     args = others[0]
-    # Only now the heavy imports, so that --help and mistakes in flags answer at once.
+    # Imported late, so that --help and errors in flags answer at once.
     from megamod.planning import report, simulate
+    from megamod.planning.job import jobs_of
     from megamod.planning.plan import plan_of
-    from megamod.planning.request import jobs_of
     from megamod.planning.search import proposals
 
     jobs = jobs_of((args, btm, *others[1:]))
     records = []
     for plan in [plan_of(job, args) for job in jobs]:
-        print(report.of_job(plan), flush=True)
+        print(report.format_job(plan), flush=True)
         records.append(plan.record())
         if args.search:
-            found = proposals(plan)
-            print(report.of_proposals(found), flush=True)
-            records[-1]["proposals"] = [proposal.record() for proposal in found]
+            ranked = proposals(plan)
+            print(report.format_proposals(ranked), flush=True)
+            records[-1]["proposals"] = [proposal.record() for proposal in ranked]
         if args.simulate is not None and plan.job is jobs[0]:
             seconds = None if args.step_ms is None else args.step_ms / 1e3
             curves = simulate.simulate(plan, seconds, args.step_world_size)
-            print(report.of_curves(curves), flush=True)
+            print(report.format_curves(curves), flush=True)
             tokens, title = plan.job.steps * plan.job.tokens, f"{plan.job.model.model} on more GPUs"
             simulate.draw(curves, tokens, title, Path(args.simulate))
             records[-1]["simulation"] = simulate.record(curves)
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # transformers loads it, where it is installed, for a kind of generation that nobody asks for
-    # here: a sixth of the whole command. (None stands for a module that cannot be imported.)
+    # transformers imports scikit-learn for assisted generation, a sixth of this command's time.
+    # None marks a module that cannot be imported.
     sys.modules["sklearn"] = None
     run(main)

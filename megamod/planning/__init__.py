@@ -1,1 +1,1 @@
-"""What a run would need, before it runs: parameters, memory, traffic, time, and what fits."""
+"""Plans of a run before it starts: parameters, memory, communication, time, fitting settings."""

@@ -1,10 +1,10 @@
-"""Bytes that a forward and backward pass hold besides weights and gradients, and its operations.
+"""Activation memory and FLOPs of a forward and backward pass, measured on fake tensors.
 
-The pass is run on tensors without storage, so a model of any size is measured in a moment, with the
-very code that trains. Two depths are measured; a model's blocks are alike, so what lies between two
-depths is one block. For the decoder the result is the count of Korthikanti et al. 2022 (Reducing
-Activation Recomputation), section 4.1, without dropout and with attention that keeps no scores:
-16 D e + 4 H + 16 bytes per token and block, e being the bytes of an element.
+The pass runs the training code on tensors without storage, so a model of any size takes a moment.
+Two depths are measured; their difference is one block, because all blocks are alike. For the
+decoder the result is the count of Korthikanti et al. 2022 (Reducing Activation Recomputation),
+section 4.1, without dropout and with attention that stores no scores: 16 D e + 4 H + 16 bytes per
+token and block, with e bytes per element.
 """
 
 import weakref
@@ -31,8 +31,8 @@ class Pass:
     """One micro-batch, forward and backward.
 
     Attributes:
-        peak: bytes at the fullest moment, without weights and without gradients that are finished.
-        flops: operations of matrix products and attention.
+        peak: peak bytes, without weights and finished gradients.
+        flops: FLOPs of matrix products and attention.
     """
 
     peak: int
@@ -48,18 +48,18 @@ def measure(
     checkpointing: bool,
     chosen: float = 1.0,
 ) -> Pass:
-    """A pass through the model that a configuration describes.
+    """Measure one pass of the model of a configuration.
 
     Args:
-        build: from a configuration to a module in training mode.
-        loss: from the module to a scalar; called where tensors have no storage.
+        build: builds the module from a configuration.
+        loss: computes a scalar from the module; called on fake tensors.
         precision: "fp32", "bf16" or "fp16".
         checkpointing: recompute blocks in the backward pass.
-        chosen: share of its elements that a mask selects, where a shape depends on that.
+        chosen: fraction of elements that a boolean mask selects, where a shape depends on it.
     """
     passes = []
     for depth in DEPTHS:
-        # With dropout, attention on processors would keep its scores, as it does not on GPUs.
+        # With dropout, attention on CPUs stores its scores, which it does not on GPUs.
         changed = {"num_hidden_layers": depth, "attention_probs_dropout_prob": 0.0}
         shallow = type(config).from_dict(config.to_dict() | changed)
         passes.append(_measure(shallow, build, loss, DTYPES[precision], checkpointing, chosen))
@@ -101,7 +101,7 @@ def _drop(parameter: nn.Parameter) -> None:
 
 
 class _Live(TorchDispatchMode):
-    """Counts the bytes of storages while they are alive, those of a module's weights excepted."""
+    """Counts the bytes of live storages, except those of a module's weights."""
 
     def __init__(self, module: nn.Module, chosen: float):
         super().__init__()
@@ -113,7 +113,7 @@ class _Live(TorchDispatchMode):
         self.watched: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        result = self._of_any_number(operation, args)
+        result = self._masked_selection(operation, args)
         if result is None:
             result = operation(*args, **(kwargs or {}))
         self.flops += _flops(operation, args, kwargs or {}, result)
@@ -127,18 +127,18 @@ class _Live(TorchDispatchMode):
         if key in self.seen:
             return
 
-        def gone(_: weakref.ref) -> None:
+        def release(_: weakref.ref) -> None:
             self.now -= size
             self.seen.discard(key)
             del self.watched[key]
 
         self.seen.add(key)
-        self.watched[key] = weakref.ref(storage, gone)
+        self.watched[key] = weakref.ref(storage, release)
         self.now += size
         self.peak = max(self.peak, self.now)
 
-    def _of_any_number(self, operation: object, args: tuple) -> Tensor | None:
-        """What a mask selects: its number is not known without data, so the share decides."""
+    def _masked_selection(self, operation: object, args: tuple) -> Tensor | None:
+        """Result of a mask selection; its size, unknown without data, follows from `chosen`."""
         aten = torch.ops.aten
         if operation is aten.nonzero.default:
             mask = args[0]
@@ -154,7 +154,7 @@ class _Live(TorchDispatchMode):
 
 
 def _flops(operation: object, args: tuple, kwargs: dict, result: object) -> int:
-    """Operations of one call; attention as if no position were masked, as in the usual formula."""
+    """FLOPs of one call; attention without masking, as in the usual formula."""
     packet = getattr(operation, "overloadpacket", None)
     forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

@@ -1,8 +1,8 @@
-"""Bytes of one rank in closed form: weights, gradients, optimizer, and what a step needs besides.
+"""Memory of one rank in closed form: weights, gradients, optimizer state and buffers.
 
-Source of the stages: Rajbhandari et al. 2020 (ZeRO), section 5. Adam has two moments in float32
-(Kingma and Ba 2015); with a ZeRO stage the weights have a float32 copy too, in float32 training as
-well. What is padded, and how, is that of DeepSpeed; `tests/planning` counts an engine's tensors.
+Source of the stages: Rajbhandari et al. 2020 (ZeRO), section 5. Adam keeps two float32 moments
+(Kingma and Ba 2015); with a ZeRO stage there is a float32 master copy too, even in float32
+training. Padding follows DeepSpeed; `tests/planning` counts the tensors of an engine.
 """
 
 import math
@@ -16,28 +16,30 @@ from megamod.dist.wire import ALIGNMENT
 MASTER, MOMENTS = 4, 8
 ELEMENT = {"fp32": 4, "bf16": 2, "fp16": 2}
 BUCKET, LIVE, PERSISTENT = 500_000_000, 1_000_000_000, 100_000  # DeepSpeed's defaults
-EXPERT_GROUP = 178_956_970  # elements of experts that DeepSpeed updates together, at most
-USABLE = 0.92  # of a GPU's memory: the rest is its context, NCCL's buffers and gaps
+EXPERT_GROUP = 178_956_970  # largest number of expert elements that DeepSpeed updates together
+USABLE = (
+    0.92  # fraction of GPU memory; the rest is the CUDA context, NCCL buffers and fragmentation
+)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How a model is trained on its ranks.
+    """Training settings that determine memory and communication.
 
     Attributes:
-        stage: of ZeRO.
+        stage: ZeRO stage.
         precision: "fp32", "bf16" or "fp16".
         micro_batch: sequences per rank and micro-batch.
-        micro_steps: micro-batches per rank and step.
+        micro_steps: micro-batches per rank and optimizer step.
         checkpointing: recompute blocks in the backward pass.
-        offload: where masters, moments and gradients live instead: "cpu" (the memory of the host),
-            "nvme" (a disk), or "none".
-        offload_param: where the rank's share of the weights lives (stage 3): "cpu" or "none".
-        sum_in_fp32: gradients are summed in float32 over the micro-batches.
-        bucket: elements of a buffer that gradients are reduced in.
-        buffers: how many of these (two where reduction overlaps with the backward pass).
-        live: elements of weights that ZeRO 3 may hold gathered.
-        persistent: elements up to which ZeRO 3 keeps a parameter whole.
+        offload: device of master weights, moments and gradients: "cpu" (host memory), "nvme" (disk)
+            or "none" (GPU).
+        offload_param: device of the rank's weight shard (stage 3): "cpu" or "none" (GPU).
+        sum_in_fp32: accumulate gradients in float32 over the micro-batches.
+        bucket: elements of a gradient reduction buffer.
+        buffers: number of these buffers (two if reduction overlaps with the backward pass).
+        live: largest number of weight elements that ZeRO 3 holds gathered.
+        persistent: ZeRO 3 keeps parameters up to this many elements unpartitioned.
     """
 
     stage: int
@@ -55,7 +57,7 @@ class Setting:
 
     @property
     def element(self) -> int:
-        """Bytes of a weight."""
+        """Bytes per weight."""
         return ELEMENT[self.precision]
 
 
@@ -64,16 +66,15 @@ class Memory:
     """Bytes of one rank.
 
     Attributes:
-        weights, optimizer: held from step to step; the optimizer's are masters and moments.
-        gradients: at the end of a step's last backward pass.
-        kept: gradients that are there while activations are: the sum of earlier micro-batches.
-        activations: of a micro-batch at its fullest.
-        buffers: that gradients are reduced and weights gathered in, during the backward pass.
-        collected: the rank's share of what a backward pass reduced, beside `gradients`.
-        update: float32 copies of gradients, during the update.
-        host: what an offloaded optimizer has outside the GPU: in the memory of the machine, or on
-            its disk.
-        host_weights: weights that are in the memory of the machine.
+        weights, optimizer: held permanently; optimizer state is master weights and moments.
+        gradients: gradients after the last backward pass of a step.
+        kept: accumulated gradients of earlier micro-batches, held while activations are.
+        activations: peak activations of a micro-batch.
+        buffers: reduction and gather buffers of the backward pass.
+        collected: the rank's shard of newly reduced gradients, in addition to `gradients`.
+        update: float32 copies of gradients during the optimizer update.
+        host: offloaded optimizer state, in host memory or on disk.
+        host_weights: offloaded weights, in host memory.
     """
 
     weights: int
@@ -89,9 +90,9 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """The fullest moment: the end of the last forward or backward pass, or the update.
+        """Peak memory: at the end of the last forward or backward pass, or during the update.
 
-        (With stage 1 a little less: the update begins when whole gradients are gone.)
+        An upper bound for stage 1, where full gradients are freed before the update.
         """
         forward = self.kept + self.activations + self.buffers
         backward = self.gradients + max(self.collected, self.update)
@@ -105,12 +106,12 @@ def memory(
     setting: Setting,
     activations: int = 0,
 ) -> Memory:
-    """What a rank needs.
+    """Compute the memory of a rank.
 
     Args:
-        sizes: elements of every trained parameter that a rank holds, by name.
-        frozen: elements of parameters that are not trained.
-        activations: bytes of a micro-batch.
+        sizes: elements of each trained parameter that a rank holds, by name.
+        frozen: elements of the frozen parameters.
+        activations: peak activation bytes of a micro-batch.
     """
     parts = [_part(*group, setting) for group in _groups(sizes, topology) if group[0]]
     buffers = _buffers(sizes, setting)
@@ -123,21 +124,21 @@ def memory(
             optimizer=whole.optimizer + part.optimizer,
             kept=whole.kept + part.kept,
             collected=whole.collected + part.collected,
-            update=max(whole.update, part.update),  # groups are updated one after the other
+            update=max(whole.update, part.update),  # groups are updated one at a time
             host_weights=whole.host_weights + part.host_weights,
         )
     if setting.offload == "none":
         return whole
-    own = whole.optimizer // (MASTER + MOMENTS)
+    shard = whole.optimizer // (MASTER + MOMENTS)
     if setting.stage > 1:
         whole = replace(whole, gradients=0, kept=0)
-    return replace(whole, optimizer=0, collected=0, update=0, host=whole.optimizer + MASTER * own)
+    return replace(whole, optimizer=0, collected=0, update=0, host=whole.optimizer + MASTER * shard)
 
 
 def _groups(
     sizes: Mapping[str, int], topology: DomainTopology
 ) -> list[tuple[list[int], int, float]]:
-    """Elements of the parameters of each group of ranks, its ranks, and elements of an update."""
+    """Per group of ranks: elements of its parameters, number of ranks, update size limit."""
     where = scopes(sizes, topology.sharing)
     world = [size for name, size in sizes.items() if where[name] is Scope.WORLD]
     domain = [size for name, size in sizes.items() if where[name] is Scope.DOMAIN]
@@ -148,38 +149,38 @@ def _groups(
     ]
 
 
-def _part(held: list[int], ranks: int, limit: float, setting: Setting) -> Memory:
-    element, total, away = setting.element, sum(held), 0
+def _part(group_sizes: list[int], ranks: int, limit: float, setting: Setting) -> Memory:
+    element, total, offloaded = setting.element, sum(group_sizes), 0
     summed = 4 if setting.sum_in_fp32 else element
-    earlier = setting.micro_steps > 1 or setting.stage == 3  # whose buffer is never given back
+    accumulates = setting.micro_steps > 1 or setting.stage == 3  # stage 3 never frees this buffer
     if setting.stage == 0:
-        held_bytes = element * total
-        return Memory(held_bytes, held_bytes, MOMENTS * total, held_bytes * earlier, 0, 0, 0, 0)
+        full_bytes = element * total
+        return Memory(full_bytes, full_bytes, MOMENTS * total, full_bytes * accumulates, 0, 0, 0, 0)
     if setting.stage == 3:
-        own = sum(-(-size // ranks) for size in held)
-        whole = sum(size for size in held if size <= setting.persistent)
-        away = own if setting.offload_param != "none" else 0
-        weights = element * (own - away + whole)
+        shard = sum(-(-size // ranks) for size in group_sizes)
+        whole = sum(size for size in group_sizes if size <= setting.persistent)
+        offloaded = shard if setting.offload_param != "none" else 0
+        weights = element * (shard - offloaded + whole)
     else:
         unit = ALIGNMENT * ranks
         padded = -(-total // unit) * unit
-        own, weights = padded // ranks, element * padded
+        shard, weights = padded // ranks, element * padded
     stage_1 = setting.stage == 1
-    gradients = summed * (total if stage_1 else own)
+    gradients = summed * (total if stage_1 else shard)
     copies = (4 if element < 4 else 0) + (summed if setting.stage < 3 else 0)
-    update = copies * round(min(own, limit / ranks))
-    # The rank's share is collected anew in every reduction, beside the sum of earlier ones.
-    anew = stage_1 or (setting.stage == 2 and setting.micro_steps > 1)
+    update = copies * round(min(shard, limit / ranks))
+    # Each reduction allocates the rank's shard again, in addition to the accumulated gradients.
+    allocates_again = stage_1 or (setting.stage == 2 and setting.micro_steps > 1)
     return Memory(
         weights,
         gradients,
-        (MASTER + MOMENTS) * own,
-        gradients * earlier,
+        (MASTER + MOMENTS) * shard,
+        gradients * accumulates,
         0,
         0,
-        element * own * anew,
+        element * shard * allocates_again,
         update,
-        host_weights=element * away,
+        host_weights=element * offloaded,
     )
 
 

@@ -1,4 +1,4 @@
-"""What a job needs, whether that fits, and if not, the nearest that does."""
+"""Plan of a job: memory, communication, time, and the nearest settings that fit."""
 
 import math
 from collections.abc import Iterator
@@ -11,24 +11,25 @@ from megamod.dist.scope import Sharing
 from megamod.dist.topology import DomainTopology
 from megamod.dist.wire import Traffic
 from megamod.errors import UserError
+from megamod.planning.job import Job
 from megamod.planning.memory import MASTER, MOMENTS, USABLE, Memory, Setting, memory
-from megamod.planning.network import Network, network_of
+from megamod.planning.model import Network, network_of
 from megamod.planning.plan_args import PlanArgs
-from megamod.planning.request import Job
-from megamod.planning.timing import Links, traffic_of
+from megamod.planning.speed import Links, traffic_of
 from megamod.train.compiled import check_stage
 
 UTILISATIONS = (0.3, 0.4, 0.5)
-FOLLOWED = 4096  # scored tokens of a micro-batch from which on larger ones lie on a line
+FOLLOWED = 4096  # scored tokens above which activation memory grows linearly with the micro-batch
 SMALL_BUCKET = 50_000_000
 MOST_RANKS = 1024
 
 
 @dataclass(frozen=True)
 class JobPlan:
-    """A job with its model, on GPUs of so many bytes.
+    """A job with its model, on given GPUs and links.
 
     Attributes:
+        gpu_bytes: memory of a GPU.
         flops_per_second: peak of a GPU.
     """
 
@@ -40,25 +41,25 @@ class JobPlan:
 
     @cached_property
     def memory(self) -> Memory:
-        """Bytes of a rank, as the job is."""
+        """Memory of a rank with the job's settings."""
         return self.memory_with(self.job.setting)
 
     @property
     def traffic(self) -> Traffic:
-        """Bytes that a rank sends in a step."""
+        """Bytes that a rank sends per step."""
         return traffic_of(self.network, self.job.topology, self.job.setting)
 
     @property
     def fits(self) -> bool:
-        """Whether a rank's GPU is large enough."""
+        """True if the job fits the memory of a GPU."""
         return self.holds(self.memory)
 
     def holds(self, needed: Memory) -> bool:
-        """Whether a GPU is large enough for this."""
+        """Return True if this memory fits a GPU."""
         return needed.peak <= USABLE * self.gpu_bytes
 
     def memory_with(self, setting: Setting, topology: DomainTopology | None = None) -> Memory:
-        """Bytes of a rank under another setting, or on other ranks."""
+        """Memory of a rank with another setting or topology."""
         passed = self._peak(setting.micro_batch, setting.checkpointing)
         return memory(
             self.network.sizes,
@@ -73,9 +74,9 @@ class JobPlan:
         return {}
 
     def _peak(self, micro_batch: int, checkpointing: bool) -> int:
-        """Measured; of large micro-batches that the job does not have, on a straight line."""
+        """Peak activations: measured, or extrapolated linearly for other large micro-batches."""
         group, length = self.job.mux.num_instances, self.job.data.max_seq_length
-        # The head works in chunks: below a full one, what it holds grows otherwise.
+        # The head works in chunks; below one full chunk its memory grows at another rate.
         low = group * math.ceil(FOLLOWED / (group * length * self.network.chosen))
         high = 2 * low
         if micro_batch > high and micro_batch != self.job.setting.micro_batch:
@@ -83,33 +84,33 @@ class JobPlan:
             return second + (micro_batch - high) * (second - first) // (high - low)
         key = (micro_batch, checkpointing)
         if key not in self._passes:
-            found = self.network.run(micro_batch, checkpointing=checkpointing)
-            self._passes[key] = found.peak
+            cost = self.network.run(micro_batch, checkpointing=checkpointing)
+            self._passes[key] = cost.peak
         return self._passes[key]
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Bytes of one checkpoint on disk: weights as they are held, masters and moments."""
+        """Bytes of one checkpoint on disk: weights, master weights and moments."""
         total, trained = self.network.total, self.network.total - self.network.frozen
         return total * self.job.setting.element + trained * (MASTER + MOMENTS)
 
     @property
     def tokens_per_second(self) -> dict[float, float]:
-        """Of all ranks together, by the share of the peak that is reached."""
+        """Tokens per second of all ranks together, by utilisation of the peak."""
         ranks, flops = self.job.topology.world_size, self.network.flops_per_token
         return {u: u * self.flops_per_second * ranks / flops for u in UTILISATIONS}
 
     @property
     def days(self) -> dict[float, float]:
-        """Of all steps, by the share of the peak that is reached."""
+        """Days for all steps, by utilisation of the peak."""
         tokens = self.job.steps * self.job.tokens
         return {u: tokens / rate / 86_400 for u, rate in self.tokens_per_second.items()}
 
     def what_fits(self) -> list[str]:
-        """Changes that make it fit, each one alone; the nearest first."""
+        """List single changes that make the job fit, the nearest first."""
         return [
-            f"{told}: {needed.peak / 1e9:.2f} GB"
-            for told, needed in self._changes()
+            f"{change}: {needed.peak / 1e9:.2f} GB"
+            for change, needed in self._changes()
             if self.holds(needed)
         ]
 
@@ -122,20 +123,20 @@ class JobPlan:
                 if self.holds(needed):
                     break
         if not setting.checkpointing:
-            told = "--gradient_checkpointing true"
-            yield told, self.memory_with(replace(setting, checkpointing=True))
+            change = "--gradient_checkpointing true"
+            yield change, self.memory_with(replace(setting, checkpointing=True))
         for stage in range(setting.stage + 1, 4):
             if stage_allowed(stage, self.job):
-                told = f"ZeRO stage {stage}"
-                yield told, self.memory_with(replace(setting, stage=stage))
+                change = f"ZeRO stage {stage}"
+                yield change, self.memory_with(replace(setting, stage=stage))
         if setting.stage and setting.bucket > SMALL_BUCKET:
-            told = f"reduce_bucket_size {SMALL_BUCKET}"
-            yield told, self.memory_with(replace(setting, bucket=SMALL_BUCKET))
+            change = f"reduce_bucket_size {SMALL_BUCKET}"
+            yield change, self.memory_with(replace(setting, bucket=SMALL_BUCKET))
         ranks, steps = topology.world_size, setting.micro_steps
         while ranks < MOST_RANKS and steps % 2 == 0:
             ranks, steps = 2 * ranks, steps // 2
             if topology.sharing is Sharing.DEMIX and ranks <= len(topology.domains):
-                continue  # a rank would hold fewer experts: another model than was measured
+                continue  # a rank would hold fewer experts than the measured model
             more = replace(topology, world_size=ranks)
             needed = self.memory_with(replace(setting, micro_steps=steps), more)
             yield f"{ranks} ranks", needed
@@ -143,15 +144,17 @@ class JobPlan:
                 break
         if setting.stage and setting.offload == "none":
             needed = self.memory_with(replace(setting, offload="cpu"))
-            told = f"offload_optimizer.device cpu ({needed.host / 1e9:.1f} GB of the host per rank)"
-            yield told, needed
+            change = (
+                f"offload_optimizer.device cpu ({needed.host / 1e9:.1f} GB of the host per rank)"
+            )
+            yield change, needed
         if setting.stage == 3 and setting.offload_param == "none":
             needed = self.memory_with(replace(setting, offload_param="cpu"))
             share = f"{needed.host_weights / 1e9:.1f} GB of the host per rank"
             yield f"offload_param.device cpu ({share})", needed
 
     def record(self) -> dict[str, object]:
-        """Everything, as it is written to JSON: bytes, elements, seconds."""
+        """The plan as JSON: bytes, elements, seconds."""
         job, network = self.job, self.network
         return {
             "name": job.name,
@@ -181,12 +184,12 @@ class JobPlan:
             "steps": job.steps,
             "tokens_per_second": {f"{u:.0%}": rate for u, rate in self.tokens_per_second.items()},
             "days": {f"{u:.0%}": days for u, days in self.days.items()},
-            "places": [include(place) for place in job.places],
+            "places": [include(placement) for placement in job.places],
         }
 
 
 def plan_of(job: Job, args: PlanArgs) -> JobPlan:
-    """A job on the GPUs and links that the flags describe."""
+    """Plan a job on the GPUs and links of the flags."""
     return JobPlan(
         job,
         network_of(job),
@@ -197,28 +200,32 @@ def plan_of(job: Job, args: PlanArgs) -> JobPlan:
 
 
 def ranks_of_a_machine(job: Job, args: PlanArgs) -> int:
-    """Ranks on the job's first machine; of a job on one machine, those it could have there."""
-    place = job.places[0]
-    return len(place[0].slots) if len(place) > 1 else max(args.ranks_per_node, len(place[0].slots))
+    """Ranks per host: on the job's first host; for a job on one host, its capacity."""
+    placement = job.places[0]
+    return (
+        len(placement[0].slots)
+        if len(placement) > 1
+        else max(args.ranks_per_node, len(placement[0].slots))
+    )
 
 
 def micro_batches(job: Job) -> list[int]:
-    """Micro-batches that leave the sequences of a step as they are, at most 64 groups."""
+    """Micro-batch sizes that keep the sequences per step, up to 64 instance groups."""
     group = job.mux.num_instances
     dense = job.topology.sharing is Sharing.DENSE
-    held = 1 if dense else len(job.topology.domains_of(0))
-    groups = job.sequences // job.topology.world_size // held // group
+    experts_per_rank = 1 if dense else len(job.topology.domains_of(0))
+    groups = job.sequences // job.topology.world_size // experts_per_rank // group
     return [group * n for n in (1, 2, 4, 8, 16, 32, 64) if groups % n == 0]
 
 
 def with_micro_batch(setting: Setting, micro_batch: int) -> Setting:
-    """The same number of sequences in micro-batches of another size."""
+    """Change the micro-batch size at equal sequences per step."""
     steps = setting.micro_steps * setting.micro_batch // micro_batch
     return replace(setting, micro_batch=micro_batch, micro_steps=steps)
 
 
 def stage_allowed(stage: int, job: Job) -> bool:
-    """Whether a run takes a ZeRO stage with its sharing and precision."""
+    """Return True if a run accepts a ZeRO stage with its sharing and precision."""
     config: dict[str, object] = {"zero_optimization": {"stage": stage}}
     if job.setting.precision != "fp32":
         config[job.setting.precision] = {"enabled": True}
@@ -232,7 +239,7 @@ def stage_allowed(stage: int, job: Job) -> bool:
 
 
 def machines_of_domains(job: Job) -> dict[str, int]:
-    """On how many machines the ranks of each domain lie, of a job that starts at once."""
-    where = [host.name for host in job.places[0] for _ in host.slots]
+    """Number of hosts over which the ranks of each domain are spread."""
+    hosts = [host.name for host in job.places[0] for _ in host.slots]
     ranks = job.topology.ranks_of
-    return {d: len({where[rank] for rank in ranks(d)}) for d in job.topology.domains}
+    return {d: len({hosts[rank] for rank in ranks(d)}) for d in job.topology.domains}

@@ -10,13 +10,13 @@ from megamod.planning.search import Proposal
 from megamod.planning.simulate import Point
 
 
-def of_job(plan: JobPlan) -> str:
-    """What a job needs, and whether that fits."""
+def format_job(plan: JobPlan) -> str:
+    """Format the requirements of a job."""
     job, network, setting = plan.job, plan.network, plan.job.setting
     ranks = job.topology.world_size
     count = f"{len(job.alike)} jobs of {ranks}" if len(job.alike) > 1 else f"{ranks}"
     states = "no ZeRO" if setting.stage == 0 else f"ZeRO stage {setting.stage}"
-    recompute = ", blocks recomputed" if setting.checkpointing else ""
+    recompute = ", gradient checkpointing" if setting.checkpointing else ""
     assumed = " (assumed)" if job.vocabulary.assumed else ""
     counted = "" if job.mux.objective == "causal_lm" else ", counted"
     rows: list[tuple[str, str]] = [
@@ -24,11 +24,11 @@ def of_job(plan: JobPlan) -> str:
         (
             "batch",
             f"{setting.micro_batch} sequences x {setting.micro_steps} micro-batches x {ranks} "
-            f"ranks = {job.sequences:,}; {job.tokens:,} tokens a step{recompute}",
+            f"ranks = {job.sequences:,}; {job.tokens:,} tokens per step{recompute}",
         ),
         ("vocabulary", f"{job.vocabulary.size:,}{assumed}"),
         *_parameters(plan),
-        ("operations per token", f"{network.flops_per_token / 1e9:.3f} GFLOP{counted}"),
+        ("FLOPs per token", f"{network.flops_per_token / 1e9:.3f} GFLOP{counted}"),
         *_memory(plan),
         *_wire(plan),
         ("checkpoint", _gb(plan.checkpoint_bytes)),
@@ -36,20 +36,20 @@ def of_job(plan: JobPlan) -> str:
         *_places(plan),
     ]
     width = max(len(name) for name, _ in rows)
-    return "\n".join([f"== {job.name}", *(f"{name.ljust(width)}  {told}" for name, told in rows)])
+    return "\n".join([f"== {job.name}", *(f"{name.ljust(width)}  {value}" for name, value in rows)])
 
 
-def of_proposals(found: Sequence[Proposal]) -> str:
-    """Settings, best first."""
-    if not found:
+def format_proposals(proposals: Sequence[Proposal]) -> str:
+    """Format proposed settings, the best first."""
+    if not proposals:
         return "no setting fits; use more ranks or larger GPUs"
-    lines = ["settings that fit, best first (time of a step: operations + communication)"]
-    for number, proposal in enumerate(found, start=1):
+    lines = ["settings that fit, best first (step time: computation + communication)"]
+    for number, proposal in enumerate(proposals, start=1):
         setting = proposal.setting
         parts = [
             f"ZeRO stage {setting.stage}" if setting.stage else "no ZeRO",
             f"micro-batch {setting.micro_batch} x {setting.micro_steps}",
-            "recomputing" if setting.checkpointing else "no recomputing",
+            "recomputation" if setting.checkpointing else "no recomputation",
         ]
         parts += [f"offload_optimizer {setting.offload}"] if setting.offload != "none" else []
         lines.append(
@@ -60,15 +60,15 @@ def of_proposals(found: Sequence[Proposal]) -> str:
     return "\n".join(lines)
 
 
-def of_curves(curves: Mapping[Sharing, Sequence[Point]]) -> str:
-    """Tokens per second by GPUs: communication in the open, and hidden as far as it can be."""
+def format_curves(curves: Mapping[Sharing, Sequence[Point]]) -> str:
+    """Format tokens per second by number of GPUs, without and with full overlap."""
     kinds = list(curves)
     gpus = sorted({point.gpus for points in curves.values() for point in points})
-    found = {(kind, p.gpus): p for kind, points in curves.items() for p in points}
+    by_kind = {(kind, p.gpus): p for kind, points in curves.items() for p in points}
     head = ["GPUs", *(f"{kind.value} tokens/s" for kind in kinds)]
     lines = [head]
     for number in gpus:
-        cells = [found.get((kind, number)) for kind in kinds]
+        cells = [by_kind.get((kind, number)) for kind in kinds]
         lines.append([str(number), *(f"{p.slow:,.0f} - {p.fast:,.0f}" if p else "" for p in cells)])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
@@ -83,9 +83,9 @@ def _parameters(plan: JobPlan) -> list[tuple[str, str]]:
     if network.per_expert:
         rows.append(("", f"{network.shared:,} shared, {network.per_expert:,} per expert"))
     if network.total != network.per_rank:
-        rows.append(("", f"{network.total:,} of all domains together"))
+        rows.append(("", f"{network.total:,} over all domains"))
     if len(plan.job.alike) > 1:
-        rows.append(("", f"{len(plan.job.alike) * network.total:,} of all jobs together"))
+        rows.append(("", f"{len(plan.job.alike) * network.total:,} over all jobs"))
     return rows
 
 
@@ -93,22 +93,24 @@ def _memory(plan: JobPlan) -> list[tuple[str, str]]:
     needed = plan.memory
     usable = USABLE * plan.gpu_bytes
     rows = [
-        ("memory of a rank", f"weights {_gb(needed.weights)}, gradients {_gb(needed.gradients)}, "
+        ("memory per rank", f"weights {_gb(needed.weights)}, gradients {_gb(needed.gradients)}, "
          f"optimizer {_gb(needed.optimizer)}"),
-        ("", f"activations {_gb(needed.activations)}, buffers {_gb(needed.buffers)}, beside "
-         f"{_gb(needed.kept)} of gradients; then all of these, and "
-         f"{_gb(max(needed.collected, needed.update))} in the update"),
-        ("", f"at the fullest {_gb(needed.peak)}; {_gb(usable)} of {_gb(plan.gpu_bytes)} are "
+        ("", f"activations {_gb(needed.activations)}, buffers {_gb(needed.buffers)}, with "
+         f"{_gb(needed.kept)} of accumulated gradients; update: all gradients and "
+         f"{_gb(max(needed.collected, needed.update))}"),
+        ("", f"peak {_gb(needed.peak)}; {_gb(usable)} of {_gb(plan.gpu_bytes)} are "
          f"usable: {'fits' if plan.fits else 'DOES NOT FIT'}"),
     ]  # fmt: skip
     if needed.host:
-        place = "on the disk" if plan.job.setting.offload == "nvme" else "in memory"
-        rows.append(("", f"{_gb(needed.host)} {place} of the host"))
+        device = "on the disk" if plan.job.setting.offload == "nvme" else "in memory"
+        rows.append(("", f"{_gb(needed.host)} {device} of the host"))
     if needed.host_weights:
         rows.append(("", f"{_gb(needed.host_weights)} of weights in memory of the host"))
     if not plan.fits:
         changes = plan.what_fits() or ["no single change; --search tries several at once"]
-        rows += [("what would fit" if i == 0 else "", told) for i, told in enumerate(changes)]
+        rows += [
+            ("settings that fit" if i == 0 else "", change) for i, change in enumerate(changes)
+        ]
     return rows
 
 
@@ -123,10 +125,10 @@ def _wire(plan: JobPlan) -> list[tuple[str, str]]:
 def _time(plan: JobPlan) -> list[tuple[str, str]]:
     peak = plan.flops_per_second / 1e12
     rates = plan.tokens_per_second
-    told = ", ".join(f"{rate:,.0f} at {u:.0%}" for u, rate in rates.items())
+    speeds = ", ".join(f"{rate:,.0f} at {u:.0%}" for u, rate in rates.items())
     days = ", ".join(f"{days:.2f}" for days in plan.days.values())
     return [
-        ("tokens/s", f"{told} of {peak:g} TFLOP/s a GPU"),
+        ("tokens/s", f"{speeds} of {peak:g} TFLOP/s per GPU"),
         ("days", f"{days} for {plan.job.steps:,} steps"),
     ]
 
@@ -136,16 +138,16 @@ def _places(plan: JobPlan) -> list[tuple[str, str]]:
     rows = []
     if len(job.alike) > 1:
         return [
-            (name, include(place) or "waits for free slots")
-            for name, place in zip(job.alike, job.places, strict=True)
+            (name, include(placement) or "waits for free slots")
+            for name, placement in zip(job.alike, job.places, strict=True)
         ]
     first = 0
     for host in job.places[0]:
         ranks = range(first, first + len(host.slots))
         first += len(host.slots)
         domains = dict.fromkeys(d for rank in ranks for d in job.topology.domains_of(rank))
-        told = f"ranks {ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else f"rank {ranks[0]}"
-        rows.append((host.name, f"{told}: {', '.join(domains)}"))
+        label = f"ranks {ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else f"rank {ranks[0]}"
+        rows.append((host.name, f"{label}: {', '.join(domains)}"))
     if job.topology.sharing is not Sharing.DENSE:
         spread = [domain for domain, count in machines_of_domains(job).items() if count > 1]
         if spread:

@@ -1,4 +1,4 @@
-"""Settings that fit a GPU, the fastest first, by operations and bytes on the wire alone."""
+"""Search for settings that fit a GPU, ranked by computation and communication time."""
 
 from dataclasses import dataclass, replace
 
@@ -10,19 +10,19 @@ from megamod.planning.plan import (
     stage_allowed,
     with_micro_batch,
 )
-from megamod.planning.timing import compute_seconds, traffic_of, wire_seconds
+from megamod.planning.speed import compute_seconds, traffic_of, wire_seconds
 
-UTILISATION = 0.4  # of the peak; it weighs operations against bytes
+UTILISATION = 0.4  # of the peak; weighs computation against communication
 SHOWN = 6
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A setting, what it needs and how long a step takes.
+    """A setting with its memory and step time.
 
     Attributes:
-        compute, wire: seconds of a step, one after the other.
-        reasons: what it costs and what it saves, in words.
+        compute, wire: seconds of computation and communication per step.
+        reasons: costs and savings in words.
     """
 
     setting: Setting
@@ -33,7 +33,7 @@ class Proposal:
 
     @property
     def seconds(self) -> float:
-        """Of a step."""
+        """Seconds per step."""
         return self.compute + self.wire
 
     def record(self) -> dict[str, object]:
@@ -53,19 +53,19 @@ class Proposal:
 
 
 def proposals(plan: JobPlan, shown: int = SHOWN) -> list[Proposal]:
-    """Settings of a job that fit its GPUs, at most `shown`; best first, with reasons.
+    """Rank up to `shown` settings of a job that fit its GPUs, the best first.
 
-    The sequences of a step stay as they are. Of equally fast ones the larger micro-batch comes
-    first, which keeps a GPU busier, then the lower stage, whose code path is simpler. Smaller
-    buffers, then offloading, are looked at only where nothing else fits.
+    Sequences per step stay equal. At equal speed the larger micro-batch comes first, because it
+    keeps a GPU busier, then the lower ZeRO stage, because it is simpler. Smaller buffers, then
+    offloading, are tried only if nothing else fits.
     """
-    given = plan.job.setting
-    small = replace(given, bucket=min(given.bucket, SMALL_BUCKET))
-    for base in (given, small, replace(small, offload="cpu")):
-        found = [p for setting in _settings(plan, base) if (p := _proposal(plan, setting))]
-        if found:
-            found.sort(key=_order)
-            return found[:shown]
+    job_setting = plan.job.setting
+    small = replace(job_setting, bucket=min(job_setting.bucket, SMALL_BUCKET))
+    for base in (job_setting, small, replace(small, offload="cpu")):
+        fitting = [p for setting in _settings(plan, base) if (p := _proposal(plan, setting))]
+        if fitting:
+            fitting.sort(key=_order)
+            return fitting[:shown]
     return []
 
 
@@ -81,13 +81,13 @@ def _settings(plan: JobPlan, base: Setting) -> list[Setting]:
 
 
 def _offloads(base: Setting, stage: int) -> bool:
-    """Whether optimizer and weights can be where they are with another stage."""
+    """Return True if a stage supports the offloading of `base`."""
     least = {"none": 0, "cpu": 1, "nvme": 3}
     return stage >= least[base.offload] and (stage == 3 or base.offload_param == "none")
 
 
 def _order(proposal: Proposal) -> tuple[float, int, int]:
-    # Differences of less than a percent are not what this can tell.
+    # Differences below a few percent are within the error of the estimate.
     rounded = float(f"{proposal.seconds:.2g}")
     return rounded, -proposal.setting.micro_batch, proposal.setting.stage
 
@@ -104,21 +104,26 @@ def _proposal(plan: JobPlan, setting: Setting) -> Proposal | None:
 
 def _reasons(plan: JobPlan, setting: Setting, needed: Memory, world: float) -> tuple[str, ...]:
     free = plan.gpu_bytes - needed.peak
-    told = [f"{free / 1e9:.1f} GB of {plan.gpu_bytes / 1e9:g} stay free"]
+    reasons = [f"{free / 1e9:.1f} GB of {plan.gpu_bytes / 1e9:g} remain free"]
     if setting.checkpointing:
         plain = plan.memory_with(replace(setting, checkpointing=False))
         saved = (plain.activations - needed.activations) / 1e9
-        told.append(f"recomputing costs a third of the operations, saves {saved:.1f} GB")
+        reasons.append(f"recomputation costs a third more FLOPs and saves {saved:.1f} GB")
     if setting.stage >= 2 and setting.micro_steps > 1:
-        told.append(
+        reasons.append(
             f"stage {setting.stage} reduces after each of {setting.micro_steps} micro-batches: "
             f"{world / 1e9:.1f} GB a step over all ranks"
         )
     if setting.stage and setting.bucket < plan.job.setting.bucket:
-        told.append(f"needs reduce_bucket_size {setting.bucket:,} in the DeepSpeed file")
+        reasons.append(f"needs reduce_bucket_size {setting.bucket:,} in the DeepSpeed file")
     if setting.offload != "none":
-        place = "on the disk" if setting.offload == "nvme" else "on the host"
-        told.append(f"{needed.host / 1e9:.1f} GB {place} per rank; its bus is not in the time")
+        device = "on the disk" if setting.offload == "nvme" else "on the host"
+        reasons.append(
+            f"{needed.host / 1e9:.1f} GB {device} per rank; the transfer is not in the step time"
+        )
     if needed.host_weights:
-        told.append(f"{needed.host_weights / 1e9:.1f} GB of weights on the host, nor is their bus")
-    return tuple(told)
+        reasons.append(
+            f"{needed.host_weights / 1e9:.1f} GB of weights on the host; "
+            "host-to-GPU transfer is not in the step time"
+        )
+    return tuple(reasons)

@@ -1,9 +1,8 @@
 """Tokens per second of dense, DEMix and BTM training on more GPUs, from one measured step.
 
-Every rank has as many sequences a step on any number of GPUs, so its operations take as long, and
-what changes is what a ring sends and how fast its slowest link is. Bytes are those of
-`dist/wire.py`. Two curves bound the truth: nothing of the communication hidden behind the backward
-pass, and all that fits.
+Each rank keeps its sequences per step, so its computation time is constant; only the bytes of a
+ring and the speed of its slowest link change. Bytes are those of `dist/wire.py`. Two curves bound
+the result: no overlap of communication with the backward pass, and full overlap.
 """
 
 import copy
@@ -14,11 +13,11 @@ from pathlib import Path
 from megamod.dist.scope import Sharing
 from megamod.dist.topology import DomainTopology
 from megamod.errors import UserError
-from megamod.planning.network import network_of
+from megamod.planning.job import Job
+from megamod.planning.model import network_of
 from megamod.planning.plan import JobPlan
-from megamod.planning.request import Job
 from megamod.planning.search import UTILISATION
-from megamod.planning.timing import compute_seconds, traffic_of, wire_seconds
+from megamod.planning.speed import compute_seconds, traffic_of, wire_seconds
 
 MOST_GPUS = 1024
 UNTIED = {Sharing.DENSE: "none", Sharing.DEMIX: "feedforward", Sharing.BTM: "all"}
@@ -26,11 +25,11 @@ UNTIED = {Sharing.DENSE: "none", Sharing.DEMIX: "feedforward", Sharing.BTM: "all
 
 @dataclass(frozen=True)
 class Point:
-    """A number of GPUs.
+    """Step time on some number of GPUs.
 
     Attributes:
-        compute, wire: seconds of a step.
-        tokens: of a step, over all ranks.
+        compute, wire: seconds of computation and communication per step.
+        tokens: tokens per step over all ranks.
     """
 
     gpus: int
@@ -40,12 +39,12 @@ class Point:
 
     @property
     def slow(self) -> float:
-        """Tokens per second if communication waits for computation."""
+        """Tokens per second without overlap."""
         return self.tokens / (self.compute + self.wire)
 
     @property
     def fast(self) -> float:
-        """Tokens per second if they go on side by side."""
+        """Tokens per second with full overlap."""
         return self.tokens / max(self.compute, self.wire)
 
 
@@ -53,14 +52,14 @@ Curves = Mapping[Sharing, Sequence[Point]]
 
 
 def simulate(plan: JobPlan, step_seconds: float | None, step_ranks: int | None) -> Curves:
-    """Curves of the three kinds of training.
+    """Compute the curves of dense, DEMix and BTM training.
 
     Args:
-        step_seconds: measured on the job as it is; None: operations at 40 % of the peak.
-        step_ranks: ranks that it was measured on; None: those of the job.
+        step_seconds: measured step time of the job; None: FLOPs at 40 % of the peak.
+        step_ranks: ranks of that measurement; None: those of the job.
     Raises:
-        UserError: for a job that is no causal language model of several domains, and for a measured
-            time shorter than its communication.
+        UserError: unless the job is a causal language model of several domains, and if the measured
+            time is shorter than its communication.
     """
     job = plan.job
     if job.mux.objective != "causal_lm" or len(job.topology.domains) < 2:
@@ -69,12 +68,13 @@ def simulate(plan: JobPlan, step_seconds: float | None, step_ranks: int | None) 
     compute = compute_seconds(plan.network, setting, UTILISATION * plan.flops_per_second)
     if step_seconds is not None:
         topology = replace(job.topology, world_size=step_ranks or job.topology.world_size)
-        there = _wire(plan, _as(job, topology))
-        compute = step_seconds - there
+        communication = _wire(plan, _with_topology(job, topology))
+        compute = step_seconds - communication
         if compute <= 0:
             raise UserError(
                 f"--step_ms {1e3 * step_seconds:g}: sending the bytes of a step takes "
-                f"{1e3 * there:.1f} ms at these links; give faster ones, or what was measured"
+                f"{1e3 * communication:.1f} ms at these links; give faster links or the measured "
+                "time"
             )
     return {kind: _curve(plan, kind, compute) for kind in Sharing}
 
@@ -122,7 +122,7 @@ def draw(curves: Curves, tokens: int, title: str, path: Path) -> None:
         axes.xaxis.set_major_formatter("{x:.0f}")
         axes.set(xlabel="GPUs", ylabel=ylabel)
         axes.grid(alpha=0.3)
-    speed.legend()  # of both: where curves of cost leave room depends on the run
+    speed.legend()  # one legend for both panels
     speed.set_yscale("log")
     cost.set_ylim(bottom=0)
     figure.suptitle(title)
@@ -131,7 +131,7 @@ def draw(curves: Curves, tokens: int, title: str, path: Path) -> None:
 
 
 def gpu_days(gpus: Sequence[int], rates: Sequence[float], tokens: int) -> list[float]:
-    """Cost of so many tokens at each number of GPUs and its tokens per second."""
+    """GPU days for `tokens` at each number of GPUs and its tokens per second."""
     return [n * tokens / rate / 86_400 for n, rate in zip(gpus, rates, strict=True)]
 
 
@@ -141,21 +141,21 @@ def _curve(plan: JobPlan, kind: Sharing, compute: float) -> list[Point]:
     while gpus <= MOST_GPUS:
         topology = _topology(gpus, domains, kind)
         if topology is not None:
-            job = _as(plan.job, topology)
+            job = _with_topology(plan.job, topology)
             points.append(Point(gpus, compute, _wire(plan, job), job.tokens))
         gpus *= 2
     return points
 
 
 def _topology(gpus: int, domains: tuple[str, ...], kind: Sharing) -> DomainTopology | None:
-    """None where a rank would hold another number of experts, and so not the model measured."""
+    """None if a rank would hold another number of experts than the measured model."""
     if kind is not Sharing.DENSE and gpus % len(domains):
         return None
     return DomainTopology(gpus, domains, kind)
 
 
-def _as(job: Job, topology: DomainTopology) -> Job:
-    """The job on other ranks with another sharing; the sequences of a rank stay."""
+def _with_topology(job: Job, topology: DomainTopology) -> Job:
+    """Change topology and sharing of a job at equal sequences per rank."""
     model = copy.copy(job.model)
     if topology.sharing is not job.topology.sharing:
         model.untie = UNTIED[topology.sharing]

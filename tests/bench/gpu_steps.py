@@ -47,9 +47,9 @@ class Job:
         from megamod.args import DataArgs, ModelArgs, MuxArgs, OptimArgs, RunArgs, SafetyArgs
         from megamod.btm.campaign import BtmArgs
         from megamod.flags import parse_args
+        from megamod.planning.job import jobs_of
         from megamod.planning.plan import plan_of
         from megamod.planning.plan_args import PlanArgs
-        from megamod.planning.request import jobs_of
 
         kinds = (PlanArgs, BtmArgs, RunArgs, SafetyArgs, ModelArgs, OptimArgs, MuxArgs, DataArgs)
         given = ("--world_size", "1", "--precision", "bf16", "--deepspeed", str(DS_CONFIG))

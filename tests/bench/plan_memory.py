@@ -94,9 +94,9 @@ def planned(case: Case, folder: Path) -> int:
     from megamod.args import DataArgs, ModelArgs, MuxArgs, OptimArgs, RunArgs, SafetyArgs
     from megamod.btm.campaign import BtmArgs
     from megamod.flags import parse_args
+    from megamod.planning.job import jobs_of
     from megamod.planning.plan import plan_of
     from megamod.planning.plan_args import PlanArgs
-    from megamod.planning.request import jobs_of
 
     stage, precision, micro_batch, micro_steps, checkpointing = case
     zero = {"stage": stage, "reduce_bucket_size": BUCKET}

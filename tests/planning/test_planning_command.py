@@ -21,7 +21,7 @@ from megamod.models.lm.demix import DemixForCausalLM
 from megamod.planning.activations import measure
 from megamod.planning.search import proposals
 from megamod.planning.simulate import gpu_days, simulate
-from megamod.planning.timing import Links, traffic_of, wire_seconds
+from megamod.planning.speed import Links, traffic_of, wire_seconds
 
 LAUNCHER = ROOT / "launchers" / "plan.py"
 ZERO2 = ("--deepspeed", str(ROOT / "ds_configs/zero2_bf16.json"))

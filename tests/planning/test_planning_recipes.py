@@ -18,11 +18,11 @@ from megamod.args import (
 )
 from megamod.btm.campaign import BtmArgs
 from megamod.dist.topology import DomainTopology
+from megamod.planning.job import Vocabulary, jobs_of
 from megamod.planning.memory import memory
-from megamod.planning.network import encoder_config
+from megamod.planning.model import encoder_config
 from megamod.planning.plan import plan_of
 from megamod.planning.plan_args import PlanArgs
-from megamod.planning.request import Vocabulary, jobs_of
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "launchers" / "recipes"

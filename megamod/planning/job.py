@@ -1,6 +1,6 @@
-"""From a recipe, a DeepSpeed file and a number of ranks to the jobs that would run.
+"""Jobs of a plan, built from a recipe, a DeepSpeed file and a number of ranks.
 
-Nothing is made up here: batch sizes, precision and stage are settled by what settles them in a run.
+Batch sizes, precision and ZeRO stage are resolved by the code that resolves them in a run.
 """
 
 import copy
@@ -26,14 +26,14 @@ from megamod.train.compiled import check_stage
 from megamod.train.setup import engine_config, micro_steps
 
 VOCABULARY = {"causal_lm": 50264, "masked_lm": 30522, "replaced_token": 30522}
-"""Tokens where no data-bin says how many: GPT-2's in fairseq's dictionary, and BERT's."""
+"""Vocabulary sizes without a data-bin: GPT-2's in fairseq's dictionary, and BERT's."""
 
-ONE_JOB = ("hostfile",)  # of the fields of Branch-Train-Merge, what other runs have too
+ONE_JOB = ("hostfile",)  # fields of BtmArgs that other runs have too
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Tokens of the data: how many, and the ids with a meaning (None: no such token)."""
+    """Vocabulary of the data: its size and special ids (None: no such token)."""
 
     size: int
     bos: int
@@ -48,14 +48,13 @@ class Job:
     """Ranks that train together.
 
     Attributes:
-        name: what it is called.
-        alike: names of the jobs that need as much, its own among them.
+        name: for the report.
+        alike: names of all jobs with the same requirements, including this one.
         topology: its ranks and domains.
-        run, model, mux, data: its arguments, with what the DeepSpeed file decides.
-        setting: how it is trained.
+        run, model, mux, data: its arguments, with the values of the DeepSpeed file.
+        setting: training settings that determine memory and communication.
         steps: optimizer steps of the schedule.
-        places: slots of each of the jobs that are alike, ranks in order; empty for one that has to
-            wait for others.
+        places: slots of each job in `alike`, ranks in order; empty for a job that has to wait.
     """
 
     name: str
@@ -72,12 +71,12 @@ class Job:
 
     @property
     def sequences(self) -> int:
-        """Sequences of a step over all ranks."""
+        """Sequences per step over all ranks."""
         return self.setting.micro_batch * self.setting.micro_steps * self.topology.world_size
 
     @property
     def tokens(self) -> int:
-        """Tokens of a step over all ranks."""
+        """Tokens per step over all ranks."""
         return self.sequences * self.data.max_seq_length
 
 
@@ -85,16 +84,16 @@ Parsed = tuple[PlanArgs, BtmArgs, RunArgs, SafetyArgs, ModelArgs, OptimArgs, Mux
 
 
 def jobs_of(parsed: Parsed) -> list[Job]:
-    """The jobs of a run; several for Branch-Train-Merge.
+    """List the jobs of a run; several for Branch-Train-Merge.
 
     Raises:
-        UserError: for what a run would refuse too, and for ranks that are not said.
+        UserError: for arguments that a run refuses, and if the number of ranks is missing.
     """
     plan, btm, run, _, model, _, mux, data = parsed
     hosts = machines(plan, btm)
     ranks = sum(len(host.slots) for host in hosts)
-    vocabulary, there = read_vocabulary(plan, mux, data)
-    domains = tuple(data.domains or there)
+    vocabulary, data_domains = read_vocabulary(plan, mux, data)
+    domains = tuple(data.domains or data_domains)
     if mux.objective != "causal_lm" and model.untie != "none":
         raise UserError(f"--untie {model.untie}: goes with --objective causal_lm")
     if _is_campaign(btm) and not btm.in_one_world:
@@ -107,10 +106,10 @@ def jobs_of(parsed: Parsed) -> list[Job]:
 
 
 def machines(plan: PlanArgs, btm: BtmArgs) -> Place:
-    """The machines that ranks would run on.
+    """Hosts and slots of the run.
 
     Raises:
-        UserError: if their number is not said, or said twice with different answers.
+        UserError: if the number of ranks is missing, or --world_size contradicts --hostfile.
     """
     if btm.hostfile is not None:
         hosts = read_hostfile(btm.hostfile)
@@ -130,7 +129,7 @@ def machines(plan: PlanArgs, btm: BtmArgs) -> Place:
 def read_vocabulary(
     plan: PlanArgs, mux: MuxArgs, data: DataArgs
 ) -> tuple[Vocabulary, tuple[str, ...]]:
-    """Tokens and domains of the data-bin, or what stands for them while there is none.
+    """Read vocabulary and domains of the data-bin, or assume a vocabulary without one.
 
     Raises:
         UserError: if the data-bin's header cannot be read.
@@ -153,14 +152,14 @@ def read_vocabulary(
 
 
 def _is_campaign(btm: BtmArgs) -> bool:
-    own = [field.name for field in fields(btm) if field.name not in ONE_JOB]
-    return any(origin_of(btm, name) != "default" for name in own)
+    names = [field.name for field in fields(btm) if field.name not in ONE_JOB]
+    return any(origin_of(btm, name) != "default" for name in names)
 
 
 def _campaign(
     parsed: Parsed, hosts: Place, domains: Sequence[str], vocabulary: Vocabulary
 ) -> list[Job]:
-    """A seed, and experts that share its batch. Source: Li et al. 2022, section 4.1."""
+    """Jobs of a seed and its experts. Source: Li et al. 2022, section 4.1."""
     _, btm, run, _, model, *_ = parsed
     domains = [d for text in btm.rounds for d in text.split()] if btm.rounds else list(domains)
     if model.untie not in ("none", "all"):
@@ -183,17 +182,17 @@ def _campaign(
             n for n in range(total, 0, -1) if filled % n == 0 and pack(hosts, (), n)
         )
         check_fits(hosts, ranks, "--seed_gpus")
-        place = [pack(hosts, (), ranks)]
+        placements = [pack(hosts, (), ranks)]
         jobs.append(
             _job(
                 parsed, "seed", ("seed",), Sharing.DENSE, domains, ranks, vocabulary, seed_steps,
-                place,
+                placements,
             )
         )  # fmt: skip
     check_fits(hosts, btm.gpus_per_expert, "--gpus_per_expert")
     places: list[Place] = []
     for _ in domains:
-        busy = [host for place in places for host in place]
+        busy = [host for placement in places for host in placement]
         places.append(pack(hosts, busy, btm.gpus_per_expert) or ())
     share = copy.copy(run)
     share.global_batch_size = batch // len(domains)
@@ -259,7 +258,7 @@ def _job(
 
 
 def hidden_size_of(model: ModelArgs, mux: MuxArgs) -> int:
-    """Width of the model, from its arguments alone."""
+    """Hidden size of the model, from its arguments alone."""
     if model.hidden_size is not None:
         return model.hidden_size
     folder = Path(model.model) / "config.json"

@@ -1,4 +1,4 @@
-"""The model of a job without its storage: parameters by name, and one pass through it."""
+"""Model of a job on the meta device: parameters by name, and the cost of one pass."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from megamod.models.auto import active_parameters, lm_config
 from megamod.models.lm.demix import DemixForCausalLM
 from megamod.models.mux.configuration import PRESETS, MuxBertConfig, MuxElectraConfig
 from megamod.planning.activations import Pass, measure
-from megamod.planning.request import Job, Vocabulary
+from megamod.planning.job import Job, Vocabulary
 from megamod.train.monitor import training_flops_per_token
 from megamod.train.objectives import masked_losses, replaced_losses
 
@@ -30,11 +30,11 @@ SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediat
 
 @dataclass(frozen=True)
 class Network:
-    """What is known of a job's model.
+    """Parameters and FLOPs of a job's model.
 
     Attributes:
-        job: whose model it is.
-        config: of the whole model, all domains.
+        job: the job that trains it.
+        config: configuration of the whole model, with all domains.
     """
 
     job: Job
@@ -42,23 +42,23 @@ class Network:
 
     @cached_property
     def module(self) -> nn.Module:
-        """The part of the model that a rank holds, without storage."""
+        """The part of the model that a rank holds, on the meta device."""
         with torch.device("meta"):
             return self.build(self.config)
 
     @cached_property
     def sizes(self) -> dict[str, int]:
-        """Elements of every trained parameter that a rank holds, by name."""
+        """Elements of each trained parameter that a rank holds, by name."""
         return {n: p.numel() for n, p in self.module.named_parameters() if p.requires_grad}
 
     @cached_property
     def frozen(self) -> int:
-        """Elements of parameters that are held and not trained."""
+        """Elements of the frozen parameters that a rank holds."""
         return sum(p.numel() for p in self.module.parameters() if not p.requires_grad)
 
     @property
     def shared(self) -> int:
-        """Parameters that all domains of the model have in common."""
+        """Parameters shared by all domains."""
         return self.frozen + sum(
             size for name, size in self.sizes.items() if domain_of_name(name) is None
         )
@@ -81,7 +81,7 @@ class Network:
 
     @property
     def total(self) -> int:
-        """Parameters of all models that the job trains, together."""
+        """Parameters of all models that the job trains."""
         domains = len(self.job.topology.domains)
         if self.job.topology.sharing is Sharing.BTM:
             return domains * self.per_rank
@@ -103,8 +103,8 @@ class Network:
                 config.max_position_embeddings,
             )
         rows = self.job.mux.num_instances
-        found = self.run(rows, checkpointing=False)
-        return found.flops / (rows * self.job.data.max_seq_length)
+        cost = self.run(rows, checkpointing=False)
+        return cost.flops / (rows * self.job.data.max_seq_length)
 
     def run(self, micro_batch: int, *, checkpointing: bool) -> Pass:
         """One micro-batch through the model, forward and backward."""
@@ -148,10 +148,10 @@ class Network:
         batch |= dict.fromkeys(names, 1)
         device = torch.device("cpu")
         if mux.objective == "masked_lm":
-            found = masked_losses(module, batch, (1.0, 1.0), device, mux.num_instances > 1)
+            losses = masked_losses(module, batch, (1.0, 1.0), device, mux.num_instances > 1)
         else:
-            found = replaced_losses(module, batch, (1.0,) * 4, device, self.config)
-        return found["loss"]
+            losses = replaced_losses(module, batch, (1.0,) * 4, device, self.config)
+        return losses["loss"]
 
 
 _KINDS = {"masked_lm": AutoModelForMaskedLM, "replaced_token": AutoModelForPreTraining}

@@ -1,8 +1,8 @@
-"""How long a step takes: operations at a share of the peak, and bytes over links.
+"""Time of a step: FLOPs at a fraction of the peak, and bytes over links.
 
-A ring is as fast as its slowest link, so a group that lies on several machines sends at the speed
-between machines (Thakur et al. 2005, section 4, without latency). Nothing is taken to overlap:
-these are upper bounds of what communication costs.
+A ring is as fast as its slowest link, so a group on several hosts sends at the speed between hosts
+(Thakur et al. 2005, section 4, without latency). No overlap is assumed, so these times are upper
+bounds of the cost of communication.
 """
 
 from dataclasses import dataclass
@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from megamod.dist.topology import DomainTopology
 from megamod.dist.wire import Traffic, step_traffic
 from megamod.planning.memory import Setting
-from megamod.planning.network import Network
+from megamod.planning.model import Network
 
 
 @dataclass(frozen=True)
 class Links:
-    """Bytes per second that a GPU sends, inside a machine and between machines.
+    """Bytes per second that a GPU sends, inside a host and between hosts.
 
     Attributes:
-        ranks_per_node: GPUs of a machine.
+        ranks_per_node: GPUs per host.
     """
 
     intra: float
@@ -30,13 +30,13 @@ class Links:
         return self.intra if topology.world_size <= self.ranks_per_node else self.inter
 
     def domain(self, topology: DomainTopology) -> float:
-        """Speed of the ring of a domain's ranks; some domain's, if they lie differently."""
+        """Speed of the ring of a domain's ranks; of the slowest domain if they differ."""
         inside = self.ranks_per_node % topology.ranks_per_domain == 0
         return self.intra if inside else self.world(topology)
 
 
 def traffic_of(network: Network, topology: DomainTopology, setting: Setting) -> Traffic:
-    """Bytes that a rank sends in a step."""
+    """Bytes that a rank sends per step."""
     tied = [name for name in network.sizes if name.endswith("embeddings.tokens.weight")]
     return step_traffic(
         network.sizes,
@@ -51,14 +51,14 @@ def traffic_of(network: Network, topology: DomainTopology, setting: Setting) -> 
 
 
 def wire_seconds(traffic: Traffic, topology: DomainTopology, links: Links) -> float:
-    """Time to send a step's bytes."""
+    """Seconds of communication per step."""
     return traffic.world / links.world(topology) + traffic.domain / links.domain(topology)
 
 
 def compute_seconds(network: Network, setting: Setting, flops_per_second: float) -> float:
-    """Time for a step's operations on one rank.
+    """Seconds of computation per step on one rank.
 
-    Recomputing adds a forward pass: a third of the operations (Korthikanti et al. 2022, section 5).
+    Recomputation adds a forward pass, a third of the FLOPs (Korthikanti et al. 2022, section 5).
     """
     tokens = setting.micro_batch * setting.micro_steps * network.job.data.max_seq_length
     extra = 4 / 3 if setting.checkpointing else 1.0
