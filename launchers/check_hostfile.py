@@ -40,7 +40,7 @@ def main() -> None:
     checked = check_hostfile(
         args.file, experts=args.experts, ssh=not args.no_ssh_check, port=args.ssh_port
     )
-    print(checked.table())
+    print("\n".join([checked.table(), *checked.notes()]))
 
 
 if __name__ == "__main__":

@@ -230,7 +230,7 @@ def drive(parsed: Parsed, launchers: Path) -> None:
     """
     btm = parsed[0]
     campaign = build_campaign(parsed)
-    hosts = read_hostfile(btm.hostfile) if btm.hostfile else local_hosts(btm.slots)
+    hosts = read_hostfile(btm.hostfile, selectable=True) if btm.hostfile else local_hosts(btm.slots)
     waves = plan(campaign, parsed, hosts)
     if btm.dry_run:
         print(describe(campaign, waves, hosts, launchers, btm.hostfile))

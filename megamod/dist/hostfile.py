@@ -4,6 +4,7 @@ DeepSpeed's own reader takes a byte order mark for a part of a name, reads "8x" 
 on a machine of no slots, and stops at the first line that it does not like.
 """
 
+import ipaddress
 import re
 import subprocess
 import time
@@ -18,6 +19,7 @@ from megamod.errors import UserError
 
 SSH_SECONDS = 5
 NAME = re.compile(r"[A-Za-z0-9._][A-Za-z0-9._-]*")
+SEPARATORS = "@:"  # of `--include` in DeepSpeed's launcher, so no part of a name there
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,22 @@ class Checked:
     seconds: tuple[float | None, ...]
     experts: dict[str, range] | None
 
+    def notes(self) -> list[str]:
+        """Limits of the launcher that concern names in the file, a line each."""
+        names = [host.name for host in self.hosts]
+        notes = []
+        if addresses := [name for name in names if ":" in name]:
+            notes.append(
+                f"note: pdsh, which `deepspeed` starts by, takes no IPv6 address ({addresses[0]}): "
+                "name the host in ~/.ssh/config, or start with --no_ssh"
+            )
+        if special := [name for name in names if set(name) & set(SEPARATORS)]:
+            notes.append(
+                f"note: --include, --exclude and launchers/btm.py cannot select {special[0]}: "
+                "name the host, and its user, in ~/.ssh/config"
+            )
+        return notes
+
     def table(self) -> str:
         """Machines with their slots, ranks and experts, and how quickly ssh reached them."""
         rows = [["host", "slots", "ssh", "ranks"] + ["experts"] * (self.experts is not None)]
@@ -73,13 +91,22 @@ class _Line:
     slots: int
 
 
-def read_hostfile(path: str | Path) -> Place:
+def read_hostfile(path: str | Path, *, selectable: bool = False) -> Place:
     """Machines in the order of a hostfile: lines of `NAME slots=N`, and comments.
 
+    Args:
+        selectable: refuse names that `--include` of DeepSpeed's launcher cannot select.
     Raises:
         UserError: naming the file and, each with its line, all that is wrong.
     """
-    return check_hostfile(path).hosts
+    hosts = check_hostfile(path).hosts
+    for host in hosts if selectable else ():
+        if set(host.name) & set(SEPARATORS):
+            raise UserError(
+                f"hostfile {path}: {host.name} cannot be selected by DeepSpeed's --include, which "
+                "divides names at @ and :; name the host, and its user, in ~/.ssh/config"
+            )
+    return hosts
 
 
 def check_hostfile(
@@ -148,7 +175,7 @@ def _read(content: bytes) -> tuple[list[_Line], list[tuple[int, str]]]:
     for number, raw in enumerate(content.split(b"\n"), start=1):
         line, found = _read_line(raw, number)
         if line is not None:
-            first = lines.setdefault(line.name.lower(), line)
+            first = lines.setdefault(_machine(line.name), line)
             if first is not line:
                 found.append(f"{line.name!r} is there a second time, first in line {first.number}")
         faults += [(number, fault) for fault in found]
@@ -184,9 +211,32 @@ def _read_line(raw: bytes, number: int) -> tuple[_Line | None, list[str]]:
     if not right and (slots or not unknown):
         told = " ".join([name, *slots])
         faults.append(f"{told!r} is not `NAME slots=N` with N of 1 or more, given once")
-    if not NAME.fullmatch(name):
-        return None, [*faults, f"{name!r} is no host name: letters, digits, dots, _ and -"]
+    if not _is_reachable_name(name):
+        allowed = "letters, digits, dots, _ and -, or USER@NAME, or an IPv6 address without brackets"
+        return None, [*faults, f"{name!r} is no host name: {allowed}"]
     return _Line(number, name, int(right[1]) if right else 0), faults
+
+
+def _is_reachable_name(name: str) -> bool:
+    """True for what ssh takes: NAME, USER@NAME, and an IPv6 address in the place of NAME."""
+    user, _, host = name.rpartition("@")
+    if "@" in name and not NAME.fullmatch(user):
+        return False
+    return bool(NAME.fullmatch(host)) or _ipv6(host) is not None
+
+
+def _ipv6(host: str) -> str | None:
+    """An IPv6 address in its short spelling; None for other text."""
+    try:
+        return str(ipaddress.IPv6Address(host))
+    except ValueError:
+        return None
+
+
+def _machine(name: str) -> str:
+    """The machine of a name, spelled alike for every user and spelling of its address."""
+    host = name.rpartition("@")[2]
+    return _ipv6(host) or host.lower()
 
 
 def _place_experts(

@@ -54,6 +54,15 @@ def test_machines_in_the_order_of_the_file(tmp_path):
         ("\ufeffa slots=1\n", "line 1: begins with a byte order mark"),
         ("a slots=1\r\n", "line 1: has a carriage return"),
         ("a;reboot slots=1\n", "line 1: 'a;reboot' is no host name"),
+        ("a@b@c slots=1\n", "line 1: 'a@b@c' is no host name"),
+        ("@b slots=1\n", "line 1: '@b' is no host name"),
+        ("-o@b slots=1\n", "line 1: '-o@b' is no host name"),
+        ("a@-oProxyCommand=x slots=1\n", "line 1: 'a@-oProxyCommand=x' is no host name"),
+        ("[fd00::12] slots=1\n", "line 1: '[fd00::12]' is no host name"),
+        ("fd00::12::1 slots=1\n", "line 1: 'fd00::12::1' is no host name"),
+        ("host:22 slots=1\n", "line 1: 'host:22' is no host name"),
+        ("ada@a slots=1\nbob@A slots=1\n", "line 2: 'bob@A' is there a second time, first in line 1"),
+        ("fd00::12 slots=1\nx@FD00:0::12 slots=1\n", "'x@FD00:0::12' is there a second time"),
         ("-oProxyCommand=x slots=1\n", "line 1: '-oProxyCommand=x' is no host name"),
         (b"a slots=1\n\xff\xfe slots=1\n", "line 2: is not UTF-8 text"),
         ("# nobody\n", ": names no machine"),
@@ -62,6 +71,28 @@ def test_machines_in_the_order_of_the_file(tmp_path):
 )
 def test_one_fault(tmp_path, text, fault):
     assert fault in told(write(tmp_path, text))
+
+
+def test_users_and_ipv6_addresses(tmp_path):
+    """DeepSpeed reads the same names and slots."""
+    from deepspeed.launcher.runner import fetch_hostfile, parse_node_config_list
+
+    text = "ada@node-1 slots=2\nfd00::12 slots=4\nada_2@fe80::1%eth0 slots=1\nnode-2 slots=3\n"
+    file = write(tmp_path, text)
+    hosts = read_hostfile(file)
+    assert {host.name: len(host.slots) for host in hosts} == dict(fetch_hostfile(str(file)))
+    assert [line.partition(":")[0] for line in check_hostfile(file).notes()] == ["note"] * 2
+    assert "no IPv6 address (fd00::12)" in check_hostfile(file).notes()[0]
+    with pytest.raises(UserError, match=r"ada@node-1 cannot be selected by DeepSpeed's --include"):
+        read_hostfile(file, selectable=True)
+    for host in hosts:  # DeepSpeed selects what is said to be selectable, and nothing else
+        try:
+            chosen = list(parse_node_config_list(f"{host.name}:0"))
+        except ValueError:
+            chosen = []
+        assert (chosen == [host.name]) == (host.name == "node-2")
+    plain = write(tmp_path, "node-1 slots=2\nnode_2.local slots=1\n")
+    assert not check_hostfile(plain).notes() and read_hostfile(plain, selectable=True)
 
 
 def test_all_faults_at_once(tmp_path):
