@@ -77,8 +77,10 @@ class BoundedGeneration(GenerationMixin):
         if given["model_input_name"] == "inputs_embeds":
             limit -= given["inputs_tensor"].shape[1] - length
         limit = max(limit, length + 1)
+        if given["has_default_max_length"] and settled.max_length <= length:
+            settled.max_length = limit  # the stock default has no token for a prompt this long
         if settled.max_length > limit:
-            if settled.max_length > length + 1:
+            if self.config.max_position_embeddings > length:
                 logging.get_logger("transformers").warning_once(
                     f"generation stops at {limit} tokens, {settled.max_length} were asked for: "
                     f"max_position_embeddings is {self.config.max_position_embeddings}"

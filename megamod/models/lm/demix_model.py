@@ -131,7 +131,8 @@ class DemixModel(DemixPreTrainedModel):
         Returns:
             The states; with output_hidden_states also those before each block and the final ones.
         Raises:
-            ValueError: if there are not either ids or embeddings, or more tokens than positions.
+            ValueError: if there are not either ids or embeddings, if there are more tokens than
+                positions, or for a cache of fixed size.
         """
         check_arguments(self, more)
         if (input_ids is None) == (inputs_embeds is None):
@@ -142,6 +143,11 @@ class DemixModel(DemixPreTrainedModel):
             past_key_values = None
         elif use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        if getattr(past_key_values, "is_compileable", False):
+            raise ValueError(
+                f"{type(past_key_values).__name__} has a fixed size, which is not supported; leave "
+                "cache_implementation out, or give a DynamicCache"
+            )
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         batch, length = tokens.shape[:2]
         if attention_mask is None and position_ids is None and past == 0 and input_ids is not None:
