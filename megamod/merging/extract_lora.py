@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megamod.convert import check_new, new_folder
 from megamod.errors import UserError
 from megamod.files import write_json
 from megamod.merging.compatibility import check_configs
@@ -24,6 +23,7 @@ from megamod.merging.lora import CONFIG, PREFIX, WEIGHTS
 from megamod.merging.naming import harmonise
 from megamod.merging.tensors import TensorSource, label
 from megamod.states.forest import read_config
+from megamod.states.output_folder import check_new_folder, new_folder
 from megamod.states.stream import ModelFolder
 from megamod.states.weights import write_tensors
 
@@ -65,7 +65,7 @@ def extract_lora(
     Raises:
         UserError: if the models do not fit each other, or are equal.
     """
-    check_new(output)
+    check_new_folder(output)
     with ExitStack() as stack:
         folders = [stack.enter_context(ModelFolder(path)) for path in (base, tuned)]
         check_configs([Path(base), Path(tuned)])

@@ -1,7 +1,6 @@
 """LoRA adapters: merged while models are read, and made from the difference of two models."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,11 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from launchers import merge as launcher
 from megamod.errors import UserError
+from megamod.flags import parse_args
 from megamod.merging.average import average_folders, merge
 from megamod.merging.extract_lora import extract_lora
 from megamod.merging.recipe_file import read_recipe
+from megamod.runs.merge import MergeArgs, run_merge
 from megamod.states.weights import read_weights
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
@@ -162,14 +162,14 @@ def test_adapters_of_other_models(root, tmp_path):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_an_adapter_of_full_rank_is_the_whole_difference(root, tmp_path, name, capsys, monkeypatch):
+def test_an_adapter_of_full_rank_is_the_whole_difference(root, tmp_path, name, capsys):
     kind, _ = KINDS[name]
     tuned = kind.from_pretrained(root / name)
     disturb(tuned, 3)
     tuned.save_pretrained(tmp_path / "tuned")
-    line = f"merge.py --extract_lora {tmp_path / 'tuned'} --base_model {root / name} --rank 40"
-    monkeypatch.setattr(sys, "argv", [*line.split(), "--output_dir", str(tmp_path / "adapter")])
-    launcher.main()
+    line = f"--extract_lora {tmp_path / 'tuned'} --base_model {root / name} --rank 40"
+    argv = [*line.split(), "--output_dir", str(tmp_path / "adapter")]
+    run_merge(*parse_args(MergeArgs, argv=argv, doc=""), None)
     assert "100.00% of the squared difference" in capsys.readouterr().out
     adapted = peft.PeftModel.from_pretrained(
         kind.from_pretrained(root / name), tmp_path / "adapter"
