@@ -35,11 +35,15 @@ def main() -> None:
         value = getattr(args, flag)
         if value is not None and not 1 <= value <= most:
             raise UserError(f"--{flag} {value}: is not from 1 to {most}")
-    from megamod.dist.hostfile import check_hostfile
+    from megamod.dist.hostfile import HostfileFaults, check_hostfile
 
-    checked = check_hostfile(
-        args.file, experts=args.experts, ssh=not args.no_ssh_check, port=args.ssh_port
-    )
+    try:
+        checked = check_hostfile(
+            args.file, experts=args.experts, ssh=not args.no_ssh_check, port=args.ssh_port
+        )
+    except HostfileFaults as error:
+        print("\n".join(error.faults))
+        raise UserError(f"hostfile {args.file} has {len(error.faults)} faults") from error
     print("\n".join([checked.table(), *checked.notes()]))
 
 

@@ -16,6 +16,8 @@ from pathlib import Path
 
 from megamod.errors import UserError, run
 
+ENCODERS = ("ca_mtl", "mux_bert", "mux_electra", "mux_roberta")
+
 
 def main() -> None:
     """Check the model and hand the command line to the harness.
@@ -27,30 +29,32 @@ def main() -> None:
         from lm_eval.__main__ import HarnessCLI, cli_evaluate
     except ModuleNotFoundError as error:
         raise UserError(f'{error}; install it with: pip install "megamod[eval]"') from error
-    check_expert(getattr(HarnessCLI().parse_args(), "model_args", None) or {})
+    check_model(getattr(HarnessCLI().parse_args(), "model_args", None) or {})
     cli_evaluate()
 
 
-def check_expert(model_args: Mapping[str, object]) -> None:
-    """Refuse a DEMix folder without the name of an expert, before tasks and weights are read.
+def check_model(model_args: Mapping[str, object]) -> None:
+    """Refuse an encoder, and a DEMix folder without an expert, before tasks and weights are read.
 
     Raises:
-        UserError: naming the domains.
+        UserError: naming the domains, or the model type.
     """
     file, domain = Path(str(model_args.get("pretrained"))) / "config.json", model_args.get("domain")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return  # a name on the hub, or for the harness to refuse
+    where, kind = f"--model_args pretrained={file.parent}", config.get("model_type")
+    if kind in ENCODERS:
+        raise UserError(
+            f"{where}: is a {kind}, an encoder; the harness needs a causal language model"
+        )
     domains = config.get("domains") or []
     if config.get("untie", "none") == "none" or str(domain) in domains:
         return
     if domain is not None or len(domains) > 1:
         chosen = "names no expert" if domain is None else f"names domain={domain}"
-        raise UserError(
-            f"--model_args pretrained={file.parent} {chosen}; add domain=NAME, NAME one of "
-            f"{', '.join(domains)}"
-        )
+        raise UserError(f"{where} {chosen}; add domain=NAME, NAME one of {', '.join(domains)}")
 
 
 if __name__ == "__main__":

@@ -82,6 +82,22 @@ class Checked:
         )
 
 
+class HostfileFaults(UserError):
+    """Everything that is wrong with a hostfile; the message shows the first two.
+
+    Attributes:
+        faults: all of them, each with its line.
+    """
+
+    def __init__(self, path: str | Path, faults: Sequence[str]):
+        self.faults = tuple(faults)
+        shown = list(faults[:2])
+        if len(faults) > 2:
+            shown[1] += f" (and {len(faults) - 2} more, which launchers/check_hostfile.py lists)"
+        listed = "".join(f"\n  {fault}" for fault in shown)
+        super().__init__(f"hostfile {path} has {len(faults)} faults:{listed}")
+
+
 @dataclass(frozen=True)
 class _Line:
     """A line that names a machine; no slots where these are wrong."""
@@ -270,8 +286,7 @@ def _refuse(path: str | Path, faults: Sequence[tuple[int, str]]) -> None:
     if len(told) == 1:
         raise UserError(f"hostfile {path}{', ' if faults[0][0] else ': '}{told[0]}")
     if told:
-        listed = "".join(f"\n  {fault}" for fault in told)
-        raise UserError(f"hostfile {path} has {len(told)} faults:{listed}")
+        raise HostfileFaults(path, told)
 
 
 def _log_in(name: str, port: int | None) -> tuple[float, str]:

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from megamod.dist.hostfile import Host, check_hostfile, read_hostfile, split_groups
+from megamod.dist.hostfile import Host, HostfileFaults, check_hostfile, read_hostfile, split_groups
 from megamod.dist.scope import Sharing
 from megamod.dist.topology import DomainTopology
 from megamod.errors import UserError
@@ -97,10 +97,13 @@ def test_users_and_ipv6_addresses(tmp_path):
 
 def test_all_faults_at_once(tmp_path):
     text = "\ufeffa slots=2\r\nb\tslots=0\nc slots=4\na slots=3\n-x slots=1 foo\nd\n"
-    lines = told(write(tmp_path, text)).splitlines()
-    assert lines[0] == " has 8 faults:"
-    numbers = [int(line.split()[1].rstrip(":")) for line in lines[1:]]
+    with pytest.raises(HostfileFaults) as error:
+        check_hostfile(write(tmp_path, text))
+    numbers = [int(fault.split()[1].rstrip(":")) for fault in error.value.faults]
     assert numbers == [1, 1, 2, 2, 4, 5, 5, 6]
+    lines = str(error.value).splitlines()
+    assert len(lines) == 3 and lines[0].endswith(" has 8 faults:")
+    assert lines[2].endswith("(and 6 more, which launchers/check_hostfile.py lists)")
 
 
 def test_a_file_that_is_not_there(tmp_path):
@@ -202,14 +205,14 @@ def test_all_machines_are_tried_side_by_side(tmp_path, ssh):
 def test_machines_that_do_not_answer(tmp_path, ssh, monkeypatch):
     monkeypatch.setattr("megamod.dist.hostfile.SSH_SECONDS", 1)
     file = write(tmp_path, "slow slots=1\nfine slots=1\nshut slots=0\nquiet slots=1\n")
-    lines = told(file, ssh=True, port=2222).splitlines()
-    assert lines == [
-        " has 4 faults:",
-        "  line 1: slow: no answer by ssh within 1 s",
-        "  line 3: 'shut slots=0' is not `NAME slots=N` with N of 1 or more, given once",
-        "  line 3: shut: ssh says 'shut: Permission denied (publickey).'",
-        "  line 4: quiet: ssh says 'exit code 1'",
-    ]
+    with pytest.raises(HostfileFaults) as error:
+        check_hostfile(file, ssh=True, port=2222)
+    assert error.value.faults == (
+        "line 1: slow: no answer by ssh within 1 s",
+        "line 3: 'shut slots=0' is not `NAME slots=N` with N of 1 or more, given once",
+        "line 3: shut: ssh says 'shut: Permission denied (publickey).'",
+        "line 4: quiet: ssh says 'exit code 1'",
+    )
 
 
 def test_without_ssh_on_this_machine(tmp_path, monkeypatch):

@@ -176,6 +176,9 @@ def test_the_expert_of_a_demix_model_must_be_named(tmp_path, monkeypatch):
         with pytest.raises(UserError) as error:
             main()
         assert sentence in str(error.value) and "\n" not in str(error.value)
+    (folder / "config.json").write_text('{"model_type": "mux_bert"}')
+    with pytest.raises(UserError, match="is a mux_bert, an encoder; the harness needs a causal"):
+        main()
 
 
 def test_without_the_harness_one_line_says_what_to_install():

@@ -155,6 +155,17 @@ def test_the_domain_of_a_loaded_model(folder, tmp_path):
         AutoModelForCausalLM.from_pretrained(dense, domain="law")
 
 
+def test_an_expert_that_is_held_alone_is_saved_alone(folder, tmp_path):
+    ids = ids_of(1, 4)
+    alone = AutoModelForCausalLM.from_pretrained(folder, local_domains=["code"])
+    alone.save_pretrained(tmp_path)
+    assert alone.config.domains == ["law", "code", "art"]
+    loaded, report = type(alone).from_pretrained(tmp_path, output_loading_info=True)
+    assert loaded.config.domains == ["code"] and not report["missing_keys"]
+    whole = AutoModelForCausalLM.from_pretrained(folder, domain="code")
+    assert torch.equal(loaded(ids).logits, whole(ids).logits)
+
+
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"use_cache": False}], ids=str)
 def test_a_batch_with_padding_writes_what_each_prompt_writes_alone(folder, how):
     model = AutoModelForCausalLM.from_pretrained(folder, domain="law")

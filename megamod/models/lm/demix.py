@@ -6,14 +6,15 @@ below is the same for all of them.
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from megamod_kernels import linear_cross_entropy
 from torch import Tensor, nn
-from transformers import GenerationMixin
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -23,7 +24,7 @@ from megamod.models.calls import BoundedGeneration, check_arguments, last_logits
 from megamod.models.lm.configuration import DemixConfig
 from megamod.models.lm.demix_draw import draw_module
 from megamod.models.lm.demix_model import DemixModel, DemixPreTrainedModel
-from megamod.nn.demix import DomainExperts, choose_domain, chosen_expert
+from megamod.nn.demix import DomainExperts, choose_domain, chosen_expert, domain_experts
 
 
 @dataclass
@@ -106,6 +107,11 @@ class DemixForCausalLM(DemixPreTrainedModel, BoundedGeneration, GenerationMixin)
             UserError: if this process does not hold the domain's expert.
         """
         choose_domain(self, domain)
+
+    def save_pretrained(self, *args: object, **kwargs: object) -> None:
+        """As for every model; the folder names the domains whose experts are in it."""
+        with held_domains_alone(self):
+            super().save_pretrained(*args, **kwargs)
 
     def hidden_states(
         self,
@@ -191,6 +197,20 @@ class DemixForCausalLM(DemixPreTrainedModel, BoundedGeneration, GenerationMixin)
         else:
             output["logits"] = self.lm_head(last_logits(hidden, logits_to_keep))
         return returned(self, output, return_dict)
+
+
+@contextmanager
+def held_domains_alone(model: PreTrainedModel) -> Iterator[None]:
+    """For the time of the block the configuration names the domains that this process holds."""
+    config, group = model.config, next(domain_experts(model), None)
+    domains = getattr(config, "domains", None)
+    if group is not None:
+        config.domains = list(group.experts)
+    try:
+        yield
+    finally:
+        if group is not None:
+            config.domains = domains
 
 
 def shifted(labels: Tensor) -> Tensor:

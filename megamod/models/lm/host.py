@@ -25,7 +25,7 @@ from transformers.modeling_outputs import ModelOutput
 from megamod.dist.scope import MARK
 from megamod.models.calls import returned
 from megamod.models.lm.configuration import HOST_TYPE, check_domains, owns_feed_forward
-from megamod.models.lm.demix import DemixOutput, score_labels
+from megamod.models.lm.demix import DemixOutput, held_domains_alone, score_labels
 from megamod.models.lm.hosts import HOSTS, UNTIE_OF_HOSTS, Host
 from megamod.nn.demix import DomainExperts, choose_domain
 
@@ -83,6 +83,11 @@ class HostMixin:
             UserError: if this process does not hold the domain's expert.
         """
         choose_domain(self, domain)
+
+    def save_pretrained(self, *args: object, **kwargs: object) -> None:
+        """As for every model; the folder names the domains whose experts are in it."""
+        with held_domains_alone(self):
+            super().save_pretrained(*args, **kwargs)
 
     def hidden_states(
         self,
