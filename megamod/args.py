@@ -152,7 +152,9 @@ class ModelArgs(Arguments):
     """Which language model, and what its domains share."""
 
     model: str = option(
-        "tiny", "tiny, 125m, 350m, 750m, 1.3b, or a model folder", alias="model_name_or_path"
+        "tiny",
+        "tiny, 125m, 350m, 750m, 1.3b; or a model, its weights included, by folder or hub name",
+        alias="model_name_or_path",
     )
     untie: Literal[
         "none", "feedforward", "feedforward_every_other", "feedforward_top",
@@ -161,9 +163,12 @@ class ModelArgs(Arguments):
         "none", "what each domain owns; none: dense, feedforward: DEMix, all: BTM"
     )  # fmt: skip
     init_from: str | None = option(None, "model folder whose weights start the run")
+    from_scratch: bool = option(False, "new weights in the shape of the folder in --model")
     gradient_checkpointing: bool = option(False, "recompute blocks in the backward pass")
     torch_compile: bool = option(False, "compile blocks when the first step calls them")
-    attn_implementation: Literal["sdpa", "eager"] = option("sdpa", "code path of attention")
+    attn_implementation: Literal["sdpa", "eager"] | None = option(
+        None, "code path of attention; none: sdpa where the model has it"
+    )
     hidden_size: int | None = option(None, "width; none: that of the model", least=1)
     num_hidden_layers: int | None = option(None, "blocks; none: those of the model", least=1)
     num_attention_heads: int | None = option(None, "heads; none: those of the model", least=1)

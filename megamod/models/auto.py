@@ -1,22 +1,15 @@
-"""From a preset, folder or hub name to a causal language model with the experts a rank needs."""
+"""From a preset, folder or hub name to the configuration of a language model to train."""
 
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
-import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from safetensors import SafetensorError
-from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache
 
-from megamod.dist.scope import dense_name, domain_of_name
 from megamod.errors import UserError
 from megamod.models.lm.configuration import (
-    HOST_TYPE,
     PRESETS,
     DemixConfig,
     domains_of,
@@ -24,43 +17,12 @@ from megamod.models.lm.configuration import (
     read_lm_config,
     untie_of,
 )
-from megamod.models.lm.demix import DemixForCausalLM, DemixOutput, initialise
-from megamod.models.lm.host import dense_class, host_classes, stock_class
+from megamod.models.lm.host import host_classes
 from megamod.models.lm.hosts import HOSTS, UNTIE_OF_HOSTS
-from megamod.states.weights import has_weights, read_weights, spread
+from megamod.models.lm.load import check_same_family
+from megamod.states.weights import has_weights
 
 HUB_FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]
-
-
-class LanguageModel(Protocol):
-    """Interface of every causal language model here: the project's GPT and stock classes."""
-
-    config: PreTrainedConfig
-
-    def __call__(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        *,
-        shift_labels: Tensor | None = None,
-        num_items_in_batch: Tensor | float | None = None,
-        domain: str | None = None,
-    ) -> DemixOutput: ...
-
-    def set_domain(self, domain: str) -> None: ...
-
-    def hidden_states(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-    ) -> Tensor: ...
-
-    def logits(self, hidden: Tensor) -> Tensor: ...
-
-    def score(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 def model_folder(model: str, flag: str = "--model") -> Path | None:
@@ -83,6 +45,41 @@ def model_folder(model: str, flag: str = "--model") -> Path | None:
         f"{flag} {model!r} is no folder with config.json, no repository of the hub and none of "
         f"{', '.join(PRESETS)}{reason}"
     )
+
+
+def start_folder(
+    model: str, init_from: str | None, from_scratch: bool, config: PreTrainedConfig
+) -> tuple[Path, str] | None:
+    """Folder whose weights start a run, and the flag that named it; None for new weights.
+
+    --init_from wins; else it is the folder of --model, unless --from_scratch is given or the folder
+    holds nothing but a configuration.
+
+    Raises:
+        UserError: if the folder's model is another one, or a weight file is missing.
+    """
+    flag = "--model" if init_from is None else "--init_from"
+    if init_from is None and from_scratch:
+        return None
+    folder = model_folder(model if init_from is None else init_from, flag)
+    if folder is None or not (has_weights(folder) or init_from is not None):
+        return None
+    saved = read_lm_config(folder, flag)
+    check_same_family(f"{flag} {folder}", saved, config)
+    apart = untie_of(saved)
+    if apart != "none":
+        missing = [name for name in domains_of(config) if name not in domains_of(saved)]
+        if untie_of(config) != apart:
+            raise UserError(
+                f"{flag} {folder} has experts of {', '.join(domains_of(saved))}: train it with "
+                f"--untie {apart}, or give --from_scratch"
+            )
+        if missing:
+            raise UserError(
+                f"{flag} {folder} has no expert of domain {missing[0]!r}; there are "
+                f"{', '.join(domains_of(saved))}"
+            )
+    return folder, flag
 
 
 def lm_config(
@@ -213,127 +210,4 @@ def check_host(where: str, config: PreTrainedConfig) -> None:
     raise UserError(
         f"{where} is a {config.model_type}, whose feed-forward layers are not known; train it with "
         "--untie none or all"
-    )
-
-
-def build_lm(
-    config: PreTrainedConfig,
-    *,
-    seed: int,
-    init_from: str | Path | None = None,
-    local_domains: Sequence[str] | None = None,
-) -> LanguageModel:
-    """A language model with float32 weights, new or those of a folder.
-
-    Args:
-        seed: of new weights; equal seeds give equal shared weights whatever experts are held.
-        init_from: a model folder. A dense one gives every expert the same start; one with experts
-            must have all that are asked for.
-        local_domains: the domains whose experts to hold; None for all.
-    Raises:
-        UserError: if the folder's weights do not fit.
-    """
-    if config.model_type != DemixConfig.model_type:
-        if init_from is None:
-            return _draw_host(config, seed, local_domains)
-        folder = Path(init_from)
-        return load_lm(folder, config, local_domains, dtype=torch.float32, flag="--init_from")
-    model = DemixForCausalLM(config, local_domains)
-    if init_from is None:
-        initialise(model, seed)
-        return model
-    state = read_weights(Path(init_from))
-    parameters = dict(model.named_parameters())
-    if not all(name in state for name in parameters):
-        state = spread(state, parameters)
-    for name, parameter in parameters.items():
-        if state[name].shape != parameter.shape:
-            raise UserError(
-                f"--init_from {init_from}: {dense_name(name)} has shape "
-                f"{tuple(state[name].shape)}, the model needs {tuple(parameter.shape)}"
-            )
-        parameter.data.copy_(state[name])
-    model.tie_weights()
-    return model
-
-
-def lm_class(config: PreTrainedConfig) -> type:
-    """The class of a language model with this configuration; made with `(config, local_domains)`.
-
-    Raises:
-        ValueError: if transformers has no causal language model for it.
-    """
-    if config.model_type == DemixConfig.model_type:
-        return DemixForCausalLM
-    if config.model_type == HOST_TYPE:
-        return host_classes(config.host)[1]
-    return dense_class(stock_class(config))
-
-
-def _draw_host(
-    config: PreTrainedConfig, seed: int, local_domains: Sequence[str] | None
-) -> LanguageModel:
-    """New weights in the order of the dense model's modules, then copied for each domain."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = lm_class(config)(config, ())
-    if config.model_type == HOST_TYPE:
-        model.own_feed_forwards(config.domains if local_domains is None else local_domains)
-    return model
-
-
-def load_lm(
-    folder: Path,
-    config: PreTrainedConfig | None = None,
-    local_domains: Sequence[str] | None = None,
-    flag: str | None = None,
-    **kwargs: object,
-) -> LanguageModel:
-    """The model in a folder, with the experts of these domains; None for all.
-
-    Args:
-        config: what to load the weights into; None for the folder's own. One with experts takes the
-            weights of a dense folder as the start of each.
-        flag: the option that named the folder, for messages.
-        kwargs: passed to `from_pretrained`, such as dtype.
-    Raises:
-        UserError: if the folder is no language model, or lacks weights.
-    """
-    saved = read_lm_config(folder, flag)
-    config = saved if config is None else config
-    where = str(folder) if flag is None else f"{flag} {folder}"
-    if getattr(saved, "host", saved.model_type) != getattr(config, "host", config.model_type):
-        raise UserError(f"{where}: is a {saved.model_type}, the model is a {config.model_type}")
-    if not has_weights(folder):
-        raise UserError(f"{where}: cannot be read as a model: it holds no weights")
-    split = config.model_type == HOST_TYPE and saved.model_type != HOST_TYPE
-    try:
-        model, report = lm_class(config).from_pretrained(
-            folder,
-            () if split else local_domains,
-            config=config,
-            output_loading_info=True,
-            **kwargs,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{where}: cannot be read as a model: {reason}") from error
-    if report["missing_keys"]:
-        raise UserError(f"{where}: the weights lack {min(report['missing_keys'])}")
-    if split:
-        model.own_feed_forwards(config.domains if local_domains is None else local_domains)
-    return model
-
-
-def active_parameters(sizes: Mapping[str, int]) -> int:
-    """Parameters that one token passes through: one expert of each kind, no position table.
-
-    Args:
-        sizes: elements of each parameter, by name.
-    """
-    one = next((domain for name in sizes if (domain := domain_of_name(name))), None)
-    return sum(
-        size
-        for name, size in sizes.items()
-        if domain_of_name(name) in (None, one) and "positions" not in name
     )

@@ -17,12 +17,12 @@ from transformers import (
 from megamod.args import ModelArgs, MuxArgs
 from megamod.dist.scope import Sharing, domain_of_name
 from megamod.errors import UserError
-from megamod.models.auto import active_parameters, lm_config
-from megamod.models.lm.demix import DemixForCausalLM
+from megamod.models.auto import lm_config
+from megamod.models.lm.flops import active_parameters, flops_per_token
+from megamod.models.lm.load import lm_class
 from megamod.models.mux.configuration import PRESETS, MuxBertConfig, MuxElectraConfig
 from megamod.planning.activations import Pass, measure
 from megamod.planning.job import Job, Vocabulary
-from megamod.train.monitor import training_flops_per_token
 from megamod.train.objectives import masked_losses, replaced_losses
 
 SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -77,7 +77,7 @@ class Network:
     @property
     def active(self) -> int:
         """Parameters that a token passes through, without the table of positions."""
-        return active_parameters(self.sizes) + self.frozen
+        return round(sum(active_parameters(self.config, self.module)))
 
     @property
     def total(self) -> int:
@@ -95,13 +95,7 @@ class Network:
         tokens only, so theirs are counted: matrix products and attention of one pass.
         """
         if self.job.mux.objective == "causal_lm":
-            config = self.config
-            return training_flops_per_token(
-                self.active,
-                config.num_hidden_layers,
-                config.hidden_size,
-                config.max_position_embeddings,
-            )
+            return flops_per_token(self.config, self.module, self.job.data.max_seq_length)
         rows = self.job.mux.num_instances
         cost = self.run(rows, checkpointing=False)
         return cost.flops / (rows * self.job.data.max_seq_length)
@@ -122,7 +116,7 @@ class Network:
         if self.job.mux.objective == "causal_lm":
             demix = self.job.topology.sharing is Sharing.DEMIX
             held = self.job.topology.domains_of(0)
-            module = DemixForCausalLM(config, held if demix else None)
+            module = lm_class(config)(config, held if demix else None)
             if demix:
                 module.set_domain(held[0])
             return module

@@ -67,6 +67,7 @@ class Recipe:
             number of finished steps.
         flops_per_token: from the module to the operations of a training step per token; None: the
             log shows no MFU.
+        companions: further files copied beside the model.
         settings: further values that a resumed run must agree on.
         make_choice: from the device to what chooses among a step's data, see `train.loop.train`;
             None: all is trained on.
@@ -86,6 +87,7 @@ class Recipe:
     make_objective: Callable[[torch.device], Objective]
     make_evaluate: Callable[[Running], Callable[[int], None]]
     flops_per_token: Callable[[nn.Module], float] | None = None
+    companions: Sequence[Path] = ()
     settings: dict[str, object] | None = None
     make_choice: Callable[[torch.device], Choose] | None = None
     write_model: Callable[[ModelExport, Path], object] | None = None
@@ -139,7 +141,13 @@ def execute(
     flops = recipe.flops_per_token(model) if recipe.flops_per_token else None
     engine = build_engine(model, setup.optimizer_maker(optim), ds_config, topology)
     export = ModelExport(
-        engine, recipe.config, topology, recipe.tokenizer, output / "run.yaml", recipe.card
+        engine,
+        recipe.config,
+        topology,
+        recipe.tokenizer,
+        output / "run.yaml",
+        recipe.card,
+        recipe.companions,
     )
     checkpoints = Checkpoints(
         output / "checkpoints",

@@ -36,6 +36,7 @@ from megamod.dist.scope import Sharing
 from megamod.dist.topology import DomainTopology
 from megamod.errors import UserError
 from megamod.files import sha256, sync_file, sync_folder, write_atomic, write_json
+from megamod.models.lm.configuration import DemixConfig, read_lm_config
 from megamod.states.manifest import MANIFEST, find_checkpoint, list_checkpoints
 from megamod.states.weights import write_tensors
 from megamod.train.fragments import (
@@ -54,7 +55,15 @@ MEANING = (
     *("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
     *("intermediate_size", "max_position_embeddings", "tie_word_embeddings", "untie"),
 )
-"""Fields of a configuration that a branch shares with its parent."""
+"""Fields of the project's GPT that a branch shares with its parent."""
+
+NOT_MEANING = frozenset(
+    (
+        *("dtype", "use_cache", "transformers_version", "architectures", "domains"),
+        *("attn_implementation", "_attn_implementation", "_name_or_path", "_commit_hash"),
+    )
+)
+"""Fields of stock configurations that a branch need not share with its parent."""
 
 
 @dataclass
@@ -321,11 +330,12 @@ class Checkpoints:
 
 def _check_model(folder: Path, config: PreTrainedConfig) -> None:
     """Weights from another run are of the shape that this run has, and mean the same."""
-    saved = type(config).from_pretrained(folder)
+    saved, now = read_lm_config(folder).to_dict(), config.to_dict()
+    names = MEANING if config.model_type == DemixConfig.model_type else sorted(saved | now)
     differences = [
-        f"{name}: {getattr(saved, name)!r} there, {getattr(config, name)!r} now"
-        for name in MEANING
-        if getattr(saved, name, None) != getattr(config, name, None)
+        f"{name}: {saved.get(name)!r} there, {now.get(name)!r} now"
+        for name in names
+        if saved.get(name) != now.get(name) and name not in NOT_MEANING
     ]
     if differences:
         raise UserError(

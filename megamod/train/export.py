@@ -3,14 +3,15 @@
 Dense and DEMix runs write one folder; independent models (BTM) write one folder per domain.
 """
 
+import copy
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import deepspeed
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from megamod.dist.process import check_peers, together
@@ -21,7 +22,7 @@ from megamod.states.weights import write_index, write_weights
 from megamod.version import __version__
 
 TEMPLATE = """---
-library_name: megamod
+library_name: {library}
 license: unknown
 tags: [{tags}]
 ---
@@ -29,7 +30,7 @@ tags: [{tags}]
 
 {facts}
 
-Load it with `import megamod; {load}`.
+Load it with `{load}`.
 The resolved run is in `run.yaml` beside this file or in the run's folder.
 """
 
@@ -43,12 +44,14 @@ class Card:
         tags: for search on a hub.
         facts: further lines, by name.
         load: the expression that loads it.
+        stock: True for a model that transformers loads without megamod.
     """
 
     summary: str
     tags: tuple[str, ...]
     facts: Mapping[str, str]
     load: str
+    stock: bool = False
 
     def text(self) -> str:
         """The file's content."""
@@ -56,7 +59,11 @@ class Card:
             f"- {name}: {value}" for name, value in {**self.facts, "megamod": __version__}.items()
         )
         return TEMPLATE.format(
-            tags=", ".join(self.tags), summary=self.summary, facts=facts, load=self.load
+            library="transformers" if self.stock else "megamod",
+            tags=", ".join(self.tags),
+            summary=self.summary,
+            facts=facts,
+            load=self.load if self.stock else f"import megamod; {self.load}",
         )
 
 
@@ -74,14 +81,19 @@ class ModelExport:
         tokenizer: Path | None,
         run_file: Path,
         card: Card,
+        companions: Sequence[Path] = (),
     ):
-        """`config`: of the whole model, all domains. `tokenizer`: folder to copy; None: none."""
+        """`config`: of the whole model, all domains. `tokenizer`: folder to copy; None: none.
+
+        `companions`: further files to copy.
+        """
         self.engine = engine
         self.config = config
         self.topology = topology
         self.tokenizer = tokenizer
         self.run_file = run_file
         self.card = card
+        self.companions = companions
 
     def __call__(self, folder: Path) -> list[Path]:
         rank, sharing = dist.get_rank(), self.topology.sharing
@@ -89,7 +101,9 @@ class ModelExport:
         state = self._gather(keep=rank == 0 or lead)
         if sharing is Sharing.BTM:
             domain = self.topology.domains_of(rank)[0]
-            config = type(self.config)(**{**self.config.to_dict(), "domains": [domain]})
+            config = copy.deepcopy(self.config)
+            if hasattr(config, "domains"):  # stock configurations get no field of ours
+                config.domains = [domain]
             return self._whole(folder / domain, config, state) if lead else []
         if sharing is Sharing.DENSE:
             return self._whole(folder, self.config, state) if rank == 0 else []
@@ -116,7 +130,7 @@ class ModelExport:
             with deepspeed.zero.GatheredParameters([parameter]):
                 if keep:
                     state[name] = parameter.detach().cpu().clone()
-        return state
+        return state | _persistent_buffers(self.engine.module)
 
     def _index(self, folder: Path, state: dict[str, Tensor]) -> list[Path]:
         local = self.topology.domains_of(0)[0]
@@ -143,10 +157,21 @@ class ModelExport:
         config.save_pretrained(folder)
         vocabulary = sorted(self.tokenizer.iterdir()) if self.tokenizer else ()
         copies = [self.run_file, *(file for file in vocabulary if file.is_file())]
+        copies += self.companions
         for file in copies:
             shutil.copyfile(file, folder / file.name)
         (folder / "README.md").write_text(self.card.text(), encoding="utf-8")
         return [folder / name for name in ("config.json", "README.md", *(f.name for f in copies))]
+
+
+def _persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Buffers that are part of a state dict, by name; every rank holds them whole."""
+    return {
+        f"{path}.{name}" if path else name: buffer
+        for path, part in module.named_modules()
+        for name, buffer in part._buffers.items()
+        if buffer is not None and name not in part._non_persistent_buffers_set
+    }
 
 
 def publish(export: Callable[[Path], object], folder: Path) -> None:

@@ -211,15 +211,6 @@ def peak_of(device_name: str) -> float | None:
     return next((peak for part, peak in DENSE_BF16_PEAK.items() if part in device_name), None)
 
 
-def training_flops_per_token(active_parameters: int, layers: int, width: int, length: int) -> float:
-    """6 N + 12 L D T: forward and backward, attention included (Chowdhery et al. 2022, appendix B).
-
-    Args:
-        active_parameters: N, those a token passes through, without the position table.
-    """
-    return 6.0 * active_parameters + 12.0 * layers * width * length
-
-
 def write_environment(path: Path) -> None:
     """Record versions and hardware beside a run; of the environment only harmless variables."""
     packages = ("torch", "deepspeed", "transformers", "tokenizers", "numpy", "triton", "megamod")

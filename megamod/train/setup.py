@@ -81,7 +81,7 @@ def start_logging() -> None:
 
 FREE_ON_RESUME = frozenset(
     (
-        *("output_dir", "data", "init_from", "resume", "deepspeed", "precision"),
+        *("output_dir", "data", "init_from", "from_scratch", "resume", "deepspeed", "precision"),
         *("stop_step", "logging_steps", "eval_steps", "save_steps", "save_total_limit"),
         *("per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size"),
         *("per_device_eval_batch_size", "eval_batches", "eval_split", "dataloader_num_workers"),

@@ -4,10 +4,12 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import megamod  # noqa: F401  (makes the models known)
 from megamod.errors import UserError
-from megamod.models.auto import active_parameters, build_lm, lm_config
+from megamod.models.auto import lm_config
 from megamod.models.lm.configuration import PRESETS, DemixConfig
 from megamod.models.lm.demix import DemixForCausalLM
 from megamod.models.lm.demix_model import DemixModel
+from megamod.models.lm.flops import active_parameters
+from megamod.models.lm.load import build_lm
 from megamod.states.weights import expert_state, read_weights
 
 SPECIAL = {"bos_token_id": 4, "pad_token_id": 5, "eos_token_id": 6}
@@ -102,8 +104,9 @@ def test_active_parameters_are_one_expert_without_positions():
         block = 4 * (width * width + width) + 4 * width + 2 * width * inner + inner + width
         expected = vocab * width * (2 if untie == "transformer_output" else 1)
         model = DemixForCausalLM(config)
-        sizes = {name: p.numel() for name, p in model.named_parameters()}
-        assert active_parameters(sizes) == expected + 2 * block + 2 * width
+        assert active_parameters(config, model) == (expected + 2 * block + 2 * width, 0)
+        model.model.final_norm.requires_grad_(False)
+        assert active_parameters(config, model) == (expected + 2 * block, 2 * width)
 
 
 def test_auto_classes_know_the_models(tmp_path):

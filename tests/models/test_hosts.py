@@ -4,17 +4,18 @@ import json
 
 import pytest
 import torch
-from tiny_hosts import LAYERS, LENGTH, VOCAB, tiny_stock, tiny_stock_config
+from models.tiny_hosts import LAYERS, LENGTH, VOCAB, tiny_stock, tiny_stock_config
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from megamod.dist.scope import dense_name, domain_of_name
 from megamod.errors import UserError
-from megamod.models.auto import build_lm, lm_config, load_lm
+from megamod.models.auto import lm_config
 from megamod.models.lm.configuration import read_lm_config
 from megamod.models.lm.host import dense_class, host_classes
 from megamod.models.lm.hosts import HOSTS
+from megamod.models.lm.load import build_lm, load_lm
 from megamod.states.weights import expert_state
 
 DOMAINS = ["law", "med"]

@@ -7,7 +7,7 @@ import torch
 
 from megamod.train import monitor as module
 from megamod.train.checkpoint import TrainState
-from megamod.train.monitor import Monitor, peak_of, training_flops_per_token, write_environment
+from megamod.train.monitor import Monitor, peak_of, write_environment
 from megamod.train.objectives import Scored
 
 
@@ -127,16 +127,6 @@ def test_peaks_are_found_by_part_of_the_name():
     assert peak_of("NVIDIA H100 PCIe") == 756e12
     assert peak_of("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_of("NVIDIA GeForce GTX 1080") is None
-
-
-def test_flops_are_those_of_the_matrix_products():
-    """A dense decoder counted product by product; backward costs twice the forward pass."""
-    layers, width, length, vocabulary = 3, 8, 16, 50
-    parameters = layers * 12 * width**2 + vocabulary * width  # without biases and norms
-    per_layer = 4 * width**2 + 2 * 4 * width**2  # projections; feed-forward
-    attention = 2 * length * width  # scores and their use, over the whole length
-    forward = 2 * (layers * (per_layer + attention) + vocabulary * width)
-    assert training_flops_per_token(parameters, layers, width, length) == 3 * forward
 
 
 def test_the_environment_holds_versions_and_no_secrets(tmp_path, monkeypatch):

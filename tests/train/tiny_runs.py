@@ -7,14 +7,17 @@ from typing import NamedTuple
 
 import deepspeed
 import torch
+from models.tiny_hosts import tiny_stock
 from safetensors import safe_open
+from torch import nn
 
 from megamod.dist.process import rank as my_rank
 from megamod.dist.process import world_size
 from megamod.dist.scope import Sharing, sharing_of
 from megamod.dist.topology import DomainTopology
-from megamod.models.lm.configuration import DemixConfig
+from megamod.models.lm.configuration import DemixConfig, LmConfig
 from megamod.models.lm.demix import DemixForCausalLM, initialise
+from megamod.models.lm.host import dense_class, host_classes
 from megamod.runs.pretrain.causal_lm import card
 from megamod.train.checkpoint import Checkpoints, TrainState
 from megamod.train.engine import build_engine
@@ -45,6 +48,29 @@ def tiny_config(untie: str, domains=DOMAINS, dropout: float = 0.0, width: int = 
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,
     )
+
+
+def model_of(
+    untie: str, domains=DOMAINS, held=None, dropout: float = 0.0, width: int = 16, family=None
+) -> tuple[LmConfig, nn.Module]:
+    """Configuration and new weights: of our decoder, or of a family of transformers."""
+    if family is None:
+        config = tiny_config(untie, domains, dropout, width)
+        model = DemixForCausalLM(config, held)
+        initialise(model, seed=5)
+        return config, model
+    stock = tiny_stock(family, seed=5)
+    if untie in ("none", "all"):
+        model = dense_class(type(stock))(stock.config)
+        model.load_state_dict(stock.state_dict())
+        return stock.config, model
+    kind, model_class = host_classes(family)
+    fields = {name: value for name, value in stock.config.to_dict().items() if name != "model_type"}
+    config = kind(**fields, domains=list(domains), untie=untie)
+    model = model_class(config, ())
+    model.load_state_dict(stock.state_dict())
+    model.own_feed_forwards(domains if held is None else held)
+    return config, model
 
 
 def make_batch(domain: str, step: int, index: int, ragged: bool = True) -> dict[str, object]:
@@ -91,7 +117,9 @@ def batches_of(topology: DomainTopology, per_domain: int):
     return batches_from
 
 
-def reference(untie: str, steps: int, per_domain: int, clip: float, domains=DOMAINS):
+def reference(
+    untie: str, steps: int, per_domain: int, clip: float, domains=DOMAINS, family: str | None = None
+):
     """The joint objective in one process without DeepSpeed.
 
     Returns:
@@ -100,15 +128,16 @@ def reference(untie: str, steps: int, per_domain: int, clip: float, domains=DOMA
     """
     if untie == "all":
         return {
-            d: _reference(tiny_config("none", domains), (d,), steps, per_domain, clip)
+            d: _reference(model_of("none", domains, family=family), (d,), steps, per_domain, clip)
             for d in domains
         }
-    return _reference(tiny_config(untie, domains), domains, steps, per_domain, clip)
+    return _reference(model_of(untie, domains, family=family), domains, steps, per_domain, clip)
 
 
-def _reference(config, domains, steps, per_domain, clip):
-    model = DemixForCausalLM(config)
-    initialise(model, seed=5)
+def _reference(config_and_model, domains, steps, per_domain, clip):
+    config, model = config_and_model
+    model.train()
+    apart = getattr(config, "untie", "none") != "none"
     optimizer = adamw(list(model.parameters()), **RECIPE)
     schedule, norms = linear(PEAK, WARMUP, 10), []
     for step in range(steps):
@@ -120,7 +149,7 @@ def _reference(config, domains, steps, per_domain, clip):
                 attention_mask=batch["attention_mask"],
                 shift_labels=batch["labels"],
                 num_items_in_batch=items,
-                domain=DOMAINS[batch["domain"]] if config.untie != "none" else None,
+                domain=DOMAINS[batch["domain"]] if apart else None,
             ).loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip)))
         set_rate(optimizer, schedule(step))
@@ -190,6 +219,7 @@ def build_tiny(
     width: int = 16,
     domains=DOMAINS,
     dropout: float = 0.0,
+    family: str | None = None,
     settings: dict | None = None,
     keep: int | None = None,
     prepare=lambda model: None,
@@ -197,14 +227,15 @@ def build_tiny(
     """An engine around new weights, and its checkpoints in FOLDER/checkpoints; collective.
 
     Args:
+        family: of transformers; None for our decoder.
         prepare: called with the model before an engine is made of it.
     """
     sharing = sharing_of(untie)
     topology = DomainTopology(world_size(), tuple(domains), sharing)
-    config = tiny_config(untie, domains, dropout, width)
     held = topology.domains_of(my_rank())
-    model = DemixForCausalLM(config, held if sharing is Sharing.DEMIX else None)
-    initialise(model, seed=5)
+    config, model = model_of(
+        untie, domains, held if sharing is Sharing.DEMIX else None, dropout, width, family
+    )
     prepare(model)
     micro_steps = per_domain * len(domains) // world_size()
     engine = build_engine(

@@ -61,6 +61,12 @@ class DataBin:
         """Ids by the names they have in a model's configuration."""
         return {f"{name}_token_id": getattr(self, f"{name}_id") for name in ("bos", "pad", "eos")}
 
+    @property
+    def tokenizer_digest(self) -> str | None:
+        """Digest of the tokenizer that made the ids; None if the data-bin does not say."""
+        tokenizer = (self._header or {}).get("tokenizer")
+        return tokenizer.get("digest") if isinstance(tokenizer, dict) else None
+
     def split(self, domain: str, split: str) -> IndexedDataset:
         """Tokens of a domain's "train", "valid" or "test" split.
 

@@ -19,7 +19,6 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from megamod.errors import UserError
 from megamod.mixture.posterior import mix, token_weights
-from megamod.models.auto import LanguageModel, lm_class, load_lm
 from megamod.models.calls import BoundedGeneration, check_arguments, last_logits, returned
 from megamod.models.lm.configuration import (
     ForestConfig,
@@ -30,6 +29,7 @@ from megamod.models.lm.configuration import (
 )
 from megamod.models.lm.demix import DemixOutput
 from megamod.models.lm.forest_cache import Track, padding_of, tracks_of
+from megamod.models.lm.load import LanguageModel, lm_class, load_lm
 from megamod.states.forest import FILE, Expert, Forest, open_forest
 
 

@@ -23,8 +23,7 @@ from megamod.evaluation.perplexity import own_scores
 from megamod.evaluation.plots import read_metrics
 from megamod.evaluation.report import write_report
 from megamod.files import sha256, sync_folder, write_json
-from megamod.models.auto import active_parameters
-from megamod.models.lm.configuration import LmConfig
+from megamod.models.lm.flops import flops_per_token
 from megamod.runs.pretrain.adapt_args import AdaptArgs
 from megamod.runs.pretrain.adapt_start import (
     RECORD,
@@ -38,7 +37,7 @@ from megamod.runs.pretrain.adapt_start import (
     open_data,
     record,
 )
-from megamod.runs.pretrain.causal_lm import evaluate_own, evaluation, lm_flops
+from megamod.runs.pretrain.causal_lm import evaluate_own, evaluation
 from megamod.runs.training import Recipe, Running, execute
 from megamod.states.forest import FILE, Expert, Forest, Parent, edit_forest
 from megamod.states.grow import grow
@@ -149,7 +148,7 @@ def _recipe(
         make_model=make_model,
         make_objective=lambda device: CausalLM(data.domains, device, choose=False),
         make_evaluate=make_evaluate,
-        flops_per_token=partial(_flops, config, data.block_size),
+        flops_per_token=lambda module: flops_per_token(config, module, data.block_size),
         # The weights say what was started from, wherever they lie now and however they were chosen.
         settings={"start weights": digest, "start": start.expert.domain}
         | dict.fromkeys(("forest", "model", "prior", "prior_sequences")),
@@ -246,12 +245,6 @@ def _before(output: Path, domain: str) -> float | None:
     records = read_metrics(output / "metrics.jsonl")
     scores = [r["perplexity"][domain] for r in records if r["step"] == 0 and "perplexity" in r]
     return scores[-1] if scores else None
-
-
-def _flops(config: LmConfig, length: int, module: nn.Module) -> float:
-    """Operations of a training step per token; a frozen weight has no gradient, a third of them."""
-    frozen = {name: p.numel() for name, p in module.named_parameters() if not p.requires_grad}
-    return lm_flops(config, length, module) - 2 * active_parameters(frozen)
 
 
 def _card(args: AdaptArgs, start: Start, data_digest: str) -> Card:

@@ -39,7 +39,9 @@ class AdaptArgs(Arguments):
     dataloader_num_workers: int = option(0, "processes that read data, per rank", least=0)
     eval_split: Literal["valid", "test", "train"] = option("valid", "split of the evaluation")
     gradient_checkpointing: bool = option(False, "recompute blocks in the backward pass")
-    attn_implementation: Literal["sdpa", "eager"] = option("sdpa", "code path of attention")
+    attn_implementation: Literal["sdpa", "eager"] | None = option(
+        None, "code path of attention; none: sdpa where the model has it"
+    )
 
     def __post_init__(self):
         super().__post_init__()

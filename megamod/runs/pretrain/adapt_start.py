@@ -173,7 +173,7 @@ def config_of(expert: Expert, args: AdaptArgs) -> DemixConfig:
         )
     fields |= {"domains": [args.domain], "untie": "none"}
     try:
-        return DemixConfig(**fields, attn_implementation=args.attn_implementation)
+        return DemixConfig(**fields, attn_implementation=args.attn_implementation or "sdpa")
     except ValueError as error:
         raise UserError(f"--domain {args.domain}: {error}") from error
 

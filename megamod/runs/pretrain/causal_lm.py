@@ -1,24 +1,34 @@
 """Pretraining of causal language models: dense, with domain experts (DEMix), independent (BTM)."""
 
 from functools import partial
+from pathlib import Path
 
 import torch.distributed as dist
-from torch import nn
 
 from megamod.args import DataArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs
+from megamod.data.corpus.tokenizers import load_tokenizer
 from megamod.data.lm.pretraining import LmData
 from megamod.dist.process import all_reduce
 from megamod.dist.scope import Sharing, sharing_of
 from megamod.dist.topology import DomainTopology
+from megamod.errors import UserError
 from megamod.evaluation.perplexity import DENSE, DomainEvaluation, own_scores
 from megamod.evaluation.report import write_report
-from megamod.models.auto import active_parameters, build_lm, lm_config
-from megamod.models.lm.configuration import LmConfig, domains_of, untie_of
+from megamod.models.auto import lm_config, model_folder, start_folder
+from megamod.models.lm.configuration import HOST_TYPE, DemixConfig, LmConfig, domains_of, untie_of
+from megamod.models.lm.flops import flops_per_token
+from megamod.models.lm.load import build_lm
 from megamod.runs.training import Recipe, Running, execute
 from megamod.train import setup
 from megamod.train.export import Card
-from megamod.train.monitor import training_flops_per_token
 from megamod.train.objectives import CausalLM
+
+COMPANIONS = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model"),
+    *("chat_template.jinja", "chat_template.json", "generation_config.json"),
+)
+"""Files of a stock folder that a model trained from it needs as well."""
 
 SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
@@ -51,6 +61,9 @@ def pretrain(
         attn_implementation=model.attn_implementation,
         overrides={name: getattr(model, name) for name in SHAPE},
     )
+    start = start_folder(model.model, model.init_from, model.from_scratch, config)
+    stock = stock_files(model.model, config, data)
+    say_start(model, start, config)
     choose, split = sharing is Sharing.DEMIX, data_args.eval_split
     for name in dict.fromkeys(("train", split)):
         data.open_split(name)
@@ -58,7 +71,8 @@ def pretrain(
         config=config,
         topology=topology,
         data_digest=data.digest,
-        tokenizer=data.tokenizer_folder,
+        tokenizer=None if stock else data.tokenizer_folder,
+        companions=stock,
         card=card(config, sharing, data.digest),
         groups=data.domains,
         unit="tokens",
@@ -75,14 +89,15 @@ def pretrain(
         make_model=lambda: build_lm(
             config,
             seed=run.seed,
-            init_from=model.init_from,
+            init_from=start[0] if start else None,
             local_domains=held if choose else None,
+            flag=start[1] if start else "",
         ),
         make_objective=lambda device: CausalLM(data.domains, device, choose),
         make_evaluate=lambda running: partial(
             evaluate_own, evaluation(running, data, topology, run, split), running, split
         ),
-        flops_per_token=partial(lm_flops, config, data_args.max_seq_length),
+        flops_per_token=lambda module: flops_per_token(config, module, data.block_size),
     )
     done = execute(
         recipe,
@@ -97,6 +112,48 @@ def pretrain(
     if rank == 0:
         done.monitor.close()
         print(write_report(done.output, matrix, split, done.state.step))
+
+
+def stock_files(model: str, config: LmConfig, data: LmData) -> list[Path]:
+    """Files of a stock model's folder that are copied beside its trained weights.
+
+    Raises:
+        UserError: if the data were made with another tokenizer than the model's.
+    """
+    folder = model_folder(model)
+    if folder is None or config.model_type == DemixConfig.model_type:
+        return []
+    files = [folder / name for name in COMPANIONS if (folder / name).is_file()]
+    made = f"launchers/preprocess.py --tokenizer {model}"
+    if not any(file.name.startswith(("tokenizer", "vocab", "spiece")) for file in files):
+        setup.logger.warning(
+            "--model %s holds no tokenizer, so nothing says that it reads the ids of %s",
+            model,
+            data.bin.path,
+        )
+        return [*files, *(sorted(data.tokenizer_folder.iterdir()) if data.tokenizer_folder else ())]
+    theirs = data.bin.tokenizer_digest
+    if theirs is not None and load_tokenizer(folder).digest != theirs:
+        raise UserError(
+            f"--data {data.bin.path} was made with another tokenizer than that of --model {model}: "
+            f"make it with {made}"
+        )
+    return files
+
+
+def say_start(model: ModelArgs, start: tuple[Path, str] | None, config: LmConfig) -> None:
+    """Log where the weights come from."""
+    if start is None:
+        setup.logger.info("new weights in the shape of %s", model.model)
+        return
+    folder, flag = start
+    setup.logger.info("the run starts from the weights of %s (%s)", folder, flag)
+    if flag == "--model" and config.model_type == DemixConfig.model_type:
+        setup.logger.warning(
+            "--model %s: its weights are taken, where earlier versions took the shape alone; "
+            "--from_scratch draws new ones",
+            model.model,
+        )
 
 
 def evaluation(
@@ -128,17 +185,6 @@ def evaluate_own(evaluate: DomainEvaluation, running: Running, split: str, step:
     running.monitor.evaluated(step, {d: s.perplexity for d, s in scores.items()}, split)
 
 
-def lm_flops(config: LmConfig, length: int, module: nn.Module) -> float:
-    """Operations of a training step per token."""
-    sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
-    return training_flops_per_token(
-        active_parameters(sizes),
-        config.num_hidden_layers,
-        config.hidden_size,
-        length,
-    )
-
-
 def card(config: LmConfig, sharing: Sharing, data_digest: str) -> Card:
     """The model card of a causal language model."""
     facts = {
@@ -153,4 +199,5 @@ def card(config: LmConfig, sharing: Sharing, data_digest: str) -> Card:
         tags=("causal-lm", sharing.value),
         facts=facts,
         load="AutoModelForCausalLM.from_pretrained(FOLDER)",
+        stock=config.model_type not in (DemixConfig.model_type, HOST_TYPE),
     )

@@ -1,0 +1,75 @@
+"""Operations of a training step per token, for MFU and plans."""
+
+from torch import nn
+
+from megamod.dist.scope import domain_of_name
+from megamod.models.lm.configuration import LmConfig, untie_of
+from megamod.models.lm.hosts import HOSTS
+
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk")
+
+
+def flops_per_token(config: LmConfig, module: nn.Module, length: int) -> float:
+    """6 N + 12 sum over layers of (heads x head size x span), frozen weights 4 in place of 6.
+
+    N counts the parameters that take part in a matrix product for one token; the span of a layer is
+    `length`, or its attention window if that is shorter.
+    Source: Chowdhery et al. 2022, appendix B.
+    """
+    trained, frozen = active_parameters(config, module)
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 6.0 * trained + 4.0 * frozen + 12.0 * heads * size * sum(_spans(config, length))
+
+
+def active_parameters(config: LmConfig, module: nn.Module) -> tuple[float, float]:
+    """Trained and frozen parameters that one token is multiplied with.
+
+    Not counted: learned positions, an input embedding that is a matrix of its own (both are
+    lookups), and the experts that a token does not pass through.
+    """
+    left_out = {id(weight) for weight in _lookups(config, module)}
+    share, apart = _share(config), untie_of(config) != "none"
+    one, counts = None, {True: 0.0, False: 0.0}
+    for name, parameter in module.named_parameters():
+        domain = domain_of_name(name) if apart else None
+        one = one or domain
+        if id(parameter) in left_out or domain not in (None, one):
+            continue
+        part = share if not apart and domain_of_name(name) else 1.0
+        counts[parameter.requires_grad] += part * parameter.numel()
+    return counts[True], counts[False]
+
+
+def _lookups(config: LmConfig, module: nn.Module) -> list[nn.Parameter]:
+    """Tables that are read by row."""
+    tables = [p for name, p in module.named_parameters() if ".positions." in name]
+    host = HOSTS.get(getattr(config, "host", config.model_type))
+    if host is not None:
+        if host.positions is not None:
+            tables.append(module.get_submodule(host.positions).weight)
+        if module.get_input_embeddings().weight is not module.get_output_embeddings().weight:
+            tables.append(module.get_input_embeddings().weight)
+    return tables
+
+
+def _share(config: LmConfig) -> float:
+    """Part of the expert tensors of a mixture of experts that one token passes through."""
+    experts, chosen = (
+        next((getattr(config, name) for name in names if getattr(config, name, None)), None)
+        for names in (EXPERTS, CHOSEN)
+    )
+    return chosen / experts if experts and chosen else 1.0
+
+
+def _spans(config: LmConfig, length: int) -> list[int]:
+    """Keys that attention compares a query with, for each layer."""
+    layers = config.num_hidden_layers
+    window = getattr(config, "sliding_window", None) or getattr(config, "window_size", None)
+    if not window or getattr(config, "use_sliding_window", True) is False:
+        return [length] * layers
+    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
+    kinds = kinds or ["sliding_attention"] * layers
+    near = ("sliding_attention", "local")
+    return [min(length, window) if kind in near else length for kind in kinds]

@@ -1,0 +1,163 @@
+"""Language models made and loaded, holding the experts that a rank needs."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from megamod.dist.scope import dense_name
+from megamod.errors import UserError
+from megamod.models.lm.configuration import HOST_TYPE, DemixConfig, LmConfig, read_lm_config
+from megamod.models.lm.demix import DemixForCausalLM, DemixOutput, initialise
+from megamod.models.lm.host import dense_class, host_classes, stock_class
+from megamod.states.weights import has_weights, read_weights, spread
+
+
+class LanguageModel(Protocol):
+    """Interface of every causal language model here: the project's GPT and stock classes."""
+
+    config: LmConfig
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        *,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: Tensor | float | None = None,
+        domain: str | None = None,
+    ) -> DemixOutput: ...
+
+    def set_domain(self, domain: str) -> None: ...
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> Tensor: ...
+
+    def logits(self, hidden: Tensor) -> Tensor: ...
+
+    def score(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+def build_lm(
+    config: LmConfig,
+    *,
+    seed: int,
+    init_from: str | Path | None = None,
+    local_domains: Sequence[str] | None = None,
+    flag: str = "--init_from",
+) -> LanguageModel:
+    """A language model with float32 weights, new or those of a folder.
+
+    Args:
+        seed: of new weights; equal seeds give equal shared weights whatever experts are held.
+        init_from: a model folder. A dense one gives every expert the same start; one with experts
+            must have all that are asked for.
+        local_domains: the domains whose experts to hold; None for all.
+        flag: the option that named the folder, for messages.
+    Raises:
+        UserError: if the folder's weights do not fit.
+    """
+    if config.model_type != DemixConfig.model_type:
+        if init_from is None:
+            return _draw_host(config, seed, local_domains)
+        folder = Path(init_from)
+        return load_lm(folder, config, local_domains, dtype=torch.float32, flag=flag)
+    model = DemixForCausalLM(config, local_domains)
+    if init_from is None:
+        initialise(model, seed)
+        return model
+    state = read_weights(Path(init_from))
+    parameters = dict(model.named_parameters())
+    if not all(name in state for name in parameters):
+        state = spread(state, parameters)
+    for name, parameter in parameters.items():
+        if state[name].shape != parameter.shape:
+            raise UserError(
+                f"{flag} {init_from}: {dense_name(name)} has shape "
+                f"{tuple(state[name].shape)}, the model needs {tuple(parameter.shape)}"
+            )
+        parameter.data.copy_(state[name])
+    model.tie_weights()
+    return model
+
+
+def lm_class(config: LmConfig) -> type:
+    """The class of a language model with this configuration; made with `(config, local_domains)`.
+
+    Raises:
+        ValueError: if transformers has no causal language model for it.
+    """
+    if config.model_type == DemixConfig.model_type:
+        return DemixForCausalLM
+    if config.model_type == HOST_TYPE:
+        return host_classes(config.host)[1]
+    return dense_class(stock_class(config))
+
+
+def _draw_host(config: LmConfig, seed: int, local_domains: Sequence[str] | None) -> LanguageModel:
+    """New weights in the order of the dense model's modules, then copied for each domain."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = lm_class(config)(config, ())
+    if config.model_type == HOST_TYPE:
+        model.own_feed_forwards(config.domains if local_domains is None else local_domains)
+    return model
+
+
+def load_lm(
+    folder: Path,
+    config: LmConfig | None = None,
+    local_domains: Sequence[str] | None = None,
+    flag: str | None = None,
+    **kwargs: object,
+) -> LanguageModel:
+    """The model in a folder, with the experts of these domains; None for all.
+
+    Args:
+        config: what to load the weights into; None for the folder's own. One with experts takes the
+            weights of a dense folder as the start of each.
+        flag: the option that named the folder, for messages.
+        kwargs: passed to `from_pretrained`, such as dtype.
+    Raises:
+        UserError: if the folder is no language model, or lacks weights.
+    """
+    saved = read_lm_config(folder, flag)
+    config = saved if config is None else config
+    where = str(folder) if flag is None else f"{flag} {folder}"
+    check_same_family(where, saved, config)
+    if not has_weights(folder):
+        raise UserError(f"{where}: cannot be read as a model: it holds no weights")
+    split = config.model_type == HOST_TYPE and saved.model_type != HOST_TYPE
+    try:
+        model, report = lm_class(config).from_pretrained(
+            folder,
+            () if split else local_domains,
+            config=config,
+            output_loading_info=True,
+            **kwargs,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{where}: cannot be read as a model: {reason}") from error
+    if report["missing_keys"]:
+        raise UserError(f"{where}: the weights lack {min(report['missing_keys'])}")
+    if split:
+        model.own_feed_forwards(config.domains if local_domains is None else local_domains)
+    return model
+
+
+def check_same_family(where: str, saved: LmConfig, config: LmConfig) -> None:
+    """Raise UserError if a folder's model cannot start one with this configuration."""
+    theirs, ours = (getattr(c, "host", c.model_type) for c in (saved, config))
+    if theirs != ours:
+        raise UserError(f"{where} is a {theirs}, the model of this run a {ours}")

@@ -1,0 +1,190 @@
+"""Runs that start from a folder of transformers: weights, files beside them, refusals."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from models.tiny_hosts import tiny_stock
+from ranks import on_ranks
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+import megamod  # noqa: F401  (registers the models)
+from megamod.args import DataArgs, ModelArgs, MuxArgs, OptimArgs, RunArgs, SafetyArgs, parse_args
+from megamod.data.corpus.binarize import binarize
+from megamod.data.lm.pretraining import LmData
+from megamod.errors import UserError
+from megamod.states.weights import read_weights
+
+DOMAINS = ("law", "med")
+LENGTH = 16
+
+
+def words_of(domain: str, documents: int = 60) -> list[str]:
+    random_ = random.Random(domain)
+    words = [f"{domain}{letter}" for letter in "abcdefgh"] + ["the", "of", "and"]
+    return [" ".join(random_.choices(words, k=20)) + "." for _ in range(documents)]
+
+
+def save_tokenizer(folder: Path, texts: list[str], size: int = 300) -> None:
+    """A byte-level BPE as stock folders have it, with an end but no padding."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet
+    )
+    backend.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", model_max_length=LENGTH
+    )
+    fast.chat_template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+    fast.save_pretrained(folder)
+
+
+def seed_folder(folder: Path, family: str, texts: list[str], seed: int = 0) -> Path:
+    """A stock model with a padded vocabulary, its tokenizer and generation configuration."""
+    ids = dict(bos_token_id=0, eos_token_id=[1, 5], pad_token_id=None)
+    model = tiny_stock(family, seed, vocab_size=320, **ids)
+    model.generation_config.max_new_tokens = 7
+    model.save_pretrained(folder)
+    save_tokenizer(folder, texts)
+    return folder
+
+
+def make_place(place: Path) -> Path:
+    """Seeds of two families with one tokenizer, and data made with it."""
+    texts = {domain: words_of(domain) for domain in DOMAINS}
+    every = [text for some in texts.values() for text in some]
+    for family in ("llama", "gpt2"):
+        seed_folder(place / family, family, every)
+    binarize(texts, str(place / "llama"), place / "bin")
+    return place
+
+
+def start(place: Path, output: str, *flags: object) -> None:
+    """launchers/pretrain.py in this process."""
+    from megamod.runs.pretrain.causal_lm import pretrain
+
+    words = dict(data=place / "bin", output_dir=place / output, max_steps=3, logging_steps=1)
+    words |= dict(per_device_train_batch_size=1, global_batch_size=4, max_seq_length=LENGTH)
+    words |= dict(report_to="none", save_steps=2, max_grad_norm=1.0)
+    argv = [f"--{name}={value}" for name, value in words.items()] + [str(flag) for flag in flags]
+    kinds = (RunArgs, SafetyArgs, ModelArgs, OptimArgs, MuxArgs, DataArgs)
+    *common, _, data = parse_args(*kinds, argv=argv)
+    pretrain(*common, data)
+
+
+REFUSED = {
+    "no tokenizer of the data": (("--model", "other"), "was made with another tokenizer"),
+    "encoder": (("--model", "bert"), "model_type 'bert'; a causal language model is needed"),
+    "shape": (("--model", "llama", "--hidden_size", 8), "--hidden_size cannot change the model"),
+    "length": (("--model", "llama", "--max_seq_length", 33), "32 positions; the data need 300"),
+    "no such folder": (("--model", "nowhere"), "is no folder with config.json"),
+    "whole blocks": (("--model", "llama", "--untie", "transformer"), "layers of a llama cannot"),
+    "half": (("--model", "half"), "the weight file model-2.safetensors is missing"),
+    "other family": (("--model", "llama", "--init_from", "gpt2"), "is a gpt2, the model of this"),
+    "unknown layers": (("--model", "mamba", "--untie", "feedforward"), "layers are not known"),
+    "more data ids": (("--model", "short"), "a vocabulary of 290"),
+}
+
+
+def make_wrong(place: Path) -> None:
+    save_tokenizer(place / "other", ["quite other words"], 280)
+    tiny_stock("llama", vocab_size=320, eos_token_id=1).save_pretrained(place / "other")
+    tiny_stock("llama", vocab_size=290, eos_token_id=1).save_pretrained(place / "short")
+    tiny_stock("mamba", vocab_size=320, eos_token_id=1).save_pretrained(place / "mamba")
+    (place / "bert").mkdir()
+    (place / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    tiny_stock("llama", vocab_size=320, eos_token_id=1).config.save_pretrained(place / "half")
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (place / "half" / "model.safetensors.index.json").write_text(json.dumps(index))
+    (place / "half" / "model-1.safetensors").write_bytes(b"")
+
+
+def alone(rank: int, place: Path) -> None:
+    """All runs of one rank."""
+    for name, (flags, text) in REFUSED.items():
+        words = [place / flag if (place / str(flag)).exists() else flag for flag in flags]
+        with pytest.raises(UserError, match=text):
+            start(place, "refused", *words)
+        assert not (place / "refused").exists(), name
+    llama = place / "llama"
+    start(place, "dense", "--model", llama)
+    start(place, "drawn", "--model", llama, "--from_scratch", "--max_steps", 1)
+    start(place, "demix", "--model", llama, "--untie", "feedforward", "--gradient_checkpointing")
+    start(place, "cut", "--model", llama, "--untie", "feedforward", "--stop_step", 2)
+    start(place, "cut", "--model", llama, "--untie", "feedforward")
+    demix = place / "demix" / "model"
+    with pytest.raises(UserError, match="has experts of law, med: train it with --untie feedf"):
+        start(place, "refused", "--model", demix)
+    start(place, "again", "--model", demix, "--untie", "feedforward", "--max_steps", 1)
+
+
+def together(rank: int, place: Path) -> None:
+    """All runs of two ranks."""
+    start(place, "btm", "--model", place / "gpt2", "--untie", "all")
+    start(place, "cut2", "--model", place / "llama", "--untie", "feedforward", "--stop_step", 1)
+    start(place, "cut2", "--model", place / "llama", "--untie", "feedforward", "--stop_step", 2)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """The runs of one rank and of two, done."""
+    place = make_place(tmp_path_factory.mktemp("host_pretrain"))
+    make_wrong(place)
+    on_ranks(1, alone, place)
+    on_ranks(2, together, place)
+    return place
+
+
+def first_loss(place: Path, run: str) -> float:
+    return json.loads((place / run / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+
+
+@torch.no_grad()
+def test_the_first_loss_is_that_of_the_stock_model(place):
+    data = LmData(str(place / "bin"), domains=None, block_size=LENGTH, domain_token=False)
+    batches = data.train_batches(
+        sampler="balanced",
+        alpha=1.0,
+        seed=1,
+        micro_batch=4,
+        global_batch=4,
+        rank=0,
+        ranks=1,
+        held=None,
+    )
+    stock = AutoModelForCausalLM.from_pretrained(place / "llama")
+    batch = batches[0]
+    logits = stock(batch["input_ids"]).logits.log_softmax(-1)
+    expected = -logits.gather(-1, batch["labels"][..., None]).mean()
+    assert first_loss(place, "dense") == pytest.approx(float(expected), rel=1e-5)
+    assert first_loss(place, "demix") == pytest.approx(float(expected), rel=1e-5)
+    assert abs(first_loss(place, "drawn") - float(expected)) > 0.01
+
+
+def test_a_dense_run_leaves_a_stock_folder(place):
+    folder, seed = place / "dense" / "model", place / "llama"
+    for name in ("tokenizer.json", "generation_config.json", "chat_template.jinja"):
+        assert (folder / name).read_bytes() == (seed / name).read_bytes()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(model) is type(tiny_stock("llama"))
+    assert model.config.eos_token_id == [1, 5] and model.generation_config.max_new_tokens == 7
+    card = (folder / "README.md").read_text()
+    assert "import megamod" not in card and "AutoModelForCausalLM.from_pretrained" in card
+    one = place / "btm" / "model" / "law"
+    assert type(AutoModelForCausalLM.from_pretrained(one)).__module__.startswith("transformers.")
+
+
+def test_runs_go_on_from_where_they_were_cut(place):
+    whole, cut = (read_weights(place / run / "model") for run in ("demix", "cut"))
+    assert all(torch.allclose(cut[name], tensor, atol=1e-6) for name, tensor in whole.items())
+    before = read_weights(place / "demix" / "checkpoints" / "step-2")
+    two = read_weights(place / "cut2" / "checkpoints" / "step-2")
+    assert all(torch.allclose(two[name], tensor, atol=1e-6) for name, tensor in before.items())
