@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,11 +60,12 @@ def make_inputs(root: Path) -> Path:
             documents = [" ".join(draw.choices(words, k=9)) for _ in range(count)]
             (folder / f"{split}.txt").write_text("\n\n".join(documents) + "\n")
     (root / "tiny.yaml").write_text(yaml.safe_dump(STUDY))
+    make_tasks(root)
     return root
 
 
 def run_twice(rank: int, root: Path) -> None:
-    """All cells; again, which must do nothing; and one of them anew."""
+    """All cells; again, which must do nothing; one of them anew; then those of finetuning."""
     from megamod.runs.studies.study import Places, repeat, run_cells
     from megamod.runs.studies.study_file import read_study
 
@@ -76,6 +78,7 @@ def run_twice(rank: int, root: Path) -> None:
     line = repeat(study, study.cell("btm50.short.s1"), places, root / "again")
     assert line.startswith("btm50.short.s1: largest relative difference 0 ")
     assert torch.get_num_threads() == 1
+    finetune_all(root)
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +173,115 @@ def test_changed_settings_are_refused(place, tmp_path):
     cell = read_study(tmp_path / "tiny.yaml").cell("dense.short.s1")
     with pytest.raises(UserError, match="max_steps: 4 then, 5 now"):
         read_record(place / "evidence", cell)
+
+
+FINETUNING = {
+    "title": "two tasks",
+    "kind": "finetuning",
+    "common": {
+        "launcher": "mtl",
+        "tasks": ["sst-2", "cola"],
+        "data_dir": "glue",
+        "model": "package:toy_encoder/model",
+        "variant": "plain",
+        "max_steps": 3,
+        "max_seq_length": 16,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.01,
+    },
+    "arms": {
+        "plain": {},
+        "single": {"one_model_a_task": True, "max_steps": 2},
+        "one": {
+            "launcher": "glue", "task": "sst-2", "max_steps": 2, "learning_rate": 0.1,
+            "tasks": None, "variant": None,
+        },
+    },
+    "seeds": [1],
+    "table": {
+        "value": "score",
+        "columns": "rows",
+        "rows": ["sst-2", "cola"],
+        "compare": "difference",
+        "digits": 3,
+        "baseline": ["plain"],
+        "lines": {"plain": ["plain"], "single": ["single"]},
+    },
+}  # fmt: skip
+
+
+def make_tasks(root: Path) -> None:
+    """Two tasks of GLUE, and an encoder inside a package."""
+    from transformers import BertConfig, BertModel
+
+    draw, words = random.Random(3), [word for of in WORDS.values() for word in of]
+    torch.manual_seed(0)
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+    size = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    config = BertConfig(vocab_size=len(vocabulary), max_position_embeddings=16, **size)
+    model = root / "packages" / "toy_encoder" / "model"
+    BertModel(config).save_pretrained(model)
+    (model / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+    (model.parent / "__init__.py").write_text("")
+    for task, head in (("SST-2", "sentence\tlabel\n"), ("CoLA", "")):
+        (root / "inputs" / "glue" / task).mkdir(parents=True)
+        for split, count in (("train", 16), ("dev", 12)):
+            rows = []
+            for number in range(count):
+                text = " ".join(draw.choices(words, k=4))
+                label = number % 2
+                rows.append(f"{text}\t{label}" if head else f"a\t{label}\t\t{text}")
+            file = root / "inputs" / "glue" / task / f"{split}.tsv"
+            file.write_text(head + "\n".join(rows) + "\n")
+    (root / "tasks.yaml").write_text(yaml.safe_dump(FINETUNING))
+
+
+def finetune_all(root: Path) -> None:
+    """Cells of the study of finetuning."""
+    from megamod.runs.studies.study import Places, run_cells
+    from megamod.runs.studies.study_file import read_study
+
+    sys.path.insert(0, str(root / "packages"))
+    study = read_study(root / "tasks.yaml")
+    places = Places(root / "inputs", root / "work-tasks", root / "evidence-tasks")
+    run_cells(study, study.cells, places)
+
+
+def test_finetuning(place):
+    from megamod.runs.studies.report import markdown, read_records
+    from megamod.runs.studies.study_file import read_study
+
+    study = read_study(place / "tasks.yaml")
+    found = read_records(study, place / "evidence-tasks")
+    assert sorted(found) == [f"{arm}.all.s1" for arm in ("one", "plain", "single")]
+    assert set(found["one.all.s1"]["scores"]) == {"sst-2", "mean"}
+    for name, record in found.items():
+        scores = record["scores"]
+        assert scores["sst-2"]["score"] == scores["sst-2"]["dev_accuracy"]
+        assert scores["mean"]["instances_per_second"] > 0, name
+        assert len(record["config"]["inputs"]["model"]) == 16
+        assert record["config"]["model"] == "package:toy_encoder/model"
+    means = {
+        arm: (found[f"{arm}.all.s1"]["scores"]["sst-2"]["score"]
+        + found[f"{arm}.all.s1"]["scores"]["cola"]["score"]) / 2
+        for arm in ("plain", "single")
+    }  # fmt: skip
+    text, gap = markdown(study, found), means["single"] - means["plain"]
+    assert f"| {means['single']:.3f} ({gap:+.3f}; {int(gap < 0)}/1) |" in text
+    assert not list((place / "work-tasks").glob("*.s1*/"))
+
+
+def test_package_folders(tmp_path, monkeypatch):
+    from megamod.runs.studies.finetuning import package_folder
+
+    (tmp_path / "toy_two" / "model").mkdir(parents=True)
+    (tmp_path / "toy_two" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert package_folder("package:toy_two/model") == tmp_path / "toy_two" / "model"
+    with pytest.raises(UserError, match="there is no folder other in the package toy_two"):
+        package_folder("package:toy_two/other")
+    with pytest.raises(UserError, match="pip install toy-three"):
+        package_folder("package:toy_three/model")
 
 
 def test_results_are_up_to_date():
