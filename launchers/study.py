@@ -5,7 +5,7 @@
     python launchers/study.py ladder_1k --inputs DATA --cells dense.t80.s1 demix.t80.s1
     python launchers/study.py ladder_1k --inputs DATA --cells dense.t80.s1 --repeat true
     python launchers/study.py mine/study.yaml --inputs DATA --evidence mine/evidence
-    python launchers/study.py ladder_1k --table true --document docs/results.md
+    python launchers/study.py ladder_1k --table true --document docs/results.md README.md
     python launchers/study.py ladder_1k --list true
 
 A study is a YAML file, or the name of one in launchers/recipes/studies. DATA has the folders
@@ -41,7 +41,9 @@ class StudyArgs(Arguments):
     evidence: str | None = option(None, "folder of the JSON files; none: docs/evidence/NAME")
     repeat: bool = option(False, "make --cells anew and compare with their kept scores")
     table: bool = option(False, "make the table of what there is, and run nothing")
-    document: str | None = option(None, "Markdown file whose table between markers to replace")
+    document: list[str] | None = option(  # noqa: RUF009
+        None, "Markdown files in which to replace the study's table and cells between markers"
+    )
     plot: str | None = option(None, "PNG file of ratios to write")
     list: bool = option(False, "print the runs and their settings, and run nothing")
 
@@ -54,6 +56,9 @@ def main() -> None:
     (args,) = parse_args(StudyArgs, argv=words, doc=__doc__)
     require(args, "study")
     path = find_study(args.study)
+    for document in args.document or ():
+        if not Path(document).is_file():
+            raise UserError(f"--document {document}: there is no such file")
 
     from megamod.runs.studies.study_file import read_study
 
@@ -110,13 +115,14 @@ def make_runs(args: StudyArgs, study, cells: list, evidence: Path) -> None:
 
 def show(args: StudyArgs, study, evidence: Path) -> None:
     """Print the table; write it into --document and draw --plot."""
-    from megamod.runs.studies.report import markdown, plot, read_records, write_document
+    from megamod.files import write_atomic
+    from megamod.runs.studies.report import fill, markdown, plot, read_records
 
     records = read_records(study, evidence)
-    text = markdown(study, records)
-    print(text)
-    if args.document is not None:
-        write_document(Path(args.document), {study.name: text})
+    print(markdown(study, records))
+    for document in map(Path, args.document or ()):
+        text = document.read_text(encoding="utf-8")
+        write_atomic(document, fill(text, {study.name: (study, records)}))
     if args.plot is not None and not plot(study, records, Path(args.plot)):
         print(f"nothing to draw in {args.plot} yet")
 

@@ -153,13 +153,16 @@ def test_table_and_document(place):
     assert f"| dense | {dense:.2f} |" in text
     assert f"| mixed | {mixed:.2f} ({mixed / dense:.3f}; {int(mixed < dense)}/1) |" in text
     assert "4 of 4 cells, seeds 1" in text
-    document = place / "doc.md"
-    document.write_text("a\n<!-- study tiny -->\nold\n<!-- end of study tiny -->\nb\n")
-    filled = fill(document, {"tiny": text})
-    assert filled == f"a\n<!-- study tiny -->\n\n{text}\n\n<!-- end of study tiny -->\nb\n"
-    document.write_text("<!-- study tiny -->\n")
+    cell = "<!-- cell tiny, short, mixed -->{}<!-- end of cell -->"
+    document = "a\n<!-- study tiny -->\n{}\n<!-- end of study tiny -->\n| b | " + cell + " |\n"
+    shown = f"{mixed:.2f} ({mixed / dense:.3f}; {int(mixed < dense)}/1)"
+    filled = fill(document.format("old", "0.1"), {"tiny": (study, kept)})
+    assert filled == document.format(f"\n{text}\n", shown)
+    assert fill(document, {}) == document
     with pytest.raises(UserError, match="lacks its end"):
-        fill(document, {"tiny": text})
+        fill("<!-- study tiny -->\n", {"tiny": (study, kept)})
+    with pytest.raises(UserError, match="has no cell long, mixed; columns: short; lines: dense, "):
+        fill(cell.replace("short", "long"), {"tiny": (study, kept)})
     assert plot(study, kept, place / "plot.png")
     assert (place / "plot.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -284,15 +287,14 @@ def test_package_folders(tmp_path, monkeypatch):
         package_folder("package:toy_three/model")
 
 
-def test_results_are_up_to_date():
-    """Tables in docs/results.md are those of the JSON files."""
-    from megamod.runs.studies.report import fill, markdown, read_records, studies_in
+@pytest.mark.parametrize("document", ["docs/results.md", "README.md"])
+def test_results_are_up_to_date(document):
+    """Tables and cells in the documents are those of the JSON files."""
+    from megamod.runs.studies.report import fill, read_records, studies_in
     from megamod.runs.studies.study_file import read_study
 
-    document = REPOSITORY / "docs" / "results.md"
-    text, tables = document.read_text(encoding="utf-8"), {}
+    text, studies = (REPOSITORY / document).read_text(encoding="utf-8"), {}
     for name in studies_in(text):
         study = read_study(REPOSITORY / "launchers" / "recipes" / "studies" / f"{name}.yaml")
-        evidence = REPOSITORY / "docs" / "evidence" / name
-        tables[name] = markdown(study, read_records(study, evidence))
-    assert fill(document, tables) == text, "python launchers/study.py NAME --table true --document"
+        studies[name] = study, read_records(study, REPOSITORY / "docs" / "evidence" / name)
+    assert fill(text, studies) == text, f"study.py NAME --table true --document {document}"

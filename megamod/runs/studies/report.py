@@ -1,9 +1,10 @@
 """Tables and plots of a study from its files of figures alone, and their place in a document.
 
-In a Markdown file the text between these two lines is made by `fill`:
+In a Markdown file `fill` makes what stands between these lines, and single cells of tables:
 
     <!-- study NAME -->
     <!-- end of study NAME -->
+    ... <!-- cell NAME, COLUMN, LINE -->36.55 (0.893 [0.887, 0.899]; 5/5)<!-- end of cell --> ...
 """
 
 import re
@@ -13,13 +14,20 @@ from pathlib import Path
 from megamod.errors import UserError
 from megamod.evaluation.paired import Estimate, compare, estimate
 from megamod.evaluation.plots import plot_ratios
-from megamod.files import write_atomic
 from megamod.runs.studies.records import Record, read_record
 from megamod.runs.studies.study_file import Study, Table
 
 EMPTY = "–"
+CELL = re.compile(
+    r"(?P<begin><!-- cell (?P<study>[A-Za-z0-9_.-]+), (?P<column>[^,>]+), (?P<line>[^>]+) -->)"
+    r".*?(?P<end><!-- end of cell -->)"
+)
+BODY = "outside_embeddings"
+
 Values = dict[int, float]
 """By seed."""
+Shown = tuple[Study, Mapping[str, Record]]
+"""A study, and the files of figures that there are."""
 
 
 def read_records(study: Study, evidence: Path) -> dict[str, Record]:
@@ -34,8 +42,7 @@ def markdown(study: Study, records: Mapping[str, Record]) -> str:
     make = _by_rungs if table.columns == "rungs" else _by_rows
     head, *rows = make(study, records)
     lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
-    hours = sum(float(record["seconds"]) for record in records.values()) / 3600
-    work = sum(float(record["processor_seconds"]) for record in records.values()) / 3600
+    hours = sum(map(_seconds, records.values())) / 3600
     seeds = sorted({record["seed"] for record in records.values()})
     told = "Mean over seeds"
     if table.compare == "ratio":
@@ -46,7 +53,7 @@ def markdown(study: Study, records: Mapping[str, Record]) -> str:
         "",
         f"{told}, its 95 % interval (Student's t), and with how many seeds it is below. "
         f"{len(records)} of {len(study.cells)} cells, seeds {', '.join(map(str, seeds)) or EMPTY}; "
-        f"{work:.2f} hours of one core ({hours:.2f} by the clock). Figures: "
+        f"{hours:.1f} hours by the clock of one process of several on shared cores. Figures: "
         f"`docs/evidence/{study.name}/`; one cell anew: `python launchers/study.py {study.name} "
         f"--cells {study.cells[0].name} --repeat true --inputs DATA`.",
     ]
@@ -77,35 +84,51 @@ def plot(study: Study, records: Mapping[str, Record], output: Path) -> bool:
     return True
 
 
-BODY = "outside_embeddings"
-
-
-def fill(document: Path, tables: Mapping[str, str]) -> str:
-    """The document's text with the tables of these studies between their markers.
+def fill(text: str, studies: Mapping[str, Shown]) -> str:
+    """The text of a document with the tables and cells of these studies in their places.
 
     Raises:
-        UserError: if a marker lacks its end.
+        UserError: if a marker lacks its end, or names a line or column that there is not.
     """
-    text = document.read_text(encoding="utf-8")
     for name in studies_in(text):
         begin, end = f"<!-- study {name} -->", f"<!-- end of study {name} -->"
-        if end not in text:
-            raise UserError(f"{document}: {begin} lacks its end, {end}")
-        if name in tables:
+        if begin in text and end not in text.partition(begin)[2]:
+            raise UserError(f"{begin} lacks its end, {end}")
+        if name in studies and begin in text:
             before, _, rest = text.partition(begin)
             after = rest.partition(end)[2]
-            text = f"{before}{begin}\n\n{tables[name]}\n\n{end}{after}"
-    return text
+            text = f"{before}{begin}\n\n{markdown(*studies[name])}\n\n{end}{after}"
 
+    def cell(match: re.Match[str]) -> str:
+        if match["study"] not in studies:
+            return match[0]
+        shown = cell_text(*studies[match["study"]], match["line"], match["column"])
+        return f"{match['begin']}{shown}{match['end']}"
 
-def write_document(document: Path, tables: Mapping[str, str]) -> None:
-    """Replace the tables in a document."""
-    write_atomic(document, fill(document, tables))
+    return CELL.sub(cell, text)
 
 
 def studies_in(text: str) -> list[str]:
-    """Names of the studies whose tables a document has a place for."""
-    return re.findall(r"<!-- study ([A-Za-z0-9_.-]+) -->", text)
+    """Names of the studies whose tables or cells a document has a place for."""
+    names = re.findall(r"<!-- study ([A-Za-z0-9_.-]+) -->", text)
+    return list(dict.fromkeys([*names, *(match["study"] for match in CELL.finditer(text))]))
+
+
+def cell_text(study: Study, records: Mapping[str, Record], line: str, column: str) -> str:
+    """One cell of a study's table.
+
+    Raises:
+        UserError: if there is no such line or column.
+    """
+    make = _by_rungs if study.file.table.columns == "rungs" else _by_rows
+    (_, *columns), *rows = make(study, records)
+    lines = {name: dict(zip(columns, cells, strict=True)) for name, *cells in rows}
+    if column not in columns or line not in lines:
+        raise UserError(
+            f"the table of the study {study.name} has no cell {column}, {line}; columns: "
+            f"{', '.join(columns)}; lines: {', '.join(lines)}"
+        )
+    return lines[line][column]
 
 
 def _by_rungs(study: Study, records: Mapping[str, Record]) -> list[list[str]]:
@@ -125,8 +148,7 @@ def _by_rungs(study: Study, records: Mapping[str, Record]) -> list[list[str]]:
 
 def _by_rows(study: Study, records: Mapping[str, Record]) -> list[list[str]]:
     table, (rung, *_) = study.file.table, study.file.rungs
-    last = f"mean [{'ratio' if table.compare == 'ratio' else 'difference'} to {table.baseline[0]}]"
-    rows = [["", *table.rows, last]]
+    rows = [["", *table.rows, "mean"]]
     for name, (arm,) in table.lines.items():
         by_row = [_values(records, arm, rung, row, table.value) for row in table.rows]
         cells = [_cell(values, None, table) for values in by_row]
@@ -170,6 +192,11 @@ def _cell(values: Values, compared: tuple[Estimate, int] | None, table: Table) -
     ratio = table.compare == "ratio"
     result, below = compared
     return f"{text} ({result.text(3, signed=not ratio)}; {below}/{result.count})"
+
+
+def _seconds(record: Record) -> float:
+    """Seconds that a cell took; its training may have been done for another cell before."""
+    return max(record["seconds"], record["details"].get("training_seconds", 0.0))
 
 
 def _told(baseline: Sequence[str]) -> str:
