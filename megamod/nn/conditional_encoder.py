@@ -1,4 +1,4 @@
-"""The encoder of CA-MTL: BERT's blocks with a task-dependent bias on attention, and more above.
+"""Encoder of CA-MTL: BERT blocks conditioned on the task of each row.
 
 Source: Pilault et al. 2021 (CA-MTL), section 2 and figure 2; names and order of its release.
 """
@@ -22,8 +22,8 @@ class ConditionalLayer(EncoderLayer):
     """BERT's block with conditional attention.
 
     Args:
-        norms: whether its LayerNorms are conditional as well.
-        adapter: whether an adapter stands at its end.
+        norms: condition the LayerNorms too.
+        adapter: end the block with an adapter.
     """
 
     def __init__(self, config: PreTrainedConfig, norms: bool, adapter: bool = False):
@@ -42,7 +42,7 @@ class ConditionalLayer(EncoderLayer):
         self.adapter = Adapter(size, eps) if adapter else None
 
     def forward(self, x: Tensor, mask: Tensor | None, tasks: Tensor, task_of: Tensor) -> Tensor:
-        """One block.
+        """Apply the block.
 
         Args:
             x: [B, L, D].
@@ -61,16 +61,16 @@ class ConditionalLayer(EncoderLayer):
             x, bias if mask is None else bias + mask.to(bias.dtype), conditions=conditions
         )
         x = self.feed(attended, conditions)
-        # The adapter's residual is the state behind attention, not the one behind the block.
+        # The adapter's residual is the state after attention, not the one after the block.
         return x if self.adapter is None else self.adapter(x, attended, tasks, task_of)
 
 
 class ConditionalEncoder(nn.Module):
-    """The stacks of CA-MTL.
+    """Stack of conditional blocks, by `config.variant`.
 
-    "base": the upper half of the blocks has conditional norms, the last block an adapter.
-    "large": likewise without an adapter; beside the blocks runs a sum of bottlenecks, which is what
-    comes out.
+    "base": the upper half of the blocks has conditional norms, and the last block an adapter.
+    "large": conditional norms as in "base"; each block's state goes through a bottleneck, the
+    bottlenecks' outputs are summed, and this sum is the result.
     """
 
     def __init__(self, config: PreTrainedConfig):
@@ -88,15 +88,18 @@ class ConditionalEncoder(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(self, x: Tensor, mask: Tensor | None, tasks: Tensor, task_of: Tensor) -> Tensor:
-        """Arguments and result as of `ConditionalLayer`; `tasks` are embeddings of tasks."""
+        """Apply all blocks; arguments as of `ConditionalLayer.forward`.
+
+        `tasks` are the embeddings of the tasks, [T, D].
+        """
         tasks = self.task_transformation(tasks)
-        side = None
+        total = None
         for number, layer in enumerate(self.layer):
             if self.gradient_checkpointing and self.training:
                 x = self._gradient_checkpointing_func(layer.__call__, x, mask, tasks, task_of)
             else:
                 x = layer(x, mask, tasks, task_of)
             if hasattr(self, "adapter_layer"):
-                given = x if side is None else x + side
-                side = self.adapter_layer[number](given, tasks, task_of)
-        return x if side is None else side
+                state = x if total is None else x + total
+                total = self.adapter_layer[number](state, tasks, task_of)
+        return x if total is None else total

@@ -1,8 +1,8 @@
-"""Layers that a task conditions. What depends on the task alone is computed once per task.
+"""Layers conditioned on a task.
 
-Tasks are few and rows are many: so each layer makes a table with a row per task, and takes from it
-by the task of each row of the batch. All parameters have a part in every batch, whichever tasks
-are in it, which is what ZeRO 3 needs.
+Tasks are few and rows are many, so each layer computes a table with a row per task and selects from
+it by the task of each row of the batch. So every parameter takes part in every batch, whichever
+tasks are in it, as ZeRO 3 requires.
 
 Parameters have the names of the release. Source: Pilault et al. 2021 (CA-MTL), section 2.
 """
@@ -29,7 +29,7 @@ class Film(nn.Module):
 
 
 class ConditionalLayerNorm(nn.Module):
-    """LayerNorm whose weight is modulated by the task; its bias is not.
+    """LayerNorm whose weight, but not its bias, is modulated by the task.
 
     Source: Pilault et al. 2021, section 2.3, and its release.
     """
@@ -57,7 +57,7 @@ class ConditionalLayerNorm(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Two linear layers through D // 3 features, the task modulating what goes in.
+    """Two linear layers through D // 3 features; the task modulates their input.
 
     Source: Pilault et al. 2021, section 2.4; linear and without a residual, as in the release.
     """
@@ -70,14 +70,14 @@ class Bottleneck(nn.Module):
         self.up_proj_layer = nn.Linear(size // 3, size)
 
     def forward(self, x: Tensor, tasks: Tensor, task_of: Tensor) -> Tensor:
-        """Arguments and result as of `ConditionalLayerNorm`."""
+        """Apply both layers; arguments and result as of `ConditionalLayerNorm.forward`."""
         factor, shift = self.hidden_modulation(self.emb_transf(tasks))
         x = x * factor[task_of][:, None] + shift[task_of][:, None]
         return self.up_proj_layer(self.down_proj_layer(x))
 
 
 class Adapter(nn.Module):
-    """A bottleneck whose sum with a residual is normalised."""
+    """LayerNorm, conditioned on the task, of a bottleneck plus a residual."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -85,13 +85,17 @@ class Adapter(nn.Module):
         self.condlayernorm = ConditionalLayerNorm(size, eps)
 
     def forward(self, x: Tensor, residual: Tensor, tasks: Tensor, task_of: Tensor) -> Tensor:
-        """[B, L, D] and [B, L, D] -> [B, L, D]."""
+        """State and residual [B, L, D] -> [B, L, D]."""
         x = self.bottleneck(x, tasks, task_of) + residual
         return self.condlayernorm(x, tasks, task_of)
 
 
 def block_shape(size: int, length: int) -> tuple[int, int]:
-    """Number of attention blocks and their width, for hidden size D and sequences of L tokens.
+    """Return the number of attention blocks and their width.
+
+    Args:
+        size: hidden size D.
+        length: L, longest sequence.
 
     Raises:
         ValueError: if L does not divide D.
@@ -103,22 +107,22 @@ def block_shape(size: int, length: int) -> tuple[int, int]:
 
 
 def block_bias(matrix: Tensor, factor: Tensor, shift: Tensor, length: int) -> Tensor:
-    """What a task adds to attention scores: blocks along the diagonal, 0 elsewhere.
+    """Bias on attention scores by task: blocks along the diagonal, 0 elsewhere.
 
         bias[t, r, c] = factor[t, c mod w] * matrix[r, c mod w] + shift[t, c mod w]
 
-    where r // w = c // w, so the last block is cut off where the sequence ends.
+    where r // w = c // w, so the last block ends where the sequence ends.
 
     Args:
         matrix: [L, w].
         factor, shift: [T, w].
-        length: S <= L, of the sequences at hand.
+        length: S <= L, of the sequences in the batch.
     Returns:
         [T, S, S].
     Source: Pilault et al. 2021, section 2.1, conditional attention; closed form of the release.
     """
     width = matrix.shape[1]
-    place = torch.arange(length, device=matrix.device)
+    position = torch.arange(length, device=matrix.device)
     blocks = factor[:, None] * matrix[:length] + shift[:, None]  # [T, S, w]
-    same = place[:, None] // width == place // width
-    return blocks[:, :, place % width] * same
+    same_block = position[:, None] // width == position // width
+    return blocks[:, :, position % width] * same_block

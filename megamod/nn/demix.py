@@ -1,7 +1,7 @@
-"""Domain experts: copies of a module, one per domain, chosen by the provenance of the sequence.
+"""Domain experts: copies of a module, one per domain, selected by the domain of the sequence.
 
-There is no router and nothing is dispatched: a sequence's domain picks the expert, so in training
-a rank runs the experts whose data it reads, and the forward pass needs no communication.
+There is no router: the domain of a sequence selects the expert. So in training a rank runs only the
+experts whose data it reads, and the forward pass needs no communication.
 Source: Gururangan et al. 2022 (DEMix), section 3.
 """
 
@@ -14,10 +14,10 @@ from megamod.errors import UserError
 
 
 class DomainExperts(nn.Module):
-    """One module per domain, called like any one of them.
+    """One module per domain, with the interface of that module.
 
-    In a single process it holds every domain's expert; under training only those of its rank. The
-    attribute `experts` is what `megamod.dist.scope` reads a parameter's domain from.
+    In training a rank holds only the experts of its domains. `megamod.dist.scope` reads a
+    parameter's domain from its name, of which the attribute `experts` is a part.
     """
 
     def __init__(self, build: Callable[[], nn.Module], domains: Sequence[str]):
@@ -50,11 +50,11 @@ class DomainExperts(nn.Module):
 
 
 class _ZeroGradient(torch.autograd.Function):
-    """Identity that hands zero gradients to parameters that took no part.
+    """Identity that gives zero gradients to the parameters of idle experts.
 
-    A ZeRO engine reduces what its backward hooks have seen. Without this, an expert that is idle in
-    the last micro-batch of a step would miss the division by the world size (with overlapped
-    communication) or its update (with an offloaded optimizer).
+    A ZeRO engine reduces the gradients its backward hooks receive. Without this, an expert that is
+    idle in the last micro-batch of a step would miss the division by the world size (with
+    overlapped communication) or its update (with an offloaded optimizer).
     """
 
     @staticmethod

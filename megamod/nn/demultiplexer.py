@@ -1,7 +1,7 @@
-"""Demultiplexers: from the mixed hidden states back to those of each instance.
+"""Demultiplexers: from mixed hidden states to those of each instance.
 
 `index_pos` (RSA) has a learned key per instance; for `index` the key is the hidden state at the
-instance's column of a prefix; `mlp` has a network per instance. All of them can be asked for some
+instance's column of a prefix; `mlp` has a network per instance. The first two can compute selected
 pairs of instance and position only.
 """
 
@@ -17,7 +17,7 @@ from megamod.nn.linear import is_plain
 
 
 class SharedDemux(nn.Module):
-    """What the RSA demultiplexer and the retrieval head have in common: keys and layers.
+    """Keys and layers shared by the RSA demultiplexer and the retrieval head.
 
     `layer_norm_j` is used by the retrieval head alone.
     """
@@ -37,15 +37,15 @@ class SharedDemux(nn.Module):
         return getattr(self, f"dense_{layer}")
 
     def norm(self, layer: int) -> nn.LayerNorm:
-        """The norm of a layer."""
+        """LayerNorm of a layer, 1 to L."""
         return getattr(self, f"layer_norm_{layer}")
 
 
 class RsaDemultiplexer(nn.Module):
-    """Index embeddings as keys: a residual network over [key ; hidden].
+    """Residual network over [key ; hidden], with a learned key per instance.
 
-    Source: Murahari et al. 2023 (MUX-PLM), section 3.1, RSA demultiplexing. As in its release
-    layer L of the shared ones is not used, and there are no norms between them.
+    As in the release, layer L of the shared ones is not used, and there are no norms in between.
+    Source: Murahari et al. 2023 (MUX-PLM), section 3.1, RSA demultiplexing.
     """
 
     def __init__(self, size: int, eps: float, dropout: float):
@@ -62,14 +62,17 @@ class RsaDemultiplexer(nn.Module):
         implementation: str = "auto",
         norm: nn.LayerNorm | None = None,
     ) -> Tensor:
-        """Mixed states [B, L, D] -> [R, D] for pairs, else [B, N, L, D]; see `rsa_demux`.
+        """Demultiplex mixed states [B, L, D] to [R, D] for pairs, else to [B, N, L, D].
 
         Args:
-            norm: that of the encoder's last block, if it is still to be applied to `hidden`.
+            pairs: positions and instances to compute; None for all.
+            implementation: see `rsa_demux`.
+            norm: the encoder's last LayerNorm, if it is not yet applied to `hidden`.
         """
         first, last = shared.dense(1), self.pre_decoder_layer_norm
         between = [shared.dense(layer) for layer in range(2, shared.layers)]
-        if not is_plain(first, *between, self.pre_decoder, last):
+        layers = (first, *between, self.pre_decoder, last, *(() if norm is None else (norm,)))
+        if not is_plain(*layers):
             states = hidden if norm is None else norm(hidden)
             return self._by_modules(shared.demux_instance_embedding, states, first, between, pairs)
         before = None if norm is None else Norm(norm.weight, norm.bias, norm.eps)
@@ -117,17 +120,17 @@ class PrefixDemultiplexer(nn.Module):
     def forward(
         self, hidden: Tensor, instances: int, columns: slice, pairs: Pairs | None = None
     ) -> Tensor:
-        """Demultiplex columns of a mixed sequence whose first ones are the keys.
+        """Demultiplex columns of a mixed sequence whose first columns are the keys.
 
         Args:
             hidden: [B, T, D], prefix first.
-            columns: which are wanted; ignored with pairs.
-            pairs: which positions of which instances, in place of columns.
+            columns: columns to compute; ignored with pairs.
+            pairs: positions and instances to compute, in place of columns.
         Returns:
             [R, D] for pairs, else [B, N, columns, D].
         """
-        wanted = hidden if pairs is not None else hidden[:, columns]
-        return self.layer_norm(F.gelu(keyed(wanted, hidden[:, :instances], self.dense, pairs)))
+        selected = hidden if pairs is not None else hidden[:, columns]
+        return self.layer_norm(F.gelu(keyed(selected, hidden[:, :instances], self.dense, pairs)))
 
 
 class MlpDemux(nn.Module):
@@ -145,11 +148,11 @@ class MlpDemux(nn.Module):
             self.add_module(f"layer_norm_{instance}", nn.LayerNorm(size, eps=eps))
 
     def forward(self, hidden: Tensor, slots: Tensor | None = None) -> Tensor:
-        """Mixed states of every instance, or of one instance per position.
+        """Compute the states of every instance, or of one instance per position.
 
         Args:
             hidden: [B, L, D].
-            slots: [B, L] int64, an instance per position; None for all instances.
+            slots: [B, L] int64, the instance of each position; None for all instances.
         Returns:
             [B, L, D] for slots, else [B, N, L, D].
         """
@@ -172,7 +175,7 @@ def keyed(hidden: Tensor, key: Tensor, dense: nn.Module, pairs: Pairs | None) ->
         hidden: [B, L, D].
         key: [N, D], or [B, N, D] where each group has its own.
         dense: from 2 D to D features, key columns first.
-        pairs: which positions of which instances; None for all.
+        pairs: positions and instances to compute; None for all.
     Returns:
         [R, D] for pairs, else [B, N, L, D].
     """
@@ -181,7 +184,7 @@ def keyed(hidden: Tensor, key: Tensor, dense: nn.Module, pairs: Pairs | None) ->
     weight, bias = dense.weight, dense.bias
     if pairs is None or len(pairs.group) >= hidden.shape[0] * hidden.shape[1]:
         return add_pairs(*split_projection(hidden, key, weight, bias), pairs)
-    # Fewer pairs than positions: gather first, so that no position is projected for nothing.
+    # Fewer pairs than positions: gather first, so that no unused position is projected.
     chosen = hidden[pairs.group, pairs.position]
     part, keys = split_projection(chosen, key, weight, bias)
     return part + (keys[pairs.instance] if key.dim() == 2 else keys[pairs.group, pairs.instance])

@@ -1,4 +1,4 @@
-"""The encoder of BERT, ELECTRA and RoBERTa: embeddings and post-norm blocks.
+"""Encoder of BERT, ELECTRA and RoBERTa: embeddings and post-norm blocks.
 
 Parameters have the names of the published checkpoints (`attention.self.query`, ...).
 """
@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from megamod.nn.linear import Linear, is_plain
 
-MASKED = -10000.0  # what BERT adds to the score of a masked key; finite, so all may be masked
+MASKED = -10000.0  # added to the scores of masked keys, as in BERT; finite, so all may be masked
 
 
 class EncoderEmbeddings(nn.Module):
@@ -74,20 +74,20 @@ class EncoderEmbeddings(nn.Module):
         second: Tensor | None,
         implementation: str,
     ) -> Tensor:
-        """Embed instances, mix them by their keys, embed the mix: as one operation.
+        """Embed instances, multiplex them, and embed the result: one operation, `mux_embed`.
 
         Args:
             ids: [B * N, T].
             key: [N, D].
             token_type_ids: [B * N, T].
-            first, second: positions of instances, [B * N, T] or [1, T], and of the mix, [B, T] or
-                [1, T]; None for consecutive ones.
+            first, second: positions of instances, [B * N, T] or [1, T], and of the multiplexed
+                sequence, [B, T] or [1, T]; None for consecutive ones.
         Returns:
-            [B, T, D], see `mux_embed`.
+            [B, T, D].
         """
         dropout = self.dropout.p if self.training else 0.0
-        given = (ids, key, self._tables(), token_type_ids, first, second)
-        return mux_embed(*given, dropout, implementation)
+        inputs = (ids, key, self._tables(), token_type_ids, first, second)
+        return mux_embed(*inputs, dropout, implementation)
 
     def multiplexed_attention(
         self,
@@ -100,13 +100,13 @@ class EncoderEmbeddings(nn.Module):
         mask: Tensor | None,
         implementation: str,
     ) -> tuple[Tensor, Tensor]:
-        """The same, and what the heads of the first block make of it.
+        """`multiplexed` and the attention of the first block, as one operation.
 
         Args:
-            block: the first one.
+            block: the first block.
             mask: as of `EncoderLayer.attend`.
         Returns:
-            what `multiplexed` does, and the block's `attended`; both [B, T, D].
+            the result of `multiplexed`, and `attended` for the block; both [B, T, D].
         """
         projections = [
             (block.attention["self"][name].weight, block.attention["self"][name].bias)
@@ -129,7 +129,7 @@ class EncoderEmbeddings(nn.Module):
         return x, attended
 
     def is_plain(self) -> bool:
-        """True if the tables and the norm are all there is to it, as kernels take it."""
+        """True if kernels may read the tables and the norm in place of calling the modules."""
         tables = (self.word_embeddings, self.position_embeddings, self.token_type_embeddings)
         return is_plain(*tables, self.LayerNorm)
 
@@ -177,12 +177,12 @@ class EncoderLayer(nn.Module):
         attended: Tensor | None = None,
         norm: bool = True,
     ) -> Tensor:
-        """One block: [B, L, D] -> [B, queries or L, D].
+        """Apply the block: [B, L, D] -> [B, queries or L, D].
 
         Args:
             x, mask, queries: as of `attend`.
-            attended: what the heads make of x, [B, L, D], where that is known already.
-            norm: False if whoever reads the result applies the last norm.
+            attended: output of the attention heads on x [B, L, D], if it is computed already.
+            norm: False leaves the final LayerNorm to the caller.
         """
         if attended is None:
             x = self.attend(x, mask, queries)
@@ -197,22 +197,22 @@ class EncoderLayer(nn.Module):
         queries: int | None = None,
         conditions: tuple[Tensor, ...] = (),
     ) -> Tensor:
-        """The first half.
+        """Attention, residual and norm: the first half of the block.
 
         Args:
             x: [B, L, D].
             mask: broadcastable to [B, 1, L, L] over queries and keys: bool, True where a key is
                 seen, or float, added to the scores; None if all see all.
-            queries: compute the first so many positions only; they still see all of x.
-            conditions: what the norm is given besides.
+            queries: compute this many first positions only; they still attend to all of x.
+            conditions: further arguments of the norm.
         Returns:
             [B, queries or L, D].
         """
         project = self.attention["self"]
-        asked = x if queries is None else x[:, :queries]
+        asking = x if queries is None else x[:, :queries]
         query, key, value = (
-            project[name](given).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, H, L, K]
-            for name, given in (("query", asked), ("key", x), ("value", x))
+            project[name](states).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, H, L, K]
+            for name, states in (("query", asking), ("key", x), ("value", x))
         )
         if mask is not None and queries is not None and mask.shape[-2] > 1:
             mask = mask[..., :queries, :]
@@ -224,27 +224,27 @@ class EncoderLayer(nn.Module):
             dropout_p=self.attention_dropout if self.training else 0.0,
         )
         mixed = mixed.transpose(1, 2).flatten(2)
-        return self._residual(self.attention["output"], mixed, asked, conditions)
+        return self._residual(self.attention["output"], mixed, asking, conditions)
 
     def feed(self, x: Tensor, conditions: tuple[Tensor, ...] = (), norm: bool = True) -> Tensor:
-        """The second half, of which every position is alone: [B, L, D] -> [B, L, D]."""
+        """Feed-forward, residual and norm: the second half of the block, [B, L, D] -> [B, L, D]."""
         inner = F.gelu(self.intermediate["dense"](x))
         return self._residual(self.output, inner, x, conditions, norm)
 
     def _residual(
         self,
         part: nn.ModuleDict,
-        given: Tensor,
+        inner: Tensor,
         x: Tensor,
         conditions: tuple[Tensor, ...] = (),
         norm: bool = True,
     ) -> Tensor:
-        total = self.dropout(part["dense"](given)) + x
+        total = self.dropout(part["dense"](inner)) + x
         return part["LayerNorm"](total, *conditions) if norm else total
 
 
 class Encoder(nn.Module):
-    """Blocks one after the other; each may be computed again in backward instead of kept."""
+    """Stack of blocks, with gradient checkpointing."""
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__()
@@ -259,17 +259,18 @@ class Encoder(nn.Module):
         attended: Tensor | None = None,
         norm: bool = True,
     ) -> Tensor:
-        """[B, L, D] -> [B, queries or L, D]: the last block leaves out what nobody reads.
+        """Apply all blocks: [B, L, D] -> [B, queries or L, D].
 
-        Arguments as of `EncoderLayer.forward`: `attended` of the first block, `norm` of the last.
+        Arguments as of `EncoderLayer.forward`: `attended` of the first block, `queries` and `norm`
+        of the last.
         """
         for number, layer in enumerate(self.layer):
             last = number == len(self.layer) - 1
-            given = (x, mask, queries if last else None, attended, norm or not last)
+            inputs = (x, mask, queries if last else None, attended, norm or not last)
             if self.gradient_checkpointing and self.training:
-                x = self._gradient_checkpointing_func(layer.__call__, *given)
+                x = self._gradient_checkpointing_func(layer.__call__, *inputs)
             else:
-                x = layer(*given)
+                x = layer(*inputs)
             attended = None
         return x
 
@@ -278,7 +279,7 @@ class EncoderModel(nn.Module):
     """Embeddings, their projection where they are narrower, and blocks.
 
     Args:
-        own_embeddings: False if those of another model are passed to each call.
+        own_embeddings: False if the caller has the embeddings, of another model.
     """
 
     def __init__(self, config: PreTrainedConfig, own_embeddings: bool = True):
@@ -298,19 +299,19 @@ class EncoderModel(nn.Module):
         attended: Tensor | None = None,
         norm: bool = True,
     ) -> Tensor:
-        """From embeddings [B, L, D'] to hidden states [B, queries or L, D]; see `Encoder`."""
+        """Embeddings [B, L, D'] -> hidden states [B, queries or L, D]; see `Encoder.forward`."""
         if hasattr(self, "embeddings_project"):
             x = self.embeddings_project(x)
         return self.encoder(x, mask, queries, attended, norm)
 
 
 def key_mask(attention_mask: Tensor) -> Tensor:
-    """What to add to attention scores: [R, L], nonzero at real tokens -> float [R, 1, 1, L]."""
+    """Additive mask of attention scores: [R, L], nonzero at real tokens -> float [R, 1, 1, L]."""
     return (attention_mask == 0)[:, None, None, :] * MASKED
 
 
 def padding_aware_positions(input_ids: Tensor, pad_token_id: int) -> Tensor:
-    """RoBERTa's rows of the position table: tokens are counted without padding, [R, T] -> [R, T].
+    """Rows of RoBERTa's position table, padding not counted: ids [R, T] -> [R, T].
 
     The first token has row pad_token_id + 1, padding has row pad_token_id.
     """
@@ -319,10 +320,10 @@ def padding_aware_positions(input_ids: Tensor, pad_token_id: int) -> Tensor:
 
 
 def draw_weights(module: nn.Module, std: float) -> None:
-    """BERT's initialisation of one module, children left alone, from torch's global generator.
+    """Initialise one module as BERT does, without its children, from torch's global generator.
 
-    Layers with the attribute `default_initialisation` keep that of torch. The embedding of padding
-    is 0. Weights that were loaded from a file stay as they are.
+    Layers with the attribute `default_initialisation` keep torch's own initialisation. The
+    embedding of padding is 0. Weights loaded from a file do not change.
     """
     if isinstance(module, nn.Linear):
         if getattr(module, "default_initialisation", False):
@@ -340,7 +341,7 @@ def draw_weights(module: nn.Module, std: float) -> None:
 
 
 def was_loaded(parameter: Tensor) -> bool:
-    """True inside `from_pretrained` for what a file held; whole tensors it guards by itself."""
+    """True inside `from_pretrained` for weights from a file, of which parts must not be set."""
     return getattr(parameter, "_is_hf_initialized", False)
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-LEAST_PRODUCTS = 1 << 21  # below, the dozen microseconds that a call of oneDNN costs are felt
+LEAST_PRODUCTS = 1 << 21  # below, the overhead of a call of oneDNN (12 us) is more than it saves
 USES_ONEDNN = (
     torch.backends.mkldnn.is_available()
     and torch.backends.cpu.get_cpu_capability() == "AVX512"
@@ -13,11 +13,11 @@ USES_ONEDNN = (
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`; in inference on a processor with AVX-512, large float32 products are oneDNN's.
+    """`nn.Linear`, with oneDNN for large float32 products in inference on AVX-512 processors.
 
-    There `F.linear` calls MKL, which on processors other than Intel's leaves half of their vector
-    units idle. Results differ by rounding alone. With gradients, under autocast, on other devices
-    and while a graph is traced it is the layer of torch.
+    There `F.linear` calls MKL, which uses half of the vector units of other processors than
+    Intel's. Results differ by rounding only. With gradients, under autocast, on other devices and
+    while a graph is traced, it is the layer of torch.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -36,9 +36,9 @@ class Linear(nn.Linear):
 
 
 def is_plain(*modules: nn.Module) -> bool:
-    """True if each module's result follows from its `weight` and `bias` as torch defines it.
+    """True if `weight` and `bias` of each module define its result as in torch.
 
-    An adapter (LoRA) or a quantised layer in the place of a layer of ours has a `weight` too, which
-    is not the whole truth. Code that reads weights directly must call such modules instead.
+    An adapter (LoRA) or a quantised layer that replaced a layer also has a `weight`, but computes
+    something else. Code that reads weights must call such modules instead.
     """
     return all(type(m) in (nn.Linear, Linear, nn.LayerNorm, nn.Embedding) for m in modules)

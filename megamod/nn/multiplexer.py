@@ -1,7 +1,7 @@
 """Multiplexers: embeddings of N instances become one sequence.
 
-`instance_embedding` (the keys) and the blocks of the contextual multiplexers belong to the model
-that uses them: so they are called in published checkpoints.
+The keys (`instance_embedding`) and the blocks of the contextual multiplexers are parameters of the
+model that uses them, because published checkpoints name them so.
 """
 
 import torch
@@ -33,11 +33,11 @@ def draw_keys(
     epsilon: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """New keys of a multiplexer, in float32 on the CPU.
+    """Draw the keys of a multiplexer, in float32 on the CPU.
 
     Args:
         norm: length of each vector (gaussian variants).
-        epsilon: by how much neighbouring chunks overlap, from 0 to 1 (binary_hadamard).
+        epsilon: overlap of neighbouring chunks, from 0 to 1 (binary_hadamard).
     Returns:
         [N, D] or [N, D, D], see `key_shape`.
     Source: Murahari et al. 2022 (DataMUX), section 3.1; 2023 (MUX-PLM), section 3.1 and release.
@@ -56,11 +56,11 @@ def draw_keys(
 
 
 def multiplex_orthogonal(x: Tensor, key: Tensor) -> Tensor:
-    """Sum of V_i x_i over instances, divided by sqrt(N): one product over N * D columns.
+    """Sum V_i x_i over instances and divide by sqrt(N), as one product over N * D columns.
 
     Args:
         x: [B, N, L, D].
-        key: [N, D, D], matrices that are applied from the left.
+        key: [N, D, D], matrices V_i, multiplied from the left.
     Returns:
         [B, L, D].
     """
@@ -78,14 +78,14 @@ def multiplex_contextual(
     mask_instances: bool,
     implementation: str = "auto",
 ) -> Tensor:
-    """Attention over each instance's tokens, keys, attention over the instances of each position.
+    """Attend over each instance's tokens, multiply by keys, attend over instances per position.
 
     Args:
         x: [B, N, L, D].
         key: [N, D].
         attention_mask: [B * N, L], nonzero at real tokens; None if all are.
-        mask_instances: whether padding is masked in the second attention as well.
-        implementation: of what is done among instances, see `slot_attention`.
+        mask_instances: mask padding in the second attention too.
+        implementation: of the attention over instances, see `slot_attention`.
     Returns:
         [B, L, D].
     Source: Murahari et al. 2023, section 3.1, contextual multiplexer; `gaussian_attention_v2`.
@@ -111,7 +111,7 @@ def multiplex_contextual(
 def _attend_over_instances(
     block: EncoderLayer, x: Tensor, key: Tensor, seen: Tensor | None, implementation: str
 ) -> Tensor:
-    """`block.attend` of x * key over its second dimension; neither permuted nor multiplied first.
+    """`block.attend` of x * key over instances, without storing x * key or its permutation.
 
     Args:
         x: [B, N, L, D].
@@ -135,7 +135,7 @@ def _attend_over_instances(
 def multiplex_contextual_v1(
     x: Tensor, key: Tensor, over_tokens: EncoderLayer, across: nn.Linear, norm: nn.LayerNorm
 ) -> Tensor:
-    """Attention over each marked instance's tokens, plus what the instances have in common.
+    """Attend over the tokens of each keyed instance, average, and add a term of their mean.
 
     Args:
         x: [B, N, L, D].
@@ -145,8 +145,8 @@ def multiplex_contextual_v1(
     Source: `gaussian_attention` of the release of Murahari et al. 2023.
     """
     marked = x * key[:, None].to(x.dtype)
-    common = norm(F.gelu(across(marked.mean(1))))
-    return over_tokens(marked.flatten(0, 1)).view_as(x).mean(1) + common
+    of_mean = norm(F.gelu(across(marked.mean(1))))
+    return over_tokens(marked.flatten(0, 1)).view_as(x).mean(1) + of_mean
 
 
 def _chunks(instances: int, size: int, epsilon: float) -> Tensor:
@@ -168,6 +168,6 @@ def _orthogonal(size: int, generator: torch.Generator | None) -> Tensor:
 
 
 def _rotation(matrix: Tensor) -> Tensor:
-    """The same with determinant 1: uniform over rotations if it was over the group."""
+    """Flip one column if the determinant is -1: uniform over rotations for a uniform `matrix`."""
     sign = torch.linalg.det(matrix).sign()
     return torch.cat([matrix[:, :1] * sign, matrix[:, 1:]], 1)

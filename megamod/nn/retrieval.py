@@ -1,7 +1,7 @@
-"""Retrieving tokens: what the demultiplexer must be able to do before any task.
+"""Token retrieval, the warm-up task of multiplexed encoders, and heads over the vocabulary.
 
-For each position of a mixed sequence one instance is drawn; the head says which token that instance
-had there. The same heads are those of masked-language models.
+For each position of a mixed sequence an instance is drawn, and the head predicts the token that
+this instance has there. Masked language models use the same heads.
 """
 
 import torch
@@ -14,13 +14,13 @@ from megamod.nn.demultiplexer import MlpDemux, SharedDemux, keyed
 from megamod.nn.linear import is_plain
 
 IGNORED = -100
-_SCORED_TOGETHER = 2**24  # logits of one chunk whose largest is looked for
+_SCORED_TOGETHER = 2**24  # logits of a chunk in which the largest is searched
 
 
 def draw_slots(
     groups: int, length: int, instances: int, start: int, device: torch.device
 ) -> Tensor:
-    """An instance for each position, [B, T] int64; 0 in front of `start`."""
+    """Draw an instance for each position, [B, T] int64; 0 before `start`."""
     slots = torch.randint(instances, (groups, length), device=device)
     slots[:, :start] = 0
     return slots
@@ -34,13 +34,13 @@ def retrieval_targets(
     ignored_id: int | None = None,
     kept: Tensor | None = None,
 ) -> Tensor:
-    """Which token the head must say at each position.
+    """Token to predict at each position.
 
     Args:
-        ids_fed: [B * N, T] ids the model embedded (masks, prefix and overwritten columns included).
-        slots: [B, T] int64, the instance that is asked for.
-        start: columns in front of this one have no target.
-        ignored_id: a token that is no target (padding); None if all are.
+        ids_fed: [B * N, T] ids as embedded, with masks, prefix and overwritten columns.
+        slots: [B, T] int64, the instance of each position.
+        start: columns before this one have no target.
+        ignored_id: a token that is no target (padding); None: every token is one.
         kept: [B, T] bool; other positions have no target.
     Returns:
         [B, T] int64, -100 where there is no target.
@@ -64,13 +64,13 @@ def retrieval_targets(
 
 
 def pairs_at(slots: Tensor, chosen: Tensor) -> Pairs:
-    """Pairs for the chosen positions: slots [B, T] and chosen [B, T] bool."""
+    """Pairs at the chosen positions, from slots [B, T] and chosen [B, T] bool."""
     group, position = chosen.nonzero(as_tuple=True)
     return Pairs(group, slots[group, position], position)
 
 
 def pairs_of_rows(chosen: Tensor, instances: int) -> Pairs:
-    """Pairs for chosen positions of rows: [B * N, T] bool, row r being instance r % N."""
+    """Pairs at chosen positions [B * N, T] bool; row r is instance r % N of group r // N."""
     row, position = chosen.nonzero(as_tuple=True)
     return Pairs(row // instances, row % instances, position)
 
@@ -78,36 +78,36 @@ def pairs_of_rows(chosen: Tensor, instances: int) -> Pairs:
 def token_scores(
     states: Tensor, decoder: nn.Linear, labels: Tensor, *, keep_logits: bool, count: bool = True
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """How well tokens are predicted.
+    """Score token predictions.
 
     Args:
         states: [R, D].
         labels: [R] int64.
-        keep_logits: return logits; else they are never held at once.
-        count: whether right answers are counted.
+        keep_logits: return the logits; otherwise they are never held all at once.
+        count: count correct predictions.
     Returns:
-        summed loss (nats, float32), number of right answers, logits [R, V]; the latter or None.
+        summed loss (nats, float32), number of correct predictions or None, logits [R, V] or None.
     """
     if keep_logits or not is_plain(decoder):
         logits = decoder(states)
         total = F.cross_entropy(logits.float(), labels, reduction="sum")
-        right = (logits.argmax(-1) == labels).sum() if count else None
-        return total, right, logits if keep_logits else None
+        correct = (logits.argmax(-1) == labels).sum() if count else None
+        return total, correct, logits if keep_logits else None
     # The bias is one more column of the matrix; columns of zeros keep rows aligned.
     extra = torch.zeros(8, decoder.out_features, dtype=states.dtype, device=states.device)
     extra = torch.cat([decoder.bias.to(states.dtype)[None], extra[1:]]).T
-    one = F.pad(states.new_ones(len(states), 1), (0, 7))
+    ones = F.pad(states.new_ones(len(states), 1), (0, 7))
     weight = torch.cat([decoder.weight.to(states.dtype), extra], 1)
-    total, _ = linear_cross_entropy(torch.cat([states, one], 1), weight, labels)
-    return total, _right(states, decoder, labels) if count else None, None
+    total, _ = linear_cross_entropy(torch.cat([states, ones], 1), weight, labels)
+    return total, _correct(states, decoder, labels) if count else None, None
 
 
 class RetrievalHead(nn.Module):
-    """Tokens from pairs of key and hidden state, by the layers shared with the demultiplexer.
+    """Head over the vocabulary on [key ; hidden], with the layers shared with the demultiplexer.
 
     Args:
-        layers: how many of the shared layers are used.
-        residual: whether each layer but the first adds to its input (ELECTRA) or not (BERT).
+        layers: number of shared layers to use.
+        residual: each layer but the first adds its input to its output (ELECTRA; not BERT).
     Source: Murahari et al. 2023, section 3.1, and its release.
     """
 
@@ -119,7 +119,7 @@ class RetrievalHead(nn.Module):
         self.decoder = nn.Linear(size, vocab_size)
 
     def forward(self, shared: SharedDemux, hidden: Tensor, pairs: Pairs | None) -> Tensor:
-        """States in front of `decoder`: [B, T, D] -> [R, D] for pairs, else [B, N, T, D]."""
+        """Inputs of `decoder`: [B, T, D] -> [R, D] for pairs, else [B, N, T, D]."""
         first = shared.dense(1)
         key = shared.demux_instance_embedding.to(hidden.dtype)
         x = shared.norm(1)(F.gelu(keyed(hidden, key, first, pairs)))
@@ -132,7 +132,7 @@ class RetrievalHead(nn.Module):
 
 
 class PrefixRetrievalHead(nn.Module):
-    """The same where an instance's key is its column of the prefix."""
+    """Head over the vocabulary whose key is the instance's column of the prefix."""
 
     def __init__(self, size: int, vocab_size: int, eps: float):
         super().__init__()
@@ -141,13 +141,13 @@ class PrefixRetrievalHead(nn.Module):
         self.decoder = nn.Linear(size, vocab_size)
 
     def forward(self, hidden: Tensor, instances: int, pairs: Pairs | None) -> Tensor:
-        """States in front of `decoder`: [B, T, D] -> [R, D] for pairs, else [B, N, T, D]."""
+        """Inputs of `decoder`: [B, T, D] -> [R, D] for pairs, else [B, N, T, D]."""
         key = hidden[:, :instances]
         return self.layer_norm(F.gelu(keyed(hidden, key, self.dense, pairs)))
 
 
 class MlpRetrievalHead(nn.Module):
-    """The same with a network per instance, of its own. Source: the release of DataMUX."""
+    """Head over the vocabulary with a network per instance. Source: the release of DataMUX."""
 
     def __init__(self, instances: int, size: int, vocab_size: int, eps: float, dropout: float):
         super().__init__()
@@ -157,14 +157,14 @@ class MlpRetrievalHead(nn.Module):
         self.decoder = nn.Linear(size, vocab_size)
 
     def forward(self, hidden: Tensor, slots: Tensor) -> Tensor:
-        """States in front of `decoder` for one instance per position: [B, T, D] -> [B, T, D]."""
+        """Inputs of `decoder` for the instance of each position: [B, T, D] -> [B, T, D]."""
         return self.layer_norm_pre_vocab(
             F.gelu(self.dense_pre_vocab(self.demux_module(hidden, slots)))
         )
 
 
 @torch.no_grad()
-def _right(states: Tensor, decoder: nn.Linear, labels: Tensor) -> Tensor:
+def _correct(states: Tensor, decoder: nn.Linear, labels: Tensor) -> Tensor:
     rows = max(1, _SCORED_TOGETHER // decoder.out_features)
-    found = [decoder(part).argmax(-1) for part in states.split(rows)] if len(states) else []
-    return (torch.cat(found) == labels).sum() if found else labels.new_zeros(())
+    predicted = [decoder(part).argmax(-1) for part in states.split(rows)] if len(states) else []
+    return (torch.cat(predicted) == labels).sum() if predicted else labels.new_zeros(())

@@ -1,7 +1,7 @@
 """Heads of many tasks in one batch: logits, losses and uncertainty, row by row.
 
-All heads lie in one tensor, padded to the largest number of labels, so that the same parameters
-take part in every batch. Which task a row belongs to is a number, never a branch.
+All heads are one tensor, padded to the largest number of labels, so that the same parameters take
+part in every batch: the task of a row is an index, never a branch.
 """
 
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ IGNORED = -100
 
 
 class TaskScores(NamedTuple):
-    """Sums by task.
+    """Summed losses and numbers of items by task.
 
     Attributes:
-        totals: [T] float32, summed loss of the items of each task, nats (squared error of values).
+        totals: [T] float32, summed loss of each task: nats, of regressions squared errors.
         items: [T] float32, rows, or labelled tokens.
     """
 
@@ -43,7 +43,7 @@ class TaskHeads(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def draw(self, std: float) -> None:
-        """New weights, normal; no bias."""
+        """Draw the weights from a normal distribution and set the biases to 0."""
         nn.init.normal_(self.weight, std=std)
         nn.init.zeros_(self.bias)
 
@@ -52,16 +52,16 @@ class TaskHeads(nn.Module):
         return torch.tensor([k == kind for k in self.kinds], device=task_of.device)[task_of]
 
     def row_logits(self, pooled: Tensor, task_of: Tensor) -> Tensor:
-        """[B, D] -> [B, C], C of the largest task; what a task has not got is very small."""
+        """Logits of rows: [B, D] -> [B, C], C of the largest task, unused ones very small."""
         logits = torch.einsum("bd,bcd->bc", self.dropout(pooled), self.weight[task_of])
-        return self._only_own(logits + self.bias[task_of], task_of)
+        return self._mask_unused(logits + self.bias[task_of], task_of)
 
     def token_logits(self, states: Tensor, task_of: Tensor) -> Tensor | None:
-        """[B, L, D] -> [B, L, C]; None if no task has labels of tokens."""
+        """Logits of tokens: [B, L, D] -> [B, L, C]; None if no task has labels of tokens."""
         if "token" not in self.kinds:
             return None
         logits = torch.einsum("bld,bcd->blc", self.dropout(states), self.weight[task_of])
-        return self._only_own(logits + self.bias[task_of][:, None], task_of)
+        return self._mask_unused(logits + self.bias[task_of][:, None], task_of)
 
     def scores(
         self,
@@ -71,10 +71,10 @@ class TaskHeads(nn.Module):
         labels: Tensor | None,
         token_labels: Tensor | None,
     ) -> TaskScores:
-        """Losses by task.
+        """Compute the losses by task.
 
         Args:
-            rows, tokens: logits, see above.
+            rows, tokens: results of `row_logits` and `token_logits`.
             labels: [B] float32, classes or values, of rows of tasks without token labels.
             token_labels: [B, L] int64, -100 where there is none.
         """
@@ -82,8 +82,8 @@ class TaskHeads(nn.Module):
         items = torch.zeros_like(loss)
         if labels is not None:
             classes, values = self.of_kind("sequence", task_of), self.of_kind("regression", task_of)
-            wanted = torch.where(classes, labels, 0).long()
-            entropy = F.cross_entropy(rows.float(), wanted, reduction="none")
+            targets = torch.where(classes, labels, 0).long()
+            entropy = F.cross_entropy(rows.float(), targets, reduction="none")
             error = (rows[:, 0].float() - torch.where(values, labels, 0).float()) ** 2
             loss = torch.where(classes, entropy, torch.where(values, error, 0.0))
             items = (classes | values).float()
@@ -94,8 +94,8 @@ class TaskHeads(nn.Module):
             of_tokens = self.of_kind("token", task_of)
             loss = torch.where(of_tokens, entropy.sum(1), loss)
             items = torch.where(of_tokens, (token_labels != IGNORED).sum(1).float(), items)
-        nothing = loss.new_zeros(len(self.sizes))
-        return TaskScores(nothing.index_add(0, task_of, loss), nothing.index_add(0, task_of, items))
+        zeros = loss.new_zeros(len(self.sizes))
+        return TaskScores(zeros.index_add(0, task_of, loss), zeros.index_add(0, task_of, items))
 
     @torch.no_grad()
     def entropy(
@@ -105,9 +105,9 @@ class TaskHeads(nn.Module):
         task_of: Tensor,
         token_labels: Tensor | None = None,
     ) -> Tensor:
-        """How unsure the model is about each row: its answer's entropy over that of a guess.
+        """Entropy of each row's prediction divided by that of a uniform one.
 
-        Of labels of tokens it is the mean over labelled positions; of a regression it is 0.
+        For labels of tokens this is the mean over labelled positions; for a regression it is 0.
 
         Returns:
             [B] float32, 0 to 1.
@@ -115,22 +115,23 @@ class TaskHeads(nn.Module):
         """
         sizes = torch.tensor(self.sizes, device=rows.device, dtype=torch.float32)
         most = (sizes.log() + 1e-5)[task_of]
-        found = _entropy(rows) / most
+        relative = _entropy(rows) / most
         if tokens is not None and token_labels is not None:
-            there = token_labels != IGNORED
-            mean = (_entropy(tokens) * there).sum(1) / there.sum(1).clamp(min=1)
-            found = torch.where(self.of_kind("token", task_of), mean / most, found)
-        return found
+            labelled = token_labels != IGNORED
+            mean = (_entropy(tokens) * labelled).sum(1) / labelled.sum(1).clamp(min=1)
+            relative = torch.where(self.of_kind("token", task_of), mean / most, relative)
+        return relative
 
-    def _only_own(self, logits: Tensor, task_of: Tensor) -> Tensor:
+    def _mask_unused(self, logits: Tensor, task_of: Tensor) -> Tensor:
+        """Make logits beyond the number of labels of a row's task very small."""
         sizes = torch.tensor(self.sizes, device=logits.device)[task_of]
-        own = torch.arange(logits.shape[-1], device=logits.device) < sizes[:, None]
+        used = torch.arange(logits.shape[-1], device=logits.device) < sizes[:, None]
         if logits.dim() == 3:
-            own = own[:, None]
-        return logits.masked_fill(~own, torch.finfo(logits.dtype).min)
+            used = used[:, None]
+        return logits.masked_fill(~used, torch.finfo(logits.dtype).min)
 
 
 def _entropy(logits: Tensor) -> Tensor:
-    """[..., C] -> [...], nats, float32."""
+    """Entropy of softmax(logits): [..., C] -> [...], nats, float32."""
     log_p = logits.float().log_softmax(-1)
     return -(log_p.exp() * log_p.clamp(min=-1e30)).sum(-1)

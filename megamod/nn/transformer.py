@@ -13,7 +13,7 @@ POSITION_OFFSET = 2  # row 0 of a position table is never used, row 1 belongs to
 
 
 class FeedForward(nn.Module):
-    """fc2(gelu(fc1 x)), the exact (erf) GELU. What DEMix gives each domain a copy of."""
+    """fc2(gelu(fc1 x)) with the exact (erf) GELU; in DEMix each domain has a copy."""
 
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
@@ -53,9 +53,9 @@ class DecoderBlock(nn.Module):
 
 
 class Embeddings(nn.Module):
-    """sqrt(D) * token + learned position, no norm: fairseq's decoder with `embed_scale`.
+    """sqrt(D) * token + learned position, without a norm: fairseq's decoder with `embed_scale`.
 
-    The position table has two rows more than positions; row 1 is padding's and stays zero.
+    The position table has two more rows than positions; row 1 belongs to padding and stays zero.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int, max_positions: int, pad_id: int):
@@ -80,20 +80,20 @@ class Embeddings(nn.Module):
 
 
 def positions_of(attention_mask: Tensor) -> Tensor:
-    """Rank of each real token in its row: [B, S] mask -> [B, S] int64, -1 at padding."""
+    """Position of each real token in its row: mask [B, S] -> [B, S] int64, -1 at padding."""
     mask = attention_mask.long()
     return mask.cumsum(1) * mask - 1
 
 
 def causal_mask(attention_mask: Tensor, queries: int) -> Tensor:
-    """Who sees whom where there is padding.
+    """Causal attention mask with padding.
 
     Args:
         attention_mask: [B, S], nonzero at real tokens, earlier (cached) positions first.
-        queries: L, the number of trailing positions that ask.
+        queries: L, number of trailing positions that attend.
     Returns:
-        bool [B, 1, L, S]. A row that would see nothing (padding on the left) sees itself, so that
-        no softmax is taken over an empty set.
+        bool [B, 1, L, S]. A position that would see nothing (padding on the left) sees itself, so
+        that no softmax is over an empty set.
     """
     size = attention_mask.shape[1]
     causal = torch.ones(size, size, dtype=torch.bool, device=attention_mask.device).tril()

@@ -38,8 +38,8 @@ def test_equals_loops_over_heads(implementation, padded):
         real[0, 3:] = False  # on the right
         real[1, :2] = False  # on the left
     seen = torch.ones(5, 5).tril().bool()[None] & real[:, None, :]
-    for place in range(2 if padded else 0):
-        seen[1, place, place] = True
+    for position in range(2 if padded else 0):
+        seen[1, position, position] = True
     output = module(x, causal_mask(real, 5) if padded else None)
     close_to = 1e-12 if implementation == "sdpa" else 1e-6  # its softmax is taken in float32
     torch.testing.assert_close(output, naive(module, x, seen), rtol=0, atol=close_to)

@@ -8,14 +8,14 @@ from megamod.nn.demix import DomainExperts, domain_experts
 DOMAINS = ["law", "med", "code"]
 
 
-def test_the_chosen_expert_answers():
+def test_the_chosen_expert_is_applied():
     experts, x = DomainExperts(lambda: nn.Linear(3, 2), DOMAINS), torch.randn(4, 3)
     for domain in DOMAINS:
         experts.domain = domain
         assert torch.equal(experts(x), experts.experts[domain](x))
 
 
-def test_without_a_choice_there_is_a_message_and_with_one_expert_no_need():
+def test_several_experts_need_a_choice_and_one_does_not():
     with pytest.raises(ValueError, match=r"choose one of the domains law, med, code: .*set_domain"):
         DomainExperts(lambda: nn.Linear(3, 2), DOMAINS)(torch.zeros(1, 3))
     alone = DomainExperts(lambda: nn.Linear(3, 2), ["law"])
@@ -29,26 +29,26 @@ def test_parameter_names_carry_the_domain():
     assert [domain_of_name(name) for name in names] == [d for d in DOMAINS for _ in range(2)]
 
 
-def test_idle_experts_get_zero_gradients_and_the_others_their_own():
+def test_idle_experts_get_zero_gradients():
     torch.manual_seed(0)
     experts, x = DomainExperts(lambda: nn.Linear(3, 2), DOMAINS), torch.randn(4, 3)
     x.requires_grad_()
     experts.domain = "med"
     experts(x).square().sum().backward()
-    gradients, own = {name: p.grad for name, p in experts.named_parameters()}, x.grad
+    gradients, of_input = {name: p.grad for name, p in experts.named_parameters()}, x.grad
     alone = nn.Linear(3, 2)
     alone.load_state_dict(experts.experts["med"].state_dict())
     x.grad = None
     alone(x).square().sum().backward()
     torch.testing.assert_close(gradients["experts.med.weight"], alone.weight.grad)
-    torch.testing.assert_close(own, x.grad)
+    torch.testing.assert_close(of_input, x.grad)
     for domain in ("law", "code"):
         for part in ("weight", "bias"):
             gradient = gradients[f"experts.{domain}.{part}"]
             assert gradient is not None and not gradient.any()
 
 
-def test_zero_gradients_do_not_disturb_what_was_accumulated():
+def test_zero_gradients_leave_accumulated_ones_unchanged():
     experts, x = DomainExperts(lambda: nn.Linear(3, 2), DOMAINS), torch.randn(4, 3)
     seen = {}
     for domain in DOMAINS:
@@ -89,5 +89,5 @@ def test_frozen_idle_experts_take_no_part_and_without_gradients_nothing_is_added
 
 
 def test_every_group_inside_a_module_is_found():
-    one, two = (DomainExperts(lambda: nn.Linear(1, 1), DOMAINS) for _ in range(2))
-    assert list(domain_experts(nn.Sequential(one, nn.Sequential(two)))) == [one, two]
+    first, second = (DomainExperts(lambda: nn.Linear(1, 1), DOMAINS) for _ in range(2))
+    assert list(domain_experts(nn.Sequential(first, nn.Sequential(second)))) == [first, second]

@@ -1,4 +1,4 @@
-"""Demultiplexers against concatenation and repetition; what they keep for backward."""
+"""Demultiplexers against concatenation and repetition, and memory kept for backward."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def rsa(layers: int, dropout: float = 0.0) -> tuple[SharedDemux, RsaDemultiplexe
 
 
 def naive_rsa(shared: SharedDemux, demux: RsaDemultiplexer, hidden: Tensor, p: float) -> Tensor:
-    """Every position repeated for every instance, next to its key: [B, N, L, D]."""
+    """Demultiplex with hidden states and keys repeated for every instance: [B, N, L, D]."""
     instances, length = len(shared.demux_instance_embedding), hidden.shape[1]
     repeated = hidden[:, None].repeat(1, instances, 1, 1)
     keys = shared.demux_instance_embedding[None, :, None].repeat(len(hidden), 1, length, 1)
@@ -39,7 +39,7 @@ def naive_rsa(shared: SharedDemux, demux: RsaDemultiplexer, hidden: Tensor, p: f
 
 
 def all_pairs(count: int | None = None) -> Pairs:
-    """Every pair of instance and position in some order, or the first of them."""
+    """All pairs of instance and position in a random order, or the first `count` of them."""
     grid = torch.cartesian_prod(torch.arange(B), torch.arange(N), torch.arange(L))
     group, instance, position = grid[torch.randperm(len(grid))[:count]].T
     return Pairs(group, instance, position)
@@ -74,7 +74,7 @@ def test_rsa_drops_only_in_training():
 
 
 def test_dropout_keeps_the_mean_of_the_first_layer():
-    """With a last layer that is 0 and L = 2 the states are what dropout let through."""
+    """With a last layer of 0 and L = 2 the result is the first layer after dropout."""
     shared, demux = rsa(2, dropout=0.25)
     for parameter in demux.parameters():
         parameter.data.zero_()
@@ -141,12 +141,12 @@ def test_networks_of_instances():
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_memory_kept_for_backward(dropout):
-    """At most 0.35 of what the plain form keeps; a learned key needs its instances besides."""
+    """At most 0.35 of the plain form, plus the instances for a learned key."""
     groups, instances, length, size = 2, 5, 32, 64
     shared = SharedDemux(instances, size, 3, 1e-6)
     demux = RsaDemultiplexer(size, 1e-6, dropout).train()
     x = torch.randn(groups, instances, length, size, requires_grad=True)
-    one, kept = x.nbytes, {}
+    tensor_bytes, kept = x.nbytes, {}
     for learned in (False, True):
         key = nn.Parameter(torch.randn(instances, size), requires_grad=learned)
         parameters = [*shared.parameters(), *demux.parameters(), key]
@@ -156,10 +156,10 @@ def test_memory_kept_for_backward(dropout):
                 lambda key=key: naive_rsa(shared, demux, (x * key[:, None]).mean(1), dropout),
                 parameters,
             )
-    assert naively > 7 * one  # the concatenation alone is two
+    assert naively > 7 * tensor_bytes  # the concatenation alone is two
     assert kept[False] <= 0.35 * naively
-    assert kept[False] < 3.5 * one
-    assert kept[True] == kept[False] + one
+    assert kept[False] < 3.5 * tensor_bytes
+    assert kept[True] == kept[False] + tensor_bytes
 
 
 def saved_bytes(function, excluded: list[Tensor]) -> int:

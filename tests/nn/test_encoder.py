@@ -31,7 +31,7 @@ def config():
     return MuxBertConfig(**SIZES)
 
 
-def test_as_the_encoder_of_transformers(config):
+def test_equals_the_encoder_of_transformers(config):
     torch.manual_seed(0)
     theirs = BertModel(BertConfig(**SIZES), add_pooling_layer=False).eval()
     for parameter in theirs.parameters():
@@ -57,7 +57,7 @@ def test_vectors_in_place_of_words(config):
     assert torch.equal(embeddings(ids, torch.zeros_like(ids), positions), embeddings(ids))
 
 
-def test_roberta_positions_start_behind_padding():
+def test_roberta_positions_start_after_padding():
     torch.manual_seed(0)
     config = MuxRobertaConfig(**SIZES | {"vocab_size": 60000})
     embeddings = EncoderEmbeddings(config, 12).eval()
@@ -85,7 +85,7 @@ def test_first_queries_are_those_of_all(config, queries, masked):
 
 
 def test_all_keys_masked_is_attention_to_all(config):
-    """-10000 everywhere shifts all scores alike: padding of all instances does not become NaN."""
+    """-10000 everywhere shifts all scores equally, so all-padding columns do not become NaN."""
     torch.manual_seed(0)
     layer = EncoderLayer(config).double().eval()
     x = torch.randn(1, 4, 12).double()

@@ -1,4 +1,4 @@
-"""One product, whoever computes it."""
+"""The linear layer with oneDNN against products in float64, and its fallback to torch."""
 
 import pytest
 import torch
@@ -9,14 +9,14 @@ from megamod.nn import linear
 from megamod.nn.linear import Linear
 
 
-def made(given: int, asked: int, bias: bool = True) -> Linear:
+def make_layer(inputs: int, outputs: int, bias: bool = True) -> Linear:
     torch.manual_seed(1)
-    return Linear(given, asked, bias=bias)
+    return Linear(inputs, outputs, bias=bias)
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How often the layer of torch was called."""
+    """Count the calls of the layer of torch."""
     counted = []
     original = F.linear
 
@@ -31,7 +31,7 @@ def calls(monkeypatch):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(200, 256), (2, 90, 256)])
 def test_large_products_in_inference_are_those_in_float64(shape, bias, calls):
-    layer, x = made(256, 128, bias), torch.randn(*shape)
+    layer, x = make_layer(256, 128, bias), torch.randn(*shape)
     with torch.no_grad():
         ours = layer(x)
     assert bool(calls) != linear.USES_ONEDNN
@@ -39,15 +39,15 @@ def test_large_products_in_inference_are_those_in_float64(shape, bias, calls):
     torch.testing.assert_close(ours.double(), exact.detach(), atol=1e-5, rtol=0)
 
 
-def test_columns_that_do_not_lie_together():
-    """As the last block of an encoder asks for them: the first position of each row."""
-    layer, x = made(512, 512), torch.randn(20, 3, 512)
+def test_inputs_that_are_not_contiguous():
+    """The last block of an encoder computes the first position of each row only."""
+    layer, x = make_layer(512, 512), torch.randn(20, 3, 512)
     with torch.no_grad():
         torch.testing.assert_close(layer(x[:, :1]), layer(x)[:, :1], atol=1e-5, rtol=0)
 
 
-def test_all_else_is_the_layer_of_torch(calls):
-    layer, x = made(256, 128), torch.randn(200, 256)
+def test_otherwise_it_is_the_layer_of_torch(calls):
+    layer, x = make_layer(256, 128), torch.randn(200, 256)
     output = layer(x)
     output.sum().backward()
     torch.testing.assert_close(layer.weight.grad, x.sum(0).expand(128, -1), atol=1e-3, rtol=0)

@@ -1,4 +1,4 @@
-"""Keys of the multiplexers, and what they make of N sequences."""
+"""Keys of the multiplexers, and the multiplexed sequences."""
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ def test_orthogonal_keys():
 
 
 def test_orthogonal_keys_are_uniform():
-    """Of a uniform one each entry has mean 0 and variance 1 / D; a plain QR has signs that differ.
+    """Entries of a uniform matrix have mean 0 and variance 1 / D; a plain QR has biased signs.
 
     The trace of a uniform orthogonal matrix has mean 0 and variance 1.
     """
@@ -68,7 +68,7 @@ def test_orthogonal_keys_are_uniform():
 
 
 def test_low_rank_keys():
-    """V_i = Q P_i', P and Q rotations that all instances share."""
+    """V_i = Q P_i' with rotations P and Q shared by all instances."""
     size, instances = 14, 4
     keys = drawn("random_ortho_low_rank", instances, size).double()
     width = size // instances

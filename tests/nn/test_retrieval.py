@@ -73,16 +73,16 @@ def test_scores_with_and_without_logits(dtype):
     expected = F.cross_entropy(
         states.float() @ decoder.weight.float().T + decoder.bias.float(), labels, reduction="sum"
     )
-    right = int((decoder(states).argmax(-1) == labels).sum())
-    found = {}
+    expected_correct = int((decoder(states).argmax(-1) == labels).sum())
+    gradients = {}
     for keep in (True, False):
         total, correct, logits = token_scores(states, decoder, labels, keep_logits=keep, count=True)
         assert abs(total - expected) <= (0.2 if dtype == torch.bfloat16 else 1e-5)
-        assert correct == right and (logits is not None) == keep
-        found[keep] = torch.autograd.grad(total, [states, *decoder.parameters()])
+        assert correct == expected_correct and (logits is not None) == keep
+        gradients[keep] = torch.autograd.grad(total, [states, *decoder.parameters()])
     tolerance = 0.05 if dtype == torch.bfloat16 else 1e-5
-    for one, other in zip(found[True], found[False], strict=True):
-        assert (one - other).abs().max() <= tolerance * one.abs().max()
+    for with_logits, without in zip(gradients[True], gradients[False], strict=True):
+        assert (with_logits - without).abs().max() <= tolerance * with_logits.abs().max()
 
 
 @pytest.mark.parametrize("keep", [True, False])

@@ -78,8 +78,8 @@ def test_causal_mask_against_loops():
         assert mask.shape == (6, 1, queries, 7)
         for b in range(6):
             for row in range(queries):
-                place = 7 - queries + row
-                seen = [bool(real[b, key]) and key <= place for key in range(7)]
+                position = 7 - queries + row
+                seen = [bool(real[b, key]) and key <= position for key in range(7)]
                 if not any(seen):
-                    seen[place] = True
+                    seen[position] = True
                 assert mask[b, 0, row].tolist() == seen
