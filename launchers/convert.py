@@ -9,13 +9,13 @@
 
 DIR is read by `from_pretrained(DIR)` of the Auto class for its kind (`AutoModelForCausalLM`, for
 encoders `AutoModelForMaskedLM`, ...) after `import megamod`. What was used, left out and missing is
-printed. Pickles are read without running anything they name.
+printed. The tokenizer's files in PATH are copied. Pickles are read without running what they name.
 """
 
 import argparse
 from pathlib import Path
 
-from megamod.convert import FORMATS, Converted, Options, format_module
+from megamod.convert import FORMATS, Options, format_module
 from megamod.errors import UserError, run
 from megamod.states.output_folder import new_folder
 
@@ -27,52 +27,29 @@ def main() -> None:
     options = parse_arguments()
     module = format_module(options.format)
     told = Options(tuple(options.domains), options.num_attention_heads)
+    source = options.input if options.input.is_dir() else options.input.parent
     way = "export" if options.export else "convert"
     if not hasattr(module, way):
         other = "without" if options.export else "with"
         raise UserError(f"--format {options.format}: can be used {other} --export only")
+    from megamod.convert.writing import write_model
+    from megamod.data.corpus.tokenizers import GPT2_FILES, load_tokenizer
+    from megamod.states.tokenizer_files import copy_tokenizer
+
     if options.export:
         with new_folder(options.output_dir) as folder:
-            files = [file.name for file in module.export(options.input, folder, told)]
-        print(f"{options.output_dir}: {', '.join(files)}")
+            files = module.export(options.input, folder, told)
+            files += copy_tokenizer(source, folder)
+        print(f"{options.output_dir}: {', '.join(file.name for file in files)}")
         return
     converted = module.convert(options.input, told)
     with new_folder(options.output_dir) as folder:
-        write(converted, folder, options.dtype)
+        write_model(converted, folder, options.dtype)
+        if copy_tokenizer(source, folder) and all((folder / n).is_file() for n in GPT2_FILES):
+            load_tokenizer(folder).save(folder)  # what AutoTokenizer reads
     print(converted.report())
     parameters = sum(tensor.numel() for tensor in converted.state.values())
     print(f"{options.output_dir}: {parameters:,} parameters in {options.dtype}")
-
-
-def write(converted: Converted, folder: Path, dtype: str) -> None:
-    """Configuration and weights as `from_pretrained` reads them.
-
-    Raises:
-        UserError: for names that cannot be a domain, and weights that the dtype cannot hold.
-    """
-    import torch
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-
-    import megamod  # noqa: F401  (makes our configurations known)
-    from megamod.states.weights import write_index, write_weights
-
-    fields = dict(converted.config)
-    try:
-        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    except (ValueError, StrictDataclassError) as error:
-        told = "--domains" if "domains" in fields else "config.json"
-        raise UserError(f"{told}: {' '.join(str(error).split())}") from error
-    config.dtype = getattr(torch, dtype)
-    state = {name: tensor.to(config.dtype) for name, tensor in converted.state.items()}
-    for name, tensor in state.items():
-        if not torch.isfinite(tensor).all():
-            raise UserError(f"{name} holds values that are not finite in {dtype}")
-    config.save_pretrained(folder)
-    apart = fields.get("untie", "none") != "none"
-    write_weights(folder, state, has_experts=apart)
-    if apart:
-        write_index(folder, state, sum(tensor.nbytes for tensor in state.values()))
 
 
 def parse_arguments() -> argparse.Namespace:

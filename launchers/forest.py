@@ -89,12 +89,15 @@ def main() -> None:
     require(args, "forest")
 
     from megamod.btm.grown import expert_of, table
-    from megamod.states.forest import edit_forest, open_forest
+    from megamod.models.lm.configuration import read_lm_config
+    from megamod.states.forest import check_addition, edit_forest, open_forest
 
     if verb == "add":
         require(args, "path")
         domain = args.domain[0] if args.domain else None
         new = expert_of(Path(args.path), domain, args.member)
+        read_lm_config(new.path, "--path")
+        check_addition(args.forest, new)
         with edit_forest(args.forest) as experts:
             experts.append(new)
     elif verb == "remove":

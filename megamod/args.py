@@ -162,7 +162,9 @@ class ModelArgs(Arguments):
     ] = option(
         "none", "what each domain owns; none: dense, feedforward: DEMix, all: BTM"
     )  # fmt: skip
-    init_from: str | None = option(None, "model folder whose weights start the run")
+    init_from: str | None = option(
+        None, "model folder whose weights start the run, in place of those of --model"
+    )
     from_scratch: bool = option(False, "new weights in the shape of the folder in --model")
     gradient_checkpointing: bool = option(False, "recompute blocks in the backward pass")
     torch_compile: bool = option(False, "compile blocks when the first step calls them")

@@ -32,7 +32,7 @@ FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "she
 # Allowed all the same: (file, call or module) -> why.
 ALLOWED = {
     ("megamod/convert/reading.py", "pickle"): "for the name of the error torch.load raises",
-    ("tests/states/test_reading.py", "pickle"): "makes the hostile files that must be refused",
+    ("tests/convert/test_reading.py", "pickle"): "makes the hostile files that must be refused",
 }
 
 # Folders that exist on one machine or in one account only.

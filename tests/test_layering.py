@@ -84,6 +84,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     ),
     "megamod.merging.alignment": (
         {"megamod", "megamod.convert", "megamod.dist.scope", "megamod.states"}
+        | {"megamod.models"}
         | {"megamod.merging.tensors"}
         | {"megamod.data", "megamod.data.corpus"},
         {"torch", "transformers", "safetensors", "numpy", "scipy"},

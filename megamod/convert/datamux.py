@@ -69,6 +69,14 @@ ORIGINALS = {
 """Classes of the releases by name."""
 
 
+def original_class(fields: Mapping[str, object]) -> str | None:
+    """The original class that a config.json names in `architectures`; None if there is none."""
+    named = fields.get("architectures")
+    named = named if isinstance(named, (list, tuple)) else [named]
+    classes = [re.split(r"\W", str(name))[0] for name in named]
+    return next((name for name in classes if name in ORIGINALS), None)
+
+
 def convert(source: Path, options: Options = NO_OPTIONS) -> Converted:
     """Read a checkpoint and give its tensors our names, in the dtype they are stored in.
 
@@ -194,19 +202,19 @@ def _settings(folder: Path) -> tuple[dict[str, object], str]:
         settings = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(settings.get("config"), dict):
             settings = settings["config"] | {"architectures": [settings.get("case", "")]}
-        named = [re.split(r"\W", str(name))[0] for name in settings["architectures"]]
+        named = settings["architectures"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path}: cannot be read, or does not name the class of the model in `architectures`: "
             f"{error!r}"
         ) from error
-    known = [name for name in named if name in ORIGINALS]
-    if not known:
+    name = original_class(settings)
+    if name is None:
         raise UserError(
-            f"{path}: architectures names {', '.join(named) or 'nothing'}; converted are "
+            f"{path}: architectures names {', '.join(map(str, named)) or 'nothing'}; converted are "
             f"{', '.join(ORIGINALS)}"
         )
-    return settings, known[0]
+    return settings, name
 
 
 def _config(

@@ -6,16 +6,24 @@ out.
 """
 
 import json
+import re
 from pathlib import Path
 
 import torch
 
 from megamod.convert import NO_OPTIONS, Converted, Options
+from megamod.convert.datamux import original_class
 from megamod.convert.reading import read_checkpoint, weight_file
 from megamod.errors import UserError
+from megamod.models.pretrained import MAX_FOREIGN
 
 _OLD = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 _INSIDE = ("embeddings.", "encoder.", "pooler.")
+_ENCODER = (
+    r"bert\.(embeddings\.(word|position|token_type)_embeddings\.weight|embeddings\.LayerNorm\.\w+"
+    r"|pooler\.dense\.\w+|encoder\.layer\.\d+\.(attention\.self\.(query|key|value)"
+    r"|attention\.output\.(dense|LayerNorm)|intermediate\.dense|output\.(dense|LayerNorm))\.\w+)"
+)
 _WORDS = "bert.embeddings.word_embeddings.weight"
 _TIED = "cls.predictions.decoder.weight"
 _TWINS = {_TIED: _WORDS, "cls.predictions.decoder.bias": "cls.predictions.bias"}
@@ -27,7 +35,8 @@ def convert(source: Path, options: Options = NO_OPTIONS) -> Converted:
     Args:
         source: folder with config.json and pytorch_model.bin or model.safetensors, or that file.
     Raises:
-        UserError: if it is no BERT, or a tensor that every BERT has is missing or of another shape.
+        UserError: if it is no BERT, has parts that no BERT has, or word embeddings of another
+            shape than config.json says.
     """
     file = weight_file(Path(source))
     path = file.parent / "config.json"
@@ -39,19 +48,27 @@ def convert(source: Path, options: Options = NO_OPTIONS) -> Converted:
         raise UserError(f"{path}: cannot be read as that of a BERT: {error!r}") from error
     if kind != "bert":
         raise UserError(f"{path}: model_type is {kind!r}, not 'bert'")
+    if original := original_class(config):
+        raise UserError(f"{path}: names the class {original}; use --format datamux")
     found = read_checkpoint(file).tensors
-    state, used, dropped = {}, [], {}
+    state, used, dropped, foreign = {}, [], {}, []
     for key, tensor in found.items():
         name = _name(key)
         if name.endswith("position_ids"):
             dropped[key] = "counts from 0"
         elif name.startswith("cls.seq_relationship."):
             dropped[key] = "predicts the next sentence, which no model here does"
-        elif name.startswith(("bert.", "cls.predictions.", "classifier.")):
+        elif _is_stock(name):
             state[name] = tensor
             used.append(key)
         else:
             dropped[key] = "no part of a BERT with one head"
+            foreign.append(key)
+    if len(foreign) > max(2, MAX_FOREIGN * len(found)):
+        raise UserError(
+            f"{file}: {len(foreign)} of its {len(found)} tensors, such as {min(foreign)}, are no "
+            "part of a BERT; use --format datamux or --format ca_mtl"
+        )
     words = state.get(_WORDS)
     if words is None or tuple(words.shape) != (rows, size):
         told = "missing" if words is None else f"of shape {tuple(words.shape)}"
@@ -65,6 +82,13 @@ def convert(source: Path, options: Options = NO_OPTIONS) -> Converted:
             dropped[key] = f"the same as {source_of}"
     fields = {key: one for key, one in config.items() if key not in ("dtype", "torch_dtype")}
     return Converted({**fields, "model_type": "bert", **_head(state, config)}, state, used, dropped)
+
+
+def _is_stock(name: str) -> bool:
+    """True for a tensor of BERT's encoder or of one of its heads."""
+    if name.startswith(("cls.predictions.", "classifier.")):
+        return True
+    return re.fullmatch(_ENCODER, name) is not None
 
 
 def _name(key: str) -> str:

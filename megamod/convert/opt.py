@@ -35,7 +35,6 @@ _TOKENS, _OUTPUT = "model.embeddings.tokens.weight", "lm_head.weight"
 _NORM_EPS = 1e-5  # OPT's classes have no field for it
 _FIELDS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 _FIELDS += ("max_position_embeddings", "bos_token_id", "pad_token_id", "eos_token_id")
-_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 def export(source: Path, folder: Path, options: Options = NO_OPTIONS) -> list[Path]:
@@ -71,10 +70,7 @@ def export(source: Path, folder: Path, options: Options = NO_OPTIONS) -> list[Pa
     tensors["model.decoder.embed_tokens.weight"] = _scaled(state[_TOKENS], source)
     write_tensors(folder / DENSE_FILE, tensors, {"format": "pt"})
     write_json(folder / "config.json", _opt_config(config, state[_TOKENS].dtype))
-    copied = [source / name for name in _TOKENIZER if (source / name).is_file()]
-    for file in copied:
-        (folder / file.name).write_bytes(file.read_bytes())
-    return [folder / name for name in (DENSE_FILE, "config.json", *(f.name for f in copied))]
+    return [folder / DENSE_FILE, folder / "config.json"]
 
 
 def _read_config(source: Path) -> dict[str, object]:

@@ -15,6 +15,7 @@ import os
 import pickletools
 import re
 import resource
+import struct
 import subprocess
 import sys
 import tempfile
@@ -52,6 +53,10 @@ _CONTAINERS = {
     "fairseq.models.transformer_lm": ("TransformerLanguageModelConfig",),
     "fairseq.optim.adam": ("FairseqAdamConfig",),
     "fairseq.tasks.language_modeling": ("LanguageModelingConfig",),
+    # A scalar such as the best loss so far: its class, and the element type it names.
+    "numpy": ("dtype",),
+    "numpy.core.multiarray": ("scalar",),
+    "numpy._core.multiarray": ("scalar",),
     "typing": ("Any",),
     "builtins": ("dict", "list", "tuple", "int", "float", "str", "bool"),
 }
@@ -63,7 +68,10 @@ _TENSORS = re.compile(
     r"torch\.\w*Storage|torch\.storage\.\w*Storage|torch\._utils\._rebuild_\w+|torch\._tensor\.\w+"
     r"|torch\.(Size|Tensor|device|float16|float32|float64|bfloat16|int8|int16|int32|int64|uint8|bool)"
     r"|torch\.nn\.parameter\.Parameter|collections\.(OrderedDict|Counter)"
+    r"|_codecs\.encode"  # how protocol 2 writes bytes
 )
+_ELEMENTS = {"b1": "?", "i1": "b", "i2": "h", "i4": "i", "i8": "q", "u1": "B", "u2": "H"}
+_ELEMENTS |= {"u4": "I", "u8": "Q", "f2": "e", "f4": "f", "f8": "d"}  # numpy's codes, struct's
 _RENAMED = {"__builtin__.unicode": "builtins.str", "__builtin__.long": "builtins.int"}
 _LEGACY_PICKLES = 5  # magic number, version, machine, the object, keys of its storages
 _STRINGS = ("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8")
@@ -71,6 +79,8 @@ _STRINGS += ("STRING", "BINSTRING", "SHORT_BINSTRING")
 _TIMEOUT = 3600  # seconds until a child that does not even use the processor is ended
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "state.safetensors")
+INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+"""Whole weights, and the indices of sharded ones; the first that exists is read."""
 
 
 @dataclass
@@ -85,7 +95,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """The weights in a `.safetensors`, or in a pickle that `torch.save` wrote (any other ending).
 
     Of a dict with the key "model" these are the tensors of that entry (fairseq), else those of the
-    dict itself.
+    dict itself. An index (`*.index.json`) stands for all of its shards.
 
     Raises:
         UserError: if the file is missing, malformed, too large for its length, or a pickle that
@@ -94,6 +104,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist or is not a file")
+    if path.name in INDEX_FILES:
+        return _read_shards(path)
     if path.suffix == ".safetensors":
         return Checkpoint(_read_safetensors(path), {})
     with tempfile.TemporaryDirectory(prefix="megamod-convert-") as folder:
@@ -116,6 +128,36 @@ def read_checkpoint(path: Path) -> Checkpoint:
             )
         settings = json.loads((Path(folder) / "settings.json").read_text())
         return Checkpoint(_read_safetensors(Path(folder) / "tensors.safetensors"), settings)
+
+
+def _read_shards(index: Path) -> Checkpoint:
+    tensors: dict[str, Tensor] = {}
+    for shard in shards_of(index):
+        tensors |= read_checkpoint(shard).tensors
+    wanted = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    if absent := sorted(wanted.keys() - tensors.keys()):
+        raise UserError(f"{index}: {absent[0]} is not in {wanted[absent[0]]}")
+    return Checkpoint(tensors, {})
+
+
+def shards_of(index: Path) -> list[Path]:
+    """The files of an index, in alphabetical order.
+
+    Raises:
+        UserError: if the index is malformed or names a file outside its folder or one that is not
+            there.
+    """
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        outside = [name for name in names if Path(name).name != name]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index}: is no index of weight files: {error!r}") from error
+    if outside or not names:
+        raise UserError(f"{index}: names {outside or 'no files'}; files beside it are allowed")
+    for name in names:
+        if not (index.parent / name).is_file():
+            raise UserError(f"{index.parent}: the weight file {name} is missing")
+    return [index.parent / name for name in names]
 
 
 def globals_in(path: Path) -> set[str]:
@@ -298,6 +340,8 @@ def _plain(value: object, depth: int) -> object:
         value = vars(value)
     if isinstance(value, _StandIn):
         held = vars(value)
+        if type(value).__name__ == "scalar":
+            return _number(*held["given"])
         if "state" not in held:  # an enumeration: its value
             return _plain(held["given"][0], depth + 1) if len(held["given"]) == 1 else None
         state = held["state"]
@@ -310,12 +354,22 @@ def _plain(value: object, depth: int) -> object:
     return value if isinstance(value, (str, int, float, bool)) else None
 
 
+def _number(dtype: object, data: object) -> int | float | bool | None:
+    """Value of a numpy scalar, from the stand-in of its element type and its bytes."""
+    told = vars(dtype) if isinstance(dtype, _StandIn) else {}
+    code, order = (told.get("given") or ("",))[0], (told.get("state") or (3, "<"))[1]
+    code = _ELEMENTS.get(code) if isinstance(code, str) else None
+    if code is None or not isinstance(data, bytes) or len(data) != struct.calcsize(code):
+        return None
+    return struct.unpack((">" if order == ">" else "<") + code, data)[0]
+
+
 if __name__ == "__main__":
     run(_child)
 
 
 def weight_file(source: Path) -> Path:
-    """The weights of a folder, or the file itself.
+    """The weights of a folder, the index of its shards, or the file itself.
 
     Raises:
         UserError: if there are none.
@@ -324,7 +378,8 @@ def weight_file(source: Path) -> Path:
         return source
     if not source.is_dir():
         raise UserError(f"--input {source} does not exist")
-    found = [source / name for name in WEIGHT_FILES if (source / name).is_file()]
+    names = (*WEIGHT_FILES, *INDEX_FILES)
+    found = [source / name for name in names if (source / name).is_file()]
     if not found:
-        raise UserError(f"--input {source}: there is none of {', '.join(WEIGHT_FILES)}")
+        raise UserError(f"--input {source}: there is none of {', '.join(names)}")
     return found[0]

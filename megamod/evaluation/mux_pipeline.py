@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     PreTrainedModel,
 )
 
+from megamod.convert.sources import open_source
 from megamod.data.corpus.tokenizers import load_tokenizer
 from megamod.data.tasks.classification import (
     Encoded,
@@ -40,6 +40,7 @@ from megamod.data.tasks.glue import TextSet
 from megamod.errors import UserError
 from megamod.evaluation.predict import Predictor, labels_of_words
 from megamod.models.classifier_inputs import inputs_of, mixes_padding, room_of
+from megamod.models.pretrained import load_pretrained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -114,15 +115,12 @@ class MuxPipeline:
         Raises:
             UserError: if model or tokenizer cannot be loaded, or are not those of a classifier.
         """
-        try:
-            config = AutoConfig.from_pretrained(source)
-            name = (config.architectures or ["a model of no named architecture"])[0]
-            kind = next((kind for kind in AUTO if name.endswith(kind)), None)
-            if kind is None:
-                raise UserError(f"{source}: {name} is no classifier; finetune it first")
-            model = AUTO[kind].from_pretrained(source, dtype=torch.float32)
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise UserError(f"{source}: {' '.join(str(error).split())[:300]}") from error
+        checked = open_source(str(source), "source")
+        name = (checked.config.architectures or ["a model of no named architecture"])[0]
+        kind = next((kind for kind in AUTO if name.endswith(kind)), None)
+        if kind is None:
+            raise UserError(f"source {source}: {name} is no classifier; finetune it first")
+        model, _ = load_pretrained(AUTO[kind], checked.name, "source", config=checked.config)
         return cls(model.to(device), _tokenizer(tokenizer or source), **options)
 
     def __call__(self, requests: Request | list[Request]) -> list[Answer] | list[list[Answer]]:

@@ -23,7 +23,8 @@ from pathlib import Path
 from megamod.errors import UserError
 from megamod.files import write_json
 from megamod.states.token_ids import check_same_ids
-from megamod.states.tokenizer_files import lend_tokenizer
+from megamod.states.tokenizer_files import copy_tokenizer
+from megamod.states.weights import has_weights
 
 FORMAT = 1
 FILE = "forest.json"
@@ -113,6 +114,24 @@ def open_forest(path: str | Path) -> Forest:
     return Forest(file if file.is_file() else path, tuple(experts))
 
 
+def forest_file(path: str | Path) -> Path:
+    """The forest.json that a path names: itself, or the one in the folder; it may not exist."""
+    path = Path(path).absolute()
+    return path if path.suffix == ".json" else path / FILE
+
+
+def check_addition(path: str | Path, expert: Expert) -> None:
+    """Refuse an expert that cannot be added to a forest; nothing is written.
+
+    Raises:
+        UserError: as `edit_forest`; and if weights of the expert are missing.
+    """
+    file = forest_file(path)
+    if not has_weights(expert.path):
+        raise UserError(f"{expert.path}: there are no weights in it")
+    _check([*(_read(file) if file.exists() else ()), expert], file)
+
+
 @contextmanager
 def edit_forest(path: str | Path) -> Iterator[list[Expert]]:
     """Yield the experts of a forest.json, to be changed in place; an absent file holds none.
@@ -123,8 +142,7 @@ def edit_forest(path: str | Path) -> Iterator[list[Expert]]:
     Raises:
         UserError: if the file, or what it became, is wrong.
     """
-    path = Path(path).absolute()
-    file = path if path.suffix == ".json" else path / FILE
+    file = forest_file(path)
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file.with_name(f".{file.name}.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -137,7 +155,7 @@ def edit_forest(path: str | Path) -> Iterator[list[Expert]]:
             # Makes the folder one that AutoModelForCausalLM.from_pretrained reads.
             write_json(file.parent / "config.json", {"model_type": MODEL_TYPE})
         for expert in experts:  # as the experts share a tokenizer, the first one found will do
-            lend_tokenizer(expert.path, file.parent)
+            copy_tokenizer(expert.path, file.parent)
         record = {"format": FORMAT, "experts": [_entry(e, file.parent) for e in experts]}
         write_json(file, record)
 
@@ -238,8 +256,8 @@ def _check(experts: list[Expert], where: Path) -> None:
             )
         sizes.setdefault(config.get("vocab_size"), expert.domain)
     if len(sizes) > 1:
-        told = ", ".join(f"{size} of {name}" for size, name in sizes.items())
-        raise UserError(f"{where}: the experts have different vocabularies: {told}")
+        listed = ", ".join(f"{size} of {name}" for size, name in sizes.items())
+        raise UserError(f"{where}: the experts have different vocabularies: {listed}")
     folders = list(dict.fromkeys(expert.path for expert in experts))
     for folder in folders[1:]:
         check_same_ids(folders[0], folder)

@@ -1,4 +1,4 @@
-"""Names of the files that make up a tokenizer in a model folder."""
+"""Files that make up a tokenizer in a model folder."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ VOCABULARIES = ("vocab.txt", "vocab.json", "merges.txt", "encoder.json", "vocab.
 
 PATTERNS = (
     *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
-    *(*VOCABULARIES, "*.model"),
+    *(*VOCABULARIES, "*.model", "bpe.codes"),
 )
 
 
@@ -18,8 +18,11 @@ def tokenizer_files(folder: Path) -> list[Path]:
     return sorted({file for pattern in PATTERNS for file in folder.glob(pattern) if file.is_file()})
 
 
-def lend_tokenizer(source: Path, folder: Path) -> None:
-    """Copy the tokenizer of one folder into another that has none."""
-    if not tokenizer_files(folder):
-        for file in tokenizer_files(source):
-            write_atomic(folder / file.name, file.read_bytes())
+def copy_tokenizer(source: Path, folder: Path) -> list[Path]:
+    """Copy the tokenizer of one folder into another that has none; return the copies."""
+    if tokenizer_files(folder):
+        return []
+    files = tokenizer_files(source)
+    for file in files:
+        write_atomic(folder / file.name, file.read_bytes())
+    return [folder / file.name for file in files]

@@ -1,10 +1,12 @@
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from saved_models import make_data, make_model
+from transformers import BertConfig
 
 from megamod.states.forest import Expert, Parent, open_forest
 
@@ -26,6 +28,11 @@ def place(tmp_path_factory):
     for name in ("law", "med"):
         make_model(root / name, domains=[name])
     make_model(root / "mixed", "feedforward")
+    BertConfig().save_pretrained(root / "bert")
+    shutil.copytree(root / "law", root / "cut")
+    (root / "cut" / "model.safetensors").unlink()
+    (root / "law" / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
+    (root / "med" / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}, "version": "1"}')
     return root
 
 
@@ -44,6 +51,11 @@ def test_experts_come_and_go(place):
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["domain", "law"]
     assert open_forest(place).domains == ("law",)
     assert forest("list", "--forest", place).stdout == done.stdout
+    # The forest has the tokenizer of its experts, and takes no expert with another.
+    assert (place / "tokenizer.json").read_bytes() == (place / "law/tokenizer.json").read_bytes()
+    (place / "med" / "tokenizer.json").write_text('{"model": {"vocab": {"b": 0}}}')
+    done = forest("add", "--forest", place, "--path", place / "med")
+    assert done.returncode == 2 and "their tokenizers differ" in done.stderr
 
 
 def test_a_branch_is_a_checkpoint(place, tmp_path):
@@ -64,6 +76,8 @@ def test_a_branch_is_a_checkpoint(place, tmp_path):
         (("list",), "--forest is missing"),
         (("list", "--forest", "nowhere"), "holds no expert"),
         (("add", "--forest", "new", "--path", "{}/mixed"), "--member must be one of"),
+        (("add", "--forest", "new", "--path", "{}/bert", "--domain", "x"), "'bert'"),
+        (("add", "--forest", "new", "--path", "{}/cut", "--domain", "x"), "there are no weights"),
         (("remove", "--forest", "nowhere", "--domain", "x"), "holds no expert"),
         (("remove", "--forest", "{}", "--domain", "law"), "a forest without experts is none"),
         (("branch", "--domain", "x", "--output_dir", "o"), "one of --parents and --forest"),

@@ -11,6 +11,7 @@ import yaml
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    BertForPreTraining,
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
@@ -202,3 +203,39 @@ def test_recipes_are_studies(name, variants):
     assert len(found.variants) == variants
     amounts = [one.calibration.fraction for one in found.variants.values()]
     assert name != "data" or amounts[1:] == [0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0]
+
+
+RECIPES = Path(__file__).resolve().parents[2] / "launchers" / "recipes"
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("barrier_*.yaml")), ids=lambda p: p.stem)
+def test_every_recipe_runs(place, tmp_path, recipe):
+    """At tiny size, on models as the recipes name them: BertForPreTraining with vocab.txt."""
+    content = yaml.safe_load(recipe.read_text())
+    glue = "{task}" in content["models"][1]
+    models = {}
+    for number in (1, 2):
+        torch.manual_seed(number)
+        config = BertConfig(**BERT)
+        model = BertForSequenceClassification(config) if glue else BertForPreTraining(config)
+        models[number] = str(tmp_path / ("{task}" if glue else "mlm") / str(number))
+        folder = Path(models[number].replace("{task}", "cola"))
+        model.save_pretrained(folder)
+        (folder / "vocab.txt").write_text("\n".join(VOCAB) + "\n")
+    content |= {"models": models, "points": 2, "max_items": 4, "batch_size": 2}
+    content |= {"max_seq_length": 16, "data": str(place if glue else place / "valid.txt")}
+    if glue:
+        content["task"] = ["cola"]
+    for block in content["variants"].values():
+        if "calibration" in block:
+            block["calibration"] |= {"path": str(place / "train.txt"), "fraction": 1.0}
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(content))
+    run_study(read_study(path), tmp_path / "out", torch.device("cpu"))
+    (record,) = json.loads((tmp_path / "out" / "results.json").read_text()).values()
+    assert record.keys() == content["variants"].keys()
+    curves = (tmp_path / "out" / "curves").rglob("*.json")
+    losses = [
+        loss for c in curves for one in json.loads(c.read_text())["losses"].values() for loss in one
+    ]
+    assert all(0 < loss < 20 for loss in losses)

@@ -329,7 +329,7 @@ def test_epochs_become_steps(place):
         (dict(task=None), "--task is missing"),
         (dict(do_train=None), "there are no weights in it, so it must be trained"),
         (dict(tokenizer_name=None), "has no tokenizer; --tokenizer_name names one"),
-        (dict(model=None, config_name="bert_huge"), "no configuration there"),
+        (dict(model=None, config_name="bert_huge"), "is no folder and none of bert_tiny"),
         (
             dict(predict_split="valid", do_predict=True),
             "--predict_split valid: task sst-2 has train",

@@ -19,7 +19,14 @@ from megamod.evaluation.encoder_lm import score_encoder
 from megamod.evaluation.perplexity import share_of
 from megamod.models.mux.configuration import MuxElectraConfig
 from megamod.models.mux.generator import MuxElectraForReplacedTokens
-from megamod.runs.pretrain.encoder_lm import TERMS, build_encoder, encoder_config, pretrain
+from megamod.runs.pretrain.encoder_lm import (
+    TERMS,
+    Start,
+    build_encoder,
+    encoder_config,
+    pretrain,
+    start_of,
+)
 from megamod.train.objectives import EncoderLM, replaced_losses
 
 VOCABULARY, LENGTH, INSTANCES = 45, 8, 2
@@ -241,15 +248,15 @@ def test_a_flag_that_says_what_the_folder_says(place):
 
 def test_weights_to_start_from_must_fit(place):
     config = electra().config
-    found = build_encoder(config, 1, str(place / "electra"), "replaced_token")
+    found = build_encoder(config, 1, Start(str(place / "electra"), "--init_from"), "replaced_token")
     key = "electra.embeddings.word_embeddings.weight"
     assert torch.equal(found.state_dict()[key], electra().state_dict()[key])
-    with pytest.raises(UserError, match=r"of type bert, this one mux_electra"):
-        build_encoder(config, 1, str(place / "bert"), "replaced_token")
+    with pytest.raises(UserError, match=r"model of type 'bert'; needed is electra or mux_elec"):
+        start_of(ModelArgs(init_from=str(place / "bert")), config)
     wider = electra(num_hidden_demux_layers=2).config
     wider.hidden_size = wider.embedding_size = 32
     with pytest.raises(UserError, match=r"has shape \(.*16.*\), in this model \(.*32.*\)"):
-        build_encoder(wider, 1, str(place / "electra"), "replaced_token")
+        build_encoder(wider, 1, Start(str(place / "electra"), "--init_from"), "replaced_token")
 
 
 def test_held_out_text_must_fill_a_group(place):

@@ -223,7 +223,7 @@ def test_editors_wait_for_each_other(place):
 
 def test_a_forest_has_the_tokenizer_of_its_experts(place):
     """That of the first expert with one; a tokenizer that is there already stays."""
-    (place / "med" / "tokenizer.json").write_text("med's")
+    (place / "med" / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
     (place / "med" / "tokenizer_config.json").write_text("{}")
     (place / "med" / "notes.json").write_text("{}")
     forest = place / "forest"
@@ -231,7 +231,7 @@ def test_a_forest_has_the_tokenizer_of_its_experts(place):
         experts += [Expert(name, place / name) for name in ("law", "med")]
     files = {file.name for file in forest.iterdir() if not file.name.startswith(".")}
     assert files == {"forest.json", "config.json", "tokenizer.json", "tokenizer_config.json"}
-    assert (forest / "tokenizer.json").read_text() == "med's"
+    assert (forest / "tokenizer.json").read_text() == '{"model": {"vocab": {"a": 0}}}'
     (forest / "tokenizer.json").write_text("mine")
     with edit_forest(forest) as experts:
         del experts[0]

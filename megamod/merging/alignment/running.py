@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -16,15 +15,18 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.utils.logging import disable_progress_bar
 
+from megamod.convert.sources import has_head, open_source
 from megamod.errors import UserError
 from megamod.merging.alignment.calibration import Batch
 from megamod.merging.alignment.groups import Group, Hook
 from megamod.merging.alignment.options import Options
 from megamod.merging.alignment.statistics import CrossCovariance
+from megamod.models.pretrained import load_pretrained
 
 _AUTO = (
     AutoModelForMaskedLM,
@@ -49,26 +51,34 @@ class Measured:
     columns: int
 
 
-def load_model(name: str) -> PreTrainedModel:
-    """The model of a folder or hub id, with the head that its configuration names.
+def load_model(name: str, auto: type | None = None) -> PreTrainedModel:
+    """The model of a folder or hub id in float32.
 
+    Args:
+        auto: the Auto class of the head that is needed; None: that of the class which the
+            configuration names.
     Raises:
-        UserError: if there is no such model.
+        UserError: if there is no such model, or its type has no such head.
     """
-    import megamod  # noqa: F401  (its models become known to transformers)
-
     disable_progress_bar()  # a merge or a study has its own
-    try:
-        config = AutoConfig.from_pretrained(name)
-        wanted = (config.architectures or [None])[0]
-        for auto in _AUTO:
-            found = auto._model_mapping.get(type(config), None)
-            kinds = found if isinstance(found, (tuple, list)) else [found]
-            if any(kind is not None and kind.__name__ == wanted for kind in kinds):
-                return auto.from_pretrained(name, dtype=torch.float32)
-        return AutoModel.from_pretrained(name, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name}: cannot be loaded as a model: {error}") from error
+    source = open_source(
+        name,
+        "model",
+        lambda kind: auto is None or has_head(auto, kind),
+        "" if auto is None else auto.__name__.removeprefix("AutoModelFor"),
+    )
+    return load_pretrained(auto or _auto_of(source.config), source.name, "model")[0]
+
+
+def _auto_of(config: PreTrainedConfig) -> type:
+    """The Auto class that makes the class named in the configuration."""
+    named = (config.architectures or [None])[0]
+    for auto in _AUTO:
+        classes = auto._model_mapping.get(type(config), None)
+        classes = classes if isinstance(classes, (tuple, list)) else [classes]
+        if any(kind is not None and kind.__name__ == named for kind in classes):
+            return auto
+    return AutoModel
 
 
 @torch.no_grad()

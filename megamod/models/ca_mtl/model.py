@@ -9,12 +9,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
-from transformers.utils import logging
 
 from megamod.models.ca_mtl.configuration import CaMtlConfig
 from megamod.models.calls import check_arguments, returned
+from megamod.models.pretrained import CheckedLoading, load_pretrained
 from megamod.nn.conditional_encoder import ConditionalEncoder, ConditionalLayer
 from megamod.nn.conditioning import ConditionalLayerNorm, Film
 from megamod.nn.encoder import Encoder, EncoderEmbeddings, draw_weights, key_mask
@@ -78,7 +77,7 @@ class ConditionalBert(nn.Module):
         return x, torch.tanh(self.pooler["dense"](x[:, 0]))
 
 
-class CaMtlForMultiTask(PreTrainedModel):
+class CaMtlForMultiTask(CheckedLoading):
     """An encoder that knows the task of each row, and the heads of all tasks."""
 
     config: CaMtlConfig
@@ -215,16 +214,9 @@ def from_encoder(
     Returns:
         the model in float32; names of parameters by "loaded", "new" and "unused".
     Raises:
-        OSError, ValueError, RuntimeError: if there are no such weights, or of other shapes.
+        UserError: if there are no such weights, or of other shapes.
     """
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # what is new is returned, and is expected to be new
-    try:
-        model, found = CaMtlForMultiTask.from_pretrained(
-            source, config=config, dtype=torch.float32, output_loading_info=True
-        )
-    finally:
-        logging.set_verbosity(verbosity)
+    model, found = load_pretrained(CaMtlForMultiTask, source, "--model", config=config)
     new = set(found["missing_keys"])
     if not top and config.variant == "base":
         last = model.bert.encoder.layer[-1]

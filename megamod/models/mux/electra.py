@@ -27,7 +27,7 @@ class MuxElectraPreTrainedModel(MuxPreTrainedModel):
     """The family's deviations from MUX-BERT."""
 
     config: MuxElectraConfig
-    backbone_name: ClassVar[str] = "electra"
+    base_model_prefix = "electra"
     ties_vocabulary: ClassVar[bool] = False
     overwrites_cls: ClassVar[bool] = False
     residual_retrieval: ClassVar[bool] = True

@@ -47,7 +47,7 @@ class MuxElectraForMaskedLM(MuxMaskedLM):
     """
 
     config: MuxElectraConfig
-    backbone_name: ClassVar[str] = "electra"
+    base_model_prefix = "electra"
     ties_vocabulary: ClassVar[bool] = False
     residual_retrieval: ClassVar[bool] = True
     retrieves_padding: ClassVar[bool] = False

@@ -15,11 +15,11 @@ from megamod_kernels.mux import multiplex
 from megamod_kernels.norm_linear import uses_kernel
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
 from megamod.models.mux.configuration import MuxConfig
 from megamod.models.mux.types import Fed, MixedStates, MuxOutput
 from megamod.models.mux.vocabulary import VocabularyAccess
+from megamod.models.pretrained import CheckedLoading
 from megamod.nn.demultiplexer import PrefixDemultiplexer, RsaDemultiplexer, SharedDemux
 from megamod.nn.encoder import (
     EncoderEmbeddings,
@@ -49,11 +49,12 @@ from megamod.nn.retrieval import (
 )
 
 
-class MuxPreTrainedModel(VocabularyAccess, PreTrainedModel):
+class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
     """Embeddings, multiplexer, encoder and demultiplexer.
 
     Class attributes say how a family or a head deviates:
-        backbone_name: attribute that holds the encoder.
+        base_model_prefix: attribute that holds the encoder; weights of a bare stock encoder are
+            loaded into it.
         pretraining: a prefix takes the place of the last tokens.
         sees_segments: token types and positions are those of the tokens. In the release
             classifiers ignore token types, and give positions to the mixed sequence.
@@ -66,6 +67,7 @@ class MuxPreTrainedModel(VocabularyAccess, PreTrainedModel):
     """
 
     config: MuxConfig
+    base_model_prefix = "bert"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
@@ -73,7 +75,6 @@ class MuxPreTrainedModel(VocabularyAccess, PreTrainedModel):
     # Parts that a head does not have: checkpoints hold those of pretraining and of tasks alike.
     _keys_to_ignore_on_load_unexpected = (r"position_ids$", r"^retrieval_head\.")
 
-    backbone_name: ClassVar[str] = "bert"
     pretraining: ClassVar[bool] = False
     sees_segments: ClassVar[bool] = False
     overwrites_cls: ClassVar[bool] = True
@@ -96,7 +97,7 @@ class MuxPreTrainedModel(VocabularyAccess, PreTrainedModel):
             raise ValueError(
                 f"{type(self).__name__}: gaussian_attention_v2 needs demuxing_variant 'index_pos'"
             )
-        self.add_module(self.backbone_name, EncoderModel(config, own_embeddings))
+        self.add_module(self.base_model_prefix, EncoderModel(config, own_embeddings))
         self.instance_embedding = nn.Parameter(
             torch.empty(key_shape(variant, N, width)), requires_grad=bool(config.learn_muxing)
         )
@@ -126,7 +127,7 @@ class MuxPreTrainedModel(VocabularyAccess, PreTrainedModel):
     @property
     def backbone(self) -> EncoderModel:
         """Embeddings and encoder."""
-        return getattr(self, self.backbone_name)
+        return getattr(self, self.base_model_prefix)
 
     def add_demultiplexer(self) -> None:
         """Give the model its modules to demultiplex with."""
@@ -149,7 +150,7 @@ class MuxPreTrainedModel(VocabularyAccess, PreTrainedModel):
         """Give the model a head over the vocabulary, of which BERT's matrix is the embeddings'."""
         config = self.config
         if config.tie_word_embeddings and self.ties_vocabulary:
-            source = f"{self.backbone_name}.embeddings.word_embeddings.weight"
+            source = f"{self.base_model_prefix}.embeddings.word_embeddings.weight"
             self._tied_weights_keys = {"retrieval_head.decoder.weight": source}
         size, eps = config.hidden_size, config.layer_norm_eps
         if config.demuxing_variant == "index":

@@ -67,7 +67,7 @@ class MuxRobertaPreTrainedModel(MuxPreTrainedModel):
     """The family's deviations from MUX-BERT."""
 
     config: MuxRobertaConfig
-    backbone_name: ClassVar[str] = "roberta"
+    base_model_prefix = "roberta"
     ties_vocabulary: ClassVar[bool] = False
     sees_segments: ClassVar[bool] = True
 

@@ -80,12 +80,7 @@ class Mixture:
             model = CaMtlForMultiTask(self.config).float()
             report = {"loaded": [], "new": [n for n, _ in model.named_parameters()], "unused": []}
         else:
-            try:
-                model, report = from_encoder(self.weights, self.config, top=self.top)
-            except (OSError, ValueError, RuntimeError, KeyError) as error:
-                raise UserError(
-                    f"--model {self.weights}: {' '.join(str(error).split())[:300]}"
-                ) from error
+            model, report = from_encoder(self.weights, self.config, top=self.top)
         logger.info(
             "%s: %d tensors loaded, %d new, %d of it unused",
             self.weights or "no weights",
@@ -102,7 +97,7 @@ def prepare(stage: ConditionedArgs, args: MixtureArgs) -> Mixture:
     Raises:
         UserError: for a task, file, row, model or length that does not fit.
     """
-    source, weights = config_of(stage)
+    source, weights = config_of(stage, ("bert", "ca_mtl").__contains__, "'bert' or 'ca_mtl'")
     tuned = source if isinstance(source, CaMtlConfig) else None
     read = [
         _read(task, folders, stage, args, tuned) for task, folders in _tasks(stage, args, tuned)
@@ -257,11 +252,6 @@ def _new_config(
             hidden_size=width,
             num_attention_heads=heads,
             intermediate_size=inner,
-        )
-    if source.model_type != "bert":
-        raise UserError(
-            f"--model {stage.model or stage.config_name}: is of type {source.model_type}; many "
-            "tasks are learned around a BERT"
         )
     try:
         return CaMtlConfig.around(

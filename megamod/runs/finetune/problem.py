@@ -4,7 +4,7 @@ Everything a user can get wrong about them shows here, before any process waits 
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     BertConfig,
@@ -21,6 +20,7 @@ from transformers import (
 )
 
 from megamod.args import origin_of
+from megamod.convert.sources import has_head, has_weights, open_source
 from megamod.data.corpus.tokenizers import load_tokenizer
 from megamod.data.tasks.classification import Encoded, Lengths, encode_texts, encode_words
 from megamod.data.tasks.conll import TokenSet
@@ -31,6 +31,7 @@ from megamod.data.tasks.specs import TaskSpec, some_of, speller, task_of, token_
 from megamod.data.tasks.task_file import read_spec
 from megamod.errors import UserError
 from megamod.models.classifier_inputs import inputs_of, mixes_padding, room_of
+from megamod.models.pretrained import load_pretrained
 from megamod.runs.finetune.args import RowArgs, StageArgs, TaskArgs, TunedArgs, WordArgs
 
 if TYPE_CHECKING:
@@ -48,7 +49,6 @@ SIZES = {
 """Layers, width, heads and width of the feed-forward of --config_name."""
 
 DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 @dataclass(frozen=True)
@@ -90,17 +90,15 @@ class Problem:
 
 
 def load_model(task: TaskSpec, source: str, config: PreTrainedConfig | None = None) -> nn.Module:
-    """A classifier of a folder or of the hub, in float32; a head of another size is made anew.
+    """A classifier of a folder or of the hub, in float32; a head of another size is drawn anew.
 
     Raises:
-        UserError: if it cannot be loaded.
+        UserError: if it cannot be loaded, or the weights are those of another model.
     """
-    try:
-        return _auto(task).from_pretrained(
-            source, config=config, dtype=torch.float32, ignore_mismatched_sizes=True
-        )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"--model {source}: {' '.join(str(error).split())[:300]}") from error
+    options = {} if config is None else {"config": config}
+    return load_pretrained(_auto(task), source, "--model", ignore_mismatched_sizes=True, **options)[
+        0
+    ]
 
 
 def prepare(tuned: TunedArgs, args: TaskArgs, words: WordArgs | None) -> Problem:
@@ -112,7 +110,9 @@ def prepare(tuned: TunedArgs, args: TaskArgs, words: WordArgs | None) -> Problem
         UserError: for a task, file, row, model or length that does not fit.
     """
     task = _task(args, words)
-    config, weights = config_of(tuned)
+    config, weights = config_of(
+        tuned, lambda kind: has_head(_auto(task), kind), f"a model with a head for {task.name}"
+    )
     if words is None:
         task = _with_labels_of(config, task, tuned.do_train)
     data_dir = args.data_dir
@@ -249,30 +249,32 @@ def wanted_splits(task: TaskSpec, stage: StageArgs, predicted: str) -> list[str]
     return splits
 
 
-def config_of(stage: StageArgs) -> tuple[PreTrainedConfig | None, str | None]:
-    """Configuration and where the weights are; None for a size that waits for the vocabulary."""
+def config_of(
+    stage: StageArgs, accepts: Callable[[str], bool], needed: str
+) -> tuple[PreTrainedConfig | None, str | None]:
+    """Configuration and where the weights are; None for a size that waits for the vocabulary.
+
+    Args:
+        accepts, needed: see `open_source`.
+    Raises:
+        UserError: if the model is missing or of another kind.
+    """
     if stage.model is None and stage.config_name is None:
         raise UserError(
             "--model is missing: a model folder or name, or --config_name for a new one"
         )
     if stage.config_name in SIZES:
         return None, None
-    source = stage.model or stage.config_name
-    try:
-        config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
-        flag = "--model" if stage.model else f"--config_name (or one of {', '.join(SIZES)})"
-        raise UserError(
-            f"{flag} {source}: no configuration there: {' '.join(str(error).split())[:300]}"
-        ) from error
+    named, flag = stage.model or stage.config_name, "--model" if stage.model else "--config_name"
+    if stage.model is None and not Path(named).exists() and "/" not in named:
+        raise UserError(f"--config_name {named}: is no folder and none of {', '.join(SIZES)}")
+    source = open_source(named, flag, accepts, needed)
     if stage.model is None:
-        return config, None
-    folder = Path(source)
-    files = {file.name for file in folder.iterdir()} if folder.is_dir() else set(WEIGHTS)
-    there = any(name in files or f"{name}.index.json" in files for name in WEIGHTS)
+        return source.config, None
+    there = has_weights(source.name)
     if not there and not stage.do_train:
-        raise UserError(f"--model {source}: there are no weights in it, so it must be trained")
-    return config, source if there else None
+        raise UserError(f"--model {named}: there are no weights in it, so it must be trained")
+    return source.config, source.name if there else None
 
 
 def _new_config(tuned: TunedArgs, vocab_size: int) -> PreTrainedConfig:
@@ -303,8 +305,9 @@ def _instances(config: PreTrainedConfig, tuned: TunedArgs) -> int:
     instances = getattr(config, "num_instances", 1)
     if tuned.num_instances not in (None, instances):
         raise UserError(
-            f"--num_instances {tuned.num_instances}: the model "
-            f"{tuned.model or tuned.config_name} is made for {instances}"
+            f"--num_instances {tuned.num_instances}: the model {tuned.model or tuned.config_name} "
+            f"is made for {instances}; `launchers/pretrain.py --objective masked_lm --init_from "
+            "MODEL --num_instances N` makes one for N"
         )
     return instances
 

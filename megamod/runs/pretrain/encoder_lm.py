@@ -1,13 +1,12 @@
 """Pretraining of encoders, multiplexed or not: masked, replaced or retrieved tokens."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForMaskedLM,
     AutoModelForPreTraining,
     AutoTokenizer,
@@ -25,6 +24,7 @@ from megamod.args import (
     SafetyArgs,
     origin_of,
 )
+from megamod.convert.sources import has_weights, is_source, open_source
 from megamod.data.lm.batches import Batch, DataBin
 from megamod.data.lm.masking import MaskedBatches, Masking, blocks_of, held_out_batches
 from megamod.data.lm.order import SAMPLERS, Temperature
@@ -39,6 +39,7 @@ from megamod.evaluation.plots import plot_curves
 from megamod.files import write_json
 from megamod.flags import refuse_changes
 from megamod.models.mux.configuration import PRESETS, MuxBertConfig, MuxElectraConfig
+from megamod.models.pretrained import load_pretrained
 from megamod.runs.pretrain.causal_lm import SHAPE
 from megamod.runs.training import Recipe, Running, execute
 from megamod.train import setup
@@ -52,6 +53,12 @@ TERMS = {
     "replaced_token": ("tokens", "positions", "masked", "readable"),
 }
 """Model family, and what the sums of a step are divided by, by --objective."""
+
+STOCK = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+STOCK += ("intermediate_size", "hidden_act", "hidden_dropout_prob", "max_position_embeddings")
+STOCK += ("attention_probs_dropout_prob", "type_vocab_size", "initializer_range")
+STOCK += ("layer_norm_eps", "pad_token_id", "tie_word_embeddings")
+"""Fields that a multiplexed model takes over from a stock encoder."""
 
 STRUCTURE = ("muxing_variant", "demuxing_variant", "num_hidden_demux_layers", "generator")
 
@@ -74,6 +81,7 @@ def pretrain(
     topology = DomainTopology(setup.started_world_size(), domains, Sharing.DENSE)
     rank, split = setup.started_rank(), data_args.eval_split
     config = encoder_config(model, mux, data, data_args.max_seq_length)
+    start = start_of(model, config)
     masking = masking_of(data, mux)
     shown = "task_loss" if mux.task_loss_coeff > 0 else "retrieval_loss"
     terms = TERMS[mux.objective]
@@ -136,7 +144,7 @@ def pretrain(
         make_batches=lambda global_batch: batches(
             "train", global_batch, run.per_device_train_batch_size, rank, topology.world_size
         ),
-        make_model=lambda: build_encoder(config, run.seed, model.init_from, mux.objective),
+        make_model=lambda: build_encoder(config, run.seed, start, mux.objective),
         make_objective=lambda device: EncoderLM(losses_of(mux, config, device), terms, shown),
         make_evaluate=lambda running: partial(evaluate, running),
     )
@@ -184,22 +192,29 @@ def encoder_config(
     if mux.objective == "replaced_token":
         fields |= dict(gen_loss_weight=mux.gen_loss_weight, disc_loss_weight=mux.disc_loss_weight)
     given = {name: getattr(model, name) for name in SHAPE if getattr(model, name) is not None}
-    if (Path(model.model) / "config.json").is_file():
+    kind = family if mux.num_instances > 1 else family.removeprefix("mux_")
+    if is_source(model.model):
         if given:
             raise UserError(f"--{next(iter(given))} cannot change the model in {model.model}")
-        config = AutoConfig.from_pretrained(model.model)
-        instances = getattr(config, "num_instances", 1)
-        if instances != mux.num_instances:
-            raise UserError(
-                f"--num_instances {mux.num_instances}: the model in {model.model} has {instances}"
-            )
-        kind = family if mux.num_instances > 1 else family.removeprefix("mux_")
+        stock = family.removeprefix("mux_")
+        config = open_source(
+            model.model,
+            "--model",
+            lambda one: one in (kind, stock),
+            f"{kind!r} for --objective {mux.objective} with --num_instances {mux.num_instances}",
+        ).config
         if config.model_type != kind:
+            # A multiplexed model around a stock encoder, with the flags' multiplexer.
+            shape = {
+                n: getattr(config, n) for n in (*STOCK, "embedding_size") if hasattr(config, n)
+            }
+            config = _new_config(shape, fields, mux, data)
+        elif mux.num_instances != getattr(config, "num_instances", 1):
             raise UserError(
-                f"--objective {mux.objective} trains models of type {kind}, the one in "
-                f"{model.model} is of type {config.model_type}"
+                f"--num_instances {mux.num_instances}: the model in {model.model} has "
+                f"{config.num_instances}"
             )
-        if mux.num_instances > 1:
+        elif mux.num_instances > 1:
             _check_structure(model.model, config, mux, data)
             for name, value in fields.items():
                 setattr(config, name, value)
@@ -323,51 +338,71 @@ def masking_of(data: DataBin, mux: MuxArgs) -> Masking:
     )
 
 
+@dataclass(frozen=True)
+class Start:
+    """Where the first weights are read from, and the option that named it."""
+
+    source: str
+    flag: str
+
+    def __str__(self) -> str:
+        return f"{self.flag} {self.source}"
+
+
+def start_of(model: ModelArgs, config: PreTrainedConfig) -> Start | None:
+    """The weights that a run starts from: --init_from, else the folder of --model if it has some.
+
+    Raises:
+        UserError: if they are those of another family or number of instances.
+    """
+    if model.init_from is not None:
+        start = Start(model.init_from, "--init_from")
+    elif is_source(model.model) and has_weights(model.model) and not model.from_scratch:
+        start = Start(model.model, "--model")
+    else:
+        return None
+    stock = config.model_type.removeprefix("mux_")
+    same = (stock, config.model_type)
+    found = open_source(*astuple(start), same.__contains__, f"{' or '.join(same)}").config
+    instances = getattr(found, "num_instances", 1)
+    if found.model_type != stock and instances != getattr(config, "num_instances", 1):
+        raise UserError(
+            f"{start}: that model has num_instances {instances}, this one "
+            f"{getattr(config, 'num_instances', 1)}"
+        )
+    return start
+
+
 def build_encoder(
-    config: PreTrainedConfig, seed: int, init_from: str | None, objective: str
+    config: PreTrainedConfig, seed: int, start: Start | None, objective: str
 ) -> nn.Module:
     """An encoder with new weights, or with those of a folder as far as it has them.
 
+    A stock encoder starts a multiplexed one: its embeddings and layers are kept, multiplexer and
+    demultiplexer are new.
+
     Raises:
-        UserError: if the folder has no model, or one of another family, instances or size.
+        UserError: if the weights do not fit.
     """
     kind = AutoModelForMaskedLM if objective == "masked_lm" else AutoModelForPreTraining
     if isinstance(config, MuxElectraConfig):
         # Of the two heads that pretraining has, this one replaces tokens by itself.
         config.architectures = ["MuxElectraForReplacedTokens"]
     torch.manual_seed(seed)
-    if init_from is None:
+    if start is None:
+        setup.logger.info("new weights, drawn with --seed %d", seed)
         return kind.from_config(config, dtype=torch.float32)
-    if not (Path(init_from) / "config.json").is_file():
-        raise UserError(f"--init_from {init_from}: there is no model (no config.json)")
-    found = AutoConfig.from_pretrained(init_from)
-    family, wanted = (c.model_type.removeprefix("mux_") for c in (found, config))
-    if family != wanted:
-        raise UserError(
-            f"--init_from {init_from}: that model is of type {found.model_type}, this one "
-            f"{config.model_type}"
-        )
-    instances = getattr(found, "num_instances", 1)
-    if instances != getattr(config, "num_instances", 1):
-        raise UserError(
-            f"--init_from {init_from}: that model has num_instances {instances}, this one "
-            f"{getattr(config, 'num_instances', 1)}"
-        )
-    model, report = kind.from_pretrained(
-        init_from,
-        config=config,
-        dtype=torch.float32,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
+    source = open_source(*astuple(start)).name
+    model, report = load_pretrained(
+        kind, source, start.flag, config=config, ignore_mismatched_sizes=True
     )
     if report["mismatched_keys"]:
         name, there, here = min(report["mismatched_keys"])
-        raise UserError(
-            f"--init_from {init_from}: {name} has shape {tuple(there)}, in this model {tuple(here)}"
-        )
+        raise UserError(f"{start}: {name} has shape {tuple(there)}, in this model {tuple(here)}")
+    setup.logger.info("weights of %s", start)
     for title, names in (("new", "missing_keys"), ("left out", "unexpected_keys")):
         if report[names]:
-            setup.logger.info("--init_from: %s: %s", title, ", ".join(sorted(report[names])))
+            setup.logger.info("%s: %s: %s", start.flag, title, ", ".join(sorted(report[names])))
     return model
 
 

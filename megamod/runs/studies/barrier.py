@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from megamod.data.corpus.tokenizers import load_tokenizer
@@ -55,6 +55,10 @@ logger = logging.getLogger(__name__)
 
 RESULTS = "results.json"
 RECORD = "study.json"
+
+
+HEADS = {MLM: AutoModelForMaskedLM, CLM: AutoModelForCausalLM}
+"""Auto class of the models that a task without labels is measured on."""
 
 
 @dataclass(frozen=True)
@@ -243,7 +247,8 @@ def _curve(
 ) -> dict[str, object]:
     """Losses on the line between two models, the second aligned to the first."""
     first, second = (
-        load_model(study.models[name].replace("{task}", task)).to(device) for name in pair
+        load_model(study.models[name].replace("{task}", task), HEADS.get(task)).to(device)
+        for name in pair
     )
     alignment = _aligned(first, second, options, ground, study.max_seq_length)
     config, shapes = first.config.to_dict(), shapes_of(first.state_dict())

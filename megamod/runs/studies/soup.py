@@ -25,7 +25,7 @@ from megamod.merging.alignment.running import load_model
 from megamod.merging.average import SHARD_BYTES, merge
 from megamod.merging.plan import Plan
 from megamod.merging.recipe import GREEDY_SOUP, Recipe
-from megamod.runs.studies.barrier import ground_of
+from megamod.runs.studies.barrier import HEADS, ground_of
 from megamod.runs.studies.barrier_recipe import CLM, MLM, Study, checked_fields
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ def greedy_soup(
     losses = ground_of(study, study.tasks[0]).losses
     paths = [str(one.path) for one in recipe.inputs]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tasted = choose(paths, losses, device)
+    tasted = choose(paths, losses, device, HEADS.get(study.tasks[0]))
     kept = sorted(one.number for one in tasted if one.kept)
     found = {"merge_method": GREEDY_SOUP, "evaluation": dict(recipe.evaluation)}
     found |= {"tasted": [asdict(one) for one in tasted]}
@@ -92,7 +92,9 @@ def greedy_soup(
     return merge(_average(recipe, kept), output, **options), tasted
 
 
-def choose(paths: Sequence[str], losses: Losses, device: torch.device) -> list[Tasted]:
+def choose(
+    paths: Sequence[str], losses: Losses, device: torch.device, auto: type | None = None
+) -> list[Tasted]:
     """Go through the models from the best to the worst; keep those that do no harm.
 
     A model is kept if the uniform average with it has no larger loss than without. Of equal models
@@ -101,12 +103,13 @@ def choose(paths: Sequence[str], losses: Losses, device: torch.device) -> list[T
     Args:
         paths: folders of the models.
         losses: from a model to its losses, whose mean counts.
+        auto: see `load_model`.
     Returns:
         all models in the order in which they were tried.
     Raises:
         UserError: if no model has a finite loss.
     """
-    alone = [_mean_loss(losses, load_model(path).to(device).eval()) for path in paths]
+    alone = [_mean_loss(losses, load_model(path, auto).to(device).eval()) for path in paths]
     order = sorted(range(len(paths)), key=lambda number: (alone[number], number))
     if not math.isfinite(alone[order[0]]):
         raise UserError(f"evaluation: the loss of every model is {alone[order[0]]}; none is usable")
@@ -114,7 +117,7 @@ def choose(paths: Sequence[str], losses: Losses, device: torch.device) -> list[T
     soup: Mapping[str, Tensor] = {}
     best, count = math.inf, 0
     for number in order:
-        model = load_model(paths[number]).to(device).eval()
+        model = load_model(paths[number], auto).to(device).eval()
         mixed = _mixed(soup, model.state_dict(), count)
         if count:
             model.load_state_dict(mixed)

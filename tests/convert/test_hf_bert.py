@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -98,3 +98,25 @@ def test_what_is_no_bert(tmp_path):
     (folder / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config.json: cannot be read"):
         convert(folder)
+
+
+def test_other_models_that_call_themselves_bert(tmp_path):
+    folder = published(BertForMaskedLM(BertConfig(**SIZE)), tmp_path / "there", old=False)
+    state = load_file(folder / "model.safetensors")
+    parts = {f"demux_module.dense_{n}.weight": torch.ones(8, 8) for n in range(4)}
+    save_file(state | parts, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"4 of its \d+ tensors, such as demux_module.dense_0"):
+        convert(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["architectures"] = ["MuxedBertForMaskedLM"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="names the class MuxedBertForMaskedLM; use --format data"):
+        convert(folder)
+
+
+def test_shards(tmp_path):
+    model = BertForMaskedLM(BertConfig(**SIZE)).eval()
+    model.save_pretrained(tmp_path / "there", max_shard_size="1KB")
+    assert not (tmp_path / "there" / "model.safetensors").exists()
+    ours = BertForMaskedLM.from_pretrained(written(convert(tmp_path / "there"), tmp_path / "ours"))
+    assert torch.equal(ours.eval()(IDS).logits, model(IDS).logits)

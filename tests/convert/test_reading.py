@@ -1,4 +1,5 @@
 import argparse
+import json
 import os
 import pickle
 import runpy
@@ -12,11 +13,12 @@ from collections import OrderedDict
 from enum import Enum
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from megamod.convert import reading
-from megamod.convert.reading import STAND_INS, globals_in, read_checkpoint
+from megamod.convert.reading import STAND_INS, globals_in, read_checkpoint, weight_file
 from megamod.errors import UserError
 
 
@@ -281,3 +283,44 @@ def test_missing_and_broken_safetensors(tmp_path):
     (tmp_path / "x.safetensors").write_bytes(b"\xff" * 30)
     with pytest.raises(UserError, match="not a whole safetensors"):
         read_checkpoint(tmp_path / "x.safetensors")
+
+
+def test_scalars_of_numpy_among_the_settings(tmp_path):
+    """The best loss so far, a learning rate: values, and nothing runs."""
+    content = {
+        "model": {"w": torch.ones(2)},
+        "args": argparse.Namespace(lr=np.float64(0.5), seed=np.int64(-3), fp16=np.bool_(True)),
+        "extra_state": {"best": np.float32(2.5), "val_loss": np.float16(1)},
+    }
+    path = tmp_path / "checkpoint.pt"
+    torch.save(content, path)
+    found = read_checkpoint(path)
+    assert torch.equal(found.tensors["w"], torch.ones(2))
+    assert found.settings["args"] == {"lr": 0.5, "seed": -3, "fp16": True}
+
+
+def test_arrays_of_objects_are_no_scalars(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"model": {"w": torch.ones(2)}, "extra": np.array([None, 1], dtype=object)}, path)
+    with pytest.raises(UserError, match="is refused, because it names numpy"):
+        read_checkpoint(path)
+
+
+def test_shards_are_read_together(tmp_path):
+    shards = {"a": {"x": torch.ones(2)}, "b": {"y": torch.zeros(3), "z": torch.ones(1)}}
+    names = {key: f"pytorch_model-{shard}.bin" for shard, part in shards.items() for key in part}
+    for shard, part in shards.items():
+        torch.save(part, tmp_path / f"pytorch_model-{shard}.bin")
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    assert weight_file(tmp_path) == index
+    assert read_checkpoint(index).tensors.keys() == {"x", "y", "z"}
+    index.write_text(json.dumps({"weight_map": names | {"q": "pytorch_model-b.bin"}}))
+    with pytest.raises(UserError, match="q is not in pytorch_model-b"):
+        read_checkpoint(index)
+    (tmp_path / "pytorch_model-a.bin").unlink()
+    with pytest.raises(UserError, match=r"the weight file pytorch_model-a\.bin is missing"):
+        read_checkpoint(index)
+    index.write_text(json.dumps({"weight_map": {"x": "../other.bin"}}))
+    with pytest.raises(UserError, match="files beside it are allowed"):
+        read_checkpoint(index)

@@ -1,0 +1,184 @@
+"""Resolve the model that a command names: check its kind, convert it where that is possible.
+
+The released checkpoints of MUX-PLM and DataMUX say `"model_type": "bert"`, so transformers loads a
+stock BERT from them and drops the multiplexer. Every command therefore asks `open_source` first.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import transformers
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+import megamod  # noqa: F401  (makes our configurations known)
+from megamod.convert import datamux
+from megamod.convert.reading import INDEX_FILES, shards_of, weight_file
+from megamod.convert.writing import write_model
+from megamod.errors import UserError
+from megamod.files import atomic_folder
+from megamod.models.auto import model_folder
+from megamod.states import weights
+from megamod.states.tokenizer_files import copy_tokenizer
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1  # raised when the converter writes something else, which makes cached folders stale
+FAIRSEQ = (".pt", ".pth")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checked model: its configuration, and the folder or hub name to load it from."""
+
+    name: str
+    config: PreTrainedConfig
+
+
+def open_source(
+    source: str,
+    flag: str,
+    accepts: Callable[[str], bool] = lambda model_type: True,
+    needed: str = "",
+) -> Source:
+    """Check a model folder or hub name; convert a released checkpoint into the user's cache.
+
+    Args:
+        flag: option or key that named the source, for messages.
+        accepts: whether the command can use a model type.
+        needed: the kind of model that is accepted, for the message.
+    Raises:
+        UserError: if there is no configuration, or the model is of another kind than it or the
+            command says.
+    """
+    where = f"{flag} {source}"
+    fields = _fields(source, where)
+    original = datamux.original_class(fields)
+    kind = datamux.ORIGINALS[original].model_type if original else fields.get("model_type")
+    _check_fields(fields, kind, original, source, where)
+    if not accepts(str(kind)):
+        raise UserError(f"{where}: is a model of type {kind!r}{needed and '; needed is '}{needed}")
+    name = source if original is None else str(_converted(source, flag))
+    try:
+        return Source(name, AutoConfig.from_pretrained(name, trust_remote_code=False))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{where}: config.json cannot be used: {reason}") from error
+
+
+def is_source(name: str) -> bool:
+    """True for a folder with config.json and for a hub name, such as owner/model."""
+    path = Path(name)
+    return (path / "config.json").is_file() or (name.count("/") == 1 and not path.exists())
+
+
+def has_weights(name: str) -> bool:
+    """True for a hub name, and for a folder with weights, whole or sharded.
+
+    Raises:
+        UserError: if a shard is missing.
+    """
+    path = Path(name)
+    return not path.is_dir() or weights.has_weights(path)
+
+
+def has_head(auto: type, model_type: str) -> bool:
+    """True if an Auto class of transformers has a class for this model type."""
+    try:
+        return auto._model_mapping.get(CONFIG_MAPPING[model_type], None) is not None
+    except KeyError:
+        return False
+
+
+def _is_stock(kind: object) -> bool:
+    """True for a model type of transformers, or an unknown one; False for registered ones."""
+    known = isinstance(kind, str) and kind in CONFIG_MAPPING
+    return not known or CONFIG_MAPPING[kind].__module__.startswith("transformers.")
+
+
+def _fields(source: str, where: str) -> dict[str, object]:
+    """Fields of config.json, of a folder or from the hub."""
+    path = Path(source)
+    if path.suffix in FAIRSEQ or (path.is_dir() and not (path / "config.json").is_file()):
+        if path.is_file() or any(file.suffix in FAIRSEQ for file in path.glob("*")):
+            raise UserError(
+                f"{where}: is no model folder (no config.json); a checkpoint of fairseq becomes "
+                f"one by `launchers/convert.py --format fairseq_lm --input {source} --output_dir "
+                "DIR`"
+            )
+        raise UserError(f"{where}: there is no model (no config.json)")
+    try:
+        fields, _ = PreTrainedConfig.get_config_dict(source)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{where}: no configuration there: {reason}") from error
+    return fields
+
+
+def _check_fields(
+    fields: Mapping[str, object], kind: object, original: str | None, source: str, where: str
+) -> None:
+    """Refuse a configuration whose architecture is not what its model type says."""
+    if original is not None or not _is_stock(kind):
+        return
+    if kind not in CONFIG_MAPPING:
+        raise UserError(
+            f"{where}: config.json has model_type {kind!r}, which neither transformers nor megamod "
+            "has; code in folders is never run"
+        )
+    if isinstance(fields.get("num_tasks"), int):
+        raise UserError(
+            f"{where}: is a released checkpoint of CA-MTL; convert it first, its tasks in order: "
+            f"`launchers/convert.py --format ca_mtl --input {source} --tasks A B --output_dir DIR`"
+        )
+    instances = fields.get("num_instances", 1)
+    if instances != 1 or ("muxing_variant" in fields and "num_instances" not in fields):
+        raise UserError(
+            f"{where}: config.json has num_instances {instances}, but architectures names no "
+            f"multiplexed model; name one of {', '.join(list(datamux.ORIGINALS)[:3])}, ... there"
+        )
+    for name in fields.get("architectures") or ():
+        if not hasattr(transformers, str(name)):
+            raise UserError(
+                f"{where}: config.json names the class {name!r}, which neither transformers nor "
+                "megamod has; code in folders is never run"
+            )
+    if fields.get("quantization_config"):
+        raise UserError(f"{where}: its weights are quantised; dequantise them first")
+
+
+def _converted(source: str, flag: str) -> Path:
+    """The folder in the cache with the conversion of a released checkpoint."""
+    folder = model_folder(source, flag)
+    stored = weight_file(folder)
+    files = [folder / "config.json", stored]
+    files += shards_of(stored) if stored.name in INDEX_FILES else []
+    stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    key = hashlib.sha256(json.dumps([FORMAT, stats]).encode()).hexdigest()[:24]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    where = f"{flag} {source}"
+    target = cache / "megamod" / "converted" / key
+    if target.is_dir():
+        return target
+    try:
+        converted = datamux.convert(folder)
+        with atomic_folder(target) as new:
+            write_model(converted, new, "float32")
+            copy_tokenizer(folder, new)
+    except FileExistsError:  # another rank was faster
+        return target
+    except UserError as error:
+        raise UserError(
+            f"{where}: is a released checkpoint that cannot be converted: {error}"
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"{where}: its conversion cannot be kept in {cache} ({error.strerror}); convert it by "
+            f"`launchers/convert.py --format datamux --input {source} --output_dir DIR`"
+        ) from error
+    logger.info("%s: a released checkpoint, converted into %s", where, target)
+    return target

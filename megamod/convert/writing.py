@@ -1,0 +1,38 @@
+"""Write a converted model as a folder that `from_pretrained` reads."""
+
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig
+
+import megamod  # noqa: F401  (makes our configurations known)
+from megamod.convert import Converted
+from megamod.errors import UserError
+from megamod.states.weights import write_index, write_weights
+
+
+def write_model(converted: Converted, folder: Path, dtype: str) -> None:
+    """Write configuration and weights.
+
+    Args:
+        dtype: name of the element type, such as "float32".
+    Raises:
+        UserError: for names that cannot be a domain, and weights that the dtype cannot hold.
+    """
+    fields = dict(converted.config)
+    try:
+        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    except (ValueError, StrictDataclassError) as error:
+        origin = "--domains" if "domains" in fields else "config.json"
+        raise UserError(f"{origin}: {' '.join(str(error).split())}") from error
+    config.dtype = getattr(torch, dtype)
+    state = {name: tensor.to(config.dtype) for name, tensor in converted.state.items()}
+    for name, tensor in state.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{name} holds values that are not finite in {dtype}")
+    config.save_pretrained(folder)
+    has_experts = fields.get("untie", "none") != "none"
+    write_weights(folder, state, has_experts=has_experts)
+    if has_experts:
+        write_index(folder, state, sum(tensor.nbytes for tensor in state.values()))

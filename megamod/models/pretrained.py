@@ -1,0 +1,167 @@
+"""Load pretrained weights, and refuse those that do not belong to the model.
+
+transformers fills absent tensors with random numbers, drops unknown ones and prints a table. Here a
+model that would lack more than a tenth of its encoder, or ignore tensors that no model of its type
+has, is an error.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from megamod.errors import UserError
+
+MAX_MISSING = 0.1  # share of the backbone's elements
+MAX_FOREIGN = 0.02  # share of the file's tensors, and never so few as two
+STOCK_TYPES = {
+    "ca_mtl": "bert",
+    "mux_bert": "bert",
+    "mux_electra": "electra",
+    "mux_roberta": "roberta",
+}
+"""Model type of transformers whose encoder each of our types contains."""
+
+
+class CheckedLoading(PreTrainedModel):
+    """Base of our encoders: `from_pretrained` checks the share of the weights that it took."""
+
+    @classmethod
+    def from_pretrained(cls, source: object, *args: object, **kwargs: object) -> object:
+        """As in transformers; also takes the folder of a bare stock encoder.
+
+        Raises:
+            UserError: if more than a tenth of the stock encoder's weights is missing.
+        """
+        wants_report = kwargs.pop("output_loading_info", False)
+        model, report = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
+        check_missing(model, report, str(source))
+        return (model, report) if wants_report else model
+
+
+def load_pretrained(
+    auto: type, source: str, flag: str, **options: object
+) -> tuple[PreTrainedModel, dict[str, object]]:
+    """Load a model in float32 and check that the weights are those of such a model.
+
+    Args:
+        auto: an Auto class or model class of transformers.
+        flag: option or key that named the source, for messages.
+        options: of `from_pretrained`.
+    Returns:
+        the model and transformers' loading report.
+    Raises:
+        UserError: if it cannot be loaded, lacks weights, or would ignore some of its file.
+    """
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # the report is checked instead of printed
+    try:
+        model, report = auto.from_pretrained(
+            source,
+            dtype=torch.float32,
+            output_loading_info=True,
+            trust_remote_code=False,
+            **options,
+        )
+    except UserError as error:
+        raise UserError(f"{flag} {error}") from error
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{flag} {source}: cannot be loaded: {reason}") from error
+    finally:
+        logging.set_verbosity(before)
+    check_missing(model, report, f"{flag} {source}")
+    check_foreign(model, report, f"{flag} {source}")
+    return model, report
+
+
+def check_missing(model: PreTrainedModel, report: Mapping[str, Iterable], source: str) -> None:
+    """Refuse a model of which weights of the encoder were drawn at random.
+
+    Args:
+        report: of `from_pretrained`.
+        source: how the message names the weights.
+    Raises:
+        UserError: if more than a tenth of the elements that a stock encoder has are missing.
+    """
+    missing, mismatched = set(report["missing_keys"]), report["mismatched_keys"]
+    if not missing and not mismatched:
+        return
+    sizes = {name: tensor.numel() for name, tensor in model.state_dict().items()}
+    stock = backbone_names(model) & sizes.keys()
+    for name, there, here in sorted(mismatched):
+        if name in stock:
+            raise UserError(
+                f"{source}: {name} has shape {tuple(there)}, in this model {tuple(here)}"
+            )
+    absent = missing & stock
+    share = sum(sizes[name] for name in absent) / max(1, sum(sizes[name] for name in stock))
+    if share > MAX_MISSING:
+        raise UserError(
+            f"{source}: lacks {share:.0%} of the encoder of {type(model).__name__}, such as "
+            f"{min(absent)}; these weights are those of another model"
+        )
+
+
+def check_foreign(model: PreTrainedModel, report: Mapping[str, Iterable], source: str) -> None:
+    """Refuse weights of a model that has parts which no model of this type has.
+
+    Args, Raises: as `check_missing`.
+    """
+    unused = set(report["unexpected_keys"])
+    if not unused:
+        return
+    known = stock_names(model.config)
+    # A head may be left out; a part of another kind of encoder may not.
+    foreign = {name for name in unused if not _is_known(name, known)}
+    total = len(model.state_dict()) - len(set(report["missing_keys"])) + len(unused)
+    if len(foreign) > max(2, MAX_FOREIGN * total):
+        raise UserError(
+            f"{source}: {len(foreign)} of its {total} tensors, such as {min(foreign)}, are not "
+            f"part of a {model.config.model_type} model; convert.py makes a folder of its own kind"
+        )
+
+
+def backbone_names(model: PreTrainedModel) -> set[str]:
+    """Names in the model of the parameters of the stock encoder, without its pooler."""
+    prefix = model.base_model_prefix
+    with torch.device("meta"):
+        stock = transformers.AutoModel.from_config(stock_config(model.config))
+    names = {name for name in stock.state_dict() if "pooler" not in name}
+    has_prefix = prefix and isinstance(getattr(model, prefix, None), nn.Module)
+    return {f"{prefix}.{name}" for name in names} if has_prefix else names
+
+
+def stock_names(config: PreTrainedConfig) -> set[str]:
+    """Names of all tensors of the stock classes that checkpoints of this type are written by."""
+    stock = stock_config(config)
+    classes = {getattr(transformers, name, None) for name in config.architectures or ()}
+    for auto in ("AutoModel", "AutoModelForPreTraining", "AutoModelForMaskedLM"):
+        # Looked up late: importing the Auto classes registers our models, which import this module.
+        classes.add(getattr(transformers, auto)._model_mapping.get(type(stock), None))
+    names: set[str] = set()
+    with torch.device("meta"):
+        for kind in classes:
+            if isinstance(kind, type) and kind.config_class is type(stock):
+                names |= set(kind(stock).state_dict())
+    return names
+
+
+def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Configuration of the stock encoder inside a model; a stock model's is its own."""
+    if config.model_type not in STOCK_TYPES:
+        return config
+    stock = transformers.AutoConfig.for_model(STOCK_TYPES[config.model_type])
+    for name in type(stock).__annotations__:
+        if hasattr(config, name) and name != "model_type":
+            setattr(stock, name, getattr(config, name))
+    return stock
+
+
+def _is_known(name: str, known: set[str]) -> bool:
+    plain = name.replace("LayerNorm.gamma", "LayerNorm.weight")
+    plain = plain.replace("LayerNorm.beta", "LayerNorm.bias")
+    return plain in known or plain.endswith("position_ids")
