@@ -5,7 +5,8 @@
 
 Each domain is NAME=PATH, where PATH is one of
     FILE.txt       documents with blank lines between them      \\  divided 90/5/5 into train, valid
-    FILE.jsonl     one JSON object per line, key --field        /   and test by a hash of the text
+    FILE.jsonl     one JSON object per line, key --text_column   |  and test by a hash of the text
+    FILE.csv, FILE.tsv, FILE.parquet   the same column of a table  /
     FOLDER         with train, valid and test files in these formats
     FOLDER         written by datasets' save_to_disk
     hf:NAME[:CONFIG]   a data set of the Hugging Face hub
@@ -52,6 +53,7 @@ def main() -> None:
         encoding_errors=options.encoding_errors,
         seed=options.seed,
         workers=options.workers,
+        streaming=options.streaming,
         do_lower_case=None if options.do_lower_case is None else options.do_lower_case == "true",
     )
     print(summary(header, options.output_dir))
@@ -99,7 +101,19 @@ def parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="put bos in front of each item, for models that read [CLS] text [SEP]",
     )
-    add("--field", default="text", help="JSON key or column of the text (default: text)")
+    add(
+        "--text_column",
+        "--field",
+        dest="field",
+        default="text",
+        metavar="NAME",
+        help="JSON key or column of the text (default: text)",
+    )
+    add(
+        "--streaming",
+        action="store_true",
+        help="read hf: data sets over the network, several times, instead of storing them",
+    )
     add(
         "--encoding_errors",
         choices=("strict", "replace"),

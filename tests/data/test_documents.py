@@ -186,7 +186,7 @@ def test_hub_name_and_configuration(monkeypatch):
     datasets = pytest.importorskip("datasets")
     asked = []
 
-    def load(*arguments):
+    def load(*arguments, streaming):
         asked.append(arguments)
         return datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": ["only"]})})
 
@@ -199,8 +199,8 @@ def test_hub_name_and_configuration(monkeypatch):
 def test_sources_that_cannot_be_read(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         open_source(tmp_path / "nothing")
-    with pytest.raises(UserError, match=r"table\.csv: the ending '\.csv' is not one of"):
-        open_source(write(tmp_path / "table.csv", "a,b"))
+    with pytest.raises(UserError, match=r"table\.xlsx: the ending '\.xlsx' is not one of"):
+        open_source(write(tmp_path / "table.xlsx", "a,b"))
 
 
 def test_inputs_of_a_command_line():

@@ -77,6 +77,7 @@ def binarize(
     seed: int = 0,
     workers: int | None = None,
     do_lower_case: bool | None = None,
+    streaming: bool = False,
 ) -> dict:
     """Write a data-bin and return its header.
 
@@ -94,6 +95,7 @@ def binarize(
         seed: divides sources that are not split yet.
         workers: processes; default by the amount of text. The output does not depend on it.
         do_lower_case: for BERT's word pieces, see `load_fast`.
+        streaming: read data sets of the hub without storing them.
 
     Returns:
         The content of databin.json: {"format", "tokenizer": {"kind", "digest"}, "vocab_size",
@@ -113,7 +115,9 @@ def binarize(
         raise UserError(f"--workers {workers}: at least 1 is needed")
     before = _existing(output)
     sources = {
-        name: open_source(spec, field=field, encoding_errors=encoding_errors, seed=seed)
+        name: open_source(
+            spec, field=field, encoding_errors=encoding_errors, seed=seed, streaming=streaming
+        )
         for name, spec in inputs.items()
     }
     train = None

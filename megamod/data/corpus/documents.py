@@ -18,6 +18,17 @@ from megamod.data.corpus.file_formats import (
     numbered_lines,
     stem_of,
 )
+from megamod.data.corpus.text_columns import (
+    Cells,
+    csv_column,
+    dataset_column,
+    load_hub,
+    load_saved,
+    parquet_column,
+    require_column,
+    split_tables,
+    tsv_column,
+)
 from megamod.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,7 +37,7 @@ if TYPE_CHECKING:
 SPLITS = ("train", "valid", "test")
 SPELLINGS = {"train": ("train",), "valid": ("valid", "validation", "dev"), "test": ("test",)}
 SHARES = {"train": 0.90, "valid": 0.05, "test": 0.05}
-FORMATS = ("text", "JSON lines", "JSON")
+FORMATS = ("text", "JSON lines", "JSON", "CSV", "TSV", "Parquet")
 
 
 @dataclass
@@ -144,36 +155,44 @@ def parse_inputs(values: Sequence[str]) -> dict[str, str]:
 
 
 def open_source(
-    spec: str | Path | Sequence[str],
+    spec: "str | Path | Sequence[str] | Dataset | DatasetDict",
     *,
     field: str = "text",
     encoding_errors: str = "strict",
     seed: int = 0,
+    streaming: bool = False,
 ) -> Source:
     """The source a user named.
 
     Args:
-        spec: a .txt or .jsonl file; a folder with train, valid and test files; a folder written
-            by `Dataset.save_to_disk`; `hf:NAME[:CONFIG]`; or a list of documents.
+        spec: a file of one of `FORMATS`; a folder with train, valid and test files; a folder
+            written by `Dataset.save_to_disk`; `hf:NAME[:CONFIG]`; a list of documents; or a data
+            set of `datasets`, streamed or not.
         field: JSON key or column that holds the text.
+        streaming: read data sets of the hub without storing them.
 
     Raises:
         UserError: if it does not exist, is of no known form, or lacks a split.
     """
     decoding = Decoding(encoding_errors)
     if not isinstance(spec, (str, Path)):
-        readers = {"": lambda: (decoding.string(text, "given document") for text in spec)}
-        return Source("the given documents", readers, decoding, seed)
+        where = "the documents passed in"
+        if hasattr(spec, "column_names"):
+            return Source(where, _dataset_readers(spec, where, field, decoding), decoding, seed)
+        readers = {"": lambda: (decoding.string(text, where) for text in spec)}
+        return Source(where, readers, decoding, seed)
     where = str(spec)
     if where.startswith("hf:"):
-        return Source(where, _hub_readers(where, field, decoding), decoding, seed)
+        loaded = load_hub(where, streaming)
+        return Source(where, _dataset_readers(loaded, where, field, decoding), decoding, seed)
     path = Path(spec)
     if not path.exists():
         raise UserError(f"{path} does not exist: a file, a folder or hf:NAME[:CONFIG] is needed")
     if path.is_file():
         return Source(where, {"": _file_reader(path, field, decoding)}, decoding, seed)
     if any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
-        return Source(where, _saved_readers(path, field, decoding), decoding, seed)
+        loaded = load_saved(path)
+        return Source(where, _dataset_readers(loaded, where, field, decoding), decoding, seed)
     files = _split_files(path)
     readers = {split: _file_reader(file, field, decoding) for split, file in files.items()}
     line_readers = {}
@@ -198,14 +217,20 @@ def read_documents(
         UserError: naming file and line or byte offset.
     """
     path, decoding = Path(path), decoding or Decoding()
-    if format_of(path, FORMATS) != "text":
-        for number, line in text_lines(path, decoding):
-            if line.strip():
-                text = _json_text(line, field, f"{path}:{number}")
-                text = decoding.string(text, f"{path}:{number}")
-                if text.strip():
-                    yield text
-        return
+    name = format_of(path, FORMATS)
+    if name == "CSV":
+        yield from _texts(csv_column(path, field, decoding.line), field, decoding)
+    elif name == "TSV":
+        yield from _texts(tsv_column(path, field, decoding.line), field, decoding)
+    elif name == "Parquet":
+        yield from _texts(parquet_column(path, field), field, decoding)
+    elif name == "text":
+        yield from _plain_documents(path, decoding)
+    else:
+        yield from _texts(_json_cells(path, field, decoding), field, decoding)
+
+
+def _plain_documents(path: Path, decoding: Decoding) -> Iterator[str]:
     kept: list[str] = []
     for _, line in text_lines(path, decoding):
         if line.strip():
@@ -237,12 +262,17 @@ def text_lines(path: Path, decoding: Decoding) -> Iterator[tuple[int, str]]:
         yield number, decoding.line(raw, path, offset)
 
 
-def _json_text(line: str, field: str, where: str) -> str:
-    row = json_object(line, where, field)
-    if field not in row:
-        keys = ", ".join(map(repr, sorted(row)[:8])) or "none"
-        raise UserError(f"{where}: no key {field!r} among {keys}; --field names another key")
-    return _require_string(row[field], field, where)
+def _json_cells(path: Path, field: str, decoding: Decoding) -> Cells:
+    for number, line in text_lines(path, decoding):
+        if line.strip():
+            where = f"{path}:{number}"
+            row = json_object(line, where, field)
+            if field not in row:
+                keys = ", ".join(map(repr, sorted(row)[:8])) or "none"
+                raise UserError(
+                    f"{where}: no key {field!r} among {keys}; --text_column names another key"
+                )
+            yield where, row[field]
 
 
 def _require_string(value: object, field: str, where: str) -> str:
@@ -253,7 +283,8 @@ def _require_string(value: object, field: str, where: str) -> str:
 
 
 def _file_reader(path: Path, field: str, decoding: Decoding) -> Callable[[], Iterator[str]]:
-    format_of(path, FORMATS)
+    if format_of(path, FORMATS) != "text":
+        next(read_documents(path, field, decoding), None)  # a missing key or column is found now
     return lambda: read_documents(path, field, decoding)
 
 
@@ -275,64 +306,22 @@ def _split_files(folder: Path) -> dict[str, Path]:
     return files
 
 
-def _saved_readers(
-    path: Path, field: str, decoding: Decoding
-) -> dict[str, Callable[[], Iterator[str]]]:
-    from datasets import load_from_disk
-
-    try:
-        loaded = load_from_disk(str(path))
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: not a data set written by save_to_disk: {error}") from error
-    return _dataset_readers(loaded, str(path), field, decoding)
-
-
-def _hub_readers(
-    where: str, field: str, decoding: Decoding
-) -> dict[str, Callable[[], Iterator[str]]]:
-    from datasets import load_dataset
-
-    name, _, config = where.removeprefix("hf:").partition(":")
-    try:
-        loaded = load_dataset(name, config or None)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{where}: the data set cannot be loaded: {error}") from error
-    return _dataset_readers(loaded, where, field, decoding)
-
-
 def _dataset_readers(
-    loaded: "Dataset | DatasetDict",
-    where: str,
-    field: str,
-    decoding: Decoding,
+    loaded: object, where: str, field: str, decoding: Decoding
 ) -> dict[str, Callable[[], Iterator[str]]]:
-    tables = dict(loaded) if isinstance(loaded, Mapping) else {"": loaded}
-    if len(tables) == 1:
-        tables = {"": next(iter(tables.values()))}
-    else:
-        found = {
-            split: [name for name in spellings if name in tables]
-            for split, spellings in SPELLINGS.items()
-        }
-        wrong = [split for split, names in found.items() if len(names) != 1]
-        if wrong:
-            raise UserError(
-                f"{where}: the splits {sorted(tables)} do not give one each of train, valid and "
-                f"test (look at {', '.join(wrong)}); a single split is divided instead"
-            )
-        tables = {split: tables[names[0]] for split, names in found.items()}
+    tables = split_tables(loaded, where, SPELLINGS)
     for table in tables.values():
-        if field not in table.column_names:
-            raise UserError(f"{where}: no column {field!r} among {table.column_names} (--field)")
+        if table.column_names is not None:  # unknown for some streams
+            require_column(where, field, table.column_names)
     return {
-        split: lambda table=table: _rows(table, where, field, decoding)
+        split: lambda table=table: _texts(dataset_column(table, field, where), field, decoding)
         for split, table in tables.items()
     }
 
 
-def _rows(table: "Dataset", where: str, field: str, decoding: Decoding) -> Iterator[str]:
-    for row, record in enumerate(table):
-        place = f"{where}, row {row}"
-        text = decoding.string(_require_string(record[field], field, place), place)
+def _texts(cells: Cells, field: str, decoding: Decoding) -> Iterator[str]:
+    """Texts of cells that hold more than white space."""
+    for place, value in cells:
+        text = decoding.string(_require_string(value, field, place), place)
         if text.strip():
             yield text

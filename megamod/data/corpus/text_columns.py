@@ -1,0 +1,165 @@
+"""One column of a table, row by row: CSV, TSV and Parquet files, data sets of `datasets`.
+
+All readers give pairs (place for messages, value) and refuse a column that does not exist.
+"""
+
+import csv
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megamod.data.corpus.file_formats import BOM, numbered_lines, raw_lines
+from megamod.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+
+Cells = Iterator[tuple[str, object]]
+Decode = Callable[[bytes, Path, int], str]
+LONGEST_CELL = 1 << 30  # characters; the csv module stops at 2**17 unless told
+
+
+def csv_column(path: Path, column: str, decode: Decode) -> Cells:
+    """A column of a CSV file: commas, a header, double quotes around cells with line ends.
+
+    Args:
+        decode: text of the bytes of a line, its path and byte offset.
+    Raises:
+        UserError: naming file and line.
+    """
+
+    def lines() -> Iterator[str]:
+        offset = 0
+        for raw in raw_lines(path):
+            begin = len(BOM) if offset == 0 and raw.startswith(BOM) else 0
+            yield decode(raw[begin:], path, offset + begin)
+            offset += len(raw)
+
+    csv.field_size_limit(LONGEST_CELL)
+    rows = csv.reader(lines(), strict=True)
+    try:
+        yield from _cells(path, column, ((rows.line_num, row) for row in rows if row))
+    except csv.Error as error:
+        raise UserError(f"{path}, line {rows.line_num}: not CSV: {error}") from error
+
+
+def tsv_column(path: Path, column: str, decode: Decode) -> Cells:
+    """A column of a TSV file: a header, one row per line, quotes are ordinary characters.
+
+    Raises:
+        UserError: naming file and line.
+    """
+    lines = ((number, decode(raw, path, at)) for number, at, raw in numbered_lines(path) if raw)
+    return _cells(path, column, ((number, line.split("\t")) for number, line in lines))
+
+
+def parquet_column(path: Path, column: str) -> Cells:
+    """A column of a Parquet file.
+
+    Raises:
+        UserError: if the file is damaged or has no such column.
+    """
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(path) as file:
+            require_column(str(path), column, file.schema_arrow.names)
+            batches = file.iter_batches(batch_size=1024, columns=[column])
+            values = (value for batch in batches for value in batch.column(0).to_pylist())
+            for row, value in enumerate(values):
+                yield f"{path}, row {row}", value
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        raise UserError(f"{path}: cannot be read as Parquet: {reason}") from error
+
+
+def load_saved(path: Path) -> "Dataset | DatasetDict":
+    """A folder of `save_to_disk`.
+
+    Raises:
+        UserError: if it is none.
+    """
+    from datasets import load_from_disk
+
+    try:
+        return load_from_disk(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: not a data set written by save_to_disk: {error}") from error
+
+
+def load_hub(
+    where: str, streaming: bool
+) -> "DatasetDict | IterableDatasetDict | Dataset | IterableDataset":
+    """The data set `hf:NAME[:CONFIG]`; `streaming` reads it without storing it.
+
+    Raises:
+        UserError: if it cannot be loaded.
+    """
+    from datasets import load_dataset
+
+    name, _, config = where.removeprefix("hf:").partition(":")
+    try:
+        return load_dataset(name, config or None, streaming=streaming)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{where}: the data set cannot be loaded: {error}") from error
+
+
+def split_tables(
+    loaded: object, where: str, splits: Mapping[str, Sequence[str]]
+) -> dict[str, "Dataset | IterableDataset"]:
+    """Tables of a data set by split; a single one under the key "".
+
+    Args:
+        splits: spellings of each split.
+    Raises:
+        UserError: if several tables do not fit the splits one to one.
+    """
+    tables = dict(loaded) if isinstance(loaded, Mapping) else {"": loaded}
+    if len(tables) == 1:
+        return {"": next(iter(tables.values()))}
+    names = {split: [n for n in spellings if n in tables] for split, spellings in splits.items()}
+    wrong = [split for split, matches in names.items() if len(matches) != 1]
+    if wrong:
+        raise UserError(
+            f"{where}: the splits {sorted(tables)} do not give one each of train, valid and "
+            f"test (look at {', '.join(wrong)}); a single split is divided instead"
+        )
+    return {split: tables[matches[0]] for split, matches in names.items()}
+
+
+def dataset_column(table: "Dataset | IterableDataset", column: str, where: str) -> Cells:
+    """A column of a table of `datasets`, streamed or not.
+
+    Raises:
+        UserError: if it has no such column or its rows cannot be read.
+    """
+    if table.column_names is not None:
+        table = table.select_columns([column])
+    try:
+        for row, record in enumerate(table):
+            require_column(where, column, record)
+            yield f"{where}, row {row}", record[column]
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{where}: the data set cannot be read: {error}") from error
+
+
+def require_column(where: str, column: str, columns: Sequence[str]) -> None:
+    """Refuse a column that is not among those of a table."""
+    if column not in columns:
+        names = ", ".join(map(repr, list(columns)[:8])) or "none"
+        raise UserError(f"{where}: no column {column!r} among {names}; --text_column names another")
+
+
+def _cells(path: Path, column: str, rows: Iterator[tuple[int, list[str]]]) -> Cells:
+    number, header = next(rows, (1, []))
+    require_column(f"{path}, line {number}", column, header)
+    if header.count(column) > 1:
+        raise UserError(f"{path}, line {number}: two columns are named {column!r}")
+    place = header.index(column)
+    for number, row in rows:
+        if len(row) != len(header):
+            raise UserError(
+                f"{path}, line {number}: {len(row)} columns, the header has {len(header)}"
+            )
+        yield f"{path}, line {number}", row[place]
