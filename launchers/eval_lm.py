@@ -68,7 +68,7 @@ def main() -> None:
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from megamod.data.lm.batches import DataBin
+    from megamod.data.lm.databin import DataBin
     from megamod.evaluation.plots import plot_matrix
     from megamod.evaluation.report import comparison, comparison_record, plot_rows, score_lines
     from megamod.evaluation.saved import HeldOut, find_models, score_models

@@ -91,7 +91,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     ),
     "megamod.btm": (
         {"megamod.args", "megamod.flags", "megamod.dist.scope", "megamod.dist.hostfile"}
-        | {"megamod.data.corpus", "megamod.merging", "megamod.mixture", "megamod.states"},
+        | {"megamod.data.lm", "megamod.merging", "megamod.mixture", "megamod.states"},
         {"torch", "safetensors", "yaml", "psutil"},
     ),
     "megamod.runs": (

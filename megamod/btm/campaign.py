@@ -181,10 +181,7 @@ def check_data(campaign: Campaign, parsed: Parsed) -> None:
     Raises:
         UserError: if one is missing, malformed or empty.
     """
-    from megamod.data.corpus.indexed import (  # with numpy, not for --help
-        IndexedDataset,
-        split_prefix,
-    )
+    from megamod.data.lm.databin import DataBin  # with numpy, not for --help
 
     btm, data = parsed[0], parsed[-1]
     everything = dict.fromkeys((*campaign.seed_domains, *campaign.domains))
@@ -194,9 +191,10 @@ def check_data(campaign: Campaign, parsed: Parsed) -> None:
             splits[domain] |= {"valid", "test"}
         elif domain not in campaign.rounds[0]:
             splits[domain].add("valid")  # decides which experts it branches off
+    databin = DataBin(data.data)
     for domain, names in splits.items():
         for name in sorted(names):
-            IndexedDataset(Path(data.data) / split_prefix(domain, name))
+            databin.split(domain, name)
 
 
 def _refuse(parsed: Parsed) -> None:

@@ -22,9 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from megamod.data.corpus.binarize import split_prefix
-from megamod.data.lm.batches import DataBin
 from megamod.data.lm.blocks import IGNORE
+from megamod.data.lm.databin import DataBin
 from megamod.errors import UserError
 from megamod.evaluation.perplexity import Batch
 from megamod.evaluation.saved import (
@@ -210,7 +209,7 @@ class OneByOne:
         """Named after all that the numbers in it depend on."""
         expert = self.experts.of(domain)
         held_out, data = self.experts.held_out, self.experts.data[expert.path]
-        prefix = data.bin.path / split_prefix(text.domain, text.split)
+        prefix = data.bin.prefix(text.domain, text.split)
         told = {
             "text": asdict(text),
             "data": [self._digest(prefix.with_name(f"{prefix.name}.{s}")) for s in ("bin", "idx")],

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from megamod.data.lm.batches import DataBin, eval_batches
+from megamod.data.lm.batches import eval_batches
 from megamod.data.lm.blocks import TokenBlocks
+from megamod.data.lm.databin import DataBin
 from megamod.data.lm.pretraining import LmData
 from megamod.errors import UserError
 from megamod.evaluation.perplexity import (

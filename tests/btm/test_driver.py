@@ -87,8 +87,11 @@ def place(tmp_path) -> Path:
     (tmp_path / "launchers" / "btm.py").write_text(btm)
     (tmp_path / "told").mkdir()
     (tmp_path / "bin").mkdir()
-    domains = {name: {} for name in ("law", "med", "code")}
-    (tmp_path / "bin" / "databin.json").write_text(json.dumps({"domains": domains}))
+    of_split = {"items": 1, "tokens": 4, "bytes": 4, "max_id": 3}
+    domains = {name: {"train": of_split, "valid": of_split} for name in ("law", "med", "code")}
+    ids = {"vocab_size": 4, "bos_id": 0, "pad_id": 1, "eos_id": 2, "unk_id": 3}
+    header = {"format": 1, **ids, "domains": domains}
+    (tmp_path / "bin" / "databin.json").write_text(json.dumps(header))
     for name in domains:
         for split in ("train", "valid"):
             prefix = tmp_path / "bin" / split_prefix(name, split)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import pytest
 import torch
 
 from megamod.data.corpus.indexed import Dictionary, IndexedDataset, IndexedWriter
-from megamod.data.lm.batches import DataBin, TrainBatches, eval_batches, train_loader
+from megamod.data.lm.batches import TrainBatches, eval_batches, train_loader
 from megamod.data.lm.blocks import IGNORE, TokenBlocks
+from megamod.data.lm.databin import DataBin
 from megamod.data.lm.order import Balanced, Temperature, Unbalanced
+from megamod.data.lm.verify import groups
 from megamod.errors import UserError
 
 LENGTH = 4
@@ -288,12 +291,51 @@ def test_malformed_headers(tmp_path, change, message):
     assert str(caught.value).startswith(str(path))
 
 
+def test_fairseq_names_of_files(tmp_path):
+    domains = make_databin(tmp_path / "bin", False)
+    for split in ("valid", "test"):  # as fairseq-preprocess names them in every folder
+        for ending in ("bin", "idx"):
+            (domains / "a" / f"{split}_a.{ending}").rename(domains / "a" / f"{split}.{ending}")
+    databin = DataBin(domains)
+    expected = [*range(4, 13), *range(4, 14), 2]
+    for domain, split in itertools.product("ab", ("train", "valid", "test")):
+        assert databin.split(domain, split).tokens.tolist() == expected
+    titles = [title for title, faults in groups(domains) if not faults]
+    assert len(titles) == 7 and str(domains / "a" / "valid") in "".join(titles)
+    # One domain without a folder of its own, under a name with a dot.
+    shutil.copytree(domains / "a", tmp_path / "wiki.en")
+    shutil.copy(domains / "dict.txt", tmp_path / "wiki.en")
+    flat = DataBin(tmp_path / "wiki.en")
+    assert (flat.domains, flat.vocab_size) == (("wiki_en",), 14)
+    for split in ("train", "valid", "test"):
+        assert flat.split("wiki_en", split).tokens.tolist() == expected
+        assert flat.prefix("wiki_en", split) == tmp_path / "wiki.en" / split
+    assert sum(not faults for _, faults in groups(flat.path)) == 4
+    # The dictionary may lie in the folders of the domains only, if they share it.
+    (domains / "dict.txt").rename(domains / "a" / "dict.txt")
+    with pytest.raises(UserError, match=r"holds token files but no dict\.txt"):
+        DataBin(domains)
+    shutil.copy(domains / "a" / "dict.txt", domains / "b" / "dict.txt")
+    assert DataBin(domains).vocab_size == 14
+    (domains / "b" / "dict.txt").write_text("x 1\n")
+    with pytest.raises(UserError, match=r"b/dict.txt differs from .*a/dict.txt"):
+        DataBin(domains)
+
+
 def test_not_a_databin(tmp_path):
-    with pytest.raises(UserError, match=r"neither databin\.json nor dict\.txt"):
+    with pytest.raises(UserError, match=r"neither databin\.json nor token files"):
         DataBin(tmp_path)
     (tmp_path / "dict.txt").write_text("a 1\n")
-    with pytest.raises(UserError, match=r"no NAME/train\.idx below it"):
+    with pytest.raises(UserError, match=r"neither databin\.json nor token files"):
         DataBin(tmp_path)
+    bare = make_databin(tmp_path / "bare", False)
+    shutil.copy(bare / "a" / "train.idx", bare / "train.idx")
+    with pytest.raises(UserError, match=r"both in the folder \(train.idx\) and .*a/test_a"):
+        DataBin(bare)
+    lost = make_databin(tmp_path / "lost", False)
+    (lost / "tokenizer").mkdir()
+    with pytest.raises(UserError, match=r"was written by .*, but its databin.json is missing"):
+        DataBin(lost)
     for content in (b"{", b"\xff", b"[]", b"null", b"[" * 100_000):
         (tmp_path / "databin.json").write_bytes(content)
         with pytest.raises(UserError, match=r"databin\.json"):

@@ -34,7 +34,7 @@ from megamod.args import (
     parse_args,
 )
 from megamod.data.corpus.binarize import binarize
-from megamod.data.lm.batches import DataBin
+from megamod.data.lm.databin import DataBin
 from megamod.errors import UserError
 from megamod.models.mux.bert import MuxBertForMaskedLM
 from megamod.models.mux.configuration import MuxBertConfig, MuxElectraConfig

@@ -8,7 +8,7 @@ from test_encoder_lm import LENGTH, SMALL, make_place
 from transformers import BertForMaskedLM
 
 from megamod.args import ModelArgs, MuxArgs
-from megamod.data.lm.batches import DataBin
+from megamod.data.lm.databin import DataBin
 from megamod.errors import UserError
 from megamod.runs.pretrain.encoder_lm import build_encoder, encoder_config, start_of
 

@@ -11,7 +11,7 @@ from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
 
 from megamod.args import DataArgs, ModelArgs, MuxArgs, OptimArgs, RunArgs, SafetyArgs, parse_args
 from megamod.data.corpus.binarize import binarize
-from megamod.data.lm.batches import DataBin
+from megamod.data.lm.databin import DataBin
 from megamod.data.lm.masking import MaskedBatches, Masking, blocks_of, held_out_batches
 from megamod.data.lm.order import Balanced
 from megamod.errors import UserError

@@ -1,168 +1,25 @@
-"""From a data-bin to the micro-batches of one rank.
+"""From the sequences of a data-bin to the micro-batches of one rank.
 
-`DataBin` knows the folder, `TrainBatches` says which sequences make up each micro-batch of a rank,
+`TrainBatches` says which sequences make up each micro-batch of a rank,
 `train_loader` and `eval_batches` iterate.
 """
 
-import hashlib
 import itertools
-import json
-import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from megamod.data.corpus.binarize import FORMAT, HEADER, split_prefix
-from megamod.data.corpus.documents import SPLITS
-from megamod.data.corpus.indexed import Dictionary, IndexedDataset
 from megamod.data.lm.blocks import IGNORE, TokenBlocks, to_tensors
 from megamod.data.lm.order import Balanced, Temperature, Unbalanced
 from megamod.errors import UserError
-from megamod.files import sha256
 
 AHEAD = 4096  # samples whose order is worked out at once
 ENDLESS = 1 << 62
 
 Batch = dict[str, object]
-
-
-class DataBin:
-    """A folder of token files by domain: ours, with databin.json, or fairseq's, with dict.txt.
-
-    Attributes:
-        domains: names, in the order of preprocessing (fairseq: sorted).
-        vocab_size, bos_id, pad_id, eos_id, unk_id: of the tokenizer (fairseq: ids 0 to 3).
-        digest: SHA-256 of the header (fairseq: of the dictionary and the indices).
-
-    Raises:
-        UserError: if the folder is not a data-bin or its header is malformed.
-    """
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self._header: dict | None = None
-        header = self.path / HEADER
-        if header.exists():
-            self._read_header(header)
-        elif (self.path / "dict.txt").exists():
-            self._look_around()
-        else:
-            raise UserError(
-                f"--data {path}: holds neither {HEADER} nor dict.txt, so it is not a data-bin; "
-                "launchers/preprocess.py writes one"
-            )
-
-    @property
-    def special_ids(self) -> dict[str, int]:
-        """Ids by the names they have in a model's configuration."""
-        return {f"{name}_token_id": getattr(self, f"{name}_id") for name in ("bos", "pad", "eos")}
-
-    @property
-    def tokenizer_digest(self) -> str | None:
-        """Digest of the tokenizer that made the ids; None if the data-bin does not say."""
-        tokenizer = (self._header or {}).get("tokenizer")
-        return tokenizer.get("digest") if isinstance(tokenizer, dict) else None
-
-    def split(self, domain: str, split: str) -> IndexedDataset:
-        """Tokens of a domain's "train", "valid" or "test" split.
-
-        Ids are known to be in the vocabulary: from the header, or by reading them once.
-
-        Raises:
-            UserError: for an unknown domain, or a missing, malformed or empty split.
-        """
-        prefix = self.path / split_prefix(domain, self._known(domain, split))
-        if self._header is None:
-            return IndexedDataset(prefix, self.vocab_size)
-        told = self._header["domains"][domain][split]
-        dataset = IndexedDataset(prefix)
-        for name, held in (("items", len(dataset)), ("tokens", len(dataset.tokens))):
-            if held != told[name]:
-                raise UserError(
-                    f"{prefix}: holds {held} {name}, but {HEADER} says {told[name]} for the split "
-                    f"{split} of domain {domain}: they are not of the same run"
-                )
-        return dataset
-
-    def blocks(
-        self, domain: str, split: str, block_size: int, domain_token: int | None = None
-    ) -> TokenBlocks:
-        """A split as sequences of `block_size`.
-
-        Raises:
-            UserError: as `split`; and if the train split is shorter than one sequence.
-        """
-        dataset = self.split(domain, split)
-        if split == "train" and len(dataset.tokens) < block_size:
-            raise UserError(
-                f"--max_seq_length {block_size}: domain {domain} has {len(dataset.tokens)} train "
-                f"tokens, less than one sequence; the domains of {self.path} are "
-                f"{', '.join(self.domains)}"
-            )
-        return TokenBlocks(dataset, block_size, self.eos_id, self.pad_id, domain_token)
-
-    def bytes(self, domain: str, split: str) -> int:
-        """UTF-8 bytes of the text of a split; 0 if unknown, as in fairseq's data-bins."""
-        self._known(domain, split)
-        return self._header["domains"][domain][split]["bytes"] if self._header else 0
-
-    def _known(self, domain: str, split: str) -> str:
-        if domain not in self.domains:
-            raise UserError(
-                f"domain {domain!r} is not in the data-bin {self.path}; it holds "
-                f"{', '.join(self.domains)}"
-            )
-        if split not in SPLITS:
-            raise UserError(f"split {split!r}: allowed are {', '.join(SPLITS)}")
-        if self._header is not None and split not in self._header["domains"][domain]:
-            raise UserError(f"{self.path / HEADER}: domain {domain} has no split {split}")
-        return split
-
-    def _read_header(self, path: Path) -> None:
-        try:
-            header = json.loads(path.read_text(encoding="utf-8"))
-            if header["format"] != FORMAT:
-                raise UserError(f"{path}: format {header['format']!r}, only {FORMAT} can be read")
-            self.domains = tuple(header["domains"])
-            self.vocab_size = _whole(header, "vocab_size")
-            for name in ("bos_id", "pad_id", "eos_id", "unk_id"):
-                if name in ("pad_id", "eos_id") or header[name] is not None:
-                    _whole(header, name, self.vocab_size)
-                setattr(self, name, header[name])
-            for name, splits in header["domains"].items():
-                if not re.fullmatch("[A-Za-z0-9_-]+", name):
-                    raise ValueError(f"domain {name!r} is not made of letters, digits, _ and -")
-                for split in splits.values():
-                    for key in ("items", "tokens", "bytes"):
-                        _whole(split, key)
-                    _whole(split, "max_id", self.vocab_size)
-        except KeyError as error:
-            raise UserError(f"{path}: lacks the key {error}") from error
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}") from error
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"{path}: is not the header of a data-bin: {error}") from error
-        if not self.domains:
-            raise UserError(f"{path}: holds no domain")
-        self._header = header
-        self.digest = sha256(path)
-
-    def _look_around(self) -> None:
-        files = sorted(self.path.glob("*/*.idx"))
-        self.domains = tuple(dict.fromkeys(file.parent.name for file in files))
-        if not self.domains:
-            raise UserError(f"--data {self.path}: has dict.txt but no NAME/train.idx below it")
-        self.vocab_size = len(Dictionary.load(self.path / "dict.txt"))
-        self.bos_id, self.pad_id, self.eos_id, self.unk_id = range(4)
-        parts = [self.path / "dict.txt", *files]
-        told = [(str(file.relative_to(self.path)), sha256(file)) for file in parts]
-        self.digest = hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 class TrainBatches(Dataset):
@@ -382,14 +239,6 @@ def _check_divides(global_batch: int, parts: dict[str, int]) -> None:
             f"--global_batch_size {global_batch}: must be a multiple of {product} = {made}; "
             f"the nearest is {near}"
         )
-
-
-def _whole(entry: dict, key: str, below: int | None = None) -> int:
-    value = entry[key]
-    if type(value) is not int or value < 0 or (below is not None and value >= below):
-        limit = "" if below is None else f" below the vocabulary size {below}"
-        raise ValueError(f"{key} is {value!r}, not a whole number{limit}")
-    return value
 
 
 def _as_it_is(batch: Batch) -> Batch:

@@ -5,8 +5,9 @@ from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
-from megamod.data.lm.batches import Batch, DataBin, TrainBatches, eval_batches
+from megamod.data.lm.batches import Batch, TrainBatches, eval_batches
 from megamod.data.lm.blocks import TokenBlocks
+from megamod.data.lm.databin import DataBin
 from megamod.data.lm.order import Balanced, Temperature, Unbalanced
 from megamod.errors import UserError
 

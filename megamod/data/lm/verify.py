@@ -4,10 +4,9 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from megamod.data.corpus.binarize import split_prefix
 from megamod.data.corpus.documents import SPLITS
 from megamod.data.corpus.tokenizers import load_tokenizer
-from megamod.data.lm.batches import DataBin
+from megamod.data.lm.databin import DataBin
 from megamod.errors import UserError
 from megamod.files import sha256
 
@@ -30,7 +29,7 @@ def groups(path: Path) -> Iterator[tuple[str, list[str]]]:
         yield f"{folder}: tokenizer", _tokenizer_faults(folder, told["tokenizer"]["digest"])
     for domain in data.domains:
         for split in told["domains"][domain] if told else SPLITS:
-            prefix = path / split_prefix(domain, split)
+            prefix = data.prefix(domain, split)
             if not told and not prefix.with_name(f"{prefix.name}.idx").exists():
                 continue  # in a data-bin of fairseq any split may be absent
             title, faults = f"{prefix}", []

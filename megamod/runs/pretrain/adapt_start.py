@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megamod.data.lm.batches import DataBin
+from megamod.data.lm.databin import DataBin
 from megamod.data.lm.pretraining import LmData
 from megamod.dist.scope import dense_name, domain_of_name
 from megamod.errors import UserError

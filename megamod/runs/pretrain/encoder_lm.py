@@ -25,7 +25,8 @@ from megamod.args import (
     origin_of,
 )
 from megamod.convert.sources import has_weights, is_source, open_source
-from megamod.data.lm.batches import Batch, DataBin
+from megamod.data.lm.batches import Batch
+from megamod.data.lm.databin import DataBin
 from megamod.data.lm.masking import MaskedBatches, Masking, blocks_of, held_out_batches
 from megamod.data.lm.order import SAMPLERS, Temperature
 from megamod.dist.process import all_reduce

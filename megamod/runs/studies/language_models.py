@@ -25,7 +25,7 @@ from megamod.args import DataArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs
 from megamod.btm.branch import branch
 from megamod.btm.grown import expert_of
 from megamod.btm.parents import find_source
-from megamod.data.lm.batches import DataBin
+from megamod.data.lm.databin import DataBin
 from megamod.errors import UserError
 from megamod.evaluation.plots import read_metrics
 from megamod.flags import flag_words, parse_args

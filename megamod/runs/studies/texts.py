@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megamod.data.corpus.binarize import binarize
 from megamod.data.corpus.documents import open_source
-from megamod.data.lm.batches import DataBin
+from megamod.data.lm.databin import DataBin
 from megamod.files import write_atomic
 
 PARTS_SEED = 1  # of the random split

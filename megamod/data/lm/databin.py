@@ -1,0 +1,215 @@
+"""A data-bin on disk: domains, vocabulary, and the token files of each split."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megamod.data.corpus.binarize import FORMAT, HEADER
+from megamod.data.corpus.documents import SPLITS
+from megamod.data.corpus.indexed import Dictionary, IndexedDataset, split_prefix
+from megamod.errors import UserError
+from megamod.files import sha256
+
+if TYPE_CHECKING:
+    from megamod.data.lm.blocks import TokenBlocks
+
+
+class DataBin:
+    """A folder of token files: ours, with databin.json, or fairseq's, with dict.txt.
+
+    Files of fairseq lie in a folder per domain, where held-out splits are named valid_NAME or
+    valid; or directly in the folder, which is then one domain named after it.
+
+    Attributes:
+        domains: names, in the order of preprocessing (fairseq: sorted).
+        vocab_size, bos_id, pad_id, eos_id, unk_id: of the tokenizer (fairseq: ids 0 to 3).
+        digest: SHA-256 of the header (fairseq: of the dictionary and the indices).
+
+    Raises:
+        UserError: if the folder is not a data-bin or its header is malformed.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._header: dict | None = None
+        self._flat = False
+        header = self.path / HEADER
+        if header.exists():
+            self._read_header(header)
+        else:
+            self._read_fairseq()
+
+    @property
+    def special_ids(self) -> dict[str, int]:
+        """Ids by the names they have in a model's configuration."""
+        return {f"{name}_token_id": getattr(self, f"{name}_id") for name in ("bos", "pad", "eos")}
+
+    @property
+    def tokenizer_digest(self) -> str | None:
+        """Digest of the tokenizer that made the ids; None if the data-bin does not say."""
+        tokenizer = (self._header or {}).get("tokenizer")
+        return tokenizer.get("digest") if isinstance(tokenizer, dict) else None
+
+    def prefix(self, domain: str, split: str) -> Path:
+        """Path of a split's files without ending, whether they exist or not.
+
+        Raises:
+            UserError: for an unknown domain or split.
+        """
+        self._known(domain, split)
+        if self._flat:
+            return self.path / split
+        prefix = self.path / split_prefix(domain, split)
+        plain = prefix.with_name(split)  # fairseq-preprocess itself calls every split so
+        if self._header is None and not _index_of(prefix).exists() and _index_of(plain).exists():
+            return plain
+        return prefix
+
+    def split(self, domain: str, split: str) -> IndexedDataset:
+        """Tokens of a domain's "train", "valid" or "test" split.
+
+        Ids are known to be in the vocabulary: from the header, or by reading them once.
+
+        Raises:
+            UserError: for an unknown domain, or a missing, malformed or empty split.
+        """
+        prefix = self.prefix(domain, split)
+        if self._header is None:
+            return IndexedDataset(prefix, self.vocab_size)
+        told = self._header["domains"][domain][split]
+        dataset = IndexedDataset(prefix)
+        for name, held in (("items", len(dataset)), ("tokens", len(dataset.tokens))):
+            if held != told[name]:
+                raise UserError(
+                    f"{prefix}: holds {held} {name}, but {HEADER} says {told[name]} for the split "
+                    f"{split} of domain {domain}: they are not of the same run"
+                )
+        return dataset
+
+    def blocks(
+        self, domain: str, split: str, block_size: int, domain_token: int | None = None
+    ) -> "TokenBlocks":
+        """A split as sequences of `block_size`.
+
+        Raises:
+            UserError: as `split`; and if the train split is shorter than one sequence.
+        """
+        from megamod.data.lm.blocks import TokenBlocks  # with torch, which campaigns do without
+
+        dataset = self.split(domain, split)
+        if split == "train" and len(dataset.tokens) < block_size:
+            raise UserError(
+                f"--max_seq_length {block_size}: domain {domain} has {len(dataset.tokens)} train "
+                f"tokens, less than one sequence; the domains of {self.path} are "
+                f"{', '.join(self.domains)}"
+            )
+        return TokenBlocks(dataset, block_size, self.eos_id, self.pad_id, domain_token)
+
+    def bytes(self, domain: str, split: str) -> int:
+        """UTF-8 bytes of the text of a split; 0 if unknown, as in fairseq's data-bins."""
+        self._known(domain, split)
+        return self._header["domains"][domain][split]["bytes"] if self._header else 0
+
+    def _known(self, domain: str, split: str) -> str:
+        if domain not in self.domains:
+            raise UserError(
+                f"domain {domain!r} is not in the data-bin {self.path}; it holds "
+                f"{', '.join(self.domains)}"
+            )
+        if split not in SPLITS:
+            raise UserError(f"split {split!r}: allowed are {', '.join(SPLITS)}")
+        if self._header is not None and split not in self._header["domains"][domain]:
+            raise UserError(f"{self.path / HEADER}: domain {domain} has no split {split}")
+        return split
+
+    def _read_header(self, path: Path) -> None:
+        try:
+            header = json.loads(path.read_text(encoding="utf-8"))
+            if header["format"] != FORMAT:
+                raise UserError(f"{path}: format {header['format']!r}, only {FORMAT} can be read")
+            self.domains = tuple(header["domains"])
+            self.vocab_size = _whole(header, "vocab_size")
+            for name in ("bos_id", "pad_id", "eos_id", "unk_id"):
+                if name in ("pad_id", "eos_id") or header[name] is not None:
+                    _whole(header, name, self.vocab_size)
+                setattr(self, name, header[name])
+            for name, splits in header["domains"].items():
+                if not re.fullmatch("[A-Za-z0-9_-]+", name):
+                    raise ValueError(f"domain {name!r} is not made of letters, digits, _ and -")
+                for split in splits.values():
+                    for key in ("items", "tokens", "bytes"):
+                        _whole(split, key)
+                    _whole(split, "max_id", self.vocab_size)
+        except KeyError as error:
+            raise UserError(f"{path}: lacks the key {error}") from error
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}") from error
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{path}: is not the header of a data-bin: {error}") from error
+        if not self.domains:
+            raise UserError(f"{path}: holds no domain")
+        self._header = header
+        self.digest = sha256(path)
+
+    def _read_fairseq(self) -> None:
+        if (self.path / "tokenizer").is_dir():
+            raise UserError(
+                f"--data {self.path}: was written by launchers/preprocess.py, but its {HEADER} is "
+                "missing; copy it again or preprocess the text again"
+            )
+        flat = [file for split in SPLITS if (file := self.path / f"{split}.idx").exists()]
+        files = sorted(self.path.glob("*/*.idx"))
+        if flat and files:
+            raise UserError(
+                f"--data {self.path}: holds token files both in the folder ({flat[0].name}) and in "
+                f"folders of domains ({files[0].relative_to(self.path)}); move one kind away"
+            )
+        if not flat and not files:
+            raise UserError(
+                f"--data {self.path}: holds neither {HEADER} nor token files (train.idx or "
+                "NAME/train.idx), so it is not a data-bin; launchers/preprocess.py writes one"
+            )
+        self._flat = bool(flat)
+        if flat:
+            name = re.sub("[^A-Za-z0-9_-]", "_", self.path.resolve().name)
+            self.domains: tuple[str, ...] = (name,)
+        else:
+            self.domains = tuple(dict.fromkeys(file.parent.name for file in files))
+        dictionary = self._fairseq_dictionary()
+        self.vocab_size = len(Dictionary.load(dictionary))
+        self.bos_id, self.pad_id, self.eos_id, self.unk_id = range(4)
+        parts = [dictionary, *(flat or files)]
+        digests = [(str(file.relative_to(self.path)), sha256(file)) for file in parts]
+        self.digest = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+
+    def _fairseq_dictionary(self) -> Path:
+        """The dict.txt of the folder, or the one that all folders of domains share."""
+        dictionary = self.path / "dict.txt"
+        if dictionary.exists():
+            return dictionary
+        copies = [file for name in self.domains if (file := self.path / name / "dict.txt").exists()]
+        if self._flat or len(copies) < len(self.domains):
+            raise UserError(f"--data {self.path}: holds token files but no dict.txt")
+        different = [file for file in copies if sha256(file) != sha256(copies[0])]
+        if different:
+            raise UserError(
+                f"--data {self.path}: {different[0]} differs from {copies[0]}, so the domains do "
+                "not share their ids; binarize all of them with one dictionary"
+            )
+        return copies[0]
+
+
+def _index_of(prefix: Path) -> Path:
+    return prefix.with_name(f"{prefix.name}.idx")
+
+
+def _whole(entry: dict, key: str, below: int | None = None) -> int:
+    value = entry[key]
+    if type(value) is not int or value < 0 or (below is not None and value >= below):
+        limit = "" if below is None else f" below the vocabulary size {below}"
+        raise ValueError(f"{key} is {value!r}, not a whole number{limit}")
+    return value
