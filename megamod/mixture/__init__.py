@@ -1,1 +1,1 @@
-"""Experts at inference: who is believed how much, from log-probabilities alone."""
+"""Weights of experts at inference, from log-probabilities alone."""

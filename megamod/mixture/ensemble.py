@@ -1,6 +1,6 @@
-"""Mixtures over a whole text, batch after batch: estimating a prior, and scoring with one.
+"""Mixtures over a whole text, batch by batch: estimate a prior, or score with one.
 
-Everything here works on log-probabilities of target tokens; whose they are does not matter.
+Inputs are log-probabilities of target tokens, of whichever models.
 Source: Gururangan et al. 2022 (DEMix), section 5.
 
 Shapes: E experts, B sequences, T positions.
@@ -18,19 +18,20 @@ from megamod.mixture.posterior import final_posterior, mix, token_weights
 from megamod.mixture.prior import Prior
 
 MODES = ("cached_prior", "updating_prior", "uniform_prior", "simple_average")
-"""How weights come about: by the rule from a prior that is given, that follows the posteriors of
-the batches so far, or that counts all experts alike; or without any rule, all alike throughout."""
+"""Source of the weights. The first three apply the rule to a prior: a fixed one, one updated with
+the posterior of each batch, the uniform one. The last weighs all experts equally, without a rule.
+"""
 
 NEW_SHARE = 0.3  # of the newest batch in the moving average
 
-# What a prior leaves to an expert at least, if it follows posteriors of whole sequences: those come
-# out at 0 and 1 after a hundred tokens, and with a prior of 0 no text brings an expert back.
+# Least weight of an expert in a prior updated with posteriors of whole sequences: these are 0 or 1
+# after a hundred tokens, and an expert with prior 0 never returns.
 LEAST = 1e-4
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How the posterior follows a text; see `token_weights`."""
+    """Settings of the posterior along a text; see `token_weights`."""
 
     name: str = "last_token"
     temperature: float = 1.0
@@ -40,7 +41,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Mixed:
-    """What became of one batch.
+    """Results of one batch.
 
     Attributes:
         log_probs: [B, T] of the mixture.
@@ -56,14 +57,16 @@ class Mixed:
 
 
 def perplexity(nll: float, tokens: int) -> float:
-    """exp of the mean of summed nats; inf where it overflows, or where no token was counted."""
+    """exp(nll / tokens), nll in nats; inf if it overflows or no token was counted."""
     mean = nll / tokens if tokens else math.inf
     return math.exp(mean) if mean < 700 else math.inf
 
 
 class Tally:
-    """Summed negative log-likelihood (nats) and number of tokens; infinite ones count in neither,
-    as in the DEMix release."""
+    """Sum of negative log-likelihoods (nats) and number of tokens.
+
+    Tokens of infinite log-likelihood count in neither, as in the DEMix release.
+    """
 
     def __init__(self) -> None:
         self.nll, self.tokens = 0.0, 0
@@ -76,16 +79,16 @@ class Tally:
 
     @property
     def perplexity(self) -> float:
-        """See `perplexity`."""
+        """Of all tokens so far, see `perplexity`."""
         return perplexity(self.nll, self.tokens)
 
 
 class Mixture:
-    """A mode of mixing on its way through a text.
+    """State of a mixture along a text.
 
     Attributes:
-        tally: of the mixture, over all batches so far.
-        average: [E] moving average of the batches' posteriors; None before the first.
+        tally: scores of the mixture on all batches so far.
+        average: [E] moving average of the batches' posteriors; None before the first batch.
     """
 
     def __init__(self, mode: str, experts: int, rule: Rule, prior: Tensor | None = None):
@@ -94,7 +97,7 @@ class Mixture:
         Args:
             mode: see `MODES`.
             experts: E.
-            prior: [E], for "cached_prior"; the first one, for "updating_prior" (None: all alike).
+            prior: [E], for "cached_prior"; the initial one for "updating_prior" (None: uniform).
         Raises:
             ValueError: for an unknown mode, or "cached_prior" without a prior.
         """
@@ -149,11 +152,11 @@ def estimate_prior(
     rule: Rule,
     watch: Callable[[Mixture, Mixed], None] | None = None,
 ) -> Prior:
-    """The moving average of the posteriors of all batches, each begun from the average before it.
+    """Estimate a prior: the moving average of posteriors, which is the prior of the next batch.
 
     Args:
         domains: of the E experts.
-        batches: log-probabilities [E, B, T] and masks [B, T], as many as are to count.
+        batches: log-probabilities [E, B, T] and masks [B, T].
         watch: called after each batch.
     Raises:
         UserError: if there is no batch.

@@ -1,15 +1,15 @@
-"""The posterior over experts along a text, and the mixture it makes.
+"""Posterior over experts along a text, and the mixture with it.
 
     log p(x_t) = log sum_j w_j(t) p_j(x_t)
 
-Two rules give the weights w_j(t) from a prior pi:
+Two rules compute the weights w_j(t) from a prior pi:
 
     history     w_j(t) ∝ pi_j exp(l_j(t) / temperature),
                 l_j(t) = forgetting l_j(t-1) + log p_j(x_{t-1}),  l_j(0) = 0
-    last_token  w_j(t) ∝ pi_j p_j(x_{t-1});  at the first token all experts count alike
+    last_token  w_j(t) ∝ pi_j p_j(x_{t-1});  at the first token all experts count equally
 
-With temperature and forgetting 1, `history` is Bayes' rule; `last_token` is what the DEMix release
-computes. Evidence is accumulated in float64, weights are float32 logarithms.
+With temperature and forgetting 1, `history` is Bayes' rule; `last_token` is the rule of the DEMix
+release. Evidence is accumulated in float64; weights are float32 logarithms.
 Source: Gururangan et al. 2022 (DEMix), section 5; Li et al. 2022 (Branch-Train-Merge), section 2.
 
 Shapes: E experts, B sequences, T positions.
@@ -21,8 +21,8 @@ from torch.nn.functional import pad
 
 RULES = ("last_token", "history")
 
-# Nats that a token can cost at most: an expert to whom it is impossible is all but ruled out, and
-# where it is impossible to all experts none of them is.
+# Largest cost of a token in nats. An expert for which a token is impossible is nearly excluded; if
+# it is impossible for all experts, none is excluded.
 IMPOSSIBLE = 1e4
 
 
@@ -38,17 +38,17 @@ def token_weights(
 ) -> Tensor:
     """Logarithms of the experts' weights for predicting each token [E, B, T], float32.
 
-    Those of position t depend on positions before t alone.
+    Weights at position t depend only on positions before t.
 
     Args:
-        log_probs: [E, B, T] log-probability that each expert gives to each token; -inf is allowed.
+        log_probs: [E, B, T] log-probability of each token by each expert; -inf is allowed.
         prior: [E] not negative; an expert with 0 keeps weight 0.
-        rule: see above.
-        temperature: positive ("history" alone).
-        forgetting: from 0 to 1 ("history" alone).
-        mask: [B, T] True where a token is real; others are passed over. None: all are.
-        first_over_all: at the first token count experts with prior 0 as well, as the DEMix release
-            does ("last_token" alone).
+        rule: one of `RULES`.
+        temperature: positive ("history" only).
+        forgetting: from 0 to 1 ("history" only).
+        mask: [B, T] True where a token is real; other tokens are skipped. None: all are real.
+        first_over_all: at the first token count experts with prior 0 too, as the DEMix release
+            does ("last_token" only).
     Raises:
         ValueError: for an unknown rule.
     """
@@ -66,14 +66,14 @@ def token_weights(
 
 
 def mix(log_weights: Tensor, log_probs: Tensor) -> Tensor:
-    """Log-probabilities of the mixture [B, T], float32, of weights and experts' [E, B, T]."""
+    """Log-probabilities of the mixture [B, T], float32, from [E, B, T] of weights and experts."""
     return torch.logsumexp(log_weights.float() + log_probs.float(), dim=0)
 
 
 def final_posterior(log_weights: Tensor, mask: Tensor) -> Tensor:
-    """[E] weights at the last real token of each sequence, averaged over the sequences.
+    """Weights [E] at the last real token of each sequence, averaged over sequences.
 
-    Sequences without a real token are left out.
+    Sequences without a real token are skipped.
 
     Args:
         log_weights: [E, B, T].
@@ -86,9 +86,9 @@ def final_posterior(log_weights: Tensor, mask: Tensor) -> Tensor:
 
 
 def _evidence(log_probs: Tensor, prior: Tensor, mask: Tensor) -> Tensor:
-    """float64, 0 for the best expert with a prior; differences are all that counts.
+    """Log-probabilities minus those of the best expert with a prior above 0, float64.
 
-    Without the best's share, sums over long texts stay small and exact.
+    Only differences matter, and this keeps sums over long texts small and exact.
     """
     bounded = log_probs.double().clamp(min=-IMPOSSIBLE)
     held = (prior > 0).reshape(-1, *[1] * mask.ndim)
@@ -107,7 +107,7 @@ def _decayed_sums(values: Tensor, keep: Tensor) -> Tensor:
 
 
 def _before(values: Tensor) -> Tensor:
-    """What stands one position earlier; 0 at the first."""
+    """Values shifted by one position: that of the previous one, 0 at the first."""
     return pad(values[..., :-1], (1, 0))
 
 
@@ -119,7 +119,7 @@ def _weights(
     seen: Tensor | None = None,
     first_over_all: bool = False,
 ) -> Tensor:
-    """Normalised over experts; where nothing was `seen` [...], alike."""
+    """Log-weights normalised over experts; uniform where `seen` is False."""
     if rule not in RULES:
         raise ValueError(f"rule {rule!r} is unknown; choose one of {', '.join(RULES)}")
     shape = (-1, *[1] * (evidence.ndim - 1))

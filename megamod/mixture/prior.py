@@ -1,4 +1,4 @@
-"""Priors over experts: estimated once on held-out text, kept as JSON, cut to the best few."""
+"""Priors over experts: estimated on held-out text, stored as JSON, restricted to the top k."""
 
 import json
 import math
@@ -21,9 +21,9 @@ class Prior:
 
     Attributes:
         domains: of the experts.
-        weights: in the same order; not negative, summing to 1.
-        rule: of the posterior it was estimated with.
-        text: what it was estimated on: "data_digest", "domain", "split", "sequences".
+        weights: in the same order; not negative, with sum 1.
+        rule: posterior rule of the estimation.
+        text: text of the estimation: "data_digest", "domain", "split", "sequences".
     """
 
     domains: tuple[str, ...]
@@ -33,33 +33,33 @@ class Prior:
 
     @property
     def kept(self) -> tuple[str, ...]:
-        """Domains of the experts that count."""
+        """Domains with a weight above 0."""
         return tuple(d for d, w in zip(self.domains, self.weights, strict=True) if w > 0)
 
 
 def uniform(domains: Sequence[str]) -> Prior:
-    """All experts alike."""
+    """Prior with equal weights."""
     return Prior(tuple(domains), (1 / len(domains),) * len(domains))
 
 
 def top_k(prior: Prior, k: int) -> Prior:
-    """The k largest weights, scaled to sum to 1, the others 0; of equal ones the earlier.
+    """Keep the k largest weights, scaled to sum 1, and set the others to 0; ties: the earlier.
 
     Raises:
-        UserError: if there are not so many experts.
+        UserError: if there are fewer than k experts.
     """
     if not 1 <= k <= len(prior.domains):
         raise UserError(f"--topk {k}: there are {len(prior.domains)} experts, give 1 or more")
-    by_weight = sorted(range(len(prior.weights)), key=lambda place: -prior.weights[place])
-    total = math.fsum(prior.weights[place] for place in by_weight[:k])
+    by_weight = sorted(range(len(prior.weights)), key=lambda expert: -prior.weights[expert])
+    total = math.fsum(prior.weights[expert] for expert in by_weight[:k])
     weights = [0.0] * len(prior.weights)
-    for place in by_weight[:k]:
-        weights[place] = prior.weights[place] / total
+    for expert in by_weight[:k]:
+        weights[expert] = prior.weights[expert] / total
     return replace(prior, weights=tuple(weights))
 
 
 def write_prior(path: Path, prior: Prior) -> None:
-    """Write it as JSON, whole or not at all."""
+    """Write a prior as JSON, atomically."""
     write_json(
         Path(path),
         {
@@ -73,18 +73,18 @@ def write_prior(path: Path, prior: Prior) -> None:
 
 
 def read_prior(path: Path, domains: Sequence[str]) -> Prior:
-    """A prior for experts of these domains, in their order.
+    """Read a prior of experts of these domains, in the order of `domains`.
 
     Raises:
-        UserError: if the file cannot be read, names other domains, or its numbers are no prior.
+        UserError: if the file cannot be read, names other domains, or has invalid weights.
     """
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"prior {path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"prior {path} is not JSON: {error}") from error
-    named, weights, rule = _checked(path, found)
+    named, weights, rule = _checked(path, content)
     for domain in named:
         if domain not in domains:
             raise UserError(
@@ -94,22 +94,22 @@ def read_prior(path: Path, domains: Sequence[str]) -> Prior:
     for domain in domains:
         if domain not in named:
             raise UserError(
-                f"prior {path}: says nothing of domain {domain!r}; it names {', '.join(named)}"
+                f"prior {path}: has no weight of domain {domain!r}; it names {', '.join(named)}"
             )
     total = math.fsum(weights)
     by_domain = dict(zip(named, weights, strict=True))
     ordered = tuple(by_domain[domain] / total for domain in domains)
-    return Prior(tuple(domains), ordered, rule, found.get("text"))
+    return Prior(tuple(domains), ordered, rule, content.get("text"))
 
 
-def _checked(path: Path, found: object) -> tuple[list[str], list[float], str]:
-    """Domains, weights and rule of a file's content."""
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        told = repr(found.get("format")) if isinstance(found, dict) else "missing"
-        raise UserError(f"prior {path}: key 'format' is {told}; only {FORMAT} can be read")
-    if unknown := sorted(set(found) - KEYS):
+def _checked(path: Path, content: object) -> tuple[list[str], list[float], str]:
+    """Check a file's content and return domains, weights and rule."""
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        value = repr(content.get("format")) if isinstance(content, dict) else "missing"
+        raise UserError(f"prior {path}: key 'format' is {value}; only {FORMAT} can be read")
+    if unknown := sorted(set(content) - KEYS):
         raise UserError(f"prior {path}: unknown key {unknown[0]!r}; allowed: {sorted(KEYS)}")
-    named, weights = found.get("domains"), found.get("prior")
+    named, weights = content.get("domains"), content.get("prior")
     if not isinstance(named, list) or not named or not all(type(d) is str for d in named):
         raise UserError(f"prior {path}: key 'domains' is {named!r}, not a list of names")
     if doubled := [d for d in named if named.count(d) > 1]:
@@ -128,7 +128,7 @@ def _checked(path: Path, found: object) -> tuple[list[str], list[float], str]:
     total = math.fsum(weights)
     if abs(total - 1) > TOLERANCE:
         raise UserError(f"prior {path}: sums to {total:.6g}; must be 1 within {TOLERANCE}")
-    rule = found.get("rule", RULES[0])
+    rule = content.get("rule", RULES[0])
     if rule not in RULES:
         raise UserError(f"prior {path}: rule {rule!r} is unknown; allowed: {', '.join(RULES)}")
     return named, weights, rule

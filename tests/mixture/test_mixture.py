@@ -65,7 +65,7 @@ def test_mixtures_are_as_recorded(golden, name, mode, rule):
             assert mixture.tally.perplexity == pytest.approx(expected, rel=1e-5)
 
 
-def test_no_prior_counts_all_alike(golden):
+def test_without_a_prior_all_experts_count_equally(golden):
     mixture = Mixture("uniform_prior", 4, Rule())
     mixed = []
     for scores in golden["target_logprobs"][6:]:
@@ -120,10 +120,10 @@ def test_order_of_experts_and_twins_do_not_matter(mode):
         twins = Mixture(mode, 3, rule, prior)
         single = Tally()
         for scores, mask in random_batches():
-            one = plain.add(scores, mask)
+            plain_batch = plain.add(scores, mask)
             other = turned.add(scores[order], mask)
-            close(one.log_probs, other.log_probs)
-            close(one.posterior[order], other.posterior)
+            close(plain_batch.log_probs, other.log_probs)
+            close(plain_batch.posterior[order], other.posterior)
             twins.add(scores[:1].expand(3, -1, -1), mask)
             single.add(scores[0], mask)
         assert twins.tally.nll == pytest.approx(single.nll, rel=1e-6)
@@ -161,7 +161,7 @@ def test_infinite_tokens_count_in_neither_sum_nor_number():
     assert (tally.nll, tally.tokens) == (4.0, 2) and tally.perplexity == pytest.approx(math.exp(2))
 
 
-def test_nothing_cannot_be_estimated_from():
+def test_a_prior_needs_text():
     with pytest.raises(UserError, match="on no text"):
         estimate_prior("ab", [], Rule())
     with pytest.raises(ValueError, match="lacks a prior"):

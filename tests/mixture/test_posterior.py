@@ -1,4 +1,4 @@
-"""The posterior against Bayes' rule written out token by token."""
+"""Posterior against Bayes' rule written out token by token."""
 
 import math
 
@@ -27,16 +27,16 @@ def by_hand(column, prior, rule, temperature=1.0, forgetting=1.0) -> list[float]
     experts, length = len(column), len(column[0])
     if rule == "last_token" and length == 0:
         alive = [1.0 if share > 0 else 0.0 for share in prior]
-        return [one / sum(alive) for one in alive]
+        return [share / sum(alive) for share in alive]
     shares = []
     for expert in range(experts):
         if rule == "last_token":
             likelihood = math.exp(column[expert][-1])
         else:
-            told = 0.0
+            evidence = 0.0
             for log_prob in column[expert]:
-                told = forgetting * told + log_prob
-            likelihood = math.exp(told / temperature)
+                evidence = forgetting * evidence + log_prob
+            likelihood = math.exp(evidence / temperature)
         shares.append(prior[expert] * likelihood)
     return [share / sum(shares) for share in shares]
 
@@ -63,18 +63,18 @@ def test_a_long_text_stays_exact(setting):
     scores[1] = scores[0] + 1e-3 * torch.randn(1, 700, generator=torch.Generator().manual_seed(1))
     weights = token_weights(scores, torch.tensor(PRIOR), **setting).exp()
     torch.testing.assert_close(weights.sum(0), torch.ones(1, 700))
-    told = torch.zeros(4, dtype=torch.float64)
+    evidence = torch.zeros(4, dtype=torch.float64)
     for log_probs in scores[:, 0, :-1].double().T:
         if setting["rule"] == "last_token":
-            told = log_probs
+            evidence = log_probs
         else:
-            told = setting.get("forgetting", 1.0) * told + log_probs
-    hand = (torch.tensor(PRIOR).log() + told / setting.get("temperature", 1.0)).softmax(0)
+            evidence = setting.get("forgetting", 1.0) * evidence + log_probs
+    hand = (torch.tensor(PRIOR).log() + evidence / setting.get("temperature", 1.0)).softmax(0)
     torch.testing.assert_close(weights[:, 0, -1], hand.float(), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_tokens_that_are_not_real_are_passed_over(setting):
+def test_masked_tokens_are_skipped(setting):
     scores, prior = random_scores(batch=1, length=6), torch.tensor(PRIOR)
     short = token_weights(scores, prior, **setting)
     for places in ([3, 4, 5, 6, 7, 8], [0, 1, 2, 3, 4, 5], [0, 2, 3, 5, 6, 8]):
@@ -108,7 +108,7 @@ def test_properties_of_a_mixture(setting):
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_what_is_impossible_is_never_not_a_number(setting):
+def test_impossible_tokens_give_no_nan(setting):
     scores, prior = random_scores(batch=1), torch.tensor([0.5, 0.5, 0.0, 0.0])
     scores[0, 0, 2] = -torch.inf  # to one expert
     scores[:, 0, 5] = -torch.inf  # to all of them
@@ -122,7 +122,7 @@ def test_what_is_impossible_is_never_not_a_number(setting):
         torch.testing.assert_close(weights[:2, 0, 6].exp(), torch.tensor([0.5, 0.5]))
 
 
-def test_dropped_experts_count_at_the_first_token_if_told_so():
+def test_experts_without_prior_count_at_the_first_token_on_request():
     scores, prior = random_scores(), torch.tensor([0.5, 0.5, 0.0, 0.0])
     kept = token_weights(scores, prior).exp()
     every = token_weights(scores, prior, first_over_all=True).exp()

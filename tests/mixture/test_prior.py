@@ -9,7 +9,7 @@ DOMAINS = ("law", "med", "code")
 TEXT = {"data_digest": "ab", "domain": "law", "split": "valid", "sequences": 100}
 
 
-def test_a_prior_comes_back_in_the_order_asked_for(tmp_path):
+def test_a_prior_is_read_in_the_requested_order(tmp_path):
     prior = Prior(DOMAINS, (0.5, 0.2, 0.3), "history", TEXT)
     write_prior(tmp_path / "prior.json", prior)
     assert read_prior(tmp_path / "prior.json", DOMAINS) == prior
@@ -24,7 +24,7 @@ def test_a_prior_comes_back_in_the_order_asked_for(tmp_path):
     }
 
 
-def test_the_best_few_are_scaled_to_one():
+def test_top_k_is_scaled_to_one():
     prior = Prior(("a", "b", "c", "d"), (0.1, 0.4, 0.4, 0.1))
     assert top_k(prior, 3).weights == pytest.approx((1 / 9, 4 / 9, 4 / 9, 0))
     assert top_k(prior, 1).kept == ("b",)
@@ -36,7 +36,7 @@ def test_the_best_few_are_scaled_to_one():
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"prior": [0.5, 0.5]}, "wrong length: 2, domains: 3"),
         ({"prior": "x"}, "wrong length: not a list"),
@@ -45,7 +45,7 @@ def test_the_best_few_are_scaled_to_one():
         ({"prior": [0.9, 0.3, -0.2]}, "weight of domain 'code' is -0.2"),
         ({"prior": [0.5, 0.5, None]}, "weight of domain 'code' is None"),
         ({"prior": [True, 0, 0]}, "weight of domain 'law' is True"),
-        ({"domains": ["law", "med"], "prior": [0.5, 0.5]}, "says nothing of domain 'code'"),
+        ({"domains": ["law", "med"], "prior": [0.5, 0.5]}, "has no weight of domain 'code'"),
         ({"domains": ["law", "med", "art"]}, "there is no expert of domain 'art'"),
         ({"domains": ["law", "med", "law"]}, "names domain 'law' twice"),
         ({"domains": []}, "not a list of names"),
@@ -54,21 +54,21 @@ def test_the_best_few_are_scaled_to_one():
         ({"rule": "bayes"}, "rule 'bayes' is unknown"),
     ],
 )
-def test_what_is_no_prior_is_told(tmp_path, change, told):
+def test_invalid_priors_are_refused(tmp_path, change, message):
     content = {"format": 1, "domains": list(DOMAINS), "prior": [0.5, 0.2, 0.3], **change}
     path = tmp_path / "prior.json"
     path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=told) as error:
+    with pytest.raises(UserError, match=message) as error:
         read_prior(path, DOMAINS)
     assert str(path) in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("text", "told"), [("{", "is not JSON"), ("[1]", "'format' is missing"), ("NaN", "missing")]
+    ("text", "message"), [("{", "is not JSON"), ("[1]", "'format' is missing"), ("NaN", "missing")]
 )
-def test_what_is_no_json_is_told(tmp_path, text, told):
+def test_invalid_json_is_refused(tmp_path, text, message):
     (tmp_path / "prior.json").write_text(text)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         read_prior(tmp_path / "prior.json", DOMAINS)
     with pytest.raises(UserError, match="cannot be read: No such file"):
         read_prior(tmp_path / "none.json", DOMAINS)
