@@ -5,11 +5,11 @@
     python launchers/check_hostfile.py hostfile --ssh_port 2222
     python launchers/check_hostfile.py hostfile --no_ssh_check
 
-Tells all faults at once, each with its line: names that are there twice, slots that are no number
-above 0, tabs, carriage returns and other words, machines that ssh does not reach within 5 seconds
-without a password, and, with --experts, experts whose ranks would lie on two machines though one
-could hold them. If all is well, a table says which ranks and experts each machine has. Exit code 0
-if all is well, else 2. docs/multinode.md has the rest of the way.
+Lists all faults, each with its line: duplicate names, slots that are not a number above 0, tabs,
+carriage returns and other words, machines that ssh does not reach within 5 seconds without a
+password, and, with --experts, experts whose ranks would be on two machines though one could hold
+them. Without faults it prints a table of the ranks and experts of each machine. Exit code 0 without
+faults, otherwise 2. docs/multinode.md describes the next steps.
 """
 
 import argparse

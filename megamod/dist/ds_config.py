@@ -1,8 +1,8 @@
 """Read a DeepSpeed JSON, check every key, and fill it from the run.
 
-`"auto"` is a convention of the Trainer of transformers; DeepSpeed itself does not resolve it. Here
-the JSON and the run become one configuration: what only one side says is taken, what both say must
-agree, and a run's defaults give way to the JSON.
+`"auto"` is a convention of the Trainer of transformers, which DeepSpeed itself does not resolve.
+Here the JSON and the run become one configuration: a value set on one side only is used, values set
+on both must agree, and defaults of the run give way to the JSON.
 """
 
 import difflib
@@ -42,18 +42,18 @@ AUTO = {
     "fp16.initial_scale_power": 7,  # the DEMix release starts at 128
     "zero_optimization.stage": 1,
 }
-"""What "auto" stands for where the run has no value."""
+"""Values of "auto" for keys without a value of the run."""
 
 
 class ResolvedConfig(NamedTuple):
-    """What goes to DeepSpeed, and what the run must follow.
+    """Configuration of DeepSpeed, and the values that the run must use.
 
     Attributes:
         config: for `deepspeed.initialize`; without an optimizer, and without train_batch_size,
-            which DeepSpeed derives from its own data-parallel world (in BTM that of a domain).
-        values: by key path, the final value of everything the run and the JSON both decide: batch
-            sizes, gradient_clipping, bf16.enabled,
-            fp16.enabled, optimizer.params.{lr,betas,eps,weight_decay}.
+            which DeepSpeed derives from its data-parallel world (in BTM that of a domain).
+        values: by key path, final values of all settings that both the run and the JSON can set:
+            batch sizes, gradient_clipping, bf16.enabled, fp16.enabled,
+            optimizer.params.{lr,betas,eps,weight_decay}.
     """
 
     config: dict[str, object]
@@ -67,18 +67,17 @@ def resolve_ds_config(
     *,
     allow_unknown: bool = False,
 ) -> ResolvedConfig:
-    """One configuration from a DeepSpeed JSON and the run.
+    """Merge a DeepSpeed JSON and the values of the run into one configuration.
 
     Args:
-        path: the JSON; None: the ZeRO stage of `values`, else 1, in the precision of the run, else
-            float32.
-        values: the run's values by key path, such as "optimizer.params.lr"; they fill every "auto".
+        path: the JSON; None: the ZeRO stage and precision of `values`, by default 1 and float32.
+        values: the run's values by key path, such as "optimizer.params.lr"; they replace "auto".
             The three batch sizes and gradient_clipping must be among them.
-        origins: where each value came from; "default" or absent: it gives way to the JSON.
-        allow_unknown: let keys pass that are not in our table (DeepSpeed checks some blocks too).
+        origins: source of each value; one that is "default" or missing gives way to the JSON.
+        allow_unknown: accept keys that are not in our table (DeepSpeed checks some blocks too).
     Raises:
-        UserError: for syntax errors, unknown, removed or unusable keys, an "auto" without a value,
-            and for conflicts, all of them in one message.
+        UserError: for syntax errors, for unknown, removed or refused keys, for an "auto" without a
+            value, and for conflicts, all of them in one message.
     """
     name = path or BUILT_IN
     config = _read(Path(path)) if path else {"zero_optimization": {"stage": "auto"}}
@@ -96,21 +95,21 @@ def resolve_ds_config(
     config.pop(TOTAL, None)
     config.setdefault("zero_optimization", {}).setdefault("stage", 0)
     return ResolvedConfig(
-        # Another optimizer than DeepSpeed's own is what the run brings along.
+        # The run passes an optimizer that is not one of DeepSpeed's.
         config | {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False},
         final,
     )
 
 
 def check_sharing(config: dict[str, object], sharing: Sharing | str, world_size: int) -> None:
-    """Refuse what does not work with a sharing; set what it needs.
+    """Refuse settings that do not work with a sharing; set those it requires.
 
     Args:
         config: a resolved configuration; changed in place.
         sharing: "dense", "demix" or "btm".
         world_size: ranks of the run.
     Raises:
-        UserError: for a combination that DeepSpeed refuses, or trains wrongly without a word.
+        UserError: for a combination that DeepSpeed refuses or silently trains wrongly.
     """
     sharing = Sharing(sharing)
     zero = config["zero_optimization"]
@@ -152,13 +151,13 @@ def check_sharing(config: dict[str, object], sharing: Sharing | str, world_size:
             f"{world_size} ranks"
         )
     if sharing is Sharing.DEMIX:
-        # Ranks of a domain stand next to each other, as the data of the domains are dealt out.
+        # Ranks of a domain are consecutive, as in `DomainTopology`.
         config["use_data_before_expert_parallelism"] = True
 
 
-def offloaded_to(zero: Mapping[str, object], what: str) -> str:
-    """Where a block `zero_optimization` puts the "optimizer" or "param": none, cpu or nvme."""
-    return str((zero.get(f"offload_{what}") or {}).get("device", "none"))
+def offloaded_to(zero: Mapping[str, object], state: str) -> str:
+    """Device to which `zero_optimization` offloads "optimizer" or "param": none, cpu or nvme."""
+    return str((zero.get(f"offload_{state}") or {}).get("device", "none"))
 
 
 def _check_offload(zero: Mapping[str, object]) -> None:
@@ -186,7 +185,7 @@ def _read(path: Path) -> dict[str, object]:
         names = [key for key, _ in pairs]
         doubled = next((key for key in names if names.count(key) > 1), None)
         if doubled is not None:
-            raise UserError(f"{path}: key {doubled!r} is there twice in one block")
+            raise UserError(f"{path}: key {doubled!r} appears twice in one block")
         return dict(pairs)
 
     def no_number(word: str) -> None:
@@ -253,7 +252,7 @@ def _check_scalars(name: str, config: dict) -> None:
         if value == "auto":
             continue
         right = type(value) is kind or (kind is float and type(value) is int)
-        # Whole numbers are sizes and intervals; the others are factors and norms.
+        # Integers are sizes and intervals; floats are factors and norms.
         if (
             not right
             or (kind is int and value < 1)
@@ -266,7 +265,7 @@ def _check_scalars(name: str, config: dict) -> None:
 def _merge(
     name: str, config: dict, values: Mapping[str, object], origins: Mapping[str, str]
 ) -> dict[str, object]:
-    """Fill `config`; return the final values the run must follow.
+    """Fill `config`; return the final values, which the run must use.
 
     Raises:
         UserError: listing every pair of values that disagree.
@@ -292,7 +291,7 @@ def _merge(
         )
     final = {where: merged[where] for where in shared}
     for key, value in config.get("optimizer", {}).get("params", {}).items():
-        if key != "torch_adam":  # which class of AdamW is up to the run
+        if key != "torch_adam":  # the run chooses the class of AdamW
             final[f"optimizer.params.{key}"] = value
     return final | {f"{kind}.enabled": _get(config, f"{kind}.enabled") is True for kind in HALF}
 
@@ -304,38 +303,38 @@ def _settle_batch(
     origins: Mapping[str, str],
     conflicts: list[str],
 ) -> dict[str, int]:
-    """The batch sizes, total = micro-batch x accumulation x ranks, from those that were given.
+    """Compute all batch sizes from those set: total = micro-batch x accumulation x ranks.
 
     Raises:
-        UserError: if those that were given contradict each other.
+        UserError: if those set contradict each other.
     """
-    given, source = {}, {}
+    fixed, source = {}, {}
     for key in (TOTAL, MICRO, STEPS):
         theirs, origin = config.get(key, "auto"), origins.get(key, "default")
         if theirs != "auto" and origin != "default" and theirs != values[key]:
             conflicts.append(f"{key} is {theirs} in {name}, {values[key]} from {origin}")
         if theirs != "auto":
-            given[key], source[key] = theirs, name
+            fixed[key], source[key] = theirs, name
         elif origin != "default":
-            given[key], source[key] = values[key], origin
+            fixed[key], source[key] = values[key], origin
     ranks = values[TOTAL] // (values[MICRO] * values[STEPS])
-    micro = given.get(MICRO, values[MICRO])
-    if TOTAL not in given:
-        steps = given.get(STEPS, values[STEPS])
+    micro = fixed.get(MICRO, values[MICRO])
+    if TOTAL not in fixed:
+        steps = fixed.get(STEPS, values[STEPS])
         return {TOTAL: micro * steps * ranks, MICRO: micro, STEPS: steps}
-    steps = given.get(STEPS, given[TOTAL] // (micro * ranks))
-    if not conflicts and micro * steps * ranks != given[TOTAL]:
-        accumulation = f" x {steps} micro-batches ({source[STEPS]})" if STEPS in given else ""
+    steps = fixed.get(STEPS, fixed[TOTAL] // (micro * ranks))
+    if not conflicts and micro * steps * ranks != fixed[TOTAL]:
+        accumulation = f" x {steps} micro-batches ({source[STEPS]})" if STEPS in fixed else ""
         raise UserError(
-            f"{TOTAL} {given[TOTAL]} ({source[TOTAL]}) is not "
+            f"{TOTAL} {fixed[TOTAL]} ({source[TOTAL]}) is not "
             f"{'' if accumulation else 'a multiple of '}"
             f"{micro} sequences ({source.get(MICRO, 'default')}){accumulation} x {ranks} ranks"
         )
-    return {TOTAL: given[TOTAL], MICRO: micro, STEPS: steps}
+    return {TOTAL: fixed[TOTAL], MICRO: micro, STEPS: steps}
 
 
 def _check_optimizer(name: str, block: dict) -> None:
-    """The run builds AdamW itself, with the values of the block."""
+    """Check the block; the run itself constructs AdamW with its values."""
     kind = block.get("type", "AdamW")
     if str(kind).lower() not in ("adam", "adamw"):
         raise UserError(f"{name}: optimizer.type is {kind!r}; the run trains with AdamW only")
@@ -372,7 +371,7 @@ def _check_blocks(name: str, config: dict) -> None:
 
 
 def _without_nulls(value: object) -> object:
-    """null stands for a key that is not given."""
+    """Remove keys whose value is null, which means that they are not set."""
     if isinstance(value, dict):
         return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
     return value

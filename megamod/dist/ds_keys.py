@@ -1,15 +1,14 @@
-"""Which keys a DeepSpeed JSON may have, and what to do about those that cannot be used here.
+"""Keys of a DeepSpeed JSON: known, removed from DeepSpeed, and refused here.
 
-DeepSpeed ignores a top-level key it does not know, so a misspelt block would be without effect. The
-names of top-level keys are written out below; those inside a block come from DeepSpeed's own
-pydantic models where it has one.
+DeepSpeed ignores unknown top-level keys, so a misspelt block would have no effect. The names of
+top-level keys are listed below; those inside a block come from DeepSpeed's pydantic models.
 """
 
 from collections.abc import Iterator
 
 from pydantic import BaseModel
 
-ANY = "any"  # a block of free form
+ANY = "any"  # a block with any keys
 
 SCALARS = {
     "train_batch_size": int,
@@ -113,7 +112,7 @@ REMOVED = {
     "zero_optimization.mics_shard_size": "remove it; use ZeRO stage 2 or 3",
     "zero_optimization.zeropp_loco_param": "remove it; zero_quantized_gradients works without",
 }
-"""Keys that DeepSpeed once knew, each with what to do about it."""
+"""Keys of older versions of DeepSpeed, each with advice."""
 
 _OFFLOAD = "use zero_optimization.offload_optimizer, as in ds_configs/zero2_bf16_offload.json"
 _PARALLEL = "models are split over data-parallel ranks only; remove it and use ZeRO stage 3"
@@ -140,7 +139,7 @@ REFUSED = {
     "zero_optimization.offload_optimizer.super_offload": _OFFLOAD,
     "zero_optimization.zenflow": _OFFLOAD,
 }
-"""Keys that may be there only if they are switched off, each with what to use instead."""
+"""Keys that are allowed only if switched off, each with an alternative."""
 
 REQUIRED = {
     "bf16.check_grad_overflow": (True, _FINITE),
@@ -149,10 +148,10 @@ REQUIRED = {
     "zero_optimization.compute_grad_norm": (True, _FINITE),
     "zero_optimization.offload_optimizer.ratio": (1.0, "all is offloaded, or nothing"),
 }
-"""Keys that may have one value only, and why."""
+"""Keys with a single allowed value, and the reason."""
 
 OPTIONAL_AUTO = {"data_types.keep_in_fp32_modules"}
-"""Keys in which DeepSpeed itself understands "auto"."""
+"""Keys of which DeepSpeed itself accepts "auto"."""
 
 
 def models() -> dict[str, type[BaseModel]]:
@@ -181,7 +180,7 @@ def models() -> dict[str, type[BaseModel]]:
 
 
 def known_keys() -> dict[str, object]:
-    """All keys as a tree: None for a value, a dictionary for a block, `ANY` for a free one."""
+    """Tree of all keys: None for a value, a dictionary for a block, `ANY` for any block."""
     tree: dict[str, object] = dict.fromkeys(SCALARS) | BLOCKS | {"timers": {}}
     for path, model in models().items():
         *parents, name = path.split(".")

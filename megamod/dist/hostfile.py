@@ -1,7 +1,7 @@
-"""Hostfiles: read strictly, all faults at once; where experts lie; which machines ssh reaches.
+"""Hostfiles: strict reading with all faults, placement of experts, and a check by ssh.
 
-DeepSpeed's own reader takes a byte order mark for a part of a name, reads "8x" as 8, starts nothing
-on a machine of no slots, and stops at the first line that it does not like.
+DeepSpeed's own reader makes a byte order mark part of a name, reads "8x" as 8, starts nothing on a
+machine with 0 slots, and stops at the first bad line.
 """
 
 import ipaddress
@@ -24,7 +24,7 @@ SEPARATORS = "@:"  # of `--include` in DeepSpeed's launcher, so no part of a nam
 
 @dataclass(frozen=True)
 class Host:
-    """Slots of one machine: all of them, or those of a job."""
+    """Slots of a machine: all of them, or those of a job."""
 
     name: str
     slots: tuple[int, ...]
@@ -40,8 +40,8 @@ class Checked:
 
     Attributes:
         hosts: its machines.
-        seconds: how long ssh took to log in to each; None: not tried.
-        experts: ranks of each expert, by its number; None: not asked about.
+        seconds: duration of the login by ssh to each; None: not tried.
+        experts: ranks of each expert, by its number; None without experts.
     """
 
     hosts: Place
@@ -65,7 +65,7 @@ class Checked:
         return notes
 
     def table(self) -> str:
-        """Machines with their slots, ranks and experts, and how quickly ssh reached them."""
+        """Table of machines with slots, time of the login by ssh, ranks and experts."""
         rows = [["host", "slots", "ssh", "ranks"] + ["experts"] * (self.experts is not None)]
         ends = list(accumulate(len(host.slots) for host in self.hosts))
         for host, seconds, end in zip(self.hosts, self.seconds, ends, strict=True):
@@ -83,7 +83,7 @@ class Checked:
 
 
 class HostfileFaults(UserError):
-    """Everything that is wrong with a hostfile; the message shows the first two.
+    """All faults of a hostfile; the message shows the first two.
 
     Attributes:
         faults: all of them, each with its line.
@@ -100,7 +100,7 @@ class HostfileFaults(UserError):
 
 @dataclass(frozen=True)
 class _Line:
-    """A line that names a machine; no slots where these are wrong."""
+    """A line that names a machine; 0 slots if these are wrong."""
 
     number: int
     name: str
@@ -108,12 +108,12 @@ class _Line:
 
 
 def read_hostfile(path: str | Path, *, selectable: bool = False) -> Place:
-    """Machines in the order of a hostfile: lines of `NAME slots=N`, and comments.
+    """Read a hostfile: lines of `NAME slots=N`, and comments.
 
     Args:
         selectable: refuse names that `--include` of DeepSpeed's launcher cannot select.
     Raises:
-        UserError: naming the file and, each with its line, all that is wrong.
+        UserError: naming the file and its faults with their lines.
     """
     hosts = check_hostfile(path).hosts
     for host in hosts if selectable else ():
@@ -128,14 +128,14 @@ def read_hostfile(path: str | Path, *, selectable: bool = False) -> Place:
 def check_hostfile(
     path: str | Path, *, experts: int | None = None, ssh: bool = False, port: int | None = None
 ) -> Checked:
-    """Read a hostfile and look for whatever would be wrong with a job on its machines.
+    """Read a hostfile and check it for a job on all its slots.
 
     Args:
-        experts: of a DEMix run on all slots; each is to stay inside a machine that can hold it.
-        ssh: log in to every machine as well, side by side, without a password.
-        port: where ssh listens; None: as ssh is configured.
+        experts: number of experts of a DEMix run; none may cross machines if one can hold it.
+        ssh: log in to all machines at once, without a password.
+        port: port of ssh; None: as ssh is configured.
     Raises:
-        UserError: naming the file and, each with its line, all that is wrong.
+        UserError: naming the file and its faults with their lines.
     """
     try:
         content = Path(path).read_bytes()
@@ -147,7 +147,7 @@ def check_hostfile(
         groups, faults = _place_experts(lines, experts)
     seconds: list[float | None] = [None] * len(lines)
     if ssh:
-        # The tries wait for the network, but exchanging keys takes processor time here.
+        # The logins wait for the network, but the exchange of keys takes processor time here.
         with ThreadPoolExecutor(min(64, max(1, len(lines)))) as pool:
             answers = list(pool.map(lambda line: _log_in(line.name, port), lines))
         seconds = [time_ for time_, _ in answers]
@@ -162,20 +162,20 @@ def check_hostfile(
 
 
 def split_groups(hosts: Sequence[str], groups: Mapping[str, range]) -> dict[str, list[str]]:
-    """Groups of ranks that lie on several machines, though one of these has ranks enough for all.
+    """Groups of ranks on several machines, though one of these has enough ranks for the group.
 
     Args:
         hosts: the machine of each rank.
-        groups: ranks by the group's name.
+        groups: ranks of each group, by name.
     Returns:
-        the machines by the group's name.
+        machines of each such group, by name.
     """
     size = Counter(hosts)
     touched = {name: list(dict.fromkeys(hosts[r] for r in ranks)) for name, ranks in groups.items()}
     return {
-        name: there
-        for name, there in touched.items()
-        if len(there) > 1 and len(groups[name]) <= max(size[host] for host in there)
+        name: machines
+        for name, machines in touched.items()
+        if len(machines) > 1 and len(groups[name]) <= max(size[host] for host in machines)
     }
 
 
@@ -185,23 +185,23 @@ def spell(numbers: range) -> str:
 
 
 def _read(content: bytes) -> tuple[list[_Line], list[tuple[int, str]]]:
-    """Lines that name machines, each name once, and faults with the number of their line."""
+    """Parse all lines: those that name machines, each once, and faults with their line numbers."""
     lines: dict[str, _Line] = {}
     faults: list[tuple[int, str]] = []
     for number, raw in enumerate(content.split(b"\n"), start=1):
-        line, found = _read_line(raw, number)
+        line, of_line = _read_line(raw, number)
         if line is not None:
             first = lines.setdefault(_machine(line.name), line)
             if first is not line:
-                found.append(f"{line.name!r} is there a second time, first in line {first.number}")
-        faults += [(number, fault) for fault in found]
+                of_line.append(f"{line.name!r} appears again, first in line {first.number}")
+        faults += [(number, fault) for fault in of_line]
     if not lines and not faults:
         faults.append((0, "names no machine"))
     return list(lines.values()), faults
 
 
 def _read_line(raw: bytes, number: int) -> tuple[_Line | None, list[str]]:
-    """The machine of a line, if it names one, and what is wrong with the line."""
+    """Parse a line: the machine that it names, if any, and its faults."""
     faults = []
     if number == 1 and raw.startswith(b"\xef\xbb\xbf"):
         raw = raw[3:]
@@ -225,8 +225,8 @@ def _read_line(raw: bytes, number: int) -> tuple[_Line | None, list[str]]:
         faults.append(f"unknown word {unknown[0]!r}; a line is `NAME slots=N`")
     right = len(slots) == 1 and re.fullmatch(r"slots=([1-9]\d{0,4})", slots[0])
     if not right and (slots or not unknown):
-        told = " ".join([name, *slots])
-        faults.append(f"{told!r} is not `NAME slots=N` with N of 1 or more, given once")
+        shown = " ".join([name, *slots])
+        faults.append(f"{shown!r} is not `NAME slots=N` with N of 1 or more, given once")
     if not _is_reachable_name(name):
         allowed = "letters, digits, dots, _ and -, or USER@NAME, or an IPv6 address without brackets"
         return None, [*faults, f"{name!r} is no host name: {allowed}"]
@@ -234,7 +234,7 @@ def _read_line(raw: bytes, number: int) -> tuple[_Line | None, list[str]]:
 
 
 def _is_reachable_name(name: str) -> bool:
-    """True for what ssh takes: NAME, USER@NAME, and an IPv6 address in the place of NAME."""
+    """True for names that ssh accepts: NAME, USER@NAME, or an IPv6 address in place of NAME."""
     user, _, host = name.rpartition("@")
     if "@" in name and not NAME.fullmatch(user):
         return False
@@ -242,7 +242,7 @@ def _is_reachable_name(name: str) -> bool:
 
 
 def _ipv6(host: str) -> str | None:
-    """An IPv6 address in its short spelling; None for other text."""
+    """Short form of an IPv6 address; None for other text."""
     try:
         return str(ipaddress.IPv6Address(host))
     except ValueError:
@@ -250,7 +250,7 @@ def _ipv6(host: str) -> str | None:
 
 
 def _machine(name: str) -> str:
-    """The machine of a name, spelled alike for every user and spelling of its address."""
+    """Key of the machine: equal for all users and all forms of its address."""
     host = name.rpartition("@")[2]
     return _ipv6(host) or host.lower()
 
@@ -258,39 +258,39 @@ def _machine(name: str) -> str:
 def _place_experts(
     lines: Sequence[_Line], experts: int
 ) -> tuple[dict[str, range] | None, list[tuple[int, str]]]:
-    """Ranks of each expert, as in `DomainTopology`, and what is wrong with them."""
+    """Ranks of each expert, as in `DomainTopology`, and faults of the placement."""
     machines = [line.name for line in lines for _ in range(line.slots)]
     world = len(machines)
     if world % experts and experts % world:
         near = [n for n in range(1, 2 * world + experts) if not (n % experts and experts % n)]
         around = [*[n for n in near if n < world][-1:], next(n for n in near if n > world)]
-        told = " or ".join(map(str, around))
-        fault = f"{world} slots cannot give {experts} experts as many ranks each; use {told}"
+        possible = " or ".join(map(str, around))
+        fault = f"{world} slots cannot give {experts} experts as many ranks each; use {possible}"
         return None, [(0, fault)]
     size, held = max(1, world // experts), max(1, experts // world)
     groups = {str(e): range(e // held * size, e // held * size + size) for e in range(experts)}
     numbers = {line.name: line.number for line in lines}
     faults = []
-    for name, there in split_groups(machines, groups).items():
-        told = (
-            f"expert {name} has ranks {spell(groups[name])}, on {' and '.join(there)}, where one "
+    for name, split in split_groups(machines, groups).items():
+        fault = (
+            f"expert {name} has ranks {spell(groups[name])}, on {' and '.join(split)}, where one "
             f"machine could hold all; give slots in multiples of {size}"
         )
-        faults.append((numbers[there[0]], told))
+        faults.append((numbers[split[0]], fault))
     return groups, faults
 
 
 def _refuse(path: str | Path, faults: Sequence[tuple[int, str]]) -> None:
-    """Raise a UserError that lists faults with their lines, 0 for the whole file, if any."""
-    told = [f"line {number}: {fault}" if number else fault for number, fault in faults]
-    if len(told) == 1:
-        raise UserError(f"hostfile {path}{', ' if faults[0][0] else ': '}{told[0]}")
-    if told:
-        raise HostfileFaults(path, told)
+    """Raise an error for faults with their lines, 0 for the whole file, if there are any."""
+    listed = [f"line {number}: {fault}" if number else fault for number, fault in faults]
+    if len(listed) == 1:
+        raise UserError(f"hostfile {path}{', ' if faults[0][0] else ': '}{listed[0]}")
+    if listed:
+        raise HostfileFaults(path, listed)
 
 
 def _log_in(name: str, port: int | None) -> tuple[float, str]:
-    """Seconds that a login by ssh took, and what was wrong with it, or nothing."""
+    """Log in by ssh; return the seconds it took and its fault, "" without one."""
     command = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={SSH_SECONDS}"]
     command += [] if port is None else ["-p", str(port)]
     began = time.monotonic()
@@ -308,7 +308,7 @@ def _log_in(name: str, port: int | None) -> tuple[float, str]:
     except OSError as error:
         return 0.0, f"ssh cannot be run: {error.strerror}"
     seconds = time.monotonic() - began
-    told = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     if done.returncode:
-        return seconds, f"ssh says {told[-1] if told else f'exit code {done.returncode}'!r}"
+        return seconds, f"ssh says {lines[-1] if lines else f'exit code {done.returncode}'!r}"
     return seconds, ""

@@ -1,4 +1,4 @@
-"""Joining the process group, under a launcher or alone; and small collectives."""
+"""Process group of a run, under a launcher or alone, and small collectives."""
 
 import atexit
 import os
@@ -20,8 +20,8 @@ class _Starter:
     """A program that starts ranks.
 
     Attributes:
-        sign: the variable that shows that it started this process.
-        rank, world, local: variables with the rank, their number, and the rank within the host.
+        sign: a variable that is set if the program started this process.
+        rank, world, local: variables of the rank, the number of ranks, and the rank on the host.
     """
 
     name: str
@@ -42,28 +42,29 @@ _MPI = (
 )
 _SLURM = _Starter("srun", "SLURM_PROCID", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
 _RENUMBERING = ("TORCHELASTIC_RUN_ID", "CROSS_RANK")
-"""Set by torchrun and by DeepSpeed, whose ranks may be many in one task of srun or mpirun."""
+"""Set by torchrun and DeepSpeed, which may start several ranks in one task of srun or mpirun."""
 
 
 def adopt_rank() -> None:
-    """Take over the rank that srun or mpirun gave this process, as RANK and its companions.
+    """Set RANK, WORLD_SIZE and LOCAL_RANK from the variables of srun or mpirun.
 
-    A rank of torchrun or DeepSpeed counts more than theirs, as these may run inside their tasks;
-    mpirun counts more than srun, which it may use itself. With none of them nothing is set, and the
-    process is a world of its own.
+    Variables of torchrun or DeepSpeed take precedence, because these may run inside tasks of the
+    others; mpirun takes precedence over srun, which it may use. Without any of them nothing is set,
+    and the process is alone.
 
     Raises:
-        UserError: for variables that are incomplete, no numbers, or contradict each other.
+        UserError: for variables that are incomplete, not numbers, or contradict each other.
     """
-    own = _numbers(_OWN)
-    # A batch script is itself called task 0 of all; only what srun starts has a step.
+    numbers_of_launcher = _numbers(_OWN)
+    # A batch script also has the variables of task 0; only processes of srun have a step.
     in_script = "SLURM_JOB_ID" in os.environ and "SLURM_STEP_ID" not in os.environ
-    found = [(starter, _numbers(starter)) for starter in (*_MPI, *(() if in_script else (_SLURM,)))]
-    found = [(starter, numbers) for starter, numbers in found if numbers and numbers[1] > 1]
-    if not found:
+    starters = (*_MPI, *(() if in_script else (_SLURM,)))
+    active = [(starter, _numbers(starter)) for starter in starters]
+    active = [(starter, numbers) for starter, numbers in active if numbers and numbers[1] > 1]
+    if not active:
         return
-    starter, (rank_, world, local) = found[0]
-    if own is None:
+    starter, (rank_, world, local) = active[0]
+    if numbers_of_launcher is None:
         if "MASTER_ADDR" not in os.environ:
             raise UserError(
                 f"{starter.rank}={rank_} and {starter.world}={world} of {starter.name}, but "
@@ -74,25 +75,25 @@ def adopt_rank() -> None:
         os.environ.setdefault("MASTER_PORT", "29500")
         return
     renumbered = any(name in os.environ for name in _RENUMBERING)
-    if not renumbered and own[:2] != (rank_, world):
+    if not renumbered and numbers_of_launcher[:2] != (rank_, world):
         raise UserError(
-            f"RANK={own[0]} and WORLD_SIZE={own[1]} contradict {starter.rank}={rank_} and "
+            f"RANK={numbers_of_launcher[0]} and WORLD_SIZE={numbers_of_launcher[1]} contradict {starter.rank}={rank_} and "
             f"{starter.world}={world} of {starter.name}: leave RANK and WORLD_SIZE unset"
         )
 
 
 def _numbers(starter: _Starter) -> tuple[int, int, int] | None:
-    """Rank, world size and local rank that a program gave this process; None if it did not."""
+    """Rank, world size and local rank from a program's variables; None if it is not active."""
     if starter.sign not in os.environ:
         return None
-    found = []
+    numbers = []
     for name in (starter.rank, starter.world, starter.local):
         text = os.environ.get(name, "0" if name == _OWN.local else "")
         if not text.isdecimal():
-            told = repr(text) if text else "not set"
-            raise UserError(f"{starter.sign} is set by {starter.name}, but {name} is {told}")
-        found.append(int(text))
-    rank_, world, local = found
+            value = repr(text) if text else "not set"
+            raise UserError(f"{starter.sign} is set by {starter.name}, but {name} is {value}")
+        numbers.append(int(text))
+    rank_, world, local = numbers
     if max(rank_, local) >= world:
         raise UserError(
             f"{starter.rank}={rank_} and {starter.local}={local} must be below "
@@ -102,10 +103,11 @@ def _numbers(starter: _Starter) -> tuple[int, int, int] | None:
 
 
 def check_started() -> None:
-    """See that a process without a rank is meant to be alone, and one with it can find the others.
+    """Check the launcher's variables.
 
     Raises:
-        UserError: if not.
+        UserError: if a process without a rank is one of several tasks of Slurm, or a process with a
+            rank has no address of the others.
     """
     tasks = os.environ.get("SLURM_NTASKS", "1")
     if "RANK" not in os.environ and tasks != "1":
@@ -116,13 +118,13 @@ def check_started() -> None:
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if "RANK" in os.environ and not os.environ.get(name):
             raise UserError(
-                f"RANK is {os.environ['RANK']}, but {name} is not set: where the ranks meet, the "
-                "same on all of them"
+                f"RANK is {os.environ['RANK']}, but {name} is not set: the meeting point of the "
+                "ranks, the same on all of them"
             )
 
 
 def check_device(local_rank: int, devices: int) -> None:
-    """See that this host has a device for the rank.
+    """Check that this host has a device for the rank.
 
     Raises:
         UserError: naming host, rank and devices.
@@ -138,12 +140,12 @@ def check_device(local_rank: int, devices: int) -> None:
 def init_process(timeout: float) -> torch.device:
     """Join the process group and return this rank's device.
 
-    Started by plain `python` the process is a world of one; see `adopt_rank`.
+    A process started by plain `python` is alone in its group; see `adopt_rank`.
 
     Args:
-        timeout: seconds after which a collective that hears nothing fails.
+        timeout: seconds after which a collective without an answer fails.
     Raises:
-        UserError: if the launcher's variables are not right, or the host has no such GPU.
+        UserError: if the launcher's variables are wrong, or the host has no such GPU.
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
@@ -160,14 +162,14 @@ def init_process(timeout: float) -> torch.device:
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         # DeepSpeed would compile a shared-memory collective; a process killed during that build
-        # leaves a lock on which every later run of the account waits for ever.
+        # leaves a lock on which all later runs of the account wait forever.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if accelerator.device_name() != "cpu":
         check_device(local_rank, accelerator.device_count())
     accelerator.set_device(local_rank)
-    # DeepSpeed makes groups of its own without a word about their timeout, which would be torch's:
-    # half an hour, after which a host that froze is noticed.
+    # DeepSpeed creates further groups without a timeout; torch's default is half an hour, too long
+    # to notice a frozen host.
     patience = timedelta(seconds=timeout)
     torch.distributed.distributed_c10d.default_pg_timeout = patience
     torch.distributed.distributed_c10d.default_pg_nccl_timeout = patience
@@ -178,27 +180,27 @@ def init_process(timeout: float) -> torch.device:
         timeout=patience,
         verbose=False,
     )
-    # Else the threads of gloo may still run when the interpreter is gone, which aborts the process.
+    # Otherwise threads of gloo may outlive the interpreter, which aborts the process.
     atexit.register(_leave_group)
     return torch.device(accelerator.device_name(local_rank))
 
 
 def control(values: Sequence[float]) -> torch.Tensor:
-    """A small float64 tensor where collectives take it: on the GPU for NCCL, else on the CPU."""
+    """Small float64 tensor on the device of collectives: the GPU for NCCL, otherwise the CPU."""
     from deepspeed.accelerator import get_accelerator
 
     return torch.tensor(values, dtype=torch.float64, device=get_accelerator().current_device_name())
 
 
 def everywhere(fact: bool) -> bool:
-    """True if it is true on every rank; collective."""
+    """True if `fact` is true on every rank; collective."""
     flag = control([float(fact)])
     torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN)
     return bool(flag.item())
 
 
 def from_rank_0(number: int) -> int:
-    """Rank 0's number (below 2^53), on every rank; collective."""
+    """Broadcast rank 0's number (below 2^53) to every rank; collective."""
     tensor = control([number])
     torch.distributed.broadcast(tensor, 0)
     return int(tensor.item())
@@ -264,7 +266,7 @@ def _described(error: Exception) -> str:
 
 
 def gather_text(text: str, limit: int = 255) -> list[str]:
-    """Every rank's text, cut after `limit` bytes, by rank; collective."""
+    """Gather the texts of all ranks, cut after `limit` bytes, in the order of ranks; collective."""
     data = text.encode()[:limit]
     mine = control([len(data), *data, *[0] * (limit - len(data))])
     rows = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size())]
@@ -280,7 +282,7 @@ def _leave_group() -> None:
 
 
 def rank() -> int:
-    """This process's rank; 0 before a process group exists."""
+    """Rank of this process; 0 before a process group exists."""
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 

@@ -1,8 +1,8 @@
-"""Which rank trains which domains, and the process groups that follow from it.
+"""Layout of domains over ranks, and the process groups of the domains.
 
-The layout is contiguous. With g ranks a domain, domain d owns ranks [d*g, (d+1)*g), so an expert
-stays inside a node when g divides the node's size. With fewer ranks than domains, a rank owns that
-many consecutive domains. Everything but `DomainGroup` is arithmetic and needs no process group.
+The layout is contiguous. With g ranks per domain, domain d has ranks [d*g, (d+1)*g), so an expert
+stays inside a node if g divides the node's size. With fewer ranks than domains, a rank has
+consecutive domains. Everything but `DomainGroup` is arithmetic and needs no process group.
 """
 
 from collections.abc import Sequence
@@ -20,8 +20,8 @@ class DomainTopology:
     """Layout of `domains` over `world_size` ranks.
 
     Raises:
-        UserError: if experts are to be placed and the world size is neither a multiple nor a
-            divisor of their number; for independent experts (BTM) a multiple is needed.
+        UserError: if there are experts and the world size is neither a multiple nor a divisor of
+            their number; for independent experts (BTM) it must be a multiple.
     """
 
     world_size: int
@@ -49,7 +49,7 @@ class DomainTopology:
 
     @property
     def ranks_per_domain(self) -> int:
-        """g: ranks that hold the same expert; 1 where a rank holds several experts."""
+        """g, the number of ranks that hold the same expert; 1 if a rank holds several experts."""
         return max(1, self.world_size // len(self.domains))
 
     @property
@@ -58,7 +58,7 @@ class DomainTopology:
         return min(self.world_size, len(self.domains))
 
     def domains_of(self, rank: int) -> tuple[str, ...]:
-        """Domains whose data and experts a rank holds; all of them in dense training."""
+        """Domains whose data and experts a rank holds; all domains in dense training."""
         if self.sharing is Sharing.DENSE:
             return self.domains
         held = len(self.domains) // self.expert_ranks
@@ -74,17 +74,17 @@ class DomainTopology:
         return range(first, first + self.ranks_per_domain)
 
     def group_rank(self, rank: int) -> int:
-        """Place of a rank among those that hold the same experts."""
+        """Index of a rank among those that hold the same experts."""
         return rank - self.ranks_of(self.domains_of(rank)[0])[0]
 
     def is_lead(self, rank: int) -> bool:
-        """True for the rank that writes its domains' experts."""
+        """True for the rank that writes the experts of its domains."""
         return self.group_rank(rank) == 0
 
     def table(self, hosts: Sequence[str], devices: Sequence[str]) -> str:
-        """Rank, host, device, domains and groups, one line a rank; the same text on every run.
+        """Table of rank, host, device, domains and groups, a line per rank.
 
-        A last line warns of experts that lie on several hosts though one could hold them.
+        A last line warns of experts on several hosts where one host could hold all their ranks.
         """
         rows = [("rank", "host", "device", "domains", "shared over", "experts over")]
         for rank in range(self.world_size):
@@ -101,21 +101,21 @@ class DomainTopology:
         ]
         if self.sharing is not Sharing.DENSE:
             apart = split_groups(hosts, {domain: self.ranks_of(domain) for domain in self.domains})
-            told = "; ".join(f"{domain} on {', '.join(there)}" for domain, there in apart.items())
+            listed = "; ".join(f"{domain} on {', '.join(names)}" for domain, names in apart.items())
             if apart:
                 lines.append(
                     f"warning: gradients of experts cross between hosts, though one host could "
-                    f"hold all {self.ranks_per_domain} ranks of an expert: {told}; use slots in "
+                    f"hold all {self.ranks_per_domain} ranks of an expert: {listed}; use slots in "
                     f"multiples of {self.ranks_per_domain} on every host"
                 )
         return "\n".join(lines)
 
 
 class DomainGroup:
-    """The ranks of one domain as DeepSpeed's data-parallel world (its `mpu` protocol).
+    """Ranks of one domain as DeepSpeed's data-parallel world (its `mpu` protocol).
 
-    Handed to `deepspeed.initialize`, it makes the domains of one job independent of each other.
-    Every rank must construct it, since making process groups is collective.
+    Passed to `deepspeed.initialize`, it makes the domains of a job independent of each other. Every
+    rank must construct it, because creating process groups is collective.
     """
 
     def __init__(self, topology: DomainTopology):

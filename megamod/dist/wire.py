@@ -1,7 +1,7 @@
-"""Bytes that a training step puts on the wire, in closed form.
+"""Bytes sent by a training step, in closed form.
 
-Per rank and for a ring: an all-reduce of p bytes over n ranks sends 2 (n-1)/n p, an all-gather or
-reduce-scatter half of that. Norms, flags and token counts (a few numbers a step) are left out.
+Per rank, for a ring: an all-reduce of p bytes over n ranks sends 2 (n-1)/n p, an all-gather or
+reduce-scatter half of that. Norms, flags and token counts (a few numbers per step) are ignored.
 """
 
 from collections.abc import Collection, Mapping
@@ -12,17 +12,19 @@ from megamod.dist.topology import DomainTopology
 
 ALIGNMENT = 2  # DeepSpeed pads flat buffers to a multiple of this times the ranks
 
+
 @dataclass(frozen=True)
 class Traffic:
     """Bytes sent by one rank in one step.
 
     Attributes:
-        world: over all ranks: what all domains share.
-        domain: inside the group of the rank's domain.
+        world: in collectives over all ranks, for shared parameters.
+        domain: in collectives over the ranks of the domain, for its experts.
     """
 
     world: float
     domain: float
+
 
 def step_traffic(
     sizes: Mapping[str, int],
@@ -34,19 +36,19 @@ def step_traffic(
     live_limit: int = 10**9,
     tied: Collection[str] = (),
 ) -> Traffic:
-    """What one rank sends in a step.
+    """Compute the bytes that one rank sends in a step.
 
     Args:
         sizes: elements of every parameter that a rank holds, by name.
-        stage: ZeRO stage. 1 reduces gradients once a step, 2 and 3 after every micro-batch, because
-            they keep a part of them only; 3 gathers weights instead of keeping them.
+        stage: ZeRO stage. 1 reduces gradients once per step, 2 and 3 after every micro-batch,
+            because they store only a part of them; 3 gathers weights instead of storing them.
         micro_steps: micro-batches per rank and step.
-        element_bytes: of weights and gradients as they are sent: 4 in fp32, 2 in bf16 and fp16.
+        element_bytes: of a weight or gradient as sent: 4 in fp32, 2 in bf16 and fp16.
         persistence_threshold: elements up to which ZeRO 3 keeps a parameter whole.
         live_limit: elements of gathered weights that ZeRO 3 may hold (the lesser of its
-            max_live_parameters and max_reuse_distance). A model beyond it is gathered a second time
+            max_live_parameters and max_reuse_distance). A larger model is gathered a second time
             for the backward pass.
-        tied: parameters that two modules use; a model beyond the limit gathers them for each.
+        tied: parameters used by two modules; a model beyond the limit gathers them for each.
     Source: Rajbhandari et al. 2020 (ZeRO), section 7; Gururangan et al. 2022 (DEMix), section 3.2.
     """
     where = scopes(sizes, topology.sharing)
@@ -68,6 +70,7 @@ def step_traffic(
         sent[scope] = (ranks - 1) / ranks * elements * element_bytes
     return Traffic(sent[Scope.WORLD], sent[Scope.DOMAIN])
 
+
 def _elements(total: int, ranks: int, stage: int, micro_steps: int) -> int:
     """Elements in all-gathers and reduce-scatters of a step; an all-reduce is one of each."""
     if stage == 0:
@@ -78,8 +81,11 @@ def _elements(total: int, ranks: int, stage: int, micro_steps: int) -> int:
 def _elements_of_stage_3(
     held: Mapping[str, int], gathers: Mapping[str, int], ranks: int, micro_steps: int
 ) -> int:
-    """Gradients are scattered after every micro-batch; weights that are not kept whole are gathered
-    so many times in it, the others once a step."""
+    """Elements in all-gathers and reduce-scatters of a step of ZeRO 3.
+
+    Gradients are scattered after every micro-batch. Weights are gathered `gathers` times in it, and
+    those that ZeRO 3 keeps whole once per step.
+    """
     padded = {name: _padded(size, ranks) for name, size in held.items()}
     gathered = sum(padded[name] * times for name, times in gathers.items())
     kept = sum(size for name, size in padded.items() if name not in gathers)

@@ -1,4 +1,4 @@
-"""Hostfiles: what is read, every fault with its line, where experts lie, who answers by ssh."""
+"""Hostfiles: reading, faults with their lines, placement of experts, logins by ssh."""
 
 import os
 import random
@@ -13,14 +13,14 @@ from megamod.errors import UserError
 
 
 def write(folder, text):
-    """A hostfile."""
+    """Write a hostfile."""
     file = folder / "hostfile"
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
     return file
 
 
-def told(file, **more) -> str:
-    """What is said about a hostfile that is refused."""
+def fault_of(file, **more) -> str:
+    """Message about a hostfile that is refused, without its name."""
     with pytest.raises(UserError) as error:
         check_hostfile(file, **more)
     return str(error.value).removeprefix(f"hostfile {file}")
@@ -39,7 +39,7 @@ def test_machines_in_the_order_of_the_file(tmp_path):
     [
         (
             "a slots=2\nb slots=2\nA slots=1\n",
-            "line 3: 'A' is there a second time, first in line 1",
+            "line 3: 'A' appears again, first in line 1",
         ),
         ("a slots=0\n", "line 1: 'a slots=0' is not `NAME slots=N`"),
         ("\na slots=-3\n", "line 2: 'a slots=-3' is not"),
@@ -61,8 +61,8 @@ def test_machines_in_the_order_of_the_file(tmp_path):
         ("[fd00::12] slots=1\n", "line 1: '[fd00::12]' is no host name"),
         ("fd00::12::1 slots=1\n", "line 1: 'fd00::12::1' is no host name"),
         ("host:22 slots=1\n", "line 1: 'host:22' is no host name"),
-        ("ada@a slots=1\nbob@A slots=1\n", "line 2: 'bob@A' is there a second time, first in line 1"),
-        ("fd00::12 slots=1\nx@FD00:0::12 slots=1\n", "'x@FD00:0::12' is there a second time"),
+        ("ada@a slots=1\nbob@A slots=1\n", "line 2: 'bob@A' appears again, first in line 1"),
+        ("fd00::12 slots=1\nx@FD00:0::12 slots=1\n", "'x@FD00:0::12' appears again"),
         ("-oProxyCommand=x slots=1\n", "line 1: '-oProxyCommand=x' is no host name"),
         (b"a slots=1\n\xff\xfe slots=1\n", "line 2: is not UTF-8 text"),
         ("# nobody\n", ": names no machine"),
@@ -70,7 +70,7 @@ def test_machines_in_the_order_of_the_file(tmp_path):
     ],
 )
 def test_one_fault(tmp_path, text, fault):
-    assert fault in told(write(tmp_path, text))
+    assert fault in fault_of(write(tmp_path, text))
 
 
 def test_users_and_ipv6_addresses(tmp_path):
@@ -106,8 +106,8 @@ def test_all_faults_at_once(tmp_path):
     assert lines[2].endswith("(and 6 more, which launchers/check_hostfile.py lists)")
 
 
-def test_a_file_that_is_not_there(tmp_path):
-    assert told(tmp_path / "none") == ": cannot be read: No such file or directory"
+def test_a_missing_file(tmp_path):
+    assert fault_of(tmp_path / "none") == ": cannot be read: No such file or directory"
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_experts_stay_inside_machines_that_can_hold_them(tmp_path, text, experts
     if fault is None:
         check_hostfile(file, experts=experts)
     else:
-        assert told(file, experts=experts).startswith(fault)
+        assert fault_of(file, experts=experts).startswith(fault)
 
 
 def test_ranks_of_experts_are_those_of_a_run(tmp_path):
@@ -136,8 +136,8 @@ def test_ranks_of_experts_are_those_of_a_run(tmp_path):
         text = "".join(f"n{k} slots={size}\n" for k, size in enumerate(slots))
         names = tuple(map(str, range(experts)))
         run = DomainTopology(sum(slots), names, Sharing.DEMIX)
-        found = check_hostfile(write(tmp_path, text), experts=experts).experts
-        assert found == {name: run.ranks_of(name) for name in names}
+        ranks = check_hostfile(write(tmp_path, text), experts=experts).experts
+        assert ranks == {name: run.ranks_of(name) for name in names}
 
 
 def test_the_table(tmp_path):
@@ -152,7 +152,7 @@ def test_the_table(tmp_path):
     assert "experts" not in check_hostfile(file).table()
 
 
-def test_groups_that_are_split_for_nothing():
+def test_groups_that_are_split_without_need():
     """Against the definition, on random hosts."""
     draw = random.Random(0)
     for _ in range(200):
@@ -193,7 +193,7 @@ def ssh(tmp_path, monkeypatch):
     return tmp_path / "log"
 
 
-def test_all_machines_are_tried_side_by_side(tmp_path, ssh):
+def test_logins_run_at_the_same_time(tmp_path, ssh):
     file = write(tmp_path, "".join(f"n{k} slots=1\n" for k in range(12)))
     began = time.monotonic()
     checked = check_hostfile(file, ssh=True)
@@ -217,5 +217,5 @@ def test_machines_that_do_not_answer(tmp_path, ssh, monkeypatch):
 
 def test_without_ssh_on_this_machine(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    fault = told(write(tmp_path, "a slots=1\n"), ssh=True)
+    fault = fault_of(write(tmp_path, "a slots=1\n"), ssh=True)
     assert fault == ", line 1: a: ssh cannot be run: No such file or directory"

@@ -28,9 +28,9 @@ def exchange(rank: int) -> dict[str, object]:
 
 
 @pytest.mark.slow
-def test_two_ranks_tell_each_other():
-    told = on_ranks(2, exchange)
-    for rank, of in enumerate(told):
+def test_two_ranks_exchange_values():
+    answers = on_ranks(2, exchange)
+    for rank, of in enumerate(answers):
         assert (of["rank"], of["world"], of["backend"]) == (rank, 2, "gloo")
         assert (of["both"], of["one"]) == (True, False)
         assert of["number"] == 2**52 + 1
@@ -46,13 +46,13 @@ def test_without_a_group_the_process_is_alone():
 
 
 @pytest.mark.slow
-def test_plain_python_is_a_world_of_one():
+def test_plain_python_is_one_rank():
     program = (
         "import json, os\n"
         "from megamod.dist.process import everywhere, init_process, rank, world_size\n"
         "device = init_process(timeout=60)\n"
-        "told = [str(device), rank(), world_size(), everywhere(True), os.environ['LOCAL_RANK']]\n"
-        "print(json.dumps(told))\n"
+        "facts = [str(device), rank(), world_size(), everywhere(True), os.environ['LOCAL_RANK']]\n"
+        "print(json.dumps(facts))\n"
     )
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     done = subprocess.run(
@@ -71,16 +71,16 @@ FOREIGN = ("OMPI_", "PMI_", "MPI_", "SLURM_", "TORCHELASTIC_", "CROSS_")
 
 
 def srun(rank: int, world: int, local: int, **more: str) -> dict[str, str]:
-    told = dict(SLURM_PROCID=str(rank), SLURM_NTASKS=str(world), SLURM_LOCALID=str(local))
-    return {**told, **more}
+    fields = dict(SLURM_PROCID=str(rank), SLURM_NTASKS=str(world), SLURM_LOCALID=str(local))
+    return {**fields, **more}
 
 
 def mpirun(rank: int, world: int, local: int, **more: str) -> dict[str, str]:
     names = ("RANK", "SIZE", "LOCAL_RANK")
-    told = {
+    fields = {
         f"OMPI_COMM_WORLD_{n}": str(v) for n, v in zip(names, (rank, world, local), strict=True)
     }
-    return {**told, **more}
+    return {**fields, **more}
 
 
 def launched(rank: int, world: int, local: int, **more: str) -> dict[str, str]:
@@ -89,7 +89,7 @@ def launched(rank: int, world: int, local: int, **more: str) -> dict[str, str]:
 
 @pytest.fixture
 def variables(monkeypatch):
-    """Sets variables in an environment that no launcher has touched."""
+    """Set variables in an environment without those of launchers."""
     for name in list(os.environ):
         if name in LAUNCHED or name.startswith(FOREIGN):
             monkeypatch.delenv(name)
@@ -103,7 +103,7 @@ STEP = dict(SLURM_JOB_ID="7", SLURM_STEP_ID="0")
 
 
 @pytest.mark.parametrize(
-    ("given", "rank"),
+    ("environment", "rank"),
     [
         ({}, None),
         (launched(3, 8, 1), (3, 8, 1)),
@@ -120,19 +120,19 @@ STEP = dict(SLURM_JOB_ID="7", SLURM_STEP_ID="0")
         (launched(9, 16, 1) | srun(9, 16, 1, **STEP), (9, 16, 1)),
     ],
 )
-def test_the_rank_that_a_launcher_gave(variables, given, rank):
-    variables(given)
+def test_ranks_of_launchers(variables, environment, rank):
+    variables(environment)
     for _ in range(2):  # the second time changes nothing
         process.adopt_rank()
         if rank is None:
             assert "RANK" not in os.environ
         else:
             assert tuple(int(os.environ[name]) for name in LAUNCHED[:3]) == rank
-    assert os.environ.get("MASTER_ADDR") == given.get("MASTER_ADDR")
+    assert os.environ.get("MASTER_ADDR") == environment.get("MASTER_ADDR")
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("environment", "message"),
     [
         (srun(9, 16, 1), "SLURM_NTASKS=16 of srun, but MASTER_ADDR is not set"),
         (mpirun(5, 8, 1), "OMPI_COMM_WORLD_SIZE=8 of Open MPI, but MASTER_ADDR is not set"),
@@ -146,15 +146,15 @@ def test_the_rank_that_a_launcher_gave(variables, given, rank):
         (launched(0, 4, 0) | mpirun(3, 4, 3), "RANK=0 and WORLD_SIZE=4 contradict OMPI_COMM_WORLD"),
     ],
 )
-def test_variables_that_make_no_rank(variables, given, told):
-    variables(given)
+def test_wrong_variables_are_refused(variables, environment, message):
+    variables(environment)
     before = dict(os.environ)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         process.adopt_rank()
     assert dict(os.environ) == before
 
 
-def test_a_rank_that_would_be_alone_or_not_find_the_others(variables):
+def test_ranks_without_the_others_are_refused(variables):
     process.check_started()
     variables(dict(SLURM_NTASKS="8"))
     with pytest.raises(UserError, match="SLURM_NTASKS is 8, but this process was not started by"):
@@ -193,6 +193,6 @@ def test_ranks_of_other_launchers_meet(kind):
         )
         for number in range(2)
     ]
-    for one in started:
-        told, _ = one.communicate(timeout=120)
-        assert (one.returncode, told.splitlines()[-1]) == (0, "rank 0, rank 1")
+    for member in started:
+        output, _ = member.communicate(timeout=120)
+        assert (member.returncode, output.splitlines()[-1]) == (0, "rank 0, rank 1")

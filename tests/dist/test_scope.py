@@ -17,11 +17,11 @@ NAMES = {
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_name_tells_its_domain_and_its_dense_counterpart(name):
+def test_domain_and_dense_name_of_a_parameter(name):
     assert (domain_of_name(name), dense_name(name)) == NAMES[name]
 
 
-def test_scope_follows_the_name_under_demix_alone():
+def test_scopes_follow_names_under_demix_only():
     apart = {name: domain is not None for name, (domain, _) in NAMES.items()}
     by_name = scopes(NAMES, Sharing.DEMIX)
     assert {name: scope is Scope.DOMAIN for name, scope in by_name.items()} == apart

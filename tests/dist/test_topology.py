@@ -54,7 +54,7 @@ def test_dense_training_has_every_domain_everywhere():
 
 
 @pytest.mark.parametrize(
-    ("world", "domains", "sharing", "told"),
+    ("world", "domains", "sharing", "message"),
     [
         (
             3,
@@ -67,13 +67,13 @@ def test_dense_training_has_every_domain_everywhere():
         (6, 4, Sharing.BTM, "6 ranks cannot hold"),
     ],
 )
-def test_a_world_that_does_not_fit_is_refused_with_those_that_do(world, domains, sharing, told):
+def test_a_world_size_that_does_not_fit_is_refused(world, domains, sharing, message):
     with pytest.raises(UserError) as caught:
         DomainTopology(world, NAMES[:domains], sharing)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_table_for_a_person():
+def test_the_table():
     layout = DomainTopology(4, ("law", "med"), Sharing.DEMIX)
     lines = layout.table(["n0", "n0", "n1", "n1"], ["cpu"] * 4).splitlines()
     assert [line.split() for line in lines] == [
@@ -90,7 +90,7 @@ def test_table_for_a_person():
 
 
 @pytest.mark.parametrize("sharing", [Sharing.DEMIX, Sharing.BTM])
-def test_the_table_warns_of_experts_that_are_torn_apart_for_nothing(sharing):
+def test_the_table_warns_of_experts_that_are_split_without_need(sharing):
     layout = DomainTopology(8, ("law", "med", "code", "news"), sharing)
     three_and_five = layout.table(["a"] * 3 + ["b"] * 5, ["cpu"] * 8).splitlines()
     assert len(three_and_five) == 10 and three_and_five[-1].startswith("warning: ")
@@ -98,7 +98,7 @@ def test_the_table_warns_of_experts_that_are_torn_apart_for_nothing(sharing):
         "all 2 ranks of an expert: med on a, b; use slots in multiples of 2" in three_and_five[-1]
     )
     assert "warning" not in layout.table(["a"] * 2 + ["b"] * 6, ["cpu"] * 8)
-    # No host has two ranks: it cannot be helped.
+    # No host has two ranks, so every split is needed.
     assert "warning" not in layout.table(list("abcdefgh"), ["cpu"] * 8)
     assert "warning" not in DomainTopology(8, ("law",), Sharing.DENSE).table(
         ["a"] * 3 + ["b"] * 5, ["cpu"] * 8
@@ -109,8 +109,8 @@ def sum_in_group(rank: int) -> tuple[list[int], float, int, int]:
     group = DomainGroup(DomainTopology(4, ("law", "med"), Sharing.BTM))
     value = torch.tensor(10.0**rank)
     dist.all_reduce(value, group=group.get_data_parallel_group())
-    own = group.get_data_parallel_rank()
-    return list(group.ranks), value.item(), own, group.get_data_parallel_world_size()
+    index = group.get_data_parallel_rank()
+    return list(group.ranks), value.item(), index, group.get_data_parallel_world_size()
 
 
 def test_a_domain_group_reduces_over_its_own_ranks():
