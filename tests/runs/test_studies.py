@@ -107,7 +107,7 @@ def test_records(place):
     assert set(dense["scores"]) == {"own", "novel_own"}
     rows = {"mixed", "history", "history_0.9", "uniform_prior", "simple_average", "top1", "own"}
     assert set(demix["scores"]) == rows | {"best_expert"}
-    assert set(btm50["scores"]) == rows | {"best_expert", "average"}
+    assert set(btm50["scores"]) == rows | {"best_expert", "average", "seed"}
     assert "own" not in found["random.short.s1"]["scores"]
     for record in found.values():
         assert record["config"]["learning_rate"] == 0.01 and record["machine"]["threads"] == 1

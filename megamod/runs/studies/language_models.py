@@ -70,6 +70,10 @@ def run(study: Study, cell: Cell, inputs: Path, work: Path) -> tuple[Figures, di
     details = {"parameters": parameters_of(models), "tokens": _tokens(flags, runs, own)}
     details["training_seconds"] = round(sum(map(_training_seconds, runs.values())), 1)
     rows, more = _losses(runs, scored, work)
+    if own["seed_share"]:
+        steps = _seed_steps(flags, own)
+        seed = find_source(train(flags, text.main, work, stop=steps), step=steps)
+        rows["seed"] = dense_losses(seed.model, scored)
     scores = {row: _scores(losses, scored) for row, losses in rows.items()}
     details |= {"losses": rows, **more}
     if own["score_novel"]:
@@ -102,7 +106,7 @@ def grow(
         raise UserError(
             f"per_device_train_batch_size {batch} is not a multiple of the {len(domains)} experts"
         )
-    seed_steps = round(own["seed_share"] * flags["max_steps"])
+    seed_steps = _seed_steps(flags, own)
     seed = train(flags, text.main, work, stop=seed_steps) if seed_steps else None
     rate = own["expert_learning_rate"] or flags["learning_rate"]
     runs = {}
@@ -217,9 +221,14 @@ def _tokens(flags: Settings, runs: Mapping[str, Path], own: Mapping[str, object]
         state = json.loads((newest / "state.json").read_text(encoding="utf-8"))["state"]
         total += sum(state["tokens"].values())
     if own["seed_share"] is not None:
-        steps = round(own["seed_share"] * flags["max_steps"])
-        total += steps * flags["per_device_train_batch_size"] * flags["max_seq_length"]
+        total += (
+            _seed_steps(flags, own) * flags["per_device_train_batch_size"] * flags["max_seq_length"]
+        )
     return total
+
+
+def _seed_steps(flags: Settings, own: Mapping[str, object]) -> int:
+    return round(own["seed_share"] * flags["max_steps"])
 
 
 def _training_seconds(run: Path) -> float:
