@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from megamod.btm.campaign import Campaign, Parsed
-from megamod.flags import Arguments, origin_of
+from megamod.flags import flag_words, origin_of
 from megamod.states.manifest import list_checkpoints
 
 SEED, WORLD, AVERAGE, EVALUATION, PRIORS = "seed", "world", "average", "evaluation", "priors"
@@ -192,16 +192,7 @@ def _train_stage(
         changed = replace(args, **overrides)
         for f in fields(args):
             if f.name in overrides or origin_of(args, f.name) != "default":
-                arguments += _flag(changed, f.name)
+                arguments += flag_words({f.name: getattr(changed, f.name)})
     return Stage(
         title, "pretrain.py", tuple(arguments), partial(finished, folder, last), ranks=True
     )
-
-
-def _flag(args: Arguments, name: str) -> list[str]:
-    value = getattr(args, name)
-    if value is None:
-        return [f"--{name}", "none"]
-    if isinstance(value, list):
-        return [f"--{name}", *value]
-    return [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]

@@ -23,6 +23,7 @@ from megamod.errors import UserError
 from megamod.evaluation.glue import glue_average, mean_and_deviation, score_table
 from megamod.evaluation.plots import plot_by_instances, plot_trade_off
 from megamod.files import write_json
+from megamod.flags import flag_words
 
 logger = logging.getLogger(__name__)
 
@@ -49,12 +50,8 @@ class Job:
 
     def words(self, output: Path) -> list[str]:
         """Its flags on a command line."""
-        words = []
-        flags = {**self.flags, "seed": self.seed, "output_dir": str(self.folder(output))}
-        for name, value in flags.items():
-            values = value if isinstance(value, list) else [value]
-            words += [f"--{name}", *(_word(v) for v in values)]
-        return words
+        values = {**self.flags, "seed": self.seed, "output_dir": str(self.folder(output))}
+        return flag_words(values)
 
 
 def read_sweep(path: Path) -> tuple[list[Job], list[str]]:
@@ -192,12 +189,6 @@ def _jobs_of(
             own["num_instances"] = instances
         for seed in seeds:
             yield Job(task, model, instances or 1, seed, launcher, own)
-
-
-def _word(value: object) -> str:
-    if value is None:
-        return "none"
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _finished(job: Job, output: Path) -> bool:
