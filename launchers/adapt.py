@@ -28,8 +28,8 @@ def main() -> None:
     if args.forest is None and args.model is None:
         raise UserError("--forest is missing, or --model: what to start from")
     # Only now the heavy imports, so that --help and mistakes in flags answer at once.
+    from megamod.runs.node_log import start_logging
     from megamod.runs.pretrain.adapt import adapt
-    from megamod.train.setup import start_logging
 
     start_logging()
     adapt(*parsed)

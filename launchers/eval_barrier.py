@@ -45,9 +45,9 @@ def main() -> None:
     require(args, "study", "output_dir")
     import torch
 
+    from megamod.runs.node_log import start_logging
     from megamod.runs.studies.barrier import run_study
     from megamod.runs.studies.barrier_recipe import read_study
-    from megamod.train.setup import start_logging
 
     study, output = read_study(Path(args.study)), Path(args.output_dir)
     if output.exists() and not output.is_dir():

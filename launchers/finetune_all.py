@@ -43,8 +43,8 @@ def main() -> None:
         arguments = ["--sweep", *arguments]
     (args,) = parse_args(SweepArgs, argv=arguments, doc=__doc__)
     require(args, "sweep", "output_dir")
+    from megamod.runs.node_log import start_logging
     from megamod.runs.studies.sweep import read_sweep, sweep
-    from megamod.train.setup import start_logging
 
     jobs, launch = read_sweep(Path(args.sweep))
     here, output = Path(__file__).resolve().parent, Path(args.output_dir)

@@ -27,7 +27,7 @@ def main() -> None:
     require(parsed[0], "output_dir")
     # Only now the heavy imports, so that --help and mistakes in flags answer at once.
     from megamod.runs.finetune.one_task import finetune
-    from megamod.train.setup import start_logging
+    from megamod.runs.node_log import start_logging
 
     start_logging()
     finetune(*parsed)

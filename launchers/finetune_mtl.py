@@ -32,7 +32,7 @@ def main() -> None:
     require(parsed[0], "output_dir")
     # Only now the heavy imports, so that --help and mistakes in flags answer at once.
     from megamod.runs.finetune.many_tasks import finetune_tasks
-    from megamod.train.setup import start_logging
+    from megamod.runs.node_log import start_logging
 
     start_logging()
     finetune_tasks(*parsed)

@@ -35,7 +35,7 @@ def main() -> None:
     require(data, "data")
     refuse_unused(common[2], mux, data)
     # Only now the heavy imports, so that --help and mistakes in flags answer at once.
-    from megamod.train.setup import start_logging
+    from megamod.runs.node_log import start_logging
 
     start_logging()
     if mux.objective == "causal_lm":

@@ -96,8 +96,8 @@ def make_runs(args: StudyArgs, study, cells: list, evidence: Path) -> None:
     if args.repeat and not args.cells:
         raise UserError("--repeat: name the runs with --cells")
 
+    from megamod.runs.node_log import start_logging
     from megamod.runs.studies.study import Places, repeat, run_cells, run_in_processes
-    from megamod.train.setup import start_logging
 
     start_logging()
     work = Path(args.work_dir) if args.work_dir else Path("runs") / "studies" / study.name

@@ -75,23 +75,6 @@ class RunArgs(Arguments):
                 "give one of the two (accumulation 1 counts as not given)"
             )
 
-    def accumulation(self, world_size: int) -> int:
-        """Micro-batches per rank and step on `world_size` ranks.
-
-        Raises:
-            UserError: if the global batch is no multiple of ranks times micro-batch.
-        """
-        if self.global_batch_size is None:
-            return self.gradient_accumulation_steps
-        at_once = self.per_device_train_batch_size * world_size
-        if self.global_batch_size % at_once:
-            raise UserError(
-                f"--global_batch_size {self.global_batch_size} is not a multiple of {at_once} = "
-                f"--per_device_train_batch_size {self.per_device_train_batch_size} x "
-                f"{world_size} ranks"
-            )
-        return self.global_batch_size // at_once
-
 
 @dataclass
 class SafetyArgs(Arguments):
@@ -271,6 +254,11 @@ def refuse_unused(model: ModelArgs, mux: MuxArgs, data: DataArgs) -> None:
         UserError: for a flag that is not its default and has no effect beside the others.
     """
     causal, plain = mux.objective == "causal_lm", mux.num_instances == 1
+    named_size = "/" not in model.model and not Path(model.model).is_dir()
+    if named_size:
+        refuse_changes(model, ("from_scratch",), f"--model is {model.model}, which has no weights")
+    if model.init_from is not None:
+        refuse_changes(model, ("from_scratch",), f"--init_from is {model.init_from}")
     if causal:
         names = [f.name for f in fields(mux) if f.name != "objective"]
         refuse_changes(mux, names, "it belongs to encoders, and --objective is causal_lm")
@@ -285,7 +273,7 @@ def refuse_unused(model: ModelArgs, mux: MuxArgs, data: DataArgs) -> None:
         refuse_changes(mux, ("num_hidden_demux_layers",), "--demuxing_variant is index")
     if mux.objective != "replaced_token":
         refuse_changes(mux, ("disc_loss_weight",), "--objective is not replaced_token")
-    if mux.generator == "none" and not Path(model.model).is_dir():  # a folder may have one
+    if mux.generator == "none" and named_size:  # a folder may hold one
         refuse_changes(mux, ("generator_size", "gen_loss_weight"), "--generator is none")
     if data.sampler != "temperature":
         refuse_changes(data, ("alpha",), f"--sampler is {data.sampler}")

@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "transformers", "huggingface_hub", "safetensors"},
     ),
     # Each room of data imports only those before it: corpus, lm, tasks.
-    "megamod.data": (set(), set()),
+    "megamod.data": (set(), {"numpy", "torch"}),
     "megamod.data.corpus": (
         {"megamod.data"},
         {"numpy", "torch", "transformers", "tokenizers", "datasets", "sentencepiece"}

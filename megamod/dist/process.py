@@ -4,7 +4,8 @@ import atexit
 import os
 import socket
 import traceback
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -276,6 +277,30 @@ def gather_text(text: str, limit: int = 255) -> list[str]:
     ]
 
 
+def check_agreement(facts: Mapping[str, str]) -> None:
+    """Check that all ranks were started for the same run; collective.
+
+    Args:
+        facts: texts by name that must be equal on all ranks.
+    Raises:
+        UserError: on every rank, naming the facts that differ.
+    """
+    digests = control([float(zlib.crc32(text.encode())) for text in facts.values()])
+    lowest, highest = digests.clone(), digests.clone()
+    torch.distributed.all_reduce(lowest, torch.distributed.ReduceOp.MIN)
+    torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
+    differing = [
+        name
+        for name, low, high in zip(facts, lowest.tolist(), highest.tolist(), strict=True)
+        if low != high
+    ]
+    if differing:
+        raise UserError(
+            f"the ranks disagree about {', '.join(differing)}: start all of them with the same "
+            "recipe, flags, code and data"
+        )
+
+
 def _leave_group() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -289,3 +314,13 @@ def rank() -> int:
 def world_size() -> int:
     """Number of ranks; 1 before a process group exists."""
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def started_world_size() -> int:
+    """Number of ranks announced by the launcher; 1 for plain `python`."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def started_rank() -> int:
+    """Rank of this process announced by the launcher; 0 for plain `python`."""
+    return int(os.environ.get("RANK", "0"))

@@ -23,7 +23,7 @@ from megamod.models.mux.configuration import PRESETS as encoder_sizes
 from megamod.planning.memory import BUCKET, LIVE, PERSISTENT, Setting
 from megamod.planning.plan_args import PlanArgs
 from megamod.train.compiled import check_stage
-from megamod.train.setup import engine_config, micro_steps
+from megamod.train.deepspeed_settings import settle
 
 VOCABULARY = {"causal_lm": 50264, "masked_lm": 30522, "replaced_token": 30522}
 """Vocabulary sizes without a data-bin: GPT-2's in fairseq's dictionary, and BERT's."""
@@ -218,7 +218,8 @@ def _job(
 ) -> Job:
     _, _, run, safety, model, optim, mux, data = (copy.copy(args) for args in parsed)
     topology = DomainTopology(ranks, tuple(domains) or ("text",), sharing)
-    config = engine_config(run, safety, optim, topology, hidden_size_of(model, mux))
+    settled = settle(run, optim, safety, topology, hidden_size_of(model, mux))
+    run, config = settled.run, settled.ds_config
     if model.torch_compile:
         check_stage(config)
     zero = config["zero_optimization"]
@@ -229,7 +230,7 @@ def _job(
         stage=stage,
         precision=run.precision or "fp32",
         micro_batch=run.per_device_train_batch_size,
-        micro_steps=micro_steps(run, topology),
+        micro_steps=settled.plan.micro_steps,
         checkpointing=model.gradient_checkpointing,
         offload=offloaded_to(zero, "optimizer"),
         offload_param=offloaded_to(zero, "param"),

@@ -1,16 +1,34 @@
-"""OUT/logs/HOST.log: what the first rank of each host says on its console, kept."""
+"""Logging of a run: on the console, and in OUT/logs/HOST.log for the first rank of each host."""
 
 import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megamod.dist.process import world_size
+from megamod.dist.process import adopt_rank, started_rank, world_size
 
 LONGEST = 4000  # characters of a record; a traceback or a table of a large job is cut
+
+
+def start_logging() -> None:
+    """Set up logging on the console: rank 0 at INFO, other ranks and libraries at WARNING.
+
+    Raises:
+        UserError: if variables of srun or mpirun contradict each other, see `adopt_rank`.
+    """
+    adopt_rank()
+    logging.basicConfig(
+        stream=sys.stderr, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"
+    )
+    logging.getLogger("megamod").setLevel(logging.INFO if started_rank() == 0 else logging.WARNING)
+    for name in ("DeepSpeed", "deepspeed", "transformers"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # DeepSpeed calls collectives by names that torch will retire; users cannot change that.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 
 class NodeLog(logging.Handler):

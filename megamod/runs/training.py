@@ -5,8 +5,10 @@ kinds have in common, in a fixed order.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,22 +19,48 @@ import torch.distributed as dist
 import transformers
 from deepspeed.accelerator import get_accelerator
 from torch import nn
-from torch.utils.data import Dataset
 from transformers import PreTrainedConfig
 
-from megamod.args import Arguments, OptimArgs, RunArgs, SafetyArgs
+from megamod.args import Arguments, OptimArgs, RunArgs, SafetyArgs, save_run
+from megamod.data.batches import StepBatches, StepShape
 from megamod.data.lm.batches import train_loader
-from megamod.dist.process import init_process
+from megamod.dist.process import (
+    check_agreement,
+    everywhere,
+    gather_text,
+    init_process,
+    started_rank,
+)
 from megamod.dist.topology import DomainTopology
+from megamod.dist.wire import step_traffic
+from megamod.errors import UserError
+from megamod.files import write_json
 from megamod.runs.node_log import node_log
-from megamod.train import setup
 from megamod.train.checkpoint import Checkpoints, TrainState
 from megamod.train.compiled import check_compiler, check_stage, compile_blocks
+from megamod.train.deepspeed_settings import remove_offloaded, settle
 from megamod.train.engine import build_engine
 from megamod.train.export import Card, ModelExport, publish
 from megamod.train.loop import Choose, train
-from megamod.train.monitor import Monitor
+from megamod.train.monitor import Monitor, peak_of, write_environment
 from megamod.train.objectives import Objective
+from megamod.train.optim import optimizer_maker
+
+logger = logging.getLogger(__name__)
+
+FREE_ON_RESUME = frozenset(
+    (
+        *("output_dir", "data", "init_from", "from_scratch", "resume", "deepspeed", "precision"),
+        *("stop_step", "logging_steps", "eval_steps", "save_steps", "save_total_limit"),
+        *("per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size"),
+        *("per_device_eval_batch_size", "eval_batches", "eval_split", "dataloader_num_workers"),
+        *("nonfinite", "spike_factor", "save_failure", "dist_timeout", "report_to"),
+        *("print_groups", "allow_unknown_ds_keys", "gradient_checkpointing"),
+        *("attn_implementation", "torch_compile"),
+    )
+)
+"""Fields that may differ when a run is resumed: they leave its numbers as they are, or (precision)
+change their rounding only. The product of the batch sizes is compared apart."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +87,8 @@ class Recipe:
         card: what the model card says.
         groups: names by which losses are told apart in the log, such as domains.
         unit: what a loss is a mean over: "tokens" or "examples".
-        make_batches: from the sequences of a step over all ranks to the micro-batches of this rank:
-            item k is its k-th. Called before any process waits for another, as mistakes show here.
+        make_batches: from the shape of a step over all ranks to this rank's micro-batches. Called
+            before any process waits for another, because mistakes in the data show here.
         make_model: the module, with new or loaded weights.
         make_objective: from the device to the objective.
         make_evaluate: from the run to what is called on every rank every --eval_steps with the
@@ -82,7 +110,7 @@ class Recipe:
     card: Card
     groups: Sequence[str]
     unit: str
-    make_batches: Callable[[int], Dataset]
+    make_batches: Callable[[StepShape], StepBatches]
     make_model: Callable[[], nn.Module]
     make_objective: Callable[[torch.device], Objective]
     make_evaluate: Callable[[Running], Callable[[int], None]]
@@ -104,8 +132,7 @@ def execute(
     """Train, save, publish OUT/model; collective.
 
     Args:
-        parsed: all arguments, `RunArgs`, `SafetyArgs` and `OptimArgs` among them. What
-            the DeepSpeed file decides is changed in them.
+        parsed: all arguments, `RunArgs`, `SafetyArgs` and `OptimArgs` among them.
         workers: processes that read data, per rank.
         checkpointing: recompute blocks in the backward pass.
         compiled: have torch compile the blocks.
@@ -116,19 +143,18 @@ def execute(
     """
     run, safety, optim = (_of(parsed, kind) for kind in (RunArgs, SafetyArgs, OptimArgs))
     topology, output = recipe.topology, Path(run.output_dir)
-    # What a user can get wrong is looked at before any process waits for another.
-    ds_config = setup.engine_config(run, safety, optim, topology, recipe.config.hidden_size)
+    # Mistakes of the user are found before any process waits for another.
+    settled = settle(run, optim, safety, topology, recipe.config.hidden_size)
+    parsed, ds_config = settled.replace_in(parsed), settled.ds_config
     if compiled:
         check_stage(ds_config)
         check_compiler(get_accelerator().device_name())
-    plan = setup.make_plan(run, safety, optim, topology)
-    global_batch = run.per_device_train_batch_size * plan.micro_steps * topology.world_size
-    batches = recipe.make_batches(global_batch)
+    batches = recipe.make_batches(settled.shape(started_rank()))
 
     device = init_process(safety.dist_timeout)
     facts = {"the run": repr(parsed), "the data": recipe.data_digest, "the code": code_digest()}
-    setup.check_agreement(facts)
-    table = setup.group_table(topology, device)
+    check_agreement(facts)
+    table = group_table(topology, device)
     if dist.get_rank() == 0:
         print(table, flush=True)
     if safety.print_groups:
@@ -139,7 +165,7 @@ def execute(
     if compiled:
         compile_blocks(model)
     flops = recipe.flops_per_token(model) if recipe.flops_per_token else None
-    engine = build_engine(model, setup.optimizer_maker(optim), ds_config, topology)
+    engine = build_engine(model, optimizer_maker(settled.optim), ds_config, topology)
     export = ModelExport(
         engine,
         recipe.config,
@@ -154,21 +180,20 @@ def execute(
         engine,
         topology,
         export,
-        setup.settings_to_keep(parsed, recipe.data_digest, global_batch) | (recipe.settings or {}),
+        settings_to_keep(parsed, recipe.data_digest, settled.global_batch)
+        | (recipe.settings or {}),
         run.save_total_limit,
     )
     state = checkpoints.resume(safety.resume) or TrainState()
-    setup.record_run(output, ds_config, parsed)
+    record_run(output, ds_config, parsed)
     with node_log(output, table, state.step):
-        monitor = setup.make_monitor(
-            run, recipe.groups, recipe.unit, engine, topology, flops, state.step
-        )
+        monitor = make_monitor(run, recipe.groups, recipe.unit, engine, topology, flops, state.step)
         running = Running(engine, device, monitor, export, output, state)
         train(
             engine,
             recipe.make_objective(device),
             lambda step: train_loader(batches, step, workers, pin_memory=device.type == "cuda"),
-            plan,
+            settled.plan,
             state,
             checkpoints,
             monitor,
@@ -178,8 +203,89 @@ def execute(
         publish(
             partial(recipe.write_model, export) if recipe.write_model else export, output / "model"
         )
-    setup.remove_offloaded(run, ds_config)
+    remove_offloaded(run, ds_config)
     return running
+
+
+def group_table(topology: DomainTopology, device: torch.device) -> str:
+    """Table of ranks with host, device, domains and groups; collective."""
+    hosts = gather_text(os.uname().nodename)
+    return topology.table(hosts, gather_text(str(device)))
+
+
+def record_run(folder: Path, config: Mapping[str, object], parsed: Sequence[Arguments]) -> None:
+    """Write the resolved run, DeepSpeed configuration and environment; collective.
+
+    Raises:
+        UserError: on every rank, if the folder cannot be written.
+    """
+    written = True
+    if dist.get_rank() == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_run(folder / "run.yaml", *parsed)
+            write_json(folder / "ds_config.resolved.json", config)
+            write_environment(folder / "env.json")
+        except OSError as error:
+            logger.error("%s", error)
+            written = False
+    if not everywhere(written):
+        raise UserError(f"--output_dir {folder}: cannot be written")
+
+
+def make_monitor(
+    run: RunArgs,
+    groups: Sequence[str],
+    unit: str,
+    engine: deepspeed.DeepSpeedEngine,
+    topology: DomainTopology,
+    flops_per_token: float | None,
+    first_step: int,
+) -> Monitor:
+    """Build the monitor of a run; log the bytes that a step will send."""
+    sizes = {
+        name: getattr(parameter, "ds_numel", parameter.numel())
+        for name, parameter in engine.module.named_parameters()
+        if parameter.requires_grad
+    }
+    traffic = step_traffic(
+        sizes,
+        topology,
+        engine.zero_optimization_stage(),
+        engine.gradient_accumulation_steps(),
+        next(engine.module.parameters()).element_size(),
+    )
+    logger.info(
+        "%s trained parameters on this rank; on the wire per step and rank: %.2f MB over all "
+        "ranks, %.2f MB inside a domain",
+        f"{sum(sizes.values()):,}",
+        traffic.world / 1e6,
+        traffic.domain / 1e6,
+    )
+    on_gpu = engine.device.type == "cuda"
+    return Monitor(
+        Path(run.output_dir),
+        groups,
+        unit,
+        run.max_steps,
+        flops_per_token,
+        peak_of(torch.cuda.get_device_name()) if on_gpu else None,
+        run.report_to == "tensorboard",
+        first_step,
+    )
+
+
+def settings_to_keep(
+    parsed: Sequence[Arguments], data_digest: str, global_batch: int
+) -> dict[str, object]:
+    """Settings that a resumed run must repeat: those that decide its numbers."""
+    kept = {
+        field.name: getattr(args, field.name)
+        for args in parsed
+        for field in fields(args)
+        if field.name not in FREE_ON_RESUME | args.free_on_resume
+    }
+    return {**kept, "data digest": data_digest, "sequences per step": global_batch}
 
 
 def code_digest() -> str:

@@ -58,7 +58,7 @@ def build_engine(
     config = copy.deepcopy(dict(config))
     zero = config["zero_optimization"]
     if zero["stage"] == 0:
-        config["gradient_clipping"] = 0.0  # `update` clips, having checked the norm
+        config["gradient_clipping"] = 0.0  # `finish_micro_step` clips, having checked the norm
     if not torch.accelerator.is_available():
         for block in ("offload_optimizer", "offload_param"):
             if block in zero:  # there is no memory that would have to be pinned for transfers
@@ -118,7 +118,7 @@ def shares_forward(engine: deepspeed.DeepSpeedEngine) -> bool:
     return dist.get_world_size() > 1 and engine.zero_optimization_stage() == 3
 
 
-def update(engine: deepspeed.DeepSpeedEngine, max_grad_norm: float) -> float | None:
+def finish_micro_step(engine: deepspeed.DeepSpeedEngine, max_grad_norm: float) -> float | None:
     """Finish a micro-step after its backward pass; at the last one of a step, update the weights.
 
     Every expert counts once in the norm. (The DEMix release counts it once per rank that holds it.)

@@ -25,7 +25,7 @@ from megamod.errors import (
     is_distributed_failure,
 )
 from megamod.train.checkpoint import Checkpoints, TrainState
-from megamod.train.engine import loss_group, shares_forward, update
+from megamod.train.engine import finish_micro_step, loss_group, shares_forward
 from megamod.train.monitor import Monitor
 from megamod.train.objectives import Batch, Objective, Scored
 from megamod.train.optim import Schedule, set_rate
@@ -218,7 +218,7 @@ def _step(
             # A gradient that is not finite makes every rank leave out the update.
             loss = loss * float("nan")
         engine.backward(loss)
-        norm = update(engine, plan.max_grad_norm)
+        norm = finish_micro_step(engine, plan.max_grad_norm)
     return scored, norm
 
 

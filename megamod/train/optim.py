@@ -1,9 +1,12 @@
 """AdamW and the learning-rate schedule, which is a function of the step and has no state."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import nn
+
+from megamod.args import OptimArgs
 
 Schedule = Callable[[int], float]
 
@@ -18,6 +21,16 @@ def adamw(
     """AdamW with decoupled weight decay; the caller sets the learning rate before every step."""
     return torch.optim.AdamW(
         parameters, lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay, fused=True
+    )
+
+
+def optimizer_maker(optim: OptimArgs) -> Callable[[list[dict[str, object]]], torch.optim.Optimizer]:
+    """Return a function from parameter groups to the optimizer that the flags describe."""
+    return partial(
+        adamw,
+        betas=(optim.adam_beta1, optim.adam_beta2),
+        eps=optim.adam_epsilon,
+        weight_decay=optim.weight_decay,
     )
 
 

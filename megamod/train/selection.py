@@ -124,7 +124,8 @@ class MostUncertain:
             torch.stack([one[name] for one in micro_batches]).to(self.device)
             for name in ("task_ids", "rows")
         )
-        size = self.mixture.micro_batch
+        shape = self.mixture.shape
+        size = shape.micro_batch
         if self.scope == "local":
             chosen = [
                 (task_of[turn][best], rows[turn][best])
@@ -133,9 +134,8 @@ class MostUncertain:
             ]
         else:
             entropy, task_of, rows = map(self._everyones, (entropy, task_of, rows))
-            best = most_uncertain(self._scores(entropy, task_of), self.mixture.global_batch)
-            first = self.mixture.first
-            mine = best[first : first + size * len(micro_batches)].split(size)
+            best = most_uncertain(self._scores(entropy, task_of), shape.global_batch)
+            mine = best[shape.first : shape.first + size * len(micro_batches)].split(size)
             chosen = [(task_of[places], rows[places]) for places in mine]
         return [
             self.mixture.gather(tasks.cpu().numpy(), numbers.cpu().numpy())
@@ -161,5 +161,6 @@ class MostUncertain:
         """[micro-batches, T * rows] -> those of all ranks, by task, rank and micro-batch, flat."""
         parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, mine.contiguous())
-        by_task = torch.stack(parts).unflatten(-1, (len(self.tasks), self.mixture.micro_batch))
+        sizes = (len(self.tasks), self.mixture.shape.micro_batch)
+        by_task = torch.stack(parts).unflatten(-1, sizes)
         return by_task.movedim(2, 0).flatten()

@@ -60,16 +60,17 @@ class Job:
 
     def engine(self, device: torch.device):
         """A model with new weights in the engine of the launchers."""
-        from megamod.train import setup
+        from megamod.train.deepspeed_settings import settle
         from megamod.train.engine import build_engine
+        from megamod.train.optim import optimizer_maker
 
         _, _, run, safety, _, optim, _, _ = self.parsed
         config, topology = self.plan.network.config, self.job.topology
-        resolved = setup.engine_config(run, safety, optim, topology, config.hidden_size)
+        settled = settle(run, optim, safety, topology, config.hidden_size)
         torch.manual_seed(1)
         with device:
             model = self.plan.network.build(config)
-        return build_engine(model, setup.optimizer_maker(optim), resolved, topology)
+        return build_engine(model, optimizer_maker(settled.optim), settled.ds_config, topology)
 
 
 def random_batches(vocabulary: int, size: Size, device: torch.device) -> list[dict[str, object]]:
@@ -121,7 +122,7 @@ def in_turns(
 
 def whole_step(engine, objective, batches: Sequence[dict[str, object]]) -> Callable[[], None]:
     """A function that makes one optimizer step, as the loop does, without its bookkeeping."""
-    from megamod.train.engine import update
+    from megamod.train.engine import finish_micro_step
     from megamod.train.optim import set_rate
 
     items = [sum(counts) for counts in zip(*map(objective.count, batches), strict=True)]
@@ -132,7 +133,7 @@ def whole_step(engine, objective, batches: Sequence[dict[str, object]]) -> Calla
         set_rate(engine.optimizer, 1e-4)
         for batch in batches:
             engine.backward(objective.score(engine, batch, share).loss)
-            update(engine, CLIP)
+            finish_micro_step(engine, CLIP)
 
     return step
 

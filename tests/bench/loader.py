@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from megamod.data.batches import StepShape
 from megamod.data.corpus.indexed import IndexedDataset, IndexedWriter
 from megamod.data.lm.batches import AHEAD, TrainBatches, train_loader
 from megamod.data.lm.blocks import TokenBlocks
@@ -54,7 +55,8 @@ def our_reader(prefixes: list[Path], size: int, length: int) -> Callable[[], obj
     """A function that returns the next batch of dense training on the domains."""
     blocks = [TokenBlocks(IndexedDataset(prefix), length, 2, 1) for prefix in prefixes]
     sampler = Balanced([len(one) for one in blocks], seed=0)
-    loader = train_loader(TrainBatches.over_world(blocks, sampler, size, size, 0, 1), 0, 0, False)
+    batches = TrainBatches.over_world(blocks, sampler, StepShape(size, size, 0, 1))
+    loader = train_loader(batches, 0, 0, False)
     return lambda: next(loader)
 
 
@@ -103,7 +105,11 @@ def seconds_to_resume(step: int = 1_000_000) -> list[float]:
             start = time.perf_counter()
             blocks = [TokenBlocks(IndexedDataset(prefix), 1024, 2, 1) for prefix in prefixes]
             order = Balanced([len(one) for one in blocks], seed=0)
-            next(train_loader(TrainBatches.over_world(blocks, order, 8, 64, 0, 1), step, 0, False))
+            next(
+                train_loader(
+                    TrainBatches.over_world(blocks, order, StepShape(8, 64, 0, 1)), step, 0, False
+                )
+            )
             times.append(time.perf_counter() - start)
     return sorted(times)
 

@@ -169,7 +169,7 @@ def through_loop(
 
 def demix_against_dense(rank: int) -> list[float]:
     """Ratios DEMix / dense of the minima of each repeat, two ranks with one expert each."""
-    from megamod.train.engine import update
+    from megamod.train.engine import finish_micro_step
     from megamod.train.optim import set_rate
 
     engines = {untie: make_engine(untie, 1)[0] for untie in ("none", "feedforward")}
@@ -183,7 +183,7 @@ def demix_against_dense(rank: int) -> list[float]:
             domain = DOMAINS[rank] if untie != "none" else None
             loss = engine(batch["input_ids"], shift_labels=batch["labels"], domain=domain).loss
             engine.backward(loss)
-            update(engine, CLIP)
+            finish_micro_step(engine, CLIP)
             torch.distributed.barrier()
             times[untie].append(time.perf_counter() - started)
     return _ratios(times["feedforward"][1:], times["none"][1:])

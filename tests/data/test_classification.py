@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import BertTokenizerFast
 
+from megamod.data.batches import StepShape
 from megamod.data.tasks.classification import (
     Lengths,
     TrainRows,
@@ -92,9 +93,8 @@ def rows_of_step(encoded, ranks: int, micro: int, step: int, **more) -> np.ndarr
     found = []
     for rank in range(ranks):
         batches = TrainRows(
-            encoded, seed=3, instances=2, micro_batch=micro, global_batch=8, rank=rank,
-            ranks=ranks, pad_to=None, **more,
-        )  # fmt: skip
+            encoded, StepShape(micro, 8, rank, ranks), seed=3, instances=2, pad_to=None, **more
+        )
         steps = batches.micro_steps
         found += [batches.rows(number) for number in range(step * steps, (step + 1) * steps)]
     return np.concatenate(found)
@@ -113,8 +113,8 @@ def test_steps_are_the_same_on_any_ranks_and_epochs_are_permutations(tokenizer):
 
 def test_groups_must_be_full(tokenizer):
     encoded = encode_texts(pairs(["a"] * 10, ["b"] * 10), tokenizer, LONG)
-    with pytest.raises(UserError, match=r"train_batch_size 3: not a multiple of the 2 .*2 or 4"):
-        rows_of_step(encoded, 1, 3, 0)
+    with pytest.raises(UserError, match=r"train_batch_size 1: not a multiple of the 2 .*is 2"):
+        rows_of_step(encoded, 1, 1, 0)
     with pytest.raises(UserError, match=r"--per_device_eval_batch_size 1: .* the nearest is 2"):
         list(held_out_rows(encoded, 1, 2, None))
 

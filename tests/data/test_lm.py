@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from megamod.data.batches import StepShape
 from megamod.data.corpus.indexed import Dictionary, IndexedDataset, IndexedWriter
 from megamod.data.lm.batches import TrainBatches, eval_batches, train_loader
 from megamod.data.lm.blocks import IGNORE, TokenBlocks
@@ -41,6 +42,11 @@ def lengths(blocks) -> list[int]:
     return [len(one) for one in blocks]
 
 
+def draw(sampler, first: int, count: int):
+    """Domains and blocks of consecutive samples."""
+    return sampler.at(np.arange(first, first + count))
+
+
 def listed(samples: tuple[np.ndarray, np.ndarray]) -> list[tuple[int, int]]:
     return list(zip(*(part.tolist() for part in samples), strict=True))
 
@@ -56,7 +62,9 @@ def of_step(batches: TrainBatches, step: int) -> list[tuple[int, int]]:
 
 
 def dense(blocks, sampler, rank, world, micro_batch=2, global_batch=32):
-    return TrainBatches.over_world(blocks, sampler, micro_batch, global_batch, rank, world)
+    return TrainBatches.over_world(
+        blocks, sampler, StepShape(micro_batch, global_batch, rank, world)
+    )
 
 
 def by_domain(blocks, sampler, rank, world, micro_batch=2, global_batch=32):
@@ -65,7 +73,10 @@ def by_domain(blocks, sampler, rank, world, micro_batch=2, global_batch=32):
     held = 4 // experts
     first = rank // group * held
     return TrainBatches.over_domains(
-        blocks, sampler, micro_batch, global_batch, range(first, first + held), rank % group, group
+        blocks,
+        sampler,
+        StepShape(micro_batch, global_batch, rank % group, group),
+        range(first, first + held),
     )
 
 
@@ -74,7 +85,7 @@ def test_a_step_is_the_same_for_any_number_of_ranks(blocks, lengths):
     sampler = Balanced(lengths, seed=7)
     for step in (0, 1, 2, 5, 1000):
         expected = sorted(
-            zip(*(part.tolist() for part in sampler.draw(step * 32, 32)), strict=True)
+            zip(*(part.tolist() for part in draw(sampler, step * 32, 32)), strict=True)
         )
         for build, worlds in ((dense, (1, 2, 4, 8, 16)), (by_domain, (1, 2, 4, 8, 16))):
             for world in worlds:
@@ -86,7 +97,7 @@ def test_a_step_is_the_same_for_any_number_of_ranks(blocks, lengths):
 @pytest.mark.parametrize("micro_batch", [1, 2, 4, 8])
 def test_accumulation_does_not_change_a_step(blocks, lengths, micro_batch):
     for sampler in (Unbalanced(lengths, 7), Temperature(lengths, 7, 0.5)):
-        expected = listed(sampler.draw(96, 32))
+        expected = listed(draw(sampler, 96, 32))
         ranks = [of_step(dense(blocks, sampler, r, 4, micro_batch), 3) for r in range(4)]
         assert list(itertools.chain(*ranks)) == expected
 
@@ -172,10 +183,10 @@ def test_batches_that_cannot_be_divided(blocks, lengths):
     with pytest.raises(UserError) as caught:
         dense(blocks, sampler, 0, 4, micro_batch=3, global_batch=32)
     assert str(caught.value) == (
-        "--global_batch_size 32: must be a multiple of 12 = 4 ranks x 3 sequences of a "
+        "--global_batch_size 32: must be a multiple of 12 = 4 ranks x 3 samples of a "
         "micro-batch; the nearest is 24 or 36"
     )
-    with pytest.raises(UserError, match=r"16 = 4 domains x 2 ranks of each x 2 seq.*16$"):
+    with pytest.raises(UserError, match=r"16 = 4 domains x 2 ranks of each x 2 sam.*16$"):
         by_domain(blocks, sampler, 0, 8, micro_batch=2, global_batch=8)
     with pytest.raises(UserError):
         dense(blocks, sampler, 0, 1, global_batch=0)

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from megamod.data.batches import StepShape
 from megamod.data.lm.blocks import IGNORE
 from megamod.data.lm.masking import MaskedBatches, Masking, blocks_of, held_out_batches
 from megamod.data.lm.order import Balanced
@@ -28,12 +29,9 @@ def batches_of(
         datasets,
         order,
         masking,
+        StepShape(micro, 24, rank, ranks),
         block_size=8,
         instances=3,
-        micro_batch=micro,
-        global_batch=24,
-        rank=rank,
-        ranks=ranks,
         seed=seed,
         prefix=prefix,
     )
@@ -132,7 +130,7 @@ def test_a_prefix_takes_the_place_of_the_last_tokens():
 
 
 @pytest.mark.parametrize(
-    ("micro", "ranks", "told"), [(10, 1, "3 instances"), (9, 1, "--global_batch_size 24")]
+    ("micro", "ranks", "told"), [(8, 1, "3 instances"), (9, 1, "--global_batch_size 24")]
 )
 def test_what_cannot_be_divided_is_refused(micro, ranks, told):
     with pytest.raises(UserError, match=told):

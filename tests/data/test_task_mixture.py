@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megamod.data.batches import StepShape
 from megamod.data.tasks.classification import Encoded
 from megamod.data.tasks.task_mixture import SAMPLINGS, TaskMixture
 from megamod.errors import UserError
@@ -40,12 +41,9 @@ def mixture(sampling: str, *, rank: int = 0, ranks: int = 1, size: int = 4, batc
     return TaskMixture(
         [rows_of(task, count) for task, count in enumerate(SIZES)],
         sampling,
+        StepShape(size, batch, rank, ranks),
         seed=3,
         alpha=0.5,
-        micro_batch=size,
-        global_batch=batch,
-        rank=rank,
-        ranks=ranks,
     )
 
 
@@ -134,7 +132,9 @@ def test_rows_of_a_mixed_batch_keep_what_they_had():
 
 
 def test_rows_that_do_not_divide():
-    with pytest.raises(UserError, match=r"--global_batch_size 6: not a multiple of 2 ranks x 2"):
+    with pytest.raises(
+        UserError, match=r"--global_batch_size 6: must be a multiple of 4 = 2 ranks x 2"
+    ):
         mixture("proportional", ranks=2, size=2, batch=6)
 
 
@@ -146,12 +146,9 @@ def test_epochs_as_recorded(case):
     mixed = TaskMixture(
         [rows_of(0, size) for size in config["dataset_sizes"]],
         "uncertainty",
+        StepShape(config["train_batch_size"], config["train_batch_size"], 0, 1),
         seed=1,
         alpha=0.5,
-        micro_batch=config["train_batch_size"],
-        global_batch=config["train_batch_size"],
-        rank=0,
-        ranks=1,
     )
     assert mixed.steps == config["batches_per_task_loader"]
     assert mixed.epoch(1.0) == config["len_uncertainty"]

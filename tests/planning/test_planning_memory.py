@@ -35,7 +35,7 @@ def counted(rank: int, world: int, cases: list[tuple]) -> list[tuple]:
     from deepspeed.accelerator import get_accelerator
 
     from megamod.models.lm.demix import DemixForCausalLM
-    from megamod.train.engine import build_engine, update
+    from megamod.train.engine import build_engine, finish_micro_step
     from megamod.train.optim import adamw
 
     get_accelerator().is_fp16_supported = lambda: True  # torch computes it on any processor
@@ -60,9 +60,9 @@ def counted(rank: int, world: int, cases: list[tuple]) -> list[tuple]:
         engine.backward(loss_of(engine, batch, domain))
         gradients = gradient_bytes(engine, stage)
         if steps == 2:
-            update(engine, 0.5)
+            finish_micro_step(engine, 0.5)
             engine.backward(loss_of(engine, batch, domain))
-        update(engine, 0.5)
+        finish_micro_step(engine, 0.5)
         needed = memory(sizes, 0, topology, settings(stage, precision, *where))
         away = storage_bytes(engine.optimizer.param_groups_fp16_flat_cpu_memory) if where else 0
         found = (weight_bytes(engine, stage) - away, gradients, optimizer_bytes(engine, stage))

@@ -412,7 +412,7 @@ def test_recipes_are_those_of_the_release(name):
     )
     kinds = (RunArgs, SafetyArgs, ModelArgs, OptimArgs, MuxArgs, DataArgs)
     run, _, model, optim, mux, data = parse_args(*kinds, argv=[str(path)])
-    assert run.accumulation(8) == 1 and run.per_device_train_batch_size == 16 * 5
+    assert run.global_batch_size == 8 * 16 * 5 and run.per_device_train_batch_size == 16 * 5
     assert (run.max_steps, optim.warmup_steps, optim.learning_rate) == (1_000_000, 10_000, 1e-4)
     assert (mux.task_loss_coeff, mux.retrieval_loss_coeff) == (
         (0.0, 1.0) if name.endswith("warmup") else (1.0, 0.0)

@@ -339,7 +339,7 @@ def test_epochs_become_steps(place):
         (dict(do_train=None, do_eval=None), "nothing to do"),
         (dict(data_dir=None), "cannot be loaded from the hub"),
         (dict(words=True, label_column=5), "2 columns, there is no column 5"),
-        (dict(per_device_train_batch_size=3), "--global_batch_size 8 is not a multiple of 3"),
+        (dict(per_device_train_batch_size=3), "--global_batch_size 8: must be a multiple of 3"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_written(tmp_path, place, changes, message):

@@ -25,7 +25,8 @@ from megamod.flags import _kind
 from megamod.runs.pretrain import adapt_start, causal_lm, encoder_lm
 from megamod.runs.pretrain.adapt_args import AdaptArgs
 from megamod.states.forest import Expert, Forest
-from megamod.train import setup
+from megamod.train.deepspeed_settings import settle
+from megamod.train.optim import optimizer_maker
 
 CLASSES = (RunArgs, SafetyArgs, ModelArgs, OptimArgs, MuxArgs, DataArgs)
 SMALL = ("--hidden_size", "32", "--num_hidden_layers", "2", "--num_attention_heads", "2")
@@ -49,7 +50,7 @@ VALUES = {
     "intermediate_size": ["40"], "hidden_size": ["64"], "num_attention_heads": ["1"],
     "num_instances": ["2", "4"], "max_seq_length": ["12"], "warmup_steps": ["5"],
     "global_batch_size": ["16"], "spike_factor": ["2.0"], "precision": ["bf16"],
-    "stop_step": ["3"], "seed": ["2"], "warmup_ratio": ["0.5"],
+    "stop_step": ["3"], "seed": ["2"], "attn_implementation": ["eager"], "warmup_ratio": ["0.5"],
 }  # fmt: skip
 # What these decide happens later, in code that is the same for every kind of run.
 READ_LATER = {
@@ -92,13 +93,13 @@ def described(place: Path, monkeypatch, flags: tuple[str, ...]) -> str:
     def execute(recipe, parsed, **options):
         run, safety, optim = (next(a for a in parsed if isinstance(a, k)) for k in ANY_MODE)
         topology = recipe.topology
-        config = setup.engine_config(run, safety, optim, topology, recipe.config.hidden_size)
-        plan = setup.make_plan(run, safety, optim, topology)
+        settled = settle(run, optim, safety, topology, recipe.config.hidden_size)
+        config, plan = settled.ds_config, settled.plan
         schedule = [plan.schedule(step) for step in range(run.max_steps)]
-        batch = recipe.make_batches(run.per_device_train_batch_size * plan.micro_steps)
+        batch = recipe.make_batches(settled.shape(0))
         torch.set_printoptions(threshold=10**6)
         shared = {key: value for key, value in vars(plan).items() if key != "schedule"}
-        schedule.append(setup.optimizer_maker(optim).keywords)
+        schedule.append(optimizer_maker(settled.optim).keywords)
         objective = vars(recipe.make_objective(torch.device("cpu")))
         objective = [re.sub(" at 0x[0-9a-f]+", "", str(value)) for value in objective.values()]
         config_text = recipe.config.to_dict(), recipe.config._attn_implementation
@@ -166,7 +167,7 @@ def test_a_flag_changes_the_run_or_is_refused(place, monkeypatch, mode):
 
 
 def test_flags_that_are_read_later_are_read():
-    root = Path(setup.__file__).parents[1]
+    root = Path(adapt_start.__file__).parents[2]
     text = "".join(p.read_text() for name in ("train", "runs") for p in (root / name).rglob("*.py"))
     for name in READ_LATER:
         assert re.search(rf"\.{name}\b", text), name

@@ -10,6 +10,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
 
 from megamod.args import DataArgs, ModelArgs, MuxArgs, OptimArgs, RunArgs, SafetyArgs, parse_args
+from megamod.data.batches import StepShape
 from megamod.data.corpus.binarize import binarize
 from megamod.data.lm.databin import DataBin
 from megamod.data.lm.masking import MaskedBatches, Masking, blocks_of, held_out_batches
@@ -52,12 +53,9 @@ def batches_of(prefix: int = 0, micro: int = 4, pads: int = 0, blocks: int = 7) 
         datasets,
         Balanced([blocks_of(one, LENGTH) for one in datasets], 1),
         masking,
+        StepShape(micro, 8, 0, 1),
         block_size=LENGTH,
         instances=INSTANCES,
-        micro_batch=micro,
-        global_batch=8,
-        rank=0,
-        ranks=1,
         seed=1,
         prefix=prefix,
     )

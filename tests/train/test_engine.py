@@ -9,7 +9,7 @@ from megamod.dist.process import rank as my_rank
 from megamod.dist.scope import Sharing, domain_of_name
 from megamod.dist.topology import DomainTopology
 from megamod.models.lm.demix import DemixForCausalLM, initialise
-from megamod.train.engine import build_engine, loss_group, update
+from megamod.train.engine import build_engine, finish_micro_step, loss_group
 
 MICRO_STEPS = 2
 CASES = [
@@ -64,7 +64,7 @@ def steps(rank: int, cases) -> list[dict[str, object]]:
         norms = []
         for batch in mine:
             engine.backward(loss_of(engine, batch, choose, share))
-            norms.append(update(engine, clip))
+            norms.append(finish_micro_step(engine, clip))
         taken = {}
         for name, parameter in engine.module.named_parameters():
             if stage == 3:

@@ -15,6 +15,7 @@ from ranks import on_ranks
 from safetensors.torch import load_file
 from train.tiny_runs import DOMAINS, MICRO, VOCAB, masters, run_tiny
 
+from megamod.data.batches import StepShape
 from megamod.data.corpus.indexed import IndexedDataset, IndexedWriter
 from megamod.data.lm.batches import TrainBatches
 from megamod.data.lm.blocks import TokenBlocks
@@ -66,13 +67,12 @@ def data_of(folder: Path):
             blocks.append(TokenBlocks(dataset, 12, eos_id=2, pad_id=1))
         order, size = Balanced([5] * 4, seed=3), 4 * len(DOMAINS)
         if topology.sharing is Sharing.DENSE:
-            stream = TrainBatches.over_world(
-                blocks, order, MICRO, size, my_rank(), topology.world_size
-            )
+            shape = StepShape(MICRO, size, my_rank(), topology.world_size)
+            stream = TrainBatches.over_world(blocks, order, shape)
         else:
             held = [DOMAINS.index(domain) for domain in topology.domains_of(my_rank())]
             part = topology.group_rank(my_rank()), topology.ranks_per_domain
-            stream = TrainBatches.over_domains(blocks, order, MICRO, size, held, *part)
+            stream = TrainBatches.over_domains(blocks, order, StepShape(MICRO, size, *part), held)
 
         def batches_from(step: int):
             number = step * stream.micro_steps

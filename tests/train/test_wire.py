@@ -30,7 +30,7 @@ CASES = [
 def count_all(rank: int) -> dict:
     """Two steps of every case; the second is counted. Two domains, so two ranks share each."""
     from megamod.models.lm.demix import DemixForCausalLM
-    from megamod.train.engine import build_engine, update
+    from megamod.train.engine import build_engine, finish_micro_step
     from megamod.train.optim import adamw
 
     domains, results = DOMAINS[:2], {}
@@ -57,7 +57,7 @@ def count_all(rank: int) -> dict:
                         domain=held[0] if demix else None,
                     ).loss
                     engine.backward(loss)
-                    update(engine, 0.5)
+                    finish_micro_step(engine, 0.5)
         payload = dict(sent["payload"])
         world = sum(size for (_, ranks), size in payload.items() if len(ranks) == 4)
         domain = sum(size for (_, ranks), size in payload.items() if len(ranks) < 4)

@@ -6,15 +6,16 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
+from megamod.data.batches import StepBatches, StepShape, check_divides
 from megamod.data.lm.blocks import IGNORE, TokenBlocks, to_tensors
-from megamod.data.lm.order import Balanced, Temperature, Unbalanced
-from megamod.errors import UserError
+from megamod.data.lm.order import Balanced, Sampler
 
 AHEAD = 4096  # samples whose order is worked out at once
 ENDLESS = 1 << 62
@@ -22,76 +23,56 @@ ENDLESS = 1 << 62
 Batch = dict[str, object]
 
 
-class TrainBatches(Dataset):
-    """The micro-batches of one rank: item k is its k-th since step 0, without end.
+class TrainBatches(StepBatches):
+    """Micro-batches of one rank, see `StepBatches`; built by `over_world` or `over_domains`.
 
-    A pure function of k and what it was made of, whatever the number of ranks and workers. Build it
-    with `over_world` or `over_domains`. An item is a dict of
+    An item is a dict of
         input_ids, labels:  [B, T] int64; labels are -100 at padding.
         attention_mask:     [B, T] bool, only if a sequence is padded.
         domain:             number of the domain of all sequences, None if they differ.
         domains:            [B] int64, domain of each sequence.
         tokens:             int, number of targets.
-
-    Attributes:
-        micro_steps: micro-batches of this rank in a step.
     """
 
     def __init__(
         self,
         blocks: Sequence[TokenBlocks],
-        sampler: Balanced | Unbalanced | Temperature,
-        micro_batch: int,
+        sampler: Sampler,
+        shape: StepShape,
         streams: Sequence[int] | None,
-        per_step: int,
-        part: int,
-        parts: int,
     ):
-        """Take part `part` of `parts` of each step's `per_step` samples.
-
-        Args:
-            streams: domains to take the samples of in turn, `per_step` of each; None: the samples
-                of all domains in the order of the sampler.
-        """
-        self.blocks, self.sampler, self.micro_batch = list(blocks), sampler, micro_batch
-        self.streams, self.per_step = streams, per_step
-        self.first = part * (per_step // parts)
-        self.rounds = per_step // (parts * micro_batch)
-        self.micro_steps = self.rounds * (1 if streams is None else len(streams))
+        """`shape`: of one stream. `streams`: domains to take micro-batches of in turn, each a
+        stream; None: one stream of all domains in the order of the sampler."""
+        super().__init__(shape)
+        self.blocks, self.sampler, self.streams = list(blocks), sampler, streams
         self._ahead = -1
+
+    @property
+    def micro_steps(self) -> int:
+        """Micro-batches of this rank in a step, over all streams."""
+        return self.shape.micro_steps * (1 if self.streams is None else len(self.streams))
 
     @classmethod
     def over_world(
         cls,
         blocks: Sequence[TokenBlocks],
-        sampler: Balanced | Unbalanced | Temperature,
-        micro_batch: int,
-        global_batch: int,
-        rank: int,
-        world: int,
+        sampler: Sampler,
+        shape: StepShape,
     ) -> "TrainBatches":
-        """One stream for all ranks, each taking its consecutive part of a step (dense training).
+        """One stream for all ranks (dense training).
 
         Args:
             blocks: of each domain, in the sampler's order.
-            micro_batch: sequences of a micro-batch, B.
-            global_batch: sequences of a step over all ranks.
-        Raises:
-            UserError: if the step cannot be divided so.
         """
-        _check_divides(global_batch, {"ranks": world, "sequences of a micro-batch": micro_batch})
-        return cls(blocks, sampler, micro_batch, None, global_batch, rank, world)
+        return cls(blocks, sampler, shape, None)
 
     @classmethod
     def over_domains(
         cls,
         blocks: Sequence[TokenBlocks],
         sampler: Balanced,
-        micro_batch: int,
-        global_batch: int,
+        shape: StepShape,
         domains: Sequence[int],
-        group_rank: int,
-        group_size: int,
     ) -> "TrainBatches":
         """A stream for each domain, shared by the ranks that hold it (DEMix, BTM).
 
@@ -99,21 +80,20 @@ class TrainBatches(Dataset):
 
         Args:
             blocks: of all E domains, also those of other ranks.
-            micro_batch: sequences of a micro-batch, B; all of one domain.
-            global_batch: sequences of a step over all ranks and domains.
+            shape: of a step over all domains; its ranks are those that hold the same domains as
+                this one. A micro-batch is of one domain.
             domains: numbers of the domains this rank holds, taken in turn.
-            group_rank, group_size: place of the rank among those that hold the same domains.
         Raises:
-            UserError: if the step cannot be divided so.
+            UserError: if the step cannot be divided over the domains.
         """
         parts = {
             "domains": len(blocks),
-            "ranks of each": group_size,
-            "sequences of a micro-batch": micro_batch,
+            "ranks of each": shape.ranks,
+            "samples of a micro-batch": shape.micro_batch,
         }
-        _check_divides(global_batch, parts)
-        per_step = global_batch // len(blocks)
-        return cls(blocks, sampler, micro_batch, list(domains), per_step, group_rank, group_size)
+        check_divides(shape.global_batch, parts)
+        per_domain = replace(shape, global_batch=shape.global_batch // len(blocks))
+        return cls(blocks, sampler, per_domain, list(domains))
 
     def samples(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """[B] domains and [B] blocks of micro-batch `number`."""
@@ -149,7 +129,7 @@ class TrainBatches(Dataset):
         """Work out the order of the stretch that holds a micro-batch; its row in there."""
         if number < 0:
             raise IndexError(f"micro-batch {number} is before the first")
-        size = -(-AHEAD // self.micro_batch)
+        size = -(-AHEAD // self.shape.micro_batch)
         stretch, row = divmod(number, size)
         if stretch != self._ahead:
             self._prepare(np.arange(stretch * size, (stretch + 1) * size))
@@ -157,10 +137,16 @@ class TrainBatches(Dataset):
         return row
 
     def _prepare(self, numbers: np.ndarray) -> None:
+        """Compute domains, blocks and lengths of these micro-batches.
+
+        Streams alternate within a step: with streams a and b its micro-batches are a0 b0 a1 b1,
+        which are number 0 of both streams, then number 1.
+        """
+        shape = self.shape
         steps, turn = np.divmod(numbers, self.micro_steps)
-        place, stream = np.divmod(turn, self.micro_steps // self.rounds)
-        first = steps * self.per_step + self.first + place * self.micro_batch
-        ordinals = first[:, None] + np.arange(self.micro_batch)
+        place, stream = np.divmod(turn, self.micro_steps // shape.micro_steps)
+        first = steps * shape.global_batch + shape.first + place * shape.micro_batch
+        ordinals = first[:, None] + np.arange(shape.micro_batch)
         if self.streams is None:
             self._domains, self._indices = self.sampler.at(ordinals)
         else:
@@ -180,7 +166,7 @@ class TrainBatches(Dataset):
 
 
 def train_loader(
-    dataset: TrainBatches, first_step: int, num_workers: int, pin_memory: bool
+    dataset: StepBatches, first_step: int, num_workers: int, pin_memory: bool
 ) -> Iterator[Batch]:
     """Endless micro-batches of a rank from the first one of step `first_step` on.
 
@@ -227,18 +213,6 @@ def eval_batches(
             labels[:, 0] = IGNORE
             tokens -= len(indices)
         yield {**batch, "tokens": tokens}
-
-
-def _check_divides(global_batch: int, parts: dict[str, int]) -> None:
-    product = int(np.prod(list(parts.values())))
-    if global_batch < 1 or global_batch % product:
-        below = global_batch // product * product
-        near = f"{below} or {below + product}" if below else str(product)
-        made = " x ".join(f"{count} {what}" for what, count in parts.items())
-        raise UserError(
-            f"--global_batch_size {global_batch}: must be a multiple of {product} = {made}; "
-            f"the nearest is {near}"
-        )
 
 
 def _as_it_is(batch: Batch) -> Batch:

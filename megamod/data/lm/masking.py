@@ -12,13 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
+from megamod.data.batches import StepBatches, StepShape, check_instances
 from megamod.data.corpus.indexed import IndexedDataset
 from megamod.data.lm.batches import Batch
 from megamod.data.lm.blocks import IGNORE
-from megamod.data.lm.order import Balanced, Temperature, Unbalanced, key_of
-from megamod.errors import UserError
+from megamod.data.lm.order import Sampler, key_of
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,8 @@ class Masking:
         return tokens, labels, anything
 
 
-class MaskedBatches(Dataset):
-    """Micro-batches of one rank: item k is its k-th since step 0, without end.
+class MaskedBatches(StepBatches):
+    """Micro-batches of one rank with masked tokens, see `StepBatches`.
 
     N consecutive rows are the instances of one multiplexed group, the same rows on any number of
     ranks. An item is a dict of
@@ -86,49 +85,32 @@ class MaskedBatches(Dataset):
         instances: N; every rank's micro-batch must be a multiple of it.
         prefix: columns at the end that the model drops to make room for a prefix of its own; no
             label stands there, and as many positions at the beginning are not retrieved.
-        micro_batch: rows of a micro-batch, R.
-        global_batch: rows of a step over all ranks.
+        shape: of a step; a micro-batch has R rows.
     Raises:
-        UserError: if the step cannot be divided so.
+        UserError: if a micro-batch is not a multiple of `instances`.
     """
 
     def __init__(
         self,
         datasets: Sequence[IndexedDataset],
-        order: Balanced | Unbalanced | Temperature,
+        order: Sampler,
         masking: Masking,
+        shape: StepShape,
         *,
         block_size: int,
         instances: int,
-        micro_batch: int,
-        global_batch: int,
-        rank: int,
-        ranks: int,
         seed: int,
         prefix: int = 0,
     ):
-        if micro_batch % instances:
-            raise UserError(
-                f"--per_device_train_batch_size {micro_batch}: not a multiple of the "
-                f"{instances} instances that share a forward pass"
-            )
-        if global_batch % (ranks * micro_batch):
-            raise UserError(
-                f"--global_batch_size {global_batch}: not a multiple of {ranks} ranks x "
-                f"{micro_batch} rows of a micro-batch"
-            )
+        super().__init__(shape)
+        check_instances("--per_device_train_batch_size", shape.micro_batch, instances)
         self.datasets, self.order, self.masking = list(datasets), order, masking
         self.block_size, self.instances, self.seed = block_size, instances, seed
         self.prefix = prefix
-        self.micro_batch, self.global_batch = micro_batch, global_batch
-        self.first = rank * (global_batch // ranks)
-        self.micro_steps = global_batch // (ranks * micro_batch)
 
     def __getitem__(self, number: int) -> Batch:
         """Micro-batch `number` of this rank."""
-        step, turn = divmod(number, self.micro_steps)
-        first = step * self.global_batch + self.first + turn * self.micro_batch
-        samples = np.arange(first, first + self.micro_batch)
+        samples = self.shape.samples(number)
         return self._make(samples, *self.order.at(samples))
 
     def _make(self, samples: np.ndarray, domains: np.ndarray, blocks: np.ndarray) -> Batch:
@@ -188,10 +170,10 @@ def held_out_batches(batches: MaskedBatches, count: int | None = None) -> Iterat
     domains = np.repeat(np.arange(len(lengths)), lengths)
     blocks = np.concatenate([np.arange(length) for length in lengths])
     whole = len(blocks) // batches.instances * batches.instances
-    for number, start in enumerate(range(0, whole, batches.micro_batch)):
+    for number, start in enumerate(range(0, whole, batches.shape.micro_batch)):
         if number == count:
             return
-        stop = min(start + batches.micro_batch, whole)
+        stop = min(start + batches.shape.micro_batch, whole)
         made = batches._make(np.arange(start, stop), domains[start:stop], blocks[start:stop])
         yield {**made, "number": number}
 

@@ -65,7 +65,14 @@ class KeyedPermutation:
         return place.astype(np.int64).reshape(shape)
 
 
-class _Sampler:
+class Sampler:
+    """Order of the blocks of domains.
+
+    Args:
+        lengths: blocks of each of the E domains.
+        seed: of the run.
+    """
+
     def __init__(self, lengths: Sequence[int], seed: int):
         self.lengths = np.array(lengths, dtype=np.int64)
         self.seed = seed
@@ -76,10 +83,6 @@ class _Sampler:
         """int64 domains and blocks of int64 global sample numbers, same shape."""
         raise NotImplementedError
 
-    def draw(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """[count] domains and [count] blocks of the global samples from `first` on."""
-        return self.at(np.arange(first, first + count))
-
     def _block(self, domains: np.ndarray, ordinals: np.ndarray) -> np.ndarray:
         """Block of the `ordinal`-th sample of a domain, a new permutation every epoch."""
         lengths = self.lengths[domains]
@@ -87,7 +90,7 @@ class _Sampler:
         return KeyedPermutation(lengths, key_of(self.seed, epochs, domains))(index)
 
 
-class Balanced(_Sampler):
+class Balanced(Sampler):
     """Domains take turns: sample j is the (j // E)-th of domain j % E. One domain: all its blocks.
 
     Args:
@@ -104,12 +107,8 @@ class Balanced(_Sampler):
         """int64 blocks of the `ordinals`-th samples of domains; the two broadcast."""
         return self._block(*np.broadcast_arrays(domains, ordinals))
 
-    def draw_domain(self, domain: int, first: int, count: int) -> np.ndarray:
-        """[count] blocks of one domain's samples from its `first` on."""
-        return self.at_domain(np.asarray(domain), np.arange(first, first + count))
 
-
-class Unbalanced(_Sampler):
+class Unbalanced(Sampler):
     """One permutation over all domains laid end to end: a domain's share is its size."""
 
     def at(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -121,7 +120,7 @@ class Unbalanced(_Sampler):
         return domains, place - (ends - self.lengths)[domains]
 
 
-class Temperature(_Sampler):
+class Temperature(Sampler):
     """Domain d has a share of length_d^alpha / sum: 0 is balanced, 1 by size.
 
     In every `CYCLE` samples each domain has a fixed number of places, at least one, in a random
@@ -154,6 +153,13 @@ class Temperature(_Sampler):
         return domains, self._block(domains, cycles * self.quotas[domains] + self._ordinals[place])
 
 
+def make_sampler(name: str, lengths: Sequence[int], seed: int, alpha: float) -> Sampler:
+    """Sampler by its name: "balanced", "unbalanced", or "temperature", which takes `alpha`."""
+    if name == "temperature":
+        return Temperature(lengths, seed, alpha)
+    return {"balanced": Balanced, "unbalanced": Unbalanced}[name](lengths, seed)
+
+
 def _quotas(shares: np.ndarray, total: int) -> np.ndarray:
     """Whole numbers >= 1 near total * shares that sum to `total` (largest remainders)."""
     if len(shares) > total:
@@ -184,6 +190,3 @@ def _mix(word: np.ndarray) -> np.ndarray:
     word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return word ^ (word >> np.uint64(31))
-
-
-SAMPLERS = {"balanced": Balanced, "unbalanced": Unbalanced, "temperature": Temperature}

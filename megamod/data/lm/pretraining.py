@@ -5,10 +5,12 @@ from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
+from megamod.data.batches import StepShape
 from megamod.data.lm.batches import Batch, TrainBatches, eval_batches
 from megamod.data.lm.blocks import TokenBlocks
 from megamod.data.lm.databin import DataBin
-from megamod.data.lm.order import Balanced, Temperature, Unbalanced
+from megamod.data.lm.masking import MaskedBatches, Masking, blocks_of
+from megamod.data.lm.order import make_sampler
 from megamod.errors import UserError
 
 
@@ -61,44 +63,62 @@ class LmData:
 
     def train_batches(
         self,
+        shape: StepShape,
         *,
         sampler: str,
         alpha: float,
         seed: int,
-        micro_batch: int,
-        global_batch: int,
-        rank: int,
-        ranks: int,
-        held: Sequence[str] | None,
+        held: Sequence[str] | None = None,
     ) -> TrainBatches:
         """Micro-batches of one rank.
 
         Args:
+            shape: of a step over all domains; its ranks are those that share a stream.
             sampler: "balanced", "unbalanced" or "temperature" (with `alpha`).
-            global_batch: sequences per step over all ranks.
-            rank, ranks: place among the ranks that share the stream.
             held: domains whose streams to read, for models with experts; None: one stream of all.
         Raises:
             UserError: if the batch cannot be divided so, or experts ask for another sampler.
         """
-        lengths = [len(blocks) for blocks in self.train]
         if held is not None and sampler != "balanced":
             raise UserError(
                 f"--sampler {sampler}: experts read their own domain only, in equal shares; "
                 "use balanced, or --untie none"
             )
-        order = {
-            "balanced": lambda: Balanced(lengths, seed),
-            "unbalanced": lambda: Unbalanced(lengths, seed),
-            "temperature": lambda: Temperature(lengths, seed, alpha),
-        }[sampler]()
+        order = make_sampler(sampler, [len(blocks) for blocks in self.train], seed, alpha)
         if held is None:
-            return TrainBatches.over_world(
-                self.train, order, micro_batch, global_batch, rank, ranks
-            )
+            return TrainBatches.over_world(self.train, order, shape)
         numbers = [self.domains.index(domain) for domain in held]
-        return TrainBatches.over_domains(
-            self.train, order, micro_batch, global_batch, numbers, rank, ranks
+        return TrainBatches.over_domains(self.train, order, shape, numbers)
+
+    def masked_batches(
+        self,
+        split: str,
+        masking: Masking,
+        shape: StepShape,
+        *,
+        sampler: str,
+        alpha: float,
+        seed: int,
+        instances: int,
+        prefix: int,
+    ) -> MaskedBatches:
+        """Micro-batches of one rank with masked tokens of a split, all domains in one stream.
+
+        Args:
+            sampler: as `train_batches`.
+            instances, prefix: see `MaskedBatches`.
+        """
+        datasets = [self._blocks(domain, split).dataset for domain in self.domains]
+        lengths = [max(1, blocks_of(dataset, self.block_size)) for dataset in datasets]
+        return MaskedBatches(
+            datasets,
+            make_sampler(sampler, lengths, seed, alpha),
+            masking,
+            shape,
+            block_size=self.block_size,
+            instances=instances,
+            seed=seed,
+            prefix=prefix,
         )
 
     def eval_batches(

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
+from megamod.data.batches import StepBatches, StepShape, check_instances
 from megamod.data.lm.batches import Batch
 from megamod.data.lm.blocks import IGNORE
 from megamod.data.lm.instance_groups import Layout, ensembled, in_order
@@ -233,8 +233,8 @@ def encode_words(
     )
 
 
-class TrainRows(Dataset):
-    """Micro-batches of one rank: item k is its k-th since step 0, without end.
+class TrainRows(StepBatches):
+    """Micro-batches of labelled rows of one rank, see `StepBatches`.
 
     Every epoch is another permutation of the rows. A step that reaches over the end of an epoch
     takes the first rows of the next one, so that no row is left out and every group is full.
@@ -243,39 +243,23 @@ class TrainRows(Dataset):
         encoded: the split.
         seed: of the order.
         instances: N, rows of a group; a micro-batch is a multiple of it.
-        micro_batch: rows of a micro-batch.
-        global_batch: rows of a step over all ranks.
-        rank, ranks: this rank's place.
+        shape: of a step; a micro-batch has R rows.
         pad_to: see `Encoded.gather`.
     Raises:
-        UserError: if the rows cannot be divided so.
+        UserError: if a micro-batch is not a multiple of `instances`.
     """
 
     def __init__(
-        self,
-        encoded: Encoded,
-        *,
-        seed: int,
-        instances: int,
-        micro_batch: int,
-        global_batch: int,
-        rank: int,
-        ranks: int,
-        pad_to: int | None,
+        self, encoded: Encoded, shape: StepShape, *, seed: int, instances: int, pad_to: int | None
     ):
-        check_rows("--per_device_train_batch_size", micro_batch, instances)
-        check_micro_steps(global_batch, ranks, micro_batch)
+        super().__init__(shape)
+        check_instances("--per_device_train_batch_size", shape.micro_batch, instances)
         self.encoded, self.pad_to = encoded, pad_to
         self.order = Balanced([len(encoded)], seed)
-        self.micro_batch, self.global_batch = micro_batch, global_batch
-        self.first = rank * (global_batch // ranks)
-        self.micro_steps = global_batch // (ranks * micro_batch)
 
     def rows(self, number: int) -> np.ndarray:
         """[R] numbers of the rows of micro-batch `number`."""
-        step, turn = divmod(number, self.micro_steps)
-        first = step * self.global_batch + self.first + turn * self.micro_batch
-        return self.order.draw(first, self.micro_batch)[1]
+        return self.order.at(self.shape.samples(number))[1]
 
     def __getitem__(self, number: int) -> Batch:
         """Micro-batch `number` of this rank."""
@@ -311,7 +295,7 @@ def held_out_rows(
     Raises:
         UserError: if groups would not be full.
     """
-    check_rows("--per_device_eval_batch_size", batch_size, instances)
+    check_instances("--per_device_eval_batch_size", batch_size, instances)
     size = batch_size // instances if ensemble else batch_size
     for start in range(0, len(encoded), size):
         stop = min(start + size, len(encoded))
@@ -320,26 +304,6 @@ def held_out_rows(
         else:
             layout = in_order(stop - start, instances)
         yield HeldOutBatch(start, stop, encoded.gather(start + layout.rows, pad_to), layout)
-
-
-def check_micro_steps(global_batch: int, ranks: int, micro_batch: int) -> None:
-    """Raise UserError if the rows of a step are not whole micro-batches on every rank."""
-    if global_batch % (ranks * micro_batch):
-        raise UserError(
-            f"--global_batch_size {global_batch}: not a multiple of {ranks} ranks x "
-            f"{micro_batch} rows of a micro-batch"
-        )
-
-
-def check_rows(flag: str, rows: int, instances: int) -> None:
-    """Raise UserError if a batch of so many rows does not fill its groups."""
-    if rows % instances:
-        below = rows // instances * instances
-        near = f"{below} or {below + instances}" if below else str(instances)
-        raise UserError(
-            f"{flag} {rows}: not a multiple of the {instances} instances that share a forward "
-            f"pass; the nearest is {near}"
-        )
 
 
 def _frame(tokenizer: "PreTrainedTokenizerFast") -> tuple[list[int], list[int]]:

@@ -12,19 +12,19 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
+from megamod.data.batches import StepBatches, StepShape
 from megamod.data.lm.batches import Batch
 from megamod.data.lm.blocks import IGNORE
-from megamod.data.lm.order import Balanced, KeyedPermutation, Temperature, Unbalanced, key_of
-from megamod.data.tasks.classification import Encoded, check_micro_steps
+from megamod.data.lm.order import Balanced, KeyedPermutation, key_of, make_sampler
+from megamod.data.tasks.classification import Encoded
 
 SAMPLINGS = ("proportional", "temperature", "uniform", "sequential", "uncertainty")
 TURNS = 1  # tells the keys of the tasks' order from those of their rows
 
 
-class TaskMixture(Dataset):
-    """Micro-batches of one rank: item k is its k-th since step 0, without end.
+class TaskMixture(StepBatches):
+    """Micro-batches of rows of several tasks of one rank, see `StepBatches`.
 
     Sampling:
         proportional: every row of every task once an epoch, all mixed.
@@ -38,37 +38,25 @@ class TaskMixture(Dataset):
         encoded: the train split of each task.
         seed: of the order.
         alpha: of "temperature"; 0 gives all tasks alike, 1 is proportional.
-        micro_batch: rows of a micro-batch.
-        global_batch: rows of a step over all ranks.
-        rank, ranks: this rank's place.
-    Raises:
-        UserError: if the rows cannot be divided so.
+        shape: of a step; a micro-batch has R rows.
     """
 
     def __init__(
         self,
         encoded: Sequence[Encoded],
         sampling: str,
+        shape: StepShape,
         *,
         seed: int,
         alpha: float,
-        micro_batch: int,
-        global_batch: int,
-        rank: int,
-        ranks: int,
     ):
-        check_micro_steps(global_batch, ranks, micro_batch)
+        super().__init__(shape)
         self.encoded, self.sampling, self.seed = tuple(encoded), sampling, seed
         sizes = [len(one) for one in encoded]
         self.in_turn = Balanced(sizes, seed)
-        if sampling == "temperature":
-            self.mixed = Temperature(sizes, seed, alpha)
-        else:
-            self.mixed = Unbalanced(sizes, seed)
-        self.steps = [math.ceil(size / global_batch) for size in sizes]  # of an epoch, by task
-        self.micro_batch, self.global_batch = micro_batch, global_batch
-        self.first = rank * (global_batch // ranks)
-        self.micro_steps = global_batch // (ranks * micro_batch)
+        order = "temperature" if sampling == "temperature" else "unbalanced"
+        self.mixed = make_sampler(order, sizes, seed, alpha)
+        self.steps = [math.ceil(size / shape.global_batch) for size in sizes]  # of an epoch
 
     @property
     def digest(self) -> str:
@@ -87,22 +75,21 @@ class TaskMixture(Dataset):
             return sum(self.steps)
         if self.sampling in ("uniform", "uncertainty"):
             return max(1, int(max(self.steps) * len(self.steps) * percent))
-        return math.ceil(sum(map(len, self.encoded)) / self.global_batch)
+        return math.ceil(sum(map(len, self.encoded)) / self.shape.global_batch)
 
     def places(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """[R] tasks and [R] numbers of rows in them, of micro-batch `number`."""
-        step, turn = divmod(number, self.micro_steps)
-        first = self.first + turn * self.micro_batch
+        samples = self.shape.samples(number)
         if self.sampling == "uncertainty":
-            tasks = np.arange(len(self.encoded)).repeat(self.micro_batch)
-            ordinals = step * self.global_batch + first + np.arange(self.micro_batch)
-            return tasks, self.in_turn.at_domain(tasks, np.tile(ordinals, len(self.encoded)))
+            tasks = np.arange(len(self.encoded)).repeat(len(samples))
+            return tasks, self.in_turn.at_domain(tasks, np.tile(samples, len(self.encoded)))
         if self.sampling in ("uniform", "sequential"):
+            step = number // self.micro_steps
             task, before = self._task_of(step)
-            start = before * self.global_batch + first
-            rows = self.in_turn.draw_domain(task, start, self.micro_batch)
-            return np.full(self.micro_batch, task), rows
-        return self.mixed.draw(step * self.global_batch + first, self.micro_batch)
+            tasks = np.full(len(samples), task)
+            ordinals = samples - (step - before) * self.shape.global_batch
+            return tasks, self.in_turn.at_domain(tasks, ordinals)
+        return self.mixed.at(samples)
 
     def _task_of(self, step: int) -> tuple[int, int]:
         """Task of a step, and how many steps it had before."""

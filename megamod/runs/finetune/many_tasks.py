@@ -19,7 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 from megamod.args import Arguments, OptimArgs, RunArgs, SafetyArgs
 from megamod.data.tasks.specs import GLUE, describe
 from megamod.data.tasks.task_mixture import TaskMixture
-from megamod.dist.process import init_process
+from megamod.dist.process import init_process, started_rank, started_world_size
 from megamod.dist.scope import Sharing
 from megamod.dist.topology import DomainTopology
 from megamod.evaluation.glue import (
@@ -47,7 +47,7 @@ from megamod.runs.finetune.scores import (
     train_with_seeds,
 )
 from megamod.runs.training import Recipe, Running, execute
-from megamod.train import setup
+from megamod.train.deepspeed_settings import settle
 from megamod.train.export import Card, publish
 from megamod.train.objectives import MultiTask
 from megamod.train.selection import MostUncertain
@@ -79,7 +79,7 @@ def finetune_tasks(
         device = init_process(safety.dist_timeout)
         model, _ = mixture.make_model(run.seed)
         runs = {run.seed: _answer(mixture, model.to(device), device, run, stage, args, output)}
-    if setup.started_rank() == 0:
+    if started_rank() == 0:
         print(_report(mixture, runs, output, stage))
 
 
@@ -87,18 +87,14 @@ def _train(mixture: Mixture, parsed: Sequence[Arguments], folder: Path) -> Evalu
     """One run; what is to be said of it, None if only the groups were asked for."""
     run, safety, optim, stage, args = parsed
     names = tuple(task.name for task in mixture.tasks)
-    topology = DomainTopology(setup.started_world_size(), names, Sharing.DENSE)
-    setup.engine_config(run, safety, optim, topology, mixture.config.hidden_size)
-    micro_steps = setup.micro_steps(run, topology)
+    topology = DomainTopology(started_world_size(), names, Sharing.DENSE)
+    settled = settle(run, optim, safety, topology, mixture.config.hidden_size)
     rows = TaskMixture(
         [problem.encoded["train"] for problem in mixture.problems],
         args.mt_sampling,
+        settled.shape(started_rank()),
         seed=run.seed,
         alpha=args.sampling_alpha,
-        micro_batch=run.per_device_train_batch_size,
-        global_batch=run.per_device_train_batch_size * micro_steps * topology.world_size,
-        rank=setup.started_rank(),
-        ranks=topology.world_size,
     )
     steps_of_epochs(run, stage, rows.epoch(args.percent_of_max_data_size))
     best = Best(folder, lambda one: one.get("score"))
@@ -137,7 +133,7 @@ def _train(mixture: Mixture, parsed: Sequence[Arguments], folder: Path) -> Evalu
         card=_card(mixture),
         groups=names,
         unit="examples",
-        make_batches=lambda global_batch: rows,
+        make_batches=lambda shape: rows,
         make_model=make_model,
         make_objective=lambda device: MultiTask(inputs, names, device, args.task_loss_reduction),
         make_evaluate=make_evaluate if stage.do_eval else lambda running: lambda step: None,

@@ -16,9 +16,10 @@ from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
 from megamod.args import Arguments, OptimArgs, RunArgs, SafetyArgs, origin_of
-from megamod.data.tasks.classification import TrainRows, check_rows
+from megamod.data.batches import check_instances
+from megamod.data.tasks.classification import TrainRows
 from megamod.data.tasks.specs import describe
-from megamod.dist.process import init_process
+from megamod.dist.process import init_process, started_rank, started_world_size
 from megamod.dist.scope import Sharing
 from megamod.dist.topology import DomainTopology
 from megamod.evaluation.glue import (
@@ -42,7 +43,7 @@ from megamod.runs.finetune.scores import (
     train_with_seeds,
 )
 from megamod.runs.training import Recipe, Running, execute
-from megamod.train import setup
+from megamod.train.deepspeed_settings import settle
 from megamod.train.export import Card, publish
 from megamod.train.objectives import Classify
 
@@ -67,7 +68,9 @@ def finetune(
     for flag in ("per_device_train_batch_size", "per_device_eval_batch_size"):
         if origin_of(run, flag) == "default":
             change(run, {flag: 32 * problem.instances}, "32 x --num_instances")
-    check_rows("--per_device_eval_batch_size", run.per_device_eval_batch_size, problem.instances)
+    check_instances(
+        "--per_device_eval_batch_size", run.per_device_eval_batch_size, problem.instances
+    )
     parsed = tuple(part for part in (run, safety, optim, tuned, args, words) if part is not None)
     output = Path(run.output_dir)
     if tuned.do_train:
@@ -78,7 +81,7 @@ def finetune(
         device = init_process(safety.dist_timeout)
         model = problem.make_model(run.seed).to(device)
         runs = {run.seed: _answer(problem, model, device, run, tuned, args, output)}
-    if setup.started_rank() == 0:
+    if started_rank() == 0:
         print(_report(problem, runs, output, tuned))
 
 
@@ -86,12 +89,9 @@ def _train(problem: Problem, parsed: Sequence[Arguments], folder: Path) -> dict[
     """One run; what is to be said of it, None if only the groups were asked for."""
     run, safety, optim, tuned, args = parsed[:5]
     task, train = problem.task, problem.encoded["train"]
-    topology = DomainTopology(setup.started_world_size(), (task.name,), Sharing.DENSE)
-    setup.engine_config(run, safety, optim, topology, problem.config.hidden_size)
-    step_rows = (
-        run.per_device_train_batch_size * setup.micro_steps(run, topology) * topology.world_size
-    )
-    steps_of_epochs(run, tuned, len(train) / step_rows)
+    topology = DomainTopology(started_world_size(), (task.name,), Sharing.DENSE)
+    settled = settle(run, optim, safety, topology, problem.config.hidden_size)
+    steps_of_epochs(run, tuned, len(train) / settled.global_batch)
     metric = task.metrics[0]
     best = Best(folder, lambda one: one["scores"]["dev"].get(metric))
 
@@ -113,15 +113,8 @@ def _train(problem: Problem, parsed: Sequence[Arguments], folder: Path) -> dict[
         card=_card(problem),
         groups=(task.name,),
         unit="tokens" if train.per_token else "examples",
-        make_batches=lambda global_batch: TrainRows(
-            train,
-            seed=run.seed,
-            instances=problem.instances,
-            micro_batch=run.per_device_train_batch_size,
-            global_batch=global_batch,
-            rank=setup.started_rank(),
-            ranks=topology.world_size,
-            pad_to=problem.pad_to,
+        make_batches=lambda shape: TrainRows(
+            train, shape, seed=run.seed, instances=problem.instances, pad_to=problem.pad_to
         ),
         make_model=make_model,
         make_objective=lambda device: Classify(

@@ -135,15 +135,8 @@ def _recipe(
         card=_card(args, start, data.digest),
         groups=data.domains,
         unit="tokens",
-        make_batches=lambda global_batch: data.train_batches(
-            sampler="balanced",
-            alpha=1.0,
-            seed=run.seed,
-            micro_batch=run.per_device_train_batch_size,
-            global_batch=global_batch,
-            rank=rank,
-            ranks=topology.world_size,
-            held=None,
+        make_batches=lambda shape: data.train_batches(
+            shape, sampler="balanced", alpha=1.0, seed=run.seed
         ),
         make_model=make_model,
         make_objective=lambda device: CausalLM(data.domains, device, choose=False),

@@ -1,5 +1,7 @@
 """Pretraining of causal language models: dense, with domain experts (DEMix), independent (BTM)."""
 
+import logging
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import torch.distributed as dist
 from megamod.args import DataArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs
 from megamod.data.corpus.tokenizers import load_tokenizer
 from megamod.data.lm.pretraining import LmData
-from megamod.dist.process import all_reduce
+from megamod.dist.process import all_reduce, started_rank, started_world_size
 from megamod.dist.scope import Sharing, sharing_of
 from megamod.dist.topology import DomainTopology
 from megamod.errors import UserError
@@ -19,7 +21,6 @@ from megamod.models.lm.configuration import HOST_TYPE, DemixConfig, LmConfig, do
 from megamod.models.lm.flops import flops_per_token
 from megamod.models.lm.load import build_lm
 from megamod.runs.training import Recipe, Running, execute
-from megamod.train import setup
 from megamod.train.export import Card
 from megamod.train.objectives import CausalLM
 
@@ -29,6 +30,8 @@ COMPANIONS = (
     *("chat_template.jinja", "chat_template.json", "generation_config.json"),
 )
 """Files of a stock folder that a model trained from it needs as well."""
+
+logger = logging.getLogger(__name__)
 
 SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
@@ -48,8 +51,8 @@ def pretrain(
         domain_token=data_args.domain_token,
     )
     sharing = sharing_of(model.untie)
-    topology = DomainTopology(setup.started_world_size(), data.domains, sharing)
-    rank, apart = setup.started_rank(), sharing is not Sharing.DENSE
+    topology = DomainTopology(started_world_size(), data.domains, sharing)
+    rank, apart = started_rank(), sharing is not Sharing.DENSE
     held = topology.domains_of(rank)
     config = lm_config(
         model.model,
@@ -76,14 +79,11 @@ def pretrain(
         card=card(config, sharing, data.digest),
         groups=data.domains,
         unit="tokens",
-        make_batches=lambda global_batch: data.train_batches(
+        make_batches=lambda shape: data.train_batches(
+            replace(shape, rank=topology.group_rank(rank), ranks=len(topology.ranks_of(held[0]))),
             sampler=data_args.sampler,
             alpha=data_args.alpha,
             seed=run.seed,
-            micro_batch=run.per_device_train_batch_size,
-            global_batch=global_batch,
-            rank=topology.group_rank(rank),
-            ranks=len(topology.ranks_of(held[0])),
             held=held if apart else None,
         ),
         make_model=lambda: build_lm(
@@ -126,7 +126,7 @@ def stock_files(model: str, config: LmConfig, data: LmData) -> list[Path]:
     files = [folder / name for name in COMPANIONS if (folder / name).is_file()]
     made = f"launchers/preprocess.py --tokenizer {model}"
     if not any(file.name.startswith(("tokenizer", "vocab", "spiece")) for file in files):
-        setup.logger.warning(
+        logger.warning(
             "--model %s holds no tokenizer, so nothing says that it reads the ids of %s",
             model,
             data.bin.path,
@@ -144,12 +144,12 @@ def stock_files(model: str, config: LmConfig, data: LmData) -> list[Path]:
 def say_start(model: ModelArgs, start: tuple[Path, str] | None, config: LmConfig) -> None:
     """Log where the weights come from."""
     if start is None:
-        setup.logger.info("new weights in the shape of %s", model.model)
+        logger.info("new weights in the shape of %s", model.model)
         return
     folder, flag = start
-    setup.logger.info("the run starts from the weights of %s (%s)", folder, flag)
+    logger.info("the run starts from the weights of %s (%s)", folder, flag)
     if flag == "--model" and config.model_type == DemixConfig.model_type:
-        setup.logger.warning(
+        logger.warning(
             "--model %s: its weights are taken, where earlier versions took the shape alone; "
             "--from_scratch draws new ones",
             model.model,

@@ -1,6 +1,7 @@
 """Pretraining of encoders, multiplexed or not: masked, replaced or retrieved tokens."""
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 from functools import partial
 
@@ -25,11 +26,12 @@ from megamod.args import (
     origin_of,
 )
 from megamod.convert.sources import has_weights, is_source, open_source
+from megamod.data.batches import StepShape
 from megamod.data.lm.batches import Batch
 from megamod.data.lm.databin import DataBin
 from megamod.data.lm.masking import MaskedBatches, Masking, blocks_of, held_out_batches
-from megamod.data.lm.order import SAMPLERS, Temperature
-from megamod.dist.process import all_reduce
+from megamod.data.lm.pretraining import LmData
+from megamod.dist.process import all_reduce, started_rank, started_world_size
 from megamod.dist.process import rank as my_rank
 from megamod.dist.scope import Sharing
 from megamod.dist.topology import DomainTopology
@@ -43,9 +45,10 @@ from megamod.models.mux.configuration import PRESETS, MuxBertConfig, MuxElectraC
 from megamod.models.pretrained import load_pretrained
 from megamod.runs.pretrain.causal_lm import SHAPE
 from megamod.runs.training import Recipe, Running, execute
-from megamod.train import setup
 from megamod.train.export import Card
 from megamod.train.objectives import EncoderLM, Losses, masked_losses, replaced_losses
+
+logger = logging.getLogger(__name__)
 
 GROUP = "text"  # by which the loss is logged
 FAMILIES = {"masked_lm": "mux_bert", "replaced_token": "mux_electra"}
@@ -77,47 +80,35 @@ def pretrain(
     Raises:
         UserError: for arguments or data that do not fit, before anything is written.
     """
-    data = DataBin(data_args.data)
-    domains = tuple(data_args.domains or data.domains)
-    topology = DomainTopology(setup.started_world_size(), domains, Sharing.DENSE)
-    rank, split = setup.started_rank(), data_args.eval_split
-    config = encoder_config(model, mux, data, data_args.max_seq_length)
+    data = LmData(
+        data_args.data,
+        domains=data_args.domains,
+        block_size=data_args.max_seq_length,
+        domain_token=False,
+    )
+    topology = DomainTopology(started_world_size(), data.domains, Sharing.DENSE)
+    rank, split = started_rank(), data_args.eval_split
+    config = encoder_config(model, mux, data.bin, data.block_size)
     start = start_of(model, config)
-    masking = masking_of(data, mux)
+    masking = masking_of(data.bin, mux)
     shown = "task_loss" if mux.task_loss_coeff > 0 else "retrieval_loss"
     terms = TERMS[mux.objective]
-    _check_held_out(data, domains, split, data_args.max_seq_length, mux.num_instances)
-
-    def batches(of: str, global_batch: int, micro_batch: int, part: int, parts: int):
-        datasets = [data.split(domain, of) for domain in domains]
-        lengths = [blocks_of(dataset, data_args.max_seq_length) for dataset in datasets]
-        for domain, length in zip(domains, lengths, strict=True):
-            if not length and of == "train":
-                raise UserError(
-                    f"--max_seq_length {data_args.max_seq_length}: domain {domain} has fewer train "
-                    "tokens than one sequence"
-                )
-        kind = SAMPLERS[data_args.sampler]
-        extra = (data_args.alpha,) if kind is Temperature else ()
-        return MaskedBatches(
-            datasets,
-            kind([max(1, length) for length in lengths], run.seed, *extra),
-            masking,
-            block_size=data_args.max_seq_length,
-            instances=mux.num_instances,
-            micro_batch=micro_batch,
-            global_batch=global_batch,
-            rank=part,
-            ranks=parts,
-            seed=run.seed,
-            prefix=getattr(config, "prefix_length", 0),
-        )
+    batches = partial(
+        data.masked_batches,
+        masking=masking,
+        sampler=data_args.sampler,
+        alpha=data_args.alpha,
+        seed=run.seed,
+        instances=mux.num_instances,
+        prefix=getattr(config, "prefix_length", 0),
+    )
+    rows = max(1, run.per_device_eval_batch_size // mux.num_instances) * mux.num_instances
+    held_out_rows = batches(split, shape=StepShape(rows, rows, 0, 1))
+    _check_held_out(held_out_rows, split)
 
     def held_out(part: int, parts: int) -> Iterator[Batch]:
         return share_of(held_out_batches(held_out_rows, run.eval_batches or None), part, parts)
 
-    rows = max(1, run.per_device_eval_batch_size // mux.num_instances) * mux.num_instances
-    held_out_rows = batches(split, rows, rows, 0, 1)  # opened before the first step
     last: dict[str, float] = {}
 
     def evaluate(running: Running, step: int) -> None:
@@ -138,13 +129,11 @@ def pretrain(
         config=config,
         topology=topology,
         data_digest=data.digest,
-        tokenizer=data.path / "tokenizer",
+        tokenizer=data.bin.path / "tokenizer",
         card=card(config, mux, data.digest),
         groups=(GROUP,),
         unit="tokens",
-        make_batches=lambda global_batch: batches(
-            "train", global_batch, run.per_device_train_batch_size, rank, topology.world_size
-        ),
+        make_batches=lambda shape: batches("train", shape=shape),
         make_model=lambda: build_encoder(config, run.seed, start, mux.objective),
         make_objective=lambda device: EncoderLM(losses_of(mux, config, device), terms, shown),
         make_evaluate=lambda running: partial(evaluate, running),
@@ -247,15 +236,13 @@ def encoder_config(
     return config
 
 
-def _check_held_out(
-    data: DataBin, domains: Sequence[str], split: str, length: int, instances: int
-) -> None:
-    # Else it would show at the first evaluation, which may be the end of the run.
-    blocks = sum(blocks_of(data.split(domain, split), length) for domain in domains)
-    if blocks < instances:
+def _check_held_out(batches: MaskedBatches, split: str) -> None:
+    """Check before the first step that the split fills one forward pass."""
+    blocks = sum(blocks_of(dataset, batches.block_size) for dataset in batches.datasets)
+    if blocks < batches.instances:
         raise UserError(
-            f"--eval_split {split}: {blocks} sequences of --max_seq_length {length}, but a forward "
-            f"pass takes --num_instances {instances}"
+            f"--eval_split {split}: {blocks} sequences of --max_seq_length {batches.block_size}, "
+            f"but a forward pass takes --num_instances {batches.instances}"
         )
 
 
@@ -391,7 +378,7 @@ def build_encoder(
         config.architectures = ["MuxElectraForReplacedTokens"]
     torch.manual_seed(seed)
     if start is None:
-        setup.logger.info("new weights, drawn with --seed %d", seed)
+        logger.info("new weights, drawn with --seed %d", seed)
         return kind.from_config(config, dtype=torch.float32)
     source = open_source(*astuple(start)).name
     model, report = load_pretrained(
@@ -400,10 +387,10 @@ def build_encoder(
     if report["mismatched_keys"]:
         name, there, here = min(report["mismatched_keys"])
         raise UserError(f"{start}: {name} has shape {tuple(there)}, in this model {tuple(here)}")
-    setup.logger.info("weights of %s", start)
+    logger.info("weights of %s", start)
     for title, names in (("new", "missing_keys"), ("left out", "unexpected_keys")):
         if report[names]:
-            setup.logger.info("%s: %s: %s", start.flag, title, ", ".join(sorted(report[names])))
+            logger.info("%s: %s: %s", start.flag, title, ", ".join(sorted(report[names])))
     return model
 
 

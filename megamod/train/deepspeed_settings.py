@@ -1,0 +1,176 @@
+"""Settings that flags and a DeepSpeed file decide together: batches, precision, optimizer."""
+
+import copy
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megamod.args import (
+    Arguments,
+    OptimArgs,
+    RunArgs,
+    SafetyArgs,
+    follow_ds_values,
+    origin_of,
+)
+from megamod.data.batches import StepShape
+from megamod.dist.ds_config import check_sharing, resolve_ds_config
+from megamod.dist.process import everywhere
+from megamod.dist.scope import Sharing
+from megamod.dist.topology import DomainTopology
+from megamod.errors import UserError
+from megamod.train.batch_size import held_domains, micro_steps
+from megamod.train.loop import Plan
+from megamod.train.optim import SCHEDULES
+
+DS_KEYS = {
+    "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "train_batch_size": "global_batch_size",
+    "gradient_clipping": "max_grad_norm",
+    "optimizer.params.lr": "learning_rate",
+    "optimizer.params.betas": "adam_beta2",
+    "optimizer.params.eps": "adam_epsilon",
+    "optimizer.params.weight_decay": "weight_decay",
+    "bf16.enabled": "precision",
+    "fp16.enabled": "precision",
+}
+"""Keys of a DeepSpeed file, and the field of ours that decides the same."""
+
+
+@dataclass(frozen=True)
+class Settled:
+    """Arguments of a run after the DeepSpeed file was taken into account.
+
+    Attributes:
+        ds_config: DeepSpeed configuration without any "auto".
+        run, optim: copies of the arguments with the values of the file.
+        plan: settings of the training loop.
+        topology: ranks and domains.
+    """
+
+    ds_config: dict[str, object]
+    run: RunArgs
+    optim: OptimArgs
+    plan: Plan
+    topology: DomainTopology
+
+    @property
+    def global_batch(self) -> int:
+        """Samples of a step over all ranks."""
+        steps = self.plan.micro_steps * self.topology.world_size
+        return self.run.per_device_train_batch_size * steps
+
+    def shape(self, rank: int) -> StepShape:
+        """Shape of a step over all ranks."""
+        micro_batch = self.run.per_device_train_batch_size
+        return StepShape(micro_batch, self.global_batch, rank, self.topology.world_size)
+
+    def replace_in(self, parsed: Sequence[Arguments]) -> tuple[Arguments, ...]:
+        """All arguments of a run, with `run` and `optim` of this object."""
+        settled = {type(self.run): self.run, type(self.optim): self.optim}
+        return tuple(settled.get(type(args), args) for args in parsed)
+
+
+def settle(
+    run: RunArgs, optim: OptimArgs, safety: SafetyArgs, topology: DomainTopology, width: int
+) -> Settled:
+    """Resolve flags and DeepSpeed file into one consistent set of settings; nothing is changed.
+
+    Args:
+        width: hidden size of the model, for bucket sizes that are "auto".
+    Raises:
+        UserError: see `resolve_ds_config`, `check_sharing` and `make_plan`.
+    """
+    run, optim = copy.copy(run), copy.copy(optim)
+    steps = micro_steps(run, topology)
+    ranks = topology.ranks_per_domain if topology.sharing is Sharing.BTM else topology.world_size
+    # Alone, a dense model gains nothing from ZeRO's flat buffers, which cost 4 % of a step.
+    alone = topology.sharing is Sharing.DENSE and topology.world_size == 1
+    plain = alone and safety.deepspeed is None and run.precision in (None, "fp32")
+    values = {
+        "zero_optimization.stage": 0 if plain else 1,
+        "train_micro_batch_size_per_gpu": run.per_device_train_batch_size,
+        "gradient_accumulation_steps": steps,
+        "train_batch_size": run.per_device_train_batch_size * steps * ranks,
+        "gradient_clipping": optim.max_grad_norm,
+        "optimizer.params.lr": optim.learning_rate,
+        "optimizer.params.betas": [optim.adam_beta1, optim.adam_beta2],
+        "optimizer.params.eps": optim.adam_epsilon,
+        "optimizer.params.weight_decay": optim.weight_decay,
+        "bf16.enabled": run.precision == "bf16",
+        "fp16.enabled": run.precision == "fp16",
+        "zero_optimization.reduce_bucket_size": width * width,
+        "zero_optimization.stage3_prefetch_bucket_size": width * width,
+        "zero_optimization.stage3_param_persistence_threshold": 10 * width,
+        "zero_optimization.offload_optimizer.nvme_path": str(offload_folder(run)),
+    }
+    origins = {
+        key: origin
+        for key, field in DS_KEYS.items()
+        for args in (run, optim)
+        if hasattr(args, field) and (origin := origin_of(args, field)) != "default"
+    }
+    resolved = resolve_ds_config(
+        safety.deepspeed, values, origins, allow_unknown=safety.allow_unknown_ds_keys
+    )
+    follow_ds_values(
+        run, optim, resolved.values, f"DeepSpeed {safety.deepspeed}", held_domains(topology)
+    )
+    check_sharing(resolved.config, topology.sharing, topology.world_size)
+    plan = make_plan(run, optim, safety, topology)
+    return Settled(resolved.config, run, optim, plan, topology)
+
+
+def make_plan(run: RunArgs, optim: OptimArgs, safety: SafetyArgs, topology: DomainTopology) -> Plan:
+    """Build the settings of the training loop.
+
+    Raises:
+        UserError: if the policy for losses that are not finite is impossible in this run.
+    """
+    if safety.nonfinite == "rollback" and topology.sharing is Sharing.BTM:
+        raise UserError(
+            "--nonfinite rollback: independent models (--untie all) cannot be rolled back one by "
+            "one; use skip or stop, or one job per domain"
+        )
+    if safety.nonfinite == "rollback" and run.precision == "fp16":
+        raise UserError(
+            "--nonfinite rollback has no effect with fp16, where a step that overflows is left out "
+            "and the loss scale halved; use skip"
+        )
+    warmup = optim.warmup_steps
+    if warmup is None:
+        warmup = int(run.max_steps * optim.warmup_ratio + 1e-9)
+    return Plan(
+        max_steps=run.max_steps,
+        stop_step=run.max_steps if run.stop_step is None else min(run.stop_step, run.max_steps),
+        micro_steps=micro_steps(run, topology),
+        schedule=SCHEDULES[optim.lr_scheduler_type](optim.learning_rate, warmup, run.max_steps),
+        max_grad_norm=optim.max_grad_norm,
+        logging_steps=run.logging_steps,
+        eval_steps=run.eval_steps,
+        save_steps=run.save_steps,
+        seed=run.seed,
+        nonfinite=safety.nonfinite,
+        spike_factor=safety.spike_factor,
+        save_failure=safety.save_failure,
+    )
+
+
+def offload_folder(run: RunArgs) -> Path:
+    """Folder of an optimizer offloaded to "nvme", where the DeepSpeed file says "auto"."""
+    return Path(run.output_dir or ".") / "offload"
+
+
+def remove_offloaded(run: RunArgs, config: Mapping[str, object]) -> None:
+    """Delete the files of an offloaded optimizer from `offload_folder`; collective.
+
+    Args:
+        config: resolved DeepSpeed configuration.
+    """
+    optimizer = config["zero_optimization"].get("offload_optimizer") or {}
+    if optimizer.get("device") != "nvme" or optimizer["nvme_path"] != str(offload_folder(run)):
+        return
+    everywhere(True)  # no rank reads it any more
+    shutil.rmtree(offload_folder(run), ignore_errors=True)
