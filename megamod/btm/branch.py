@@ -25,7 +25,7 @@ from megamod.btm.parents import Source
 from megamod.dist.scope import dense_name, domain_of_name
 from megamod.errors import UserError
 from megamod.files import atomic_folder, sha256, write_json
-from megamod.merging.average import average_folders
+from megamod.merging.merge import average_folders
 from megamod.states.forest import Parent, read_config
 from megamod.states.grow import link_or_copy
 from megamod.states.manifest import MANIFEST, list_checkpoints

@@ -1,4 +1,4 @@
-"""What lies beside the weights of a merged model: configuration, tokenizer, card and record."""
+"""Files of a merged model besides its weights: configuration, tokenizer, card and record."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ from pathlib import Path
 from megamod.errors import UserError
 from megamod.files import write_atomic, write_json
 from megamod.merging.layer_settings import Origin, stacked_config
-from megamod.merging.recipe import Recipe
+from megamod.merging.recipe import Part, Recipe
 from megamod.merging.vocabulary import FILE as VOCABULARY
 from megamod.merging.vocabulary import UNION, Vocabulary
 from megamod.states.forest import read_config
@@ -41,10 +41,10 @@ def merged_config(
     stored: str | None,
     vocabulary: Vocabulary | None = None,
 ) -> dict[str, object]:
-    """The base's configuration, with what the merge changes: dtype, domains, vocabulary.
+    """Configuration of the result: that of the base, with dtype, domains, vocabulary and layers.
 
     Args:
-        stored: name of the dtype of the weights; None: as the base's.
+        stored: name of the dtype of the weights; None: that of the base.
         vocabulary: of the result; None: that of the base.
     """
     config = dict(config)
@@ -56,29 +56,29 @@ def merged_config(
         elif isinstance(inner, dict):
             inner = vocabulary.renumbered(inner) | {"vocab_size": len(vocabulary)}
             config["text_config"] = inner
-    if recipe.slices:
+    if recipe.stacked:
         config = _stacked(config, recipe)
     if stored is not None:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = stored
     if config.get("model_type") == "demix":
         if recipe.inputs[recipe.template].member is not None:
             config["untie"] = "none"
-        domains = [one.domain for one in recipe.inputs]
+        domains = [model.domain for model in recipe.inputs]
         if config.get("untie") == "none" and None not in domains:
             config["domains"] = list(dict.fromkeys(domains))
     return config
 
 
 def _stacked(config: Mapping[str, object], recipe: Recipe) -> dict[str, object]:
-    """The configuration with the settings of the layers that are stacked."""
+    """Configuration with the settings of the layers that are stacked."""
     configs = {
-        number: config if number == recipe.template else read_config(one.path)
-        for number, one in enumerate(recipe.inputs)
+        number: config if number == recipe.template else read_config(model.path)
+        for number, model in enumerate(recipe.inputs)
     }
-    leading = [part.leading(recipe.base) for part in recipe.slices]
+    leads = [part.sources[recipe.lead(part)] for part in recipe.parts]
     origins = [
         Origin(recipe.inputs[source.model].path, configs[source.model], layer)
-        for source in leading
+        for source in leads
         for layer in range(*source.layers)
     ]
     return stacked_config(config, recipe.inputs[recipe.template].path, origins)
@@ -92,13 +92,11 @@ def carry_over(
     chat: str | None = None,
     vocabulary: Vocabulary | None = None,
 ) -> None:
-    """Write config.json, and copy the files of generation and of the tokenizer.
-
-    Of a model with code of its own (`auto_map`), the code too.
+    """Write config.json; copy the files of generation, of the tokenizer and of remote code.
 
     Args:
-        source: the model that the result is like; `words`: that with the tokenizer, None: none.
-        chat: the chat template to write beside the tokenizer; None: the one it has.
+        source: folder of the template; `words`: folder with the tokenizer, None: none.
+        chat: chat template to write; None: that of the tokenizer.
         vocabulary: of the result; None: that of the tokenizer.
     """
     write_json(folder / "config.json", config)
@@ -113,7 +111,7 @@ def carry_over(
 
 
 def _revise(folder: Path, words: bool, vocabulary: Vocabulary) -> None:
-    """Bring what was copied in line with the vocabulary.
+    """Adapt the copied files to the vocabulary of the result.
 
     Raises:
         UserError: if generation_config.json is not JSON.
@@ -127,7 +125,7 @@ def _revise(folder: Path, words: bool, vocabulary: Vocabulary) -> None:
             raise UserError(f"{_CARRIED[0]}: is not JSON: {error}") from error
     if words and vocabulary.grown:
         write_json(folder / VOCABULARY, vocabulary.tokenizer)
-        # These lack the new words, and are not read where there is a tokenizer.json.
+        # These files lack the new words, and nobody reads them if there is a tokenizer.json.
         for pattern in (*VOCABULARIES, "*.model", "added_tokens.json"):
             for file in folder.glob(pattern):
                 file.unlink()
@@ -140,13 +138,13 @@ def _copy(source: Path, pattern: str, folder: Path) -> None:
 
 
 def commonest_chat(folders: Sequence[Path]) -> str | None:
-    """The chat template that most of these models have, of equals the first; None: none has one.
+    """The chat template of most of these models, the first of equals; None: none has one.
 
     Raises:
         UserError: naming a tokenizer_config.json that is not JSON.
     """
-    found = [template for folder in dict.fromkeys(folders) if (template := _chat(folder))]
-    return Counter(found).most_common(1)[0][0] if found else None
+    templates = [text for folder in dict.fromkeys(folders) if (text := _chat(folder))]
+    return Counter(templates).most_common(1)[0][0] if templates else None
 
 
 def _chat(folder: Path) -> str | None:
@@ -170,30 +168,30 @@ def write_record(
     digests: Sequence[str],
     config: Mapping[str, object],
     seed: int,
-    found: Mapping[str, object],
+    entries: Mapping[str, object],
     note: str,
 ) -> None:
     """Write merge.json and the model card.
 
     Args:
-        shares: factor of each model, None where it differs between tensors.
+        shares: weight of each model; None: differs between tensors.
         digests: of the weights of each model.
-        found: entries of merge.json that are added to these, or stand in for them.
+        entries: further entries of merge.json, or replacements.
         note: text for the card.
     """
     parents = [
         {
-            "path": str(one.path),
-            **({"adapter": str(one.adapter)} if one.adapter is not None else {}),
-            "member": one.member,
-            "domain": one.domain,
+            "path": str(model.path),
+            **({"adapter": str(model.adapter)} if model.adapter is not None else {}),
+            "member": model.member,
+            "domain": model.domain,
             "weight": share,
-            "parameters": dict(one.parameters),
+            "parameters": dict(model.parameters),
             "digest": digest,
-            **({"statistics": str(one.statistics)} if one.statistics is not None else {}),
-            **({"calibration": dict(one.calibration)} if one.calibration is not None else {}),
+            **({"statistics": str(model.statistics)} if model.statistics is not None else {}),
+            **({"calibration": dict(model.calibration)} if model.calibration is not None else {}),
         }
-        for one, share, digest in zip(recipe.inputs, shares, digests, strict=True)
+        for model, share, digest in zip(recipe.inputs, shares, digests, strict=True)
     ]
     record = {"format": 1, "merge_method": recipe.method, "parameters": dict(recipe.parameters)}
     record |= {"dtype": recipe.dtype, "out_dtype": recipe.out_dtype, "parents": parents}
@@ -207,21 +205,20 @@ def write_record(
             "source": UNION if source is None else str(recipe.inputs[source].path),
             "tokens": {word: asdict(origin) for word, origin in recipe.words.origins.items()},
         }
-    if recipe.modules:
-        record["modules"] = [asdict(part) for part in recipe.modules]
-    if recipe.slices:
-        record["slices"] = [asdict(part) for part in recipe.slices]
+    if recipe.parts:
+        key = "slices" if recipe.stacked else "modules"
+        record[key] = [_part_record(part) for part in recipe.parts]
     record["megamod"] = __version__
-    write_json(folder / RECORD, {**record, **found})
+    write_json(folder / RECORD, {**record, **entries})
     rows = "\n".join(
-        f"| {'by tensor' if share is None else format(share, '.6g')} | {one} | {digest} |"
-        for one, share, digest in zip(recipe.inputs, shares, digests, strict=True)
+        f"| {'by tensor' if share is None else format(share, '.6g')} | {model} | {digest} |"
+        for model, share, digest in zip(recipe.inputs, shares, digests, strict=True)
     )
     ours = str(config.get("model_type", "")).startswith("demix")
     text = _CARD.format(
         library="megamod" if ours else "transformers",
         model_type=config.get("model_type", "unknown"),
-        method=found.get("merge_method", recipe.method),
+        method=entries.get("merge_method", recipe.method),
         count=len(parents),
         version=__version__,
         rows=rows,
@@ -230,3 +227,15 @@ def write_record(
         record=RECORD,
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _part_record(part: Part) -> dict[str, object]:
+    """A part of a recipe as merge.json has it."""
+    if part.module is not None:
+        models = [[source.model, dict(source.parameters)] for source in part.sources]
+        return {"name": part.module, "models": models, "parameters": dict(part.parameters)}
+    sources = [
+        {"model": s.model, "layers": list(s.layers), "parameters": dict(s.parameters)}
+        for s in part.sources
+    ]
+    return {"sources": sources, "parameters": dict(part.parameters), "base": part.base}

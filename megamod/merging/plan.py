@@ -1,4 +1,4 @@
-"""What becomes of each tensor in a merge: settled from headers alone, before any work."""
+"""The plan of a merge: what becomes of each tensor, settled from headers before any work."""
 
 import logging
 from collections.abc import Collection, Sequence
@@ -7,13 +7,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from megamod.errors import UserError
-from megamod.merging.making import Making, common_places, of_models, places_of
-from megamod.merging.methods import METHODS, PARAMETERS, Method
+from megamod.merging.assembly import TensorPlan, assemble
+from megamod.merging.methods.table import METHODS, Method, all_parameters
 from megamod.merging.model_folder import merged_config
 from megamod.merging.recipe import Recipe
-from megamod.merging.settings import WITHOUT_EFFECT, Place, check_parameters, check_word
-from megamod.merging.stacking import of_slices
-from megamod.merging.tensors import Blend, Operand, TensorSource
+from megamod.merging.settings import WITHOUT_EFFECT, Scope, check_parameters, check_word
+from megamod.merging.tensors import MergeTensor, ModelTensor, TensorSource
 from megamod.merging.vocabulary import Vocabulary
 from megamod.states.forest import read_config
 from megamod.states.stream import Spec, plan_shards
@@ -27,30 +26,32 @@ class Plan:
     """A merge that was checked and can be carried out while its folders are open.
 
     Attributes:
-        folders: of the models; `statistics`: what was measured of it, None: nothing yet.
-        makings: how each tensor is made.
-        specs: of the tensors to write; `files`: which of them go into which file.
-        config: the configuration to write.
-        vocabulary: that the folders have been given; None: each has its own.
+        folders: of the models; `statistics`: of each model, None: not computed.
+        tensor_plans: how each tensor is computed.
+        specs: of the tensors to write; `files`: names of the tensors in each file.
+        config: configuration to write.
+        vocabulary: that the folders are read with; None: each has its own.
     """
 
     recipe: Recipe
     folders: Sequence[TensorSource]
     statistics: Sequence[TensorSource | None]
-    makings: dict[str, Making]
+    tensor_plans: dict[str, TensorPlan]
     specs: dict[str, Spec]
     files: dict[str, list[str]]
     config: dict[str, object]
     vocabulary: Vocabulary | None = None
 
     def describe(self) -> str:
-        """What would be merged into what, as text."""
+        """Models, weights and size of the result, as text."""
         lines = [f"{self.recipe.method} of {len(self.folders)} models"]
-        for number, (one, weight) in enumerate(zip(self.recipe.inputs, self.shares(), strict=True)):
-            told = f"{weight:.6g}" if weight is not None else "by tensor"
-            if METHODS[self.recipe.method].base != "none" and number == self.recipe.base:
-                told = "base"
-            lines.append(f"  {told:>10}  {one}")
+        has_base = METHODS[self.recipe.method].base != "none"
+        for number, (model, weight) in enumerate(
+            zip(self.recipe.inputs, self.shares(), strict=True)
+        ):
+            share = f"{weight:.6g}" if weight is not None else "by tensor"
+            share = "base" if has_base and number == self.recipe.base else share
+            lines.append(f"  {share:>10}  {model}")
         size = sum(spec.nbytes for spec in self.specs.values())
         count = sum(spec.numel for spec in self.specs.values())
         files = f"{len(self.files)} files" if len(self.files) > 1 else next(iter(self.files))
@@ -58,37 +59,38 @@ class Plan:
         return "\n".join(lines)
 
     def shares(self) -> list[float | None]:
-        """The weight of each model, in averages divided by their sum; None: no single one."""
+        """Weight of each model, in averages divided by their sum; None: differs between tensors."""
         plain = METHODS[self.recipe.method].base == "none"
-        found: list[set[float | None]] = [set() for _ in self.folders]
-        for making in self.makings.values():
-            if making.copied:
+        shares: list[set[float | None]] = [set() for _ in self.folders]
+        for tensor_plan in self.tensor_plans.values():
+            if tensor_plan.copied:
                 continue
-            overall, each = making.values
-            total = sum(values.get("weight", 0) for values in each)
+            overall, per_model = tensor_plan.values
+            total = sum(values.get("weight", 0) for values in per_model)
             divisor = total if plain and overall.get("normalize") and total else 1.0
-            for (number, _), values in zip(making.sources, each, strict=True):
-                found[number].add(values["weight"] / divisor if "weight" in values else None)
-        return [shares.pop() if len(shares) == 1 else None for shares in found]
+            for (number, _), values in zip(tensor_plan.sources, per_model, strict=True):
+                share = values["weight"] / divisor if "weight" in values else None
+                shares[number].add(share)
+        return [share.pop() if len(share) == 1 else None for share in shares]
 
-    def blend(self, name: str, seed: int = 0) -> Blend:
-        """What the method is called with for one tensor.
+    def merge_tensor(self, name: str, seed: int = 0) -> MergeTensor:
+        """The argument of the method for one tensor.
 
         Args:
             seed: of everything that is drawn at random.
         """
-        making, recipe = self.makings[name], self.recipe
-        overall, each = making.values
+        tensor_plan, recipe = self.tensor_plans[name], self.recipe
+        overall, per_model = tensor_plan.values
         cast = getattr(torch, recipe.dtype) if recipe.dtype else None
-        operands = [
-            Operand(
-                self.folders[number], theirs, values, cast, making.rows, number,
+        models = [
+            ModelTensor(
+                self.folders[number], stored, values, cast, tensor_plan.rows, number,
                 self.statistics[number],
             )
-            for (number, theirs), values in zip(making.sources, each, strict=True)
+            for (number, stored), values in zip(tensor_plan.sources, per_model, strict=True)
         ]  # fmt: skip
-        base = None if making.base is None else operands[making.base]
-        return Blend(name, operands, base, overall, seed)
+        base = None if tensor_plan.base is None else models[tensor_plan.base]
+        return MergeTensor(name, models, base, overall, seed)
 
 
 def make_plan(
@@ -98,33 +100,32 @@ def make_plan(
     vocabulary: Vocabulary | None = None,
     copied: Collection[str] = (),
 ) -> Plan:
-    """Check that the open folders can be merged so, and settle what becomes of each tensor.
+    """Check that the open folders can be merged, and plan every tensor.
 
     Args:
+        vocabulary: that the folders are read with; None: each has its own.
         copied: tensors that are taken from the template as they are.
-        vocabulary: that the folders have been given; None: each has its own.
     Raises:
         UserError: naming the folder, tensor or parameter, if they cannot.
     """
     check_word(recipe.method, tuple(METHODS), f"{recipe.origin}: there is no merge method")
-    check_parameters(_all_places(recipe), PARAMETERS, recipe.method)
+    check_parameters(_all_scopes(recipe), all_parameters(), recipe.method)
     _warn_of_parameters(recipe)
-    template = folders[recipe.template]
-    make = of_slices if recipe.slices else of_models
-    makings = make(recipe, folders, copied)
+    tensor_plans = assemble(recipe, folders, copied)
     stored = recipe.out_dtype or recipe.dtype
-    specs, config = {}, merged_config(read_config(template.folder), recipe, stored, vocabulary)
-    for name, making in makings.items():
-        number, theirs = making.sources[making.lead]
-        spec = folders[number].tensors[theirs]
-        if spec.dtype.is_floating_point and making.copied:
-            spec = Spec(getattr(torch, stored) if stored else spec.dtype, spec.shape)
-        elif spec.dtype.is_floating_point:
-            rows = _rows(METHODS[recipe.method], making, folders, name)
-            makings[name] = replace(making, rows=rows)
-            if rows is not None and spec.shape[0] == config.get("vocab_size"):
-                config["vocab_size"] = rows
-            shape = spec.shape if rows is None else (rows, *spec.shape[1:])
+    config = read_config(folders[recipe.template].folder)
+    specs, config = {}, merged_config(config, recipe, stored, vocabulary)
+    for name, tensor_plan in tensor_plans.items():
+        number, lead = tensor_plan.sources[tensor_plan.lead]
+        spec = folders[number].tensors[lead]
+        if spec.dtype.is_floating_point:
+            shape = spec.shape
+            if not tensor_plan.copied:
+                rows = _merged_rows(METHODS[recipe.method], tensor_plan, folders, name)
+                tensor_plans[name] = replace(tensor_plan, rows=rows)
+                if rows is not None and spec.shape[0] == config.get("vocab_size"):
+                    config["vocab_size"] = rows
+                shape = spec.shape if rows is None else (rows, *spec.shape[1:])
             spec = Spec(getattr(torch, stored) if stored else spec.dtype, shape)
         specs[name] = spec
     if config.get("model_type") == "demix" and config.get("untie") != "none":
@@ -134,49 +135,50 @@ def make_plan(
     else:
         files = plan_shards(specs, shard_bytes)
     statistics = [None] * len(folders)
-    return Plan(recipe, folders, statistics, makings, specs, files, config, vocabulary)
+    return Plan(recipe, folders, statistics, tensor_plans, specs, files, config, vocabulary)
 
 
-def _all_places(recipe: Recipe) -> list[Place]:
-    """Every place where parameters stand."""
-    places = [(f"{recipe.origin}, {one}", one.parameters) for one in recipe.inputs]
-    for module in recipe.modules:
-        places += places_of(recipe, module)
-    for part in recipe.slices:
-        places += [(f"{recipe.origin}, slices", part.parameters)]
-        places += [
-            (f"{recipe.origin}, slices, {recipe.inputs[one.model]}", one.parameters)
-            for one in part.sources
-        ]
-    return [*places, *common_places(recipe)]
+def _all_scopes(recipe: Recipe) -> list[Scope]:
+    """Every level of the recipe that holds parameters."""
+    scopes = [(f"{recipe.origin}, {model}", model.parameters) for model in recipe.inputs]
+    for part in recipe.normal_parts:
+        scopes += [recipe.source_scope(part, source) for source in part.sources]
+        scopes += recipe.scopes(part)
+    return scopes
 
 
 def _warn_of_parameters(recipe: Recipe) -> None:
     """Log parameters of other methods: they are allowed, as in mergekit, and have no effect."""
     method = METHODS[recipe.method]
     used = {*method.per_model, *method.overall, *WITHOUT_EFFECT}
-    for where, settings in _all_places(recipe):
-        for name in settings:
-            if name not in used:
-                logger.warning("%s, %s: has no effect with %s", where, name, recipe.method)
+    unused = [
+        (where, name)
+        for where, settings in _all_scopes(recipe)
+        for name in settings
+        if name not in used
+    ]
+    for where, name in dict.fromkeys(unused):
+        logger.warning("%s, %s: has no effect with %s", where, name, recipe.method)
 
 
-def _rows(method: Method, making: Making, folders: Sequence[TensorSource], name: str) -> int | None:
-    """How many rows are merged where vocabularies are of unequal size; else None.
+def _merged_rows(
+    method: Method, tensor_plan: TensorPlan, folders: Sequence[TensorSource], name: str
+) -> int | None:
+    """Number of rows that are merged where vocabularies are of unequal size; None: all.
 
     Raises:
         UserError: if a model has fewer than the base, for methods that compare all with it.
     """
-    rows = [folders[number].tensors[theirs].shape[:1] for number, theirs in making.sources]
+    rows = [folders[number].tensors[stored].shape[:1] for number, stored in tensor_plan.sources]
     if len(set(rows)) == 1:
         return None
     if method.common_rows:
         return min(rows)[0]
-    wanted = rows[making.lead]
-    for (number, _), found in zip(making.sources, rows, strict=True):
-        if found < wanted:
+    expected = rows[tensor_plan.lead]
+    for (number, _), count in zip(tensor_plan.sources, rows, strict=True):
+        if count < expected:
             raise UserError(
-                f"{name} has {found[0]} rows in {folders[number].folder}, fewer than in the base, "
-                f"{wanted[0]}"
+                f"{name} has {count[0]} rows in {folders[number].folder}, fewer than in the base, "
+                f"{expected[0]}"
             )
-    return wanted[0]
+    return expected[0]

@@ -1,15 +1,19 @@
-"""What is to be merged and how."""
+"""A merge recipe in one normal form: models, and the parts that the result consists of.
+
+Whole models are one part, `modules:` one part each, and `slices:` one part for each group of
+layers, so that one function assembles all of them.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megamod.errors import UserError
-from megamod.merging.settings import Setting
+from megamod.merging.settings import Scope, Setting
 from megamod.merging.vocabulary import Words
 
 GREEDY_SOUP = "greedy_soup"
-"""The method that first looks for models whose uniform average is best on held-out data."""
+"""The method that first selects models whose uniform average is best on held-out data."""
 
 
 @dataclass(frozen=True)
@@ -17,12 +21,12 @@ class Input:
     """One model of a merge.
 
     Attributes:
-        path: its folder; `member`: an expert of a DEMix folder, None for the whole.
-        adapter: folder of a LoRA adapter that is merged into it first; None: none.
+        path: folder of the model; `member`: expert of a DEMix folder, None: all of it.
         parameters: settings by name.
-        domain: what it was trained on, to be recorded.
-        statistics: file with what was measured on data, for methods that weigh by it;
-            `calibration`: text to measure it on, None: that of the recipe, if any.
+        domain: that the model was trained on, for the record.
+        statistics: file for methods that weight by statistics; None: compute them.
+        calibration: text to compute them on; None: that of the recipe, if any.
+        adapter: folder of a LoRA adapter that is merged into the model first; None: none.
     """
 
     path: Path
@@ -38,108 +42,65 @@ class Input:
         return text if self.member is None else f"{text} ({self.member})"
 
 
-def split_adapter(text: str, beside: Path = Path()) -> tuple[Path, Path | None]:
-    """Split `MODEL+ADAPTER`, mergekit's spelling of a model with a LoRA adapter.
-
-    A folder that exists under the whole text, plus included, is one model.
-
-    Args:
-        beside: folder in which names are looked up that the working directory does not have.
-    """
-    whole = find_path(text, beside)
-    if "+" in text and not whole.exists():
-        for place in (number for number, letter in enumerate(text) if letter == "+"):
-            model, adapter = (find_path(t, beside) for t in (text[:place], text[place + 1 :]))
-            if text[:place] and model.exists() and adapter.exists():
-                return model, adapter
-    return whole, None
-
-
-def find_path(text: str, beside: Path) -> Path:
-    """The path if it exists, else the one in the other folder if that exists."""
-    return Path(text) if Path(text).exists() or not (beside / text).exists() else beside / text
-
-
 @dataclass(frozen=True)
 class Source:
-    """Some layers of one model.
+    """One model within a part.
 
     Attributes:
         model: its number among the inputs.
-        layers: the first of them, and that after the last.
         parameters: settings by name.
+        layers: first layer, and that after the last; None: the whole model.
     """
 
     model: int
-    layers: tuple[int, int]
     parameters: Mapping[str, Setting] = field(default_factory=dict)
+    layers: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
-class Slice:
-    """Some layers of the result, merged from as many of each source.
+class Part:
+    """Tensors of the result that are merged from the same sources.
 
     Attributes:
-        sources: at least one, all of the same number of layers.
+        sources: at least one; with layers, all of the same number.
         parameters: settings by name, for all sources.
-        base: number of the input that is the base here; None: that of the recipe.
+        base: number of the input that is the base of this part; None: that of the recipe.
+        module: part of the names of the tensors, whole words between dots; None: all tensors.
     """
 
     sources: tuple[Source, ...]
     parameters: Mapping[str, Setting] = field(default_factory=dict)
     base: int | None = None
+    module: str | None = None
 
     @property
     def depth(self) -> int:
-        """Number of layers."""
+        """Number of layers, where layers are stacked."""
         first, last = self.sources[0].layers
         return last - first
-
-    def leading(self, base: int | None) -> Source:
-        """The source that has the names, shapes and settings: the base, else the first.
-
-        Args:
-            base: number of the input that is the base of the recipe; None: there is none.
-        """
-        base = base if self.base is None else self.base
-        return next((one for one in self.sources if one.model == base), self.sources[0])
-
-
-@dataclass(frozen=True)
-class Module:
-    """Some tensors of the result, merged from those of whole models.
-
-    Attributes:
-        name: part of the names of its tensors, whole words between dots; "": all tensors.
-        models: number of each input that takes part, with its settings by name.
-        parameters: settings by name, for all of them.
-    """
-
-    name: str
-    models: tuple[tuple[int, Mapping[str, Setting]], ...]
-    parameters: Mapping[str, Setting] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole merge.
+    """A merge.
 
     Attributes:
         method: a key of `METHODS`, or `GREEDY_SOUP`.
-        inputs: the models; `slices`: layers to stack, else whole models are merged.
-        parameters: settings for all models, by name; `module`: those that go before them.
+        inputs: the models.
+        parameters: settings for all models, by name.
         dtype: name of the dtype that weights are rounded to first; None: none.
         out_dtype: name of the dtype that is stored; None: `dtype`, else that of the template.
-        base: number of the model that the others are compared with; None: none.
-        tokenizer: number of the model whose tokenizer files the result has.
-        origin: where all this was said, for messages.
-        modules: parts of the model that are merged each for itself; empty: all of it is one.
-        chat: whether the chat template is that of most models.
-        cut: whether vocabularies of unequal size are cut to what they have in common.
-        words: which vocabulary the result has; None: that of its template.
-        evaluation: held-out data that `greedy_soup` chooses by; `calibration`: text that statistics
-            are measured on where a model has none.
-        align: how to reorder the neurons of models before they are merged; None: not at all.
+        base: number of the base model; None: none.
+        tokenizer: number of the model whose tokenizer files the result gets.
+        origin: file or flag that the recipe comes from, for messages.
+        parts: of the result; empty: one part, all tensors of all models.
+        module_parameters: settings of the only module, which precede `parameters`.
+        chat: give the result the chat template that most models have.
+        cut: cut vocabularies of unequal size to their common words.
+        words: vocabulary of the result; None: that of its template.
+        evaluation: held-out data of `greedy_soup`.
+        calibration: text to compute statistics on, for models without text of their own.
+        align: the `align:` block; None: do not align.
     """
 
     method: str
@@ -150,9 +111,8 @@ class Recipe:
     base: int | None = None
     tokenizer: int = 0
     origin: str = "--models"
-    slices: tuple[Slice, ...] = ()
-    module: Mapping[str, Setting] = field(default_factory=dict)
-    modules: tuple[Module, ...] = ()
+    parts: tuple[Part, ...] = ()
+    module_parameters: Mapping[str, Setting] = field(default_factory=dict)
     chat: bool = False
     cut: bool = False
     words: Words | None = None
@@ -161,11 +121,86 @@ class Recipe:
     align: Mapping[str, Setting] | None = None
 
     @property
+    def stacked(self) -> bool:
+        """True if the layers of the result are stacked from layers of the models."""
+        return bool(self.parts) and self.parts[0].sources[0].layers is not None
+
+    @property
     def template(self) -> int:
-        """Number of the model whose configuration and names of tensors the result has."""
+        """Number of the model whose configuration and tensor names the result has."""
         if self.base is not None:
             return self.base
-        return self.slices[0].sources[0].model if self.slices else 0
+        return self.parts[0].sources[0].model if self.stacked else 0
+
+    @property
+    def normal_parts(self) -> tuple[Part, ...]:
+        """The parts, each with all of its sources.
+
+        A base that is in no module takes part in all of them.
+        """
+        if not self.parts:
+            sources = (Source(n, model.parameters) for n, model in enumerate(self.inputs))
+            return (Part(tuple(sources)),)
+        if self.stacked or self.base is None:
+            return self.parts
+        base = Source(self.base)
+        return tuple(
+            part
+            if any(source.model == self.base for source in part.sources)
+            else replace(part, sources=(*part.sources, base))
+            for part in self.parts
+        )
+
+    def lead(self, part: Part) -> int:
+        """Index of the source that gives a part its names, shapes, dtypes and layer settings.
+
+        The base if it is one of the sources, else the template of whole models, else the first.
+        """
+        models = [source.model for source in part.sources]
+        candidates = [self.base if part.base is None else part.base]
+        candidates += [] if self.stacked else [self.template]
+        return next((models.index(number) for number in candidates if number in models), 0)
+
+    def label(self, part: Part) -> str:
+        """Where the part is in the recipe, for messages."""
+        if self.stacked:
+            return f"{self.origin}, slices"
+        return self.origin if part.module is None else f"{self.origin}, modules, {part.module}"
+
+    def scopes(self, part: Part) -> list[Scope]:
+        """Levels of the recipe that hold parameters of all sources of a part."""
+        return [
+            (self.label(part), part.parameters),
+            (f"{self.origin}, modules", self.module_parameters),
+            (f"{self.origin}, parameters", self.parameters),
+        ]
+
+    def source_scope(self, part: Part, source: Source) -> Scope:
+        """The level of the recipe that holds parameters of one source of a part."""
+        return f"{self.label(part)}, {self.inputs[source.model]}", source.parameters
+
+
+def split_adapter(text: str, folder: Path = Path()) -> tuple[Path, Path | None]:
+    """Split `MODEL+ADAPTER`, mergekit's spelling of a model with a LoRA adapter.
+
+    A folder whose name is the whole text, plus included, is one model.
+
+    Args:
+        folder: in which names are looked up that the working directory does not have.
+    """
+    whole = find_path(text, folder)
+    if "+" in text and not whole.exists():
+        for position in (number for number, letter in enumerate(text) if letter == "+"):
+            model = find_path(text[:position], folder)
+            adapter = find_path(text[position + 1 :], folder)
+            if text[:position] and model.exists() and adapter.exists():
+                return model, adapter
+    return whole, None
+
+
+def find_path(text: str, folder: Path) -> Path:
+    """The path as it is if it exists, else within the folder if it exists there."""
+    return Path(text) if Path(text).exists() or not (folder / text).exists() else folder / text
 
 
 def weighted(
@@ -178,7 +213,7 @@ def weighted(
     out_dtype: str | None = None,
     origin: str = "--weights",
 ) -> Recipe:
-    """The recipe of a weighted average.
+    """Build the recipe of a weighted average.
 
     Args:
         sources: folder, or model and adapter as `MODEL+ADAPTER`; and for an expert of a DEMix
@@ -187,23 +222,16 @@ def weighted(
     Raises:
         UserError: if there are not as many weights as sources.
     """
-    sources = [(*split_adapter(str(path)), member) for path, member in sources]
-    if not sources:
+    models = [(*split_adapter(str(path)), member) for path, member in sources]
+    if not models:
         raise UserError(f"{origin}: there is no model to merge")
-    if len(weights) != len(sources):
+    if len(weights) != len(models):
         raise UserError(
-            f"{origin}: gives {len(weights)} weights, but there are {len(sources)} models"
+            f"{origin}: gives {len(weights)} weights, but there are {len(models)} models"
         )
+    names = domains or [member for _, _, member in models]
     inputs = tuple(
-        Input(
-            path,
-            member,
-            {"weight": weight},
-            domains[place] if domains else member,
-            adapter=adapter,
-        )
-        for place, ((path, adapter, member), weight) in enumerate(
-            zip(sources, weights, strict=True)
-        )
+        Input(path, member, {"weight": weight}, name, adapter=adapter)
+        for (path, adapter, member), weight, name in zip(models, weights, names, strict=True)
     )
     return Recipe("linear", inputs, {"normalize": normalize}, dtype, out_dtype, origin=origin)

@@ -1,8 +1,7 @@
-"""Recipes as mergekit has them, read from YAML.
+"""Reader of mergekit recipes in YAML.
 
-A parameter may be one number for all tensors; a list, which is spread evenly over the layers and
-read between its entries; or a list of `{filter, value}`, of which the first fits whose filter is
-part of the tensor's name.
+A parameter is one number for all tensors; a list, which is a gradient over the layers; or a list of
+`{filter, value}`, of which the first applies whose filter is part of the tensor's name.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,9 +14,8 @@ from megamod.errors import UserError
 from megamod.merging.recipe import (
     GREEDY_SOUP,
     Input,
-    Module,
+    Part,
     Recipe,
-    Slice,
     Source,
     find_path,
     split_adapter,
@@ -27,73 +25,39 @@ from megamod.merging.vocabulary import UNION, read_words
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 _TOP = ("merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype")
-_TOP += (
-    "out_dtype",
-    "tokenizer_source",
-    "tokenizer",
-    "chat_template",
-    "align",
-    "evaluation",
-    "calibration",
-)
-# Ours, with the methods that read them; none: all of them.
-_BLOCKS = {"align": (), "evaluation": (GREEDY_SOUP,), "calibration": ("fisher", "regmean")}
+_TOP += ("out_dtype", "tokenizer_source", "tokenizer", "chat_template")
+_TOP += ("align", "evaluation", "calibration")
 _SHAPES = ("models", "slices", "modules")
 _MODEL_KEYS = ("model", "parameters", "member", "statistics", "calibration")
+_WITH_STATISTICS = ("fisher", "regmean")
+# Our own blocks, and the methods that read them; none: all methods.
+_BLOCKS = {"align": (), "evaluation": (GREEDY_SOUP,), "calibration": _WITH_STATISTICS}
 
 
 def read_recipe(path: Path) -> Recipe:
-    """A recipe from a YAML file as mergekit reads it.
+    """Read a recipe from a YAML file in mergekit's format.
 
-    Ours are `member: DOMAIN` and `statistics: FILE` beside `model:`, and at the top `align:`,
-    `evaluation:` and `calibration:`.
-    Folders are looked for in the working directory, then beside the file. A base that is none of
-    the models becomes the last input.
+    Our own keys are `member: DOMAIN`, `statistics: FILE` and `calibration:` of a model, and
+    `align:`, `evaluation:` and `calibration:` at the top. Relative paths are looked up in the
+    working directory, then in the folder of the file. A base that is not among the models becomes
+    the last input.
 
     Raises:
-        UserError: naming the file and the key: for what is not YAML, unknown keys and values.
+        UserError: naming the file and the key: for invalid YAML, unknown keys and values.
     """
     path = Path(path)
     content, where = _read_yaml(path), f"recipe {path}"
     method = content.get("merge_method")
     if not isinstance(method, str):
         raise UserError(f"{where}: merge_method is {method!r}; give the name of a method")
-    body, modules = _body(content, where)
-    module = next(iter(modules.values())) if len(modules) == 1 else {}
     inputs: list[Input] = []
-    parts: list[Module] = []
-    if len(modules) > 1:
-        parts = [
-            _module(name, content["modules"][name]["models"], settings, where, path, inputs)
-            for name, settings in modules.items()
-        ]
-        slices = ()
-    elif "slices" in body:
-        slices = tuple(
-            _slice(entry, f"{where}, slices[{place}]", path.parent, inputs)
-            for place, entry in enumerate(_listed(body["slices"], "slices", where))
-        )
-    else:
-        slices = ()
-        for place, entry in enumerate(_listed(body["models"], "models", where)):
-            inputs.append(_input(entry, f"{where}, models[{place}]", path.parent, _MODEL_KEYS))
-    base = _base(content.get("base_model"), inputs, path.parent, f"{where}, base_model")
+    parts, module_parameters = _read_parts(content, where, path.parent, inputs)
+    base = _read_base(content.get("base_model"), inputs, path.parent, f"{where}, base_model")
     chat = content.get("chat_template")
     if chat not in (None, "auto"):
         raise UserError(f"{where}: chat_template is {chat!r}; only auto is supported")
     blocks = {key: content.get(key) for key in _BLOCKS}
-    for key, block in blocks.items():
-        if block is not None and not isinstance(block, dict):
-            raise UserError(f"{where}: {key} is {block!r}, not `name: value` lines")
-        if block is not None and _BLOCKS[key] and method not in _BLOCKS[key]:
-            raise UserError(f"{where}: {key} goes with {', '.join(_BLOCKS[key])}, not {method}")
-    for one in inputs:
-        if one.statistics is not None and method not in _BLOCKS["calibration"]:
-            allowed = ", ".join(_BLOCKS["calibration"])
-            raise UserError(f"{where}, {one}: statistics goes with {allowed}, not {method}")
-        if one.calibration is not None and method not in _BLOCKS["calibration"]:
-            allowed = ", ".join(_BLOCKS["calibration"])
-            raise UserError(f"{where}, {one}: calibration goes with {allowed}, not {method}")
+    _check_blocks(blocks, inputs, method, where)
     recipe = Recipe(
         method=method,
         inputs=tuple(inputs),
@@ -102,9 +66,8 @@ def read_recipe(path: Path) -> Recipe:
         out_dtype=_dtype(content.get("out_dtype"), f"{where}, out_dtype"),
         base=base,
         origin=where,
-        slices=slices,
-        module=module,
-        modules=tuple(parts),
+        parts=parts,
+        module_parameters=module_parameters,
         chat=chat is not None,
         cut=True,
         **blocks,
@@ -130,63 +93,87 @@ def _read_yaml(path: Path) -> dict:
     return content
 
 
-def _body(content: Mapping, where: str) -> tuple[Mapping, dict[str, dict[str, Setting]]]:
-    """What holds `models` or `slices`: the recipe or its only module; settings of all modules."""
-    given = _only_one(content, _SHAPES, where)
-    if given != "modules":
-        return {given: content[given]}, {}
+def _check_blocks(
+    blocks: Mapping[str, object], inputs: Sequence[Input], method: str, where: str
+) -> None:
+    """Refuse our own blocks, and keys of models, that the method does not read."""
+    for key, block in blocks.items():
+        if block is not None and not isinstance(block, dict):
+            raise UserError(f"{where}: {key} is {block!r}, not `name: value` lines")
+        if block is not None and _BLOCKS[key] and method not in _BLOCKS[key]:
+            raise UserError(f"{where}: {key} goes with {', '.join(_BLOCKS[key])}, not {method}")
+    for model in inputs if method not in _WITH_STATISTICS else ():
+        for key in ("calibration", "statistics"):
+            if getattr(model, key) is not None:
+                allowed = ", ".join(_WITH_STATISTICS)
+                raise UserError(f"{where}, {model}: {key} goes with {allowed}, not {method}")
+
+
+def _read_parts(
+    content: Mapping, where: str, folder: Path, inputs: list[Input]
+) -> tuple[tuple[Part, ...], dict[str, Setting]]:
+    """Read the parts, and the parameters of a single module; models are added to the inputs.
+
+    There are no parts where whole models are merged into one.
+    """
+    shape = _only_one(content, _SHAPES, where)
+    if shape != "modules":
+        return _read_body(content, shape, where, folder, inputs), {}
     modules = content["modules"]
     if not isinstance(modules, dict) or not modules:
         raise UserError(f"{where}: 'modules' is not a mapping from names to modules: {modules!r}")
-    settings: dict[str, dict[str, Setting]] = {}
-    body: dict[str, object] = {}
+    parts = []
     for name, module in modules.items():
-        there = f"{where}, modules, {name}"
+        label = f"{where}, modules, {name}"
         if not isinstance(module, dict):
-            raise UserError(f"{there}: is {module!r}; give 'models' or 'slices'")
+            raise UserError(f"{label}: is {module!r}; give 'models' or 'slices'")
         for key in module:
-            check_word(str(key), ("models", "slices", "parameters"), f"{there}: unknown key")
-        given = _only_one(module, ("models", "slices"), there)
-        if given == "slices" and len(modules) > 1:
-            raise UserError(f"{there}: one of several modules cannot have slices; give 'models'")
-        body = {given: module[given]}
-        settings[name] = _parameters(module.get("parameters"), f"{there}, parameters")
-    return body, settings
+            check_word(str(key), ("models", "slices", "parameters"), f"{label}: unknown key")
+        shape = _only_one(module, ("models", "slices"), label)
+        parameters = _parameters(module.get("parameters"), f"{label}, parameters")
+        if len(modules) == 1:
+            return _read_body(module, shape, where, folder, inputs), parameters
+        if shape == "slices":
+            raise UserError(f"{label}: one of several modules cannot have slices; give 'models'")
+        sources = []
+        for number, entry in enumerate(_listed(module["models"], "models", label)):
+            model = _read_input(entry, f"{label}, models[{number}]", folder, _MODEL_KEYS)
+            sources.append(Source(_number_of(model, inputs), model.parameters))
+        parts.append(Part(tuple(sources), parameters, module=str(name)))
+    return tuple(parts), {}
+
+
+def _read_body(
+    content: Mapping, shape: str, where: str, folder: Path, inputs: list[Input]
+) -> tuple[Part, ...]:
+    """Read `slices` as parts, or `models` as inputs."""
+    entries = _listed(content[shape], shape, where)
+    if shape == "slices":
+        return tuple(
+            _read_slice(entry, f"{where}, slices[{number}]", folder, inputs)
+            for number, entry in enumerate(entries)
+        )
+    for number, entry in enumerate(entries):
+        inputs.append(_read_input(entry, f"{where}, models[{number}]", folder, _MODEL_KEYS))
+    return ()
 
 
 def _only_one(content: Mapping, keys: Sequence[str], where: str) -> str:
-    """The one of these keys that is given.
+    """The only one of these keys that the content has.
 
     Raises:
-        UserError: if there are more, or none.
+        UserError: if there are several, or none.
     """
-    given = [key for key in keys if content.get(key) is not None]
-    if len(given) != 1:
-        told = "all of " + ", ".join(given) if given else "none of " + ", ".join(keys)
-        raise UserError(f"{where}: has {told}; give exactly one")
-    return given[0]
+    present = [key for key in keys if content.get(key) is not None]
+    if len(present) != 1:
+        state = "all of " + ", ".join(present) if present else "none of " + ", ".join(keys)
+        raise UserError(f"{where}: has {state}; give exactly one")
+    return present[0]
 
 
-def _module(
-    name: str,
-    entries: object,
-    settings: dict[str, Setting],
-    where: str,
-    path: Path,
-    inputs: list[Input],
-) -> Module:
-    """Reads one of several modules; its models are added to the inputs where they are new."""
-    where = f"{where}, modules, {name}"
-    models = []
-    for place, entry in enumerate(_listed(entries, "models", where)):
-        found = _input(entry, f"{where}, models[{place}]", path.parent, _MODEL_KEYS)
-        models.append((_number_of(found, inputs), found.parameters))
-    return Module(str(name), tuple(models), settings)
-
-
-def _number_of(found: Input, inputs: list[Input]) -> int:
-    """Which of the inputs this is, whatever its settings; a new one becomes the last of them."""
-    plain = replace(found, parameters={})
+def _number_of(model: Input, inputs: list[Input]) -> int:
+    """Number of a model among the inputs, whatever its parameters; a new one is appended."""
+    plain = replace(model, parameters={})
     if plain not in inputs:
         inputs.append(plain)
     return inputs.index(plain)
@@ -198,33 +185,32 @@ def _listed(entries: object, key: str, where: str) -> list:
     return entries
 
 
-def _slice(entry: object, where: str, beside: Path, inputs: list[Input]) -> Slice:
-    """Reads a slice; its models are added to the inputs where they are new."""
+def _read_slice(entry: object, where: str, folder: Path, inputs: list[Input]) -> Part:
+    """Read a slice; its models are added to the inputs."""
     if not isinstance(entry, dict):
         raise UserError(f"{where}: is {entry!r}; give `sources:`")
     for key in entry:
         check_word(str(key), ("sources", "parameters", "base_model"), f"{where}: unknown key")
     sources = []
-    for place, one in enumerate(_listed(entry.get("sources"), "sources", where)):
-        there = f"{where}, sources[{place}]"
-        found = _input(one, there, beside, (*_MODEL_KEYS, "layer_range"))
-        number = _number_of(found, inputs)
-        span = one.get("layer_range")
-        whole = isinstance(span, list) and [type(number) for number in span] == [int, int]
-        if not whole or not 0 <= span[0] < span[1]:
+    for number, item in enumerate(_listed(entry.get("sources"), "sources", where)):
+        label = f"{where}, sources[{number}]"
+        model = _read_input(item, label, folder, (*_MODEL_KEYS, "layer_range"))
+        span = item.get("layer_range")
+        valid = isinstance(span, list) and [type(bound) for bound in span] == [int, int]
+        if not valid or not 0 <= span[0] < span[1]:
             raise UserError(
-                f"{there}: layer_range is {span!r}; give [FIRST, LAST + 1], as in [0, 12]"
+                f"{label}: layer_range is {span!r}; give [FIRST, LAST + 1], as in [0, 12]"
             )
-        sources.append(Source(number, (span[0], span[1]), found.parameters))
+        sources.append(Source(_number_of(model, inputs), model.parameters, (span[0], span[1])))
     lengths = [source.layers[1] - source.layers[0] for source in sources]
     if len(set(lengths)) > 1:
         raise UserError(f"{where}: sources have {lengths} layers; all of a slice need equally many")
-    base = _base(entry.get("base_model"), inputs, beside, f"{where}, base_model")
+    base = _read_base(entry.get("base_model"), inputs, folder, f"{where}, base_model")
     parameters = _parameters(entry.get("parameters"), f"{where}, parameters")
-    return Slice(tuple(sources), parameters, base)
+    return Part(tuple(sources), parameters, base)
 
 
-def _input(entry: object, where: str, beside: Path, keys: Sequence[str]) -> Input:
+def _read_input(entry: object, where: str, folder: Path, keys: Sequence[str]) -> Input:
     if not isinstance(entry, dict) or not isinstance(entry.get("model"), str):
         raise UserError(f"{where}: is {entry!r}; give `model: FOLDER`")
     for key in entry:
@@ -237,26 +223,27 @@ def _input(entry: object, where: str, beside: Path, keys: Sequence[str]) -> Inpu
     calibration = entry.get("calibration")
     if calibration is not None and not isinstance(calibration, dict):
         raise UserError(f"{where}, calibration: is {calibration!r}, not `name: value` lines")
-    path, adapter = split_adapter(entry["model"], beside)
+    path, adapter = split_adapter(entry["model"], folder)
     return Input(
         path,
         member,
         _parameters(entry.get("parameters"), f"{where}, parameters"),
         member,
-        None if statistics is None else find_path(statistics, beside),
+        None if statistics is None else find_path(statistics, folder),
         calibration,
         adapter,
     )
 
 
-def _base(model: object, inputs: list[Input], beside: Path, where: str) -> int | None:
-    """Which of the inputs this is; a new one becomes the last of them."""
+def _read_base(model: object, inputs: list[Input], folder: Path, where: str) -> int | None:
+    """Number of the base among the inputs; a new one is appended."""
     if model is None:
         return None
     if not isinstance(model, str):
         raise UserError(f"{where}: is {model!r}, not the name of a folder")
-    path, adapter = split_adapter(model, beside)
-    if (path, adapter) not in (known := [(one.path, one.adapter) for one in inputs]):
+    path, adapter = split_adapter(model, folder)
+    known = [(parent.path, parent.adapter) for parent in inputs]
+    if (path, adapter) not in known:
         inputs.append(Input(path, adapter=adapter))
         return len(known)
     return known.index((path, adapter))
@@ -273,20 +260,20 @@ def _with_tokenizer(recipe: Recipe, content: Mapping, path: Path) -> Recipe:
     if block is None and source is None:
         return replace(recipe, tokenizer=recipe.template)
 
-    def find(name: object, there: str) -> int | None:
+    def number_of(name: object, label: str) -> int | None:
         if name in (UNION, "base"):
             return None if name == UNION else recipe.template
-        known = [(one.path, one.adapter) for one in recipe.inputs]
-        found = split_adapter(name, path.parent) if isinstance(name, str) else None
-        if found not in known:
+        known = [(parent.path, parent.adapter) for parent in recipe.inputs]
+        model = split_adapter(name, path.parent) if isinstance(name, str) else None
+        if model not in known:
             raise UserError(
-                f"{there}: is {name!r}; give union, base, or one of the models "
+                f"{label}: is {name!r}; give union, base, or one of the models "
                 f"{', '.join(map(str, recipe.inputs))}"
             )
-        return known.index(found)
+        return known.index(model)
 
     key = "tokenizer_source" if block is None else "tokenizer"
-    words = read_words(source if block is None else block, find, f"{where}, {key}")
+    words = read_words(source if block is None else block, number_of, f"{where}, {key}")
     number = recipe.template if words.source is None else words.source
     return replace(recipe, tokenizer=number, words=words)
 

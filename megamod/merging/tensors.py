@@ -15,7 +15,7 @@ from megamod.states.stream import PIECE, ModelFolder, Spec, pieces
 TOWER = re.compile(r"vision|visual|image|audio|speech|projector|merger|connector|perceiver")
 """Part of the names of modules that feed a language model with something other than text."""
 Values = Mapping[str, float | bool]
-"""Parameters by name, as they are for one tensor."""
+"""Parameters of one tensor by name."""
 
 
 class TensorSource(Protocol):
@@ -92,32 +92,32 @@ def label(source: TensorSource) -> str:
     return text if source.member is None else f"{text} ({source.member})"
 
 
-def same_bits(one: TensorSource, name: str, other: TensorSource, theirs: str) -> bool:
+def same_bits(first: TensorSource, name: str, second: TensorSource, theirs: str) -> bool:
     """True if two tensors have the same dtype, shape and bits."""
-    spec = one.tensors[name]
-    if other.tensors[theirs] != spec:
+    spec = first.tensors[name]
+    if second.tensors[theirs] != spec:
         return False
-    raw = torch.empty(2, PIECE // spec.dtype.itemsize, dtype=spec.dtype)
+    buffers = torch.empty(2, PIECE // spec.dtype.itemsize, dtype=spec.dtype)
     for start, stop in pieces(spec.numel, spec.dtype.itemsize):
-        first, second = raw[:, : stop - start]
-        one.read_into(name, start, first)
-        other.read_into(theirs, start, second)
-        if not torch.equal(first.view(torch.uint8), second.view(torch.uint8)):
+        left, right = buffers[:, : stop - start]
+        first.read_into(name, start, left)
+        second.read_into(theirs, start, right)
+        if not torch.equal(left.view(torch.uint8), right.view(torch.uint8)):
             return False
     return True
 
 
 @dataclass(frozen=True)
-class Operand:
-    """One tensor as one model has it.
+class ModelTensor:
+    """One tensor of one model.
 
     Attributes:
-        source: the open folder; `name`: what the tensor is called there.
-        values: the model's parameters for this tensor.
-        cast: dtype that elements are rounded to before anything is computed; None: none.
-        rows: how many of its rows take part, from the first on; None: all.
-        number: of the model in the recipe, for what is drawn at random.
-        statistics: open file with what was measured on data; None: there is none.
+        source: the open folder; `name`: of the tensor in it.
+        values: parameters of the model for this tensor.
+        cast: dtype that elements are rounded to before any computation; None: none.
+        rows: number of leading rows that take part; None: all.
+        number: of the model in the recipe, for random numbers.
+        statistics: open file of statistics of the model; None: none.
     """
 
     source: TensorSource
@@ -136,13 +136,13 @@ class Operand:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of what takes part."""
+        """Shape of the rows that take part."""
         shape = self.source.tensors[self.name].shape
         return shape if self.rows is None else (self.rows, *shape[1:])
 
     @property
     def dtype(self) -> torch.dtype:
-        """What is computed in: float32, or float64 if that is stored."""
+        """Dtype of computation: float32, or float64 if that is stored."""
         return torch.promote_types(torch.float32, self.source.tensors[self.name].dtype)
 
     def read_into(self, start: int, out: Tensor) -> None:
@@ -158,61 +158,61 @@ class Operand:
             out.copy_(out.to(self.cast))
 
     def read(self) -> Tensor:
-        """The whole tensor, in its shape and in `dtype`."""
+        """Read the whole tensor, in its shape and in `dtype`."""
         flat = torch.empty(self.numel, dtype=self.dtype)
         self.read_into(0, flat)
         return flat.view(self.shape)
 
 
 @dataclass(frozen=True)
-class Blend:
-    """One tensor of the result, to be made of that of every model.
+class MergeTensor:
+    """One tensor of the result: the argument of a merge method.
 
     Attributes:
         name: of the tensor in the result.
-        operands: of the models, in the order of the recipe.
-        base: the one of them that the others are compared with; None: none.
+        models: the tensor of every model, in the order of the recipe.
+        base: that of the base model; None: none.
         values: parameters of the whole merge for this tensor.
         seed: of everything that is drawn at random.
     """
 
     name: str
-    operands: Sequence[Operand]
-    base: Operand | None
+    models: Sequence[ModelTensor]
+    base: ModelTensor | None
     values: Values
     seed: int = 0
 
     @property
-    def others(self) -> list[Operand]:
-        """The operands besides the base."""
-        return [operand for operand in self.operands if operand is not self.base]
+    def others(self) -> list[ModelTensor]:
+        """All models except the base."""
+        return [model for model in self.models if model is not self.base]
 
     @property
     def numel(self) -> int:
         """Number of elements of the result."""
-        return self.operands[0].numel
+        return self.models[0].numel
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the result."""
-        return self.operands[0].shape
+        return self.models[0].shape
 
     @property
     def dtype(self) -> torch.dtype:
-        """What is computed in: the widest of the operands'."""
-        return max((one.dtype for one in self.operands), key=lambda dtype: dtype.itemsize)
+        """Dtype of computation: the widest of the models."""
+        return max((model.dtype for model in self.models), key=lambda dtype: dtype.itemsize)
 
     def buffers(self, count: int, step: int | None = None) -> Tensor:
-        """Room for so many pieces; `step`: elements of each, else as `pieces` has them."""
+        """Allocate buffers [count, step]; `step` elements each, by default those of a piece."""
         step = PIECE // self.dtype.itemsize if step is None else step
         return torch.empty(count, min(self.numel, step), dtype=self.dtype)
 
     def pieces(self) -> Iterator[tuple[int, int]]:
-        """First element, and that after the last, of each piece."""
+        """Yield the first element of each piece, and that after its last."""
         return pieces(self.numel, self.dtype.itemsize)
 
     def row_pieces(self) -> Iterator[tuple[int, int]]:
-        """The same, but whole rows (along the last axis), at least one; a vector is one row."""
+        """Yield pieces of whole rows (along the last axis), at least one; a vector is one row."""
         step = self.row_step()
         for start in range(0, self.numel, step):
             yield start, min(start + step, self.numel)
@@ -222,8 +222,8 @@ class Blend:
         row = max(1, self.shape[-1] if self.shape else 1)
         return max(1, PIECE // self.dtype.itemsize // row) * row
 
-    def generator(self, operand: Operand) -> torch.Generator:
-        """Random numbers that belong to this tensor of this model, whoever asks, and when."""
-        text = f"{self.seed}/{operand.number}/{self.name}"
+    def generator(self, model: ModelTensor) -> torch.Generator:
+        """Generator seeded by (seed, model, tensor): independent of threads and order of calls."""
+        text = f"{self.seed}/{model.number}/{self.name}"
         digest = hashlib.sha256(text.encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))

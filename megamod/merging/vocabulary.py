@@ -1,7 +1,7 @@
-"""Vocabularies of several models made one: which words there are, and whose row each one gets.
+"""Union of the vocabularies of several models: the words, and the row of each in every model.
 
-What a row is where a model lacks the word follows mergekit: the row of the base, else the mean of
-those that models have. So do the keys of the `tokenizer:` block.
+As in mergekit, a word that a model lacks gets the row of the base, else the mean of the rows that
+models have. The keys of the `tokenizer:` block are those of mergekit.
 """
 
 import json
@@ -18,17 +18,17 @@ from megamod.merging.settings import check_word
 UNION = "union"
 FILE = "tokenizer.json"
 Donors = tuple[tuple[int, int], ...]
-"""Rows whose mean is taken, as number of the model and of the row; none: zeros."""
+"""Rows to average, as (number of the model, number of the row); none: zeros."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a recipe takes the row of a word from.
+    """Source of the row of a word, as a recipe sets it.
 
     Attributes:
         model: number of the input; None: zeros.
-        word: which of its words, or of its rows; None: the word itself.
-        force: also for models that have the word.
+        word: its word, or the number of its row; None: the word itself.
+        force: also replace the row in models that have the word.
     """
 
     model: int | None
@@ -38,12 +38,12 @@ class Origin:
 
 @dataclass(frozen=True)
 class Words:
-    """What a recipe says about the vocabulary of the result.
+    """The vocabulary that a recipe asks for.
 
     Attributes:
-        source: number of the input whose vocabulary it is; None: the union of all.
-        origins: of single words.
-        where: the place in the recipe, for messages.
+        source: number of the input with this vocabulary; None: the union of all.
+        origins: sources of the rows of single words.
+        where: key in the recipe, for messages.
     """
 
     source: int | None
@@ -56,12 +56,11 @@ class Vocabulary:
     """The vocabulary of the result.
 
     Attributes:
-        rows: for each model [words] int64, which of its rows a word has; -1: none of its own.
-        donors: for each model, the rows that stand in at those places.
-        tokenizer: content of its tokenizer.json.
-        grown: whether it has words that the tokenizer it is made from has not.
-        ids: number of a word in the vocabulary of the model with the configuration -> in the
-            result.
+        rows: for each model [words] int64, its row of each word; -1: it has none.
+        donors: for each model, the rows that replace those, by word.
+        tokenizer: content of the tokenizer.json.
+        grown: it has words that the tokenizer it is made from lacks.
+        ids: id of a word in the model with the configuration -> id in the result.
     """
 
     rows: Sequence[Tensor]
@@ -74,17 +73,17 @@ class Vocabulary:
         return len(self.rows[0])
 
     def renumbered(self, config: Mapping[str, object]) -> dict[str, object]:
-        """A configuration with the number of each special word (`..._token_id`) in the result.
+        """Replace ids of special words (`..._token_id`) in a configuration by those of the result.
 
-        Words that the result has not are None.
+        Words that the result lacks become None.
         """
 
-        def number(value: object) -> object:
+        def new_id(value: object) -> object:
             if isinstance(value, list):
-                return [number(one) for one in value]
+                return [new_id(entry) for entry in value]
             return self.ids.get(value) if type(value) is int else value
 
-        return {k: number(v) if k.endswith("_token_id") else v for k, v in config.items()}
+        return {k: new_id(v) if k.endswith("_token_id") else v for k, v in config.items()}
 
 
 @dataclass(frozen=True)
@@ -96,12 +95,12 @@ class _Tokenizer:
 
 
 def read_words(block: object, find: Callable[[object, str], int | None], where: str) -> Words:
-    """The `tokenizer:` block of a recipe, or the value of `tokenizer_source`.
+    """Read the `tokenizer:` block of a recipe, or the value of `tokenizer_source`.
 
     Args:
-        find: from the name of a model and the place where it stands to the number of the input;
-            None for the union.
-        where: where the block stands, for messages.
+        find: from the name of a model and its key in the recipe to the number of the input; None
+            for the union.
+        where: key of the block, for messages.
     Raises:
         UserError: naming the key, if it is not known or its value is of the wrong kind.
     """
@@ -158,22 +157,22 @@ def _one_model(name: object, find: Callable[[object, str], int | None], where: s
 def unite(
     words: Words, folders: Sequence[Path], template: int, base: int | None
 ) -> Vocabulary | None:
-    """The vocabulary that a recipe asks for; None where all models have it already.
+    """Build the vocabulary that a recipe asks for; None if all models have it already.
 
-    Words of the union are numbered as in the template, the base or else the first model; behind
-    them come new ones in the order of the models, those that a tokenizer has added last.
+    Words of the template (the base, else the first model) keep their ids. New words follow in the
+    order of the models: first those of base vocabularies, then those that tokenizers have added.
 
     Args:
-        folders: of the models; `template`: number of that with the configuration.
-        base: number of the recipe's `base_model`; None: there is none.
+        folders: of the models; `template`: number of the one with the configuration.
+        base: number of the recipe's `base_model`; None: none.
     Raises:
-        UserError: naming the file or word, if a tokenizer cannot be read, or a row is not there.
+        UserError: naming the file or word, if a tokenizer cannot be read or a row does not exist.
     """
     plain = words.source is not None and not words.origins
     if plain and not all((folder / FILE).is_file() for folder in folders):
-        return None  # whether they fit is seen from other files
+        return None  # tokenizers of other formats are compared by `check_same_ids`
     known = [_read(folder / FILE) for folder in folders]
-    if plain and all(one.ids == known[0].ids for one in known):
+    if plain and all(tokenizer.ids == known[0].ids for tokenizer in known):
         return None
     holder = known[template if words.source is None else words.source]
     ids = dict(holder.ids)
@@ -184,47 +183,47 @@ def unite(
         )
     if words.source is None:
         for added in (False, True):
-            for one in known:
-                for word in one.ids:  # by number
-                    if (word in one.added) is added:
+            for tokenizer in known:
+                for word in tokenizer.ids:  # in the order of their ids
+                    if (word in tokenizer.added) is added:
                         ids.setdefault(word, len(ids))
     for word in words.origins:
         ids.setdefault(word, len(ids))
-    rows = [torch.tensor([one.ids.get(word, -1) for word in ids]) for one in known]
+    rows = [torch.tensor([t.ids.get(word, -1) for word in ids]) for t in known]
     donors: list[dict[int, Donors]] = [{} for _ in known]
     for word, row in ids.items():
         origin = words.origins.get(word)
-        given = None if origin is None else _asked(origin, word, known, words.where)
-        having = tuple((n, one.ids[word]) for n, one in enumerate(known) if word in one.ids)
+        requested = None if origin is None else _requested_row(origin, word, known, words.where)
+        having = tuple((n, t.ids[word]) for n, t in enumerate(known) if word in t.ids)
         if base is not None and word in known[base].ids:
             having = ((base, known[base].ids[word]),)
-        for number, one in enumerate(known):
-            if word not in one.ids or (origin is not None and origin.force):
+        for number, tokenizer in enumerate(known):
+            if word not in tokenizer.ids or (origin is not None and origin.force):
                 rows[number][row] = -1
-                donors[number][row] = having if given is None else given
+                donors[number][row] = having if requested is None else requested
     numbers = {number: ids[word] for word, number in known[template].ids.items() if word in ids}
     grown = len(ids) > len(holder.ids)
     return Vocabulary(rows, donors, _tokenizer(holder, ids, known), grown, numbers)
 
 
-def _asked(origin: Origin, word: str, known: Sequence[_Tokenizer], where: str) -> Donors:
+def _requested_row(origin: Origin, word: str, known: Sequence[_Tokenizer], where: str) -> Donors:
     """The row that a recipe names for a word.
 
     Raises:
-        UserError: if that model has none such.
+        UserError: if that model does not have it.
     """
     if origin.model is None:
         return ()
     if isinstance(origin.word, int):
         return ((origin.model, origin.word),)
-    meant, one = word if origin.word is None else origin.word, known[origin.model]
-    if meant not in one.ids:
-        raise UserError(f"{where}, tokens, {word!r}: {one.file} has no {meant!r}")
-    return ((origin.model, one.ids[meant]),)
+    source, tokenizer = word if origin.word is None else origin.word, known[origin.model]
+    if source not in tokenizer.ids:
+        raise UserError(f"{where}, tokens, {word!r}: {tokenizer.file} has no {source!r}")
+    return ((origin.model, tokenizer.ids[source]),)
 
 
 def _read(file: Path) -> _Tokenizer:
-    """Words and numbers of a tokenizer, in the order of the numbers."""
+    """Read the words of a tokenizer, in the order of their ids."""
     try:
         content = json.loads(file.read_bytes())
         listed = content["model"]["vocab"]
@@ -235,7 +234,7 @@ def _read(file: Path) -> _Tokenizer:
         ids = dict(sorted(ids.items(), key=lambda item: item[1]))
     except FileNotFoundError:
         raise UserError(
-            f"{file.parent}: has no {FILE}, which a vocabulary of several is made from"
+            f"{file.parent}: has no {FILE}, which is needed to unite vocabularies"
         ) from None
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: is not the file of a tokenizer: {error!r}") from error
@@ -245,11 +244,11 @@ def _read(file: Path) -> _Tokenizer:
 def _tokenizer(
     holder: _Tokenizer, ids: Mapping[str, int], known: Sequence[_Tokenizer]
 ) -> dict[str, object]:
-    """The tokenizer's file with new words; those of other models are found as they are spelled."""
+    """Content of the tokenizer's file with the new words as added tokens."""
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True}
     plain |= {"special": False}
     entries = list(holder.content.get("added_tokens") or ())
     for word in list(ids)[len(holder.ids) :]:
-        like = next((one.added[word] for one in known if word in one.added), plain)
+        like = next((t.added[word] for t in known if word in t.added), plain)
         entries.append({**like, "content": word, "id": ids[word]})
     return {**holder.content, "added_tokens": entries}

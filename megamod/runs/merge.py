@@ -71,7 +71,7 @@ def run_merge(args: MergeArgs, recipe_file: Path | None) -> None:
     if args.base_model is not None:
         raise UserError("--base_model goes with --extract_lora; a recipe has base_model of its own")
 
-    from megamod.merging.average import merge
+    from megamod.merging.merge import merge
     from megamod.merging.recipe import GREEDY_SOUP
     from megamod.merging.recipe_file import read_recipe
     from megamod.states.stream import parse_size
@@ -132,7 +132,7 @@ def recipe_of(args: MergeArgs) -> "Recipe":
         UserError: naming the flag, for values that do not go together.
     """
     from megamod.btm.parents import forest_sources, strongest
-    from megamod.merging.methods import METHODS
+    from megamod.merging.methods.table import METHODS
     from megamod.merging.recipe import GREEDY_SOUP, weighted
     from megamod.merging.settings import check_word
     from megamod.states.forest import open_forest

@@ -48,7 +48,7 @@ stop.set()
 print(json.dumps([seconds, max(peak, rss()) - before]))
 """
 OURS = """
-from megamod.merging.average import average_folders
+from megamod.merging.merge import average_folders
 def work():
     average_folders([(Path(f), None) for f in folders], [1.0] * len(folders), output)
 """

@@ -9,7 +9,7 @@ from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadMode
 from twins import twin
 
 from megamod.errors import UserError
-from megamod.merging.average import merge
+from megamod.merging.merge import merge
 from megamod.merging.recipe_file import read_recipe
 from megamod.models.lm.configuration import DemixConfig
 from megamod.models.lm.demix import DemixForCausalLM
@@ -93,7 +93,7 @@ def test_models_that_compute_the_same_still_do_when_merged(place, tmp_path, name
         ("align: {methods: weight}", "there is no 'methods'; known are method"),
         ("align: {method: activation}", "align.calibration.path is missing"),
         ("align: {method: weight, head_follow_residual: false}", "is no longer tied"),
-        ("align: {calibration: {path: nowhere.txt}}", "nowhere.txt cannot be read"),
+        ("align: {calibration: {path: nowhere.txt}}", "nowhere.txt: cannot be read"),
         ("align: 3", "align is 3, not"),
     ],
 )

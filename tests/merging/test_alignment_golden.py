@@ -11,9 +11,9 @@ from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassificat
 
 from megamod.merging.alignment.align import align, shapes_of
 from megamod.merging.alignment.calibration import Batch
+from megamod.merging.alignment.measure import measure
 from megamod.merging.alignment.options import Calibration, Compat, Options
 from megamod.merging.alignment.permute import interpolate, merge_states, permuted, reference
-from megamod.merging.alignment.running import measure
 from megamod.merging.alignment.symmetry import symmetry_of
 
 GOLDEN = Path(__file__).resolve().parents[2].parent / "shared" / "golden" / "merging"

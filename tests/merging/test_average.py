@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import megamod  # noqa: F401  (makes the models known)
 from megamod.errors import UserError
-from megamod.merging.average import average_folders, merge
+from megamod.merging.merge import average_folders, merge
 from megamod.merging.recipe_file import read_recipe
 from megamod.states.weights import expert_state, read_weights
 
@@ -232,7 +232,7 @@ PROGRAM = """
 import sys, threading, time
 from pathlib import Path
 import torch
-from megamod.merging.average import merge
+from megamod.merging.merge import merge
 from megamod.merging.recipe import Input, Recipe
 
 def anonymous():

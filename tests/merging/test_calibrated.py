@@ -10,9 +10,9 @@ from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from megamod.errors import UserError
-from megamod.merging.average import merge
-from megamod.merging.calibrated import diagonal_fisher, input_grams, write_statistics
+from megamod.merging.merge import merge
 from megamod.merging.recipe_file import read_recipe
+from megamod.merging.statistics import diagonal_fisher, input_grams, write_statistics
 
 
 class Conv1D(nn.Module):

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from megamod.errors import UserError
-from megamod.merging.average import average_folders, merge
+from megamod.merging.merge import average_folders, merge
 from megamod.merging.recipe_file import read_recipe
 from megamod.states.forest import open_forest
 from megamod.states.weights import read_weights

@@ -14,7 +14,7 @@ from megamod.merging.alignment.options import Calibration, Compat, Options
 from megamod.merging.alignment.permute import merge_states
 from megamod.merging.alignment.record import unaligned
 from megamod.merging.alignment.symmetry import symmetry_of
-from megamod.merging.average import merge
+from megamod.merging.merge import merge
 from megamod.merging.recipe_file import read_recipe
 from megamod.states.weights import read_weights
 

@@ -10,8 +10,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from megamod.errors import UserError
 from megamod.flags import parse_args
-from megamod.merging.average import average_folders, merge
 from megamod.merging.extract_lora import extract_lora
+from megamod.merging.merge import average_folders, merge
 from megamod.merging.recipe_file import read_recipe
 from megamod.runs.merge import MergeArgs, run_merge
 from megamod.states.weights import read_weights

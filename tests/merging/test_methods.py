@@ -1,3 +1,4 @@
+import importlib.util
 import json
 from contextlib import ExitStack
 from itertools import combinations
@@ -5,14 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from megamod.errors import UserError
-from megamod.merging import sparsify, tensors
-from megamod.merging.average import merge
-from megamod.merging.methods import METHODS
+from megamod.merging import tensors
+from megamod.merging.merge import merge
+from megamod.merging.methods import sparsify
+from megamod.merging.methods.table import METHODS
 from megamod.merging.plan import make_plan
 from megamod.merging.recipe import Input, Recipe
+from megamod.merging.recipe_file import read_recipe
 from megamod.states import stream
 from megamod.states.stream import ModelFolder
 
@@ -65,7 +68,7 @@ def merged(
         plan = make_plan(recipe, folders, 10**9)
         found = {}
         for name, spec in plan.specs.items():
-            pieces = METHODS[method].function(plan.blend(name, seed))
+            pieces = METHODS[method].function(plan.merge_tensor(name, seed))
             flat = torch.cat([torch.empty(0), *(p.reshape(-1).clone() for p in pieces)])
             found[name] = flat.view(spec.shape)
         return found
@@ -324,7 +327,7 @@ def test_ranks_among_equals_and_zeros(dtype):
     values[3] = -0.0
     ordered = values.abs().sort().values
     for rank in range(0, 101, 5):
-        value, below, equal = sparsify.ranked(lambda: values.clone().split(16), rank)
+        value, below, equal = sparsify.magnitude_of_rank(lambda: values.clone().split(16), rank)
         assert value == ordered[rank]
         assert below == (ordered < value).sum() and equal == (ordered == value).sum()
 
@@ -335,9 +338,9 @@ def test_of_equal_entries_the_first_stay(tmp_path, low, high):
     tau = torch.randint(-2, 3, (101,), generator=generator).float()
     folders = write(tmp_path, [{"w": torch.zeros(101)}, {"w": tau}])
     with ModelFolder(folders[0]) as first, ModelFolder(folders[1]) as second:
-        base, model = (tensors.Operand(f, "w", {}) for f in (first, second))
-        vector = sparsify.TaskVector(tensors.Blend("w", [base, model], base, {}), model)
-        thin = sparsify._band(vector, low, high)()
+        base, model = (tensors.ModelTensor(f, "w", {}) for f in (first, second))
+        vector = sparsify.TaskVector(tensors.MergeTensor("w", [base, model], base, {}), model)
+        thin = sparsify._keep_ranks(vector, low, high)()
         pieces = [piece.clone() for piece in vector.pieces()]
         for piece in pieces:
             thin(piece)
@@ -384,3 +387,26 @@ def test_what_is_not_finite_is_found_by_every_method(tmp_path, method):
     with pytest.raises(UserError, match=rf"models/{count - 1}: m holds values"):
         merge(recipe, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["models"]
+
+
+def test_the_method_of_the_documentation(tmp_path):
+    """The file that docs/merging.md shows, entered into the table as it stands."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "merging.md").read_text()
+    code = page.split("### Adding a method")[1].split("```python\n")[1].split("```")[0]
+    (tmp_path / "median_of_the_docs.py").write_text(code)
+    before = dict(METHODS)
+    spec = importlib.util.spec_from_file_location("median", tmp_path / "median_of_the_docs.py")
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    try:
+        generator = torch.Generator().manual_seed(0)
+        states = [{"w": torch.randn(7, 5, generator=generator)} for _ in range(3)]
+        folders = write(tmp_path / "models", states)
+        lines = "\n".join(f"- {{model: {folder}}}" for folder in folders)
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(f"merge_method: median\nmodels:\n{lines}\nparameters: {{scale: 2}}\n")
+        merge(read_recipe(recipe), tmp_path / "out")
+        wanted = torch.stack([state["w"] for state in states]).median(0).values * 2
+        assert torch.equal(load_file(tmp_path / "out/model.safetensors")["w"], wanted)
+    finally:
+        METHODS.clear()
+        METHODS.update(before)

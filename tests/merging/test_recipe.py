@@ -6,11 +6,11 @@ import torch
 from safetensors.torch import save_file
 
 from megamod.errors import UserError
-from megamod.merging.average import merge
-from megamod.merging.methods import METHODS, PARAMETERS
+from megamod.merging.merge import merge
+from megamod.merging.methods.table import METHODS, all_parameters
 from megamod.merging.recipe import Recipe, weighted
 from megamod.merging.recipe_file import read_recipe
-from megamod.merging.settings import Asked, check_parameters, depths, values_for
+from megamod.merging.settings import Lookup, check_parameters, depths, values_for
 from megamod.states.weights import read_weights
 
 SLICED = "merge_method: x\nslices:\n- sources: [{model: a, layer_range: "
@@ -27,9 +27,9 @@ def values_of(recipe: Recipe, name: str, depth: float) -> tuple[dict, list[dict]
     """Values of one tensor: of the whole merge, and of each model."""
     common = [(f"{recipe.origin}, parameters", recipe.parameters)]
     places = [(f"{recipe.origin}, {one}", one.parameters) for one in recipe.inputs]
-    check_parameters([*places, *common], PARAMETERS, recipe.method)
-    each = [Asked(name, [place, *common]) for place in places]
-    return values_for(METHODS[recipe.method], depth, Asked(name, common), each)
+    check_parameters([*places, *common], all_parameters(), recipe.method)
+    each = [Lookup(name, [place, *common]) for place in places]
+    return values_for(METHODS[recipe.method], depth, Lookup(name, common), each)
 
 
 def weights_of(recipe: Recipe, names: list[str]) -> dict[str, list[float]]:

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from megamod.errors import UserError
-from megamod.merging.average import merge
+from megamod.merging.merge import merge
 from megamod.merging.recipe_file import read_recipe
 
 SMALL = dict(

@@ -27,8 +27,8 @@ from transformers import (
 )
 
 from megamod.errors import UserError
-from megamod.merging import reindexed as reindexed_module
-from megamod.merging.average import merge
+from megamod.merging import vocabulary_view
+from megamod.merging.merge import merge
 from megamod.merging.recipe_file import read_recipe
 from megamod.states.weights import read_weights
 
@@ -112,7 +112,7 @@ NO_BASE_C = by_word(300, 301, 305, 153, 303, 105, 156.5, 107, 302, 206, 304, 208
 @pytest.mark.parametrize("pieces", [1 << 20, 16])
 @pytest.mark.parametrize("name", WORDS)
 def test_rows_of_a_union_are_those_of_mergekit(place, tmp_path, monkeypatch, name, pieces):
-    monkeypatch.setattr(reindexed_module, "PIECE", pieces)
+    monkeypatch.setattr(vocabulary_view, "PIECE", pieces)
     weights = [int(name == other) for other in WORDS]
     extra = "tokenizer_source: union\nbase_model: '@a'\n"
     found, config, output = run(place, tmp_path, weights, extra)
@@ -256,7 +256,7 @@ def test_models_with_the_same_words_in_another_order(tmp_path, kind):
         (
             "tokenizer: {source: union, tokens: {bc: {source: {kind: model_token, model: '@a', "
             "token_id: 99}}}}",
-            "has 10 rows, none of number 99",
+            "has 10 rows, but a word has row 99",
         ),
         ("tokenizer_source: union\nalign: {method: weight}", "leave out align"),
     ],

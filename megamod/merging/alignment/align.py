@@ -29,9 +29,9 @@ from megamod.merging.alignment.matching import (
     transport,
     transport_heads,
 )
+from megamod.merging.alignment.measure import Measured, load_model, measure
 from megamod.merging.alignment.options import Calibration, Options
 from megamod.merging.alignment.record import Alignment, aligned_groups, followed
-from megamod.merging.alignment.running import Measured, load_model, measure
 from megamod.merging.alignment.statistics import averaged
 from megamod.merging.alignment.symmetry import Symmetry, symmetry_of
 from megamod.merging.alignment.weight_matching import match_weights

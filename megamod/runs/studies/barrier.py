@@ -39,10 +39,10 @@ from megamod.evaluation.plots import plot_barriers, plot_losses_along
 from megamod.files import write_json
 from megamod.merging.alignment.align import align, places_of, shapes_of
 from megamod.merging.alignment.calibration import read_items, whole_batches
+from megamod.merging.alignment.measure import load_model
 from megamod.merging.alignment.options import BY_TEXT, Options
 from megamod.merging.alignment.permute import changes, permuted, reference, untied
 from megamod.merging.alignment.record import Alignment
-from megamod.merging.alignment.running import load_model
 from megamod.merging.alignment.symmetry import symmetry_of
 from megamod.runs.finetune.args import TaskArgs, TunedArgs, WordArgs
 from megamod.runs.finetune.problem import prepare

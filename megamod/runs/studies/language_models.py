@@ -29,7 +29,7 @@ from megamod.data.lm.databin import DataBin
 from megamod.errors import UserError
 from megamod.evaluation.plots import read_metrics
 from megamod.flags import flag_words, parse_args
-from megamod.merging.average import average_folders
+from megamod.merging.merge import average_folders
 from megamod.runs.studies.forest_scores import (
     Losses,
     ScoredText,

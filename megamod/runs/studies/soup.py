@@ -20,9 +20,9 @@ from torch import Tensor
 from megamod.data.tasks.specs import any_task
 from megamod.errors import UserError
 from megamod.evaluation.barrier import Losses
+from megamod.merging.alignment.measure import load_model
 from megamod.merging.alignment.options import Options
-from megamod.merging.alignment.running import load_model
-from megamod.merging.average import SHARD_BYTES, merge
+from megamod.merging.merge import SHARD_BYTES, merge
 from megamod.merging.plan import Plan
 from megamod.merging.recipe import GREEDY_SOUP, Recipe
 from megamod.runs.studies.barrier import HEADS, ground_of
@@ -85,10 +85,10 @@ def greedy_soup(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tasted = choose(paths, losses, device, HEADS.get(study.tasks[0]))
     kept = sorted(one.number for one in tasted if one.kept)
-    found = {"merge_method": GREEDY_SOUP, "evaluation": dict(recipe.evaluation)}
-    found |= {"tasted": [asdict(one) for one in tasted]}
+    record = {"merge_method": GREEDY_SOUP, "evaluation": dict(recipe.evaluation)}
+    record |= {"tasted": [asdict(one) for one in tasted]}
     note = f"```\n{described(tasted)}\n```"
-    options |= {"copy_tokenizer": copy_tokenizer, "found": found, "note": note}
+    options |= {"copy_tokenizer": copy_tokenizer, "record": record, "note": note}
     return merge(_average(recipe, kept), output, **options), tasted
 
 
@@ -169,8 +169,8 @@ def _average(recipe: Recipe, numbers: Sequence[int]) -> Recipe:
     """
     used = {
         "base_model": recipe.base is not None,
-        "slices": recipe.slices,
-        "modules": recipe.modules or recipe.module,
+        "slices": recipe.stacked,
+        "modules": recipe.module_parameters or (recipe.parts and not recipe.stacked),
         "align": recipe.align,
         "tokenizer_source": recipe.words,
         "parameters": recipe.parameters or [one for one in recipe.inputs if one.parameters],

@@ -1,4 +1,4 @@
-"""Model folders read as if they had another vocabulary: embeddings and output matrices by row."""
+"""Views of model folders with another vocabulary: embeddings and output matrices by row."""
 
 import math
 import re
@@ -23,16 +23,14 @@ _ELSE = re.compile(r"position|wpe|token_type")
 _INPUT = re.compile(rf"(?:^|\.)(?:{INPUT_NAMES}){_EXPERT}\.weight$")
 
 
-class ReindexedFolder(View):
+class VocabularyView(View):
     """A source with the vocabulary of the result of a merge.
 
-    Rows that it lacks are read from other folders.
+    Rows that it lacks are read from other sources.
 
     Args:
-        number: of the folder among `folders`, which are those of all models.
-        by_word: for each folder its tensors with a row for every word.
-    Attributes:
-        tensors: specification of every tensor.
+        number: of the source among `folders`, which are those of all models.
+        by_word: for each source its tensors with a row for every word.
     """
 
     def __init__(
@@ -70,21 +68,21 @@ class ReindexedFolder(View):
             return
         first, last = start // width, (start + len(buffer) - 1) // width
         rows = self._rows[first : last + 1]
-        found = torch.empty(len(rows), width, dtype=spec.dtype)
+        result = torch.empty(len(rows), width, dtype=spec.dtype)
         if self.source.tensors[name].nbytes <= PIECE:
             whole = self.source.read(name).view(-1, width)
-            found.copy_(whole[rows.clamp(min=0)])
+            result.copy_(whole[rows.clamp(min=0)])
         else:
-            own = (rows >= 0).nonzero()[:, 0]
-            read = torch.empty(len(own), width, dtype=spec.dtype)
-            read_rows(self.source, name, rows[own], read)
-            found[own] = read
-        for place in (rows < 0).nonzero()[:, 0].tolist():
-            found[place] = self._mean(name, self._donors[first + place], width)
-        buffer.copy_(found.view(-1)[start - first * width :][: len(buffer)])
+            stored = (rows >= 0).nonzero()[:, 0]
+            read = torch.empty(len(stored), width, dtype=spec.dtype)
+            read_rows(self.source, name, rows[stored], read)
+            result[stored] = read
+        for row in (rows < 0).nonzero()[:, 0].tolist():
+            result[row] = self._mean(name, self._donors[first + row], width)
+        buffer.copy_(result.view(-1)[start - first * width :][: len(buffer)])
 
     def _mean(self, name: str, donors: Donors, width: int) -> Tensor:
-        """The mean of rows of other models, [width]; of none zeros."""
+        """Mean of rows of other models, [width]; zeros if there are none."""
         total = torch.zeros(width, dtype=torch.float64)
         for model, row in donors:
             source = self._folders[model]
@@ -94,33 +92,34 @@ class ReindexedFolder(View):
         return total / max(1, len(donors))
 
 
-def reindexed(folders: Sequence[TensorSource], vocabulary: Vocabulary) -> list[ReindexedFolder]:
-    """The folders of a merge, each with the vocabulary of the result.
+def with_vocabulary(
+    folders: Sequence[TensorSource], vocabulary: Vocabulary
+) -> list[VocabularyView]:
+    """Views of the folders of a merge with the vocabulary of the result.
 
     Raises:
-        UserError: naming folder and tensor, if it is not known what is an embedding, or rows are
-            missing.
+        UserError: naming folder and tensor, if embeddings cannot be told apart or rows are missing.
     """
     by_word = [_by_word(folder) for folder in folders]
     needed = [int(rows.max()) for rows in vocabulary.rows]
     for donors in vocabulary.donors:
-        for model, row in (donor for every in donors.values() for donor in every):
+        for model, row in (donor for word_donors in donors.values() for donor in word_donors):
             needed[model] = max(needed[model], row)
     for folder, names, most in zip(folders, by_word, needed, strict=True):
         for name in names:
             if folder.tensors[name].shape[0] <= most:
                 raise UserError(
-                    f"{folder.folder}: {name} has {folder.tensors[name].shape[0]} rows, none of "
-                    f"number {most}, which a word is said to have"
+                    f"{folder.folder}: {name} has {folder.tensors[name].shape[0]} rows, but a "
+                    f"word has row {most}"
                 )
-    return [ReindexedFolder(n, folders, by_word, vocabulary) for n in range(len(folders))]
+    return [VocabularyView(n, folders, by_word, vocabulary) for n in range(len(folders))]
 
 
 def _by_word(folder: TensorSource) -> list[str]:
-    """Tensors with a row for every word.
+    """Names of the tensors with a row for every word.
 
     Raises:
-        UserError: if there is no embedding, or a tensor of such a shape is not known.
+        UserError: if there is no embedding, or a tensor of that shape has an unknown name.
     """
     size = vocab_size(read_config(folder.folder))
     shaped = [

@@ -1,7 +1,7 @@
-"""Merging folders of models: checked first, then streamed tensor by tensor into a new folder.
+"""Merge model folders: check everything, then stream tensor by tensor into a new folder.
 
-No more than a few pieces of a tensor are in memory at a time, however large the models are; only
-`regmean`, which solves for a layer as a whole, holds one.
+Only a few pieces of a tensor are in memory at a time, whatever the size of the models; `regmean`,
+which solves for a whole layer, holds one layer.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,20 +18,20 @@ from tqdm import tqdm
 
 from megamod.errors import UserError
 from megamod.merging.compatibility import check_configs
-from megamod.merging.measured import check_calibration, measure_statistics
-from megamod.merging.methods import METHODS
+from megamod.merging.methods.table import METHODS
 from megamod.merging.model_folder import carry_over, commonest_chat, write_record
 from megamod.merging.naming import harmonise, tied_pairs
 from megamod.merging.plan import Plan, make_plan
 from megamod.merging.recipe import Input, Recipe, weighted
-from megamod.merging.reindexed import reindexed
-from megamod.merging.tensors import Operand, TensorSource, same_bits
+from megamod.merging.statistics import check_calibration, compute_statistics
+from megamod.merging.tensors import ModelTensor, TensorSource, same_bits
 from megamod.merging.vocabulary import Vocabulary, unite
+from megamod.merging.vocabulary_view import with_vocabulary
 from megamod.states.output_folder import check_new_folder, new_folder
 from megamod.states.stream import PIECE, ModelFolder, pieces, write_stream
 
 SHARD_BYTES = 5 * 10**9
-"""Size of a weight file above which there are several, as in mergekit."""
+"""Size above which weights are split into several files, as in mergekit."""
 
 
 def average_folders(
@@ -46,14 +46,14 @@ def average_folders(
     shard_bytes: int = SHARD_BYTES,
     origin: str = "--weights",
 ) -> None:
-    """Write the weighted average of models as a new model folder; nothing if anything is wrong.
+    """Write the weighted average of models as a new model folder; write nothing on an error.
 
     Args:
-        sources: model folder, and for an expert of a DEMix folder its domain (None: the whole).
+        sources: model folder (or `MODEL+ADAPTER`), and the domain of one expert of a DEMix folder.
         normalize: divide by the sum of the weights.
-        domains: what each source was trained on, to be recorded.
-        dtype: round weights to it first; `out_dtype`: what is stored, else that of the first.
-        origin: where the weights come from, for messages.
+        domains: that each source was trained on, for the record.
+        dtype: round weights to it first; `out_dtype`: store it, else that of the first model.
+        origin: flag or file of the weights, for messages.
     Raises:
         UserError: naming the folder, tensor or value, if the models do not fit each other, the
             weights do not fit the models, or something is not finite.
@@ -81,59 +81,59 @@ def merge(
     seed: int = 0,
     copy_tokenizer: bool = True,
     quiet: bool = False,
-    found: Mapping[str, object] | None = None,
+    record: Mapping[str, object] | None = None,
     note: str = "",
 ) -> Plan:
-    """Carry out a recipe: the folder `output` appears whole or not at all.
+    """Carry out a recipe; the folder `output` appears whole or not at all.
 
-    Computes in float32 (in float64 what is stored so), reads models by pieces, and takes buffers of
-    integers from the base. Files of the optimizer are not read.
+    Computes in float32 (float64 where that is stored) and copies buffers of integers from the base.
+    Optimizer state is not read.
 
     Args:
-        output: None: nowhere, with `dry_run`.
-        shard_bytes: size of a weight file above which there are several.
+        output: None with `dry_run`: no folder.
+        shard_bytes: size above which weights are split into several files.
         dry_run: check everything and write nothing.
-        threads: how many tensors are merged at the same time; the result is the same.
+        threads: number of tensors merged at the same time; does not change the result.
         seed: of everything that is drawn at random.
-        copy_tokenizer: whether the result gets the files of a tokenizer.
+        copy_tokenizer: give the result a tokenizer.
         quiet: no progress bar.
-        found: what else to record, such as how the models were chosen; `note`: the same as text.
+        record: further entries of merge.json; `note`: text for the model card.
     Returns:
-        what was done.
+        the plan that was carried out.
     Raises:
         UserError: as `average_folders`.
     """
     if output is not None:
         check_new_folder(output)
     with ExitStack() as stack:
-        folders = [_opened(one, stack) for one in recipe.inputs]
+        folders = [_opened(model, stack) for model in recipe.inputs]
         check_calibration(recipe)
-        vocabulary = _vocabulary(recipe)
+        vocabulary = _united_vocabulary(recipe)
         paths = [folders[recipe.template].folder, *(folder.folder for folder in folders)]
         check_configs(paths, cut=recipe.cut, same_words=vocabulary is None)
-        common = harmonise(folders, recipe.template, whole=not recipe.slices)
-        inputs = _aligned(recipe, common.folders)
+        common = harmonise(folders, recipe.template, whole=not recipe.stacked)
+        inputs = _align(recipe, common.folders)
         if vocabulary is not None:
-            inputs = reindexed(inputs, vocabulary)
+            inputs = with_vocabulary(inputs, vocabulary)
         plan = make_plan(recipe, inputs, shard_bytes, vocabulary, common.copied)
         if dry_run:
             return plan
-        measured = measure_statistics(recipe, Path(stack.enter_context(TemporaryDirectory())))
-        statistics = [file and stack.enter_context(ModelFolder(file)) for file in measured]
+        files = compute_statistics(recipe, Path(stack.enter_context(TemporaryDirectory())))
+        statistics = [file and stack.enter_context(ModelFolder(file)) for file in files]
         plan = replace(plan, statistics=statistics)
         folder = stack.enter_context(new_folder(output))
-        # Neither digests nor reading hold the interpreter's lock.
+        # Hashing and reading both release the interpreter's lock.
         hashing = ThreadPoolExecutor(1)
         stack.callback(hashing.shutdown, cancel_futures=True)
-        digests = [hashing.submit(one.digest) for one in folders]
+        digests = [hashing.submit(folder.digest) for folder in folders]
         size = sum(spec.nbytes for spec in plan.specs.values())
-        hidden = True if quiet else None  # None: where nobody looks
+        hidden = True if quiet else None  # None: hidden unless stderr is a terminal
         with tqdm(total=size, unit="B", unit_scale=True, disable=hidden, leave=False) as bar:
             produce = partial(_produce, plan, bar, seed)
             write_stream(folder, plan.files, plan.specs, produce, threads)
         plan = replace(plan, config=_with_tie(plan, folder))
         words = folders[recipe.tokenizer].folder if copy_tokenizer else None
-        chat = commonest_chat([one.path for one in recipe.inputs]) if recipe.chat else None
+        chat = commonest_chat([model.path for model in recipe.inputs]) if recipe.chat else None
         carry_over(
             folders[recipe.template].folder, words, folder, plan.config, chat, plan.vocabulary
         )
@@ -144,31 +144,31 @@ def merge(
             [digest.result() for digest in digests],
             plan.config,
             seed,
-            found or {},
+            record or {},
             note,
         )
     return plan
 
 
-def _opened(one: Input, stack: ExitStack) -> TensorSource:
-    """The tensors of a model until the stack is closed, with its adapter if it has one."""
-    folder = stack.enter_context(ModelFolder(one.path, one.member))
-    if one.adapter is None:
+def _opened(model: Input, stack: ExitStack) -> TensorSource:
+    """Open the folder of a model until the stack is closed, with its adapter if it has one."""
+    folder = stack.enter_context(ModelFolder(model.path, model.member))
+    if model.adapter is None:
         return folder
     from megamod.merging.lora import AdaptedFolder
 
-    return AdaptedFolder(folder, one.adapter)
+    return AdaptedFolder(folder, model.adapter)
 
 
-def _vocabulary(recipe: Recipe) -> Vocabulary | None:
-    """The vocabulary of the result, where it is not that of every model.
+def _united_vocabulary(recipe: Recipe) -> Vocabulary | None:
+    """The vocabulary of the result; None if all models have it already.
 
     Raises:
-        UserError: if it cannot be made.
+        UserError: if the vocabularies cannot be united.
     """
     if recipe.words is None:
         return None
-    paths = [one.path for one in recipe.inputs]
+    paths = [model.path for model in recipe.inputs]
     vocabulary = unite(recipe.words, paths, recipe.template, recipe.base)
     if vocabulary is not None and recipe.align is not None:
         raise UserError(
@@ -178,16 +178,16 @@ def _vocabulary(recipe: Recipe) -> Vocabulary | None:
     return vocabulary
 
 
-def _aligned(recipe: Recipe, folders: Sequence[TensorSource]) -> Sequence[TensorSource]:
-    """The folders with their features in the order of the first one's, where the recipe asks so.
+def _align(recipe: Recipe, folders: Sequence[TensorSource]) -> Sequence[TensorSource]:
+    """Read all folders with their features in the order of the first, if the recipe says so.
 
     Raises:
         UserError: if they cannot be aligned.
     """
     if recipe.align is None:
         return folders
-    # Models may have to be run, which takes libraries that no other merge needs.
-    from megamod.merging.alignment.before_merge import aligned_folders
+    # Imported here, as alignment may run models, which no other merge needs.
+    from megamod.merging.alignment.merge_step import aligned_folders
 
     return aligned_folders(recipe.align, folders, recipe.origin)
 
@@ -202,7 +202,7 @@ def _with_tie(plan: Plan, folder: Path) -> dict[str, object]:
     if not pairs or plan.config.get("tie_word_embeddings") is False:
         return plan.config
     with ModelFolder(folder) as written:
-        if all(same_bits(written, one, written, other) for one, other in pairs):
+        if all(same_bits(written, table, written, output) for table, output in pairs):
             return plan.config
     config = plan.config | {"tie_word_embeddings": False}
     inner = config.get("text_config")
@@ -212,31 +212,31 @@ def _with_tie(plan: Plan, folder: Path) -> dict[str, object]:
 
 
 def _produce(plan: Plan, bar: tqdm, seed: int, name: str) -> Iterator[Tensor]:
-    """The elements of one tensor of the result, in its dtype.
+    """Compute the elements of one tensor of the result, in its dtype.
 
     Raises:
-        UserError: if one of them is not finite.
+        UserError: if an element is not finite.
     """
-    spec, recipe, making = plan.specs[name], plan.recipe, plan.makings[name]
-    if making.copied:
-        ((number, theirs),) = making.sources
-        for piece in _copied(plan.folders[number], theirs):
+    spec, recipe, tensor_plan = plan.specs[name], plan.recipe, plan.tensor_plans[name]
+    if tensor_plan.copied:
+        ((number, stored),) = tensor_plan.sources
+        for piece in _read_pieces(plan.folders[number], stored):
             yield piece.to(spec.dtype)
             bar.update(piece.nbytes)
         return
     cast = getattr(torch, recipe.dtype) if recipe.dtype else None
-    blend = plan.blend(name, seed)
-    for piece in METHODS[recipe.method].function(blend):
+    target = plan.merge_tensor(name, seed)
+    for piece in METHODS[recipe.method].function(target):
         piece = piece.reshape(-1) if cast is None else piece.reshape(-1).to(cast)
         piece = piece.to(spec.dtype)
-        # The sum is forty times as fast as looking at each element, and only finite if all are.
+        # The sum is forty times faster than a test of each element, and finite only if all are.
         if not torch.isfinite(piece.sum()) and not torch.isfinite(piece).all():
-            raise UserError(_not_finite(plan, name, blend.operands))
+            raise UserError(_not_finite(plan, name, target.models))
         yield piece
         bar.update(piece.nbytes)
 
 
-def _copied(folder: TensorSource, name: str) -> Iterator[Tensor]:
+def _read_pieces(folder: TensorSource, name: str) -> Iterator[Tensor]:
     spec = folder.tensors[name]
     buffer = torch.empty(PIECE // spec.dtype.itemsize, dtype=spec.dtype)
     for start, stop in pieces(spec.numel, spec.dtype.itemsize):
@@ -244,10 +244,10 @@ def _copied(folder: TensorSource, name: str) -> Iterator[Tensor]:
         yield buffer[: stop - start]
 
 
-def _not_finite(plan: Plan, name: str, operands: Sequence[Operand]) -> str:
-    """Says where values that are not finite come from."""
-    for operand in operands:
-        if not torch.isfinite(operand.read()).all():
-            one = plan.recipe.inputs[operand.number]
-            return f"{one}: {operand.name} holds values that are not finite"
+def _not_finite(plan: Plan, name: str, models: Sequence[ModelTensor]) -> str:
+    """Name the source of values that are not finite."""
+    for model in models:
+        if not torch.isfinite(model.read()).all():
+            parent = plan.recipe.inputs[model.number]
+            return f"{parent}: {model.name} holds values that are not finite"
     return f"{name} would hold values that are not finite in {plan.specs[name].dtype}"

@@ -1,0 +1,168 @@
+"""Spherical interpolation of two tensors, in two passes."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from megamod.merging.methods.table import method
+from megamod.merging.tensors import MergeTensor, ModelTensor
+
+_STRAIGHT = 0.9995  # cosine above which the interpolation is linear
+_PARALLEL = 1e-12  # squared sine below which nuslerp is linear
+_TINY = 1e-8  # norm below which a tensor has no direction
+
+
+@method("slerp", overall={"t": None}, models=(1, 1))
+def slerp(target: MergeTensor) -> Iterator[Tensor]:
+    """Spherical interpolation from the base (`t` = 0) to the other model (`t` = 1).
+
+    Linear where the two are parallel or one of them is zero.
+
+    Source: Shoemake 1985 (Animating Rotation with Quaternion Curves), section 3.3.
+    """
+    (other,), t = target.others, target.values["t"]
+    first, second = target.buffers(2)
+    squares, other_squares, products = 0.0, 0.0, 0.0
+    for start, stop in target.pieces():
+        x, y = first[: stop - start], second[: stop - start]
+        target.base.read_into(start, x)
+        other.read_into(start, y)
+        squares += float(x @ x)
+        other_squares += float(y @ y)
+        products += float(x @ y)
+    norm, other_norm = math.sqrt(squares), math.sqrt(other_squares)
+    norm, other_norm = (n if n > _TINY else 1.0 for n in (norm, other_norm))
+    cosine = _bounded(products / norm / other_norm)
+    share, other_share = 1 - t, t
+    if abs(cosine) <= _STRAIGHT:
+        angle = math.acos(cosine)
+        share = math.sin((1 - t) * angle) / math.sin(angle)
+        other_share = math.sin(t * angle) / math.sin(angle)
+    for start, stop in target.pieces():
+        x, y = first[: stop - start], second[: stop - start]
+        target.base.read_into(start, x)
+        other.read_into(start, y)
+        yield x.mul_(share).add_(y, alpha=other_share)
+
+
+@method(
+    "nuslerp",
+    per_model={"weight": None},
+    overall={"nuslerp_flatten": True, "nuslerp_row_wise": False},
+    base="optional",
+    models=(2, 2),
+)
+def nuslerp(target: MergeTensor) -> Iterator[Tensor]:
+    """Spherical interpolation of two models, with t = second weight / sum of weights.
+
+    With a base the differences from it are interpolated, and the base is added to the result. A
+    tensor is one vector by default. Without `nuslerp_flatten` each row along the last axis is one;
+    with `nuslerp_row_wise` as well, each vector along the first axis.
+
+    Source: as `slerp`; the weighting is that of the method of this name in mergekit.
+    """
+    left, right = target.others
+    total = left.values["weight"] + right.values["weight"]
+    t = 0.5 if abs(total) < 1e-6 else right.values["weight"] / total
+    if target.values["nuslerp_flatten"] or not target.shape:
+        yield from _along_all(target, left, right, t)
+    elif target.values["nuslerp_row_wise"]:
+        yield from _along_first_axis(target, left, right, t)
+    else:
+        yield from _along_rows(target, left, right, t)
+
+
+def _along_all(
+    target: MergeTensor, left: ModelTensor, right: ModelTensor, t: float
+) -> Iterator[Tensor]:
+    first, second, anchor = target.buffers(3)
+    sums = torch.zeros(3, dtype=torch.float64)
+    for start, stop in target.pieces():
+        x, y, _ = _differences(target, left, right, start, first, second, anchor, stop - start)
+        wide, other_wide = x.double(), y.double()
+        sums += torch.stack((wide @ wide, other_wide @ other_wide, wide @ other_wide))
+    share, other_share = (float(value) for value in _shares(*sums, t))
+    for start, stop in target.pieces():
+        x, y, base = _differences(target, left, right, start, first, second, anchor, stop - start)
+        x.mul_(share).add_(y, alpha=other_share)
+        yield x if base is None else x.add_(base)
+
+
+def _along_rows(
+    target: MergeTensor, left: ModelTensor, right: ModelTensor, t: float
+) -> Iterator[Tensor]:
+    step, width = target.row_step(), max(1, target.shape[-1])
+    first, second, anchor = target.buffers(3, step)
+    for start, stop in target.row_pieces():
+        x, y, base = _differences(target, left, right, start, first, second, anchor, stop - start)
+        x, y = x.view(-1, width), y.view(-1, width)
+        squares, other_squares, products = (
+            (a.double() * b).sum(1, keepdim=True) for a, b in ((x, x), (y, y), (x, y))
+        )
+        share, other_share = _shares(squares, other_squares, products, t)
+        x.mul_(share).addcmul_(y, other_share.to(y.dtype))
+        yield x.view(-1) if base is None else x.view(-1).add_(base)
+
+
+def _along_first_axis(
+    target: MergeTensor, left: ModelTensor, right: ModelTensor, t: float
+) -> Iterator[Tensor]:
+    """Interpolate every vector along the first axis."""
+    width = target.numel // max(1, target.shape[0])
+    if len(target.shape) < 2:
+        yield from _along_all(target, left, right, t)
+        return
+    step = max(1, target.buffers(1).numel() // max(1, width)) * max(1, width)
+    first, second, anchor = target.buffers(3, step)
+    sums = torch.zeros(3, width, dtype=torch.float64)
+    spans = [(start, min(start + step, target.numel)) for start in range(0, target.numel, step)]
+    for start, stop in spans:
+        x, y, _ = _differences(target, left, right, start, first, second, anchor, stop - start)
+        x, y = x.view(-1, width), y.view(-1, width)
+        for row, (a, b) in enumerate(((x, x), (y, y), (x, y))):
+            sums[row] += (a.double() * b).sum(0)
+    share, other_share = _shares(*sums, t)
+    for start, stop in spans:
+        x, y, base = _differences(target, left, right, start, first, second, anchor, stop - start)
+        x.view(-1, width).mul_(share).addcmul_(y.view(-1, width), other_share.to(y.dtype))
+        yield x if base is None else x.add_(base)
+
+
+def _differences(
+    target: MergeTensor,
+    left: ModelTensor,
+    right: ModelTensor,
+    start: int,
+    first: Tensor,
+    second: Tensor,
+    anchor: Tensor,
+    count: int,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Read a piece of both models minus that of the base, and the piece of the base."""
+    x, y = first[:count], second[:count]
+    left.read_into(start, x)
+    right.read_into(start, y)
+    if target.base is None:
+        return x, y, None
+    base = anchor[:count]
+    target.base.read_into(start, base)
+    return x.sub_(base), y.sub_(base), base
+
+
+def _shares(
+    squares: Tensor, other_squares: Tensor, products: Tensor, t: float
+) -> tuple[Tensor, Tensor]:
+    """Factors of both vectors from squared norms and inner product (float64, any shape)."""
+    norms = squares.sqrt().clamp(min=1e-7) * other_squares.sqrt().clamp(min=1e-7)
+    cosine = (products / norms).clamp(-1, 1)
+    straight = 1 - cosine.square() <= _PARALLEL
+    angle = torch.acos(torch.where(straight, 0, cosine))
+    sine = torch.sin(angle)
+    share = torch.where(straight, 1 - t, torch.sin((1 - t) * angle) / sine)
+    return share, torch.where(straight, t, torch.sin(t * angle) / sine)
+
+
+def _bounded(cosine: float) -> float:
+    return cosine if math.isnan(cosine) else min(1.0, max(-1.0, cosine))

@@ -1,0 +1,69 @@
+"""Table of the merge methods and their parameters, filled by the decorator `method`.
+
+A method is a function from a `MergeTensor` (one tensor, as every model has it) to the elements of
+the merged tensor, in order, in pieces of any size. It is called once per tensor. Pieces fit into
+the cache of the processor, so memory does not grow with the models; a method that needs a sum, norm
+or rank over the whole tensor reads it more than once.
+
+To add a method, write one file in this package; it is imported with the others:
+
+    @method("halfway", per_model={"weight": 1.0}, models=(1, 1))
+    def halfway(target: MergeTensor) -> Iterator[Tensor]:
+        ...
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from megamod.merging.tensors import MergeTensor
+
+Function = Callable[[MergeTensor], Iterator[Tensor]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A merge method.
+
+    Attributes:
+        function: from one tensor of all models to pieces of the merged one.
+        per_model: parameters of each model and their defaults; None: required.
+        overall: parameters of the whole merge and their defaults; None: required.
+        base: role of the base model: "none" (a model like the others), "optional" or "needed" (the
+            model that the others are compared with).
+        models: smallest and largest number of models, without such a base.
+        common_rows: with vocabularies of unequal size, merge the rows that all models have; False:
+            those that the base has.
+    """
+
+    function: Function
+    per_model: Mapping[str, float | None] = field(default_factory=dict)
+    overall: Mapping[str, float | bool | None] = field(default_factory=dict)
+    base: str = "needed"
+    models: tuple[int, int] = (1, 10**6)
+    common_rows: bool = True
+
+
+METHODS: dict[str, Method] = {}
+"""All methods by their name in recipes."""
+
+
+def method(name: str, **fields: object) -> Callable[[Function], Function]:
+    """Decorator that enters a function into `METHODS`.
+
+    Args:
+        name: of the method in recipes; `fields`: attributes of `Method`.
+    """
+
+    def register(function: Function) -> Function:
+        METHODS[name] = Method(function, **fields)
+        return function
+
+    return register
+
+
+def all_parameters() -> tuple[str, ...]:
+    """Names of the parameters of any method: a recipe may contain those of others."""
+    names = {name for entry in METHODS.values() for name in (*entry.per_model, *entry.overall)}
+    return tuple(sorted(names))

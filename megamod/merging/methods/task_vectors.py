@@ -1,0 +1,215 @@
+"""Methods on task vectors (differences of models from their base), and Model Stock."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from megamod.merging.methods import sparsify
+from megamod.merging.methods.table import method
+from megamod.merging.tensors import MergeTensor, ModelTensor
+
+_method = partial(method, common_rows=False)
+_TAU = {"weight": None, "density": 1.0}
+_SUM = {"normalize": False, "lambda": 1.0, "rescale": False, "rescale_by_density": False}
+_DROP = _SUM | {"rescale": True}
+Sparsifier = Callable[[MergeTensor, ModelTensor], Callable[[], sparsify.Drop]]
+
+
+@_method("task_arithmetic", per_model={"weight": None}, overall=_SUM)
+def task_arithmetic(target: MergeTensor) -> Iterator[Tensor]:
+    """The base plus `lambda` times the weighted sum of all task vectors.
+
+    Source: Ilharco et al. 2022 (Editing Models with Task Arithmetic), section 2.
+    """
+    return _sum(target, None)
+
+
+@_method("ties", per_model=_TAU, overall=_SUM | {"normalize": True})
+def ties(target: MergeTensor) -> Iterator[Tensor]:
+    """Trim task vectors to their largest entries, elect signs, average the entries that agree.
+
+    Source: Yadav et al. 2023 (TIES-Merging), section 4.2.
+    """
+    return _elect_signs(target, sparsify.keep_largest)
+
+
+@_method("dare_linear", per_model=_TAU, overall=_DROP)
+def dare_linear(target: MergeTensor) -> Iterator[Tensor]:
+    """Task arithmetic on randomly sparsified task vectors.
+
+    Source: Yu et al. 2023 (DARE), section 3.
+    """
+    return _sum(target, sparsify.drop_at_random)
+
+
+@_method("dare_ties", per_model=_TAU, overall=_DROP)
+def dare_ties(target: MergeTensor) -> Iterator[Tensor]:
+    """Random sparsification, then sign election as in TIES.
+
+    Source: Yu et al. 2023 (DARE), section 3.
+    """
+    return _elect_signs(target, sparsify.drop_at_random)
+
+
+@_method("breadcrumbs", per_model=_TAU | {"gamma": 0.01}, overall=_SUM)
+def breadcrumbs(target: MergeTensor) -> Iterator[Tensor]:
+    """Task arithmetic without the smallest and the very largest entries.
+
+    Source: Davari and Belilovsky 2023 (Model Breadcrumbs), section 3.
+    """
+    return _sum(target, sparsify.drop_outliers)
+
+
+@_method("breadcrumbs_ties", per_model=_TAU | {"gamma": 0.01}, overall=_SUM)
+def breadcrumbs_ties(target: MergeTensor) -> Iterator[Tensor]:
+    """`breadcrumbs` with sign election as in TIES.
+
+    Source: Davari and Belilovsky 2023; Yadav et al. 2023.
+    """
+    return _elect_signs(target, sparsify.drop_outliers)
+
+
+@_method("della", per_model=_TAU | {"epsilon": 0.15}, overall=_DROP | {"normalize": True})
+def della(target: MergeTensor) -> Iterator[Tensor]:
+    """Random sparsification that prefers large entries, then sign election as in TIES.
+
+    Source: Deep et al. 2024 (DELLA-Merging), section 3.
+    """
+    return _elect_signs(target, sparsify.drop_by_rank)
+
+
+@_method("della_linear", per_model=_TAU | {"epsilon": 0.15}, overall=_DROP)
+def della_linear(target: MergeTensor) -> Iterator[Tensor]:
+    """Task arithmetic with random sparsification that prefers large entries.
+
+    Source: Deep et al. 2024 (DELLA-Merging), section 3.
+    """
+    return _sum(target, sparsify.drop_by_rank)
+
+
+@_method("model_stock", overall={"filter_wise": False}, models=(2, 10**6))
+def model_stock(target: MergeTensor) -> Iterator[Tensor]:
+    """Interpolate between the base and the mean of the models by the agreement of task vectors.
+
+    Agreement is the mean cosine of two task vectors: of the whole tensor, or with `filter_wise` of
+    each row (along the last axis).
+
+    Source: Jang et al. 2024 (Model Stock), section 4.
+    """
+    width = max(1, target.shape[-1] if target.shape else 1)
+    if target.values["filter_wise"]:
+        for _, base, deltas in _task_vectors(target, list(target.row_pieces())):
+            rows = deltas.view(len(deltas), -1, width)
+            products = torch.einsum("aij,bij->iab", rows.double(), rows.double())
+            pull = _agreement(products)
+            mean = rows.mean(0).mul_(pull.to(rows.dtype)[:, None])
+            yield base.add_(mean.view(-1))
+        return
+    products = torch.zeros(len(target.others), len(target.others), dtype=torch.float64)
+    for _, _, deltas in _task_vectors(target, list(target.pieces())):
+        products += deltas @ deltas.T
+    pull = float(_agreement(products))
+    for _, base, deltas in _task_vectors(target, list(target.pieces())):
+        yield base.add_(deltas.mean(0), alpha=pull)
+
+
+def _agreement(products: Tensor) -> Tensor:
+    """Interpolation factor from the inner products [..., models, models] of the task vectors."""
+    count = products.shape[-1]
+    norms = products.diagonal(dim1=-2, dim2=-1).sqrt()
+    cosines = [
+        (products[..., a, b] / (norms[..., a] * norms[..., b]).clamp(min=1e-6)).clamp(-1, 1)
+        for a, b in combinations(range(count), 2)
+    ]
+    cosine = torch.stack(cosines).mean(0)
+    divisor = 1 + (count - 1) * cosine
+    singular = divisor.abs() < 1e-6
+    return torch.where(singular, 0, count * cosine / torch.where(singular, 1, divisor))
+
+
+def _task_vectors(
+    target: MergeTensor, spans: list[tuple[int, int]]
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield the first element of a piece, the piece of the base, and task vectors [models, n]."""
+    longest = max((stop - start for start, stop in spans), default=0)
+    others = target.others
+    room = torch.empty((len(others) + 1) * longest, dtype=target.dtype)
+    for start, stop in spans:
+        # One view per span, so that the pieces of a shorter last span are contiguous too.
+        whole = room[: (len(others) + 1) * (stop - start)].view(len(others) + 1, -1)
+        base, deltas = whole[0], whole[1:]
+        target.base.read_into(start, base)
+        for model, delta in zip(others, deltas, strict=True):
+            model.read_into(start, delta)
+            delta.sub_(base)
+        yield start, base, deltas
+
+
+def _sparsified(
+    target: MergeTensor, sparsifier: Sparsifier | None
+) -> tuple[list[tuple[int, int]], list[tuple[ModelTensor, sparsify.Drop, float]]]:
+    """Spans of the pieces, and for each model of non-zero weight its sparsifier and factor."""
+    by_row = sparsifier is sparsify.drop_by_rank
+    spans = list(target.row_pieces() if by_row else target.pieces())
+    models = []
+    for model in target.others:
+        if model.values["weight"] == 0:
+            continue
+        start = sparsifier(target, model) if sparsifier else lambda: sparsify.keep_all
+        scale = 1.0
+        if sparsifier and target.values["rescale"] and not target.values["rescale_by_density"]:
+            scale = sparsify.scale_of_norm(target, model, start, spans)
+        models.append((model, start(), model.values["weight"] * scale))
+    return spans, models
+
+
+def _sum(target: MergeTensor, sparsifier: Sparsifier | None) -> Iterator[Tensor]:
+    """Base plus the weighted sum of sparsified task vectors."""
+    spans, models = _sparsified(target, sparsifier)
+    total = sum(model.values["weight"] for model in target.others)
+    factor = target.values["lambda"]
+    if target.values["normalize"] and abs(total) >= 1e-8:
+        factor /= total
+    base_room, tau_room, sum_room = target.buffers(3, max((b - a for a, b in spans), default=0))
+    for start, stop in spans:
+        base, tau, mixed = (room[: stop - start] for room in (base_room, tau_room, sum_room))
+        target.base.read_into(start, base)
+        mixed.zero_()
+        for model, drop, weight in models:
+            model.read_into(start, tau)
+            drop(tau.sub_(base))
+            mixed.add_(tau, alpha=weight)
+        yield base.add_(mixed, alpha=factor)
+
+
+def _elect_signs(target: MergeTensor, sparsifier: Sparsifier) -> Iterator[Tensor]:
+    """Base plus the entries of sparsified task vectors that have the sign of their weighted sum.
+
+    A sum of zero counts as positive. With `normalize` each entry is divided by the weights of the
+    models that contribute to it.
+    """
+    spans, models = _sparsified(target, sparsifier)
+    longest = max((stop - start for start, stop in spans), default=0)
+    rooms = target.buffers(len(models) + 3, longest)
+    for start, stop in spans:
+        base, mixed, divisor, *deltas = (room[: stop - start] for room in rooms)
+        target.base.read_into(start, base)
+        mixed.zero_()
+        for (model, drop, weight), delta in zip(models, deltas, strict=True):
+            model.read_into(start, delta)
+            drop(delta.sub_(base))
+            mixed.add_(delta.mul_(weight))
+        sign = torch.copysign(torch.ones(()), mixed.add_(0.0))  # -0 + 0 = 0
+        mixed.zero_()
+        divisor.zero_()
+        for (model, _, _), delta in zip(models, deltas, strict=True):
+            delta.mul_(sign).clamp_(min=0)
+            mixed.add_(delta)
+            if target.values["normalize"]:
+                divisor.add_(delta.sign_(), alpha=model.values["weight"])
+        if target.values["normalize"]:
+            mixed.div_(divisor.add_(divisor == 0))
+        yield base.addcmul_(mixed, sign.to(mixed.dtype), value=target.values["lambda"])
