@@ -8,10 +8,10 @@
         --domain novel --method full --output_dir runs/novel
 
 The expert to start from is the one that the posterior on the new domain's valid split favours.
-With --method feedforward nothing but feed-forward networks is trained: a model with experts (DEMix)
-gets one expert more, in OUT/model, and its other experts stay as they are, to the bit. Otherwise
-OUT/model is a whole dense model. Either joins the forest; docs/adaptation.md says where that is
-written. The same command resumes an interrupted run.
+With --method feedforward only feed-forward networks are trained: a model with experts (DEMix) gets
+one more expert in OUT/model, and its other experts stay bit-equal. Otherwise OUT/model is a whole
+dense model. Both are added to the forest; docs/adaptation.md explains where. The same
+command resumes an interrupted run.
 """
 
 from megamod.args import RunArgs, SafetyArgs, parse_args, require
@@ -20,15 +20,19 @@ from megamod.runs.pretrain.adapt_args import AdaptArgs, AdaptOptimArgs
 
 
 def main() -> None:
-    """Parse, train, and say where everything is."""
+    """Parse, train, and print the output paths."""
     parsed = parse_args(RunArgs, SafetyArgs, AdaptOptimArgs, AdaptArgs, doc=__doc__)
     args = parsed[-1]
     require(parsed[0], "output_dir")
     require(args, "data", "domain")
     if args.forest is None and args.model is None:
         raise UserError("--forest is missing, or --model: what to start from")
+<<<<<<< HEAD
     # Only now the heavy imports, so that --help and mistakes in flags answer at once.
     from megamod.runs.node_log import start_logging
+=======
+    # Imported late, so that --help and errors in flags answer at once.
+>>>>>>> 2226f1e (launchers: help and messages in plain English)
     from megamod.runs.pretrain.adapt import adapt
 
     start_logging()

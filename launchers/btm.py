@@ -1,4 +1,4 @@
-"""Branch-Train-Merge: a seed, an expert per domain grown from it, and the forest they make.
+"""Branch-Train-Merge: train a seed, branch an expert per domain from it, write the forest.
 
     python launchers/btm.py launchers/recipes/btm_quick.yaml --output_dir runs/btm
     python launchers/btm.py launchers/recipes/modern/btm_125m.yaml --hostfile hostfile \\
@@ -7,10 +7,10 @@
     python launchers/btm.py RECIPE.yaml --data DATABIN --output_dir OUT \\
         --rounds "law med" "code tax" --topk 2 --average true --evaluate true
 
-The recipe is one of launchers/pretrain.py, with the lines that this help lists first. Each expert
-is a job of its own, on its own GPUs, and started again alone when it crashes. The same command goes
-on where a stopped or killed driver was. OUT/forest.json holds the experts when all is done;
-OUT/logs has what each job wrote. docs/btm.md explains rounds, slots and restarts.
+The recipe is one of launchers/pretrain.py, with the flags that this help lists first. Each expert
+is a separate job on its own GPUs and restarts alone after a crash. The same command resumes after
+the driver was stopped or killed. OUT/forest.json lists the finished experts, OUT/logs has the
+output of each job. docs/btm.md explains rounds, slots and restarts.
 """
 
 from pathlib import Path
@@ -22,7 +22,7 @@ from megamod.errors import run
 
 
 def main() -> None:
-    """Parse, run all jobs, and say where the forest is."""
+    """Parse, run all jobs, and print the path of the forest."""
     parsed = parse_args(BtmArgs, RunArgs, SafetyArgs, ModelArgs, OptimArgs, DataArgs, doc=__doc__)
     drive(parsed, Path(__file__).resolve().parent)
 

@@ -1,4 +1,4 @@
-"""Losses on the straight line between models, as they are and aligned: the barrier.
+"""Loss barriers: losses on the straight line between models, as they are and aligned.
 
     python launchers/eval_barrier.py STUDY.yaml --output_dir runs/barrier
 
@@ -10,12 +10,12 @@
       ff+attn: {groups: [ff, attn], calibration: {path: train.txt, fraction: 0.1}}
       all: {calibration: {path: train.txt, fraction: 0.1}}
 
-task is mlm, clm (text files), or a task of finetune_glue.py or finetune_ner.py, whose folder is the
-data and whose train rows are compared on where a variant names no file; a list makes several, and
-{task} in a model's folder stands for them. All pairs are compared, or those under `pairs`. The same
-command makes only what is missing. OUT/results.json has both definitions of the barrier by pair,
-their means and standard errors; OUT/TASK.png the curves and OUT/barriers.png all barriers.
-launchers/recipes/barrier_*.yaml are studies to start from; docs/merging.md tells more.
+task is mlm, clm (text files), or a task of finetune_glue.py or finetune_ner.py; then `data` is its
+folder, and its train rows calibrate variants without a file. A list runs several tasks, and {task}
+in a model's path is replaced by each. All pairs are compared, or those under `pairs`. The same
+command resumes and computes only missing curves. OUT/results.json has both definitions of the
+barrier by pair, their means and standard errors; OUT/TASK.png the curves and OUT/barriers.png all
+barriers. launchers/recipes/barrier_*.yaml are example studies; docs/merging.md explains them.
 """
 
 import sys
@@ -29,15 +29,17 @@ from megamod.flags import Arguments, option, parse_args, require
 
 @dataclass
 class BarrierArgs(Arguments):
-    """What to compare, and where to write it."""
+    """Study file and output."""
 
     study: str | None = option(None, "YAML file; may come first without the flag")
     output_dir: str | None = option(None, "folder of all curves, of the table and the plots")
-    device: Literal["auto", "cpu", "cuda"] = option("auto", "where models run; auto: a GPU, if any")
+    device: Literal["auto", "cpu", "cuda"] = option(
+        "auto", "device of the models; auto: a GPU if available"
+    )
 
 
 def main() -> None:
-    """Parse, make what is missing, print the table."""
+    """Parse, compute missing curves, print the table."""
     arguments = sys.argv[1:]
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--study", *arguments]
@@ -52,11 +54,11 @@ def main() -> None:
     study, output = read_study(Path(args.study)), Path(args.output_dir)
     if output.exists() and not output.is_dir():
         raise UserError(f"--output_dir {output}: not a folder")
-    there = torch.cuda.is_available()
-    if args.device == "cuda" and not there:
-        raise UserError("--device cuda: torch sees no GPU here; give cpu")
+    has_gpu = torch.cuda.is_available()
+    if args.device == "cuda" and not has_gpu:
+        raise UserError("--device cuda: torch sees no GPU; use --device cpu")
     start_logging()
-    device = torch.device("cuda" if there and args.device != "cpu" else "cpu")
+    device = torch.device("cuda" if has_gpu and args.device != "cpu" else "cpu")
     print(run_study(study, output, device))
 
 

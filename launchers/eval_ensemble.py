@@ -11,8 +11,8 @@
 
 A forest is a forest.json or its folder, a DEMix model folder, or a folder with a model folder per
 domain. The prior is estimated on the first sequences of the valid split and written as JSON; the
-test split is scored whole. One process runs expert after expert; several (deepspeed, torchrun) hold
-the experts together, each its share. `{domain}` in a file name stands for the domain's name.
+test split is scored completely. One process runs the experts one at a time; several (deepspeed,
+torchrun) share the experts. `{domain}` in a file name is replaced by the name of the domain.
 docs/mixing.md explains rules and modes.
 """
 

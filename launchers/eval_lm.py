@@ -11,7 +11,7 @@ A model is the folder that launchers/pretrain.py wrote: dense, with experts (DEM
 folder per independent model (BTM); or a forest.json. Any domain of a data-bin with the model's
 vocabulary can be scored, also one the model never saw. Splits are scored whole, in one process, on
 the GPU if there is one. A model whose vocabulary has room for domain tokens is given them (see
---domain_token). A perplexity too large for a number is null in the files.
+--domain_token). A perplexity that overflows is null in the files.
 """
 
 from dataclasses import dataclass
@@ -33,26 +33,26 @@ class EvalArgs(Arguments):
     domains: list[str] | None = option(  # noqa: RUF009
         None, "domains to score, in this order; none: all of the data-bin"
     )
-    split: Literal["test", "valid", "train"] = option("test", "split to score, whole")
+    split: Literal["test", "valid", "train"] = option("test", "split to score")
     experts: list[str] | None = option(  # noqa: RUF009
         None, "experts to score, of models that have several; none: all"
     )
     own_only: bool = option(False, "score each expert on its own domain only")
     max_seq_length: int | None = option(
-        None, "tokens per sequence; none: the longest the model has positions for", least=2
+        None, "tokens per sequence; none: the model's maximum", least=2
     )
     domain_token: Literal["auto", "true", "false"] = option(
-        "auto", "token of the domain in front of each sequence; auto: if the model has them"
+        "auto", "start each sequence with the token of its domain; auto: if the model has them"
     )
     force_domain_token: str | None = option(
-        None, "domain whose token to put in front, whatever the text, such as the nearest one"
+        None, "start every sequence with the token of this domain"
     )
     context_window: int = option(
-        0, "tokens of text before each sequence to read, not score; it is so much shorter", least=0
+        0, "unscored tokens of context at the start of each sequence", least=0
     )
     per_device_eval_batch_size: int = option(8, "sequences per batch", least=1)
     output: str | None = option(None, "JSON file to write")
-    jsonl: str | None = option(None, "JSON-lines file to write, a line per score")
+    jsonl: str | None = option(None, "JSON-lines file to write, one line per score")
     plot: str | None = option(None, "PNG file to write: experts by domains")
 
 
@@ -88,8 +88,8 @@ def main() -> None:
         args.context_window,
         args.force_domain_token,
     )
-    found = {model: find_models(Path(model), held_out) for model in args.model}
-    models = {model: score_models(of, held_out, device) for model, of in found.items()}
+    folders = {model: find_models(Path(model), held_out) for model in args.model}
+    models = {model: score_models(parts, held_out, device) for model, parts in folders.items()}
     print(comparison(models, held_out.domains, args.split))
     for model, matrix in models.items():
         if len(matrix) > 1 and not args.own_only:

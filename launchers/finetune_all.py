@@ -13,8 +13,9 @@
       mux: {model: "runs/mux-{N}/model", num_instances: [2, 5, 10]}
     seeds: [1, 2, 3]
 
-Flags are those of finetune_glue.py and finetune_ner.py. Every run has a folder with its log; the
-same command again makes only what is missing. summary.json and scores.png are made at the end.
+Flags are those of finetune_glue.py and finetune_ner.py. Each run has a folder with its log; the
+same command resumes and runs only what is missing. summary.json and scores.png are
+written at the end.
 """
 
 import shlex
@@ -28,7 +29,7 @@ from megamod.flags import Arguments, option, parse_args, require
 
 @dataclass
 class SweepArgs(Arguments):
-    """Which runs, and where."""
+    """Sweep file and output."""
 
     sweep: str | None = option(None, "YAML file of the runs; may come first without the flag")
     output_dir: str | None = option(None, "folder of all runs and of their table")

@@ -25,7 +25,7 @@ def main() -> None:
     """Parse, train, score, predict."""
     parsed = parse_args(TunedRunArgs, SafetyArgs, TunedOptimArgs, TunedArgs, TaskArgs, doc=__doc__)
     require(parsed[0], "output_dir")
-    # Only now the heavy imports, so that --help and mistakes in flags answer at once.
+    # Imported late, so that --help and errors in flags answer at once.
     from megamod.runs.finetune.one_task import finetune
     from megamod.runs.node_log import start_logging
 

@@ -30,7 +30,7 @@ def main() -> None:
         TunedRunArgs, SafetyArgs, TunedOptimArgs, ConditionedArgs, MixtureArgs, doc=__doc__
     )
     require(parsed[0], "output_dir")
-    # Only now the heavy imports, so that --help and mistakes in flags answer at once.
+    # Imported late, so that --help and errors in flags answer at once.
     from megamod.runs.finetune.many_tasks import finetune_tasks
     from megamod.runs.node_log import start_logging
 

@@ -1,4 +1,4 @@
-"""The experts of a forest: list them, add and remove some, branch new ones.
+"""List, add, remove and branch the experts of a forest.
 
     python launchers/forest.py list   --forest runs/btm
     python launchers/forest.py add    --forest runs/btm --path runs/btm/law
@@ -8,12 +8,13 @@
     python launchers/forest.py branch --forest runs/btm --prior prior.json --topk 4 --domain tax \\
         --output_dir runs/btm/tax
 
-`branch` writes the first checkpoint of a run. What follows trains it, going on from there:
+`branch` writes the first checkpoint of a run; this command trains it from there:
 
     python launchers/pretrain.py RECIPE.yaml --data DATABIN --domains law --output_dir runs/btm/law
 
-With one parent that has an optimizer, the optimizer, the step and the place in the learning-rate
-schedule are kept and the data begin anew. The average of several parents begins at step 0.
+With one parent that has optimizer state, the optimizer, its step and the position in the
+learning-rate schedule are kept, and the data start over. The average of several parents starts at
+step 0.
 """
 
 import sys
@@ -28,7 +29,7 @@ VERBS = ("list", "add", "remove", "branch")
 
 @dataclass
 class ForestArgs(Arguments):
-    """Which forest, which experts."""
+    """Forest and experts."""
 
     forest: str | None = option(None, "forest.json, or the folder that holds it")
     domain: list[str] | None = option(  # noqa: RUF009
@@ -40,14 +41,14 @@ class ForestArgs(Arguments):
 
 @dataclass
 class BranchArgs(Arguments):
-    """Where a new expert begins."""
+    """Parents of a new expert."""
 
     parents: list[str] | None = option(  # noqa: RUF009
         None, "runs, checkpoints or model folders; none: the experts of --forest"
     )
-    experts: list[str] | None = option(None, "of --forest, these only")  # noqa: RUF009
+    experts: list[str] | None = option(None, "experts of --forest to use; none: all")  # noqa: RUF009
     weights: list[float] | None = option(  # noqa: RUF009
-        None, "numbers, of the parents in their average; none: alike"
+        None, "weight of each parent in the average; none: equal"
     )
     prior: str | None = option(
         None, "JSON file of launchers/eval_ensemble.py: weights of the experts of --forest"
@@ -57,11 +58,13 @@ class BranchArgs(Arguments):
     share: float | None = option(
         None, "checkpoint nearest to this share of the run's last step", least=0, most=1
     )
-    one_world: bool = option(False, "lay out for independent models of one job (--untie all)")
-    learning_rate: float | None = option(
-        None, "peak of the new run's schedule, whose place is kept; none: that of the parent"
+    one_world: bool = option(
+        False, "write the layout of independent models in one job (--untie all)"
     )
-    output_dir: str | None = option(None, "folder of the run to begin")
+    learning_rate: float | None = option(
+        None, "peak learning rate of the new run; none: that of the parent"
+    )
+    output_dir: str | None = option(None, "folder of the new run")
 
     def __post_init__(self):
         super().__post_init__()
@@ -72,13 +75,13 @@ class BranchArgs(Arguments):
 
 
 def main() -> None:
-    """Do what the verb says, then show it."""
+    """Run the verb, then print the forest."""
     known = " ".join(VERBS)
     verb = ""
     if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
         verb = sys.argv.pop(1)
     elif not {"-h", "--help"} & set(sys.argv):
-        raise UserError(f"what is to be done is missing: {known}")
+        raise UserError(f"a verb is missing: {known}")
     if verb and verb not in VERBS:
         raise UserError(f"{verb!r} is none of {known}")
     args, start = parse_args(ForestArgs, BranchArgs, doc=__doc__)
@@ -114,14 +117,14 @@ def main() -> None:
                 del experts[names.index(domain)]
             if not experts:
                 raise UserError(
-                    f"--domain {' '.join(args.domain)}: a forest without experts is none; remove "
-                    "its folder"
+                    f"--domain {' '.join(args.domain)}: these are all of its experts; delete "
+                    "the folder instead"
                 )
     print(table(open_forest(args.forest)))
 
 
 def begin(args: ForestArgs, start: BranchArgs) -> None:
-    """Write a new expert's first checkpoint, and say how to go on."""
+    """Write a new expert's first checkpoint and print the command that trains it."""
     require(args, "domain")
     require(start, "output_dir")
     if (start.parents is None) is (args.forest is None):
@@ -144,7 +147,7 @@ def begin(args: ForestArgs, start: BranchArgs) -> None:
             for path in start.parents
         ]
         weights = check_weights(start.weights, len(sources))
-    made = branch(
+    checkpoint = branch(
         sources,
         weights,
         args.domain,
@@ -152,7 +155,7 @@ def begin(args: ForestArgs, start: BranchArgs) -> None:
         one_world=start.one_world,
         learning_rate=start.learning_rate,
     )
-    print(f"{made}: launchers/pretrain.py --output_dir {start.output_dir} goes on from here")
+    print(f"{checkpoint}: launchers/pretrain.py --output_dir {start.output_dir} resumes from here")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def main() -> None:
     require(parsed[0], "output_dir")
     require(data, "data")
     refuse_unused(common[2], mux, data)
-    # Only now the heavy imports, so that --help and mistakes in flags answer at once.
+    # Imported late, so that --help and errors in flags answer at once.
     from megamod.runs.node_log import start_logging
 
     start_logging()

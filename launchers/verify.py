@@ -1,4 +1,4 @@
-"""Check that a run, a checkpoint, a model folder, a forest or a data-bin is whole.
+"""Check the files of a run, checkpoint, model folder, forest or data-bin against their digests.
 
     python launchers/verify.py OUT                        every checkpoint of a run, and its model
     python launchers/verify.py OUT/checkpoints/step-40    sizes and SHA-256 digests
@@ -6,7 +6,7 @@
     python launchers/verify.py FOREST/forest.json         its entries, their models and checkpoints
     python launchers/verify.py DATABIN                    digests, indices and ids of every split
 
-One line per group of files. Exit code 0 if all is whole, 2 with the list of faults if not.
+Prints one line per group of files. Exit code 0 if all are intact, 2 with a list of faults if not.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from megamod.errors import UserError, run
 
 
 def main() -> None:
-    """Look at one group after the other; list what is wrong at the end."""
+    """Check each group of files; list the faults at the end."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -27,16 +27,16 @@ def main() -> None:
     parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
     path = parser.parse_args().path
     faults = []
-    for title, found in groups(path):
-        print(f"{'FAULT' if found else 'ok':<7}{title}", flush=True)
-        faults += found
+    for title, group_faults in groups(path):
+        print(f"{'FAULT' if group_faults else 'ok':<7}{title}", flush=True)
+        faults += group_faults
     if faults:
         listed = "".join(f"\n  {fault}" for fault in faults)
-        raise UserError(f"{path} is not whole, {len(faults)} faults:{listed}")
+        raise UserError(f"{path} is damaged, {len(faults)} faults:{listed}")
 
 
 def groups(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """Every group of files, in words, and its faults, by what the path is."""
+    """Iterate over (title, faults) of each group of files under a path."""
     from megamod.states.forest import FILE
 
     if not path.is_dir() and not (path.name == FILE and path.is_file()):

@@ -65,13 +65,13 @@ def test_a_branch_is_a_checkpoint(place, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "tax" / "checkpoints" / "step-0" / "manifest.json").exists()
-    assert "goes on from here" in done.stdout
+    assert "resumes from here" in done.stdout
 
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ((), "what is to be done is missing"),
+        ((), "a verb is missing"),
         (("plant",), "'plant' is none of list add remove branch"),
         (("list",), "--forest is missing"),
         (("list", "--forest", "nowhere"), "holds no expert"),

@@ -103,7 +103,7 @@ def test_a_whole_run_in_one_line_per_group(whole_run):
     (whole_run / "checkpoints" / "step-2" / "shared.safetensors").unlink()
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.startswith(f"UserError: {whole_run} is not whole, 1 faults:\n")
+    assert done.stderr.startswith(f"UserError: {whole_run} is damaged, 1 faults:\n")
     assert "step-2/shared.safetensors is missing" in done.stderr
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["FAULT", "ok", "ok", "ok"]
 
