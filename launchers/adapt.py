@@ -27,12 +27,8 @@ def main() -> None:
     require(args, "data", "domain")
     if args.forest is None and args.model is None:
         raise UserError("--forest is missing, or --model: what to start from")
-<<<<<<< HEAD
-    # Only now the heavy imports, so that --help and mistakes in flags answer at once.
-    from megamod.runs.node_log import start_logging
-=======
     # Imported late, so that --help and errors in flags answer at once.
->>>>>>> 2226f1e (launchers: help and messages in plain English)
+    from megamod.runs.node_log import start_logging
     from megamod.runs.pretrain.adapt import adapt
 
     start_logging()

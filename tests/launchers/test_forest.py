@@ -79,7 +79,7 @@ def test_a_branch_is_a_checkpoint(place, tmp_path):
         (("add", "--forest", "new", "--path", "{}/bert", "--domain", "x"), "'bert'"),
         (("add", "--forest", "new", "--path", "{}/cut", "--domain", "x"), "there are no weights"),
         (("remove", "--forest", "nowhere", "--domain", "x"), "holds no expert"),
-        (("remove", "--forest", "{}", "--domain", "law"), "a forest without experts is none"),
+        (("remove", "--forest", "{}", "--domain", "law"), "these are all of its experts"),
         (("branch", "--domain", "x", "--output_dir", "o"), "one of --parents and --forest"),
         (("branch", "--parents", "{}/law", "--output_dir", "o"), "--domain is missing"),
         (
