@@ -10,12 +10,12 @@ Each domain is NAME=PATH, where PATH is one of
     FOLDER         with train, valid and test files in these formats
     FOLDER         written by datasets' save_to_disk
     hf:NAME[:CONFIG]   a data set of the Hugging Face hub
-or --builtin takes four domains of real text from this Python installation.
+--builtin uses four domains of real text from this Python installation.
 
-With --sample_lines N nothing is tokenized: OUT/NAME.txt gets N random lines of every text file
-below PATH that has so many, such as of every book of a corpus, to compare models on.
+--sample_lines N tokenizes nothing: it writes N random lines of every text file below PATH with
+that many lines, such as of every book of a corpus, to OUT/NAME.txt.
 
-A run that was interrupted goes on where it was when the same command is given again.
+The same command resumes an interrupted run.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from megamod.errors import UserError, run
 
 
 def main() -> None:
-    """Parse, binarize, print one table."""
+    """Write a data-bin, or a sample of lines, as the command line says."""
     options = parse_arguments()
 
     from megamod.data.corpus.binarize import binarize
@@ -73,7 +73,7 @@ def parse_arguments() -> argparse.Namespace:
         action="extend",
         default=[],
         metavar="NAME=PATH",
-        help="domains, in the order that all later steps keep",
+        help="domains; all later steps keep their order",
     )
     add("--builtin", action="store_true", help="add python_code, c_headers, reference_prose, ...")
     add(
@@ -90,16 +90,16 @@ def parse_arguments() -> argparse.Namespace:
         help="for BERT's word pieces, in place of what the tokenizer's folder says; a folder with "
         "vocab.txt alone is lower-cased unless capitals are a real part of the vocabulary",
     )
-    add("--output_dir", required=True, type=Path, metavar="DATABIN", help="folder to make")
+    add("--output_dir", required=True, type=Path, metavar="DATABIN", help="output folder")
     add(
         "--items",
         choices=("document", "line"),
-        help="what ends with an eos token; default: line for the GPT-2 folder, else document",
+        help="unit that an eos token ends (default: line for the GPT-2 folder, else document)",
     )
     add(
         "--bos",
         action="store_true",
-        help="put bos in front of each item, for models that read [CLS] text [SEP]",
+        help="start each item with bos, for models that read [CLS] text [SEP]",
     )
     add(
         "--text_column",
@@ -120,26 +120,28 @@ def parse_arguments() -> argparse.Namespace:
         default="strict",
         help="refuse bytes that are not UTF-8 text (default), or replace and count them",
     )
-    add("--seed", type=int, default=0, help="divides files that are not split (default: 0)")
-    add("--sample_lines", type=int, metavar="N", help="draw N lines of each file, and no more")
-    add("--workers", type=int, metavar="N", help="processes (default: by the amount of text)")
+    add("--seed", type=int, default=0, help="seed of the division into splits (default: 0)")
+    add("--sample_lines", type=int, metavar="N", help="write N random lines of each file")
+    add("--workers", type=int, metavar="N", help="processes (default: follows the amount of text)")
     add("--traceback", action="store_true", help="show where an error was raised")
     return parser.parse_args()
 
 
 def sample(options: argparse.Namespace, inputs: dict[str, str]) -> str:
-    """Draw lines of text files; what came of it, a line per domain.
+    """Draw lines of text files; a report with one line per domain.
 
     Raises:
-        UserError: for flags that do not go with it, and files that do not do.
+        UserError: for other flags, and for files without enough lines.
     """
     from megamod.data.corpus.line_sample import sample_lines
 
     if options.builtin or options.tokenizer is not None or not inputs:
-        raise UserError("--sample_lines goes with --input alone: it writes text, not a data-bin")
+        raise UserError(
+            "--sample_lines writes text and takes --input alone, no --tokenizer or --builtin"
+        )
     if options.sample_lines < 1:
         raise UserError(f"--sample_lines {options.sample_lines}: at least 1 is needed")
-    told = sample_lines(
+    counts = sample_lines(
         inputs,
         options.sample_lines,
         options.output_dir,
@@ -147,14 +149,14 @@ def sample(options: argparse.Namespace, inputs: dict[str, str]) -> str:
         seed=options.seed,
     )
     return "\n".join(
-        f"{options.output_dir / name}.txt: {options.sample_lines} lines of each of {taken} files, "
-        f"{left} files have fewer"
-        for name, (taken, left) in told.items()
+        f"{options.output_dir / name}.txt: {options.sample_lines} lines of each of {used} files, "
+        f"{skipped} files have fewer"
+        for name, (used, skipped) in counts.items()
     )
 
 
 def summary(header: dict, output: Path) -> str:
-    """Totals of each domain as a table, and in the last line where the result is."""
+    """Table of the totals of each domain; the last line names the result."""
     rows = [("domain", "train tokens", "valid tokens", "test tokens", "bytes", "replaced")]
     for name, splits in header["domains"].items():
         tokens = [f"{splits[split]['tokens']:,}" for split in ("train", "valid", "test")]

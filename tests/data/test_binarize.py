@@ -39,8 +39,8 @@ def inputs(tmp_path_factory):
     rows = [json.dumps({"text": text_of(number)}) for number in range(200)]
     (root / "one.jsonl").write_text("\n".join(rows))
     (root / "two").mkdir()
-    for place, split in enumerate(SPLITS):
-        texts = [text_of(1000 + 10 * place + number) for number in range(10)]
+    for where, split in enumerate(SPLITS):
+        texts = [text_of(1000 + 10 * where + number) for number in range(10)]
         (root / "two" / f"{split}.txt").write_text("\n\n".join(texts) + "\n")
     return {"zeta": root / "one.jsonl", "alpha": root / "two"}
 
@@ -52,7 +52,7 @@ def baseline(inputs, tokenizer, tmp_path_factory):
     return output
 
 
-def test_bos_stands_in_front_of_each_item(inputs, tokenizer, baseline, tmp_path):
+def test_bos_starts_each_item(inputs, tokenizer, baseline, tmp_path):
     header = binarize(inputs, tokenizer, tmp_path / "out", bos=True, workers=1)
     assert header["bos"] is True
     for domain, splits in header["domains"].items():
@@ -98,8 +98,8 @@ def test_items_and_header(baseline, inputs, tokenizer):
     for number in range(200):
         texts["zeta"][split_of(text_of(number), 0)].append(text_of(number))
     texts["alpha"] = {
-        split: [text_of(1000 + 10 * place + number) for number in range(10)]
-        for place, split in enumerate(SPLITS)
+        split: [text_of(1000 + 10 * where + number) for number in range(10)]
+        for where, split in enumerate(SPLITS)
     }
     for domain, splits in texts.items():
         for split, documents in splits.items():
@@ -136,7 +136,7 @@ def test_layout(baseline):
     assert [path.name for path in baseline.parent.iterdir()] == ["out"]
 
 
-def test_lines_of_files_with_blank_ones(inputs, tokenizer, tmp_path):
+def test_items_are_lines_blank_lines_included(inputs, tokenizer, tmp_path):
     header = binarize(inputs, tokenizer, tmp_path / "out", items="line")
     lines = (inputs["alpha"] / "train.txt").read_text().split("\n")[:-1]
     assert stored(tmp_path / "out", "alpha", "train") == naive(lines, tokenizer)
@@ -155,13 +155,13 @@ def test_same_bytes_for_any_number_of_workers(baseline, inputs, tokenizer, tmp_p
 
 def test_trained_on_the_train_splits(inputs, tmp_path):
     header = binarize(inputs, "sentencepiece:320", tmp_path / "out")
-    made = load_tokenizer(tmp_path / "out" / "tokenizer")
+    loaded = load_tokenizer(tmp_path / "out" / "tokenizer")
     texts = [text_of(n) for n in range(200) if split_of(text_of(n), 0) == "train"]
     texts += [text_of(1000 + number) for number in range(10)]
-    assert made.digest == train_sentencepiece(texts, 320).digest == header["tokenizer"]["digest"]
+    assert loaded.digest == train_sentencepiece(texts, 320).digest == header["tokenizer"]["digest"]
 
 
-def test_same_command_again_does_nothing_and_another_is_refused(inputs, tokenizer, tmp_path):
+def test_the_same_command_does_nothing_and_another_is_refused(inputs, tokenizer, tmp_path):
     output = tmp_path / "out"
     output.mkdir()
     header = binarize(inputs, tokenizer, output)
@@ -213,13 +213,13 @@ def test_bad_input_leaves_nothing(inputs, tokenizer, tmp_path, kind):
 def test_empty_domain_is_named(inputs, tokenizer, tmp_path):
     with pytest.raises(UserError, match=r"domain bad: .* holds no text"):
         binarize({**inputs, "bad": bad(tmp_path, "empty")}, tokenizer, tmp_path / "out")
-    with pytest.raises(UserError, match="domain bad: the split valid of"):
+    with pytest.raises(UserError, match=r"has 51 documents, none in the split valid"):
         binarize({"bad": ["the same document"] * 50 + ["b"]}, tokenizer, tmp_path / "out", seed=3)
 
 
 @pytest.mark.parametrize("name", ["a b", "../a", "", "tokenizer", "é"])
 def test_domain_names(inputs, tokenizer, tmp_path, name):
-    with pytest.raises(UserError, match="a domain name is made of"):
+    with pytest.raises(UserError, match="a domain name consists of"):
         binarize({name: inputs["zeta"]}, tokenizer, tmp_path / "out")
 
 
@@ -249,9 +249,7 @@ def test_finished_parts_of_an_interrupted_run_are_kept(
     assert tree(tmp_path / "out") == tree(baseline)
 
 
-def test_parts_begun_with_other_options_are_not_kept(
-    baseline, inputs, tokenizer, tmp_path, monkeypatch
-):
+def test_parts_of_other_options_are_not_kept(baseline, inputs, tokenizer, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(module, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         binarize(inputs, tokenizer, tmp_path / "out", items="line")
@@ -311,8 +309,8 @@ def test_kill_at_random_times(baseline, inputs, tmp_path):
 
 def test_two_runs_into_one_folder(inputs, tokenizer, tmp_path):
     with (
-        module._workplace(tmp_path / "out", "key"),
-        pytest.raises(UserError, match="another run is making it"),
+        module._work_folder(tmp_path / "out", "key"),
+        pytest.raises(UserError, match="another run is writing it"),
     ):
         binarize(inputs, tokenizer, tmp_path / "out")
 

@@ -34,11 +34,11 @@ def test_domains_are_real_distinct_and_repeatable():
 
 def test_every_split_of_every_domain_has_documents():
     for documents in builtin_documents().values():
-        found = [split_of(document, 0) for document in documents]
-        assert min(found.count(split) for split in SPLITS) >= 3
+        result = [split_of(document, 0) for document in documents]
+        assert min(result.count(split) for split in SPLITS) >= 3
 
 
-def test_reference_prose_is_that_of_help():
+def test_reference_prose_is_the_text_of_help():
     from pydoc_data.topics import topics
 
     text = "\n".join(topics.values())
@@ -47,7 +47,7 @@ def test_reference_prose_is_that_of_help():
     assert sum(map(len, documents)) > 0.9 * len(text)
 
 
-def test_what_is_missing_is_named(monkeypatch, tmp_path):
+def test_missing_sources_are_named(monkeypatch, tmp_path):
     monkeypatch.setattr(builtin, "_header_folders", lambda: [tmp_path])
     with pytest.raises(UserError, match=r"c_headers needs 60 .* headers of Python, numpy"):
         builtin_documents()

@@ -36,7 +36,7 @@ def test_plain_text_with_mark_carriage_returns_and_many_blank_lines(tmp_path):
 
 
 @given(documents=st.lists(st.lists(LINES, min_size=1).map("\n".join)))
-def test_documents_come_back_as_written(tmp_path_factory, documents):
+def test_documents_round_trip(tmp_path_factory, documents):
     path = tmp_path_factory.getbasetemp() / "written.txt"
     write(path, "\n\n".join(documents) + "\n")
     assert list(read_documents(path)) == documents
@@ -56,7 +56,7 @@ def test_jsonl_reads_the_named_key_and_skips_blank_documents(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "message"),
     [
         ('{"other": 1}', "no key 'text' among 'other'"),
         ('{"text": null}', "'text' is null"),
@@ -69,16 +69,16 @@ def test_jsonl_reads_the_named_key_and_skips_blank_documents(tmp_path):
         ('{"text": "a\\u0000"}', "U+0000"),
     ],
 )
-def test_bad_json_names_file_and_line(tmp_path, line, told):
+def test_bad_json_names_file_and_line(tmp_path, line, message):
     path = write(tmp_path / "a.jsonl", '{"text": "fine"}\n' + line + "\n")
     with pytest.raises(UserError) as error:
         list(read_documents(path))
     assert str(error.value).startswith(f"{path}:2: ")
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (b"good\nba\xffd\n", "invalid UTF-8 at byte offset 7"),
         (b"\xef\xbb\xbfgo\xc3\n", "invalid UTF-8 at byte offset 5"),
@@ -86,11 +86,11 @@ def test_bad_json_names_file_and_line(tmp_path, line, told):
         ("text".encode("utf-16"), "invalid UTF-8 at byte offset 0"),
     ],
 )
-def test_bad_bytes_name_file_and_offset(tmp_path, content, told):
+def test_bad_bytes_name_file_and_offset(tmp_path, content, message):
     path = write(tmp_path / "a.txt", content)
     with pytest.raises(UserError) as error:
         list(read_documents(path))
-    assert f"{path}: {told}" in str(error.value)
+    assert f"{path}: {message}" in str(error.value)
 
 
 def test_replacement_is_counted(tmp_path):
@@ -104,7 +104,7 @@ def test_replacement_is_counted(tmp_path):
         Decoding("ignore")
 
 
-def test_a_huge_line_is_not_held_many_times(tmp_path):
+def test_memory_for_a_huge_line_is_bounded(tmp_path):
     size = 8 << 20
     path = write(tmp_path / "a.txt", b"x" * size + b"\n\nshort\n")
     tracemalloc.start()
@@ -117,13 +117,13 @@ def test_a_huge_line_is_not_held_many_times(tmp_path):
 
 def test_division_is_a_hash_of_seed_and_content():
     documents = [f"document {number}" for number in range(4000)]
-    found = [split_of(document, 7) for document in documents]
-    assert 0.88 < found.count("train") / 4000 < 0.92
-    assert 0.04 < found.count("valid") / 4000 < 0.06
+    result = [split_of(document, 7) for document in documents]
+    assert 0.88 < result.count("train") / 4000 < 0.92
+    assert 0.04 < result.count("valid") / 4000 < 0.06
     digest = hashlib.blake2b(b"7\ndocument 0", digest_size=8).digest()
     expected = int.from_bytes(digest, "little") / 2**64
-    assert found[0] == ("train" if expected < 0.9 else "valid" if expected < 0.95 else "test")
-    assert found != [split_of(document, 8) for document in documents]
+    assert result[0] == ("train" if expected < 0.9 else "valid" if expected < 0.95 else "test")
+    assert result != [split_of(document, 8) for document in documents]
 
 
 def test_a_single_file_is_divided_and_duplicates_stay_together(tmp_path):
@@ -132,7 +132,9 @@ def test_a_single_file_is_divided_and_duplicates_stay_together(tmp_path):
     source = open_source(path, seed=3)
     pairs = list(source.documents())
     assert pairs == [(split_of(text, 3), text) for text in texts]
-    splits = [{text for split, text in pairs if split == one} for one in ("train", "valid", "test")]
+    splits = [
+        {text for split, text in pairs if split == item} for item in ("train", "valid", "test")
+    ]
     assert sum(map(len, splits)) == 200
     assert [text for _, text in source.documents("test")] == [
         text for split, text in pairs if split == "test"
@@ -154,7 +156,7 @@ def test_a_folder_has_one_file_per_split(tmp_path):
         open_source(tmp_path)
 
 
-def test_lines_of_a_plain_folder_are_those_of_its_files(tmp_path):
+def test_lines_of_a_folder_of_text_files(tmp_path):
     for split in ("train", "valid", "test"):
         write(tmp_path / f"{split}.txt", "a\r\n\n\n b \n")
     lines = [line for _, line in open_source(tmp_path).lines("train")]
@@ -205,6 +207,6 @@ def test_sources_that_cannot_be_read(tmp_path):
 
 def test_inputs_of_a_command_line():
     assert list(parse_inputs(["b=x=y", "a=z"]).items()) == [("b", "x=y"), ("a", "z")]
-    for values, told in ((["a"], "write NAME=PATH"), (["a=1", "a=2"], "given already: 1")):
-        with pytest.raises(UserError, match=told):
+    for values, message in ((["a"], "write NAME=PATH"), (["a=1", "a=2"], "domain a is 1 already")):
+        with pytest.raises(UserError, match=message):
             parse_inputs(values)

@@ -64,7 +64,7 @@ def test_the_flag_wins_over_the_folder_and_is_kept(tmp_path, caplog):
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     with caplog.at_level(logging.WARNING):
         assert pieces(folder, "Ab") == ["[UNK]"]
-    assert "--do_lower_case true reads them as small ones" in caplog.text
+    assert "--do_lower_case true encodes them as small letters" in caplog.text
     made = load_tokenizer(folder, do_lower_case=True)
     made.save(tmp_path / "saved")
     assert pieces(tmp_path / "saved", "Ab") == ["a", "##b"]

@@ -29,7 +29,7 @@ def test_dtype_follows_the_vocabulary():
     assert [dtype_for(size) for size in (50264, 65499, 65500)] == [np.uint16, np.uint16, np.int32]
 
 
-def test_bytes_are_those_of_the_format(tmp_path):
+def test_bytes_of_the_format(tmp_path):
     prefix = write(tmp_path / "a")
     tokens = [token for item in ITEMS for token in item]
     assert prefix.with_suffix(".bin").read_bytes() == struct.pack("<10H", *tokens)
@@ -69,7 +69,7 @@ def test_round_trip_in_every_dtype(tmp_path, monkeypatch, dtype):
         dataset[5]
 
 
-def test_ids_are_read_only_and_travel_by_name(tmp_path):
+def test_ids_are_read_only_and_pickle_as_a_path(tmp_path):
     dataset = IndexedDataset(write(tmp_path / "a"))
     with pytest.raises(ValueError):
         dataset.tokens[0] = 1
@@ -77,7 +77,7 @@ def test_ids_are_read_only_and_travel_by_name(tmp_path):
     assert copy.copy(dataset)[2].tolist() == [8, 9, 2]
 
 
-def test_a_failed_writer_leaves_what_was_there(tmp_path):
+def test_a_failed_writer_changes_nothing(tmp_path):
     prefix = write(tmp_path / "a")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(RuntimeError), IndexedWriter(prefix, np.uint16) as writer:
@@ -86,12 +86,12 @@ def test_a_failed_writer_leaves_what_was_there(tmp_path):
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-@pytest.mark.parametrize("place", ["bin", "idx"])
-def test_a_crash_while_replacing_leaves_no_mixture(tmp_path, monkeypatch, place):
+@pytest.mark.parametrize("where", ["bin", "idx"])
+def test_a_crash_during_replacement_never_mixes_files(tmp_path, monkeypatch, where):
     prefix = write(tmp_path / "a")
 
     def replace(source, target, real=os.replace):
-        if str(target).endswith(place):
+        if str(target).endswith(where):
             raise OSError("crash")
         real(source, target)
 
@@ -103,7 +103,7 @@ def test_a_crash_while_replacing_leaves_no_mixture(tmp_path, monkeypatch, place)
 
 
 @pytest.mark.parametrize("ids", [[-1], [65536], [[1, 2]], [0.5]])
-def test_writer_refuses_what_does_not_fit(tmp_path, ids):
+def test_writer_refuses_bad_items(tmp_path, ids):
     with pytest.raises(ValueError), IndexedWriter(tmp_path / "a", np.uint16) as writer:
         writer.add(np.array(ids))
     assert not list(tmp_path.iterdir())
@@ -141,7 +141,7 @@ MALFORMED = {
 
 @pytest.mark.parametrize("chunk", [1, 3, 1 << 22])
 @pytest.mark.parametrize("case", MALFORMED)
-def test_malformed_files_are_named_with_the_place(tmp_path, monkeypatch, case, chunk):
+def test_errors_name_file_and_byte(tmp_path, monkeypatch, case, chunk):
     monkeypatch.setattr("megamod.data.corpus.indexed.SCAN", chunk)
     prefix = write(tmp_path / "a")
     content, message = MALFORMED[case]
@@ -167,8 +167,8 @@ def test_random_damage_is_an_error_or_harmless(tmp_path):
     refused = 0
     for _ in range(500):
         damaged = whole.copy()
-        for place in generator.integers(0, len(whole), generator.integers(1, 4)):
-            damaged[place] ^= 1 << int(generator.integers(8))
+        for where in generator.integers(0, len(whole), generator.integers(1, 4)):
+            damaged[where] ^= 1 << int(generator.integers(8))
         prefix.with_suffix(".idx").write_bytes(damaged[: generator.integers(1, len(whole) + 40)])
         try:
             dataset = IndexedDataset(prefix)
@@ -178,7 +178,7 @@ def test_random_damage_is_an_error_or_harmless(tmp_path):
     assert refused > 450
 
 
-def test_ids_outside_the_vocabulary_are_found(tmp_path, monkeypatch):
+def test_ids_outside_the_vocabulary_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("megamod.data.corpus.indexed.SCAN", 3)
     prefix = write(tmp_path / "a")
     IndexedDataset(prefix, vocab_size=10)
@@ -236,7 +236,7 @@ def test_malformed_dictionaries_name_the_line(tmp_path, content, message):
         Dictionary.load(path)
 
 
-def test_symbols_that_no_line_can_hold_are_refused():
+def test_symbols_that_do_not_fit_a_line_are_refused():
     for symbol in ("", "a\nb", "\r"):
         with pytest.raises(ValueError):
             Dictionary().add(symbol)

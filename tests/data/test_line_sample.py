@@ -6,7 +6,7 @@ from megamod.data.corpus.line_sample import sample_lines
 from megamod.errors import UserError
 
 
-def test_every_long_enough_file_gives_as_many(tmp_path):
+def test_each_long_enough_file_gives_the_same_number_of_lines(tmp_path):
     books = tmp_path / "books"
     (books / "old").mkdir(parents=True)
     (books / "a.txt").write_text("".join(f"a{n}\n\n" for n in range(30)))
@@ -29,7 +29,7 @@ def test_every_long_enough_file_gives_as_many(tmp_path):
     assert (tmp_path / "other" / "books.txt").read_text().splitlines() != lines[5:]
 
 
-def test_files_that_will_not_do(tmp_path):
+def test_refused_inputs(tmp_path):
     (tmp_path / "a.txt").write_text("one\n")
     settings = dict(encoding_errors="strict", seed=1)
     with pytest.raises(UserError, match="--sample_lines 2: no file of --input x="):

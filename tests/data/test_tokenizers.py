@@ -48,19 +48,19 @@ def trained():
 def test_trained_special_ids(trained):
     assert trained.special_ids == {"bos_id": 0, "pad_id": 1, "eos_id": 2, "unk_id": 3}
     assert trained.vocab_size == 700
-    symbols = [trained.backend.id_to_token(one) for one in range(7)]
+    symbols = [trained.backend.id_to_token(item) for item in range(7)]
     assert symbols == ["<s>", "<pad>", "</s>", "<unk>", "\n", "\t", "<0x00>"]
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(st.characters(blacklist_categories=["Cs"])))
-def test_trained_loses_nothing(trained, text):
+def test_trained_is_lossless(trained, text):
     (ids,) = trained.encode_batch([text])
     assert trained.decode(ids) == text
     assert not set(ids.tolist()) & {0, 1, 2, 3}
 
 
-def test_trained_loses_nothing_on_real_and_odd_text(trained):
+def test_trained_is_lossless_on_real_and_odd_text(trained):
     for text, ids in zip(CODE + ODD, trained.encode_batch(CODE + ODD), strict=True):
         assert ids.dtype == np.int32
         assert trained.decode(ids) == text
@@ -92,7 +92,7 @@ def test_training_is_deterministic_and_depends_on_the_text(trained):
     assert train_sentencepiece(CODE[:2], 700).digest != trained.digest
 
 
-def test_training_errors_are_the_users():
+def test_training_errors():
     with pytest.raises(UserError, match=r"sentencepiece:4096: .*too high"):
         train_sentencepiece(["a few words"], 4096)
     with pytest.raises(UserError, match=r"sentencepiece:100: .*smaller than required"):
@@ -105,17 +105,17 @@ def test_training_errors_are_the_users():
 
 
 def test_trained_word_pieces_are_those_of_a_bert_tokenizer(tmp_path):
-    made = trainer_of("wordpiece:600")(CODE)
-    assert list(made.special_ids.values()) == [2, 0, 3, 1]
-    assert made.vocab_size == 600
-    assert train_wordpiece(CODE, 600).digest == made.digest
-    made.save(tmp_path)
+    loaded = trainer_of("wordpiece:600")(CODE)
+    assert list(loaded.special_ids.values()) == [2, 0, 3, 1]
+    assert loaded.vocab_size == 600
+    assert train_wordpiece(CODE, 600).digest == loaded.digest
+    loaded.save(tmp_path)
     again = load_tokenizer(tmp_path)
     text = "def Encode(self, value): return json.dumps(value)"
-    assert again.encode_batch([text])[0].tolist() == made.encode_batch([text])[0].tolist()
+    assert again.encode_batch([text])[0].tolist() == loaded.encode_batch([text])[0].tolist()
     assert again.original.mask_token_id == 4
     ids = again.original(text)["input_ids"]
-    assert ids == [2, *made.encode_batch([text.lower()])[0].tolist(), 3]
+    assert ids == [2, *loaded.encode_batch([text.lower()])[0].tolist(), 3]
     pieces = again.original.tokenize("encoding")
     assert "".join(piece.removeprefix("##") for piece in pieces) == "encoding"
 
@@ -157,7 +157,7 @@ def test_ids_of_random_sentencepiece_models_are_those_of_sentencepiece(tmp_path,
     )
     path = foreign(tmp_path, model_type=kind, **settings)
     try:
-        made = load_tokenizer(path)
+        loaded = load_tokenizer(path)
     except UserError as error:
         assert "does not reproduce" in str(error)
         return
@@ -166,34 +166,34 @@ def test_ids_of_random_sentencepiece_models_are_those_of_sentencepiece(tmp_path,
     for number in range(300):
         texts = words if number % 2 and kind == "unigram" else words + spelled
         text = "".join(draw.choices(texts, k=draw.randint(1, 7)))
-        exact = _processor(made).encode(text)
-        assert made.encode_batch([text])[0].tolist() == exact
+        exact = _processor(loaded).encode(text)
+        assert loaded.encode_batch([text])[0].tolist() == exact
         if texts is words or kind == "bpe":
-            assert made.backend.encode(text, add_special_tokens=False).ids == exact, text
-        if made.unk_id not in exact:
-            assert made.decode(exact) == _processor(made).decode(exact)
+            assert loaded.backend.encode(text, add_special_tokens=False).ids == exact, text
+        if loaded.unk_id not in exact:
+            assert loaded.decode(exact) == _processor(loaded).decode(exact)
 
 
 def test_user_defined_symbols_of_a_model_in_a_saved_folder(tmp_path):
     from transformers import AutoTokenizer
 
     path = foreign(tmp_path, model_type="bpe", user_defined_symbols=["<sep>", "<cls>"])
-    made = load_tokenizer(path)
+    loaded = load_tokenizer(path)
     texts = ["<sep> the<sep>", "<sep>", "a<cls><s><cls> end", "the  <sep>  <unk>"]
-    made.save(tmp_path / "saved")
+    loaded.save(tmp_path / "saved")
     auto, again = (
         AutoTokenizer.from_pretrained(tmp_path / "saved"),
         load_tokenizer(tmp_path / "saved"),
     )
-    assert again.digest == made.digest
+    assert again.digest == loaded.digest
     for text, ids in zip(texts, copy.deepcopy(again).encode_batch(texts), strict=True):
-        assert ids.tolist() == _processor(made).encode(text)
+        assert ids.tolist() == _processor(loaded).encode(text)
         assert ids.tolist() == auto(text, add_special_tokens=False)["input_ids"]
     pieces = auto.convert_ids_to_tokens(auto(texts[0], add_special_tokens=False)["input_ids"])
     assert pieces[:2] == ["▁", "<sep>"] and pieces[2].startswith("▁t") and pieces[-1] == "<sep>"
 
 
-def test_models_that_the_common_form_cannot_reproduce_are_refused(tmp_path):
+def test_models_that_tokenizers_cannot_reproduce_are_refused(tmp_path):
     path = foreign(tmp_path, model_type="bpe", user_defined_symbols=["①<"])
     with pytest.raises(UserError, match=r"does not reproduce this model: it encodes '.*①<"):
         load_tokenizer(path)
@@ -206,13 +206,13 @@ def test_models_that_the_common_form_cannot_reproduce_are_refused(tmp_path):
     "settings", [{}, {"add_dummy_prefix": False}, {"split_by_whitespace": False}]
 )
 def test_huge_texts_have_the_ids_of_sentencepiece(tmp_path, monkeypatch, settings):
-    made = load_tokenizer(foreign(tmp_path, model_type="unigram", **settings))
+    loaded = load_tokenizer(foreign(tmp_path, model_type="unigram", **settings))
     monkeypatch.setattr(sentencepiece_model, "LONGEST_PART", 300)
     texts = [CODE[0][:4000], "short", "x" * 1000, "a " * 400]
-    assert [ids.tolist() for ids in made.encode_batch(texts)] == _processor(made).encode(texts)
+    assert [ids.tolist() for ids in loaded.encode_batch(texts)] == _processor(loaded).encode(texts)
 
 
-def test_a_huge_text_is_cut_in_front_of_blanks(trained, monkeypatch):
+def test_a_huge_text_is_cut_before_blanks(trained, monkeypatch):
     text = "\n".join(" ".join(part.split()) for part in CODE[0].split("\n\n"))
     whole = trained.backend.encode(text).ids
     monkeypatch.setattr(tokenizers, "LONGEST", 500)
@@ -234,15 +234,15 @@ def tiny_gpt2(folder: Path) -> dict[str, str]:
 
 def test_tiny_gpt2_by_hand(tmp_path):
     tokens = tiny_gpt2(tmp_path / "gpt2")
-    made = load_tokenizer(tmp_path / "gpt2")
+    loaded = load_tokenizer(tmp_path / "gpt2")
     size = len(tokens)
-    assert (made.kind, made.vocab_size) == ("gpt2", size + 5)
+    assert (loaded.kind, loaded.vocab_size) == ("gpt2", size + 5)
     of = {token: 4 + size - 1 - int(symbol) for symbol, token in tokens.items()}
-    (ids,) = made.encode_batch(["he </s> he"])
+    (ids,) = loaded.encode_batch(["he </s> he"])
     assert ids.tolist() == [of[t] for t in ["he", "Ġ", "<", "/", "s", ">", "Ġhe"]]
-    assert [made.decode(one) for one in made.encode_batch(ODD)] == ODD
-    made.save(tmp_path / "saved")
-    assert load_tokenizer(tmp_path / "saved").digest == made.digest
+    assert [loaded.decode(item) for item in loaded.encode_batch(ODD)] == ODD
+    loaded.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").digest == loaded.digest
     text = (tmp_path / "gpt2" / "dict.txt").read_text().split("\n", 1)[1]
     (tmp_path / "gpt2" / "dict.txt").write_text(text)
     with pytest.raises(UserError, match=rf"dict\.txt lacks 1 ids .* such as {size - 1}"):
@@ -254,18 +254,18 @@ def test_released_gpt2_files(tmp_path):
     from transformers import AutoTokenizer
 
     folder = need("gpt2")
-    made = load_tokenizer(folder)
-    assert made.vocab_size == 50264
+    loaded = load_tokenizer(folder)
+    assert loaded.vocab_size == 50264
     plain = ByteLevelBPETokenizer.from_file(str(folder / "encoder.json"), str(folder / "vocab.bpe"))
     lines = (folder / "dict.txt").read_text("utf-8").splitlines()
     of = {line.split(" ")[0]: number + 4 for number, line in enumerate(lines)}
-    made.save(tmp_path)
+    loaded.save(tmp_path)
     auto = AutoTokenizer.from_pretrained(tmp_path)
     texts = [*CODE, *ODD, "Hello world"]
-    for text, ids in zip(texts, made.encode_batch(texts), strict=True):
-        assert ids.tolist() == [of[str(one)] for one in plain.encode(text).ids]
+    for text, ids in zip(texts, loaded.encode_batch(texts), strict=True):
+        assert ids.tolist() == [of[str(item)] for item in plain.encode(text).ids]
         assert ids.tolist() == auto(text)["input_ids"]
-        assert made.decode(ids) == text
+        assert loaded.decode(ids) == text
     assert ids.tolist() == [of["15496"], of["995"]]
 
 
@@ -275,38 +275,38 @@ def test_bert_from_its_vocabulary_alone(tmp_path, name):
     from transformers import AutoTokenizer
 
     folder = need(name)
-    made = load_tokenizer(folder)
+    loaded = load_tokenizer(folder)
     plain = BertWordPieceTokenizer(str(folder / "vocab.txt"), lowercase=name.endswith("uncased"))
     pad, unk, cls, sep = (
         plain.token_to_id(token) for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
     )
-    assert made.special_ids == {"bos_id": cls, "pad_id": pad, "eos_id": sep, "unk_id": unk}
-    made.save(tmp_path)
+    assert loaded.special_ids == {"bos_id": cls, "pad_id": pad, "eos_id": sep, "unk_id": unk}
+    loaded.save(tmp_path)
     auto = AutoTokenizer.from_pretrained(tmp_path)
     for text in ["Größe matters, it's 3 Words", CODE[0]]:
-        ids = made.encode_batch([text])[0].tolist()
+        ids = loaded.encode_batch([text])[0].tolist()
         assert ids == plain.encode(text, add_special_tokens=False).ids
         assert ids == auto(text, add_special_tokens=False)["input_ids"]
-    assert load_tokenizer(tmp_path).digest == made.digest
+    assert load_tokenizer(tmp_path).digest == loaded.digest
 
 
-def test_stand_ins_for_missing_special_tokens(tmp_path):
+def test_defaults_of_missing_special_tokens(tmp_path):
     from transformers import PreTrainedTokenizerFast
 
     backend = Backend(models.WordLevel({"a": 0, "b": 1, "[SEP]": 2}, unk_token="b"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=backend, sep_token="[SEP]").save_pretrained(tmp_path)
-    made = load_tokenizer(tmp_path)
-    assert made.special_ids == {"bos_id": 2, "pad_id": 2, "eos_id": 2, "unk_id": 2}
-    assert made.encode_batch(["a b a", ""])[0].tolist() == [0, 1, 0]
-    made.save_dictionary(tmp_path / "dict.txt")
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.special_ids == {"bos_id": 2, "pad_id": 2, "eos_id": 2, "unk_id": 2}
+    assert loaded.encode_batch(["a b a", ""])[0].tolist() == [0, 1, 0]
+    loaded.save_dictionary(tmp_path / "dict.txt")
     assert not (tmp_path / "dict.txt").exists()
     PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path / "none")
     with pytest.raises(UserError, match="neither an eos nor a sep"):
         load_tokenizer(tmp_path / "none")
 
 
-def test_no_tokenizer_there(tmp_path):
+def test_missing_tokenizers(tmp_path):
     (tmp_path / "folder").mkdir()
     for spec in (tmp_path / "folder", tmp_path / "a.model"):
         with pytest.raises(UserError, match="--tokenizer"):
@@ -316,10 +316,10 @@ def test_no_tokenizer_there(tmp_path):
 def test_dictionary_of_a_trained_tokenizer(trained, tmp_path):
     trained.save_dictionary(tmp_path / "dict.txt")
     lines = (tmp_path / "dict.txt").read_text().splitlines()
-    assert [line.split()[0] for line in lines] == [str(one) for one in range(4, 700)]
+    assert [line.split()[0] for line in lines] == [str(item) for item in range(4, 700)]
 
 
-def _processor(made):
+def _processor(loaded):
     import sentencepiece
 
-    return sentencepiece.SentencePieceProcessor(model_proto=made.files["sentencepiece.model"])
+    return sentencepiece.SentencePieceProcessor(model_proto=loaded.files["sentencepiece.model"])

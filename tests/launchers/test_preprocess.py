@@ -14,16 +14,16 @@ def launch(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
 
 
-def test_help_teaches_without_loading_torch():
+def test_help_does_not_load_torch():
     program = (
         "import runpy, sys\n"
         f"sys.argv = [{str(LAUNCHER)!r}, '--help']\n"
         "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
         "except SystemExit: print([m for m in ('torch', 'transformers') if m in sys.modules])"
     )
-    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout
-    assert told.rstrip().endswith("[]")
-    assert "--input news=data/news.jsonl" in told and "sentencepiece:VOCAB" in told
+    message = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout
+    assert message.rstrip().endswith("[]")
+    assert "--input news=data/news.jsonl" in message and "sentencepiece:VOCAB" in message
 
 
 def test_text_to_data_bin(tmp_path):
@@ -48,7 +48,7 @@ def test_text_to_data_bin(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--input", "a=missing.txt"], "missing.txt does not exist"),
         (["--input", "nothing"], "write NAME=PATH"),
@@ -59,9 +59,9 @@ def test_text_to_data_bin(tmp_path):
         (["--builtin", "--tokenizer", "sentencepiece:x"], "write the number of ids"),
     ],
 )
-def test_a_mistake_is_one_message_and_exit_2(tmp_path, arguments, told):
+def test_a_mistake_is_one_message_and_exit_2(tmp_path, arguments, message):
     done = launch("--tokenizer", "sentencepiece:300", "--output_dir", tmp_path / "out", *arguments)
     assert done.returncode == 2
-    assert done.stderr.startswith("UserError: ") and told in done.stderr
+    assert done.stderr.startswith("UserError: ") and message in done.stderr
     assert done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []

@@ -1,12 +1,12 @@
-"""Text to a data-bin: the folder of token files that training reads.
+"""Text to a data-bin, the folder of token files that training reads.
 
-    OUT/databin.json                       what is inside, with digests; see `binarize`
+    OUT/databin.json                       header with counts and digests; see `binarize`
     OUT/tokenizer/                         also readable by AutoTokenizer
     OUT/dict.txt, OUT/NAME/dict.txt        if the special ids are those of fairseq
     OUT/NAME/train.{bin,idx}, valid_NAME.{bin,idx}, test_NAME.{bin,idx}
 
-All input is read and checked before anything is written. The work happens in a hidden folder beside
-OUT, part by part, so a run that was killed goes on where it was, and OUT appears whole.
+All input is read and checked before anything is written. Splits are written one by one to a hidden
+folder next to OUT, which becomes OUT by one rename; a killed run resumes with the next split.
 """
 
 import fcntl
@@ -43,7 +43,10 @@ SAMPLE_BYTES = 8 << 20
 
 @dataclass
 class Tally:
-    """Number, UTF-8 bytes and digest of the items of one split; the digest sees their borders."""
+    """Number, UTF-8 bytes and digest of the items of one split.
+
+    The digest covers the length of each item, so that other item boundaries change it.
+    """
 
     items: int = 0
     bytes: int = 0
@@ -52,7 +55,7 @@ class Tally:
         self._hash = hashlib.sha256()
 
     def add(self, text: str) -> None:
-        """Count one item."""
+        """Add one item."""
         data = text.encode()
         self.items += 1
         self.bytes += len(data)
@@ -61,7 +64,7 @@ class Tally:
 
     @property
     def digest(self) -> str:
-        """SHA-256 so far, hexadecimal."""
+        """SHA-256 of the items so far, hexadecimal."""
         return self._hash.hexdigest()
 
 
@@ -82,18 +85,19 @@ def binarize(
     """Write a data-bin and return its header.
 
     Args:
-        inputs: for each domain, in the order kept by all that follows, what `open_source` reads.
-        tokenizer: what `load_tokenizer` reads, `sentencepiece:VOCAB` to train one on the train
-            splits, or a tokenizer.
-        output: folder to make. If it is a data-bin of the same text, tokenizer and items already,
-            nothing is done.
-        items: "document" or "line"; each item gets an eos. Default "line", which is fairseq's way,
-            for the GPT-2 kind and "document" for the others.
-        bos: put bos in front of each item, as models that read [CLS] text [SEP] want it.
+        inputs: a source for `open_source` by domain; all later steps keep the order of domains.
+        tokenizer: an argument of `load_tokenizer`, `sentencepiece:VOCAB` or `wordpiece:VOCAB` to
+            train one on the train splits, or a tokenizer.
+        output: output folder. An existing data-bin of the same text, tokenizer and options is
+            returned as it is.
+        items: "document" or "line"; an eos ends each item. The default is "line" for the GPT-2
+            kind, as in fairseq, and "document" for the others.
+        bos: start each item with bos, for models that read [CLS] text [SEP].
         field: JSON key or column of the text.
         encoding_errors: "strict" or "replace".
-        seed: divides sources that are not split yet.
-        workers: processes; default by the amount of text. The output does not depend on it.
+        seed: seed of the division of sources without splits.
+        workers: processes; the default follows the amount of text. The output does not depend on
+            it.
         do_lower_case: for BERT's word pieces, see `load_fast`.
         streaming: read data sets of the hub without storing them.
 
@@ -102,10 +106,11 @@ def binarize(
         "bos_id", "pad_id", "eos_id", "unk_id", "items", "bos", "replaced": {NAME: characters},
         "domains": {NAME: {SPLIT: {"items", "tokens", "bytes", "max_id", "text_sha256",
         "sha256": {"bin", "idx"}}}}}. "bytes" counts the UTF-8 text of the items without line ends
-        between them, "tokens" includes the bos and eos of each item.
+        between them; "tokens" includes the bos and eos of each item.
 
     Raises:
-        UserError: on bad input, an empty split, or an output folder that holds something else.
+        UserError: on bad input, an empty split, or an output folder that is not empty and not the
+            same data-bin.
     """
     output = Path(output).absolute()
     _check_names(inputs)
@@ -113,7 +118,7 @@ def binarize(
         raise UserError(f"--items {items}: allowed are {' and '.join(ITEMS)}")
     if workers is not None and workers < 1:
         raise UserError(f"--workers {workers}: at least 1 is needed")
-    before = _existing(output)
+    existing = _existing(output)
     sources = {
         name: open_source(
             spec, field=field, encoding_errors=encoding_errors, seed=seed, streaming=streaming
@@ -144,18 +149,18 @@ def binarize(
         "replaced": {name: source.decoding.replaced for name, source in sources.items()},
     }
     key = _identity(header, {n: {s: t.digest for s, t in of.items()} for n, of in tallies.items()})
-    if before is not None:
-        if _identity_of(before) != key:
+    if existing is not None:
+        if _identity_of(existing) != key:
             raise UserError(
                 f"--output_dir {output}: holds a data-bin made from other text or with another "
-                "tokenizer or other options; name a new folder"
+                "tokenizer or other options; choose a new folder"
             )
-        return before
+        return existing
     if workers is None:
         total = sum(tally.bytes for of in tallies.values() for tally in of.values())
         workers = min(os.cpu_count() or 1, 1 + total // BYTES_PER_WORKER)
     try:
-        with _workplace(output, key) as work:
+        with _work_folder(output, key) as work:
             header["domains"] = _write_parts(sources, tallies, tokenizer, items, bos, workers, work)
             _finish(work / "databin", header, tokenizer)
             os.rename(work / "databin", output)
@@ -165,7 +170,7 @@ def binarize(
     except BrokenProcessPool as error:
         raise UserError(
             f"--workers {workers}: a worker process died, perhaps for lack of memory; the same "
-            "command with fewer workers goes on where this one stopped"
+            "command with fewer workers resumes the run"
         ) from error
     return header
 
@@ -176,12 +181,13 @@ def _check_names(inputs: Mapping[str, object]) -> None:
     for name in inputs:
         if not re.fullmatch("[A-Za-z0-9_-]+", name) or name == "tokenizer":
             raise UserError(
-                f"--input {name}=...: a domain name is made of letters, digits, _ and -, and is "
-                'not "tokenizer", which is a folder of every data-bin'
+                f"--input {name}=...: a domain name consists of letters, digits, _ and -, and must "
+                'not be "tokenizer", which is a folder of every data-bin'
             )
 
 
 def _existing(output: Path) -> dict | None:
+    """Header of the data-bin at `output`; None if there is nothing."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
     try:
@@ -190,16 +196,17 @@ def _existing(output: Path) -> dict | None:
         return header
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"--output_dir {output}: exists and is not a data-bin of this command; name a new "
+            f"--output_dir {output}: exists and is not a data-bin of this command; choose a new "
             "folder"
         ) from error
 
 
 def _identity(header: Mapping[str, object], digests: Mapping[str, Mapping[str, str]]) -> str:
+    """Digest of all that decides the content of a data-bin."""
     ordered = [[name, *(of[split] for split in SPLITS)] for name, of in digests.items()]
-    told = [FORMAT, header["tokenizer"], header["items"], ordered]
-    told += ["bos"] if header.get("bos") else []
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    content = [FORMAT, header["tokenizer"], header["items"], ordered]
+    content += ["bos"] if header.get("bos") else []
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _identity_of(header: dict) -> str:
@@ -214,7 +221,7 @@ def _texts(source: Source, items: str, only: str | None = None) -> Iterator[tupl
 
 
 def _scan(name: str, source: Source, items: str) -> dict[str, Tally]:
-    """Read a whole source, which finds all that is wrong with it."""
+    """Read a whole source, which raises all errors of its content; a tally per split."""
     tallies = {split: Tally() for split in SPLITS}
     for split, text in _texts(source, items):
         tallies[split].add(text)
@@ -222,10 +229,11 @@ def _scan(name: str, source: Source, items: str) -> dict[str, Tally]:
     if len(empty) == len(SPLITS):
         raise UserError(f"domain {name}: {source.where} holds no text")
     if empty:
+        count = sum(tally.items for tally in tallies.values())
         raise UserError(
-            f"domain {name}: the split {empty[0]} of {source.where} is empty. A single file is "
-            "divided by chance and needs some hundred documents (another --seed may do); a folder "
-            "with train, valid and test files is taken as it is"
+            f"domain {name}: {source.where} has {count} {items}s, none in the split {empty[0]}. "
+            "A source without splits is divided at random and needs some hundred documents "
+            "(another --seed may help); or use a folder with train, valid and test files"
         )
     return tallies
 
@@ -233,7 +241,7 @@ def _scan(name: str, source: Source, items: str) -> dict[str, Tally]:
 def _sample(
     sources: Mapping[str, Source], tallies: Mapping[str, Mapping[str, Tally]]
 ) -> Iterator[str]:
-    """Evenly spaced train documents, about `SAMPLE_BYTES` in all and the same of each domain."""
+    """Evenly spaced train documents: about `SAMPLE_BYTES`, an equal part from each domain."""
     for name, source in sources.items():
         share = min(1.0, SAMPLE_BYTES / len(sources) / tallies[name]["train"].bytes)
         for number, (_, text) in enumerate(source.documents("train")):
@@ -242,22 +250,24 @@ def _sample(
 
 
 @contextmanager
-def _workplace(output: Path, key: str) -> Iterator[Path]:
-    """The hidden folder beside `output`, emptied unless it was begun under the same key, and
-    removed when the block succeeds."""
+def _work_folder(output: Path, key: str) -> Iterator[Path]:
+    """Hidden folder next to `output`, locked; removed when the block succeeds.
+
+    It is emptied unless an interrupted run of the same key left it.
+    """
     work = output.with_name(f".{output.name}.partial")
     (work / "parts").mkdir(parents=True, exist_ok=True)
     with open(work / "lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"--output_dir {output}: another run is making it") from None
-        begun = work / "run.json"
-        if not begun.exists() or json.loads(begun.read_text()) != {"key": key}:
+            raise UserError(f"--output_dir {output}: another run is writing it") from None
+        record = work / "run.json"
+        if not record.exists() or json.loads(record.read_text()) != {"key": key}:
             for folder in ("parts", "databin"):
                 shutil.rmtree(work / folder, ignore_errors=True)
             (work / "parts").mkdir()
-            write_json(begun, {"key": key})
+            write_json(record, {"key": key})
         yield work
         shutil.rmtree(work, ignore_errors=True)
 
@@ -271,6 +281,7 @@ def _write_parts(
     workers: int,
     work: Path,
 ) -> dict[str, dict[str, dict]]:
+    """Write the splits that are not complete yet; header entries by domain and split."""
     from tqdm import tqdm
 
     domains: dict[str, dict[str, dict]] = {name: {} for name in sources}
@@ -292,9 +303,9 @@ def _write_parts(
                         domains[name][split] = done
                         bar.update(done["bytes"])
                         continue
-                for left in list(folder.iterdir()):
-                    if left.name.lstrip(".").startswith(f"{prefix.name}."):
-                        left.unlink()
+                for file in list(folder.iterdir()):  # parts that a killed run left
+                    if file.name.lstrip(".").startswith(f"{prefix.name}."):
+                        file.unlink()
                 texts = (text for _, text in _texts(source, items, split))
                 done = _write_part(texts, tokenizer, bos, prefix, encode, bar.update)
                 if done["text_sha256"] != tallies[name][split].digest:
@@ -313,8 +324,8 @@ def _write_part(
     progress: Callable[[int], object],
 ) -> dict:
     tally = Tally()
-    front = [tokenizer.bos_id] if bos else []
-    tokens, largest, shown = 0, tokenizer.eos_id, 0
+    start = [tokenizer.bos_id] if bos else []
+    tokens, largest, reported = 0, tokenizer.eos_id, 0
 
     def counted() -> Iterator[str]:
         for text in texts:
@@ -323,13 +334,13 @@ def _write_part(
 
     with IndexedWriter(prefix, dtype_for(tokenizer.vocab_size)) as writer:
         for ids in encode(counted()):
-            ids = np.concatenate([front, ids, [tokenizer.eos_id]]).astype(np.int32)
+            ids = np.concatenate([start, ids, [tokenizer.eos_id]]).astype(np.int32)
             writer.add(ids)
             tokens += len(ids)
             largest = max(largest, int(ids.max()))
-            if tally.bytes > shown:
-                progress(tally.bytes - shown)
-                shown = tally.bytes
+            if tally.bytes > reported:
+                progress(tally.bytes - reported)
+                reported = tally.bytes
     return {
         "items": tally.items,
         "tokens": tokens,
@@ -341,13 +352,13 @@ def _write_part(
 
 
 def _digests(prefix: Path) -> dict[str, str]:
-    """Digests of a split's two files; those that are missing are missing here."""
+    """Digests of those of a split's two files that exist."""
     files = {ending: prefix.with_name(f"{prefix.name}.{ending}") for ending in ("bin", "idx")}
     return {ending: sha256(file) for ending, file in files.items() if file.exists()}
 
 
 def _finish(databin: Path, header: dict, tokenizer: Tokenizer) -> None:
-    """Add what is not a split, header last, after clearing what a killed run left of it."""
+    """Add tokenizer, dictionaries and, last, the header; remove leftovers of a killed run."""
     for entry in list(databin.iterdir()):
         if entry.is_file():
             entry.unlink()

@@ -1,10 +1,10 @@
-"""Real text that stands on every machine with this package installed, as four small domains.
+"""Four small domains of real text that every machine with this package has.
 
-It is read from the installation when asked for, so nothing is downloaded and nothing is shipped:
+They are read from the Python installation; nothing is downloaded:
 
     python_code       modules of the standard library
     c_headers         C and C++ headers of Python, NumPy and PyTorch
-    reference_prose   the reference manual behind Python's `help()`
+    reference_prose   the reference manual of Python's `help()`
     package_texts     descriptions and licences of installed packages
 """
 
@@ -23,13 +23,13 @@ HEADERS = {".h", ".hpp", ".cuh"}
 
 
 def builtin_documents(max_bytes: int = 1_000_000) -> dict[str, list[str]]:
-    """Documents of the four built-in domains, the same ones in the same order on one installation.
+    """Documents of the four built-in domains, deterministic for one installation.
 
     Args:
-        max_bytes: UTF-8 bytes taken of a domain, at most; documents are spread over all there is.
+        max_bytes: most UTF-8 bytes of a domain; its documents are spread evenly over the source.
 
     Raises:
-        UserError: if an installation lacks a source, naming what was looked for.
+        UserError: if a domain has too few documents, naming the files that were searched.
     """
     standard = Path(sysconfig.get_path("stdlib"))
     skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data"}
@@ -46,22 +46,22 @@ def builtin_documents(max_bytes: int = 1_000_000) -> dict[str, list[str]]:
         "package_texts": (_package_texts(), "descriptions and licences in *.dist-info folders"),
     }
     domains = {}
-    for name, (texts, looked_for) in sources.items():
-        documents = _chosen(texts, max_bytes)
+    for name, (texts, files) in sources.items():
+        documents = _select(texts, max_bytes)
         if len(documents) < FEWEST:
             raise UserError(
-                f"--builtin: the domain {name} needs {FEWEST} documents and {len(documents)} were "
-                f"found; looked for {looked_for}. Pass --input NAME=PATH instead"
+                f"--builtin: the domain {name} needs {FEWEST} documents, but {files} give "
+                f"{len(documents)}. Pass --input NAME=PATH instead"
             )
         domains[name] = documents
     return domains
 
 
-def _chosen(texts: Iterable[str], max_bytes: int) -> list[str]:
-    """Distinct documents, evenly thinned to `max_bytes`."""
+def _select(texts: Iterable[str], max_bytes: int) -> list[str]:
+    """Distinct documents, thinned evenly to `max_bytes`."""
     pieces = dict.fromkeys(piece for text in texts for piece in _pieces(text))
     documents = [piece for piece in pieces if len(piece) >= SHORTEST]
-    share = min(1.0, max_bytes / max(1, sum(len(one.encode()) for one in documents)))
+    share = min(1.0, max_bytes / max(1, sum(len(document.encode()) for document in documents)))
     kept, used = [], 0
     for number, document in enumerate(documents):
         size = len(document.encode())
@@ -85,7 +85,10 @@ def _pieces(text: str) -> Iterator[str]:
 def _files(
     roots: list[Path], endings: set[str], skipped: set[str], max_bytes: int
 ) -> Iterator[str]:
-    """Evenly spaced files below `roots`, about `max_bytes` of them: reading all takes seconds."""
+    """Texts of evenly spaced files below `roots`, about `max_bytes` in all.
+
+    Reading all of them would take seconds.
+    """
     paths = [
         path
         for root in roots
@@ -101,7 +104,7 @@ def _files(
 
 
 def _read(path: Path) -> str:
-    """Content of a file, or nothing if it is not UTF-8 text."""
+    """Content of a file; empty if it is not UTF-8 text."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
@@ -112,14 +115,14 @@ def _read(path: Path) -> str:
 def _header_folders() -> list[Path]:
     folders = [Path(sysconfig.get_path("include"))]
     for package, folder in (("numpy", "_core/include"), ("torch", "include")):
-        found = importlib.util.find_spec(package)
-        if found and found.origin:
-            folders.append(Path(found.origin).parent / folder)
+        spec = importlib.util.find_spec(package)
+        if spec and spec.origin:
+            folders.append(Path(spec.origin).parent / folder)
     return folders
 
 
 def _topics(standard: Path) -> Iterator[str]:
-    """The strings of `pydoc_data.topics`, by parsing: importing it would run it."""
+    """The strings of `pydoc_data.topics`, parsed and not imported, so that nothing runs."""
     source = _read(standard / "pydoc_data" / "topics.py")
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Dict):
@@ -128,7 +131,7 @@ def _topics(standard: Path) -> Iterator[str]:
 
 
 def _sections(topic: str, size: int = 2000) -> Iterator[str]:
-    """A topic in documents of about `size` characters, cut between paragraphs."""
+    """Documents of about `size` characters, cut between paragraphs."""
     kept: list[str] = []
     for paragraph in topic.split("\n\n"):
         kept.append(paragraph)
@@ -139,9 +142,9 @@ def _sections(topic: str, size: int = 2000) -> Iterator[str]:
 
 
 def _package_texts() -> Iterator[str]:
-    found = {one.metadata["Name"]: one for one in importlib.metadata.distributions()}
-    for name in sorted(filter(None, found)):
-        package = found[name]
+    packages = {package.metadata["Name"]: package for package in importlib.metadata.distributions()}
+    for name in sorted(filter(None, packages)):
+        package = packages[name]
         description = package.metadata.get_payload() or package.metadata["Description"] or ""
         yield from _sections(str(description))
         for file in sorted(package.files or (), key=str):

@@ -1,7 +1,7 @@
-"""Documents of a domain: plain text, JSON lines, data sets on disk or on the hub, or given lists.
+"""Documents of a domain: text files, JSON lines, tables, data sets of `datasets`, lists.
 
-Everything is streamed. Input that is not clean text ends with the file and the line, row or byte
-offset, or is repaired and counted where the user asked for that.
+Everything is streamed. Input that is not clean text raises an error with the file and the line, row
+or byte offset; with encoding_errors="replace" it is repaired and counted.
 """
 
 import hashlib
@@ -42,10 +42,11 @@ FORMATS = ("text", "JSON lines", "JSON", "CSV", "TSV", "Parquet")
 
 @dataclass
 class Decoding:
-    """What happens to bytes that are not text, and how many characters were replaced so far.
+    """Treatment of bytes that are not text.
 
-    Args:
-        errors: "strict" refuses them, "replace" puts U+FFFD in their place and counts.
+    Attributes:
+        errors: "strict" refuses them, "replace" replaces them with U+FFFD.
+        replaced: characters replaced so far.
     """
 
     errors: str = "strict"
@@ -56,7 +57,7 @@ class Decoding:
             raise UserError(f"--encoding_errors {self.errors}: allowed are strict and replace")
 
     def line(self, raw: bytes, path: Path, offset: int) -> str:
-        """Text of the bytes `raw`, which stand at byte `offset` of `path`."""
+        """Text of the bytes `raw` at byte `offset` of `path`."""
         try:
             text, problem = raw.decode(), None
             if "\0" in text:
@@ -71,7 +72,7 @@ class Decoding:
         return text.replace("\0", "�")
 
     def string(self, text: str, where: str) -> str:
-        """`text` from a place that holds Unicode already: no NUL and no lone surrogate."""
+        """`text`, checked for NUL characters and lone surrogates; `where` names its origin."""
         bad = re.findall("[\0\ud800-\udfff]", text)
         if not bad:
             return text
@@ -82,21 +83,21 @@ class Decoding:
     def _refuse(self, where: str | Path, problem: str) -> None:
         if self.errors == "strict":
             raise UserError(
-                f"{where}: {problem}; mend the file or pass --encoding_errors replace to put "
-                "U+FFFD in the place of such characters"
+                f"{where}: {problem}; correct the file, or pass --encoding_errors replace to "
+                "replace such characters with U+FFFD"
             )
 
 
 class Source:
-    """The documents of one domain, already divided into splits or divided here.
+    """The documents of one domain, with splits of their own or divided by a hash.
 
     Args:
-        where: what the user named, for messages.
-        readers: one function per split giving its documents, or a single one under the key ""
-            whose documents are divided by `split_of`.
-        decoding: counts replaced characters; its count is that of the latest complete pass.
-        seed: chooses the division of a single reader.
-        line_readers: one function per split giving its lines, where the source has lines.
+        where: the user's name of the source, for messages.
+        readers: a function per split that iterates over its documents; or a single one under the
+            key "", whose documents `split_of` divides.
+        decoding: counts replaced characters, from the start of the latest pass.
+        seed: seed of the division.
+        line_readers: a function per split that iterates over its lines, for plain text.
     """
 
     def __init__(
@@ -111,37 +112,37 @@ class Source:
         self.line_readers = line_readers or {}
 
     def documents(self, only: str | None = None) -> Iterator[tuple[str, str]]:
-        """Pairs (split, document) in the order of the source; `only` leaves out other splits."""
+        """Pairs (split, document) in the order of the source, of all splits or one."""
         self.decoding.replaced = 0
         for split, reader in self.readers.items():
             if only and split not in ("", only):
                 continue
             for document in reader():
-                found = split or split_of(document, self.seed)
-                if only in (None, found):
-                    yield found, document
+                name = split or split_of(document, self.seed)
+                if only in (None, name):
+                    yield name, document
 
     def lines(self, only: str | None = None) -> Iterator[tuple[str, str]]:
-        """Pairs (split, line): a plain text file as it is, else documents with a blank between."""
+        """Pairs (split, line); a blank line separates the documents of a source without lines."""
         if self.line_readers:
             self.decoding.replaced = 0
             for split, reader in self.line_readers.items():
                 if only in (None, split):
                     yield from ((split, line) for line in reader())
             return
-        begun = set()
+        started = set()
         for split, document in self.documents(only):
-            if split in begun:
+            if split in started:
                 yield split, ""
-            begun.add(split)
+            started.add(split)
             yield from ((split, line) for line in document.split("\n"))
 
 
 def parse_inputs(values: Sequence[str]) -> dict[str, str]:
-    """Domains of `NAME=PATH` arguments, in the order given.
+    """Paths by domain from `NAME=PATH` arguments, in their order.
 
     Raises:
-        UserError: on a value without a name or a path, or a name given twice.
+        UserError: for a value without a name or a path, or a repeated name.
     """
     inputs: dict[str, str] = {}
     for value in values:
@@ -149,7 +150,7 @@ def parse_inputs(values: Sequence[str]) -> dict[str, str]:
         if not (name and sign and path):
             raise UserError(f"--input {value}: write NAME=PATH, for example news=data/news.jsonl")
         if name in inputs:
-            raise UserError(f"--input {value}: the domain {name} was given already: {inputs[name]}")
+            raise UserError(f"--input {value}: the domain {name} is {inputs[name]} already")
         inputs[name] = path
     return inputs
 
@@ -162,7 +163,7 @@ def open_source(
     seed: int = 0,
     streaming: bool = False,
 ) -> Source:
-    """The source a user named.
+    """Open the source that a user named.
 
     Args:
         spec: a file of one of `FORMATS`; a folder with train, valid and test files; a folder
@@ -172,7 +173,7 @@ def open_source(
         streaming: read data sets of the hub without storing them.
 
     Raises:
-        UserError: if it does not exist, is of no known form, or lacks a split.
+        UserError: if it does not exist, has an unknown format, or lacks a split.
     """
     decoding = Decoding(encoding_errors)
     if not isinstance(spec, (str, Path)):
@@ -187,7 +188,9 @@ def open_source(
         return Source(where, _dataset_readers(loaded, where, field, decoding), decoding, seed)
     path = Path(spec)
     if not path.exists():
-        raise UserError(f"{path} does not exist: a file, a folder or hf:NAME[:CONFIG] is needed")
+        raise UserError(
+            f"{path} does not exist; --input takes a file, a folder or hf:NAME[:CONFIG]"
+        )
     if path.is_file():
         return Source(where, {"": _file_reader(path, field, decoding)}, decoding, seed)
     if any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
@@ -207,11 +210,11 @@ def open_source(
 def read_documents(
     path: str | Path, field: str = "text", decoding: Decoding | None = None
 ) -> Iterator[str]:
-    """Documents of one file, in the format that its ending says.
+    """Documents of one file in the format of its ending.
 
-    In plain text one or more blank lines stand between documents, and line ends inside a document
-    are kept as "\\n". A byte order mark at the start is dropped and CRLF is read as LF. Documents
-    of nothing but white space are left out.
+    In plain text one or more blank lines separate documents, and line ends inside a document are
+    kept as "\\n". A byte order mark at the start is dropped and CRLF is read as LF. Documents that
+    are only white space are skipped.
 
     Raises:
         UserError: naming file and line or byte offset.
@@ -243,8 +246,10 @@ def _plain_documents(path: Path, decoding: Decoding) -> Iterator[str]:
 
 
 def split_of(document: str, seed: int) -> str:
-    """Split of a document: a pure function of (seed, content), so that equal documents, which
-    would leak from train into test, always go together."""
+    """Split of a document, a pure function of seed and content.
+
+    Equal documents are therefore in one split and never leak from train into test.
+    """
     digest = hashlib.blake2b(f"{seed}\n{document}".encode(), digest_size=8).digest()
     position = int.from_bytes(digest, "little") / 2**64
     if position < SHARES["train"]:
@@ -253,10 +258,10 @@ def split_of(document: str, seed: int) -> str:
 
 
 def text_lines(path: Path, decoding: Decoding) -> Iterator[tuple[int, str]]:
-    """Lines of a file from 1 on, without their ends.
+    """Numbers from 1 and lines without their ends.
 
     Raises:
-        UserError: if it cannot be read, or holds what the decoding refuses.
+        UserError: if the file cannot be read, or `decoding` refuses its content.
     """
     for number, offset, raw in numbered_lines(path):
         yield number, decoding.line(raw, path, offset)
@@ -284,7 +289,7 @@ def _require_string(value: object, field: str, where: str) -> str:
 
 def _file_reader(path: Path, field: str, decoding: Decoding) -> Callable[[], Iterator[str]]:
     if format_of(path, FORMATS) != "text":
-        next(read_documents(path, field, decoding), None)  # a missing key or column is found now
+        next(read_documents(path, field, decoding), None)  # checks the key or column
     return lambda: read_documents(path, field, decoding)
 
 
@@ -299,7 +304,7 @@ def _split_files(folder: Path) -> dict[str, Path]:
         if len(matches) != 1:
             names = " and ".join(file.name for file in matches) or "none"
             raise UserError(
-                f"{folder}: one file of the split {split} is needed, named "
+                f"{folder}: one file for the split {split} is needed, named "
                 f"{' or '.join(spellings)} with an ending such as .txt or .jsonl.gz; found {names}"
             )
         files[split] = matches[0]
@@ -320,8 +325,8 @@ def _dataset_readers(
 
 
 def _texts(cells: Cells, field: str, decoding: Decoding) -> Iterator[str]:
-    """Texts of cells that hold more than white space."""
-    for place, value in cells:
-        text = decoding.string(_require_string(value, field, place), place)
+    """Checked texts of cells, without those of white space alone."""
+    for where, value in cells:
+        text = decoding.string(_require_string(value, field, where), where)
         if text.strip():
             yield text

@@ -1,7 +1,7 @@
-"""Loading the fast tokenizer of a Hugging Face folder or name, and checks that it can encode text.
+"""Loading of fast Hugging Face tokenizers, with a check that they can encode text.
 
-From a folder without vocabulary transformers makes a tokenizer of special tokens alone, which turns
-every word into [UNK]; and a folder with vocab.txt alone does not state the case of its vocabulary.
+For a folder without vocabulary transformers builds a tokenizer of special tokens alone, which turns
+every word into [UNK]. A folder with vocab.txt alone does not state its letter case.
 """
 
 import logging
@@ -19,19 +19,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CASED_SHARE = 0.2  # of the tokens with letters; BERT's cased vocabulary has 0.4, Chinese BERT 0.003
-TRIED = 200  # tokens of a vocabulary whose text is encoded to see if it encodes any
+TRIED = 200  # tokens of a vocabulary whose text is encoded as a test
 
 
 def load_fast(spec: str, do_lower_case: bool | None = None) -> "PreTrainedTokenizerFast":
-    """What `AutoTokenizer` makes of a folder or name; BERT word pieces for vocab.txt alone.
+    """Load a folder or hub name with `AutoTokenizer`, or BERT word pieces from vocab.txt alone.
 
     Args:
-        do_lower_case: for BERT's word pieces, instead of what the folder says; with vocab.txt alone
-            the default is True unless capitals are a real part of the vocabulary.
+        do_lower_case: overrides the folder's setting, for BERT word pieces only. With vocab.txt
+            alone the default is True unless capitals are a real part of the vocabulary.
     Raises:
-        UserError: if it is not BERT's and `do_lower_case` is set, is not a fast tokenizer, or
-            encodes no text.
-        OSError, ValueError, KeyError, ImportError: of transformers, if there is no tokenizer.
+        UserError: if `do_lower_case` does not apply, or the tokenizer is slow or encodes no text.
+        OSError, ValueError, KeyError, ImportError: from transformers, if there is no tokenizer.
     """
     from transformers import AutoTokenizer, BertTokenizerFast
 
@@ -61,10 +60,10 @@ def check_usable(fast: "PreTrainedTokenizerFast", spec: str) -> None:
     """Refuse a tokenizer that encodes no text, and warn of one that loses capitals.
 
     Raises:
-        UserError: if the text of no token of the vocabulary becomes a token.
+        UserError: if the text of every token of the vocabulary becomes unknown.
     """
     backend = fast.backend_tokenizer
-    special_ids = {one for one in fast.all_special_ids if one is not None}  # [UNK] is one of them
+    special_ids = set(fast.all_special_ids)  # [UNK] included
     vocab = backend.get_vocab(with_added_tokens=True)
     first = backend.id_to_token(0) or ""
     if first.startswith("\ufeff"):
@@ -72,9 +71,9 @@ def check_usable(fast: "PreTrainedTokenizerFast", spec: str) -> None:
             f"--tokenizer {spec}: its vocabulary begins with a byte order mark, which is now part "
             f"of the first token {first[1:]!r}; save the file as UTF-8 without one"
         )
-    ordinary = sorted(one for one in vocab.values() if one not in special_ids)
+    ordinary = sorted(set(vocab.values()) - special_ids)
     step = max(1, len(ordinary) // TRIED)
-    texts = [backend.decode([one], skip_special_tokens=False) for one in ordinary[::step]]
+    texts = [backend.decode([token], skip_special_tokens=False) for token in ordinary[::step]]
     if all(_is_unknown(backend, special_ids, text.removeprefix("##")) for text in texts):
         reason = "of its words becomes a token" if ordinary else "stands for text"
         raise UserError(
@@ -89,8 +88,8 @@ def check_usable(fast: "PreTrainedTokenizerFast", spec: str) -> None:
     ]
     if 2 * len(lost) > len(string.ascii_lowercase):
         logger.warning(
-            "--tokenizer %s: %d of 26 capital letters, such as %s, become [UNK] and their words "
-            "with them; --do_lower_case true reads them as small ones",
+            "--tokenizer %s: %d of 26 capital letters, such as %s, become [UNK], and so do "
+            "their words; --do_lower_case true encodes them as small letters",
             spec,
             len(lost),
             lost[0].upper(),
@@ -102,9 +101,9 @@ def _is_unknown(backend: "tokenizers.Tokenizer", special_ids: set[int], text: st
 
 
 def _read_vocabulary(path: Path) -> dict[str, int]:
-    """Tokens of a vocab.txt and their line numbers from 0, without a byte order mark.
+    """Tokens of a vocab.txt and their line numbers from 0; a byte order mark is dropped.
 
-    Of equal lines the last one counts, as in transformers.
+    The last of equal lines counts, as in transformers.
     """
     tokens = [line for _, line in read_lines(path)]
     while tokens and not tokens[-1]:

@@ -1,7 +1,7 @@
-"""Formats of data files by their endings, in any case, and files read through their compression.
+"""Formats of data files by their endings, in any letter case, and reading of compressed files.
 
-An ending that is not in the table is refused: a format is never guessed. Content that contradicts
-the ending is refused as well.
+Unknown endings are refused, because a format is never guessed; so is content that contradicts the
+ending.
 """
 
 import bz2
@@ -39,11 +39,11 @@ ONE_A_LINE = "JSON lines are needed: one whole object per line"
 
 
 def format_of(path: Path, allowed: Sequence[str], flag: str = "") -> str:
-    """Key of `FORMATS` for a file; an ending of a compression is left out.
+    """Key of `FORMATS` for a file; a compression ending is ignored.
 
     Args:
         allowed: keys of the formats that the caller reads.
-        flag: the flag or key that named the file, put before it in the message.
+        flag: prefix of the message, such as the flag that named the file.
     Raises:
         UserError: if the ending is unknown or its format is not in `allowed`.
     """
@@ -71,7 +71,7 @@ def stem_of(path: Path) -> str:
 
 @contextmanager
 def open_binary(path: Path) -> Iterator[BinaryIO]:
-    """The bytes of a file, decompressed where its ending says so.
+    """Open a file for reading bytes, decompressed if it has a compression ending.
 
     Raises:
         UserError: if it cannot be read, is cut short, or is not compressed as its ending says.
@@ -97,7 +97,7 @@ def open_binary(path: Path) -> Iterator[BinaryIO]:
 
 
 def raw_lines(path: Path) -> Iterator[bytes]:
-    """Lines of a file with their ends, decompressed.
+    """Decompressed lines of a file with their ends.
 
     Raises:
         UserError: as `open_binary`.
@@ -109,8 +109,8 @@ def raw_lines(path: Path) -> Iterator[bytes]:
 def numbered_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
     """Number from 1, byte offset in the decompressed file, and bytes of each line.
 
-    Only a line feed, or carriage return and line feed, ends a line: data sets hold other control
-    characters inside of sentences. Line ends and a byte order mark at the start are left out.
+    Only a line feed, or carriage return and line feed, ends a line, because sentences of data sets
+    hold other control characters. Line ends and a byte order mark at the start are removed.
 
     Raises:
         UserError: as `open_binary`, or if the lines end with carriage returns alone.
@@ -133,13 +133,13 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
 
 
 def json_object(line: str, where: str, key: str | None = None) -> dict[str, object]:
-    """The object in a line of JSON.
+    """Parse a line that must be one JSON object.
 
     Args:
         where: file and line, for messages.
-        key: refused if it occurs twice.
+        key: a key that must not occur twice.
     Raises:
-        UserError: if the line is anything else than one JSON object.
+        UserError: if the line is not one JSON object.
     """
 
     def checked(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -1,8 +1,8 @@
-"""Token files in fairseq's format: `PREFIX.bin` with the ids, `PREFIX.idx` with where items begin.
+"""Token files in fairseq's format: `PREFIX.bin` with the ids, `PREFIX.idx` with item offsets.
 
     .idx   9 bytes "MMIDIDX\\0\\0", u64 version 1, u8 dtype code, u64 number of items n,
            n x i32 sizes in tokens, n x i64 byte offsets into .bin           (little endian)
-    .bin   the ids of all items back to back
+    .bin   the ids of all items, concatenated
 
 Source: fairseq MMapIndexedDataset and Dictionary.
 """
@@ -26,26 +26,26 @@ DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2", 9: "<u4", 10
 CODES = {np.dtype(name): code for code, name in DTYPES.items()}
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
 OVERWRITE = "#fairseq:overwrite"
-SCAN = 1 << 20  # items or tokens looked at together
+SCAN = 1 << 20  # items or tokens checked at once
 
 
 def split_prefix(domain: str, split: str) -> str:
-    """Path of a split's files inside a data-bin, without ending: only train has a plain name."""
+    """Path of a split's files in a data-bin, without ending; all but train carry the domain."""
     return f"{domain}/{split}" if split == "train" else f"{domain}/{split}_{domain}"
 
 
 def dtype_for(vocab_size: int) -> np.dtype:
-    """uint16 where ids of the vocabulary fit (with some room, as in fairseq), else int32."""
+    """uint16 for vocabularies below 65500 ids, as in fairseq, else int32."""
     return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
 
 
 class IndexedWriter:
-    """Writes items; `prefix.bin` and `prefix.idx` appear whole, at the end of the `with` block.
+    """Writes items; `prefix.bin` and `prefix.idx` appear complete at the end of the `with` block.
 
-    Files of that name from before stay until then. If the block fails, nothing changes.
+    Existing files of these names are replaced then. If the block fails, nothing changes.
 
     Args:
-        prefix: path without ending; its folder exists.
+        prefix: path without ending, in an existing folder.
         dtype: integer type of the ids, see `dtype_for`.
     """
 
@@ -66,7 +66,7 @@ class IndexedWriter:
         """Append one item, [tokens] of any integer type.
 
         Raises:
-            ValueError: if it is no such array, or an id does not fit the dtype.
+            ValueError: if it is another kind of array, or an id does not fit the dtype.
         """
         ids = np.asarray(ids)
         if ids.ndim != 1 or not (np.issubdtype(ids.dtype, np.integer) or ids.size == 0):
@@ -92,7 +92,7 @@ class IndexedWriter:
                     return
                 self._file.flush()
                 os.fsync(self._file.fileno())
-            # An index beside ids of another run would be believed: without one there is no data.
+            # An old index would be read with the new ids; without an index there is no data.
             self.idx_path.unlink(missing_ok=True)
             os.replace(self._partial, self.bin_path)
             sync_folder(self.bin_path.parent)
@@ -113,11 +113,11 @@ class IndexedDataset:
 
     Args:
         prefix: path without ending.
-        vocab_size: if given, all ids are checked against it, see `check_ids`.
+        vocab_size: checks all ids against it, see `check_ids`; None: no check.
 
     Attributes:
         sizes: [n] int32, tokens of each item.
-        offsets: [n+1] int64, where each item begins and the last one ends, in tokens.
+        offsets: [n+1] int64, start of each item and end of the last one, in tokens.
         tokens: [tokens] all ids, memory-mapped.
 
     Raises:
@@ -129,14 +129,14 @@ class IndexedDataset:
         self.bin_path, self.idx_path = _paths(prefix)
         try:
             self.dtype, self.sizes, self.offsets = _read_index(self.idx_path)
-            held, wanted = self.bin_path.stat().st_size, int(self.offsets[-1]) * self.dtype.itemsize
-            if held != wanted:
-                what = "shorter" if held < wanted else "longer"
+            size, end = self.bin_path.stat().st_size, int(self.offsets[-1]) * self.dtype.itemsize
+            if size != end:
+                relation = "shorter" if size < end else "longer"
                 raise UserError(
-                    f"{self.bin_path}: ends at byte {held}, {what} than {self.idx_path.name} "
-                    f"promises: {len(self.sizes)} items of {self.dtype} end at byte {wanted}"
+                    f"{self.bin_path}: ends at byte {size}, {relation} than in {self.idx_path.name}"
+                    f": {len(self.sizes)} items of {self.dtype} end at byte {end}"
                 )
-            # As a plain view, because slicing the memmap class costs several times as much.
+            # A plain view, because slicing the memmap class takes several times as long.
             self.tokens = np.asarray(np.memmap(self.bin_path, dtype=self.dtype, mode="r"))
         except OSError as error:
             raise UserError(f"{error.filename or self.prefix}: {error.strerror}") from error
@@ -155,7 +155,7 @@ class IndexedDataset:
         return IndexedDataset, (self.prefix,)  # a worker process maps the file, it gets no copy
 
     def check_ids(self, vocab_size: int) -> None:
-        """Read all ids once.
+        """Check all ids against the vocabulary, in one pass over the file.
 
         Raises:
             UserError: naming the first id that is negative or not below `vocab_size`.
@@ -164,11 +164,11 @@ class IndexedDataset:
             chunk = self.tokens[start : start + SCAN]
             if chunk.max() < vocab_size and chunk.min() >= 0:
                 continue
-            place = start + int(np.argmax((chunk >= vocab_size) | (chunk < 0)))
-            item = int(np.searchsorted(self.offsets, place, side="right")) - 1
+            position = start + int(np.argmax((chunk >= vocab_size) | (chunk < 0)))
+            item = int(np.searchsorted(self.offsets, position, side="right")) - 1
             raise UserError(
-                f"{self.bin_path}: token id {self.tokens[place]} at byte "
-                f"{place * self.dtype.itemsize} (item {item}) is outside the vocabulary of "
+                f"{self.bin_path}: token id {self.tokens[position]} at byte "
+                f"{position * self.dtype.itemsize} (item {item}) is outside the vocabulary of "
                 f"{vocab_size}: allowed are 0 to {vocab_size - 1}"
             )
 
@@ -182,14 +182,14 @@ class Dictionary:
     def __init__(self) -> None:
         self.symbols = list(SPECIALS)
         self.counts = [1] * len(SPECIALS)
-        self._ids = {symbol: one for one, symbol in enumerate(SPECIALS)}
+        self._ids = {symbol: number for number, symbol in enumerate(SPECIALS)}
 
     @classmethod
     def load(cls, path: str | Path) -> "Dictionary":
         """Read a `dict.txt`.
 
-        A symbol that stands twice is an error unless the later line ends in `#fairseq:overwrite`;
-        then the symbol means the later id from there on.
+        A repeated symbol is an error unless the later line ends in `#fairseq:overwrite`; the symbol
+        then has the later id.
 
         Raises:
             UserError: naming the line.
@@ -212,23 +212,23 @@ class Dictionary:
             symbol, _, count = line.rpartition(" ")
             if not symbol or not re.fullmatch("-?[0-9]{1,18}", count):
                 raise UserError(
-                    f'{where}: {line!r} is not "symbol count", which {OVERWRITE} may follow'
+                    f'{where}: {line!r} is not "symbol count", perhaps followed by {OVERWRITE}'
                 )
             if symbol in dictionary._ids and not overwrite:
                 raise UserError(
                     f"{where}: {symbol!r} has id {dictionary.index(symbol)} already; a line that "
-                    f"is to replace it ends in {OVERWRITE}"
+                    f"replaces it ends in {OVERWRITE}"
                 )
             dictionary._append(symbol, int(count))
         return dictionary
 
     def save(self, path: str | Path) -> None:
-        """Write a file that `load` reads back as it is."""
+        """Write a file from which `load` restores the dictionary."""
         seen, lines = set(SPECIALS), []
-        for one in range(len(SPECIALS), len(self)):
-            symbol = self.symbols[one]
+        for number in range(len(SPECIALS), len(self)):
+            symbol = self.symbols[number]
             mark = f" {OVERWRITE}" if symbol in seen else ""
-            lines.append(f"{symbol} {self.counts[one]}{mark}\n")
+            lines.append(f"{symbol} {self.counts[number]}{mark}\n")
             seen.add(symbol)
         write_atomic(Path(path), "".join(lines))
 
@@ -236,23 +236,23 @@ class Dictionary:
         return len(self.symbols)
 
     def index(self, symbol: str) -> int:
-        """Id of a symbol; that of `<unk>`, 3, for unknown ones."""
+        """Id of a symbol; 3, the id of `<unk>`, for unknown symbols."""
         return self._ids.get(symbol, SPECIALS.index("<unk>"))
 
-    def symbol(self, one: int) -> str:
-        """Symbol of an id."""
-        if not 0 <= one < len(self):
-            raise IndexError(f"id {one} is outside the dictionary of {len(self)}")
-        return self.symbols[one]
+    def symbol(self, number: int) -> str:
+        """Symbol of an id; an id outside the dictionary raises IndexError."""
+        if not 0 <= number < len(self):
+            raise IndexError(f"id {number} is outside the dictionary of {len(self)}")
+        return self.symbols[number]
 
     def add(self, symbol: str, count: int = 1) -> int:
-        """Id of a symbol, appended if it is new; `count` is added to its frequency.
+        """Add `count` to the frequency of a symbol, which is appended if it is new; its id.
 
         Raises:
-            ValueError: for a symbol that a line of a file cannot hold.
+            ValueError: for a symbol that cannot be written on one line.
         """
         if not symbol or "\n" in symbol or "\r" in symbol:
-            raise ValueError(f"{symbol!r} cannot be a symbol: it is empty or holds a line end")
+            raise ValueError(f"{symbol!r} cannot be a symbol: it is empty or contains a line end")
         if symbol not in self._ids:
             return self._append(symbol, count)
         self.counts[self._ids[symbol]] += count
@@ -271,7 +271,7 @@ def _paths(prefix: str | Path) -> tuple[Path, Path]:
 
 
 def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:
-    """Dtype, sizes [n] and token offsets [n+1], everything checked."""
+    """Read and check an index: dtype, sizes [n] and token offsets [n+1]."""
     length = path.stat().st_size
     with open(path, "rb") as file:
         head = file.read(HEADER.size)
@@ -286,15 +286,15 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:
         if version != VERSION:
             raise UserError(f"{path}: version {version} at byte 9; only {VERSION} can be read")
         if code not in DTYPES:
-            allowed = ", ".join(f"{one} ({np.dtype(name)})" for one, name in DTYPES.items())
+            allowed = ", ".join(f"{number} ({np.dtype(name)})" for number, name in DTYPES.items())
             raise UserError(f"{path}: dtype code {code} at byte 17; tokens have one of {allowed}")
         dtype = np.dtype(DTYPES[code])
-        wanted = HEADER.size + 12 * items
-        if length != wanted:
+        expected = HEADER.size + 12 * items
+        if length != expected:
             _refuse_megatron(path, file.read(8), items, length)
             raise UserError(
                 f"{path}: is {length} bytes long, but {items} items (the number at byte 18) need "
-                f"{wanted}"
+                f"{expected}"
             )
         if items == 0:
             raise UserError(f"{path}: holds no items (the number at byte 18 is 0)")
@@ -307,12 +307,12 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:
             f"{path}: size {sizes[item]} of item {item} at byte {HEADER.size + 4 * item} is "
             "negative"
         )
-    before = 0
+    end = 0
     for first in range(0, items, SCAN):
         part = sizes[first : first + SCAN]
-        ends = before + np.cumsum(part * np.int64(dtype.itemsize))
+        ends = end + np.cumsum(part * np.int64(dtype.itemsize))
         starts = offsets[first : first + len(part)]
-        expected = np.append(before, ends[:-1])
+        expected = np.append(end, ends[:-1])
         if (starts != expected).any():
             item = int(np.argmax(starts != expected))
             raise UserError(
@@ -320,8 +320,8 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:
                 f"{HEADER.size + 4 * items + 8 * (first + item)} does not follow from the sizes "
                 f"before it, which end at {expected[item]}"
             )
-        before = int(ends[-1])
-    offsets[-1] = before
+        end = int(ends[-1])
+    offsets[-1] = end
     offsets //= dtype.itemsize
     if offsets[-1] == 0:
         raise UserError(f"{path}: all {items} items are empty")
@@ -329,11 +329,11 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:
 
 
 def _refuse_megatron(path: Path, field: bytes, items: int, length: int) -> None:
-    """Megatron-LM's index shares magic and version, and is told apart by its length."""
+    """Refuse an index of Megatron-LM: the same magic and version, but another length."""
     documents = int.from_bytes(field, "little")
     expected = HEADER.size + 8 + 12 * items + 8 * documents
     if len(field) == 8 and length in (expected, expected + items):
         raise UserError(
             f"{path}: is an index of Megatron-LM ({documents} document bounds at byte "
-            f"{HEADER.size}), not of fairseq; write the text anew with launchers/preprocess.py"
+            f"{HEADER.size}), not of fairseq; run launchers/preprocess.py on the text again"
         )

@@ -1,4 +1,4 @@
-"""Random lines of many text files: a small sample of a large corpus, such as of books."""
+"""Random lines of many text files: a small sample of a large corpus of books."""
 
 import random
 from collections.abc import Mapping
@@ -13,46 +13,46 @@ from megamod.files import write_atomic
 def sample_lines(
     inputs: Mapping[str, str], count: int, output: Path, *, encoding_errors: str, seed: int
 ) -> dict[str, tuple[int, int]]:
-    """Write OUTPUT/NAME.txt with `count` random lines of every file of a folder, a line an item.
+    """Write OUTPUT/NAME.txt with `count` random lines of each file, one item per line.
 
-    Blank lines do not count; a file with fewer lines is passed over. What is drawn from a file
-    depends on the seed and its name alone.
+    Blank lines do not count, and files with fewer lines are skipped. The lines drawn from a file
+    depend on the seed and the name of the file alone.
 
     Args:
-        inputs: name -> a text file, or a folder whose text files are taken, however deep.
+        inputs: a text file, or a folder that is searched for text files at any depth, by name.
     Returns:
-        by name the numbers of files that were drawn from and of those passed over.
+        the numbers of files used and of files skipped, by name.
     Raises:
-        UserError: if there is no file, or none with so many lines.
+        UserError: if there is no file, or none with enough lines.
     Source: Verma and Elbayad 2024 (Merging text transformer models from different
     initializations), appendix: 100 lines of each book with at least as many.
     """
-    drawn, told = {}, {}
-    for name, place in inputs.items():
-        path = Path(place)
+    drawn, counts = {}, {}
+    for name, where in inputs.items():
+        path = Path(where)
         if not path.exists():
-            raise UserError(f"--input {name}={place}: no such file or folder")
+            raise UserError(f"--input {name}={where}: no such file or folder")
         if path.is_dir():
             files = sorted(file for file in path.rglob("*") if known_format(file) == "text")
         else:
             format_of(path, ["text"], f"--input {name}=")
             files = [path]
         if not files:
-            raise UserError(f"--input {name}={place}: it holds no text file (.txt)")
-        decoding, lines, taken = Decoding(encoding_errors), [], 0
+            raise UserError(f"--input {name}={where}: it holds no text file (.txt)")
+        decoding, lines, used = Decoding(encoding_errors), [], 0
         for file in files:
-            whole = [line for _, line in text_lines(file, decoding) if line.strip()]
-            if len(whole) < count:
+            candidates = [line for _, line in text_lines(file, decoding) if line.strip()]
+            if len(candidates) < count:
                 continue
-            inside = file.name if path.is_file() else file.relative_to(path).as_posix()
-            lines += random.Random(f"{seed} {inside}").sample(whole, count)
-            taken += 1
-        if not taken:
+            name_inside = file.name if path.is_file() else file.relative_to(path).as_posix()
+            lines += random.Random(f"{seed} {name_inside}").sample(candidates, count)
+            used += 1
+        if not used:
             raise UserError(
-                f"--sample_lines {count}: no file of --input {name}={place} has so many lines"
+                f"--sample_lines {count}: no file of --input {name}={where} has enough lines"
             )
-        drawn[name], told[name] = lines, (taken, len(files) - taken)
+        drawn[name], counts[name] = lines, (used, len(files) - used)
     output.mkdir(parents=True, exist_ok=True)
     for name, lines in drawn.items():
         write_atomic(output / f"{name}.txt", "\n".join(lines) + "\n")
-    return told
+    return counts

@@ -1,4 +1,4 @@
-"""Numbered lines of a text file in which every line is a record: strict, no repairs."""
+"""Numbered lines of a text file with one record per line, decoded strictly."""
 
 import re
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def checked_text(text: str, where: str) -> str:
-    """The text, if it has neither NUL nor half a surrogate pair.
+    """`text`, checked for NUL characters and lone surrogates.
 
     Raises:
         UserError: naming `where`.

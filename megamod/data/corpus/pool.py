@@ -1,4 +1,4 @@
-"""Encoding of a stream of texts, here or in worker processes; the result is the same."""
+"""Encoding of a stream of texts, in this process or in workers, with the same result."""
 
 import os
 import signal
@@ -24,10 +24,10 @@ _tokenizer: Tokenizer | None = None  # of a worker process
 
 @contextmanager
 def encoder(tokenizer: Tokenizer, workers: int) -> Iterator[Encode]:
-    """A function that encodes texts, in order; it holds a few batches of them at a time.
+    """A function that encodes texts in order and keeps only a few batches of them in memory.
 
     Args:
-        workers: 1 to encode in this process, else the number of processes started.
+        workers: number of worker processes; 1 encodes in this process.
     """
     if workers == 1:
         yield lambda texts: (
@@ -35,7 +35,7 @@ def encoder(tokenizer: Tokenizer, workers: int) -> Iterator[Encode]:
         )
         return
     pool = ProcessPoolExecutor(
-        workers, get_context("spawn"), initializer=_begin, initargs=(tokenizer,)
+        workers, get_context("spawn"), initializer=_start_worker, initargs=(tokenizer,)
     )
     try:
         yield lambda texts: _spread(pool, workers, texts)
@@ -45,10 +45,10 @@ def encoder(tokenizer: Tokenizer, workers: int) -> Iterator[Encode]:
 
 def _spread(pool: ProcessPoolExecutor, workers: int, texts: Iterable[str]) -> Iterator[np.ndarray]:
     batches = _batches(texts)
-    waiting = deque(pool.submit(_encode, batch) for batch in islice(batches, 2 * workers))
-    while waiting:
-        yield from waiting.popleft().result()
-        waiting.extend(pool.submit(_encode, batch) for batch in islice(batches, 1))
+    pending = deque(pool.submit(_encode, batch) for batch in islice(batches, 2 * workers))
+    while pending:
+        yield from pending.popleft().result()
+        pending.extend(pool.submit(_encode, batch) for batch in islice(batches, 1))
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -64,16 +64,16 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _begin(tokenizer: Tokenizer) -> None:
+def _start_worker(tokenizer: Tokenizer) -> None:
     global _tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=_follow_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     _tokenizer = tokenizer
 
 
-def _follow_parent() -> None:
-    """End with the parent: a killed parent closes no queue, so a worker would wait forever."""
+def _exit_with_parent() -> None:
+    """Exit when the parent is gone: a killed parent closes no queue, so a worker would hang."""
     wait([parent_process().sentinel])
     os._exit(1)
 

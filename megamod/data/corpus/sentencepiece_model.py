@@ -1,4 +1,4 @@
-"""SentencePiece models: training one that loses nothing, and its exact form for `tokenizers`."""
+"""Training of lossless SentencePiece models, and exact conversion of any for `tokenizers`."""
 
 import io
 import os
@@ -20,7 +20,7 @@ UNIGRAM, BPE = 1, 2  # model types
 STANDARD_NORMALIZERS = ("identity", "nfkc", "nmt_nfkc", "nfkc_cf", "nmt_nfkc_cf")
 PROBES = 500  # random texts on which a conversion is tried
 LONGEST_PART = 1 << 20  # characters encoded at once: bounds the memory a huge text takes
-LONGEST_LINE = 4000  # characters; the trainer skips lines it finds too long
+LONGEST_LINE = 4000  # characters; the trainer skips longer lines
 PROBE = (
     " Ships  sail.\tDon't pay 12,345.67 (a+b)==c_d; Größe naïve İstanbul русский 漢字 かな 한국어",
     "עברית ﬁ ① ½ e\u0301 \u00a0\u200b😀 ------ ____ ",
@@ -29,22 +29,22 @@ PROBE = (
 
 
 def train(texts: Iterable[str], vocab_size: int, where: str) -> bytes:
-    """Train a BPE model that gives every text back unchanged.
+    """Train a BPE model whose decoding restores every text unchanged.
 
-    SentencePiece writes a blank as U+2581 and so cannot tell it from a U+2581 of the text. After
-    training the pieces get real blanks and the escaping is turned off in the model, which leaves
-    a U+2581 to the byte pieces.
+    SentencePiece writes a blank as U+2581 and cannot tell it from a U+2581 of the text. After
+    training, the pieces are rewritten with real blanks and escaping is turned off in the model, so
+    that byte pieces encode U+2581.
 
     Args:
         texts: documents.
         vocab_size: number of ids, special ones and bytes included.
-        where: names the request in error messages.
+        where: prefix of error messages.
 
     Returns:
-        The serialised model; equal texts give equal bytes.
+        the serialised model; equal texts give equal bytes.
 
     Raises:
-        UserError: if the texts cannot give that many pieces, or need more.
+        UserError: if the texts yield fewer pieces, or their characters alone are more.
     """
     import sentencepiece
     from sentencepiece import sentencepiece_model_pb2 as protobuf
@@ -88,12 +88,12 @@ def train(texts: Iterable[str], vocab_size: int, where: str) -> bytes:
 
 @dataclass
 class ExactEncoder:
-    """Ids as SentencePiece itself gives them, for texts of any length.
+    """Encodes texts of any length with SentencePiece itself.
 
-    Args:
+    Attributes:
         processor: the loaded model.
-        dummy_prefix: True if the model puts a blank before a text.
-        separable: True if no piece crosses a blank, so that a long text can be cut at one.
+        dummy_prefix: True if the model adds a blank before each text.
+        separable: True if a long text can be cut at a blank, because no piece crosses one.
     """
 
     processor: "SentencePieceProcessor"
@@ -106,12 +106,12 @@ class ExactEncoder:
         if not self.separable or all(len(text) <= LONGEST_PART for text in texts):
             return self.processor.encode(list(texts), num_threads=threads)
         return [
-            [one for part in self._parts(text) for one in self.processor.encode(part)]
+            [token for part in self._parts(text) for token in self.processor.encode(part)]
             for text in texts
         ]
 
     def _parts(self, text: str) -> Iterator[str]:
-        """Cut at single blanks; a blank that the model puts there itself is left out."""
+        """Cut a text at single blanks, and drop those that the model's dummy prefix restores."""
         begin, blank = 0, re.compile(r"(?<=[^\s▁]) (?=[^\s▁])")
         while match := blank.search(text, begin + LONGEST_PART):
             yield text[begin : match.start()]
@@ -122,16 +122,16 @@ class ExactEncoder:
 def convert(
     content: bytes, where: str
 ) -> tuple["tokenizers.Tokenizer", ExactEncoder | None, dict[str, int | None]]:
-    """The `tokenizers` form of a serialised model, an encoder, and its ids of bos, pad, eos, unk.
+    """Convert a serialised model: `tokenizers` form, exact encoder, ids of bos, pad, eos and unk.
 
-    The encoder gives the ids of SentencePiece on any text; it is None for models of `train`, of
-    which the `tokenizers` form does. For other models that form is tried on texts made of the
-    model's own pieces and symbols. Two differences of unigram models are let pass: a choice between
-    cuts of equal score, such as of "!!!!", and text that spells a control piece, which the
-    `tokenizers` form turns into that piece.
+    The encoder gives the ids of SentencePiece on any text. It is None for models of `train`, whose
+    `tokenizers` form is exact. For other models that form is compared on texts made of the model's
+    own pieces and symbols. Two differences of unigram models are accepted: the choice between cuts
+    of equal score, such as of "!!!!", and text that spells a control piece, which the `tokenizers`
+    form turns into that piece.
 
     Raises:
-        UserError: if `content` is no model, or one that `tokenizers` does not reproduce.
+        UserError: if `content` is not a model, or `tokenizers` does not reproduce it.
     """
     import sentencepiece
     from google.protobuf.message import DecodeError
@@ -151,14 +151,14 @@ def convert(
         if ids.ids != exact and not _tied(model, ids.ids, exact):
             raise UserError(
                 f"{where}: the `tokenizers` library does not reproduce this model: it encodes "
-                f"{text[:40]!r} otherwise; use the folder of its Hugging Face version instead"
+                f"{text[:40]!r} differently; use the folder of its Hugging Face version instead"
             )
     exact = None
     if not _like_trained(model):
         dummy_prefix = model.normalizer_spec.add_dummy_prefix
         exact = ExactEncoder(processor, dummy_prefix, _separable(model))
     ids = {name: getattr(processor, f"{name}_id")() for name in ("bos", "pad", "eos", "unk")}
-    return backend, exact, {name: one if one >= 0 else None for name, one in ids.items()}
+    return backend, exact, {name: token if token >= 0 else None for name, token in ids.items()}
 
 
 def _like_trained(model: "ModelProto") -> bool:
@@ -173,7 +173,7 @@ def _like_trained(model: "ModelProto") -> bool:
 
 
 def _separable(model: "ModelProto") -> bool:
-    """True if a text can be cut at a blank between two words without a change of ids."""
+    """True if cutting a text at a blank between two words does not change its ids."""
     spec = model.normalizer_spec
     return (
         spec.name in STANDARD_NORMALIZERS
@@ -184,8 +184,8 @@ def _separable(model: "ModelProto") -> bool:
 
 
 def _probes(model: "ModelProto") -> Iterator[str]:
-    """Texts on which a conversion is compared: fixed ones, and random joins of pieces, symbols
-    and characters that normalisation changes. The same for equal models."""
+    """Texts on which a conversion is compared: fixed texts, and random sequences of pieces,
+    symbols and characters that normalisation changes. A pure function of the model."""
     bpe = model.trainer_spec.model_type == BPE
     draw = random.Random(0)
     symbols = [piece.piece for piece in model.pieces if piece.type in (USER_DEFINED, UNUSED)]
@@ -205,10 +205,10 @@ def _probes(model: "ModelProto") -> Iterator[str]:
 
 
 def _tied(model: "ModelProto", first: Sequence[int], second: Sequence[int]) -> bool:
-    """True if a unigram model likes both sequences equally well."""
+    """True if both sequences have the same score in a unigram model."""
     if model.trainer_spec.model_type != UNIGRAM:
         return False
-    sums = [sum(model.pieces[one].score for one in ids) for ids in (first, second)]
+    sums = [sum(model.pieces[token].score for token in ids) for ids in (first, second)]
     return abs(sums[0] - sums[1]) <= 1e-4 * max(1.0, abs(sums[0]))
 
 
@@ -221,8 +221,8 @@ def _backend(model: "ModelProto") -> "tokenizers.Tokenizer":
     unknown = next(index for index, piece in enumerate(pieces) if piece.type == UNKNOWN)
     splits = []
     if not spec.escape_whitespaces:
-        # No piece joins a blank to the text before it, so words can be encoded, and cached, one
-        # at a time.
+        # No piece joins a blank to the text before it, so words can be encoded and cached one by
+        # one.
         splits.append(Regex(r"\n| +[^ \n]*|[^ \n]+"))
     if model.trainer_spec.model_type == BPE:
         settings = dict(
@@ -233,8 +233,8 @@ def _backend(model: "ModelProto") -> "tokenizers.Tokenizer":
             byte_fallback=byte_fallback,
         )
         core = models.BPE(**settings)
-        # A symbol of one character is never merged as it is in no merge. A longer one is split off
-        # first, and `ignore_merges` then takes a whole part of the text that is in the vocabulary.
+        # A symbol of one character is in no merge and stays whole. Longer ones are split off first;
+        # `ignore_merges` then looks each part of the text up in the vocabulary as a whole.
         long = [p.piece for p in pieces if p.type == USER_DEFINED and len(p.piece) > 1]
         if long:
             splits += [Regex(_any_of(long)), Regex(_unreachable(core, pieces))]
@@ -278,15 +278,16 @@ def _backend(model: "ModelProto") -> "tokenizers.Tokenizer":
 
 
 def _any_of(texts: Iterable[str]) -> str:
-    """Regular expression of any of some texts, longer ones first as SentencePiece takes them."""
+    """Regular expression that matches any of the texts, longer ones first as in SentencePiece."""
     return "|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True))
 
 
 def _unreachable(core: "tokenizers.models.BPE", pieces: Sequence["SentencePiece"]) -> str:
-    """Regular expression of the first token of every piece that its own text does not become.
+    """Regular expression of the first token in the text of each piece that merges cannot form.
 
-    Such as control and byte pieces: where the text is nothing else, `ignore_merges` would take it
-    for the piece. A split after its first token prevents that and changes no other token.
+    Examples are control and byte pieces. `ignore_merges` would encode a part of a text that equals
+    such a piece as that piece. Splitting it after its first token prevents this and changes nothing
+    else.
     """
     firsts = []
     for piece in pieces:
@@ -302,7 +303,7 @@ def _unreachable(core: "tokenizers.models.BPE", pieces: Sequence["SentencePiece"
 
 
 def _scores(model: "ModelProto") -> list[tuple[str, float]]:
-    """Pieces and scores of a unigram model; user-defined symbols get that of SentencePiece.
+    """Pieces and scores of a unigram model, with SentencePiece's scores of user-defined symbols.
 
     Source: sentencepiece's unigram_model.cc, `EncodeOptimized`.
     """
@@ -322,8 +323,11 @@ def _ranked(model: "ModelProto") -> list[str]:
 
 
 def _merges(pieces: list[str]) -> list[tuple[str, str]]:
-    """All pairs whose join is a piece, better pieces first, and for one piece the pair with the
-    longer left part first: SentencePiece, which scores the join alone, takes the leftmost."""
+    """All pairs that concatenate to a piece, pieces with higher scores first.
+
+    For one piece, pairs with a longer left part come first: SentencePiece scores the result alone
+    and merges the leftmost of equal pairs.
+    """
     known = set(pieces)
     return [
         (piece[:cut], piece[cut:])

@@ -1,6 +1,6 @@
 """One column of a table, row by row: CSV, TSV and Parquet files, data sets of `datasets`.
 
-All readers give pairs (place for messages, value) and refuse a column that does not exist.
+All readers yield pairs (file and line or row for messages, value) and refuse a missing column.
 """
 
 import csv
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 Cells = Iterator[tuple[str, object]]
 Decode = Callable[[bytes, Path, int], str]
-LONGEST_CELL = 1 << 30  # characters; the csv module stops at 2**17 unless told
+LONGEST_CELL = 1 << 30  # characters; the default of the csv module is 2**17
 
 
 def csv_column(path: Path, column: str, decode: Decode) -> Cells:
-    """A column of a CSV file: commas, a header, double quotes around cells with line ends.
+    """A column of a CSV file with a header, commas and cells in double quotes.
 
     Args:
-        decode: text of the bytes of a line, its path and byte offset.
+        decode: from the bytes of a line, its path and byte offset to text.
     Raises:
         UserError: naming file and line.
     """
@@ -44,7 +44,7 @@ def csv_column(path: Path, column: str, decode: Decode) -> Cells:
 
 
 def tsv_column(path: Path, column: str, decode: Decode) -> Cells:
-    """A column of a TSV file: a header, one row per line, quotes are ordinary characters.
+    """A column of a TSV file with a header and a row per line; quotes are ordinary characters.
 
     Raises:
         UserError: naming file and line.
@@ -75,10 +75,10 @@ def parquet_column(path: Path, column: str) -> Cells:
 
 
 def load_saved(path: Path) -> "Dataset | DatasetDict":
-    """A folder of `save_to_disk`.
+    """Load a folder that `save_to_disk` wrote.
 
     Raises:
-        UserError: if it is none.
+        UserError: if the folder is of another kind.
     """
     from datasets import load_from_disk
 
@@ -91,7 +91,7 @@ def load_saved(path: Path) -> "Dataset | DatasetDict":
 def load_hub(
     where: str, streaming: bool
 ) -> "DatasetDict | IterableDatasetDict | Dataset | IterableDataset":
-    """The data set `hf:NAME[:CONFIG]`; `streaming` reads it without storing it.
+    """Load the data set `hf:NAME[:CONFIG]`; `streaming` reads it without storing it.
 
     Raises:
         UserError: if it cannot be loaded.
@@ -108,12 +108,12 @@ def load_hub(
 def split_tables(
     loaded: object, where: str, splits: Mapping[str, Sequence[str]]
 ) -> dict[str, "Dataset | IterableDataset"]:
-    """Tables of a data set by split; a single one under the key "".
+    """Tables of a data set by split; a single table has the key "".
 
     Args:
         splits: spellings of each split.
     Raises:
-        UserError: if several tables do not fit the splits one to one.
+        UserError: if several tables do not match the splits one to one.
     """
     tables = dict(loaded) if isinstance(loaded, Mapping) else {"": loaded}
     if len(tables) == 1:
@@ -156,10 +156,10 @@ def _cells(path: Path, column: str, rows: Iterator[tuple[int, list[str]]]) -> Ce
     require_column(f"{path}, line {number}", column, header)
     if header.count(column) > 1:
         raise UserError(f"{path}, line {number}: two columns are named {column!r}")
-    place = header.index(column)
+    index = header.index(column)
     for number, row in rows:
         if len(row) != len(header):
             raise UserError(
                 f"{path}, line {number}: {len(row)} columns, the header has {len(header)}"
             )
-        yield f"{path}, line {number}", row[place]
+        yield f"{path}, line {number}", row[index]

@@ -1,7 +1,7 @@
 """One tokenizer class for three kinds: Hugging Face, SentencePiece and GPT-2 BPE in fairseq order.
 
-All three run on the `tokenizers` library, so the folder `Tokenizer.save` writes gives the same ids
-through `transformers.AutoTokenizer`, and a worker process needs nothing but a JSON string.
+All three have a form for the `tokenizers` library, so that `transformers.AutoTokenizer` gives the
+same ids from the folder that `Tokenizer.save` writes.
 """
 
 import hashlib
@@ -29,24 +29,23 @@ if TYPE_CHECKING:
 SENTENCEPIECE_FILE = "sentencepiece.model"
 GPT2_FILES = ("encoder.json", "vocab.bpe", "dict.txt")
 FAIRSEQ_SYMBOLS = ("<s>", "<pad>", "</s>", "<unk>")
-ALPHABET = 1000  # characters that trained word pieces are made of
-LONGEST = 1 << 20  # characters encoded at once: bounds the memory a huge document takes
+ALPHABET = 1000  # characters of trained word pieces
+LONGEST = 1 << 20  # characters encoded at once: bounds the memory for a huge document
 
 
 @dataclass
 class Tokenizer:
-    """Text to ids and back.
+    """Encodes text to ids and decodes ids.
 
     Args:
         kind: "huggingface", "sentencepiece" or "gpt2".
-        backend: the `tokenizers` object that does the work.
-        bos_id, pad_id, eos_id, unk_id: special ids; where the original has none, see
-            `load_tokenizer` for what stands in.
-        literal_specials: True if text that spells a special token, such as "</s>", is ordinary
-            text; False if it becomes that token, as Hugging Face tokenizers do.
-        files: the original files by name, saved beside the common ones.
-        exact: encodes instead of the backend, for SentencePiece models of others.
-        original: the Hugging Face tokenizer it came from, for kind "huggingface".
+        backend: the tokenizer of the `tokenizers` library.
+        bos_id, pad_id, eos_id, unk_id: special ids, with the defaults of `load_tokenizer`.
+        literal_specials: True if text that spells a special token, such as "</s>", is encoded as
+            ordinary text; False if it becomes that token, as with Hugging Face tokenizers.
+        files: contents of the original files by name, saved with the common ones.
+        original: the Hugging Face tokenizer, for kind "huggingface".
+        exact: encoder that replaces the backend, for SentencePiece models not trained here.
     """
 
     kind: str
@@ -66,7 +65,7 @@ class Tokenizer:
         self.backend.encode_special_tokens = self.literal_specials
 
     def __getstate__(self) -> dict:
-        """What another process needs to encode: all but the originals."""
+        """State for worker processes, without the original files."""
         return {**vars(self), "backend": self.backend.to_str(), "files": {}, "original": None}
 
     def __setstate__(self, state: dict) -> None:
@@ -77,7 +76,7 @@ class Tokenizer:
 
     @cached_property
     def vocab_size(self) -> int:
-        """One more than the largest id."""
+        """Largest id plus one."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     @property
@@ -87,7 +86,7 @@ class Tokenizer:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all that decides ids: the `tokenizers` JSON, the special ids, the files."""
+        """SHA-256 of all that determines ids: the `tokenizers` JSON, special ids, files."""
         hashed = hashlib.sha256(self.backend.to_str().encode())
         hashed.update(json.dumps([self.special_ids, self.literal_specials]).encode())
         for name, content in sorted(self.files.items()):
@@ -97,9 +96,8 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text, int32 `[n]`, without bos or eos.
 
-        A text beyond 2**20 characters is cut before a blank. No tokenizer here joins text across
-        such a place, except that Hugging Face tokenizers which put a blank before the first word
-        put one at each cut.
+        Texts beyond 2**20 characters are cut before a blank, where no tokenizer here joins tokens;
+        Hugging Face tokenizers that add a blank before the first word add one after each cut.
         """
         if self.exact is not None:
             return [np.array(ids, dtype=np.int32) for ids in self.exact.encode(texts)]
@@ -109,17 +107,17 @@ class Tokenizer:
 
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         encoded = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(one.ids, dtype=np.int32) for one in encoded]
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in encoded]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids; special tokens are left out."""
-        return self.backend.decode([int(one) for one in ids], skip_special_tokens=True)
+        """Text of ids without special tokens."""
+        return self.backend.decode([int(token) for token in ids], skip_special_tokens=True)
 
     def save_dictionary(self, path: Path) -> None:
-        """Write fairseq's dict.txt, if the special ids are 0..3 in fairseq's order.
+        """Write a dict.txt of fairseq if the special ids are 0 to 3 in fairseq's order.
 
-        GPT-2 has its own. Elsewhere, as fairseq does for GPT-2, the symbols are decimal ids,
-        because a token may hold blanks and line ends.
+        The GPT-2 kind writes its original file. For the others the symbols are decimal ids, as in
+        fairseq's dictionary of GPT-2, because a token may contain blanks and line ends.
         """
         if tuple(self.special_ids.values()) != (0, 1, 2, 3):
             return
@@ -127,8 +125,8 @@ class Tokenizer:
             write_atomic(path, self.files["dict.txt"])
             return
         dictionary = Dictionary()
-        for one in range(len(FAIRSEQ_SYMBOLS), self.vocab_size):
-            dictionary.add(str(one), 1)
+        for token in range(len(FAIRSEQ_SYMBOLS), self.vocab_size):
+            dictionary.add(str(token), 1)
         dictionary.save(path)
 
     def save(self, folder: str | Path) -> None:
@@ -142,8 +140,8 @@ class Tokenizer:
         fast = self.original
         if fast is None:
             names = {
-                f"{name.removesuffix('_id')}_token": self.backend.id_to_token(one)
-                for name, one in self.special_ids.items()
+                f"{name.removesuffix('_id')}_token": self.backend.id_to_token(token)
+                for name, token in self.special_ids.items()
             }
             fast = PreTrainedTokenizerFast(
                 tokenizer_object=self.backend,
@@ -155,22 +153,21 @@ class Tokenizer:
 
 
 def load_tokenizer(spec: str | Path, do_lower_case: bool | None = None) -> Tokenizer:
-    """The tokenizer a user named.
+    """Load the tokenizer that a user named.
 
-    - a SentencePiece `.model` file, or a folder where `Tokenizer.save` put one;
+    - a SentencePiece `.model` file, or a folder that `Tokenizer.save` wrote with one;
     - a folder with encoder.json, vocab.bpe and dict.txt: GPT-2 BPE with the ids of fairseq, where
       line k of dict.txt, counted from 0, is id k + 4;
-    - any other folder or name: what `AutoTokenizer` makes of it, or BERT word pieces for a folder
-      with vocab.txt alone.
+    - any other folder or name: see `load_fast`.
 
-    Where a special token is not defined, eos is sep, pad is eos, bos is cls or else eos, and unk
-    is eos (tokenizers without unk never meet an unknown symbol).
+    Undefined special tokens have defaults: sep for eos, eos for pad, cls or else eos for bos, and
+    eos for unk (tokenizers without unk never meet an unknown symbol).
 
     Args:
         do_lower_case: for BERT's word pieces, see `load_fast`.
     Raises:
-        UserError: if nothing is there, it encodes no text, there is neither eos nor sep, or a
-            `.model` file cannot be represented exactly.
+        UserError: if there is no tokenizer, it encodes no text, it has neither eos nor sep, or a
+            `.model` file cannot be converted exactly.
     """
     path = Path(spec)
     if do_lower_case is None and path.is_dir():
@@ -191,36 +188,37 @@ def train_sentencepiece(
     """Train a lossless SentencePiece BPE: `decode(encode(text)) == text` for any text.
 
     Ids are 0 <s>, 1 <pad>, 2 </s>, 3 <unk>, 4 line end, 5 tab, then 256 bytes, then pieces. Text
-    is not normalised. Blanks are kept as themselves rather than as U+2581, which SentencePiece
-    could not tell from a U+2581 of the text. Training is deterministic.
+    is not normalised. Blanks are not replaced by U+2581, which could not be told from a U+2581 of
+    the text. Training is deterministic.
 
     Args:
-        texts: documents; hand over some megabytes, not a corpus.
+        texts: documents; some megabytes are enough.
         vocab_size: number of ids.
-        folder: where to save the tokenizer, or None.
+        folder: folder to save the tokenizer in, or None.
 
     Raises:
-        UserError: if the texts cannot give that many pieces, or need more.
+        UserError: if the texts yield fewer pieces, or their characters alone are more.
     """
     name = f"sentencepiece:{vocab_size}"
-    made = _sentencepiece(sentencepiece_model.train(texts, vocab_size, f"--tokenizer {name}"), name)
+    model = sentencepiece_model.train(texts, vocab_size, f"--tokenizer {name}")
+    tokenizer = _sentencepiece(model, name)
     if folder is not None:
-        made.save(folder)
-    return made
+        tokenizer.save(folder)
+    return tokenizer
 
 
 def train_wordpiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train the lower-casing word pieces of BERT, for encoders.
+    """Train lower-case word pieces as of BERT, for encoders.
 
     Ids are 0 [PAD], 1 [UNK], 2 [CLS], 3 [SEP], 4 [MASK], then characters and pieces. Training is
     deterministic.
 
     Args:
-        texts: documents; hand over some megabytes, not a corpus.
-        vocab_size: number of ids at most; fewer if the texts give no more.
+        texts: documents; some megabytes are enough.
+        vocab_size: largest number of ids; there are fewer if the texts yield no more.
 
     Raises:
-        UserError: if the characters alone are more.
+        UserError: if the special tokens and characters alone are more.
     """
     from tokenizers import BertWordPieceTokenizer
     from transformers import BertTokenizerFast
@@ -230,8 +228,8 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     words = Counter(
         word for text in normal for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)
     )
-    # Characters inside words get their ids in the order of a hash table, and ties between pieces
-    # are decided by ids: so they are named beforehand, as if they were special tokens.
+    # The trainer numbers characters inside words in the order of a hash table, and ids decide ties
+    # between pieces. Passing them as special tokens fixes their ids.
     counts = Counter(character for word in words for character in word[1:])
     inside = [f"##{character}" for character, _ in counts.most_common(ALPHABET)]
     backend.train_from_iterator(
@@ -254,7 +252,7 @@ TRAINERS = {"sentencepiece": train_sentencepiece, "wordpiece": train_wordpiece}
 
 
 def trainer_of(spec: str) -> "Callable[[Iterable[str]], Tokenizer] | None":
-    """What trains the tokenizer `KIND:VOCAB` on texts; None if the tokenizer exists already.
+    """Training function of the tokenizer `KIND:VOCAB`; None for the name of an existing one.
 
     Raises:
         UserError: if VOCAB is not a number.
@@ -285,7 +283,7 @@ def _huggingface(spec: str, do_lower_case: bool | None) -> Tokenizer:
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"--tokenizer {spec}: no tokenizer there. Allowed are a Hugging Face folder or name, a "
+            f"--tokenizer {spec}: no tokenizer found. Allowed are a Hugging Face folder or name, a "
             f"folder with {', '.join(GPT2_FILES)}, a SentencePiece .model file, and "
             f"{' or '.join(f'{kind}:VOCAB' for kind in TRAINERS)}. "
             f"({reason})"
@@ -309,7 +307,7 @@ def _of_fast(fast: "PreTrainedTokenizerFast", spec: str) -> Tokenizer:
 
 
 def _first(*ids: int | None) -> int | None:
-    return next((one for one in ids if one is not None), None)
+    return next((token for token in ids if token is not None), None)
 
 
 def _gpt2(folder: Path) -> Tokenizer:
@@ -319,17 +317,17 @@ def _gpt2(folder: Path) -> Tokenizer:
     dictionary = Dictionary.load(folder / "dict.txt")
     try:
         encoder = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
-        token_of = {str(one): token for token, one in encoder.items()}
+        token_of = {str(number): token for token, number in encoder.items()}
         lines = (folder / "vocab.bpe").read_text(encoding="utf-8").split("\n")
         merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
-        symbols = [dictionary.symbol(one) for one in range(len(dictionary))]
-        vocab = {token_of.get(symbol, symbol): one for one, symbol in enumerate(symbols)}
+        symbols = [dictionary.symbol(number) for number in range(len(dictionary))]
+        vocab = {token_of.get(symbol, symbol): number for number, symbol in enumerate(symbols)}
         missing = set(token_of) - set(symbols)
         if missing or len(vocab) != len(symbols):
             lacking = (
                 f"lacks {len(missing)} ids of encoder.json, such as {min(missing, default='')}"
             )
-            raise ValueError(f"dict.txt {lacking}" if missing else "a symbol stands twice")
+            raise ValueError(f"dict.txt {lacking}" if missing else "a symbol occurs twice")
         backend = Backend(models.BPE(vocab, merges))
     except Exception as error:  # `tokenizers` raises bare Exception on a merge outside vocab
         raise UserError(f"--tokenizer {folder}: {error}") from error
