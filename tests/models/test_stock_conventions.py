@@ -1,21 +1,28 @@
 """Conventions of stock classes, on every class of ours: outputs, saving, resizing, generation."""
 
 import copy
+from importlib import import_module
 
 import pytest
 import torch
 from saved_models import make_model
 from tiny_mux import FIELDS, batch, made
 from torch.nn import functional
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import logging
+from transformers.utils.generic import find_labels
 
 from megamod.errors import UserError
 from megamod.models.ca_mtl.configuration import CaMtlConfig
 from megamod.models.ca_mtl.model import CaMtlForMultiTask
 from megamod.models.lm.configuration import DemixConfig
 from megamod.models.lm.demix import DemixForCausalLM
+from megamod.models.lm.host import dense_class, host_classes
 
+MODULES = (
+    *("ca_mtl.model", "lm.demix", "lm.demix_model", "lm.forest"),
+    *("mux.bert", "mux.electra", "mux.generator", "mux.roberta"),
+)
 GAUSS = "gaussian_hadamard"
 PAD, POSITIONS = 1, 16
 GPTS = ("none", "feedforward", "transformer", "transformer_output", "input_output")
@@ -114,6 +121,27 @@ def test_outputs_files_checkpointing_and_resizing(kind, tmp_path):
     model.save_pretrained(tmp_path / "resized")
     loaded = type(model).from_pretrained(tmp_path / "resized").eval()
     torch.testing.assert_close(scored(loaded, given).loss, resized.loss)
+
+
+def every_class() -> list[type[PreTrainedModel]]:
+    """Classes of `megamod.models`, and those made from stock ones."""
+    modules = [import_module(f"megamod.models.{name}") for name in MODULES]
+    classes = {
+        member
+        for module in modules
+        for member in vars(module).values()
+        if isinstance(member, type) and issubclass(member, PreTrainedModel)
+    }
+    classes |= {*host_classes("llama")[1:], dense_class(LlamaForCausalLM)}
+    return sorted(classes, key=lambda model: model.__name__)
+
+
+@pytest.mark.parametrize("model", every_class(), ids=lambda model: model.__name__)
+def test_labels_and_outputs_that_trainer_reads_from_a_class(model):
+    """Parameters named after labels are fields that every batch must have."""
+    if "forward" in vars(model) or model.forward is not torch.nn.Module.forward:
+        assert find_labels(model) in (["labels"], []), model
+    assert isinstance(getattr(model.config_class, "keys_to_ignore_at_inference", []), list)
 
 
 def test_the_bare_model_is_that_of_the_auto_class(tmp_path):

@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from saved_models import make_model
+from tiny_hosts import tiny_stock
 from tiny_mux import FIELDS, made
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -21,13 +22,15 @@ from transformers import (
 
 from megamod.models.ca_mtl.configuration import CaMtlConfig
 from megamod.models.ca_mtl.model import CaMtlForMultiTask
+from megamod.models.lm.configuration import read_lm_config
+from megamod.models.lm.host import host_classes
 from megamod.states.forest import Expert, edit_forest
 
 ROWS, LENGTH, CLASSES = 5, 7, 3  # five rows are no whole groups of two
 GAUSS = "gaussian_hadamard"
 NO_RETRIEVAL = {"retrieval_loss_coeff": 0.0, "task_loss_coeff": 1.0}
 KINDS = (
-    *("dense", "expert", "ca_mtl", "bert-sequence-index_pos", "bert-mlm-index"),
+    *("dense", "expert", "llama", "ca_mtl", "bert-sequence-index_pos", "bert-mlm-index"),
     *("bert-mlm-index_pos", "electra-token-index_pos", "roberta-sequence-mlp"),
     "electra-discriminator-index_pos",
 )
@@ -61,6 +64,13 @@ def model_and_rows(kind: str, folder) -> tuple[torch.nn.Module, dict[str, torch.
         make_model(folder, "feedforward" if chosen else "none")
         model = AutoModelForCausalLM.from_pretrained(folder, **chosen)
         return model, rows | {"labels": ids.clone()}
+    if kind == "llama":
+        tiny_stock("llama", vocab_size=23).save_pretrained(folder)
+        config = read_lm_config(folder)
+        fields = {**config.to_dict(), "domains": ["law", "code"], "untie": "feedforward"}
+        del fields["model_type"]
+        configuration, model = host_classes("llama")
+        return model(configuration(**fields, domain="code")), rows | {"labels": ids.clone()}
     if kind == "ca_mtl":
         return ca_mtl(), rows | {
             "task_ids": torch.tensor([0, 0, 2, 0, 2]),
@@ -104,7 +114,7 @@ def test_train_evaluate_and_predict(kind, tmp_path):
     assert history.global_step == 2
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert changed
-    if kind == "expert":
+    if kind in ("expert", "llama"):
         assert any(".experts.code." in name for name in changed)
         assert not any(".experts.law." in name for name in changed)
 
