@@ -30,9 +30,9 @@ def check_arguments(model: PreTrainedModel, more: Mapping[str, object]) -> None:
 def returned(
     model: PreTrainedModel, output: ModelOutput, return_dict: bool | None
 ) -> ModelOutput | tuple:
-    """The output with its fields in order, or a tuple if the caller or configuration wants one.
+    """Return the output with its fields in order, or as a tuple if asked for.
 
-    Fields that were set later stand last until then, and position counts in a tuple.
+    Fields that are set after construction come last otherwise, and order matters in a tuple.
     """
     output = type(output)(**output)
     wants_dict = model.config.return_dict if return_dict is None else return_dict
@@ -58,26 +58,26 @@ def check_positions(position_ids: Tensor, columns: int, positions: int) -> None:
 
 
 def last_logits(hidden: Tensor, keep: int | Tensor) -> Tensor:
-    """States [B, L, D] that logits are computed for: the last `keep`, those at `keep`, 0: all."""
+    """Select states [B, L, D] to compute logits for: the last `keep`, those at `keep`, 0: all."""
     return hidden[:, keep if isinstance(keep, Tensor) else slice(-keep, None)]
 
 
 class BoundedGeneration(GenerationMixin):
     """Generation that stops at the last position of a learned position table.
 
-    GPT-2 of transformers goes on and ends with an IndexError. A prompt that fills all positions
-    gets one token more, which needs no position.
+    GPT-2 of transformers continues and ends with an IndexError. A prompt that fills all positions
+    gets one more token, which needs no position.
     """
 
     def _prepare_generated_length(
-        self, generation_config: GenerationConfig, **given: object
+        self, generation_config: GenerationConfig, **prompt: object
     ) -> GenerationConfig:
-        settled = super()._prepare_generated_length(generation_config, **given)
-        length, limit = given["input_ids_length"], self.config.max_position_embeddings
-        if given["model_input_name"] == "inputs_embeds":
-            limit -= given["inputs_tensor"].shape[1] - length
+        settled = super()._prepare_generated_length(generation_config, **prompt)
+        length, limit = prompt["input_ids_length"], self.config.max_position_embeddings
+        if prompt["model_input_name"] == "inputs_embeds":
+            limit -= prompt["inputs_tensor"].shape[1] - length
         limit = max(limit, length + 1)
-        if given["has_default_max_length"] and settled.max_length <= length:
+        if prompt["has_default_max_length"] and settled.max_length <= length:
             settled.max_length = limit  # the stock default has no token for a prompt this long
         if settled.max_length > limit:
             if self.config.max_position_embeddings > length:

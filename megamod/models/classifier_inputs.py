@@ -1,9 +1,9 @@
-"""What the configuration of a classifier says about the rows it takes."""
+"""Inputs of a classifier, from its configuration: fields, instances per pass, length."""
 
 from transformers import PreTrainedConfig
 
 OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "longformer")
-"""Model types whose first position has the number behind that of padding."""
+"""Model types whose first position is one after that of padding."""
 
 
 def inputs_of(config: PreTrainedConfig) -> tuple[str, ...]:

@@ -110,7 +110,7 @@ def test_a_masked_lm_with_a_prefix_sees_all_tokens_if_there_is_room():
 @pytest.mark.parametrize(
     ("head", "length", "message"),
     [
-        ("sequence", 14, r"14 tokens behind a prefix of 3 need more than the 16 positions"),
+        ("sequence", 14, r"14 tokens after a prefix of 3 need more than the 16 positions"),
         ("mlm", 17, r"17 tokens need more than the 16 positions of max_position_embeddings 16"),
     ],
 )

@@ -16,16 +16,16 @@ class CaMtlConfig(PreTrainedConfig):
     """CA-MTL, or plain multi-task BERT.
 
     Args:
-        variant: "base" (adapter behind the last block), "large" (bottlenecks beside all blocks), or
-            "plain" (BERT, which all tasks share as it is).
-        tasks: names, whose order is that of the task ids.
+        variant: "base" (adapter after the last block), "large" (bottleneck after every block), or
+            "plain" (BERT, shared by all tasks).
+        tasks: names, in the order of the task ids.
         task_kinds: "sequence" for labels of rows, "regression", "token" for labels of tokens.
-        task_labels: names of the labels of each task; of a regression none.
-        max_seq_length: L, longest sequence; it fixes the shape of the attention blocks and must
+        task_labels: names of the labels of each task; none for a regression.
+        max_seq_length: L, longest sequence; it sets the shape of the attention blocks and must
             divide the hidden size (not with "plain").
-        classifier_dropout: in front of the heads.
+        classifier_dropout: before the heads.
     Raises:
-        ValueError: for values that do not go together.
+        ValueError: for values that contradict each other.
     Source: Pilault et al. 2021 (CA-MTL).
     """
 
@@ -65,7 +65,7 @@ class CaMtlConfig(PreTrainedConfig):
         if self.variant not in VARIANTS:
             raise ValueError(f"variant {self.variant!r}: choose one of {', '.join(VARIANTS)}")
         if self.hidden_act != "gelu":
-            raise ValueError(f"hidden_act {self.hidden_act!r}: only 'gelu' is there")
+            raise ValueError(f"hidden_act {self.hidden_act!r}: only 'gelu' is supported")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not divisible by num_attention_heads "
@@ -87,10 +87,10 @@ class CaMtlConfig(PreTrainedConfig):
 
     @classmethod
     def around(cls, encoder: PreTrainedConfig, **more: object) -> "CaMtlConfig":
-        """The configuration that has the encoder's sizes, rates and constants.
+        """Make a configuration with the encoder's sizes, rates and constants.
 
         Args:
-            more: fields that the encoder has not, or that are to differ.
+            more: fields that the encoder does not have, or that replace its own.
         Raises:
             ValueError: see the class.
         """
@@ -110,12 +110,12 @@ class CaMtlConfig(PreTrainedConfig):
         if not len(self.tasks) == len(self.task_kinds) == len(self.task_labels):
             raise ValueError(
                 f"{len(self.tasks)} tasks, {len(self.task_kinds)} task_kinds and "
-                f"{len(self.task_labels)} task_labels: there must be one of each per task"
+                f"{len(self.task_labels)} task_labels: each task needs one of each"
             )
         for name, kind, labels in zip(self.tasks, self.task_kinds, self.task_labels, strict=True):
             if self.tasks.count(name) > 1:
-                raise ValueError(f"task {name!r} is there twice")
+                raise ValueError(f"task {name!r} appears twice")
             if kind not in KINDS:
-                raise ValueError(f"task {name}: kind {kind!r} is none of {', '.join(KINDS)}")
+                raise ValueError(f"task {name}: kind {kind!r} is not one of {', '.join(KINDS)}")
             if (len(labels) < 2) != (kind == "regression") or (kind == "regression" and labels):
                 raise ValueError(f"task {name} of kind {kind} has {len(labels)} labels")

@@ -1,7 +1,7 @@
 """CA-MTL: BERT conditioned on the task of each row, with a head per task.
 
-Source: Pilault et al. 2021 (Conditionally Adaptive Multi-Task Learning), and its release for what
-the paper leaves open.
+Source: Pilault et al. 2021 (Conditionally Adaptive Multi-Task Learning), and its release for
+details the paper does not give.
 """
 
 from collections.abc import Mapping
@@ -28,8 +28,8 @@ class CaMtlOutput(ModelOutput):
         loss: mean over the tasks in the batch of each task's mean loss.
         logits: one per task in the order of the configuration, [rows, C] or [rows, L, C] of its
             rows in the order of the batch; of no rows for a task that has none.
-        task_totals, task_items: [T], summed loss of each task and what it is summed over.
-        entropy: [B], how unsure the model is about each row, see `TaskHeads.entropy`.
+        task_totals, task_items: [T], summed loss and number of items of each task.
+        entropy: [B], relative entropy of each row's prediction, see `TaskHeads.entropy`.
         pooled: [B, D].
     """
 
@@ -42,7 +42,7 @@ class CaMtlOutput(ModelOutput):
 
 
 class ConditionalBert(nn.Module):
-    """Embeddings, their alignment by the task, blocks and pooler; BERT itself if "plain"."""
+    """Embeddings aligned by the task, blocks and pooler; for the variant "plain" BERT itself."""
 
     def __init__(self, config: CaMtlConfig):
         super().__init__()
@@ -78,7 +78,7 @@ class ConditionalBert(nn.Module):
 
 
 class CaMtlForMultiTask(CheckedLoading):
-    """An encoder that knows the task of each row, and the heads of all tasks."""
+    """Task-conditioned encoder with the heads of all tasks."""
 
     config: CaMtlConfig
     base_model_prefix = "bert"
@@ -114,19 +114,19 @@ class CaMtlForMultiTask(CheckedLoading):
         return_dict: bool | None = None,
         **more: object,
     ) -> CaMtlOutput | tuple:
-        """One pass over rows of any tasks.
+        """Score rows of any tasks.
 
         Args:
             input_ids: [B, S], S at most `max_seq_length`.
-            task_ids: [B] int64, place of each row's task in the configuration; None is the only
-                task of a model of one.
-            attention_mask: [B, S], 0 at padding, which is at the right.
+            task_ids: [B] int64, index of each row's task in the configuration; may be None for a
+                model of one task.
+            attention_mask: [B, S], 0 at padding, which is on the right.
             labels: [B], class or value of each row; or [B, S] int64, -100 where there is none, if
                 all rows are of tasks with labels of tokens.
-            num_items_in_batch: [T], what the summed loss of each task is divided by; None for the
-                numbers of this batch. The mean is over tasks that have items in it. One number
-                for all tasks, as Trainer counts, is not used.
-            more: `token_labels` [B, S], beside labels [B] in a batch of both kinds of tasks. It is
+            num_items_in_batch: [T], divisor of the summed loss of each task; None for the numbers
+                of items in this batch. The loss is the mean over tasks with items. A single number,
+                as Trainer counts, is not used.
+            more: `token_labels` [B, S], with labels [B] in a batch of both kinds of tasks. It is
                 no parameter of its own, because Trainer takes every parameter with "label" in its
                 name for a field that all batches have.
         Raises:
@@ -177,7 +177,7 @@ class CaMtlForMultiTask(CheckedLoading):
         return tuple(logits)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """BERT's initialisation, for what conditions as well; from torch's global generator."""
+        """Initialise as BERT, the conditioning layers too, from torch's global generator."""
         draw_weights(module, self.config.initializer_range)
         if isinstance(module, TaskHeads):
             module.draw(self.config.initializer_range)
@@ -189,7 +189,7 @@ class CaMtlForMultiTask(CheckedLoading):
 
 
 class OneTask(nn.Module):
-    """A model of many tasks as a classifier of one of them, like those of transformers."""
+    """Classifier of one task of a multi-task model, with the interface of transformers."""
 
     def __init__(self, model: CaMtlForMultiTask, task: int):
         super().__init__()
@@ -205,23 +205,23 @@ class OneTask(nn.Module):
 def from_encoder(
     source: str, config: CaMtlConfig, *, top: bool = True
 ) -> tuple[CaMtlForMultiTask, dict[str, list[str]]]:
-    """A model that starts from BERT's weights; what BERT lacks is drawn by torch's generator.
+    """Load a model from BERT's weights; other parameters are drawn from torch's generator.
 
     Args:
-        source: folder or name on the hub, of BERT or of a model like this one.
-        top: give the last block its weights too. The release of CA-MTL does not: under "base" its
-            names differ there.
+        source: folder or name on the hub, of BERT or of a CA-MTL model.
+        top: load the last block too. The release of CA-MTL does not, because under "base" its
+            names differ.
     Returns:
         the model in float32; names of parameters by "loaded", "new" and "unused".
     Raises:
-        UserError: if there are no such weights, or of other shapes.
+        UserError: if the weights are missing or have other shapes.
     """
-    model, found = load_pretrained(CaMtlForMultiTask, source, "--model", config=config)
-    new = set(found["missing_keys"])
+    model, report = load_pretrained(CaMtlForMultiTask, source, "--model", config=config)
+    new = set(report["missing_keys"])
     if not top and config.variant == "base":
         last = model.bert.encoder.layer[-1]
         for name, module in last.named_modules():
-            # Its parts of BERT, and none of those that are CA-MTL's own.
+            # The parts of BERT, without those that only CA-MTL has.
             if isinstance(module, nn.Linear | ConditionalLayerNorm) and not _conditions(name):
                 model._init_weights(module)
                 prefix = f"bert.encoder.layer.{len(model.bert.encoder.layer) - 1}.{name}"
@@ -230,18 +230,18 @@ def from_encoder(
     return model, {
         "loaded": [name for name in names if name not in new],
         "new": [name for name in names if name in new],
-        "unused": sorted(found["unexpected_keys"]),
+        "unused": sorted(report["unexpected_keys"]),
     }
 
 
 def freeze(
     model: CaMtlForMultiTask, first: int, last: int, *, release: bool = False
 ) -> Mapping[str, int]:
-    """Stop training embeddings and blocks `first` to `last`, but not what conditions them.
+    """Freeze embeddings and blocks `first` to `last`, except their conditioning layers.
 
     Args:
-        release: leave out what makes the bias on attention from the task as well, which stays as it
-            was drawn: so the release does it, against the paper.
+        release: freeze the layer of the attention bias too, as the release does against the paper;
+            it keeps its initial weights.
     Returns:
         numbers of parameters: "trained", "frozen".
     Raises:

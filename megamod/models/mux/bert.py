@@ -29,7 +29,7 @@ class MuxBertModel(MuxBareModel):
 
 
 class MuxMaskedLM(MuxPreTrainedModel):
-    """Tokens of every instance, by the retrieval head; the task demultiplexer has no part in it."""
+    """Masked language model with the retrieval head, without a task demultiplexer."""
 
     pretraining: ClassVar[bool] = True
     sees_segments: ClassVar[bool] = True
@@ -60,19 +60,19 @@ class MuxMaskedLM(MuxPreTrainedModel):
         return_dict: bool | None = None,
         **more: object,
     ) -> MuxOutput | tuple:
-        """One pass; any number of rows.
+        """Predict tokens of any number of rows.
 
         Args:
             input_ids: [R, S]. With a prefix and labels the last N + 1 columns are dropped, as in
-                pretraining; without labels only as many as there are no positions for.
-            attention_mask: [R, S]; only contextual multiplexers and `mask_padding` look at it.
+                pretraining; without labels only those without a position.
+            attention_mask: [R, S]; used only by contextual multiplexers and with `mask_padding`.
             token_type_ids, position_ids: [R, S], of the tokens.
             labels: [R, S] tokens to predict, -100 elsewhere.
-            num_items_in_batch, num_retrieval_items: what the summed losses are divided by; None
-                for the numbers of this batch.
+            num_items_in_batch, num_retrieval_items: divisors of the summed losses; None for the
+                numbers of items in this batch.
             retrieval_slots: [B, T], see `retrieval_targets`; None to draw them.
-            output_logits: False to compute no logits if there are labels, which is faster; None for
-                what the configuration says.
+            output_logits: False: with labels, compute no logits, which is faster; None: as the
+                configuration says.
         Returns:
             `MuxOutput` with logits [R, S, V], 0 at columns that were dropped. A term of the loss
             whose coefficient is 0 is not computed.
@@ -80,11 +80,11 @@ class MuxMaskedLM(MuxPreTrainedModel):
             ValueError: if the rows are too long.
         """
         check_arguments(self, more)
-        given = (input_ids, attention_mask, token_type_ids, position_ids)
+        inputs = (input_ids, attention_mask, token_type_ids, position_ids)
         columns = input_ids.shape[1]
         if output_logits is None:
             output_logits = self.config.output_logits
-        fed = self.feed(*(given if labels is not None else self._with_room_for_prefix(*given)))
+        fed = self.feed(*(inputs if labels is not None else self._with_room_for_prefix(*inputs)))
         hidden = self.encode(fed)
         output = MuxOutput()
         if labels is None or output_logits:
@@ -101,15 +101,15 @@ class MuxMaskedLM(MuxPreTrainedModel):
             output["loss"] = self.combined(output.task_loss, output.retrieval_loss)
         return returned(self, output, return_dict)
 
-    def _with_room_for_prefix(self, *given: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Fields [R, S] with columns of padding for the prefix to drop, as positions allow."""
-        config, columns = self.config, given[0].shape[1]
+    def _with_room_for_prefix(self, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Append padding to inputs [R, S] for the prefix to replace, as positions allow."""
+        config, columns = self.config, inputs[0].shape[1]
         room = config.max_position_embeddings - config.first_position - columns
         added = max(0, min(config.prefix_length, room))
         fills = (config.pad_token_id or 0, 0, 0, 0)
         return tuple(
             field if field is None else F.pad(field, (0, added), value=fill)
-            for field, fill in zip(given, fills, strict=True)
+            for field, fill in zip(inputs, fills, strict=True)
         )
 
     def _task_loss(
@@ -119,7 +119,7 @@ class MuxMaskedLM(MuxPreTrainedModel):
         logits: Tensor | None,
         items: Tensor | float | None,
     ) -> Tensor:
-        """Mean loss (nats) of the labels that are not dropped; from the logits where there are."""
+        """Mean loss (nats) of the labels that are not dropped, from the logits if there are any."""
         fed = self.labels_fed(labels)
         chosen = fed != IGNORED
         targets = fed[chosen]
@@ -136,10 +136,10 @@ class MuxMaskedLM(MuxPreTrainedModel):
 
 
 class MuxBertForMaskedLM(MuxMaskedLM):
-    """The retrieval head as a masked language model, its matrix tied to the embeddings.
+    """MUX-BERT's masked language model, its matrix tied to the embeddings.
 
-    Source: Murahari et al. 2023, section 3.2; warm-up is `task_loss_coeff` 0 and
-    `retrieval_loss_coeff` 1.
+    The warm-up is `task_loss_coeff` 0 and `retrieval_loss_coeff` 1.
+    Source: Murahari et al. 2023, section 3.2.
     """
 
     config: MuxBertConfig

@@ -1,4 +1,4 @@
-"""What every family of multiplexed encoders offers: hidden states, labels of rows, of tokens."""
+"""Bare model and classifiers of sequences and tokens, for every family of multiplexed encoders."""
 
 from typing import ClassVar
 
@@ -34,16 +34,16 @@ class MuxBareModel(MuxPreTrainedModel):
 
 
 class MuxSequenceClassifier(MuxPreTrainedModel):
-    """Labels or values of rows. Heads define `class_logits` and what comes before it."""
+    """Classification or regression of rows. Subclasses define the head."""
 
     masks_instances: ClassVar[bool] = True
 
     def class_logits(self, states: Tensor) -> Tensor:
-        """[..., D] -> [..., C]."""
+        """Logits of states: [..., D] -> [..., C]."""
         return self.classifier(self.dropout(states))
 
     def row_logits(self, hidden: MixedStates) -> Tensor:
-        """Mixed states [B, T, D] -> [B, N, C], read off the column that stands for the row."""
+        """Logits of rows from their cls column: mixed states [B, T, D] -> [B, N, C]."""
         column = self.config.prefix_length - 1 if self.config.prefix_length else 0
         states = self.demultiplex(hidden, slice(column, column + 1))
         return self.class_logits(states[:, :, 0])
@@ -61,16 +61,16 @@ class MuxSequenceClassifier(MuxPreTrainedModel):
         return_dict: bool | None = None,
         **more: object,
     ) -> MuxOutput | tuple:
-        """One pass; any number of rows.
+        """Classify any number of rows.
 
         Args:
             input_ids: [R, S].
-            attention_mask: [R, S]; only contextual multiplexers and `mask_padding` look at it.
-            token_type_ids: [R, S], looked at if the configuration says so.
+            attention_mask: [R, S]; used only by contextual multiplexers and with `mask_padding`.
+            token_type_ids: [R, S]; used only if the configuration says so.
             position_ids: [1, T] or [B, T], of the mixed sequence.
             labels: [R] classes, or values if num_labels is 1.
-            num_items_in_batch, num_retrieval_items: what the summed losses are divided by; None
-                for the numbers of this batch.
+            num_items_in_batch, num_retrieval_items: divisors of the summed losses; None for the
+                numbers of items in this batch.
             retrieval_slots: [B, T], see `retrieval_targets`; None to draw them.
         Returns:
             `MuxOutput` with logits [R, C].
@@ -96,14 +96,14 @@ class MuxSequenceClassifier(MuxPreTrainedModel):
 
 
 class MuxTokenClassifier(MuxPreTrainedModel):
-    """Labels of tokens."""
+    """Classification of tokens. Subclasses define the head."""
 
     def class_logits(self, states: Tensor) -> Tensor:
-        """[..., D] -> [..., C]."""
+        """Logits of states: [..., D] -> [..., C]."""
         return self.classifier(self.dropout(states))
 
     def token_logits(self, hidden: MixedStates, chosen: Tensor | None) -> Tensor:
-        """Mixed states [B, T, D] -> logits [B * N, S, C]; zero where `chosen` [B * N, S] is not."""
+        """Mixed states [B, T, D] -> logits [B * N, S, C]; 0 where `chosen` [B * N, S] is False."""
         start, N = self.config.prefix_length, self.config.num_instances
         if chosen is None:
             states = self.demultiplex(hidden, slice(start, None))
@@ -127,13 +127,13 @@ class MuxTokenClassifier(MuxPreTrainedModel):
         return_dict: bool | None = None,
         **more: object,
     ) -> MuxOutput | tuple:
-        """One pass; arguments as of `MuxSequenceClassifier.forward`.
+        """Classify the tokens of any number of rows; arguments as of `MuxSequenceClassifier`.
 
         Args:
-            labels: [R, S] classes, -100 where none is predicted.
+            labels: [R, S] classes, -100 at tokens without a label.
         Returns:
-            `MuxOutput` with logits [R, S, C]. In training those of padding are 0, as long as no
-            label lies there; in evaluation if `padding_logits` is off.
+            `MuxOutput` with logits [R, S, C]. Logits of padding without labels are 0 in training,
+            and in evaluation if `padding_logits` is off.
         """
         check_arguments(self, more)
         fed = self.feed(input_ids, attention_mask, token_type_ids, position_ids)

@@ -145,7 +145,7 @@ class MuxConfig(PreTrainedConfig):
 
     @property
     def prefix_length(self) -> int:
-        """Tokens that the demultiplexer puts in front of each row."""
+        """Tokens of the demultiplexer before each row."""
         return self.num_instances + 1 if self.demuxing_variant == "index" else 0
 
     def _check_choice(self, name: str, allowed: tuple[str, ...]) -> None:

@@ -18,13 +18,13 @@ from megamod.models.mux.types import Fed, MuxOutput
 
 
 def default_initialisation(linear: nn.Linear) -> nn.Linear:
-    """Have a layer keep torch's own initialisation, as it does in the release."""
+    """Mark a layer to keep torch's own initialisation, as in the release."""
     linear.default_initialisation = True
     return linear
 
 
 class MuxElectraPreTrainedModel(MuxPreTrainedModel):
-    """The family's deviations from MUX-BERT."""
+    """Differences of the family from MUX-BERT."""
 
     config: MuxElectraConfig
     base_model_prefix = "electra"
@@ -48,7 +48,7 @@ class MuxElectraModel(MuxElectraPreTrainedModel, MuxBareModel):
 
 
 class DiscriminatorHead(nn.Module):
-    """One number per state: dense, gelu, dense."""
+    """Logit per state: dense, gelu, dense."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -61,7 +61,7 @@ class DiscriminatorHead(nn.Module):
 
 
 class MuxElectraForPreTraining(MuxElectraPreTrainedModel):
-    """The discriminator: which tokens of every instance were replaced.
+    """Discriminator: detects replaced tokens of every instance.
 
     Source: Murahari et al. 2023, section 3.2; Clark et al. 2020.
     """
@@ -97,7 +97,7 @@ class MuxElectraForPreTraining(MuxElectraPreTrainedModel):
         return_dict: bool | None = None,
         **more: object,
     ) -> MuxOutput | tuple:
-        """One pass; any number of rows.
+        """Score any number of rows.
 
         Args:
             input_ids: [R, S].
@@ -105,8 +105,8 @@ class MuxElectraForPreTraining(MuxElectraPreTrainedModel):
             labels: [R, S], 1 where a token was replaced.
             num_items_in_batch, num_retrieval_items, retrieval_slots: see `MuxMaskedLM.forward`.
         Returns:
-            `MuxOutput` with logits [R, S], or with a prefix [R, S - N - 1]: of the tokens that were
-            not dropped.
+            `MuxOutput` with logits [R, S]; with a prefix [R, S - N - 1], of the tokens that are not
+            dropped.
         Raises:
             ValueError: if the rows are too long.
         """

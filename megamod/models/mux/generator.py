@@ -1,7 +1,7 @@
-"""MUX-ELECTRA with what replaces the tokens: chance, a plain generator or a multiplexed one.
+"""MUX-ELECTRA with the replacement of tokens: random, by a plain or by a multiplexed generator.
 
-A generator's weights lie under `generator.`; those of the discriminator have the names they have
-alone, so that classifiers are loaded from either.
+Names of a generator's weights begin with `generator.`; those of the discriminator are as without a
+generator, so that classifiers load from either.
 """
 
 from dataclasses import dataclass
@@ -19,18 +19,18 @@ from megamod.models.mux.types import Fed, MixedStates, MuxOutput
 from megamod.nn.encoder import EncoderEmbeddings, EncoderModel, key_mask
 from megamod.nn.retrieval import IGNORED, pairs_of_rows, token_scores
 
-_SAMPLED_TOGETHER = 2**24  # logits of one chunk of positions that tokens are drawn for
+_SAMPLED_TOGETHER = 2**24  # logits of a chunk of positions for which tokens are drawn
 
 
 @dataclass
 class MuxElectraOutput(MuxOutput):
-    """`MuxOutput` of the discriminator, and what was done to its input.
+    """`MuxOutput` of the discriminator, with its input and the loss of the generator.
 
     Attributes:
         loss: weighted sum of the two losses below.
-        generator_loss, discriminator_loss: each task and retrieval, weighted.
-        input_ids: [B * N, S] with replaced tokens.
-        corrupted: [B * N, S] bool, what the discriminator is to find.
+        generator_loss, discriminator_loss: weighted sum of task and retrieval loss of each.
+        input_ids: [R, S] with replaced tokens.
+        corrupted: [R, S] bool, True at tokens that the discriminator must detect.
     """
 
     generator_loss: Tensor | None = None
@@ -43,7 +43,7 @@ class MuxElectraForMaskedLM(MuxMaskedLM):
     """A multiplexed generator, or a masked language model with ELECTRA's retrieval head.
 
     Args:
-        own_embeddings: False if those of a discriminator are passed to it.
+        own_embeddings: False to use the embeddings of a discriminator, passed to each call.
     """
 
     config: MuxElectraConfig
@@ -63,13 +63,13 @@ class MuxElectraForMaskedLM(MuxMaskedLM):
 
     @property
     def decoder(self) -> nn.Linear:
-        """From states to tokens."""
+        """Matrix from states to logits of tokens."""
         return self.retrieval_head.decoder
 
     def states_at(
         self, fed: Fed, chosen: Tensor, embeddings: EncoderEmbeddings | None
     ) -> tuple[Tensor, MixedStates]:
-        """States in front of `decoder` at chosen tokens [B * N, S], and all mixed ones."""
+        """Inputs of `decoder` at the chosen tokens, bool [R, S], and all mixed states."""
         hidden = self.encode(fed, embeddings=embeddings)
         length = self.config.prefix_length
         shifted = F.pad(chosen, (length, -length)) if length else chosen
@@ -91,7 +91,7 @@ class PlainGenerator(nn.Module):
 
     @property
     def decoder(self) -> nn.Linear:
-        """From states to tokens."""
+        """Matrix from states to logits of tokens."""
         return self.generator_lm_head
 
     def states_at(
@@ -103,7 +103,7 @@ class PlainGenerator(nn.Module):
         chosen: Tensor,
         embeddings: EncoderEmbeddings | None,
     ) -> Tensor:
-        """States in front of `decoder` at chosen tokens: [R, S] ids, bool [R, S] -> [C, D]."""
+        """Inputs of `decoder` at the chosen tokens: ids [R, S], bool [R, S] -> [C, D]."""
         embed = embeddings or self.electra.embeddings
         mask = key_mask(attention_mask) if attention_mask is not None else None
         hidden = self.electra.encode(embed(input_ids, token_type_ids, position_ids), mask)[chosen]
@@ -112,9 +112,9 @@ class PlainGenerator(nn.Module):
 
 
 class MuxElectraForReplacedTokens(MuxElectraForPreTraining):
-    """A discriminator with what replaces the tokens it looks at.
+    """Discriminator with the replacement of tokens.
 
-    Generator and discriminator share their embeddings if these are of one size.
+    Generator and discriminator share embeddings if these have the same size.
 
     Source: Murahari et al. 2023, section 3.2; Clark et al. 2020, section 2.
     """
@@ -124,16 +124,16 @@ class MuxElectraForReplacedTokens(MuxElectraForPreTraining):
     def _finish(self) -> None:
         config = self.config
         if config.generator != "none":
-            own = config.of_generator()
+            settings = config.of_generator()
             same = ("embedding_size", "vocab_size", "max_position_embeddings", "type_vocab_size")
-            self.shares_embeddings = all(getattr(own, n) == getattr(config, n) for n in same)
+            self.shares_embeddings = all(getattr(settings, n) == getattr(config, n) for n in same)
             kind = PlainGenerator if config.generator == "plain" else MuxElectraForMaskedLM
-            self.generator = kind(own, not self.shares_embeddings)
-            if config.generator == "plain" and own.tie_word_embeddings:
-                place = "" if self.shares_embeddings else "generator."
+            self.generator = kind(settings, not self.shares_embeddings)
+            if config.generator == "plain" and settings.tie_word_embeddings:
+                prefix = "" if self.shares_embeddings else "generator."
                 self._tied_weights_keys = {
                     "generator.generator_lm_head.weight": (
-                        f"{place}electra.embeddings.word_embeddings.weight"
+                        f"{prefix}electra.embeddings.word_embeddings.weight"
                     )
                 }
         self.post_init()
@@ -166,25 +166,24 @@ class MuxElectraForReplacedTokens(MuxElectraForPreTraining):
         return_dict: bool | None = None,
         **more: object,
     ) -> MuxElectraOutput | tuple:
-        """Replace what is masked, and tell it from the rest.
+        """Replace the masked tokens and detect the replaced ones.
 
         Args:
-            input_ids: [B * N, S] with `mask_token_id` where tokens are to be replaced.
-            labels: [B * N, S] the tokens that were there, -100 where the generator is not scored;
-                not needed without a generator.
-            random_ids: [B * N, S] with what masks are replaced by; None to draw it.
+            input_ids: [R, S] with `mask_token_id` at the tokens to replace.
+            labels: [R, S] the original tokens, -100 where the generator is not scored; not needed
+                without a generator.
+            random_ids: [R, S] replacements of the masks; None to draw them.
             num_items_in_batch, num_retrieval_items, num_generator_items,
-            num_generator_retrieval_items: what the summed losses of discriminator and generator
-                are divided by; None for the numbers of this batch.
+            num_generator_retrieval_items: divisors of the summed losses of discriminator and
+                generator; None for the numbers of items in this batch.
             retrieval_slots, generator_slots: [B, T], see `retrieval_targets`; None to draw them.
         Returns:
             `MuxElectraOutput`.
         Raises:
-            ValueError: if labels are missing that the generator needs, and as for the
-                discriminator.
+            ValueError: if the generator needs labels and there are none; as the discriminator.
         """
         check_arguments(self, more)
-        given = (attention_mask, token_type_ids, position_ids)
+        fields = (attention_mask, token_type_ids, position_ids)
         masked = input_ids == self.config.mask_token_id
         generator_loss = None
         if self.config.generator == "none":
@@ -195,7 +194,7 @@ class MuxElectraForReplacedTokens(MuxElectraForPreTraining):
             if labels is None:
                 raise ValueError("labels are missing: the generator must know the masked tokens")
             generator_loss, replaced = self._generate(
-                (input_ids, *given),
+                (input_ids, *fields),
                 labels,
                 masked,
                 random_ids,
@@ -204,21 +203,21 @@ class MuxElectraForReplacedTokens(MuxElectraForPreTraining):
                 num_generator_retrieval_items,
             )
             corrupted = masked & (replaced != labels)
-        found = self.discriminate(
-            self.feed(replaced, *given),
+        detected = self.discriminate(
+            self.feed(replaced, *fields),
             corrupted,
             num_items_in_batch,
             retrieval_slots,
             num_retrieval_items,
         )
-        loss = self.config.disc_loss_weight * found.loss
+        loss = self.config.disc_loss_weight * detected.loss
         if generator_loss is not None:
             loss = loss + self.config.gen_loss_weight * generator_loss
         output = MuxElectraOutput(
-            **{name: value for name, value in found.items() if name != "loss"},
+            **{name: value for name, value in detected.items() if name != "loss"},
             loss=loss,
             generator_loss=generator_loss,
-            discriminator_loss=found.loss,
+            discriminator_loss=detected.loss,
             input_ids=replaced,
             corrupted=corrupted,
         )
@@ -226,7 +225,7 @@ class MuxElectraForReplacedTokens(MuxElectraForPreTraining):
 
     def _generate(
         self,
-        given: tuple[Tensor | None, ...],
+        fields: tuple[Tensor | None, ...],
         labels: Tensor,
         masked: Tensor,
         random_ids: Tensor | None,
@@ -234,17 +233,17 @@ class MuxElectraForReplacedTokens(MuxElectraForPreTraining):
         slots: Tensor | None,
         retrieval_items: Tensor | float | None,
     ) -> tuple[Tensor, Tensor]:
-        """Loss of the generator, and the ids with what it put in place of the masks."""
+        """Loss of the generator, and the ids with its tokens in place of the masks."""
         generator, embeddings = self.generator, None
         if self.shares_embeddings:
             embeddings = self.backbone.embeddings
         chosen, retrieval = masked | (labels != IGNORED), None
         if self.config.generator == "plain":
-            states = generator.states_at(*given, chosen, embeddings)
+            states = generator.states_at(*fields, chosen, embeddings)
         else:
             if length := generator.config.prefix_length:
                 chosen = F.pad(chosen[:, :-length], (0, length))  # those columns are dropped
-            fed = generator.feed(*given)
+            fed = generator.feed(*fields)
             states, hidden = generator.states_at(fed, chosen, embeddings)
             if generator.config.retrieval_loss_coeff > 0:
                 retrieved = MuxOutput()
@@ -258,7 +257,7 @@ class MuxElectraForReplacedTokens(MuxElectraForPreTraining):
         loss = total / (max(targets.numel(), 1) if items is None else items)
         if self.config.generator == "multiplexed":
             loss = generator.combined(loss, retrieval)
-        replaced = given[0].clone()
+        replaced = fields[0].clone()
         if random_ids is None:
             replaced[chosen & masked] = sample_tokens(states[masked[chosen]], generator.decoder)
         else:
@@ -268,7 +267,7 @@ class MuxElectraForReplacedTokens(MuxElectraForPreTraining):
 
 @torch.no_grad()
 def sample_tokens(states: Tensor, decoder: nn.Linear) -> Tensor:
-    """Tokens drawn from softmax(decoder(states)): [R, D] -> [R] int64, chunk by chunk."""
+    """Draw tokens from softmax(decoder(states)), chunk by chunk: [R, D] -> [R] int64."""
     rows = max(1, _SAMPLED_TOGETHER // decoder.out_features)
     drawn = [
         torch.multinomial(decoder(part).float().softmax(-1), 1)[:, 0]

@@ -1,9 +1,9 @@
-"""What all multiplexed encoders have in common: from ids of B * N rows to mixed hidden states.
+"""Multiplexed encoder: from ids of B * N rows to mixed hidden states.
 
 Row r of a batch is instance r % N of group r // N; a group shares one pass through the encoder.
-Parameters have the names of the published checkpoints, those of shared modules once.
+Parameters have the names of the published checkpoints, with shared modules named once.
 
-Source: Murahari et al. 2023 (MUX-PLM), and its release for everything the paper leaves open.
+Source: Murahari et al. 2023 (MUX-PLM), and its release for details the paper does not give.
 """
 
 from typing import ClassVar
@@ -52,18 +52,18 @@ from megamod.nn.retrieval import (
 class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
     """Embeddings, multiplexer, encoder and demultiplexer.
 
-    Class attributes say how a family or a head deviates:
+    Class attributes are the settings of a family or a head:
         base_model_prefix: attribute that holds the encoder; weights of a bare stock encoder are
             loaded into it.
-        pretraining: a prefix takes the place of the last tokens.
-        sees_segments: token types and positions are those of the tokens. In the release
-            classifiers ignore token types, and give positions to the mixed sequence.
+        pretraining: a prefix replaces the last tokens.
+        sees_segments: token types and positions belong to the tokens. In the release classifiers
+            ignore token types, and apply positions to the mixed sequence.
         overwrites_cls: column 0 of an RSA model always holds `cls_token_id`.
         masks_instances: the contextual multiplexer masks padding among instances.
         ties_vocabulary: the retrieval head's matrix is that of the word embeddings.
-        residual_retrieval: the retrieval head adds to its input and uses all layers (ELECTRA).
-        retrieval_start: first column that an RSA model is asked to retrieve.
-        retrieves_padding: whether padding is a target.
+        residual_retrieval: the retrieval head adds its input and uses all layers (ELECTRA).
+        retrieval_start: first column of an RSA model with a retrieval target.
+        retrieves_padding: padding is a target of retrieval.
     """
 
     config: MuxConfig
@@ -111,9 +111,9 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
 
     @classmethod
     def from_pretrained(cls, *args: object, **kwargs: object) -> "MuxPreTrainedModel | tuple":
-        """As for every model; keys that are not to be trained stay so."""
+        """Load as every model does, and keep frozen keys frozen."""
         loaded = super().from_pretrained(*args, **kwargs)
-        # Loading makes parameters anew, and all of them trainable.
+        # Loading creates new parameters, all of them trainable.
         for module in (loaded[0] if isinstance(loaded, tuple) else loaded).modules():
             if isinstance(module, MuxPreTrainedModel):
                 module.instance_embedding.requires_grad_(bool(module.config.learn_muxing))
@@ -130,7 +130,7 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         return getattr(self, self.base_model_prefix)
 
     def add_demultiplexer(self) -> None:
-        """Give the model its modules to demultiplex with."""
+        """Create the modules of the demultiplexer."""
         config = self.config
         size, eps = config.hidden_size, config.layer_norm_eps
         if config.demuxing_variant == "index_pos":
@@ -142,12 +142,12 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
             self.demultiplexer = PrefixDemultiplexer(size, eps)
 
     def add_retrieval_if_used(self) -> None:
-        """A head over the vocabulary, unless nothing would train it."""
+        """Create the retrieval head, unless its loss has coefficient 0."""
         if self.config.retrieval_loss_coeff > 0:
             self.add_retrieval()
 
     def add_retrieval(self) -> None:
-        """Give the model a head over the vocabulary, of which BERT's matrix is the embeddings'."""
+        """Create the retrieval head; in BERT its matrix is tied to the embeddings."""
         config = self.config
         if config.tie_word_embeddings and self.ties_vocabulary:
             source = f"{self.base_model_prefix}.embeddings.word_embeddings.weight"
@@ -166,10 +166,10 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         )
 
     def ids_fed(self, input_ids: Tensor) -> Tensor:
-        """The ids that are embedded: column 0 overwritten, or with a prefix.
+        """Ids to embed: with column 0 overwritten, or with a prefix.
 
         Args:
-            input_ids: [B * N, S] of whole groups; it is left as it is.
+            input_ids: [B * N, S] of whole groups; not changed.
         Returns:
             [B * N, T]; T is S, or S + N + 1 for classifiers with a prefix.
         """
@@ -208,8 +208,8 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
                 order[rows:] = torch.randint(rows, (len(order) - rows,), device=order.device)
             order %= rows
             input_ids, attention_mask, token_type_ids = (
-                given[order] if given is not None else None
-                for given in (input_ids, attention_mask, token_type_ids)
+                field[order] if field is not None else None
+                for field in (input_ids, attention_mask, token_type_ids)
             )
             if self.sees_segments and position_ids is not None and len(position_ids) == rows:
                 position_ids = position_ids[order]
@@ -221,9 +221,9 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
             token_type_ids = F.pad(token_type_ids, (added, 0))
         room = self.config.max_position_embeddings - self.config.first_position
         if ids.shape[1] > room:
-            behind = f" behind a prefix of {added}" if added else ""
+            after = f" after a prefix of {added}" if added else ""
             raise ValueError(
-                f"{input_ids.shape[1]} tokens{behind} need more than the {room} positions of "
+                f"{input_ids.shape[1]} tokens{after} need more than the {room} positions of "
                 f"max_position_embeddings {self.config.max_position_embeddings}"
             )
         return Fed(rows, ids, attention_mask, token_type_ids, position_ids)
@@ -234,8 +234,8 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         """Mixed hidden states of a batch, [B, queries or T, D].
 
         Args:
-            queries: how many of the first columns are needed; None for all.
-            embeddings: used in place of the model's own.
+            queries: number of first columns to compute; None for all.
+            embeddings: replace the model's own.
         """
         embeddings = embeddings or self.backbone.embeddings
         mask, attended = self._encoder_mask(fed), None
@@ -243,12 +243,12 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         table, kernels = embeddings.word_embeddings.weight, self.config.kernels
         keyed_mean = self.config.muxing_variant in KEYED_MEANS
         if keyed_mean and uses_triton(kernels, table) and embeddings.is_plain():
-            given = (fed.ids, self.instance_embedding, fed.token_type_ids, first, second)
+            inputs = (fed.ids, self.instance_embedding, fed.token_type_ids, first, second)
             if kernels == "triton" and self._begins_with_all_columns(queries):
                 block = self.backbone.encoder.layer[0]
-                mixed, attended = embeddings.multiplexed_attention(*given, block, mask, kernels)
+                mixed, attended = embeddings.multiplexed_attention(*inputs, block, mask, kernels)
             else:
-                mixed = embeddings.multiplexed(*given, kernels)
+                mixed = embeddings.multiplexed(*inputs, kernels)
         else:
             x = embeddings(fed.ids, fed.token_type_ids, first)
             mixed = self._multiplex(x.unflatten(0, (-1, self.config.num_instances)), fed.mask)
@@ -265,12 +265,12 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         """Hidden states of instances: [R, D] for pairs, else [B, N, columns, D]."""
         if self.config.prefix_length:
             return self.demultiplexer(hidden.normed(), self.config.num_instances, columns, pairs)
-        wanted = hidden.states if pairs is not None else hidden.states[:, columns]
-        given = (wanted, pairs, self.config.kernels, hidden.norm)
-        return self.demultiplexer(self.demux_module, *given)
+        states = hidden.states if pairs is not None else hidden.states[:, columns]
+        inputs = (states, pairs, self.config.kernels, hidden.norm)
+        return self.demultiplexer(self.demux_module, *inputs)
 
     def vocabulary_states(self, hidden: MixedStates, pairs: Pairs | None) -> Tensor:
-        """What the retrieval head's decoder is applied to: as `demultiplex`, of all columns."""
+        """Inputs of the retrieval head's decoder: as `demultiplex`, of all columns."""
         if self.config.prefix_length:
             return self.retrieval_head(hidden.normed(), self.config.num_instances, pairs)
         return self.retrieval_head(self.demux_module, hidden.normed(), pairs)
@@ -283,13 +283,13 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         slots: Tensor | None,
         items: Tensor | float | None,
     ) -> None:
-        """Retrieve one token per mixed position; put the loss and what was right in the output.
+        """Retrieve one token per mixed position; set loss and counts of the output.
 
         Args:
-            hidden: of [B, T, D].
-            ids: [B * N, T] as they were fed.
-            slots: [B, T], instances to ask for; None to draw them.
-            items: what the summed loss is divided by; None for the number of targets.
+            hidden: states [B, T, D].
+            ids: [B * N, T] as embedded.
+            slots: [B, T], instance of each position; None to draw them.
+            items: divisor of the summed loss; None for the number of targets.
         """
         if not hasattr(self, "retrieval_head"):
             raise ValueError(
@@ -311,10 +311,10 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         output["retrieval_correct"], output["retrieval_count"] = correct, count
 
     def combined(self, task: Tensor | None, retrieval: Tensor | None) -> Tensor | None:
-        """The loss: both terms times their coefficients; a term that is None is left out."""
+        """Loss: sum of both terms times their coefficients, without terms that are None."""
         terms = ((self.config.task_loss_coeff, task), (self.config.retrieval_loss_coeff, retrieval))
-        there = [weight * term for weight, term in terms if term is not None]
-        return sum(there[1:], there[0]) if there else None
+        weighted = [weight * term for weight, term in terms if term is not None]
+        return sum(weighted[1:], weighted[0]) if weighted else None
 
     def _retrieval_scores(
         self, hidden: MixedStates, slots: Tensor, targets: Tensor
@@ -324,18 +324,18 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         decoder, labels = self.retrieval_head.decoder, targets[chosen]
         return token_scores(states, decoder, labels, keep_logits=not self.training)[:2]
 
-    def _prepend(self, prefix: Tensor, given: Tensor) -> Tensor:
+    def _prepend(self, prefix: Tensor, tokens: Tensor) -> Tensor:
         if not self.pretraining:
-            return torch.cat([prefix, given], 1)
-        kept = given.shape[1] - prefix.shape[1]
+            return torch.cat([prefix, tokens], 1)
+        kept = tokens.shape[1] - prefix.shape[1]
         if kept < 1:
             raise ValueError(
-                f"{given.shape[1]} tokens leave no room for a prefix of {prefix.shape[1]}"
+                f"{tokens.shape[1]} tokens leave no room for a prefix of {prefix.shape[1]}"
             )
-        return torch.cat([prefix, given[:, :kept]], 1)
+        return torch.cat([prefix, tokens[:, :kept]], 1)
 
     def _positions(self, fed: Fed) -> tuple[Tensor | None, Tensor | None]:
-        """Position rows of the first and of the second embedding; None for consecutive ones."""
+        """Position ids of the first and of the second embedding; None for consecutive ones."""
         return (fed.position_ids, None) if self.sees_segments else (None, fed.position_ids)
 
     def _begins_with_all_columns(self, queries: int | None) -> bool:
@@ -360,7 +360,7 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         return multiplex_orthogonal(x, key.to(x.dtype))
 
     def _encoder_mask(self, fed: Fed) -> Tensor | None:
-        """bool [B, 1, 1, T], False where all instances are padding, if that is to be masked."""
+        """Mask, bool [B, 1, 1, T], False where all instances are padding; None if unused."""
         if not self.config.mask_padding or fed.mask is None:
             return None
         mask = fed.mask != 0
@@ -370,12 +370,12 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         return by_group.any(1)[:, None, None, :]
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
-        # For classes outside transformers a module would be passed over once all of its own
-        # parameters were loaded, and the keys are the model's own.
+        # For classes outside transformers a module is skipped once all of its own parameters are
+        # loaded, and the keys are the model's own.
         super()._initialize_weights(module, is_custom_code=False)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """BERT's initialisation; keys are drawn. All from torch's global generator."""
+        """Initialise as BERT and draw the keys, from torch's global generator."""
         draw_weights(module, self.config.initializer_range)
         if isinstance(module, SharedDemux):
             nn.init.normal_(module.demux_instance_embedding)

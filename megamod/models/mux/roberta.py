@@ -64,7 +64,7 @@ class MlpHead(nn.Module):
 
 
 class MuxRobertaPreTrainedModel(MuxPreTrainedModel):
-    """The family's deviations from MUX-BERT."""
+    """Differences of the family from MUX-BERT."""
 
     config: MuxRobertaConfig
     base_model_prefix = "roberta"
@@ -112,7 +112,7 @@ class MuxRobertaPreTrainedModel(MuxPreTrainedModel):
 
 
 class MuxRobertaForSequenceClassification(MuxRobertaPreTrainedModel, MuxSequenceClassifier):
-    """Labels of rows; prefix or network per instance."""
+    """Classifier of rows, with a prefix or a network per instance."""
 
     masks_instances: ClassVar[bool] = False
     retrieval_start: ClassVar[int] = 1
@@ -126,7 +126,7 @@ class MuxRobertaForSequenceClassification(MuxRobertaPreTrainedModel, MuxSequence
 
 
 class MuxRobertaForTokenClassification(MuxRobertaPreTrainedModel, MuxTokenClassifier):
-    """Labels of tokens; prefix or network per instance."""
+    """Classifier of tokens, with a prefix or a network per instance."""
 
     def __init__(self, config: MuxRobertaConfig):
         super().__init__(config)

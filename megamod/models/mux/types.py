@@ -1,4 +1,4 @@
-"""What multiplexed encoders are fed, hand on inside, and return."""
+"""Inputs, intermediate states and outputs of multiplexed encoders."""
 
 from dataclasses import dataclass
 
@@ -8,14 +8,14 @@ from transformers.modeling_outputs import ModelOutput
 
 @dataclass
 class MuxOutput(ModelOutput):
-    """What a multiplexed model returns; what was not asked for is None.
+    """Output of a multiplexed model; fields that are not computed are None.
 
     Attributes:
-        loss: coefficients times the two terms below, summed.
+        loss: sum of the two terms below times their coefficients.
         logits: see the model.
         task_loss: summed loss of the task divided by its items, nats.
-        retrieval_loss: the same of retrieving tokens.
-        retrieval_correct, retrieval_count: tokens retrieved rightly, and all that were asked for.
+        retrieval_loss: summed loss of token retrieval divided by its items, nats.
+        retrieval_correct, retrieval_count: numbers of correctly retrieved and of all target tokens.
     """
 
     loss: Tensor | None = None
@@ -28,14 +28,14 @@ class MuxOutput(ModelOutput):
 
 @dataclass(frozen=True)
 class Fed:
-    """A batch as the encoder gets it: whole groups, with a prefix where one belongs.
+    """A batch of whole groups, with the prefix if the model has one.
 
     Attributes:
-        rows: rows of the caller's batch; those behind them only fill up the last group.
+        rows: rows of the caller's batch; later ones only fill up the last group.
         ids: [B * N, T].
         mask: attention mask of the caller's columns [B * N, S], or None.
         token_type_ids: [B * N, T] or None.
-        position_ids: as given.
+        position_ids: as passed by the caller.
     """
 
     rows: int
@@ -47,16 +47,16 @@ class Fed:
 
 @dataclass
 class MixedStates:
-    """What the encoder makes of mixed sequences.
+    """Hidden states of mixed sequences.
 
     Attributes:
         states: [B, L, D].
-        norm: the encoder's last, if it is left to whoever reads the states; else None.
+        norm: the encoder's last LayerNorm, if it is not yet applied to `states`; otherwise None.
     """
 
     states: Tensor
     norm: nn.LayerNorm | None = None
 
     def normed(self) -> Tensor:
-        """[B, L, D], behind the norm in any case."""
+        """States after the norm, [B, L, D]."""
         return self.states if self.norm is None else self.norm(self.states)
