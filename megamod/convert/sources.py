@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,6 +112,8 @@ def _fields(source: str, where: str) -> dict[str, object]:
                 "DIR`"
             )
         raise UserError(f"{where}: there is no model (no config.json)")
+    if not path.is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
+        raise UserError(f"{where}: there is no such folder")
     try:
         fields, _ = PreTrainedConfig.get_config_dict(source)
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -10,7 +10,6 @@ from transformers import PreTrainedConfig
 
 from megamod.errors import UserError
 from megamod.models.lm.configuration import (
-    PRESETS,
     DemixConfig,
     domains_of,
     longest_sequence,
@@ -20,6 +19,7 @@ from megamod.models.lm.configuration import (
 from megamod.models.lm.host import host_classes
 from megamod.models.lm.hosts import HOSTS, UNTIE_OF_HOSTS
 from megamod.models.lm.load import check_same_family
+from megamod.models.presets import PRESETS
 from megamod.states.weights import has_weights
 
 HUB_FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]
@@ -31,7 +31,7 @@ def model_folder(model: str, flag: str = "--model") -> Path | None:
     Raises:
         UserError: if the name is no preset and no folder, and the hub has no such repository.
     """
-    if model in PRESETS:
+    if model in PRESETS["demix"]:
         return None
     if (Path(model) / "config.json").is_file():
         return Path(model)
@@ -43,7 +43,7 @@ def model_folder(model: str, flag: str = "--model") -> Path | None:
             reason = f"; the hub: {' '.join(str(error).split())[:200]}"
     raise UserError(
         f"{flag} {model!r} is no folder with config.json, no repository of the hub and none of "
-        f"{', '.join(PRESETS)}{reason}"
+        f"{', '.join(PRESETS['demix'])}{reason}"
     )
 
 
@@ -96,7 +96,7 @@ def lm_config(
     """Configuration of a language model to train.
 
     Args:
-        model: a preset (`PRESETS`), or the folder or hub name of a model.
+        model: a preset, or the folder or hub name of a model.
         vocab_size, special_ids: of the data; the latter bos_token_id, pad_token_id, eos_token_id.
         max_positions: tokens per sequence.
         attn_implementation: None for the best that the class supports.
@@ -118,7 +118,7 @@ def lm_config(
         names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
         shape = {name: getattr(config, name) for name in names}
     else:
-        shape = PRESETS[model] | changes
+        shape = PRESETS["demix"][model] | changes
     try:
         return DemixConfig(
             **shape,

@@ -18,8 +18,8 @@ from megamod.dist.scope import Sharing, sharing_of
 from megamod.dist.topology import DomainTopology
 from megamod.errors import UserError
 from megamod.flags import origin_of
-from megamod.models.lm.configuration import PRESETS as lm_sizes
-from megamod.models.mux.configuration import PRESETS as encoder_sizes
+from megamod.models.build import FAMILIES
+from megamod.models.presets import PRESETS
 from megamod.planning.memory import BUCKET, LIVE, PERSISTENT, Setting
 from megamod.planning.plan_args import PlanArgs
 from megamod.train.compiled import check_stage
@@ -265,9 +265,9 @@ def hidden_size_of(model: ModelArgs, mux: MuxArgs) -> int:
     folder = Path(model.model) / "config.json"
     if folder.is_file():
         return int(json.loads(folder.read_text(encoding="utf-8"))["hidden_size"])
-    sizes = lm_sizes
+    sizes = PRESETS["demix"]
     if mux.objective != "causal_lm":
-        sizes = encoder_sizes["mux_bert" if mux.objective == "masked_lm" else "mux_electra"]
+        sizes = PRESETS[FAMILIES[mux.objective]]
     if model.model not in sizes:
         raise UserError(
             f"--model {model.model!r} is no folder with config.json and none of {', '.join(sizes)}"

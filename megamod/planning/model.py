@@ -1,31 +1,24 @@
 """Model of a job on the meta device: parameters by name, and the cost of one pass."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoModelForMaskedLM,
-    AutoModelForPreTraining,
-    BertConfig,
-    ElectraConfig,
     PreTrainedConfig,
 )
 
-from megamod.args import ModelArgs, MuxArgs
 from megamod.dist.scope import Sharing, domain_of_name
 from megamod.errors import UserError
 from megamod.models.auto import lm_config
+from megamod.models.build import FAMILIES, build_encoder, encoder_config
 from megamod.models.lm.flops import active_parameters, flops_per_token
 from megamod.models.lm.load import lm_class
-from megamod.models.mux.configuration import PRESETS, MuxBertConfig, MuxElectraConfig
+from megamod.models.presets import PRESETS, SHAPE
 from megamod.planning.activations import Pass, measure
-from megamod.planning.job import Job, Vocabulary
+from megamod.planning.job import Job
 from megamod.train.objectives import masked_losses, replaced_losses
-
-SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
 
 @dataclass(frozen=True)
@@ -120,9 +113,7 @@ class Network:
             if demix:
                 module.set_domain(held[0])
             return module
-        if isinstance(config, MuxElectraConfig):
-            config.architectures = ["MuxElectraForReplacedTokens"]
-        return _KINDS[self.job.mux.objective].from_config(config)
+        return build_encoder(config, self.job.mux.objective)
 
     @property
     def chosen(self) -> float:
@@ -148,9 +139,6 @@ class Network:
         return losses["loss"]
 
 
-_KINDS = {"masked_lm": AutoModelForMaskedLM, "replaced_token": AutoModelForPreTraining}
-
-
 def network_of(job: Job) -> Network:
     """The model that a job would train.
 
@@ -158,7 +146,14 @@ def network_of(job: Job) -> Network:
         UserError: for a model that does not exist, or does not fit the data.
     """
     if job.mux.objective != "causal_lm":
-        config = encoder_config(job.model, job.mux, job.vocabulary, job.data.max_seq_length)
+        sizes = PRESETS[FAMILIES[job.mux.objective]]
+        if job.model.model not in sizes:
+            raise UserError(
+                f"--model {job.model.model!r}: plans of encoders start from {', '.join(sizes)}"
+            )
+        changes = {name: getattr(job.model, name) for name in SHAPE}
+        length = job.data.max_seq_length
+        config = encoder_config(job.model.model, changes, job.mux, job.vocabulary, length)
         return Network(job, config)
     untie = "none" if job.topology.sharing is not Sharing.DEMIX else job.model.untie
     tokens = job.vocabulary
@@ -173,55 +168,3 @@ def network_of(job: Job) -> Network:
         overrides={name: getattr(job.model, name) for name in SHAPE},
     )
     return Network(job, config)
-
-
-def encoder_config(
-    model: ModelArgs, mux: MuxArgs, tokens: Vocabulary, length: int
-) -> PreTrainedConfig:
-    """Configuration of an encoder of a named size, as pretraining makes it.
-
-    Raises:
-        UserError: for an unknown size, or fields that do not fit each other.
-    """
-    electra = mux.objective == "replaced_token"
-    sizes = PRESETS["mux_electra" if electra else "mux_bert"]
-    if model.model not in sizes:
-        raise UserError(f"--model {model.model!r}: plans of encoders start from {', '.join(sizes)}")
-    given = {n: getattr(model, n) for n in SHAPE if getattr(model, n) is not None}
-    shape = sizes[model.model] | given | {"vocab_size": tokens.size}
-    if "hidden_size" in given and "embedding_size" in shape:
-        shape["embedding_size"] = min(shape["embedding_size"], given["hidden_size"])
-    shape |= {"pad_token_id": tokens.pad, "max_position_embeddings": max(512, length)}
-    if mux.num_instances == 1:
-        return (ElectraConfig if electra else BertConfig)(**shape)
-    shape |= _multiplexed(mux, tokens)
-    if electra:
-        shape |= _generator(mux, shape) | {"mask_token_id": tokens.mask}
-    try:
-        return (MuxElectraConfig if electra else MuxBertConfig)(**shape)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
-def _multiplexed(mux: MuxArgs, tokens: Vocabulary) -> dict[str, object]:
-    names = (
-        *("task_loss_coeff", "retrieval_loss_coeff", "learn_muxing", "num_instances"),
-        *("muxing_variant", "demuxing_variant", "num_hidden_demux_layers"),
-    )
-    return {name: getattr(mux, name) for name in names} | {"cls_token_id": tokens.bos}
-
-
-def _generator(mux: MuxArgs, shape: Mapping[str, int]) -> dict[str, object]:
-    fields: dict[str, object] = dict(
-        generator=mux.generator,
-        gen_loss_weight=mux.gen_loss_weight,
-        disc_loss_weight=mux.disc_loss_weight,
-    )
-    if mux.generator != "none":
-        heads = max(1, round(shape["num_attention_heads"] * mux.generator_size))
-        fields["generator_config"] = dict(
-            hidden_size=shape["hidden_size"] // shape["num_attention_heads"] * heads,
-            num_attention_heads=heads,
-            intermediate_size=max(1, round(shape["intermediate_size"] * mux.generator_size)),
-        )
-    return fields

@@ -185,7 +185,7 @@ def main() -> int:
     args = parser.parse_args()
     if any(args.rows % n for n in args.n):
         parser.error(f"--rows {args.rows}: not a multiple of each of {args.n}")
-    from megamod.models.mux.configuration import PRESETS
+    from megamod.models.presets import PRESETS
 
     yard = yardsticks(args.device).record()
     print(yard_text(yard), flush=True)

@@ -96,7 +96,7 @@ def _seconds(
     size: str, counts: Sequence[int], kind: str, rounds: int
 ) -> dict[int, list[tuple[float, float, float]]]:
     """By N and repeat: seconds for ROWS rows of ours, of stock BERT, of that with our layers."""
-    from megamod.models.mux.configuration import PRESETS
+    from megamod.models.presets import PRESETS
 
     torch.set_num_threads(1)
     torch.manual_seed(1)

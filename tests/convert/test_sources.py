@@ -113,6 +113,8 @@ def test_folders_that_are_not_what_they_say(tmp_path, fields, message):
 
 
 def test_places_without_a_model(tmp_path):
+    with pytest.raises(UserError, match=r"--model .*gone: there is no such folder"):
+        open_source(str(tmp_path / "gone"), "--model")
     with pytest.raises(UserError, match=r"--model .*: there is no model \(no config.json\)"):
         open_source(str(tmp_path), "--model")
     (tmp_path / "checkpoint_last.pt").write_bytes(b"")

@@ -323,7 +323,7 @@ def test_a_folder_is_loaded_with_its_head(tmp_path):
         model.save_pretrained(tmp_path / kind)
         again = load_model(str(tmp_path / kind))
         assert type(again) is type(model)
-    with pytest.raises(UserError, match="no configuration there"):
+    with pytest.raises(UserError, match="there is no such folder"):
         load_model(str(tmp_path / "none"))
 
 

@@ -5,11 +5,12 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 import megamod  # noqa: F401  (makes the models known)
 from megamod.errors import UserError
 from megamod.models.auto import lm_config
-from megamod.models.lm.configuration import PRESETS, DemixConfig
+from megamod.models.lm.configuration import DemixConfig
 from megamod.models.lm.demix import DemixForCausalLM
 from megamod.models.lm.demix_model import DemixModel
 from megamod.models.lm.flops import active_parameters
 from megamod.models.lm.load import build_lm
+from megamod.models.presets import PRESETS
 from megamod.states.weights import expert_state, read_weights
 
 SPECIAL = {"bos_token_id": 4, "pad_token_id": 5, "eos_token_id": 6}
@@ -116,4 +117,4 @@ def test_auto_classes_know_the_models(tmp_path):
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is DemixForCausalLM
     assert type(AutoModel.from_pretrained(tmp_path)) is DemixModel
     assert read_weights(tmp_path).keys() == dict(model.named_parameters()).keys()
-    assert set(PRESETS) >= {"tiny"}
+    assert set(PRESETS["demix"]) >= {"tiny"}

@@ -1,7 +1,8 @@
 import pytest
 from torch import nn
 
-from megamod.models.lm.configuration import PRESETS, UNTIE, DemixConfig
+from megamod.models.lm.configuration import UNTIE, DemixConfig
+from megamod.models.presets import PRESETS
 
 
 def test_the_feed_forward_is_four_times_as_wide_unless_told():
@@ -10,7 +11,7 @@ def test_the_feed_forward_is_four_times_as_wide_unless_told():
 
 
 def test_presets_are_those_of_the_papers_table():
-    shapes = {name: tuple(preset.values()) for name, preset in PRESETS.items()}
+    shapes = {name: tuple(preset.values()) for name, preset in PRESETS["demix"].items()}
     assert shapes == {
         "tiny": (2, 64, 4),
         "125m": (12, 768, 12),
@@ -22,7 +23,9 @@ def test_presets_are_those_of_the_papers_table():
 
 @pytest.mark.parametrize("untie", UNTIE)
 def test_json_keeps_everything(tmp_path, untie):
-    config = DemixConfig(**PRESETS["tiny"], vocab_size=100, domains=["z", "a"], untie=untie)
+    config = DemixConfig(
+        **PRESETS["demix"]["tiny"], vocab_size=100, domains=["z", "a"], untie=untie
+    )
     config.save_pretrained(tmp_path)
     read = DemixConfig.from_pretrained(tmp_path)
     assert read.to_dict() == config.to_dict()

@@ -7,8 +7,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from megamod.dist.scope import dense_name, domain_of_name
-from megamod.models.lm.configuration import PRESETS, UNTIE, DemixConfig
+from megamod.models.lm.configuration import UNTIE, DemixConfig
 from megamod.models.lm.demix import DemixForCausalLM, initialise
+from megamod.models.presets import PRESETS
 from megamod.states.weights import expert_state, write_index, write_weights
 
 DOMAINS = ["law", "med", "code"]
@@ -126,7 +127,7 @@ def count(config: DemixConfig) -> int:
     ],
 )
 def test_parameters_of_the_presets(preset, total, with_8_experts):
-    shape = PRESETS[preset]
+    shape = PRESETS["demix"][preset]
     layers, width, vocab = shape["num_hidden_layers"], shape["hidden_size"], 50264
     formula = vocab * width + 1026 * width + layers * (12 * width**2 + 13 * width) + 2 * width
     assert count(DemixConfig(**shape)) == formula and total in (None, formula)
@@ -138,7 +139,9 @@ def test_parameters_of_the_presets(preset, total, with_8_experts):
 def test_totals_of_the_table_with_eight_experts():
     rounded = {"350m": 1.765, "750m": 3.931, "1.3b": 6.953}
     for preset, billions in rounded.items():
-        config = DemixConfig(**PRESETS[preset], domains=list("abcdefgh"), untie="feedforward")
+        config = DemixConfig(
+            **PRESETS["demix"][preset], domains=list("abcdefgh"), untie="feedforward"
+        )
         assert round(count(config) / 1e9, 3) == billions
 
 

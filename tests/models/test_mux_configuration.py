@@ -4,12 +4,12 @@ import pytest
 
 from megamod.models.mux.bert import MuxBertForSequenceClassification
 from megamod.models.mux.configuration import (
-    PRESETS,
     MuxBertConfig,
     MuxElectraConfig,
     MuxRobertaConfig,
 )
 from megamod.models.mux.electra import MuxElectraForSequenceClassification
+from megamod.models.presets import PRESETS
 
 
 @pytest.mark.parametrize(

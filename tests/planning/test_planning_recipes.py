@@ -18,9 +18,8 @@ from megamod.args import (
 )
 from megamod.btm.campaign import BtmArgs
 from megamod.dist.topology import DomainTopology
-from megamod.planning.job import Vocabulary, jobs_of
+from megamod.planning.job import jobs_of
 from megamod.planning.memory import memory
-from megamod.planning.model import encoder_config
 from megamod.planning.plan import plan_of
 from megamod.planning.plan_args import PlanArgs
 
@@ -257,22 +256,3 @@ def test_what_fits_is_told_and_does_fit():
     )  # fmt: skip
     assert smaller.fits
     assert f"{smaller.memory.peak / 1e9:.2f} GB" in told[0]
-
-
-@pytest.mark.parametrize("number", [1, 5])
-@pytest.mark.parametrize("objective", ["masked_lm", "replaced_token"])
-def test_encoders_are_those_that_pretraining_makes(objective, number):
-    """The configuration is made by other code there, from a data-bin."""
-    from types import SimpleNamespace
-
-    from megamod.runs.pretrain import encoder_lm
-
-    data = SimpleNamespace(vocab_size=30522, pad_id=0, bos_id=101)
-    mux = MuxArgs(objective=objective, num_instances=number)
-    model = ModelArgs(model="base", hidden_size=384, num_attention_heads=6)
-    mask = pytest.MonkeyPatch()
-    mask.setattr(encoder_lm, "mask_id_of", lambda data: 103)
-    theirs = encoder_lm.encoder_config(model, mux, data, 512)
-    mask.undo()
-    ours = encoder_config(model, mux, Vocabulary(30522, 101, 0, 102), 512)
-    assert ours.to_dict() == theirs.to_dict()

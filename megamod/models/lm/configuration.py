@@ -26,15 +26,6 @@ UNTIE = (
 layer (DEMix), of every second layer, of the last layer; whole blocks; blocks and output matrix;
 embeddings and output matrix."""
 
-PRESETS = {
-    "tiny": dict(num_hidden_layers=2, hidden_size=64, num_attention_heads=4),
-    "125m": dict(num_hidden_layers=12, hidden_size=768, num_attention_heads=12),
-    "350m": dict(num_hidden_layers=24, hidden_size=1024, num_attention_heads=16),
-    "750m": dict(num_hidden_layers=24, hidden_size=1536, num_attention_heads=16),
-    "1.3b": dict(num_hidden_layers=24, hidden_size=2048, num_attention_heads=32),
-}
-"""Sizes of Gururangan et al. 2022 (DEMix), table 1; the feed-forward is four times as wide."""
-
 SPECIAL_IDS = ("bos_token_id", "pad_token_id", "eos_token_id")
 
 HOST_TYPE = "demix_host"

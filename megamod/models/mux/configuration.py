@@ -1,7 +1,4 @@
-"""Configurations of the multiplexed encoders, and named sizes.
-
-Their defaults are the values of the published checkpoints.
-"""
+"""Configurations of the multiplexed encoders; defaults are the published checkpoints' values."""
 
 from typing import ClassVar
 
@@ -10,26 +7,6 @@ from megamod_kernels.dispatch import IMPLEMENTATIONS
 from transformers import PreTrainedConfig
 
 from megamod.nn.multiplexer import HADAMARD, ORTHOGONAL
-
-_BERT = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
-_SIZES = {
-    "small": (4, 512, 8, 2048),
-    "base": (12, 768, 12, 3072),
-    "large": (24, 1024, 16, 4096),
-    "1.3b": (24, 2048, 32, 8192),
-}
-PRESETS = {
-    "mux_bert": {size: dict(zip(_BERT, shape, strict=True)) for size, shape in _SIZES.items()},
-    "mux_electra": {
-        size: dict(zip(_BERT, shape, strict=True), embedding_size=shape[1])
-        for size, shape in _SIZES.items()
-    }
-    | {"small": dict(zip(_BERT, (12, 256, 4, 1024), strict=True), embedding_size=128)},
-    "mux_roberta": {size: dict(zip(_BERT, shape, strict=True)) for size, shape in _SIZES.items()}
-    | {"small": dict(zip(_BERT, (4, 512, 8, 3072), strict=True))},
-}
-"""Shapes by model type and size: BERT and ELECTRA as published, small as in the release of
-Murahari et al. 2023, 1.3b with the shape of GPT-3 XL."""
 
 
 @strict

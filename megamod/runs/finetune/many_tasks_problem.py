@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import BertConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from megamod.args import origin_of
 from megamod.data.tasks.classification import Lengths
@@ -21,12 +21,12 @@ from megamod.data.tasks.ner import read_token_task
 from megamod.data.tasks.specs import GLUE, TaskSpec, any_task, find_files, some_of
 from megamod.data.tasks.task_file import read_spec
 from megamod.errors import UserError
+from megamod.models.build import bert_config
 from megamod.models.ca_mtl.configuration import CaMtlConfig
 from megamod.models.ca_mtl.model import CaMtlForMultiTask, freeze, from_encoder
 from megamod.models.classifier_inputs import inputs_of
 from megamod.runs.finetune.many_tasks_args import ConditionedArgs, MixtureArgs
 from megamod.runs.finetune.problem import (
-    SIZES,
     Problem,
     config_of,
     encode,
@@ -245,14 +245,7 @@ def _new_config(
 ) -> CaMtlConfig:
     """CA-MTL around an encoder."""
     if source is None:
-        layers, width, heads, inner = SIZES[stage.config_name]
-        source = BertConfig(
-            vocab_size=vocab_size,
-            num_hidden_layers=layers,
-            hidden_size=width,
-            num_attention_heads=heads,
-            intermediate_size=inner,
-        )
+        source = bert_config(stage.config_name, vocab_size)
     try:
         return CaMtlConfig.around(
             source,

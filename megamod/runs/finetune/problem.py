@@ -15,7 +15,6 @@ from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
-    BertConfig,
     PreTrainedConfig,
 )
 
@@ -30,7 +29,9 @@ from megamod.data.tasks.ner import read_token_task
 from megamod.data.tasks.specs import TaskSpec, some_of, speller, task_of, token_task
 from megamod.data.tasks.task_file import read_spec
 from megamod.errors import UserError
+from megamod.models.build import bert_config
 from megamod.models.classifier_inputs import inputs_of, mixes_padding, room_of
+from megamod.models.presets import PRESETS
 from megamod.models.pretrained import load_pretrained
 from megamod.runs.finetune.args import RowArgs, StageArgs, TaskArgs, TunedArgs, WordArgs
 
@@ -38,15 +39,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
-
-SIZES = {
-    "bert_tiny": (2, 128, 2, 512),
-    "bert_mini": (4, 256, 4, 1024),
-    "bert_small": (4, 512, 8, 2048),
-    "bert_base": (12, 768, 12, 3072),
-    "bert_large": (24, 1024, 16, 4096),
-}
-"""Layers, width, heads and width of the feed-forward of --config_name."""
 
 DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
 
@@ -130,7 +122,13 @@ def prepare(tuned: TunedArgs, args: TaskArgs, words: WordArgs | None) -> Problem
         task = replace(task, metrics=(tuned.metric_for_best_model, *others))
     tokenizer = tokenizer_of(tuned)
     if config is None:
-        config = _new_config(tuned, len(tokenizer))
+        config = bert_config(
+            tuned.config_name,
+            len(tokenizer),
+            num_instances=tuned.num_instances,
+            muxing_variant=tuned.muxing_variant,
+            demuxing_variant=tuned.demuxing_variant,
+        )
     if len(tokenizer) > config.vocab_size:
         raise UserError(
             f"the tokenizer {tuned.tokenizer_name or tuned.model} has {len(tokenizer)} ids, the "
@@ -263,11 +261,12 @@ def config_of(
         raise UserError(
             "--model is missing: a model folder or name, or --config_name for a new one"
         )
-    if stage.config_name in SIZES:
+    if stage.config_name in PRESETS["bert"]:
         return None, None
     named, flag = stage.model or stage.config_name, "--model" if stage.model else "--config_name"
     if stage.model is None and not Path(named).exists() and "/" not in named:
-        raise UserError(f"--config_name {named}: is no folder and none of {', '.join(SIZES)}")
+        sizes = ", ".join(PRESETS["bert"])
+        raise UserError(f"--config_name {named}: is no folder and none of {sizes}")
     source = open_source(named, flag, accepts, needed)
     if stage.model is None:
         return source.config, None
@@ -275,30 +274,6 @@ def config_of(
     if not there and not stage.do_train:
         raise UserError(f"--model {named}: there are no weights in it, so it must be trained")
     return source.config, source.name if there else None
-
-
-def _new_config(tuned: TunedArgs, vocab_size: int) -> PreTrainedConfig:
-    layers, width, heads, inner = SIZES[tuned.config_name]
-    shape = dict(
-        vocab_size=vocab_size,
-        num_hidden_layers=layers,
-        hidden_size=width,
-        num_attention_heads=heads,
-        intermediate_size=inner,
-    )
-    if (tuned.num_instances or 1) == 1:
-        return BertConfig(**shape)
-    from megamod.models.mux.configuration import MuxBertConfig
-
-    try:
-        return MuxBertConfig(
-            **shape,
-            num_instances=tuned.num_instances,
-            muxing_variant=tuned.muxing_variant,
-            demuxing_variant=tuned.demuxing_variant,
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
 def _instances(config: PreTrainedConfig, tuned: TunedArgs) -> int:

@@ -20,6 +20,7 @@ from megamod.models.auto import lm_config, model_folder, start_folder
 from megamod.models.lm.configuration import HOST_TYPE, DemixConfig, LmConfig, domains_of, untie_of
 from megamod.models.lm.flops import flops_per_token
 from megamod.models.lm.load import build_lm
+from megamod.models.presets import SHAPE
 from megamod.runs.training import Recipe, Running, execute
 from megamod.train.export import Card
 from megamod.train.objectives import CausalLM
@@ -32,8 +33,6 @@ COMPANIONS = (
 """Files of a stock folder that a model trained from it needs as well."""
 
 logger = logging.getLogger(__name__)
-
-SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
 
 def pretrain(

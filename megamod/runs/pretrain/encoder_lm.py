@@ -8,11 +8,7 @@ from functools import partial
 import torch
 from torch import nn
 from transformers import (
-    AutoModelForMaskedLM,
-    AutoModelForPreTraining,
     AutoTokenizer,
-    BertConfig,
-    ElectraConfig,
     PreTrainedConfig,
 )
 
@@ -41,9 +37,10 @@ from megamod.evaluation.perplexity import share_of
 from megamod.evaluation.plots import plot_curves
 from megamod.files import write_json
 from megamod.flags import refuse_changes
-from megamod.models.mux.configuration import PRESETS, MuxBertConfig, MuxElectraConfig
+from megamod.models import build
+from megamod.models.build import FAMILIES, LOSSES
+from megamod.models.presets import SHAPE
 from megamod.models.pretrained import load_pretrained
-from megamod.runs.pretrain.causal_lm import SHAPE
 from megamod.runs.training import Recipe, Running, execute
 from megamod.train.export import Card
 from megamod.train.objectives import EncoderLM, Losses, masked_losses, replaced_losses
@@ -51,18 +48,11 @@ from megamod.train.objectives import EncoderLM, Losses, masked_losses, replaced_
 logger = logging.getLogger(__name__)
 
 GROUP = "text"  # by which the loss is logged
-FAMILIES = {"masked_lm": "mux_bert", "replaced_token": "mux_electra"}
 TERMS = {
     "masked_lm": ("masked", "positions"),
     "replaced_token": ("tokens", "positions", "masked", "readable"),
 }
 """Model family, and what the sums of a step are divided by, by --objective."""
-
-STOCK = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-STOCK += ("intermediate_size", "hidden_act", "hidden_dropout_prob", "max_position_embeddings")
-STOCK += ("attention_probs_dropout_prob", "type_vocab_size", "initializer_range")
-STOCK += ("layer_norm_eps", "pad_token_id", "tie_word_embeddings")
-"""Fields that a multiplexed model takes over from a stock encoder."""
 
 STRUCTURE = ("muxing_variant", "demuxing_variant", "num_hidden_demux_layers", "generator")
 
@@ -164,63 +154,43 @@ def losses_of(mux: MuxArgs, config: PreTrainedConfig, device: torch.device) -> L
     return partial(replaced_losses, device=device, config=config, weight=mux.disc_loss_weight)
 
 
-def encoder_config(
-    model: ModelArgs, mux: MuxArgs, data: DataBin, length: int
-) -> MuxBertConfig | MuxElectraConfig | BertConfig | ElectraConfig:
+@dataclass(frozen=True)
+class DataVocabulary:
+    """Vocabulary of the data, as configurations need it."""
+
+    data: DataBin
+
+    @property
+    def size(self) -> int:
+        return self.data.vocab_size
+
+    @property
+    def bos(self) -> int:
+        return self.data.bos_id
+
+    @property
+    def pad(self) -> int:
+        return self.data.pad_id
+
+    @property
+    def mask(self) -> int:
+        return mask_id_of(self.data)
+
+
+def encoder_config(model: ModelArgs, mux: MuxArgs, data: DataBin, length: int) -> PreTrainedConfig:
     """Configuration of the encoder: a named size, or that of a folder.
 
     Raises:
         UserError: for an unknown size, or a model that does not fit the data or the flags.
     """
-    family = FAMILIES[mux.objective]
-    sizes = PRESETS[family]
-    fields = dict(
-        task_loss_coeff=mux.task_loss_coeff,
-        retrieval_loss_coeff=mux.retrieval_loss_coeff,
-        learn_muxing=mux.learn_muxing,
-    )
-    if mux.objective == "replaced_token":
-        fields |= dict(gen_loss_weight=mux.gen_loss_weight, disc_loss_weight=mux.disc_loss_weight)
-    given = {name: getattr(model, name) for name in SHAPE if getattr(model, name) is not None}
-    kind = family if mux.num_instances > 1 else family.removeprefix("mux_")
+    changes = {name: getattr(model, name) for name in SHAPE}
     if is_source(model.model):
-        if given:
-            raise UserError(f"--{next(iter(given))} cannot change the model in {model.model}")
-        stock = family.removeprefix("mux_")
-        config = open_source(
-            model.model,
-            "--model",
-            lambda one: one in (kind, stock),
-            f"{kind!r} for --objective {mux.objective} with --num_instances {mux.num_instances}",
-        ).config
-        if config.model_type != kind:
-            # A multiplexed model around a stock encoder, with the flags' multiplexer.
-            shape = {
-                n: getattr(config, n) for n in (*STOCK, "embedding_size") if hasattr(config, n)
-            }
-            config = _new_config(shape, fields, mux, data)
-        elif mux.num_instances != getattr(config, "num_instances", 1):
-            raise UserError(
-                f"--num_instances {mux.num_instances}: the model in {model.model} has "
-                f"{config.num_instances}"
-            )
-        elif mux.num_instances > 1:
-            _check_structure(model.model, config, mux, data)
-            for name, value in fields.items():
-                setattr(config, name, value)
-    elif model.model not in sizes:
-        raise UserError(
-            f"--model {model.model!r} is no folder with config.json and none of {', '.join(sizes)}"
-        )
+        given = next((name for name, value in changes.items() if value is not None), None)
+        if given is not None:
+            raise UserError(f"--{given} cannot change the model in {model.model}")
+        config = _config_of_folder(model.model, mux, data)
     else:
-        shape = sizes[model.model] | given | {"vocab_size": data.vocab_size}
-        if "hidden_size" in given and "embedding_size" in shape:
-            shape["embedding_size"] = min(shape["embedding_size"], given["hidden_size"])
-        shape |= {"pad_token_id": data.pad_id, "max_position_embeddings": max(512, length)}
-        try:
-            config = _new_config(shape, fields, mux, data)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        config = build.encoder_config(model.model, changes, mux, DataVocabulary(data), length)
     if config.vocab_size != data.vocab_size or config.max_position_embeddings < length:
         raise UserError(
             f"--model {model.model} has a vocabulary of {config.vocab_size} and "
@@ -246,9 +216,37 @@ def _check_held_out(batches: MaskedBatches, split: str) -> None:
         )
 
 
-def _check_structure(
-    folder: str, config: MuxBertConfig | MuxElectraConfig, mux: MuxArgs, data: DataBin
-) -> None:
+def _config_of_folder(folder: str, mux: MuxArgs, data: DataBin) -> PreTrainedConfig:
+    """Configuration of a model folder, multiplexed around its encoder if that is a stock one.
+
+    Raises:
+        UserError: if it is of another family, or contradicts the flags or the data.
+    """
+    family = FAMILIES[mux.objective]
+    stock = family.removeprefix("mux_")
+    kind = family if mux.num_instances > 1 else stock
+    config = open_source(
+        folder,
+        "--model",
+        (kind, stock).__contains__,
+        f"{kind!r} for --objective {mux.objective} with --num_instances {mux.num_instances}",
+    ).config
+    if config.model_type != kind:
+        return build.multiplexed_around(config, mux, DataVocabulary(data))
+    instances = getattr(config, "num_instances", 1)
+    if mux.num_instances != instances:
+        raise UserError(
+            f"--num_instances {mux.num_instances}: the model in {folder} has {instances}"
+        )
+    if mux.num_instances > 1:
+        _check_structure(folder, config, mux, data)
+        for name in (*LOSSES, "gen_loss_weight", "disc_loss_weight"):
+            if hasattr(config, name):
+                setattr(config, name, getattr(mux, name))
+    return config
+
+
+def _check_structure(folder: str, config: PreTrainedConfig, mux: MuxArgs, data: DataBin) -> None:
     for name in STRUCTURE:
         held = getattr(config, name, "none")
         if origin_of(mux, name) != "default" and getattr(mux, name) != held:
@@ -262,32 +260,6 @@ def _check_structure(
             f"--model {folder}: its mask_token_id {config.mask_token_id} is not the "
             f"{mask_id_of(data)} of the tokenizer in --data {data.path}"
         )
-
-
-def _new_config(
-    shape: dict[str, int], fields: dict[str, float], mux: MuxArgs, data: DataBin
-) -> PreTrainedConfig:
-    electra = mux.objective == "replaced_token"
-    if mux.num_instances == 1:
-        return (ElectraConfig if electra else BertConfig)(**shape)
-    if electra:
-        fields = fields | {"mask_token_id": mask_id_of(data), "generator": mux.generator}
-        if mux.generator != "none":
-            heads = max(1, round(shape["num_attention_heads"] * mux.generator_size))
-            width = shape["hidden_size"] // shape["num_attention_heads"] * heads
-            inner = max(1, round(shape["intermediate_size"] * mux.generator_size))
-            fields["generator_config"] = dict(
-                hidden_size=width, num_attention_heads=heads, intermediate_size=inner
-            )
-    return (MuxElectraConfig if electra else MuxBertConfig)(
-        **shape,
-        **fields,
-        num_instances=mux.num_instances,
-        muxing_variant=mux.muxing_variant,
-        demuxing_variant=mux.demuxing_variant,
-        num_hidden_demux_layers=mux.num_hidden_demux_layers,
-        cls_token_id=data.bos_id,
-    )
 
 
 def mask_id_of(data: DataBin) -> int:
@@ -372,21 +344,20 @@ def build_encoder(
     Raises:
         UserError: if the weights do not fit.
     """
-    kind = AutoModelForMaskedLM if objective == "masked_lm" else AutoModelForPreTraining
-    if isinstance(config, MuxElectraConfig):
-        # Of the two heads that pretraining has, this one replaces tokens by itself.
-        config.architectures = ["MuxElectraForReplacedTokens"]
     torch.manual_seed(seed)
     if start is None:
         logger.info("new weights, drawn with --seed %d", seed)
-        return kind.from_config(config, dtype=torch.float32)
-    source = open_source(*astuple(start)).name
+        return build.build_encoder(config, objective, torch.float32)
     model, report = load_pretrained(
-        kind, source, start.flag, config=config, ignore_mismatched_sizes=True
+        build.pretraining_class(config, objective),
+        open_source(*astuple(start)).name,
+        start.flag,
+        config=config,
+        ignore_mismatched_sizes=True,
     )
     if report["mismatched_keys"]:
-        name, there, here = min(report["mismatched_keys"])
-        raise UserError(f"{start}: {name} has shape {tuple(there)}, in this model {tuple(here)}")
+        name, saved, here = min(report["mismatched_keys"])
+        raise UserError(f"{start}: {name} has shape {tuple(saved)}, in this model {tuple(here)}")
     logger.info("weights of %s", start)
     for title, names in (("new", "missing_keys"), ("left out", "unexpected_keys")):
         if report[names]:

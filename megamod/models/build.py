@@ -1,0 +1,172 @@
+"""Configurations of encoders from flags, and encoders with new weights.
+
+Pretraining and the planner build the same configuration here; only the first gives it storage.
+"""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForPreTraining,
+    BertConfig,
+    ElectraConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from megamod.errors import UserError
+from megamod.models.mux.configuration import MuxBertConfig, MuxElectraConfig
+from megamod.models.presets import PRESETS, SHAPE
+
+FAMILIES = {"masked_lm": "mux_bert", "replaced_token": "mux_electra"}
+"""Model type of the multiplexed encoder that each objective trains."""
+
+LOSSES = ("task_loss_coeff", "retrieval_loss_coeff", "learn_muxing")
+STRUCTURE = ("num_instances", "muxing_variant", "demuxing_variant", "num_hidden_demux_layers")
+STOCK = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
+    *("intermediate_size", "hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob"),
+    *("max_position_embeddings", "type_vocab_size", "initializer_range", "layer_norm_eps"),
+    *("pad_token_id", "tie_word_embeddings", "embedding_size"),
+)
+"""Fields that a multiplexed encoder takes over from the stock encoder it starts from."""
+
+_AUTO = {"masked_lm": AutoModelForMaskedLM, "replaced_token": AutoModelForPreTraining}
+
+
+class EncoderFlags(Protocol):
+    """The flags of `MuxArgs` that decide about a model."""
+
+    objective: str
+    num_instances: int
+    muxing_variant: str
+    demuxing_variant: str
+    num_hidden_demux_layers: int
+    learn_muxing: bool
+    task_loss_coeff: float
+    retrieval_loss_coeff: float
+    generator: str
+    generator_size: float
+    gen_loss_weight: float
+    disc_loss_weight: float
+
+
+class Vocabulary(Protocol):
+    """Size and special ids of the data's tokenizer; mask: read for replaced tokens only."""
+
+    size: int
+    bos: int
+    pad: int
+
+    @property
+    def mask(self) -> int: ...
+
+
+def encoder_config(
+    preset: str,
+    changes: Mapping[str, int | None],
+    flags: EncoderFlags,
+    vocabulary: Vocabulary,
+    length: int,
+) -> PreTrainedConfig:
+    """Configuration of an encoder of a named size, stock if `num_instances` is 1.
+
+    Args:
+        changes: fields of `SHAPE` that replace the preset's, where not None.
+        length: tokens of a sequence; the model gets at least 512 positions.
+    Raises:
+        UserError: for an unknown size, or fields that do not fit each other.
+    """
+    sizes = PRESETS[FAMILIES[flags.objective]]
+    if preset not in sizes:
+        raise UserError(f"--model {preset!r}: is no model folder and none of {', '.join(sizes)}")
+    changes = {name: changes[name] for name in SHAPE if changes.get(name) is not None}
+    shape = sizes[preset] | changes | {"vocab_size": vocabulary.size}
+    if "hidden_size" in changes and "embedding_size" in shape:
+        shape["embedding_size"] = min(shape["embedding_size"], changes["hidden_size"])
+    shape |= {"pad_token_id": vocabulary.pad, "max_position_embeddings": max(512, length)}
+    if flags.num_instances == 1:
+        return (ElectraConfig if flags.objective == "replaced_token" else BertConfig)(**shape)
+    return multiplexed_config(shape, flags, vocabulary)
+
+
+def multiplexed_around(
+    stock: PreTrainedConfig, flags: EncoderFlags, vocabulary: Vocabulary
+) -> PreTrainedConfig:
+    """Configuration of a multiplexed encoder that starts from a stock one.
+
+    Raises:
+        UserError: for flags that do not fit it.
+    """
+    shape = {name: getattr(stock, name) for name in STOCK if hasattr(stock, name)}
+    return multiplexed_config(shape, flags, vocabulary)
+
+
+def multiplexed_config(
+    shape: Mapping[str, object], flags: EncoderFlags, vocabulary: Vocabulary
+) -> PreTrainedConfig:
+    """Configuration of a multiplexed encoder.
+
+    Args:
+        shape: sizes and constants, as stock encoders have them.
+    Raises:
+        UserError: for values that do not fit each other.
+    """
+    fields = {name: getattr(flags, name) for name in (*LOSSES, *STRUCTURE)}
+    fields["cls_token_id"] = vocabulary.bos
+    electra = flags.objective == "replaced_token"
+    if electra:
+        fields |= _generator(shape, flags) | {"mask_token_id": vocabulary.mask}
+    try:
+        return (MuxElectraConfig if electra else MuxBertConfig)(**shape, **fields)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _generator(shape: Mapping[str, object], flags: EncoderFlags) -> dict[str, object]:
+    """Fields of what replaces tokens: chance, or a model of `generator_size` of the width."""
+    names = ("generator", "gen_loss_weight", "disc_loss_weight")
+    fields = {name: getattr(flags, name) for name in names}
+    if flags.generator != "none":
+        heads = max(1, round(shape["num_attention_heads"] * flags.generator_size))
+        fields["generator_config"] = dict(
+            hidden_size=shape["hidden_size"] // shape["num_attention_heads"] * heads,
+            num_attention_heads=heads,
+            intermediate_size=max(1, round(shape["intermediate_size"] * flags.generator_size)),
+        )
+    return fields
+
+
+def bert_config(preset: str, vocab_size: int, **multiplexing: object) -> PreTrainedConfig:
+    """Configuration of a BERT to finetune from scratch.
+
+    Args:
+        preset: of `PRESETS["bert"]`.
+        multiplexing: fields of `MuxBertConfig`; a stock BERT without, or with one instance.
+    Raises:
+        UserError: for values that do not fit each other.
+    """
+    shape = PRESETS["bert"][preset] | {"vocab_size": vocab_size}
+    if multiplexing.get("num_instances") in (None, 1):
+        return BertConfig(**shape)
+    try:
+        return MuxBertConfig(**shape, **multiplexing)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def pretraining_class(config: PreTrainedConfig, objective: str) -> type:
+    """The Auto class that pretrains this configuration; the configuration names the head."""
+    if isinstance(config, MuxElectraConfig):
+        # ELECTRA has two heads for pretraining; this one replaces tokens by itself.
+        config.architectures = ["MuxElectraForReplacedTokens"]
+    return _AUTO[objective]
+
+
+def build_encoder(
+    config: PreTrainedConfig, objective: str, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """An encoder with new weights from torch's global generator; on the meta device without any."""
+    return pretraining_class(config, objective).from_config(config, dtype=dtype)
