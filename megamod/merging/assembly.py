@@ -213,7 +213,7 @@ def _layer_prefix(recipe: Recipe, folder: TensorSource) -> str:
     prefixes = [prefix for prefix in numbers if not TOWER.search(prefix)] or list(numbers)
     if len(prefixes) > 1:
         depth = count_layers(read_config(folder.folder))
-        prefixes = [one for one in prefixes if depth and numbers[one] >= set(range(depth))]
+        prefixes = [p for p in prefixes if depth and numbers[p] >= set(range(depth))]
     if len(prefixes) != 1:
         raise UserError(
             f"{recipe.origin}: {label(folder)} has several stacks of layers, "

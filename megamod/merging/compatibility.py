@@ -1,4 +1,4 @@
-"""Check that models fit each other, from configurations and headers, before any work."""
+"""Checks that models fit each other, from configurations and headers, before any work."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ from megamod.states.token_ids import check_same_ids
 
 logger = logging.getLogger(__name__)
 
-# Fields of configurations that change what weights of the same shapes mean.
+# Fields of a configuration that change the meaning of weights of equal shape.
 _MEANING = (
     *("model_type", "vocab_size", "num_attention_heads", "num_key_value_heads", "n_head"),
     *("hidden_act", "activation_function"),
@@ -39,11 +39,11 @@ _MOST = 5
 
 
 def check_configs(folders: Sequence[Path], *, cut: bool = False, same_words: bool = True) -> None:
-    """Refuse models whose weights mean different things, and warn of differences in function.
+    """Refuse models whose weights have different meanings; warn of other differences.
 
     Args:
-        cut: whether one vocabulary may be longer than another.
-        same_words: whether equal ids must be equal words.
+        cut: allow vocabularies of unequal size.
+        same_words: require that equal ids are equal words.
     Raises:
         UserError: naming two folders and the field of the configuration or the word in which they
             differ, or a model whose weights are quantised.
@@ -70,7 +70,7 @@ def check_configs(folders: Sequence[Path], *, cut: bool = False, same_words: boo
 
 
 def refuse_quantised(folder: Path, config: Mapping[str, object]) -> None:
-    """Refuse a model whose stored numbers are not its weights.
+    """Refuse a quantised model.
 
     Raises:
         UserError: naming the key of config.json or the file that says so.
@@ -87,7 +87,7 @@ def refuse_quantised(folder: Path, config: Mapping[str, object]) -> None:
 
 
 def warn_of_differences(first: Path, second: Path) -> None:
-    """Log fields of two configurations that change what equal weights compute, with both values."""
+    """Log the fields of two configurations that change the function of equal weights."""
     configs = read_config(first), read_config(second)
     if configs[0] == configs[1]:
         return
@@ -96,11 +96,11 @@ def warn_of_differences(first: Path, second: Path) -> None:
         differing = _differing(*(_completed(config) for config in configs))
     if not differing:
         return
-    listed = [f"{key} {one!r} / {other!r}" for key, one, other in differing]
+    listed = [f"{key} {ours!r} / {theirs!r}" for key, ours, theirs in differing]
     more = f" and {len(listed) - _MOST} more" if len(listed) > _MOST else ""
     logger.warning(
-        "%s and %s differ in %s%s; the result has the values of its base, so weights of the other "
-        "are used with settings that they were not trained with",
+        "%s and %s differ in %s%s; the result has the values of the first, so the weights "
+        "of the second are used with settings that they were not trained with",
         *(first, second, ", ".join(text[:160] for text in listed[:_MOST]), more),
     )
 
@@ -127,7 +127,7 @@ def _harmless(key: str, *values: object) -> bool:
 def _fields(
     config: Mapping[str, object], prefix: str = "", *, leaves: bool = True
 ) -> Iterator[tuple[str, object]]:
-    """Keys of nested mappings with dots between, and their values; with `leaves` no mappings."""
+    """Yield dotted keys of nested mappings with their values; with `leaves` no mappings."""
     for key, value in config.items():
         if isinstance(value, dict):
             if not leaves:
@@ -151,7 +151,7 @@ def check_shapes(
     """Refuse two tensors that cannot be merged.
 
     Args:
-        cut: whether embeddings may be of vocabularies of unequal size.
+        cut: allow embeddings of vocabularies of unequal size.
     Raises:
         UserError: naming the tensor and both models.
     """

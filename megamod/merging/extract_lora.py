@@ -130,7 +130,7 @@ def _write(
         if key in tensors:
             tensors[f"{PREFIX}{module}.base_layer.bias"] = tensors.pop(key)
     rank = max(ranks.values(), default=rank)
-    smaller = {module: own for module, own in ranks.items() if own != rank}
+    smaller = {module: size for module, size in ranks.items() if size != rank}
     config = {
         "peft_type": "LORA",
         "task_type": None,

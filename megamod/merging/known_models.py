@@ -1,13 +1,14 @@
-"""What transformers knows of a model type, without weights: defaults, parameters, layers.
+"""Model types that transformers knows: defaults, parameters and layers, without weights.
 
-Imported only where a configuration or name leaves a question open, as transformers takes seconds to
-load. Code that a model folder brings along is never run.
+Imported only if a configuration or a tensor name leaves a question open, as transformers takes
+seconds to load. Code in a model folder is never run.
 """
 
 import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -22,7 +23,7 @@ _INDICES = ("layer_idx", "layer_index", "layer_id", "block_idx", "idx", "layer_n
 
 
 def built_config(config: Mapping[str, object]) -> PretrainedConfig | None:
-    """The configuration as its class completes it; None for a type that transformers does not know.
+    """The configuration completed by its class; None if transformers does not know the type.
 
     Raises:
         UserError: if the class refuses it.
@@ -33,7 +34,7 @@ def built_config(config: Mapping[str, object]) -> PretrainedConfig | None:
         return None
     with _quiet():
         try:
-            return CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+            return CONFIG_MAPPING[config["model_type"]].from_dict(deepcopy(dict(config)))
         except Exception as error:
             raise UserError(
                 f"config.json of a {config['model_type']}: transformers refuses it: "
@@ -42,10 +43,7 @@ def built_config(config: Mapping[str, object]) -> PretrainedConfig | None:
 
 
 def built_model(config: PretrainedConfig) -> PreTrainedModel | None:
-    """The model without weights, on the meta device, with the class that `architectures` names.
-
-    None if it cannot be built.
-    """
+    """Build the model on the meta device, of the class that `architectures` names; None: cannot."""
     import transformers
 
     name = (config.architectures or [None])[0]
@@ -56,7 +54,7 @@ def built_model(config: PretrainedConfig) -> PreTrainedModel | None:
                 continue
             try:
                 return make(config)
-            except Exception:  # whatever a class of a model raises: it tells us nothing
+            except Exception:  # a model class may raise anything; the caller does without it
                 continue
     return None
 
@@ -69,7 +67,7 @@ def _parameters(text: str) -> frozenset[str] | None:
 
 
 def parameter_names(config: Mapping[str, object]) -> frozenset[str] | None:
-    """Names of the parameters of a model of this configuration; None if its class is not known."""
+    """Names of the parameters of a model with this configuration; None: class not known."""
     return _parameters(json.dumps(config, sort_keys=True, default=str))
 
 
@@ -112,19 +110,19 @@ def modules_of(config: Mapping[str, object]) -> dict[str, Module] | None:
 
 
 def layer_signatures(config: PretrainedConfig, count: int) -> list[dict[str, object]] | None:
-    """What sets the layers of a model apart from each other; None if it cannot be built.
+    """Describe the layers of a model, to compare them; None if the model cannot be built.
 
     Args:
         count: number of layers.
     Returns:
-        for each layer the shapes of its parameters and the plain attributes of its modules, by
-        name; and entries of fields of the configuration that have one for each layer.
+        for each layer, by name: shapes of parameters, plain attributes of modules, and entries of
+        per-layer fields of the configuration.
     """
     model = built_model(config)
     stack = None if model is None else _stack(model, count)
     if stack is None:
         return None
-    found = []
+    signatures = []
     for number, layer in enumerate(stack):
         signature: dict[str, object] = {
             name: tuple(parameter.shape) for name, parameter in layer.named_parameters()
@@ -136,12 +134,12 @@ def layer_signatures(config: PretrainedConfig, count: int) -> list[dict[str, obj
                     signature[f"{name}.{key}"] = value
         for key, value in layer_fields(config, count):
             signature[f"config.{key}"] = value[number]
-        found.append(signature)
-    return found
+        signatures.append(signature)
+    return signatures
 
 
 def layer_fields(config: PretrainedConfig, count: int) -> Iterator[tuple[str, list]]:
-    """Attributes of a configuration that are lists with an entry for each layer."""
+    """Attributes of a configuration that are lists with an entry per layer."""
     text = config.get_text_config()
     for key in sorted({*vars(text), *_properties(type(text))}):
         try:
@@ -153,12 +151,14 @@ def layer_fields(config: PretrainedConfig, count: int) -> Iterator[tuple[str, li
 
 
 def _properties(kind: type) -> list[str]:
-    own = [c for c in kind.__mro__ if c is not PretrainedConfig and issubclass(c, PretrainedConfig)]
-    return [key for c in own for key, value in vars(c).items() if isinstance(value, property)]
+    classes = [
+        c for c in kind.__mro__ if c is not PretrainedConfig and issubclass(c, PretrainedConfig)
+    ]
+    return [key for c in classes for key, value in vars(c).items() if isinstance(value, property)]
 
 
 def _stack(model: PreTrainedModel, count: int) -> torch.nn.ModuleList | None:
-    """The list of the layers of the language model."""
+    """The layers of the language model; None if they cannot be told from other lists."""
     lists = [
         (name, module)
         for name, module in model.named_modules()
@@ -171,7 +171,7 @@ def _stack(model: PreTrainedModel, count: int) -> torch.nn.ModuleList | None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No log lines of transformers."""
+    """Suppress log lines of transformers."""
     logger = logging.getLogger("transformers")
     level, logger.level = logger.level, logging.CRITICAL
     try:

@@ -1,4 +1,4 @@
-"""Per-layer settings of a configuration when layers are stacked: each moves with its layer.
+"""Per-layer settings of a configuration: when layers are stacked, each moves with its layer.
 
 A setting is recognised by its value: a list or text with an entry for each layer, GPT-Neo's
 `[[entries], repeats]`, a list of layer numbers, or the number of leading layers of a kind. Where
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from megamod.errors import UserError
 
+_SECTIONS = ("text_config", "llm_config", "language_config", "decoder")
 DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 _NOT_LAYERS = re.compile(r"token_ids?$|^architectures$|^domains$|^id2label$|section|_modules$")
 _LEADING = re.compile(r"first_k|dense_layers|max_window_layers|first_.*layers|num_.*_layers_before")
@@ -24,11 +25,11 @@ _TRIALS = 64
 
 @dataclass(frozen=True)
 class Origin:
-    """The layer of a model that a layer of the result has its settings from.
+    """The source of the settings of one layer of the result.
 
     Attributes:
         folder: of the model; `config`: its configuration.
-        layer: number of the layer there.
+        layer: number of the layer in that model.
     """
 
     folder: Path
@@ -37,17 +38,25 @@ class Origin:
 
 
 def language_section(config: Mapping[str, object]) -> tuple[str | None, Mapping[str, object]]:
-    """The part of a configuration that says how many layers there are, and its key.
+    """Key and content of the part of a configuration that describes the language model.
 
-    The key is None where that is the configuration itself; the part is empty where nothing says it.
+    The key is None if that is the configuration itself. The content has the number of layers; it is
+    empty if neither the configuration nor its class knows that number.
     """
     if any(isinstance(config.get(name), int) for name in DEPTHS):
         return None, config
-    for key in ("text_config", "llm_config", "language_config", "decoder"):
+    for key in _SECTIONS:
         inner = config.get(key)
         if isinstance(inner, dict) and any(isinstance(inner.get(name), int) for name in DEPTHS):
             return key, inner
-    return None, {}
+    from megamod.merging.known_models import built_config
+
+    built = built_config(config)
+    depth = None if built is None else getattr(built.get_text_config(), DEPTHS[0], None)
+    if not isinstance(depth, int):
+        return None, {}
+    key = next((k for k in _SECTIONS if isinstance(config.get(k), dict)), None)
+    return key, {**(config if key is None else config[key]), DEPTHS[0]: depth}
 
 
 def count_layers(config: Mapping[str, object]) -> int | None:
@@ -59,25 +68,24 @@ def count_layers(config: Mapping[str, object]) -> int | None:
 def stacked_config(
     config: Mapping[str, object], folder: Path, origins: Sequence[Origin]
 ) -> dict[str, object]:
-    """The configuration of a model that is stacked from layers.
+    """Build the configuration of a model that is stacked from layers.
 
     Args:
-        config: of the model that the result is like; `folder`: of that model.
-        origins: for each layer of the result.
+        config: of the template; `folder`: its folder, for messages.
+        origins: of each layer of the result.
     Raises:
-        UserError: if a setting can neither move with its layer nor stay.
+        UserError: if a setting cannot move with its layer.
     """
     key, section = language_section(config)
     depth = count_layers(config)
     if depth is None:
-        # Without transformers the class may still know a default.
         raise UserError(
             f"{folder}/config.json: says nowhere how many layers there are ({', '.join(DEPTHS)}), "
             "so slices cannot be stacked"
         )
     counts = {name: len(origins) for name in DEPTHS if isinstance(section.get(name), int)}
-    same = all(one.config == config for one in origins)
-    if same and [one.layer for one in origins] == list(range(depth)):
+    same = all(origin.config == config for origin in origins)
+    if same and [origin.layer for origin in origins] == list(range(depth)):
         return dict(config)
     models = _Models(config, folder, origins)
     options = [
@@ -92,59 +100,59 @@ def stacked_config(
             break
         moved = {**section, **counts, **dict(choice)}
         new = {**config, key: moved} if key is not None else moved
-        told = models.first_difference(new)
-        if told is None:
+        difference = models.first_difference(new)
+        if difference is None:
             return new
-        problem = problem or told
+        problem = problem or difference
     raise UserError(problem)
 
 
 class _Models:
-    """The models whose layers are stacked, each with its settings completed by its class."""
+    """The models whose layers are stacked, with their settings completed by their classes."""
 
     def __init__(self, config: Mapping[str, object], folder: Path, origins: Sequence[Origin]):
         self.folder, self.origins = folder, origins
         self.configs: list[Mapping[str, object]] = [config]
         self.folders = [folder]
-        for one in origins:
-            if one.config not in self.configs:
-                self.configs.append(one.config)
-                self.folders.append(one.folder)
-        self.layers = [(self.configs.index(one.config), one.layer) for one in origins]
-        self.depths = [count_layers(one) or 0 for one in self.configs]
+        for origin in origins:
+            if origin.config not in self.configs:
+                self.configs.append(origin.config)
+                self.folders.append(origin.folder)
+        self.layers = [(self.configs.index(origin.config), origin.layer) for origin in origins]
+        self.depths = [count_layers(model) or 0 for model in self.configs]
         from megamod.merging.known_models import built_config, layer_fields, layer_signatures
 
-        built = [built_config(one) for one in self.configs]
+        built = [built_config(model) for model in self.configs]
         self.sections: list[dict[str, object]] = []
-        for raw, one, depth in zip(self.configs, built, self.depths, strict=True):
+        for raw, complete, depth in zip(self.configs, built, self.depths, strict=True):
             section = dict(language_section(raw)[1])
-            if one is not None:
-                stored = one.get_text_config().to_dict()
-                listed = dict(layer_fields(one, depth))
+            if complete is not None:
+                stored = complete.get_text_config().to_dict()
+                listed = dict(layer_fields(complete, depth))
                 section = {k: v for k, v in listed.items() if k in stored} | section
             self.sections.append(section)
         self.signatures: list[list[dict[str, object]]] | None = None
         if None not in built:
-            found = [layer_signatures(o, d) for o, d in zip(built, self.depths, strict=True)]
-            self.signatures = None if None in found else found
+            signatures = [layer_signatures(o, d) for o, d in zip(built, self.depths, strict=True)]
+            self.signatures = None if None in signatures else signatures
 
     @property
     def known(self) -> bool:
-        """Whether layers can be compared."""
+        """True if transformers knows the model types, so that layers can be compared."""
         return self.signatures is not None
 
     def first_difference(self, new: Mapping[str, object]) -> str | None:
-        """The first setting in which a layer of the result differs from its origin, as text."""
+        """Message about the first setting in which a layer differs from its origin; None: none."""
         if self.signatures is None:
             return None
         from megamod.merging.known_models import built_config, layer_signatures
 
-        found = None
+        signatures = None
         try:
-            found = layer_signatures(built_config(new), len(self.origins))
+            signatures = layer_signatures(built_config(new), len(self.origins))
         except UserError as error:
             return f"{self.folder}: these layers cannot be stacked: {error}"
-        if found is None:
+        if signatures is None:
             return f"{self.folder}: these layers cannot be stacked into a {new.get('model_type')}"
         ignored = {
             key
@@ -152,7 +160,7 @@ class _Models:
             if "drop" in key or all(s.get(key) == n for n, s in enumerate(self.signatures[0]))
         }
         for number, (model, layer) in enumerate(self.layers):
-            ours, theirs = found[number], self.signatures[model][layer]
+            ours, theirs = signatures[number], self.signatures[model][layer]
             for key in dict.fromkeys((*theirs, *ours)):
                 absent = key not in ours or key not in theirs
                 if key in ignored or (absent and key.startswith("config.")):
@@ -167,7 +175,7 @@ class _Models:
 
 
 def _moved(name: str, models: _Models) -> Iterator[object]:
-    """Values that a setting may get; none if it stays as it is.
+    """Yield the values that a setting may get; none if it does not depend on layers.
 
     Raises:
         UserError: if a setting of a model that transformers does not know cannot move.
@@ -185,13 +193,13 @@ def _moved(name: str, models: _Models) -> Iterator[object]:
         entries = []
         for number, section in enumerate(models.sections):
             used = any(model == number for model, _ in models.layers)
-            one = read(name, section.get(name), models.depths[number]) if used else []
-            if one is None:
+            reading = read(name, section.get(name), models.depths[number]) if used else []
+            if reading is None:
                 raise UserError(
                     f"{models.folders[number]}/config.json: {name} is {section.get(name)!r}, but "
                     f"{value!r} in {models.folder}; layers of both cannot be stacked"
                 )
-            entries.append(one)
+            entries.append(reading)
         moved = [entries[model][layer] for model, layer in models.layers]
         written = _WRITERS[read](moved)
         if written is None and not models.known:
@@ -206,13 +214,13 @@ def _moved(name: str, models: _Models) -> Iterator[object]:
 
 
 def _entries(name: str, value: object, depth: int) -> list | None:
-    """A list with an entry for each layer."""
+    """A list with an entry per layer."""
     listed = isinstance(value, list) and len(value) == depth and not _NOT_LAYERS.search(name)
     return value if listed else None
 
 
 def _repeated(name: str, value: object, depth: int) -> list | None:
-    """Pairs of a list and how often it is repeated, as GPT-Neo's attention_types."""
+    """Pairs of a list and its number of repetitions, as GPT-Neo's attention_types."""
     if not isinstance(value, list) or not value:
         return None
     if not all(isinstance(pair, list) and list(map(type, pair)) == [list, int] for pair in value):
@@ -222,21 +230,23 @@ def _repeated(name: str, value: object, depth: int) -> list | None:
 
 
 def _text(name: str, value: object, depth: int) -> list | None:
-    """A text with a letter for each layer, as Nemotron-H's hybrid_override_pattern."""
+    """A text with a letter per layer, as Nemotron-H's hybrid_override_pattern."""
     fits = isinstance(value, str) and len(value) == depth
     return list(value) if fits and _LAYER_LIKE.search(name) else None
 
 
 def _numbers(name: str, value: object, depth: int) -> list[bool] | None:
-    """Numbers of layers, in order."""
-    fits = isinstance(value, list) and all(type(one) is int and 0 <= one < depth for one in value)
+    """Numbers of layers in ascending order, as mlp_only_layers."""
+    fits = isinstance(value, list) and all(
+        type(number) is int and 0 <= number < depth for number in value
+    )
     if not fits or value != sorted(set(value)) or _NOT_LAYERS.search(name):
         return None
     return [n in value for n in range(depth)] if value and _LAYER_LIKE.search(name) else None
 
 
 def _leading(name: str, value: object, depth: int) -> list[bool] | None:
-    """How many leading layers are of a kind."""
+    """Number of leading layers of a kind, as first_k_dense_replace."""
     fits = type(value) is int and value >= 0 and _LEADING.search(name)
     return [n < value for n in range(depth)] if fits else None
 

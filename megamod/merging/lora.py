@@ -1,4 +1,4 @@
-"""LoRA adapters: a base model with an adapter read as one model, and adapters from two models.
+"""LoRA adapters: a view of a base model with an adapter merged in.
 
 The folder of an adapter is that of peft: `adapter_config.json` and `adapter_model.safetensors`.
 Source: Hu et al. 2021 (LoRA), section 4.1; rsLoRA: Kalajdzievski 2023; DoRA: Liu et al. 2024.
@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """Before the name of every module of the model."""
-# Keys of adapter_config.json that are handled here or that change nothing once it is trained. Any
-# other key with a value that is not empty is refused.
+# Keys of adapter_config.json that are handled here or have no effect after training. Any other key
+# with a non-empty value is refused.
 _HANDLED = {
     *("peft_type", "lora_alpha", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out"),
     *("r", "rank_pattern", "bias", "lora_bias", "modules_to_save", "init_lora_weights"),
@@ -34,29 +34,29 @@ _HANDLED = {
     *("peft_version", "megatron_core", "eva_config", "qalora_group_size", "ensure_weight_tying"),
     *("runtime_config",),
 }
-# Initialisations that leave the base model as it is. Others subtract something from its weights.
+# Initialisations that leave the base model unchanged. Others change its weights.
 _INITIAL = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
 class _Update:
-    """What an adapter adds to one tensor: scale * up @ down, or its transpose.
+    """The update of one tensor: scale * up @ down, or its transpose.
 
     Attributes:
         down: [rank, in]; `up`: [out, rank], both float32.
-        turned: the tensor is [in, out], as in GPT-2 and in embeddings.
+        transposed: the tensor is [in, out], as in GPT-2 and in embeddings.
         magnitude: [out], norm of each row with DoRA; None without.
     """
 
     down: Tensor
     up: Tensor
     scale: float
-    turned: bool
+    transposed: bool
     magnitude: Tensor | None = None
 
     def rows(self, first: int, last: int) -> Tensor:
-        """Rows first to last - 1 of what is added."""
-        if self.turned:
+        """Rows first to last - 1 of the update."""
+        if self.transposed:
             return (self.up @ self.down[:, first:last]).T * self.scale
         return self.up[first:last] @ self.down * self.scale
 
@@ -105,18 +105,18 @@ class AdaptedFolder(View):
         down, up = (parts[key].float() for key in keys)
         name = self._find(f"{module}.weight")
         spec = self.tensors[name]
-        plain, turned = (len(up), down.shape[1]), (down.shape[1], len(up))
+        plain, transposed = (len(up), down.shape[1]), (down.shape[1], len(up))
         if embedding:
             plain = None
-        if down.dim() != 2 or up.dim() != 2 or spec.shape not in (plain, turned):
+        if down.dim() != 2 or up.dim() != 2 or spec.shape not in (plain, transposed):
             raise UserError(
                 f"{self.adapter}: {module} is of shape {list(up.shape)} x {list(down.shape)}, but "
                 f"{name} of {label(self.source)} is {list(spec.shape)}"
             )
-        square = plain == turned
-        is_turned = bool(config.get("fan_in_fan_out")) if square else spec.shape == turned
+        square = plain == transposed
+        is_transposed = bool(config.get("fan_in_fan_out")) if square else spec.shape == transposed
         magnitude = parts.get("lora_magnitude_vector")
-        if magnitude is not None and is_turned:
+        if magnitude is not None and is_transposed:
             raise UserError(
                 f"{self.adapter}: use_dora on {module}, whose weight is transposed or an "
                 "embedding; merge it with peft (merge_and_unload) first"
@@ -125,12 +125,12 @@ class AdaptedFolder(View):
         rank = len(down)
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         magnitude = None if magnitude is None else magnitude.float().flatten()
-        self._updates[name] = _Update(down, up, scale, is_turned, magnitude)
+        self._updates[name] = _Update(down, up, scale, is_transposed, magnitude)
         if "lora_B.bias" in parts:
             self._biases[self._find(f"{module}.bias")] = parts["lora_B.bias"].float() * scale
 
     def _replace(self, name: str, tensor: Tensor) -> None:
-        """Take over a tensor that was trained whole: of `modules_to_save`, or a bias."""
+        """Replace a tensor that the adapter stores whole: of `modules_to_save`, or a bias."""
         name = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
         if "token_adapter" in name or "trainable_tokens" in name:
             raise UserError(
@@ -149,15 +149,15 @@ class AdaptedFolder(View):
         self._replaced[key] = tensor
 
     def _find(self, name: str, required: bool = True) -> str | None:
-        """The name of a tensor in the base, which may lack the prefix of its backbone or have one.
+        """Name of a tensor in the base, whose backbone prefix may differ from the adapter's.
 
         Raises:
-            UserError: if it is required and not there.
+            UserError: if it is required and missing.
         """
         if name in self.tensors:
             return name
         short = name.partition(".")[2]
-        longer = [one for one in self.tensors if one.endswith(f".{name}")]
+        longer = [key for key in self.tensors if key.endswith(f".{name}")]
         if short in self.tensors:
             return short
         if len(longer) == 1:
@@ -199,7 +199,7 @@ class AdaptedFolder(View):
 
 
 def _read_config(adapter: Path) -> Mapping[str, object]:
-    """adapter_config.json of a LoRA adapter.
+    """Read adapter_config.json of a LoRA adapter.
 
     Raises:
         UserError: naming the key that cannot be merged.

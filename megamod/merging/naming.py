@@ -1,8 +1,8 @@
-"""One set of tensor names for all models of a merge.
+"""Common tensor names for all models of a merge.
 
-Programs save one model in several ways: with or without the prefix of its backbone (`bert.`,
-`model.`), with a tied matrix once or twice, with or without buffers such as masks, with or without
-a head. Every folder is read here under the names of the model whose configuration the result has.
+Programs save the same model in several ways: with or without the prefix of the backbone (`bert.`,
+`model.`), a tied matrix once or twice, with or without buffers such as masks, with or without a
+head. Here every folder is read under the names of the template, whose configuration the result has.
 """
 
 import logging
@@ -31,11 +31,11 @@ _COUNTERS = "num_batches_tracked"
 
 @dataclass(frozen=True)
 class Harmonised:
-    """Models under common names.
+    """Models under common tensor names.
 
     Attributes:
         folders: of all models, in order.
-        copied: tensors that are taken from the template as they are, as others lack them.
+        copied: tensors that are copied from the template, because other models lack them.
     """
 
     folders: Sequence[TensorSource]
@@ -43,66 +43,71 @@ class Harmonised:
 
 
 def harmonise(folders: Sequence[TensorSource], template: int, *, whole: bool = True) -> Harmonised:
-    """Read all folders under the names of one of them.
+    """Read all folders under the tensor names of the template.
 
     Args:
-        template: number of that folder.
-        whole: compare layers, too; without, as when layers are stacked, only what is outside.
+        template: number of the folder whose names are used.
+        whole: compare all tensors; False: only those outside of layers, where layers are stacked.
     Raises:
-        UserError: naming the first tensor that one model has and another lacks.
+        UserError: naming the first tensor that one model has and another lacks, or the first tensor
+            of integers that differ.
     """
     first = folders[template]
-    renamed = [one if one is first else _with_prefix_of(first, one) for one in folders]
+    renamed = [folder if folder is first else _with_prefix_of(first, folder) for folder in folders]
     added: dict[str, str] = {}
-    for one in renamed:
-        for name in _surplus(one, first, whole) if _shares(first, one) else ():
-            partner = _partner(first, name, one)
-            if partner is not None and _twin(one, name, first.tensors) is None and _is_tied(first):
+    for folder in renamed:
+        for name in _surplus(folder, first, whole) if _shares(first, folder) else ():
+            partner = _partner(first, name, folder)
+            if (
+                partner is not None
+                and _twin(folder, name, first.tensors) is None
+                and _is_tied(first)
+            ):
                 added[name] = partner
     if added:
         first = RenamedFolder(first, {**{name: name for name in first.tensors}, **added})
     copied: set[str] = set()
     result: list[TensorSource] = []
-    for number, one in enumerate(renamed):
+    for number, folder in enumerate(renamed):
         if number == template:
             result.append(first)
             continue
-        found, alone = _matched(first, one, whole)
-        result.append(found)
+        view, alone = _matched(first, folder, whole)
+        result.append(view)
         copied |= alone
-    for one in result:
-        if one is not first:
-            _check_integers(first, one, whole)
+    for folder in result:
+        if folder is not first:
+            _check_integers(first, folder, whole)
     return Harmonised(result, frozenset(copied))
 
 
 def tied_pairs(tensors: Mapping[str, object]) -> list[tuple[str, str]]:
-    """Input and output matrices of a language model that one configuration may tie, by name."""
+    """Names of input and output matrices of equal shape, which a configuration may tie."""
     inputs = [name for name in tensors if _INPUT.search(name) and layer_of(name) is None]
     outputs = [name for name in tensors if _OUTPUT.search(name) and layer_of(name) is None]
     return [
-        (one, other)
-        for one in inputs
-        for other in outputs
-        if one != other and tensors[one].shape == tensors[other].shape
+        (table, output)
+        for table in inputs
+        for output in outputs
+        if table != output and tensors[table].shape == tensors[output].shape
     ]
 
 
 def is_tied(config: Mapping[str, object]) -> bool:
-    """Whether a configuration ties the output matrix to the embeddings.
+    """True if a configuration ties the output matrix to the embeddings.
 
-    Where it says nothing its class decides, and for a type that transformers does not know, yes.
+    If it does not say, the default of its class counts; without a known class it is taken as tied.
     """
     inner = config.get("text_config")
-    told = config.get("tie_word_embeddings")
-    if told is None and isinstance(inner, dict):
-        told = inner.get("tie_word_embeddings")
-    if told is None:
+    tied = config.get("tie_word_embeddings")
+    if tied is None and isinstance(inner, dict):
+        tied = inner.get("tie_word_embeddings")
+    if tied is None:
         from megamod.merging.known_models import built_config
 
         built = built_config(config)
-        told = getattr(built, "tie_word_embeddings", True)
-    return bool(told)
+        tied = getattr(built, "tie_word_embeddings", True)
+    return bool(tied)
 
 
 def _is_tied(folder: TensorSource) -> bool:
@@ -110,13 +115,13 @@ def _is_tied(folder: TensorSource) -> bool:
 
 
 def _with_prefix_of(first: TensorSource, other: TensorSource) -> TensorSource:
-    """The other folder with the prefix of its backbone as the first one has it."""
+    """The other folder with the backbone prefix of the first."""
     ours, theirs = _layered(first), _layered(other)
     if ours & theirs or not ours or not theirs:
         return other
     for names, reference, add in ((theirs, ours, True), (ours, theirs, False)):
-        ends = {one[dot + 1 :]: one for one in reference for dot in _dots(one)}
-        # A buffer may have no counterpart; the first weight that has one tells the prefix.
+        ends = {full[dot + 1 :]: full for full in reference for dot in _dots(full)}
+        # A buffer may have no counterpart, so the first tensor that has one gives the prefix.
         pair = next(((name, ends[name]) for name in sorted(names) if name in ends), None)
         if pair is None:
             continue
@@ -135,11 +140,11 @@ def _with_prefix_of(first: TensorSource, other: TensorSource) -> TensorSource:
 
 
 def _dots(name: str) -> list[int]:
-    return [place for place, letter in enumerate(name) if letter == "."]
+    return [position for position, letter in enumerate(name) if letter == "."]
 
 
 def _layered(source: TensorSource | Mapping[str, str]) -> set[str]:
-    """Names of tensors in layers; of all if there are no layers."""
+    """Names of the tensors in layers, or of all tensors if there are no layers."""
     names = source if isinstance(source, Mapping) else source.tensors
     return {name for name in names if layer_of(name) is not None} or set(names)
 
@@ -147,10 +152,10 @@ def _layered(source: TensorSource | Mapping[str, str]) -> set[str]:
 def _matched(
     first: TensorSource, other: TensorSource, whole: bool
 ) -> tuple[TensorSource, set[str]]:
-    """The other folder with exactly the names of the first, and those names that it lacks.
+    """View of the other folder with the names of the first, and names that only the first has.
 
     Raises:
-        UserError: if a tensor is missing that is neither a copy nor a buffer nor part of a head.
+        UserError: if a tensor is missing that is no copy, no buffer and no part of a head.
     """
     names = {name: name for name in first.tensors if name in other.tensors}
     alone: set[str] = set()
@@ -194,27 +199,27 @@ def _matched(
     return RenamedFolder(other, names), alone
 
 
-def _surplus(one: TensorSource, other: TensorSource, whole: bool) -> list[str]:
-    """Floating-point tensors of the one that the other lacks."""
+def _surplus(first: TensorSource, other: TensorSource, whole: bool) -> list[str]:
+    """Names of floating-point tensors of the first folder that the other lacks."""
     return sorted(
         name
-        for name in one.tensors.keys() - other.tensors.keys()
-        if one.tensors[name].dtype.is_floating_point and (whole or layer_of(name) is None)
+        for name in first.tensors.keys() - other.tensors.keys()
+        if first.tensors[name].dtype.is_floating_point and (whole or layer_of(name) is None)
     )
 
 
 def _shares(first: TensorSource, other: TensorSource) -> bool:
-    """Whether both were saved by the same class, as far as it is known."""
+    """True unless the two folders are known to be saved by different classes."""
     if isinstance(other, RenamedFolder):
         return False
-    classes = [read_config(one.folder).get("architectures") for one in (first, other)]
+    classes = [read_config(folder.folder).get("architectures") for folder in (first, other)]
     return None in classes or classes[0] == classes[1]
 
 
 def _twin(folder: TensorSource, name: str, among: Iterable[str]) -> str | None:
-    """Another tensor of the folder with the same bits, from among these names.
+    """Name of another tensor of the folder with the same bits, out of these names.
 
-    Only outside of layers: there equal bits may be norms or biases that were never trained.
+    Only outside of layers: within them equal bits may be norms or biases that were never trained.
     """
     if layer_of(name) is not None:
         return None
@@ -225,15 +230,15 @@ def _twin(folder: TensorSource, name: str, among: Iterable[str]) -> str | None:
 
 
 def _partner(tied: TensorSource, name: str, other: TensorSource) -> str | None:
-    """The tensor of a tied model that stands for one that another model stores besides."""
+    """Name of the tensor of a tied model that replaces one that only another model stores."""
     shape = other.tensors[name].shape
     kinds = [(_INPUT, _OUTPUT), (_OUTPUT, _INPUT)]
-    for mine, partner in kinds:
-        if mine.search(name) and layer_of(name) is None:
+    for kind, counterpart in kinds:
+        if kind.search(name) and layer_of(name) is None:
             for candidate, spec in tied.tensors.items():
                 rows = (vocab_size(read_config(tied.folder)),)
                 if (
-                    partner.search(candidate)
+                    counterpart.search(candidate)
                     and layer_of(candidate) is None
                     and candidate != name
                     and spec.shape[1:] == shape[1:]
@@ -244,7 +249,7 @@ def _partner(tied: TensorSource, name: str, other: TensorSource) -> str | None:
 
 
 def _is_buffer(folder: TensorSource, name: str) -> bool:
-    """Whether a tensor holds no weight: by its name, or as its class has no such parameter."""
+    """True if a tensor is no weight: by its name, or because its class has no such parameter."""
     mask = name.endswith(".bias") and len(folder.tensors[name].shape) == 4
     if _BUFFER.search(name) or mask:
         return True
@@ -257,14 +262,14 @@ def _is_buffer(folder: TensorSource, name: str) -> bool:
         return False
     layered = {n for n in known if layer_of(n) is not None}
     stored = {n for n in folder.tensors if layer_of(n) is not None}
-    # Only if the class explains the other tensors does it tell that this one is none of its own.
+    # The class is evidence only if it has most of the other tensors of the folder.
     ends = {layer_of(n)[2] for n in layered}
     explained = sum(layer_of(n)[2] in ends for n in stored)
     return explained >= len(stored) / 2 and layer_of(name)[2] not in ends
 
 
 def _check_integers(first: TensorSource, other: TensorSource, whole: bool) -> None:
-    """Refuse tensors of integers that differ: there is no mean of them.
+    """Refuse tensors of integers that differ, as they have no mean.
 
     Raises:
         UserError: naming the first of them.
@@ -276,7 +281,7 @@ def _check_integers(first: TensorSource, other: TensorSource, whole: bool) -> No
 
 
 def check_equal_integers(first: TensorSource, name: str, other: TensorSource, theirs: str) -> None:
-    """Refuse two tensors of which one holds integers, unless all values are equal.
+    """Refuse two tensors, at least one of integers, unless all values are equal.
 
     Raises:
         UserError: naming the tensor and both models.
@@ -288,5 +293,5 @@ def check_equal_integers(first: TensorSource, name: str, other: TensorSource, th
         return
     raise UserError(
         f"{name} of {label(first)} and {label(other)} holds integers that differ, which have no "
-        "mean: quantised weights or tables; merge the models as they were before"
+        "mean (quantised weights, or tables); merge the models before quantisation"
     )

@@ -28,7 +28,7 @@ Batch = Mapping[str, Tensor]
 
 
 def diagonal_fisher(
-    model: nn.Module, batches: Iterable[Batch], *, given: bool = False, seed: int = 0
+    model: nn.Module, batches: Iterable[Batch], *, labelled: bool = False, seed: int = 0
 ) -> dict[str, Tensor]:
     """Diagonal of the Fisher information: mean over rows of squared gradients, in float32.
 
@@ -36,8 +36,8 @@ def diagonal_fisher(
     model, at all positions that `attention_mask` does not exclude.
 
     Args:
-        batches: with `labels` if `given`.
-        given: use the gradient of the model's own `loss` for those labels (the empirical Fisher).
+        batches: with `labels` if `labelled`.
+        labelled: use the gradient of the model's `loss` for those labels (the empirical Fisher).
         seed: of the drawn labels.
     Returns:
         a tensor of its shape for each parameter that has a gradient.
@@ -53,7 +53,7 @@ def diagonal_fisher(
         for row in range(len(next(iter(batch.values())))):
             model.zero_grad(set_to_none=True)
             single = {name: value[row : row + 1] for name, value in batch.items()}
-            _loss(model, single, given, generator).backward()
+            _loss(model, single, labelled, generator).backward()
             for name, parameter in model.named_parameters():
                 if parameter.grad is not None:
                     sums[name].add_(parameter.grad.float().square().cpu())
@@ -130,8 +130,8 @@ def write_statistics(path: Path, statistics: Mapping[str, Tensor]) -> None:
     sync_folder(path.parent)
 
 
-def _loss(model: nn.Module, row: Batch, given: bool, generator: torch.Generator) -> Tensor:
-    if given:
+def _loss(model: nn.Module, row: Batch, labelled: bool, generator: torch.Generator) -> Tensor:
+    if labelled:
         return model(**row).loss
     logits = model(**{name: value for name, value in row.items() if name != "labels"}).logits
     mask = row.get("attention_mask")

@@ -163,7 +163,8 @@ def recipe_of(args: MergeArgs) -> "Recipe":
             kept = strongest(weights, args.topk or 0)
             sources, weights = [sources[n] for n in kept], [weights[n] for n in kept]
     else:
-        known = {(one.path, one.member): one.domain for one in open_forest(args.forest).experts}
+        experts = open_forest(args.forest).experts
+        domain_of = {(expert.path, expert.member): expert.domain for expert in experts}
         parents, weights = forest_sources(
             args.forest,
             only=args.experts,
@@ -172,7 +173,7 @@ def recipe_of(args: MergeArgs) -> "Recipe":
             topk=args.topk or 0,
         )
         sources = [(parent.folder, parent.member) for parent in parents]
-        domains = [known[source] for source in sources]
+        domains = [domain_of[source] for source in sources]
         if args.weights is None and args.prior is None:
             weights = None  # all alike, whatever their sum
     weights = [1.0] * len(sources) if weights is None else weights

@@ -380,9 +380,9 @@ def other(kind: str, **fields):
         (("bert", {"num_hidden_layers": 3}), {}, r"layer\.2\..* is missing in the first"),
         (("mux", "mux"), {}, "residual stream of a mux_bert"),
         (("bert", "bert"), {"batches": None}, "needs calibration text"),
-        (("bert", "bert"), {"batches": []}, "not a single token"),
+        (("bert", "bert"), {"batches": []}, "has no token to compare"),
         (("bert", "bert"), {"batches": [[4, 40]]}, "token id 40.* 0 to 39"),
-        (("bert", "bert"), {"batches": [[4] * 21]}, "21 tokens in a row; the models have 20"),
+        (("bert", "bert"), {"batches": [[4] * 21]}, "21 tokens per item; the models have 20"),
     ],
 )
 def test_bad_input_is_named(pair, options, told):
@@ -402,7 +402,7 @@ def test_models_that_are_not_known_are_named():
     lost = "bert.encoder.layer.1.attention.self.value.weight"
     with pytest.raises(UserError, match=lost):
         symmetry_of(config, {name: shape for name, shape in shapes.items() if name != lost})
-    with pytest.raises(UserError, match="16 features are not divisible by 3 heads"):
+    with pytest.raises(UserError, match="16 features cannot be split into 3 heads"):
         symmetry_of(config | {"num_attention_heads": 3}, shapes)
     found = symmetry_of(config, shapes | {"adapter.weight": (16, 16)})
     assert found.unknown == ("adapter.weight",)

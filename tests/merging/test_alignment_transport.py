@@ -56,7 +56,7 @@ def test_transport_goes_from_the_mean_to_the_assignment():
 
 def test_what_does_not_converge_is_an_error(monkeypatch):
     monkeypatch.setattr(matching, "_ROUNDS", 3)
-    with pytest.raises(UserError, match=r"align.regularisation: with 0.01 sums are still off by"):
+    with pytest.raises(UserError, match=r"align.regularisation: with 0.01 the sums are off by"):
         transport(similarity_of(8), 0.01)
 
 

@@ -94,7 +94,7 @@ def test_gram_matrices_are_those_of_the_inputs():
 
 def test_fisher_of_given_labels_is_the_mean_of_squared_gradients():
     model, data = Toy(0), batches(1)
-    found = diagonal_fisher(model, data, given=True)
+    found = diagonal_fisher(model, data, labelled=True)
     squares: dict[str, list] = {}
     for batch in data:
         for row in range(2):

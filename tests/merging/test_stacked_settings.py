@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from megamod.errors import UserError
+from megamod.merging.layer_settings import language_section
 from megamod.merging.merge import merge
 from megamod.merging.recipe_file import read_recipe
 
@@ -208,3 +209,11 @@ def test_of_a_type_that_is_not_known_values_tell(tmp_path):
     configure(text_config={"n_layer": 4, "kinds": ["p", "q", "r", "s"]}, n_layer=None)
     found = config_of(stack(tmp_path, ("a", 0, 1), ("a", 3, 4)))["text_config"]
     assert found == {"n_layer": 2, "kinds": ["p", "s"]}
+
+
+def test_a_text_config_may_leave_the_number_of_layers_to_its_class():
+    """As that of the first LLaVA models, which stores only what differs from the defaults."""
+    config = {"model_type": "llava", "text_config": {"model_type": "llama", "vocab_size": 9}}
+    key, section = language_section(config)
+    assert key == "text_config" and section["num_hidden_layers"] == 32
+    assert language_section({"model_type": "toy"}) == (None, {})

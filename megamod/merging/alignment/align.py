@@ -1,4 +1,4 @@
-"""Aligning one model to another: from two models and some text to permutations.
+"""Align one model to another: from two models and calibration text to permutations.
 
     options = Options(groups=("ff", "attn"))
     alignment = align(model_a, model_b, whole_batches(items, 8), options)
@@ -38,7 +38,7 @@ from megamod.merging.alignment.weight_matching import match_weights
 
 
 def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Shapes of weights that can be averaged, by name."""
+    """Shapes of floating-point tensors by name."""
     return {name: tuple(t.shape) for name, t in state.items() if t.is_floating_point()}
 
 
@@ -48,13 +48,13 @@ def align(
     batches: Iterable[Batch] | None,
     options: Options,
 ) -> Alignment:
-    """Permutations that give the second model's features the order of the first's.
+    """Find the permutations that bring the features of the second model into the first's order.
 
     Args:
-        batches: calibration text; None where the method needs none.
+        batches: calibration text; None: the method needs none.
     Raises:
-        UserError: if the models are not of one shape and architecture, the text is empty or does
-            not fit them, or the architecture lacks what the options ask for.
+        UserError: if the models differ in shape or architecture, the text is empty or does not
+            fit them, or the architecture does not support the options.
     """
     config, others = first.config.to_dict(), second.config.to_dict()
     if options.method == "weight":
@@ -65,12 +65,14 @@ def align(
     if batches is None:
         if options.method != "identity":
             raise UserError(f"align.method: {options.method!r} needs calibration text")
-        matches = {g.name: Match(torch.arange(g.size), 0.0) for g in _solved(symmetry, options)}
+        matches = {
+            g.name: Match(torch.arange(g.size), 0.0) for g in _matched_groups(symmetry, options)
+        }
         return _alignment(symmetry, matches, options, costs=False)
-    solved = _solved(symmetry, options)
-    looked_at = _looked_at(solved, options)
-    measured = measure(first, second, looked_at, symmetry.domains, batches, options)
-    return _alignment(symmetry, _match(solved, measured, options), options)
+    matched = _matched_groups(symmetry, options)
+    observed = _observed_groups(matched, options)
+    measured = measure(first, second, observed, symmetry.domains, batches, options)
+    return _alignment(symmetry, _match(matched, measured, options), options)
 
 
 def align_weights(
@@ -80,7 +82,7 @@ def align_weights(
     second: Mapping[str, Tensor],
     options: Options,
 ) -> Alignment:
-    """The same from weights alone, with the method "weight": no model is run.
+    """Find the permutations from weights alone (method "weight"); no model is run.
 
     Args:
         config, other_config: configurations of the two.
@@ -103,13 +105,13 @@ def align_weights(
             units.append([[group], *([[partner]] if partner else [])])
         elif group.family in ("ff", "head") and group is not tied_head:
             units.append([[group]])
-    # Tied matrices say something of their own only where they read features of a head.
+    # A tied matrix counts besides its original only where it reads features of a head.
     alone = [g for g in groups.values() if g.family == "head" and g is not tied_head]
     read = {slot.tensor for group in alone for slot in group.into}
     states = []
     for state in (first, second):
-        own = {name: tensor for name, tensor in state.items() if name not in symmetry.tied}
-        states.append(own | {a: state[s] for a, s in symmetry.tied.items() if a in read})
+        untied = {name: tensor for name, tensor in state.items() if name not in symmetry.tied}
+        states.append(untied | {a: state[s] for a, s in symmetry.tied.items() if a in read})
     matches = match_weights(*states, units, options)
     return _alignment(symmetry, matches, options)
 
@@ -121,10 +123,10 @@ def _common_symmetry(
     other_shapes: Mapping[str, tuple[int, ...]],
     options: Options,
 ) -> Symmetry:
-    """The groups of both models, if they are of one kind.
+    """The permutation groups of both models.
 
     Raises:
-        UserError: if they are not.
+        UserError: if the models do not fit each other or the options.
     """
     _check_configs(config, other_config)
     symmetry = symmetry_of(config, shapes, qk=options.qk)
@@ -144,7 +146,7 @@ def _common_symmetry(
         )
     if "res" in options.groups and symmetry.unknown:
         raise UserError(
-            f"{symmetry.unknown[0]}: what it does in the model is not known, so the residual "
+            f"{symmetry.unknown[0]}: its role in the model is not known, so the residual "
             "stream cannot be permuted; leave out 'res' from align.groups"
         )
     return symmetry
@@ -155,7 +157,7 @@ def _check_same(
     second: Mapping[str, tuple[int, ...]],
     tied: Mapping[str, str],
 ) -> None:
-    """Refuse two models whose weights do not correspond.
+    """Refuse two models whose weights differ in name or shape.
 
     Args:
         tied: matrices that either may lack.
@@ -175,7 +177,7 @@ def _check_same(
 
 
 def _check_configs(first: Mapping[str, object], second: Mapping[str, object]) -> None:
-    """Refuse two models whose configurations give equal shapes another meaning.
+    """Refuse two models whose configurations give equal shapes different meanings.
 
     Raises:
         UserError: naming the field.
@@ -189,28 +191,28 @@ def _check_configs(first: Mapping[str, object], second: Mapping[str, object]) ->
             )
 
 
-def _solved(symmetry: Symmetry, options: Options) -> list[Group]:
-    """Groups whose permutations are found: those in effect, and heads, for their cost."""
+def _matched_groups(symmetry: Symmetry, options: Options) -> list[Group]:
+    """Groups that are matched: those in effect, and heads for their cost."""
     chosen = {group.name: group for group in aligned_groups(symmetry, options)}
     chosen |= {group.name: group for group in symmetry.of("head")}
     return list(chosen.values())
 
 
-def _looked_at(groups: Sequence[Group], options: Options) -> list[Group]:
-    """Those of them whose features must be seen."""
+def _observed_groups(groups: Sequence[Group], options: Options) -> list[Group]:
+    """Groups whose features must be observed."""
     residual = [group for group in groups if group.family == "res"]
     if options.method != "identity" and options.residual in ("first", "last"):
-        wanted = residual[:1] if options.residual == "first" else residual[-1:]
+        observed = residual[:1] if options.residual == "first" else residual[-1:]
     else:
-        wanted = residual
-    return [group for group in groups if group.family != "res" or group in wanted]
+        observed = residual
+    return [group for group in groups if group.family != "res" or group in observed]
 
 
 def _match(groups: Sequence[Group], measured: Measured, options: Options) -> dict[str, Match]:
-    """A match of every group."""
+    """Match every group."""
 
     def similarity(*names: str) -> Tensor:
-        # Only features of whole sequences are as many as something other than tokens.
+        # The pooler has one row per sequence; the original program divides by tokens.
         by_tokens = options.compat.pooler_by_tokens and names == ("pooler",)
         count = measured.columns if by_tokens else None
         moments = [measured.covariances[name].moments(count) for name in names]
@@ -222,34 +224,34 @@ def _match(groups: Sequence[Group], measured: Measured, options: Options) -> dic
         return {group.name: identity(similarity(group.name)) for group in groups}
     soft = options.method == "ot"
     solve = partial(transport, regularisation=options.regularisation) if soft else assign
-    found: dict[str, Match] = {}
+    matches: dict[str, Match] = {}
     residual = [group for group in groups if group.family == "res"]
     if residual and options.residual != "sep":
         places = {"first": residual[:1], "last": residual[-1:], "all": residual}
         shared = solve(similarity(*(group.name for group in places[options.residual])))
-        found |= dict.fromkeys((group.name for group in residual), shared)
-    # Queries and keys come in the order of heads that attention has, so they are matched behind.
+        matches |= dict.fromkeys((group.name for group in residual), shared)
+    # Queries and keys take the head order of attention, so they are matched after it.
     for group in sorted(groups, key=lambda group: group.family == "qk"):
-        if group.name in found:
+        if group.name in matches:
             continue
         matrix = similarity(group.name)
         if group.heads is None:
-            found[group.name] = solve(matrix)
+            matches[group.name] = solve(matrix)
         else:
-            order = found[_partner(group.name)].heads if group.family == "qk" else None
+            order = matches[_partner(group.name)].heads if group.family == "qk" else None
             heads, mode = group.heads, options.attention
             if soft:
-                found[group.name] = transport_heads(
+                matches[group.name] = transport_heads(
                     matrix, heads, mode, options.regularisation, order
                 )
             else:
                 inner = solver_of(group.queries, mode)
-                found[group.name], *_ = assign_heads([matrix], heads, mode, order, inner)
-    return found
+                matches[group.name], *_ = assign_heads([matrix], heads, mode, order, inner)
+    return matches
 
 
 def _partner(name: str) -> str:
-    """The attention group of a group of queries and keys, and the other way round."""
+    """Name of the attention group of a group of queries and keys, and vice versa."""
     parts = name.split(".")
     parts[2] = {"qk": "attn", "attn": "qk"}[parts[2]]
     return ".".join(parts)
@@ -259,23 +261,23 @@ def _alignment(
     symmetry: Symmetry, matches: Mapping[str, Match], options: Options, costs: bool = True
 ) -> Alignment:
     names = [name for name in symmetry.groups if name in matches]
-    found = {
+    all_costs = {
         name: matches[name].value / (2 * symmetry.groups[name].size) for name in names if costs
     }
     for name in names:
         if symmetry.groups[name].family == "attn" and costs:
-            found[name] = found.get(_partner(name), found[name])
-    return Alignment({name: matches[name].permutation for name in names}, found, options)
+            all_costs[name] = all_costs.get(_partner(name), all_costs[name])
+    return Alignment({name: matches[name].permutation for name in names}, all_costs, options)
 
 
 def align_folders(
     first: str, second: str, options: Options, batches: Iterable[Batch] | None = None
 ) -> Alignment:
-    """The same for models in folders, on the text that the options name.
+    """Align models in folders on the text that the options name.
 
     Args:
         first, second: folders, or hub ids.
-        batches: text in place of that of the options.
+        batches: calibration text instead of that of the options.
     Raises:
         UserError: as `align`, or if the models or the text cannot be read.
     """
@@ -287,18 +289,18 @@ def align_folders(
 
 
 def places_of(config: PreTrainedConfig) -> int | None:
-    """How many tokens of a text a model has positions for; None: any number."""
+    """Largest number of tokens of a sequence; None: unlimited."""
     room = getattr(config, "max_position_embeddings", None)
     if room and config.model_type in ("roberta", "xlm-roberta"):
-        room -= config.pad_token_id + 1  # positions are counted from there
+        room -= config.pad_token_id + 1  # positions start after the padding id
     return room or None
 
 
 def read_batches(name: str, config: PreTrainedConfig, calibration: Calibration) -> Iterable[Batch]:
-    """Calibration text in the tokens of a model.
+    """Read calibration text in the tokens of a model.
 
     Args:
-        name: folder or hub id that has its tokenizer; `config`: its configuration.
+        name: folder or hub id of the tokenizer; `config`: of the model.
     Raises:
         UserError: if there is no tokenizer, or the text cannot be read.
     """

@@ -1,4 +1,4 @@
-"""The text that two models are compared on: as batches, and which of their tokens count."""
+"""Calibration text as batches, and the selection of tokens that count."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,9 +16,9 @@ class Batch:
     """Items of one forward pass.
 
     Attributes:
-        input_ids: [B, T] int64, padded behind.
-        lengths: [B] int64, tokens of each item.
-        domain: of the items, for models with experts; None for all.
+        input_ids: [B, T] int64, padded at the end.
+        lengths: [B] int64, number of tokens of each item.
+        domain: of the items, for models with experts; None: all domains.
     """
 
     input_ids: Tensor
@@ -32,7 +32,7 @@ class Batch:
         return (positions < self.lengths[:, None]).long()
 
     def kept(self, special_tokens: bool) -> Tensor:
-        """[B, T] bool, the tokens that count; without `special_tokens` not the first and last."""
+        """[B, T] bool, tokens that count; without `special_tokens` not the first and the last."""
         positions = torch.arange(self.input_ids.shape[1])
         inner = 0 if special_tokens else 1
         return (positions >= inner) & (positions < self.lengths[:, None] - inner)
@@ -46,19 +46,19 @@ def whole_batches(
     pad_id: int = 0,
     domain: str | None = None,
 ) -> Iterator[Batch]:
-    """Whole batches until int(fraction * items) items were seen, in order, again if need be.
+    """Yield whole batches in order until int(fraction * items) items were seen, repeating items.
 
     Args:
         items: token ids of each.
-        pad_id: what they are padded with.
-        domain: of all of them.
+        pad_id: id of padding.
+        domain: of all items.
     Raises:
-        UserError: if that is no item at all.
+        UserError: if that is no item.
     """
     target = int(fraction * len(items))
     if target < 1:
         raise UserError(
-            f"calibration: fraction {fraction:g} of {len(items)} items is none; there must be one"
+            f"calibration: fraction {fraction:g} of {len(items)} items is less than one item"
         )
     starts = range(0, len(items), batch_size)
     seen = 0
@@ -88,7 +88,7 @@ def read_items(
         path: JSON lines with the key "text", or text with one item per line. Blank lines are
             skipped.
         tokenize: from text to ids, special tokens included.
-        max_length: tokens of an item behind which it is cut off.
+        max_length: tokens that are kept of an item.
     Raises:
         UserError: if the file cannot be read, holds no item, or a line is not of that form.
     """

@@ -1,7 +1,7 @@
-"""Model folders read as if they were aligned, so that any merge method can merge them.
+"""Views of model folders in aligned order, so that any merge method can merge them.
 
-Nothing is written: rows are read in their new order, and the columns of a piece are reordered when
-it is read. Where features are mixed and not only reordered, one tensor of each thread is held.
+Nothing is written: rows are read in their new order, and the columns of a piece are reordered after
+it is read. With soft assignments each thread holds one whole tensor.
 """
 
 import threading
@@ -29,28 +29,28 @@ from megamod.states.stream import PIECE
 class PermutedFolder(View):
     """A source with its features in the order of the reference.
 
-    Where the alignment needs output matrices that are no longer
-    tied, it has them as tensors of their own; then so must the reference and the merged model.
+    If the alignment unties output matrices, they become separate tensors, which the reference and
+    the merged model need too.
 
     Args:
         source: the folder.
         alignment: of its model to the reference.
-        reference: read the folder as it is, only with those output matrices.
+        reference: this is the reference: permute nothing, only add those matrices.
     Attributes:
         tensors: specification of every tensor.
-        config: the configuration of a model with these weights.
+        config: configuration of a model with these weights.
     Raises:
-        UserError: if the alignment is not one of such a model.
+        UserError: if the alignment does not fit the model.
     """
 
     def __init__(self, source: TensorSource, alignment: Alignment, reference: bool = False):
         super().__init__(source)
         symmetry = folder_symmetry(source, qk=alignment.options.qk)
-        found = changes(symmetry, alignment)
-        self._stored = untied(symmetry, found)
-        self._changes: dict[str, list[Change]] = {} if reference else found
+        all_changes = changes(symmetry, alignment)
+        self._stored = untied(symmetry, all_changes)
+        self._changes: dict[str, list[Change]] = {} if reference else all_changes
         self._scaled, self._tied = scaled_features(symmetry, alignment), symmetry.tied
-        self._held = threading.local()
+        self._cached = threading.local()
         for alias, original in self._stored.items():
             self.tensors.setdefault(alias, source.tensors[original])
         self.config = read_config(source.folder)
@@ -59,43 +59,46 @@ class PermutedFolder(View):
 
     def read_into(self, name: str, start: int, buffer: Tensor) -> None:
         """Fill a buffer (1-D, of the tensor's dtype) with elements from `start` on."""
-        wanted = self._changes.get(name, [])
+        tensor_changes = self._changes.get(name, [])
         scaled = self._scaled.get(self._tied.get(name, name), [])
-        own = name if name in self.source.tensors else self._stored[name]
-        if not wanted and not scaled:
-            self.source.read_into(own, start, buffer)
+        original = name if name in self.source.tensors else self._stored[name]
+        if not tensor_changes and not scaled:
+            self.source.read_into(original, start, buffer)
             return
         spec = self.tensors[name]
-        soft = any(change.soft for change in wanted)
+        soft = any(change.soft for change in tensor_changes)
         if spec.nbytes <= PIECE or soft:
-            whole = self._mixed(name, own) if soft else reorder(self.source.read(own), wanted)
+            if soft:
+                whole = self._mixed(name, original)
+            else:
+                whole = reorder(self.source.read(original), tensor_changes)
             whole = scale_features(whole, scaled)
             buffer.copy_(whole.reshape(-1)[start : start + len(buffer)])
             return
         row = spec.numel // spec.shape[0]
         first, last = start // row, (start + len(buffer) - 1) // row
-        rows = axis_index(spec.shape[0], 0, wanted)[first : last + 1]
+        rows = axis_index(spec.shape[0], 0, tensor_changes)[first : last + 1]
         read = torch.empty(len(rows), row, dtype=spec.dtype)
-        read_rows(self.source, own, rows, read)
-        inner = [change for change in wanted if change.axis != 0]
+        read_rows(self.source, original, rows, read)
+        inner = [change for change in tensor_changes if change.axis != 0]
         part = reorder(read.view(len(rows), *spec.shape[1:]), inner)
         part = scale_features(part, scaled, first)
         buffer.copy_(part.reshape(-1)[start - first * row :][: len(buffer)])
 
-    def _mixed(self, name: str, own: str) -> Tensor:
-        """A whole tensor; the last one is kept, as the next piece that is asked for is of it."""
-        held = getattr(self._held, "tensor", None)
-        if held is None or held[0] != name:
-            held = name, reorder(self.source.read(own), self._changes[name])
-            self._held.tensor = held
-        return held[1]
+    def _mixed(self, name: str, original: str) -> Tensor:
+        """Read and mix a whole tensor; the last one is cached, as the next piece belongs to it."""
+        cached = getattr(self._cached, "tensor", None)
+        if cached is None or cached[0] != name:
+            cached = name, reorder(self.source.read(original), self._changes[name])
+            self._cached.tensor = cached
+        return cached[1]
 
 
 def folder_symmetry(folder: TensorSource, *, qk: bool = False) -> Symmetry:
-    """The groups of a model in a folder.
+    """Permutation groups of the model in a folder.
 
     Raises:
-        UserError: as `symmetry_of`.
+        UserError: if its architecture is not known or a tensor does not fit.
     """
     shapes = {
         name: spec.shape for name, spec in folder.tensors.items() if spec.dtype.is_floating_point

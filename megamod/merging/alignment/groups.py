@@ -1,4 +1,4 @@
-"""Features that have one permutation, and where in the weights they are."""
+"""Permutation groups: features that share one permutation, and their entries in the weights."""
 
 from dataclasses import dataclass
 
@@ -8,11 +8,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Slot:
-    """A group's features within a tensor: so many entries along `axis`, from `start` on.
+    """Entries of a tensor that belong to a group: consecutive along `axis`, from `start` on.
 
     Attributes:
-        part: "features": all of the group's; "queries": as many, but heads move as a whole; "keys":
-            the same for the fewer heads of keys; "values": features of these.
+        part: "features": all features of the group; "queries": all, but heads move as a whole;
+            "keys": the same for the fewer key heads; "values": features of the key heads.
     """
 
     tensor: str
@@ -23,7 +23,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Hook:
-    """Where a group's features can be seen: `size` columns of a module's input or output."""
+    """Module whose input or output holds the features of a group, in columns from `start` on."""
 
     module: str
     side: str  # "input" or "output"
@@ -32,17 +32,16 @@ class Hook:
 
 @dataclass(frozen=True)
 class Group:
-    """Features that have one permutation.
+    """Features that share one permutation.
 
     Attributes:
-        name: for example layer.3.ffn; for a domain's expert layer.3.ffn.law.
-        family: "ff", "attn", "qk" (within-head features of queries and keys), "res" or "head".
+        name: for example layer.3.ffn; for the expert of a domain layer.3.ffn.law.
+        family: "ff", "attn", "qk" (features of queries and keys within heads), "res" or "head".
         size: number of features.
-        heads: number of attention heads they are divided into; None if they are not. Of heads of
-            keys, where several heads of queries share one.
-        queries: how many do.
-        out: what makes the features, or works on each of them alone; `into`: what reads them.
-        hooks: where they are seen. What is seen at several is added up.
+        heads: number of attention heads (key heads with grouped queries); None: no heads.
+        queries: number of query heads per key head.
+        out: weights that produce the features or act on each alone; `into`: weights that read them.
+        hooks: where the features are observed; statistics of several hooks are added.
     """
 
     name: str
@@ -56,12 +55,12 @@ class Group:
 
     @property
     def slots(self) -> tuple[Slot, ...]:
-        """Everything that is permuted."""
+        """All entries that are permuted."""
         return (*self.out, *self.into)
 
     @property
     def width(self) -> int:
-        """Features of one attention head."""
+        """Number of features of an attention head."""
         return self.size // ((self.heads or 1) * self.queries)
 
     def length(self, slot: Slot) -> int:
@@ -69,7 +68,7 @@ class Group:
         return self.size if slot.part in ("features", "queries") else self.size // self.queries
 
     def index(self, slot: Slot, permutation: Tensor) -> Tensor:
-        """What a permutation of the features [size] does to the entries of a slot [length]."""
+        """Index of the entries of a slot [length] for a permutation of the features [size]."""
         if slot.part == "features":
             return permutation
         each = permutation.view(-1, self.width)
@@ -83,19 +82,19 @@ class Group:
         return (order * self.width + within).flatten()
 
     def spread(self, slot: Slot, products: Tensor) -> Tensor:
-        """[size, size], what each pair of features adds where pairs of entries of a slot are known.
+        """Spread inner products of the entries of a slot over pairs of features, [size, size].
 
         Args:
-            products: [length, length] of the entries. Its sum over pairs of `index` is that of the
-                result over pairs of the permutation.
+            products: [length, length]. Its sum over pairs of `index` equals the sum of the result
+                over pairs of the permutation.
         """
         if slot.part == "features":
             return products
         times = 1 if slot.part == "queries" else self.queries
         if slot.part == "values":
-            place = torch.arange(self.size)
-            place = place // (self.width * times) * self.width + place % self.width
-            return products[place][:, place] / times
+            entry = torch.arange(self.size)
+            entry = entry // (self.width * times) * self.width + entry % self.width
+            return products[entry][:, entry] / times
         blocks = products.view(-1, self.width, len(products) // self.width, self.width)
         whole = blocks.diagonal(dim1=1, dim2=3).sum(-1)
         times *= self.width

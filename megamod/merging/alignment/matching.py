@@ -1,7 +1,7 @@
-"""Assigning the features of one model to those of another so that the summed similarity is largest.
+"""Assignment of the features of one model to those of another, by largest summed similarity.
 
-Permutations are index vectors `col`: feature r of the reference goes with feature `col[r]` of the
-other model. Soft ones are matrices, whose row r says how much of each feature goes with r.
+A permutation is an index vector `col`: feature r of the reference is matched with feature `col[r]`
+of the other model. A soft assignment is a matrix; row r holds the share of each feature in r.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,8 +16,8 @@ from torch import Tensor
 from megamod.errors import UserError
 
 ATTENTION = ("head_perm", "monotonic", "ignore_heads")
-"""Heads are matched and then features within; heads stay in order; features of all heads mix (which
-changes what the model computes)."""
+"""Match heads and features within them; keep the order of heads; mix features of all heads (which
+changes the function of the model)."""
 
 _TOLERANCE = 1e-5
 _ROUNDS = 20_000
@@ -29,8 +29,8 @@ class Match:
 
     Attributes:
         permutation: [C] int64; if it is soft [C, C] float64 of rows that sum to 1.
-        value: summed similarity of what is matched.
-        heads: [H] int64, which head goes to which; None if heads were not told apart.
+        value: summed similarity of matched features.
+        heads: [H] int64, permutation of heads; None if heads were not matched as such.
     """
 
     permutation: Tensor
@@ -39,40 +39,40 @@ class Match:
 
 
 def assign(similarity: Tensor) -> Match:
-    """The best permutation for a matrix [C, C], by the Hungarian method (exact)."""
+    """Find the best permutation for a matrix [C, C] (exact linear assignment)."""
     matrix = similarity.numpy()
     rows, columns = linear_sum_assignment(matrix, maximize=True)
     return Match(torch.from_numpy(columns.astype(np.int64)), float(matrix[rows, columns].sum()))
 
 
 def transport(similarity: Tensor, regularisation: float) -> Match:
-    """The soft assignment of the least cost 1 - similarity less `regularisation` times its entropy.
+    """Find the soft assignment that minimises cost (1 - similarity) - `regularisation` * entropy.
 
-    Sums of all rows and columns are 1, to within `_TOLERANCE`, before rows are divided by theirs.
-    It is found by Sinkhorn's algorithm, on logarithms and in float64. The smaller the
-    regularisation, the nearer it is to `assign`, and the longer it takes.
+    Sinkhorn's algorithm, on logarithms and in float64. Rows and columns sum to 1 within
+    `_TOLERANCE`; at the end rows are normalised exactly. A smaller regularisation is closer to
+    `assign` and takes longer.
 
     Args:
         similarity: [C, C].
         regularisation: positive, in units of the similarity.
     Raises:
-        UserError: if sums are not that near to 1 after `_ROUNDS` rounds.
+        UserError: if the sums have not converged after `_ROUNDS` rounds.
     Source: Cuturi 2013 (Sinkhorn distances), algorithm 1; Imfeld et al. 2023 (Transformer fusion
-        with optimal transport), section 4, for what it is used for.
+        with optimal transport), section 4, for its use.
     """
     logits = (similarity.double() - 1) / regularisation
     columns = logits.new_zeros(len(logits))
     for _ in range(_ROUNDS):
         rows = -(logits + columns).logsumexp(1)
         before, columns = columns, -(logits + rows[:, None]).logsumexp(0)
-        # Columns sum to 1 now; rows are off by what that changed.
-        off = float((columns - before).abs().max())
-        if off <= _TOLERANCE:
+        # Columns sum to 1 now; the change of the factors is the error of the rows.
+        error = float((columns - before).abs().max())
+        if error <= _TOLERANCE:
             break
     else:
         raise UserError(
-            f"align.regularisation: with {regularisation:g} sums are still off by {off:.2g} after "
-            f"{_ROUNDS} rounds; give a larger one"
+            f"align.regularisation: with {regularisation:g} the sums are off by {error:.2g} "
+            f"after {_ROUNDS} rounds; give a larger one"
         )
     plan = (logits + rows[:, None] + columns).softmax(1)
     return Match(plan, float((plan * similarity).sum()))
@@ -88,15 +88,15 @@ def assign_heads(
     order: Tensor | None = None,
     solve: Solver = assign,
 ) -> list[Match]:
-    """The best permutations of features within heads, for matrices that share the order of heads.
+    """Find the best permutations of features within heads, for groups that share the head order.
 
     Args:
-        similarities: [C, C] each; more than one where groups have their own features but the same
+        similarities: [C, C] each; several where groups have features of their own and the same
             heads.
-        heads: number of heads; head j has features j * C / heads and following.
+        heads: number of heads; head j has C / heads features from j * C / heads on.
         mode: one of `ATTENTION`.
-        order: [H], a given order of heads, with `head_perm`; None to find the best.
-        solve: what finds the permutation within a pair of heads.
+        order: [H], fixed order of heads, with `head_perm`; None: find the best.
+        solve: finds the permutation within a pair of heads.
     Returns:
         one match per matrix.
     Source: Verma and Elbayad 2024, section 3.3.
@@ -118,16 +118,16 @@ def assign_heads(
     if order is None:
         values = torch.zeros(heads, heads, dtype=torch.float64)
         for j, k in pairs:
-            values[j, k] = sum(found[j, k].value for found in inner)
+            values[j, k] = sum(matches[j, k].value for matches in inner)
         order = assign(values).permutation
     chosen = list(enumerate(order.tolist()))
     return [
         Match(
-            torch.cat([k * size + found[j, k].permutation for j, k in chosen]),
-            sum(found[j, k].value for j, k in chosen),
+            torch.cat([k * size + matches[j, k].permutation for j, k in chosen]),
+            sum(matches[j, k].value for j, k in chosen),
             order,
         )
-        for found in inner
+        for matches in inner
     ]
 
 
@@ -138,12 +138,13 @@ def transport_heads(
     regularisation: float,
     order: Tensor | None = None,
 ) -> Match:
-    """Soft assignments of features within heads; whole heads are matched by `assign_heads`.
+    """Find soft assignments of features within heads; heads are matched by `assign_heads`.
 
     Args:
-        similarity, heads, mode, order: as there; regularisation: as of `transport`.
+        similarity, heads, mode, order: see `assign_heads`.
+        regularisation: see `transport`.
     Raises:
-        UserError: as `transport`.
+        UserError: if the iteration does not converge.
     """
     if mode == "ignore_heads":
         return transport(similarity, regularisation)
@@ -158,15 +159,15 @@ def transport_heads(
 
 
 def assign_queries(similarity: Tensor, queries: int, mode: str) -> Match:
-    """The best permutation where several heads of queries share one of keys and values.
+    """Find a permutation where several query heads share one key and value head.
 
-    They may change places, and have one permutation of their features, which are those of the
-    values. Each of both is best for the other; they are improved in turn.
+    Query heads may be reordered, and all have one permutation of features, that of the values. The
+    two are optimised alternately.
 
     Args:
-        similarity: [C, C] of one head of keys with one of the other model, head by head.
-        queries: how many heads it has.
-        mode: with "monotonic" they stay in order.
+        similarity: [C, C] of the query heads of a key head with those of the other model.
+        queries: number of query heads.
+        mode: with "monotonic" the query heads stay in order.
     """
     size = len(similarity) // queries
     blocks = similarity.reshape(queries, size, queries, size).transpose(1, 2)
@@ -174,20 +175,20 @@ def assign_queries(similarity: Tensor, queries: int, mode: str) -> Match:
     if mode != "monotonic":
         best = [[assign(block).value for block in row] for row in blocks]
         order = assign(torch.tensor(best, dtype=torch.float64)).permutation
-    places, value = torch.arange(queries), -float("inf")
+    heads, value = torch.arange(queries), -float("inf")
     while True:
-        within = assign(blocks[places, order].sum(0))
+        within = assign(blocks[heads, order].sum(0))
         if not within.value > value:
             break
-        value, inner, found = within.value, within.permutation, order
+        value, inner, best_order = within.value, within.permutation, order
         if mode != "monotonic":
             whole = blocks[:, :, torch.arange(size), inner].sum(-1)
             order = assign(whole).permutation
-    return Match((found[:, None] * size + inner).flatten(), value, found)
+    return Match((best_order[:, None] * size + inner).flatten(), value, best_order)
 
 
 def solver_of(queries: int, mode: str) -> Solver:
-    """What finds the permutation within a pair of heads of keys."""
+    """Solver for the permutation within a pair of key heads."""
     return assign if queries == 1 else partial(assign_queries, queries=queries, mode=mode)
 
 
@@ -196,10 +197,10 @@ def _block(similarity: Tensor, j: int, k: int, size: int) -> Tensor:
 
 
 def identity(similarity: Tensor) -> Match:
-    """Everything stays where it is."""
+    """The match that leaves every feature where it is."""
     return Match(torch.arange(len(similarity)), float(similarity.trace()))
 
 
 def inverse(permutation: Tensor) -> Tensor:
-    """The permutation that undoes one."""
+    """Inverse of a permutation."""
     return torch.argsort(permutation)

@@ -1,4 +1,4 @@
-"""Running two models on the same text and comparing what their modules see."""
+"""Run two models on the same text and accumulate the covariances of their features."""
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -40,11 +40,11 @@ _AUTO = (
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured on all batches.
+    """Statistics over all batches.
 
     Attributes:
-        covariances: sums of each group.
-        columns: how many tokens counted (sentences, at sentence level).
+        covariances: of each group.
+        columns: number of tokens that counted (sentences, at sentence level).
     """
 
     covariances: Mapping[str, CrossCovariance]
@@ -90,13 +90,13 @@ def measure(
     batches: Iterable[Batch],
     options: Options,
 ) -> Measured:
-    """Run both models on all batches, in evaluation mode, and sum up how features go together.
+    """Run both models on all batches in evaluation mode and accumulate covariances of features.
 
     Args:
-        groups: whose features to look at.
-        domains: of models with experts; a batch without a domain is run through each of them.
+        groups: whose features are observed.
+        domains: of models with experts; a batch without a domain runs through each of them.
     Raises:
-        UserError: if there is no batch, or one does not fit the models.
+        UserError: if there is no batch, or a batch does not fit the models.
     """
     device = first.device
     stacked = options.compat.stacked
@@ -119,15 +119,15 @@ def measure(
                 _run(second, batch, domain, groups, compare)
                 columns += rows.count
     if columns == 0:
-        raise UserError("calibration: there is not a single token to compare the models on")
+        raise UserError("calibration: the text has no token to compare the models on")
     return Measured(sums, columns)
 
 
 class _Rows:
-    """Which rows of the features of a batch count.
+    """Selection of the rows of a batch that count.
 
-    Multiplexed models mix the items of a group into one sequence, behind a prefix if they have one;
-    a position counts if it does in any of the items.
+    Multiplexed models mix the instances of a group into one sequence, after a prefix if they have
+    one; a position counts if it does in any of the instances.
     """
 
     def __init__(self, batch: Batch, options: Options, device: torch.device, instances: int):
@@ -144,7 +144,7 @@ class _Rows:
         self.count = int(self._kept.sum()) if level == "none" else len(batch.lengths)
 
     def of(self, x: Tensor) -> Tensor:
-        """Features [B, L, C], or [B, C] of whole items, as rows [n, C]."""
+        """Rows [n, C] that count, of features [B, L, C] or pooled features [B, C]."""
         if x.dim() == 2:
             return x
         kept = self._fit(x.shape[1])
@@ -154,14 +154,14 @@ class _Rows:
             return flat if places is None else flat.index_select(0, places)
         if self._level == "cls":
             return x[:, self._cls]
-        there = kept.any(1)
-        x, kept = x[there], kept[there, :, None]
+        nonempty = kept.any(1)
+        x, kept = x[nonempty], kept[nonempty, :, None]
         if self._level == "maxpool":
             return x.masked_fill(~kept, -torch.inf).amax(1)
         return (x * kept).sum(1) / kept.sum(1)
 
     def _fit(self, length: int) -> Tensor:
-        """The mask with a prefix in front, or without columns that nobody computes."""
+        """The mask extended by a prefix, or cut to the columns that are computed."""
         added = length - self._kept.shape[1]
         if added <= 0:
             return self._kept[:, :length]
@@ -181,10 +181,10 @@ def _run(
     groups: Sequence[Group],
     see: Callable[[Group, Hook, Tensor], None],
 ) -> None:
-    """One forward pass that calls `see` with the features of every hook it comes by."""
+    """Run one forward pass that calls `see` with the features at every hook."""
     accepted = inspect.signature(model.forward).parameters
-    given: dict[str, object] = {"use_cache": False, "logits_to_keep": 1, "domain": domain}
-    given = {k: v for k, v in given.items() if k in accepted and v is not None}
+    arguments: dict[str, object] = {"use_cache": False, "logits_to_keep": 1, "domain": domain}
+    arguments = {k: v for k, v in arguments.items() if k in accepted and v is not None}
     with ExitStack() as stack:
         for group in groups:
             for hook in group.hooks:
@@ -193,7 +193,7 @@ def _run(
         model(
             input_ids=batch.input_ids.to(model.device),
             attention_mask=batch.mask.to(model.device),
-            **given,
+            **arguments,
         )
 
 
@@ -212,7 +212,7 @@ def _attach(
 
 
 def _check(batch: Batch, number: int, model: PreTrainedModel, domains: Sequence[str]) -> None:
-    """Refuse a batch that the model would fail on.
+    """Refuse a batch that does not fit the model.
 
     Raises:
         UserError: naming the batch.
@@ -223,13 +223,13 @@ def _check(batch: Batch, number: int, model: PreTrainedModel, domains: Sequence[
     highest, words = int(batch.input_ids.max()), config.vocab_size
     if highest >= words or int(batch.input_ids.min()) < 0:
         raise UserError(
-            f"{origin}: has token id {highest}; the models have ids from 0 to {words - 1}. "
-            "Is it the models' tokenizer?"
+            f"{origin}: has token id {highest}; the models have ids from 0 to {words - 1}; "
+            "use the tokenizer of the models"
         )
     room = getattr(config, "max_position_embeddings", None)
     if room is not None and batch.input_ids.shape[1] > room:
         raise UserError(
-            f"{origin}: has {batch.input_ids.shape[1]} tokens in a row; the models have {room} "
+            f"{origin}: has {batch.input_ids.shape[1]} tokens per item; the models have {room} "
             "positions"
         )
     if batch.domain is not None and domains and batch.domain not in domains:
@@ -240,7 +240,7 @@ def _check(batch: Batch, number: int, model: PreTrainedModel, domains: Sequence[
 
 @contextmanager
 def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode inside, what it was before behind."""
+    """Evaluation mode within the block."""
     before = model.training
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""The `align:` block of a merge: every model read in the order of the first one's features."""
+"""Alignment as a step of a merge: read every model in the feature order of the first."""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,30 +14,30 @@ from megamod.states.forest import read_config
 def aligned_folders(
     block: Mapping[str, object], folders: Sequence[TensorSource], origin: str
 ) -> list[TensorSource]:
-    """The folders of a recipe, all but the first with their features in the first one's order.
+    """Views of the folders of a recipe, all with their features in the order of the first.
 
     Args:
-        block: `align:` of the recipe; `origin`: where it stands, for messages.
+        block: `align:` of the recipe; `origin`: its file, for messages.
     Raises:
-        UserError: if models cannot be aligned so, or the result would need an output matrix that
+        UserError: if the models cannot be aligned, or the result would need an output matrix that
             is no longer tied.
     """
     options = checked_options(dict(block), origin)
     if options.method == "identity" and not options.compat.scale:
         return list(folders)
-    found: list[TensorSource] = [folders[0]]
+    views: list[TensorSource] = [folders[0]]
     for folder in folders[1:]:
         alignment = _alignment(folders[0], folder, options, origin)
-        one = PermutedFolder(folder, alignment)
+        view = PermutedFolder(folder, alignment)
         if options.compat.scale:
-            found[0] = PermutedFolder(folders[0], alignment, reference=True)
-        if extra := sorted(one.tensors.keys() - folder.tensors.keys()):
+            views[0] = PermutedFolder(folders[0], alignment, reference=True)
+        if extra := sorted(view.tensors.keys() - folder.tensors.keys()):
             raise UserError(
                 f"{origin}: aligned so, {extra[0]} is no longer tied; leave head_follow_residual "
                 "on and head off in align"
             )
-        found.append(one)
-    return found
+        views.append(view)
+    return views
 
 
 def _alignment(

@@ -1,4 +1,4 @@
-"""What an alignment is told: the `align:` block of a recipe."""
+"""Options of an alignment: the `align:` block of a recipe."""
 
 from dataclasses import dataclass, field
 
@@ -15,18 +15,17 @@ SENTENCE_LEVELS = ("none", "cls", "maxpool", "avgpool")
 
 @dataclass(frozen=True)
 class Compat:
-    """Ways in which the program of Verma and Elbayad 2024 departs from what is right; all off.
+    """Defects of the program of Verma and Elbayad 2024, to reproduce its results; all off.
 
     Attributes:
-        scale: what makes permuted features is multiplied by 2 / (2 + 1e-5), in both models.
-        unmerge: the tied output matrix gets the permutation of the residual stream twice, where
-            undoing it would be right.
-        res_attn_without_embeddings: with the groups res and attn alone the embeddings and what
-            reads them first stay as they are.
-        pooler_by_tokens: moments of features that exist once per sequence are divided by the
-            number of tokens.
+        scale: multiply weights that produce permuted features by 2 / (2 + 1e-5), in both models.
+        unmerge: apply the permutation of the residual stream to the tied output matrix twice
+            instead of undoing it.
+        res_attn_without_embeddings: with the groups res and attn alone, do not permute embeddings
+            and the weights that read them first.
+        pooler_by_tokens: divide the moments of pooled features by the number of tokens.
         cls_at_one: sentence level `cls` takes position 1.
-        stacked: correlations in its arithmetic, see `CrossCovariance`.
+        stacked: correlations in the arithmetic of the program, see `CrossCovariance`.
     """
 
     scale: bool = False
@@ -39,14 +38,14 @@ class Compat:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The text that models are compared on.
+    """Calibration text.
 
     Attributes:
-        path: text file, a line an item, or JSON lines with the key "text".
-        fraction: how much of its items; more than 1 goes through them again.
-        batch_size: items at once.
-        special_tokens: whether the first and the last token of an item count.
-        sentence_level: "cls", "maxpool" and "avgpool" make one row of features of each item.
+        path: text file with an item per line, or JSON lines with the key "text".
+        fraction: of its items; above 1 items are repeated.
+        batch_size: items per forward pass.
+        special_tokens: count the first and the last token of an item.
+        sentence_level: "cls", "maxpool" and "avgpool" give one row of features per item.
     """
 
     path: str | None = None
@@ -58,28 +57,28 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Options:
-    """How to align.
+    """Options of an alignment.
 
     Attributes:
-        method: by "activation" on calibration text, by "weight" (data-free), or "identity"; "ot":
-            as "activation", but every feature becomes a mean of several, which changes what the
-            model computes.
-        regularisation: with "ot", how soft that is.
-        groups: of "ff", "attn" and "res", what is permuted.
+        method: "activation" (correlations on calibration text), "ot" (the same with soft
+            assignments, which changes the function of the model), "weight" (from weights alone) or
+            "identity".
+        regularisation: softness of "ot".
+        groups: families that are permuted: "ff", "attn", "res".
         attention: see `matching.ATTENTION`.
-        residual: the one permutation of the residual stream comes from its "first" or "last" place
-            or the mean over "all"; "sep": a permutation for each place, which changes what the
-            model computes.
-        qk: queries and keys have a permutation of their own within heads.
-        absolute: match by the size of a correlation, whatever its sign.
-        covariance: match by covariances in place of correlations.
-        head: permute the features of the output head as well.
-        head_follow_residual: give the features of a masked-LM head the order of the residual
-            stream, so that its matrix can stay tied to the embeddings. Without it the permuted
-            model has an output matrix of its own.
-        calibration: the text.
-        seed: of the order in which "weight" goes through the groups.
-        compat: departures of the original program.
+        residual: statistics that the permutation of the residual stream comes from: "first" or
+            "last" norm, or the mean over "all"; "sep": one permutation per norm, which changes the
+            function of the model.
+        qk: permute queries and keys within heads separately from values.
+        absolute: match by absolute correlations.
+        covariance: match by covariances instead of correlations.
+        head: permute the features of output heads too.
+        head_follow_residual: permute the features of a masked-LM head like the residual stream, so
+            that its matrix stays tied to the embeddings. Otherwise the permuted model has an output
+            matrix of its own.
+        calibration: text for "activation" and "ot".
+        seed: of the order of groups with "weight".
+        compat: defects of the original program.
     Raises:
         UserError: naming the key, if a value is not allowed.
     """
@@ -111,7 +110,7 @@ class Options:
             if value not in allowed:
                 raise UserError(f"align.{key}: {value!r} is not one of {', '.join(allowed)}")
         if not (self.groups or self.head):
-            raise UserError("align.groups: is empty, so there is nothing to align")
+            raise UserError("align.groups: is empty; name at least one of ff, attn, res")
         if not 0 < self.regularisation < float("inf"):
             raise UserError(f"align.regularisation: {self.regularisation} is not positive")
         if self.method == "ot" and self.compat.unmerge:
@@ -179,10 +178,10 @@ def checked_options(block: dict[str, object], origin: str) -> Options:
 
 
 def options_from(block: dict[str, object], origin: str) -> Options:
-    """The options of an `align:` block.
+    """Read the options of an `align:` block.
 
     Args:
-        origin: where it stands, for messages.
+        origin: file and key of the block, for messages.
     Raises:
         UserError: naming the key that is not known or whose value is of the wrong kind.
     """
@@ -195,7 +194,7 @@ def options_from(block: dict[str, object], origin: str) -> Options:
 
 
 def _checked(block: object, kind: type, origin: str) -> dict[str, object]:
-    """The block, if its keys are fields and its values are of the kind of their defaults."""
+    """Check that keys are fields and values have the type of their defaults."""
     if not isinstance(block, dict):
         raise UserError(f"{origin}: is {block!r}, not a mapping")
     defaults, checked = kind(), {}
@@ -206,10 +205,10 @@ def _checked(block: object, kind: type, origin: str) -> dict[str, object]:
         if value is None and default is None:  # as records have it
             continue
         kinds = {float: (int, float), tuple: (list, tuple), type(None): str}
-        wanted = kinds.get(type(default), type(default))
-        if not isinstance(value, wanted) or isinstance(value, bool) != isinstance(default, bool):
-            told = {"NoneType": "str", "tuple": "list"}
-            name = told.get(type(default).__name__, type(default).__name__)
+        expected = kinds.get(type(default), type(default))
+        if not isinstance(value, expected) or isinstance(value, bool) != isinstance(default, bool):
+            spelled = {"NoneType": "str", "tuple": "list"}
+            name = spelled.get(type(default).__name__, type(default).__name__)
             raise UserError(f"{origin}.{key}: {value!r} is not of type {name}")
         checked[key] = value
     return checked

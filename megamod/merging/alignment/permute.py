@@ -1,7 +1,7 @@
-"""Permutations carried out on weights, and merging what was aligned.
+"""Permutations applied to weights, and averages of aligned models.
 
-A permuted model computes what it computed before. Rows of what makes features are reordered, and
-columns of what reads them, by plain indexing.
+A permuted model computes the same function: rows of the weights that produce features and columns
+of those that read them are reordered by indexing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,15 +15,15 @@ from megamod.merging.alignment.record import Alignment
 from megamod.merging.alignment.symmetry import Symmetry
 
 State = Mapping[str, Tensor]
-"""A model's weights by name."""
+"""Weights of a model by name."""
 
-_SCALE = 2 / (2 + 1e-5)  # what the original program multiplies by, see `Compat.scale`
+_SCALE = 2 / (2 + 1e-5)  # factor of the original program, see `Compat.scale`
 
 
 @dataclass(frozen=True)
 class Change:
-    """What becomes of part of a tensor: entry i along `axis` is what was entry `index[i]`, both
-    counted from `start`. With a matrix it is the sum of entries times its row i."""
+    """New order of some entries of a tensor: entry i along `axis` is the former entry `index[i]`,
+    both counted from `start`. With a matrix, entry i is the sum weighted by row i."""
 
     axis: int
     start: int
@@ -31,17 +31,17 @@ class Change:
 
     @property
     def soft(self) -> bool:
-        """Whether entries are mixed."""
+        """True if entries are mixed, not only reordered."""
         return self.index.dim() == 2
 
 
 def changes(symmetry: Symmetry, alignment: Alignment) -> dict[str, list[Change]]:
-    """What becomes of each tensor of the aligned model; what stays as it is has no entry.
+    """Changes of each tensor of the aligned model; unchanged tensors have no entry.
 
     Raises:
-        UserError: if the alignment is not one of such a model.
+        UserError: if the alignment does not fit the model.
     """
-    found: dict[str, list[Change]] = {}
+    all_changes: dict[str, list[Change]] = {}
     effective = alignment.in_effect(symmetry)
     for name, index in effective.items():
         if torch.equal(index, torch.arange(len(index))):
@@ -49,12 +49,12 @@ def changes(symmetry: Symmetry, alignment: Alignment) -> dict[str, list[Change]]
         group = symmetry.groups[name]
         for slot in group.slots:
             change = Change(slot.axis, slot.start, group.index(slot, index))
-            found.setdefault(slot.tensor, []).append(change)
+            all_changes.setdefault(slot.tensor, []).append(change)
     if alignment.options.compat.unmerge and "res.emb" in effective:
         index = effective["res.emb"]
         for alias in _tied_matrices(symmetry):
-            found[alias] = [Change(1, 0, index[index])]
-    return found
+            all_changes[alias] = [Change(1, 0, index[index])]
+    return all_changes
 
 
 Span = tuple[int, int, int]
@@ -63,13 +63,13 @@ Span = tuple[int, int, int]
 
 def scaled_features(symmetry: Symmetry, alignment: Alignment) -> dict[str, list[Span]]:
     """Entries of tensors that `Compat.scale` multiplies, in both models; empty without it."""
-    found: dict[str, list[Span]] = {}
+    spans: dict[str, list[Span]] = {}
     for name in alignment.in_effect(symmetry) if alignment.options.compat.scale else ():
         group = symmetry.groups[name]
         for slot in group.out:
             span = (slot.axis, slot.start, group.length(slot))
-            found.setdefault(slot.tensor, []).append(span)
-    return found
+            spans.setdefault(slot.tensor, []).append(span)
+    return spans
 
 
 def scale_features(tensor: Tensor, spans: Sequence[Span], first: int = 0) -> Tensor:
@@ -87,12 +87,11 @@ def scale_features(tensor: Tensor, spans: Sequence[Span], first: int = 0) -> Ten
     return tensor
 
 
-def untied(symmetry: Symmetry, found: Mapping[str, list[Change]]) -> dict[str, str]:
-    """Tied tensors, if they need storage of their own when aligned -> what they were tied to."""
-
+def untied(symmetry: Symmetry, all_changes: Mapping[str, list[Change]]) -> dict[str, str]:
+    """Map tied tensors that need storage of their own once aligned to their original tensors."""
     # A configuration unties all of them or none.
     same = all(
-        _equal(found.get(alias, []), found.get(source, []))
+        _equal(all_changes.get(alias, []), all_changes.get(source, []))
         for alias, source in symmetry.tied.items()
     )
     return {} if same else dict(symmetry.tied)
@@ -100,8 +99,8 @@ def untied(symmetry: Symmetry, found: Mapping[str, list[Change]]) -> dict[str, s
 
 def _equal(first: list[Change], second: list[Change]) -> bool:
     return len(first) == len(second) and all(
-        (one.axis, one.start) == (other.axis, other.start) and torch.equal(one.index, other.index)
-        for one, other in zip(first, second, strict=True)
+        (a.axis, a.start) == (b.axis, b.start) and torch.equal(a.index, b.index)
+        for a, b in zip(first, second, strict=True)
     )
 
 
@@ -110,22 +109,22 @@ def _tied_matrices(symmetry: Symmetry) -> set[str]:
     return {slot.tensor for slot in slots} & symmetry.tied.keys()
 
 
-def reorder(tensor: Tensor, wanted: list[Change]) -> Tensor:
-    """The tensor with its changes made; a new one unless there is none."""
-    for change in wanted:
+def reorder(tensor: Tensor, tensor_changes: list[Change]) -> Tensor:
+    """Apply changes to a tensor; the same tensor if there are none."""
+    for change in tensor_changes:
         if change.soft:
             tensor = _mixed(tensor, change)
-    for axis in dict.fromkeys(change.axis for change in wanted if not change.soft):
-        index = axis_index(tensor.shape[axis], axis, wanted)
+    for axis in dict.fromkeys(change.axis for change in tensor_changes if not change.soft):
+        index = axis_index(tensor.shape[axis], axis, tensor_changes)
         tensor = tensor.index_select(axis, index.to(tensor.device))
     return tensor
 
 
 def _mixed(tensor: Tensor, change: Change) -> Tensor:
-    """The tensor with entries along an axis mixed, in float64.
+    """Mix entries along an axis, in float64.
 
-    What makes features is multiplied by the matrix, and what reads them by its transpose from the
-    right: both sums run over the entries that there were.
+    Weights that produce features are multiplied by the matrix from the left, those that read them
+    by its transpose from the right: both sums run over the former entries.
     """
     part = tensor.narrow(change.axis, change.start, change.index.shape[1])
     matrix = change.index.to(tensor.device, torch.float64)
@@ -136,33 +135,33 @@ def _mixed(tensor: Tensor, change: Change) -> Tensor:
     return whole
 
 
-def axis_index(length: int, axis: int, wanted: list[Change]) -> Tensor:
-    """All changes along an axis as one index vector [length]."""
+def axis_index(length: int, axis: int, tensor_changes: list[Change]) -> Tensor:
+    """Combine all changes along an axis into one index vector [length]."""
     index = torch.arange(length)
-    for change in wanted:
+    for change in tensor_changes:
         if change.axis == axis and not change.soft:
             index[change.start : change.start + len(change.index)] = change.start + change.index
     return index
 
 
 def permuted(state: State, symmetry: Symmetry, alignment: Alignment) -> dict[str, Tensor]:
-    """The aligned model's weights in the order of the reference.
+    """Weights of the aligned model in the order of the reference.
 
-    Tied matrices that the state lacks appear where their permutation is not that of what they are
-    tied to; the model must then be loaded with `tie_word_embeddings` off.
+    Tied matrices are added if their permutation differs from that of their original tensor; the
+    model must then be loaded with `tie_word_embeddings` off.
     """
-    found = changes(symmetry, alignment)
-    whole = _prepared(state, symmetry, alignment, found)
-    return {name: reorder(tensor, found.get(name, [])) for name, tensor in whole.items()}
+    all_changes = changes(symmetry, alignment)
+    whole = _prepared(state, symmetry, alignment, all_changes)
+    return {name: reorder(tensor, all_changes.get(name, [])) for name, tensor in whole.items()}
 
 
 def reference(state: State, symmetry: Symmetry, alignment: Alignment) -> dict[str, Tensor]:
-    """The reference's weights under the same names as those of `permuted`."""
+    """Weights of the reference under the names of `permuted`."""
     return _prepared(state, symmetry, alignment, changes(symmetry, alignment))
 
 
 def interpolate(first: State, second: State, weight: float = 0.5) -> dict[str, Tensor]:
-    """weight * first + (1 - weight) * second; integers are those of both.
+    """weight * first + (1 - weight) * second; integers must be equal.
 
     Raises:
         UserError: naming a tensor of integers that differ, as those of quantised models do.
@@ -182,17 +181,17 @@ def interpolate(first: State, second: State, weight: float = 0.5) -> dict[str, T
 def merge_states(
     first: State, second: State, symmetry: Symmetry, alignment: Alignment
 ) -> dict[str, Tensor]:
-    """The mean of the reference and the aligned model."""
+    """Mean of the reference and the aligned model."""
     return interpolate(reference(first, symmetry, alignment), permuted(second, symmetry, alignment))
 
 
 def merge_keeping_heads(
     first: State, second: State, symmetry: Symmetry, alignment: Alignment
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Two merged models: the mean of everything but the output heads, of which each keeps its own.
+    """Two merged models: the mean of all weights, except that each keeps its own output heads.
 
-    A head is all from the last hidden states on: transform, norm, output matrix and biases; pooler
-    and classifier. An output matrix that was tied has storage of its own in both.
+    A head is everything after the last hidden states: transform, norm, output matrix and biases;
+    pooler and classifier. An output matrix that was tied gets storage of its own in both.
     """
     pair = (reference(first, symmetry, alignment), permuted(second, symmetry, alignment))
     for state in pair:
@@ -208,13 +207,13 @@ def merge_keeping_heads(
 
 
 def _prepared(
-    state: State, symmetry: Symmetry, alignment: Alignment, found: Mapping[str, list[Change]]
+    state: State, symmetry: Symmetry, alignment: Alignment, all_changes: Mapping[str, list[Change]]
 ) -> dict[str, Tensor]:
-    """The state before anything moves: scaled if asked for, with every matrix that is needed."""
+    """The state before the permutation: with `Compat.scale` applied and untied matrices added."""
     prepared = dict(state)
     for name, spans in scaled_features(symmetry, alignment).items():
         prepared[name] = scale_features(prepared[name], spans)
-    needed = untied(symmetry, found)
+    needed = untied(symmetry, all_changes)
     for alias, source in symmetry.tied.items():
         if alias in prepared or alias in needed:
             prepared[alias] = prepared[source]

@@ -1,4 +1,4 @@
-"""What an alignment found, and its folder on disk: `alignment.json`, `permutations.safetensors`."""
+"""An alignment and its folder on disk: `alignment.json`, `permutations.safetensors`."""
 
 import json
 from collections.abc import Mapping
@@ -22,15 +22,15 @@ _RECORD, _PERMUTATIONS = "alignment.json", "permutations.safetensors"
 
 @dataclass(frozen=True)
 class Alignment:
-    """Permutations that give a model's features the order of another's.
+    """Permutations that bring the features of a model into the order of a reference.
 
     Attributes:
-        permutations: group -> [C] int64; feature r of the reference goes with this model's feature
-            `permutation[r]`. With the method "ot" [C, C] float64, row r being what goes with it.
-            Some may have been found and take no part, see `in_effect`.
-        costs: group -> summed similarity of what is matched, divided by 2 C: with correlations half
-            their mean. With `qk` the cost of an attention group is that of its queries and keys.
-        options: what was asked for.
+        permutations: group -> [C] int64; feature r of the reference is matched with feature
+            `permutation[r]` of this model. With the method "ot" [C, C] float64, whose row r mixes
+            features. Not all are applied, see `in_effect`.
+        costs: group -> summed similarity of matched features / (2 C): half the mean correlation.
+            With `qk` the cost of an attention group is that of its queries and keys.
+        options: that the alignment was computed with.
     """
 
     permutations: Mapping[str, Tensor]
@@ -38,7 +38,7 @@ class Alignment:
     options: Options
 
     def in_effect(self, symmetry: Symmetry) -> dict[str, Tensor]:
-        """The permutations that are carried out, by group.
+        """The permutations that are applied, by group.
 
         Raises:
             UserError: if one is missing, or of another size than the model's group.
@@ -48,18 +48,18 @@ class Alignment:
             name = group.name
             if name == followed(symmetry, self.options):
                 name = "res.emb"
-            found = self.permutations.get(name)
-            if found is None or len(found) != group.size:
-                what = "none" if found is None else f"one of {len(found)} features"
+            permutation = self.permutations.get(name)
+            if permutation is None or len(permutation) != group.size:
+                size = "none" if permutation is None else f"one of {len(permutation)} features"
                 raise UserError(
                     f"alignment: {group.name} has {group.size} features in this model; there is "
-                    f"{what} for it"
+                    f"{size} for it"
                 )
-            chosen[group.name] = found
+            chosen[group.name] = permutation
         return chosen
 
     def save(self, folder: Path) -> None:
-        """Write a folder that appears whole or not at all.
+        """Write the folder atomically.
 
         Raises:
             UserError: if it exists.
@@ -84,7 +84,7 @@ def unaligned(symmetry: Symmetry, options: Options) -> Alignment:
 
 
 def aligned_groups(symmetry: Symmetry, options: Options) -> list[Group]:
-    """The groups that are permuted, in order."""
+    """The groups that are permuted, in the order of the computation."""
     families = [*options.groups, *(["qk"] if options.qk and "attn" in options.groups else [])]
     chosen = symmetry.of(*families)
     if options.compat.res_attn_without_embeddings and set(options.groups) == {"attn", "res"}:
@@ -98,7 +98,7 @@ def aligned_groups(symmetry: Symmetry, options: Options) -> list[Group]:
 
 
 def followed(symmetry: Symmetry, options: Options) -> str | None:
-    """The head whose features get the order of the residual stream, so that it stays tied."""
+    """Name of the head that follows the residual stream, so that its matrix stays tied."""
     if not (options.head_follow_residual and "res" in options.groups):
         return None
     for group in symmetry.of("head"):
@@ -108,10 +108,10 @@ def followed(symmetry: Symmetry, options: Options) -> str | None:
 
 
 def load_alignment(folder: Path) -> Alignment:
-    """Read what `Alignment.save` wrote.
+    """Read a folder that `Alignment.save` wrote.
 
     Raises:
-        UserError: if it is not that.
+        UserError: if it is not one.
     """
     folder = Path(folder)
     try:

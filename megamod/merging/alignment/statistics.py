@@ -1,6 +1,6 @@
-"""How strongly each feature of one model goes with each feature of another, in one pass over data.
+"""Correlations between the features of two models, in one pass over data.
 
-Of the joint covariance only the means, the diagonal and the block between the models are held.
+Of the joint covariance only the means, the diagonal and the cross block are accumulated.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_SMALLEST = 1e-7  # of the product of two standard deviations, as in the release
+_SMALLEST = (
+    1e-7  # lower bound of the product of two standard deviations, as in the original program
+)
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class Moments:
 
     Attributes:
         first, second: variances [C] of the features of each.
-        cross: covariances [C, C], rows being the first model's features.
+        cross: covariances [C, C]; rows are features of the first model.
     """
 
     first: Tensor
@@ -33,16 +35,16 @@ class Moments:
 
 
 class CrossCovariance:
-    """Sums over batches of two models' features, in float64; products of a batch are in float32.
+    """Sums over batches of the features of two models, in float64; batch products in float32.
 
-    What is summed are differences to the means of the first batch, so that features far from zero
-    lose no digits.
+    The means of the first batch are subtracted first, so that features far from zero lose no
+    digits.
 
     Args:
         size: C, number of features.
-        stacked: take the product of both models' features with themselves, and no differences: to
-            the last digit what the original program has, which is off by 1e-5 where features are
-            far from zero, and four times the work.
+        stacked: multiply the stacked features of both models without subtracting means: bit for bit
+            the arithmetic of the original program, whose error is 1e-5 where features are far from
+            zero, at four times the cost.
     """
 
     def __init__(self, size: int, device: torch.device | str = "cpu", stacked: bool = False):
@@ -54,7 +56,7 @@ class CrossCovariance:
         )
 
     def add(self, first: Tensor, second: Tensor) -> None:
-        """Add a batch: features [n, C] of each model; what is not finite counts as 0."""
+        """Add a batch: features [n, C] of each model; values that are not finite count as 0."""
         pair = tuple(_finite(x) for x in (first, second))
         self.count += len(first)
         if self._stacked:
@@ -76,11 +78,11 @@ class CrossCovariance:
         self._sums += both.sum(1).view(2, size)
 
     def moments(self, count: int | None = None) -> Moments:
-        """What the sums come to; they are used up.
+        """Compute the moments; the sums are overwritten.
 
         Args:
-            count: what to divide by in place of the number of rows that were added. The release
-                does so for features that exist once per sequence, which makes their means wrong.
+            count: divisor instead of the number of added rows. The original program does this for
+                features that exist once per sequence, which makes their means wrong.
         """
         sums, squares, product, n = self._sums, self._squares, self._product, self.count
         if count is not None and count != n and self._shifts is None:
@@ -98,9 +100,9 @@ class CrossCovariance:
 
 
 def averaged(moments: Sequence[Moments]) -> Moments:
-    """The mean of covariances that were measured at several places."""
+    """Mean of the moments of several groups."""
     first, second, cross = (
-        torch.stack([getattr(one, name) for one in moments]).mean(0)
+        torch.stack([getattr(entry, name) for entry in moments]).mean(0)
         for name in ("first", "second", "cross")
     )
     return Moments(first, second, cross)
@@ -108,5 +110,5 @@ def averaged(moments: Sequence[Moments]) -> Moments:
 
 def _finite(x: Tensor) -> Tensor:
     x = x.float()
-    # One sum is much faster than a look at each element, and finite only if all of them are.
+    # One sum is much faster than a test of each element, and finite only if all are.
     return x if torch.isfinite(x.sum()) else x.nan_to_num(0.0, 0.0, 0.0)

@@ -1,7 +1,7 @@
-"""Which features of a model may be permuted together, and which weights that concerns.
+"""Permutation groups of a model: features that are permuted together, and the weights involved.
 
-Features of a group come in any order as long as those that make them and those that read them agree
-on it. Everything else in this package is written in these terms and knows no architecture.
+The features of a group may have any order on which the weights that produce them and the weights
+that read them agree. The rest of this package works on these groups and knows no architecture.
 Source: Verma and Elbayad 2024 (Merging text transformer models from different initializations).
 """
 
@@ -14,19 +14,19 @@ from megamod.merging.alignment.families import FAMILIES, Family, Head
 from megamod.merging.alignment.groups import Group, Hook, Slot
 
 Shapes = Mapping[str, Sequence[int]]
-"""Shapes of a model's tensors by name."""
+"""Shapes of the tensors of a model by name."""
 
 
 @dataclass(frozen=True)
 class Symmetry:
-    """The groups of one model, in the order of its computation.
+    """The permutation groups of a model, in the order of its computation.
 
     Attributes:
         groups: by name.
-        tied: tensor -> the one it shares storage with.
-        unknown: tensors whose part in the model is not known.
+        tied: tensor -> tensor that it shares storage with.
+        unknown: tensors whose role in the model is not known.
         domains: of a model with experts.
-        output_heads: those the model has.
+        output_heads: of the model.
     """
 
     groups: Mapping[str, Group]
@@ -36,20 +36,20 @@ class Symmetry:
     output_heads: tuple[Head, ...] = ()
 
     def of(self, *families: str) -> list[Group]:
-        """The groups of these families."""
+        """Groups of these families."""
         return [group for group in self.groups.values() if group.family in families]
 
 
 def symmetry_of(config: Mapping[str, object], shapes: Shapes, *, qk: bool = False) -> Symmetry:
-    """The groups of a model.
+    """Find the permutation groups of a model.
 
     Args:
         config: its configuration, as in config.json.
-        shapes: of all of its tensors.
-        qk: whether queries and keys have a permutation of their own within heads.
+        shapes: of all its tensors.
+        qk: permute queries and keys within heads separately from values.
     Raises:
-        UserError: if the architecture is not known, or a tensor is missing or of a shape that does
-            not fit the configuration.
+        UserError: if the architecture is not known, or a tensor is missing or does not fit the
+            configuration.
     """
     kind = config.get("model_type")
     if kind not in FAMILIES:
@@ -58,7 +58,7 @@ def symmetry_of(config: Mapping[str, object], shapes: Shapes, *, qk: bool = Fals
     family = FAMILIES[kind]
     dense = {dense_name(name): name for name in shapes}
     prefix = family.prefix if any(name.startswith(family.prefix) for name in dense) else ""
-    names = _Names(family, prefix, {name: tuple(shapes[own]) for name, own in dense.items()})
+    names = _Names(family, prefix, {name: tuple(shapes[raw]) for name, raw in dense.items()})
     counts = [config.get(key) for key in (family.layers, family.heads)]
     for key, count in zip((family.layers, family.heads), counts, strict=True):
         if not isinstance(count, int) or count < 1:
@@ -67,11 +67,13 @@ def symmetry_of(config: Mapping[str, object], shapes: Shapes, *, qk: bool = Fals
     if family.rotary and qk:
         raise UserError(
             f"align.qk: features of queries and keys of a {kind} cannot be permuted within heads, "
-            "as they are rotated by their places; leave it out"
+            "as rotary embeddings fix their order; leave it out"
         )
     key_heads = config.get(family.key_heads or family.heads) or heads
     if not isinstance(key_heads, int) or key_heads < 1 or heads % key_heads:
-        raise UserError(f"config.json: {family.key_heads} is {key_heads!r}; {heads} heads share it")
+        raise UserError(
+            f"config.json: {family.key_heads} is {key_heads!r}; it must divide {heads} heads"
+        )
     tied = {}
     if config.get("tie_word_embeddings", family.ties):
         tied = {
@@ -107,45 +109,44 @@ def symmetry_of(config: Mapping[str, object], shapes: Shapes, *, qk: bool = Fals
 
 @dataclass(frozen=True)
 class _Names:
-    """Slots of modules, by the names they have in a dense model."""
+    """Slots of modules, under the names of a dense model."""
 
     family: Family
     prefix: str
     shapes: Shapes
 
     def may_have(self, tensor: str) -> bool:
-        """Whether a tensor that may be tied belongs to this model."""
+        """True if a tensor that may be tied belongs to this model."""
         stem = ".".join(tensor.split(".")[:-2])
         if not stem:
-            # Without its storage only the backbone's prefix tells a language model from others.
+            # If it is not stored, only the prefix of the backbone marks a language model.
             others = (f"{reader}.weight" in self.shapes for reader in ("score", "classifier"))
             return tensor in self.shapes or (bool(self.prefix) and not any(others))
         return any(name.startswith(f"{stem}.") for name in self.shapes)
 
     def has(self, module: str) -> bool:
-        """Whether the module has a weight."""
+        """True if the module has a weight."""
         return f"{module}.weight" in self.shapes
 
     def made_by(self, module: str, start: int = 0, part: str = "features") -> list[Slot]:
-        """What a dense layer makes."""
+        """Slots of the features that a dense layer produces."""
         slots = [Slot(f"{module}.weight", 1 if self.family.transposed else 0, start, part)]
         if f"{module}.bias" in self.shapes:
             slots.append(Slot(f"{module}.bias", 0, start, part))
         return slots
 
     def widened(self, layer: str) -> list[str]:
-        """What reads the residual stream in front of a feed-forward network, and makes its
-        features."""
+        """Modules that read the residual stream and produce the feed-forward features."""
         parts = (self.family.widen, *((self.family.gate,) if self.family.gate else ()))
         return [layer + part for part in parts]
 
     def read_by(self, module: str) -> list[Slot]:
-        """What a dense layer reads. Heads are never stored transposed."""
+        """Slots of the features that a dense layer reads. Heads are never stored transposed."""
         inside = module.startswith(self.prefix) and self.prefix
         return [Slot(f"{module}.weight", 0 if self.family.transposed and inside else 1)]
 
     def scaled_by(self, module: str) -> list[Slot]:
-        """What a norm works on."""
+        """Slots of the features that a norm scales."""
         slots = [Slot(f"{module}.weight", 0)]
         if f"{module}.bias" in self.shapes:
             slots.append(Slot(f"{module}.bias", 0))
@@ -158,11 +159,11 @@ class _Names:
             UserError: if there is no such tensor.
         """
         if tensor not in self.shapes:
-            raise UserError(f"{tensor} is missing; there is no aligning without it")
+            raise UserError(f"{tensor} is missing, which alignment needs")
         return self.shapes[tensor][axis]
 
     def head_group(self, head: Head, reader: str) -> Group:
-        """The group of a model's output head."""
+        """Permutation group of an output head."""
         dense = self.head_module(head)
         out = [Slot(f"{dense}.weight", 0), Slot(f"{dense}.bias", 0)]
         out += self.scaled_by(head.norm) if head.norm else []
@@ -171,7 +172,7 @@ class _Names:
         return _group(head.name, "head", size, None, out, into, [Hook(reader, "input")])
 
     def head_module(self, head: Head) -> str:
-        """Name of the head's dense module: within the backbone, or outside."""
+        """Name of the dense module of a head, inside or outside of the backbone."""
         inside = self.prefix + head.dense
         return inside if self.has(inside) else head.dense
 
@@ -189,7 +190,7 @@ def _group(
 
 
 def _output(names: _Names) -> tuple[list[tuple[Head, str | None]], list[Slot]]:
-    """Heads, each with the module that reads it, and what reads the last hidden states."""
+    """Heads with the module that reads each, and slots that read the last hidden states."""
     family, heads, into = names.family, [], []
     for head in family.output_heads:
         dense = names.head_module(head)
@@ -209,8 +210,8 @@ def _output(names: _Names) -> tuple[list[tuple[Head, str | None]], list[Slot]]:
     for reader in family.readers:
         module = names.prefix + reader if names.has(names.prefix + reader) else reader
         alias = any(alias == f"{module}.weight" for alias, _ in family.tied)
-        there = names.has(module) or (alias and names.may_have(f"{module}.weight"))
-        if there and module not in taken:
+        exists = names.has(module) or (alias and names.may_have(f"{module}.weight"))
+        if exists and module not in taken:
             into.append(Slot(f"{module}.weight", 1))
     return heads, into
 
@@ -230,7 +231,7 @@ def _first_residual(names: _Names) -> Group:
 
 
 def _projections(names: _Names, layer: int, size: int) -> list[Slot]:
-    """What reads the residual stream in front of a layer's attention."""
+    """Slots that read the residual stream before the attention of a layer."""
     family = names.family
     stem = names.prefix + family.layer.format(layer)
     modules = dict.fromkeys((family.query, family.key, family.value))
@@ -248,7 +249,8 @@ def _layer(
     """Groups of one layer, in the order of its computation.
 
     Args:
-        counts: number of heads, and of those of keys and values.
+        counts: numbers of query heads and of key heads.
+        readers: slots that read the last hidden states.
     """
     family, (heads, key_heads) = names.family, counts
     stem = names.prefix + family.layer.format(layer)
@@ -260,22 +262,22 @@ def _layer(
     inputs = 0 if family.transposed else 1
     size = names.size(f"{mixed}.weight", inputs)
     if size % heads:
-        raise UserError(f"{mixed}.weight: {size} features are not divisible by {heads} heads")
+        raise UserError(f"{mixed}.weight: {size} features cannot be split into {heads} heads")
     fused = query == key
     starts = (0, size, 2 * size) if fused else (0, 0, 0)
     parts = ("queries", "keys", "values") if family.rotary else ("features",) * 3
-    places = zip((query, key, value), starts, parts, strict=True)
-    made = [names.made_by(*place) for place in places]
-    own = [*made[0], *made[1]]
+    projections = zip((query, key, value), starts, parts, strict=True)
+    produced = [names.made_by(*projection) for projection in projections]
+    out = [*produced[0], *produced[1]]
     hook = Hook(mixed, "input")
     into = names.read_by(mixed)
     groups = []
     if qk:
         hooks = [Hook(key, "output", starts[1]), Hook(query, "output", starts[0])]
-        groups.append(_group(f"layer.{layer}.qk", "qk", size, heads, own, [], hooks))
-        own = []
-    own += made[2]
-    attention = _group(f"layer.{layer}.attn", "attn", size, key_heads, own, into, [hook])
+        groups.append(_group(f"layer.{layer}.qk", "qk", size, heads, out, [], hooks))
+        out = []
+    out += produced[2]
+    attention = _group(f"layer.{layer}.attn", "attn", size, key_heads, out, into, [hook])
     groups.append(replace(attention, queries=heads // key_heads))
     wide = names.size(f"{narrow}.weight", inputs)
     out = [slot for module in widen for slot in names.made_by(module)]
@@ -290,7 +292,7 @@ def _layer(
         after = [after[1], names.prefix + family.outer_norm if last else following]
     stream = names.size(f"{after[0]}.weight", 0)
     side = "input" if family.pre_norm else "output"
-    behind = readers if last else _projections(names, layer + 1, stream)
+    following_readers = readers if last else _projections(names, layer + 1, stream)
     middle, end = (
         _group(f"res.{layer}.{name}", "res", stream, None, out, into, [Hook(norm, side)])
         for name, out, norm, into in (
@@ -304,7 +306,7 @@ def _layer(
                 "final_ln",
                 names.made_by(narrow) + names.scaled_by(after[1]),
                 after[1],
-                behind,
+                following_readers,
             ),
         )
     )
@@ -312,25 +314,25 @@ def _layer(
 
 
 def _spread(groups: Sequence[Group], tied: dict[str, str], shapes: Shapes) -> list[Group]:
-    """The same with the names of a model with experts, one group for each expert's own features."""
+    """Groups under the names of a model with experts: one group per expert for its features."""
     named: dict[str, list[str]] = {}
     for name in shapes:
         named.setdefault(dense_name(name), []).append(name)
     if all(names == [name] for name, names in named.items()):
         return list(groups)
-    # Heads that exist once per domain are tied, if at all, to tables that do as well.
+    # Heads of single domains are tied, if at all, to tables of single domains.
     for alias, source in list(tied.items()):
-        own = {domain: name for name in named.get(source, []) if (domain := domain_of_name(name))}
-        if own:
+        tables = {d: name for name in named.get(source, []) if (d := domain_of_name(name))}
+        if tables:
             del tied[alias]
             module = alias.removesuffix(".weight")
-            heads = {f"{module}.{MARK}.{domain}.weight": name for domain, name in own.items()}
+            heads = {f"{module}.{MARK}.{domain}.weight": name for domain, name in tables.items()}
             tied |= heads
             named[alias] = list(heads)
     spread = []
     for group in groups:
-        own = [tensor for slot in group.slots for tensor in named.get(slot.tensor, [slot.tensor])]
-        domains = list(dict.fromkeys(domain_of_name(tensor) for tensor in own))
+        tensors = [name for slot in group.slots for name in named.get(slot.tensor, [slot.tensor])]
+        domains = list(dict.fromkeys(domain_of_name(name) for name in tensors))
         if group.family == "res" or None in domains:
             spread.append(_renamed(group, named, None))
             continue
@@ -342,19 +344,19 @@ def _spread(groups: Sequence[Group], tied: dict[str, str], shapes: Shapes) -> li
 
 
 def _renamed(group: Group, named: Mapping[str, list[str]], domain: str | None) -> Group:
-    """The group with the names of these experts; None for those of all, and of what is shared."""
+    """The group under the names of one expert; None: of all experts and the shared weights."""
 
-    def own(tensor: str) -> list[str]:
+    def names_of(tensor: str) -> list[str]:
         names = named.get(tensor, [tensor])
         return [n for n in names if domain is None or domain_of_name(n) == domain]
 
-    def slots(given: Sequence[Slot]) -> tuple[Slot, ...]:
-        return tuple(replace(slot, tensor=name) for slot in given for name in own(slot.tensor))
+    def slots(dense: Sequence[Slot]) -> tuple[Slot, ...]:
+        return tuple(replace(slot, tensor=name) for slot in dense for name in names_of(slot.tensor))
 
     hooks = tuple(
         replace(hook, module=name.removesuffix(".weight"))
         for hook in group.hooks
-        for name in own(f"{hook.module}.weight")
+        for name in names_of(f"{hook.module}.weight")
     )
     return replace(group, out=slots(group.out), into=slots(group.into), hooks=hooks)
 
@@ -363,7 +365,7 @@ def _check(group: Group, shapes: Shapes, tied: Mapping[str, str]) -> None:
     for slot in group.slots:
         shape = shapes.get(slot.tensor, shapes.get(tied.get(slot.tensor, "")))
         if shape is None:
-            raise UserError(f"{slot.tensor} is missing; there is no aligning {group.name} without")
+            raise UserError(f"{slot.tensor} is missing, which {group.name} needs")
         if slot.axis >= len(shape) or shape[slot.axis] < slot.start + group.length(slot):
             raise UserError(
                 f"{slot.tensor} has shape {list(shape)}; {group.name} needs {group.length(slot)} "

@@ -1,6 +1,7 @@
-"""Permutations without data: those that bring the weights of one model closest to the other's.
+"""Permutations from weights alone: those that bring the weights of two models closest.
 
-Coordinate descent over groups: with all others held, the best permutation of one is an assignment.
+Coordinate descent over groups: with the others fixed, the best permutation of a group is a linear
+assignment.
 Source: Ainsworth et al. 2023 (Git Re-Basin), algorithm 1, with heads matched as blocks.
 """
 
@@ -13,7 +14,7 @@ from megamod.merging.alignment.groups import Group, Slot
 from megamod.merging.alignment.matching import Match, assign, assign_heads, solver_of
 from megamod.merging.alignment.options import Options
 
-_IMPROVES = 1e-12  # relative; less is rounding
+_IMPROVES = 1e-12  # smallest relative improvement that is not rounding
 _ROUNDS = 100
 
 
@@ -23,18 +24,18 @@ def match_weights(
     units: Sequence[Sequence[Sequence[Group]]],
     options: Options,
 ) -> dict[str, Match]:
-    """Permutations of the second model's groups.
+    """Find the permutations of the groups of the second model.
 
     Args:
         first, second: weights by name.
-        units: what is decided at once: one or several classes of groups. Groups of a class share
-            one permutation, classes of a unit the order of their heads.
+        units: sets of classes of groups that are solved together. Groups of a class share one
+            permutation; classes of a unit share the order of their heads.
     Returns:
-        a match for each group, whose value is the inner product of its weights with the first
-        model's.
+        a match for each group; its value is the inner product of its weights with those of the
+        first model.
     """
     classes = [groups for unit in units for groups in unit]
-    found = {
+    solution = {
         group.name: Match(torch.arange(group.size), -torch.inf)
         for groups in classes
         for group in groups
@@ -49,10 +50,10 @@ def match_weights(
         improved = False
         for number in torch.randperm(len(units), generator=generator).tolist():
             unit = units[number]
-            similarities = [_similarity(first, second, groups, owners, found) for groups in unit]
+            similarities = [_similarity(first, second, groups, owners, solution) for groups in unit]
             matches = _solve(similarities, unit, options)
             before = sum(
-                float(m.gather(1, found[groups[0].name].permutation[:, None]).sum())
+                float(m.gather(1, solution[groups[0].name].permutation[:, None]).sum())
                 for m, groups in zip(similarities, unit, strict=True)
             )
             after = sum(match.value for match in matches)
@@ -60,11 +61,11 @@ def match_weights(
             improved |= better
             for match, groups in zip(matches, unit, strict=True):
                 for group in groups:
-                    if better or found[group.name].value == -torch.inf:
-                        found[group.name] = match
+                    if better or solution[group.name].value == -torch.inf:
+                        solution[group.name] = match
         if not improved:
             break
-    return found
+    return solution
 
 
 def _solve(
@@ -82,24 +83,24 @@ def _similarity(
     second: Mapping[str, Tensor],
     groups: Sequence[Group],
     owners: Mapping[str, Sequence[tuple[Slot, Group]]],
-    found: Mapping[str, Match],
+    solution: Mapping[str, Match],
 ) -> Tensor:
-    """[C, C] float64: what pairing each feature with each contributes to the inner product."""
+    """[C, C] float64: contribution of each pair of features to the inner product of the weights."""
     size = groups[0].size
     total = torch.zeros(size, size, dtype=torch.float64)
     for slot in dict.fromkeys(slot for group in groups for slot in group.slots):
         if slot.tensor not in first or slot.tensor not in second:
-            continue  # a tied matrix that is stored once counts once
+            continue  # a tied matrix that is stored once is counted once
         other, length = second[slot.tensor].float(), groups[0].length(slot)
         for theirs, owner in owners[slot.tensor]:
             if theirs.axis != slot.axis:
                 index = torch.arange(other.shape[theirs.axis])
-                moved = owner.index(theirs, found[owner.name].permutation)
+                moved = owner.index(theirs, solution[owner.name].permutation)
                 index[theirs.start : theirs.start + len(moved)] = theirs.start + moved
                 other = other.index_select(theirs.axis, index)
-        one, other = (
+        rows, other_rows = (
             tensor.narrow(slot.axis, slot.start, length).movedim(slot.axis, 0).reshape(length, -1)
             for tensor in (first[slot.tensor].float(), other)
         )
-        total += groups[0].spread(slot, one @ other.T)
+        total += groups[0].spread(slot, rows @ other_rows.T)
     return total
