@@ -115,7 +115,7 @@ def prefix(slot: int, c: dict) -> list[int]:
 
 
 def fed_ids(ids: Tensor, head: str, c: dict) -> Tensor:
-    """What is embedded: [R, S] -> [R, T]."""
+    """Ids to embed: [R, S] -> [R, T]."""
     N = c["num_instances"]
     if c["demuxing_variant"] == "index":
         rows = [prefix(r % N, c) + row for r, row in enumerate(ids.tolist())]
@@ -129,14 +129,14 @@ def fed_ids(ids: Tensor, head: str, c: dict) -> Tensor:
 
 
 def encode(
-    w: Weights, head: str, given: dict, c: dict, embeddings: Weights | None = None
+    w: Weights, head: str, inputs: dict, c: dict, embeddings: Weights | None = None
 ) -> tuple[Tensor, Tensor]:
     """Mixed hidden states [B, T, H], and the ids that were embedded [R, T]."""
     N, backbone = c["num_instances"], BACKBONES[c["model_type"]]
-    ids = fed_ids(given["input_ids"], head, c)
+    ids = fed_ids(inputs["input_ids"], head, c)
     T, table = ids.shape[1], embeddings or w
     mask, types, positions = (
-        given.get(name) for name in ("attention_mask", "token_type_ids", "position_ids")
+        inputs.get(name) for name in ("attention_mask", "token_type_ids", "position_ids")
     )
     pretraining = head in ("mlm", "discriminator")
     of_tokens = pretraining or c["model_type"] == "mux_roberta"

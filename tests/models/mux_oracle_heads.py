@@ -83,25 +83,25 @@ def retrieval(w: Weights, head: str, hidden: Tensor, ids: Tensor, slots: Tensor,
     return mean(losses)
 
 
-def masked_lm(w: Weights, given: dict, c: dict, embeddings: Weights | None = None) -> dict:
-    N, T = c["num_instances"], given["input_ids"].shape[1]
-    hidden, ids = encode(w, "mlm", given, c, embeddings)
+def masked_lm(w: Weights, inputs: dict, c: dict, embeddings: Weights | None = None) -> dict:
+    N, T = c["num_instances"], inputs["input_ids"].shape[1]
+    hidden, ids = encode(w, "mlm", inputs, c, embeddings)
     logits = [
         torch.stack([token_logits(w, hidden[r // N], r % N, t, c) for t in range(T)])
         for r in range(len(ids))
     ]
     shift = N + 1 if c["demuxing_variant"] == "index" else 0
     losses = []
-    for r, row in enumerate(given["labels"].tolist()):
+    for r, row in enumerate(inputs["labels"].tolist()):
         for t in range(shift, T):
             if row[t - shift] != -100:
                 losses.append(cross_entropy(logits[r][t], row[t - shift]))
-    return finished("mlm", torch.stack(logits), mean(losses), w, hidden, ids, given, c)
+    return finished("mlm", torch.stack(logits), mean(losses), w, hidden, ids, inputs, c)
 
 
-def discriminator(w: Weights, given: dict, c: dict) -> dict:
+def discriminator(w: Weights, inputs: dict, c: dict) -> dict:
     N = c["num_instances"]
-    hidden, ids = encode(w, "discriminator", given, c)
+    hidden, ids = encode(w, "discriminator", inputs, c)
     start = N + 1 if c["demuxing_variant"] == "index" else 0
     logits, losses = [], []
     for r in range(len(ids)):
@@ -110,22 +110,22 @@ def discriminator(w: Weights, given: dict, c: dict) -> dict:
             x = demultiplex(w, hidden[r // N], r % N, t, c)
             x = gelu(linear(w, "discriminator_predictions.dense", x))
             row.append(linear(w, "discriminator_predictions.dense_prediction", x)[0])
-            if given.get("attention_mask") is None or given["attention_mask"][r, t - start]:
-                sign = 2 * int(given["labels"][r, t - start]) - 1
+            if inputs.get("attention_mask") is None or inputs["attention_mask"][r, t - start]:
+                sign = 2 * int(inputs["labels"][r, t - start]) - 1
                 losses.append(torch.log1p(torch.exp(-sign * row[-1])))
         logits.append(torch.stack(row))
-    return finished("discriminator", torch.stack(logits), mean(losses), w, hidden, ids, given, c)
+    return finished("discriminator", torch.stack(logits), mean(losses), w, hidden, ids, inputs, c)
 
 
-def filled(given: dict, N: int) -> dict:
+def filled(inputs: dict, N: int) -> dict:
     """The last group filled up with the first rows."""
-    rows = len(given["input_ids"])
+    rows = len(inputs["input_ids"])
     order = [r if r < rows else (r - rows) % rows for r in range(-(-rows // N) * N)]
     names = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
-    return given | {
-        name: given[name][order]
+    return inputs | {
+        name: inputs[name][order]
         for name in names
-        if given.get(name) is not None and len(given[name]) == rows
+        if inputs.get(name) is not None and len(inputs[name]) == rows
     }
 
 
@@ -143,10 +143,10 @@ def class_logits(w: Weights, x: Tensor, head: str, c: dict) -> Tensor:
     return linear(w, "classifier", x)
 
 
-def classifier(w: Weights, head: str, given: dict, c: dict) -> dict:
-    N, rows = c["num_instances"], len(given["input_ids"])
-    given = filled(given, N)
-    hidden, ids = encode(w, head, given, c)
+def classifier(w: Weights, head: str, inputs: dict, c: dict) -> dict:
+    N, rows = c["num_instances"], len(inputs["input_ids"])
+    inputs = filled(inputs, N)
+    hidden, ids = encode(w, head, inputs, c)
     prefixed = c["demuxing_variant"] == "index"
     columns = range(N + 1 if prefixed else 0, ids.shape[1])
     if head == "sequence":
@@ -157,7 +157,7 @@ def classifier(w: Weights, head: str, given: dict, c: dict) -> dict:
         )
         for r in range(rows)
     ]
-    labels = given["labels"].view(rows, -1).tolist()
+    labels = inputs["labels"].view(rows, -1).tolist()
     if c["num_labels"] == 1:
         losses = [(logits[r][0, 0] - labels[r][0]) ** 2 for r in range(rows)]
     else:
@@ -168,30 +168,37 @@ def classifier(w: Weights, head: str, given: dict, c: dict) -> dict:
             if label != -100
         ]
     logits = torch.stack(logits) if head == "token" else torch.cat(logits)
-    return finished(head, logits, mean(losses), w, hidden, ids, given, c)
+    return finished(head, logits, mean(losses), w, hidden, ids, inputs, c)
 
 
 def finished(
-    head: str, logits: Tensor, task: Tensor, w: Weights, hidden: Tensor, ids: Tensor, given: dict, c
+    head: str,
+    logits: Tensor,
+    task: Tensor,
+    w: Weights,
+    hidden: Tensor,
+    ids: Tensor,
+    inputs: dict,
+    c,
 ) -> dict:
     """Logits and weighted losses."""
     output = {"logits": logits, "task_loss": task, "loss": c["task_loss_coeff"] * task}
     if c["retrieval_loss_coeff"] > 0:
-        lost = retrieval(w, head, hidden, ids, given["retrieval_slots"], c)
+        lost = retrieval(w, head, hidden, ids, inputs["retrieval_slots"], c)
         output["retrieval_loss"] = lost
         output["loss"] = output["loss"] + c["retrieval_loss_coeff"] * lost
     return output
 
 
-def plain_generator(w: Weights, given: dict, c: dict, embeddings: Weights) -> Tensor:
+def plain_generator(w: Weights, inputs: dict, c: dict, embeddings: Weights) -> Tensor:
     """Mean loss of an ordinary masked language model; `w` without its prefix."""
     losses = []
     words = w.get("generator_lm_head.weight")
     if words is None:
         words = embeddings["electra.embeddings.word_embeddings.weight"]
-    for r, row in enumerate(given["labels"].tolist()):
+    for r, row in enumerate(inputs["labels"].tolist()):
         ids, types, mask, places = (
-            None if given.get(name) is None else given[name][r]
+            None if inputs.get(name) is None else inputs[name][r]
             for name in ("input_ids", "token_type_ids", "attention_mask", "position_ids")
         )
         places = torch.arange(len(ids)) if places is None else places
@@ -205,23 +212,27 @@ def plain_generator(w: Weights, given: dict, c: dict, embeddings: Weights) -> Te
     return mean(losses)
 
 
-def replaced_tokens(w: Weights, given: dict, c: dict, generator: dict, replaced: Tensor) -> dict:
+def replaced_tokens(w: Weights, inputs: dict, c: dict, generator: dict, replaced: Tensor) -> dict:
     """The wrapper. `generator` has the generator's fields, `replaced` the discriminator's ids."""
     inner = {k.removeprefix("generator."): v for k, v in w.items() if k.startswith("generator.")}
     embeddings = inner if "electra.embeddings.LayerNorm.weight" in inner else w
-    corrupted = given["input_ids"] == c["mask_token_id"]
-    made = None
+    corrupted = inputs["input_ids"] == c["mask_token_id"]
+    generated = None
     if c["generator"] != "none":
-        corrupted = corrupted & (replaced != given["labels"])
+        corrupted = corrupted & (replaced != inputs["labels"])
         if c["generator"] == "plain":
-            made = plain_generator(inner, given, generator, embeddings)
+            generated = plain_generator(inner, inputs, generator, embeddings)
         else:
-            slots = given.get("generator_slots")
-            made = masked_lm(inner, given | {"retrieval_slots": slots}, generator, embeddings)[
-                "loss"
-            ]
-    found = discriminator(w, given | {"input_ids": replaced, "labels": corrupted}, c)
-    loss = c["disc_loss_weight"] * found["loss"]
-    if made is not None:
-        loss = loss + c["gen_loss_weight"] * made
-    return found | {"loss": loss, "discriminator_loss": found["loss"], "generator_loss": made}
+            slots = inputs.get("generator_slots")
+            generated = masked_lm(
+                inner, inputs | {"retrieval_slots": slots}, generator, embeddings
+            )["loss"]
+    detected = discriminator(w, inputs | {"input_ids": replaced, "labels": corrupted}, c)
+    loss = c["disc_loss_weight"] * detected["loss"]
+    if generated is not None:
+        loss = loss + c["gen_loss_weight"] * generated
+    return detected | {
+        "loss": loss,
+        "discriminator_loss": detected["loss"],
+        "generator_loss": generated,
+    }

@@ -16,7 +16,7 @@ from megamod.nn.conditioning import Film, block_bias, block_shape
 from megamod.states.weights import write_weights
 
 GOLDEN = Path(__file__).resolve().parents[2].parent / "shared" / "golden" / "camtl"
-CASES = sorted(one.parent.name for one in GOLDEN.glob("*/state.safetensors"))
+CASES = sorted(file.parent.name for file in GOLDEN.glob("*/state.safetensors"))
 REGRESSION = ("sts-b",)
 SMALL = dict(
     vocab_size=50,
@@ -55,11 +55,11 @@ def case(request):
 
 
 def inputs(io: dict[str, torch.Tensor], batch: str) -> dict[str, torch.Tensor]:
-    """What a recorded batch gave to the model."""
-    given = {k.split(".in.")[1]: v for k, v in io.items() if k.startswith(f"{batch}.in.")}
-    given["task_ids"] = given.pop("task_id")
-    given["labels"] = given["labels"].float()
-    return given
+    """Inputs of a recorded batch."""
+    rows = {k.split(".in.")[1]: v for k, v in io.items() if k.startswith(f"{batch}.in.")}
+    rows["task_ids"] = rows.pop("task_id")
+    rows["labels"] = rows["labels"].float()
+    return rows
 
 
 def test_batches_as_recorded(case):
@@ -80,7 +80,7 @@ def test_batches_as_recorded(case):
         assert (output.pooled - io[f"{batch}.out.pooled"]).abs().max() <= 1e-5
         loss = io[f"{batch}.out.loss"]
         assert abs(output.loss - loss) <= 5e-6 * max(1, loss)
-        logits = next(one for one in output.logits if len(one))
+        logits = next(part for part in output.logits if len(part))
         assert (logits - io[f"{batch}.out.logits"]).abs().max() <= 1e-5
 
 
@@ -95,11 +95,11 @@ def test_gradients_as_recorded(case):
     for key, expected in recorded.items():
         if key.startswith("decoders."):
             _, task, _, kind = key.split(".")
-            found = ours[f"heads.{kind}"].grad[int(task), : len(expected)]
+            gradient = ours[f"heads.{kind}"].grad[int(task), : len(expected)]
         else:
-            found = ours[key.replace(f"layer.{last}.new_", f"layer.{last}.")].grad
+            gradient = ours[key.replace(f"layer.{last}.new_", f"layer.{last}.")].grad
         # The recordings are float32 themselves: computed in float64, ours are as far from them.
-        assert (found - expected).abs().max() <= 2e-5 * expected.abs().max() + 1e-6, key
+        assert (gradient - expected).abs().max() <= 2e-5 * expected.abs().max() + 1e-6, key
 
 
 def test_there_and_back(case, tmp_path):
@@ -111,12 +111,12 @@ def test_there_and_back(case, tmp_path):
     state = {key: tensor.detach() for key, tensor in model.state_dict().items()}
     write_weights(ours, state, has_experts=False)
     export(ours, back)
-    there, again = (
+    second, again = (
         load_file(GOLDEN / name / "state.safetensors"),
         load_file(back / "model.safetensors"),
     )
-    assert again.keys() == {key for key in there if not key.endswith("position_ids")}
-    assert all(torch.equal(again[key], there[key]) for key in again)
+    assert again.keys() == {key for key in second if not key.endswith("position_ids")}
+    assert all(torch.equal(again[key], second[key]) for key in again)
 
 
 @pytest.mark.parametrize(
@@ -127,13 +127,13 @@ def test_bias_is_the_direct_sum_of_blocks(size, length):
     blocks, width = block_shape(size, length)
     torch.manual_seed(0)
     matrix, factor, shift = torch.randn(length, width), torch.randn(2, width), torch.randn(2, width)
-    found = block_bias(matrix, factor, shift, length)
+    bias = block_bias(matrix, factor, shift, length)
     for task in range(2):
         modulated = matrix * factor[task] + shift[task]
         parts = modulated.split(width)
         whole = torch.block_diag(*parts)[:length, :length]
-        assert torch.equal(found[task], whole)
-    assert torch.equal(block_bias(matrix, factor, shift, 5), found[:, :5, :5])
+        assert torch.equal(bias[task], whole)
+    assert torch.equal(block_bias(matrix, factor, shift, 5), bias[:, :5, :5])
     assert blocks * length == size
 
 
@@ -171,18 +171,18 @@ def batch(rows: int = 6, length: int = 11) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("variant", ["base", "large", "plain"])
 def test_rows_are_on_their_own(variant):
-    model, given = made(variant), batch()
-    whole = model(**given)
+    model, rows = made(variant), batch()
+    whole = model(**rows)
     order = torch.tensor([4, 2, 0, 5, 3, 1])
-    permuted = model(**{name: tensor[order] for name, tensor in given.items()})
+    permuted = model(**{name: tensor[order] for name, tensor in rows.items()})
     assert torch.allclose(permuted.pooled, whole.pooled[order], atol=1e-5)
     assert torch.allclose(permuted.loss, whole.loss, atol=1e-5)
     for row in range(6):
-        one = model(**{name: tensor[row : row + 1] for name, tensor in given.items()})
-        assert torch.allclose(one.pooled[0], whole.pooled[row], atol=1e-5)
+        single = model(**{name: tensor[row : row + 1] for name, tensor in rows.items()})
+        assert torch.allclose(single.pooled[0], whole.pooled[row], atol=1e-5)
     means = whole.task_totals / whole.task_items
     assert torch.allclose(whole.loss, means.mean())
-    tokens = given["token_labels"][given["task_ids"] == 2]
+    tokens = rows["token_labels"][rows["task_ids"] == 2]
     logits = whole.logits[2]
     assert logits.shape == (2, 11, 5)
     total = torch.nn.functional.cross_entropy(
@@ -191,26 +191,26 @@ def test_rows_are_on_their_own(variant):
     assert torch.allclose(whole.task_totals[2], total, rtol=1e-5)
     p = logits.softmax(-1)
     entropy = -(p * p.log()).sum(-1) / (torch.tensor(5.0).log() + 1e-5)
-    there = tokens != -100
-    expected = (entropy * there).sum(1) / there.sum(1)
-    assert torch.allclose(whole.entropy[given["task_ids"] == 2], expected, atol=1e-6)
+    labelled = tokens != -100
+    expected = (entropy * labelled).sum(1) / labelled.sum(1)
+    assert torch.allclose(whole.entropy[rows["task_ids"] == 2], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("variant", ["base", "large"])
 def test_shorter_padding_changes_nothing(variant):
-    model, given = made(variant), batch()
+    model, rows = made(variant), batch()
     longer = {
         name: torch.nn.functional.pad(tensor, (0, 5), value=-100 if name == "token_labels" else 0)
         if tensor.dim() == 2
         else tensor
-        for name, tensor in given.items()
+        for name, tensor in rows.items()
     }
-    assert torch.allclose(model(**longer).pooled, model(**given).pooled, atol=1e-5)
-    assert torch.allclose(model(**longer).loss, model(**given).loss, atol=1e-5)
+    assert torch.allclose(model(**longer).pooled, model(**rows).pooled, atol=1e-5)
+    assert torch.allclose(model(**longer).loss, model(**rows).loss, atol=1e-5)
 
 
 def test_plain_is_bert():
-    model, given = made("plain"), batch()
+    model, rows = made("plain"), batch()
     bert = BertModel(
         BertConfig(**{k: SMALL[k] for k in list(SMALL)[:6]}, attn_implementation="eager")
     ).eval()
@@ -218,12 +218,12 @@ def test_plain_is_bert():
     missing, unexpected = bert.load_state_dict(state, strict=False)
     assert not missing and not unexpected
     names = ("input_ids", "attention_mask", "token_type_ids")
-    expected = bert(**{name: given[name] for name in names}).pooler_output
-    assert torch.allclose(model(**given).pooled, expected, atol=1e-5)
+    expected = bert(**{name: rows[name] for name in names}).pooler_output
+    assert torch.allclose(model(**rows).pooled, expected, atol=1e-5)
 
 
 def test_without_modulation_the_blocks_are_those_of_bert():
-    model, given = made("large"), batch()
+    model, rows = made("large"), batch()
     plain = made("plain")
     with torch.no_grad():
         for module in model.modules():
@@ -236,11 +236,11 @@ def test_without_modulation_the_blocks_are_those_of_bert():
     shared = {k: v for k, v in model.state_dict().items() if k in plain.state_dict()}
     plain.load_state_dict(shared)
     states = []
-    for one in (model, plain):
-        hook = one.bert.encoder.layer[-1].register_forward_hook(
-            lambda module, given, output: states.append(output)
+    for network in (model, plain):
+        hook = network.bert.encoder.layer[-1].register_forward_hook(
+            lambda module, args, output: states.append(output)
         )
-        one(**given)
+        network(**rows)
         hook.remove()
     assert torch.allclose(states[0], states[1], atol=1e-5)
 
@@ -331,10 +331,10 @@ def test_starting_from_bert(tmp_path, top):
 
 
 def test_one_task_of_many_is_a_classifier():
-    model, given = made("base"), batch()
-    fields = {n: given[n] for n in ("input_ids", "attention_mask", "token_type_ids")}
+    model, rows = made("base"), batch()
+    fields = {n: rows[n] for n in ("input_ids", "attention_mask", "token_type_ids")}
     for task, shape in ((0, (6, 3)), (1, (6, 1)), (2, (6, 11, 5))):
         logits = OneTask(model, task)(**fields).logits
         assert logits.shape == shape
-        own = given["task_ids"] == task
-        assert torch.allclose(logits[own], model(**given).logits[task], atol=1e-5)
+        of_task = rows["task_ids"] == task
+        assert torch.allclose(logits[of_task], model(**rows).logits[task], atol=1e-5)

@@ -15,11 +15,11 @@ FIELDS = [{}, {"rule": "last_token", "prior": [0.2, 0.5, 0.3]}, {"forgetting": 0
 
 @pytest.fixture(scope="module")
 def experts(tmp_path_factory) -> Forest:
-    place = tmp_path_factory.mktemp("forest")
-    make_model(place / "law", max_position_embeddings=32, eos_token_id=None)
-    make_model(place / "mix", "feedforward", max_position_embeddings=32, eos_token_id=None)
-    found = (("law", "law", None), ("sql", "mix", "code"), ("art", "mix", "art"))
-    return Forest(place, tuple(Expert(d, place / part, member) for d, part, member in found))
+    folder = tmp_path_factory.mktemp("forest")
+    make_model(folder / "law", max_position_embeddings=32, eos_token_id=None)
+    make_model(folder / "mix", "feedforward", max_position_embeddings=32, eos_token_id=None)
+    trees = (("law", "law", None), ("sql", "mix", "code"), ("art", "mix", "art"))
+    return Forest(folder, tuple(Expert(d, folder / part, member) for d, part, member in trees))
 
 
 @pytest.fixture(scope="module", params=FIELDS, ids=["history", "last_token", "forgetting"])

@@ -25,11 +25,11 @@ PRIOR = [0.4, 0.3, 0.2, 0.1]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    place = tmp_path_factory.mktemp("forest")
-    make_model(place / "law", max_position_embeddings=LONGEST)
-    make_model(place / "sql", max_position_embeddings=LONGEST, intermediate_size=24)
-    make_model(place / "mix", "feedforward", max_position_embeddings=LONGEST)
-    return place
+    folder = tmp_path_factory.mktemp("forest")
+    make_model(folder / "law", max_position_embeddings=LONGEST)
+    make_model(folder / "sql", max_position_embeddings=LONGEST, intermediate_size=24)
+    make_model(folder / "mix", "feedforward", max_position_embeddings=LONGEST)
+    return folder
 
 
 def forest_of(folder: Path, *domains: str) -> Forest:
@@ -59,9 +59,9 @@ def by_hand(alone: list[torch.Tensor], row: torch.Tensor, at: int, rule: str) ->
     """The mixture's probabilities [V] after the tokens row[: at + 1], by Bayes' rule."""
     belief = PRIOR if rule == "history" or at > 0 else [1 / len(PRIOR)] * len(PRIOR)
     belief = [float(share) for share in belief]
-    for place in range(at) if rule == "history" else range(max(0, at - 1), at):
+    for position in range(at) if rule == "history" else range(max(0, at - 1), at):
         for expert, log_probs in enumerate(alone):
-            belief[expert] *= math.exp(log_probs[place, row[place + 1]])
+            belief[expert] *= math.exp(log_probs[position, row[position + 1]])
     return sum(
         share / sum(belief) * log_probs[at].double().exp()
         for share, log_probs in zip(belief, alone, strict=True)
@@ -76,7 +76,7 @@ def test_logits_are_the_mixture_by_bayes_rule(folder, rule):
     alone = each_alone(folder, ids)
     for row in range(2):
         for at in range(7):
-            hand = by_hand([one[row] for one in alone], ids[row], at, rule)
+            hand = by_hand([log_probs[row] for log_probs in alone], ids[row], at, rule)
             torch.testing.assert_close(logits[row, at].double().exp(), hand, rtol=0, atol=1e-6)
 
 
@@ -92,7 +92,7 @@ def test_scores_are_those_of_the_posterior_on_the_same_log_probabilities(folder,
     ids = tokens(2, 8, seed=1)
     alone = each_alone(folder, ids)
     following = ids[:, 1:, None]
-    scores = torch.stack([one[:, :-1].gather(2, following)[..., 0] for one in alone])
+    scores = torch.stack([log_probs[:, :-1].gather(2, following)[..., 0] for log_probs in alone])
     prior = torch.tensor(fields.get("prior", [0.25] * 4))
     weights = token_weights(
         scores,

@@ -46,11 +46,11 @@ def test_there_and_back(case, learned, tmp_path):
     before, after = model.state_dict(), again.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
-    given = batch(head, model.config, 4, False)
+    inputs = batch(head, model.config, 4, False)
     outputs = []
-    for one in (model, again):
+    for built in (model, again):
         torch.manual_seed(5)
-        outputs.append(one(**given))
+        outputs.append(built(**inputs))
     # Not bit by bit: tensors of a file may be aligned otherwise, and BLAS then adds in other order.
     torch.testing.assert_close(outputs[0].logits, outputs[1].logits, atol=2e-6, rtol=1e-6)
     torch.testing.assert_close(outputs[0].loss, outputs[1].loss, atol=1e-6, rtol=1e-6)
@@ -69,10 +69,10 @@ def test_there_and_back(case, learned, tmp_path):
 def test_new_models_draw_frozen_keys():
     config = made("bert", "mlm", "index_pos", "gaussian_hadamard", {}).config
     torch.manual_seed(1)
-    one, other = MuxBertForMaskedLM(config), MuxBertForMaskedLM(config)
-    assert not one.instance_embedding.requires_grad
-    torch.testing.assert_close(one.instance_embedding.norm(dim=1), torch.ones(2))
-    assert not torch.equal(one.instance_embedding, other.instance_embedding)
+    first, second = MuxBertForMaskedLM(config), MuxBertForMaskedLM(config)
+    assert not first.instance_embedding.requires_grad
+    torch.testing.assert_close(first.instance_embedding.norm(dim=1), torch.ones(2))
+    assert not torch.equal(first.instance_embedding, second.instance_embedding)
     config.learn_muxing = True
     assert MuxBertForMaskedLM(config).instance_embedding.requires_grad
 
@@ -93,7 +93,7 @@ def test_initial_weights_of_the_release():
 
 
 def test_from_pretraining_to_a_task(tmp_path):
-    """What both have is taken over; what is new is drawn as in a new model."""
+    """Common weights are loaded; new ones are drawn as in a new model."""
     model = made("bert", "mlm", "index_pos", "gaussian_hadamard", {}).float()
     model.save_pretrained(tmp_path)
     tuned = MuxBertForTokenClassification.from_pretrained(tmp_path, retrieval_loss_coeff=0.0)
@@ -135,8 +135,8 @@ def test_keys_missing_from_a_file_are_drawn(tmp_path):
 @pytest.mark.parametrize("size", [16, 8])
 @pytest.mark.parametrize("tied", [True, False])
 def test_generators_are_converted_with_their_matrix_of_tokens(tied, size, tmp_path):
-    own = {"tie_word_embeddings": tied, "embedding_size": size}
-    fields = {"generator": "plain", "generator_config": own}
+    settings = {"tie_word_embeddings": tied, "embedding_size": size}
+    fields = {"generator": "plain", "generator_config": settings}
     model = made("electra", "wrapper", "index_pos", "gaussian_hadamard", fields).float().eval()
     model.save_pretrained(tmp_path / "ours")
     (tmp_path / "theirs").mkdir()
@@ -146,5 +146,5 @@ def test_generators_are_converted_with_their_matrix_of_tokens(tied, size, tmp_pa
     expected = load_file(tmp_path / "ours" / "model.safetensors")
     assert converted.state.keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in converted.state.items())
-    found = converted.config["generator_config"]
-    assert found.get("tie_word_embeddings", True) == tied and found["embedding_size"] == size
+    stored = converted.config["generator_config"]
+    assert stored.get("tie_word_embeddings", True) == tied and stored["embedding_size"] == size

@@ -47,20 +47,20 @@ def case(request):
 
 
 def inputs_of(recorded: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the model was given, and the instances that it drew."""
-    given = {k.removeprefix("in."): v for k, v in recorded.items() if k.startswith("in.")}
-    given["retrieval_slots"] = recorded["mid.retrieval_instance_labels"]
+    """Recorded inputs, and the instances that the model drew."""
+    fed = {k.removeprefix("in."): v for k, v in recorded.items() if k.startswith("in.")}
+    fed["retrieval_slots"] = recorded["mid.retrieval_instance_labels"]
     if "out.sampled_input_ids" in recorded:
-        given["random_ids"] = recorded["out.sampled_input_ids"]
-    return given
+        fed["random_ids"] = recorded["out.sampled_input_ids"]
+    return fed
 
 
 def test_as_recorded(case):
     model, recorded = case
-    given = inputs_of(recorded)
-    before = {name: tensor.clone() for name, tensor in given.items()}
-    output = model(**given)
-    assert all(torch.equal(given[name], tensor) for name, tensor in before.items())
+    fed = inputs_of(recorded)
+    before = {name: tensor.clone() for name, tensor in fed.items()}
+    output = model(**fed)
+    assert all(torch.equal(fed[name], tensor) for name, tensor in before.items())
 
     logits = recorded.get("out.logits", recorded.get("out.disc_logits"))
     ours = output.logits
@@ -79,7 +79,7 @@ def test_as_recorded(case):
 
     model.zero_grad()
     model.instance_embedding.requires_grad_()
-    model(**given).loss.backward()
+    model(**fed).loss.backward()
     parameters = dict(model.named_parameters())
     names = [name for name in recorded if name.startswith("grad.")]
     assert names
@@ -97,9 +97,9 @@ def test_without_labels_the_same_logits(case):
     model, recorded = case
     if "out.logits" not in recorded:
         return  # the wrapper is for training alone
-    given = {k: v for k, v in inputs_of(recorded).items() if k not in ("labels", "retrieval_slots")}
+    fed = {k: v for k, v in inputs_of(recorded).items() if k not in ("labels", "retrieval_slots")}
     with torch.no_grad():
-        ours = model(**given).logits
+        ours = model(**fed).logits
     expected = recorded["out.logits"]
     if expected.dim() == 3 and expected.shape[-1] == model.config.vocab_size:
         at = recorded["in.labels"] != -100
@@ -109,16 +109,16 @@ def test_without_labels_the_same_logits(case):
 
 
 @torch.no_grad()
-def test_what_lies_between(case):
+def test_intermediate_states(case):
     model, recorded = case
-    given, seen = inputs_of(recorded), {"embeddings": [], "encoder": []}
+    fed, seen = inputs_of(recorded), {"embeddings": [], "encoder": []}
     hooks = [
         getattr(model.backbone, name).register_forward_hook(
             lambda module, inputs, output, name=name: seen[name].append((inputs[0], output))
         )
         for name in seen
     ]
-    output = model(**given)
+    output = model(**fed)
     for hook in hooks:
         hook.remove()
     (ids, embedded), (mixed, second) = seen["embeddings"]
@@ -139,7 +139,7 @@ def test_what_lies_between(case):
         ours["demuxed"] = output.logits if is_roberta else demuxed
     if "mid.retrieval_logits" in recorded:
         states = model.vocabulary_states(MixedStates(hidden), None)
-        slots = given["retrieval_slots"][:, None, :, None].expand(-1, 1, -1, states.shape[-1])
+        slots = fed["retrieval_slots"][:, None, :, None].expand(-1, 1, -1, states.shape[-1])
         ours["retrieval_logits"] = model.retrieval_head.decoder(states.gather(1, slots)[:, 0])
     for name, value in ours.items():
         expected = recorded[f"mid.{name}"]

@@ -1,4 +1,4 @@
-"""What multiplexed models promise besides their formulas: any rows, files, errors, precision."""
+"""Multiplexed models beyond their formulas: any number of rows, files, errors, precision."""
 
 import pytest
 import torch
@@ -21,47 +21,47 @@ def bert(head: str, demux: str = "index_pos", mux: str = GAUSS, **fields):
 @pytest.mark.parametrize("filler", ["deterministic", "random"])
 def test_filler_rows_are_whole_rows_of_the_batch(rows, filler):
     model = bert("sequence", "index", num_instances=3, filler=filler, use_token_type_ids=True)
-    given = batch("sequence", model.config, rows, False)
+    inputs = batch("sequence", model.config, rows, False)
     names = ("input_ids", "attention_mask", "token_type_ids")
-    found = set()
+    pairs = set()
     for seed in range(20):
         torch.manual_seed(seed)
-        fed = model.feed(*(given[name] for name in names))
+        fed = model.feed(*(inputs[name] for name in names))
         assert fed.rows == rows and len(fed.ids) == -(-rows // 3) * 3
         prefix = model.config.prefix_length
         for number in range(rows, len(fed.ids)):
             same = [
                 r
                 for r in range(rows)
-                if torch.equal(fed.ids[number, prefix:], given["input_ids"][r])
-                and torch.equal(fed.mask[number], given["attention_mask"][r])
-                and torch.equal(fed.token_type_ids[number, prefix:], given["token_type_ids"][r])
+                if torch.equal(fed.ids[number, prefix:], inputs["input_ids"][r])
+                and torch.equal(fed.mask[number], inputs["attention_mask"][r])
+                and torch.equal(fed.token_type_ids[number, prefix:], inputs["token_type_ids"][r])
             ]
             assert same
-            found.add((number, same[0]))
+            pairs.add((number, same[0]))
     if filler == "deterministic":
-        assert found == {(n, (n - rows) % rows) for n in range(rows, len(fed.ids))}
+        assert pairs == {(n, (n - rows) % rows) for n in range(rows, len(fed.ids))}
     elif rows % 3:
-        assert {row for _, row in found} == set(range(rows))
+        assert {row for _, row in pairs} == set(range(rows))
 
 
 @pytest.mark.parametrize("head", ["sequence", "token"])
 @pytest.mark.parametrize("filler", ["deterministic", "random"])
 def test_filler_rows_have_no_part_in_the_loss(head, filler):
     model = bert(head, num_instances=3, filler=filler, retrieval_loss_coeff=0.0)
-    given = batch(head, model.config, 4, False)
-    output = model(**given)
+    inputs = batch(head, model.config, 4, False)
+    output = model(**inputs)
     assert len(output.logits) == 4
-    expected = F.cross_entropy(output.logits.flatten(0, -2), given["labels"].flatten())
+    expected = F.cross_entropy(output.logits.flatten(0, -2), inputs["labels"].flatten())
     torch.testing.assert_close(output.task_loss.double(), expected, atol=1e-6, rtol=0)
 
 
 def test_a_repeated_group_is_the_same_group():
     """Five rows of N = 2 are as six, of which the last is the first again."""
     model = bert("sequence", num_instances=2)
-    given = batch("sequence", model.config, 5, True)
-    whole = torch.cat([given["input_ids"], given["input_ids"][:1]])
-    torch.testing.assert_close(model(given["input_ids"]).logits, model(whole).logits[:5])
+    inputs = batch("sequence", model.config, 5, True)
+    whole = torch.cat([inputs["input_ids"], inputs["input_ids"][:1]])
+    torch.testing.assert_close(model(inputs["input_ids"]).logits, model(whole).logits[:5])
 
 
 @pytest.mark.parametrize("demux", ["index_pos", "index"])
@@ -71,18 +71,18 @@ def test_pretraining_heads_take_any_number_of_rows(head, demux):
     family = "bert" if head == "mlm" else "electra"
     fields = {"num_instances": 2, "retrieval_loss_coeff": 0.0}
     model = made(family, head, demux, GAUSS, fields).eval()
-    given = batch(head, model.config, 5, False)
-    whole = {k: torch.cat([v, v[:1]]) for k, v in given.items() if k != "retrieval_slots"}
+    inputs = batch(head, model.config, 5, False)
+    whole = {k: torch.cat([v, v[:1]]) for k, v in inputs.items() if k != "retrieval_slots"}
     if head == "mlm":
         whole["labels"][5] = -100
-    five, six = model(**given), model(**whole)
+    five, six = model(**inputs), model(**whole)
     torch.testing.assert_close(five.logits, six.logits[:5])
     if head == "mlm":
         torch.testing.assert_close(five.loss, six.loss)
     else:
-        length, mask = five.logits.shape[1], given["attention_mask"]
+        length, mask = five.logits.shape[1], inputs["attention_mask"]
         scores = F.binary_cross_entropy_with_logits(
-            five.logits, given["labels"][:, :length].double(), reduction="none"
+            five.logits, inputs["labels"][:, :length].double(), reduction="none"
         )
         counted = mask[:, :length].bool()
         expected = 0.75 * scores[counted].mean()
@@ -143,13 +143,13 @@ def test_retrieval_head_only_where_it_is_trained(family, head):
     with_head = made(family, head, demux, GAUSS, {})
     without = made(family, head, demux, GAUSS, {"retrieval_loss_coeff": 0.0})
     assert hasattr(with_head, "retrieval_head") and not hasattr(without, "retrieval_head")
-    given = batch(head, without.config, 4, False)
-    output = without(**given)
+    inputs = batch(head, without.config, 4, False)
+    output = without(**inputs)
     assert output.retrieval_loss is None
     torch.testing.assert_close(output.loss, 0.75 * output.task_loss)
     without.config.retrieval_loss_coeff = 0.1
     with pytest.raises(ValueError, match="retrieval_loss_coeff was 0 when this model was made"):
-        without(**given)
+        without(**inputs)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -165,9 +165,9 @@ def test_nothing_to_retrieve_is_no_nan(training):
 @pytest.mark.parametrize("head", ["mlm", "token"])
 def test_nothing_labelled_is_no_nan(head):
     model = bert(head).train()
-    given = batch(head, model.config, 4, False)
-    given["labels"] = torch.full_like(given["labels"], -100)
-    output = model(**given)
+    inputs = batch(head, model.config, 4, False)
+    inputs["labels"] = torch.full_like(inputs["labels"], -100)
+    output = model(**inputs)
     assert output.task_loss == 0 and output.loss.isfinite() and output.retrieval_loss > 0
     output.loss.backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
@@ -185,13 +185,13 @@ def test_share_of_tokens_to_retrieve():
 def test_items_of_a_larger_batch():
     """Losses of two micro-batches that are divided by the items of both add up to the whole."""
     model = bert("mlm").train()
-    given = batch("mlm", model.config, 8, False)
-    whole = model(**given)
-    items = (given["labels"] != -100).sum()
+    inputs = batch("mlm", model.config, 8, False)
+    whole = model(**inputs)
+    items = (inputs["labels"] != -100).sum()
     halves = []
     for part in (slice(0, 4), slice(4, 8)):
         of_groups = slice(part.start // 2, part.stop // 2)
-        half = {k: v[of_groups if k == "retrieval_slots" else part] for k, v in given.items()}
+        half = {k: v[of_groups if k == "retrieval_slots" else part] for k, v in inputs.items()}
         count = 4 * LENGTH  # one of each mixed position
         halves.append(model(**half, num_items_in_batch=items, num_retrieval_items=count).loss)
     torch.testing.assert_close(sum(halves), whole.loss)
@@ -201,8 +201,8 @@ def test_items_of_a_larger_batch():
 def test_masks_change_nothing(demux):
     """The encoder sees padding as any token, as in the release."""
     model = bert("token", demux, padding_logits=True)
-    given = batch("token", model.config, 4, False)
-    ids, mask = given["input_ids"], given["attention_mask"]
+    inputs = batch("token", model.config, 4, False)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
     assert torch.equal(model(ids, mask).logits, model(ids).logits)
     assert torch.equal(model(ids, torch.zeros_like(mask)).logits, model(ids).logits)
 
@@ -231,11 +231,11 @@ def test_segments_of_classifiers(used):
 
 def test_logits_at_real_tokens_alone():
     model = bert("token", padding_logits=False)
-    given = batch("token", model.config, 5, False)
-    real = (given["attention_mask"] != 0) | (given["labels"] != -100)
-    some = model(**given)
+    inputs = batch("token", model.config, 5, False)
+    real = (inputs["attention_mask"] != 0) | (inputs["labels"] != -100)
+    some = model(**inputs)
     model.config.padding_logits = True
-    every = model(**given)
+    every = model(**inputs)
     torch.testing.assert_close(some.logits[real], every.logits[real])
     assert not some.logits[~real].any() and every.logits[~real].all()
     torch.testing.assert_close(some.loss, every.loss)
@@ -272,13 +272,13 @@ def test_bfloat16(head, autocast):
     """Close to float64 as far as 8 bits go, and gradients in the parameters' dtype."""
     family = "electra" if head == "discriminator" else "bert"
     exact = made(family, head, "index_pos", GAUSS, {"num_instances": 3}).train()
-    given = batch(head, exact.config, 6, False)
-    expected = exact(**given)
+    inputs = batch(head, exact.config, 6, False)
+    expected = exact(**inputs)
     expected.loss.backward()
     model = made(family, head, "index_pos", GAUSS, {"num_instances": 3}).train()
     model = model.float() if autocast else model.bfloat16()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        output = model(**given)
+        output = model(**inputs)
     assert output.loss.dtype == torch.float32
     assert abs(output.loss - expected.loss) < 0.05 * expected.loss
     output.loss.backward()
@@ -294,9 +294,9 @@ def test_bfloat16(head, autocast):
 
 def test_outputs_as_a_tuple():
     model = bert("sequence")
-    given = batch("sequence", model.config, 4, True)
-    loss, logits, task, *_ = model(**given, return_dict=False)
-    output = model(**given)
+    inputs = batch("sequence", model.config, 4, True)
+    loss, logits, task, *_ = model(**inputs, return_dict=False)
+    output = model(**inputs)
     assert torch.equal(loss, output.loss) and torch.equal(logits, output.logits)
     assert torch.equal(task, output.task_loss)
 
@@ -305,16 +305,16 @@ def test_outputs_as_a_tuple():
 @pytest.mark.parametrize("generator", ["none", "plain", "multiplexed"])
 def test_masks_are_replaced_and_nothing_else(generator, demux):
     model = made("electra", "wrapper", demux, GAUSS, {"generator": generator}).eval()
-    given = batch("wrapper", model.config, 4, False)
-    masked = given["input_ids"] == model.config.mask_token_id
+    inputs = batch("wrapper", model.config, 4, False)
+    masked = inputs["input_ids"] == model.config.mask_token_id
     assert masked.any()
-    output = model(**given)
-    assert torch.equal(output.input_ids[~masked], given["input_ids"][~masked])
-    changed = output.input_ids != given["labels"]
+    output = model(**inputs)
+    assert torch.equal(output.input_ids[~masked], inputs["input_ids"][~masked])
+    changed = output.input_ids != inputs["labels"]
     expected = masked if generator == "none" else masked & changed
     assert torch.equal(output.corrupted, expected)
     assert output.input_ids.max() < model.config.vocab_size and output.input_ids.min() >= 0
-    again = model(**given, random_ids=output.input_ids)
+    again = model(**inputs, random_ids=output.input_ids)
     assert torch.equal(again.input_ids, output.input_ids)
     torch.testing.assert_close(again.loss, output.loss)
 
@@ -342,19 +342,19 @@ def test_a_generator_needs_labels():
 def test_kernels_compute_what_plain_torch_does(mux, head):
     """Loss, logits and every gradient, in training form."""
     model = bert(head, mux=mux, retrieval_loss_coeff=0.5, kernels="reference").float()
-    given = batch(head, model.config, 4, True)
-    found = {}
+    inputs = batch(head, model.config, 4, True)
+    losses = {}
     for kernels in ("reference", "triton"):
         model.config.kernels = kernels
         model.zero_grad()
-        output = model(**given)
+        output = model(**inputs)
         output.loss.backward()
         grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        found[kernels] = (output.loss.detach(), grads)
-    torch.testing.assert_close(found["triton"][0], found["reference"][0], rtol=1e-5, atol=1e-6)
-    assert found["triton"][1].keys() == found["reference"][1].keys()
-    for name, grad in found["reference"][1].items():
-        off = (found["triton"][1][name] - grad).abs().max()
+        losses[kernels] = (output.loss.detach(), grads)
+    torch.testing.assert_close(losses["triton"][0], losses["reference"][0], rtol=1e-5, atol=1e-6)
+    assert losses["triton"][1].keys() == losses["reference"][1].keys()
+    for name, grad in losses["reference"][1].items():
+        off = (losses["triton"][1][name] - grad).abs().max()
         assert off <= 1e-4 * grad.abs().max() + 1e-6, name
 
 
@@ -362,14 +362,14 @@ def test_kernels_compute_what_plain_torch_does(mux, head):
 @pytest.mark.parametrize("head", ["sequence", "token"])
 def test_compiles_without_a_break(head, kernels):
     model = bert(head, kernels=kernels).float()
-    given = batch(head, model.config, 4, False)
-    ids = {name: given[name] for name in ("input_ids", "attention_mask")}
+    inputs = batch(head, model.config, 4, False)
+    ids = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     plain = model(**ids).logits
     plain.sum().backward()
     expected = model.demultiplexer.pre_decoder.weight.grad.clone()
     model.zero_grad()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    found = compiled(**ids).logits
-    found.sum().backward()
-    torch.testing.assert_close(found, plain)
+    result = compiled(**ids).logits
+    result.sum().backward()
+    torch.testing.assert_close(result, plain)
     torch.testing.assert_close(model.demultiplexer.pre_decoder.weight.grad, expected)

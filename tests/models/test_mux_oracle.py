@@ -87,16 +87,16 @@ def name_of(case: tuple) -> str:
     )
 
 
-def naive(head: str, model, weights: dict[str, Tensor], given: dict, replaced: Tensor) -> dict:
+def naive(head: str, model, weights: dict[str, Tensor], inputs: dict, replaced: Tensor) -> dict:
     fields = model.config.to_dict() | {"num_labels": model.config.num_labels}
     if head == "wrapper":
-        made = model.config.of_generator().to_dict() if fields["generator"] != "none" else {}
-        return replaced_tokens(weights, given, fields, made, replaced)
+        generator = model.config.of_generator().to_dict() if fields["generator"] != "none" else {}
+        return replaced_tokens(weights, inputs, fields, generator, replaced)
     if head == "mlm":
-        return masked_lm(weights, given, fields)
+        return masked_lm(weights, inputs, fields)
     if head == "discriminator":
-        return discriminator(weights, given, fields)
-    return classifier(weights, head, given, fields)
+        return discriminator(weights, inputs, fields)
+    return classifier(weights, head, inputs, fields)
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
@@ -106,15 +106,15 @@ def test_as_the_naive_model(case):
     rows, plain = fields.pop("rows", None), fields.pop("plain", False)
     fields = {SHORT.get(name, name): value for name, value in fields.items()}
     model = made(family, head, demux, mux, fields).eval()
-    given = batch(head, model.config, rows or 2 * model.config.num_instances, plain)
-    before = {name: tensor.clone() for name, tensor in given.items()}
+    inputs = batch(head, model.config, rows or 2 * model.config.num_instances, plain)
+    before = {name: tensor.clone() for name, tensor in inputs.items()}
     torch.manual_seed(5)  # what a generator draws
-    output = model(**given)
+    output = model(**inputs)
     output.loss.backward()
-    assert all(torch.equal(given[name], tensor) for name, tensor in before.items())
+    assert all(torch.equal(inputs[name], tensor) for name, tensor in before.items())
 
     weights = {k: p.detach().clone().requires_grad_() for k, p in model.named_parameters()}
-    expected = naive(head, model, weights, given, output.get("input_ids"))
+    expected = naive(head, model, weights, inputs, output.get("input_ids"))
     prefix = model.config.prefix_length
     if head == "mlm" and prefix:  # columns are those of the input, the last of them dropped
         expected["logits"] = F.pad(expected["logits"][:, prefix:], (0, 0, 0, prefix))
@@ -130,7 +130,7 @@ def test_as_the_naive_model(case):
     model.zero_grad()
     model.train()  # losses without logits, and of real tokens only
     torch.manual_seed(5)
-    again = model(**given).loss
+    again = model(**inputs).loss
     assert abs(again - expected["loss"]) <= 2e-6 * max(1, abs(expected["loss"]))
     again.backward()
     compare_gradients(model, weights)

@@ -61,19 +61,19 @@ def model_and_batch(kind: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor]
             task_kinds=["sequence", "token"],
             task_labels=[["x", "y"], ["O", "B", "I"]],
         )
-        given = {"input_ids": ids_of(4, 8), "task_ids": torch.tensor([0, 1, 0, 1])}
-        given |= {"labels": torch.tensor([0, 0, 1, 0]), "token_labels": ids_of(4, 8) % 3}
-        return CaMtlForMultiTask(config), given
+        inputs = {"input_ids": ids_of(4, 8), "task_ids": torch.tensor([0, 1, 0, 1])}
+        inputs |= {"labels": torch.tensor([0, 0, 1, 0]), "token_labels": ids_of(4, 8) % 3}
+        return CaMtlForMultiTask(config), inputs
     head, demux = rest.split("-")
     model = made(family, head, demux, GAUSS, {}).float()
-    given = batch(head, model.config, 4, False)
-    del given["position_ids"]
-    return model, given
+    inputs = batch(head, model.config, 4, False)
+    del inputs["position_ids"]
+    return model, inputs
 
 
-def scored(model, given):
+def scored(model, inputs):
     torch.manual_seed(1)  # what replaced-token models draw
-    return model(**given)
+    return model(**inputs)
 
 
 @pytest.mark.parametrize(
@@ -81,10 +81,10 @@ def scored(model, given):
 )
 def test_outputs_files_checkpointing_and_resizing(kind, tmp_path):
     logging.disable_progress_bar()
-    model, given = model_and_batch(kind)
-    expected = scored(model.eval(), given)
+    model, inputs = model_and_batch(kind)
+    expected = scored(model.eval(), inputs)
     torch.manual_seed(1)
-    loss, second, *_ = model(**given, return_dict=False)
+    loss, second, *_ = model(**inputs, return_dict=False)
     assert torch.equal(loss, expected.loss)
     if isinstance(second, torch.Tensor) and expected.logits is not None:
         assert torch.equal(second, expected.logits)
@@ -93,7 +93,7 @@ def test_outputs_files_checkpointing_and_resizing(kind, tmp_path):
     model.save_pretrained(tmp_path / "saved")
     loaded, report = type(model).from_pretrained(tmp_path / "saved", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
-    torch.testing.assert_close(scored(loaded.eval(), given).loss, expected.loss)
+    torch.testing.assert_close(scored(loaded.eval(), inputs).loss, expected.loss)
 
     gradients = []
     for checkpointing in (False, True):
@@ -101,12 +101,12 @@ def test_outputs_files_checkpointing_and_resizing(kind, tmp_path):
         if checkpointing:
             trained.gradient_checkpointing_enable()
             assert trained.is_gradient_checkpointing
-        scored(trained, given).loss.backward()
+        scored(trained, inputs).loss.backward()
         gradients.append([parameter.grad for parameter in trained.parameters()])
-    for one, other in zip(*gradients, strict=True):
-        assert (one is None) == (other is None)
-        if one is not None:
-            torch.testing.assert_close(one, other)
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert (plain is None) == (recomputed is None)
+        if plain is not None:
+            torch.testing.assert_close(plain, recomputed)
 
     rows = model.config.vocab_size + 3
     if kind in OF_EACH_DOMAIN:
@@ -115,12 +115,12 @@ def test_outputs_files_checkpointing_and_resizing(kind, tmp_path):
         return
     model.resize_token_embeddings(rows)
     assert model.config.vocab_size == len(model.get_input_embeddings().weight) == rows
-    resized = scored(model, given)
+    resized = scored(model, inputs)
     if isinstance(resized.logits, torch.Tensor) and resized.logits.shape[-1] == rows:
         torch.testing.assert_close(resized.logits[..., : rows - 3], expected.logits)
     model.save_pretrained(tmp_path / "resized")
     loaded = type(model).from_pretrained(tmp_path / "resized").eval()
-    torch.testing.assert_close(scored(loaded, given).loss, resized.loss)
+    torch.testing.assert_close(scored(loaded, inputs).loss, resized.loss)
 
 
 def every_class() -> list[type[PreTrainedModel]]:
@@ -160,8 +160,8 @@ def test_the_bare_model_is_that_of_the_auto_class(tmp_path):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    place = tmp_path_factory.mktemp("demix") / "model"
-    return make_model(place, "feedforward", max_position_embeddings=POSITIONS)
+    path = tmp_path_factory.mktemp("demix") / "model"
+    return make_model(path, "feedforward", max_position_embeddings=POSITIONS)
 
 
 def test_the_domain_of_a_loaded_model(folder, tmp_path):

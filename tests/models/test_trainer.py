@@ -125,17 +125,17 @@ def test_train_evaluate_and_predict(kind, tmp_path):
     with torch.no_grad():
         outputs = [model(**part) for part in parts]
     expected = sum(len(p["labels"]) * float(o.loss) for p, o in zip(parts, outputs, strict=True))
-    found = trainer.predict(trainer.eval_dataset)
+    predicted = trainer.predict(trainer.eval_dataset)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected / ROWS, rel=1e-5)
-    assert found.metrics["test_loss"] == pytest.approx(expected / ROWS, rel=1e-5)
+    assert predicted.metrics["test_loss"] == pytest.approx(expected / ROWS, rel=1e-5)
     if kind == "ca_mtl":
-        a, b, c = found.predictions
+        a, b, c = predicted.predictions
         assert (a.shape, b.shape, c.shape) == ((3, 2), (0, LENGTH, 3), (2, 1))
         assert torch.allclose(torch.tensor(a), torch.cat([o.logits[0] for o in outputs]))
     else:
-        assert found.predictions.shape[0] == ROWS
+        assert predicted.predictions.shape[0] == ROWS
         together = torch.cat([output.logits for output in outputs])
-        assert torch.allclose(torch.tensor(found.predictions), together, atol=1e-6)
+        assert torch.allclose(torch.tensor(predicted.predictions), together, atol=1e-6)
 
 
 def test_accumulated_gradients_are_those_of_one_batch(tmp_path):
@@ -149,8 +149,8 @@ def test_accumulated_gradients_are_those_of_one_batch(tmp_path):
         sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
         trainer_of(model, rows, tmp_path / "out", max_steps=1, optim="sgd", **sizes).train()
         weights.append([p.detach().clone() for p in model.parameters()])
-    for one, other in zip(*weights, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    for whole, accumulated in zip(*weights, strict=True):
+        torch.testing.assert_close(whole, accumulated, rtol=1e-4, atol=1e-6)
 
 
 def test_labels_of_tokens_and_of_rows_of_many_tasks():
@@ -167,14 +167,14 @@ def test_labels_of_tokens_and_of_rows_of_many_tasks():
 
 def test_arguments_that_no_model_has_are_refused():
     for model in (ca_mtl(), made("bert", "sequence", "index_pos", GAUSS, {})):
-        given = {"input_ids": ids_of(2, LENGTH)}
+        arguments = {"input_ids": ids_of(2, LENGTH)}
         if model.config.model_type == "ca_mtl":
-            given["task_ids"] = torch.zeros(2).long()
-        model(**given, inputs_embeds=None, output_attentions=False, use_cache=True)
+            arguments["task_ids"] = torch.zeros(2).long()
+        model(**arguments, inputs_embeds=None, output_attentions=False, use_cache=True)
         with pytest.raises(ValueError, match="forward does not support output_attentions=True"):
-            model(**given, output_attentions=True)
+            model(**arguments, output_attentions=True)
         with pytest.raises(ValueError, match=r"not support inputs_embeds of shape \(2, 3, 4\)"):
-            model(**given, inputs_embeds=torch.zeros(2, 3, 4))
+            model(**arguments, inputs_embeds=torch.zeros(2, 3, 4))
 
 
 def tokenizer_of(words: dict[str, int], **special: str) -> PreTrainedTokenizerFast:
@@ -243,8 +243,10 @@ def test_encoder_pipelines_by_path(demux, tmp_path):
     with torch.no_grad():
         scores = torch.cat([model(**batch).logits for batch in batches]).softmax(-1)
     for answer, row in zip(answers, scores, strict=True):
-        found = {entry["label"]: entry["score"] for entry in answer}
-        assert list(map(found.get, model.config.id2label.values())) == pytest.approx(row.tolist())
+        answered = {entry["label"]: entry["score"] for entry in answer}
+        assert list(map(answered.get, model.config.id2label.values())) == pytest.approx(
+            row.tolist()
+        )
 
     model, answers = run("token-classification", "token", texts)
     with torch.no_grad():

@@ -80,28 +80,28 @@ def batch(head: str, config: MuxConfig, rows: int, plain: bool) -> dict[str, Ten
     mask[:N, -1] = 0  # one position is padding in all instances
     ids[mask == 0] = pad
     total = length if pretraining else length + prefix
-    given = {"input_ids": ids}
+    inputs = {"input_ids": ids}
     if not plain:
-        given["attention_mask"] = mask
-        given["token_type_ids"] = draw(config.type_vocab_size, rows, length)
+        inputs["attention_mask"] = mask
+        inputs["token_type_ids"] = draw(config.type_vocab_size, rows, length)
         of_tokens = pretraining or config.model_type == "mux_roberta"
-        given["position_ids"] = draw(config.max_position_embeddings, rows, total)
+        inputs["position_ids"] = draw(config.max_position_embeddings, rows, total)
         if not of_tokens:
-            given["position_ids"] = given["position_ids"][:groups]
-    given["labels"] = draw(config.num_labels, rows)
+            inputs["position_ids"] = inputs["position_ids"][:groups]
+    inputs["labels"] = draw(config.num_labels, rows)
     if head == "sequence" and config.num_labels == 1:
-        given["labels"] = torch.randn(rows, generator=generator, dtype=torch.double)
+        inputs["labels"] = torch.randn(rows, generator=generator, dtype=torch.double)
     if head == "token":
-        given["labels"] = draw(config.num_labels, rows, length)
-        given["labels"][draw(3, rows, length) == 0] = -100
+        inputs["labels"] = draw(config.num_labels, rows, length)
+        inputs["labels"][draw(3, rows, length) == 0] = -100
     if head == "discriminator":
-        given["labels"] = draw(2, rows, length)
+        inputs["labels"] = draw(2, rows, length)
     if head in ("mlm", "wrapper"):
         chosen = (draw(3, rows, length) == 0) & (mask == 1)
-        given["labels"] = ids.masked_fill(~chosen, -100)
+        inputs["labels"] = ids.masked_fill(~chosen, -100)
         keep = draw(4, rows, length) == 0
         ids[chosen & ~keep] = config.mask_token_id
-    given["retrieval_slots"] = draw(N, groups, total)
+    inputs["retrieval_slots"] = draw(N, groups, total)
     if head == "wrapper":
-        given["generator_slots"] = draw(N, groups, total)
-    return given
+        inputs["generator_slots"] = draw(N, groups, total)
+    return inputs
