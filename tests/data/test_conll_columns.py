@@ -191,7 +191,7 @@ def test_rows_with_lists_of_words(tmp_path):
         [["Ada", "met"]],
         [["B-PER", "O"]],
     )
-    (tmp_path / "train.txt.gz").write_bytes(gzip.compress(b"a B-X\nb O\n"))
+    (tmp_path / "train.txt.gz").write_bytes(gzip.compress(b"a B-X\nb O\n", mtime=0))
     _, sets = read_token_task(token_task("any"), tmp_path, ["train"])
     assert sets["train"].labels == [["B-X", "O"]]
     (tmp_path / "train.txt.gz").unlink()

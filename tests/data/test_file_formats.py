@@ -106,7 +106,7 @@ def test_json_lines_by_any_of_their_endings(tmp_path, ending):
 def test_a_folder_of_splits_with_any_endings(tmp_path):
     for name in ("train.TXT", "dev.ndjson", "test.jl.gz", "README.md", "train.py"):
         content = b'{"text": "a"}\n'
-        (tmp_path / name).write_bytes(gzip.compress(content) if "gz" in name else content)
+        (tmp_path / name).write_bytes(gzip.compress(content, mtime=0) if "gz" in name else content)
     splits = dict(open_source(tmp_path).documents())
     assert splits == {"train": '{"text": "a"}', "valid": "a", "test": "a"}
     (tmp_path / "test.jsonl").write_bytes(content)

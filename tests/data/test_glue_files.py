@@ -220,7 +220,7 @@ ROWS = b'{"y": " 1", "text": "a \\"b\\", c"}\n{"y": 0, "text": "two\\nlines"}\n'
     ("name", "content"),
     [
         ("a.csv", CSV),
-        ("a.csv.gz", gzip.compress(CSV)),
+        ("a.csv.gz", gzip.compress(CSV, mtime=0)),
         ("a.ndjson", ROWS),
         ("a.jsonlines", ROWS),
         ("a.JSONL", ROWS),
