@@ -10,27 +10,30 @@
     python launchers/finetune_glue.py --task_spec reviews.yaml --model runs/reviews/model \\
         --do_eval --output_dir runs/reviews-scored
 
-MODEL is a folder or a name on the hub: a stock encoder, or a multiplexed one, which answers N rows
-in a forward pass. GLUE is the folder of the official files. The same command resumes an interrupted
+MODEL is a folder or a name on the hub: a stock encoder, or a multiplexed one with N rows in a
+forward pass. GLUE is the folder of the official files. The same command resumes an interrupted
 run. OUT/model is the best model by the task's first metric on dev, OUT/results.json has the scores
-and OUT/predictions the files for the GLUE server. docs/finetuning.md tells more.
+and OUT/predictions the files for the GLUE server. See docs/finetuning.md.
 """
 
 from megamod.args import SafetyArgs, parse_args, require
 from megamod.errors import run
-from megamod.runs.finetune.args import TaskArgs, TunedArgs, TunedOptimArgs, TunedRunArgs
+from megamod.runs.finetune.args import FinetuneOptimArgs, FinetuneRunArgs, OneTaskArgs, TaskArgs
 
 
 def main() -> None:
     """Parse, train, score, predict."""
-    parsed = parse_args(TunedRunArgs, SafetyArgs, TunedOptimArgs, TunedArgs, TaskArgs, doc=__doc__)
+    parsed = parse_args(
+        FinetuneRunArgs, SafetyArgs, FinetuneOptimArgs, OneTaskArgs, TaskArgs, doc=__doc__
+    )
     require(parsed[0], "output_dir")
     # Imported late, so that --help and errors in flags answer at once.
-    from megamod.runs.finetune.one_task import finetune
+    from megamod.runs.finetune.one_task import prepare
+    from megamod.runs.finetune.run import finetune
     from megamod.runs.node_log import start_logging
 
     start_logging()
-    finetune(*parsed)
+    finetune(prepare(*parsed[3:]), parsed)
 
 
 if __name__ == "__main__":

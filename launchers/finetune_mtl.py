@@ -11,31 +11,36 @@
     python launchers/finetune_mtl.py --model runs/glue/model --data_dir GLUE --do_predict \\
         --output_dir runs/glue-answers
 
-BERT is a folder or a name on the hub. Without --tasks there are the nine of GLUE, which is the
+BERT is a folder or a name on the hub. The default of --tasks is the nine of GLUE; GLUE is the
 folder of the official files. The same command resumes an interrupted run. OUT/model is the best
 model by the mean score of all tasks on dev, OUT/results.json has the scores, OUT/predictions the
-files for the GLUE server, OUT/task_shares.png what share of the rows each task had.
-docs/multitask.md tells more.
+files for the GLUE server, OUT/task_shares.png the share of each task among the rows. See
+docs/multitask.md.
 """
 
 from megamod.args import SafetyArgs, parse_args, require
 from megamod.errors import run
-from megamod.runs.finetune.args import TunedOptimArgs, TunedRunArgs
-from megamod.runs.finetune.many_tasks_args import ConditionedArgs, MixtureArgs
+from megamod.runs.finetune.args import (
+    FinetuneOptimArgs,
+    FinetuneRunArgs,
+    ManyTasksArgs,
+    TaskListArgs,
+)
 
 
 def main() -> None:
     """Parse, train, score, predict."""
     parsed = parse_args(
-        TunedRunArgs, SafetyArgs, TunedOptimArgs, ConditionedArgs, MixtureArgs, doc=__doc__
+        FinetuneRunArgs, SafetyArgs, FinetuneOptimArgs, ManyTasksArgs, TaskListArgs, doc=__doc__
     )
     require(parsed[0], "output_dir")
     # Imported late, so that --help and errors in flags answer at once.
-    from megamod.runs.finetune.many_tasks import finetune_tasks
+    from megamod.runs.finetune.many_tasks import prepare
+    from megamod.runs.finetune.run import finetune
     from megamod.runs.node_log import start_logging
 
     start_logging()
-    finetune_tasks(*parsed)
+    finetune(prepare(*parsed[3:]), parsed)
 
 
 if __name__ == "__main__":

@@ -7,29 +7,37 @@
     python launchers/finetune_ner.py --task any --data_dir FOLDER --label_column 3 \\
         --config_name bert_tiny --tokenizer_name TOKENIZER --do_train --do_eval --output_dir OUT
 
-The folder has train.txt, dev.txt and test.txt, one word per line, a blank line behind a sentence.
-Entities may be in IOB1 or IOB2 and are scored as a whole, as CoNLL does; other labels by accuracy.
-The first token of a word carries its label. The same command resumes an interrupted run. OUT/model
-is the best model on dev, OUT/results.json has the scores. docs/finetuning.md tells more.
+The folder has train.txt, dev.txt and test.txt, one word per line, a blank line after each sentence,
+or CoNLL-U files. Entities may be in IOB1, IOB2, IOBES or BILOU and are scored as in CoNLL; other
+labels by accuracy. The first token of a word carries its label. The same command resumes an
+interrupted run. OUT/model is the best model on dev, OUT/results.json has the scores. See
+docs/finetuning.md.
 """
 
 from megamod.args import SafetyArgs, parse_args, require
 from megamod.errors import run
-from megamod.runs.finetune.args import TaskArgs, TunedArgs, TunedOptimArgs, TunedRunArgs, WordArgs
+from megamod.runs.finetune.args import (
+    FinetuneOptimArgs,
+    FinetuneRunArgs,
+    OneTaskArgs,
+    TaskArgs,
+    WordArgs,
+)
 
 
 def main() -> None:
     """Parse, train, score, predict."""
     parsed = parse_args(
-        TunedRunArgs, SafetyArgs, TunedOptimArgs, TunedArgs, TaskArgs, WordArgs, doc=__doc__
+        FinetuneRunArgs, SafetyArgs, FinetuneOptimArgs, OneTaskArgs, TaskArgs, WordArgs, doc=__doc__
     )
     require(parsed[0], "output_dir")
     # Imported late, so that --help and errors in flags answer at once.
-    from megamod.runs.finetune.one_task import finetune
+    from megamod.runs.finetune.one_task import prepare
+    from megamod.runs.finetune.run import finetune
     from megamod.runs.node_log import start_logging
 
     start_logging()
-    finetune(*parsed)
+    finetune(prepare(*parsed[3:]), parsed)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Scores of sentence tasks as GLUE defines them, and the files its server takes.
+"""Scores of sentence tasks as GLUE defines them, and files for its server.
 
 Source: Wang et al. 2019 (GLUE), section 3 and appendix: the metrics of each task, and the average.
 """
@@ -38,7 +38,7 @@ def answers_of(task: TaskSpec, logits: np.ndarray) -> np.ndarray:
 
 
 def metric(name: str, answers: np.ndarray, labels: np.ndarray) -> float:
-    """One metric of [n] answers. Where it is not defined (constant answers) it is 0.
+    """One metric of [n] answers; 0 where it is undefined (constant answers).
 
     F1 is that of label 1 against label 0; macro_f1 weighs all labels alike.
 
@@ -73,7 +73,7 @@ def _correlation(name: str, answers: np.ndarray, labels: np.ndarray) -> float:
 
 
 def accuracy_by_slot(answers: np.ndarray, labels: np.ndarray, instances: int) -> list[float]:
-    """Accuracy of each instance of the multiplexed inputs: row r is instance r % N."""
+    """Accuracy of each instance: row r of a split is instance r % N."""
     right = answers == labels
     return [float(np.mean(right[slot::instances])) for slot in range(min(instances, len(right)))]
 
@@ -95,7 +95,7 @@ def glue_average(tasks: Mapping[str, float]) -> float:
 
 
 def submission(task: TaskSpec, logits: np.ndarray) -> str:
-    """A file of predictions as the GLUE server takes it: index and label, or value, by row."""
+    """Content of a prediction file for the GLUE server: index and label, or value, per row."""
     answers = answers_of(task, logits)
     if task.regression:
         least, most = task.bounds or (-math.inf, math.inf)
@@ -107,7 +107,7 @@ def submission(task: TaskSpec, logits: np.ndarray) -> str:
 
 
 def mean_and_deviation(rows: Sequence[Mapping[str, float]]) -> tuple[Scores, Scores]:
-    """Means and sample standard deviations (0 of a single row) of what all rows have."""
+    """Means and sample standard deviations (0 for one row) of the columns that all rows have."""
     names = [name for name in rows[0] if all(name in row for row in rows)]
     columns = {name: np.array([row[name] for row in rows]) for name in names}
     return (
@@ -117,7 +117,7 @@ def mean_and_deviation(rows: Sequence[Mapping[str, float]]) -> tuple[Scores, Sco
 
 
 def score_table(rows: Mapping[str, Mapping[str, float | str]], corner: str) -> str:
-    """A text table: a row per name, a column per score; missing cells are a dash."""
+    """A text table with a row per name and a column per score; missing cells are a dash."""
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
     cells = [[corner, *columns]]
     for name, row in rows.items():

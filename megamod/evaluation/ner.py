@@ -1,6 +1,6 @@
 """Scores of labels per word: entities as the CoNLL evaluation counts them, and accuracy.
 
-Source: Tjong Kim Sang and De Meulder 2003 (CoNLL-2003), section 2.4: an entity is right if its
+Source: Tjong Kim Sang and De Meulder 2003 (CoNLL-2003), section 2.4: an entity is correct if its
 type, its first and its last word are.
 """
 
@@ -15,26 +15,26 @@ Labels = Sequence[Sequence[str]]
 
 @dataclass
 class Counts:
-    """Entities that are right, found, and there."""
+    """Numbers of entities: correct ones, predicted ones, and those of the gold labels."""
 
-    right: int = 0
-    found: int = 0
-    there: int = 0
+    correct: int = 0
+    predicted: int = 0
+    gold: int = 0
 
     def scores(self) -> dict[str, float]:
-        """Precision, recall and F1; 0 where nothing was found or is there."""
-        precision = self.right / self.found if self.found else 0.0
-        recall = self.right / self.there if self.there else 0.0
-        total = self.found + self.there
-        f1 = 2 * self.right / total if total else 0.0
+        """Precision, recall and F1; 0 without predicted or gold entities."""
+        precision = self.correct / self.predicted if self.predicted else 0.0
+        recall = self.correct / self.gold if self.gold else 0.0
+        total = self.predicted + self.gold
+        f1 = 2 * self.correct / total if total else 0.0
         return {"precision": precision, "recall": recall, "f1": f1}
 
 
 def entities(labels: Sequence[str], runs: bool = False) -> Iterator[tuple[str, int, int]]:
     """Type, first word and last word of each entity of a sentence in any scheme of `data.iob`.
 
-    An entity begins at B-, and at an I- that continues none of its type; so every sequence of
-    labels that a model may answer has a reading.
+    An entity begins at B-, and at an I- that continues none of its type, so that any sequence of
+    labels can be read.
 
     Args:
         runs: the labels are plain tags: an entity is a run of one tag other than O.
@@ -61,13 +61,13 @@ def entity_counts(gold: Labels, answers: Labels, runs: bool = False) -> dict[str
     for gold_row, answered_row in zip(gold, answers, strict=True):
         if len(gold_row) != len(answered_row):
             raise ValueError(f"{len(answered_row)} answers for {len(gold_row)} words")
-        wanted = set(entities(gold_row, runs))
-        for kind, *_ in wanted:
-            counts.setdefault(kind, Counts()).there += 1
+        expected = set(entities(gold_row, runs))
+        for kind, *_ in expected:
+            counts.setdefault(kind, Counts()).gold += 1
         for entity in set(entities(answered_row, runs)):
             count = counts.setdefault(entity[0], Counts())
-            count.found += 1
-            count.right += entity in wanted
+            count.predicted += 1
+            count.correct += entity in expected
     return dict(sorted(counts.items()))
 
 
@@ -84,9 +84,9 @@ def score_words(task: TaskSpec, gold: Labels, answers: Labels) -> dict[str, floa
     scores = {"accuracy": sum(a == b for a, b in pairs) / max(1, len(pairs))}
     by_type = entity_counts(gold, answers, has_runs(task)).values()
     total = Counts(
-        sum(count.right for count in by_type),
-        sum(count.found for count in by_type),
-        sum(count.there for count in by_type),
+        sum(count.correct for count in by_type),
+        sum(count.predicted for count in by_type),
+        sum(count.gold for count in by_type),
     )
     scores |= total.scores()
     scores["macro_f1"] = sum(count.scores()["f1"] for count in by_type) / max(1, len(by_type))
@@ -104,15 +104,17 @@ def word_accuracy_by_slot(gold: Labels, answers: Labels, instances: int) -> list
     for slot in range(min(instances, len(gold))):
         pairs = [
             (a, b)
-            for there, found in zip(gold[slot::instances], answers[slot::instances], strict=True)
-            for a, b in zip(there, found, strict=True)
+            for gold_row, answered_row in zip(
+                gold[slot::instances], answers[slot::instances], strict=True
+            )
+            for a, b in zip(gold_row, answered_row, strict=True)
         ]
         slots.append(sum(a == b for a, b in pairs) / max(1, len(pairs)))
     return slots
 
 
 def conll_text(words: Labels, answers: Labels, gold: Labels | None) -> str:
-    """Columns apart by tabs: words, labels if known, and answers; `conlleval -d` reads this."""
+    """Words, labels if known, and answers in columns separated by tabs, as for `conlleval -d`."""
     columns = [words, answers] if gold is None else [words, gold, answers]
     sentences = zip(*columns, strict=True)
     return "\n".join(

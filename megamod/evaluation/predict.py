@@ -1,4 +1,4 @@
-"""What a classifier answers on a whole split, its batches divided among the ranks."""
+"""Predictions of a classifier for a whole split, its batches divided among the ranks."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ class Predictor:
     Args:
         module: takes `input_ids`, `attention_mask` and perhaps `token_type_ids`, returns `logits`.
         inputs: names of the fields of a batch that the module takes.
-        device: where it is.
+        device: of the module.
         part, parts: rank `part` of `parts` runs every parts-th batch.
         reduce: sums a tensor over the ranks in place.
     """
@@ -36,9 +36,9 @@ class Predictor:
 
     @property
     def instances_per_second(self) -> float:
-        """Rows that this rank has answered by the seconds of its forward passes alone.
+        """Rows per second of this rank's forward passes.
 
-        The first pass is left out where there are others: it starts what later ones find ready.
+        The first of several passes is left out, because it includes warm-up.
         """
         counted = self._passes[1:] or self._passes
         rows, seconds = (sum(column) for column in zip(*counted, strict=True))
@@ -47,7 +47,7 @@ class Predictor:
     def __call__(self, encoded: Encoded, batches: Sequence[HeldOutBatch]) -> np.ndarray:
         """Logits [n, C] float64 of rows, or the best label of each token, [T] int64.
 
-        Every row is scored once: fillers are left out, copies of a row averaged.
+        Every row counts once: fillers are dropped, copies of a row averaged.
         """
         training = self.module.training
         self.module.eval()
@@ -77,7 +77,7 @@ class Predictor:
     def logits(self, held: HeldOutBatch) -> Tensor:
         """Logits of the n rows of a batch, [n, C] or [n, L, C] of tokens, float32 on the CPU.
 
-        The module is to be in evaluation mode.
+        The module must be in evaluation mode.
         """
         fields = {name: held.batch[name].to(self.device) for name in self.inputs}
         self._wait()
@@ -107,8 +107,8 @@ def labels_of_words(
 ) -> list[list[str]]:
     """Labels of each sentence's words from those of the tokens.
 
-    Words that were cut off are answered with O if there is such a label, else with the first one:
-    they count, as mistakes where they should have had another.
+    Words that were cut off get O if that is a label, else the first label, and are scored like
+    others.
     """
     missing = "O" if "O" in labels else labels[0]
     return [

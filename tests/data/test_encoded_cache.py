@@ -66,7 +66,7 @@ def test_the_same_rows_come_back(tmp_path, tokenizer):
 def test_whatever_matters_changes_the_name(tokenizer, tmp_path):
     file = tmp_path / "vocab.txt"
     file.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefg"]))
-    other_text = TextSet((["a b", "c", "f"],), TEXTS.labels, TEXTS.places)
+    other_text = TextSet((["a b", "c", "f"],), TEXTS.labels, TEXTS.origins)
     keys = [
         key_of(rows, pieces, lengths, labels, label_all)
         for rows, pieces, lengths, labels, label_all in (
@@ -86,8 +86,8 @@ def test_whatever_matters_changes_the_name(tokenizer, tmp_path):
     assert key_of(again, tokenizer, LENGTHS, ("0", "1"), False) == keys[0]
 
 
-def test_a_broken_file_is_made_anew(tmp_path, tokenizer, caplog):
+def test_a_broken_file_is_written_again(tmp_path, tokenizer, caplog):
     (tmp_path / "key.safetensors").write_bytes(b"half")
     made = cached(tmp_path, "key", lambda: encode_texts(TEXTS, tokenizer, LENGTHS))
-    assert "made anew" in caplog.text and len(made) == 3
+    assert "written again" in caplog.text and len(made) == 3
     assert same(cached(tmp_path, "key", never), made)

@@ -74,7 +74,7 @@ def test_official_layouts_by_names_and_by_places(tmp_path, name, named):
             None if split == "test" else expected
         )
     header = 0 if name == "cola" else 1
-    assert sets["train"].places[0].endswith(f"line {1 + header}")
+    assert sets["train"].origins[0].endswith(f"line {1 + header}")
 
 
 def test_the_other_header_of_an_inference_task(tmp_path):

@@ -49,7 +49,7 @@ def mixture(sampling: str, *, rank: int = 0, ranks: int = 1, size: int = 4, batc
 
 def places(mixed: TaskMixture, steps: int) -> list[tuple[int, int]]:
     """(task, row) of all rows of so many micro-batches."""
-    parts = [mixed.places(number) for number in range(steps)]
+    parts = [mixed.rows(number) for number in range(steps)]
     return [pair for tasks, rows in parts for pair in zip(tasks, rows, strict=True)]
 
 
@@ -66,7 +66,7 @@ def test_proportional_has_every_row_once_an_epoch():
 def test_uniform_gives_each_task_its_turn():
     mixed = mixture("uniform")
     assert mixed.epoch(1.0) == 15 and mixed.epoch(0.5) == 7
-    tasks = [set(mixed.places(step)[0]) for step in range(60)]
+    tasks = [set(mixed.rows(step)[0]) for step in range(60)]
     assert all(len(one) == 1 for one in tasks)
     turns = [tuple(min(one) for one in tasks[start : start + 3]) for start in range(0, 60, 3)]
     assert all(sorted(turn) == [0, 1, 2] for turn in turns) and len(set(turns)) > 3
@@ -77,7 +77,7 @@ def test_uniform_gives_each_task_its_turn():
 def test_sequential_ends_one_task_before_the_next():
     mixed = mixture("sequential")
     assert mixed.epoch(1.0) == 2 + 5 + 3
-    tasks = [int(mixed.places(step)[0][0]) for step in range(20)]
+    tasks = [int(mixed.rows(step)[0][0]) for step in range(20)]
     assert tasks == ([0] * 2 + [1] * 5 + [2] * 3) * 2
     assert {row for task, row in places(mixed, 10) if task == 0} == set(range(7))
 
@@ -91,7 +91,7 @@ def test_temperature_lies_between():
 
 def test_candidates_are_equally_many_of_each_task():
     mixed = mixture("uncertainty")
-    tasks, rows = mixed.places(0)
+    tasks, rows = mixed.rows(0)
     assert tasks.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     assert mixed.epoch(1.0) == 15
     own = [row for task, row in places(mixed, 5) if task == 1]
@@ -105,14 +105,14 @@ def test_ranks_and_micro_batches_divide_what_one_process_has(sampling):
     whole = mixture(sampling, size=8, batch=8)
     for step in range(6):
         parts = [
-            mixture(sampling, rank=rank, ranks=2, size=2, batch=8).places(2 * step + turn)
+            mixture(sampling, rank=rank, ranks=2, size=2, batch=8).rows(2 * step + turn)
             for rank in range(2)
             for turn in range(2)
         ]
         found = [pair for part in parts for pair in zip(*part, strict=True)]
         if sampling == "uncertainty":  # by task there, by rank here
             found.sort(key=lambda pair: pair[0])
-        assert found == list(zip(*whole.places(step), strict=True))
+        assert found == list(zip(*whole.rows(step), strict=True))
 
 
 def test_rows_of_a_mixed_batch_keep_what_they_had():

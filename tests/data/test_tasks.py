@@ -45,8 +45,8 @@ def test_folders_without_files(tmp_path):
 
 def test_columns_of_token_tasks():
     assert token_task("pos").label.name == token_task("ud_ewt").label.name == "upos"
-    assert token_task("wnut17").texts[0].place is token_task("wnut17").label.place is None
-    assert token_task("pos", 1, 2).label.place == 2 and token_task("pos", 1, 2).texts[0].place == 1
+    assert token_task("wnut17").texts[0].index is token_task("wnut17").label.index is None
+    assert token_task("pos", 1, 2).label.index == 2 and token_task("pos", 1, 2).texts[0].index == 1
 
 
 GOOD = """
@@ -65,7 +65,7 @@ def test_a_task_in_a_file(tmp_path):
     path.write_text(GOOD)
     task = read_spec(path)
     assert (task.kind, task.labels, task.metrics) == ("pair", ("0", "1"), ("macro_f1", "accuracy"))
-    assert [(c.name, c.place) for c in task.texts] == [("premise", None), ("column 4", 4)]
+    assert [(c.name, c.index) for c in task.texts] == [("premise", None), ("column 4", 4)]
     assert task.files == {"train": ("a.tsv",), "dev_x": ("b.jsonl",)}
 
 

@@ -62,7 +62,7 @@ def test_counts_by_type():
     gold = [["B-A", "I-A", "O", "B-B"], ["B-B"]]
     answers = [["B-A", "O", "B-A", "B-B"], ["I-B"]]
     counts = entity_counts(gold, answers)
-    assert [(k, c.right, c.found, c.there) for k, c in counts.items()] == [
+    assert [(k, c.correct, c.predicted, c.gold) for k, c in counts.items()] == [
         ("A", 0, 2, 1),
         ("B", 2, 2, 2),
     ]

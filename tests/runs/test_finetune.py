@@ -10,7 +10,7 @@ import pytest
 import torch
 from failures import failing
 from ranks import on_ranks
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -26,11 +26,17 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from megamod.args import SafetyArgs, parse_args
 from megamod.errors import UserError
 from megamod.evaluation.mux_pipeline import MuxPipeline
-from megamod.runs.finetune.args import TaskArgs, TunedArgs, TunedOptimArgs, TunedRunArgs, WordArgs
+from megamod.runs.finetune.args import (
+    FinetuneOptimArgs,
+    FinetuneRunArgs,
+    OneTaskArgs,
+    TaskArgs,
+    WordArgs,
+)
 
 WORDS = [f"w{n}" for n in range(12)]
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, ".", "##s"]
-SEQUENCE = (TunedRunArgs, SafetyArgs, TunedOptimArgs, TunedArgs, TaskArgs)
+SEQUENCE = (FinetuneRunArgs, SafetyArgs, FinetuneOptimArgs, OneTaskArgs, TaskArgs)
 SIZE = dict(vocab_size=len(VOCAB), hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
 SIZE |= dict(intermediate_size=32, max_position_embeddings=24, initializer_range=0.3)
 
@@ -132,12 +138,14 @@ def flags(place: Path, output: Path, **changes: object) -> list[str]:
 
 def start(place: Path, output: Path, *, words: bool = False, **changes: object) -> None:
     """One command in this process."""
-    from megamod.runs.finetune.one_task import finetune
+    from megamod.runs.finetune.one_task import prepare
+    from megamod.runs.finetune.run import finetune
 
     if words:
         changes = {"task": "toy", "data_dir": place / "ner", **changes}
     classes = (*SEQUENCE, WordArgs) if words else SEQUENCE
-    finetune(*parse_args(*classes, argv=flags(place, output, **changes)))
+    parsed = parse_args(*classes, argv=flags(place, output, **changes))
+    finetune(prepare(*parsed[3:]), parsed)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -150,14 +158,14 @@ def results(folder: Path) -> dict:
 
 def alone(rank: int, root: Path) -> None:
     """Everything that is done in one process."""
-    from megamod.runs.finetune import one_task
+    from megamod.runs.finetune import run
 
     start(root, root / "whole", do_predict=True, save_total_limit=9)
     start(root, root / "cut", stop_step=6)
     shutil.copytree(root / "cut", root / "cut-kept")
     start(root, root / "cut")
     start(root, root / "cut", do_predict=True, per_device_eval_batch_size=8)  # nothing to train
-    with failing(one_task, "publish", call=2), pytest.raises(UserError, match="after step 4"):
+    with failing(run, "publish", call=2), pytest.raises(UserError, match="after step 4"):
         start(root, root / "failed", save_steps=0, eval_steps=2)  # step 4 is better than step 2
     assert (root / "failed" / "checkpoints" / "step-4").is_dir()
     start(root, root / "failed", save_steps=0, eval_steps=2)
@@ -401,3 +409,19 @@ def test_labels_in_capitals_and_labels_without_names(tmp_path, place, caplog):
         assert results(out)["task"]["labels"] == ["bad", "good"]
         assert results(out)["mean"]["dev accuracy"] == scores["dev accuracy"]
         assert ("LABEL_0 to LABEL_1: they are taken to be bad, good" in caplog.text) is warns
+
+
+def test_a_model_without_its_head_is_not_scored(tmp_path, place):
+    """Without training nothing may be drawn at random: no head, no encoder, no new model."""
+    shutil.copytree(place / "whole" / "model", tmp_path / "model")
+    whole = load_file(tmp_path / "model" / "model.safetensors")
+    for name, shape in (("classifier.weight", None), ("classifier.bias", (3,))):
+        tensors = {key: tensor for key, tensor in whole.items() if key != name}
+        if shape is not None:
+            tensors[name] = torch.zeros(shape)
+        save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+        with pytest.raises(UserError, match=rf"1 of its weights are missing .* such as {name}"):
+            start(place, tmp_path / "out", model=tmp_path / "model", do_train=None)
+    with pytest.raises(UserError, match=r"--config_name bert_tiny: a new model .* --do_train"):
+        start(place, tmp_path / "out", model=None, config_name="bert_tiny", do_train=None)
+    assert not (tmp_path / "out").exists()

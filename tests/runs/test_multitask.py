@@ -15,14 +15,18 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertForMaskedLM
 from megamod.args import SafetyArgs, parse_args
 from megamod.errors import UserError
 from megamod.models.ca_mtl.model import CaMtlForMultiTask
-from megamod.runs.finetune.args import TunedOptimArgs, TunedRunArgs
-from megamod.runs.finetune.many_tasks_args import ConditionedArgs, MixtureArgs
+from megamod.runs.finetune.args import (
+    FinetuneOptimArgs,
+    FinetuneRunArgs,
+    ManyTasksArgs,
+    TaskListArgs,
+)
 
 WORDS = [f"w{n}" for n in range(12)]
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, "##s"]
 SIZE = dict(vocab_size=len(VOCAB), hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
 SIZE |= dict(intermediate_size=32, max_position_embeddings=24, initializer_range=0.2)
-CLASSES = (TunedRunArgs, SafetyArgs, TunedOptimArgs, ConditionedArgs, MixtureArgs)
+CLASSES = (FinetuneRunArgs, SafetyArgs, FinetuneOptimArgs, ManyTasksArgs, TaskListArgs)
 STAGES = (0, 1, 2, 3)
 
 
@@ -88,9 +92,11 @@ def parsed(root: Path, output: Path, **changes: object) -> tuple:
 
 def start(root: Path, output: Path, **changes: object) -> None:
     """One command in this process."""
-    from megamod.runs.finetune.many_tasks import finetune_tasks
+    from megamod.runs.finetune.many_tasks import prepare
+    from megamod.runs.finetune.run import finetune
 
-    finetune_tasks(*parsed(root, output, **changes))
+    arguments = parsed(root, output, **changes)
+    finetune(prepare(*arguments[3:]), arguments)
 
 
 def spread(root: Path, name: str, sampling: str, stage: int) -> None:
@@ -117,7 +123,7 @@ def together(rank: int, root: Path, world: int) -> None:
 
 def alone(rank: int, root: Path) -> None:
     """Everything that is done in one process."""
-    from megamod.runs.finetune import many_tasks
+    from megamod.runs.finetune import scores
 
     for sampling in ("proportional", "uncertainty"):
         spread(root, "one", sampling, 0)
@@ -125,7 +131,7 @@ def alone(rank: int, root: Path) -> None:
     start(root, root / "whole", **whole)
     start(root, root / "cut", **whole, stop_step=4)
     start(root, root / "cut", **whole)
-    with failing(many_tasks, "score_split", call=2), pytest.raises(UserError, match="step 3"):
+    with failing(scores, "score_split", call=2), pytest.raises(UserError, match="step 3"):
         start(root, root / "failed", **whole, save_steps=0)
     start(root, root / "failed", **whole, save_steps=0)
     mixed = dict(tasks=["sst-2", str(root / "toy.yaml")], data_dir=None, do_predict=True)
@@ -249,8 +255,8 @@ def test_frozen_blocks_stay_and_their_conditions_move(place):
     [
         (dict(tasks=["sst-2", "nothing"]), r"--tasks nothing: is none of cola, mnli"),
         (dict(tasks=["cola"]), "no file of task cola"),
-        (dict(tasks=["sst-2", "sst-2"]), "sst-2 is there twice"),
-        (dict(tasks=["SST-2", "sst-2"]), "sst-2 is there twice"),
+        (dict(tasks=["sst-2", "sst-2"]), "sst-2 is listed twice"),
+        (dict(tasks=["SST-2", "sst-2"]), "sst-2 is listed twice"),
         (dict(max_seq_length=12), "max_seq_length 12 does not divide hidden_size 32"),
         (dict(max_seq_length=64), "--max_seq_length 64: the model takes 24 tokens"),
         (dict(freeze_encoder_layers="0-2"), "has blocks 0 to 1"),
@@ -260,7 +266,7 @@ def test_frozen_blocks_stay_and_their_conditions_move(place):
     ],
 )
 def test_mistakes(tmp_path, changes, message):
-    from megamod.runs.finetune.many_tasks_problem import prepare
+    from megamod.runs.finetune.many_tasks import prepare
 
     root = make_place(tmp_path)
     with pytest.raises(UserError, match=message):
@@ -269,7 +275,7 @@ def test_mistakes(tmp_path, changes, message):
 
 
 def test_mistakes_about_a_trained_model(place):
-    from megamod.runs.finetune.many_tasks_problem import prepare
+    from megamod.runs.finetune.many_tasks import prepare
 
     model = dict(model=place / "whole" / "model", do_train=None)
     with pytest.raises(UserError, match=r"--tasks sst-2 rte: .* has heads for sst-2 rte sts-b"):

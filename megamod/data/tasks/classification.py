@@ -1,8 +1,8 @@
 """Labelled texts as batches: encoded once, padded, grouped for multiplexing.
 
-Which rows a training step has is a pure function of seed and step, so it is the same on any number
-of ranks. Held-out rows come in the order of the file. N consecutive rows are the instances of one
-multiplexed input: row r of a split is instance r % N (Murahari et al. 2023, MUX-PLM, section 3).
+The rows of a training step are a pure function of seed and step, whatever the number of ranks.
+Held-out rows keep the order of the file. N consecutive rows are the instances of one multiplexed
+input: row r of a split is instance r % N (Murahari et al. 2023, MUX-PLM, section 3).
 """
 
 import hashlib
@@ -34,24 +34,24 @@ CHUNK = 4096  # texts encoded at once
 
 @dataclass(frozen=True)
 class Lengths:
-    """How long a row may be.
+    """Maximum length of a row.
 
     Attributes:
-        longest: tokens of a row, special ones included; what is longer is cut.
-        room: positions of the model. A row beyond it is refused, unless `truncate` is set: whoever
-            asked for `longest` tokens knows of cuts below the model's limit, not above it.
-        truncate: cut such rows too.
+        longest: tokens of a row, special ones included; longer rows are cut.
+        room: positions of the model. Longer rows are refused unless `truncate` is set: a user who
+            asks for `longest` tokens expects cuts below the model's limit, not above it.
+        truncate: cut those rows too.
     """
 
     longest: int
     room: int
     truncate: bool = False
 
-    def refuse(self, tokens: int, place: str) -> None:
-        """Raise UserError if a row of so many tokens may not be cut."""
+    def refuse(self, tokens: int, where: str) -> None:
+        """Raise UserError if a row of `tokens` tokens may not be cut."""
         if tokens > self.room and not self.truncate:
             raise UserError(
-                f"{place}: {tokens} tokens, the model has {self.room} positions; --truncate cuts "
+                f"{where}: {tokens} tokens, the model has {self.room} positions; --truncate cuts "
                 "such sentences"
             )
 
@@ -65,11 +65,11 @@ class Encoded:
         segments: [T] int8, 1 in the second text of a pair.
         offsets: [n + 1] int64, row r is ids[offsets[r]:offsets[r + 1]].
         labels: [n] int64 or float32 of rows, [T] int64 of tokens (-100: none); None: hidden.
-        heads: of a token task, for each row the [W] places of the words' first tokens in the row,
-            -1 for words that were cut off; else None.
+        heads: for labels of words, [W] positions of the words' first tokens in each row, -1 for
+            words that were cut off; else None.
         pad_id: of the tokenizer.
         cut: rows that were shortened.
-        longest: tokens that a row may have; none is padded beyond them.
+        longest: tokens that a row may have, which also bounds padding.
     """
 
     ids: np.ndarray
@@ -114,21 +114,21 @@ class Encoded:
         """
         starts, ends = self.offsets[rows], self.offsets[rows + 1]
         length = pad_to or self.padded(rows)
-        place = starts[:, None] + np.arange(length)
-        real = place < ends[:, None]
-        place = np.where(real, place, 0)
+        index = starts[:, None] + np.arange(length)
+        real = index < ends[:, None]
+        index = np.where(real, index, 0)
         batch: Batch = {
             "input_ids": torch.from_numpy(
-                np.where(real, self.ids[place], self.pad_id).astype("i8")
+                np.where(real, self.ids[index], self.pad_id).astype("i8")
             ),
             "attention_mask": torch.from_numpy(real.astype(np.int64)),
             "token_type_ids": torch.from_numpy(
-                np.where(real, self.segments[place], 0).astype("i8")
+                np.where(real, self.segments[index], 0).astype("i8")
             ),
             "items": len(rows),
         }
         if self.labels is not None and self.per_token:
-            labels = np.where(real, self.labels[place], IGNORE)
+            labels = np.where(real, self.labels[index], IGNORE)
             batch |= {"labels": torch.from_numpy(labels), "items": int((labels != IGNORE).sum())}
         elif self.labels is not None:
             batch["labels"] = torch.from_numpy(self.labels[rows])
@@ -144,24 +144,24 @@ def encode_texts(texts: TextSet, tokenizer: "PreTrainedTokenizerFast", lengths: 
     ids_of, types_of, sizes, cut = [], [], [], 0
     for start in range(0, len(texts), CHUNK):
         chunk = [part[start : start + CHUNK] for part in texts.texts]
-        made = tokenizer(*chunk, return_token_type_ids=True)
-        ids, types = made["input_ids"], made["token_type_ids"]
-        for row, one in enumerate(ids):
-            if len(one) <= lengths.longest:
+        batch = tokenizer(*chunk, return_token_type_ids=True)
+        ids, types = batch["input_ids"], batch["token_type_ids"]
+        for row, tokens in enumerate(ids):
+            if len(tokens) <= lengths.longest:
                 continue
-            lengths.refuse(len(one), texts.places[start + row])
-            again = tokenizer(
+            lengths.refuse(len(tokens), texts.origins[start + row])
+            shortened = tokenizer(
                 *(part[row] for part in chunk),
                 truncation="longest_first",
                 max_length=lengths.longest,
                 return_token_type_ids=True,
             )
-            ids[row], types[row] = again["input_ids"], again["token_type_ids"]
+            ids[row], types[row] = shortened["input_ids"], shortened["token_type_ids"]
             cut += 1
         ids_of.append(_flat(ids, np.int32))
         types_of.append(_flat(types, np.int8))
         sizes += map(len, ids)
-    _tell(cut, len(texts), lengths)
+    _warn_of_cuts(cut, len(texts), lengths)
     return Encoded(
         np.concatenate(ids_of),
         np.concatenate(types_of),
@@ -190,11 +190,11 @@ def encode_words(
 
     Args:
         labels: names by number.
-        label_all: further tokens of a word are labelled too, I- where the word has B-.
+        label_all: label further tokens of a word too, with I- where the word has B-.
     Raises:
         UserError: naming file and line of a sentence that is too long for the model.
     """
-    front, back = _frame(tokenizer)
+    before, after = _special_tokens(tokenizer)
     number = {name: index for index, name in enumerate(labels)}
     inside = _inside(labels)
     rows, heads, targets, cut = [], [], [], 0
@@ -202,24 +202,24 @@ def encode_words(
         sentences = tokens.words[start : start + CHUNK]
         for row, pieces in enumerate(_pieces(tokenizer, sentences), start=start):
             sizes = np.array([len(piece) for piece in pieces])
-            total = len(front) + int(sizes.sum()) + len(back)
+            total = len(before) + int(sizes.sum()) + len(after)
             if total > lengths.longest:
-                lengths.refuse(total, tokens.place(row))
+                lengths.refuse(total, tokens.origin(row))
                 cut += 1
-            kept = min(total, lengths.longest) - len(back)
-            first = len(front) + np.cumsum(sizes) - sizes
-            ids = [*front, *(one for piece in pieces for one in piece)][:kept]
-            rows.append([*ids, *back])
+            kept = min(total, lengths.longest) - len(after)
+            first = len(before) + np.cumsum(sizes) - sizes
+            ids = [*before, *(token for piece in pieces for token in piece)][:kept]
+            rows.append([*ids, *after])
             heads.append(np.where(first < kept, first, -1))
             target = np.full(len(rows[-1]), IGNORE)
             if tokens.labels is not None:
-                for place, size, name in zip(first, sizes, tokens.labels[row], strict=True):
+                for index, size, name in zip(first, sizes, tokens.labels[row], strict=True):
                     if label_all and name in number:
-                        target[place : min(place + size, kept)] = number[inside[name]]
-                    if place < kept:
-                        target[place] = number[name]
+                        target[index : min(index + size, kept)] = number[inside[name]]
+                    if index < kept:
+                        target[index] = number[name]
             targets.append(target)
-    _tell(cut, len(rows), lengths)
+    _warn_of_cuts(cut, len(rows), lengths)
     ids = _flat(rows, np.int32)
     return Encoded(
         ids,
@@ -236,8 +236,8 @@ def encode_words(
 class TrainRows(StepBatches):
     """Micro-batches of labelled rows of one rank, see `StepBatches`.
 
-    Every epoch is another permutation of the rows. A step that reaches over the end of an epoch
-    takes the first rows of the next one, so that no row is left out and every group is full.
+    Every epoch is another permutation of the rows. A step that crosses the end of an epoch goes on
+    with the next one, so that no row is skipped and every group is full.
 
     Args:
         encoded: the split.
@@ -257,6 +257,11 @@ class TrainRows(StepBatches):
         self.encoded, self.pad_to = encoded, pad_to
         self.order = Balanced([len(encoded)], seed)
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the rows."""
+        return self.encoded.digest
+
     def rows(self, number: int) -> np.ndarray:
         """[R] numbers of the rows of micro-batch `number`."""
         return self.order.at(self.shape.samples(number))[1]
@@ -267,7 +272,7 @@ class TrainRows(StepBatches):
 
 
 class HeldOutBatch(NamedTuple):
-    """Consecutive rows of a split, in whole groups; `layout` counts them from `start`."""
+    """Consecutive rows of a split in whole groups; `layout` counts them from `start`."""
 
     start: int
     stop: int
@@ -284,14 +289,14 @@ def held_out_rows(
     ensemble: bool = False,
     seed: int = 0,
 ) -> Iterator[HeldOutBatch]:
-    """Every row once in the order of the file; the fillers repeat rows of the last batch in order.
+    """Every row once in the order of the file; fillers repeat rows of the last batch in order.
 
     Args:
         batch_size: rows of a forward pass of the model, a multiple of `instances`.
         pad_to: see `Encoded.gather`.
-        ensemble: let every row take `instances` places and not one: a batch holds fewer rows, and
-            no fillers.
-        seed: of these places.
+        ensemble: give every row `instances` positions instead of one; a batch has fewer rows then,
+            and no fillers.
+        seed: of these positions.
     Raises:
         UserError: if groups would not be full.
     """
@@ -306,12 +311,12 @@ def held_out_rows(
         yield HeldOutBatch(start, stop, encoded.gather(start + layout.rows, pad_to), layout)
 
 
-def _frame(tokenizer: "PreTrainedTokenizerFast") -> tuple[list[int], list[int]]:
-    """Special tokens in front of and behind a single text."""
+def _special_tokens(tokenizer: "PreTrainedTokenizerFast") -> tuple[list[int], list[int]]:
+    """Special tokens before and after a single text."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
-    at = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
-    return whole[:at], whole[at + len(plain) :]
+    start = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
+    return whole[:start], whole[start + len(plain) :]
 
 
 def _pieces(
@@ -321,12 +326,14 @@ def _pieces(
     if _needs_blanks(tokenizer):
         sentences = [[f" {word}" for word in words] for words in sentences]
     encoded = _encode_split(tokenizer, sentences)
-    dropped = next((one for one in (tokenizer.unk_token_id, tokenizer.pad_token_id) if one), 0)
+    unknown = tokenizer.unk_token_id
+    if unknown is None:
+        unknown = tokenizer.pad_token_id or 0
     for row, words in enumerate(sentences):
         pieces: list[list[int]] = [[] for _ in words]
-        for one, word in zip(encoded["input_ids"][row], encoded.word_ids(row), strict=True):
-            pieces[word].append(one)
-        yield [piece or [dropped] for piece in pieces]
+        for token, word in zip(encoded["input_ids"][row], encoded.word_ids(row), strict=True):
+            pieces[word].append(token)
+        yield [piece or [unknown] for piece in pieces]
 
 
 def _needs_blanks(tokenizer: "PreTrainedTokenizerFast") -> bool:
@@ -357,9 +364,9 @@ def _inside(labels: Sequence[str]) -> dict[str, str]:
 
 
 def _flat(rows: Sequence[Sequence[int]], kind: type) -> np.ndarray:
-    return np.fromiter((one for row in rows for one in row), dtype=kind)
+    return np.fromiter((value for row in rows for value in row), dtype=kind)
 
 
-def _tell(cut: int, rows: int, lengths: Lengths) -> None:
+def _warn_of_cuts(cut: int, rows: int, lengths: Lengths) -> None:
     if cut:
         logger.warning("%d of %d rows were cut to %d tokens", cut, rows, lengths.longest)

@@ -55,7 +55,7 @@ class TokenSet:
         labels = None if self.labels is None else self.labels[:count]
         return replace(self, words=self.words[:count], labels=labels, lines=self.lines[:count])
 
-    def place(self, sentence: int, word: int = 0) -> str:
+    def origin(self, sentence: int, word: int = 0) -> str:
         """File and line of a word, for messages."""
         return f"{self.where}, {self.unit} {self.lines[sentence][word]}"
 
@@ -156,7 +156,7 @@ def _layout(
     test: bool,
     tags: bool,
 ) -> _Layout:
-    """Columns by the lines that are no comments, and by what their first column holds."""
+    """The layout, from the lines that are no comments."""
     certain = [block[_candidates(block) :] for block in blocks]
     certain = [block for block in certain if block]
     if not certain:  # every line begins with #: none of them is a comment but by its form
@@ -245,22 +245,22 @@ def _first_word(block: list[Numbered], layout: _Layout, known: set[str]) -> int:
     """Number of comment lines at the start of a block.
 
     A line with # is a comment if its form says so, if it has other columns than the words, or if
-    what stands in place of its label is none. Otherwise it is a word such as a hashtag.
+    its label column holds no label. Otherwise it is a word such as a hashtag.
     """
     entities = are_entities(known)
-    for place, (_, line) in enumerate(block[: _candidates(block)]):
+    for index, (_, line) in enumerate(block[: _candidates(block)]):
         cells = layout.cells(line)
         if COMMENT.match(line) or layout.numbered or len(cells) != layout.width:
             continue
         if layout.label is None:
-            return place
+            return index
         label = cells[layout.label].strip(BLANKS)
         if entities:
             word = label == OUTSIDE or parts_of(label) is not None
         else:
             word = label in known or cells[0].strip(BLANKS) != "#"
         if word:
-            return place
+            return index
     return _candidates(block)
 
 

@@ -1,8 +1,7 @@
-"""Token ids of splits kept in a folder, by everything that they depend on.
+"""Cache of encoded rows in a folder.
 
-A file's name is a digest of the texts and labels, the tokenizer, the lengths and the order of the
-labels: what was encoded otherwise has another name, and nothing is ever stale. Ids of tasks are no
-part of it.
+A file's name is a digest of everything that the token ids depend on: texts, labels, tokenizer,
+lengths, order of the labels. So no file is ever stale. The ids of tasks are not part of it.
 """
 
 import hashlib
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2  # to be raised when the encoding of the same rows changes
+FORMAT = 2  # raise it when the encoding of the same rows changes
 NUMBERS = ("pad_id", "cut", "longest")
 ARRAYS = ("ids", "segments", "offsets", "labels")
 
@@ -39,11 +38,11 @@ def key_of(
     labels: Sequence[str],
     label_all: bool,
 ) -> str:
-    """Name of the file that holds these rows encoded so."""
+    """Name of the cache file of rows encoded with these settings, without its ending."""
     hashed = hashlib.sha256()
     columns: Iterable[Sequence[object]] = rows.texts if isinstance(rows, TextSet) else [rows.words]
     for part in (*columns, [] if rows.labels is None else list(rows.labels)):
-        hashed.update(json.dumps([_plain(one) for one in part]).encode())
+        hashed.update(json.dumps([_plain(value) for value in part]).encode())
     hashed.update(tokenizer.backend_tokenizer.to_str().encode())
     settings = [FORMAT, asdict(lengths), list(labels), label_all, rows.labels is None]
     hashed.update(json.dumps([*settings, type(rows).__name__, tokenizer.pad_token_id]).encode())
@@ -51,17 +50,18 @@ def key_of(
 
 
 def cached(folder: Path, key: str, make: Callable[[], Encoded]) -> Encoded:
-    """What the folder has under the key, or what `make` gives, which it has from then on.
+    """Cached rows; made and stored if absent or damaged.
 
     Args:
-        folder: made if it is not there.
+        folder: created if it does not exist.
+        key: see `key_of`.
     """
     path = folder / f"{key}.safetensors"
     if path.exists():
         try:
             return _read(path)
         except (SafetensorError, OSError, KeyError, ValueError) as error:
-            logger.warning("%s cannot be read and is made anew: %s", path, error)
+            logger.warning("%s cannot be read and is written again: %s", path, error)
     encoded = make()
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(path, _bytes(encoded))
@@ -70,7 +70,7 @@ def cached(folder: Path, key: str, make: Callable[[], Encoded]) -> Encoded:
 
 def _read(path: Path) -> Encoded:
     with safe_open(path, framework="numpy") as file:
-        told = file.metadata()
+        metadata = file.metadata()
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     heads = None
     if "heads" in arrays:
@@ -78,7 +78,7 @@ def _read(path: Path) -> Encoded:
     return Encoded(
         **{name: arrays.get(name) for name in ARRAYS},
         heads=heads,
-        **{name: int(told[name]) for name in NUMBERS},
+        **{name: int(metadata[name]) for name in NUMBERS},
     )
 
 
@@ -87,8 +87,8 @@ def _bytes(encoded: Encoded) -> bytes:
     if encoded.heads is not None:
         arrays["heads"] = np.concatenate(encoded.heads)
         arrays["head_ends"] = np.cumsum([len(head) for head in encoded.heads])
-    found = {name: np.ascontiguousarray(one) for name, one in arrays.items() if one is not None}
-    return save(found, {name: str(getattr(encoded, name)) for name in NUMBERS})
+    whole = {name: np.ascontiguousarray(a) for name, a in arrays.items() if a is not None}
+    return save(whole, {name: str(getattr(encoded, name)) for name in NUMBERS})
 
 
 def _plain(value: object) -> object:

@@ -22,7 +22,7 @@ from megamod.errors import UserError
 FORMATS = ("TSV", "text", "CSV", "JSON lines", "JSON", "Parquet")
 
 Rows = Iterator[tuple[str, Sequence[str], str | None]]
-"""Place of a row for messages, its texts, and its label; None: hidden."""
+"""Origin of a row for messages, its texts, and its label; None: hidden."""
 
 
 @dataclass(frozen=True)
@@ -32,22 +32,22 @@ class TextSet:
     Attributes:
         texts: one list per text of an example: one, or two for pairs.
         labels: [n] int64 numbers of labels, or float32 of a regression; None: hidden.
-        places: "FILE, line 7" of each example, for messages.
+        origins: "FILE, line 7" of each example, for messages.
     """
 
     texts: tuple[list[str], ...]
     labels: np.ndarray | None
-    places: list[str]
+    origins: list[str]
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.origins)
 
     def first(self, count: int | None) -> "TextSet":
-        """The first examples only; None: all."""
+        """The first `count` examples; None: all."""
         return TextSet(
             tuple(texts[:count] for texts in self.texts),
             None if self.labels is None else self.labels[:count],
-            self.places[:count],
+            self.origins[:count],
         )
 
 
@@ -58,9 +58,9 @@ def read_task(
 
     Args:
         data_dir: folder of the files; None: the hub.
-        splits: wanted.
+        splits: names of splits; "train", "dev" and "test" must exist.
     Raises:
-        UserError: for a missing train or only dev file, a row or a label that does not fit.
+        UserError: for a missing split, a row or a label that does not fit.
     """
     if data_dir is None:
         sources = dict(hub_tables(task, splits))
@@ -69,11 +69,11 @@ def read_task(
     for split in splits:
         if split in ("train", "dev", "test") and split not in sources:
             names = " or ".join(task.files[split]) if split in task.files else split
-            place = data_dir if data_dir is not None else "the hub"
-            raise UserError(f"task {task.name}: {place} has no split {split} ({names})")
+            source = data_dir if data_dir is not None else "the hub"
+            raise UserError(f"task {task.name}: {source} has no split {split} ({names})")
     rows = {split: list(_rows_of(task, split, source)) for split, source in sources.items()}
-    for split, found in rows.items():
-        if not found:
+    for split, examples in rows.items():
+        if not examples:
             where = getattr(sources[split], "where", sources[split])
             raise UserError(f"{where}: no example of task {task.name} in it")
     if not task.labels and not task.regression:
@@ -88,29 +88,29 @@ def read_task(
                 f"{some_of(map(repr, names))}, a task needs two or more"
             )
         task = replace(task, labels=tuple(names))
-    return task, {split: _texts(task, found) for split, found in rows.items()}
+    return task, {split: _texts(task, examples) for split, examples in rows.items()}
 
 
 def _texts(task: TaskSpec, rows: list[tuple[str, Sequence[str], str | None]]) -> TextSet:
     texts = tuple([row[1][n] for row in rows] for n in range(len(task.texts)))
-    places = [place for place, _, _ in rows]
+    origins = [origin for origin, _, _ in rows]
     if rows[0][2] is None:
-        return TextSet(texts, None, places)
+        return TextSet(texts, None, origins)
     if task.regression:
-        values = [_value(task, label, place) for place, _, label in rows]
-        return TextSet(texts, np.array(values, dtype=np.float32), places)
+        values = [_value(task, label, origin) for origin, _, label in rows]
+        return TextSet(texts, np.array(values, dtype=np.float32), origins)
     number, spelled = {name: index for index, name in enumerate(task.labels)}, speller(task.labels)
-    for place, _, label in rows:
+    for origin, _, label in rows:
         if spelled(label) is None:
             raise UserError(
-                f"{place}: label {label[:60]!r} is not one of task {task.name}: "
+                f"{origin}: label {label[:60]!r} is not one of task {task.name}: "
                 f"{some_of(task.labels)}"
             )
     numbers = [number[spelled(label)] for _, _, label in rows]
-    return TextSet(texts, np.array(numbers, dtype=np.int64), places)
+    return TextSet(texts, np.array(numbers, dtype=np.int64), origins)
 
 
-def _value(task: TaskSpec, text: str | None, place: str) -> float:
+def _value(task: TaskSpec, text: str | None, origin: str) -> float:
     try:
         value = float(text)
     except (TypeError, ValueError):
@@ -118,7 +118,7 @@ def _value(task: TaskSpec, text: str | None, place: str) -> float:
     least, most = task.bounds or (-math.inf, math.inf)
     if not math.isfinite(value) or not least <= value <= most:
         raise UserError(
-            f"{place}: label {(text or '')[:60]!r} is not a number"
+            f"{origin}: label {(text or '')[:60]!r} is not a number"
             + (f" from {least:g} to {most:g}" if task.bounds else "")
         )
     return value
@@ -137,7 +137,7 @@ def _rows_of(task: TaskSpec, split: str, source: Path | RowTable) -> Rows:
     else:
         rows = _dict_rows(task, split, json_table(source))
     hidden = None
-    for place, texts, label in rows:
+    for origin, texts, label in rows:
         label = None if label is None else label.strip()
         if label in task.skip_labels and label is not None:
             continue
@@ -146,12 +146,12 @@ def _rows_of(task: TaskSpec, split: str, source: Path | RowTable) -> Rows:
         if hidden is None:
             hidden = label is None
         if hidden != (label is None):
-            raise UserError(f"{place}: some rows of the split have a label and some have none")
+            raise UserError(f"{origin}: some rows of the split have a label and some have none")
         if label == "" and not task.regression:
-            raise UserError(f"{place}: no label in {task.label.name}")
+            raise UserError(f"{origin}: no label in {task.label.name}")
         if not any(text.strip() for text in texts):
-            raise UserError(f"{place}: no text in {', '.join(c.name for c in task.texts)}")
-        yield place, texts, label
+            raise UserError(f"{origin}: no text in {', '.join(c.name for c in task.texts)}")
+        yield origin, texts, label
 
 
 def _table_rows(
@@ -159,29 +159,29 @@ def _table_rows(
 ) -> Rows:
     """Texts and labels of numbered lines of cells."""
     columns = [*task.texts, task.label]
-    places: list[int | None] | None = None
+    indices: list[int | None] | None = None
     width = 0
     for number, cells in lines:
         where = f"{path}, line {number}"
-        if places is None:
+        if indices is None:
             width = len(cells)
             header = split not in task.headless
-            places = _places(task, columns, cells if header else None, width, split, where)
+            indices = _column_indices(task, columns, cells if header else None, width, split, where)
             if header:
                 continue
-        needed = max(place for place in places if place is not None) + 1
+        needed = max(index for index in indices if index is not None) + 1
         if len(cells) != width:
             if task.skip_short and len(cells) < needed:
                 continue
             if not (task.skip_short and len(cells) >= needed):
                 raise UserError(f"{where}: {len(cells)} columns, {width} are needed")
-        texts = [cells[place] for place in places[:-1]]
-        yield where, texts, None if places[-1] is None else cells[places[-1]]
-    if places is None:
+        texts = [cells[index] for index in indices[:-1]]
+        yield where, texts, None if indices[-1] is None else cells[indices[-1]]
+    if indices is None:
         raise UserError(f"{path}: the file is empty")
 
 
-def _places(
+def _column_indices(
     task: TaskSpec,
     columns: Sequence[Column],
     header: list[str] | None,
@@ -189,31 +189,31 @@ def _places(
     split: str,
     where: str,
 ) -> list[int | None]:
-    """Where the columns stand; that of the label is None if it is hidden."""
+    """Indices of the columns; that of the label is None if it is hidden."""
     test = split.startswith("test")
     if header is not None:
         if len(set(header)) < len(header):
             twice = next(name for name in header if header.count(name) > 1)
             raise UserError(f"{where}: two columns are named {twice[:60]!r}")
         named = [header.index(c.name) if c.name in header else None for c in columns]
-        missing = [c for c, place in zip(columns[:-1], named, strict=False) if place is None]
-        if named[-1] is None and not missing and columns[-1].place == -1 and not test:
+        missing = [c for c, index in zip(columns[:-1], named, strict=False) if index is None]
+        if named[-1] is None and not missing and columns[-1].index == -1 and not test:
             # RTE says "label" where MNLI says "gold_label"; both have it last.
             named[-1] = width - 1 if width - 1 not in named else None
         if not missing and (named[-1] is not None or test):
             return named
-        if any(place is not None for place in named) or any(c.place is None for c in columns):
-            wanted = missing or columns[-1:]
+        if any(index is not None for index in named) or any(c.index is None for c in columns):
+            lacking = missing or columns[-1:]
             raise UserError(
-                f"{where}: no column {wanted[0].name!r} for task {task.name}; "
+                f"{where}: no column {lacking[0].name!r} for task {task.name}; "
                 f"the header has {some_of(map(repr, header))}"
             )
-    numbers = [c.place % width if -width <= c.place < width else None for c in columns]
+    numbers = [c.index % width if -width <= c.index < width else None for c in columns]
     if test and (header is not None or numbers[-1] in (*numbers[:-1], None)):
         numbers[-1] = None
     elif None in numbers:
         raise UserError(
-            f"{where}: {width} columns, task {task.name} needs {max(c.place for c in columns) + 1}"
+            f"{where}: {width} columns, task {task.name} needs {max(c.index for c in columns) + 1}"
         )
     if None in numbers[:-1] or len(set(numbers)) < len(numbers):
         raise UserError(
@@ -264,7 +264,7 @@ def _dict_rows(
             )
         names = task.labels  # GLUE's files say 0 and 1 where the hub has words
     for number, row in table.rows:
-        where = table.place(number)
+        where = table.origin(number)
         texts, label = _fields(task, split, row, where, columns)
         if names is not None and label is not None and label not in names:
             label = _name_of(label, names, where)
@@ -275,10 +275,10 @@ def _dict_rows(
 
 def _name_of(number: str, names: Sequence[str], where: str) -> str | None:
     """Name of a label by its number; None for -1."""
-    place = int(number) if number.removeprefix("-").isdecimal() else len(names)
-    if not -1 <= place < len(names):
+    index = int(number) if number.removeprefix("-").isdecimal() else len(names)
+    if not -1 <= index < len(names):
         raise UserError(f"{where}: label {number[:60]!r} is not one of 0 to {len(names) - 1}")
-    return None if place < 0 else names[place]
+    return None if index < 0 else names[index]
 
 
 def _fields(

@@ -67,7 +67,7 @@ def to_iob2(sentences: "TokenSet", repair: bool) -> str:
     for sentence, labels in enumerate(sentences.labels):
         row, kind_before, label_before, is_open = [], None, OUTSIDE, False
         for word, label in enumerate(labels):
-            part, kind = _parts(label) or _refuse(label, sentences.place(sentence, word))
+            part, kind = _parts(label) or _refuse(label, sentences.origin(sentence, word))
             if part is None:
                 row.append(OUTSIDE)
             elif part in CONTINUE and is_open and kind == kind_before:
@@ -92,7 +92,7 @@ def to_iob2(sentences: "TokenSet", repair: bool) -> str:
     if scheme == "broken" and not repair:
         sentence, word, label, before, repaired = first_orphan
         raise UserError(
-            f"{sentences.place(sentence, word)}: {label} follows {before}: neither IOB1 nor IOB2 "
+            f"{sentences.origin(sentence, word)}: {label} follows {before}: neither IOB1 nor IOB2 "
             f"allows this with the file's other labels ({orphans} such, {begins} B-); --repair_iob "
             f"reads it as {repaired}"
         )

@@ -47,15 +47,16 @@ def read_token_task(
     sets = {split: _read(task, split, source) for split, source in sources.items()}
     labels = tuple(labels) or task.labels
     entities = are_entities(
-        {label for one in sets.values() for row in one.labels or () for label in row} | set(labels)
+        {label for part in sets.values() for row in part.labels or () for label in row}
+        | set(labels)
     )
     if entities:
-        for one in sets.values():
-            if one.labels is not None:
-                to_iob2(one, repair)
+        for sentences in sets.values():
+            if sentences.labels is not None:
+                to_iob2(sentences, repair)
     labels = labels or label_set(sets, entities)
-    for one in sets.values():
-        _check_labels(one, labels)
+    for sentences in sets.values():
+        _check_labels(sentences, labels)
     of_entities = {"f1", "precision", "recall"}
     if not entities and OUTSIDE not in labels and set(task.metrics) & of_entities:
         task = replace(task, metrics=("accuracy",))
@@ -96,7 +97,7 @@ def _read(task: TaskSpec, split: str, source: Path | RowTable) -> TokenSet:
     if isinstance(source, RowTable):
         sentences = _of_rows(task, split, source)
     else:
-        word, label, tags = task.texts[0].place, task.label.place, task.label.name == "upos"
+        word, label, tags = task.texts[0].index, task.label.index, task.label.name == "upos"
         sentences = read_conll(source, word, label, split, tags=tags)
     if not len(sentences):
         raise UserError(f"{sentences.where}: no sentence in it")
@@ -115,7 +116,7 @@ def _check_labels(sentences: TokenSet, labels: Sequence[str]) -> None:
             row[word] = spelled(label)
             if row[word] is None:
                 raise UserError(
-                    f"{sentences.place(sentence, word)}: label {label[:60]!r} is not one of "
+                    f"{sentences.origin(sentence, word)}: label {label[:60]!r} is not one of "
                     f"{some_of(labels)}"
                 )
 
@@ -126,7 +127,7 @@ def _of_rows(task: TaskSpec, split: str, table: RowTable) -> TokenSet:
     names = table.names.get(label_name)
     words, labels, lines = [], [], []
     for number, row in table.rows:
-        where = table.place(number)
+        where = table.origin(number)
         row_words = _list_in(row, word_name, where)
         hidden = split.startswith("test") and row.get(label_name) is None
         row_labels = [] if hidden else _list_in(row, label_name, where)
@@ -142,7 +143,7 @@ def _of_rows(task: TaskSpec, split: str, table: RowTable) -> TokenSet:
         words.append([checked_text(word, where) for word in row_words])
         lines.append([number] * len(row_words))
         if not hidden:
-            labels.append([_label(one, names, where) for one in row_labels])
+            labels.append([_label(label, names, where) for label in row_labels])
     if labels and len(labels) != len(words):
         raise UserError(f"{table.where}: some rows have labels and some have none")
     return TokenSet(words, labels or None, lines, table.where, table.unit)

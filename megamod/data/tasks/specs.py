@@ -1,8 +1,7 @@
-"""What a labelled task is: files, columns, labels, metrics. The tasks of GLUE, more, and any other.
+"""Specifications of labelled tasks: files, columns, labels, metrics; those of GLUE and others.
 
-A `TaskSpec` says everything that readers, models and scores must know, so that one program trains
-any task, and another one many at once. Further tasks are written as YAML, see
-`megamod.data.tasks.task_file`.
+A `TaskSpec` has everything that readers, models and scores need. Further tasks are described in
+YAML files, see `megamod.data.tasks.task_file`.
 
 Source: Wang et al. 2019 (GLUE), section 3, for tasks and metrics; the layout of its files.
 """
@@ -29,12 +28,12 @@ class Column:
 
     Attributes:
         name: in the header, or the key of a JSON object.
-        place: from 0, or from -1 backwards; where there is no header, or one that has none of the
-            task's names. None: only the name counts.
+        index: from 0, or from -1 backwards; used without a header, and where the header has none
+            of the task's names. None: only the name counts.
     """
 
     name: str
-    place: int | None = None
+    index: int | None = None
 
 
 @dataclass(frozen=True)
@@ -43,20 +42,20 @@ class TaskSpec:
 
     Attributes:
         name: in flags and results.
-        kind: one text, two, a number to be predicted (of one or two texts), or a label per word.
+        kind: labels of one text or of two, values (of one or two texts), or labels of words.
         texts: columns of the texts; of a token task the column of the words.
         label: column of the label; may be missing in test files, whose labels are hidden.
-        labels: names by number; empty for regression, and where the train file is to decide.
+        labels: names by number; empty for regression, and if the train file decides.
         metrics: of `METRICS`; the first one chooses the best model.
-        files: split -> file names, the first that exists counts. Splits that begin with "dev" are
-            scored in training, those that begin with "test" are predicted.
-        folder: below the data folder, where the files are not in the data folder itself.
+        files: split -> file names, of which the first that exists is read. Splits that begin with
+            "dev" are scored in training, those that begin with "test" are predicted.
+        folder: of the files below the data folder.
         headless: splits without a header line.
-        skip_short: rows with too few columns are left out, as in QQP, and not refused.
-        skip_labels: rows with these labels are left out: annotators did not agree (SNLI).
+        skip_short: skip rows with too few columns, as QQP has them, instead of refusing them.
+        skip_labels: skip rows with these labels: annotators did not agree (SNLI).
         bounds: least and largest value of a regression.
         submission: split -> file name for the benchmark's server.
-        hub: data set of the hub and its configuration.
+        hub: data set on the hub and its configuration.
         hub_columns: our column name -> the hub's, where they differ.
         hub_splits: our split -> the hub's, where they differ.
     """
@@ -80,7 +79,7 @@ class TaskSpec:
 
     @property
     def regression(self) -> bool:
-        """True if a number is predicted and not a label."""
+        """True if values are predicted instead of labels."""
         return self.kind == "regression"
 
     def splits(self, kind: str) -> tuple[str, ...]:
@@ -92,7 +91,7 @@ def task_of(name: str) -> TaskSpec:
     """A task by name; capitals, - and _ do not count.
 
     Raises:
-        UserError: if there is none of that name.
+        UserError: if no task has that name.
     """
     key = _key(name)
     for task in TASKS.values():
@@ -107,7 +106,7 @@ def find_files(task: TaskSpec, data_dir: str | Path) -> dict[str, Path]:
     """Existing files of a task by split, in DATA_DIR or in the task's folder below it.
 
     Raises:
-        UserError: if there is not one.
+        UserError: if there is no file.
     """
     root = Path(data_dir)
     if not root.is_dir():
@@ -115,14 +114,14 @@ def find_files(task: TaskSpec, data_dir: str | Path) -> dict[str, Path]:
     below = (
         [] if not task.folder else [p for p in root.iterdir() if _key(p.name) == _key(task.name)]
     )
-    places = [root / task.folder, *sorted(below), root] if task.folder else [root]
-    for place in places:
-        files = {split: _first_file(place, names) for split, names in task.files.items()}
+    folders = [root / task.folder, *sorted(below), root] if task.folder else [root]
+    for folder in folders:
+        files = {split: _first_file(folder, names) for split, names in task.files.items()}
         if any(files.values()):
             return {split: path for split, path in files.items() if path is not None}
-    wanted = ", ".join(names[0] for names in task.files.values())
+    names = ", ".join(names[0] for names in task.files.values())
     raise UserError(
-        f"--data_dir {root}: no file of task {task.name} ({wanted}) in {places[0]} or {root}"
+        f"--data_dir {root}: no file of task {task.name} ({names}) in {folders[0]} or {root}"
     )
 
 
@@ -145,7 +144,7 @@ def speller(labels: Sequence[str]) -> Callable[[str], str | None]:
 
 
 def some_of(names: Iterable[str], most: int = 12) -> str:
-    """Names for a message, cut where there are many or long ones."""
+    """Names for a message; many names and long ones are cut."""
     names = [name if len(name) <= 40 else f"{name[:40]}..." for name in names]
     rest = f", ... ({len(names)} in all)" if len(names) > most else ""
     return ", ".join(names[:most]) + rest
@@ -310,8 +309,8 @@ def token_task(
     """A task of labels per word in CoNLL files; any name is allowed.
 
     Args:
-        name: also that of the folder below the data folder, where there is one. "pos" and names
-            that begin with "ud_" are part-of-speech tasks.
+        name: also of the folder below the data folder, if there is one. "pos" and names that begin
+            with "ud_" are part-of-speech tasks.
         word_column, label_column: see `read_conll`; None: by the content of the files.
     """
     pos = name == "pos" or name.startswith("ud_")
@@ -344,10 +343,10 @@ _TOKEN_HUB: dict[str, tuple[str, str | None]] = {
 
 
 def any_task(name: str) -> TaskSpec:
-    """A task by name, of whatever kind.
+    """A task of any kind by name.
 
     Raises:
-        UserError: if there is none of that name.
+        UserError: if no task has that name.
     """
     if name.lower() in _TOKEN_HUB:
         return token_task(name.lower())

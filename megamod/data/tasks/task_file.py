@@ -1,4 +1,4 @@
-"""Tasks described in YAML files."""
+"""Task specifications in YAML files."""
 
 import re
 from pathlib import Path
@@ -18,7 +18,7 @@ USUAL = {
 
 
 def read_spec(path: str | Path) -> TaskSpec:
-    """A task written as YAML.
+    """The task that a YAML file describes.
 
         name: reviews
         kind: sequence            # or pair, regression, token
@@ -29,9 +29,9 @@ def read_spec(path: str | Path) -> TaskSpec:
         files: {train: train.tsv, dev: dev.jsonl, test: test.tsv}
         header: true              # false: text and label are numbers
         bounds: [0, 5]            # of a regression, optional
-        hub: NAME or NAME:CONFIG  # in place of files
+        hub: NAME or NAME:CONFIG  # instead of files
 
-    Files are relative to --data_dir, or to the YAML file where that flag is not given.
+    Files are relative to --data_dir, without it to the YAML file.
 
     Raises:
         UserError: naming file, line or key, and what is allowed.

@@ -27,7 +27,7 @@ class RowTable:
     rows: Iterator[tuple[int, Mapping[str, object]]]
     names: Mapping[str, Sequence[str]]
 
-    def place(self, number: int) -> str:
+    def origin(self, number: int) -> str:
         """File and line of a row, for messages."""
         return f"{self.where}, {self.unit} {number}"
 
@@ -66,7 +66,9 @@ def _names_in(metadata: bytes | None) -> dict[str, list[str]]:
         features = json.loads(metadata or b"{}")["info"]["features"]
         columns = {name: feature.get("feature", feature) for name, feature in features.items()}
         return {
-            name: list(map(str, one["names"])) for name, one in columns.items() if "names" in one
+            name: list(map(str, column["names"]))
+            for name, column in columns.items()
+            if "names" in column
         }
     except (ValueError, KeyError, TypeError, AttributeError):
         return {}

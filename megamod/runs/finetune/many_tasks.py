@@ -1,331 +1,279 @@
 """Finetuning on many tasks at once: CA-MTL, or a plain BERT with a head per task.
 
-Trains with the one loop, scores every task on the way, keeps the model whose mean score over the
-tasks is best, and writes predictions of each. Several seeds are several runs.
-
 Source: Pilault et al. 2021 (CA-MTL), sections 2 and 3.
 """
 
-import shutil
+import logging
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from transformers.utils.logging import disable_progress_bar
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig
 
-from megamod.args import Arguments, OptimArgs, RunArgs, SafetyArgs
-from megamod.data.tasks.specs import GLUE, describe
+from megamod.args import origin_of
+from megamod.data.batches import StepShape
+from megamod.data.tasks.classification import Lengths
+from megamod.data.tasks.specs import GLUE, TaskSpec, some_of
 from megamod.data.tasks.task_mixture import TaskMixture
-from megamod.dist.process import init_process, started_rank, started_world_size
-from megamod.dist.scope import Sharing
-from megamod.dist.topology import DomainTopology
-from megamod.evaluation.glue import (
-    Scores,
-    glue_average,
-    mean_and_deviation,
-    score_table,
-    task_score,
-)
-from megamod.evaluation.plots import plot_task_shares
-from megamod.evaluation.predict import Predictor
+from megamod.errors import UserError
 from megamod.files import write_json
-from megamod.models.ca_mtl.model import CaMtlForMultiTask, OneTask
-from megamod.runs.finetune.many_tasks_args import ConditionedArgs, MixtureArgs
-from megamod.runs.finetune.many_tasks_problem import Mixture, prepare
-from megamod.runs.finetune.scores import (
-    RESULTS,
-    Best,
-    Evaluation,
-    predict,
-    predictor_of,
-    score_split,
-    steps_of_epochs,
-    told_places,
-    train_with_seeds,
+from megamod.models.build import bert_config
+from megamod.models.ca_mtl.configuration import CaMtlConfig
+from megamod.models.ca_mtl.model import CaMtlForMultiTask, OneTask, freeze, from_encoder
+from megamod.models.classifier_inputs import inputs_of
+from megamod.runs.finetune.args import ManyTasksArgs, TaskListArgs
+from megamod.runs.finetune.labels import in_order_of
+from megamod.runs.finetune.model import FinetuneModel
+from megamod.runs.finetune.source import (
+    config_of,
+    set_dropout,
+    tokenizer_of,
 )
-from megamod.runs.training import Recipe, Running, execute
-from megamod.train.deepspeed_settings import settle
-from megamod.train.export import Card, publish
+from megamod.runs.finetune.tasks import (
+    FinetuneTask,
+    Rows,
+    encode_rows,
+    first_folder,
+    named_task,
+    read_rows,
+    splits_to_read,
+)
 from megamod.train.objectives import MultiTask
 from megamod.train.selection import MostUncertain
 
-SHARES = "task_shares.png"
-AVERAGE = "average"
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+logger = logging.getLogger(__name__)
 
 
-def finetune_tasks(
-    run: RunArgs,
-    safety: SafetyArgs,
-    optim: OptimArgs,
-    stage: ConditionedArgs,
-    args: MixtureArgs,
-) -> None:
-    """Train, score and predict as the flags say; print a table and write OUT/results.json.
+@dataclass(frozen=True)
+class ManyTasksModel(FinetuneModel):
+    """CA-MTL with a head for each task.
 
-    Raises:
-        UserError: for arguments, data, model or ranks that do not fit, before anything is written.
+    Attributes:
+        weights: folder or name whose weights start the run; None: new ones.
+        top: see `from_encoder`.
+        stage, args: flags of the model, and of the rows of a step.
     """
-    disable_progress_bar()
-    mixture = prepare(stage, args)
-    parsed, output = (run, safety, optim, stage, args), Path(run.output_dir)
-    if stage.do_train:
-        runs = train_with_seeds(parsed, partial(_train, mixture))
-        if runs is None:
-            return
-    else:
-        device = init_process(safety.dist_timeout)
-        model, _ = mixture.make_model(run.seed)
-        runs = {run.seed: _answer(mixture, model.to(device), device, run, stage, args, output)}
-    if started_rank() == 0:
-        print(_report(mixture, runs, output, stage))
 
+    tasks: tuple[FinetuneTask, ...]
+    config: CaMtlConfig
+    tokenizer: "PreTrainedTokenizerFast"
+    weights: str | None
+    top: bool
+    stage: ManyTasksArgs
+    args: TaskListArgs
+    several = True
+    instances = 1
+    pad_to = None
+    ensemble = False
 
-def _train(mixture: Mixture, parsed: Sequence[Arguments], folder: Path) -> Evaluation | None:
-    """One run; what is to be said of it, None if only the groups were asked for."""
-    run, safety, optim, stage, args = parsed
-    names = tuple(task.name for task in mixture.tasks)
-    topology = DomainTopology(started_world_size(), names, Sharing.DENSE)
-    settled = settle(run, optim, safety, topology, mixture.config.hidden_size)
-    rows = TaskMixture(
-        [problem.encoded["train"] for problem in mixture.problems],
-        args.mt_sampling,
-        settled.shape(started_rank()),
-        seed=run.seed,
-        alpha=args.sampling_alpha,
-    )
-    steps_of_epochs(run, stage, rows.epoch(args.percent_of_max_data_size))
-    best = Best(folder, lambda one: one.get("score"))
-    inputs = mixture.problems[0].inputs
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Fields of a batch that the model takes."""
+        return inputs_of(self.config)
 
-    def make_model() -> CaMtlForMultiTask:
-        model, report = mixture.make_model(run.seed)
-        if dist.get_rank() == 0:
-            shutil.rmtree(folder / "tokenizer", ignore_errors=True)
-            mixture.tokenizer.save_pretrained(folder / "tokenizer")
-            write_json(folder / "start.json", {"weights": mixture.weights, **report})
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the tasks in the order of their ids."""
+        return tuple(task.spec.name for task in self.tasks)
+
+    def make(self, seed: int, folder: Path | None = None) -> CaMtlForMultiTask:
+        torch.manual_seed(seed)
+        if self.weights is None:
+            model = CaMtlForMultiTask(self.config).float()
+            report = {"loaded": [], "new": [n for n, _ in model.named_parameters()], "unused": []}
+        else:
+            model, report = from_encoder(self.weights, self.config, top=self.top)
+        logger.info(
+            "%s: %d tensors loaded, %d new, %d of it unused",
+            self.weights or "no weights",
+            *(len(report[kind]) for kind in ("loaded", "new", "unused")),
+        )
+        if not self.stage.do_train and report["new"]:
+            raise UserError(
+                f"--model {self.weights}: {len(report['new'])} of its weights are missing, such as "
+                f"{min(report['new'])}; train it first (--do_train)"
+            )
+        frozen = self.stage.frozen_blocks()
+        if frozen is not None:
+            freeze(model, *frozen, release=self.stage.freeze_compat == "release")
+        if folder is not None and dist.get_rank() == 0:
+            write_json(folder / "start.json", {"weights": self.weights, **report})
         return model
 
-    def make_evaluate(running: Running) -> "_Evaluation":
-        best.load(running.state.step)
-        return _Evaluation(mixture, run, running, best)
+    def load(self, folder: Path) -> CaMtlForMultiTask:
+        return CaMtlForMultiTask.from_pretrained(folder, dtype=torch.float32)
 
-    def make_choice(device: torch.device) -> MostUncertain:
+    def classifiers(self, module: CaMtlForMultiTask) -> list[OneTask]:
+        return [OneTask(module, number) for number in range(len(self.tasks))]
+
+    def batches(self, shape: StepShape, seed: int) -> TaskMixture:
+        return TaskMixture(
+            [task.encoded["train"] for task in self.tasks],
+            self.args.mt_sampling,
+            shape,
+            seed=seed,
+            alpha=self.args.sampling_alpha,
+        )
+
+    def epoch(self, batches: TaskMixture) -> int:
+        return batches.epoch(self.args.percent_of_max_data_size)
+
+    def objective(self, device: torch.device) -> MultiTask:
+        return MultiTask(self.inputs, self.names, device, self.args.task_loss_reduction)
+
+    def chooser(self, batches: TaskMixture, device: torch.device) -> MostUncertain | None:
+        if self.args.mt_sampling != "uncertainty":
+            return None
         return MostUncertain(
-            rows,
-            inputs,
-            names,
-            mixture.config.task_kinds,
+            batches,
+            self.inputs,
+            self.names,
+            self.config.task_kinds,
             device,
-            scope=args.uncertainty_selection,
-            dropout=not args.uncertainty_eval_mode,
-            rule=args.uncertainty_score,
-            regression=args.uncertainty_regression,
+            scope=self.args.uncertainty_selection,
+            dropout=not self.args.uncertainty_eval_mode,
+            rule=self.args.uncertainty_score,
+            regression=self.args.uncertainty_regression,
         )
 
-    recipe = Recipe(
-        config=mixture.config,
-        topology=topology,
-        data_digest=rows.digest,
-        tokenizer=folder / "tokenizer",
-        card=_card(mixture),
-        groups=names,
-        unit="examples",
-        make_batches=lambda shape: rows,
-        make_model=make_model,
-        make_objective=lambda device: MultiTask(inputs, names, device, args.task_loss_reduction),
-        make_evaluate=make_evaluate if stage.do_eval else lambda running: lambda step: None,
-        make_choice=make_choice if args.mt_sampling == "uncertainty" else None,
-        write_model=best.write_model,
-    )
-    done = execute(recipe, parsed, workers=args.dataloader_num_workers)
-    if done is None:
-        return None
-    record: Evaluation = {"step": done.state.step}
-    if best.evaluations:
-        record |= {"best": best.best, "last": best.evaluations[-1], "by_task": _peaks(best)}
-    if stage.do_predict:
-        model = CaMtlForMultiTask.from_pretrained(folder / "model", dtype=torch.float32)
-        record["predicted"] = _predict(
-            mixture, model.to(done.device), done.device, run, args, folder
-        )
-    if dist.get_rank() == 0:
-        done.monitor.close()
-        plot_task_shares(folder / "metrics.jsonl", folder / SHARES)
-        write_json(folder / RESULTS, {**_facts(mixture), "seed": run.seed, **record})
-    return record
 
+def prepare(stage: ManyTasksArgs, args: TaskListArgs) -> ManyTasksModel:
+    """Read, check and encode all tasks, and check the model.
 
-def _answer(
-    mixture: Mixture,
-    model: CaMtlForMultiTask,
-    device: torch.device,
-    run: RunArgs,
-    stage: ConditionedArgs,
-    args: MixtureArgs,
-    output: Path,
-) -> Evaluation:
-    """Score and predict with a model as it is."""
-    record: Evaluation = {}
-    if stage.do_eval:
-        evaluation = _evaluate(mixture, _predictors(mixture, model, device), run, 0)
-        record["last"] = record["best"] = evaluation
-    if stage.do_predict:
-        record["predicted"] = _predict(mixture, model, device, run, args, output)
-    return record
-
-
-class _Evaluation:
-    """Called in training: scores the dev splits, and publishes the model if it is the best."""
-
-    def __init__(self, mixture: Mixture, run: RunArgs, running: Running, best: Best):
-        self.mixture, self.run, self.running, self.best = mixture, run, running, best
-        self.predictors = _predictors(mixture, running.engine.module, running.device)
-
-    def __call__(self, step: int) -> None:
-        evaluation = _evaluate(self.mixture, self.predictors, self.run, step)
-        told: dict[tuple[str, str], dict[str, float]] = {}
-        for task, splits in evaluation["tasks"].items():
-            for split, scores in splits.items():
-                for name, value in scores.items():
-                    if isinstance(value, float):
-                        told.setdefault((split, name), {})[task] = value
-        for (split, name), values in told.items():
-            self.running.monitor.evaluated(step, values, split, kind=name)
-        score = {AVERAGE: evaluation["score"]}
-        self.running.monitor.evaluated(step, score, "dev", kind="score")
-        if self.best.add(evaluation):
-            publish(self.running.export, self.running.output / "model")
-        if dist.get_rank() == 0:
-            self.best.save()
-
-
-def _predictors(
-    mixture: Mixture, model: CaMtlForMultiTask, device: torch.device
-) -> list[Predictor]:
-    return [
-        predictor_of(problem, OneTask(model, task), device)
-        for task, problem in enumerate(mixture.problems)
+    Raises:
+        UserError: for a task, file, row, model or length that does not fit.
+    """
+    source, weights = config_of(stage, ("bert", "ca_mtl").__contains__, "'bert' or 'ca_mtl'")
+    conditioned = source if isinstance(source, CaMtlConfig) else None
+    rows = [
+        _read(spec, folders, stage, args, conditioned)
+        for spec, folders in _specs(stage, args, conditioned)
     ]
-
-
-def _evaluate(
-    mixture: Mixture, predictors: Sequence[Predictor], run: RunArgs, step: int
-) -> Evaluation:
-    """Scores by task and split, and their mean; collective."""
-    tasks = {
-        problem.task.name: {
-            split: score_split(problem, split, predictor, run)[0] for split in problem.splits("dev")
-        }
-        for problem, predictor in zip(mixture.problems, predictors, strict=True)
-    }
-    scores = _task_scores(mixture, tasks)
-    return {
-        "step": step,
-        "tasks": tasks,
-        "score": float(np.mean(list(scores.values()))),
-        "instances_per_second": float(np.mean([one.instances_per_second for one in predictors])),
-    }
-
-
-def _task_scores(mixture: Mixture, tasks: dict[str, dict[str, Scores]]) -> dict[str, float]:
-    return {task.name: task_score(task, tasks[task.name]) for task in mixture.tasks}
-
-
-def _peaks(best: Best) -> dict[str, dict[str, object]]:
-    """Of each task the best value of each of its scores, and the step that had it."""
-    peaks: dict[str, dict[str, object]] = {}
-    for evaluation in best.evaluations:
-        for task, splits in evaluation["tasks"].items():
-            for split, scores in splits.items():
-                for name, value in scores.items():
-                    if not isinstance(value, float) or name == "loss":
-                        continue
-                    peak = peaks.setdefault(task, {}).get(f"{split} {name}")
-                    if peak is None or value > peak["value"]:
-                        at = {"value": value, "step": evaluation["step"]}
-                        peaks[task][f"{split} {name}"] = at
-    return peaks
-
-
-def _predict(
-    mixture: Mixture,
-    model: CaMtlForMultiTask,
-    device: torch.device,
-    run: RunArgs,
-    args: MixtureArgs,
-    output: Path,
-) -> dict[str, dict[str, Scores]]:
-    """Write predictions of every task; scores where labels are known."""
-    return {
-        problem.task.name: predict(
-            problem,
-            predictor,
-            run,
-            args.predict_split,
-            output / "predictions",
-            f"{problem.task.name}_{{split}}.txt",
+    specs = [spec for spec, _ in rows]
+    tokenizer = tokenizer_of(source, stage.model or stage.config_name, stage.tokenizer_name)
+    config = conditioned or _new_config(stage, args, source, specs, len(tokenizer))
+    if stage.variant not in (None, config.variant):
+        raise UserError(f"--variant {stage.variant}: {stage.model} is of variant {config.variant}")
+    set_dropout(config, stage.dropout)
+    frozen = stage.frozen_blocks()
+    if frozen is not None and frozen[1] >= config.num_hidden_layers:
+        raise UserError(
+            f"--freeze_encoder_layers {stage.freeze_encoder_layers}: the model has blocks 0 to "
+            f"{config.num_hidden_layers - 1}"
         )
-        for problem, predictor in zip(
-            mixture.problems, _predictors(mixture, model, device), strict=True
-        )
-    }
-
-
-def _facts(mixture: Mixture) -> dict[str, object]:
-    return {
-        "tasks": [describe(task) for task in mixture.tasks],
-        "variant": mixture.config.variant,
-        "rows": {
-            problem.task.name: {split: len(one) for split, one in problem.encoded.items()}
-            for problem in mixture.problems
-        },
-        "cut_rows": {
-            problem.task.name: {split: one.cut for split, one in problem.encoded.items()}
-            for problem in mixture.problems
-        },
-    }
-
-
-def _report(
-    mixture: Mixture, runs: dict[int, Evaluation], output: Path, stage: ConditionedArgs
-) -> str:
-    """Write OUT/results.json; the table to print."""
-    rows = {}
-    for seed, record in runs.items():
-        if "best" in record:
-            scores = _task_scores(mixture, record["best"]["tasks"])
-            row = {**scores, AVERAGE: record["best"]["score"]}
-            if set(GLUE) <= set(scores):
-                row["glue_avg"] = glue_average({task: scores[task] for task in GLUE})
-            rows[f"seed {seed}"] = row
-    record = {**_facts(mixture), "model": stage.model or stage.config_name}
-    record["seeds"] = {str(seed): one for seed, one in runs.items()}
-    if rows:
-        means, deviations = mean_and_deviation(list(rows.values()))
-        speeds = [one["best"]["instances_per_second"] for one in runs.values()]
-        record |= {
-            "mean": means,
-            "deviation": deviations,
-            "task_score": means[AVERAGE],
-            "instances_per_second": float(np.mean(speeds)),
-        }
-        if len(runs) > 1:
-            rows["mean"], rows["deviation"] = means, deviations
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(output / RESULTS, record)
-    table = score_table(rows, "task score") if rows else "nothing was scored"
-    places = told_places(output, stage, ("task shares", SHARES))
-    return "\n".join(["", table, "", places])
-
-
-def _card(mixture: Mixture) -> Card:
-    tasks = ", ".join(task.name for task in mixture.tasks)
-    return Card(
-        summary=f"A model of many tasks ({tasks}), trained with megamod.",
-        tags=("classification", "multi-task", *(task.name for task in mixture.tasks)),
-        facts={"variant": mixture.config.variant, "tasks, in the order of their ids": tasks},
-        load="AutoModel.from_pretrained(FOLDER)",
+    longest = _longest(args, config.max_seq_length)
+    lengths = Lengths(longest, config.max_position_embeddings, args.truncate)
+    return ManyTasksModel(
+        tasks=tuple(
+            encode_rows(spec, sets, tokenizer, lengths, args.cache_dir) for spec, sets in rows
+        ),
+        config=config,
+        tokenizer=tokenizer,
+        weights=weights,
+        top=stage.init_top_from_pretrained or conditioned is not None,
+        stage=stage,
+        args=args,
     )
+
+
+def _specs(
+    stage: ManyTasksArgs, args: TaskListArgs, conditioned: CaMtlConfig | None
+) -> list[tuple[TaskSpec, Sequence[str] | None]]:
+    """Tasks in the order of their ids, and the folders to look for their files in."""
+    specs: dict[str, tuple[TaskSpec, Sequence[str] | None]] = {}
+    for name in args.tasks or (conditioned.tasks if conditioned else GLUE):
+        spec, folders = named_task(name, args.data_dir)
+        if spec.name in specs:
+            raise UserError(f"--tasks: {spec.name} is listed twice")
+        specs[spec.name] = (spec, folders)
+    if conditioned is None:
+        return list(specs.values())
+    if set(specs) != set(conditioned.tasks):
+        raise UserError(
+            f"--tasks {' '.join(specs)}: the model {stage.model} has heads for "
+            f"{' '.join(conditioned.tasks)}"
+        )
+    return [specs[name] for name in conditioned.tasks]
+
+
+def _read(
+    spec: TaskSpec,
+    folders: Sequence[str] | None,
+    stage: ManyTasksArgs,
+    args: TaskListArgs,
+    conditioned: CaMtlConfig | None,
+) -> tuple[TaskSpec, Rows]:
+    """One task, its labels in the order of its head, and its rows."""
+    splits = splits_to_read(spec, stage, args.predict_split)
+    labels = _labels_of(conditioned, spec) if conditioned else ()
+    if labels and spec.kind != "token":
+        spec = replace(spec, labels=labels)
+    folder = None if folders is None else first_folder(spec, folders)
+    return read_rows(spec, folder, splits, args, labels)
+
+
+def _labels_of(config: CaMtlConfig, spec: TaskSpec) -> tuple[str, ...]:
+    """Labels of a task in the order of its trained head; those of a converted one are numbers.
+
+    Raises:
+        UserError: if the task has other labels, or is of another kind.
+    """
+    number = config.tasks.index(spec.name)
+    labels, kind = tuple(config.task_labels[number]), config.task_kinds[number]
+    if _kind(spec) != kind:
+        raise UserError(f"task {spec.name}: the model has a head of kind {kind} for it")
+    if not spec.labels:
+        return labels
+    if labels == tuple(map(str, range(len(spec.labels)))):
+        return spec.labels
+    ordered = in_order_of(labels, spec.labels)
+    if ordered is None:
+        raise UserError(
+            f"task {spec.name} has the labels {some_of(spec.labels)}, the model answers "
+            f"{some_of(labels)}"
+        )
+    return ordered
+
+
+def _kind(spec: TaskSpec) -> str:
+    return "sequence" if spec.kind == "pair" else spec.kind
+
+
+def _new_config(
+    stage: ManyTasksArgs,
+    args: TaskListArgs,
+    source: PreTrainedConfig | None,
+    specs: Sequence[TaskSpec],
+    vocab_size: int,
+) -> CaMtlConfig:
+    """CA-MTL around an encoder."""
+    source = source or bert_config(stage.config_name, vocab_size)
+    try:
+        return CaMtlConfig.around(
+            source,
+            variant=stage.variant or "base",
+            tasks=[spec.name for spec in specs],
+            task_kinds=[_kind(spec) for spec in specs],
+            task_labels=[list(spec.labels) for spec in specs],
+            max_seq_length=_longest(args, source.max_position_embeddings),
+        )
+    except (ValueError, StrictDataclassError) as error:
+        raise UserError(" ".join(str(error).split())) from error
+
+
+def _longest(args: TaskListArgs, most: int) -> int:
+    """--max_seq_length; where it is not given, at most `most`.
+
+    Raises:
+        UserError: if it is given and larger.
+    """
+    if args.max_seq_length > most and origin_of(args, "max_seq_length") != "default":
+        raise UserError(f"--max_seq_length {args.max_seq_length}: the model takes {most} tokens")
+    return min(args.max_seq_length, most)

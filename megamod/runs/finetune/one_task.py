@@ -1,249 +1,231 @@
-"""Finetuning on sentence tasks and on labels per word, one instance or N in a forward pass.
+"""Finetuning on one task: labels of sentences, pairs or words; one instance or N per pass."""
 
-A run trains with the one loop, scores the dev splits on the way, keeps the model that was best by
-the task's first metric, and writes predictions. Several seeds are several runs.
-"""
-
-import shutil
-from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
-from transformers.utils.logging import disable_progress_bar
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedConfig,
+)
 
-from megamod.args import Arguments, OptimArgs, RunArgs, SafetyArgs, origin_of
-from megamod.data.batches import check_instances
+from megamod.convert.sources import has_head
+from megamod.data.batches import StepShape
 from megamod.data.tasks.classification import TrainRows
-from megamod.data.tasks.specs import describe
-from megamod.dist.process import init_process, started_rank, started_world_size
-from megamod.dist.scope import Sharing
-from megamod.dist.topology import DomainTopology
-from megamod.evaluation.glue import (
-    Scores,
-    mean_and_deviation,
-    score_table,
-    task_score,
+from megamod.data.tasks.specs import TaskSpec, task_of, token_task
+from megamod.data.tasks.task_file import read_spec
+from megamod.errors import UserError
+from megamod.models.build import bert_config
+from megamod.models.classifier_inputs import inputs_of, mixes_padding, room_of
+from megamod.models.pretrained import load_pretrained
+from megamod.runs.finetune.args import OneTaskArgs, TaskArgs, WordArgs
+from megamod.runs.finetune.labels import set_labels
+from megamod.runs.finetune.model import FinetuneModel
+from megamod.runs.finetune.source import (
+    config_of,
+    set_dropout,
+    tokenizer_of,
 )
-from megamod.files import write_json
-from megamod.flags import change
-from megamod.runs.finetune.args import TaskArgs, TunedArgs, WordArgs
-from megamod.runs.finetune.problem import Problem, load_model, prepare
-from megamod.runs.finetune.scores import (
-    RESULTS,
-    Best,
-    predict,
-    predictor_of,
-    score_split,
-    steps_of_epochs,
-    told_places,
-    train_with_seeds,
-)
-from megamod.runs.training import Recipe, Running, execute
-from megamod.train.deepspeed_settings import settle
-from megamod.train.export import Card, publish
+from megamod.runs.finetune.tasks import FinetuneTask, open_task, splits_to_read
 from megamod.train.objectives import Classify
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
-def finetune(
-    run: RunArgs,
-    safety: SafetyArgs,
-    optim: OptimArgs,
-    tuned: TunedArgs,
-    args: TaskArgs,
-    words: WordArgs | None = None,
-) -> None:
-    """Train, score and predict as the flags say; print a table and write OUT/results.json.
+
+@dataclass(frozen=True)
+class OneTaskModel(FinetuneModel):
+    """A classifier of one task.
+
+    Attributes:
+        weights: folder or name whose weights start the run; None: new ones.
+        trained: the run does not train, so all weights must come from there.
+        retrieved: see `Classify`.
+    """
+
+    task: FinetuneTask
+    config: PreTrainedConfig
+    tokenizer: "PreTrainedTokenizerFast"
+    weights: str | None
+    trained: bool
+    inputs: tuple[str, ...]
+    instances: int
+    retrieved: float
+    pad_to: int | None
+    ensemble: bool
+    several = False
+
+    @property
+    def tasks(self) -> tuple[FinetuneTask]:
+        """The only task."""
+        return (self.task,)
+
+    def make(self, seed: int, folder: Path | None = None) -> nn.Module:
+        torch.manual_seed(seed)
+        kind = head_class(self.task.spec)
+        if self.weights is None:
+            return kind.from_config(self.config, dtype=torch.float32)
+        return _load(kind, self.weights, self.trained, config=self.config)
+
+    def load(self, folder: Path) -> nn.Module:
+        return _load(head_class(self.task.spec), str(folder), True)
+
+    def classifiers(self, module: nn.Module) -> list[nn.Module]:
+        return [module]
+
+    def batches(self, shape: StepShape, seed: int) -> TrainRows:
+        return TrainRows(
+            self.task.encoded["train"],
+            shape,
+            seed=seed,
+            instances=self.instances,
+            pad_to=self.pad_to,
+        )
+
+    def epoch(self, batches: TrainRows) -> float:
+        return len(batches.encoded) / batches.shape.global_batch
+
+    def objective(self, device: torch.device) -> Classify:
+        return Classify(self.inputs, device, self.task.spec.regression, self.retrieved)
+
+    def chooser(self, batches: TrainRows, device: torch.device) -> None:
+        return None
+
+
+def prepare(stage: OneTaskArgs, args: TaskArgs, words: WordArgs | None = None) -> OneTaskModel:
+    """Read, check and encode the task, and check the model.
 
     Args:
-        words: given for labels per word.
+        words: only for labels of words.
     Raises:
-        UserError: for arguments, data, model or ranks that do not fit, before anything is written.
+        UserError: for a task, file, row, model or length that does not fit.
     """
-    disable_progress_bar()
-    problem = prepare(tuned, args, words)
-    for flag in ("per_device_train_batch_size", "per_device_eval_batch_size"):
-        if origin_of(run, flag) == "default":
-            change(run, {flag: 32 * problem.instances}, "32 x --num_instances")
-    check_instances(
-        "--per_device_eval_batch_size", run.per_device_eval_batch_size, problem.instances
+    spec = _spec(args, words)
+    splits = splits_to_read(spec, stage, args.predict_split)
+    config, weights = config_of(
+        stage, lambda kind: has_head(head_class(spec), kind), f"a model with a head for {spec.name}"
     )
-    parsed = tuple(part for part in (run, safety, optim, tuned, args, words) if part is not None)
-    output = Path(run.output_dir)
-    if tuned.do_train:
-        runs = train_with_seeds(parsed, partial(_train, problem))
-        if runs is None:
-            return
+    tokenizer = tokenizer_of(config, stage.model or stage.config_name, stage.tokenizer_name)
+    if config is None:
+        config = bert_config(
+            stage.config_name,
+            len(tokenizer),
+            num_instances=stage.num_instances,
+            muxing_variant=stage.muxing_variant,
+            demuxing_variant=stage.demuxing_variant,
+        )
+    instances = _instances(config, stage)
+    task = open_task(
+        spec,
+        _data_dir(spec, args),
+        splits,
+        config,
+        tokenizer,
+        args,
+        trained=not stage.do_train,
+        label_all=words is not None and words.label_all_tokens,
+    )
+    spec = task.spec
+    if stage.metric_for_best_model is not None:
+        others = [name for name in spec.metrics if name != stage.metric_for_best_model]
+        spec = replace(spec, metrics=(stage.metric_for_best_model, *others))
+    set_labels(config, spec)
+    _set_retrieval(config, stage)
+    set_dropout(config, stage.dropout)
+    is_fixed = args.pad_to_max_length
+    if is_fixed is None:
+        is_fixed = mixes_padding(config)
+    return OneTaskModel(
+        task=replace(task, spec=spec),
+        config=config,
+        tokenizer=tokenizer,
+        weights=weights,
+        trained=not stage.do_train,
+        inputs=inputs_of(config),
+        instances=instances,
+        retrieved=stage.retrieval_percentage / instances if stage.retrieval_loss_coeff else 0.0,
+        pad_to=min(args.max_seq_length, room_of(config)) if is_fixed else None,
+        ensemble=stage.ensemble,
+    )
+
+
+def head_class(spec: TaskSpec) -> type:
+    """The Auto class of transformers for a task."""
+    if spec.kind == "token":
+        return AutoModelForTokenClassification
+    return AutoModelForSequenceClassification
+
+
+def _load(kind: type, source: str, complete: bool, **options: object) -> nn.Module:
+    """A classifier in float32; unless it must be complete, a missing head is drawn.
+
+    Raises:
+        UserError: if it cannot be loaded or lacks weights.
+    """
+    model, report = load_pretrained(
+        kind, source, "--model", ignore_mismatched_sizes=True, **options
+    )
+    missing = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
+    if missing and complete:
+        raise UserError(
+            f"--model {source}: {len(missing)} of its weights are missing or of another shape, "
+            f"such as {min(missing)}; train it first (--do_train)"
+        )
+    return model
+
+
+def _spec(args: TaskArgs, words: WordArgs | None) -> TaskSpec:
+    """The task that the flags name."""
+    if args.task_spec is not None:
+        spec = read_spec(args.task_spec)
+    elif args.task is None:
+        raise UserError("--task is missing: name of the task; --task_spec FILE describes another")
+    elif words is not None:
+        spec = token_task(args.task, words.word_column, words.label_column)
     else:
-        device = init_process(safety.dist_timeout)
-        model = problem.make_model(run.seed).to(device)
-        runs = {run.seed: _answer(problem, model, device, run, tuned, args, output)}
-    if started_rank() == 0:
-        print(_report(problem, runs, output, tuned))
-
-
-def _train(problem: Problem, parsed: Sequence[Arguments], folder: Path) -> dict[str, object] | None:
-    """One run; what is to be said of it, None if only the groups were asked for."""
-    run, safety, optim, tuned, args = parsed[:5]
-    task, train = problem.task, problem.encoded["train"]
-    topology = DomainTopology(started_world_size(), (task.name,), Sharing.DENSE)
-    settled = settle(run, optim, safety, topology, problem.config.hidden_size)
-    steps_of_epochs(run, tuned, len(train) / settled.global_batch)
-    metric = task.metrics[0]
-    best = Best(folder, lambda one: one["scores"]["dev"].get(metric))
-
-    def make_model() -> nn.Module:
-        if dist.get_rank() == 0:
-            shutil.rmtree(folder / "tokenizer", ignore_errors=True)
-            problem.tokenizer.save_pretrained(folder / "tokenizer")
-        return problem.make_model(run.seed)
-
-    def make_evaluate(running: Running) -> "_Evaluation":
-        best.load(running.state.step)
-        return _Evaluation(problem, run, running, best)
-
-    recipe = Recipe(
-        config=problem.config,
-        topology=topology,
-        data_digest=train.digest,
-        tokenizer=folder / "tokenizer",
-        card=_card(problem),
-        groups=(task.name,),
-        unit="tokens" if train.per_token else "examples",
-        make_batches=lambda shape: TrainRows(
-            train, shape, seed=run.seed, instances=problem.instances, pad_to=problem.pad_to
-        ),
-        make_model=make_model,
-        make_objective=lambda device: Classify(
-            problem.inputs, device, task.regression, problem.retrieved
-        ),
-        make_evaluate=make_evaluate if tuned.do_eval else lambda running: lambda step: None,
-        write_model=best.write_model,
-    )
-    done = execute(recipe, parsed, workers=args.dataloader_num_workers)
-    if done is None:
-        return None
-    if dist.get_rank() == 0:
-        done.monitor.close()
-    record: dict[str, object] = {"step": done.state.step}
-    if best.evaluations:
-        record |= {"best": best.best, "last": best.evaluations[-1]}
-    if tuned.do_predict:
-        model = load_model(task, str(folder / "model")).to(done.device)
-        predictor = predictor_of(problem, model, done.device)
-        record["predicted"] = predict(
-            problem, predictor, run, args.predict_split, folder / "predictions"
+        spec = task_of(args.task)
+    if (spec.kind == "token") != (words is not None):
+        raise UserError(
+            f"task {spec.name} is of kind {spec.kind}: "
+            "finetune_ner.py is for labels of words, finetune_glue.py for those of sentences"
         )
-    if dist.get_rank() == 0:
-        write_json(folder / RESULTS, {**_facts(problem), "seed": run.seed, **record})
-    return record
+    return spec
 
 
-def _answer(
-    problem: Problem,
-    model: nn.Module,
-    device: torch.device,
-    run: RunArgs,
-    tuned: TunedArgs,
-    args: TaskArgs,
-    output: Path,
-) -> dict[str, object]:
-    """Score and predict with a model as it is."""
-    predictor, record = predictor_of(problem, model, device), {}
-    if tuned.do_eval:
-        scores = {s: score_split(problem, s, predictor, run)[0] for s in problem.splits("dev")}
-        speed = predictor.instances_per_second
-        record["last"] = record["best"] = _evaluation(0, scores, speed)
-    if tuned.do_predict:
-        record["predicted"] = predict(
-            problem, predictor, run, args.predict_split, output / "predictions"
+def _data_dir(spec: TaskSpec, args: TaskArgs) -> str | None:
+    """Folder of the task's files; None: the hub."""
+    if args.data_dir is None and args.task_spec is not None and spec.hub is None:
+        return str(Path(args.task_spec).parent)
+    return args.data_dir
+
+
+def _instances(config: PreTrainedConfig, stage: OneTaskArgs) -> int:
+    """N of the model.
+
+    Raises:
+        UserError: if --num_instances gives another one.
+    """
+    instances = getattr(config, "num_instances", 1)
+    if stage.num_instances not in (None, instances):
+        raise UserError(
+            f"--num_instances {stage.num_instances}: the model {stage.model or stage.config_name} "
+            f"is made for {instances}; `launchers/pretrain.py --objective masked_lm --init_from "
+            "MODEL --num_instances N` makes one for N"
         )
-    return record
+    return instances
 
 
-class _Evaluation:
-    """Called in training: scores the dev splits, and publishes the model if it is the best."""
-
-    def __init__(self, problem: Problem, run: RunArgs, running: Running, best: Best):
-        self.problem, self.run, self.running, self.best = problem, run, running, best
-        self.predictor = predictor_of(problem, running.engine.module, running.device)
-
-    def __call__(self, step: int) -> None:
-        scores = {}
-        for split in self.problem.splits("dev"):
-            scores[split], _ = score_split(self.problem, split, self.predictor, self.run)
-            for name, value in scores[split].items():
-                if isinstance(value, float):
-                    told = {self.problem.task.name: value}
-                    self.running.monitor.evaluated(step, told, split, kind=name)
-        if self.best.add(_evaluation(step, scores, self.predictor.instances_per_second)):
-            publish(self.running.export, self.running.output / "model")
-        if dist.get_rank() == 0:
-            self.best.save()
-
-
-def _evaluation(step: int, scores: dict[str, Scores], speed: float) -> dict[str, object]:
-    """Scores by split, and rows per second of rank 0, forward passes alone."""
-    return {"step": step, "scores": scores, "instances_per_second": speed}
-
-
-def _facts(problem: Problem) -> dict[str, object]:
-    return {
-        "task": describe(problem.task),
-        "num_instances": problem.instances,
-        "rows": {split: len(encoded) for split, encoded in problem.encoded.items()},
-        "cut_rows": {split: encoded.cut for split, encoded in problem.encoded.items()},
-    }
-
-
-def _report(
-    problem: Problem, runs: dict[int, dict[str, object]], output: Path, tuned: TunedArgs
-) -> str:
-    """Write OUT/results.json; the table to print."""
-    rows = {}
-    for seed, record in runs.items():
-        splits = {**record.get("best", {}).get("scores", {}), **record.get("predicted", {})}
-        rows[f"seed {seed}"] = {
-            f"{split} {name}": value
-            for split, scores in splits.items()
-            for name, value in scores.items()
-            if isinstance(value, float)
-        }
-    means, deviations = mean_and_deviation(list(rows.values()))
-    record = {
-        **_facts(problem),
-        "model": tuned.model or tuned.config_name,
-        "metric": problem.task.metrics[0],
-        "seeds": {str(seed): one for seed, one in runs.items()},
-        "mean": means,
-        "deviation": deviations,
-    }
-    held = [one["best"] for one in runs.values() if "best" in one]
-    if held:
-        scores = [task_score(problem.task, one["scores"]) for one in held]
-        record["task_score"] = float(np.mean(scores))
-        speeds = [one["instances_per_second"] for one in held]
-        record["instances_per_second"] = float(np.mean(speeds))
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(output / RESULTS, record)
-    if len(runs) > 1:
-        rows["mean"], rows["deviation"] = means, deviations
-    table = score_table(rows, problem.task.name) if means else "nothing was scored"
-    return "\n".join(["", table, "", told_places(output, tuned)])
-
-
-def _card(problem: Problem) -> Card:
-    task = problem.task
-    kind = "TokenClassification" if task.kind == "token" else "SequenceClassification"
-    return Card(
-        summary=f"A classifier for the task {task.name}, trained with megamod.",
-        tags=("classification", task.name),
-        facts={
-            "labels, in order": ", ".join(task.labels) or "a number",
-            "instances that share a forward pass": str(problem.instances),
-        },
-        load=f"AutoModelFor{kind}.from_pretrained(FOLDER)",
-    )
+def _set_retrieval(config: PreTrainedConfig, stage: OneTaskArgs) -> None:
+    """Set the weights of both losses, which a checkpoint has as its warm-up needed them."""
+    if hasattr(config, "retrieval_loss_coeff"):
+        config.task_loss_coeff = 1.0
+        config.retrieval_loss_coeff = stage.retrieval_loss_coeff
+        config.retrieval_percentage = stage.retrieval_percentage
+    elif stage.retrieval_loss_coeff:
+        raise UserError(
+            f"--retrieval_loss_coeff {stage.retrieval_loss_coeff}: "
+            f"{stage.model or stage.config_name} is no multiplexed model, so no token is retrieved"
+        )

@@ -1,10 +1,6 @@
-"""What a finetuning run makes of its held-out rows: scores, predictions, and the best model."""
+"""Scores and predictions of the held-out rows of a finetuning run; all of it is collective."""
 
-import copy
-import json
-import math
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megamod.args import Arguments, RunArgs, origin_of
+from megamod.args import RunArgs
 from megamod.data.tasks.classification import held_out_rows
 from megamod.dist.process import all_reduce
 from megamod.evaluation.glue import (
@@ -31,189 +27,106 @@ from megamod.evaluation.ner import (
     word_accuracy_by_slot,
 )
 from megamod.evaluation.predict import Predictor, labels_of_words
-from megamod.files import write_atomic, write_json
-from megamod.flags import change
-from megamod.runs.finetune.args import StageArgs
-from megamod.runs.finetune.problem import Problem
-from megamod.train.export import ModelExport
-
-RESULTS = "results.json"
-EVALUATIONS = "evaluations.json"
-Evaluation = dict[str, object]
+from megamod.files import write_atomic
+from megamod.runs.finetune.model import FinetuneModel
+from megamod.runs.finetune.records import TaskScores
+from megamod.runs.finetune.tasks import FinetuneTask
 
 
-class Best:
-    """Scores of a run so far, kept beside it, and the best of them.
-
-    Args:
-        folder: of the run.
-        value: how good an evaluation is; None if it does not tell.
-    """
-
-    def __init__(self, folder: Path, value: Callable[[Evaluation], float | None]):
-        self.folder, self.value = folder, value
-        self.evaluations: list[Evaluation] = []
-
-    @property
-    def best(self) -> Evaluation | None:
-        """The first evaluation that no later one is better than."""
-        return max(self.evaluations, key=self.value, default=None)
-
-    def load(self, step: int) -> None:
-        """Take up what a run that resumes behind `step` has scored until then."""
-        file = self.folder / EVALUATIONS
-        if step and file.exists() and (self.folder / "model").is_dir():
-            kept = json.loads(file.read_text(encoding="utf-8"))
-            kept = [one for one in kept if self.value(one) is not None]
-            self.evaluations = [one for one in kept if one["step"] <= step]
-
-    def add(self, evaluation: Evaluation) -> bool:
-        """Take in an evaluation; True if it is the best one."""
-        self.evaluations.append(evaluation)
-        return self.best is self.evaluations[-1]
-
-    def save(self) -> None:
-        """Write all evaluations."""
-        write_json(self.folder / EVALUATIONS, self.evaluations)
-
-    def write_model(self, export: ModelExport, folder: Path) -> None:
-        """OUT/model holds the best model at the end, which is there already, or the last one."""
-        if not self.evaluations:
-            export(folder)
-        elif dist.get_rank() == 0:
-            shutil.copytree(self.folder / "model", folder, dirs_exist_ok=True)
+def predictors_of(model: FinetuneModel, module: nn.Module, device: torch.device) -> list[Predictor]:
+    """A predictor for each task, its rows divided among all ranks."""
+    ranks = dist.get_rank(), dist.get_world_size(), all_reduce
+    return [
+        Predictor(classifier, model.inputs, device, *ranks)
+        for classifier in model.classifiers(module)
+    ]
 
 
-def train_with_seeds(
-    parsed: Sequence[Arguments],
-    train: Callable[[tuple[Arguments, ...], Path], Evaluation | None],
-) -> dict[int, Evaluation] | None:
-    """One run, or one for each of --seeds in a folder of its own.
-
-    Args:
-        parsed: all arguments.
-        train: from the arguments of a run and its folder to what is to be said of it.
-    Returns:
-        that, by seed; None if only the groups were asked for.
-    """
-    run = next(part for part in parsed if isinstance(part, RunArgs))
-    seeds = next(part for part in parsed if isinstance(part, StageArgs)).seeds
-    runs = {}
-    for seed in map(int, seeds or [run.seed]):
-        folder = Path(run.output_dir) / f"seed-{seed}" if seeds else Path(run.output_dir)
-        done = train(_with_seed(parsed, seed, folder), folder)
-        if done is None:
-            return None
-        runs[seed] = done
-    return runs
-
-
-def _with_seed(parsed: Sequence[Arguments], seed: int, folder: Path) -> tuple[Arguments, ...]:
-    own = copy.deepcopy(tuple(parsed))
-    for part in own:
-        if isinstance(part, RunArgs):
-            change(part, {"seed": seed, "output_dir": str(folder)}, "--seeds")
-        if isinstance(part, StageArgs):
-            change(part, {"seeds": None}, "--seeds")
-    return own
-
-
-def steps_of_epochs(run: RunArgs, stage: StageArgs, epoch: float) -> None:
-    """Where --max_steps is not given, set it to as many epochs as are wanted.
-
-    Args:
-        epoch: steps of one, perhaps no whole number.
-    """
-    if origin_of(run, "max_steps") == "default":
-        steps = math.ceil(stage.num_train_epochs * epoch - 1e-9)
-        change(run, {"max_steps": steps}, f"--num_train_epochs {stage.num_train_epochs:g}")
-
-
-def told_places(output: Path, stage: StageArgs, *more: tuple[str, str]) -> str:
-    """Where everything of a run is, a line each.
-
-    Args:
-        more: names and files below OUT that a trained run has besides.
-    """
-    places = [("numbers", output / RESULTS)]
-    if stage.do_train and not stage.seeds:
-        places += [("model", output / "model"), *((name, output / file) for name, file in more)]
-    if stage.do_predict and not stage.seeds:
-        places.append(("predictions", output / "predictions"))
-    return "\n".join(f"{name:11}  {place}" for name, place in places)
-
-
-def predictor_of(problem: Problem, module: nn.Module, device: torch.device) -> Predictor:
-    """What answers the rows of a problem, the work divided among all ranks."""
-    return Predictor(
-        module, problem.inputs, device, dist.get_rank(), dist.get_world_size(), all_reduce
-    )
+def score_splits(model: FinetuneModel, predictors: Sequence[Predictor], run: RunArgs) -> TaskScores:
+    """Scores of the dev splits of all tasks."""
+    return {
+        task.spec.name: {
+            split: score_split(model, task, split, predictor, run)[0]
+            for split in task.splits("dev")
+        }
+        for task, predictor in zip(model.tasks, predictors, strict=True)
+    }
 
 
 def score_split(
-    problem: Problem, split: str, predictor: Predictor, run: RunArgs
+    model: FinetuneModel, task: FinetuneTask, split: str, predictor: Predictor, run: RunArgs
 ) -> tuple[Scores | None, np.ndarray | list[list[str]]]:
-    """Scores (None if labels are hidden), and logits of rows or labels of words; collective."""
-    task, found, encoded = problem.task, problem.sets[split], problem.encoded[split]
+    """Scores (None if the labels are hidden), and logits of rows or labels of words."""
+    spec, rows, encoded = task.spec, task.sets[split], task.encoded[split]
     batches = list(
         held_out_rows(
             encoded,
             run.per_device_eval_batch_size,
-            problem.instances,
-            problem.pad_to,
-            ensemble=problem.ensemble,
+            model.instances,
+            model.pad_to,
+            ensemble=model.ensemble,
             seed=run.seed,
         )
     )
     answers = predictor(encoded, batches)
     if encoded.per_token:
-        answers = labels_of_words(encoded, answers, task.labels)
-        if found.labels is None:
-            return None, answers
-        scores = score_words(task, found.labels, answers)
-        slots = partial(word_accuracy_by_slot, found.labels, answers)
-        if "f1" in task.metrics:
-            by_type = entity_counts(found.labels, answers, has_runs(task))
+        answers = labels_of_words(encoded, answers, spec.labels)
+    if rows.labels is None:
+        return None, answers
+    if encoded.per_token:
+        scores = score_words(spec, rows.labels, answers)
+        by_slot = partial(word_accuracy_by_slot, rows.labels, answers)
+        if "f1" in spec.metrics:
+            by_type = entity_counts(rows.labels, answers, has_runs(spec))
             scores["by_type"] = {kind: count.scores() for kind, count in by_type.items()}
     else:
-        if found.labels is None:
-            return None, answers
-        scores = score_texts(task, answers, found.labels)
-        slots = partial(accuracy_by_slot, answers_of(task, answers), found.labels)
-    if problem.instances > 1 and not (task.regression or problem.ensemble):
-        scores["accuracy_by_slot"] = slots(problem.instances)
+        scores = score_texts(spec, answers, rows.labels)
+        by_slot = partial(accuracy_by_slot, answers_of(spec, answers), rows.labels)
+    if model.instances > 1 and not (spec.regression or model.ensemble):
+        scores["accuracy_by_slot"] = by_slot(model.instances)
     return scores, answers
 
 
-def predict(
-    problem: Problem,
-    predictor: Predictor,
+def predict_splits(
+    model: FinetuneModel,
+    predictors: Sequence[Predictor],
     run: RunArgs,
     kind: str,
     folder: Path,
-    name: str = "{split}.txt",
-) -> dict[str, Scores]:
+) -> TaskScores:
     """Write predictions of the splits of a kind; scores of those whose labels are known.
 
     Args:
-        folder: where the files come.
-        name: of a file of labels per word, with {split}.
+        kind: beginning of the splits' names.
+        folder: of the files.
     """
-    scored = {}
-    task = problem.task
-    for split in problem.splits(kind):
-        scores, answers = score_split(problem, split, predictor, run)
-        if scores is not None:
-            scored[split] = scores
-        if dist.get_rank() > 0:
-            continue
-        folder.mkdir(parents=True, exist_ok=True)
-        if task.kind == "token":
-            found = problem.sets[split]
-            text = conll_text(found.words, answers, found.labels)
-            file = name.format(split=split)
-        else:
-            text = submission(task, answers)
-            file = task.submission.get(split, f"{task.name}_{split}.tsv")
-        write_atomic(folder / file, text)
+    scored: dict[str, dict[str, Scores]] = {}
+    for task, predictor in zip(model.tasks, predictors, strict=True):
+        scored[task.spec.name] = {}
+        for split in task.splits(kind):
+            scores, answers = score_split(model, task, split, predictor, run)
+            if scores is not None:
+                scored[task.spec.name][split] = scores
+            if dist.get_rank() == 0:
+                folder.mkdir(parents=True, exist_ok=True)
+                _write_predictions(model, task, split, answers, folder)
     return scored
+
+
+def _write_predictions(
+    model: FinetuneModel,
+    task: FinetuneTask,
+    split: str,
+    answers: np.ndarray | list[list[str]],
+    folder: Path,
+) -> None:
+    """A file for the server of a benchmark, or CoNLL columns."""
+    spec = task.spec
+    if spec.kind == "token":
+        rows = task.sets[split]
+        text = conll_text(rows.words, answers, rows.labels)
+        file = f"{spec.name}_{split}.txt" if model.several else f"{split}.txt"
+    else:
+        text = submission(spec, answers)
+        file = spec.submission.get(split, f"{spec.name}_{split}.tsv")
+    write_atomic(folder / file, text)

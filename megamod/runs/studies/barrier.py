@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from megamod.convert.sources import has_head, open_source
 from megamod.data.corpus.tokenizers import load_tokenizer
 from megamod.data.lm.masking import Masking
 from megamod.data.lm.text_blocks import text_blocks
@@ -44,8 +45,11 @@ from megamod.merging.alignment.options import BY_TEXT, Options
 from megamod.merging.alignment.permute import changes, permuted, reference, untied
 from megamod.merging.alignment.record import Alignment
 from megamod.merging.alignment.symmetry import symmetry_of
-from megamod.runs.finetune.args import TaskArgs, TunedArgs, WordArgs
-from megamod.runs.finetune.problem import prepare
+from megamod.models.classifier_inputs import inputs_of
+from megamod.runs.finetune.args import RowArgs
+from megamod.runs.finetune.one_task import head_class
+from megamod.runs.finetune.source import tokenizer_of
+from megamod.runs.finetune.tasks import open_task
 from megamod.runs.studies.barrier_recipe import CLM, MLM, Study
 
 if TYPE_CHECKING:
@@ -141,29 +145,22 @@ def ground_of(study: Study, task: str) -> Ground:
     if task in (MLM, CLM):
         return _text_ground(study, task, first)
     spec = any_task(task)
-    words = WordArgs() if spec.kind == "token" else None
-    problem = prepare(
-        TunedArgs(model=first, tokenizer_name=study.tokenizer, do_eval=True, do_predict=True),
-        TaskArgs(
-            task=spec.name,
-            data_dir=study.data,
-            max_seq_length=study.max_seq_length,
-            max_eval_samples=study.max_items,
-            predict_split="train",
-        ),
-        words,
+    kind = head_class(spec)
+    source = open_source(
+        first, "models", lambda name: has_head(kind, name), f"a model with a head for {task}"
     )
-    train = problem.encoded["train"]
-    splits = problem.splits("dev")
+    tokenizer = tokenizer_of(source.config, first, study.tokenizer)
+    limits = RowArgs(max_seq_length=study.max_seq_length, max_eval_samples=study.max_items)
+    splits = spec.splits("dev")
+    opened = open_task(
+        spec, study.data, (*splits, "train"), source.config, tokenizer, limits, trained=True
+    )
+    train, inputs = opened.encoded["train"], inputs_of(source.config)
 
     def losses(model: torch.nn.Module) -> dict[str, float]:
         return {
             split: classifier_loss(
-                model,
-                problem.encoded[split],
-                problem.inputs,
-                problem.task.regression,
-                study.batch_size,
+                model, opened.encoded[split], inputs, spec.regression, study.batch_size
             )
             for split in splits
         }
@@ -171,7 +168,7 @@ def ground_of(study: Study, task: str) -> Ground:
     items = [
         train.ids[a:b].tolist() for a, b in zip(train.offsets, train.offsets[1:], strict=False)
     ]
-    return Ground(losses, items, _with_specials(problem.tokenizer), train.pad_id)
+    return Ground(losses, items, _with_specials(tokenizer), train.pad_id)
 
 
 def _fitting(model: PreTrainedModel, study: Study) -> PreTrainedModel:

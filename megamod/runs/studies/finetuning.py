@@ -13,17 +13,24 @@ from megamod.args import SafetyArgs
 from megamod.errors import UserError
 from megamod.files import sha256
 from megamod.flags import flag_words, parse_args
-from megamod.runs.finetune.args import TaskArgs, TunedArgs, TunedOptimArgs, TunedRunArgs, WordArgs
-from megamod.runs.finetune.many_tasks_args import ConditionedArgs, MixtureArgs
+from megamod.runs.finetune.args import (
+    FinetuneOptimArgs,
+    FinetuneRunArgs,
+    ManyTasksArgs,
+    OneTaskArgs,
+    TaskArgs,
+    TaskListArgs,
+    WordArgs,
+)
 from megamod.runs.studies.records import Figures, Scores
 from megamod.runs.studies.study_file import Cell, Settings, Study
 
 PACKAGE = "package:"
-COMMON = (TunedRunArgs, SafetyArgs, TunedOptimArgs)
+COMMON = (FinetuneRunArgs, SafetyArgs, FinetuneOptimArgs)
 CLASSES = {
-    "glue": (*COMMON, TunedArgs, TaskArgs),
-    "ner": (*COMMON, TunedArgs, TaskArgs, WordArgs),
-    "mtl": (*COMMON, ConditionedArgs, MixtureArgs),
+    "glue": (*COMMON, OneTaskArgs, TaskArgs),
+    "ner": (*COMMON, OneTaskArgs, TaskArgs, WordArgs),
+    "mtl": (*COMMON, ManyTasksArgs, TaskListArgs),
 }
 
 
@@ -83,14 +90,13 @@ def _finetune(
     }
     parsed = parse_args(*CLASSES[launcher], argv=flag_words(flags))
     # Heavy, and not needed where figures are only read.
+    from megamod.runs.finetune.run import finetune
+
     if launcher == "mtl":
-        from megamod.runs.finetune.many_tasks import finetune_tasks
-
-        finetune_tasks(*parsed)
+        from megamod.runs.finetune.many_tasks import prepare
     else:
-        from megamod.runs.finetune.one_task import finetune
-
-        finetune(*parsed)
+        from megamod.runs.finetune.one_task import prepare
+    finetune(prepare(*parsed[3:]), parsed)
     return digests
 
 

@@ -1,0 +1,56 @@
+"""The best model of a finetuning run, by the evaluations of its dev splits."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megamod.files import write_json
+from megamod.runs.finetune.records import Record
+from megamod.train.export import ModelExport
+
+EVALUATIONS = "evaluations.json"
+
+
+class Best:
+    """Records of a run so far, also in OUT/evaluations.json.
+
+    Args:
+        folder: of the run.
+        value: from an evaluation to its score; None if it has none.
+    """
+
+    def __init__(self, folder: Path, value: Callable[[Record], float | None]):
+        self.folder, self.value = folder, value
+        self.evaluations: list[Record] = []
+
+    @property
+    def best(self) -> Record | None:
+        """The first evaluation that no later one exceeds."""
+        return max(self.evaluations, key=self.value, default=None)
+
+    def load(self, step: int) -> None:
+        """Read the evaluations of a run that resumes after `step`."""
+        file = self.folder / EVALUATIONS
+        if step and file.exists() and (self.folder / "model").is_dir():
+            kept = json.loads(file.read_text(encoding="utf-8"))
+            kept = [one for one in kept if self.value(one) is not None]
+            self.evaluations = [one for one in kept if one["step"] <= step]
+
+    def add(self, evaluation: Record) -> bool:
+        """Add an evaluation; True if it is the best one."""
+        self.evaluations.append(evaluation)
+        return self.best is self.evaluations[-1]
+
+    def save(self) -> None:
+        """Write OUT/evaluations.json."""
+        write_json(self.folder / EVALUATIONS, self.evaluations)
+
+    def write_model(self, export: ModelExport, folder: Path) -> None:
+        """Write OUT/model at the end: the best model, which exists already, or the last one."""
+        if not self.evaluations:
+            export(folder)
+        elif dist.get_rank() == 0:
+            shutil.copytree(self.folder / "model", folder, dirs_exist_ok=True)

@@ -1,0 +1,66 @@
+"""Labels of a task in the order of those of a model's head."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+
+from transformers import PreTrainedConfig
+
+from megamod.data.tasks.specs import TaskSpec, some_of, speller
+from megamod.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def labels_of_model(config: PreTrainedConfig) -> tuple[str, ...]:
+    """Labels of a trained model; none if their names are the default ones, LABEL_0 and so on."""
+    names = tuple(config.id2label[number] for number in range(config.num_labels))
+    return () if names == tuple(f"LABEL_{n}" for n in range(len(names))) else names
+
+
+def in_order_of(names: Sequence[str], labels: Sequence[str]) -> tuple[str, ...] | None:
+    """The labels in the order of a model's names, which may differ in capitals; None: others."""
+    spelled = speller(labels)
+    ordered = tuple(spelled(name) or "" for name in names)
+    return ordered if sorted(ordered) == sorted(labels) else None
+
+
+def with_labels_of(config: PreTrainedConfig, spec: TaskSpec, *, trained: bool) -> TaskSpec:
+    """The task with its labels in the order of the model's, whose head knows no other.
+
+    Raises:
+        UserError: if the model is trained and has another set of labels.
+    """
+    names = labels_of_model(config)
+    if names and trained and not (spec.labels or spec.regression):
+        return replace(spec, labels=names)
+    if names and spec.labels:
+        ordered = in_order_of(names, spec.labels)
+        if ordered is not None:
+            return replace(spec, labels=ordered)
+    if not trained or not (spec.labels or spec.regression):
+        return spec
+    count = 1 if spec.regression else len(spec.labels)
+    if config.num_labels != count or (names and not spec.regression):
+        raise UserError(
+            f"the model answers {some_of(names) or f'{config.num_labels} labels'}, task "
+            f"{spec.name} has {some_of(spec.labels) or 'a number'}; train it first (--do_train)"
+        )
+    if any(label != str(number) for number, label in enumerate(spec.labels)):
+        logger.warning(
+            "the model calls its labels LABEL_0 to LABEL_%d: they are taken to be %s, in this "
+            "order",
+            *(count - 1, some_of(spec.labels)),
+        )
+    return spec
+
+
+def set_labels(config: PreTrainedConfig, spec: TaskSpec) -> None:
+    """Write the labels of a task into the configuration of its model."""
+    if spec.regression:
+        config.num_labels = 1
+        config.problem_type = "regression"
+    else:
+        config.id2label = dict(enumerate(spec.labels))
+        config.label2id = {name: number for number, name in enumerate(spec.labels)}
+        config.problem_type = None if spec.kind == "token" else "single_label_classification"

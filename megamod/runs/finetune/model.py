@@ -1,0 +1,77 @@
+"""A model and the tasks that a run finetunes it on."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from megamod.data.batches import StepBatches, StepShape
+from megamod.runs.finetune.tasks import FinetuneTask
+from megamod.train.loop import Choose
+from megamod.train.objectives import Objective
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+class FinetuneModel(Protocol):
+    """A model and its tasks, whatever kind of model it is.
+
+    Attributes:
+        tasks: in the order of their ids; one task is a list of one.
+        several: the model is made for any number of tasks, even if it has one.
+        inputs: fields of a batch that the model takes.
+        instances: N, rows that share a forward pass.
+        pad_to: see `Encoded.gather`.
+        ensemble: see `held_out_rows`.
+    """
+
+    tasks: Sequence[FinetuneTask]
+    several: bool
+    config: PreTrainedConfig
+    tokenizer: "PreTrainedTokenizerFast"
+    inputs: Sequence[str]
+    instances: int
+    pad_to: int | None
+    ensemble: bool
+
+    def make(self, seed: int, folder: Path | None = None) -> nn.Module:
+        """The model in float32; what its weights lack is drawn with the seed.
+
+        Args:
+            folder: of the run that trains it; rank 0 may leave a record there.
+        Raises:
+            UserError: if the weights cannot be loaded, or are not complete and not to be trained.
+        """
+        ...
+
+    def load(self, folder: Path) -> nn.Module:
+        """The model of a finished run, in float32."""
+        ...
+
+    def classifiers(self, module: nn.Module) -> Sequence[nn.Module]:
+        """For each task a module that returns the logits of a batch."""
+        ...
+
+    def batches(self, shape: StepShape, seed: int) -> StepBatches:
+        """Training micro-batches of a rank, with a `digest` of all rows.
+
+        Raises:
+            UserError: if rows cannot be divided so.
+        """
+        ...
+
+    def epoch(self, batches: StepBatches) -> float:
+        """Steps of an epoch, perhaps no whole number."""
+        ...
+
+    def objective(self, device: torch.device) -> Objective:
+        """The loss of a batch."""
+        ...
+
+    def chooser(self, batches: StepBatches, device: torch.device) -> Choose | None:
+        """Selection among the rows of a step; None: all are trained on."""
+        ...

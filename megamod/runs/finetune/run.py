@@ -1,0 +1,260 @@
+"""A finetuning run: train on one task or many, score them on the way, keep the best model, predict.
+
+A run has a list of tasks; one task is a list of one. What depends on the model is in the subclasses
+of `FinetuneModel`: `OneTaskModel` and `ManyTasksModel` (CA-MTL). Several seeds are several runs.
+"""
+
+import copy
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as dist
+from torch import nn
+from transformers.utils.logging import disable_progress_bar
+
+from megamod.args import Arguments, RunArgs, origin_of
+from megamod.data.batches import check_instances
+from megamod.dist.process import init_process, started_rank, started_world_size
+from megamod.dist.scope import Sharing
+from megamod.dist.topology import DomainTopology
+from megamod.evaluation.glue import mean_and_deviation, score_table
+from megamod.evaluation.plots import plot_task_shares
+from megamod.evaluation.predict import Predictor
+from megamod.files import write_json
+from megamod.flags import change
+from megamod.runs.finetune.args import StageArgs
+from megamod.runs.finetune.best import Best
+from megamod.runs.finetune.model import FinetuneModel
+from megamod.runs.finetune.records import (
+    AVERAGE,
+    Record,
+    TaskScores,
+    card,
+    evaluation_record,
+    facts,
+    peaks_record,
+    predictions_record,
+    score_of,
+    table_row,
+    value_of,
+)
+from megamod.runs.finetune.scores import predict_splits, predictors_of, score_splits
+from megamod.runs.training import Recipe, Running, execute
+from megamod.train.deepspeed_settings import settle
+from megamod.train.export import publish
+
+RESULTS = "results.json"
+SHARES = "task_shares.png"
+
+
+def finetune(model: FinetuneModel, parsed: Sequence[Arguments]) -> None:
+    """Train, score and predict as the flags say; print a table and write OUT/results.json.
+
+    Args:
+        parsed: all arguments: RunArgs, SafetyArgs, OptimArgs, StageArgs, RowArgs, then others.
+    Raises:
+        UserError: for arguments or ranks that do not fit, before anything is written.
+    """
+    disable_progress_bar()
+    run, safety, _, stage, args = parsed[:5]
+    output = Path(run.output_dir)
+    _set_batch_sizes(run, model)
+    if stage.do_train:
+        records = _train_with_seeds(model, parsed)
+        if records is None:
+            return
+    else:
+        device = init_process(safety.dist_timeout)
+        predictors = predictors_of(model, model.make(run.seed).to(device), device)
+        record: Record = {}
+        if stage.do_eval:
+            scores = score_splits(model, predictors, run)
+            record["last"] = record["best"] = _record(model, scores, predictors, 0)
+        if stage.do_predict:
+            scores = predict_splits(
+                model, predictors, run, args.predict_split, output / "predictions"
+            )
+            record |= predictions_record(model, scores)
+        records = {run.seed: record}
+    if started_rank() == 0:
+        print(_report(model, records, output, stage))
+
+
+def _train_with_seeds(
+    model: FinetuneModel, parsed: Sequence[Arguments]
+) -> dict[int, Record] | None:
+    """Records of one run, or of one for each of --seeds in a folder of its own, by seed.
+
+    None if only the groups were asked for.
+    """
+    run, seeds = parsed[0], parsed[3].seeds
+    records = {}
+    for seed in map(int, seeds or [run.seed]):
+        folder = Path(run.output_dir) / f"seed-{seed}" if seeds else Path(run.output_dir)
+        arguments = copy.deepcopy(tuple(parsed))
+        change(arguments[0], {"seed": seed, "output_dir": str(folder)}, "--seeds")
+        change(arguments[3], {"seeds": None}, "--seeds")
+        record = _train(model, arguments, folder)
+        if record is None:
+            return None
+        records[seed] = record
+    return records
+
+
+def _train(model: FinetuneModel, parsed: Sequence[Arguments], folder: Path) -> Record | None:
+    """The record of one run; None if only the groups were asked for."""
+    run, safety, optim, stage, args = parsed[:5]
+    names = tuple(task.spec.name for task in model.tasks)
+    topology = DomainTopology(started_world_size(), names, Sharing.DENSE)
+    settled = settle(run, optim, safety, topology, model.config.hidden_size)
+    batches = model.batches(settled.shape(started_rank()), run.seed)
+    _set_steps(run, stage, model.epoch(batches))
+    best = Best(folder, partial(value_of, model))
+
+    def make_module() -> nn.Module:
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder / "tokenizer", ignore_errors=True)
+            model.tokenizer.save_pretrained(folder / "tokenizer")
+        return model.make(run.seed, folder)
+
+    def make_evaluate(running: Running) -> Callable[[int], None]:
+        if not stage.do_eval:
+            return lambda step: None
+        best.load(running.state.step)
+        return _Evaluate(model, run, running, best)
+
+    recipe = Recipe(
+        config=model.config,
+        topology=topology,
+        data_digest=batches.digest,
+        tokenizer=folder / "tokenizer",
+        card=card(model),
+        groups=names,
+        unit="tokens" if not model.several and model.tasks[0].spec.kind == "token" else "examples",
+        make_batches=lambda shape: batches,
+        make_model=make_module,
+        make_objective=model.objective,
+        make_evaluate=make_evaluate,
+        make_choice=partial(model.chooser, batches),
+        write_model=best.write_model,
+    )
+    done = execute(recipe, parsed, workers=args.dataloader_num_workers)
+    if done is None:
+        return None
+    record: Record = {"step": done.state.step}
+    if best.evaluations:
+        record |= {"best": best.best, "last": best.evaluations[-1]}
+        record |= peaks_record(model, best.evaluations)
+    if stage.do_predict:
+        module = model.load(folder / "model").to(done.device)
+        predictors = predictors_of(model, module, done.device)
+        scores = predict_splits(model, predictors, run, args.predict_split, folder / "predictions")
+        record |= predictions_record(model, scores)
+    if dist.get_rank() == 0:
+        done.monitor.close()
+        if model.several:
+            plot_task_shares(folder / "metrics.jsonl", folder / SHARES)
+        write_json(folder / RESULTS, {**facts(model), "seed": run.seed, **record})
+    return record
+
+
+def _set_batch_sizes(run: RunArgs, model: FinetuneModel) -> None:
+    """Without flags, batches of 32 N rows.
+
+    Raises:
+        UserError: if a batch of evaluation does not fill its groups.
+    """
+    for flag in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+        if origin_of(run, flag) == "default" and not model.several:
+            change(run, {flag: 32 * model.instances}, "32 x --num_instances")
+    check_instances("--per_device_eval_batch_size", run.per_device_eval_batch_size, model.instances)
+
+
+def _set_steps(run: RunArgs, stage: StageArgs, epoch: float) -> None:
+    """Set --max_steps to --num_train_epochs of `epoch` steps, unless it was given."""
+    if origin_of(run, "max_steps") == "default":
+        steps = math.ceil(stage.num_train_epochs * epoch - 1e-9)
+        change(run, {"max_steps": steps}, f"--num_train_epochs {stage.num_train_epochs:g}")
+
+
+class _Evaluate:
+    """Called in training: scores the dev splits, and publishes the model if it is the best."""
+
+    def __init__(self, model: FinetuneModel, run: RunArgs, running: Running, best: Best):
+        self.model, self.run, self.running, self.best = model, run, running, best
+        self.predictors = predictors_of(model, running.engine.module, running.device)
+
+    def __call__(self, step: int) -> None:
+        scores = score_splits(self.model, self.predictors, self.run)
+        evaluation = _record(self.model, scores, self.predictors, step)
+        by_name: dict[tuple[str, str], dict[str, float]] = {}
+        for task, splits in scores.items():
+            for split, values in splits.items():
+                for name, value in values.items():
+                    if isinstance(value, float):
+                        by_name.setdefault((split, name), {})[task] = value
+        for (split, name), values in by_name.items():
+            self.running.monitor.evaluated(step, values, split, kind=name)
+        if self.model.several:
+            average = {AVERAGE: evaluation["score"]}
+            self.running.monitor.evaluated(step, average, "dev", kind="score")
+        if self.best.add(evaluation):
+            publish(self.running.export, self.running.output / "model")
+        if dist.get_rank() == 0:
+            self.best.save()
+
+
+def _record(
+    model: FinetuneModel, scores: TaskScores, predictors: Sequence[Predictor], step: int
+) -> Record:
+    """An evaluation as it is recorded; rows per second are those of rank 0's forward passes."""
+    speed = float(np.mean([predictor.instances_per_second for predictor in predictors]))
+    return evaluation_record(model, scores, step, speed)
+
+
+def _report(
+    model: FinetuneModel, records: Mapping[int, Record], output: Path, stage: StageArgs
+) -> str:
+    """Write OUT/results.json; the table to print."""
+    rows = {f"seed {seed}": table_row(model, record) for seed, record in records.items()}
+    rows = {name: row for name, row in rows.items() if row is not None}
+    spec = model.tasks[0].spec
+    record = {**facts(model), "model": stage.model or stage.config_name}
+    if not model.several:
+        record["metric"] = spec.metrics[0]
+    record["seeds"] = {str(seed): one for seed, one in records.items()}
+    means: Mapping[str, float] = {}
+    if rows:
+        means, deviations = mean_and_deviation(list(rows.values()))
+        record |= {"mean": means, "deviation": deviations}
+    evaluations = [one["best"] for one in records.values() if "best" in one]
+    if evaluations:
+        speeds = [one["instances_per_second"] for one in evaluations]
+        record["task_score"] = float(np.mean([score_of(model, one) for one in evaluations]))
+        record["instances_per_second"] = float(np.mean(speeds))
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / RESULTS, record)
+    if means and len(records) > 1:
+        rows["mean"], rows["deviation"] = means, deviations
+    table = (
+        score_table(rows, "task score" if model.several else spec.name)
+        if means
+        else "nothing was scored"
+    )
+    return "\n".join(["", table, "", _places(model, output, stage)])
+
+
+def _places(model: FinetuneModel, output: Path, stage: StageArgs) -> str:
+    """The files of a run, a line each."""
+    places = [("numbers", output / RESULTS)]
+    if stage.do_train and not stage.seeds:
+        places.append(("model", output / "model"))
+        if model.several:
+            places.append(("task shares", output / SHARES))
+    if stage.do_predict and not stage.seeds:
+        places.append(("predictions", output / "predictions"))
+    return "\n".join(f"{name:11}  {place}" for name, place in places)

@@ -1,0 +1,92 @@
+"""The model that a finetuning run starts from: configuration, place of the weights, tokenizer."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transformers import PreTrainedConfig
+
+from megamod.convert.sources import has_weights, open_source
+from megamod.data.corpus.tokenizers import load_tokenizer
+from megamod.errors import UserError
+from megamod.models.presets import PRESETS
+from megamod.runs.finetune.args import StageArgs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
+
+
+def config_of(
+    stage: StageArgs, accepts: Callable[[str], bool], needed: str
+) -> tuple[PreTrainedConfig | None, str | None]:
+    """Configuration and where the weights are; None for a size that waits for the vocabulary.
+
+    Args:
+        accepts, needed: see `open_source`.
+    Raises:
+        UserError: if the model is missing, of another kind, or without weights and not trained.
+    """
+    if stage.model is None and stage.config_name is None:
+        raise UserError(
+            "--model is missing: a model folder or name, or --config_name for a new one"
+        )
+    if stage.model is None and not stage.do_train:
+        raise UserError(
+            f"--config_name {stage.config_name}: a new model answers at random; give --do_train"
+        )
+    if stage.config_name in PRESETS["bert"]:
+        return None, None
+    named, flag = stage.model or stage.config_name, "--model" if stage.model else "--config_name"
+    if stage.model is None and not Path(named).exists() and "/" not in named:
+        sizes = ", ".join(PRESETS["bert"])
+        raise UserError(f"--config_name {named}: is no folder and none of {sizes}")
+    source = open_source(named, flag, accepts, needed)
+    if stage.model is None:
+        return source.config, None
+    if has_weights(source.name):
+        return source.config, source.name
+    if not stage.do_train:
+        raise UserError(f"--model {named}: there are no weights in it, so it must be trained")
+    return source.config, None
+
+
+def tokenizer_of(
+    config: PreTrainedConfig | None, model: str | None, tokenizer: str | None
+) -> "PreTrainedTokenizerFast":
+    """The tokenizer of an encoder.
+
+    Args:
+        config: of the model, which must have an embedding for every id; None: it is still to come.
+        model, tokenizer: folders or names; the tokenizer None: that of the model.
+    Raises:
+        UserError: if there is none, it cannot pad, or it is not that of the model.
+    """
+    name = tokenizer or model
+    if name is None:
+        raise UserError("--tokenizer_name is missing: a model from scratch has no tokenizer")
+    try:
+        fast = load_tokenizer(name).original
+    except UserError as error:
+        if tokenizer is not None:
+            raise
+        raise UserError(
+            f"{name} has no tokenizer; --tokenizer_name names one, for BERT a folder with vocab.txt"
+        ) from error
+    if fast is None or fast.pad_token_id is None:
+        raise UserError(f"--tokenizer_name {name}: an encoder's tokenizer is needed, with padding")
+    if config is not None and len(fast) > config.vocab_size:
+        raise UserError(
+            f"the tokenizer {name} has {len(fast)} ids, the model {model} {config.vocab_size}: "
+            "they do not belong together"
+        )
+    return fast
+
+
+def set_dropout(config: PreTrainedConfig, rate: float | None) -> None:
+    """Give all dropout of the model one rate; None: leave it as it is."""
+    if rate is not None:
+        for name in DROPOUTS:
+            if hasattr(config, name):
+                setattr(config, name, rate)

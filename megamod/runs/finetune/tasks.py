@@ -1,0 +1,194 @@
+"""Tasks of a finetuning run: which rows are read, and the rows as token ids."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transformers import PreTrainedConfig
+
+from megamod.args import origin_of
+from megamod.data.tasks.classification import Encoded, Lengths, encode_texts, encode_words
+from megamod.data.tasks.conll import TokenSet
+from megamod.data.tasks.encoded_cache import cached, key_of
+from megamod.data.tasks.glue import TextSet, read_task
+from megamod.data.tasks.ner import read_token_task
+from megamod.data.tasks.specs import TaskSpec, any_task, find_files
+from megamod.data.tasks.task_file import read_spec
+from megamod.errors import UserError
+from megamod.models.classifier_inputs import room_of
+from megamod.runs.finetune.args import RowArgs, StageArgs
+from megamod.runs.finetune.labels import labels_of_model, with_labels_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Rows = Mapping[str, TextSet | TokenSet]
+
+
+@dataclass(frozen=True)
+class FinetuneTask:
+    """One task and its rows.
+
+    Attributes:
+        spec: with all labels.
+        sets, encoded: by split, as read and as token ids.
+    """
+
+    spec: TaskSpec
+    sets: Rows
+    encoded: Mapping[str, Encoded]
+
+    def splits(self, kind: str) -> tuple[str, ...]:
+        """Encoded splits that begin with "train", "dev" or "test"."""
+        return tuple(split for split in self.encoded if split.startswith(kind))
+
+
+def splits_to_read(spec: TaskSpec, stage: StageArgs, predicted: str) -> list[str]:
+    """Splits that the flags need; "dev" and --predict_split stand for all of their kind.
+
+    Raises:
+        UserError: if the task lacks one of them.
+    """
+    splits = ["train"] if stage.do_train else []
+    if stage.do_eval:
+        splits += spec.splits("dev")
+        if "dev" not in splits:
+            raise UserError(f"--do_eval: task {spec.name} has no split dev")
+    if stage.do_predict:
+        if not spec.splits(predicted):
+            raise UserError(
+                f"--predict_split {predicted}: task {spec.name} has {', '.join(spec.files)}"
+            )
+        splits += [split for split in spec.splits(predicted) if split not in splits]
+    return splits
+
+
+def open_task(
+    spec: TaskSpec,
+    data_dir: str | None,
+    splits: Sequence[str],
+    config: PreTrainedConfig,
+    tokenizer: "PreTrainedTokenizerFast",
+    args: RowArgs,
+    *,
+    trained: bool,
+    label_all: bool = False,
+) -> FinetuneTask:
+    """A task for a classifier, its labels in the order of the classifier's.
+
+    Args:
+        data_dir: folder of the files; None: the hub.
+        trained: the model answers the task already, so its labels must be the task's.
+        label_all: see `encode_words`.
+    Raises:
+        UserError: for files, rows, labels and lengths that do not fit.
+    """
+    lengths = lengths_of(config, args)
+    if spec.kind == "token":
+        labels = labels_of_model(config) if trained else ()
+        spec, sets = read_rows(spec, data_dir, splits, args, labels)
+        spec = with_labels_of(config, spec, trained=trained)
+    else:
+        spec = with_labels_of(config, spec, trained=trained)
+        spec, sets = read_rows(spec, data_dir, splits, args)
+    return encode_rows(spec, sets, tokenizer, lengths, args.cache_dir, label_all=label_all)
+
+
+def read_rows(
+    spec: TaskSpec,
+    data_dir: str | None,
+    splits: Sequence[str],
+    args: RowArgs,
+    labels: Sequence[str] = (),
+) -> tuple[TaskSpec, Rows]:
+    """The task with its labels, and the first rows of the splits.
+
+    Args:
+        labels: of a trained model; for labels of words they win.
+    Raises:
+        UserError: for files, rows and labels that do not fit.
+    """
+    if spec.kind == "token":
+        spec, sets = read_token_task(spec, data_dir, splits, repair=args.repair_iob, labels=labels)
+    else:
+        spec, sets = read_task(spec, data_dir, splits)
+    return spec, {
+        split: rows.first(args.max_train_samples if split == "train" else args.max_eval_samples)
+        for split, rows in sets.items()
+    }
+
+
+def encode_rows(
+    spec: TaskSpec,
+    sets: Rows,
+    tokenizer: "PreTrainedTokenizerFast",
+    lengths: Lengths,
+    cache_dir: str | None,
+    *,
+    label_all: bool = False,
+) -> FinetuneTask:
+    """The task with its rows as token ids.
+
+    Args:
+        cache_dir: see `cached`; None: nothing is kept.
+        label_all: see `encode_words`.
+    """
+
+    def encode(rows: TextSet | TokenSet) -> Encoded:
+        if isinstance(rows, TextSet):
+            return encode_texts(rows, tokenizer, lengths)
+        return encode_words(rows, tokenizer, lengths, spec.labels, label_all=label_all)
+
+    def encode_or_load(rows: TextSet | TokenSet) -> Encoded:
+        if cache_dir is None:
+            return encode(rows)
+        key = key_of(rows, tokenizer, lengths, spec.labels, label_all)
+        return cached(Path(cache_dir), key, partial(encode, rows))
+
+    encoded = {split: encode_or_load(rows) for split, rows in sets.items()}
+    return FinetuneTask(spec, sets, encoded)
+
+
+def named_task(name: str, data_dir: Sequence[str] | None) -> tuple[TaskSpec, Sequence[str] | None]:
+    """A task by its name or YAML file, and the folders to look for its files in; None: the hub.
+
+    Raises:
+        UserError: if there is no such task.
+    """
+    if not name.endswith((".yaml", ".yml")):
+        return any_task(name), data_dir
+    spec = read_spec(name)
+    if data_dir is None and spec.hub is None:
+        data_dir = [str(Path(name).parent)]
+    return spec, data_dir
+
+
+def first_folder(spec: TaskSpec, folders: Sequence[str]) -> str:
+    """The first of the folders that has files of the task.
+
+    Raises:
+        UserError: if none has.
+    """
+    problems = []
+    for folder in folders:
+        try:
+            find_files(spec, folder)
+        except UserError as error:
+            problems.append(str(error))
+        else:
+            return folder
+    raise UserError("; ".join(problems))
+
+
+def lengths_of(config: PreTrainedConfig, args: RowArgs) -> Lengths:
+    """How long rows of a model may be: --max_seq_length, by default at most the model's positions.
+
+    Raises:
+        UserError: if the flag is given and the model has fewer positions.
+    """
+    room, longest = room_of(config), args.max_seq_length
+    if longest > room and origin_of(args, "max_seq_length") != "default":
+        raise UserError(f"--max_seq_length {longest}: the model has positions for {room} tokens")
+    return Lengths(min(longest, room), room, args.truncate)
