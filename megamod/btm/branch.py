@@ -8,34 +8,45 @@ a parent without an optimizer, starts at step 0 with a new optimizer.
 Source: Li et al. 2022 (Branch-Train-Merge), section 3.1, and its release for the optimizer state.
 """
 
-import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from torch import Tensor
 
 from megamod.btm.grown import RECORD
 from megamod.btm.parents import Source
 from megamod.dist.scope import dense_name, domain_of_name
 from megamod.errors import UserError
-from megamod.files import atomic_folder, sha256, write_json
+from megamod.files import atomic_folder, write_json
 from megamod.merging.merge import average_folders
+from megamod.states.checkpoint_folder import (
+    KINDS,
+    STATE,
+    StateRecord,
+    TrainState,
+    checkpoint_name,
+    digest_all,
+    fragment_ranges,
+    optimizer_file,
+    optimizer_files,
+    read_fragments,
+    write_fragments,
+    write_manifest,
+)
 from megamod.states.forest import Parent, read_config
 from megamod.states.grow import link_or_copy
 from megamod.states.manifest import MANIFEST, list_checkpoints
 from megamod.states.stream import ModelFolder, write_stream
-from megamod.states.weights import DENSE_FILE, read_weights, write_tensors
+from megamod.states.weights import DENSE_FILE, read_weights
 
 SCHEDULE = ("max_steps", "learning_rate", "lr_scheduler_type", "warmup_ratio", "warmup_steps")
 """Settings that a branched run shares with its parent, because they define the schedule."""
 
-_SKIPPED = (MANIFEST, "state.json", "config.json", "README.md", "merge.json", RECORD)
+_SKIPPED = (MANIFEST, STATE, "config.json", "README.md", "merge.json", RECORD)
 
 
 def branch(
@@ -69,7 +80,7 @@ def branch(
         raise UserError(f"--domain: one expert has one domain, not {', '.join(domains)}")
     keeps_optimizer = len(sources) == 1 and sources[0].step is not None
     step = sources[0].step if keeps_optimizer else 0
-    final = run / "checkpoints" / f"step-{step}"
+    final = run / "checkpoints" / checkpoint_name(step)
     total = math.fsum(weights)
     parents = [
         asdict(Parent(_parent_name(source), weight))
@@ -80,22 +91,23 @@ def branch(
     with _untouched_on_failure(final.parent), atomic_folder(final) as folder:
         base = folder / ".start"
         _start_model(sources, weights, base)
-        state = _state_of(sources[0]) if keeps_optimizer else _fresh_state()
+        record = _state_of(sources[0]) if keeps_optimizer else StateRecord(branched=True)
         if keeps_optimizer and learning_rate is not None:
-            state["settings"]["learning_rate"] = learning_rate
+            record.settings["learning_rate"] = learning_rate
         for number, domain in enumerate(domains):
             target = folder / domain if one_world else folder
             prefix = f"{domain}:" if one_world else ""
             target.mkdir(exist_ok=True)
             _write_model(base, target, domain)
-            write_json(target / "state.json", state)
+            record.write(target)
             if keeps_optimizer:
                 _keep_optimizer(sources[0], folder, number, prefix)
                 _check_complete(sources[0], base, folder, prefix)
             else:
-                _fresh_optimizer(base, folder / f"optimizer-{number}.safetensors", prefix)
+                _fresh_optimizer(base, optimizer_file(folder, number), prefix)
         shutil.rmtree(base)
-        _write_manifest(folder)
+        files = [file for file in folder.rglob("*") if file.is_file()]
+        write_manifest(folder, digest_all(folder, files))
         # Before the checkpoint is renamed, so that no checkpoint exists without its record.
         write_json(run / RECORD, {"format": 1, "parents": parents, "start_update": step})
     return final
@@ -160,59 +172,37 @@ def _write_model(base: Path, target: Path, domain: str) -> None:
     write_json(target / "config.json", read_config(base) | {"domains": [domain]})
 
 
-def _state_of(source: Source) -> dict[str, object]:
+def _state_of(source: Source) -> StateRecord:
     """Return a parent's state with its data position reset and only the schedule settings."""
-    file = source.model / "state.json"
-    record = json.loads(file.read_text(encoding="utf-8"))
-    record["state"] |= {"data_step": 0, "tokens": {}, "skipped": 0, "mean_loss": None}
-    settings = {name: record["settings"].get(name) for name in SCHEDULE}
-    return {**record, "settings": settings, "branched": True}
-
-
-def _fresh_state() -> dict[str, object]:
-    state = dict(step=0, data_step=0, tokens={}, skipped=0, mean_loss=None)
-    return {
-        "state": state,
-        "optimizer_steps": 0.0,
-        "loss_scaler": {},
-        "settings": {},
-        "branched": True,
-        "world_size": 1,
-    }
+    record = StateRecord.read(source.model)
+    settings = {name: record.settings.get(name) for name in SCHEDULE}
+    return replace(
+        record, state=TrainState(step=record.state.step), settings=settings, branched=True
+    )
 
 
 def _keep_optimizer(source: Source, folder: Path, number: int, prefix: str) -> None:
     """Copy the parent's master weights and moments under the new expert's names."""
     source_prefix = f"{source.world}:" if source.world else ""
-    for part, file in enumerate(sorted(source.folder.glob("optimizer-*.safetensors"))):
-        with safe_open(file, framework="pt") as tensors:
-            starts = tensors.metadata() or {}
-            names = {
-                name: prefix + dense_name(name.removeprefix(source_prefix))
-                for name in starts
-                if name.startswith(source_prefix) and domain_of_name(name) in (None, source.member)
-            }
-            renamed = {
-                f"{kind}/{new}": tensors.get_tensor(f"{kind}/{old}")
-                for old, new in names.items()
-                for kind in ("master", "exp_avg", "exp_avg_sq")
-            }
+
+    def belongs(name: str) -> bool:
+        return name.startswith(source_prefix) and domain_of_name(name) in (None, source.member)
+
+    for part, file in enumerate(optimizer_files(source.folder)):
+        renamed = {
+            prefix + dense_name(name.removeprefix(source_prefix)): (start, tensors)
+            for name, start, tensors in read_fragments(file, belongs)
+        }
         if renamed:
-            write_tensors(
-                folder / f"optimizer-{number}-{part}.safetensors",
-                renamed,
-                {new: starts[old] for old, new in names.items()},
-            )
+            write_fragments(optimizer_file(folder, number, part), renamed)
 
 
 def _check_complete(source: Source, base: Path, folder: Path, prefix: str) -> None:
     """Refuse a parent that trained only some of its weights: the others have no optimizer state."""
-    sizes: dict[str, int] = {}
-    for file in folder.glob("optimizer-*.safetensors"):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.metadata() or {}:
-                size = tensors.get_slice(f"master/{name}").get_shape()[0]
-                sizes[name] = sizes.get(name, 0) + size
+    sizes = {
+        name: sum(stop - start for start, stop, _ in ranges)
+        for name, ranges in fragment_ranges(folder).items()
+    }
     for name, spec in ModelFolder(base).tensors.items():
         if spec.dtype.is_floating_point and sizes.get(prefix + name) != spec.numel:
             raise UserError(
@@ -224,22 +214,10 @@ def _check_complete(source: Source, base: Path, folder: Path, prefix: str) -> No
 
 def _fresh_optimizer(base: Path, path: Path, prefix: str) -> None:
     """Write the weights as master weights, with zero moments."""
-    tensors: dict[str, Tensor] = {}
+    fragments = {}
     for name, weight in read_weights(base).items():
-        if not weight.is_floating_point():
-            continue
-        master = weight.float().reshape(-1)
-        tensors[f"master/{prefix}{name}"] = master
-        for kind in ("exp_avg", "exp_avg_sq"):
-            tensors[f"{kind}/{prefix}{name}"] = torch.zeros_like(master)
-    names = {name.split("/", 1)[1] for name in tensors}
-    write_tensors(path, tensors, dict.fromkeys(names, "0"))
-
-
-def _write_manifest(folder: Path) -> None:
-    files: Mapping[str, object] = {
-        str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": sha256(file)}
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-    }
-    write_json(folder / MANIFEST, {"files": files})
+        if weight.is_floating_point():
+            master = weight.float().reshape(-1)
+            moments = {kind: torch.zeros_like(master) for kind in KINDS[1:]}
+            fragments[prefix + name] = 0, {KINDS[0]: master, **moments}
+    write_fragments(path, fragments)

@@ -8,6 +8,7 @@ from megamod.btm.campaign import Campaign
 from megamod.btm.grown import RECORD, expert_of
 from megamod.btm.tasks import WORLD, expert_folder
 from megamod.files import sha256
+from megamod.states.checkpoint_folder import StateRecord, checkpoint_name
 from megamod.states.forest import Expert, Parent, edit_forest
 
 
@@ -31,17 +32,17 @@ def collect(campaign: Campaign, number: int, in_one_world: bool = False) -> None
 def _world_entry(campaign: Campaign, domain: str) -> Expert:
     """Forest entry of an expert that was trained in one world with the others."""
     run = expert_folder(campaign, WORLD)
-    checkpoint = run / "checkpoints" / f"step-{campaign.total_steps}" / domain
-    saved = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    checkpoint = run / "checkpoints" / checkpoint_name(campaign.total_steps)
+    saved = StateRecord.read(checkpoint / domain)
     entry = Expert(
         domain,
         run / "model" / domain,
-        seed=saved["settings"].get("seed"),
+        seed=saved.settings.get("seed"),
         start_update=campaign.first_step(0),
-        updates=saved["state"]["step"],
-        tokens=saved["state"]["tokens"].get(domain, 0),
-        gpus=saved["world_size"] // len(campaign.domains),
-        data_digest=saved["settings"].get("data digest"),
+        updates=saved.state.step,
+        tokens=saved.state.tokens.get(domain, 0),
+        gpus=saved.world_size // len(campaign.domains),
+        data_digest=saved.settings.get("data digest"),
         config_digest=sha256(run / "model" / domain / "config.json"),
     )
     return replace(entry, parents=_parents(run))

@@ -7,6 +7,7 @@ from pathlib import Path
 import yaml
 
 from megamod.errors import UserError
+from megamod.states.checkpoint_folder import STATE, StateRecord, is_optimizer_file
 from megamod.states.forest import Expert, Forest, Parent, read_config
 from megamod.states.manifest import list_checkpoints
 
@@ -67,7 +68,7 @@ def _weight_files(expert: Expert) -> list[Path]:
     return [
         file
         for file in expert.path.glob("*.safetensors")
-        if not file.name.startswith("optimizer-")
+        if not is_optimizer_file(file)
         and (
             expert.member is None or file.name == expert_file or not file.name.startswith("expert_")
         )
@@ -83,14 +84,14 @@ def _history(run: Path) -> dict[str, object]:
         history["parents"] = tuple(Parent(**parent) for parent in branched["parents"])
         history["start_update"] = branched["start_update"]
     checkpoints = list_checkpoints(run / "checkpoints")
-    if checkpoints and (checkpoints[-1] / "state.json").is_file():
-        saved = json.loads((checkpoints[-1] / "state.json").read_text(encoding="utf-8"))
+    if checkpoints and (checkpoints[-1] / STATE).is_file():
+        saved = StateRecord.read(checkpoints[-1])
         history |= {
-            "updates": saved["state"]["step"],
-            "tokens": sum(saved["state"]["tokens"].values()),
-            "gpus": saved["world_size"],
-            "seed": saved["settings"].get("seed"),
-            "data_digest": saved["settings"].get("data digest"),
+            "updates": saved.state.step,
+            "tokens": sum(saved.state.tokens.values()),
+            "gpus": saved.world_size,
+            "seed": saved.settings.get("seed"),
+            "data_digest": saved.settings.get("data digest"),
         }
     if (run / "run.yaml").is_file():
         settings = yaml.safe_load((run / "run.yaml").read_text(encoding="utf-8"))

@@ -1,6 +1,5 @@
 """Parents of a new expert: checkpoints and model folders, resolved from paths."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from pathlib import Path
 
 from megamod.errors import UserError
 from megamod.mixture.prior import read_prior
+from megamod.states.checkpoint_folder import STATE, StateRecord, step_of
 from megamod.states.forest import open_forest, read_config
 from megamod.states.manifest import MANIFEST, list_checkpoints, verify
 
@@ -65,14 +65,14 @@ def find_source(
     if faults:
         raise UserError(f"--parents {chosen}: is not a complete checkpoint: {faults[0]}")
     if (chosen / "config.json").is_file():
-        return Source(chosen, _member_of(chosen, path, member), _step_of(chosen))
+        return Source(chosen, _member_of(chosen, path, member), StateRecord.read(chosen).state.step)
     worlds = sorted(config.parent.name for config in chosen.glob("*/config.json"))
     if member not in worlds:
         raise UserError(
             f"--parents {path}: holds independent models; --member must be one of "
             f"{', '.join(worlds)}, not {member!r}"
         )
-    return Source(chosen, None, _step_of(chosen / member), member)
+    return Source(chosen, None, StateRecord.read(chosen / member).state.step, member)
 
 
 def choose_checkpoint(
@@ -85,7 +85,7 @@ def choose_checkpoint(
     Raises:
         UserError: if the run has no checkpoint, or `path` is a checkpoint and step or share is set.
     """
-    if (path / "state.json").is_file() or (path / MANIFEST).is_file():
+    if (path / STATE).is_file() or (path / MANIFEST).is_file():
         if step is not None or share is not None:
             raise UserError(
                 f"--parents {path}: is a single checkpoint, so --step and --share do not apply"
@@ -96,7 +96,7 @@ def choose_checkpoint(
         if (path / "checkpoints").is_dir():
             raise UserError(f"--parents {path}: the run has no checkpoint yet")
         return None
-    steps = [int(checkpoint.name[5:]) for checkpoint in checkpoints]
+    steps = [step_of(checkpoint) for checkpoint in checkpoints]
     if share is not None:
         target, prefer_later = share * steps[-1], share > 0.5
     else:
@@ -161,14 +161,6 @@ def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     if not all(map(math.isfinite, weights)) or not math.fsum(weights):
         raise UserError(f"--weights {' '.join(map(str, weights))}: must be finite, sum not 0")
     return list(weights)
-
-
-def _step_of(folder: Path) -> int:
-    """Read the training step of a checkpoint from its state.json."""
-    try:
-        return int(json.loads((folder / "state.json").read_text())["state"]["step"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--parents {folder}: state.json cannot be read: {error!r}") from error
 
 
 def _member_of(folder: Path, path: Path, member: str | None) -> str | None:

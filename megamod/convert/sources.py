@@ -23,7 +23,7 @@ from megamod.convert.writing import write_model
 from megamod.errors import UserError
 from megamod.files import atomic_folder
 from megamod.models.auto import model_folder
-from megamod.states import weights
+from megamod.states import weight_files
 from megamod.states.tokenizer_files import copy_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ def has_weights(name: str) -> bool:
         UserError: if a shard is missing.
     """
     path = Path(name)
-    return not path.is_dir() or weights.has_weights(path)
+    return not path.is_dir() or weight_files.has_weights(path)
 
 
 def has_head(auto: type, model_type: str) -> bool:

@@ -20,7 +20,7 @@ from megamod.models.lm.host import host_classes
 from megamod.models.lm.hosts import HOSTS, UNTIE_OF_HOSTS
 from megamod.models.lm.load import check_same_family
 from megamod.models.presets import PRESETS
-from megamod.states.weights import has_weights
+from megamod.states.weight_files import has_weights
 
 HUB_FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]
 

@@ -36,7 +36,8 @@ from megamod.dist.wire import step_traffic
 from megamod.errors import UserError
 from megamod.files import write_json
 from megamod.runs.node_log import node_log
-from megamod.train.checkpoint import Checkpoints, TrainState
+from megamod.states.checkpoint_folder import TrainState
+from megamod.train.checkpoint import Checkpoints
 from megamod.train.compiled import check_compiler, check_stage, compile_blocks
 from megamod.train.deepspeed_settings import remove_offloaded, settle
 from megamod.train.engine import build_engine

@@ -24,7 +24,7 @@ from megamod.errors import UserError
 from megamod.files import write_json
 from megamod.states.token_ids import check_same_ids
 from megamod.states.tokenizer_files import copy_tokenizer
-from megamod.states.weights import has_weights
+from megamod.states.weight_files import has_weights
 
 FORMAT = 1
 FILE = "forest.json"

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megamod.errors import UserError
+from megamod.states.checkpoint_folder import LATEST, STATE
 from megamod.states.forest import FILE, open_forest
 from megamod.states.manifest import MANIFEST, list_checkpoints, verify
 
@@ -65,11 +66,11 @@ def checkpoints(folder: Path) -> Iterator[Group]:
     """Those of one folder, and the file that names the newest."""
     there = list_checkpoints(folder)
     yield from map(checkpoint, there)
-    if (folder / "latest").exists():
-        name = (folder / "latest").read_text(errors="replace").strip()
+    if (folder / LATEST).exists():
+        name = (folder / LATEST).read_text(errors="replace").strip()
         names = [one.name for one in there]
-        wrong = f"{folder / 'latest'} names {name!r}; there are {', '.join(names) or 'none'}"
-        yield f"{folder / 'latest'}: {name}", [] if name in names else [wrong]
+        wrong = f"{folder / LATEST} names {name!r}; there are {', '.join(names) or 'none'}"
+        yield f"{folder / LATEST}: {name}", [] if name in names else [wrong]
 
 
 def checkpoint(path: Path) -> Group:
@@ -112,5 +113,5 @@ def model(path: Path) -> Group:
 
 
 def _is_checkpoint(path: Path) -> bool:
-    named = any((path / name).exists() for name in (MANIFEST, "state.json"))
+    named = any((path / name).exists() for name in (MANIFEST, STATE))
     return named or path in list_checkpoints(path.parent)

@@ -19,9 +19,8 @@ from torch import Tensor
 from megamod.dist.scope import dense_name, domain_of_name
 from megamod.errors import UserError
 from megamod.files import write_json
+from megamod.states.weight_files import DENSE_FILE, INDEX_FILE
 
-DENSE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -113,30 +112,6 @@ def write_index(folder: Path, names: Iterable[str], total_bytes: int) -> Path:
 def has_index(folder: Path) -> bool:
     """Whether an index says where the weights are; a single file goes first, as elsewhere."""
     return (folder / INDEX_FILE).exists() and not (folder / DENSE_FILE).exists()
-
-
-def has_weights(folder: Path) -> bool:
-    """True if a model folder holds weights, of any format that transformers reads.
-
-    Raises:
-        UserError: if a file that an index names is missing.
-    """
-    whole = (DENSE_FILE, INDEX_FILE, "pytorch_model.bin", "pytorch_model.bin.index.json")
-    name = next((name for name in whole if (folder / name).exists()), None)
-    if name is None:
-        stray = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("pytorch_model*.bin"))
-        if stray:
-            raise UserError(f"{stray[0]}: no {INDEX_FILE} says which weights the file holds")
-        return False
-    if name.endswith(".index.json"):
-        try:
-            files = set(json.loads((folder / name).read_text())["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{folder / name}: is no index of weights: {error!r}") from error
-        for file in sorted(map(str, files)):
-            if not (folder / file).is_file():
-                raise UserError(f"{folder}: the weight file {file} is missing")
-    return True
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

@@ -1,14 +1,6 @@
 """Checkpoints that no kill can lose, readable at another world size and ZeRO stage.
 
-    checkpoints/latest                  name of the newest checkpoint
-    checkpoints/evaluating              step of an evaluation that has not ended
-    checkpoints/step-N/                 a model folder: config.json, weight files, tokenizer
-                      /optimizer-R.safetensors   rank R's fragments of masters and moments
-                                        (optimizer-R-N: more of them, if they lived on a disk)
-                      /state.json       step, data position, tokens, run settings (independent
-                                        models: in the folder of each)
-                      /run.yaml
-                      /manifest.json    bytes and SHA-256 of every file
+The format is that of `megamod.states.checkpoint_folder`.
 
 Commit: every rank writes and syncs its files in a hidden folder and lists their digests; rank 0
 gathers the lists into the manifest, then renames the folder, and only then deletes older ones. A
@@ -22,7 +14,6 @@ import secrets
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -35,10 +26,23 @@ from megamod.dist.process import everywhere, from_rank_0
 from megamod.dist.scope import Sharing
 from megamod.dist.topology import DomainTopology
 from megamod.errors import UserError
-from megamod.files import sha256, sync_file, sync_folder, write_atomic, write_json
+from megamod.files import sha256, sync_file, sync_folder, write_atomic
 from megamod.models.lm.configuration import DemixConfig, read_lm_config
-from megamod.states.manifest import MANIFEST, find_checkpoint, list_checkpoints
-from megamod.states.weights import write_tensors
+from megamod.states.checkpoint_folder import (
+    LATEST,
+    PENDING,
+    STATE,
+    StateRecord,
+    TrainState,
+    checkpoint_name,
+    digest_entry,
+    fragment_ranges,
+    optimizer_file,
+    step_of,
+    write_fragments,
+    write_manifest,
+)
+from megamod.states.manifest import find_checkpoint, list_checkpoints
 from megamod.train.fragments import (
     fragment_shards,
     fragments,
@@ -48,8 +52,6 @@ from megamod.train.fragments import (
 )
 
 logger = logging.getLogger(__name__)
-
-PENDING = "evaluating"  # file with the step whose evaluation has begun and not ended
 
 MEANING = (
     *("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
@@ -64,25 +66,6 @@ NOT_MEANING = frozenset(
     )
 )
 """Fields of stock configurations that a branch need not share with its parent."""
-
-
-@dataclass
-class TrainState:
-    """Where a run stands. Everything else about it follows from its settings.
-
-    Attributes:
-        step: finished optimizer steps, skipped ones included.
-        data_step: steps' worth of data taken; ahead of `step` after a rollback.
-        tokens: target tokens trained on, per domain.
-        skipped: steps whose update was left out because a loss or gradient was not finite.
-        mean_loss: running mean of the loss, in nats per token, for spike detection.
-    """
-
-    step: int = 0
-    data_step: int = 0
-    tokens: dict[str, int] = field(default_factory=dict)
-    skipped: int = 0
-    mean_loss: float | None = None
 
 
 ModelWriter = Callable[[Path], list[Path]]
@@ -111,9 +94,9 @@ class Checkpoints:
 
     def save(self, state: TrainState) -> bool:
         """Write a checkpoint; collective. False if any rank could not write its part."""
-        final = self.folder / f"step-{state.step}"
+        final = self.folder / checkpoint_name(state.step)
         nonce = from_rank_0(secrets.randbits(32))
-        temporary = self.folder / f".tmp-step-{state.step}-{nonce:08x}"
+        temporary = self.folder / f".tmp-{checkpoint_name(state.step)}-{nonce:08x}"
         if not self._make(temporary):
             return False
         writers = (self.write_model, self._write_optimizer, partial(self._write_state, state=state))
@@ -154,14 +137,14 @@ class Checkpoints:
 
     def load(self, path: Path) -> TrainState:
         """Load the checkpoint in `path` into the engine; collective."""
-        file = self._state_file(path)
-        if not file.is_file():
-            raise UserError(f"{path} was made with another --untie: it has no {file}")
-        saved = json.loads(file.read_text())
-        then = saved["settings"]
-        if saved.get("branched"):  # from another run: it says only what both must agree on
+        folder = self._state_folder(path)
+        if not (folder / STATE).is_file():
+            raise UserError(f"{path} was made with another --untie: it has no {folder / STATE}")
+        saved = StateRecord.read(folder)
+        then = saved.settings
+        if saved.branched:  # from another run: it says only what both must agree on
             then = {**self.settings, **then}
-            _check_model(file.parent, self.engine.module.config)
+            _check_model(folder, self.engine.module.config)
         differences = [
             f"{key}: {then.get(key)!r} then, {value!r} now"
             for key, value in self.settings.items()
@@ -173,12 +156,12 @@ class Checkpoints:
                 + "; ".join(differences)
             )
         _read_optimizer(path, self.engine, self._prefix())
-        set_optimizer_steps(self.engine, saved["optimizer_steps"])
+        set_optimizer_steps(self.engine, saved.optimizer_steps)
         refresh_weights(self.engine)
         scaler = getattr(self.engine.optimizer, "loss_scaler", None)
-        if getattr(scaler, "dynamic", False) and saved["loss_scaler"].get("dynamic"):
-            vars(scaler).update(saved["loss_scaler"])  # static ones follow from the configuration
-        return TrainState(**saved["state"])
+        if getattr(scaler, "dynamic", False) and saved.loss_scaler.get("dynamic"):
+            vars(scaler).update(saved.loss_scaler)  # static ones follow from the configuration
+        return saved.state
 
     def begin_evaluation(self, step: int) -> None:
         """Record that the evaluation after `step` is due: a resumed run repeats it if it fails.
@@ -216,7 +199,7 @@ class Checkpoints:
             try:
                 path = find_checkpoint(self.folder, choice)
                 if path is not None:
-                    step = int(path.name[5:]) if choice == "auto" else 0
+                    step = step_of(path) if choice == "auto" else 0
             except UserError as error:
                 step, fault = -2, error
         step = from_rank_0(step)
@@ -224,7 +207,7 @@ class Checkpoints:
             raise fault or UserError(f"--resume {choice}: rank 0 found no valid checkpoint")
         if step == -1:
             return None
-        return self.folder / f"step-{step}" if choice == "auto" else Path(choice)
+        return self.folder / checkpoint_name(step) if choice == "auto" else Path(choice)
 
     def _make(self, folder: Path) -> bool:
         """Make the folder; collective, so that with ZeRO 3 no rank gathers weights alone."""
@@ -236,19 +219,13 @@ class Checkpoints:
             return everywhere(False)
 
     def _write_optimizer(self, folder: Path) -> list[Path]:
-        """This rank's fragments. Without ZeRO every rank holds all of them, and rank 0 writes."""
+        """Write this rank's fragments. Without ZeRO every rank holds all; rank 0 writes them."""
         prefix, rank, paths = self._prefix(), dist.get_rank(), []
         for number, shard in enumerate(fragment_shards(self.engine)):
             if self.engine.zero_optimization_stage() == 0 and rank > 0:
                 continue
-            starts = {prefix + fragment.name: str(fragment.start) for fragment in shard}
-            tensors = {
-                f"{kind}/{prefix}{fragment.name}": tensor
-                for fragment in shard
-                for kind, tensor in fragment.tensors.items()
-            }
-            paths.append(folder / f"optimizer-{rank}{f'-{number}' * (number > 0)}.safetensors")
-            write_tensors(paths[-1], tensors, starts)
+            paths.append(optimizer_file(folder, rank, number or None))
+            write_fragments(paths[-1], {prefix + f.name: (f.start, f.tensors) for f in shard})
         return paths
 
     def _prefix(self) -> str:
@@ -257,11 +234,11 @@ class Checkpoints:
             return self.topology.domains_of(dist.get_rank())[0] + ":"
         return ""
 
-    def _state_file(self, folder: Path) -> Path:
-        """Independent models skip steps and scale losses on their own: each has its own state."""
+    def _state_folder(self, folder: Path) -> Path:
+        """Folder of state.json: independent models skip steps and scale losses on their own."""
         if self.topology.sharing is Sharing.BTM:
-            return folder / self.topology.domains_of(dist.get_rank())[0] / "state.json"
-        return folder / "state.json"
+            return folder / self.topology.domains_of(dist.get_rank())[0]
+        return folder
 
     def _write_state(self, folder: Path, *, state: TrainState) -> list[Path]:
         independent, rank = self.topology.sharing is Sharing.BTM, dist.get_rank()
@@ -277,16 +254,10 @@ class Checkpoints:
             if scaler is not None
             else {}
         )
-        record = {
-            "state": asdict(state),
-            "optimizer_steps": optimizer_steps(self.engine),
-            "loss_scaler": plain,
-            "settings": self.settings,
-            "world_size": dist.get_world_size(),
-        }
-        file = self._state_file(folder)
-        file.write_text(json.dumps(record, indent=2) + "\n")
-        return [file]
+        record = StateRecord(
+            state, optimizer_steps(self.engine), plain, self.settings, dist.get_world_size()
+        )
+        return [record.write(self._state_folder(folder))]
 
     def _write_all(self, folder: Path, writers: Sequence[ModelWriter]) -> None:
         """Write, sync and digest this rank's files.
@@ -302,8 +273,7 @@ class Checkpoints:
             digests = {}
             for file, (synced, digest) in jobs.items():
                 synced.result()
-                entry = {"bytes": file.stat().st_size, "sha256": digest.result()}
-                digests[str(file.relative_to(folder))] = entry
+                digests[str(file.relative_to(folder))] = digest_entry(file, digest.result())
         # Only rank 0 reads this, before the folder has a name: it need not be on disk.
         (folder / f".rank-{dist.get_rank()}.json").write_text(json.dumps(digests))
 
@@ -315,12 +285,12 @@ class Checkpoints:
             part.unlink()
         for subfolder in {(temporary / name).parent for name in digests} - {temporary}:
             sync_folder(subfolder)
-        write_json(temporary / MANIFEST, {"files": dict(sorted(digests.items()))})
+        write_manifest(temporary, digests)
         if final.exists():
             # Only a folder that did not verify can be in the way: a valid one was resumed from.
             shutil.rmtree(final)
         os.rename(temporary, final)
-        write_atomic(self.folder / "latest", final.name + "\n")  # syncs both names
+        write_atomic(self.folder / LATEST, final.name + "\n")  # syncs both names
         # Later steps are of a run that was given up, or did not verify: not this one's to count.
         made = list_checkpoints(self.folder)
         made = made[: made.index(final) + 1]
@@ -344,13 +314,8 @@ def _check_model(folder: Path, config: PreTrainedConfig) -> None:
 
 
 def _read_optimizer(path: Path, engine: deepspeed.DeepSpeedEngine, prefix: str) -> None:
-    """Fill this rank's fragments from whatever fragments were written."""
-    pieces: dict[str, list[tuple[int, int, Path]]] = {}  # name -> (start, stop, file)
-    for file in sorted(path.glob("optimizer-*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for name, start in (tensors.metadata() or {}).items():
-                size = tensors.get_slice(f"master/{name}").get_shape()[0]
-                pieces.setdefault(name, []).append((int(start), int(start) + size, file))
+    """Fill this rank's fragments from the fragments of any number of ranks."""
+    pieces = fragment_ranges(path)
     opened = {file: safe_open(file, framework="pt") for row in pieces.values() for *_, file in row}
     for fragment in fragments(engine):
         name = prefix + fragment.name
@@ -365,4 +330,4 @@ def _read_optimizer(path: Path, engine: deepspeed.DeepSpeedEngine, prefix: str) 
                 tensor[low - fragment.start : high - fragment.start].copy_(source)
             filled += high - low
         if filled != stop - fragment.start:
-            raise UserError(f"{path}: the optimizer's state of {name} is not there in full")
+            raise UserError(f"{path}: the optimizer's state of {name} is incomplete")

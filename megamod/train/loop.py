@@ -24,7 +24,8 @@ from megamod.errors import (
     can_be_mended,
     is_distributed_failure,
 )
-from megamod.train.checkpoint import Checkpoints, TrainState
+from megamod.states.checkpoint_folder import TrainState
+from megamod.train.checkpoint import Checkpoints
 from megamod.train.engine import finish_micro_step, loss_group, shares_forward
 from megamod.train.monitor import Monitor
 from megamod.train.objectives import Batch, Objective, Scored

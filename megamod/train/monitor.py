@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from megamod.dist.process import rank
 from megamod.files import to_json, write_atomic, write_json
-from megamod.train.checkpoint import TrainState
+from megamod.states.checkpoint_folder import TrainState
 from megamod.train.objectives import Scored
 
 logger = logging.getLogger(__name__)

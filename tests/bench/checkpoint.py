@@ -29,7 +29,8 @@ def measure_here(rank: int, folder: str) -> list[float]:
     from megamod.models.lm.configuration import DemixConfig
     from megamod.models.lm.demix import DemixForCausalLM
     from megamod.runs.pretrain.causal_lm import card
-    from megamod.train.checkpoint import Checkpoints, TrainState
+    from megamod.states.checkpoint_folder import TrainState
+    from megamod.train.checkpoint import Checkpoints
     from megamod.train.engine import build_engine
     from megamod.train.export import ModelExport
     from megamod.train.fragments import fragments

@@ -139,7 +139,7 @@ def through_loop(
     Args:
         lead: whether this rank writes the log.
     """
-    from megamod.train.checkpoint import TrainState
+    from megamod.states.checkpoint_folder import TrainState
     from megamod.train.loop import Plan, train
     from megamod.train.monitor import Monitor
     from megamod.train.objectives import CausalLM

@@ -19,8 +19,9 @@ from ranks import on_ranks
 from train.tiny_runs import build_tiny, masters, run_tiny
 
 from megamod.errors import UserError
+from megamod.states.checkpoint_folder import TrainState
 from megamod.states.manifest import find_checkpoint, list_checkpoints, verify
-from megamod.train.checkpoint import Checkpoints, TrainState
+from megamod.train.checkpoint import Checkpoints
 from megamod.train.fragments import fragments
 
 KILLS = 30

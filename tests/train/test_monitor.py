@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from megamod.states.checkpoint_folder import TrainState
 from megamod.train import monitor as module
-from megamod.train.checkpoint import TrainState
 from megamod.train.monitor import Monitor, peak_of, write_environment
 from megamod.train.objectives import Scored
 

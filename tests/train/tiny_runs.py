@@ -19,7 +19,8 @@ from megamod.models.lm.configuration import DemixConfig, LmConfig
 from megamod.models.lm.demix import DemixForCausalLM, initialise
 from megamod.models.lm.host import dense_class, host_classes
 from megamod.runs.pretrain.causal_lm import card
-from megamod.train.checkpoint import Checkpoints, TrainState
+from megamod.states.checkpoint_folder import TrainState
+from megamod.train.checkpoint import Checkpoints
 from megamod.train.engine import build_engine
 from megamod.train.export import ModelExport
 from megamod.train.loop import Plan, train

@@ -14,7 +14,8 @@ from megamod.errors import UserError
 from megamod.models.lm.configuration import HOST_TYPE, DemixConfig, LmConfig, read_lm_config
 from megamod.models.lm.demix import DemixForCausalLM, DemixOutput, initialise
 from megamod.models.lm.host import dense_class, host_classes, stock_class
-from megamod.states.weights import has_weights, read_weights, spread
+from megamod.states.weight_files import has_weights
+from megamod.states.weights import read_weights, spread
 
 
 class LanguageModel(Protocol):

@@ -39,10 +39,10 @@ from megamod.runs.pretrain.adapt_start import (
 )
 from megamod.runs.pretrain.causal_lm import evaluate_own, evaluation
 from megamod.runs.training import Recipe, Running, execute
+from megamod.states.checkpoint_folder import TrainState
 from megamod.states.forest import FILE, Expert, Forest, Parent, edit_forest
 from megamod.states.grow import grow
 from megamod.states.weights import read_weights
-from megamod.train.checkpoint import TrainState
 from megamod.train.export import Card, ModelExport
 from megamod.train.objectives import CausalLM
 

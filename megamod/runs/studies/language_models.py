@@ -39,6 +39,7 @@ from megamod.runs.studies.forest_scores import (
 from megamod.runs.studies.records import Figures
 from megamod.runs.studies.study_file import Cell, Settings, Study
 from megamod.runs.studies.texts import StudyText
+from megamod.states.checkpoint_folder import StateRecord, step_of
 from megamod.states.forest import edit_forest, open_forest
 from megamod.states.manifest import list_checkpoints
 from megamod.states.weights import read_weights
@@ -147,7 +148,7 @@ def parameters_of(models: Sequence[Path]) -> dict[str, int]:
 
 
 def _train(flags: Settings, databin: Path, folder: Path, stop: int | None = None) -> None:
-    steps = [int(path.name[5:]) for path in list_checkpoints(folder / "checkpoints")]
+    steps = [step_of(path) for path in list_checkpoints(folder / "checkpoints")]
     last = flags["max_steps"] if stop is None else stop
     if last in steps and (stop is not None or (folder / "model" / "config.json").is_file()):
         return
@@ -218,8 +219,7 @@ def _tokens(flags: Settings, runs: Mapping[str, Path], own: Mapping[str, object]
     total = 0
     for folder in runs.values():
         newest = list_checkpoints(folder / "checkpoints")[-1]
-        state = json.loads((newest / "state.json").read_text(encoding="utf-8"))["state"]
-        total += sum(state["tokens"].values())
+        total += sum(StateRecord.read(newest).state.tokens.values())
     if own["seed_share"] is not None:
         total += (
             _seed_steps(flags, own) * flags["per_device_train_batch_size"] * flags["max_seq_length"]

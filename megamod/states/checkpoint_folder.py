@@ -1,0 +1,177 @@
+"""Format of a checkpoint folder: names of its files, state.json, optimizer fragments, manifest.
+
+    checkpoints/latest                  name of the newest checkpoint
+    checkpoints/evaluating              step of an evaluation that has not ended
+    checkpoints/step-N/                 a model folder: config.json, weight files, tokenizer
+                      /optimizer-R.safetensors   fragments of rank R (optimizer-R-P: part P of them)
+                      /state.json       step, data position, tokens, run settings (independent
+                                        models: in the folder of each)
+                      /manifest.json    bytes and SHA-256 of every file
+
+A fragment is a range of one flattened parameter: float32 tensors KIND/NAME for each of `KINDS`, and
+the offset of the range under NAME in the metadata of the file. Importing this needs no torch.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import safe_open
+
+from megamod.errors import UserError
+from megamod.files import sha256, write_json
+from megamod.states.manifest import MANIFEST
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LATEST = "latest"
+PENDING = "evaluating"
+STATE = "state.json"
+KINDS = ("master", "exp_avg", "exp_avg_sq")
+"""Tensors of a fragment: the weight in float32, and the two moments of Adam."""
+
+Fragments = Mapping[str, tuple[int, Mapping[str, "Tensor"]]]
+"""By the parameter's name: offset of the range in elements, and a tensor for each kind."""
+
+
+@dataclass
+class TrainState:
+    """Progress of a run. Everything else about it follows from its settings.
+
+    Attributes:
+        step: finished optimizer steps, skipped ones included.
+        data_step: steps' worth of data taken; ahead of `step` after a rollback.
+        tokens: target tokens trained on, per domain.
+        skipped: steps whose update was left out because a loss or gradient was not finite.
+        mean_loss: running mean of the loss, in nats per token, for spike detection.
+    """
+
+    step: int = 0
+    data_step: int = 0
+    tokens: dict[str, int] = field(default_factory=dict)
+    skipped: int = 0
+    mean_loss: float | None = None
+
+
+@dataclass
+class StateRecord:
+    """Content of state.json.
+
+    Attributes:
+        optimizer_steps: updates that Adam counts, for its bias correction.
+        loss_scaler: numbers of the loss scaler of fp16.
+        settings: settings that a resumed run must repeat.
+        branched: True in the first checkpoint of a branch, whose settings are only those that it
+            shares with its parent.
+    """
+
+    state: TrainState = field(default_factory=TrainState)
+    optimizer_steps: float = 0.0
+    loss_scaler: dict[str, object] = field(default_factory=dict)
+    settings: dict[str, object] = field(default_factory=dict)
+    world_size: int = 1
+    branched: bool = False
+
+    def write(self, folder: Path) -> Path:
+        """Write state.json into a folder that has no name yet; returns the file."""
+        record = asdict(self)
+        if not self.branched:
+            del record["branched"]
+        file = folder / STATE
+        file.write_text(json.dumps(record, indent=2) + "\n")
+        return file
+
+    @classmethod
+    def read(cls, folder: Path) -> "StateRecord":
+        """Read state.json of a folder.
+
+        Raises:
+            UserError: if it is missing or malformed.
+        """
+        file = folder / STATE
+        try:
+            record = json.loads(file.read_text(encoding="utf-8"))
+            return cls(**{**record, "state": TrainState(**record["state"])})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{file} cannot be read: {error!r}") from error
+
+
+def checkpoint_name(step: int) -> str:
+    """Name of the folder of a step's checkpoint."""
+    return f"step-{step}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """Step of a checkpoint, from the name of its folder."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def is_optimizer_file(file: Path) -> bool:
+    """True for a file of optimizer fragments."""
+    return file.name.startswith("optimizer-") and file.suffix == ".safetensors"
+
+
+def optimizer_file(folder: Path, rank: int, part: int | None = None) -> Path:
+    """File of a rank's fragments, or of one part of them."""
+    return folder / f"optimizer-{rank}{'' if part is None else f'-{part}'}.safetensors"
+
+
+def optimizer_files(folder: Path) -> list[Path]:
+    """All files of optimizer fragments in a checkpoint."""
+    return sorted(folder.glob("optimizer-*.safetensors"))
+
+
+def write_fragments(file: Path, fragments: Fragments) -> None:
+    """Write optimizer fragments; parameter names are those that a reader will look for."""
+    from megamod.states.weights import write_tensors
+
+    tensors = {
+        f"{kind}/{name}": tensor
+        for name, (_, kinds) in fragments.items()
+        for kind, tensor in kinds.items()
+    }
+    write_tensors(file, tensors, {name: str(start) for name, (start, _) in fragments.items()})
+
+
+def read_fragments(
+    file: Path, select: Callable[[str], bool]
+) -> Iterator[tuple[str, int, dict[str, "Tensor"]]]:
+    """Read the fragments of selected names in a file: name, offset, tensors by kind."""
+    with safe_open(file, framework="pt") as tensors:
+        for name, start in (tensors.metadata() or {}).items():
+            if not select(name):
+                continue
+            yield name, int(start), {kind: tensors.get_tensor(f"{kind}/{name}") for kind in KINDS}
+
+
+def fragment_ranges(folder: Path) -> dict[str, list[tuple[int, int, Path]]]:
+    """Ranges of each parameter in all optimizer files of a checkpoint: start, stop, file."""
+    ranges: dict[str, list[tuple[int, int, Path]]] = {}
+    for file in optimizer_files(folder):
+        with safe_open(file, framework="pt") as tensors:
+            for name, start in (tensors.metadata() or {}).items():
+                size = tensors.get_slice(f"{KINDS[0]}/{name}").get_shape()[0]
+                ranges.setdefault(name, []).append((int(start), int(start) + size, file))
+    return ranges
+
+
+def digest_entry(file: Path, digest: str | None = None) -> dict[str, object]:
+    """Entry of a file in the manifest; `digest` if it is known already."""
+    return {"bytes": file.stat().st_size, "sha256": digest or sha256(file)}
+
+
+def write_manifest(folder: Path, entries: Mapping[str, Mapping[str, object]]) -> None:
+    """Write manifest.json, which makes the folder a valid checkpoint.
+
+    Args:
+        entries: by path below `folder`, see `digest_entry`.
+    """
+    write_json(folder / MANIFEST, {"files": dict(sorted(entries.items()))})
+
+
+def digest_all(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, object]]:
+    """Manifest entries of files in a folder."""
+    return {str(file.relative_to(folder)): digest_entry(file) for file in files}
