@@ -38,6 +38,16 @@ STUDY = {
         "demix": {"untie": "feedforward", "per_device_train_batch_size": 2, "global_batch_size": 4},
         "btm50": {"seed_share": 0.5, "expert_learning_rate": 0.005},
         "random": {"seed_share": 0, "random_split": True},
+        "more": {
+            "untie": "feedforward",
+            "per_device_train_batch_size": 2,
+            "global_batch_size": 4,
+            "max_grad_norm": 1.0,
+            "adapt_to": "tax",
+            "adapt_method": "feedforward",
+            "adapt_steps": 3,
+            "adapt_learning_rate": 0.02,
+        },
     },
     "seeds": [1],
     "table": {
@@ -94,7 +104,9 @@ def records(place: Path) -> dict[str, dict]:
 
 def test_records(place):
     found = records(place)
-    assert sorted(found) == [f"{arm}.short.s1" for arm in ("btm50", "demix", "dense", "random")]
+    assert sorted(found) == [
+        f"{arm}.short.s1" for arm in ("btm50", "demix", "dense", "more", "random")
+    ]
     tokens = 4 * 4 * 16
     assert {record["details"]["tokens"] for record in found.values()} == {tokens}
     dense, demix, btm50 = (found[f"{arm}.short.s1"] for arm in ("dense", "demix", "btm50"))
@@ -109,6 +121,14 @@ def test_records(place):
     assert set(demix["scores"]) == rows | {"best_expert"}
     assert set(btm50["scores"]) == rows | {"best_expert", "average", "seed"}
     assert "own" not in found["random.short.s1"]["scores"]
+    more = found["more.short.s1"]
+    assert set(more["scores"]) == {"start", "adapted", "novel_start", "novel_adapted"}
+    start = more["details"]["start"]
+    assert more["details"]["losses"]["start"] == pytest.approx(
+        demix["details"]["experts"][start],
+        abs=0.02,  # clipped at another norm
+    )
+    assert more["details"]["novel"]["adapted"] != more["details"]["novel"]["start"]
     for record in found.values():
         assert record["config"]["learning_rate"] == 0.01 and record["machine"]["threads"] == 1
         losses = record["details"]["losses"]
@@ -152,7 +172,7 @@ def test_table_and_document(place):
     mixed = found["btm50.short.s1"]["scores"]["mixed"]["perplexity"]
     assert f"| dense | {dense:.2f} |" in text
     assert f"| mixed | {mixed:.2f} ({mixed / dense:.3f}; {int(mixed < dense)}/1) |" in text
-    assert "4 of 4 cells, seeds 1" in text
+    assert "5 of 5 cells, seeds 1" in text
     cell = "<!-- cell tiny, short, mixed -->{}<!-- end of cell -->"
     document = "a\n<!-- study tiny -->\n{}\n<!-- end of study tiny -->\n| b | " + cell + " |\n"
     shown = f"{mixed:.2f} ({mixed / dense:.3f}; {int(mixed < dense)}/1)"

@@ -1,7 +1,7 @@
 """Losses of dense models and forests on held-out text, with the experts mixed in several ways."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -62,10 +62,12 @@ class ForestLosses:
     priors: dict[str, dict[str, float]]
 
 
-def dense_losses(model: Path, text: ScoredText) -> dict[str, float]:
-    """Nats per token of a model without experts, by domain."""
+def expert_losses(model: Path, expert: str, text: ScoredText) -> dict[str, float]:
+    """Nats per token by domain of a model without experts (`DENSE`) or of one of its experts."""
     held_out = text.held_out()
-    scores = score_models(find_models(model, held_out), held_out, CPU)[DENSE]
+    if expert != DENSE:
+        held_out = replace(held_out, experts=(expert,))
+    scores = score_models(find_models(model, held_out), held_out, CPU)[expert]
     return {domain: _rounded(score.nll, score.tokens) for domain, score in scores.items()}
 
 

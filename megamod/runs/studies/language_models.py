@@ -10,6 +10,7 @@ Settings are flags of launchers/pretrain.py, and
     random_split           train the experts on a random split of the text (a control)
     score_split            "test", or "valid" where settings are searched
     score_novel            score domains that nothing was trained on as well
+    adapt_to, ...          adapt an expert of the run, see `adaptation`
 """
 
 import fcntl
@@ -27,13 +28,15 @@ from megamod.btm.grown import expert_of
 from megamod.btm.parents import find_source
 from megamod.data.lm.databin import DataBin
 from megamod.errors import UserError
+from megamod.evaluation.perplexity import DENSE
 from megamod.evaluation.plots import read_metrics
 from megamod.flags import flag_words, parse_args
 from megamod.merging.merge import average_folders
+from megamod.runs.studies import adaptation
 from megamod.runs.studies.forest_scores import (
     Losses,
     ScoredText,
-    dense_losses,
+    expert_losses,
     forest_losses,
 )
 from megamod.runs.studies.records import Figures
@@ -44,7 +47,10 @@ from megamod.states.forest import edit_forest, open_forest
 from megamod.states.manifest import list_checkpoints
 from megamod.states.weights import read_weights
 
-OWN_SETTINGS = ("seed_share", "expert_learning_rate", "random_split", "score_split", "score_novel")
+OWN_SETTINGS = (
+    *("seed_share", "expert_learning_rate", "random_split", "score_split", "score_novel"),
+    *adaptation.SETTINGS,
+)
 QUARTERS = 4  # a dense run keeps a checkpoint after each, which a forest can branch off
 
 
@@ -70,11 +76,22 @@ def run(study: Study, cell: Cell, inputs: Path, work: Path) -> tuple[Figures, di
     scored = ScoredText(text.main, spec.domains, own["score_split"] or "test")
     details = {"parameters": parameters_of(models), "tokens": _tokens(flags, runs, own)}
     details["training_seconds"] = round(sum(map(_training_seconds, runs.values())), 1)
+    if own["adapt_to"] is not None:
+        novel = ScoredText(text.unseen, [own["adapt_to"]], scored.split)
+        settings = {**flags, **own}
+        output = work / f"adapted-{_key({**settings, 'text': text.digest})}"
+        known, unseen, start = adaptation.adapted_losses(
+            models[0], settings, cell.seed, scored, novel, output
+        )
+        scores = {row: _scores(losses, scored) for row, losses in known.items()}
+        scores |= {f"novel_{row}": _scores(losses, novel) for row, losses in unseen.items()}
+        details |= {"losses": known, "novel": unseen, "start": start}
+        return Figures(scores, details), {"text": text.digest}
     rows, more = _losses(runs, scored, work)
     if own["seed_share"]:
         steps = _seed_steps(flags, own)
         seed = find_source(train(flags, text.main, work, stop=steps), step=steps)
-        rows["seed"] = dense_losses(seed.model, scored)
+        rows["seed"] = expert_losses(seed.model, DENSE, scored)
     scores = {row: _scores(losses, scored) for row, losses in rows.items()}
     details |= {"losses": rows, **more}
     if own["score_novel"]:
@@ -180,7 +197,7 @@ def _losses(
     if list(runs) == [""]:
         config = json.loads((models[""] / "config.json").read_text(encoding="utf-8"))
         if config["untie"] == "none":
-            return {"own": dense_losses(models[""], scored)}, {}
+            return {"own": expert_losses(models[""], DENSE, scored)}, {}
         losses = forest_losses(open_forest(models[""]), scored)
     else:
         folder = work / f"forest-{_key([folder.name for folder in runs.values()])}"
@@ -191,7 +208,7 @@ def _losses(
             losses = forest_losses(open_forest(folder), scored)
             sources = [(model, None) for model in models.values()]
             average_folders(sources, [1 / len(sources)] * len(sources), folder / "average")
-            losses.rows["average"] = dense_losses(folder / "average", scored)
+            losses.rows["average"] = expert_losses(folder / "average", DENSE, scored)
             shutil.rmtree(folder)
     best = min(losses.experts, key=lambda name: sum(losses.experts[name].values()))
     losses.rows["best_expert"] = losses.experts[best]

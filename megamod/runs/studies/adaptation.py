@@ -1,0 +1,72 @@
+"""Adaptation in a study: an expert of a trained model goes on with a novel domain.
+
+Settings of a cell of language models, with `adapt_to` the name of a novel domain:
+    adapt_method           feedforward or full
+    adapt_steps            optimizer steps on the novel domain
+    adapt_learning_rate    peak of their schedule
+
+Rows: `start` and `adapted` on the training domains (what is forgotten), `novel_start` and
+`novel_adapted` on the novel one.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+from megamod.args import RunArgs, SafetyArgs
+from megamod.evaluation.perplexity import DENSE
+from megamod.flags import flag_words, parse_args
+from megamod.runs.pretrain.adapt_args import AdaptArgs, AdaptOptimArgs
+from megamod.runs.studies.forest_scores import Losses, ScoredText, expert_losses
+from megamod.runs.studies.study_file import Settings
+
+SETTINGS = ("adapt_to", "adapt_method", "adapt_steps", "adapt_learning_rate")
+
+
+def adapted_losses(
+    model: Path, settings: Settings, seed: int, known: ScoredText, novel: ScoredText, output: Path
+) -> tuple[Losses, Losses, str]:
+    """Adapt an expert of a model folder (dense or DEMix) and score it before and after.
+
+    Args:
+        settings: those of `SETTINGS`, and the flags of the model's run.
+        novel: of the domain `adapt_to` alone.
+        output: folder of the run; it goes in the end.
+    Returns:
+        losses on the training domains, on the novel domain, and the expert it started from.
+    """
+    from megamod.runs.pretrain.adapt import adapt
+
+    shutil.rmtree(output, ignore_errors=True)
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    apart = config["untie"] != "none"
+    batch = settings.get("global_batch_size") or settings["per_device_train_batch_size"]
+    flags = {
+        "forest" if apart else "model": str(model),
+        "data": str(novel.databin),
+        "domain": settings["adapt_to"],
+        "method": settings["adapt_method"],
+        "max_steps": settings["adapt_steps"],
+        "learning_rate": settings["adapt_learning_rate"],
+        "max_grad_norm": settings["max_grad_norm"],
+        "per_device_train_batch_size": batch,
+        "seed": seed,
+        "output_dir": str(output),
+        "eval_batches": 1,
+        "report_to": "none",
+        "logging_steps": settings["adapt_steps"],
+    }
+    words = flag_words(flags)
+    adapt(*parse_args(RunArgs, SafetyArgs, AdaptOptimArgs, AdaptArgs, argv=words))
+    start = DENSE
+    if apart:
+        start = json.loads((output / "start.json").read_text(encoding="utf-8"))["start"]
+    grown = apart and settings["adapt_method"] == "feedforward"
+    end = settings["adapt_to"] if grown else DENSE
+    places = {"start": (model, start), "adapted": (output / "model", end)}
+    on_known, on_novel = (
+        {row: expert_losses(*place, text) for row, place in places.items()}
+        for text in (known, novel)
+    )
+    shutil.rmtree(output)
+    return on_known, on_novel, start
