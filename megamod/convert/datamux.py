@@ -97,7 +97,7 @@ def convert(source: Path, options: Options = NO_OPTIONS) -> Converted:
     config, dropped, missing = _config(settings, original, options, file)
     if original.head == "wrapper":
         _add_generator(config, found, missing, file)
-    expected, optional, aliases = shapes(original.head, config)
+    expected, optional, aliases = shapes(original.head, original.ours, config)
     state, used = {}, []
     for key, tensor in found.items():
         if key in expected:
@@ -156,7 +156,7 @@ def export(source: Path, folder: Path, options: Options = NO_OPTIONS) -> list[Pa
         )
     head = ORIGINALS[name].head
     state = read_weights(source)
-    expected, _, aliases = shapes(head, config)
+    expected, _, aliases = shapes(head, ours, config)
     tensors = {}
     for key, tensor in state.items():
         if key not in expected:

@@ -6,17 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import CONFIG_MAPPING
 
 from megamod.convert import Options
 from megamod.convert.datamux import ORIGINALS, convert, export
-from megamod.convert.datamux_names import shapes
 from megamod.errors import UserError
+from megamod.models.mux import bert, electra, generator, roberta
 from megamod.states.weights import write_weights
 
 GOLDEN = Path(__file__).resolve().parents[2].parent / "shared" / "golden" / "mux"
 needs_golden = pytest.mark.skipif(
     not GOLDEN.is_dir(), reason=f"recorded tensors are not at {GOLDEN}"
 )
+CLASSES = vars(bert) | vars(electra) | vars(generator) | vars(roberta)
 FIELDS = dict(
     vocab_size=700,
     hidden_size=8,
@@ -32,17 +34,22 @@ FIELDS = dict(
 
 
 def original(name: str, folder: Path, **changed) -> dict[str, torch.Tensor]:
-    """A checkpoint as the release would write it, with made-up weights; its tensors."""
+    """A checkpoint as the release writes it, with the weights of a model of ours; its tensors."""
     to = ORIGINALS[name]
     demux = "index" if to.model_type == "mux_roberta" else "index_pos"
     fields = {**FIELDS, "demuxing_variant": demux, "muxing_variant": "gaussian_hadamard"}
     fields |= {"num_hidden_demux_layers": 2, **changed}
-    expected, _, aliases = shapes(to.head, {**fields, "model_type": to.model_type})
+    ids = dict(cls_token_id=101, mask_token_id=103, prefix_fill_token_id=680)
+    width = {"embedding_size": 8} if to.model_type == "mux_electra" else {}
+    config = CONFIG_MAPPING[to.model_type](**width | fields, **ids)
     torch.manual_seed(1)
-    tensors = {key: torch.randn(shape) for key, shape in expected.items()}
-    for start, target in aliases.items():
-        for key in [key for key in expected if key.startswith(target)]:
-            tensors[start + key.removeprefix(target)] = tensors[key].clone()
+    model = CLASSES[to.ours](config)
+    model.apply(lambda module: [p.data.normal_() for p in module.parameters(recurse=False)])
+    tensors = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    if to.head == "mlm":  # the release keeps the demultiplexer of tasks
+        bare = CLASSES[to.ours.replace("ForMaskedLM", "Model")](config).state_dict()
+        tensors |= {key: bare[key] for key in bare if key.startswith("demultiplexer.")}
+    tensors = release_names(tensors, to.model_type)
     if to.head == "wrapper":
         tensors = {
             key if key.startswith("generator.") else f"discriminator.{key}": tensor
@@ -53,6 +60,29 @@ def original(name: str, folder: Path, **changed) -> dict[str, torch.Tensor]:
     settings = {**fields, "architectures": [name]}
     (folder / "config.json").write_text(json.dumps(settings))
     return tensors
+
+
+def release_names(tensors: dict[str, torch.Tensor], family: str) -> dict[str, torch.Tensor]:
+    """All names that a release stores shared modules under."""
+    found = dict(tensors)
+    for prefix in ("", "generator."):
+        for key, tensor in tensors.items():
+            name = key.removeprefix(prefix)
+            if not key.startswith(prefix) or (not prefix and key.startswith("generator.")):
+                continue
+            if name.startswith("demux_module."):
+                for module in ("demultiplexer", "retrieval_head"):
+                    found[f"{prefix}{module}.{name}"] = tensor.clone()
+            if name == "retrieval_head.decoder.bias" and (
+                family == "mux_electra" or f"{prefix}demux_module.dense_1.bias" not in tensors
+            ):
+                found[f"{prefix}retrieval_head.bias"] = tensor.clone()
+            if name == "demultiplexer.decoder.bias":
+                found["demultiplexer.bias"] = tensor.clone()
+    if any(key.startswith("generator.") for key in tensors):
+        for key in [key for key in tensors if key.startswith("electra.embeddings.")]:
+            found[f"generator.{key}"] = tensors[key].clone()
+    return found
 
 
 def ours(source: Path, folder: Path) -> Path:
