@@ -1,4 +1,4 @@
-"""Answers of a trained classifier to any number of requests, N of them in a forward pass.
+"""Inference with a trained classifier: any number of requests, N of them per forward pass.
 
     from megamod import MuxPipeline
 
@@ -8,13 +8,14 @@
     tag = MuxPipeline.from_pretrained("runs/wnut17/model")
     tag([["Ada", "lives", "in", "London"]])     # [[{"word": "Ada", "label": "B-person", ...}]]
 
-It works like a pipeline of transformers, for multiplexed models and for stock ones (N = 1). Those
-of transformers run multiplexed models too, but neither pad as in training nor average copies.
+It works like a pipeline of transformers, for multiplexed and for stock models (N = 1). Pipelines of
+transformers run multiplexed models too, but do not pad as in training and do not average copies.
 """
 
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from reprlib import repr as shorten
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -55,22 +56,21 @@ AUTO = {
 
 
 class MuxPipeline:
-    """Groups requests, runs them, and answers in their order.
+    """Classify requests in groups and return answers in the order of the requests.
 
-    Rows of a multiplexed model are padded to `max_length`; the last group is filled with copies of
-    requests of its batch. So what is answered depends on the other requests of a call, and on
-    nothing else.
+    Rows of a multiplexed model are padded to `max_length`; copies of requests of the batch fill the
+    last group. So an answer depends on the other requests of the call, but on nothing else.
 
     Args:
-        model: a classifier of sequences or of tokens, on its device.
+        model: a classifier of sequences or tokens, on its device.
         tokenizer: of the model.
-        batch_size: groups of N rows in a forward pass.
-        max_length: tokens of a row, as in training; what is longer is cut, and logged.
-        ensemble: give every request N places in random groups, and average its N logits: N times
-            the work of the plain way, for better answers.
-        seed: of these places.
+        batch_size: groups of N rows per forward pass.
+        max_length: tokens per row, as in training; longer rows are cut, with a warning.
+        ensemble: put every request into N random groups and average its N logits: better answers
+            for N times the work.
+        seed: of these groups.
     Raises:
-        ValueError: if the model is no such classifier, or has no positions for `max_length`.
+        ValueError: if the model is not such a classifier, or has no positions for `max_length`.
     """
 
     def __init__(
@@ -85,12 +85,12 @@ class MuxPipeline:
     ):
         config, name = model.config, type(model).__name__
         if not name.endswith(tuple(AUTO)):
-            raise ValueError(f"{name} is no classifier; names of such end in {', '.join(AUTO)}")
+            raise ValueError(f"{name} is no classifier; their names end in {', '.join(AUTO)}")
         room = room_of(config)
         if not 3 <= max_length <= room:
             raise ValueError(f"max_length {max_length} is not between 3 and {room} positions")
         if batch_size < 1:
-            raise ValueError(f"batch_size {batch_size} is not a number of groups, from 1")
+            raise ValueError(f"batch_size {batch_size} must be 1 or more groups")
         self.model, self.tokenizer = model.eval(), tokenizer
         self.per_token = name.endswith("ForTokenClassification")
         self.num_instances = getattr(config, "num_instances", 1)
@@ -107,13 +107,13 @@ class MuxPipeline:
         device: str | torch.device = "cpu",
         **options: int | bool,
     ) -> "MuxPipeline":
-        """A pipeline of a model folder or of a name on the hub.
+        """Load a pipeline from a model folder or a name on the hub.
 
         Args:
-            tokenizer: folder or name of one; None for that of the model.
+            tokenizer: folder or name of a tokenizer; None for that of the model.
             options: see the class.
         Raises:
-            UserError: if model or tokenizer cannot be loaded, or are not those of a classifier.
+            UserError: if model or tokenizer cannot be loaded, or do not belong to a classifier.
         """
         checked = open_source(str(source), "source")
         name = (checked.config.architectures or ["a model of no named architecture"])[0]
@@ -124,40 +124,40 @@ class MuxPipeline:
         return cls(model.to(device), _tokenizer(tokenizer or source), **options)
 
     def __call__(self, requests: Request | list[Request]) -> list[Answer] | list[list[Answer]]:
-        """Answer one request, or a list of any number of them.
+        """Classify one request, or a list of any number of them.
 
         Args:
-            requests: a list is always one of requests. A request for labels of rows is a text or a
-                pair, ("...", "...") or {"text": "...", "text_pair": "..."}; all are alike. One for
-                labels of words is a list of words, or a text that is split at blanks,
-                tabs and line ends.
+            requests: a list is a list of requests. A classifier of sequences takes texts, or pairs
+                as ("...", "...") or {"text": "...", "text_pair": "..."}, but not both in one call.
+                A classifier of tokens takes lists of words, or texts to split at blanks, tabs and
+                line ends.
         Returns:
-            For labels of rows {"label", "score"} of each request, score being the probability, or
-            the value of a regression. For labels of words a list for each request, with {"word",
-            "label", "score"} of each of its words, and for a request that is no list this alone.
-            The label of words that were cut off is O or else the first one, with score 0.
+            From a classifier of sequences {"label", "score"} of each request, the score being the
+            probability, or the value of a regression. From a classifier of tokens a list of
+            {"word", "label", "score"} for each request, and only this list for a single request.
+            Words that were cut off have the label O, or the first one, and score 0.
         Raises:
-            ValueError: naming the request that is no text, pair or words, or unlike the others.
+            ValueError: naming a request of another kind.
         """
-        asked = requests if isinstance(requests, list) else [requests]
-        if not asked:
+        batch = requests if isinstance(requests, list) else [requests]
+        if not batch:
             return []
         self.model.eval()
         if not self.per_token:
-            return self._of_rows(asked)
-        answers = self._of_words([_words(one, number) for number, one in enumerate(asked)])
+            return self._of_rows(batch)
+        answers = self._of_words([_words(item, number) for number, item in enumerate(batch)])
         return answers if isinstance(requests, list) else answers[0]
 
-    def _of_rows(self, asked: Sequence[Request]) -> list[Answer]:
-        texts = [_texts(request, number) for number, request in enumerate(asked)]
-        for number, one in enumerate(texts):
-            if len(one) != len(texts[0]):
+    def _of_rows(self, requests: Sequence[Request]) -> list[Answer]:
+        rows = [_texts(request, number) for number, request in enumerate(requests)]
+        for number, row in enumerate(rows):
+            if len(row) != len(rows[0]):
                 raise ValueError(
-                    f"request {number}, {asked[number]!r}: texts and pairs do not go together"
+                    f"request {number}, {shorten(requests[number])}: give texts or pairs, not both"
                 )
-        columns = tuple(list(column) for column in zip(*texts, strict=True))
-        places = [f"request {number}" for number in range(len(asked))]
-        encoded = encode_texts(TextSet(columns, None, places), self.tokenizer, self.lengths)
+        columns = tuple(list(column) for column in zip(*rows, strict=True))
+        names = [f"request {number}" for number in range(len(requests))]
+        encoded = encode_texts(TextSet(columns, None, names), self.tokenizer, self.lengths)
         return [self._best(logits) for _, logits in self._run(encoded)]
 
     def _of_words(self, sentences: list[list[str]]) -> list[list[Answer]]:
@@ -173,13 +173,13 @@ class MuxPipeline:
         for row, labels in enumerate(labels_of_words(encoded, best, self.labels)):
             start = encoded.offsets[row]
             heads = encoded.heads[row].tolist()
-            sure = [float(scores[start + head]) if head >= 0 else 0.0 for head in heads]
-            told = zip(sentences[row], labels, sure, strict=True)
-            answers.append([{"word": w, "label": label, "score": x} for w, label, x in told])
+            of_words = [float(scores[start + head]) if head >= 0 else 0.0 for head in heads]
+            labelled = zip(sentences[row], labels, of_words, strict=True)
+            answers.append([{"word": w, "label": label, "score": x} for w, label, x in labelled])
         return answers
 
     def _run(self, encoded: Encoded) -> Iterator[tuple[int, Tensor]]:
-        """Number and logits of each row, [C] or [L, C]."""
+        """Yield the number and the logits, [C] or [L, C], of each row."""
         predictor = Predictor(self.model, inputs_of(self.model.config), self.model.device)
         N = self.num_instances
         for held in held_out_rows(
@@ -197,33 +197,37 @@ class MuxPipeline:
 def _tokenizer(source: str | Path) -> "PreTrainedTokenizerFast":
     reason = None
     try:
-        found = load_tokenizer(source).original
+        tokenizer = load_tokenizer(source).original
     except UserError as error:
-        found, reason = None, error
-    if found is None or found.pad_token_id is None:
+        tokenizer, reason = None, error
+    if tokenizer is None or tokenizer.pad_token_id is None:
         raise UserError(
-            f"{source} has no tokenizer of an encoder; `tokenizer` names one"
+            f"{source} has no tokenizer of an encoder; name one by `tokenizer`"
         ) from reason
-    return found
+    return tokenizer
 
 
 def _texts(request: Request, number: int) -> tuple[str, ...]:
-    """One text or two."""
+    """The text or the two texts of a request."""
     if isinstance(request, dict):
-        given = [request.get("text"), *(request[key] for key in request if key != "text")]
+        texts = [request.get("text"), *(request[key] for key in request if key != "text")]
         fits = set(request) in ({"text"}, {"text", "text_pair"})
     else:
-        given = [request] if isinstance(request, str) else request
-        fits = isinstance(request, str) or (isinstance(given, list | tuple) and len(given) == 2)
-    if not fits or not all(isinstance(text, str) for text in given):
-        raise ValueError(f"request {number}, {request!r}: neither a text nor a pair of texts")
-    return tuple(given)
+        texts = [request] if isinstance(request, str) else request
+        fits = isinstance(request, str) or (isinstance(texts, list | tuple) and len(texts) == 2)
+    if not fits or not all(isinstance(text, str) for text in texts):
+        raise ValueError(
+            f"request {number}, {shorten(request)}: neither a text nor a pair of texts"
+        )
+    return tuple(texts)
 
 
 def _words(request: Request, number: int) -> list[str]:
-    """The words of a sentence."""
+    """The words of a request."""
     words = re.findall(r"[^ \t\r\n]+", request) if isinstance(request, str) else request
     fits = isinstance(words, list | tuple) and all(isinstance(word, str) for word in words)
     if not fits or not words:
-        raise ValueError(f"request {number}, {request!r}: neither a text nor a list of words")
+        raise ValueError(
+            f"request {number}, {shorten(request)}: neither a text nor a list of words"
+        )
     return list(words)

@@ -126,16 +126,16 @@ def test_words_are_answered_by_their_first_tokens(tokenizer):
     answers = tag(sentences)
     assert [len(answer) for answer in answers] == [3, 1, 9]
     for number, (words, places) in enumerate(zip(sentences, heads, strict=True)):
-        for word, place, told in zip(words, places, answers[number], strict=False):
-            best = shares[number, place].max(-1)
-            assert told["word"] == word and told["label"] == LABELS[int(best.indices)]
-            assert told["score"] == pytest.approx(float(best.values), abs=1e-6)
+        for word, position, answered in zip(words, places, answers[number], strict=False):
+            best = shares[number, position].max(-1)
+            assert answered["word"] == word and answered["label"] == LABELS[int(best.indices)]
+            assert answered["score"] == pytest.approx(float(best.values), abs=1e-6)
     cut = {"label": "O", "score": 0.0}
     assert answers[2][7:] == [{"word": "w7", **cut}, {"word": "w8", **cut}]
     assert tag("w1 w2") == tag([["w1", "w2"]])[0] == tag(["w1 w2"])[0]
     tag.ensemble = True
     averaged = tag(sentences)
-    assert [[told["word"] for told in answer] for answer in averaged] == sentences
+    assert [[answered["word"] for answered in answer] for answer in averaged] == sentences
     assert averaged[0][0]["score"] != answers[0][0]["score"]
 
 
@@ -147,23 +147,23 @@ def test_stock_models_answer_as_in_a_pipeline_of_transformers(tokenizer):
     pairs = [("w1", "w2 w3"), {"text": "w4", "text_pair": "w5"}, ["w2", "w3"]]
     as_theirs = [{"text": "w1", "text_pair": "w2 w3"}, pairs[1], {"text": "w2", "text_pair": "w3"}]
     for mine, other in ((TEXTS, TEXTS), (pairs, as_theirs)):
-        for one, copy, two in zip(ours(mine), copies(mine), theirs(other), strict=True):
-            assert one["label"] == copy["label"] == two["label"]
-            assert one["score"] == pytest.approx(two["score"], abs=1e-5)
+        for single, copy, two in zip(ours(mine), copies(mine), theirs(other), strict=True):
+            assert single["label"] == copy["label"] == two["label"]
+            assert single["score"] == pytest.approx(two["score"], abs=1e-5)
             assert copy["score"] == pytest.approx(two["score"], abs=1e-5)
     words = MuxPipeline(made(BertForTokenClassification), tokenizer, max_length=LENGTH)
-    assert [told["word"] for told in words("w1 w2s")] == ["w1", "w2s"]
+    assert [answer["word"] for answer in words("w1 w2s")] == ["w1", "w2s"]
     value = made(BertForSequenceClassification, id2label={0: "grade"}, num_labels=1)
     with torch.no_grad():
         expected = float(value(**tokenizer(["w1"], return_tensors="pt")).logits)
-    (told,) = MuxPipeline(value, tokenizer, max_length=LENGTH)("w1")
-    assert told == {"label": "grade", "score": pytest.approx(expected, abs=1e-5)}
+    (answer,) = MuxPipeline(value, tokenizer, max_length=LENGTH)("w1")
+    assert answer == {"label": "grade", "score": pytest.approx(expected, abs=1e-5)}
 
 
-def test_a_folder_says_how_many_share_a_pass_and_what_is_answered(tokenizer, tmp_path):
+def test_a_pipeline_of_a_folder(tokenizer, tmp_path):
     model = made(MuxBertForTokenClassification, 2)
     model.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="has no tokenizer of an encoder; `tokenizer` names one"):
+    with pytest.raises(UserError, match="has no tokenizer of an encoder; name one by `tokenizer`"):
         MuxPipeline.from_pretrained(tmp_path, max_length=LENGTH)
     tokenizer.save_pretrained(tmp_path)
     tag = megamod.MuxPipeline.from_pretrained(tmp_path, max_length=LENGTH, batch_size=1)
@@ -171,7 +171,7 @@ def test_a_folder_says_how_many_share_a_pass_and_what_is_answered(tokenizer, tmp
     assert tag([]) == []
     expected = MuxPipeline(model, tokenizer, max_length=LENGTH, batch_size=1)(TEXTS)
     for ours, theirs in zip(tag(TEXTS), expected, strict=True):
-        near = [{**told, "score": pytest.approx(told["score"], abs=1e-5)} for told in theirs]
+        near = [{**answer, "score": pytest.approx(answer["score"], abs=1e-5)} for answer in theirs]
         assert ours == near
     made(MuxBertForMaskedLM, 2).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="MuxBertForMaskedLM is no classifier; finetune it first"):
@@ -183,13 +183,14 @@ def test_a_folder_says_how_many_share_a_pass_and_what_is_answered(tokenizer, tmp
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        (["w1", ("w1", "w2")], r"request 1, \('w1', 'w2'\): texts and pairs do not go together"),
+        (["w1", ("w1", "w2")], r"request 1, \('w1', 'w2'\): give texts or pairs, not both"),
         (["w1", 3], "request 1, 3: neither a text nor a pair of texts"),
+        (["w1", 9 * ["w" * 900]], r"^request 1, .{,250}: neither a text nor a pair of texts$"),
         ([("w1", "w2", "w3")], "request 0, .* neither a text nor a pair"),
         ({"text_pair": "w1"}, "neither a text nor a pair"),
     ],
 )
-def test_requests_that_are_none(tokenizer, asked, message):
+def test_wrong_requests_are_refused(tokenizer, asked, message):
     with pytest.raises(ValueError, match=message):
         MuxPipeline(made(BertForSequenceClassification), tokenizer, max_length=LENGTH)(asked)
 
@@ -200,7 +201,7 @@ def test_mistakes_are_named(tokenizer):
         MuxPipeline(model, tokenizer, max_length=LENGTH)(["w1", []])
     with pytest.raises(ValueError, match="max_length 13 is not between 3 and 12 positions"):
         MuxPipeline(model, tokenizer, max_length=13)
-    with pytest.raises(ValueError, match="batch_size 0 is not a number of groups"):
+    with pytest.raises(ValueError, match="batch_size 0 must be 1 or more groups"):
         MuxPipeline(model, tokenizer, max_length=LENGTH, batch_size=0)
     with pytest.raises(ValueError, match="MuxBertForMaskedLM is no classifier"):
         MuxPipeline(made(MuxBertForMaskedLM, 2), tokenizer, max_length=LENGTH)
