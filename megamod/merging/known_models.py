@@ -8,14 +8,12 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from transformers import CONFIG_MAPPING, AutoModel, PretrainedConfig, PreTrainedModel
 
-from megamod.errors import UserError
 from megamod.merging.tensors import TOWER
 
 _SIMPLE = (bool, int, float, str, type(None))
@@ -23,23 +21,25 @@ _INDICES = ("layer_idx", "layer_index", "layer_id", "block_idx", "idx", "layer_n
 
 
 def built_config(config: Mapping[str, object]) -> PretrainedConfig | None:
-    """The configuration completed by its class; None if transformers does not know the type.
-
-    Raises:
-        UserError: if the class refuses it.
-    """
+    """The configuration completed by its class; None if there is no class that accepts it."""
     import megamod  # noqa: F401  (its models become known to transformers)
 
     if config.get("model_type") not in CONFIG_MAPPING:
         return None
     with _quiet():
         try:
-            return CONFIG_MAPPING[config["model_type"]].from_dict(deepcopy(dict(config)))
-        except Exception as error:
-            raise UserError(
-                f"config.json of a {config['model_type']}: transformers refuses it: "
-                f"{' '.join(str(error).split())[:300]}"
-            ) from error
+            return CONFIG_MAPPING[config["model_type"]].from_dict(_with_floats(dict(config)))
+        except Exception:  # a class of transformers may raise anything
+            return None
+
+
+def _with_floats(value: object) -> object:
+    """A copy of a configuration in which numbers that JSON cannot hold are floats again."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _with_floats(entry) for key, entry in value.items()}
+    return [_with_floats(entry) for entry in value] if isinstance(value, list) else value
 
 
 def built_model(config: PretrainedConfig) -> PreTrainedModel | None:

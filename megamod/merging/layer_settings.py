@@ -147,13 +147,13 @@ class _Models:
             return None
         from megamod.merging.known_models import built_config, layer_signatures
 
-        signatures = None
-        try:
-            signatures = layer_signatures(built_config(new), len(self.origins))
-        except UserError as error:
-            return f"{self.folder}: these layers cannot be stacked: {error}"
+        complete = built_config(new)
+        signatures = complete and layer_signatures(complete, len(self.origins))
         if signatures is None:
-            return f"{self.folder}: these layers cannot be stacked into a {new.get('model_type')}"
+            return (
+                f"{self.folder}: these layers cannot be stacked: no configuration of a "
+                f"{new.get('model_type')} describes them"
+            )
         ignored = {
             key
             for key in self.signatures[0][0]

@@ -112,8 +112,10 @@ def _whole(content: Mapping) -> Iterator[tuple[str, int]]:
 
 
 def _mapping(content: Mapping[str, int]) -> Iterator[tuple[str, int]]:
+    # Some tokenizers nest a vocabulary per language; those ids are not comparable by word.
     for word, number in content.items():
-        yield str(word), int(number)
+        if type(number) is int:
+            yield word, number
 
 
 def _decoder(content: Mapping) -> Iterator[tuple[str, int]]:

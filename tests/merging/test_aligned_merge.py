@@ -1,4 +1,4 @@
-"""Merging models from different seeds: aligned first, whatever the method."""
+"""Merges of models from different seeds that are aligned first, with several methods."""
 
 import json
 from pathlib import Path
@@ -34,8 +34,8 @@ KINDS |= {"ours": (DemixForCausalLM, OURS)}
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    """Of each kind a model and two that compute the same."""
+def models_root(tmp_path_factory) -> Path:
+    """For each kind a model, and two copies with permuted features."""
     root = tmp_path_factory.mktemp("aligned")
     for name, (kind, config) in KINDS.items():
         torch.manual_seed(1)
@@ -54,12 +54,14 @@ def place(tmp_path_factory) -> Path:
     return root
 
 
-def recipe(place: Path, name: str, align: str, method: str = "linear", count: int = 3) -> Path:
-    """A file that merges the models of a kind."""
+def recipe(
+    models_root: Path, name: str, align: str, method: str = "linear", count: int = 3
+) -> Path:
+    """Write a recipe that merges the models of a kind."""
     weights = {"linear": "parameters: {weight: 1.0}", "slerp": "parameters: {t: 0.4}"}[method]
-    lines = [f"  - model: {place / f'{name}-{number}'}" for number in range(count)]
-    path = place / "recipe.yaml"
-    base = f"base_model: {place / f'{name}-0'}\n" if method == "slerp" else ""
+    lines = [f"  - model: {models_root / f'{name}-{number}'}" for number in range(count)]
+    path = models_root / "recipe.yaml"
+    base = f"base_model: {models_root / f'{name}-0'}\n" if method == "slerp" else ""
     text = f"merge_method: {method}\n{base}models:\n" + "\n".join(lines)
     path.write_text(f"{text}\n{weights}\ndtype: float32\n{align}\n")
     return path
@@ -73,18 +75,20 @@ def answers(folder: Path, kind: type) -> torch.Tensor:
 @pytest.mark.parametrize("method", ["linear", "slerp"])
 @pytest.mark.parametrize("how", ["weight", "activation"])
 @pytest.mark.parametrize("name", KINDS)
-def test_models_that_compute_the_same_still_do_when_merged(place, tmp_path, name, how, method):
+def test_models_that_compute_the_same_still_do_when_merged(
+    models_root, tmp_path, name, how, method
+):
     kind = KINDS[name][0]
-    text = f", calibration: {{path: {place / 'text.txt'}}}" if how == "activation" else ""
+    text = f", calibration: {{path: {models_root / 'text.txt'}}}" if how == "activation" else ""
     align = f"align: {{method: {how}{text}}}"
-    file = recipe(place, name, align, method, 2 if method == "slerp" else 3)
+    file = recipe(models_root, name, align, method, 2 if method == "slerp" else 3)
     merge(read_recipe(file), tmp_path / "out")
-    wanted = answers(place / f"{name}-0", kind)
-    torch.testing.assert_close(answers(tmp_path / "out", kind), wanted, atol=2e-4, rtol=1e-3)
+    expected = answers(models_root / f"{name}-0", kind)
+    torch.testing.assert_close(answers(tmp_path / "out", kind), expected, atol=2e-4, rtol=1e-3)
     record = json.loads((tmp_path / "out" / "merge.json").read_text())
     assert record["align"]["method"] == how
-    merge(read_recipe(recipe(place, name, "", method, 2)), tmp_path / "plain")
-    assert (answers(tmp_path / "plain", kind) - wanted).abs().max() > 0.1
+    merge(read_recipe(recipe(models_root, name, "", method, 2)), tmp_path / "plain")
+    assert (answers(tmp_path / "plain", kind) - expected).abs().max() > 0.1
 
 
 @pytest.mark.parametrize(
@@ -97,16 +101,16 @@ def test_models_that_compute_the_same_still_do_when_merged(place, tmp_path, name
         ("align: 3", "align is 3, not"),
     ],
 )
-def test_alignments_that_cannot_be(place, tmp_path, align, message):
+def test_alignments_that_cannot_be(models_root, tmp_path, align, message):
     with pytest.raises(UserError, match=message):
-        merge(read_recipe(recipe(place, "bert", align)), tmp_path / "out")
+        merge(read_recipe(recipe(models_root, "bert", align)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_models_of_different_shapes(place, tmp_path):
+def test_models_of_different_shapes(models_root, tmp_path):
     other = BertForMaskedLM(BertConfig(**BERT.to_dict() | {"intermediate_size": 48}))
     other.save_pretrained(tmp_path / "other")
-    file = recipe(place, "bert", "align: {method: weight}", count=1)
+    file = recipe(models_root, "bert", "align: {method: weight}", count=1)
     text = file.read_text().replace("parameters:", f"  - model: {tmp_path / 'other'}\nparameters:")
     file.write_text(text)
     with pytest.raises(UserError, match=r"intermediate"):

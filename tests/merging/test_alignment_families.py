@@ -1,4 +1,4 @@
-"""Permuted models of every architecture compute what they did, and permutations are found again."""
+"""For every architecture: permuted models keep their function, and are aligned back."""
 
 import pytest
 import torch
@@ -139,9 +139,9 @@ def outputs(model) -> torch.Tensor:
     domains = getattr(model.config, "domains", None)
     if domains:
         return torch.stack([model(ids, domain=domain).logits for domain in domains])
-    found = model(ids)
+    result = model(ids)
     kinds = ("logits", "prediction_logits", "seq_relationship_logits")
-    return torch.cat([found[kind].flatten() for kind in kinds if kind in found])
+    return torch.cat([result[kind].flatten() for kind in kinds if kind in result])
 
 
 def groups_of(kind: str) -> tuple[str, ...]:
@@ -149,22 +149,22 @@ def groups_of(kind: str) -> tuple[str, ...]:
 
 
 def random_alignment(symmetry, options: Options, seed: int = 5) -> Alignment:
-    """A random permutation for each group that keeps what the model computes."""
+    """A random permutation of each group that keeps the function of the model."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(size: int) -> torch.Tensor:
         return torch.randperm(size, generator=generator)
 
-    found = {}
+    result = {}
     for group in aligned_groups(symmetry, options):
         if group.family == "res":
-            found[group.name] = found.get("res.emb", draw(group.size))
+            result[group.name] = result.get("res.emb", draw(group.size))
         elif group.heads is None:
-            found[group.name] = draw(group.size)
+            result[group.name] = draw(group.size)
         else:
             # Queries and keys have the order of heads that values have.
             key = group.name.replace(".qk", ".attn") + " heads"
-            found[key] = order = found.get(key, draw(group.heads))
+            result[key] = order = result.get(key, draw(group.heads))
             parts = []
             for k in order:
                 # Heads of queries that share one of keys have one order of features.
@@ -173,8 +173,8 @@ def random_alignment(symmetry, options: Options, seed: int = 5) -> Alignment:
                     (int(k) * group.queries + int(q)) * group.width + within
                     for q in draw(group.queries)
                 ]
-            found[group.name] = torch.cat(parts)
-    return Alignment({k: v for k, v in found.items() if not k.endswith("heads")}, {}, options)
+            result[group.name] = torch.cat(parts)
+    return Alignment({k: v for k, v in result.items() if not k.endswith("heads")}, {}, options)
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -212,19 +212,19 @@ def test_a_known_permutation_is_found(kind, method):
     first = random_model(kind, seed=2)
     state = first.state_dict()
     symmetry = symmetry_of(first.config.to_dict(), shapes_of(state), qk=options.qk)
-    made = random_alignment(symmetry, options)
+    built = random_alignment(symmetry, options)
     generator = torch.Generator().manual_seed(7)
     noisy = {
         name: tensor + 1e-5 * torch.randn(tensor.shape, generator=generator)
         if tensor.is_floating_point()
         else tensor
-        for name, tensor in permuted(state, symmetry, made).items()
+        for name, tensor in permuted(state, symmetry, built).items()
     }
     second = random_model(kind, seed=2)
     second.load_state_dict(noisy)
     second.tie_weights()
     alignment = align(first, second, whole_batches(texts(24), 8), options)
-    for name, permutation in made.permutations.items():
+    for name, permutation in built.permutations.items():
         # What the second model has at place r of its permutation goes with the first's feature r.
         if not (name == "mlm_head" and options.head_follow_residual):
             assert torch.equal(alignment.permutations[name], torch.argsort(permutation)), name

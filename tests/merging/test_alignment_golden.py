@@ -119,8 +119,8 @@ def test_case(name, common):
     measured = measure(first, second, groups, (), batches, options)
     for key in correlations:
         count = measured.columns if key == "xcorr.pooler" else None
-        found = measured.covariances[key.removeprefix("xcorr.")].moments(count).correlation()
-        torch.testing.assert_close(found.float(), golden[key].float(), rtol=0, atol=1e-5)
+        result = measured.covariances[key.removeprefix("xcorr.")].moments(count).correlation()
+        torch.testing.assert_close(result.float(), golden[key].float(), rtol=0, atol=1e-5)
 
     for curve, unmerge in (("released", True), ("correct", False)):
         losses = case[f"eval_loss_by_lambda_{curve}_head"]

@@ -1,4 +1,4 @@
-"""Statistics, matching, calibration text, folders and records of alignments, each on its own."""
+"""Unit tests of statistics, matching, calibration text, folders and records of alignments."""
 
 import itertools
 import json
@@ -48,21 +48,21 @@ def test_correlations_are_those_of_numpy_whatever_the_batches(far):
     expected = torch.from_numpy(np.nan_to_num(joint[:5, 5:]))
     for sizes in ([60], [1, 9, 50], [30, 30]):
         sums = CrossCovariance(5)
-        for one, other in zip(first.split(sizes), second.split(sizes), strict=True):
-            sums.add(one, other)
-        found = sums.moments().correlation()
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
-        assert not found[1].any()
+        for entry, other in zip(first.split(sizes), second.split(sizes), strict=True):
+            sums.add(entry, other)
+        result = sums.moments().correlation()
+        torch.testing.assert_close(result, expected, rtol=0, atol=1e-6)
+        assert not result[1].any()
 
 
 def test_what_is_not_finite_counts_as_nothing():
     first, second = features(20, 3, 0), features(20, 3, 1)
     first[4, 1], second[7, 0] = torch.nan, -torch.inf
     clean_first, clean_second = first.nan_to_num(0, 0, 0), second.nan_to_num(0, 0, 0)
-    found, expected = CrossCovariance(3), CrossCovariance(3)
-    found.add(first, second)
+    result, expected = CrossCovariance(3), CrossCovariance(3)
+    result.add(first, second)
     expected.add(clean_first, clean_second)
-    assert torch.equal(found.moments().cross, expected.moments().cross)
+    assert torch.equal(result.moments().cross, expected.moments().cross)
     assert torch.isnan(first[4, 1])
 
 
@@ -85,12 +85,12 @@ def test_the_mean_of_covariances():
         sums = CrossCovariance(3)
         sums.add(features(9, 3, seed), features(9, 3, seed + 10))
         moments.append(sums.moments())
-    expected = sum(one.cross for one in moments) / 3
+    expected = sum(entry.cross for entry in moments) / 3
     torch.testing.assert_close(averaged(moments).cross, expected)
 
 
 def permutations_of(blocks: torch.Tensor, size: int, orders):
-    """The best summed similarity by going through everything."""
+    """Best summed similarity over all permutations."""
     heads = len(blocks) // size
 
     def best(j: int, k: int) -> float:
@@ -198,9 +198,9 @@ def test_features_are_those_of_a_plain_loop(level, special):
     group = symmetry.groups["res.1.final_ln"]
     measured = measure(first, second, [group], (), whole_batches(texts(20), 3), options)
     assert measured.columns == len(rows[0])
-    found = measured.covariances[group.name].moments().correlation()
+    result = measured.covariances[group.name].moments().correlation()
     expected = np.corrcoef(rows[0].T, rows[1].T)[:16, 16:]
-    torch.testing.assert_close(found, torch.from_numpy(expected), rtol=0, atol=2e-4)
+    torch.testing.assert_close(result, torch.from_numpy(expected), rtol=0, atol=2e-4)
 
 
 def test_attention_costs_and_shared_costs():
@@ -236,7 +236,7 @@ def test_weight_matching_ends_where_no_single_group_can_be_improved():
         return sum(float((state[name].double() * moved[name].double()).sum()) for name in names)
 
     config, states = first.config.to_dict(), [state, second.state_dict()]
-    stored = [{k: v for k, v in one.items() if "decoder" not in k} for one in states]
+    stored = [{k: v for k, v in entry.items() if "decoder" not in k} for entry in states]
     again = align_weights(config, stored[0], config, stored[1], options)
     for name, permutation in alignment.permutations.items():
         assert torch.equal(permutation, again.permutations[name])  # tied matrices count once
@@ -256,8 +256,8 @@ def test_merged_models_keep_their_own_heads():
     symmetry = symmetry_of(first.config.to_dict(), shapes_of(first.state_dict()))
     pair = merge_keeping_heads(first.state_dict(), second.state_dict(), symmetry, alignment)
     for state, model in zip(pair, (first, second), strict=True):
-        own = model.state_dict()
-        kept = {name for name in state if torch.equal(state[name], own[name])}
+        separate = model.state_dict()
+        kept = {name for name in state if torch.equal(state[name], separate[name])}
         assert kept == {name for name in state if name.startswith("cls.predictions.")}
         copy_of(model, state, untie=True)
     embeddings = "bert.embeddings.word_embeddings.weight"
@@ -307,12 +307,12 @@ def test_a_folder_is_read_as_if_it_were_permuted(tmp_path, monkeypatch, kind, fo
             assert (decoder in source.tensors) == untied
             assert source.config["tie_word_embeddings"] is not untied
             for name, spec in source.tensors.items():
-                wanted = expected[name].reshape(-1)
-                assert torch.equal(source.read(name).reshape(-1), wanted), name
+                target = expected[name].reshape(-1)
+                assert torch.equal(source.read(name).reshape(-1), target), name
                 for start in range(0, spec.numel, 37):  # pieces that begin within rows
                     piece = torch.empty(min(37, spec.numel - start))
                     source.read_into(name, start, piece)
-                    assert torch.equal(piece, wanted[start : start + 37])
+                    assert torch.equal(piece, target[start : start + 37])
             assert source.digest() == ModelFolder(tmp_path / "model").digest()
             assert source.folder == tmp_path / "model"
 
@@ -329,7 +329,7 @@ def test_a_folder_is_loaded_with_its_head(tmp_path):
 
 @pytest.mark.parametrize("follow", [True, False])
 def test_a_permuted_folder_written_out_is_the_same_model(tmp_path, follow):
-    """The way a merge goes: from folder to folder, without a model in memory."""
+    """From folder to folder without a model in memory, as in a merge."""
     model = random_model("bert", 4)
     model.save_pretrained(tmp_path / "model")
     with ModelFolder(tmp_path / "model") as opened:
@@ -356,11 +356,11 @@ def test_folders_are_aligned_on_a_text(tmp_path):
     )
     calibration = Calibration(path=str(tmp_path / "text.txt"), fraction=0.5, batch_size=5)
     options = Options(calibration=calibration)
-    found = align_folders(str(tmp_path / "0"), str(tmp_path / "1"), options)
+    result = align_folders(str(tmp_path / "0"), str(tmp_path / "1"), options)
     expected = align(*pair, whole_batches(texts(20)[:10], 5), options)
     for name, permutation in expected.permutations.items():
-        assert torch.equal(found.permutations[name], permutation)
-    assert found.costs == pytest.approx(dict(expected.costs), abs=1e-6)
+        assert torch.equal(result.permutations[name], permutation)
+    assert result.costs == pytest.approx(dict(expected.costs), abs=1e-6)
     with pytest.raises(UserError, match="has no tokenizer"):
         align_folders(str(tmp_path / "1"), str(tmp_path / "0"), options)
 
@@ -371,7 +371,7 @@ def other(kind: str, **fields):
 
 
 @pytest.mark.parametrize(
-    ("pair", "options", "told"),
+    ("pair", "options", "message"),
     [
         (("bert", "gpt2"), {}, "model_type is 'bert'"),
         (("bert", {"vocab_size": 41}), {}, "vocab_size is 40"),
@@ -385,13 +385,13 @@ def other(kind: str, **fields):
         (("bert", "bert"), {"batches": [[4] * 21]}, "21 tokens per item; the models have 20"),
     ],
 )
-def test_bad_input_is_named(pair, options, told):
+def test_bad_input_is_named(pair, options, message):
     first = MODELS[pair[0]]()
     second = MODELS[pair[1]]() if isinstance(pair[1], str) else other(pair[0], **pair[1])
-    given = options.get("batches", texts())
-    given = given and list(whole_batches(given, 4))
-    with pytest.raises(UserError, match=told):
-        align(first, second, given, Options())
+    supplied = options.get("batches", texts())
+    supplied = supplied and list(whole_batches(supplied, 4))
+    with pytest.raises(UserError, match=message):
+        align(first, second, supplied, Options())
 
 
 def test_models_that_are_not_known_are_named():
@@ -404,15 +404,15 @@ def test_models_that_are_not_known_are_named():
         symmetry_of(config, {name: shape for name, shape in shapes.items() if name != lost})
     with pytest.raises(UserError, match="16 features cannot be split into 3 heads"):
         symmetry_of(config | {"num_attention_heads": 3}, shapes)
-    found = symmetry_of(config, shapes | {"adapter.weight": (16, 16)})
-    assert found.unknown == ("adapter.weight",)
+    result = symmetry_of(config, shapes | {"adapter.weight": (16, 16)})
+    assert result.unknown == ("adapter.weight",)
 
 
 def test_options_are_checked():
     block = {"groups": ["ff"], "calibration": {"fraction": 1, "path": "a.txt"}}
     options = options_from(block, "r.yaml")
     assert options.groups == ("ff",) and options.calibration.path == "a.txt"
-    for bad, told in (
+    for bad, message in (
         ({"groups": ["ff", "heads"]}, "align.groups: 'heads' is not one of ff, attn, res"),
         ({"method": "wieght"}, "align.method: 'wieght'"),
         ({"atention": "head_perm"}, "r.yaml: align: there is no 'atention'"),
@@ -423,5 +423,5 @@ def test_options_are_checked():
         ({"calibration": []}, "is \\[\\], not a mapping"),
         ({"groups": []}, "is empty"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             options_from(bad, "r.yaml")

@@ -1,4 +1,4 @@
-"""Soft assignments, orders of grouped heads, and how both act on weights."""
+"""Soft assignments and orders of grouped heads, and their effect on weights."""
 
 import itertools
 from dataclasses import replace
@@ -64,12 +64,12 @@ def test_a_permutation_as_a_matrix_does_the_same():
     tensor, index = torch.randn(8, 6), torch.randperm(5)
     matrix = torch.eye(5).double()[index]
     for axis, start in ((0, 2), (1, 1)):
-        hard, soft = (reorder(tensor, [Change(axis, start, one)]) for one in (index, matrix))
+        hard, soft = (reorder(tensor, [Change(axis, start, entry)]) for entry in (index, matrix))
         assert torch.equal(hard, soft)
     weights = torch.rand(6, 6).double()
-    made, read = torch.randn(6, 4), torch.randn(3, 6)
+    built, read = torch.randn(6, 4), torch.randn(3, 6)
     torch.testing.assert_close(
-        reorder(made, [Change(0, 0, weights)]), (weights @ made.double()).float()
+        reorder(built, [Change(0, 0, weights)]), (weights @ built.double()).float()
     )
     torch.testing.assert_close(
         reorder(read, [Change(1, 0, weights)]), (read.double() @ weights.T).float()
@@ -93,15 +93,15 @@ def test_a_little_soft_is_nearly_hard(kind, tmp_path, monkeypatch):
 
     state = second.state_dict()
     symmetry = symmetry_of(first.config.to_dict(), shapes_of(state))
-    found = permuted(state, symmetry, soft)
+    result = permuted(state, symmetry, soft)
     names = {"bert": "bert.encoder.layer.0.output.dense.weight"}
     name = names.get(kind, "transformer.h.0.mlp.c_proj.weight")
     ffn, res = (soft.permutations[n].float() for n in ("layer.0.ffn", "res.0.final_ln"))
-    wanted = res @ state[name] @ ffn.T if kind == "bert" else ffn @ state[name] @ res.T
-    torch.testing.assert_close(found[name], wanted, rtol=0, atol=1e-5)
+    expected = res @ state[name] @ ffn.T if kind == "bert" else ffn @ state[name] @ res.T
+    torch.testing.assert_close(result[name], expected, rtol=0, atol=1e-5)
     near = permuted(state, symmetry, hard)
     assert all(
-        (found[n] - near[n]).abs().mean() < 0.2 for n in found if found[n].is_floating_point()
+        (result[n] - near[n]).abs().mean() < 0.2 for n in result if result[n].is_floating_point()
     )
 
     soft.save(tmp_path / "alignment")
@@ -110,33 +110,33 @@ def test_a_little_soft_is_nearly_hard(kind, tmp_path, monkeypatch):
     # Read from a folder, piece by piece.
     monkeypatch.setattr(folder_module, "PIECE", 64)
     tied = {alias for alias in symmetry.tied if alias in state}
-    own = {n: t.clone().contiguous() for n, t in state.items() if n not in tied}
+    stored = {n: t.clone().contiguous() for n, t in state.items() if n not in tied}
     second.config.save_pretrained(tmp_path)
-    save_file(own, tmp_path / "model.safetensors")
+    save_file(stored, tmp_path / "model.safetensors")
     with ModelFolder(tmp_path) as folder:
         read = PermutedFolder(folder, soft)
-        for name in own:
-            assert torch.equal(read.read(name), found[name]), name
-            part = torch.empty(min(5, own[name].numel()), dtype=own[name].dtype)
-            start = own[name].numel() - len(part)
+        for name in stored:
+            assert torch.equal(read.read(name), result[name]), name
+            part = torch.empty(min(5, stored[name].numel()), dtype=stored[name].dtype)
+            start = stored[name].numel() - len(part)
             read.read_into(name, start, part)
-            assert torch.equal(part, found[name].reshape(-1)[start:])
+            assert torch.equal(part, result[name].reshape(-1)[start:])
 
 
 def test_what_cannot_be_soft():
-    for options, told in (
+    for options, message in (
         ({"regularisation": 0.0}, "align.regularisation: 0.0 is not positive"),
         ({"compat": Compat(unmerge=True)}, "not with method ot"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             Options(method="ot", **options)
     model = random_model("llama-grouped", 1)
-    for options, told in (
+    for options, message in (
         (Options(method="ot"), "align.method: ot: queries and keys of a llama"),
         (Options(attention="ignore_heads"), "align.attention: ignore_heads: queries and keys"),
         (Options(qk=True), "align.qk: features of queries and keys of a llama"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             align(model, model, [], options)
 
 
@@ -197,6 +197,6 @@ def test_heads_in_order_stay_so(method):
     symmetry = symmetry_of(first.config.to_dict(), shapes_of(first.state_dict()))
     second = copy_of(first, first.state_dict())
     batches = whole_batches(texts(12), 6)
-    found = align(first, second, batches, Options(method=method, attention="monotonic"))
+    result = align(first, second, batches, Options(method=method, attention="monotonic"))
     for group in symmetry.of("attn"):
-        assert found.permutations[group.name].tolist() == list(range(group.size))
+        assert result.permutations[group.name].tolist() == list(range(group.size))

@@ -46,7 +46,7 @@ def random_state(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, tor
 
 
 def expected(states, weights, normalize=True) -> dict[str, torch.Tensor]:
-    """The average in float64; integers from the first."""
+    """Weighted average in float64; integers of the first model."""
     total = sum(weights) if normalize else 1
     merged = dict(states[0])
     for name, first in states[0].items():
@@ -56,12 +56,12 @@ def expected(states, weights, normalize=True) -> dict[str, torch.Tensor]:
     return merged
 
 
-def close(folder: Path, wanted: dict[str, torch.Tensor], **tolerance) -> None:
-    found = read_weights(folder)
-    assert found.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape
-        torch.testing.assert_close(found[name], tensor, **tolerance)
+def close(folder: Path, reference: dict[str, torch.Tensor], **tolerance) -> None:
+    result = read_weights(folder)
+    assert result.keys() == reference.keys()
+    for name, tensor in reference.items():
+        assert result[name].dtype == tensor.dtype and result[name].shape == tensor.shape
+        torch.testing.assert_close(result[name], tensor, **tolerance)
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -102,10 +102,10 @@ def test_half_precision_is_added_up_in_float32(tmp_path):
         make_folder(tmp_path / str(number), state)
     sources = [(tmp_path / str(number), None) for number in range(8)]
     average_folders(sources, [1.0] * 8, tmp_path / "out")
-    wanted = expected(states, [1.0] * 8)
+    reference = expected(states, [1.0] * 8)
     # Rounded once: all but a few, that lie between two numbers, have the bits of the exact average.
-    found = read_weights(tmp_path / "out")
-    assert (found["big.weight"] != wanted["big.weight"]).float().mean() < 1e-4
+    result = read_weights(tmp_path / "out")
+    assert (result["big.weight"] != reference["big.weight"]).float().mean() < 1e-4
     average_folders(sources, [1.0] * 8, tmp_path / "wide", out_dtype="float32")
     wide = {k: v.float() if v.is_floating_point() else v for k, v in states[0].items()}
     exact = expected([wide, *states[1:]], [1.0] * 8)
@@ -177,18 +177,18 @@ def test_mergekit_recipe_gives_the_recorded_tensors(tmp_path, case, threads):
     recipe = tmp_path / "case" / "merge.yml"
     recipe.write_bytes((GOLDEN / case / "merge.yml").read_bytes())
     merge(read_recipe(recipe), tmp_path / "out", threads=threads)
-    found = load_file(tmp_path / "out" / "model.safetensors")
+    result = load_file(tmp_path / "out" / "model.safetensors")
     recorded = load_file(GOLDEN / case / "merged.safetensors")
-    assert found.keys() == recorded.keys()
+    assert result.keys() == recorded.keys()
     for name, tensor in recorded.items():
-        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6)
+        torch.testing.assert_close(result[name], tensor, rtol=0, atol=1e-6)
 
 
 GOOD = random_state(0)
 
 
 @pytest.mark.parametrize(
-    ("state", "config", "files", "weights", "told"),
+    ("state", "config", "files", "weights", "message"),
     [
         (GOOD | {"h.0.w": torch.zeros(4, 3)}, {}, {}, [1, 1], ["h.0.w", "[3, 4]", "[4, 3]"]),
         ({k: v for k, v in GOOD.items() if k != "h.1.w"}, {}, {}, [1, 1], ["has no h.1.w"]),
@@ -205,7 +205,7 @@ GOOD = random_state(0)
     ],
 )
 def test_what_does_not_fit_is_refused_and_leaves_nothing(
-    tmp_path, state, config, files, weights, told
+    tmp_path, state, config, files, weights, message
 ):
     common = {"num_attention_heads": 2}
     make_folder(tmp_path / "good", GOOD, {"vocab.txt": "a\nb"}, **common)
@@ -215,7 +215,7 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(
         average_folders(
             [(tmp_path / "good", None), (tmp_path / "bad", None)], weights, tmp_path / "out"
         )
-    assert all(part in str(error.value) for part in told), error.value
+    assert all(part in str(error.value) for part in message), error.value
     assert tree(tmp_path) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad", "good"]
 

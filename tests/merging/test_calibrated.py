@@ -47,13 +47,13 @@ class Toy(nn.Module):
 
 def batches(seed: int, count: int = 3) -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(seed)
-    found = []
+    result = []
     for _ in range(count):
         ids = torch.randint(0, 9, (2, 5), generator=generator)
         mask = torch.ones(2, 5, dtype=torch.long)
         mask[1, 3:] = 0
-        found.append({"ids": ids, "attention_mask": mask, "labels": ids.flip(1)})
-    return found
+        result.append({"ids": ids, "attention_mask": mask, "labels": ids.flip(1)})
+    return result
 
 
 def folders(root: Path, statistics: list[dict] | None, models: list[Toy]) -> None:
@@ -81,31 +81,31 @@ def run(root: Path, method: str, weights: list[float], parameters: str = "{}") -
 
 def test_gram_matrices_are_those_of_the_inputs():
     model, data = Toy(0), batches(1)
-    found = input_grams(model, data)
-    assert found.keys() == {"up.weight", "turned.weight.T"}
+    result = input_grams(model, data)
+    assert result.keys() == {"up.weight", "turned.weight.T"}
     inputs = torch.cat([model.embed(b["ids"][b["attention_mask"].bool()]) for b in data]).double()
-    wanted = sum(x[:, None] * x for x in inputs)
-    torch.testing.assert_close(found["up.weight"].double(), wanted, rtol=1e-5, atol=1e-5)
+    expected = sum(x[:, None] * x for x in inputs)
+    torch.testing.assert_close(result["up.weight"].double(), expected, rtol=1e-5, atol=1e-5)
     hidden = model.up(inputs.float()).tanh()
-    torch.testing.assert_close(found["turned.weight.T"], hidden.T @ hidden, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(result["turned.weight.T"], hidden.T @ hidden, rtol=1e-5, atol=1e-5)
     with pytest.raises(UserError, match="no batch"):
         input_grams(model, [])
 
 
 def test_fisher_of_given_labels_is_the_mean_of_squared_gradients():
     model, data = Toy(0), batches(1)
-    found = diagonal_fisher(model, data, labelled=True)
+    result = diagonal_fisher(model, data, labelled=True)
     squares: dict[str, list] = {}
     for batch in data:
         for row in range(2):
-            one = {name: value[row : row + 1] for name, value in batch.items()}
+            entry = {name: value[row : row + 1] for name, value in batch.items()}
             names, parameters = zip(*model.named_parameters(), strict=True)
-            gradients = torch.autograd.grad(model(**one).loss, parameters)
+            gradients = torch.autograd.grad(model(**entry).loss, parameters)
             for name, gradient in zip(names, gradients, strict=True):
                 squares.setdefault(name, []).append(gradient**2)
-    assert found.keys() == squares.keys()
+    assert result.keys() == squares.keys()
     for name, each in squares.items():
-        torch.testing.assert_close(found[name], torch.stack(each).mean(0))
+        torch.testing.assert_close(result[name], torch.stack(each).mean(0))
     with pytest.raises(UserError, match="no batch"):
         diagonal_fisher(model, [])
 
@@ -115,32 +115,34 @@ def test_fisher_of_drawn_labels_is_that_of_softmax_regression():
     model = nn.Module()
     model.layer, model.forward = layer, lambda x: SimpleNamespace(logits=layer(x))
     x = torch.tensor([1.0, -2.0, 0.5])
-    found = diagonal_fisher(model, [{"x": x.expand(3000, 3)}])["layer.weight"]
+    result = diagonal_fisher(model, [{"x": x.expand(3000, 3)}])["layer.weight"]
     p = layer(x).softmax(-1)
     # E over y of (p - onehot(y))^2 x^2 = p (1 - p) x^2
-    wanted = (p * (1 - p))[:, None] * x**2
-    torch.testing.assert_close(found, wanted.detach(), rtol=0.15, atol=1e-3)
+    expected = (p * (1 - p))[:, None] * x**2
+    torch.testing.assert_close(result, expected.detach(), rtol=0.15, atol=1e-3)
 
 
 def test_fisher_weighs_entry_by_entry(tmp_path):
     models = [Toy(n) for n in range(3)]
     statistics = [diagonal_fisher(m, batches(n)) for n, m in enumerate(models)]
-    for one in statistics:
-        one["up.bias"][0] = 0  # no model knows anything of it
-        del one["turned.weight"]  # nor of this
+    for entry in statistics:
+        entry["up.bias"][0] = 0  # no model knows anything of it
+        del entry["turned.weight"]  # nor of this
     folders(tmp_path, statistics, models)
     weights = [1.0, 2.0, 0.5]
-    found = run(tmp_path, "fisher", weights)
+    result = run(tmp_path, "fisher", weights)
     states = [dict(model.named_parameters()) for model in models]
-    for name, tensor in found.items():
+    for name, tensor in result.items():
         parts = [
             w * s.get(name, torch.ones(())).double().clamp(min=1e-8)
             for w, s in zip(weights, statistics, strict=True)
         ]
-        wanted = sum(p * s[name].double() for p, s in zip(parts, states, strict=True)) / sum(parts)
-        torch.testing.assert_close(tensor.double(), wanted.detach(), rtol=1e-5, atol=1e-6)
+        expected = sum(p * s[name].double() for p, s in zip(parts, states, strict=True)) / sum(
+            parts
+        )
+        torch.testing.assert_close(tensor.double(), expected.detach(), rtol=1e-5, atol=1e-6)
     plain = sum(w * s["up.bias"][0] for w, s in zip(weights, states, strict=True)) / 3.5
-    torch.testing.assert_close(found["up.bias"][0], plain.detach())
+    torch.testing.assert_close(result["up.bias"][0], plain.detach())
 
 
 @pytest.mark.parametrize("alpha", [1.0, 0.9, 0.0])
@@ -148,7 +150,7 @@ def test_regmean_has_the_least_error_on_all_inputs(tmp_path, alpha):
     models = [Toy(n) for n in range(2)]
     grams = [input_grams(m, batches(n, 8)) for n, m in enumerate(models)]
     folders(tmp_path, grams, models)
-    found = run(tmp_path, "regmean", [1.0, 3.0], f"{{alpha: {alpha}}}")
+    result = run(tmp_path, "regmean", [1.0, 3.0], f"{{alpha: {alpha}}}")
     states = [dict(model.named_parameters()) for model in models]
     for name, turned in (("up.weight", False), ("turned.weight", True)):
         # Rows of weighted square roots of the Gram matrices: X^T X = G.
@@ -161,11 +163,11 @@ def test_regmean_has_the_least_error_on_all_inputs(tmp_path, alpha):
             w = state[name].detach().double()
             left.append(root)
             right.append(root @ (w if turned else w.T))
-        wanted = torch.linalg.lstsq(torch.cat(left), torch.cat(right)).solution
-        wanted = wanted if turned else wanted.T
-        torch.testing.assert_close(found[name].double(), wanted, rtol=1e-4, atol=1e-5)
+        expected = torch.linalg.lstsq(torch.cat(left), torch.cat(right)).solution
+        expected = expected if turned else expected.T
+        torch.testing.assert_close(result[name].double(), expected, rtol=1e-4, atol=1e-5)
     mean = (states[0]["embed.weight"] + 3 * states[1]["embed.weight"]) / 4
-    torch.testing.assert_close(found["embed.weight"], mean.detach())
+    torch.testing.assert_close(result["embed.weight"], mean.detach())
 
 
 @pytest.mark.parametrize("method", ["fisher", "regmean"])
@@ -175,7 +177,7 @@ def test_statistics_that_are_missing_or_of_another_shape(tmp_path, method):
     good = [measure(model, batches(0)) for model in models]
     folders(tmp_path, good, models)
     second = tmp_path / "1" / "statistics.safetensors"
-    for change, told in (
+    for change, message in (
         ({"up.weight": None}, "has no up.weight"),
         ({"up.weight": torch.ones(3, 3)}, "up.weight has shape [3, 3], not [4, 4]"),
     ):
@@ -183,7 +185,7 @@ def test_statistics_that_are_missing_or_of_another_shape(tmp_path, method):
         write_statistics(second, changed)
         with pytest.raises(UserError) as error:
             run(tmp_path, method, [1, 1])
-        assert told in str(error.value) and not (tmp_path / "out").exists()
+        assert message in str(error.value) and not (tmp_path / "out").exists()
     second.unlink()
     with pytest.raises(UserError, match=r"1/statistics\.safetensors"):
         run(tmp_path, method, [1, 1])
@@ -213,7 +215,10 @@ def texts(tmp_path_factory) -> Path:
         settings = json.dumps({"tokenizer_class": "BertTokenizer"})
         (root / str(number) / "tokenizer_config.json").write_text(settings)
         rows = torch.randint(12, (9, 6), generator=torch.Generator().manual_seed(number)).tolist()
-        lines = [" ".join(WORDS[n] for n in row[: 3 + place % 4]) for place, row in enumerate(rows)]
+        lines = [
+            " ".join(WORDS[n] for n in row[: 3 + models_root % 4])
+            for models_root, row in enumerate(rows)
+        ]
         (root / f"{number}.txt").write_text("\n".join(lines))
     return root
 
@@ -229,17 +234,17 @@ def test_statistics_are_measured_on_text_of_the_recipe(texts, tmp_path, method):
             [2, *(5 + WORDS.index(word) for word in line.split()), 3]
             for line in (texts / f"{number}.txt").read_text().split("\n")
         ]
-        found = []
+        result = []
         for part in (items[:4], items[4:8]):
             width = max(map(len, part))
-            ids = torch.tensor([one + [0] * (width - len(one)) for one in part])
-            mask = torch.tensor([[1] * len(one) + [0] * (width - len(one)) for one in part])
-            found.append({"input_ids": ids, "attention_mask": mask})
+            ids = torch.tensor([entry + [0] * (width - len(entry)) for entry in part])
+            mask = torch.tensor([[1] * len(entry) + [0] * (width - len(entry)) for entry in part])
+            result.append({"input_ids": ids, "attention_mask": mask})
         file = tmp_path / f"{number}.safetensors"
-        write_statistics(file, measure(model, found))
-        own = f"{{path: {texts}/{number}.txt, fraction: 0.8, batch_size: 4}}"
-        for place, key in enumerate((f"statistics: {file}", f"calibration: {own}")):
-            lines[place] += f"- {{model: {texts}/{number}, {key}}}\n"
+        write_statistics(file, measure(model, result))
+        stored = f"{{path: {texts}/{number}.txt, fraction: 0.8, batch_size: 4}}"
+        for models_root, key in enumerate((f"statistics: {file}", f"calibration: {stored}")):
+            lines[models_root] += f"- {{model: {texts}/{number}, {key}}}\n"
     head = f"merge_method: {method}\nmodels:\n"
     for name, text in zip(("files", "text"), lines, strict=True):
         (tmp_path / f"{name}.yml").write_text(head + text)
@@ -253,7 +258,7 @@ def test_statistics_are_measured_on_text_of_the_recipe(texts, tmp_path, method):
 
 
 @pytest.mark.parametrize(
-    ("block", "told"),
+    ("block", "message"),
     [
         ("{path: nowhere.txt}", "calibration: path is 'nowhere.txt'; give a file with text"),
         ("{fraction: 1}", "calibration: path is None"),
@@ -261,13 +266,13 @@ def test_statistics_are_measured_on_text_of_the_recipe(texts, tmp_path, method):
         ("3", "calibration is 3, not"),
     ],
 )
-def test_text_that_cannot_be_measured_on(texts, tmp_path, monkeypatch, block, told):
+def test_text_that_cannot_be_measured_on(texts, tmp_path, monkeypatch, block, message):
     monkeypatch.chdir(texts)
     models = "models: [{model: '0'}, {model: '1'}]\n"
     (tmp_path / "merge.yml").write_text(f"merge_method: fisher\n{models}calibration: {block}\n")
     with pytest.raises(UserError) as error:
         merge(read_recipe(tmp_path / "merge.yml"), tmp_path / "out", dry_run=True)
-    assert told in str(error.value)
+    assert message in str(error.value)
     text = f"merge_method: linear\n{models}calibration: {{path: 0.txt}}\n"
     (tmp_path / "merge.yml").write_text(text)
     with pytest.raises(UserError, match="calibration goes with fisher, regmean, not linear"):
@@ -275,7 +280,7 @@ def test_text_that_cannot_be_measured_on(texts, tmp_path, monkeypatch, block, to
 
 
 @pytest.mark.parametrize(
-    ("method", "more", "told"),
+    ("method", "more", "message"),
     [
         ("regmean", "align: {method: weight}", "align reorders features"),
         ("fisher", "align: {method: weight}", "align reorders features"),
@@ -283,14 +288,14 @@ def test_text_that_cannot_be_measured_on(texts, tmp_path, monkeypatch, block, to
     ],
 )
 def test_statistics_are_of_models_as_they_are_stored(
-    texts, tmp_path, monkeypatch, method, more, told
+    texts, tmp_path, monkeypatch, method, more, message
 ):
     monkeypatch.chdir(texts)
     models = "models: [{model: '0'}, {model: '1'}]\ncalibration: {path: 0.txt}\n"
     (tmp_path / "merge.yml").write_text(f"merge_method: {method}\n{models}{more}\n")
     with pytest.raises(UserError) as error:
         merge(read_recipe(tmp_path / "merge.yml"), tmp_path / "out", dry_run=True)
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
 def test_text_of_one_model_that_nobody_measures(texts, tmp_path, monkeypatch):

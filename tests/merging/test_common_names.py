@@ -1,4 +1,4 @@
-"""One model saved in several ways: prefixes, tied matrices, buffers, heads, quantised weights."""
+"""Models saved in several ways: prefixes, tied matrices, buffers, heads; quantised weights."""
 
 import json
 import logging
@@ -63,57 +63,57 @@ def test_a_base_class_and_a_head_class_of_one_model(tmp_path, caplog, order):
     head = make(BertForMaskedLM, tmp_path / "head", BertConfig(**BERT), 1)
     base = make(BertModel, tmp_path / "base", BertConfig(**BERT), 2)
     names = ("head", "base") if order == "head-first" else ("base", "head")
-    found, config = average(tmp_path, *names)
+    result, config = average(tmp_path, *names)
     first = head if order == "head-first" else base
-    assert found.keys() == first.keys() and config["architectures"] == (
+    assert result.keys() == first.keys() and config["architectures"] == (
         ["BertForMaskedLM"] if order == "head-first" else ["BertModel"]
     )
-    for name, tensor in found.items():
+    for name, tensor in result.items():
         bare = name.removeprefix("bert.")
         if bare in base and f"bert.{bare}" in head:
-            wanted = (base[bare] + head[f"bert.{bare}"]) / 2
+            expected = (base[bare] + head[f"bert.{bare}"]) / 2
         else:
-            wanted = first[name]
-        torch.testing.assert_close(tensor, wanted, msg=name)
+            expected = first[name]
+        torch.testing.assert_close(tensor, expected, msg=name)
     alone = "cls." if order == "head-first" else "pooler."
     assert alone in caplog.text and "in one of them only" in caplog.text
 
 
 def test_names_without_the_prefix_that_the_same_class_has(tmp_path):
-    """As the first GPT-2 files: no `transformer.`, and causal masks in floating point."""
+    """As in the first GPT-2 files: no `transformer.` prefix, causal masks in floating point."""
     config = GPT2Config(vocab_size=24, n_embd=8, n_layer=2, n_head=2, n_positions=16)
     states = [make(GPT2LMHeadModel, tmp_path / name, config, n) for n, name in enumerate("ab")]
     bare = {name.removeprefix("transformer."): tensor for name, tensor in states[1].items()}
     masks = {f"h.{n}.attn.bias": torch.ones(1, 1, 16, 16).tril() for n in range(2)}
     masks |= {f"h.{n}.attn.masked_bias": torch.tensor(-1e4) for n in range(2)}
     rewrite(tmp_path / "b", bare | masks)
-    found, _ = average(tmp_path, "a", "b")
-    assert found.keys() == states[0].keys()
-    for name, tensor in found.items():
+    result, _ = average(tmp_path, "a", "b")
+    assert result.keys() == states[0].keys()
+    for name, tensor in result.items():
         torch.testing.assert_close(tensor, (states[0][name] + states[1][name]) / 2)
     average_folders([(tmp_path / n, None) for n in "ba"], [1, 1], tmp_path / "turned")
     turned = read_weights(tmp_path / "turned")
     assert turned.keys() == {*bare, *masks}
     assert all(torch.equal(turned[name], tensor) for name, tensor in masks.items())
-    torch.testing.assert_close(turned["wte.weight"], found["transformer.wte.weight"])
+    torch.testing.assert_close(turned["wte.weight"], result["transformer.wte.weight"])
 
 
 @pytest.mark.parametrize("first", ["a", "b"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_buffers_that_one_file_has(tmp_path, first, dtype):
-    """Tables of angles that older programs stored, under a name that is on no list."""
+    """Tables of angles as older programs stored them, under a name that no list has."""
     states = [
         make(LlamaForCausalLM, tmp_path / n, LlamaConfig(**LLAMA), s) for s, n in enumerate("ab")
     ]
-    states = [{k: v.to(dtype) for k, v in one.items()} for one in states]
+    states = [{k: v.to(dtype) for k, v in entry.items()} for entry in states]
     extra = {f"model.layers.{n}.self_attn.rotary_emb.angles": torch.arange(2.0) for n in range(3)}
     rewrite(tmp_path / "a", states[0])
     rewrite(tmp_path / "b", states[1] | extra)
-    found, _ = average(tmp_path, first, "b" if first == "a" else "a")
-    assert found.keys() == states[0].keys() | (extra.keys() if first == "b" else set())
+    result, _ = average(tmp_path, first, "b" if first == "a" else "a")
+    assert result.keys() == states[0].keys() | (extra.keys() if first == "b" else set())
     name = "model.layers.1.mlp.up_proj.weight"
     mean = (states[0][name].float() + states[1][name].float()) / 2
-    torch.testing.assert_close(found[name], mean.to(dtype))
+    torch.testing.assert_close(result[name], mean.to(dtype))
 
 
 def test_a_weight_that_one_model_lacks_is_no_buffer(tmp_path):
@@ -140,22 +140,22 @@ def test_tied_and_untied_models(tmp_path, order, stored):
     if stored == "twice":
         rewrite(tmp_path / "tied", tied | {"lm_head.weight": embedding})
     names = ("tied", "untied") if order == "tied-first" else ("untied", "tied")
-    found, config = average(tmp_path, *names)
+    result, config = average(tmp_path, *names)
     assert config["tie_word_embeddings"] is False
-    torch.testing.assert_close(found["lm_head.weight"], (embedding + untied["lm_head.weight"]) / 2)
+    torch.testing.assert_close(result["lm_head.weight"], (embedding + untied["lm_head.weight"]) / 2)
     table = "model.embed_tokens.weight"
-    torch.testing.assert_close(found[table], (embedding + untied[table]) / 2)
+    torch.testing.assert_close(result[table], (embedding + untied[table]) / 2)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    torch.testing.assert_close(model.lm_head.weight.data, found["lm_head.weight"])
+    torch.testing.assert_close(model.lm_head.weight.data, result["lm_head.weight"])
 
 
 def test_models_that_are_tied_stay_so(tmp_path):
     config = LlamaConfig(**LLAMA, tie_word_embeddings=True)
     states = [make(LlamaForCausalLM, tmp_path / n, config, s) for s, n in enumerate("ab")]
     rewrite(tmp_path / "a", states[0] | {"lm_head.weight": states[0]["model.embed_tokens.weight"]})
-    found, config = average(tmp_path, "a", "b")
+    result, config = average(tmp_path, "a", "b")
     assert config["tie_word_embeddings"] is True
-    assert torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"])
+    assert torch.equal(result["lm_head.weight"], result["model.embed_tokens.weight"])
 
 
 QUANTISED = [
@@ -170,7 +170,7 @@ QUANTISED = [
 
 @pytest.mark.parametrize("config", QUANTISED)
 def test_quantised_models_are_refused(tmp_path, config):
-    """Integers are no weights: neither a mean nor the first model's are right."""
+    """Integers of quantised weights have no mean, and those of one model are wrong too."""
     generator = torch.Generator().manual_seed(0)
     for name in "ab":
         numbers = torch.randint(-127, 127, (4, 6), generator=generator).to(torch.int8)
@@ -178,10 +178,10 @@ def test_quantised_models_are_refused(tmp_path, config):
         (tmp_path / name).mkdir()
         save_file(state, tmp_path / name / "model.safetensors")
         (tmp_path / name / "config.json").write_text(json.dumps({"model_type": "toy"} | config))
-    told = next(iter(next(iter(config.values()), {})), "") if "text_config" in config else ""
+    message = next(iter(next(iter(config.values()), {})), "") if "text_config" in config else ""
     with pytest.raises(UserError) as error:
         average(tmp_path, "a", "b")
-    assert (told or next(iter(config), "h.0.w.weight")) in str(error.value)
+    assert (message or next(iter(config), "h.0.w.weight")) in str(error.value)
     assert len(str(error.value).splitlines()) <= 3 and not (tmp_path / "out").exists()
 
 
@@ -208,7 +208,7 @@ def test_settings_that_change_the_function_are_reported(tmp_path, caplog, change
     key, value = next(iter(changed.items()))
     value = value.get("rope_theta") if isinstance(value, dict) else value
     assert key.split("_")[0] in caplog.text and str(value) in caplog.text
-    assert all(len(one.getMessage().splitlines()) <= 3 for one in caplog.records)
+    assert all(len(entry.getMessage().splitlines()) <= 3 for entry in caplog.records)
 
 
 def test_other_spellings_of_equal_settings_are_not_reported(tmp_path, caplog):
@@ -222,22 +222,22 @@ def test_other_spellings_of_equal_settings_are_not_reported(tmp_path, caplog):
         bos_token_id=5, transformers_version="4.1",
     )  # fmt: skip
     average(tmp_path, "a", "b")
-    assert not [one for one in caplog.records if "differ in" in one.getMessage()]
+    assert not [entry for entry in caplog.records if "differ in" in entry.getMessage()]
 
 
-def tokenizer(folder: Path, place: str, added: dict[str, int]) -> None:
+def tokenizer(folder: Path, root: str, added: dict[str, int]) -> None:
     """Files of a tokenizer of four words with added ones, listed in one of three ways."""
     (folder / "vocab.json").write_text(json.dumps({word: n for n, word in enumerate("wxyz")}))
-    if place == "tokenizer.json":
+    if root == "tokenizer.json":
         entries = [{"content": word, "id": number} for word, number in added.items()]
         content = {"model": {"vocab": dict(zip("wxyz", range(4), strict=True))}}
         content["added_tokens"] = entries
-        (folder / place).write_text(json.dumps(content))
-    elif place == "added_tokens.json":
-        (folder / place).write_text(json.dumps(added))
+        (folder / root).write_text(json.dumps(content))
+    elif root == "added_tokens.json":
+        (folder / root).write_text(json.dumps(added))
     else:
         entries = {str(number): {"content": word} for word, number in added.items()}
-        (folder / place).write_text(json.dumps({"added_tokens_decoder": entries}))
+        (folder / root).write_text(json.dumps({"added_tokens_decoder": entries}))
 
 
 PLACES = ["tokenizer.json", "added_tokens.json", "tokenizer_config.json"]
@@ -255,9 +255,9 @@ def test_added_words_that_share_an_id(tmp_path, first, second):
     tokenizer(tmp_path / "b", second, {"[PAD]": 4})
     with pytest.raises(UserError) as error:
         average(tmp_path, "a", "b")
-    told = str(error.value)
-    assert "id 4" in told and "<|im_start|>" in told and "[PAD]" in told
-    assert "tokenizer_source: union" in told
+    message = str(error.value)
+    assert "id 4" in message and "<|im_start|>" in message and "[PAD]" in message
+    assert "tokenizer_source: union" in message
     tokenizer(tmp_path / "b", second, {"<|im_start|>": 5})
     with pytest.raises(UserError, match=r"'<\|im_start\|>' has id 4 in the first and 5"):
         average(tmp_path, "a", "b")

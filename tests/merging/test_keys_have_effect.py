@@ -24,7 +24,7 @@ SIZES |= dict(num_attention_heads=3, max_position_embeddings=16)
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+def models_root(tmp_path_factory) -> Path:
     """Two classifiers of different seeds with a tokenizer, and some text."""
     root = tmp_path_factory.mktemp("keys")
     (root / "vocab.txt").write_text("\n".join(WORDS))
@@ -40,7 +40,7 @@ def place(tmp_path_factory) -> Path:
 
 
 def outcome(root: Path, tmp_path: Path, name: str, align: dict | None, **more) -> dict | str:
-    """What a recipe gives: all files but the record, or the message of its refusal."""
+    """Merged tensors of a recipe, or the message of its error."""
     models = [{"model": str(root / n), "parameters": {"weight": 1.0}} for n in "ab"]
     recipe = {"merge_method": "linear", "models": models} | more
     file = tmp_path / f"{name}.yaml"
@@ -53,10 +53,10 @@ def outcome(root: Path, tmp_path: Path, name: str, align: dict | None, **more) -
     return read_weights(tmp_path / name)
 
 
-def same(one: dict | str, other: dict | str) -> bool:
-    if isinstance(one, str) or isinstance(other, str):
-        return one is other
-    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+def same(entry: dict | str, other: dict | str) -> bool:
+    if isinstance(entry, str) or isinstance(other, str):
+        return entry is other
+    return entry.keys() == other.keys() and all(torch.equal(entry[n], other[n]) for n in entry)
 
 
 CHANGES = {
@@ -89,35 +89,35 @@ def test_every_key_is_tried():
 
 
 @pytest.mark.parametrize("method", ALIGNMENTS)
-def test_every_key_of_align_changes_the_result_or_is_refused(place, tmp_path, method):
+def test_every_key_of_align_changes_the_result_or_is_refused(models_root, tmp_path, method):
     block: dict = {"method": method}
     if method in ("activation", "ot"):
-        block["calibration"] = {"path": str(place / "text.txt")}
-    plain = outcome(place, tmp_path, "plain", block)
+        block["calibration"] = {"path": str(models_root / "text.txt")}
+    plain = outcome(models_root, tmp_path, "plain", block)
     assert isinstance(plain, dict)
     ignored = []
     for key, value in CHANGES.items():
-        value = str(place / value) if key == "calibration.path" else value
+        value = str(models_root / value) if key == "calibration.path" else value
         outer, _, inner = key.partition(".")
         changed = dict(block)
         changed[outer] = {**block.get(outer, {}), inner: value} if inner else value
-        if same(plain, outcome(place, tmp_path, key, changed)):
+        if same(plain, outcome(models_root, tmp_path, key, changed)):
             ignored.append(key)
     assert set(ignored) <= _MAY_BE_EQUAL, ignored
 
 
-def test_scale_is_that_of_the_library(place, tmp_path):
+def test_scale_is_that_of_the_library(models_root, tmp_path):
     for method in ("weight", "identity"):
         block = {"method": method, "compat": {"scale": True}}
-        scaled = outcome(place, tmp_path, f"scaled-{method}", block)
-        plain = outcome(place, tmp_path, f"plain-{method}", {"method": method})
-        states = [read_weights(place / name) for name in "ab"]
-        config = json.loads((place / "a/config.json").read_text())
+        scaled = outcome(models_root, tmp_path, f"scaled-{method}", block)
+        plain = outcome(models_root, tmp_path, f"plain-{method}", {"method": method})
+        states = [read_weights(models_root / name) for name in "ab"]
+        config = json.loads((models_root / "a/config.json").read_text())
         symmetry = symmetry_of(config, {n: t.shape for n, t in states[0].items()})
         options = Options(method="identity", compat=Compat(scale=True))
         if method == "identity":
-            wanted = merge_states(*states, symmetry, unaligned(symmetry, options))
-            for name, tensor in wanted.items():
+            expected = merge_states(*states, symmetry, unaligned(symmetry, options))
+            for name, tensor in expected.items():
                 torch.testing.assert_close(scaled[name], tensor, rtol=1e-6, atol=1e-7)
         # Features are made at 2 / (2 + 1e-5) of their size, in both models.
         name = "bert.encoder.layer.0.intermediate.dense.weight"
@@ -128,7 +128,7 @@ def test_scale_is_that_of_the_library(place, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("more", "told"),
+    ("more", "message"),
     [
         ({"calibration": {"path": "x"}}, "calibration goes with fisher, regmean"),
         ({"evaluation": {"data": "x"}}, "evaluation goes with greedy_soup"),
@@ -138,15 +138,15 @@ def test_scale_is_that_of_the_library(place, tmp_path):
         ({"parameters": {"normalize": False}}, None),
     ],
 )
-def test_other_keys(place, tmp_path, more, told):
-    found = outcome(place, tmp_path, "found", None, **more)
-    if told is None:
-        assert not same(found, outcome(place, tmp_path, "plain", None))
+def test_other_keys(models_root, tmp_path, more, message):
+    result = outcome(models_root, tmp_path, "found", None, **more)
+    if message is None:
+        assert not same(result, outcome(models_root, tmp_path, "plain", None))
     else:
-        assert told in found
+        assert message in result
 
 
-def test_parameters_of_other_methods_are_reported(place, tmp_path, caplog):
-    outcome(place, tmp_path, "found", None, parameters={"density": 0.5, "int8_mask": True})
+def test_parameters_of_other_methods_are_reported(models_root, tmp_path, caplog):
+    outcome(models_root, tmp_path, "found", None, parameters={"density": 0.5, "int8_mask": True})
     assert "density: has no effect with linear" in caplog.text
     assert "int8_mask" not in caplog.text

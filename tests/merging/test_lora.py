@@ -1,4 +1,4 @@
-"""LoRA adapters: merged while models are read, and made from the difference of two models."""
+"""LoRA adapters merged while models are read, and extracted from the difference of two models."""
 
 import json
 from pathlib import Path
@@ -39,12 +39,12 @@ def disturb(model: torch.nn.Module, seed: int, parts: tuple[str, ...] = ("",)) -
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    place = tmp_path_factory.mktemp("lora")
+    models_root = tmp_path_factory.mktemp("lora")
     for name, (kind, config) in KINDS.items():
         model = kind(config)
         disturb(model, 1)
-        model.save_pretrained(place / name)
-    return place
+        model.save_pretrained(models_root / name)
+    return models_root
 
 
 ADAPTERS = {
@@ -75,12 +75,12 @@ def test_a_model_with_an_adapter_is_what_peft_merges(root, tmp_path, name, case)
     parts = ("lora", "modules_to_save", *(["bias"] if "bias" in fields else []))
     disturb(model, 2, parts)
     model.save_pretrained(tmp_path / "adapter")
-    wanted = model.merge_and_unload().state_dict()
+    expected = model.merge_and_unload().state_dict()
     average_folders([(f"{root / name}+{tmp_path / 'adapter'}", None)], [1.0], tmp_path / "out")
-    found = kind.from_pretrained(tmp_path / "out").state_dict()
-    assert found.keys() == wanted.keys()
-    for key, tensor in wanted.items():
-        torch.testing.assert_close(found[key], tensor, rtol=1e-6, atol=1e-7, msg=key)
+    result = kind.from_pretrained(tmp_path / "out").state_dict()
+    assert result.keys() == expected.keys()
+    for key, tensor in expected.items():
+        torch.testing.assert_close(result[key], tensor, rtol=1e-6, atol=1e-7, msg=key)
 
 
 def plain_adapter(folder: Path, rank: int = 2, dtype=torch.float32, **fields) -> dict:
@@ -118,19 +118,19 @@ def test_recipes_take_adapters_with_any_method(root, tmp_path):
         "models: [{model: base+adapter, parameters: {weight: 0.5}}]\n"
     )
     merge(read_recipe(recipe), tmp_path / "out", shard_bytes=4000)
-    found = read_weights(tmp_path / "out")
+    result = read_weights(tmp_path / "out")
     for name, tensor in base.items():
         start = tensor.bfloat16().float()
         if name == "model.layers.1.mlp.up_proj.weight":
             adapted = (start + 1.5 * up @ down).bfloat16().float()
             start = start + 0.5 * (adapted - start)
-        assert torch.equal(found[name], start.bfloat16()), name
+        assert torch.equal(result[name], start.bfloat16()), name
     parents = json.loads((tmp_path / "out/merge.json").read_text())["parents"]
     assert parents[0]["adapter"] == str(tmp_path / "adapter") and "+" in parents[0]["digest"]
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "message"),
     [
         ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
@@ -140,11 +140,11 @@ def test_recipes_take_adapters_with_any_method(root, tmp_path):
         ({"lora_alpha": None}, "lora_alpha is None"),
     ],
 )
-def test_adapters_that_would_be_merged_wrongly(root, tmp_path, fields, told):
+def test_adapters_that_would_be_merged_wrongly(root, tmp_path, fields, message):
     plain_adapter(tmp_path / "adapter", **fields)
     with pytest.raises(UserError) as error:
         average_folders([(f"{root / 'llama'}+{tmp_path / 'adapter'}", None)], [1], tmp_path / "out")
-    assert told in str(error.value) and len(str(error.value).splitlines()) <= 3
+    assert message in str(error.value) and len(str(error.value).splitlines()) <= 3
 
 
 def test_adapters_of_other_models(root, tmp_path):
@@ -175,8 +175,8 @@ def test_an_adapter_of_full_rank_is_the_whole_difference(root, tmp_path, name, c
         kind.from_pretrained(root / name), tmp_path / "adapter"
     )
     with torch.no_grad():
-        wanted = tuned.eval()(IDS).logits
-        torch.testing.assert_close(adapted.eval()(IDS).logits, wanted, rtol=1e-4, atol=1e-5)
+        expected = tuned.eval()(IDS).logits
+        torch.testing.assert_close(adapted.eval()(IDS).logits, expected, rtol=1e-4, atol=1e-5)
     average_folders([(f"{root / name}+{tmp_path / 'adapter'}", None)], [1.0], tmp_path / "back")
     again = kind.from_pretrained(tmp_path / "back")
     assert again.config.tie_word_embeddings is tuned.config.tie_word_embeddings

@@ -38,7 +38,7 @@ def states_of(count: int, dtype=torch.float32, seed: int = 0) -> list[dict[str, 
         {n: t + torch.randn(t.shape, generator=generator) / 4 for n, t in base.items()}
         for _ in range(count - 1)
     ]
-    return [{name: tensor.to(dtype) for name, tensor in one.items()} for one in (base, *near)]
+    return [{name: tensor.to(dtype) for name, tensor in entry.items()} for entry in (base, *near)]
 
 
 def write(root: Path, states: list[dict]) -> list[Path]:
@@ -60,26 +60,26 @@ def recipe_of(
 def merged(
     tmp_path, method: str, states: list[dict], each: list[dict], overall=None, base=0, seed=0
 ) -> dict[str, torch.Tensor]:
-    """What the method gives, without writing it."""
+    """Merged tensors of a method, without writing files."""
     root = tmp_path / f"{method}{len(list(tmp_path.iterdir()))}"
     recipe = recipe_of(method, write(root, states), each, overall, base)
     with ExitStack() as stack:
-        folders = [stack.enter_context(ModelFolder(one.path)) for one in recipe.inputs]
+        folders = [stack.enter_context(ModelFolder(entry.path)) for entry in recipe.inputs]
         plan = make_plan(recipe, folders, 10**9)
-        found = {}
+        actual = {}
         for name, spec in plan.specs.items():
             pieces = METHODS[method].function(plan.merge_tensor(name, seed))
             flat = torch.cat([torch.empty(0), *(p.reshape(-1).clone() for p in pieces)])
-            found[name] = flat.view(spec.shape)
-        return found
+            actual[name] = flat.view(spec.shape)
+        return actual
 
 
-def compare(found: dict, states: list[dict], naive, atol=1e-5) -> None:
+def compare(actual: dict, states: list[dict], naive, atol=1e-5) -> None:
     """`naive` gets one tensor of every model in float64."""
-    assert found.keys() == states[0].keys()
-    for name, tensor in found.items():
-        wanted = naive(*(state[name].double() for state in states))
-        torch.testing.assert_close(tensor.double(), wanted, rtol=1e-5, atol=atol, msg=name)
+    assert actual.keys() == states[0].keys()
+    for name, tensor in actual.items():
+        expected = naive(*(state[name].double() for state in states))
+        torch.testing.assert_close(tensor.double(), expected, rtol=1e-5, atol=atol, msg=name)
 
 
 def arc(t: float, x: torch.Tensor, y: torch.Tensor, straight: float) -> torch.Tensor:
@@ -93,7 +93,7 @@ def arc(t: float, x: torch.Tensor, y: torch.Tensor, straight: float) -> torch.Te
 
 
 def kept_by_rank(tau: torch.Tensor, low: int, high: int) -> torch.Tensor:
-    """Mask of the ranks by magnitude from low to before high; of equals the first rank highest."""
+    """Mask of the ranks [low, high) by magnitude; of equal magnitudes the first ranks highest."""
     flat = tau.flatten()
     order = sorted(range(len(flat)), key=lambda i: (abs(float(flat[i])), -i))
     mask = torch.zeros(len(flat))
@@ -120,10 +120,10 @@ def test_slerp(tmp_path):
     states[1]["v"] = -states[0]["v"]
     states[1]["m"] = torch.randn(13, 11, generator=torch.Generator().manual_seed(9))
     for t in (0.0, 0.3, 1.0):
-        found = merged(tmp_path, "slerp", states, [{}, {}], {"t": t})
-        compare(found, states, lambda x, y, t=t: arc(t, x, y, 0.9995))
-    found = merged(tmp_path, "slerp", states, [{}, {}], {"t": 0.3}, base=1)
-    compare(found, states, lambda x, y: arc(0.3, y, x, 0.9995))
+        actual = merged(tmp_path, "slerp", states, [{}, {}], {"t": t})
+        compare(actual, states, lambda x, y, t=t: arc(t, x, y, 0.9995))
+    actual = merged(tmp_path, "slerp", states, [{}, {}], {"t": 0.3}, base=1)
+    compare(actual, states, lambda x, y: arc(0.3, y, x, 0.9995))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -147,10 +147,10 @@ def test_nuslerp_of_tensors_rows_and_columns(tmp_path, dtype, settings, axis):
         done = torch.stack([arc(0.25, a, b, 1 - 1e-16) for a, b in zip(*rows, strict=True)])
         return done.view(x.movedim(axis, -1).shape).movedim(-1, axis)
 
-    found = merged(tmp_path, "nuslerp", states[1:], weights[1:], settings, base=None)
-    compare(found, states[1:], naive)
-    found = merged(tmp_path, "nuslerp", states, weights, settings)
-    compare(found, states, lambda b, x, y: b + naive(x - b, y - b))
+    actual = merged(tmp_path, "nuslerp", states[1:], weights[1:], settings, base=None)
+    compare(actual, states[1:], naive)
+    actual = merged(tmp_path, "nuslerp", states, weights, settings)
+    compare(actual, states, lambda b, x, y: b + naive(x - b, y - b))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -158,12 +158,12 @@ def test_nuslerp_of_tensors_rows_and_columns(tmp_path, dtype, settings, axis):
 def test_task_arithmetic(tmp_path, dtype, normalize):
     states = states_of(4, dtype)
     each = [{}, {"weight": 0.7}, {"weight": -0.2}, {"weight": 0.9}]
-    found = merged(
+    actual = merged(
         tmp_path, "task_arithmetic", states, each, {"lambda": 0.9, "normalize": normalize}
     )
     divisor = 1.4 if normalize else 1
     compare(
-        found,
+        actual,
         states,
         lambda b, x, y, z: b + 0.9 * (0.7 * (x - b) - 0.2 * (y - b) + 0.9 * (z - b)) / divisor,
     )
@@ -190,8 +190,8 @@ def test_ties(tmp_path, dtype, rescale):
 
     for normalize in (True, False):
         settings = {"lambda": 0.8, "normalize": normalize, "rescale": rescale, "int8_mask": True}
-        found = merged(tmp_path, "ties", states, each, settings)
-        compare(found, states, lambda *all_, n=normalize: naive(*all_, normalize=n), atol=2e-5)
+        actual = merged(tmp_path, "ties", states, each, settings)
+        compare(actual, states, lambda *all_, n=normalize: naive(*all_, normalize=n), atol=2e-5)
 
 
 @pytest.mark.parametrize("elect", [False, True])
@@ -221,11 +221,13 @@ def test_drops_are_of_the_right_number_and_norm_and_repeat(tmp_path):
     base, tau = states[0]["wide"], states[1]["wide"] - states[0]["wide"]
     each = [{}, {"weight": 1.0, "density": 0.4}]
     for method in ("dare_linear", "dare_ties", "della_linear", "della"):
-        one, same = (merged(tmp_path, method, states, each, {"normalize": False}) for _ in range(2))
+        entry, same = (
+            merged(tmp_path, method, states, each, {"normalize": False}) for _ in range(2)
+        )
         other = merged(tmp_path, method, states, each, {"normalize": False}, seed=1)
-        assert all(torch.equal(one[name], same[name]) for name in one)
-        assert not torch.equal(one["wide"], other["wide"])
-        delta = one["wide"] - base
+        assert all(torch.equal(entry[name], same[name]) for name in entry)
+        assert not torch.equal(entry["wide"], other["wide"])
+        delta = entry["wide"] - base
         kept = delta.abs() > 1e-6
         assert 0.28 < kept.double().mean() < 0.52
         torch.testing.assert_close(delta.abs().sum(), tau.abs().sum(), rtol=1e-3, atol=0)
@@ -242,15 +244,15 @@ def test_drops_are_of_the_right_number_and_norm_and_repeat(tmp_path):
         compare(full, states, lambda b, x: x)
 
 
-def kept_of(found: dict, base: torch.Tensor) -> torch.Tensor:
-    return (found["wide"] - base).abs() > 1e-6
+def kept_of(actual: dict, base: torch.Tensor) -> torch.Tensor:
+    return (actual["wide"] - base).abs() > 1e-6
 
 
 @pytest.mark.parametrize("method", ["dare_ties", "dare_linear"])
 def test_dare_is_the_method_it_is_named_after_on_what_was_not_dropped(tmp_path, method):
     states, weights = states_of(3), [0.8, 0.5]
     each = [{}] + [{"weight": w, "density": 0.5} for w in weights]
-    found = merged(tmp_path, method, states, each, {"rescale": False})
+    actual = merged(tmp_path, method, states, each, {"rescale": False})
     alone = [
         merged(tmp_path, "dare_linear", [states[0], s], [{}, e], {"rescale": False})
         for s, e in ((states[1], each[1]),)
@@ -258,14 +260,14 @@ def test_dare_is_the_method_it_is_named_after_on_what_was_not_dropped(tmp_path, 
     # The first model draws the same numbers without the second.
     mask = (alone[0]["m"] - states[0]["m"]).abs() > 1e-6
     first = (states[1]["m"] - states[0]["m"]) * mask
-    rest = found["m"] - states[0]["m"] - 0.8 * first
+    rest = actual["m"] - states[0]["m"] - 0.8 * first
     if method == "dare_linear":
         second = (states[2]["m"] - states[0]["m"]) * 0.5
         assert (((rest - second).abs() < 1e-5) | (rest.abs() < 1e-5)).all()
         assert 0.3 < ((rest - second).abs() < 1e-5).double().mean() < 0.7
     else:
         both = torch.stack([first * 0.8, (states[2]["m"] - states[0]["m"]) * 0.5])
-        delta = found["m"] - states[0]["m"]
+        delta = actual["m"] - states[0]["m"]
         allowed = [torch.zeros_like(delta), *both, both.sum(0)]
         assert torch.stack([(delta - a).abs() < 1e-5 for a in allowed]).any(0).all()
 
@@ -274,12 +276,12 @@ def test_della_keeps_large_entries_rather_than_small_ones(tmp_path):
     states = [{"w": torch.zeros(400, 64)}, {"w": torch.arange(1.0, 65).expand(400, 64).clone()}]
     each = [{}, {"weight": 1.0, "density": 0.5, "epsilon": 0.4}]
     for settings, mean in (({"rescale": False}, None), ({"rescale_by_density": True}, 1.0)):
-        found = merged(tmp_path, "della_linear", states, each, settings)["w"]
-        chances = (found != 0).double().mean(0)
-        wanted = torch.linspace(0.1, 0.9, 64).double()
-        assert (chances - wanted).abs().max() < 0.11 and (chances - wanted).mean().abs() < 0.01
+        actual = merged(tmp_path, "della_linear", states, each, settings)["w"]
+        chances = (actual != 0).double().mean(0)
+        expected = torch.linspace(0.1, 0.9, 64).double()
+        assert (chances - expected).abs().max() < 0.11 and (chances - expected).mean().abs() < 0.01
         if mean:
-            assert (found / states[1]["w"]).mean().item() == pytest.approx(mean, abs=0.03)
+            assert (actual / states[1]["w"]).mean().item() == pytest.approx(mean, abs=0.03)
     each[1]["epsilon"] = 0.6
     with pytest.raises(UserError, match=r"w: density 0\.5 with epsilon 0\.6"):
         merged(tmp_path, "della", states, each)
@@ -288,7 +290,7 @@ def test_della_keeps_large_entries_rather_than_small_ones(tmp_path):
 @pytest.mark.parametrize("rows", [False, True])
 def test_model_stock(tmp_path, rows):
     states = states_of(4)
-    found = merged(tmp_path, "model_stock", states, [{}] * 4, {"filter_wise": rows})
+    actual = merged(tmp_path, "model_stock", states, [{}] * 4, {"filter_wise": rows})
 
     def whole(base, *models):
         taus = [(model - base).flatten() for model in models]
@@ -309,7 +311,7 @@ def test_model_stock(tmp_path, rows):
         return torch.stack([whole(*row) for row in zip(*flat, strict=True)]).view(base.shape)
 
     # Where task vectors are nearly opposed the quotient is ill-conditioned.
-    compare(found, states, naive, atol=2e-4)
+    compare(actual, states, naive, atol=2e-4)
 
 
 def test_passthrough(tmp_path):
@@ -354,13 +356,13 @@ def test_threads_and_order_change_nothing(tmp_path):
     recipe = recipe_of("dare_ties", folders, each)
     for name, threads in (("one", 1), ("three", 3)):
         merge(recipe, tmp_path / name, threads=threads, seed=4)
-    one, three = (tmp_path / name / "model.safetensors" for name in ("one", "three"))
-    assert one.read_bytes() == three.read_bytes()
+    entry, three = (tmp_path / name / "model.safetensors" for name in ("one", "three"))
+    assert entry.read_bytes() == three.read_bytes()
     assert json.loads((tmp_path / "one" / "merge.json").read_text())["random_seed"] == 4
 
 
 @pytest.mark.parametrize(
-    ("method", "count", "base", "told"),
+    ("method", "count", "base", "message"),
     [
         ("ties", 2, None, "recipe: ties compares models with base_model"),
         ("slerp", 3, 0, "slerp merges 1 models besides the base, not 2"),
@@ -371,8 +373,8 @@ def test_threads_and_order_change_nothing(tmp_path):
         ("task_arithmetic", 2, 0, "weight is missing for"),
     ],
 )
-def test_what_a_method_cannot_merge(tmp_path, method, count, base, told):
-    with pytest.raises(UserError, match=told):
+def test_what_a_method_cannot_merge(tmp_path, method, count, base, message):
+    with pytest.raises(UserError, match=message):
         merged(tmp_path, method, states_of(count), [{}] * count, base=base)
 
 
@@ -405,8 +407,8 @@ def test_the_method_of_the_documentation(tmp_path):
         recipe = tmp_path / "recipe.yaml"
         recipe.write_text(f"merge_method: median\nmodels:\n{lines}\nparameters: {{scale: 2}}\n")
         merge(read_recipe(recipe), tmp_path / "out")
-        wanted = torch.stack([state["w"] for state in states]).median(0).values * 2
-        assert torch.equal(load_file(tmp_path / "out/model.safetensors")["w"], wanted)
+        expected = torch.stack([state["w"] for state in states]).median(0).values * 2
+        assert torch.equal(load_file(tmp_path / "out/model.safetensors")["w"], expected)
     finally:
         METHODS.clear()
         METHODS.update(before)

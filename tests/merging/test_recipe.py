@@ -26,9 +26,9 @@ def write(folder: Path, text: str) -> Path:
 def values_of(recipe: Recipe, name: str, depth: float) -> tuple[dict, list[dict]]:
     """Values of one tensor: of the whole merge, and of each model."""
     common = [(f"{recipe.origin}, parameters", recipe.parameters)]
-    places = [(f"{recipe.origin}, {one}", one.parameters) for one in recipe.inputs]
+    places = [(f"{recipe.origin}, {entry}", entry.parameters) for entry in recipe.inputs]
     check_parameters([*places, *common], all_parameters(), recipe.method)
-    each = [Lookup(name, [place, *common]) for place in places]
+    each = [Lookup(name, [root, *common]) for root in places]
     return values_for(METHODS[recipe.method], depth, Lookup(name, common), each)
 
 
@@ -78,13 +78,13 @@ def test_base_and_tokenizer_are_found_among_the_models(tmp_path):
     (tmp_path / "b").mkdir()
     text = HEAD + "- {model: b, member: law, parameters: {weight: 2}}\nbase_model: b\n"
     recipe = read_recipe(write(tmp_path, text + "tokenizer_source: a\nout_dtype: bfloat16"))
-    assert [one.path for one in recipe.inputs] == [Path("a"), tmp_path / "b"]
+    assert [entry.path for entry in recipe.inputs] == [Path("a"), tmp_path / "b"]
     assert (recipe.base, recipe.tokenizer, recipe.inputs[1].member) == (1, 0, "law")
     assert read_recipe(write(tmp_path, text + "tokenizer_source: base")).tokenizer == 1
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("a: [", "merge.yml, line 1"),
         ("- a", "not a list of `key: value` lines"),
@@ -122,14 +122,14 @@ def test_base_and_tokenizer_are_found_among_the_models(tmp_path):
         ("", "not a list of `key: value` lines"),
     ],
 )
-def test_recipes_that_cannot_be_read(tmp_path, text, told):
+def test_recipes_that_cannot_be_read(tmp_path, text, message):
     with pytest.raises(UserError) as error:
         read_recipe(write(tmp_path, text))
-    assert told in str(error.value) and "merge.yml" in str(error.value)
+    assert message in str(error.value) and "merge.yml" in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("parameters", "told"),
+    ("parameters", "message"),
     [
         ("{weight: x}", "weight: 'x' is not a finite number"),
         ("{weight: .nan}", "weight: nan is not a finite number"),
@@ -147,12 +147,12 @@ def test_recipes_that_cannot_be_read(tmp_path, text, told):
         ("{weight: 1, densty: 1}", "linear has no parameter 'densty'"),
     ],
 )
-def test_parameters_that_are_wrong(tmp_path, parameters, told):
+def test_parameters_that_are_wrong(tmp_path, parameters, message):
     text = f"merge_method: linear\nmodels: [{{model: a}}]\nparameters: {parameters}\n"
     recipe = read_recipe(write(tmp_path, text))
     with pytest.raises(UserError) as error:
         values_of(recipe, "attn.w", 0)
-    assert told in str(error.value) and "merge.yml" in str(error.value)
+    assert message in str(error.value) and "merge.yml" in str(error.value)
 
 
 def test_as_many_weights_as_models():
@@ -179,7 +179,7 @@ def make_model(folder: Path, layers: int, seed: int, vocabulary: int = 6, **file
 
 
 def run(folder: Path, text: str) -> tuple[dict, dict]:
-    """Weights and configuration of what a recipe makes."""
+    """Weights and configuration of the merged model of a recipe."""
     output = folder / f"out{len(list(folder.iterdir()))}"
     merge(read_recipe(write(folder, text)), output)
     return read_weights(output), json.loads((output / "config.json").read_text())
@@ -187,7 +187,7 @@ def run(folder: Path, text: str) -> tuple[dict, dict]:
 
 def test_slices_stack_layers(tmp_path):
     a, b = make_model(tmp_path / "a", 3, 1), make_model(tmp_path / "b", 4, 2)
-    found, config = run(
+    result, config = run(
         tmp_path,
         """
 merge_method: passthrough
@@ -201,18 +201,18 @@ slices:
     origins = [(a, 0), (a, 1), (b, 1), (b, 2), (b, 3)]
     for layer, (state, number) in enumerate(origins):
         factor = 0.5 if state is b else 1
-        assert torch.equal(found[f"h.{layer}.mlp"], factor * state[f"h.{number}.mlp"])
-        assert torch.equal(found[f"h.{layer}.attn"], state[f"h.{number}.attn"])
-        assert torch.equal(found[f"h.{layer}.mask"], state[f"h.{number}.mask"])
-    assert torch.equal(found["wte.weight"], a["wte.weight"])
-    assert torch.equal(found["ln_f.weight"], b["ln_f.weight"])
-    assert torch.equal(found["head.weight"], b["head.weight"])
-    assert len(found) == 5 * 3 + 3
+        assert torch.equal(result[f"h.{layer}.mlp"], factor * state[f"h.{number}.mlp"])
+        assert torch.equal(result[f"h.{layer}.attn"], state[f"h.{number}.attn"])
+        assert torch.equal(result[f"h.{layer}.mask"], state[f"h.{number}.mask"])
+    assert torch.equal(result["wte.weight"], a["wte.weight"])
+    assert torch.equal(result["ln_f.weight"], b["ln_f.weight"])
+    assert torch.equal(result["head.weight"], b["head.weight"])
+    assert len(result) == 5 * 3 + 3
 
 
 def test_parameters_are_looked_for_in_source_slice_module_and_recipe(tmp_path):
     a, b = make_model(tmp_path / "a", 3, 1), make_model(tmp_path / "b", 3, 2)
-    found, _ = run(
+    result, _ = run(
         tmp_path,
         """
 merge_method: linear
@@ -228,15 +228,15 @@ modules:
 parameters: {weight: 9, normalize: true}
 """,
     )
-    wanted = {"h.0.mlp": (1, 0, 3, 1), "h.1.mlp": (1, 1, 3, 2)}
-    wanted |= {"h.0.attn": (1, 0, 5, 1), "h.1.attn": (1, 1, 7, 2)}
-    for name, (one, first, other, second) in wanted.items():
+    expected = {"h.0.mlp": (1, 0, 3, 1), "h.1.mlp": (1, 1, 3, 2)}
+    expected |= {"h.0.attn": (1, 0, 5, 1), "h.1.attn": (1, 1, 7, 2)}
+    for name, (entry, first, other, second) in expected.items():
         part = name.split(".")[2]
-        mixed = one * a[f"h.{first}.{part}"] + other * b[f"h.{second}.{part}"]
-        torch.testing.assert_close(found[name], mixed)
-    torch.testing.assert_close(found["wte.weight"], a["wte.weight"] + 9 * b["wte.weight"])
-    torch.testing.assert_close(found["h.2.mlp"], 4 * a["h.2.mlp"])
-    torch.testing.assert_close(found["ln_f.weight"], 2 * a["ln_f.weight"])
+        mixed = entry * a[f"h.{first}.{part}"] + other * b[f"h.{second}.{part}"]
+        torch.testing.assert_close(result[name], mixed)
+    torch.testing.assert_close(result["wte.weight"], a["wte.weight"] + 9 * b["wte.weight"])
+    torch.testing.assert_close(result["h.2.mlp"], 4 * a["h.2.mlp"])
+    torch.testing.assert_close(result["ln_f.weight"], 2 * a["ln_f.weight"])
 
 
 MODULES = """
@@ -271,29 +271,29 @@ def make_pair(folder: Path, layers: tuple[int, int], seed: int) -> dict:
 
 def test_modules_are_merged_each_for_itself(tmp_path):
     a, b, c = (make_pair(tmp_path / n, (3, 2), s) for s, n in enumerate("abc"))
-    found, _ = run(tmp_path, MODULES)
-    for name, tensor in found.items():
+    result, _ = run(tmp_path, MODULES)
+    for name, tensor in result.items():
         if "model.encoder" in name:  # a list is spread over the layers of the module
             weight = {"0": 1, "1": 2, "2": 3}.get(name.split(".")[-2], 1)
-            wanted = (weight * a[name] + 2 * b[name]) / (weight + 2)
+            expected = (weight * a[name] + 2 * b[name]) / (weight + 2)
         elif "model.decoder" in name:
-            wanted = (c[name] + 5 * a[name]) / 6
+            expected = (c[name] + 5 * a[name]) / 6
         else:
-            wanted = b[name]
-        torch.testing.assert_close(tensor, wanted, msg=name)
-    assert found.keys() == a.keys()
+            expected = b[name]
+        torch.testing.assert_close(tensor, expected, msg=name)
+    assert result.keys() == a.keys()
     # A base that no module names takes part in all of them.
     text = MODULES.replace("linear", "task_arithmetic") + "base_model: d\n"
     d = make_pair(tmp_path / "d", (3, 2), 9)
-    found, _ = run(tmp_path, text)
+    result, _ = run(tmp_path, text)
     for name in ("model.decoder.block.1.encoder", "model.decoder.norm"):
-        wanted = d[name] + (c[name] - d[name]) + 5 * (a[name] - d[name])
-        torch.testing.assert_close(found[name], wanted)
-    torch.testing.assert_close(found["wte.weight"], d["wte.weight"] * -4 + b["wte.weight"] * 5)
+        expected = d[name] + (c[name] - d[name]) + 5 * (a[name] - d[name])
+        torch.testing.assert_close(result[name], expected)
+    torch.testing.assert_close(result["wte.weight"], d["wte.weight"] * -4 + b["wte.weight"] * 5)
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "told"),
+    ("old", "new", "message"),
     [
         ("default", "wte", "modules: head.weight is in none of encoder, decoder, wte; a module"),
         ("decoder", "vision", "modules: vision has no tensor"),
@@ -301,26 +301,26 @@ def test_modules_are_merged_each_for_itself(tmp_path):
         ("linear", "slerp", "modules, encoder: slerp compares models with base_model"),
     ],
 )
-def test_modules_that_are_not_there(tmp_path, old, new, told):
+def test_modules_that_are_not_there(tmp_path, old, new, message):
     for seed, name in enumerate("abc"):
         make_pair(tmp_path / name, (1, 1), seed)
     with pytest.raises(UserError) as error:
         run(tmp_path, MODULES.replace(old, new))
-    assert told in str(error.value).replace(f"{tmp_path}/", "")
+    assert message in str(error.value).replace(f"{tmp_path}/", "")
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("[{model: a, layer_range: [2, 5]}]", "layer_range [2, 5]: "),
         ("[{model: a, layer_range: [0, 1]}, {model: b, layer_range: [3, 4]}]", "not 2"),
     ],
 )
-def test_layers_that_are_not_there(tmp_path, text, told):
+def test_layers_that_are_not_there(tmp_path, text, message):
     make_model(tmp_path / "a", 3, 1), make_model(tmp_path / "b", 3, 2)
     with pytest.raises(UserError) as error:
         run(tmp_path, f"merge_method: passthrough\nslices: [{{sources: {text}}}]")
-    assert told in str(error.value) and "merge.yml" in str(error.value)
+    assert message in str(error.value) and "merge.yml" in str(error.value)
     linear = "merge_method: linear\nparameters: {weight: 1}\n"
     sources = "[{model: a, layer_range: [0, 1]}, {model: b, layer_range: [3, 4]}]"
     with pytest.raises(UserError, match=r"b has no h\.3\.\w+; it has 3 layers"):
@@ -330,9 +330,9 @@ def test_layers_that_are_not_there(tmp_path, text, told):
 def test_a_base_that_is_no_model_becomes_one(tmp_path):
     a, b = make_model(tmp_path / "a", 2, 1), make_model(tmp_path / "b", 2, 2)
     models = "models: [{model: a, parameters: {weight: 0.5}}]\nbase_model: b\n"
-    found, _ = run(tmp_path, "merge_method: task_arithmetic\n" + models)
-    torch.testing.assert_close(found["h.1.mlp"], (a["h.1.mlp"] + b["h.1.mlp"]) / 2)
-    assert torch.equal(found["h.0.mask"], b["h.0.mask"])
+    result, _ = run(tmp_path, "merge_method: task_arithmetic\n" + models)
+    torch.testing.assert_close(result["h.1.mlp"], (a["h.1.mlp"] + b["h.1.mlp"]) / 2)
+    assert torch.equal(result["h.0.mask"], b["h.0.mask"])
     with pytest.raises(UserError, match="b: weight is missing for"):
         run(tmp_path, "merge_method: linear\n" + models)
 
@@ -341,12 +341,12 @@ def test_vocabularies_of_unequal_size(tmp_path):
     a, b = make_model(tmp_path / "a", 1, 1), make_model(tmp_path / "b", 1, 2, vocabulary=8)
     two = "models: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {weight: 1}}]\n"
     for extra in ("", "base_model: b\n"):
-        found, config = run(tmp_path, "merge_method: linear\n" + two + extra)
+        result, config = run(tmp_path, "merge_method: linear\n" + two + extra)
         for name in ("wte.weight", "head.weight"):
-            torch.testing.assert_close(found[name], (a[name] + b[name][:6]) / 2)
+            torch.testing.assert_close(result[name], (a[name] + b[name][:6]) / 2)
         assert config["vocab_size"] == 6
-    found, config = run(tmp_path, "merge_method: task_arithmetic\nbase_model: a\n" + two)
-    torch.testing.assert_close(found["wte.weight"], b["wte.weight"][:6])
+    result, config = run(tmp_path, "merge_method: task_arithmetic\nbase_model: a\n" + two)
+    torch.testing.assert_close(result["wte.weight"], b["wte.weight"][:6])
     assert config["vocab_size"] == 6
     with pytest.raises(UserError, match=r"has 6 rows in .*a, fewer than in the base, 8"):
         run(tmp_path, "merge_method: ties\nbase_model: b\n" + two)
@@ -358,12 +358,12 @@ def test_the_chat_template_of_most_models(tmp_path):
     make_model(tmp_path / "c", 1, 3, tokenizer_config__json='{"chat_template": "two"}')
     models = ", ".join(f"{{model: {name}, parameters: {{weight: 1}}}}" for name in "abc")
     text = f"merge_method: linear\nmodels: [{models}]\n"
-    for extra, told in (("", None), ("chat_template: auto", "two")):
+    for extra, message in (("", None), ("chat_template: auto", "two")):
         recipe = read_recipe(write(tmp_path, text + extra))
-        merge(recipe, tmp_path / f"chat{told}")
-        file = tmp_path / f"chat{told}" / "chat_template.jinja"
-        assert (file.read_text() if file.exists() else None) == told
-        assert (tmp_path / f"chat{told}" / "tokenizer_config.json").exists()
+        merge(recipe, tmp_path / f"chat{message}")
+        file = tmp_path / f"chat{message}" / "chat_template.jinja"
+        assert (file.read_text() if file.exists() else None) == message
+        assert (tmp_path / f"chat{message}" / "tokenizer_config.json").exists()
     merge(recipe, tmp_path / "bare", copy_tokenizer=False)
     assert not list((tmp_path / "bare").glob("*t*k*_config.json"))
     assert not (tmp_path / "bare" / "chat_template.jinja").exists()

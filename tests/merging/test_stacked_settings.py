@@ -1,4 +1,4 @@
-"""Settings that a configuration has for each layer move with the layers of a stack."""
+"""Per-layer settings of a configuration move with stacked layers."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ def logits(model) -> torch.Tensor:
 
 
 def without(model, layers: list[int], dropped: list[int]) -> torch.Tensor:
-    """Logits of the model with some of its layers passing on what they get."""
+    """Logits of the model with some layers replaced by the identity."""
     stack = next(
         module
         for module in model.modules()
@@ -54,10 +54,10 @@ def without(model, layers: list[int], dropped: list[int]) -> torch.Tensor:
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     handles = [stack[n].register_forward_hook(skip, with_kwargs=True) for n in dropped]
-    found = logits(model)
+    result = logits(model)
     for handle in handles:
         handle.remove()
-    return found
+    return result
 
 
 def stack(tmp_path: Path, *spans: tuple[str, int, int]) -> Path:
@@ -107,8 +107,8 @@ def test_a_layer_left_out_of_a_model(tmp_path, name):
     output = stack(tmp_path, *spans)
     again, info = AutoModelForCausalLM.from_pretrained(output, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    wanted = without(model, list(range(6)), [dropped])
-    torch.testing.assert_close(logits(again), wanted, rtol=1e-4, atol=1e-4)
+    expected = without(model, list(range(6)), [dropped])
+    torch.testing.assert_close(logits(again), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_gpt_neo(tmp_path):
@@ -168,9 +168,9 @@ def test_a_model_with_a_tower_and_a_text_config(tmp_path):
     handle = language.layers[1].register_forward_hook(
         lambda _, inputs, keywords, output: inputs[0], with_kwargs=True
     )
-    wanted = logits(model)
+    expected = logits(model)
     handle.remove()
-    torch.testing.assert_close(logits(again), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(again), expected, rtol=1e-4, atol=1e-4)
 
 
 TOY = {
@@ -197,22 +197,22 @@ def test_of_a_type_that_is_not_known_values_tell(tmp_path):
         return json.loads((output / "config.json").read_text())
 
     configure(first_k_dense_replace=2)
-    found = config_of(stack(tmp_path, ("a", 1, 4)))
-    assert found["kinds"] == ["q", "r", "s"] and found["attention_pattern"] == "*-M"
-    assert found["types"] == [[["l", "g", "l"], 1]] and found["mlp_only_layers"] == [0, 2]
-    assert found["first_k_dense_replace"] == 1 and found["eos_token_id"] == [1, 2, 3, 4]
+    result = config_of(stack(tmp_path, ("a", 1, 4)))
+    assert result["kinds"] == ["q", "r", "s"] and result["attention_pattern"] == "*-M"
+    assert result["types"] == [[["l", "g", "l"], 1]] and result["mlp_only_layers"] == [0, 2]
+    assert result["first_k_dense_replace"] == 1 and result["eos_token_id"] == [1, 2, 3, 4]
     with pytest.raises(UserError, match="first_k_dense_replace is 2"):
         stack(tmp_path, ("a", 2, 4), ("a", 0, 1))
     configure(attn_layer_period=2)
     with pytest.raises(UserError, match="attn_layer_period is 2"):
         stack(tmp_path, ("a", 1, 4))
     configure(text_config={"n_layer": 4, "kinds": ["p", "q", "r", "s"]}, n_layer=None)
-    found = config_of(stack(tmp_path, ("a", 0, 1), ("a", 3, 4)))["text_config"]
-    assert found == {"n_layer": 2, "kinds": ["p", "s"]}
+    result = config_of(stack(tmp_path, ("a", 0, 1), ("a", 3, 4)))["text_config"]
+    assert result == {"n_layer": 2, "kinds": ["p", "s"]}
 
 
 def test_a_text_config_may_leave_the_number_of_layers_to_its_class():
-    """As that of the first LLaVA models, which stores only what differs from the defaults."""
+    """As in the first LLaVA models, which store only values that differ from the defaults."""
     config = {"model_type": "llava", "text_config": {"model_type": "llama", "vocab_size": 9}}
     key, section = language_section(config)
     assert key == "text_config" and section["num_hidden_layers"] == 32

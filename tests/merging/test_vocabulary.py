@@ -1,4 +1,4 @@
-"""Vocabularies of several models made one; rows as mergekit 0.1.5 gives them."""
+"""Union of vocabularies; rows equal those of mergekit 0.1.5."""
 
 import json
 from pathlib import Path
@@ -43,7 +43,7 @@ UNION = [*WORDS["a"], "bc", "onlyB", "cOnly", "<added>"]
 
 
 def make(root: Path) -> None:
-    """Models whose rows tell which they are: 100 for a's first, 201 for b's second."""
+    """Models whose rows name their origin: 100 for the first of a, 201 for the second of b."""
     for number, (name, words) in enumerate(WORDS.items(), start=1):
         (root / name).mkdir()
         tokenizer = Tokenizer(WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
@@ -65,23 +65,23 @@ def make(root: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+def models_root(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("words")
     make(root)
     return root
 
 
 def run(
-    place: Path, tmp_path: Path, weights: list, extra: str, method: str = "linear"
+    models_root: Path, tmp_path: Path, weights: list, extra: str, method: str = "linear"
 ) -> tuple[dict, dict, Path]:
     """Embedding rows by word, configuration and folder of a merge with these weights."""
     lines = [
-        f"- {{model: {place / name}, parameters: {{weight: {weight}}}}}"
+        f"- {{model: {models_root / name}, parameters: {{weight: {weight}}}}}"
         for name, weight in zip(WORDS, weights, strict=True)
     ]
     recipe = tmp_path / "merge.yml"
     text = "\n".join(
-        [f"merge_method: {method}", "models:", *lines, extra.replace("@", f"{place}/")]
+        [f"merge_method: {method}", "models:", *lines, extra.replace("@", f"{models_root}/")]
     )
     recipe.write_text(text)
     output = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
@@ -111,12 +111,12 @@ NO_BASE_C = by_word(300, 301, 305, 153, 303, 105, 156.5, 107, 302, 206, 304, 208
 
 @pytest.mark.parametrize("pieces", [1 << 20, 16])
 @pytest.mark.parametrize("name", WORDS)
-def test_rows_of_a_union_are_those_of_mergekit(place, tmp_path, monkeypatch, name, pieces):
+def test_rows_of_a_union_are_those_of_mergekit(models_root, tmp_path, monkeypatch, name, pieces):
     monkeypatch.setattr(vocabulary_view, "PIECE", pieces)
     weights = [int(name == other) for other in WORDS]
     extra = "tokenizer_source: union\nbase_model: '@a'\n"
-    found, config, output = run(place, tmp_path, weights, extra)
-    assert found == BASE_A[name]
+    result, config, output = run(models_root, tmp_path, weights, extra)
+    assert result == BASE_A[name]
     assert config["bos_token_id"] == 1 and config["pad_token_id"] == 6
     # Words of the base keep their numbers; the tokenizer knows the new ones as well.
     words = Tokenizer.from_file(str(output / "tokenizer.json"))
@@ -125,21 +125,23 @@ def test_rows_of_a_union_are_those_of_mergekit(place, tmp_path, monkeypatch, nam
     assert not (output / "vocab.txt").exists()
 
 
-def test_weights_mix_rows_of_one_word(place, tmp_path):
-    found, _, output = run(place, tmp_path, [0, 0, 1], "tokenizer: {source: union}")
-    assert found == NO_BASE_C
-    found, _, _ = run(place, tmp_path, [1, 2, 1], "tokenizer_source: union\nbase_model: '@a'")
-    for word, value in found.items():
+def test_weights_mix_rows_of_one_word(models_root, tmp_path):
+    result, _, output = run(models_root, tmp_path, [0, 0, 1], "tokenizer: {source: union}")
+    assert result == NO_BASE_C
+    result, _, _ = run(
+        models_root, tmp_path, [1, 2, 1], "tokenizer_source: union\nbase_model: '@a'"
+    )
+    for word, value in result.items():
         mixed = (BASE_A["a"][word] + 2 * BASE_A["b"][word] + BASE_A["c"][word]) / 4
         assert value == pytest.approx(mixed), word
-    told = json.loads((output / "merge.json").read_text())["tokenizer"]
-    assert told == {"source": "union", "tokens": {}}
+    message = json.loads((output / "merge.json").read_text())["tokenizer"]
+    assert message == {"source": "union", "tokens": {}}
 
 
-def test_ties_on_a_union_elects_signs_word_by_word(place, tmp_path):
+def test_ties_on_a_union_elects_signs_word_by_word(models_root, tmp_path):
     extra = "tokenizer_source: union\nbase_model: '@a'\nparameters: {normalize: true}"
-    found, _, _ = run(place, tmp_path, [9, 1, 1], extra, "ties")
-    for word, value in found.items():
+    result, _, _ = run(models_root, tmp_path, [9, 1, 1], extra, "ties")
+    for word, value in result.items():
         base = BASE_A["a"][word]
         taus = [BASE_A[name][word] - base for name in "bc"]
         sign = 1 if sum(taus) >= 0 else -1
@@ -148,26 +150,26 @@ def test_ties_on_a_union_elects_signs_word_by_word(place, tmp_path):
 
 
 @pytest.mark.parametrize("key", ["tokenizer_source: '@c'", "tokenizer: {source: '@c'}"])
-def test_the_vocabulary_of_one_model(place, tmp_path, key):
-    found, config, output = run(place, tmp_path, [1, 0, 0], f"{key}\nbase_model: '@b'")
-    assert found == dict(zip(WORDS["c"], [100, 101, 205, 104, 304, 102], strict=True))
+def test_the_vocabulary_of_one_model(models_root, tmp_path, key):
+    result, config, output = run(models_root, tmp_path, [1, 0, 0], f"{key}\nbase_model: '@b'")
+    assert result == dict(zip(WORDS["c"], [100, 101, 205, 104, 304, 102], strict=True))
     # The configuration is b's, whose padding c has not, and whose number 2 is c's 3.
     assert config["bos_token_id"] == 1 and config["pad_token_id"] is None
     assert json.loads((output / "generation_config.json").read_text())["eos_token_id"] == [3, None]
-    original = (place / "c" / "tokenizer.json").read_bytes()
+    original = (models_root / "c" / "tokenizer.json").read_bytes()
     assert (output / "tokenizer.json").read_bytes() == original
     assert (output / "vocab.txt").exists()
 
 
-def test_equal_vocabularies_stay_as_they_are(place, tmp_path):
-    lines = f"[{{model: {place}/a, parameters: {{weight: 1}}}}]"
+def test_equal_vocabularies_stay_as_they_are(models_root, tmp_path):
+    lines = f"[{{model: {models_root}/a, parameters: {{weight: 1}}}}]"
     recipe = tmp_path / "merge.yml"
     recipe.write_text(f"merge_method: linear\nmodels: {lines}\ntokenizer_source: base\n")
     merge(read_recipe(recipe), tmp_path / "out")
     assert len(read_weights(tmp_path / "out")["lm_head.weight"]) == 10  # with the spare rows
 
 
-def test_rows_that_a_recipe_names(place, tmp_path):
+def test_rows_that_a_recipe_names(models_root, tmp_path):
     tokens = """
 tokenizer:
   source: union
@@ -182,14 +184,14 @@ tokenizer:
 base_model: '@a'
 """
     changed = {"c": 202, "<added>": 105, "onlyB": 0, "new": 0}
-    own = {
+    stored = {
         "a": {"cOnly": 103, "bc": 302},
         "b": {"cOnly": 103},
         "c": {"ab": 0},
     }
     for name in WORDS:
-        found, _, _ = run(place, tmp_path, [int(name == other) for other in WORDS], tokens)
-        assert found == BASE_A[name] | changed | own[name]
+        result, _, _ = run(models_root, tmp_path, [int(name == other) for other in WORDS], tokens)
+        assert result == BASE_A[name] | changed | stored[name]
 
 
 SIZES = dict(
@@ -210,7 +212,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_models_with_the_same_words_in_another_order(tmp_path, kind):
-    """One is the other with its words renumbered, so their union is either of them."""
+    """The second model is the first with its ids permuted, so the union equals either of them."""
     torch.manual_seed(1)
     model = KINDS[kind]()
     for parameter in model.parameters():
@@ -231,13 +233,13 @@ def test_models_with_the_same_words_in_another_order(tmp_path, kind):
         f"merge_method: linear\ntokenizer_source: union\nmodels:\n{text}"
     )
     merge(read_recipe(tmp_path / "merge.yml"), tmp_path / "out")
-    found, wanted = read_weights(tmp_path / "out"), read_weights(tmp_path / "a")
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.items())
+    result, expected = read_weights(tmp_path / "out"), read_weights(tmp_path / "a")
+    assert result.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in result.items())
 
 
 @pytest.mark.parametrize(
-    ("extra", "told"),
+    ("extra", "message"),
     [
         ("tokenizer: {source: union, pad_to_multiple_of: 8}", "key 'pad_to_multiple_of'"),
         ("tokenizer: {tokens: {}}", "has no `source: ...`"),
@@ -261,15 +263,15 @@ def test_models_with_the_same_words_in_another_order(tmp_path, kind):
         ("tokenizer_source: union\nalign: {method: weight}", "leave out align"),
     ],
 )
-def test_what_cannot_be_is_named(place, tmp_path, extra, told):
+def test_what_cannot_be_is_named(models_root, tmp_path, extra, message):
     with pytest.raises(UserError) as error:
-        run(place, tmp_path, [1, 1, 1], extra)
-    assert told in str(error.value)
+        run(models_root, tmp_path, [1, 1, 1], extra)
+    assert message in str(error.value)
     assert not list(tmp_path.glob("out*"))
 
 
 @pytest.mark.parametrize(
-    ("file", "old", "new", "told"),
+    ("file", "old", "new", "message"),
     [
         ("tokenizer.json", None, None, "b: has no tokenizer.json"),
         ("tokenizer.json", "{", "[", "is not the file of a tokenizer"),
@@ -281,7 +283,7 @@ def test_what_cannot_be_is_named(place, tmp_path, extra, told):
         ),
     ],
 )
-def test_models_that_cannot_be_united(tmp_path, file, old, new, told):
+def test_models_that_cannot_be_united(tmp_path, file, old, new, message):
     make(tmp_path)
     path = tmp_path / "b" / file
     if old is None:
@@ -291,7 +293,7 @@ def test_models_that_cannot_be_united(tmp_path, file, old, new, told):
     (tmp_path / "runs").mkdir()
     with pytest.raises(UserError) as error:
         run(tmp_path, tmp_path / "runs", [1, 1, 1], "tokenizer_source: union")
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
 def test_a_tensor_of_unknown_rows_is_refused(tmp_path):
