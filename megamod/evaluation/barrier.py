@@ -1,4 +1,4 @@
-"""The loss on the straight line between two models, and how high it rises there.
+"""Losses on the straight line between two models, and the barrier, their rise above it.
 
 Source: Frankle et al. 2020 (Linear mode connectivity), section 2; Verma and Elbayad 2024 (Merging
 text transformer models from different initializations), section 5.
@@ -10,20 +10,20 @@ import torch
 from torch import Tensor, nn
 
 Losses = Callable[[nn.Module], Mapping[str, float]]
-"""From a model to its losses by name, such as those of two dev sets."""
+"""From a model to losses by name, such as those of two dev sets."""
 
 
 def weights_of(points: int) -> list[float]:
-    """Weights of the first model, evenly from 0 to 1."""
+    """Evenly spaced weights of the first model from 0 to 1."""
     return [number / (points - 1) for number in range(points)]
 
 
 def barrier(weights: Sequence[float], losses: Sequence[float]) -> float:
-    """How far the loss is at most above the line between its ends; 0 if it is nowhere.
+    """Largest rise of the loss above the line between its ends; 0 if it never rises above.
 
     Args:
         weights: of the first model, from 0 to 1.
-        losses: at each of them.
+        losses: loss at each weight.
     """
     ends = losses[0], losses[-1]
     return max(
@@ -33,7 +33,7 @@ def barrier(weights: Sequence[float], losses: Sequence[float]) -> float:
 
 
 def barrier_over_mean(losses: Sequence[float]) -> float:
-    """How far the largest loss is above the mean of both ends."""
+    """Largest loss minus the mean of both ends."""
     return max(losses) - (losses[0] + losses[-1]) / 2
 
 
@@ -44,23 +44,23 @@ def losses_along(
     second: Mapping[str, Tensor],
     weights: Sequence[float],
     losses: Losses,
-    tell: Callable[[], object] = lambda: None,
+    progress: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Losses of weight * first + (1 - weight) * second, by name, for every weight.
+    """Losses of weight * first + (1 - weight) * second by name, a list over the weights.
 
     Args:
-        model: whose weights are overwritten.
-        first, second: weights of the two by name.
-        tell: called behind every weight.
+        model: a model of the same architecture; its weights are overwritten.
+        first, second: tensors of the two models by name.
+        progress: called after every weight.
     """
     model.eval()
-    found: dict[str, list[float]] = {}
-    own = model.state_dict()
+    curves: dict[str, list[float]] = {}
+    state = model.state_dict()
     for weight in weights:
-        for name, tensor in own.items():
+        for name, tensor in state.items():
             if tensor.is_floating_point():
                 tensor.copy_(torch.lerp(second[name], first[name], weight))
         for name, loss in losses(model).items():
-            found.setdefault(name, []).append(loss)
-        tell()
-    return found
+            curves.setdefault(name, []).append(loss)
+        progress()
+    return curves

@@ -22,12 +22,13 @@ def score_encoder(
 ) -> dict[str, float]:
     """Mean losses (nats) and accuracies over all batches of all ranks.
 
-    What a model draws is a function of a batch's "number": the same at every call, on any ranks.
+    Random draws of the model depend on a batch's "number" alone, so scores are the same in every
+    call and for any number of ranks.
 
     Args:
-        batches: this rank's; one of weight 0 only keeps ranks in step.
+        batches: batches of this rank; a batch of weight 0 only keeps the ranks in step.
         reduce: sums a tensor over all ranks, in place.
-        perplexity: add exp("task_loss").
+        perplexity: adds "perplexity", exp("task_loss").
     """
     training, sums = model.training, {}
     model.eval()

@@ -1,7 +1,7 @@
 """Mixtures of a forest's experts, estimated and scored on held-out text.
 
-The protocol of DEMix and Branch-Train-Merge: estimate a prior on the validation split of a domain,
-then score its test split with that prior. Experts that the prior leaves out are not run.
+The protocol of DEMix and Branch-Train-Merge estimates a prior on the validation split of a domain
+and scores its test split with that prior. Experts with prior 0 are not run.
 Source: Gururangan et al. 2022 (DEMix), section 5; Li et al. 2022 (Branch-Train-Merge), section 2.
 """
 
@@ -17,22 +17,22 @@ from megamod.mixture.ensemble import MODES, Mixed, Mixture, Rule, Tally, estimat
 from megamod.mixture.prior import Prior, top_k
 
 Line = dict[str, object]
-"""A record as the DEMix release writes them: ppl of all tokens so far, posterior of the batch by
-expert, and the moving average of the posteriors."""
+"""A record in the format of the DEMix release: ppl of all tokens so far, posterior of the batch by
+expert, and moving average of the posteriors."""
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How to estimate and to mix.
+    """Settings of the estimate and of the mixture.
 
     Attributes:
-        mode: the mode whose records and posterior are kept, one of `MODES`.
-        rule: how the posterior follows a text.
-        topk: keep so many experts of the prior; None: all.
-        prior_split, prior_sequences: text to estimate the prior on.
-        split: text to score, whole.
-        batch: sequences whose posterior the moving average takes in at once.
-        removal_test: score without each of the experts as well.
+        mode: mode whose records and posterior are reported, one of `MODES`.
+        rule: update rule of the posterior.
+        topk: number of experts of the prior to keep; None: all.
+        prior_split, prior_sequences: text that the prior is estimated on.
+        split: split to score.
+        batch: sequences per update of the moving average of posteriors.
+        removal_test: also score the mixture without each expert.
     """
 
     mode: str = "cached_prior"
@@ -50,13 +50,13 @@ class DomainResult:
     """Scores of mixtures on one domain's text.
 
     Attributes:
-        estimate: the prior as estimated; None where it was given or no mode needed one.
-        prior: in use, after top-k.
-        single: of each expert that was run, alone.
-        modes: of the mixtures, by mode.
-        without: of the chosen mode without an expert, by its domain.
-        lines: records of the estimate and of the chosen mode.
-        posterior: weights [T] of the chosen mode along the first sequence, by expert.
+        estimate: estimated prior; None if it was read from a file or no mode needs one.
+        prior: prior in use, after top-k.
+        single: scores of each expert alone, of those that ran.
+        modes: scores of the mixtures by mode.
+        without: scores of the reported mode without one expert, by its domain.
+        lines: records of the estimate and of the reported mode.
+        posterior: weights [T] of the reported mode along the first sequence, by expert.
     """
 
     domain: str
@@ -70,21 +70,21 @@ class DomainResult:
 
     @property
     def best(self) -> str:
-        """The expert that does best alone."""
+        """Domain of the expert with the lowest perplexity alone."""
         return min(self.single, key=lambda domain: self.single[domain].perplexity)
 
 
 def estimate_priors(
     experts: Experts, source: Source, domains: Sequence[str], protocol: Protocol
 ) -> dict[str, DomainResult]:
-    """The prior on each domain's text, with the records of its estimate; before top-k.
+    """Estimate the prior on each domain's text, before top-k, with the records of the estimate.
 
     Raises:
-        UserError: if there is no text.
+        UserError: if a domain has no text.
     """
     texts = [_estimate_text(domain, protocol) for domain in domains]
     for text in texts:
-        experts.masks(text)  # a missing file shows before any score
+        experts.masks(text)  # raises for a missing file before any scoring
     source.score({text: experts.domains for text in texts})
     results = {}
     for text in texts:
@@ -97,13 +97,13 @@ def estimate_priors(
 
         scored = source.batches(text, experts.domains, protocol.batch)
         prior = estimate_prior(experts.domains, scored, protocol.rule, watch)
-        told = {
+        source_text = {
             "data_digest": experts.data[experts.forest.experts[0].path].digest,
             "domain": text.domain,
             "split": text.split,
             "sequences": len(experts.masks(text)),
         }
-        result.estimate = result.prior = replace(prior, text=told)
+        result.estimate = result.prior = replace(prior, text=source_text)
         results[text.domain] = result
     return results
 
@@ -115,24 +115,24 @@ def evaluate(
     protocol: Protocol,
     priors: Mapping[str, Prior] | None = None,
 ) -> dict[str, DomainResult]:
-    """Scores of all mixtures on each domain's text.
+    """Score all mixtures on each domain's text.
 
     Args:
-        priors: by domain, from files; None: estimated, where the mode or top-k needs them.
+        priors: priors from files by domain; None: estimate them if the mode or top-k needs them.
     Raises:
-        UserError: if top-k is more than there are experts.
+        UserError: if top-k exceeds the number of experts.
     """
     test = {domain: Text(domain, protocol.split) for domain in domains}
     for text in test.values():
-        experts.masks(text)  # a missing file shows before any score
+        experts.masks(text)  # raises for a missing file before any scoring
     estimate = priors is None and (protocol.mode == "cached_prior" or protocol.topk is not None)
     if priors is not None:
         results = {domain: DomainResult(domain, prior=priors[domain]) for domain in domains}
     elif estimate:
         if protocol.topk is None:
             # Each expert is loaded once for both texts.
-            wanted = [_estimate_text(domain, protocol) for domain in domains] + list(test.values())
-            source.score({text: experts.domains for text in wanted})
+            texts = [_estimate_text(domain, protocol) for domain in domains] + list(test.values())
+            source.score({text: experts.domains for text in texts})
         results = estimate_priors(experts, source, domains, protocol)
     else:
         results = {domain: DomainResult(domain) for domain in domains}
@@ -140,8 +140,8 @@ def evaluate(
     for domain, result in results.items():
         if result.prior is not None and protocol.topk is not None:
             result.prior = top_k(result.prior, protocol.topk)
-        everyone = result.prior is None or protocol.rule.first_over_all
-        kept[domain] = experts.domains if everyone else result.prior.kept
+        all_run = result.prior is None or protocol.rule.first_over_all
+        kept[domain] = experts.domains if all_run else result.prior.kept
     source.score({test[domain]: names for domain, names in kept.items()})
     for domain, result in results.items():
         _mix_text(experts, source, test[domain], kept[domain], protocol, result)
@@ -160,14 +160,14 @@ def _mix_text(
     protocol: Protocol,
     result: DomainResult,
 ) -> None:
-    """Fill in the result: one pass over the text for all mixtures and experts."""
+    """Fill in the result in one pass over the text for all mixtures and experts."""
     prior = None
     if result.prior is not None:
         by_domain = dict(zip(result.prior.domains, result.prior.weights, strict=True))
         prior = torch.tensor([by_domain[name] for name in names], dtype=torch.float64)
     modes = [mode for mode in MODES if mode != "cached_prior" or prior is not None]
     mixtures = {mode: Mixture(mode, len(names), protocol.rule, prior) for mode in modes}
-    # A prior that follows the text starts alike, as in the estimate, whatever was estimated.
+    # The updating prior starts uniform, as in the estimate, whatever the prior in use is.
     mixtures["updating_prior"] = Mixture("updating_prior", len(names), protocol.rule)
     alone = {name: Tally() for name in names}
     fewer = _leave_out(names, prior, protocol) if protocol.removal_test else {}
@@ -180,8 +180,8 @@ def _mix_text(
                 result.posterior = _along(mixed.log_weights[:, 0], mask[0], names)
             line = _line(text.domain, text.split, mixture, mixed, names, experts)
             result.lines.append(line)
-        for place, tally in enumerate(alone.values()):
-            tally.add(log_probs[place], mask)
+        for index, tally in enumerate(alone.values()):
+            tally.add(log_probs[index], mask)
         for rest, mixture in fewer.values():
             mixture.add(log_probs[rest], mask)
     size = experts.bytes_of(text)
@@ -193,13 +193,13 @@ def _mix_text(
 def _leave_out(
     names: Sequence[str], prior: Tensor | None, protocol: Protocol
 ) -> dict[str, tuple[list[int], Mixture]]:
-    """For each expert the places of the others and their mixture, if any of them counts.
+    """Indices and mixture of the other experts, by the expert left out.
 
-    The others share the prior of the one left out in proportion to their own.
+    The prior of the others is rescaled to sum to 1; an expert with all of the prior has no entry.
     """
     fewer = {}
     for left_out, name in enumerate(names):
-        rest = [place for place in range(len(names)) if place != left_out]
+        rest = [index for index in range(len(names)) if index != left_out]
         share = None
         if prior is not None and protocol.mode == "cached_prior":
             share = prior[rest] / prior[rest].sum()
@@ -220,7 +220,7 @@ def _line(
     names: Sequence[str],
     experts: Experts,
 ) -> Line:
-    """A record; experts that were not run have posterior 0."""
+    """One record; experts that did not run have posterior 0."""
 
     def of_all(weights: Iterable[float]) -> list[float]:
         by_domain = dict(zip(names, weights, strict=True))

@@ -1,4 +1,4 @@
-"""Scores of mixtures for people and programs: tables, JSON and JSON lines."""
+"""Scores of mixtures as text tables, JSON and JSON lines."""
 
 from collections.abc import Mapping
 
@@ -11,32 +11,35 @@ SHOWN = 6  # experts of a prior in a table; the rest are summed
 
 
 def prior_text(results: Results) -> str:
-    """A line per domain: the experts with the largest prior."""
+    """Text with a line per domain: the experts with the largest prior."""
     width = max(map(len, results), default=0)
     lines = []
     for domain, result in results.items():
         if result.prior is None:
             continue
-        told = dict(zip(result.prior.domains, result.prior.weights, strict=True))
-        best = sorted(told, key=lambda name: -told[name])
-        shown = [f"{name} {told[name]:.3f}" for name in best[:SHOWN] if told[name] > 0]
-        rest = sum(told[name] for name in best[SHOWN:])
+        weights = dict(zip(result.prior.domains, result.prior.weights, strict=True))
+        best = sorted(weights, key=lambda name: -weights[name])
+        shown = [f"{name} {weights[name]:.3f}" for name in best[:SHOWN] if weights[name] > 0]
+        rest = sum(weights[name] for name in best[SHOWN:])
         shown += [f"{len(best) - SHOWN} others {rest:.3f}"] if len(best) > SHOWN else []
         lines.append(f"{domain.ljust(width)}  {', '.join(shown)}")
     return "\n".join(["prior over experts, by text", *lines]) if lines else ""
 
 
 def score_text(results: Results, protocol: Protocol) -> str:
-    """Perplexity, and bits per byte where known: the best single expert, then the mixtures; then
-    every expert alone, and the chosen mixture without each of them."""
+    """Text tables of perplexity, and of bits per byte if known.
+
+    They compare the best single expert with the mixtures, then list every expert alone and the
+    reported mixture without each expert.
+    """
     alone = {domain: result.single[result.best] for domain, result in results.items()}
     rows: dict[str, dict[str, Score]] = {"best single expert": alone}
     for domain, result in results.items():
         for mode, score in result.modes.items():
             rows.setdefault(mode, {})[domain] = score
     parts = [_table(f"{protocol.split} perplexity", rows, bits=False)]
-    told = ", ".join(f"{result.best} on {domain}" for domain, result in results.items())
-    parts[0] += f"\nbest alone: {told}"
+    best = ", ".join(f"{result.best} on {domain}" for domain, result in results.items())
+    parts[0] += f"\nbest single expert: {best}"
     if all(score.bytes for row in rows.values() for score in row.values()):
         parts.append(_table(f"{protocol.split} bits per byte", rows, bits=True))
     rows = {}
@@ -49,13 +52,13 @@ def score_text(results: Results, protocol: Protocol) -> str:
         for domain, result in results.items():
             for name, score in result.without.items():
                 rows.setdefault(f"without {name}", {})[domain] = score
-        title = f"{protocol.split} perplexity of {protocol.mode}, an expert left out"
+        title = f"{protocol.split} perplexity of {protocol.mode} without one expert"
         parts.append(_table(title, rows, bits=False))
     return "\n\n".join(parts)
 
 
 def ensemble_record(results: Results, protocol: Protocol) -> dict[str, object]:
-    """All numbers as a value for JSON; what is not known or not finite becomes null."""
+    """All numbers as a JSON value; unknown and non-finite numbers become null."""
     rule = protocol.rule
     return {
         "mode": protocol.mode,
@@ -69,7 +72,7 @@ def ensemble_record(results: Results, protocol: Protocol) -> dict[str, object]:
 
 
 def ensemble_lines(results: Results) -> str:
-    """JSON lines, one per batch of the estimate and of the chosen mode, in this order."""
+    """JSON lines: one per batch of the estimate, then of the reported mode."""
     return "".join(f"{to_json(line)}\n" for result in results.values() for line in result.lines)
 
 

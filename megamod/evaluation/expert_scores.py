@@ -1,9 +1,9 @@
-"""Log-probabilities that each expert of a forest gives to a text, in one of two ways.
+"""Log-probabilities of a text under each expert of a forest, computed in one of two ways.
 
-`OneByOne` runs expert after expert over the whole text and keeps [N, T] log-probabilities, in
-memory or in files that a later run finds again; so one process scores any number of experts.
-`Together` holds all experts at once, spread over the ranks if there are several, and scores batch
-by batch; only log-probabilities of target tokens travel. Both give the same numbers.
+`OneByOne` runs one expert after the other over the whole text and keeps [N, T] log-probabilities in
+memory or in cache files, so that one process scores any number of experts. `Together` loads all
+experts, spread over the ranks, and scores batch by batch; only log-probabilities of target tokens
+are sent. Both give the same numbers.
 
 Shapes: E experts, B sequences of a batch, N of a text, T targets of a sequence.
 """
@@ -39,12 +39,12 @@ from megamod.states.forest import Expert, Forest
 from megamod.states.stream import ModelFolder
 
 Scored = tuple[Tensor, Tensor]
-"""Log-probabilities [E, B, T] float32 and a mask [B, T], True where a target is real."""
+"""Log-probabilities [E, B, T] float32 and a mask [B, T], False at padding."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """The first sequences of a split of a domain; `sequences` None: all of them."""
+    """The first `sequences` of a split of a domain; None: all."""
 
     domain: str
     split: str
@@ -52,10 +52,10 @@ class Text:
 
 
 class Experts:
-    """The experts of a forest and the data as each of them reads it.
+    """The experts of a forest, and the data as each of them reads it.
 
     Attributes:
-        domains: of the experts, in the order of the forest.
+        domains: domains of the experts, in the order of the forest.
     """
 
     def __init__(
@@ -65,19 +65,19 @@ class Experts:
         device: torch.device,
         only: Sequence[str] | None = None,
     ):
-        """Check that all fits before anything is loaded.
+        """Check experts and data before any model is loaded.
 
         Args:
-            held_out: its `domains` are those of the texts; its split counts for nothing.
+            held_out: the domains of the texts and the reading settings; its split is not used.
             only: experts to use; None: all.
         Raises:
-            UserError: if an expert is not there, or reads other sequences than the others.
+            UserError: if an expert or a text is missing, or experts would read different sequences.
         """
         for name in only or ():
             if name not in forest.domains:
                 raise UserError(
                     f"--experts: {forest.path} has no expert {name!r}; "
-                    f"choose of {', '.join(forest.domains)}"
+                    f"its experts are {', '.join(forest.domains)}"
                 )
         kept = tuple(e for e in forest.experts if only is None or e.domain in only)
         self.forest, self.device = replace(forest, experts=kept), device
@@ -93,19 +93,19 @@ class Experts:
             if domain not in known:
                 raise UserError(
                     f"--domain: {held_out.path} has no text of {domain!r}; "
-                    f"choose of {', '.join(known)}"
+                    f"its domains are {', '.join(known)}"
                 )
         self.data = {path: open_data(path, configs[path], held_out) for path in configs}
-        spoken = {path: data.vocab_size > data.bin.vocab_size for path, data in self.data.items()}
-        if len(set(spoken.values())) > 1:
-            told = ", ".join(f"{path}: {'yes' if has else 'no'}" for path, has in spoken.items())
+        tokens = {path: data.vocab_size > data.bin.vocab_size for path, data in self.data.items()}
+        if len(set(tokens.values())) > 1:
+            listing = ", ".join(f"{path}: {'yes' if has else 'no'}" for path, has in tokens.items())
             raise UserError(
-                "some experts have domain tokens and others not, so their sequences differ; "
-                f"give --domain_token false ({told})"
+                "some experts have domain tokens and others do not, so their sequences differ; "
+                f"pass --domain_token false ({listing})"
             )
 
     def masks(self, text: Text) -> Tensor:
-        """[N, T] bool, True where a target is real."""
+        """[N, T] bool, True at targets and False at padding."""
         if text not in self._masks:
             any_data = self.data[self.forest.experts[0].path]
             held_out = replace(self.held_out, split=text.split)
@@ -116,7 +116,7 @@ class Experts:
         return self._masks[text]
 
     def bytes_of(self, text: Text) -> int:
-        """UTF-8 bytes that a whole split stands for; 0 if unknown or not whole."""
+        """UTF-8 bytes of the text of a whole split; 0 if unknown or for a part of a split."""
         any_data = self.data[self.forest.experts[0].path]
         return any_data.bytes_of(text.domain, text.split) if text.sequences is None else 0
 
@@ -125,36 +125,36 @@ class Experts:
         return self.forest.experts[self.domains.index(domain)]
 
     def load(self, domains: Sequence[str]) -> Iterator[Loaded]:
-        """These experts one after the other, in the order of the forest."""
+        """Load these experts one after the other, in the order of the forest."""
         return load_experts(self.forest, self.device, domains) if domains else iter(())
 
     def score(self, expert: Loaded, text: Text) -> Iterator[Tensor]:
         """Log-probabilities [B, T] of the text's targets, batch by batch, on the CPU."""
         data = self.data[self.of(expert.domain).path]
-        left, span = self.masks(text).shape
+        remaining, span = self.masks(text).shape
         for batch in held_out_batches(data, replace(self.held_out, split=text.split), text.domain):
-            if left <= 0:
+            if remaining <= 0:
                 return
-            rows = min(left, len(batch["labels"]))
+            rows = min(remaining, len(batch["labels"]))
             yield _score_batch(expert, batch, rows, span, self.device)
-            left -= rows
+            remaining -= rows
 
 
 class Source(Protocol):
-    """A way of scoring."""
+    """Provides scores of texts under experts."""
 
-    def score(self, wanted: Mapping[Text, Sequence[str]]) -> None:
-        """Get ready for `batches` of these texts and experts."""
+    def score(self, requests: Mapping[Text, Sequence[str]]) -> None:
+        """Prepare `batches` of these texts under these experts."""
 
     def batches(self, text: Text, domains: Sequence[str], size: int) -> Iterator[Scored]:
-        """The text in batches of `size`, scored by the experts of `domains`."""
+        """Batches of `size` sequences, scored by the experts of `domains`."""
 
 
 class OneByOne:
-    """One expert in memory at a time; its scores of all texts are kept."""
+    """Loads one expert at a time and keeps its scores of all texts."""
 
     def __init__(self, experts: Experts, cache_dir: Path | None = None):
-        """Keep scores in memory, or as files in `cache_dir`, where they are found again."""
+        """`cache_dir`: folder of cache files that later runs read; None keeps scores in memory."""
         self.experts, self.cache_dir = experts, cache_dir
         self._kept: dict[tuple[Text, str], Tensor] = {}
         self._digests: dict[Path, str] = {}
@@ -164,12 +164,12 @@ class OneByOne:
             except OSError as error:
                 raise UserError(f"--cache_dir {cache_dir}: {error.strerror}") from error
 
-    def score(self, wanted: Mapping[Text, Sequence[str]]) -> None:
-        """Score what is neither kept nor in a file, loading each expert once."""
+    def score(self, requests: Mapping[Text, Sequence[str]]) -> None:
+        """Compute the scores that are not cached, loading each expert once."""
         missing: dict[str, list[Text]] = {}
-        for text, domains in wanted.items():
+        for text, domains in requests.items():
             for domain in domains:
-                if (text, domain) not in self._kept and not self._find(text, domain):
+                if (text, domain) not in self._kept and not self._read_cached(text, domain):
                     missing.setdefault(domain, []).append(text)
         for expert in self.experts.load([d for d in self.experts.domains if d in missing]):
             for text in missing[expert.domain]:
@@ -178,20 +178,20 @@ class OneByOne:
                     self._kept[text, expert.domain] = scores
                 else:
                     write_atomic(self._file(text, expert.domain), save({"log_probs": scores}))
-                    self._find(text, expert.domain)
+                    self._read_cached(text, expert.domain)
             del expert
 
     def batches(self, text: Text, domains: Sequence[str], size: int) -> Iterator[Scored]:
-        """See `Source`; what `score` was not asked for is scored now."""
+        """See `Source`; computes scores that `score` did not prepare."""
         self.score({text: domains})
         masks = self.experts.masks(text)
         rows = [self._kept[text, domain] for domain in domains]
         for start in range(0, len(masks), size):
             part = slice(start, start + size)
-            yield torch.stack([one[part] for one in rows]), masks[part]
+            yield torch.stack([row[part] for row in rows]), masks[part]
 
-    def _find(self, text: Text, domain: str) -> bool:
-        """Map the file of a score into memory, if it is there and whole."""
+    def _read_cached(self, text: Text, domain: str) -> bool:
+        """Map a cache file into memory; False if it is missing or damaged."""
         if self.cache_dir is None:
             return False
         shape = self.experts.masks(text).shape
@@ -206,11 +206,11 @@ class OneByOne:
         return True
 
     def _file(self, text: Text, domain: str) -> Path:
-        """Named after all that the numbers in it depend on."""
+        """Cache file, named by a digest of all that its numbers depend on."""
         expert = self.experts.of(domain)
         held_out, data = self.experts.held_out, self.experts.data[expert.path]
         prefix = data.bin.prefix(text.domain, text.split)
-        told = {
+        inputs = {
             "text": asdict(text),
             "data": [self._digest(prefix.with_name(f"{prefix.name}.{s}")) for s in ("bin", "idx")],
             "special": data.special_ids,
@@ -221,7 +221,7 @@ class OneByOne:
             "expert": [self._digest(path) for path in weight_files(expert)],
             "member": expert.member,
         }
-        key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:24]
+        key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:24]
         return self.cache_dir / f"{domain}-on-{text.domain}-{text.split}-{key}.safetensors"
 
     def _digest(self, path: Path) -> str:
@@ -231,7 +231,7 @@ class OneByOne:
 
 
 class Together:
-    """All experts in memory, every rank its share; collective if there are several ranks."""
+    """Loads all experts, each rank a part of them; collective with several ranks."""
 
     def __init__(self, experts: Experts):
         self.experts = experts
@@ -239,11 +239,11 @@ class Together:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self._held: list[Loaded] = []
 
-    def score(self, wanted: Mapping[Text, Sequence[str]]) -> None:
-        """Nothing: scores are not kept."""
+    def score(self, requests: Mapping[Text, Sequence[str]]) -> None:
+        """Does nothing, because scores are not kept."""
 
     def batches(self, text: Text, domains: Sequence[str], size: int) -> Iterator[Scored]:
-        """See `Source`; rank r holds expert r, r + ranks, and so on."""
+        """See `Source`; rank r loads experts r, r + ranks, and so on."""
         mine = list(domains)[self.rank :: self.ranks]
         if [expert.domain for expert in self._held] != mine:
             self._held = []
@@ -251,35 +251,35 @@ class Together:
             self._held = [by_domain[domain] for domain in mine]
         masks = self.experts.masks(text)
         streams = [self.experts.score(expert, text) for expert in self._held]
-        at = 0
-        while at < len(masks):
+        first = 0
+        while first < len(masks):
             ours = [next(stream) for stream in streams]
-            count = min(self.experts.held_out.batch_size, len(masks) - at)
+            count = min(self.experts.held_out.batch_size, len(masks) - first)
             scores = self._gather(ours, len(domains), count, masks.shape[1])
             for start in range(0, count, size):
                 rows = slice(start, start + size)
-                yield scores[:, rows], masks[at : at + count][rows]
-            at += count
+                yield scores[:, rows], masks[first : first + count][rows]
+            first += count
 
     def _gather(self, ours: list[Tensor], experts: int, count: int, span: int) -> Tensor:
-        """[E, B, T] of all ranks' scores."""
+        """Scores of all ranks, [E, B, T]."""
         if self.ranks == 1:
             return torch.stack(ours)
         rounds = -(-experts // self.ranks)
         mine = torch.zeros(rounds, count, span, device=self.experts.device)
-        for place, scores in zip(mine, ours, strict=False):
-            place.copy_(scores)
+        for row, scores in zip(mine, ours, strict=False):
+            row.copy_(scores)
         parts = [torch.empty_like(mine) for _ in range(self.ranks)]
         dist.all_gather(parts, mine)
-        # Round by round, the ranks in turn: the order in which the experts were dealt out.
+        # Experts were assigned to the ranks in turn, so their order is round by round.
         return torch.stack(parts, dim=1).flatten(0, 1)[:experts].cpu()
 
 
 def weight_files(expert: Expert) -> list[Path]:
-    """The files that decide what an expert computes; other experts' files of its folder left out.
+    """Configuration and weight files of an expert, without those of other experts of its folder.
 
     Raises:
-        UserError: if one is missing or not whole.
+        UserError: if a file is missing or damaged.
     """
     return [expert.path / "config.json", *ModelFolder(expert.path, expert.member).files]
 
@@ -288,7 +288,7 @@ def weight_files(expert: Expert) -> list[Path]:
 def _score_batch(
     expert: Loaded, batch: Batch, rows: int, span: int, device: torch.device
 ) -> Tensor:
-    """[rows, span] float32, targets moved to the left, 0 where there is none."""
+    """Log-probabilities of the targets [rows, span] float32, shifted left, 0 at padding."""
     inputs, labels = batch["input_ids"][:rows].to(device), batch["labels"][:rows].to(device)
     mask = batch.get("attention_mask")
     output = expert.model(
@@ -299,11 +299,11 @@ def _score_batch(
     )
     counted = labels != IGNORE
     scores = output.token_log_probs.new_zeros(rows, span, dtype=torch.float32)
-    places = torch.arange(span, device=device) < counted.sum(-1, keepdim=True)
-    scores[places] = output.token_log_probs[counted].float()
+    filled = torch.arange(span, device=device) < counted.sum(-1, keepdim=True)
+    scores[filled] = output.token_log_probs[counted].float()
     if bool(scores.isnan().any()):
         raise UserError(
             f"the expert {expert.domain} gives probabilities that are not numbers; its weights may "
-            "hold such"
+            "contain NaN or infinity"
         )
     return scores.cpu()

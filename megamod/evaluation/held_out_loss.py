@@ -1,4 +1,4 @@
-"""Mean losses of models on held-out text and rows: one number, without metrics or perplexities."""
+"""Mean losses of models on held-out text and labelled rows."""
 
 import numpy as np
 import torch
@@ -14,30 +14,30 @@ from megamod.data.tasks.classification import Encoded
 def masked_loss(
     model: nn.Module, blocks: np.ndarray, masking: Masking, seed: int, batch_size: int
 ) -> float:
-    """Mean cross entropy of masked tokens, nats; the same tokens are masked in every call.
+    """Mean cross entropy of masked tokens in nats; every call masks the same tokens.
 
     Args:
         model: takes `input_ids` and returns `logits` [B, T, V].
         blocks: [n, T] token ids.
-        seed: of the masks.
+        seed: seed of the masks.
     """
     total, count = 0.0, 0
     for start in range(0, len(blocks), batch_size):
         rows = [
-            masking.apply(block, (seed << 40) + start + place)[:2]
-            for place, block in enumerate(blocks[start : start + batch_size])
+            masking.apply(block, (seed << 40) + start + index)[:2]
+            for index, block in enumerate(blocks[start : start + batch_size])
         ]
         inputs, labels = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
         logits = model(input_ids=inputs.to(_device(model))).logits
-        there = labels != IGNORE
-        total += _summed(logits.cpu()[there], labels[there])
-        count += int(there.sum())
+        masked = labels != IGNORE
+        total += _summed(logits.cpu()[masked], labels[masked])
+        count += int(masked.sum())
     return total / max(1, count)
 
 
 @torch.no_grad()
 def causal_loss(model: nn.Module, blocks: np.ndarray, batch_size: int) -> float:
-    """Mean cross entropy of every token but the first of a block, nats.
+    """Mean cross entropy of all tokens but the first of each block, in nats.
 
     Args:
         model: takes `input_ids` and returns `logits` [B, T, V].
@@ -59,7 +59,7 @@ def classifier_loss(
     regression: bool,
     batch_size: int,
 ) -> float:
-    """Mean loss of labelled rows, or of labelled tokens: cross entropy, or squared error.
+    """Mean loss of labelled rows or tokens: cross entropy, or squared error for regression.
 
     Args:
         model: takes the fields `inputs` of a batch and returns `logits`.

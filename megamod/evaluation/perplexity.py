@@ -1,4 +1,4 @@
-"""Perplexity of language models per domain: each under its own expert, or under every expert."""
+"""Perplexity of language models by domain, under each domain's own expert or every expert."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,12 +16,12 @@ Batch = dict[str, object]
 Matrix = dict[str, dict[str, "Score"]]
 """Scores by expert (row) and domain (column)."""
 
-DENSE = "dense"  # the row of a model whose domains share everything
+DENSE = "dense"  # row of a model without experts
 
 
 @dataclass(frozen=True)
 class Score:
-    """Summed negative log-likelihood in nats, over a number of tokens that stand for some bytes."""
+    """Summed negative log-likelihood in nats, with the numbers of tokens and of bytes of text."""
 
     nll: float
     tokens: int
@@ -29,28 +29,28 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean per token, the `</s>` of each item included; inf where it overflows."""
+        """exp(nll / tokens), where tokens include the `</s>` of each item; inf on overflow."""
         return perplexity(self.nll, self.tokens)
 
     @property
     def bits_per_byte(self) -> float | None:
-        """Comparable between tokenizers; None if the bytes scored are not known."""
+        """Bits per byte, which is comparable between tokenizers; None if the bytes are unknown."""
         return self.nll / math.log(2) / self.bytes if self.bytes else None
 
 
 @dataclass
 class DomainEvaluation:
-    """Scores every expert of a run on held-out text; to be called on all ranks at once.
+    """Scores every expert of a run on held-out text; a collective call of all ranks.
 
     Attributes:
         model: the module to score.
-        experts: names of all rows, for a dense model (`DENSE`,).
-        held: rows this rank can score; `DENSE` and an independent model's own domain included.
-        choose: True if the model must be told which expert to use.
+        experts: names of all rows; (`DENSE`,) for a dense model.
+        held: rows that this rank can score, such as `DENSE` or an independent model's own domain.
+        choose: True if the model takes the name of the expert to use.
         domains: names of all columns.
-        batches: from a domain to its batches, in a fixed order.
-        bytes_of: from a domain to the UTF-8 bytes that all its batches stand for; 0 if unknown.
-        part, parts: this rank's place among those that hold the same rows; they share the work.
+        batches: function from a domain to its batches, in a fixed order.
+        bytes_of: function from a domain to the UTF-8 bytes of all its batches; 0 if unknown.
+        part, parts: index and number of the ranks with the same rows, which share the batches.
         reduce: sums a tensor over all ranks, in place.
     """
 
@@ -67,7 +67,7 @@ class DomainEvaluation:
     reduce: Callable[[torch.Tensor], None]
 
     def __call__(self, own_only: bool = False) -> Matrix:
-        """The matrix of scores; with `own_only` each expert on its own domain and nothing else.
+        """Compute the matrix of scores; `own_only`: only the diagonal of own domains.
 
         Source: Gururangan et al. 2022 (DEMix), table 3, without mixing.
         """
@@ -98,9 +98,10 @@ class DomainEvaluation:
 def score_batches(
     model: nn.Module, batches: Iterable[Batch], domain: str | None, device: torch.device
 ) -> torch.Tensor:
-    """[2] float64: summed nll and number of targets; batches of weight 0 only keep ranks in step.
+    """Summed nll and number of targets, [2] float64.
 
-    Tokens whose log-probability is not finite are left out of both, as in the DEMix release.
+    Tokens whose log-probability is not finite are excluded from both, as in the DEMix release.
+    Batches of weight 0 run the model, which keeps the ranks in step, and do not count.
     """
     training, sums = model.training, torch.zeros(2, dtype=torch.float64, device=device)
     model.eval()
@@ -124,17 +125,17 @@ def score_batches(
 def with_context(
     batches: Iterable[Batch], window: int, pad_id: int, front: int = 0
 ) -> Iterator[Batch]:
-    """Put up to `window` tokens of the text before it in front of each sequence, not scored.
+    """Prepend up to `window` tokens of the preceding text to each sequence, not scored again.
 
     Source: fairseq's `LMContextWindowDataset`, as used to evaluate DEMix.
 
     Args:
-        batches: consecutive sequences of a text, in order, padded on the right if at all.
-        window: tokens of context; 0 leaves the batches as they are.
-        pad_id: what sequences with less context than others end in.
-        front: columns that are not text and stay in front, such as a domain token.
+        batches: consecutive sequences of a text, in order, padded on the right only.
+        window: tokens of context; 0 returns the batches unchanged.
+        pad_id: id of padding for sequences with less context than others.
+        front: leading columns that are not text, such as a domain token; they stay first.
     """
-    before = torch.empty(0, dtype=torch.int64)
+    preceding = torch.empty(0, dtype=torch.int64)
     for batch in batches:
         if window == 0:
             yield batch
@@ -142,11 +143,11 @@ def with_context(
         inputs, labels = [], []
         for ids, targets in zip(batch["input_ids"], batch["labels"], strict=True):
             text = ids[front : front + int((targets != IGNORE).sum())]
-            context = torch.cat([ids[:front], before])
+            context = torch.cat([ids[:front], preceding])
             inputs.append(torch.cat([context, text]))
             scored = targets[front : front + len(text)]
             labels.append(torch.cat([torch.full_like(context, IGNORE), scored]))
-            before = torch.cat([before, text])[-window:]
+            preceding = torch.cat([preceding, text])[-window:]
         lengths = torch.tensor([len(row) for row in inputs])
         mask = torch.arange(int(lengths.max())) < lengths[:, None]
         yield {
@@ -158,23 +159,23 @@ def with_context(
 
 
 def share_of(batches: Iterable[Batch], part: int, parts: int) -> Iterator[Batch]:
-    """Every `parts`-th batch from the `part`-th on; all parts equally long.
+    """Every `parts`-th batch starting with the `part`-th; all parts have the same length.
 
-    A part that would be shorter repeats its round's first batch with weight 0, because ranks that
-    hold a model together (ZeRO 3) must run it equally often.
+    A part that would be shorter repeats the first batch of its round with weight 0, because ranks
+    that shard one model (ZeRO 3) must run it equally often.
     """
     batches = iter(batches)
-    while taken := list(islice(batches, parts)):
-        yield taken[part] if part < len(taken) else {**taken[0], "weight": 0.0}
+    while group := list(islice(batches, parts)):
+        yield group[part] if part < len(group) else {**group[0], "weight": 0.0}
 
 
 def perplexities(matrix: Matrix) -> dict[str, dict[str, float]]:
-    """The matrix in perplexities."""
+    """Perplexities of a matrix of scores."""
     return {e: {d: s.perplexity for d, s in row.items()} for e, row in matrix.items()}
 
 
 def own_scores(matrix: Matrix) -> dict[str, Score]:
-    """Each domain under its own expert, or under the dense model; domains without one left out."""
+    """Score of each domain under its own expert or the dense model, of domains that have one."""
     return {
         domain: matrix[row][domain]
         for domain in columns_of(matrix)
@@ -183,19 +184,19 @@ def own_scores(matrix: Matrix) -> dict[str, Score]:
 
 
 def columns_of(matrix: Mapping[str, Mapping[str, object]]) -> list[str]:
-    """The domains of all rows, each once, in the order in which they appear."""
+    """Distinct domains of all rows, in order of appearance."""
     return list({domain: None for row in matrix.values() for domain in row})
 
 
 def format_matrix(
     matrix: Mapping[str, Mapping[str, float]], corner: str = "expert \\ text", digits: int = 2
 ) -> str:
-    """Numbers as aligned text, rows down, columns across; the best of a column starred.
+    """Text table of numbers; a star marks the smallest of each column.
 
     Args:
-        matrix: by row, then column; cells may be missing.
-        corner: heading of the column with the names of the rows.
-        digits: decimals shown. What looks equal to the best is starred too.
+        matrix: numbers by row, then column; cells may be missing.
+        corner: heading of the column of row names.
+        digits: decimals; cells that round to the smallest are marked too.
     """
     columns = columns_of(matrix)
     shown = {name: {c: f"{x:.{digits}f}" for c, x in row.items()} for name, row in matrix.items()}

@@ -13,15 +13,15 @@ Numbers = Mapping[str, Mapping[str, float]]
 
 
 def read_metrics(path: Path) -> list[dict[str, object]]:
-    """Records of a metrics.jsonl, a last line that a kill cut short left out.
+    """Records of a metrics.jsonl without a last line that a kill cut short.
 
     Raises:
-        UserError: if there is no such file, or a line before the last is not JSON.
+        UserError: if the file is missing, or a line before the last is not JSON.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such metrics file") from None
+        raise UserError(f"{path}: no such metrics file") from None
     records = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -33,7 +33,7 @@ def read_metrics(path: Path) -> list[dict[str, object]]:
 
 
 def plot_curves(metrics: Path, output: Path) -> None:
-    """PNG of training loss and held-out perplexity by step, one line per domain.
+    """Write a PNG of training loss and held-out perplexity by step, with a line per domain.
 
     Raises:
         UserError: see `read_metrics`.
@@ -79,24 +79,24 @@ def plot_curves(metrics: Path, output: Path) -> None:
 
 
 def ratios(matrix: Numbers, columns: list[str]) -> list[list[float]]:
-    """Rows of each number divided by the smallest of its column; NaN for cells that are missing."""
+    """Rows of each number divided by the smallest of its column; NaN for missing cells."""
     best = {c: min(row[c] for row in matrix.values() if c in row) for c in columns}
     return [[row[c] / best[c] if c in row else nan for c in columns] for row in matrix.values()]
 
 
 def plot_matrix(matrix: Numbers, output: Path, title: str) -> None:
-    """PNG heat map of perplexities: a row per expert, a column per domain.
+    """Write a PNG heat map of perplexities with a row per expert and a column per domain.
 
-    Colours show the ratio to the best expert of each column, so that easy and hard domains can be
-    told apart from good and bad experts. The worst tenth of all cells shares one colour.
+    Colours show the ratio to the best expert of each column, which separates good and bad experts
+    from easy and hard domains. The worst tenth of all cells shares one colour.
 
     Args:
-        matrix: by expert, then domain; cells may be missing.
+        matrix: perplexities by expert, then domain; cells may be missing.
     """
     columns = list({c: None for row in matrix.values() for c in row})
     shades = ratios(matrix, columns)
-    held = sorted(x for row in shades for x in row if isfinite(x)) or [1.0]
-    top = max(1.05, held[ceil(0.9 * len(held)) - 1])
+    finite = sorted(x for row in shades for x in row if isfinite(x)) or [1.0]
+    top = max(1.05, finite[ceil(0.9 * len(finite)) - 1])
     longest = max(map(len, matrix))
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(
@@ -123,8 +123,8 @@ def plot_matrix(matrix: Numbers, output: Path, title: str) -> None:
     figure.suptitle(title, fontsize=12)
     figure.colorbar(
         image,
-        label="times the best of the column",
-        extend="max" if held[-1] > top else "neither",
+        label="ratio to the best of the column",
+        extend="max" if finite[-1] > top else "neither",
         format="{x:.3g}",
     )
     figure.savefig(output, dpi=120)
@@ -132,10 +132,10 @@ def plot_matrix(matrix: Numbers, output: Path, title: str) -> None:
 
 
 def plot_by_instances(lines: Mapping[str, Mapping[int, tuple[float, float]]], output: Path) -> None:
-    """PNG of scores against N, the instances that share a forward pass.
+    """Write a PNG of scores against N, the instances that share a forward pass.
 
     Args:
-        lines: by name, then N: the mean over seeds and its deviation.
+        lines: mean over seeds and standard deviation, by name, then N.
     """
     pyplot = _pyplot()
     colours = _colours(pyplot, len(lines))
@@ -156,10 +156,10 @@ def plot_by_instances(lines: Mapping[str, Mapping[int, tuple[float, float]]], ou
 def plot_trade_off(
     tasks: Mapping[str, Mapping[str, Mapping[int, tuple[float, float]]]], output: Path
 ) -> None:
-    """PNG of score against throughput: a panel per task, a line per model over N.
+    """Write a PNG of score against throughput with a panel per task and a line per model over N.
 
     Args:
-        tasks: by task, model, then N: instances per second, and the score.
+        tasks: instances per second and score, by task, model, then N.
     """
     from matplotlib import ticker
 
@@ -195,18 +195,18 @@ def plot_trade_off(
 
 
 def plot_posterior(shares: Mapping[str, Sequence[float]], output: Path, title: str) -> None:
-    """PNG of the experts' weights along a text, stacked to 1; the heaviest at the bottom.
+    """Write a PNG of the experts' weights along a text, stacked to 1, the largest at the bottom.
 
-    Beyond ten experts those with little weight share one grey area.
+    With more than ten experts, those with small weights share one grey area.
 
     Args:
-        shares: by expert, its weight for predicting each token.
+        shares: weight for predicting each token, by expert.
     """
     heaviest = sorted(shares, key=lambda name: -sum(shares[name]))
     named, others = (heaviest, []) if len(heaviest) <= 10 else (heaviest[:9], heaviest[9:])
     rows = {name: list(shares[name]) for name in named}
     pyplot = _pyplot()
-    # The colour of an expert follows its place among all, not its weight in this text.
+    # The colour of an expert depends on its index among all experts, not on its weight in the text.
     palette = dict(zip(shares, _colours(pyplot, len(shares)), strict=True))
     colours = [palette[name] for name in named]
     if others:
@@ -215,9 +215,9 @@ def plot_posterior(shares: Mapping[str, Sequence[float]], output: Path, title: s
         colours.append((0.8, 0.8, 0.8))
     length = len(next(iter(rows.values())))
     figure, axes = pyplot.subplots(figsize=(11, 3.6), layout="constrained")
-    # Each weight holds for one token: steps, with the last one drawn to its end.
-    held = [[*row, row[-1]] for row in rows.values()]
-    axes.stackplot(range(length + 1), held, colors=colours, labels=list(rows), step="post")
+    # A weight applies to one token, so steps are drawn, and the last one is repeated for its width.
+    steps = [[*row, row[-1]] for row in rows.values()]
+    axes.stackplot(range(length + 1), steps, colors=colours, labels=list(rows), step="post")
     axes.set(xlim=(0, length), ylim=(0, 1), xlabel="token", ylabel="weight of the expert")
     axes.set_title(title, fontsize=11)
     handles, labels = axes.get_legend_handles_labels()
@@ -229,7 +229,7 @@ def plot_posterior(shares: Mapping[str, Sequence[float]], output: Path, title: s
 
 
 def plot_task_shares(metrics: Path, output: Path) -> None:
-    """PNG of the share of rows that each task had among those trained on, by step, stacked.
+    """Write a PNG of the share of each task in the training rows, by step, stacked.
 
     Raises:
         UserError: see `read_metrics`.
@@ -244,7 +244,7 @@ def plot_task_shares(metrics: Path, output: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(8, 4.2), layout="constrained")
     steps = [0, *(r["step"] for r in records)]
     shares = [[r.get(f"share/{name}", 0.0) for r in records] for name in names]
-    # A share is that of the steps since the record before: the edge stands at their beginning.
+    # A share covers the steps since the previous record, so it is drawn to the left of its step.
     axes.stackplot(
         steps,
         [[row[0], *row] for row in shares] if records else [],
@@ -264,11 +264,11 @@ def plot_task_shares(metrics: Path, output: Path) -> None:
 def plot_losses_along(
     variants: Mapping[str, Sequence[Mapping[str, Sequence[float]]]], output: Path, title: str
 ) -> None:
-    """PNG of losses on the line between two models, a line per way to align.
+    """Write a PNG of losses on the line between two models, with a curve per alignment method.
 
     Args:
-        variants: by name a mapping per pair, "weights" of the first model and "losses" there. Of
-            several pairs the mean is drawn, and a band from the lowest to the highest.
+        variants: by name, a mapping per pair with "weights" of the first model and "losses". For
+            several pairs the mean is drawn, with a band from the lowest to the highest.
     """
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
@@ -288,10 +288,10 @@ def plot_losses_along(
 
 
 def plot_barriers(tasks: Mapping[str, Mapping[str, tuple[float, float]]], output: Path) -> None:
-    """PNG of barriers: a group of bars per task, a bar per way to align.
+    """Write a PNG of barriers with a group of bars per task and a bar per alignment method.
 
     Args:
-        tasks: by task and name the mean over pairs and its standard error.
+        tasks: mean over pairs and its standard error, by task, then name.
     """
     names = list(dict.fromkeys(name for bars in tasks.values() for name in bars))
     pyplot = _pyplot()
@@ -301,8 +301,8 @@ def plot_barriers(tasks: Mapping[str, Mapping[str, tuple[float, float]]], output
     )
     for number, (name, colour) in enumerate(zip(names, _colours(pyplot, len(names)), strict=True)):
         points = [
-            (place + (number - (len(names) - 1) / 2) * width, *bars[name])
-            for place, bars in enumerate(tasks.values())
+            (position + (number - (len(names) - 1) / 2) * width, *bars[name])
+            for position, bars in enumerate(tasks.values())
             if name in bars
         ]
         at, means, errors = zip(*points, strict=True)
@@ -317,10 +317,10 @@ def plot_barriers(tasks: Mapping[str, Mapping[str, tuple[float, float]]], output
 def plot_ratios(
     lines: Mapping[str, Sequence[tuple[float, Estimate]]], output: Path, across: str, up: str
 ) -> None:
-    """PNG of ratios to a baseline with their intervals; the baseline is the line at 1.
+    """Write a PNG of ratios to a baseline with their intervals; the baseline is the line at 1.
 
     Args:
-        lines: by name, points of a number and the ratio there.
+        lines: by name, points (x, ratio).
         across, up: titles of the axes.
     """
     pyplot = _pyplot()
@@ -345,7 +345,7 @@ def _number(x: float | None) -> str:
 
 
 def _colours(pyplot: ModuleType, count: int) -> list[tuple[float, ...]]:
-    """Colours that are told apart: 10 by name, more from a scale."""
+    """Distinct colours: ten from a palette, more from a continuous scale."""
     if count <= 10:
         return list(pyplot.get_cmap("tab10").colors[:count])
     return [pyplot.get_cmap("turbo")(number / (count - 1)) for number in range(count)]

@@ -1,4 +1,4 @@
-"""Scores for people and programs: tables, JSON files, plots, and where they are."""
+"""Reports of scores: text tables, JSON files and plots."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,12 +16,12 @@ from megamod.files import to_json, write_json
 
 
 def write_report(output: Path, matrix: Matrix, split: str, step: int) -> str:
-    """Write perplexity.json, loss.png and (with experts) experts.png; return the text to print.
+    """Write perplexity.json, loss.png and, with experts, experts.png; return the text to print.
 
     Args:
-        output: folder of a finished run, where its metrics.jsonl lies.
+        output: folder of a finished run, with its metrics.jsonl.
         matrix: scores of experts (rows) on domains (columns).
-        split: name of the split that was scored.
+        split: name of the scored split.
         step: finished steps.
     """
     output = Path(output)
@@ -40,7 +40,7 @@ def write_report(output: Path, matrix: Matrix, split: str, step: int) -> str:
         },
     )
     plot_curves(output / "metrics.jsonl", output / "loss.png")
-    places = {
+    outputs = {
         "model": output / "model",
         "checkpoints": output / "checkpoints",
         "numbers": output / "perplexity.json",
@@ -50,28 +50,29 @@ def write_report(output: Path, matrix: Matrix, split: str, step: int) -> str:
     if DENSE not in matrix:
         title = f"{split} perplexity after {step} steps"
         plot_matrix(table, output / "experts.png", title)
-        places["experts by domain"] = output / "experts.png"
-    width = max(map(len, places))
+        outputs["experts by domain"] = output / "experts.png"
+    width = max(map(len, outputs))
     return "\n".join(
         [
             f"\n{split} perplexity after {step} steps (* best of the column)",
             format_matrix(table),
             f"mean over domains, each under its own expert: {mean:.2f}\n",
-            *(f"{name.ljust(width)}  {place}" for name, place in places.items()),
+            *(f"{name.ljust(width)}  {path}" for name, path in outputs.items()),
         ]
     )
 
 
 def mean_perplexity(scores: Mapping[str, Score]) -> float:
-    """Mean of the domains' perplexities, every domain with the same weight."""
+    """Unweighted mean of the domains' perplexities."""
     return sum(score.perplexity for score in scores.values()) / len(scores)
 
 
 def comparison(models: Mapping[str, Matrix], domains: Sequence[str], split: str) -> str:
-    """Text tables of several models' scores, by the name of the model; columns are the domains.
+    """Text tables of several models' scores by name; columns are the domains.
 
-    Every expert of a model with several gets a row in a table of its own; then come perplexity and,
-    where the bytes are known, bits per byte of all models, each domain under its own expert.
+    Each model with several experts has a table with a row per expert. Two further tables compare
+    all models with each domain under its own expert: perplexity and, if the bytes are known, bits
+    per byte.
     """
     parts = [
         f"{split} perplexity of {name}, by expert\n{format_matrix(perplexities(matrix))}"
@@ -100,9 +101,9 @@ def comparison(models: Mapping[str, Matrix], domains: Sequence[str], split: str)
 
 
 def comparison_record(models: Mapping[str, Matrix]) -> dict[str, object]:
-    """The same as a value for JSON: by model its scores by expert and domain, and the means.
+    """Scores of models as a JSON value: by expert and domain, with means.
 
-    A perplexity too large for a number is null in a file; nll and tokens give it.
+    A perplexity that overflows is written as null; nll / tokens is its logarithm.
     """
     record: dict[str, object] = {}
     for name, matrix in models.items():
@@ -123,10 +124,10 @@ def comparison_record(models: Mapping[str, Matrix]) -> dict[str, object]:
 
 
 def score_lines(models: Mapping[str, Matrix], split: str) -> str:
-    """JSON lines, one for each score: model, dataset and ppl as the DEMix release writes them.
+    """JSON lines with one score each; model, dataset and ppl are fields of the DEMix release.
 
-    A perplexity too large for a number is null; nll and tokens give it. The expert of a dense model
-    is null too.
+    A perplexity that overflows is null; nll / tokens is its logarithm. The expert of a dense model
+    is null.
     """
     lines = [
         {
@@ -149,7 +150,7 @@ def score_lines(models: Mapping[str, Matrix], split: str) -> str:
 def plot_rows(models: Mapping[str, Matrix]) -> dict[str, dict[str, float]]:
     """Perplexities of all experts of all models as rows of one heat map.
 
-    A model whose experts were scored on their own domain alone is one row.
+    A model whose experts were scored only on their own domains is one row.
     """
     rows: dict[str, dict[str, float]] = {}
     for name, matrix in models.items():

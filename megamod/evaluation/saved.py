@@ -1,4 +1,4 @@
-"""Scores of language models that lie in folders, each read and held one after the other."""
+"""Scores of language models in folders, loaded one after the other."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,21 +35,21 @@ from megamod.states.forest import FILE, open_forest
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The text to score: some domains of one split of a data-bin.
+    """Domains of one split of a data-bin, and how models read them.
 
     Attributes:
         path: folder of the data-bin.
-        domains: names, the columns of a matrix of scores.
+        domains: names of the columns of a matrix of scores.
         split: "train", "valid" or "test".
-        block_size: tokens per sequence; None for the model's longest.
+        block_size: tokens per sequence; None: the model's longest.
         batch_size: sequences per batch.
-        domain_token: whether the token of the domain stands in front; "true", "false", or "auto"
-            for whatever the model's vocabulary has room for.
+        domain_token: "true" starts sequences with the token of the domain, "false" does not, "auto"
+            does if the model's vocabulary includes such tokens.
         own_only: score each expert on its own domain only.
-        experts: the experts to score, of models that have several; None: all.
-        context_window: tokens of the text before each sequence that are read and not scored;
-            sequences hold so many fewer.
-        force_domain_token: domain whose token stands in front, whatever the text; None: its own.
+        experts: experts to score, of models that have several; None: all.
+        context_window: preceding tokens that are read with each sequence and not scored; sequences
+            are shorter by as many.
+        force_domain_token: domain whose token starts all sequences; None: the domain of the text.
     """
 
     path: str
@@ -66,11 +66,11 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class SavedModel:
-    """A model folder, found to fit the data.
+    """A model folder that was checked against the data.
 
     Attributes:
-        rows: names of its rows in a matrix of scores, and the domain whose expert makes each; None
-            where there is nothing to choose.
+        rows: the domain of the expert behind each row of a matrix of scores, by name of the row;
+            None for a model without a choice of experts.
     """
 
     folder: Path
@@ -80,69 +80,71 @@ class SavedModel:
 
 
 def find_models(folder: Path, held_out: HeldOut) -> list[SavedModel]:
-    """The model in a folder, those that a forest.json lists, or those in its subfolders.
+    """The model in a folder, those listed in its forest.json, or those in its subfolders.
 
-    Independent models in subfolders are named after their domains.
+    Subfolders with independent models are named after their domains.
 
     Raises:
-        UserError: if there is none, or one does not fit the data or lacks an expert asked for.
+        UserError: if there is no model, or one does not match the data or lacks a requested expert.
     """
     folder = Path(folder)
-    found: dict[Path, dict[str, str | None] | None] = {}
+    members: dict[Path, dict[str, str | None] | None] = {}
     if folder.is_file() or (folder / FILE).exists():
         for expert in open_forest(folder).experts:
-            found.setdefault(expert.path, {})[expert.domain] = expert.member
+            members.setdefault(expert.path, {})[expert.domain] = expert.member
     elif (folder / "config.json").exists():
-        found = {folder: None}
+        members = {folder: None}
     else:
-        places = (path.parent for path in sorted(folder.glob("*/config.json")))
-        found = {place: {place.name: None} for place in places}
-    if not found:
-        raise UserError(f"--model {folder}: holds no config.json, and no folder in it does")
+        subfolders = (path.parent for path in sorted(folder.glob("*/config.json")))
+        members = {path: {path.name: None} for path in subfolders}
+    if not members:
+        raise UserError(f"--model {folder}: there is no config.json in it or in its subfolders")
     models = []
-    for place, rows in found.items():
-        config = read_lm_config(place, "--model")
+    for path, rows in members.items():
+        config = read_lm_config(path, "--model")
         if rows is None:
             rows = (
                 {d: d for d in domains_of(config)} if untie_of(config) != "none" else {DENSE: None}
             )
-        if DENSE in rows and (place != folder or rows[DENSE] is not None):
+        if DENSE in rows and (path != folder or rows[DENSE] is not None):
             raise UserError(
                 f"--model {folder}: has an expert named {DENSE!r}, which is the row of models "
-                "without experts; give it another name"
+                "without experts; rename it"
             )
-        data = open_data(place, config, held_out)
+        data = open_data(path, config, held_out)
         for domain in held_out.domains:
-            held_out_blocks(data, held_out, domain)  # a missing file shows before any score
-        models.append(SavedModel(place, config, data, rows))
-    return models if held_out.experts is None else _chosen(folder, models, held_out.experts)
+            held_out_blocks(data, held_out, domain)  # raises for a missing file before any scoring
+        models.append(SavedModel(path, config, data, rows))
+    return models if held_out.experts is None else _select_experts(folder, models, held_out.experts)
 
 
-def _chosen(folder: Path, models: list[SavedModel], names: Sequence[str]) -> list[SavedModel]:
-    """The models with the rows named alone; one without experts as it is."""
+def _select_experts(
+    folder: Path, models: list[SavedModel], names: Sequence[str]
+) -> list[SavedModel]:
+    """The models with these rows only; a model without experts is unchanged."""
     known = [row for saved in models for row in saved.rows]
     if known == [DENSE]:
         return models
     for name in names:
         if name not in known:
             raise UserError(
-                f"--experts: {folder} has no expert {name!r}; choose of {', '.join(known)}"
+                f"--experts: {folder} has no expert {name!r}; its experts are {', '.join(known)}"
             )
     kept = [replace(m, rows={r: c for r, c in m.rows.items() if r in names}) for m in models]
     return [saved for saved in kept if saved.rows]
 
 
 def score_models(models: Sequence[SavedModel], held_out: HeldOut, device: torch.device) -> Matrix:
-    """Scores of what `find_models` found.
+    """Score models from `find_models`.
 
     Returns:
-        a row `DENSE` for a dense model; for a model with experts (DEMix) and for independent models
-        (Branch-Train-Merge) a row per expert.
+        a matrix with a row `DENSE` for a dense model, or a row per expert for a model with experts
+        (DEMix) and for independent models (Branch-Train-Merge).
     """
     matrix: Matrix = {}
     for saved in models:
         members = [member for member in saved.rows.values() if member is not None]
-        # Experts that nobody asked for are not even read.
+        # Experts that were not requested are not read.
         model = read_lm(saved.folder, members).to(device)
         for row, member in saved.rows.items():
             if member is not None:
@@ -169,21 +171,25 @@ def score_models(models: Sequence[SavedModel], held_out: HeldOut, device: torch.
 def _check_scored(
     saved: SavedModel, row: str, scores: Mapping[str, Score], held_out: HeldOut
 ) -> None:
-    """Raise UserError where a model has no score on a text that it was to be scored on."""
+    """Raise UserError if a model has no score on a text, for lack of finite log-probabilities."""
     for domain in held_out.domains:
-        own = not held_out.own_only or row in (domain, DENSE)
-        if own and domain not in scores and len(held_out_blocks(saved.data, held_out, domain)):
+        requested = not held_out.own_only or row in (domain, DENSE)
+        if (
+            requested
+            and domain not in scores
+            and len(held_out_blocks(saved.data, held_out, domain))
+        ):
             raise UserError(
                 f"--model {saved.folder}: gives no token of {domain} a finite log-probability; its "
-                "weights may hold values that are not numbers"
+                "weights may contain NaN or infinity"
             )
 
 
 def open_data(folder: Path, config: LmConfig, held_out: HeldOut) -> LmData:
-    """The data-bin as the model in `folder` reads it, domain tokens included if it has them.
+    """Open the data-bin as the model in `folder` reads it, with domain tokens if it has them.
 
     Raises:
-        UserError: if vocabulary, domains or sequence length do not fit.
+        UserError: if vocabulary, domains or sequence length do not match.
     """
     block_size = held_out.block_size or default_sequence(config)
     longest = longest_sequence(config)
@@ -213,8 +219,10 @@ def open_data(folder: Path, config: LmConfig, held_out: HeldOut) -> LmData:
         )
     forced = held_out.force_domain_token
     if forced is not None and (not room or held_out.domain_token == "false"):
-        why = "--domain_token is false" if room else f"the model in {folder} has no domain tokens"
-        raise UserError(f"--force_domain_token {forced}: {why}")
+        reason = (
+            "--domain_token is false" if room else f"the model in {folder} has no domain tokens"
+        )
+        raise UserError(f"--force_domain_token {forced}: {reason}")
     if forced is not None and forced not in domains:
         raise UserError(
             f"--force_domain_token {forced}: the model in {folder} has tokens for "
@@ -229,7 +237,7 @@ def open_data(folder: Path, config: LmConfig, held_out: HeldOut) -> LmData:
         )
     data = LmData(
         held_out.path,
-        # The place of a name among all the domains of the training decides the id of its token.
+        # The id of a domain token depends on the index of its name among all training domains.
         domains=domains if domain_token else None,
         block_size=block_size,
         domain_token=domain_token,
@@ -237,26 +245,27 @@ def open_data(folder: Path, config: LmConfig, held_out: HeldOut) -> LmData:
     for domain in held_out.domains:
         if domain not in data.bin.domains:
             raise UserError(
-                f"--domains: no such data: {domain!r}; choose of {', '.join(data.bin.domains)}"
+                f"--domains: {held_out.path} has no domain {domain!r}; its domains are "
+                f"{', '.join(data.bin.domains)}"
             )
         if domain_token and forced is None and domain not in data.domains:
             raise UserError(
-                f"--domains: the model in {folder} has no token for {domain!r}; choose of "
-                f"{', '.join(data.domains)}, or give --force_domain_token"
+                f"--domains: the model in {folder} has no token for {domain!r}; it has "
+                f"{', '.join(data.domains)}; --force_domain_token uses one of them"
             )
     return data
 
 
 def held_out_blocks(data: LmData, held_out: HeldOut, domain: str) -> TokenBlocks:
-    """The sequences of a domain's text, what stands before each of them as context left out."""
+    """Sequences of a domain's text, without the context that precedes each of them."""
     token = data.tokens.get(held_out.force_domain_token or domain)
     length = data.block_size - held_out.context_window
     return data.bin.blocks(domain, held_out.split, length, token)
 
 
 def held_out_batches(data: LmData, held_out: HeldOut, domain: str) -> Iterator[Batch]:
-    """The same as batches, in order, each sequence with its context."""
+    """Batches of a domain's sequences in order, each sequence with its context."""
     blocks = held_out_blocks(data, held_out, domain)
     batches = eval_batches(blocks, held_out.batch_size)
-    front = int(blocks.domain_token is not None)
-    return with_context(batches, held_out.context_window, blocks.pad_id, front)
+    leading = int(blocks.domain_token is not None)
+    return with_context(batches, held_out.context_window, blocks.pad_id, leading)

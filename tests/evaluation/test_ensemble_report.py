@@ -35,11 +35,11 @@ def test_tables():
     perplexity, bits, alone, removal = told.split("\n\n")
     rows = [line.split() for line in perplexity.splitlines()[2:]]
     assert rows[:2] == [["best", "single", "expert", "7.39"], ["cached_prior", "6.05*"]]
-    assert perplexity.endswith("best alone: law on novel")
+    assert perplexity.endswith("best single expert: law on novel")
     assert "1.803" in bits and "1.623*" in bits  # 20 and 18 nats over 16 bytes
     assert alone.splitlines()[0] == "test perplexity of each expert alone"
     assert [line.split() for line in alone.splitlines()[2:]] == [["law", "7.39*"], ["med", "20.09"]]
-    assert removal.splitlines()[0] == "test perplexity of cached_prior, an expert left out"
+    assert removal.splitlines()[0] == "test perplexity of cached_prior without one expert"
     assert [line.split()[-1] for line in removal.splitlines()[2:]] == ["6.05*", "18.17", "6.69"]
     assert len(score_text(results(size=0), Protocol()).split("\n\n")) == 2
 

@@ -288,7 +288,7 @@ def test_domain_tokens_must_be_there_for_all_or_none(place, tmp_path):
 
 
 def test_what_does_not_fit_is_told(place):
-    with pytest.raises(UserError, match=r"--experts: .* has no expert 'novel'; choose of law, art"):
+    with pytest.raises(UserError, match=r"no expert 'novel'; its experts are law, art"):
         experts_of(place, only=("law", "novel"))
     with pytest.raises(UserError, match=r"--domain: .* has no text of 'novel'"):
         experts_of(place, domains=("novel",))

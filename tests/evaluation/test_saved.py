@@ -194,7 +194,7 @@ def test_sequence_length_cuts_the_context(made):
 @pytest.mark.parametrize(
     ("kind", "changes", "told"),
     [
-        ("nowhere", {}, "holds no config.json, and no folder in it does"),
+        ("nowhere", {}, "no config.json in it or in its subfolders"),
         ("dense", {"block_size": 9}, "--max_seq_length 9: the model in .* has 8 positions"),
         ("dense", {"domain_token": "true"}, "has no domain tokens"),
         ("dense", {"context_window": 8}, "sequences of 8 tokens leave room for 7 at most"),
@@ -206,8 +206,8 @@ def test_sequence_length_cuts_the_context(made):
             {"force_domain_token": "law", "domain_token": "false"},
             "--force_domain_token law: --domain_token is false",
         ),
-        ("demix", {"experts": ("lore",)}, "no expert 'lore'; choose of law, code, art"),
-        ("dense", {"domains": ("law", "lore")}, "'lore'; choose of law, code, art"),
+        ("demix", {"experts": ("lore",)}, "no expert 'lore'; its experts are law, code, art"),
+        ("dense", {"domains": ("law", "lore")}, "no domain 'lore'; its domains are law, code, art"),
         ("dense", {"split": "dev"}, "split 'dev': allowed are train, valid, test"),
         ("dense", {"path": "nowhere"}, "is not a data-bin"),
     ],
@@ -225,7 +225,7 @@ def test_a_vocabulary_of_other_data_is_refused(made, tmp_path):
 
 def test_a_domain_without_token_is_refused(made, tmp_path):
     make_model(tmp_path / "model", vocab_size=VOCAB + 2, domains=["law", "art"])
-    with pytest.raises(UserError, match="has no token for 'code'; choose of law, art"):
+    with pytest.raises(UserError, match="has no token for 'code'; it has law, art"):
         find_models(tmp_path / "model", held_out(made))
 
 

@@ -80,7 +80,7 @@ def test_the_estimate_alone(place, tmp_path, capsys):
 def test_a_mistake_is_told_in_one_paragraph(place):
     done = launch("--forest", place / "demix", "--data", place / "bin", "--domain", "novel")
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert re.search("--domain: .* has no text of 'novel'; choose of law, code, art", done.stderr)
+    assert re.search("--domain: .* has no text of 'novel'; its domains are law", done.stderr)
 
 
 def parsed(place: Path, *flags: object) -> EnsembleArgs:
