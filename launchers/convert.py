@@ -5,6 +5,8 @@
         --output_dir DIR
     python launchers/convert.py --format fairseq_lm --export --input DIR --output_dir FAIRSEQ
     python launchers/convert.py --format opt --export --input DIR --domains law --output_dir OPT
+    python launchers/convert.py --format expert --input DEMIX_FOLDER --domains law \\
+        --output_dir DIR
     python launchers/convert.py --format datamux --input MUXBERT_FOLDER --output_dir DIR
 
 DIR is read by `from_pretrained(DIR)` of the Auto class for its kind (`AutoModelForCausalLM`, for
@@ -28,7 +30,7 @@ def main() -> None:
     module = format_module(options.format)
     told = Options(tuple(options.domains), options.num_attention_heads)
     source = options.input if options.input.is_dir() else options.input.parent
-    way = "export" if options.export else "convert"
+    way = "export" if options.export or options.format == "expert" else "convert"
     if not hasattr(module, way):
         other = "without" if options.export else "with"
         raise UserError(f"--format {options.format}: can be used {other} --export only")
@@ -36,7 +38,7 @@ def main() -> None:
     from megamod.data.corpus.tokenizers import GPT2_FILES, load_tokenizer
     from megamod.states.tokenizer_files import copy_tokenizer
 
-    if options.export:
+    if way == "export":
         with new_folder(options.output_dir) as folder:
             files = module.export(options.input, folder, told)
             files += copy_tokenizer(source, folder)
@@ -70,8 +72,8 @@ def parse_arguments() -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="NAME",
-        help="names of the experts, in the order of the ranks that hold them; --format opt: the "
-        "one to export; --format ca_mtl: names of the tasks, in the order of their ids",
+        help="names of the experts, in the order of the ranks that hold them; --format opt and "
+        "expert: the one to export; --format ca_mtl: names of the tasks, in the order of their ids",
     )
     add(
         "--num_attention_heads",

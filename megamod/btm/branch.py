@@ -37,11 +37,12 @@ from megamod.states.checkpoint_folder import (
     write_fragments,
     write_manifest,
 )
+from megamod.states.dense import dense_config, write_dense
 from megamod.states.forest import Parent, read_config
 from megamod.states.grow import link_or_copy
 from megamod.states.manifest import MANIFEST, list_checkpoints
-from megamod.states.stream import ModelFolder, write_stream
-from megamod.states.weights import DENSE_FILE, read_weights
+from megamod.states.stream import ModelFolder
+from megamod.states.weights import read_weights
 
 SCHEDULE = ("max_steps", "learning_rate", "lr_scheduler_type", "warmup_ratio", "warmup_steps")
 """Settings that a branched run shares with its parent, because they define the schedule."""
@@ -140,20 +141,7 @@ def _start_model(sources: Sequence[Source], weights: Sequence[float], base: Path
         return
     (source,) = sources
     base.mkdir()
-    config = read_config(source.model)
-    with ModelFolder(source.model, source.member) as model:
-        if source.member is None and [file.name for file in model.files] == [DENSE_FILE]:
-            link_or_copy(source.model / DENSE_FILE, base / DENSE_FILE)
-        else:
-            files = {DENSE_FILE: list(model.tensors)}
-            write_stream(base, files, model.tensors, lambda name: [model.read(name)])
-        if source.member is not None:
-            tied = "lm_head.weight" not in model.tensors
-            config |= {"untie": "none", "tie_word_embeddings": tied}
-    write_json(base / "config.json", config)
-    for file in source.model.iterdir():
-        if file.is_file() and file.suffix != ".safetensors" and not _is_skipped(file):
-            shutil.copyfile(file, base / file.name)
+    write_dense(source.model, source.member, base, _SKIPPED)
 
 
 def _parent_name(source: Source) -> str:
@@ -161,15 +149,11 @@ def _parent_name(source: Source) -> str:
     return f"{path} ({source.member})" if source.member else path
 
 
-def _is_skipped(file: Path) -> bool:
-    return file.name in _SKIPPED or file.name.endswith(".index.json")
-
-
 def _write_model(base: Path, target: Path, domain: str) -> None:
     for file in base.iterdir():
         if file.name not in ("config.json", "README.md", "merge.json"):
             link_or_copy(file, target / file.name)
-    write_json(target / "config.json", read_config(base) | {"domains": [domain]})
+    write_json(target / "config.json", dense_config(read_config(base), [domain]))
 
 
 def _state_of(source: Source) -> StateRecord:

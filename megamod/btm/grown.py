@@ -36,11 +36,25 @@ def expert_of(path: Path, domain: str | None = None, member: str | None = None) 
             f"{', '.join(domains)}, not {member!r}"
         )
     if domain is None:
+        domains = domains or _trained_on(path)
         domain = member if has_experts else domains[0] if len(domains) == 1 else None
     if domain is None:
         named = ", ".join(domains) or "no named domain"
         raise UserError(f"--domain is missing: the model in {model} was trained on {named}")
     return Expert(domain, model, member if has_experts else None, **_history(path))
+
+
+def _trained_on(folder: Path) -> list[str]:
+    """Domains of a run, from run.yaml in its folder or in the model folder; none if unknown.
+
+    Of independent models trained in one job, the domain after which the folder is named.
+    """
+    try:
+        settings = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
+        domains = [name for name in settings["domains"] or () if isinstance(name, str)]
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return []
+    return [folder.name] if settings.get("untie") == "all" and folder.name in domains else domains
 
 
 def table(forest: Forest) -> str:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # `--help` lists the formats, and torch takes seconds to load
 FORMATS = {
     "ca_mtl": "CA-MTL: many tasks on a conditional BERT; --tasks names them",
     "datamux": "multiplexed encoders: MUX-BERT, MUX-ELECTRA, DataMUX on RoBERTa",
+    "expert": "one expert of a model with experts, as an ordinary dense model; --domains names it",
     "fairseq_lm": "causal language models of fairseq: dense, one expert (ELM), or DEMix",
     "hf_bert": "BERT of transformers as published: MultiBERTs, old names, finetuned heads",
     "opt": "OPTForCausalLM of transformers, for use without megamod (with --export only)",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megamod.errors import UserError
 from megamod.merging.tensors import TensorSource, label
+from megamod.states.dense import dense_config
 from megamod.states.forest import read_config
 from megamod.states.stream import Spec
 from megamod.states.token_ids import check_same_ids
@@ -49,10 +50,10 @@ def check_configs(folders: Sequence[Path], *, cut: bool = False, same_words: boo
             differ, or a model whose weights are quantised.
     """
     base = folders[0]
-    config = read_config(base)
+    config = dense_config(read_config(base))
     refuse_quantised(base, config)
     for folder in dict.fromkeys(folders[1:]):
-        other = read_config(folder)
+        other = dense_config(read_config(folder))
         refuse_quantised(folder, other)
         ours, theirs = dict(_fields(config)), dict(_fields(other))
         for key in ours:
@@ -88,7 +89,7 @@ def refuse_quantised(folder: Path, config: Mapping[str, object]) -> None:
 
 def warn_of_differences(first: Path, second: Path) -> None:
     """Log the fields of two configurations that change the function of equal weights."""
-    configs = read_config(first), read_config(second)
+    configs = dense_config(read_config(first)), dense_config(read_config(second))
     if configs[0] == configs[1]:
         return
     differing = _differing(*configs)

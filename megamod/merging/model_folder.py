@@ -13,6 +13,7 @@ from megamod.merging.layer_settings import Origin, stacked_config
 from megamod.merging.recipe import Part, Recipe
 from megamod.merging.vocabulary import FILE as VOCABULARY
 from megamod.merging.vocabulary import UNION, Vocabulary
+from megamod.states.dense import dense_config
 from megamod.states.forest import read_config
 from megamod.states.tokenizer_files import PATTERNS, VOCABULARIES
 from megamod.version import __version__
@@ -60,9 +61,9 @@ def merged_config(
         config = _stacked(config, recipe)
     if stored is not None:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = stored
+    if recipe.inputs[recipe.template].member is not None:
+        config = dense_config(config)
     if config.get("model_type") == "demix":
-        if recipe.inputs[recipe.template].member is not None:
-            config["untie"] = "none"
         domains = [model.domain for model in recipe.inputs]
         if config.get("untie") == "none" and None not in domains:
             config["domains"] = list(dict.fromkeys(domains))

@@ -14,7 +14,7 @@ from megamod.merging.recipe import Recipe
 from megamod.merging.settings import WITHOUT_EFFECT, Scope, check_parameters, check_word
 from megamod.merging.tensors import MergeTensor, ModelTensor, TensorSource
 from megamod.merging.vocabulary import Vocabulary
-from megamod.states.forest import read_config
+from megamod.states.forest import HOST_TYPE, read_config
 from megamod.states.stream import Spec, plan_shards
 from megamod.states.weights import file_of
 
@@ -128,7 +128,7 @@ def make_plan(
                 shape = spec.shape if rows is None else (rows, *spec.shape[1:])
             spec = Spec(getattr(torch, stored) if stored else spec.dtype, shape)
         specs[name] = spec
-    if config.get("model_type") == "demix" and config.get("untie") != "none":
+    if config.get("model_type") in ("demix", HOST_TYPE) and config.get("untie") != "none":
         files: dict[str, list[str]] = {}
         for name in specs:
             files.setdefault(file_of(name, has_experts=True), []).append(name)

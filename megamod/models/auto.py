@@ -148,12 +148,30 @@ def _check_fits(
             f"--model {model} has a vocabulary of {config.vocab_size} and {limit} positions; the "
             f"data need {vocab_size} and {max_positions}"
         )
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    eos = special_ids["eos_token_id"]
-    if not ours and ends != [None] and eos not in ends:
+    if not ours:
+        check_data(f"--model {model}", config, vocab_size, special_ids)
+
+
+def check_data(
+    where: str, config: PreTrainedConfig, vocab_size: int, special_ids: Mapping[str, int]
+) -> None:
+    """Refuse data whose ids a stock model does not have, or whose texts end otherwise.
+
+    Its vocabulary may be longer, as output matrices are padded.
+
+    Raises:
+        UserError: with both numbers.
+    """
+    if config.vocab_size < vocab_size:
         raise UserError(
-            f"--model {model} ends a text with id {', '.join(map(str, ends))}, the data with id "
-            f"{eos}: make the data with launchers/preprocess.py --tokenizer {model}"
+            f"{where} has a vocabulary of {config.vocab_size}; the data need {vocab_size}"
+        )
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if ends != [None] and special_ids["eos_token_id"] not in ends:
+        raise UserError(
+            f"{where} ends a text with id {', '.join(map(str, ends))}, the data with id "
+            f"{special_ids['eos_token_id']}: make them with launchers/preprocess.py and its "
+            "tokenizer"
         )
 
 

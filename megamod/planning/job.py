@@ -18,7 +18,9 @@ from megamod.dist.scope import Sharing, sharing_of
 from megamod.dist.topology import DomainTopology
 from megamod.errors import UserError
 from megamod.flags import origin_of
+from megamod.models.auto import model_folder
 from megamod.models.build import FAMILIES
+from megamod.models.lm.configuration import read_lm_config
 from megamod.models.presets import PRESETS
 from megamod.planning.memory import BUCKET, LIVE, PERSISTENT, Setting
 from megamod.planning.plan_args import PlanArgs
@@ -262,9 +264,11 @@ def hidden_size_of(model: ModelArgs, mux: MuxArgs) -> int:
     """Hidden size of the model, from its arguments alone."""
     if model.hidden_size is not None:
         return model.hidden_size
-    folder = Path(model.model) / "config.json"
-    if folder.is_file():
-        return int(json.loads(folder.read_text(encoding="utf-8"))["hidden_size"])
+    config_file = Path(model.model) / "config.json"
+    if mux.objective == "causal_lm" and (folder := model_folder(model.model)) is not None:
+        return read_lm_config(folder, "--model").hidden_size  # families name the field differently
+    if config_file.is_file():
+        return int(json.loads(config_file.read_text(encoding="utf-8"))["hidden_size"])
     sizes = PRESETS["demix"]
     if mux.objective != "causal_lm":
         sizes = PRESETS[FAMILIES[mux.objective]]

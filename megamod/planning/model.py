@@ -11,8 +11,9 @@ from transformers import (
 
 from megamod.dist.scope import Sharing, domain_of_name
 from megamod.errors import UserError
-from megamod.models.auto import lm_config
+from megamod.models.auto import lm_config, model_folder
 from megamod.models.build import FAMILIES, build_encoder, encoder_config
+from megamod.models.lm.configuration import read_lm_config
 from megamod.models.lm.flops import active_parameters, flops_per_token
 from megamod.models.lm.load import lm_class
 from megamod.models.presets import PRESETS, SHAPE
@@ -156,11 +157,11 @@ def network_of(job: Job) -> Network:
         config = encoder_config(job.model.model, changes, job.mux, job.vocabulary, length)
         return Network(job, config)
     untie = "none" if job.topology.sharing is not Sharing.DEMIX else job.model.untie
-    tokens = job.vocabulary
+    size, special_ids = _vocabulary(job)
     config = lm_config(
         job.model.model,
-        vocab_size=tokens.size,
-        special_ids=dict(bos_token_id=tokens.bos, pad_token_id=tokens.pad, eos_token_id=tokens.eos),
+        vocab_size=size,
+        special_ids=special_ids,
         domains=job.topology.domains,
         untie=untie,
         max_positions=job.data.max_seq_length,
@@ -168,3 +169,17 @@ def network_of(job: Job) -> Network:
         overrides={name: getattr(job.model, name) for name in SHAPE},
     )
     return Network(job, config)
+
+
+def _vocabulary(job: Job) -> tuple[int, dict[str, int | None]]:
+    """Size and special ids of the data; without data, those of the folder in --model."""
+    tokens, names = job.vocabulary, ("bos_token_id", "pad_token_id", "eos_token_id")
+    folder = model_folder(job.model.model)
+    if not tokens.assumed or folder is None:
+        ids = (tokens.bos, tokens.pad, tokens.eos)
+        return tokens.size, dict(zip(names, ids, strict=True))
+    config = read_lm_config(folder, "--model")
+    ids = {name: getattr(config, name) for name in names}
+    if isinstance(ids["eos_token_id"], list):
+        ids["eos_token_id"] = ids["eos_token_id"][0]
+    return config.vocab_size, ids

@@ -23,12 +23,13 @@ from pathlib import Path
 from megamod.errors import UserError
 from megamod.files import write_json
 from megamod.states.token_ids import check_same_ids
-from megamod.states.tokenizer_files import copy_tokenizer
+from megamod.states.tokenizer_files import copy_tokenizer, tokenizer_files
 from megamod.states.weight_files import has_weights
 
 FORMAT = 1
 FILE = "forest.json"
 MODEL_TYPE = "demix_forest"
+HOST_TYPE = "demix_host"  # a stock model with experts per domain
 
 
 @dataclass(frozen=True)
@@ -241,6 +242,7 @@ def _check(experts: list[Expert], where: Path) -> None:
         if names.count(name) > 1:
             raise UserError(f"{where}: domain {name!r} is there twice")
     sizes: dict[int, str] = {}
+    kinds: set[object] = set()
     for expert in experts:
         config = read_config(expert.path)
         apart = config.get("untie", "none") != "none"
@@ -255,7 +257,9 @@ def _check(experts: list[Expert], where: Path) -> None:
                 "one dense model"
             )
         sizes.setdefault(config.get("vocab_size"), expert.domain)
-    if len(sizes) > 1:
+        kinds.add(config.get("model_type") if tokenizer_files(expert.path) else "demix")
+    # Stock models pad their vocabularies; their tokenizers are compared below.
+    if len(sizes) > 1 and "demix" in kinds:
         listed = ", ".join(f"{size} of {name}" for size, name in sizes.items())
         raise UserError(f"{where}: the experts have different vocabularies: {listed}")
     folders = list(dict.fromkeys(expert.path for expert in experts))

@@ -51,7 +51,7 @@ def symmetry_of(config: Mapping[str, object], shapes: Shapes, *, qk: bool = Fals
         UserError: if the architecture is not known, or a tensor is missing or does not fit the
             configuration.
     """
-    kind = config.get("model_type")
+    kind = config.get("host", config.get("model_type"))
     if kind not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise UserError(f"model_type {kind!r}: cannot be aligned; known are {known}")

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 
 from megamod.errors import UserError
 from megamod.mixture.posterior import RULES
+from megamod.states.forest import HOST_TYPE
 
 UNTIE = (
     "none",
@@ -27,9 +28,6 @@ layer (DEMix), of every second layer, of the last layer; whole blocks; blocks an
 embeddings and output matrix."""
 
 SPECIAL_IDS = ("bos_token_id", "pad_token_id", "eos_token_id")
-
-HOST_TYPE = "demix_host"
-"""Model type of a stock language model of transformers that has experts per domain."""
 
 
 @strict

@@ -20,16 +20,22 @@ from megamod.evaluation.expert_scores import Experts, OneByOne, Together
 from megamod.evaluation.saved import HeldOut
 from megamod.flags import refuse_changes
 from megamod.mixture.prior import read_prior
+from megamod.models.auto import check_data, check_host
 from megamod.models.lm.configuration import (
     SEQUENCE,
     DemixConfig,
+    LmConfig,
     default_sequence,
+    domains_of,
     longest_sequence,
+    part_config,
     read_lm_config,
     untie_of,
 )
-from megamod.models.lm.demix import DemixForCausalLM
+from megamod.models.lm.feed_forward import feed_forward_names
+from megamod.models.lm.load import LanguageModel, lm_class
 from megamod.runs.pretrain.adapt_args import AdaptArgs
+from megamod.states.dense import dense_config
 from megamod.states.forest import Expert, Forest, open_forest
 from megamod.states.stream import ModelFolder
 
@@ -89,6 +95,9 @@ def open_data(args: AdaptArgs, forest: Forest) -> LmData:
     configs = {e.path: read_lm_config(e.path, flag) for e in forest.experts}
     wanted = {"vocab_size": databin.vocab_size, **databin.special_ids}
     for path, config in configs.items():
+        if config.model_type != DemixConfig.model_type:
+            check_data(f"{flag} {path}", config, databin.vocab_size, databin.special_ids)
+            continue
         for field in ("vocab_size", "pad_token_id", "eos_token_id"):
             if getattr(config, field) != wanted[field]:
                 raise UserError(
@@ -155,17 +164,22 @@ def estimate(
     return estimate_priors(experts, source, [domain], protocol)[domain].prior.weights
 
 
-def config_of(expert: Expert, args: AdaptArgs) -> DemixConfig:
+def config_of(expert: Expert, args: AdaptArgs) -> LmConfig:
     """Configuration of the dense model that is trained.
 
     Raises:
         UserError: if the new name cannot be one, or is taken, or there is nothing to train.
     """
-    fields = read_lm_config(expert.path).to_dict()
-    if fields["model_type"] != DemixConfig.model_type:
-        raise UserError(f"{expert.path}: a {fields['model_type']} cannot be adapted yet")
-    if args.domain in fields["domains"] and expert.member is not None:
+    saved = read_lm_config(expert.path)
+    if expert.member is not None and args.domain in domains_of(saved):
         raise UserError(f"--domain {args.domain}: {expert.path} has an expert of that name already")
+    if saved.model_type != DemixConfig.model_type:
+        if args.method == "feedforward":
+            check_host(f"--method feedforward: {expert.path}", saved)
+        config = part_config(dense_config(saved.to_dict()))
+        config._attn_implementation = args.attn_implementation
+        return config
+    fields = saved.to_dict()
     if args.method == "feedforward" and fields["untie"] == "input_output":
         raise UserError(
             f"--method feedforward: the experts of {expert.path} own no feed-forward network "
@@ -178,13 +192,13 @@ def config_of(expert: Expert, args: AdaptArgs) -> DemixConfig:
         raise UserError(f"--domain {args.domain}: {error}") from error
 
 
-def build(expert: Expert, config: DemixConfig, method: str) -> DemixForCausalLM:
+def build(expert: Expert, config: DemixConfig, method: str) -> LanguageModel:
     """The expert as a dense model; with `feedforward` only its own fc1 and fc2 require gradients.
 
     Raises:
         UserError: if its weights do not fit its configuration.
     """
-    model = DemixForCausalLM(config)
+    model = lm_class(config)(config)
     with ModelFolder(expert.path, expert.member) as folder:
         for name, parameter in model.named_parameters():
             spec = folder.tensors.get(name)
@@ -198,9 +212,9 @@ def build(expert: Expert, config: DemixConfig, method: str) -> DemixForCausalLM:
     model.tie_weights()
     if method == "feedforward":
         own = _own_names(expert)
+        inside = feed_forward_names(model)
         for name, parameter in model.named_parameters():
-            inside = any(f".feed_forward.{layer}." in name for layer in ("fc1", "fc2"))
-            parameter.requires_grad_(inside and (own is None or name in own))
+            parameter.requires_grad_(name in inside and (own is None or name in own))
     return model
 
 

@@ -22,15 +22,9 @@ from megamod.models.lm.flops import flops_per_token
 from megamod.models.lm.load import build_lm
 from megamod.models.presets import SHAPE
 from megamod.runs.training import Recipe, Running, execute
+from megamod.states.tokenizer_files import tokenizer_files
 from megamod.train.export import Card
 from megamod.train.objectives import CausalLM
-
-COMPANIONS = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model"),
-    *("chat_template.jinja", "chat_template.json", "generation_config.json"),
-)
-"""Files of a stock folder that a model trained from it needs as well."""
 
 logger = logging.getLogger(__name__)
 
@@ -122,9 +116,9 @@ def stock_files(model: str, config: LmConfig, data: LmData) -> list[Path]:
     folder = model_folder(model)
     if folder is None or config.model_type == DemixConfig.model_type:
         return []
-    files = [folder / name for name in COMPANIONS if (folder / name).is_file()]
-    made = f"launchers/preprocess.py --tokenizer {model}"
-    if not any(file.name.startswith(("tokenizer", "vocab", "spiece")) for file in files):
+    words, settings = tokenizer_files(folder), folder / "generation_config.json"
+    files = [*words, *([settings] if settings.is_file() else [])]
+    if not words:
         logger.warning(
             "--model %s holds no tokenizer, so nothing says that it reads the ids of %s",
             model,
@@ -135,7 +129,7 @@ def stock_files(model: str, config: LmConfig, data: LmData) -> list[Path]:
     if theirs is not None and load_tokenizer(folder).digest != theirs:
         raise UserError(
             f"--data {data.bin.path} was made with another tokenizer than that of --model {model}: "
-            f"make it with {made}"
+            f"make it with launchers/preprocess.py --tokenizer {model}"
         )
     return files
 

@@ -1,0 +1,31 @@
+"""One expert of a model with experts, as an ordinary dense model folder.
+
+Of a stock family it is a stock folder again: transformers loads it without megamod.
+"""
+
+from pathlib import Path
+
+from megamod.convert import Options
+from megamod.errors import UserError
+from megamod.states.dense import write_dense
+from megamod.states.forest import read_config
+
+_SKIPPED = ("README.md", "run.yaml", "state.json", "manifest.json", "merge.json")
+
+
+def export(source: Path, folder: Path, options: Options) -> list[Path]:
+    """Write the expert of `options.domains`; its tokenizer and generation settings go along.
+
+    Raises:
+        UserError: if the folder has no experts, or the domain is not one of them.
+    """
+    config = read_config(Path(source))
+    if config.get("untie", "none") == "none":
+        raise UserError(f"{source}: is one dense model and has no experts")
+    domains = list(config["domains"])
+    if len(options.domains) != 1 or options.domains[0] not in domains:
+        raise UserError(
+            f"--domains: name one expert of {source}, not {' '.join(options.domains) or 'none'}; "
+            f"there are {', '.join(domains)}"
+        )
+    return write_dense(Path(source), options.domains[0], folder, _SKIPPED)

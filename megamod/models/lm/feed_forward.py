@@ -1,0 +1,25 @@
+"""Parameters of a language model that belong to its feed-forward layers."""
+
+from torch import nn
+
+from megamod.models.lm.hosts import HOSTS
+
+
+def feed_forward_names(model: nn.Module) -> set[str]:
+    """Names of the parameters inside feed-forwards of a dense model.
+
+    Raises:
+        KeyError: if the model is of a family without a row in the table of hosts.
+    """
+    kind = model.config.model_type
+    if kind == "demix":
+        parts = ("fc1", "fc2")
+        layers, paths = "model.layers", [f"feed_forward.{part}" for part in parts]
+    else:
+        layers, paths = HOSTS[kind].layers, HOSTS[kind].feed_forward
+    inside = tuple(
+        f"{layers}.{number}.{path}."
+        for number in range(len(model.get_submodule(layers)))
+        for path in paths
+    )
+    return {name for name, _ in model.named_parameters() if name.startswith(inside)}

@@ -1,0 +1,67 @@
+"""One expert of a model with experts as an ordinary dense model folder."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from megamod.files import write_json
+from megamod.states.forest import HOST_TYPE, read_config
+from megamod.states.grow import link_or_copy
+from megamod.states.stream import ModelFolder, write_stream
+from megamod.states.weights import DENSE_FILE
+
+
+def dense_config(
+    config: Mapping[str, object], domains: Sequence[str] | None = None
+) -> dict[str, object]:
+    """config.json of an ordinary dense model with the shape of this one.
+
+    A stock model with experts gets its stock type and class back.
+
+    Args:
+        domains: the model was trained on, if known; stock configurations have no place for them.
+    """
+    config = dict(config)
+    if config.get("model_type") == HOST_TYPE:
+        config["model_type"] = config.pop("host")
+        classes = config.get("architectures") or []
+        config["architectures"] = [name.removeprefix("Demix") for name in classes]
+        for field in ("domains", "untie"):
+            config.pop(field, None)
+    elif config.get("model_type") == "demix":
+        config["untie"] = "none"
+        if domains is not None:
+            config["domains"] = list(domains)
+    return config
+
+
+def write_dense(
+    source: Path, member: str | None, folder: Path, skipped: Sequence[str] = ()
+) -> list[Path]:
+    """Write a model, or one expert of it, as a dense model; return its files.
+
+    Args:
+        member: domain of the expert; None for a model without experts.
+        folder: exists and is empty.
+        skipped: names of further files of the source that are not copied.
+    Raises:
+        UserError: if weights or the member are missing.
+    """
+    source, folder = Path(source), Path(folder)
+    config = read_config(source)
+    with ModelFolder(source, member) as model:
+        if member is None and [file.name for file in model.files] == [DENSE_FILE]:
+            link_or_copy(source / DENSE_FILE, folder / DENSE_FILE)
+        else:
+            files = {DENSE_FILE: list(model.tensors)}
+            write_stream(folder, files, model.tensors, lambda name: [model.read(name)])
+        if member is not None:
+            config = dense_config(config)
+            if config["model_type"] == "demix":
+                config["tie_word_embeddings"] = "lm_head.weight" not in model.tensors
+    write_json(folder / "config.json", config)
+    for file in source.iterdir():
+        weights = file.suffix == ".safetensors" or file.name.endswith(".index.json")
+        if file.is_file() and not weights and file.name not in ("config.json", *skipped):
+            shutil.copyfile(file, folder / file.name)
+    return sorted(file for file in folder.iterdir() if file.is_file())

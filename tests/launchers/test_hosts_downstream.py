@@ -1,0 +1,267 @@
+"""Stock folders in every command after training: forests, scores, mixtures, merges, plans."""
+
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models.tiny_hosts import tiny_stock
+from ranks import on_ranks
+from runs.test_host_pretrain import LENGTH, save_tokenizer, words_of
+from transformers import AutoModelForCausalLM
+
+import megamod  # noqa: F401  (registers the models)
+from megamod.btm.branch import branch
+from megamod.btm.parents import find_source
+from megamod.data.corpus.binarize import binarize
+from megamod.data.lm.pretraining import LmData
+from megamod.errors import UserError
+from megamod.models.auto import lm_config
+from megamod.models.lm.forest import ForestForCausalLM
+from megamod.models.lm.load import build_lm
+from megamod.states.forest import open_forest
+from megamod.states.tokenizer_files import copy_tokenizer
+from megamod.states.weights import expert_state, read_weights
+
+LAUNCHERS = Path(__file__).resolve().parents[2] / "launchers"
+DOMAINS = ("law", "med")
+IDS = torch.tensor([[5, 9, 33, 70, 12, 8, 101, 44], [7, 7, 90, 3, 60, 61, 200, 2]])
+
+
+def launch(name: str, *words: object) -> None:
+    """A launcher in this process."""
+    spec = importlib.util.spec_from_file_location(f"launch_{name}", LAUNCHERS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    before, sys.argv = sys.argv, [f"{name}.py", *map(str, words)]
+    try:
+        module.main()
+    finally:
+        sys.argv = before
+
+
+def stock_folder(folder: Path, family: str, seed: int, tokenizer: Path | None, **more) -> Path:
+    ids = dict(vocab_size=320, bos_token_id=0, eos_token_id=1, pad_token_id=None)
+    tiny_stock(family, seed, **ids | more).save_pretrained(folder)
+    if tokenizer is not None:
+        copy_tokenizer(tokenizer, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """Dense models of three families and one with experts; one tokenizer, and data made with it."""
+    place = tmp_path_factory.mktemp("downstream")
+    texts = {domain: words_of(domain) for domain in DOMAINS}
+    save_tokenizer(place / "words", [text for some in texts.values() for text in some])
+    binarize(texts, str(place / "words"), place / "bin")
+    for number, (name, family) in enumerate(
+        {"llama": "llama", "llama2": "llama", "gpt2": "gpt2", "bloom": "bloom"}.items()
+    ):
+        stock_folder(place / name, family, number, place / "words")
+    stock_folder(place / "wide", "olmo2", 4, place / "words", vocab_size=352)
+    config = lm_config(
+        str(place / "llama"),
+        vocab_size=320,
+        special_ids={"eos_token_id": 1},
+        domains=DOMAINS,
+        untie="feedforward",
+        max_positions=LENGTH,
+        attn_implementation=None,
+        overrides={},
+    )
+    model = build_lm(config, seed=1, init_from=place / "llama")
+    torch.manual_seed(7)
+    for name, parameter in model.named_parameters():
+        if ".experts.med." in name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(place / "demix")
+    copy_tokenizer(place / "words", place / "demix")
+    forest = place / "forest"
+    for domain, name in {"law": "llama", "med": "gpt2", "art": "bloom", "tax": "wide"}.items():
+        launch("forest", "add", "--forest", forest, "--path", place / name, "--domain", domain)
+    add = ("add", "--forest", forest, "--path", place / "demix", "--member", "med")
+    launch("forest", *add, "--domain", "new")
+    return place
+
+
+@torch.no_grad()
+def stock_log_probs(folder: Path, size: int = 320) -> torch.Tensor:
+    logits = AutoModelForCausalLM.from_pretrained(folder).eval()(IDS).logits
+    return logits.float().log_softmax(-1)[..., :size]
+
+
+@torch.no_grad()
+def test_a_forest_of_families_mixes_and_generates(place):
+    forest = ForestForCausalLM.from_pretrained(place / "forest").eval()
+    assert forest.config.vocab_size == 320
+    whole = forest(IDS)
+    probabilities = [stock_log_probs(place / name) for name in ("llama", "gpt2", "bloom", "wide")]
+    demix = AutoModelForCausalLM.from_pretrained(place / "demix").eval()
+    probabilities.append(demix(IDS, domain="med").logits.log_softmax(-1))
+    # By hand: the weights of an expert are the probabilities it gave to the tokens so far.
+    evidence, expected = torch.zeros(5, 2), []
+    for at in range(IDS.shape[1]):
+        weights = evidence.log_softmax(0)
+        expected.append(
+            torch.stack(
+                [w[:, None] + p[:, at] for w, p in zip(weights, probabilities, strict=True)]
+            ).logsumexp(0)
+        )
+        if at + 1 < IDS.shape[1]:
+            new = [p[:, at].gather(-1, IDS[:, at + 1, None])[:, 0] for p in probabilities]
+            evidence = evidence + torch.stack(new)
+    torch.testing.assert_close(whole.logits, torch.stack(expected, 1), rtol=0, atol=1e-4)
+
+    past, rows = None, []
+    for part in IDS.split(3, dim=1):
+        output = forest(part, past_key_values=past, use_cache=True)
+        past = output.past_key_values
+        rows.append(output.logits)
+    torch.testing.assert_close(torch.cat(rows, 1), whole.logits, rtol=0, atol=1e-5)
+    arguments = dict(max_new_tokens=5, do_sample=False, pad_token_id=1)
+    cached = forest.generate(IDS, use_cache=True, **arguments)
+    assert torch.equal(cached, forest.generate(IDS, use_cache=False, **arguments))
+
+
+def test_scores_and_mixtures(place, capsys):
+    common = ("--data", place / "bin", "--max_seq_length", LENGTH)
+    launch("eval_lm", "--model", place / "llama", *common, "--output", place / "one.json")
+    found = json.loads((place / "one.json").read_text())
+    data = LmData(str(place / "bin"), domains=None, block_size=LENGTH, domain_token=False)
+    total, count = 0.0, 0
+    stock = AutoModelForCausalLM.from_pretrained(place / "llama")
+    for batch in data.eval_batches("law", "test", 4, 0):
+        with torch.no_grad():
+            mask = batch.get("attention_mask")
+            logits = stock(batch["input_ids"], attention_mask=mask).logits.log_softmax(-1)
+        labels = batch["labels"]
+        scores = logits.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+        total, count = total - float(scores[labels >= 0].sum()), count + int((labels >= 0).sum())
+    (scored,) = found["models"].values()
+    assert scored["own"]["law"] == pytest.approx(math.exp(total / count), rel=1e-4)
+    launch("eval_lm", "--model", place / "demix", *common)
+    launch("eval_lm", "--model", place / "forest", *common)
+    launch("eval_ensemble", "--forest", place / "forest", *common, "--domain", *DOMAINS)
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("law", "med", "art", "tax", "new"))
+
+
+def test_other_models_do_not_join(place, tmp_path):
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert", "vocab_size": 320}')
+    empty = tmp_path / "forest"
+    with pytest.raises(UserError, match="a causal language model is needed"):
+        launch("forest", "add", "--forest", empty, "--path", tmp_path / "bert", "--domain", "x")
+    assert not (empty / "forest.json").exists()
+    save_tokenizer(tmp_path / "other words", ["something else"], 290)
+    stock_folder(tmp_path / "other", "llama", 9, tmp_path / "other words")
+    before = (place / "forest" / "forest.json").read_bytes()
+    add = ("add", "--forest", place / "forest", "--path", tmp_path / "other", "--domain", "x")
+    with pytest.raises(UserError, match="their tokenizers differ"):
+        launch("forest", *add)
+    assert (place / "forest" / "forest.json").read_bytes() == before
+
+
+@torch.no_grad()
+def test_an_expert_is_taken_out_as_a_stock_folder(place, tmp_path):
+    out = tmp_path / "med"
+    arguments = ("--format", "expert", "--input", place / "demix", "--output_dir", out)
+    with pytest.raises(UserError, match="name one expert of .*; there are law, med"):
+        launch("convert", *arguments, "--domains", "tax")
+    launch("convert", *arguments, "--domains", "med")
+    model, report = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert type(model) is type(tiny_stock("llama")) and not report["missing_keys"]
+    demix = AutoModelForCausalLM.from_pretrained(place / "demix").eval()
+    assert torch.equal(model.eval()(IDS).logits, demix(IDS, domain="med").logits)
+    fields = json.loads((out / "config.json").read_text())
+    assert fields["architectures"] == ["LlamaForCausalLM"]
+    assert not {"host", "domains", "untie"} & fields.keys() and (out / "tokenizer.json").is_file()
+
+
+def test_merges_leave_stock_folders(place, tmp_path):
+    models = (place / "llama", place / "llama2")
+    launch(
+        "merge", "--merge_method", "linear", "--models", *models, "--output_dir", tmp_path / "two"
+    )
+    one, other, both = (read_weights(folder) for folder in (*models, tmp_path / "two"))
+    for name, tensor in both.items():
+        torch.testing.assert_close(tensor, (one[name] + other[name]) / 2)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "two")
+    forest = tmp_path / "forest"
+    for domain, path, member in (("a", "llama2", ()), ("b", "demix", ("--member", "med"))):
+        add = ("add", "--forest", forest, "--path", place / path, *member)
+        launch("forest", *add, "--domain", domain)
+    flags = ("--merge_method", "linear", "--output_dir", tmp_path / "mixed")
+    launch("merge", "--forest", forest, *flags)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "mixed")
+    assert type(model) is type(tiny_stock("llama"))
+    med = expert_state(read_weights(place / "demix"), "med")
+    for name, tensor in read_weights(tmp_path / "mixed").items():
+        torch.testing.assert_close(tensor, (other[name] + med[name]) / 2)
+
+
+def grow_and_branch(rank: int, place: Path) -> None:
+    from runs.test_host_pretrain import start
+
+    from megamod.args import RunArgs, SafetyArgs
+    from megamod.runs.pretrain.adapt import adapt
+    from megamod.runs.pretrain.adapt_args import AdaptArgs, AdaptOptimArgs
+
+    branch([find_source(place / "gpt2")], [1.0], ["law"], place / "branched")
+    start(place, "branched", "--model", place / "gpt2", "--domains", "law", "--max_steps", 2)
+    run = dict(max_steps=2, per_device_train_batch_size=1, global_batch_size=2, save_steps=0)
+    for name, method, forest, first in (
+        ("grown", "feedforward", "demix", "med"),
+        ("whole", "full", "forest", "art"),
+    ):
+        output = str(place / name)
+        arguments = AdaptArgs(
+            forest=str(place / forest),
+            data=str(place / "new bin"),
+            domain="zoo",
+            start=first,
+            method=method,
+            max_seq_length=LENGTH,
+        )
+        optim = AdaptOptimArgs(learning_rate=0.01, warmup_ratio=0.0)
+        run_args = RunArgs(**run, output_dir=output, report_to="none")
+        adapt(run_args, SafetyArgs(), optim, arguments)
+
+
+def test_branching_and_adapting(place):
+    binarize({"zoo": words_of("zoo")}, str(place / "words"), place / "new bin")
+    on_ranks(1, grow_and_branch, place)
+    law = place / "branched" / "model"
+    assert "domains" not in json.loads((law / "config.json").read_text())
+    AutoModelForCausalLM.from_pretrained(law)
+    grown = read_weights(place / "grown" / "model")
+    before, med, new = (
+        read_weights(place / "demix"),
+        *(expert_state(grown, d) for d in ("med", "zoo")),
+    )
+    assert all(torch.equal(grown[name], tensor) for name, tensor in before.items())
+    changed = {name for name in new if not torch.equal(new[name], med[name])}
+    assert changed and all(".mlp." in name for name in changed)
+    whole = AutoModelForCausalLM.from_pretrained(place / "whole" / "model")
+    assert type(whole) is type(tiny_stock("bloom"))
+    assert "zoo" in open_forest(place / "forest").domains
+
+
+def test_plans_hold_the_parameters_of_the_model(place, capsys):
+    flags = ("--world_size", 2, "--max_seq_length", LENGTH, "--max_steps", 10)
+    for name, more in (("gpt2", ()), ("llama", ("--untie", "feedforward", "--domains", "a", "b"))):
+        launch("plan", "--model", place / name, *flags, *more, "--json", place / "plan.json")
+        text = (place / "plan.json").read_text() + capsys.readouterr().out
+        model = AutoModelForCausalLM.from_pretrained(place / name)
+        count = sum(parameter.numel() for parameter in model.parameters())
+        assert f"{count:,}" in text or str(count) in text
+
+
+def test_verify(place, capsys):
+    for name in ("demix", "forest", "bin"):
+        launch("verify", place / name)
+    assert "fault" not in capsys.readouterr().out
