@@ -170,7 +170,7 @@ def test_other_models_do_not_join(place, tmp_path):
 def test_an_expert_is_taken_out_as_a_stock_folder(place, tmp_path):
     out = tmp_path / "med"
     arguments = ("--format", "expert", "--input", place / "demix", "--output_dir", out)
-    with pytest.raises(UserError, match="name one expert of .*; there are law, med"):
+    with pytest.raises(UserError, match=r"name one expert of .*; there are law, med"):
         launch("convert", *arguments, "--domains", "tax")
     launch("convert", *arguments, "--domains", "med")
     model, report = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
