@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import megamod  # noqa: F401  (registers the models)
 from megamod.args import DataArgs, ModelArgs, MuxArgs, OptimArgs, RunArgs, SafetyArgs, parse_args
+from megamod.data.batches import StepShape
 from megamod.data.corpus.binarize import binarize
 from megamod.data.lm.pretraining import LmData
 from megamod.errors import UserError
@@ -148,16 +149,7 @@ def first_loss(place: Path, run: str) -> float:
 @torch.no_grad()
 def test_the_first_loss_is_that_of_the_stock_model(place):
     data = LmData(str(place / "bin"), domains=None, block_size=LENGTH, domain_token=False)
-    batches = data.train_batches(
-        sampler="balanced",
-        alpha=1.0,
-        seed=1,
-        micro_batch=4,
-        global_batch=4,
-        rank=0,
-        ranks=1,
-        held=None,
-    )
+    batches = data.train_batches(StepShape(4, 4, 0, 1), sampler="balanced", alpha=1.0, seed=1)
     stock = AutoModelForCausalLM.from_pretrained(place / "llama")
     batch = batches[0]
     logits = stock(batch["input_ids"]).logits.log_softmax(-1)
