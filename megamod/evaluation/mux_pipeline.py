@@ -41,7 +41,7 @@ from megamod.data.tasks.glue import TextSet
 from megamod.errors import UserError
 from megamod.evaluation.predict import Predictor, labels_of_words
 from megamod.models.classifier_inputs import inputs_of, mixes_padding, room_of
-from megamod.models.pretrained import load_pretrained
+from megamod.models.pretrained import check_complete, load_pretrained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -120,7 +120,8 @@ class MuxPipeline:
         kind = next((kind for kind in AUTO if name.endswith(kind)), None)
         if kind is None:
             raise UserError(f"source {source}: {name} is no classifier; finetune it first")
-        model, _ = load_pretrained(AUTO[kind], checked.name, "source", config=checked.config)
+        model, report = load_pretrained(AUTO[kind], checked.name, "source", config=checked.config)
+        check_complete(report, f"source {source}")
         return cls(model.to(device), _tokenizer(tokenizer or source), **options)
 
     def __call__(self, requests: Request | list[Request]) -> list[Answer] | list[list[Answer]]:

@@ -106,6 +106,19 @@ def check_missing(model: PreTrainedModel, report: Mapping[str, Iterable], source
         )
 
 
+def check_complete(report: Mapping[str, Iterable], source: str) -> None:
+    """Refuse a model with weights drawn at random, a head for example, that nobody will train.
+
+    Args, Raises: as `check_missing`.
+    """
+    missing = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
+    if missing:
+        raise UserError(
+            f"{source}: {len(missing)} of its weights are missing or of another shape, such as "
+            f"{min(missing)}; train it first"
+        )
+
+
 def check_foreign(model: PreTrainedModel, report: Mapping[str, Iterable], source: str) -> None:
     """Refuse weights of a model that has parts which no model of this type has.
 

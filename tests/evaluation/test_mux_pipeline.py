@@ -207,3 +207,12 @@ def test_mistakes_are_named(tokenizer):
         MuxPipeline(made(MuxBertForMaskedLM, 2), tokenizer, max_length=LENGTH)
     with pytest.raises(AttributeError, match="has no attribute 'Pipeline'"):
         megamod.Pipeline  # noqa: B018
+
+
+def test_a_model_without_its_head_answers_nothing(tokenizer, tmp_path):
+    model = made(BertForSequenceClassification)
+    state = {name: w for name, w in model.state_dict().items() if name != "classifier.bias"}
+    model.save_pretrained(tmp_path, state_dict=state)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"1 of its weights are missing .* classifier\.bias"):
+        MuxPipeline.from_pretrained(tmp_path)

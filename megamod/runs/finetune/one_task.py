@@ -20,7 +20,7 @@ from megamod.data.tasks.task_file import read_spec
 from megamod.errors import UserError
 from megamod.models.build import bert_config
 from megamod.models.classifier_inputs import inputs_of, mixes_padding, room_of
-from megamod.models.pretrained import load_pretrained
+from megamod.models.pretrained import check_complete, load_pretrained
 from megamod.runs.finetune.args import OneTaskArgs, TaskArgs, WordArgs
 from megamod.runs.finetune.labels import set_labels
 from megamod.runs.finetune.model import FinetuneModel
@@ -168,12 +168,8 @@ def _load(kind: type, source: str, complete: bool, **options: object) -> nn.Modu
     model, report = load_pretrained(
         kind, source, "--model", ignore_mismatched_sizes=True, **options
     )
-    missing = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
-    if missing and complete:
-        raise UserError(
-            f"--model {source}: {len(missing)} of its weights are missing or of another shape, "
-            f"such as {min(missing)}; train it first (--do_train)"
-        )
+    if complete:
+        check_complete(report, f"--model {source}")
     return model
 
 
