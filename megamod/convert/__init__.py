@@ -1,9 +1,9 @@
-"""Checkpoints of the original programs, turned into ours: one module per format.
+"""Convert checkpoints of the original programs and back: one module per format.
 
-A format is a key of `FORMATS` and a module of that name beside this file, which has
-    convert(source: Path, options: Options) -> Converted                    if there is a way here
-    export(source: Path, folder: Path, options: Options) -> list[Path]      if there is a way back
-Both are pure functions on state dicts; files are written by the caller, into a `new_folder`.
+A format is a key of `FORMATS` and a module of that name in this package, with one or both of
+    convert(source: Path, options: Options) -> Converted
+    export(source: Path, folder: Path, options: Options) -> list[Path]
+Both are pure functions on state dicts; the caller writes the files into a `new_folder`.
 """
 
 import importlib
@@ -26,11 +26,11 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class Options:
-    """What the weights of a checkpoint cannot tell.
+    """Facts about a checkpoint that its weights do not contain.
 
     Attributes:
-        domains: names of the experts in rank order; of a dense model, what it was trained on; for
-            an export to one dense model, the expert that is meant; of CA-MTL, names of the tasks.
+        domains: names of the experts in rank order; for a dense model, its training domain; for an
+            export to one dense model, the expert to export; for CA-MTL, names of the tasks.
         num_attention_heads: heads per layer; None: as the checkpoint's settings say.
     """
 
@@ -50,7 +50,7 @@ class Converted:
         state: tensors by our names, tied ones once.
         used: keys of the original that went into `state`.
         dropped: keys of the original that were left out, with the reason.
-        missing: keys that the original could have had, with what stands in for them.
+        missing: optional keys that the original lacks, with their replacement.
     """
 
     config: dict[str, object]

@@ -1,8 +1,8 @@
 """CA-MTL: checkpoints of the release, folders with config.json and pytorch_model.bin.
 
 The variant, the longest sequence and the number of labels are read from the weights; the names of
-the tasks are told (`domains`), in the order of the ids. What differs from our names: the heads,
-which are one tensor here, and the last block of "base", whose parts are called new_... there.
+the tasks are an option (`domains`), in the order of the ids. Names differ for the heads, which are
+one tensor here, and for the last block of "base", whose parts the release calls new_....
 """
 
 import json
@@ -28,10 +28,10 @@ _NEW = ("attention", "intermediate", "output")
 
 
 def convert(source: Path, options: Options = NO_OPTIONS) -> Converted:
-    """Read a checkpoint and give its tensors our names.
+    """Read a checkpoint and rename its tensors to our names.
 
     Args:
-        source: see the head of this module, or the file of the weights.
+        source: see the module docstring, or the weight file.
         options: `domains` are the names of the tasks, in the order of their ids.
     Raises:
         UserError: for fields, heads or names that are missing or do not fit each other.
@@ -45,11 +45,11 @@ def convert(source: Path, options: Options = NO_OPTIONS) -> Converted:
         raise UserError(f"{path}: cannot be read: {error}") from error
     if lacking := [name for name in _STOCK if name not in fields]:
         raise UserError(f"{path}: {lacking[0]} is missing")
-    found = read_checkpoint(file).tensors
+    stored = read_checkpoint(file).tensors
     last = fields["num_hidden_layers"] - 1
     state, used, dropped = {}, [], {}
     heads: dict[tuple[int, str], Tensor] = {}
-    for key, tensor in found.items():
+    for key, tensor in stored.items():
         if head := _HEAD.fullmatch(key):
             heads[int(head[1]), head[2]] = tensor
             used.append(key)
@@ -76,8 +76,8 @@ def convert(source: Path, options: Options = NO_OPTIONS) -> Converted:
         "task_kinds": ["regression" if size == 1 else "sequence" for size in sizes],
         "task_labels": [[str(n) for n in range(size)] if size > 1 else [] for size in sizes],
     }
-    told = {} if options.domains else {"names of the tasks": f"{', '.join(tasks)} (--tasks)"}
-    return Converted(config, state, used, dropped, told)
+    missing = {} if options.domains else {"names of the tasks": f"{', '.join(tasks)} (--tasks)"}
+    return Converted(config, state, used, dropped, missing)
 
 
 def export(source: Path, folder: Path, options: Options = NO_OPTIONS) -> list[Path]:
@@ -130,7 +130,7 @@ def _theirs(key: str, last: int) -> str:
 def _bank(
     state: dict[str, Tensor], heads: Mapping[tuple[int, str], Tensor], size: int, file: Path
 ) -> list[int]:
-    """Put all heads into one tensor; their numbers of labels."""
+    """Put all heads into one tensor of `state`; return the number of labels of each."""
     count = 1 + max((task for task, _ in heads), default=-1)
     for task in range(count):
         for kind, shape in (("weight", 2), ("bias", 1)):
@@ -138,7 +138,7 @@ def _bank(
             if head is None or head.dim() != shape or (shape == 2 and head.shape[1] != size):
                 raise UserError(f"{file}: decoders.{task}.model.{kind} is missing or misshapen")
     if not count:
-        raise UserError(f"{file}: there is no head (decoders.0.model.weight)")
+        raise UserError(f"{file}: has no head (decoders.0.model.weight)")
     sizes = [len(heads[task, "bias"]) for task in range(count)]
     state["heads.weight"] = torch.zeros(count, max(sizes), size)
     state["heads.bias"] = torch.zeros(count, max(sizes))

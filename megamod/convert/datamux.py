@@ -3,8 +3,8 @@
     a folder with config.json, whose `architectures` names the original class, and
     model.safetensors, pytorch_model.bin or state.safetensors
 
-Our models have the names of the originals. What differs: tensors that the originals store under
-several names are here once, and the ELECTRA wrapper's discriminator has no prefix.
+Our models use the original names, except that tensors which the originals store under several names
+are stored once, and that the discriminator of the ELECTRA wrapper has no prefix.
 """
 
 import json
@@ -38,7 +38,7 @@ _PREFIX = "discriminator."
 
 @dataclass(frozen=True)
 class Original:
-    """What an original class is here."""
+    """Our model type, head and class for an original class."""
 
     model_type: str
     head: Head
@@ -78,11 +78,11 @@ def original_class(fields: Mapping[str, object]) -> str | None:
 
 
 def convert(source: Path, options: Options = NO_OPTIONS) -> Converted:
-    """Read a checkpoint and give its tensors our names, in the dtype they are stored in.
+    """Read a checkpoint and rename its tensors to our names; dtypes stay.
 
     Args:
-        source: see the head of this module, or one of the files in such a folder.
-        options: `num_attention_heads` where no config.json tells.
+        source: see the module docstring, or one of the files in such a folder.
+        options: `num_attention_heads` overrides config.json.
     Raises:
         UserError: for a class or field that is unknown or missing, and naming the key, for a tensor
             that is missing, of a wrong shape, or differs from one that it should equal.
@@ -92,18 +92,18 @@ def convert(source: Path, options: Options = NO_OPTIONS) -> Converted:
     settings, name = _settings(file.parent)
     original = ORIGINALS[name]
     checkpoint = read_checkpoint(file)
-    found = {key.removeprefix(_PREFIX): tensor for key, tensor in checkpoint.tensors.items()}
+    stored = {key.removeprefix(_PREFIX): tensor for key, tensor in checkpoint.tensors.items()}
     whole = {key.removeprefix(_PREFIX): key for key in checkpoint.tensors}
     config, dropped, missing = _config(settings, original, options, file)
     if original.head == "wrapper":
-        _add_generator(config, found, missing, file)
+        _add_generator(config, stored, missing, file)
     expected, optional, aliases = shapes(original.head, original.ours, config)
     state, used = {}, []
-    for key, tensor in found.items():
+    for key, tensor in stored.items():
         if key in expected:
             state[key] = tensor
             used.append(whole[key])
-    for key, tensor in found.items():
+    for key, tensor in stored.items():
         if key in expected:
             continue
         if target := _alias(key, aliases, expected):
@@ -111,7 +111,9 @@ def convert(source: Path, options: Options = NO_OPTIONS) -> Converted:
                 state[target] = tensor
                 used.append(whole[key])
             elif not torch.equal(state[target], tensor):
-                raise UserError(f"{file}: {whole[key]} differs from {target}, which it should be")
+                raise UserError(
+                    f"{file}: {whole[key]} differs from {target}, but both must be equal"
+                )
             else:
                 dropped[whole[key]] = f"equal to {target}"
         elif key.endswith("position_ids"):
@@ -182,7 +184,7 @@ def export(source: Path, folder: Path, options: Options = NO_OPTIONS) -> list[Pa
 def _alias(
     key: str, aliases: Mapping[str, str], expected: Mapping[str, tuple[int, ...]]
 ) -> str | None:
-    """The name of ours for another name of the same tensor, None for a tensor of its own."""
+    """Our name of a tensor that the originals store under another name; None if there is none."""
     for start, target in aliases.items():
         if key.startswith(start) and target + key.removeprefix(start) in expected:
             return target + key.removeprefix(start)
@@ -220,21 +222,23 @@ def _settings(folder: Path) -> tuple[dict[str, object], str]:
 def _config(
     settings: Mapping[str, object], original: Original, options: Options, file: Path
 ) -> tuple[dict[str, object], dict[str, str], dict[str, str]]:
-    """Our fields; what was left out of the originals', and what stands in for absent ones."""
+    """Our fields; original fields that are dropped; defaults of absent ones."""
     path = file.parent / "config.json"
-    given = {key: value for key, value in settings.items() if value is not None}
+    present = {key: value for key, value in settings.items() if value is not None}
     if options.num_attention_heads is not None:
-        given["num_attention_heads"] = options.num_attention_heads
-    if lacking := [name for name in (*_STOCK, "num_instances") if name not in given]:
+        present["num_attention_heads"] = options.num_attention_heads
+    if lacking := [name for name in (*_STOCK, "num_instances") if name not in present]:
         raise UserError(f"{path}: {lacking[0]} is missing")
     for name in (*_STOCK, "num_instances", "num_hidden_demux_layers"):
-        value = given.get(name, 1)
+        value = present.get(name, 1)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UserError(f"{path}: {name} is {value!r}, not a number of at least 1")
     for name, needed in (("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
-        if given.get(name, needed) != needed:
-            raise UserError(f"{path}: {name} is {given[name]!r}; only {needed!r} can be converted")
-    fields = {key: given[key] for key in (*_STOCK, *_MORE, *_MUX) if key in given}
+        if present.get(name, needed) != needed:
+            raise UserError(
+                f"{path}: {name} is {present[name]!r}; only {needed!r} can be converted"
+            )
+    fields = {key: present[key] for key in (*_STOCK, *_MORE, *_MUX) if key in present}
     if original.model_type != "mux_electra":
         fields.pop("embedding_size", None)
     missing = {
@@ -244,33 +248,33 @@ def _config(
             ("demuxing_variant", "index"),
             ("num_hidden_demux_layers", 2),
         )
-        if name not in given
+        if name not in present
     }
     defaults = {"muxing_variant": "gaussian_hadamard", "demuxing_variant": "index"}
     if original.model_type == "mux_electra":
-        defaults["embedding_size"] = given["hidden_size"]
+        defaults["embedding_size"] = present["hidden_size"]
     fields = defaults | {"num_hidden_demux_layers": 2} | fields
-    dropped = {f"config.json: {name}": "without effect" for name in _DEAD if name in given}
+    dropped = {f"config.json: {name}": "without effect" for name in _DEAD if name in present}
     head = {"model_type": original.model_type, "architectures": [original.ours]}
     return head | fields, dropped, missing
 
 
 def _add_generator(
-    config: dict[str, object], found: Mapping[str, Tensor], missing: dict[str, str], file: Path
+    config: dict[str, object], stored: Mapping[str, Tensor], missing: dict[str, str], file: Path
 ) -> None:
     """The wrapper's generator, as its weights show it."""
-    layers = [re.match(r"generator\.electra\.encoder\.layer\.(\d{1,4})\.", key) for key in found]
+    layers = [re.match(r"generator\.electra\.encoder\.layer\.(\d{1,4})\.", key) for key in stored]
     numbers = [int(layer[1]) for layer in layers if layer]
     if not numbers:
         return
-    multiplexed = any(key.startswith("generator.retrieval_head.") for key in found)
+    multiplexed = any(key.startswith("generator.retrieval_head.") for key in stored)
     config["generator"] = "multiplexed" if multiplexed else "plain"
     key = "generator.electra.encoder.layer.0.intermediate.dense.weight"
-    inner = found.get(key)
+    inner = stored.get(key)
     if inner is None or inner.dim() != 2:
         raise UserError(f"{file}: {key} is missing, or not a matrix")
     size = inner.shape[1]
-    width = found.get("generator.electra.embeddings_project.weight")
+    width = stored.get("generator.electra.embeddings_project.weight")
     heads = max(1, size * config["num_attention_heads"] // config["hidden_size"])
     config["generator_config"] = {
         "num_hidden_layers": 1 + max(numbers),
@@ -280,8 +284,10 @@ def _add_generator(
         "num_attention_heads": heads,
     }
     # Where the release shares embeddings it may leave the generator its own matrix of tokens.
-    matrix = found.get("generator.generator_lm_head.weight")
-    words = [found.get(f"{p}electra.embeddings.word_embeddings.weight") for p in ("generator.", "")]
+    matrix = stored.get("generator.generator_lm_head.weight")
+    words = [
+        stored.get(f"{p}electra.embeddings.word_embeddings.weight") for p in ("generator.", "")
+    ]
     words = words[0] if words[0] is not None else words[1]
     if matrix is not None and words is not None and not torch.equal(matrix, words):
         config["generator_config"]["tie_word_embeddings"] = False

@@ -44,7 +44,7 @@ def shapes(
         UserError: for fields that make no model.
     """
     coefficient = config.get("retrieval_loss_coeff", 0)
-    # Checkpoints of tasks keep the retrieval head; ours has one only while something trains it.
+    # Released classifiers keep the retrieval head; ours have one only if its loss counts.
     tensors = _tensors(_CLASSES[ours], {**config, "retrieval_loss_coeff": coefficient or 1.0})
     optional: dict[str, str] = {}
     if head == "mlm":
@@ -60,11 +60,11 @@ def shapes(
 
 def _tensors(kind: type[PreTrainedModel], fields: Mapping[str, object]) -> Shapes:
     """Names and shapes of a model's parameters, tied ones once; nothing is allocated."""
-    own = {name: value for name, value in fields.items() if name != "model_type"} | _SOME_IDS
-    own["prefix_first_token_id"] = own["num_instances"]
+    values = {name: value for name, value in fields.items() if name != "model_type"} | _SOME_IDS
+    values["prefix_first_token_id"] = values["num_instances"]
     try:
         with torch.device("meta"):
-            model = kind(_CONFIGURATIONS[fields["model_type"]](**own))
+            model = kind(_CONFIGURATIONS[fields["model_type"]](**values))
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise UserError(f"config.json: {' '.join(str(error).split())}") from error
     model.tie_weights()
@@ -90,15 +90,15 @@ def _aliases(head: Head, config: Mapping[str, object]) -> dict[str, str]:
 
 
 def _generator_aliases(config: Mapping[str, object], words: str) -> dict[str, str]:
-    own = {**config, **(config.get("generator_config") or {})}
+    fields = {**config, **(config.get("generator_config") or {})}
     width = config.get("embedding_size", config["hidden_size"])
-    shares_embeddings = own.get("embedding_size", own["hidden_size"]) == width
+    shares_embeddings = fields.get("embedding_size", fields["hidden_size"]) == width
     if config["generator"] == "multiplexed":
-        inner = _aliases("mlm", own)
+        inner = _aliases("mlm", fields)
         aliases = {f"generator.{name}": f"generator.{to}" for name, to in inner.items()}
-    elif own.get("tie_word_embeddings", True):
-        place = "" if shares_embeddings else "generator."
-        aliases = {"generator.generator_lm_head.weight": f"{place}{words}"}
+    elif fields.get("tie_word_embeddings", True):
+        prefix = "" if shares_embeddings else "generator."
+        aliases = {"generator.generator_lm_head.weight": f"{prefix}{words}"}
     else:
         aliases = {}
     if shares_embeddings:

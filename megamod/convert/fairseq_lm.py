@@ -45,7 +45,7 @@ _SETTINGS = {
     "no_scale_embedding": False,
     "layernorm_embedding": False,
 }
-"""What the settings of a checkpoint must say if they say anything: the weights do not show it."""
+"""Settings with the only value that our model has; the weights do not show them."""
 _HEADS = ("decoder_attention_heads", "num_attention_heads", "heads")
 _DENSE_FILES = ("model.safetensors", "pytorch_model.bin")
 _STEMS = ("checkpoint_last", "checkpoint_best")
@@ -116,7 +116,7 @@ def convert(source: Path, options: Options) -> Converted:
 
 
 def export(source: Path, folder: Path, options: Options = NO_OPTIONS) -> list[Path]:
-    """Write a model folder of ours in fairseq's keys, as safetensors with settings beside them.
+    """Write a model folder of ours in fairseq's keys, as safetensors with settings in config.json.
 
     A dense model becomes model.safetensors; one with experts checkpoint_last-shared.safetensors and
     one rank file per domain. `convert` reads both back, tensor for tensor.
@@ -148,8 +148,10 @@ def export(source: Path, folder: Path, options: Options = NO_OPTIONS) -> list[Pa
         held = {name: t for name, t in state.items() if domain_of_name(name) is None}
         files["checkpoint_last-shared.safetensors"] = _renamed(held, keys, source)
         for rank, domain in enumerate(domains):
-            own = {name: t for name, t in expert_state(state, domain).items() if name not in held}
-            files[f"checkpoint_last-rank-{rank}.safetensors"] = _renamed(own, keys, source)
+            expert = {
+                name: t for name, t in expert_state(state, domain).items() if name not in held
+            }
+            files[f"checkpoint_last-rank-{rank}.safetensors"] = _renamed(expert, keys, source)
     for name, tensors in files.items():
         write_tensors(folder / name, tensors, {"format": "pt"})
     settings = {**_SETTINGS, "decoder_attention_heads": heads, "domains": domains}
@@ -176,52 +178,52 @@ def _shared_file(source: Path) -> Path | None:
         return source if source.stem.endswith("-shared") else None
     if not source.is_dir():
         raise UserError(f"--input {source} does not exist")
-    found = {file.stem: file for ending in _ENDINGS for file in source.glob(f"*-shared{ending}")}
+    files = {file.stem: file for ending in _ENDINGS for file in source.glob(f"*-shared{ending}")}
     for stem in _STEMS:
-        if f"{stem}-shared" in found:
-            return found[f"{stem}-shared"]
-    if len(found) > 1:
-        raise UserError(f"--input {source}: name one of {', '.join(map(str, found.values()))}")
-    if not found and any(source.glob("*-rank-[0-9]*")):
+        if f"{stem}-shared" in files:
+            return files[f"{stem}-shared"]
+    if len(files) > 1:
+        raise UserError(f"--input {source}: name one of {', '.join(map(str, files.values()))}")
+    if not files and any(source.glob("*-rank-[0-9]*")):
         raise UserError(f"--input {source}: has rank files, but no NAME-shared.pt")
-    return next(iter(found.values()), None)
+    return next(iter(files.values()), None)
 
 
 def _rank_files(shared_file: Path) -> list[Path]:
     stem, ending = shared_file.stem.removesuffix("-shared"), shared_file.suffix
-    found = {}
+    files = {}
     for file in shared_file.parent.glob(f"{stem}-rank-*{ending}"):
         if number := re.fullmatch(rf"{re.escape(stem)}-rank-(\d+)", file.stem):
-            found[int(number[1])] = file
-    if not found:
-        raise UserError(f"{shared_file}: there is no {stem}-rank-0{ending} beside it")
-    absent = sorted(set(range(max(found) + 1)) - found.keys())
+            files[int(number[1])] = file
+    if not files:
+        raise UserError(f"{shared_file}: there is no {stem}-rank-0{ending} in its folder")
+    absent = sorted(set(range(max(files) + 1)) - files.keys())
     if absent:
-        raise UserError(f"{shared_file}: {stem}-rank-{absent[0]}{ending} is missing beside it")
-    return [found[rank] for rank in range(len(found))]
+        raise UserError(f"{shared_file}: {stem}-rank-{absent[0]}{ending} is missing in its folder")
+    return [files[rank] for rank in range(len(files))]
 
 
 def _dense_file(source: Path) -> Path:
     if source.is_file():
         return source
-    wanted = [*_DENSE_FILES, *(stem + ending for stem in _STEMS for ending in _ENDINGS)]
-    found = [source / name for name in wanted if (source / name).exists()]
-    found = found or sorted(f for ending in _ENDINGS for f in source.glob(f"*{ending}"))
-    if not found or (len(found) > 1 and found[0].name not in wanted):
-        names = ", ".join(file.name for file in found) or "none"
+    expected = [*_DENSE_FILES, *(stem + ending for stem in _STEMS for ending in _ENDINGS)]
+    files = [source / name for name in expected if (source / name).exists()]
+    files = files or sorted(f for ending in _ENDINGS for f in source.glob(f"*{ending}"))
+    if not files or (len(files) > 1 and files[0].name not in expected):
+        names = ", ".join(file.name for file in files) or "none"
         raise UserError(
             f"--input {source}: cannot tell which file to read (there are: {names}); expected is "
-            f"one of {', '.join(wanted)}, or a single other .pt or .safetensors"
+            f"one of {', '.join(expected)}, or a single other .pt or .safetensors"
         )
-    return found[0]
+    return files[0]
 
 
 def _settings(folder: Path, checkpoint: Checkpoint) -> dict[str, object]:
-    """config.json beside the checkpoint, then what is stored in it: cfg.model, else args."""
-    beside: object = {}
+    """Settings of config.json in the folder, then of the checkpoint: cfg.model, else args."""
+    in_folder: object = {}
     if (folder / "config.json").exists():
         try:
-            beside = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            in_folder = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         except ValueError as error:
             raise UserError(f"{folder / 'config.json'}: is not JSON: {error}") from error
     cfg = checkpoint.settings.get("cfg")
@@ -229,7 +231,7 @@ def _settings(folder: Path, checkpoint: Checkpoint) -> dict[str, object]:
     stored = stored if isinstance(stored, dict) else checkpoint.settings.get("args")
     return {
         key: value
-        for settings in (beside, stored)
+        for settings in (in_folder, stored)
         if isinstance(settings, dict)
         for key, value in settings.items()
         if value is not None
@@ -251,16 +253,16 @@ def _experts(
     """Tensors of each domain's expert, from the first of its ranks; all of them are compared."""
     where = shared_file.parent
     if not domains or len(ranks) % len(domains):
-        given = f"{len(domains)} names ({', '.join(domains)})" if domains else "nothing"
+        listed = f"{len(domains)} names ({', '.join(domains)})" if domains else "nothing"
         raise UserError(
-            f"--domains: {where} has rank files of {len(ranks)} ranks, given is {given}; name the "
+            f"--domains: {where} has rank files of {len(ranks)} ranks, given is {listed}; name the "
             "domains in rank order, as many as divide the ranks evenly"
         )
     group = len(ranks) // len(domains)
     experts = {}
-    for place, domain in enumerate(domains):
-        first = ranks[place * group].tensors
-        for rank in range(place * group, (place + 1) * group):
+    for index, domain in enumerate(domains):
+        first = ranks[index * group].tensors
+        for rank in range(index * group, (index + 1) * group):
             tensors = ranks[rank].tensors
             if tensors.keys() != ranks[0].tensors.keys():
                 differing = sorted(tensors.keys() ^ ranks[0].tensors.keys())
@@ -270,7 +272,7 @@ def _experts(
                     raise UserError(f"{where}: {key} has other shapes on ranks 0 and {rank}")
                 if not torch.equal(tensor, first[key]):
                     raise UserError(
-                        f"{where}: {key} differs between ranks {place * group} and {rank}, which "
+                        f"{where}: {key} differs between ranks {index * group} and {rank}, which "
                         f"both belong to domain {domain}"
                     )
         experts[domain] = first
@@ -289,14 +291,14 @@ def _shape(
     numbers = [re.match(r"decoder\.layers\.(\d{1,4})\.", key) for key in dense]
     layers = 1 + max(int(number[1]) for number in numbers if number)
     vocab, width = dense[_TOKENS].shape
-    told = next((settings[key] for key in _HEADS if key in settings), None)
-    heads = options.num_attention_heads or told
+    stored_heads = next((settings[key] for key in _HEADS if key in settings), None)
+    heads = options.num_attention_heads or stored_heads
     if not isinstance(heads, int) or heads < 1 or width % heads:
         raise UserError(
             f"--num_attention_heads: {heads!r} does not divide the width {width} of {file}"
             if heads is not None
             else f"--num_attention_heads is needed: {file} holds no settings that tell, and no "
-            "config.json lies beside it"
+            "config.json lies in its folder"
         )
     return layers, {
         "model_type": "demix",
@@ -313,7 +315,7 @@ def _shape(
 def _check(
     dense: Mapping[str, Tensor], names: Mapping[str, str], config: Mapping[str, object], file: Path
 ) -> None:
-    """Every tensor there, in its shape, and no other."""
+    """Check that the tensors are exactly the expected ones, in their shapes."""
     if unexpected := sorted(dense.keys() - names.keys() - {_OUTPUT, _VERSION}):
         raise UserError(f"{file}: {unexpected[0]} is unexpected (of {len(unexpected)} such keys)")
     if missing := sorted(names.keys() - dense.keys()):
@@ -345,7 +347,7 @@ def _shapes(
 
 
 def _untie(expert: Mapping[str, Tensor], layers: int, file: Path) -> str:
-    """Which layers' feed-forwards the rank files hold."""
+    """Layers whose feed-forwards the rank files hold."""
     kinds = {
         "feedforward": range(layers),
         "feedforward_every_other": range(1, layers, 2),

@@ -1,8 +1,7 @@
-"""BERT as it is published: MultiBERTs and other seeds, old names of LayerNorm, finetuned heads.
+"""Published BERT checkpoints: MultiBERTs, old LayerNorm names, sharded files, finetuned heads.
 
-What comes out is a stock model of transformers in safetensors, every tied matrix once. Which head
-it has is read from the weights; that of next-sentence prediction, which nothing here uses, is left
-out.
+The result is a stock model of transformers in safetensors, every tied matrix stored once. The head
+is read from the weights; the head of next-sentence prediction is dropped.
 """
 
 import json
@@ -30,7 +29,7 @@ _TWINS = {_TIED: _WORDS, "cls.predictions.decoder.bias": "cls.predictions.bias"}
 
 
 def convert(source: Path, options: Options = NO_OPTIONS) -> Converted:
-    """Read a checkpoint and give its tensors the names of today.
+    """Read a checkpoint and rename its tensors to current names.
 
     Args:
         source: folder with config.json and pytorch_model.bin or model.safetensors, or that file.
@@ -50,29 +49,29 @@ def convert(source: Path, options: Options = NO_OPTIONS) -> Converted:
         raise UserError(f"{path}: model_type is {kind!r}, not 'bert'")
     if original := original_class(config):
         raise UserError(f"{path}: names the class {original}; use --format datamux")
-    found = read_checkpoint(file).tensors
+    stored = read_checkpoint(file).tensors
     state, used, dropped, foreign = {}, [], {}, []
-    for key, tensor in found.items():
+    for key, tensor in stored.items():
         name = _name(key)
         if name.endswith("position_ids"):
             dropped[key] = "counts from 0"
         elif name.startswith("cls.seq_relationship."):
-            dropped[key] = "predicts the next sentence, which no model here does"
+            dropped[key] = "head of next-sentence prediction"
         elif _is_stock(name):
             state[name] = tensor
             used.append(key)
         else:
-            dropped[key] = "no part of a BERT with one head"
+            dropped[key] = "not part of a BERT with one head"
             foreign.append(key)
-    if len(foreign) > max(2, MAX_FOREIGN * len(found)):
+    if len(foreign) > max(2, MAX_FOREIGN * len(stored)):
         raise UserError(
-            f"{file}: {len(foreign)} of its {len(found)} tensors, such as {min(foreign)}, are no "
+            f"{file}: {len(foreign)} of its {len(stored)} tensors, such as {min(foreign)}, are no "
             "part of a BERT; use --format datamux or --format ca_mtl"
         )
     words = state.get(_WORDS)
     if words is None or tuple(words.shape) != (rows, size):
-        told = "missing" if words is None else f"of shape {tuple(words.shape)}"
-        raise UserError(f"{file}: {_WORDS} is {told}, config.json says {rows} x {size}")
+        problem = "missing" if words is None else f"of shape {tuple(words.shape)}"
+        raise UserError(f"{file}: {_WORDS} is {problem}, config.json says {rows} x {size}")
     for name, source_of in _TWINS.items():
         twin = state.get(name)
         if twin is not None and source_of in state and torch.equal(twin, state[source_of]):
@@ -80,7 +79,7 @@ def convert(source: Path, options: Options = NO_OPTIONS) -> Converted:
             key = next(key for key in used if _name(key) == name)
             used.remove(key)
             dropped[key] = f"the same as {source_of}"
-    fields = {key: one for key, one in config.items() if key not in ("dtype", "torch_dtype")}
+    fields = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
     return Converted({**fields, "model_type": "bert", **_head(state, config)}, state, used, dropped)
 
 
@@ -99,7 +98,7 @@ def _name(key: str) -> str:
 
 
 def _head(state: dict[str, torch.Tensor], config: dict[str, object]) -> dict[str, object]:
-    """What config.json must say of the head that is there."""
+    """Fields of config.json that describe the head in the weights."""
     if "classifier.weight" in state:
         count = len(state["classifier.weight"])
         named = str((config.get("architectures") or [""])[0])

@@ -1,8 +1,8 @@
 """To the OPT class of transformers: the way to run a model of ours where megamod is not installed.
 
 OPT is the same decoder (learned positions with two rows in front, pre-norm, biases everywhere) but
-does not scale its embeddings. The factor goes into the embedding matrix, which then cannot be the
-output matrix as well: the result has both, and is larger by one of them.
+does not scale its embeddings. The factor is multiplied into the embedding matrix, which then cannot
+be tied to the output matrix: the result has both and is larger by one of them.
 """
 
 import json
@@ -63,8 +63,8 @@ def export(source: Path, folder: Path, options: Options = NO_OPTIONS) -> list[Pa
                 )
     expected = {*names, _TOKENS}
     if differing := sorted((state.keys() - {_OUTPUT}) ^ expected):
-        there = "is unexpected" if differing[0] in state else "is missing"
-        raise UserError(f"{source}: {differing[0]} {there}, so this is no whole language model")
+        problem = "unexpected" if differing[0] in state else "missing"
+        raise UserError(f"{source}: {differing[0]} is {problem} in a language model")
     tensors = {names[name]: state[name] for name in names}
     tensors["lm_head.weight"] = state.get(_OUTPUT, state[_TOKENS])
     tensors["model.decoder.embed_tokens.weight"] = _scaled(state[_TOKENS], source)
@@ -98,10 +98,10 @@ def _one_model(
         if domains:
             raise UserError(f"--domains: {source} has no experts to choose from")
         return state
-    there = ", ".join(sorted({d for name in state if (d := domain_of_name(name))}))
+    experts = ", ".join(sorted({d for name in state if (d := domain_of_name(name))}))
     if len(domains) != 1:
         raise UserError(
-            f"--domains: name one of the experts of {source}, which are {there}; OPT holds one"
+            f"--domains: name one of the experts of {source}, which are {experts}; OPT holds one"
         )
     return expert_state(state, domains[0])
 

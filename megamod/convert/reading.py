@@ -1,4 +1,4 @@
-"""Reading checkpoints that somebody else wrote, without running what they may contain.
+"""Read foreign checkpoints without running code that they may contain.
 
 A pickle can name any function and call it. So the names in it are listed first, with nothing
 executed, and refused unless they are those of plain tensors, `argparse.Namespace` or one of the
@@ -121,10 +121,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
         if child.returncode == UserError.exit_code:
             raise UserError(child.stderr.strip().splitlines()[-1].removeprefix("UserError: "))
         if child.returncode != 0:
-            told = (child.stderr.strip().splitlines() or ["it was ended"])[-1]
+            reason = (child.stderr.strip().splitlines() or ["it was ended"])[-1]
             raise UserError(
                 f"{path}: could not be read within the limits on memory and time (exit code "
-                f"{child.returncode}: {told[:300]})"
+                f"{child.returncode}: {reason[:300]})"
             )
         settings = json.loads((Path(folder) / "settings.json").read_text())
         return Checkpoint(_read_safetensors(Path(folder) / "tensors.safetensors"), settings)
@@ -134,9 +134,9 @@ def _read_shards(index: Path) -> Checkpoint:
     tensors: dict[str, Tensor] = {}
     for shard in shards_of(index):
         tensors |= read_checkpoint(shard).tensors
-    wanted = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    if absent := sorted(wanted.keys() - tensors.keys()):
-        raise UserError(f"{index}: {absent[0]} is not in {wanted[absent[0]]}")
+    weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    if absent := sorted(weight_map.keys() - tensors.keys()):
+        raise UserError(f"{index}: {absent[0]} is not in {weight_map[absent[0]]}")
     return Checkpoint(tensors, {})
 
 
@@ -161,9 +161,9 @@ def shards_of(index: Path) -> list[Path]:
 
 
 def globals_in(path: Path) -> set[str]:
-    """Full names of all that a `torch.save` file would look up, read without executing anything.
+    """Full names that unpickling a `torch.save` file would look up; nothing is executed.
 
-    A name that is put together while the pickle runs is given as "?".
+    "?" stands for a name that the pickle computes.
 
     Raises:
         UserError: if the file is no pickle, or an archive that torch.save did not write.
@@ -179,17 +179,17 @@ def globals_in(path: Path) -> set[str]:
                     raise UserError(
                         f"{path}: {packed[0]} is compressed, which torch.save never does"
                     )
-                found: set[str] = set()
+                listed: set[str] = set()
                 for name in names:
                     if name.endswith(".pkl"):
-                        found |= set(_globals_of_pickle(io.BytesIO(archive.read(name))))
-                return found
+                        listed |= set(_globals_of_pickle(io.BytesIO(archive.read(name))))
+                return listed
         with open(path, "rb") as file:
-            found = set(_globals_of_pickle(file))
+            listed = set(_globals_of_pickle(file))
             with suppress(ValueError):  # a stream that ends early is left to torch to refuse
                 for _ in range(_LEGACY_PICKLES - 1):
-                    found |= set(_globals_of_pickle(file))
-            return found
+                    listed |= set(_globals_of_pickle(file))
+            return listed
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError) as error:
         raise UserError(f"{path}: is not an archive of torch.save: {error}") from error
     except ValueError as error:
@@ -199,7 +199,7 @@ def globals_in(path: Path) -> set[str]:
 
 
 def _globals_of_pickle(file: BinaryIO) -> Iterator[str]:
-    """Names in one pickle; the stream is left behind its end."""
+    """Names in one pickle; the stream is left after its end."""
     strings: list[str] = []  # the last two strings that were pushed
     memo: dict[int, str] = {}
     memorable: str | None = None
@@ -242,9 +242,9 @@ def _child() -> None:
     """Read the pickle named first on the command line into the folder named second."""
     path, folder = Path(sys.argv[1]), Path(sys.argv[2])
     _limit(path.stat().st_size)
-    found = globals_in(path)
+    listed = globals_in(path)
     refused = sorted(
-        name for name in found - {_NAMESPACE, *STAND_INS} if not _TENSORS.fullmatch(name)
+        name for name in listed - {_NAMESPACE, *STAND_INS} if not _TENSORS.fullmatch(name)
     )
     if refused:
         raise UserError(
@@ -287,8 +287,8 @@ def _load(path: Path) -> "tuple[dict[str, Tensor], dict[str, object]]":
                 path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
             )
     except pickle.UnpicklingError as error:
-        told = re.search(r"(Unsupported|Trying|Can only|Unsafe|Only)[^\n]*", str(error))
-        raise UserError(f"{path}: is refused: {told[0] if told else error}") from error
+        reason = re.search(r"(Unsupported|Trying|Can only|Unsafe|Only)[^\n]*", str(error))
+        raise UserError(f"{path}: is refused: {reason[0] if reason else error}") from error
     except Exception as error:
         # Whatever a broken or crafted file makes the reader stumble over is a fault of the file.
         first = (str(error).splitlines() or [""])[0]
@@ -314,18 +314,18 @@ def _load(path: Path) -> "tuple[dict[str, Tensor], dict[str, object]]":
 
 
 class _StandIn:
-    """Takes the place of a type of omegaconf or fairseq: keeps what it is given, does nothing."""
+    """Inert replacement of a type of omegaconf, fairseq or numpy; keeps its arguments and state."""
 
     @classmethod
     def named(cls, name: str) -> type:
         return type(name.rpartition(".")[2], (cls,), {})
 
-    def __new__(cls, *given: object) -> "_StandIn":
+    def __new__(cls, *arguments: object) -> "_StandIn":
         instance = super().__new__(cls)
-        instance.__dict__["given"] = given
+        instance.__dict__["arguments"] = arguments
         return instance
 
-    def __init__(self, *given: object):
+    def __init__(self, *arguments: object):
         pass
 
     def __setstate__(self, state: object) -> None:
@@ -341,23 +341,23 @@ def _plain(value: object, depth: int) -> object:
     if isinstance(value, _StandIn):
         held = vars(value)
         if type(value).__name__ == "scalar":
-            return _number(*held["given"])
+            return _number(*held["arguments"])
         if "state" not in held:  # an enumeration: its value
-            return _plain(held["given"][0], depth + 1) if len(held["given"]) == 1 else None
+            return _plain(held["arguments"][0], depth + 1) if len(held["arguments"]) == 1 else None
         state = held["state"]
         inner = ("_content", "_val")
         return next((_plain(state[k], depth + 1) for k in inner if k in state), None)
     if isinstance(value, dict):
-        return {str(key): _plain(one, depth + 1) for key, one in value.items()}
+        return {str(key): _plain(item, depth + 1) for key, item in value.items()}
     if isinstance(value, (list, tuple, set)):
-        return [_plain(one, depth + 1) for one in value]
+        return [_plain(item, depth + 1) for item in value]
     return value if isinstance(value, (str, int, float, bool)) else None
 
 
 def _number(dtype: object, data: object) -> int | float | bool | None:
     """Value of a numpy scalar, from the stand-in of its element type and its bytes."""
-    told = vars(dtype) if isinstance(dtype, _StandIn) else {}
-    code, order = (told.get("given") or ("",))[0], (told.get("state") or (3, "<"))[1]
+    fields = vars(dtype) if isinstance(dtype, _StandIn) else {}
+    code, order = (fields.get("arguments") or ("",))[0], (fields.get("state") or (3, "<"))[1]
     code = _ELEMENTS.get(code) if isinstance(code, str) else None
     if code is None or not isinstance(data, bytes) or len(data) != struct.calcsize(code):
         return None
@@ -379,7 +379,7 @@ def weight_file(source: Path) -> Path:
     if not source.is_dir():
         raise UserError(f"--input {source} does not exist")
     names = (*WEIGHT_FILES, *INDEX_FILES)
-    found = [source / name for name in names if (source / name).is_file()]
-    if not found:
-        raise UserError(f"--input {source}: there is none of {', '.join(names)}")
-    return found[0]
+    existing = [source / name for name in names if (source / name).is_file()]
+    if not existing:
+        raise UserError(f"--input {source}: has none of {', '.join(names)}")
+    return existing[0]

@@ -1,4 +1,4 @@
-"""forest.json: which experts there are, where their weights lie, and what they grew from.
+"""forest.json: the experts, their model folders, and the models they were branched from.
 
     {"format": 1, "experts": [{"domain": "law", "path": "law/model", "member": null,
       "parents": [{"path": "seed/checkpoints/step-350", "weight": 1.0}], "seed": 1,
@@ -51,7 +51,7 @@ class Expert:
         domain: its name in the forest.
         path: model folder, absolute.
         member: its domain in the DEMix model of that folder; None for a whole model.
-        parents: what it grew from; none if from scratch or not known.
+        parents: the models it was branched from; empty if from scratch or unknown.
         start_update: step at which it branched.
         updates: its finished steps, those of its parent up to then included.
         tokens: target tokens it was trained on itself.
@@ -74,7 +74,7 @@ class Expert:
 
 @dataclass(frozen=True)
 class Forest:
-    """Experts in the order of their file, and what that file is (or the model folder itself)."""
+    """Experts in the order of their file; `path` is that file, or the model folder."""
 
     path: Path
     experts: tuple[Expert, ...]
@@ -104,8 +104,8 @@ def open_forest(path: str | Path) -> Forest:
     elif (path / "config.json").is_file():
         experts = _members(path)
     else:
-        found = sorted(one.parent for one in path.glob("*/config.json"))
-        experts = [Expert(folder.name, folder) for folder in found]
+        folders = sorted(file.parent for file in path.glob("*/config.json"))
+        experts = [Expert(folder.name, folder) for folder in folders]
     if not experts:
         raise UserError(
             f"--forest {path}: holds no expert; name a forest.json, a folder that has one, a DEMix "
@@ -155,7 +155,7 @@ def edit_forest(path: str | Path) -> Iterator[list[Expert]]:
         if not (file.parent / "config.json").exists():
             # Makes the folder one that AutoModelForCausalLM.from_pretrained reads.
             write_json(file.parent / "config.json", {"model_type": MODEL_TYPE})
-        for expert in experts:  # as the experts share a tokenizer, the first one found will do
+        for expert in experts:  # they share one tokenizer: the first that has it is enough
             copy_tokenizer(expert.path, file.parent)
         record = {"format": FORMAT, "experts": [_entry(e, file.parent) for e in experts]}
         write_json(file, record)
@@ -174,8 +174,8 @@ def _read(file: Path) -> list[Expert]:
     if not isinstance(entries, list):
         raise UserError(f"{file}: experts is not a list")
     return [
-        _expert(entry, f"{file}, experts[{place}]", file.parent)
-        for place, entry in enumerate(entries)
+        _expert(entry, f"{file}, experts[{number}]", file.parent)
+        for number, entry in enumerate(entries)
     ]
 
 
@@ -216,7 +216,7 @@ def _entry(expert: Expert, folder: Path) -> dict[str, object]:
 
 
 def _inside(path: str, folder: Path) -> str:
-    """A path relative to the folder, if it lies in it, so that both can be moved together."""
+    """A path relative to the folder if it is inside, so that both can be moved together."""
     plain = Path(os.path.normpath(path))
     return str(plain.relative_to(folder)) if plain.is_relative_to(folder) else str(plain)
 
@@ -234,13 +234,13 @@ def _members(folder: Path) -> list[Expert]:
 
 
 def _check(experts: list[Expert], where: Path) -> None:
-    """Names once each, folders there, members in them, one vocabulary."""
+    """Check that names are unique, folders and members exist, and vocabularies are equal."""
     names = [expert.domain for expert in experts]
     for name in names:
         if not re.fullmatch(r"[\w.+-]+", name):
             raise UserError(f"{where}: domain {name!r} is not made of letters, digits, . _ + and -")
         if names.count(name) > 1:
-            raise UserError(f"{where}: domain {name!r} is there twice")
+            raise UserError(f"{where}: domain {name!r} is listed twice")
     sizes: dict[int, str] = {}
     kinds: set[object] = set()
     for expert in experts:

@@ -1,4 +1,4 @@
-"""A model folder with experts gets one expert more; what was there stays as it is, to the bit."""
+"""Add an expert to a model folder with experts; existing tensors stay bit for bit."""
 
 import json
 import os
@@ -54,10 +54,10 @@ def grow(source: Path, target: Path, domain: str, like: str, dense: Mapping[str,
             continue
         weight = dense.get(dense_name(name))
         if weight is None or tuple(weight.shape) != spec.shape:
-            given = "none" if weight is None else tuple(weight.shape)
+            shape = "none" if weight is None else tuple(weight.shape)
             raise UserError(
                 f"{source}: the new expert {domain} needs {dense_name(name)} of shape "
-                f"{spec.shape}, given is {given}"
+                f"{spec.shape}, given is {shape}"
             )
         added[name.replace(f"{MARK}.{like}.", f"{MARK}.{domain}.", 1)] = weight.to(spec.dtype)
 

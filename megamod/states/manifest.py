@@ -1,4 +1,4 @@
-"""Which folder is a whole checkpoint: names, sizes and digests against its manifest.
+"""Validate checkpoint folders: names, sizes and digests against its manifest.
 
     step-N/manifest.json    {"files": {NAME: {"bytes": ..., "sha256": ...}}}, written last
 
@@ -20,8 +20,8 @@ FULL_CHECK_BYTES = 10**9  # above this, opening a checkpoint checks sizes only; 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoint folders by rising step, valid or not."""
-    found = [path for path in Path(folder).glob("step-*") if path.name[5:].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[5:]))
+    folders = [path for path in Path(folder).glob("step-*") if path.name[5:].isdigit()]
+    return sorted(folders, key=lambda path: int(path.name[5:]))
 
 
 def find_checkpoint(folder: Path, choice: str) -> Path | None:
@@ -61,7 +61,7 @@ def find_checkpoint(folder: Path, choice: str) -> Path | None:
 
 
 def verify(path: Path, digests: bool = True) -> list[str]:
-    """What is wrong with a checkpoint, one sentence per fault; empty if it is whole.
+    """List the faults of a checkpoint, one sentence each; empty if it is complete.
 
     Args:
         digests: compare SHA-256 digests too, not only names and sizes.

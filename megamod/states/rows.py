@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 class Readable(Protocol):
-    """What reads like a `ModelFolder`."""
+    """Reader of tensors with the interface of `ModelFolder`."""
 
     def read_into(self, name: str, start: int, buffer: Tensor) -> None:
         """Fill a buffer with elements from `start` on."""
 
 
 def read_rows(source: Readable, name: str, rows: Tensor, out: Tensor) -> None:
-    """Read rows of a tensor; those that lie behind each other at once.
+    """Read rows of a tensor; consecutive rows in one read.
 
     Args:
         rows: [n] int64, numbers of the rows.

@@ -58,7 +58,7 @@ class Spec:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Location:
     file: Path
     offset: int  # from the start of the file, in bytes
 
@@ -79,28 +79,28 @@ class ModelFolder:
     def __init__(self, folder: Path, member: str | None = None):
         self.folder, self.member = Path(folder), member
         self.tensors: dict[str, Spec] = {}
-        self._places: dict[str, _Place] = {}
+        self._locations: dict[str, _Location] = {}
         self._descriptors: dict[Path, int] = {}
-        found: dict[str, tuple[Spec, _Place]] = {}
+        entries: dict[str, tuple[Spec, _Location]] = {}
         for file, listed in _weight_files(self.folder).items():
             held = dict(_read_header(file))
             if listed is not None and (lost := sorted(listed - held.keys())):
                 raise UserError(f"{self.folder / INDEX_FILE}: {lost[0]} is not in {file.name}")
-            found |= (
+            entries |= (
                 held if listed is None else {name: held[name] for name in held if name in listed}
             )
         if member is not None:
-            domains = sorted({d for name in found if (d := domain_of_name(name))})
+            domains = sorted({d for name in entries if (d := domain_of_name(name))})
             if member not in domains:
-                there = ", ".join(domains) or "none at all"
-                raise UserError(f"{folder}: has no expert of domain {member!r}; there are {there}")
-        for name, (spec, place) in found.items():
+                known = ", ".join(domains) or "none"
+                raise UserError(f"{folder}: has no expert of domain {member!r}; there are {known}")
+        for name, (spec, location) in entries.items():
             if member is not None:
                 if domain_of_name(name) not in (None, member):
                     continue
                 name = dense_name(name)
-            self.tensors[name], self._places[name] = spec, place
-        self.files = sorted({place.file for place in self._places.values()})
+            self.tensors[name], self._locations[name] = spec, location
+        self.files = sorted({location.file for location in self._locations.values()})
 
     def __enter__(self) -> Self:
         try:
@@ -120,20 +120,20 @@ class ModelFolder:
         Raises:
             UserError: if the file ends early or cannot be read.
         """
-        place = self._places[name]
+        location = self._locations[name]
         left = memoryview(buffer.view(torch.uint8).numpy())
-        offset = place.offset + start * buffer.element_size()
+        offset = location.offset + start * buffer.element_size()
         while left:
             try:
-                count = os.preadv(self._descriptors[place.file], [left], offset)
+                count = os.preadv(self._descriptors[location.file], [left], offset)
             except OSError as error:
-                raise UserError(f"{place.file}: cannot be read: {error.strerror}") from error
+                raise UserError(f"{location.file}: cannot be read: {error.strerror}") from error
             if count == 0:
-                raise UserError(f"{place.file}: ends inside of {name}")
+                raise UserError(f"{location.file}: ends inside of {name}")
             left, offset = left[count:], offset + count
 
     def read(self, name: str) -> Tensor:
-        """A whole tensor, in memory of its own."""
+        """Read a whole tensor into new memory."""
         spec = self.tensors[name]
         flat = torch.empty(spec.numel, dtype=spec.dtype)
         self.read_into(name, 0, flat)
@@ -155,14 +155,14 @@ class ModelFolder:
 
 
 def pieces(numel: int, itemsize: int = 4) -> Iterator[tuple[int, int]]:
-    """First element, and that after the last, of the pieces in which a tensor is gone through."""
+    """Start and stop of the pieces in which a tensor is processed."""
     step = PIECE // itemsize
     for start in range(0, numel, step):
         yield start, min(start + step, numel)
 
 
 def parse_size(text: str, origin: str) -> int:
-    """Bytes: a number with K, M, G or B (10^9, as mergekit has it) behind it, or KB, MB, GB.
+    """Bytes: a number with K, M, G or B (10^9, as in mergekit) after it, or KB, MB, GB.
 
     Raises:
         UserError: naming `origin`, if it is not that.
@@ -218,7 +218,7 @@ def write_stream(
         OSError: if a file cannot be written.
     """
     with ExitStack() as stack:
-        tensors = []  # descriptor, place in the file, name
+        tensors = []  # descriptor, location in the file, name
         for file, names in files.items():
             header, order = safetensors_header(
                 {name: (specs[name].dtype, specs[name].shape) for name in names}, {"format": "pt"}
@@ -246,15 +246,16 @@ def write_stream(
                 raise ValueError(f"{name}: {-left} bytes more than its specification says")
 
         if threads == 1:
-            for place in tensors:
-                make(*place)
+            for location in tensors:
+                make(*location)
         else:
             # The large ones first, so that no thread is left alone with one at the end.
-            tensors.sort(key=lambda place: -specs[place[2]].nbytes)
+            tensors.sort(key=lambda location: -specs[location[2]].nbytes)
             pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
             try:
-                for done in as_completed([pool.submit(make, *place) for place in tensors]):
-                    done.result()
+                jobs = [pool.submit(make, *location) for location in tensors]
+                for finished in as_completed(jobs):
+                    finished.result()
             finally:
                 failed.set()
                 pool.shutdown(cancel_futures=True)
@@ -282,9 +283,9 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
     if not has_index(folder):
         if not (folder / DENSE_FILE).is_file():
             others = sorted(f.name for f in folder.glob("*.bin")) if folder.is_dir() else []
-            what = f"only {others[0]}, turn it into safetensors first" if others else "no weights"
+            reason = f"only {others[0]}, turn it into safetensors first" if others else "no weights"
             raise UserError(
-                f"{folder}: has {what}; a model folder has {DENSE_FILE} or {INDEX_FILE}"
+                f"{folder}: has {reason}; a model folder has {DENSE_FILE} or {INDEX_FILE}"
                 if folder.is_dir()
                 else f"{folder}: is not a folder"
             )
@@ -305,8 +306,8 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
     return files
 
 
-def _read_header(file: Path) -> Iterator[tuple[str, tuple[Spec, _Place]]]:
-    """Name, specification and place of each tensor, by offset."""
+def _read_header(file: Path) -> Iterator[tuple[str, tuple[Spec, _Location]]]:
+    """Name, specification and file offset of each tensor, in the order of offsets."""
     try:
         with safe_open(file, framework="pt"):  # checks every length and offset
             pass
@@ -321,4 +322,4 @@ def _read_header(file: Path) -> Iterator[tuple[str, tuple[Spec, _Place]]]:
             known = ", ".join(_BY_NAME)
             raise UserError(f"{file}: {name} has dtype {entry['dtype']}; known are {known}")
         spec = Spec(_BY_NAME[entry["dtype"]], tuple(entry["shape"]))
-        yield name, (spec, _Place(file, 8 + length + entry["data_offsets"][0]))
+        yield name, (spec, _Location(file, 8 + length + entry["data_offsets"][0]))

@@ -1,4 +1,4 @@
-"""What is wrong with runs, checkpoints, models and forests on disk, if anything.
+"""Find faults of runs, checkpoints, models and forests on disk.
 
 Loads neither torch nor DeepSpeed, so that a look takes as long as reading the files.
 """
@@ -13,7 +13,7 @@ from megamod.states.forest import FILE, open_forest
 from megamod.states.manifest import MANIFEST, list_checkpoints, verify
 
 Group = tuple[str, list[str]]
-"""What was looked at, in words, and its faults, one sentence each."""
+"""Description of a checked group of files, and its faults, one sentence each."""
 
 
 def groups(path: Path) -> Iterator[Group]:
@@ -29,10 +29,10 @@ def groups(path: Path) -> Iterator[Group]:
     elif (path / "config.json").exists():
         yield model(path)
     else:
-        found = [*run_folder(path)]
-        if not found:
+        reports = [*run_folder(path)]
+        if not reports:
             raise UserError(f"{path} holds no checkpoint, no model, no forest and no data-bin")
-        yield from found
+        yield from reports
 
 
 def forest(path: Path) -> Iterator[Group]:
@@ -63,12 +63,12 @@ def run_folder(path: Path) -> Iterator[Group]:
 
 
 def checkpoints(folder: Path) -> Iterator[Group]:
-    """Those of one folder, and the file that names the newest."""
-    there = list_checkpoints(folder)
-    yield from map(checkpoint, there)
+    """Check the checkpoints of a folder, and the file that names the newest."""
+    checkpoints = list_checkpoints(folder)
+    yield from map(checkpoint, checkpoints)
     if (folder / LATEST).exists():
         name = (folder / LATEST).read_text(errors="replace").strip()
-        names = [one.name for one in there]
+        names = [path.name for path in checkpoints]
         wrong = f"{folder / LATEST} names {name!r}; there are {', '.join(names) or 'none'}"
         yield f"{folder / LATEST}: {name}", [] if name in names else [wrong]
 
@@ -81,7 +81,7 @@ def checkpoint(path: Path) -> Group:
 
 
 def model(path: Path) -> Group:
-    """Weight files that can be opened and hold what the index says; it has no digests."""
+    """Check that weight files can be opened and hold the tensors of the index; no digests."""
     from safetensors import SafetensorError, safe_open
 
     faults: list[str] = []

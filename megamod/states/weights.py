@@ -1,4 +1,4 @@
-"""Weight files: which tensors lie in which file, for dense models and for experts.
+"""Weight files of dense models and of models with experts.
 
     dense, ELM    model.safetensors
     DEMix         shared.safetensors, expert_<domain>.safetensors, model.safetensors.index.json
@@ -47,7 +47,7 @@ def file_of(name: str, has_experts: bool) -> str:
 def safetensors_header(
     specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> tuple[bytes, list[str]]:
-    """What a safetensors file begins with, and the order in which its tensors follow.
+    """Header of a safetensors file, and the order of its tensors.
 
     Args:
         specs: element type and shape of each tensor.
@@ -72,7 +72,7 @@ def safetensors_header(
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write one safetensors file, straight from the tensors' memory.
+    """Write one safetensors file directly from the tensors' memory.
 
     The library's own writer copies everything twice first, and refuses views of one storage; both
     matter for checkpoints, whose optimizer state is views of flat buffers.
@@ -136,7 +136,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def expert_state(state: Mapping[str, Tensor], domain: str) -> dict[str, Tensor]:
-    """The ordinary dense model that shared weights and one domain's expert make together.
+    """Weights of the dense model that shared weights and one expert form.
 
     Raises:
         UserError: if the state holds no expert of that domain.
@@ -152,7 +152,7 @@ def expert_state(state: Mapping[str, Tensor], domain: str) -> dict[str, Tensor]:
 
 
 def spread(state: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-    """Give parameters of a model with experts the weights that a dense model has in their place.
+    """Copy the weights of a dense model to every expert of a model with experts.
 
     Args:
         state: weights of a dense model.

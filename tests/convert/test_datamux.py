@@ -207,7 +207,7 @@ def test_heads_can_be_told(tmp_path):
 
 
 def test_other_folders_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"there is none of model\.safetensors"):
+    with pytest.raises(UserError, match=r"has none of model\.safetensors"):
         convert(tmp_path)
     (tmp_path / "config.json").write_text('{"architectures": ["DemixForCausalLM"]}')
     with pytest.raises(UserError, match="is of class 'DemixForCausalLM'"):

@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForPreTraining
 
 import megamod  # noqa: F401  (makes the models known)
 from megamod.convert import FORMATS
 from megamod.errors import UserError
+from megamod.models.mux.bert import MuxBertForMaskedLM
+from megamod.models.mux.configuration import MuxBertConfig
 
+TINY = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)
 REPOSITORY = Path(__file__).resolve().parents[2]
 GOLDEN = REPOSITORY.parent / "shared" / "golden" / "demix_btm"
 LAUNCHER = REPOSITORY / "launchers" / "convert.py"
@@ -201,3 +204,22 @@ def test_help_lists_the_formats_without_loading_torch():
     told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout
     assert told.rstrip().endswith("[]")
     assert "--format {" + ",".join(FORMATS) + "}" in told
+
+
+@pytest.mark.parametrize("way", [(), ("--export",)])
+def test_tokenizers_travel_in_both_directions(tmp_path, monkeypatch, way):
+    """A MultiBERT keeps its words; transformers would make an empty tokenizer without vocab.txt."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b"]
+    if way:
+        model, name = MuxBertForMaskedLM(MuxBertConfig(**TINY, vocab_size=800)), "datamux"
+    else:
+        model, name = BertForPreTraining(BertConfig(**TINY, vocab_size=len(words))), "hf_bert"
+    model.save_pretrained(tmp_path / "there")
+    (tmp_path / "there" / "vocab.txt").write_text("\n".join(words) + "\n")
+    (tmp_path / "there" / "optimizer.pt").write_bytes(b"")  # nothing else is copied
+    arguments = ("--format", name, "--input", tmp_path / "there", "--output_dir", tmp_path / "here")
+    assert convert_here(monkeypatch, *arguments, *way) == ""
+    files = {file.name for file in (tmp_path / "here").iterdir()}
+    assert files == {"config.json", "model.safetensors", "vocab.txt"}
+    if not way:
+        assert AutoTokenizer.from_pretrained(tmp_path / "here")("b a")["input_ids"] == [2, 6, 5, 3]

@@ -76,7 +76,7 @@ def test_model_folders_are_forests(place):
         ({"steps": 3}, "unknown key 'steps'"),
         ({"updates": "7"}, "updates is '7'"),
         ({"parents": [{"path": "seed"}]}, "parents"),
-        ({"domain": "med"}, "domain 'med' is there twice"),
+        ({"domain": "med"}, "domain 'med' is listed twice"),
         ({"domain": "../law"}, "domain '../law' is not made of letters"),
         ({"path": "wide"}, "different vocabularies: 31 of law, 23 of med"),
     ],
