@@ -52,6 +52,8 @@ def harmonise(folders: Sequence[TensorSource], template: int, *, whole: bool = T
         UserError: naming the first tensor that one model has and another lacks, or the first tensor
             of integers that differ.
     """
+    for folder in folders:
+        _refuse_packed(folder)
     first = folders[template]
     renamed = [folder if folder is first else _with_prefix_of(first, folder) for folder in folders]
     added: dict[str, str] = {}
@@ -79,6 +81,23 @@ def harmonise(folders: Sequence[TensorSource], template: int, *, whole: bool = T
         if folder is not first:
             _check_integers(first, folder, whole)
     return Harmonised(result, frozenset(copied))
+
+
+def _refuse_packed(folder: TensorSource) -> None:
+    """Refuse weights with tensors of their own, such as `X.weight.absmax` of 4-bit weights.
+
+    Packed weights may be stored as floating-point numbers, so their dtype does not show it.
+
+    Raises:
+        UserError: naming the first of these tensors.
+    """
+    for name in folder.tensors:
+        weight = name.rpartition(".")[0]
+        if weight in folder.tensors:
+            raise UserError(
+                f"{label(folder)}: {name} belongs to the tensor {weight}, so that is packed or "
+                "quantised and cannot be merged; merge the models before quantisation"
+            )
 
 
 def tied_pairs(tensors: Mapping[str, object]) -> list[tuple[str, str]]:

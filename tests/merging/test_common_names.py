@@ -185,6 +185,19 @@ def test_quantised_models_are_refused(tmp_path, config):
     assert len(str(error.value).splitlines()) <= 3 and not (tmp_path / "out").exists()
 
 
+def test_packed_weights_that_look_like_floats_are_refused(tmp_path):
+    """As 4-bit weights of bitsandbytes with bfloat16 storage, without a word in config.json."""
+    for seed, name in enumerate("ab"):
+        generator = torch.Generator().manual_seed(seed)
+        packed = torch.randn(8, 1, generator=generator).bfloat16()
+        state = {"h.0.w.weight": packed, "h.0.w.weight.absmax": torch.rand(4)}
+        (tmp_path / name).mkdir()
+        save_file(state, tmp_path / name / "model.safetensors")
+        (tmp_path / name / "config.json").write_text('{"model_type": "toy"}')
+    with pytest.raises(UserError, match=r"h\.0\.w\.weight\.absmax belongs to"):
+        average(tmp_path, "a", "b")
+
+
 @pytest.mark.parametrize(
     "changed",
     [
