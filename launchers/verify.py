@@ -42,9 +42,9 @@ def groups(path: Path) -> Iterator[tuple[str, list[str]]]:
     if not path.is_dir() and not (path.name == FILE and path.is_file()):
         raise UserError(f"{path} is not a folder, and no {FILE}")
     if (path / "databin.json").exists() or (path / "dict.txt").exists():
-        from megamod.data.lm.verify import groups as of_data
+        from megamod.data.lm.verify import check_databin
 
-        return of_data(path)
+        return check_databin(path)
     from megamod.states.verify import groups as of_states
 
     return of_states(path)

@@ -31,10 +31,10 @@ def walk(dataset: IndexedDataset, block_size: int, token: int | None):
     span = block_size - (token is not None)
     for start in range(0, len(flat), span):
         inputs, labels = ([], []) if token is None else ([token], [token])
-        for place in range(start, min(start + span, len(flat))):
-            target, opens = flat[place]
-            begins = place == start and opens
-            inputs.append(EOS if begins else flat[place - 1][0])
+        for position in range(start, min(start + span, len(flat))):
+            target, opens = flat[position]
+            begins = position == start and opens
+            inputs.append(EOS if begins else flat[position - 1][0])
             labels.append(target)
         missing = block_size - len(inputs)
         yield inputs + [PAD] * missing, labels + [IGNORE] * missing
@@ -43,7 +43,7 @@ def walk(dataset: IndexedDataset, block_size: int, token: int | None):
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
 @pytest.mark.parametrize("token", [None, TOKEN])
 @pytest.mark.parametrize("block_size", [2, 3, 5, 8, 16, 64])
-def test_blocks_are_those_of_a_walk(tmp_path, block_size, token, dtype):
+def test_blocks_equal_a_naive_loop(tmp_path, block_size, token, dtype):
     dataset = make(tmp_path, [3, 1, 7, 4, 4, 0, 9, 2, 10], dtype)
     blocks = TokenBlocks(dataset, block_size, EOS, PAD, token)
     expected = list(walk(dataset, block_size, token))
@@ -80,7 +80,7 @@ def test_full_blocks_share_one_buffer(tmp_path):
 def test_bad_arguments(tmp_path):
     dataset = make(tmp_path, [9])
     for index in (-1, 3):
-        with pytest.raises(IndexError, match="blocks 0 to 2"):
+        with pytest.raises(IndexError, match="blocks are 0 to 2"):
             TokenBlocks(dataset, 4, EOS, PAD).gather(np.array([0, index]))
     with pytest.raises(UserError, match="--max_seq_length 1"):
         TokenBlocks(dataset, 1, EOS, PAD, TOKEN)

@@ -16,7 +16,7 @@ from megamod.data.lm.batches import TrainBatches, eval_batches, train_loader
 from megamod.data.lm.blocks import IGNORE, TokenBlocks
 from megamod.data.lm.databin import DataBin
 from megamod.data.lm.order import Balanced, Temperature, Unbalanced
-from megamod.data.lm.verify import groups
+from megamod.data.lm.verify import check_databin
 from megamod.errors import UserError
 
 LENGTH = 4
@@ -39,7 +39,7 @@ def blocks(tmp_path_factory) -> list[TokenBlocks]:
 
 @pytest.fixture
 def lengths(blocks) -> list[int]:
-    return [len(one) for one in blocks]
+    return [len(item) for item in blocks]
 
 
 def draw(sampler, first: int, count: int):
@@ -53,12 +53,12 @@ def listed(samples: tuple[np.ndarray, np.ndarray]) -> list[tuple[int, int]]:
 
 def of_step(batches: TrainBatches, step: int) -> list[tuple[int, int]]:
     """(domain, block) of the samples a rank reads in a step, from the tensors it gets."""
-    found = []
+    result = []
     for number in range(step * batches.micro_steps, (step + 1) * batches.micro_steps):
         for label in batches[number]["labels"][:, 0].tolist():
             domain, token = divmod(label, 1000)
-            found.append((domain - 1, token // LENGTH))
-    return found
+            result.append((domain - 1, token // LENGTH))
+    return result
 
 
 def dense(blocks, sampler, rank, world, micro_batch=2, global_batch=32):
@@ -90,7 +90,7 @@ def test_a_step_is_the_same_for_any_number_of_ranks(blocks, lengths):
         for build, worlds in ((dense, (1, 2, 4, 8, 16)), (by_domain, (1, 2, 4, 8, 16))):
             for world in worlds:
                 ranks = [of_step(build(blocks, sampler, r, world), step) for r in range(world)]
-                assert len({len(one) for one in ranks}) == 1
+                assert len({len(item) for item in ranks}) == 1
                 assert sorted(itertools.chain(*ranks)) == expected, (build.__name__, world, step)
 
 
@@ -109,13 +109,13 @@ def test_an_epoch_of_a_domain_shows_every_block_once(blocks, lengths):
         assert sorted(seen[epoch * 25 : (epoch + 1) * 25]) == list(range(25))
 
 
-def test_domains_of_a_rank_take_turns(blocks, lengths):
+def test_domains_of_a_rank_alternate(blocks, lengths):
     batches = by_domain(blocks, Balanced(lengths, 7), 1, 2)  # holds domains 2 and 3, 8 of each
     assert batches.micro_steps == 8
     assert [batches[number]["domain"] for number in range(10)] == [2, 3] * 5
 
 
-def test_what_a_batch_holds(blocks, lengths):
+def test_content_of_a_batch(blocks, lengths):
     batches = dense(blocks, Balanced(lengths, 7), 0, 1, micro_batch=8)
     mixed = seen_padding = 0
     for number in range(40):
@@ -139,17 +139,17 @@ def test_domain_tokens_in_mixed_batches(blocks, lengths):
     sampler = Balanced(lengths, 7)
     plain, tokens = (dense(b, sampler, 0, 1, micro_batch=8) for b in (blocks, marked))
     for number in range(8):
-        one, other = plain[number], tokens[number]
+        item, other = plain[number], tokens[number]
         for name in ("input_ids", "labels"):
             assert (other[name][:, 0] == 500 + other["domains"]).all()
-            assert torch.equal(other[name][:, 1:], one[name])
-        assert other["tokens"] == one["tokens"] + 8
+            assert torch.equal(other[name][:, 1:], item[name])
+        assert other["tokens"] == item["tokens"] + 8
 
 
-def same(one: dict, other: dict) -> bool:
-    return one.keys() == other.keys() and all(
+def same(item: dict, other: dict) -> bool:
+    return item.keys() == other.keys() and all(
         torch.equal(value, other[key]) if isinstance(value, torch.Tensor) else value == other[key]
-        for key, value in one.items()
+        for key, value in item.items()
     )
 
 
@@ -158,15 +158,16 @@ def test_workers_do_not_change_batches(blocks, lengths, workers):
     batches = dense(blocks, Balanced(lengths, 7), 1, 2)
     state = torch.get_rng_state()
     loader = train_loader(batches, 3, workers, pin_memory=False)
-    found = list(itertools.islice(loader, 20))
+    result = list(itertools.islice(loader, 20))
     del loader
     assert torch.equal(torch.get_rng_state(), state)
     assert all(
-        same(batch, batches[3 * batches.micro_steps + number]) for number, batch in enumerate(found)
+        same(batch, batches[3 * batches.micro_steps + number])
+        for number, batch in enumerate(result)
     )
 
 
-def test_a_late_step_starts_at_once(blocks, lengths):
+def test_a_late_step_starts_immediately(blocks, lengths):
     """Opening files included."""
     start = time.perf_counter()
     opened = [TokenBlocks(IndexedDataset(b.dataset.prefix), LENGTH, 2, 1) for b in blocks]
@@ -178,7 +179,7 @@ def test_a_late_step_starts_at_once(blocks, lengths):
     assert same(first, again[1_000_000 * again.micro_steps])
 
 
-def test_batches_that_cannot_be_divided(blocks, lengths):
+def test_indivisible_batches_are_refused(blocks, lengths):
     sampler = Balanced(lengths, 7)
     with pytest.raises(UserError) as caught:
         dense(blocks, sampler, 0, 4, micro_batch=3, global_batch=32)
@@ -311,7 +312,7 @@ def test_fairseq_names_of_files(tmp_path):
     expected = [*range(4, 13), *range(4, 14), 2]
     for domain, split in itertools.product("ab", ("train", "valid", "test")):
         assert databin.split(domain, split).tokens.tolist() == expected
-    titles = [title for title, faults in groups(domains) if not faults]
+    titles = [title for title, faults in check_databin(domains) if not faults]
     assert len(titles) == 7 and str(domains / "a" / "valid") in "".join(titles)
     # One domain without a folder of its own, under a name with a dot.
     shutil.copytree(domains / "a", tmp_path / "wiki.en")
@@ -321,7 +322,7 @@ def test_fairseq_names_of_files(tmp_path):
     for split in ("train", "valid", "test"):
         assert flat.split("wiki_en", split).tokens.tolist() == expected
         assert flat.prefix("wiki_en", split) == tmp_path / "wiki.en" / split
-    assert sum(not faults for _, faults in groups(flat.path)) == 4
+    assert sum(not faults for _, faults in check_databin(flat.path)) == 4
     # The dictionary may lie in the folders of the domains only, if they share it.
     (domains / "dict.txt").rename(domains / "a" / "dict.txt")
     with pytest.raises(UserError, match=r"holds token files but no dict\.txt"):

@@ -24,7 +24,7 @@ def batches_of(
 ):
     datasets = [Tokens(403, 10), Tokens(165, 30)]
     masking = Masking(**{**vars(MASKING), **changes})
-    order = Balanced([blocks_of(one, 8) for one in datasets], seed)
+    order = Balanced([blocks_of(item, 8) for item in datasets], seed)
     return MaskedBatches(
         datasets,
         order,
@@ -37,7 +37,7 @@ def batches_of(
     )
 
 
-def test_shares_are_those_of_bert():
+def test_shares_of_bert():
     tokens = np.full(200_000, 9)
     masked, labels, anything = MASKING.apply(tokens, 5)
     chosen = labels != IGNORE
@@ -120,7 +120,7 @@ def test_held_out_text_is_read_once_and_always_the_same():
     assert all(torch.equal(a["labels"], b["labels"]) for a, b in zip(first, second, strict=True))
 
 
-def test_a_prefix_takes_the_place_of_the_last_tokens():
+def test_a_prefix_replaces_the_last_tokens():
     plain, batch = batches_of()[5], batches_of(prefix=4)[5]
     assert torch.equal(batch["input_ids"], plain["input_ids"])
     assert torch.equal(batch["labels"][:, :4], plain["labels"][:, :4])
@@ -130,8 +130,8 @@ def test_a_prefix_takes_the_place_of_the_last_tokens():
 
 
 @pytest.mark.parametrize(
-    ("micro", "ranks", "told"), [(8, 1, "3 instances"), (9, 1, "--global_batch_size 24")]
+    ("micro", "ranks", "message"), [(8, 1, "3 instances"), (9, 1, "--global_batch_size 24")]
 )
-def test_what_cannot_be_divided_is_refused(micro, ranks, told):
-    with pytest.raises(UserError, match=told):
+def test_indivisible_batches_are_refused(micro, ranks, message):
+    with pytest.raises(UserError, match=message):
         batches_of(micro=micro, ranks=ranks)

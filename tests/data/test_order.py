@@ -39,8 +39,8 @@ def test_arrays_choose_size_and_key():
     index = np.array([[0, 1, 2]])
     together = KeyedPermutation(sizes, keys)(index)
     for row in range(3):
-        one = KeyedPermutation(int(sizes[row, 0]), keys[row])(index[0])
-        assert together[row].tolist() == one.tolist()
+        item = KeyedPermutation(int(sizes[row, 0]), keys[row])(index[0])
+        assert together[row].tolist() == item.tolist()
 
 
 def test_all_permutations_are_about_equally_likely():
@@ -73,7 +73,7 @@ def test_keys_depend_on_every_part():
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="cannot permute 0"):
+    with pytest.raises(ValueError, match="size 0: at least 1 is needed"):
         KeyedPermutation(0, 1)
     for index in (-1, 5):
         with pytest.raises(ValueError, match="outside"):
@@ -114,7 +114,7 @@ def test_every_epoch_of_a_domain_has_every_block_once(name):
     assert len(set(orders)) == len(orders) > 5  # shuffled anew each time
 
 
-def test_balanced_takes_turns_and_wraps():
+def test_balanced_alternates_and_repeats():
     sampler = Balanced(LENGTHS, 3)
     domains, blocks = draw(sampler, 40, 400)
     assert domains.tolist() == [0, 1, 2, 3] * 100
@@ -143,12 +143,12 @@ def test_temperature_shares(alpha):
     assert abs(early - shares).max() < 4.5 * 0.5 / np.sqrt(4096)  # no long stretch of one domain
 
 
-def test_a_domain_too_small_for_a_place_still_has_one():
+def test_the_smallest_domain_has_a_sample_in_every_cycle():
     assert Temperature([10**9, 1], 0, 1.0).quotas.tolist() == [CYCLE - 1, 1]
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_far_out_costs_the_same(name):
+def test_late_samples_cost_the_same(name):
     sampler = make(name)
     draw(sampler, 0, 8)
     start = time.perf_counter()

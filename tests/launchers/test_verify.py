@@ -234,7 +234,7 @@ def test_other_faults_of_a_data_bin(data_bin, monkeypatch):
     other = {**header, "tokenizer": {**header["tokenizer"], "digest": "0"}}
     (data_bin / "databin.json").write_text(json.dumps(other))
     (fault,) = check(monkeypatch, data_bin)
-    assert "tokenizer is not that of the header" in fault
+    assert "tokenizer is not the tokenizer of the header" in fault
     (data_bin / "databin.json").write_text(json.dumps({**header, "pad_id": 300}))
     (fault,) = check(monkeypatch, data_bin)
     assert "pad_id is 300" in fault

@@ -164,7 +164,7 @@ def test_blocks_of_text(tmp_path):
     assert ["".join(map(chr, row)) for row in found] == ["ab c", "defg"]
     spaced = text_blocks(tmp_path / "t.txt", lambda line: [*map(ord, line)], 4, most=1, spaced=True)
     assert ["".join(map(chr, row)) for row in spaced] == ["a b "]
-    with pytest.raises(UserError, match="fewer than the 40 tokens"):
+    with pytest.raises(UserError, match="fewer tokens than one block of 40"):
         text_blocks(tmp_path / "t.txt", lambda line: [1], 40)
 
 

@@ -1,7 +1,7 @@
-"""From the sequences of a data-bin to the micro-batches of one rank.
+"""Micro-batches of language models from the sequences of a data-bin.
 
-`TrainBatches` says which sequences make up each micro-batch of a rank,
-`train_loader` and `eval_batches` iterate.
+`TrainBatches` maps the number of a micro-batch to its sequences; `train_loader` and `eval_batches`
+iterate.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from megamod.data.batches import StepBatches, StepShape, check_divides
 from megamod.data.lm.blocks import IGNORE, TokenBlocks, to_tensors
 from megamod.data.lm.order import Balanced, Sampler
 
-AHEAD = 4096  # samples whose order is worked out at once
+AHEAD = 4096  # samples whose order is computed at once
 ENDLESS = 1 << 62
 
 Batch = dict[str, object]
@@ -41,8 +41,14 @@ class TrainBatches(StepBatches):
         shape: StepShape,
         streams: Sequence[int] | None,
     ):
-        """`shape`: of one stream. `streams`: domains to take micro-batches of in turn, each a
-        stream; None: one stream of all domains in the order of the sampler."""
+        """Read one stream of samples, or a stream for each of some domains in turn.
+
+        Args:
+            blocks: sequences of each domain, in the sampler's order.
+            shape: step of one stream.
+            streams: domains with streams of their own; None: one stream of all domains, in the
+                order of the sampler.
+        """
         super().__init__(shape)
         self.blocks, self.sampler, self.streams = list(blocks), sampler, streams
         self._ahead = -1
@@ -59,10 +65,10 @@ class TrainBatches(StepBatches):
         sampler: Sampler,
         shape: StepShape,
     ) -> "TrainBatches":
-        """One stream for all ranks (dense training).
+        """Build one stream for all ranks (dense training).
 
         Args:
-            blocks: of each domain, in the sampler's order.
+            blocks: sequences of each domain, in the sampler's order.
         """
         return cls(blocks, sampler, shape, None)
 
@@ -74,17 +80,17 @@ class TrainBatches(StepBatches):
         shape: StepShape,
         domains: Sequence[int],
     ) -> "TrainBatches":
-        """A stream for each domain, shared by the ranks that hold it (DEMix, BTM).
+        """Build a stream for each domain, shared by the ranks that train it (DEMix, BTM).
 
-        Every domain has the same number of sequences in a step: those that `over_world` reads.
+        Every domain has the same number of sequences in a step, the same ones as with `over_world`.
 
         Args:
-            blocks: of all E domains, also those of other ranks.
-            shape: of a step over all domains; its ranks are those that hold the same domains as
-                this one. A micro-batch is of one domain.
-            domains: numbers of the domains this rank holds, taken in turn.
+            blocks: sequences of all E domains, also of other ranks.
+            shape: step over all domains; its ranks are those with the same domains as this one. A
+                micro-batch has sequences of one domain.
+            domains: numbers of this rank's domains, read in turn.
         Raises:
-            UserError: if the step cannot be divided over the domains.
+            UserError: if the step cannot be divided evenly over the domains.
         """
         parts = {
             "domains": len(blocks),
@@ -96,7 +102,7 @@ class TrainBatches(StepBatches):
         return cls(blocks, sampler, per_domain, list(domains))
 
     def samples(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """[B] domains and [B] blocks of micro-batch `number`."""
+        """Domains [B] and block indices [B] of micro-batch `number`."""
         row = self._look_ahead(number)
         return self._domains[row], self._indices[row]
 
@@ -109,11 +115,11 @@ class TrainBatches(StepBatches):
             rows = self.blocks[domain].read(indices)
         else:
             rows = np.zeros((len(indices), any_of.span + 1), dtype=np.int64)
-            for place, of, index in zip(rows, domains.tolist(), indices.tolist(), strict=True):
-                self.blocks[of].read_into(place, index)
-        front = None if self._fronts is None else self._fronts[domains]
+            for target, of, index in zip(rows, domains.tolist(), indices.tolist(), strict=True):
+                self.blocks[of].read_into(target, index)
+        first = None if self._domain_tokens is None else self._domain_tokens[domains]
         inputs, labels, padded = to_tensors(
-            rows, self._opens[row], self._lengths[row], any_of.eos_id, any_of.pad_id, front
+            rows, self._opens[row], self._lengths[row], any_of.eos_id, any_of.pad_id, first
         )
         batch = {"input_ids": inputs, "labels": labels}
         if padded:
@@ -122,18 +128,18 @@ class TrainBatches(StepBatches):
             **batch,
             "domain": domain,
             "domains": torch.from_numpy(domains.copy()),
-            "tokens": int(self._lengths[row].sum()) + (0 if front is None else len(front)),
+            "tokens": int(self._lengths[row].sum()) + (0 if first is None else len(first)),
         }
 
     def _look_ahead(self, number: int) -> int:
-        """Work out the order of the stretch that holds a micro-batch; its row in there."""
+        """Row of a micro-batch in the precomputed range, which is replaced if it is elsewhere."""
         if number < 0:
             raise IndexError(f"micro-batch {number} is before the first")
         size = -(-AHEAD // self.shape.micro_batch)
-        stretch, row = divmod(number, size)
-        if stretch != self._ahead:
-            self._prepare(np.arange(stretch * size, (stretch + 1) * size))
-            self._ahead = stretch
+        part, row = divmod(number, size)
+        if part != self._ahead:
+            self._prepare(np.arange(part * size, (part + 1) * size))
+            self._ahead = part
         return row
 
     def _prepare(self, numbers: np.ndarray) -> None:
@@ -144,8 +150,8 @@ class TrainBatches(StepBatches):
         """
         shape = self.shape
         steps, turn = np.divmod(numbers, self.micro_steps)
-        place, stream = np.divmod(turn, self.micro_steps // shape.micro_steps)
-        first = steps * shape.global_batch + shape.first + place * shape.micro_batch
+        micro_step, stream = np.divmod(turn, self.micro_steps // shape.micro_steps)
+        first = steps * shape.global_batch + shape.first + micro_step * shape.micro_batch
         ordinals = first[:, None] + np.arange(shape.micro_batch)
         if self.streams is None:
             self._domains, self._indices = self.sampler.at(ordinals)
@@ -156,23 +162,23 @@ class TrainBatches(StepBatches):
         self._alike = (self._domains == self._domains[:, :1]).all(1)
         self._opens = np.empty(ordinals.shape, dtype=bool)
         self._lengths = np.empty(ordinals.shape, dtype=np.int64)
-        tokens = [one.domain_token for one in self.blocks]
-        self._fronts = None if None in tokens else np.array(tokens)
+        tokens = [blocks.domain_token for blocks in self.blocks]
+        self._domain_tokens = None if None in tokens else np.array(tokens)
         for domain, blocks in enumerate(self.blocks):
-            here = self._domains == domain
-            indices = self._indices[here]
-            self._opens[here] = blocks.opens(indices)
-            self._lengths[here] = blocks.targets(indices) - (self._fronts is not None)
+            selected = self._domains == domain
+            indices = self._indices[selected]
+            self._opens[selected] = blocks.opens(indices)
+            self._lengths[selected] = blocks.targets(indices) - (self._domain_tokens is not None)
 
 
 def train_loader(
     dataset: StepBatches, first_step: int, num_workers: int, pin_memory: bool
 ) -> Iterator[Batch]:
-    """Endless micro-batches of a rank from the first one of step `first_step` on.
+    """Endless micro-batches of a rank from step `first_step`.
 
     Args:
-        num_workers: processes that read ahead; 0 reads in this one. The batches are the same.
-        pin_memory: put tensors where a GPU can copy them from while it computes.
+        num_workers: processes that read ahead; 0 reads in this process, with the same batches.
+        pin_memory: put tensors in page-locked memory, for copies during computation.
     """
     first = first_step * dataset.micro_steps
     if num_workers == 0:
@@ -184,7 +190,7 @@ def train_loader(
         sampler=range(first, ENDLESS),
         num_workers=num_workers,
         pin_memory=pin_memory,
-        collate_fn=_as_it_is,
+        collate_fn=_unchanged,
         generator=torch.Generator(),  # else the loader draws from the generator of dropout
     )
     return iter(loader)
@@ -193,12 +199,12 @@ def train_loader(
 def eval_batches(
     blocks: TokenBlocks, batch_size: int, max_batches: int | None = None
 ) -> Iterator[Batch]:
-    """Every block once, in file order: `input_ids`, `labels`, `tokens`, `attention_mask` if padded.
+    """All blocks in file order: `input_ids`, `labels`, `tokens`, and `attention_mask` if padded.
 
-    The last batch may hold fewer sequences. A domain token is an input, but not scored.
+    The last batch may have fewer sequences. A domain token is an input, but is not scored.
 
     Args:
-        max_batches: end after so many.
+        max_batches: largest number of batches; None: all.
     """
     for number, start in enumerate(range(0, len(blocks), batch_size)):
         if number == max_batches:
@@ -215,7 +221,7 @@ def eval_batches(
         yield {**batch, "tokens": tokens}
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def _unchanged(batch: Batch) -> Batch:
     return batch
 
 

@@ -1,4 +1,4 @@
-"""Token files as sequences of one length: inputs and labels of next-token prediction.
+"""Sequences of equal length from token files: inputs and labels of next-token prediction.
 
 Source: fairseq's `TokenBlockDataset` (break mode "none") and `MonolingualDataset`, as used by DEMix
 (Gururangan et al. 2022).
@@ -20,15 +20,15 @@ def to_tensors(
     lengths: np.ndarray,
     eos_id: int,
     pad_id: int,
-    front: np.ndarray | None,
+    first: np.ndarray | None,
 ) -> tuple[Tensor, Tensor, bool]:
-    """Inputs [B, T], labels [B, T] and whether any is padded; int64.
+    """Inputs [B, T] and labels [B, T], int64, and True if any sequence is padded.
 
     Args:
-        rows: [B, span + 1] int64 as from `TokenBlocks.read`; changed.
-        opens: [B] bool, rows whose block begins together with an item.
+        rows: [B, span + 1] int64 from `TokenBlocks.read`; overwritten.
+        opens: [B] bool, rows whose block begins at the start of an item.
         lengths: [B] tokens of each block.
-        front: [B] domain tokens, or None; with them T is span + 1.
+        first: [B] domain tokens, or None; with them T is span + 1.
     """
     rows[opens, 0] = eos_id
     span = rows.shape[1] - 1
@@ -38,23 +38,23 @@ def to_tensors(
     if padded:
         beyond = torch.from_numpy(np.arange(span) >= lengths[:, None])
         inputs, labels = inputs.masked_fill(beyond, pad_id), labels.masked_fill(beyond, IGNORE)
-    if front is not None:
-        column = torch.from_numpy(front[:, None])
+    if first is not None:
+        column = torch.from_numpy(first[:, None])
         inputs, labels = torch.cat([column, inputs], 1), torch.cat([column, labels], 1)
     return inputs, labels, padded
 
 
 class TokenBlocks:
-    """The items of a split laid end to end and cut into blocks, in file order.
+    """The concatenated items of a split, cut into blocks in file order.
 
-    Every token is a target once. The input of a block's first target is the token before it, or eos
-    where the block begins together with an item. The last block may be short.
+    Every token is a target once. The input of a block's first target is the preceding token, or eos
+    if the block begins at the start of an item. The last block may be short.
 
     Args:
-        dataset: of one domain and split.
+        dataset: items of one domain and split.
         block_size: length T of a sequence.
-        eos_id, pad_id: of the tokenizer.
-        domain_token: id put in front of inputs and targets; blocks then hold T - 1 tokens.
+        eos_id, pad_id: ids of the tokenizer.
+        domain_token: id that is prepended to inputs and targets; blocks then have T - 1 tokens.
     """
 
     def __init__(
@@ -76,50 +76,50 @@ class TokenBlocks:
         return -(-self.total // self.span)
 
     def targets(self, indices: np.ndarray) -> np.ndarray:
-        """int64 number of target tokens of blocks, the domain token included."""
+        """Number of target tokens of blocks, int64, including the domain token."""
         return np.minimum(self.span, self.total - np.asarray(indices) * self.span) + (
             self.domain_token is not None
         )
 
     def opens(self, indices: np.ndarray) -> np.ndarray:
-        """True for blocks that begin together with an item."""
+        """True for blocks that begin at the start of an item."""
         starts, offsets = np.asarray(indices) * self.span, self.dataset.offsets
         return offsets[np.searchsorted(offsets, starts)] == starts
 
     def gather(self, indices: np.ndarray) -> tuple[Tensor, Tensor, bool]:
-        """Inputs [B, T], labels [B, T] and whether any block is short; int64.
+        """Inputs [B, T] and labels [B, T], int64, and True if any block is short.
 
-        In a short block inputs end in pad and labels in -100. Without one, and without a domain
-        token, both are views of one buffer.
+        Short blocks are padded with pad_id in inputs and -100 in labels. Without short blocks and
+        domain tokens, both are views of one buffer.
 
         Raises:
-            IndexError: for a block that does not exist.
+            IndexError: for an index outside the blocks.
         """
         indices = np.asarray(indices, dtype=np.int64)
         if ((indices < 0) | (indices >= len(self))).any():
-            raise IndexError(f"there are blocks 0 to {len(self) - 1}, not {indices.tolist()}")
-        front = None if self.domain_token is None else np.full(len(indices), self.domain_token)
-        rows, lengths = self.read(indices), self.targets(indices) - (front is not None)
-        return to_tensors(rows, self.opens(indices), lengths, self.eos_id, self.pad_id, front)
+            raise IndexError(f"blocks are 0 to {len(self) - 1}, not {indices.tolist()}")
+        first = None if self.domain_token is None else np.full(len(indices), self.domain_token)
+        rows, lengths = self.read(indices), self.targets(indices) - (first is not None)
+        return to_tensors(rows, self.opens(indices), lengths, self.eos_id, self.pad_id, first)
 
     def read(self, indices: np.ndarray) -> np.ndarray:
-        """int64 [B, span + 1]: the token before each block, then the block; 0 where there is none.
+        """The preceding token and the tokens of each block, [B, span + 1] int64, 0 at padding.
 
-        Where all is full it is one gather from overlapping windows, and one cast.
+        If all blocks are full, this is one gather from overlapping windows and one cast.
         """
-        before = indices * self.span - 1
-        if before.min() >= 0 and before.max() + self.span < self.total:
+        preceding = indices * self.span - 1
+        if preceding.min() >= 0 and preceding.max() + self.span < self.total:
             size = self.dataset.dtype.itemsize
             shape = (self.total - self.span, self.span + 1)
             windows = np.ndarray(shape, self.dataset.dtype, self.dataset.tokens, 0, (size, size))
-            return windows[before].astype(np.int64)
+            return windows[preceding].astype(np.int64)
         rows = np.zeros((len(indices), self.span + 1), dtype=np.int64)
         for row, index in zip(rows, indices.tolist(), strict=True):
             self.read_into(row, index)
         return rows
 
     def read_into(self, row: np.ndarray, index: int) -> None:
-        """The same for one block, into the beginning of `row` [span + 1]."""
+        """Read one block and its preceding token into the beginning of `row` [span + 1]."""
         start = index * self.span
         piece = self.dataset.tokens[max(start - 1, 0) : start + self.span]
         skipped = int(start == 0)

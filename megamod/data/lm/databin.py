@@ -43,17 +43,17 @@ class DataBin:
 
     @property
     def special_ids(self) -> dict[str, int]:
-        """Ids by the names they have in a model's configuration."""
+        """Special ids by their names in a model's configuration."""
         return {f"{name}_token_id": getattr(self, f"{name}_id") for name in ("bos", "pad", "eos")}
 
     @property
     def tokenizer_digest(self) -> str | None:
-        """Digest of the tokenizer that made the ids; None if the data-bin does not say."""
+        """Digest of the tokenizer of the data; None if the header does not record it."""
         tokenizer = (self._header or {}).get("tokenizer")
         return tokenizer.get("digest") if isinstance(tokenizer, dict) else None
 
     def prefix(self, domain: str, split: str) -> Path:
-        """Path of a split's files without ending, whether they exist or not.
+        """Path of a split's files without ending; the files need not exist.
 
         Raises:
             UserError: for an unknown domain or split.
@@ -70,7 +70,7 @@ class DataBin:
     def split(self, domain: str, split: str) -> IndexedDataset:
         """Tokens of a domain's "train", "valid" or "test" split.
 
-        Ids are known to be in the vocabulary: from the header, or by reading them once.
+        Ids are checked against the vocabulary: by the header, or by reading all of them.
 
         Raises:
             UserError: for an unknown domain, or a missing, malformed or empty split.
@@ -78,13 +78,13 @@ class DataBin:
         prefix = self.prefix(domain, split)
         if self._header is None:
             return IndexedDataset(prefix, self.vocab_size)
-        told = self._header["domains"][domain][split]
+        expected = self._header["domains"][domain][split]
         dataset = IndexedDataset(prefix)
         for name, held in (("items", len(dataset)), ("tokens", len(dataset.tokens))):
-            if held != told[name]:
+            if held != expected[name]:
                 raise UserError(
-                    f"{prefix}: holds {held} {name}, but {HEADER} says {told[name]} for the split "
-                    f"{split} of domain {domain}: they are not of the same run"
+                    f"{prefix}: holds {held} {name}, but {HEADER} says {expected[name]} for the "
+                    f"split {split} of domain {domain}; they are from different runs"
                 )
         return dataset
 

@@ -1,4 +1,4 @@
-"""Who shares a forward pass when N rows do, and which logits answer which row."""
+"""Groups of N rows that share a forward pass, and the logits of each row."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,30 +9,30 @@ from torch import Tensor
 
 
 class Layout(NamedTuple):
-    """How some rows are put into whole groups of N.
+    """Assignment of n rows to the lines of a batch of whole groups of N.
 
     Attributes:
-        rows: [R] number of the row that each line of the model's batch holds; R is a multiple of N,
-            and lines k N to k N + N - 1 share a forward pass.
-        lines: [n, K] lines that answer each of the n rows; other lines only fill a group.
+        rows: [R] row number of each line; R is a multiple of N, and lines k N to k N + N - 1 share
+            a forward pass.
+        lines: [n, K] lines of each row, whose logits are averaged; other lines only fill a group.
     """
 
     rows: np.ndarray
     lines: np.ndarray
 
     def answers(self, logits: Tensor) -> Tensor:
-        """Logits of lines, [R, ...] -> means over the lines of each row, [n, ...]."""
+        """Means of logits over the lines of each row: [R, ...] -> [n, ...]."""
         return logits[torch.from_numpy(self.lines).to(logits.device)].mean(1)
 
 
 def in_order(count: int, instances: int) -> Layout:
-    """Every row once and in order; rows from the start fill the last group."""
+    """Every row once, in order; the first rows fill the last group."""
     full = -(-count // instances) * instances
     return Layout(np.arange(full) % count, np.arange(count)[:, None])
 
 
 def ensembled(count: int, instances: int, seed: Sequence[int]) -> Layout:
-    """Every row `instances` times, at random places: it is answered by the mean of its copies.
+    """Every row `instances` times, on random lines; its logits are the mean of its copies.
 
     Source: Murahari et al. 2023 (MUX-PLM), ensembling.
     """

@@ -1,7 +1,7 @@
-"""Blocks of tokens with some of them masked: what encoders are pretrained on.
+"""Batches with masked tokens for the pretraining of encoders.
 
-Which tokens are masked is a pure function of the seed and the number of the sample, so that a step
-is the same on any number of ranks, and every epoch masks other tokens.
+The selection of masked tokens is a pure function of the seed and the number of the sample, so a
+step is the same on any number of ranks, and every epoch masks different tokens.
 
 Source: Devlin et al. 2019 (BERT), section 3.1; Clark et al. 2020 (ELECTRA), section 3; Murahari et
 al. 2023 (MUX-PLM), section 3, and its release for grouping and padding.
@@ -22,16 +22,16 @@ from megamod.data.lm.order import Sampler, key_of
 
 @dataclass(frozen=True)
 class Masking:
-    """How tokens are masked.
+    """Settings of masking.
 
     Attributes:
-        mask_id, pad_id: of the tokenizer.
+        mask_id, pad_id: ids of the tokenizer.
         special_ids: ids that are never masked.
-        vocab_size: of the tokenizer.
-        probability: share of the other tokens that the model must predict.
-        masked: share of those that become [MASK].
-        random: share of those that become any id of the vocabulary; the rest stay as they are.
-        max_pad_tokens: a row's last p tokens become padding, p uniform from 0 to this.
+        vocab_size: vocabulary size of the tokenizer.
+        probability: share of the other tokens that are selected for prediction.
+        masked: share of the selected tokens that become [MASK].
+        random: share of the selected tokens that become a random id; the rest are unchanged.
+        max_pad_tokens: the last p tokens of a row become padding, p uniform from 0 to this.
     """
 
     mask_id: int
@@ -44,11 +44,13 @@ class Masking:
     max_pad_tokens: int = 0
 
     def apply(self, tokens: np.ndarray, key: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Masked tokens, labels and random ids, all [T] int64; labels are -100 where kept.
+        """Mask a sequence: tokens, labels and random ids, all [T] int64.
+
+        Labels are -100 where nothing is predicted.
 
         Args:
             tokens: [T] ids.
-            key: decides everything drawn.
+            key: seed of all random draws.
         """
         draw = np.random.Generator(np.random.Philox(key=int(key)))
         tokens = tokens.astype(np.int64)
@@ -56,36 +58,36 @@ class Masking:
         if padded:
             tokens[-padded:] = self.pad_id
         chance, kind = draw.random((2, len(tokens)))
-        anything = draw.integers(self.vocab_size, size=len(tokens))
-        chosen = (chance < self.probability) & ~np.isin(tokens, self.special_ids)
-        labels = np.where(chosen, tokens, IGNORE)
-        hidden = chosen & (kind < self.masked)
-        replaced = chosen & ~hidden & (kind < self.masked + self.random)
-        tokens = np.where(hidden, self.mask_id, np.where(replaced, anything, tokens))
-        return tokens, labels, anything
+        random_ids = draw.integers(self.vocab_size, size=len(tokens))
+        selected = (chance < self.probability) & ~np.isin(tokens, self.special_ids)
+        labels = np.where(selected, tokens, IGNORE)
+        masked = selected & (kind < self.masked)
+        replaced = selected & ~masked & (kind < self.masked + self.random)
+        tokens = np.where(masked, self.mask_id, np.where(replaced, random_ids, tokens))
+        return tokens, labels, random_ids
 
 
 class MaskedBatches(StepBatches):
     """Micro-batches of one rank with masked tokens, see `StepBatches`.
 
-    N consecutive rows are the instances of one multiplexed group, the same rows on any number of
-    ranks. An item is a dict of
+    N consecutive rows are the instances of one multiplexed group, the same for any number of ranks.
+    An item is a dict of
         input_ids, labels:  [R, T] int64; labels are -100 where nothing is predicted.
         random_ids:         [R, T] int64, uniform over the vocabulary (replaced-token detection).
-        slots:              [R / N, T] int64, an instance of each position (retrieval of tokens).
+        slots:              [R / N, T] int64, instance to retrieve at each position.
         domains:            [R] int64, domain of each row.
-        masked, positions:  ints, labels to predict and positions to retrieve at.
-        tokens, mask_id:    ints, tokens to tell replaced ones from, and the id of [MASK].
-        readable:           int, positions whose instance has no padding there (generators).
+        masked, positions:  ints, number of labels and of positions to retrieve at.
+        tokens, mask_id:    ints, number of tokens for replaced-token detection, and id of [MASK].
+        readable:           int, positions whose slot has no padding (generators).
 
     Args:
-        datasets: tokens of each domain; the rest behind its last full block is left out.
-        order: which block comes when.
+        datasets: tokens of each domain; those after the last full block are not used.
+        order: sampler of blocks.
+        shape: division of a step; a micro-batch has R rows.
         block_size: T.
         instances: N; every rank's micro-batch must be a multiple of it.
-        prefix: columns at the end that the model drops to make room for a prefix of its own; no
-            label stands there, and as many positions at the beginning are not retrieved.
-        shape: of a step; a micro-batch has R rows.
+        prefix: number of last columns that the model replaces by its own prefix; they have no
+            labels, and as many first positions are not retrieved.
     Raises:
         UserError: if a micro-batch is not a multiple of `instances`.
     """
@@ -122,14 +124,14 @@ class MaskedBatches(StepBatches):
                 samples.tolist(), domains.tolist(), blocks.tolist(), strict=True
             )
         ]
-        inputs, labels, anything = (np.stack(column) for column in zip(*rows, strict=True))
+        inputs, labels, random_ids = (np.stack(column) for column in zip(*rows, strict=True))
         labels[:, self.block_size - self.prefix :] = IGNORE
         groups = samples[:: self.instances] // self.instances
         slots = np.stack([self._slots(int(group)) for group in groups])
         return {
             "input_ids": torch.from_numpy(inputs),
             "labels": torch.from_numpy(labels),
-            "random_ids": torch.from_numpy(anything),
+            "random_ids": torch.from_numpy(random_ids),
             "slots": torch.from_numpy(slots),
             "domains": torch.from_numpy(domains.astype(np.int64)),
             "masked": int((labels != IGNORE).sum()),
@@ -142,11 +144,11 @@ class MaskedBatches(StepBatches):
     def _readable(self, inputs: np.ndarray, slots: np.ndarray) -> int:
         by_group = inputs.reshape(len(slots), self.instances, self.block_size)
         kept = by_group[:, :, : self.block_size - self.prefix]
-        asked = np.take_along_axis(kept, slots[:, None, self.prefix :], axis=1)[:, 0]
-        there = asked != self.masking.pad_id
+        retrieved = np.take_along_axis(kept, slots[:, None, self.prefix :], axis=1)[:, 0]
+        readable = retrieved != self.masking.pad_id
         if not self.prefix:
-            there[:, 0] = True  # the model puts [CLS] there
-        return int(there.sum())
+            readable[:, 0] = True  # the model replaces the first token by [CLS]
+        return int(readable.sum())
 
     def _slots(self, group: int) -> np.ndarray:
         draw = np.random.Generator(np.random.Philox(key=int(key_of(self.seed, group, 1))))
@@ -154,17 +156,18 @@ class MaskedBatches(StepBatches):
 
 
 def blocks_of(dataset: IndexedDataset, block_size: int) -> int:
-    """Full blocks of a split."""
+    """Number of full blocks of a split."""
     return len(dataset.tokens) // block_size
 
 
 def held_out_batches(batches: MaskedBatches, count: int | None = None) -> Iterator[Batch]:
-    """Every block once in file order, masked the same at every call; a last part of a batch that
-    does not fill its groups is left out. "number" counts the batches.
+    """All blocks in file order, with the same masks in every call; "number" counts the batches.
+
+    Blocks at the end that do not fill a group are skipped.
 
     Args:
-        batches: of the held-out split; its micro-batch is the size of these.
-        count: end after so many batches.
+        batches: batches of the held-out split, whose size these have.
+        count: largest number of batches; None: all.
     """
     lengths = [blocks_of(dataset, batches.block_size) for dataset in batches.datasets]
     domains = np.repeat(np.arange(len(lengths)), lengths)
@@ -174,8 +177,8 @@ def held_out_batches(batches: MaskedBatches, count: int | None = None) -> Iterat
         if number == count:
             return
         stop = min(start + batches.shape.micro_batch, whole)
-        made = batches._make(np.arange(start, stop), domains[start:stop], blocks[start:stop])
-        yield {**made, "number": number}
+        batch = batches._make(np.arange(start, stop), domains[start:stop], blocks[start:stop])
+        yield {**batch, "number": number}
 
 
 def _block(dataset: IndexedDataset, block: int, size: int) -> np.ndarray:

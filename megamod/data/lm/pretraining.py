@@ -1,4 +1,4 @@
-"""A data-bin as one pretraining run sees it: chosen domains, sequences, and a sampler."""
+"""Training and evaluation data of one pretraining run: domains of a data-bin and a sampler."""
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -18,11 +18,11 @@ class LmData:
     """Training and evaluation sequences of some domains of a data-bin.
 
     Attributes:
-        domains: names in the order of the run; their place is their number.
-        vocab_size: that of the tokenizer, and one more per domain with domain tokens.
+        domains: names in the order of the run; the index of a name is its number.
+        vocab_size: vocabulary size of the tokenizer, plus one per domain with domain tokens.
 
     Raises:
-        UserError: if the folder is no data-bin, or a domain is missing, malformed or too short.
+        UserError: if the folder is not a data-bin, or a domain is missing, malformed or too short.
     """
 
     def __init__(
@@ -36,28 +36,28 @@ class LmData:
         self.vocab_size = self.bin.vocab_size + (len(self.domains) if domain_token else 0)
         # Symbols of domains follow the dictionary in sorted order, as in the DEMix release.
         self.tokens = {
-            domain: self.bin.vocab_size + place if domain_token else None
-            for place, domain in enumerate(sorted(self.domains))
+            domain: self.bin.vocab_size + index if domain_token else None
+            for index, domain in enumerate(sorted(self.domains))
         }
         self._opened: dict[tuple[str, str], TokenBlocks] = {}
 
     @cached_property
     def train(self) -> list[TokenBlocks]:
-        """Training sequences of each domain; a data-bin that is only scored may have none."""
+        """Training sequences of each domain; opened on first use, as evaluation needs none."""
         return [self._blocks(domain, "train") for domain in self.domains]
 
     def open_split(self, split: str) -> None:
-        """Open a split of every domain, so that later evaluations find nothing missing.
+        """Open a split of every domain, so that later evaluations cannot fail on missing files.
 
         Raises:
-            UserError: if one is missing, malformed or empty.
+            UserError: if a split is missing, malformed or empty.
         """
         for domain in self.domains:
             self._blocks(domain, split)
 
     @property
     def tokenizer_folder(self) -> Path | None:
-        """Folder of the tokenizer that made the data; None if it is not kept with them."""
+        """Tokenizer folder of the data-bin; None if it has none."""
         folder = self.bin.path / "tokenizer"
         return folder if folder.is_dir() else None
 
@@ -73,15 +73,15 @@ class LmData:
         """Micro-batches of one rank.
 
         Args:
-            shape: of a step over all domains; its ranks are those that share a stream.
+            shape: step over all domains; its ranks are those that share a stream.
             sampler: "balanced", "unbalanced" or "temperature" (with `alpha`).
-            held: domains whose streams to read, for models with experts; None: one stream of all.
+            held: domains of this rank's experts, with a stream each; None: one stream of all.
         Raises:
-            UserError: if the batch cannot be divided so, or experts ask for another sampler.
+            UserError: if the batch cannot be divided evenly, or experts use another sampler.
         """
         if held is not None and sampler != "balanced":
             raise UserError(
-                f"--sampler {sampler}: experts read their own domain only, in equal shares; "
+                f"--sampler {sampler}: each expert reads its own domain only, in equal shares; "
                 "use balanced, or --untie none"
             )
         order = make_sampler(sampler, [len(blocks) for blocks in self.train], seed, alpha)
@@ -105,7 +105,7 @@ class LmData:
         """Micro-batches of one rank with masked tokens of a split, all domains in one stream.
 
         Args:
-            sampler: as `train_batches`.
+            sampler: see `train_batches`.
             instances, prefix: see `MaskedBatches`.
         """
         datasets = [self._blocks(domain, split).dataset for domain in self.domains]
@@ -124,12 +124,12 @@ class LmData:
     def eval_batches(
         self, domain: str, split: str, batch_size: int, max_batches: int
     ) -> Iterator[Batch]:
-        """A split of a domain in file order; `max_batches` 0 stands for all of it."""
+        """Batches of a split of a domain in file order; `max_batches` 0: all."""
         batches = eval_batches(self._blocks(domain, split), batch_size)
         return islice(batches, max_batches or None)
 
     def bytes_of(self, domain: str, split: str) -> int:
-        """UTF-8 bytes of a split's text; 0 if unknown."""
+        """UTF-8 bytes of the text of a split; 0 if unknown."""
         return self.bin.bytes(domain, split)
 
     def _blocks(self, domain: str, split: str) -> TokenBlocks:

@@ -1,4 +1,4 @@
-"""A text file as blocks of token ids of one length: what losses of language models are told on."""
+"""Blocks of token ids from a text file, for measuring losses of language models."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ from megamod.data.corpus.file_formats import format_of
 from megamod.data.corpus.lines import read_lines
 from megamod.errors import UserError
 
-LINES = 1000  # concatenated at once; what is left of them is dropped
+LINES = 1000  # lines concatenated at once; tokens after the last whole block are dropped
 
 
 def text_blocks(
@@ -20,26 +20,26 @@ def text_blocks(
     most: int | None = None,
     spaced: bool = False,
 ) -> np.ndarray:
-    """[n, length] ids of the lines of a file, laid end to end.
+    """Ids [n, length] of the concatenated lines of a file.
 
     Args:
-        tokenize: from a line to ids, special ones included; blank lines are passed over.
-        most: blocks behind which it stops; None: all.
-        spaced: put a blank between all characters of a line. The program of Verma and Elbayad 2024
-            does so, by mistake, and its published curves are of such text.
+        tokenize: from a line to ids, including special ones; blank lines are skipped.
+        most: largest number of blocks; None: all.
+        spaced: put a blank between the characters of a line. The program of Verma and Elbayad 2024
+            does this by mistake, and its published curves are of such text.
     Raises:
-        UserError: if the file cannot be read or does not fill a block.
+        UserError: if the file cannot be read or is shorter than a block.
     """
     format_of(path, ["text"])
     lines = [line for _, line in read_lines(path) if line.strip()]
     blocks: list[np.ndarray] = []
     for start in range(0, len(lines), LINES):
         part = lines[start : start + LINES]
-        ids = [one for line in part for one in tokenize(" ".join(line) if spaced else line)]
+        ids = [token for line in part for token in tokenize(" ".join(line) if spaced else line)]
         whole = len(ids) // length
         blocks += list(np.array(ids[: whole * length], dtype=np.int64).reshape(whole, length))
         if most is not None and len(blocks) >= most:
             break
     if not blocks:
-        raise UserError(f"{path}: has fewer than the {length} tokens of one block")
+        raise UserError(f"{path}: has fewer tokens than one block of {length}")
     return np.stack(blocks[:most])

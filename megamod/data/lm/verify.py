@@ -1,4 +1,4 @@
-"""What is wrong with a data-bin on disk, if anything."""
+"""Check of a data-bin on disk against its header."""
 
 import json
 from collections.abc import Iterator
@@ -11,26 +11,26 @@ from megamod.errors import UserError
 from megamod.files import sha256
 
 
-def groups(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """Header, tokenizer and every split: what was looked at, in words, and its faults.
+def check_databin(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Title and faults of the header, the tokenizer and every split.
 
-    Of a split the index is read, digests are compared, and each id is looked at once.
+    The index of a split is read, its digests are compared, and all ids are checked.
     """
     try:
         data = DataBin(path)
     except UserError as error:
         yield f"{path}: data-bin", [str(error)]
         return
-    header = path / "databin.json"
-    told = json.loads(header.read_text(encoding="utf-8")) if header.exists() else {}
+    file = path / "databin.json"
+    header = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     yield f"{path}: data-bin, {len(data.domains)} domains, {data.vocab_size:,} ids", []
-    if "tokenizer" in told:
+    if "tokenizer" in header:
         folder = path / "tokenizer"
-        yield f"{folder}: tokenizer", _tokenizer_faults(folder, told["tokenizer"]["digest"])
+        yield f"{folder}: tokenizer", _tokenizer_faults(folder, header["tokenizer"]["digest"])
     for domain in data.domains:
-        for split in told["domains"][domain] if told else SPLITS:
+        for split in header["domains"][domain] if header else SPLITS:
             prefix = data.prefix(domain, split)
-            if not told and not prefix.with_name(f"{prefix.name}.idx").exists():
+            if not header and not prefix.with_name(f"{prefix.name}.idx").exists():
                 continue  # in a data-bin of fairseq any split may be absent
             title, faults = f"{prefix}", []
             try:
@@ -39,7 +39,7 @@ def groups(path: Path) -> Iterator[tuple[str, list[str]]]:
                 title = f"{prefix}: {len(dataset):,} items, {len(dataset.tokens):,} tokens"
             except UserError as error:
                 faults.append(str(error))
-            expected = told["domains"][domain][split].get("sha256", {}) if told else {}
+            expected = header["domains"][domain][split].get("sha256", {}) if header else {}
             for ending, digest in expected.items():
                 file = prefix.with_name(f"{prefix.name}.{ending}")
                 if file.exists() and sha256(file) != digest:
@@ -48,9 +48,9 @@ def groups(path: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def _tokenizer_faults(folder: Path, digest: str) -> list[str]:
-    """The tokenizer beside the ids must be the one that made them."""
+    """Check that the tokenizer folder has the digest of the header."""
     try:
-        found = load_tokenizer(folder).digest
+        actual = load_tokenizer(folder).digest
     except (UserError, OSError, ValueError) as error:
         return [f"{folder} cannot be loaded: {error}"]
-    return [] if found == digest else [f"{folder} is not that of the header"]
+    return [] if actual == digest else [f"{folder} is not the tokenizer of the header"]
