@@ -112,15 +112,20 @@ class OptimArgs(Arguments):
     """AdamW and its schedule; the defaults are those of the DEMix release."""
 
     learning_rate: float = option(5e-4, "peak learning rate", least=0)
-    lr_scheduler_type: Literal["linear", "constant"] = option(
-        "linear", "after warm-up: down to 0 at the last step, or constant"
+    lr_scheduler_type: Literal["linear", "constant", "cosine", "warmup_stable_decay"] = option(
+        "linear",
+        "after warm-up: linear or half a cosine to 0; constant; or constant, then linear to 0 in "
+        "the last fifth of the steps",
     )
     warmup_ratio: float = option(0.08, "warm-up as a share of all steps", least=0, most=1)
     warmup_steps: int | None = option(None, "warm-up in steps, in place of the share", least=0)
     adam_beta1: float = option(0.9, "decay of the first moment", least=0, most=0.99999)
     adam_beta2: float = option(0.95, "decay of the second moment", least=0, most=0.99999)
     adam_epsilon: float = option(1e-7, "added to the root of the second moment", least=0)
-    weight_decay: float = option(0.1, "decoupled weight decay of all parameters", least=0)
+    weight_decay: float = option(0.1, "decoupled weight decay", least=0)
+    decay_norms_and_biases: bool = option(
+        True, "weight decay of all parameters; false: of matrices alone"
+    )
     max_grad_norm: float = option(0.1, "gradients are clipped to this norm; 0: off", least=0)
 
     def __post_init__(self):

@@ -166,7 +166,13 @@ def execute(
     if compiled:
         compile_blocks(model)
     flops = recipe.flops_per_token(model) if recipe.flops_per_token else None
-    engine = build_engine(model, optimizer_maker(settled.optim), ds_config, topology)
+    engine = build_engine(
+        model,
+        optimizer_maker(settled.optim),
+        ds_config,
+        topology,
+        decay_vectors=settled.optim.decay_norms_and_biases,
+    )
     export = ModelExport(
         engine,
         recipe.config,

@@ -40,6 +40,8 @@ def build_engine(
     make_optimizer: MakeOptimizer,
     config: Mapping[str, object],
     topology: DomainTopology,
+    *,
+    decay_vectors: bool = True,
 ) -> deepspeed.DeepSpeedEngine:
     """Wrap a model for training; parameters that require no gradient stay as they are.
 
@@ -51,6 +53,7 @@ def build_engine(
     Args:
         make_optimizer: from parameter groups to an optimizer.
         config: resolved DeepSpeed configuration.
+        decay_vectors: False for no weight decay of norms and biases.
     Raises:
         AssertionError: if DeepSpeed groups other ranks together than `topology` does.
     """
@@ -65,6 +68,13 @@ def build_engine(
                 zero[block]["pin_memory"] = False
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     parameters: list[dict[str, object]] = [{"params": trained, "name": "all"}]
+    if not decay_vectors:
+        matrices = [parameter for parameter in trained if parameter.dim() > 1]
+        vectors = [parameter for parameter in trained if parameter.dim() <= 1]
+        parameters = [
+            {"params": matrices, "name": "matrices"},
+            {"params": vectors, "name": "vectors", "weight_decay": 0.0},
+        ]
     if topology.sharing is Sharing.DEMIX:
         group_name = _present_as_experts(model, topology)
         parameters = split_params_into_different_moe_groups_for_optimizer(parameters)

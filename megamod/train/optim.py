@@ -1,5 +1,6 @@
 """AdamW and the learning-rate schedule, which is a function of the step and has no state."""
 
+import math
 from collections.abc import Callable, Iterable
 from functools import partial
 
@@ -55,7 +56,39 @@ def constant(peak: float, warmup_steps: int, max_steps: int) -> Schedule:
     return lambda finished: peak * min(1.0, finished / warmup_steps if warmup_steps else 1.0)
 
 
-SCHEDULES = {"linear": linear, "constant": constant}
+def cosine(peak: float, warmup_steps: int, max_steps: int) -> Schedule:
+    """Linear from 0 to peak over the warm-up, then half a cosine to 0 at the last step."""
+
+    def rate(finished: int) -> float:
+        if finished < warmup_steps:
+            return peak * finished / warmup_steps
+        done = min(1.0, (finished - warmup_steps) / max(1, max_steps - warmup_steps))
+        return peak * (1 + math.cos(math.pi * done)) / 2
+
+    return rate
+
+
+def warmup_stable_decay(peak: float, warmup_steps: int, max_steps: int) -> Schedule:
+    """Linear from 0 to peak, constant, and linear to 0 over the last fifth of all steps.
+
+    Source: Hu et al. 2024 (MiniCPM), section 4; the linear decay is that of Hagele et al. 2024.
+    """
+    decay = max(1, max_steps // 5)
+
+    def rate(finished: int) -> float:
+        if finished < warmup_steps:
+            return peak * finished / warmup_steps
+        return peak * min(1.0, max(0, max_steps - finished) / decay)
+
+    return rate
+
+
+SCHEDULES = {
+    "linear": linear,
+    "constant": constant,
+    "cosine": cosine,
+    "warmup_stable_decay": warmup_stable_decay,
+}
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

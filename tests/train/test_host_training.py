@@ -47,6 +47,9 @@ def train_cases(rank: int, root: Path) -> None:
             family=family,
             save_steps=2 if (family, untie, stage) == RESUMED else 0,
         )
+    for stage in (0, 1, 2, 3):
+        untie = "feedforward" if stage in (1, 2) else "none"
+        run_tiny(root / f"bare-{stage}", untie, stage, STEPS, clip=CLIP, decay_vectors=False)
     # Cut after two steps: once as it was, once on other stages.
     family, untie, stage = RESUMED
     root = root / "resumed"
@@ -109,6 +112,15 @@ def test_steps_are_those_of_one_process(trained, case):
     # Apertus alone has buffers that belong to the state.
     buffers = {name.rsplit(".", 1)[1] for name in saved.keys() - trained_names}
     assert buffers == ({"beta", "eps"} if family == "apertus" else set())
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_norms_and_biases_without_weight_decay(trained, stage):
+    untie = "feedforward" if stage in (1, 2) else "none"
+    weights, _ = reference(untie, STEPS, 2, CLIP, decay_vectors=False)
+    assert relative(read_weights(trained / f"bare-{stage}/checkpoints/step-3"), weights) <= 1e-6
+    decayed, _ = expected(untie, STEPS, 2, CLIP)
+    assert relative(weights, decayed) > 1e-5
 
 
 def test_folders_load_where_they_should(trained):

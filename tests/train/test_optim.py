@@ -3,8 +3,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import get_scheduler
 
-from megamod.train.optim import SCHEDULES, adamw, constant, linear, set_rate
+from megamod.train.optim import (
+    SCHEDULES,
+    adamw,
+    constant,
+    cosine,
+    linear,
+    set_rate,
+    warmup_stable_decay,
+)
 
 GOLDEN = Path(__file__).resolve().parents[2].parent / "shared" / "golden" / "demix_btm"
 
@@ -26,7 +35,7 @@ def test_linear_goes_through_its_corners():
 def test_constant_stays_at_its_peak():
     assert [constant(2.0, 4, 20)(n) for n in (0, 1, 4, 19)] == [0.0, 0.5, 2.0, 2.0]
     assert constant(2.0, 0, 20)(0) == 2.0
-    assert set(SCHEDULES) == {"linear", "constant"}
+    assert set(SCHEDULES) == {"linear", "constant", "cosine", "warmup_stable_decay"}
 
 
 def test_adamw_is_the_textbook_update():
@@ -52,3 +61,24 @@ def test_rate_reaches_every_group():
     optimizer = adamw(groups, betas=(0.9, 0.95), eps=1e-7, weight_decay=0.1)
     set_rate(optimizer, 0.25)
     assert [group["lr"] for group in optimizer.param_groups] == [0.25] * 3
+
+
+def test_cosine_and_stable_decay_against_transformers():
+    weight = torch.nn.Parameter(torch.zeros(1))
+    for ours, theirs, more in (
+        (cosine, "cosine", {}),
+        (
+            warmup_stable_decay,
+            "warmup_stable_decay",
+            {"num_decay_steps": 4, "num_stable_steps": 12, "decay_type": "linear"},
+        ),
+    ):
+        optimizer = torch.optim.SGD([weight], lr=3.0)
+        schedule = get_scheduler(theirs, optimizer, 4, 20, scheduler_specific_kwargs=more)
+        rates = []
+        for _ in range(21):
+            rates.append(schedule.get_last_lr()[0])
+            optimizer.step()
+            schedule.step()
+        rate = ours(3.0, 4, 20)
+        assert [rate(n) for n in range(21)] == pytest.approx(rates, abs=1e-9)

@@ -119,7 +119,13 @@ def batches_of(topology: DomainTopology, per_domain: int):
 
 
 def reference(
-    untie: str, steps: int, per_domain: int, clip: float, domains=DOMAINS, family: str | None = None
+    untie: str,
+    steps: int,
+    per_domain: int,
+    clip: float,
+    domains=DOMAINS,
+    family: str | None = None,
+    decay_vectors: bool = True,
 ):
     """The joint objective in one process without DeepSpeed.
 
@@ -132,14 +138,18 @@ def reference(
             d: _reference(model_of("none", domains, family=family), (d,), steps, per_domain, clip)
             for d in domains
         }
-    return _reference(model_of(untie, domains, family=family), domains, steps, per_domain, clip)
+    start = model_of(untie, domains, family=family)
+    return _reference(start, domains, steps, per_domain, clip, decay_vectors)
 
 
-def _reference(config_and_model, domains, steps, per_domain, clip):
+def _reference(config_and_model, domains, steps, per_domain, clip, decay_vectors=True):
     config, model = config_and_model
     model.train()
     apart = getattr(config, "untie", "none") != "none"
-    optimizer = adamw(list(model.parameters()), **RECIPE)
+    vectors = [p for p in model.parameters() if p.dim() < 2 and not decay_vectors]
+    rest = [p for p in model.parameters() if not any(p is vector for vector in vectors)]
+    groups = [{"params": vectors, "weight_decay": 0.0}, {"params": rest}]
+    optimizer = adamw([group for group in groups if group["params"]], **RECIPE)
     schedule, norms = linear(PEAK, WARMUP, 10), []
     for step in range(steps):
         batches = [make_batch(d, step, i) for d in domains for i in range(per_domain)]
@@ -221,6 +231,7 @@ def build_tiny(
     domains=DOMAINS,
     dropout: float = 0.0,
     family: str | None = None,
+    decay_vectors: bool = True,
     settings: dict | None = None,
     keep: int | None = None,
     prepare=lambda model: None,
@@ -244,6 +255,7 @@ def build_tiny(
         lambda groups: adamw(groups, **RECIPE),
         ds_config(stage, micro_steps, clip, precision, offload),
         topology,
+        decay_vectors=decay_vectors,
     )
     folder.mkdir(parents=True, exist_ok=True)
     run_file = folder / "run.yaml"
