@@ -1,4 +1,4 @@
-"""What a run does, as small dataclasses; `parse_args` fills them.
+"""Settings of runs as small dataclasses, which `parse_args` fills.
 
 Flags are spelled as in the Trainer of transformers.
 """
@@ -46,14 +46,14 @@ class RunArgs(Arguments):
     max_steps: int = option(1000, "optimizer steps of the whole run", least=0)
     stop_step: int | None = option(
         None,
-        "stop after this step with a checkpoint; the schedule stays that of --max_steps",
+        "stop after this step with a checkpoint; the schedule still ends at --max_steps",
         least=0,
     )
     per_device_train_batch_size: int = option(8, "sequences per rank and micro-batch", least=1)
     per_device_eval_batch_size: int = option(8, "sequences per rank and batch", least=1)
     gradient_accumulation_steps: int = option(1, "micro-batches per rank and step", least=1)
     global_batch_size: int | None = option(
-        None, "sequences per step over all ranks; decides the accumulation", least=1
+        None, "sequences per step over all ranks; sets the accumulation", least=1
     )
     logging_steps: int = option(10, "steps between two lines of the log", least=1)
     eval_steps: int = option(0, "steps between evaluations; 0: only at the end", least=0)
@@ -62,42 +62,44 @@ class RunArgs(Arguments):
     save_total_limit: int | None = option(None, "checkpoints to keep; none: all", least=1)
     seed: int = option(1, "seed of weights, data order and dropout", least=0, most=2**32 - 1)
     precision: Literal["fp32", "bf16", "fp16"] | None = option(
-        None, "arithmetic of the model; none: as the DeepSpeed file says"
+        None, "number format of the model; none: that of the DeepSpeed file"
     )
-    report_to: Literal["tensorboard", "none"] = option("tensorboard", "where curves are written")
+    report_to: Literal["tensorboard", "none"] = option(
+        "tensorboard", "where loss curves are logged"
+    )
 
     def __post_init__(self):
         super().__post_init__()
         if self.global_batch_size is not None and self.gradient_accumulation_steps != 1:
             raise UserError(
-                f"--global_batch_size {self.global_batch_size} decides the accumulation, yet "
+                f"--global_batch_size {self.global_batch_size} sets the accumulation, but "
                 f"--gradient_accumulation_steps is {self.gradient_accumulation_steps}; "
-                "give one of the two (accumulation 1 counts as not given)"
+                "give one of the two (accumulation 1 means unset)"
             )
 
 
 @dataclass
 class SafetyArgs(Arguments):
-    """Starting, stopping, and what happens when something goes wrong."""
+    """Start, resume, and policies for faults."""
 
     deepspeed: str | None = option(
         None,
         "DeepSpeed JSON; none: fp32, ZeRO 1 (0 for a dense model alone)",
         alias="deepspeed_config",
     )
-    resume: str = option("auto", "auto: from the newest checkpoint if there is one; none; or PATH")
+    resume: str = option("auto", "auto: from the newest checkpoint, if any; none; or PATH of one")
     nonfinite: Literal["stop", "skip", "rollback"] = option(
-        "stop", "what to do with a step whose loss or gradient is not finite (fp16: always skip)"
+        "stop", "policy for a step whose loss or gradient is not finite (fp16: always skip)"
     )
     spike_factor: float = option(
-        0.0, "a loss above this many running means counts as not finite; 0: off", least=0
+        0.0, "a loss above this multiple of its running mean counts as not finite; 0: off", least=0
     )
     save_failure: Literal["continue", "stop"] = option(
-        "continue", "what to do when a checkpoint cannot be written"
+        "continue", "policy if a checkpoint cannot be written"
     )
     dist_timeout: int = option(600, "seconds until a silent rank counts as lost", least=1)
     print_groups: bool = option(False, "print ranks, domains and groups, then exit")
-    allow_unknown_ds_keys: bool = option(False, "let unknown keys of the DeepSpeed JSON pass")
+    allow_unknown_ds_keys: bool = option(False, "accept unknown keys of the DeepSpeed JSON")
 
     def __post_init__(self):
         super().__post_init__()
@@ -137,7 +139,7 @@ class OptimArgs(Arguments):
 
 @dataclass
 class ModelArgs(Arguments):
-    """Which language model, and what its domains share."""
+    """Model, and the parts that its domains share."""
 
     model: str = option(
         "tiny",
@@ -148,16 +150,16 @@ class ModelArgs(Arguments):
         "none", "feedforward", "feedforward_every_other", "feedforward_top",
         "transformer", "transformer_output", "input_output", "all",
     ] = option(
-        "none", "what each domain owns; none: dense, feedforward: DEMix, all: BTM"
+        "none", "parts of its own for each domain; none: dense, feedforward: DEMix, all: BTM"
     )  # fmt: skip
     init_from: str | None = option(
         None, "model folder whose weights start the run, in place of those of --model"
     )
     from_scratch: bool = option(False, "new weights in the shape of the folder in --model")
     gradient_checkpointing: bool = option(False, "recompute blocks in the backward pass")
-    torch_compile: bool = option(False, "compile blocks when the first step calls them")
+    torch_compile: bool = option(False, "compile blocks with torch at the first step")
     attn_implementation: Literal["sdpa", "eager"] | None = option(
-        None, "code path of attention; none: sdpa where the model has it"
+        None, "implementation of attention; none: sdpa where the model has it"
     )
     hidden_size: int | None = option(None, "width; none: that of the model", least=1)
     num_hidden_layers: int | None = option(None, "blocks; none: those of the model", least=1)
@@ -177,11 +179,11 @@ class ModelArgs(Arguments):
 
 @dataclass
 class MuxArgs(Arguments):
-    """Encoders: what they predict, and how many instances share a pass."""
+    """Encoders: objective, and instances per forward pass."""
 
     objective: Literal["causal_lm", "masked_lm", "replaced_token"] = option(
         "causal_lm",
-        "next token; encoders: masked tokens (MUX-BERT), or which are replaced (MUX-ELECTRA)",
+        "next token; encoders: masked tokens (MUX-BERT), or replaced tokens (MUX-ELECTRA)",
     )
     num_instances: int = option(
         1, "instances that share a forward pass; 1: the plain encoder of transformers", least=1
@@ -195,14 +197,16 @@ class MuxArgs(Arguments):
     )
     num_hidden_demux_layers: int = option(3, "layers of the RSA demultiplexer", least=2)
     learn_muxing: bool = option(False, "train the keys of the multiplexer")
-    task_loss_coeff: float = option(1.0, "weight of the masked or replaced tokens", least=0)
+    task_loss_coeff: float = option(1.0, "weight of the loss of masked or replaced tokens", least=0)
     retrieval_loss_coeff: float = option(
-        0.0, "weight of retrieving every token; the warm-up is 1 with --task_loss_coeff 0", least=0
+        0.0, "weight of the loss of retrieval; 1 with --task_loss_coeff 0 is the warm-up", least=0
     )
     mlm_probability: float = option(0.15, "share of tokens to predict", least=0, most=1)
-    max_pad_tokens: int = option(0, "up to so many last tokens of a row become padding", least=0)
+    max_pad_tokens: int = option(
+        0, "at most this many last tokens of a row become padding", least=0
+    )
     generator: Literal["none", "plain", "multiplexed"] = option(
-        "none", "what replaces tokens (replaced_token): chance, or a model trained along"
+        "none", "source of replaced tokens (replaced_token): random, or a model trained jointly"
     )
     generator_size: float = option(
         0.25, "width of the generator as a share of the model's", least=0.01, most=1
@@ -221,8 +225,8 @@ class MuxArgs(Arguments):
             raise UserError("--task_loss_coeff and --retrieval_loss_coeff are both 0")
         if self.retrieval_loss_coeff and self.num_instances == 1:
             raise UserError(
-                f"--retrieval_loss_coeff {self.retrieval_loss_coeff}: with --num_instances 1 there "
-                "is nothing to retrieve"
+                f"--retrieval_loss_coeff {self.retrieval_loss_coeff}: with --num_instances 1 "
+                "there is nothing to retrieve"
             )
 
 
@@ -232,14 +236,14 @@ class DataArgs(Arguments):
 
     data: str | None = option(None, "data-bin folder written by launchers/preprocess.py")
     domains: list[str] | None = option(  # noqa: RUF009
-        None, "domains in this order; none: all of the data-bin"
+        None, "domains, in this order; none: all of the data-bin"
     )
     sampler: Literal["balanced", "unbalanced", "temperature"] = option(
-        "balanced", "domains in equal shares, by size, or by size to the power --alpha"
+        "balanced", "shares of domains: equal, by size, or by size to the power --alpha"
     )
     alpha: float = option(0.5, "power of --sampler temperature", least=0, most=1)
     max_seq_length: int = option(1024, "tokens per sequence", least=2)
-    domain_token: bool = option(False, "put the token of the domain in front of each sequence")
+    domain_token: bool = option(False, "begin each sequence with the token of its domain")
     dataloader_num_workers: int = option(0, "processes that read data, per rank", least=0)
     eval_split: Literal["valid", "test", "train"] = option("valid", "split of the evaluation")
 
@@ -287,14 +291,14 @@ def refuse_unused(model: ModelArgs, mux: MuxArgs, data: DataArgs) -> None:
 def follow_ds_values(
     run: RunArgs, optim: OptimArgs, values: Mapping[str, object], origin: str, held: int = 1
 ) -> None:
-    """Put the values that were settled with a DeepSpeed JSON into the run.
+    """Set fields of a run to the values of a resolved DeepSpeed JSON.
 
     Args:
-        values: by key path, as returned beside the resolved configuration.
-        origin: what `origin_of` answers for values that changed, such as "DeepSpeed FILE".
+        values: by key path, see `resolve_ds_config`.
+        origin: origin of changed values for `origin_of`, such as "DeepSpeed FILE".
         held: domains of a rank; --gradient_accumulation_steps counts micro-batches per domain.
     Raises:
-        UserError: for a value the field does not allow, or that `held` does not divide.
+        UserError: for a value that the field does not allow, or that `held` does not divide.
     """
     precision = "bf16" if values["bf16.enabled"] else "fp16" if values["fp16.enabled"] else "fp32"
     settled = {

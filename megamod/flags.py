@@ -1,4 +1,4 @@
-"""Flags from dataclasses: a recipe, the environment and the command line fill their fields.
+"""Flags from dataclasses, filled from a recipe, the environment and the command line.
 
 A value is looked up in this order, later ones winning: the default of the field, the recipe (an
 optional YAML file, the first argument), the variable `MEGAMOD_<FLAG>`, the flag. The parser is
@@ -35,7 +35,7 @@ def option(
     """A dataclass field that is a flag.
 
     Args:
-        default: value when nothing is given.
+        default: value if no source sets the field.
         help: one line, shown by `--help`.
         least, most: inclusive bounds of a number.
         alias: a second spelling of the flag, without dashes.
@@ -47,7 +47,7 @@ class Arguments:
     """Base of the dataclasses: checks types, choices and bounds of all fields.
 
     Attributes:
-        free_on_resume: fields that may differ when a run is resumed, as they decide no numbers.
+        free_on_resume: fields that may differ in a resumed run because they decide no numbers.
 
     Raises:
         UserError: naming the flag, the value and what is allowed.
@@ -74,34 +74,34 @@ def parse_args(*classes: type, argv: Sequence[str] | None = None, doc: str | Non
         for argument in (sys.argv[1:] if argv is None else argv)
     ]
     known = {f.name: f for cls in classes for f in fields(cls)}
-    given: dict[str, tuple[object, str]] = {}
-    # The deepspeed launcher puts its own --local_rank=N in front of what the user wrote.
+    values: dict[str, tuple[object, str]] = {}
+    # The deepspeed launcher inserts --local_rank=N before the arguments of the user.
     at = 1 if arguments and re.match("--local_rank=", arguments[0]) else 0
     if len(arguments) > at and not arguments[at].startswith("-"):
-        given |= _read_recipe(Path(arguments.pop(at)), known)
+        values |= _read_recipe(Path(arguments.pop(at)), known)
     flags = vars(_parse_flags(arguments, classes, doc))
     for name, f in known.items():
         variable = f"MEGAMOD_{name.upper()}"
         if os.environ.get(variable):
-            given[name] = _read_text(f, os.environ[variable], f"environment {variable}")
+            values[name] = _read_text(f, os.environ[variable], f"environment {variable}")
         spelled = _spelled(f, flags)
         if spelled:
-            given[name] = _read_text(f, spelled[1], f"--{spelled[0]}")
+            values[name] = _read_text(f, spelled[1], f"--{spelled[0]}")
     parsed = []
     for cls in classes:
-        args = cls(**{f.name: given[f.name][0] for f in fields(cls) if f.name in given})
-        args._origins = {f.name: given[f.name][1] for f in fields(cls) if f.name in given}
+        args = cls(**{f.name: values[f.name][0] for f in fields(cls) if f.name in values})
+        args._origins = {f.name: values[f.name][1] for f in fields(cls) if f.name in values}
         parsed.append(args)
     return tuple(parsed)
 
 
 def origin_of(args: Arguments, name: str) -> str:
-    """Where a field's value came from: "default", "recipe FILE", "environment VAR" or "--flag"."""
+    """Origin of a field's value: "default", "recipe FILE", "environment VAR" or "--flag"."""
     return getattr(args, "_origins", {}).get(name, "default")
 
 
 def change(args: Arguments, values: Mapping[str, object], origin: str) -> None:
-    """Set fields to these values; `origin` becomes that of the fields whose value changed.
+    """Set fields to these values; fields whose value changes get this `origin`.
 
     Raises:
         UserError: naming the origin, the value and what is allowed.
@@ -113,7 +113,7 @@ def change(args: Arguments, values: Mapping[str, object], origin: str) -> None:
 
 
 def refuse_changes(args: Arguments, names: Iterable[str], reason: str) -> None:
-    """Raise UserError if one of these fields, which have no effect, is not its default."""
+    """Raise UserError if one of these fields, which have no effect, differs from its default."""
     for f in fields(args):
         value = getattr(args, f.name)
         if f.name in names and value != f.default:
@@ -128,7 +128,7 @@ def require(args: Arguments, *names: str) -> None:
 
 
 def save_run(path: Path, *parsed: Arguments) -> None:
-    """Write the run as a recipe that repeats it, with the origin of each value as a comment."""
+    """Write a recipe that repeats the run, with the origin of each value as a comment."""
     lines = []
     for args in parsed:
         lines.append(f"# {type(args).__doc__.splitlines()[0]}")
@@ -178,7 +178,7 @@ def _read_recipe(path: Path, known: dict[str, Field]) -> dict[str, tuple[object,
         if key not in known:
             raise _unknown(f"{where}: unknown key", key, known)
         if key in values:
-            raise UserError(f"{where}: {key!r} is given a second time")
+            raise UserError(f"{where}: {key!r} appears twice")
         try:
             value = loader.construct_object(value_node, deep=True)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -192,7 +192,7 @@ def _read_recipe(path: Path, known: dict[str, Field]) -> dict[str, tuple[object,
 def _parse_flags(
     arguments: list[str], classes: Sequence[type], doc: str | None
 ) -> argparse.Namespace:
-    """The flags that were given, as text."""
+    """Flags on the command line, as text."""
     description, _, epilog = (doc or "").strip().partition("\n\n")
     parser = _Parser(
         usage="%(prog)s [RECIPE.yaml] [--flag value ...]",
@@ -236,13 +236,13 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _spelled(f: Field, flags: dict[str, object]) -> tuple[str, object] | None:
-    """The spelling of a field's flag that was given, with its value; None if there is none."""
+    """Spelling and value of a field's flag on the command line; None without one."""
     spellings = (f.name, f.metadata["alias"])
-    given = {name: flags[name] for name in spellings if flags.get(name) is not None}
-    if len({os.path.normpath(str(value)) for value in given.values()}) > 1:
-        both = " and ".join(f"--{name} {value}" for name, value in given.items())
+    values = {name: flags[name] for name in spellings if flags.get(name) is not None}
+    if len({os.path.normpath(str(value)) for value in values.values()}) > 1:
+        both = " and ".join(f"--{name} {value}" for name, value in values.items())
         raise UserError(f"{both} are one flag with two values; give one of them")
-    return next(iter(given.items()), None)
+    return next(iter(values.items()), None)
 
 
 def _read_text(f: Field, text: str | list[str], origin: str) -> tuple[object, str]:

@@ -139,7 +139,7 @@ def test_one_message_names_flag_value_and_choice(argv, parts):
     ("text", "parts"),
     [
         ("seed: 1\nmax_step: 3\n", ["line 2", "'max_step'", "'max_steps'"]),
-        ("seed: 1\nseed: 1\n", ["line 2", "'seed'", "second time"]),
+        ("seed: 1\nseed: 1\n", ["line 2", "'seed'", "appears twice"]),
         ("seed: [1\n", ["line 2", "not YAML"]),
         ("seed: 1.5\n", ["line 1", "seed", "1.5", "a whole number"]),
         ("seed: true\n", ["line 1", "True"]),

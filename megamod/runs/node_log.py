@@ -35,7 +35,7 @@ class NodeLog(logging.Handler):
     """Appends each record to a file in a single write, so that lines of two writers stay whole.
 
     Args:
-        path: made if it is not there; kept if it is.
+        path: created if missing, otherwise continued.
     Raises:
         OSError: if it cannot be opened.
     """
@@ -43,23 +43,23 @@ class NodeLog(logging.Handler):
     def __init__(self, path: Path):
         super().__init__()
         self.file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        self.told = False
+        self.warned = False
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s"))
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Append a record; a fault of the disk is told once, on the console."""
+        """Append a record; a disk error is reported once, on the console."""
         text = self.format(record)
         if len(text) > LONGEST:
             text = text[:LONGEST] + " ..."
         try:
             os.write(self.file, f"{text}\n".encode())
-        except OSError as error:  # it must not end a run that its console can tell about
-            if not self.told:
+        except OSError as error:  # the run goes on: the console shows the same lines
+            if not self.warned:
                 print(f"OUT/logs: cannot be written: {error.strerror}", file=sys.stderr, flush=True)
-            self.told = True
+            self.warned = True
 
     def note(self, text: str) -> None:
-        """Append a line that the console does not get from here."""
+        """Append a line that is not for the console."""
         self.emit(logging.LogRecord(__name__, logging.INFO, __file__, 0, text, None, None))
 
     def close(self) -> None:
@@ -70,14 +70,14 @@ class NodeLog(logging.Handler):
 
 @contextmanager
 def node_log(output: Path, table: str, step: int) -> Iterator[None]:
-    """While a run lasts, append the lines of its console to OUT/logs/HOST.log.
+    """Append the console lines of a run to OUT/logs/HOST.log while it lasts.
 
-    On the first rank of each host only; the others do nothing. The lines are those of `logging`
-    that this rank shows, begin and end of the run, and the error that ended it. A folder that
-    cannot be written is passed over here: whatever else is written into it says so.
+    Only the first rank of each host writes: its lines of `logging`, begin and end of the run, and
+    the error that ended it. A folder that cannot be written is ignored here; other writers report
+    it.
 
     Args:
-        table: who does what, to begin with.
+        table: ranks and groups, written at the begin.
         step: finished steps.
     """
     local, rank = os.environ.get("LOCAL_RANK", "0"), os.environ.get("RANK", "0")

@@ -60,13 +60,13 @@ FREE_ON_RESUME = frozenset(
         *("attn_implementation", "torch_compile"),
     )
 )
-"""Fields that may differ when a run is resumed: they leave its numbers as they are, or (precision)
-change their rounding only. The product of the batch sizes is compared apart."""
+"""Fields that may differ in a resumed run: they change none of its numbers, or (precision) only
+their rounding. The product of the batch sizes is compared separately."""
 
 
 @dataclass(frozen=True)
 class Running:
-    """A run after its engine was made: what evaluation needs of it."""
+    """A run with its engine, as evaluations need it."""
 
     engine: deepspeed.DeepSpeedEngine
     device: torch.device
@@ -78,30 +78,30 @@ class Running:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is special about a kind of run.
+    """Parts of a run that depend on its kind.
 
     Attributes:
         config: of the whole model, all domains.
-        topology: ranks, and what their domains share.
-        data_digest: of what is trained on; ranks and a resumed run must agree on it.
+        topology: ranks and domains.
+        data_digest: of the training data; ranks and a resumed run must agree on it.
         tokenizer: folder copied beside the model; None: none.
-        card: what the model card says.
-        groups: names by which losses are told apart in the log, such as domains.
-        unit: what a loss is a mean over: "tokens" or "examples".
+        card: content of the model card.
+        groups: names of the losses that the log shows separately, such as domains.
+        unit: items that a loss is the mean over: "tokens" or "examples".
         make_batches: from the shape of a step over all ranks to this rank's micro-batches. Called
             before any process waits for another, because mistakes in the data show here.
-        make_model: the module, with new or loaded weights.
+        make_model: builds the module, with new or loaded weights.
         make_objective: from the device to the objective.
-        make_evaluate: from the run to what is called on every rank every --eval_steps with the
-            number of finished steps.
+        make_evaluate: from the run to the function that every rank calls every --eval_steps with
+            the number of finished steps.
         flops_per_token: from the module to the operations of a training step per token; None: the
             log shows no MFU.
         companions: further files copied beside the model.
         settings: further values that a resumed run must agree on.
-        make_choice: from the device to what chooses among a step's data, see `train.loop.train`;
-            None: all is trained on.
-        write_model: writes OUT/model, from the exporter and the folder; collective. None: it is
-            what checkpoints hold.
+        make_choice: from the device to the selection of a step's data, see `train.loop.train`;
+            None: all data.
+        write_model: writes OUT/model, from the exporter and the folder; collective. None: the model
+            of the checkpoints.
     """
 
     config: PreTrainedConfig
@@ -136,9 +136,9 @@ def execute(
         parsed: all arguments, `RunArgs`, `SafetyArgs` and `OptimArgs` among them.
         workers: processes that read data, per rank.
         checkpointing: recompute blocks in the backward pass.
-        compiled: have torch compile the blocks.
+        compiled: compile the blocks with torch.
     Returns:
-        the finished run; None if only the groups were asked for.
+        the finished run; None with --print_groups.
     Raises:
         UserError, PolicyStop, Interrupted: see `megamod.train.loop.train`.
     """
@@ -296,15 +296,15 @@ def settings_to_keep(
 
 
 def code_digest() -> str:
-    """A digest of our sources, kernels among them, and the versions of what computes with them."""
+    """Digest of our sources, kernels included, and of the versions of the main libraries."""
     versions = (torch.__version__, deepspeed.__version__, transformers.__version__)
-    found = hashlib.sha256(" ".join(versions).encode())
+    digest = hashlib.sha256(" ".join(versions).encode())
     for name in ("megamod", "megamod_kernels"):
         package = Path(find_spec(name).origin).resolve().parent
         for path in sorted(package.rglob("*.py")):
-            found.update(str(path.relative_to(package)).encode())
-            found.update(path.read_bytes())
-    return found.hexdigest()
+            digest.update(str(path.relative_to(package)).encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _of(parsed: Sequence[Arguments], kind: type) -> Arguments:

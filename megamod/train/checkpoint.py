@@ -1,4 +1,4 @@
-"""Checkpoints that no kill can lose, readable at another world size and ZeRO stage.
+"""Saving and resuming: no kill loses a checkpoint, any world size and ZeRO stage reads it.
 
 The format is that of `megamod.states.checkpoint_folder`.
 
@@ -69,7 +69,7 @@ NOT_MEANING = frozenset(
 
 
 ModelWriter = Callable[[Path], list[Path]]
-"""Writes this rank's share of the model folder and returns the files. Called on every rank."""
+"""Writes this rank's files of the model folder and returns them. Called on every rank."""
 
 
 class Checkpoints:
@@ -84,7 +84,7 @@ class Checkpoints:
         settings: Mapping[str, object],
         keep: int | None,
     ):
-        """`settings`: what a resumed run must agree on. `keep`: how many checkpoints; None: all."""
+        """`settings`: to be repeated by a resumed run. `keep`: number of checkpoints; None: all."""
         self.folder = Path(folder)
         self.engine = engine
         self.topology = topology
@@ -193,7 +193,7 @@ class Checkpoints:
         return self._chosen("auto")
 
     def _chosen(self, choice: str) -> Path | None:
-        """Rank 0 reads and checks the folders, every rank takes its answer."""
+        """Checkpoint that rank 0 selects, on every rank; collective."""
         step, fault = -1, None
         if dist.get_rank() == 0:
             try:
@@ -210,7 +210,7 @@ class Checkpoints:
         return self.folder / checkpoint_name(step) if choice == "auto" else Path(choice)
 
     def _make(self, folder: Path) -> bool:
-        """Make the folder; collective, so that with ZeRO 3 no rank gathers weights alone."""
+        """Create the folder; collective, so that with ZeRO 3 no rank gathers weights alone."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
             return everywhere(True)
@@ -229,7 +229,7 @@ class Checkpoints:
         return paths
 
     def _prefix(self) -> str:
-        """Independent models have parameters of equal names: theirs carry the domain in front."""
+        """Prefix of parameter names: the domain for independent models, whose names are equal."""
         if self.topology.sharing is Sharing.BTM:
             return self.topology.domains_of(dist.get_rank())[0] + ":"
         return ""
@@ -262,7 +262,7 @@ class Checkpoints:
     def _write_all(self, folder: Path, writers: Sequence[ModelWriter]) -> None:
         """Write, sync and digest this rank's files.
 
-        The disk takes in each file while the next ones are written and digested.
+        Each file is synced while the next ones are written and digested.
         """
         with ThreadPoolExecutor(8) as pool:
             jobs = {
@@ -274,7 +274,7 @@ class Checkpoints:
             for file, (synced, digest) in jobs.items():
                 synced.result()
                 digests[str(file.relative_to(folder))] = digest_entry(file, digest.result())
-        # Only rank 0 reads this, before the folder has a name: it need not be on disk.
+        # Only rank 0 reads this, before the folder is renamed: no sync is needed.
         (folder / f".rank-{dist.get_rank()}.json").write_text(json.dumps(digests))
 
     def _commit(self, temporary: Path, final: Path) -> None:
@@ -287,19 +287,19 @@ class Checkpoints:
             sync_folder(subfolder)
         write_manifest(temporary, digests)
         if final.exists():
-            # Only a folder that did not verify can be in the way: a valid one was resumed from.
+            # It cannot be valid: a valid one would have been resumed from.
             shutil.rmtree(final)
         os.rename(temporary, final)
         write_atomic(self.folder / LATEST, final.name + "\n")  # syncs both names
-        # Later steps are of a run that was given up, or did not verify: not this one's to count.
-        made = list_checkpoints(self.folder)
-        made = made[: made.index(final) + 1]
-        for old in made[: -self.keep if self.keep else 0]:
+        # Later steps belong to an abandoned run or are invalid: they do not count.
+        existing = list_checkpoints(self.folder)
+        existing = existing[: existing.index(final) + 1]
+        for old in existing[: -self.keep if self.keep else 0]:
             shutil.rmtree(old)
 
 
 def _check_model(folder: Path, config: PreTrainedConfig) -> None:
-    """Weights from another run are of the shape that this run has, and mean the same."""
+    """Check that weights of another run have the shape and the meaning that this run expects."""
     saved, now = read_lm_config(folder).to_dict(), config.to_dict()
     names = MEANING if config.model_type == DemixConfig.model_type else sorted(saved | now)
     differences = [

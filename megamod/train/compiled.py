@@ -1,4 +1,4 @@
-"""The blocks of a model compiled by torch; names of weights stay as they are."""
+"""torch.compile of the blocks of a model; names of weights do not change."""
 
 import os
 import shutil
@@ -14,14 +14,14 @@ from megamod.nn.encoder import EncoderLayer
 from megamod.nn.transformer import DecoderBlock
 
 BLOCKS = (DecoderBlock, EncoderLayer, GradientCheckpointingLayer)
-"""What a model is a stack of: ours, and those of transformers."""
+"""Classes of blocks: ours, and that of transformers."""
 
 
 def check_stage(config: Mapping[str, object]) -> None:
-    """Refuse what blocks cannot be compiled with.
+    """Check that the ZeRO stage allows compiled blocks.
 
     Args:
-        config: DeepSpeed's, resolved.
+        config: resolved DeepSpeed configuration.
     Raises:
         UserError: for ZeRO stage 3.
     """
@@ -33,10 +33,10 @@ def check_stage(config: Mapping[str, object]) -> None:
 
 
 def check_compiler(device: str) -> None:
-    """See that what is compiled for the processor can be compiled on this machine.
+    """Check that this machine has a compiler for the device.
 
     Args:
-        device: type of the device that trains.
+        device: type of the training device.
     Raises:
         UserError: if that is "cpu" and there is no C++ compiler.
     """
@@ -49,15 +49,14 @@ def check_compiler(device: str) -> None:
 
 
 def compile_blocks(model: nn.Module, backend: str = "inductor") -> int:
-    """Have every block of a model compiled when it is first called, forward and backward.
+    """Compile every block of a model at its first call, forward and backward.
 
-    Blocks of one shape share what was compiled. Each module compiles its own call, so that nothing
-    is wrapped and no weight gets another name. Domains are chosen outside of what is compiled: a
-    block is cut where its expert is called, so that domains share the code too. Dropout draws other
-    masks than without, as fixed by seed and step.
+    Blocks of one shape share the compiled code. Modules are not wrapped, so weights keep their
+    names. The graph of a block breaks where its expert is called, so that domains share the code
+    too. Dropout masks differ from those without compilation, but are fixed by seed and step.
 
     Args:
-        model: before an engine is made of it; changed in place.
+        model: not yet in an engine; changed in place.
         backend: of `torch.compile`.
     Returns:
         the number of blocks.

@@ -1,6 +1,6 @@
-"""A model, an optimizer and a topology become a DeepSpeed engine with the right groups.
+"""DeepSpeed engine of a model, with the process groups of a topology.
 
-This file and `train/fragments.py` are the only ones that know DeepSpeed's internals.
+Only this file and `train/fragments.py` use DeepSpeed's internals.
 """
 
 import copy
@@ -22,10 +22,10 @@ MakeOptimizer = Callable[[list[dict[str, object]]], torch.optim.Optimizer]
 
 
 class _EngineExperts(DomainExperts, MoE):
-    """`DomainExperts` as DeepSpeed wants to see it: an instance of its MoE layer.
+    """`DomainExperts` as an instance of DeepSpeed's MoE layer.
 
     The engine recognises expert parameters only inside modules of that class. There is no gate and
-    no all-to-all; what is wanted is only that gradients stay in the group of the domain.
+    no all-to-all; the only effect is that gradients stay in the group of the domain.
     """
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
@@ -64,7 +64,7 @@ def build_engine(
         config["gradient_clipping"] = 0.0  # `finish_micro_step` clips, having checked the norm
     if not torch.accelerator.is_available():
         for block in ("offload_optimizer", "offload_param"):
-            if block in zero:  # there is no memory that would have to be pinned for transfers
+            if block in zero:  # without a GPU no memory is pinned for transfers
                 zero[block]["pin_memory"] = False
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     parameters: list[dict[str, object]] = [{"params": trained, "name": "all"}]
@@ -92,7 +92,7 @@ def build_engine(
 
 
 def _present_as_experts(model: nn.Module, topology: DomainTopology) -> str:
-    """Give every `DomainExperts` the class and marks DeepSpeed looks for; return the group name."""
+    """Give every `DomainExperts` the class and marks of DeepSpeed; return the group name."""
     size = topology.expert_ranks
     name = f"ep_size_{size}"
     for module in domain_experts(model):
@@ -110,16 +110,16 @@ def _present_as_experts(model: nn.Module, topology: DomainTopology) -> str:
 def _check_groups(name: str, topology: DomainTopology) -> None:
     """Experts must be averaged over exactly the ranks that read their domain's data."""
     rank = dist.get_rank()
-    theirs = dist.get_process_group_ranks(groups._get_expert_data_parallel_group(name))
-    ours = list(topology.ranks_of(topology.domains_of(rank)[0]))
-    assert theirs == ours, (
-        f"rank {rank}: DeepSpeed averages its experts over ranks {theirs}, "
-        f"but their domain's data is read by ranks {ours}"
+    averaged = dist.get_process_group_ranks(groups._get_expert_data_parallel_group(name))
+    expected = list(topology.ranks_of(topology.domains_of(rank)[0]))
+    assert averaged == expected, (
+        f"rank {rank}: DeepSpeed averages its experts over ranks {averaged}, "
+        f"but their domain's data is read by ranks {expected}"
     )
 
 
 def loss_group(engine: deepspeed.DeepSpeedEngine) -> dist.ProcessGroup | None:
-    """The ranks whose tokens make up one loss: those of the domain for BTM, else the world."""
+    """Process group whose tokens form one loss: the domain's ranks for BTM, else the world."""
     return engine.mpu.get_data_parallel_group() if engine.mpu is not None else None
 
 
@@ -129,19 +129,19 @@ def shares_forward(engine: deepspeed.DeepSpeedEngine) -> bool:
 
 
 def finish_micro_step(engine: deepspeed.DeepSpeedEngine, max_grad_norm: float) -> float | None:
-    """Finish a micro-step after its backward pass; at the last one of a step, update the weights.
+    """Finish a micro-step after its backward pass; the last one of a step updates the weights.
 
-    Every expert counts once in the norm. (The DEMix release counts it once per rank that holds it.)
+    Every expert counts once in the norm. (The DEMix release counts it once per rank with it.)
 
     Returns:
         the gradient norm before clipping; None before the last micro-step, and if the update was
-        left out because the norm is not finite.
+        skipped because the norm is not finite.
     """
     boundary = engine.is_gradient_accumulation_boundary()
     if not boundary or engine.zero_optimization_stage() > 0:
         engine.step()
         return float(engine.get_global_grad_norm()) if engine.was_step_applied() else None
-    # Without ZeRO the engine would take a NaN for a gradient like any other.
+    # Without ZeRO the engine would apply gradients that are NaN.
     parameters = [p for p in engine.module.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in parameters])
     applied = bool(norm.isfinite())

@@ -1,4 +1,4 @@
-"""Writing the model of a running engine as a folder that `from_pretrained` reads.
+"""Export of an engine's model as a folder that `from_pretrained` reads.
 
 Dense and DEMix runs write one folder; independent models (BTM) write one folder per domain.
 """
@@ -37,13 +37,13 @@ The resolved run is in `run.yaml` beside this file or in the run's folder.
 
 @dataclass(frozen=True)
 class Card:
-    """What the README.md of a model folder says.
+    """Content of the README.md of a model folder.
 
     Attributes:
-        summary: a sentence on what the model is.
+        summary: one sentence about the model.
         tags: for search on a hub.
         facts: further lines, by name.
-        load: the expression that loads it.
+        load: expression that loads the model.
         stock: True for a model that transformers loads without megamod.
     """
 
@@ -68,7 +68,7 @@ class Card:
 
 
 class ModelExport:
-    """Callable that writes this rank's share of the model folder and returns the files; collective.
+    """Callable that writes this rank's files of the model folder and returns them; collective.
 
     Rank 0 writes what all domains share; the lead of each domain writes its expert.
     """
@@ -118,10 +118,10 @@ class ModelExport:
         return files
 
     def _gather(self, keep: bool) -> dict[str, Tensor]:
-        """Weights by name, tied ones once; under ZeRO 3 put together one by one."""
+        """Weights by name, tied ones once; under ZeRO 3 gathered one by one."""
         state = {}
         whole = self.engine.zero_optimization_stage() < 3
-        if not whole:  # the last forward pass may have asked for weights that nobody waited for
+        if not whole:  # the last forward pass may have prefetched weights that were never used
             self.engine.empty_partition_cache()
         for name, parameter in self.engine.module.named_parameters():
             if whole:

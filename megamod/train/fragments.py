@@ -1,8 +1,8 @@
-"""The optimizer's state as named fragments of parameters, whatever ZeRO stage holds it.
+"""Optimizer state as named fragments of parameters, at any ZeRO stage.
 
-ZeRO keeps float32 masters and moments in flat buffers cut over the ranks. A checkpoint in terms of
-those buffers could be read by the same world only. Here each rank's share is seen as ranges of
-named parameters, which can be written and read at any world size and any stage.
+ZeRO keeps float32 masters and moments in flat buffers that are divided over the ranks. Only the
+same world could read a checkpoint of those buffers. Here the share of a rank is a list of ranges of
+named parameters, which any world size and stage can read.
 """
 
 from collections.abc import Iterator
@@ -58,19 +58,19 @@ def fragment_shards(engine: deepspeed.DeepSpeedEngine) -> Iterator[list[Fragment
 
 
 def fragments(engine: deepspeed.DeepSpeedEngine) -> Iterator[Fragment]:
-    """All of `fragment_shards`, one by one."""
+    """Fragments of all lists of `fragment_shards`."""
     for shard in fragment_shards(engine):
         yield from shard
 
 
 def refresh_weights(engine: deepspeed.DeepSpeedEngine) -> None:
-    """Make the module's weights those of the masters, after the masters were written."""
+    """Copy the masters to the module's weights."""
     optimizer = engine.optimizer
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         for group in range(len(optimizer.fp16_groups)):
             with _in_memory(optimizer, group):
                 optimizer._reassign_or_swap_out_partitioned_parameters(group)
-        # Small parameters stay gathered between steps: their full copies are made anew.
+        # Small parameters stay gathered between steps, so their full copies are refreshed.
         persistent = optimizer.persistent_parameters
         if persistent:
             persistent[0].partition(persistent)
@@ -80,13 +80,13 @@ def refresh_weights(engine: deepspeed.DeepSpeedEngine) -> None:
 
 
 def optimizer_steps(engine: deepspeed.DeepSpeedEngine) -> float:
-    """How many updates Adam has made: the exponent of its bias correction."""
+    """Number of updates that Adam counts: the exponent of its bias correction."""
     states = _base(engine).state.values()
     return max((float(state["step"]) for state in states if "step" in state), default=0.0)
 
 
 def set_optimizer_steps(engine: deepspeed.DeepSpeedEngine, steps: float) -> None:
-    """The inverse of `optimizer_steps`, after `fragments` has been run through."""
+    """Inverse of `optimizer_steps`; call it after `fragments` created the state."""
     for state in _base(engine).state.values():
         state["step"].fill_(steps)
 
@@ -105,28 +105,29 @@ def _stage1_and_2(
         for parameter in parameters:
             mapping = parameter._hp_mapping
             if mapping is not None:
-                here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
+                in_flat, in_parameter = mapping.hp_fragment_address, mapping.lp_fragment_address
                 yield _cut(
                     names[parameter],
-                    there.start,
+                    in_parameter.start,
                     flat.data,
                     zero.optimizer,
                     flat,
-                    here.start,
-                    here.numel,
+                    in_flat.start,
+                    in_flat.numel,
                 )
 
 
 def _stage3(
     zero: DeepSpeedZeroOptimizer_Stage3, names: dict[torch.nn.Parameter, str]
 ) -> Iterator[list[Fragment]]:
-    """One list of all groups that stay in memory, and one of each that is swapped to a disk."""
+    """One list for all groups in memory, and one for each group that is swapped to disk."""
     groups = range(len(zero.fp16_groups))
     swapped = [group for group in groups if zero._swappable_optimizer_subgroup(group)]
-    for together in ([group for group in groups if group not in swapped], *([g] for g in swapped)):
-        if together:
-            with _in_memory(zero, together[0]):
-                yield [cut for group in together for cut in _stage3_group(zero, group, names)]
+    in_memory = [group for group in groups if group not in swapped]
+    for members in (in_memory, *([group] for group in swapped)):
+        if members:
+            with _in_memory(zero, members[0]):
+                yield [cut for group in members for cut in _stage3_group(zero, group, names)]
 
 
 def _stage3_group(
@@ -135,15 +136,15 @@ def _stage3_group(
     for parameter in zero.fp16_groups[group]:
         _, offset, size = zero.grad_position[zero.get_param_id(parameter)]
         start = size * zero._get_param_partition_rank(parameter)
-        real = min(size, parameter.ds_numel - start)  # the last rank's share is padded
-        if real > 0:
+        numel = min(size, parameter.ds_numel - start)  # the last rank's share is padded
+        if numel > 0:
             flat = zero.fp32_partitioned_groups_flat[group]
-            yield _cut(names[parameter], start, flat.data, zero.optimizer, flat, offset, real)
+            yield _cut(names[parameter], start, flat.data, zero.optimizer, flat, offset, numel)
 
 
 @contextmanager
 def _in_memory(zero: DeepSpeedZeroOptimizer_Stage3, group: int) -> Iterator[None]:
-    """Masters and moments of a group, if they are swapped to a disk, read and written back."""
+    """Swap masters and moments of a group in from disk, and out again."""
     swapped = zero._swappable_optimizer_subgroup(group)
     if swapped:
         zero._optimizer_states_and_gradient_swap_in(group)
@@ -163,7 +164,7 @@ def _cut(
     offset: int,
     size: int,
 ) -> Fragment:
-    """The range [offset, offset + size) of a tensor the optimizer updates, and of its moments."""
+    """Range [offset, offset + size) of an optimized tensor and its moments."""
     state = optimizer.state[key]
     if not state:
         state["step"] = torch.zeros((), dtype=torch.float32, device=key.device)

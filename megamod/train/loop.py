@@ -1,7 +1,7 @@
-"""The training loop: the only one in the repository.
+"""The training loop, the only one in the repository.
 
 Pretraining, finetuning, adaptation and branch training differ in objective, batches and sharing,
-which are arguments. One pass of the loop is one optimizer step.
+which are arguments. One iteration is one optimizer step.
 """
 
 import logging
@@ -33,18 +33,18 @@ from megamod.train.optim import Schedule, set_rate
 
 logger = logging.getLogger(__name__)
 
-MEAN_LOSS_DECAY = 0.98  # of the running mean that a spike is measured against
+MEAN_LOSS_DECAY = 0.98  # of the running mean that spikes are compared with
 
 Choose = Callable[[deepspeed.DeepSpeedEngine, Sequence[Batch]], Sequence[Batch]]
-"""From a step's micro-batches of this rank to those that are trained on; called on every rank."""
+"""Selects from this rank's micro-batches of a step those to train on; called on every rank."""
 
 BatchesFrom = Callable[[int], Iterator[Batch]]
-"""From a step of data to the endless iterator of this rank's micro-batches."""
+"""From a step of data to an endless iterator of this rank's micro-batches."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The numbers of a run that the loop needs. An interval of 0 steps means "only at the end"."""
+    """Settings of the training loop. An interval of 0 steps means "only at the end"."""
 
     max_steps: int
     stop_step: int
@@ -61,7 +61,7 @@ class Plan:
 
 
 class Stop(IntEnum):
-    """Why a run ends before its last step; of two reasons the larger counts."""
+    """Reason to end a run before its last step; of two reasons the larger counts."""
 
     NO = 0
     SIGNAL = 1
@@ -87,7 +87,7 @@ def train(
     Args:
         evaluate: called on every rank with the number of finished steps. Its collectives must be
             those that `megamod.dist.process.together` allows.
-        choose: what becomes of a step's data before it is counted; None: all is trained on.
+        choose: selects the data of a step to train on; None: all of them.
     Raises:
         PolicyStop: a loss or gradient was not finite and the policy is to stop.
         Interrupted: SIGTERM or SIGUSR1 arrived. In both cases a checkpoint was written before.
@@ -103,7 +103,7 @@ def train(
 
     if state.step and checkpoints.is_evaluation_due(state.step):
         _evaluate(evaluate, state, saver, engine)
-    engine.train()  # a model that was loaded comes without dropout
+    engine.train()  # a loaded model is in evaluation mode
 
     def due(every: int) -> bool:
         return state.step == plan.stop_step or (every > 0 and state.step % every == 0)
@@ -135,7 +135,7 @@ def train(
                 batches = batches_from(state.data_step) if plan.nonfinite == "rollback" else batches
 
         if due(plan.logging_steps) or due(plan.eval_steps) or due(plan.save_steps):
-            if not coupled:  # independent models hear of each other's signals here only
+            if not coupled:  # independent models exchange signals only here
                 _, stop = _agree((), max(stop, signals.seen), None)
             monitor.log(state)
             if due(plan.eval_steps):
@@ -153,7 +153,7 @@ def train(
     saver.save(state)
     if stop is Stop.NONFINITE:
         raise PolicyStop(
-            f"a loss or gradient was not finite at step {state.step}; its update was left out, "
+            f"a loss or gradient was not finite at step {state.step}; its update was skipped, "
             f"a checkpoint is in {checkpoints.folder}. --nonfinite skip or rollback goes on instead"
         )
     if stop is Stop.SIGNAL:
@@ -200,10 +200,10 @@ def _step(
     state: TrainState,
     group: dist.ProcessGroup | None,
 ) -> tuple[list[Scored], float | None]:
-    """One update; returns what was scored and the gradient norm, None if the update was left out.
+    """Take an optimizer step; return scores and the gradient norm, None if it was skipped.
 
-    The engine averages over micro-batches and ranks, so that dividing each summed loss by this
-    share of its items gives the gradient of the mean over all items, however ragged the batches.
+    The engine averages over micro-batches and ranks. Dividing each summed loss by this share of its
+    items gives the gradient of the mean over all items, however ragged the batches are.
     """
     parts = len(micro_batches) * dist.get_world_size(group)
     share = [count / parts for count in items]
@@ -216,7 +216,7 @@ def _step(
             and number == len(micro_batches)
             and _spike(scored, plan, state, group)
         ):
-            # A gradient that is not finite makes every rank leave out the update.
+            # A gradient that is not finite makes every rank skip the update.
             loss = loss * float("nan")
         engine.backward(loss)
         norm = finish_micro_step(engine, plan.max_grad_norm)
@@ -226,7 +226,7 @@ def _step(
 def _spike(
     scored: Sequence[Scored], plan: Plan, state: TrainState, group: dist.ProcessGroup | None
 ) -> bool:
-    """True if this step's loss is too far above the running mean, which it else enters."""
+    """True if this step's loss is a spike; otherwise add it to the running mean."""
     sums = torch.stack([torch.stack((s.total.sum(), s.items.sum())) for s in scored]).sum(0)
     dist.all_reduce(sums, group=group)
     loss = float(sums[0] / sums[1])
@@ -238,9 +238,9 @@ def _spike(
 
 
 def _not_finite(plan: Plan, state: TrainState, checkpoints: Checkpoints) -> Stop:
-    """Apply the policy for a step that was left out."""
+    """Apply the policy for a skipped step."""
     logger.warning(
-        "step %d: loss or gradient not finite, update left out (policy: %s)",
+        "step %d: loss or gradient not finite, update skipped (policy: %s)",
         state.step,
         plan.nonfinite,
     )
@@ -258,7 +258,7 @@ def _not_finite(plan: Plan, state: TrainState, checkpoints: Checkpoints) -> Stop
 def _agree(
     items: Sequence[float], stop: int, group: dist.ProcessGroup | None
 ) -> tuple[list[float], Stop]:
-    """Sums of the items and the gravest reason to stop, over a group."""
+    """Sum the items and find the largest reason to stop, over a group; collective."""
     counts = control([*items, *(float(stop >= reason) for reason in Stop if reason)])
     dist.all_reduce(counts, group=group)
     totals = counts.tolist()
@@ -267,12 +267,12 @@ def _agree(
 
 
 def _seed(seed: int, data_step: int) -> int:
-    """Dropout is a function of seed, step and rank, so no generator's state is ever saved."""
+    """Seed of dropout: a function of seed, step and rank, so no generator state is saved."""
     return (seed << 31) + data_step * dist.get_world_size() + dist.get_rank()
 
 
 class _Saver:
-    """Saves each state once, the one that was loaded not at all, and remembers failures."""
+    """Saves each state once, except the loaded one, and remembers failures."""
 
     def __init__(self, checkpoints: Checkpoints, on_failure: str, loaded: TrainState):
         self.checkpoints = checkpoints
@@ -292,7 +292,7 @@ class _Saver:
             self.complain()
 
     def described(self, state: TrainState) -> str:
-        """Which checkpoint holds the steps of `state`."""
+        """Describe the checkpoint of `state` for an error message."""
         if self.saved == (state.step, state.data_step):
             return f"a checkpoint of that step is in {self.checkpoints.folder}"
         return f"a checkpoint could not be written to {self.checkpoints.folder}"
@@ -305,7 +305,7 @@ class _Saver:
 
 
 class _Signals:
-    """SIGTERM, SIGUSR1 (Slurm's notice of preemption) and Ctrl-C ask for a checkpoint and an end.
+    """Handler of SIGTERM, SIGUSR1 (Slurm's notice of preemption) and Ctrl-C: save and stop.
 
     The second Ctrl-C ends the process at once.
     """

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard, one console line per log step, a progress bar."""
+"""Log of a run: metrics.jsonl, TensorBoard, a console line per log step, a progress bar."""
 
 import json
 import logging
@@ -30,17 +30,17 @@ DENSE_BF16_PEAK = {
     "B200": 2250e12,
 }
 """Peak bf16 rates without sparsity in FLOP/s, from NVIDIA's data sheets, by a part of the device's
-name; the first that fits counts."""
+name; the first match counts."""
 
 
 class Monitor:
-    """Collects what happens between two log steps and writes it; collective where it says so.
+    """Collects the steps between two log lines and writes a record of them.
 
     Args:
-        groups: names by which losses are told apart, such as domains.
-        unit: what a loss is a mean over: "tokens" or "examples".
+        groups: names of the losses that are logged separately, such as domains.
+        unit: items that a loss is the mean over: "tokens" or "examples".
         flops_per_token: of a forward and backward pass; None where that is not defined.
-        peak: FLOP/s of one device; None if unknown, and then no MFU is ever printed.
+        peak: FLOP/s of one device; None if unknown, and then no MFU is printed.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Monitor:
             self.bar = tqdm(total=max_steps, initial=first_step, unit="step", dynamic_ncols=True)
 
     def reset(self) -> None:
-        """Forget what was collected; the next interval starts now."""
+        """Discard the collected steps; the next interval starts now."""
         self.scored: list[Scored] = []
         self.norm: float | None = None
         self.rate = 0.0
@@ -92,7 +92,7 @@ class Monitor:
         data_seconds: float,
         step_seconds: float,
     ) -> None:
-        """Take in one step; nothing is read back from the device."""
+        """Add a step without reading anything back from the device."""
         self.scored += scored
         self.norm, self.rate = norm, rate
         self.steps += 1
@@ -102,7 +102,7 @@ class Monitor:
             self.bar.update()
 
     def log(self, state: TrainState) -> None:
-        """Sum over all ranks, write one record, and count the tokens into `state`; collective."""
+        """Sum over all ranks, write one record, and add the tokens to `state`; collective."""
         sums = torch.stack([torch.stack((s.total, s.items)) for s in self.scored]).double().sum(0)
         dist.all_reduce(sums)
         further = self._further()
@@ -138,13 +138,13 @@ class Monitor:
     def evaluated(
         self, step: int, scores: Mapping[str, float], split: str, kind: str = "perplexity"
     ) -> None:
-        """Take in one kind of score, by domain or task."""
+        """Log one kind of score, by domain or task."""
         if rank() == 0:
             tag = {"perplexity": "ppl"}.get(kind, kind)
             tags = {f"{split}/{name}/{tag}": value for name, value in scores.items()}
             self._write({"step": step, kind: dict(scores), "split": split}, tags)
-            told = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
-            self._say(f"step {step}  {split} {kind}  {told}")
+            text = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
+            self._say(f"step {step}  {split} {kind}  {text}")
         self.since = time.perf_counter()
 
     def close(self) -> None:
@@ -155,7 +155,7 @@ class Monitor:
             self.writer.close()
 
     def _further(self) -> dict[str, float]:
-        """Means over all ranks of what the objective reports besides the loss."""
+        """Means over all ranks of the objective's further metrics."""
         names = list(self.scored[0].further)
         if not names:
             return {}
@@ -193,7 +193,7 @@ class Monitor:
     def _show(self, record: Mapping[str, object], seconds: float) -> None:
         left = (self.max_steps - record["step"]) * seconds / self.steps
         mfu = "n/a" if record["mfu"] is None else f"{100 * record['mfu']:.1f}%"
-        norm = "left out" if record["grad_norm"] is None else f"{record['grad_norm']:.3g}"
+        norm = "skipped" if record["grad_norm"] is None else f"{record['grad_norm']:.3g}"
         self._say(
             f"step {record['step']}/{self.max_steps}  loss {record['loss']:.4f}  "
             f"lr {record['lr']:.3g}  norm {norm}  "
@@ -202,7 +202,7 @@ class Monitor:
         )
 
     def _say(self, line: str) -> None:
-        with tqdm.external_write_mode(file=sys.stderr):  # the bar steps aside
+        with tqdm.external_write_mode(file=sys.stderr):  # redraws the bar below
             logger.info("%s", line)
 
 
@@ -212,20 +212,21 @@ def peak_of(device_name: str) -> float | None:
 
 
 def write_environment(path: Path) -> None:
-    """Record versions and hardware beside a run; of the environment only harmless variables."""
+    """Write versions and hardware of a run; of the environment only harmless variables."""
     packages = ("torch", "deepspeed", "transformers", "tokenizers", "numpy", "triton", "megamod")
-    found = {}
+    versions = {}
     for package in packages:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
-            found[package] = None
+            versions[package] = None
     cuda = torch.cuda.is_available()
     write_json(
         path,
         {
-            # torch's own word for itself names the build too.
-            "versions": {"python": platform.python_version(), **found, "torch": torch.__version__},
+            # torch.__version__ also names the build.
+            "versions": versions
+            | {"python": platform.python_version(), "torch": torch.__version__},
             "machine": platform.machine(),
             "cpus": os.cpu_count(),
             "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -242,7 +243,7 @@ def write_environment(path: Path) -> None:
 
 
 def _forget_after(path: Path, step: int) -> None:
-    """Drop records of steps that a resumed run makes again."""
+    """Drop records of steps that a resumed run repeats."""
     if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines()
         kept = [line for line in lines if _step_of(line) <= step]
@@ -252,12 +253,12 @@ def _forget_after(path: Path, step: int) -> None:
 def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
-    except ValueError:  # the line a kill cut short
+    except ValueError:  # a line that a kill cut short
         return float("inf")
 
 
 def _memory() -> int:
-    """Peak bytes on the GPU, or the resident bytes of the process on a CPU."""
+    """Peak bytes on the GPU, or resident bytes of the process on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return psutil.Process().memory_info().rss

@@ -1,4 +1,4 @@
-"""What is minimised: from a batch to a loss, per system. The loop knows nothing else of a model."""
+"""Objectives: from a model and a batch to a loss. The loop knows nothing else about a model."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,13 +18,13 @@ Batch = dict[str, object]
 
 @dataclass(frozen=True)
 class Scored:
-    """What an objective makes of a micro-batch.
+    """Loss and metrics of a micro-batch.
 
     Attributes:
         loss: differentiable scalar, each summed loss divided by the `items` asked for it.
         total: [E] float32, summed loss of each group's sequences (of each domain), in nats.
-        items: [E] float32, what was summed over (target tokens).
-        further: name -> [2] float32, sum and count of what else the log shows the mean of.
+        items: [E] float32, number of items (target tokens) in each sum.
+        further: further metrics by name: [2] float32, sum and count; the log shows sum / count.
     """
 
     loss: Tensor
@@ -34,7 +34,7 @@ class Scored:
 
 
 class Objective(Protocol):
-    """Turns batches into losses. A loss may have several terms, each a mean over its own items."""
+    """Computes losses of batches. A loss may have several terms, each a mean over its items."""
 
     def count(self, batch: Batch) -> Sequence[float]:
         """Number of items (target tokens) of each term in a batch, before any forward pass."""
@@ -43,16 +43,16 @@ class Objective(Protocol):
     def score(
         self, engine: deepspeed.DeepSpeedEngine, batch: Batch, items: Sequence[float]
     ) -> Scored:
-        """Run the model; `items` is what the summed loss of each term is divided by."""
+        """Run the model; the summed loss of each term is divided by its number in `items`."""
         ...
 
 
 class CausalLM:
-    """Next-token cross entropy, every target token weighing the same.
+    """Next-token cross entropy with equal weight for every target token.
 
     Args:
         domains: names by number.
-        choose: True if the model must be told which domain's expert to use.
+        choose: True if the model selects an expert by the domain of the batch.
     """
 
     def __init__(self, domains: tuple[str, ...], device: torch.device, choose: bool):
@@ -72,7 +72,7 @@ class CausalLM:
         if mask is not None:
             mask = mask.to(self.device, non_blocking=True)
         else:
-            # Positions say that nothing is padded, so the model need not look.
+            # Explicit positions spare the model the search for padding.
             positions = torch.arange(input_ids.shape[1], device=self.device).expand_as(input_ids)
         output = engine(
             input_ids,
@@ -82,22 +82,22 @@ class CausalLM:
             num_items_in_batch=items[0],
             domain=self.domains[batch["domain"]] if self.choose else None,
         )
-        of = batch["domains"].to(self.device, non_blocking=True)
+        domains = batch["domains"].to(self.device, non_blocking=True)
         totals = torch.zeros(2, len(self.domains), device=self.device)
-        totals[0].index_add_(0, of, -output.token_log_probs.sum(1))
-        totals[1].index_add_(0, of, (labels != -100).sum(1).float())
+        totals[0].index_add_(0, domains, -output.token_log_probs.sum(1))
+        totals[1].index_add_(0, domains, (labels != -100).sum(1).float())
         return Scored(output.loss, totals[0], totals[1])
 
 
 class Classify:
-    """Labels or values of rows, or labels of tokens: cross entropy, or squared error.
+    """Cross entropy of rows or tokens, or squared error of values.
 
     Args:
         inputs: names of the fields of a batch that the model takes; it returns `logits` [R, C] or
             [R, L, C].
         regression: True for values, with C = 1.
-        retrieved: how many tokens a multiplexed model is asked to retrieve besides, per real token
-            of a batch; 0: none, and the loss is that of the logits alone.
+        retrieved: tokens that a multiplexed model retrieves as a second term of the loss, per real
+            token of a batch; 0: none, and the loss is that of the logits alone.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Classify:
     def count(self, batch: Batch) -> Sequence[float]:
         if not self.retrieved:
             return (batch["items"],)
-        # The expected number: which tokens are asked for is drawn in the model.
+        # The expected number, because the model draws the tokens that it retrieves.
         return batch["items"], self.retrieved * float(batch["attention_mask"].sum())
 
     def score(
@@ -149,15 +149,15 @@ class Classify:
 
 
 class MultiTask:
-    """Rows of several tasks: the mean over the tasks in a step of each task's mean loss.
+    """Mean over the tasks in a step of the mean loss of each task.
 
-    A task with one row weighs as much as one with thirty (Pilault et al. 2021, and its release).
+    A task with one row has the weight of one with thirty (Pilault et al. 2021, and its release).
 
     Args:
         inputs: names of the fields of a batch that the model takes.
         tasks: names.
-        reduction: "global": tasks and rows of the whole step count, so that ranks and micro-batches
-            do not matter; "local": each micro-batch has a loss of its own, as in the release.
+        reduction: "global": the mean is over tasks and rows of the whole step, whatever the ranks
+            and micro-batches; "local": over those of each micro-batch, as in the release.
     """
 
     def __init__(
@@ -181,15 +181,15 @@ class MultiTask:
         output = engine(**fields)
         rows = torch.bincount(fields["task_ids"], minlength=len(self.tasks)).float()
         shares = {
-            f"share/{task}": torch.stack((own, rows.sum()))
-            for task, own in zip(self.tasks, rows, strict=True)
+            f"share/{task}": torch.stack((count, rows.sum()))
+            for task, count in zip(self.tasks, rows, strict=True)
         }
         return Scored(output.loss, output.task_totals.detach(), output.task_items, shares)
 
 
 Losses = Callable[[nn.Module, Batch, Sequence[float]], dict[str, Tensor]]
-"""From a model, a batch and what its sums are divided by, to "loss", a differentiable scalar, and
-to [2] float32 sums with their counts by name."""
+"""From model, batch and divisors of the sums to "loss", a differentiable scalar, and further
+[2] float32 sums with their counts by name."""
 
 
 class EncoderLM:
@@ -197,8 +197,8 @@ class EncoderLM:
 
     Args:
         losses: `masked_losses` or `replaced_losses` with all but model, batch and items.
-        terms: fields of a batch with the numbers of items, one for each sum.
-        shown: which of the losses is the one the log shows.
+        terms: fields of a batch with the number of items of each sum.
+        shown: name of the loss that the log shows.
     """
 
     def __init__(self, losses: Losses, terms: Sequence[str], shown: str):
@@ -212,10 +212,10 @@ class EncoderLM:
     def score(
         self, engine: deepspeed.DeepSpeedEngine, batch: Batch, items: Sequence[float]
     ) -> Scored:
-        found = self.losses(engine, batch, items)
-        shown = found[self.shown]
-        further = {n: pair for n, pair in found.items() if n not in ("loss", self.shown)}
-        return Scored(found["loss"], shown[:1], shown[1:], further)
+        losses = self.losses(engine, batch, items)
+        shown = losses[self.shown]
+        further = {n: pair for n, pair in losses.items() if n not in ("loss", self.shown)}
+        return Scored(losses["loss"], shown[:1], shown[1:], further)
 
 
 def masked_losses(
@@ -225,13 +225,13 @@ def masked_losses(
     device: torch.device,
     multiplexed: bool,
 ) -> dict[str, Tensor]:
-    """What a masked LM makes of a batch.
+    """Losses of a masked LM.
 
     Args:
-        items: what the sums over masked and over retrieved tokens are divided by in "loss".
+        items: divisors in "loss" of the sums over masked and over retrieved tokens.
     Returns:
         "loss", a differentiable scalar; and [2] float32 sums with their counts: "task_loss" and
-        "retrieval_loss" (nats), "retrieval_accuracy"; of terms that have a weight.
+        "retrieval_loss" (nats), "retrieval_accuracy"; only terms with a weight.
     """
     inputs = batch["input_ids"].to(device, non_blocking=True)
     labels = batch["labels"].to(device, non_blocking=True)
@@ -259,34 +259,34 @@ def replaced_losses(
     config: PreTrainedConfig,
     weight: float = 1.0,
 ) -> dict[str, Tensor]:
-    """What a discriminator makes of a batch whose masked tokens were replaced.
+    """Losses of a discriminator of replaced tokens.
 
     Args:
-        items: what the sums over looked-at, retrieved and masked tokens, and over those that a
-            multiplexed generator retrieves, are divided by in "loss".
-        config: of the model; a plain ELECTRA has its tokens replaced by chance here.
-        weight: of a plain discriminator's loss in "loss"; that of others is in the configuration.
+        items: divisors in "loss" of the sums over classified, retrieved and masked tokens, and over
+            those that a multiplexed generator retrieves.
+        config: of the model; the tokens of a plain ELECTRA are replaced by random ones here.
+        weight: of a plain discriminator in "loss"; other models have it in their configuration.
     Returns:
-        as `masked_losses`; "task_loss" is that of the discriminator, "recall" and "precision" tell
-        how it finds replaced tokens, "generator_loss" is there if the model has a generator.
+        as `masked_losses`; "task_loss" is the discriminator's, "recall" and "precision" are those
+        of replaced tokens, and "generator_loss" is present if the model has a generator.
     """
     inputs = batch["input_ids"].to(device, non_blocking=True)
-    anything = batch["random_ids"].to(device, non_blocking=True)
+    random_ids = batch["random_ids"].to(device, non_blocking=True)
     tokens, positions, masked, readable = (count or 1.0 for count in items)
     if not hasattr(config, "num_instances"):
         corrupted = inputs == batch["mask_id"]
-        logits = model(input_ids=torch.where(corrupted, anything, inputs)).logits.float()
+        logits = model(input_ids=torch.where(corrupted, random_ids, inputs)).logits.float()
         total = functional.binary_cross_entropy_with_logits(
             logits, corrupted.float(), reduction="sum"
         )
-        found = {"loss": weight * total / tokens, "task_loss": _pair(total, batch["tokens"])}
-        return found | _found(logits, corrupted)
+        losses = {"loss": weight * total / tokens, "task_loss": _pair(total, batch["tokens"])}
+        return losses | _detection(logits, corrupted)
     generates = config.generator != "none"
     slots = batch["slots"].to(device, non_blocking=True)
     output = model(
         input_ids=inputs,
         labels=batch["labels"].to(device, non_blocking=True),
-        random_ids=None if generates else anything,
+        random_ids=None if generates else random_ids,
         num_items_in_batch=tokens,
         retrieval_slots=slots,
         num_retrieval_items=positions,
@@ -294,33 +294,33 @@ def replaced_losses(
         generator_slots=slots,
         num_generator_retrieval_items=readable,
     )
-    found = {"loss": output.loss, **_terms(output, batch, (tokens, batch["tokens"]), positions)}
+    losses = {"loss": output.loss, **_terms(output, batch, (tokens, batch["tokens"]), positions)}
     if output.logits is not None:
-        found |= _found(output.logits, output.corrupted[:, : output.logits.shape[1]])
+        losses |= _detection(output.logits, output.corrupted[:, : output.logits.shape[1]])
     if generates:
-        found["generator_loss"] = _pair(output.generator_loss * masked, batch["masked"])
-    return found
+        losses["generator_loss"] = _pair(output.generator_loss * masked, batch["masked"])
+    return losses
 
 
 def _terms(
     output: "MuxOutput", batch: Batch, task: tuple[float, float], positions: float
 ) -> dict[str, Tensor]:
-    found = {}
+    losses = {}
     if output.task_loss is not None:
-        found["task_loss"] = _pair(output.task_loss * task[0], task[1])
+        losses["task_loss"] = _pair(output.task_loss * task[0], task[1])
     if output.retrieval_loss is not None:
-        found["retrieval_loss"] = _pair(output.retrieval_loss * positions, batch["positions"])
+        losses["retrieval_loss"] = _pair(output.retrieval_loss * positions, batch["positions"])
         right = (output.retrieval_correct, output.retrieval_count)
-        found["retrieval_accuracy"] = torch.stack(right).float()
-    return found
+        losses["retrieval_accuracy"] = torch.stack(right).float()
+    return losses
 
 
-def _found(logits: Tensor, corrupted: Tensor) -> dict[str, Tensor]:
-    told = logits.detach() > 0
-    right = (told & corrupted).sum().float()
+def _detection(logits: Tensor, corrupted: Tensor) -> dict[str, Tensor]:
+    predicted = logits.detach() > 0
+    right = (predicted & corrupted).sum().float()
     return {
         "recall": torch.stack((right, corrupted.sum().float())),
-        "precision": torch.stack((right, told.sum().float())),
+        "precision": torch.stack((right, predicted.sum().float())),
     }
 
 

@@ -1,4 +1,4 @@
-"""AdamW and the learning-rate schedule, which is a function of the step and has no state."""
+"""AdamW, and learning-rate schedules that are functions of the step."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -38,8 +38,8 @@ def optimizer_maker(optim: OptimArgs) -> Callable[[list[dict[str, object]]], tor
 def linear(peak: float, warmup_steps: int, max_steps: int) -> Schedule:
     """Linear from 0 to peak over the warm-up, then linear to 0 at the last step.
 
-    The value for n finished steps is in force for the step that follows, so with a warm-up the very
-    first step has rate 0 (fairseq's polynomial_decay with power 1).
+    The value for n finished steps applies to the next step, so with a warm-up the first step has
+    rate 0 (fairseq's polynomial_decay with power 1).
     """
 
     def rate(finished: int) -> float:
@@ -92,6 +92,6 @@ SCHEDULES = {
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Put a learning rate in force in every parameter group."""
+    """Set the learning rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = rate

@@ -1,4 +1,4 @@
-"""Which rows of many tasks are worth training on: those that the model is least sure about.
+"""Selection of the rows of many tasks that the model is least certain about.
 
 Source: Pilault et al. 2021 (CA-MTL), section 2.6, and its release, whose rule is the default.
 """
@@ -19,7 +19,7 @@ BORROWER, LENDER = "sts-b", "mrpc"  # of the release: both compare two sentences
 
 
 def task_means(entropy: Tensor, task_of: Tensor, tasks: int) -> Tensor:
-    """Mean of each task's rows: [B], [B] -> [T]; 0 for a task that has none."""
+    """Mean over the rows of each task: [B], [B] -> [T]; 0 for a task without rows."""
     totals = entropy.new_zeros(tasks).index_add_(0, task_of, entropy)
     counts = entropy.new_zeros(tasks).index_add_(0, task_of, torch.ones_like(entropy))
     return totals / counts.clamp(min=1)
@@ -34,24 +34,23 @@ def uncertainty_scores(
     rule: str = "release",
     regression: str = "borrow",
 ) -> Tensor:
-    """How much each candidate is worth.
+    """Score of each candidate row.
 
-    "release" multiplies a row's entropy by its task's mean, so that it favours tasks the model is
-    unsure of as well; with "paper" the row's entropy decides alone. Both divide by the largest mean
-    of a task.
+    "release" multiplies a row's entropy by its task's mean, which also favours uncertain tasks;
+    with "paper" the row's entropy decides alone. Both divide by the largest mean of a task.
 
-    A regression has no entropy. By the rule "release" the j-th row of STS-B is worth as much as the
-    j-th of MRPC if both tasks are there, and all else is worth nothing. By "borrow" it is so too,
-    and rows of any other regression have the scores of rows of classifications, taken evenly from
-    all of them, so that a regression is chosen as often as an average task. By "mean" each is worth
-    the mean of all others, which is less than what is chosen as long as some rows stand out.
+    A regression has no entropy. With the rule "release" the j-th row of STS-B has the score of the
+    j-th row of MRPC if both tasks are present, and other regressions have score 0. "borrow": as
+    "release"; other regressions take scores evenly from all rows of classifications, so they are
+    selected as often as an average task. "mean": every row has the mean score of all
+    classifications, which is rarely selected while some rows stand out.
 
     Args:
         entropy: [B] float32, see `TaskHeads.entropy`.
         task_of: [B] int64.
         tasks, kinds: names and kinds of all tasks.
     Returns:
-        [B] float32; all 0 if the model is sure of everything.
+        [B] float32; all 0 if no row has any entropy.
     """
     means = task_means(entropy, task_of, len(tasks))
     largest = means.max()
@@ -77,19 +76,19 @@ def uncertainty_scores(
 
 
 def most_uncertain(scores: Tensor, count: int) -> Tensor:
-    """Places of the largest scores, the largest first; of equal ones the first: [count] int64."""
+    """Indices of the largest scores, descending, ties in order: [count] int64."""
     return scores.argsort(descending=True, stable=True)[:count]
 
 
 class MostUncertain:
-    """Of each step's candidates, those that the model is least sure about.
+    """Selects the most uncertain rows among the candidates of each step.
 
-    With "local" every micro-batch is chosen among its own candidates, as in the release. With
-    "global" a step's rows are the best of all ranks' candidates, in the same order on any number of
-    ranks; nothing but scores and numbers of rows is sent.
+    With "local" every micro-batch is selected from its candidates, as in the release. With "global"
+    the rows of a step are the best of all ranks' candidates, in the same order on any number of
+    ranks; ranks exchange only scores and row numbers.
 
     Args:
-        mixture: where candidates come from, and rows are put together.
+        mixture: source of the candidates and of the selected rows.
         inputs: names of the fields of a batch that the model takes.
         kinds: of the tasks.
         scope: "local" or "global".
@@ -119,9 +118,9 @@ class MostUncertain:
         self, engine: deepspeed.DeepSpeedEngine, micro_batches: Sequence[Batch]
     ) -> list[Batch]:
         """The micro-batches to train on; collective with "global"."""
-        entropy = torch.stack([self._entropy(engine, one) for one in micro_batches])
+        entropy = torch.stack([self._entropy(engine, batch) for batch in micro_batches])
         task_of, rows = (
-            torch.stack([one[name] for one in micro_batches]).to(self.device)
+            torch.stack([batch[name] for batch in micro_batches]).to(self.device)
             for name in ("task_ids", "rows")
         )
         shape = self.mixture.shape
@@ -133,10 +132,10 @@ class MostUncertain:
                 for best in [most_uncertain(scores, size)]
             ]
         else:
-            entropy, task_of, rows = map(self._everyones, (entropy, task_of, rows))
+            entropy, task_of, rows = map(self._gathered, (entropy, task_of, rows))
             best = most_uncertain(self._scores(entropy, task_of), shape.global_batch)
             mine = best[shape.first : shape.first + size * len(micro_batches)].split(size)
-            chosen = [(task_of[places], rows[places]) for places in mine]
+            chosen = [(task_of[indices], rows[indices]) for indices in mine]
         return [
             self.mixture.gather(tasks.cpu().numpy(), numbers.cpu().numpy())
             for tasks, numbers in chosen
@@ -149,7 +148,7 @@ class MostUncertain:
 
     @torch.no_grad()
     def _entropy(self, engine: deepspeed.DeepSpeedEngine, batch: Batch) -> Tensor:
-        """All candidates of a micro-batch in one forward pass: [T * rows] float32."""
+        """Entropy of all candidates of a micro-batch, in one forward pass: [T * rows] float32."""
         names = (*self.inputs, "task_ids", *(("token_labels",) if "token_labels" in batch else ()))
         fields = {name: batch[name].to(self.device, non_blocking=True) for name in names}
         engine.train(self.dropout)
@@ -157,8 +156,8 @@ class MostUncertain:
         engine.train()
         return entropy
 
-    def _everyones(self, mine: Tensor) -> Tensor:
-        """[micro-batches, T * rows] -> those of all ranks, by task, rank and micro-batch, flat."""
+    def _gathered(self, mine: Tensor) -> Tensor:
+        """Gather [micro-batches, T * rows] of all ranks: flat, by task, rank and micro-batch."""
         parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, mine.contiguous())
         sizes = (len(self.tasks), self.mixture.shape.micro_batch)

@@ -24,7 +24,7 @@ def test_an_expert_more_from_command_to_scores(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "of the highest posterior" in done.stdout and "after adaptation" in done.stdout
     grown = tmp_path / "out" / "model"
-    assert f"art is an expert of {grown}, beside those it had" in done.stdout
+    assert f"art is an expert of {grown}, with those it had" in done.stdout
     kept = (tmp_path / "out" / "run.yaml").read_text()
     assert "learning_rate: 5.0e-05  # default" in kept and "method: feedforward" in kept
     assert (tmp_path / "out" / "start.json").exists()

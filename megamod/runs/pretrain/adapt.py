@@ -1,8 +1,8 @@
-"""Adaptation of one expert to a new domain, and the place of the result in its forest.
+"""Adaptation of an expert to a new domain; the result joins its forest.
 
 Source: Gururangan et al. 2022 (DEMix), section 6: domain-adaptive pretraining of the expert that
-suits the new text best; with `feedforward` it becomes an expert more and the others stay as they
-are.
+suits the new text best; with `feedforward` it becomes a further expert and the others stay
+unchanged.
 """
 
 import shutil
@@ -48,7 +48,7 @@ from megamod.train.objectives import CausalLM
 
 
 def adapt(run: RunArgs, safety: SafetyArgs, optim: OptimArgs, args: AdaptArgs) -> None:
-    """Choose the start, train, publish OUT/model, and let it join the forest; collective.
+    """Select the start, train, publish OUT/model and add it to the forest; collective.
 
     Raises:
         UserError: for an unknown start, domains or a vocabulary that do not fit, or a domain that
@@ -57,13 +57,13 @@ def adapt(run: RunArgs, safety: SafetyArgs, optim: OptimArgs, args: AdaptArgs) -
     output = Path(run.output_dir).absolute()
     forest = candidates(args)
     if args.domain in forest.domains:
-        made = forest.experts[forest.domains.index(args.domain)]
-        if made.path.resolve() != (output / "model").resolve():
+        existing = forest.experts[forest.domains.index(args.domain)]
+        if existing.path.resolve() != (output / "model").resolve():
             raise UserError(
                 f"--domain {args.domain}: {forest.path} has an expert of that name already, "
-                f"{made.path}"
+                f"{existing.path}"
             )
-        print(f"{forest.path} has the expert {args.domain} of this run already: {made.path}")
+        print(f"{forest.path} has the expert {args.domain} of this run already: {existing.path}")
         return
     data = open_data(args, forest)
     device = init_process(safety.dist_timeout)
@@ -97,8 +97,8 @@ def adapt(run: RunArgs, safety: SafetyArgs, optim: OptimArgs, args: AdaptArgs) -
         if done.state.step < run.max_steps:
             print(f"stopped at step {done.state.step}: {args.domain} joins the forest at the end")
         else:
-            made = _made(run, args, data, start, done.state, output)
-            print(join(args, forest, start.expert, made, output))
+            expert = _new_expert(run, args, data, start, done.state, output)
+            print(join(args, forest, start.expert, expert, output))
 
 
 def _recipe(
@@ -124,7 +124,7 @@ def _recipe(
         scores = evaluation(running, data, topology, run, args.eval_split)
         evaluate = partial(evaluate_own, scores, running, args.eval_split)
         if running.state.step == 0:
-            evaluate(0)  # what the start makes of the new domain
+            evaluate(0)  # the start on the new domain, for comparison
         return evaluate
 
     return Recipe(
@@ -142,7 +142,7 @@ def _recipe(
         make_objective=lambda device: CausalLM(data.domains, device, choose=False),
         make_evaluate=make_evaluate,
         flops_per_token=lambda module: flops_per_token(config, module, data.block_size),
-        # The weights say what was started from, wherever they lie now and however they were chosen.
+        # The digest identifies the start, wherever its files are and however it was selected.
         settings={"start weights": digest, "start": start.expert.domain}
         | dict.fromkeys(("forest", "model", "prior", "prior_sequences")),
         write_model=(
@@ -152,11 +152,11 @@ def _recipe(
 
 
 def write_grown(expert: Expert, domain: str, export: ModelExport, folder: Path) -> None:
-    """Write the model that `expert` belongs to, what was trained as one expert more; collective.
+    """Write the model of `expert` with the trained model as a further expert; collective.
 
     Args:
-        export: writes the dense model that was trained.
-        folder: there already, and empty.
+        export: writes the trained dense model.
+        folder: exists and is empty.
     """
     dense = folder / ".dense"
     export(dense)
@@ -164,51 +164,51 @@ def write_grown(expert: Expert, domain: str, export: ModelExport, folder: Path) 
     if dist.get_rank() == 0:
         grow(expert.path, folder, domain, expert.member, read_weights(dense))
         for file in dense.iterdir():
-            # Model card, recipe and tokenizer; weights and configuration are the grown model's.
+            # Model card, recipe and tokenizer. Weights and configuration come from `grow`.
             if not (folder / file.name).exists() and file.suffix != ".safetensors":
                 file.rename(folder / file.name)
         shutil.rmtree(dense)
         sync_folder(folder)
 
 
-def join(args: AdaptArgs, forest: Forest, start: Expert, made: Expert, output: Path) -> str:
-    """Add the new expert to its forest; returns the text that says where it is.
+def join(args: AdaptArgs, forest: Forest, start: Expert, new: Expert, output: Path) -> str:
+    """Add the new expert to its forest; returns a sentence with its place.
 
-    A forest.json is edited. A model with experts that grew is a forest itself. A whole model that
-    started from a folder without forest.json gets one in OUT, beside the experts of that folder.
+    A forest.json is edited. A model with a further expert is a forest itself. A whole model that
+    started from a folder without forest.json gets one in OUT, with the experts of that folder.
 
     Raises:
         UserError: if the forest got an expert of that name in the meantime.
     """
     if args.model is not None:
-        return f"a model of its own: {made.path}"
-    given = Path(args.forest)
-    manifest = given / FILE if given.is_dir() else given
+        return f"a model of its own: {new.path}"
+    path = Path(args.forest)
+    manifest = path / FILE if path.is_dir() else path
     if not manifest.is_file():
-        if made.member is not None:
-            return f"{made.domain} is an expert of {made.path}, beside those it had"
+        if new.member is not None:
+            return f"{new.domain} is an expert of {new.path}, with those it had"
         manifest = output / FILE
     with edit_forest(manifest) as experts:
-        # The same run may have come this far before.
-        experts[:] = [e for e in experts or forest.experts if not _same(e, made)]
-        if any(expert.domain == made.domain for expert in experts):
+        # An earlier attempt of this run may have added it.
+        experts[:] = [e for e in experts or forest.experts if not _same(e, new)]
+        if any(expert.domain == new.domain for expert in experts):
             raise UserError(
-                f"{manifest} got an expert {made.domain} while this one was trained; this one is "
-                f"in {made.path}"
+                f"{manifest} got an expert {new.domain} during the training of this one, which is "
+                f"in {new.path}"
             )
-        if made.member is not None:
-            # The grown folder holds the same experts, to the bit: so shared weights are read once.
-            experts[:] = [_moved(expert, start.path, made.path) for expert in experts]
-        experts.append(made)
-    return f"{made.domain} is an expert of {manifest}"
+        if new.member is not None:
+            # The grown folder holds the same experts, bit for bit: shared weights are read once.
+            experts[:] = [_moved(expert, start.path, new.path) for expert in experts]
+        experts.append(new)
+    return f"{new.domain} is an expert of {manifest}"
 
 
 def _grows(args: AdaptArgs, start: Start) -> bool:
-    """Whether the result is an expert more of the model that it started from."""
+    """True if the result is a further expert of the model that it started from."""
     return args.method == "feedforward" and start.expert.member is not None
 
 
-def _made(
+def _new_expert(
     run: RunArgs, args: AdaptArgs, data: LmData, start: Start, state: TrainState, output: Path
 ) -> Expert:
     return Expert(
@@ -225,8 +225,8 @@ def _made(
     )
 
 
-def _same(one: Expert, other: Expert) -> bool:
-    return one.domain == other.domain and one.path.resolve() == other.path.resolve()
+def _same(first: Expert, second: Expert) -> bool:
+    return first.domain == second.domain and first.path.resolve() == second.path.resolve()
 
 
 def _moved(expert: Expert, source: Path, target: Path) -> Expert:
@@ -234,7 +234,7 @@ def _moved(expert: Expert, source: Path, target: Path) -> Expert:
 
 
 def _before(output: Path, domain: str) -> float | None:
-    """Perplexity of the start on the new domain, which the run logged as that of step 0."""
+    """Perplexity of the start on the new domain, from the log of step 0."""
     records = read_metrics(output / "metrics.jsonl")
     scores = [r["perplexity"][domain] for r in records if r["step"] == 0 and "perplexity" in r]
     return scores[-1] if scores else None

@@ -11,13 +11,13 @@ from megamod.flags import refuse_changes
 
 @dataclass
 class AdaptArgs(Arguments):
-    """What is adapted to which text."""
+    """Model and text of an adaptation."""
 
     forest: str | None = option(
         None, "forest.json, its folder, or the folder of a model with experts (DEMix)"
     )
     model: str | None = option(
-        None, "folder of a dense model, in place of --forest", alias="model_name_or_path"
+        None, "folder of a dense model, instead of --forest", alias="model_name_or_path"
     )
     data: str | None = option(None, "data-bin folder written by launchers/preprocess.py")
     domain: str | None = option(None, "domain of the data-bin to adapt to; names the new expert")
@@ -25,16 +25,16 @@ class AdaptArgs(Arguments):
         "feedforward", "train the feed-forward networks alone, or everything"
     )
     start: str | None = option(
-        None, "expert to start from; none: the one that the valid split of the domain suits best"
+        None, "expert to start from; none: that of the highest posterior on the valid split"
     )
     prior: str | None = option(
-        None, "JSON of launchers/eval_ensemble.py that says which expert suits best"
+        None, "JSON of launchers/eval_ensemble.py with the weights that select the start"
     )
     prior_sequences: int = option(
-        100, "sequences of the valid split that the start is chosen by", least=1
+        100, "sequences of the valid split that select the start", least=1
     )
     max_seq_length: int | None = option(
-        None, "tokens per sequence; none: the longest that the experts have positions for", least=2
+        None, "tokens per sequence; none: as many as the experts have positions", least=2
     )
     dataloader_num_workers: int = option(0, "processes that read data, per rank", least=0)
     eval_split: Literal["valid", "test", "train"] = option("valid", "split of the evaluation")

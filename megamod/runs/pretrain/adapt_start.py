@@ -1,4 +1,4 @@
-"""Where an adaptation starts: which expert suits the new text best, and what it is made of.
+"""Start of an adaptation: selection of an expert and its model.
 
 Source: Gururangan et al. 2022 (DEMix), section 6.2.
 """
@@ -44,10 +44,10 @@ RECORD = "start.json"
 
 @dataclass(frozen=True)
 class Start:
-    """The expert an adaptation starts from, and how it was chosen.
+    """Expert that an adaptation starts from, and the reason.
 
     Attributes:
-        posterior: of each expert on the new domain, where that decided.
+        posterior: of each expert on the new domain, if it decided.
     """
 
     expert: Expert
@@ -56,7 +56,7 @@ class Start:
 
 
 def candidates(args: AdaptArgs) -> Forest:
-    """The experts that can be started from; a dense model is a forest of one.
+    """Experts to start from; a dense model is a forest of one.
 
     Raises:
         UserError: if there are none, or --start is none of them.
@@ -80,7 +80,7 @@ def candidates(args: AdaptArgs) -> Forest:
 
 
 def open_data(args: AdaptArgs, forest: Forest) -> LmData:
-    """The new domain as every expert of the forest can read it.
+    """Open the data of the new domain for all experts of the forest.
 
     Raises:
         UserError: if domain, split, vocabulary or sequence length do not fit.
@@ -93,16 +93,16 @@ def open_data(args: AdaptArgs, forest: Forest) -> LmData:
         )
     flag = "--model" if args.forest is None else "--forest"
     configs = {e.path: read_lm_config(e.path, flag) for e in forest.experts}
-    wanted = {"vocab_size": databin.vocab_size, **databin.special_ids}
+    expected = {"vocab_size": databin.vocab_size, **databin.special_ids}
     for path, config in configs.items():
         if config.model_type != DemixConfig.model_type:
             check_data(f"{flag} {path}", config, databin.vocab_size, databin.special_ids)
             continue
         for field in ("vocab_size", "pad_token_id", "eos_token_id"):
-            if getattr(config, field) != wanted[field]:
+            if getattr(config, field) != expected[field]:
                 raise UserError(
                     f"{flag}: {path} has {field} {getattr(config, field)}, --data {args.data} has "
-                    f"{wanted[field]}: they are not of one vocabulary"
+                    f"{expected[field]}: their vocabularies differ"
                 )
     limits = [limit for config in configs.values() if (limit := longest_sequence(config))]
     positions = min(limits, default=SEQUENCE)
@@ -124,11 +124,11 @@ def choose(
     resume: str,
     estimate: Callable[[], Sequence[float]],
 ) -> Start:
-    """The expert to start from: named, chosen before, or of the highest weight.
+    """Select the expert to start from: named, selected earlier, or of the highest weight.
 
     Args:
-        output: folder of the run, which may have been interrupted; --resume none forgets it.
-        estimate: makes the weights of all experts, if nothing else says them.
+        output: folder of the run; its earlier selection is kept unless --resume is none.
+        estimate: computes the weights of all experts, called only if nothing else decides.
     """
     if len(forest.experts) == 1:
         return Start(forest.experts[0], "the only one")
@@ -148,17 +148,17 @@ def choose(
 def estimate(
     forest: Forest, data: LmData, sequences: int, batch_size: int, device: torch.device
 ) -> Sequence[float]:
-    """[E] prior of the experts, estimated on the new domain's valid split; collective.
+    """Estimate the prior of the experts on the new domain's valid split: [E]; collective.
 
     Args:
-        sequences: how many to look at, from the first on.
-        batch_size: how many to run at once.
+        sequences: number of sequences, from the first one.
+        batch_size: sequences per forward pass.
     """
     protocol = Protocol(prior_sequences=sequences)
-    # Whole batches of the protocol at once, so that ranks mix the same ones as one process.
-    at_once = -(-batch_size // protocol.batch) * protocol.batch
+    # Whole batches of the protocol, so that ranks mix the same ones as one process.
+    rows = -(-batch_size // protocol.batch) * protocol.batch
     domain, path = data.domains[0], str(data.bin.path)
-    held_out = HeldOut(path, [domain], "valid", data.block_size, at_once, "false", False)
+    held_out = HeldOut(path, [domain], "valid", data.block_size, rows, "false", False)
     experts = Experts(forest, held_out, device)
     source = Together(experts) if dist.get_world_size() > 1 else OneByOne(experts)
     return estimate_priors(experts, source, [domain], protocol)[domain].prior.weights
@@ -168,7 +168,7 @@ def config_of(expert: Expert, args: AdaptArgs) -> LmConfig:
     """Configuration of the dense model that is trained.
 
     Raises:
-        UserError: if the new name cannot be one, or is taken, or there is nothing to train.
+        UserError: if the new name is invalid or taken, or nothing would be trained.
     """
     saved = read_lm_config(expert.path)
     if expert.member is not None and args.domain in domains_of(saved):
@@ -193,7 +193,7 @@ def config_of(expert: Expert, args: AdaptArgs) -> LmConfig:
 
 
 def build(expert: Expert, config: DemixConfig, method: str) -> LanguageModel:
-    """The expert as a dense model; with `feedforward` only its own fc1 and fc2 require gradients.
+    """Build the expert as a dense model; with `feedforward` only its fc1 and fc2 are trained.
 
     Raises:
         UserError: if its weights do not fit its configuration.
@@ -211,15 +211,15 @@ def build(expert: Expert, config: DemixConfig, method: str) -> LanguageModel:
             parameter.data.copy_(folder.read(name))
     model.tie_weights()
     if method == "feedforward":
-        own = _own_names(expert)
+        owned = _owned_names(expert)
         inside = feed_forward_names(model)
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in inside and (own is None or name in own))
+            parameter.requires_grad_(name in inside and (owned is None or name in owned))
     return model
 
 
 def record(forest: Forest, start: Start, digest: str) -> dict[str, object]:
-    """What is left of the choice in OUT, for people and for the same run resumed."""
+    """The record in OUT/start.json, which a resumed run reads."""
     return {
         "forest": str(forest.path),
         "start": start.expert.domain,
@@ -235,7 +235,7 @@ def digest_of(expert: Expert) -> str:
 
 
 def _recorded(path: Path, forest: Forest) -> Start | None:
-    """The start that an interrupted run chose from the same forest; the forest may have grown."""
+    """Start that an interrupted run selected in this forest, which may have grown since."""
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
         if saved["forest"] == str(forest.path) and saved["start"] in forest.domains:
@@ -248,8 +248,8 @@ def _recorded(path: Path, forest: Forest) -> Start | None:
     return None
 
 
-def _own_names(expert: Expert) -> set[str] | None:
-    """What a member of a model with experts owns, by names in a dense model; None: everything."""
+def _owned_names(expert: Expert) -> set[str] | None:
+    """Parameters of an expert alone, by names in a dense model; None: all of them."""
     if expert.member is None:
         return None
     names = ModelFolder(expert.path).tensors

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 def pretrain(
     run: RunArgs, safety: SafetyArgs, model: ModelArgs, optim: OptimArgs, data_args: DataArgs
 ) -> None:
-    """Train, score every expert on every domain, and say where everything is.
+    """Train, score every expert on every domain, and print the results.
 
     Raises:
         UserError: for arguments, data or ranks that do not fit, before anything is written.
@@ -59,7 +59,7 @@ def pretrain(
     )
     start = start_folder(model.model, model.init_from, model.from_scratch, config)
     stock = stock_files(model.model, config, data)
-    say_start(model, start, config)
+    log_start(model, start, config)
     choose, split = sharing is Sharing.DEMIX, data_args.eval_split
     for name in dict.fromkeys(("train", split)):
         data.open_split(name)
@@ -134,7 +134,7 @@ def stock_files(model: str, config: LmConfig, data: LmData) -> list[Path]:
     return files
 
 
-def say_start(model: ModelArgs, start: tuple[Path, str] | None, config: LmConfig) -> None:
+def log_start(model: ModelArgs, start: tuple[Path, str] | None, config: LmConfig) -> None:
     """Log where the weights come from."""
     if start is None:
         logger.info("new weights in the shape of %s", model.model)

@@ -52,7 +52,7 @@ TERMS = {
     "masked_lm": ("masked", "positions"),
     "replaced_token": ("tokens", "positions", "masked", "readable"),
 }
-"""Model family, and what the sums of a step are divided by, by --objective."""
+"""Model family, and divisors of the sums of a step, by --objective."""
 
 STRUCTURE = ("muxing_variant", "demuxing_variant", "num_hidden_demux_layers", "generator")
 
@@ -65,7 +65,7 @@ def pretrain(
     mux: MuxArgs,
     data_args: DataArgs,
 ) -> None:
-    """Train an encoder, score it on held-out text, and say where everything is.
+    """Train an encoder, score it on held-out text, and print the results.
 
     Raises:
         UserError: for arguments or data that do not fit, before anything is written.
@@ -103,7 +103,7 @@ def pretrain(
 
     def evaluate(running: Running, step: int) -> None:
         losses = losses_of(mux, config, running.device)
-        found = score_encoder(
+        scores = score_encoder(
             running.engine.module,
             held_out(my_rank(), topology.world_size),
             lambda module, batch: losses(module, batch, [batch[name] for name in terms]),
@@ -111,9 +111,9 @@ def pretrain(
             all_reduce,
             perplexity=mux.objective == "masked_lm",
         )
-        for name, value in found.items():
+        for name, value in scores.items():
             running.monitor.evaluated(step, {GROUP: value}, split, name)
-        last.update(found)
+        last.update(scores)
 
     recipe = Recipe(
         config=config,
@@ -137,18 +137,18 @@ def pretrain(
     )
     if done is None:
         return
-    if not last:  # a run that was finished before is scored again
+    if not last:  # a finished run is scored again
         evaluate(done, done.state.step)
     if rank == 0:
         done.monitor.close()
         write_json(done.output / "results.json", {"step": done.state.step, "split": split, **last})
         plot_curves(done.output / "metrics.jsonl", done.output / "loss.png")
-        told = "  ".join(f"{name} {value:.4g}" for name, value in last.items())
-        print(f"{split} after {done.state.step} steps: {told}\nmodel {done.output / 'model'}")
+        text = "  ".join(f"{name} {value:.4g}" for name, value in last.items())
+        print(f"{split} after {done.state.step} steps: {text}\nmodel {done.output / 'model'}")
 
 
 def losses_of(mux: MuxArgs, config: PreTrainedConfig, device: torch.device) -> Losses:
-    """From model, batch and items to losses, for the objective at hand."""
+    """Loss function of the objective: from model, batch and items to losses."""
     if mux.objective == "masked_lm":
         return partial(masked_losses, device=device, multiplexed=mux.num_instances > 1)
     return partial(replaced_losses, device=device, config=config, weight=mux.disc_loss_weight)
@@ -185,9 +185,9 @@ def encoder_config(model: ModelArgs, mux: MuxArgs, data: DataBin, length: int) -
     """
     changes = {name: getattr(model, name) for name in SHAPE}
     if is_source(model.model):
-        given = next((name for name, value in changes.items() if value is not None), None)
-        if given is not None:
-            raise UserError(f"--{given} cannot change the model in {model.model}")
+        changed = next((name for name, value in changes.items() if value is not None), None)
+        if changed is not None:
+            raise UserError(f"--{changed} cannot change the model in {model.model}")
         config = _config_of_folder(model.model, mux, data)
     else:
         config = build.encoder_config(model.model, changes, mux, DataVocabulary(data), length)
@@ -277,7 +277,7 @@ def mask_id_of(data: DataBin) -> int:
 
 
 def masking_of(data: DataBin, mux: MuxArgs) -> Masking:
-    """How tokens are masked, with the ids of the data's tokenizer.
+    """Masking settings with the ids of the data's tokenizer.
 
     Of the tokens to predict 80 % become [MASK] and 10 % others; of those to replace 85 % become
     [MASK], which is what the generator replaces.
@@ -300,7 +300,7 @@ def masking_of(data: DataBin, mux: MuxArgs) -> Masking:
 
 @dataclass(frozen=True)
 class Start:
-    """Where the first weights are read from, and the option that named it."""
+    """Source of the initial weights, and the option that named it."""
 
     source: str
     flag: str
@@ -310,7 +310,7 @@ class Start:
 
 
 def start_of(model: ModelArgs, config: PreTrainedConfig) -> Start | None:
-    """The weights that a run starts from: --init_from, else the folder of --model if it has some.
+    """Source of the initial weights: --init_from, or the folder of --model if it has weights.
 
     Raises:
         UserError: if they are those of another family or number of instances.
@@ -323,9 +323,9 @@ def start_of(model: ModelArgs, config: PreTrainedConfig) -> Start | None:
         return None
     stock = config.model_type.removeprefix("mux_")
     same = (stock, config.model_type)
-    found = open_source(*astuple(start), same.__contains__, f"{' or '.join(same)}").config
-    instances = getattr(found, "num_instances", 1)
-    if found.model_type != stock and instances != getattr(config, "num_instances", 1):
+    config_of_start = open_source(*astuple(start), same.__contains__, f"{' or '.join(same)}").config
+    instances = getattr(config_of_start, "num_instances", 1)
+    if config_of_start.model_type != stock and instances != getattr(config, "num_instances", 1):
         raise UserError(
             f"{start}: that model has num_instances {instances}, this one "
             f"{getattr(config, 'num_instances', 1)}"
