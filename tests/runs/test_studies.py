@@ -3,6 +3,8 @@
 import json
 import math
 import random
+import re
+import runpy
 import sys
 from pathlib import Path
 
@@ -69,7 +71,7 @@ def make_inputs(root: Path) -> Path:
             words = WORDS.get(name, WORDS["law"] + WORDS["code"])
             documents = [" ".join(draw.choices(words, k=9)) for _ in range(count)]
             (folder / f"{split}.txt").write_text("\n\n".join(documents) + "\n")
-    (root / "tiny.yaml").write_text(yaml.safe_dump(STUDY))
+    (root / "tiny.yaml").write_text(yaml.safe_dump(STUDY, sort_keys=False))
     make_tasks(root)
     return root
 
@@ -305,6 +307,63 @@ def test_package_folders(tmp_path, monkeypatch):
         package_folder("package:toy_two/other")
     with pytest.raises(UserError, match="pip install toy-three"):
         package_folder("package:toy_three/model")
+
+
+COPY = """
+import shutil, sys
+shutil.copytree(sys.argv[1], sys.argv[2], dirs_exist_ok=True)
+"""
+
+
+def test_processes(place, tmp_path, monkeypatch):
+    from megamod.runs.studies import study as running
+    from megamod.runs.studies.study_file import read_study
+
+    monkeypatch.setattr(running, "POLL_SECONDS", 0.02)
+    study = read_study(place / "tiny.yaml")
+    places = running.Places(place / "inputs", tmp_path / "work", tmp_path / "evidence")
+    with pytest.raises(UserError, match=r"5 cells are not done, dense\.short\.s1 among them"):
+        running.run_in_processes(study, study.cells, places, ["-c", ""], 2)
+    words = ["-c", COPY, str(place / "evidence"), str(places.evidence)]
+    running.run_in_processes(study, study.cells, places, words, 2)
+    assert running.progress(study, study.cells, places) == (
+        "5 of 5 cells of tiny; 0:00 h of work left"
+    )
+    (places.evidence / "dense.short.s1.json").unlink()
+    assert running.progress(study, study.cells, places).startswith("4 of 5 cells of tiny; 0:00 h")
+
+
+def launch(monkeypatch, *words: object) -> None:
+    """launchers/study.py in this process."""
+    monkeypatch.setattr(sys, "argv", ["study.py", *map(str, words)])
+    runpy.run_path(str(REPOSITORY / "launchers" / "study.py"))["main"]()
+
+
+def test_launcher(place, tmp_path, monkeypatch, capsys):
+    launch(monkeypatch, place / "tiny.yaml", "--list", "true")
+    assert capsys.readouterr().out.startswith("dense.short.s1 {'model': 'tiny', ")
+    document, plot = tmp_path / "doc.md", tmp_path / "plot.png"
+    document.write_text("<!-- study tiny -->\n<!-- end of study tiny -->\n")
+    shown = ("--table", "true", "--document", document, "--plot", plot)
+    launch(monkeypatch, place / "tiny.yaml", "--evidence", place / "evidence", *shown)
+    assert capsys.readouterr().out.strip() in document.read_text() and plot.is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "--study is missing"),
+        (("ladder",), "--study ladder: is no file and none of ladder_1k, "),
+        (("ladder_1k",), "--inputs is missing"),
+        (("ladder_1k", "--inputs", "absent"), "--inputs absent: there is no such folder"),
+        (("ladder_1k", "--inputs", ".", "--repeat", "true"), "name the runs with --cells"),
+        (("ladder_1k", "--cells", "dense.t80.s9"), "has no 'dense.t80.s9'; the nearest: dense.t80"),
+        (("ladder_1k", "--table", "true", "--document", "absent.md"), "there is no such file"),
+    ],
+)
+def test_launcher_refuses(words, message, monkeypatch):
+    with pytest.raises(UserError, match=re.escape(message)):
+        launch(monkeypatch, *words)
 
 
 @pytest.mark.parametrize("document", ["docs/results.md", "README.md"])
