@@ -128,6 +128,8 @@ def check_foreign(model: PreTrainedModel, report: Mapping[str, Iterable], source
     if not unused:
         return
     known = stock_names(model.config)
+    if not known:  # a registered type of somebody else, with nothing to compare with
+        return
     # A head may be left out; a part of another kind of encoder may not.
     foreign = {name for name in unused if not _is_known(name, known)}
     total = len(model.state_dict()) - len(set(report["missing_keys"])) + len(unused)
@@ -139,26 +141,42 @@ def check_foreign(model: PreTrainedModel, report: Mapping[str, Iterable], source
 
 
 def backbone_names(model: PreTrainedModel) -> set[str]:
-    """Names in the model of the parameters of the stock encoder, without its pooler."""
-    prefix = model.base_model_prefix
-    with torch.device("meta"):
-        stock = transformers.AutoModel.from_config(stock_config(model.config))
-    names = {name for name in stock.state_dict() if "pooler" not in name}
-    has_prefix = prefix and isinstance(getattr(model, prefix, None), nn.Module)
-    return {f"{prefix}.{name}" for name in names} if has_prefix else names
+    """Names in the model of the parameters of the stock encoder, without its pooler.
+
+    Of a type that has no stock encoder, all names after the base model prefix.
+    """
+    prefix, stock = model.base_model_prefix, stock_config(model.config)
+    start = f"{prefix}." if isinstance(getattr(model, prefix or " ", None), nn.Module) else ""
+    names = _tensor_names(_stock_classes(stock, ("AutoModel",)), stock)
+    if not names:
+        return {name for name in model.state_dict() if start and name.startswith(start)}
+    return {f"{start}{name}" for name in names if "pooler" not in name}
 
 
 def stock_names(config: PreTrainedConfig) -> set[str]:
     """Names of all tensors of the stock classes that checkpoints of this type are written by."""
     stock = stock_config(config)
     classes = {getattr(transformers, name, None) for name in config.architectures or ()}
-    for auto in ("AutoModel", "AutoModelForPreTraining", "AutoModelForMaskedLM"):
+    autos = ("AutoModel", "AutoModelForPreTraining", "AutoModelForMaskedLM")
+    return _tensor_names(classes | _stock_classes(stock, autos), stock)
+
+
+def _stock_classes(stock: PreTrainedConfig, autos: Iterable[str]) -> set[type]:
+    """Classes that the Auto classes make of a configuration."""
+    classes: set[type] = set()
+    for auto in autos:
         # Looked up late: importing the Auto classes registers our models, which import this module.
-        classes.add(getattr(transformers, auto)._model_mapping.get(type(stock), None))
+        kinds = getattr(transformers, auto)._model_mapping.get(type(stock), ())
+        classes |= set(kinds) if isinstance(kinds, (tuple, list)) else {kinds}
+    return classes
+
+
+def _tensor_names(classes: Iterable[type | None], stock: PreTrainedConfig) -> set[str]:
+    """Names of all tensors of these classes; no memory is allocated."""
     names: set[str] = set()
     with torch.device("meta"):
         for kind in classes:
-            if isinstance(kind, type) and kind.config_class is type(stock):
+            if isinstance(kind, type) and getattr(kind, "config_class", None) is type(stock):
                 names |= set(kind(stock).state_dict())
     return names
 

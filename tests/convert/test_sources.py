@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -19,6 +20,8 @@ from transformers import (
     ElectraModel,
     GPT2Config,
     GPT2LMHeadModel,
+    PreTrainedConfig,
+    PreTrainedModel,
     RobertaConfig,
     RobertaModel,
 )
@@ -218,3 +221,29 @@ def test_a_vocabulary_of_another_size_is_no_head(tmp_path):
     wider = BertConfig(**SIZE | {"vocab_size": 900})
     with pytest.raises(UserError, match=r"word_embeddings.weight has shape \(800, 16\), in this"):
         LOAD(str(tmp_path), "--model", config=wider, ignore_mismatched_sizes=True)
+
+
+class OtherConfig(PreTrainedConfig):
+    """A model type that a user registered, without a stock encoder."""
+
+    model_type = "registered_by_a_user"
+
+
+class OtherForSequenceClassification(PreTrainedModel):
+    config_class = OtherConfig
+
+    def __init__(self, config: OtherConfig):
+        super().__init__(config)
+        self.body, self.classifier = nn.Linear(4, 4), nn.Linear(4, config.num_labels)
+        self.post_init()
+
+
+def test_registered_types_are_loaded_as_they_are(tmp_path):
+    AutoConfig.register("registered_by_a_user", OtherConfig)
+    AutoModelForSequenceClassification.register(OtherConfig, OtherForSequenceClassification)
+    model = OtherForSequenceClassification(OtherConfig(num_labels=2))
+    model.save_pretrained(tmp_path)
+    source = open_source(str(changed(tmp_path, num_instances=2)), "--model")
+    wider = OtherConfig(num_labels=3)
+    loaded, _ = LOAD(source.name, "--model", config=wider, ignore_mismatched_sizes=True)
+    assert torch.equal(loaded.body.weight, model.body.weight)
