@@ -79,13 +79,13 @@ def parse_shape(text: str) -> Shape:
     Raises:
         SystemExit: for anything else.
     """
-    found = re.fullmatch(r"(\w[\w.]*)-n(\d+)(?:-s(\d+))?(?:-g(\d+))?", text)
-    if not found or found[1] not in SIZES:
+    result = re.fullmatch(r"(\w[\w.]*)-n(\d+)(?:-s(\d+))?(?:-g(\d+))?", text)
+    if not result or result[1] not in SIZES:
         raise SystemExit(
             f"--shape {text}: write SIZE-nN[-sLENGTH][-gGROUPS] with one of {', '.join(SIZES)}"
         )
-    size, heads = SIZES[found[1]]
-    return Shape(int(found[4] or 32), int(found[2]), int(found[3] or 128), size, heads)
+    size, heads = SIZES[result[1]]
+    return Shape(int(result[4] or 32), int(result[2]), int(result[3] or 128), size, heads)
 
 
 def _drawn(device: str, dtype: torch.dtype, *shape: int, scale: float = 1.0) -> Tensor:
@@ -240,11 +240,14 @@ def mux_attention_case(shape: Shape, dtype: str, device: str) -> Case:
         inputs[f"to_{name}"] = _drawn(device, kind, *sizes, scale=D**-0.5)
 
     def both(
-        attention: Callable[..., tuple[Tensor, Tensor]], ids: Tensor, key: Tensor, **given: Tensor
+        attention: Callable[..., tuple[Tensor, Tensor]],
+        ids: Tensor,
+        key: Tensor,
+        **arguments: Tensor,
     ) -> Tensor:
-        flat = [given.pop(f"to_{name}") for name in names]
+        flat = [arguments.pop(f"to_{name}") for name in names]
         projections = list(zip(flat[::2], flat[1::2], strict=True))
-        tables = Tables(**given, word_padding=0)
+        tables = Tables(**arguments, word_padding=0)
         attended, residual = attention(ids, key, tables, projections, shape.heads)
         return attended + residual
 

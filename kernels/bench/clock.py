@@ -58,14 +58,14 @@ class Clock:
 
     def host(self, call: Callable[[], object], rounds: int = 3) -> float:
         """Seconds until a call returns on the host, whether or not the device is done."""
-        found = []
+        result = []
         for _ in range(rounds):
             settle(self.cuda)
             start = time.perf_counter()
             call()
-            found.append(time.perf_counter() - start)
+            result.append(time.perf_counter() - start)
         settle(self.cuda)
-        return min(found)
+        return min(result)
 
 
 def settle(cuda: bool) -> None:
@@ -96,12 +96,12 @@ def yard_text(yard: dict[str, object]) -> str:
 
 def software() -> str:
     """Versions of what computes."""
-    found = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
+    result = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
     try:
-        found.append(f"triton {version('triton')}")
+        result.append(f"triton {version('triton')}")
     except PackageNotFoundError:
-        found.append("no triton")
-    return ", ".join(found)
+        result.append("no triton")
+    return ", ".join(result)
 
 
 def percentiles(times: Sequence[float]) -> tuple[float, float, float]:

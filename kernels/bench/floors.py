@@ -41,7 +41,7 @@ class Floor:
 class Verdict:
     """One floor at one place; `value` is None where nothing was measured to compare."""
 
-    place: str
+    folder: str
     what: str
     value: float | None
     limit: float
@@ -59,9 +59,9 @@ class Verdict:
         return {None: "not measured", True: "MET", False: "MISSED"}[self.met]
 
     def __str__(self) -> str:
-        found = "-" if self.value is None else f"{self.value:.3g}"
+        result = "-" if self.value is None else f"{self.value:.3g}"
         sign = ">=" if self.larger else "<="
-        return f"{self.place}: {self.what} {found}, floor {sign} {self.limit:g}: {self.word()}"
+        return f"{self.place}: {self.what} {result}, floor {sign} {self.limit:g}: {self.word()}"
 
 
 DEMUX = ("rsa_demux", "rsa_demux_l3")

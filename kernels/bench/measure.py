@@ -24,15 +24,15 @@ def variants_of(case: Case, compiled: str) -> dict[str, Variant]:
     """
     # A variant is compiled for every shape anew, as if it were the only one of a program.
     compile_ = partial(torch.compile, dynamic=False)
-    found = dict(case.variants)
+    result = dict(case.variants)
     if compiled == "none":
-        return found
+        return result
     named = {name: case.variants[name] for name in case.compiled} | dict(case.compiled_only)
-    found |= {f"compile {name}": compile_(variant) for name, variant in named.items()}
+    result |= {f"compile {name}": compile_(variant) for name, variant in named.items()}
     if compiled == "all":
         tuned = {name: named[name] for name in case.compiled}
-        found |= {f"max-autotune {n}": compile_(v, mode=TUNED) for n, v in tuned.items()}
-    return found
+        result |= {f"max-autotune {n}": compile_(v, mode=TUNED) for n, v in tuned.items()}
+    return result
 
 
 def measure_case(
@@ -58,8 +58,8 @@ def measure_case(
             rows[name]["failed"] = OUT_OF_TIME
             continue
         try:
-            found = _results(case, variant, upstream)
-            rows[name] |= errors_of(found, exact)
+            result = _results(case, variant, upstream)
+            rows[name] |= errors_of(result, exact)
             call = _call(case, variant, mode, upstream)
             call()
             calls[name] = call, 2 * clock.host(call)
@@ -70,8 +70,8 @@ def measure_case(
         for name, (call, ahead) in calls.items():
             times[name].append(clock(call, ahead))
     floor = max(case.bytes[mode] / yard.bytes_per_second, case.flops[mode] / yard.flops_per_second)
-    for name, found in times.items():
-        low, middle, high = percentiles(found)
+    for name, result in times.items():
+        low, middle, high = percentiles(result)
         rows[name] |= {
             "us": middle * 1e6,
             "us_p20": low * 1e6,
@@ -102,11 +102,11 @@ def wanted_of(case: Case, mode: str) -> list[Tensor]:
     return [value.detach(), *grads, upstream]
 
 
-def errors_of(found: Sequence[Tensor], exact: Sequence[Tensor]) -> Row:
+def errors_of(result: Sequence[Tensor], exact: Sequence[Tensor]) -> Row:
     """Norm of the difference over the norm: of the value, and the worst of all gradients."""
     errors = [
-        float((ours.double() - wanted).norm() / wanted.norm().clamp_min(1e-300))
-        for ours, wanted in zip(found, exact, strict=False)
+        float((ours.double() - expected).norm() / expected.norm().clamp_min(1e-300))
+        for ours, expected in zip(result, exact, strict=False)
     ]
     return {"error": errors[0], "grad_error": max(errors[1:], default=None)}
 
@@ -120,13 +120,13 @@ def first_line(error: BaseException) -> str:
 def _results(case: Case, variant: Variant, upstream: Tensor | None) -> list[Tensor]:
     if upstream is None:
         with torch.no_grad():
-            found = [variant(**case.inputs)]
+            result = [variant(**case.inputs)]
     else:
         value = variant(**case.inputs)
         leaves = [case.inputs[name] for name in case.differentiable]
-        found = [value.detach(), *torch.autograd.grad(value, leaves, upstream)]
+        result = [value.detach(), *torch.autograd.grad(value, leaves, upstream)]
     settle(case.device == "cuda")
-    return found
+    return result
 
 
 def _call(case: Case, variant: Variant, mode: str, upstream: Tensor | None) -> Callable[[], object]:

@@ -21,14 +21,14 @@ def launch_overhead(device: str, calls: int = CALLS, rounds: int = ROUNDS) -> di
     x = torch.randn(2, 2, 4, 256, device=device).to(torch.bfloat16)
     key = torch.randn(2, 256, device=device)
     sides = {"ours_us": lambda: multiplex(x, key), "torch_us": lambda: x.mean(1)}
-    found = dict.fromkeys(sides, float("inf"))
+    result = dict.fromkeys(sides, float("inf"))
     with torch.no_grad():
         for call in sides.values():
             call()
         for _ in range(rounds):
             for name, call in sides.items():
-                found[name] = min(found[name], _per_call(call, calls, cuda) * 1e6)
-    return found | {"extra_us": found["ours_us"] - found["torch_us"]}
+                result[name] = min(result[name], _per_call(call, calls, cuda) * 1e6)
+    return result | {"extra_us": result["ours_us"] - result["torch_us"]}
 
 
 def _per_call(call: Callable[[], Tensor], calls: int, cuda: bool) -> float:
@@ -36,6 +36,6 @@ def _per_call(call: Callable[[], Tensor], calls: int, cuda: bool) -> float:
     start = time.perf_counter()
     for _ in range(calls):
         call()
-    found = (time.perf_counter() - start) / calls
+    result = (time.perf_counter() - start) / calls
     settle(cuda)
-    return found
+    return result

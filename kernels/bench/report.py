@@ -25,13 +25,13 @@ def table(rows: Sequence[Row], header: bool = True) -> str:
             f"{'floor':>8} {'share':>6} {'error':>8} {'of grads':>8}"
         )
     for row in rows:
-        place = f"{row['op']:16} {row['shape']:14} {row['mode']:8} {row['variant']:26} "
+        folder = f"{row['op']:16} {row['shape']:14} {row['mode']:8} {row['variant']:26} "
         if "failed" in row:
-            lines.append(place + f"failed: {row['failed']}")
+            lines.append(folder + f"failed: {row['failed']}")
             continue
         spread = f"{row['us_p20']:.1f}..{row['us_p80']:.1f}"
         lines.append(
-            place + f"{row['us']:9.1f} {spread:>19} {row['floor_us']:8.1f} "
+            folder + f"{row['us']:9.1f} {spread:>19} {row['floor_us']:8.1f} "
             f"{row['share_of_floor']:6.2f} {row['error']:8.1e} {_grad_error(row):>8}"
         )
     return "\n".join(lines)
@@ -39,8 +39,8 @@ def table(rows: Sequence[Row], header: bool = True) -> str:
 
 def markdown(record: Mapping[str, object]) -> str:
     """The same for a document: a line per case, ours against the best of the others."""
-    found = [f"{yard_text(record['yard'])}, both measured in the same run.", ""]
-    found += [
+    result = [f"{yard_text(record['yard'])}, both measured in the same run.", ""]
+    result += [
         "| op | shape | mode | dtype | ours, us | share of the floor | error | of gradients | "
         "best other, us | ratio | floor |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
@@ -51,7 +51,7 @@ def markdown(record: Mapping[str, object]) -> str:
         ours = variants.get("ours", {})
         cells = list(map(str, key))
         if "us" not in ours:
-            found.append(f"| {' | '.join(cells)} | failed" + " | -" * 6 + " |")
+            result.append(f"| {' | '.join(cells)} | failed" + " | -" * 6 + " |")
             continue
         cells += [f"{ours['us']:.1f}", f"{ours['share_of_floor']:.2f}", f"{ours['error']:.1e}"]
         cells.append(_grad_error(ours))
@@ -63,14 +63,14 @@ def markdown(record: Mapping[str, object]) -> str:
             cells += ["-", "-"]
         judged = verdicts(variants.values())
         cells.append("; ".join(f"{v.word()} ({v.what} {_at_least(v)})" for v in judged) or "-")
-        found.append(f"| {' | '.join(cells)} |")
+        result.append(f"| {' | '.join(cells)} |")
     if overhead := record.get("overhead"):
-        found += ["", _overhead_line(overhead)]
+        result += ["", _overhead_line(overhead)]
     if failed:
-        found += ["", "Without a time:", "", *(f"* {line}" for line in failed)]
+        result += ["", "Without a time:", "", *(f"* {line}" for line in failed)]
     if left := record.get("not_measured"):
-        found += ["", f"Not measured, no time left: {', '.join(left)}."]
-    return "\n".join(found)
+        result += ["", f"Not measured, no time left: {', '.join(left)}."]
+    return "\n".join(result)
 
 
 def judged_lines(record: Mapping[str, object]) -> list[str]:
@@ -80,10 +80,10 @@ def judged_lines(record: Mapping[str, object]) -> list[str]:
 
 def judged(record: Mapping[str, object]) -> list:
     """All verdicts of a record."""
-    found = verdicts(record["rows"])
+    result = verdicts(record["rows"])
     if overhead := record.get("overhead"):
-        found.append(overhead_verdict(overhead))
-    return found
+        result.append(overhead_verdict(overhead))
+    return result
 
 
 def write_between(path: Path, begin: str, end: str, text: str) -> None:
@@ -146,16 +146,16 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         len(panels), 2, figsize=(12, 3 * len(panels)), squeeze=False, layout="constrained"
     )
     for panel, pair in zip(panels, axes, strict=True):
-        own = [row for row in timed if (row["op"], row["mode"]) == panel]
-        shapes = list(dict.fromkeys(row["shape"] for row in own))
-        variants = list(dict.fromkeys(row["variant"] for row in own))
+        local = [row for row in timed if (row["op"], row["mode"]) == panel]
+        shapes = list(dict.fromkeys(row["shape"] for row in local))
+        variants = list(dict.fromkeys(row["variant"] for row in local))
         width = 0.8 / len(variants)
         for axis, name in zip(pair, ("us", "share_of_floor"), strict=True):
             for number, variant in enumerate(variants):
-                found = {row["shape"]: row[name] for row in own if row["variant"] == variant}
+                result = {row["shape"]: row[name] for row in local if row["variant"] == variant}
                 shift = (number - (len(variants) - 1) / 2) * width
-                places = [shapes.index(shape) + shift for shape in found]
-                axis.bar(places, found.values(), width, label=variant, color=colours[variant])
+                places = [shapes.index(shape) + shift for shape in result]
+                axis.bar(places, result.values(), width, label=variant, color=colours[variant])
             axis.set_xticks(range(len(shapes)), shapes, fontsize=8)
             axis.set_xlim(-0.6, len(shapes) - 0.4)
             axis.set_title(" ".join(panel))

@@ -69,9 +69,9 @@ def main() -> int:
     print(yard_text(record["yard"]))
     if args.device != "cuda":
         return 0
-    found = judged(record)
-    print("\n".join(map(str, found)))
-    return int(any(verdict.met is False for verdict in found))
+    result = judged(record)
+    print("\n".join(map(str, result)))
+    return int(any(verdict.met is False for verdict in result))
 
 
 def measure(args: argparse.Namespace, wishes: list) -> dict[str, object]:
@@ -86,7 +86,7 @@ def measure(args: argparse.Namespace, wishes: list) -> dict[str, object]:
     rows, left = [], []
     record: dict[str, object] = {"yard": yard.record(), "not_measured": left}
     record |= {"overhead": launch_overhead(args.device), "rows": rows}
-    for wish, found in measure_all(
+    for wish, result in measure_all(
         wishes,
         device=args.device,
         dtype=args.dtype,
@@ -95,11 +95,11 @@ def measure(args: argparse.Namespace, wishes: list) -> dict[str, object]:
         yard=yard,
         seconds=60 * args.minutes if args.minutes is not None else float("inf"),
     ):
-        if found is None:
+        if result is None:
             left.append(str(wish))
             continue
-        print(table(found, header=not rows), flush=True)
-        rows[:] = replaced(rows, found)
+        print(table(result, header=not rows), flush=True)
+        rows[:] = replaced(rows, result)
         if args.json:
             write_json(record, args.json)
     if args.json:

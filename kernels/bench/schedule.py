@@ -80,8 +80,8 @@ def measure_all(
         variants = variants_of(case, chosen)
         rows: list[Row] = []
         for mode in wish.modes:
-            found = measure_case(case, mode, variants, yard, rounds, deadline)
-            rows += [named | row for row in found]
+            result = measure_case(case, mode, variants, yard, rounds, deadline)
+            rows += [named | row for row in result]
         del case, variants
         if device == "cuda":
             torch.cuda.empty_cache()

@@ -1,10 +1,10 @@
-"""Kernels built without a GPU, and what they take of one: registers, shared memory, spills.
+"""Ahead-of-time compilation of all kernels: registers, shared memory and spills, without a GPU.
 
     python -m megamod_kernels.compile_ahead            all tuned builds, for sm_80 and sm_90
     python -m megamod_kernels.compile_ahead --json FILE rsa_demux
 
-Triton compiles down to a cubin for any target; the tools in its wheel tell the resources. Nothing
-is said about results or speed. TRITON_INTERPRET must not be set.
+Triton compiles to a cubin for any target; the tools in its wheel report the resources. Results and
+speed are not checked. TRITON_INTERPRET must not be set.
 """
 
 import argparse
@@ -36,7 +36,7 @@ OPERATIONS = (
 """Modules of this package that have `builds()`."""
 
 SHARED_LIMIT = {80: 166_912, 90: 232_448}
-"""Bytes of shared memory that one block may ask for, by compute capability."""
+"""Largest shared memory of a block in bytes, by compute capability."""
 
 WARP_SIZE = 32
 
@@ -50,7 +50,7 @@ class Build:
         kernel: a function under `triton.jit`.
         signature: argument to type, such as "*bf16", "i32", "fp32".
         constants: compile-time arguments.
-        aligned: arguments that are multiples of 16, as a launch would find out.
+        aligned: arguments that are multiples of 16, which a launch detects itself.
     """
 
     name: str
@@ -66,44 +66,46 @@ def resources(build: Build, capability: int) -> dict[str, int]:
     """Compile for a compute capability, such as 90.
 
     Returns:
-        per thread "registers", "stack" and "spills" (bytes stored or loaded for want of registers);
+        per thread "registers", "stack" and "spills" (bytes of spilled registers);
         per block "shared" (bytes).
     """
     names = build.kernel.arg_names
-    place = {name: (number,) for number, name in enumerate(names)}
+    index = {name: (number,) for number, name in enumerate(names)}
     source = ASTSource(
         fn=build.kernel,
         signature={n: "constexpr" if n in build.constants else build.signature[n] for n in names},
-        constexprs={place[name]: value for name, value in build.constants.items()},
-        attrs={place[n]: [["tt.divisibility", 16]] for n in build.aligned if n in place},
+        constexprs={index[name]: value for name, value in build.constants.items()},
+        attrs={index[n]: [["tt.divisibility", 16]] for n in build.aligned if n in index},
     )
     options = {"num_warps": build.num_warps, "num_stages": build.num_stages}
-    made = triton.compile(source, target=GPUTarget("cuda", capability, WARP_SIZE), options=options)
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", capability, WARP_SIZE), options=options
+    )
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
         cubin, ptx = Path(folder) / "kernel.cubin", Path(folder) / "kernel.ptx"
-        cubin.write_bytes(made.asm["cubin"])
+        cubin.write_bytes(compiled.asm["cubin"])
         used = _run(tools / "cuobjdump", "-res-usage", cubin)
         registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", used).groups())
         spills = 0
-        if stack:  # where spilled registers go, among others
-            ptx.write_text(made.asm["ptx"])
-            target = re.search(r"\.target (\w+)", made.asm["ptx"])[1]
-            told = _run(tools / "ptxas", "-v", f"--gpu-name={target}", ptx, "-o", "/dev/null")
-            spills = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", told)))
-    shared = made.metadata.shared
+        if stack:  # spilled registers are on the stack, among others
+            ptx.write_text(compiled.asm["ptx"])
+            target = re.search(r"\.target (\w+)", compiled.asm["ptx"])[1]
+            report = _run(tools / "ptxas", "-v", f"--gpu-name={target}", ptx, "-o", "/dev/null")
+            spills = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", report)))
+    shared = compiled.metadata.shared
     return {"registers": registers, "stack": stack, "spills": spills, "shared": shared}
 
 
-def refused_ones(build: Build) -> list[str]:
-    """Integers with which the kernel cannot be translated if they are 1.
+def refused_arguments(build: Build) -> list[str]:
+    """Integer arguments for which the kernel does not compile when they are 1.
 
-    A launch makes constants of these, which lack some methods of other integers.
+    A launch turns the value 1 into a constant, which lacks some methods of other integers.
     """
     target, names = GPUTarget("cuda", 90, WARP_SIZE), build.kernel.arg_names
     backend, refused = make_backend(target), []
-    for one in (name for name, kind in build.signature.items() if kind == "i32"):
-        constants = {**build.constants, one: 1}
+    for argument in (name for name, kind in build.signature.items() if kind == "i32"):
+        constants = {**build.constants, argument: 1}
         source = ASTSource(
             fn=build.kernel,
             signature={n: "constexpr" if n in constants else build.signature[n] for n in names},
@@ -112,11 +114,11 @@ def refused_ones(build: Build) -> list[str]:
         options, context = backend.parse_options({"num_warps": build.num_warps}), ir.context()
         ir.load_dialects(context)
         backend.load_dialects(context)
-        made_by = backend.get_codegen_implementation(options), backend.get_module_map()
+        codegen = backend.get_codegen_implementation(options), backend.get_module_map()
         try:
-            source.make_ir(target, options, *made_by, context)
+            source.make_ir(target, options, *codegen, context)
         except CompilationError:
-            refused.append(one)
+            refused.append(argument)
     return refused
 
 
@@ -126,17 +128,17 @@ def builds_of(operations: Iterable[str]) -> Iterator[Build]:
         yield from importlib.import_module(f"megamod_kernels.{name}").builds()
 
 
-def faults(found: Mapping[str, int], capability: int) -> list[str]:
-    """What is wrong with a build; nothing for a good one."""
-    wrong = [f"{found[name]} bytes of {name}" for name in ("stack", "spills") if found[name]]
+def faults(usage: Mapping[str, int], capability: int) -> list[str]:
+    """List the faults of a build: stack, spills, too much shared memory."""
+    listed = [f"{usage[name]} bytes of {name}" for name in ("stack", "spills") if usage[name]]
     limit = SHARED_LIMIT[capability]
-    if found["shared"] > limit:
-        wrong.append(f"{found['shared']} bytes of shared memory, {limit} are there")
-    return wrong
+    if usage["shared"] > limit:
+        listed.append(f"{usage['shared']} bytes of shared memory, the limit is {limit}")
+    return listed
 
 
 def main() -> int:
-    """Build, print a line each, and tell by the exit code whether all are good."""
+    """Compile all builds and print a line for each; exit code 1 if one has faults."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -149,13 +151,13 @@ def main() -> int:
     rows, bad = [], 0
     for build in builds_of(args.operations or OPERATIONS):
         for capability in args.capability:
-            found = resources(build, capability)
-            wrong = faults(found, capability)
-            bad += bool(wrong)
-            rows.append({"build": build.name, "capability": capability, **found, "faults": wrong})
+            usage = resources(build, capability)
+            listed = faults(usage, capability)
+            bad += bool(listed)
+            rows.append({"build": build.name, "capability": capability, **usage, "faults": listed})
             print(
-                f"sm_{capability} {build.name:58} {found['registers']:4} registers "
-                f"{found['shared']:7} shared  {'; '.join(wrong)}",
+                f"sm_{capability} {build.name:58} {usage['registers']:4} registers "
+                f"{usage['shared']:7} shared  {'; '.join(listed)}",
                 flush=True,
             )
     if args.json:

@@ -1,9 +1,9 @@
-"""Triton kernels of `rsa_demux`: everything between its matrix products, and one with a prologue.
+"""Triton kernels of `rsa_demux`: the steps between its matrix products, and a fused product.
 
-Row r of the result is instance k of mixed position u: for all instances and positions r counts
-[B, N, L], for pairs both numbers are read. What is left of layers between is their input to GELU
-(`before`); states are made again from it and from both parts of the first layer. GELUs are what
-costs, so that rows are held whole, as tuples of TILES tiles of WIDTH columns.
+Row r of the output is one instance at one mixed position: without pairs, r enumerates [B, N, L];
+with pairs, both indices are loaded. Only the GELU inputs of the layers (`pre_gelu`) are stored;
+states are recomputed from them and from the two parts of the first layer. GELU is the expensive
+step, so each row is held whole, as a tuple of TILES tiles of WIDTH columns.
 """
 
 # ruff: noqa: RUF005, B007 (Triton knows neither starred tuples nor a loop variable `_`)
@@ -12,88 +12,170 @@ import triton
 import triton.language as tl
 
 from megamod_kernels.dot import dot
-from megamod_kernels.rows import gelu, gelu_and_slope, held_moments, inside, kept
+from megamod_kernels.rows import dropout_factor, gelu, gelu_and_slope, moments_of_tiles, valid_mask
 
 
 @triton.jit
-def _places(row, of_hidden, of_key, valid, N, L, PAIRS: tl.constexpr):
+def _row_indices(row, pair_position, pair_instance, valid, N, L, PAIRS: tl.constexpr):
     """Mixed position and instance of rows."""
     if PAIRS:
-        place = tl.load(of_hidden + row, mask=valid, other=0)
-        instance = tl.load(of_key + row, mask=valid, other=0)
-        return place, instance
+        position = tl.load(pair_position + row, mask=valid, other=0)
+        instance = tl.load(pair_instance + row, mask=valid, other=0)
+        return position, instance
     else:
         return (row // (N * L) * L + row % L).to(tl.int64), row // L % N
 
 
 @triton.jit
 def _read(source, row, first_column, D, valid, WIDTH: tl.constexpr, WHOLE: tl.constexpr):
-    """A tile of rows in float32, and 0 outside."""
+    """Load a tile of rows in float32, with 0 outside."""
     column = first_column + tl.arange(0, WIDTH)
     at = source + row[:, None] * D + column[None, :]
-    return tl.load(at, mask=inside(valid, column, D, WHOLE), other=0.0).to(tl.float32)
+    return tl.load(at, mask=valid_mask(valid, column, D, WHOLE), other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _write(target, row, first_column, D, valid, value, WIDTH: tl.constexpr, WHOLE: tl.constexpr):
     column = first_column + tl.arange(0, WIDTH)
     at = target + row[:, None] * D + column[None, :]
-    tl.store(at, value.to(target.dtype.element_ty), mask=inside(valid, column, D, WHOLE))
+    tl.store(at, value.to(target.dtype.element_ty), mask=valid_mask(valid, column, D, WHOLE))
 
 
 @triton.jit
 def _state(
-    hidden, key, before, seed, row, place, instance, first_column, valid, rows, D, dropout,
-    LAYERS: tl.constexpr, DROPS: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
-    """A tile of the state behind LAYERS residual layers, in float32, and 0 outside."""
-    first = _read(hidden, place, first_column, D, valid, WIDTH, WHOLE)
-    x = gelu(first + _read(key, instance, first_column, D, valid, WIDTH, WHOLE))
-    x *= kept(seed, 0, row, first_column, dropout, DROPS, WIDTH)
+    hidden_part,
+    key_part,
+    pre_gelu,
+    seed,
+    row,
+    position,
+    instance,
+    first_column,
+    valid,
+    rows,
+    D,
+    dropout,
+    LAYERS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """Compute a tile of the state after LAYERS residual layers, in float32, with 0 outside."""
+    first = _read(hidden_part, position, first_column, D, valid, WIDTH, WHOLE)
+    x = gelu(first + _read(key_part, instance, first_column, D, valid, WIDTH, WHOLE))
+    x *= dropout_factor(seed, 0, row, first_column, dropout, DROPOUT, WIDTH)
     for layer in tl.static_range(LAYERS):
-        more = gelu(_read(before, layer * rows + row, first_column, D, valid, WIDTH, WHOLE))
-        x += more * kept(seed, layer + 1, row, first_column, dropout, DROPS, WIDTH)
+        grad_tile = gelu(_read(pre_gelu, layer * rows + row, first_column, D, valid, WIDTH, WHOLE))
+        x += grad_tile * dropout_factor(seed, layer + 1, row, first_column, dropout, DROPOUT, WIDTH)
     return x
 
 
 @triton.jit
 def rsa_demux_state_kernel(
-    hidden, key, before, state, of_hidden, of_key, seed, rows, D, N, L, dropout,
-    LAYERS: tl.constexpr, PAIRS: tl.constexpr, DROPS: tl.constexpr, ROWS: tl.constexpr,
-    WIDTH: tl.constexpr, TILES: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
-    """What the next product reads."""
+    hidden_part,
+    key_part,
+    pre_gelu,
+    state,
+    pair_position,
+    pair_instance,
+    seed,
+    rows,
+    D,
+    N,
+    L,
+    dropout,
+    LAYERS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILES: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """Write the state that the next matrix product reads."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = row < rows
-    place, instance = _places(row, of_hidden, of_key, valid, N, L, PAIRS)
+    position, instance = _row_indices(row, pair_position, pair_instance, valid, N, L, PAIRS)
     row = row.to(tl.int64)
     for tile in tl.static_range(TILES):
-        x = _state(hidden, key, before, seed, row, place, instance, tile * WIDTH, valid, rows, D,
-                   dropout, LAYERS, DROPS, WIDTH, WHOLE)  # fmt: skip
+        x = _state(
+            hidden_part,
+            key_part,
+            pre_gelu,
+            seed,
+            row,
+            position,
+            instance,
+            tile * WIDTH,
+            valid,
+            rows,
+            D,
+            dropout,
+            LAYERS,
+            DROPOUT,
+            WIDTH,
+            WHOLE,
+        )
         _write(state, row, tile * WIDTH, D, valid, x, WIDTH, WHOLE)
 
 
 @triton.jit
 def rsa_demux_matmul_kernel(
-    hidden, key, before, state, weight, bias, output, of_hidden, of_key, seed, rows, D, N, L,
-    dropout, LAYERS: tl.constexpr, LAST: tl.constexpr, PAIRS: tl.constexpr, DROPS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
-    """output = state weight^T + bias, the state made where the product reads it.
+    hidden_part,
+    key_part,
+    pre_gelu,
+    state,
+    weight,
+    bias,
+    output,
+    pair_position,
+    pair_instance,
+    seed,
+    rows,
+    D,
+    N,
+    L,
+    dropout,
+    LAYERS: tl.constexpr,
+    LAST: tl.constexpr,
+    PAIRS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """output = state weight^T + bias, with the state computed in the prologue of the product.
 
-    With LAST it is written as well, for what comes behind; WHOLE: INNER divides D.
+    LAST: also write the state, for the final residual. WHOLE: D is a multiple of INNER.
     """
-    # Neighbouring programs share their rows, whose states then come from cache.
+    # Neighbouring programs read the same rows, which then come from the cache.
     across = tl.cdiv(D, COLUMNS)
     row = tl.program_id(0) // across * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
     valid = row < rows
-    place, instance = _places(row, of_hidden, of_key, valid, N, L, PAIRS)
+    position, instance = _row_indices(row, pair_position, pair_instance, valid, N, L, PAIRS)
     row = row.to(tl.int64)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, D, INNER):
-        x = _state(hidden, key, before, seed, row, place, instance, start, valid, rows, D, dropout,
-                   LAYERS, DROPS, INNER, WHOLE)  # fmt: skip
+        x = _state(
+            hidden_part,
+            key_part,
+            pre_gelu,
+            seed,
+            row,
+            position,
+            instance,
+            start,
+            valid,
+            rows,
+            D,
+            dropout,
+            LAYERS,
+            DROPOUT,
+            INNER,
+            WHOLE,
+        )
         if LAST:
             first = valid & (tl.program_id(0) % across == 0)
             _write(state, row, start, D, first, x, INNER, WHOLE)
@@ -117,15 +199,15 @@ def rsa_demux_finish_kernel(
     last, norm, norm_bias, output, rows, D, eps,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Adds LN(gelu(last)) to the output, which holds the state."""
+    """Add LN(gelu(last)) to the output, which holds the state."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     valid = row < rows
     x = ()
     for tile in tl.static_range(TILES):
         x = x + (gelu(_read(last, row, tile * WIDTH, D, valid, WIDTH, WHOLE)),)
-    mean, scale = held_moments(x, D, eps, TILES, WIDTH, WHOLE)
+    mean, scale = moments_of_tiles(x, D, eps, TILES, WIDTH, WHOLE)
     for tile in tl.static_range(TILES):
-        # Read as often as there are rows, but laid out as they are.
+        # Loaded once per row, in the layout of the rows.
         gain = _read(norm, row * 0, tile * WIDTH, D, valid, WIDTH, WHOLE)
         shift = _read(norm_bias, row * 0, tile * WIDTH, D, valid, WIDTH, WHOLE)
         value = (x[tile] - mean[:, None]) * scale[:, None] * gain + shift
@@ -135,123 +217,201 @@ def rsa_demux_finish_kernel(
 
 @triton.jit
 def rsa_demux_layer_bwd_kernel(
-    hidden, key, before, upstream, norm, grad, state, partial, of_hidden, of_key, seed,
-    rows, D, N, L, dropout, eps, blocks,
-    LAYER: tl.constexpr, NORM: tl.constexpr, PAIRS: tl.constexpr, DROPS: tl.constexpr,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
-    """Through the GELU behind product LAYER; with NORM through the norm behind that before.
+    hidden_part,
+    key_part,
+    pre_gelu,
+    upstream,
+    norm,
+    grad,
+    state,
+    partial,
+    pair_position,
+    pair_instance,
+    seed,
+    rows,
+    D,
+    N,
+    L,
+    dropout,
+    eps,
+    blocks,
+    LAYER: tl.constexpr,
+    NORM: tl.constexpr,
+    PAIRS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILES: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """Backward of gelu(pre_gelu[LAYER]); with NORM, of the LayerNorm after it first.
 
-    Also the state that the product was given, for its weight's gradient, and sums over some blocks
-    of rows: partial [programs, 1, D] float32, gradients of the product's bias; with NORM
-    [programs, 3, D], those of the norm's weight and bias behind it.
+    Also writes the state that product LAYER read, for the gradient of its weight, and partial sums
+    over blocks of rows: partial [programs, 1, D] float32 for the product's bias; with NORM
+    [programs, 3, D], also for weight and bias of the norm.
     """
-    of_bias, of_gain, of_shift = (), (), ()
+    bias_sum, gain_sum, shift_sum = (), (), ()
     for tile in tl.static_range(TILES):
-        of_bias = of_bias + (tl.zeros([ROWS, WIDTH], tl.float32),)
-        of_gain = of_gain + (tl.zeros([ROWS, WIDTH], tl.float32),)
-        of_shift = of_shift + (tl.zeros([ROWS, WIDTH], tl.float32),)
+        bias_sum = bias_sum + (tl.zeros([ROWS, WIDTH], tl.float32),)
+        gain_sum = gain_sum + (tl.zeros([ROWS, WIDTH], tl.float32),)
+        shift_sum = shift_sum + (tl.zeros([ROWS, WIDTH], tl.float32),)
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
         row = block * ROWS + tl.arange(0, ROWS)
         valid = row < rows
-        place, instance = _places(row, of_hidden, of_key, valid, N, L, PAIRS)
+        position, instance = _row_indices(row, pair_position, pair_instance, valid, N, L, PAIRS)
         row = row.to(tl.int64)
-        x, slopes, up = (), (), ()
+        x, slopes, upstream_tile = (), (), ()
         for tile in tl.static_range(TILES):
-            given = _read(before, LAYER * rows + row, tile * WIDTH, D, valid, WIDTH, WHOLE)
-            value, slope = gelu_and_slope(given)
+            loaded = _read(pre_gelu, LAYER * rows + row, tile * WIDTH, D, valid, WIDTH, WHOLE)
+            value, slope = gelu_and_slope(loaded)
             x, slopes = x + (value,), slopes + (slope,)
-            up = up + (_read(upstream, row, tile * WIDTH, D, valid, WIDTH, WHOLE),)
-        mean, scale, along, level = 0.0, 0.0, 0.0, 0.0
+            upstream_tile = upstream_tile + (
+                _read(upstream, row, tile * WIDTH, D, valid, WIDTH, WHOLE),
+            )
+        mean, scale, product_mean, grad_mean = 0.0, 0.0, 0.0, 0.0
         if NORM:
-            mean, scale = held_moments(x, D, eps, TILES, WIDTH, WHOLE)
+            mean, scale = moments_of_tiles(x, D, eps, TILES, WIDTH, WHOLE)
             products = tl.zeros([ROWS, WIDTH], tl.float32)
             total = tl.zeros([ROWS, WIDTH], tl.float32)
             for tile in tl.static_range(TILES):
-                wanted = up[tile] * _read(norm, row * 0, tile * WIDTH, D, valid, WIDTH, WHOLE)
-                products += wanted * (x[tile] - mean[:, None])
-                total += wanted
-            along, level = tl.sum(products, 1) * scale / D, tl.sum(total, 1) / D
+                scaled = upstream_tile[tile] * _read(
+                    norm, row * 0, tile * WIDTH, D, valid, WIDTH, WHOLE
+                )
+                products += scaled * (x[tile] - mean[:, None])
+                total += scaled
+            product_mean, grad_mean = tl.sum(products, 1) * scale / D, tl.sum(total, 1) / D
         biases, gains, shifts = (), (), ()
         for tile in tl.static_range(TILES):
             if NORM:
                 unit = (x[tile] - mean[:, None]) * scale[:, None]
-                more = up[tile] * _read(norm, row * 0, tile * WIDTH, D, valid, WIDTH, WHOLE)
-                more -= level[:, None] + unit * along[:, None]
-                more *= scale[:, None] * slopes[tile]
-                gains = gains + (of_gain[tile] + up[tile] * unit,)
-                shifts = shifts + (of_shift[tile] + up[tile],)
+                grad_tile = upstream_tile[tile] * _read(
+                    norm, row * 0, tile * WIDTH, D, valid, WIDTH, WHOLE
+                )
+                grad_tile -= grad_mean[:, None] + unit * product_mean[:, None]
+                grad_tile *= scale[:, None] * slopes[tile]
+                gains = gains + (gain_sum[tile] + upstream_tile[tile] * unit,)
+                shifts = shifts + (shift_sum[tile] + upstream_tile[tile],)
             else:
-                more = up[tile] * slopes[tile]
-                more *= kept(seed, LAYER + 1, row, tile * WIDTH, dropout, DROPS, WIDTH)
-            _write(grad, row, tile * WIDTH, D, valid, more, WIDTH, WHOLE)
-            biases = biases + (of_bias[tile] + more,)
-            made = _state(hidden, key, before, seed, row, place, instance, tile * WIDTH, valid,
-                          rows, D, dropout, LAYER, DROPS, WIDTH, WHOLE)  # fmt: skip
-            _write(state, row, tile * WIDTH, D, valid, made, WIDTH, WHOLE)
-        of_bias = biases
+                grad_tile = upstream_tile[tile] * slopes[tile]
+                grad_tile *= dropout_factor(
+                    seed, LAYER + 1, row, tile * WIDTH, dropout, DROPOUT, WIDTH
+                )
+            _write(grad, row, tile * WIDTH, D, valid, grad_tile, WIDTH, WHOLE)
+            biases = biases + (bias_sum[tile] + grad_tile,)
+            recomputed = _state(
+                hidden_part,
+                key_part,
+                pre_gelu,
+                seed,
+                row,
+                position,
+                instance,
+                tile * WIDTH,
+                valid,
+                rows,
+                D,
+                dropout,
+                LAYER,
+                DROPOUT,
+                WIDTH,
+                WHOLE,
+            )
+            _write(state, row, tile * WIDTH, D, valid, recomputed, WIDTH, WHOLE)
+        bias_sum = biases
         if NORM:
-            of_gain, of_shift = gains, shifts
+            gain_sum, shift_sum = gains, shifts
     for tile in tl.static_range(TILES):
         column = tile * WIDTH + tl.arange(0, WIDTH)
-        own = partial + tl.program_id(0).to(tl.int64) * (3 if NORM else 1) * D + column
-        tl.store(own, tl.sum(of_bias[tile], 0), mask=column < D)
+        target = partial + tl.program_id(0).to(tl.int64) * (3 if NORM else 1) * D + column
+        tl.store(target, tl.sum(bias_sum[tile], 0), mask=column < D)
         if NORM:
-            tl.store(own + D, tl.sum(of_gain[tile], 0), mask=column < D)
-            tl.store(own + 2 * D, tl.sum(of_shift[tile], 0), mask=column < D)
+            tl.store(target + D, tl.sum(gain_sum[tile], 0), mask=column < D)
+            tl.store(target + 2 * D, tl.sum(shift_sum[tile], 0), mask=column < D)
 
 
 @triton.jit
-def _into_first(
-    hidden, key, upstream, seed, row, place, instance, first_column, valid, D, dropout,
-    DROPS: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr,
+def _first_gelu_backward(
+    hidden_part, key_part, upstream, seed, row, position, instance, first_column, valid, D, dropout,
+    DROPOUT: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the gradient of what the first GELU was given."""
-    first = _read(hidden, place, first_column, D, valid, WIDTH, WHOLE)
-    _, slope = gelu_and_slope(first + _read(key, instance, first_column, D, valid, WIDTH, WHOLE))
-    up = _read(upstream, row, first_column, D, valid, WIDTH, WHOLE)
-    return up * slope * kept(seed, 0, row, first_column, dropout, DROPS, WIDTH)
+    """Compute a tile of the gradient of the first GELU's input."""
+    first = _read(hidden_part, position, first_column, D, valid, WIDTH, WHOLE)
+    _, slope = gelu_and_slope(
+        first + _read(key_part, instance, first_column, D, valid, WIDTH, WHOLE)
+    )
+    upstream_tile = _read(upstream, row, first_column, D, valid, WIDTH, WHOLE)
+    return (
+        upstream_tile * slope * dropout_factor(seed, 0, row, first_column, dropout, DROPOUT, WIDTH)
+    )
 
 
 @triton.jit
 def rsa_demux_first_bwd_kernel(
-    hidden, key, upstream, grad, of_hidden, of_key, seed, rows, D, dropout,
-    DROPS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
-    """Through the first GELU, row by row, for pairs."""
+    hidden_part,
+    key_part,
+    upstream,
+    grad,
+    pair_position,
+    pair_instance,
+    seed,
+    rows,
+    D,
+    dropout,
+    DROPOUT: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """Backward of the first GELU for pairs, row by row."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     valid = row < rows
-    place, instance = _places(row, of_hidden, of_key, valid, 1, 1, True)
+    position, instance = _row_indices(row, pair_position, pair_instance, valid, 1, 1, True)
     start = tl.program_id(1) * WIDTH
-    value = _into_first(hidden, key, upstream, seed, row, place, instance, start, valid, D,
-                        dropout, DROPS, WIDTH, WHOLE)  # fmt: skip
+    value = _first_gelu_backward(
+        hidden_part,
+        key_part,
+        upstream,
+        seed,
+        row,
+        position,
+        instance,
+        start,
+        valid,
+        D,
+        dropout,
+        DROPOUT,
+        WIDTH,
+        WHOLE,
+    )
     _write(grad, row, start, D, valid, value, WIDTH, WHOLE)
 
 
 @triton.jit
 def rsa_demux_sums_bwd_kernel(
-    hidden, key, upstream, grad_hidden, partial, seed, positions, D, N, L, dropout,
-    DROPS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr,
+    hidden_part, key_part, upstream, grad_hidden, partial, seed, positions, D, N, L, dropout,
+    DROPOUT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """The same for all instances of a position at once, summed over them, and over positions.
+    """Backward of the first GELU for all instances, summed over instances and over positions.
 
     partial [programs, N, D] float32: the key's gradient from one block of positions.
     """
-    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    valid = place < positions
+    position = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    valid = position < positions
     start = tl.program_id(1) * WIDTH
     column = start + tl.arange(0, WIDTH)
-    first_row = (place // L * N).to(tl.int64) * L + place % L
-    place = place.to(tl.int64)
-    own = partial + tl.program_id(0).to(tl.int64) * N * D + column
+    first_row = (position // L * N).to(tl.int64) * L + position % L
+    position = position.to(tl.int64)
+    target = partial + tl.program_id(0).to(tl.int64) * N * D + column
     total = tl.zeros([ROWS, WIDTH], tl.float32)
-    first = _read(hidden, place, start, D, valid, WIDTH, WHOLE)
+    first = _read(hidden_part, position, start, D, valid, WIDTH, WHOLE)
     for instance in range(N):
         row = first_row + instance * L
-        marked = tl.load(key + instance * D + column, mask=column < D, other=0.0).to(tl.float32)
-        _, slope = gelu_and_slope(first + marked[None, :])
+        key_row = tl.load(key_part + instance * D + column, mask=column < D, other=0.0).to(
+            tl.float32
+        )
+        _, slope = gelu_and_slope(first + key_row[None, :])
         value = _read(upstream, row, start, D, valid, WIDTH, WHOLE) * slope
-        value *= kept(seed, 0, row, start, dropout, DROPS, WIDTH)
+        value *= dropout_factor(seed, 0, row, start, dropout, DROPOUT, WIDTH)
         total += value
-        tl.store(own + instance * D, tl.sum(value, 0), mask=column < D)
-    _write(grad_hidden, place, start, D, valid, total, WIDTH, WHOLE)
+        tl.store(target + instance * D, tl.sum(value, 0), mask=column < D)
+    _write(grad_hidden, position, start, D, valid, total, WIDTH, WHOLE)

@@ -1,8 +1,8 @@
-"""RSA demultiplexing in plain torch: its definition, and a form of it that keeps little.
+"""RSA demultiplexing in plain torch: the reference, and a form that saves less for backward.
 
 The first layer sees [key ; hidden]. Its matrix is split, W = [W_key | W_hidden], so that the hidden
-part is computed once per mixed position and the key part once per instance: 2 N times fewer
-operations than concatenating, and the concatenation is never built.
+part is computed once per mixed position and the key part once per instance: 2 N times fewer FLOPs
+than with the concatenation, which is never built.
 """
 
 from collections.abc import Sequence
@@ -19,9 +19,9 @@ class Pairs(NamedTuple):
     """Positions to demultiplex, each for one instance; all [R] int64.
 
     Attributes:
-        group: which mixed sequence.
-        instance: which of its N instances.
-        position: which of its positions.
+        group: index of the mixed sequence.
+        instance: index of the instance, 0 to N - 1.
+        position: index of the position.
     """
 
     group: Tensor
@@ -30,7 +30,7 @@ class Pairs(NamedTuple):
 
 
 class Chain(NamedTuple):
-    """Weights behind the first layer.
+    """Weights of the layers after the first.
 
     Attributes:
         dense: (weight [D, D], bias [D]) of each residual layer.
@@ -53,33 +53,33 @@ def split_projection(
     norm: Norm | None = None,
     implementation: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Both parts of a layer over [key ; hidden], each computed once.
+    """Compute the two parts of a layer over [key ; hidden], each once.
 
     Args:
         hidden: [..., D] mixed states.
         key: [..., N, D] keys.
         weight: [D, 2 D], key columns first.
         bias: [D].
-        norm: of the hidden states, if that is still to be done.
-        implementation: of the norm and the product behind it, see `norm_linear`.
+        norm: LayerNorm to apply to the hidden states first; None: already applied.
+        implementation: of the norm and its product, see `norm_linear`.
     Returns:
         hidden part [..., D] and key part, bias included, [..., N, D].
     """
-    # Gradients of parts that were split together are put together at once.
-    by_key, by_hidden = weight.split(key.shape[-1], 1)
-    of_key = F.linear(key, by_key, bias)
+    # One split call, so that autograd joins both gradients in one operation.
+    key_weight, hidden_weight = weight.split(key.shape[-1], 1)
+    key_part = F.linear(key, key_weight, bias)
     if norm is None:
-        return F.linear(hidden, by_hidden), of_key
-    return norm_linear(hidden, norm, by_hidden, implementation=implementation), of_key
+        return F.linear(hidden, hidden_weight), key_part
+    return norm_linear(hidden, norm, hidden_weight, implementation=implementation), key_part
 
 
 def add_pairs(hidden: Tensor, key: Tensor, pairs: Pairs | None) -> Tensor:
-    """Sum of a hidden and a key part for every instance and position, or for some.
+    """Add hidden and key parts for every instance and position, or for some pairs.
 
     Args:
         hidden: [B, L, D] of the mixed positions.
-        key: [N, D], or [B, N, D] where every group has keys of its own.
-        pairs: which ones; None for all.
+        key: [N, D], or [B, N, D] with separate keys per group.
+        pairs: the pairs to compute; None for all.
     Returns:
         [R, D], or [B, N, L, D].
     """
@@ -96,7 +96,7 @@ def rsa_demux_reference(
     pairs: Pairs | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """The definition; arguments and result as of `rsa_demux`."""
+    """Reference; arguments and result as in `rsa_demux`."""
     x = F.dropout(F.gelu(add_pairs(hidden, key, pairs)), dropout)
     for weight, bias in chain.dense:
         x = F.dropout(F.gelu(F.linear(x, weight, bias)), dropout) + x
@@ -105,10 +105,10 @@ def rsa_demux_reference(
 
 
 class RsaDemuxFunction(torch.autograd.Function):
-    """Saves both parts of the first layer and what each GELU was given; nothing else.
+    """Saves the two parts of the first layer and the input of each later GELU; nothing else.
 
-    Everything between is element-wise and made again in backward. The plain form saves five times
-    as much: every GELU's input and output, and the concatenation.
+    Everything in between is element-wise and recomputed in backward. The plain form saves five
+    times as much: input and output of every GELU, and the concatenation.
     """
 
     @staticmethod
@@ -121,22 +121,22 @@ class RsaDemuxFunction(torch.autograd.Function):
         eps: float,
         *weights: Tensor,
     ) -> Tensor:
-        *dense, last, norm = by_two(weights)
+        *dense, last, norm = weight_bias_pairs(weights)
         first = add_pairs(hidden, key, pairs)
         masks = [
             torch.empty_like(first, dtype=torch.bool).bernoulli_(1 - dropout) if dropout else None
             for _ in range(len(dense) + 1)
         ]
         x = _drop(F.gelu(first), masks[0], dropout)
-        before = []
+        pre_gelu = []
         for (weight, bias), mask in zip(dense, masks[1:], strict=True):
-            before.append(F.linear(x, weight, bias))
-            x = _drop(F.gelu(before[-1]), mask, dropout).add_(x)
-        before.append(F.linear(x, *last))
+            pre_gelu.append(F.linear(x, weight, bias))
+            x = _drop(F.gelu(pre_gelu[-1]), mask, dropout).add_(x)
+        pre_gelu.append(F.linear(x, *last))
         # Not in place: up to torch 2.11 the compiler drops the gradient of such a result.
-        output = F.layer_norm(F.gelu(before[-1]), x.shape[-1:], *norm, eps) + x
-        ctx.save_for_backward(hidden, key, *(pairs or ()), *weights, *before, *masks)
-        ctx.counts = (len(pairs or ()), len(weights), len(before))
+        output = F.layer_norm(F.gelu(pre_gelu[-1]), x.shape[-1:], *norm, eps) + x
+        ctx.save_for_backward(hidden, key, *(pairs or ()), *weights, *pre_gelu, *masks)
+        ctx.counts = (len(pairs or ()), len(weights), len(pre_gelu))
         ctx.dropout, ctx.eps = dropout, eps
         return output
 
@@ -146,29 +146,29 @@ class RsaDemuxFunction(torch.autograd.Function):
         ctx: torch.autograd.function.FunctionCtx, upstream: Tensor
     ) -> tuple[Tensor | None, ...]:
         hidden, key, *rest = ctx.saved_tensors
-        pairs, weights, before, masks = _split(rest, ctx.counts)
+        pairs, weights, pre_gelu, masks = _split(rest, ctx.counts)
         pairs = Pairs(*pairs) if pairs else None
-        *dense, last, norm = by_two(weights)
+        *dense, last, norm = weight_bias_pairs(weights)
         first = add_pairs(hidden, key, pairs)
         states = [_drop(F.gelu(first), masks[0], ctx.dropout)]
-        for given, mask in zip(before[:-1], masks[1:], strict=True):
-            states.append(_drop(F.gelu(given), mask, ctx.dropout).add_(states[-1]))
+        for inputs, mask in zip(pre_gelu[:-1], masks[1:], strict=True):
+            states.append(_drop(F.gelu(inputs), mask, ctx.dropout).add_(states[-1]))
 
-        grad, grad_norm = _norm_backward(upstream, F.gelu(before[-1]), norm, ctx.eps)
-        grad = torch.ops.aten.gelu_backward(grad, before[-1])
+        grad, grad_norm = _norm_backward(upstream, F.gelu(pre_gelu[-1]), norm, ctx.eps)
+        grad = torch.ops.aten.gelu_backward(grad, pre_gelu[-1])
         grads = [*_weight_grads(grad, states[-1]), *grad_norm]
         grad = (grad @ last[0]).add_(upstream)
         for number in reversed(range(len(dense))):
             inner = _drop(grad, masks[number + 1], ctx.dropout, keep=True)
-            inner = torch.ops.aten.gelu_backward(inner, before[number])
+            inner = torch.ops.aten.gelu_backward(inner, pre_gelu[number])
             grads[:0] = _weight_grads(inner, states[number])
             grad = grad.add_(inner @ dense[number][0])
         grad = torch.ops.aten.gelu_backward(_drop(grad, masks[0], ctx.dropout), first)
-        return *_take_apart(grad, hidden, key, pairs), None, None, None, *grads
+        return *_split_gradient(grad, hidden, key, pairs), None, None, None, *grads
 
 
-def by_two(weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Weights and biases in pairs."""
+def weight_bias_pairs(weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Group a flat list into (weight, bias) pairs."""
     return list(zip(weights[::2], weights[1::2], strict=True))
 
 
@@ -181,35 +181,35 @@ def _split(tensors: Sequence[Tensor], counts: Sequence[int]) -> list[list[Tensor
 
 
 def _drop(x: Tensor, mask: Tensor | None, dropout: float, keep: bool = False) -> Tensor:
-    """Dropout by a mask, in place unless x must be kept."""
+    """Apply a dropout mask, in place unless `keep`."""
     if mask is None:
         return x
     return (x * mask if keep else x.mul_(mask)).mul_(1 / (1 - dropout))
 
 
-def _weight_grads(grad: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
-    grad, given = grad.flatten(0, -2), given.flatten(0, -2)
-    return grad.T @ given, grad.sum(0)
+def _weight_grads(grad: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    grad, inputs = grad.flatten(0, -2), inputs.flatten(0, -2)
+    return grad.T @ inputs, grad.sum(0)
 
 
 def _norm_backward(
-    upstream: Tensor, given: Tensor, norm: tuple[Tensor, Tensor], eps: float
+    upstream: Tensor, inputs: Tensor, norm: tuple[Tensor, Tensor], eps: float
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    shape = list(given.shape[-1:])
-    _, mean, rstd = torch.ops.aten.native_layer_norm(given, shape, *norm, eps)
+    shape = list(inputs.shape[-1:])
+    _, mean, rstd = torch.ops.aten.native_layer_norm(inputs, shape, *norm, eps)
     grad, *weights = torch.ops.aten.native_layer_norm_backward(
-        upstream.contiguous(), given, shape, mean, rstd, *norm, [True, True, True]
+        upstream.contiguous(), inputs, shape, mean, rstd, *norm, [True, True, True]
     )
     return grad, tuple(weights)
 
 
-def _take_apart(
+def _split_gradient(
     grad: Tensor, hidden: Tensor, key: Tensor, pairs: Pairs | None
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of both summands of `add_pairs`."""
+    """Gradients of the two summands of `add_pairs`."""
     if pairs is None:
         return grad.sum(1), grad.sum((0, 2))
-    place = pairs.group * hidden.shape[1] + pairs.position
-    grad_hidden = torch.zeros_like(hidden).flatten(0, 1).index_add_(0, place, grad)
+    index = pairs.group * hidden.shape[1] + pairs.position
+    grad_hidden = torch.zeros_like(hidden).flatten(0, 1).index_add_(0, index, grad)
     grad_key = torch.zeros_like(key).index_add_(0, pairs.instance, grad)
     return grad_hidden.view_as(hidden), grad_key

@@ -1,8 +1,8 @@
-"""Which code an operation runs: Triton kernels or their reference in plain torch.
+"""Dispatch of an operation to Triton kernels or to its reference in plain torch.
 
 Every operation takes `implementation`: "triton", "reference", or "auto", which is Triton for
 tensors on a GPU. With TRITON_INTERPRET=1 in the environment before Triton is imported, kernels run
-on the CPU, slowly: tests do so. This file does without Triton, which not every machine has.
+on the CPU, slowly: tests do so. This file does not import Triton, which is optional.
 """
 
 import os
@@ -15,10 +15,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def uses_triton(implementation: str, tensor: Tensor) -> bool:
-    """Whether an operation on this tensor runs its kernels.
+    """Return True if an operation on this tensor runs its kernels.
 
     Raises:
-        ValueError: for an unknown implementation, or Triton asked for where it cannot run.
+        ValueError: for an unknown implementation, or "triton" where it cannot run.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
@@ -27,13 +27,13 @@ def uses_triton(implementation: str, tensor: Tensor) -> bool:
     if implementation == "triton" and not (tensor.is_cuda or tensor.is_meta or INTERPRETED):
         raise ValueError(
             f"implementation 'triton' needs tensors on a GPU, these are on {tensor.device}; "
-            "'auto' chooses by the device"
+            "'auto' selects by device"
         )
     return implementation == "triton" or (implementation == "auto" and tensor.is_cuda)
 
 
-def multiplies(implementation: str, tensor: Tensor) -> bool:
-    """`uses_triton` of products of our own: "auto" takes them where tensor cores multiply."""
+def uses_own_matmul(implementation: str, tensor: Tensor) -> bool:
+    """`uses_triton` for fused matrix products: "auto" uses them in dtypes with tensor cores."""
     if implementation == "auto":
         return tensor.is_cuda and tensor.dtype in (torch.bfloat16, torch.float16)
     return uses_triton(implementation, tensor)

@@ -1,4 +1,4 @@
-"""The matrix product of all kernels, and the order of its tiles."""
+"""Matrix product of all kernels, and the order of its tiles."""
 
 import triton
 import triton.language as tl
@@ -10,14 +10,14 @@ _UPCAST = tl.constexpr(INTERPRETED)
 
 @triton.jit
 def tile_of_program(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Which tile, down and across, a program computes.
+    """Row and column index of the tile that a program computes.
 
-    Programs that run together share 8 blocks of rows, which then stay in the cache.
+    Programs that run at the same time share 8 row tiles, which then stay in the cache.
     """
-    across = tl.cdiv(columns, COLUMNS)
-    band = tl.program_id(0) // (8 * across)
+    column_tiles = tl.cdiv(columns, COLUMNS)
+    band = tl.program_id(0) // (8 * column_tiles)
     height = min(8, tl.cdiv(rows, ROWS) - band * 8)
-    within = tl.program_id(0) % (8 * across)
+    within = tl.program_id(0) % (8 * column_tiles)
     return band * 8 + within % height, within // height
 
 

@@ -1,9 +1,9 @@
-"""A linear layer over instances that are marked by their keys on the way in.
+"""A linear layer over instances multiplied by their keys, fused into one product.
 
-The product of instances and keys, as large as the instances, is made in registers and never held.
-Backward needs the instances alone: with C_n = dy_n^T x_n, each made of instance n's rows, the
-gradient of the weight is the sum of C_n * key_n over instances, and that of key_n the sum of
-weight * C_n over the layer's outputs.
+The product of instances and keys, as large as the instances, exists in registers only. Backward
+saves the instances alone: with C_n = dy_n^T x_n over the rows of instance n, the gradient of the
+weight is the sum of C_n * key_n over instances, and that of key_n the sum of weight * C_n over the
+outputs of the layer.
 """
 
 from itertools import product
@@ -14,18 +14,18 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from megamod_kernels.dispatch import multiplies
+from megamod_kernels.dispatch import uses_own_matmul
 
 if TYPE_CHECKING:
     from megamod_kernels.compile_ahead import Build
 
-SPLIT_ROWS = 1024  # the fewest rows of an instance that are worth a part of their own
+SPLIT_ROWS = 1024  # smallest number of rows of an instance for a separate partial sum
 
 
 def keyed_linear_reference(
     x: Tensor, key: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """The definition: (x * key) weight^T + bias."""
+    """Reference: (x * key) weight^T + bias."""
     return F.linear(x * key[:, None].to(x.dtype), weight, bias)
 
 
@@ -60,7 +60,7 @@ def _(upstream: Tensor, key: Tensor, weight: Tensor) -> Tensor:
 def _grad_weight(
     upstream: Tensor, x: Tensor, key: Tensor, weight: Tensor, key_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the weight and of the keys; the latter is empty unless asked for."""
+    """Gradients of the weight and of the keys; the latter is empty unless key_grad."""
     from megamod_kernels import keyed_linear_kernels as kernels
 
     groups, instances, length, size = x.shape
@@ -143,7 +143,7 @@ _keyed_linear.register_autograd(_backward, setup_context=_setup_context)
 def _flops(
     first: tuple[int, ...], *rest: tuple[int, ...], out_shape: object = None, **_: object
 ) -> int:
-    """Each is one product of the size of the layer's."""
+    """Each operation is one matrix product of the size of the layer."""
     weight = rest[2] if len(rest) > 3 else rest[1]
     rows = first[0] * first[1] * first[2]
     return 2 * rows * weight[0] * weight[1]
@@ -164,10 +164,9 @@ def keyed_linear(
         weight: [E, D], dtype of x.
         bias: [E], or None.
         implementation: "auto", "triton" or "reference"; "auto" leaves float32 to the reference,
-            because its products are faster than anything that multiplies without tensor cores.
+            because its products are faster than anything that uses_own_matmul without tensor cores.
     Returns:
-        [B, N, L, E], in x's dtype. Differentiable once; x is all that backward keeps besides
-        parameters.
+        [B, N, L, E], in x's dtype. Differentiable once; backward saves x and the parameters.
     Raises:
         ValueError: if shapes or dtypes do not fit.
     """
@@ -178,12 +177,12 @@ def keyed_linear(
         or weight.shape[1] != x.shape[3]
         or (bias is not None and bias.shape != weight.shape[:1])
     ):
-        given = "none" if bias is None else tuple(bias.shape)
+        bias_shape = "none" if bias is None else tuple(bias.shape)
         raise ValueError(
             f"x {tuple(x.shape)}, key {tuple(key.shape)}, weight {tuple(weight.shape)} and bias "
-            f"{given} do not fit: expected [B, N, L, D], [N, D], [E, D] and [E]"
+            f"{bias_shape} do not fit: expected [B, N, L, D], [N, D], [E, D] and [E]"
         )
-    if not multiplies(implementation, x):
+    if not uses_own_matmul(implementation, x):
         return keyed_linear_reference(x, key, weight, bias)
     if x.dtype != weight.dtype or x.dtype == torch.float64:
         raise ValueError(
@@ -239,19 +238,19 @@ def builds() -> "list[Build]":
     from megamod_kernels import keyed_linear_kernels as kernels
     from megamod_kernels.compile_ahead import Build
 
-    found = []
+    variants = []
     for dtype, rows in (("bf16", 2**20), ("bf16", 1), ("fp32", 2**20)):
         *blocks, warps, stages = kernels.matmul_tile(rows, 768, 2 if dtype == "bf16" else 4)
         for forward, one_key in product((True, False), repeat=2):
             constants = dict(zip(("BLOCK_ROWS", "BLOCK_OUT", "BLOCK_IN"), blocks, strict=True))
             constants |= {"ONE_KEY": one_key, "FORWARD": forward, "USES_BIAS": forward}
             constants["weight_in" if forward else "weight_out"] = 1
-            found.append((kernels.keyed_matmul_kernel, dtype, constants, warps, stages))
+            variants.append((kernels.keyed_matmul_kernel, dtype, constants, warps, stages))
     for dtype, key_grad in product(("bf16", "fp32"), (True, False)):
         *blocks, warps, stages = kernels.weight_tile(2 if dtype == "bf16" else 4, key_grad)
         constants = dict(zip(("BLOCK_OUT", "BLOCK_IN", "BLOCK_ROWS"), blocks, strict=True))
         constants["KEY_GRAD"] = key_grad
-        found.append((kernels.keyed_weight_kernel, dtype, constants, warps, stages))
+        variants.append((kernels.keyed_weight_kernel, dtype, constants, warps, stages))
     return [
         Build(
             name=f"{kernel.__name__}-{dtype}-" + "-".join(str(x) for x in constants.values()),
@@ -271,5 +270,5 @@ def builds() -> "list[Build]":
                 and name.endswith(("_ptr", "IN", "OUT", "weight_in", "weight_out"))
             ),
         )
-        for kernel, dtype, constants, warps, stages in found
+        for kernel, dtype, constants, warps, stages in variants
     ]

@@ -1,4 +1,4 @@
-"""Triton kernels of `keyed_linear`: a matrix product with keys, and the gradient of its weight.
+"""Triton kernels of `keyed_linear`: a product of keyed rows, and the gradient of its weight.
 
 Row r of x is token r % L of instance r // L % N.
 """
@@ -34,7 +34,7 @@ def keyed_matmul_kernel(
 ):
     """Forward: (a * key) weight^T + bias; else (a weight) * key, the gradient of the input.
 
-    ONE_KEY: a block of rows lies within one instance.
+    ONE_KEY: all rows of a block belong to one instance.
     """
     block, across = tile_of_program(rows, OUT, BLOCK_ROWS, BLOCK_OUT)
     row = block.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -63,16 +63,16 @@ def keyed_matmul_kernel(
             other=0.0,
         )
         total += dot(a, weight)
-    inside = column < OUT
+    mask = column < OUT
     if USES_BIAS:
-        total += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+        total += tl.load(bias_ptr + column, mask=mask, other=0.0).to(tl.float32)[None, :]
     if not FORWARD:
-        key = tl.load(key_ptr + slot[:, None] * OUT + column[None, :], mask=inside[None, :])
+        key = tl.load(key_ptr + slot[:, None] * OUT + column[None, :], mask=mask[None, :])
         total *= key.to(tl.float32)
     tl.store(
         out_ptr + row[:, None] * OUT + column[None, :],
         total.to(out_ptr.dtype.element_ty),
-        mask=(row < rows)[:, None] & inside[None, :],
+        mask=(row < rows)[:, None] & mask[None, :],
     )
 
 
@@ -95,7 +95,7 @@ def keyed_weight_kernel(
     BLOCK_ROWS: tl.constexpr,
     KEY_GRAD: tl.constexpr,
 ):
-    """One part of the positions: its share in the gradients of the weight and of the keys."""
+    """Partial gradients of the weight and of the keys, from one part of the positions."""
     across = tl.cdiv(IN, BLOCK_IN)
     outputs = tl.program_id(0) // across
     out = outputs * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
@@ -103,10 +103,10 @@ def keyed_weight_kernel(
     first = tl.program_id(1) * part_positions
     last = min(first + part_positions, positions)
     at = out.to(tl.int64)[:, None] * IN + inner[None, :]
-    inside = (out < OUT)[:, None] & (inner < IN)[None, :]
+    mask = (out < OUT)[:, None] & (inner < IN)[None, :]
     total = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
     for instance in range(N):
-        own = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
+        instance_total = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
         for start in range(first, last, BLOCK_ROWS):
             position = start + tl.arange(0, BLOCK_ROWS)
             group = (position // length).to(tl.int64)
@@ -121,22 +121,22 @@ def keyed_weight_kernel(
                 mask=(position < last)[:, None] & (inner < IN)[None, :],
                 other=0.0,
             )
-            own += dot(up, x)
+            instance_total += dot(up, x)
         key = tl.load(key_ptr + instance * IN + inner, mask=inner < IN, other=0.0)
-        total += own * key.to(tl.float32)[None, :]
+        total += instance_total * key.to(tl.float32)[None, :]
         if KEY_GRAD:
-            weight = tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            weight = tl.load(weight_ptr + at, mask=mask, other=0.0).to(tl.float32)
             part = tl.program_id(1) * tl.cdiv(OUT, BLOCK_OUT) + outputs
             tl.store(
                 key_part_ptr + (part.to(tl.int64) * N + instance) * IN + inner,
-                tl.sum(weight * own, axis=0),
+                tl.sum(weight * instance_total, axis=0),
                 mask=inner < IN,
             )
-    tl.store(weight_part_ptr + tl.program_id(1).to(tl.int64) * OUT * IN + at, total, mask=inside)
+    tl.store(weight_part_ptr + tl.program_id(1).to(tl.int64) * OUT * IN + at, total, mask=mask)
 
 
 def matmul_tile(rows: int, outputs: int, element_size: int) -> tuple[int, int, int, int, int]:
-    """Rows, outputs and inputs of a block, warps, stages: large only where many blocks are left."""
+    """Rows, outputs and inputs of a block, warps, stages: large blocks only for large products."""
     if element_size == 4:
         return 64, 64, 32, 8, 3
     if triton.cdiv(rows, 128) * triton.cdiv(outputs, 128) < PROGRAMS // 2:
@@ -147,7 +147,7 @@ def matmul_tile(rows: int, outputs: int, element_size: int) -> tuple[int, int, i
 def weight_tile(element_size: int, key_grad: bool) -> tuple[int, int, int, int, int]:
     """Outputs, inputs and rows of a block, warps, stages.
 
-    A block has two accumulators, and for the keys' gradient its part of the weight besides.
+    A block has two accumulators, and with key_grad also its tile of the weight.
     """
     if element_size == 4:
         return 64, 32 if key_grad else 64, 32, 8, 3

@@ -1,7 +1,7 @@
-"""Multiplexing: N instances of a group become one sequence, each marked by its key.
+"""Multiplexing: the mean of N instances of a group, each multiplied by its key.
 
-Hadamard multiplexing is pure bandwidth: the least it can move is the instances once and the result
-once. The product of instances and keys is never held.
+Hadamard multiplexing is limited by memory bandwidth: at least the instances are read once and the
+result is written once. The product of instances and keys is never stored.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from megamod_kernels.dispatch import uses_triton
 if TYPE_CHECKING:
     from megamod_kernels.compile_ahead import Build
 
-COLUMNS = 256  # of a tile; the tuned widths are multiples of it
+COLUMNS = 256  # columns per tile; the tuned widths are multiples of it
 ROWS = 4
-PARTIALS = 128  # rows of the buffer from which the key's gradient is summed
+PARTIALS = 128  # rows of the buffer of partial sums of the key's gradient
 
 
 def multiplex_reference(x: Tensor, key: Tensor) -> Tensor:
-    """The definition: the mean over instances of key * x, in float32 (float64 for float64)."""
+    """Reference: the mean over instances of key * x, in float32 (float64 for float64)."""
     wide = torch.promote_types(x.dtype, torch.float32)
     return (x.to(wide) * key.to(wide)[:, None]).mean(1).to(x.dtype)
 
 
 class _MultiplexFunction(torch.autograd.Function):
-    """Adds one instance after the other, so that nothing of size [B, N, L, D] is made.
+    """Adds the instances one at a time, so that no tensor of size [B, N, L, D] is created.
 
-    Backward needs the instances only for the gradient of the key: with a frozen key nothing but
-    the key itself is saved.
+    Backward needs the instances only for the gradient of the key: with a frozen key only the key
+    is saved.
     """
 
     @staticmethod
@@ -44,8 +44,8 @@ class _MultiplexFunction(torch.autograd.Function):
             add = mixed.addcmul if instance == x.shape[1] - 1 else mixed.addcmul_
             mixed = add(x[:, instance].to(wide), scaled[instance])
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, key)
-        # Neither changed in place nor converted to what it is: up to torch 2.11 the compiler drops
-        # the gradient of such a result.
+        # No in-place result and no conversion to the same dtype: up to torch 2.11 the compiler
+        # drops the gradient of such a result.
         return mixed if x.dtype == wide else mixed.to(x.dtype)
 
     @staticmethod
@@ -89,21 +89,21 @@ def _(x: Tensor, key: Tensor) -> Tensor:
 
 @torch.library.custom_op("megamod::multiplex_backward", mutates_args=())
 def _multiplex_backward(
-    upstream: Tensor, x: Tensor | None, key: Tensor, of_x: bool
+    upstream: Tensor, x: Tensor | None, key: Tensor, needs_x: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x, empty unless asked for, and of the key, empty unless x is given."""
+    """Gradients of x (empty unless needs_x) and of the key (empty if x is None)."""
     from megamod_kernels.mux_kernels import multiplex_bwd_kernel
 
     groups, length, size = upstream.shape
     instances, rows = len(key), groups * length
     upstream, key = upstream.contiguous(), key.contiguous()
-    grad_x = upstream.new_empty((groups, instances, length, size) if of_x else 0)
+    grad_x = upstream.new_empty((groups, instances, length, size) if needs_x else 0)
     if not upstream.numel():
         return grad_x, torch.zeros_like(key) if x is not None else key.new_empty(0)
     blocks = -(-rows // ROWS)
     programs = blocks if x is None else min(blocks, PARTIALS)
-    wanted = (programs, instances, size) if x is not None else 0
-    partial = upstream.new_empty(wanted, dtype=torch.float32)
+    shape = (programs, instances, size) if x is not None else 0
+    partial = upstream.new_empty(shape, dtype=torch.float32)
     multiplex_bwd_kernel[(programs, -(-size // COLUMNS))](
         upstream,
         x.contiguous() if x is not None else upstream,
@@ -117,7 +117,7 @@ def _multiplex_backward(
         blocks,
         ROWS,
         COLUMNS,
-        of_x,
+        needs_x,
         x is not None,
         num_warps=4,
     )
@@ -125,38 +125,38 @@ def _multiplex_backward(
 
 
 @_multiplex_backward.register_fake
-def _(upstream: Tensor, x: Tensor | None, key: Tensor, of_x: bool) -> tuple[Tensor, Tensor]:
+def _(upstream: Tensor, x: Tensor | None, key: Tensor, needs_x: bool) -> tuple[Tensor, Tensor]:
     groups, length, size = upstream.shape
-    grad_x = upstream.new_empty((groups, len(key), length, size) if of_x else 0)
+    grad_x = upstream.new_empty((groups, len(key), length, size) if needs_x else 0)
     return grad_x, torch.empty_like(key) if x is not None else key.new_empty(0)
 
 
-def _keep(
+def _setup_context(
     ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, Tensor], output: Tensor
 ) -> None:
     x, key = inputs
     ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, key)
 
 
-def _differentiate(
+def _backward(
     ctx: torch.autograd.function.FunctionCtx, upstream: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    of_x, of_key = ctx.needs_input_grad
-    grad_x, grad_key = _multiplex_backward(upstream, *ctx.saved_tensors, of_x)
-    return grad_x if of_x else None, grad_key if of_key else None
+    needs_x, needs_key = ctx.needs_input_grad
+    grad_x, grad_key = _multiplex_backward(upstream, *ctx.saved_tensors, needs_x)
+    return grad_x if needs_x else None, grad_key if needs_key else None
 
 
-_multiplex.register_autograd(_differentiate, setup_context=_keep)
+_multiplex.register_autograd(_backward, setup_context=_setup_context)
 
 
 def multiplex(x: Tensor, key: Tensor, implementation: str = "auto") -> Tensor:
-    """Combine N instances into one sequence by keyed averaging.
+    """Multiplex N instances into one sequence by keyed averaging.
 
     Args:
         x: [B, N, L, D] instances, any float dtype.
         key: [N, D] one vector per instance; its dtype may be wider than that of x.
-        implementation: "triton", "reference", or "auto", which is Triton on a GPU. Triton has no
-            kernel for float64, which is always computed by the reference.
+        implementation: "triton", "reference", or "auto", which is Triton on a GPU. float64 always
+            uses the reference.
     Returns:
         [B, L, D], in x's dtype; accumulated in float32. Differentiable once in x and key.
     Raises:

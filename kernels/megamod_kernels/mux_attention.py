@@ -1,7 +1,7 @@
-"""The first block's attention from token ids: embedding and multiplexing as its prologue.
+"""Attention of the first block from token ids, with embedding and multiplexing as prologue.
 
-A program embeds and mixes some rows, writes them, for the residual needs them, and projects them
-to queries, keys and values before they have left the cache.
+A program embeds and mixes some rows, writes them for the residual, and projects them to queries,
+keys and values while they are in the cache.
 """
 
 from collections.abc import Iterator, Sequence
@@ -36,7 +36,7 @@ def mux_attention_reference(
     dropout: float = 0.0,
     attention_dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """The definition; arguments and result as of `mux_attention`."""
+    """Reference; arguments and result as in `mux_attention`."""
     optional = (token_type_ids, first_positions, second_positions)
     x = mux_embed_reference(ids, key, tables, *optional, dropout)
     projected = [F.linear(x, *projection) for projection in projections]
@@ -44,7 +44,7 @@ def mux_attention_reference(
 
 
 def _attend(projected: Sequence[Tensor], heads: int, mask: Tensor | None, dropout: float) -> Tensor:
-    query, key, value = (one.unflatten(-1, (heads, -1)).transpose(1, 2) for one in projected)
+    query, key, value = (tensor.unflatten(-1, (heads, -1)).transpose(1, 2) for tensor in projected)
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(query.dtype)
     mixed = F.scaled_dot_product_attention(query, key, value, mask, dropout)
@@ -54,8 +54,8 @@ def _attend(projected: Sequence[Tensor], heads: int, mask: Tensor | None, dropou
 def _tile(rows: int, itemsize: int) -> tuple[int, int, int, int, int]:
     """Rows of a program, columns and inner columns of its products, warps, stages.
 
-    A program goes through all columns, so every one reads all weights: it has as many rows as leave
-    each multiprocessor of a large GPU one program.
+    Each program computes all columns, so it reads all weights. The number of rows leaves one
+    program per multiprocessor of a large GPU.
     """
     if itemsize == 4:
         return 32, 64, 32, 8, 2
@@ -63,7 +63,7 @@ def _tile(rows: int, itemsize: int) -> tuple[int, int, int, int, int]:
 
 
 def _block(size: int) -> int:
-    """Rows that a program embeds at a time."""
+    """Rows that a program embeds at once."""
     return 8 if size <= 1024 else 4
 
 
@@ -74,20 +74,20 @@ def _mux_qkv(
     seed: Tensor | None, projections: Sequence[Tensor], eps: float, start: int, dropout: float,
     word_padding: int, position_padding: int, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The encoder's input, qkv [3, B, T, D], and the mixed rows if they are kept."""
+    """The encoder's input, qkv [3, B, T, D], and with `keep` the mixed rows."""
     from megamod_kernels import mux_attention_kernels as kernels
 
     output, qkv, mixed = _shapes(ids, word, key, keep)
     if output.numel():
-        given, flags = embedding.embedding_arguments(
+        arguments, flags = embedding.embedding_arguments(
             ids, word, position, token_type, weight, bias, key, types, firsts, seconds, seed,
             output, mixed, eps, start, dropout, keep,
         )  # fmt: skip
         rows, size = output.shape[0] * output.shape[1], output.shape[2]
-        tall, wide, inner, warps, stages = _tile(rows, output.element_size())
-        kernels.mux_qkv_kernel[(-(-rows // tall),)](
-            *given, *(tensor.contiguous() for tensor in projections), qkv, **flags,
-            BLOCK=_block(size), TALL=tall, WIDE=wide, INNER=inner, num_warps=warps,
+        tile_rows, tile_columns, inner, warps, stages = _tile(rows, output.element_size())
+        kernels.mux_qkv_kernel[(-(-rows // tile_rows),)](
+            *arguments, *(tensor.contiguous() for tensor in projections), qkv, **flags,
+            BLOCK=_block(size), TALL=tile_rows, WIDE=tile_columns, INNER=inner, num_warps=warps,
             num_stages=stages,
         )  # fmt: skip
     return output, qkv, mixed
@@ -108,7 +108,7 @@ def _shapes(ids: Tensor, word: Tensor, key: Tensor, keep: bool) -> tuple[Tensor,
     return word.new_empty(shape), word.new_empty(3, *shape), word.new_empty(shape if keep else 0)
 
 
-def _keep(
+def _setup_context(
     ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, ...]
 ) -> None:
     *tensors, projections, eps, start, dropout, word_padding, position_padding, _ = inputs
@@ -117,38 +117,43 @@ def _keep(
     ctx.numbers = (eps, start, dropout, word_padding, position_padding)
 
 
-def _differentiate(
+def _backward(
     ctx: torch.autograd.function.FunctionCtx,
-    of_residual: Tensor | None,
-    of_qkv: Tensor | None,
+    residual_grad: Tensor | None,
+    qkv_grad: Tensor | None,
     _: Tensor | None,
 ) -> tuple[object, ...]:
     residual, mixed, *rest = ctx.saved_tensors
     projections, tensors = rest[:6], rest[6:]
     flat = residual.flatten(0, -2)
-    grad = torch.zeros_like(flat) if of_residual is None else of_residual.flatten(0, -2)
+    grad = torch.zeros_like(flat) if residual_grad is None else residual_grad.flatten(0, -2)
     grads = []
     for part in range(3):
         weight, bias = projections[2 * part : 2 * part + 2]
-        if of_qkv is None:
+        if qkv_grad is None:
             grads += [torch.zeros_like(weight), torch.zeros_like(bias)]
             continue
-        upstream = of_qkv[part].flatten(0, -2)
+        upstream = qkv_grad[part].flatten(0, -2)
         grads += [upstream.T @ flat, upstream.sum(0)]
         grad = torch.addmm(grad, upstream, weight)
-    wanted, of_tables = ctx.needs_input_grad[1:7], (None,) * 6
-    if any(wanted):
-        found = embedding.mux_embed_backward(grad.view_as(residual), mixed, *tensors, *ctx.numbers)
-        of_tables = (one if asked else None for one, asked in zip(found, wanted, strict=True))
-    return None, *of_tables, None, None, None, None, grads, *(None,) * 6
+    needed, parameter_grads = ctx.needs_input_grad[1:7], (None,) * 6
+    if any(needed):
+        table_grads = embedding.mux_embed_backward(
+            grad.view_as(residual), mixed, *tensors, *ctx.numbers
+        )
+        parameter_grads = (
+            tensor if is_needed else None
+            for tensor, is_needed in zip(table_grads, needed, strict=True)
+        )
+    return None, *parameter_grads, None, None, None, None, grads, *(None,) * 6
 
 
-_mux_qkv.register_autograd(_differentiate, setup_context=_keep)
+_mux_qkv.register_autograd(_backward, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.megamod.mux_qkv)
-def _flops(ids: Sequence[int], *given: object, out_shape: object = None, **_: object) -> int:
-    instances, size = given[5]
+def _flops(ids: Sequence[int], *arguments: object, out_shape: object = None, **_: object) -> int:
+    instances, size = arguments[5]
     return 3 * 2 * ids[0] // instances * ids[1] * size * size
 
 
@@ -166,7 +171,7 @@ def mux_attention(
     attention_dropout: float = 0.0,
     implementation: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """What the heads of a multiplexed encoder's first block read, from token ids.
+    """Attention of a multiplexed encoder's first block, from token ids.
 
         x = mux_embed(ids, key, tables);  softmax(Q K^T / sqrt(D / heads) + mask) V of x
 
@@ -174,16 +179,16 @@ def mux_attention(
         ids, key, tables, token_type_ids, first_positions, second_positions, dropout: see
             `mux_embed`.
         projections: of x to queries, keys and values, each (weight [D, D], bias [D]).
-        heads: that D is divided among.
-        mask: broadcastable to [B, 1, T, T]: bool, True where a position is seen, or float, added.
-        attention_dropout: probability, of the weights of positions.
+        heads: number of heads; divides D.
+        mask: broadcastable to [B, 1, T, T]: bool, True for visible positions, or float, added.
+        attention_dropout: dropout probability of attention weights.
         implementation: "triton": one kernel embeds, mixes and projects. "reference": plain torch.
-            "auto": on a GPU `mux_embed` and the vendor's products behind it, because one kernel has
-            to read all weights in every program (docs/kernels.md). float64 and autocast are always
-            computed by the reference.
+            "auto": on a GPU `mux_embed` and then the vendor's products, because the fused kernel
+            reads all weights in every program (docs/kernels.md). float64 and autocast always use
+            the reference.
     Returns:
-        the heads' result, before the block's output projection, and x, which is the block's
-        residual input; both [B, T, D].
+        the attention output before the block's output projection, and x, the residual input of the
+        block; both [B, T, D].
     Raises:
         ValueError: if shapes do not fit, or the implementation cannot run.
     Source: Murahari et al. 2023 (MUX-PLM), section 3.1; Vaswani et al. 2017, section 3.2.
@@ -217,7 +222,7 @@ def mux_attention(
 
 
 def builds() -> "Iterator[Build]":
-    """The kernel at the tuned widths, to compile ahead of time."""
+    """The kernel at the tuned widths, for ahead-of-time compilation."""
     from megamod_kernels import mux_attention_kernels as kernels
     from megamod_kernels.compile_ahead import Build
 
@@ -231,14 +236,14 @@ def builds() -> "Iterator[Build]":
         (1536, 16384, "bf16", 2),
         (2048, 16384, "bf16", 2),
     ):
-        tall, wide, inner, warps, stages = _tile(rows, itemsize)
-        constants = {"BLOCK": _block(size), "TALL": tall, "WIDE": wide, "INNER": inner}
+        tile_rows, tile_columns, inner, warps, stages = _tile(rows, itemsize)
+        constants = {"BLOCK": _block(size), "TALL": tile_rows, "WIDE": tile_columns, "INNER": inner}
         constants |= embedding.build_flags(size, dropout=size == 768)
         constants = {name: value for name, value in constants.items() if name in names}
         kinds = embedding.build_kinds(names, dtype)
         signature = {name: kinds[name] for name in names if name not in constants}
         yield Build(
-            name=f"mux_qkv_kernel-D{size}-{tall}-{dtype}",
+            name=f"mux_qkv_kernel-D{size}-{tile_rows}-{dtype}",
             kernel=kernels.mux_qkv_kernel,
             signature=signature,
             constants=constants,

@@ -1,8 +1,8 @@
-"""From token ids of N instances to the input of a multiplexed encoder, in one pass.
+"""Token ids of N instances to the input of a multiplexed encoder, in one kernel.
 
-Word, position and segment are added and normed, N instances are multiplexed, and the result is
-embedded once more by the same tables and the same norm. Embeddings of instances, [B, N, T, D], are
-never held, neither forward nor backward: both make them again from the ids.
+Word, position and segment embeddings are added and normed, N instances are multiplexed, and the
+result is embedded again by the same tables and norm. The embeddings of all instances, [B, N, T, D],
+are never stored: forward and backward recompute them from the ids.
 """
 
 from collections.abc import Iterable, Iterator
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["Tables", "builds", "check", "mux_embed", "mux_embed_reference"]
 
 WIDTH = 256  # columns of a tile
-CHUNK = 16  # sorted rows that one program adds up
-PARTIALS = 128  # rows of the buffers from which gradients of norm and keys are summed
+CHUNK = 16  # sorted rows summed by one program
+PARTIALS = 128  # rows of the buffers of partial sums of norm and key gradients
 _COUNTS = (
     "rows", "length", "D", "N", "start", "first_stride", "second_stride", "position_stride",
     "blocks", "every", "count", "padding",
@@ -34,7 +34,7 @@ def _blocks(count: int, size: int) -> int:
 
 
 def _block(size: int) -> int:
-    """Mixed rows of a program: as many as fit its registers."""
+    """Mixed rows per program: as many as fit in registers."""
     return 2 if size <= 1024 else 1
 
 
@@ -47,7 +47,7 @@ def _warps(size: int) -> int:
 
 
 def _optional(tensor: Tensor | None, instead: Tensor) -> tuple[Tensor, int, bool]:
-    """A tensor of rows, contiguous, how far its rows lie apart, and whether it is there."""
+    """A contiguous tensor of rows or a placeholder, its row stride, and True if it was passed."""
     if tensor is None:
         return instead, 1, False
     return tensor.contiguous(), 0 if len(tensor) == 1 else tensor.shape[1], True
@@ -60,19 +60,19 @@ def _mux_embed(
     seed: Tensor | None, eps: float, start: int, dropout: float, word_padding: int,
     position_padding: int, keep: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The encoder's input, and the mixed rows before the second embedding if they are kept."""
+    """The encoder's input, and with `keep` the mixed rows before the second embedding."""
     from megamod_kernels import mux_embed_kernels as kernels
 
     (rows, length), (instances, size) = ids.shape, key.shape
     output = word.new_empty(rows // instances, length, size)
     mixed = torch.empty_like(output) if keep else word.new_empty(0)
     if output.numel():
-        given, flags = embedding_arguments(
+        arguments, flags = embedding_arguments(
             ids, word, position, token_type, weight, bias, key, types, firsts, seconds, seed,
             output, mixed, eps, start, dropout, keep,
         )  # fmt: skip
         kernels.mux_embed_fwd_kernel[(_blocks(len(output) * length, _block(size)),)](
-            *given, **flags, BLOCK=_block(size), num_warps=_warps(size)
+            *arguments, **flags, BLOCK=_block(size), num_warps=_warps(size)
         )
     return output, mixed
 
@@ -83,29 +83,47 @@ def embedding_arguments(
     seed: Tensor | None, output: Tensor, mixed: Tensor, eps: float, start: int, dropout: float,
     keep: bool,
 ) -> tuple[tuple[object, ...], dict[str, object]]:  # fmt: skip
-    """What `embed_rows` is told by a launch, by place and by name."""
-    types, _, typed = _optional(types, ids)
-    firsts, first_stride, placed = _optional(firsts, ids)
-    seconds, second_stride, replaced = _optional(seconds, ids)
+    """Positional and keyword arguments of a launch for `embed_rows`."""
+    types, _, has_types = _optional(types, ids)
+    firsts, first_stride, has_firsts = _optional(firsts, ids)
+    seconds, second_stride, has_seconds = _optional(seconds, ids)
     groups, length, size = output.shape
-    given = (
+    arguments = (
         ids.contiguous(), word.contiguous(), position.contiguous(), token_type.contiguous(),
         weight.contiguous(), bias.contiguous(), key.contiguous(), types, firsts, seconds,
         ids if seed is None else seed, output, mixed, groups * length, length, size, len(key),
         start, first_stride, second_stride, eps, dropout,
     )  # fmt: skip
-    flags = {**_tiles(size), "TYPES": int(typed)}
-    flags |= {"FIRSTS": placed, "SECONDS": replaced, "DROPOUT": seed is not None, "KEEP": keep}
-    return given, flags
+    flags = {**_tiles(size), "TYPES": int(has_types)}
+    flags |= {
+        "FIRSTS": has_firsts,
+        "SECONDS": has_seconds,
+        "DROPOUT": seed is not None,
+        "KEEP": keep,
+    }
+    return arguments, flags
 
 
 @_mux_embed.register_fake
 def _(
-    ids: Tensor, word: Tensor, position: Tensor, token_type: Tensor, weight: Tensor, bias: Tensor,
-    key: Tensor, types: Tensor | None, firsts: Tensor | None, seconds: Tensor | None,
-    seed: Tensor | None, eps: float, start: int, dropout: float, word_padding: int,
-    position_padding: int, keep: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ids: Tensor,
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    key: Tensor,
+    types: Tensor | None,
+    firsts: Tensor | None,
+    seconds: Tensor | None,
+    seed: Tensor | None,
+    eps: float,
+    start: int,
+    dropout: float,
+    word_padding: int,
+    position_padding: int,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
     shape = (ids.shape[0] // key.shape[0], ids.shape[1], key.shape[1])
     return word.new_empty(shape), word.new_empty(shape if keep else 0)
 
@@ -124,13 +142,13 @@ def mux_embed_backward(
     groups = rows // instances
     parameters = (word, position, token_type, weight, bias, key)
     if not upstream.numel():
-        return tuple(torch.zeros_like(given) for given in parameters)
+        return tuple(torch.zeros_like(arguments) for arguments in parameters)
     upstream, ids = upstream.contiguous(), ids.contiguous()
     given_types, given_firsts, given_seconds = types, firsts, seconds
     word, position, token_type, weight, bias, key = (t.contiguous() for t in parameters)
-    types, _, typed = _optional(types, ids)
-    firsts, first_stride, placed = _optional(firsts, ids)
-    seconds, second_stride, replaced = _optional(seconds, ids)
+    types, _, has_types = _optional(types, ids)
+    firsts, first_stride, has_firsts = _optional(firsts, ids)
+    seconds, second_stride, has_seconds = _optional(seconds, ids)
     drop, drawn = seed is not None, ids if seed is None else seed
     every, all_mixed, tiles = rows * length, groups * length, _blocks(size, WIDTH)
     wide = {"dtype": torch.float32, "device": word.device}
@@ -138,14 +156,41 @@ def mux_embed_backward(
     grad_mixed = torch.empty_like(mixed)
     stats, second_stats = torch.empty(4, every, **wide), torch.empty(2, all_mixed, **wide)
     kernels.mux_embed_bwd_kernel[(_blocks(all_mixed, _block(size)),)](
-        upstream, ids, word, position, token_type, weight, key, types, firsts, seconds, drawn,
-        mixed, grad_mixed, stats, second_stats, all_mixed, length, size, instances, start,
-        first_stride, second_stride, eps, dropout, BLOCK=_block(size), **_tiles(size),
-        TYPES=int(typed), FIRSTS=placed, SECONDS=replaced, DROPOUT=drop, num_warps=_warps(size),
-    )  # fmt: skip
+        upstream,
+        ids,
+        word,
+        position,
+        token_type,
+        weight,
+        key,
+        types,
+        firsts,
+        seconds,
+        drawn,
+        mixed,
+        grad_mixed,
+        stats,
+        second_stats,
+        all_mixed,
+        length,
+        size,
+        instances,
+        start,
+        first_stride,
+        second_stride,
+        eps,
+        dropout,
+        BLOCK=_block(size),
+        **_tiles(size),
+        TYPES=int(has_types),
+        FIRSTS=has_firsts,
+        SECONDS=has_seconds,
+        DROPOUT=drop,
+        num_warps=_warps(size),
+    )
 
     def columns(second: bool) -> Tensor:
-        """Sums over all rows, [instances or 1, 2, D]."""
+        """Sum over all rows, [instances or 1, 2, D]."""
         blocks, count = _blocks(all_mixed, 4), 1 if second else instances
         programs = min(blocks, PARTIALS)
         partial = torch.empty(programs, count, 2, size, **wide)
@@ -154,21 +199,21 @@ def mux_embed_backward(
             token_type, types, seconds if second else firsts, drawn,
             second_stats if second else stats, partial, all_mixed, length, size, count, blocks,
             start, second_stride if second else first_stride, all_mixed if second else every,
-            dropout, BLOCK=4, WIDTH=WIDTH, TYPES=0 if second else int(typed),
-            POSITIONS=replaced if second else placed, DROPOUT=drop, SECOND=second,
+            dropout, BLOCK=4, WIDTH=WIDTH, TYPES=0 if second else int(has_types),
+            POSITIONS=has_seconds if second else has_firsts, DROPOUT=drop, SECOND=second,
             WHOLE=size % WIDTH == 0, num_warps=4,
         )  # fmt: skip
         return partial.sum(0)
 
     def table(owner: Tensor, order: Tensor, grad: Tensor, padding: int, of_mixed: bool) -> Tensor:
-        """Sums of rows by the row of `grad`, zero as given, that owns them."""
+        """Add rows to the row of `grad` that owns them; `grad` starts at zero."""
         count = len(order)
         grid = (_blocks(count, CHUNK), tiles)
         head, tail = (torch.empty(grid[0], size, **wide) for _ in range(2))
         kernels.mux_embed_table_kernel[grid](
             grad_mixed, ids, word, position, token_type, weight, key, types, firsts, drawn, stats,
             order, owner, grad, head, tail, count, length, size, instances, start, first_stride,
-            dropout, padding, CHUNK=CHUNK, WIDTH=WIDTH, TYPES=int(typed), FIRSTS=placed,
+            dropout, padding, CHUNK=CHUNK, WIDTH=WIDTH, TYPES=int(has_types), FIRSTS=has_firsts,
             DROPOUT=drop, MIXED=of_mixed, num_warps=1,
         )  # fmt: skip
         kernels.mux_embed_join_kernel[grid](
@@ -178,17 +223,17 @@ def mux_embed_backward(
 
     grad_word = table(*_sorted(ids), torch.zeros_like(word), word_padding, False)
 
-    # Rows of one position and one segment are summed first; both tables' gradients follow.
-    places, segments = len(position), len(token_type) if typed else 1
-    if placed or typed:
+    # Sum the rows of each (position, segment) first; the gradients of both tables follow from it.
+    places, segments = len(position), len(token_type) if has_types else 1
+    if has_firsts or has_types:
         first = _rows(given_firsts, rows, length, start, ids)
-        order_of_slots = _sorted(first + given_types * places if typed else first)
+        order_of_slots = _sorted(first + given_types * places if has_types else first)
     else:
         order_of_slots = _by_column(rows, length, start, ids)
     slots = torch.zeros(segments * places, size, **wide)
     slots = table(*order_of_slots, slots, -1, False).view(segments, places, size)
     again = torch.zeros(places, size, **wide)
-    if replaced:
+    if has_seconds:
         second = _rows(given_seconds, groups, length, start, ids)
         again = table(*_sorted(second), again, -1, True)
     else:
@@ -199,8 +244,8 @@ def mux_embed_backward(
     grad_type[0] += again.sum(0)
     of_first = slots.sum(0)
     if position_padding >= 0:
-        for found, by_row in ((of_first, placed), (again, replaced)):
-            found[position_padding] *= not by_row
+        for table_grad, by_row in ((of_first, has_firsts), (again, has_seconds)):
+            table_grad[position_padding] *= not by_row
     of_norm = torch.empty_like(weight), torch.empty_like(bias)
     grad_key = torch.empty_like(key)
     kernels.mux_embed_finish_kernel[(tiles,)](
@@ -221,20 +266,20 @@ def _(
     return tuple(torch.empty_like(t) for t in (word, position, token_type, weight, bias, key))
 
 
-def _rows(given: Tensor | None, rows: int, length: int, start: int, like: Tensor) -> Tensor:
-    """Rows of the position table, [rows, length]."""
-    if given is None:
-        given = torch.arange(start, start + length, device=like.device)[None]
-    return given.expand(rows, length)
+def _rows(arguments: Tensor | None, rows: int, length: int, start: int, like: Tensor) -> Tensor:
+    """Indices into the position table, [rows, length]."""
+    if arguments is None:
+        arguments = torch.arange(start, start + length, device=like.device)[None]
+    return arguments.expand(rows, length)
 
 
 def _sorted(owner: Tensor) -> tuple[Tensor, Tensor]:
-    """Owners of rows in order, and which rows these are; in 32 bits sorting takes half as long."""
+    """Sorted owners of rows and their row indices; sorting int32 takes half as long as int64."""
     return owner.flatten().to(torch.int32).sort(stable=True)
 
 
 def _by_column(rows: int, length: int, start: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """What `_sorted` finds of rows [rows, length] that hold consecutive numbers."""
+    """Result of `_sorted` for rows [rows, length] of consecutive indices."""
     numbers = torch.arange(rows * length, device=like.device).view(rows, length)
     owner = torch.arange(start, start + length, dtype=torch.int32, device=like.device)
     return owner.repeat_interleave(rows), numbers.T.flatten()
@@ -252,11 +297,11 @@ def _keep(
 def _differentiate(
     ctx: torch.autograd.function.FunctionCtx, upstream: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    wanted, behind = ctx.needs_input_grad[1:7], (None,) * 10
+    needed, no_grads = ctx.needs_input_grad[1:7], (None,) * 10
     if upstream is None:
         return (None,) * 17
     grads = mux_embed_backward(upstream, *ctx.saved_tensors, *ctx.numbers)
-    return None, *(g if asked else None for g, asked in zip(grads, wanted, strict=True)), *behind
+    return None, *(g if asked else None for g, asked in zip(grads, needed, strict=True)), *no_grads
 
 
 _mux_embed.register_autograd(_differentiate, setup_context=_keep)
@@ -280,16 +325,16 @@ def mux_embed(
     Args:
         ids: [B * N, T] int64, row r is instance r % N of group r // N.
         key: [N, D] one vector per instance.
-        tables: of both embeddings, whose gradients add up.
-        token_type_ids: [B * N, T]; None for segment 0 everywhere.
-        first_positions: [B * N, T] or [1, T] rows of the position table; None for consecutive ones.
-        second_positions: [B, T] or [1, T], the same of the second embedding.
+        tables: parameters of both embeddings; their gradients are summed.
+        token_type_ids: [B * N, T]; None: segment 0.
+        first_positions: [B * N, T] or [1, T] indices into the position table; None: consecutive.
+        second_positions: [B, T] or [1, T], the same for the second embedding.
         dropout: probability; 0 outside training.
-        implementation: "triton", "reference", or "auto", which is Triton on a GPU. Triton has no
-            kernel for float64, which is always computed by the reference.
+        implementation: "triton", "reference", or "auto", which is Triton on a GPU. float64 always
+            uses the reference.
     Returns:
         [B, T, D], in the dtype of `tables.word`. Differentiable once in key and all tables.
-        Backward keeps one tensor of that size.
+        Backward saves one tensor of that size.
     Raises:
         ValueError: if shapes do not fit, or the implementation cannot run.
     Source: Murahari et al. 2023 (MUX-PLM), section 3.1; both embeddings as in its release.
@@ -306,7 +351,7 @@ def mux_embed(
 def settings(
     ids: Tensor, learned: tuple[Tensor, ...], tables: Tables, dropout: float
 ) -> tuple[Tensor | None, tuple[float | int, ...]]:
-    """Dropout's seed, if there is one, and the numbers that end an operation's arguments."""
+    """Dropout seed or None, and the trailing number arguments of the operation."""
     seed = torch.randint(2**62, (1,), device=ids.device) if dropout else None
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in learned)
     padding = [-1 if row is None else row for row in (tables.word_padding, tables.position_padding)]
@@ -314,14 +359,14 @@ def settings(
 
 
 def build_flags(size: int, dropout: bool) -> dict[str, object]:
-    """Compile-time arguments of kernels, optional ids given, to compile ahead of time."""
+    """Compile-time arguments of kernels with all optional ids, for ahead-of-time compilation."""
     flags = {"TYPES": 1, "FIRSTS": True, "SECONDS": True, "POSITIONS": True, "KEEP": True}
     flags |= {"MIXED": False, "SECOND": False, "DROPOUT": dropout}
     return flags | {"CHUNK": CHUNK, **_tiles(size)}
 
 
 def build_kinds(names: Iterable[str], dtype: str) -> dict[str, str]:
-    """Types of arguments by name; tensors are of a dtype unless they are known to be others."""
+    """Argument types by name; tensors have the given dtype unless listed here."""
     kinds = dict.fromkeys(names, f"*{dtype}")
     kinds |= dict.fromkeys(
         ("stats", "second_stats", "partial", "head", "tail", "sums", "second_sums"), "*fp32"
@@ -332,7 +377,7 @@ def build_kinds(names: Iterable[str], dtype: str) -> dict[str, str]:
 
 
 def builds() -> Iterator["Build"]:
-    """The kernels at the tuned widths, without and with dropout, to compile ahead of time."""
+    """The kernels at the tuned widths, with and without dropout, for ahead-of-time compilation."""
     from megamod_kernels import mux_embed_kernels as kernels
     from megamod_kernels.compile_ahead import Build
 
@@ -344,7 +389,7 @@ def builds() -> Iterator["Build"]:
         kernels.mux_embed_finish_kernel,
     )
     for size, dtype, drop in product((768, 1024, 1536, 2048), ("bf16", "fp32"), (False, True)):
-        # Tiles do not depend on these two: one width of each is enough.
+        # Tiles do not depend on dtype and dropout, so one width of each is enough.
         if size != 768 and (dtype == "fp32" or drop):
             continue
         for kernel in (*by_rows, *others):

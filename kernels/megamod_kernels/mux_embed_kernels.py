@@ -1,7 +1,7 @@
-"""Triton kernels of `mux_embed`, which is where their arguments are described.
+"""Triton kernels of `mux_embed`, whose docstring describes the arguments.
 
 A row is one token of one instance, r = (group * N + instance) * T + t; a mixed row is m = group * T
-+ t. Rows are held as tuples of tiles of WIDTH columns, so that no width wastes a power of two.
++ t. Rows are held as tuples of tiles of WIDTH columns, so widths need not be powers of two.
 """
 
 # ruff: noqa: RUF005, B007 (Triton knows neither starred tuples nor a loop variable `_`)
@@ -9,21 +9,21 @@ A row is one token of one instance, r = (group * N + instance) * T + t; a mixed 
 import triton
 import triton.language as tl
 
-from megamod_kernels.rows import held_moments, inside, kept
+from megamod_kernels.rows import dropout_factor, inside, moments_of_tiles
 
 
 @triton.jit
 def _looked_up(source, position, token_type, source_row, position_row, type_row, column, D, inside):
-    """Sum of a source's, a position's and a segment's rows: one tile in float32."""
-    found = tl.load(source + source_row[:, None] * D + column[None, :], mask=inside, other=0.0)
+    """Sum of source, position and segment rows: one tile in float32."""
+    loaded = tl.load(source + source_row[:, None] * D + column[None, :], mask=inside, other=0.0)
     added = tl.load(position + position_row[:, None] * D + column[None, :], mask=inside, other=0.0)
     segment = tl.load(token_type + type_row[:, None] * D + column[None, :], mask=inside, other=0.0)
-    return found.to(tl.float32) + added.to(tl.float32) + segment.to(tl.float32)
+    return loaded.to(tl.float32) + added.to(tl.float32) + segment.to(tl.float32)
 
 
 @triton.jit
 def _rows_of(ids, group, t, length, start, stride, inside, GIVEN: tl.constexpr):
-    """Rows of a table: as given, or consecutive from `start`."""
+    """Indices into a table: loaded if GIVEN, else consecutive from `start`."""
     if GIVEN:
         return tl.load(ids + group * stride + t, mask=inside, other=0).to(tl.int64)
     else:
@@ -38,7 +38,7 @@ def embed_rows(
     FIRSTS: tl.constexpr, SECONDS: tl.constexpr, DROPOUT: tl.constexpr, WHOLE: tl.constexpr,
     KEEP: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK mixed rows m, int32 because they are divided, from ids to the encoder's input."""
+    """Compute BLOCK mixed rows m of the encoder's input from ids; m is int32 for fast division."""
     group, t = (m // length).to(tl.int64), m % length
     m = m.to(tl.int64)
     total = ()
@@ -52,12 +52,12 @@ def embed_rows(
         x = ()
         for tile in tl.static_range(TILES):
             column = tile * WIDTH + tl.arange(0, WIDTH)
-            there = inside(real, column, D, WHOLE)
+            mask = inside(real, column, D, WHOLE)
             x = x + (
                 _looked_up(word, position, token_type, word_row, position_row, type_row, column,
-                           D, there),
+                           D, mask),
             )  # fmt: skip
-        mean, rstd = held_moments(x, D, eps, TILES, WIDTH, WHOLE)
+        mean, rstd = moments_of_tiles(x, D, eps, TILES, WIDTH, WHOLE)
         more = ()
         for tile in tl.static_range(TILES):
             column = tile * WIDTH + tl.arange(0, WIDTH)
@@ -65,32 +65,32 @@ def embed_rows(
             shift = tl.load(bias + column, mask=column < D, other=0.0).to(tl.float32)
             mark = tl.load(key + instance * D + column, mask=column < D, other=0.0).to(tl.float32)
             normed = (x[tile] - mean[:, None]) * rstd[:, None] * gain[None, :] + shift[None, :]
-            normed *= kept(seed, 0, row * length + t, tile * WIDTH, p, DROPOUT, WIDTH)
+            normed *= dropout_factor(seed, 0, row * length + t, tile * WIDTH, p, DROPOUT, WIDTH)
             more = more + (total[tile] + normed * mark[None, :],)
         total = more
     position_row = _rows_of(seconds, group, t, length, start, second_stride, real, SECONDS)
     z = ()
     for tile in tl.static_range(TILES):
         column = tile * WIDTH + tl.arange(0, WIDTH)
-        there = inside(real, column, D, WHOLE)
+        mask = inside(real, column, D, WHOLE)
         mean_of_instances = total[tile] * (1.0 / N)
         if KEEP:
             tl.store(mixed + m[:, None] * D + column[None, :],
-                     mean_of_instances.to(mixed.dtype.element_ty), mask=there)  # fmt: skip
-        added = tl.load(position + position_row[:, None] * D + column[None, :], mask=there,
+                     mean_of_instances.to(mixed.dtype.element_ty), mask=mask)  # fmt: skip
+        added = tl.load(position + position_row[:, None] * D + column[None, :], mask=mask,
                         other=0.0)  # fmt: skip
         segment = tl.load(token_type + column, mask=column < D, other=0.0).to(tl.float32)
         z = z + (mean_of_instances + added.to(tl.float32) + segment[None, :],)
-    mean, rstd = held_moments(z, D, eps, TILES, WIDTH, WHOLE)
+    mean, rstd = moments_of_tiles(z, D, eps, TILES, WIDTH, WHOLE)
     for tile in tl.static_range(TILES):
         column = tile * WIDTH + tl.arange(0, WIDTH)
-        there = inside(real, column, D, WHOLE)
+        mask = inside(real, column, D, WHOLE)
         gain = tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
         shift = tl.load(bias + column, mask=column < D, other=0.0).to(tl.float32)
         normed = (z[tile] - mean[:, None]) * rstd[:, None] * gain[None, :] + shift[None, :]
-        normed *= kept(seed, 1, m, tile * WIDTH, p, DROPOUT, WIDTH)
+        normed *= dropout_factor(seed, 1, m, tile * WIDTH, p, DROPOUT, WIDTH)
         tl.store(output + m[:, None] * D + column[None, :], normed.to(output.dtype.element_ty),
-                 mask=there)  # fmt: skip
+                 mask=mask)  # fmt: skip
 
 
 @triton.jit
@@ -101,7 +101,7 @@ def mux_embed_fwd_kernel(
     FIRSTS: tl.constexpr, SECONDS: tl.constexpr, DROPOUT: tl.constexpr, WHOLE: tl.constexpr,
     KEEP: tl.constexpr,
 ):  # fmt: skip
-    """The same for every row, BLOCK of them a program."""
+    """`embed_rows` for all rows, BLOCK per program."""
     m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     embed_rows(
         m, m < rows, ids, word, position, token_type, weight, bias, key, types, firsts, seconds,
@@ -117,10 +117,11 @@ def mux_embed_bwd_kernel(
     p, BLOCK: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr, TYPES: tl.constexpr,
     FIRSTS: tl.constexpr, SECONDS: tl.constexpr, DROPOUT: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of BLOCK mixed rows, and of each norm what the other kernels cannot see.
+    """Gradient of BLOCK mixed rows, and the row statistics that the other kernels need.
 
-    stats [4, R * T] of the first norm: mean, reciprocal deviation, and the means of the gradient
-    and of its product with the normed row. second_stats [2, B * T]: the first two of the second.
+    stats [4, R * T] of the first norm: mean, reciprocal standard deviation, and the means of the
+    gradient and of its product with the normed row. second_stats [2, B * T]: the first two of the
+    second norm.
     """
     m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     real = m < rows
@@ -130,67 +131,67 @@ def mux_embed_bwd_kernel(
     z = ()
     for tile in tl.static_range(TILES):
         column = tile * WIDTH + tl.arange(0, WIDTH)
-        there = inside(real, column, D, WHOLE)
+        mask = inside(real, column, D, WHOLE)
         z = z + (
             _looked_up(mixed, position, token_type, m, position_row, tl.zeros_like(m), column, D,
-                       there),
+                       mask),
         )  # fmt: skip
-    mean, rstd = held_moments(z, D, eps, TILES, WIDTH, WHOLE)
+    mean, rstd = moments_of_tiles(z, D, eps, TILES, WIDTH, WHOLE)
     tl.store(second_stats + m, mean, mask=real)
     tl.store(second_stats + rows + m, rstd, mask=real)
-    given = ()
+    scaled = ()
     level = tl.zeros([BLOCK, WIDTH], tl.float32)
     along = tl.zeros([BLOCK, WIDTH], tl.float32)
     for tile in tl.static_range(TILES):
         column = tile * WIDTH + tl.arange(0, WIDTH)
-        there = inside(real, column, D, WHOLE)
-        above = tl.load(upstream + m[:, None] * D + column[None, :], mask=there, other=0.0)
+        mask = inside(real, column, D, WHOLE)
+        above = tl.load(upstream + m[:, None] * D + column[None, :], mask=mask, other=0.0)
         gain = tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
         grad = above.to(tl.float32) * gain[None, :]
-        grad *= kept(seed, 1, m, tile * WIDTH, p, DROPOUT, WIDTH)
+        grad *= dropout_factor(seed, 1, m, tile * WIDTH, p, DROPOUT, WIDTH)
         level += grad
         along += grad * (z[tile] - mean[:, None])
-        given = given + (grad,)
+        scaled = scaled + (grad,)
     first, second = tl.sum(level, 1) / D, tl.sum(along, 1) * rstd / D
     shared = ()
     for tile in tl.static_range(TILES):
         column = tile * WIDTH + tl.arange(0, WIDTH)
-        there = inside(real, column, D, WHOLE)
+        mask = inside(real, column, D, WHOLE)
         normed = (z[tile] - mean[:, None]) * rstd[:, None]
-        grad = (given[tile] - first[:, None] - normed * second[:, None]) * rstd[:, None]
+        grad = (scaled[tile] - first[:, None] - normed * second[:, None]) * rstd[:, None]
         tl.store(grad_mixed + m[:, None] * D + column[None, :],
-                 grad.to(grad_mixed.dtype.element_ty), mask=there)  # fmt: skip
+                 grad.to(grad_mixed.dtype.element_ty), mask=mask)  # fmt: skip
         gain = tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
         shared = shared + (grad * gain[None, :] * (1.0 / N),)
     for instance in range(N):
         row = group * N + instance
-        place = row * length + t
-        word_row = tl.load(ids + place, mask=real, other=0)
+        token = row * length + t
+        word_row = tl.load(ids + token, mask=real, other=0)
         position_row = _rows_of(firsts, row, t, length, start, first_stride, real, FIRSTS)
         type_row = _rows_of(types, row, t, length, 0, length * TYPES, real, TYPES)
         x = ()
         for tile in tl.static_range(TILES):
             column = tile * WIDTH + tl.arange(0, WIDTH)
-            there = inside(real, column, D, WHOLE)
+            mask = inside(real, column, D, WHOLE)
             x = x + (
                 _looked_up(word, position, token_type, word_row, position_row, type_row, column,
-                           D, there),
+                           D, mask),
             )  # fmt: skip
-        mean, rstd = held_moments(x, D, eps, TILES, WIDTH, WHOLE)
+        mean, rstd = moments_of_tiles(x, D, eps, TILES, WIDTH, WHOLE)
         level = tl.zeros([BLOCK, WIDTH], tl.float32)
         along = tl.zeros([BLOCK, WIDTH], tl.float32)
         for tile in tl.static_range(TILES):
             column = tile * WIDTH + tl.arange(0, WIDTH)
             mark = tl.load(key + instance * D + column, mask=column < D, other=0.0).to(tl.float32)
             grad = shared[tile] * mark[None, :]
-            grad *= kept(seed, 0, place, tile * WIDTH, p, DROPOUT, WIDTH)
+            grad *= dropout_factor(seed, 0, token, tile * WIDTH, p, DROPOUT, WIDTH)
             level += grad
             along += grad * (x[tile] - mean[:, None])
         every = rows * N
-        tl.store(stats + place, mean, mask=real)
-        tl.store(stats + every + place, rstd, mask=real)
-        tl.store(stats + every * 2 + place, tl.sum(level, 1) / D, mask=real)
-        tl.store(stats + every * 3 + place, tl.sum(along, 1) * rstd / D, mask=real)
+        tl.store(stats + token, mean, mask=real)
+        tl.store(stats + every + token, rstd, mask=real)
+        tl.store(stats + every * 2 + token, tl.sum(level, 1) / D, mask=real)
+        tl.store(stats + every * 3 + token, tl.sum(along, 1) * rstd / D, mask=real)
 
 
 @triton.jit
@@ -202,8 +203,8 @@ def mux_embed_columns_kernel(
 ):  # fmt: skip
     """Column sums of v and of v * normed row, for one instance: partial [programs, N, 2, D].
 
-    v is the gradient behind the norm before the key is multiplied. All gradients of norm and keys
-    follow from these. With SECOND the source is the mixed rows, and there is one instance.
+    v is the gradient of the norm's output before multiplication by the key. All gradients of norm
+    and keys follow from these sums. SECOND: the source is the mixed rows, with one instance.
     """
     instance = tl.program_id(2)
     first_column = tl.program_id(1) * WIDTH
@@ -211,30 +212,30 @@ def mux_embed_columns_kernel(
     plain = tl.zeros([BLOCK, WIDTH], tl.float32)
     product = tl.zeros([BLOCK, WIDTH], tl.float32)
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
-        m = block * BLOCK + tl.arange(0, BLOCK)  # divided in 32 bits, which is far faster
+        m = block * BLOCK + tl.arange(0, BLOCK)  # int32 for fast division
         real = m < rows
-        there = inside(real, column, D, WHOLE)
+        mask = inside(real, column, D, WHOLE)
         t = m % length
         row = (m // length).to(tl.int64) * N + instance
-        place = row * length + t
+        token = row * length + t
         m = m.to(tl.int64)
         source_row = m
         if not SECOND:
-            source_row = tl.load(ids + place, mask=real, other=0)
+            source_row = tl.load(ids + token, mask=real, other=0)
         position_row = _rows_of(positions, row, t, length, start, position_stride, real, POSITIONS)
         type_row = _rows_of(types, row, t, length, 0, length * TYPES, real, TYPES)
         x = _looked_up(source, position, token_type, source_row, position_row, type_row, column, D,
-                       there)  # fmt: skip
-        mean = tl.load(stats + place, mask=real, other=0.0)
-        rstd = tl.load(stats + every + place, mask=real, other=0.0)
-        v = tl.load(upstream + m[:, None] * D + column[None, :], mask=there, other=0.0)
+                       mask)  # fmt: skip
+        mean = tl.load(stats + token, mask=real, other=0.0)
+        rstd = tl.load(stats + every + token, mask=real, other=0.0)
+        v = tl.load(upstream + m[:, None] * D + column[None, :], mask=mask, other=0.0)
         v = v.to(tl.float32) * (1.0 / N)
-        v *= kept(seed, 1 if SECOND else 0, place, first_column, p, DROPOUT, WIDTH)
+        v *= dropout_factor(seed, 1 if SECOND else 0, token, first_column, p, DROPOUT, WIDTH)
         plain += v
         product += v * (x - mean[:, None]) * rstd[:, None]
-    place = (tl.program_id(0).to(tl.int64) * N + instance) * 2 * D
-    tl.store(partial + place + column, tl.sum(plain, 0), mask=column < D)
-    tl.store(partial + place + D + column, tl.sum(product, 0), mask=column < D)
+    token = (tl.program_id(0).to(tl.int64) * N + instance) * 2 * D
+    tl.store(partial + token + column, tl.sum(plain, 0), mask=column < D)
+    tl.store(partial + token + D + column, tl.sum(product, 0), mask=column < D)
 
 
 @triton.jit
@@ -244,15 +245,16 @@ def mux_embed_table_kernel(
     CHUNK: tl.constexpr, WIDTH: tl.constexpr, TYPES: tl.constexpr, FIRSTS: tl.constexpr,
     DROPOUT: tl.constexpr, MIXED: tl.constexpr,
 ):  # fmt: skip
-    """Sums the gradients of CHUNK rows by the row of the table that owns them.
+    """Sum the gradients of CHUNK rows by the table row that owns them.
 
-    `order` sorts the rows by `owner`, which is sorted. A sum whose rows all lie in the chunk goes
-    to the table; of one that began before it, this part goes to `head`, of one that begins here and
-    goes on, to `tail`. With MIXED, rows are mixed ones, whose gradient is at hand.
+    `order` sorts the rows by `owner`, which is sorted. A sum whose rows are all in the chunk is
+    written to the table; of a sum that starts in an earlier chunk, this part is written to `head`;
+    of one that continues in the next chunk, to `tail`. MIXED: rows are mixed rows, whose gradient
+    is already computed.
     """
     chunk = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    wanted = (column < D)[None, :]
+    column_mask = (column < D)[None, :]
     begin = chunk * CHUNK
     gain = tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
     before = tl.load(owner + begin - 1, mask=begin > 0, other=-1)
@@ -264,49 +266,49 @@ def mux_embed_table_kernel(
         mine = tl.load(owner + at, mask=real, other=-1)
         following = tl.load(owner + at + 1, mask=at + 1 < count, other=-1)
         counts = real & (mine != padding)
-        place = tl.load(order + at + tl.arange(0, 1), mask=counts, other=0)
-        inside = counts & wanted
+        token = tl.load(order + at + tl.arange(0, 1), mask=counts, other=0)
+        inside = counts & column_mask
         if MIXED:
-            found = tl.load(grad_mixed + place[:, None] * D + column[None, :], mask=inside,
+            loaded = tl.load(grad_mixed + token[:, None] * D + column[None, :], mask=inside,
                             other=0.0)  # fmt: skip
-            total += found.to(tl.float32)
+            total += loaded.to(tl.float32)
         else:
-            narrow = place.to(tl.int32)
+            narrow = token.to(tl.int32)
             row, t = narrow // length, narrow % length
             m = (row // N).to(tl.int64) * length + t
-            word_row = tl.load(ids + place, mask=counts, other=0)
+            word_row = tl.load(ids + token, mask=counts, other=0)
             position_row = _rows_of(firsts, row, t, length, start, first_stride, counts, FIRSTS)
             type_row = _rows_of(types, row, t, length, 0, length * TYPES, counts, TYPES)
             x = _looked_up(word, position, token_type, word_row, position_row, type_row, column, D,
                            inside)  # fmt: skip
             every = count
-            mean = tl.load(stats + place)
-            rstd = tl.load(stats + every + place)
-            first = tl.load(stats + every * 2 + place)
-            second = tl.load(stats + every * 3 + place)
+            mean = tl.load(stats + token)
+            rstd = tl.load(stats + every + token)
+            first = tl.load(stats + every * 2 + token)
+            second = tl.load(stats + every * 3 + token)
             v = tl.load(grad_mixed + m[:, None] * D + column[None, :], mask=inside, other=0.0)
             mark = tl.load(key + (row % N)[:, None] * D + column[None, :], mask=inside, other=0.0)
             v = v.to(tl.float32) * mark.to(tl.float32) * gain[None, :] * (1.0 / N)
-            v *= kept(seed, 0, place, tl.program_id(1) * WIDTH, p, DROPOUT, WIDTH)
+            v *= dropout_factor(seed, 0, token, tl.program_id(1) * WIDTH, p, DROPOUT, WIDTH)
             normed = (x - mean[:, None]) * rstd[:, None]
-            found = (v - first[:, None] - normed * second[:, None]) * rstd[:, None]
-            total += tl.where(inside, found, 0.0)
+            loaded = (v - first[:, None] - normed * second[:, None]) * rstd[:, None]
+            total += tl.where(inside, loaded, 0.0)
         ends = counts & (mine != following)
         row_of_grad = tl.where(counts, mine, 0).to(tl.int64) * D
         tl.store(grad + row_of_grad + column[None, :], total.to(grad.dtype.element_ty),
-                 mask=wanted & ends & (began_before == 0))  # fmt: skip
-        tl.store(head + chunk * D + column[None, :], total, mask=wanted & ends & began_before)
+                 mask=column_mask & ends & (began_before == 0))  # fmt: skip
+        tl.store(head + chunk * D + column[None, :], total, mask=column_mask & ends & began_before)
         total = tl.where(ends, 0.0, total)
         began_before = began_before & (mine == following)
-    tl.store(head + chunk * D + column[None, :], total, mask=wanted & began_before)
-    tl.store(tail + chunk * D + column[None, :], total, mask=wanted & (began_before == 0))
+    tl.store(head + chunk * D + column[None, :], total, mask=column_mask & began_before)
+    tl.store(tail + chunk * D + column[None, :], total, mask=column_mask & (began_before == 0))
 
 
 @triton.jit
 def mux_embed_join_kernel(
     owner, grad, head, tail, count, D, padding, CHUNK: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """Sums that lie in several chunks, each added up by the program of the one it begins in."""
+    """Complete the sums over several chunks; the program of the first chunk adds the parts."""
     chunk = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     begin, end = chunk * CHUNK, (chunk + 1) * CHUNK
@@ -315,9 +317,7 @@ def mux_embed_join_kernel(
     following = tl.load(owner + end, mask=end < count, other=-2)
     if (mine == following) & (mine != before) & (mine != padding):
         parts = chunk * 0
-        while (
-            following == mine
-        ):  # counted first: Triton cannot lay out a tile that a `while` carries
+        while following == mine:  # count first: Triton cannot lay out a tile that a `while` carries
             parts += 1
             following = tl.load(owner + end + parts * CHUNK, mask=end + parts * CHUNK < count,
                                 other=-2)  # fmt: skip
@@ -334,7 +334,7 @@ def mux_embed_finish_kernel(
     sums, second_sums, key, weight, bias, grad_weight, grad_bias, grad_key, D, N,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of norm and keys from what the columns kernel found, summed over its programs."""
+    """Gradients of norm and keys from the sums of the columns kernel."""
     column = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     known = column < D
     gain = tl.load(weight + column, mask=known, other=0.0).to(tl.float32)

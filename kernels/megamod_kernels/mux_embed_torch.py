@@ -1,4 +1,4 @@
-"""A multiplexed encoder's input from token ids of N instances, in plain torch: the definition."""
+"""Input of a multiplexed encoder from token ids of N instances: reference in plain torch."""
 
 from typing import NamedTuple
 
@@ -9,15 +9,15 @@ from megamod_kernels.mux import multiplex
 
 
 class Tables(NamedTuple):
-    """What an embedding module holds.
+    """Parameters of an embedding module.
 
     Attributes:
         word, position, token_type: [V, D], [P, D], [S, D].
-        weight, bias: [D], of the norm.
-        eps: of the norm.
-        first_position: row of the position table that belongs to the first token.
-        word_padding: row of `word` that receives no gradient; None if all do.
-        position_padding: the same of `position`, where rows of it are given.
+        weight, bias: [D], parameters of the LayerNorm.
+        eps: epsilon of the LayerNorm.
+        first_position: row of the position table for the first token.
+        word_padding: row of `word` without gradient; None: all rows have one.
+        position_padding: row of `position` without gradient, if positions are passed.
     """
 
     word: Tensor
@@ -41,10 +41,10 @@ def mux_embed_reference(
     dropout: float = 0.0,
     masks: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """The definition; arguments and result as of `mux_embed`.
+    """Reference; arguments and result as in `mux_embed`.
 
     Args:
-        masks: what both dropouts multiply by, [B, N, T, D] and [B, T, D]; None to draw them.
+        masks: factors of both dropouts, [B, N, T, D] and [B, T, D]; None to draw them.
     """
 
     def embed(x: Tensor, types: Tensor | None, positions: Tensor | None) -> Tensor:
@@ -72,10 +72,10 @@ def check(
     firsts: Tensor | None,
     seconds: Tensor | None,
 ) -> None:
-    """See that shapes fit.
+    """Check all shapes.
 
     Raises:
-        ValueError: if they do not.
+        ValueError: if a shape does not fit.
     """
     instances, size = key.shape if key.dim() == 2 else (0, 0)
     if ids.dim() != 2 or not instances or ids.shape[0] % instances:
@@ -83,23 +83,23 @@ def check(
             f"ids {tuple(ids.shape)} and key {tuple(key.shape)} do not fit: expected [B * N, T] "
             "and [N, D], N at least 1"
         )
-    for name, given in zip(Tables._fields[:5], tables[:5], strict=True):
-        columns = (size,) if name in ("weight", "bias") else (len(given), size)
-        if tuple(given.shape) != columns:
+    for name, tensor in zip(Tables._fields[:5], tables[:5], strict=True):
+        columns = (size,) if name in ("weight", "bias") else (len(tensor), size)
+        if tuple(tensor.shape) != columns:
             raise ValueError(
-                f"{name} {tuple(given.shape)} does not fit key {tuple(key.shape)}: expected "
+                f"{name} {tuple(tensor.shape)} does not fit key {tuple(key.shape)}: expected "
                 f"{size} columns"
             )
     rows, length = ids.shape
     groups = rows // instances
-    for name, given, allowed in (
+    for name, tensor, allowed in (
         ("token_type_ids", types, (rows,)),
         ("first_positions", firsts, (rows, 1)),
         ("second_positions", seconds, (groups, 1)),
     ):
-        if given is not None and tuple(given.shape) not in [(count, length) for count in allowed]:
+        if tensor is not None and tuple(tensor.shape) not in [(count, length) for count in allowed]:
             expected = " or ".join(str([count, length]) for count in allowed)
-            raise ValueError(f"{name} {tuple(given.shape)} does not fit: expected {expected}")
+            raise ValueError(f"{name} {tuple(tensor.shape)} does not fit: expected {expected}")
     room = len(tables.position) - tables.first_position
     if length > room and (firsts is None or seconds is None):
         raise ValueError(f"{length} tokens need more than the {room} positions of the table")

@@ -8,23 +8,25 @@ import triton.language as tl
 def multiplex_fwd_kernel(
     x, key, mixed, rows, length, D, N, BLOCK: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """One tile of the result: ROWS positions, WIDTH columns, all instances."""
+    """Compute one tile of the result: BLOCK positions, WIDTH columns, all instances."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    inside = (row < rows)[:, None] & (column < D)[None, :]
-    # Divided in 32 bits, which is far faster.
+    mask = (row < rows)[:, None] & (column < D)[None, :]
+    # Division in 32 bits is much faster.
     first = (row // length).to(tl.int64) * N * length + row % length
     total = tl.zeros([BLOCK, WIDTH], tl.float32)
     for instance in range(N):
-        place = (first + instance * length) * D
-        given = tl.load(x + place[:, None] + column[None, :], mask=inside, other=0.0)
-        # Read as often as there are rows, but laid out as they are.
-        at = instance * D + row[:, None] * 0 + column[None, :]
-        total += given.to(tl.float32) * tl.load(key + at, mask=inside, other=0.0).to(tl.float32)
+        offset = (first + instance * length) * D
+        loaded = tl.load(x + offset[:, None] + column[None, :], mask=mask, other=0.0)
+        # Loaded once per row, in the layout of the rows.
+        key_offset = instance * D + row[:, None] * 0 + column[None, :]
+        total += loaded.to(tl.float32) * tl.load(key + key_offset, mask=mask, other=0.0).to(
+            tl.float32
+        )
     tl.store(
         mixed + row.to(tl.int64)[:, None] * D + column[None, :],
         (total * (1.0 / N)).to(mixed.dtype.element_ty),
-        mask=inside,
+        mask=mask,
     )
 
 
@@ -45,31 +47,31 @@ def multiplex_bwd_kernel(
     OF_X: tl.constexpr,
     OF_KEY: tl.constexpr,
 ):
-    """Some blocks of rows, WIDTH columns, one instance after the other.
+    """Backward of some blocks of rows and WIDTH columns, one instance at a time.
 
-    What the program reads of the upstream gradient stays in its cache from instance to instance,
-    so that one instance's sum is all it has to hold.
+    The upstream gradient stays in the cache from instance to instance, so a program holds the sum
+    of one instance only.
     """
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    part = 1.0 / N
+    weight_of_instance = 1.0 / N
     for instance in range(N):
         scale = tl.load(key + instance * D + column, mask=column < D, other=0.0).to(tl.float32)
         total = tl.zeros([BLOCK, WIDTH], tl.float32)
         for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
             row = block * BLOCK + tl.arange(0, BLOCK)
-            inside = (row < rows)[:, None] & (column < D)[None, :]
+            mask = (row < rows)[:, None] & (column < D)[None, :]
             first = (row // length).to(tl.int64) * N * length + row % length
             row = row.to(tl.int64)
             shared = tl.load(
-                upstream + row[:, None] * D + column[None, :], mask=inside, other=0.0
+                upstream + row[:, None] * D + column[None, :], mask=mask, other=0.0
             ).to(tl.float32)
-            shared *= part
-            place = ((first + instance * length) * D)[:, None] + column[None, :]
+            shared *= weight_of_instance
+            offset = ((first + instance * length) * D)[:, None] + column[None, :]
             if OF_X:
                 grad = shared * scale[None, :]
-                tl.store(grad_x + place, grad.to(grad_x.dtype.element_ty), mask=inside)
+                tl.store(grad_x + offset, grad.to(grad_x.dtype.element_ty), mask=mask)
             if OF_KEY:
-                total += shared * tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+                total += shared * tl.load(x + offset, mask=mask, other=0.0).to(tl.float32)
         if OF_KEY:
             row_of_partial = (tl.program_id(0).to(tl.int64) * N + instance) * D
             tl.store(partial + row_of_partial + column, tl.sum(total, 0), mask=column < D)

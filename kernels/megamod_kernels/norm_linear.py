@@ -1,7 +1,7 @@
-"""A linear layer behind a LayerNorm whose result is never held.
+"""A LayerNorm fused into the linear layer after it; the normed rows are never stored.
 
-In front of the demultiplexer stands the norm of the encoder's last block. Its moments are read off
-once; the rest of it happens where the product reads its rows.
+The norm of the encoder's last block precedes the demultiplexer. Its moments are computed once, and
+the rows are normed in the prologue of the matrix product.
 """
 
 from collections.abc import Iterator
@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from megamod_kernels.dispatch import multiplies
+from megamod_kernels.dispatch import uses_own_matmul
 
 if TYPE_CHECKING:
     from megamod_kernels.compile_ahead import Build
 
-ROWS, WIDTH = 4, 256  # tile from which moments are made; the tuned widths are multiples of it
+ROWS, WIDTH = 4, 256  # tile of the moments kernel; the tuned widths are multiples of it
 
 
 class Norm(NamedTuple):
@@ -31,7 +31,7 @@ class Norm(NamedTuple):
 def norm_linear_reference(
     x: Tensor, norm: Norm, weight: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """The definition: LN(x) weight^T + bias."""
+    """Reference: LN(x) weight^T + bias."""
     return F.linear(F.layer_norm(x, x.shape[-1:], *norm), weight, bias)
 
 
@@ -69,31 +69,31 @@ def _(
     return x.new_empty(*x.shape[:-1], len(weight))
 
 
-def _keep(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
     *tensors, _, ctx.eps = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _differentiate(
+def _backward(
     ctx: torch.autograd.function.FunctionCtx, upstream: Tensor
 ) -> tuple[Tensor | None, ...]:
     x, gain, shift, weight = ctx.saved_tensors
-    wanted = ctx.needs_input_grad
+    needed = ctx.needs_input_grad
     flat, upstream = x.flatten(0, -2), upstream.flatten(0, -2)
     shape = list(x.shape[-1:])
     normed, mean, rstd = torch.ops.aten.native_layer_norm(flat, shape, gain, shift, ctx.eps)
-    grad_weight = upstream.T @ normed if wanted[3] else None
-    grad_bias = upstream.sum(0) if wanted[4] else None
+    grad_weight = upstream.T @ normed if needed[3] else None
+    grad_bias = upstream.sum(0) if needed[4] else None
     grads = (None, None, None)
-    if any(wanted[:3]):
+    if any(needed[:3]):
         grads = torch.ops.aten.native_layer_norm_backward(
-            upstream @ weight, flat, shape, mean, rstd, gain, shift, list(wanted[:3])
+            upstream @ weight, flat, shape, mean, rstd, gain, shift, list(needed[:3])
         )
-    grad_x = grads[0].view_as(x) if wanted[0] else None
+    grad_x = grads[0].view_as(x) if needed[0] else None
     return grad_x, *grads[1:], grad_weight, grad_bias, None
 
 
-_norm_linear.register_autograd(_differentiate, setup_context=_keep)
+_norm_linear.register_autograd(_backward, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.megamod.norm_linear)
@@ -112,13 +112,13 @@ def _flops(
 
 
 def uses_kernel(implementation: str, x: Tensor) -> bool:
-    """Whether `norm_linear` of x would leave the norm to its product.
+    """Return True if `norm_linear` of x runs its kernel.
 
     Raises:
-        ValueError: as `uses_triton`.
+        ValueError: as in `uses_triton`.
     """
     autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
-    return multiplies(implementation, x) and x.dtype != torch.float64 and not autocast
+    return uses_own_matmul(implementation, x) and x.dtype != torch.float64 and not autocast
 
 
 def norm_linear(
@@ -133,14 +133,13 @@ def norm_linear(
     Args:
         x: [..., D].
         norm: of the last dimension.
-        weight: [E, D], dtype of x; its rows may lie apart.
+        weight: [E, D], dtype of x; any row stride.
         bias: [E], or None.
         implementation: "auto", "triton" or "reference"; "auto" leaves float32 to the reference,
-            because its products are faster than anything that multiplies without tensor cores.
+            because its products are faster than anything that uses_own_matmul without tensor cores.
             float64 and autocast are always computed by the reference.
     Returns:
-        [..., E], in x's dtype. Differentiable once; x is all that backward keeps besides
-        parameters.
+        [..., E], in x's dtype. Differentiable once; backward saves x and the parameters.
     Raises:
         ValueError: if shapes or dtypes do not fit.
     """
@@ -163,17 +162,17 @@ def builds() -> "Iterator[Build]":
     from megamod_kernels.compile_ahead import Build
     from megamod_kernels.keyed_linear_kernels import matmul_tile
 
-    found = []
+    variants = []
     for dtype, rows in (("bf16", 2**20), ("bf16", 1), ("fp32", 2**20)):
         *tile, warps, stages = matmul_tile(rows, 768, 2 if dtype == "bf16" else 4)
         constants = dict(zip(("BLOCK_ROWS", "BLOCK_OUT", "BLOCK_IN"), tile, strict=True))
         constants["USES_BIAS"] = True
-        found.append((kernels.norm_matmul_kernel, dtype, constants, warps, stages))
+        variants.append((kernels.norm_matmul_kernel, dtype, constants, warps, stages))
         if rows > 1:
             constants = {"ROWS": ROWS, "WIDTH": WIDTH}
-            found.append((kernels.norm_moments_kernel, dtype, constants, 4, 3))
+            variants.append((kernels.norm_moments_kernel, dtype, constants, 4, 3))
     counts = ("rows", "D", "OUT", "weight_out")
-    for kernel, dtype, constants, warps, stages in found:
+    for kernel, dtype, constants, warps, stages in variants:
         kinds = {name: f"*{dtype}" for name in kernel.arg_names}
         kinds |= dict.fromkeys(counts, "i32") | {"stats": "*fp32", "eps": "fp32"}
         signature = {name: kinds[name] for name in kernel.arg_names if name not in constants}

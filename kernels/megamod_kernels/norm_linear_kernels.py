@@ -1,4 +1,4 @@
-"""Triton kernels of `norm_linear`: moments of rows, and a product that norms on the way in."""
+"""Triton kernels of `norm_linear`: moments of rows, and a product with the norm as prologue."""
 
 import triton
 import triton.language as tl
@@ -9,7 +9,7 @@ from megamod_kernels.rows import moments
 
 @triton.jit
 def norm_moments_kernel(x, stats, rows, D, eps, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """stats [2, rows] float32: mean and 1 / deviation."""
+    """Write stats [2, rows] float32: mean and reciprocal standard deviation."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     valid = row < rows
     mean, scale = moments(x, row, valid, D, eps, ROWS, WIDTH)
@@ -35,7 +35,7 @@ def norm_matmul_kernel(
     BLOCK_IN: tl.constexpr,
     USES_BIAS: tl.constexpr,
 ):
-    """output = (gain (x - mean) / deviation + shift) weight^T + bias."""
+    """output = (gain (x - mean) / std + shift) weight^T + bias."""
     block, across = tile_of_program(rows, OUT, BLOCK_ROWS, BLOCK_OUT)
     row = block.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = across * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
@@ -45,20 +45,22 @@ def norm_matmul_kernel(
     total = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
     for start in range(0, D, BLOCK_IN):
         inner = start + tl.arange(0, BLOCK_IN)
-        known = inner < D
+        inner_mask = inner < D
         a = tl.load(
-            x + row[:, None] * D + inner[None, :], mask=valid[:, None] & known[None, :], other=0.0
-        )
-        w = tl.load(gain + inner, mask=known, other=0.0).to(tl.float32)
-        b = tl.load(shift + inner, mask=known, other=0.0).to(tl.float32)
-        # Columns beyond D come out as 0, for gain and shift are 0 there.
-        normed = (a.to(tl.float32) - mean[:, None]) * scale[:, None] * w[None, :] + b[None, :]
-        other = tl.load(
-            weight + column[None, :].to(tl.int64) * weight_out + inner[:, None],
-            mask=known[:, None] & (column < OUT)[None, :],
+            x + row[:, None] * D + inner[None, :],
+            mask=valid[:, None] & inner_mask[None, :],
             other=0.0,
         )
-        total += dot(normed.to(x.dtype.element_ty), other)
+        w = tl.load(gain + inner, mask=inner_mask, other=0.0).to(tl.float32)
+        b = tl.load(shift + inner, mask=inner_mask, other=0.0).to(tl.float32)
+        # Columns beyond D are 0, because gain and shift are 0 there.
+        normed = (a.to(tl.float32) - mean[:, None]) * scale[:, None] * w[None, :] + b[None, :]
+        weight_tile = tl.load(
+            weight + column[None, :].to(tl.int64) * weight_out + inner[:, None],
+            mask=inner_mask[:, None] & (column < OUT)[None, :],
+            other=0.0,
+        )
+        total += dot(normed.to(x.dtype.element_ty), weight_tile)
     if USES_BIAS:
         total += tl.load(bias + column, mask=column < OUT, other=0.0).to(tl.float32)[None, :]
     tl.store(

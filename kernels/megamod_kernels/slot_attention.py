@@ -1,9 +1,9 @@
 """Attention among the N instances of each position, for contextual multiplexing.
 
-To stock attention this is B * L sequences of length N, for which it permutes every tensor and then
-runs nearly empty tiles. Here a tile holds the instances of as many positions as fit in it, row r
-being instance r % N of the tile's position r // N. One matrix product gives all their scores, and
-those between different positions are left out. Tensors stay as the projections wrote them.
+Stock attention treats this as B * L sequences of length N: it permutes every tensor and runs nearly
+empty tiles. Here a tile holds all instances of as many positions as fit, row r being instance r % N
+of the tile's position r // N. One matrix product computes all scores, and scores between different
+positions are masked. Tensors keep the layout that the projections wrote.
 """
 
 from itertools import product
@@ -19,7 +19,9 @@ from megamod_kernels.dispatch import uses_triton
 if TYPE_CHECKING:
     from megamod_kernels.compile_ahead import Build
 
-MASKED = -10000.0  # what BERT adds to the score of a masked key; finite, so all may be masked
+MASKED = (
+    -10000.0
+)  # added to the score of a masked key, as in BERT; finite, so all keys may be masked
 LARGEST_N = 64  # instances of a position share a tile
 LARGEST_HEAD = 256
 
@@ -32,7 +34,7 @@ def slot_attention_reference(
     mask: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """The definition, arguments as of `slot_attention`: stock attention over B * L sequences."""
+    """Reference, arguments as in `slot_attention`: stock attention over B * L sequences."""
     groups, _, length, _ = q.shape
     q, k, v = (
         x.transpose(1, 2).flatten(0, 1).unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -50,17 +52,17 @@ def slot_attention_reference(
 def _slot_attention(
     projected: list[Tensor], heads: int, mask: Tensor | None, dropout: float, seed: Tensor | None
 ) -> Tensor:
-    """`projected` is q, k and v, or one tensor of them side by side."""
+    """`projected` is q, k and v, or one tensor with the three concatenated."""
     from megamod_kernels import slot_attention_kernels as kernels
 
-    q, k, v = (_unit_stride(x) for x in _three(projected))
+    q, k, v = (_unit_stride(x) for x in _split_qkv(projected))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
     arguments, constants = _launch(q, heads, mask, dropout)
     strides = [stride for x in (q, k, v) for stride in x.stride()[:3]]
     kernels.slot_attention_fwd_kernel[_grid(q, constants)](
-        q, k, v, out, *_or_any(mask, seed, q), *arguments, *strides, **constants
+        q, k, v, out, *_optional_pointers(mask, seed, q), *arguments, *strides, **constants
     )
     return out
 
@@ -69,7 +71,7 @@ def _slot_attention(
 def _(
     projected: list[Tensor], heads: int, mask: Tensor | None, dropout: float, seed: Tensor | None
 ) -> Tensor:
-    q = _three(projected)[0]
+    q = _split_qkv(projected)[0]
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
@@ -85,7 +87,7 @@ def _slot_attention_backward(
     """Gradients of `projected`, contiguous."""
     from megamod_kernels import slot_attention_kernels as kernels
 
-    up, q, k, v = (_unit_stride(x) for x in (upstream, *_three(projected)))
+    up, q, k, v = (_unit_stride(x) for x in (upstream, *_split_qkv(projected)))
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in projected]
     if q.numel() == 0:
         return grads
@@ -96,8 +98,8 @@ def _slot_attention_backward(
         q,
         k,
         v,
-        *_three(grads),
-        *_or_any(mask, seed, q),
+        *_split_qkv(grads),
+        *_optional_pointers(mask, seed, q),
         *arguments,
         *strides,
         grads[0].shape[-1],
@@ -136,7 +138,7 @@ _slot_attention.register_autograd(_backward, setup_context=_setup_context)
 
 @register_flop_formula(torch.ops.megamod.slot_attention)
 def _flops(projected: list[tuple[int, ...]], *_: object, **__: object) -> int:
-    """Of the two products among a position's instances; what a tile makes besides is not work."""
+    """FLOPs of the two products among the instances of a position, without masked scores."""
     groups, instances, length, columns = projected[0]
     size = columns // (1 if len(projected) == 3 else 3)
     return 4 * groups * length * instances**2 * size
@@ -149,10 +151,10 @@ def _backward_flops(_: object, projected: list[tuple[int, ...]], *__: object, **
 
 
 def runs_kernels(x: Tensor, heads: int, implementation: str = "auto") -> bool:
-    """Whether `slot_attention` of tensors such as x, [B, N, L, D], runs its kernels.
+    """Return True if `slot_attention` of tensors like x [B, N, L, D] runs its kernels.
 
     Raises:
-        ValueError: if kernels are asked for what they do not hold, or cannot run.
+        ValueError: if "triton" is requested for unsupported shapes, or cannot run.
     """
     if not uses_triton(implementation, x):
         return False
@@ -160,7 +162,7 @@ def runs_kernels(x: Tensor, heads: int, implementation: str = "auto") -> bool:
     fits = narrow and x.shape[1] <= LARGEST_N and x.shape[-1] // heads <= LARGEST_HEAD
     if implementation == "triton" and not fits:
         raise ValueError(
-            f"kernels hold N <= {LARGEST_N} and at most {LARGEST_HEAD} columns per head of "
+            f"kernels support N <= {LARGEST_N} and at most {LARGEST_HEAD} columns per head of "
             f"float32, bfloat16 or float16; here N is {x.shape[1]}, a head has "
             f"{x.shape[-1] // heads} columns of {x.dtype}"
         )
@@ -180,15 +182,16 @@ def slot_attention(
 
     Args:
         q, k, v: [B, N, L, D], any strides; head h has columns [h * D / heads, (h + 1) * D / heads).
-        mask: [B, N, L], True where an instance is seen; BERT's shift of -10000 hides the others,
-            so where none is seen all are. None if all are seen.
-        dropout: part of the probabilities to drop, from torch's generator; give 0 in evaluation.
-        implementation: "auto", "triton" or "reference". Kernels hold N <= 64 and heads of at most
-            256 columns of float32, bfloat16 or float16; "auto" leaves all else to the reference.
+        mask: [B, N, L], True for visible instances; the others get BERT's shift of -10000, so if
+            none is visible, all are. None: all visible.
+        dropout: dropout probability of attention weights, seeded by torch's generator; 0 in
+            evaluation.
+        implementation: "auto", "triton" or "reference". Kernels support N <= 64 and heads of at
+            most 256 columns in float32, bfloat16 or float16; "auto" uses the reference otherwise.
     Returns:
-        [B, N, L, D]. Differentiable once; backward keeps q, k, v and computes the scores again.
+        [B, N, L, D]. Differentiable once; backward saves q, k, v and recomputes the scores.
     Raises:
-        ValueError: if shapes do not fit, or kernels are asked for what they do not hold.
+        ValueError: if shapes do not fit, or "triton" does not support them.
     Source: Murahari et al. 2023 (MUX-PLM), section 3.1, contextual multiplexer; Dao et al. 2022,
         appendix B.2, for the backward pass.
     """
@@ -210,9 +213,9 @@ def slot_attention_packed(
     dropout: float = 0.0,
     implementation: str = "auto",
 ) -> Tensor:
-    """`slot_attention` of [B, N, L, 3 D], queries, keys and values side by side.
+    """`slot_attention` of [B, N, L, 3 D], the concatenation of queries, keys and values.
 
-    The gradient is one tensor as well, so that nothing is copied between this and one projection.
+    The gradient is one tensor too, so nothing is copied between this and a fused projection.
     """
     if qkv.dim() != 4 or qkv.shape[-1] % 3:
         raise ValueError(f"qkv {tuple(qkv.shape)} does not fit: expected [B, N, L, 3 * D]")
@@ -242,21 +245,23 @@ def _seed(q: Tensor, dropout: float) -> Tensor | None:
     return torch.randint(2**62, (1,), device=q.device, dtype=torch.int64)
 
 
-def _three(projected: list[Tensor]) -> tuple[Tensor, ...]:
+def _split_qkv(projected: list[Tensor]) -> tuple[Tensor, ...]:
     return tuple(projected) if len(projected) == 3 else projected[0].chunk(3, -1)
 
 
 def _unit_stride(x: Tensor) -> Tensor:
-    """With columns side by side, and instances so near that kernels count their way in 32 bits."""
+    """Ensure unit column stride, and instance strides that fit 32-bit offsets."""
     adjacent = x.stride(-1) == 1 or x.shape[-1] == 1
     return x if adjacent and x.stride(1) * x.shape[1] < 2**31 else x.contiguous()
 
 
-def _or_any(mask: Tensor | None, seed: Tensor | None, anything: Tensor) -> tuple[Tensor, Tensor]:
-    """Kernels never read a pointer whose use is switched off."""
+def _optional_pointers(
+    mask: Tensor | None, seed: Tensor | None, placeholder: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Replace missing tensors by a placeholder, which kernels never read."""
     return (
-        anything if mask is None else mask.contiguous(),
-        anything if seed is None else seed,
+        placeholder if mask is None else mask.contiguous(),
+        placeholder if seed is None else seed,
     )
 
 
@@ -283,7 +288,7 @@ def builds() -> "list[Build]":
     from megamod_kernels import slot_attention_kernels as kernels
     from megamod_kernels.compile_ahead import Build
 
-    found = []
+    variants = []
     types = {"mask_ptr": "*i1", "seed_ptr": "*i64", "scale": "fp32", "dropout": "fp32"}
     for size, dtype, instances in product((768, 1024, 2048), ("bf16", "fp32"), (5, 12)):
         head, drops = 128 if size == 2048 else 64, instances == 12
@@ -293,7 +298,7 @@ def builds() -> "list[Build]":
             names = [name for name in kernel.arg_names if name not in constants]
             pointers = {name: f"*{dtype}" for name in names if name.endswith("_ptr")}
             strides = [name for name in names if name.endswith(("_group", "_slot", "_token"))]
-            found.append(
+            variants.append(
                 Build(
                     name=f"{kernel.__name__}-D{size}-N{instances}-{dtype}",
                     kernel=kernel,
@@ -304,4 +309,4 @@ def builds() -> "list[Build]":
                     aligned=(*pointers, *strides),
                 )
             )
-    return found
+    return variants

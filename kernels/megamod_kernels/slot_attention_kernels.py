@@ -1,7 +1,7 @@
 """Triton kernels of `slot_attention`: one tile holds all instances of several positions.
 
-Row r of a tile is instance r % N of its position r // N, for one head. Rows that are left over form
-a position of their own, of zeros, which is never stored.
+Row r of a tile is instance r % N of its position r // N, for one head. Leftover rows form a
+position of zeros, which is never stored.
 """
 
 import triton
@@ -14,10 +14,10 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _dot_wide(wide, narrow):
-    """Product of a float32 matrix and one of maybe less, to which the first is not rounded.
+    """Product of a float32 matrix and a possibly narrower one, without rounding the first.
 
-    Rounded, probabilities would make half of the result's error. A second product for what rounding
-    leaves is hidden behind memory.
+    Rounding the probabilities would cause half of the error. The second product, of the rounding
+    remainder, costs no time because the kernel is limited by memory.
     """
     if narrow.dtype == tl.float32:
         return dot(wide, narrow)
@@ -37,7 +37,7 @@ def _probabilities(q, k, mask_ptr, seen_rows, valid, tile_position, scale, SHIFT
     same = tile_position[:, None] == tile_position[None, :]
     if SHIFT != 0:
         seen = tl.load(mask_ptr + seen_rows, mask=valid, other=0).to(tl.int32)
-        # Where no instance is seen all scores are shifted alike, which changes nothing but digits.
+        # If no instance is visible, all scores would be shifted equally, so none is.
         any_seen = tl.max(tl.where(same, seen[None, :], 0), axis=1)
         hidden = (seen[None, :] == 0) & (any_seen[:, None] != 0)
         scores += tl.where(hidden, SHIFT * _LOG2_E, 0.0)
@@ -47,11 +47,11 @@ def _probabilities(q, k, mask_ptr, seen_rows, valid, tile_position, scale, SHIFT
 
 
 @triton.jit
-def _kept(seed_ptr, position, head, slot, dropout, HEADS: tl.constexpr, N: tl.constexpr):
-    """Which probabilities of a tile dropout keeps: Philox, counted by (position, head, pair)."""
+def _dropout_mask(seed_ptr, position, head, slot, dropout, HEADS: tl.constexpr, N: tl.constexpr):
+    """Dropout mask of a tile's probabilities: Philox counter (position, head, pair)."""
     first = (position.to(tl.int64) * HEADS + head) * (N * N) + slot * N
-    drawn = tl.rand(tl.load(seed_ptr), first[:, None] + slot[None, :])
-    return drawn >= dropout
+    uniform = tl.rand(tl.load(seed_ptr), first[:, None] + slot[None, :])
+    return uniform >= dropout
 
 
 @triton.jit
@@ -83,7 +83,7 @@ def slot_attention_fwd_kernel(
     SHIFT: tl.constexpr,
     USES_DROPOUT: tl.constexpr,
 ):
-    """One head, as many positions as a tile holds: softmax(q k^T) v among their instances."""
+    """softmax(q k^T) v over the instances of each position, for one head and tile."""
     head = tl.program_id(0) % HEADS
     rows = tl.arange(0, ROWS)
     tile_position, slot = rows // N, rows % N
@@ -105,8 +105,8 @@ def slot_attention_fwd_kernel(
 
     p = _probabilities(q, k, mask_ptr, out_rows, valid, tile_position, scale, SHIFT)
     if USES_DROPOUT:
-        kept = _kept(seed_ptr, position, head, slot, dropout, HEADS, N)
-        p = tl.where(kept, p / (1.0 - dropout), 0.0)
+        keep = _dropout_mask(seed_ptr, position, head, slot, dropout, HEADS, N)
+        p = tl.where(keep, p / (1.0 - dropout), 0.0)
     out = _dot_wide(p, v)
     at = out_ptr + out_rows[:, None] * (HEADS * K) + columns[None, :]
     tl.store(at, out.to(out_ptr.dtype.element_ty), mask=inside)
@@ -148,7 +148,7 @@ def slot_attention_bwd_kernel(
     SHIFT: tl.constexpr,
     USES_DROPOUT: tl.constexpr,
 ):
-    """The same backward: probabilities once more, then gradients of q, k and v."""
+    """Recompute the probabilities, then the gradients of q, k and v."""
     head = tl.program_id(0) % HEADS
     rows = tl.arange(0, ROWS)
     tile_position, slot = rows // N, rows % N
@@ -174,9 +174,9 @@ def slot_attention_bwd_kernel(
     p = _probabilities(q, k, mask_ptr, mask_rows, valid, tile_position, scale, SHIFT)
     dp = dot(up, tl.trans(v))
     if USES_DROPOUT:
-        kept = _kept(seed_ptr, position, head, slot, dropout, HEADS, N)
-        dp = tl.where(kept, dp / (1.0 - dropout), 0.0)
-        dropped = tl.where(kept, p / (1.0 - dropout), 0.0)
+        keep = _dropout_mask(seed_ptr, position, head, slot, dropout, HEADS, N)
+        dp = tl.where(keep, dp / (1.0 - dropout), 0.0)
+        dropped = tl.where(keep, p / (1.0 - dropout), 0.0)
         dv = _dot_wide(tl.trans(dropped), up)
     else:
         dv = _dot_wide(tl.trans(p), up)
@@ -190,9 +190,9 @@ def slot_attention_bwd_kernel(
 def tile(instances: int, head: int, element_size: int) -> tuple[int, int]:
     """Rows of a tile and warps.
 
-    The more rows, the more scores between positions are made for nothing; so 64 only where 32
-    would hold clearly fewer instances per row, such as 24 of them for N = 12. Products of float32
-    run without tensor cores, where such scores cost more than empty rows.
+    More rows waste more scores between positions, so 64 only if 32 rows leave clearly more rows
+    unused, as for N = 12 (24 used). float32 products run without tensor cores, where wasted scores
+    cost more than unused rows.
     """
     if element_size == 4:
         rows = max(16, triton.next_power_of_2(instances))

@@ -60,9 +60,9 @@ def test_every_operation_in_every_mode(op):
 
 def test_errors_are_relative_and_the_worst_of_all_gradients():
     exact = [torch.tensor([3.0, 4.0]).double(), torch.ones(4).double(), torch.ones(1).double()]
-    found = [torch.tensor([3.0, 4.5]), torch.ones(4) * 1.25, torch.ones(1)]
-    assert errors_of(found, exact) == {"error": 0.1, "grad_error": 0.25}
-    assert errors_of(found[:1], exact)["grad_error"] is None
+    result = [torch.tensor([3.0, 4.5]), torch.ones(4) * 1.25, torch.ones(1)]
+    assert errors_of(result, exact) == {"error": 0.1, "grad_error": 0.25}
+    assert errors_of(result[:1], exact)["grad_error"] is None
 
 
 def test_a_variant_that_fails_is_told_and_ends_nothing():
@@ -91,11 +91,11 @@ def test_what_is_compiled():
 
 def test_flex_attention_is_the_same_attention():
     case = CASES["slot_attention"](parse_shape("tiny-n3-s5-g2"), "fp32", "cpu")
-    given = {name: tensor.detach() for name, tensor in case.inputs.items()}
-    wanted = case.reference(**given)
+    arguments = {name: tensor.detach() for name, tensor in case.inputs.items()}
+    expected = case.reference(**arguments)
     assert flex.peers(3, 5, 2, "cpu") == {}  # it has no backward pass there
     for peer in (flex.block_diagonal(3, 5, 2, "cpu"), flex.small_batches(2)):
-        torch.testing.assert_close(peer(**given), wanted)
+        torch.testing.assert_close(peer(**arguments), expected)
 
 
 def test_the_important_comes_first_and_nothing_is_forgotten():
@@ -124,13 +124,13 @@ def test_when_time_is_over_the_rest_is_listed(monkeypatch):
 
     monkeypatch.setattr(schedule, "measure_case", slow)
     wishes = [Wish("multiplex", f"tiny-n2-s{length}-g1") for length in (1, 2, 3, 4)]
-    found = list(
+    result = list(
         measure_all(
             wishes, device="cpu", dtype="fp32", rounds=1, compiled="none", yard=YARD, seconds=10
         )
     )
-    assert [rows is not None for _, rows in found] == [True, True, True, False]
-    assert found[1][1] == [
+    assert [rows is not None for _, rows in result] == [True, True, True, False]
+    assert result[1][1] == [
         {"op": "multiplex", "shape": "tiny-n2-s2-g1", "instances": 2, "dtype": "fp32",
          "variant": "ours", "mode": "fwd_bwd"}
     ]  # fmt: skip
@@ -138,9 +138,11 @@ def test_when_time_is_over_the_rest_is_listed(monkeypatch):
 
 def row(op="rsa_demux", variant="ours", us=10.0, **more):
     """A made-up row."""
-    told = dict(op=op, shape="base-n5", instances=5, mode="fwd_bwd", dtype="bf16", variant=variant)
-    told |= dict(us=us, us_p20=us, us_p80=us, host_us=1.0, bytes=1e9, flops=1.0, floor_us=us / 2)
-    return told | dict(share_of_floor=0.5, error=1e-3, grad_error=2e-3) | more
+    message = dict(
+        op=op, shape="base-n5", instances=5, mode="fwd_bwd", dtype="bf16", variant=variant
+    )
+    message |= dict(us=us, us_p20=us, us_p80=us, host_us=1.0, bytes=1e9, flops=1.0, floor_us=us / 2)
+    return message | dict(share_of_floor=0.5, error=1e-3, grad_error=2e-3) | more
 
 
 def words(rows):
@@ -150,13 +152,13 @@ def words(rows):
 def test_verdicts():
     concat, split = "compile eager concat", "compile eager split"
     rows = [row(), row(variant=concat, us=30.0), row(variant="max-autotune eager concat", us=19.9)]
-    place = "rsa_demux base-n5 fwd_bwd"
+    folder = "rsa_demux base-n5 fwd_bwd"
     said = words(rows)
-    assert said[place, "best compile of the concatenated form / ours", 2.0] == "MISSED"
-    assert said[place, "best compile of the split form / ours", 1.15] == "not measured"
+    assert said[folder, "best compile of the concatenated form / ours", 2.0] == "MISSED"
+    assert said[folder, "best compile of the split form / ours", 1.15] == "not measured"
     said = words([*rows[:2], row(variant=split, us=11.5)])
     assert set(said.values()) == {"MET"} and len(said) == 2
-    two = [{**one, "instances": 2, "shape": "base-n2"} for one in rows]
+    two = [{**item, "instances": 2, "shape": "base-n2"} for item in rows]
     assert ("rsa_demux base-n2 fwd_bwd", "best compile of the concatenated form / ours", 1.6) in (
         words(two)
     )
@@ -267,8 +269,8 @@ def test_what_a_memory_checker_runs(monkeypatch, capsys):
 
 
 def test_overhead_and_percentiles():
-    found = launch_overhead("cpu", calls=3, rounds=2)
-    assert found["extra_us"] == pytest.approx(found["ours_us"] - found["torch_us"])
+    result = launch_overhead("cpu", calls=3, rounds=2)
+    assert result["extra_us"] == pytest.approx(result["ours_us"] - result["torch_us"])
     assert percentiles([1.0]) == (1.0, 1.0, 1.0)
     assert percentiles([float(n) for n in range(11)]) == (2.0, 5.0, 8.0)
 

@@ -39,31 +39,31 @@ def test_operations_against_a_count_by_hand():
             (kind, n): gpu_inference.make(kind, SHAPE, n)
             for kind, n in (("token", 1), ("sequence", 1), ("token", 5))
         }
-    found = {
+    result = {
         (kind, n): gpu_inference.flops_per_row(model, 10, LENGTH)
         for (kind, n), model in models.items()
     }
-    assert found["token", 1] == blocks + LENGTH * labels
-    assert found["sequence", 1] == blocks + 2 * WIDTH**2 + labels  # with the pooler
+    assert result["token", 1] == blocks + LENGTH * labels
+    assert result["sequence", 1] == blocks + 2 * WIDTH**2 + labels  # with the pooler
     # A group of five: the encoder and W_h once, W_k for the keys once in both groups of a batch,
     # two products and the labels for every instance.
     group = blocks + 2 * LENGTH * WIDTH**2 + 5 * (2 * 2 * LENGTH * WIDTH**2 + LENGTH * labels)
     keys = 2 * 5 * WIDTH**2
-    assert found["token", 5] == (2 * group + keys) / 10
+    assert result["token", 5] == (2 * group + keys) / 10
 
 
 def test_inference_of_tiny_models(monkeypatch):
     monkeypatch.setattr(gpu_inference, "LENGTH", LENGTH)
-    given = dict(device="cpu", counts=(2, 5), rows=10, rounds=1, compiled=False)
-    found = gpu_inference.measure(SHAPE, kinds=("token",), **given)
-    assert [row["num_instances"] for row in found] == [2, 5]
-    for row in found:
+    inputs = dict(device="cpu", counts=(2, 5), rows=10, rounds=1, compiled=False)
+    result = gpu_inference.measure(SHAPE, kinds=("token",), **inputs)
+    assert [row["num_instances"] for row in result] == [2, 5]
+    for row in result:
         assert row["ratio"] == pytest.approx(
             row["rows_per_second"] / row["stock_rows_per_second"], rel=1e-6
         )
         assert row["share"] == pytest.approx(row["ratio"] / row["ceiling"])
         assert 1 < row["ceiling"] < row["num_instances"] and row["failed"] == {}
-    judged = gpu_inference.verdicts([found[0] | {"share": 0.93}, found[1] | {"share": 0.92}])
+    judged = gpu_inference.verdicts([result[0] | {"share": 0.93}, result[1] | {"share": 0.92}])
     assert [verdict.met for verdict in judged] == [True, False]
 
     def broken(model):
@@ -71,7 +71,7 @@ def test_inference_of_tiny_models(monkeypatch):
 
     monkeypatch.setattr(gpu_inference, "compile_blocks", broken)
     (row,) = gpu_inference.measure(
-        SHAPE, kinds=("token",), **given | {"counts": (2,), "compiled": True}
+        SHAPE, kinds=("token",), **inputs | {"counts": (2,), "compiled": True}
     )
     assert row["ours_is"] == row["stock_is"] == "eager"
     assert row["failed"] == {
@@ -85,7 +85,7 @@ def test_inference_of_tiny_models(monkeypatch):
         return make(kind, shape, instances)
 
     monkeypatch.setattr(gpu_inference, "make_mux", no_mux)
-    (row,) = gpu_inference.measure(SHAPE, kinds=("token",), **given | {"counts": (2,)})
+    (row,) = gpu_inference.measure(SHAPE, kinds=("token",), **inputs | {"counts": (2,)})
     assert "ratio" not in row and row["failed"] == {"N = 2, eager": "RuntimeError: no room"}
     assert [verdict.met for verdict in gpu_inference.verdicts([row])] == [False]
 
@@ -98,13 +98,13 @@ def trained(rank: int) -> dict[str, object]:
     mux = Size("small", 10, 1, 0.0, length=LENGTH, more=(*FLAGS, "--intermediate_size", "64"))
     parts = {
         "125m": (gpu_training.measure_size, TINY),
-        "broken": (lambda *given: 1 // 0, TINY),
+        "broken": (lambda *inputs: 1 // 0, TINY),
         "mux": (gpu_training.measure_mux, mux),
         "demix": (gpu_training.measure_demix, TINY),
     }
-    given = dict(yard=YARD, rounds=1, compiled=False)
-    record = gpu_training.measure(parts, **given, seconds=600)
-    late = gpu_training.measure(parts, **given, seconds=-1)
+    inputs = dict(yard=YARD, rounds=1, compiled=False)
+    record = gpu_training.measure(parts, **inputs, seconds=600)
+    late = gpu_training.measure(parts, **inputs, seconds=-1)
     return record | {"late": late["not_measured"]}
 
 
@@ -184,9 +184,9 @@ def test_parts_are_ended_and_left_out(tmp_path):
         gpu.Part("far behind", fine, 30),
     ]
     started = time.monotonic()
-    found = gpu.run(parts, tmp_path / "out", 60)
+    result = gpu.run(parts, tmp_path / "out", 60)
     assert time.monotonic() - started < 30
-    assert [said for _, _, said in found] == [
+    assert [said for _, _, said in result] == [
         *("ok", gpu.TOO_LONG, "exit code 3", "left out", "left out")
     ]
     assert gpu.run(parts[:1], tmp_path / "out", 0.5)[0][2] == "no time left"

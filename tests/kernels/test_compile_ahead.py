@@ -34,13 +34,13 @@ def test_every_tuned_build_fits_a_gpu(tmp_path):
 
 
 ONES = """
-from megamod_kernels.compile_ahead import OPERATIONS, builds_of, refused_ones
+from megamod_kernels.compile_ahead import OPERATIONS, builds_of, refused_arguments
 found = {}
 for build in builds_of(OPERATIONS):
     flags = [value for value in build.constants.values() if isinstance(value, bool)]
     found.setdefault((build.kernel.__name__, *flags), build)
 for build in found.values():
-    print(build.name, refused_ones(build))
+    print(build.name, refused_arguments(build))
 """
 
 
@@ -58,7 +58,7 @@ def test_faults_are_told():
     good = {"registers": 100, "stack": 0, "spills": 0, "shared": 1024}
     assert faults(good, 90) == [] and "demux" in OPERATIONS
     assert faults({**good, "spills": 16}, 80) == ["16 bytes of spills"]
-    told = "170000 bytes of shared memory, 166912 are there"
-    assert faults({**good, "shared": 170_000}, 80) == [told] and not faults(
+    message = "170000 bytes of shared memory, 166912 are there"
+    assert faults({**good, "shared": 170_000}, 80) == [message] and not faults(
         {**good, "shared": 170_000}, 90
     )

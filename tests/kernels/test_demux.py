@@ -7,9 +7,9 @@ from megamod_kernels.demux import (
     Chain,
     Pairs,
     _rsa_demux,
-    by_kernels,
     rsa_demux,
     rsa_demux_reference,
+    rsa_demux_triton,
     split_projection,
 )
 from torch.nn import functional as F
@@ -72,11 +72,11 @@ def kernels(hidden, key, chain, pairs, dropout=0.0):
 
 def apart(hidden, key, chain, pairs, dropout=0.0):
     """What "auto" does on a GPU: states first, then the vendor's products."""
-    return by_kernels(hidden, key, chain, pairs, dropout, fused=False)
+    return rsa_demux_triton(hidden, key, chain, pairs, dropout, own_matmul=False)
 
 
-def error(found, exact) -> float:
-    return float((found.double() - exact).norm() / exact.norm())
+def error(result, exact) -> float:
+    return float((result.double() - exact).norm() / exact.norm())
 
 
 @pytest.mark.parametrize(("shape", "dtype", "chosen"), CASES)
@@ -87,20 +87,20 @@ def test_value_and_gradients_against_float64(shape, dtype, chosen, poisoned, rou
     eager = results(rsa_demux_reference, leaves, pairs, dtype)
     for form in (kernels, apart):
         ours = results(form, leaves, pairs, dtype)
-        for found, plain, wanted in zip(ours, eager, exact, strict=True):
-            assert found.shape == wanted.shape and found.dtype == dtype
+        for result, plain, expected in zip(ours, eager, exact, strict=True):
+            assert result.shape == expected.shape and result.dtype == dtype
             if dtype == torch.float32:
-                assert error(found, wanted) <= 2e-6
+                assert error(result, expected) <= 2e-6
             else:
-                assert error(found, wanted) <= 1.1 * error(plain, wanted)
+                assert error(result, expected) <= 1.1 * error(plain, expected)
 
 
 @pytest.mark.parametrize("chosen", [False, True])
 def test_tiles_of_large_products(chosen, monkeypatch, poisoned):
     """Tuned tiles on sizes that no tile divides, which tests are too small to be given."""
-    tuned = demux._product(1 << 20, 40, 2)
-    assert tuned != demux._product(1, 40, 2)
-    monkeypatch.setattr(demux, "_product", lambda *_: tuned)
+    tuned = demux.matmul_launch(1 << 20, 40, 2)
+    assert tuned != demux.matmul_launch(1, 40, 2)
+    monkeypatch.setattr(demux, "matmul_launch", lambda *_: tuned)
     leaves, pairs = case((1, 3, 23, 40, 3), chosen)
     leaves = [leaf.float().double() for leaf in leaves]
     exact = results(rsa_demux_reference, leaves, pairs, torch.float64)
@@ -122,24 +122,26 @@ def test_programs_with_several_blocks(chosen, monkeypatch, poisoned):
 def test_gelu_is_exact(rounding):
     """Far into both tails, where what is left of a normal distribution is small."""
     x = torch.linspace(-9, 9, 901).view(1, 1, -1)
-    zero, one = torch.zeros_like(x), torch.ones(1, 901)
-    chain = chain_of([torch.zeros(901, 901), one[0] * 0, one[0] * 0, one[0] * 0])
+    zero, item = torch.zeros_like(x), torch.ones(1, 901)
+    chain = chain_of([torch.zeros(901, 901), item[0] * 0, item[0] * 0, item[0] * 0])
     leaf = x.clone().requires_grad_()
     value = kernels(leaf, zero[0], chain, None)
     (slope,) = torch.autograd.grad(value.sum(), leaf)
     wide = x.double().requires_grad_()
     exact = F.gelu(wide)
-    (wanted,) = torch.autograd.grad(exact.sum(), wide)
+    (expected,) = torch.autograd.grad(exact.sum(), wide)
     torch.testing.assert_close(value[:, 0].double(), exact.detach(), rtol=3e-7, atol=5e-8)
-    torch.testing.assert_close(slope.double(), wanted, rtol=3e-7, atol=2e-7)
+    torch.testing.assert_close(slope.double(), expected, rtol=3e-7, atol=2e-7)
 
 
 @pytest.mark.parametrize("chosen", [False, True])
 def test_the_form_for_cpus_is_the_definition(chosen):
     leaves, pairs = case((2, 3, 4, 24, 4), chosen)
     exact = results(rsa_demux_reference, leaves, pairs, torch.float64)
-    for found, wanted in zip(results(rsa_demux, leaves, pairs, torch.float64), exact, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    for result, expected in zip(
+        results(rsa_demux, leaves, pairs, torch.float64), exact, strict=True
+    ):
+        torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_definition_is_the_concatenated_form():
@@ -148,26 +150,26 @@ def test_definition_is_the_concatenated_form():
     hidden, keys = torch.randn(B, L, D), torch.randn(N, D)
     first, bias = torch.randn(D, 2 * D), torch.randn(D)
     leaves, _ = case((B, N, L, D, 3), False)
-    dense, dense_bias, last, last_bias, norm, norm_bias = (one.float() for one in leaves[2:])
+    dense, dense_bias, last, last_bias, norm, norm_bias = (item.float() for item in leaves[2:])
     chain = Chain([(dense, dense_bias)], (last, last_bias), (norm, norm_bias), 1e-12)
-    found = rsa_demux_reference(*split_projection(hidden, keys, first, bias), chain)
+    result = rsa_demux_reference(*split_projection(hidden, keys, first, bias), chain)
     for b in range(B):
         for i in range(N):
             for t in range(L):
                 x = F.gelu(first @ torch.cat([keys[i], hidden[b, t]]) + bias)
                 x = F.gelu(dense @ x + dense_bias) + x
                 z = F.layer_norm(F.gelu(last @ x + last_bias), (D,), norm, norm_bias, 1e-12) + x
-                torch.testing.assert_close(found[b, i, t], z, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(result[b, i, t], z, rtol=1e-4, atol=1e-5)
 
 
 def test_definition_passes_gradcheck():
     leaves, pairs = case((1, 2, 2, 4, 3), True)
-    given = [leaf.requires_grad_() for leaf in leaves]
+    inputs = [leaf.requires_grad_() for leaf in leaves]
 
     def call(hidden, key, *weights):
         return rsa_demux_reference(hidden, key, chain_of(weights), pairs)
 
-    assert torch.autograd.gradcheck(call, given)
+    assert torch.autograd.gradcheck(call, inputs)
 
 
 def test_tensors_that_are_not_contiguous():
@@ -176,14 +178,14 @@ def test_tensors_that_are_not_contiguous():
     turned[0] = turned[0].permute(2, 1, 0).contiguous().permute(2, 1, 0)
     assert not turned[0].is_contiguous() and not turned[2].is_contiguous()
     exact = results(rsa_demux_reference, leaves, None, torch.float64)
-    hidden, key, *weights = (one.requires_grad_() for one in turned)
+    hidden, key, *weights = (item.requires_grad_() for item in turned)
     output = kernels(hidden, key, chain_of(weights), None)
     torch.testing.assert_close(output.double(), exact[0], rtol=1e-4, atol=1e-5)
-    found = torch.autograd.grad(output.sum(), (hidden, key, *weights))
+    result = torch.autograd.grad(output.sum(), (hidden, key, *weights))
     plain = rsa_demux_reference(hidden, key, chain_of(weights))
-    wanted = torch.autograd.grad(plain.sum(), (hidden, key, *weights))
-    for one, other in zip(found, wanted, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    expected = torch.autograd.grad(plain.sum(), (hidden, key, *weights))
+    for item, other in zip(result, expected, strict=True):
+        torch.testing.assert_close(item, other, rtol=1e-4, atol=1e-4)
 
 
 def test_nothing_to_do():
@@ -201,13 +203,13 @@ def test_dropout_is_the_same_in_backward(form, chosen):
     leaves, pairs = case((1, 2, 3, 32, 3), chosen)
     hidden, key, *weights = (leaf.float().requires_grad_() for leaf in leaves)
     torch.manual_seed(3)
-    one = form(hidden, key, chain_of(weights), pairs, 0.5)
+    item = form(hidden, key, chain_of(weights), pairs, 0.5)
     torch.manual_seed(3)
     again = form(hidden, key, chain_of(weights), pairs, 0.5)
-    assert torch.equal(one, again)
-    assert not torch.equal(one, form(hidden, key, chain_of(weights), pairs, 0.5))
-    upstream = torch.randn_like(one)
-    grads = torch.autograd.grad(one, (hidden, key, *weights), upstream)
+    assert torch.equal(item, again)
+    assert not torch.equal(item, form(hidden, key, chain_of(weights), pairs, 0.5))
+    upstream = torch.randn_like(item)
+    grads = torch.autograd.grad(item, (hidden, key, *weights), upstream)
     # Central differences along the gradient, with the same masks, in float32.
     norm = sum(grad.double().square().sum() for grad in grads).sqrt()
     step = 2e-3 / norm
@@ -243,10 +245,10 @@ def test_compiles_whole_and_counts_operations():
         return kernels(hidden, key, chain_of(weights), None) * 2
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    given = [leaf.requires_grad_() for leaf in leaves]
-    torch.testing.assert_close(compiled(*given), call(*given))
+    inputs = [leaf.requires_grad_() for leaf in leaves]
+    torch.testing.assert_close(compiled(*inputs), call(*inputs))
     with FlopCounterMode(display=False) as counter:
-        call(*given).sum().backward()
+        call(*inputs).sum().backward()
     rows = 2 * 3 * 4
     assert counter.get_total_flops() == 3 * 2 * rows * 32 * 32 * 2
     meta = [leaf.detach().to("meta") for leaf in leaves]

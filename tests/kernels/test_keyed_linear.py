@@ -33,102 +33,102 @@ def loops(x, key, weight, bias):
     return torch.stack([(x[:, i] * key[i]) @ weight.T + bias for i in range(len(key))], 1)
 
 
-def kernels(*given):
-    return keyed_linear(*given, implementation="triton")
+def kernels(*inputs):
+    return keyed_linear(*inputs, implementation="triton")
 
 
-def results(function, given, dtype):
+def results(function, inputs, dtype):
     """Value and gradients."""
-    *leaves, upstream = (t.detach().to(dtype) for t in given)
+    *leaves, upstream = (t.detach().to(dtype) for t in inputs)
     leaves = [t.requires_grad_() for t in leaves]
     out = function(*leaves)
     return out.detach(), *torch.autograd.grad(out, leaves, upstream)
 
 
-def row_error(found, exact):
+def row_error(result, exact):
     """Largest error of a row over its norm."""
-    return float(((found.double() - exact).norm(dim=-1) / exact.norm(dim=-1)).max())
+    return float(((result.double() - exact).norm(dim=-1) / exact.norm(dim=-1)).max())
 
 
 @pytest.mark.parametrize(("sizes", "dtype"), CASES)
 def test_value_and_gradients_against_loops(sizes, dtype, poisoned, rounding):
-    given = case(sizes, dtype)
-    exact = results(loops, given, torch.float64)
-    eager = results(keyed_linear_reference, given, dtype)
-    found = results(kernels, given, dtype)
-    for name, ours, plain, wanted in zip(NAMES, found, eager, exact, strict=True):
-        assert ours.dtype == dtype and ours.shape == wanted.shape
+    inputs = case(sizes, dtype)
+    exact = results(loops, inputs, torch.float64)
+    eager = results(keyed_linear_reference, inputs, dtype)
+    result = results(kernels, inputs, dtype)
+    for name, ours, plain, expected in zip(NAMES, result, eager, exact, strict=True):
+        assert ours.dtype == dtype and ours.shape == expected.shape
         if dtype == torch.float32:
-            assert row_error(ours, wanted) <= 2e-6, name
+            assert row_error(ours, expected) <= 2e-6, name
         else:
-            off = (ours.double() - wanted).norm()
-            assert off <= 1.1 * (plain.double() - wanted).norm(), name
+            off = (ours.double() - expected).norm()
+            assert off <= 1.1 * (plain.double() - expected).norm(), name
 
 
 def test_parts_of_the_positions(monkeypatch):
     monkeypatch.setattr(module, "SPLIT_ROWS", 8)
-    given = case((2, 3, 19, 24, 40))
-    found = results(kernels, given, torch.float32)
-    exact = results(loops, given, torch.float64)
-    assert all(row_error(*pair) <= 2e-6 for pair in zip(found, exact, strict=True))
-    again = results(kernels, given, torch.float32)
-    assert all(torch.equal(*pair) for pair in zip(found, again, strict=True))
+    inputs = case((2, 3, 19, 24, 40))
+    result = results(kernels, inputs, torch.float32)
+    exact = results(loops, inputs, torch.float64)
+    assert all(row_error(*pair) <= 2e-6 for pair in zip(result, exact, strict=True))
+    again = results(kernels, inputs, torch.float32)
+    assert all(torch.equal(*pair) for pair in zip(result, again, strict=True))
 
 
 def test_tensors_that_are_not_contiguous_and_wider_keys():
     x, key, weight, bias, upstream = case((2, 3, 5, 24, 10))
     exact = results(loops, (x, key, weight, bias, upstream), torch.float64)
-    given = (
+    inputs = (
         x.transpose(1, 2).contiguous().transpose(1, 2),
         torch.stack([key.double(), key.double()], -1)[..., 0],
         weight.T.contiguous().T,
         torch.stack([bias, bias], -1)[..., 0],
     )
-    assert not any(t.is_contiguous() for t in given)
-    leaves = [t.requires_grad_() for t in given]
+    assert not any(t.is_contiguous() for t in inputs)
+    leaves = [t.requires_grad_() for t in inputs]
     out = kernels(*leaves)
     upstream = upstream.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
-    found = out, *torch.autograd.grad(out, leaves, upstream)
-    assert [t.dtype for t in found] == [torch.float32] * 2 + [torch.float64] + [torch.float32] * 2
-    assert all(row_error(*pair) <= 2e-6 for pair in zip(found, exact, strict=True))
+    result = out, *torch.autograd.grad(out, leaves, upstream)
+    assert [t.dtype for t in result] == [torch.float32] * 2 + [torch.float64] + [torch.float32] * 2
+    assert all(row_error(*pair) <= 2e-6 for pair in zip(result, exact, strict=True))
 
 
 @pytest.mark.parametrize("sizes", [(0, 2, 3, 8, 4), (2, 2, 0, 8, 4)])
 def test_no_rows(sizes):
-    found = results(kernels, case(sizes), torch.float32)
-    wanted = results(keyed_linear_reference, case(sizes), torch.float32)
-    assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+    result = results(kernels, case(sizes), torch.float32)
+    expected = results(keyed_linear_reference, case(sizes), torch.float32)
+    assert all(torch.equal(*pair) for pair in zip(result, expected, strict=True))
 
 
 @pytest.mark.parametrize("trained", ["x", "key", "weight", "bias"])
 def test_only_the_asked_for_gradients_are_made(trained):
-    given = case((1, 2, 3, 16, 8))
-    exact = dict(zip(NAMES, results(loops, given, torch.float64), strict=True))
-    leaves = dict(zip(NAMES[1:], given, strict=False))
+    inputs = case((1, 2, 3, 16, 8))
+    exact = dict(zip(NAMES, results(loops, inputs, torch.float64), strict=True))
+    leaves = dict(zip(NAMES[1:], inputs, strict=False))
     leaves[trained].requires_grad_()
     saved = []
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t)
     with hooks:
         out = kernels(*leaves.values())
-    out.backward(given[-1])
+    out.backward(inputs[-1])
     assert row_error(leaves[trained].grad, exact[trained]) <= 2e-6
     assert [name for name, leaf in leaves.items() if leaf.grad is not None] == [trained]
     kept_x = any(t.shape == leaves["x"].shape for t in saved)
     assert kept_x == (trained in ("key", "weight"))
-    assert sum(t.numel() for t in saved) <= sum(t.numel() for t in given[:3])
+    assert sum(t.numel() for t in saved) <= sum(t.numel() for t in inputs[:3])
 
 
 def test_gradcheck_of_the_reference():
-    *given, _ = (t.double().requires_grad_() for t in case((1, 2, 2, 3, 4)))
-    assert torch.autograd.gradcheck(keyed_linear_reference, given)
+    *inputs, _ = (t.double().requires_grad_() for t in case((1, 2, 2, 3, 4)))
+    assert torch.autograd.gradcheck(keyed_linear_reference, inputs)
 
 
 def test_the_operation_is_known_to_torch():
     sizes = (1, 2, 3, 16, 8)
-    given = case(sizes)
-    leaves = [t.detach().requires_grad_() for t in given[:-1]]
+    inputs = case(sizes)
+    leaves = [t.detach().requires_grad_() for t in inputs[:-1]]
     torch.library.opcheck(torch.ops.megamod.keyed_linear, leaves)
-    x, key, weight, _, upstream = given
+    x, key, weight, _, upstream = inputs
     for name, arguments in (
         ("input", (upstream, key, weight)),
         ("weight", (upstream, x, key, weight)),
@@ -140,27 +140,27 @@ def test_the_operation_is_known_to_torch():
                 test_utils=("test_schema", "test_faketensor"),
             )
     compiled = torch.compile(lambda *t: kernels(*t) * 2, fullgraph=True, backend="aot_eager")
-    wanted = results(lambda *t: loops(*t) * 2, given, torch.float32)
-    torch.testing.assert_close(results(compiled, given, torch.float32), wanted)
-    meta = [t.to("meta") for t in given[:-1]]
+    expected = results(lambda *t: loops(*t) * 2, inputs, torch.float32)
+    torch.testing.assert_close(results(compiled, inputs, torch.float32), expected)
+    meta = [t.to("meta") for t in inputs[:-1]]
     assert kernels(*meta).shape == (1, 2, 3, 8)
     with FlopCounterMode(display=False) as counter:
-        results(kernels, given, torch.float32)
+        results(kernels, inputs, torch.float32)
     assert counter.get_total_flops() == 3 * 2 * 6 * 16 * 8  # three products, as of any layer
 
 
 def test_what_does_not_fit_is_refused():
     x, key, weight, bias, _ = case((1, 2, 3, 8, 4))
-    for given in (
+    for inputs in (
         (x[0], key, weight, bias),
         (x, key[:1], weight, bias),
         (x, key, weight[:, 1:], bias),
         (x, key, weight, bias[1:]),
     ):
         with pytest.raises(ValueError, match="do not fit: expected"):
-            keyed_linear(*given)
+            keyed_linear(*inputs)
     with pytest.raises(ValueError, match="bias none do not fit"):
         keyed_linear(x, key[:1], weight)
-    for given in ((x.half(), key, weight), (x.double(), key, weight.double())):
+    for inputs in ((x.half(), key, weight), (x.double(), key, weight.double())):
         with pytest.raises(ValueError, match="kernels take one of float32"):
-            kernels(*given)
+            kernels(*inputs)

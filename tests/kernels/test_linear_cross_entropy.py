@@ -23,12 +23,12 @@ def case(dtype: torch.dtype = torch.float32, rows: int = ROWS):
 
 def loops(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> list[float]:
     """Log-probability of every label in float64, row by row."""
-    hidden, weight, found = hidden.detach().double(), weight.detach().double(), []
+    hidden, weight, actual = hidden.detach().double(), weight.detach().double(), []
     for row, label in zip(hidden, labels.tolist(), strict=True):
         scores = [float(row @ column) for column in weight]
         total = torch.tensor(scores).double().exp().sum().log()
-        found.append(0.0 if label == -100 else scores[label] - float(total))
-    return found
+        actual.append(0.0 if label == -100 else scores[label] - float(total))
+    return actual
 
 
 @pytest.fixture(params=[1, 16 * 4 * VOCAB, 2**26], ids=["least chunks", "16 rows", "one chunk"])
@@ -86,7 +86,7 @@ def test_half_precision_is_as_near_to_float64_as_the_plain_operations(chunks):
     errors = {}
     for name, loss in (
         ("plain", linear_cross_entropy_reference),
-        ("ours", lambda *given: linear_cross_entropy(*given)[0]),
+        ("ours", lambda *inputs: linear_cross_entropy(*inputs)[0]),
     ):
         hidden.grad = weight.grad = None
         loss(hidden, weight, labels).backward()
@@ -142,9 +142,9 @@ def test_only_the_asked_for_gradients_are_made():
 
 def test_shapes_that_do_not_fit_are_refused():
     hidden, weight, labels = case()
-    for given in ((hidden, weight, labels[1:]), (hidden[:, 1:], weight, labels)):
+    for inputs in ((hidden, weight, labels[1:]), (hidden[:, 1:], weight, labels)):
         with pytest.raises(ValueError, match="do not fit: expected"):
-            linear_cross_entropy(*given)
+            linear_cross_entropy(*inputs)
 
 
 class Sizes(TorchDispatchMode):

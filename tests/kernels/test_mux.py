@@ -31,23 +31,23 @@ def kernels(x, key):
     return multiplex(x, key, "triton")
 
 
-def row_error(found, exact):
+def row_error(result, exact):
     """Largest error of a row over the norm of that row."""
-    off = (found.double() - exact).flatten(0, -2).norm(dim=-1)
+    off = (result.double() - exact).flatten(0, -2).norm(dim=-1)
     return float((off / exact.flatten(0, -2).norm(dim=-1)).max())
 
 
 @pytest.mark.parametrize(("shape", "dtype"), CASES)
 def test_value_and_gradients_against_float64(shape, dtype, poisoned, rounding):
-    given = case(shape, dtype)
-    exact = results(multiplex_reference, *given, torch.float64)
-    eager = results(multiplex_reference, *given, dtype)
-    for found, plain, wanted in zip(results(kernels, *given, dtype), eager, exact, strict=True):
-        assert found.dtype == dtype and found.shape == wanted.shape
+    inputs = case(shape, dtype)
+    exact = results(multiplex_reference, *inputs, torch.float64)
+    eager = results(multiplex_reference, *inputs, dtype)
+    for result, plain, expected in zip(results(kernels, *inputs, dtype), eager, exact, strict=True):
+        assert result.dtype == dtype and result.shape == expected.shape
         if dtype == torch.float32:
-            assert row_error(found, wanted) <= 2e-6
+            assert row_error(result, expected) <= 2e-6
         else:
-            assert row_error(found, wanted) <= 1.1 * row_error(plain, wanted)
+            assert row_error(result, expected) <= 1.1 * row_error(plain, expected)
 
 
 def test_tensors_that_are_not_contiguous():
@@ -57,12 +57,12 @@ def test_tensors_that_are_not_contiguous():
     assert not turned.is_contiguous() and not wide.is_contiguous()
     leaf, marks = turned.detach().requires_grad_(), wide.detach().requires_grad_()
     mixed = kernels(leaf, marks)
-    found = torch.autograd.grad(mixed, (leaf, marks), upstream[:1, :, :1].expand(2, 4, 24))
+    result = torch.autograd.grad(mixed, (leaf, marks), upstream[:1, :, :1].expand(2, 4, 24))
     exact = results(
         multiplex_reference, x, key, upstream[:1, :, :1].expand(2, 4, 24), torch.float64
     )
-    for ours, wanted in zip((mixed, *found), exact, strict=True):
-        torch.testing.assert_close(ours.double(), wanted, rtol=1e-5, atol=1e-6)
+    for ours, expected in zip((mixed, *result), exact, strict=True):
+        torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_wider_keys_and_what_is_saved():
@@ -85,11 +85,11 @@ def test_wider_keys_and_what_is_saved():
 def test_more_rows_than_partial_sums(monkeypatch):
     monkeypatch.setattr("megamod_kernels.mux.PARTIALS", 2)
     x, key, upstream = case((3, 2, 7, 16))
-    found = results(kernels, x, key, upstream, torch.float32)
+    result = results(kernels, x, key, upstream, torch.float32)
     exact = results(multiplex_reference, x, key, upstream, torch.float64)
     again = results(kernels, x, key, upstream, torch.float32)
-    assert row_error(found[2], exact[2]) <= 2e-6
-    assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
+    assert row_error(result[2], exact[2]) <= 2e-6
+    assert all(torch.equal(item, other) for item, other in zip(result, again, strict=True))
 
 
 def test_nothing_to_multiplex():
@@ -102,9 +102,9 @@ def test_nothing_to_multiplex():
 
 def test_gradcheck_of_the_reference():
     x, key, _ = (tensor.double() for tensor in case((1, 2, 3, 4)))
-    given = (x.requires_grad_(), key.requires_grad_())
-    assert torch.autograd.gradcheck(multiplex_reference, given)
-    assert torch.autograd.gradcheck(multiplex, given)
+    inputs = (x.requires_grad_(), key.requires_grad_())
+    assert torch.autograd.gradcheck(multiplex_reference, inputs)
+    assert torch.autograd.gradcheck(multiplex, inputs)
 
 
 def test_the_operation_is_known_to_torch():
@@ -115,8 +115,8 @@ def test_the_operation_is_known_to_torch():
     compiled = torch.compile(lambda a, b: kernels(a, b) * 2, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x, key), multiplex_reference(x, key) * 2)
     grads = torch.autograd.grad(compiled(x, key).sum(), (x, key))
-    wanted = torch.autograd.grad(multiplex_reference(x, key).sum() * 2, (x, key))
-    torch.testing.assert_close(grads, wanted)
+    expected = torch.autograd.grad(multiplex_reference(x, key).sum() * 2, (x, key))
+    torch.testing.assert_close(grads, expected)
 
 
 def test_what_does_not_fit_is_refused():

@@ -12,7 +12,7 @@ SHAPES = [(2, 3, 5, 48, 4), (1, 1, 3, 300, 3), (3, 2, 1, 80, 2)]
 WORDS, POSITIONS, SEGMENTS = 11, 9, 2
 
 
-def case(shape, dtype=torch.float64, given=False):
+def case(shape, dtype=torch.float64, arguments=False):
     """Ids, the learned tensors, optional ids, mask, upstream gradients of both results."""
     groups, instances, length, size, _ = shape
     generator = torch.Generator().manual_seed(0)
@@ -33,7 +33,7 @@ def case(shape, dtype=torch.float64, given=False):
     mask = torch.rand(groups, 1, 1, length, generator=generator) < 0.7
     mask[..., 0] = True
     upstream = [draw(groups, length, size) for _ in range(2)]
-    inputs = (optional, mask) if given else ((None,) * 3, None)
+    inputs = (optional, mask) if arguments else ((None,) * 3, None)
     return ids(rows, WORDS), learned, *inputs, upstream
 
 
@@ -43,50 +43,50 @@ def results(function, shape, drawn, dtype, **more):
     leaves = [tensor.to(dtype).requires_grad_() for tensor in learned]
     tables = Tables(*leaves[:5], 1e-5, 1, 0, 1)
     projections = list(zip(leaves[6::2], leaves[7::2], strict=True))
-    given = (ids, leaves[5], tables, projections, shape[-1], *optional, mask)
-    values = function(*given, **more)
-    return *values, *torch.autograd.grad(values, leaves, [one.to(dtype) for one in upstream])
+    arguments = (ids, leaves[5], tables, projections, shape[-1], *optional, mask)
+    values = function(*arguments, **more)
+    return *values, *torch.autograd.grad(values, leaves, [item.to(dtype) for item in upstream])
 
 
-def kernels(*given, **more):
-    return mux_attention(*given, implementation="triton", **more)
+def kernels(*arguments, **more):
+    return mux_attention(*arguments, implementation="triton", **more)
 
 
-def error(found, exact) -> float:
-    return float((found.double() - exact).norm() / exact.norm())
+def error(result, exact) -> float:
+    return float((result.double() - exact).norm() / exact.norm())
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", DTYPES)
-@pytest.mark.parametrize("given", [False, True], ids=["default", "given"])
-def test_projections_against_float64(shape, kind, given, monkeypatch, poisoned, rounding):
+@pytest.mark.parametrize("arguments", [False, True], ids=["default", "given"])
+def test_projections_against_float64(shape, kind, arguments, monkeypatch, poisoned, rounding):
     """All but the softmax, which is torch's on both sides and noisier than what is compared."""
     dtype = DTYPES[kind]
     monkeypatch.setattr(module, "_attend", lambda projected, *_: sum(projected))
-    drawn = case(shape, dtype, given)
+    drawn = case(shape, dtype, arguments)
     exact = results(mux_attention_reference, shape, drawn, torch.float64)
     eager = results(mux_attention_reference, shape, drawn, dtype)
-    for found, plain, wanted in zip(
+    for result, plain, target in zip(
         results(kernels, shape, drawn, dtype), eager, exact, strict=True
     ):
-        assert found.dtype == dtype and found.shape == wanted.shape
+        assert result.dtype == dtype and result.shape == target.shape
         if dtype == torch.float32:
-            assert error(found, wanted) <= 2e-6
+            assert error(result, target) <= 2e-6
         else:
-            assert error(found, wanted) <= 1.1 * error(plain, wanted)
+            assert error(result, target) <= 1.1 * error(plain, target)
 
 
-@pytest.mark.parametrize("given", [False, True], ids=["default", "given"])
-def test_attention_against_float64(given, poisoned):
+@pytest.mark.parametrize("arguments", [False, True], ids=["default", "given"])
+def test_attention_against_float64(arguments, poisoned):
     shape = SHAPES[0]
-    drawn = case(shape, torch.float32, given)
+    drawn = case(shape, torch.float32, arguments)
     exact = results(mux_attention_reference, shape, drawn, torch.float64)
-    most = max(one.norm() for one in exact)
-    for found, wanted in zip(results(kernels, shape, drawn, torch.float32), exact, strict=True):
-        if wanted.norm() < 1e-12:  # that of the keys' bias, which softmax does not see
-            assert found.norm() <= 1e-7 * most
+    most = max(item.norm() for item in exact)
+    for result, target in zip(results(kernels, shape, drawn, torch.float32), exact, strict=True):
+        if target.norm() < 1e-12:  # that of the keys' bias, which softmax does not see
+            assert result.norm() <= 1e-7 * most
         else:
-            assert error(found, wanted) <= 5e-6
+            assert error(result, target) <= 5e-6
 
 
 def test_large_tiles(monkeypatch, poisoned):
@@ -98,14 +98,14 @@ def test_large_tiles(monkeypatch, poisoned):
     drawn = case(shape, torch.float32)
     monkeypatch.setattr(module, "_block", lambda _: 16)
     exact = results(mux_attention_reference, shape, drawn, torch.float64)
-    for found, wanted in zip(results(kernels, shape, drawn, torch.float32), exact, strict=True):
-        assert wanted.norm() < 1e-12 or error(found, wanted) <= 5e-6
+    for result, target in zip(results(kernels, shape, drawn, torch.float32), exact, strict=True):
+        assert target.norm() < 1e-12 or error(result, target) <= 5e-6
 
 
 def test_it_is_embedding_and_attention_one_after_the_other():
     """Dropout of embeddings included: the same seed drops the same."""
     shape = SHAPES[0]
-    ids, learned, optional, mask, _ = case(shape, given=True)
+    ids, learned, optional, mask, _ = case(shape, arguments=True)
     leaves = [tensor.float() for tensor in learned]
     tables = Tables(*leaves[:5], 1e-5, 1, 0, 1)
     projections = list(zip(leaves[6::2], leaves[7::2], strict=True))
@@ -125,7 +125,7 @@ def test_it_is_embedding_and_attention_one_after_the_other():
 
 def test_frozen_tables_and_either_result_alone():
     shape = SHAPES[0]
-    ids, learned, optional, mask, upstream = case(shape, given=True)
+    ids, learned, optional, mask, upstream = case(shape, arguments=True)
 
     def run(function, dtype, trained, taken):
         leaves = [
@@ -135,22 +135,22 @@ def test_frozen_tables_and_either_result_alone():
         tables = Tables(*leaves[:5], 1e-5, 1, 0, 1)
         projections = list(zip(leaves[6::2], leaves[7::2], strict=True))
         values = function(ids, leaves[5], tables, projections, 4, *optional, mask)
-        wanted = [leaves[number] for number in trained]
-        return torch.autograd.grad(values[taken], wanted, upstream[taken].to(dtype))
+        target = [leaves[number] for number in trained]
+        return torch.autograd.grad(values[taken], target, upstream[taken].to(dtype))
 
     for trained, taken in (((6, 7, 10, 11), 0), ((0, 1, 2, 3, 4, 5), 1), ((0, 5), 0)):
         exact = run(mux_attention_reference, torch.float64, trained, taken)
-        found = run(kernels, torch.float32, trained, taken)
-        for one, wanted in zip(found, exact, strict=True):
-            assert error(one, wanted) <= 2e-6
+        result = run(kernels, torch.float32, trained, taken)
+        for item, target in zip(result, exact, strict=True):
+            assert error(item, target) <= 2e-6
 
 
 def test_auto_is_the_definition_away_from_a_gpu():
     shape = SHAPES[0]
-    drawn = case(shape, given=True)
+    drawn = case(shape, arguments=True)
     plain = results(mux_attention_reference, shape, drawn, torch.float32)
-    for one, other in zip(results(mux_attention, shape, drawn, torch.float32), plain, strict=True):
-        assert torch.equal(one, other)
+    for item, other in zip(results(mux_attention, shape, drawn, torch.float32), plain, strict=True):
+        assert torch.equal(item, other)
 
 
 def test_nothing_to_do():
@@ -160,13 +160,13 @@ def test_nothing_to_do():
 
 
 def test_gradcheck_of_the_reference():
-    ids, learned, optional, mask, _ = case((1, 2, 3, 4, 2), given=True)
+    ids, learned, optional, mask, _ = case((1, 2, 3, 4, 2), arguments=True)
     leaves = [tensor.requires_grad_() for tensor in learned]
 
-    def definition(*given):
-        tables = Tables(*given[:5], 1e-5, 1, None, None)
-        projections = list(zip(given[6::2], given[7::2], strict=True))
-        return mux_attention_reference(ids, given[5], tables, projections, 2, *optional, mask)
+    def definition(*arguments):
+        tables = Tables(*arguments[:5], 1e-5, 1, None, None)
+        projections = list(zip(arguments[6::2], arguments[7::2], strict=True))
+        return mux_attention_reference(ids, arguments[5], tables, projections, 2, *optional, mask)
 
     assert torch.autograd.gradcheck(definition, leaves)
 
@@ -179,8 +179,8 @@ def test_the_operation_is_known_to_torch():
     torch.testing.assert_close(results(compiled, shape, drawn, torch.float32), exact)
     leaves = [tensor.float().requires_grad_() for tensor in learned]
     numbers = (1e-5, 1, 0.0, 0, 1, True)
-    given = (ids, *leaves[:6], *optional, None, leaves[6:], *numbers)
-    torch.library.opcheck(torch.ops.megamod.mux_qkv, given)
+    arguments = (ids, *leaves[:6], *optional, None, leaves[6:], *numbers)
+    torch.library.opcheck(torch.ops.megamod.mux_qkv, arguments)
     away = [leaf.to("meta") for leaf in leaves]
     projections = list(zip(away[6::2], away[7::2], strict=True))
     with FlopCounterMode(display=False) as counter:

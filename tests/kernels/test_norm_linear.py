@@ -22,19 +22,19 @@ def case(shape, size, outputs, biased=True):
 
 def results(function, leaves, dtype, **more):
     """The value and all gradients."""
-    x, gain, shift, *layer = given = [leaf.detach().to(dtype).requires_grad_() for leaf in leaves]
+    x, gain, shift, *layer = inputs = [leaf.detach().to(dtype).requires_grad_() for leaf in leaves]
     output = function(x, Norm(gain, shift, 1e-5), *layer, **more)
     generator = torch.Generator().manual_seed(1)
     upstream = torch.randn(output.shape, generator=generator, dtype=torch.float64)
-    return output, *torch.autograd.grad(output, given, upstream.to(dtype))
+    return output, *torch.autograd.grad(output, inputs, upstream.to(dtype))
 
 
-def kernels(*given, **more):
-    return norm_linear(*given, implementation="triton", **more)
+def kernels(*inputs, **more):
+    return norm_linear(*inputs, implementation="triton", **more)
 
 
-def error(found, exact) -> float:
-    return float((found.double() - exact).norm() / exact.norm())
+def error(result, exact) -> float:
+    return float((result.double() - exact).norm() / exact.norm())
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -45,12 +45,12 @@ def test_value_and_gradients_against_float64(shape, kind, biased, poisoned, roun
     leaves = [leaf.to(dtype).double() for leaf in case(*shape, biased)]
     exact = results(norm_linear_reference, leaves, torch.float64)
     eager = results(norm_linear_reference, leaves, dtype)
-    for found, plain, wanted in zip(results(kernels, leaves, dtype), eager, exact, strict=True):
-        assert found.dtype == dtype and found.shape == wanted.shape
+    for result, plain, expected in zip(results(kernels, leaves, dtype), eager, exact, strict=True):
+        assert result.dtype == dtype and result.shape == expected.shape
         if dtype == torch.float32:
-            assert error(found, wanted) <= 2e-6
+            assert error(result, expected) <= 2e-6
         else:
-            assert error(found, wanted) <= 1.1 * error(plain, wanted)
+            assert error(result, expected) <= 1.1 * error(plain, expected)
 
 
 def test_large_tiles(monkeypatch, poisoned):
@@ -60,9 +60,9 @@ def test_large_tiles(monkeypatch, poisoned):
     monkeypatch.setattr(keyed_linear_kernels, "matmul_tile", lambda *_: tuned)
     leaves = [leaf.float().double() for leaf in case((1200,), 40, 130)]
     exact = norm_linear_reference(leaves[0], Norm(*leaves[1:3], 1e-5), *leaves[3:])
-    given = [leaf.float() for leaf in leaves]
-    found = kernels(given[0], Norm(*given[1:3], 1e-5), *given[3:])
-    assert error(found, exact) <= 2e-6
+    inputs = [leaf.float() for leaf in leaves]
+    result = kernels(inputs[0], Norm(*inputs[1:3], 1e-5), *inputs[3:])
+    assert error(result, exact) <= 2e-6
 
 
 def test_tensors_that_are_not_contiguous():
@@ -95,8 +95,8 @@ def test_the_operation_is_known_to_torch():
     exact = results(norm_linear_reference, leaves, torch.float32)
     compiled = torch.compile(kernels, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(results(compiled, leaves, torch.float32), exact)
-    given = [leaf.requires_grad_() for leaf in leaves]
-    torch.library.opcheck(torch.ops.megamod.norm_linear, (*given, 1e-5))
+    inputs = [leaf.requires_grad_() for leaf in leaves]
+    torch.library.opcheck(torch.ops.megamod.norm_linear, (*inputs, 1e-5))
     x, gain, shift, weight, bias = (leaf.to("meta") for leaf in leaves)
     with FlopCounterMode(display=False) as counter:
         assert kernels(x, Norm(gain, shift, 1e-5), weight, bias).shape == (2, 3, 8)

@@ -114,10 +114,10 @@ def demux_by(function: Callable[..., Tensor], pairs: bool) -> Callable[..., Tens
     return call
 
 
-def fused_demux(*given: object, **more: float) -> Tensor:
+def fused_demux(*inputs: object, **more: float) -> Tensor:
     """With products that make the states they read, which "auto" does not choose."""
     implementation = "triton" if DEVICE == "cuda" else "auto"
-    return rsa_demux(*given, **more, implementation=implementation)
+    return rsa_demux(*inputs, **more, implementation=implementation)
 
 
 def demux_leaves(shape: Sizes) -> list[Tensor]:
@@ -136,8 +136,8 @@ def embed_leaves(shape: Sizes) -> list[Tensor]:
 
 
 def embed_by(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def call(*given: Tensor, **more: float) -> Tensor:
-        *tables, key, ids, types = given
+    def call(*inputs: Tensor, **more: float) -> Tensor:
+        *tables, key, ids, types = inputs
         return function(ids, key, Tables(*tables, eps=1e-5, word_padding=0), types, **more)
 
     return call
@@ -175,9 +175,9 @@ def keyed_leaves(shape: Sizes) -> list[Tensor]:
     return [x, key, weight * shape[-1] ** -0.5, bias]
 
 
-def keyed(*given: Tensor) -> Tensor:
+def keyed(*inputs: Tensor) -> Tensor:
     """By kernels in float32 too, which "auto" leaves to plain torch."""
-    return keyed_linear(*given, implementation="triton" if DEVICE == "cuda" else "auto")
+    return keyed_linear(*inputs, implementation="triton" if DEVICE == "cuda" else "auto")
 
 
 def norm_leaves(shape: Sizes) -> list[Tensor]:
@@ -208,9 +208,9 @@ def first_block_leaves(shape: Sizes) -> list[Tensor]:
 def first_block_by(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
     """The heads' result and the residual, side by side."""
 
-    def call(*given: Tensor, **more: float) -> Tensor:
-        *tables, key = given[:6]
-        matrices, (bias, of_values), (ids, types) = given[6:9], given[9:11], given[11:]
+    def call(*inputs: Tensor, **more: float) -> Tensor:
+        *tables, key = inputs[:6]
+        matrices, (bias, of_values), (ids, types) = inputs[6:9], inputs[9:11], inputs[11:]
         known = (ids, key, Tables(*tables, eps=1e-5, word_padding=0))
         # Softmax does not see the bias of keys alone, whose gradient would be 0.
         projections = list(zip(matrices, (bias, bias, of_values), strict=True))
@@ -219,10 +219,10 @@ def first_block_by(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[.
     return call
 
 
-def fused(*given: object, **more: float) -> tuple[Tensor, Tensor]:
+def fused(*inputs: object, **more: float) -> tuple[Tensor, Tensor]:
     """In one kernel, which "auto" does not choose."""
     implementation = "triton" if DEVICE == "cuda" else "auto"
-    return mux_attention(*given, **more, implementation=implementation)
+    return mux_attention(*inputs, **more, implementation=implementation)
 
 
 def entropy_leaves(shape: Sizes) -> list[Tensor]:
@@ -237,8 +237,8 @@ def labels_of(shape: Sizes) -> list[Tensor]:
     return [labels]
 
 
-def entropy(*given: Tensor) -> Tensor:
-    return linear_cross_entropy(*given)[0]
+def entropy(*inputs: Tensor) -> Tensor:
+    return linear_cross_entropy(*inputs)[0]
 
 
 def plain_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -304,15 +304,15 @@ def on_device(op: Op, shape: Sizes, dtype: torch.dtype) -> tuple[list[Tensor], l
 
 def results(function, leaves, others, dtype) -> list[Tensor]:
     """The value and all gradients."""
-    given = [leaf.detach().to(dtype).requires_grad_() for leaf in leaves]
-    value = function(*given, *others)
+    inputs = [leaf.detach().to(dtype).requires_grad_() for leaf in leaves]
+    value = function(*inputs, *others)
     generator = torch.Generator(DEVICE).manual_seed(1)
     upstream = torch.randn(value.shape, generator=generator, device=DEVICE).to(dtype)
-    return [value.detach(), *torch.autograd.grad(value, given, upstream.to(value.dtype))]
+    return [value.detach(), *torch.autograd.grad(value, inputs, upstream.to(value.dtype))]
 
 
-def error(found: Tensor, exact: Tensor) -> float:
-    return float((found.double() - exact).norm() / exact.norm().clamp_min(1e-300))
+def error(result: Tensor, exact: Tensor) -> float:
+    return float((result.double() - exact).norm() / exact.norm().clamp_min(1e-300))
 
 
 @on_gpu
@@ -320,23 +320,23 @@ def error(found: Tensor, exact: Tensor) -> float:
 @pytest.mark.parametrize("name", OPS)
 def test_value_and_gradients_on_a_gpu(name, shape, dtype):
     op = OPS[name]
-    given = on_device(op, shape, dtype)
-    exact = results(op.plain, *given, torch.float64)
-    plain = results(op.plain, *given, dtype)
-    ours = results(op.ours, *given, dtype)
-    again = results(op.ours, *given, dtype)
-    for number, (found, other, eager, wanted) in enumerate(
+    inputs = on_device(op, shape, dtype)
+    exact = results(op.plain, *inputs, torch.float64)
+    plain = results(op.plain, *inputs, dtype)
+    ours = results(op.ours, *inputs, dtype)
+    again = results(op.ours, *inputs, dtype)
+    for number, (result, other, eager, expected) in enumerate(
         zip(ours, again, plain, exact, strict=True)
     ):
-        assert found.shape == wanted.shape and found.isfinite().all(), number
-        assert torch.equal(found, other), f"{number}: other bits the second time"
+        assert result.shape == expected.shape and result.isfinite().all(), number
+        assert torch.equal(result, other), f"{number}: other bits the second time"
         # The error of a few numbers is itself uncertain by about one over the root of how many.
-        if wanted.norm() < 1e-9:  # what softmax over one position does not see
+        if expected.norm() < 1e-9:  # what softmax over one position does not see
             continue
-        allowed = op.slack * (1 + 4 / wanted.numel() ** 0.5) * error(eager, wanted)
-        if found.dtype == torch.float32:
+        allowed = op.slack * (1 + 4 / expected.numel() ** 0.5) * error(eager, expected)
+        if result.dtype == torch.float32:
             allowed = max(2e-6, allowed)
-        assert error(found, wanted) <= allowed, number
+        assert error(result, expected) <= allowed, number
 
 
 @on_gpu
@@ -348,8 +348,8 @@ def test_tensors_that_are_not_contiguous_on_a_gpu(name):
     assert any(not leaf.is_contiguous() for leaf in turned)
     exact = results(op.plain, leaves, others, torch.float64)
     ours = results(op.ours, turned, others, torch.float32)
-    for number, (found, wanted) in enumerate(zip(ours, exact, strict=True)):
-        assert error(found, wanted) <= 5e-6, number
+    for number, (result, expected) in enumerate(zip(ours, exact, strict=True)):
+        assert error(result, expected) <= 5e-6, number
 
 
 @on_gpu
@@ -359,21 +359,21 @@ def test_dropout_is_replayed_on_a_gpu(name):
     op = OPS[name]
     leaves, others = on_device(op, (1, 3, 8, 64), torch.float32)
 
-    def dropped(*given: Tensor) -> Tensor:
+    def dropped(*inputs: Tensor) -> Tensor:
         torch.manual_seed(3)
-        return op.ours(*given, *others, dropout=0.3)
+        return op.ours(*inputs, *others, dropout=0.3)
 
-    given = [leaf.float().requires_grad_() for leaf in leaves]
-    value = dropped(*given)
-    assert torch.equal(value, dropped(*given))
-    assert not torch.equal(value, op.ours(*given, *others, dropout=0.3))
+    inputs = [leaf.float().requires_grad_() for leaf in leaves]
+    value = dropped(*inputs)
+    assert torch.equal(value, dropped(*inputs))
+    assert not torch.equal(value, op.ours(*inputs, *others, dropout=0.3))
     upstream = torch.randn_like(value)
-    grads = torch.autograd.grad(value, given, upstream)
+    grads = torch.autograd.grad(value, inputs, upstream)
     norm = sum(grad.double().square().sum() for grad in grads).sqrt()
     step = 2e-3 / norm
     sums = []
     for sign in (1, -1):
-        moved = [(t + sign * step * g).float() for t, g in zip(given, grads, strict=True)]
+        moved = [(t + sign * step * g).float() for t, g in zip(inputs, grads, strict=True)]
         with torch.no_grad():
             sums.append((dropped(*moved).double() * upstream.double()).sum())
     assert float((sums[0] - sums[1]) / (2 * step) / norm**2) == pytest.approx(1.0, rel=2e-2)
@@ -384,15 +384,15 @@ def test_dropout_is_replayed_on_a_gpu(name):
 def test_compiled_whole_on_a_gpu(name, backend="inductor", dtype=torch.bfloat16):
     op = OPS[name]
     torch.compiler.reset()
-    given = on_device(op, ODD, dtype)
+    inputs = on_device(op, ODD, dtype)
 
     def twice(*tensors: Tensor) -> Tensor:
         return op.ours(*tensors) * 2
 
     compiled = torch.compile(twice, fullgraph=True, dynamic=False, backend=backend)
-    wanted = results(twice, *given, dtype)
-    for found, plain in zip(results(compiled, *given, dtype), wanted, strict=True):
-        assert error(found, plain.double()) <= 1e-2
+    expected = results(twice, *inputs, dtype)
+    for result, plain in zip(results(compiled, *inputs, dtype), expected, strict=True):
+        assert error(result, plain.double()) <= 1e-2
 
 
 @on_gpu
@@ -400,23 +400,23 @@ def test_kernels_replay_from_a_graph():
     """A forward and backward pass that was captured once gives the same bits again."""
     op = OPS["rsa_demux"]
     leaves, _ = on_device(op, ODD, torch.float32)
-    given = [leaf.float().requires_grad_() for leaf in leaves]
+    inputs = [leaf.float().requires_grad_() for leaf in leaves]
 
     def step() -> list[Tensor]:
-        value = op.ours(*given)
-        return [value.detach(), *torch.autograd.grad(value, given, torch.ones_like(value))]
+        value = op.ours(*inputs)
+        return [value.detach(), *torch.autograd.grad(value, inputs, torch.ones_like(value))]
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        wanted = step()
+        expected = step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = step()
+        result = step()
     graph.replay()
     torch.cuda.synchronize()
-    assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(result, expected, strict=True))
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the real tests run")

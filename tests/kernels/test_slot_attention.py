@@ -23,8 +23,8 @@ SHAPES = {
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CASES = [
-    pytest.param(*given, dtype, masked, id=f"{shape}-{name}" + "-masked" * masked)
-    for shape, given in SHAPES.items()
+    pytest.param(*inputs, dtype, masked, id=f"{shape}-{name}" + "-masked" * masked)
+    for shape, inputs in SHAPES.items()
     for name, dtype in DTYPES.items()
     for masked in (False, True)
 ]
@@ -71,15 +71,15 @@ def loops(q, k, v, heads, mask=None, kept=None):
     return out.permute(0, 3, 1, 2, 4).reshape(groups, instances, length, size)
 
 
-def results(function, given, dtype):
+def results(function, inputs, dtype):
     """Value and gradients."""
-    *leaves, upstream = (x.detach().to(dtype) for x in given)
+    *leaves, upstream = (x.detach().to(dtype) for x in inputs)
     leaves = [x.requires_grad_() for x in leaves]
     out = function(*leaves)
     return out.detach(), *torch.autograd.grad(out, leaves, upstream)
 
 
-def row_error(found, exact, of_scores=False):
+def row_error(result, exact, of_scores=False):
     """Largest error of a row over its norm, or over the mean norm where that is larger.
 
     The latter is for what comes of the gradients of scores: differences, which may be as near to 0
@@ -88,43 +88,45 @@ def row_error(found, exact, of_scores=False):
     rows = exact.norm(dim=-1)
     if of_scores:
         rows = rows.clamp_min(rows.mean())
-    off = (found.double() - exact).norm(dim=-1)
+    off = (result.double() - exact).norm(dim=-1)
     return float(torch.where(off == 0, 0.0, off / rows).max())
 
 
 @pytest.mark.parametrize(("shape", "heads", "dtype", "masked"), CASES)
 def test_value_and_gradients_against_loops(shape, heads, dtype, masked, poisoned, rounding):
-    given = case(shape, dtype)
+    inputs = case(shape, dtype)
     mask = some_seen(shape) if masked else None
-    exact = results(lambda q, k, v: loops(q, k, v, heads, mask), given, torch.float64)
-    eager = results(lambda q, k, v: slot_attention_reference(q, k, v, heads, mask), given, dtype)
-    found = results(
-        lambda q, k, v: slot_attention(q, k, v, heads, mask, 0.0, "triton"), given, dtype
+    exact = results(lambda q, k, v: loops(q, k, v, heads, mask), inputs, torch.float64)
+    eager = results(lambda q, k, v: slot_attention_reference(q, k, v, heads, mask), inputs, dtype)
+    result = results(
+        lambda q, k, v: slot_attention(q, k, v, heads, mask, 0.0, "triton"), inputs, dtype
     )
-    for name, ours, plain, wanted in zip(("out", "q", "k", "v"), found, eager, exact, strict=True):
-        assert ours.dtype == dtype and ours.shape == wanted.shape
+    for name, ours, plain, expected in zip(
+        ("out", "q", "k", "v"), result, eager, exact, strict=True
+    ):
+        assert ours.dtype == dtype and ours.shape == expected.shape
         if shape[1] == 1 and name in ("q", "k"):  # nothing to choose from
-            assert ours.abs().max() < 1e-6 and wanted.abs().max() < 1e-12
+            assert ours.abs().max() < 1e-6 and expected.abs().max() < 1e-12
         elif dtype == torch.float32:
-            assert row_error(ours, wanted, name in ("q", "k")) <= 2e-6, name
+            assert row_error(ours, expected, name in ("q", "k")) <= 2e-6, name
         else:
-            off = (ours.double() - wanted).norm()
-            assert off <= 1.1 * (plain.double() - wanted).norm(), name
+            off = (ours.double() - expected).norm()
+            assert off <= 1.1 * (plain.double() - expected).norm(), name
 
 
 @pytest.mark.parametrize("heads", [1, 3])
 def test_the_reference_against_loops(heads):
-    given = case((2, 4, 3, 12))
+    inputs = case((2, 4, 3, 12))
     mask = some_seen((2, 4, 3))
     for seen in (None, mask):
-        exact = results(lambda q, k, v, m=seen: loops(q, k, v, heads, m), given, torch.float64)
+        exact = results(lambda q, k, v, m=seen: loops(q, k, v, heads, m), inputs, torch.float64)
         for implementation in ("auto", "reference"):
-            found = results(
+            result = results(
                 lambda q, k, v, m=seen, i=implementation: slot_attention(q, k, v, heads, m, 0.0, i),
-                given,
+                inputs,
                 torch.float64,
             )
-            torch.testing.assert_close(found, exact)
+            torch.testing.assert_close(result, exact)
 
 
 def test_dropout_is_replayed_in_backward():
@@ -147,35 +149,35 @@ def test_dropout_is_replayed_in_backward():
     assert not torch.equal(kept[:, 0], kept[:, 1])
     assert not torch.equal(kept[..., :12, :, :], kept[..., 12:, :, :])
 
-    given = case(q.shape)
-    exact = results(lambda q, k, v: loops(q, k, v, heads, None, kept), given, torch.float64)
-    found = results(dropped(given[2]), given, torch.float32)
-    for name, ours, wanted in zip(("out", "q", "k", "v"), found, exact, strict=True):
-        assert row_error(ours, wanted, name in ("q", "k")) <= 2e-6
-    other = slot_attention(*given[:3], heads, None, dropout, "triton")
-    assert not torch.equal(other, found[0])  # the generator has moved on
+    inputs = case(q.shape)
+    exact = results(lambda q, k, v: loops(q, k, v, heads, None, kept), inputs, torch.float64)
+    result = results(dropped(inputs[2]), inputs, torch.float32)
+    for name, ours, expected in zip(("out", "q", "k", "v"), result, exact, strict=True):
+        assert row_error(ours, expected, name in ("q", "k")) <= 2e-6
+    other = slot_attention(*inputs[:3], heads, None, dropout, "triton")
+    assert not torch.equal(other, result[0])  # the generator has moved on
 
 
 def test_side_by_side_and_other_strides():
     """One projection's columns, positions first, columns that are not adjacent."""
     shape, heads = (2, 3, 4, 16), 2
-    *given, upstream = case(shape)
+    *inputs, upstream = case(shape)
     mask = some_seen(shape, anywhere=True)
     straight = results(
         lambda q, k, v: slot_attention(q, k, v, heads, mask, 0.0, "triton"),
-        (*given, upstream),
+        (*inputs, upstream),
         torch.float32,
     )
-    qkv = torch.cat(given, -1).requires_grad_()
+    qkv = torch.cat(inputs, -1).requires_grad_()
     for implementation in ("triton", "auto"):
         packed = slot_attention_packed(qkv, heads, mask, 0.0, implementation)
         grad = torch.autograd.grad(packed, qkv, upstream)[0]
-        found = (packed.detach(), *grad.chunk(3, -1))
-        torch.testing.assert_close(found, straight, atol=1e-6, rtol=1e-5)
+        result = (packed.detach(), *grad.chunk(3, -1))
+        torch.testing.assert_close(result, straight, atol=1e-6, rtol=1e-5)
     turned = [
-        given[0].transpose(1, 2).contiguous().transpose(1, 2),
-        given[1].permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
-        torch.cat([given[2], given[0]], -1)[..., :16],
+        inputs[0].transpose(1, 2).contiguous().transpose(1, 2),
+        inputs[1].permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
+        torch.cat([inputs[2], inputs[0]], -1)[..., :16],
     ]
     assert not any(x.is_contiguous() for x in turned)
     leaves = [x.detach().requires_grad_() for x in turned]
@@ -189,19 +191,19 @@ def test_side_by_side_and_other_strides():
 @pytest.mark.parametrize("implementation", ["triton", "reference"])
 def test_nothing_to_attend_to(shape, implementation):
     mask = torch.ones(shape[:3], dtype=torch.bool)
-    found = results(
+    result = results(
         lambda q, k, v: slot_attention(q, k, v, 2, mask, 0.0, implementation),
         case(shape),
         torch.float32,
     )
-    assert [x.shape for x in found] == [torch.Size(shape)] * 4
+    assert [x.shape for x in result] == [torch.Size(shape)] * 4
 
 
 def test_gradcheck_of_the_reference():
     q, k, v, _ = (x.double().requires_grad_() for x in case((1, 3, 2, 4)))
     mask = some_seen((1, 3, 2))
     assert torch.autograd.gradcheck(
-        lambda *given: slot_attention_reference(*given, 2, mask), (q, k, v)
+        lambda *inputs: slot_attention_reference(*inputs, 2, mask), (q, k, v)
     )
 
 
@@ -211,15 +213,15 @@ def test_the_operation_is_known_to_torch():
     mask, seed = some_seen(shape, anywhere=True), torch.tensor([5])
     leaves = [x.requires_grad_() for x in (q, k, v)]
     torch.library.opcheck(torch.ops.megamod.slot_attention, (leaves, heads, mask, 0.0, None))
-    given = [torch.cat([q, k, v], -1).detach()]
+    inputs = [torch.cat([q, k, v], -1).detach()]
     torch.library.opcheck(
         torch.ops.megamod.slot_attention_backward,
-        (upstream, given, heads, None, 0.5, seed),
+        (upstream, inputs, heads, None, 0.5, seed),
         test_utils=("test_schema", "test_faketensor"),
     )
 
-    def twice(*given):
-        return slot_attention(*given, heads, mask, 0.0, "triton") * 2
+    def twice(*inputs):
+        return slot_attention(*inputs, heads, mask, 0.0, "triton") * 2
 
     compiled = torch.compile(twice, fullgraph=True, backend="aot_eager")
     for function in (compiled, twice):
@@ -278,10 +280,10 @@ def test_the_contextual_multiplexer_of_kernels_is_that_of_plain_torch(masked):
     mask = some_seen((2, 3, 5), anywhere=True).flatten(0, 1).long() if masked else None
     leaves = [x.requires_grad_(), key.requires_grad_(), *blocks[0].parameters()]
     leaves += blocks[1].parameters()
-    found = []
+    result = []
     for implementation in ("triton", "reference"):
         mixed = multiplex_contextual(x, key, *blocks, mask, True, implementation)
         grads = torch.autograd.grad(mixed.square().sum(), leaves)
-        found.append((mixed.detach(), *grads))
-    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)  # of gradients in the hundreds
-    assert found[1][0].shape == (2, 5, 16)
+        result.append((mixed.detach(), *grads))
+    torch.testing.assert_close(*result, atol=1e-4, rtol=1e-4)  # of gradients in the hundreds
+    assert result[1][0].shape == (2, 5, 16)
