@@ -41,7 +41,7 @@ class Floor:
 class Verdict:
     """One floor at one place; `value` is None where nothing was measured to compare."""
 
-    folder: str
+    shape: str
     what: str
     value: float | None
     limit: float
@@ -61,7 +61,7 @@ class Verdict:
     def __str__(self) -> str:
         result = "-" if self.value is None else f"{self.value:.3g}"
         sign = ">=" if self.larger else "<="
-        return f"{self.place}: {self.what} {result}, floor {sign} {self.limit:g}: {self.word()}"
+        return f"{self.shape}: {self.what} {result}, floor {sign} {self.limit:g}: {self.word()}"
 
 
 DEMUX = ("rsa_demux", "rsa_demux_l3")

@@ -9,7 +9,7 @@ A row is one token of one instance, r = (group * N + instance) * T + t; a mixed 
 import triton
 import triton.language as tl
 
-from megamod_kernels.rows import dropout_factor, inside, moments_of_tiles
+from megamod_kernels.rows import dropout_factor, moments_of_tiles, valid_mask
 
 
 @triton.jit
@@ -52,7 +52,7 @@ def embed_rows(
         x = ()
         for tile in tl.static_range(TILES):
             column = tile * WIDTH + tl.arange(0, WIDTH)
-            mask = inside(real, column, D, WHOLE)
+            mask = valid_mask(real, column, D, WHOLE)
             x = x + (
                 _looked_up(word, position, token_type, word_row, position_row, type_row, column,
                            D, mask),
@@ -72,7 +72,7 @@ def embed_rows(
     z = ()
     for tile in tl.static_range(TILES):
         column = tile * WIDTH + tl.arange(0, WIDTH)
-        mask = inside(real, column, D, WHOLE)
+        mask = valid_mask(real, column, D, WHOLE)
         mean_of_instances = total[tile] * (1.0 / N)
         if KEEP:
             tl.store(mixed + m[:, None] * D + column[None, :],
@@ -84,7 +84,7 @@ def embed_rows(
     mean, rstd = moments_of_tiles(z, D, eps, TILES, WIDTH, WHOLE)
     for tile in tl.static_range(TILES):
         column = tile * WIDTH + tl.arange(0, WIDTH)
-        mask = inside(real, column, D, WHOLE)
+        mask = valid_mask(real, column, D, WHOLE)
         gain = tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
         shift = tl.load(bias + column, mask=column < D, other=0.0).to(tl.float32)
         normed = (z[tile] - mean[:, None]) * rstd[:, None] * gain[None, :] + shift[None, :]
@@ -131,7 +131,7 @@ def mux_embed_bwd_kernel(
     z = ()
     for tile in tl.static_range(TILES):
         column = tile * WIDTH + tl.arange(0, WIDTH)
-        mask = inside(real, column, D, WHOLE)
+        mask = valid_mask(real, column, D, WHOLE)
         z = z + (
             _looked_up(mixed, position, token_type, m, position_row, tl.zeros_like(m), column, D,
                        mask),
@@ -144,7 +144,7 @@ def mux_embed_bwd_kernel(
     along = tl.zeros([BLOCK, WIDTH], tl.float32)
     for tile in tl.static_range(TILES):
         column = tile * WIDTH + tl.arange(0, WIDTH)
-        mask = inside(real, column, D, WHOLE)
+        mask = valid_mask(real, column, D, WHOLE)
         above = tl.load(upstream + m[:, None] * D + column[None, :], mask=mask, other=0.0)
         gain = tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
         grad = above.to(tl.float32) * gain[None, :]
@@ -156,7 +156,7 @@ def mux_embed_bwd_kernel(
     shared = ()
     for tile in tl.static_range(TILES):
         column = tile * WIDTH + tl.arange(0, WIDTH)
-        mask = inside(real, column, D, WHOLE)
+        mask = valid_mask(real, column, D, WHOLE)
         normed = (z[tile] - mean[:, None]) * rstd[:, None]
         grad = (scaled[tile] - first[:, None] - normed * second[:, None]) * rstd[:, None]
         tl.store(grad_mixed + m[:, None] * D + column[None, :],
@@ -172,7 +172,7 @@ def mux_embed_bwd_kernel(
         x = ()
         for tile in tl.static_range(TILES):
             column = tile * WIDTH + tl.arange(0, WIDTH)
-            mask = inside(real, column, D, WHOLE)
+            mask = valid_mask(real, column, D, WHOLE)
             x = x + (
                 _looked_up(word, position, token_type, word_row, position_row, type_row, column,
                            D, mask),
@@ -214,7 +214,7 @@ def mux_embed_columns_kernel(
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
         m = block * BLOCK + tl.arange(0, BLOCK)  # int32 for fast division
         real = m < rows
-        mask = inside(real, column, D, WHOLE)
+        mask = valid_mask(real, column, D, WHOLE)
         t = m % length
         row = (m // length).to(tl.int64) * N + instance
         token = row * length + t

@@ -146,7 +146,7 @@ def row(op="rsa_demux", variant="ours", us=10.0, **more):
 
 
 def words(rows):
-    return {(v.place, v.what, v.limit): v.word() for v in floors.verdicts(rows)}
+    return {(v.shape, v.what, v.limit): v.word() for v in floors.verdicts(rows)}
 
 
 def test_verdicts():

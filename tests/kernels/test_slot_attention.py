@@ -258,7 +258,7 @@ def test_what_does_not_fit_is_refused():
         (r"expected \[B, N, L, 3", lambda: slot_attention_packed(q, 2)),
         ("implementation 'best'", lambda: slot_attention(q, k, v, 2, implementation="best")),
         (
-            "kernels hold N <= 64",
+            "kernels support N <= 64",
             lambda: slot_attention(*[q.double()] * 3, 2, implementation="triton"),
         ),
         (
