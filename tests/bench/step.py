@@ -197,6 +197,10 @@ class _NoCheckpoints:
     def save(self, state: object) -> bool:
         return True
 
+    def begin_evaluation(self, step: int) -> None: ...
+
+    def end_evaluation(self) -> None: ...
+
 
 def _ratios(ours: list[float], theirs: list[float]) -> list[float]:
     pieces = range(0, ROUNDS * REPEATS, ROUNDS)

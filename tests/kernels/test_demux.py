@@ -309,7 +309,9 @@ def test_saved_for_backward(implementation):
 def test_shapes_that_do_not_fit():
     leaves, _ = case((2, 3, 4, 24, 3), False)
     hidden, key, *weights = leaves
-    with pytest.raises(ValueError, match=r"hidden_part \(2, 4, 24\) and key_part \(3, 23\) do not fit"):
+    with pytest.raises(
+        ValueError, match=r"hidden_part \(2, 4, 24\) and key_part \(3, 23\) do not fit"
+    ):
         rsa_demux(hidden, key[:, 1:], chain_of(weights))
     with pytest.raises(ValueError, match="implementation 'fast' is none of auto"):
         rsa_demux(hidden, key, chain_of(weights), implementation="fast")
