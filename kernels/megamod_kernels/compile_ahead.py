@@ -8,7 +8,6 @@ speed are not checked. TRITON_INTERPRET must not be set.
 """
 
 import argparse
-import importlib
 import json
 import re
 import subprocess
@@ -33,7 +32,7 @@ OPERATIONS = (
     "norm_linear",
     "demux",
 )
-"""Modules of this package that have `builds()`."""
+"""Operations with tuned builds, see `megamod_kernels.builds`."""
 
 SHARED_LIMIT = {80: 166_912, 90: 232_448}
 """Largest shared memory of a block in bytes, by compute capability."""
@@ -124,8 +123,10 @@ def refused_arguments(build: Build) -> list[str]:
 
 def builds_of(operations: Iterable[str]) -> Iterator[Build]:
     """All tuned builds of some operations."""
+    from megamod_kernels.builds import BUILDS  # imported late: it imports this module
+
     for name in operations:
-        yield from importlib.import_module(f"megamod_kernels.{name}").builds()
+        yield from BUILDS[name]()
 
 
 def faults(usage: Mapping[str, int], capability: int) -> list[str]:

@@ -5,9 +5,7 @@ part is computed once per mixed position and the key part once per instance: 2 N
 than with the concatenation, which is never built.
 """
 
-from collections.abc import Iterator, Sequence
-from itertools import product
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -25,10 +23,7 @@ from megamod_kernels.demux_torch import (
 )
 from megamod_kernels.dispatch import uses_triton
 
-if TYPE_CHECKING:
-    from megamod_kernels.compile_ahead import Build
-
-__all__ = ["Chain", "Pairs", "add_pairs", "builds", "rsa_demux", "rsa_demux_reference"]
+__all__ = ["Chain", "Pairs", "add_pairs", "rsa_demux", "rsa_demux_reference"]
 __all__ += ["split_projection"]
 
 WIDTH = 256  # columns of a tile; the tuned widths are multiples of it
@@ -415,54 +410,3 @@ def rsa_demux_triton(
 
 def _flat(chain: Chain) -> list[Tensor]:
     return [tensor for pair in (*chain.dense, chain.last, chain.norm) for tensor in pair]
-
-
-def builds() -> "Iterator[Build]":
-    """The kernels at the tuned widths, for ahead-of-time compilation."""
-    from megamod_kernels import demux_kernels as kernels
-    from megamod_kernels.compile_ahead import Build
-
-    types = {"of_hidden": "*i64", "of_key": "*i64", "seed": "*i64", "partial": "*fp32"}
-    types |= dict.fromkeys(("dropout", "eps"), "fp32")
-    types |= dict.fromkeys(("rows", "D", "N", "L", "blocks", "positions"), "i32")
-    for size, (dtype, itemsize) in product((768, 1024, 1536, 2048), (("bf16", 2), ("fp32", 4))):
-        if size == 1536 and dtype == "fp32":
-            continue  # as 2048
-        for kernel, layers in (
-            (kernels.rsa_demux_state_kernel, {"LAYERS": 0}),
-            (kernels.rsa_demux_state_kernel, {"LAYERS": 1}),
-            (kernels.rsa_demux_matmul_kernel, {"LAYERS": 0, "LAST": True}),
-            (kernels.rsa_demux_matmul_kernel, {"LAYERS": 1, "LAST": True}),
-            (kernels.rsa_demux_finish_kernel, {}),
-            (kernels.rsa_demux_layer_bwd_kernel, {"LAYER": 0, "NORM": True}),
-            (kernels.rsa_demux_layer_bwd_kernel, {"LAYER": 1, "NORM": True}),
-            (kernels.rsa_demux_layer_bwd_kernel, {"LAYER": 0, "NORM": False}),
-            (kernels.rsa_demux_first_bwd_kernel, {}),
-            (kernels.rsa_demux_sums_bwd_kernel, {}),
-        ):
-            if kernel is kernels.rsa_demux_matmul_kernel:
-                flags = matmul_launch(size * 8, size, itemsize) | layers
-            else:
-                flags = (whole_row_launch if "TILES" in kernel.arg_names else tile_launch)(
-                    size, itemsize
-                ) | layers
-            warps, stages = flags.pop("num_warps"), flags.pop("num_stages", 3)
-            flags |= {"PAIRS": size == 1024, "DROPOUT": size == 768}
-            constants = {name: flags[name] for name in kernel.arg_names if name in flags}
-            signature = {
-                name: types.get(name, f"*{dtype}")
-                for name in kernel.arg_names
-                if name not in constants
-            }
-            if kernel is kernels.rsa_demux_first_bwd_kernel:
-                signature["grad"] = "*fp32"
-            number = "".join(str(int(number)) for number in layers.values())
-            yield Build(
-                name=f"{kernel.__name__}{number}-D{size}-{dtype}",
-                kernel=kernel,
-                signature=signature,
-                constants=constants,
-                num_warps=warps,
-                num_stages=stages,
-                aligned=(*(n for n, kind in signature.items() if kind[0] == "*"), "D"),
-            )

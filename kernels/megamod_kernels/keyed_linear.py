@@ -6,18 +6,12 @@ weight is the sum of C_n * key_n over instances, and that of key_n the sum of we
 outputs of the layer.
 """
 
-from itertools import product
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from megamod_kernels.dispatch import uses_own_matmul
-
-if TYPE_CHECKING:
-    from megamod_kernels.compile_ahead import Build
 
 SPLIT_ROWS = 1024  # smallest number of rows of an instance for a separate partial sum
 
@@ -231,44 +225,3 @@ def _matmul(
 
 def _blocks(whole: int, part: int) -> int:
     return -(-whole // part)
-
-
-def builds() -> "list[Build]":
-    """Ahead-of-time compilations of every tile; no kernel depends on D."""
-    from megamod_kernels import keyed_linear_kernels as kernels
-    from megamod_kernels.compile_ahead import Build
-
-    variants = []
-    for dtype, rows in (("bf16", 2**20), ("bf16", 1), ("fp32", 2**20)):
-        *blocks, warps, stages = kernels.matmul_tile(rows, 768, 2 if dtype == "bf16" else 4)
-        for forward, one_key in product((True, False), repeat=2):
-            constants = dict(zip(("BLOCK_ROWS", "BLOCK_OUT", "BLOCK_IN"), blocks, strict=True))
-            constants |= {"ONE_KEY": one_key, "FORWARD": forward, "USES_BIAS": forward}
-            constants["weight_in" if forward else "weight_out"] = 1
-            variants.append((kernels.keyed_matmul_kernel, dtype, constants, warps, stages))
-    for dtype, key_grad in product(("bf16", "fp32"), (True, False)):
-        *blocks, warps, stages = kernels.weight_tile(2 if dtype == "bf16" else 4, key_grad)
-        constants = dict(zip(("BLOCK_OUT", "BLOCK_IN", "BLOCK_ROWS"), blocks, strict=True))
-        constants["KEY_GRAD"] = key_grad
-        variants.append((kernels.keyed_weight_kernel, dtype, constants, warps, stages))
-    return [
-        Build(
-            name=f"{kernel.__name__}-{dtype}-" + "-".join(str(x) for x in constants.values()),
-            kernel=kernel,
-            signature={
-                name: ("*fp32" if "part_ptr" in name else f"*{dtype}") if "_ptr" in name else "i32"
-                for name in kernel.arg_names
-                if name not in constants
-            },
-            constants=constants,
-            num_warps=warps,
-            num_stages=stages,
-            aligned=tuple(
-                name
-                for name in kernel.arg_names
-                if name not in constants
-                and name.endswith(("_ptr", "IN", "OUT", "weight_in", "weight_out"))
-            ),
-        )
-        for kernel, dtype, constants, warps, stages in variants
-    ]

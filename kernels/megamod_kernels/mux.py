@@ -6,16 +6,10 @@ result is written once. The product of instances and keys is never stored.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from megamod_kernels.dispatch import uses_triton
-
-if TYPE_CHECKING:
-    from megamod_kernels.compile_ahead import Build
 
 COLUMNS = 256  # columns per tile; the tuned widths are multiples of it
 ROWS = 4
@@ -171,33 +165,3 @@ def multiplex(x: Tensor, key: Tensor, implementation: str = "auto") -> Tensor:
     if uses_triton(implementation, x) and x.dtype != torch.float64:
         return _multiplex(x, key)
     return _MultiplexFunction.apply(x, key)
-
-
-def builds() -> Iterator[Build]:
-    """The kernels at the tuned widths, for ahead-of-time compilation."""
-    from megamod_kernels.compile_ahead import Build
-    from megamod_kernels.mux_kernels import multiplex_bwd_kernel, multiplex_fwd_kernel
-
-    for size in (768, 1024, 1536, 2048):
-        for dtype in ("bf16", "fp32"):
-            tensors = dict.fromkeys(("x", "key", "mixed", "upstream", "grad_x"), f"*{dtype}")
-            signature = tensors | {"partial": "*fp32"}
-            signature |= dict.fromkeys(("rows", "length", "D", "N", "blocks"), "i32")
-            constants = {"BLOCK": ROWS, "WIDTH": COLUMNS}
-            aligned = ("upstream", "x", "key", "grad_x", "partial", "mixed", "D")
-            for kernel, more in (
-                (multiplex_fwd_kernel, {}),
-                (multiplex_bwd_kernel, {"OF_X": True, "OF_KEY": True}),
-                (multiplex_bwd_kernel, {"OF_X": True, "OF_KEY": False}),
-            ):
-                names = kernel.arg_names
-                key = "-key" if more.get("OF_KEY") else ""
-                yield Build(
-                    name=f"{kernel.__name__}{key}-D{size}-{dtype}",
-                    kernel=kernel,
-                    signature={name: signature[name] for name in names if name in signature},
-                    constants=constants | more,
-                    num_warps=4,
-                    num_stages=3,
-                    aligned=tuple(name for name in aligned if name in names),
-                )

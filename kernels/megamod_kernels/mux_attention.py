@@ -4,8 +4,7 @@ A program embeds and mixes some rows, writes them for the residual, and projects
 keys and values while they are in the cache.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,9 +14,6 @@ from torch.utils.flop_counter import register_flop_formula
 from megamod_kernels import mux_embed as embedding
 from megamod_kernels.dispatch import uses_triton
 from megamod_kernels.mux_embed import Tables, mux_embed, mux_embed_reference
-
-if TYPE_CHECKING:
-    from megamod_kernels.compile_ahead import Build
 
 Projections = Sequence[tuple[Tensor, Tensor]]
 """Weight [D, D] and bias [D] of queries, keys and values."""
@@ -51,7 +47,7 @@ def _attend(projected: Sequence[Tensor], heads: int, mask: Tensor | None, dropou
     return mixed.transpose(1, 2).flatten(2)
 
 
-def _tile(rows: int, itemsize: int) -> tuple[int, int, int, int, int]:
+def product_tile(rows: int, itemsize: int) -> tuple[int, int, int, int, int]:
     """Rows of a program, columns and inner columns of its products, warps, stages.
 
     Each program computes all columns, so it reads all weights. The number of rows leaves one
@@ -62,7 +58,7 @@ def _tile(rows: int, itemsize: int) -> tuple[int, int, int, int, int]:
     return (32 if rows <= 4224 else 64 if rows <= 8448 else 128), 128, 64, 8, 3
 
 
-def _block(size: int) -> int:
+def rows_at_once(size: int) -> int:
     """Rows that a program embeds at once."""
     return 8 if size <= 1024 else 4
 
@@ -84,11 +80,11 @@ def _mux_qkv(
             output, mixed, eps, start, dropout, keep,
         )  # fmt: skip
         rows, size = output.shape[0] * output.shape[1], output.shape[2]
-        tile_rows, tile_columns, inner, warps, stages = _tile(rows, output.element_size())
+        tile_rows, tile_columns, inner, warps, stages = product_tile(rows, output.element_size())
         kernels.mux_qkv_kernel[(-(-rows // tile_rows),)](
             *arguments, *(tensor.contiguous() for tensor in projections), qkv, **flags,
-            BLOCK=_block(size), TALL=tile_rows, WIDE=tile_columns, INNER=inner, num_warps=warps,
-            num_stages=stages,
+            BLOCK=rows_at_once(size), TALL=tile_rows, WIDE=tile_columns, INNER=inner,
+            num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return output, qkv, mixed
 
@@ -219,35 +215,3 @@ def mux_attention(
         x, qkv, _ = _mux_qkv(ids, *learned, *optional, seed, flat, *numbers)
         projected = qkv.unbind()
     return _attend(projected, heads, mask, attention_dropout), x
-
-
-def builds() -> "Iterator[Build]":
-    """The kernel at the tuned widths, for ahead-of-time compilation."""
-    from megamod_kernels import mux_attention_kernels as kernels
-    from megamod_kernels.compile_ahead import Build
-
-    names = kernels.mux_qkv_kernel.arg_names
-    for size, rows, dtype, itemsize in (
-        (768, 4096, "bf16", 2),
-        (768, 8192, "bf16", 2),
-        (768, 16384, "bf16", 2),
-        (768, 16384, "fp32", 4),
-        (1024, 16384, "bf16", 2),
-        (1536, 16384, "bf16", 2),
-        (2048, 16384, "bf16", 2),
-    ):
-        tile_rows, tile_columns, inner, warps, stages = _tile(rows, itemsize)
-        constants = {"BLOCK": _block(size), "TALL": tile_rows, "WIDE": tile_columns, "INNER": inner}
-        constants |= embedding.build_flags(size, dropout=size == 768)
-        constants = {name: value for name, value in constants.items() if name in names}
-        kinds = embedding.build_kinds(names, dtype)
-        signature = {name: kinds[name] for name in names if name not in constants}
-        yield Build(
-            name=f"mux_qkv_kernel-D{size}-{tile_rows}-{dtype}",
-            kernel=kernels.mux_qkv_kernel,
-            signature=signature,
-            constants=constants,
-            num_warps=warps,
-            num_stages=stages,
-            aligned=(*(name for name, kind in signature.items() if kind[0] == "*"), "D"),
-        )

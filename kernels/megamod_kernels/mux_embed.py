@@ -5,44 +5,33 @@ result is embedded again by the same tables and norm. The embeddings of all inst
 are never stored: forward and backward recompute them from the ids.
 """
 
-from collections.abc import Iterable, Iterator
-from itertools import product
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from megamod_kernels.dispatch import uses_triton
 from megamod_kernels.mux_embed_torch import Tables, check, mux_embed_reference
 
-if TYPE_CHECKING:
-    from megamod_kernels.compile_ahead import Build
-
-__all__ = ["Tables", "builds", "check", "mux_embed", "mux_embed_reference"]
+__all__ = ["Tables", "check", "mux_embed", "mux_embed_reference"]
 
 WIDTH = 256  # columns of a tile
 CHUNK = 16  # sorted rows summed by one program
 PARTIALS = 128  # rows of the buffers of partial sums of norm and key gradients
-_COUNTS = (
-    "rows", "length", "D", "N", "start", "first_stride", "second_stride", "position_stride",
-    "blocks", "every", "count", "padding",
-)  # fmt: skip
 
 
 def _blocks(count: int, size: int) -> int:
     return -(-count // size)
 
 
-def _block(size: int) -> int:
+def rows_per_program(size: int) -> int:
     """Mixed rows per program: as many as fit in registers."""
     return 2 if size <= 1024 else 1
 
 
-def _tiles(size: int) -> dict[str, int | bool]:
+def tiles(size: int) -> dict[str, int | bool]:
     return {"WIDTH": WIDTH, "TILES": _blocks(size, WIDTH), "WHOLE": size % WIDTH == 0}
 
 
-def _warps(size: int) -> int:
+def warps(size: int) -> int:
     return 4 if size <= 1024 else 8
 
 
@@ -71,8 +60,8 @@ def _mux_embed(
             ids, word, position, token_type, weight, bias, key, types, firsts, seconds, seed,
             output, mixed, eps, start, dropout, keep,
         )  # fmt: skip
-        kernels.mux_embed_fwd_kernel[(_blocks(len(output) * length, _block(size)),)](
-            *arguments, **flags, BLOCK=_block(size), num_warps=_warps(size)
+        kernels.mux_embed_fwd_kernel[(_blocks(len(output) * length, rows_per_program(size)),)](
+            *arguments, **flags, BLOCK=rows_per_program(size), num_warps=warps(size)
         )
     return output, mixed
 
@@ -94,7 +83,7 @@ def embedding_arguments(
         ids if seed is None else seed, output, mixed, groups * length, length, size, len(key),
         start, first_stride, second_stride, eps, dropout,
     )  # fmt: skip
-    flags = {**_tiles(size), "TYPES": int(has_types)}
+    flags = {**tiles(size), "TYPES": int(has_types)}
     flags |= {
         "FIRSTS": has_firsts,
         "SECONDS": has_seconds,
@@ -150,12 +139,12 @@ def mux_embed_backward(
     firsts, first_stride, has_firsts = _optional(firsts, ids)
     seconds, second_stride, has_seconds = _optional(seconds, ids)
     drop, drawn = seed is not None, ids if seed is None else seed
-    every, all_mixed, tiles = rows * length, groups * length, _blocks(size, WIDTH)
+    every, all_mixed, column_tiles = rows * length, groups * length, _blocks(size, WIDTH)
     wide = {"dtype": torch.float32, "device": word.device}
 
     grad_mixed = torch.empty_like(mixed)
     stats, second_stats = torch.empty(4, every, **wide), torch.empty(2, all_mixed, **wide)
-    kernels.mux_embed_bwd_kernel[(_blocks(all_mixed, _block(size)),)](
+    kernels.mux_embed_bwd_kernel[(_blocks(all_mixed, rows_per_program(size)),)](
         upstream,
         ids,
         word,
@@ -180,13 +169,13 @@ def mux_embed_backward(
         second_stride,
         eps,
         dropout,
-        BLOCK=_block(size),
-        **_tiles(size),
+        BLOCK=rows_per_program(size),
+        **tiles(size),
         TYPES=int(has_types),
         FIRSTS=has_firsts,
         SECONDS=has_seconds,
         DROPOUT=drop,
-        num_warps=_warps(size),
+        num_warps=warps(size),
     )
 
     def columns(second: bool) -> Tensor:
@@ -194,7 +183,7 @@ def mux_embed_backward(
         blocks, count = _blocks(all_mixed, 4), 1 if second else instances
         programs = min(blocks, PARTIALS)
         partial = torch.empty(programs, count, 2, size, **wide)
-        kernels.mux_embed_columns_kernel[(programs, tiles, count)](
+        kernels.mux_embed_columns_kernel[(programs, column_tiles, count)](
             upstream if second else grad_mixed, ids, mixed if second else word, position,
             token_type, types, seconds if second else firsts, drawn,
             second_stats if second else stats, partial, all_mixed, length, size, count, blocks,
@@ -208,7 +197,7 @@ def mux_embed_backward(
     def table(owner: Tensor, order: Tensor, grad: Tensor, padding: int, of_mixed: bool) -> Tensor:
         """Add rows to the row of `grad` that owns them; `grad` starts at zero."""
         count = len(order)
-        grid = (_blocks(count, CHUNK), tiles)
+        grid = (_blocks(count, CHUNK), column_tiles)
         head, tail = (torch.empty(grid[0], size, **wide) for _ in range(2))
         kernels.mux_embed_table_kernel[grid](
             grad_mixed, ids, word, position, token_type, weight, key, types, firsts, drawn, stats,
@@ -248,7 +237,7 @@ def mux_embed_backward(
             table_grad[position_padding] *= not by_row
     of_norm = torch.empty_like(weight), torch.empty_like(bias)
     grad_key = torch.empty_like(key)
-    kernels.mux_embed_finish_kernel[(tiles,)](
+    kernels.mux_embed_finish_kernel[(column_tiles,)](
         columns(False), columns(True), key, weight, bias, *of_norm, grad_key, size, instances,
         WIDTH=WIDTH, num_warps=4,
     )  # fmt: skip
@@ -356,58 +345,3 @@ def settings(
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in learned)
     padding = [-1 if row is None else row for row in (tables.word_padding, tables.position_padding)]
     return seed, (tables.eps, tables.first_position, float(dropout), *padding, keep)
-
-
-def build_flags(size: int, dropout: bool) -> dict[str, object]:
-    """Compile-time arguments of kernels with all optional ids, for ahead-of-time compilation."""
-    flags = {"TYPES": 1, "FIRSTS": True, "SECONDS": True, "POSITIONS": True, "KEEP": True}
-    flags |= {"MIXED": False, "SECOND": False, "DROPOUT": dropout}
-    return flags | {"CHUNK": CHUNK, **_tiles(size)}
-
-
-def build_kinds(names: Iterable[str], dtype: str) -> dict[str, str]:
-    """Argument types by name; tensors have the given dtype unless listed here."""
-    kinds = dict.fromkeys(names, f"*{dtype}")
-    kinds |= dict.fromkeys(
-        ("stats", "second_stats", "partial", "head", "tail", "sums", "second_sums"), "*fp32"
-    )
-    whole = ("ids", "types", "firsts", "seconds", "positions", "seed", "order")
-    kinds |= dict.fromkeys(whole, "*i64") | {"owner": "*i32"} | dict.fromkeys(("eps", "p"), "fp32")
-    return kinds | dict.fromkeys(_COUNTS, "i32")
-
-
-def builds() -> Iterator["Build"]:
-    """The kernels at the tuned widths, with and without dropout, for ahead-of-time compilation."""
-    from megamod_kernels import mux_embed_kernels as kernels
-    from megamod_kernels.compile_ahead import Build
-
-    by_rows = (kernels.mux_embed_fwd_kernel, kernels.mux_embed_bwd_kernel)
-    others = (
-        kernels.mux_embed_columns_kernel,
-        kernels.mux_embed_table_kernel,
-        kernels.mux_embed_join_kernel,
-        kernels.mux_embed_finish_kernel,
-    )
-    for size, dtype, drop in product((768, 1024, 1536, 2048), ("bf16", "fp32"), (False, True)):
-        # Tiles do not depend on dtype and dropout, so one width of each is enough.
-        if size != 768 and (dtype == "fp32" or drop):
-            continue
-        for kernel in (*by_rows, *others):
-            rowwise = kernel in by_rows
-            names = kernel.arg_names
-            flags = {"BLOCK": _block(size) if rowwise else 4, **build_flags(size, drop)}
-            constants = {name: flags[name] for name in names if name in flags}
-            if drop and "DROPOUT" not in constants:
-                continue
-            kinds = build_kinds(names, dtype)
-            signature = {name: kinds[name] for name in names if name not in constants}
-            aligned = [name for name in signature if signature[name][0] == "*"]
-            yield Build(
-                name=f"{kernel.__name__}-D{size}-{dtype}{'-dropout' * drop}",
-                kernel=kernel,
-                signature=signature,
-                constants=constants,
-                num_warps=_warps(size) if rowwise else 1 if "owner" in names else 4,
-                num_stages=3,
-                aligned=(*aligned, "D"),
-            )

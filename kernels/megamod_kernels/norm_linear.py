@@ -4,8 +4,7 @@ The norm of the encoder's last block precedes the demultiplexer. Its moments are
 the rows are normed in the prologue of the matrix product.
 """
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,9 +12,6 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from megamod_kernels.dispatch import uses_own_matmul
-
-if TYPE_CHECKING:
-    from megamod_kernels.compile_ahead import Build
 
 ROWS, WIDTH = 4, 256  # tile of the moments kernel; the tuned widths are multiples of it
 
@@ -154,35 +150,3 @@ def norm_linear(
     if x.dtype != weight.dtype:
         raise ValueError(f"x of {x.dtype} and weight of {weight.dtype}: kernels take one dtype")
     return _norm_linear(x, norm.weight, norm.bias, weight, bias, norm.eps)
-
-
-def builds() -> "Iterator[Build]":
-    """Ahead-of-time compilations of every tile; only moments depend on D."""
-    from megamod_kernels import norm_linear_kernels as kernels
-    from megamod_kernels.compile_ahead import Build
-    from megamod_kernels.keyed_linear_kernels import matmul_tile
-
-    variants = []
-    for dtype, rows in (("bf16", 2**20), ("bf16", 1), ("fp32", 2**20)):
-        *tile, warps, stages = matmul_tile(rows, 768, 2 if dtype == "bf16" else 4)
-        constants = dict(zip(("BLOCK_ROWS", "BLOCK_OUT", "BLOCK_IN"), tile, strict=True))
-        constants["USES_BIAS"] = True
-        variants.append((kernels.norm_matmul_kernel, dtype, constants, warps, stages))
-        if rows > 1:
-            constants = {"ROWS": ROWS, "WIDTH": WIDTH}
-            variants.append((kernels.norm_moments_kernel, dtype, constants, 4, 3))
-    counts = ("rows", "D", "OUT", "weight_out")
-    for kernel, dtype, constants, warps, stages in variants:
-        kinds = {name: f"*{dtype}" for name in kernel.arg_names}
-        kinds |= dict.fromkeys(counts, "i32") | {"stats": "*fp32", "eps": "fp32"}
-        signature = {name: kinds[name] for name in kernel.arg_names if name not in constants}
-        pointers = (name for name, kind in signature.items() if kind[0] == "*")
-        yield Build(
-            name=f"{kernel.__name__}-{dtype}-" + "-".join(map(str, constants.values())),
-            kernel=kernel,
-            signature=signature,
-            constants=constants,
-            num_warps=warps,
-            num_stages=stages,
-            aligned=(*pointers, "D", "OUT", "weight_out"),
-        )

@@ -6,18 +6,12 @@ of the tile's position r // N. One matrix product computes all scores, and score
 positions are masked. Tensors keep the layout that the projections wrote.
 """
 
-from itertools import product
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from megamod_kernels.dispatch import uses_triton
-
-if TYPE_CHECKING:
-    from megamod_kernels.compile_ahead import Build
 
 MASKED = (
     -10000.0
@@ -281,32 +275,3 @@ def _launch(
 def _grid(q: Tensor, constants: dict[str, float]) -> tuple[int]:
     blocks = -(-q.shape[0] * q.shape[2] // (constants["ROWS"] // constants["N"]))
     return (blocks * constants["HEADS"],)
-
-
-def builds() -> "list[Build]":
-    """Ahead-of-time compilations of both tiles, with and without dropout."""
-    from megamod_kernels import slot_attention_kernels as kernels
-    from megamod_kernels.compile_ahead import Build
-
-    variants = []
-    types = {"mask_ptr": "*i1", "seed_ptr": "*i64", "scale": "fp32", "dropout": "fp32"}
-    for size, dtype, instances in product((768, 1024, 2048), ("bf16", "fp32"), (5, 12)):
-        head, drops = 128 if size == 2048 else 64, instances == 12
-        rows, warps = kernels.tile(instances, head, 2 if dtype == "bf16" else 4)
-        constants = kernels.constants_of(instances, size // head, head, rows, MASKED, drops)
-        for kernel in (kernels.slot_attention_fwd_kernel, kernels.slot_attention_bwd_kernel):
-            names = [name for name in kernel.arg_names if name not in constants]
-            pointers = {name: f"*{dtype}" for name in names if name.endswith("_ptr")}
-            strides = [name for name in names if name.endswith(("_group", "_slot", "_token"))]
-            variants.append(
-                Build(
-                    name=f"{kernel.__name__}-D{size}-N{instances}-{dtype}",
-                    kernel=kernel,
-                    signature=dict.fromkeys(names, "i32") | pointers | types,
-                    constants=constants,
-                    num_warps=warps,
-                    num_stages=3,
-                    aligned=(*pointers, *strides),
-                )
-            )
-    return variants

@@ -93,10 +93,10 @@ def test_large_tiles(monkeypatch, poisoned):
     """Tuned tiles on sizes that no tile divides, which tests are too small to be given."""
     tuned = module._tile(2**20, 2)
     assert tuned != module._tile(1, 2)
-    monkeypatch.setattr(module, "_tile", lambda *_: tuned)
+    monkeypatch.setattr(module, "product_tile", lambda *_: tuned)
     shape = (17, 2, 8, 140, 2)
     drawn = case(shape, torch.float32)
-    monkeypatch.setattr(module, "_block", lambda _: 16)
+    monkeypatch.setattr(module, "rows_at_once", lambda _: 16)
     exact = results(mux_attention_reference, shape, drawn, torch.float64)
     for result, target in zip(results(kernels, shape, drawn, torch.float32), exact, strict=True):
         assert target.norm() < 1e-12 or error(result, target) <= 5e-6
