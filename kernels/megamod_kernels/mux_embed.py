@@ -28,10 +28,12 @@ def rows_per_program(size: int) -> int:
 
 
 def tiles(size: int) -> dict[str, int | bool]:
+    """Compile-time arguments for rows of `size` columns."""
     return {"WIDTH": WIDTH, "TILES": _blocks(size, WIDTH), "WHOLE": size % WIDTH == 0}
 
 
 def warps(size: int) -> int:
+    """Warps per program for rows of `size` columns."""
     return 4 if size <= 1024 else 8
 
 
