@@ -190,6 +190,7 @@ def execute(
         settings_to_keep(parsed, recipe.data_digest, settled.global_batch)
         | (recipe.settings or {}),
         run.save_total_limit,
+        {field.name: field.default for args in parsed for field in fields(args)},
     )
     state = checkpoints.resume(safety.resume) or TrainState()
     record_run(output, ds_config, parsed)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import deepspeed
 import torch.distributed as dist
@@ -83,14 +84,17 @@ class Checkpoints:
         write_model: ModelWriter,
         settings: Mapping[str, object],
         keep: int | None,
+        defaults: Mapping[str, object] = MappingProxyType({}),
     ):
-        """`settings`: to be repeated by a resumed run. `keep`: number of checkpoints; None: all."""
+        """`settings`: to be repeated by a resumed run. `keep`: number of checkpoints; None: all.
+        `defaults`: values of settings that an older checkpoint does not have."""
         self.folder = Path(folder)
         self.engine = engine
         self.topology = topology
         self.write_model = write_model
         self.settings = dict(settings)
         self.keep = keep
+        self.defaults = defaults
 
     def save(self, state: TrainState) -> bool:
         """Write a checkpoint; collective. False if any rank could not write its part."""
@@ -141,9 +145,9 @@ class Checkpoints:
         if not (folder / STATE).is_file():
             raise UserError(f"{path} was made with another --untie: it has no {folder / STATE}")
         saved = StateRecord.read(folder)
-        then = saved.settings
+        then = {**self.defaults, **saved.settings}
         if saved.branched:  # from another run: it says only what both must agree on
-            then = {**self.settings, **then}
+            then = {**self.settings, **saved.settings}
             _check_model(folder, self.engine.module.config)
         differences = [
             f"{key}: {then.get(key)!r} then, {value!r} now"
