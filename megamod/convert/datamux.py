@@ -214,7 +214,7 @@ def _settings(folder: Path) -> tuple[dict[str, object], str]:
     if name is None:
         raise UserError(
             f"{path}: architectures names {', '.join(map(str, named)) or 'nothing'}; converted are "
-            f"{', '.join(ORIGINALS)}"
+            "ELECTRAModel and the classes MuxedBertFor..., MuxedElectraFor..., Roberta...Muxed"
         )
     return settings, name
 

@@ -247,8 +247,9 @@ def _child() -> None:
         name for name in listed - {_NAMESPACE, *STAND_INS} if not _TENSORS.fullmatch(name)
     )
     if refused:
+        names = ", ".join(refused[:5]) + (f" and {len(refused) - 5} more" if refused[5:] else "")
         raise UserError(
-            f"{path}: is refused, because it names {', '.join(refused)}. A checkpoint may hold "
+            f"{path}: is refused, because it names {names}. A checkpoint may hold "
             "tensors, plain values, argparse.Namespace and the containers of omegaconf; nothing "
             "was executed"
         )
