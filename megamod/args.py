@@ -243,12 +243,15 @@ class DataArgs(Arguments):
     )
     alpha: float = option(0.5, "power of --sampler temperature", least=0, most=1)
     max_seq_length: int = option(1024, "tokens per sequence", least=2)
+    mask_documents: bool = option(False, "no attention across the ends of documents")
     domain_token: bool = option(False, "begin each sequence with the token of its domain")
     dataloader_num_workers: int = option(0, "processes that read data, per rank", least=0)
     eval_split: Literal["valid", "test", "train"] = option("valid", "split of the evaluation")
 
     def __post_init__(self):
         super().__post_init__()
+        if self.mask_documents and self.domain_token:
+            raise UserError("--mask_documents would hide the token of --domain_token; give one")
         for name in self.domains or ():
             if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
                 raise UserError(f"--domains: {name!r} is not made of letters, digits, _ and -")
@@ -274,7 +277,7 @@ def refuse_unused(model: ModelArgs, mux: MuxArgs, data: DataArgs) -> None:
     else:
         reason = f"--objective {mux.objective} trains an encoder"
         refuse_changes(model, ("untie", "attn_implementation"), reason)
-        refuse_changes(data, ("domain_token",), reason)
+        refuse_changes(data, ("domain_token", "mask_documents"), reason)
     if plain:
         names = ("muxing_variant", "demuxing_variant", "num_hidden_demux_layers", "learn_muxing")
         refuse_changes(mux, (*names, "task_loss_coeff"), "--num_instances is 1")

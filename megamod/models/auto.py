@@ -17,7 +17,7 @@ from megamod.models.lm.configuration import (
     untie_of,
 )
 from megamod.models.lm.host import host_classes
-from megamod.models.lm.hosts import HOSTS, UNTIE_OF_HOSTS
+from megamod.models.lm.hosts import HOSTS, UNTIE_OF_HOSTS, WITHOUT_DOCUMENTS
 from megamod.models.lm.load import check_same_family
 from megamod.models.presets import PRESETS
 from megamod.states.weight_files import has_weights
@@ -213,6 +213,17 @@ def _host_config(
         return host_classes(kind)[0](**fields, attn_implementation=attn_implementation)
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def check_documents(config: PreTrainedConfig) -> None:
+    """Raise UserError if a family's attention cannot stop at the ends of documents."""
+    kind = getattr(config, "host", config.model_type)
+    known = kind == DemixConfig.model_type or kind in HOSTS
+    if kind in WITHOUT_DOCUMENTS or not known:
+        raise UserError(
+            f"--mask_documents: attention of a {kind} cannot stop at the ends of documents; leave "
+            "the flag out"
+        )
 
 
 def check_host(where: str, config: PreTrainedConfig) -> None:

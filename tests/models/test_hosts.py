@@ -12,9 +12,9 @@ from transformers.utils import logging
 from megamod.dist.scope import dense_name, domain_of_name
 from megamod.errors import UserError
 from megamod.models.auto import lm_config
-from megamod.models.lm.configuration import read_lm_config
+from megamod.models.lm.configuration import DemixConfig, read_lm_config
 from megamod.models.lm.host import dense_class, host_classes
-from megamod.models.lm.hosts import HOSTS
+from megamod.models.lm.hosts import HOSTS, WITHOUT_DOCUMENTS
 from megamod.models.lm.load import build_lm, load_lm
 from megamod.states.weights import expert_state
 
@@ -88,6 +88,37 @@ def test_experts_in_place_of_the_feed_forward_change_no_bit(family):
     assert torch.equal(model.logits(hidden), expected)
     scored = expected.float().log_softmax(-1)[:, :-1].gather(-1, IDS[:, 1:, None])[..., 0]
     torch.testing.assert_close(output.token_log_probs[:, :-1], scored, rtol=1e-5, atol=1e-5)
+
+
+def packed_and_apart(model: PreTrainedModel) -> None:
+    """Log-probabilities of two documents in one row are those of a row each."""
+    model.eval().document_end = 2
+    one, other = torch.tensor([[2, 5, 9, 33, 7]]), torch.tensor([[2, 8, 30, 4, 4, 12, 6]])
+    row = torch.cat([one, other], 1)
+    after = functional.pad(row[:, 1:], (0, 1), value=-100)
+    apart = [functional.pad(ids[:, 1:], (0, 1), value=-100) for ids in (one, other)]
+    after[:, 4] = -100
+    expected = [
+        model(ids, shift_labels=labels) for ids, labels in zip((one, other), apart, strict=True)
+    ]
+    scores = torch.cat([output.token_log_probs for output in expected], 1)
+    torch.testing.assert_close(
+        model(row, shift_labels=after).token_log_probs, scores, rtol=0, atol=2e-6
+    )
+
+
+@pytest.mark.parametrize("family", [None, *sorted(set(HOSTS) - set(WITHOUT_DOCUMENTS))])
+@torch.no_grad()
+def test_attention_stops_at_the_ends_of_documents(family):
+    if family is None:
+        shape = dict(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+        config = DemixConfig(**shape, max_position_embeddings=LENGTH)
+        packed_and_apart(build_lm(config, seed=1))
+        return
+    stock = tiny_stock(family)
+    model = dense_class(type(stock))(stock.config)
+    model.load_state_dict(stock.state_dict())
+    packed_and_apart(model)
 
 
 @pytest.mark.parametrize("family", SHAPES)

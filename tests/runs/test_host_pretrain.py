@@ -116,6 +116,7 @@ def alone(rank: int, place: Path) -> None:
     llama = place / "llama"
     start(place, "dense", "--model", llama)
     start(place, "drawn", "--model", llama, "--from_scratch", "--max_steps", 1)
+    start(place, "masked", "--model", llama, "--mask_documents", "--max_steps", 1)
     start(place, "demix", "--model", llama, "--untie", "feedforward", "--gradient_checkpointing")
     start(place, "cut", "--model", llama, "--untie", "feedforward", "--stop_step", 2)
     start(place, "cut", "--model", llama, "--untie", "feedforward")
@@ -157,6 +158,7 @@ def test_the_first_loss_is_that_of_the_stock_model(place):
     assert first_loss(place, "dense") == pytest.approx(float(expected), rel=1e-5)
     assert first_loss(place, "demix") == pytest.approx(float(expected), rel=1e-5)
     assert abs(first_loss(place, "drawn") - float(expected)) > 0.01
+    assert abs(first_loss(place, "masked") - float(expected)) > 1e-5
 
 
 def test_a_dense_run_leaves_a_stock_folder(place):

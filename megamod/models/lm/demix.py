@@ -24,6 +24,7 @@ from megamod.models.calls import BoundedGeneration, check_arguments, last_logits
 from megamod.models.lm.configuration import DemixConfig
 from megamod.models.lm.demix_draw import draw_module
 from megamod.models.lm.demix_model import DemixModel, DemixPreTrainedModel
+from megamod.models.lm.documents import document_mask, document_positions
 from megamod.nn.demix import DomainExperts, choose_domain, chosen_expert, domain_experts
 
 
@@ -60,6 +61,7 @@ class DemixForCausalLM(DemixPreTrainedModel, BoundedGeneration, GenerationMixin)
     that of fairseq's `transformer_lm_gpt3` presets.
     """
 
+    document_end: int | None = None  # with `shift_labels` no attention across this id
     _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embeddings.tokens.weight"}
 
     def __init__(self, config: DemixConfig, local_domains: Sequence[str] | None = None):
@@ -168,6 +170,9 @@ class DemixForCausalLM(DemixPreTrainedModel, BoundedGeneration, GenerationMixin)
         if use_cache is None:
             scored = labels is not None or shift_labels is not None
             use_cache = self.config.use_cache and not self.training and not scored
+        if shift_labels is not None and self.document_end is not None:
+            position_ids = document_positions(input_ids, self.document_end)
+            attention_mask = document_mask(position_ids)
         states = self.model(
             input_ids,
             attention_mask,

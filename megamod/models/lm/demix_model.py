@@ -123,7 +123,8 @@ class DemixModel(DemixPreTrainedModel):
         Args:
             input_ids: [B, L] int64.
             attention_mask: [B, S] nonzero at real tokens, S = cached + L; without it (and without
-                position_ids) padding is recognised by its id.
+                position_ids) padding is recognised by its id. Or [B, 1, L, S] bool with
+                position_ids, True where attention is allowed.
             position_ids: [B, L], 0 first. Given without a mask they promise that nothing is
                 padded, which spares the search for padding.
             inputs_embeds: [B, L, D] rows of the embedding table, in place of input_ids.
@@ -186,6 +187,8 @@ class DemixModel(DemixPreTrainedModel):
     def _mask(attention_mask: Tensor | None, tokens: Tensor, past: int) -> Tensor | None:
         if attention_mask is None and past == 0:
             return None
+        if attention_mask is not None and attention_mask.dim() == 4:
+            return attention_mask
         batch, length = tokens.shape[:2]
         if attention_mask is None:
             attention_mask = torch.ones(batch, past + length, device=tokens.device)

@@ -26,6 +26,7 @@ from megamod.dist.scope import MARK
 from megamod.models.calls import returned
 from megamod.models.lm.configuration import HOST_TYPE, check_domains, owns_feed_forward
 from megamod.models.lm.demix import DemixOutput, held_domains_alone, score_labels
+from megamod.models.lm.documents import document_positions
 from megamod.models.lm.hosts import HOSTS, UNTIE_OF_HOSTS, Host
 from megamod.nn.demix import DomainExperts, choose_domain
 
@@ -42,6 +43,7 @@ class HostMixin:
     """
 
     config: PreTrainedConfig
+    document_end: int | None = None  # with `shift_labels` no attention across this id
 
     def __init__(self, config: PreTrainedConfig, local_domains: Sequence[str] | None = None):
         super().__init__(config)
@@ -159,6 +161,9 @@ class HostMixin:
                 return_dict=return_dict,
                 **others,
             )
+        if self.document_end is not None:  # rows are padded on the right, which nothing attends to
+            attention_mask = None
+            position_ids = document_positions(input_ids, self.document_end)
         hidden = self.hidden_states(input_ids, attention_mask, position_ids)
         output = DemixOutput()
         output["loss"], output["token_log_probs"] = score_labels(

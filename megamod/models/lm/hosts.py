@@ -57,5 +57,8 @@ HOSTS: dict[str, Host] = {
     "biogpt": Host("biogpt.layers", ("fc1", "fc2"), positions="biogpt.embed_positions"),
 }
 
+WITHOUT_DOCUMENTS = ("bloom", "falcon", "mpt", "opt", "xglm", "biogpt")
+"""Families whose attention does not follow `position_ids` that begin anew within a row."""
+
 UNTIE_OF_HOSTS = ("none", "feedforward", "feedforward_every_other", "feedforward_top")
 """Parts of a stock model that can exist once per domain: those inside single layers."""

@@ -16,10 +16,10 @@ from megamod.dist.topology import DomainTopology
 from megamod.errors import UserError
 from megamod.evaluation.perplexity import DENSE, DomainEvaluation, own_scores
 from megamod.evaluation.report import write_report
-from megamod.models.auto import lm_config, model_folder, start_folder
+from megamod.models.auto import check_documents, lm_config, model_folder, start_folder
 from megamod.models.lm.configuration import HOST_TYPE, DemixConfig, LmConfig, domains_of, untie_of
 from megamod.models.lm.flops import flops_per_token
-from megamod.models.lm.load import build_lm
+from megamod.models.lm.load import LanguageModel, build_lm
 from megamod.models.presets import SHAPE
 from megamod.runs.training import Recipe, Running, execute
 from megamod.states.tokenizer_files import tokenizer_files
@@ -60,9 +60,24 @@ def pretrain(
     start = start_folder(model.model, model.init_from, model.from_scratch, config)
     stock = stock_files(model.model, config, data)
     log_start(model, start, config)
+    if data_args.mask_documents:
+        check_documents(config)
     choose, split = sharing is Sharing.DEMIX, data_args.eval_split
     for name in dict.fromkeys(("train", split)):
         data.open_split(name)
+
+    def make_model() -> LanguageModel:
+        network = build_lm(
+            config,
+            seed=run.seed,
+            init_from=start[0] if start else None,
+            local_domains=held if choose else None,
+            flag=start[1] if start else "",
+        )
+        if data_args.mask_documents:
+            network.document_end = data.special_ids["eos_token_id"]
+        return network
+
     recipe = Recipe(
         config=config,
         topology=topology,
@@ -79,13 +94,7 @@ def pretrain(
             seed=run.seed,
             held=held if apart else None,
         ),
-        make_model=lambda: build_lm(
-            config,
-            seed=run.seed,
-            init_from=start[0] if start else None,
-            local_domains=held if choose else None,
-            flag=start[1] if start else "",
-        ),
+        make_model=make_model,
         make_objective=lambda device: CausalLM(data.domains, device, choose),
         make_evaluate=lambda running: partial(
             evaluate_own, evaluation(running, data, topology, run, split), running, split

@@ -1,0 +1,23 @@
+"""Attention that stops at the ends of documents, in rows that hold several."""
+
+import torch
+from torch import Tensor
+
+
+def document_positions(input_ids: Tensor, end: int) -> Tensor:
+    """Positions [B, L] that begin anew at every end of text, from which the next one is predicted.
+
+    Stock models with rotary or GPT-2's positions read the borders of documents off them.
+    """
+    places = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    starts = places.where(input_ids == end, 0).cummax(dim=1).values
+    return places - starts
+
+
+def document_mask(positions: Tensor) -> Tensor:
+    """[B, 1, L, L] bool, True where a position may attend: earlier ones of its own document."""
+    length = positions.shape[1]
+    documents = (positions == 0).cumsum(dim=1)
+    same = documents[:, :, None] == documents[:, None, :]
+    causal = torch.ones(length, length, dtype=torch.bool, device=positions.device).tril()
+    return (same & causal)[:, None]
