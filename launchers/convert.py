@@ -28,7 +28,7 @@ def main() -> None:
     """Parse, convert or export, and say what was done."""
     options = parse_arguments()
     module = format_module(options.format)
-    told = Options(tuple(options.domains), options.num_attention_heads)
+    format_options = Options(tuple(options.domains), options.num_attention_heads)
     source = options.input if options.input.is_dir() else options.input.parent
     way = "export" if options.export or options.format == "expert" else "convert"
     if not hasattr(module, way):
@@ -40,11 +40,11 @@ def main() -> None:
 
     if way == "export":
         with new_folder(options.output_dir) as folder:
-            files = module.export(options.input, folder, told)
+            files = module.export(options.input, folder, format_options)
             files += copy_tokenizer(source, folder)
         print(f"{options.output_dir}: {', '.join(file.name for file in files)}")
         return
-    converted = module.convert(options.input, told)
+    converted = module.convert(options.input, format_options)
     with new_folder(options.output_dir) as folder:
         write_model(converted, folder, options.dtype)
         if copy_tokenizer(source, folder) and all((folder / n).is_file() for n in GPT2_FILES):
@@ -62,8 +62,8 @@ def parse_arguments() -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    told = "; ".join(f"{name}: {what}" for name, what in FORMATS.items())
-    add("--format", required=True, choices=tuple(FORMATS), help=told)
+    format_options = "; ".join(f"{name}: {what}" for name, what in FORMATS.items())
+    add("--format", required=True, choices=tuple(FORMATS), help=format_options)
     add("--input", required=True, type=Path, metavar="PATH", help="checkpoint: a file or folder")
     add("--output_dir", required=True, type=Path, metavar="DIR", help="folder to make")
     add(

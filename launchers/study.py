@@ -29,7 +29,7 @@ EVIDENCE = HERE.parent / "docs" / "evidence"
 
 @dataclass
 class StudyArgs(Arguments):
-    """Which study, which of its runs, and where."""
+    """Study, selected runs and output."""
 
     study: str | None = option(None, "name or YAML file; may come first without the flag")
     inputs: str | None = option(None, "folder with the folders domains, glue, ner, pos")

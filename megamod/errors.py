@@ -1,9 +1,8 @@
-"""What can end a run, and the exit code each ending has.
+"""Errors that end a command, and their exit codes.
 
     0 ok | 2 user error | 3 stopped by policy | 4 distributed failure | 130 interrupted
 
-Every launcher ends with `run(main)`, so that a person who mistyped something reads one paragraph
-and a script reads one number.
+Every launcher ends with `run(main)`, so users read one paragraph and scripts read one exit code.
 """
 
 import os
@@ -89,7 +88,7 @@ def can_be_mended(error: Exception) -> bool:
 
 
 def _is_stdout_closed() -> bool:
-    """Whether nobody reads our output any more."""
+    """Return True if the reader of our output has closed the pipe."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))

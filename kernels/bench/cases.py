@@ -1,6 +1,6 @@
-"""What is measured: each operation, its competitors, and the least it can move and compute.
+"""Benchmark cases: each operation, its competitors, and lower bounds of its bytes and FLOPs.
 
-Bytes and operations are derived in docs/kernels.md. P is the number of mixed positions.
+Bytes and FLOPs are derived in docs/kernels.md. P is the number of mixed positions.
 """
 
 import re

@@ -15,7 +15,7 @@ LONGEST_WAIT = 0.02
 
 @dataclass(frozen=True)
 class Yard:
-    """What this machine can do, measured."""
+    """Measured bandwidth and peak of this machine."""
 
     device: str
     bytes_per_second: float
@@ -89,7 +89,7 @@ def yardsticks(device: str) -> Yard:
 
 
 def yard_text(yard: dict[str, object]) -> str:
-    """What the shares are shares of, from `Yard.record`."""
+    """Format the reference values of `Yard.record`."""
     copy, gemm = yard["bytes_per_second"] / 1e9, yard["flops_per_second"] / 1e12
     return f"{yard['device']}, {yard['software']}: copy {copy:.0f} GB/s, GEMM {gemm:.3g} TFLOP/s"
 

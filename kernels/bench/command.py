@@ -1,4 +1,4 @@
-"""How a benchmark ends."""
+"""Exit codes and errors of the benchmark commands."""
 
 import sys
 from collections.abc import Callable

@@ -49,7 +49,7 @@ def _by_position(x: Tensor) -> Tensor:
 
 
 def peers(instances: int, length: int, heads: int, device: str) -> dict[str, Callable[..., Tensor]]:
-    """What is measured compiled, as it must be; nothing where there is no backward pass."""
+    """FlexAttention peers, compiled; empty without a GPU, where they have no backward pass."""
     if torch.device(device).type != "cuda":
         return {}
     return {

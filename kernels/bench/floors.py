@@ -1,4 +1,4 @@
-"""What must be reached on a GPU, and whether it was."""
+"""Performance floors on a GPU, and their verdicts."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class Floor:
     least_bytes: float = 0.0
 
     def fits(self, row: Row) -> bool:
-        """Whether it says something about a row of ours."""
+        """Return True if the floor applies to a row of ours."""
         low, high = self.instances
         return (
             row["op"] in self.ops
@@ -39,7 +39,7 @@ class Floor:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One floor at one place; `value` is None where nothing was measured to compare."""
+    """Verdict of one floor for one shape; `value` is None without a measurement."""
 
     shape: str
     what: str

@@ -112,7 +112,7 @@ def errors_of(result: Sequence[Tensor], exact: Sequence[Tensor]) -> Row:
 
 
 def first_line(error: BaseException) -> str:
-    """What to say of a variant that failed."""
+    """Format the error of a failed variant in one line."""
     said = str(error).strip().splitlines() or ["without a message"]
     return f"{type(error).__name__}: {said[0]}"[:200]
 

@@ -1,4 +1,4 @@
-"""How fast the fused operations are, against plain torch and its compiler, in one run.
+"""Time the fused operations against plain torch and its compiler, in one run.
 
     python kernels/bench/run.py --list
     python kernels/bench/run.py --op rsa_demux --mode fwd_bwd --shape base-n5

@@ -1,4 +1,4 @@
-"""How an optimizer step is divided into micro-batches: one arithmetic for every kind of data."""
+"""Division of an optimizer step into micro-batches, for every kind of data."""
 
 import math
 from collections.abc import Mapping

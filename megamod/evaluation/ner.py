@@ -40,18 +40,18 @@ def entities(labels: Sequence[str], runs: bool = False) -> Iterator[tuple[str, i
         runs: the labels are plain tags: an entity is a run of one tag other than O.
     """
     kind, start = None, 0
-    for place, label in enumerate([*labels, OUTSIDE]):
+    for position, label in enumerate([*labels, OUTSIDE]):
         if label == OUTSIDE:
             part, here = None, None
         else:
             part, here = ("I", label) if runs else (parts_of(label) or (None, None))
         if kind is not None and (part is None or part not in CONTINUE or here != kind):
-            yield kind, start, place - 1
+            yield kind, start, position - 1
             kind = None
         if part is not None and kind is None:
-            kind, start = here, place
+            kind, start = here, position
         if part is not None and part in LAST:
-            yield kind, start, place
+            yield kind, start, position
             kind = None
 
 

@@ -26,8 +26,8 @@ def write_report(output: Path, matrix: Matrix, split: str, step: int) -> str:
     """
     output = Path(output)
     table = perplexities(matrix)
-    own = own_scores(matrix)
-    mean = mean_perplexity(own)
+    own_domain = own_scores(matrix)
+    mean = mean_perplexity(own_domain)
     write_json(
         output / "perplexity.json",
         {
@@ -35,8 +35,8 @@ def write_report(output: Path, matrix: Matrix, split: str, step: int) -> str:
             "split": split,
             "perplexity": table,
             "mean_of_own": mean,
-            "bits_per_byte": {domain: score.bits_per_byte for domain, score in own.items()},
-            "tokens": {domain: score.tokens for domain, score in own.items()},
+            "bits_per_byte": {domain: score.bits_per_byte for domain, score in own_domain.items()},
+            "tokens": {domain: score.tokens for domain, score in own_domain.items()},
         },
     )
     plot_curves(output / "metrics.jsonl", output / "loss.png")
@@ -79,20 +79,21 @@ def comparison(models: Mapping[str, Matrix], domains: Sequence[str], split: str)
         for name, matrix in models.items()
         if not _own_only(matrix) and set(matrix) != {DENSE}
     ]
-    own = {}
+    own_domain = {}
     for name, matrix in models.items():
         if scores := own_scores(matrix):
-            own[name] = {domain: scores[domain] for domain in domains if domain in scores}
-    if own:
+            own_domain[name] = {domain: scores[domain] for domain in domains if domain in scores}
+    if own_domain:
         rows = {
             name: {d: s.perplexity for d, s in scores.items()} | {"mean": mean_perplexity(scores)}
-            for name, scores in own.items()
+            for name, scores in own_domain.items()
         }
         text = format_matrix(rows, corner="model \\ text")
         parts.append(f"{split} perplexity, each domain under its own expert\n{text}")
-    if own and all(s.bytes for scores in own.values() for s in scores.values()):
+    if own_domain and all(s.bytes for scores in own_domain.values() for s in scores.values()):
         rows = {
-            name: {d: s.bits_per_byte for d, s in scores.items()} for name, scores in own.items()
+            name: {d: s.bits_per_byte for d, s in scores.items()}
+            for name, scores in own_domain.items()
         }
         rows = {name: row | {"mean": sum(row.values()) / len(row)} for name, row in rows.items()}
         text = format_matrix(rows, corner="model \\ text", digits=3)
@@ -107,7 +108,7 @@ def comparison_record(models: Mapping[str, Matrix]) -> dict[str, object]:
     """
     record: dict[str, object] = {}
     for name, matrix in models.items():
-        own = own_scores(matrix)
+        own_domain = own_scores(matrix)
         rows = {expert: row for expert, row in matrix.items() if row}
         record[name] = {
             "perplexity": {e: {d: s.perplexity for d, s in r.items()} for e, r in rows.items()},
@@ -117,8 +118,8 @@ def comparison_record(models: Mapping[str, Matrix]) -> dict[str, object]:
             "nll": {e: {d: s.nll for d, s in r.items()} for e, r in rows.items()},
             "tokens": {d: s.tokens for row in rows.values() for d, s in row.items()},
             "bytes": {d: s.bytes for row in rows.values() for d, s in row.items()},
-            "own": {d: s.perplexity for d, s in own.items()},
-            "mean_of_own": mean_perplexity(own) if own else None,
+            "own": {d: s.perplexity for d, s in own_domain.items()},
+            "mean_of_own": mean_perplexity(own_domain) if own_domain else None,
         }
     return record
 

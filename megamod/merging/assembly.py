@@ -16,7 +16,7 @@ from megamod.states.forest import read_config
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """How one tensor of the result is computed.
+    """Plan of one tensor of the result.
 
     Attributes:
         sources: number of each model that takes part, and its name of the tensor.

@@ -162,7 +162,7 @@ class Recipe:
         return next((models.index(number) for number in candidates if number in models), 0)
 
     def label(self, part: Part) -> str:
-        """Where the part is in the recipe, for messages."""
+        """Position of the part in the recipe, for messages."""
         if self.stacked:
             return f"{self.origin}, slices"
         return self.origin if part.module is None else f"{self.origin}, modules, {part.module}"

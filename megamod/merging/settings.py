@@ -22,7 +22,7 @@ WITHOUT_EFFECT = ("int8_mask",)  # saves memory in mergekit; the values are the 
 
 @dataclass(frozen=True)
 class Lookup:
-    """Where the parameters of one tensor are looked up.
+    """Lookup of the parameters of one tensor.
 
     Attributes:
         name: of the tensor, for filters.

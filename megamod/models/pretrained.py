@@ -92,10 +92,10 @@ def check_missing(model: PreTrainedModel, report: Mapping[str, Iterable], source
         return
     sizes = {name: tensor.numel() for name, tensor in model.state_dict().items()}
     stock = backbone_names(model) & sizes.keys()
-    for name, there, here in sorted(mismatched):
+    for name, stored, expected in sorted(mismatched):
         if name in stock:
             raise UserError(
-                f"{source}: {name} has shape {tuple(there)}, in this model {tuple(here)}"
+                f"{source}: {name} has shape {tuple(stored)}, in this model {tuple(expected)}"
             )
     absent = missing & stock
     share = sum(sizes[name] for name in absent) / max(1, sum(sizes[name] for name in stock))

@@ -45,8 +45,8 @@ def check_same_ids(first: Path, second: Path, remedy: str = "") -> None:
     first, second = Path(first), Path(second)
     if _same_files(first, second):
         return
-    one, other = token_ids(first), token_ids(second)
-    words = {number: word for word, number in one.items()}
+    ids, other = token_ids(first), token_ids(second)
+    words = {number: word for word, number in ids.items()}
     for word, number in other.items():
         known = words.get(number, word)
         if known != word:
@@ -54,9 +54,9 @@ def check_same_ids(first: Path, second: Path, remedy: str = "") -> None:
                 f"{first} and {second}: their tokenizers differ: id {number} is {known!r} in the "
                 f"first and {word!r} in the second, so equal ids are different words{remedy}"
             )
-        if one.get(word, number) != number:
+        if ids.get(word, number) != number:
             raise UserError(
-                f"{first} and {second}: their tokenizers differ: {word!r} has id {one[word]} in "
+                f"{first} and {second}: their tokenizers differ: {word!r} has id {ids[word]} in "
                 f"the first and {number} in the second{remedy}"
             )
     for name in (*_RAW, *sorted({file.name for file in first.glob("*.model")})):
@@ -69,14 +69,14 @@ def check_same_ids(first: Path, second: Path, remedy: str = "") -> None:
 
 
 def _same_files(first: Path, second: Path) -> bool:
-    """Whether both folders hold the same tokenizer files, byte by byte."""
+    """Return True if both folders hold byte-identical tokenizer files."""
     names = (*_READERS, *_RAW)
     pairs = [(first / name, second / name) for name in names]
     pairs += [(file, second / file.name) for file in sorted(first.glob("*.model"))]
     pairs += [(first / file.name, file) for file in sorted(second.glob("*.model"))]
     return all(
-        one.is_file() is other.is_file() and (not one.is_file() or _equal(one, other))
-        for one, other in pairs
+        file.is_file() is other.is_file() and (not file.is_file() or _equal(file, other))
+        for file, other in pairs
     )
 
 

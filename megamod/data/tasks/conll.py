@@ -62,7 +62,7 @@ class TokenSet:
 
 @dataclass(frozen=True)
 class _Layout:
-    """How a line is divided.
+    """Column layout of a line.
 
     Attributes:
         width: number of columns.

@@ -27,7 +27,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Family:
-    """What an architecture calls its modules.
+    """Module names of an architecture.
 
     Attributes:
         prefix: of the backbone in models with a head.

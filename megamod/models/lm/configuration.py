@@ -248,7 +248,7 @@ def domains_of(config: PreTrainedConfig) -> list[str]:
 
 
 def untie_of(config: PreTrainedConfig) -> str:
-    """What a language model's domains own, see `UNTIE`; "none" for a stock configuration."""
+    """Value of `untie` (see `UNTIE`); "none" for a stock configuration."""
     return getattr(config, "untie", "none")
 
 

@@ -31,11 +31,11 @@ def active_parameters(config: LmConfig, module: nn.Module) -> tuple[float, float
     """
     left_out = {id(weight) for weight in _lookups(config, module)}
     share, apart = _share(config), untie_of(config) != "none"
-    one, counts = None, {True: 0.0, False: 0.0}
+    first_domain, counts = None, {True: 0.0, False: 0.0}
     for name, parameter in module.named_parameters():
         domain = domain_of_name(name) if apart else None
-        one = one or domain
-        if id(parameter) in left_out or domain not in (None, one):
+        first_domain = first_domain or domain
+        if id(parameter) in left_out or domain not in (None, first_domain):
             continue
         part = share if not apart and domain_of_name(name) else 1.0
         counts[parameter.requires_grad] += part * parameter.numel()

@@ -62,12 +62,12 @@ def load_experts(
                 f"{forest.path}: no expert of domain {domain!r}; "
                 f"there are {', '.join(forest.domains)}"
             )
-    wanted = [expert for expert in forest.experts if only is None or expert.domain in only]
-    left = Counter(expert.path for expert in wanted)
+    selected = [expert for expert in forest.experts if only is None or expert.domain in only]
+    left = Counter(expert.path for expert in selected)
     held: dict[Path, LanguageModel] = {}
-    for expert in wanted:
+    for expert in selected:
         if expert.path not in held:
-            members = [one.member for one in wanted if one.path == expert.path and one.member]
+            members = [e.member for e in selected if e.path == expert.path and e.member]
             held[expert.path] = read_lm(expert.path, members).to(device)
         loaded = Loaded(expert.domain, held[expert.path], expert.member)
         _check_member(expert, loaded.model.config)
@@ -157,11 +157,11 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
             part = folders.index(expert.path)
             _check_member(expert, parts[part].config)
             experts.append({"domain": expert.domain, "part": part, "member": expert.member})
-        given = (config or ForestConfig()).to_diff_dict()
+        fields = (config or ForestConfig()).to_diff_dict()
         for field in ("model_type", "transformers_version", "architectures"):
-            given.pop(field, None)
-        given |= {"parts": [_fields(part.config) for part in parts], "experts": experts}
-        merged = ForestConfig(**given)
+            fields.pop(field, None)
+        fields |= {"parts": [_fields(part.config) for part in parts], "experts": experts}
+        merged = ForestConfig(**fields)
         merged.dtype = parts[0].dtype
         return cls(merged, parts).eval()
 
@@ -374,8 +374,10 @@ def read_lm(folder: Path, members: Sequence[str] | None = None, **kwargs: object
 def _check_member(expert: Expert, config: PreTrainedConfig) -> None:
     apart, domains = untie_of(config) != "none", domains_of(config)
     if expert.member is not None and (not apart or expert.member not in domains):
-        there = ", ".join(domains) if apart else "none, the model is dense"
-        raise UserError(f"{expert.path}: no expert of domain {expert.member!r}; there are {there}")
+        available = ", ".join(domains) if apart else "none, the model is dense"
+        raise UserError(
+            f"{expert.path}: no expert of domain {expert.member!r}; available: {available}"
+        )
     if expert.member is None and apart:
         raise UserError(
             f"{expert.path}: holds experts; `member` must name one of {', '.join(domains)}"

@@ -1,4 +1,4 @@
-"""What a forest keeps of each expert between the steps of generation."""
+"""KV caches of the experts of a forest during generation."""
 
 from collections.abc import Sequence
 from itertools import accumulate

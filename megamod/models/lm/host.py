@@ -34,7 +34,7 @@ Scores = tuple[Tensor, Tensor]
 
 
 class HostMixin:
-    """What is added to a stock causal language model; it stands before the stock class.
+    """Additions to a stock causal language model; a base class that precedes the stock class.
 
     Args:
         config: the stock configuration, or one made by `host_classes`.

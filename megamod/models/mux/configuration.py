@@ -11,7 +11,7 @@ from megamod.nn.multiplexer import HADAMARD, ORTHOGONAL
 
 @strict
 class MuxConfig(PreTrainedConfig):
-    """What all multiplexed encoders have in common.
+    """Configuration shared by all multiplexed encoders.
 
     Args:
         num_instances: N, rows that share a forward pass.

@@ -36,8 +36,8 @@ class Best:
         file = self.folder / EVALUATIONS
         if step and file.exists() and (self.folder / "model").is_dir():
             kept = json.loads(file.read_text(encoding="utf-8"))
-            kept = [one for one in kept if self.value(one) is not None]
-            self.evaluations = [one for one in kept if one["step"] <= step]
+            kept = [task for task in kept if self.value(task) is not None]
+            self.evaluations = [task for task in kept if task["step"] <= step]
 
     def add(self, evaluation: Record) -> bool:
         """Add an evaluation; True if it is the best one."""

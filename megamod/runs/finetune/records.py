@@ -1,4 +1,4 @@
-"""What a finetuning run writes about its tasks and scores: evaluations.json, results.json, tables.
+"""Records of a finetuning run about its tasks and scores: evaluations.json, results.json, tables.
 
 A run on one task leaves out the level of tasks: `scores` instead of `tasks` in an evaluation, and
 so on. `FinetuneModel.several` decides.
@@ -131,8 +131,8 @@ def card(model: FinetuneModel) -> Card:
     )
 
 
-def _of_tasks(model: FinetuneModel, many: str, one: str, scores: TaskScores) -> Record:
-    return {many: scores} if model.several else {one: scores[model.tasks[0].spec.name]}
+def _of_tasks(model: FinetuneModel, many: str, single: str, scores: TaskScores) -> Record:
+    return {many: scores} if model.several else {single: scores[model.tasks[0].spec.name]}
 
 
 def _task_scores(model: FinetuneModel, scores: TaskScores) -> dict[str, float]:

@@ -226,15 +226,15 @@ def _report(
     record = {**facts(model), "model": stage.model or stage.config_name}
     if not model.several:
         record["metric"] = spec.metrics[0]
-    record["seeds"] = {str(seed): one for seed, one in records.items()}
+    record["seeds"] = {str(seed): run for seed, run in records.items()}
     means: Mapping[str, float] = {}
     if rows:
         means, deviations = mean_and_deviation(list(rows.values()))
         record |= {"mean": means, "deviation": deviations}
-    evaluations = [one["best"] for one in records.values() if "best" in one]
+    evaluations = [run["best"] for run in records.values() if "best" in run]
     if evaluations:
-        speeds = [one["instances_per_second"] for one in evaluations]
-        record["task_score"] = float(np.mean([score_of(model, one) for one in evaluations]))
+        speeds = [best["instances_per_second"] for best in evaluations]
+        record["task_score"] = float(np.mean([score_of(model, best) for best in evaluations]))
         record["instances_per_second"] = float(np.mean(speeds))
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / RESULTS, record)
@@ -249,7 +249,7 @@ def _report(
 
 
 def _places(model: FinetuneModel, output: Path, stage: StageArgs) -> str:
-    """The files of a run, a line each."""
+    """List the output files of a run, one per line."""
     places = [("numbers", output / RESULTS)]
     if stage.do_train and not stage.seeds:
         places.append(("model", output / "model"))
@@ -257,4 +257,4 @@ def _places(model: FinetuneModel, output: Path, stage: StageArgs) -> str:
             places.append(("task shares", output / SHARES))
     if stage.do_predict and not stage.seeds:
         places.append(("predictions", output / "predictions"))
-    return "\n".join(f"{name:11}  {place}" for name, place in places)
+    return "\n".join(f"{name:11}  {path}" for name, path in places)

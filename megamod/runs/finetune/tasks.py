@@ -183,7 +183,7 @@ def first_folder(spec: TaskSpec, folders: Sequence[str]) -> str:
 
 
 def lengths_of(config: PreTrainedConfig, args: RowArgs) -> Lengths:
-    """How long rows of a model may be: --max_seq_length, by default at most the model's positions.
+    """Maximum row length of a model: --max_seq_length, by default at most the model's positions.
 
     Raises:
         UserError: if the flag is given and the model has fewer positions.
