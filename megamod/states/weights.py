@@ -110,7 +110,7 @@ def write_index(folder: Path, names: Iterable[str], total_bytes: int) -> Path:
 
 
 def has_index(folder: Path) -> bool:
-    """Return True if the weights are sharded under an index; a single weight file takes precedence."""
+    """Return True if the weights are sharded under an index, without a single weight file."""
     return (folder / INDEX_FILE).exists() and not (folder / DENSE_FILE).exists()
 
 

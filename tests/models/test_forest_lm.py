@@ -263,8 +263,8 @@ def test_experts_one_by_one(folder):
 @pytest.mark.parametrize(
     ("part", "member", "message"),
     [
-        ("mix", "tax", "no expert of domain 'tax'; there are law, code, art"),
-        ("law", "law", "no expert of domain 'law'; there are none, the model is dense"),
+        ("mix", "tax", "no expert of domain 'tax'; available: law, code, art"),
+        ("law", "law", "no expert of domain 'law'; available: none, the model is dense"),
         ("mix", None, "`member` must name one of law, code, art"),
         ("nowhere", None, "nowhere: config.json cannot be used"),
     ],
