@@ -31,6 +31,7 @@ from megamod.models.lm.configuration import (
 )
 from megamod.models.lm.forest import read_lm
 from megamod.states.forest import FILE, open_forest
+from megamod.states.token_ids import check_same_ids
 
 
 @dataclass(frozen=True)
@@ -191,13 +192,15 @@ def open_data(folder: Path, config: LmConfig, held_out: HeldOut) -> LmData:
     Raises:
         UserError: if vocabulary, domains or sequence length do not match.
     """
+    databin = DataBin(held_out.path)
+    check_tokenizer(folder, databin, "--model")
     block_size = held_out.block_size or default_sequence(config)
     longest = longest_sequence(config)
     if longest is not None and block_size > longest:
         raise UserError(
             f"--max_seq_length {block_size}: the model in {folder} has {longest} positions"
         )
-    vocabulary, domains = DataBin(held_out.path).vocab_size, domains_of(config)
+    vocabulary, domains = databin.vocab_size, domains_of(config)
     stock = config.model_type != DemixConfig.model_type
     with_tokens = vocabulary + len(domains)
     if stock and config.vocab_size < vocabulary:
@@ -254,6 +257,20 @@ def open_data(folder: Path, config: LmConfig, held_out: HeldOut) -> LmData:
                 f"{', '.join(data.domains)}; --force_domain_token uses one of them"
             )
     return data
+
+
+def check_tokenizer(folder: Path, databin: DataBin, flag: str) -> None:
+    """Refuse a model whose tokenizer gives other ids than that of the data; either may have none.
+
+    Args:
+        flag: flag that named the model, for the message.
+    Raises:
+        UserError: naming both folders and a word.
+    """
+    tokenizer = databin.path / "tokenizer"
+    remedy = f"; preprocess the text with --tokenizer {folder}, or choose another {flag}"
+    if tokenizer.is_dir():
+        check_same_ids(folder, tokenizer, remedy)
 
 
 def held_out_blocks(data: LmData, held_out: HeldOut, domain: str) -> TokenBlocks:

@@ -119,7 +119,7 @@ def test_line_ends_of_old_macs_are_named(tmp_path, content):
     path = tmp_path / "a.txt"
     path.write_bytes(content)
     for read in (numbered_lines, read_lines, read_documents):
-        with pytest.raises(UserError, match="end with carriage returns alone") as error:
+        with pytest.raises(UserError, match="line ends are carriage returns alone") as error:
             list(read(path))
         assert len(str(error.value)) < len(str(path)) + 200
     path.write_bytes(b"a\rb\nc\r\n")  # a carriage return inside of a line is text

@@ -61,7 +61,7 @@ def test_tsv_and_parquet(tmp_path):
         ("a.csv", b"id,text\n1,\xff\n", "a.csv: invalid UTF-8 at byte offset 10"),
         ("a.csv", b"", "a.csv, line 1: no column 'text' among none"),
         ("a.tsv", b"id\ttext\n1\ta\tb\n", "a.tsv, line 2: 3 columns, the header has 2"),
-        ("a.tsv", b"id\ttext\r1\ta\r", "end with carriage returns alone"),
+        ("a.tsv", b"id\ttext\r1\ta\r", "line ends are carriage returns alone"),
         ("a.tsv", b"id\ttext\n1\ta\0\n", "a.tsv: NUL byte at offset 11"),
         ("a.parquet", b"PAR1 and no more", "a.parquet: cannot be read as Parquet"),
     ],

@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -221,6 +222,28 @@ def test_a_vocabulary_of_other_data_is_refused(made, tmp_path):
     make_model(tmp_path / "model", vocab_size=VOCAB + 1)
     with pytest.raises(UserError, match=r"vocabulary of 24; .* needs 23, or 26 with a token"):
         find_models(tmp_path / "model", held_out(made))
+
+
+def test_a_tokenizer_with_other_ids_of_the_same_number_is_refused(made, tmp_path):
+    data = shutil.copytree(made / "bin", tmp_path / "bin")
+    make_model(tmp_path / "model", vocab_size=VOCAB)
+
+    def write_ids(folder: Path, words: list[str], added: dict[str, int]) -> None:
+        folder.mkdir(exist_ok=True)
+        vocab = {word: number for number, word in enumerate(words)}
+        tokens = [{"content": word, "id": number} for word, number in added.items()]
+        text = json.dumps({"model": {"vocab": vocab}, "added_tokens": tokens})
+        (folder / "tokenizer.json").write_text(text)
+
+    words = [f"w{number}" for number in range(VOCAB - 1)]
+    write_ids(data / "tokenizer", words, {"[PAD]": VOCAB - 1})
+    find_models(tmp_path / "model", held_out(tmp_path))  # a model without tokenizer
+    write_ids(tmp_path / "model", words, {"[PAD]": VOCAB - 1})
+    find_models(tmp_path / "model", held_out(tmp_path))
+    for content in ((words[::-1], {"[PAD]": VOCAB - 1}), (words, {"<|im_start|>": VOCAB - 1})):
+        write_ids(tmp_path / "model", *content)
+        with pytest.raises(UserError, match=r"tokenizers differ: .* preprocess the text with"):
+            find_models(tmp_path / "model", held_out(tmp_path))
 
 
 def test_a_domain_without_token_is_refused(made, tmp_path):

@@ -126,8 +126,8 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
         return
     if held[0] == 1 and (returns := held[2].count(b"\r")):
         raise UserError(
-            f"{path}: one line, because its {returns} or more lines end with carriage returns "
-            "alone; convert them to line feeds"
+            f"{path}: one line, because its {returns} line ends are carriage returns alone; "
+            "convert them to line feeds"
         )
     yield held
 

@@ -17,7 +17,7 @@ from megamod.dist.scope import dense_name, domain_of_name
 from megamod.errors import UserError
 from megamod.evaluation.ensemble import Protocol, estimate_priors
 from megamod.evaluation.expert_scores import Experts, OneByOne, Together
-from megamod.evaluation.saved import HeldOut
+from megamod.evaluation.saved import HeldOut, check_tokenizer
 from megamod.flags import refuse_changes
 from megamod.mixture.prior import read_prior
 from megamod.models.auto import check_data, check_host
@@ -95,6 +95,7 @@ def open_data(args: AdaptArgs, forest: Forest) -> LmData:
     configs = {e.path: read_lm_config(e.path, flag) for e in forest.experts}
     expected = {"vocab_size": databin.vocab_size, **databin.special_ids}
     for path, config in configs.items():
+        check_tokenizer(path, databin, flag)
         if config.model_type != DemixConfig.model_type:
             check_data(f"{flag} {path}", config, databin.vocab_size, databin.special_ids)
             continue
