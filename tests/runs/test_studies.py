@@ -94,24 +94,24 @@ def run_twice(rank: int, root: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def workspace(tmp_path_factory):
     root = make_inputs(tmp_path_factory.mktemp("study"))
     on_ranks(1, run_twice, root)
     return root
 
 
-def records(place: Path) -> dict[str, dict]:
-    return {p.stem: json.loads(p.read_text()) for p in (place / "evidence").glob("*.json")}
+def records(workspace: Path) -> dict[str, dict]:
+    return {p.stem: json.loads(p.read_text()) for p in (workspace / "evidence").glob("*.json")}
 
 
-def test_records(place):
-    found = records(place)
-    assert sorted(found) == [
+def test_records(workspace):
+    kept_records = records(workspace)
+    assert sorted(kept_records) == [
         f"{arm}.short.s1" for arm in ("btm50", "demix", "dense", "more", "random")
     ]
     tokens = 4 * 4 * 16
-    assert {record["details"]["tokens"] for record in found.values()} == {tokens}
-    dense, demix, btm50 = (found[f"{arm}.short.s1"] for arm in ("dense", "demix", "btm50"))
+    assert {record["details"]["tokens"] for record in kept_records.values()} == {tokens}
+    dense, demix, btm50 = (kept_records[f"{arm}.short.s1"] for arm in ("dense", "demix", "btm50"))
     sizes = [record["details"]["parameters"] for record in (dense, demix, btm50)]
     network = 2 * 16 * 32 + 32 + 16
     assert sizes[1]["total"] == sizes[0]["total"] + network
@@ -122,8 +122,8 @@ def test_records(place):
     rows = {"mixed", "history", "history_0.9", "uniform_prior", "simple_average", "top1", "own"}
     assert set(demix["scores"]) == rows | {"best_expert"}
     assert set(btm50["scores"]) == rows | {"best_expert", "average", "seed"}
-    assert "own" not in found["random.short.s1"]["scores"]
-    more = found["more.short.s1"]
+    assert "own" not in kept_records["random.short.s1"]["scores"]
+    more = kept_records["more.short.s1"]
     assert set(more["scores"]) == {"start", "adapted", "novel_start", "novel_adapted"}
     start = more["details"]["start"]
     assert more["details"]["losses"]["start"] == pytest.approx(
@@ -131,29 +131,31 @@ def test_records(place):
         abs=0.02,  # clipped at another norm
     )
     assert more["details"]["novel"]["adapted"] != more["details"]["novel"]["start"]
-    for record in found.values():
+    for record in kept_records.values():
         assert record["config"]["learning_rate"] == 0.01 and record["machine"]["threads"] == 1
         losses = record["details"]["losses"]
         for row, values in losses.items():
-            told = record["scores"][row]
-            assert told["perplexity"] == pytest.approx(sum(map(math.exp, values.values())) / 2)
+            values_shown = record["scores"][row]
+            assert values_shown["perplexity"] == pytest.approx(
+                sum(map(math.exp, values.values())) / 2
+            )
 
 
-def test_bits_per_byte(place):
-    header = json.loads((place / "work" / "data" / "domains" / "databin.json").read_text())
-    record = records(place)["dense.short.s1"]
+def test_bits_per_byte(workspace):
+    header = json.loads((workspace / "work" / "data" / "domains" / "databin.json").read_text())
+    record = records(workspace)["dense.short.s1"]
     bits = []
     for domain, loss in record["details"]["losses"]["own"].items():
         test = header["domains"][domain]["test"]
-        text = (place / "inputs" / "domains" / domain / "test.txt").read_text().split("\n\n")
+        text = (workspace / "inputs" / "domains" / domain / "test.txt").read_text().split("\n\n")
         kept = "".join(text[: test["items"]]).rstrip("\n")
         assert test["bytes"] == len(kept) <= 400 < len(kept) + len(text[test["items"]])
         bits.append(loss / math.log(2) * test["tokens"] / len(kept))
     assert record["scores"]["own"]["bits_per_byte"] == pytest.approx(sum(bits) / 2)
 
 
-def test_mixtures_bound_experts(place):
-    details = records(place)["btm50.short.s1"]["details"]
+def test_mixtures_bound_experts(workspace):
+    details = records(workspace)["btm50.short.s1"]["details"]
     for domain in ("law", "code"):
         best = min(losses[domain] for losses in details["experts"].values())
         # A mixture of two loses at most the logarithm of the smaller weight against the best.
@@ -163,15 +165,15 @@ def test_mixtures_bound_experts(place):
         assert sum(details["priors"][domain].values()) == pytest.approx(1, abs=1e-5)
 
 
-def test_table_and_document(place):
+def test_table_and_document(workspace):
     from megamod.runs.studies.report import fill, markdown, plot, read_records
     from megamod.runs.studies.study_file import read_study
 
-    study, found = read_study(place / "tiny.yaml"), records(place)
-    kept = read_records(study, place / "evidence")
+    study, kept_records = read_study(workspace / "tiny.yaml"), records(workspace)
+    kept = read_records(study, workspace / "evidence")
     text = markdown(study, kept)
-    dense = found["dense.short.s1"]["scores"]["own"]["perplexity"]
-    mixed = found["btm50.short.s1"]["scores"]["mixed"]["perplexity"]
+    dense = kept_records["dense.short.s1"]["scores"]["own"]["perplexity"]
+    mixed = kept_records["btm50.short.s1"]["scores"]["mixed"]["perplexity"]
     assert f"| dense | {dense:.2f} |" in text
     assert f"| mixed | {mixed:.2f} ({mixed / dense:.3f}; {int(mixed < dense)}/1) |" in text
     assert "5 of 5 cells, seeds 1" in text
@@ -185,11 +187,11 @@ def test_table_and_document(place):
         fill("<!-- study tiny -->\n", {"tiny": (study, kept)})
     with pytest.raises(UserError, match="has no cell long, mixed; columns: short; lines: dense, "):
         fill(cell.replace("short", "long"), {"tiny": (study, kept)})
-    assert plot(study, kept, place / "plot.png")
-    assert (place / "plot.png").read_bytes()[:4] == b"\x89PNG"
+    assert plot(study, kept, workspace / "plot.png")
+    assert (workspace / "plot.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_changed_settings_are_refused(place, tmp_path):
+def test_changed_settings_are_refused(workspace, tmp_path):
     from megamod.runs.studies.records import read_record
     from megamod.runs.studies.study_file import read_study
 
@@ -197,7 +199,7 @@ def test_changed_settings_are_refused(place, tmp_path):
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(changed))
     cell = read_study(tmp_path / "tiny.yaml").cell("dense.short.s1")
     with pytest.raises(UserError, match="max_steps: 4 then, 5 now"):
-        read_record(place / "evidence", cell)
+        read_record(workspace / "evidence", cell)
 
 
 FINETUNING = {
@@ -272,28 +274,28 @@ def finetune_all(root: Path) -> None:
     run_cells(study, study.cells, places)
 
 
-def test_finetuning(place):
+def test_finetuning(workspace):
     from megamod.runs.studies.report import markdown, read_records
     from megamod.runs.studies.study_file import read_study
 
-    study = read_study(place / "tasks.yaml")
-    found = read_records(study, place / "evidence-tasks")
-    assert sorted(found) == [f"{arm}.all.s1" for arm in ("one", "plain", "single")]
-    assert set(found["one.all.s1"]["scores"]) == {"sst-2", "mean"}
-    for name, record in found.items():
+    study = read_study(workspace / "tasks.yaml")
+    kept_records = read_records(study, workspace / "evidence-tasks")
+    assert sorted(kept_records) == [f"{arm}.all.s1" for arm in ("one", "plain", "single")]
+    assert set(kept_records["one.all.s1"]["scores"]) == {"sst-2", "mean"}
+    for name, record in kept_records.items():
         scores = record["scores"]
         assert scores["sst-2"]["score"] == scores["sst-2"]["dev_accuracy"]
         assert scores["mean"]["instances_per_second"] > 0, name
         assert len(record["config"]["inputs"]["model"]) == 16
         assert record["config"]["model"] == "package:toy_encoder/model"
     means = {
-        arm: (found[f"{arm}.all.s1"]["scores"]["sst-2"]["score"]
-        + found[f"{arm}.all.s1"]["scores"]["cola"]["score"]) / 2
+        arm: (kept_records[f"{arm}.all.s1"]["scores"]["sst-2"]["score"]
+        + kept_records[f"{arm}.all.s1"]["scores"]["cola"]["score"]) / 2
         for arm in ("plain", "single")
     }  # fmt: skip
-    text, gap = markdown(study, found), means["single"] - means["plain"]
+    text, gap = markdown(study, kept_records), means["single"] - means["plain"]
     assert f"| {means['single']:.3f} ({gap:+.3f}; {int(gap < 0)}/1) |" in text
-    assert not list((place / "work-tasks").glob("*.s1*/"))
+    assert not list((workspace / "work-tasks").glob("*.s1*/"))
 
 
 def test_package_folders(tmp_path, monkeypatch):
@@ -315,16 +317,16 @@ shutil.copytree(sys.argv[1], sys.argv[2], dirs_exist_ok=True)
 """
 
 
-def test_processes(place, tmp_path, monkeypatch):
+def test_processes(workspace, tmp_path, monkeypatch):
     from megamod.runs.studies import study as running
     from megamod.runs.studies.study_file import read_study
 
     monkeypatch.setattr(running, "POLL_SECONDS", 0.02)
-    study = read_study(place / "tiny.yaml")
-    places = running.Places(place / "inputs", tmp_path / "work", tmp_path / "evidence")
+    study = read_study(workspace / "tiny.yaml")
+    places = running.Places(workspace / "inputs", tmp_path / "work", tmp_path / "evidence")
     with pytest.raises(UserError, match=r"5 cells are not done, dense\.short\.s1 among them"):
         running.run_in_processes(study, study.cells, places, ["-c", ""], 2)
-    words = ["-c", COPY, str(place / "evidence"), str(places.evidence)]
+    words = ["-c", COPY, str(workspace / "evidence"), str(places.evidence)]
     running.run_in_processes(study, study.cells, places, words, 2)
     assert running.progress(study, study.cells, places) == (
         "5 of 5 cells of tiny; 0:00 h of work left"
@@ -339,13 +341,13 @@ def launch(monkeypatch, *words: object) -> None:
     runpy.run_path(str(REPOSITORY / "launchers" / "study.py"))["main"]()
 
 
-def test_launcher(place, tmp_path, monkeypatch, capsys):
-    launch(monkeypatch, place / "tiny.yaml", "--list", "true")
+def test_launcher(workspace, tmp_path, monkeypatch, capsys):
+    launch(monkeypatch, workspace / "tiny.yaml", "--list", "true")
     assert capsys.readouterr().out.startswith("dense.short.s1 {'model': 'tiny', ")
     document, plot = tmp_path / "doc.md", tmp_path / "plot.png"
     document.write_text("<!-- study tiny -->\n<!-- end of study tiny -->\n")
     shown = ("--table", "true", "--document", document, "--plot", plot)
-    launch(monkeypatch, place / "tiny.yaml", "--evidence", place / "evidence", *shown)
+    launch(monkeypatch, workspace / "tiny.yaml", "--evidence", workspace / "evidence", *shown)
     assert capsys.readouterr().out.strip() in document.read_text() and plot.is_file()
 
 

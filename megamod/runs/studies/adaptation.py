@@ -63,9 +63,9 @@ def adapted_losses(
         start = json.loads((output / "start.json").read_text(encoding="utf-8"))["start"]
     grown = apart and settings["adapt_method"] == "feedforward"
     end = settings["adapt_to"] if grown else DENSE
-    places = {"start": (model, start), "adapted": (output / "model", end)}
+    models = {"start": (model, start), "adapted": (output / "model", end)}
     on_known, on_novel = (
-        {row: expert_losses(*place, text) for row, place in places.items()}
+        {row: expert_losses(*scored, text) for row, scored in models.items()}
         for text in (known, novel)
     )
     shutil.rmtree(output)

@@ -50,8 +50,8 @@ def run(study: Study, cell: Cell, inputs: Path, work: Path) -> tuple[Figures, di
     figures, digests = Figures({}), {}
     for named in runs:
         folder = work / f"{cell.name}{'.' + named[0] if several else ''}"
-        own = settings | ({"tasks": named} if launcher == "mtl" else {})
-        digests |= _finetune(own, launcher, cell.seed, inputs, folder)
+        flags = settings | ({"tasks": named} if launcher == "mtl" else {})
+        digests |= _finetune(flags, launcher, cell.seed, inputs, folder)
         record = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         _read_scores(record, launcher, figures)
         shutil.rmtree(folder)
@@ -76,8 +76,8 @@ def _finetune(
             weights = Path(flags[name]) / "model.safetensors"
             if name == "model" and weights.is_file():
                 digests["model"] = sha256(weights)[:16]
-    given = flags.get("data_dir", [])
-    folders = [str(inputs / one) for one in (given if isinstance(given, list) else [given])]
+    names = flags.get("data_dir", [])
+    folders = [str(inputs / name) for name in (names if isinstance(names, list) else [names])]
     if folders:
         flags["data_dir"] = folders if launcher == "mtl" else folders[0]
     flags |= {
@@ -107,11 +107,11 @@ def package_folder(text: str) -> Path:
         UserError: if the package is not installed or has no such folder.
     """
     name, _, inside = text.removeprefix(PACKAGE).partition("/")
-    found = importlib.util.find_spec(name)
-    if found is None or found.origin is None:
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
         pip = name.replace("_", "-")
         raise UserError(f"{text}: the Python package {name} is not installed; pip install {pip}")
-    folder = Path(found.origin).parent / inside
+    folder = Path(spec.origin).parent / inside
     if not folder.is_dir():
         raise UserError(f"{text}: there is no folder {inside} in the package {name}")
     return folder
@@ -119,8 +119,8 @@ def package_folder(text: str) -> Path:
 
 def _read_scores(record: dict[str, object], launcher: str, figures: Figures) -> None:
     """Last evaluation of a run's results.json as scores by task."""
-    (one,) = record["seeds"].values()
-    last = one["last"]
+    (run_record,) = record["seeds"].values()
+    last = run_record["last"]
     speed = last["instances_per_second"]
     if launcher == "mtl":
         splits = {task: of for task, of in last["tasks"].items()}

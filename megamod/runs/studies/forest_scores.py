@@ -87,7 +87,7 @@ def forest_losses(forest: Forest, text: ScoredText) -> ForestLosses:
         for name in {rule.name for _, rule in RULES.values()}
     }
     losses = ForestLosses({}, {}, {}, {})
-    for domain, one in texts.items():
+    for domain, scored in texts.items():
         prior = priors["last_token"][domain].estimate
         losses.priors[domain] = {
             name: round(weight, 6) for name, weight in zip(names, prior.weights, strict=True)
@@ -103,7 +103,7 @@ def forest_losses(forest: Forest, text: ScoredText) -> ForestLosses:
         }
         fewer = _leave_out(prior)
         alone = {name: Tally() for name in names}
-        for log_probs, mask in source.batches(one, names, BATCH):
+        for log_probs, mask in source.batches(scored, names, BATCH):
             for mixture in mixtures.values():
                 mixture.add(log_probs, mask)
             for places, mixture in fewer.values():
@@ -127,7 +127,7 @@ def _leave_out(prior: Prior) -> dict[str, tuple[list[int], Mixture]]:
     """For each expert the places of the others, and their mixture."""
     weights, fewer = torch.tensor(prior.weights, dtype=torch.float64), {}
     for removed, name in enumerate(prior.domains):
-        rest = [place for place in range(len(weights)) if place != removed]
+        rest = [number for number in range(len(weights)) if number != removed]
         if float(weights[rest].sum()) > 0:
             share = weights[rest] / weights[rest].sum()
             fewer[name] = rest, Mixture("cached_prior", len(rest), Rule(), share)

@@ -64,21 +64,21 @@ def run(study: Study, cell: Cell, inputs: Path, work: Path) -> tuple[Figures, di
     text = StudyText(
         inputs / "domains", work, spec.domains, spec.novel, spec.tokenizer, spec.held_out_bytes
     )
-    own = {name: cell.settings.get(name) for name in OWN_SETTINGS}
-    flags = {k: v for k, v in cell.settings.items() if k not in own} | {"seed": cell.seed}
+    extras = {name: cell.settings.get(name) for name in OWN_SETTINGS}
+    flags = {k: v for k, v in cell.settings.items() if k not in extras} | {"seed": cell.seed}
     if not isinstance(flags.get("max_steps"), int):
         raise UserError(f"{study.name}, {cell.name}: max_steps is missing")
-    if own["seed_share"] is None:
+    if extras["seed_share"] is None:
         runs = {"": train(flags, text.main, work)}
     else:
-        runs = grow(flags, own, text, work)
+        runs = grow(flags, extras, text, work)
     models = [folder / "model" for folder in runs.values()]
-    scored = ScoredText(text.main, spec.domains, own["score_split"] or "test")
-    details = {"parameters": parameters_of(models), "tokens": _tokens(flags, runs, own)}
+    scored = ScoredText(text.main, spec.domains, extras["score_split"] or "test")
+    details = {"parameters": parameters_of(models), "tokens": _tokens(flags, runs, extras)}
     details["training_seconds"] = round(sum(map(_training_seconds, runs.values())), 1)
-    if own["adapt_to"] is not None:
-        novel = ScoredText(text.unseen, [own["adapt_to"]], scored.split)
-        settings = {**flags, **own}
+    if extras["adapt_to"] is not None:
+        novel = ScoredText(text.unseen, [extras["adapt_to"]], scored.split)
+        settings = {**flags, **extras}
         output = work / f"adapted-{_key({**settings, 'text': text.digest})}"
         known, unseen, start = adaptation.adapted_losses(
             models[0], settings, cell.seed, scored, novel, output
@@ -88,13 +88,13 @@ def run(study: Study, cell: Cell, inputs: Path, work: Path) -> tuple[Figures, di
         details |= {"losses": known, "novel": unseen, "start": start}
         return Figures(scores, details), {"text": text.digest}
     rows, more = _losses(runs, scored, work)
-    if own["seed_share"]:
-        steps = _seed_steps(flags, own)
+    if extras["seed_share"]:
+        steps = _seed_steps(flags, extras)
         seed = find_source(train(flags, text.main, work, stop=steps), step=steps)
         rows["seed"] = expert_losses(seed.model, DENSE, scored)
     scores = {row: _scores(losses, scored) for row, losses in rows.items()}
     details |= {"losses": rows, **more}
-    if own["score_novel"]:
+    if extras["score_novel"]:
         unseen = ScoredText(text.unseen, spec.novel, "test")
         rows, more = _losses(runs, unseen, work)
         scores |= {f"novel_{row}": _scores(losses, unseen) for row, losses in rows.items()}
@@ -111,22 +111,22 @@ def train(flags: Settings, databin: Path, work: Path, *, stop: int | None = None
 
 
 def grow(
-    flags: Settings, own: Mapping[str, object], text: StudyText, work: Path
+    flags: Settings, extras: Mapping[str, object], text: StudyText, work: Path
 ) -> dict[str, Path]:
     """Train a seed and its experts, each with its part of the batch; their runs by domain.
 
     Raises:
         UserError: if the experts cannot share the batch.
     """
-    databin = text.random if own["random_split"] else text.main
+    databin = text.random if extras["random_split"] else text.main
     domains, batch = DataBin(databin).domains, flags["per_device_train_batch_size"]
     if batch % len(domains):
         raise UserError(
             f"per_device_train_batch_size {batch} is not a multiple of the {len(domains)} experts"
         )
-    seed_steps = _seed_steps(flags, own)
+    seed_steps = _seed_steps(flags, extras)
     seed = train(flags, text.main, work, stop=seed_steps) if seed_steps else None
-    rate = own["expert_learning_rate"] or flags["learning_rate"]
+    rate = extras["expert_learning_rate"] or flags["learning_rate"]
     runs = {}
     for domain in domains:
         mine = flags | {
@@ -204,7 +204,7 @@ def _losses(
         with _locked(folder):
             shutil.rmtree(folder, ignore_errors=True)
             with edit_forest(folder) as experts:
-                experts += [expert_of(place, domain) for domain, place in runs.items()]
+                experts += [expert_of(run, domain) for domain, run in runs.items()]
             losses = forest_losses(open_forest(folder), scored)
             sources = [(model, None) for model in models.values()]
             average_folders(sources, [1 / len(sources)] * len(sources), folder / "average")
@@ -231,21 +231,23 @@ def _scores(losses: Mapping[str, float], scored: ScoredText) -> dict[str, float]
     }
 
 
-def _tokens(flags: Settings, runs: Mapping[str, Path], own: Mapping[str, object]) -> int:
+def _tokens(flags: Settings, runs: Mapping[str, Path], extras: Mapping[str, object]) -> int:
     """Target tokens that all runs were trained on, the seed counted once."""
     total = 0
     for folder in runs.values():
         newest = list_checkpoints(folder / "checkpoints")[-1]
         total += sum(StateRecord.read(newest).state.tokens.values())
-    if own["seed_share"] is not None:
+    if extras["seed_share"] is not None:
         total += (
-            _seed_steps(flags, own) * flags["per_device_train_batch_size"] * flags["max_seq_length"]
+            _seed_steps(flags, extras)
+            * flags["per_device_train_batch_size"]
+            * flags["max_seq_length"]
         )
     return total
 
 
-def _seed_steps(flags: Settings, own: Mapping[str, object]) -> int:
-    return round(own["seed_share"] * flags["max_steps"])
+def _seed_steps(flags: Settings, extras: Mapping[str, object]) -> int:
+    return round(extras["seed_share"] * flags["max_steps"])
 
 
 def _training_seconds(run: Path) -> float:

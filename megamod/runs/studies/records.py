@@ -108,14 +108,14 @@ def read_record(folder: Path, cell: Cell) -> Record | None:
     now = json.loads(json.dumps(cell.settings))
     if before != now:
         keys = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
-        told = "; ".join(f"{k}: {before.get(k)!r} then, {now.get(k)!r} now" for k in keys)
-        raise UserError(f"{path} has figures of other settings ({told}); remove it to run it anew")
+        text = "; ".join(f"{k}: {before.get(k)!r} then, {now.get(k)!r} now" for k in keys)
+        raise UserError(f"{path} has figures of other settings ({text}); remove it to run it anew")
     return record
 
 
 def largest_difference(before: Record, now: Record) -> tuple[float, str]:
     """Largest relative difference between the scores of two records, and where it is."""
-    worst, place = 0.0, "no score"
+    worst, where = 0.0, "no score"
     for row, values in before["scores"].items():
         for name, value in values.items():
             if name in ("seconds", "instances_per_second"):
@@ -125,8 +125,8 @@ def largest_difference(before: Record, now: Record) -> tuple[float, str]:
                 return float("inf"), f"{row} {name}"
             difference = abs(value - other) / max(abs(value), 1e-12)
             if difference >= worst:
-                worst, place = difference, f"{row} {name}"
-    return worst, place
+                worst, where = difference, f"{row} {name}"
+    return worst, where
 
 
 def _processor() -> str:

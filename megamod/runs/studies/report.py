@@ -44,14 +44,14 @@ def markdown(study: Study, records: Mapping[str, Record]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
     hours = sum(map(_seconds, records.values())) / 3600
     seeds = sorted({record["seed"] for record in records.values()})
-    told = "Mean over seeds"
+    caption = "Mean over seeds"
     if table.compare == "ratio":
-        told += f"; in brackets the ratio to {_told(table.baseline)} of the same seed"
+        caption += f"; in brackets the ratio to {_told(table.baseline)} of the same seed"
     else:
-        told += f"; in brackets the difference to {_told(table.baseline)} of the same seed"
+        caption += f"; in brackets the difference to {_told(table.baseline)} of the same seed"
     lines += [
         "",
-        f"{told}, its 95 % interval (Student's t), and with how many seeds it is below. "
+        f"{caption}, its 95 % interval (Student's t), and with how many seeds it is below. "
         f"{len(records)} of {len(study.cells)} cells, seeds {', '.join(map(str, seeds)) or EMPTY}; "
         f"{hours:.1f} hours by the clock of one process of several on shared cores. Figures: "
         f"`docs/evidence/{study.name}/`; one cell anew: `python launchers/study.py {study.name} "

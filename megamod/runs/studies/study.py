@@ -90,13 +90,13 @@ def run_in_processes(
         with open(logs / f"process-{number}.txt", "ab") as log:
             words = [sys.executable, *command]
             running.append(subprocess.Popen(words, stdout=log, stderr=log))
-    told = ""
+    last = ""
     while any(process.poll() is None for process in running):
         time.sleep(POLL_SECONDS)
         line = progress(study, cells, places)
-        if line != told:
+        if line != last:
             logger.info("%s", line)
-            told = line
+            last = line
     left = [cell.name for cell in cells if read_record(places.evidence, cell) is None]
     if left:
         raise UserError(f"{len(left)} cells are not done, {left[0]} among them; see {logs}")
@@ -117,8 +117,8 @@ def repeat(study: Study, cell: Cell, places: Places, again: Path) -> str:
             f"{cell.name}: the inputs are others than those of the kept figures: "
             f"{before['config']['inputs']} then, {now['config']['inputs']} now"
         )
-    difference, place = largest_difference(before, now)
-    line = f"{cell.name}: largest relative difference {difference:.2g} ({place})"
+    difference, score = largest_difference(before, now)
+    line = f"{cell.name}: largest relative difference {difference:.2g} ({score})"
     if difference > TOLERANCE:
         raise UserError(f"{line}; at most {TOLERANCE:g} is expected on a machine of the same class")
     return line
