@@ -22,6 +22,7 @@ import argparse
 from pathlib import Path
 
 from megamod.errors import UserError, run
+from megamod.tables import format_table
 
 
 def main() -> None:
@@ -162,10 +163,7 @@ def summary(header: dict, output: Path) -> str:
         tokens = [f"{splits[split]['tokens']:,}" for split in ("train", "valid", "test")]
         text = sum(of["bytes"] for of in splits.values())
         rows.append((name, *tokens, f"{text:,}", str(header["replaced"][name])))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
-    ]
+    lines = [format_table(rows, right=range(1, 6))]
     total = sum(of["tokens"] for splits in header["domains"].values() for of in splits.values())
     kind, vocabulary = header["tokenizer"]["kind"], header["vocab_size"]
     lines.append(

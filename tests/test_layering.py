@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-LEAVES = {"megamod.errors", "megamod.files"}
+LEAVES = {"megamod.errors", "megamod.files", "megamod.tables"}
 DATA = {"megamod.data", "megamod.data.corpus", "megamod.data.lm", "megamod.data.tasks"}
 
 # Room of the house -> rooms it may import, besides the leaves and itself; and outside packages,
@@ -19,6 +19,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "megamod.version": (set(), set()),
     "megamod.errors": (set(), {"torch"}),
     "megamod.files": (set(), set()),
+    "megamod.tables": (set(), set()),
     "megamod.flags": (set(), {"yaml"}),
     "megamod.args": ({"megamod.flags"}, set()),
     "megamod.dist.scope": (set(), set()),
@@ -189,6 +190,7 @@ def test_nothing_imports_upwards(path):
         ("megamod.data.lm.order", "from megamod.data.tasks.specs import any_task", False),
         ("megamod.data.tasks.specs", "from megamod.data.lm.order import Balanced", True),
         ("megamod.files", "from megamod.errors import UserError", False),
+        ("megamod.dist.hostfile", "from megamod.tables import format_table", True),
         ("megamod.evaluation.plots", "from megamod.train.loop import train", False),
         ("megamod.train.loop", "from megamod.evaluation import plots", False),
         ("megamod_kernels", "from megamod.errors import UserError", False),

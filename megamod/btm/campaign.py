@@ -12,6 +12,7 @@ from pathlib import Path
 from megamod.args import DataArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs
 from megamod.errors import UserError
 from megamod.flags import Arguments, option, origin_of, require
+from megamod.tables import format_table
 
 RESERVED = ("seed", "world", "average", "evaluation")
 """Names of jobs and folders; no domain may have one of them."""
@@ -103,12 +104,13 @@ class Campaign:
             rows.append(("seed", self.seed_steps, self.batch))
         for domain in self.domains:
             rows.append((domain, self.total_steps - self.seed_steps, self.expert_batch))
-        width = max(len(name) for name, *_ in rows)
-        lines = [
-            f"{name.ljust(width)}  {steps:,} steps x {batch:,} sequences x {self.length:,} = "
+        products = [
+            f"{steps:,} steps x {batch:,} sequences x {self.length:,} = "
             f"{steps * batch * self.length:,} tokens"
-            for name, steps, batch in rows
+            for _, steps, batch in rows
         ]
+        names = [name for name, *_ in rows]
+        lines = [format_table(list(zip(names, products, strict=True)))]
         total = sum(steps * batch * self.length for _, steps, batch in rows)
         dense = self.total_steps * self.batch * self.length
         lines.append(

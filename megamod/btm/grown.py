@@ -10,6 +10,7 @@ from megamod.errors import UserError
 from megamod.states.checkpoint_folder import STATE, StateRecord, is_optimizer_file
 from megamod.states.forest import Expert, Forest, Parent, read_config
 from megamod.states.manifest import list_checkpoints
+from megamod.tables import format_table
 
 RECORD = "branch.json"  # in the folder of a branched run: its parents and first step
 WITHOUT_EFFECT = ("output_dir", "data", "deepspeed", "report_to", "logging_steps")
@@ -66,14 +67,7 @@ def table(forest: Forest) -> str:
         path = f"{expert.path} ({expert.member})" if expert.member else str(expert.path)
         numbers = (expert.start_update, expert.updates, expert.tokens, size)
         rows.append((expert.domain, path, parents or "-", *(f"{n:,}" for n in numbers)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column < 3 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+    return format_table(rows, right=range(3, len(rows[0])))
 
 
 def _weight_files(expert: Expert) -> list[Path]:

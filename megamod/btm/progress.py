@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from megamod.tables import format_table
+
 TAIL_BYTES = 16_384
 COLUMNS = ("job", "state", "step", "loss", "tokens/s", "ppl", "restarts", "slots")
 
@@ -56,18 +58,9 @@ def read_progress(folder: Path | None, row: Row) -> None:
             row.rate = record.get("tokens_per_second")
 
 
-def format_table(rows: Sequence[Row]) -> str:
+def format_jobs(rows: Sequence[Row]) -> str:
     """Format the table of all jobs."""
-    lines = [COLUMNS, *(row.cells() for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(COLUMNS))]
-    right = range(2, len(COLUMNS) - 1)
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if column in right else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
+    return format_table([COLUMNS, *(row.cells() for row in rows)], right=range(2, len(COLUMNS) - 1))
 
 
 class Screen:
@@ -92,7 +85,7 @@ class Screen:
             return
         if not now and time.monotonic() - self.drawn < self.every:
             return
-        text = format_table(rows)
+        text = format_jobs(rows)
         up = f"\x1b[{self.height}F\x1b[J" if self.height else ""
         print(up + text, file=self.stream, flush=True)
         self.height, self.drawn = text.count("\n") + 1, time.monotonic()

@@ -16,6 +16,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from megamod.errors import UserError
+from megamod.tables import format_table
 
 SSH_SECONDS = 5
 NAME = re.compile(r"[A-Za-z0-9._][A-Za-z0-9._-]*")
@@ -75,11 +76,7 @@ class Checked:
             if self.experts is not None:
                 held = [int(e) for e, ranks in self.experts.items() if set(ranks) & set(here)]
                 rows[-1].append(spell(range(held[0], held[-1] + 1)))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        )
+        return format_table(rows)
 
 
 class HostfileFaults(UserError):

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megamod.dist.hostfile import spell, split_groups
 from megamod.dist.scope import Sharing
 from megamod.errors import UserError
+from megamod.tables import format_table
 
 
 @dataclass(frozen=True)
@@ -94,11 +95,7 @@ class DomainTopology:
             shared = group if self.sharing is Sharing.BTM else world
             experts = {Sharing.DENSE: "-", Sharing.DEMIX: group, Sharing.BTM: "-"}[self.sharing]
             rows.append((str(rank), hosts[rank], devices[rank], ",".join(domains), shared, experts))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
+        lines = [format_table(rows)]
         if self.sharing is not Sharing.DENSE:
             apart = split_groups(hosts, {domain: self.ranks_of(domain) for domain in self.domains})
             listed = "; ".join(f"{domain} on {', '.join(names)}" for domain, names in apart.items())

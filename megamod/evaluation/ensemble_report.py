@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from megamod.evaluation.ensemble import DomainResult, Protocol
 from megamod.evaluation.perplexity import Score, format_matrix
 from megamod.files import to_json
+from megamod.tables import format_table
 
 Results = Mapping[str, DomainResult]
 SHOWN = 6  # experts of a prior in a table; the rest are summed
@@ -12,8 +13,7 @@ SHOWN = 6  # experts of a prior in a table; the rest are summed
 
 def prior_text(results: Results) -> str:
     """Text with a line per domain: the experts with the largest prior."""
-    width = max(map(len, results), default=0)
-    lines = []
+    rows = []
     for domain, result in results.items():
         if result.prior is None:
             continue
@@ -22,8 +22,8 @@ def prior_text(results: Results) -> str:
         shown = [f"{name} {weights[name]:.3f}" for name in best[:SHOWN] if weights[name] > 0]
         rest = sum(weights[name] for name in best[SHOWN:])
         shown += [f"{len(best) - SHOWN} others {rest:.3f}"] if len(best) > SHOWN else []
-        lines.append(f"{domain.ljust(width)}  {', '.join(shown)}")
-    return "\n".join(["prior over experts, by text", *lines]) if lines else ""
+        rows.append((domain, ", ".join(shown)))
+    return f"prior over experts, by text\n{format_table(rows)}" if rows else ""
 
 
 def score_text(results: Results, protocol: Protocol) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 
 from megamod.data.tasks.specs import TaskSpec
 from megamod.errors import UserError
+from megamod.tables import format_table
 
 Scores = dict[str, float]
 
@@ -123,11 +124,4 @@ def score_table(rows: Mapping[str, Mapping[str, float | str]], corner: str) -> s
     for name, row in rows.items():
         values = (row.get(column, "-") for column in columns)
         cells.append([name, *(v if isinstance(v, str) else f"{v:.4f}" for v in values)])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  ".join(
-            [line[0].ljust(widths[0])]
-            + [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
-        )
-        for line in cells
-    )
+    return format_table(cells, right=range(1, len(cells[0])))

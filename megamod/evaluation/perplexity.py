@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from megamod.data.lm.blocks import IGNORE
 from megamod.mixture.ensemble import perplexity
+from megamod.tables import format_table
 
 Batch = dict[str, object]
 Matrix = dict[str, dict[str, "Score"]]
@@ -206,11 +207,4 @@ def format_matrix(
         marks = ("*" if row.get(c) == best[c] and len(matrix) > 1 else " " for c in columns)
         cells = (f"{row.get(c, '-')}{mark}" for c, mark in zip(columns, marks, strict=True))
         table.append([name, *cells])
-    widths = [max(map(len, cells)) for cells in zip(*table, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in table
-    )
+    return format_table(table, right=range(1, len(table[0])))

@@ -13,6 +13,7 @@ from megamod.evaluation.perplexity import (
 )
 from megamod.evaluation.plots import plot_curves, plot_matrix
 from megamod.files import to_json, write_json
+from megamod.tables import format_table
 
 
 def write_report(output: Path, matrix: Matrix, split: str, step: int) -> str:
@@ -51,13 +52,12 @@ def write_report(output: Path, matrix: Matrix, split: str, step: int) -> str:
         title = f"{split} perplexity after {step} steps"
         plot_matrix(table, output / "experts.png", title)
         outputs["experts by domain"] = output / "experts.png"
-    width = max(map(len, outputs))
     return "\n".join(
         [
             f"\n{split} perplexity after {step} steps (* best of the column)",
             format_matrix(table),
             f"mean over domains, each under its own expert: {mean:.2f}\n",
-            *(f"{name.ljust(width)}  {path}" for name, path in outputs.items()),
+            format_table([(name, str(path)) for name, path in outputs.items()]),
         ]
     )
 

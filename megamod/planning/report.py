@@ -8,6 +8,7 @@ from megamod.planning.memory import USABLE
 from megamod.planning.plan import JobPlan, machines_of_domains
 from megamod.planning.search import Proposal
 from megamod.planning.simulate import Point
+from megamod.tables import format_table
 
 
 def format_job(plan: JobPlan) -> str:
@@ -35,8 +36,7 @@ def format_job(plan: JobPlan) -> str:
         *_time(plan),
         *_places(plan),
     ]
-    width = max(len(name) for name, _ in rows)
-    return "\n".join([f"== {job.name}", *(f"{name.ljust(width)}  {value}" for name, value in rows)])
+    return f"== {job.name}\n{format_table(rows)}"
 
 
 def format_proposals(proposals: Sequence[Proposal]) -> str:
@@ -70,11 +70,7 @@ def format_curves(curves: Mapping[Sharing, Sequence[Point]]) -> str:
     for number in gpus:
         cells = [by_kind.get((kind, number)) for kind in kinds]
         lines.append([str(number), *(f"{p.slow:,.0f} - {p.fast:,.0f}" if p else "" for p in cells)])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-        for line in lines
-    )
+    return format_table(lines, right=range(len(head)))
 
 
 def _parameters(plan: JobPlan) -> list[tuple[str, str]]:

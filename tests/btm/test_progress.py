@@ -3,7 +3,7 @@
 import io
 import json
 
-from megamod.btm.progress import TAIL_BYTES, Row, Screen, format_table, read_progress
+from megamod.btm.progress import TAIL_BYTES, Row, Screen, format_jobs, read_progress
 
 
 class Terminal(io.StringIO):
@@ -29,7 +29,7 @@ def test_numbers_are_the_last_ones(tmp_path):
 
 def test_columns_are_aligned():
     rows = [Row("law", "train", 100, 5, 2.0), Row("anonymized", "waiting", 100)]
-    lines = format_table(rows).splitlines()
+    lines = format_jobs(rows).splitlines()
     assert lines[0].split() == [
         "job",
         "state",
@@ -63,7 +63,7 @@ def test_a_terminal_is_drawn_over():
     screen = Screen(stream, every=0)
     screen.show(rows)
     screen.show(rows)
-    table = format_table(rows) + "\n"
+    table = format_jobs(rows) + "\n"
     assert stream.getvalue() == table + "\x1b[3F\x1b[J" + table
     screen.say("med: crashed")
     screen.show(rows)

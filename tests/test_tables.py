@@ -1,0 +1,26 @@
+import pytest
+
+from megamod.tables import format_table
+
+
+@pytest.mark.parametrize(
+    ("rows", "right", "expected"),
+    [
+        ([], (), ""),
+        ([("a",)], (), "a"),
+        ([("name", "path"), ("x", "a/b")], (), "name  path\nx     a/b"),
+        ([("name", "n"), ("x", "1,000")], {1}, "name      n\nx     1,000"),
+        ([("n", "name"), ("1,000", "x")], range(1), "    n  name\n1,000  x"),
+        ([("a", "b", "c"), ("", "22", "")], (1,), "a   b  c\n   22"),
+        ([("a", "b"), ("1", "2 "), ("1", "333")], {0, 1}, "a    b\n1   2\n1  333"),
+        ([("a", "b"), ("", "")], (), "a  b\n"),
+    ],
+    ids=["none", "one", "left", "right", "first-right", "gaps", "blank-in-cell", "empty-row"],
+)
+def test_text_is_as_written_by_hand(rows, right, expected):
+    assert format_table(rows, right) == expected
+
+
+def test_rows_of_unequal_length_are_refused():
+    with pytest.raises(ValueError, match="shorter"):
+        format_table([("a", "b"), ("c",)])
