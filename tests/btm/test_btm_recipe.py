@@ -9,6 +9,7 @@ import pytest
 from megamod.args import DataArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs, parse_args
 from megamod.btm.campaign import BtmArgs, build_campaign, check_data
 from megamod.btm.tasks import expert_task, world_task
+from megamod.data.corpus.binarize import FORMAT
 from megamod.data.corpus.indexed import IndexedWriter, split_prefix
 from megamod.errors import UserError
 
@@ -19,7 +20,10 @@ RECIPES = Path(__file__).resolve().parents[2] / "launchers" / "recipes"
 def data(tmp_path) -> Path:
     folder = tmp_path / "bin"
     folder.mkdir()
-    header = {"domains": {key: {} for key in ("law", "med", "code", "art")}}
+    split = {"items": 1, "tokens": 4, "bytes": 16, "max_id": 3}
+    splits = {name: split for name in ("train", "valid", "test")}
+    header = {"format": FORMAT, "domains": {key: splits for key in ("law", "med", "code", "art")}}
+    header |= {"vocab_size": 8, "bos_id": 0, "pad_id": 1, "eos_id": 2, "unk_id": 3}
     (folder / "databin.json").write_text(json.dumps(header))
     return folder
 

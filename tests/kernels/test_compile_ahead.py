@@ -58,7 +58,7 @@ def test_faults_are_told():
     good = {"registers": 100, "stack": 0, "spills": 0, "shared": 1024}
     assert faults(good, 90) == [] and "demux" in OPERATIONS
     assert faults({**good, "spills": 16}, 80) == ["16 bytes of spills"]
-    message = "170000 bytes of shared memory, 166912 are there"
+    message = "170000 bytes of shared memory, the limit is 166912"
     assert faults({**good, "shared": 170_000}, 80) == [message] and not faults(
         {**good, "shared": 170_000}, 90
     )

@@ -91,8 +91,8 @@ def test_attention_against_float64(arguments, poisoned):
 
 def test_large_tiles(monkeypatch, poisoned):
     """Tuned tiles on sizes that no tile divides, which tests are too small to be given."""
-    tuned = module._tile(2**20, 2)
-    assert tuned != module._tile(1, 2)
+    tuned = module.product_tile(2**20, 2)
+    assert tuned != module.product_tile(1, 2)
     monkeypatch.setattr(module, "product_tile", lambda *_: tuned)
     shape = (17, 2, 8, 140, 2)
     drawn = case(shape, torch.float32)

@@ -53,9 +53,12 @@ def test_experts_come_and_go(place):
     assert forest("list", "--forest", place).stdout == done.stdout
     # The forest has the tokenizer of its experts, and takes no expert with another.
     assert (place / "tokenizer.json").read_bytes() == (place / "law/tokenizer.json").read_bytes()
-    (place / "med" / "tokenizer.json").write_text('{"model": {"vocab": {"b": 0}}}')
+    tokenizer = place / "med" / "tokenizer.json"
+    original = tokenizer.read_text()
+    tokenizer.write_text('{"model": {"vocab": {"b": 0}}}')
     done = forest("add", "--forest", place, "--path", place / "med")
     assert done.returncode == 2 and "their tokenizers differ" in done.stderr
+    tokenizer.write_text(original)
 
 
 def test_a_branch_is_a_checkpoint(place, tmp_path):

@@ -230,7 +230,7 @@ def test_the_data_say_how_many_tokens_there_are(tmp_path):
         (("--world_size", "6", "--untie", "all", *DOMAINS), "6 ranks cannot hold 8 experts"),
         (("--world_size", "2", "--untie", "feedforward"), "--domains is missing"),
         (("--world_size", "2", "--model", "2b"), "--model '2b' is no folder"),
-        (("--world_size", "2", "--global_batch_size", "9"), "is not a multiple of 16"),
+        (("--world_size", "2", "--global_batch_size", "9"), "must be a multiple of 16"),
         (("--hostfile", "{tmp}/none"), "cannot be read"),
         (("--hostfile", "{tmp}/zero"), "line 2: 'b slots=0' is not"),
         (("--hostfile", "{tmp}/good", "--world_size", "3"), "has 4 slots"),
