@@ -90,10 +90,10 @@ def run_merge(args: MergeArgs, recipe_file: Path | None) -> None:
         recipe = read_recipe(recipe_file)
     output = None if args.output_dir is None else Path(args.output_dir)
     if recipe.method == GREEDY_SOUP:
-        from megamod.runs.studies.soup import described, greedy_soup
+        from megamod.runs.studies.soup import candidate_table, greedy_soup
 
-        plan, tasted = greedy_soup(recipe, output, **options)
-        lines = [plan.describe(), *([described(tasted)] if tasted else [])]
+        plan, candidates = greedy_soup(recipe, output, **options)
+        lines = [plan.describe(), *([candidate_table(candidates)] if candidates else [])]
     else:
         lines = [merge(recipe, output, seed=args.random_seed, **options).describe()]
     if not args.quiet:

@@ -1,10 +1,10 @@
-"""Studies of barriers: every pair of models, aligned in every way, on every task.
+"""Loss barriers of every pair of models, for every alignment and task of a study.
 
-A curve that is finished is not made again. What comes out is a table with both definitions of the
-barrier, a plot of the curves per task and one of the barriers.
+Finished curves are kept. The results are a table with both definitions of the barrier, a plot of
+the curves for each task and a plot of all barriers.
 
 Source: Verma and Elbayad 2024 (Merging text transformer models from different initializations),
-section 5, for what is compared.
+section 5, for the comparison.
 """
 
 import json
@@ -50,7 +50,7 @@ from megamod.runs.finetune.args import RowArgs
 from megamod.runs.finetune.one_task import head_class
 from megamod.runs.finetune.source import tokenizer_of
 from megamod.runs.finetune.tasks import open_task
-from megamod.runs.studies.barrier_recipe import CLM, MLM, Study
+from megamod.runs.studies.barrier_recipe import CLM, MLM, BarrierStudy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -62,18 +62,18 @@ RECORD = "study.json"
 
 
 HEADS = {MLM: AutoModelForMaskedLM, CLM: AutoModelForCausalLM}
-"""Auto class of the models that a task without labels is measured on."""
+"""Auto class of the model for each task without labels."""
 
 
 @dataclass(frozen=True)
-class Ground:
-    """What the models of a task are told on.
+class HeldOutTask:
+    """Held-out data and loss of one task.
 
     Attributes:
-        losses: from a model to its losses.
-        calibration: token ids of the items to compare features on, unless a variant names a file.
-        tokenize: from text to ids with special tokens.
-        pad_id: of the tokenizer.
+        losses: computes the held-out losses of a model.
+        calibration: token ids that alignment compares features on; None: variants name a file.
+        tokenize: turns text into ids with special tokens.
+        pad_id: padding id of the tokenizer.
     """
 
     losses: Losses
@@ -82,15 +82,17 @@ class Ground:
     pad_id: int
 
 
-def run_study(study: Study, output: Path, device: torch.device) -> str:
-    """Make what is missing, write OUT/results.json and the plots; the table to print.
+def run_study(study: BarrierStudy, output: Path, device: torch.device) -> str:
+    """Compute missing curves; write OUT/results.json and the plots.
 
+    Returns:
+        the table to print.
     Raises:
         UserError: for models, data or settings that do not fit, or a folder of another study.
     """
     disable_progress_bar()
-    told = _checked_record(study, output)
-    grounds = {task: ground_of(study, task) for task in study.tasks}
+    record = _checked_record(study, output)
+    held_out = {task: open_held_out(study, task) for task in study.tasks}
     jobs = [
         (task, name, pair)
         for task in study.tasks
@@ -99,51 +101,55 @@ def run_study(study: Study, output: Path, device: torch.device) -> str:
     ]
     with tqdm(total=len(jobs) * study.points, unit="point", disable=None) as bar:
         for task, name, pair in jobs:
-            path = _file(output, task, name, pair)
+            path = _curve_file(output, task, name, pair)
             if path.exists():
                 bar.update(study.points)
                 continue
-            tell = partial(bar.update, 1)
-            curve = _curve(study, task, study.variants[name], pair, grounds[task], device, tell)
+            advance = partial(bar.update, 1)
+            curve = _curve(study, task, study.variants[name], pair, held_out[task], device, advance)
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(output / RECORD, told)
+            write_json(output / RECORD, record)
             write_json(path, curve)
     return _summarise(study, output)
 
 
-def _checked_record(study: Study, output: Path) -> dict[str, object]:
-    """The study as plain values, if what the folder has already is of the same one."""
-    told = json.loads(json.dumps(asdict(study), default=str))
-    record = output / RECORD
-    if record.exists():
-        before = json.loads(record.read_text(encoding="utf-8"))
-        # More pairs, tasks and variants may be added; what is there already must mean the same.
-        same = [key for key in told if key not in ("models", "pairs", "tasks", "variants")]
-        differs = [key for key in same if told[key] != before[key]]
+def _checked_record(study: BarrierStudy, output: Path) -> dict[str, object]:
+    """Return the study as JSON values.
+
+    Raises:
+        UserError: if the folder holds results of a different study.
+    """
+    record = json.loads(json.dumps(asdict(study), default=str))
+    path = output / RECORD
+    if path.exists():
+        previous = json.loads(path.read_text(encoding="utf-8"))
+        # Pairs, tasks, models and variants may be added; recorded ones must not change.
+        fixed = [key for key in record if key not in ("models", "pairs", "tasks", "variants")]
+        differs = [key for key in fixed if record[key] != previous[key]]
         for key in ("models", "variants"):
-            shared = set(told[key]) & set(before[key])
-            differs += [f"{key}.{n}" for n in shared if told[key][n] != before[key][n]]
+            shared = set(record[key]) & set(previous[key])
+            differs += [f"{key}.{n}" for n in shared if record[key][n] != previous[key][n]]
         if differs:
             raise UserError(
                 f"{output}: holds a study with another {differs[0]}; remove it or choose another "
                 "--output_dir"
             )
-    return told
+    return record
 
 
-def _file(output: Path, task: str, variant: str, pair: tuple[str, str]) -> Path:
+def _curve_file(output: Path, task: str, variant: str, pair: tuple[str, str]) -> Path:
     return output / "curves" / task / variant / f"{pair[0]}-{pair[1]}.json"
 
 
-def ground_of(study: Study, task: str) -> Ground:
-    """Tokenizer and held-out data of a task.
+def open_held_out(study: BarrierStudy, task: str) -> HeldOutTask:
+    """Open the tokenizer and the held-out data of a task.
 
     Raises:
-        UserError: for data that are not there or do not fit.
+        UserError: for missing data, or data that do not fit the model.
     """
     first = next(iter(study.models.values())).replace("{task}", task)
     if task in (MLM, CLM):
-        return _text_ground(study, task, first)
+        return _open_text(study, task, first)
     spec = any_task(task)
     kind = head_class(spec)
     source = open_source(
@@ -168,21 +174,21 @@ def ground_of(study: Study, task: str) -> Ground:
     items = [
         train.ids[a:b].tolist() for a, b in zip(train.offsets, train.offsets[1:], strict=False)
     ]
-    return Ground(losses, items, _with_specials(tokenizer), train.pad_id)
+    return HeldOutTask(losses, items, _with_specials(tokenizer), train.pad_id)
 
 
-def _fitting(model: PreTrainedModel, study: Study) -> PreTrainedModel:
-    """The model, if it has positions for the blocks of a study."""
-    room = places_of(model.config)
-    if room is not None and study.max_seq_length > room:
+def _checked_length(model: PreTrainedModel, study: BarrierStudy) -> PreTrainedModel:
+    """Return the model, after a check that its positions suffice for the blocks of the study."""
+    positions = places_of(model.config)
+    if positions is not None and study.max_seq_length > positions:
         raise UserError(
-            f"max_seq_length {study.max_seq_length}: {model.name_or_path or 'a model'} has {room} "
-            "positions; give no more"
+            f"max_seq_length {study.max_seq_length}: {model.name_or_path or 'a model'} has "
+            f"{positions} positions; give {positions} or less"
         )
     return model
 
 
-def _text_ground(study: Study, task: str, first: str) -> Ground:
+def _open_text(study: BarrierStudy, task: str, first: str) -> HeldOutTask:
     if study.data is None:
         raise UserError(f"data is missing: give a text file to measure the {task} loss on")
     tokenizer = load_tokenizer(study.tokenizer or first)
@@ -201,15 +207,19 @@ def _text_ground(study: Study, task: str, first: str) -> Ground:
         spaced=study.char_split,
     )
     if task == CLM:
-        return Ground(
-            lambda model: {"loss": causal_loss(_fitting(model, study), blocks, study.batch_size)},
+        return HeldOutTask(
+            lambda model: {
+                "loss": causal_loss(_checked_length(model, study), blocks, study.batch_size)
+            },
             None,
             tokenize,
             tokenizer.pad_id,
         )
     original = tokenizer.original
     if original is None or original.mask_token_id is None:
-        raise UserError(f"tokenizer {study.tokenizer or first}: has no [MASK], which mlm needs")
+        raise UserError(
+            f"tokenizer {study.tokenizer or first}: has no [MASK] token, which the task mlm needs"
+        )
     masking = Masking(
         mask_id=original.mask_token_id,
         pad_id=original.pad_token_id,
@@ -217,10 +227,10 @@ def _text_ground(study: Study, task: str, first: str) -> Ground:
         vocab_size=len(original),
         probability=study.mlm_probability,
     )
-    return Ground(
+    return HeldOutTask(
         lambda model: {
             "loss": masked_loss(
-                _fitting(model, study), blocks, masking, study.seed, study.batch_size
+                _checked_length(model, study), blocks, masking, study.seed, study.batch_size
             ),
         },
         None,
@@ -234,20 +244,24 @@ def _with_specials(tokenizer: "PreTrainedTokenizerFast") -> Callable[[str], list
 
 
 def _curve(
-    study: Study,
+    study: BarrierStudy,
     task: str,
     options: Options,
     pair: tuple[str, str],
-    ground: Ground,
+    held_out: HeldOutTask,
     device: torch.device,
-    tell: Callable[[], object],
+    advance: Callable[[], object],
 ) -> dict[str, object]:
-    """Losses on the line between two models, the second aligned to the first."""
+    """Losses and barriers on the line between two models, the second aligned to the first.
+
+    Args:
+        advance: called after every point.
+    """
     first, second = (
         load_model(study.models[name].replace("{task}", task), HEADS.get(task)).to(device)
         for name in pair
     )
-    alignment = _aligned(first, second, options, ground, study.max_seq_length)
+    alignment = _aligned(first, second, options, held_out, study.max_seq_length)
     config, shapes = first.config.to_dict(), shapes_of(first.state_dict())
     symmetry = symmetry_of(config, shapes, qk=options.qk)
     ends = (
@@ -258,12 +272,12 @@ def _curve(
         _untie(second)
     ends = tuple({name: tensor.clone() for name, tensor in state.items()} for state in ends)
     weights = weights_of(study.points)
-    losses = losses_along(second, *ends, weights, ground.losses, tell)
+    losses = losses_along(second, *ends, weights, held_out.losses, advance)
     return {
         "weights": weights,
         "losses": losses,
-        "barrier": {name: barrier(weights, one) for name, one in losses.items()},
-        "barrier_over_mean": {name: barrier_over_mean(one) for name, one in losses.items()},
+        "barrier": {name: barrier(weights, curve) for name, curve in losses.items()},
+        "barrier_over_mean": {name: barrier_over_mean(curve) for name, curve in losses.items()},
         "costs": dict(alignment.costs),
     }
 
@@ -272,81 +286,90 @@ def _aligned(
     first: PreTrainedModel,
     second: PreTrainedModel,
     options: Options,
-    ground: Ground,
+    held_out: HeldOutTask,
     max_length: int,
 ) -> Alignment:
     if options.method not in BY_TEXT:
         return align(first, second, None, options)
-    chosen, items = options.calibration, ground.calibration
-    if chosen.path is not None:
-        items = read_items(Path(chosen.path), ground.tokenize, max_length)
+    calibration, items = options.calibration, held_out.calibration
+    if calibration.path is not None:
+        items = read_items(Path(calibration.path), held_out.tokenize, max_length)
     if items is None:
         raise UserError("align.calibration.path is missing: text to compare the models on")
-    parts = whole_batches(items, chosen.batch_size, chosen.fraction, pad_id=ground.pad_id)
-    return align(first, second, parts, options)
+    batches = whole_batches(
+        items, calibration.batch_size, calibration.fraction, pad_id=held_out.pad_id
+    )
+    return align(first, second, batches, options)
 
 
 def _untie(model: PreTrainedModel) -> None:
-    """Give the output matrix storage of its own."""
+    """Copy the output matrix so that it no longer shares storage with the input embedding."""
     output = model.get_output_embeddings()
     output.weight = torch.nn.Parameter(output.weight.detach().clone())
     model.config.tie_word_embeddings = False
 
 
-def _summarise(study: Study, output: Path) -> str:
-    """results.json and the plots; a table of means over pairs."""
+def _summarise(study: BarrierStudy, output: Path) -> str:
+    """Write results.json and the plots.
+
+    Returns:
+        a table of means over pairs.
+    """
     rows: dict[str, dict[str, str]] = {}
     record: dict[str, dict[str, dict[str, object]]] = {}
     curves: dict[str, dict[str, list[Mapping[str, object]]]] = {}
     for task in study.tasks:
         for name in study.variants:
-            found = [
-                json.loads(_file(output, task, name, pair).read_text(encoding="utf-8"))
+            pair_curves = [
+                json.loads(_curve_file(output, task, name, pair).read_text(encoding="utf-8"))
                 for pair in study.pairs
             ]
-            for split in found[0]["losses"]:
-                place = task if len(found[0]["losses"]) == 1 else f"{task}, {split}"
-                curves.setdefault(place, {})[name] = [
-                    {"weights": one["weights"], "losses": one["losses"][split]} for one in found
+            splits = list(pair_curves[0]["losses"])
+            for split in splits:
+                title = task if len(splits) == 1 else f"{task}, {split}"
+                curves.setdefault(title, {})[name] = [
+                    {"weights": curve["weights"], "losses": curve["losses"][split]}
+                    for curve in pair_curves
                 ]
-                told: dict[str, object] = {
+                result: dict[str, object] = {
                     "pairs": {
-                        f"{a}-{b}": {k: one[k][split] for k in ("barrier", "barrier_over_mean")}
-                        for (a, b), one in zip(study.pairs, found, strict=True)
+                        f"{a}-{b}": {k: curve[k][split] for k in ("barrier", "barrier_over_mean")}
+                        for (a, b), curve in zip(study.pairs, pair_curves, strict=True)
                     }
                 }
                 for kind in ("barrier", "barrier_over_mean"):
-                    told[kind] = _mean_and_error([one[kind][split] for one in found])
-                record.setdefault(place, {})[name] = told
-    for place, variants in record.items():
+                    result[kind] = _mean_and_error([curve[kind][split] for curve in pair_curves])
+                record.setdefault(title, {})[name] = result
+    for title, variants in record.items():
         vanilla = next(
             (n for n in variants if study.variants[n].method == "identity"), next(iter(variants))
         )
-        for name, told in variants.items():
-            mean, error = told["barrier"]
-            before = variants[vanilla]["barrier"][0]
-            told["reduction"] = 1 - mean / before if before > 0 else None
-            cut = f"{told['reduction']:.1%}" if told["reduction"] is not None else "-"
-            over, over_error = told["barrier_over_mean"]
-            rows[f"{place}, {name}" if len(record) > 1 else name] = {
+        baseline = variants[vanilla]["barrier"][0]
+        for name, result in variants.items():
+            mean, error = result["barrier"]
+            reduction = 1 - mean / baseline if baseline > 0 else None
+            result["reduction"] = reduction
+            over, over_error = result["barrier_over_mean"]
+            rows[f"{title}, {name}" if len(record) > 1 else name] = {
                 "barrier": f"{mean:.4f} ± {error:.4f}",
                 "over the mean": f"{over:.4f} ± {over_error:.4f}",
-                f"less than {vanilla}": cut,
+                f"less than {vanilla}": "-" if reduction is None else f"{reduction:.1%}",
             }
     write_json(output / RESULTS, record)
-    for place, variants in curves.items():
-        plot_losses_along(variants, output / f"{place.replace(', ', '_')}.png", place)
-    plot_barriers(
-        {p: {n: told["barrier"] for n, told in one.items()} for p, one in record.items()},
-        output / "barriers.png",
-    )
+    for title, variants in curves.items():
+        plot_losses_along(variants, output / f"{title.replace(', ', '_')}.png", title)
+    barriers = {
+        title: {name: result["barrier"] for name, result in variants.items()}
+        for title, variants in record.items()
+    }
+    plot_barriers(barriers, output / "barriers.png")
     pairs = f"{len(study.pairs)} pairs" if len(study.pairs) > 1 else "1 pair"
     table = score_table(rows, f"loss barrier, {pairs}")
     return "\n".join(["", table, "", f"numbers  {output / RESULTS}", f"plots    {output}/*.png"])
 
 
 def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error, 0 for a single value."""
+    """Mean and standard error of the mean; the error of a single value is 0."""
     mean = math.fsum(values) / len(values)
     if len(values) == 1:
         return mean, 0.0

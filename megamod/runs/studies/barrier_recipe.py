@@ -1,4 +1,4 @@
-"""What a study of barriers compares: models, pairs, tasks, and ways to align."""
+"""Barrier study files: models, pairs, tasks and alignments."""
 
 import itertools
 from collections.abc import Mapping
@@ -16,23 +16,23 @@ KEYS += ("max_items", "seed", "char_split", "variants", "mlm_probability")
 
 
 @dataclass(frozen=True)
-class Study:
-    """A whole study.
+class BarrierStudy:
+    """Settings of a barrier study.
 
     Attributes:
-        models: name -> folder or hub id; {task} in it stands for the task.
-        pairs: names of what is compared; the second of a pair is aligned to the first.
+        models: folder or hub id by name; {task} in it is replaced by the task.
+        pairs: names of two models each; the second is aligned to the first.
         tasks: "mlm", "clm", and names of tasks with labels.
-        data: a text file for mlm and clm, for the others the folder of the tasks; None: the hub.
-        tokenizer: folder or name; None: that of the first model.
-        max_seq_length: tokens of a block, or of a row at most.
-        batch_size: rows of a forward pass.
-        points: on the line between two models, ends included.
-        max_items: blocks, or rows of a split, that are scored; None: all.
-        seed: of the masks.
-        mlm_probability: share of tokens that are masked.
+        data: text file for mlm and clm, task folder for tasks with labels; None: the hub.
+        tokenizer: folder or name; None: tokenizer of the first model.
+        max_seq_length: tokens per block of text; largest number of tokens per row.
+        batch_size: rows per forward pass.
+        points: models evaluated on each line, ends included.
+        max_items: blocks, or rows per split, to evaluate; None: all.
+        seed: seed of the masks.
+        mlm_probability: share of masked tokens.
         char_split: see `text_blocks`.
-        variants: name -> how to align; with the method "identity": not at all.
+        variants: alignment options by name; the method "identity" does not align.
     """
 
     models: Mapping[str, str]
@@ -50,11 +50,11 @@ class Study:
     char_split: bool = False
 
 
-def read_study(path: Path) -> Study:
-    """A study from a YAML file.
+def read_study(path: Path) -> BarrierStudy:
+    """Read a study from a YAML file.
 
         models: {a: runs/seed-1/model, b: runs/seed-2/model}   # or a list
-        pairs: [[a, b]]                                        # left out: all
+        pairs: [[a, b]]                                        # default: all pairs
         task: mlm                                              # or clm, sst-2, wnut17, a list
         data: valid.txt
         variants:
@@ -84,7 +84,7 @@ def read_study(path: Path) -> Study:
     for key in ("seed", "mlm_probability"):
         if key in fields and MLM not in tasks:
             raise UserError(f"{path}, {key}: has no effect without the task mlm; leave it out")
-    return Study(
+    return BarrierStudy(
         models=models,
         pairs=_pairs(fields.pop("pairs", None), models, f"{path}, pairs"),
         tasks=tuple(tasks),
@@ -95,7 +95,7 @@ def read_study(path: Path) -> Study:
 
 def _models(value: object, where: str) -> dict[str, str]:
     if isinstance(value, list):
-        value = {str(number): one for number, one in enumerate(value, start=1)}
+        value = {str(number): folder for number, folder in enumerate(value, start=1)}
     if not isinstance(value, dict) or len(value) < 2:
         raise UserError(f"{where}: {value!r} is not two or more models")
     for name, folder in value.items():
@@ -120,14 +120,14 @@ def _pairs(value: object, models: Mapping[str, str], where: str) -> tuple[tuple[
 
 def _variants(value: object, where: str) -> dict[str, Options]:
     if not isinstance(value, dict) or not value:
-        raise UserError(f"{where}: {value!r} is not names, each with its way to align")
+        raise UserError(f"{where}: {value!r} is not names, each with alignment options")
     return {
         str(name): checked_options(block or {}, f"{where}, {name}") for name, block in value.items()
     }
 
 
 def checked_fields(fields: Mapping[str, object], path: Path) -> dict[str, object]:
-    """Fields of a `Study` that are plain values, each of the right kind and size.
+    """Check the types and ranges of the scalar fields of a `BarrierStudy`; return them.
 
     Raises:
         UserError: naming the key and what is allowed.
@@ -146,5 +146,7 @@ def checked_fields(fields: Mapping[str, object], path: Path) -> dict[str, object
         elif not isinstance(value, kinds[key]):
             raise UserError(f"{path}, {key}: {value!r} is not of type {kinds[key][0].__name__}")
     if not 0 < fields.get("mlm_probability", 0.15) < 1:
-        raise UserError(f"{path}, mlm_probability: is not between 0 and 1")
+        raise UserError(
+            f"{path}, mlm_probability: {fields['mlm_probability']!r} is not between 0 and 1"
+        )
     return dict(fields)

@@ -1,4 +1,4 @@
-"""Mixing the experts of a forest: what launchers/eval_ensemble.py does with its flags."""
+"""Evaluate a mixture of the experts of a forest, as launchers/eval_ensemble.py does."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,10 +25,12 @@ from megamod.states.forest import open_forest
 
 
 def mix_forest(args: EnsembleArgs, device: torch.device) -> dict[str, DomainResult]:
-    """Estimate, score, and on rank 0 print and write; collective if there are several ranks.
+    """Estimate the prior and score the mixture; rank 0 prints and writes the results.
+
+    Every rank must call it.
 
     Raises:
-        UserError: if forest, data, prior and flags do not fit each other; nothing is written then.
+        UserError: if forest, data, prior and flags do not fit each other, before any write.
     """
     held_out = HeldOut(
         args.data,
@@ -57,9 +59,9 @@ def mix_forest(args: EnsembleArgs, device: torch.device) -> dict[str, DomainResu
     )
     priors = None
     if args.prior is not None:
-        priors = {d: read_prior(_named(args.prior, d), experts.domains) for d in args.domain}
-    several = dist.is_initialized() and dist.get_world_size() > 1
-    if several or args.in_memory:
+        priors = {d: read_prior(_domain_path(args.prior, d), experts.domains) for d in args.domain}
+    distributed = dist.is_initialized() and dist.get_world_size() > 1
+    if distributed or args.in_memory:
         source = Together(experts)
     else:
         source = OneByOne(experts, Path(args.cache_dir) if args.cache_dir is not None else None)
@@ -67,7 +69,7 @@ def mix_forest(args: EnsembleArgs, device: torch.device) -> dict[str, DomainResu
         results = estimate_priors(experts, source, args.domain, protocol)
     else:
         results = evaluate(experts, source, args.domain, protocol, priors)
-    if not several or dist.get_rank() == 0:
+    if not distributed or dist.get_rank() == 0:
         _report(args, protocol, results)
     return results
 
@@ -80,20 +82,20 @@ def _report(args: EnsembleArgs, protocol: Protocol, results: Mapping[str, Domain
     if args.prior is None:
         for domain, result in results.items():
             if result.estimate is not None:
-                beside = Path(args.output).parent if args.output is not None else Path()
-                path = _named(args.prior_output or beside / "prior_{domain}.json", domain)
+                folder = Path(args.output).parent if args.output is not None else Path()
+                path = _domain_path(args.prior_output or folder / "prior_{domain}.json", domain)
                 write_prior(path, result.estimate)
                 print(f"prior on {domain}: {path}")
     if args.output is not None:
-        told = {"forest": args.forest, "data": args.data, **ensemble_record(results, protocol)}
-        write_json(Path(args.output), told)
+        record = {"forest": args.forest, "data": args.data, **ensemble_record(results, protocol)}
+        write_json(Path(args.output), record)
     if args.jsonl is not None:
         write_atomic(Path(args.jsonl), ensemble_lines(results))
     if args.plot is not None:
         for domain, result in results.items():
             title = f"{args.mode}, {args.rule}: weights along the first {args.split} text of "
-            plot_posterior(result.posterior, _named(args.plot, domain), title + domain)
+            plot_posterior(result.posterior, _domain_path(args.plot, domain), title + domain)
 
 
-def _named(path: str | Path, domain: str) -> Path:
+def _domain_path(path: str | Path, domain: str) -> Path:
     return Path(str(path).replace("{domain}", domain))

@@ -1,4 +1,4 @@
-"""Greedy soups: of many models those are averaged that make the average better on held-out data.
+"""Greedy soups: average the models that lower the loss of the average on held-out data.
 
     merge_method: greedy_soup
     models: [{model: runs/one/model}, {model: runs/two/model}, {model: runs/three/model}]
@@ -25,8 +25,8 @@ from megamod.merging.alignment.options import Options
 from megamod.merging.merge import SHARD_BYTES, merge
 from megamod.merging.plan import Plan
 from megamod.merging.recipe import GREEDY_SOUP, Recipe
-from megamod.runs.studies.barrier import HEADS, ground_of
-from megamod.runs.studies.barrier_recipe import CLM, MLM, Study, checked_fields
+from megamod.runs.studies.barrier import HEADS, open_held_out
+from megamod.runs.studies.barrier_recipe import CLM, MLM, BarrierStudy, checked_fields
 
 logger = logging.getLogger(__name__)
 
@@ -35,14 +35,15 @@ _KEYS += ("mlm_probability",)
 
 
 @dataclass(frozen=True)
-class Tasted:
-    """A model, and what became of it.
+class Candidate:
+    """Losses of one model of the recipe, and the decision about it.
 
     Attributes:
-        number: of the model in the recipe; `path`: its folder.
-        loss: on held-out data, of it alone.
-        soup_loss: of the average of all that were kept before, with this one.
-        kept: whether it is part of the soup.
+        number: index of the model in the recipe.
+        path: folder of the model.
+        loss: held-out loss of the model alone.
+        soup_loss: held-out loss of the average of this model and all models kept before it.
+        kept: True if the model is part of the soup.
     """
 
     number: int
@@ -61,51 +62,50 @@ def greedy_soup(
     threads: int = 1,
     copy_tokenizer: bool = True,
     quiet: bool = False,
-) -> tuple[Plan, list[Tasted]]:
-    """Choose among the models of a recipe, and write their average as `merge` does.
+) -> tuple[Plan, list[Candidate]]:
+    """Select models of a recipe and write their average as `merge` does.
 
-    Holds two models and the soup in memory while it chooses.
-
-    Models run on a GPU if there is one; with `dry_run` none is run. Arguments are those of `merge`.
+    Selection holds two models and the soup in memory. Models run on a GPU if one is available;
+    `dry_run` runs none. The arguments are those of `merge`.
 
     Returns:
-        what was done, and all models, the best first.
+        the plan of the merge, and all candidates, smallest loss first; none with `dry_run`.
     Raises:
-        UserError: if the recipe says what the method has no use for, the models do not fit each
-            other, or the loss of none of them is a number.
+        UserError: if the recipe has keys that the method does not support, the models do not fit
+            each other, or no model has a finite loss.
     """
-    every = _average(recipe, range(len(recipe.inputs)))
+    uniform = _average(recipe, range(len(recipe.inputs)))
     study = _study(recipe)
     options = {"shard_bytes": shard_bytes, "threads": threads, "quiet": quiet}
-    plan = merge(every, output, dry_run=True, copy_tokenizer=copy_tokenizer, **options)
+    plan = merge(uniform, output, dry_run=True, copy_tokenizer=copy_tokenizer, **options)
     if dry_run:
         return plan, []
-    losses = ground_of(study, study.tasks[0]).losses
-    paths = [str(one.path) for one in recipe.inputs]
+    losses = open_held_out(study, study.tasks[0]).losses
+    paths = [str(model.path) for model in recipe.inputs]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tasted = choose(paths, losses, device, HEADS.get(study.tasks[0]))
-    kept = sorted(one.number for one in tasted if one.kept)
+    candidates = select_models(paths, losses, device, HEADS.get(study.tasks[0]))
+    kept = sorted(candidate.number for candidate in candidates if candidate.kept)
     record = {"merge_method": GREEDY_SOUP, "evaluation": dict(recipe.evaluation)}
-    record |= {"tasted": [asdict(one) for one in tasted]}
-    note = f"```\n{described(tasted)}\n```"
+    record |= {"tasted": [asdict(candidate) for candidate in candidates]}
+    note = f"```\n{candidate_table(candidates)}\n```"
     options |= {"copy_tokenizer": copy_tokenizer, "record": record, "note": note}
-    return merge(_average(recipe, kept), output, **options), tasted
+    return merge(_average(recipe, kept), output, **options), candidates
 
 
-def choose(
+def select_models(
     paths: Sequence[str], losses: Losses, device: torch.device, auto: type | None = None
-) -> list[Tasted]:
-    """Go through the models from the best to the worst; keep those that do no harm.
+) -> list[Candidate]:
+    """Try the models in order of their loss; keep each that does not raise the loss of the soup.
 
-    A model is kept if the uniform average with it has no larger loss than without. Of equal models
-    the first comes first; a loss that is no number counts as the largest.
+    The soup is the uniform average of the kept models. Models of equal loss keep their order; NaN
+    counts as infinity.
 
     Args:
         paths: folders of the models.
-        losses: from a model to its losses, whose mean counts.
+        losses: computes the losses of a model; their mean is compared.
         auto: see `load_model`.
     Returns:
-        all models in the order in which they were tried.
+        all candidates in the order of the trials.
     Raises:
         UserError: if no model has a finite loss.
     """
@@ -113,39 +113,40 @@ def choose(
     order = sorted(range(len(paths)), key=lambda number: (alone[number], number))
     if not math.isfinite(alone[order[0]]):
         raise UserError(f"evaluation: the loss of every model is {alone[order[0]]}; none is usable")
-    tasted: list[Tasted] = []
+    candidates: list[Candidate] = []
     soup: Mapping[str, Tensor] = {}
     best, count = math.inf, 0
     for number in order:
         model = load_model(paths[number], auto).to(device).eval()
-        mixed = _mixed(soup, model.state_dict(), count)
+        updated = _add_to_mean(soup, model.state_dict(), count)
         if count:
-            model.load_state_dict(mixed)
+            model.load_state_dict(updated)
         loss = _mean_loss(losses, model) if count else alone[number]
         kept = loss <= best
         if kept:
-            soup, best, count = mixed, loss, count + 1
-        tasted.append(Tasted(number, paths[number], alone[number], loss, kept))
+            soup, best, count = updated, loss, count + 1
+        candidates.append(Candidate(number, paths[number], alone[number], loss, kept))
         logger.info(
             "%s: loss %.6g alone, %.6g in the soup%s",
             *(paths[number], alone[number], loss, "" if kept else "; left out"),
         )
-    return tasted
+    return candidates
 
 
-def described(tasted: Sequence[Tasted]) -> str:
-    """What was kept and what was not, a line for each model."""
+def candidate_table(candidates: Sequence[Candidate]) -> str:
+    """Table of the losses and the decision, one line for each candidate."""
     lines = [f"{'loss alone':>12}{'in the soup':>13}"]
-    for one in tasted:
-        fate = "kept" if one.kept else "left out"
-        lines.append(f"{one.loss:12.6g}{one.soup_loss:13.6g}  {fate:<8}  {one.path}")
+    for candidate in candidates:
+        losses = f"{candidate.loss:12.6g}{candidate.soup_loss:13.6g}"
+        decision = "kept" if candidate.kept else "left out"
+        lines.append(f"{losses}  {decision:<8}  {candidate.path}")
     return "\n".join(lines)
 
 
-def _mixed(
+def _add_to_mean(
     soup: Mapping[str, Tensor], state: Mapping[str, Tensor], count: int
 ) -> dict[str, Tensor]:
-    """The mean of `count` models with one more; integers are those of the first."""
+    """Mean of `count` models and `state`; integer tensors are those of the first model."""
     if not count:
         return {name: tensor.clone() for name, tensor in state.items()}
     share = 1 / (count + 1)
@@ -156,35 +157,35 @@ def _mixed(
 
 
 def _mean_loss(losses: Losses, model: torch.nn.Module) -> float:
-    found = losses(model)
-    mean = math.fsum(found.values()) / len(found)
+    values = losses(model).values()
+    mean = math.fsum(values) / len(values)
     return math.inf if math.isnan(mean) else mean
 
 
 def _average(recipe: Recipe, numbers: Sequence[int]) -> Recipe:
-    """The uniform average of some of the models.
+    """Build the recipe for the uniform average of the numbered models.
 
     Raises:
-        UserError: for what a soup has no use for.
+        UserError: for keys that a soup does not support.
     """
-    used = {
+    unsupported = {
         "base_model": recipe.base is not None,
         "slices": recipe.stacked,
         "modules": recipe.module_parameters or (recipe.parts and not recipe.stacked),
         "align": recipe.align,
         "tokenizer_source": recipe.words,
-        "parameters": recipe.parameters or [one for one in recipe.inputs if one.parameters],
-        "member": [one for one in recipe.inputs if one.member],
-        "adapters (MODEL+ADAPTER)": [one for one in recipe.inputs if one.adapter],
+        "parameters": recipe.parameters or [model for model in recipe.inputs if model.parameters],
+        "member": [model for model in recipe.inputs if model.member],
+        "adapters (MODEL+ADAPTER)": [model for model in recipe.inputs if model.adapter],
     }
-    for key, value in used.items():
+    for key, value in unsupported.items():
         if value:
-            raise UserError(f"{recipe.origin}: {GREEDY_SOUP} has no use for {key}; leave it out")
+            raise UserError(f"{recipe.origin}: {GREEDY_SOUP} does not support {key}; leave it out")
     inputs = tuple(replace(recipe.inputs[n], parameters={"weight": 1.0}) for n in numbers)
     return replace(recipe, method="linear", inputs=inputs, tokenizer=0, cut=False)
 
 
-def _study(recipe: Recipe) -> Study:
+def _study(recipe: Recipe) -> BarrierStudy:
     """Build a study from the `evaluation:` block.
 
     Raises:
@@ -209,8 +210,7 @@ def _study(recipe: Recipe) -> Study:
     if task not in (CLM, MLM):
         any_task(task)
     elif not isinstance(fields.get("data"), str) or not Path(fields["data"]).is_file():
-        raise UserError(f"{where}, data: {fields.get('data')!r} is no file; give one with text")
-    names = [str(one.path) for one in recipe.inputs]
-    models = {str(number): name for number, name in enumerate(names)}
+        raise UserError(f"{where}, data: {fields.get('data')!r} is not a file; give a text file")
+    models = {str(number): str(model.path) for number, model in enumerate(recipe.inputs)}
     variants = {GREEDY_SOUP: Options(method="identity")}
-    return Study(models, (), (task,), variants, **fields)
+    return BarrierStudy(models, (), (task,), variants, **fields)

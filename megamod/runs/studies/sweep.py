@@ -1,8 +1,7 @@
 """Many finetuning runs from one file: tasks x models x instances x seeds, as processes.
 
-A run that is finished is not made again, and one that was cut short goes on where it stood. What
-comes out is one table, and the score against N, the instances that share a forward pass, and
-against how many of them are answered per second.
+Finished runs are kept and interrupted ones resume. The results are a table and two plots: the score
+by N (the number of instances that share a forward pass), and the score by instances per second.
 """
 
 import itertools
@@ -35,7 +34,7 @@ Flags = dict[str, object]
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a launcher: `flags` without seed and folder."""
+    """One run of a launcher; `flags` has neither the seed nor the output folder."""
 
     task: str
     model: str
@@ -45,31 +44,31 @@ class Job:
     flags: Mapping[str, object]
 
     def folder(self, output: Path) -> Path:
-        """Where it writes."""
+        """Output folder of the run."""
         return output / self.task / self.model / f"N-{self.instances}" / f"seed-{self.seed}"
 
     def words(self, output: Path) -> list[str]:
-        """Its flags on a command line."""
+        """Command-line arguments of the run."""
         values = {**self.flags, "seed": self.seed, "output_dir": str(self.folder(output))}
         return flag_words(values)
 
 
 def read_sweep(path: Path) -> tuple[list[Job], list[str]]:
-    """Jobs of a YAML file, and the words to start each with in place of python.
+    """Read the jobs of a YAML file, and the command that starts a launcher in place of python.
 
         common: {data_dir: GLUE, max_steps: 1000, do_train: true, do_eval: true}
-        tasks:                                    # flags of one task win over common ones
+        tasks:                                    # flags of a task override common flags
           sst-2: {max_steps: 20000}
-          wnut17: {launcher: ner, data_dir: NER}  # else: glue
+          wnut17: {launcher: ner, data_dir: NER}  # default: glue
           all: {launcher: mtl, tasks: [cola, rte]}
-        models:                                   # and flags of a model over those of tasks
+        models:                                   # flags of a model override those of tasks
           plain: {model: runs/bert/model}
           mux: {model: "runs/mux-{N}/model", num_instances: [2, 5, 10]}
-          own: {model: runs/own, num_instances: {2: {}, 5: {learning_rate: 3.0e-4}}}
+          other: {model: runs/other, num_instances: {2: {}, 5: {learning_rate: 3.0e-4}}}
         seeds: [1, 2, 3]
         launch: [deepspeed, --num_gpus, "2"]      # optional
 
-    Flags beside one number of instances win over all others.
+    Flags of a number of instances override all others.
 
     Raises:
         UserError: naming the key that is wrong and what is allowed.
@@ -86,7 +85,7 @@ def read_sweep(path: Path) -> tuple[list[Job], list[str]]:
     for key in value:
         if key not in KEYS:
             raise UserError(f"{where}: unknown key {key!r}; allowed are {', '.join(KEYS)}")
-    tasks, models = (_named(value, key, where) for key in ("tasks", "models"))
+    tasks, models = (_flags_by_name(value, key, where) for key in ("tasks", "models"))
     common = _flags(value.get("common") or {}, f"{where}, common")
     seeds = value.get("seeds", [1])
     if (
@@ -107,25 +106,27 @@ def read_sweep(path: Path) -> tuple[list[Job], list[str]]:
 def sweep(
     jobs: Sequence[Job], output: Path, launchers: Path, at_once: int, launch: Sequence[str]
 ) -> str:
-    """Run what is not finished, then write summary.json and the plots; the table to print.
+    """Run unfinished jobs, then write summary.json and the plots.
 
     Args:
-        launchers: folder of finetune_glue.py and its neighbours.
-        at_once: processes that run at the same time.
-        launch: words to start a launcher with; empty: this python.
+        launchers: folder of finetune_glue.py and the other finetuning launchers.
+        at_once: largest number of concurrent processes.
+        launch: command that starts a launcher; empty: the running python.
+    Returns:
+        the table to print.
     Raises:
-        UserError: naming the jobs that failed and their logs, after all others have run.
+        UserError: naming the logs of failed jobs, after all other jobs have run.
     """
     output.mkdir(parents=True, exist_ok=True)
-    start = list(launch) or [sys.executable]
-    left = [job for job in jobs if not _finished(job, output)]
-    logger.info("%d of %d runs are finished", len(jobs) - len(left), len(jobs))
+    command = list(launch) or [sys.executable]
+    pending = [job for job in jobs if not _finished(job, output)]
+    logger.info("%d of %d runs are finished", len(jobs) - len(pending), len(jobs))
     with ThreadPoolExecutor(at_once) as pool:
-        fine = list(pool.map(lambda job: _run(job, output, launchers, start), left))
+        succeeded = list(pool.map(lambda job: _run(job, output, launchers, command), pending))
     failed = [
         str(job.folder(output) / "log.txt")
-        for job, done in zip(left, fine, strict=True)
-        if not done
+        for job, success in zip(pending, succeeded, strict=True)
+        if not success
     ]
     table = _summarise([job for job in jobs if _finished(job, output)], output)
     if failed:
@@ -133,21 +134,21 @@ def sweep(
     return table
 
 
-def _named(value: Mapping[str, object], key: str, where: str) -> dict[str, Flags]:
-    named = value.get(key)
-    if not isinstance(named, dict) or not named:
+def _flags_by_name(value: Mapping[str, object], key: str, where: str) -> dict[str, Flags]:
+    blocks = value.get(key)
+    if not isinstance(blocks, dict) or not blocks:
         raise UserError(f"{where}: {key} is missing: names, each with its flags")
     return {
-        str(name): _flags(flags or {}, f"{where}, {key}, {name}") for name, flags in named.items()
+        str(name): _flags(flags or {}, f"{where}, {key}, {name}") for name, flags in blocks.items()
     }
 
 
 def _flags(value: object, where: str) -> Flags:
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
-        raise UserError(f"{where}: {value!r} is not flag: value")
+        raise UserError(f"{where}: {value!r} is not `flag: value` lines")
     for name in ("output_dir", "seed", "seeds"):
         if name in value:
-            raise UserError(f"{where}: {name} is chosen for each run and is no flag here")
+            raise UserError(f"{where}: {name} is chosen for each run; leave it out")
     return dict(value)
 
 
@@ -155,12 +156,12 @@ def _jobs_of(
     task: str,
     model: str,
     common: Flags,
-    of_task: Flags,
-    of_model: Flags,
+    task_flags: Flags,
+    model_flags: Flags,
     seeds: Sequence[int],
     where: str,
 ) -> Iterator[Job]:
-    flags = {**common, **of_task, **of_model}
+    flags = {**common, **task_flags, **model_flags}
     launcher = flags.pop("launcher", "glue")
     if launcher not in LAUNCHERS:
         raise UserError(
@@ -170,65 +171,69 @@ def _jobs_of(
         flags = {"tasks": [task], **flags}
     elif "task_spec" not in flags:
         flags = {"task": task, **flags}
-    several = flags.pop("num_instances", None)
-    if isinstance(several, dict):
-        numbers = list(several.items())
+    value = flags.pop("num_instances", None)
+    if isinstance(value, dict):
+        counts = list(value.items())
     else:
-        numbers = [(one, {}) for one in (several if isinstance(several, list) else [several])]
-    for instances, of_number in numbers:
+        counts = [(count, {}) for count in (value if isinstance(value, list) else [value])]
+    for instances, block in counts:
         if instances is not None and (type(instances) is not int or instances < 1):
             raise UserError(
                 f"{where}, {model}: num_instances {instances!r} is not a whole number from 1"
             )
-        named = _flags(of_number, f"{where}, {model}, num_instances {instances}")
-        own = {
+        count_flags = _flags(block, f"{where}, {model}, num_instances {instances}")
+        job_flags = {
             name: flag.replace("{N}", str(instances or 1)) if isinstance(flag, str) else flag
-            for name, flag in {**flags, **named}.items()
+            for name, flag in {**flags, **count_flags}.items()
         }
         if instances is not None:
-            own["num_instances"] = instances
+            job_flags["num_instances"] = instances
         for seed in seeds:
-            yield Job(task, model, instances or 1, seed, launcher, own)
+            yield Job(task, model, instances or 1, seed, launcher, job_flags)
 
 
 def _finished(job: Job, output: Path) -> bool:
-    """True if the job has results from before.
+    """Return True if the job has results from an earlier sweep.
 
     Raises:
-        UserError: if its folder holds a run with other flags.
+        UserError: if the folder of the job holds a run with other flags.
     """
     folder = job.folder(output)
     record = folder / RECORD
     if not record.exists():
         return False
-    before = json.loads(record.read_text(encoding="utf-8"))
-    if before != job.words(output):
+    previous = json.loads(record.read_text(encoding="utf-8"))
+    if previous != job.words(output):
         raise UserError(
-            f"{folder} holds a run with other flags ({' '.join(before)}); remove it or choose "
+            f"{folder} holds a run with other flags ({' '.join(previous)}); remove it or choose "
             "another --output_dir"
         )
     return (folder / "results.json").exists()
 
 
-def _run(job: Job, output: Path, launchers: Path, start: Sequence[str]) -> bool:
-    """True if the job has results now."""
+def _run(job: Job, output: Path, launchers: Path, command: Sequence[str]) -> bool:
+    """Run the job; return True if it succeeds and has results."""
     folder, words = job.folder(output), job.words(output)
-    if Path(start[0]).name == "deepspeed" and "--master_port" not in start:
-        # Launchers that run at the same time must not meet at the usual port.
-        start = [*start, "--master_port", str(free_port(()))]
+    if Path(command[0]).name == "deepspeed" and "--master_port" not in command:
+        # Concurrent launchers cannot share the default port.
+        command = [*command, "--master_port", str(free_port(()))]
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / RECORD, words)
     logger.info("%s starts", folder)
     with open(folder / "log.txt", "ab") as log:
         program = str(launchers / f"finetune_{job.launcher}.py")
-        ended = subprocess.run([*start, program, *words], stdout=log, stderr=log, check=False)
-    fine = ended.returncode == 0 and (folder / "results.json").exists()
-    logger.info("%s %s", folder, "is finished" if fine else f"failed ({ended.returncode})")
-    return fine
+        process = subprocess.run([*command, program, *words], stdout=log, stderr=log, check=False)
+    success = process.returncode == 0 and (folder / "results.json").exists()
+    logger.info("%s %s", folder, "is finished" if success else f"failed ({process.returncode})")
+    return success
 
 
 def _summarise(jobs: Sequence[Job], output: Path) -> str:
-    """summary.json, scores.png and trade_off.png of finished jobs; a table."""
+    """Write summary.json, scores.png and trade_off.png of finished jobs.
+
+    Returns:
+        a table of scores.
+    """
     runs: dict[tuple[str, int], dict[str, list[dict[str, float]]]] = {}
     for job in jobs:
         record = json.loads((job.folder(output) / "results.json").read_text(encoding="utf-8"))
@@ -270,5 +275,5 @@ def _summarise(jobs: Sequence[Job], output: Path) -> str:
     table = score_table(rows, "score on dev") if rows else "nothing was scored (do_eval)"
     files = {"numbers": "summary.json", "plots": "scores.png", "": "trade_off.png"}
     return "\n".join(
-        ["", table, "", *(f"{what:7}  {output / file}" for what, file in files.items())]
+        ["", table, "", *(f"{label:7}  {output / file}" for label, file in files.items())]
     )
