@@ -202,26 +202,34 @@ def test_machine_paths_are_told_from_others():
 
 
 def undocumented(tree: ast.Module) -> list[tuple[int, str]]:
-    """Public functions and classes at the top, and methods of public classes, undescribed.
+    """Public functions and classes of a file without a docstring, and methods of public classes.
 
-    Methods need no description of their own if their class has foreign bases or another class of
-    the file describes a method of that name (the contract is told there), or if they are one line.
+    One-line functions, properties and methods of classes with foreign bases need none, nor does a
+    method that another class of the file documents.
     """
-    found = [] if ast.get_docstring(tree) else [(1, "the file itself")]
+    missing = [] if ast.get_docstring(tree) else [(1, "the file itself")]
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
-    told = {m.name for c in classes for m in methods(c) if ast.get_docstring(m)}
+    documented = {m.name for c in classes for m in methods(c) if ast.get_docstring(m)}
     for node in tree.body:
         if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name.startswith("_"):
             continue
-        if not ast.get_docstring(node):
-            found.append((node.lineno, node.name))
+        short = isinstance(node, ast.FunctionDef) and len(node.body) == 1
+        if not ast.get_docstring(node) and not short:
+            missing.append((node.lineno, node.name))
         if isinstance(node, ast.ClassDef) and not node.bases:
-            found += [
+            missing += [
                 (method.lineno, f"{node.name}.{method.name}")
                 for method in methods(node)
-                if method.name not in told and len(method.body) > 1
+                if method.name not in documented
+                and len(method.body) > 1
+                and not is_property(method)
             ]
-    return found
+    return missing
+
+
+def is_property(node: ast.FunctionDef) -> bool:
+    """True for a method read like an attribute."""
+    return any("property" in ast.unparse(decorator) for decorator in node.decorator_list)
 
 
 def methods(node: ast.ClassDef) -> list[ast.FunctionDef]:
@@ -242,14 +250,49 @@ def test_what_is_public_is_described(path):
 def test_undescribed_things_are_found():
     tree = ast.parse(
         '"""File."""\n'
-        "def told():\n    'Yes.'\n"
-        "def bare(): ...\n"
+        "def documented():\n    'Yes.'\n"
+        "def short(): ...\n"
+        "def bare():\n    x = 1\n    return x\n"
         "def _private(): ...\n"
         "class Plain:\n    'Yes.'\n    def method(self):\n        x = 1\n        return x\n"
         "    def short(self): ...\n    def _own(self):\n        x = 1\n        return x\n"
         "class Module(Base):\n    'Yes.'\n    def forward(self): ...\n"
     )
     assert [name for _, name in undocumented(tree)] == ["bare", "Plain.method"]
+
+
+# Variable names that say nothing of what they hold, and first words of docstrings that describe a
+# question and not the code. CONTRIBUTING.md has the words to use.
+EMPTY_NAMES = {"found", "told", "given", "there", "own", "one", "made", "wanted", "place"}
+QUESTIONS = re.compile(r"(What|Which|Whether|How|For whom|As many|Who|Where)\b")
+
+
+def wording(tree: ast.Module) -> list[tuple[int, str]]:
+    """Line and word of variables with an empty name, and of docstrings that start as a question."""
+    bad = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arg) and node.arg in EMPTY_NAMES:
+            bad.append((node.lineno, node.arg))
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            bad += [(node.lineno, node.id)] if node.id in EMPTY_NAMES else []
+        elif isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)):
+            text = ast.get_docstring(node) or ""
+            if QUESTIONS.match(text):
+                bad.append((getattr(node, "lineno", 1), text.splitlines()[0]))
+    return bad
+
+
+@pytest.mark.parametrize("path", PUBLIC, ids=label)
+def test_names_and_docstrings_are_plain(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert [f"{label(path)}, line {line}: {word}" for line, word in wording(tree)] == []
+
+
+def test_wording_is_recognised():
+    source = (
+        '"""What it does."""\ndef f(own, x):\n    """Sum."""\n    found = x\n    return found\n'
+    )
+    assert [word for _, word in wording(ast.parse(source))] == ["What it does.", "own", "found"]
 
 
 DOCUMENTS = [

@@ -106,7 +106,7 @@ def parsed(place: Path, *flags: object) -> EnsembleArgs:
         (("--cache_dir", "prior.json"), "--cache_dir prior.json: File exists"),
         (("--output", "no/such/place.json"), "--output .*: there is no folder no/such"),
         (("--mixing_batch_size", 3), "--per_device_eval_batch_size 8: must be a multiple of"),
-        (("--cache_dir", "x", "--in_memory"), "--cache_dir x: --in_memory keeps nothing"),
+        (("--cache_dir", "x", "--in_memory"), "--cache_dir x: --in_memory does not use a cache"),
         (("--max_seq_length", 99), "--max_seq_length 99"),
         (("--rule", "bayes"), "--rule: 'bayes' is not allowed"),
         (("--forest", "nowhere"), "nowhere"),

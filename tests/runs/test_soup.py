@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from megamod.errors import UserError
 from megamod.merging.recipe_file import read_recipe
 from megamod.runs.studies import soup as soup_module
-from megamod.runs.studies.soup import choose, greedy_soup
+from megamod.runs.studies.soup import greedy_soup, select_models
 from megamod.states.weights import read_weights
 
 WORDS = [f"w{n}" for n in range(12)]
@@ -114,17 +114,17 @@ def test_a_soup_is_that_of_the_plain_recipe(place, tmp_path):
 
 def test_ties_keep_the_order_and_do_no_harm(place, monkeypatch):
     paths = [str(place / str(number)) for number in (1, 0, 2)]
-    equal = choose(paths, lambda model: {"a": 1.0, "b": 3.0}, torch.device("cpu"))
+    equal = select_models(paths, lambda model: {"a": 1.0, "b": 3.0}, torch.device("cpu"))
     assert [(one.number, one.loss, one.kept) for one in equal] == [
         (0, 2.0, True),
         (1, 2.0, True),
         (2, 2.0, True),
     ]
     numbers = iter([math.nan, 2.0, 1.0, 1.5, math.nan])
-    tasted = choose(paths, lambda model: {"loss": next(numbers)}, torch.device("cpu"))
+    tasted = select_models(paths, lambda model: {"loss": next(numbers)}, torch.device("cpu"))
     assert [(one.number, one.kept) for one in tasted] == [(2, True), (1, False), (0, False)]
     with pytest.raises(UserError, match="the loss of every model is inf"):
-        choose(paths, lambda model: {"loss": math.nan}, torch.device("cpu"))
+        select_models(paths, lambda model: {"loss": math.nan}, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -134,11 +134,11 @@ def test_ties_keep_the_order_and_do_no_harm(place, monkeypatch):
         ({"evaluation": {"dta": "x"}}, "evaluation: unknown key 'dta'"),
         ({"evaluation": {"data": "x", "batch_size": 0}}, "evaluation, batch_size: 0"),
         ({"evaluation": {"task": 3}}, "task: 3 is not clm"),
-        ({"evaluation": {"task": "mlm"}}, "data: None is no file"),
+        ({"evaluation": {"task": "mlm"}}, "data: None is not a file"),
         ({"evaluation": {"task": "nosuch", "data": "x"}}, "nosuch"),
-        ({"align": {"method": "weight"}}, "greedy_soup has no use for align"),
-        ({"parameters": {"weight": 1}}, "no use for parameters"),
-        ({"base_model": "0"}, "no use for base_model"),
+        ({"align": {"method": "weight"}}, "greedy_soup does not support align"),
+        ({"parameters": {"weight": 1}}, "does not support parameters"),
+        ({"base_model": "0"}, "does not support base_model"),
         ({"evaluation": {"data": "valid.txt", "max_seq_length": 17}}, "has 16 positions; give"),
         ({"merge_method": "linear"}, "evaluation goes with greedy_soup, not linear"),
     ],

@@ -85,7 +85,7 @@ class EnsembleArgs(Arguments):
             )
         if self.in_memory and self.cache_dir is not None:
             raise UserError(
-                f"--cache_dir {self.cache_dir}: --in_memory does not use a cache; give one of the two"
+                f"--cache_dir {self.cache_dir}: --in_memory does not use a cache; give only one"
             )
         if self.estimate_only and self.prior is not None:
             raise UserError(f"--estimate_only and --prior {self.prior}: give one of the two")

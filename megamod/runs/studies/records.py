@@ -30,7 +30,7 @@ Record = dict[str, object]
 
 @dataclass
 class Figures:
-    """What a cell's run gave: `scores` by row and value, and `details` that tables do not need."""
+    """Result of a cell's run: `scores` by row and value, and `details` that tables do not need."""
 
     scores: Scores
     details: dict[str, object] = field(default_factory=dict)
