@@ -320,6 +320,7 @@ def _read_header(file: Path) -> Iterator[tuple[str, tuple[Spec, _Location]]]:
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         if entry["dtype"] not in _BY_NAME:
             known = ", ".join(_BY_NAME)
-            raise UserError(f"{file}: {name} has dtype {entry['dtype']}; known are {known}")
+            hint = "; dequantise the model first" if entry["dtype"].startswith("F8") else ""
+            raise UserError(f"{file}: {name} has dtype {entry['dtype']}; known are {known}{hint}")
         spec = Spec(_BY_NAME[entry["dtype"]], tuple(entry["shape"]))
         yield name, (spec, _Location(file, 8 + length + entry["data_offsets"][0]))

@@ -210,3 +210,12 @@ def test_inputs_of_a_command_line():
     for values, message in ((["a"], "write NAME=PATH"), (["a=1", "a=2"], "domain a is 1 already")):
         with pytest.raises(UserError, match=message):
             parse_inputs(values)
+
+
+def test_json_lines_named_as_text_are_reported(tmp_path, caplog):
+    path = write(tmp_path / "a.txt", '{"text": "one"}\n{"text": "two"}\n')
+    assert len(list(open_source(path).documents())) == 1
+    assert "line 1 is a JSON object" in caplog.text and "rename the file to .jsonl" in caplog.text
+    caplog.clear()
+    list(open_source(write(tmp_path / "b.txt", "{one} is no object\n")).documents())
+    assert caplog.text == ""

@@ -5,6 +5,7 @@ or byte offset; with encoding_errors="replace" it is repaired and counted.
 """
 
 import hashlib
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ from megamod.data.corpus.text_columns import (
     tsv_column,
 )
 from megamod.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -235,7 +238,13 @@ def read_documents(
 
 def _plain_documents(path: Path, decoding: Decoding) -> Iterator[str]:
     kept: list[str] = []
-    for _, line in text_lines(path, decoding):
+    for number, line in text_lines(path, decoding):
+        if number == 1 and _is_json_object(line):
+            logger.warning(
+                "%s: line 1 is a JSON object, and the whole line is read as text because of the "
+                "ending %s; rename the file to .jsonl to read its fields",
+                *(path, path.suffix),
+            )
         if line.strip():
             kept.append(line)
         elif kept:
@@ -243,6 +252,14 @@ def _plain_documents(path: Path, decoding: Decoding) -> Iterator[str]:
             kept = []
     if kept:
         yield "\n".join(kept)
+
+
+def _is_json_object(line: str) -> bool:
+    try:
+        json_object(line, "line 1")
+    except UserError:
+        return False
+    return True
 
 
 def split_of(document: str, seed: int) -> str:
