@@ -5,7 +5,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-VERSION = re.search(r'"(.+)"$', Path("megamod/version.py").read_text(encoding="utf-8"), re.M)[1]
+VERSION_FILE = Path("megamod/version.py").read_text(encoding="utf-8")
+VERSION = re.search(r'^__version__ = "(.+)"$', VERSION_FILE, re.M)[1]
 
 CORE = [
     "torch>=2.10",

@@ -101,8 +101,12 @@ def test_pins_lie_in_the_ranges():
 
 
 def test_versions_and_build_settings():
-    text = (REPOSITORY / "setup.py").read_text(encoding="utf-8")
-    assert "megamod/version.py" in text and re.fullmatch(r"\d+\.\d+\.\d+", megamod.__version__)
+    # `setup.py` reads the version from the source of megamod/version.py, docstring and all.
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--version"], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert done.stdout.split()[-1:] == [megamod.__version__], done.stderr
+    assert re.fullmatch(r"\d+\.\d+\.\d+", megamod.__version__)
     settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
     # An older setuptools makes an editable install that lacks megamod_kernels.
     (needed,) = (Requirement(text) for text in settings["build-system"]["requires"])
