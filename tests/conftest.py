@@ -58,11 +58,11 @@ def rounding(monkeypatch):
 
     convert = interpreter._convert_float
 
-    def rounded(given, given_type, wanted_type, mode):
+    def rounded(inputs, given_type, wanted_type, mode):
         if (given_type, wanted_type) != (tl.float32, tl.bfloat16):
-            return convert(given, given_type, wanted_type, mode)
-        exact = torch.from_numpy(np.ascontiguousarray(given).view(np.float32))
-        return exact.bfloat16().view(torch.int16).numpy().view(np.uint16).reshape(given.shape)
+            return convert(inputs, given_type, wanted_type, mode)
+        exact = torch.from_numpy(np.ascontiguousarray(inputs).view(np.float32))
+        return exact.bfloat16().view(torch.int16).numpy().view(np.uint16).reshape(inputs.shape)
 
     monkeypatch.setattr(interpreter, "_convert_float", rounded)
 
@@ -76,8 +76,8 @@ def poisoned(monkeypatch):
         allocate = getattr(owner, name)
 
         def filled(*args, **more):
-            made = allocate(*args, **more)
-            return made.fill_(torch.nan) if made.is_floating_point() else made
+            built = allocate(*args, **more)
+            return built.fill_(torch.nan) if built.is_floating_point() else built
 
         monkeypatch.setattr(owner, name, filled)
 

@@ -155,10 +155,10 @@ def test_one_message_names_flag_value_and_choice(argv, parts):
 )
 def test_bad_recipes(recipe, text, parts):
     path = recipe(text)
-    found = message(path)
-    assert path in found
+    result = message(path)
+    assert path in result
     for part in parts:
-        assert part in found
+        assert part in result
 
 
 def test_an_empty_recipe_changes_nothing(recipe):

@@ -20,7 +20,7 @@ def ending(monkeypatch, capsys, error: BaseException) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "told"),
+    ("error", "code", "output"),
     [
         (errors.UserError("--alpha 7: at most 1"), 2, "UserError: --alpha 7: at most 1\n"),
         (errors.PolicyStop("the loss is nan"), 3, "PolicyStop: the loss is nan\n"),
@@ -29,16 +29,16 @@ def ending(monkeypatch, capsys, error: BaseException) -> tuple[int, str]:
         (KeyboardInterrupt(), 130, "Interrupted\n"),
     ],
 )
-def test_exit_codes(monkeypatch, capsys, error, code, told):
+def test_exit_codes(monkeypatch, capsys, error, code, output):
     monkeypatch.setattr(sys, "argv", ["launcher"])
-    assert ending(monkeypatch, capsys, error) == (code, told)
+    assert ending(monkeypatch, capsys, error) == (code, output)
 
 
 def test_traceback_on_demand(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["launcher", "--traceback"])
-    code, told = ending(monkeypatch, capsys, errors.UserError("no"))
+    code, output = ending(monkeypatch, capsys, errors.UserError("no"))
     assert code == 2
-    assert told.startswith("Traceback") and told.endswith("UserError: no\n")
+    assert output.startswith("Traceback") and output.endswith("UserError: no\n")
 
 
 @pytest.mark.parametrize(
@@ -52,10 +52,10 @@ def test_traceback_on_demand(monkeypatch, capsys):
 )
 def test_lost_peers_are_exit_4_and_name_rank_and_host(monkeypatch, capsys, message):
     monkeypatch.setattr(sys, "argv", ["launcher"])
-    code, told = ending(monkeypatch, capsys, RuntimeError(message))
+    code, output = ending(monkeypatch, capsys, RuntimeError(message))
     assert code == 4
     where = f"rank 0 on {os.uname().nodename}"
-    assert told == f"DistributedFailure: {where} lost its peers: {message}\n"
+    assert output == f"DistributedFailure: {where} lost its peers: {message}\n"
 
 
 def test_faults_of_the_program_keep_their_traceback():

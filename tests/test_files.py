@@ -99,5 +99,5 @@ def test_sync_tree_reaches_every_file_and_folder(tmp_path, monkeypatch):
 
 def test_sha256(tmp_path):
     (tmp_path / "a").write_bytes(bytes(range(256)) * 1000)
-    wanted = hashlib.sha256(bytes(range(256)) * 1000).hexdigest()
-    assert files.sha256(tmp_path / "a") == wanted
+    expected = hashlib.sha256(bytes(range(256)) * 1000).hexdigest()
+    assert files.sha256(tmp_path / "a") == expected

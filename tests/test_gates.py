@@ -1,4 +1,4 @@
-"""What no file of this repository may do: run what it reads, name this machine, go undocumented."""
+"""Rules for every file: no running of data, no machine's paths, no missing docstring."""
 
 import ast
 import re
@@ -54,14 +54,14 @@ def tree_files() -> list[Path]:
             text=True,
             check=True,
         ).stdout.split("\0")
-        found = [REPOSITORY / name for name in listed if name]
+        result = [REPOSITORY / name for name in listed if name]
     except (OSError, subprocess.CalledProcessError):  # an unpacked archive
-        found = [
+        result = [
             path
             for path in REPOSITORY.rglob("*")
             if not GENERATED & set(path.relative_to(REPOSITORY).parts)
         ]
-    return sorted(path for path in found if path.is_file())
+    return sorted(path for path in result if path.is_file())
 
 
 FILES = tree_files()
@@ -81,7 +81,7 @@ def spelled(function: ast.expr) -> str:
 
 def forbidden(tree: ast.AST) -> list[tuple[int, str, str]]:
     """Line, what is there, what to do instead."""
-    found = []
+    result = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             modules = {alias.name.partition(".")[0] for alias in node.names}
@@ -89,16 +89,16 @@ def forbidden(tree: ast.AST) -> list[tuple[int, str, str]]:
             modules = {(node.module or "").partition(".")[0]}
         else:
             modules = set()
-        found += [
+        result += [
             (node.lineno, module, "safetensors or JSON") for module in modules & FORBIDDEN_MODULES
         ]
         if isinstance(node, ast.Call):
-            found += [(node.lineno, *bad) for bad in forbidden_call(node)]
-    return found
+            result += [(node.lineno, *bad) for bad in forbidden_call(node)]
+    return result
 
 
 def forbidden_call(node: ast.Call) -> list[tuple[str, str]]:
-    """What is wrong with one call."""
+    """Return the faults of one call."""
     name, keywords = spelled(node.func), {k.arg: k.value for k in node.keywords}
     last = "*." + name.rpartition(".")[2]
     bad = [(name, FORBIDDEN_CALLS[key]) for key in (name, last) if key in FORBIDDEN_CALLS]
@@ -125,10 +125,10 @@ def is_false(value: ast.expr) -> bool:
 
 @pytest.mark.parametrize("path", PYTHON, ids=label)
 def test_nothing_runs_what_it_reads(path):
-    found = forbidden(ast.parse(path.read_text(encoding="utf-8")))
+    result = forbidden(ast.parse(path.read_text(encoding="utf-8")))
     assert [
         f"{label(path)}, line {line}: {what}; use {instead}"
-        for line, what, instead in found
+        for line, what, instead in result
         if (label(path), what) not in ALLOWED
     ] == []
 
@@ -175,7 +175,7 @@ def test_exceptions_are_still_needed():
 
 
 def test_no_file_names_this_machine():
-    found = []
+    result = []
     for path in FILES:
         if path == SELF or path.suffix not in TEXT:
             continue
@@ -183,8 +183,8 @@ def test_no_file_names_this_machine():
         for number, line in enumerate(lines, start=1):
             match = MACHINE_PATHS.search(line)
             if match and (label(path), match[0]) not in ALLOWED_PATHS:
-                found.append(f"{label(path)}, line {number}: {line.strip()[:80]}")
-    assert found == []
+                result.append(f"{label(path)}, line {number}: {line.strip()[:80]}")
+    assert result == []
 
 
 def test_machine_paths_are_told_from_others():
@@ -282,7 +282,7 @@ def wording(tree: ast.Module) -> list[tuple[int, str]]:
     return bad
 
 
-@pytest.mark.parametrize("path", PUBLIC, ids=label)
+@pytest.mark.parametrize("path", PYTHON, ids=label)
 def test_names_and_docstrings_are_plain(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     assert [f"{label(path)}, line {line}: {word}" for line, word in wording(tree)] == []
@@ -316,15 +316,15 @@ def test_documents_name_files_that_exist(document):
 
 
 def test_the_tree_in_the_documents_is_the_tree():
-    told = (REPOSITORY / "docs/architecture.md").read_text(encoding="utf-8")
-    lines = re.findall(r"^    (megamod/[\w/.]+\.py) ", told, flags=re.MULTILINE)
+    output = (REPOSITORY / "docs/architecture.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^    (megamod/[\w/.]+\.py) ", output, flags=re.MULTILINE)
     trivial = {  # packages whose first file is one line of description
         label(path)
         for path in (REPOSITORY / "megamod").rglob("__init__.py")
         if len(path.read_text(encoding="utf-8").splitlines()) < 2
     }
-    there = {label(path) for path in (REPOSITORY / "megamod").rglob("*.py")} - trivial
-    assert set(lines) == there and len(lines) == len(set(lines))
+    existing = {label(path) for path in (REPOSITORY / "megamod").rglob("*.py")} - trivial
+    assert set(lines) == existing and len(lines) == len(set(lines))
 
 
 def test_the_tour_names_things_that_exist():

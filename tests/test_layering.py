@@ -1,4 +1,4 @@
-"""Who may import whom. docs/architecture.md shows the same table and says why."""
+"""Allowed imports between packages. docs/architecture.md shows the same table and says why."""
 
 import ast
 import subprocess
@@ -136,14 +136,14 @@ def room_of(module: str) -> str:
 
 def imported(tree: ast.AST) -> set[tuple[int, str]]:
     """Line and module of all imports, those inside functions too."""
-    found: set[tuple[int, str]] = set()
+    result: set[tuple[int, str]] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {(node.lineno, alias.name) for alias in node.names}
+            result |= {(node.lineno, alias.name) for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"line {node.lineno}: imports are absolute"
-            found |= {(node.lineno, module) for module in from_modules(node)}
-    return found
+            result |= {(node.lineno, module) for module in from_modules(node)}
+    return result
 
 
 def from_modules(node: ast.ImportFrom) -> set[str]:
@@ -161,9 +161,9 @@ def violations(module: str, tree: ast.AST) -> list[str]:
     for line, target in sorted(imported(tree)):
         top = target.partition(".")[0]
         if top in ("megamod", "megamod_kernels"):
-            there = room_of(target)
+            existing = room_of(target)
             leaves = set() if room in LEAVES | {"megamod_kernels"} else LEAVES
-            allowed = there in ours | leaves | {room}
+            allowed = existing in ours | leaves | {room}
         else:
             allowed = top in sys.stdlib_module_names or top in others
         if not allowed:
@@ -214,9 +214,9 @@ def test_launchers_import_what_is_installed():
 def test_source_roots_are_not_packages():
     """A `kernels` package would hide the distribution of that name, which transformers imports."""
     for folder in ("kernels", "launchers", "tests"):
-        found = sorted((REPOSITORY / folder).glob("__init__.py"))
-        found += sorted((REPOSITORY / folder / "bench").glob("__init__.py"))
-        assert found == []
+        result = sorted((REPOSITORY / folder).glob("__init__.py"))
+        result += sorted((REPOSITORY / folder / "bench").glob("__init__.py"))
+        assert result == []
 
 
 def test_every_file_has_a_name_and_a_size():
@@ -282,10 +282,10 @@ print(float(loss), float(torch.nn.functional.cross_entropy(logits, ids[0, 1:])))
 
 
 def test_deepspeed_stays_where_it_belongs():
-    told = without(
+    output = without(
         {"deepspeed"},
         "import megamod.data.lm.pretraining, megamod.states.weights, megamod.evaluation.saved\n"
         "import megamod.evaluation.report, megamod.args, megamod.dist.scope\n"
         "print('fine')",
     )
-    assert told == "fine\n"
+    assert output == "fine\n"

@@ -1,4 +1,4 @@
-"""What is installed: two packages, their licence, and everything that they import."""
+"""The installed packages: two of ours, their licence, and everything that they import."""
 
 import ast
 import re
@@ -34,10 +34,10 @@ def setup_lists() -> dict[str, list[str]]:
 
 
 def declared() -> dict[str, Requirement]:
-    """What an installation without extras brings, and what is optional but for developers."""
+    """Return the requirements of an installation, and the optional ones except for developers."""
     lists = setup_lists()
-    wanted = map(Requirement, lists["CORE"] + lists["TRITON"] + lists["EVAL"])
-    return {canonicalize_name(one.name): one for one in wanted}
+    expected = map(Requirement, lists["CORE"] + lists["TRITON"] + lists["EVAL"])
+    return {canonicalize_name(item.name): item for item in expected}
 
 
 def pins() -> dict[str, Version]:
@@ -48,12 +48,12 @@ def pins() -> dict[str, Version]:
 
 
 def test_exactly_two_packages_and_all_their_parts():
-    found = find_packages(str(REPOSITORY), include=["megamod", "megamod.*"])
+    result = find_packages(str(REPOSITORY), include=["megamod", "megamod.*"])
     folders = {
         ".".join(path.parent.relative_to(REPOSITORY).parts)
         for path in (REPOSITORY / "megamod").rglob("*.py")
     }
-    assert set(found) == folders, "a folder without __init__.py would be left out of the wheel"
+    assert set(result) == folders, "a folder without __init__.py would be left out of the wheel"
     assert find_packages(str(REPOSITORY / "kernels"), include=["megamod_kernels*"]) == [
         "megamod_kernels"
     ]
@@ -75,19 +75,19 @@ def test_every_import_is_declared():
 
 def imports(tree: ast.AST) -> set[str]:
     """Top-level names of all imports of a file."""
-    found = set()
+    result = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {alias.name.partition(".")[0] for alias in node.names}
+            result |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found.add(node.module.partition(".")[0])
-    return found
+            result.add(node.module.partition(".")[0])
+    return result
 
 
 def test_what_is_brought_along_really_is():
     for name, by in BROUGHT_BY.items():
         needed = [Requirement(text) for text in requires(by)]
-        assert name in {canonicalize_name(one.name) for one in needed if "extra" not in str(one)}
+        assert name in {canonicalize_name(item.name) for item in needed if "extra" not in str(item)}
         assert by in declared()
 
 
@@ -96,7 +96,7 @@ def test_pins_lie_in_the_ranges():
     for name, requirement in declared().items():
         assert name in pinned, f"constraints.txt does not pin {name}"
         assert pinned[name] in requirement.specifier, f"{pinned[name]} is outside {requirement}"
-    exact = [str(one) for one in declared().values() if "==" in str(one.specifier)]
+    exact = [str(item) for item in declared().values() if "==" in str(item.specifier)]
     assert exact == [], "a library is not pinned; constraints.txt is there for that"
 
 

@@ -17,19 +17,19 @@ def twin(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     symmetry = symmetry_of(model.config.to_dict(), shapes_of(model.state_dict()))
     options = ALL if symmetry.of("res") else Options(groups=("ff", "attn"))
     generator = torch.Generator().manual_seed(seed)
-    found, shared = {}, None
+    result, shared = {}, None
     for group in aligned_groups(symmetry, options):
         if group.family in ("res", "head"):
             shared = torch.randperm(group.size, generator=generator) if shared is None else shared
-            found[group.name] = shared
+            result[group.name] = shared
         elif group.heads is None:
-            found[group.name] = torch.randperm(group.size, generator=generator)
+            result[group.name] = torch.randperm(group.size, generator=generator)
         else:
             within = group.size // group.heads
             order = torch.randperm(group.heads, generator=generator)
             parts = [head * within + torch.randperm(within, generator=generator) for head in order]
-            found[group.name] = torch.cat(parts)
-    state = permuted(model.state_dict(), symmetry, Alignment(found, {}, options))
+            result[group.name] = torch.cat(parts)
+    state = permuted(model.state_dict(), symmetry, Alignment(result, {}, options))
     other = type(model)(model.config)
     other.load_state_dict(state)
     return other

@@ -72,9 +72,9 @@ def main() -> None:
     @wraps(original)
     def assignment(*arguments, **named):
         started = time.process_time()
-        found = original(*arguments, **named)
+        result = original(*arguments, **named)
         spent[0] += time.process_time() - started
-        return found
+        return result
 
     matching.linear_sum_assignment = assignment
     for _ in range(options.rounds):

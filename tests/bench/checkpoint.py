@@ -53,8 +53,8 @@ def measure_here(rank: int, folder: str) -> list[float]:
     )
     root = Path(folder)
     (root / "run.yaml").write_text("seed: 1\n")
-    told = card(config, Sharing.DENSE, "none")
-    export = ModelExport(engine, config, topology, None, root / "run.yaml", told)
+    output = card(config, Sharing.DENSE, "none")
+    export = ModelExport(engine, config, topology, None, root / "run.yaml", output)
     checkpoints = Checkpoints(root / "checkpoints", engine, topology, export, {}, keep=1)
 
     def ours(number: int) -> None:

@@ -25,7 +25,7 @@ ROUNDS, REPEATS = 5, 3
 
 
 def row_name(instances: int) -> str:
-    """What the ratio is called in the table of all benchmarks."""
+    """The name of the ratio in the table of all benchmarks."""
     return f"demux split / concatenated, N = {instances}"
 
 
@@ -35,9 +35,9 @@ def make_inputs(instances: int, size: int = SIZE) -> list[Tensor]:
     shapes = [(GROUPS, LENGTH, size), (instances, size), (size, 2 * size), (size,)]
     shapes += [(size, size), (size,), (size,), (size,)]
     drawn = [torch.randn(shape, generator=generator) for shape in shapes]
-    for place in (2, 4):
-        drawn[place] *= size**-0.5
-    return [one.requires_grad_() for one in drawn]
+    for folder in (2, 4):
+        drawn[folder] *= size**-0.5
+    return [item.requires_grad_() for item in drawn]
 
 
 def concatenated(
@@ -68,7 +68,7 @@ def split(
     norm: Tensor,
     norm_bias: Tensor,
 ) -> Tensor:
-    """What the models call."""
+    """The implementation that the models call."""
     from megamod_kernels.demux import Chain, rsa_demux, split_projection
 
     parts = split_projection(hidden, key, first, first_bias)
@@ -88,15 +88,17 @@ def _seconds(instances: int, rounds: int) -> list[tuple[float, float]]:
     torch.set_num_threads(1)
     torch._dynamo.reset()
     peer = torch.compile(concatenated, fullgraph=True, dynamic=False)
-    given = make_inputs(instances)
+    inputs = make_inputs(instances)
     upstream = torch.ones(GROUPS, instances, LENGTH, SIZE)
 
     def step(function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(function(*given), given, upstream)
+        return torch.autograd.grad(function(*inputs), inputs, upstream)
 
-    for ours, wanted in zip(step(split), step(peer), strict=True):
-        torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
-    found = []
+    for ours, expected in zip(step(split), step(peer), strict=True):
+        torch.testing.assert_close(
+            ours, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())
+        )
+    result = []
     for _ in range(REPEATS):
         least = {split: float("inf"), peer: float("inf")}
         for _ in range(rounds):
@@ -104,8 +106,8 @@ def _seconds(instances: int, rounds: int) -> list[tuple[float, float]]:
                 started = time.thread_time()
                 step(function)
                 least[function] = min(least[function], time.thread_time() - started)
-        found.append((least[split], least[peer]))
-    return found
+        result.append((least[split], least[peer]))
+    return result
 
 
 def main() -> None:
@@ -121,7 +123,7 @@ def main() -> None:
     for instances in args.n:
         times = _seconds(instances, args.rounds)
         ratios = sorted(peer / ours for ours, peer in times)
-        ours, peer = (min(one) for one in zip(*times, strict=True))
+        ours, peer = (min(item) for item in zip(*times, strict=True))
         floor = FLOORS.get(instances)
         record.append(
             {"num_instances": instances, "ratios": ratios, "floor": floor}

@@ -71,8 +71,8 @@ def measure() -> dict[str, list[float]]:
     from megamod.states.forest import open_forest
 
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as place:
-        data, forest = make_data(Path(place, "bin")), make_forest(Path(place, "forest"))
+    with tempfile.TemporaryDirectory() as folder:
+        data, forest = make_data(Path(folder, "bin")), make_forest(Path(folder, "forest"))
         held_out = HeldOut(str(data), ("text",), "test", None, BATCH, "auto", False)
         experts = Experts(open_forest(forest), held_out, CPU)
         source, priors = Together(experts), {"text": uniform(experts.domains)}

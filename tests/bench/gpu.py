@@ -101,7 +101,7 @@ def run(
     Returns:
         name, seconds, and "ok" or what went wrong, of each.
     """
-    ends, found, hopeless = time.monotonic() + total, [], False
+    ends, result, hopeless = time.monotonic() + total, [], False
     folder.mkdir(parents=True, exist_ok=True)
     for part in parts:
         seconds = min(part.limit, ends - time.monotonic())
@@ -113,9 +113,9 @@ def run(
         else:
             print(f"--- {part.name}, at most {seconds:.0f} s", flush=True)
             said = _process([python, *part.command(folder, seconds)], seconds)
-        found.append((part.name, time.monotonic() - started, said))
+        result.append((part.name, time.monotonic() - started, said))
         hopeless |= part.needed and said not in ("ok", TOO_LONG)
-    return found
+    return result
 
 
 def _process(command: Sequence[str], seconds: float) -> str:
@@ -180,7 +180,7 @@ def main() -> int:
     add("--parts", nargs="+", choices=[part.name for part in PARTS], help="only these")
     add("--seconds", type=float, default=TOTAL, help="for everything (default: %(default)s)")
     args = parser.parse_args()
-    folder, found = args.output_dir.resolve(), []
+    folder, result = args.output_dir.resolve(), []
     if not args.only_docs:
         import torch
 
@@ -192,13 +192,13 @@ def main() -> int:
         for part in parts:
             (folder / f"{part.name}.json").unlink(missing_ok=True)
         started = time.monotonic()
-        found = run(parts, folder, args.seconds)
+        result = run(parts, folder, args.seconds)
         print(f"--- all in {time.monotonic() - started:.0f} s", flush=True)
     if not args.no_docs:
         print(f"written: {', '.join(write_docs(folder, args.docs)) or 'nothing'}")
-    for name, seconds, said in found:
+    for name, seconds, said in result:
         print(f"{name:12} {seconds:6.0f} s  {said}")
-    return int(any(said != "ok" for _, _, said in found))
+    return int(any(said != "ok" for _, _, said in result))
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def measure(
     """A record for each kind and N: rows per second of both sides, ratio, ceiling, share of it."""
     torch.manual_seed(1)
     torch._dynamo.config.recompile_limit = 64  # a block is compiled for every number of groups
-    found = []
+    result = []
     for kind in kinds:
         times = _seconds(kind, shape, counts, device, rows, rounds, compiled)
         with torch.device("meta"):
@@ -101,9 +101,9 @@ def measure(
                 row |= {"stock_rows_per_second": rows / stock, "stock_is": with_stock}
                 row["ratio"] = stock / ours
                 row["share"] = row["ratio"] / row["ceiling"]
-            found.append(row)
+            result.append(row)
             print(line(row), flush=True)
-    return found
+    return result
 
 
 def line(row: dict[str, object]) -> str:
@@ -117,14 +117,14 @@ def line(row: dict[str, object]) -> str:
     )
 
 
-def verdicts(found: Sequence[dict[str, object]]) -> list[Verdict]:
-    """Whether the share of the ceiling is enough; where nothing could be measured it is not."""
+def verdicts(result: Sequence[dict[str, object]]) -> list[Verdict]:
+    """Return True if the share of the ceiling is enough; False too where nothing was measured."""
     return [
         Verdict(
             f"{row['kind']} classification, N = {row['num_instances']}",
             "share of the ceiling", row.get("share", 0.0), SHARE,
         )
-        for row in found
+        for row in result
     ]  # fmt: skip
 
 
@@ -142,10 +142,10 @@ def _seconds(
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     ids = torch.randint(1000, 30000, (rows, LENGTH), device=device)
     ids[:, 0] = 101
-    found: dict[int, dict[str, float | str]] = {n: {} for n in (STOCK, *counts)}
+    result: dict[int, dict[str, float | str]] = {n: {} for n in (STOCK, *counts)}
     calls = {}
     with torch.inference_mode():
-        for instances in found:
+        for instances in result:
             for way in ("eager", "compiled")[: 1 + compiled]:
                 try:
                     model = make(kind, shape, instances).to(device, dtype)
@@ -154,14 +154,14 @@ def _seconds(
                     model(input_ids=ids)
                     calls[instances, way] = lambda model=model: model(input_ids=ids)
                 except Exception as error:
-                    found[instances][way] = first_line(error)
+                    result[instances][way] = first_line(error)
         times: dict[tuple[int, str], list[float]] = {key: [] for key in calls}
         for _ in range(rounds):
             for key, call in calls.items():
                 times[key].append(clock(call, 0.005))
     for (instances, way), took in times.items():
-        found[instances][way] = percentiles(took)[1]
-    return found
+        result[instances][way] = percentiles(took)[1]
+    return result
 
 
 def _best(ways: dict[str, float | str]) -> tuple[float, str]:
@@ -189,12 +189,12 @@ def main() -> int:
 
     yard = yardsticks(args.device).record()
     print(yard_text(yard), flush=True)
-    found, given = [], {"device": args.device, "rows": args.rows, "rounds": args.rounds}
+    result, arguments = [], {"device": args.device, "rows": args.rows, "rounds": args.rounds}
     for kind in args.kind:
-        found += measure(PRESETS["mux_bert"][BASE], kinds=[kind], counts=args.n, **given)
+        result += measure(PRESETS["mux_bert"][BASE], kinds=[kind], counts=args.n, **arguments)
         if args.json:
-            write_json({"yard": yard, "inference": found}, args.json)
-    judged = verdicts(found)
+            write_json({"yard": yard, "inference": result}, args.json)
+    judged = verdicts(result)
     print("\n".join(map(str, judged)))
     return int(args.device == "cuda" and any(verdict.met is False for verdict in judged))
 

@@ -1,4 +1,4 @@
-"""What training on a GPU is compared with: a GPT and its loop, written by hand and compiled.
+"""The reference of GPU training: a GPT and its loop, written by hand and compiled.
 
 The shape is that of our decoder: pre-norm blocks, learned positions, exact GELU, tied output. What
 makes it fast is what such programs do: one projection for queries, keys and values, weights in

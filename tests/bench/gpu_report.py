@@ -1,4 +1,4 @@
-"""What whole models do on a GPU, as text for a document."""
+"""Figures of whole models on a GPU, as text for a document."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -32,7 +32,7 @@ class Size:
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """What a launcher would be given."""
+        """Return the flags for a launcher."""
         return (
             *("--model", self.model, "--max_seq_length", str(self.length)),
             *("--per_device_train_batch_size", str(self.rows)),
@@ -41,7 +41,7 @@ class Size:
 
 
 class Job:
-    """What a launcher and the planner make of flags, on one rank."""
+    """Build what a launcher and the planner derive from flags, on one rank."""
 
     def __init__(self, *flags: str):
         from megamod.args import DataArgs, ModelArgs, MuxArgs, OptimArgs, RunArgs, SafetyArgs
@@ -52,9 +52,9 @@ class Job:
         from megamod.planning.plan_args import PlanArgs
 
         kinds = (PlanArgs, BtmArgs, RunArgs, SafetyArgs, ModelArgs, OptimArgs, MuxArgs, DataArgs)
-        given = ("--world_size", "1", "--precision", "bf16", "--deepspeed", str(DS_CONFIG))
-        given += ("--max_grad_norm", str(CLIP), "--adam_beta2", "0.95", "--weight_decay", "0.1")
-        self.parsed = parse_args(*kinds, argv=[*given, *flags])
+        inputs = ("--world_size", "1", "--precision", "bf16", "--deepspeed", str(DS_CONFIG))
+        inputs += ("--max_grad_norm", str(CLIP), "--adam_beta2", "0.95", "--weight_decay", "0.1")
+        self.parsed = parse_args(*kinds, argv=[*inputs, *flags])
         (self.job,) = jobs_of(self.parsed)
         self.plan = plan_of(self.job, self.parsed[0])
 
@@ -76,15 +76,15 @@ class Job:
 def random_batches(vocabulary: int, size: Size, device: torch.device) -> list[dict[str, object]]:
     """A step's micro-batches, in memory that is copied from at once where there is a GPU."""
     generator = torch.Generator().manual_seed(1)
-    found = []
+    result = []
     for _ in range(size.micro_steps):
         ids = torch.randint(4, vocabulary, (size.rows, size.length + 1), generator=generator)
         batch = {"input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
         batch["domains"] = torch.zeros(size.rows, dtype=torch.int64)
         if device.type == "cuda":
             batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
-        found.append(batch | {"domain": 0, "tokens": size.rows * size.length})
-    return found
+        result.append(batch | {"domain": 0, "tokens": size.rows * size.length})
+    return result
 
 
 def in_turns(
@@ -142,7 +142,7 @@ def least(
     sides: Mapping[str, Callable[[], None]], device: torch.device, rounds: int
 ) -> dict[str, float]:
     """Least seconds of each call, in turns."""
-    found = dict.fromkeys(sides, float("inf"))
+    result = dict.fromkeys(sides, float("inf"))
     for number in range(WARM_UP + rounds):
         for name, call in sides.items():
             settle(device.type == "cuda")
@@ -150,5 +150,5 @@ def least(
             call()
             settle(device.type == "cuda")
             if number >= WARM_UP:
-                found[name] = min(found[name], time.perf_counter() - started)
-    return found
+                result[name] = min(result[name], time.perf_counter() - started)
+    return result

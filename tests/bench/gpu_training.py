@@ -73,20 +73,20 @@ def measure_size(
     step = gpu_peer.stepping(peer, pairs, CLIP, compiled)
     if compiled:
         _compile(engine)
-    found = in_turns(engine, batches, {"peer": step}, device, rounds)
+    result = in_turns(engine, batches, {"peer": step}, device, rounds)
     engine.destroy()
-    best = min(plain, found["ours"])
+    best = min(plain, result["ours"])
     planned = job.plan.memory.peak
     return {
         "name": size.model,
         "parameters": network.total,
         "tokens_per_step": tokens,
         "plain_tokens_per_second": tokens / plain,
-        "in_turns_tokens_per_second": tokens / found["ours"],
-        "peer_tokens_per_second": tokens / found["peer"],
-        "ratio": found["peer"] / best,
+        "in_turns_tokens_per_second": tokens / result["ours"],
+        "peer_tokens_per_second": tokens / result["peer"],
+        "ratio": result["peer"] / best,
         "mfu": mfu(tokens / best, flops, PEAK),
-        "peer_mfu": mfu(tokens / found["peer"], flops, PEAK),
+        "peer_mfu": mfu(tokens / result["peer"], flops, PEAK),
         "of_gemm": mfu(tokens / best, flops, yard.flops_per_second),
         "mfu_floor": size.floor,
         "planned_bytes": planned,
@@ -167,24 +167,24 @@ PARTS: dict[str, tuple[Callable[..., dict[str, object]], Size]] = {
 
 def verdicts(record: Mapping[str, Mapping[str, object]], gpu: bool = True) -> list[Verdict]:
     """Of every part that was measured; without a GPU memory is not."""
-    found = []
+    result = []
     for size in SIZES:
         row = record.get(size.model, {})
         if "mfu" not in row:
             continue
-        found += [
+        result += [
             Verdict(f"training {size.model}", "MFU", row["mfu"], row["mfu_floor"]),
             Verdict(f"training {size.model}", "tokens/s over the peer's", row["ratio"], RATIO),
         ]
         ratio = row["planned_over_measured"]
         off = None if ratio is None else abs(ratio - 1)
-        found.append(
+        result.append(
             Verdict(f"training {size.model}", "planned memory is off by", off, MEMORY, False)
         )
     demix = record.get("demix", {}).get("time_over_dense")
     if demix is not None:
-        found.append(Verdict("DEMix step", "time over a dense one", demix, DEMIX, False))
-    return found
+        result.append(Verdict("DEMix step", "time over a dense one", demix, DEMIX, False))
+    return result
 
 
 def missing() -> str | None:
@@ -286,9 +286,9 @@ def main() -> int:
     )
     if record["not_measured"]:
         print(f"not measured, no time left: {', '.join(record['not_measured'])}")
-    found = verdicts(record["parts"])
-    print("\n".join(map(str, found)))
-    return int(any(verdict.met is False for verdict in found))
+    result = verdicts(record["parts"])
+    print("\n".join(map(str, result)))
+    return int(any(verdict.met is False for verdict in result))
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def nanogpt_reader(path: Path, size: int, length: int) -> Callable[[], object]:
 def our_reader(prefixes: list[Path], size: int, length: int) -> Callable[[], object]:
     """A function that returns the next batch of dense training on the domains."""
     blocks = [TokenBlocks(IndexedDataset(prefix), length, 2, 1) for prefix in prefixes]
-    sampler = Balanced([len(one) for one in blocks], seed=0)
+    sampler = Balanced([len(item) for item in blocks], seed=0)
     batches = TrainBatches.over_world(blocks, sampler, StepShape(size, size, 0, 1))
     loader = train_loader(batches, 0, 0, False)
     return lambda: next(loader)
@@ -81,15 +81,15 @@ def measure() -> dict[str, tuple[float, float, float]]:
                     theirs = nanogpt_reader(prefixes[0].with_suffix(".bin"), size, length)
                     ours = our_reader(used, size, length)
                     # Then every round of ours works out the order of one stretch of samples.
-                    batches, found = AHEAD // size, []
+                    batches, result = AHEAD // size, []
                     for _ in range(REPEATS):
                         times = [
                             (seconds(ours, batches), seconds(theirs, batches))
                             for _ in range(ROUNDS)
                         ]
                         mine, other = map(min, zip(*times, strict=True))
-                        found.append(other / mine)
-                    low, middle, high = sorted(found)
+                        result.append(other / mine)
+                    low, middle, high = sorted(result)
                     ratios[f"B{size}-T{length}-domains{len(used)}"] = (middle, low, high)
     finally:
         torch.set_num_threads(before)
@@ -104,7 +104,7 @@ def seconds_to_resume(step: int = 1_000_000) -> list[float]:
         for _ in range(REPEATS):
             start = time.perf_counter()
             blocks = [TokenBlocks(IndexedDataset(prefix), 1024, 2, 1) for prefix in prefixes]
-            order = Balanced([len(one) for one in blocks], seed=0)
+            order = Balanced([len(item) for item in blocks], seed=0)
             next(
                 train_loader(
                     TrainBatches.over_world(blocks, order, StepShape(8, 64, 0, 1)), step, 0, False

@@ -54,19 +54,19 @@ SAME_MEMORY = 1.1  # the largest model's, over the smallest one's
 
 def shapes(layers: int, width: int) -> dict[str, tuple[int, ...]]:
     """Tensors of GPT-2 of this size."""
-    found = {"transformer.wte.weight": (50257, width), "transformer.wpe.weight": (1024, width)}
+    result = {"transformer.wte.weight": (50257, width), "transformer.wpe.weight": (1024, width)}
     for layer in range(layers):
         at = f"transformer.h.{layer}"
         for name, wide in (("attn.c_attn", 3), ("attn.c_proj", 1), ("mlp.c_fc", 4)):
-            found[f"{at}.{name}.weight"] = (width, wide * width)
-            found[f"{at}.{name}.bias"] = (wide * width,)
-        found[f"{at}.mlp.c_proj.weight"], found[f"{at}.mlp.c_proj.bias"] = (
+            result[f"{at}.{name}.weight"] = (width, wide * width)
+            result[f"{at}.{name}.bias"] = (wide * width,)
+        result[f"{at}.mlp.c_proj.weight"], result[f"{at}.mlp.c_proj.bias"] = (
             (4 * width, width),
             (width,),
         )
         for norm in ("ln_1", "ln_2"):
-            found |= {f"{at}.{norm}.weight": (width,), f"{at}.{norm}.bias": (width,)}
-    return found | {"transformer.ln_f.weight": (width,), "transformer.ln_f.bias": (width,)}
+            result |= {f"{at}.{norm}.weight": (width,), f"{at}.{norm}.bias": (width,)}
+    return result | {"transformer.ln_f.weight": (width,), "transformer.ln_f.bias": (width,)}
 
 
 def make_models(root: Path, size: str) -> list[Path]:
@@ -87,13 +87,13 @@ def make_models(root: Path, size: str) -> list[Path]:
 
 def _random(specs: dict[str, Spec], number: int, name: str) -> Iterator[torch.Tensor]:
     """The same for all models, and besides the base a tenth of something of their own."""
-    common, own = (
+    common, own_values = (
         torch.Generator().manual_seed(zlib.crc32(f"{name} {n}".encode())) for n in (0, number)
     )
     for start, stop in pieces(specs[name].numel):
         values = torch.randn(stop - start, generator=common) / 50
         if number:
-            values += torch.randn(stop - start, generator=own) / 500
+            values += torch.randn(stop - start, generator=own_values) / 500
         yield values.to(specs[name].dtype)
 
 
@@ -136,11 +136,11 @@ def run(command: list[str]) -> tuple[float, float]:
 
 
 def differences(method: str, base: Path, ours: Path, theirs: Path) -> str:
-    """How far the two results are from each other, in words."""
+    """Describe the difference of the two results."""
     far, count, sums = 0, 0, torch.zeros(4, dtype=torch.float64)
-    with ModelFolder(base) as start, ModelFolder(ours) as one, ModelFolder(theirs) as other:
-        for name, spec in one.tensors.items():
-            a, b, anchor = (folder.read(name).float() for folder in (one, other, start))
+    with ModelFolder(base) as start, ModelFolder(ours) as first, ModelFolder(theirs) as other:
+        for name, spec in first.tensors.items():
+            a, b, anchor = (folder.read(name).float() for folder in (first, other, start))
             rounding = a.abs() / 100 if spec.dtype is torch.bfloat16 else 0
             far += int(((a - b).abs() > 1e-6 + rounding).sum())
             count += spec.numel
@@ -176,13 +176,13 @@ def measure(mergekit: Path, size: str, methods: list[str], rounds: int) -> tuple
             ]
             results: list[list[tuple[float, float]]] = [[], []]
             for _ in range(rounds):
-                for command, output, found in zip(commands, outputs, results, strict=True):
+                for command, output, result in zip(commands, outputs, results, strict=True):
                     shutil.rmtree(output, ignore_errors=True)
-                    found.append(run(command))
-            told = differences(method, folders[0], *outputs)
+                    result.append(run(command))
+            message = differences(method, folders[0], *outputs)
             (time_ours, memory_ours), (time_theirs, memory_theirs) = (
-                (min(seconds for seconds, _ in found), max(memory for _, memory in found))
-                for found in results
+                (min(seconds for seconds, _ in result), max(memory for _, memory in result))
+                for result in results
             )
             most = max(most, memory_ours)
             times, memories = time_ours / time_theirs, memory_ours / memory_theirs
@@ -190,7 +190,7 @@ def measure(mergekit: Path, size: str, methods: list[str], rounds: int) -> tuple
             reached &= ok or size != "350m"
             print(
                 f"{size} {method:10} {time_ours:6.1f} s / {time_theirs:6.1f} s = {times:.3f}   "
-                f"{memory_ours:6.0f} MB / {memory_theirs:6.0f} MB = {memories:.3f}   {told}"
+                f"{memory_ours:6.0f} MB / {memory_theirs:6.0f} MB = {memories:.3f}   {message}"
                 f"{'' if ok else '   above the floor'}",
                 flush=True,
             )
@@ -210,12 +210,12 @@ def main() -> int:
     if args.mergekit_python is None or not args.mergekit_python.with_name("mergekit-yaml").exists():
         print("skipped: give --mergekit_python, an interpreter with mergekit-yaml beside it")
         return 0
-    found = {
+    result = {
         size: measure(args.mergekit_python, size, args.methods, args.rounds) for size in args.sizes
     }
-    reached = all(ok for _, ok in found.values())
-    if "125m" in found and "1.3b" in found:
-        growth = found["1.3b"][0] / found["125m"][0]
+    reached = all(ok for _, ok in result.values())
+    if "125m" in result and "1.3b" in result:
+        growth = result["1.3b"][0] / result["125m"][0]
         print(f"our memory at 1.3b / at 125m: {growth:.3f}, floor <= {SAME_MEMORY}")
         reached &= growth <= SAME_MEMORY
     return int(not reached)

@@ -29,8 +29,8 @@ ROUNDS, REPEATS = 3, 3
 
 def measure(size: str = "base", rounds: int = ROUNDS) -> dict[str, list[float]]:
     """Sorted ratios of the repeats: the middle one is the result, the others its spread."""
-    found = _seconds(size, rounds)
-    return {STEP: sorted(ours / plain for ours, plain, _ in found)}
+    result = _seconds(size, rounds)
+    return {STEP: sorted(ours / plain for ours, plain, _ in result)}
 
 
 def _seconds(size: str, rounds: int) -> list[tuple[float, float, float]]:
@@ -58,16 +58,16 @@ def _seconds(size: str, rounds: int) -> list[tuple[float, float, float]]:
             models[0](**_batch(TASKS * ROWS))
 
     works: list[Callable[[], None]] = [*steps, score]
-    found = []
+    result = []
     for _ in range(REPEATS):
         least = [float("inf")] * len(works)
         for _ in range(rounds):
-            for place, work in enumerate(works):
+            for position, work in enumerate(works):
                 started = time.thread_time()
                 work()
-                least[place] = min(least[place], time.thread_time() - started)
-        found.append((least[0], least[1], least[2]))
-    return found
+                least[position] = min(least[position], time.thread_time() - started)
+        result.append((least[0], least[1], least[2]))
+    return result
 
 
 def _batch(rows: int) -> dict[str, torch.Tensor]:
@@ -102,15 +102,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="of which the least counts")
     parser.add_argument("--json", type=Path, help="file for the numbers")
     args = parser.parse_args()
-    found = _seconds(args.size, args.rounds)
+    result = _seconds(args.size, args.rounds)
     record = {
-        STEP: sorted(ours / plain for ours, plain, _ in found),
-        CHOICE: sorted((ours + score) / ours for ours, _, score in found),
+        STEP: sorted(ours / plain for ours, plain, _ in result),
+        CHOICE: sorted((ours + score) / ours for ours, _, score in result),
     }
     for name, ratios in record.items():
         limit = f", floor <= {LIMIT}" if name == STEP else ""
         print(f"{name:50} {ratios[1]:6.3f}  ({ratios[0]:.3f} to {ratios[-1]:.3f}){limit}")
-    print("ms:", ", ".join(f"{1e3 * min(column):.0f}" for column in zip(*found, strict=True)))
+    print("ms:", ", ".join(f"{1e3 * min(column):.0f}" for column in zip(*result, strict=True)))
     if args.json:
         args.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 

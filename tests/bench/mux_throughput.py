@@ -36,7 +36,7 @@ ROWS, LENGTH, LABELS = 20, 128, 9
 
 
 def row_name(kind: str, instances: int) -> str:
-    """What the ratio is called in the table of all benchmarks."""
+    """The name of the ratio in the table of all benchmarks."""
     return f"mux {kind} instances/s, N = {instances} / stock"
 
 
@@ -106,7 +106,7 @@ def _seconds(
     fields = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     models = {STOCK: make_stock(kind, shape), ALIKE: with_our_layers(make_stock(kind, shape))}
     models |= {instances: make_mux(kind, shape, instances) for instances in counts}
-    found: dict[int, list[tuple[float, float, float]]] = {instances: [] for instances in counts}
+    result: dict[int, list[tuple[float, float, float]]] = {instances: [] for instances in counts}
     with torch.inference_mode():
         for model in models.values():
             assert len(model(**fields).logits) == ROWS
@@ -117,8 +117,8 @@ def _seconds(
                     seconds = _timed(lambda model=model: model(**fields))
                     least[instances] = min(least[instances], seconds)
             for instances in counts:
-                found[instances].append((least[instances], least[STOCK], least[ALIKE]))
-    return found
+                result[instances].append((least[instances], least[STOCK], least[ALIKE]))
+    return result
 
 
 def _timed(work: Callable[[], object]) -> float:
@@ -146,7 +146,7 @@ def main() -> None:
         for instances, times in _seconds(args.size, args.n, kind, args.rounds).items():
             ratios = sorted(stock / ours for ours, stock, _ in times)
             alike = sorted(same / ours for ours, _, same in times)
-            ours, stock, same = (min(one) for one in zip(*times, strict=True))
+            ours, stock, same = (min(item) for item in zip(*times, strict=True))
             floor = FLOORS.get((kind, instances)) if args.size == "base" else None
             record.append(
                 {

@@ -136,13 +136,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for case in CASES:
             real = on_ranks(1, measured, case)[0]
-            told = planned(case, Path(folder))
+            output = planned(case, Path(folder))
             stage, precision, micro_batch, micro_steps, checkpointing = case
             recomputed = ", recomputed" if checkpointing else ""
             rows = f"{micro_steps} x {micro_batch} x {LENGTH}"
             print(
                 f"stage {stage}, {precision}, {rows}{recomputed}: planned "
-                f"{told / 1e9:.3f} GB, measured {real / 1e9:.3f} GB: {told / real - 1:+.1%}",
+                f"{output / 1e9:.3f} GB, measured {real / 1e9:.3f} GB: {output / real - 1:+.1%}",
                 flush=True,
             )
 

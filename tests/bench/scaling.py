@@ -31,12 +31,12 @@ def take_turns(rank: int) -> dict[str, list[float]]:
     from megamod.train.optim import set_rate
 
     domains = ("law", "med", "code", "news")[: dist.get_world_size()]
-    made = {untie: make_engine(untie, 1, domains) for untie in KINDS}
+    built = {untie: make_engine(untie, 1, domains) for untie in KINDS}
     buffer = torch.zeros(ELEMENTS)
     times: dict[str, list[float]] = {name: [] for name in (*KINDS, "reduce")}
     for number in range(ROUNDS * REPEATS + 1):
         batch = random_batch(number * 8 + rank, rank)
-        for untie, (engine, topology) in made.items():
+        for untie, (engine, topology) in built.items():
             dist.barrier()
             started = time.perf_counter()
             set_rate(engine.optimizer, 1e-4)
@@ -52,7 +52,7 @@ def take_turns(rank: int) -> dict[str, list[float]]:
         times["reduce"].append(time.perf_counter() - started)
     pieces = range(1, ROUNDS * REPEATS + 1, ROUNDS)
     minima = {name: [min(row[i : i + ROUNDS]) for i in pieces] for name, row in times.items()}
-    minima["wire"] = [_bytes(*made[untie]) for untie in KINDS]
+    minima["wire"] = [_bytes(*built[untie]) for untie in KINDS]
     return minima
 
 
@@ -66,17 +66,17 @@ def _bytes(engine, topology) -> float:
 
 def measure(ranks: int) -> dict[str, list[float]]:
     """For dense and DEMix: sorted ratios predicted / measured of the repeats."""
-    told = on_ranks(ranks, take_turns)[0]
+    output = on_ranks(ranks, take_turns)[0]
     ratios = {}
-    for untie, wire in zip(KINDS[1:], told["wire"][1:], strict=True):
-        found = []
-        for alone, reduce, real in zip(told["all"], told["reduce"], told[untie], strict=True):
+    for untie, wire in zip(KINDS[1:], output["wire"][1:], strict=True):
+        result = []
+        for alone, reduce, real in zip(output["all"], output["reduce"], output[untie], strict=True):
             speed = 2 * (ranks - 1) / ranks * ELEMENTS * 4 / reduce
-            found.append((alone + (wire / speed if wire else 0.0)) / real)
-        ratios[untie] = sorted(found)
+            result.append((alone + (wire / speed if wire else 0.0)) / real)
+        ratios[untie] = sorted(result)
         print(
             f"{ranks} processes, {'dense' if untie == 'none' else 'DEMix'}: measured "
-            f"{1e3 * min(told[untie]):.0f} ms, BTM {1e3 * min(told['all']):.0f} ms, "
+            f"{1e3 * min(output[untie]):.0f} ms, BTM {1e3 * min(output['all']):.0f} ms, "
             f"{wire / 1e6:.1f} MB; predicted / measured {ratios[untie][1]:.3f} "
             f"({ratios[untie][0]:.3f} to {ratios[untie][2]:.3f})"
         )

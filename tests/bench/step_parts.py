@@ -1,4 +1,4 @@
-"""What single parts of a training step are worth: each with it, and without it.
+"""Step time with and without each of several parts.
 
     python tests/bench/step_parts.py
 
@@ -100,7 +100,7 @@ def overlap(rank: int, stage: int) -> list[float]:
     from megamod.train.engine import update
 
     engines = [make_engine("none", stage, overlap_comm=on)[0] for on in (True, False)]
-    found = []
+    result = []
     for repeat in range(REPEATS + 1):
         times: tuple[list[float], list[float]] = ([], [])
         for number in range(ROUNDS):
@@ -114,8 +114,8 @@ def overlap(rank: int, stage: int) -> list[float]:
                 torch.distributed.barrier()
                 into.append(time.perf_counter() - started)
         if repeat:
-            found.append(min(times[1]) / min(times[0]))
-    return sorted(found)
+            result.append(min(times[1]) / min(times[0]))
+    return sorted(result)
 
 
 def reading_share(step: Callable[[], None]) -> float:
@@ -128,7 +128,7 @@ def reading_share(step: Callable[[], None]) -> float:
 
 def ratios(with_it: Callable[[], None], without: Callable[[], None]) -> list[float]:
     """Sorted ratios without / with of the minima of each repeat."""
-    found = []
+    result = []
     with_it(), without()
     for _ in range(REPEATS):
         times: tuple[list[float], list[float]] = ([], [])
@@ -137,8 +137,8 @@ def ratios(with_it: Callable[[], None], without: Callable[[], None]) -> list[flo
                 started = time.process_time()
                 call()
                 into.append(time.process_time() - started)
-        found.append(min(times[1]) / min(times[0]))
-    return sorted(found)
+        result.append(min(times[1]) / min(times[0]))
+    return sorted(result)
 
 
 def main() -> None:

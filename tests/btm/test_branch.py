@@ -56,11 +56,11 @@ def go_on(rank: int, root: Path) -> dict[str, object]:
 
 
 def refusals(root: Path) -> dict[str, str]:
-    """What the loop says to branched checkpoints that do not fit its run."""
+    """Return the loop's message on branched checkpoints that do not fit its run."""
     law = make_model(root / "model", domains=["law"])
     small = branch([Source(law)], [1.0], ["law"], root / "small")
     scheduled = branch([find_source(root / "dense")], [1.0], ["law"], root / "scheduled")
-    told = {}
+    output = {}
     for name, checkpoint, untie, settings in (
         ("shape", small, "none", {"seed": 7}),
         ("schedule", scheduled, "none", {"seed": 7, "max_steps": 20}),
@@ -70,8 +70,8 @@ def refusals(root: Path) -> dict[str, str]:
             build = dict(settings=settings, domains=DOMAINS[:1])
             run_tiny(root / f"no-{name}", untie, 1, 4, resume=str(checkpoint), **build)
         except UserError as error:
-            told[name] = str(error)
-    return told
+            output[name] = str(error)
+    return output
 
 
 @pytest.fixture(scope="module")
@@ -119,19 +119,19 @@ def test_a_branch_goes_on_as_its_parent_did(parents):
 @pytest.mark.slow
 def test_one_parent_keeps_optimizer_step_and_schedule(parents, tmp_path):
     parent = parents / "dense" / "checkpoints" / "step-2"
-    made = branch([find_source(parents / "dense", step=2)], [1.0], ["law"], tmp_path / "law")
-    assert made == tmp_path / "law" / "checkpoints" / "step-2" and verify(made) == []
+    folder = branch([find_source(parents / "dense", step=2)], [1.0], ["law"], tmp_path / "law")
+    assert folder == tmp_path / "law" / "checkpoints" / "step-2" and verify(folder) == []
     for kind in KINDS:
-        ours, theirs = masters(made, kind), masters(parent, kind)
+        ours, theirs = masters(folder, kind), masters(parent, kind)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
-    weights = load_file(made / "model.safetensors")
+    weights = load_file(folder / "model.safetensors")
     assert all(torch.equal(weights[name], t) for name, t in read_weights(parent).items())
-    then, now = state_of(parent), state_of(made)
+    then, now = state_of(parent), state_of(folder)
     assert now["optimizer_steps"] == then["optimizer_steps"] == 2.0
     assert now["state"]["step"] == 2
     assert (now["state"]["data_step"], now["state"]["tokens"]) == (0, {})
-    assert json.loads((made / "config.json").read_text())["domains"] == ["law"]
+    assert json.loads((folder / "config.json").read_text())["domains"] == ["law"]
     record = json.loads((tmp_path / "law" / "branch.json").read_text())
     assert record["start_update"] == 2 and record["parents"] == [
         {"path": str(parent), "weight": 1.0}
@@ -158,18 +158,20 @@ def test_weights_without_optimizer_are_named(parents, tmp_path):
 @pytest.mark.slow
 def test_a_member_becomes_a_whole_model(parents, tmp_path):
     parent = parents / "demix" / "checkpoints" / "step-3"
-    made = branch([find_source(parents / "demix", member="code")], [1.0], ["code"], tmp_path / "a")
-    assert verify(made) == []
-    wanted = expert_state(read_weights(parent), "code")
-    got = load_file(made / "model.safetensors")
-    assert got.keys() == wanted.keys()
-    assert all(torch.equal(got[name], tensor) for name, tensor in wanted.items())
+    folder = branch(
+        [find_source(parents / "demix", member="code")], [1.0], ["code"], tmp_path / "a"
+    )
+    assert verify(folder) == []
+    target_value = expert_state(read_weights(parent), "code")
+    got = load_file(folder / "model.safetensors")
+    assert got.keys() == target_value.keys()
+    assert all(torch.equal(got[name], tensor) for name, tensor in target_value.items())
     for kind in KINDS:
         expected = expert_state(masters(parent, kind), "code")
-        ours = masters(made, kind)
+        ours = masters(folder, kind)
         assert ours.keys() == expected.keys()
         assert all(torch.equal(ours[name], tensor) for name, tensor in expected.items())
-    assert json.loads((made / "config.json").read_text())["untie"] == "none"
+    assert json.loads((folder / "config.json").read_text())["untie"] == "none"
 
 
 @pytest.mark.slow
@@ -198,17 +200,17 @@ def test_worlds_are_left_and_entered(parents, tmp_path):
 
 def test_an_average_begins_afresh(tmp_path):
     models = [make_model(tmp_path / name, domains=[name]) for name in ("law", "med")]
-    made = branch([Source(m) for m in models], [0.25, 0.75], ["tax"], tmp_path / "tax")
-    assert made.name == "step-0" and verify(made) == []
+    folder = branch([Source(m) for m in models], [0.25, 0.75], ["tax"], tmp_path / "tax")
+    assert folder.name == "step-0" and verify(folder) == []
     law, med = (read_weights(model) for model in models)
-    wanted = {name: 0.25 * law[name].double() + 0.75 * med[name].double() for name in law}
-    got, start = load_file(made / "model.safetensors"), masters(made)
-    assert got.keys() == wanted.keys() == start.keys()
-    for name, tensor in wanted.items():
+    expected = {name: 0.25 * law[name].double() + 0.75 * med[name].double() for name in law}
+    got, start = load_file(folder / "model.safetensors"), masters(folder)
+    assert got.keys() == expected.keys() == start.keys()
+    for name, tensor in expected.items():
         assert torch.allclose(got[name].double(), tensor, atol=1e-7)
         assert torch.equal(start[name], got[name].flatten())
-        assert not masters(made, "exp_avg")[name].any()
-    assert state_of(made)["optimizer_steps"] == 0.0
+        assert not masters(folder, "exp_avg")[name].any()
+    assert state_of(folder)["optimizer_steps"] == 0.0
 
 
 def test_the_checkpoint_is_the_nearest(tmp_path):
@@ -282,7 +284,7 @@ def test_bad_choices_are_refused_and_change_nothing(tmp_path):
             "vocab_size",
         ),
     ]
-    for attempt, told in cases:
-        with pytest.raises(UserError, match=told):
+    for attempt, message in cases:
+        with pytest.raises(UserError, match=message):
             attempt()
     assert tree(tmp_path) == before and not (tmp_path / "new").exists()

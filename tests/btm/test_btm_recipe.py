@@ -1,4 +1,4 @@
-"""What recipes mean: steps, batches and tokens; and those that mean nothing."""
+"""Recipes: steps, batches and tokens, and invalid recipes."""
 
 import json
 from pathlib import Path
@@ -77,7 +77,7 @@ def test_without_a_seed_nothing_branches(data):
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         ((), "--global_batch_size is missing"),
         (("--global_batch_size", 6), "not a multiple of the 4 experts"),
@@ -102,10 +102,10 @@ def test_without_a_seed_nothing_branches(data):
         ),
     ],
 )
-def test_what_is_refused(data, flags, told):
+def test_what_is_refused(data, flags, message):
     with pytest.raises(UserError) as error:
         build_campaign(parsed_of(data, *flags))
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ FLAGS = ("--max_steps", "6", "--global_batch_size", "6", "--per_device_train_bat
 
 
 @pytest.fixture
-def place(tmp_path) -> Path:
+def folder(tmp_path) -> Path:
     """Stand-ins for launchers, a data-bin's header, a folder for what programs tell."""
     for name, text in (("pretrain.py", PRETRAIN), ("forest.py", FOREST)):
         (tmp_path / "launchers").mkdir(exist_ok=True)
@@ -103,12 +103,12 @@ def place(tmp_path) -> Path:
         process.kill()
 
 
-def begin(place: Path, *flags: str, **variables: str) -> subprocess.Popen[str]:
+def begin(folder: Path, *flags: str, **variables: str) -> subprocess.Popen[str]:
     """A driver at work in place/out."""
-    environment = {**os.environ, "TOLD": str(place / "told"), "DS_ACCELERATOR": "cpu", **variables}
-    command = [sys.executable, str(place / "launchers" / "btm.py"), "--data", str(place / "bin")]
+    environment = {**os.environ, "TOLD": str(folder / "told"), "DS_ACCELERATOR": "cpu", **variables}
+    command = [sys.executable, str(folder / "launchers" / "btm.py"), "--data", str(folder / "bin")]
     return subprocess.Popen(
-        [*command, "--output_dir", str(place / "out"), *FLAGS, *flags],
+        [*command, "--output_dir", str(folder / "out"), *FLAGS, *flags],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -123,21 +123,21 @@ def ended(driver: subprocess.Popen[str], code: int) -> str:
     return out + err
 
 
-def marked(place: Path) -> list[psutil.Process]:
+def marked(folder: Path) -> list[psutil.Process]:
     """Living processes of the jobs in place/out."""
-    found = []
+    result = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get(MARK, "").startswith(str(place.resolve())):
-                found.append(process)
+            if process.environ().get(MARK, "").startswith(str(folder.resolve())):
+                result.append(process)
         except (psutil.Error, OSError):
             continue
-    return found
+    return result
 
 
-def starts(place: Path) -> list[str]:
+def starts(folder: Path) -> list[str]:
     """Names of the runs in the order in which their programs were started."""
-    lines = (place / "told" / "starts").read_text().splitlines()
+    lines = (folder / "told" / "starts").read_text().splitlines()
     return [line.split()[0] for line in lines]
 
 
@@ -149,112 +149,112 @@ def wait_for(what, seconds: float = 30) -> None:
         time.sleep(0.02)
 
 
-def experts(place: Path) -> list[dict[str, object]]:
-    return json.loads((place / "out" / "forest.json").read_text())["experts"]
+def experts(folder: Path) -> list[dict[str, object]]:
+    return json.loads((folder / "out" / "forest.json").read_text())["experts"]
 
 
-def tree(place: Path) -> list[str]:
-    return sorted(str(path) for path in place.rglob("*"))
+def tree(folder: Path) -> list[str]:
+    return sorted(str(path) for path in folder.rglob("*"))
 
 
-def test_seed_then_experts_then_a_forest(place):
-    told = ended(begin(place, "--slots", "2", "--seed_gpus", "1"), 0)
-    assert starts(place)[0] == "seed" and sorted(starts(place)[1:]) == ["code", "law", "med"]
-    made = experts(place)
-    assert [expert["domain"] for expert in made] == ["law", "med", "code"]
-    assert [expert["path"] for expert in made] == [
+def test_seed_then_experts_then_a_forest(folder):
+    output = ended(begin(folder, "--slots", "2", "--seed_gpus", "1"), 0)
+    assert starts(folder)[0] == "seed" and sorted(starts(folder)[1:]) == ["code", "law", "med"]
+    built = experts(folder)
+    assert [expert["domain"] for expert in built] == ["law", "med", "code"]
+    assert [expert["path"] for expert in built] == [
         f"experts/{d}/model" for d in ("law", "med", "code")
     ]
-    for expert in made:
+    for expert in built:
         assert (expert["start_update"], expert["updates"]) == (3, 6)
         assert expert["parents"][0]["path"].endswith("seed/checkpoints/step-3")
-    assert "med  done  step 6/6  loss 4.5000  tokens/s 100" in told
+    assert "med  done  step 6/6  loss 4.5000  tokens/s 100" in output
 
     # All is done: nothing is started again, and the forest stays as it is.
-    before = (place / "out" / "forest.json").read_bytes()
-    ended(begin(place, "--slots", "2", "--seed_gpus", "1"), 0)
-    assert len(starts(place)) == 4 and (place / "out" / "forest.json").read_bytes() == before
+    before = (folder / "out" / "forest.json").read_bytes()
+    ended(begin(folder, "--slots", "2", "--seed_gpus", "1"), 0)
+    assert len(starts(folder)) == 4 and (folder / "out" / "forest.json").read_bytes() == before
 
 
-def test_slots_are_all_that_run_at_once(place):
-    driver = begin(place, "--slots", "2", "--seed_share", "0", PAUSE="0.1")
+def test_slots_are_all_that_run_at_once(folder):
+    driver = begin(folder, "--slots", "2", "--seed_share", "0", PAUSE="0.1")
     most = 0
     while driver.poll() is None:
-        most = max(most, len(marked(place)))
+        most = max(most, len(marked(folder)))
         time.sleep(0.02)
     ended(driver, 0)
     assert most == 2
 
 
-def test_a_crash_restarts_that_expert_alone(place):
-    (place / "told" / "crash-med").write_text("xx")
-    told = ended(begin(place, "--seed_share", "0", "--slots", "3"), 0)
-    assert sorted(starts(place)) == ["code", "law", "med", "med", "med"]
-    assert "med  done  step 6/6" in told and "restarts 2" in told
-    assert len(experts(place)) == 3
+def test_a_crash_restarts_that_expert_alone(folder):
+    (folder / "told" / "crash-med").write_text("xx")
+    output = ended(begin(folder, "--seed_share", "0", "--slots", "3"), 0)
+    assert sorted(starts(folder)) == ["code", "law", "med", "med", "med"]
+    assert "med  done  step 6/6" in output and "restarts 2" in output
+    assert len(experts(folder)) == 3
 
 
-def test_crashes_without_end(place):
-    (place / "told" / "crash-med").write_text("x" * 9)
-    told = ended(begin(place, "--seed_share", "0", "--slots", "3", "--max_restarts", "1"), 4)
-    assert starts(place).count("med") == 2
-    assert "med: pretrain.py crashed (exit code -9), " in told
-    assert not (place / "out" / "forest.json").exists()
-    assert (place / "out" / "experts" / "code" / "perplexity.json").exists()
+def test_crashes_without_end(folder):
+    (folder / "told" / "crash-med").write_text("x" * 9)
+    output = ended(begin(folder, "--seed_share", "0", "--slots", "3", "--max_restarts", "1"), 4)
+    assert starts(folder).count("med") == 2
+    assert "med: pretrain.py crashed (exit code -9), " in output
+    assert not (folder / "out" / "forest.json").exists()
+    assert (folder / "out" / "experts" / "code" / "perplexity.json").exists()
 
 
 @pytest.mark.parametrize("code", [2, 3])
-def test_a_mistake_is_told_and_not_tried_again(place, code):
-    (place / "told" / "wrong-law").write_text(str(code))
-    told = ended(begin(place, "--seed_share", "0", "--slots", "2"), code)
-    assert starts(place).count("law") == 1
-    assert f"law: pretrain.py ended with exit code {code}" in told
-    assert "UserError: --data: is not what it should be" in told
+def test_a_mistake_is_told_and_not_tried_again(folder, code):
+    (folder / "told" / "wrong-law").write_text(str(code))
+    output = ended(begin(folder, "--seed_share", "0", "--slots", "2"), code)
+    assert starts(folder).count("law") == 1
+    assert f"law: pretrain.py ended with exit code {code}" in output
+    assert "UserError: --data: is not what it should be" in output
     # Mended, the same command goes on: only what is missing is run.
-    (place / "told" / "wrong-law").unlink()
-    ended(begin(place, "--seed_share", "0", "--slots", "2"), 0)
-    assert sorted(starts(place)) == ["code", "law", "law", "med"]
+    (folder / "told" / "wrong-law").unlink()
+    ended(begin(folder, "--seed_share", "0", "--slots", "2"), 0)
+    assert sorted(starts(folder)) == ["code", "law", "law", "med"]
 
 
-def test_told_to_stop_jobs_save_and_the_driver_says_130(place):
-    driver = begin(place, "--seed_share", "0", "--slots", "2", PAUSE="0.3")
-    metrics = place / "out" / "experts" / "law" / "metrics.jsonl"
+def test_told_to_stop_jobs_save_and_the_driver_says_130(folder):
+    driver = begin(folder, "--seed_share", "0", "--slots", "2", PAUSE="0.3")
+    metrics = folder / "out" / "experts" / "law" / "metrics.jsonl"
     wait_for(metrics.exists)
     driver.send_signal(signal.SIGTERM)
     assert "the same command resumes" in ended(driver, 130)
-    assert marked(place) == []
-    assert list((place / "out" / "experts" / "law" / "checkpoints").glob("step-*"))
-    ended(begin(place, "--seed_share", "0", "--slots", "2"), 0)
+    assert marked(folder) == []
+    assert list((folder / "out" / "experts" / "law" / "checkpoints").glob("step-*"))
+    ended(begin(folder, "--seed_share", "0", "--slots", "2"), 0)
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5, 6]  # none was made twice
 
 
-def test_a_killed_driver_leaves_jobs_that_the_next_one_waits_for(place):
-    driver = begin(place, "--seed_share", "0", "--slots", "2", PAUSE="0.3")
-    wait_for((place / "out" / "experts" / "law" / "metrics.jsonl").exists)
-    before = {process.pid for process in marked(place)}
+def test_a_killed_driver_leaves_jobs_that_the_next_one_waits_for(folder):
+    driver = begin(folder, "--seed_share", "0", "--slots", "2", PAUSE="0.3")
+    wait_for((folder / "out" / "experts" / "law" / "metrics.jsonl").exists)
+    before = {process.pid for process in marked(folder)}
     driver.kill()
     driver.communicate()
-    assert {process.pid for process in marked(place)} == before and before
-    told = ended(begin(place, "--seed_share", "0", "--slots", "2", PAUSE="0.02"), 0)
-    assert "law  adopted" in told
-    assert sorted(starts(place)) == ["code", "law", "med"]
-    assert len(experts(place)) == 3
+    assert {process.pid for process in marked(folder)} == before and before
+    output = ended(begin(folder, "--seed_share", "0", "--slots", "2", PAUSE="0.02"), 0)
+    assert "law  adopted" in output
+    assert sorted(starts(folder)) == ["code", "law", "med"]
+    assert len(experts(folder)) == 3
 
 
-def test_two_drivers_do_not_share_a_folder(place):
-    driver = begin(place, "--seed_share", "0", PAUSE="0.3")
-    wait_for((place / "out" / "experts" / "law" / "metrics.jsonl").exists)
-    assert "another driver is running there" in ended(begin(place, "--seed_share", "0"), 2)
+def test_two_drivers_do_not_share_a_folder(folder):
+    driver = begin(folder, "--seed_share", "0", PAUSE="0.3")
+    wait_for((folder / "out" / "experts" / "law" / "metrics.jsonl").exists)
+    assert "another driver is running there" in ended(begin(folder, "--seed_share", "0"), 2)
     driver.terminate()
     ended(driver, 130)
 
 
-def test_mistakes_start_nothing_and_change_nothing(place):
-    recipe = place / "recipe.yaml"
+def test_mistakes_start_nothing_and_change_nothing(folder):
+    recipe = folder / "recipe.yaml"
     recipe.write_text("seed_shares: 0.5\n")
-    before = tree(place)
-    hosts = place / "nowhere"
+    before = tree(folder)
+    hosts = folder / "nowhere"
     cases = [
         ((str(recipe),), "the nearest is 'seed_share'"),
         (("--rounds", "law tax"), "'tax' is not in"),
@@ -262,25 +262,25 @@ def test_mistakes_start_nothing_and_change_nothing(place):
         (("--hostfile", str(hosts)), "nowhere: cannot be read"),
         (("--in_one_world", "--slots", "2"), "--in_one_world 3: does not fit"),
     ]
-    for flags, told in cases:
-        command = [sys.executable, str(place / "launchers" / "btm.py"), *flags]
-        command += ["--data", str(place / "bin"), "--output_dir", str(place / "out"), *FLAGS]
+    for flags, message in cases:
+        command = [sys.executable, str(folder / "launchers" / "btm.py"), *flags]
+        command += ["--data", str(folder / "bin"), "--output_dir", str(folder / "out"), *FLAGS]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 2 and told in done.stderr, done.stderr
-        assert "Traceback" not in done.stderr and tree(place) == before
+        assert done.returncode == 2 and message in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr and tree(folder) == before
 
 
-def test_a_dry_run_names_commands_and_slots(place):
-    (place / "hosts").write_text("node-1 slots=4\nnode-2 slots=4\n")
-    before = tree(place)
-    flags = ("--hostfile", str(place / "hosts"), "--gpus_per_expert", "2", "--dry_run")
-    told = ended(begin(place, *flags), 0)
-    assert tree(place) == before
-    assert "--include node-1:0,1 --force_multi" in told
+def test_a_dry_run_names_commands_and_slots(folder):
+    (folder / "hosts").write_text("node-1 slots=4\nnode-2 slots=4\n")
+    before = tree(folder)
+    flags = ("--hostfile", str(folder / "hosts"), "--gpus_per_expert", "2", "--dry_run")
+    output = ended(begin(folder, *flags), 0)
+    assert tree(folder) == before
+    assert "--include node-1:0,1 --force_multi" in output
     for where in ("law: node-1:0,1", "med: node-1:2,3", "code: node-2:0,1"):
-        assert f"\n{where}\n" in told
-    assert "seed: node-1:0,1,2@node-2:0,1,2" not in told  # six slots are no whole machines
-    assert "\nseed: node-1:0,1,2\n" in told
+        assert f"\n{where}\n" in output
+    assert "seed: node-1:0,1,2@node-2:0,1,2" not in output  # six slots are no whole machines
+    assert "\nseed: node-1:0,1,2\n" in output
 
 
 def test_the_driver_does_without_torch():

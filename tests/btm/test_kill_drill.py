@@ -11,7 +11,7 @@ def test_killed_jobs_and_drivers_leave_no_trace(tmp_path):
     assert counts["jobs"] + counts["drivers"] == 2
     assert counts["forests"] >= 1 and counts["different"] == 0
     # The comparison was one of something: a model and an optimizer for each expert.
-    told = digests(tmp_path / "whole")
-    assert sum(name.endswith(".safetensors") for name in told) >= 2 * len(DOMAINS)
-    assert set(DOMAINS) < set(told)
+    output = digests(tmp_path / "whole")
+    assert sum(name.endswith(".safetensors") for name in output) >= 2 * len(DOMAINS)
+    assert set(DOMAINS) < set(output)
     assert processes(tmp_path) == []

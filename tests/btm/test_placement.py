@@ -33,12 +33,12 @@ def cluster(*sizes: int) -> tuple[Host, ...]:
     ],
 )
 def test_packing(sizes, gpus, jobs, placed):
-    busy, found = [], []
+    busy, result = [], []
     for _ in range(jobs):
-        place = pack(cluster(*sizes), busy, gpus)
-        busy += place or ()
-        found.append(include(place) if place else None)
-    assert found == placed
+        folder = pack(cluster(*sizes), busy, gpus)
+        busy += folder or ()
+        result.append(include(folder) if folder else None)
+    assert result == placed
 
 
 def test_a_whole_machine_stays_free_for_a_job_that_needs_it():
@@ -54,13 +54,13 @@ def test_no_slot_twice_and_no_split_on_random_clusters():
     for _ in range(300):
         hosts = cluster(*(draw.randint(1, 8) for _ in range(draw.randint(1, 4))))
         busy, largest = [], max(len(host.slots) for host in hosts)
-        while place := pack(hosts, busy, gpus := draw.randint(1, 12)):
-            slots = [(host.name, slot) for host in [*busy, *place] for slot in host.slots]
+        while folder := pack(hosts, busy, gpus := draw.randint(1, 12)):
+            slots = [(host.name, slot) for host in [*busy, *folder] for slot in host.slots]
             assert len(slots) == len(set(slots))
-            assert sum(len(host.slots) for host in place) == gpus
-            assert len(place) == 1 if gpus <= largest else all(host in hosts for host in place)
-            assert parse_include(include(place)) == place
-            busy += place
+            assert sum(len(host.slots) for host in folder) == gpus
+            assert len(folder) == 1 if gpus <= largest else all(host in hosts for host in folder)
+            assert parse_include(include(folder)) == folder
+            busy += folder
             draw.random()
 
 

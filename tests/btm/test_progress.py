@@ -1,4 +1,4 @@
-"""What is shown of jobs: numbers from metrics, lines for changes, a table on a terminal."""
+"""Progress of jobs: numbers from metrics, lines for changes, a table on a terminal."""
 
 import io
 import json

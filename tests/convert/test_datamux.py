@@ -64,7 +64,7 @@ def original(name: str, folder: Path, **changed) -> dict[str, torch.Tensor]:
 
 def release_names(tensors: dict[str, torch.Tensor], family: str) -> dict[str, torch.Tensor]:
     """All names that a release stores shared modules under."""
-    found = dict(tensors)
+    result = dict(tensors)
     for prefix in ("", "generator."):
         for key, tensor in tensors.items():
             name = key.removeprefix(prefix)
@@ -72,17 +72,17 @@ def release_names(tensors: dict[str, torch.Tensor], family: str) -> dict[str, to
                 continue
             if name.startswith("demux_module."):
                 for module in ("demultiplexer", "retrieval_head"):
-                    found[f"{prefix}{module}.{name}"] = tensor.clone()
+                    result[f"{prefix}{module}.{name}"] = tensor.clone()
             if name == "retrieval_head.decoder.bias" and (
                 family == "mux_electra" or f"{prefix}demux_module.dense_1.bias" not in tensors
             ):
-                found[f"{prefix}retrieval_head.bias"] = tensor.clone()
+                result[f"{prefix}retrieval_head.bias"] = tensor.clone()
             if name == "demultiplexer.decoder.bias":
-                found["demultiplexer.bias"] = tensor.clone()
+                result["demultiplexer.bias"] = tensor.clone()
     if any(key.startswith("generator.") for key in tensors):
         for key in [key for key in tensors if key.startswith("electra.embeddings.")]:
-            found[f"generator.{key}"] = tensors[key].clone()
-    return found
+            result[f"generator.{key}"] = tensors[key].clone()
+    return result
 
 
 def ours(source: Path, folder: Path) -> Path:
@@ -101,9 +101,9 @@ def ours(source: Path, folder: Path) -> Path:
 def test_recorded_checkpoints_there_and_back(case, tmp_path):
     source = GOLDEN / case
     converted = convert(source)
-    there = load_file(source / "state.safetensors")
+    existing = load_file(source / "state.safetensors")
     assert converted.missing == {}
-    assert sorted([*converted.used, *converted.dropped]) == sorted(there)
+    assert sorted([*converted.used, *converted.dropped]) == sorted(existing)
     assert set(converted.dropped.values()) - {"counts from 0"} == {
         why for why in converted.dropped.values() if why.startswith("equal to ")
     }
@@ -111,8 +111,8 @@ def test_recorded_checkpoints_there_and_back(case, tmp_path):
     exported.mkdir()
     export(ours(source, tmp_path / "ours"), exported)
     back = load_file(exported / "model.safetensors")
-    assert back.keys() == there.keys()
-    assert all(torch.equal(back[key], there[key]) for key in there)
+    assert back.keys() == existing.keys()
+    assert all(torch.equal(back[key], existing[key]) for key in existing)
 
 
 @pytest.mark.parametrize("name", ORIGINALS)

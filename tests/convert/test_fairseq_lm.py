@@ -48,8 +48,8 @@ def demix_folder(path: Path, ranks: int, domains: int, layers=tuple(range(LAYERS
     save_file(shared, path / "checkpoint_last-shared.safetensors")
     for rank in range(ranks):
         expert = fairseq_state(100 + rank * domains // ranks)
-        own = {k: t for k, t in expert.items() if is_expert(k, layers)}
-        save_file(own, path / f"checkpoint_last-rank-{rank}.safetensors")
+        own_values = {k: t for k, t in expert.items() if is_expert(k, layers)}
+        save_file(own_values, path / f"checkpoint_last-rank-{rank}.safetensors")
     return path
 
 
@@ -112,7 +112,7 @@ def test_an_equal_output_matrix_is_dropped(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         (
             {"output_projection__weight": torch.ones(VOCAB, WIDTH)},
@@ -139,14 +139,14 @@ def test_an_equal_output_matrix_is_dropped(tmp_path):
         ({"layer_norm__bias": torch.ones(WIDTH).long()}, "layer_norm.bias has dtype torch.int64"),
     ],
 )
-def test_a_tensor_that_does_not_fit_is_named(tmp_path, changes, told):
+def test_a_tensor_that_does_not_fit_is_named(tmp_path, changes, message):
     with pytest.raises(UserError) as caught:
         convert(dense_file(tmp_path, **changes), HEADS)
-    assert told in str(caught.value) and "elm.safetensors" in str(caught.value)
+    assert message in str(caught.value) and "elm.safetensors" in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("settings", "heads", "told"),
+    ("settings", "heads", "message"),
     [
         ({}, None, "--num_attention_heads is needed"),
         ({}, 3, "--num_attention_heads: 3 does not divide the width 8"),
@@ -156,12 +156,12 @@ def test_a_tensor_that_does_not_fit_is_named(tmp_path, changes, told):
         ({"no_scale_embedding": True}, 2, "no_scale_embedding True"),
     ],
 )
-def test_settings_that_do_not_fit_are_named(tmp_path, settings, heads, told):
+def test_settings_that_do_not_fit_are_named(tmp_path, settings, heads, message):
     file = dense_file(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError) as caught:
         convert(file, Options(num_attention_heads=heads))
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_heads_from_the_settings_of_a_pt_file(tmp_path):

@@ -59,8 +59,8 @@ def test_a_pretrained_seed(tmp_path, old):
     assert "cls.seq_relationship.weight" in converted.dropped
     assert "position_ids" in " ".join(converted.dropped) or not old
     ours = BertForMaskedLM.from_pretrained(written(converted, tmp_path / "ours")).eval()
-    wanted = model(IDS).prediction_logits
-    assert torch.allclose(ours(IDS).logits, wanted, atol=1e-6)
+    expected = model(IDS).prediction_logits
+    assert torch.allclose(ours(IDS).logits, expected, atol=1e-6)
 
 
 def test_an_output_matrix_of_its_own_is_kept(tmp_path):

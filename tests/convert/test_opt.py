@@ -70,10 +70,10 @@ def test_logits_and_generated_text_are_equal(tmp_path, untie, domains):
         padded[0, :left] = PAD
         padded[1, padded.shape[1] - right :] = PAD
         mask = (padded != PAD).long()
-        wanted = ours(padded, attention_mask=mask).logits
-        found = theirs(padded, attention_mask=mask).logits
+        expected = ours(padded, attention_mask=mask).logits
+        result = theirs(padded, attention_mask=mask).logits
         real = mask.bool()
-        torch.testing.assert_close(found[real], wanted[real], rtol=0, atol=1e-5)
+        torch.testing.assert_close(result[real], expected[real], rtol=0, atol=1e-5)
 
     prompt = plain[:, :5].clone()
     prompt[0, :2] = PAD
@@ -98,8 +98,8 @@ def test_the_folder_loads_where_megamod_is_not_imported(tmp_path):
     name, logits = json.loads(done.stdout)
     assert name == "OPTForCausalLM"
     real = padded != PAD
-    wanted = ours(padded, attention_mask=real.long()).logits
-    torch.testing.assert_close(torch.tensor(logits)[real], wanted[real], rtol=0, atol=1e-5)
+    expected = ours(padded, attention_mask=real.long()).logits
+    torch.testing.assert_close(torch.tensor(logits)[real], expected[real], rtol=0, atol=1e-5)
 
 
 def test_head_and_embeddings_are_two_tensors(tmp_path):
@@ -128,7 +128,7 @@ def test_what_opt_cannot_hold_is_refused(tmp_path):
     dense = make_model(tmp_path / "dense")
     demix = make_model(tmp_path / "demix", untie="feedforward")
     odd = make_model(tmp_path / "odd", layer_norm_eps=1e-6)
-    for folder, domains, told in (
+    for folder, domains, message in (
         (demix, (), "one of the experts of .*, which are art, code, law"),
         (demix, ("law", "art"), "OPT holds one"),
         (demix, ("cod",), "no expert of domain 'cod'"),
@@ -136,7 +136,7 @@ def test_what_opt_cannot_hold_is_refused(tmp_path):
         (odd, (), "layer_norm_eps is 1e-06"),
         (tmp_path, (), "is not a language model of megamod"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             export(folder, tmp_path, Options(domains))
     config = json.loads((dense / "config.json").read_text())
     (dense / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))

@@ -200,9 +200,9 @@ def test_a_fairseq_file_with_namespace_and_omegaconf_settings(tmp_path, monkeypa
 
 def test_stand_ins_do_nothing():
     assert not any(name.startswith(("os.", "posix.", "subprocess.", "sys.")) for name in STAND_INS)
-    made = reading._StandIn.named("omegaconf.nodes.AnyNode")("touch", "x")
-    made.__setstate__({"_val": 3})
-    assert type(made).__name__ == "AnyNode" and reading._plain(made, 0) == 3
+    built = reading._StandIn.named("omegaconf.nodes.AnyNode")("touch", "x")
+    built.__setstate__({"_val": 3})
+    assert type(built).__name__ == "AnyNode" and reading._plain(built, 0) == 3
 
 
 def test_a_bare_state_dict_keeps_its_tensors_only(tmp_path):
@@ -248,7 +248,7 @@ def test_malformed_files_are_a_user_error(tmp_path, content):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ([torch.zeros(1)], "holds a list, not a dict"),
         ({"model": torch.zeros(1)}, '"model" is a Tensor'),
@@ -256,11 +256,11 @@ def test_malformed_files_are_a_user_error(tmp_path, content):
         ({"model": {"w": torch.zeros(2, 2).to_sparse()}}, "'w' is not an ordinary tensor"),
     ],
 )
-def test_other_contents_are_told(tmp_path, content, told):
+def test_other_contents_are_told(tmp_path, content, message):
     torch.save(content, tmp_path / "model.pt")
     with pytest.raises(UserError) as caught:
         reading._load(tmp_path / "model.pt")
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_torchscript_is_refused(tmp_path):
@@ -294,9 +294,9 @@ def test_scalars_of_numpy_among_the_settings(tmp_path):
     }
     path = tmp_path / "checkpoint.pt"
     torch.save(content, path)
-    found = read_checkpoint(path)
-    assert torch.equal(found.tensors["w"], torch.ones(2))
-    assert found.settings["args"] == {"lr": 0.5, "seed": -3, "fp16": True}
+    result = read_checkpoint(path)
+    assert torch.equal(result.tensors["w"], torch.ones(2))
+    assert result.settings["args"] == {"lr": 0.5, "seed": -3, "fp16": True}
 
 
 def test_arrays_of_objects_are_no_scalars(tmp_path):

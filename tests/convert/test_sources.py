@@ -80,9 +80,9 @@ def test_a_released_model_is_converted_once(tmp_path, cache):
     ours = MuxBertForMaskedLM.from_pretrained(source.name).eval()
     assert torch.equal(ours(ids).logits, model(ids).logits)
     assert (Path(source.name) / "vocab.txt").exists() and Path(source.name).is_relative_to(cache)
-    made = Path(source.name).stat().st_mtime_ns
+    built = Path(source.name).stat().st_mtime_ns
     assert open_source(str(folder), "--model") == source
-    assert Path(source.name).stat().st_mtime_ns == made
+    assert Path(source.name).stat().st_mtime_ns == built
     weights = load_file(folder / "model.safetensors")
     weights["instance_embedding"] = weights["instance_embedding"] + 1
     save_file(weights, folder / "model.safetensors")
@@ -179,8 +179,8 @@ def test_a_stock_encoder_with_many_tasks(tmp_path, variant, stock):
     kept = [name for name in names if f"bert.{name}" in report["loaded"]]
     # What conditions takes the place of LayerNorms in some blocks.
     assert len(kept) >= 0.75 * len(names)
-    own = dict(loaded.bert.named_parameters())
-    assert all(torch.equal(own[name], model.base_model.get_parameter(name)) for name in kept)
+    own_values = dict(loaded.bert.named_parameters())
+    assert all(torch.equal(own_values[name], model.base_model.get_parameter(name)) for name in kept)
 
 
 def test_weights_of_another_model_are_an_error_everywhere(tmp_path):

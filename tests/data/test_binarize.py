@@ -168,14 +168,14 @@ def test_the_same_command_does_nothing_and_another_is_refused(inputs, tokenizer,
     stamps = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
     assert binarize(inputs, tokenizer, output) == json.loads(json.dumps(header))
     swapped = dict(reversed(inputs.items()))
-    for given, options in (
+    for arguments, options in (
         (inputs, {"items": "line"}),
         (inputs, {"bos": True}),
         (swapped, {}),
         (inputs, {"seed": 1}),
     ):
         with pytest.raises(UserError, match="made from other text"):
-            binarize(given, tokenizer, output, **options)
+            binarize(arguments, tokenizer, output, **options)
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == stamps
 
 
@@ -207,7 +207,7 @@ def test_bad_input_leaves_nothing(inputs, tokenizer, tmp_path, kind):
     path = bad(tmp_path, kind)
     with pytest.raises(UserError, match=path.name):
         binarize({**inputs, "bad": path}, tokenizer, tmp_path / "deep" / "out")
-    assert [one.name for one in tmp_path.iterdir()] == [path.name]
+    assert [item.name for item in tmp_path.iterdir()] == [path.name]
 
 
 def test_empty_domain_is_named(inputs, tokenizer, tmp_path):
@@ -291,11 +291,11 @@ def test_kill_at_random_times(baseline, inputs, tmp_path):
         "given = dict(one.split('=') for one in sys.argv[3:]); "
         "binarize(given, sys.argv[1], sys.argv[2], workers=1)"
     )
-    given = [f"{name}={path}" for name, path in inputs.items()]
+    arguments = [f"{name}={path}" for name, path in inputs.items()]
     command = [sys.executable, "-c", program, str(baseline / "tokenizer"), str(tmp_path / "out")]
     dice = random.Random(0)
     for _ in range(8):
-        process = subprocess.Popen([*command, *given])
+        process = subprocess.Popen([*command, *arguments])
         try:
             process.wait(timeout=dice.uniform(0.2, 3))
         except subprocess.TimeoutExpired:
@@ -303,7 +303,7 @@ def test_kill_at_random_times(baseline, inputs, tmp_path):
             process.wait()
         if (tmp_path / "out").exists():
             assert tree(tmp_path / "out") == tree(baseline)
-    subprocess.run([*command, *given], check=True)
+    subprocess.run([*command, *arguments], check=True)
     assert tree(tmp_path / "out") == tree(baseline)
 
 
@@ -321,7 +321,7 @@ def test_wide_vocabularies_are_stored_in_four_bytes(tmp_path):
 
     from megamod.data.corpus.tokenizers import Tokenizer
 
-    backend = Backend(models.WordLevel({f"w{one}": one for one in range(70000)}, unk_token="w0"))
+    backend = Backend(models.WordLevel({f"w{item}": item for item in range(70000)}, unk_token="w0"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     wide = Tokenizer("huggingface", backend, 1, 1, 69999, 0)
     documents = [f"w{69000 + number} w{number}" for number in range(200)]

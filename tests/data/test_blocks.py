@@ -57,13 +57,13 @@ def test_blocks_equal_a_naive_loop(tmp_path, block_size, token, dtype):
     assert blocks.targets(np.arange(len(blocks))).tolist() == counts
     for indices in ([len(blocks) - 1], [0, 0], list(range(1, len(blocks) - 1)) or [0]):
         inputs, labels, padded = blocks.gather(np.array(indices))
-        assert inputs.tolist() == [expected[one][0] for one in indices]
-        assert labels.tolist() == [expected[one][1] for one in indices]
-        assert padded == any(IGNORE in expected[one][1] for one in indices)
+        assert inputs.tolist() == [expected[item][0] for item in indices]
+        assert labels.tolist() == [expected[item][1] for item in indices]
+        assert padded == any(IGNORE in expected[item][1] for item in indices)
 
 
 def test_pad_may_be_eos(tmp_path):
-    """What is padding is known by length, not by id."""
+    """Padding is recognised by length, not by id."""
     blocks = TokenBlocks(make(tmp_path, [5, 1]), 4, EOS, pad_id=EOS)
     inputs, labels, padded = blocks.gather(np.array([1]))
     assert inputs.tolist() == [[13, 14, EOS, EOS]]

@@ -36,7 +36,7 @@ def pairs(first: list[str], second: list[str]) -> TextSet:
 
 
 def spelled(ids: np.ndarray) -> str:
-    return " ".join(VOCAB[one] for one in ids)
+    return " ".join(VOCAB[item] for item in ids)
 
 
 def test_pairs_carry_special_tokens_segments_and_labels(tokenizer):
@@ -71,8 +71,8 @@ def test_rows_beyond_the_model_are_refused_unless_cuts_were_asked_for(tokenizer)
 def test_the_first_token_of_a_word_carries_its_label(tokenizer, label_all):
     labels = ["O", "B-X", "I-X"]
     words = [["abc", "\ufe0f", "ca", "d"], ["a"]]
-    found = TokenSet(words, [["B-X", "I-X", "O", "O"], ["O"]], [[1, 2, 3, 4], [6]], "file")
-    encoded = encode_words(found, tokenizer, LONG, labels, label_all=label_all)
+    result = TokenSet(words, [["B-X", "I-X", "O", "O"], ["O"]], [[1, 2, 3, 4], [6]], "file")
+    encoded = encode_words(result, tokenizer, LONG, labels, label_all=label_all)
     assert spelled(encoded.ids[:9]) == "[CLS] a ##b ##c [UNK] c ##a d [SEP]"
     rest, other = (2, 0) if label_all else (-100, -100)
     assert encoded.labels[:9].tolist() == [-100, 1, rest, rest, 2, 0, other, 0, -100]
@@ -82,22 +82,22 @@ def test_the_first_token_of_a_word_carries_its_label(tokenizer, label_all):
 
 
 def test_words_behind_a_cut_have_no_token(tokenizer):
-    found = TokenSet([["a", "abc", "d"]], [["O", "B-X", "O"]], [[1, 2, 3]], "file")
-    encoded = encode_words(found, tokenizer, Lengths(5, 64), ["O", "B-X"], label_all=True)
+    result = TokenSet([["a", "abc", "d"]], [["O", "B-X", "O"]], [[1, 2, 3]], "file")
+    encoded = encode_words(result, tokenizer, Lengths(5, 64), ["O", "B-X"], label_all=True)
     assert spelled(encoded.ids) == "[CLS] a a ##b [SEP]"
     assert encoded.heads[0].tolist() == [1, 2, -1]
     assert encoded.labels.tolist() == [-100, 0, 1, 1, -100]
 
 
 def rows_of_step(encoded, ranks: int, micro: int, step: int, **more) -> np.ndarray:
-    found = []
+    result = []
     for rank in range(ranks):
         batches = TrainRows(
             encoded, StepShape(micro, 8, rank, ranks), seed=3, instances=2, pad_to=None, **more
         )
         steps = batches.micro_steps
-        found += [batches.rows(number) for number in range(step * steps, (step + 1) * steps)]
-    return np.concatenate(found)
+        result += [batches.rows(number) for number in range(step * steps, (step + 1) * steps)]
+    return np.concatenate(result)
 
 
 def test_steps_are_the_same_on_any_ranks_and_epochs_are_permutations(tokenizer):
@@ -129,6 +129,6 @@ def test_held_out_rows_come_once_in_order_with_fillers_behind(tokenizer, instanc
     for held in batches:
         rows = held.batch["input_ids"]
         assert len(rows) % instances == 0
-        for place, row in enumerate(rows):
-            source = held.start + place % (held.stop - held.start)
+        for position, row in enumerate(rows):
+            source = held.start + position % (held.stop - held.start)
             assert spelled(row).split()[1] == words[source]

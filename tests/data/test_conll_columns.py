@@ -177,10 +177,10 @@ def test_random_columns_and_labels(tmp_path_factory, data):
         lines.append("")
     path = tmp_path_factory.getbasetemp() / "random.txt"
     path.write_text("\n".join(lines), encoding="utf-8")
-    found = read_conll(path, word, label - width)
-    assert (found.words, found.labels) == (words, labels)
+    result = read_conll(path, word, label - width)
+    assert (result.words, result.labels) == (words, labels)
     file = path.read_text(encoding="utf-8").split("\n")
-    for row, sentence in zip(found.lines, found.words, strict=True):
+    for row, sentence in zip(result.lines, result.words, strict=True):
         assert all(w in file[n - 1] for n, w in zip(row, sentence, strict=True))
 
 

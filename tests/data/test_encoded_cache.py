@@ -30,12 +30,14 @@ def never():
     raise AssertionError("it was there already")
 
 
-def same(one, other) -> bool:
-    if (one.heads is None) != (other.heads is None):
+def same(first, other) -> bool:
+    if (first.heads is None) != (other.heads is None):
         return False
-    pairs = [(getattr(one, n), getattr(other, n)) for n in ("ids", "segments", "offsets", "labels")]
-    pairs += list(zip(one.heads or [], other.heads or [], strict=True))
-    numbers = all(getattr(one, n) == getattr(other, n) for n in ("pad_id", "cut", "longest"))
+    pairs = [
+        (getattr(first, n), getattr(other, n)) for n in ("ids", "segments", "offsets", "labels")
+    ]
+    pairs += list(zip(first.heads or [], other.heads or [], strict=True))
+    numbers = all(getattr(first, n) == getattr(other, n) for n in ("pad_id", "cut", "longest"))
     return numbers and all(
         (a is None) == (b is None) and (a is None or (a.dtype == b.dtype and np.array_equal(a, b)))
         for a, b in pairs
@@ -57,9 +59,9 @@ def test_the_same_rows_come_back(tmp_path, tokenizer):
         ),
     ):
         key = key_of(rows, tokenizer, LENGTHS, labels, False)
-        made = cached(tmp_path / "kept", key, make)
-        assert same(cached(tmp_path / "kept", key, never), made)
-        assert same(make(), made)
+        built = cached(tmp_path / "kept", key, make)
+        assert same(cached(tmp_path / "kept", key, never), built)
+        assert same(make(), built)
     assert len(list((tmp_path / "kept").iterdir())) == 3
 
 
@@ -88,6 +90,6 @@ def test_whatever_matters_changes_the_name(tokenizer, tmp_path):
 
 def test_a_broken_file_is_written_again(tmp_path, tokenizer, caplog):
     (tmp_path / "key.safetensors").write_bytes(b"half")
-    made = cached(tmp_path, "key", lambda: encode_texts(TEXTS, tokenizer, LENGTHS))
-    assert "written again" in caplog.text and len(made) == 3
-    assert same(cached(tmp_path, "key", never), made)
+    built = cached(tmp_path, "key", lambda: encode_texts(TEXTS, tokenizer, LENGTHS))
+    assert "written again" in caplog.text and len(built) == 3
+    assert same(cached(tmp_path, "key", never), built)

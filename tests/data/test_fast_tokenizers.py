@@ -49,8 +49,8 @@ def test_a_few_capitals_do_not_make_a_vocabulary_cased(tmp_path, seed, caplog):
 def test_marks_and_carriage_returns_are_not_part_of_tokens(tmp_path):
     plain = load_tokenizer(vocabulary(tmp_path / "plain", SMALL))
     for mark, end in (("\ufeff", "\n"), ("", "\r\n"), ("\ufeff", "\r\n")):
-        made = load_tokenizer(vocabulary(tmp_path / "other", SMALL, mark, end))
-        assert (made.digest, made.pad_id) == (plain.digest, 0)
+        built = load_tokenizer(vocabulary(tmp_path / "other", SMALL, mark, end))
+        assert (built.digest, built.pad_id) == (plain.digest, 0)
     (tmp_path / "other" / "tokenizer_config.json").write_text(
         '{"tokenizer_class": "BertTokenizer"}'
     )
@@ -65,8 +65,8 @@ def test_the_flag_wins_over_the_folder_and_is_kept(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         assert pieces(folder, "Ab") == ["[UNK]"]
     assert "--do_lower_case true encodes them as small letters" in caplog.text
-    made = load_tokenizer(folder, do_lower_case=True)
-    made.save(tmp_path / "saved")
+    built = load_tokenizer(folder, do_lower_case=True)
+    built.save(tmp_path / "saved")
     assert pieces(tmp_path / "saved", "Ab") == ["a", "##b"]
     backend = Backend(models.WordLevel({"a": 0, "</s>": 1}, unk_token="</s>"))
     other = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")

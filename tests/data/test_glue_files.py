@@ -65,12 +65,12 @@ def test_official_layouts_by_names_and_by_places(tmp_path, name, named):
         (tmp_path / task.files[split][0]).write_text(text, encoding="utf-8")
     splits = ["train", "dev"] + ["test"] * (tmp_path / task.files["test"][0]).exists()
     _, sets = read_task(task, tmp_path, splits)
-    for split, found in sets.items():
-        assert found.texts[0] == ['first "0', 'first "1', 'first "2']
+    for split, result in sets.items():
+        assert result.texts[0] == ['first "0', 'first "1', 'first "2']
         if len(task.texts) == 2:
-            assert found.texts[1] == ["second 0", "second 1", "second 2"]
+            assert result.texts[1] == ["second 0", "second 1", "second 2"]
         expected = [2.5] * 3 if task.regression else [len(task.labels) - 1] * 3
-        assert (None if found.labels is None else found.labels.tolist()) == (
+        assert (None if result.labels is None else result.labels.tolist()) == (
             None if split == "test" else expected
         )
     header = 0 if name == "cola" else 1

@@ -197,7 +197,7 @@ def test_dictionary_numbers_lines_from_four(tmp_path):
     assert len(dictionary) == 8
     names = ("<s>", "<pad>", "</s>", "<unk>", "the", "of", "new york", "\u2028")
     assert [dictionary.index(name) for name in names] == list(range(8))
-    assert [dictionary.symbol(one) for one in range(8)] == list(names)
+    assert [dictionary.symbol(item) for item in range(8)] == list(names)
     assert dictionary.index("missing") == 3
     assert dictionary.add("the", 2) == 4 and dictionary.counts[4] == 9
     assert dictionary.add("<legal>", 0) == 8

@@ -16,8 +16,8 @@ def test_each_long_enough_file_gives_the_same_number_of_lines(tmp_path):
     (books / "short.txt").write_text("one\n\n\ntwo\n")
     (books / "notes.md").write_text("x\n" * 50)
     settings = dict(encoding_errors="strict", seed=1)
-    told = sample_lines({"books": str(books)}, 5, tmp_path / "out", **settings)
-    assert told == {"books": (2, 1)}
+    output = sample_lines({"books": str(books)}, 5, tmp_path / "out", **settings)
+    assert output == {"books": (2, 1)}
     lines = (tmp_path / "out" / "books.txt").read_text().splitlines()
     assert len(lines) == len(set(lines)) == 10
     assert [line[0] for line in lines] == ["a"] * 5 + ["b"] * 5

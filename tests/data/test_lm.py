@@ -27,14 +27,14 @@ SIZES = {"law": 25, "code": 9, "news": 41, "med": 4}  # blocks; the last one of 
 def blocks(tmp_path_factory) -> list[TokenBlocks]:
     """Four domains; token t of domain d is 1000 * (d + 1) + t, in items of 7."""
     folder = tmp_path_factory.mktemp("domains")
-    made = []
+    built = []
     for number, (name, size) in enumerate(SIZES.items()):
         tokens = 1000 * (number + 1) + np.arange(size * LENGTH - 1)
         with IndexedWriter(folder / name, np.uint16) as writer:
             for start in range(0, len(tokens), 7):
                 writer.add(tokens[start : start + 7])
-        made.append(TokenBlocks(IndexedDataset(folder / name), LENGTH, 2, 1))
-    return made
+        built.append(TokenBlocks(IndexedDataset(folder / name), LENGTH, 2, 1))
+    return built
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def dense(blocks, sampler, rank, world, micro_batch=2, global_batch=32):
 
 
 def by_domain(blocks, sampler, rank, world, micro_batch=2, global_batch=32):
-    """What rank `rank` of `world` reads in DEMix with four domains."""
+    """Return the rows that rank `rank` of `world` reads in DEMix with four domains."""
     experts, group = min(world, 4), max(1, world // 4)
     held = 4 // experts
     first = rank // group * held
@@ -239,9 +239,9 @@ def make_databin(folder: Path, header: bool) -> Path:
         dictionary.add(f"w{number}", 1)
     dictionary.save(folder / "dict.txt")
     if header:
-        told = {"format": 1, "tokenizer": {"kind": "gpt2", "digest": "x"}, "vocab_size": 14}
-        told |= {"bos_id": 0, "pad_id": 1, "eos_id": 2, "unk_id": 3, "items": "line"}
-        (folder / "databin.json").write_text(json.dumps({**told, "domains": domains}))
+        output = {"format": 1, "tokenizer": {"kind": "gpt2", "digest": "x"}, "vocab_size": 14}
+        output |= {"bos_id": 0, "pad_id": 1, "eos_id": 2, "unk_id": 3, "items": "line"}
+        (folder / "databin.json").write_text(json.dumps({**output, "domains": domains}))
     return folder
 
 

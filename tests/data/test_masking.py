@@ -101,8 +101,8 @@ def test_epochs_mask_other_tokens():
     batches, samples = batches_of(), np.arange(2000)
     domains, blocks = batches.order.at(samples)
     again = samples[(domains == domains[0]) & (blocks == blocks[0])][:6]
-    made = batches._make(again, domains[again], blocks[again])
-    assert len(again) == 6 and len({tuple(row.tolist()) for row in made["labels"]}) > 1
+    built = batches._make(again, domains[again], blocks[again])
+    assert len(again) == 6 and len({tuple(row.tolist()) for row in built["labels"]}) > 1
 
 
 def test_slots_are_uniform():

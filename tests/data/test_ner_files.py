@@ -43,9 +43,9 @@ def test_iob1_is_read_as_the_iob2_it_came_from(sentences):
          (["O"] * n if kind == "O" else [f"B-{kind}"] + [f"I-{kind}"] * (n - 1))]
         for parts in sentences
     ]  # fmt: skip
-    found = tokens(*(" ".join(as_iob1(row)) for row in rows))
-    scheme = to_iob2(found, repair=False)
-    assert found.labels == rows
+    result = tokens(*(" ".join(as_iob1(row)) for row in rows))
+    scheme = to_iob2(result, repair=False)
+    assert result.labels == rows
     assert scheme == ("iob2" if all(as_iob1(row) == row for row in rows) else "iob1")
 
 
@@ -53,9 +53,9 @@ def test_a_broken_transition_is_refused_or_repaired():
     rows = ("O B-PER I-PER O", "B-LOC I-PER O I-LOC")
     with pytest.raises(UserError, match="file, line 7: I-PER follows B-LOC: neither IOB1 nor IOB2"):
         to_iob2(tokens(*rows), repair=False)
-    found = tokens(*rows)
-    assert to_iob2(found, repair=True) == "broken"
-    assert found.labels[1] == ["B-LOC", "B-PER", "O", "B-LOC"]
+    result = tokens(*rows)
+    assert to_iob2(result, repair=True) == "broken"
+    assert result.labels[1] == ["B-LOC", "B-PER", "O", "B-LOC"]
 
 
 def test_a_label_of_no_scheme():
@@ -77,10 +77,10 @@ German JJ I-NP I-MISC
 
 def test_columns_blank_lines_document_starts_and_comments(tmp_path):
     (tmp_path / "train.txt").write_text(TEXT)
-    found = read_conll(tmp_path / "train.txt", 0, -1)
-    assert found.words == [["EU", "rejects"], ["German"]]
-    assert found.labels == [["I-ORG", "O"], ["I-MISC"]]
-    assert found.lines == [[3, 4], [7]]
+    result = read_conll(tmp_path / "train.txt", 0, -1)
+    assert result.words == [["EU", "rejects"], ["German"]]
+    assert result.labels == [["I-ORG", "O"], ["I-MISC"]]
+    assert result.lines == [[3, 4], [7]]
     assert read_conll(tmp_path / "train.txt", 0, 1).labels == [["NNP", "VBZ"], ["JJ"]]
     task, sets = read_token_task(token_task("any"), tmp_path, ["train"])
     assert sets["train"].labels == [["B-ORG", "O"], ["B-MISC"]]

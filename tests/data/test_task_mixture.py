@@ -1,4 +1,4 @@
-"""Which rows of which task a step has, on any number of ranks, and what a mixed batch holds."""
+"""Rows and tasks of a step on any number of ranks, and the contents of a mixed batch."""
 
 import json
 from collections import Counter
@@ -57,18 +57,18 @@ def test_proportional_has_every_row_once_an_epoch():
     mixed = mixture("proportional")
     assert mixed.epoch(1.0) == 10
     everything = {(task, row) for task, size in enumerate(SIZES) for row in range(size)}
-    found = places(mixed, 39)
-    assert len(found) == 4 * sum(SIZES) and Counter(found) == dict.fromkeys(everything, 4)
-    assert set(found[:39]) == everything and found[:39] != found[39:78]
-    assert len({task for task, _ in found[:4]}) > 1
+    result = places(mixed, 39)
+    assert len(result) == 4 * sum(SIZES) and Counter(result) == dict.fromkeys(everything, 4)
+    assert set(result[:39]) == everything and result[:39] != result[39:78]
+    assert len({task for task, _ in result[:4]}) > 1
 
 
 def test_uniform_gives_each_task_its_turn():
     mixed = mixture("uniform")
     assert mixed.epoch(1.0) == 15 and mixed.epoch(0.5) == 7
     tasks = [set(mixed.rows(step)[0]) for step in range(60)]
-    assert all(len(one) == 1 for one in tasks)
-    turns = [tuple(min(one) for one in tasks[start : start + 3]) for start in range(0, 60, 3)]
+    assert all(len(item) == 1 for item in tasks)
+    turns = [tuple(min(item) for item in tasks[start : start + 3]) for start in range(0, 60, 3)]
     assert all(sorted(turn) == [0, 1, 2] for turn in turns) and len(set(turns)) > 3
     first = [row for task, row in places(mixed, 60) if task == 1]
     assert [sorted(first[start : start + 20]) for start in (0, 20)] == [[*range(20)]] * 2
@@ -85,8 +85,8 @@ def test_sequential_ends_one_task_before_the_next():
 def test_temperature_lies_between():
     mixed = mixture("temperature")
     shares = Counter(task for task, _ in places(mixed, 5000))
-    wanted = np.sqrt(SIZES) / np.sqrt(SIZES).sum()
-    assert np.allclose([shares[task] / 20000 for task in range(3)], wanted, atol=0.01)
+    expected = np.sqrt(SIZES) / np.sqrt(SIZES).sum()
+    assert np.allclose([shares[task] / 20000 for task in range(3)], expected, atol=0.01)
 
 
 def test_candidates_are_equally_many_of_each_task():
@@ -94,8 +94,8 @@ def test_candidates_are_equally_many_of_each_task():
     tasks, rows = mixed.rows(0)
     assert tasks.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     assert mixed.epoch(1.0) == 15
-    own = [row for task, row in places(mixed, 5) if task == 1]
-    assert sorted(own) == [*range(20)]
+    own_values = [row for task, row in places(mixed, 5) if task == 1]
+    assert sorted(own_values) == [*range(20)]
     assert sorted(row for task, row in places(mixed, 7) if task == 0) == sorted([*range(7)] * 4)
     assert mixed[0]["items"][:2] == [4.0, 4.0] and mixed[0]["rows"].tolist() == rows.tolist()
 
@@ -109,21 +109,21 @@ def test_ranks_and_micro_batches_divide_what_one_process_has(sampling):
             for rank in range(2)
             for turn in range(2)
         ]
-        found = [pair for part in parts for pair in zip(*part, strict=True)]
+        result = [pair for part in parts for pair in zip(*part, strict=True)]
         if sampling == "uncertainty":  # by task there, by rank here
-            found.sort(key=lambda pair: pair[0])
-        assert found == list(zip(*whole.rows(step), strict=True))
+            result.sort(key=lambda pair: pair[0])
+        assert result == list(zip(*whole.rows(step), strict=True))
 
 
 def test_rows_of_a_mixed_batch_keep_what_they_had():
     tasks, rows = np.array([1, 0, 2, 1, 2]), np.array([3, 6, 4, 19, 1])
     batch = mixture("proportional").gather(tasks, rows)
     assert batch["input_ids"].shape == (5, 7)  # no further than rows may be long
-    for place, (task, row) in enumerate(zip(tasks, rows, strict=True)):
+    for position, (task, row) in enumerate(zip(tasks, rows, strict=True)):
         length = 2 + row % 5
-        wanted = [100 * task + row] * length + [0] * (7 - length)
-        assert batch["input_ids"][place].tolist() == wanted
-        assert batch["attention_mask"][place].sum() == length
+        expected = [100 * task + row] * length + [0] * (7 - length)
+        assert batch["input_ids"][position].tolist() == expected
+        assert batch["attention_mask"][position].sum() == length
     # Values are not cut to whole numbers for standing beside classes.
     assert batch["labels"].tolist() == pytest.approx([3.8, 0.0, 0.0, 19.8, 0.0])
     assert batch["token_labels"][2].tolist() == [204] * 6 + [-100]

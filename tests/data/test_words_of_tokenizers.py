@@ -109,7 +109,7 @@ def test_the_pipeline_gives_words_their_blanks():
     model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True
     )
-    assert [one["word"] for one in tag("the day\u00a0said\n fine")] == [
+    assert [item["word"] for item in tag("the day\u00a0said\n fine")] == [
         "the",
         "day\u00a0said",
         "fine",

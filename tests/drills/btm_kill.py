@@ -106,11 +106,11 @@ def disturbed(folder: Path, counts: dict[str, int], kills: int, seed: int, file:
     driver = start(folder, cut)
     deadline = time.monotonic() + LONGEST
     while True:
-        made = counts["jobs"] + counts["drivers"]
-        if made >= kills:
+        built = counts["jobs"] + counts["drivers"]
+        if built >= kills:
             assert driver.wait(LONGEST) == 0, (folder / "driver.log").read_text()[-3000:]
             return
-        choose = random.Random(f"{seed} {made}")
+        choose = random.Random(f"{seed} {built}")
         moment = time.monotonic() + choose.uniform(0.5, 15)
         while time.monotonic() < moment and driver.poll() is None:
             time.sleep(0.05)
@@ -118,15 +118,15 @@ def disturbed(folder: Path, counts: dict[str, int], kills: int, seed: int, file:
             assert driver.returncode == 0, (folder / "driver.log").read_text()[-3000:]
             return
         assert time.monotonic() < deadline, "the forest does not grow"
-        found = processes(cut)
-        if choose.random() < 0.4 or not found:
+        result = processes(cut)
+        if choose.random() < 0.4 or not result:
             driver.kill()
             driver.wait()
             counts["drivers"] += 1
             time.sleep(choose.uniform(0, 3))
             driver = start(folder, cut)
         else:
-            choose.choice(found).kill()
+            choose.choice(result).kill()
             counts["jobs"] += 1
         file.write_text(json.dumps(counts))
 
@@ -144,26 +144,28 @@ def start(folder: Path, output: Path) -> subprocess.Popen[bytes]:
 
 def processes(output: Path) -> list[psutil.Process]:
     """Living processes of the jobs in a folder, by process number."""
-    found = []
+    result = []
     for process in psutil.process_iter():
         try:
             mark = process.environ().get(MARK, "")
         except (psutil.Error, OSError):
             continue
         if mark.startswith(f"{output.resolve()}{os.sep}"):
-            found.append(process)
-    return sorted(found, key=lambda process: process.pid)
+            result.append(process)
+    return sorted(result, key=lambda process: process.pid)
 
 
 def digests(output: Path) -> dict[str, str]:
     """Digests of weights, optimizer states and what the forest says of its experts."""
     files = sorted(output.glob("experts/*/model/*.safetensors"))
     files += sorted(output.glob("experts/*/checkpoints/step-40/optimizer-*.safetensors"))
-    told = {str(f.relative_to(output)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+    message = {
+        str(f.relative_to(output)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files
+    }
     for entry in json.loads((output / "forest.json").read_text())["experts"]:
         kept = {key: value for key, value in entry.items() if key != "parents"}
-        told[entry["domain"]] = json.dumps(kept, sort_keys=True)
-    return told
+        message[entry["domain"]] = json.dumps(kept, sort_keys=True)
+    return message
 
 
 def main() -> None:
@@ -179,8 +181,8 @@ def main() -> None:
     finally:
         for process in processes(args.folder.resolve()):
             process.send_signal(signal.SIGKILL)
-    told = ", ".join(f"{name} {count}" for name, count in counts.items())
-    print(f"{told}; {time.monotonic() - begun:.0f} s")
+    output = ", ".join(f"{name} {count}" for name, count in counts.items())
+    print(f"{output}; {time.monotonic() - begun:.0f} s")
     sys.exit(counts["different"] > 0)
 
 

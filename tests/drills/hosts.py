@@ -43,7 +43,7 @@ VARIABLES = ("OMP_NUM_THREADS", "DS_ACCELERATOR", "HF_HUB_OFFLINE", "TORCH_EXTEN
 
 
 def missing() -> str | None:
-    """What this machine lacks for two hosts, in words; None if nothing."""
+    """Name what this machine lacks for two hosts; None if nothing."""
     programs = {"sshd": SSHD, **{name: shutil.which(name) for name in ("ssh", "pdsh", "unshare")}}
     lacking = [name for name, path in programs.items() if path is None]
     if lacking:
@@ -70,11 +70,11 @@ class TwoHosts:
     def hit(self, number: int, by: signal.Signals = signal.SIGKILL) -> int:
         """Signal all processes of a host but its ssh server; returns how many there were."""
         server = self.servers[number].pid
-        there = [pid for pid in _processes_of(server) if pid != server]
-        for pid in there:
+        existing = [pid for pid in _processes_of(server) if pid != server]
+        for pid in existing:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, by)
-        return len(there)
+        return len(existing)
 
 
 @contextlib.contextmanager
@@ -88,9 +88,9 @@ def two_hosts(folder: Path) -> Iterator[TwoHosts]:
         subprocess.run(make, check=True)
     (folder / "client").write_text(CLIENT.format(port=port, folder=folder))
     (folder / "hosts").write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
-    told = {name: os.environ[name] for name in VARIABLES if name in os.environ}
-    told |= {"GLOO_SOCKET_IFNAME": "lo"}
-    (folder / "env").write_text("".join(f"{name}={value}\n" for name, value in told.items()))
+    output = {name: os.environ[name] for name in VARIABLES if name in os.environ}
+    output |= {"GLOO_SOCKET_IFNAME": "lo"}
+    (folder / "env").write_text("".join(f"{name}={value}\n" for name, value in output.items()))
     wrapper = folder / "bin" / "ssh"
     wrapper.parent.mkdir()
     wrapper.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {folder}/client "$@"\n')
@@ -135,9 +135,9 @@ def _says(address: str, environment: dict[str, str]) -> str:
 def _processes_of(server: int) -> list[int]:
     """Processes in the UTS namespace of a process."""
     space = os.readlink(f"/proc/{server}/ns/uts")
-    found = []
+    result = []
     for folder in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
             if folder.name.isdigit() and os.readlink(folder / "ns" / "uts") == space:
-                found.append(int(folder.name))
-    return found
+                result.append(int(folder.name))
+    return result

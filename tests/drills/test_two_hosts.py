@@ -52,7 +52,7 @@ over_ssh = [
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+def folder(tmp_path_factory) -> Path:
     """A folder with a data-bin of two domains and a recipe."""
     root = tmp_path_factory.mktemp("hosts")
     draw = random.Random(0)
@@ -93,9 +93,9 @@ def finish(process: subprocess.Popen, output: Path) -> str:
         code = process.wait(LONGEST)
     finally:
         process.kill()
-    told = Path(f"{output}.txt").read_text()
-    assert code == 0, told[-4000:]
-    return told
+    message = Path(f"{output}.txt").read_text()
+    assert code == 0, message[-4000:]
+    return message
 
 
 def wait_for(path: Path, process: subprocess.Popen) -> None:
@@ -106,40 +106,40 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
-def flags(place: Path, output: Path, kind: str, *more: object) -> list[object]:
-    return [place / "recipe.yaml", "--untie", UNTIE[kind], "--output_dir", output, *more]
+def flags(folder: Path, output: Path, kind: str, *more: object) -> list[object]:
+    return [folder / "recipe.yaml", "--untie", UNTIE[kind], "--output_dir", output, *more]
 
 
-def made(output: Path) -> dict[str, str]:
+def published_weights(output: Path) -> dict[str, str]:
     """Digests of all tensors below a folder; metadata of a file have no order."""
-    found = {}
+    result = {}
     for file in sorted(output.rglob("*.safetensors")):
         for name, tensor in load_file(file).items():
             raw = tensor.contiguous().view(torch.uint8).numpy().tobytes()
-            found[f"{file.relative_to(output)} {name}"] = hashlib.sha256(raw).hexdigest()
-    assert found
-    return found
+            result[f"{file.relative_to(output)} {name}"] = hashlib.sha256(raw).hexdigest()
+    assert result
+    return result
 
 
-def on_one_host(place: Path, kind: str, *more: object) -> dict[str, str]:
-    """What two ranks of one host make; once a session."""
-    output = place / "-".join(map(str, ("one", kind, *more)))
+def on_one_host(folder: Path, kind: str, *more: object) -> dict[str, str]:
+    """Run two ranks on one host, once a session."""
+    output = folder / "-".join(map(str, ("one", kind, *more)))
     if not output.exists():
         command = (*TORCHRUN, "--master_port", free_port(), PRETRAIN)
-        finish(begin([*command, *flags(place, output, kind, *more)], output), output)
-    return made(output)
+        finish(begin([*command, *flags(folder, output, kind, *more)], output), output)
+    return published_weights(output)
 
 
-def without_ssh(place: Path, kind: str) -> Path:
+def without_ssh(folder: Path, kind: str) -> Path:
     """Train with a launcher started by hand on each host; once a session."""
-    output = place / f"by-hand-{kind}"
+    output = folder / f"by-hand-{kind}"
     if not output.exists():
-        (place / "hosts").write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
-        common = ("--hostfile", place / "hosts", "--no_ssh", "--master_addr", "127.0.0.1")
+        (folder / "hosts").write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
+        common = ("--hostfile", folder / "hosts", "--no_ssh", "--master_addr", "127.0.0.1")
         common += ("--master_port", free_port())
         started = [
             begin(
-                [*DEEPSPEED, *common, "--node_rank", node, PRETRAIN, *flags(place, output, kind)],
+                [*DEEPSPEED, *common, "--node_rank", node, PRETRAIN, *flags(folder, output, kind)],
                 output,
                 {**os.environ, "GLOO_SOCKET_IFNAME": "lo"},
             )
@@ -150,8 +150,8 @@ def without_ssh(place: Path, kind: str) -> Path:
     return output
 
 
-def test_without_ssh_each_host_holds_a_domain(place):
-    output = without_ssh(place, "demix")
+def test_without_ssh_each_host_holds_a_domain(folder):
+    output = without_ssh(folder, "demix")
     rows = [line.split() for line in Path(f"{output}.txt").read_text().splitlines()]
     table = [(row[0], row[3], row[5]) for row in rows if len(row) == 6 and row[2] == "cpu"]
     assert table == [("0", "law", "0"), ("1", "med", "1")]
@@ -165,16 +165,16 @@ def test_without_ssh_each_host_holds_a_domain(place):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", UNTIE)
-def test_without_ssh_the_weights_are_those_of_one_host(place, kind):
-    assert made(without_ssh(place, kind)) == on_one_host(place, kind)
+def test_without_ssh_the_weights_are_those_of_one_host(folder, kind):
+    assert published_weights(without_ssh(folder, kind)) == on_one_host(folder, kind)
 
 
 class TestOverSsh:
     pytestmark = over_ssh
 
     def command(self, hosts: TwoHosts) -> list[object]:
-        found = [*DEEPSPEED, "--hostfile", hosts.hostfile, "--master_addr", ADDRESSES[0]]
-        return [*found, "--master_port", free_port(), PRETRAIN]
+        result = [*DEEPSPEED, "--hostfile", hosts.hostfile, "--master_addr", ADDRESSES[0]]
+        return [*result, "--master_port", free_port(), PRETRAIN]
 
     def test_the_hostfile_is_checked_by_logging_in(self, hosts, tmp_path):
         check = [sys.executable, str(REPOSITORY / "launchers" / "check_hostfile.py")]
@@ -197,15 +197,15 @@ class TestOverSsh:
         assert "line 2: 127.0.0.4: ssh says 'ssh: connect to host 127.0.0.4 port" in bad.stderr
 
     @pytest.mark.parametrize("kind", UNTIE)
-    def test_the_weights_are_those_of_one_host(self, place, hosts, kind):
-        output = place / f"two-{kind}"
+    def test_the_weights_are_those_of_one_host(self, folder, hosts, kind):
+        output = folder / f"two-{kind}"
         process = begin(
-            [*self.command(hosts), *flags(place, output, kind)], output, hosts.environment
+            [*self.command(hosts), *flags(folder, output, kind)], output, hosts.environment
         )
-        told = finish(process, output)
-        assert made(output) == on_one_host(place, kind)
+        message = finish(process, output)
+        assert published_weights(output) == on_one_host(folder, kind)
         # pdsh puts the address of its host in front of each line.
-        rows = [line.split()[1:] for line in told.splitlines()]
+        rows = [line.split()[1:] for line in message.splitlines()]
         domains = {"dense": ("law,med", "law,med"), "demix": ("law", "med")}[kind]
         for rank, name in enumerate(NAMES):
             assert [str(rank), name, "cpu", domains[rank]] in [row[:4] for row in rows]
@@ -213,34 +213,34 @@ class TestOverSsh:
             assert f"rank {rank} of 2" in log and "is done after" in log
             assert ("step 4/4  loss" in log) is (rank == 0)
 
-    def test_a_host_dies_and_the_same_command_goes_on(self, place, hosts):
+    def test_a_host_dies_and_the_same_command_goes_on(self, folder, hosts):
         more = ("--max_steps", 60, "--save_steps", 10, "--save_total_limit", 2)
-        cut, command = place / "cut", self.command(hosts)
-        process = begin([*command, *flags(place, cut, "dense", *more)], cut, hosts.environment)
+        cut, command = folder / "cut", self.command(hosts)
+        process = begin([*command, *flags(folder, cut, "dense", *more)], cut, hosts.environment)
         wait_for(cut / "checkpoints" / "step-10", process)
         assert hosts.hit(1) > 1
         killed = time.monotonic()
         assert process.wait(120) in (4, 255)  # of the rank that is left, or of the ssh that was cut
         seconds = time.monotonic() - killed
-        told = Path(f"{cut}.txt").read_text()
-        assert "DistributedFailure: rank 0 on host-2 lost its peers" in told, told[-3000:]
+        message = Path(f"{cut}.txt").read_text()
+        assert "DistributedFailure: rank 0 on host-2 lost its peers" in message, message[-3000:]
         assert seconds < 45, f"{seconds} s"
         assert not (cut / "model").exists()
         assert "rank 0 ended after" in (cut / "logs" / "host-2.log").read_text()
 
-        finish(begin([*command, *flags(place, cut, "dense", *more)], cut, hosts.environment), cut)
+        finish(begin([*command, *flags(folder, cut, "dense", *more)], cut, hosts.environment), cut)
         for name in NAMES:  # appended to, not begun anew
             log = (cut / "logs" / f"{name}.log").read_text()
             assert log.count("begins at step") == 2 and log.count("begins at step 0") == 1
-        assert made(cut) == on_one_host(place, "dense", *more)
+        assert published_weights(cut) == on_one_host(folder, "dense", *more)
 
-    def test_a_host_that_freezes_does_not_hold_the_others_for_ever(self, place, hosts):
+    def test_a_host_that_freezes_does_not_hold_the_others_for_ever(self, folder, hosts):
         more = ("--max_steps", 5000, "--save_steps", 10, "--dist_timeout", 10)
-        output = place / "frozen"
+        output = folder / "frozen"
         # The ssh client of the frozen host ends only if it is told to look whether it is there.
         alive = "-o ServerAliveInterval=5 -o ServerAliveCountMax=2"
         environment = {**hosts.environment, "PDSH_SSH_ARGS_APPEND": alive}
-        command = [*self.command(hosts), *flags(place, output, "dense", *more)]
+        command = [*self.command(hosts), *flags(folder, output, "dense", *more)]
         process = begin(command, output, environment)
         wait_for(output / "checkpoints" / "step-10", process)
         assert hosts.hit(1, signal.SIGSTOP) > 1
@@ -250,20 +250,20 @@ class TestOverSsh:
             process.kill()
             hosts.hit(1)
             hosts.hit(0)
-        told = Path(f"{output}.txt").read_text()
-        assert "DistributedFailure: rank 0 on host-2 lost its peers" in told, told[-3000:]
+        message = Path(f"{output}.txt").read_text()
+        assert "DistributedFailure: rank 0 on host-2 lost its peers" in message, message[-3000:]
 
-    def test_an_expert_on_each_host(self, place, hosts):
-        outputs = place / "btm-one", place / "btm-two"
+    def test_an_expert_on_each_host(self, folder, hosts):
+        outputs = folder / "btm-one", folder / "btm-two"
         runs = [("--slots", "2"), ("--hostfile", hosts.hostfile)]
         for output, where in zip(outputs, runs, strict=True):
-            command = (sys.executable, BTM, place / "recipe.yaml", "--seed_share", "0.5", *where)
+            command = (sys.executable, BTM, folder / "recipe.yaml", "--seed_share", "0.5", *where)
             process = begin([*command, "--output_dir", output], output, hosts.environment)
             try:
                 finish(process, output)
             finally:  # jobs outlive a driver that is killed
                 for lock in (output / "jobs").glob("*.lock"):
                     clear(str(lock.resolve()))
-        assert made(outputs[0]) == made(outputs[1])
+        assert published_weights(outputs[0]) == published_weights(outputs[1])
         logs = sorted(path.name for path in (outputs[1] / "experts").glob("*/logs/*"))
         assert logs == [f"{name}.log" for name in NAMES]

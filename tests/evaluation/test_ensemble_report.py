@@ -31,8 +31,8 @@ def results(size: int = 16) -> dict[str, DomainResult]:
 
 
 def test_tables():
-    told = score_text(results(), Protocol(removal_test=True))
-    perplexity, bits, alone, removal = told.split("\n\n")
+    output = score_text(results(), Protocol(removal_test=True))
+    perplexity, bits, alone, removal = output.split("\n\n")
     rows = [line.split() for line in perplexity.splitlines()[2:]]
     assert rows[:2] == [["best", "single", "expert", "7.39"], ["cached_prior", "6.05*"]]
     assert perplexity.endswith("best single expert: law on novel")
@@ -47,8 +47,8 @@ def test_tables():
 def test_a_long_prior_is_summed_up():
     names = tuple(f"d{number}" for number in range(9))
     prior = Prior(names, (0.0, 0.3, 0.2, 0.1, 0.1, 0.1, 0.1, 0.06, 0.04))
-    told = prior_text({"x": DomainResult("x", prior=prior)}).splitlines()[1]
-    assert told.startswith("x  d1 0.300, d2 0.200") and told.endswith("3 others 0.100")
+    output = prior_text({"x": DomainResult("x", prior=prior)}).splitlines()[1]
+    assert output.startswith("x  d1 0.300, d2 0.200") and output.endswith("3 others 0.100")
     assert prior_text({"x": DomainResult("x")}) == ""
 
 

@@ -30,7 +30,7 @@ TREES = (("law", "whole/law", None), ("art", "demix", "art"), ("code", "whole/co
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+def root(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ensemble")
     make_data(folder / "bin")
     make_model(folder / "demix", untie="feedforward")
@@ -41,13 +41,13 @@ def place(tmp_path_factory) -> Path:
     return folder
 
 
-def held_out(place: Path, **fields) -> HeldOut:
-    told = HeldOut(str(place / "bin"), ("law", "code"), "test", None, 4, "auto", False)
-    return replace(told, **fields)
+def held_out(root: Path, **fields) -> HeldOut:
+    output = HeldOut(str(root / "bin"), ("law", "code"), "test", None, 4, "auto", False)
+    return replace(output, **fields)
 
 
-def experts_of(place: Path, forest: str = "forest.json", only=None, **fields) -> Experts:
-    return Experts(open_forest(place / forest), held_out(place, **fields), CPU, only)
+def experts_of(root: Path, forest: str = "forest.json", only=None, **fields) -> Experts:
+    return Experts(open_forest(root / forest), held_out(root, **fields), CPU, only)
 
 
 def numbers(results) -> dict[str, object]:
@@ -86,35 +86,35 @@ PROTOCOLS = [
 ]
 
 
-def score_on_a_rank(rank: int, place: Path) -> list[dict[str, object]]:
-    experts = experts_of(place)
+def score_on_a_rank(rank: int, root: Path) -> list[dict[str, object]]:
+    experts = experts_of(root)
     source, domains = Together(experts), ("law", "code")
     return [numbers(evaluate(experts, source, domains, protocol)) for protocol in PROTOCOLS]
 
 
-def test_two_ranks_one_process_and_one_expert_at_a_time_agree(place):
-    ranks = on_ranks(2, score_on_a_rank, place)
+def test_two_ranks_one_process_and_one_expert_at_a_time_agree(root):
+    ranks = on_ranks(2, score_on_a_rank, root)
     for number, protocol in enumerate(PROTOCOLS):
-        experts = experts_of(place)
+        experts = experts_of(root)
         alone = numbers(evaluate(experts, OneByOne(experts), ("law", "code"), protocol))
         agree(ranks[0][number], alone)
         agree(ranks[1][number], alone)
 
 
-def test_all_in_memory_is_one_expert_at_a_time(place):
+def test_all_in_memory_is_one_expert_at_a_time(root):
     for protocol in PROTOCOLS:
-        experts = experts_of(place)
+        experts = experts_of(root)
         apart = numbers(evaluate(experts, OneByOne(experts), ("law", "code"), protocol))
         agree(numbers(evaluate(experts, Together(experts), ("law", "code"), protocol)), apart)
 
 
 @torch.no_grad()
-def by_logits(place: Path, domain: str, split: str) -> list[list[list[float]]]:
+def by_logits(root: Path, domain: str, split: str) -> list[list[list[float]]]:
     """Log-probabilities by sequence, token and expert, from logits, one sequence at a time."""
-    dataset = IndexedDataset(place / "bin" / split_prefix(domain, split))
+    dataset = IndexedDataset(root / "bin" / split_prefix(domain, split))
     tokens = [int(t) for item in range(len(dataset)) for t in dataset[item]]
     starts = {int(offset) for offset in dataset.offsets}
-    models = [(DemixForCausalLM.from_pretrained(place / path), m) for _, path, m in TREES]
+    models = [(DemixForCausalLM.from_pretrained(root / path), m) for _, path, m in TREES]
     sequences = []
     for start in range(0, len(tokens), LENGTH):
         targets = tokens[start : start + LENGTH]
@@ -122,7 +122,7 @@ def by_logits(place: Path, domain: str, split: str) -> list[list[list[float]]]:
         inputs = torch.tensor([[first, *targets[:-1]]])
         every = [m(inputs, domain=d).logits[0].double().log_softmax(-1) for m, d in models]
         sequences.append(
-            [[float(one[t, target]) for one in every] for t, target in enumerate(targets)]
+            [[float(entry[t, target]) for entry in every] for t, target in enumerate(targets)]
         )
     return sequences
 
@@ -145,25 +145,25 @@ def mixed_by_hand(sequences, prior, rule: str) -> tuple[float, list[list[float]]
 
 
 @pytest.mark.parametrize("rule", ["last_token", "history"])
-def test_the_whole_protocol_by_hand(place, rule):
+def test_the_whole_protocol_by_hand(root, rule):
     prior, average = [1 / 3] * 3, None
-    sequences = by_logits(place, "law", "valid")[:5]
+    sequences = by_logits(root, "law", "valid")[:5]
     for pair in (sequences[:2], sequences[2:4], sequences[4:]):
         _, finals = mixed_by_hand(pair, prior, rule)
         posterior = [sum(column) / len(finals) for column in zip(*finals, strict=True)]
         old = average or posterior
         average = [0.7 * a + 0.3 * m for a, m in zip(old, posterior, strict=True)]
         prior = average
-    expected, _ = mixed_by_hand(by_logits(place, "law", "test"), prior, rule)
+    expected, _ = mixed_by_hand(by_logits(root, "law", "test"), prior, rule)
 
-    experts = experts_of(place)
+    experts = experts_of(root)
     protocol = Protocol(rule=Rule(rule), prior_sequences=5)
     result = evaluate(experts, OneByOne(experts), ("law",), protocol)["law"]
     assert result.prior.weights == pytest.approx(prior, abs=1e-6)
     assert result.prior.text["sequences"] == 5 and result.prior.text["split"] == "valid"
     assert result.modes["cached_prior"].nll == pytest.approx(expected, rel=1e-6)
     assert result.modes["cached_prior"].tokens == TOKENS["law"]
-    uniform, _ = mixed_by_hand(by_logits(place, "law", "test"), [1 / 3] * 3, rule)
+    uniform, _ = mixed_by_hand(by_logits(root, "law", "test"), [1 / 3] * 3, rule)
     assert result.modes["uniform_prior"].nll == pytest.approx(uniform, rel=1e-6)
     # 3 batches of the estimate and 3 of the test split, the second with running perplexity.
     assert [line["split"] for line in result.lines] == ["valid"] * 3 + ["test"] * 3
@@ -172,14 +172,14 @@ def test_the_whole_protocol_by_hand(place, rule):
 
 
 @pytest.mark.parametrize("fields", [{}, {"context_window": 3}, {"block_size": 5, "batch_size": 3}])
-def test_experts_alone_score_as_they_do_without_a_forest(place, fields):
-    experts = experts_of(place, **fields)
+def test_experts_alone_score_as_they_do_without_a_forest(root, fields):
+    experts = experts_of(root, **fields)
     protocol = Protocol("simple_average", batch=1)
     results = evaluate(experts, OneByOne(experts), ("law", "code"), protocol)
-    told = held_out(place, **fields)
+    output = held_out(root, **fields)
     if "block_size" not in fields:
-        told = replace(told, block_size=LENGTH)
-    matrix = score_models(find_models(place / "forest.json", told), told, CPU)
+        output = replace(output, block_size=LENGTH)
+    matrix = score_models(find_models(root / "forest.json", output), output, CPU)
     for domain, result in results.items():
         assert result.prior is None and "cached_prior" not in result.modes
         for expert, score in result.single.items():
@@ -188,19 +188,19 @@ def test_experts_alone_score_as_they_do_without_a_forest(place, fields):
             assert (score.tokens, score.bytes) == (theirs.tokens, theirs.bytes)
 
 
-def test_an_expert_left_out_is_a_forest_without_it(place):
+def test_an_expert_left_out_is_a_forest_without_it(root):
     priors = {"law": Prior(("law", "art", "code"), (0.5, 0.2, 0.3))}
-    experts = experts_of(place)
+    experts = experts_of(root)
     protocol = Protocol(removal_test=True)
     result = evaluate(experts, OneByOne(experts), ("law",), protocol, priors)["law"]
     assert list(result.without) == ["law", "art", "code"] and result.estimate is None
-    fewer = experts_of(place, only=("law", "code"))
+    fewer = experts_of(root, only=("law", "code"))
     rest = {"law": Prior(("law", "code"), (0.625, 0.375))}
     other = evaluate(fewer, OneByOne(fewer), ("law",), Protocol(), rest)["law"]
     assert result.without["art"].nll == pytest.approx(other.modes["cached_prior"].nll, rel=1e-6)
 
 
-def test_experts_without_a_prior_are_never_loaded(place, monkeypatch):
+def test_experts_without_a_prior_are_never_loaded(root, monkeypatch):
     loaded = []
 
     def watch(forest, device, only):
@@ -210,7 +210,7 @@ def test_experts_without_a_prior_are_never_loaded(place, monkeypatch):
     plain = expert_scores.load_experts
     monkeypatch.setattr(expert_scores, "load_experts", watch)
     priors = {"law": Prior(("law", "art", "code"), (0.5, 0.1, 0.4))}
-    experts = experts_of(place)
+    experts = experts_of(root)
     for source in (OneByOne(experts), Together(experts)):
         loaded.clear()
         result = evaluate(experts, source, ("law",), Protocol(topk=2), priors)["law"]
@@ -221,17 +221,17 @@ def test_experts_without_a_prior_are_never_loaded(place, monkeypatch):
     loaded.clear()
     evaluate(experts, OneByOne(experts), ("law", "code"), Protocol())
     assert loaded == [("law", "art", "code")]
-    demix = next(plain(open_forest(place / "demix"), CPU, ["art"])).model
+    demix = next(plain(open_forest(root / "demix"), CPU, ["art"])).model
     assert not [name for name, _ in demix.named_parameters() if ".law." in name]
 
 
-def test_scores_are_found_again(place, tmp_path, monkeypatch):
-    experts = experts_of(place)
+def test_scores_are_found_again(root, tmp_path, monkeypatch):
+    experts = experts_of(root)
     fresh = numbers(evaluate(experts, OneByOne(experts, tmp_path), ("law",), Protocol()))
     files = sorted(tmp_path.iterdir())
     assert len(files) == 6 and all(".tmp" not in file.name for file in files)
     files[0].write_bytes(files[0].read_bytes()[:100])
-    other = experts_of(place)
+    other = experts_of(root)
     loaded = []
     plain = expert_scores.load_experts
     monkeypatch.setattr(
@@ -241,17 +241,17 @@ def test_scores_are_found_again(place, tmp_path, monkeypatch):
     assert again == fresh and loaded == [["art"]]
     # Another window, another number of sequences: other files.
     evaluate(other, OneByOne(other, tmp_path), ("law",), Protocol(prior_sequences=2))
-    windowed = experts_of(place, context_window=2)
+    windowed = experts_of(root, context_window=2)
     evaluate(windowed, OneByOne(windowed, tmp_path), ("law",), Protocol())
     assert len(list(tmp_path.iterdir())) == 6 + 3 + 6
 
 
-def test_what_decides_an_expert(place):
-    names = [file.name for file in weight_files(Expert("law", place / "whole/law"))]
+def test_what_decides_an_expert(root):
+    names = [file.name for file in weight_files(Expert("law", root / "whole/law"))]
     assert names == ["config.json", "model.safetensors"]
-    folder = place / "split"
+    folder = root / "split"
     folder.mkdir()
-    state = read_weights(place / "demix")
+    state = read_weights(root / "demix")
     write_weights(folder, state, has_experts=True)
     write_index(folder, state, sum(tensor.nbytes for tensor in state.values()))
     names = [file.name for file in weight_files(Expert("x", folder, "law"))]
@@ -261,38 +261,38 @@ def test_what_decides_an_expert(place):
         weight_files(Expert("x", folder, "law"))
 
 
-def test_an_expert_whose_weights_are_no_numbers_is_named(place, tmp_path):
-    shutil.copytree(place / "whole", tmp_path / "whole")
-    state = read_weights(place / "whole" / "code")
+def test_an_expert_whose_weights_are_no_numbers_is_named(root, tmp_path):
+    shutil.copytree(root / "whole", tmp_path / "whole")
+    state = read_weights(root / "whole" / "code")
     name = next(iter(state))
     state[name] = torch.full_like(state[name], torch.nan)
     write_weights(tmp_path / "whole" / "code", state, has_experts=False)
-    experts = Experts(open_forest(tmp_path / "whole"), held_out(place), CPU)
+    experts = Experts(open_forest(tmp_path / "whole"), held_out(root), CPU)
     for source in (OneByOne(experts), Together(experts)):
         with pytest.raises(UserError, match="expert code gives probabilities that are not numbers"):
             evaluate(experts, source, ("law",), Protocol())
 
 
-def test_domain_tokens_must_be_there_for_all_or_none(place, tmp_path):
+def test_domain_tokens_must_be_there_for_all_or_none(root, tmp_path):
     make_model(tmp_path / "law", vocab_size=VOCAB + 3)
     make_model(tmp_path / "code", vocab_size=VOCAB + 3)
-    experts = Experts(open_forest(tmp_path), held_out(place), CPU)
+    experts = Experts(open_forest(tmp_path), held_out(root), CPU)
     assert experts.masks(Text("law", "test")).shape == (7, LENGTH - 1)
     scored = list(OneByOne(experts).batches(Text("law", "test", 3), ("code",), 2))
-    assert [one[0].shape for one in scored] == [(1, 2, 7), (1, 1, 7)]
+    assert [item[0].shape for item in scored] == [(1, 2, 7), (1, 1, 7)]
     result = evaluate(experts, OneByOne(experts), ("law",), Protocol("uniform_prior"))["law"]
     assert result.modes["uniform_prior"].tokens == TOKENS["law"]
-    told = replace(held_out(place), block_size=LENGTH)
-    matrix = score_models(find_models(tmp_path, told), told, CPU)
+    output = replace(held_out(root), block_size=LENGTH)
+    matrix = score_models(find_models(tmp_path, output), output, CPU)
     assert result.single["code"].nll == pytest.approx(matrix["code"]["law"].nll, rel=1e-6)
 
 
-def test_what_does_not_fit_is_told(place):
+def test_what_does_not_fit_is_told(root):
     with pytest.raises(UserError, match=r"no expert 'novel'; its experts are law, art"):
-        experts_of(place, only=("law", "novel"))
+        experts_of(root, only=("law", "novel"))
     with pytest.raises(UserError, match=r"--domain: .* has no text of 'novel'"):
-        experts_of(place, domains=("novel",))
-    experts = experts_of(place)
+        experts_of(root, domains=("novel",))
+    experts = experts_of(root)
     with pytest.raises(UserError, match="--topk 4: there are 3 experts"):
         priors = {"law": Prior(("law", "art", "code"), (0.5, 0.1, 0.4))}
         evaluate(experts, OneByOne(experts), ("law",), Protocol(topk=4), priors)

@@ -44,7 +44,7 @@ def tokenizer(tmp_path_factory) -> BertTokenizerFast:
     return BertTokenizerFast(str(folder / "vocab.txt"))
 
 
-def made(kind: type, instances: int = 1, **more: object):
+def build_model(kind: type, instances: int = 1, **more: object):
     """A model with random weights; N = 1 is a stock one."""
     torch.manual_seed(instances)
     fields = SIZE | dict(id2label=LABELS) | more
@@ -62,7 +62,7 @@ def ids_of(tokenizer, texts: list[str]) -> torch.Tensor:
 
 @pytest.mark.parametrize("requests", [1, 2, 3, 7])
 def test_rows_are_answered_in_order_as_by_the_model_itself(tokenizer, requests):
-    model = made(MuxBertForSequenceClassification, 3)
+    model = build_model(MuxBertForSequenceClassification, 3)
     classify = MuxPipeline(model, tokenizer, max_length=LENGTH, batch_size=1)
     texts = TEXTS[:requests]
     expected = []
@@ -83,7 +83,7 @@ def test_rows_are_answered_in_order_as_by_the_model_itself(tokenizer, requests):
 
 def test_copies_of_a_request_are_averaged_wherever_they_were(tokenizer):
     """Against a loop over what was fed: each line's row is known by its ids alone."""
-    model = made(MuxBertForSequenceClassification, 3)
+    model = build_model(MuxBertForSequenceClassification, 3)
     ensemble = MuxPipeline(model, tokenizer, max_length=LENGTH, batch_size=5, ensemble=True, seed=4)
     fed, answered = [], []
 
@@ -115,7 +115,7 @@ def test_copies_of_a_request_are_averaged_wherever_they_were(tokenizer):
 
 
 def test_words_are_answered_by_their_first_tokens(tokenizer):
-    model = made(MuxBertForTokenClassification, 2)
+    model = build_model(MuxBertForTokenClassification, 2)
     tag = MuxPipeline(model, tokenizer, max_length=LENGTH, batch_size=2)
     sentences = [["w1", "w7s", "w2"], ["w3"], [f"w{n}" for n in range(9)]]
     heads = [[1, 2, 4], [1], [1, 2, 3, 4, 5, 6, 7]]  # [CLS] in front, w7s is two tokens
@@ -140,7 +140,7 @@ def test_words_are_answered_by_their_first_tokens(tokenizer):
 
 
 def test_stock_models_answer_as_in_a_pipeline_of_transformers(tokenizer):
-    model = made(BertForSequenceClassification)
+    model = build_model(BertForSequenceClassification)
     theirs = pipeline("text-classification", model=model, tokenizer=tokenizer)
     ours = MuxPipeline(model, tokenizer, max_length=LENGTH)
     copies = MuxPipeline(model, tokenizer, max_length=LENGTH, ensemble=True)
@@ -151,9 +151,9 @@ def test_stock_models_answer_as_in_a_pipeline_of_transformers(tokenizer):
             assert single["label"] == copy["label"] == two["label"]
             assert single["score"] == pytest.approx(two["score"], abs=1e-5)
             assert copy["score"] == pytest.approx(two["score"], abs=1e-5)
-    words = MuxPipeline(made(BertForTokenClassification), tokenizer, max_length=LENGTH)
+    words = MuxPipeline(build_model(BertForTokenClassification), tokenizer, max_length=LENGTH)
     assert [answer["word"] for answer in words("w1 w2s")] == ["w1", "w2s"]
-    value = made(BertForSequenceClassification, id2label={0: "grade"}, num_labels=1)
+    value = build_model(BertForSequenceClassification, id2label={0: "grade"}, num_labels=1)
     with torch.no_grad():
         expected = float(value(**tokenizer(["w1"], return_tensors="pt")).logits)
     (answer,) = MuxPipeline(value, tokenizer, max_length=LENGTH)("w1")
@@ -161,7 +161,7 @@ def test_stock_models_answer_as_in_a_pipeline_of_transformers(tokenizer):
 
 
 def test_a_pipeline_of_a_folder(tokenizer, tmp_path):
-    model = made(MuxBertForTokenClassification, 2)
+    model = build_model(MuxBertForTokenClassification, 2)
     model.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="has no tokenizer of an encoder; name one by `tokenizer`"):
         MuxPipeline.from_pretrained(tmp_path, max_length=LENGTH)
@@ -173,7 +173,7 @@ def test_a_pipeline_of_a_folder(tokenizer, tmp_path):
     for ours, theirs in zip(tag(TEXTS), expected, strict=True):
         near = [{**answer, "score": pytest.approx(answer["score"], abs=1e-5)} for answer in theirs]
         assert ours == near
-    made(MuxBertForMaskedLM, 2).save_pretrained(tmp_path)
+    build_model(MuxBertForMaskedLM, 2).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="MuxBertForMaskedLM is no classifier; finetune it first"):
         MuxPipeline.from_pretrained(tmp_path)
     with pytest.raises(UserError, match="nowhere"):
@@ -192,11 +192,11 @@ def test_a_pipeline_of_a_folder(tokenizer, tmp_path):
 )
 def test_wrong_requests_are_refused(tokenizer, asked, message):
     with pytest.raises(ValueError, match=message):
-        MuxPipeline(made(BertForSequenceClassification), tokenizer, max_length=LENGTH)(asked)
+        MuxPipeline(build_model(BertForSequenceClassification), tokenizer, max_length=LENGTH)(asked)
 
 
 def test_mistakes_are_named(tokenizer):
-    model = made(MuxBertForTokenClassification, 2)
+    model = build_model(MuxBertForTokenClassification, 2)
     with pytest.raises(ValueError, match=r"request 1, \[\]: neither a text nor a list of words"):
         MuxPipeline(model, tokenizer, max_length=LENGTH)(["w1", []])
     with pytest.raises(ValueError, match="max_length 13 is not between 3 and 12 positions"):
@@ -204,13 +204,13 @@ def test_mistakes_are_named(tokenizer):
     with pytest.raises(ValueError, match="batch_size 0 must be 1 or more groups"):
         MuxPipeline(model, tokenizer, max_length=LENGTH, batch_size=0)
     with pytest.raises(ValueError, match="MuxBertForMaskedLM is no classifier"):
-        MuxPipeline(made(MuxBertForMaskedLM, 2), tokenizer, max_length=LENGTH)
+        MuxPipeline(build_model(MuxBertForMaskedLM, 2), tokenizer, max_length=LENGTH)
     with pytest.raises(AttributeError, match="has no attribute 'Pipeline'"):
         megamod.Pipeline  # noqa: B018
 
 
 def test_a_model_without_its_head_answers_nothing(tokenizer, tmp_path):
-    model = made(BertForSequenceClassification)
+    model = build_model(BertForSequenceClassification)
     state = {name: w for name, w in model.state_dict().items() if name != "classifier.bias"}
     model.save_pretrained(tmp_path, state_dict=state)
     tokenizer.save_pretrained(tmp_path)

@@ -20,24 +20,24 @@ NER = token_task("ner")
 
 def chunks(labels: list[str]) -> set[tuple[str, int, int]]:
     """conlleval: each word ends a chunk, starts one, or neither, seen from the word before."""
-    found, begin = set(), 0
+    result, begin = set(), 0
     parts = [("O", "")] + [(label[0], label[2:]) for label in labels] + [("O", "")]
     for n in range(1, len(parts)):
         (before, kind_before), (here, kind) = parts[n - 1], parts[n]
         if before != "O" and (here in "BO" or kind != kind_before):
-            found.add((kind_before, begin, n - 2))
+            result.add((kind_before, begin, n - 2))
         if here == "B" or (here == "I" and (before == "O" or kind != kind_before)):
             begin = n - 1
-    return found
+    return result
 
 
 @given(st.lists(SENTENCE, min_size=1, max_size=5))
 def test_entities_and_scores_are_those_of_conlleval(sentences):
     gold = [[pair[0] for pair in sentence] for sentence in sentences]
     answers = [[pair[1] for pair in sentence] for sentence in sentences]
-    want = {(n, *one) for n, row in enumerate(gold) for one in chunks(row)}
-    have = {(n, *one) for n, row in enumerate(answers) for one in chunks(row)}
-    assert {(n, *one) for n, row in enumerate(answers) for one in entities(row)} == have
+    want = {(n, *item) for n, row in enumerate(gold) for item in chunks(row)}
+    have = {(n, *item) for n, row in enumerate(answers) for item in chunks(row)}
+    assert {(n, *item) for n, row in enumerate(answers) for item in entities(row)} == have
     precision = len(want & have) / len(have) if have else 0.0
     recall = len(want & have) / len(want) if want else 0.0
     scores = score_words(NER, gold, answers)

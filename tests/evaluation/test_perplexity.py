@@ -44,15 +44,15 @@ def batch(*labels: list[int]) -> dict[str, object]:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     return make_data(folder / "bin"), make_model(folder / "model", untie="feedforward")
 
 
-def evaluation(made, part=0, parts=1, batch_size=2) -> DomainEvaluation:
-    data = LmData(str(made[0]), domains=None, block_size=LENGTH, domain_token=False)
+def evaluation(built, part=0, parts=1, batch_size=2) -> DomainEvaluation:
+    data = LmData(str(built[0]), domains=None, block_size=LENGTH, domain_token=False)
     return DomainEvaluation(
-        model=DemixForCausalLM.from_pretrained(made[1]),
+        model=DemixForCausalLM.from_pretrained(built[1]),
         experts=DOMAINS,
         held=DOMAINS,
         choose=True,
@@ -100,26 +100,26 @@ def test_parts_share_the_batches(count, parts):
     batches = [{"number": number} for number in range(count)]
     shares = [list(share_of(iter(batches), part, parts)) for part in range(parts)]
     assert {len(share) for share in shares} == {-(-count // parts)}
-    taken = [one["number"] for share in shares for one in share if one.get("weight", 1.0)]
+    taken = [item["number"] for share in shares for item in share if item.get("weight", 1.0)]
     assert sorted(taken) == list(range(count))
 
 
-def test_matrix_is_that_of_a_plain_loop(made):
-    evaluate = evaluation(made)
+def test_matrix_is_that_of_a_plain_loop(built):
+    evaluate = evaluation(built)
     matrix = evaluate()
     for expert in DOMAINS:
         for domain in DOMAINS:
             score = matrix[expert][domain]
-            expected = plain_nll(evaluate.model, made[0], domain, expert)
+            expected = plain_nll(evaluate.model, built[0], domain, expert)
             assert score.nll == pytest.approx(expected, rel=1e-5)
             assert (score.tokens, score.bytes) == (TOKENS[domain], BYTES[domain])
     assert len({round(matrix[expert]["law"].nll, 3) for expert in DOMAINS}) == len(DOMAINS)
 
 
 @pytest.mark.parametrize("parts", [2, 3])
-def test_ranks_together_find_what_one_finds(made, parts):
-    whole = evaluation(made)()
-    shares = [evaluation(made, part, parts)() for part in range(parts)]
+def test_ranks_together_find_what_one_finds(built, parts):
+    whole = evaluation(built)()
+    shares = [evaluation(built, part, parts)() for part in range(parts)]
     for expert in DOMAINS:
         for domain in DOMAINS:
             scores = [share[expert][domain] for share in shares if domain in share[expert]]
@@ -127,19 +127,19 @@ def test_ranks_together_find_what_one_finds(made, parts):
             assert sum(s.nll for s in scores) == pytest.approx(whole[expert][domain].nll, rel=1e-9)
 
 
-def test_batch_size_changes_nothing(made):
-    one, seven = evaluation(made, batch_size=1)(), evaluation(made, batch_size=7)()
+def test_batch_size_changes_nothing(built):
+    first, seven = evaluation(built, batch_size=1)(), evaluation(built, batch_size=7)()
     for expert in DOMAINS:
         for domain in DOMAINS:
-            assert one[expert][domain].nll == pytest.approx(seven[expert][domain].nll, rel=1e-6)
+            assert first[expert][domain].nll == pytest.approx(seven[expert][domain].nll, rel=1e-6)
 
 
-def test_own_only_and_rows_that_are_not_held(made):
-    own = evaluation(made)(own_only=True)
-    assert {expert: list(row) for expert, row in own.items()} == {d: [d] for d in DOMAINS}
-    whole = evaluation(made)()
-    assert own_scores(own) == own_scores(whole) == {d: whole[d][d] for d in DOMAINS}
-    part = replace(evaluation(made), held=("code",))()
+def test_own_only_and_rows_that_are_not_held(built):
+    own_values = evaluation(built)(own_only=True)
+    assert {expert: list(row) for expert, row in own_values.items()} == {d: [d] for d in DOMAINS}
+    whole = evaluation(built)()
+    assert own_scores(own_values) == own_scores(whole) == {d: whole[d][d] for d in DOMAINS}
+    part = replace(evaluation(built), held=("code",))()
     assert [expert for expert, row in part.items() if row] == ["code"]
 
 
@@ -156,8 +156,8 @@ def test_table_is_aligned_and_marks_the_best():
         "law             9.50*  100.00",
         "code           12.25     7.00*",
     ]
-    one = format_matrix({"dense": {"law": 9.5}}, corner="model")
-    assert one.splitlines() == ["model    law", "dense  9.50"]
+    item = format_matrix({"dense": {"law": 9.5}}, corner="model")
+    assert item.splitlines() == ["model    law", "dense  9.50"]
     gaps = format_matrix({"a": {"x": 1.0}, "b": {"y": 2.0}}, digits=1).splitlines()
     assert [line.split() for line in gaps[1:]] == [["a", "1.0*", "-"], ["b", "-", "2.0*"]]
 

@@ -32,15 +32,15 @@ def clipped(figure) -> list[str]:
     from matplotlib.text import Text
 
     renderer, box = figure.canvas.get_renderer(), figure.bbox
-    found = []
+    result = []
     for text in figure.findobj(Text):
         if (
             text.get_visible() and text.get_text() and text.axes is not None
         ) or text.figure is None:
             extent = text.get_window_extent(renderer)
             if extent.x0 < -1 or extent.y0 < -1 or extent.x1 > box.x1 + 1 or extent.y1 > box.y1 + 1:
-                found.append(text.get_text())
-    return found
+                result.append(text.get_text())
+    return result
 
 
 def write_metrics(path: Path) -> list[dict]:
@@ -122,8 +122,8 @@ def test_heat_map_colours_are_ratios_to_the_best(tmp_path, figures):
 def test_heat_map_of_sixteen_long_names_is_whole(tmp_path, figures):
     names = [f"anonymized_domain_{number}" for number in range(16)]
     matrix = {
-        one: {other: 10.0 * (1 + (one != other)) for other in names} | {"x": 99_999.0}
-        for one in names
+        first: {other: 10.0 * (1 + (first != other)) for other in names} | {"x": 99_999.0}
+        for first in names
     }
     plots.plot_matrix(matrix, tmp_path / "m.png", "test perplexity after 300000 steps")
     assert clipped(figures[0]) == []

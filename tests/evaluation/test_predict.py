@@ -49,8 +49,8 @@ def naive(data: Encoded, instances: int, per_token: bool) -> list[list[float]] |
         batch = rows[start : start + 2 * instances]
         filled = [*batch, *(batch * instances)[: -len(batch) % instances]]
         ids = torch.zeros(len(filled), 8, dtype=torch.int64)
-        for place, row in zip(ids, filled, strict=True):
-            place[: len(row)] = row
+        for position, row in zip(ids, filled, strict=True):
+            position[: len(row)] = row
         logits = model(ids, (ids > 0).long()).logits
         for row, logit in zip(batch, logits, strict=False):
             answers += logit[: len(row)].argmax(-1).tolist() if per_token else [logit.tolist()]
@@ -83,7 +83,7 @@ def test_copies_are_averaged_on_any_ranks(per_token):
     rows = [data.ids[a:b].tolist() for a, b in pairwise(data.offsets)]
     assert len({tuple(row) for row in rows}) == 7
     held = list(held_out_rows(data, 12, instances, None, ensemble=True, seed=1))
-    assert [(one.start, one.stop) for one in held] == [(0, 4), (4, 7)]
+    assert [(item.start, item.stop) for item in held] == [(0, 4), (4, 7)]
     model, expected, places = Mixed(instances, per_token).eval(), [], set()
     for number, row in enumerate(rows):
         batch = held[number // 4].batch

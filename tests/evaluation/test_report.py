@@ -34,7 +34,7 @@ def run(tmp_path):
 
 
 def test_report_of_a_run_with_experts(run):
-    told = write_report(run, EXPERTS, "valid", 5)
+    output = write_report(run, EXPERTS, "valid", 5)
     saved = json.loads((run / "perplexity.json").read_text())
     assert saved["step"] == 5 and saved["split"] == "valid"
     assert saved["perplexity"]["law"] == pytest.approx({"law": 4.0, "code": 64.0})
@@ -42,14 +42,14 @@ def test_report_of_a_run_with_experts(run):
     assert saved["bits_per_byte"] == pytest.approx({"law": 1.0, "code": 0.75})
     assert saved["tokens"] == {"law": 8, "code": 8}
     assert {path.name for path in run.glob("*.png")} == {"loss.png", "experts.png"}
-    assert "mean over domains, each under its own expert: 6.00" in told
-    assert str(run / "model") in told and str(run / "experts.png") in told
+    assert "mean over domains, each under its own expert: 6.00" in output
+    assert str(run / "model") in output and str(run / "experts.png") in output
 
 
 def test_report_of_a_dense_run_has_no_heat_map(run):
-    told = write_report(run, BASELINE, "test", 5)
+    output = write_report(run, BASELINE, "test", 5)
     assert {path.name for path in run.glob("*.png")} == {"loss.png"}
-    assert "12.00" in told and "experts.png" not in told
+    assert "12.00" in output and "experts.png" not in output
 
 
 def test_bits_per_byte_of_unknown_text_are_null(run):
@@ -63,8 +63,8 @@ def test_mean_weighs_domains_alike():
 
 
 def test_models_side_by_side():
-    told = comparison({"demix": EXPERTS, "dense": BASELINE}, ["code", "law"], "test")
-    matrix, perplexity, bits = told.split("\n\n")
+    output = comparison({"demix": EXPERTS, "dense": BASELINE}, ["code", "law"], "test")
+    matrix, perplexity, bits = output.split("\n\n")
     assert matrix.splitlines()[0] == "test perplexity of demix, by expert"
     assert [line.split() for line in perplexity.splitlines()[1:]] == [
         ["model", "\\", "text", "code", "law", "mean"],
@@ -78,16 +78,16 @@ def test_models_side_by_side():
 
 
 def test_own_scores_alone_need_no_matrix_and_unknown_bytes_no_second_table():
-    told = comparison({"demix": OWN}, ["law", "code"], "test")
-    assert "by expert" not in told and told.count("\n\n") == 1
-    told = comparison({"dense": {DENSE: {"law": score(4.0)}}}, ["law"], "test")
-    assert "bits per byte" not in told
+    output = comparison({"demix": OWN}, ["law", "code"], "test")
+    assert "by expert" not in output and output.count("\n\n") == 1
+    output = comparison({"dense": {DENSE: {"law": score(4.0)}}}, ["law"], "test")
+    assert "bits per byte" not in output
 
 
 def test_a_model_without_expert_for_the_text_is_only_in_the_matrix():
     other = {"news": {"law": score(9.0)}, "art": {"law": score(7.0)}}
-    told = comparison({"other": other}, ["law"], "test")
-    assert "9.00" in told and "own expert" not in told
+    output = comparison({"other": other}, ["law"], "test")
+    assert "9.00" in output and "own expert" not in output
     assert comparison_record({"other": other})["other"]["mean_of_own"] is None
     assert "9.00" in comparison({"one": {"news": {"law": score(9.0)}}}, ["law"], "test")
 
@@ -135,10 +135,10 @@ def test_a_perplexity_beyond_all_numbers_is_null_in_files(run):
     record = {"step": 6, "split": "valid", "perplexity": {"law": None, "code": 3.0}}
     with open(run / "metrics.jsonl", "a") as file:
         file.write(json.dumps(record) + "\n")
-    told = write_report(run, endless, "valid", 5)
+    output = write_report(run, endless, "valid", 5)
     saved = strict((run / "perplexity.json").read_text())
     assert saved["perplexity"][DENSE] == {"law": None, "code": pytest.approx(4.0)}
-    assert saved["mean_of_own"] is None and "inf" in told
+    assert saved["mean_of_own"] is None and "inf" in output
     line = strict(score_lines({"m": endless}, "test").splitlines()[0])
     assert line["ppl"] is None and (line["nll"], line["tokens"]) == (1e6, 1)
 

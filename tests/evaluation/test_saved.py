@@ -28,7 +28,7 @@ SORTED_PLACE = {"art": 0, "code": 1, "law": 2}
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
+def root(tmp_path_factory) -> Path:
     """A data-bin, and models of every kind in folders named after their kind."""
     folder = tmp_path_factory.mktemp("saved")
     make_data(folder / "bin")
@@ -40,9 +40,9 @@ def made(tmp_path_factory) -> Path:
     return folder
 
 
-def held_out(made: Path, **changes) -> HeldOut:
+def held_out(root: Path, **changes) -> HeldOut:
     settings = dict(
-        path=str(made / "bin"),
+        path=str(root / "bin"),
         domains=DOMAINS,
         split="test",
         block_size=None,
@@ -53,9 +53,9 @@ def held_out(made: Path, **changes) -> HeldOut:
     return HeldOut(**settings | changes)
 
 
-def scores(made: Path, kind: str, **changes):
-    wanted = held_out(made, **changes)
-    return score_models(find_models(made / kind, wanted), wanted, torch.device("cpu"))
+def scores(root: Path, kind: str, **changes):
+    expected = held_out(root, **changes)
+    return score_models(find_models(root / kind, expected), expected, torch.device("cpu"))
 
 
 def model_in(folder: Path) -> DemixForCausalLM:
@@ -70,130 +70,130 @@ def write_forest(folder: Path, entries: list[dict[str, object]]) -> None:
     (folder / "forest.json").write_text(text)
 
 
-def test_dense_model(made):
-    matrix, model = scores(made, "dense"), model_in(made / "dense")
-    expected = {d: plain_perplexity(model, made / "bin", d, None) for d in DOMAINS}
+def test_dense_model(root):
+    matrix, model = scores(root, "dense"), model_in(root / "dense")
+    expected = {d: plain_perplexity(model, root / "bin", d, None) for d in DOMAINS}
     assert perplexities(matrix) == {DENSE: pytest.approx(expected, rel=1e-5)}
     for domain, score in matrix[DENSE].items():
         bits = math.log2(expected[domain]) * TOKENS[domain] / BYTES[domain]
         assert score.bits_per_byte == pytest.approx(bits, rel=1e-5)
 
 
-def test_experts(made):
-    matrix, model = scores(made, "demix"), model_in(made / "demix")
+def test_experts(root):
+    matrix, model = scores(root, "demix"), model_in(root / "demix")
     for expert in DOMAINS:
-        expected = {d: plain_perplexity(model, made / "bin", d, expert) for d in DOMAINS}
+        expected = {d: plain_perplexity(model, root / "bin", d, expert) for d in DOMAINS}
         assert perplexities(matrix)[expert] == pytest.approx(expected, rel=1e-5)
-    own = scores(made, "demix", own_only=True, domains=("art", "code"))
-    assert {expert: list(row) for expert, row in own.items()} == {
+    own_values = scores(root, "demix", own_only=True, domains=("art", "code"))
+    assert {expert: list(row) for expert, row in own_values.items()} == {
         "law": [],
         "code": ["code"],
         "art": ["art"],
     }
-    assert own["art"]["art"].nll == pytest.approx(matrix["art"]["art"].nll)
+    assert own_values["art"]["art"].nll == pytest.approx(matrix["art"]["art"].nll)
 
 
-def test_independent_models(made):
-    matrix = scores(made, "btm")
+def test_independent_models(root):
+    matrix = scores(root, "btm")
     assert list(matrix) == ["art", "code", "law"]
     for expert in DOMAINS:
-        model = model_in(made / "btm" / expert)
-        expected = {d: plain_perplexity(model, made / "bin", d, None) for d in DOMAINS}
+        model = model_in(root / "btm" / expert)
+        expected = {d: plain_perplexity(model, root / "bin", d, None) for d in DOMAINS}
         assert perplexities(matrix)[expert] == pytest.approx(expected, rel=1e-5)
-    assert list(scores(made, "btm/law")) == [DENSE]
+    assert list(scores(root, "btm/law")) == [DENSE]
 
 
-def test_domain_tokens_are_those_of_the_training_whatever_is_scored(made):
+def test_domain_tokens_are_those_of_the_training_whatever_is_scored(root):
     """The token of a domain follows the vocabulary, in sorted order of all domains of the model."""
-    model = model_in(made / "token")
-    matrix = scores(made, "token", domains=("law",))
+    model = model_in(root / "token")
+    matrix = scores(root, "token", domains=("law",))
     token = VOCAB + SORTED_PLACE["law"]
-    expected = plain_perplexity(model, made / "bin", "law", None, token)
+    expected = plain_perplexity(model, root / "bin", "law", None, token)
     assert perplexities(matrix) == {DENSE: {"law": pytest.approx(expected, rel=1e-5)}}
     assert matrix[DENSE]["law"].tokens == TOKENS["law"]
-    without = scores(made, "token", domains=("law",), domain_token="false")
-    expected = plain_perplexity(model, made / "bin", "law", None)
+    without = scores(root, "token", domains=("law",), domain_token="false")
+    expected = plain_perplexity(model, root / "bin", "law", None)
     assert perplexities(without)[DENSE]["law"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_experts_that_are_asked_for(made, caplog):
-    whole = scores(made, "demix")
-    matrix = scores(made, "demix", experts=("art", "law"))
+def test_experts_that_are_asked_for(root, caplog):
+    whole = scores(root, "demix")
+    matrix = scores(root, "demix", experts=("art", "law"))
     assert matrix == {expert: whole[expert] for expert in ("law", "art")}
-    assert list(scores(made, "btm", experts=("code",))) == ["code"]
-    assert list(scores(made, "dense", experts=("code",))) == [DENSE]
+    assert list(scores(root, "btm", experts=("code",))) == ["code"]
+    assert list(scores(root, "dense", experts=("code",))) == [DENSE]
     assert caplog.text == ""
 
 
-def test_a_forest_of_members_and_whole_models(made, tmp_path):
+def test_a_forest_of_members_and_whole_models(root, tmp_path):
     entries = [
-        {"domain": "rules", "path": str(made / "demix"), "member": "law"},
-        {"domain": "code", "path": str(made / "btm" / "code"), "member": None},
+        {"domain": "rules", "path": str(root / "demix"), "member": "law"},
+        {"domain": "code", "path": str(root / "btm" / "code"), "member": None},
     ]
     write_forest(tmp_path, entries)
-    demix, btm = scores(made, "demix"), scores(made, "btm")
-    for given in (tmp_path, tmp_path / "forest.json"):
-        assert scores(made, given) == {"rules": demix["law"], "code": btm["code"]}
+    demix, btm = scores(root, "demix"), scores(root, "btm")
+    for inputs in (tmp_path, tmp_path / "forest.json"):
+        assert scores(root, inputs) == {"rules": demix["law"], "code": btm["code"]}
 
 
-def source_stream(made: Path, domain: str) -> tuple[list[int], list[int]]:
+def source_stream(root: Path, domain: str) -> tuple[list[int], list[int]]:
     """Every target of a test split, and the input token before each."""
-    dataset = IndexedDataset(made / "bin" / split_prefix(domain, "test"))
+    dataset = IndexedDataset(root / "bin" / split_prefix(domain, "test"))
     tokens = [int(token) for item in range(len(dataset)) for token in dataset[item]]
     return tokens, [2, *tokens[:-1]]
 
 
 @pytest.mark.parametrize("window", [1, 3, 5, 7])
 @torch.no_grad()
-def test_context_window_is_a_plain_loop_over_tokens(made, window):
+def test_context_window_is_a_plain_loop_over_tokens(root, window):
     """Each token on its own, read with the block's beginning and the window before that."""
-    model, span = model_in(made / "demix").eval(), LENGTH - window
+    model, span = model_in(root / "demix").eval(), LENGTH - window
     for domain in ("law", "art"):
-        tokens, inputs = source_stream(made, domain)
+        tokens, inputs = source_stream(root, domain)
         expected = 0.0
-        for place, target in enumerate(tokens):
-            first = max(0, place // span * span - window)
-            logits = model(torch.tensor([inputs[first : place + 1]]), domain="law").logits[0, -1]
+        for position, target in enumerate(tokens):
+            first = max(0, position // span * span - window)
+            logits = model(torch.tensor([inputs[first : position + 1]]), domain="law").logits[0, -1]
             expected -= float(logits.double().log_softmax(-1)[target])
         for batch_size in (1, 4):
             changes = dict(context_window=window, experts=("law",), batch_size=batch_size)
-            score = scores(made, "demix", domains=(domain,), **changes)["law"][domain]
+            score = scores(root, "demix", domains=(domain,), **changes)["law"][domain]
             assert score.tokens == len(tokens)
             assert score.nll == pytest.approx(expected, rel=1e-5)
 
 
 @torch.no_grad()
-def test_context_window_behind_a_domain_token(made):
-    model, window = model_in(made / "token").eval(), 3
+def test_context_window_behind_a_domain_token(root):
+    model, window = model_in(root / "token").eval(), 3
     span, token = LENGTH - 1 - window, VOCAB + SORTED_PLACE["law"]
-    tokens, inputs = source_stream(made, "law")
+    tokens, inputs = source_stream(root, "law")
     expected = 0.0
-    for place, target in enumerate(tokens):
-        first = max(0, place // span * span - window)
-        logits = model(torch.tensor([[token, *inputs[first : place + 1]]])).logits[0, -1]
+    for position, target in enumerate(tokens):
+        first = max(0, position // span * span - window)
+        logits = model(torch.tensor([[token, *inputs[first : position + 1]]])).logits[0, -1]
         expected -= float(logits.double().log_softmax(-1)[target])
-    score = scores(made, "token", domains=("law",), context_window=window)[DENSE]["law"]
+    score = scores(root, "token", domains=("law",), context_window=window)[DENSE]["law"]
     assert (score.nll, score.tokens) == (pytest.approx(expected, rel=1e-5), len(tokens))
 
 
-def test_another_domains_token_for_text_the_model_never_saw(made, tmp_path):
+def test_another_domains_token_for_text_the_model_never_saw(root, tmp_path):
     fields = dict(vocab_size=VOCAB + 2, domains=["law", "art"])
     model = model_in(make_model(tmp_path / "model", **fields))
-    wanted = dict(domains=("code", "law"), force_domain_token="law")
-    matrix = scores(made, tmp_path / "model", **wanted)[DENSE]
+    target_value = dict(domains=("code", "law"), force_domain_token="law")
+    matrix = scores(root, tmp_path / "model", **target_value)[DENSE]
     for domain in ("code", "law"):  # sorted, art comes first
-        expected = plain_perplexity(model, made / "bin", domain, None, VOCAB + 1)
+        expected = plain_perplexity(model, root / "bin", domain, None, VOCAB + 1)
         assert matrix[domain].perplexity == pytest.approx(expected, rel=1e-5)
 
 
-def test_sequence_length_cuts_the_context(made):
-    short = scores(made, "dense", block_size=LENGTH // 2)[DENSE]["law"]
+def test_sequence_length_cuts_the_context(root):
+    short = scores(root, "dense", block_size=LENGTH // 2)[DENSE]["law"]
     assert short.tokens == TOKENS["law"]
-    assert short.nll != pytest.approx(scores(made, "dense")[DENSE]["law"].nll, rel=1e-6)
+    assert short.nll != pytest.approx(scores(root, "dense")[DENSE]["law"].nll, rel=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("kind", "changes", "told"),
+    ("kind", "changes", "message"),
     [
         ("nowhere", {}, "no config.json in it or in its subfolders"),
         ("dense", {"block_size": 9}, "--max_seq_length 9: the model in .* has 8 positions"),
@@ -213,19 +213,19 @@ def test_sequence_length_cuts_the_context(made):
         ("dense", {"path": "nowhere"}, "is not a data-bin"),
     ],
 )
-def test_what_does_not_fit_is_refused(made, kind, changes, told):
-    with pytest.raises(UserError, match=told):
-        scores(made, kind, **changes)
+def test_what_does_not_fit_is_refused(root, kind, changes, message):
+    with pytest.raises(UserError, match=message):
+        scores(root, kind, **changes)
 
 
-def test_a_vocabulary_of_other_data_is_refused(made, tmp_path):
+def test_a_vocabulary_of_other_data_is_refused(root, tmp_path):
     make_model(tmp_path / "model", vocab_size=VOCAB + 1)
     with pytest.raises(UserError, match=r"vocabulary of 24; .* needs 23, or 26 with a token"):
-        find_models(tmp_path / "model", held_out(made))
+        find_models(tmp_path / "model", held_out(root))
 
 
-def test_a_tokenizer_with_other_ids_of_the_same_number_is_refused(made, tmp_path):
-    data = shutil.copytree(made / "bin", tmp_path / "bin")
+def test_a_tokenizer_with_other_ids_of_the_same_number_is_refused(root, tmp_path):
+    data = shutil.copytree(root / "bin", tmp_path / "bin")
     make_model(tmp_path / "model", vocab_size=VOCAB)
 
     def write_ids(folder: Path, words: list[str], added: dict[str, int]) -> None:
@@ -246,14 +246,14 @@ def test_a_tokenizer_with_other_ids_of_the_same_number_is_refused(made, tmp_path
             find_models(tmp_path / "model", held_out(tmp_path))
 
 
-def test_a_domain_without_token_is_refused(made, tmp_path):
+def test_a_domain_without_token_is_refused(root, tmp_path):
     make_model(tmp_path / "model", vocab_size=VOCAB + 2, domains=["law", "art"])
     with pytest.raises(UserError, match="has no token for 'code'; it has law, art"):
-        find_models(tmp_path / "model", held_out(made))
+        find_models(tmp_path / "model", held_out(root))
 
 
 @pytest.mark.parametrize("kind", ["folders", "experts"])
-def test_an_expert_named_like_the_row_of_dense_models_is_refused(made, tmp_path, kind):
+def test_an_expert_named_like_the_row_of_dense_models_is_refused(root, tmp_path, kind):
     names = ["law", DENSE]
     if kind == "folders":
         for name in names:
@@ -261,26 +261,26 @@ def test_an_expert_named_like_the_row_of_dense_models_is_refused(made, tmp_path,
     else:
         make_model(tmp_path, untie="feedforward", domains=names)
     with pytest.raises(UserError, match="has an expert named 'dense'"):
-        find_models(tmp_path, held_out(made))
+        find_models(tmp_path, held_out(root))
 
 
 @pytest.mark.parametrize("weights", [None, b"half a file", "nan"])
-def test_weights_that_cannot_be_scored_are_refused(made, tmp_path, weights):
+def test_weights_that_cannot_be_scored_are_refused(root, tmp_path, weights):
     folder = make_model(tmp_path / "law", domains=["law"])
-    file, told = folder / "model.safetensors", "law: cannot be read as a model"
+    file, message = folder / "model.safetensors", "law: cannot be read as a model"
     state = {name: tensor.clone() for name, tensor in read_weights(folder).items()}
     file.unlink()
     if weights == "nan":
-        told = "gives no token of law a finite log-probability"
+        message = "gives no token of law a finite log-probability"
         write_weights(folder, {k: t.fill_(torch.nan) for k, t in state.items()}, has_experts=False)
     elif weights is not None:
         file.write_bytes(weights)
-    with pytest.raises(UserError, match=told):
-        score_models(find_models(folder, held_out(made)), held_out(made), torch.device("cpu"))
+    with pytest.raises(UserError, match=message):
+        score_models(find_models(folder, held_out(root)), held_out(root), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (json.dumps({"model_type": "bert"}), "model_type 'bert'; a causal language model"),
         ("{", "config.json cannot be used"),
@@ -292,7 +292,7 @@ def test_weights_that_cannot_be_scored_are_refused(made, tmp_path, weights):
         ("[]", "config.json cannot be used"),
     ],
 )
-def test_other_models_are_refused(made, tmp_path, content, told):
+def test_other_models_are_refused(root, tmp_path, content, message):
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(UserError, match=told):
-        find_models(tmp_path, held_out(made))
+    with pytest.raises(UserError, match=message):
+        find_models(tmp_path, held_out(root))

@@ -71,7 +71,7 @@ def kernels(hidden, key, chain, pairs, dropout=0.0):
 
 
 def apart(hidden, key, chain, pairs, dropout=0.0):
-    """What "auto" does on a GPU: states first, then the vendor's products."""
+    """ "auto" on a GPU: states first, then the vendor's matrix products."""
     return rsa_demux_triton(hidden, key, chain, pairs, dropout, own_matmul=False)
 
 

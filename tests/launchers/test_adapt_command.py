@@ -33,15 +33,15 @@ def test_an_expert_more_from_command_to_scores(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--forest", "F", "--data", "D", "--output_dir", "O"], "--domain is missing"),
         (["--domain", "d", "--data", "D", "--output_dir", "O"], "--forest is missing, or --model"),
         (["--forest", "F", "--method", "dapt"], "'dapt' is not allowed"),
     ],
 )
-def test_a_mistake_is_one_message_and_exit_2(arguments, told):
+def test_a_mistake_is_one_message_and_exit_2(arguments, message):
     done = launch("adapt", *arguments)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("UserError: ") and told in done.stderr
+    assert done.stderr.startswith("UserError: ") and message in done.stderr
     assert done.stderr.count("\n") == 1

@@ -68,17 +68,17 @@ def test_two_rounds(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
     # The environment's --max_steps holds for the driver, which hands it on.
-    made = json.loads((out / "forest.json").read_text())["experts"]
-    assert [expert["domain"] for expert in made] == ["law", "med", "code"]
-    assert [expert["updates"] for expert in made] == [4, 4, 4]
-    assert [expert["tokens"] for expert in made] == [4 * 2 * 32] * 3
+    built = json.loads((out / "forest.json").read_text())["experts"]
+    assert [expert["domain"] for expert in built] == ["law", "med", "code"]
+    assert [expert["updates"] for expert in built] == [4, 4, 4]
+    assert [expert["tokens"] for expert in built] == [4 * 2 * 32] * 3
     assert "all together 768 tokens; a dense run of 4 steps x 6 sequences has 768" in done.stdout
 
     # The third begins as the average of the first two, weighted by their prior.
     prior = json.loads((out / "priors" / "code.json").read_text())
     share = dict(zip(prior["domains"], prior["prior"], strict=True))
     assert set(share) == {"law", "med"} and sum(share.values()) == pytest.approx(1)
-    assert {round(parent["weight"], 6) for parent in made[2]["parents"]} == {
+    assert {round(parent["weight"], 6) for parent in built[2]["parents"]} == {
         round(weight, 6) for weight in share.values()
     }
     law, med, code = (weights(out / "experts" / d / "model") for d in ("law", "med", "code"))

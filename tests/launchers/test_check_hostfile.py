@@ -51,5 +51,5 @@ def test_the_example_of_variables_is_one_that_deepspeed_reads():
     assert len(values) == len(lines)
     for name, value in values.items():
         assert re.fullmatch(r"[A-Z][A-Z0-9_]*", name) and re.fullmatch(r"[\w/.]+\n", value)
-    told = (LAUNCHER.parents[1] / "docs" / "multinode.md").read_text()
-    assert all(f"`{name}`" in told for name in values)
+    output = (LAUNCHER.parents[1] / "docs" / "multinode.md").read_text()
+    assert all(f"`{name}`" in output for name in values)

@@ -169,28 +169,28 @@ def test_a_mistake_is_one_message_and_exit_2(tmp_path, monkeypatch):
     assert done.returncode == 2
     assert done.stderr.startswith("UserError: ") and done.stderr.count("\n") == 1
     assert "decoder.embed_positions.weight is missing" in done.stderr
-    for arguments, told in (
+    for arguments, message in (
         (("--output_dir", tmp_path / "full", "--export"), "full: exists already"),
         (("--output_dir", tmp_path / "out", "--export"), "is not a language model"),
     ):
-        assert told in convert_here(monkeypatch, "--input", tmp_path, *arguments)
+        assert message in convert_here(monkeypatch, "--input", tmp_path, *arguments)
     assert sorted(tmp_path.rglob("*")) == before
 
 
 @needs_golden
 def test_names_and_values_are_checked_before_anything_is_written(tmp_path, monkeypatch):
-    for domains, told in (
+    for domains, message in (
         (("law", "a.b"), "domain 'a.b'"),
         (("law", "law"), "domain 'law' is named twice"),
     ):
         flags = ("--input", GOLDEN / "demix_lm", "--output_dir", tmp_path / "out")
-        assert told in convert_here(monkeypatch, *flags, "--domains", *domains)
+        assert message in convert_here(monkeypatch, *flags, "--domains", *domains)
     state = load_file(GOLDEN / "dense_lm" / "model.safetensors")
     state["decoder.layer_norm.weight"][0] = 1e6
     save_file(state, tmp_path / "model.safetensors")
     flags = ("--input", tmp_path, "--output_dir", tmp_path / "out", "--num_attention_heads", 4)
-    told = convert_here(monkeypatch, *flags, "--dtype", "float16")
-    assert "model.final_norm.weight holds values that are not finite in float16" in told
+    message = convert_here(monkeypatch, *flags, "--dtype", "float16")
+    assert "model.final_norm.weight holds values that are not finite in float16" in message
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
 
@@ -201,9 +201,9 @@ def test_help_lists_the_formats_without_loading_torch():
         "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
         "except SystemExit: print([m for m in ('torch', 'transformers') if m in sys.modules])"
     )
-    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout
-    assert told.rstrip().endswith("[]")
-    assert "--format {" + ",".join(FORMATS) + "}" in told
+    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout
+    assert output.rstrip().endswith("[]")
+    assert "--format {" + ",".join(FORMATS) + "}" in output
 
 
 @pytest.mark.parametrize("way", [(), ("--export",)])

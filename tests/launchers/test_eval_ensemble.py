@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+def root(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("mix")
     make_data(folder / "bin")
     make_model(folder / "demix", untie="feedforward")
@@ -29,9 +29,9 @@ def launch(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
 
 
-def test_estimate_then_score(place, tmp_path):
+def test_estimate_then_score(root, tmp_path):
     files = {name: tmp_path / name for name in ("mixed.json", "mixed.jsonl")}
-    common = ("--forest", place / "demix", "--data", place / "bin")
+    common = ("--forest", root / "demix", "--data", root / "bin")
     done = launch(
         *(*common, "--domain", "law", "code", "--rule", "history", "--removal_test"),
         *("--output", files["mixed.json"], "--jsonl", files["mixed.jsonl"]),
@@ -54,16 +54,16 @@ def test_estimate_then_score(place, tmp_path):
     # With the file in place of the estimate the numbers stay.
     output = tmp_path / "again.json"
     args = parsed(
-        place, "--prior", tmp_path / "prior_{domain}.json", "--rule", "history", "--output", output
+        root, "--prior", tmp_path / "prior_{domain}.json", "--rule", "history", "--output", output
     )
     mix_forest(args, torch.device("cpu"))
     again = json.loads(output.read_text())["domains"]["law"]
     assert again["perplexity"] == pytest.approx(law["perplexity"], rel=1e-6)
 
 
-def test_the_estimate_alone(place, tmp_path, capsys):
+def test_the_estimate_alone(root, tmp_path, capsys):
     output = tmp_path / "prior.json"
-    args = parsed(place, "--estimate_only", "--prior_output", output, "--prior_sequences", 3)
+    args = parsed(root, "--estimate_only", "--prior_output", output, "--prior_sequences", 3)
     results = mix_forest(args, torch.device("cpu"))
     written = json.loads(output.read_text())
     assert written["text"] == {
@@ -77,20 +77,20 @@ def test_the_estimate_alone(place, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == [output]
 
 
-def test_a_mistake_is_told_in_one_paragraph(place):
-    done = launch("--forest", place / "demix", "--data", place / "bin", "--domain", "novel")
+def test_a_mistake_is_told_in_one_paragraph(root):
+    done = launch("--forest", root / "demix", "--data", root / "bin", "--domain", "novel")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert re.search("--domain: .* has no text of 'novel'; its domains are law", done.stderr)
 
 
-def parsed(place: Path, *flags: object) -> EnsembleArgs:
-    common = ["--forest", place / "demix", "--data", place / "bin"]
+def parsed(root: Path, *flags: object) -> EnsembleArgs:
+    common = ["--forest", root / "demix", "--data", root / "bin"]
     common += [] if "--domain" in flags else ["--domain", "law"]
-    return parse_args(EnsembleArgs, argv=[str(one) for one in (*common, *flags)])[0]
+    return parse_args(EnsembleArgs, argv=[str(item) for item in (*common, *flags)])[0]
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         (("--domain", "law", "law"), "--domain: 'law' is named twice"),
         (("--experts", "law", "med"), "--experts: .* has no expert 'med'"),
@@ -112,22 +112,22 @@ def parsed(place: Path, *flags: object) -> EnsembleArgs:
         (("--forest", "nowhere"), "nowhere"),
     ],
 )
-def test_what_does_not_fit_is_told(place, tmp_path, monkeypatch, flags, told):
+def test_what_does_not_fit_is_told(root, tmp_path, monkeypatch, flags, message):
     prior = {"format": 1, "domains": ["law", "code", "art"], "prior": [0.5, 0.5]}
     (tmp_path / "prior.json").write_text(json.dumps(prior))
     monkeypatch.chdir(tmp_path)
     flags = [tmp_path / "prior.json" if flag == "PRIOR" else flag for flag in flags]
-    with pytest.raises(UserError, match=told):
-        mix_forest(parsed(place, *flags), torch.device("cpu"))
+    with pytest.raises(UserError, match=message):
+        mix_forest(parsed(root, *flags), torch.device("cpu"))
     assert [path.name for path in tmp_path.iterdir()] == ["prior.json"]
 
 
-def test_experts_of_different_vocabularies(place, tmp_path):
+def test_experts_of_different_vocabularies(root, tmp_path):
     make_model(tmp_path / "law")
     make_model(tmp_path / "code", vocab_size=40)
     with pytest.raises(UserError, match="different vocabularies"):
-        mix_forest(parsed(place, "--forest", tmp_path), torch.device("cpu"))
+        mix_forest(parsed(root, "--forest", tmp_path), torch.device("cpu"))
     for folder in ("law", "code"):
         make_model(tmp_path / "other" / folder, vocab_size=40)
     with pytest.raises(UserError, match="has a vocabulary of 40"):
-        mix_forest(parsed(place, "--forest", tmp_path / "other"), torch.device("cpu"))
+        mix_forest(parsed(root, "--forest", tmp_path / "other"), torch.device("cpu"))

@@ -27,17 +27,17 @@ def test_two_models_side_by_side(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     saved = json.loads(output.read_text())
-    assert saved["split"] == "test" and list(saved["models"]) == [str(one) for one in folders]
+    assert saved["split"] == "test" and list(saved["models"]) == [str(item) for item in folders]
     dense, demix = saved["models"].values()
     assert list(dense["perplexity"]) == ["dense"] and list(demix["perplexity"]) == list(DOMAINS)
-    model, told = DemixForCausalLM.from_pretrained(folders[1]), done.stdout
+    model, message = DemixForCausalLM.from_pretrained(folders[1]), done.stdout
     for expert in DOMAINS:
         expected = {d: plain_perplexity(model, data, d, expert) for d in ("art", "law")}
         assert demix["perplexity"][expert] == pytest.approx(expected, rel=1e-5)
-        assert f"{expected['art']:.2f}" in told
-    own = [demix["perplexity"][d][d] for d in ("art", "law")]
-    assert demix["mean_of_own"] == pytest.approx(sum(own) / 2)
-    assert f"eval_ensemble.py --forest {folders[1]} --data {data} --domain art" in told
+        assert f"{expected['art']:.2f}" in message
+    own_values = [demix["perplexity"][d][d] for d in ("art", "law")]
+    assert demix["mean_of_own"] == pytest.approx(sum(own_values) / 2)
+    assert f"eval_ensemble.py --forest {folders[1]} --data {data} --domain art" in message
     rows = [json.loads(line) for line in lines.read_text().splitlines()]
     assert [(row["model"], row["expert"]) for row in rows[:3:2]] == [
         (str(folders[0]), None),
@@ -45,7 +45,7 @@ def test_two_models_side_by_side(tmp_path):
     ]
     assert rows[2]["dataset"] == "art" and len(rows) == 2 + 2 * len(DOMAINS)
     assert rows[2]["ppl"] == demix["perplexity"]["law"]["art"]
-    perplexity, bits = told.split("\n\n")[1:3]
+    perplexity, bits = message.split("\n\n")[1:3]
     assert perplexity.splitlines()[1].split()[-3:] == ["art", "law", "mean"]
     assert perplexity.splitlines()[2].startswith(str(folders[0]))
     assert bits.startswith("test bits per byte")
@@ -56,7 +56,7 @@ def test_two_models_side_by_side(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--data", "D"], "--model is missing"),
         (["--model", "M", "--data", "D", "--splits", "test"], "nearest is '--split'"),
@@ -64,8 +64,8 @@ def test_two_models_side_by_side(tmp_path):
         (["--model", "M", "--data", "nowhere"], "--data nowhere: holds neither"),
     ],
 )
-def test_a_mistake_is_one_message_and_exit_2(arguments, told):
+def test_a_mistake_is_one_message_and_exit_2(arguments, message):
     done = launch(*arguments)
     assert done.returncode == 2
-    assert done.stderr.startswith("UserError: ") and told in done.stderr
+    assert done.stderr.startswith("UserError: ") and message in done.stderr
     assert done.stderr.count("\n") == 1 and done.stdout == ""

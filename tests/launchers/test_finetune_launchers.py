@@ -28,7 +28,7 @@ def start(name: str, *flags: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture
-def place(tmp_path) -> Path:
+def root(tmp_path) -> Path:
     """A tiny model and a task."""
     from transformers import BertConfig
 
@@ -51,21 +51,21 @@ def test_help_is_quick_and_shows_commands(name):
     assert "--output_dir" in done.stdout and os.times().children_user - begin < 1
 
 
-def test_a_run_from_the_command_line_and_a_mistake_in_its_file(place):
+def test_a_run_from_the_command_line_and_a_mistake_in_its_file(root):
     flags = [
-        "--task", "sst2", "--data_dir", place / "data", "--model", place / "new",
-        "--tokenizer_name", place / "tokenizer", "--do_train", "--do_eval", "--max_steps", 2,
+        "--task", "sst2", "--data_dir", root / "data", "--model", root / "new",
+        "--tokenizer_name", root / "tokenizer", "--do_train", "--do_eval", "--max_steps", 2,
         "--per_device_train_batch_size", 2, "--output_dir",
     ]  # fmt: skip
-    done = start("finetune_glue", *flags, place / "out")
+    done = start("finetune_glue", *flags, root / "out")
     assert done.returncode == 0, done.stderr
-    assert "dev accuracy" in done.stdout and (place / "out" / "model" / "config.json").exists()
-    file = place / "data" / "dev.tsv"
+    assert "dev accuracy" in done.stdout and (root / "out" / "model" / "config.json").exists()
+    file = root / "data" / "dev.tsv"
     file.write_text(HEADER + "good film\t1\nbad film\t2\n")
-    done = start("finetune_glue", *flags, place / "no")
+    done = start("finetune_glue", *flags, root / "no")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert f"{file}, line 3: label '2' is not one of task sst-2: 0, 1" in done.stderr
-    assert not (place / "no").exists()
+    assert not (root / "no").exists()
 
 
 PROGRAM = """
@@ -86,7 +86,7 @@ def test_many_runs_give_one_table_and_are_made_once(tmp_path):
     out = tmp_path / "all"
     table = sweep(jobs, out, tmp_path, 2, launch)
     record = json.loads((out / "summary.json").read_text())
-    assert [(one["task"], one["num_instances"], one["seeds"]) for one in record] == [
+    assert [(item["task"], item["num_instances"], item["seeds"]) for item in record] == [
         ("rte", 2, 2),
         ("rte", 5, 2),
     ]

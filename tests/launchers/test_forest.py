@@ -23,7 +23,7 @@ def forest(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("forest")
     for name in ("law", "med"):
         make_model(root / name, domains=[name])
@@ -36,34 +36,34 @@ def place(tmp_path_factory):
     return root
 
 
-def test_experts_come_and_go(place):
+def test_experts_come_and_go(folder):
     for name in ("law", "med"):
-        done = forest("add", "--forest", place, "--path", place / name)
+        done = forest("add", "--forest", folder, "--path", folder / name)
         assert done.returncode == 0, done.stderr
     done = forest(
-        *("add", "--forest", place, "--path", place / "mixed", "--member", "code"),
+        *("add", "--forest", folder, "--path", folder / "mixed", "--member", "code"),
         *("--domain", "python"),
     )
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines] == ["domain", "law", "med", "python"]
-    assert f"{place / 'mixed'} (code)" in lines[3]
-    done = forest("remove", "--forest", place, "--domain", "med", "python")
+    assert f"{folder / 'mixed'} (code)" in lines[3]
+    done = forest("remove", "--forest", folder, "--domain", "med", "python")
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["domain", "law"]
-    assert open_forest(place).domains == ("law",)
-    assert forest("list", "--forest", place).stdout == done.stdout
+    assert open_forest(folder).domains == ("law",)
+    assert forest("list", "--forest", folder).stdout == done.stdout
     # The forest has the tokenizer of its experts, and takes no expert with another.
-    assert (place / "tokenizer.json").read_bytes() == (place / "law/tokenizer.json").read_bytes()
-    tokenizer = place / "med" / "tokenizer.json"
+    assert (folder / "tokenizer.json").read_bytes() == (folder / "law/tokenizer.json").read_bytes()
+    tokenizer = folder / "med" / "tokenizer.json"
     original = tokenizer.read_text()
     tokenizer.write_text('{"model": {"vocab": {"b": 0}}}')
-    done = forest("add", "--forest", place, "--path", place / "med")
+    done = forest("add", "--forest", folder, "--path", folder / "med")
     assert done.returncode == 2 and "their tokenizers differ" in done.stderr
     tokenizer.write_text(original)
 
 
-def test_a_branch_is_a_checkpoint(place, tmp_path):
+def test_a_branch_is_a_checkpoint(folder, tmp_path):
     done = forest(
-        *("branch", "--parents", place / "law", place / "med", "--weights", 0.25, 0.75),
+        *("branch", "--parents", folder / "law", folder / "med", "--weights", 0.25, 0.75),
         *("--domain", "tax", "--output_dir", tmp_path / "tax"),
     )
     assert done.returncode == 0, done.stderr
@@ -72,7 +72,7 @@ def test_a_branch_is_a_checkpoint(place, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ((), "a verb is missing"),
         (("plant",), "'plant' is none of list add remove branch"),
@@ -104,9 +104,9 @@ def test_a_branch_is_a_checkpoint(place, tmp_path):
         ),
     ],
 )
-def test_mistakes_end_with_2_and_one_message(place, tmp_path, arguments, told):
-    done = forest(*(str(argument).format(place) for argument in arguments), cwd=tmp_path)
-    assert done.returncode == 2 and told in done.stderr, done.stderr
+def test_mistakes_end_with_2_and_one_message(folder, tmp_path, arguments, message):
+    done = forest(*(str(argument).format(folder) for argument in arguments), cwd=tmp_path)
+    assert done.returncode == 2 and message in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
 
@@ -127,7 +127,7 @@ def test_pretraining_goes_on_from_a_branch(tmp_path):
         *("branch", "--parents", seed, "--share", 0.5, "--domain", "law", "--output_dir", law)
     )
     assert done.returncode == 0, done.stderr
-    assert [one.name for one in (law / "checkpoints").iterdir()] == ["step-2"]
+    assert [item.name for item in (law / "checkpoints").iterdir()] == ["step-2"]
     wrong = launch("pretrain", *common, "--learning_rate", 1, "--domains=law", "--output_dir", law)
     assert wrong.returncode == 2 and "learning_rate: 0.0005 then, 1.0 now" in wrong.stderr
     trained = launch("pretrain", *common, "--domains", "law", "--seed", 8, "--output_dir", law)
@@ -143,8 +143,8 @@ def test_pretraining_goes_on_from_a_branch(tmp_path):
     assert state["settings"]["seed"] == 8 and "branched" not in state
     done = forest("add", "--forest", tmp_path, "--path", law)
     assert done.returncode == 0, done.stderr
-    (made,) = open_forest(tmp_path).experts
-    assert made == Expert(
+    (built,) = open_forest(tmp_path).experts
+    assert built == Expert(
         domain="law",
         path=law / "model",
         parents=(Parent("seed/checkpoints/step-2", 1.0),),
@@ -153,7 +153,7 @@ def test_pretraining_goes_on_from_a_branch(tmp_path):
         updates=6,
         tokens=state["state"]["tokens"]["law"],
         data_digest=state["settings"]["data digest"],
-        config_digest=made.config_digest,
+        config_digest=built.config_digest,
     )
-    assert len(made.config_digest) == 64
+    assert len(built.config_digest) == 64
     assert launch("verify", tmp_path).returncode == 0

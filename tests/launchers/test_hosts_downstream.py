@@ -52,19 +52,19 @@ def stock_folder(folder: Path, family: str, seed: int, tokenizer: Path | None, *
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+def root(tmp_path_factory) -> Path:
     """Dense models of three families and one with experts; one tokenizer, and data made with it."""
-    place = tmp_path_factory.mktemp("downstream")
+    root = tmp_path_factory.mktemp("downstream")
     texts = {domain: words_of(domain) for domain in DOMAINS}
-    save_tokenizer(place / "words", [text for some in texts.values() for text in some])
-    binarize(texts, str(place / "words"), place / "bin")
+    save_tokenizer(root / "words", [text for some in texts.values() for text in some])
+    binarize(texts, str(root / "words"), root / "bin")
     for number, (name, family) in enumerate(
         {"llama": "llama", "llama2": "llama", "gpt2": "gpt2", "bloom": "bloom"}.items()
     ):
-        stock_folder(place / name, family, number, place / "words")
-    stock_folder(place / "wide", "olmo2", 4, place / "words", vocab_size=352)
+        stock_folder(root / name, family, number, root / "words")
+    stock_folder(root / "wide", "olmo2", 4, root / "words", vocab_size=352)
     config = lm_config(
-        str(place / "llama"),
+        str(root / "llama"),
         vocab_size=320,
         special_ids={"eos_token_id": 1},
         domains=DOMAINS,
@@ -73,19 +73,19 @@ def place(tmp_path_factory) -> Path:
         attn_implementation=None,
         overrides={},
     )
-    model = build_lm(config, seed=1, init_from=place / "llama")
+    model = build_lm(config, seed=1, init_from=root / "llama")
     torch.manual_seed(7)
     for name, parameter in model.named_parameters():
         if ".experts.med." in name:
             parameter.data += 0.1 * torch.randn_like(parameter)
-    model.save_pretrained(place / "demix")
-    copy_tokenizer(place / "words", place / "demix")
-    forest = place / "forest"
+    model.save_pretrained(root / "demix")
+    copy_tokenizer(root / "words", root / "demix")
+    forest = root / "forest"
     for domain, name in {"law": "llama", "med": "gpt2", "art": "bloom", "tax": "wide"}.items():
-        launch("forest", "add", "--forest", forest, "--path", place / name, "--domain", domain)
-    add = ("add", "--forest", forest, "--path", place / "demix", "--member", "med")
+        launch("forest", "add", "--forest", forest, "--path", root / name, "--domain", domain)
+    add = ("add", "--forest", forest, "--path", root / "demix", "--member", "med")
     launch("forest", *add, "--domain", "new")
-    return place
+    return root
 
 
 @torch.no_grad()
@@ -95,12 +95,12 @@ def stock_log_probs(folder: Path, size: int = 320) -> torch.Tensor:
 
 
 @torch.no_grad()
-def test_a_forest_of_families_mixes_and_generates(place):
-    forest = ForestForCausalLM.from_pretrained(place / "forest").eval()
+def test_a_forest_of_families_mixes_and_generates(root):
+    forest = ForestForCausalLM.from_pretrained(root / "forest").eval()
     assert forest.config.vocab_size == 320
     whole = forest(IDS)
-    probabilities = [stock_log_probs(place / name) for name in ("llama", "gpt2", "bloom", "wide")]
-    demix = AutoModelForCausalLM.from_pretrained(place / "demix").eval()
+    probabilities = [stock_log_probs(root / name) for name in ("llama", "gpt2", "bloom", "wide")]
+    demix = AutoModelForCausalLM.from_pretrained(root / "demix").eval()
     probabilities.append(demix(IDS, domain="med").logits.log_softmax(-1))
     # By hand: the weights of an expert are the probabilities it gave to the tokens so far.
     evidence, expected = torch.zeros(5, 2), []
@@ -127,13 +127,13 @@ def test_a_forest_of_families_mixes_and_generates(place):
     assert torch.equal(cached, forest.generate(IDS, use_cache=False, **arguments))
 
 
-def test_scores_and_mixtures(place, capsys):
-    common = ("--data", place / "bin", "--max_seq_length", LENGTH)
-    launch("eval_lm", "--model", place / "llama", *common, "--output", place / "one.json")
-    found = json.loads((place / "one.json").read_text())
-    data = LmData(str(place / "bin"), domains=None, block_size=LENGTH, domain_token=False)
+def test_scores_and_mixtures(root, capsys):
+    common = ("--data", root / "bin", "--max_seq_length", LENGTH)
+    launch("eval_lm", "--model", root / "llama", *common, "--output", root / "one.json")
+    result = json.loads((root / "one.json").read_text())
+    data = LmData(str(root / "bin"), domains=None, block_size=LENGTH, domain_token=False)
     total, count = 0.0, 0
-    stock = AutoModelForCausalLM.from_pretrained(place / "llama")
+    stock = AutoModelForCausalLM.from_pretrained(root / "llama")
     for batch in data.eval_batches("law", "test", 4, 0):
         with torch.no_grad():
             mask = batch.get("attention_mask")
@@ -141,16 +141,16 @@ def test_scores_and_mixtures(place, capsys):
         labels = batch["labels"]
         scores = logits.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
         total, count = total - float(scores[labels >= 0].sum()), count + int((labels >= 0).sum())
-    (scored,) = found["models"].values()
+    (scored,) = result["models"].values()
     assert scored["own"]["law"] == pytest.approx(math.exp(total / count), rel=1e-4)
-    launch("eval_lm", "--model", place / "demix", *common)
-    launch("eval_lm", "--model", place / "forest", *common)
-    launch("eval_ensemble", "--forest", place / "forest", *common, "--domain", *DOMAINS)
+    launch("eval_lm", "--model", root / "demix", *common)
+    launch("eval_lm", "--model", root / "forest", *common)
+    launch("eval_ensemble", "--forest", root / "forest", *common, "--domain", *DOMAINS)
     shown = capsys.readouterr().out
     assert all(name in shown for name in ("law", "med", "art", "tax", "new"))
 
 
-def test_other_models_do_not_join(place, tmp_path):
+def test_other_models_do_not_join(root, tmp_path):
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert", "vocab_size": 320}')
     empty = tmp_path / "forest"
@@ -159,69 +159,69 @@ def test_other_models_do_not_join(place, tmp_path):
     assert not (empty / "forest.json").exists()
     save_tokenizer(tmp_path / "other words", ["something else"], 290)
     stock_folder(tmp_path / "other", "llama", 9, tmp_path / "other words")
-    before = (place / "forest" / "forest.json").read_bytes()
-    add = ("add", "--forest", place / "forest", "--path", tmp_path / "other", "--domain", "x")
+    before = (root / "forest" / "forest.json").read_bytes()
+    add = ("add", "--forest", root / "forest", "--path", tmp_path / "other", "--domain", "x")
     with pytest.raises(UserError, match="their tokenizers differ"):
         launch("forest", *add)
-    assert (place / "forest" / "forest.json").read_bytes() == before
+    assert (root / "forest" / "forest.json").read_bytes() == before
 
 
 @torch.no_grad()
-def test_an_expert_is_taken_out_as_a_stock_folder(place, tmp_path):
+def test_an_expert_is_taken_out_as_a_stock_folder(root, tmp_path):
     out = tmp_path / "med"
-    arguments = ("--format", "expert", "--input", place / "demix", "--output_dir", out)
+    arguments = ("--format", "expert", "--input", root / "demix", "--output_dir", out)
     with pytest.raises(UserError, match=r"name one expert of .*; there are law, med"):
         launch("convert", *arguments, "--domains", "tax")
     launch("convert", *arguments, "--domains", "med")
     model, report = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert type(model) is type(tiny_stock("llama")) and not report["missing_keys"]
-    demix = AutoModelForCausalLM.from_pretrained(place / "demix").eval()
+    demix = AutoModelForCausalLM.from_pretrained(root / "demix").eval()
     assert torch.equal(model.eval()(IDS).logits, demix(IDS, domain="med").logits)
     fields = json.loads((out / "config.json").read_text())
     assert fields["architectures"] == ["LlamaForCausalLM"]
     assert not {"host", "domains", "untie"} & fields.keys() and (out / "tokenizer.json").is_file()
 
 
-def test_merges_leave_stock_folders(place, tmp_path):
-    models = (place / "llama", place / "llama2")
+def test_merges_leave_stock_folders(root, tmp_path):
+    models = (root / "llama", root / "llama2")
     launch(
         "merge", "--merge_method", "linear", "--models", *models, "--output_dir", tmp_path / "two"
     )
-    one, other, both = (read_weights(folder) for folder in (*models, tmp_path / "two"))
+    first, other, both = (read_weights(folder) for folder in (*models, tmp_path / "two"))
     for name, tensor in both.items():
-        torch.testing.assert_close(tensor, (one[name] + other[name]) / 2)
+        torch.testing.assert_close(tensor, (first[name] + other[name]) / 2)
     AutoModelForCausalLM.from_pretrained(tmp_path / "two")
     forest = tmp_path / "forest"
     for domain, path, member in (("a", "llama2", ()), ("b", "demix", ("--member", "med"))):
-        add = ("add", "--forest", forest, "--path", place / path, *member)
+        add = ("add", "--forest", forest, "--path", root / path, *member)
         launch("forest", *add, "--domain", domain)
     flags = ("--merge_method", "linear", "--output_dir", tmp_path / "mixed")
     launch("merge", "--forest", forest, *flags)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "mixed")
     assert type(model) is type(tiny_stock("llama"))
-    med = expert_state(read_weights(place / "demix"), "med")
+    med = expert_state(read_weights(root / "demix"), "med")
     for name, tensor in read_weights(tmp_path / "mixed").items():
         torch.testing.assert_close(tensor, (other[name] + med[name]) / 2)
 
 
-def grow_and_branch(rank: int, place: Path) -> None:
+def grow_and_branch(rank: int, root: Path) -> None:
     from runs.test_host_pretrain import start
 
     from megamod.args import RunArgs, SafetyArgs
     from megamod.runs.pretrain.adapt import adapt
     from megamod.runs.pretrain.adapt_args import AdaptArgs, AdaptOptimArgs
 
-    branch([find_source(place / "gpt2")], [1.0], ["law"], place / "branched")
-    start(place, "branched", "--model", place / "gpt2", "--domains", "law", "--max_steps", 2)
+    branch([find_source(root / "gpt2")], [1.0], ["law"], root / "branched")
+    start(root, "branched", "--model", root / "gpt2", "--domains", "law", "--max_steps", 2)
     run = dict(max_steps=2, per_device_train_batch_size=1, global_batch_size=2, save_steps=0)
     for name, method, forest, first in (
         ("grown", "feedforward", "demix", "med"),
         ("whole", "full", "forest", "art"),
     ):
-        output = str(place / name)
+        output = str(root / name)
         arguments = AdaptArgs(
-            forest=str(place / forest),
-            data=str(place / "new bin"),
+            forest=str(root / forest),
+            data=str(root / "new bin"),
             domain="zoo",
             start=first,
             method=method,
@@ -232,36 +232,36 @@ def grow_and_branch(rank: int, place: Path) -> None:
         adapt(run_args, SafetyArgs(), optim, arguments)
 
 
-def test_branching_and_adapting(place):
-    binarize({"zoo": words_of("zoo")}, str(place / "words"), place / "new bin")
-    on_ranks(1, grow_and_branch, place)
-    law = place / "branched" / "model"
+def test_branching_and_adapting(root):
+    binarize({"zoo": words_of("zoo")}, str(root / "words"), root / "new bin")
+    on_ranks(1, grow_and_branch, root)
+    law = root / "branched" / "model"
     assert "domains" not in json.loads((law / "config.json").read_text())
     AutoModelForCausalLM.from_pretrained(law)
-    grown = read_weights(place / "grown" / "model")
+    grown = read_weights(root / "grown" / "model")
     before, med, new = (
-        read_weights(place / "demix"),
+        read_weights(root / "demix"),
         *(expert_state(grown, d) for d in ("med", "zoo")),
     )
     assert all(torch.equal(grown[name], tensor) for name, tensor in before.items())
     changed = {name for name in new if not torch.equal(new[name], med[name])}
     assert changed and all(".mlp." in name for name in changed)
-    whole = AutoModelForCausalLM.from_pretrained(place / "whole" / "model")
+    whole = AutoModelForCausalLM.from_pretrained(root / "whole" / "model")
     assert type(whole) is type(tiny_stock("bloom"))
-    assert "zoo" in open_forest(place / "forest").domains
+    assert "zoo" in open_forest(root / "forest").domains
 
 
-def test_plans_hold_the_parameters_of_the_model(place, capsys):
+def test_plans_hold_the_parameters_of_the_model(root, capsys):
     flags = ("--world_size", 2, "--max_seq_length", LENGTH, "--max_steps", 10)
     for name, more in (("gpt2", ()), ("llama", ("--untie", "feedforward", "--domains", "a", "b"))):
-        launch("plan", "--model", place / name, *flags, *more, "--json", place / "plan.json")
-        text = (place / "plan.json").read_text() + capsys.readouterr().out
-        model = AutoModelForCausalLM.from_pretrained(place / name)
+        launch("plan", "--model", root / name, *flags, *more, "--json", root / "plan.json")
+        text = (root / "plan.json").read_text() + capsys.readouterr().out
+        model = AutoModelForCausalLM.from_pretrained(root / name)
         count = sum(parameter.numel() for parameter in model.parameters())
         assert f"{count:,}" in text or str(count) in text
 
 
-def test_verify(place, capsys):
+def test_verify(root, capsys):
     for name in ("demix", "forest", "bin"):
-        launch("verify", place / name)
+        launch("verify", root / name)
     assert "fault" not in capsys.readouterr().out

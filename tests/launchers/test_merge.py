@@ -41,11 +41,11 @@ def tree(folder: Path) -> dict[str, str]:
 
 def check(folder: Path, states: list, shares: list[float]) -> None:
     """The folder holds the sum of these models with these factors."""
-    found = read_weights(folder)
-    assert found.keys() == states[0].keys()
-    for name, tensor in found.items():
-        wanted = sum(share * state[name] for share, state in zip(shares, states, strict=True))
-        torch.testing.assert_close(tensor, wanted, rtol=1e-6, atol=1e-6)
+    result = read_weights(folder)
+    assert result.keys() == states[0].keys()
+    for name, tensor in result.items():
+        expected = sum(share * state[name] for share, state in zip(shares, states, strict=True))
+        torch.testing.assert_close(tensor, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_flags_and_recipe_do_the_same(tmp_path, elms, monkeypatch, capsys):
@@ -53,8 +53,8 @@ def test_flags_and_recipe_do_the_same(tmp_path, elms, monkeypatch, capsys):
     flags = ["--merge_method", "linear", "--models", *elms, "--weights", "0.5", "1", "0.5"]
     assert not merge_here(monkeypatch, *flags, "--output_dir", tmp_path / "flags")
     check(tmp_path / "flags", states, [0.25, 0.5, 0.25])
-    told = capsys.readouterr().out
-    assert "linear of 3 models" in told and "0.25" in told and "model.safetensors" in told
+    output = capsys.readouterr().out
+    assert "linear of 3 models" in output and "0.25" in output and "model.safetensors" in output
 
     raw = tmp_path / "raw"
     assert not merge_here(monkeypatch, *flags, "--no_normalize", "--output_dir", raw)
@@ -126,15 +126,17 @@ def test_experts_of_a_forest(tmp_path, monkeypatch, capsys):
 def test_dry_run_writes_nothing(tmp_path, elms, monkeypatch, capsys):
     before = tree(tmp_path)
     assert not merge_here(monkeypatch, "--models", *elms, "--dry_run")
-    told = capsys.readouterr().out
-    assert "linear of 3 models" in told and "nothing was written" in told and "0.333333" in told
+    output = capsys.readouterr().out
+    assert (
+        "linear of 3 models" in output and "nothing was written" in output and "0.333333" in output
+    )
     assert tree(tmp_path) == before
     # A dry run looks at the folder that would be made, as the real one does.
-    told = merge_here(monkeypatch, "--models", *elms, "--dry_run", "--output_dir", elms[0])
-    assert told == f"--output_dir {elms[0]}: exists already; name a new or an empty folder"
+    output = merge_here(monkeypatch, "--models", *elms, "--dry_run", "--output_dir", elms[0])
+    assert output == f"--output_dir {elms[0]}: exists already; name a new or an empty folder"
     below = elms[0] / "config.json" / "out"
-    told = merge_here(monkeypatch, "--models", *elms, "--dry_run", "--output_dir", below)
-    assert "cannot be written" in told and "config.json is not a writable folder" in told
+    output = merge_here(monkeypatch, "--models", *elms, "--dry_run", "--output_dir", below)
+    assert "cannot be written" in output and "config.json is not a writable folder" in output
     capsys.readouterr()
     assert not merge_here(
         monkeypatch, "--models", *elms, "--dry_run", "--output_dir", tmp_path / "new" / "out"
@@ -143,7 +145,7 @@ def test_dry_run_writes_nothing(tmp_path, elms, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--models", "a", "b"], "--output_dir is missing"),
         (["--models", "a", "--output_dir", "o", "--merge_method", "liner"], "nearest is 'linear'"),
@@ -173,13 +175,13 @@ def test_dry_run_writes_nothing(tmp_path, elms, monkeypatch, capsys):
         (["--forest", "empty", "--output_dir", "o"], "empty"),
     ],
 )
-def test_what_is_wrong_is_named_and_nothing_written(tmp_path, monkeypatch, arguments, told):
+def test_what_is_wrong_is_named_and_nothing_written(tmp_path, monkeypatch, arguments, message):
     make_model(tmp_path / "a")
     make_model(tmp_path / "wide", vocab_size=24)
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
     before = tree(tmp_path)
-    assert told in merge_here(monkeypatch, *arguments)
+    assert message in merge_here(monkeypatch, *arguments)
     assert tree(tmp_path) == before
 
 

@@ -29,7 +29,7 @@ def test_help_does_not_load_torch():
 def test_text_to_data_bin(tmp_path):
     documents = [f"document {number} says {number * number}" for number in range(200)]
     (tmp_path / "a.txt").write_text("\n\n".join(documents))
-    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"body": one}) for one in documents))
+    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"body": item}) for item in documents))
     command = (
         *("--input", f"first={tmp_path / 'a.txt'}", "--input", f"second={tmp_path / 'b.jsonl'}"),
         *("--tokenizer", "sentencepiece:300", "--output_dir", tmp_path / "out", "--field", "body"),

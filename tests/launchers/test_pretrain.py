@@ -53,7 +53,7 @@ def words_of(domain: str, documents: int, seed: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+def folder(tmp_path_factory) -> Path:
     """A folder with a data-bin of four domains and a recipe."""
     root = tmp_path_factory.mktemp("pretrain")
     texts = {domain: words_of(domain, 200, seed) for seed, domain in enumerate(DOMAINS)}
@@ -121,11 +121,11 @@ def assert_outputs(out: Path, steps: int) -> dict[str, object]:
 
 
 @pytest.mark.slow
-def test_deepspeed_launcher_trains_demix(place):
-    out = place / "demix"
+def test_deepspeed_launcher_trains_demix(folder):
+    out = folder / "demix"
     done = start(
         *(BIN / "deepspeed", "--num_accelerators", "2", "--master_port", free_port()),
-        *(LAUNCHER, place / "recipe.yaml", "--deepspeed", SMOKE, "--output_dir", out),
+        *(LAUNCHER, folder / "recipe.yaml", "--deepspeed", SMOKE, "--output_dir", out),
     )
     assert done.returncode == 0, done.stderr[-3000:]
     scores = assert_outputs(out, 4)
@@ -137,11 +137,11 @@ def test_deepspeed_launcher_trains_demix(place):
 
     # What is on disk is what was scored, and it speaks.
     model = AutoModelForCausalLM.from_pretrained(out / "model").eval()
-    data = LmData(str(place / "bin"), domains=None, block_size=32, domain_token=False)
+    data = LmData(str(folder / "bin"), domains=None, block_size=32, domain_token=False)
     for expert, domain in (("law", "law"), ("news", "law"), ("code", "news")):
         model.set_domain(expert)
-        told = scores["perplexity"][expert][domain]
-        assert naive_perplexity(model, data, domain) == pytest.approx(told, rel=1e-5)
+        output = scores["perplexity"][expert][domain]
+        assert naive_perplexity(model, data, domain) == pytest.approx(output, rel=1e-5)
     tokenizer = AutoTokenizer.from_pretrained(out / "model")
     prompt = tokenizer("the lawaa of", return_tensors="pt").input_ids
     said = model.generate(prompt, max_new_tokens=5, min_new_tokens=5, do_sample=False)
@@ -150,29 +150,29 @@ def test_deepspeed_launcher_trains_demix(place):
 
 
 @pytest.mark.slow
-def test_torchrun_trains_independent_models(place):
-    out = place / "btm"
+def test_torchrun_trains_independent_models(folder):
+    out = folder / "btm"
     done = start(
         *(BIN / "torchrun", "--nproc_per_node", "2", "--master_port", free_port()),
-        *(LAUNCHER, place / "recipe.yaml", "--untie", "all", "--domains", "law", "code"),
+        *(LAUNCHER, folder / "recipe.yaml", "--untie", "all", "--domains", "law", "code"),
         *("--output_dir", out),
     )
     assert done.returncode == 0, done.stderr[-3000:]
     scores = assert_outputs(out, 4)
-    data = LmData(str(place / "bin"), domains=["law", "code"], block_size=32, domain_token=False)
+    data = LmData(str(folder / "bin"), domains=["law", "code"], block_size=32, domain_token=False)
     for expert in ("law", "code"):
         model = AutoModelForCausalLM.from_pretrained(out / "model" / expert).eval()
         for domain in ("law", "code"):
-            told = scores["perplexity"][expert][domain]
-            assert naive_perplexity(model, data, domain) == pytest.approx(told, rel=1e-5)
+            output = scores["perplexity"][expert][domain]
+            assert naive_perplexity(model, data, domain) == pytest.approx(output, rel=1e-5)
 
 
 @pytest.mark.slow
-def test_sigterm_then_the_same_command_is_the_run_without_it(place):
+def test_sigterm_then_the_same_command_is_the_run_without_it(folder):
     """The second run is the run.yaml of the first, which so is shown to repeat a run."""
-    steps, whole, cut = 60, place / "whole", place / "cut"
+    steps, whole, cut = 60, folder / "whole", folder / "cut"
     flags = ("--max_steps", steps, "--save_steps", 0)
-    done = start(sys.executable, LAUNCHER, place / "recipe.yaml", *flags, "--output_dir", whole)
+    done = start(sys.executable, LAUNCHER, folder / "recipe.yaml", *flags, "--output_dir", whole)
     assert done.returncode == 0, done.stderr[-3000:]
     assert_outputs(whole, steps)
 
@@ -189,9 +189,9 @@ def test_sigterm_then_the_same_command_is_the_run_without_it(place):
     while time.monotonic() < deadline and not (log.exists() and log.stat().st_size > 1000):
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
-    told = process.communicate(timeout=120)[1]
-    assert process.returncode == 130, told[-3000:]
-    stopped = int(re.search(r"Interrupted: stopped by a signal after step (\d+);", told)[1])
+    output = process.communicate(timeout=120)[1]
+    assert process.returncode == 130, output[-3000:]
+    stopped = int(re.search(r"Interrupted: stopped by a signal after step (\d+);", output)[1])
     assert 1 < stopped < steps
     assert [path.name for path in (cut / "checkpoints").glob("step-*")] == [f"step-{stopped}"]
     assert not (cut / "model").exists()
@@ -205,8 +205,8 @@ def test_sigterm_then_the_same_command_is_the_run_without_it(place):
             p.name for p in (cut / part).glob("*.safetensors")
         )
         for name in files:
-            one, other = load_file(whole / part / name), load_file(cut / part / name)
-            assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+            first, other = load_file(whole / part / name), load_file(cut / part / name)
+            assert all(torch.equal(tensor, other[key]) for key, tensor in first.items())
     numbers = [(out / "perplexity.json").read_text() for out in (whole, cut)]
     assert numbers[0] == numbers[1]
 
@@ -237,8 +237,8 @@ print("RESULTS" + json.dumps(results))
 """
 
 
-def spoiled_bin(place: Path, name: str) -> Path:
-    return Path(shutil.copytree(place / "bin", place / f"bin-{name}"))
+def spoiled_bin(folder: Path, name: str) -> Path:
+    return Path(shutil.copytree(folder / "bin", folder / f"bin-{name}"))
 
 
 def write(path: Path, text: str | bytes) -> Path:
@@ -246,32 +246,32 @@ def write(path: Path, text: str | bytes) -> Path:
     return path
 
 
-def cases_of(place: Path) -> dict[str, tuple[list[object], list[str], dict[str, str]]]:
+def cases_of(folder: Path) -> dict[str, tuple[list[object], list[str], dict[str, str]]]:
     """By name: flags after the recipe, what the message must hold, environment variables."""
-    truncated_idx = spoiled_bin(place, "idx") / "law" / "train.idx"
+    truncated_idx = spoiled_bin(folder, "idx") / "law" / "train.idx"
     write(truncated_idx, truncated_idx.read_bytes()[:-5])
-    truncated_bin = spoiled_bin(place, "tokens") / "med" / "train.bin"
+    truncated_bin = spoiled_bin(folder, "tokens") / "med" / "train.bin"
     write(truncated_bin, truncated_bin.read_bytes()[:-4])
-    magic = spoiled_bin(place, "magic") / "law" / "train.idx"
+    magic = spoiled_bin(folder, "magic") / "law" / "train.idx"
     write(magic, b"NOTMAGIC!" + magic.read_bytes()[9:])
-    header = spoiled_bin(place, "header") / "databin.json"
+    header = spoiled_bin(folder, "header") / "databin.json"
     write(header, header.read_text().replace('"vocab_size": 300', '"vocab_size": 20'))
-    gone = spoiled_bin(place, "gone") / "code" / "train.bin"
+    gone = spoiled_bin(folder, "gone") / "code" / "train.bin"
     gone.unlink()
-    no_valid = spoiled_bin(place, "no-valid") / "news" / "valid_news.idx"
+    no_valid = spoiled_bin(folder, "no-valid") / "news" / "valid_news.idx"
     no_valid.unlink()
-    cut_valid = spoiled_bin(place, "cut-valid") / "med" / "valid_med.bin"
+    cut_valid = spoiled_bin(folder, "cut-valid") / "med" / "valid_med.bin"
     write(cut_valid, cut_valid.read_bytes()[:-2])
-    empty = spoiled_bin(place, "empty")
-    fairseq = place / "fairseq"
-    shutil.copytree(place / "bin" / "law", fairseq / "law", ignore=lambda *_: ["dict.txt"])
+    empty = spoiled_bin(folder, "empty")
+    fairseq = folder / "fairseq"
+    shutil.copytree(folder / "bin" / "law", fairseq / "law", ignore=lambda *_: ["dict.txt"])
     write(fairseq / "dict.txt", "".join(f"{n} 1\n" for n in range(10)))
-    told = json.loads((empty / "databin.json").read_text())
-    told["domains"]["news"]["train"] |= {"items": 0, "tokens": 0}
-    write(empty / "databin.json", json.dumps(told))
+    output = json.loads((empty / "databin.json").read_text())
+    output["domains"]["news"]["train"] |= {"items": 0, "tokens": 0}
+    write(empty / "databin.json", json.dumps(output))
 
     def ds(name: str, text: str) -> Path:
-        return write(place / f"{name}.json", text)
+        return write(folder / f"{name}.json", text)
 
     stage3 = ds("stage3", '{"zero_optimization": {"stage": 3}}')
     unknown = ds("unknown", '{"zero_optimization": {"stage": 1, "overlap_com": true}}')
@@ -279,10 +279,10 @@ def cases_of(place: Path) -> dict[str, tuple[list[object], list[str], dict[str, 
     syntax = ds("syntax", '{\n  "gradient_clipping": 1.0,\n}')
     conflict = ds("conflict", '{"train_micro_batch_size_per_gpu": 4}')
     three = {"RANK": "0", "WORLD_SIZE": "3"}
-    wrong_key = write(place / "wrong.yaml", RECIPE + "untied: all\n")
-    bytes_ = write(place / "bytes.yaml", RECIPE.encode() + b"data: \xff\xfe\n")
+    wrong_key = write(folder / "wrong.yaml", RECIPE + "untied: all\n")
+    bytes_ = write(folder / "bytes.yaml", RECIPE.encode() + b"data: \xff\xfe\n")
     return {
-        "no data": (["--data", place / "nowhere"], [f"{place / 'nowhere'}", "data-bin"], {}),
+        "no data": (["--data", folder / "nowhere"], [f"{folder / 'nowhere'}", "data-bin"], {}),
         "missing domain": (["--domains", "law", "sport"], ["sport", "law, med, code, news"], {}),
         "short domain": (["--max_seq_length", "90000"], ["--max_seq_length 90000", "law"], {}),
         "empty domain": (["--data", empty], ["news", "train"], {}),
@@ -309,7 +309,7 @@ def cases_of(place: Path) -> dict[str, tuple[list[object], list[str], dict[str, 
             [str(conflict), "train_micro_batch_size_per_gpu", "recipe"],
             {},
         ),
-        "no json": (["--deepspeed", place / "x.json"], [f"{place / 'x.json'}"], {}),
+        "no json": (["--deepspeed", folder / "x.json"], [f"{folder / 'x.json'}"], {}),
         "flag": (["--learning_rat", "1"], ["--learning_rat", "--learning_rate"], {}),
         "value": (["--max_steps", "many"], ["--max_steps", "many", "whole number"], {}),
         "recipe key": (
@@ -329,17 +329,17 @@ def cases_of(place: Path) -> dict[str, tuple[list[object], list[str], dict[str, 
         "MEGAMOD": ([], ["MEGAMOD_SEED", "x"], {"MEGAMOD_SEED": "x"}),
         # From here on processes have been joined.
         "resume path": (
-            ["--resume", place / "nowhere"],
-            [f"--resume {place / 'nowhere'}", "manifest.json is missing"],
+            ["--resume", folder / "nowhere"],
+            [f"--resume {folder / 'nowhere'}", "manifest.json is missing"],
             {},
         ),
         "resume none valid": (
-            ["--output_dir", place / "spoilt"],
-            [f"{place / 'spoilt' / 'checkpoints'}: none of 1 checkpoints is valid"],
+            ["--output_dir", folder / "spoilt"],
+            [f"{folder / 'spoilt' / 'checkpoints'}: none of 1 checkpoints is valid"],
             {},
         ),
         "resume none": (
-            ["--output_dir", place / "spoilt", "--resume", "none"],
+            ["--output_dir", folder / "spoilt", "--resume", "none"],
             ["--resume none", "holds checkpoints already"],
             {},
         ),
@@ -347,27 +347,32 @@ def cases_of(place: Path) -> dict[str, tuple[list[object], list[str], dict[str, 
 
 
 @pytest.fixture(scope="module")
-def mistakes(place):
+def mistakes(folder):
     """(exit code, stdout, stderr) of every case, and what stood in its output folder after it."""
-    cases = cases_of(place)
-    spoilt = place / "spoilt" / "checkpoints" / "step-2"
+    cases = cases_of(folder)
+    spoilt = folder / "spoilt" / "checkpoints" / "step-2"
     spoilt.mkdir(parents=True)
     (spoilt / "state.json").write_text("{}")
     commands = {}
     for number, (name, (flags, _, variables)) in enumerate(cases.items()):
         flags = [str(flag) for flag in flags]
         if not (flags and flags[0].endswith(".yaml")):
-            flags = [str(place / "recipe.yaml"), *flags]
+            flags = [str(folder / "recipe.yaml"), *flags]
         if "--output_dir" not in flags:
-            flags += ["--output_dir", str(place / "never" / str(number))]
+            flags += ["--output_dir", str(folder / "never" / str(number))]
         commands[name] = (str(LAUNCHER), flags, variables)
     commands["print groups"] = (
         str(LAUNCHER),
-        [str(place / "recipe.yaml"), "--print_groups", "--output_dir", str(place / "never" / "g")],
+        [
+            str(folder / "recipe.yaml"),
+            "--print_groups",
+            "--output_dir",
+            str(folder / "never" / "g"),
+        ],
         {},
     )
-    write(place / "commands.json", json.dumps(commands))
-    done = start(sys.executable, "-c", MISTAKES, place / "commands.json")
+    write(folder / "commands.json", json.dumps(commands))
+    done = start(sys.executable, "-c", MISTAKES, folder / "commands.json")
     assert "RESULTS" in done.stdout, done.stderr[-3000:]
     return cases, json.loads(done.stdout.partition("RESULTS")[2])
 
@@ -397,11 +402,11 @@ def test_a_mistake_is_exit_2_and_one_message(mistakes, name):
 
 
 @pytest.mark.slow
-def test_mistakes_write_nothing(mistakes, place):
+def test_mistakes_write_nothing(mistakes, folder):
     cases, _ = mistakes
     assert set(cases) == set(NAMES)
-    assert not (place / "never").exists()
-    left = [str(path.relative_to(place / "spoilt")) for path in (place / "spoilt").rglob("*")]
+    assert not (folder / "never").exists()
+    left = [str(path.relative_to(folder / "spoilt")) for path in (folder / "spoilt").rglob("*")]
     assert sorted(left) == ["checkpoints", "checkpoints/step-2", "checkpoints/step-2/state.json"]
 
 

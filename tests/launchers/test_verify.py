@@ -115,8 +115,8 @@ def test_verifying_a_checkpoint_loads_neither_torch_nor_deepspeed(whole_run):
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
         "print([m for m in ('torch', 'deepspeed', 'transformers') if m in sys.modules])"
     )
-    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout
-    assert told.splitlines()[-1] == "[]"
+    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout
+    assert output.splitlines()[-1] == "[]"
 
 
 def test_every_flipped_bit_of_a_checkpoint_is_found(tmp_path, monkeypatch):
@@ -137,7 +137,7 @@ def test_every_flipped_bit_of_a_checkpoint_is_found(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (None, "manifest.json is missing"),
         ("", "is unreadable"),
@@ -149,13 +149,13 @@ def test_every_flipped_bit_of_a_checkpoint_is_found(tmp_path, monkeypatch):
         ('{"files": {"state.json": {"bytes": 22, "sha256": "0"}}}', "SHA-256 digest of its man"),
     ],
 )
-def test_what_is_wrong_with_a_manifest_is_told(tmp_path, monkeypatch, content, told):
+def test_what_is_wrong_with_a_manifest_is_told(tmp_path, monkeypatch, content, message):
     folder = write_checkpoint(tmp_path / "step-4")
     (folder / "manifest.json").unlink()
     if content is not None:
         (folder / "manifest.json").write_text(content)
     (fault,) = check(monkeypatch, folder)
-    assert told in fault
+    assert message in fault
     assert find_checkpoint(tmp_path / "none", "auto") is None
     with pytest.raises(UserError, match="none of 1 checkpoints is valid"):
         find_checkpoint(tmp_path, "auto")

@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 import torch
 from saved_models import make_model
-from tiny_mux import FIELDS, made
+from tiny_mux import FIELDS, build_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import nn
@@ -53,7 +53,7 @@ def model_and_batch(family: str, folder) -> tuple[nn.Module, dict[str, torch.Ten
         return CaMtlForMultiTask(config), batch | fields
     kind, head, demux = family.split("-")
     fields = {"retrieval_loss_coeff": 0.0, "task_loss_coeff": 1.0}
-    model = made(kind, head, demux, GAUSS, fields).float()
+    model = build_model(kind, head, demux, GAUSS, fields).float()
     return model, batch | {"labels": ids[:, 0] % 3 if head == "sequence" else ids % 3}
 
 

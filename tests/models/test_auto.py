@@ -17,7 +17,7 @@ SPECIAL = {"bos_token_id": 4, "pad_token_id": 5, "eos_token_id": 6}
 
 
 def config_of(model: str = "tiny", **changes) -> DemixConfig:
-    given = dict(
+    arguments = dict(
         vocab_size=30,
         special_ids=SPECIAL,
         domains=["law", "med"],
@@ -26,7 +26,7 @@ def config_of(model: str = "tiny", **changes) -> DemixConfig:
         attn_implementation="eager",
         overrides={"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": None},
     )
-    return lm_config(model, **{**given, **changes})
+    return lm_config(model, **{**arguments, **changes})
 
 
 def test_a_preset_with_what_the_data_say():
@@ -43,14 +43,14 @@ def test_the_shape_of_a_folder(tmp_path):
     config = config_of(str(tmp_path), overrides={"hidden_size": None}, max_positions=9)
     assert (config.hidden_size, config.max_position_embeddings) == (8, 16)
     assert config.untie == "feedforward" and config.domains == ["law", "med"]
-    for changes, told in (
+    for changes, message in (
         ({}, "--hidden_size cannot change the model in"),
         ({"overrides": {}, "vocab_size": 31}, "has a vocabulary of 30 and 16 positions; the data"),
         ({"overrides": {}, "max_positions": 17}, "the data need 30 and 17"),
     ):
         with pytest.raises(UserError) as caught:
             config_of(str(tmp_path), **changes)
-        assert told in str(caught.value)
+        assert message in str(caught.value)
 
 
 def test_what_is_no_model_is_told():

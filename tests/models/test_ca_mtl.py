@@ -142,7 +142,7 @@ def test_length_must_divide_the_width():
         CaMtlConfig(**SMALL | dict(max_seq_length=12))
 
 
-def made(variant: str, **changed) -> CaMtlForMultiTask:
+def build_model(variant: str, **changed) -> CaMtlForMultiTask:
     """A small model with random weights, norms and biases too."""
     torch.manual_seed(1)
     model = CaMtlForMultiTask(CaMtlConfig(**SMALL | changed, variant=variant)).eval()
@@ -171,7 +171,7 @@ def batch(rows: int = 6, length: int = 11) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("variant", ["base", "large", "plain"])
 def test_rows_are_on_their_own(variant):
-    model, rows = made(variant), batch()
+    model, rows = build_model(variant), batch()
     whole = model(**rows)
     order = torch.tensor([4, 2, 0, 5, 3, 1])
     permuted = model(**{name: tensor[order] for name, tensor in rows.items()})
@@ -198,7 +198,7 @@ def test_rows_are_on_their_own(variant):
 
 @pytest.mark.parametrize("variant", ["base", "large"])
 def test_shorter_padding_changes_nothing(variant):
-    model, rows = made(variant), batch()
+    model, rows = build_model(variant), batch()
     longer = {
         name: torch.nn.functional.pad(tensor, (0, 5), value=-100 if name == "token_labels" else 0)
         if tensor.dim() == 2
@@ -210,7 +210,7 @@ def test_shorter_padding_changes_nothing(variant):
 
 
 def test_plain_is_bert():
-    model, rows = made("plain"), batch()
+    model, rows = build_model("plain"), batch()
     bert = BertModel(
         BertConfig(**{k: SMALL[k] for k in list(SMALL)[:6]}, attn_implementation="eager")
     ).eval()
@@ -223,8 +223,8 @@ def test_plain_is_bert():
 
 
 def test_without_modulation_the_blocks_are_those_of_bert():
-    model, rows = made("large"), batch()
-    plain = made("plain")
+    model, rows = build_model("large"), batch()
+    plain = build_model("plain")
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, Film):
@@ -295,7 +295,7 @@ def test_trainable_names_as_recorded(case):
 
 
 def test_freezing_blocks_of_a_plain_encoder():
-    model = made("plain")
+    model = build_model("plain")
     counts = freeze(model, 0, 2)
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert all(n.startswith(("bert.encoder.layer.3.", "bert.pooler", "heads")) for n in trained)
@@ -331,7 +331,7 @@ def test_starting_from_bert(tmp_path, top):
 
 
 def test_one_task_of_many_is_a_classifier():
-    model, rows = made("base"), batch()
+    model, rows = build_model("base"), batch()
     fields = {n: rows[n] for n in ("input_ids", "attention_mask", "token_type_ids")}
     for task, shape in ((0, (6, 3)), (1, (6, 1)), (2, (6, 11, 5))):
         logits = OneTask(model, task)(**fields).logits

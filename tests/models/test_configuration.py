@@ -34,7 +34,7 @@ def test_json_keeps_everything(tmp_path, untie):
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "message"),
     [
         ({"untie": "ffn"}, "untie 'ffn' is unknown; choose one of none, feedforward, "),
         ({"untie": "feedforward"}, "'feedforward' needs the names of the domains"),
@@ -45,8 +45,8 @@ def test_json_keeps_everything(tmp_path, untie):
         ({"hidden_size": "wide"}, "hidden_size"),
     ],
 )
-def test_what_cannot_be_is_refused(fields, told):
-    with pytest.raises(Exception, match=told) as caught:
+def test_what_cannot_be_is_refused(fields, message):
+    with pytest.raises(Exception, match=message) as caught:
         DemixConfig(**fields)
     assert not isinstance(caught.value, (AttributeError, KeyError))
 

@@ -18,8 +18,14 @@ PAD, VOCAB = 1, 30
 
 def config_of(untie: str = "none", **changes) -> DemixConfig:
     shape = dict(vocab_size=VOCAB, hidden_size=12, num_attention_heads=3, num_hidden_layers=4)
-    given = {**shape, "max_position_embeddings": 16, "domains": DOMAINS, "untie": untie, **changes}
-    return DemixConfig(**given)
+    arguments = {
+        **shape,
+        "max_position_embeddings": 16,
+        "domains": DOMAINS,
+        "untie": untie,
+        **changes,
+    }
+    return DemixConfig(**arguments)
 
 
 def make(untie: str = "none", spread: bool = True, **changes) -> DemixForCausalLM:
@@ -56,7 +62,7 @@ def forward_of_one(state: dict[str, torch.Tensor], ids: list[int], heads: int) -
     while f"model.layers.{layer}.attention.q_proj.weight" in state:
         at = f"model.layers.{layer}."
         y = norm(x, at + "attention_norm")
-        q, k, v = (linear(y, f"{at}attention.{one}_proj") for one in "qkv")
+        q, k, v = (linear(y, f"{at}attention.{item}_proj") for item in "qkv")
         mixed, size = torch.zeros_like(q), width // heads
         for head in range(heads):
             part = slice(head * size, head * size + size)
@@ -77,11 +83,11 @@ def test_every_expert_is_the_hand_written_model_of_its_weights(untie):
     model, ids = make(untie).double(), tokens(2, 7)
     state = dict(model.named_parameters())
     for domain in DOMAINS:
-        one = state if untie == "none" else expert_state(state, domain)
+        item = state if untie == "none" else expert_state(state, domain)
         chosen = None if untie == "none" else domain
         logits = model(ids, domain=chosen).logits
         for row in range(2):
-            expected = forward_of_one(one, ids[row].tolist(), heads=3)
+            expected = forward_of_one(item, ids[row].tolist(), heads=3)
             torch.testing.assert_close(logits[row], expected, rtol=1e-9, atol=1e-9)
 
 
@@ -107,8 +113,8 @@ def test_what_each_value_of_untie_holds_per_domain(untie):
         owners.setdefault(dense_name(name), []).append(domain_of_name(name))
     assert owners.keys() - {"lm_head.weight"} == dense
     assert ("lm_head.weight" in owners) == (untie == "transformer_output")
-    for name, found in owners.items():
-        assert found == (DOMAINS if HELD[untie](name) else [None])
+    for name, result in owners.items():
+        assert result == (DOMAINS if HELD[untie](name) else [None])
 
 
 def count(config: DemixConfig) -> int:
@@ -153,8 +159,8 @@ def test_sdpa_and_eager_agree(untie):
         output = model(ids, labels=ids, domain="med" if untie != "none" else None)
         output.loss.backward()
         results.append([output.loss, *(p.grad for p in model.parameters())])
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    for first, other in zip(*results, strict=True):
+        torch.testing.assert_close(first, other, rtol=1e-4, atol=1e-6)
 
 
 @torch.no_grad()
@@ -165,10 +171,10 @@ def test_padding_changes_nothing_for_real_tokens():
         batch, mask = torch.full((3, 8), PAD), torch.zeros(3, 8, dtype=torch.long)
         for number, row in enumerate(rows):
             length = row.shape[1]
-            place = slice(8 - length, 8) if side == "left" else slice(0, length)
-            batch[number, place], mask[number, place] = row[0], 1
-        for given in (mask, None):  # with a mask, and recognised by the id
-            logits = model(batch, attention_mask=given).logits
+            folder = slice(8 - length, 8) if side == "left" else slice(0, length)
+            batch[number, folder], mask[number, folder] = row[0], 1
+        for inputs in (mask, None):  # with a mask, and recognised by the id
+            logits = model(batch, attention_mask=inputs).logits
             assert torch.isfinite(logits).all()
             for number, row in enumerate(rows):
                 expected = model(row).logits[0]
@@ -198,7 +204,7 @@ def test_generation_with_a_cache_equals_full_passes(untie):
     mask = torch.ones_like(ids)
     ids[0, :3], mask[0, :3] = PAD, 0
     ids[1, :1], mask[1, :1] = PAD, 0
-    made = model.generate(
+    built = model.generate(
         ids, attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=None
     )
     for number, padding in enumerate((3, 1, 0)):
@@ -206,7 +212,7 @@ def test_generation_with_a_cache_equals_full_passes(untie):
         for _ in range(6):
             scores = model(torch.tensor([row]), use_cache=False).logits[0, -1]
             row.append(int(scores.argmax()))
-        assert made[number, padding:].tolist() == row
+        assert built[number, padding:].tolist() == row
     sampled = model.generate(ids, attention_mask=mask, max_new_tokens=3, use_cache=False)
     assert sampled.shape == (3, 8)
 
@@ -233,8 +239,8 @@ def test_gradient_checkpointing_gives_equal_gradients():
             model.gradient_checkpointing_enable()
         model(ids, labels=ids, domain="law").loss.backward()
         gradients.append([p.grad for p in model.parameters()])
-    for one, other in zip(*gradients, strict=True):
-        assert torch.equal(one, other)
+    for first, other in zip(*gradients, strict=True):
+        assert torch.equal(first, other)
 
 
 def test_hidden_states_are_those_between_the_layers():
@@ -368,8 +374,8 @@ def test_distributions_of_initial_weights():
         "attention.k_proj.bias": uniform(width**-0.5),
     }
     for suffix, deviation in expected.items():
-        found = [p for name, p in model.named_parameters() if name.endswith(suffix)]
-        values = torch.cat([p.flatten() for p in found])
+        result = [p for name, p in model.named_parameters() if name.endswith(suffix)]
+        values = torch.cat([p.flatten() for p in result])
         values = values[values != 0]  # rows of padding
         assert abs(values.std() / deviation - 1) < 5 / len(values) ** 0.5, suffix
         assert abs(values.mean()) < 5 * deviation / len(values) ** 0.5, suffix

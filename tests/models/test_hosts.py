@@ -93,13 +93,13 @@ def test_experts_in_place_of_the_feed_forward_change_no_bit(family):
 def packed_and_apart(model: PreTrainedModel) -> None:
     """Log-probabilities of two documents in one row are those of a row each."""
     model.eval().document_end = 2
-    one, other = torch.tensor([[2, 5, 9, 33, 7]]), torch.tensor([[2, 8, 30, 4, 4, 12, 6]])
-    row = torch.cat([one, other], 1)
+    first, other = torch.tensor([[2, 5, 9, 33, 7]]), torch.tensor([[2, 8, 30, 4, 4, 12, 6]])
+    row = torch.cat([first, other], 1)
     after = functional.pad(row[:, 1:], (0, 1), value=-100)
-    apart = [functional.pad(ids[:, 1:], (0, 1), value=-100) for ids in (one, other)]
+    apart = [functional.pad(ids[:, 1:], (0, 1), value=-100) for ids in (first, other)]
     after[:, 4] = -100
     expected = [
-        model(ids, shift_labels=labels) for ids, labels in zip((one, other), apart, strict=True)
+        model(ids, shift_labels=labels) for ids, labels in zip((first, other), apart, strict=True)
     ]
     scores = torch.cat([output.token_log_probs for output in expected], 1)
     torch.testing.assert_close(

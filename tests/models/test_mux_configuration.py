@@ -86,8 +86,12 @@ def test_classes_have_their_multiplexers():
 
 def test_a_generator_differs_where_it_is_told_to():
     config = MuxElectraConfig(generator="plain", generator_config={"num_hidden_layers": 3})
-    own = config.of_generator()
-    assert (own.num_hidden_layers, own.hidden_size, own.generator) == (3, 768, "none")
+    own_values = config.of_generator()
+    assert (own_values.num_hidden_layers, own_values.hidden_size, own_values.generator) == (
+        3,
+        768,
+        "none",
+    )
     config = MuxElectraConfig(generator="plain", generator_config={"layers": 3})
     with pytest.raises(ValueError, match="generator_config: layers is no field"):
         config.of_generator()
@@ -96,10 +100,10 @@ def test_a_generator_differs_where_it_is_told_to():
 @pytest.mark.parametrize("config", [MuxBertConfig, MuxElectraConfig, MuxRobertaConfig])
 def test_presets_and_files(config, tmp_path):
     for fields in PRESETS[config.model_type].values():
-        made = config(**fields, num_instances=5, learn_muxing=1)
-        made.save_pretrained(tmp_path)
+        built = config(**fields, num_instances=5, learn_muxing=1)
+        built.save_pretrained(tmp_path)
         again = config.from_pretrained(tmp_path)
-        assert again.to_dict() == made.to_dict() and again.learn_muxing is True
+        assert again.to_dict() == built.to_dict() and again.learn_muxing is True
     small = PRESETS["mux_electra"]["small"]
     assert (small["hidden_size"], small["embedding_size"], small["num_hidden_layers"]) == (
         256,

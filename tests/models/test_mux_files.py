@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny_mux import batch, made
+from tiny_mux import batch, build_model
 
 import megamod  # noqa: F401  (makes the models known)
 from megamod.convert.datamux import convert, export
@@ -38,7 +38,9 @@ CASES = [
 def test_there_and_back(case, learned, tmp_path):
     family, head, demux, mux = case
     generator = {"generator": "plain" if learned else "multiplexed"} if head == "wrapper" else {}
-    model = made(family, head, demux, mux, {"learn_muxing": learned, **generator}).float().eval()
+    model = (
+        build_model(family, head, demux, mux, {"learn_muxing": learned, **generator}).float().eval()
+    )
     model.save_pretrained(tmp_path)
     torch.manual_seed(9)  # not the seed of the first
     again = getattr(transformers, AUTO[head]).from_pretrained(tmp_path)
@@ -67,7 +69,7 @@ def test_there_and_back(case, learned, tmp_path):
 
 
 def test_new_models_draw_frozen_keys():
-    config = made("bert", "mlm", "index_pos", "gaussian_hadamard", {}).config
+    config = build_model("bert", "mlm", "index_pos", "gaussian_hadamard", {}).config
     torch.manual_seed(1)
     first, second = MuxBertForMaskedLM(config), MuxBertForMaskedLM(config)
     assert not first.instance_embedding.requires_grad
@@ -80,7 +82,9 @@ def test_new_models_draw_frozen_keys():
 def test_initial_weights_of_the_release():
     """BERT's normal of 0.02 but for demultiplexer keys (1) and ELECTRA's heads (torch's)."""
     fields = {"initializer_range": 0.02, "hidden_size": 64, "embedding_size": 64}
-    config = made("electra", "discriminator", "index_pos", "gaussian_hadamard", fields).config
+    config = build_model(
+        "electra", "discriminator", "index_pos", "gaussian_hadamard", fields
+    ).config
     torch.manual_seed(0)
     model = MuxElectraForSequenceClassification(config)
     assert not model.electra.embeddings.word_embeddings.weight[0].any()
@@ -94,7 +98,7 @@ def test_initial_weights_of_the_release():
 
 def test_from_pretraining_to_a_task(tmp_path):
     """Common weights are loaded; new ones are drawn as in a new model."""
-    model = made("bert", "mlm", "index_pos", "gaussian_hadamard", {}).float()
+    model = build_model("bert", "mlm", "index_pos", "gaussian_hadamard", {}).float()
     model.save_pretrained(tmp_path)
     tuned = MuxBertForTokenClassification.from_pretrained(tmp_path, retrieval_loss_coeff=0.0)
     shared = dict(model.named_parameters())
@@ -107,7 +111,9 @@ def test_from_pretraining_to_a_task(tmp_path):
 
 
 def test_from_the_wrapper_to_a_task(tmp_path):
-    model = made("electra", "wrapper", "index_pos", "gaussian_hadamard", {"generator": "plain"})
+    model = build_model(
+        "electra", "wrapper", "index_pos", "gaussian_hadamard", {"generator": "plain"}
+    )
     model.float().save_pretrained(tmp_path)
     tuned, info = MuxElectraForSequenceClassification.from_pretrained(
         tmp_path, output_loading_info=True, retrieval_loss_coeff=0.0
@@ -121,7 +127,7 @@ def test_from_the_wrapper_to_a_task(tmp_path):
 
 
 def test_keys_missing_from_a_file_are_drawn(tmp_path):
-    model = made("bert", "sequence", "index_pos", "gaussian_hadamard", {}).float()
+    model = build_model("bert", "sequence", "index_pos", "gaussian_hadamard", {}).float()
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["instance_embedding"], tensors["demux_module.demux_instance_embedding"]
@@ -137,7 +143,9 @@ def test_keys_missing_from_a_file_are_drawn(tmp_path):
 def test_generators_are_converted_with_their_matrix_of_tokens(tied, size, tmp_path):
     settings = {"tie_word_embeddings": tied, "embedding_size": size}
     fields = {"generator": "plain", "generator_config": settings}
-    model = made("electra", "wrapper", "index_pos", "gaussian_hadamard", fields).float().eval()
+    model = (
+        build_model("electra", "wrapper", "index_pos", "gaussian_hadamard", fields).float().eval()
+    )
     model.save_pretrained(tmp_path / "ours")
     (tmp_path / "theirs").mkdir()
     export(tmp_path / "ours", tmp_path / "theirs")

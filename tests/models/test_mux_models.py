@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_mux import LENGTH, batch, made
+from tiny_mux import LENGTH, batch, build_model
 from torch.nn import functional as F
 
 from megamod.models.mux.bert import MuxBertConfig, MuxBertForSequenceClassification
@@ -14,7 +14,7 @@ GAUSS, V2 = "gaussian_hadamard", "gaussian_attention_v2"
 
 def bert(head: str, demux: str = "index_pos", mux: str = GAUSS, **fields):
     """A MUX-BERT of two layers."""
-    return made("bert", head, demux, mux, fields).eval()
+    return build_model("bert", head, demux, mux, fields).eval()
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4, 5])
@@ -70,7 +70,7 @@ def test_pretraining_heads_take_any_number_of_rows(head, demux):
     """Five rows of N = 2 are as six, of which the last is a copy without labels."""
     family = "bert" if head == "mlm" else "electra"
     fields = {"num_instances": 2, "retrieval_loss_coeff": 0.0}
-    model = made(family, head, demux, GAUSS, fields).eval()
+    model = build_model(family, head, demux, GAUSS, fields).eval()
     inputs = batch(head, model.config, 5, False)
     whole = {k: torch.cat([v, v[:1]]) for k, v in inputs.items() if k != "retrieval_slots"}
     if head == "mlm":
@@ -140,8 +140,8 @@ def test_prefixes_of_the_release():
 @pytest.mark.parametrize("head", ["sequence", "token"])
 def test_retrieval_head_only_where_it_is_trained(family, head):
     demux = "mlp" if family == "roberta" else "index_pos"
-    with_head = made(family, head, demux, GAUSS, {})
-    without = made(family, head, demux, GAUSS, {"retrieval_loss_coeff": 0.0})
+    with_head = build_model(family, head, demux, GAUSS, {})
+    without = build_model(family, head, demux, GAUSS, {"retrieval_loss_coeff": 0.0})
     assert hasattr(with_head, "retrieval_head") and not hasattr(without, "retrieval_head")
     inputs = batch(head, without.config, 4, False)
     output = without(**inputs)
@@ -271,11 +271,11 @@ def test_gradient_checkpointing_changes_nothing(head, mux):
 def test_bfloat16(head, autocast):
     """Close to float64 as far as 8 bits go, and gradients in the parameters' dtype."""
     family = "electra" if head == "discriminator" else "bert"
-    exact = made(family, head, "index_pos", GAUSS, {"num_instances": 3}).train()
+    exact = build_model(family, head, "index_pos", GAUSS, {"num_instances": 3}).train()
     inputs = batch(head, exact.config, 6, False)
     expected = exact(**inputs)
     expected.loss.backward()
-    model = made(family, head, "index_pos", GAUSS, {"num_instances": 3}).train()
+    model = build_model(family, head, "index_pos", GAUSS, {"num_instances": 3}).train()
     model = model.float() if autocast else model.bfloat16()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         output = model(**inputs)
@@ -304,7 +304,7 @@ def test_outputs_as_a_tuple():
 @pytest.mark.parametrize("demux", ["index_pos", "index"])
 @pytest.mark.parametrize("generator", ["none", "plain", "multiplexed"])
 def test_masks_are_replaced_and_nothing_else(generator, demux):
-    model = made("electra", "wrapper", demux, GAUSS, {"generator": generator}).eval()
+    model = build_model("electra", "wrapper", demux, GAUSS, {"generator": generator}).eval()
     inputs = batch("wrapper", model.config, 4, False)
     masked = inputs["input_ids"] == model.config.mask_token_id
     assert masked.any()
@@ -332,7 +332,7 @@ def test_tokens_are_drawn_from_the_softmax():
 
 
 def test_a_generator_needs_labels():
-    model = made("electra", "wrapper", "index_pos", GAUSS, {"generator": "plain"})
+    model = build_model("electra", "wrapper", "index_pos", GAUSS, {"generator": "plain"})
     with pytest.raises(ValueError, match="labels are missing: the generator must know"):
         model(torch.ones(2, LENGTH).long())
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from mux_oracle_heads import classifier, discriminator, masked_lm, replaced_tokens
-from tiny_mux import batch, made
+from tiny_mux import batch, build_model
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -105,7 +105,7 @@ def test_as_the_naive_model(case):
     fields = dict(fields)
     rows, plain = fields.pop("rows", None), fields.pop("plain", False)
     fields = {SHORT.get(name, name): value for name, value in fields.items()}
-    model = made(family, head, demux, mux, fields).eval()
+    model = build_model(family, head, demux, mux, fields).eval()
     inputs = batch(head, model.config, rows or 2 * model.config.num_instances, plain)
     before = {name: tensor.clone() for name, tensor in inputs.items()}
     torch.manual_seed(5)  # what a generator draws

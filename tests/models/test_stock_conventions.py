@@ -6,7 +6,7 @@ from importlib import import_module
 import pytest
 import torch
 from saved_models import make_model
-from tiny_mux import FIELDS, batch, made
+from tiny_mux import FIELDS, batch, build_model
 from torch.nn import functional
 from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import logging
@@ -65,7 +65,7 @@ def model_and_batch(kind: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor]
         inputs |= {"labels": torch.tensor([0, 0, 1, 0]), "token_labels": ids_of(4, 8) % 3}
         return CaMtlForMultiTask(config), inputs
     head, demux = rest.split("-")
-    model = made(family, head, demux, GAUSS, {}).float()
+    model = build_model(family, head, demux, GAUSS, {}).float()
     inputs = batch(head, model.config, 4, False)
     del inputs["position_ids"]
     return model, inputs

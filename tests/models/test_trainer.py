@@ -6,7 +6,7 @@ import pytest
 import torch
 from saved_models import make_model
 from tiny_hosts import tiny_stock
-from tiny_mux import FIELDS, made
+from tiny_mux import FIELDS, build_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -77,7 +77,7 @@ def model_and_rows(kind: str, folder) -> tuple[torch.nn.Module, dict[str, torch.
             "labels": torch.tensor([1.0, 0.0, 0.5, 1.0, 2.0]),
         }
     family, head, demux = kind.split("-")
-    model = made(family, head, demux, GAUSS, NO_RETRIEVAL).float()
+    model = build_model(family, head, demux, GAUSS, NO_RETRIEVAL).float()
     labels = torch.randint(CLASSES, (ROWS,)) if head == "sequence" else ids % CLASSES
     if head == "mlm":
         labels = ids.masked_fill(torch.arange(LENGTH) != 2, -100)
@@ -166,7 +166,7 @@ def test_labels_of_tokens_and_of_rows_of_many_tasks():
 
 
 def test_arguments_that_no_model_has_are_refused():
-    for model in (ca_mtl(), made("bert", "sequence", "index_pos", GAUSS, {})):
+    for model in (ca_mtl(), build_model("bert", "sequence", "index_pos", GAUSS, {})):
         arguments = {"input_ids": ids_of(2, LENGTH)}
         if model.config.model_type == "ca_mtl":
             arguments["task_ids"] = torch.zeros(2).long()
@@ -232,7 +232,7 @@ def test_encoder_pipelines_by_path(demux, tmp_path):
 
     def run(task: str, head: str, inputs: list[str], **more: object):
         folder = tmp_path / head
-        made("bert", head, demux, GAUSS, fields).float().save_pretrained(folder)
+        build_model("bert", head, demux, GAUSS, fields).float().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         call = pipeline(task, str(folder), device="cpu")
         return call.model, call(inputs, batch_size=2, **more)

@@ -42,7 +42,7 @@ HEADS = {
 }
 
 
-def made(
+def build_model(
     family: str, head: str, demux: str, mux: str, fields: dict[str, object]
 ) -> MuxPreTrainedModel:
     """A model of which no weight has a special value, in float64."""

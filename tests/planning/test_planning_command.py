@@ -72,11 +72,11 @@ def test_a_block_keeps_what_the_formula_says(precision, element):
 def test_operations_are_counted_as_by_the_formula():
     """6 N + 12 L D T, where N are the parameters that matrix products use."""
     layers, width, length = 7, 32, 16
-    found = measure(
+    result = measure(
         tiny(layers), DemixForCausalLM, partial(loss_of, 3), precision="fp32", checkpointing=False
     )
     used = layers * 12 * width**2 + 64 * width
-    assert found.flops == 3 * length * (6 * used + 12 * layers * width * length)
+    assert result.flops == 3 * length * (6 * used + 12 * layers * width * length)
 
 
 def test_the_best_proposal_is_the_fastest_and_all_fit():
@@ -84,15 +84,15 @@ def test_the_best_proposal_is_the_fastest_and_all_fit():
         str(RECIPES / "quickstart.yaml"), "--world_size", "4", "--gpu_memory_gb", "1",
         "--precision", "bf16", "--vocab_size", "1000",
     )  # fmt: skip
-    found = proposals(plan, shown=100)
-    seconds = [proposal.seconds for proposal in found]
+    result = proposals(plan, shown=100)
+    seconds = [proposal.seconds for proposal in result]
     assert all(later >= 0.98 * seconds[0] for later in seconds)
-    assert all(plan.holds(proposal.memory) for proposal in found)
-    assert {proposal.setting.stage for proposal in found} <= {1, 2}  # experts
-    steps = {p.setting.micro_batch * p.setting.micro_steps for p in found}
+    assert all(plan.holds(proposal.memory) for proposal in result)
+    assert {proposal.setting.stage for proposal in result} <= {1, 2}  # experts
+    steps = {p.setting.micro_batch * p.setting.micro_steps for p in result}
     assert steps == {plan.job.setting.micro_batch * plan.job.setting.micro_steps}
-    assert all(p.setting.bucket == 50_000_000 for p in found)  # DeepSpeed's own are 2 GB
-    assert {p.setting.offload for p in found} == {"none"}
+    assert all(p.setting.bucket == 50_000_000 for p in result)  # DeepSpeed's own are 2 GB
+    assert {p.setting.offload for p in result} == {"none"}
 
 
 def test_proposals_are_taken_by_a_run(tmp_path):
@@ -104,9 +104,9 @@ def test_proposals_are_taken_by_a_run(tmp_path):
         "--model", "tiny", "--world_size", "2", "--gpu_memory_gb", "8", "--global_batch_size", "16",
         "--vocab_size", "1000", "--deepspeed", str(file),
     )  # fmt: skip
-    found = proposals(plan, shown=100)
-    assert {proposal.setting.stage for proposal in found} == {3}
-    assert all("on the disk per rank" in "; ".join(p.reasons) for p in found)
+    result = proposals(plan, shown=100)
+    assert {proposal.setting.stage for proposal in result} == {3}
+    assert all("on the disk per rank" in "; ".join(p.reasons) for p in result)
 
 
 def test_weights_that_cannot_be_where_they_shall(tmp_path):
@@ -198,9 +198,9 @@ def test_the_whole_command(monkeypatch, tmp_path, capsys):
         *("--search", "true", "--simulate", str(tmp_path / "speed.png")),
         *("--vocab_size", "1000", "--max_seq_length", "128"),
     )
-    told = capsys.readouterr().out
-    assert "ranks 4-7: e, f, g, h" in told
-    assert "best first" in told
+    output = capsys.readouterr().out
+    assert "ranks 4-7: e, f, g, h" in output
+    assert "best first" in output
     (job,) = json.loads((tmp_path / "plan.json").read_text())["jobs"]
     assert job["places"] == ["a:0,1,2,3@b:0,1,2,3"]
     assert job["parameters"]["total"] == (
@@ -250,9 +250,9 @@ def test_mistakes_are_told(monkeypatch, tmp_path, argv, message):
     (tmp_path / "good").write_text("a slots=4\n")
     (tmp_path / "odd.yaml").write_text("model: tiny\nhidden_sise: 8\n")
     (tmp_path / "odd.json").write_text('{"zero_optimisation": {"stage": 1}}')
-    given = [part.format(tmp=tmp_path) for part in argv]
+    inputs = [part.format(tmp=tmp_path) for part in argv]
     with pytest.raises(UserError) as caught:
-        command(monkeypatch, *given)
+        command(monkeypatch, *inputs)
     assert message in str(caught.value)
 
 

@@ -39,7 +39,7 @@ def counted(rank: int, world: int, cases: list[tuple]) -> list[tuple]:
     from megamod.train.optim import adamw
 
     get_accelerator().is_fp16_supported = lambda: True  # torch computes it on any processor
-    domains, told = DOMAINS[:2], []
+    domains, output = DOMAINS[:2], []
     for untie, stage, precision, *where in cases:
         sharing = sharing_of(untie)
         topology = DomainTopology(world, domains, sharing)
@@ -65,10 +65,10 @@ def counted(rank: int, world: int, cases: list[tuple]) -> list[tuple]:
         finish_micro_step(engine, 0.5)
         needed = memory(sizes, 0, topology, settings(stage, precision, *where))
         away = storage_bytes(engine.optimizer.param_groups_fp16_flat_cpu_memory) if where else 0
-        found = (weight_bytes(engine, stage) - away, gradients, optimizer_bytes(engine, stage))
+        result = (weight_bytes(engine, stage) - away, gradients, optimizer_bytes(engine, stage))
         expected = (needed.weights, needed.gradients, needed.optimizer, needed.host_weights)
-        told.append(((*found, away), expected))
-    return told
+        output.append(((*result, away), expected))
+    return output
 
 
 def loss_of(engine, batch, domain):
@@ -123,12 +123,12 @@ def alone() -> list[tuple]:
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=lambda number: str(CASES[number]))
 def test_bytes_are_those_of_the_engine(alone, number):
-    found, expected = alone[number]
-    assert found == expected
+    result, expected = alone[number]
+    assert result == expected
 
 
 @pytest.mark.slow
 def test_bytes_are_those_of_the_engine_on_two_ranks():
-    for told in on_ranks(2, counted, 2, TWO_RANKS):
-        for case, (found, expected) in zip(TWO_RANKS, told, strict=True):
-            assert found == expected, case
+    for message in on_ranks(2, counted, 2, TWO_RANKS):
+        for case, (result, expected) in zip(TWO_RANKS, message, strict=True):
+            assert result == expected, case

@@ -90,12 +90,12 @@ def test_recipes_are_what_their_headers_tell(path):
     if path.parent.name == "mux":
         assert first.sequences == 640 and first.setting.micro_batch == 80
         return
-    told = " ".join(text.replace("\n#", " ").split())
-    sequences, steps = re.search(r"(\d+) sequences each, (\d+) micro-batch", told).groups()
+    output = " ".join(text.replace("\n#", " ").split())
+    sequences, steps = re.search(r"(\d+) sequences each, (\d+) micro-batch", output).groups()
     for plan in plans:
         assert plan.job.setting.micro_batch == int(sequences)
         assert plan.job.setting.micro_steps == int(steps)
-    assert first.tokens == int(re.search(r"Tokens per update: (\d+)", told)[1])
+    assert first.tokens == int(re.search(r"Tokens per update: (\d+)", output)[1])
     size = path.stem.split("_")[1]
     each = PUBLISHED[path.stem.split("_")[0]][size]
     assert (first.tokens, sum(p.job.steps for p in plans) // len(plans)) == (
@@ -145,8 +145,8 @@ def test_parameters_of_encoder_recipes(size):
         return
     layers, width, embedded = (12, 256, 128) if size == "small" else (layers, width, width)
     (electra,) = of_recipe(RECIPES / "mux" / f"mux_electra_{size}_pretrain.yaml")
-    own = width**2 + 3 * width  # a dense layer and its norm, before a head
-    head = 2 * own + (tokens * width + tokens) + (width**2 + width) + (width + 1)
+    own_values = width**2 + 3 * width  # a dense layer and its norm, before a head
+    head = 2 * own_values + (tokens * width + tokens) + (width**2 + width) + (width + 1)
     assert electra.network.total == encoder(layers, width, embedded) + head
 
 
@@ -161,7 +161,7 @@ def test_btm_is_a_seed_and_experts_that_share_its_batch():
     assert (seed.job.steps, expert.job.steps) == (40_000, 40_000)
     assert seed.network.total == expert.network.total == 124_446_720
     assert len(expert.job.alike) == 8
-    slots = [(host.name, host.slots) for place in expert.job.places for host in place]
+    slots = [(host.name, host.slots) for folder in expert.job.places for host in folder]
     assert len(set(slots)) == 8  # all at once, no slot twice
     assert all(len(owned) == 2 for _, owned in slots)
 
@@ -171,7 +171,7 @@ def test_experts_that_find_no_slots_wait():
         str(PAPER / "btm_125m.yaml"), "--world_size", "4", "--seed_gpus", "4",
         "--deepspeed", str(ROOT / "ds_configs/zero2_fp16.json"),
     )  # fmt: skip
-    assert [bool(place) for place in expert.job.places] == [True, True] + [False] * 6
+    assert [bool(folder) for folder in expert.job.places] == [True, True] + [False] * 6
 
 
 def test_states_of_the_reference_shape():
@@ -223,11 +223,11 @@ def test_offloaded_weights_are_on_the_host_but_for_small_ones():
     from dataclasses import replace
 
     dense = DomainTopology(4, ("text",), jobs_sharing("none"))
-    given = replace(settings(3, "bf16"), persistent=100)
-    moved = memory({"w": 8000, "bias": 100}, 0, dense, replace(given, offload_param="cpu"))
+    inputs = replace(settings(3, "bf16"), persistent=100)
+    moved = memory({"w": 8000, "bias": 100}, 0, dense, replace(inputs, offload_param="cpu"))
     assert moved.host_weights == 2 * (8000 + 100) // 4
     assert moved.weights == 2 * 100  # kept whole
-    both = replace(given, offload_param="cpu", offload="nvme")
+    both = replace(inputs, offload_param="cpu", offload="nvme")
     assert memory({"w": 8000}, 0, dense, both).host == 2000 * (12 + 4)
 
 
@@ -247,12 +247,12 @@ def test_a_plan_of_1_3b_is_quick():
 def test_what_fits_is_told_and_does_fit():
     (plan,) = of_recipe(PAPER / "dense_350m.yaml", "--gpu_memory_gb", "3.6")
     assert not plan.fits
-    told = plan.what_fits()
-    assert told[0].startswith("--per_device_train_batch_size 1")
-    assert any(line.startswith("--gradient_checkpointing true") for line in told)
+    output = plan.what_fits()
+    assert output[0].startswith("--per_device_train_batch_size 1")
+    assert any(line.startswith("--gradient_checkpointing true") for line in output)
     (smaller,) = of_recipe(
         PAPER / "dense_350m.yaml", "--gpu_memory_gb", "3.6",
         "--per_device_train_batch_size", "1",
     )  # fmt: skip
     assert smaller.fits
-    assert f"{smaller.memory.peak / 1e9:.2f} GB" in told[0]
+    assert f"{smaller.memory.peak / 1e9:.2f} GB" in output[0]

@@ -35,23 +35,23 @@ PRIOR = """{"format": 1, "domains": ["code", "law"], "prior": [0.25, 0.75], "rul
     "text": {"data_digest": "?", "domain": "art", "split": "valid", "sequences": 100}}"""
 
 
-def start(place: Path, output: Path, *, stage: int | None = None, **changes) -> None:
+def start(root: Path, output: Path, *, stage: int | None = None, **changes) -> None:
     """One adaptation in this process or on these ranks."""
     from megamod.runs.pretrain.adapt import adapt
 
     run = dict(max_steps=4, per_device_train_batch_size=1, global_batch_size=2, save_steps=2)
     run |= dict(logging_steps=2, report_to="none", output_dir=str(output))
-    given = dict(forest=str(place / "demix"), data=str(place / "bin"), domain=NEW, start="law")
+    arguments = dict(forest=str(root / "demix"), data=str(root / "bin"), domain=NEW, start="law")
     if "model" in changes:
-        given |= dict(forest=None, start=None)
+        arguments |= dict(forest=None, start=None)
     run |= {name: changes.pop(name) for name in list(changes) if name in RunArgs.__annotations__}
     safety = SafetyArgs()
     if stage is not None:
-        file = place / f"zero{stage}.json"
+        file = root / f"zero{stage}.json"
         file.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
         safety = SafetyArgs(deepspeed=str(file))
     optim = AdaptOptimArgs(learning_rate=0.03, max_grad_norm=1.0, warmup_ratio=0.0)
-    adapt(RunArgs(**run), safety, optim, AdaptArgs(**given | changes))
+    adapt(RunArgs(**run), safety, optim, AdaptArgs(**arguments | changes))
 
 
 def learnable(databin: Path) -> None:
@@ -64,13 +64,13 @@ def learnable(databin: Path) -> None:
                 writer.add(item)
 
 
-def make_place(place: Path) -> Path:
+def make_place(root: Path) -> Path:
     """A data-bin, a model with experts of all its domains but one, whole models, and a forest."""
-    make_data(place / "bin")
-    learnable(place / "bin")
-    make_model(place / "demix", untie="feedforward", domains=list(OLD))
-    make_model(place / "whole", domains=["code"])
-    forest = place / "forest"
+    make_data(root / "bin")
+    learnable(root / "bin")
+    make_model(root / "demix", untie="feedforward", domains=list(OLD))
+    make_model(root / "whole", domains=["code"])
+    forest = root / "forest"
     forest.mkdir()
     entries = [
         {"domain": "law", "path": "../demix", "member": "law"},
@@ -80,92 +80,92 @@ def make_place(place: Path) -> Path:
     rest |= {"data_digest": None, "config_digest": None}
     text = json.dumps({"format": 1, "experts": [entry | rest for entry in entries]})
     (forest / "forest.json").write_text(text)
-    return place
+    return root
 
 
-def scores(place: Path, model: Path):
-    held_out = HeldOut(str(place / "bin"), DOMAINS, "test", None, 2, "auto", False)
+def scores(root: Path, model: Path):
+    held_out = HeldOut(str(root / "bin"), DOMAINS, "test", None, 2, "auto", False)
     return score_models(find_models(model, held_out), held_out, torch.device("cpu"))
 
 
-def changed(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> set[str]:
-    assert one.keys() == other.keys()
-    return {name for name in one if not torch.equal(one[name], other[name])}
+def changed(first: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> set[str]:
+    assert first.keys() == other.keys()
+    return {name for name in first if not torch.equal(first[name], other[name])}
 
 
 def feed_forward(state: dict[str, torch.Tensor]) -> set[str]:
     return {name for name in state if name.endswith(FEED_FORWARD)}
 
 
-def adapt_alone(rank: int, place: Path) -> None:
+def adapt_alone(rank: int, root: Path) -> None:
     """All runs of one rank."""
-    start(place, place / "grown")
-    start(place, place / "resumed", stop_step=2)
+    start(root, root / "grown")
+    start(root, root / "resumed", stop_step=2)
     with pytest.raises(UserError, match="start: 'law' then, 'code' now"):
-        start(place, place / "resumed", start="code")
-    start(place, place / "resumed")
+        start(root, root / "resumed", start="code")
+    start(root, root / "resumed")
     with failing(causal_lm, "own_scores", call=2), pytest.raises(UserError, match="after step 1"):
-        start(place, place / "failed", eval_steps=1)  # the first call is that of step 0
-    assert (place / "failed" / "checkpoints" / "step-1").is_dir()
-    start(place, place / "failed", eval_steps=1)
-    start(place, place / "whole-new", method="full", start="code")
-    start(place, place / "dense", model=str(place / "whole"), gradient_checkpointing=True)
-    forest = place / "forest"
-    start(place, place / "joined", forest=str(forest))
+        start(root, root / "failed", eval_steps=1)  # the first call is that of step 0
+    assert (root / "failed" / "checkpoints" / "step-1").is_dir()
+    start(root, root / "failed", eval_steps=1)
+    start(root, root / "whole-new", method="full", start="code")
+    start(root, root / "dense", model=str(root / "whole"), gradient_checkpointing=True)
+    forest = root / "forest"
+    start(root, root / "joined", forest=str(forest))
     before = (forest / "forest.json").read_bytes()
-    start(place, place / "joined", forest=str(forest))
+    start(root, root / "joined", forest=str(forest))
     assert (forest / "forest.json").read_bytes() == before
-    estimated(place, "one.json")
-    start(place, place / "zero3", stage=3, stop_step=2)
-    start(place, place / "zero3", stage=3)
+    estimated(root, "one.json")
+    start(root, root / "zero3", stage=3, stop_step=2)
+    start(root, root / "zero3", stage=3)
 
 
-def adapt_together(rank: int, place: Path) -> None:
+def adapt_together(rank: int, root: Path) -> None:
     """All runs of two ranks."""
-    start(place, place / "two", stage=2)
-    start(place, place / "two-zero3", stage=3)
-    estimated(place, "two.json")
+    start(root, root / "two", stage=2)
+    start(root, root / "two-zero3", stage=3)
+    estimated(root, "two.json")
 
 
-def estimated(place: Path, name: str) -> None:
-    data = LmData(str(place / "bin"), domains=[NEW], block_size=LENGTH, domain_token=False)
-    found = estimate(open_forest(place / "demix"), data, 3, 1, torch.device("cpu"))
+def estimated(root: Path, name: str) -> None:
+    data = LmData(str(root / "bin"), domains=[NEW], block_size=LENGTH, domain_token=False)
+    result = estimate(open_forest(root / "demix"), data, 3, 1, torch.device("cpu"))
     if dist.get_rank() == 0:
-        (place / name).write_text(json.dumps(found))
+        (root / name).write_text(json.dumps(result))
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+def root(tmp_path_factory) -> Path:
     """The runs of one rank and of two, done."""
-    place = make_place(tmp_path_factory.mktemp("adapt"))
-    on_ranks(1, adapt_alone, place)
-    on_ranks(2, adapt_together, place)
-    return place
+    root = make_place(tmp_path_factory.mktemp("adapt"))
+    on_ranks(1, adapt_alone, root)
+    on_ranks(2, adapt_together, root)
+    return root
 
 
-def test_other_experts_are_left_alone_to_the_bit(place):
-    old, new = scores(place, place / "demix"), scores(place, place / "grown" / "model")
+def test_other_experts_are_left_alone_to_the_bit(root):
+    old, new = scores(root, root / "demix"), scores(root, root / "grown" / "model")
     assert list(new) == [*OLD, NEW]
     assert {domain: new[domain] for domain in OLD} == old
-    before, after = (read_weights(place / f) for f in ("demix", "grown/model"))
+    before, after = (read_weights(root / f) for f in ("demix", "grown/model"))
     assert all(torch.equal(after[name], before[name]) for name in before)
-    config = json.loads((place / "grown" / "model" / "config.json").read_text())
+    config = json.loads((root / "grown" / "model" / "config.json").read_text())
     assert config["domains"] == [*OLD, NEW] and config["untie"] == "feedforward"
 
 
-def test_new_expert_is_better_and_only_its_feed_forward_differs(place):
-    matrix = scores(place, place / "grown" / "model")
+def test_new_expert_is_better_and_only_its_feed_forward_differs(root):
+    matrix = scores(root, root / "grown" / "model")
     assert matrix[NEW][NEW].perplexity < 0.9 * matrix["law"][NEW].perplexity
-    state = read_weights(place / "grown" / "model")
+    state = read_weights(root / "grown" / "model")
     law, new = expert_state(state, "law"), expert_state(state, NEW)
     assert changed(law, new) == feed_forward(law)
-    trained = read_weights(place / "grown" / "checkpoints" / "step-4")
+    trained = read_weights(root / "grown" / "checkpoints" / "step-4")
     assert changed(trained, new) == set()
 
 
-def test_weight_files_of_the_source_are_linked(place):
-    first = place / "resumed" / "model"
-    start_from = place / "linked"
+def test_weight_files_of_the_source_are_linked(root):
+    first = root / "resumed" / "model"
+    start_from = root / "linked"
     start_from.mkdir()
     grow(first, start_from, "new", "law", expert_state(read_weights(first), "code"))
     for name in ("shared.safetensors", "expert_law.safetensors", f"expert_{NEW}.safetensors"):
@@ -181,16 +181,16 @@ def test_weight_files_of_the_source_are_linked(place):
 
 
 @pytest.mark.parametrize("run", ["resumed", "failed"])
-def test_resumed_run_is_the_same_to_the_bit(place, run):
+def test_resumed_run_is_the_same_to_the_bit(root, run):
     for folder in ("model", "checkpoints/step-4"):
-        one, other = (read_weights(place / name / folder) for name in ("grown", run))
-        assert changed(one, other) == set()
+        first, other = (read_weights(root / name / folder) for name in ("grown", run))
+        assert changed(first, other) == set()
 
 
-def test_the_start_is_the_expert_of_the_highest_posterior(place):
+def test_the_start_is_the_expert_of_the_highest_posterior(root):
     """The prior follows the posteriors of the sequences before; a plain loop over tokens."""
-    data = LmData(str(place / "bin"), domains=[NEW], block_size=LENGTH, domain_token=False)
-    model, prior, average = DemixForCausalLM.from_pretrained(place / "demix"), [0.5, 0.5], None
+    data = LmData(str(root / "bin"), domains=[NEW], block_size=LENGTH, domain_token=False)
+    model, prior, average = DemixForCausalLM.from_pretrained(root / "demix"), [0.5, 0.5], None
     for batch in data.eval_batches(NEW, "valid", 2, 2):
         posteriors = []
         for ids, targets in zip(batch["input_ids"], batch["labels"].tolist(), strict=True):
@@ -204,8 +204,8 @@ def test_the_start_is_the_expert_of_the_highest_posterior(place):
         if average is not None:
             means = [0.7 * a + 0.3 * m for a, m in zip(average, means, strict=True)]
         prior = average = means
-    one, two = (json.loads((place / f"{name}.json").read_text()) for name in ("one", "two"))
-    assert one == pytest.approx(average, abs=1e-5) and two == pytest.approx(one, abs=1e-6)
+    first, two = (json.loads((root / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert first == pytest.approx(average, abs=1e-5) and two == pytest.approx(first, abs=1e-6)
 
 
 def never() -> list[float]:
@@ -213,72 +213,72 @@ def never() -> list[float]:
 
 
 def test_the_start_that_is_chosen(tmp_path):
-    place = make_place(tmp_path)
-    forest, args = open_forest(place / "demix"), AdaptArgs(forest="F", domain=NEW)
-    found = choose(forest, args, place, "auto", lambda: [0.25, 0.75])
-    assert found.expert.domain == "code" and found.posterior == {"law": 0.25, "code": 0.75}
-    (place / "prior.json").write_text(PRIOR)
-    by_file = AdaptArgs(forest="F", domain=NEW, prior=str(place / "prior.json"))
-    assert choose(forest, by_file, place, "auto", never).posterior == {"law": 0.75, "code": 0.25}
+    root = make_place(tmp_path)
+    forest, args = open_forest(root / "demix"), AdaptArgs(forest="F", domain=NEW)
+    result = choose(forest, args, root, "auto", lambda: [0.25, 0.75])
+    assert result.expert.domain == "code" and result.posterior == {"law": 0.25, "code": 0.75}
+    (root / "prior.json").write_text(PRIOR)
+    by_file = AdaptArgs(forest="F", domain=NEW, prior=str(root / "prior.json"))
+    assert choose(forest, by_file, root, "auto", never).posterior == {"law": 0.75, "code": 0.25}
     named = AdaptArgs(forest="F", domain=NEW, start="code")
-    assert choose(forest, named, place, "auto", never).expert == forest.experts[1]
+    assert choose(forest, named, root, "auto", never).expert == forest.experts[1]
     # A run that goes on keeps to its choice, unless it is told otherwise.
-    (place / "start.json").write_text(json.dumps(record(forest, found, "digest")))
-    assert choose(forest, args, place, "auto", never) == found
-    assert choose(forest, args, place, "none", lambda: [0.75, 0.25]).expert.domain == "law"
-    other = replace(forest, path=place / "other")
-    assert choose(other, args, place, "auto", lambda: [0.75, 0.25]).expert.domain == "law"
-    (place / "start.json").write_text("{}")
+    (root / "start.json").write_text(json.dumps(record(forest, result, "digest")))
+    assert choose(forest, args, root, "auto", never) == result
+    assert choose(forest, args, root, "none", lambda: [0.75, 0.25]).expert.domain == "law"
+    other = replace(forest, path=root / "other")
+    assert choose(other, args, root, "auto", lambda: [0.75, 0.25]).expert.domain == "law"
+    (root / "start.json").write_text("{}")
     with pytest.raises(UserError, match="remove it to choose anew"):
-        choose(forest, args, place, "auto", never)
+        choose(forest, args, root, "auto", never)
     alone = replace(forest, experts=forest.experts[:1])
-    assert choose(alone, args, place, "auto", never) == Start(forest.experts[0], "the only one")
+    assert choose(alone, args, root, "auto", never) == Start(forest.experts[0], "the only one")
 
 
 @pytest.mark.parametrize("run", ["zero3", "two", "two-zero3"])
-def test_stages_and_ranks_make_the_same_model(place, run):
-    one, other = (read_weights(place / f / "model") for f in ("grown", run))
-    for name, tensor in one.items():
+def test_stages_and_ranks_make_the_same_model(root, run):
+    first, other = (read_weights(root / f / "model") for f in ("grown", run))
+    for name, tensor in first.items():
         torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-5)
 
 
-def test_full_adaptation_of_an_expert_is_a_whole_model_beside_the_others(place):
-    output = place / "whole-new"
+def test_full_adaptation_of_an_expert_is_a_whole_model_beside_the_others(root):
+    output = root / "whole-new"
     forest = open_forest(output)
     assert forest.domains == (*OLD, NEW)
     assert [expert.member for expert in forest.experts] == [*OLD, None]
-    made = forest.experts[-1]
-    assert made.path == output / "model" and made.updates == 4 and made.start_update == 0
-    assert [Path(parent.path).name for parent in made.parents] == ["demix"]
-    started, state = expert_state(read_weights(place / "demix"), "code"), read_weights(made.path)
+    built = forest.experts[-1]
+    assert built.path == output / "model" and built.updates == 4 and built.start_update == 0
+    assert [Path(parent.path).name for parent in built.parents] == ["demix"]
+    started, state = expert_state(read_weights(root / "demix"), "code"), read_weights(built.path)
     assert changed(started, state) == set(state)
-    matrix = scores(place, output)
-    assert {domain: matrix[domain] for domain in OLD} == scores(place, place / "demix")
+    matrix = scores(root, output)
+    assert {domain: matrix[domain] for domain in OLD} == scores(root, root / "demix")
     assert matrix[NEW][NEW].perplexity < matrix["code"][NEW].perplexity
 
 
-def test_dense_model_alone(place):
-    state, started = read_weights(place / "dense" / "model"), read_weights(place / "whole")
+def test_dense_model_alone(root):
+    state, started = read_weights(root / "dense" / "model"), read_weights(root / "whole")
     assert changed(started, state) == feed_forward(state)
-    assert not (place / "dense" / "forest.json").exists()
-    better, before = scores(place, place / "dense" / "model"), scores(place, place / "whole")
+    assert not (root / "dense" / "forest.json").exists()
+    better, before = scores(root, root / "dense" / "model"), scores(root, root / "whole")
     assert better[DENSE][NEW].perplexity < before[DENSE][NEW].perplexity
-    log = (place / "dense" / "metrics.jsonl").read_text().splitlines()
+    log = (root / "dense" / "metrics.jsonl").read_text().splitlines()
     first = next(record for record in map(json.loads, log) if "perplexity" in record)
     assert first["step"] == 0 and first["split"] == "valid"
 
 
-def test_forest_is_joined_and_its_members_move_to_the_grown_folder(place):
-    forest = open_forest(place / "forest" / "forest.json")
-    grown = place / "joined" / "model"
+def test_forest_is_joined_and_its_members_move_to_the_grown_folder(root):
+    forest = open_forest(root / "forest" / "forest.json")
+    grown = root / "joined" / "model"
     assert [(e.domain, e.path.resolve(), e.member) for e in forest.experts] == [
         ("law", grown, "law"),
-        ("code", place / "whole", None),
+        ("code", root / "whole", None),
         (NEW, grown, NEW),
     ]
-    made = forest.experts[-1]
-    assert made.tokens > 0 and made.gpus == 1 and made.seed == 1
-    assert made.data_digest and made.config_digest
+    built = forest.experts[-1]
+    assert built.tokens > 0 and built.gpus == 1 and built.seed == 1
+    assert built.data_digest and built.config_digest
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
@@ -286,7 +286,7 @@ def tree(folder: Path) -> dict[str, bytes | None]:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"start": "lore"}, "--start lore: .* has no such expert; choose of law, code"),
         ({"domain": "lore"}, "--domain lore is not in the data-bin .*; it holds law, code, art"),
@@ -298,7 +298,7 @@ def tree(folder: Path) -> dict[str, bytes | None]:
         ({"forest": "nowhere"}, "nowhere"),
     ],
 )
-def test_what_does_not_fit_is_refused_and_nothing_is_written(tmp_path, changes, told):
+def test_what_does_not_fit_is_refused_and_nothing_is_written(tmp_path, changes, message):
     make_place(tmp_path)
     make_model(tmp_path / "other", untie="feedforward", vocab_size=VOCAB + 1, domains=list(OLD))
     changes = {
@@ -306,13 +306,13 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(tmp_path, changes, 
         for name, value in changes.items()
     }
     before = tree(tmp_path)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         start(tmp_path, tmp_path / "out", **changes)
     assert tree(tmp_path) == before
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         ({"forest": "F", "model": "M"}, "--forest F and --model M: give one of the two"),
         ({"start": "law", "prior": "P"}, "--start law and --prior P: give one of the two"),
@@ -320,8 +320,8 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(tmp_path, changes, 
         ({"domain": "a.b"}, "'a.b' is not made of letters, digits, _ and -"),
     ],
 )
-def test_flags_that_contradict_each_other(flags, told):
-    with pytest.raises(UserError, match=told):
+def test_flags_that_contradict_each_other(flags, message):
+    with pytest.raises(UserError, match=message):
         AdaptArgs(**flags)
 
 

@@ -32,7 +32,7 @@ GPT2 = dict(vocab_size=len(VOCAB), n_embd=24, n_layer=2, n_head=3, n_positions=3
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+def workspace(tmp_path_factory) -> Path:
     """Pairs of models that differ in the order of their features, text, and a task."""
     root = tmp_path_factory.mktemp("barrier")
     random_ = random.Random(1)
@@ -81,22 +81,22 @@ def study(root: Path, name: str, task: str, **more: object) -> Path:
 
 
 @pytest.mark.parametrize(("name", "task"), [("bert", "mlm"), ("cola", "cola"), ("gpt2", "clm")])
-def test_alignment_takes_the_barrier_away(place, name, task):
-    path = study(place, name, task)
+def test_alignment_takes_the_barrier_away(workspace, name, task):
+    path = study(workspace, name, task)
     if name == "gpt2":  # its residual stream
         content = yaml.safe_load(path.read_text())
         content["variants"]["all"] = content["variants"]["ff+attn"] | {
             "groups": ["ff", "attn", "res"]
         }
         path.write_text(yaml.safe_dump(content, sort_keys=False))
-    out = place / f"out-{name}"
+    out = workspace / f"out-{name}"
     table = run_study(read_study(path), out, torch.device("cpu"))
     record = json.loads((out / "results.json").read_text())[task]
 
     def losses(variant: str, pair: str) -> list[float]:
         curve = json.loads((out / "curves" / task / variant / f"{pair}.json").read_text())
-        (found,) = curve["losses"].values()
-        return found
+        (result,) = curve["losses"].values()
+        return result
 
     for pair in ("1-2", "1-3"):
         assert np.ptp(losses("all", pair)) < 1e-4  # the same function all along
@@ -108,8 +108,8 @@ def test_alignment_takes_the_barrier_away(place, name, task):
         assert (out / plot).read_bytes()[:4] == b"\x89PNG"
 
 
-def test_only_what_is_missing_is_made(place):
-    out, path = place / "again", study(place, "bert", "mlm", pairs=[["1", "2"]])
+def test_only_what_is_missing_is_made(workspace):
+    out, path = workspace / "again", study(workspace, "bert", "mlm", pairs=[["1", "2"]])
     content = yaml.safe_load(path.read_text())
     content["variants"].pop("all")
     path.write_text(yaml.safe_dump(content))
@@ -126,8 +126,10 @@ def test_only_what_is_missing_is_made(place):
         run_study(read_study(path), out, torch.device("cpu"))
 
 
-def test_a_study_that_cannot_be_leaves_nothing(place, tmp_path):
-    path = study(place, "bert", "mlm", models=[str(place / "bert-1"), str(tmp_path / "gone")])
+def test_a_study_that_cannot_be_leaves_nothing(workspace, tmp_path):
+    path = study(
+        workspace, "bert", "mlm", models=[str(workspace / "bert-1"), str(tmp_path / "gone")]
+    )
     content = yaml.safe_load(path.read_text()) | {"pairs": [[1, 2]]}
     path.write_text(yaml.safe_dump(content))
     with pytest.raises(UserError, match="gone"):
@@ -148,20 +150,20 @@ def test_both_definitions_of_the_barrier():
 def test_the_line_runs_from_the_second_to_the_first():
     model = torch.nn.Linear(2, 1, bias=False)
     first, second = {"weight": torch.tensor([[4.0, 0.0]])}, {"weight": torch.tensor([[0.0, 8.0]])}
-    found = losses_along(
+    result = losses_along(
         model,
         first,
         second,
         [0, 0.25, 1],
         lambda m: {"loss": float((m.weight @ torch.ones(2)).sum())},
     )
-    assert found == {"loss": [8.0, 7.0, 4.0]}
+    assert result == {"loss": [8.0, 7.0, 4.0]}
 
 
 def test_blocks_of_text(tmp_path):
     (tmp_path / "t.txt").write_text("ab c\n\nde\nfgh\n")
-    found = text_blocks(tmp_path / "t.txt", lambda line: [ord(one) for one in line], 4)
-    assert ["".join(map(chr, row)) for row in found] == ["ab c", "defg"]
+    result = text_blocks(tmp_path / "t.txt", lambda line: [ord(item) for item in line], 4)
+    assert ["".join(map(chr, row)) for row in result] == ["ab c", "defg"]
     spaced = text_blocks(tmp_path / "t.txt", lambda line: [*map(ord, line)], 4, most=1, spaced=True)
     assert ["".join(map(chr, row)) for row in spaced] == ["a b "]
     with pytest.raises(UserError, match="fewer tokens than one block of 40"):
@@ -198,10 +200,10 @@ RECIPES = Path(__file__).resolve().parents[2] / "launchers" / "recipes"
     [("components", 4), ("heads", 4), ("residual", 5), ("data", 8), ("glue", 2)],
 )
 def test_recipes_are_studies(name, variants):
-    found = read_study(RECIPES / f"barrier_{name}.yaml")
-    assert len(found.models) == 5 and len(found.pairs) == 10 and found.points == 21
-    assert len(found.variants) == variants
-    amounts = [one.calibration.fraction for one in found.variants.values()]
+    result = read_study(RECIPES / f"barrier_{name}.yaml")
+    assert len(result.models) == 5 and len(result.pairs) == 10 and result.points == 21
+    assert len(result.variants) == variants
+    amounts = [item.calibration.fraction for item in result.variants.values()]
     assert name != "data" or amounts[1:] == [0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0]
 
 
@@ -209,7 +211,7 @@ RECIPES = Path(__file__).resolve().parents[2] / "launchers" / "recipes"
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("barrier_*.yaml")), ids=lambda p: p.stem)
-def test_every_recipe_runs(place, tmp_path, recipe):
+def test_every_recipe_runs(workspace, tmp_path, recipe):
     """At tiny size, on models as the recipes name them: BertForPreTraining with vocab.txt."""
     content = yaml.safe_load(recipe.read_text())
     glue = "{task}" in content["models"][1]
@@ -223,12 +225,12 @@ def test_every_recipe_runs(place, tmp_path, recipe):
         model.save_pretrained(folder)
         (folder / "vocab.txt").write_text("\n".join(VOCAB) + "\n")
     content |= {"models": models, "points": 2, "max_items": 4, "batch_size": 2}
-    content |= {"max_seq_length": 16, "data": str(place if glue else place / "valid.txt")}
+    content |= {"max_seq_length": 16, "data": str(workspace if glue else workspace / "valid.txt")}
     if glue:
         content["task"] = ["cola"]
     for block in content["variants"].values():
         if "calibration" in block:
-            block["calibration"] |= {"path": str(place / "train.txt"), "fraction": 1.0}
+            block["calibration"] |= {"path": str(workspace / "train.txt"), "fraction": 1.0}
     path = tmp_path / "study.yaml"
     path.write_text(yaml.safe_dump(content))
     run_study(read_study(path), tmp_path / "out", torch.device("cpu"))
@@ -236,6 +238,9 @@ def test_every_recipe_runs(place, tmp_path, recipe):
     assert record.keys() == content["variants"].keys()
     curves = (tmp_path / "out" / "curves").rglob("*.json")
     losses = [
-        loss for c in curves for one in json.loads(c.read_text())["losses"].values() for loss in one
+        loss
+        for c in curves
+        for item in json.loads(c.read_text())["losses"].values()
+        for loss in item
     ]
     assert all(0 < loss < 20 for loss in losses)

@@ -54,26 +54,26 @@ LENGTH, INSTANCES = 8, 2
 BERT_DATA = dict(vocab_size=30522, pad_id=0, bos_id=101)
 
 
-def make_place(place: Path) -> Path:
+def make_place(folder: Path) -> Path:
     """A data-bin of words that follow each other in turn, and models without dropout."""
-    (place / "tokenizer").mkdir()
-    (place / "tokenizer" / "vocab.txt").write_text("\n".join([*SPECIAL, *WORDS]) + "\n")
-    BertTokenizerFast(vocab=str(place / "tokenizer" / "vocab.txt")).save_pretrained(
-        place / "tokenizer"
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "vocab.txt").write_text("\n".join([*SPECIAL, *WORDS]) + "\n")
+    BertTokenizerFast(vocab=str(folder / "tokenizer" / "vocab.txt")).save_pretrained(
+        folder / "tokenizer"
     )
     source = random.Random(1)
     for split, lines in (("train", 60), ("valid", 12), ("test", 12)):
         starts = [source.randrange(40) for _ in range(lines)]
         text = "\n\n".join(" ".join(WORDS[(s + i) % 40] for i in range(10)) for s in starts)
-        (place / "text").mkdir(exist_ok=True)
-        (place / "text" / f"{split}.txt").write_text(text + "\n")
-    binarize({"text": place / "text"}, str(place / "tokenizer"), place / "bin", bos=True)
+        (folder / "text").mkdir(exist_ok=True)
+        (folder / "text" / f"{split}.txt").write_text(text + "\n")
+    binarize({"text": folder / "text"}, str(folder / "tokenizer"), folder / "bin", bos=True)
     quiet = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, vocab_size=45)
     quiet |= dict(max_position_embeddings=LENGTH, pad_token_id=0)
     torch.manual_seed(3)
     mux = MuxBertConfig(**SMALL, **quiet, num_instances=INSTANCES, cls_token_id=2)
-    MuxBertForMaskedLM(mux).save_pretrained(place / "mux")
-    BertForMaskedLM(BertConfig(**SMALL, **quiet)).save_pretrained(place / "plain")
+    MuxBertForMaskedLM(mux).save_pretrained(folder / "mux")
+    BertForMaskedLM(BertConfig(**SMALL, **quiet)).save_pretrained(folder / "plain")
     electra = {**SMALL, **quiet, "num_instances": INSTANCES, "cls_token_id": 2, "mask_token_id": 4}
     smaller = dict(hidden_size=8, intermediate_size=16, num_attention_heads=1)
     for name, more in (
@@ -81,19 +81,19 @@ def make_place(place: Path) -> Path:
         ("generating", {"generator": "multiplexed", "generator_config": smaller}),
     ):
         config = MuxElectraConfig(**electra, embedding_size=16, **more)
-        MuxElectraForReplacedTokens(config).save_pretrained(place / name)
+        MuxElectraForReplacedTokens(config).save_pretrained(folder / name)
     plain = ElectraConfig(**SMALL, **quiet, embedding_size=16)
-    ElectraForPreTraining(plain).save_pretrained(place / "plain-electra")
-    return place
+    ElectraForPreTraining(plain).save_pretrained(folder / "plain-electra")
+    return folder
 
 
-def run(place: Path, output: str, *, model: str = "mux", stop: int = 4, evals: int = 0, **mux):
+def run(folder: Path, output: str, *, model: str = "mux", stop: int = 4, evals: int = 0, **mux):
     """Some steps of 8 rows."""
     from megamod.runs.pretrain.encoder_lm import pretrain
 
     pretrain(
         RunArgs(
-            output_dir=str(place / output),
+            output_dir=str(folder / output),
             max_steps=4,
             stop_step=stop,
             per_device_train_batch_size=4,
@@ -105,10 +105,10 @@ def run(place: Path, output: str, *, model: str = "mux", stop: int = 4, evals: i
             report_to="none",
         ),
         SafetyArgs(),
-        ModelArgs(model=str(place / model), init_from=mux.pop("init_from", str(place / model))),
+        ModelArgs(model=str(folder / model), init_from=mux.pop("init_from", str(folder / model))),
         OptimArgs(learning_rate=0.01, max_grad_norm=1.0, warmup_ratio=0.0, adam_epsilon=1e-4),
         MuxArgs(**{"objective": "masked_lm", "num_instances": INSTANCES, **mux}),
-        DataArgs(data=str(place / "bin"), max_seq_length=LENGTH),
+        DataArgs(data=str(folder / "bin"), max_seq_length=LENGTH),
     )
 
 
@@ -117,53 +117,53 @@ REPLACED = dict(objective="replaced_token", task_loss_coeff=0.5, retrieval_loss_
 WARM_UP = dict(task_loss_coeff=0.0, retrieval_loss_coeff=1.0)
 
 
-def fail(place: Path) -> None:
+def fail(folder: Path) -> None:
     """Held-out files that are missing or cut, and a disk that is full in an evaluation."""
-    databin = place / "bin" / "text"
+    databin = folder / "bin" / "text"
     for name, spoil in (("idx", Path.unlink), ("bin", lambda file: os.truncate(file, 6))):
         file = databin / f"valid_text.{name}"
         content = file.read_bytes()
         spoil(file)
         with pytest.raises(UserError, match=f"valid_text.{name}"):
-            run(place, "never", **BOTH)
+            run(folder, "never", **BOTH)
         file.write_bytes(content)
     with failing(encoder_lm, "score_encoder"), pytest.raises(UserError, match="after step 1"):
-        run(place, "failed", evals=1, **BOTH)
-    assert [p.name for p in (place / "failed" / "checkpoints").glob("step-*")] == ["step-1"]
-    run(place, "failed", evals=1, **BOTH)
+        run(folder, "failed", evals=1, **BOTH)
+    assert [p.name for p in (folder / "failed" / "checkpoints").glob("step-*")] == ["step-1"]
+    run(folder, "failed", evals=1, **BOTH)
 
 
-def alone(rank: int, place: Path) -> None:
-    after = str(place / "electra-warm-up" / "model")
-    run(place, "one", **BOTH)
-    run(place, "cut", stop=2, **BOTH)
-    run(place, "cut", **BOTH)
-    fail(place)
-    run(place, "warm-up", **WARM_UP)
-    run(place, "after", init_from=str(place / "warm-up" / "model"))
-    run(place, "plain-run", model="plain", num_instances=1)
-    run(place, "electra", model="electra", **REPLACED)
-    run(place, "electra-cut", model="electra", stop=2, **REPLACED)
-    run(place, "electra-cut", model="electra", **REPLACED)
-    run(place, "generated", model="generating", **REPLACED)
-    run(place, "generated-cut", model="generating", stop=2, **REPLACED)
-    run(place, "generated-cut", model="generating", **REPLACED)
-    run(place, "electra-warm-up", model="electra", objective="replaced_token", **WARM_UP)
-    run(place, "electra-after", model="electra", init_from=after, objective="replaced_token")
-    run(place, "electra-plain", model="plain-electra", objective="replaced_token", num_instances=1)
+def alone(rank: int, folder: Path) -> None:
+    after = str(folder / "electra-warm-up" / "model")
+    run(folder, "one", **BOTH)
+    run(folder, "cut", stop=2, **BOTH)
+    run(folder, "cut", **BOTH)
+    fail(folder)
+    run(folder, "warm-up", **WARM_UP)
+    run(folder, "after", init_from=str(folder / "warm-up" / "model"))
+    run(folder, "plain-run", model="plain", num_instances=1)
+    run(folder, "electra", model="electra", **REPLACED)
+    run(folder, "electra-cut", model="electra", stop=2, **REPLACED)
+    run(folder, "electra-cut", model="electra", **REPLACED)
+    run(folder, "generated", model="generating", **REPLACED)
+    run(folder, "generated-cut", model="generating", stop=2, **REPLACED)
+    run(folder, "generated-cut", model="generating", **REPLACED)
+    run(folder, "electra-warm-up", model="electra", objective="replaced_token", **WARM_UP)
+    run(folder, "electra-after", model="electra", init_from=after, objective="replaced_token")
+    run(folder, "electra-plain", model="plain-electra", objective="replaced_token", num_instances=1)
 
 
-def together(rank: int, place: Path) -> None:
-    run(place, "two", **BOTH)
-    run(place, "electra-two", model="electra", **REPLACED)
+def together(rank: int, folder: Path) -> None:
+    run(folder, "two", **BOTH)
+    run(folder, "electra-two", model="electra", **REPLACED)
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    place = make_place(tmp_path_factory.mktemp("masked"))
-    on_ranks(1, alone, place)
-    on_ranks(2, together, place)
-    return place
+def folder(tmp_path_factory) -> Path:
+    folder = make_place(tmp_path_factory.mktemp("masked"))
+    on_ranks(1, alone, folder)
+    on_ranks(2, together, folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -171,12 +171,12 @@ def bare(tmp_path_factory) -> Path:
     return make_place(tmp_path_factory.mktemp("bare"))
 
 
-def weights(place: Path, output: str) -> dict[str, torch.Tensor]:
-    return load_file(place / output / "model" / "model.safetensors")
+def weights(folder: Path, output: str) -> dict[str, torch.Tensor]:
+    return load_file(folder / output / "model" / "model.safetensors")
 
 
-def results(place: Path, output: str) -> dict[str, float]:
-    return json.loads((place / output / "results.json").read_text())
+def results(folder: Path, output: str) -> dict[str, float]:
+    return json.loads((folder / output / "results.json").read_text())
 
 
 @pytest.mark.slow
@@ -184,53 +184,53 @@ def results(place: Path, output: str) -> dict[str, float]:
     ("run", "resumed"),
     [("one", "cut"), ("one", "failed"), ("electra", "electra-cut"), ("generated", "generated-cut")],
 )
-def test_a_resumed_run_has_equal_bits(place, run, resumed):
-    whole, cut = weights(place, run), weights(place, resumed)
+def test_a_resumed_run_has_equal_bits(folder, run, resumed):
+    whole, cut = weights(folder, run), weights(folder, resumed)
     assert whole.keys() == cut.keys()
     assert all(torch.equal(tensor, cut[name]) for name, tensor in whole.items())
-    assert results(place, run) == results(place, resumed)
-    assert not (place / "never").exists()
+    assert results(folder, run) == results(folder, resumed)
+    assert not (folder / "never").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "alone", "shared"), [("mux", "one", "two"), ("electra", "electra", "electra-two")]
 )
-def test_two_ranks_make_the_step_of_one(place, model, alone, shared):
-    start = load_file(place / model / "model.safetensors")
-    one, two = weights(place, alone), weights(place, shared)
-    moved = sum(float((one[n] - t).square().sum()) for n, t in start.items() if n in one)
-    apart = sum(float((one[n] - two[n]).square().sum()) for n in one)
+def test_two_ranks_make_the_step_of_one(folder, model, alone, shared):
+    start = load_file(folder / model / "model.safetensors")
+    first, two = weights(folder, alone), weights(folder, shared)
+    moved = sum(float((first[n] - t).square().sum()) for n, t in start.items() if n in first)
+    apart = sum(float((first[n] - two[n]).square().sum()) for n in first)
     assert moved > 0.01 and apart < 1e-8 * moved
-    for name, value in results(place, alone).items():
+    for name, value in results(folder, alone).items():
         if isinstance(value, float):
-            assert results(place, shared)[name] == pytest.approx(value, rel=1e-4), name
+            assert results(folder, shared)[name] == pytest.approx(value, rel=1e-4), name
 
 
 @pytest.mark.slow
-def test_the_stages_hand_over(place):
-    assert results(place, "warm-up").keys() >= {"retrieval_accuracy", "retrieval_loss"}
-    assert "perplexity" not in results(place, "warm-up")
-    after = results(place, "after")
+def test_the_stages_hand_over(folder):
+    assert results(folder, "warm-up").keys() >= {"retrieval_accuracy", "retrieval_loss"}
+    assert "perplexity" not in results(folder, "warm-up")
+    after = results(folder, "after")
     assert after["perplexity"] == pytest.approx(2.718281828 ** after["task_loss"], rel=1e-6)
-    start, end = weights(place, "warm-up"), weights(place, "after")
+    start, end = weights(folder, "warm-up"), weights(folder, "after")
     key = "instance_embedding"
     assert torch.equal(start[key], end[key])  # frozen by default
     moved = "retrieval_head.pre_decoder.weight"
     assert not torch.equal(start[moved], end[moved])
-    lines = (place / "one" / "metrics.jsonl").read_text().splitlines()
+    lines = (folder / "one" / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     assert any("retrieval_accuracy" in record and "loss" in record for record in records)
 
 
 @pytest.mark.slow
-def test_one_instance_is_the_stock_model(place):
-    model = AutoModelForMaskedLM.from_pretrained(place / "plain-run" / "model")
+def test_one_instance_is_the_stock_model(folder):
+    model = AutoModelForMaskedLM.from_pretrained(folder / "plain-run" / "model")
     assert type(model) is BertForMaskedLM
-    assert results(place, "plain-run")["task_loss"] > 0
+    assert results(folder, "plain-run")["task_loss"] > 0
 
 
-def batch_of(place: Path, seed: int = 0) -> dict[str, object]:
+def batch_of(folder: Path, seed: int = 0) -> dict[str, object]:
     draw = torch.Generator().manual_seed(seed)
     ids = torch.randint(5, 45, (4, LENGTH), generator=draw)
     labels = ids.where(torch.rand(ids.shape, generator=draw) < 0.4, torch.tensor(-100))
@@ -280,7 +280,7 @@ def test_the_stock_model_is_scored_alike(bare):
 
 
 @pytest.mark.parametrize(
-    ("model", "mux", "told"),
+    ("model", "mux", "message"),
     [
         ("gone", {}, "none of small, base, large, 1.3b"),
         ("mux", {"num_instances": 5}, "--num_instances 5: the model in .* has 2"),
@@ -291,10 +291,10 @@ def test_the_stock_model_is_scored_alike(bare):
         ),
     ],
 )
-def test_models_that_do_not_fit_are_refused(bare, model, mux, told):
+def test_models_that_do_not_fit_are_refused(bare, model, mux, message):
     data = DataBin(bare / "bin")
     args = ModelArgs(model=str(bare / model) if (bare / model).exists() else model)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         encoder_config(
             args,
             MuxArgs(**{"objective": "masked_lm", "num_instances": INSTANCES, **mux}),
@@ -328,20 +328,20 @@ def test_named_sizes_take_flags(bare):
 
 
 @pytest.mark.slow
-def test_electra_hands_over_to_a_classifier(place):
-    told = results(place, "electra-after")
-    assert told.keys() >= {"task_loss", "recall", "precision"} and "perplexity" not in told
-    assert results(place, "electra-warm-up").keys() >= {"retrieval_accuracy", "retrieval_loss"}
-    assert results(place, "generated")["generator_loss"] > 0
+def test_electra_hands_over_to_a_classifier(folder):
+    message = results(folder, "electra-after")
+    assert message.keys() >= {"task_loss", "recall", "precision"} and "perplexity" not in message
+    assert results(folder, "electra-warm-up").keys() >= {"retrieval_accuracy", "retrieval_loss"}
+    assert results(folder, "generated")["generator_loss"] > 0
     for run in ("electra-after", "generated"):
         model, report = AutoModelForSequenceClassification.from_pretrained(
-            place / run / "model", output_loading_info=True
+            folder / run / "model", output_loading_info=True
         )
         assert {name.split(".")[0] for name in report["missing_keys"]} == {"classifier"}
         assert not report["unexpected_keys"]
-        kept = weights(place, run)["electra.encoder.layer.0.output.dense.weight"]
+        kept = weights(folder, run)["electra.encoder.layer.0.output.dense.weight"]
         assert torch.equal(model.electra.encoder.layer[0].output["dense"].weight, kept)
-    again = AutoModelForPreTraining.from_pretrained(place / "electra-plain" / "model")
+    again = AutoModelForPreTraining.from_pretrained(folder / "electra-plain" / "model")
     assert type(again) is ElectraForPreTraining
 
 
@@ -358,14 +358,14 @@ def test_replaced_tokens_by_hand(bare):
     scored = objective.score(model, batch, (64.0, 20.0, 7.0, 16.0))
     corrupted = batch["input_ids"] == 4
     replaced = torch.where(corrupted, batch["random_ids"], batch["input_ids"])
-    given = dict(input_ids=replaced, labels=corrupted.long(), retrieval_slots=batch["slots"])
-    alone = super(MuxElectraForReplacedTokens, model).forward(**given)
+    arguments = dict(input_ids=replaced, labels=corrupted.long(), retrieval_slots=batch["slots"])
+    alone = super(MuxElectraForReplacedTokens, model).forward(**arguments)
     task, retrieval = alone.task_loss.item() * 32, alone.retrieval_loss.item() * 16
     assert scored.loss.item() == pytest.approx(3 * (0.5 * task / 64 + 2 * retrieval / 20), rel=1e-5)
     assert scored.total.item() == pytest.approx(task, rel=1e-5) and scored.items.item() == 32
-    told = alone.logits > 0
-    assert scored.further["recall"].tolist() == [(told & corrupted).sum(), corrupted.sum()]
-    assert scored.further["precision"].tolist() == [(told & corrupted).sum(), told.sum()]
+    output = alone.logits > 0
+    assert scored.further["recall"].tolist() == [(output & corrupted).sum(), corrupted.sum()]
+    assert scored.further["precision"].tolist() == [(output & corrupted).sum(), output.sum()]
 
 
 def test_plain_electra_is_scored_alike(bare):
@@ -373,18 +373,18 @@ def test_plain_electra_is_scored_alike(bare):
     batch = batch_of(bare, 2) | {"tokens": 32, "mask_id": 4}
     batch["input_ids"][batch["labels"] != -100] = 4
     batch["random_ids"] = torch.randint(5, 45, (4, LENGTH))
-    found = replaced_losses(model, batch, (64.0, 1.0, 1.0, 1.0), torch.device("cpu"), model.config)
+    result = replaced_losses(model, batch, (64.0, 1.0, 1.0, 1.0), torch.device("cpu"), model.config)
     corrupted = batch["input_ids"] == 4
     replaced = torch.where(corrupted, batch["random_ids"], batch["input_ids"])
     mean = model(input_ids=replaced, labels=corrupted.long()).loss.item()
-    assert found["loss"].item() == pytest.approx(mean * 32 / 64, rel=1e-5)
-    assert found["task_loss"].tolist() == [pytest.approx(mean * 32, rel=1e-5), 32]
+    assert result["loss"].item() == pytest.approx(mean * 32 / 64, rel=1e-5)
+    assert result["task_loss"].tolist() == [pytest.approx(mean * 32, rel=1e-5), 32]
     mux = MuxArgs(objective="replaced_token", disc_loss_weight=3.0)
     weighted = losses_of(mux, model.config, torch.device("cpu"))(
         model, batch, (64.0, 1.0, 1.0, 1.0)
     )
     assert weighted["loss"].item() == pytest.approx(3 * mean * 32 / 64, rel=1e-5)
-    assert weighted["task_loss"].tolist() == found["task_loss"].tolist()
+    assert weighted["task_loss"].tolist() == result["task_loss"].tolist()
 
 
 def test_electra_of_a_named_size(bare):
@@ -392,8 +392,12 @@ def test_electra_of_a_named_size(bare):
     mux = MuxArgs(objective="replaced_token", num_instances=2, generator="plain")
     config = encoder_config(ModelArgs(model="small"), mux, data, 8)
     assert (config.hidden_size, config.embedding_size, config.mask_token_id) == (256, 128, 4)
-    own = config.of_generator()
-    assert (own.hidden_size, own.num_attention_heads, own.intermediate_size) == (64, 1, 256)
+    own_values = config.of_generator()
+    assert (
+        own_values.hidden_size,
+        own_values.num_attention_heads,
+        own_values.intermediate_size,
+    ) == (64, 1, 256)
     masking = masking_of(data, mux)
     assert (masking.masked, masking.random) == (0.85, 0.0)
     with pytest.raises(UserError, match="a prefix for 9 instances takes the place of 10 tokens"):
@@ -422,10 +426,10 @@ def test_recipes_are_those_of_the_release(name):
         return
     bert = SimpleNamespace(**BERT_DATA)
     with torch.device("meta"):
-        made = MuxBertForMaskedLM(encoder_config(model, mux, bert, 512))
+        built = MuxBertForMaskedLM(encoder_config(model, mux, bert, 512))
     D, V, N = 768, 30522, 5
     layer = 12 * D * D + 13 * D
     demux = N * D + (2 * D * D + D) + 2 * (D * D + D) + 3 * 2 * D
     head = D * D + D + 2 * D + V
     embeddings = (V + 512 + 2) * D + 2 * D + N * D
-    assert made.num_parameters() == embeddings + 12 * layer + demux + head
+    assert built.num_parameters() == embeddings + 12 * layer + demux + head

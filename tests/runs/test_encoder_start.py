@@ -1,4 +1,4 @@
-"""Where the first weights of an encoder come from: --model, --init_from, or the generator."""
+"""Sources of an encoder's first weights: --model, --init_from, or the generator."""
 
 from pathlib import Path
 
@@ -31,8 +31,8 @@ def test_a_stock_encoder_starts_a_multiplexed_one(bare):
         assert config.model_type == "mux_bert" and config.num_instances == 2
         assert all(getattr(config, name) == value for name, value in SMALL.items())
         model = build_encoder(config, 1, start_of(args, config), "masked_lm")
-        found = dict(model.named_parameters())
-        assert len(kept) > 30 and all(torch.equal(found[k], v) for k, v in kept.items())
+        result = dict(model.named_parameters())
+        assert len(kept) > 30 and all(torch.equal(result[k], v) for k, v in kept.items())
     args = ModelArgs(model=str(bare / "plain"), from_scratch=True)
     assert start_of(args, encoder_config(args, mux, data, LENGTH)) is None
 

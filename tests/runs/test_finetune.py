@@ -70,8 +70,8 @@ class MixForSequenceClassification(PreTrainedModel):
         states = (self.words(input_ids) * attention_mask[..., None]).mean(1)
         groups = states.unflatten(0, (-1, len(self.keys)))
         mixed = (groups * self.keys).mean(1, keepdim=True).expand_as(groups)
-        told = torch.cat([mixed * self.keys, self.keys.expand_as(mixed)], -1).flatten(0, 1)
-        return SequenceClassifierOutput(logits=self.classifier(told))
+        output = torch.cat([mixed * self.keys, self.keys.expand_as(mixed)], -1).flatten(0, 1)
+        return SequenceClassifierOutput(logits=self.classifier(output))
 
 
 AutoConfig.register(MixConfig.model_type, MixConfig)
@@ -117,34 +117,34 @@ def make_place(root: Path) -> Path:
 FAILED_AND_NOT = ("failed", "unfailing")
 
 
-def flags(place: Path, output: Path, **changes: object) -> list[str]:
+def flags(workspace: Path, output: Path, **changes: object) -> list[str]:
     """A short run as flags; values None are left out."""
-    given = dict(
-        task="sst-2", data_dir=place / "glue", model=place / "new", num_instances=1,
-        tokenizer_name=place / "tokenizer", output_dir=output, max_seq_length=16, max_steps=12,
+    inputs = dict(
+        task="sst-2", data_dir=workspace / "glue", model=workspace / "new", num_instances=1,
+        tokenizer_name=workspace / "tokenizer", output_dir=output, max_seq_length=16, max_steps=12,
         per_device_train_batch_size=2, global_batch_size=8, per_device_eval_batch_size=4,
         eval_steps=4, save_steps=4, logging_steps=4, learning_rate=0.01, report_to="none",
         adam_epsilon=1e-3,  # a usual one makes updates of the rounding noise of the key bias
         do_train=True, do_eval=True,
     )  # fmt: skip
-    given |= changes
+    inputs |= changes
     words = []
-    for name, value in given.items():
+    for name, value in inputs.items():
         if value is not None:
             values = value if isinstance(value, list) else [value]
             words += [f"--{name}", *map(str, values)]
     return words
 
 
-def start(place: Path, output: Path, *, words: bool = False, **changes: object) -> None:
+def start(workspace: Path, output: Path, *, words: bool = False, **changes: object) -> None:
     """One command in this process."""
     from megamod.runs.finetune.one_task import prepare
     from megamod.runs.finetune.run import finetune
 
     if words:
-        changes = {"task": "toy", "data_dir": place / "ner", **changes}
+        changes = {"task": "toy", "data_dir": workspace / "ner", **changes}
     classes = (*SEQUENCE, WordArgs) if words else SEQUENCE
-    parsed = parse_args(*classes, argv=flags(place, output, **changes))
+    parsed = parse_args(*classes, argv=flags(workspace, output, **changes))
     finetune(prepare(*parsed[3:]), parsed)
 
 
@@ -190,7 +190,7 @@ def together(rank: int, root: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+def workspace(tmp_path_factory) -> Path:
     """A folder in which all runs were made."""
     root = make_place(tmp_path_factory.mktemp("finetune"))
     on_ranks(1, alone, root)
@@ -198,11 +198,11 @@ def place(tmp_path_factory) -> Path:
     return root
 
 
-def test_results_predictions_and_the_model_belong_together(place):
-    out = place / "whole"
+def test_results_predictions_and_the_model_belong_together(workspace):
+    out = workspace / "whole"
     record, scores = results(out), json.loads((out / "evaluations.json").read_text())
-    assert [one["step"] for one in scores] == [4, 8, 12]
-    values = [one["scores"]["dev"]["accuracy"] for one in scores]
+    assert [item["step"] for item in scores] == [4, 8, 12]
+    values = [item["scores"]["dev"]["accuracy"] for item in scores]
     best = scores[values.index(max(values))]
     assert record["seeds"]["1"]["best"] == best
     assert record["mean"]["dev accuracy"] == record["task_score"] == max(values) > 0.8
@@ -216,112 +216,116 @@ def test_results_predictions_and_the_model_belong_together(place):
         with torch.no_grad():
             return int(model(**tokenizer(text, return_tensors="pt")).logits.argmax())
 
-    rows = (place / "glue" / "SST-2" / "dev.tsv").read_text().splitlines()[1:]
+    rows = (workspace / "glue" / "SST-2" / "dev.tsv").read_text().splitlines()[1:]
     right = [answer(row.split("\t")[0]) == int(row.split("\t")[1]) for row in rows]
     assert np.mean(right) == pytest.approx(max(values))
-    rows = (place / "glue" / "SST-2" / "test.tsv").read_text().splitlines()[1:]
+    rows = (workspace / "glue" / "SST-2" / "test.tsv").read_text().splitlines()[1:]
     predicted = (out / "predictions" / "SST-2.tsv").read_text().splitlines()
     assert predicted[0] == "index\tprediction"
     assert predicted[1:] == [f"{n}\t{answer(row.split(chr(9))[1])}" for n, row in enumerate(rows)]
 
 
-def test_two_ranks_learn_what_one_learns(place):
-    one, two = (json.loads((place / n / "evaluations.json").read_text()) for n in ("whole", "two"))
-    for a, b in zip(one, two, strict=True):
+def test_two_ranks_learn_what_one_learns(workspace):
+    first, two = (
+        json.loads((workspace / n / "evaluations.json").read_text()) for n in ("whole", "two")
+    )
+    for a, b in zip(first, two, strict=True):
         assert a["scores"]["dev"]["loss"] == pytest.approx(b["scores"]["dev"]["loss"], abs=1e-5)
-    ours, theirs = (weights(place / n / "checkpoints" / "step-12") for n in ("whole", "two"))
+    ours, theirs = (weights(workspace / n / "checkpoints" / "step-12") for n in ("whole", "two"))
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[name], atol=2e-4, rtol=1e-3)
 
 
-def test_a_run_that_was_cut_ends_like_one_that_was_not(place):
-    assert len(json.loads((place / "cut-kept" / "evaluations.json").read_text())) == 2
-    before = json.loads((place / "whole" / "evaluations.json").read_text())
-    after = json.loads((place / "cut" / "evaluations.json").read_text())
+def test_a_run_that_was_cut_ends_like_one_that_was_not(workspace):
+    assert len(json.loads((workspace / "cut-kept" / "evaluations.json").read_text())) == 2
+    before = json.loads((workspace / "whole" / "evaluations.json").read_text())
+    after = json.loads((workspace / "cut" / "evaluations.json").read_text())
     # The cut run was scored at its end, step 6, too: that is not forgotten and changes nothing.
     for scored in (before, after):
-        assert all(one.pop("instances_per_second") > 0 for one in scored)
-    assert [one for one in after if one["step"] != 6] == before
-    ours, theirs = (weights(place / n / "checkpoints" / "step-12") for n in ("whole", "cut"))
+        assert all(item.pop("instances_per_second") > 0 for item in scored)
+    assert [item for item in after if item["step"] != 6] == before
+    ours, theirs = (weights(workspace / n / "checkpoints" / "step-12") for n in ("whole", "cut"))
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
-    assert (place / "cut" / "predictions" / "SST-2.tsv").exists()
+    assert (workspace / "cut" / "predictions" / "SST-2.tsv").exists()
 
 
-def test_an_evaluation_that_failed_is_repeated(place):
+def test_an_evaluation_that_failed_is_repeated(workspace):
     ours, theirs = (
-        json.loads((place / name / "evaluations.json").read_text()) for name in FAILED_AND_NOT
+        json.loads((workspace / name / "evaluations.json").read_text()) for name in FAILED_AND_NOT
     )
     for scored in (ours, theirs):
-        assert all(one.pop("instances_per_second") > 0 for one in scored)
-    assert ours == theirs and [one["step"] for one in ours] == [2, 4, 6, 8, 10, 12]
+        assert all(first.pop("instances_per_second") > 0 for first in scored)
+    assert ours == theirs and [first["step"] for first in ours] == [2, 4, 6, 8, 10, 12]
     for folder in ("checkpoints/step-12", "model"):
-        one, other = (weights(place / name / folder) for name in FAILED_AND_NOT)
-        assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+        first, other = (weights(workspace / name / folder) for name in FAILED_AND_NOT)
+        assert all(torch.equal(tensor, other[name]) for name, tensor in first.items())
 
 
-def test_seeds_have_means_and_deviations(place):
-    record = results(place / "seeds")
+def test_seeds_have_means_and_deviations(workspace):
+    record = results(workspace / "seeds")
     losses = [record["seeds"][seed]["best"]["scores"]["dev"]["loss"] for seed in "12"]
     assert losses[0] != losses[1]
     assert record["mean"]["dev loss"] == pytest.approx(np.mean(losses))
     assert record["deviation"]["dev loss"] == pytest.approx(np.std(losses, ddof=1))
-    assert results(place / "seeds" / "seed-2")["seed"] == 2
+    assert results(workspace / "seeds" / "seed-2")["seed"] == 2
 
 
-def test_labels_of_words(place):
-    record = results(place / "words")
+def test_labels_of_words(workspace):
+    record = results(workspace / "words")
     assert record["task"]["labels"] == ["O", "B-HIGH", "I-HIGH"]
     assert record["mean"]["dev f1"] > 0.9
     assert record["seeds"]["1"]["predicted"]["test"]["accuracy"] > 0.9
-    model = AutoModelForTokenClassification.from_pretrained(place / "words" / "model")
+    model = AutoModelForTokenClassification.from_pretrained(workspace / "words" / "model")
     assert model.config.label2id == {"O": 0, "B-HIGH": 1, "I-HIGH": 2}
-    rows = (place / "words" / "predictions" / "test.txt").read_text().split("\n\n")
+    rows = (workspace / "words" / "predictions" / "test.txt").read_text().split("\n\n")
     assert len(rows) == 5 and all(len(r.split("\t")) == 3 for r in rows[0].split("\n"))
 
 
-def test_a_trained_model_is_scored_again_by_itself(place):
-    trained, again = results(place / "words"), results(place / "again")
+def test_a_trained_model_is_scored_again_by_itself(workspace):
+    trained, again = results(workspace / "words"), results(workspace / "again")
     assert again["mean"]["dev f1"] == pytest.approx(trained["mean"]["dev f1"])
-    assert (place / "again" / "predictions" / "dev.txt").exists()
-    assert not (place / "again" / "checkpoints").exists()
+    assert (workspace / "again" / "predictions" / "dev.txt").exists()
+    assert not (workspace / "again" / "checkpoints").exists()
 
 
-def test_instances_are_scored_apart(place):
-    record = results(place / "mixed")
+def test_instances_are_scored_apart(workspace):
+    record = results(workspace / "mixed")
     scores = record["seeds"]["1"]["best"]["scores"]["dev"]
     slots = scores["accuracy_by_slot"]
     assert record["num_instances"] == 2 and len(slots) == 2
     assert scores["accuracy"] == pytest.approx((6 * slots[0] + 5 * slots[1]) / 11)
     assert scores["accuracy"] > 0.6
-    model = AutoModelForSequenceClassification.from_pretrained(place / "mixed" / "model")
+    model = AutoModelForSequenceClassification.from_pretrained(workspace / "mixed" / "model")
     assert (model.config.task_loss_coeff, model.config.retrieval_loss_coeff) == (1.0, 0.0)
-    rows = (place / "mixed" / "predictions" / "sst-2_dev.tsv").read_text().splitlines()
+    rows = (workspace / "mixed" / "predictions" / "sst-2_dev.tsv").read_text().splitlines()
     assert len(rows) == 12
 
 
-def test_an_ensemble_is_the_mean_over_copies(place):
+def test_an_ensemble_is_the_mean_over_copies(workspace):
     """N = 2: a row of the model above shares its pass with itself or with any other."""
-    record = results(place / "copies")
+    record = results(workspace / "copies")
     scores = record["seeds"]["1"]["best"]["scores"]["dev"]
     assert "accuracy_by_slot" not in scores and scores["accuracy"] > 0.6
     assert record["instances_per_second"] > 0 and record["rows"]["dev"] == 11
-    alone = results(place / "mixed")["seeds"]["1"]["best"]["scores"]["dev"]
+    alone = results(workspace / "mixed")["seeds"]["1"]["best"]["scores"]["dev"]
     assert scores["loss"] != alone["loss"]
     classify = MuxPipeline.from_pretrained(
-        place / "mixed" / "model", max_length=16, batch_size=2, ensemble=True, seed=1
+        workspace / "mixed" / "model", max_length=16, batch_size=2, ensemble=True, seed=1
     )
-    rows = (place / "glue" / "SST-2" / "dev.tsv").read_text().splitlines()[1:]
+    rows = (workspace / "glue" / "SST-2" / "dev.tsv").read_text().splitlines()[1:]
     texts, labels = zip(*(row.split("\t") for row in rows), strict=True)
     answers = classify(list(texts))
-    right = [told["label"] == label for told, label in zip(answers, labels, strict=True)]
+    right = [output["label"] == label for output, label in zip(answers, labels, strict=True)]
     assert np.mean(right) == pytest.approx(scores["accuracy"])
     shares = [x["score"] if ok else 1 - x["score"] for x, ok in zip(answers, right, strict=True)]
     assert -np.log(shares).mean() == pytest.approx(scores["loss"], abs=1e-5)
 
 
-def test_epochs_become_steps(place):
-    assert results(place / "epochs")["seeds"]["1"] == {"step": 3}  # 1.5 x 24 / 16 = 2.25
-    assert "max_steps: 3  # --num_train_epochs 1.5" in (place / "epochs" / "run.yaml").read_text()
+def test_epochs_become_steps(workspace):
+    assert results(workspace / "epochs")["seeds"]["1"] == {"step": 3}  # 1.5 x 24 / 16 = 2.25
+    assert (
+        "max_steps: 3  # --num_train_epochs 1.5" in (workspace / "epochs" / "run.yaml").read_text()
+    )
 
 
 @pytest.mark.parametrize(
@@ -350,49 +354,53 @@ def test_epochs_become_steps(place):
         (dict(per_device_train_batch_size=3), "--global_batch_size 8: must be a multiple of 3"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_written(tmp_path, place, changes, message):
+def test_mistakes_are_told_before_anything_is_written(tmp_path, workspace, changes, message):
     if changes.get("model") == "mix":
-        changes = {**changes, "model": place / "mix"}
+        changes = {**changes, "model": workspace / "mix"}
     with pytest.raises(UserError, match=message):
-        start(place, tmp_path / "out", **changes)
+        start(workspace, tmp_path / "out", **changes)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_sentence_longer_than_the_model(tmp_path, place):
-    shutil.copytree(place / "glue", tmp_path / "glue")
+def test_a_sentence_longer_than_the_model(tmp_path, workspace):
+    shutil.copytree(workspace / "glue", tmp_path / "glue")
     with open(tmp_path / "glue" / "SST-2" / "dev.tsv", "a") as file:
         file.write("w1 " * 23 + "\t1\n")
     with pytest.raises(UserError, match=r"dev.tsv, line 13: 25 tokens, the model has 24 positions"):
-        start(place, tmp_path / "out", data_dir=tmp_path / "glue")
+        start(workspace, tmp_path / "out", data_dir=tmp_path / "glue")
 
 
-def test_a_tokenizer_of_another_model(tmp_path, place):
+def test_a_tokenizer_of_another_model(tmp_path, workspace):
     (tmp_path / "vocab.txt").write_text("\n".join([*VOCAB, "more"]) + "\n")
     with pytest.raises(
         UserError, match=r"has 20 ids, the model .* 19: they do not belong together"
     ):
-        start(place, tmp_path / "out", tokenizer_name=tmp_path)
+        start(workspace, tmp_path / "out", tokenizer_name=tmp_path)
 
 
-def test_a_model_of_other_labels(tmp_path, place):
+def test_a_model_of_other_labels(tmp_path, workspace):
     with pytest.raises(UserError, match="the model answers 0, 1, task sick-e has contradiction"):
         start(
-            place, tmp_path / "out", task="sick-e", model=place / "whole" / "model", do_train=None
+            workspace,
+            tmp_path / "out",
+            task="sick-e",
+            model=workspace / "whole" / "model",
+            do_train=None,
         )
 
 
-def test_labels_in_capitals_and_labels_without_names(tmp_path, place, caplog):
+def test_labels_in_capitals_and_labels_without_names(tmp_path, workspace, caplog):
     """As in run_glue capitals do not count; LABEL_n are taken in the order of the task's labels."""
-    model = AutoModelForSequenceClassification.from_pretrained(place / "whole" / "model")
+    model = AutoModelForSequenceClassification.from_pretrained(workspace / "whole" / "model")
     folder = tmp_path / "data"
     folder.mkdir()
-    rows = (place / "glue" / "SST-2" / "dev.tsv").read_text().replace("\t1", "\tgood")
+    rows = (workspace / "glue" / "SST-2" / "dev.tsv").read_text().replace("\t1", "\tgood")
     (folder / "dev.tsv").write_text(rows.replace("\t0", "\tbad"))
     spec = (
         "{name: t, kind: sequence, text: sentence, label: label, labels: [LABELS], "
         "files: {dev: dev.tsv}}"
     )
-    scores = results(place / "whole")["mean"]
+    scores = results(workspace / "whole")["mean"]
     for labels, names, warns in (
         ("good, bad", ["BAD", "Good"], False),
         ("bad, good", ["LABEL_0", "LABEL_1"], True),
@@ -403,7 +411,8 @@ def test_labels_in_capitals_and_labels_without_names(tmp_path, place, caplog):
         caplog.clear()
         out = tmp_path / names[0]
         start(
-            place, out, task=None, task_spec=tmp_path / "t.yaml", data_dir=folder, do_train=None,
+            workspace, out, task=None, task_spec=tmp_path / "t.yaml", data_dir=folder,
+            do_train=None,
             model=tmp_path / "model",
         )  # fmt: skip
         assert results(out)["task"]["labels"] == ["bad", "good"]
@@ -411,9 +420,9 @@ def test_labels_in_capitals_and_labels_without_names(tmp_path, place, caplog):
         assert ("LABEL_0 to LABEL_1: they are taken to be bad, good" in caplog.text) is warns
 
 
-def test_a_model_without_its_head_is_not_scored(tmp_path, place):
+def test_a_model_without_its_head_is_not_scored(tmp_path, workspace):
     """Without training nothing may be drawn at random: no head, no encoder, no new model."""
-    shutil.copytree(place / "whole" / "model", tmp_path / "model")
+    shutil.copytree(workspace / "whole" / "model", tmp_path / "model")
     whole = load_file(tmp_path / "model" / "model.safetensors")
     for name, shape in (("classifier.weight", None), ("classifier.bias", (3,))):
         tensors = {key: tensor for key, tensor in whole.items() if key != name}
@@ -421,7 +430,7 @@ def test_a_model_without_its_head_is_not_scored(tmp_path, place):
             tensors[name] = torch.zeros(shape)
         save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
         with pytest.raises(UserError, match=rf"1 of its weights are missing .* such as {name}"):
-            start(place, tmp_path / "out", model=tmp_path / "model", do_train=None)
+            start(workspace, tmp_path / "out", model=tmp_path / "model", do_train=None)
     with pytest.raises(UserError, match=r"--config_name bert_tiny: a new model .* --do_train"):
-        start(place, tmp_path / "out", model=None, config_name="bert_tiny", do_train=None)
+        start(workspace, tmp_path / "out", model=None, config_name="bert_tiny", do_train=None)
     assert not (tmp_path / "out").exists()

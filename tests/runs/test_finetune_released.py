@@ -19,7 +19,7 @@ SIZE = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermed
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch) -> Path:
+def folder(tmp_path, monkeypatch) -> Path:
     """A released folder with a tokenizer, and a small SST-2."""
     import random
 
@@ -39,23 +39,23 @@ def place(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def flags(place: Path) -> list[str]:
-    return ["--model", str(place / "released"), "--do_train", "--data_dir", str(place)]
+def flags(folder: Path) -> list[str]:
+    return ["--model", str(folder / "released"), "--do_train", "--data_dir", str(folder)]
 
 
-def test_the_multiplexer_is_kept(place):
-    argv = [*flags(place), "--num_instances", "2", "--task", "sst-2"]
+def test_the_multiplexer_is_kept(folder):
+    argv = [*flags(folder), "--num_instances", "2", "--task", "sst-2"]
     prepared = one_task.prepare(*parse_args(OneTaskArgs, TaskArgs, argv=argv))
     assert prepared.instances == 2 and prepared.config.model_type == "mux_bert"
     model = prepared.make(1)
     assert type(model) is MuxBertForSequenceClassification
-    kept = MuxBertForMaskedLM.from_pretrained(place / "ours").state_dict()
+    kept = MuxBertForMaskedLM.from_pretrained(folder / "ours").state_dict()
     new = model.state_dict()
     shared = [name for name in kept if name.startswith(("bert.", "demux_module.", "instance_"))]
     assert len(shared) > 25 and all(torch.equal(kept[name], new[name]) for name in shared)
 
 
-def test_many_tasks_need_a_stock_encoder(place):
-    argv = [*flags(place), "--tasks", "sst-2"]
+def test_many_tasks_need_a_stock_encoder(folder):
+    argv = [*flags(folder), "--tasks", "sst-2"]
     with pytest.raises(UserError, match="is a model of type 'mux_bert'; needed is 'bert'"):
         many_tasks.prepare(*parse_args(ManyTasksArgs, TaskListArgs, argv=argv))

@@ -62,29 +62,29 @@ ANY_MODE = (RunArgs, SafetyArgs, OptimArgs)  # read by what all modes share: tri
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+def folder(tmp_path_factory) -> Path:
     """Text of two domains, one longer than the other, and a DeepSpeed file."""
-    place = tmp_path_factory.mktemp("flags")
+    folder = tmp_path_factory.mktemp("flags")
     words = [f"w{number}" for number in range(800)]
-    (place / "tokenizer").mkdir()
+    (folder / "tokenizer").mkdir()
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
-    (place / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
-    BertTokenizerFast(vocab=str(place / "vocab.txt")).save_pretrained(place / "tokenizer")
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+    BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder / "tokenizer")
     random_ = random.Random(1)
     for domain, lines in (("law", 40), ("med", 400)):
-        (place / domain).mkdir()
+        (folder / domain).mkdir()
         for split, share in (("train", 1), ("valid", 8), ("test", 10)):
             text = "\n\n".join(" ".join(random_.choices(words, k=9)) for _ in range(lines // share))
-            (place / domain / f"{split}.txt").write_text(text + "\n")
-    inputs = {domain: place / domain for domain in ("law", "med")}
-    binarize(inputs, str(place / "tokenizer"), place / "bin", bos=True)
-    (place / "ds.json").write_text('{"zero_optimization": {"stage": 2}}')
-    return place
+            (folder / domain / f"{split}.txt").write_text(text + "\n")
+    inputs = {domain: folder / domain for domain in ("law", "med")}
+    binarize(inputs, str(folder / "tokenizer"), folder / "bin", bos=True)
+    (folder / "ds.json").write_text('{"zero_optimization": {"stage": 2}}')
+    return folder
 
 
-def described(place: Path, monkeypatch, flags: tuple[str, ...]) -> str:
+def described(folder: Path, monkeypatch, flags: tuple[str, ...]) -> str:
     """All that decides the numbers of a run, as text."""
-    fixed = ("--data", str(place / "bin"), "--output_dir", "out", "--max_seq_length", "16")
+    fixed = ("--data", str(folder / "bin"), "--output_dir", "out", "--max_seq_length", "16")
     fixed += ("--per_device_train_batch_size", "4", "--max_steps", "9")
     parsed = parse_args(*CLASSES, argv=[*fixed, *flags])
     *common, mux, data = parsed
@@ -139,12 +139,12 @@ def others(f, current: object) -> list[str]:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_flag_changes_the_run_or_is_refused(place, monkeypatch, mode):
-    monkeypatch.chdir(place)
+def test_a_flag_changes_the_run_or_is_refused(folder, monkeypatch, mode):
+    monkeypatch.chdir(folder)
     flags, base = MODES[mode], None
     parsed = parse_args(*CLASSES, argv=list(flags))
-    base = described(place, monkeypatch, flags)
-    assert base == described(place, monkeypatch, flags)
+    base = described(folder, monkeypatch, flags)
+    assert base == described(folder, monkeypatch, flags)
     tried = 0
     for args in parsed:
         if isinstance(args, ANY_MODE) and mode not in ("dense", "warm-up"):
@@ -159,7 +159,7 @@ def test_a_flag_changes_the_run_or_is_refused(place, monkeypatch, mode):
                     continue
                 tried += 1
                 try:
-                    text = described(place, monkeypatch, (*flags, f"--{f.name}", value))
+                    text = described(folder, monkeypatch, (*flags, f"--{f.name}", value))
                 except UserError as error:
                     assert f.name in str(error), (f.name, value, str(error))
                     continue
@@ -174,16 +174,16 @@ def test_flags_that_are_read_later_are_read():
         assert re.search(rf"\.{name}\b", text), name
 
 
-def test_run_yaml_of_any_mode_is_accepted(place, monkeypatch):
+def test_run_yaml_of_any_mode_is_accepted(folder, monkeypatch):
     """A run is repeated from its run.yaml, where every field stands, and none is refused."""
     from megamod.args import save_run
 
-    monkeypatch.chdir(place)
+    monkeypatch.chdir(folder)
     for mode, flags in MODES.items():
-        before = described(place, monkeypatch, flags)
+        before = described(folder, monkeypatch, flags)
         argv = ["--data", "bin", "--output_dir", "out", "--max_seq_length", "16", *flags]
-        save_run(place / "run.yaml", *parse_args(*CLASSES, argv=argv))
-        again = parse_args(*CLASSES, argv=[str(place / "run.yaml")])
+        save_run(folder / "run.yaml", *parse_args(*CLASSES, argv=argv))
+        again = parse_args(*CLASSES, argv=[str(folder / "run.yaml")])
         refuse_unused(again[2], *again[4:])
         assert before, mode
 

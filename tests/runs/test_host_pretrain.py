@@ -56,21 +56,21 @@ def seed_folder(folder: Path, family: str, texts: list[str], seed: int = 0) -> P
     return folder
 
 
-def make_place(place: Path) -> Path:
+def make_place(root: Path) -> Path:
     """Seeds of two families with one tokenizer, and data made with it."""
     texts = {domain: words_of(domain) for domain in DOMAINS}
     every = [text for some in texts.values() for text in some]
     for family in ("llama", "gpt2"):
-        seed_folder(place / family, family, every)
-    binarize(texts, str(place / "llama"), place / "bin")
-    return place
+        seed_folder(root / family, family, every)
+    binarize(texts, str(root / "llama"), root / "bin")
+    return root
 
 
-def start(place: Path, output: str, *flags: object) -> None:
+def start(root: Path, output: str, *flags: object) -> None:
     """launchers/pretrain.py in this process."""
     from megamod.runs.pretrain.causal_lm import pretrain
 
-    words = dict(data=place / "bin", output_dir=place / output, max_steps=3, logging_steps=1)
+    words = dict(data=root / "bin", output_dir=root / output, max_steps=3, logging_steps=1)
     words |= dict(per_device_train_batch_size=1, global_batch_size=4, max_seq_length=LENGTH)
     words |= dict(report_to="none", save_steps=2, max_grad_norm=1.0)
     argv = [f"--{name}={value}" for name, value in words.items()] + [str(flag) for flag in flags]
@@ -93,76 +93,76 @@ REFUSED = {
 }
 
 
-def make_wrong(place: Path) -> None:
-    save_tokenizer(place / "other", ["quite other words"], 280)
-    tiny_stock("llama", vocab_size=320, eos_token_id=1).save_pretrained(place / "other")
-    tiny_stock("llama", vocab_size=290, eos_token_id=1).save_pretrained(place / "short")
-    tiny_stock("mamba", vocab_size=320, eos_token_id=1).save_pretrained(place / "mamba")
-    (place / "bert").mkdir()
-    (place / "bert" / "config.json").write_text('{"model_type": "bert"}')
-    tiny_stock("llama", vocab_size=320, eos_token_id=1).config.save_pretrained(place / "half")
+def make_wrong(root: Path) -> None:
+    save_tokenizer(root / "other", ["quite other words"], 280)
+    tiny_stock("llama", vocab_size=320, eos_token_id=1).save_pretrained(root / "other")
+    tiny_stock("llama", vocab_size=290, eos_token_id=1).save_pretrained(root / "short")
+    tiny_stock("mamba", vocab_size=320, eos_token_id=1).save_pretrained(root / "mamba")
+    (root / "bert").mkdir()
+    (root / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    tiny_stock("llama", vocab_size=320, eos_token_id=1).config.save_pretrained(root / "half")
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
-    (place / "half" / "model.safetensors.index.json").write_text(json.dumps(index))
-    (place / "half" / "model-1.safetensors").write_bytes(b"")
+    (root / "half" / "model.safetensors.index.json").write_text(json.dumps(index))
+    (root / "half" / "model-1.safetensors").write_bytes(b"")
 
 
-def alone(rank: int, place: Path) -> None:
+def alone(rank: int, root: Path) -> None:
     """All runs of one rank."""
     for name, (flags, text) in REFUSED.items():
-        words = [place / flag if (place / str(flag)).exists() else flag for flag in flags]
+        words = [root / flag if (root / str(flag)).exists() else flag for flag in flags]
         with pytest.raises(UserError, match=text):
-            start(place, "refused", *words)
-        assert not (place / "refused").exists(), name
-    llama = place / "llama"
-    start(place, "dense", "--model", llama)
-    start(place, "drawn", "--model", llama, "--from_scratch", "--max_steps", 1)
-    start(place, "masked", "--model", llama, "--mask_documents", "--max_steps", 1)
-    start(place, "demix", "--model", llama, "--untie", "feedforward", "--gradient_checkpointing")
-    start(place, "cut", "--model", llama, "--untie", "feedforward", "--stop_step", 2)
-    start(place, "cut", "--model", llama, "--untie", "feedforward")
-    demix = place / "demix" / "model"
+            start(root, "refused", *words)
+        assert not (root / "refused").exists(), name
+    llama = root / "llama"
+    start(root, "dense", "--model", llama)
+    start(root, "drawn", "--model", llama, "--from_scratch", "--max_steps", 1)
+    start(root, "masked", "--model", llama, "--mask_documents", "--max_steps", 1)
+    start(root, "demix", "--model", llama, "--untie", "feedforward", "--gradient_checkpointing")
+    start(root, "cut", "--model", llama, "--untie", "feedforward", "--stop_step", 2)
+    start(root, "cut", "--model", llama, "--untie", "feedforward")
+    demix = root / "demix" / "model"
     with pytest.raises(UserError, match="has experts of law, med: train it with --untie feedf"):
-        start(place, "refused", "--model", demix)
-    start(place, "again", "--model", demix, "--untie", "feedforward", "--max_steps", 1)
+        start(root, "refused", "--model", demix)
+    start(root, "again", "--model", demix, "--untie", "feedforward", "--max_steps", 1)
 
 
-def together(rank: int, place: Path) -> None:
+def together(rank: int, root: Path) -> None:
     """All runs of two ranks."""
-    start(place, "btm", "--model", place / "gpt2", "--untie", "all")
-    start(place, "cut2", "--model", place / "llama", "--untie", "feedforward", "--stop_step", 1)
-    start(place, "cut2", "--model", place / "llama", "--untie", "feedforward", "--stop_step", 2)
+    start(root, "btm", "--model", root / "gpt2", "--untie", "all")
+    start(root, "cut2", "--model", root / "llama", "--untie", "feedforward", "--stop_step", 1)
+    start(root, "cut2", "--model", root / "llama", "--untie", "feedforward", "--stop_step", 2)
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+def root(tmp_path_factory) -> Path:
     """The runs of one rank and of two, done."""
-    place = make_place(tmp_path_factory.mktemp("host_pretrain"))
-    make_wrong(place)
-    on_ranks(1, alone, place)
-    on_ranks(2, together, place)
-    return place
+    root = make_place(tmp_path_factory.mktemp("host_pretrain"))
+    make_wrong(root)
+    on_ranks(1, alone, root)
+    on_ranks(2, together, root)
+    return root
 
 
-def first_loss(place: Path, run: str) -> float:
-    return json.loads((place / run / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+def first_loss(root: Path, run: str) -> float:
+    return json.loads((root / run / "metrics.jsonl").read_text().splitlines()[0])["loss"]
 
 
 @torch.no_grad()
-def test_the_first_loss_is_that_of_the_stock_model(place):
-    data = LmData(str(place / "bin"), domains=None, block_size=LENGTH, domain_token=False)
+def test_the_first_loss_is_that_of_the_stock_model(root):
+    data = LmData(str(root / "bin"), domains=None, block_size=LENGTH, domain_token=False)
     batches = data.train_batches(StepShape(4, 4, 0, 1), sampler="balanced", alpha=1.0, seed=1)
-    stock = AutoModelForCausalLM.from_pretrained(place / "llama")
+    stock = AutoModelForCausalLM.from_pretrained(root / "llama")
     batch = batches[0]
     logits = stock(batch["input_ids"]).logits.log_softmax(-1)
     expected = -logits.gather(-1, batch["labels"][..., None]).mean()
-    assert first_loss(place, "dense") == pytest.approx(float(expected), rel=1e-5)
-    assert first_loss(place, "demix") == pytest.approx(float(expected), rel=1e-5)
-    assert abs(first_loss(place, "drawn") - float(expected)) > 0.01
-    assert abs(first_loss(place, "masked") - float(expected)) > 1e-5
+    assert first_loss(root, "dense") == pytest.approx(float(expected), rel=1e-5)
+    assert first_loss(root, "demix") == pytest.approx(float(expected), rel=1e-5)
+    assert abs(first_loss(root, "drawn") - float(expected)) > 0.01
+    assert abs(first_loss(root, "masked") - float(expected)) > 1e-5
 
 
-def test_a_dense_run_leaves_a_stock_folder(place):
-    folder, seed = place / "dense" / "model", place / "llama"
+def test_a_dense_run_leaves_a_stock_folder(root):
+    folder, seed = root / "dense" / "model", root / "llama"
     for name in ("tokenizer.json", "generation_config.json", "chat_template.jinja"):
         assert (folder / name).read_bytes() == (seed / name).read_bytes()
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -172,13 +172,13 @@ def test_a_dense_run_leaves_a_stock_folder(place):
     assert model.config.eos_token_id == [1, 5] and model.generation_config.max_new_tokens == 7
     card = (folder / "README.md").read_text()
     assert "import megamod" not in card and "AutoModelForCausalLM.from_pretrained" in card
-    one = place / "btm" / "model" / "law"
-    assert type(AutoModelForCausalLM.from_pretrained(one)).__module__.startswith("transformers.")
+    item = root / "btm" / "model" / "law"
+    assert type(AutoModelForCausalLM.from_pretrained(item)).__module__.startswith("transformers.")
 
 
-def test_runs_go_on_from_where_they_were_cut(place):
-    whole, cut = (read_weights(place / run / "model") for run in ("demix", "cut"))
+def test_runs_go_on_from_where_they_were_cut(root):
+    whole, cut = (read_weights(root / run / "model") for run in ("demix", "cut"))
     assert all(torch.allclose(cut[name], tensor, atol=1e-6) for name, tensor in whole.items())
-    before = read_weights(place / "demix" / "checkpoints" / "step-2")
-    two = read_weights(place / "cut2" / "checkpoints" / "step-2")
+    before = read_weights(root / "demix" / "checkpoints" / "step-2")
+    two = read_weights(root / "cut2" / "checkpoints" / "step-2")
     assert all(torch.allclose(two[name], tensor, atol=1e-6) for name, tensor in before.items())

@@ -76,14 +76,14 @@ def make_place(root: Path) -> Path:
 
 def parsed(root: Path, output: Path, **changes: object) -> tuple:
     """Arguments of a short run; values None are left out."""
-    given = dict(
+    arguments = dict(
         tasks=["sst-2", "rte", "sts-b"], data_dir=root / "glue", model=root / "bert",
         output_dir=output, max_seq_length=16, max_steps=6, per_device_train_batch_size=2,
         global_batch_size=8, eval_steps=3, save_steps=3, logging_steps=3, learning_rate=0.01,
         report_to="none", adam_epsilon=1e-3, do_train=True, do_eval=True,
     )  # fmt: skip
     words = []
-    for name, value in {**given, **changes}.items():
+    for name, value in {**arguments, **changes}.items():
         if value is not None:
             values = value if isinstance(value, list) else [value]
             words += [f"--{name}", *map(str, values)]
@@ -100,7 +100,7 @@ def start(root: Path, output: Path, **changes: object) -> None:
 
 
 def spread(root: Path, name: str, sampling: str, stage: int) -> None:
-    """What is the same on any number of ranks, whatever tasks a rank has."""
+    """Results that do not depend on the number of ranks or on the tasks of a rank."""
     config = root / f"zero{stage}.json"
     start(
         root, root / name / f"{sampling}-{stage}", mt_sampling=sampling, deepspeed=config,
@@ -150,7 +150,7 @@ def alone(rank: int, root: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+def folder(tmp_path_factory) -> Path:
     """A folder in which all runs were made."""
     root = make_place(tmp_path_factory.mktemp("multitask"))
     for stage in STAGES:
@@ -172,38 +172,38 @@ def results(folder: Path) -> dict:
 @pytest.mark.parametrize(
     ("world", "sampling", "stage"), [(world, *case) for world in CASES for case in CASES[world]]
 )
-def test_ranks_learn_what_one_process_learns(place, world, sampling, stage):
+def test_ranks_learn_what_one_process_learns(folder, world, sampling, stage):
     """Also where a task has no row on a rank, which has one, and under every stage of ZeRO."""
-    ours = weights(place / "one" / f"{sampling}-0" / "model")
-    theirs = weights(place / f"on{world}" / f"{sampling}-{stage}" / "model")
+    ours = weights(folder / "one" / f"{sampling}-0" / "model")
+    theirs = weights(folder / f"on{world}" / f"{sampling}-{stage}" / "model")
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[name], atol=2e-4, rtol=1e-3)
 
 
-def test_a_run_whose_evaluation_failed_goes_on_from_its_step(place):
-    ours, theirs = (weights(place / n / "checkpoints" / "step-6") for n in ("whole", "failed"))
+def test_a_run_whose_evaluation_failed_goes_on_from_its_step(folder):
+    ours, theirs = (weights(folder / n / "checkpoints" / "step-6") for n in ("whole", "failed"))
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
-    scored = json.loads((place / "failed" / "evaluations.json").read_text())
-    assert [one["step"] for one in scored] == [3, 6]
+    scored = json.loads((folder / "failed" / "evaluations.json").read_text())
+    assert [item["step"] for item in scored] == [3, 6]
 
 
-def test_a_run_that_was_cut_chooses_and_learns_what_it_had(place):
-    ours, theirs = (weights(place / n / "checkpoints" / "step-6") for n in ("whole", "cut"))
+def test_a_run_that_was_cut_chooses_and_learns_what_it_had(folder):
+    ours, theirs = (weights(folder / n / "checkpoints" / "step-6") for n in ("whole", "cut"))
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
     def shares(name: str) -> list:
-        lines = (place / name / "metrics.jsonl").read_text().splitlines()
+        lines = (folder / name / "metrics.jsonl").read_text().splitlines()
         records = [r for r in map(json.loads, lines) if "loss" in r and r["step"] in (3, 6)]
         return [{k: v for k, v in r.items() if k.startswith("share/")} for r in records]
 
     assert shares("whole")[0] == shares("cut")[0] and len(shares("whole")[0]) == 3
     assert sum(shares("whole")[0].values()) == pytest.approx(1)
-    assert (place / "cut" / "task_shares.png").read_bytes()[:4] == b"\x89PNG"
+    assert (folder / "cut" / "task_shares.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_results_and_predictions_of_every_task(place):
-    record = results(place / "whole")
+def test_results_and_predictions_of_every_task(folder):
+    record = results(folder / "whole")
     best = record["seeds"]["1"]["best"]
     scores = {name: record["mean"][name] for name in ("sst-2", "rte", "sts-b")}
     assert record["mean"]["average"] == pytest.approx(sum(scores.values()) / 3)
@@ -211,38 +211,38 @@ def test_results_and_predictions_of_every_task(place):
     peaks = record["seeds"]["1"]["by_task"]["sts-b"]["dev spearmanr"]
     assert peaks["value"] >= best["tasks"]["sts-b"]["dev"]["spearmanr"]
     for name in ("SST-2", "RTE", "STS-B"):
-        lines = (place / "whole" / "predictions" / f"{name}.tsv").read_text().splitlines()
+        lines = (folder / "whole" / "predictions" / f"{name}.tsv").read_text().splitlines()
         assert lines[0] == "index\tprediction" and len(lines) == 6
     assert lines[1].split("\t")[1].count(".") == 1  # a value
-    start_of = json.loads((place / "whole" / "start.json").read_text())
+    start_of = json.loads((folder / "whole" / "start.json").read_text())
     assert "bert.encoder.layer.1.attention.self.query.weight" in start_of["loaded"]
     assert {"heads.weight", "bert.task_type_embeddings.weight"} <= set(start_of["new"])
 
 
-def test_the_model_reloads_as_what_it_is(place):
-    model = AutoModel.from_pretrained(place / "whole" / "model").eval()
+def test_the_model_reloads_as_what_it_is(folder):
+    model = AutoModel.from_pretrained(folder / "whole" / "model").eval()
     assert isinstance(model, CaMtlForMultiTask) and model.config.variant == "base"
     assert model.config.tasks == ["sst-2", "rte", "sts-b"]
-    tokenizer = AutoTokenizer.from_pretrained(place / "whole" / "model")
-    row = (place / "glue" / "SST-2" / "test.tsv").read_text().splitlines()[1].split("\t")[1]
+    tokenizer = AutoTokenizer.from_pretrained(folder / "whole" / "model")
+    row = (folder / "glue" / "SST-2" / "test.tsv").read_text().splitlines()[1].split("\t")[1]
     with torch.no_grad():
         fields = tokenizer(row, return_tensors="pt")
         logits = model(**fields, task_ids=torch.zeros(1, dtype=torch.int64)).logits[0]
-    said = (place / "whole" / "predictions" / "SST-2.tsv").read_text().splitlines()[1]
+    said = (folder / "whole" / "predictions" / "SST-2.tsv").read_text().splitlines()[1]
     assert said == f"0\t{int(logits.argmax())}"
 
 
-def test_labels_of_words_are_a_task_like_others(place):
-    record = results(place / "mixed")["seeds"]["4"]
+def test_labels_of_words_are_a_task_like_others(folder):
+    record = results(folder / "mixed")["seeds"]["4"]
     assert record["best"]["tasks"]["toy"]["dev"]["f1"] > 0.9
     assert record["best"]["tasks"]["sst-2"]["dev"]["accuracy"] > 0.8
-    assert (place / "mixed" / "seed-4" / "predictions" / "toy_test.txt").exists()
-    again = results(place / "again")["seeds"]["1"]["best"]
+    assert (folder / "mixed" / "seed-4" / "predictions" / "toy_test.txt").exists()
+    again = results(folder / "again")["seeds"]["1"]["best"]
     assert again["tasks"] == record["best"]["tasks"]
 
 
-def test_frozen_blocks_stay_and_their_conditions_move(place):
-    before, after = weights(place / "bert"), weights(place / "frozen" / "model")
+def test_frozen_blocks_stay_and_their_conditions_move(folder):
+    before, after = weights(folder / "bert"), weights(folder / "frozen" / "model")
     for name in ("embeddings.word_embeddings.weight", "encoder.layer.0.output.dense.weight"):
         assert torch.equal(before[f"bert.{name}"], after[f"bert.{name}"])
     moved = "bert.encoder.layer.1.output.dense.weight"
@@ -274,19 +274,19 @@ def test_mistakes(tmp_path, changes, message):
     assert not (root / "out").exists()
 
 
-def test_mistakes_about_a_trained_model(place):
+def test_mistakes_about_a_trained_model(folder):
     from megamod.runs.finetune.many_tasks import prepare
 
-    model = dict(model=place / "whole" / "model", do_train=None)
+    model = dict(model=folder / "whole" / "model", do_train=None)
     with pytest.raises(UserError, match=r"--tasks sst-2 rte: .* has heads for sst-2 rte sts-b"):
-        prepare(*parsed(place, place / "x", **model, tasks=["sst-2", "rte"])[3:])
+        prepare(*parsed(folder, folder / "x", **model, tasks=["sst-2", "rte"])[3:])
     with pytest.raises(UserError, match="is of variant base"):
-        prepare(*parsed(place, place / "x", **model, variant="plain")[3:])
-    (place / "bad" / "SST-2").mkdir(parents=True)
-    (place / "bad" / "SST-2" / "dev.tsv").write_text("sentence\tlabel\nw1 w2\t7\n")
-    wrong = [place / "bad", place / "glue"]
+        prepare(*parsed(folder, folder / "x", **model, variant="plain")[3:])
+    (folder / "bad" / "SST-2").mkdir(parents=True)
+    (folder / "bad" / "SST-2" / "dev.tsv").write_text("sentence\tlabel\nw1 w2\t7\n")
+    wrong = [folder / "bad", folder / "glue"]
     with pytest.raises(UserError, match=r"dev.tsv, line 2: label '7' is not one of task sst-2"):
-        prepare(*parsed(place, place / "x", **model, data_dir=wrong)[3:])
+        prepare(*parsed(folder, folder / "x", **model, data_dir=wrong)[3:])
 
 
 def test_the_recipe_is_that_of_the_release():

@@ -36,9 +36,9 @@ def test_a_run_that_ends_well_and_goes_on(tmp_path, rank):
         with node_log(tmp_path, "table\nrows", step):
             say(logging.WARNING, f"after {step}")
         say(logging.WARNING, "not of the run")
-    told = [re.sub(r"^[\d-]+ [\d:,]+ ", "", line) for line in lines_of(tmp_path)]
+    output = [re.sub(r"^[\d-]+ [\d:,]+ ", "", line) for line in lines_of(tmp_path)]
     process = f"I rank 8 of 1, process {os.getpid()}, begins at step"
-    assert told == [
+    assert output == [
         *(f"{process} 0", "table", "rows", "W after 0", "I rank 8 is done after 0 s"),
         *(f"{process} 40", "table", "rows", "W after 40", "I rank 8 is done after 0 s"),
     ]

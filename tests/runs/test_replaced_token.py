@@ -51,7 +51,7 @@ def batches_of(prefix: int = 0, micro: int = 4, pads: int = 0, blocks: int = 7) 
     masking = Masking(MASK, PAD, (PAD, CLS, MASK), VOCABULARY, 0.5, 0.85, 0.0, pads)
     return MaskedBatches(
         datasets,
-        Balanced([blocks_of(one, LENGTH) for one in datasets], 1),
+        Balanced([blocks_of(item, LENGTH) for item in datasets], 1),
         masking,
         StepShape(micro, 8, 0, 1),
         block_size=LENGTH,
@@ -93,17 +93,17 @@ def step_by_hand(model: MuxElectraForReplacedTokens, batch: dict, prefix: int) -
     hidden = model.encode(fed)
     logits = model.discriminator_predictions(model.demultiplex(hidden, slice(prefix, None)))
     words = model.retrieval_head.decoder(model.vocabulary_states(hidden, None)).log_softmax(-1)
-    told, asked = [], []
+    output, asked = [], []
     for row in range(len(replaced)):
         group, slot = divmod(row, INSTANCES)
         for column in range(LENGTH - prefix):
             chance = torch.sigmoid(logits[group, slot, column])
-            told.append(-torch.log(chance if corrupted[row, column] else 1 - chance))
+            output.append(-torch.log(chance if corrupted[row, column] else 1 - chance))
     for group, slots in enumerate(batch["slots"].tolist()):
         for column in range(prefix, LENGTH):
             target = fed.ids[group * INSTANCES + slots[column], column]
             asked.append(-words[group, slots[column], column, target])
-    return 3 * (0.25 * sum(told) / len(told) + 2 * sum(asked) / len(asked))
+    return 3 * (0.25 * sum(output) / len(output) + 2 * sum(asked) / len(asked))
 
 
 @pytest.mark.parametrize("more", [{}, PREFIX])
@@ -113,18 +113,18 @@ def test_the_micro_batches_of_a_step_make_its_loss_and_gradient(more):
     micro = [batches_of(prefix)[number] for number in range(2)]
     items = [sum(counts) / 2 for counts in zip(*map(objective.count, micro), strict=True)]
     scored = [objective.score(model, batch, items) for batch in micro]
-    (sum(one.loss for one in scored) / 2).backward()
-    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    (sum(entry.loss for entry in scored) / 2).backward()
+    result = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     loss = step_by_hand(model, batches_of(prefix, micro=8)[0], prefix)
     loss.backward()
-    assert sum(one.loss.item() for one in scored) / 2 == pytest.approx(loss.item(), rel=1e-5)
+    assert sum(entry.loss.item() for entry in scored) / 2 == pytest.approx(loss.item(), rel=1e-5)
     trained = {n: p for n, p in model.named_parameters() if p.grad is not None}
-    assert found.keys() == trained.keys() and len(found) > 30
+    assert result.keys() == trained.keys() and len(result) > 30
     for name, parameter in trained.items():
         # The order of sums is another; single values of a gradient may nearly cancel.
         bound = 1e-5 * parameter.grad.abs().max().item() + 1e-7
-        assert torch.allclose(found[name], parameter.grad, rtol=1e-4, atol=bound), name
+        assert torch.allclose(result[name], parameter.grad, rtol=1e-4, atol=bound), name
 
 
 @pytest.mark.parametrize("more", [{}, PREFIX])
@@ -188,41 +188,41 @@ def test_held_out_text_is_scored_the_same_at_every_call(kind):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+def folder(tmp_path_factory) -> Path:
     """A data-bin whose held-out text is shorter than a group, and models of several kinds."""
-    place = tmp_path_factory.mktemp("replaced")
+    folder = tmp_path_factory.mktemp("replaced")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{n}" for n in range(40))]
     for name in ("tokenizer", "text"):
-        (place / name).mkdir()
-    (place / "tokenizer" / "vocab.txt").write_text("\n".join(words) + "\n")
-    BertTokenizerFast(vocab=str(place / "tokenizer" / "vocab.txt")).save_pretrained(
-        place / "tokenizer"
+        (folder / name).mkdir()
+    (folder / "tokenizer" / "vocab.txt").write_text("\n".join(words) + "\n")
+    BertTokenizerFast(vocab=str(folder / "tokenizer" / "vocab.txt")).save_pretrained(
+        folder / "tokenizer"
     )
     for split, count in (("train", 40), ("valid", 8), ("test", 40)):
-        (place / "text" / f"{split}.txt").write_text(" ".join(words[5 : 5 + count]) + "\n")
-    binarize({"text": place / "text"}, str(place / "tokenizer"), place / "bin", bos=True)
-    electra().save_pretrained(place / "electra")
-    electra(num_hidden_demux_layers=2).save_pretrained(place / "two-layers")
+        (folder / "text" / f"{split}.txt").write_text(" ".join(words[5 : 5 + count]) + "\n")
+    binarize({"text": folder / "text"}, str(folder / "tokenizer"), folder / "bin", bos=True)
+    electra().save_pretrained(folder / "electra")
+    electra(num_hidden_demux_layers=2).save_pretrained(folder / "two-layers")
     other = electra().config
     other.mask_token_id = 7
-    other.save_pretrained(place / "other-mask")
+    other.save_pretrained(folder / "other-mask")
     shape = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     sizes = dict(vocab_size=VOCABULARY, max_position_embeddings=LENGTH)
-    BertForMaskedLM(BertConfig(**shape, **sizes)).save_pretrained(place / "bert")
-    return place
+    BertForMaskedLM(BertConfig(**shape, **sizes)).save_pretrained(folder / "bert")
+    return folder
 
 
-def parsed(place: Path, model: str, *flags: str) -> tuple:
+def parsed(folder: Path, model: str, *flags: str) -> tuple:
     argv = [
         *("--objective", "replaced_token", "--num_instances", "2", "--max_seq_length", "8"),
-        *("--model", str(place / model), "--data", str(place / "bin"), *flags),
-        *("--output_dir", str(place / "run")),
+        *("--model", str(folder / model), "--data", str(folder / "bin"), *flags),
+        *("--output_dir", str(folder / "run")),
     ]
     return parse_args(RunArgs, SafetyArgs, ModelArgs, OptimArgs, MuxArgs, DataArgs, argv=argv)
 
 
 @pytest.mark.parametrize(
-    ("model", "flags", "told"),
+    ("model", "flags", "message"),
     [
         ("other-mask", (), "its mask_token_id 7 is not the 4 of the tokenizer in --data"),
         ("electra", ("--generator", "plain"), "--generator plain: cannot .* which has none"),
@@ -230,35 +230,39 @@ def parsed(place: Path, model: str, *flags: str) -> tuple:
         ("two-layers", ("--num_hidden_demux_layers", "3"), "layers 3: cannot .* which has 2"),
     ],
 )
-def test_folders_that_contradict_flags_or_data(place, model, flags, told):
-    _, _, chosen, _, mux, _ = parsed(place, model, *flags)
-    with pytest.raises(UserError, match=told):
-        encoder_config(chosen, mux, DataBin(place / "bin"), LENGTH)
+def test_folders_that_contradict_flags_or_data(folder, model, flags, message):
+    _, _, chosen, _, mux, _ = parsed(folder, model, *flags)
+    with pytest.raises(UserError, match=message):
+        encoder_config(chosen, mux, DataBin(folder / "bin"), LENGTH)
 
 
-def test_a_flag_that_says_what_the_folder_says(place):
-    _, _, chosen, _, mux, _ = parsed(place, "electra", "--demuxing_variant", "index_pos")
-    assert encoder_config(chosen, mux, DataBin(place / "bin"), LENGTH).num_instances == 2
-    _, _, chosen, _, mux, _ = parsed(place, "two-layers")  # the default is 3, and was not asked for
-    config = encoder_config(chosen, mux, DataBin(place / "bin"), LENGTH)
+def test_a_flag_that_says_what_the_folder_says(folder):
+    _, _, chosen, _, mux, _ = parsed(folder, "electra", "--demuxing_variant", "index_pos")
+    assert encoder_config(chosen, mux, DataBin(folder / "bin"), LENGTH).num_instances == 2
+    _, _, chosen, _, mux, _ = parsed(
+        folder, "two-layers"
+    )  # the default is 3, and was not asked for
+    config = encoder_config(chosen, mux, DataBin(folder / "bin"), LENGTH)
     assert config.num_hidden_demux_layers == 2
 
 
-def test_weights_to_start_from_must_fit(place):
+def test_weights_to_start_from_must_fit(folder):
     config = electra().config
-    found = build_encoder(config, 1, Start(str(place / "electra"), "--init_from"), "replaced_token")
+    result = build_encoder(
+        config, 1, Start(str(folder / "electra"), "--init_from"), "replaced_token"
+    )
     key = "electra.embeddings.word_embeddings.weight"
-    assert torch.equal(found.state_dict()[key], electra().state_dict()[key])
+    assert torch.equal(result.state_dict()[key], electra().state_dict()[key])
     with pytest.raises(UserError, match=r"model of type 'bert'; needed is electra or mux_elec"):
-        start_of(ModelArgs(init_from=str(place / "bert")), config)
+        start_of(ModelArgs(init_from=str(folder / "bert")), config)
     wider = electra(num_hidden_demux_layers=2).config
     wider.hidden_size = wider.embedding_size = 32
     with pytest.raises(UserError, match=r"has shape \(.*16.*\), in this model \(.*32.*\)"):
-        build_encoder(wider, 1, Start(str(place / "electra"), "--init_from"), "replaced_token")
+        build_encoder(wider, 1, Start(str(folder / "electra"), "--init_from"), "replaced_token")
 
 
-def test_held_out_text_must_fill_a_group(place):
-    told = "--eval_split valid: 1 sequences of --max_seq_length 8, .* takes --num_instances 2"
-    with pytest.raises(UserError, match=told):
-        pretrain(*parsed(place, "electra"))
-    assert not (place / "run").exists()
+def test_held_out_text_must_fill_a_group(folder):
+    message = "--eval_split valid: 1 sequences of --max_seq_length 8, .* takes --num_instances 2"
+    with pytest.raises(UserError, match=message):
+        pretrain(*parsed(folder, "electra"))
+    assert not (folder / "run").exists()

@@ -26,7 +26,7 @@ COUNT = 5
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+def folder(tmp_path_factory) -> Path:
     """Models near each other, one of them far away, and text."""
     root = tmp_path_factory.mktemp("soup")
     torch.manual_seed(1)
@@ -49,11 +49,11 @@ def place(tmp_path_factory) -> Path:
     return root
 
 
-def recipe_of(place: Path, tmp_path: Path, **changes: object) -> Path:
+def recipe_of(folder: Path, tmp_path: Path, **changes: object) -> Path:
     content = {
         "merge_method": "greedy_soup",
-        "models": [{"model": str(place / str(number))} for number in range(COUNT)],
-        "evaluation": {"data": str(place / "valid.txt"), "max_seq_length": 12, "max_items": 10},
+        "models": [{"model": str(folder / str(number))} for number in range(COUNT)],
+        "evaluation": {"data": str(folder / "valid.txt"), "max_seq_length": 12, "max_items": 10},
     } | changes
     path = tmp_path / "soup.yaml"
     path.write_text(yaml.safe_dump({k: v for k, v in content.items() if v is not None}))
@@ -61,13 +61,13 @@ def recipe_of(place: Path, tmp_path: Path, **changes: object) -> Path:
 
 
 @torch.no_grad()
-def plain_loss(states: list[dict], place: Path) -> float:
+def plain_loss(states: list[dict], folder: Path) -> float:
     """Mean cross entropy of the mean of models, block by block and token by token."""
     model = GPT2LMHeadModel(CONFIG).eval()
-    mean = {k: sum(one[k].double() for one in states) / len(states) for k in states[0]}
+    mean = {k: sum(item[k].double() for item in states) / len(states) for k in states[0]}
     model.load_state_dict({k: v.float() for k, v in mean.items()}, strict=False)
     model.tie_weights()
-    lines = (place / "valid.txt").read_text().split("\n")
+    lines = (folder / "valid.txt").read_text().split("\n")
     ids = [n for line in lines if line for n in [2, *map(VOCAB.index, line.split()), 3]]
     total, count = 0.0, 0
     for start in range(0, 120, 12):
@@ -79,56 +79,56 @@ def plain_loss(states: list[dict], place: Path) -> float:
     return total / count
 
 
-def test_a_soup_is_that_of_the_plain_recipe(place, tmp_path):
-    states = [read_weights(place / str(number)) for number in range(COUNT)]
-    alone = [plain_loss([state], place) for state in states]
+def test_a_soup_is_that_of_the_plain_recipe(folder, tmp_path):
+    states = [read_weights(folder / str(number)) for number in range(COUNT)]
+    alone = [plain_loss([state], folder) for state in states]
     kept: list[int] = []
     best, tried = math.inf, {}
     for number in sorted(range(COUNT), key=lambda n: alone[n]):
-        loss = plain_loss([states[n] for n in (*kept, number)], place)
+        loss = plain_loss([states[n] for n in (*kept, number)], folder)
         tried[number] = loss
         if loss <= best:
             kept, best = [*kept, number], loss
     assert 1 < len(kept) < COUNT  # else there is nothing to see
 
-    plan, tasted = greedy_soup(read_recipe(recipe_of(place, tmp_path)), tmp_path / "out")
-    assert [one.number for one in tasted] == list(tried)
-    for one in tasted:
-        assert one.loss == pytest.approx(alone[one.number], abs=1e-5)
-        assert one.soup_loss == pytest.approx(tried[one.number], abs=1e-5)
-        assert one.kept is (one.number in kept)
-    found = read_weights(tmp_path / "out")
-    for name, tensor in found.items():
+    plan, tasted = greedy_soup(read_recipe(recipe_of(folder, tmp_path)), tmp_path / "out")
+    assert [item.number for item in tasted] == list(tried)
+    for item in tasted:
+        assert item.loss == pytest.approx(alone[item.number], abs=1e-5)
+        assert item.soup_loss == pytest.approx(tried[item.number], abs=1e-5)
+        assert item.kept is (item.number in kept)
+    result = read_weights(tmp_path / "out")
+    for name, tensor in result.items():
         torch.testing.assert_close(tensor, sum(states[n][name] for n in kept) / len(kept))
     record = json.loads((tmp_path / "out" / "merge.json").read_text())
     assert record["merge_method"] == "greedy_soup" and record["evaluation"]["max_items"] == 10
-    assert [one["kept"] for one in record["tasted"]] == [one.kept for one in tasted]
-    assert [Path(one["path"]).name for one in record["parents"]] == [str(n) for n in sorted(kept)]
+    assert [item["kept"] for item in record["tasted"]] == [item.kept for item in tasted]
+    assert [Path(item["path"]).name for item in record["parents"]] == [str(n) for n in sorted(kept)]
     card = (tmp_path / "out" / "README.md").read_text()
     assert "A merge (greedy_soup)" in card and card.count("left out") == COUNT - len(kept)
     assert f"{len(kept)} models" in plan.describe()
     # What is held out may not be there, and then nothing is.
     with pytest.raises(UserError, match="exists already"):
-        greedy_soup(read_recipe(recipe_of(place, tmp_path)), tmp_path / "out")
+        greedy_soup(read_recipe(recipe_of(folder, tmp_path)), tmp_path / "out")
 
 
-def test_ties_keep_the_order_and_do_no_harm(place, monkeypatch):
-    paths = [str(place / str(number)) for number in (1, 0, 2)]
+def test_ties_keep_the_order_and_do_no_harm(folder, monkeypatch):
+    paths = [str(folder / str(number)) for number in (1, 0, 2)]
     equal = select_models(paths, lambda model: {"a": 1.0, "b": 3.0}, torch.device("cpu"))
-    assert [(one.number, one.loss, one.kept) for one in equal] == [
+    assert [(item.number, item.loss, item.kept) for item in equal] == [
         (0, 2.0, True),
         (1, 2.0, True),
         (2, 2.0, True),
     ]
     numbers = iter([math.nan, 2.0, 1.0, 1.5, math.nan])
     tasted = select_models(paths, lambda model: {"loss": next(numbers)}, torch.device("cpu"))
-    assert [(one.number, one.kept) for one in tasted] == [(2, True), (1, False), (0, False)]
+    assert [(item.number, item.kept) for item in tasted] == [(2, True), (1, False), (0, False)]
     with pytest.raises(UserError, match="the loss of every model is inf"):
         select_models(paths, lambda model: {"loss": math.nan}, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"evaluation": None}, "evaluation: is missing; give"),
         ({"evaluation": {"dta": "x"}}, "evaluation: unknown key 'dta'"),
@@ -143,26 +143,26 @@ def test_ties_keep_the_order_and_do_no_harm(place, monkeypatch):
         ({"merge_method": "linear"}, "evaluation goes with greedy_soup, not linear"),
     ],
 )
-def test_recipes_that_are_no_soup(place, tmp_path, monkeypatch, changes, told):
-    monkeypatch.chdir(place)
+def test_recipes_that_are_no_soup(folder, tmp_path, monkeypatch, changes, message):
+    monkeypatch.chdir(folder)
     with pytest.raises(UserError) as error:
-        greedy_soup(read_recipe(recipe_of(place, tmp_path, **changes)), tmp_path / "out")
-    assert told in str(error.value)
+        greedy_soup(read_recipe(recipe_of(folder, tmp_path, **changes)), tmp_path / "out")
+    assert message in str(error.value)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_dry_run_runs_no_model(place, tmp_path, monkeypatch):
+def test_a_dry_run_runs_no_model(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(soup_module, "load_model", None)
-    recipe = read_recipe(recipe_of(place, tmp_path))
+    recipe = read_recipe(recipe_of(folder, tmp_path))
     plan, tasted = greedy_soup(recipe, None, dry_run=True)
     assert "5 models" in plan.describe() and tasted == []
     assert [path.name for path in tmp_path.iterdir()] == ["soup.yaml"]
 
 
-def test_models_of_unequal_vocabularies(place, tmp_path):
+def test_models_of_unequal_vocabularies(folder, tmp_path):
     model = GPT2LMHeadModel(GPT2Config(**{**CONFIG.to_dict(), "vocab_size": len(VOCAB) + 4}))
     model.save_pretrained(tmp_path / "larger")
-    models = [{"model": str(place / "0")}, {"model": str(tmp_path / "larger")}]
-    recipe = read_recipe(recipe_of(place, tmp_path, models=models))
+    models = [{"model": str(folder / "0")}, {"model": str(tmp_path / "larger")}]
+    recipe = read_recipe(recipe_of(folder, tmp_path, models=models))
     with pytest.raises(UserError, match=r"vocab_size|embedding|wte"):
         greedy_soup(recipe, None, dry_run=True)

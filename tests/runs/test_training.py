@@ -28,7 +28,7 @@ def args(*flags: str):
 
 
 def test_resumed_runs_keep_what_decides_their_numbers():
-    one = settings_to_keep(args("--seed", "1", "--output_dir", "a"), "digest", 64)
+    item = settings_to_keep(args("--seed", "1", "--output_dir", "a"), "digest", 64)
     other = settings_to_keep(
         args(
             *("--seed", "1", "--output_dir", "b", "--per_device_train_batch_size", "4"),
@@ -37,12 +37,12 @@ def test_resumed_runs_keep_what_decides_their_numbers():
         "digest",
         64,
     )
-    assert one == other
+    assert item == other
     for flag, value in (("--seed", "2"), ("--learning_rate", "1"), ("--untie", "feedforward")):
         changed = settings_to_keep(args(flag, value), "digest", 64)
-        assert [key for key in one if one[key] != changed[key]] == [flag[2:]]
-    assert settings_to_keep(args(), "other", 64) != one
-    assert settings_to_keep(args(), "digest", 32) != one
+        assert [key for key in item if item[key] != changed[key]] == [flag[2:]]
+    assert settings_to_keep(args(), "other", 64) != item
+    assert settings_to_keep(args(), "digest", 32) != item
     known = {name for cls in ALL for name in cls.__dataclass_fields__}
     assert known >= FREE_ON_RESUME
 
@@ -70,28 +70,32 @@ def together(rank: int, root) -> dict[str, object]:
 
     logging.disable(logging.CRITICAL)
     check_agreement({"the run": "a", "the data": "b"})
-    told: dict[str, object] = {}
+    output: dict[str, object] = {}
     try:
         check_agreement({"the run": "a", "the data": f"digest {rank}", "code": "c"})
     except UserError as error:
-        told["disagree"] = str(error)
-    told["table"] = group_table(topology(2, "demix"), torch.device("cpu"))
+        output["disagree"] = str(error)
+    output["table"] = group_table(topology(2, "demix"), torch.device("cpu"))
     parsed = args("--seed", "7", "--output_dir", str(root / "out"))
     record_run(root / "out", {"zero_optimization": {"stage": 1}}, parsed)
     (root / "file").touch()
     try:
         record_run(root / "file" / "out", {}, parsed)
     except UserError as error:
-        told["unwritable"] = str(error)
-    return told
+        output["unwritable"] = str(error)
+    return output
 
 
 @pytest.mark.slow
 def test_ranks_agree_or_all_of_them_stop(tmp_path):
-    for told in on_ranks(2, together, tmp_path):
-        assert told["disagree"].startswith("the ranks disagree about the data: start all of them")
-        assert told["unwritable"] == f"--output_dir {tmp_path / 'file' / 'out'}: cannot be written"
-        rows = [line.split() for line in told["table"].splitlines()]
+    for message in on_ranks(2, together, tmp_path):
+        assert message["disagree"].startswith(
+            "the ranks disagree about the data: start all of them"
+        )
+        assert (
+            message["unwritable"] == f"--output_dir {tmp_path / 'file' / 'out'}: cannot be written"
+        )
+        rows = [line.split() for line in message["table"].splitlines()]
         assert [row[0] for row in rows] == ["rank", "0", "1"]
         assert [row[3:] for row in rows[1:]] == [["law,med", "0-1", "0"], ["code,news", "0-1", "1"]]
     assert yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())["seed"] == 7

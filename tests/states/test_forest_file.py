@@ -23,50 +23,50 @@ def models(tmp_path_factory):
 
 
 @pytest.fixture
-def place(models, tmp_path):
+def folder(models, tmp_path):
     return shutil.copytree(models, tmp_path / "place")
 
 
-def law(place) -> Expert:
+def law(folder) -> Expert:
     parents = (Parent("seed/checkpoints/step-3", 1.0),)
-    return Expert("law", place / "law", None, parents, 5, 3, 7, 640, 2, "abc", "def")
+    return Expert("law", folder / "law", None, parents, 5, 3, 7, 640, 2, "abc", "def")
 
 
-def test_what_is_written_is_read(place, tmp_path):
-    with edit_forest(place) as experts:
+def test_what_is_written_is_read(folder, tmp_path):
+    with edit_forest(folder) as experts:
         assert experts == []
-        experts += [law(place), Expert("code", place / "mixed", "code")]
-    forest = open_forest(place)
-    assert forest == open_forest(place / "forest.json")
+        experts += [law(folder), Expert("code", folder / "mixed", "code")]
+    forest = open_forest(folder)
+    assert forest == open_forest(folder / "forest.json")
     assert forest.domains == ("law", "code")
-    assert forest.experts == (law(place), Expert("code", place / "mixed", "code"))
-    record = json.loads((place / "forest.json").read_text())["experts"][0]
+    assert forest.experts == (law(folder), Expert("code", folder / "mixed", "code"))
+    record = json.loads((folder / "forest.json").read_text())["experts"][0]
     assert record["path"] == "law" and record["member"] is None
-    moved = shutil.move(place, tmp_path / "moved")
+    moved = shutil.move(folder, tmp_path / "moved")
     assert open_forest(moved).experts[0].path == tmp_path / "moved" / "law"
 
 
-def test_experts_elsewhere_keep_their_whole_path(place, tmp_path):
+def test_experts_elsewhere_keep_their_whole_path(folder, tmp_path):
     with edit_forest(tmp_path / "other" / "forest.json") as experts:
-        experts.append(Expert("law", place / "law"))
-    assert open_forest(tmp_path / "other").experts == (Expert("law", place / "law"),)
+        experts.append(Expert("law", folder / "law"))
+    assert open_forest(tmp_path / "other").experts == (Expert("law", folder / "law"),)
 
 
-def test_model_folders_are_forests(place):
-    members = open_forest(place / "mixed").experts
+def test_model_folders_are_forests(folder):
+    members = open_forest(folder / "mixed").experts
     assert [(e.domain, e.member, e.path) for e in members] == [
-        (name, name, place / "mixed") for name in ("law", "code", "art")
+        (name, name, folder / "mixed") for name in ("law", "code", "art")
     ]
-    shutil.rmtree(place / "mixed")
-    shutil.rmtree(place / "wide")
-    assert open_forest(place).experts == (
-        Expert("law", place / "law"),
-        Expert("med", place / "med"),
+    shutil.rmtree(folder / "mixed")
+    shutil.rmtree(folder / "wide")
+    assert open_forest(folder).experts == (
+        Expert("law", folder / "law"),
+        Expert("med", folder / "med"),
     )
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"path": "gone"}, "no config.json"),
         ({"path": 3}, r"experts\[0\]: path is 3"),
@@ -81,18 +81,18 @@ def test_model_folders_are_forests(place):
         ({"path": "wide"}, "different vocabularies: 31 of law, 23 of med"),
     ],
 )
-def test_wrong_entries_are_named(place, change, told):
+def test_wrong_entries_are_named(folder, change, message):
     entries = [{"domain": "law", "path": "law"} | change, {"domain": "med", "path": "med"}]
     text = json.dumps({"format": 1, "experts": entries})
-    (place / "forest.json").write_text(text)
+    (folder / "forest.json").write_text(text)
     for attempt in (open_forest, lambda path: edit_forest(path).__enter__().clear()):
-        if "experts[0]" in told or attempt is open_forest:
-            with pytest.raises(UserError, match=told):
-                attempt(place)
+        if "experts[0]" in message or attempt is open_forest:
+            with pytest.raises(UserError, match=message):
+                attempt(folder)
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("{", "JSON"),
         ("[" * 100_000, "JSON"),
@@ -104,45 +104,45 @@ def test_wrong_entries_are_named(place, change, told):
         ('{"format": 1, "experts": []}', "holds no expert"),
     ],
 )
-def test_other_files_are_refused(place, text, told):
-    (place / "forest.json").write_text(text)
-    with pytest.raises(UserError, match=told):
-        open_forest(place)
+def test_other_files_are_refused(folder, text, message):
+    (folder / "forest.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        open_forest(folder)
 
 
-def test_what_is_no_forest_is_refused(place, tmp_path):
+def test_what_is_no_forest_is_refused(folder, tmp_path):
     with pytest.raises(UserError, match="one dense model"):
-        open_forest(place / "law")
+        open_forest(folder / "law")
     with pytest.raises(UserError, match="holds no expert"):
         open_forest(tmp_path / "nothing")
 
 
-def test_a_failed_edit_changes_nothing(place):
-    with edit_forest(place) as experts:
-        experts.append(law(place))
-    before = (place / "forest.json").read_bytes()
-    with pytest.raises(ZeroDivisionError), edit_forest(place) as experts:
-        experts.append(Expert("med", place / "med"))
+def test_a_failed_edit_changes_nothing(folder):
+    with edit_forest(folder) as experts:
+        experts.append(law(folder))
+    before = (folder / "forest.json").read_bytes()
+    with pytest.raises(ZeroDivisionError), edit_forest(folder) as experts:
+        experts.append(Expert("med", folder / "med"))
         raise ZeroDivisionError
-    with pytest.raises(UserError, match="vocabularies"), edit_forest(place) as experts:
-        experts.append(Expert("wide", place / "wide"))
-    assert (place / "forest.json").read_bytes() == before
+    with pytest.raises(UserError, match="vocabularies"), edit_forest(folder) as experts:
+        experts.append(Expert("wide", folder / "wide"))
+    assert (folder / "forest.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_an_error_while_writing_changes_nothing(place, monkeypatch, call):
-    with edit_forest(place) as experts:
-        experts.append(law(place))
-    before = (place / "forest.json").read_bytes()
+def test_an_error_while_writing_changes_nothing(folder, monkeypatch, call):
+    with edit_forest(folder) as experts:
+        experts.append(law(folder))
+    before = (folder / "forest.json").read_bytes()
 
     def fails(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files.os, call, fails)
-    with pytest.raises(OSError, match="No space"), edit_forest(place) as experts:
-        experts.append(Expert("med", place / "med"))
-    assert (place / "forest.json").read_bytes() == before
-    assert not list(place.glob(".forest.json.*.tmp"))
+    with pytest.raises(OSError, match="No space"), edit_forest(folder) as experts:
+        experts.append(Expert("med", folder / "med"))
+    assert (folder / "forest.json").read_bytes() == before
+    assert not list(folder.glob(".forest.json.*.tmp"))
 
 
 class Crash(BaseException):
@@ -162,14 +162,14 @@ def crashing(original, left: list[int]):
     return call
 
 
-def test_a_kill_at_any_call_leaves_the_old_forest_or_the_new(place, monkeypatch):
+def test_a_kill_at_any_call_leaves_the_old_forest_or_the_new(folder, monkeypatch):
     """As if killed at the first call that changes the disk, at the second, and so on."""
-    with edit_forest(place) as experts:
-        experts.append(law(place))
-    seen, done, start = [], False, (place / "forest.json").read_bytes()
+    with edit_forest(folder) as experts:
+        experts.append(law(folder))
+    seen, done, start = [], False, (folder / "forest.json").read_bytes()
     while not done:
-        (place / "forest.json").write_bytes(start)
-        (place / "config.json").unlink(missing_ok=True)
+        (folder / "forest.json").write_bytes(start)
+        (folder / "config.json").unlink(missing_ok=True)
         left = [len(seen)]
         with monkeypatch.context() as patch:
             for name in ("fsync", "replace"):
@@ -178,57 +178,57 @@ def test_a_kill_at_any_call_leaves_the_old_forest_or_the_new(place, monkeypatch)
             # The end of a process leaves temporary files where they are.
             patch.setattr("pathlib.Path.unlink", crashing(Path.unlink, left))
             try:
-                with edit_forest(place) as experts:
-                    experts.append(Expert("med", place / "med"))
+                with edit_forest(folder) as experts:
+                    experts.append(Expert("med", folder / "med"))
                 done = True
             except Crash:
                 pass
-        seen.append(open_forest(place).domains)
+        seen.append(open_forest(folder).domains)
     assert seen[0] == ("law",) and seen[-1] == ("law", "med") and len(seen) > 8
     assert seen == sorted(seen)  # never back
-    with edit_forest(place):
+    with edit_forest(folder):
         pass
-    assert not list(place.glob(".forest.json.*.tmp"))
+    assert not list(folder.glob(".forest.json.*.tmp"))
 
 
-def test_parents_inside_move_with_the_forest(place, tmp_path):
-    parents = tuple(Parent(str(at / "seed"), 0.5) for at in (place, tmp_path / "elsewhere"))
-    with edit_forest(place) as experts:
-        experts.append(Expert("law", place / "law", parents=parents))
-    paths = [parent.path for parent in open_forest(place).experts[0].parents]
+def test_parents_inside_move_with_the_forest(folder, tmp_path):
+    parents = tuple(Parent(str(at / "seed"), 0.5) for at in (folder, tmp_path / "elsewhere"))
+    with edit_forest(folder) as experts:
+        experts.append(Expert("law", folder / "law", parents=parents))
+    paths = [parent.path for parent in open_forest(folder).experts[0].parents]
     assert paths == ["seed", str(tmp_path / "elsewhere" / "seed")]
 
 
-def test_a_run_stands_for_its_model(place, tmp_path):
-    shutil.copytree(place / "mixed", tmp_path / "run" / "model")
+def test_a_run_stands_for_its_model(folder, tmp_path):
+    shutil.copytree(folder / "mixed", tmp_path / "run" / "model")
     (tmp_path / "run" / "checkpoints").mkdir()
     assert open_forest(tmp_path / "run").domains == ("law", "code", "art")
 
 
-def add(place, number: int) -> None:
-    with edit_forest(place) as experts:
-        experts.append(Expert(f"law{number}", place / "law"))
+def add(folder, number: int) -> None:
+    with edit_forest(folder) as experts:
+        experts.append(Expert(f"law{number}", folder / "law"))
 
 
-def test_editors_wait_for_each_other(place):
+def test_editors_wait_for_each_other(folder):
     assert module.FILE == "forest.json"
     context = multiprocessing.get_context("fork")
-    editors = [context.Process(target=add, args=(place, number)) for number in range(8)]
+    editors = [context.Process(target=add, args=(folder, number)) for number in range(8)]
     for editor in editors:
         editor.start()
     for editor in editors:
         editor.join(60)
-    assert sorted(open_forest(place).domains) == [f"law{number}" for number in range(8)]
+    assert sorted(open_forest(folder).domains) == [f"law{number}" for number in range(8)]
 
 
-def test_a_forest_has_the_tokenizer_of_its_experts(place):
+def test_a_forest_has_the_tokenizer_of_its_experts(folder):
     """That of the first expert with one; a tokenizer that is there already stays."""
-    (place / "med" / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
-    (place / "med" / "tokenizer_config.json").write_text("{}")
-    (place / "med" / "notes.json").write_text("{}")
-    forest = place / "forest"
+    (folder / "med" / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
+    (folder / "med" / "tokenizer_config.json").write_text("{}")
+    (folder / "med" / "notes.json").write_text("{}")
+    forest = folder / "forest"
     with edit_forest(forest) as experts:
-        experts += [Expert(name, place / name) for name in ("law", "med")]
+        experts += [Expert(name, folder / name) for name in ("law", "med")]
     files = {file.name for file in forest.iterdir() if not file.name.startswith(".")}
     assert files == {"forest.json", "config.json", "tokenizer.json", "tokenizer_config.json"}
     assert (forest / "tokenizer.json").read_text() == '{"model": {"vocab": {"a": 0}}}'

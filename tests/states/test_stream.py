@@ -81,10 +81,10 @@ def test_too_few_elements_are_noticed(tmp_path):
 
 def test_pieces_cover_a_tensor_once():
     for numel in (0, 1, PIECE // 4, PIECE // 4 + 1, 3 * PIECE // 4 - 1):
-        found = list(pieces(numel))
-        assert sum(stop - start for start, stop in found) == numel
-        assert all(b == c for (_, b), (c, _) in pairwise(found))
-        assert len(found) == math.ceil(numel / (PIECE // 4))
+        result = list(pieces(numel))
+        assert sum(stop - start for start, stop in result) == numel
+        assert all(b == c for (_, b), (c, _) in pairwise(result))
+        assert len(result) == math.ceil(numel / (PIECE // 4))
 
 
 def test_a_member_is_the_dense_model_of_its_domain(tmp_path):
@@ -116,10 +116,10 @@ def test_a_member_is_the_dense_model_of_its_domain(tmp_path):
 
 
 def test_broken_folders_are_refused_by_name(tmp_path):
-    def refused(*told: str) -> None:
+    def refused(*message: str) -> None:
         with pytest.raises(UserError) as error, ModelFolder(tmp_path) as folder:
             folder.read("a")
-        assert all(part in str(error.value) for part in told), error.value
+        assert all(part in str(error.value) for part in message), error.value
 
     refused(str(tmp_path), "no weights")
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
@@ -133,7 +133,7 @@ def test_broken_folders_are_refused_by_name(tmp_path):
     file.write_bytes(whole)
     file.rename(tmp_path / "part.safetensors")
     index = tmp_path / "model.safetensors.index.json"
-    for content, told in (
+    for content, message in (
         ("{", "is not the index"),
         ("[]", "is not the index"),
         ('{"weight_map": {"a": "../model.safetensors"}}', "not a file of this folder"),
@@ -142,7 +142,7 @@ def test_broken_folders_are_refused_by_name(tmp_path):
         ('{"weight_map": {"b": "part.safetensors"}}', "b is not in part.safetensors"),
     ):
         index.write_text(content)
-        refused(told)
+        refused(message)
     # Beside a single file an index counts for nothing, here as in transformers.
     file.write_bytes(whole)
     assert list(ModelFolder(tmp_path).tensors) == list(read_weights(tmp_path)) == ["a"]

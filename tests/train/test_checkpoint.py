@@ -87,7 +87,7 @@ def refused(call, *arguments) -> str:
 
 def inject_faults(root: Path) -> list[dict[str, object]]:
     """A fault at the first call of a save, at the second, and so on until none is left."""
-    told = []
+    message = []
     tiny = build_tiny(root, "feedforward", 1, keep=2)
     folder = tiny.checkpoints.folder
     assert tiny.checkpoints.save(TrainState(step=1))
@@ -103,7 +103,7 @@ def inject_faults(root: Path) -> list[dict[str, object]]:
                     saved = None
             left = hidden(folder)
             state = tiny.checkpoints.resume("auto")
-            told.append(
+            message.append(
                 dict(
                     crash=crash,
                     where=fault.where,
@@ -115,12 +115,12 @@ def inject_faults(root: Path) -> list[dict[str, object]]:
                 )
             )
             number, where = number + 1, fault.where
-    return told
+    return message
 
 
 def spoil(root: Path) -> dict[str, object]:
-    """What is made of folders that something happened to."""
-    told: dict[str, object] = {}
+    """Damaged checkpoint folders."""
+    message: dict[str, object] = {}
     lines: list[str] = []
 
     class Listen(logging.Handler):
@@ -130,34 +130,34 @@ def spoil(root: Path) -> dict[str, object]:
     logging.getLogger("megamod").addHandler(Listen())
     tiny = build_tiny(root, "none", 1, settings={"seed": 5, "untie": "none"})
     checkpoints, folder = tiny.checkpoints, tiny.checkpoints.folder
-    told["fresh"] = checkpoints.resume("auto"), checkpoints.resume("none")
+    message["fresh"] = checkpoints.resume("auto"), checkpoints.resume("none")
     for step in (1, 2, 3):
         for fragment in fragments(tiny.engine):
             fragment.tensors["exp_avg"].fill_(step)
         checkpoints.save(TrainState(step=step))
-    told["latest"] = (folder / "latest").read_text()
-    told["newest"] = checkpoints.resume("auto").step
+    message["latest"] = (folder / "latest").read_text()
+    message["newest"] = checkpoints.resume("auto").step
     shutil.copytree(folder / "step-2", root / "best")
-    told["path"] = checkpoints.resume(str(root / "best")).step
-    told["moments"] = {float(f.tensors["exp_avg"].min()) for f in fragments(tiny.engine)}
-    told["none"] = refused(checkpoints.resume, "none")
-    told["no path"] = refused(checkpoints.resume, str(root / "nowhere"))
+    message["path"] = checkpoints.resume(str(root / "best")).step
+    message["moments"] = {float(f.tensors["exp_avg"].min()) for f in fragments(tiny.engine)}
+    message["none"] = refused(checkpoints.resume, "none")
+    message["no path"] = refused(checkpoints.resume, str(root / "nowhere"))
     other = {"seed": 6, "untie": "none", "alpha": 0.5}
     changed = Checkpoints(folder, tiny.engine, tiny.topology, None, other, None)
-    told["changed"] = refused(changed.resume, "auto")
+    message["changed"] = refused(changed.resume, "auto")
 
     with open(folder / "step-3" / "optimizer-0.safetensors", "r+b") as file:
         file.truncate(1000)
-    told["truncated"] = checkpoints.resume("auto").step, lines[-1]
+    message["truncated"] = checkpoints.resume("auto").step, lines[-1]
     (folder / "step-2" / "manifest.json").unlink()
-    told["no manifest"] = checkpoints.resume("auto").step, lines[-1]
+    message["no manifest"] = checkpoints.resume("auto").step, lines[-1]
     # A spoilt newer folder is in no one's way, nor does it count among those to keep.
     checkpoints.keep = 1
-    told["beside"] = checkpoints.save(TrainState(step=2)), find_checkpoint(folder, "auto").name
+    message["beside"] = checkpoints.save(TrainState(step=2)), find_checkpoint(folder, "auto").name
     with open(folder / "step-2" / "config.json", "r+b") as file:
         file.write(b"[")
-    told["all"] = refused(checkpoints.resume, "auto")
-    return told
+    message["all"] = refused(checkpoints.resume, "auto")
+    return message
 
 
 def limit(root: Path) -> list[list[str]]:
@@ -179,15 +179,15 @@ def alone(rank: int, root: Path) -> dict[str, object]:
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory):
+def message(tmp_path_factory):
     root = tmp_path_factory.mktemp("checkpoint")
     return {"root": root, **on_ranks(1, alone, root)[0]}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("crash", [False, True], ids=["ENOSPC", "crash"])
-def test_a_fault_at_any_call_loses_nothing(told, crash):
-    rows = [row for row in told["faults"] if row["crash"] == crash]
+def test_a_fault_at_any_call_loses_nothing(message, crash):
+    rows = [row for row in message["faults"] if row["crash"] == crash]
     assert len(rows) > 20
     sites = {row["where"] for row in rows}
     assert sites == {"fsync", "replace", "rename", "mkdir", "rmtree", "open", ""}
@@ -206,16 +206,16 @@ def test_a_fault_at_any_call_loses_nothing(told, crash):
 
 
 @pytest.mark.slow
-def test_resume_takes_the_newest_or_what_it_is_told(told):
-    spoilt = told["spoilt"]
+def test_resume_takes_the_newest_or_what_it_is_told(message):
+    spoilt = message["spoilt"]
     assert spoilt["fresh"] == (None, None)
     assert (spoilt["latest"], spoilt["newest"]) == ("step-3\n", 3)
     assert (spoilt["path"], spoilt["moments"]) == (2, {2.0})
 
 
 @pytest.mark.slow
-def test_resume_refuses_to_guess(told):
-    spoilt, folder = told["spoilt"], told["root"] / "spoilt"
+def test_resume_refuses_to_guess(message):
+    spoilt, folder = message["spoilt"], message["root"] / "spoilt"
     assert "step-3" in spoilt["none"] and "--resume none" in spoilt["none"]
     assert f"{folder / 'nowhere' / 'manifest.json'} is missing" in spoilt["no path"]
     assert "seed: 5 then, 6 now; alpha: None then, 0.5 now" in spoilt["changed"]
@@ -224,8 +224,8 @@ def test_resume_refuses_to_guess(told):
 
 
 @pytest.mark.slow
-def test_a_bad_checkpoint_is_passed_over_with_a_warning(told):
-    spoilt, folder = told["spoilt"], told["root"] / "spoilt" / "checkpoints"
+def test_a_bad_checkpoint_is_passed_over_with_a_warning(message):
+    spoilt, folder = message["spoilt"], message["root"] / "spoilt" / "checkpoints"
     step, line = spoilt["truncated"]
     assert step == 2
     assert f"{folder / 'step-3' / 'optimizer-0.safetensors'} has 1000 bytes, not" in line
@@ -236,8 +236,8 @@ def test_a_bad_checkpoint_is_passed_over_with_a_warning(told):
 
 
 @pytest.mark.slow
-def test_only_so_many_are_kept(told):
-    assert told["limit"] == [
+def test_only_so_many_are_kept(message):
+    assert message["limit"] == [
         ["latest", "step-1"],
         ["latest", "step-1", "step-2"],
         ["latest", "step-10", "step-2"],
@@ -247,9 +247,9 @@ def test_only_so_many_are_kept(told):
 
 
 @pytest.mark.slow
-def test_every_flipped_bit_is_found(told, tmp_path):
+def test_every_flipped_bit_is_found(message, tmp_path):
     """300 single bits of a checkpoint, a third of them in its manifest."""
-    whole = told["root"] / "limit" / "checkpoints" / "step-12"
+    whole = message["root"] / "limit" / "checkpoints" / "step-12"
     folder = shutil.copytree(whole, tmp_path / "step-12")
     assert verify(folder) == []
     random_ = random.Random(0)
@@ -269,7 +269,7 @@ def full_disk(rank: int, root: Path) -> dict[str, str]:
     """Rank 1 cannot write more than 4 kB into a file during step 2."""
     logging.disable(logging.ERROR)
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-    told = {}
+    message = {}
 
     class Limited:
         def __init__(self, objective):
@@ -285,7 +285,7 @@ def full_disk(rank: int, root: Path) -> dict[str, str]:
 
     for untie, stage, policy in (("none", 3, "continue"), ("feedforward", 1, "stop")):
         options = dict(save_steps=1, save_failure=policy, wrap_objective=Limited)
-        told[policy] = refused(lambda: run_tiny(root / policy, untie, stage, 4, **options))  # noqa: B023
+        message[policy] = refused(lambda: run_tiny(root / policy, untie, stage, 4, **options))  # noqa: B023
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
     # One rank cannot even make the folder, with weights that are gathered by all.
@@ -298,20 +298,20 @@ def full_disk(rank: int, root: Path) -> dict[str, str]:
         original(path, *arguments, **options)
 
     Path.mkdir = no_mkdir
-    told["mkdir"] = tiny.checkpoints.save(TrainState(step=1))
+    message["mkdir"] = tiny.checkpoints.save(TrainState(step=1))
     Path.mkdir = original
-    told["mended"] = tiny.checkpoints.save(TrainState(step=1))
-    return told
+    message["mended"] = tiny.checkpoints.save(TrainState(step=1))
+    return message
 
 
 @pytest.mark.slow
 def test_a_rank_without_disk_ends_the_run_as_wanted(tmp_path):
     """--save_failure continue: all other checkpoints are made, and the run ends with an error."""
-    for told in on_ranks(2, full_disk, tmp_path):
-        assert (told["mkdir"], told["mended"]) == (False, True)
+    for message in on_ranks(2, full_disk, tmp_path):
+        assert (message["mkdir"], message["mended"]) == (False, True)
         for policy in ("continue", "stop"):
             folder = tmp_path / policy / "checkpoints"
-            assert told[policy].startswith(f"{folder}: a checkpoint could not be written")
+            assert message[policy].startswith(f"{folder}: a checkpoint could not be written")
     names = {
         policy: sorted(path.name for path in (tmp_path / policy / "checkpoints").iterdir())
         for policy in ("continue", "stop")

@@ -74,5 +74,5 @@ def test_retrieval_beside_the_task():
     expected = output.task_loss / 2 + 0.5 * output.retrieval_loss * count / 22
     assert torch.allclose(scored.loss, expected)
     assert torch.allclose(scored.total, output.task_loss[None] * 4)
-    found = scored.further["retrieval_accuracy"]
-    assert found.tolist() == [float(output.retrieval_correct), float(count)] and count <= 12
+    result = scored.further["retrieval_accuracy"]
+    assert result.tolist() == [float(output.retrieval_correct), float(count)] and count <= 12

@@ -83,9 +83,9 @@ def test_checkpoints_are_those_of_a_run_without(trained, untie):
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["recomputed", "cut", "left"])
 def test_recomputing_and_resuming(trained, way):
-    wanted, got = (checkpoint(trained / f"feedforward-{name}") for name in ("compiled", way))
-    assert wanted.keys() == got.keys()
-    for name, tensor in wanted.items():
+    expected, got = (checkpoint(trained / f"feedforward-{name}") for name in ("compiled", way))
+    assert expected.keys() == got.keys()
+    for name, tensor in expected.items():
         if way == "cut":
             assert torch.equal(got[name], tensor), name
         else:
@@ -153,19 +153,19 @@ def test_pretraining(tmp_path):
         assert (compiled / "model" / "config.json").read_text() == (
             plain / "model" / "config.json"
         ).read_text()
-    wanted = losses(tmp_path / "feedforward-plain")
-    assert losses(tmp_path / "feedforward-left") == pytest.approx(wanted, abs=1e-5)
+    expected = losses(tmp_path / "feedforward-plain")
+    assert losses(tmp_path / "feedforward-left") == pytest.approx(expected, abs=1e-5)
 
 
 def four_losses(model: nn.Module, **fields: torch.Tensor) -> list[float]:
-    optimizer, found = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-4), []
+    optimizer, result = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-4), []
     for _ in range(4):
         loss = model(**fields).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        found.append(float(loss))
-    return found
+        result.append(float(loss))
+    return result
 
 
 def mux_bert() -> nn.Module:
@@ -189,8 +189,8 @@ def test_encoders(make, backend):
     plain, compiled = make(), make()
     assert compile_blocks(compiled, backend) == 2
     assert compiled.state_dict().keys() == plain.state_dict().keys()
-    wanted = four_losses(plain, input_ids=ids, labels=labels)
-    assert four_losses(compiled, input_ids=ids, labels=labels) == pytest.approx(wanted, abs=1e-5)
+    expected = four_losses(plain, input_ids=ids, labels=labels)
+    assert four_losses(compiled, input_ids=ids, labels=labels) == pytest.approx(expected, abs=1e-5)
 
 
 def test_domains_share_what_is_compiled():
@@ -201,15 +201,15 @@ def test_domains_share_what_is_compiled():
     model = DemixForCausalLM(tiny_config("feedforward"))
     initialise(model, seed=5)
     WITHOUT_CODE(model)
-    positions, found = torch.arange(LENGTH).expand(MICRO, LENGTH), []
+    positions, result = torch.arange(LENGTH).expand(MICRO, LENGTH), []
     for domain in DOMAINS:
         batch = make_batch(domain, 0, 0, ragged=False)
         model(
             batch["input_ids"], position_ids=positions, shift_labels=batch["labels"], domain=domain
         ).loss.backward()
-        found.append(counters["stats"]["unique_graphs"])
-    assert found == [found[0]] * len(DOMAINS)  # attention, expert, sum: once for all of them
-    assert found[0] == 3
+        result.append(counters["stats"]["unique_graphs"])
+    assert result == [result[0]] * len(DOMAINS)  # attention, expert, sum: once for all of them
+    assert result[0] == 3
 
 
 def test_refusals(monkeypatch):

@@ -41,7 +41,7 @@ def loss_of(model, batch, choose: bool, items: float):
 
 def steps(rank: int, cases) -> list[dict[str, object]]:
     """The gradient that plain descent at rate 1 has taken from the weights, by case."""
-    told = []
+    output = []
     for world, kind, stage, count, clip in cases:
         sharing = Sharing(kind)
         topology = DomainTopology(world, DOMAINS[:count], sharing)
@@ -75,12 +75,12 @@ def steps(rank: int, cases) -> list[dict[str, object]]:
             else:
                 taken[name] = (before[name] - parameter.detach()).numpy().copy()
         members = torch.distributed.get_process_group_ranks(group or torch.distributed.group.WORLD)
-        told.append(dict(taken=taken, norms=norms, members=members, rank=my_rank()))
-    return told
+        output.append(dict(taken=taken, norms=norms, members=members, rank=my_rank()))
+    return output
 
 
 @pytest.fixture(scope="module")
-def told():
+def output():
     return on_ranks(4, steps, CASES)
 
 
@@ -100,35 +100,35 @@ def naive(kind: str, count: int, only: str | None = None) -> dict[str, torch.Ten
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:
                 sums[name] += parameter.grad
-    return {name: one / total for name, one in sums.items()}
+    return {name: item / total for name, item in sums.items()}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(CASES)), ids=["-".join(map(str, c)) for c in CASES])
-def test_one_step_takes_the_gradient_of_the_joint_loss(told, number):
+def test_one_step_takes_the_gradient_of_the_joint_loss(output, number):
     """Experts too are divided by the tokens of all domains, not of their own."""
     _, kind, _, count, clip = CASES[number]
-    for rank, of in enumerate(told):
+    for rank, of in enumerate(output):
         domain = DOMAINS[rank // (4 // count)]
-        wanted = naive(kind, count, domain if kind == "btm" else None)
-        norm = torch.stack([one.square().sum() for one in wanted.values()]).sum().sqrt()
+        expected = naive(kind, count, domain if kind == "btm" else None)
+        norm = torch.stack([item.square().sum() for item in expected.values()]).sum().sqrt()
         factor = min(1.0, clip / float(norm)) if clip else 1.0
         assert clip == 0 or factor < 0.9
         got = of[number]
         assert got["norms"][0] is None
         assert got["norms"][1] == pytest.approx(float(norm), rel=1e-5)
-        for name, one in got["taken"].items():
+        for name, item in got["taken"].items():
             held = domain_of_name(name)
             assert held in (None, domain)
-            error = abs(torch.from_numpy(one) - factor * wanted[name]).max()
+            error = abs(torch.from_numpy(item) - factor * expected[name]).max()
             # What is taken is seen through the rounding of weights of about 1.
-            assert error <= 3e-7 + 1e-5 * factor * float(wanted[name].abs().max()), (rank, name)
+            assert error <= 3e-7 + 1e-5 * factor * float(expected[name].abs().max()), (rank, name)
 
 
 @pytest.mark.slow
-def test_the_loss_is_that_of_the_ranks_that_share_it(told):
+def test_the_loss_is_that_of_the_ranks_that_share_it(output):
     for number, (_, kind, *_) in enumerate(CASES):
-        for rank, of in enumerate(told):
+        for rank, of in enumerate(output):
             pair = [0, 1] if rank < 2 else [2, 3]
             assert of[number]["members"] == (pair if kind == "btm" else [0, 1, 2, 3])
 
@@ -149,7 +149,7 @@ def disagree(rank: int) -> str:
 
 @pytest.mark.slow
 def test_other_groups_than_those_of_the_data_are_refused():
-    told = on_ranks(4, disagree)
-    assert told[1].startswith("rank 1: DeepSpeed averages its experts over ranks [1, 3]")
-    assert told[1].endswith("data is read by ranks [0, 1]")
-    assert all(told)
+    output = on_ranks(4, disagree)
+    assert output[1].startswith("rank 1: DeepSpeed averages its experts over ranks [1, 3]")
+    assert output[1].endswith("data is read by ranks [0, 1]")
+    assert all(output)

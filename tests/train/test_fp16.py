@@ -27,7 +27,7 @@ def drill(rank: int, root) -> dict[str, tuple[bool, float, int]]:
     from deepspeed.accelerator import get_accelerator
 
     get_accelerator().is_fp16_supported = lambda: True
-    told = {}
+    output = {}
 
     def attempt(name, case, last, fault=None):
         untie, stage = CASES[case]
@@ -36,7 +36,7 @@ def drill(rank: int, root) -> dict[str, tuple[bool, float, int]]:
             options["wrap_objective"] = lambda objective: Faulty(objective, 2 * STEPS + 1, fault)
         engine, state, _ = run_tiny(root / f"{case}-{name}", untie, stage, last, **options)
         scale = float(engine.optimizer.loss_scale)
-        told[f"{case}-{name}"] = engine.fp16_enabled(), scale, state.skipped
+        output[f"{case}-{name}"] = engine.fp16_enabled(), scale, state.skipped
 
     for case in CASES:
         attempt("straight", case, 5)
@@ -44,7 +44,7 @@ def drill(rank: int, root) -> dict[str, tuple[bool, float, int]]:
         attempt("cut", case, 3)
         attempt("cut", case, 5)
         attempt("overflow", case, 4, fault=times(1e30))
-    return told
+    return output
 
 
 @pytest.fixture(scope="module")
@@ -60,16 +60,16 @@ def state_of(root, run: str, step: int) -> dict[str, object]:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_weights_are_near_those_of_fp32(drilled, case):
-    root, told = drilled
-    assert told[0][f"{case}-straight"] == (True, 2.0**7, 0)
+    root, output = drilled
+    assert output[0][f"{case}-straight"] == (True, 2.0**7, 0)
     half = masters(root / f"{case}-straight" / "checkpoints" / "step-5")
     exact = masters(root / f"{case}-exact" / "checkpoints" / "step-5")
     start = masters(root / f"{case}-straight" / "checkpoints" / "step-1")
     assert half.keys() == exact.keys()
     # Over all weights, as Adam takes full steps where the gradient is nothing but rounding.
     moved, apart = (
-        sum(float((one[name] - other[name]).square().sum()) for name in exact)
-        for one, other in ((exact, start), (exact, half))
+        sum(float((first[name] - other[name]).square().sum()) for name in exact)
+        for first, other in ((exact, start), (exact, half))
     )
     assert apart <= 0.05**2 * moved
     saved = tensors_of(root, f"{case}-straight", 5, part="model" if "dense" in case else "shared")
@@ -88,7 +88,7 @@ def test_a_resumed_run_has_equal_bits(drilled, case):
 @pytest.mark.parametrize("case", CASES)
 def test_an_overflow_lowers_the_scale_and_changes_nothing_else(drilled, case):
     """It is routine with fp16: the run goes on, whatever the policy for losses not finite."""
-    root, told = drilled
+    root, output = drilled
     two, three = (tensors_of(root, f"{case}-overflow", step, "optimizer") for step in (2, 3))
     assert same(two, three)
     assert not same(three, tensors_of(root, f"{case}-overflow", 4, "optimizer"))
@@ -96,5 +96,5 @@ def test_an_overflow_lowers_the_scale_and_changes_nothing_else(drilled, case):
         state_of(root, f"{case}-overflow", step)["loss_scaler"]["cur_scale"] for step in (2, 3)
     ]
     assert scales[1] < scales[0] == 2.0**7
-    for of in told:
+    for of in output:
         assert of[f"{case}-overflow"][2] == 1

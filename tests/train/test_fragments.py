@@ -31,7 +31,7 @@ def whole_weights(engine) -> dict[str, torch.Tensor]:
 
 
 def look(rank: int, root) -> list[dict[str, object]]:
-    told = []
+    output = []
     for number, (untie, stage, precision) in enumerate(CASES):
         engine = build_tiny(root / str(number), untie, stage, precision=precision).engine
         held, kinds = [], set()
@@ -55,7 +55,7 @@ def look(rank: int, root) -> list[dict[str, object]]:
             f.tensors["exp_avg"].fill_(2.0)
         refresh_weights(engine)
         after = whole_weights(engine)
-        told.append(
+        output.append(
             dict(
                 held=held,
                 kinds=kinds,
@@ -71,23 +71,23 @@ def look(rank: int, root) -> list[dict[str, object]]:
         set_optimizer_steps(engine, 17.0)
         assert optimizer_steps(engine) == 17.0
         assert all(float(f.tensors["exp_avg"].min()) == 2.0 for f in fragments(engine))
-    return told
+    return output
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory):
+def output(tmp_path_factory):
     return on_ranks(2, look, tmp_path_factory.mktemp("fragments"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(CASES)), ids=["-".join(map(str, c)) for c in CASES])
-def test_ranges_make_up_every_parameter_once(told, number):
+def test_ranges_make_up_every_parameter_once(output, number):
     untie, stage, _ = CASES[number]
     model = DemixForCausalLM(tiny_config(untie))
     initialise(model, seed=5)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     ranges: dict[str, list[tuple[int, int]]] = {}
-    for rank, of in enumerate(told):
+    for rank, of in enumerate(output):
         for name, start, size in of[number]["held"]:
             domain = domain_of_name(name)
             assert domain in (None, *DOMAINS[2 * rank : 2 * rank + 2])
@@ -103,10 +103,10 @@ def test_ranges_make_up_every_parameter_once(told, number):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(CASES)), ids=["-".join(map(str, c)) for c in CASES])
-def test_masters_are_the_weights_and_writing_them_writes_those(told, number):
-    for of in told:
+def test_masters_are_the_weights_and_writing_them_writes_those(output, number):
+    for of in output:
         row = of[number]
         assert row["kinds"] == {"master", "exp_avg", "exp_avg_sq"}
         assert (row["masters_agree"], row["arrived"], row["steps"]) == (True, True, 0.0)
     if CASES[number][0] == "none":
-        assert told[0][number]["names"] == told[1][number]["names"]
+        assert output[0][number]["names"] == output[1][number]["names"]

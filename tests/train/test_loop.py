@@ -1,4 +1,4 @@
-"""What the loop does when something goes wrong in the midst of a run, on two ranks."""
+"""Failures in the middle of a run, on two ranks."""
 
 import json
 import logging
@@ -70,7 +70,7 @@ def skipping_data(topology):
 def drill(rank: int, root: Path) -> dict[str, tuple[str, str, int, int, int]]:
     """All runs; by name: what was raised, its message, step, data_step and skipped steps."""
     logging.disable(logging.ERROR)
-    told = {}
+    output = {}
 
     def attempt(name, case, last=4, number=2 * STEPS + 1, fault=None, rank_of_fault=1, **options):
         untie, stage, precision, domains = CASES[case]
@@ -84,7 +84,7 @@ def drill(rank: int, root: Path) -> dict[str, tuple[str, str, int, int, int]]:
             seen = state.step, state.data_step, state.skipped
         except (PolicyStop, Interrupted) as error:
             raised, message = type(error).__name__, str(error)
-        told[f"{case}-{name}"] = (raised, message, *seen)
+        output[f"{case}-{name}"] = (raised, message, *seen)
 
     for case in CASES:
         # Micro-batch 1 of step 3 on rank 1.
@@ -106,7 +106,7 @@ def drill(rank: int, root: Path) -> dict[str, tuple[str, str, int, int, int]]:
         options = dict(fault=times(float("nan")), nonfinite="skip")
         attempt("skipped", case, last=3, **options)
         attempt("skipped", case)
-    return told
+    return output
 
 
 @pytest.fixture(scope="module")
@@ -125,13 +125,13 @@ def tensors_of(root: Path, run: str, step: int, part: str = "") -> dict[str, tor
     }
 
 
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    assert one.keys() == other.keys() and one
-    return all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+def same(first: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    assert first.keys() == other.keys() and first
+    return all(torch.equal(tensor, other[name]) for name, tensor in first.items())
 
 
 def state_of(root: Path, run: str, step: int) -> dict[str, object]:
-    """What was saved beside the weights; of independent models by the one of rank 1."""
+    """Return the state saved with the weights; of independent models that of rank 1."""
     folder = root / run / "checkpoints" / f"step-{step}"
     return json.loads((folder / ("med" if "btm" in run else "") / "state.json").read_text())
 
@@ -139,7 +139,7 @@ def state_of(root: Path, run: str, step: int) -> dict[str, object]:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", COUPLED)
 def test_skip_leaves_weights_and_optimizer_as_they_were(drilled, case):
-    root, told = drilled
+    root, output = drilled
     run = f"{case}-skip"
     assert same(tensors_of(root, run, 2), tensors_of(root, run, 3))
     assert not same(tensors_of(root, run, 3), tensors_of(root, run, 4))
@@ -148,7 +148,7 @@ def test_skip_leaves_weights_and_optimizer_as_they_were(drilled, case):
     assert two["optimizer_steps"] == three["optimizer_steps"] == 2.0
     assert three["state"]["skipped"] == 1
     for rank in (0, 1):  # the fault was on rank 1
-        assert told[rank][run] == ("", "", 4, 4, 1)
+        assert output[rank][run] == ("", "", 4, 4, 1)
     last = json.loads((root / run / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["skipped"] == 1
 
@@ -156,20 +156,20 @@ def test_skip_leaves_weights_and_optimizer_as_they_were(drilled, case):
 @pytest.mark.slow
 def test_skip_stays_in_its_own_domain(drilled):
     """With independent models only the one whose loss was not finite leaves the step out."""
-    root, told = drilled
+    root, output = drilled
     two, three = (tensors_of(root, "btm-zero1-skip", step) for step in (2, 3))
     med = {name for name in two if "med" in name}
     assert med and all(torch.equal(two[name], three[name]) for name in med)
     assert not all(torch.equal(two[name], three[name]) for name in two.keys() - med)
-    assert [of["btm-zero1-skip"][-1] for of in told] == [0, 1]
+    assert [of["btm-zero1-skip"][-1] for of in output] == [0, 1]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", list(CASES))
 def test_stop_saves_and_ends_on_every_rank(drilled, case):
-    root, told = drilled
+    root, output = drilled
     for rank in (0, 1):
-        raised, message, *_ = told[rank][f"{case}-stop"]
+        raised, message, *_ = output[rank][f"{case}-stop"]
         assert raised == "PolicyStop"
         assert "not finite at step 3" in message and "--nonfinite" in message
     two, three = (tensors_of(root, f"{case}-stop", step) for step in (2, 3))
@@ -181,21 +181,21 @@ def test_stop_saves_and_ends_on_every_rank(drilled, case):
 @pytest.mark.parametrize("case", COUPLED)
 def test_rollback_goes_on_from_the_checkpoint_with_later_data(drilled, case):
     """Step 4 failed, step 2 was saved: data steps 2 and 3 are left out, bit for bit."""
-    root, told = drilled
+    root, output = drilled
     for rank in (0, 1):
-        assert told[rank][f"{case}-rollback"] == ("", "", 4, 6, 1)
+        assert output[rank][f"{case}-rollback"] == ("", "", 4, 6, 1)
     assert same(tensors_of(root, f"{case}-rollback", 4), tensors_of(root, f"{case}-jump", 4))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", SPIKES)
 def test_a_spike_counts_as_not_finite(drilled, case):
-    root, told = drilled
+    root, output = drilled
     part = "med" if case.startswith("btm") else ""  # the fault was on rank 1
     two, three = (tensors_of(root, f"{case}-spike", step, part) for step in (2, 3))
     assert same(two, three)
-    assert told[1][f"{case}-spike"] == ("", "", 4, 4, 1)
-    assert told[1][f"{case}-calm"] == ("", "", 4, 4, 0)
+    assert output[1][f"{case}-spike"] == ("", "", 4, 4, 1)
+    assert output[1][f"{case}-calm"] == ("", "", 4, 4, 0)
     spike, calm = (state_of(root, f"{case}-{name}", 3)["state"] for name in ("spike", "calm"))
     # The spike did not enter the mean.
     assert spike["mean_loss"] == state_of(root, f"{case}-spike", 2)["state"]["mean_loss"]
@@ -218,7 +218,7 @@ def test_a_signal_to_one_rank_saves_and_ends_all(drilled, case):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["dense-zero1", "btm-zero1"])
 def test_a_skipped_step_is_remembered(drilled, case):
-    root, told = drilled
+    root, output = drilled
     straight, cut = (tensors_of(root, f"{case}-{name}", 4) for name in ("skip", "skipped"))
     assert same(straight, cut)
-    assert [of[f"{case}-skipped"] for of in told] == [of[f"{case}-skip"] for of in told]
+    assert [of[f"{case}-skipped"] for of in output] == [of[f"{case}-skip"] for of in output]

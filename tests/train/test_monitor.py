@@ -24,7 +24,7 @@ def scored(total, items, **further) -> Scored:
 
 
 def monitor_in(folder, **options) -> Monitor:
-    given = (
+    arguments = (
         dict(
             unit="tokens",
             max_steps=100,
@@ -35,7 +35,7 @@ def monitor_in(folder, **options) -> Monitor:
         )
         | options
     )
-    return Monitor(folder, ("law", "med", "code"), **given)
+    return Monitor(folder, ("law", "med", "code"), **arguments)
 
 
 def records(folder) -> list[dict[str, object]]:
@@ -93,14 +93,14 @@ def test_tensorboard_has_the_same_numbers(tmp_path):
     monitor.evaluated(3, {"law": 20.0}, "valid")
     monitor.close()
     events = EventAccumulator(str(tmp_path / "tb")).Reload()
-    wanted = {
+    expected = {
         "train/loss": 3.0,
         "train/loss/law": 3.0,
         "train/lr": 1e-3,
         "train/grad_norm": 0.5,
         "valid/law/ppl": 20.0,
     }
-    for tag, value in wanted.items():
+    for tag, value in expected.items():
         (event,) = events.Scalars(tag)
         assert (event.step, event.value) == (3, pytest.approx(value))
 
@@ -134,8 +134,8 @@ def test_the_environment_holds_versions_and_no_secrets(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     write_environment(tmp_path / "env.json")
     text = (tmp_path / "env.json").read_text()
-    told = json.loads(text)
-    assert told["versions"]["torch"] == torch.__version__
-    assert told["variables"]["OMP_NUM_THREADS"] == "3"
+    output = json.loads(text)
+    assert output["versions"]["torch"] == torch.__version__
+    assert output["variables"]["OMP_NUM_THREADS"] == "3"
     assert "secret" not in text
-    assert not math.isnan(told["cpus"])
+    assert not math.isnan(output["cpus"])

@@ -46,10 +46,10 @@ def test_the_domain_of_the_batch_chooses_the_expert():
     model, batch = model_of("feedforward"), make_batch("code", 3, 0)
     objective = CausalLM(DOMAINS, torch.device("cpu"), choose=True)
     other = {**batch, "domain": DOMAINS.index("law")}
-    losses = [objective.score(model, one, (1.0,)).loss.item() for one in (batch, other)]
-    wanted = [sum(naive(model, batch, domain)) for domain in ("code", "law")]
-    assert losses == pytest.approx(wanted, rel=1e-5)
-    assert abs(wanted[0] - wanted[1]) > 1e-2
+    losses = [objective.score(model, entry, (1.0,)).loss.item() for entry in (batch, other)]
+    expected = [sum(naive(model, batch, domain)) for domain in ("code", "law")]
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert abs(expected[0] - expected[1]) > 1e-2
 
 
 def test_rows_of_several_domains_are_told_apart():
@@ -70,5 +70,5 @@ def test_full_batches_need_no_mask():
     objective = CausalLM(DOMAINS, torch.device("cpu"), choose=False)
     scored = objective.score(model, batch, (1.0,))
     masked = {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
-    wanted = objective.score(model, masked, (1.0,))
-    assert scored.loss.item() == pytest.approx(wanted.loss.item(), rel=1e-6)
+    expected = objective.score(model, masked, (1.0,))
+    assert scored.loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)

@@ -39,12 +39,12 @@ def train_cases(rank: int, root: Path) -> None:
             options = dict(clip=CLIP, per_domain=2, domains=DOMAINS[:2])
         else:
             options = dict(clip=CLIP, per_domain=2)
-        there = dict(options, offload=offload)
-        run_tiny(root / name_of(case), untie, stage, STEPS, **there)
-        run_tiny(root / f"{name_of(case)}-cut", untie, stage, 2, **there)
-        run_tiny(root / f"{name_of(case)}-cut", untie, stage, STEPS, **there)
+        existing = dict(options, offload=offload)
+        run_tiny(root / name_of(case), untie, stage, STEPS, **existing)
+        run_tiny(root / f"{name_of(case)}-cut", untie, stage, 2, **existing)
+        run_tiny(root / f"{name_of(case)}-cut", untie, stage, STEPS, **existing)
         run_tiny(root / f"{name_of(case)}-moved", untie, 1, 2, **options)
-        run_tiny(root / f"{name_of(case)}-moved", untie, stage, STEPS, **there)
+        run_tiny(root / f"{name_of(case)}-moved", untie, stage, STEPS, **existing)
     for stage in (2, 3):
         half = dict(clip=CLIP, per_domain=2, precision="bf16")
         run_tiny(root / f"half-{stage}", "none", stage, STEPS, **half)
@@ -68,28 +68,28 @@ def last(folder: Path) -> Path:
 def test_steps_are_those_of_the_joint_objective(trained, case, way):
     checkpoint = last(trained / (name_of(case) + way))
     if case[0] == "all":
-        wanted = reference("all", STEPS, 2, CLIP, DOMAINS[:2])
-        for domain, (weights, _) in wanted.items():
+        expected = reference("all", STEPS, 2, CLIP, DOMAINS[:2])
+        for domain, (weights, _) in expected.items():
             assert relative(read_weights(checkpoint / domain), weights) <= 1e-6
     else:
-        wanted, _ = reference(case[0], STEPS, 2, CLIP)
-        assert relative(read_weights(checkpoint), wanted) <= 1e-6
+        expected, _ = reference(case[0], STEPS, 2, CLIP)
+        assert relative(read_weights(checkpoint), expected) <= 1e-6
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=map(name_of, CASES))
 def test_a_resumed_run_has_equal_bits(trained, case):
-    one = tensors_of(last(trained / name_of(case)))
+    item = tensors_of(last(trained / name_of(case)))
     other = tensors_of(last(trained / f"{name_of(case)}-cut"))
-    assert one.keys() == other.keys() and len(one) > 50
-    assert [name for name, tensor in one.items() if not torch.equal(tensor, other[name])] == []
+    assert item.keys() == other.keys() and len(item) > 50
+    assert [name for name, tensor in item.items() if not torch.equal(tensor, other[name])] == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_in_bf16_masters_are_those_of_a_run_without(trained, stage):
-    one, other = (masters(last(trained / f"half-{stage}{end}")) for end in ("", "-off"))
-    assert relative(other, one) <= 1e-6
+    first, other = (masters(last(trained / f"half-{stage}{end}")) for end in ("", "-off"))
+    assert relative(other, first) <= 1e-6
 
 
 def swap(rank: int, root: Path) -> None:
@@ -97,13 +97,13 @@ def swap(rank: int, root: Path) -> None:
     logging.disable(logging.WARNING)
     options = dict(clip=CLIP, per_domain=2, width=256, domains=DOMAINS[:2])
     disk = {"device": "nvme", "nvme_path": str(root / "disk")}
-    there = {"sub_group_size": 300_000, "offload_optimizer": disk}
+    existing = {"sub_group_size": 300_000, "offload_optimizer": disk}
     run_tiny(root / "memory", "none", 3, STEPS, **options)
-    run_tiny(root / "disk-straight", "none", 3, STEPS, **options, offload=there)
+    run_tiny(root / "disk-straight", "none", 3, STEPS, **options, offload=existing)
     assert list((root / "disk").rglob("*.swp"))
-    run_tiny(root / "disk-cut", "none", 3, 2, **options, offload=there)
-    run_tiny(root / "disk-cut", "none", 3, STEPS, **options, offload=there)
-    run_tiny(root / "moved", "none", 3, 2, **options, offload=there)
+    run_tiny(root / "disk-cut", "none", 3, 2, **options, offload=existing)
+    run_tiny(root / "disk-cut", "none", 3, STEPS, **options, offload=existing)
+    run_tiny(root / "moved", "none", 3, 2, **options, offload=existing)
     run_tiny(root / "moved", "none", 1, STEPS, **options)
 
 
@@ -123,8 +123,8 @@ def test_an_optimizer_on_a_disk(tmp_path):
     assert [name for name, tensor in straight.items() if not torch.equal(tensor, cut[name])] == []
     for other in ("disk-straight", "moved"):
         for kind in ("master", "exp_avg", "exp_avg_sq"):
-            wanted, got = (masters(last(tmp_path / run), kind) for run in ("memory", other))
-            for values in (wanted, got):
+            expected, got = (masters(last(tmp_path / run), kind) for run in ("memory", other))
+            for values in (expected, got):
                 for layer in (0, 1):  # its gradient is zero but for rounding
                     del values[f"model.layers.{layer}.attention.k_proj.bias"]
-            assert relative(got, wanted) <= 1e-5
+            assert relative(got, expected) <= 1e-5

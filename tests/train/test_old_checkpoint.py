@@ -54,13 +54,13 @@ def run(output: str) -> None:
     pretrain(*parse_args(*classes, argv=[*FLAGS.split(), "--output_dir", output]))
 
 
-def both(rank: int, place: Path) -> None:
+def both(rank: int, root: Path) -> None:
     """The run without a pause, and the one that begins at the old checkpoint."""
     logging.disable(logging.WARNING)
-    os.chdir(place)  # run.yaml names the folders
-    write_data(place / "bin")
+    os.chdir(root)  # run.yaml names the folders
+    write_data(root / "bin")
     run("whole")
-    shutil.copytree(OLD, place / "resumed" / "checkpoints" / "step-2")
+    shutil.copytree(OLD, root / "resumed" / "checkpoints" / "step-2")
     run("resumed")
 
 
@@ -73,14 +73,14 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    place = tmp_path_factory.mktemp("old")
-    on_ranks(1, both, place)
-    return place
+def root(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("old")
+    on_ranks(1, both, root)
+    return root
 
 
-def test_files_and_records_are_as_they_were(place):
-    new = place / "whole" / "checkpoints" / "step-2"
+def test_files_and_records_are_as_they_were(root):
+    new = root / "whole" / "checkpoints" / "step-2"
     assert sorted(p.name for p in new.iterdir()) == sorted(p.name for p in OLD.iterdir())
     ours, theirs = (json.loads((folder / "state.json").read_text()) for folder in (new, OLD))
     assert theirs.pop("settings").items() <= ours.pop("settings").items()
@@ -91,14 +91,14 @@ def test_files_and_records_are_as_they_were(place):
             assert list(ours.keys()) == list(theirs.keys())
 
 
-def test_an_old_checkpoint_goes_on_bit_for_bit(place):
-    new, old = tensors(place / "whole" / "checkpoints" / "step-2"), tensors(OLD)
+def test_an_old_checkpoint_goes_on_bit_for_bit(root):
+    new, old = tensors(root / "whole" / "checkpoints" / "step-2"), tensors(OLD)
     assert new.keys() == old.keys()
     for name, tensor in new.items():
         torch.testing.assert_close(tensor, old[name], rtol=1e-4, atol=1e-6)
     if not all(torch.equal(tensor, old[name]) for name, tensor in new.items()):
         pytest.skip("this machine rounds otherwise than the one that wrote the old checkpoint")
     for folder in ("checkpoints/step-4", "model"):
-        whole, resumed = (tensors(place / name / folder) for name in ("whole", "resumed"))
+        whole, resumed = (tensors(root / name / folder) for name in ("whole", "resumed"))
         assert whole and whole.keys() == resumed.keys()
         assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())

@@ -161,9 +161,9 @@ def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
 def test_resumed_run_is_bitwise_the_straight_one(pairs, world, name, last):
     straight = pairs(world) / f"{name}-straight" / "checkpoints" / f"step-{last}"
     cut = pairs(world) / f"{name}-cut" / "checkpoints" / f"step-{last}"
-    one, other = tensors_of(straight), tensors_of(cut)
-    assert one.keys() == other.keys() and len(one) > 100
-    differing = [key for key, tensor in one.items() if not torch.equal(tensor, other[key])]
+    first, other = tensors_of(straight), tensors_of(cut)
+    assert first.keys() == other.keys() and len(first) > 100
+    differing = [key for key, tensor in first.items() if not torch.equal(tensor, other[key])]
     assert differing == []
     states = [
         {f.relative_to(c): f.read_text() for f in c.rglob("state.json")} for c in (straight, cut)
@@ -212,13 +212,13 @@ def test_other_worlds_and_stages_go_on_alike(resharded, untie, stages):
     """4 -> 2 -> 1 -> 4 ranks: weights and moments of the straight run, to rounding."""
     went = resharded / f"{untie}-{stages}" / "checkpoints" / "step-8"
     straight = resharded / f"{untie}-straight" / "checkpoints" / "step-8"
-    one, other = read_weights(straight), read_weights(went)
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
+    first, other = read_weights(straight), read_weights(went)
+    assert first.keys() == other.keys()
+    for name, tensor in first.items():
         assert (other[name] - tensor).abs().max() <= 1e-6 * tensor.abs().max(), name
     for kind, bound in (("exp_avg", 1e-5), ("exp_avg_sq", 1e-5)):
-        one, other = masters(straight, kind), masters(went, kind)
-        assert one.keys() == other.keys()
-        for name, tensor in one.items():
-            largest = max(float(t.abs().max()) for t in one.values())
+        first, other = masters(straight, kind), masters(went, kind)
+        assert first.keys() == other.keys()
+        for name, tensor in first.items():
+            largest = max(float(t.abs().max()) for t in first.values())
             assert (other[name] - tensor).abs().max() <= bound * largest, (kind, name)

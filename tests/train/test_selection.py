@@ -16,7 +16,7 @@ from megamod.train.selection import (
 )
 
 GOLDEN = Path(__file__).resolve().parents[2].parent / "shared" / "golden" / "camtl"
-CASES = sorted(one.name for one in GOLDEN.glob("sampler_*"))
+CASES = sorted(item.name for item in GOLDEN.glob("sampler_*"))
 KINDS = {"sts-b": "regression"}
 
 
@@ -56,28 +56,30 @@ NAMES, OF_KIND = ("mrpc", "rte", "sts-b"), ("sequence", "sequence", "regression"
 
 
 def test_release_rule_by_hand():
-    found = uncertainty_scores(ENTROPY, TASK_OF, NAMES, OF_KIND, regression="release")
+    result = uncertainty_scores(ENTROPY, TASK_OF, NAMES, OF_KIND, regression="release")
     expected = [0.9, 0.5, 0.2 * 0.3 / 0.7, 0.4 * 0.3 / 0.7, 0.9, 0.5, 0.0]
-    assert torch.allclose(found, torch.tensor(expected))
-    assert most_uncertain(found, 3).tolist() == [0, 4, 1]
+    assert torch.allclose(result, torch.tensor(expected))
+    assert most_uncertain(result, 3).tolist() == [0, 4, 1]
 
 
 def test_paper_rule_ranks_by_entropy_alone():
-    found = uncertainty_scores(ENTROPY, TASK_OF, NAMES, OF_KIND, rule="paper", regression="release")
-    assert torch.allclose(found[:4], ENTROPY[:4] / 0.7)
+    result = uncertainty_scores(
+        ENTROPY, TASK_OF, NAMES, OF_KIND, rule="paper", regression="release"
+    )
+    assert torch.allclose(result[:4], ENTROPY[:4] / 0.7)
 
 
 def test_a_regression_is_worth_the_mean_of_the_others():
-    found = uncertainty_scores(ENTROPY, TASK_OF, NAMES, OF_KIND, regression="mean")
+    result = uncertainty_scores(ENTROPY, TASK_OF, NAMES, OF_KIND, regression="mean")
     others = (0.9 + 0.5 + (0.2 + 0.4) * 0.3 / 0.7) / 4
-    assert torch.allclose(found[4:], torch.full((3,), others))
+    assert torch.allclose(result[4:], torch.full((3,), others))
 
 
 def test_a_regression_borrows_from_all_classifications():
     names = ("mrpc", "rte", "other")
-    found = uncertainty_scores(ENTROPY, TASK_OF, names, OF_KIND)
+    result = uncertainty_scores(ENTROPY, TASK_OF, names, OF_KIND)
     # The 1st, 2nd and 3rd of three rows stand for the 1st, 2nd and 3rd of four: 0 * 4 // 3, ...
-    assert torch.allclose(found[4:], torch.tensor([0.9, 0.5, 0.2 * 0.3 / 0.7]))
+    assert torch.allclose(result[4:], torch.tensor([0.9, 0.5, 0.2 * 0.3 / 0.7]))
     as_released = uncertainty_scores(ENTROPY, TASK_OF, NAMES, OF_KIND)
     assert torch.allclose(as_released[4:], torch.tensor([0.9, 0.5, 0.0]))
 
@@ -86,6 +88,6 @@ def test_sure_of_everything():
     nothing = torch.zeros(3)
     only = torch.tensor([2, 2, 2])
     for regression in REGRESSION_RULES:
-        found = uncertainty_scores(nothing, only, NAMES, OF_KIND, regression=regression)
-        assert torch.equal(found, nothing)
+        result = uncertainty_scores(nothing, only, NAMES, OF_KIND, regression=regression)
+        assert torch.equal(result, nothing)
     assert most_uncertain(nothing, 2).tolist() == [0, 1]

@@ -80,12 +80,12 @@ def trained(tmp_path_factory):
 expected = cache(reference)
 
 
-def relative(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+def relative(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
     """Largest error of any tensor, relative to its largest entry."""
-    assert got.keys() == wanted.keys()
+    assert got.keys() == expected.keys()
     return max(
-        float((got[name].float() - one).abs().max() / one.abs().max().clamp(min=1e-12))
-        for name, one in wanted.items()
+        float((got[name].float() - item).abs().max() / item.abs().max().clamp(min=1e-12))
+        for name, item in expected.items()
     )
 
 
@@ -103,12 +103,12 @@ def ids(pairs):
 def test_steps_are_those_of_the_joint_objective(trained, world, case):
     untie, _, domains, _ = case
     checkpoint = trained(world) / name_of(case) / "checkpoints" / f"step-{STEPS}"
-    wanted = expected(untie, STEPS, per_domain_of(case), CLIP, DOMAINS[:domains])
+    target_value = expected(untie, STEPS, per_domain_of(case), CLIP, DOMAINS[:domains])
     if untie == "all":
-        for domain, (weights, _) in wanted.items():
+        for domain, (weights, _) in target_value.items():
             assert relative(read_weights(checkpoint / domain), weights) <= 1e-6
     else:
-        assert relative(read_weights(checkpoint), wanted[0]) <= 1e-6
+        assert relative(read_weights(checkpoint), target_value[0]) <= 1e-6
 
 
 @pytest.mark.slow
@@ -119,8 +119,8 @@ def test_log_has_norm_rate_and_tokens(trained, world, case):
     per_domain = per_domain_of(case)
     log = (trained(world) / name_of(case) / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in log]
-    wanted = expected(untie, STEPS, per_domain, CLIP, DOMAINS[:domains])
-    norms = (wanted["law"] if untie == "all" else wanted)[1]  # rank 0 trains law
+    target_value = expected(untie, STEPS, per_domain, CLIP, DOMAINS[:domains])
+    norms = (target_value["law"] if untie == "all" else target_value)[1]  # rank 0 trains law
     assert [record["step"] for record in records] == [2, 4]
     assert [r["grad_norm"] for r in records] == pytest.approx([norms[1], norms[3]], rel=2e-6)
     assert min(norms) > CLIP  # so clipping took part
@@ -168,9 +168,9 @@ def test_bf16_moves_the_masters_alike(trained, world, case):
 def test_shared_weights_do_not_depend_on_the_world(trained):
     """Rank counts 1, 2 and 4 agree with each other about as well as with the reference."""
     case = ("feedforward", 2, 4, "fp32")
-    one, *others = (
+    item, *others = (
         read_weights(trained(world) / name_of(case) / "checkpoints" / f"step-{STEPS}")
         for world in (1, 2, 4)
     )
     for other in others:
-        assert relative(other, one) <= 1e-6
+        assert relative(other, item) <= 1e-6

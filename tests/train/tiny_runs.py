@@ -210,7 +210,7 @@ def masters(checkpoint: Path, kind: str = "master") -> dict[str, torch.Tensor]:
 
 
 class Tiny(NamedTuple):
-    """What a run is made of before it starts."""
+    """Build the parts of a run before it starts."""
 
     engine: deepspeed.DeepSpeedEngine
     topology: DomainTopology
