@@ -4,13 +4,19 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from megamod.errors import UserError
-from megamod.merging.compatibility import check_shapes
+from megamod.merging.compatibility import check_tensors_mergeable
 from megamod.merging.layer_settings import count_layers
 from megamod.merging.methods.table import METHODS
 from megamod.merging.naming import check_equal_integers
-from megamod.merging.recipe import Part, Recipe
-from megamod.merging.settings import Lookup, depths, layer_of, relative_depth, values_for
-from megamod.merging.tensors import TOWER, TensorSource, Values, label
+from megamod.merging.recipe import MergeRecipe, RecipePart
+from megamod.merging.settings import (
+    ParameterLookup,
+    compute_relative_depth,
+    compute_relative_depths,
+    look_up_parameters,
+    split_at_layer_number,
+)
+from megamod.merging.tensors import TOWER, TensorSource, Values, describe_source
 from megamod.states.forest import read_config
 
 
@@ -20,41 +26,41 @@ class TensorPlan:
 
     Attributes:
         sources: number of each model that takes part, and its name of the tensor.
-        lead: index of the source that has the shape and dtype.
-        base: index of the source that the others are compared with; None: none.
+        lead_source: index of the source that has the shape and dtype.
+        base_source: index of the source that the others are compared with; None: none.
         values: parameters of the whole merge, and of each source.
-        rows: number of rows that are merged; None: all.
+        merged_rows: number of rows that are merged; None: all.
         copied: the tensor is that of the only source, whatever the method.
     """
 
     sources: Sequence[tuple[int, str]]
-    lead: int
-    base: int | None
+    lead_source: int
+    base_source: int | None
     values: tuple[Values, Sequence[Values]]
-    rows: int | None = None
+    merged_rows: int | None = None
     copied: bool = False
 
 
 @dataclass(frozen=True)
-class _Target:
+class _TargetTensor:
     """A tensor to assemble.
 
     Attributes:
         part: that it belongs to.
-        result: its name in the result; `names`: its name in each source of the part.
+        name: its name in the result; `source_names`: its name in each source of the part.
         depth: relative depth of its layer.
         copy_of: number of the model that it is copied from, whatever the method; None: merge it.
     """
 
-    part: Part
-    result: str
-    names: Sequence[str]
+    part: RecipePart
+    name: str
+    source_names: Sequence[str]
     depth: float = 0.0
     copy_of: int | None = None
 
 
-def assemble(
-    recipe: Recipe, folders: Sequence[TensorSource], copied: Collection[str] = ()
+def plan_tensors(
+    recipe: MergeRecipe, folders: Sequence[TensorSource], copied: Collection[str] = ()
 ) -> dict[str, TensorPlan]:
     """Plan every tensor of the result.
 
@@ -64,18 +70,20 @@ def assemble(
     Raises:
         UserError: naming the part of the recipe, the folder or the tensor, if they do not fit.
     """
-    parts = recipe.normal_parts
+    parts = recipe.all_parts
     for part in parts:
-        _check_count(recipe, part)
-    targets = (_stacked if recipe.stacked else _whole)(recipe, parts, folders, copied)
-    return {target.result: _tensor_plan(recipe, folders, target) for target in targets}
+        _check_model_count(recipe, part)
+    targets = (
+        _yield_targets_of_stacked_layers if recipe.is_stacked else _yield_targets_of_whole_models
+    )(recipe, parts, folders, copied)
+    return {target.name: _plan_tensor(recipe, folders, target) for target in targets}
 
 
-def _check_count(recipe: Recipe, part: Part) -> None:
+def _check_model_count(recipe: MergeRecipe, part: RecipePart) -> None:
     """Refuse a number of models that the method does not support, and a missing base."""
-    method, where = METHODS[recipe.method], recipe.label(part)
+    method, where = METHODS[recipe.method], recipe.label_part(part)
     models = [source.model for source in part.sources]
-    base = _base_of(recipe, part)
+    base = _find_base(recipe, part)
     if method.base == "needed" and base not in models:
         raise UserError(f"{where}: {recipe.method} compares models with base_model; give it")
     compared = [model for model in models if model != base]
@@ -88,21 +96,21 @@ def _check_count(recipe: Recipe, part: Part) -> None:
         )
 
 
-def _base_of(recipe: Recipe, part: Part) -> int | None:
+def _find_base(recipe: MergeRecipe, part: RecipePart) -> int | None:
     """Number of the model that the others of a part are compared with."""
     if METHODS[recipe.method].base == "none":
         return None
     return recipe.base if part.base is None else part.base
 
 
-def _whole(
-    recipe: Recipe,
-    parts: Sequence[Part],
+def _yield_targets_of_whole_models(
+    recipe: MergeRecipe,
+    parts: Sequence[RecipePart],
     folders: Sequence[TensorSource],
     copied: Collection[str],
-) -> Iterator[_Target]:
+) -> Iterator[_TargetTensor]:
     """Targets of a merge of whole models, in the order of the template's tensors."""
-    template = folders[recipe.template]
+    template = folders[recipe.template_model]
     merged = [
         name
         for name, spec in template.tensors.items()
@@ -110,20 +118,24 @@ def _whole(
     ]
     for folder in folders:
         for name in merged:
-            check_shapes(template, name, folder, theirs=name, cut=recipe.cut)
-    owners = _owners(recipe, parts, merged)
+            check_tensors_mergeable(
+                template, name, folder, other_name=name, allow_cut=recipe.cut_vocabularies
+            )
+    part_by_tensor = _map_tensors_to_parts(recipe, parts, merged)
     depth: dict[str, float] = {}
     for number in range(len(parts)):
-        depth |= depths(name for name in merged if owners[name] == number)
+        depth |= compute_relative_depths(name for name in merged if part_by_tensor[name] == number)
     for name in template.tensors:
-        if name in owners:
-            part = parts[owners[name]]
-            yield _Target(part, name, [name] * len(part.sources), depth[name])
+        if name in part_by_tensor:
+            part = parts[part_by_tensor[name]]
+            yield _TargetTensor(part, name, [name] * len(part.sources), depth[name])
         else:
-            yield _Target(parts[0], name, [name], copy_of=recipe.template)
+            yield _TargetTensor(parts[0], name, [name], copy_of=recipe.template_model)
 
 
-def _owners(recipe: Recipe, parts: Sequence[Part], names: Iterable[str]) -> Mapping[str, int]:
+def _map_tensors_to_parts(
+    recipe: MergeRecipe, parts: Sequence[RecipePart], names: Iterable[str]
+) -> Mapping[str, int]:
     """Map each tensor to the number of its part: the module that comes first in its name.
 
     Raises:
@@ -132,75 +144,80 @@ def _owners(recipe: Recipe, parts: Sequence[Part], names: Iterable[str]) -> Mapp
     modules = [part.module for part in parts]
     if modules == [None]:
         return dict.fromkeys(names, 0)
-    owners: dict[str, int] = {}
+    part_by_tensor: dict[str, int] = {}
     for name in names:
-        prefix = f".{(layer_of(name) or (name, 0, ''))[0]}."
-        fitting = [
+        prefix = f".{(split_at_layer_number(name) or (name, 0, ''))[0]}."
+        matches = [
             (prefix.find(f".{module}."), -len(module), number)
             for number, module in enumerate(modules)
             if f".{module}." in prefix
         ]
-        if not fitting and "default" not in modules:
+        if not matches and "default" not in modules:
             raise UserError(
                 f"{recipe.origin}, modules: {name} is in none of {', '.join(modules)}; a module "
                 "called 'default' takes all other tensors"
             )
-        owners[name] = min(fitting)[2] if fitting else modules.index("default")
-    if empty := sorted(set(range(len(parts))) - set(owners.values())):
-        raise UserError(f"{recipe.origin}, modules: {modules[empty[0]]} has no tensor")
-    return owners
+        part_by_tensor[name] = min(matches)[2] if matches else modules.index("default")
+    if parts_without_tensors := sorted(set(range(len(parts))) - set(part_by_tensor.values())):
+        raise UserError(
+            f"{recipe.origin}, modules: {modules[parts_without_tensors[0]]} has no tensor"
+        )
+    return part_by_tensor
 
 
-def _stacked(
-    recipe: Recipe,
-    parts: Sequence[Part],
+def _yield_targets_of_stacked_layers(
+    recipe: MergeRecipe,
+    parts: Sequence[RecipePart],
     folders: Sequence[TensorSource],
     copied: Collection[str],
-) -> Iterator[_Target]:
+) -> Iterator[_TargetTensor]:
     """Targets of stacked layers.
 
     Tensors before the layers come from the first part, those after them from the last.
     """
-    leads = [part.sources[recipe.lead(part)] for part in parts]
-    prefix = _layer_prefix(recipe, folders[leads[0].model])
+    leads = [part.sources[recipe.find_lead_source(part)] for part in parts]
+    prefix = _find_layer_prefix(recipe, folders[leads[0].model])
 
-    def outside(number: int, before: bool) -> Iterator[_Target]:
+    def yield_targets_outside_layers(number: int, before: bool) -> Iterator[_TargetTensor]:
         part, model = parts[number], leads[number].model
         for name, spec in folders[model].tensors.items():
-            if _layer_number(name, prefix) is None and _is_before_layers(name) is before:
+            if _parse_layer_number(name, prefix) is None and _is_before_layers(name) is before:
                 copy_of = None
                 if name in copied or not spec.dtype.is_floating_point:
                     copy_of = model
-                yield _Target(part, name, [name] * len(part.sources), copy_of=copy_of)
+                yield _TargetTensor(part, name, [name] * len(part.sources), copy_of=copy_of)
 
-    yield from outside(0, before=True)
+    yield from yield_targets_outside_layers(0, before=True)
     offset = 0
     for part, lead in zip(parts, leads, strict=True):
         stored = folders[lead.model]
         for layer in range(part.depth):
             names = [
-                n for n in stored.tensors if _layer_number(n, prefix) == lead.layers[0] + layer
+                n
+                for n in stored.tensors
+                if _parse_layer_number(n, prefix) == lead.layers[0] + layer
             ]
             if not names:
                 raise UserError(
-                    f"{recipe.origin}: layer_range {list(lead.layers)}: {label(stored)} has "
-                    f"{_count_stored(stored, prefix)} layers"
+                    f"{recipe.origin}: layer_range {list(lead.layers)}: "
+                    f"{describe_source(stored)} has "
+                    f"{_count_stored_layers(stored, prefix)} layers"
                 )
             for name in names:
-                suffix = layer_of(name)[2]
+                suffix = split_at_layer_number(name)[2]
                 integers = not stored.tensors[name].dtype.is_floating_point
-                yield _Target(
+                yield _TargetTensor(
                     part,
                     f"{prefix}{offset + layer}{suffix}",
                     [f"{prefix}{source.layers[0] + layer}{suffix}" for source in part.sources],
-                    relative_depth(layer, part.depth),
+                    compute_relative_depth(layer, part.depth),
                     lead.model if integers else None,
                 )
         offset += part.depth
-    yield from outside(-1, before=False)
+    yield from yield_targets_outside_layers(-1, before=False)
 
 
-def _layer_prefix(recipe: Recipe, folder: TensorSource) -> str:
+def _find_layer_prefix(recipe: MergeRecipe, folder: TensorSource) -> str:
     """Prefix of the names of the layers that are stacked, those of the language model.
 
     Raises:
@@ -208,7 +225,7 @@ def _layer_prefix(recipe: Recipe, folder: TensorSource) -> str:
     """
     numbers: dict[str, set[int]] = {}
     for name in folder.tensors:
-        if (parts := layer_of(name)) is not None:
+        if (parts := split_at_layer_number(name)) is not None:
             numbers.setdefault(parts[0], set()).add(parts[1])
     prefixes = [prefix for prefix in numbers if not TOWER.search(prefix)] or list(numbers)
     if len(prefixes) > 1:
@@ -216,20 +233,20 @@ def _layer_prefix(recipe: Recipe, folder: TensorSource) -> str:
         prefixes = [p for p in prefixes if depth and numbers[p] >= set(range(depth))]
     if len(prefixes) != 1:
         raise UserError(
-            f"{recipe.origin}: {label(folder)} has several stacks of layers, "
+            f"{recipe.origin}: {describe_source(folder)} has several stacks of layers, "
             f"{', '.join(sorted(numbers)) or 'none at all'}; slices are made of one"
         )
     return prefixes[0]
 
 
-def _layer_number(name: str, prefix: str) -> int | None:
+def _parse_layer_number(name: str, prefix: str) -> int | None:
     """Number of a tensor's layer among those with the prefix; None outside of them."""
-    parts = layer_of(name)
+    parts = split_at_layer_number(name)
     return parts[1] if parts is not None and parts[0] == prefix else None
 
 
-def _count_stored(folder: TensorSource, prefix: str) -> int:
-    numbers = [n for name in folder.tensors if (n := _layer_number(name, prefix)) is not None]
+def _count_stored_layers(folder: TensorSource, prefix: str) -> int:
+    numbers = [n for name in folder.tensors if (n := _parse_layer_number(name, prefix)) is not None]
     return max(numbers, default=-1) + 1
 
 
@@ -241,40 +258,48 @@ def _is_before_layers(name: str) -> bool:
     )
 
 
-def _tensor_plan(recipe: Recipe, folders: Sequence[TensorSource], target: _Target) -> TensorPlan:
+def _plan_tensor(
+    recipe: MergeRecipe, folders: Sequence[TensorSource], target: _TargetTensor
+) -> TensorPlan:
     """Plan one tensor, after a check against every source."""
-    part, lead = target.part, recipe.lead(target.part)
+    part, lead = target.part, recipe.find_lead_source(target.part)
     models = [source.model for source in part.sources]
     if target.copy_of is not None:
-        name = target.names[lead] if recipe.stacked else target.result
-        if recipe.stacked:
-            _check_copies(folders, models, target.names, lead)
+        name = target.source_names[lead] if recipe.is_stacked else target.name
+        if recipe.is_stacked:
+            _check_copied_integers(folders, models, target.source_names, lead)
         return TensorPlan([(target.copy_of, name)], 0, None, ({}, [{}]), copied=True)
-    first, name = folders[models[lead]], target.names[lead]
-    for model, theirs in zip(models, target.names, strict=True):
-        if theirs not in folders[model].tensors:
-            parts, stored = layer_of(theirs), label(folders[model])
-            layers = f"; it has {_count_stored(folders[model], parts[0])} layers" if parts else ""
-            raise UserError(f"{recipe.label(part)}: {stored} has no {theirs}{layers}")
-        check_shapes(first, name, folders[model], theirs=theirs, cut=recipe.cut)
-    method, base = METHODS[recipe.method], _base_of(recipe, part)
-    common = recipe.scopes(part)
+    first, name = folders[models[lead]], target.source_names[lead]
+    for model, source_name in zip(models, target.source_names, strict=True):
+        if source_name not in folders[model].tensors:
+            parts, stored = split_at_layer_number(source_name), describe_source(folders[model])
+            layers = (
+                f"; it has {_count_stored_layers(folders[model], parts[0])} layers" if parts else ""
+            )
+            raise UserError(f"{recipe.label_part(part)}: {stored} has no {source_name}{layers}")
+        check_tensors_mergeable(
+            first, name, folders[model], other_name=source_name, allow_cut=recipe.cut_vocabularies
+        )
+    method, base = METHODS[recipe.method], _find_base(recipe, part)
+    common = recipe.list_scopes(part)
     lookups = [
-        Lookup(theirs, [recipe.source_scope(part, source), *common], source.model == base)
-        for source, theirs in zip(part.sources, target.names, strict=True)
+        ParameterLookup(
+            source_name, [recipe.make_source_scope(part, source), *common], source.model == base
+        )
+        for source, source_name in zip(part.sources, target.source_names, strict=True)
     ]
-    values = values_for(method, target.depth, Lookup(target.result, common), lookups)
+    values = look_up_parameters(method, target.depth, ParameterLookup(target.name, common), lookups)
     index = models.index(base) if base in models else None
-    return TensorPlan(list(zip(models, target.names, strict=True)), lead, index, values)
+    return TensorPlan(list(zip(models, target.source_names, strict=True)), lead, index, values)
 
 
-def _check_copies(
+def _check_copied_integers(
     folders: Sequence[TensorSource], models: Sequence[int], names: Sequence[str], lead: int
 ) -> None:
     """Refuse integers of a layer that differ between the sources that have them."""
     first, name = folders[models[lead]], names[lead]
     if first.tensors[name].dtype.is_floating_point:
         return
-    for model, theirs in zip(models, names, strict=True):
-        if theirs in folders[model].tensors:
-            check_equal_integers(first, name, folders[model], theirs)
+    for model, source_name in zip(models, names, strict=True):
+        if source_name in folders[model].tensors:
+            check_equal_integers(first, name, folders[model], source_name)

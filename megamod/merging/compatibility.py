@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from megamod.errors import UserError
-from megamod.merging.tensors import TensorSource, label
+from megamod.merging.tensors import TensorSource, describe_source
 from megamod.states.dense import dense_config
 from megamod.states.forest import read_config
 from megamod.states.stream import Spec
@@ -39,44 +39,52 @@ _QUANTISED_FILES = ("quantize_config.json", "quant_config.json", "hqq_config.jso
 _MOST = 5
 
 
-def check_configs(folders: Sequence[Path], *, cut: bool = False, same_words: bool = True) -> None:
+def check_configs_match(
+    folders: Sequence[Path], *, allow_cut: bool = False, require_same_words: bool = True
+) -> None:
     """Refuse models whose weights have different meanings; warn of other differences.
 
     Args:
-        cut: allow vocabularies of unequal size.
-        same_words: require that equal ids are equal words.
+        allow_cut: allow vocabularies of unequal size.
+        require_same_words: require that equal ids are equal words.
     Raises:
         UserError: naming two folders and the field of the configuration or the word in which they
             differ, or a model whose weights are quantised.
     """
     base = folders[0]
     config = dense_config(read_config(base))
-    refuse_quantised(base, config)
+    refuse_quantised_model(base, config)
     for folder in dict.fromkeys(folders[1:]):
         other = dense_config(read_config(folder))
-        refuse_quantised(folder, other)
-        ours, theirs = dict(_fields(config)), dict(_fields(other))
-        for key in ours:
+        refuse_quantised_model(folder, other)
+        base_fields, other_fields = (
+            dict(_iterate_config_fields(config)),
+            dict(_iterate_config_fields(other)),
+        )
+        for key in base_fields:
             name = key.rpartition(".")[2]
-            if name not in _MEANING or ((cut or not same_words) and name == "vocab_size"):
+            if name not in _MEANING or (
+                (allow_cut or not require_same_words) and name == "vocab_size"
+            ):
                 continue
-            if key in theirs and ours[key] != theirs[key]:
+            if key in other_fields and base_fields[key] != other_fields[key]:
                 raise UserError(
-                    f"{base} and {folder} cannot be merged: {key} is {ours[key]!r} in the first, "
-                    f"{theirs[key]!r} in the second"
+                    f"{base} and {folder} cannot be merged: {key} is {base_fields[key]!r} in "
+                    "the first, "
+                    f"{other_fields[key]!r} in the second"
                 )
-        if same_words:
+        if require_same_words:
             check_same_ids(base, folder, "; a recipe with `tokenizer_source: union` unites them")
-        warn_of_differences(base, folder)
+        warn_of_config_differences(base, folder)
 
 
-def refuse_quantised(folder: Path, config: Mapping[str, object]) -> None:
+def refuse_quantised_model(folder: Path, config: Mapping[str, object]) -> None:
     """Refuse a quantised model.
 
     Raises:
         UserError: naming the key of config.json or the file that says so.
     """
-    fields = _fields(config, leaves=False)
+    fields = _iterate_config_fields(config, leaves=False)
     keys = [key for key, value in fields if value and key.rpartition(".")[2] in _QUANTISED]
     files = [name for name in _QUANTISED_FILES if (folder / name).is_file()]
     if keys or files:
@@ -87,14 +95,14 @@ def refuse_quantised(folder: Path, config: Mapping[str, object]) -> None:
         )
 
 
-def warn_of_differences(first: Path, second: Path) -> None:
+def warn_of_config_differences(first: Path, second: Path) -> None:
     """Log the fields of two configurations that change the function of equal weights."""
     configs = dense_config(read_config(first)), dense_config(read_config(second))
     if configs[0] == configs[1]:
         return
-    differing = _differing(*configs)
+    differing = _list_config_differences(*configs)
     if differing:
-        differing = _differing(*(_completed(config) for config in configs))
+        differing = _list_config_differences(*(_fill_in_defaults(config) for config in configs))
     if not differing:
         return
     listed = [f"{key} {ours!r} / {theirs!r}" for key, ours, theirs in differing]
@@ -106,18 +114,19 @@ def warn_of_differences(first: Path, second: Path) -> None:
     )
 
 
-def _differing(
+def _list_config_differences(
     first: Mapping[str, object], second: Mapping[str, object]
 ) -> list[tuple[str, object, object]]:
-    ours, theirs = dict(_fields(first)), dict(_fields(second))
+    ours, theirs = dict(_iterate_config_fields(first)), dict(_iterate_config_fields(second))
     return [
         (key, ours.get(key), theirs.get(key))
         for key in dict.fromkeys((*ours, *theirs))
-        if ours.get(key) != theirs.get(key) and not _harmless(key, ours.get(key), theirs.get(key))
+        if ours.get(key) != theirs.get(key)
+        and not _is_harmless_difference(key, ours.get(key), theirs.get(key))
     ]
 
 
-def _harmless(key: str, *values: object) -> bool:
+def _is_harmless_difference(key: str, *values: object) -> bool:
     parts = key.split(".")
     known = any(part in _HARMLESS or part.endswith(_HARMLESS_ENDS) for part in parts)
     # Lists for each layer are checked where layers are stacked; here models have equally many.
@@ -125,7 +134,7 @@ def _harmless(key: str, *values: object) -> bool:
     return known or (len(lengths) > 1 and "layer" in key)
 
 
-def _fields(
+def _iterate_config_fields(
     config: Mapping[str, object], prefix: str = "", *, leaves: bool = True
 ) -> Iterator[tuple[str, object]]:
     """Yield dotted keys of nested mappings with their values; with `leaves` no mappings."""
@@ -133,54 +142,56 @@ def _fields(
         if isinstance(value, dict):
             if not leaves:
                 yield f"{prefix}{key}", value
-            yield from _fields(value, f"{prefix}{key}.", leaves=leaves)
+            yield from _iterate_config_fields(value, f"{prefix}{key}.", leaves=leaves)
         else:
             yield f"{prefix}{key}", value
 
 
-def _completed(config: Mapping[str, object]) -> Mapping[str, object]:
+def _fill_in_defaults(config: Mapping[str, object]) -> Mapping[str, object]:
     """The configuration with the defaults of its class, if transformers knows it."""
-    from megamod.merging.known_models import built_config
+    from megamod.merging.known_models import build_config
 
-    built = built_config(config)
+    built = build_config(config)
     return config if built is None else built.to_dict()
 
 
-def check_shapes(
-    base: TensorSource, name: str, other: TensorSource, *, theirs: str, cut: bool = False
+def check_tensors_mergeable(
+    base: TensorSource, name: str, other: TensorSource, *, other_name: str, allow_cut: bool = False
 ) -> None:
     """Refuse two tensors that cannot be merged.
 
     Args:
-        cut: allow embeddings of vocabularies of unequal size.
+        allow_cut: allow embeddings of vocabularies of unequal size.
     Raises:
         UserError: naming the tensor and both models.
     """
-    ours, spec = base.tensors[name], other.tensors[theirs]
-    longer = (
-        cut
-        and ours.shape[1:] == spec.shape[1:]
-        and _spans_vocabularies((base, ours), (other, spec))
+    base_spec, other_spec = base.tensors[name], other.tensors[other_name]
+    cuttable = (
+        allow_cut
+        and base_spec.shape[1:] == other_spec.shape[1:]
+        and _have_row_per_word((base, base_spec), (other, other_spec))
     )
-    if ours.shape != spec.shape and not longer:
+    if base_spec.shape != other_spec.shape and not cuttable:
         raise UserError(
-            f"{name} has shape {list(ours.shape)} in {label(base)}, {list(spec.shape)} in "
-            f"{label(other)}"
+            f"{name} has shape {list(base_spec.shape)} in {describe_source(base)}, "
+            f"{list(other_spec.shape)} in "
+            f"{describe_source(other)}"
         )
-    if not spec.dtype.is_floating_point:
+    if not other_spec.dtype.is_floating_point:
         raise UserError(
-            f"{name} has dtype {ours.dtype} in {label(base)}, {spec.dtype} in {label(other)}"
+            f"{name} has dtype {base_spec.dtype} in {describe_source(base)}, "
+            f"{other_spec.dtype} in {describe_source(other)}"
         )
 
 
-def _spans_vocabularies(*tensors: tuple[TensorSource, Spec]) -> bool:
+def _have_row_per_word(*tensors: tuple[TensorSource, Spec]) -> bool:
     """True if each of these tensors has a row for every word of its model."""
     return all(
-        spec.shape[:1] == (vocab_size(read_config(source.folder)),) for source, spec in tensors
+        spec.shape[:1] == (read_vocab_size(read_config(source.folder)),) for source, spec in tensors
     )
 
 
-def vocab_size(config: Mapping[str, object]) -> object:
+def read_vocab_size(config: Mapping[str, object]) -> object:
     """Number of words of a model, also of one that keeps it in `text_config`."""
     inner = config.get("text_config")
     return config.get("vocab_size", inner.get("vocab_size") if isinstance(inner, dict) else None)

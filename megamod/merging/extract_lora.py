@@ -17,11 +17,11 @@ from torch import Tensor
 
 from megamod.errors import UserError
 from megamod.files import write_json
-from megamod.merging.compatibility import check_configs
-from megamod.merging.known_models import Module, modules_of
+from megamod.merging.compatibility import check_configs_match
+from megamod.merging.known_models import ModuleKind, list_modules
 from megamod.merging.lora import CONFIG, PREFIX, WEIGHTS
-from megamod.merging.naming import harmonise
-from megamod.merging.tensors import TensorSource, label
+from megamod.merging.naming import rename_to_template
+from megamod.merging.tensors import TensorSource, describe_source
 from megamod.states.forest import read_config
 from megamod.states.output_folder import check_new_folder, new_folder
 from megamod.states.stream import ModelFolder
@@ -32,30 +32,33 @@ _SPARE = 16  # singular vectors that the randomised method computes besides, for
 
 
 @dataclass(frozen=True)
-class Extracted:
+class ExtractedAdapter:
     """An adapter that was written.
 
     Attributes:
-        layers: number of linear layers that it adapts; `whole`: modules that it stores whole.
-        share: squared norm of the differences of linear layers that it holds, of the whole.
+        adapted_layers: number of linear layers that it adapts; `whole_modules`: modules that it
+            stores whole.
+        explained_share: squared norm of the differences of linear layers that it holds, of the
+            whole.
     """
 
-    layers: int
-    whole: tuple[str, ...]
-    share: float
+    adapted_layers: int
+    whole_modules: tuple[str, ...]
+    explained_share: float
 
     def describe(self) -> str:
         """The adapter in one line."""
-        stored = f", {len(self.whole)} modules stored whole" if self.whole else ""
+        stored = f", {len(self.whole_modules)} modules stored whole" if self.whole_modules else ""
         return (
-            f"{self.layers} linear layers adapted{stored}; the adapter holds {self.share:.2%} of "
+            f"{self.adapted_layers} linear layers adapted{stored}; the adapter holds "
+            f"{self.explained_share:.2%} of "
             "the squared difference of linear layers"
         )
 
 
 def extract_lora(
-    base: Path, tuned: Path, output: Path, rank: int, dtype: str | None = None
-) -> Extracted:
+    base: Path, finetuned: Path, output: Path, rank: int, dtype: str | None = None
+) -> ExtractedAdapter:
     """Write the folder of an adapter; it appears whole or not at all.
 
     Args:
@@ -67,61 +70,67 @@ def extract_lora(
     """
     check_new_folder(output)
     with ExitStack() as stack:
-        folders = [stack.enter_context(ModelFolder(path)) for path in (base, tuned)]
-        check_configs([Path(base), Path(tuned)])
-        first, second = harmonise(folders, 0).folders
-        modules = modules_of(read_config(Path(base)))
+        folders = [stack.enter_context(ModelFolder(path)) for path in (base, finetuned)]
+        check_configs_match([Path(base), Path(finetuned)])
+        first, second = rename_to_template(folders, 0).folders
+        modules = list_modules(read_config(Path(base)))
         if modules is None:
             raise UserError(f"{base}: is of a type that transformers does not know, nor does peft")
-        return _write(
+        return _write_adapter(
             first, second, modules, Path(output), rank, getattr(torch, dtype or "float32")
         )
 
 
-def _write(
+def _write_adapter(
     base: TensorSource,
-    tuned: TensorSource,
-    modules: Mapping[str, Module],
+    finetuned: TensorSource,
+    modules: Mapping[str, ModuleKind],
     output: Path,
     rank: int,
     dtype: torch.dtype,
-) -> Extracted:
+) -> ExtractedAdapter:
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
-    whole: list[str] = []
-    biases = transposed = False
-    total = held = 0.0
-    for name, before, after in _differences(base, tuned):
+    whole_modules: list[str] = []
+    has_biases = transposed = False
+    total_square = explained_square = 0.0
+    for name, before, after in _iterate_changed_tensors(base, finetuned):
         module, _, part = name.rpartition(".")
         if module not in modules:
             raise UserError(
-                f"{label(base)}: stores {name}, which its class does not have; load and save it"
+                f"{describe_source(base)}: stores {name}, which its class does not have; load "
+                "and save it"
             )
-        kind = "other" if modules[module].sharing else modules[module].kind
+        kind = "other" if modules[module].tied_modules else modules[module].kind
         if kind in ("linear", "conv1d") and part == "weight":
             difference = after.double() - before.double()
-            wide = difference.T if kind == "conv1d" else difference
-            up, down = _factors(wide, rank)
-            total += float(difference.square().sum())
-            held += float(difference.square().sum() - (wide - up @ down).square().sum())
+            out_by_in = difference.T if kind == "conv1d" else difference
+            up, down = _factorise(out_by_in, rank)
+            total_square += float(difference.square().sum())
+            explained_square += float(
+                difference.square().sum() - (out_by_in - up @ down).square().sum()
+            )
             ranks[module] = len(down)
             tensors[f"{PREFIX}{module}.lora_A.weight"] = down.to(dtype)
             tensors[f"{PREFIX}{module}.lora_B.weight"] = up.to(dtype)
             transposed = transposed or kind == "conv1d"
         elif kind in ("linear", "conv1d"):
             tensors[f"{PREFIX}{name}"] = after.to(dtype)
-            biases = True
-        elif module not in whole:
-            whole.append(module)
-    if not tensors and not whole:
-        raise UserError(f"{label(base)} and {label(tuned)} have the same weights: no difference")
-    for module in list(whole):
+            has_biases = True
+        elif module not in whole_modules:
+            whole_modules.append(module)
+    if not tensors and not whole_modules:
+        raise UserError(
+            f"{describe_source(base)} and {describe_source(finetuned)} have the same weights: "
+            "no difference"
+        )
+    for module in list(whole_modules):
         for name in [n for n in base.tensors if n.rpartition(".")[0] == module]:
-            for twin in (module, *modules[module].sharing):
+            for twin in (module, *modules[module].tied_modules):
                 # Each of the tied modules gets a copy, or peft would change one of them only.
-                whole += [twin] * (twin not in whole)
+                whole_modules += [twin] * (twin not in whole_modules)
                 if twin == module or name.endswith(".weight"):
-                    tensors[f"{PREFIX}{twin}.{name.rpartition('.')[2]}"] = tuned.read(name).to(
+                    tensors[f"{PREFIX}{twin}.{name.rpartition('.')[2]}"] = finetuned.read(name).to(
                         dtype
                     )
     for module in ranks:
@@ -140,8 +149,8 @@ def _write(
         "rank_pattern": smaller,
         "alpha_pattern": smaller,
         "target_modules": sorted(ranks),
-        "modules_to_save": sorted(whole) or None,
-        "bias": "all" if biases else "none",
+        "modules_to_save": sorted(whole_modules) or None,
+        "bias": "all" if has_biases else "none",
         "fan_in_fan_out": transposed,
         "lora_dropout": 0.0,
         "inference_mode": True,
@@ -149,24 +158,28 @@ def _write(
     with new_folder(output) as folder:
         write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
         write_json(folder / CONFIG, config)
-    return Extracted(len(ranks), tuple(whole), held / total if total else 1.0)
+    return ExtractedAdapter(
+        len(ranks), tuple(whole_modules), explained_square / total_square if total_square else 1.0
+    )
 
 
-def _differences(base: TensorSource, tuned: TensorSource) -> Iterator[tuple[str, Tensor, Tensor]]:
+def _iterate_changed_tensors(
+    base: TensorSource, finetuned: TensorSource
+) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Tensors that differ, as both models have them."""
     for name, spec in base.tensors.items():
-        if spec.dtype.is_floating_point and name in tuned.tensors:
-            before, after = base.read(name), tuned.read(name)
+        if spec.dtype.is_floating_point and name in finetuned.tensors:
+            before, after = base.read(name), finetuned.read(name)
             if before.shape != after.shape:
                 raise UserError(
-                    f"{name} has shape {list(before.shape)} in {label(base)}, "
-                    f"{list(after.shape)} in {label(tuned)}"
+                    f"{name} has shape {list(before.shape)} in {describe_source(base)}, "
+                    f"{list(after.shape)} in {describe_source(finetuned)}"
                 )
             if not torch.equal(before.double(), after.double()):
                 yield name, before, after
 
 
-def _factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def _factorise(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The best approximation of a matrix [out, in] as a product [out, rank] x [rank, in]."""
     rank = min(rank, *matrix.shape)
     if min(matrix.shape) <= _EXACT or 2 * rank > min(matrix.shape):

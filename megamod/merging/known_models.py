@@ -20,35 +20,35 @@ _SIMPLE = (bool, int, float, str, type(None))
 _INDICES = ("layer_idx", "layer_index", "layer_id", "block_idx", "idx", "layer_number", "layer_num")
 
 
-def built_config(config: Mapping[str, object]) -> PretrainedConfig | None:
+def build_config(config: Mapping[str, object]) -> PretrainedConfig | None:
     """The configuration completed by its class; None if there is no class that accepts it."""
     import megamod  # noqa: F401  (its models become known to transformers)
 
     if config.get("model_type") not in CONFIG_MAPPING:
         return None
-    with _quiet():
+    with _suppress_transformers_log():
         try:
-            return CONFIG_MAPPING[config["model_type"]].from_dict(_with_floats(dict(config)))
+            return CONFIG_MAPPING[config["model_type"]].from_dict(_restore_floats(dict(config)))
         except Exception:  # a class of transformers may raise anything
             return None
 
 
-def _with_floats(value: object) -> object:
+def _restore_floats(value: object) -> object:
     """A copy of a configuration in which numbers that JSON cannot hold are floats again."""
     if isinstance(value, dict):
         if value.keys() == {"__float__"}:
             return float(value["__float__"])
-        return {key: _with_floats(entry) for key, entry in value.items()}
-    return [_with_floats(entry) for entry in value] if isinstance(value, list) else value
+        return {key: _restore_floats(entry) for key, entry in value.items()}
+    return [_restore_floats(entry) for entry in value] if isinstance(value, list) else value
 
 
-def built_model(config: PretrainedConfig) -> PreTrainedModel | None:
+def build_meta_model(config: PretrainedConfig) -> PreTrainedModel | None:
     """Build the model on the meta device, of the class that `architectures` names; None: cannot."""
     import transformers
 
     name = (config.architectures or [None])[0]
     kind = getattr(transformers, name, None) if isinstance(name, str) else None
-    with _quiet(), torch.device("meta"):
+    with _suppress_transformers_log(), torch.device("meta"):
         for make in (getattr(kind, "_from_config", None), AutoModel.from_config):
             if make is None:
                 continue
@@ -60,34 +60,34 @@ def built_model(config: PretrainedConfig) -> PreTrainedModel | None:
 
 
 @lru_cache(maxsize=8)
-def _parameters(text: str) -> frozenset[str] | None:
-    config = built_config(json.loads(text))
-    model = None if config is None else built_model(config)
+def _cached_parameter_names(config_json: str) -> frozenset[str] | None:
+    config = build_config(json.loads(config_json))
+    model = None if config is None else build_meta_model(config)
     return None if model is None else frozenset(name for name, _ in model.named_parameters())
 
 
-def parameter_names(config: Mapping[str, object]) -> frozenset[str] | None:
+def list_parameter_names(config: Mapping[str, object]) -> frozenset[str] | None:
     """Names of the parameters of a model with this configuration; None: class not known."""
-    return _parameters(json.dumps(config, sort_keys=True, default=str))
+    return _cached_parameter_names(json.dumps(config, sort_keys=True, default=str))
 
 
 @dataclass(frozen=True)
-class Module:
+class ModuleKind:
     """A module with parameters.
 
     Attributes:
         kind: "linear", "conv1d" (a linear layer with weights [in, out]) or "other".
-        sharing: other modules that have the same weight.
+        tied_modules: other modules that have the same weight.
     """
 
     kind: str
-    sharing: tuple[str, ...]
+    tied_modules: tuple[str, ...]
 
 
-def modules_of(config: Mapping[str, object]) -> dict[str, Module] | None:
+def list_modules(config: Mapping[str, object]) -> dict[str, ModuleKind] | None:
     """Modules with parameters, by name; None if the class of the model is not known."""
-    built = built_config(config)
-    model = None if built is None else built_model(built)
+    built = build_config(config)
+    model = None if built is None else build_meta_model(built)
     if model is None:
         return None
     holders = {
@@ -100,7 +100,7 @@ def modules_of(config: Mapping[str, object]) -> dict[str, Module] | None:
         by_weight.setdefault(id(getattr(module, "weight", module)), []).append(name)
     kinds = {"Linear": "linear", "Conv1D": "conv1d"}
     return {
-        name: Module(
+        name: ModuleKind(
             kinds.get(type(module).__name__, "other"), tuple(n for n in names if n != name)
         )
         for names in by_weight.values()
@@ -109,21 +109,21 @@ def modules_of(config: Mapping[str, object]) -> dict[str, Module] | None:
     }
 
 
-def layer_signatures(config: PretrainedConfig, count: int) -> list[dict[str, object]] | None:
+def describe_layers(config: PretrainedConfig, layer_count: int) -> list[dict[str, object]] | None:
     """Describe the layers of a model, to compare them; None if the model cannot be built.
 
     Args:
-        count: number of layers.
+        layer_count: number of layers.
     Returns:
         for each layer, by name: shapes of parameters, plain attributes of modules, and entries of
         per-layer fields of the configuration.
     """
-    model = built_model(config)
-    stack = None if model is None else _stack(model, count)
-    if stack is None:
+    model = build_meta_model(config)
+    layers = None if model is None else _find_layers(model, layer_count)
+    if layers is None:
         return None
     signatures = []
-    for number, layer in enumerate(stack):
+    for number, layer in enumerate(layers):
         signature: dict[str, object] = {
             name: tuple(parameter.shape) for name, parameter in layer.named_parameters()
         }
@@ -132,45 +132,51 @@ def layer_signatures(config: PretrainedConfig, count: int) -> list[dict[str, obj
             for key, value in vars(module).items():
                 if isinstance(value, _SIMPLE) and key not in _INDICES and key != "training":
                     signature[f"{name}.{key}"] = value
-        for key, value in layer_fields(config, count):
+        for key, value in iterate_per_layer_fields(config, layer_count):
             signature[f"config.{key}"] = value[number]
         signatures.append(signature)
     return signatures
 
 
-def layer_fields(config: PretrainedConfig, count: int) -> Iterator[tuple[str, list]]:
+def iterate_per_layer_fields(
+    config: PretrainedConfig, layer_count: int
+) -> Iterator[tuple[str, list]]:
     """Attributes of a configuration that are lists with an entry per layer."""
-    text = config.get_text_config()
-    for key in sorted({*vars(text), *_properties(type(text))}):
+    text_config = config.get_text_config()
+    for key in sorted({*vars(text_config), *_list_properties(type(text_config))}):
         try:
-            value = getattr(text, key)
+            value = getattr(text_config, key)
         except Exception:  # a property that does not apply
             continue
-        if isinstance(value, (list, tuple)) and len(value) == count and not key.startswith("_"):
+        if (
+            isinstance(value, (list, tuple))
+            and len(value) == layer_count
+            and not key.startswith("_")
+        ):
             yield key, list(value)
 
 
-def _properties(kind: type) -> list[str]:
+def _list_properties(kind: type) -> list[str]:
     classes = [
         c for c in kind.__mro__ if c is not PretrainedConfig and issubclass(c, PretrainedConfig)
     ]
     return [key for c in classes for key, value in vars(c).items() if isinstance(value, property)]
 
 
-def _stack(model: PreTrainedModel, count: int) -> torch.nn.ModuleList | None:
+def _find_layers(model: PreTrainedModel, layer_count: int) -> torch.nn.ModuleList | None:
     """The layers of the language model; None if they cannot be told from other lists."""
     lists = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.ModuleList) and len(module) == count
+        if isinstance(module, torch.nn.ModuleList) and len(module) == layer_count
     ]
     outer = [(n, m) for n, m in lists if not any(n.startswith(f"{other}.") for other, _ in lists)]
-    text = [m for n, m in outer if not TOWER.search(n)]
-    return text[0] if len(text) == 1 else None
+    text_lists = [m for n, m in outer if not TOWER.search(n)]
+    return text_lists[0] if len(text_lists) == 1 else None
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _suppress_transformers_log() -> Iterator[None]:
     """Suppress log lines of transformers."""
     logger = logging.getLogger("transformers")
     level, logger.level = logger.level, logging.CRITICAL

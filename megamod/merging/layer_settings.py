@@ -24,7 +24,7 @@ _TRIALS = 64
 
 
 @dataclass(frozen=True)
-class Origin:
+class LayerOrigin:
     """The source of the settings of one layer of the result.
 
     Attributes:
@@ -37,7 +37,7 @@ class Origin:
     layer: int
 
 
-def language_section(config: Mapping[str, object]) -> tuple[str | None, Mapping[str, object]]:
+def find_language_section(config: Mapping[str, object]) -> tuple[str | None, Mapping[str, object]]:
     """Key and content of the part of a configuration that describes the language model.
 
     The key is None if that is the configuration itself. The content has the number of layers; it is
@@ -49,9 +49,9 @@ def language_section(config: Mapping[str, object]) -> tuple[str | None, Mapping[
         inner = config.get(key)
         if isinstance(inner, dict) and any(isinstance(inner.get(name), int) for name in DEPTHS):
             return key, inner
-    from megamod.merging.known_models import built_config
+    from megamod.merging.known_models import build_config
 
-    built = built_config(config)
+    built = build_config(config)
     depth = None if built is None else getattr(built.get_text_config(), DEPTHS[0], None)
     if not isinstance(depth, int):
         return None, {}
@@ -61,12 +61,12 @@ def language_section(config: Mapping[str, object]) -> tuple[str | None, Mapping[
 
 def count_layers(config: Mapping[str, object]) -> int | None:
     """Number of layers of the language model; None if the configuration does not say it."""
-    _, section = language_section(config)
+    _, section = find_language_section(config)
     return next((section[name] for name in DEPTHS if isinstance(section.get(name), int)), None)
 
 
-def stacked_config(
-    config: Mapping[str, object], folder: Path, origins: Sequence[Origin]
+def build_stacked_config(
+    config: Mapping[str, object], folder: Path, origins: Sequence[LayerOrigin]
 ) -> dict[str, object]:
     """Build the configuration of a model that is stacked from layers.
 
@@ -76,7 +76,7 @@ def stacked_config(
     Raises:
         UserError: if a setting cannot move with its layer.
     """
-    key, section = language_section(config)
+    key, section = find_language_section(config)
     depth = count_layers(config)
     if depth is None:
         raise UserError(
@@ -87,9 +87,9 @@ def stacked_config(
     same = all(origin.config == config for origin in origins)
     if same and [origin.layer for origin in origins] == list(range(depth)):
         return dict(config)
-    models = _Models(config, folder, origins)
+    models = _StackedModels(config, folder, origins)
     options = [
-        [(name, value) for value in _moved(name, models)]
+        [(name, value) for value in _yield_stacked_values(name, models)]
         for name in models.sections[0]
         if name not in DEPTHS
     ]
@@ -100,17 +100,17 @@ def stacked_config(
             break
         moved = {**section, **counts, **dict(choice)}
         new = {**config, key: moved} if key is not None else moved
-        difference = models.first_difference(new)
+        difference = models.find_first_difference(new)
         if difference is None:
             return new
         problem = problem or difference
     raise UserError(problem)
 
 
-class _Models:
+class _StackedModels:
     """The models whose layers are stacked, with their settings completed by their classes."""
 
-    def __init__(self, config: Mapping[str, object], folder: Path, origins: Sequence[Origin]):
+    def __init__(self, config: Mapping[str, object], folder: Path, origins: Sequence[LayerOrigin]):
         self.folder, self.origins = folder, origins
         self.configs: list[Mapping[str, object]] = [config]
         self.folders = [folder]
@@ -120,35 +120,39 @@ class _Models:
                 self.folders.append(origin.folder)
         self.layers = [(self.configs.index(origin.config), origin.layer) for origin in origins]
         self.depths = [count_layers(model) or 0 for model in self.configs]
-        from megamod.merging.known_models import built_config, layer_fields, layer_signatures
+        from megamod.merging.known_models import (
+            build_config,
+            describe_layers,
+            iterate_per_layer_fields,
+        )
 
-        built = [built_config(model) for model in self.configs]
+        built = [build_config(model) for model in self.configs]
         self.sections: list[dict[str, object]] = []
         for raw, complete, depth in zip(self.configs, built, self.depths, strict=True):
-            section = dict(language_section(raw)[1])
+            section = dict(find_language_section(raw)[1])
             if complete is not None:
                 stored = complete.get_text_config().to_dict()
-                listed = dict(layer_fields(complete, depth))
+                listed = dict(iterate_per_layer_fields(complete, depth))
                 section = {k: v for k, v in listed.items() if k in stored} | section
             self.sections.append(section)
         self.signatures: list[list[dict[str, object]]] | None = None
         if None not in built:
-            signatures = [layer_signatures(o, d) for o, d in zip(built, self.depths, strict=True)]
+            signatures = [describe_layers(o, d) for o, d in zip(built, self.depths, strict=True)]
             self.signatures = None if None in signatures else signatures
 
     @property
-    def known(self) -> bool:
+    def can_compare_layers(self) -> bool:
         """True if transformers knows the model types, so that layers can be compared."""
         return self.signatures is not None
 
-    def first_difference(self, new: Mapping[str, object]) -> str | None:
+    def find_first_difference(self, new: Mapping[str, object]) -> str | None:
         """Message about the first setting in which a layer differs from its origin; None: none."""
         if self.signatures is None:
             return None
-        from megamod.merging.known_models import built_config, layer_signatures
+        from megamod.merging.known_models import build_config, describe_layers
 
-        complete = built_config(new)
-        signatures = complete and layer_signatures(complete, len(self.origins))
+        complete = build_config(new)
+        signatures = complete and describe_layers(complete, len(self.origins))
         if signatures is None:
             return (
                 f"{self.folder}: these layers cannot be stacked: no configuration of a "
@@ -174,16 +178,21 @@ class _Models:
         return None
 
 
-def _moved(name: str, models: _Models) -> Iterator[object]:
+def _yield_stacked_values(name: str, models: _StackedModels) -> Iterator[object]:
     """Yield the values that a setting may get; none if it does not depend on layers.
 
     Raises:
         UserError: if a setting of a model that transformers does not know cannot move.
     """
     value, depth = models.sections[0][name], models.depths[0]
-    readings = [read for read in _READINGS if read(name, value, depth) is not None]
+    readings = [read for read in _READERS if read(name, value, depth) is not None]
     if not readings:
-        if not models.known and _PERIODIC.search(name) and type(value) is int and value > 1:
+        if (
+            not models.can_compare_layers
+            and _PERIODIC.search(name)
+            and type(value) is int
+            and value > 1
+        ):
             raise UserError(
                 f"{models.folder}/config.json: {name} is {value}, so the kind of a layer depends "
                 "on its number, which stacked layers would change; slices cannot be stacked"
@@ -202,24 +211,24 @@ def _moved(name: str, models: _Models) -> Iterator[object]:
             entries.append(reading)
         moved = [entries[model][layer] for model, layer in models.layers]
         written = _WRITERS[read](moved)
-        if written is None and not models.known:
+        if written is None and not models.can_compare_layers:
             raise UserError(
                 f"{models.folder}/config.json: {name} is {value}, the number of leading layers of "
                 "a kind; stacked so, these layers would not come first"
             )
         if written is not None:
             yield written
-    if models.known:
+    if models.can_compare_layers:
         yield value
 
 
-def _entries(name: str, value: object, depth: int) -> list | None:
+def _read_list(name: str, value: object, depth: int) -> list | None:
     """A list with an entry per layer."""
     listed = isinstance(value, list) and len(value) == depth and not _NOT_LAYERS.search(name)
     return value if listed else None
 
 
-def _repeated(name: str, value: object, depth: int) -> list | None:
+def _read_repeated_lists(name: str, value: object, depth: int) -> list | None:
     """Pairs of a list and its number of repetitions, as GPT-Neo's attention_types."""
     if not isinstance(value, list) or not value:
         return None
@@ -229,13 +238,13 @@ def _repeated(name: str, value: object, depth: int) -> list | None:
     return whole if len(whole) == depth else None
 
 
-def _text(name: str, value: object, depth: int) -> list | None:
+def _read_letters(name: str, value: object, depth: int) -> list | None:
     """A text with a letter per layer, as Nemotron-H's hybrid_override_pattern."""
     fits = isinstance(value, str) and len(value) == depth
     return list(value) if fits and _LAYER_LIKE.search(name) else None
 
 
-def _numbers(name: str, value: object, depth: int) -> list[bool] | None:
+def _read_layer_numbers(name: str, value: object, depth: int) -> list[bool] | None:
     """Numbers of layers in ascending order, as mlp_only_layers."""
     fits = isinstance(value, list) and all(
         type(number) is int and 0 <= number < depth for number in value
@@ -245,7 +254,7 @@ def _numbers(name: str, value: object, depth: int) -> list[bool] | None:
     return [n in value for n in range(depth)] if value and _LAYER_LIKE.search(name) else None
 
 
-def _leading(name: str, value: object, depth: int) -> list[bool] | None:
+def _read_leading_count(name: str, value: object, depth: int) -> list[bool] | None:
     """Number of leading layers of a kind, as first_k_dense_replace."""
     fits = type(value) is int and value >= 0 and _LEADING.search(name)
     return [n < value for n in range(depth)] if fits else None
@@ -256,13 +265,13 @@ def _count_leading(flags: list[bool]) -> int | None:
     return count if all(flags[:count]) else None
 
 
-_READINGS: tuple[Callable[[str, object, int], list | None], ...] = (
-    *(_entries, _repeated, _text, _numbers, _leading),
+_READERS: tuple[Callable[[str, object, int], list | None], ...] = (
+    *(_read_list, _read_repeated_lists, _read_letters, _read_layer_numbers, _read_leading_count),
 )
 _WRITERS: dict[Callable, Callable[[list], object]] = {
-    _entries: list,
-    _repeated: lambda moved: [[moved, 1]],
-    _text: "".join,
-    _numbers: lambda flags: [n for n, flag in enumerate(flags) if flag],
-    _leading: _count_leading,
+    _read_list: list,
+    _read_repeated_lists: lambda moved: [[moved, 1]],
+    _read_letters: "".join,
+    _read_layer_numbers: lambda flags: [n for n, flag in enumerate(flags) if flag],
+    _read_leading_count: _count_leading,
 }

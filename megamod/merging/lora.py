@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megamod.errors import UserError
-from megamod.merging.tensors import TensorSource, View, label
+from megamod.merging.tensors import TensorSource, TensorView, describe_source
 from megamod.states.stream import ModelFolder, Spec
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ _INITIAL = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
-class _Update:
+class _WeightUpdate:
     """The update of one tensor: scale * up @ down, or its transpose.
 
     Attributes:
@@ -54,14 +54,14 @@ class _Update:
     transposed: bool
     magnitude: Tensor | None = None
 
-    def rows(self, first: int, last: int) -> Tensor:
+    def compute_rows(self, first: int, last: int) -> Tensor:
         """Rows first to last - 1 of the update."""
         if self.transposed:
             return (self.up @ self.down[:, first:last]).T * self.scale
         return self.up[first:last] @ self.down * self.scale
 
 
-class AdaptedFolder(View):
+class AdaptedFolder(TensorView):
     """A base model with a LoRA adapter merged into it while it is read.
 
     Args:
@@ -78,7 +78,7 @@ class AdaptedFolder(View):
         with ModelFolder(self.adapter / WEIGHTS) as stored:
             tensors = {name: stored.read(name) for name in stored.tensors}
             self._digest = stored.digest()
-        self._updates: dict[str, _Update] = {}
+        self._updates: dict[str, _WeightUpdate] = {}
         self._biases: dict[str, Tensor] = {}
         self._replaced: dict[str, Tensor] = {}
         modules: dict[str, dict[str, Tensor]] = {}
@@ -86,14 +86,16 @@ class AdaptedFolder(View):
             name = key.removeprefix(PREFIX)
             match = re.fullmatch(r"(.+)\.(lora_\w+?)(?:\.(weight|bias))?", name)
             if match is None:
-                self._replace(name, tensor)
+                self._replace_tensor(name, tensor)
             else:
                 part = f"{match[2]}.{match[3]}" if match[3] == "bias" else match[2]
                 modules.setdefault(match[1], {})[part] = tensor
         for module, parts in modules.items():
-            self._update(module, parts, config)
+            self._add_update(module, parts, config)
 
-    def _update(self, module: str, parts: dict[str, Tensor], config: Mapping[str, object]) -> None:
+    def _add_update(
+        self, module: str, parts: dict[str, Tensor], config: Mapping[str, object]
+    ) -> None:
         embedding = "lora_embedding_A" in parts
         keys = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
         allowed = {*keys, "lora_B.bias", "lora_magnitude_vector"}
@@ -103,7 +105,7 @@ class AdaptedFolder(View):
                 f"{keys[1]} can be merged"
             )
         down, up = (parts[key].float() for key in keys)
-        name = self._find(f"{module}.weight")
+        name = self._find_base_tensor(f"{module}.weight")
         spec = self.tensors[name]
         plain, transposed = (len(up), down.shape[1]), (down.shape[1], len(up))
         if embedding:
@@ -111,7 +113,7 @@ class AdaptedFolder(View):
         if down.dim() != 2 or up.dim() != 2 or spec.shape not in (plain, transposed):
             raise UserError(
                 f"{self.adapter}: {module} is of shape {list(up.shape)} x {list(down.shape)}, but "
-                f"{name} of {label(self.source)} is {list(spec.shape)}"
+                f"{name} of {describe_source(self.source)} is {list(spec.shape)}"
             )
         square = plain == transposed
         is_transposed = bool(config.get("fan_in_fan_out")) if square else spec.shape == transposed
@@ -121,15 +123,19 @@ class AdaptedFolder(View):
                 f"{self.adapter}: use_dora on {module}, whose weight is transposed or an "
                 "embedding; merge it with peft (merge_and_unload) first"
             )
-        alpha = _of_module(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
+        alpha = _match_module_pattern(
+            config.get("alpha_pattern") or {}, module, config["lora_alpha"]
+        )
         rank = len(down)
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         magnitude = None if magnitude is None else magnitude.float().flatten()
-        self._updates[name] = _Update(down, up, scale, is_transposed, magnitude)
+        self._updates[name] = _WeightUpdate(down, up, scale, is_transposed, magnitude)
         if "lora_B.bias" in parts:
-            self._biases[self._find(f"{module}.bias")] = parts["lora_B.bias"].float() * scale
+            self._biases[self._find_base_tensor(f"{module}.bias")] = (
+                parts["lora_B.bias"].float() * scale
+            )
 
-    def _replace(self, name: str, tensor: Tensor) -> None:
+    def _replace_tensor(self, name: str, tensor: Tensor) -> None:
         """Replace a tensor that the adapter stores whole: of `modules_to_save`, or a bias."""
         name = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
         if "token_adapter" in name or "trainable_tokens" in name:
@@ -137,18 +143,19 @@ class AdaptedFolder(View):
                 f"{self.adapter}: {name}: trained rows of embeddings are not supported; merge it "
                 "with peft (merge_and_unload) first"
             )
-        known = self._find(name, required=False)
+        known = self._find_base_tensor(name, required=False)
         if known is not None and self.tensors[known].shape != tuple(tensor.shape):
             raise UserError(
                 f"{self.adapter}: {name} has shape {list(tensor.shape)}, but "
-                f"{list(self.tensors[known].shape)} in {label(self.source)}; the adapter was made "
+                f"{list(self.tensors[known].shape)} in {describe_source(self.source)}; the "
+                "adapter was made "
                 "for a model with other words or labels"
             )
         key = known or name
         self.tensors[key] = Spec(tensor.dtype, tuple(tensor.shape))
         self._replaced[key] = tensor
 
-    def _find(self, name: str, required: bool = True) -> str | None:
+    def _find_base_tensor(self, name: str, required: bool = True) -> str | None:
         """Name of a tensor in the base, whose backbone prefix may differ from the adapter's.
 
         Raises:
@@ -164,7 +171,8 @@ class AdaptedFolder(View):
             return longer[0]
         if required:
             raise UserError(
-                f"{self.adapter}: adapts {name}, which {label(self.source)} does not store; is it "
+                f"{self.adapter}: adapts {name}, which {describe_source(self.source)} does not "
+                "store; is it "
                 "the base that the adapter was trained on?"
             )
         return None
@@ -173,21 +181,21 @@ class AdaptedFolder(View):
         """Fill a buffer (1-D, of the tensor's dtype) with elements from `start` on."""
         update, bias = self._updates.get(name), self._biases.get(name)
         if update is None:
-            self._read_base(name, start, buffer)
+            self._read_base_or_replacement(name, start, buffer)
             if bias is not None:
                 buffer.copy_(buffer.float() + bias[start : start + len(buffer)])
             return
         width = self.tensors[name].shape[1]
         first, last = start // width, -(-(start + len(buffer)) // width)
         rows = torch.empty((last - first) * width, dtype=buffer.dtype)
-        self._read_base(name, first * width, rows)
+        self._read_base_or_replacement(name, first * width, rows)
         total = rows.view(-1, width).to(torch.promote_types(torch.float32, rows.dtype))
-        total = total + update.rows(first, last)
+        total = total + update.compute_rows(first, last)
         if update.magnitude is not None:
             total *= (update.magnitude[first:last] / total.norm(dim=1))[:, None]
         buffer.copy_(total.view(-1)[start - first * width :][: len(buffer)])
 
-    def _read_base(self, name: str, start: int, buffer: Tensor) -> None:
+    def _read_base_or_replacement(self, name: str, start: int, buffer: Tensor) -> None:
         if name in self._replaced:
             buffer.copy_(self._replaced[name].reshape(-1)[start : start + len(buffer)])
         else:
@@ -234,7 +242,7 @@ def _read_config(adapter: Path) -> Mapping[str, object]:
     return config
 
 
-def _of_module(patterns: Mapping[str, float], module: str, default: float) -> float:
+def _match_module_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
     """The value of the first pattern that ends the name of a module, as peft matches them."""
     for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", module):

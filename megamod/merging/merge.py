@@ -17,16 +17,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megamod.errors import UserError
-from megamod.merging.compatibility import check_configs
+from megamod.merging.compatibility import check_configs_match
 from megamod.merging.methods.table import METHODS
-from megamod.merging.model_folder import carry_over, commonest_chat, write_record
-from megamod.merging.naming import harmonise, tied_pairs
-from megamod.merging.plan import Plan, make_plan
-from megamod.merging.recipe import Input, Recipe, weighted
-from megamod.merging.statistics import check_calibration, compute_statistics
-from megamod.merging.tensors import ModelTensor, TensorSource, same_bits
-from megamod.merging.vocabulary import Vocabulary, unite
-from megamod.merging.vocabulary_view import with_vocabulary
+from megamod.merging.model_folder import (
+    find_commonest_chat_template,
+    write_config_and_copy_files,
+    write_merge_record,
+)
+from megamod.merging.naming import list_tied_pairs, rename_to_template
+from megamod.merging.plan import MergePlan, make_plan
+from megamod.merging.recipe import InputModel, MergeRecipe, build_weighted_recipe
+from megamod.merging.statistics import check_calibration, find_or_compute_statistics
+from megamod.merging.tensors import ModelTensor, TensorSource, have_same_bits
+from megamod.merging.vocabulary import Vocabulary, unite_vocabularies
+from megamod.merging.vocabulary_view import view_with_vocabulary
 from megamod.states.output_folder import check_new_folder, new_folder
 from megamod.states.stream import PIECE, ModelFolder, pieces, write_stream
 
@@ -59,7 +63,7 @@ def average_folders(
             weights do not fit the models, or something is not finite.
     Source: Li et al. 2022 (Branch-Train-Merge), section on parameter averaging.
     """
-    recipe = weighted(
+    recipe = build_weighted_recipe(
         sources,
         weights,
         normalize=normalize,
@@ -72,7 +76,7 @@ def average_folders(
 
 
 def merge(
-    recipe: Recipe,
+    recipe: MergeRecipe,
     output: Path | None,
     *,
     shard_bytes: int = SHARD_BYTES,
@@ -83,7 +87,7 @@ def merge(
     quiet: bool = False,
     record: Mapping[str, object] | None = None,
     note: str = "",
-) -> Plan:
+) -> MergePlan:
     """Carry out a recipe; the folder `output` appears whole or not at all.
 
     Computes in float32 (float64 where that is stored) and copies buffers of integers from the base.
@@ -106,19 +110,23 @@ def merge(
     if output is not None:
         check_new_folder(output)
     with ExitStack() as stack:
-        folders = [_opened(model, stack) for model in recipe.inputs]
+        folders = [_open_model(model, stack) for model in recipe.inputs]
         check_calibration(recipe)
-        vocabulary = _united_vocabulary(recipe)
-        paths = [folders[recipe.template].folder, *(folder.folder for folder in folders)]
-        check_configs(paths, cut=recipe.cut, same_words=vocabulary is None)
-        common = harmonise(folders, recipe.template, whole=not recipe.stacked)
-        inputs = _align(recipe, common.folders)
+        vocabulary = _unite_vocabularies(recipe)
+        paths = [folders[recipe.template_model].folder, *(folder.folder for folder in folders)]
+        check_configs_match(
+            paths, allow_cut=recipe.cut_vocabularies, require_same_words=vocabulary is None
+        )
+        common = rename_to_template(
+            folders, recipe.template_model, all_tensors=not recipe.is_stacked
+        )
+        inputs = _align_folders(recipe, common.folders)
         if vocabulary is not None:
-            inputs = with_vocabulary(inputs, vocabulary)
+            inputs = view_with_vocabulary(inputs, vocabulary)
         plan = make_plan(recipe, inputs, shard_bytes, vocabulary, common.copied)
         if dry_run:
             return plan
-        files = compute_statistics(recipe, Path(stack.enter_context(TemporaryDirectory())))
+        files = find_or_compute_statistics(recipe, Path(stack.enter_context(TemporaryDirectory())))
         statistics = [file and stack.enter_context(ModelFolder(file)) for file in files]
         plan = replace(plan, statistics=statistics)
         folder = stack.enter_context(new_folder(output))
@@ -129,18 +137,22 @@ def merge(
         size = sum(spec.nbytes for spec in plan.specs.values())
         hidden = True if quiet else None  # None: hidden unless stderr is a terminal
         with tqdm(total=size, unit="B", unit_scale=True, disable=hidden, leave=False) as bar:
-            produce = partial(_produce, plan, bar, seed)
+            produce = partial(_compute_tensor, plan, bar, seed)
             write_stream(folder, plan.files, plan.specs, produce, threads)
-        plan = replace(plan, config=_with_tie(plan, folder))
+        plan = replace(plan, config=_update_tie_setting(plan, folder))
         words = folders[recipe.tokenizer].folder if copy_tokenizer else None
-        chat = commonest_chat([model.path for model in recipe.inputs]) if recipe.chat else None
-        carry_over(
-            folders[recipe.template].folder, words, folder, plan.config, chat, plan.vocabulary
+        chat = (
+            find_commonest_chat_template([model.path for model in recipe.inputs])
+            if recipe.copy_chat_template
+            else None
         )
-        write_record(
+        write_config_and_copy_files(
+            folders[recipe.template_model].folder, words, folder, plan.config, chat, plan.vocabulary
+        )
+        write_merge_record(
             folder,
             recipe,
-            plan.shares(),
+            plan.compute_shares(),
             [digest.result() for digest in digests],
             plan.config,
             seed,
@@ -150,7 +162,7 @@ def merge(
     return plan
 
 
-def _opened(model: Input, stack: ExitStack) -> TensorSource:
+def _open_model(model: InputModel, stack: ExitStack) -> TensorSource:
     """Open the folder of a model until the stack is closed, with its adapter if it has one."""
     folder = stack.enter_context(ModelFolder(model.path, model.member))
     if model.adapter is None:
@@ -160,25 +172,27 @@ def _opened(model: Input, stack: ExitStack) -> TensorSource:
     return AdaptedFolder(folder, model.adapter)
 
 
-def _united_vocabulary(recipe: Recipe) -> Vocabulary | None:
+def _unite_vocabularies(recipe: MergeRecipe) -> Vocabulary | None:
     """The vocabulary of the result; None if all models have it already.
 
     Raises:
         UserError: if the vocabularies cannot be united.
     """
-    if recipe.words is None:
+    if recipe.vocabulary_request is None:
         return None
     paths = [model.path for model in recipe.inputs]
-    vocabulary = unite(recipe.words, paths, recipe.template, recipe.base)
+    vocabulary = unite_vocabularies(
+        recipe.vocabulary_request, paths, recipe.template_model, recipe.base
+    )
     if vocabulary is not None and recipe.align is not None:
         raise UserError(
             f"{recipe.origin}: align compares models that have the same words; leave out align, or "
-            f"{recipe.words.where}"
+            f"{recipe.vocabulary_request.recipe_key}"
         )
     return vocabulary
 
 
-def _align(recipe: Recipe, folders: Sequence[TensorSource]) -> Sequence[TensorSource]:
+def _align_folders(recipe: MergeRecipe, folders: Sequence[TensorSource]) -> Sequence[TensorSource]:
     """Read all folders with their features in the order of the first, if the recipe says so.
 
     Raises:
@@ -192,17 +206,17 @@ def _align(recipe: Recipe, folders: Sequence[TensorSource]) -> Sequence[TensorSo
     return aligned_folders(recipe.align, folders, recipe.origin)
 
 
-def _with_tie(plan: Plan, folder: Path) -> dict[str, object]:
+def _update_tie_setting(plan: MergePlan, folder: Path) -> dict[str, object]:
     """The configuration of the result, with `tie_word_embeddings` off if the matrices differ.
 
     Args:
         folder: with the weights of the result.
     """
-    pairs = tied_pairs(plan.specs)
+    pairs = list_tied_pairs(plan.specs)
     if not pairs or plan.config.get("tie_word_embeddings") is False:
         return plan.config
     with ModelFolder(folder) as written:
-        if all(same_bits(written, table, written, output) for table, output in pairs):
+        if all(have_same_bits(written, table, written, output) for table, output in pairs):
             return plan.config
     config = plan.config | {"tie_word_embeddings": False}
     inner = config.get("text_config")
@@ -211,7 +225,7 @@ def _with_tie(plan: Plan, folder: Path) -> dict[str, object]:
     return config
 
 
-def _produce(plan: Plan, bar: tqdm, seed: int, name: str) -> Iterator[Tensor]:
+def _compute_tensor(plan: MergePlan, bar: tqdm, seed: int, name: str) -> Iterator[Tensor]:
     """Compute the elements of one tensor of the result, in its dtype.
 
     Raises:
@@ -220,23 +234,23 @@ def _produce(plan: Plan, bar: tqdm, seed: int, name: str) -> Iterator[Tensor]:
     spec, recipe, tensor_plan = plan.specs[name], plan.recipe, plan.tensor_plans[name]
     if tensor_plan.copied:
         ((number, stored),) = tensor_plan.sources
-        for piece in _read_pieces(plan.folders[number], stored):
+        for piece in _iterate_pieces(plan.folders[number], stored):
             yield piece.to(spec.dtype)
             bar.update(piece.nbytes)
         return
     cast = getattr(torch, recipe.dtype) if recipe.dtype else None
-    target = plan.merge_tensor(name, seed)
+    target = plan.make_merge_tensor(name, seed)
     for piece in METHODS[recipe.method].function(target):
         piece = piece.reshape(-1) if cast is None else piece.reshape(-1).to(cast)
         piece = piece.to(spec.dtype)
         # The sum is forty times faster than a test of each element, and finite only if all are.
         if not torch.isfinite(piece.sum()) and not torch.isfinite(piece).all():
-            raise UserError(_not_finite(plan, name, target.models))
+            raise UserError(_explain_non_finite(plan, name, target.models))
         yield piece
         bar.update(piece.nbytes)
 
 
-def _read_pieces(folder: TensorSource, name: str) -> Iterator[Tensor]:
+def _iterate_pieces(folder: TensorSource, name: str) -> Iterator[Tensor]:
     spec = folder.tensors[name]
     buffer = torch.empty(PIECE // spec.dtype.itemsize, dtype=spec.dtype)
     for start, stop in pieces(spec.numel, spec.dtype.itemsize):
@@ -244,7 +258,7 @@ def _read_pieces(folder: TensorSource, name: str) -> Iterator[Tensor]:
         yield buffer[: stop - start]
 
 
-def _not_finite(plan: Plan, name: str, models: Sequence[ModelTensor]) -> str:
+def _explain_non_finite(plan: MergePlan, name: str, models: Sequence[ModelTensor]) -> str:
     """Name the source of values that are not finite."""
     for model in models:
         if not torch.isfinite(model.read()).all():

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from megamod.errors import UserError
 from megamod.files import write_atomic, write_json
-from megamod.merging.layer_settings import Origin, stacked_config
-from megamod.merging.recipe import Part, Recipe
+from megamod.merging.layer_settings import LayerOrigin, build_stacked_config
+from megamod.merging.recipe import MergeRecipe, RecipePart
 from megamod.merging.vocabulary import FILE as VOCABULARY
 from megamod.merging.vocabulary import UNION, Vocabulary
 from megamod.states.dense import dense_config
@@ -36,9 +36,9 @@ Load it as those it was made of{how}. `{record}` has all of this for programs.
 """
 
 
-def merged_config(
+def build_merged_config(
     config: dict[str, object],
-    recipe: Recipe,
+    recipe: MergeRecipe,
     stored: str | None,
     vocabulary: Vocabulary | None = None,
 ) -> dict[str, object]:
@@ -50,18 +50,18 @@ def merged_config(
     """
     config = dict(config)
     if vocabulary is not None:
-        config = vocabulary.renumbered(config)
+        config = vocabulary.renumber_token_ids(config)
         inner = config.get("text_config")
         if "vocab_size" in config:
             config["vocab_size"] = len(vocabulary)
         elif isinstance(inner, dict):
-            inner = vocabulary.renumbered(inner) | {"vocab_size": len(vocabulary)}
+            inner = vocabulary.renumber_token_ids(inner) | {"vocab_size": len(vocabulary)}
             config["text_config"] = inner
-    if recipe.stacked:
-        config = _stacked(config, recipe)
+    if recipe.is_stacked:
+        config = _stack_layer_settings(config, recipe)
     if stored is not None:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = stored
-    if recipe.inputs[recipe.template].member is not None:
+    if recipe.inputs[recipe.template_model].member is not None:
         config = dense_config(config)
     if config.get("model_type") == "demix":
         domains = [model.domain for model in recipe.inputs]
@@ -70,22 +70,22 @@ def merged_config(
     return config
 
 
-def _stacked(config: Mapping[str, object], recipe: Recipe) -> dict[str, object]:
+def _stack_layer_settings(config: Mapping[str, object], recipe: MergeRecipe) -> dict[str, object]:
     """Configuration with the settings of the layers that are stacked."""
     configs = {
-        number: config if number == recipe.template else read_config(model.path)
+        number: config if number == recipe.template_model else read_config(model.path)
         for number, model in enumerate(recipe.inputs)
     }
-    leads = [part.sources[recipe.lead(part)] for part in recipe.parts]
+    leads = [part.sources[recipe.find_lead_source(part)] for part in recipe.parts]
     origins = [
-        Origin(recipe.inputs[source.model].path, configs[source.model], layer)
+        LayerOrigin(recipe.inputs[source.model].path, configs[source.model], layer)
         for source in leads
         for layer in range(*source.layers)
     ]
-    return stacked_config(config, recipe.inputs[recipe.template].path, origins)
+    return build_stacked_config(config, recipe.inputs[recipe.template_model].path, origins)
 
 
-def carry_over(
+def write_config_and_copy_files(
     source: Path,
     words: Path | None,
     folder: Path,
@@ -102,16 +102,16 @@ def carry_over(
     """
     write_json(folder / "config.json", config)
     for pattern in (*_CARRIED, *(("*.py",) if "auto_map" in config else ())):
-        _copy(source, pattern, folder)
+        _copy_matching_files(source, pattern, folder)
     for pattern in PATTERNS if words is not None else ():
-        _copy(words, pattern, folder)
+        _copy_matching_files(words, pattern, folder)
     if vocabulary is not None:
-        _revise(folder, words is not None, vocabulary)
+        _adapt_files_to_vocabulary(folder, words is not None, vocabulary)
     if words is not None and chat is not None:
         write_atomic(folder / _CHAT, chat)
 
 
-def _revise(folder: Path, words: bool, vocabulary: Vocabulary) -> None:
+def _adapt_files_to_vocabulary(folder: Path, words: bool, vocabulary: Vocabulary) -> None:
     """Adapt the copied files to the vocabulary of the result.
 
     Raises:
@@ -121,10 +121,10 @@ def _revise(folder: Path, words: bool, vocabulary: Vocabulary) -> None:
     if generation.is_file():
         try:
             content = json.loads(generation.read_text(encoding="utf-8"))
-            write_json(generation, vocabulary.renumbered(content))
+            write_json(generation, vocabulary.renumber_token_ids(content))
         except (ValueError, AttributeError) as error:
             raise UserError(f"{_CARRIED[0]}: is not JSON: {error}") from error
-    if words and vocabulary.grown:
+    if words and vocabulary.has_new_words:
         write_json(folder / VOCABULARY, vocabulary.tokenizer)
         # These files lack the new words, and nobody reads them if there is a tokenizer.json.
         for pattern in (*VOCABULARIES, "*.model", "added_tokens.json"):
@@ -132,23 +132,23 @@ def _revise(folder: Path, words: bool, vocabulary: Vocabulary) -> None:
                 file.unlink()
 
 
-def _copy(source: Path, pattern: str, folder: Path) -> None:
+def _copy_matching_files(source: Path, pattern: str, folder: Path) -> None:
     for file in sorted(source.glob(pattern)):
         if file.is_file():
             shutil.copyfile(file, folder / file.name)
 
 
-def commonest_chat(folders: Sequence[Path]) -> str | None:
+def find_commonest_chat_template(folders: Sequence[Path]) -> str | None:
     """The chat template of most of these models, the first of equals; None: none has one.
 
     Raises:
         UserError: naming a tokenizer_config.json that is not JSON.
     """
-    templates = [text for folder in dict.fromkeys(folders) if (text := _chat(folder))]
+    templates = [text for folder in dict.fromkeys(folders) if (text := _read_chat_template(folder))]
     return Counter(templates).most_common(1)[0][0] if templates else None
 
 
-def _chat(folder: Path) -> str | None:
+def _read_chat_template(folder: Path) -> str | None:
     if (folder / _CHAT).is_file():
         return (folder / _CHAT).read_text(encoding="utf-8")
     file = folder / "tokenizer_config.json"
@@ -162,9 +162,9 @@ def _chat(folder: Path) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def write_record(
+def write_merge_record(
     folder: Path,
-    recipe: Recipe,
+    recipe: MergeRecipe,
     shares: Sequence[float | None],
     digests: Sequence[str],
     config: Mapping[str, object],
@@ -200,15 +200,17 @@ def write_record(
     for key, block in (("align", recipe.align), ("calibration", recipe.calibration)):
         if block is not None:
             record[key] = dict(block)
-    if recipe.words is not None:
-        source = recipe.words.source
+    if recipe.vocabulary_request is not None:
+        source = recipe.vocabulary_request.source
         record["tokenizer"] = {
             "source": UNION if source is None else str(recipe.inputs[source].path),
-            "tokens": {word: asdict(origin) for word, origin in recipe.words.origins.items()},
+            "tokens": {
+                word: asdict(origin) for word, origin in recipe.vocabulary_request.origins.items()
+            },
         }
     if recipe.parts:
-        key = "slices" if recipe.stacked else "modules"
-        record[key] = [_part_record(part) for part in recipe.parts]
+        key = "slices" if recipe.is_stacked else "modules"
+        record[key] = [_record_part(part) for part in recipe.parts]
     record["megamod"] = __version__
     write_json(folder / RECORD, {**record, **entries})
     rows = "\n".join(
@@ -230,7 +232,7 @@ def write_record(
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def _part_record(part: Part) -> dict[str, object]:
+def _record_part(part: RecipePart) -> dict[str, object]:
     """A part of a recipe as merge.json has it."""
     if part.module is not None:
         models = [[source.model, dict(source.parameters)] for source in part.sources]

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from megamod.errors import UserError
-from megamod.merging.compatibility import vocab_size
-from megamod.merging.settings import layer_of
-from megamod.merging.tensors import RenamedFolder, TensorSource, label, same_bits
+from megamod.merging.compatibility import read_vocab_size
+from megamod.merging.settings import split_at_layer_number
+from megamod.merging.tensors import RenamedFolder, TensorSource, describe_source, have_same_bits
 from megamod.states.forest import read_config
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ _COUNTERS = "num_batches_tracked"
 
 
 @dataclass(frozen=True)
-class Harmonised:
+class CommonNames:
     """Models under common tensor names.
 
     Attributes:
@@ -42,28 +42,37 @@ class Harmonised:
     copied: frozenset[str] = frozenset()
 
 
-def harmonise(folders: Sequence[TensorSource], template: int, *, whole: bool = True) -> Harmonised:
+def rename_to_template(
+    folders: Sequence[TensorSource], template: int, *, all_tensors: bool = True
+) -> CommonNames:
     """Read all folders under the tensor names of the template.
 
     Args:
         template: number of the folder whose names are used.
-        whole: compare all tensors; False: only those outside of layers, where layers are stacked.
+        all_tensors: compare all tensors; False: only those outside of layers, where layers are
+            stacked.
     Raises:
         UserError: naming the first tensor that one model has and another lacks, or the first tensor
             of integers that differ.
     """
     for folder in folders:
-        _refuse_packed(folder)
+        _refuse_packed_weights(folder)
     first = folders[template]
-    renamed = [folder if folder is first else _with_prefix_of(first, folder) for folder in folders]
+    renamed = [
+        folder if folder is first else _adopt_backbone_prefix(first, folder) for folder in folders
+    ]
     added: dict[str, str] = {}
     for folder in renamed:
-        for name in _surplus(folder, first, whole) if _shares(first, folder) else ():
-            partner = _partner(first, name, folder)
+        for name in (
+            _list_missing_tensors(folder, first, all_tensors)
+            if _may_have_same_class(first, folder)
+            else ()
+        ):
+            partner = _find_tied_counterpart(first, name, folder)
             if (
                 partner is not None
-                and _twin(folder, name, first.tensors) is None
-                and _is_tied(first)
+                and _find_copy(folder, name, first.tensors) is None
+                and _is_folder_tied(first)
             ):
                 added[name] = partner
     if added:
@@ -74,16 +83,16 @@ def harmonise(folders: Sequence[TensorSource], template: int, *, whole: bool = T
         if number == template:
             result.append(first)
             continue
-        view, alone = _matched(first, folder, whole)
+        view, only_in_first = _match_names(first, folder, all_tensors)
         result.append(view)
-        copied |= alone
+        copied |= only_in_first
     for folder in result:
         if folder is not first:
-            _check_integers(first, folder, whole)
-    return Harmonised(result, frozenset(copied))
+            _check_integer_tensors(first, folder, all_tensors)
+    return CommonNames(result, frozenset(copied))
 
 
-def _refuse_packed(folder: TensorSource) -> None:
+def _refuse_packed_weights(folder: TensorSource) -> None:
     """Refuse weights with tensors of their own, such as `X.weight.absmax` of 4-bit weights.
 
     Packed weights may be stored as floating-point numbers, so their dtype does not show it.
@@ -95,15 +104,20 @@ def _refuse_packed(folder: TensorSource) -> None:
         weight = name.rpartition(".")[0]
         if weight in folder.tensors:
             raise UserError(
-                f"{label(folder)}: {name} belongs to the tensor {weight}, so that is packed or "
+                f"{describe_source(folder)}: {name} belongs to the tensor {weight}, so that is "
+                "packed or "
                 "quantised and cannot be merged; merge the models before quantisation"
             )
 
 
-def tied_pairs(tensors: Mapping[str, object]) -> list[tuple[str, str]]:
+def list_tied_pairs(tensors: Mapping[str, object]) -> list[tuple[str, str]]:
     """Names of input and output matrices of equal shape, which a configuration may tie."""
-    inputs = [name for name in tensors if _INPUT.search(name) and layer_of(name) is None]
-    outputs = [name for name in tensors if _OUTPUT.search(name) and layer_of(name) is None]
+    inputs = [
+        name for name in tensors if _INPUT.search(name) and split_at_layer_number(name) is None
+    ]
+    outputs = [
+        name for name in tensors if _OUTPUT.search(name) and split_at_layer_number(name) is None
+    ]
     return [
         (table, output)
         for table in inputs
@@ -112,7 +126,7 @@ def tied_pairs(tensors: Mapping[str, object]) -> list[tuple[str, str]]:
     ]
 
 
-def is_tied(config: Mapping[str, object]) -> bool:
+def ties_output_matrix(config: Mapping[str, object]) -> bool:
     """True if a configuration ties the output matrix to the embeddings.
 
     If it does not say, the default of its class counts; without a known class it is taken as tied.
@@ -122,24 +136,24 @@ def is_tied(config: Mapping[str, object]) -> bool:
     if tied is None and isinstance(inner, dict):
         tied = inner.get("tie_word_embeddings")
     if tied is None:
-        from megamod.merging.known_models import built_config
+        from megamod.merging.known_models import build_config
 
-        built = built_config(config)
+        built = build_config(config)
         tied = getattr(built, "tie_word_embeddings", True)
     return bool(tied)
 
 
-def _is_tied(folder: TensorSource) -> bool:
-    return is_tied(read_config(folder.folder))
+def _is_folder_tied(folder: TensorSource) -> bool:
+    return ties_output_matrix(read_config(folder.folder))
 
 
-def _with_prefix_of(first: TensorSource, other: TensorSource) -> TensorSource:
+def _adopt_backbone_prefix(first: TensorSource, other: TensorSource) -> TensorSource:
     """The other folder with the backbone prefix of the first."""
-    ours, theirs = _layered(first), _layered(other)
+    ours, theirs = _list_layer_tensors(first), _list_layer_tensors(other)
     if ours & theirs or not ours or not theirs:
         return other
     for names, reference, add in ((theirs, ours, True), (ours, theirs, False)):
-        ends = {full[dot + 1 :]: full for full in reference for dot in _dots(full)}
+        ends = {full[dot + 1 :]: full for full in reference for dot in _find_dots(full)}
         # A buffer may have no counterpart, so the first tensor that has one gives the prefix.
         pair = next(((name, ends[name]) for name in sorted(names) if name in ends), None)
         if pair is None:
@@ -153,23 +167,23 @@ def _with_prefix_of(first: TensorSource, other: TensorSource) -> TensorSource:
             }
         else:
             new = {n.removeprefix(prefix): n for n in other.tensors}
-        if len(new) == len(other.tensors) and _layered(new) & ours:
+        if len(new) == len(other.tensors) and _list_layer_tensors(new) & ours:
             return RenamedFolder(other, new)
     return other
 
 
-def _dots(name: str) -> list[int]:
+def _find_dots(name: str) -> list[int]:
     return [position for position, letter in enumerate(name) if letter == "."]
 
 
-def _layered(source: TensorSource | Mapping[str, str]) -> set[str]:
+def _list_layer_tensors(source: TensorSource | Mapping[str, str]) -> set[str]:
     """Names of the tensors in layers, or of all tensors if there are no layers."""
     names = source if isinstance(source, Mapping) else source.tensors
-    return {name for name in names if layer_of(name) is not None} or set(names)
+    return {name for name in names if split_at_layer_number(name) is not None} or set(names)
 
 
-def _matched(
-    first: TensorSource, other: TensorSource, whole: bool
+def _match_names(
+    first: TensorSource, other: TensorSource, all_tensors: bool
 ) -> tuple[TensorSource, set[str]]:
     """View of the other folder with the names of the first, and names that only the first has.
 
@@ -177,57 +191,62 @@ def _matched(
         UserError: if a tensor is missing that is no copy, no buffer and no part of a head.
     """
     names = {name: name for name in first.tensors if name in other.tensors}
-    alone: set[str] = set()
-    heads: list[str] = []
-    same_class = _shares(first, other)
-    for name in _surplus(first, other, whole):
-        twin = _twin(first, name, other.tensors)
-        if twin is None and _is_tied(other):
-            twin = _partner(other, name, first)
-        if twin is not None:
-            names[name] = twin
+    only_in_first: set[str] = set()
+    head_tensors: list[str] = []
+    same_class = _may_have_same_class(first, other)
+    for name in _list_missing_tensors(first, other, all_tensors):
+        counterpart = _find_copy(first, name, other.tensors)
+        if counterpart is None and _is_folder_tied(other):
+            counterpart = _find_tied_counterpart(other, name, first)
+        if counterpart is not None:
+            names[name] = counterpart
         elif _is_buffer(first, name):
-            alone.add(name)
-        elif not same_class and layer_of(name) is None:
-            alone.add(name)
-            heads.append(name)
+            only_in_first.add(name)
+        elif not same_class and split_at_layer_number(name) is None:
+            only_in_first.add(name)
+            head_tensors.append(name)
         else:
-            raise UserError(f"{label(other)} has no {name}, which {label(first)} has")
-    for name in _surplus(other, first, whole):
-        if _twin(other, name, first.tensors) is None and not _is_buffer(other, name):
-            if same_class or layer_of(name) is not None:
-                raise UserError(f"{label(first)} has no {name}, which {label(other)} has")
-            heads.append(name)
+            raise UserError(
+                f"{describe_source(other)} has no {name}, which {describe_source(first)} has"
+            )
+    for name in _list_missing_tensors(other, first, all_tensors):
+        if _find_copy(other, name, first.tensors) is None and not _is_buffer(other, name):
+            if same_class or split_at_layer_number(name) is not None:
+                raise UserError(
+                    f"{describe_source(first)} has no {name}, which {describe_source(other)} has"
+                )
+            head_tensors.append(name)
     for name in list(names):
         ours, theirs = first.tensors[name].dtype, other.tensors[names[name]].dtype
         if ours.is_floating_point != theirs.is_floating_point and _is_buffer(first, name):
             del names[name]
-            alone.add(name)
-    if heads:
+            only_in_first.add(name)
+    if head_tensors:
         logger.warning(
             "%s and %s are of different classes: %s%s in one of them only; the result has those of "
             "%s as they are",
-            *(label(first), label(other), heads[0]),
-            f" and {len(heads) - 1} more are" if len(heads) > 1 else " is",
-            label(first),
+            *(describe_source(first), describe_source(other), head_tensors[0]),
+            f" and {len(head_tensors) - 1} more are" if len(head_tensors) > 1 else " is",
+            describe_source(first),
         )
-    if not whole:
-        names |= {name: name for name in other.tensors if layer_of(name) is not None}
+    if not all_tensors:
+        names |= {name: name for name in other.tensors if split_at_layer_number(name) is not None}
     if list(names.items()) == [(name, name) for name in other.tensors]:
-        return other, alone
-    return RenamedFolder(other, names), alone
+        return other, only_in_first
+    return RenamedFolder(other, names), only_in_first
 
 
-def _surplus(first: TensorSource, other: TensorSource, whole: bool) -> list[str]:
+def _list_missing_tensors(first: TensorSource, other: TensorSource, all_tensors: bool) -> list[str]:
     """Names of floating-point tensors of the first folder that the other lacks."""
     return sorted(
         name
         for name in first.tensors.keys() - other.tensors.keys()
-        if first.tensors[name].dtype.is_floating_point and (whole or layer_of(name) is None)
+        if first.tensors[name].dtype.is_floating_point
+        and (all_tensors or split_at_layer_number(name) is None)
     )
 
 
-def _shares(first: TensorSource, other: TensorSource) -> bool:
+def _may_have_same_class(first: TensorSource, other: TensorSource) -> bool:
     """True unless the two folders are known to be saved by different classes."""
     if isinstance(other, RenamedFolder):
         return False
@@ -235,30 +254,30 @@ def _shares(first: TensorSource, other: TensorSource) -> bool:
     return None in classes or classes[0] == classes[1]
 
 
-def _twin(folder: TensorSource, name: str, among: Iterable[str]) -> str | None:
+def _find_copy(folder: TensorSource, name: str, candidates: Iterable[str]) -> str | None:
     """Name of another tensor of the folder with the same bits, out of these names.
 
     Only outside of layers: within them equal bits may be norms or biases that were never trained.
     """
-    if layer_of(name) is not None:
+    if split_at_layer_number(name) is not None:
         return None
-    for other in sorted(set(among) & folder.tensors.keys() - {name}):
-        if same_bits(folder, name, folder, other):
+    for other in sorted(set(candidates) & folder.tensors.keys() - {name}):
+        if have_same_bits(folder, name, folder, other):
             return other
     return None
 
 
-def _partner(tied: TensorSource, name: str, other: TensorSource) -> str | None:
+def _find_tied_counterpart(tied_model: TensorSource, name: str, other: TensorSource) -> str | None:
     """Name of the tensor of a tied model that replaces one that only another model stores."""
     shape = other.tensors[name].shape
     kinds = [(_INPUT, _OUTPUT), (_OUTPUT, _INPUT)]
     for kind, counterpart in kinds:
-        if kind.search(name) and layer_of(name) is None:
-            for candidate, spec in tied.tensors.items():
-                rows = (vocab_size(read_config(tied.folder)),)
+        if kind.search(name) and split_at_layer_number(name) is None:
+            for candidate, spec in tied_model.tensors.items():
+                rows = (read_vocab_size(read_config(tied_model.folder)),)
                 if (
                     counterpart.search(candidate)
-                    and layer_of(candidate) is None
+                    and split_at_layer_number(candidate) is None
                     and candidate != name
                     and spec.shape[1:] == shape[1:]
                     and (spec.shape == shape or spec.shape[:1] == rows)
@@ -272,45 +291,48 @@ def _is_buffer(folder: TensorSource, name: str) -> bool:
     mask = name.endswith(".bias") and len(folder.tensors[name].shape) == 4
     if _BUFFER.search(name) or mask:
         return True
-    if layer_of(name) is None:
+    if split_at_layer_number(name) is None:
         return False
-    from megamod.merging.known_models import parameter_names
+    from megamod.merging.known_models import list_parameter_names
 
-    known = parameter_names(read_config(folder.folder))
+    known = list_parameter_names(read_config(folder.folder))
     if known is None:
         return False
-    layered = {n for n in known if layer_of(n) is not None}
-    stored = {n for n in folder.tensors if layer_of(n) is not None}
+    layered = {n for n in known if split_at_layer_number(n) is not None}
+    stored = {n for n in folder.tensors if split_at_layer_number(n) is not None}
     # The class is evidence only if it has most of the other tensors of the folder.
-    ends = {layer_of(n)[2] for n in layered}
-    explained = sum(layer_of(n)[2] in ends for n in stored)
-    return explained >= len(stored) / 2 and layer_of(name)[2] not in ends
+    ends = {split_at_layer_number(n)[2] for n in layered}
+    explained = sum(split_at_layer_number(n)[2] in ends for n in stored)
+    return explained >= len(stored) / 2 and split_at_layer_number(name)[2] not in ends
 
 
-def _check_integers(first: TensorSource, other: TensorSource, whole: bool) -> None:
+def _check_integer_tensors(first: TensorSource, other: TensorSource, all_tensors: bool) -> None:
     """Refuse tensors of integers that differ, as they have no mean.
 
     Raises:
         UserError: naming the first of them.
     """
     for name, spec in first.tensors.items():
-        compared = name in other.tensors and (whole or layer_of(name) is None)
+        compared = name in other.tensors and (all_tensors or split_at_layer_number(name) is None)
         if compared and not spec.dtype.is_floating_point:
             check_equal_integers(first, name, other, name)
 
 
-def check_equal_integers(first: TensorSource, name: str, other: TensorSource, theirs: str) -> None:
+def check_equal_integers(
+    first: TensorSource, name: str, other: TensorSource, other_name: str
+) -> None:
     """Refuse two tensors, at least one of integers, unless all values are equal.
 
     Raises:
         UserError: naming the tensor and both models.
     """
-    if name.endswith(_COUNTERS) or same_bits(first, name, other, theirs):
+    if name.endswith(_COUNTERS) or have_same_bits(first, name, other, other_name):
         return
-    ours, spec = first.tensors[name], other.tensors[theirs]
-    if ours.shape == spec.shape and first.read(name).long().equal(other.read(theirs).long()):
+    ours, spec = first.tensors[name], other.tensors[other_name]
+    if ours.shape == spec.shape and first.read(name).long().equal(other.read(other_name).long()):
         return
     raise UserError(
-        f"{name} of {label(first)} and {label(other)} holds integers that differ, which have no "
+        f"{name} of {describe_source(first)} and {describe_source(other)} holds integers that "
+        "differ, which have no "
         "mean (quantised weights, or tables); merge the models before quantisation"
     )

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from megamod.errors import UserError
-from megamod.merging.assembly import TensorPlan, assemble
+from megamod.merging.assembly import TensorPlan, plan_tensors
 from megamod.merging.methods.table import METHODS, Method, all_parameters
-from megamod.merging.model_folder import merged_config
-from megamod.merging.recipe import Recipe
-from megamod.merging.settings import WITHOUT_EFFECT, Scope, check_parameters, check_word
+from megamod.merging.model_folder import build_merged_config
+from megamod.merging.recipe import MergeRecipe
+from megamod.merging.settings import WITHOUT_EFFECT, Scope, check_known_word, check_parameters
 from megamod.merging.tensors import MergeTensor, ModelTensor, TensorSource
 from megamod.merging.vocabulary import Vocabulary
 from megamod.states.forest import HOST_TYPE, read_config
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Plan:
+class MergePlan:
     """A merge that was checked and can be carried out while its folders are open.
 
     Attributes:
@@ -33,7 +33,7 @@ class Plan:
         vocabulary: that the folders are read with; None: each has its own.
     """
 
-    recipe: Recipe
+    recipe: MergeRecipe
     folders: Sequence[TensorSource]
     statistics: Sequence[TensorSource | None]
     tensor_plans: dict[str, TensorPlan]
@@ -47,7 +47,7 @@ class Plan:
         lines = [f"{self.recipe.method} of {len(self.folders)} models"]
         has_base = METHODS[self.recipe.method].base != "none"
         for number, (model, weight) in enumerate(
-            zip(self.recipe.inputs, self.shares(), strict=True)
+            zip(self.recipe.inputs, self.compute_shares(), strict=True)
         ):
             share = f"{weight:.6g}" if weight is not None else "by tensor"
             share = "base" if has_base and number == self.recipe.base else share
@@ -58,7 +58,7 @@ class Plan:
         lines.append(f"{len(self.specs)} tensors, {count:,} parameters, {size:,} bytes in {files}")
         return "\n".join(lines)
 
-    def shares(self) -> list[float | None]:
+    def compute_shares(self) -> list[float | None]:
         """Weight of each model, in averages divided by their sum; None: differs between tensors."""
         plain = METHODS[self.recipe.method].base == "none"
         shares: list[set[float | None]] = [set() for _ in self.folders]
@@ -73,7 +73,7 @@ class Plan:
                 shares[number].add(share)
         return [share.pop() if len(share) == 1 else None for share in shares]
 
-    def merge_tensor(self, name: str, seed: int = 0) -> MergeTensor:
+    def make_merge_tensor(self, name: str, seed: int = 0) -> MergeTensor:
         """The argument of the method for one tensor.
 
         Args:
@@ -84,22 +84,22 @@ class Plan:
         cast = getattr(torch, recipe.dtype) if recipe.dtype else None
         models = [
             ModelTensor(
-                self.folders[number], stored, values, cast, tensor_plan.rows, number,
+                self.folders[number], stored, values, cast, tensor_plan.merged_rows, number,
                 self.statistics[number],
             )
             for (number, stored), values in zip(tensor_plan.sources, per_model, strict=True)
         ]  # fmt: skip
-        base = None if tensor_plan.base is None else models[tensor_plan.base]
+        base = None if tensor_plan.base_source is None else models[tensor_plan.base_source]
         return MergeTensor(name, models, base, overall, seed)
 
 
 def make_plan(
-    recipe: Recipe,
+    recipe: MergeRecipe,
     folders: Sequence[TensorSource],
     shard_bytes: int,
     vocabulary: Vocabulary | None = None,
     copied: Collection[str] = (),
-) -> Plan:
+) -> MergePlan:
     """Check that the open folders can be merged, and plan every tensor.
 
     Args:
@@ -108,21 +108,21 @@ def make_plan(
     Raises:
         UserError: naming the folder, tensor or parameter, if they cannot.
     """
-    check_word(recipe.method, tuple(METHODS), f"{recipe.origin}: there is no merge method")
-    check_parameters(_all_scopes(recipe), all_parameters(), recipe.method)
-    _warn_of_parameters(recipe)
-    tensor_plans = assemble(recipe, folders, copied)
+    check_known_word(recipe.method, tuple(METHODS), f"{recipe.origin}: there is no merge method")
+    check_parameters(_list_scopes(recipe), all_parameters(), recipe.method)
+    _warn_of_unused_parameters(recipe)
+    tensor_plans = plan_tensors(recipe, folders, copied)
     stored = recipe.out_dtype or recipe.dtype
-    config = read_config(folders[recipe.template].folder)
-    specs, config = {}, merged_config(config, recipe, stored, vocabulary)
+    config = read_config(folders[recipe.template_model].folder)
+    specs, config = {}, build_merged_config(config, recipe, stored, vocabulary)
     for name, tensor_plan in tensor_plans.items():
-        number, lead = tensor_plan.sources[tensor_plan.lead]
+        number, lead = tensor_plan.sources[tensor_plan.lead_source]
         spec = folders[number].tensors[lead]
         if spec.dtype.is_floating_point:
             shape = spec.shape
             if not tensor_plan.copied:
-                rows = _merged_rows(METHODS[recipe.method], tensor_plan, folders, name)
-                tensor_plans[name] = replace(tensor_plan, rows=rows)
+                rows = _count_merged_rows(METHODS[recipe.method], tensor_plan, folders, name)
+                tensor_plans[name] = replace(tensor_plan, merged_rows=rows)
                 if rows is not None and spec.shape[0] == config.get("vocab_size"):
                     config["vocab_size"] = rows
                 shape = spec.shape if rows is None else (rows, *spec.shape[1:])
@@ -135,25 +135,25 @@ def make_plan(
     else:
         files = plan_shards(specs, shard_bytes)
     statistics = [None] * len(folders)
-    return Plan(recipe, folders, statistics, tensor_plans, specs, files, config, vocabulary)
+    return MergePlan(recipe, folders, statistics, tensor_plans, specs, files, config, vocabulary)
 
 
-def _all_scopes(recipe: Recipe) -> list[Scope]:
+def _list_scopes(recipe: MergeRecipe) -> list[Scope]:
     """Every level of the recipe that holds parameters."""
     scopes = [(f"{recipe.origin}, {model}", model.parameters) for model in recipe.inputs]
-    for part in recipe.normal_parts:
-        scopes += [recipe.source_scope(part, source) for source in part.sources]
-        scopes += recipe.scopes(part)
+    for part in recipe.all_parts:
+        scopes += [recipe.make_source_scope(part, source) for source in part.sources]
+        scopes += recipe.list_scopes(part)
     return scopes
 
 
-def _warn_of_parameters(recipe: Recipe) -> None:
+def _warn_of_unused_parameters(recipe: MergeRecipe) -> None:
     """Log parameters of other methods: they are allowed, as in mergekit, and have no effect."""
     method = METHODS[recipe.method]
     used = {*method.per_model, *method.overall, *WITHOUT_EFFECT}
     unused = [
         (where, name)
-        for where, settings in _all_scopes(recipe)
+        for where, settings in _list_scopes(recipe)
         for name in settings
         if name not in used
     ]
@@ -161,7 +161,7 @@ def _warn_of_parameters(recipe: Recipe) -> None:
         logger.warning("%s, %s: has no effect with %s", where, name, recipe.method)
 
 
-def _merged_rows(
+def _count_merged_rows(
     method: Method, tensor_plan: TensorPlan, folders: Sequence[TensorSource], name: str
 ) -> int | None:
     """Number of rows that are merged where vocabularies are of unequal size; None: all.
@@ -174,7 +174,7 @@ def _merged_rows(
         return None
     if method.common_rows:
         return min(rows)[0]
-    expected = rows[tensor_plan.lead]
+    expected = rows[tensor_plan.lead_source]
     for (number, _), count in zip(tensor_plan.sources, rows, strict=True):
         if count < expected:
             raise UserError(

@@ -10,14 +10,14 @@ from pathlib import Path
 
 from megamod.errors import UserError
 from megamod.merging.settings import Scope, Setting
-from megamod.merging.vocabulary import Words
+from megamod.merging.vocabulary import VocabularyRequest
 
 GREEDY_SOUP = "greedy_soup"
 """The method that first selects models whose uniform average is best on held-out data."""
 
 
 @dataclass(frozen=True)
-class Input:
+class InputModel:
     """One model of a merge.
 
     Attributes:
@@ -43,7 +43,7 @@ class Input:
 
 
 @dataclass(frozen=True)
-class Source:
+class PartSource:
     """One model within a part.
 
     Attributes:
@@ -58,7 +58,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Part:
+class RecipePart:
     """Tensors of the result that are merged from the same sources.
 
     Attributes:
@@ -68,7 +68,7 @@ class Part:
         module: part of the names of the tensors, whole words between dots; None: all tensors.
     """
 
-    sources: tuple[Source, ...]
+    sources: tuple[PartSource, ...]
     parameters: Mapping[str, Setting] = field(default_factory=dict)
     base: int | None = None
     module: str | None = None
@@ -81,7 +81,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class MergeRecipe:
     """A merge.
 
     Attributes:
@@ -95,55 +95,55 @@ class Recipe:
         origin: file or flag that the recipe comes from, for messages.
         parts: of the result; empty: one part, all tensors of all models.
         module_parameters: settings of the only module, which precede `parameters`.
-        chat: give the result the chat template that most models have.
-        cut: cut vocabularies of unequal size to their common words.
-        words: vocabulary of the result; None: that of its template.
+        copy_chat_template: give the result the chat template that most models have.
+        cut_vocabularies: cut vocabularies of unequal size to their common words.
+        vocabulary_request: vocabulary of the result; None: that of its template.
         evaluation: held-out data of `greedy_soup`.
         calibration: text to compute statistics on, for models without text of their own.
         align: the `align:` block; None: do not align.
     """
 
     method: str
-    inputs: tuple[Input, ...]
+    inputs: tuple[InputModel, ...]
     parameters: Mapping[str, Setting] = field(default_factory=dict)
     dtype: str | None = None
     out_dtype: str | None = None
     base: int | None = None
     tokenizer: int = 0
     origin: str = "--models"
-    parts: tuple[Part, ...] = ()
+    parts: tuple[RecipePart, ...] = ()
     module_parameters: Mapping[str, Setting] = field(default_factory=dict)
-    chat: bool = False
-    cut: bool = False
-    words: Words | None = None
+    copy_chat_template: bool = False
+    cut_vocabularies: bool = False
+    vocabulary_request: VocabularyRequest | None = None
     evaluation: Mapping[str, Setting] | None = None
     calibration: Mapping[str, Setting] | None = None
     align: Mapping[str, Setting] | None = None
 
     @property
-    def stacked(self) -> bool:
+    def is_stacked(self) -> bool:
         """True if the layers of the result are stacked from layers of the models."""
         return bool(self.parts) and self.parts[0].sources[0].layers is not None
 
     @property
-    def template(self) -> int:
+    def template_model(self) -> int:
         """Number of the model whose configuration and tensor names the result has."""
         if self.base is not None:
             return self.base
-        return self.parts[0].sources[0].model if self.stacked else 0
+        return self.parts[0].sources[0].model if self.is_stacked else 0
 
     @property
-    def normal_parts(self) -> tuple[Part, ...]:
+    def all_parts(self) -> tuple[RecipePart, ...]:
         """The parts, each with all of its sources.
 
         A base that is in no module takes part in all of them.
         """
         if not self.parts:
-            sources = (Source(n, model.parameters) for n, model in enumerate(self.inputs))
-            return (Part(tuple(sources)),)
-        if self.stacked or self.base is None:
+            sources = (PartSource(n, model.parameters) for n, model in enumerate(self.inputs))
+            return (RecipePart(tuple(sources)),)
+        if self.is_stacked or self.base is None:
             return self.parts
-        base = Source(self.base)
+        base = PartSource(self.base)
         return tuple(
             part
             if any(source.model == self.base for source in part.sources)
@@ -151,33 +151,33 @@ class Recipe:
             for part in self.parts
         )
 
-    def lead(self, part: Part) -> int:
+    def find_lead_source(self, part: RecipePart) -> int:
         """Index of the source that gives a part its names, shapes, dtypes and layer settings.
 
         The base if it is one of the sources, else the template of whole models, else the first.
         """
         models = [source.model for source in part.sources]
         candidates = [self.base if part.base is None else part.base]
-        candidates += [] if self.stacked else [self.template]
+        candidates += [] if self.is_stacked else [self.template_model]
         return next((models.index(number) for number in candidates if number in models), 0)
 
-    def label(self, part: Part) -> str:
+    def label_part(self, part: RecipePart) -> str:
         """Position of the part in the recipe, for messages."""
-        if self.stacked:
+        if self.is_stacked:
             return f"{self.origin}, slices"
         return self.origin if part.module is None else f"{self.origin}, modules, {part.module}"
 
-    def scopes(self, part: Part) -> list[Scope]:
+    def list_scopes(self, part: RecipePart) -> list[Scope]:
         """Levels of the recipe that hold parameters of all sources of a part."""
         return [
-            (self.label(part), part.parameters),
+            (self.label_part(part), part.parameters),
             (f"{self.origin}, modules", self.module_parameters),
             (f"{self.origin}, parameters", self.parameters),
         ]
 
-    def source_scope(self, part: Part, source: Source) -> Scope:
+    def make_source_scope(self, part: RecipePart, source: PartSource) -> Scope:
         """The level of the recipe that holds parameters of one source of a part."""
-        return f"{self.label(part)}, {self.inputs[source.model]}", source.parameters
+        return f"{self.label_part(part)}, {self.inputs[source.model]}", source.parameters
 
 
 def split_adapter(text: str, folder: Path = Path()) -> tuple[Path, Path | None]:
@@ -203,7 +203,7 @@ def find_path(text: str, folder: Path) -> Path:
     return Path(text) if Path(text).exists() or not (folder / text).exists() else folder / text
 
 
-def weighted(
+def build_weighted_recipe(
     sources: Iterable[tuple[Path, str | None]],
     weights: Sequence[float],
     *,
@@ -212,7 +212,7 @@ def weighted(
     dtype: str | None = None,
     out_dtype: str | None = None,
     origin: str = "--weights",
-) -> Recipe:
+) -> MergeRecipe:
     """Build the recipe of a weighted average.
 
     Args:
@@ -231,7 +231,7 @@ def weighted(
         )
     names = domains or [member for _, _, member in models]
     inputs = tuple(
-        Input(path, member, {"weight": weight}, name, adapter=adapter)
+        InputModel(path, member, {"weight": weight}, name, adapter=adapter)
         for (path, adapter, member), weight, name in zip(models, weights, names, strict=True)
     )
-    return Recipe("linear", inputs, {"normalize": normalize}, dtype, out_dtype, origin=origin)
+    return MergeRecipe("linear", inputs, {"normalize": normalize}, dtype, out_dtype, origin=origin)

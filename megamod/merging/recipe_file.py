@@ -13,15 +13,15 @@ import yaml
 from megamod.errors import UserError
 from megamod.merging.recipe import (
     GREEDY_SOUP,
-    Input,
-    Part,
-    Recipe,
-    Source,
+    InputModel,
+    MergeRecipe,
+    PartSource,
+    RecipePart,
     find_path,
     split_adapter,
 )
-from megamod.merging.settings import Setting, check_word
-from megamod.merging.vocabulary import UNION, read_words
+from megamod.merging.settings import Setting, check_known_word
+from megamod.merging.vocabulary import UNION, read_vocabulary_request
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 _TOP = ("merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype")
@@ -34,7 +34,7 @@ _WITH_STATISTICS = ("fisher", "regmean")
 _BLOCKS = {"align": (), "evaluation": (GREEDY_SOUP,), "calibration": _WITH_STATISTICS}
 
 
-def read_recipe(path: Path) -> Recipe:
+def read_recipe(path: Path) -> MergeRecipe:
     """Read a recipe from a YAML file in mergekit's format.
 
     Our own keys are `member: DOMAIN`, `statistics: FILE` and `calibration:` of a model, and
@@ -50,29 +50,29 @@ def read_recipe(path: Path) -> Recipe:
     method = content.get("merge_method")
     if not isinstance(method, str):
         raise UserError(f"{where}: merge_method is {method!r}; give the name of a method")
-    inputs: list[Input] = []
+    inputs: list[InputModel] = []
     parts, module_parameters = _read_parts(content, where, path.parent, inputs)
-    base = _read_base(content.get("base_model"), inputs, path.parent, f"{where}, base_model")
+    base = _read_base_index(content.get("base_model"), inputs, path.parent, f"{where}, base_model")
     chat = content.get("chat_template")
     if chat not in (None, "auto"):
         raise UserError(f"{where}: chat_template is {chat!r}; only auto is supported")
     blocks = {key: content.get(key) for key in _BLOCKS}
     _check_blocks(blocks, inputs, method, where)
-    recipe = Recipe(
+    recipe = MergeRecipe(
         method=method,
         inputs=tuple(inputs),
-        parameters=_parameters(content.get("parameters"), f"{where}, parameters"),
-        dtype=_dtype(content.get("dtype"), f"{where}, dtype"),
-        out_dtype=_dtype(content.get("out_dtype"), f"{where}, out_dtype"),
+        parameters=_check_parameter_block(content.get("parameters"), f"{where}, parameters"),
+        dtype=_check_dtype(content.get("dtype"), f"{where}, dtype"),
+        out_dtype=_check_dtype(content.get("out_dtype"), f"{where}, out_dtype"),
         base=base,
         origin=where,
         parts=parts,
         module_parameters=module_parameters,
-        chat=chat is not None,
-        cut=True,
+        copy_chat_template=chat is not None,
+        cut_vocabularies=True,
         **blocks,
     )
-    return _with_tokenizer(recipe, content, path)
+    return _read_tokenizer(recipe, content, path)
 
 
 def _read_yaml(path: Path) -> dict:
@@ -89,12 +89,12 @@ def _read_yaml(path: Path) -> dict:
     if not isinstance(content, dict):
         raise UserError(f"recipe {path} is not a list of `key: value` lines")
     for key in content:
-        check_word(str(key), _TOP, f"recipe {path}: unknown key")
+        check_known_word(str(key), _TOP, f"recipe {path}: unknown key")
     return content
 
 
 def _check_blocks(
-    blocks: Mapping[str, object], inputs: Sequence[Input], method: str, where: str
+    blocks: Mapping[str, object], inputs: Sequence[InputModel], method: str, where: str
 ) -> None:
     """Refuse our own blocks, and keys of models, that the method does not read."""
     for key, block in blocks.items():
@@ -110,15 +110,15 @@ def _check_blocks(
 
 
 def _read_parts(
-    content: Mapping, where: str, folder: Path, inputs: list[Input]
-) -> tuple[tuple[Part, ...], dict[str, Setting]]:
+    content: Mapping, where: str, folder: Path, inputs: list[InputModel]
+) -> tuple[tuple[RecipePart, ...], dict[str, Setting]]:
     """Read the parts, and the parameters of a single module; models are added to the inputs.
 
     There are no parts where whole models are merged into one.
     """
-    shape = _only_one(content, _SHAPES, where)
+    shape = _find_only_key(content, _SHAPES, where)
     if shape != "modules":
-        return _read_body(content, shape, where, folder, inputs), {}
+        return _read_slices_or_models(content, shape, where, folder, inputs), {}
     modules = content["modules"]
     if not isinstance(modules, dict) or not modules:
         raise UserError(f"{where}: 'modules' is not a mapping from names to modules: {modules!r}")
@@ -128,26 +128,26 @@ def _read_parts(
         if not isinstance(module, dict):
             raise UserError(f"{label}: is {module!r}; give 'models' or 'slices'")
         for key in module:
-            check_word(str(key), ("models", "slices", "parameters"), f"{label}: unknown key")
-        shape = _only_one(module, ("models", "slices"), label)
-        parameters = _parameters(module.get("parameters"), f"{label}, parameters")
+            check_known_word(str(key), ("models", "slices", "parameters"), f"{label}: unknown key")
+        shape = _find_only_key(module, ("models", "slices"), label)
+        parameters = _check_parameter_block(module.get("parameters"), f"{label}, parameters")
         if len(modules) == 1:
-            return _read_body(module, shape, where, folder, inputs), parameters
+            return _read_slices_or_models(module, shape, where, folder, inputs), parameters
         if shape == "slices":
             raise UserError(f"{label}: one of several modules cannot have slices; give 'models'")
         sources = []
-        for number, entry in enumerate(_listed(module["models"], "models", label)):
+        for number, entry in enumerate(_check_list(module["models"], "models", label)):
             model = _read_input(entry, f"{label}, models[{number}]", folder, _MODEL_KEYS)
-            sources.append(Source(_number_of(model, inputs), model.parameters))
-        parts.append(Part(tuple(sources), parameters, module=str(name)))
+            sources.append(PartSource(_find_or_add_input(model, inputs), model.parameters))
+        parts.append(RecipePart(tuple(sources), parameters, module=str(name)))
     return tuple(parts), {}
 
 
-def _read_body(
-    content: Mapping, shape: str, where: str, folder: Path, inputs: list[Input]
-) -> tuple[Part, ...]:
+def _read_slices_or_models(
+    content: Mapping, shape: str, where: str, folder: Path, inputs: list[InputModel]
+) -> tuple[RecipePart, ...]:
     """Read `slices` as parts, or `models` as inputs."""
-    entries = _listed(content[shape], shape, where)
+    entries = _check_list(content[shape], shape, where)
     if shape == "slices":
         return tuple(
             _read_slice(entry, f"{where}, slices[{number}]", folder, inputs)
@@ -158,7 +158,7 @@ def _read_body(
     return ()
 
 
-def _only_one(content: Mapping, keys: Sequence[str], where: str) -> str:
+def _find_only_key(content: Mapping, keys: Sequence[str], where: str) -> str:
     """The only one of these keys that the content has.
 
     Raises:
@@ -171,7 +171,7 @@ def _only_one(content: Mapping, keys: Sequence[str], where: str) -> str:
     return present[0]
 
 
-def _number_of(model: Input, inputs: list[Input]) -> int:
+def _find_or_add_input(model: InputModel, inputs: list[InputModel]) -> int:
     """Number of a model among the inputs, whatever its parameters; a new one is appended."""
     plain = replace(model, parameters={})
     if plain not in inputs:
@@ -179,20 +179,20 @@ def _number_of(model: Input, inputs: list[Input]) -> int:
     return inputs.index(plain)
 
 
-def _listed(entries: object, key: str, where: str) -> list:
+def _check_list(entries: object, key: str, where: str) -> list:
     if not isinstance(entries, list) or not entries:
         raise UserError(f"{where}: '{key}' is not a list of {key}, but {entries!r}")
     return entries
 
 
-def _read_slice(entry: object, where: str, folder: Path, inputs: list[Input]) -> Part:
+def _read_slice(entry: object, where: str, folder: Path, inputs: list[InputModel]) -> RecipePart:
     """Read a slice; its models are added to the inputs."""
     if not isinstance(entry, dict):
         raise UserError(f"{where}: is {entry!r}; give `sources:`")
     for key in entry:
-        check_word(str(key), ("sources", "parameters", "base_model"), f"{where}: unknown key")
+        check_known_word(str(key), ("sources", "parameters", "base_model"), f"{where}: unknown key")
     sources = []
-    for number, item in enumerate(_listed(entry.get("sources"), "sources", where)):
+    for number, item in enumerate(_check_list(entry.get("sources"), "sources", where)):
         label = f"{where}, sources[{number}]"
         model = _read_input(item, label, folder, (*_MODEL_KEYS, "layer_range"))
         span = item.get("layer_range")
@@ -201,20 +201,22 @@ def _read_slice(entry: object, where: str, folder: Path, inputs: list[Input]) ->
             raise UserError(
                 f"{label}: layer_range is {span!r}; give [FIRST, LAST + 1], as in [0, 12]"
             )
-        sources.append(Source(_number_of(model, inputs), model.parameters, (span[0], span[1])))
+        sources.append(
+            PartSource(_find_or_add_input(model, inputs), model.parameters, (span[0], span[1]))
+        )
     lengths = [source.layers[1] - source.layers[0] for source in sources]
     if len(set(lengths)) > 1:
         raise UserError(f"{where}: sources have {lengths} layers; all of a slice need equally many")
-    base = _read_base(entry.get("base_model"), inputs, folder, f"{where}, base_model")
-    parameters = _parameters(entry.get("parameters"), f"{where}, parameters")
-    return Part(tuple(sources), parameters, base)
+    base = _read_base_index(entry.get("base_model"), inputs, folder, f"{where}, base_model")
+    parameters = _check_parameter_block(entry.get("parameters"), f"{where}, parameters")
+    return RecipePart(tuple(sources), parameters, base)
 
 
-def _read_input(entry: object, where: str, folder: Path, keys: Sequence[str]) -> Input:
+def _read_input(entry: object, where: str, folder: Path, keys: Sequence[str]) -> InputModel:
     if not isinstance(entry, dict) or not isinstance(entry.get("model"), str):
         raise UserError(f"{where}: is {entry!r}; give `model: FOLDER`")
     for key in entry:
-        check_word(str(key), keys, f"{where}: unknown key")
+        check_known_word(str(key), keys, f"{where}: unknown key")
     member, statistics = entry.get("member"), entry.get("statistics")
     if member is not None and not isinstance(member, str):
         raise UserError(f"{where}, member: {member!r} is not the name of a domain")
@@ -224,10 +226,10 @@ def _read_input(entry: object, where: str, folder: Path, keys: Sequence[str]) ->
     if calibration is not None and not isinstance(calibration, dict):
         raise UserError(f"{where}, calibration: is {calibration!r}, not `name: value` lines")
     path, adapter = split_adapter(entry["model"], folder)
-    return Input(
+    return InputModel(
         path,
         member,
-        _parameters(entry.get("parameters"), f"{where}, parameters"),
+        _check_parameter_block(entry.get("parameters"), f"{where}, parameters"),
         member,
         None if statistics is None else find_path(statistics, folder),
         calibration,
@@ -235,7 +237,9 @@ def _read_input(entry: object, where: str, folder: Path, keys: Sequence[str]) ->
     )
 
 
-def _read_base(model: object, inputs: list[Input], folder: Path, where: str) -> int | None:
+def _read_base_index(
+    model: object, inputs: list[InputModel], folder: Path, where: str
+) -> int | None:
     """Number of the base among the inputs; a new one is appended."""
     if model is None:
         return None
@@ -244,12 +248,12 @@ def _read_base(model: object, inputs: list[Input], folder: Path, where: str) -> 
     path, adapter = split_adapter(model, folder)
     known = [(parent.path, parent.adapter) for parent in inputs]
     if (path, adapter) not in known:
-        inputs.append(Input(path, adapter=adapter))
+        inputs.append(InputModel(path, adapter=adapter))
         return len(known)
     return known.index((path, adapter))
 
 
-def _with_tokenizer(recipe: Recipe, content: Mapping, path: Path) -> Recipe:
+def _read_tokenizer(recipe: MergeRecipe, content: Mapping, path: Path) -> MergeRecipe:
     """The recipe with its vocabulary, and the number of the model that it is made from."""
     where, block = f"recipe {path}", content.get("tokenizer")
     source = content.get("tokenizer_source")
@@ -258,11 +262,11 @@ def _with_tokenizer(recipe: Recipe, content: Mapping, path: Path) -> Recipe:
     if block is not None and not isinstance(block, dict):
         raise UserError(f"{where}: tokenizer is {block!r}, not `source: ...` and `tokens: ...`")
     if block is None and source is None:
-        return replace(recipe, tokenizer=recipe.template)
+        return replace(recipe, tokenizer=recipe.template_model)
 
-    def number_of(name: object, label: str) -> int | None:
+    def find_model_number(name: object, label: str) -> int | None:
         if name in (UNION, "base"):
-            return None if name == UNION else recipe.template
+            return None if name == UNION else recipe.template_model
         known = [(parent.path, parent.adapter) for parent in recipe.inputs]
         model = split_adapter(name, path.parent) if isinstance(name, str) else None
         if model not in known:
@@ -273,12 +277,14 @@ def _with_tokenizer(recipe: Recipe, content: Mapping, path: Path) -> Recipe:
         return known.index(model)
 
     key = "tokenizer_source" if block is None else "tokenizer"
-    words = read_words(source if block is None else block, number_of, f"{where}, {key}")
-    number = recipe.template if words.source is None else words.source
-    return replace(recipe, tokenizer=number, words=words)
+    words = read_vocabulary_request(
+        source if block is None else block, find_model_number, f"{where}, {key}"
+    )
+    number = recipe.template_model if words.source is None else words.source
+    return replace(recipe, tokenizer=number, vocabulary_request=words)
 
 
-def _parameters(content: object, where: str) -> dict[str, Setting]:
+def _check_parameter_block(content: object, where: str) -> dict[str, Setting]:
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -286,7 +292,7 @@ def _parameters(content: object, where: str) -> dict[str, Setting]:
     return {str(key): value for key, value in content.items()}
 
 
-def _dtype(name: object, where: str) -> str | None:
+def _check_dtype(name: object, where: str) -> str | None:
     if name is not None and name not in DTYPES:
         raise UserError(f"{where}: {name!r} is not one of {', '.join(DTYPES)}")
     return name

@@ -21,7 +21,7 @@ WITHOUT_EFFECT = ("int8_mask",)  # saves memory in mergekit; the values are the 
 
 
 @dataclass(frozen=True)
-class Lookup:
+class ParameterLookup:
     """Lookup of the parameters of one tensor.
 
     Attributes:
@@ -35,8 +35,8 @@ class Lookup:
     optional: bool = False
 
 
-def values_for(
-    method: "Method", depth: float, whole: Lookup, models: Iterable[Lookup]
+def look_up_parameters(
+    method: "Method", depth: float, whole: ParameterLookup, models: Iterable[ParameterLookup]
 ) -> tuple[dict[str, float | bool], list[dict[str, float | bool]]]:
     """Look up all parameters for one tensor: those of the whole merge, then those of each model.
 
@@ -45,10 +45,15 @@ def values_for(
     Raises:
         UserError: for a parameter that is missing, or a value that is not a number.
     """
-    overall = {p: _look_up(p, default, whole, depth) for p, default in method.overall.items()}
+    overall = {
+        p: _look_up_parameter(p, default, whole, depth) for p, default in method.overall.items()
+    }
     per_model = []
     for lookup in models:
-        values = {p: _look_up(p, default, lookup, depth) for p, default in method.per_model.items()}
+        values = {
+            p: _look_up_parameter(p, default, lookup, depth)
+            for p, default in method.per_model.items()
+        }
         per_model.append({p: value for p, value in values.items() if value is not None})
     return overall, per_model
 
@@ -61,12 +66,12 @@ def check_parameters(scopes: Iterable[Scope], known: Sequence[str], method: str)
     """
     for where, settings in scopes:
         for name, setting in settings.items():
-            check_word(name, (*known, *WITHOUT_EFFECT), f"{where}: {method} has no parameter")
+            check_known_word(name, (*known, *WITHOUT_EFFECT), f"{where}: {method} has no parameter")
             if name in WITHOUT_EFFECT and not isinstance(setting, bool):
                 raise UserError(f"{where}, {name}: {setting!r} is not true or false")
 
 
-def layer_of(name: str) -> tuple[str, int, str] | None:
+def split_at_layer_number(name: str) -> tuple[str, int, str] | None:
     """Split a tensor's name at its layer number: `h.`, 3, `.attn.weight`.
 
     The number of the layer is the first number among the parts of the name. None if there is none.
@@ -75,22 +80,22 @@ def layer_of(name: str) -> tuple[str, int, str] | None:
     return None if match is None else (name[: match.start(1)], int(match[1]), name[match.end(1) :])
 
 
-def depths(names: Iterable[str]) -> dict[str, float]:
+def compute_relative_depths(names: Iterable[str]) -> dict[str, float]:
     """Relative depth of each tensor's layer; 0 for tensors outside of layers."""
-    layers = {name: parts[1] if (parts := layer_of(name)) else None for name in names}
+    layers = {name: parts[1] if (parts := split_at_layer_number(name)) else None for name in names}
     last = max((layer for layer in layers.values() if layer is not None), default=0)
     return {
-        name: 0.0 if layer is None else relative_depth(layer, last + 1)
+        name: 0.0 if layer is None else compute_relative_depth(layer, last + 1)
         for name, layer in layers.items()
     }
 
 
-def relative_depth(layer: int, count: int) -> float:
+def compute_relative_depth(layer: int, count: int) -> float:
     """Relative depth of a layer, 0 first to 1 last (1 if it is the only one)."""
     return layer / (count - 1) if count > 1 else 1.0
 
 
-def check_word(word: str, known: Sequence[str], what: str) -> None:
+def check_known_word(word: str, known: Sequence[str], what: str) -> None:
     """Raise UserError with the nearest known word if the word is not known."""
     if word not in known:
         nearest = difflib.get_close_matches(word, known, n=1, cutoff=0)[0]
@@ -99,10 +104,14 @@ def check_word(word: str, known: Sequence[str], what: str) -> None:
         )
 
 
-def _look_up(parameter: str, default: object, lookup: Lookup, depth: float) -> float | bool | None:
+def _look_up_parameter(
+    parameter: str, default: object, lookup: ParameterLookup, depth: float
+) -> float | bool | None:
     for where, settings in lookup.scopes:
         if parameter in settings:
-            value = _value(settings[parameter], lookup.name, depth, f"{where}, {parameter}")
+            value = _evaluate_setting(
+                settings[parameter], lookup.name, depth, f"{where}, {parameter}"
+            )
             if value is not None and isinstance(value, bool) is not isinstance(default, bool):
                 kind = "true or false" if isinstance(default, bool) else "a number"
                 raise UserError(f"{where}, {parameter}: {value!r} is not {kind}")
@@ -113,36 +122,36 @@ def _look_up(parameter: str, default: object, lookup: Lookup, depth: float) -> f
     return default
 
 
-def _value(setting: Setting, name: str, depth: float, where: str) -> float | bool | None:
+def _evaluate_setting(setting: Setting, name: str, depth: float, where: str) -> float | bool | None:
     """Value of a setting for a tensor; None if no filter fits its name."""
     if isinstance(setting, dict):
         setting = [setting]
     if not (isinstance(setting, list) and setting and isinstance(setting[0], dict)):
-        return _plain_value(setting, depth, where)
+        return _evaluate_plain_setting(setting, depth, where)
     selected = None
     for case in setting:
         filter_ = case.get("filter") if isinstance(case, dict) else 0
         filter_ = "*" if filter_ is None else filter_
         if not isinstance(filter_, str) or not {"value"} <= case.keys() <= {"filter", "value"}:
             raise UserError(f"{where}: {case!r} is not of the form {{filter: TEXT, value: NUMBER}}")
-        value = _plain_value(case["value"], depth, where)
+        value = _evaluate_plain_setting(case["value"], depth, where)
         if selected is None and (filter_ == "*" or filter_ in name):
             selected = value
     return selected
 
 
-def _plain_value(setting: object, depth: float, where: str) -> float | bool:
+def _evaluate_plain_setting(setting: object, depth: float, where: str) -> float | bool:
     """A number, a gradient (list) evaluated at a depth, or a truth value."""
     if isinstance(setting, list) and setting:
-        stops = [_number(stop, where) for stop in setting]
+        stops = [_parse_number(stop, where) for stop in setting]
         position = depth * (len(stops) - 1)
         low = min(int(position), len(stops) - 1)
         high = min(low + 1, len(stops) - 1)
         return stops[low] + (position - low) * (stops[high] - stops[low])
-    return setting if isinstance(setting, bool) else _number(setting, where)
+    return setting if isinstance(setting, bool) else _parse_number(setting, where)
 
 
-def _number(value: object, where: str) -> float:
+def _parse_number(value: object, where: str) -> float:
     """Parse a number within the range of float32; YAML 1.1 reads 1e-3 as text."""
     try:
         number = math.nan if isinstance(value, bool) else float(value)

@@ -17,8 +17,8 @@ from torch.nn import functional
 from megamod.errors import UserError
 from megamod.files import sync_file, sync_folder
 from megamod.merging.methods.statistics import INPUT_FIRST
-from megamod.merging.recipe import Input, Recipe
-from megamod.merging.settings import check_word
+from megamod.merging.recipe import InputModel, MergeRecipe
+from megamod.merging.settings import check_known_word
 from megamod.states.forest import read_config
 from megamod.states.stream import ModelFolder
 from megamod.states.weights import write_tensors
@@ -27,7 +27,7 @@ Batch = Mapping[str, Tensor]
 """Keyword arguments of a model, the first axis of each being that of the rows."""
 
 
-def diagonal_fisher(
+def compute_diagonal_fisher(
     model: nn.Module, batches: Iterable[Batch], *, labelled: bool = False, seed: int = 0
 ) -> dict[str, Tensor]:
     """Diagonal of the Fisher information: mean over rows of squared gradients, in float32.
@@ -53,7 +53,7 @@ def diagonal_fisher(
         for row in range(len(next(iter(batch.values())))):
             model.zero_grad(set_to_none=True)
             single = {name: value[row : row + 1] for name, value in batch.items()}
-            _loss(model, single, labelled, generator).backward()
+            _compute_row_loss(model, single, labelled, generator).backward()
             for name, parameter in model.named_parameters():
                 if parameter.grad is not None:
                     sums[name].add_(parameter.grad.float().square().cpu())
@@ -64,7 +64,7 @@ def diagonal_fisher(
     return {name: total.div_(rows) for name, total in sums.items()}
 
 
-def input_grams(model: nn.Module, batches: Iterable[Batch]) -> dict[str, Tensor]:
+def compute_input_grams(model: nn.Module, batches: Iterable[Batch]) -> dict[str, Tensor]:
     """Gram matrices [in, in] of the inputs of all linear layers, in float32.
 
     The sum of x x^T over all positions that `attention_mask` does not exclude, accumulated in
@@ -82,8 +82,8 @@ def input_grams(model: nn.Module, batches: Iterable[Batch]) -> dict[str, Tensor]
     sums: dict[str, Tensor] = {}
     mask: Tensor | None = None
 
-    def accumulate(key: str):
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def make_gram_hook(key: str):
+        def add_input_gram(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             rows = inputs[0].detach()
             if mask is not None and rows.shape[:-1] == mask.shape:
                 rows = rows[mask.bool()]
@@ -91,7 +91,7 @@ def input_grams(model: nn.Module, batches: Iterable[Batch]) -> dict[str, Tensor]
             product = (rows.T @ rows).double().cpu()
             sums[key] = sums[key] + product if key in sums else product
 
-        return hook
+        return add_input_gram
 
     handles = []
     for name, module in model.named_modules():
@@ -99,7 +99,7 @@ def input_grams(model: nn.Module, batches: Iterable[Batch]) -> dict[str, Tensor]
         transposed = type(module).__name__ == "Conv1D"
         if (isinstance(module, nn.Linear) or transposed) and id(module.weight) not in tied:
             key = f"{name}.weight" + (INPUT_FIRST if transposed else "")
-            handles.append(module.register_forward_pre_hook(accumulate(key)))
+            handles.append(module.register_forward_pre_hook(make_gram_hook(key)))
     try:
         with torch.no_grad():
             for batch in batches:
@@ -130,7 +130,9 @@ def write_statistics(path: Path, statistics: Mapping[str, Tensor]) -> None:
     sync_folder(path.parent)
 
 
-def _loss(model: nn.Module, row: Batch, labelled: bool, generator: torch.Generator) -> Tensor:
+def _compute_row_loss(
+    model: nn.Module, row: Batch, labelled: bool, generator: torch.Generator
+) -> Tensor:
     if labelled:
         return model(**row).loss
     logits = model(**{name: value for name, value in row.items() if name != "labels"}).logits
@@ -144,12 +146,12 @@ def _loss(model: nn.Module, row: Batch, labelled: bool, generator: torch.Generat
 
 _KEYS = ("path", "fraction", "batch_size")
 _STATISTICS: dict[str, Callable[[nn.Module, Iterable[Mapping[str, Tensor]]], dict[str, Tensor]]] = {
-    "fisher": diagonal_fisher,
-    "regmean": input_grams,
+    "fisher": compute_diagonal_fisher,
+    "regmean": compute_input_grams,
 }
 
 
-def check_calibration(recipe: Recipe) -> None:
+def check_calibration(recipe: MergeRecipe) -> None:
     """Refuse calibration text that cannot be used, before any work.
 
     Raises:
@@ -160,18 +162,18 @@ def check_calibration(recipe: Recipe) -> None:
             f"{recipe.origin}: align reorders features, but {recipe.method} weights by statistics "
             "of the models as they are stored; leave out align, or use another method"
         )
-    if recipe.method == "fisher" and recipe.words is not None:
+    if recipe.method == "fisher" and recipe.vocabulary_request is not None:
         raise UserError(
             f"{recipe.origin}: fisher weights by statistics of each model's own words; leave out "
-            f"{recipe.words.where}"
+            f"{recipe.vocabulary_request.recipe_key}"
         )
     for model in recipe.inputs:
-        block = _calibration(model, recipe)
+        block = _find_calibration_block(model, recipe)
         if block is None:
             continue
         where = f"{recipe.origin}, {model}, calibration"
         for key in block:
-            check_word(str(key), _KEYS, f"{where}: unknown key")
+            check_known_word(str(key), _KEYS, f"{where}: unknown key")
         if not isinstance(block.get("path"), str) or not Path(block["path"]).is_file():
             raise UserError(f"{where}: path is {block.get('path')!r}; give a file with text")
         if model.adapter is not None:
@@ -182,7 +184,7 @@ def check_calibration(recipe: Recipe) -> None:
             )
 
 
-def compute_statistics(recipe: Recipe, folder: Path) -> list[Path | None]:
+def find_or_compute_statistics(recipe: MergeRecipe, folder: Path) -> list[Path | None]:
     """Find or compute the statistics of each model: the file of the recipe, or a new one.
 
     None for a model that has neither a file nor text.
@@ -194,10 +196,10 @@ def compute_statistics(recipe: Recipe, folder: Path) -> list[Path | None]:
     """
     files = [model.statistics for model in recipe.inputs]
     for number, model in enumerate(recipe.inputs):
-        block = _calibration(model, recipe)
+        block = _find_calibration_block(model, recipe)
         if block is not None:
             files[number] = folder / f"{number}.safetensors"
-            statistics = _computed(model, block, recipe.method)
+            statistics = _compute_model_statistics(model, block, recipe.method)
             with ModelFolder(model.path) as stored:
                 if not any(n.removesuffix(INPUT_FIRST) in stored.tensors for n in statistics):
                     raise UserError(
@@ -208,14 +210,16 @@ def compute_statistics(recipe: Recipe, folder: Path) -> list[Path | None]:
     return files
 
 
-def _calibration(model: Input, recipe: Recipe) -> Mapping[str, object] | None:
+def _find_calibration_block(model: InputModel, recipe: MergeRecipe) -> Mapping[str, object] | None:
     """The `calibration:` block that applies to a model: its own, or that of the recipe."""
     if model.statistics is not None or recipe.method not in _STATISTICS:
         return None
     return model.calibration if model.calibration is not None else recipe.calibration
 
 
-def _computed(parent: Input, block: Mapping[str, object], method: str) -> dict[str, Tensor]:
+def _compute_model_statistics(
+    parent: InputModel, block: Mapping[str, object], method: str
+) -> dict[str, Tensor]:
     # Imported here, as only these two methods run models.
     from megamod.merging.alignment.align import read_batches
     from megamod.merging.alignment.measure import load_model

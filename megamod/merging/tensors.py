@@ -40,7 +40,7 @@ class TensorSource(Protocol):
         """Fingerprint of the weights on disk."""
 
 
-class View:
+class TensorView:
     """Base class of sources that change what they read from another source.
 
     Args:
@@ -68,7 +68,7 @@ class View:
         return self.source.digest()
 
 
-class RenamedFolder(View):
+class RenamedFolder(TensorView):
     """A source under other names; one of its tensors may have several.
 
     Args:
@@ -85,23 +85,23 @@ class RenamedFolder(View):
         self.source.read_into(self._names[name], start, buffer)
 
 
-def label(source: TensorSource) -> str:
+def describe_source(source: TensorSource) -> str:
     """The folder, and the expert if one of several is meant, for messages."""
     adapter = getattr(source, "adapter", None)
     text = str(source.folder) if adapter is None else f"{source.folder}+{adapter}"
     return text if source.member is None else f"{text} ({source.member})"
 
 
-def same_bits(first: TensorSource, name: str, second: TensorSource, theirs: str) -> bool:
+def have_same_bits(first: TensorSource, name: str, second: TensorSource, other_name: str) -> bool:
     """True if two tensors have the same dtype, shape and bits."""
     spec = first.tensors[name]
-    if second.tensors[theirs] != spec:
+    if second.tensors[other_name] != spec:
         return False
     buffers = torch.empty(2, PIECE // spec.dtype.itemsize, dtype=spec.dtype)
     for start, stop in pieces(spec.numel, spec.dtype.itemsize):
         left, right = buffers[:, : stop - start]
         first.read_into(name, start, left)
-        second.read_into(theirs, start, right)
+        second.read_into(other_name, start, right)
         if not torch.equal(left.view(torch.uint8), right.view(torch.uint8)):
             return False
     return True
@@ -202,27 +202,27 @@ class MergeTensor:
         """Dtype of computation: the widest of the models."""
         return max((model.dtype for model in self.models), key=lambda dtype: dtype.itemsize)
 
-    def buffers(self, count: int, step: int | None = None) -> Tensor:
+    def allocate_buffers(self, count: int, step: int | None = None) -> Tensor:
         """Allocate buffers [count, step]; `step` elements each, by default those of a piece."""
         step = PIECE // self.dtype.itemsize if step is None else step
         return torch.empty(count, min(self.numel, step), dtype=self.dtype)
 
-    def pieces(self) -> Iterator[tuple[int, int]]:
+    def iterate_pieces(self) -> Iterator[tuple[int, int]]:
         """Yield the first element of each piece, and that after its last."""
         return pieces(self.numel, self.dtype.itemsize)
 
-    def row_pieces(self) -> Iterator[tuple[int, int]]:
+    def iterate_row_pieces(self) -> Iterator[tuple[int, int]]:
         """Yield pieces of whole rows (along the last axis), at least one; a vector is one row."""
-        step = self.row_step()
+        step = self.count_row_piece_elements()
         for start in range(0, self.numel, step):
             yield start, min(start + step, self.numel)
 
-    def row_step(self) -> int:
-        """Number of elements in each of `row_pieces`."""
+    def count_row_piece_elements(self) -> int:
+        """Number of elements in each of `iterate_row_pieces`."""
         row = max(1, self.shape[-1] if self.shape else 1)
         return max(1, PIECE // self.dtype.itemsize // row) * row
 
-    def generator(self, model: ModelTensor) -> torch.Generator:
+    def make_generator(self, model: ModelTensor) -> torch.Generator:
         """Generator seeded by (seed, model, tensor): independent of threads and order of calls."""
         text = f"{self.seed}/{model.number}/{self.name}"
         digest = hashlib.sha256(text.encode()).digest()

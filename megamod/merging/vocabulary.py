@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megamod.errors import UserError
-from megamod.merging.settings import check_word
+from megamod.merging.settings import check_known_word
 
 UNION = "union"
 FILE = "tokenizer.json"
@@ -22,7 +22,7 @@ Donors = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
-class Origin:
+class RowOrigin:
     """Source of the row of a word, as a recipe sets it.
 
     Attributes:
@@ -37,18 +37,18 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Words:
+class VocabularyRequest:
     """The vocabulary that a recipe asks for.
 
     Attributes:
         source: number of the input with this vocabulary; None: the union of all.
         origins: sources of the rows of single words.
-        where: key in the recipe, for messages.
+        recipe_key: key in the recipe, for messages.
     """
 
     source: int | None
-    origins: Mapping[str, Origin] = field(default_factory=dict)
-    where: str = "tokenizer_source"
+    origins: Mapping[str, RowOrigin] = field(default_factory=dict)
+    recipe_key: str = "tokenizer_source"
 
 
 @dataclass(frozen=True)
@@ -59,42 +59,44 @@ class Vocabulary:
         rows: for each model [words] int64, its row of each word; -1: it has none.
         donors: for each model, the rows that replace those, by word.
         tokenizer: content of the tokenizer.json.
-        grown: it has words that the tokenizer it is made from lacks.
+        has_new_words: it has words that the tokenizer it is made from lacks.
         ids: id of a word in the model with the configuration -> id in the result.
     """
 
     rows: Sequence[Tensor]
     donors: Sequence[Mapping[int, Donors]]
     tokenizer: Mapping[str, object]
-    grown: bool
+    has_new_words: bool
     ids: Mapping[int, int]
 
     def __len__(self) -> int:
         return len(self.rows[0])
 
-    def renumbered(self, config: Mapping[str, object]) -> dict[str, object]:
+    def renumber_token_ids(self, config: Mapping[str, object]) -> dict[str, object]:
         """Replace ids of special words (`..._token_id`) in a configuration by those of the result.
 
         Words that the result lacks become None.
         """
 
-        def new_id(value: object) -> object:
+        def find_new_id(value: object) -> object:
             if isinstance(value, list):
-                return [new_id(entry) for entry in value]
+                return [find_new_id(entry) for entry in value]
             return self.ids.get(value) if type(value) is int else value
 
-        return {k: new_id(v) if k.endswith("_token_id") else v for k, v in config.items()}
+        return {k: find_new_id(v) if k.endswith("_token_id") else v for k, v in config.items()}
 
 
 @dataclass(frozen=True)
-class _Tokenizer:
+class _TokenizerWords:
     file: Path
     content: Mapping[str, object]
     ids: Mapping[str, int]
     added: Mapping[str, Mapping[str, object]]
 
 
-def read_words(block: object, find: Callable[[object, str], int | None], where: str) -> Words:
+def read_vocabulary_request(
+    block: object, find: Callable[[object, str], int | None], where: str
+) -> VocabularyRequest:
     """Read the `tokenizer:` block of a recipe, or the value of `tokenizer_source`.
 
     Args:
@@ -105,33 +107,35 @@ def read_words(block: object, find: Callable[[object, str], int | None], where: 
         UserError: naming the key, if it is not known or its value is of the wrong kind.
     """
     if not isinstance(block, dict):
-        return Words(find(block, where), where=where)
+        return VocabularyRequest(find(block, where), recipe_key=where)
     for key in block:
-        check_word(str(key), ("source", "tokens"), f"{where}: unknown key")
+        check_known_word(str(key), ("source", "tokens"), f"{where}: unknown key")
     if "source" not in block:
         raise UserError(f"{where}: has no `source: ...`; give union, base, or one of the models")
     entries = block.get("tokens") or {}
     if not isinstance(entries, dict):
         raise UserError(f"{where}, tokens: is {entries!r}, not `WORD: {{source: ...}}` lines")
     origins = {
-        str(word): _origin(entry, find, f"{where}, tokens, {word!r}")
+        str(word): _read_row_origin(entry, find, f"{where}, tokens, {word!r}")
         for word, entry in entries.items()
     }
-    return Words(find(block["source"], f"{where}, source"), origins, where)
+    return VocabularyRequest(find(block["source"], f"{where}, source"), origins, where)
 
 
-def _origin(entry: object, find: Callable[[object, str], int | None], where: str) -> Origin:
+def _read_row_origin(
+    entry: object, find: Callable[[object, str], int | None], where: str
+) -> RowOrigin:
     if not isinstance(entry, dict) or "source" not in entry:
         raise UserError(f"{where}: is {entry!r}; give `source: MODEL` or `source: {{kind: zero}}`")
     for key in entry:
-        check_word(str(key), ("source", "force"), f"{where}: unknown key")
+        check_known_word(str(key), ("source", "force"), f"{where}: unknown key")
     force, source = entry.get("force", False), entry["source"]
     if not isinstance(force, bool):
         raise UserError(f"{where}, force: {force!r} is not true or false")
     if not isinstance(source, dict):
-        return Origin(_one_model(source, find, f"{where}, source"), None, force)
+        return RowOrigin(_find_one_model(source, find, f"{where}, source"), None, force)
     if source == {"kind": "zero"}:
-        return Origin(None, None, force)
+        return RowOrigin(None, None, force)
     keys = sorted(source)
     if source.get("kind") != "model_token" or keys not in (
         ["kind", "model", "token"],
@@ -144,18 +148,18 @@ def _origin(entry: object, find: Callable[[object, str], int | None], where: str
     word = source.get("token", source.get("token_id"))
     if not isinstance(word, str) if "token" in source else type(word) is not int or word < 0:
         raise UserError(f"{where}, source, {keys[-1]}: {word!r} is not a word or number")
-    return Origin(_one_model(source["model"], find, f"{where}, source, model"), word, force)
+    return RowOrigin(_find_one_model(source["model"], find, f"{where}, source, model"), word, force)
 
 
-def _one_model(name: object, find: Callable[[object, str], int | None], where: str) -> int:
+def _find_one_model(name: object, find: Callable[[object, str], int | None], where: str) -> int:
     number = find(name, where)
     if number is None:
         raise UserError(f"{where}: is {name!r}; give one of the models")
     return number
 
 
-def unite(
-    words: Words, folders: Sequence[Path], template: int, base: int | None
+def unite_vocabularies(
+    words: VocabularyRequest, folders: Sequence[Path], template: int, base: int | None
 ) -> Vocabulary | None:
     """Build the vocabulary that a recipe asks for; None if all models have it already.
 
@@ -171,7 +175,7 @@ def unite(
     plain = words.source is not None and not words.origins
     if plain and not all((folder / FILE).is_file() for folder in folders):
         return None  # tokenizers of other formats are compared by `check_same_ids`
-    known = [_read(folder / FILE) for folder in folders]
+    known = [_read_tokenizer_words(folder / FILE) for folder in folders]
     if plain and all(tokenizer.ids == known[0].ids for tokenizer in known):
         return None
     holder = known[template if words.source is None else words.source]
@@ -193,7 +197,9 @@ def unite(
     donors: list[dict[int, Donors]] = [{} for _ in known]
     for word, row in ids.items():
         origin = words.origins.get(word)
-        requested = None if origin is None else _requested_row(origin, word, known, words.where)
+        requested = (
+            None if origin is None else _find_requested_row(origin, word, known, words.recipe_key)
+        )
         having = tuple((n, t.ids[word]) for n, t in enumerate(known) if word in t.ids)
         if base is not None and word in known[base].ids:
             having = ((base, known[base].ids[word]),)
@@ -203,10 +209,12 @@ def unite(
                 donors[number][row] = having if requested is None else requested
     numbers = {number: ids[word] for word, number in known[template].ids.items() if word in ids}
     grown = len(ids) > len(holder.ids)
-    return Vocabulary(rows, donors, _tokenizer(holder, ids, known), grown, numbers)
+    return Vocabulary(rows, donors, _build_tokenizer_json(holder, ids, known), grown, numbers)
 
 
-def _requested_row(origin: Origin, word: str, known: Sequence[_Tokenizer], where: str) -> Donors:
+def _find_requested_row(
+    origin: RowOrigin, word: str, known: Sequence[_TokenizerWords], where: str
+) -> Donors:
     """The row that a recipe names for a word.
 
     Raises:
@@ -222,7 +230,7 @@ def _requested_row(origin: Origin, word: str, known: Sequence[_Tokenizer], where
     return ((origin.model, tokenizer.ids[source]),)
 
 
-def _read(file: Path) -> _Tokenizer:
+def _read_tokenizer_words(file: Path) -> _TokenizerWords:
     """Read the words of a tokenizer, in the order of their ids."""
     try:
         content = json.loads(file.read_bytes())
@@ -238,11 +246,11 @@ def _read(file: Path) -> _Tokenizer:
         ) from None
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: is not the file of a tokenizer: {error!r}") from error
-    return _Tokenizer(file, content, ids, added)
+    return _TokenizerWords(file, content, ids, added)
 
 
-def _tokenizer(
-    holder: _Tokenizer, ids: Mapping[str, int], known: Sequence[_Tokenizer]
+def _build_tokenizer_json(
+    holder: _TokenizerWords, ids: Mapping[str, int], known: Sequence[_TokenizerWords]
 ) -> dict[str, object]:
     """Content of the tokenizer's file with the new words as added tokens."""
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True}

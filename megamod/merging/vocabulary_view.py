@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from megamod.errors import UserError
-from megamod.merging.compatibility import vocab_size
+from megamod.merging.compatibility import read_vocab_size
 from megamod.merging.naming import INPUT_NAMES, OUTPUT_NAMES
-from megamod.merging.settings import layer_of
-from megamod.merging.tensors import TensorSource, View
+from megamod.merging.settings import split_at_layer_number
+from megamod.merging.tensors import TensorSource, TensorView
 from megamod.merging.vocabulary import Donors, Vocabulary
 from megamod.states.forest import read_config
 from megamod.states.rows import read_rows
@@ -23,7 +23,7 @@ _ELSE = re.compile(r"position|wpe|token_type")
 _INPUT = re.compile(rf"(?:^|\.)(?:{INPUT_NAMES}){_EXPERT}\.weight$")
 
 
-class VocabularyView(View):
+class VocabularyView(TensorView):
     """A source with the vocabulary of the result of a merge.
 
     Rows that it lacks are read from other sources.
@@ -43,12 +43,12 @@ class VocabularyView(View):
         super().__init__(folders[number])
         self._folders = folders
         self._rows, self._donors = vocabulary.rows[number], vocabulary.donors[number]
-        self._by_word: set[str] = set()
+        self._word_tensors: set[str] = set()
         used = {model for donors in self._donors.values() for model, _ in donors}
         for name in by_word[number]:
             spec = self.source.tensors[name]
             self.tensors[name] = Spec(spec.dtype, (len(vocabulary), *spec.shape[1:]))
-            self._by_word.add(name)
+            self._word_tensors.add(name)
             for model in used:
                 shape = folders[model].tensors[name].shape
                 if shape[1:] != spec.shape[1:]:
@@ -59,7 +59,7 @@ class VocabularyView(View):
 
     def read_into(self, name: str, start: int, buffer: Tensor) -> None:
         """As `TensorSource.read_into`."""
-        if name not in self._by_word:
+        if name not in self._word_tensors:
             self.source.read_into(name, start, buffer)
             return
         spec = self.tensors[name]
@@ -78,10 +78,10 @@ class VocabularyView(View):
             read_rows(self.source, name, rows[stored], read)
             result[stored] = read
         for row in (rows < 0).nonzero()[:, 0].tolist():
-            result[row] = self._mean(name, self._donors[first + row], width)
+            result[row] = self._average_donor_rows(name, self._donors[first + row], width)
         buffer.copy_(result.view(-1)[start - first * width :][: len(buffer)])
 
-    def _mean(self, name: str, donors: Donors, width: int) -> Tensor:
+    def _average_donor_rows(self, name: str, donors: Donors, width: int) -> Tensor:
         """Mean of rows of other models, [width]; zeros if there are none."""
         total = torch.zeros(width, dtype=torch.float64)
         for model, row in donors:
@@ -92,7 +92,7 @@ class VocabularyView(View):
         return total / max(1, len(donors))
 
 
-def with_vocabulary(
+def view_with_vocabulary(
     folders: Sequence[TensorSource], vocabulary: Vocabulary
 ) -> list[VocabularyView]:
     """Views of the folders of a merge with the vocabulary of the result.
@@ -100,7 +100,7 @@ def with_vocabulary(
     Raises:
         UserError: naming folder and tensor, if embeddings cannot be told apart or rows are missing.
     """
-    by_word = [_by_word(folder) for folder in folders]
+    by_word = [_list_word_tensors(folder) for folder in folders]
     needed = [int(rows.max()) for rows in vocabulary.rows]
     for donors in vocabulary.donors:
         for model, row in (donor for word_donors in donors.values() for donor in word_donors):
@@ -115,17 +115,19 @@ def with_vocabulary(
     return [VocabularyView(n, folders, by_word, vocabulary) for n in range(len(folders))]
 
 
-def _by_word(folder: TensorSource) -> list[str]:
+def _list_word_tensors(folder: TensorSource) -> list[str]:
     """Names of the tensors with a row for every word.
 
     Raises:
         UserError: if there is no embedding, or a tensor of that shape has an unknown name.
     """
-    size = vocab_size(read_config(folder.folder))
+    size = read_vocab_size(read_config(folder.folder))
     shaped = [
         name
         for name, spec in folder.tensors.items()
-        if spec.dtype.is_floating_point and spec.shape[:1] == (size,) and layer_of(name) is None
+        if spec.dtype.is_floating_point
+        and spec.shape[:1] == (size,)
+        and split_at_layer_number(name) is None
     ]
     known = [name for name in shaped if _KNOWN.search(name)]
     unknown = [

@@ -9,7 +9,7 @@ from megamod.errors import UserError
 from megamod.flags import Arguments, option, require
 
 if TYPE_CHECKING:
-    from megamod.merging.recipe import Recipe
+    from megamod.merging.recipe import MergeRecipe
 
 
 @dataclass
@@ -125,7 +125,7 @@ def _extract_lora(args: MergeArgs, recipe_file: Path | None) -> None:
         print(extracted.describe(), f"written to {args.output_dir}", sep="\n")
 
 
-def recipe_of(args: MergeArgs) -> "Recipe":
+def recipe_of(args: MergeArgs) -> "MergeRecipe":
     """Build the recipe that the flags describe.
 
     Raises:
@@ -133,12 +133,12 @@ def recipe_of(args: MergeArgs) -> "Recipe":
     """
     from megamod.btm.parents import forest_sources, strongest
     from megamod.merging.methods.table import METHODS
-    from megamod.merging.recipe import GREEDY_SOUP, weighted
-    from megamod.merging.settings import check_word
+    from megamod.merging.recipe import GREEDY_SOUP, build_weighted_recipe
+    from megamod.merging.settings import check_known_word
     from megamod.states.forest import open_forest
 
     methods = (*METHODS, GREEDY_SOUP)
-    check_word(args.merge_method, methods, "--merge_method: there is no")
+    check_known_word(args.merge_method, methods, "--merge_method: there is no")
     if args.merge_method != "linear":
         raise UserError(
             f"--merge_method {args.merge_method}: needs a recipe, as it has more parameters than "
@@ -177,7 +177,7 @@ def recipe_of(args: MergeArgs) -> "Recipe":
         if args.weights is None and args.prior is None:
             weights = None  # all alike, whatever their sum
     weights = [1.0] * len(sources) if weights is None else weights
-    return weighted(
+    return build_weighted_recipe(
         sources,
         weights,
         normalize=not args.no_normalize,

@@ -233,19 +233,19 @@ import sys, threading, time
 from pathlib import Path
 import torch
 from megamod.merging.merge import merge
-from megamod.merging.recipe import Input, Recipe
+from megamod.merging.recipe import InputModel, MergeRecipe
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
 
 root, each = Path(sys.argv[1]), {"weight": 0.5, "density": 0.3}
-inputs = tuple(Input(root / n, None, each) for n in "abc")
+inputs = tuple(InputModel(root / n, None, each) for n in "abc")
 
 def work(method):
     global peak
     models = inputs[:2] if method == "slerp" else inputs
-    recipe = Recipe(method, models, {"t": 0.3}, base=None if method == "linear" else 0)
+    recipe = MergeRecipe(method, models, {"t": 0.3}, base=None if method == "linear" else 0)
     before, peak, done = anonymous(), 0, threading.Event()
     def watch():
         global peak

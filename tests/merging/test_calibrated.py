@@ -12,7 +12,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from megamod.errors import UserError
 from megamod.merging.merge import merge
 from megamod.merging.recipe_file import read_recipe
-from megamod.merging.statistics import diagonal_fisher, input_grams, write_statistics
+from megamod.merging.statistics import (
+    compute_diagonal_fisher,
+    compute_input_grams,
+    write_statistics,
+)
 
 
 class Conv1D(nn.Module):
@@ -81,7 +85,7 @@ def run(root: Path, method: str, weights: list[float], parameters: str = "{}") -
 
 def test_gram_matrices_are_those_of_the_inputs():
     model, data = Toy(0), batches(1)
-    result = input_grams(model, data)
+    result = compute_input_grams(model, data)
     assert result.keys() == {"up.weight", "turned.weight.T"}
     inputs = torch.cat([model.embed(b["ids"][b["attention_mask"].bool()]) for b in data]).double()
     expected = sum(x[:, None] * x for x in inputs)
@@ -89,12 +93,12 @@ def test_gram_matrices_are_those_of_the_inputs():
     hidden = model.up(inputs.float()).tanh()
     torch.testing.assert_close(result["turned.weight.T"], hidden.T @ hidden, rtol=1e-5, atol=1e-5)
     with pytest.raises(UserError, match="no batch"):
-        input_grams(model, [])
+        compute_input_grams(model, [])
 
 
 def test_fisher_of_given_labels_is_the_mean_of_squared_gradients():
     model, data = Toy(0), batches(1)
-    result = diagonal_fisher(model, data, labelled=True)
+    result = compute_diagonal_fisher(model, data, labelled=True)
     squares: dict[str, list] = {}
     for batch in data:
         for row in range(2):
@@ -107,7 +111,7 @@ def test_fisher_of_given_labels_is_the_mean_of_squared_gradients():
     for name, each in squares.items():
         torch.testing.assert_close(result[name], torch.stack(each).mean(0))
     with pytest.raises(UserError, match="no batch"):
-        diagonal_fisher(model, [])
+        compute_diagonal_fisher(model, [])
 
 
 def test_fisher_of_drawn_labels_is_that_of_softmax_regression():
@@ -115,7 +119,7 @@ def test_fisher_of_drawn_labels_is_that_of_softmax_regression():
     model = nn.Module()
     model.layer, model.forward = layer, lambda x: SimpleNamespace(logits=layer(x))
     x = torch.tensor([1.0, -2.0, 0.5])
-    result = diagonal_fisher(model, [{"x": x.expand(3000, 3)}])["layer.weight"]
+    result = compute_diagonal_fisher(model, [{"x": x.expand(3000, 3)}])["layer.weight"]
     p = layer(x).softmax(-1)
     # E over y of (p - onehot(y))^2 x^2 = p (1 - p) x^2
     expected = (p * (1 - p))[:, None] * x**2
@@ -124,7 +128,7 @@ def test_fisher_of_drawn_labels_is_that_of_softmax_regression():
 
 def test_fisher_weighs_entry_by_entry(tmp_path):
     models = [Toy(n) for n in range(3)]
-    statistics = [diagonal_fisher(m, batches(n)) for n, m in enumerate(models)]
+    statistics = [compute_diagonal_fisher(m, batches(n)) for n, m in enumerate(models)]
     for entry in statistics:
         entry["up.bias"][0] = 0  # no model knows anything of it
         del entry["turned.weight"]  # nor of this
@@ -148,7 +152,7 @@ def test_fisher_weighs_entry_by_entry(tmp_path):
 @pytest.mark.parametrize("alpha", [1.0, 0.9, 0.0])
 def test_regmean_has_the_least_error_on_all_inputs(tmp_path, alpha):
     models = [Toy(n) for n in range(2)]
-    grams = [input_grams(m, batches(n, 8)) for n, m in enumerate(models)]
+    grams = [compute_input_grams(m, batches(n, 8)) for n, m in enumerate(models)]
     folders(tmp_path, grams, models)
     result = run(tmp_path, "regmean", [1.0, 3.0], f"{{alpha: {alpha}}}")
     states = [dict(model.named_parameters()) for model in models]
@@ -173,7 +177,7 @@ def test_regmean_has_the_least_error_on_all_inputs(tmp_path, alpha):
 @pytest.mark.parametrize("method", ["fisher", "regmean"])
 def test_statistics_that_are_missing_or_of_another_shape(tmp_path, method):
     models = [Toy(n) for n in range(2)]
-    measure = diagonal_fisher if method == "fisher" else input_grams
+    measure = compute_diagonal_fisher if method == "fisher" else compute_input_grams
     good = [measure(model, batches(0)) for model in models]
     folders(tmp_path, good, models)
     second = tmp_path / "1" / "statistics.safetensors"
@@ -226,7 +230,7 @@ def texts(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("method", ["fisher", "regmean"])
 def test_statistics_are_measured_on_text_of_the_recipe(texts, tmp_path, method):
     # Once with files that were made from Python, once with text of the recipe.
-    measure = diagonal_fisher if method == "fisher" else input_grams
+    measure = compute_diagonal_fisher if method == "fisher" else compute_input_grams
     lines = ["", ""]
     for number in range(2):
         model = GPT2LMHeadModel.from_pretrained(texts / str(number))

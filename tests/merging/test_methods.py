@@ -14,7 +14,7 @@ from megamod.merging.merge import merge
 from megamod.merging.methods import sparsify
 from megamod.merging.methods.table import METHODS
 from megamod.merging.plan import make_plan
-from megamod.merging.recipe import Input, Recipe
+from megamod.merging.recipe import InputModel, MergeRecipe
 from megamod.merging.recipe_file import read_recipe
 from megamod.states import stream
 from megamod.states.stream import ModelFolder
@@ -52,9 +52,9 @@ def write(root: Path, states: list[dict]) -> list[Path]:
 
 def recipe_of(
     method: str, folders: list[Path], each: list[dict], overall=None, base: int | None = 0, **more
-) -> Recipe:
-    inputs = tuple(Input(f, None, e) for f, e in zip(folders, each, strict=True))
-    return Recipe(method, inputs, overall or {}, base=base, origin="recipe", **more)
+) -> MergeRecipe:
+    inputs = tuple(InputModel(f, None, e) for f, e in zip(folders, each, strict=True))
+    return MergeRecipe(method, inputs, overall or {}, base=base, origin="recipe", **more)
 
 
 def merged(
@@ -68,7 +68,7 @@ def merged(
         plan = make_plan(recipe, folders, 10**9)
         actual = {}
         for name, spec in plan.specs.items():
-            pieces = METHODS[method].function(plan.merge_tensor(name, seed))
+            pieces = METHODS[method].function(plan.make_merge_tensor(name, seed))
             flat = torch.cat([torch.empty(0), *(p.reshape(-1).clone() for p in pieces)])
             actual[name] = flat.view(spec.shape)
         return actual
@@ -343,7 +343,7 @@ def test_of_equal_entries_the_first_stay(tmp_path, low, high):
         base, model = (tensors.ModelTensor(f, "w", {}) for f in (first, second))
         vector = sparsify.TaskVector(tensors.MergeTensor("w", [base, model], base, {}), model)
         thin = sparsify._keep_ranks(vector, low, high)()
-        pieces = [piece.clone() for piece in vector.pieces()]
+        pieces = [piece.clone() for piece in vector.iterate_pieces()]
         for piece in pieces:
             thin(piece)
     assert torch.equal(torch.cat(pieces), tau * kept_by_rank(tau, low, high))

@@ -8,9 +8,14 @@ from safetensors.torch import save_file
 from megamod.errors import UserError
 from megamod.merging.merge import merge
 from megamod.merging.methods.table import METHODS, all_parameters
-from megamod.merging.recipe import Recipe, weighted
+from megamod.merging.recipe import MergeRecipe, build_weighted_recipe
 from megamod.merging.recipe_file import read_recipe
-from megamod.merging.settings import Lookup, check_parameters, depths, values_for
+from megamod.merging.settings import (
+    ParameterLookup,
+    check_parameters,
+    compute_relative_depths,
+    look_up_parameters,
+)
 from megamod.states.weights import read_weights
 
 SLICED = "merge_method: x\nslices:\n- sources: [{model: a, layer_range: "
@@ -23,24 +28,30 @@ def write(folder: Path, text: str) -> Path:
     return path
 
 
-def values_of(recipe: Recipe, name: str, depth: float) -> tuple[dict, list[dict]]:
+def values_of(recipe: MergeRecipe, name: str, depth: float) -> tuple[dict, list[dict]]:
     """Values of one tensor: of the whole merge, and of each model."""
     common = [(f"{recipe.origin}, parameters", recipe.parameters)]
     places = [(f"{recipe.origin}, {entry}", entry.parameters) for entry in recipe.inputs]
     check_parameters([*places, *common], all_parameters(), recipe.method)
-    each = [Lookup(name, [root, *common]) for root in places]
-    return values_for(METHODS[recipe.method], depth, Lookup(name, common), each)
+    each = [ParameterLookup(name, [root, *common]) for root in places]
+    return look_up_parameters(METHODS[recipe.method], depth, ParameterLookup(name, common), each)
 
 
-def weights_of(recipe: Recipe, names: list[str]) -> dict[str, list[float]]:
-    depth = depths(names)
+def weights_of(recipe: MergeRecipe, names: list[str]) -> dict[str, list[float]]:
+    depth = compute_relative_depths(names)
     return {n: [v["weight"] for v in values_of(recipe, n, depth[n])[1]] for n in names}
 
 
 def test_depth_is_the_layers_place_among_the_layers():
     names = ["embed", "h.0.mlp.0.w", "h.2.x", "h.4.x", "norm"]
-    assert depths(names) == {"embed": 0, "h.0.mlp.0.w": 0, "h.2.x": 0.5, "h.4.x": 1, "norm": 0}
-    assert depths(["embed", "h.0.x"]) == {"embed": 0, "h.0.x": 1}
+    assert compute_relative_depths(names) == {
+        "embed": 0,
+        "h.0.mlp.0.w": 0,
+        "h.2.x": 0.5,
+        "h.4.x": 1,
+        "norm": 0,
+    }
+    assert compute_relative_depths(["embed", "h.0.x"]) == {"embed": 0, "h.0.x": 1}
 
 
 def test_numbers_lists_and_filters(tmp_path):
@@ -63,7 +74,7 @@ dtype: float32
 """
     recipe = read_recipe(write(tmp_path, text))
     assert (recipe.dtype, recipe.out_dtype) == ("float32", None)
-    assert (recipe.base, recipe.template, recipe.tokenizer) == (None, 0, 0)
+    assert (recipe.base, recipe.template_model, recipe.tokenizer) == (None, 0, 0)
     assert weights_of(recipe, ["wte", "h.0.mlp", "h.1.mlp", "h.3.mlp", "h.4.attn"]) == {
         "wte": [0, 7, 7],
         "h.0.mlp": [0, 2, 7],
@@ -157,9 +168,9 @@ def test_parameters_that_are_wrong(tmp_path, parameters, message):
 
 def test_as_many_weights_as_models():
     with pytest.raises(UserError, match="--weights: gives 3 weights, but there are 2 models"):
-        weighted([(Path("a"), None), (Path("b"), "law")], [1, 2, 3])
+        build_weighted_recipe([(Path("a"), None), (Path("b"), "law")], [1, 2, 3])
     with pytest.raises(UserError, match="no model"):
-        weighted([], [])
+        build_weighted_recipe([], [])
 
 
 def make_model(folder: Path, layers: int, seed: int, vocabulary: int = 6, **files: str) -> dict:

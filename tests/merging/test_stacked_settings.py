@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from megamod.errors import UserError
-from megamod.merging.layer_settings import language_section
+from megamod.merging.layer_settings import find_language_section
 from megamod.merging.merge import merge
 from megamod.merging.recipe_file import read_recipe
 
@@ -214,6 +214,6 @@ def test_of_a_type_that_is_not_known_values_tell(tmp_path):
 def test_a_text_config_may_leave_the_number_of_layers_to_its_class():
     """As in the first LLaVA models, which store only values that differ from the defaults."""
     config = {"model_type": "llava", "text_config": {"model_type": "llama", "vocab_size": 9}}
-    key, section = language_section(config)
+    key, section = find_language_section(config)
     assert key == "text_config" and section["num_hidden_layers"] == 32
-    assert language_section({"model_type": "toy"}) == (None, {})
+    assert find_language_section({"model_type": "toy"}) == (None, {})

@@ -20,13 +20,13 @@ from megamod.merging.alignment.permute import (
 )
 from megamod.merging.alignment.record import Alignment
 from megamod.merging.alignment.symmetry import Symmetry, symmetry_of
-from megamod.merging.tensors import TensorSource, View
+from megamod.merging.tensors import TensorSource, TensorView
 from megamod.states.forest import read_config
 from megamod.states.rows import read_rows
 from megamod.states.stream import PIECE
 
 
-class PermutedFolder(View):
+class PermutedFolder(TensorView):
     """A source with its features in the order of the reference.
 
     If the alignment unties output matrices, they become separate tensors, which the reference and

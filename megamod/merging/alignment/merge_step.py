@@ -7,7 +7,7 @@ from megamod.merging.alignment.align import align_folders, align_weights
 from megamod.merging.alignment.folder import PermutedFolder, folder_symmetry
 from megamod.merging.alignment.options import BY_TEXT, Options, checked_options
 from megamod.merging.alignment.record import Alignment, unaligned
-from megamod.merging.tensors import TensorSource, label
+from megamod.merging.tensors import TensorSource, describe_source
 from megamod.states.forest import read_config
 
 
@@ -47,12 +47,12 @@ def _alignment(
         for folder in (first, second):
             if getattr(folder, "adapter", None) is not None:
                 raise UserError(
-                    f"{origin}: {label(folder)}: a model with an adapter is not "
+                    f"{origin}: {describe_source(folder)}: a model with an adapter is not "
                     "run on text; give align the method weight, or merge the adapter first"
                 )
             if folder.member is not None:
                 raise UserError(
-                    f"{origin}: {label(folder)}: one expert of a folder is not "
+                    f"{origin}: {describe_source(folder)}: one expert of a folder is not "
                     "run on text; give align the method weight"
                 )
         if options.calibration.path is None:

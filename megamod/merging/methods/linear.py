@@ -24,8 +24,8 @@ def linear(target: MergeTensor) -> Iterator[Tensor]:
     if abs(total) < 1e-12:
         raise UserError(f"{target.name}: the weights sum to zero and cannot be normalised")
     used = [model for model in target.models if model.values["weight"] != 0]
-    buffers = target.buffers(2)
-    for start, stop in target.pieces():
+    buffers = target.allocate_buffers(2)
+    for start, stop in target.iterate_pieces():
         result, other = buffers[:, : stop - start]
         if not used:
             result.zero_()
@@ -47,8 +47,8 @@ def passthrough(target: MergeTensor) -> Iterator[Tensor]:
     Source: the method of this name in mergekit; Kim et al. 2023 (SOLAR), depth up-scaling.
     """
     (model,) = target.models
-    (room,) = target.buffers(1)
-    for start, stop in target.pieces():
+    (room,) = target.allocate_buffers(1)
+    for start, stop in target.iterate_pieces():
         model.read_into(start, room[: stop - start])
         scale = model.values["scale"]
         yield room[: stop - start] if scale == 1 else room[: stop - start].mul_(scale)

@@ -27,15 +27,15 @@ class TaskVector:
     target: MergeTensor
     model: ModelTensor
 
-    def pieces(self, spans: Iterable[tuple[int, int]] | None = None) -> Iterator[Tensor]:
+    def iterate_pieces(self, spans: Iterable[tuple[int, int]] | None = None) -> Iterator[Tensor]:
         """Yield the elements; each piece is valid until the next one is requested.
 
         Args:
-            spans: first element, and that after the last, of each; None: as `MergeTensor.pieces`.
+            spans: first element, and that after the last, of each; None: those of `target`.
         """
-        spans = list(self.target.pieces() if spans is None else spans)
+        spans = list(self.target.iterate_pieces() if spans is None else spans)
         longest = max((stop - start for start, stop in spans), default=0)
-        tau, anchor = self.target.buffers(2, longest)
+        tau, anchor = self.target.allocate_buffers(2, longest)
         for start, stop in spans:
             piece, base = tau[: stop - start], anchor[: stop - start]
             self.model.read_into(start, piece)
@@ -117,7 +117,7 @@ def drop_by_rank(target: MergeTensor, model: ModelTensor) -> Callable[[], Drop]:
     """Keep entries at random, large ones of a row with a higher probability.
 
     The probability rises with the rank of the magnitude in its row, linearly from `density` -
-    `epsilon` to `density` + `epsilon`. Pieces must be whole rows, see `MergeTensor.row_pieces`.
+    `epsilon` to `density` + `epsilon`. Pieces must be whole rows (`iterate_row_pieces`).
 
     Raises:
         UserError: if these limits are not probabilities.
@@ -164,7 +164,7 @@ def scale_of_norm(
     drop, before, after = start(), 0.0, 0.0
     if drop is keep_all:
         return 1.0
-    for piece in TaskVector(target, model).pieces(spans):
+    for piece in TaskVector(target, model).iterate_pieces(spans):
         before += float(piece.abs().sum())
         drop(piece)
         after += float(piece.abs_().sum())
@@ -209,11 +209,11 @@ def _keep_ranks(vector: TaskVector, low: int, high: int) -> Callable[[], Drop]:
     Of equal magnitudes the first has the highest rank.
     """
     count = vector.target.numel
-    least, below, equal = magnitude_of_rank(vector.pieces, low) if low > 0 else (0.0, 0, 0)
+    least, below, equal = magnitude_of_rank(vector.iterate_pieces, low) if low > 0 else (0.0, 0, 0)
     numbers = {least: (below + equal - high, below + equal - low)}
     most = None
     if high < count:
-        most, below, equal = magnitude_of_rank(vector.pieces, high - 1)
+        most, below, equal = magnitude_of_rank(vector.iterate_pieces, high - 1)
         numbers[most] = (below + equal - high, below + equal - low)
     # Of the entries equal to a limit, number first to last - 1 are kept.
     split = {value: span for value, span in numbers.items() if low > 0 or value == most}
@@ -243,7 +243,7 @@ def _random_integers(target: MergeTensor, model: ModelTensor) -> Callable[[int],
 
     Numbers are drawn four at a time, so both passes must use the same pieces.
     """
-    generator = target.generator(model)
+    generator = target.make_generator(model)
 
     def draw(count: int) -> Tensor:
         raw = torch.empty(-(-count // 4), dtype=torch.int64)

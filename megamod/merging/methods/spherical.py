@@ -23,9 +23,9 @@ def slerp(target: MergeTensor) -> Iterator[Tensor]:
     Source: Shoemake 1985 (Animating Rotation with Quaternion Curves), section 3.3.
     """
     (other,), t = target.others, target.values["t"]
-    first, second = target.buffers(2)
+    first, second = target.allocate_buffers(2)
     squares, other_squares, products = 0.0, 0.0, 0.0
-    for start, stop in target.pieces():
+    for start, stop in target.iterate_pieces():
         x, y = first[: stop - start], second[: stop - start]
         target.base.read_into(start, x)
         other.read_into(start, y)
@@ -40,7 +40,7 @@ def slerp(target: MergeTensor) -> Iterator[Tensor]:
         angle = math.acos(cosine)
         share = math.sin((1 - t) * angle) / math.sin(angle)
         other_share = math.sin(t * angle) / math.sin(angle)
-    for start, stop in target.pieces():
+    for start, stop in target.iterate_pieces():
         x, y = first[: stop - start], second[: stop - start]
         target.base.read_into(start, x)
         other.read_into(start, y)
@@ -77,14 +77,14 @@ def nuslerp(target: MergeTensor) -> Iterator[Tensor]:
 def _along_all(
     target: MergeTensor, left: ModelTensor, right: ModelTensor, t: float
 ) -> Iterator[Tensor]:
-    first, second, anchor = target.buffers(3)
+    first, second, anchor = target.allocate_buffers(3)
     sums = torch.zeros(3, dtype=torch.float64)
-    for start, stop in target.pieces():
+    for start, stop in target.iterate_pieces():
         x, y, _ = _differences(target, left, right, start, first, second, anchor, stop - start)
         wide, other_wide = x.double(), y.double()
         sums += torch.stack((wide @ wide, other_wide @ other_wide, wide @ other_wide))
     share, other_share = (float(value) for value in _shares(*sums, t))
-    for start, stop in target.pieces():
+    for start, stop in target.iterate_pieces():
         x, y, base = _differences(target, left, right, start, first, second, anchor, stop - start)
         x.mul_(share).add_(y, alpha=other_share)
         yield x if base is None else x.add_(base)
@@ -93,9 +93,9 @@ def _along_all(
 def _along_rows(
     target: MergeTensor, left: ModelTensor, right: ModelTensor, t: float
 ) -> Iterator[Tensor]:
-    step, width = target.row_step(), max(1, target.shape[-1])
-    first, second, anchor = target.buffers(3, step)
-    for start, stop in target.row_pieces():
+    step, width = target.count_row_piece_elements(), max(1, target.shape[-1])
+    first, second, anchor = target.allocate_buffers(3, step)
+    for start, stop in target.iterate_row_pieces():
         x, y, base = _differences(target, left, right, start, first, second, anchor, stop - start)
         x, y = x.view(-1, width), y.view(-1, width)
         squares, other_squares, products = (
@@ -114,8 +114,8 @@ def _along_first_axis(
     if len(target.shape) < 2:
         yield from _along_all(target, left, right, t)
         return
-    step = max(1, target.buffers(1).numel() // max(1, width)) * max(1, width)
-    first, second, anchor = target.buffers(3, step)
+    step = max(1, target.allocate_buffers(1).numel() // max(1, width)) * max(1, width)
+    first, second, anchor = target.allocate_buffers(3, step)
     sums = torch.zeros(3, width, dtype=torch.float64)
     spans = [(start, min(start + step, target.numel)) for start in range(0, target.numel, step)]
     for start, stop in spans:

@@ -33,8 +33,8 @@ def fisher(target: MergeTensor) -> Iterator[Tensor]:
     if not _has_statistic(target, "", None):
         yield from linear(replace(target, values={"normalize": True}))
         return
-    rooms = target.buffers(4)
-    for start, stop in target.pieces():
+    rooms = target.allocate_buffers(4)
+    for start, stop in target.iterate_pieces():
         value, information, mixed, total = (room[: stop - start] for room in rooms)
         mixed.zero_()
         total.zero_()

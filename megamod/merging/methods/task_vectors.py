@@ -101,7 +101,7 @@ def model_stock(target: MergeTensor) -> Iterator[Tensor]:
     """
     width = max(1, target.shape[-1] if target.shape else 1)
     if target.values["filter_wise"]:
-        for _, base, deltas in _task_vectors(target, list(target.row_pieces())):
+        for _, base, deltas in _task_vectors(target, list(target.iterate_row_pieces())):
             rows = deltas.view(len(deltas), -1, width)
             products = torch.einsum("aij,bij->iab", rows.double(), rows.double())
             pull = _agreement(products)
@@ -109,10 +109,10 @@ def model_stock(target: MergeTensor) -> Iterator[Tensor]:
             yield base.add_(mean.view(-1))
         return
     products = torch.zeros(len(target.others), len(target.others), dtype=torch.float64)
-    for _, _, deltas in _task_vectors(target, list(target.pieces())):
+    for _, _, deltas in _task_vectors(target, list(target.iterate_pieces())):
         products += deltas @ deltas.T
     pull = float(_agreement(products))
-    for _, base, deltas in _task_vectors(target, list(target.pieces())):
+    for _, base, deltas in _task_vectors(target, list(target.iterate_pieces())):
         yield base.add_(deltas.mean(0), alpha=pull)
 
 
@@ -153,7 +153,7 @@ def _sparsified(
 ) -> tuple[list[tuple[int, int]], list[tuple[ModelTensor, sparsify.Drop, float]]]:
     """Spans of the pieces, and for each model of non-zero weight its sparsifier and factor."""
     by_row = sparsifier is sparsify.drop_by_rank
-    spans = list(target.row_pieces() if by_row else target.pieces())
+    spans = list(target.iterate_row_pieces() if by_row else target.iterate_pieces())
     models = []
     for model in target.others:
         if model.values["weight"] == 0:
@@ -173,7 +173,9 @@ def _sum(target: MergeTensor, sparsifier: Sparsifier | None) -> Iterator[Tensor]
     factor = target.values["lambda"]
     if target.values["normalize"] and abs(total) >= 1e-8:
         factor /= total
-    base_room, tau_room, sum_room = target.buffers(3, max((b - a for a, b in spans), default=0))
+    base_room, tau_room, sum_room = target.allocate_buffers(
+        3, max((b - a for a, b in spans), default=0)
+    )
     for start, stop in spans:
         base, tau, mixed = (room[: stop - start] for room in (base_room, tau_room, sum_room))
         target.base.read_into(start, base)
@@ -193,7 +195,7 @@ def _elect_signs(target: MergeTensor, sparsifier: Sparsifier) -> Iterator[Tensor
     """
     spans, models = _sparsified(target, sparsifier)
     longest = max((stop - start for start, stop in spans), default=0)
-    rooms = target.buffers(len(models) + 3, longest)
+    rooms = target.allocate_buffers(len(models) + 3, longest)
     for start, stop in spans:
         base, mixed, divisor, *deltas = (room[: stop - start] for room in rooms)
         target.base.read_into(start, base)

@@ -23,8 +23,8 @@ from megamod.evaluation.barrier import Losses
 from megamod.merging.alignment.measure import load_model
 from megamod.merging.alignment.options import Options
 from megamod.merging.merge import SHARD_BYTES, merge
-from megamod.merging.plan import Plan
-from megamod.merging.recipe import GREEDY_SOUP, Recipe
+from megamod.merging.plan import MergePlan
+from megamod.merging.recipe import GREEDY_SOUP, MergeRecipe
 from megamod.runs.studies.barrier import HEADS, open_held_out
 from megamod.runs.studies.barrier_recipe import CLM, MLM, BarrierStudy, checked_fields
 
@@ -54,7 +54,7 @@ class Candidate:
 
 
 def greedy_soup(
-    recipe: Recipe,
+    recipe: MergeRecipe,
     output: Path | None,
     *,
     shard_bytes: int = SHARD_BYTES,
@@ -62,7 +62,7 @@ def greedy_soup(
     threads: int = 1,
     copy_tokenizer: bool = True,
     quiet: bool = False,
-) -> tuple[Plan, list[Candidate]]:
+) -> tuple[MergePlan, list[Candidate]]:
     """Select models of a recipe and write their average as `merge` does.
 
     Selection holds two models and the soup in memory. Models run on a GPU if one is available;
@@ -162,7 +162,7 @@ def _mean_loss(losses: Losses, model: torch.nn.Module) -> float:
     return math.inf if math.isnan(mean) else mean
 
 
-def _average(recipe: Recipe, numbers: Sequence[int]) -> Recipe:
+def _average(recipe: MergeRecipe, numbers: Sequence[int]) -> MergeRecipe:
     """Build the recipe for the uniform average of the numbered models.
 
     Raises:
@@ -170,10 +170,10 @@ def _average(recipe: Recipe, numbers: Sequence[int]) -> Recipe:
     """
     unsupported = {
         "base_model": recipe.base is not None,
-        "slices": recipe.stacked,
-        "modules": recipe.module_parameters or (recipe.parts and not recipe.stacked),
+        "slices": recipe.is_stacked,
+        "modules": recipe.module_parameters or (recipe.parts and not recipe.is_stacked),
         "align": recipe.align,
-        "tokenizer_source": recipe.words,
+        "tokenizer_source": recipe.vocabulary_request,
         "parameters": recipe.parameters or [model for model in recipe.inputs if model.parameters],
         "member": [model for model in recipe.inputs if model.member],
         "adapters (MODEL+ADAPTER)": [model for model in recipe.inputs if model.adapter],
@@ -182,10 +182,10 @@ def _average(recipe: Recipe, numbers: Sequence[int]) -> Recipe:
         if value:
             raise UserError(f"{recipe.origin}: {GREEDY_SOUP} does not support {key}; leave it out")
     inputs = tuple(replace(recipe.inputs[n], parameters={"weight": 1.0}) for n in numbers)
-    return replace(recipe, method="linear", inputs=inputs, tokenizer=0, cut=False)
+    return replace(recipe, method="linear", inputs=inputs, tokenizer=0, cut_vocabularies=False)
 
 
-def _study(recipe: Recipe) -> BarrierStudy:
+def _study(recipe: MergeRecipe) -> BarrierStudy:
     """Build a study from the `evaluation:` block.
 
     Raises:
