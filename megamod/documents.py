@@ -1,0 +1,265 @@
+"""YAML and JSON documents, checked against schemas.
+
+A schema is a subclass of `Document`. The first thing that is wrong in a file becomes one sentence:
+file, key, value, and what is allowed.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from reprlib import Repr
+from typing import Annotated, Any, TypeVar
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    ValidationError,
+    model_validator,
+)
+
+from megamod.errors import UserError
+
+_LARGEST_FILE = {"JSON": 16 * 2**20, "YAML": 2**20}  # bytes; YAML is read at some 50 kB a second
+_LARGEST_DEPTH = 100
+_MOST_VALUES = 10**6  # aliases of YAML count as often as they are used
+_NAME = re.compile(r"(?!\.)[A-Za-z0-9_.+-]{1,100}")
+_short = Repr()
+_short.maxstring = _short.maxother = 80
+_short.maxdict = _short.maxlist = 12
+
+
+class Document(BaseModel):
+    """Base of the schemas: unknown keys are refused, and values of another type are not converted.
+
+    A file's list becomes a tuple in fields of the type `Items`.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_keys(cls, value: object) -> object:
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, dict):
+            keys = ", ".join(cls.model_fields)
+            raise ValueError(f"{shorten(value)} is not `key: value` lines; keys are {keys}")
+        for key in value:
+            check_word(key, cls.model_fields, "unknown key")
+        return value
+
+
+Schema = TypeVar("Schema", bound=Document)
+Item = TypeVar("Item")
+
+
+def read_document(path: str | Path, schema: type[Schema], origin: str | None = None) -> Schema:
+    """Read a file, JSON if its name ends so and else YAML, as an instance of a schema.
+
+    Args:
+        origin: name of the file in messages; None: its path.
+    Raises:
+        UserError: naming the file, the key, the value and what is allowed.
+    """
+    path, origin = Path(path), origin or str(path)
+    kind = "JSON" if path.suffix.lower() == ".json" else "YAML"
+    try:
+        with open(path, "rb") as file:
+            data = file.read(_LARGEST_FILE[kind] + 1)
+    except OSError as error:
+        raise UserError(f"{origin} cannot be read: {error.strerror}") from error
+    if len(data) > _LARGEST_FILE[kind]:
+        raise UserError(
+            f"{origin} has more than {_LARGEST_FILE[kind]:,} bytes, the most for {kind}"
+        )
+    return check_document(_parse(data, kind, origin), schema, origin)
+
+
+def check_document(value: object, schema: type[Schema], origin: str) -> Schema:
+    """Make an instance of a schema from a value that a file holds.
+
+    Args:
+        origin: file, and key of the value, for messages.
+    Raises:
+        UserError: naming the origin, the key, the value and what is allowed.
+    """
+    try:
+        return schema.model_validate(value)
+    except ValidationError as error:
+        raise UserError(_sentence(error, origin)) from error
+
+
+def check_name(name: str, origin: str) -> str:
+    """Return a name that becomes part of a file's name.
+
+    Raises:
+        UserError: naming the origin, if it does not consist of allowed characters.
+    """
+    if not _NAME.fullmatch(name):
+        raise UserError(f"{origin}: {_bad_name(name)}")
+    return name
+
+
+def check_word(word: object, known: Iterable[str], what: str) -> None:
+    """Raise UserError with the nearest known word if the word is not known."""
+    known = tuple(known)
+    if word not in known:
+        nearest = difflib.get_close_matches(str(word), known, n=1, cutoff=0)[0]
+        raise UserError(
+            f"{what} {shorten(word)}; the nearest is {nearest!r}, allowed are {', '.join(known)}"
+        )
+
+
+def shorten(value: object) -> str:
+    """The representation of a value, cut to a length that fits a message."""
+    return _short.repr(value)
+
+
+def _bad_name(name: object) -> str:
+    allowed = "at most 100 letters, digits, _ . + and -, the first not a dot"
+    return f"{shorten(name)} is not made of {allowed}"
+
+
+def _as_name(value: object) -> str:
+    """A name; YAML reads `1` and `1.5` as numbers."""
+    text = str(value) if type(value) in (int, float) else value
+    if not isinstance(text, str) or not _NAME.fullmatch(text):
+        raise ValueError(_bad_name(value))
+    return text
+
+
+def _as_number(value: object) -> int | float:
+    if type(value) not in (int, float):
+        raise ValueError(f"{shorten(value)} is not a number")
+    return value
+
+
+Name = Annotated[str, BeforeValidator(_as_name)]
+"""A name that becomes part of a file's name."""
+Items = Annotated[tuple[Item, ...], BeforeValidator(lambda v: tuple(v) if type(v) is list else v)]
+"""A list."""
+Number = Annotated[Any, AfterValidator(_as_number)]
+"""A number that keeps its type: a whole one stays whole in records."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without doubled keys."""
+
+    def compose_mapping_node(self, anchor):
+        node = super().compose_mapping_node(anchor)
+        keys = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in keys:
+                    raise yaml.MarkedYAMLError(
+                        problem=f"{shorten(key.value)} appears twice", problem_mark=key.start_mark
+                    )
+                keys.add(key.value)
+        return node
+
+
+def _without_doubles(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{shorten(next(k for k in keys if keys.count(k) > 1))} appears twice")
+    return content
+
+
+def _parse(data: bytes, kind: str, origin: str) -> object:
+    """The value in a file's bytes, of bounded depth and size."""
+    try:
+        text = data.decode("utf-8-sig")
+        if kind == "JSON":
+            value = json.loads(text, object_pairs_hook=_without_doubles)
+        else:
+            value = _Loader(text).get_single_data()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{origin}: byte {error.start} is not UTF-8") from error
+    except RecursionError as error:
+        raise UserError(f"{origin}: {_TOO_DEEP}") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise UserError(f"{origin}{where}: not YAML: {error.problem}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{origin}: not {kind}: {' '.join(str(error).split())}") from error
+    _check_size(value, origin)
+    return value
+
+
+_TOO_DEEP = f"is nested more than {_LARGEST_DEPTH} deep"
+
+
+def _check_size(value: object, origin: str) -> None:
+    """Refuse documents with values that no schema means and that later code would fail on."""
+    pending, count = [(value, 0)], 0
+    while pending:
+        item, depth = pending.pop()
+        count += 1
+        if depth > _LARGEST_DEPTH:
+            raise UserError(f"{origin}: {_TOO_DEEP}")
+        if count > _MOST_VALUES:
+            raise UserError(f"{origin}: holds more than {_MOST_VALUES:,} values")
+        if type(item) is int and item.bit_length() > 64:
+            raise UserError(f"{origin}: holds a whole number of more than 64 bits")
+        if type(item) is str and any("\ud800" <= letter <= "\udfff" for letter in item):
+            raise UserError(f"{origin}: {shorten(item)} cannot be written as UTF-8")
+        if isinstance(item, dict):
+            pending += [(key, depth + 1) for key in item]
+            item = item.values()
+        elif not isinstance(item, (list, tuple, set)):
+            continue
+        pending += [(inner, depth + 1) for inner in item]
+
+
+_MISTAKES = {
+    "string_type": "is not text (in quotes, if YAML reads it as something else)",
+    "int_type": "is not a whole number",
+    "float_type": "is not a number",
+    "bool_type": "is not true or false",
+    "tuple_type": "is not a list",
+    "dict_type": "is not `key: value` lines",
+    "greater_than": "is not more than {gt}",
+    "greater_than_equal": "is not {ge} or more",
+    "less_than": "is not less than {lt}",
+    "less_than_equal": "is not {le} or less",
+    "too_short": "has fewer than {min_length} items",
+    "too_long": "has more than {max_length} items",
+}
+"""Our words, by pydantic's name of the mistake."""
+
+
+def _sentence(error: ValidationError, origin: str) -> str:
+    """The first error of a validation as one sentence."""
+    first = error.errors(include_url=False)[0]
+    kind, location, context = first["type"], first["loc"], first.get("ctx", {})
+    path = "".join(map(_step, location[:-2] if "[key]" in location else location))
+    where = f"{origin}, {path.removeprefix('.')}" if path else origin
+    if kind == "missing":
+        return f"{where} is missing"
+    if kind == "value_error":
+        return f"{where}: {context['error']}"
+    value = shorten(first["input"])
+    if kind == "literal_error":
+        return f"{where}: {value} is not one of {_choices(context['expected'])}"
+    if kind not in _MISTAKES:
+        return f"{where}: {value}: {first['msg']}"
+    return f"{where}: {value} {_MISTAKES[kind].format(**context)}"
+
+
+def _step(part: str | int) -> str:
+    """One part of a path: an index, or a key."""
+    if type(part) is int:
+        return f"[{part}]"
+    return f".{part}" if _NAME.fullmatch(part) else f".{shorten(part)}"
+
+
+def _choices(expected: str) -> str:
+    """Values of a Literal, which pydantic spells `'a', 'b' or 'c'`."""
+    return expected.replace("'", "").replace(" or ", ", ")
