@@ -121,8 +121,10 @@ def shorten(value: object) -> str:
 
 
 def _bad_name(name: object) -> str:
-    allowed = "at most 100 letters, digits, _ . + and -, the first not a dot"
-    return f"{shorten(name)} is not made of {allowed}"
+    return (
+        f"{shorten(name)} is not made of letters, digits, _ . + and - (at most 100, the first not "
+        "a dot)"
+    )
 
 
 def _as_name(value: object) -> str:
@@ -222,13 +224,14 @@ _MISTAKES = {
     "string_type": "is not text (in quotes, if YAML reads it as something else)",
     "int_type": "is not a whole number",
     "float_type": "is not a number",
+    "finite_number": "is not a finite number",
     "bool_type": "is not true or false",
     "tuple_type": "is not a list",
     "dict_type": "is not `key: value` lines",
-    "greater_than": "is not more than {gt}",
-    "greater_than_equal": "is not {ge} or more",
-    "less_than": "is not less than {lt}",
-    "less_than_equal": "is not {le} or less",
+    "greater_than": "is not more than {gt:g}",
+    "greater_than_equal": "is not {ge:g} or more",
+    "less_than": "is not less than {lt:g}",
+    "less_than_equal": "is not {le:g} or less",
     "too_short": "has fewer than {min_length} items",
     "too_long": "has more than {max_length} items",
 }
@@ -245,7 +248,7 @@ def _sentence(error: ValidationError, origin: str) -> str:
         return f"{where} is missing"
     if kind == "value_error":
         return f"{where}: {context['error']}"
-    value = shorten(first["input"])
+    value = shorten([*first["input"]] if type(first["input"]) is tuple else first["input"])
     if kind == "literal_error":
         return f"{where}: {value} is not one of {_choices(context['expected'])}"
     if kind not in _MISTAKES:

@@ -1,17 +1,19 @@
 """Priors over experts: estimated on held-out text, stored as JSON, restricted to the top k."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated, Literal
 
+from pydantic import Field, model_validator
+
+from megamod.documents import Document, Items, Name, read_document
 from megamod.errors import UserError
 from megamod.files import write_json
 from megamod.mixture.posterior import RULES
 
 FORMAT = 1
-KEYS = {"format", "domains", "prior", "rule", "text"}
 TOLERANCE = 1e-4
 
 
@@ -72,19 +74,35 @@ def write_prior(path: Path, prior: Prior) -> None:
     )
 
 
+class _PriorFile(Document):
+    """The file that `write_prior` writes."""
+
+    format: Literal[FORMAT]
+    domains: Items[Name] = Field(min_length=1)
+    prior: Items[Annotated[float, Field(ge=0, le=1 + TOLERANCE, allow_inf_nan=False)]]
+    rule: Literal[RULES] = RULES[0]
+    text: dict[str, object] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "_PriorFile":
+        if doubled := [d for d in self.domains if self.domains.count(d) > 1]:
+            raise ValueError(f"names domain {doubled[0]!r} twice")
+        if len(self.prior) != len(self.domains):
+            raise ValueError(f"{len(self.prior)} weights for {len(self.domains)} domains")
+        total = math.fsum(self.prior)
+        if abs(total - 1) > TOLERANCE:
+            raise ValueError(f"prior sums to {total:.6g}; must be 1 within {TOLERANCE}")
+        return self
+
+
 def read_prior(path: Path, domains: Sequence[str]) -> Prior:
     """Read a prior of experts of these domains, in the order of `domains`.
 
     Raises:
         UserError: if the file cannot be read, names other domains, or has invalid weights.
     """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"prior {path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"prior {path} is not JSON: {error}") from error
-    named, weights, rule = _checked(path, content)
+    file = read_document(path, _PriorFile, f"prior {path}")
+    named = file.domains
     for domain in named:
         if domain not in domains:
             raise UserError(
@@ -96,39 +114,7 @@ def read_prior(path: Path, domains: Sequence[str]) -> Prior:
             raise UserError(
                 f"prior {path}: has no weight of domain {domain!r}; it names {', '.join(named)}"
             )
-    total = math.fsum(weights)
-    by_domain = dict(zip(named, weights, strict=True))
+    total = math.fsum(file.prior)
+    by_domain = dict(zip(named, file.prior, strict=True))
     ordered = tuple(by_domain[domain] / total for domain in domains)
-    return Prior(tuple(domains), ordered, rule, content.get("text"))
-
-
-def _checked(path: Path, content: object) -> tuple[list[str], list[float], str]:
-    """Check a file's content and return domains, weights and rule."""
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        value = repr(content.get("format")) if isinstance(content, dict) else "missing"
-        raise UserError(f"prior {path}: key 'format' is {value}; only {FORMAT} can be read")
-    if unknown := sorted(set(content) - KEYS):
-        raise UserError(f"prior {path}: unknown key {unknown[0]!r}; allowed: {sorted(KEYS)}")
-    named, weights = content.get("domains"), content.get("prior")
-    if not isinstance(named, list) or not named or not all(type(d) is str for d in named):
-        raise UserError(f"prior {path}: key 'domains' is {named!r}, not a list of names")
-    if doubled := [d for d in named if named.count(d) > 1]:
-        raise UserError(f"prior {path}: names domain {doubled[0]!r} twice")
-    if not isinstance(weights, list) or len(weights) != len(named):
-        length = len(weights) if isinstance(weights, list) else "not a list"
-        raise UserError(
-            f"prior {path}: key 'prior' has the wrong length: {length}, domains: {len(named)}"
-        )
-    for domain, weight in zip(named, weights, strict=True):
-        if type(weight) not in (int, float) or not 0 <= weight <= 1 + TOLERANCE:
-            raise UserError(
-                f"prior {path}: the weight of domain {domain!r} is {weight!r}, "
-                "not a number from 0 to 1"
-            )
-    total = math.fsum(weights)
-    if abs(total - 1) > TOLERANCE:
-        raise UserError(f"prior {path}: sums to {total:.6g}; must be 1 within {TOLERANCE}")
-    rule = content.get("rule", RULES[0])
-    if rule not in RULES:
-        raise UserError(f"prior {path}: rule {rule!r} is unknown; allowed: {', '.join(RULES)}")
-    return named, weights, rule
+    return Prior(tuple(domains), ordered, file.rule, file.text)

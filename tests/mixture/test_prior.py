@@ -38,20 +38,22 @@ def test_top_k_is_scaled_to_one():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"prior": [0.5, 0.5]}, "wrong length: 2, domains: 3"),
-        ({"prior": "x"}, "wrong length: not a list"),
+        ({"prior": [0.5, 0.5]}, "2 weights for 3 domains"),
+        ({"prior": "x"}, "prior: 'x' is not a list"),
         ({"prior": [0.5, 0.2, 0.2]}, "sums to 0.9; must be 1 within 0.0001"),
-        ({"prior": [1.2, -0.1, -0.1]}, "weight of domain 'law' is 1.2"),
-        ({"prior": [0.9, 0.3, -0.2]}, "weight of domain 'code' is -0.2"),
-        ({"prior": [0.5, 0.5, None]}, "weight of domain 'code' is None"),
-        ({"prior": [True, 0, 0]}, "weight of domain 'law' is True"),
+        ({"prior": [1.2, -0.1, -0.1]}, r"prior\[0\]: 1.2 is not 1.0001 or less"),
+        ({"prior": [0.9, 0.3, -0.2]}, r"prior\[2\]: -0.2 is not 0 or more"),
+        ({"prior": [0.5, 0.5, None]}, r"prior\[2\]: None is not a number"),
+        ({"prior": [True, 0, 0]}, r"prior\[0\]: True is not a number"),
         ({"domains": ["law", "med"], "prior": [0.5, 0.5]}, "has no weight of domain 'code'"),
         ({"domains": ["law", "med", "art"]}, "there is no expert of domain 'art'"),
         ({"domains": ["law", "med", "law"]}, "names domain 'law' twice"),
-        ({"domains": []}, "not a list of names"),
-        ({"format": 2}, "key 'format' is 2; only 1 can be read"),
-        ({"priors": 1}, "unknown key 'priors'"),
-        ({"rule": "bayes"}, "rule 'bayes' is unknown"),
+        ({"prior": [0.5, 0.5, float("nan")]}, r"prior\[2\]: nan"),
+        ({"domains": ["law", "med", "../law"]}, r"domains\[2\]: '../law' is not made of"),
+        ({"domains": []}, r"domains: \[\] has fewer than 1 items"),
+        ({"format": 2}, "format: 2 is not one of 1"),
+        ({"priors": 1}, "unknown key 'priors'; the nearest is 'prior'"),
+        ({"rule": "bayes"}, "rule: 'bayes' is not one of last_token, history"),
     ],
 )
 def test_invalid_priors_are_refused(tmp_path, change, message):
@@ -64,7 +66,8 @@ def test_invalid_priors_are_refused(tmp_path, change, message):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("{", "is not JSON"), ("[1]", "'format' is missing"), ("NaN", "missing")]
+    ("text", "message"),
+    [("{", "not JSON"), ("[1]", "is not `key: value` lines"), ("{}", "format is missing")],
 )
 def test_invalid_json_is_refused(tmp_path, text, message):
     (tmp_path / "prior.json").write_text(text)
