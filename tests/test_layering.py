@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "megamod.nn": ({"megamod_kernels", "megamod.dist.scope"}, {"torch", "transformers"}),
     "megamod.lm_eval": (set(), {"lm_eval"}),
     "megamod.mixture.posterior": (set(), {"torch"}),
-    "megamod.mixture": ({"megamod.mixture.posterior"}, {"torch"}),
+    "megamod.mixture": ({"megamod.mixture.posterior"}, {"torch", "pydantic"}),
     "megamod.models": (
         {"megamod.nn", "megamod_kernels", "megamod.states", "megamod.dist.scope"}
         | {"megamod.mixture.posterior"},
@@ -52,7 +52,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     ),
     "megamod.data.tasks": (
         {"megamod.data", "megamod.data.corpus", "megamod.data.lm"},
-        {"numpy", "torch", "transformers", "datasets", "yaml", "safetensors", "pyarrow"},
+        {"numpy", "torch", "transformers", "datasets", "pydantic", "safetensors", "pyarrow"},
     ),
     "megamod.states": ({"megamod.dist.scope"}, {"torch", "safetensors"}),
     "megamod.convert": (

@@ -72,8 +72,11 @@ def test_a_task_in_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("line", "replaced", "message"),
     [
-        ("kind: pair", "kind: triple", "kind: 'triple' is not allowed; give one of sequence"),
-        ("label: label", "labl: label", "unknown key 'labl'"),
+        ("kind: pair", "kind: triple", "kind: 'triple' is not one of sequence, pair"),
+        ("label: label", "labl: label", "unknown key 'labl'; the nearest is 'label'"),
+        ("label: label", "label: true", "label: True is not a name or a number from 0"),
+        ("name: reviews", "name: reviews\nname: x", "'name' appears twice"),
+        ("kind: pair", "kind: pair\nhub: [a]", "hub: .'a'. is not text"),
         ("name: reviews", "name: ../../x", "name: '../../x' is not made of letters"),
         ("name: reviews", "name: '..'", "is not made of letters"),
         ("[0, 1]", "['a', 'a ']", "not a list of different names"),
@@ -81,12 +84,12 @@ def test_a_task_in_a_file(tmp_path):
         ("[premise, 4]", "premise", "text: 1 columns, a pair task has 2"),
         ("[0, 1]", "[0, 0]", "not a list of different names"),
         ("[0, 1]", "[0]", "leaves nothing to decide"),
-        ("[macro_f1, accuracy]", "[bleu]", "a list of accuracy, f1"),
+        ("[macro_f1, accuracy]", "[bleu]", r"metrics\[0\]: 'bleu' is not one of accuracy, f1"),
         ("dev_x", "valid", "split 'valid' is not train"),
         ("files: {train: a.tsv, dev_x: b.jsonl}", "", "give either files or hub"),
         ("label: label", "label: label\nheader: false", "a number: no header"),
         ("name: reviews", "name: [", "not YAML"),
-        ("label: label", "label: label\nbounds: [1]", "not .least, largest."),
+        ("label: label", "label: label\nbounds: [1]", r"bounds: \[1\] has fewer than 2 items"),
     ],
 )
 def test_mistakes_in_a_task_file(tmp_path, line, replaced, message):

@@ -2,19 +2,76 @@
 
 import re
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
-import yaml
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from megamod.data.tasks.specs import METRICS, Column, TaskSpec
-from megamod.errors import UserError
+from megamod.data.tasks.specs import METRICS, Column, Kind, TaskSpec
+from megamod.documents import Document, Items, Name, read_document, shorten
 
-KINDS = ("sequence", "pair", "regression", "token")
 USUAL = {
     "sequence": ("accuracy",),
     "pair": ("accuracy",),
     "regression": ("pearson", "spearmanr"),
     "token": ("f1",),
 }
+
+
+def _checked_column(value: object) -> str | int:
+    if isinstance(value, int) and not isinstance(value, bool) and value >= -1:
+        return value
+    if isinstance(value, str) and value:
+        return value
+    raise ValueError(f"{shorten(value)} is not a name or a number from 0 (-1: the last)")
+
+
+def _checked_split(split: str) -> str:
+    if not re.fullmatch(r"(train|dev\w*|test\w*)", split):
+        raise ValueError(f"split {shorten(split)} is not train, dev... or test...")
+    return split
+
+
+_Column = Annotated[Any, AfterValidator(_checked_column)]
+_Label = Annotated[str, BeforeValidator(lambda label: str(label).strip())]
+
+
+class _TaskFile(Document):
+    """The content of a task's file."""
+
+    name: Name
+    kind: Kind
+    text: Annotated[
+        tuple[_Column, ...],
+        BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else (value,)),
+    ]
+    label: _Column
+    labels: Items[_Label] = ()
+    metrics: Items[Literal[METRICS]] = Field((), min_length=1)
+    files: dict[Annotated[str, AfterValidator(_checked_split)], str] = Field({})
+    header: bool = True
+    bounds: Annotated[Items[float], Field(min_length=2, max_length=2)] | None = None
+    hub: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "_TaskFile":
+        allowed = {"sequence": (1,), "pair": (2,), "regression": (1, 2), "token": (1,)}[self.kind]
+        if len(self.text) not in allowed:
+            raise ValueError(
+                f"text: {len(self.text)} columns, a {self.kind} task has {allowed[-1]}"
+            )
+        labels = list(self.labels)
+        if len(set(labels)) < len(labels) or "" in labels:
+            raise ValueError(f"labels: {shorten(labels)} is not a list of different names")
+        if self.kind == "regression" and labels:
+            raise ValueError("labels: a regression has none")
+        if len(labels) == 1:
+            raise ValueError(f"labels: {labels} leaves nothing to decide; give two or more")
+        if (self.hub is None) == (not self.files):
+            raise ValueError("give either files or hub (NAME or NAME:CONFIG)")
+        for column in (*self.text, self.label):
+            if not self.header and isinstance(column, str):
+                raise ValueError(f"{shorten(column)} is not a number: no header has this column")
+        return self
 
 
 def read_spec(path: str | Path) -> TaskSpec:
@@ -36,100 +93,23 @@ def read_spec(path: str | Path) -> TaskSpec:
     Raises:
         UserError: naming file, line or key, and what is allowed.
     """
-    path = Path(path)
-    try:
-        value = yaml.safe_load(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"--task_spec {path}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"--task_spec {path}: not YAML: {' '.join(str(error).split())}") from error
-    return _spec_of(value, f"--task_spec {path}")
-
-
-def _spec_of(value: object, where: str) -> TaskSpec:
-    keys = (
-        "name",
-        "kind",
-        "text",
-        "label",
-        "labels",
-        "metrics",
-        "files",
-        "header",
-        "bounds",
-        "hub",
-    )
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: not a list of `key: value` lines; keys are {', '.join(keys)}")
-    for key in value:
-        if key not in keys:
-            raise UserError(f"{where}: unknown key {key!r}; allowed are {', '.join(keys)}")
-    for key in ("name", "kind", "text", "label"):
-        if key not in value:
-            raise UserError(f"{where}: {key} is missing")
-    name = str(value["name"])
-    if not re.fullmatch(r"[\w.-]+", name, re.ASCII) or set(name) == {"."}:
-        raise UserError(f"{where}, name: {name[:60]!r} is not made of letters, digits, _ . and -")
-    kind = value["kind"]
-    if kind not in KINDS:
-        raise UserError(f"{where}, kind: {kind!r} is not allowed; give one of {', '.join(KINDS)}")
-    header = value.get("header", True)
-    if not isinstance(header, bool):
-        raise UserError(f"{where}, header: {header!r} is not true or false")
-    texts = value["text"] if isinstance(value["text"], list) else [value["text"]]
-    allowed = {"sequence": (1,), "pair": (2,), "regression": (1, 2), "token": (1,)}[kind]
-    if len(texts) not in allowed:
-        raise UserError(f"{where}, text: {len(texts)} columns, a {kind} task has {allowed[-1]}")
-    labels = value.get("labels", [])
-    if isinstance(labels, list):
-        labels = [str(label).strip() for label in labels]
-    if not isinstance(labels, list) or len(set(labels)) < len(labels) or "" in labels:
-        raise UserError(f"{where}, labels: {repr(labels)[:200]} is not a list of different names")
-    if kind == "regression" and labels:
-        raise UserError(f"{where}, labels: a regression has none")
-    if len(labels) == 1:
-        raise UserError(f"{where}, labels: {labels!r} leaves nothing to decide; give two or more")
-    files = value.get("files", {})
-    if not isinstance(files, dict) or not all(isinstance(f, str) for f in files.values()):
-        raise UserError(f"{where}, files: {files!r} is not split: file")
-    for split in files:
-        if not re.fullmatch(r"(train|dev\w*|test\w*)", str(split)):
-            raise UserError(f"{where}, files: split {split!r} is not train, dev... or test...")
-    hub = value.get("hub")
-    if (hub is None) == (not files) or not isinstance(hub, str | None):
-        raise UserError(f"{where}: give either files or hub (NAME or NAME:CONFIG)")
-    metrics = value.get("metrics", list(USUAL[kind]))
-    if not isinstance(metrics, list) or not metrics or any(m not in METRICS for m in metrics):
-        raise UserError(f"{where}, metrics: {metrics!r}; a list of {', '.join(METRICS)} is allowed")
-    bounds = value.get("bounds")
-    if bounds is not None and not (
-        isinstance(bounds, list) and len(bounds) == 2 and all(_number(b) for b in bounds)
-    ):
-        raise UserError(f"{where}, bounds: {bounds!r} is not [least, largest]")
-    hub_name, _, config = (hub or "").partition(":")
+    file = read_document(path, _TaskFile, f"--task_spec {path}")
+    hub_name, _, config = (file.hub or "").partition(":")
     return TaskSpec(
-        name=name,
-        kind=kind,
-        texts=tuple(_column(text, header, f"{where}, text") for text in texts),
-        label=_column(value["label"], header, f"{where}, label"),
-        labels=tuple(labels),
-        metrics=tuple(metrics),
-        files={split: (file,) for split, file in files.items()}
+        name=file.name,
+        kind=file.kind,
+        texts=tuple(map(_column, file.text)),
+        label=_column(file.label),
+        labels=file.labels,
+        metrics=file.metrics or USUAL[file.kind],
+        files={split: (name,) for split, name in file.files.items()}
         or {"train": (), "dev": (), "test": ()},
-        headless=() if header else tuple(files),
-        bounds=None if bounds is None else (float(bounds[0]), float(bounds[1])),
-        hub=(hub_name, config or None) if hub else None,
+        headless=() if file.header else tuple(file.files),
+        bounds=file.bounds,
+        hub=(hub_name, config or None) if file.hub else None,
     )
 
 
-def _column(value: object, header: bool, where: str) -> Column:
-    if isinstance(value, int) and not isinstance(value, bool) and value >= -1:
-        return Column(f"column {value}", value)
-    if isinstance(value, str) and value and header:
-        return Column(value)
-    allowed = "a name or a number from 0 (-1: the last)" if header else "a number: no header"
-    raise UserError(f"{where}: {value!r} is not {allowed}")
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _column(value: str | int) -> Column:
+    """The column of a name or number."""
+    return Column(value) if isinstance(value, str) else Column(f"column {value}", value)
