@@ -6,6 +6,7 @@ file, key, value, and what is allowed.
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -80,18 +81,18 @@ def read_document(path: str | Path, schema: type[Schema], origin: str | None = N
     return check_document(_parse(data, kind, origin), schema, origin)
 
 
-def check_document(value: object, schema: type[Schema], origin: str) -> Schema:
+def check_document(value: object, schema: type[Schema], origin: str, key: str = "") -> Schema:
     """Make an instance of a schema from a value that a file holds.
 
     Args:
-        origin: file, and key of the value, for messages.
+        origin: the file, and `key`: that of the value, for messages.
     Raises:
         UserError: naming the origin, the key, the value and what is allowed.
     """
     try:
         return schema.model_validate(value)
     except ValidationError as error:
-        raise UserError(_sentence(error, origin)) from error
+        raise UserError(_sentence(error, origin, key)) from error
 
 
 def check_name(name: str, origin: str) -> str:
@@ -136,8 +137,8 @@ def _as_name(value: object) -> str:
 
 
 def _as_number(value: object) -> int | float:
-    if type(value) not in (int, float):
-        raise ValueError(f"{shorten(value)} is not a number")
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"{shorten(value)} is not a finite number")
     return value
 
 
@@ -238,11 +239,11 @@ _MISTAKES = {
 """Our words, by pydantic's name of the mistake."""
 
 
-def _sentence(error: ValidationError, origin: str) -> str:
+def _sentence(error: ValidationError, origin: str, key: str) -> str:
     """The first error of a validation as one sentence."""
     first = error.errors(include_url=False)[0]
     kind, location, context = first["type"], first["loc"], first.get("ctx", {})
-    path = "".join(map(_step, location[:-2] if "[key]" in location else location))
+    path = key + "".join(map(_step, location[:-2] if "[key]" in location else location))
     where = f"{origin}, {path.removeprefix('.')}" if path else origin
     if kind == "missing":
         return f"{where} is missing"

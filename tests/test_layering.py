@@ -89,7 +89,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         | {"megamod.models"}
         | {"megamod.merging.tensors"}
         | {"megamod.data", "megamod.data.corpus"},
-        {"torch", "transformers", "safetensors", "numpy", "scipy"},
+        {"torch", "transformers", "safetensors", "numpy", "scipy", "pydantic"},
     ),
     "megamod.btm": (
         {"megamod.args", "megamod.flags", "megamod.dist.scope", "megamod.dist.hostfile"}

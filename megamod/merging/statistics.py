@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from megamod.documents import check_document
 from megamod.errors import UserError
 from megamod.files import sync_file, sync_folder
 from megamod.merging.methods.statistics import INPUT_FIRST
@@ -223,9 +224,9 @@ def _compute_model_statistics(
     # Imported here, as only these two methods run models.
     from megamod.merging.alignment.align import read_batches
     from megamod.merging.alignment.measure import load_model
-    from megamod.merging.alignment.options import options_from
+    from megamod.merging.alignment.options import Calibration
 
-    calibration = options_from({"calibration": dict(block)}, str(parent)).calibration
+    calibration = check_document(block, Calibration, str(parent), "calibration")
     model = load_model(str(parent.path))
     batches = (
         {"input_ids": batch.input_ids, "attention_mask": batch.mask}

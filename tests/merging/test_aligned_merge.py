@@ -94,7 +94,7 @@ def test_models_that_compute_the_same_still_do_when_merged(
 @pytest.mark.parametrize(
     ("align", "message"),
     [
-        ("align: {methods: weight}", "there is no 'methods'; known are method"),
+        ("align: {methods: weight}", "align: unknown key 'methods'; the nearest is 'method'"),
         ("align: {method: activation}", "align.calibration.path is missing"),
         ("align: {method: weight, head_follow_residual: false}", "is no longer tied"),
         ("align: {calibration: {path: nowhere.txt}}", "nowhere.txt: cannot be read"),

@@ -126,9 +126,8 @@ def test_case(name, common):
         losses = case[f"eval_loss_by_lambda_{curve}_head"]
         if losses is None:
             continue
-        chosen = replace(
-            alignment, options=replace(options, compat=replace(COMPAT, unmerge=unmerge))
-        )
+        compat = COMPAT.model_copy(update={"unmerge": unmerge})
+        chosen = replace(alignment, options=options.model_copy(update={"compat": compat}))
         pair = (reference(state_a, symmetry, chosen), permuted(state_b, symmetry, chosen))
         model = untied_model(first)
         for weight in (0.0, 0.35, 1.0):

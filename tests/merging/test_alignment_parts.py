@@ -14,6 +14,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
+from megamod.documents import check_document
 from megamod.errors import UserError
 from megamod.merging.alignment import folder as folder_module
 from megamod.merging.alignment.align import (
@@ -26,7 +27,7 @@ from megamod.merging.alignment.calibration import Batch, read_items, whole_batch
 from megamod.merging.alignment.folder import PermutedFolder, folder_symmetry
 from megamod.merging.alignment.matching import assign_heads
 from megamod.merging.alignment.measure import load_model, measure
-from megamod.merging.alignment.options import Calibration, Compat, Options, options_from
+from megamod.merging.alignment.options import Calibration, Compat, Options
 from megamod.merging.alignment.permute import merge_keeping_heads, permuted, reference
 from megamod.merging.alignment.record import load_alignment
 from megamod.merging.alignment.statistics import CrossCovariance, averaged
@@ -283,7 +284,7 @@ def test_an_alignment_is_kept_and_read_again(tmp_path):
     with pytest.raises(UserError, match=r"layer\.0\.ffn is not a permutation"):
         load_alignment(tmp_path / "broken")
     (tmp_path / "found/alignment.json").write_text("{}")
-    with pytest.raises(UserError, match="is not an alignment"):
+    with pytest.raises(UserError, match=r"alignment.json, format is missing"):
         load_alignment(tmp_path / "found")
 
 
@@ -410,18 +411,20 @@ def test_models_that_are_not_known_are_named():
 
 def test_options_are_checked():
     block = {"groups": ["ff"], "calibration": {"fraction": 1, "path": "a.txt"}}
-    options = options_from(block, "r.yaml")
+    options = check_document(block, Options, "r.yaml", "align")
     assert options.groups == ("ff",) and options.calibration.path == "a.txt"
+    assert options == Options(groups=("ff",), calibration=Calibration(fraction=1, path="a.txt"))
     for bad, message in (
-        ({"groups": ["ff", "heads"]}, "align.groups: 'heads' is not one of ff, attn, res"),
-        ({"method": "wieght"}, "align.method: 'wieght'"),
-        ({"atention": "head_perm"}, "r.yaml: align: there is no 'atention'"),
-        ({"qk": "yes"}, "r.yaml: align.qk: 'yes' is not of type bool"),
-        ({"groups": "ff"}, "align.groups: 'ff' is not of type list"),
-        ({"calibration": {"size": 3}}, "align.calibration: there is no 'size'"),
-        ({"calibration": {"batch_size": 0}}, "batch_size 0"),
-        ({"calibration": []}, "is \\[\\], not a mapping"),
-        ({"groups": []}, "is empty"),
+        ({"groups": ["ff", "heads"]}, r"align.groups\[1\]: 'heads' is not one of ff, attn, res"),
+        ({"method": "wieght"}, "align.method: 'wieght' is not one of activation, ot"),
+        ({"atention": "x"}, "r.yaml, align: unknown key 'atention'; the nearest is 'attention'"),
+        ({"qk": "yes"}, "r.yaml, align.qk: 'yes' is not true or false"),
+        ({"groups": "ff"}, "align.groups: 'ff' is not a list"),
+        ({"calibration": {"size": 3}}, "align.calibration: unknown key 'size'"),
+        ({"calibration": {"batch_size": 0}}, "align.calibration.batch_size: 0 is not 1 or more"),
+        ({"calibration": {"fraction": 0}}, "align.calibration.fraction: 0 is not more than 0"),
+        ({"calibration": []}, "align.calibration: \\[\\] is not `key: value` lines"),
+        ({"groups": []}, "align: groups: is empty"),
     ):
         with pytest.raises(UserError, match=message):
-            options_from(bad, "r.yaml")
+            check_document(bad, Options, "r.yaml", "align")

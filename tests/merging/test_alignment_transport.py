@@ -1,7 +1,6 @@
 """Soft assignments and orders of grouped heads, and their effect on weights."""
 
 import itertools
-from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ from safetensors.torch import save_file
 from test_alignment_families import copy_of, random_model, texts
 from twins import twin
 
+from megamod.documents import check_document
 from megamod.errors import UserError
 from megamod.merging.alignment import folder as folder_module
 from megamod.merging.alignment import matching
@@ -82,7 +82,7 @@ def test_a_little_soft_is_nearly_hard(kind, tmp_path, monkeypatch):
     second = twin(first, 4)
     options = Options(method="ot", regularisation=0.08)
     batches = list(whole_batches(texts(24), 8))
-    hard = align(first, second, batches, replace(options, method="activation"))
+    hard = align(first, second, batches, options.model_copy(update={"method": "activation"}))
     soft = align(first, second, batches, options)
     for name, matrix in soft.permutations.items():
         assert matrix.shape == (len(matrix), len(matrix))
@@ -125,11 +125,11 @@ def test_a_little_soft_is_nearly_hard(kind, tmp_path, monkeypatch):
 
 def test_what_cannot_be_soft():
     for options, message in (
-        ({"regularisation": 0.0}, "align.regularisation: 0.0 is not positive"),
+        ({"regularisation": 0.0}, "align.regularisation: 0.0 is not more than 0"),
         ({"compat": Compat(unmerge=True)}, "not with method ot"),
     ):
         with pytest.raises(UserError, match=message):
-            Options(method="ot", **options)
+            check_document({"method": "ot", **options}, Options, "r.yaml", "align")
     model = random_model("llama-grouped", 1)
     for options, message in (
         (Options(method="ot"), "align.method: ot: queries and keys of a llama"),

@@ -22,7 +22,7 @@ def aligned_folders(
         UserError: if the models cannot be aligned, or the result would need an output matrix that
             is no longer tied.
     """
-    options = checked_options(dict(block), origin)
+    options = checked_options(block, origin)
     if options.method == "identity" and not options.compat.scale:
         return list(folders)
     views: list[TensorSource] = [folders[0]]

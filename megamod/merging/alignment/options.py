@@ -1,7 +1,11 @@
 """Options of an alignment: the `align:` block of a recipe."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from typing import Annotated, Literal
 
+from pydantic import Field, model_validator
+
+from megamod.documents import Document, Items, Number, check_document
 from megamod.errors import UserError
 from megamod.merging.alignment.matching import ATTENTION
 
@@ -11,10 +15,10 @@ BY_TEXT = ("activation", "ot")
 GROUPS = ("ff", "attn", "res")
 RESIDUAL = ("first", "last", "all", "sep")
 SENTENCE_LEVELS = ("none", "cls", "maxpool", "avgpool")
+_Positive = Annotated[Number, Field(gt=0)]
 
 
-@dataclass(frozen=True)
-class Compat:
+class Compat(Document):
     """Defects of the program of Verma and Elbayad 2024, to reproduce its results; all off.
 
     Attributes:
@@ -36,8 +40,7 @@ class Compat:
     stacked: bool = False
 
 
-@dataclass(frozen=True)
-class Calibration:
+class Calibration(Document):
     """Calibration text.
 
     Attributes:
@@ -49,14 +52,13 @@ class Calibration:
     """
 
     path: str | None = None
-    fraction: float = 1.0
-    batch_size: int = 8
+    fraction: _Positive = 1.0
+    batch_size: int = Field(8, ge=1)
     special_tokens: bool = True
-    sentence_level: str = "none"
+    sentence_level: Literal[SENTENCE_LEVELS] = "none"
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(Document):
     """Options of an alignment.
 
     Attributes:
@@ -79,47 +81,29 @@ class Options:
         calibration: text for "activation" and "ot".
         seed: of the order of groups with "weight".
         compat: defects of the original program.
-    Raises:
-        UserError: naming the key, if a value is not allowed.
     """
 
-    method: str = "activation"
-    groups: tuple[str, ...] = GROUPS
-    attention: str = "head_perm"
-    residual: str = "first"
+    method: Literal[METHODS] = "activation"
+    groups: Items[Literal[GROUPS]] = GROUPS
+    attention: Literal[ATTENTION] = "head_perm"
+    residual: Literal[RESIDUAL] = "first"
     qk: bool = False
     absolute: bool = False
     covariance: bool = False
     head: bool = False
     head_follow_residual: bool = True
-    calibration: Calibration = field(default_factory=Calibration)
+    calibration: Calibration = Calibration()
     seed: int = 0
-    compat: Compat = field(default_factory=Compat)
-    regularisation: float = 0.1
+    compat: Compat = Compat()
+    regularisation: _Positive = 0.1
 
-    def __post_init__(self):
-        object.__setattr__(self, "groups", tuple(self.groups))
-        one_of = [
-            ("method", self.method, METHODS),
-            ("attention", self.attention, ATTENTION),
-            ("residual", self.residual, RESIDUAL),
-            ("calibration.sentence_level", self.calibration.sentence_level, SENTENCE_LEVELS),
-            *(("groups", group, GROUPS) for group in self.groups),
-        ]
-        for key, value, allowed in one_of:
-            if value not in allowed:
-                raise UserError(f"align.{key}: {value!r} is not one of {', '.join(allowed)}")
+    @model_validator(mode="after")
+    def _check(self) -> "Options":
         if not (self.groups or self.head):
-            raise UserError("align.groups: is empty; name at least one of ff, attn, res")
-        if not 0 < self.regularisation < float("inf"):
-            raise UserError(f"align.regularisation: {self.regularisation} is not positive")
+            raise ValueError("groups: is empty; name at least one of ff, attn, res")
         if self.method == "ot" and self.compat.unmerge:
-            raise UserError("align.compat.unmerge: goes with permutations, not with method ot")
-        if self.calibration.fraction <= 0 or self.calibration.batch_size < 1:
-            raise UserError(
-                f"align.calibration: fraction {self.calibration.fraction} and batch_size "
-                f"{self.calibration.batch_size} must be positive"
-            )
+            raise ValueError("compat.unmerge: goes with permutations, not with method ot")
+        return self
 
 
 def unused_keys(options: Options) -> list[str]:
@@ -162,53 +146,18 @@ def unused_keys(options: Options) -> list[str]:
     return unused
 
 
-def checked_options(block: dict[str, object], origin: str) -> Options:
-    """`options_from` for documents that people write: keys without effect are refused, too.
+def checked_options(block: Mapping[str, object], origin: str, key: str = "align") -> Options:
+    """Read options from a document that people write: keys without effect are refused, too.
 
+    Args:
+        origin: file, and `key`: that of the block, for messages.
     Raises:
-        UserError: naming the key.
+        UserError: naming the key that is not known, has a value that is not allowed, or no effect.
     """
-    options = options_from(block, origin)
+    options = check_document(block, Options, origin, key)
     if unused := unused_keys(options):
         raise UserError(
-            f"{origin}: align.{unused[0]} has no effect with method {options.method} and groups "
+            f"{origin}, {key}.{unused[0]} has no effect with method {options.method} and groups "
             f"{', '.join(options.groups) or 'none'}; leave it out"
         )
     return options
-
-
-def options_from(block: dict[str, object], origin: str) -> Options:
-    """Read the options of an `align:` block.
-
-    Args:
-        origin: file and key of the block, for messages.
-    Raises:
-        UserError: naming the key that is not known or whose value is of the wrong kind.
-    """
-    nested = {"calibration": Calibration, "compat": Compat}
-    fields = dict(block)
-    for key, kind in nested.items():
-        if key in fields:
-            fields[key] = kind(**_checked(fields[key], kind, f"{origin}: align.{key}"))
-    return Options(**_checked(fields, Options, f"{origin}: align"))
-
-
-def _checked(block: object, kind: type, origin: str) -> dict[str, object]:
-    """Check that keys are fields and values have the type of their defaults."""
-    if not isinstance(block, dict):
-        raise UserError(f"{origin}: is {block!r}, not a mapping")
-    defaults, checked = kind(), {}
-    for key, value in block.items():
-        if not isinstance(key, str) or key not in vars(defaults):
-            raise UserError(f"{origin}: there is no {key!r}; known are {', '.join(vars(defaults))}")
-        default = getattr(defaults, key)
-        if value is None and default is None:  # as records have it
-            continue
-        kinds = {float: (int, float), tuple: (list, tuple), type(None): str}
-        expected = kinds.get(type(default), type(default))
-        if not isinstance(value, expected) or isinstance(value, bool) != isinstance(default, bool):
-            spelled = {"NoneType": "str", "tuple": "list"}
-            name = spelled.get(type(default).__name__, type(default).__name__)
-            raise UserError(f"{origin}.{key}: {value!r} is not of type {name}")
-        checked[key] = value
-    return checked

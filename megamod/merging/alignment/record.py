@@ -1,23 +1,32 @@
 """An alignment and its folder on disk: `alignment.json`, `permutations.safetensors`."""
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from megamod.documents import Document, read_document
 from megamod.errors import UserError
 from megamod.files import atomic_folder, write_json
 from megamod.merging.alignment.groups import Group
-from megamod.merging.alignment.options import Options, options_from
+from megamod.merging.alignment.options import Options
 from megamod.merging.alignment.symmetry import Symmetry
 from megamod.states.weights import write_tensors
 
 _RECORD, _PERMUTATIONS = "alignment.json", "permutations.safetensors"
+
+
+class _Record(Document):
+    """The content of alignment.json."""
+
+    format: Literal[1]
+    options: Options
+    costs: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -71,7 +80,8 @@ class Alignment:
                     {name: index.contiguous() for name, index in self.permutations.items()},
                     {"format": "pt"},
                 )
-                record = {"format": 1, "options": asdict(self.options), "costs": dict(self.costs)}
+                options = self.options.model_dump()
+                record = {"format": 1, "options": options, "costs": dict(self.costs)}
                 write_json(temporary / _RECORD, record)
         except FileExistsError as error:
             raise UserError(f"{folder}: exists already") from error
@@ -114,21 +124,17 @@ def load_alignment(folder: Path) -> Alignment:
         UserError: if it is not one.
     """
     folder = Path(folder)
+    record = read_document(folder / _RECORD, _Record)
     try:
-        record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
         permutations = load_file(folder / _PERMUTATIONS)
-        costs = {str(name): float(cost) for name, cost in record["costs"].items()}
-        options = options_from(record["options"], str(folder / _RECORD))
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise UserError(f"{folder}: is not an alignment: {error!r}") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder / _PERMUTATIONS} cannot be read: {error}") from error
     for name, index in permutations.items():
-        if index.dim() == 2 and options.method == "ot":
+        if index.dim() == 2 and record.options.method == "ot":
             sums = torch.cat([index.sum(0), index.sum(1)])
             good = bool((index >= 0).all()) and torch.allclose(sums, sums.new_ones(()), atol=1e-4)
         else:
             good = index.dim() == 1 and torch.equal(index.sort().values, torch.arange(len(index)))
         if not good:
             raise UserError(f"{folder / _PERMUTATIONS}: {name} is not a permutation")
-    return Alignment(permutations, costs, options)
+    return Alignment(permutations, record.costs, record.options)
