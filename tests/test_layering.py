@@ -1,6 +1,7 @@
 """Allowed imports between packages. docs/architecture.md shows the same table and says why."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -201,6 +202,24 @@ def test_nothing_imports_upwards(path):
 )
 def test_the_rule_itself(module, line, allowed):
     assert (violations(module, ast.parse(line)) == []) is allowed
+
+
+def test_no_circle_of_imports():
+    """Imports inside functions count too. `megamod` alone is left out: it registers the models."""
+    files = {name_of(path): path for path in LIBRARY}
+    graph = {
+        name: {
+            target
+            for _, target in imported(ast.parse(path.read_text(encoding="utf-8")))
+            if target in files and target not in (name, "megamod")
+        }
+        for name, path in files.items()
+    }
+    assert sum(map(len, graph.values())) > 500
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" <- ".join(error.args[1]))
 
 
 def test_launchers_import_what_is_installed():

@@ -3,7 +3,8 @@
 One function per operation, which yields its kernels with the launch settings of the tuned widths.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import product
 
 from megamod_kernels import (
@@ -21,7 +22,28 @@ from megamod_kernels import (
 )
 from megamod_kernels import keyed_linear_kernels as keyed_kernels
 from megamod_kernels import slot_attention_kernels as slot_kernels
-from megamod_kernels.compile_ahead import Build
+
+
+@dataclass(frozen=True)
+class Build:
+    """One kernel with one set of constants.
+
+    Attributes:
+        name: for reports.
+        kernel: a function under `triton.jit`.
+        signature: argument to type, such as "*bf16", "i32", "fp32".
+        constants: compile-time arguments.
+        aligned: arguments that are multiples of 16, which a launch detects itself.
+    """
+
+    name: str
+    kernel: object
+    signature: Mapping[str, str]
+    constants: Mapping[str, object]
+    num_warps: int
+    num_stages: int
+    aligned: tuple[str, ...]
+
 
 _MUX_EMBED_COUNTS = (
     "rows", "length", "D", "N", "start", "first_stride", "second_stride", "position_stride",

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import triton
@@ -23,42 +22,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompilationError
 from triton.compiler.compiler import make_backend
 
-OPERATIONS = (
-    "mux",
-    "mux_embed",
-    "mux_attention",
-    "slot_attention",
-    "keyed_linear",
-    "norm_linear",
-    "demux",
-)
-"""Operations with tuned builds, see `megamod_kernels.builds`."""
+from megamod_kernels.builds import BUILDS, Build
 
 SHARED_LIMIT = {80: 166_912, 90: 232_448}
 """Largest shared memory of a block in bytes, by compute capability."""
 
 WARP_SIZE = 32
-
-
-@dataclass(frozen=True)
-class Build:
-    """One kernel with one set of constants.
-
-    Attributes:
-        name: for reports.
-        kernel: a function under `triton.jit`.
-        signature: argument to type, such as "*bf16", "i32", "fp32".
-        constants: compile-time arguments.
-        aligned: arguments that are multiples of 16, which a launch detects itself.
-    """
-
-    name: str
-    kernel: object
-    signature: Mapping[str, str]
-    constants: Mapping[str, object]
-    num_warps: int
-    num_stages: int
-    aligned: tuple[str, ...]
 
 
 def resources(build: Build, capability: int) -> dict[str, int]:
@@ -123,8 +92,6 @@ def refused_arguments(build: Build) -> list[str]:
 
 def builds_of(operations: Iterable[str]) -> Iterator[Build]:
     """All tuned builds of some operations."""
-    from megamod_kernels.builds import BUILDS  # imported late: it imports this module
-
     for name in operations:
         yield from BUILDS[name]()
 
@@ -143,14 +110,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("operations", nargs="*", help=f"of {', '.join(OPERATIONS)}; none: all")
+    parser.add_argument("operations", nargs="*", help=f"of {', '.join(BUILDS)}; none: all")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
     parser.add_argument(
         "--capability", type=int, nargs="+", choices=tuple(SHARED_LIMIT), default=[80, 90]
     )
     args = parser.parse_args()
     rows, bad = [], 0
-    for build in builds_of(args.operations or OPERATIONS):
+    for build in builds_of(args.operations or BUILDS):
         for capability in args.capability:
             usage = resources(build, capability)
             listed = faults(usage, capability)

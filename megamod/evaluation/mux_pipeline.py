@@ -36,8 +36,8 @@ from megamod.data.tasks.classification import (
     encode_words,
     held_out_rows,
 )
-from megamod.data.tasks.conll import TokenSet
 from megamod.data.tasks.glue import TextSet
+from megamod.data.tasks.token_set import TokenSet
 from megamod.errors import UserError
 from megamod.evaluation.predict import Predictor, labels_of_words
 from megamod.models.classifier_inputs import inputs_of, mixes_padding, room_of

@@ -14,7 +14,8 @@ from types import ModuleType
 
 def _register_configurations(auto: ModuleType) -> None:
     from megamod.models.ca_mtl.configuration import CaMtlConfig
-    from megamod.models.lm.configuration import DemixConfig, DemixHostConfig, ForestConfig
+    from megamod.models.lm.configuration import DemixConfig, ForestConfig
+    from megamod.models.lm.host_config import DemixHostConfig
     from megamod.models.mux.configuration import MuxBertConfig, MuxElectraConfig, MuxRobertaConfig
 
     of_mux = (MuxBertConfig, MuxElectraConfig, MuxRobertaConfig)

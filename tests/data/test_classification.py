@@ -15,8 +15,8 @@ from megamod.data.tasks.classification import (
     encode_words,
     held_out_rows,
 )
-from megamod.data.tasks.conll import TokenSet
 from megamod.data.tasks.glue import TextSet
+from megamod.data.tasks.token_set import TokenSet
 from megamod.errors import UserError
 
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b", "c", "d", "##a", "##b", "##c"]

@@ -7,9 +7,9 @@ import pytest
 from transformers import BertTokenizerFast
 
 from megamod.data.tasks.classification import Lengths, encode_texts, encode_words
-from megamod.data.tasks.conll import TokenSet
 from megamod.data.tasks.encoded_cache import cached, key_of
 from megamod.data.tasks.glue import TextSet
+from megamod.data.tasks.token_set import TokenSet
 
 LENGTHS = Lengths(8, 16)
 

@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megamod.data.tasks.conll import TokenSet, read_conll
+from megamod.data.tasks.conll import read_conll
 from megamod.data.tasks.iob import to_iob2
 from megamod.data.tasks.ner import read_token_task
 from megamod.data.tasks.specs import token_task
+from megamod.data.tasks.token_set import TokenSet
 from megamod.errors import UserError
 
 REAL = Path(__file__).resolve().parents[2].parent / "shared" / "data"

@@ -6,7 +6,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForTokenClassification
 
 from megamod.data.tasks.classification import Lengths, encode_words
-from megamod.data.tasks.conll import TokenSet
+from megamod.data.tasks.token_set import TokenSet
 from megamod.evaluation.mux_pipeline import MuxPipeline
 
 SENTENCE = "the minister said on Monday that it 's a fine day in 2020 , cafés !"

@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from megamod_kernels.compile_ahead import OPERATIONS, SHARED_LIMIT, faults
+from megamod_kernels.builds import BUILDS
+from megamod_kernels.compile_ahead import SHARED_LIMIT, faults
 
 
 @pytest.mark.slow
@@ -34,9 +35,10 @@ def test_every_tuned_build_fits_a_gpu(tmp_path):
 
 
 ONES = """
-from megamod_kernels.compile_ahead import OPERATIONS, builds_of, refused_arguments
+from megamod_kernels.builds import BUILDS
+from megamod_kernels.compile_ahead import builds_of, refused_arguments
 found = {}
-for build in builds_of(OPERATIONS):
+for build in builds_of(BUILDS):
     flags = [value for value in build.constants.values() if isinstance(value, bool)]
     found.setdefault((build.kernel.__name__, *flags), build)
 for build in found.values():
@@ -56,7 +58,7 @@ def test_kernels_can_be_launched_where_a_number_is_one():
 
 def test_faults_are_told():
     good = {"registers": 100, "stack": 0, "spills": 0, "shared": 1024}
-    assert faults(good, 90) == [] and "demux" in OPERATIONS
+    assert faults(good, 90) == [] and "demux" in BUILDS
     assert faults({**good, "spills": 16}, 80) == ["16 bytes of spills"]
     message = "170000 bytes of shared memory, the limit is 166912"
     assert faults({**good, "shared": 170_000}, 80) == [message] and not faults(

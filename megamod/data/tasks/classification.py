@@ -19,9 +19,9 @@ from megamod.data.lm.batches import Batch
 from megamod.data.lm.blocks import IGNORE
 from megamod.data.lm.instance_groups import Layout, ensembled, in_order
 from megamod.data.lm.order import Balanced
-from megamod.data.tasks.conll import TokenSet
 from megamod.data.tasks.glue import TextSet
 from megamod.data.tasks.iob import are_entities, join, parts_of
+from megamod.data.tasks.token_set import TokenSet
 from megamod.errors import UserError
 
 if TYPE_CHECKING:

@@ -12,11 +12,12 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from megamod.data.corpus.lines import read_lines
 from megamod.data.tasks.iob import OUTSIDE, are_entities, parts_of
+from megamod.data.tasks.token_set import TokenSet
 from megamod.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -28,36 +29,6 @@ CONLLU = ["ID", "FORM", "LEMMA", "UPOS", "XPOS", "FEATS", "HEAD", "DEPREL", "DEP
 NODE = re.compile(r"\d+([-.]\d+)?")  # ID of a word, of a range (1-2) or of an empty node (1.1)
 HIDDEN = "_"
 Numbered = tuple[int, str]
-
-
-@dataclass
-class TokenSet:
-    """Sentences of one split in the order of the file.
-
-    Attributes:
-        words, labels: by sentence; labels None: hidden.
-        lines: for each sentence the line of each word, or the row of a table.
-        where: the file or data set.
-        unit: "line" or "row", for messages.
-    """
-
-    words: list[list[str]]
-    labels: list[list[str]] | None
-    lines: list[list[int]]
-    where: str
-    unit: str = "line"
-
-    def __len__(self) -> int:
-        return len(self.words)
-
-    def first(self, count: int | None) -> "TokenSet":
-        """The first `count` sentences; None: all."""
-        labels = None if self.labels is None else self.labels[:count]
-        return replace(self, words=self.words[:count], labels=labels, lines=self.lines[:count])
-
-    def origin(self, sentence: int, word: int = 0) -> str:
-        """File and line of a word, for messages."""
-        return f"{self.where}, {self.unit} {self.lines[sentence][word]}"
 
 
 @dataclass(frozen=True)

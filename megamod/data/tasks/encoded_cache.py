@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from megamod.data.tasks.classification import Encoded, Lengths
-from megamod.data.tasks.conll import TokenSet
 from megamod.data.tasks.glue import TextSet
+from megamod.data.tasks.token_set import TokenSet
 from megamod.files import write_atomic
 
 if TYPE_CHECKING:

@@ -10,12 +10,10 @@ Roth 2009 (BILOU).
 import logging
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
+from megamod.data.tasks.token_set import TokenSet
 from megamod.errors import UserError
-
-if TYPE_CHECKING:
-    from megamod.data.tasks.conll import TokenSet
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +46,7 @@ def are_entities(labels: Iterable[str]) -> bool:
     return None not in parts and any(part in BEGIN for part, _ in parts)
 
 
-def to_iob2(sentences: "TokenSet", repair: bool) -> str:
+def to_iob2(sentences: TokenSet, repair: bool) -> str:
     """Turn entity labels into IOB2 in place; returns the scheme that they had.
 
     In IOB2 every entity begins with B-; in IOB1 only one that follows another of its type at once.

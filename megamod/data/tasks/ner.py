@@ -9,10 +9,11 @@ from pathlib import Path
 
 from megamod.data.corpus.file_formats import format_of
 from megamod.data.corpus.lines import checked_text
-from megamod.data.tasks.conll import TokenSet, read_conll
+from megamod.data.tasks.conll import read_conll
 from megamod.data.tasks.iob import OUTSIDE, are_entities, join, parts_of, to_iob2
 from megamod.data.tasks.specs import TaskSpec, find_files, some_of, speller
 from megamod.data.tasks.task_rows import RowTable, hub_tables, json_table, parquet_table
+from megamod.data.tasks.token_set import TokenSet
 from megamod.errors import UserError
 
 FORMATS = ("text", "CoNLL", "TSV", "JSON lines", "JSON", "Parquet")

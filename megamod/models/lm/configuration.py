@@ -182,19 +182,6 @@ def _config_class(kind: object) -> type[PreTrainedConfig]:
     return CONFIG_MAPPING[kind]
 
 
-class DemixHostConfig(PreTrainedConfig):
-    """Reads config.json of a stock model with experts; the class it returns depends on `host`."""
-
-    model_type = HOST_TYPE
-
-    @classmethod
-    def from_dict(cls, config_dict: dict, **kwargs: object) -> PreTrainedConfig:
-        """A configuration of the class that `host_classes` makes for the field `host`."""
-        from megamod.models.lm.host import host_classes
-
-        return host_classes(config_dict.get("host"))[0].from_dict(config_dict, **kwargs)
-
-
 def read_lm_config(folder: Path, flag: str | None = None) -> PreTrainedConfig:
     """Configuration of the folder of a causal language model; `flag` is what named the folder.
 

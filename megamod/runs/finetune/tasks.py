@@ -10,12 +10,12 @@ from transformers import PreTrainedConfig
 
 from megamod.args import origin_of
 from megamod.data.tasks.classification import Encoded, Lengths, encode_texts, encode_words
-from megamod.data.tasks.conll import TokenSet
 from megamod.data.tasks.encoded_cache import cached, key_of
 from megamod.data.tasks.glue import TextSet, read_task
 from megamod.data.tasks.ner import read_token_task
 from megamod.data.tasks.specs import TaskSpec, any_task, find_files
 from megamod.data.tasks.task_file import read_spec
+from megamod.data.tasks.token_set import TokenSet
 from megamod.errors import UserError
 from megamod.models.classifier_inputs import room_of
 from megamod.runs.finetune.args import RowArgs, StageArgs

@@ -1,0 +1,33 @@
+"""Sentences as lists of words, with their labels and their places in a file."""
+
+from dataclasses import dataclass, replace
+
+
+@dataclass
+class TokenSet:
+    """Sentences of one split in the order of the file.
+
+    Attributes:
+        words, labels: by sentence; labels None: hidden.
+        lines: for each sentence the line of each word, or the row of a table.
+        where: the file or data set.
+        unit: "line" or "row", for messages.
+    """
+
+    words: list[list[str]]
+    labels: list[list[str]] | None
+    lines: list[list[int]]
+    where: str
+    unit: str = "line"
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def first(self, count: int | None) -> "TokenSet":
+        """The first `count` sentences; None: all."""
+        labels = None if self.labels is None else self.labels[:count]
+        return replace(self, words=self.words[:count], labels=labels, lines=self.lines[:count])
+
+    def origin(self, sentence: int, word: int = 0) -> str:
+        """File and line of a word, for messages."""
+        return f"{self.where}, {self.unit} {self.lines[sentence][word]}"
