@@ -14,8 +14,9 @@ dense model. Both are added to the forest; docs/adaptation.md explains where. Th
 command resumes an interrupted run.
 """
 
-from megamod.args import RunArgs, SafetyArgs, parse_args, require
-from megamod.errors import UserError, run
+from megamod.args import RunArgs, SafetyArgs
+from megamod.errors import UserError, run_main
+from megamod.flags import parse_args, require_values
 from megamod.runs.pretrain.adapt_args import AdaptArgs, AdaptOptimArgs
 
 
@@ -23,8 +24,8 @@ def main() -> None:
     """Parse, train, and print the output paths."""
     parsed = parse_args(RunArgs, SafetyArgs, AdaptOptimArgs, AdaptArgs, doc=__doc__)
     args = parsed[-1]
-    require(parsed[0], "output_dir")
-    require(args, "data", "domain")
+    require_values(parsed[0], "output_dir")
+    require_values(args, "data", "domain")
     if args.forest is None and args.model is None:
         raise UserError("--forest is missing, or --model: what to start from")
     # Imported late, so that --help and errors in flags answer at once.
@@ -36,4 +37,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

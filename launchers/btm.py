@@ -15,17 +15,18 @@ output of each job. docs/btm.md explains rounds, slots and restarts.
 
 from pathlib import Path
 
-from megamod.args import DataArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs, parse_args
+from megamod.args import DataArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs
 from megamod.btm.campaign import BtmArgs
-from megamod.btm.driver import drive
-from megamod.errors import run
+from megamod.btm.driver import run_campaign
+from megamod.errors import run_main
+from megamod.flags import parse_args
 
 
 def main() -> None:
     """Parse, run all jobs, and print the path of the forest."""
     parsed = parse_args(BtmArgs, RunArgs, SafetyArgs, ModelArgs, OptimArgs, DataArgs, doc=__doc__)
-    drive(parsed, Path(__file__).resolve().parent)
+    run_campaign(parsed, Path(__file__).resolve().parent)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

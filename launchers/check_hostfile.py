@@ -15,7 +15,7 @@ faults, otherwise 2. docs/multinode.md describes the next steps.
 import argparse
 from pathlib import Path
 
-from megamod.errors import UserError, run
+from megamod.errors import UserError, run_main
 
 
 def main() -> None:
@@ -44,8 +44,8 @@ def main() -> None:
     except HostfileFaults as error:
         print("\n".join(error.faults))
         raise UserError(f"hostfile {args.file} has {len(error.faults)} faults") from error
-    print("\n".join([checked.table(), *checked.notes()]))
+    print("\n".join([checked.format_hosts(), *checked.list_launcher_limits()]))
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

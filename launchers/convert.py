@@ -17,8 +17,8 @@ printed. The tokenizer's files in PATH are copied. Pickles are read without runn
 import argparse
 from pathlib import Path
 
-from megamod.convert import FORMATS, Options, format_module
-from megamod.errors import UserError, run
+from megamod.convert import FORMATS, Options, import_format
+from megamod.errors import UserError, run_main
 from megamod.states.output_folder import new_folder
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -27,14 +27,14 @@ DTYPES = ("float32", "float16", "bfloat16")
 def main() -> None:
     """Parse, convert or export, and say what was done."""
     options = parse_arguments()
-    module = format_module(options.format)
+    module = import_format(options.format)
     format_options = Options(tuple(options.domains), options.num_attention_heads)
     source = options.input if options.input.is_dir() else options.input.parent
     way = "export" if options.export or options.format == "expert" else "convert"
     if not hasattr(module, way):
         other = "without" if options.export else "with"
         raise UserError(f"--format {options.format}: can be used {other} --export only")
-    from megamod.convert.writing import write_model
+    from megamod.convert.writing import write_converted_model
     from megamod.data.corpus.tokenizers import GPT2_FILES, load_tokenizer
     from megamod.states.tokenizer_files import copy_tokenizer
 
@@ -46,10 +46,10 @@ def main() -> None:
         return
     converted = module.convert(options.input, format_options)
     with new_folder(options.output_dir) as folder:
-        write_model(converted, folder, options.dtype)
+        write_converted_model(converted, folder, options.dtype)
         if copy_tokenizer(source, folder) and all((folder / n).is_file() for n in GPT2_FILES):
             load_tokenizer(folder).save(folder)  # what AutoTokenizer reads
-    print(converted.report())
+    print(converted.format_report())
     parameters = sum(tensor.numel() for tensor in converted.state.values())
     print(f"{options.output_dir}: {parameters:,} parameters in {options.dtype}")
 
@@ -88,4 +88,4 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

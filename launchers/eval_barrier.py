@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megamod.errors import UserError, run
-from megamod.flags import Arguments, option, parse_args, require
+from megamod.errors import UserError, run_main
+from megamod.flags import Arguments, option, parse_args, require_values
 
 
 @dataclass
@@ -44,7 +44,7 @@ def main() -> None:
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--study", *arguments]
     (args,) = parse_args(BarrierArgs, argv=arguments, doc=__doc__)
-    require(args, "study", "output_dir")
+    require_values(args, "study", "output_dir")
     import torch
 
     from megamod.runs.node_log import start_logging
@@ -63,4 +63,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -18,15 +18,15 @@ docs/mixing.md explains rules and modes.
 
 import os
 
-from megamod.errors import run
-from megamod.flags import parse_args, require
+from megamod.errors import run_main
+from megamod.flags import parse_args, require_values
 from megamod.runs.studies.ensemble_args import EnsembleArgs
 
 
 def main() -> None:
     """Parse, estimate, score, print, write."""
     (args,) = parse_args(EnsembleArgs, doc=__doc__)
-    require(args, "forest", "data", "domain")
+    require_values(args, "forest", "data", "domain")
 
     import torch
     from transformers.utils.logging import disable_progress_bar
@@ -35,13 +35,13 @@ def main() -> None:
 
     disable_progress_bar()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from megamod.dist.process import init_process
+        from megamod.dist.process import join_process_group
 
-        device = init_process(timeout=1800)
+        device = join_process_group(timeout=1800)
     else:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     mix_forest(args, device)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megamod.errors import UserError, run
-from megamod.flags import Arguments, option, parse_args, require
+from megamod.errors import UserError, run_main
+from megamod.flags import Arguments, option, parse_args, require_values
 
 
 @dataclass
@@ -59,7 +59,7 @@ class EvalArgs(Arguments):
 def main() -> None:
     """Parse, score one model after the other, print, write."""
     (args,) = parse_args(EvalArgs, doc=__doc__)
-    require(args, "model", "data")
+    require_values(args, "model", "data")
     for flag in ("output", "jsonl", "plot"):
         path = getattr(args, flag)
         if path is not None and not Path(path).absolute().parent.is_dir():
@@ -108,4 +108,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

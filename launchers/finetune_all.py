@@ -23,8 +23,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from megamod.errors import UserError, run
-from megamod.flags import Arguments, option, parse_args, require
+from megamod.errors import UserError, run_main
+from megamod.flags import Arguments, option, parse_args, require_values
 
 
 @dataclass
@@ -43,7 +43,7 @@ def main() -> None:
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--sweep", *arguments]
     (args,) = parse_args(SweepArgs, argv=arguments, doc=__doc__)
-    require(args, "sweep", "output_dir")
+    require_values(args, "sweep", "output_dir")
     from megamod.runs.node_log import start_logging
     from megamod.runs.studies.sweep import read_sweep, sweep
 
@@ -61,4 +61,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

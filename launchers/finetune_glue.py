@@ -16,8 +16,9 @@ run. OUT/model is the best model by the task's first metric on dev, OUT/results.
 and OUT/predictions the files for the GLUE server. See docs/finetuning.md.
 """
 
-from megamod.args import SafetyArgs, parse_args, require
-from megamod.errors import run
+from megamod.args import SafetyArgs
+from megamod.errors import run_main
+from megamod.flags import parse_args, require_values
 from megamod.runs.finetune.args import FinetuneOptimArgs, FinetuneRunArgs, OneTaskArgs, TaskArgs
 
 
@@ -26,7 +27,7 @@ def main() -> None:
     parsed = parse_args(
         FinetuneRunArgs, SafetyArgs, FinetuneOptimArgs, OneTaskArgs, TaskArgs, doc=__doc__
     )
-    require(parsed[0], "output_dir")
+    require_values(parsed[0], "output_dir")
     # Imported late, so that --help and errors in flags answer at once.
     from megamod.runs.finetune.one_task import prepare
     from megamod.runs.finetune.run import finetune
@@ -37,4 +38,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

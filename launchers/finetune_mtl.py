@@ -18,8 +18,9 @@ files for the GLUE server, OUT/task_shares.png the share of each task among the 
 docs/multitask.md.
 """
 
-from megamod.args import SafetyArgs, parse_args, require
-from megamod.errors import run
+from megamod.args import SafetyArgs
+from megamod.errors import run_main
+from megamod.flags import parse_args, require_values
 from megamod.runs.finetune.args import (
     FinetuneOptimArgs,
     FinetuneRunArgs,
@@ -33,7 +34,7 @@ def main() -> None:
     parsed = parse_args(
         FinetuneRunArgs, SafetyArgs, FinetuneOptimArgs, ManyTasksArgs, TaskListArgs, doc=__doc__
     )
-    require(parsed[0], "output_dir")
+    require_values(parsed[0], "output_dir")
     # Imported late, so that --help and errors in flags answer at once.
     from megamod.runs.finetune.many_tasks import prepare
     from megamod.runs.finetune.run import finetune
@@ -44,4 +45,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

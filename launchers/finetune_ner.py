@@ -14,8 +14,9 @@ interrupted run. OUT/model is the best model on dev, OUT/results.json has the sc
 docs/finetuning.md.
 """
 
-from megamod.args import SafetyArgs, parse_args, require
-from megamod.errors import run
+from megamod.args import SafetyArgs
+from megamod.errors import run_main
+from megamod.flags import parse_args, require_values
 from megamod.runs.finetune.args import (
     FinetuneOptimArgs,
     FinetuneRunArgs,
@@ -30,7 +31,7 @@ def main() -> None:
     parsed = parse_args(
         FinetuneRunArgs, SafetyArgs, FinetuneOptimArgs, OneTaskArgs, TaskArgs, WordArgs, doc=__doc__
     )
-    require(parsed[0], "output_dir")
+    require_values(parsed[0], "output_dir")
     # Imported late, so that --help and errors in flags answer at once.
     from megamod.runs.finetune.one_task import prepare
     from megamod.runs.finetune.run import finetune
@@ -41,4 +42,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -21,8 +21,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from megamod.errors import UserError, run
-from megamod.flags import Arguments, option, parse_args, require
+from megamod.errors import UserError, run_main
+from megamod.flags import Arguments, option, parse_args, require_values
 
 VERBS = ("list", "add", "remove", "branch")
 
@@ -89,22 +89,22 @@ def main() -> None:
     if verb == "branch":
         begin(args, start)
         return
-    require(args, "forest")
+    require_values(args, "forest")
 
-    from megamod.btm.grown import expert_of, table
+    from megamod.btm.forest_entry import format_forest, make_forest_entry
     from megamod.models.lm.configuration import read_lm_config
-    from megamod.states.forest import check_addition, edit_forest, open_forest
+    from megamod.states.forest import check_new_expert, edit_forest, open_forest
 
     if verb == "add":
-        require(args, "path")
+        require_values(args, "path")
         domain = args.domain[0] if args.domain else None
-        new = expert_of(Path(args.path), domain, args.member)
+        new = make_forest_entry(Path(args.path), domain, args.member)
         read_lm_config(new.path, "--path")
-        check_addition(args.forest, new)
+        check_new_expert(args.forest, new)
         with edit_forest(args.forest) as experts:
             experts.append(new)
     elif verb == "remove":
-        require(args, "domain")
+        require_values(args, "domain")
         open_forest(args.forest)
         with edit_forest(args.forest) as experts:
             for domain in args.domain:
@@ -120,21 +120,21 @@ def main() -> None:
                     f"--domain {' '.join(args.domain)}: these are all of its experts; delete "
                     "the folder instead"
                 )
-    print(table(open_forest(args.forest)))
+    print(format_forest(open_forest(args.forest)))
 
 
 def begin(args: ForestArgs, start: BranchArgs) -> None:
     """Write a new expert's first checkpoint and print the command that trains it."""
-    require(args, "domain")
-    require(start, "output_dir")
+    require_values(args, "domain")
+    require_values(start, "output_dir")
     if (start.parents is None) is (args.forest is None):
         raise UserError("branch: give one of --parents and --forest")
 
-    from megamod.btm.branch import branch
-    from megamod.btm.parents import check_weights, find_source, forest_sources
+    from megamod.btm.branch import write_branch_checkpoint
+    from megamod.btm.parents import check_parent_weights, find_parent, select_forest_parents
 
     if start.parents is None:
-        sources, weights = forest_sources(
+        sources, weights = select_forest_parents(
             args.forest,
             only=start.experts,
             weights=start.weights,
@@ -143,11 +143,11 @@ def begin(args: ForestArgs, start: BranchArgs) -> None:
         )
     else:
         sources = [
-            find_source(path, step=start.step, share=start.share, member=args.member)
+            find_parent(path, step=start.step, share=start.share, member=args.member)
             for path in start.parents
         ]
-        weights = check_weights(start.weights, len(sources))
-    checkpoint = branch(
+        weights = check_parent_weights(start.weights, len(sources))
+    checkpoint = write_branch_checkpoint(
         sources,
         weights,
         args.domain,
@@ -159,4 +159,4 @@ def begin(args: ForestArgs, start: BranchArgs) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -19,7 +19,7 @@ configuration and tokenizer of the base or first model, and in merge.json its pa
 import sys
 from pathlib import Path
 
-from megamod.errors import run
+from megamod.errors import run_main
 from megamod.flags import parse_args
 
 _SHORT = {"-j": "--num_threads"}  # as mergekit spells it
@@ -36,4 +36,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

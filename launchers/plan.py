@@ -16,18 +16,11 @@ weights are allocated; neither data nor GPUs are needed. docs/planning.md has th
 import sys
 from pathlib import Path
 
-from megamod.args import (
-    DataArgs,
-    ModelArgs,
-    MuxArgs,
-    OptimArgs,
-    RunArgs,
-    SafetyArgs,
-    parse_args,
-)
+from megamod.args import DataArgs, ModelArgs, MuxArgs, OptimArgs, RunArgs, SafetyArgs
 from megamod.btm.campaign import BtmArgs
-from megamod.errors import run
+from megamod.errors import run_main
 from megamod.files import write_json
+from megamod.flags import parse_args
 from megamod.planning.plan_args import PlanArgs
 
 
@@ -69,4 +62,4 @@ if __name__ == "__main__":
     # transformers imports scikit-learn for assisted generation, a sixth of this command's time.
     # None marks a module that cannot be imported.
     sys.modules["sklearn"] = None
-    run(main)
+    run_main(main)

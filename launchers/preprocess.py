@@ -21,7 +21,7 @@ The same command resumes an interrupted run.
 import argparse
 from pathlib import Path
 
-from megamod.errors import UserError, run
+from megamod.errors import UserError, run_main
 from megamod.tables import format_table
 
 
@@ -30,17 +30,17 @@ def main() -> None:
     options = parse_arguments()
 
     from megamod.data.corpus.binarize import binarize
-    from megamod.data.corpus.builtin import builtin_documents
-    from megamod.data.corpus.documents import parse_inputs
+    from megamod.data.corpus.builtin import load_builtin_documents
+    from megamod.data.corpus.documents import parse_domain_paths
 
-    inputs: dict[str, str | list[str]] = {**parse_inputs(options.input)}
+    inputs: dict[str, str | list[str]] = {**parse_domain_paths(options.input)}
     if options.sample_lines is not None:
         print(sample(options, inputs))
         return
     if options.tokenizer is None:
         raise UserError("--tokenizer is missing: sentencepiece:8192, or a folder; see --help")
     if options.builtin:
-        builtin = builtin_documents()
+        builtin = load_builtin_documents()
         if both := sorted(builtin.keys() & inputs.keys()):
             raise UserError(f"--input {both[0]}=...: --builtin has a domain of that name")
         inputs = {**builtin, **inputs}
@@ -174,4 +174,4 @@ def summary(header: dict, output: Path) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -20,20 +20,19 @@ from megamod.args import (
     OptimArgs,
     RunArgs,
     SafetyArgs,
-    parse_args,
-    refuse_unused,
-    require,
+    refuse_unused_flags,
 )
-from megamod.errors import run
+from megamod.errors import run_main
+from megamod.flags import parse_args, require_values
 
 
 def main() -> None:
     """Parse, train, and say where everything is."""
     parsed = parse_args(RunArgs, SafetyArgs, ModelArgs, OptimArgs, MuxArgs, DataArgs, doc=__doc__)
     *common, mux, data = parsed
-    require(parsed[0], "output_dir")
-    require(data, "data")
-    refuse_unused(common[2], mux, data)
+    require_values(parsed[0], "output_dir")
+    require_values(data, "data")
+    refuse_unused_flags(common[2], mux, data)
     # Imported late, so that --help and errors in flags answer at once.
     from megamod.runs.node_log import start_logging
 
@@ -49,4 +48,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -19,8 +19,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from megamod.errors import UserError, run
-from megamod.flags import Arguments, option, parse_args, require
+from megamod.errors import UserError, run_main
+from megamod.flags import Arguments, option, parse_args, require_values
 
 HERE = Path(__file__).resolve().parent
 STUDIES = HERE / "recipes" / "studies"
@@ -54,7 +54,7 @@ def main() -> None:
     if words and not words[0].startswith("-"):
         words = ["--study", *words]
     (args,) = parse_args(StudyArgs, argv=words, doc=__doc__)
-    require(args, "study")
+    require_values(args, "study")
     path = find_study(args.study)
     for document in args.document or ():
         if not Path(document).is_file():
@@ -90,7 +90,7 @@ def find_study(name: str) -> Path:
 
 def make_runs(args: StudyArgs, study, cells: list, evidence: Path) -> None:
     """Run what is missing, or --cells anew."""
-    require(args, "inputs")
+    require_values(args, "inputs")
     if not Path(args.inputs).is_dir():
         raise UserError(f"--inputs {args.inputs}: there is no such folder")
     if args.repeat and not args.cells:
@@ -128,4 +128,4 @@ def show(args: StudyArgs, study, evidence: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -13,7 +13,7 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from megamod.errors import UserError, run
+from megamod.errors import UserError, run_main
 
 
 def main() -> None:
@@ -45,10 +45,10 @@ def groups(path: Path) -> Iterator[tuple[str, list[str]]]:
         from megamod.data.lm.verify import check_databin
 
         return check_databin(path)
-    from megamod.states.verify import groups as of_states
+    from megamod.states.verify import check_path as of_states
 
     return of_states(path)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -12,30 +12,10 @@ from typing import Literal
 from megamod.errors import UserError
 from megamod.flags import (
     Arguments,
-    change,
     option,
-    origin_of,
-    parse_args,
     refuse_changes,
-    require,
-    save_run,
+    set_values,
 )
-
-__all__ = [
-    "Arguments",
-    "DataArgs",
-    "ModelArgs",
-    "MuxArgs",
-    "OptimArgs",
-    "RunArgs",
-    "SafetyArgs",
-    "follow_ds_values",
-    "option",
-    "origin_of",
-    "parse_args",
-    "require",
-    "save_run",
-]
 
 
 @dataclass
@@ -259,7 +239,7 @@ class DataArgs(Arguments):
                 raise UserError(f"--domains: {name!r} is named twice")
 
 
-def refuse_unused(model: ModelArgs, mux: MuxArgs, data: DataArgs) -> None:
+def refuse_unused_flags(model: ModelArgs, mux: MuxArgs, data: DataArgs) -> None:
     """Check that no flag of a pretraining run is read and ignored.
 
     Raises:
@@ -291,14 +271,14 @@ def refuse_unused(model: ModelArgs, mux: MuxArgs, data: DataArgs) -> None:
         refuse_changes(data, ("alpha",), f"--sampler is {data.sampler}")
 
 
-def follow_ds_values(
+def apply_ds_values(
     run: RunArgs, optim: OptimArgs, values: Mapping[str, object], origin: str, held: int = 1
 ) -> None:
     """Set fields of a run to the values of a resolved DeepSpeed JSON.
 
     Args:
         values: by key path, see `resolve_ds_config`.
-        origin: origin of changed values for `origin_of`, such as "DeepSpeed FILE".
+        origin: origin of changed values for `find_origin`, such as "DeepSpeed FILE".
         held: domains of a rank; --gradient_accumulation_steps counts micro-batches per domain.
     Raises:
         UserError: for a value that the field does not allow, or that `held` does not divide.
@@ -322,5 +302,5 @@ def follow_ds_values(
         )
     if run.global_batch_size is None:
         settled["gradient_accumulation_steps"] = steps // held
-    change(run, settled, origin)
-    change(optim, settled, origin)
+    set_values(run, settled, origin)
+    set_values(optim, settled, origin)

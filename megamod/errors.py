@@ -42,7 +42,7 @@ class Interrupted(RuntimeError):
     exit_code = 130
 
 
-def run(main: Callable[[], None]) -> None:
+def run_main(main: Callable[[], None]) -> None:
     """Call `main` and end the process with the exit code its outcome has.
 
     `--traceback` anywhere on the command line shows where a user error was raised.
@@ -53,7 +53,7 @@ def run(main: Callable[[], None]) -> None:
     except (UserError, PolicyStop, DistributedFailure, Interrupted) as error:
         if "--traceback" in sys.argv:
             traceback.print_exc()
-        _leave(f"{type(error).__name__}: {error}", error.exit_code)
+        _exit_with_message(f"{type(error).__name__}: {error}", error.exit_code)
     except BrokenPipeError:
         if "RANK" in os.environ or not _is_stdout_closed():
             raise
@@ -61,12 +61,14 @@ def run(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
-        _leave("Interrupted", Interrupted.exit_code)
+        _exit_with_message("Interrupted", Interrupted.exit_code)
     except RuntimeError as error:
         if not is_distributed_failure(error):
             raise
         where = f"rank {os.environ.get('RANK', '0')} on {os.uname().nodename}"
-        _leave(f"DistributedFailure: {where} lost its peers: {error}", DistributedFailure.exit_code)
+        _exit_with_message(
+            f"DistributedFailure: {where} lost its peers: {error}", DistributedFailure.exit_code
+        )
 
 
 def is_distributed_failure(error: RuntimeError) -> bool:
@@ -79,7 +81,7 @@ def is_distributed_failure(error: RuntimeError) -> bool:
     )
 
 
-def can_be_mended(error: Exception) -> bool:
+def is_user_fixable(error: Exception) -> bool:
     """True if the user can mend the error's cause: wrong input, a full disk, too little memory."""
     from torch import OutOfMemoryError
 
@@ -94,7 +96,7 @@ def _is_stdout_closed() -> bool:
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
-def _leave(message: str, code: int) -> None:
+def _exit_with_message(message: str, code: int) -> None:
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         # Most mistakes are seen by all ranks at once: leave time for rank 0 to say it alone and for

@@ -57,7 +57,7 @@ class Arguments:
 
     def __post_init__(self):
         for f in fields(self):
-            setattr(self, f.name, _checked(f, getattr(self, f.name), f"--{f.name}"))
+            setattr(self, f.name, _check_value(f, getattr(self, f.name), f"--{f.name}"))
 
 
 def parse_args(*classes: type, argv: Sequence[str] | None = None, doc: str | None = None) -> tuple:
@@ -83,10 +83,10 @@ def parse_args(*classes: type, argv: Sequence[str] | None = None, doc: str | Non
     for name, f in known.items():
         variable = f"MEGAMOD_{name.upper()}"
         if os.environ.get(variable):
-            values[name] = _read_text(f, os.environ[variable], f"environment {variable}")
-        spelled = _spelled(f, flags)
+            values[name] = _parse_value(f, os.environ[variable], f"environment {variable}")
+        spelled = _find_spelling(f, flags)
         if spelled:
-            values[name] = _read_text(f, spelled[1], f"--{spelled[0]}")
+            values[name] = _parse_value(f, spelled[1], f"--{spelled[0]}")
     parsed = []
     for cls in classes:
         args = cls(**{f.name: values[f.name][0] for f in fields(cls) if f.name in values})
@@ -95,12 +95,12 @@ def parse_args(*classes: type, argv: Sequence[str] | None = None, doc: str | Non
     return tuple(parsed)
 
 
-def origin_of(args: Arguments, name: str) -> str:
+def find_origin(args: Arguments, name: str) -> str:
     """Origin of a field's value: "default", "recipe FILE", "environment VAR" or "--flag"."""
     return getattr(args, "_origins", {}).get(name, "default")
 
 
-def change(args: Arguments, values: Mapping[str, object], origin: str) -> None:
+def set_values(args: Arguments, values: Mapping[str, object], origin: str) -> None:
     """Set fields to these values; fields whose value changes get this `origin`.
 
     Raises:
@@ -108,7 +108,7 @@ def change(args: Arguments, values: Mapping[str, object], origin: str) -> None:
     """
     for f in fields(args):
         if f.name in values and values[f.name] != getattr(args, f.name):
-            setattr(args, f.name, _checked(f, values[f.name], f"{origin}, {f.name}"))
+            setattr(args, f.name, _check_value(f, values[f.name], f"{origin}, {f.name}"))
             args._origins = {**getattr(args, "_origins", {}), f.name: origin}
 
 
@@ -120,14 +120,14 @@ def refuse_changes(args: Arguments, names: Iterable[str], reason: str) -> None:
             raise UserError(f"--{f.name} {value} has no effect: {reason}; leave it out")
 
 
-def require(args: Arguments, *names: str) -> None:
+def require_values(args: Arguments, *names: str) -> None:
     """Raise UserError if one of these fields has no value."""
     for f in fields(args):
         if f.name in names and getattr(args, f.name) is None:
             raise UserError(f"--{f.name} is missing: {f.metadata['help']}")
 
 
-def save_run(path: Path, *parsed: Arguments) -> None:
+def write_run_recipe(path: Path, *parsed: Arguments) -> None:
     """Write a recipe that repeats the run, with the origin of each value as a comment."""
     lines = []
     for args in parsed:
@@ -137,21 +137,24 @@ def save_run(path: Path, *parsed: Arguments) -> None:
             listed = yaml.safe_dump(
                 [getattr(args, f.name)], default_flow_style=True, width=math.inf
             )
-            origin = " ".join(origin_of(args, f.name).split())
+            origin = " ".join(find_origin(args, f.name).split())
             lines.append(f"{f.name}: {listed.strip()[1:-1]}  # {origin}")
         lines.append("")
     write_atomic(path, "\n".join(lines))
 
 
-def flag_words(values: Mapping[str, object]) -> list[str]:
+def format_flags(values: Mapping[str, object]) -> list[str]:
     """Values by flag as the words of a command line, which `parse_args` reads."""
     words = []
     for name, value in values.items():
-        words += [f"--{name}", *map(_word, value if isinstance(value, (list, tuple)) else [value])]
+        words += [
+            f"--{name}",
+            *map(_format_value, value if isinstance(value, (list, tuple)) else [value]),
+        ]
     return words
 
 
-def _word(value: object) -> str:
+def _format_value(value: object) -> str:
     if value is None:
         return "none"
     return str(value).lower() if isinstance(value, bool) else str(value)
@@ -176,16 +179,16 @@ def _read_recipe(path: Path, known: dict[str, Field]) -> dict[str, tuple[object,
     for key_node, value_node in node.value if node else ():
         key, where = str(key_node.value), f"recipe {path}, line {key_node.start_mark.line + 1}"
         if key not in known:
-            raise _unknown(f"{where}: unknown key", key, known)
+            raise _make_unknown_error(f"{where}: unknown key", key, known)
         if key in values:
             raise UserError(f"{where}: {key!r} appears twice")
         try:
             value = loader.construct_object(value_node, deep=True)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise UserError(f"{where}: {key!r} is not valid YAML: {error}") from error
-        if isinstance(value, str) and _kind(known[key])[0] is float:
-            value = _from_text(float, value)  # YAML 1.1 reads 1e-3 as text
-        values[key] = _checked(known[key], value, f"{where}, {key}"), f"recipe {path}"
+        if isinstance(value, str) and _inspect_type(known[key])[0] is float:
+            value = _convert_text(float, value)  # YAML 1.1 reads 1e-3 as text
+        values[key] = _check_value(known[key], value, f"{where}, {key}"), f"recipe {path}"
     return values
 
 
@@ -207,7 +210,7 @@ def _parse_flags(
     for cls in classes:
         group = parser.add_argument_group(cls.__doc__.splitlines()[0].rstrip("."))
         for f in fields(cls):
-            kind, choices, _ = _kind(f)
+            kind, choices, _ = _inspect_type(f)
             # DeepSpeed's own parser knows --deepspeed as a switch, so it may stand bare.
             bare = kind is bool or f.name == "deepspeed"
             form = dict(
@@ -224,7 +227,7 @@ def _parse_flags(
         if word.startswith("-"):
             flag = word.partition("=")[0]
             flags = [a for action in parser._actions for a in action.option_strings]
-            raise _unknown("unknown flag", flag, flags)
+            raise _make_unknown_error("unknown flag", flag, flags)
     if unknown:
         raise UserError(f"unexpected argument {unknown[0]!r}; a recipe is the first argument")
     return parsed
@@ -235,7 +238,7 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def _spelled(f: Field, flags: dict[str, object]) -> tuple[str, object] | None:
+def _find_spelling(f: Field, flags: dict[str, object]) -> tuple[str, object] | None:
     """Spelling and value of a field's flag on the command line; None without one."""
     spellings = (f.name, f.metadata["alias"])
     values = {name: flags[name] for name in spellings if flags.get(name) is not None}
@@ -245,18 +248,18 @@ def _spelled(f: Field, flags: dict[str, object]) -> tuple[str, object] | None:
     return next(iter(values.items()), None)
 
 
-def _read_text(f: Field, text: str | list[str], origin: str) -> tuple[object, str]:
+def _parse_value(f: Field, text: str | list[str], origin: str) -> tuple[object, str]:
     """The checked value of a flag or an environment variable, and its origin."""
-    kind, _, optional = _kind(f)
-    value = None if optional and text in ("none", ["none"]) else _from_text(kind, text)
-    return _checked(f, value, origin), origin
+    kind, _, optional = _inspect_type(f)
+    value = None if optional and text in ("none", ["none"]) else _convert_text(kind, text)
+    return _check_value(f, value, origin), origin
 
 
-def _from_text(kind: type, text: str | list[str]) -> object:
+def _convert_text(kind: type, text: str | list[str]) -> object:
     """The text as a value of `kind`; the text itself if it is not one."""
     if get_origin(kind) is list:
         words = text.split() if isinstance(text, str) else text
-        return [_from_text(get_args(kind)[0], word) for word in words]
+        return [_convert_text(get_args(kind)[0], word) for word in words]
     if kind is bool:
         return _TRUTH.get(text.lower(), text)
     try:
@@ -265,7 +268,7 @@ def _from_text(kind: type, text: str | list[str]) -> object:
         return text
 
 
-def _kind(f: Field) -> tuple[type, tuple[str, ...], bool]:
+def _inspect_type(f: Field) -> tuple[type, tuple[str, ...], bool]:
     """A field's plain type, the values of a Literal, and whether None is allowed."""
     optional = get_origin(f.type) in (Union, UnionType)
     plain = next(t for t in get_args(f.type) if t is not NoneType) if optional else f.type
@@ -274,13 +277,13 @@ def _kind(f: Field) -> tuple[type, tuple[str, ...], bool]:
     return plain, (), optional
 
 
-def _checked(f: Field, value: object, where: str) -> object:
+def _check_value(f: Field, value: object, where: str) -> object:
     """The value with the type of its field.
 
     Raises:
         UserError: naming `where`, the value and what is allowed.
     """
-    kind, choices, optional = _kind(f)
+    kind, choices, optional = _inspect_type(f)
     if value is None and optional:
         return None
     if kind is float and type(value) is int and abs(value) < 2**63:
@@ -307,7 +310,7 @@ def _checked(f: Field, value: object, where: str) -> object:
     )
 
 
-def _unknown(what: str, word: str, words: Iterable[str]) -> UserError:
+def _make_unknown_error(what: str, word: str, words: Iterable[str]) -> UserError:
     nearest = difflib.get_close_matches(word, list(words), n=1, cutoff=0)[0]
     return UserError(f"{what} {word!r}; the nearest is {nearest!r}, --help lists all")
 

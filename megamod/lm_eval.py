@@ -14,7 +14,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from megamod.errors import UserError, run
+from megamod.errors import UserError, run_main
 
 ENCODERS = ("ca_mtl", "mux_bert", "mux_electra", "mux_roberta")
 
@@ -29,11 +29,11 @@ def main() -> None:
         from lm_eval.__main__ import HarnessCLI, cli_evaluate
     except ModuleNotFoundError as error:
         raise UserError(f'{error}; install it with: pip install "megamod[eval]"') from error
-    check_model(getattr(HarnessCLI().parse_args(), "model_args", None) or {})
+    check_harness_model(getattr(HarnessCLI().parse_args(), "model_args", None) or {})
     cli_evaluate()
 
 
-def check_model(model_args: Mapping[str, object]) -> None:
+def check_harness_model(model_args: Mapping[str, object]) -> None:
     """Refuse an encoder, and a DEMix folder without an expert, before tasks and weights are read.
 
     Raises:
@@ -58,4 +58,4 @@ def check_model(model_args: Mapping[str, object]) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -74,9 +74,9 @@ def _rank(rank, world_size, port, results, environment, function, args):
     )
     torch.set_num_threads(1)
     try:
-        from megamod.dist.process import init_process
+        from megamod.dist.process import join_process_group
 
-        init_process(timeout=WAIT)
+        join_process_group(timeout=WAIT)
         value = function(rank, *args)
         torch.distributed.barrier()
         results.put((rank, None, value))

@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megamod.data.corpus.binarize import split_prefix
-from megamod.data.corpus.indexed import IndexedDataset, IndexedWriter
+from megamod.data.corpus.indexed import IndexedDataset, IndexedWriter, format_split_prefix
 from megamod.models.lm.configuration import DemixConfig
 from megamod.models.lm.demix import DemixForCausalLM
 
@@ -31,9 +30,9 @@ def make_data(folder: Path) -> Path:
             tokens = generator.integers(4, VOCAB, TOKENS[domain])
             tokens[6::7], tokens[-1] = 2, 2
             items = np.split(tokens, range(7, len(tokens), 7))
-            with IndexedWriter(folder / split_prefix(domain, split), np.uint16) as writer:
+            with IndexedWriter(folder / format_split_prefix(domain, split), np.uint16) as writer:
                 for item in items:
-                    writer.add(item)
+                    writer.add_item(item)
             header["domains"][domain][split] = {
                 "items": len(items),
                 "tokens": len(tokens),
@@ -73,7 +72,7 @@ def plain_nll(
     Args:
         token: domain token in front of every sequence.
     """
-    dataset = IndexedDataset(data / split_prefix(domain, "test"))
+    dataset = IndexedDataset(data / format_split_prefix(domain, "test"))
     tokens = [int(t) for item in range(len(dataset)) for t in dataset[item]]
     starts = {int(offset) for offset in dataset.offsets}
     span, total = LENGTH - (token is not None), 0.0

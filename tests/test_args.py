@@ -9,22 +9,17 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megamod.args import (
-    Arguments,
-    DataArgs,
-    ModelArgs,
-    OptimArgs,
-    RunArgs,
-    SafetyArgs,
-    follow_ds_values,
-    option,
-    origin_of,
-    parse_args,
-    require,
-    save_run,
-)
+from megamod.args import DataArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs, apply_ds_values
 from megamod.btm.campaign import BtmArgs
 from megamod.errors import UserError
+from megamod.flags import (
+    Arguments,
+    find_origin,
+    option,
+    parse_args,
+    require_values,
+    write_run_recipe,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = (RunArgs, SafetyArgs, OptimArgs, ModelArgs, DataArgs)
@@ -66,7 +61,7 @@ def test_later_sources_win_and_are_remembered(recipe, monkeypatch):
     run, optim = parse_args(RunArgs, OptimArgs, argv=[path, "--save_steps", "3"])
     assert (run.logging_steps, run.max_steps, run.seed, run.save_steps) == (10, 1, 2, 3)
     assert optim.learning_rate == 1e-3  # YAML 1.1 reads 1e-3 as text
-    assert [origin_of(run, n) for n in ("logging_steps", "max_steps", "seed", "save_steps")] == [
+    assert [find_origin(run, n) for n in ("logging_steps", "max_steps", "seed", "save_steps")] == [
         "default",
         f"recipe {path}",
         "environment MEGAMOD_SEED",
@@ -190,14 +185,14 @@ def test_a_saved_run_repeats_itself(tmp_path, seed, rate, folder, domains):
         OptimArgs(learning_rate=rate),
         DataArgs(domains=domains),
     )
-    save_run(tmp_path / "run.yaml", *given_args)
+    write_run_recipe(tmp_path / "run.yaml", *given_args)
     again = parse_args(RunArgs, OptimArgs, DataArgs, argv=[str(tmp_path / "run.yaml")])
     assert again == given_args
 
 
 def test_a_saved_run_tells_origins_and_keeps_a_derived_accumulation(tmp_path):
     path = tmp_path / "run.yaml"
-    save_run(path, *parse_args(RunArgs, argv=["--global_batch_size", "32"]))
+    write_run_recipe(path, *parse_args(RunArgs, argv=["--global_batch_size", "32"]))
     assert "global_batch_size: 32  # --global_batch_size\n" in path.read_text()
     assert "seed: 1  # default\n" in path.read_text()
     (run,) = parse_args(RunArgs, argv=[str(path)])
@@ -214,9 +209,9 @@ def test_classes_check_themselves_and_stay_small():
 
 
 def test_require_names_what_is_missing():
-    require(RunArgs(output_dir="out"), "output_dir")
+    require_values(RunArgs(output_dir="out"), "output_dir")
     with pytest.raises(UserError, match="--output_dir is missing: folder of this run"):
-        require(RunArgs(), "output_dir", "seed")
+        require_values(RunArgs(), "output_dir", "seed")
 
 
 def test_the_run_follows_what_was_settled_with_deepspeed():
@@ -232,14 +227,14 @@ def test_the_run_follows_what_was_settled_with_deepspeed():
         "bf16.enabled": True,
         "fp16.enabled": False,
     }
-    follow_ds_values(run, optim, values, "DeepSpeed x.json", held=4)
+    apply_ds_values(run, optim, values, "DeepSpeed x.json", held=4)
     assert (run.per_device_train_batch_size, run.gradient_accumulation_steps) == (3, 2)
     assert (run.precision, optim.max_grad_norm, optim.adam_beta2) == ("bf16", 1.0, 0.999)
-    assert origin_of(run, "precision") == "DeepSpeed x.json"
-    assert origin_of(optim, "learning_rate") == "--learning_rate"
-    assert origin_of(optim, "adam_beta1") == "default"
+    assert find_origin(run, "precision") == "DeepSpeed x.json"
+    assert find_origin(optim, "learning_rate") == "--learning_rate"
+    assert find_origin(optim, "adam_beta1") == "default"
     with pytest.raises(UserError, match=r"x\.json: .* 8 is not a multiple of the 3 domains"):
-        follow_ds_values(run, optim, values, "DeepSpeed x.json", held=3)
+        apply_ds_values(run, optim, values, "DeepSpeed x.json", held=3)
 
 
 def test_help_teaches(capsys):

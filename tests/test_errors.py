@@ -15,7 +15,7 @@ def ending(monkeypatch, capsys, error: BaseException) -> tuple[int, str]:
 
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(SystemExit) as left:
-        errors.run(main)
+        errors.run_main(main)
     return left.value.code, capsys.readouterr().err
 
 
@@ -63,11 +63,11 @@ def test_faults_of_the_program_keep_their_traceback():
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
-        errors.run(main)
+        errors.run_main(main)
 
 
 def test_a_program_that_ends_well_goes_on():
-    assert errors.run(lambda: None) is None
+    assert errors.run_main(lambda: None) is None
 
 
 def test_a_rank_leaves_without_waiting_for_others():
@@ -75,12 +75,12 @@ def test_a_rank_leaves_without_waiting_for_others():
     is not 0 says who it is."""
     program = (
         "import atexit, time\n"
-        "from megamod.errors import UserError, run\n"
+        "from megamod.errors import UserError, run_main\n"
         "atexit.register(time.sleep, 60)\n"
         "def main():\n"
         "    print('so far')\n"
         "    raise UserError('no such file')\n"
-        "run(main)\n"
+        "run_main(main)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -97,14 +97,14 @@ def test_a_rank_leaves_without_waiting_for_others():
 def test_a_reader_that_has_read_enough(lines):
     wait = "import time; time.sleep(0.5)"
     program = f"""
-from megamod.errors import run
+from megamod.errors import run_main
 
 def main():
     print("x", flush=True)
     {wait}
     print("x\\n" * {lines})
 
-run(main)
+run_main(main)
 """
     command = [sys.executable, "-c", program]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -122,4 +122,4 @@ def test_another_broken_pipe_is_a_fault(monkeypatch):
         raise BrokenPipeError("a worker is gone")
 
     with pytest.raises(BrokenPipeError, match="a worker"):
-        errors.run(main)
+        errors.run_main(main)

@@ -22,9 +22,9 @@ FORBIDDEN_CALLS = {
     "yaml.unsafe_load": "yaml.safe_load",
     "os.system": "subprocess with a list of arguments",
     "os.popen": "subprocess with a list of arguments",
-    "*.all_gather_object": "tensors, megamod.dist.process.gather_text",
-    "*.gather_object": "tensors, megamod.dist.process.gather_text",
-    "*.broadcast_object_list": "tensors, megamod.dist.process.from_rank_0",
+    "*.all_gather_object": "tensors, megamod.dist.process.gather_texts",
+    "*.gather_object": "tensors, megamod.dist.process.gather_texts",
+    "*.broadcast_object_list": "tensors, megamod.dist.process.broadcast_from_rank_0",
     "*.scatter_object_list": "tensors",
 }
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}

@@ -69,7 +69,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     ),
     "megamod.train": (
         DATA
-        | {"megamod.version", "megamod.args", "megamod.dist", "megamod.dist.scope"}
+        | {"megamod.version", "megamod.args", "megamod.flags", "megamod.dist", "megamod.dist.scope"}
         | {"megamod.models", "megamod.nn", "megamod.states"},
         {"torch", "transformers", "deepspeed", "safetensors", "psutil", "tqdm"},
     ),
@@ -185,12 +185,16 @@ def test_nothing_imports_upwards(path):
         ("megamod.nn.demix", "import megamod_kernels", True),
         ("megamod.models.auto", "from megamod.dist import scope", True),
         ("megamod.models.auto", "from megamod.dist import process", False),
-        ("megamod.models.auto", "def f():\n    from megamod.dist.process import rank", False),
+        ("megamod.models.auto", "def f():\n    from megamod.dist.process import get_rank", False),
         ("megamod.data.lm.batches", "from megamod.models.auto import build_lm", False),
         ("megamod.data.lm.batches", "from megamod.files import sha256", True),
-        ("megamod.data.corpus.documents", "from megamod.data.lm.order import Balanced", False),
-        ("megamod.data.lm.order", "from megamod.data.tasks.specs import any_task", False),
-        ("megamod.data.tasks.specs", "from megamod.data.lm.order import Balanced", True),
+        (
+            "megamod.data.corpus.documents",
+            "from megamod.data.lm.order import BalancedSampler",
+            False,
+        ),
+        ("megamod.data.lm.order", "from megamod.data.tasks.specs import find_any_task", False),
+        ("megamod.data.tasks.specs", "from megamod.data.lm.order import BalancedSampler", True),
         ("megamod.files", "from megamod.errors import UserError", False),
         ("megamod.dist.hostfile", "from megamod.tables import format_table", True),
         ("megamod.evaluation.plots", "from megamod.train.loop import train", False),
@@ -285,11 +289,11 @@ for name in {modules!r}:
     importlib.import_module(name)
 import torch
 from megamod.models.lm.configuration import DemixConfig
-from megamod.models.lm.demix import DemixForCausalLM, initialise
+from megamod.models.lm.demix import DemixForCausalLM, draw_lm_weights
 config = DemixConfig(vocab_size=11, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
                      max_position_embeddings=4, domains=["a", "b"], untie="feedforward")
 model = DemixForCausalLM(config)
-initialise(model, seed=0)
+draw_lm_weights(model, seed=0)
 ids = torch.tensor([[3, 4, 5, 6]])
 loss = model(ids, labels=ids, domain="b").loss
 loss.backward()

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from megamod.btm.grown import RECORD
-from megamod.btm.parents import Source
-from megamod.dist.scope import dense_name, domain_of_name
+from megamod.btm.forest_entry import RECORD
+from megamod.btm.parents import ParentModel
+from megamod.dist.scope import parse_expert_domain, to_dense_name
 from megamod.errors import UserError
 from megamod.files import atomic_folder, write_json
 from megamod.merging.merge import average_folders
@@ -28,17 +28,17 @@ from megamod.states.checkpoint_folder import (
     STATE,
     StateRecord,
     TrainState,
-    checkpoint_name,
-    digest_all,
-    fragment_ranges,
-    optimizer_file,
-    optimizer_files,
+    build_optimizer_path,
+    format_checkpoint_name,
+    list_optimizer_files,
+    make_digest_entries,
+    read_fragment_ranges,
     read_fragments,
     write_fragments,
     write_manifest,
 )
-from megamod.states.dense import dense_config, write_dense
-from megamod.states.forest import Parent, read_config
+from megamod.states.dense import make_dense_config, write_dense_model
+from megamod.states.forest import Parent, read_model_config
 from megamod.states.grow import link_or_copy
 from megamod.states.manifest import MANIFEST, list_checkpoints
 from megamod.states.stream import ModelFolder
@@ -50,8 +50,8 @@ SCHEDULE = ("max_steps", "learning_rate", "lr_scheduler_type", "warmup_ratio", "
 _SKIPPED = (MANIFEST, STATE, "config.json", "README.md", "merge.json", RECORD)
 
 
-def branch(
-    sources: Sequence[Source],
+def write_branch_checkpoint(
+    sources: Sequence[ParentModel],
     weights: Sequence[float],
     domains: Sequence[str],
     run: Path,
@@ -81,41 +81,41 @@ def branch(
         raise UserError(f"--domain: one expert has one domain, not {', '.join(domains)}")
     keeps_optimizer = len(sources) == 1 and sources[0].step is not None
     step = sources[0].step if keeps_optimizer else 0
-    final = run / "checkpoints" / checkpoint_name(step)
+    final = run / "checkpoints" / format_checkpoint_name(step)
     total = math.fsum(weights)
     parents = [
-        asdict(Parent(_parent_name(source), weight))
+        asdict(Parent(_format_parent_name(source), weight))
         for source, weight in zip(
             sources, (float(weight) / total for weight in weights), strict=True
         )
     ]
-    with _untouched_on_failure(final.parent), atomic_folder(final) as folder:
+    with _remove_new_folders_on_failure(final.parent), atomic_folder(final) as folder:
         base = folder / ".start"
-        _start_model(sources, weights, base)
-        record = _state_of(sources[0]) if keeps_optimizer else StateRecord(branched=True)
+        _write_start_model(sources, weights, base)
+        record = _read_parent_state(sources[0]) if keeps_optimizer else StateRecord(branched=True)
         if keeps_optimizer and learning_rate is not None:
             record.settings["learning_rate"] = learning_rate
         for number, domain in enumerate(domains):
             target = folder / domain if one_world else folder
             prefix = f"{domain}:" if one_world else ""
             target.mkdir(exist_ok=True)
-            _write_model(base, target, domain)
+            _link_model(base, target, domain)
             record.write(target)
             if keeps_optimizer:
-                _keep_optimizer(sources[0], folder, number, prefix)
-                _check_complete(sources[0], base, folder, prefix)
+                _copy_optimizer(sources[0], folder, number, prefix)
+                _check_optimizer_complete(sources[0], base, folder, prefix)
             else:
-                _fresh_optimizer(base, optimizer_file(folder, number), prefix)
+                _write_new_optimizer(base, build_optimizer_path(folder, number), prefix)
         shutil.rmtree(base)
         files = [file for file in folder.rglob("*") if file.is_file()]
-        write_manifest(folder, digest_all(folder, files))
+        write_manifest(folder, make_digest_entries(folder, files))
         # Before the checkpoint is renamed, so that no checkpoint exists without its record.
         write_json(run / RECORD, {"format": 1, "parents": parents, "start_update": step})
     return final
 
 
 @contextmanager
-def _untouched_on_failure(folder: Path) -> Iterator[None]:
+def _remove_new_folders_on_failure(folder: Path) -> Iterator[None]:
     """Remove the folders created on the way to `folder` if the block fails."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -127,7 +127,9 @@ def _untouched_on_failure(folder: Path) -> Iterator[None]:
         raise
 
 
-def _start_model(sources: Sequence[Source], weights: Sequence[float], base: Path) -> None:
+def _write_start_model(
+    sources: Sequence[ParentModel], weights: Sequence[float], base: Path
+) -> None:
     """Write the initial weights as a dense model folder."""
     if len(sources) > 1:
         # In float32, because the optimizer's master weights are copied from it.
@@ -141,22 +143,22 @@ def _start_model(sources: Sequence[Source], weights: Sequence[float], base: Path
         return
     (source,) = sources
     base.mkdir()
-    write_dense(source.model, source.member, base, _SKIPPED)
+    write_dense_model(source.model, source.member, base, _SKIPPED)
 
 
-def _parent_name(source: Source) -> str:
+def _format_parent_name(source: ParentModel) -> str:
     path = str(source.model.absolute())
     return f"{path} ({source.member})" if source.member else path
 
 
-def _write_model(base: Path, target: Path, domain: str) -> None:
+def _link_model(base: Path, target: Path, domain: str) -> None:
     for file in base.iterdir():
         if file.name not in ("config.json", "README.md", "merge.json"):
             link_or_copy(file, target / file.name)
-    write_json(target / "config.json", dense_config(read_config(base), [domain]))
+    write_json(target / "config.json", make_dense_config(read_model_config(base), [domain]))
 
 
-def _state_of(source: Source) -> StateRecord:
+def _read_parent_state(source: ParentModel) -> StateRecord:
     """Return a parent's state with its data position reset and only the schedule settings."""
     record = StateRecord.read(source.model)
     settings = {name: record.settings.get(name) for name in SCHEDULE}
@@ -165,27 +167,27 @@ def _state_of(source: Source) -> StateRecord:
     )
 
 
-def _keep_optimizer(source: Source, folder: Path, number: int, prefix: str) -> None:
+def _copy_optimizer(source: ParentModel, folder: Path, number: int, prefix: str) -> None:
     """Copy the parent's master weights and moments under the new expert's names."""
     source_prefix = f"{source.world}:" if source.world else ""
 
     def belongs(name: str) -> bool:
-        return name.startswith(source_prefix) and domain_of_name(name) in (None, source.member)
+        return name.startswith(source_prefix) and parse_expert_domain(name) in (None, source.member)
 
-    for part, file in enumerate(optimizer_files(source.folder)):
+    for part, file in enumerate(list_optimizer_files(source.folder)):
         renamed = {
-            prefix + dense_name(name.removeprefix(source_prefix)): (start, tensors)
+            prefix + to_dense_name(name.removeprefix(source_prefix)): (start, tensors)
             for name, start, tensors in read_fragments(file, belongs)
         }
         if renamed:
-            write_fragments(optimizer_file(folder, number, part), renamed)
+            write_fragments(build_optimizer_path(folder, number, part), renamed)
 
 
-def _check_complete(source: Source, base: Path, folder: Path, prefix: str) -> None:
+def _check_optimizer_complete(source: ParentModel, base: Path, folder: Path, prefix: str) -> None:
     """Refuse a parent that trained only some of its weights: the others have no optimizer state."""
     sizes = {
         name: sum(stop - start for start, stop, _ in ranges)
-        for name, ranges in fragment_ranges(folder).items()
+        for name, ranges in read_fragment_ranges(folder).items()
     }
     for name, spec in ModelFolder(base).tensors.items():
         if spec.dtype.is_floating_point and sizes.get(prefix + name) != spec.numel:
@@ -196,7 +198,7 @@ def _check_complete(source: Source, base: Path, folder: Path, prefix: str) -> No
             )
 
 
-def _fresh_optimizer(base: Path, path: Path, prefix: str) -> None:
+def _write_new_optimizer(base: Path, path: Path, prefix: str) -> None:
     """Write the weights as master weights, with zero moments."""
     fragments = {}
     for name, weight in read_weights(base).items():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megamod.args import DataArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs
 from megamod.errors import UserError
-from megamod.flags import Arguments, option, origin_of, require
+from megamod.flags import Arguments, find_origin, option, require_values
 from megamod.tables import format_table
 
 RESERVED = ("seed", "world", "average", "evaluation")
@@ -86,18 +86,18 @@ class Campaign:
         """All domains, in the order of their rounds."""
         return tuple(domain for round_ in self.rounds for domain in round_)
 
-    def first_step(self, number: int) -> int:
+    def get_first_step(self, number: int) -> int:
         """Return the first step of the experts of a round.
 
         In later rounds they start from an average, which has no optimizer state, so from step 0.
         """
         return self.seed_steps if number == 0 else 0
 
-    def last_step(self, number: int) -> int:
+    def get_last_step(self, number: int) -> int:
         """Return the last step of the experts of a round."""
         return self.total_steps - (self.seed_steps if number else 0)
 
-    def accounting(self) -> str:
+    def format_token_counts(self) -> str:
         """Tokens of seed and experts, and of the dense run of equal cost, as text."""
         rows = []
         if self.seed_steps:
@@ -130,14 +130,14 @@ def build_campaign(parsed: Parsed) -> Campaign:
         UserError: naming the flag and what is allowed.
     """
     btm, run, *_, data = parsed
-    require(run, "output_dir")
-    require(data, "data")
-    _refuse(parsed)
-    available = domains_of(Path(data.data))
-    rounds = _rounds(btm, data, available)
+    require_values(run, "output_dir")
+    require_values(data, "data")
+    _refuse_unsupported_flags(parsed)
+    available = read_databin_domains(Path(data.data))
+    rounds = _parse_rounds(btm, data, available)
     domains = [domain for round_ in rounds for domain in round_]
     seed_domains = tuple(btm.seed_domains or rounds[0])
-    _known(seed_domains, available, "--seed_domains", data.data)
+    _check_known_domains(seed_domains, available, "--seed_domains", data.data)
     if btm.in_one_world and len(rounds) > 1:
         raise UserError(f"--in_one_world: has one round of experts, not {len(rounds)}")
     if run.global_batch_size is None:
@@ -177,7 +177,7 @@ def build_campaign(parsed: Parsed) -> Campaign:
     )
 
 
-def check_data(campaign: Campaign, parsed: Parsed) -> None:
+def check_campaign_data(campaign: Campaign, parsed: Parsed) -> None:
     """Open every split that a job of the campaign will read, before the first of them starts.
 
     Raises:
@@ -196,14 +196,14 @@ def check_data(campaign: Campaign, parsed: Parsed) -> None:
     databin = DataBin(data.data)
     for domain, names in splits.items():
         for name in sorted(names):
-            databin.split(domain, name)
+            databin.open_split(domain, name)
 
 
-def _refuse(parsed: Parsed) -> None:
+def _refuse_unsupported_flags(parsed: Parsed) -> None:
     """Refuse flags that the driver sets itself or that independent jobs cannot use."""
     _, run, safety, model, _, data = parsed
     for args, name in ((run, "stop_step"), (safety, "resume"), (safety, "print_groups")):
-        if origin_of(args, name) != "default":
+        if find_origin(args, name) != "default":
             raise UserError(f"--{name}: is set by the driver for each of its jobs")
     if model.untie not in ("none", "all"):
         raise UserError(
@@ -217,14 +217,16 @@ def _refuse(parsed: Parsed) -> None:
         )
 
 
-def _rounds(btm: BtmArgs, data: DataArgs, available: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+def _parse_rounds(
+    btm: BtmArgs, data: DataArgs, available: Sequence[str]
+) -> tuple[tuple[str, ...], ...]:
     if btm.rounds is None:
         rounds: tuple[tuple[str, ...], ...] = (tuple(data.domains or available),)
         flag = "--domains"
     else:
         rounds, flag = tuple(tuple(text.split()) for text in btm.rounds), "--rounds"
     domains = [domain for round_ in rounds for domain in round_]
-    _known(domains, available, flag, data.data)
+    _check_known_domains(domains, available, flag, data.data)
     for round_, name in zip(rounds, btm.rounds or ("",), strict=True):
         if not round_:
             raise UserError(f"--rounds: {name!r} contains no domain")
@@ -241,7 +243,9 @@ def _rounds(btm: BtmArgs, data: DataArgs, available: Sequence[str]) -> tuple[tup
     return rounds
 
 
-def _known(domains: Sequence[str], available: Sequence[str], flag: str, data: str) -> None:
+def _check_known_domains(
+    domains: Sequence[str], available: Sequence[str], flag: str, data: str
+) -> None:
     for domain in domains:
         if domain not in available:
             raise UserError(
@@ -249,7 +253,7 @@ def _known(domains: Sequence[str], available: Sequence[str], flag: str, data: st
             )
 
 
-def domains_of(data: Path) -> tuple[str, ...]:
+def read_databin_domains(data: Path) -> tuple[str, ...]:
     """Read the domains of a data-bin from its header, without opening its token files.
 
     Raises:

@@ -13,20 +13,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megamod.btm import tasks as make
-from megamod.btm.campaign import Campaign, Parsed, build_campaign, check_data
-from megamod.btm.collect import collect
-from megamod.btm.jobs import ask_to_stop, clear, command_of, start, tail, take
+from megamod.btm.campaign import Campaign, Parsed, build_campaign, check_campaign_data
+from megamod.btm.collect import add_round_to_forest
+from megamod.btm.jobs import (
+    acquire_lock,
+    build_command,
+    kill_processes,
+    read_log_tail,
+    request_stop,
+    start_process,
+)
 from megamod.btm.placement import (
-    check_fits,
-    free_port,
-    include,
-    local_hosts,
-    pack,
+    allocate_slots,
+    check_job_fits,
+    find_free_port,
+    format_include,
+    list_local_slots,
     parse_include,
 )
 from megamod.btm.progress import Row, Screen, read_progress
 from megamod.btm.tasks import Stage, Task
-from megamod.dist.hostfile import Host, Place, read_hostfile
+from megamod.dist.hostfile import Host, HostSlots, read_hostfile
 from megamod.errors import DistributedFailure, Interrupted, PolicyStop, UserError
 
 POLL_SECONDS = 0.2
@@ -36,7 +43,7 @@ USER_ERROR, POLICY_STOP = UserError.exit_code, PolicyStop.exit_code
 
 
 @dataclass
-class Running:
+class RunningTask:
     """A task and its present state.
 
     Attributes:
@@ -49,7 +56,7 @@ class Running:
     stage: Stage | None = None
     process: subprocess.Popen[bytes] | None = None
     adopted: bool = False
-    placement: Place = ()
+    placement: HostSlots = ()
     port: int = 0
     log_start: int = 0
     not_before: float = 0.0
@@ -75,7 +82,7 @@ class Driver:
 
     launchers: Path
     output: Path
-    hosts: Place
+    hosts: HostSlots
     hostfile: str | None
     max_restarts: int
     screen: Screen = field(default_factory=Screen)
@@ -90,47 +97,49 @@ class Driver:
                 finished.
             Interrupted: the driver received a signal, and its jobs have ended.
         """
-        jobs = [Running(task, Row(task.name, "waiting", task.last)) for task in tasks]
+        jobs = [RunningTask(task, Row(task.name, "waiting", task.last)) for task in tasks]
         for job in jobs:
-            self._adopt(job)
+            self._adopt_if_running(job)
         while not all(job.ended for job in jobs):
             for job in jobs:
                 if job.active:
                     self._check_job(job, jobs)
                 elif not job.ended and not self.signals:
-                    self._begin(job, jobs)
-            self._show(jobs)
+                    self._start_next_stage(job, jobs)
+            self._show_progress(jobs)
             if self.signals and not any(job.active for job in jobs):
                 raise Interrupted("the driver received a signal to stop; the same command resumes")
             time.sleep(POLL_SECONDS)
-        self._show(jobs, now=True)
+        self._show_progress(jobs, now=True)
         self.finished += [job.row for job in jobs]
         _raise_failures([job for job in jobs if job.fault])
 
-    def ask_to_stop(self, number: int, frame: object) -> None:
+    def handle_signal(self, number: int, frame: object) -> None:
         """Handle a signal: the first lets jobs write checkpoints, the second kills them."""
         self.signals += 1
 
-    def _mark(self, task: Task) -> str:
-        return str(self._lock(task).resolve())
+    def _get_process_mark(self, task: Task) -> str:
+        return str(self._get_lock_path(task).resolve())
 
-    def _lock(self, task: Task) -> Path:
+    def _get_lock_path(self, task: Task) -> Path:
         return self.output / "jobs" / f"{task.name}.lock"
 
-    def _log(self, task: Task) -> Path:
+    def _get_log_path(self, task: Task) -> Path:
         return self.output / "logs" / f"{task.name}.log"
 
-    def _adopt(self, job: Running) -> None:
+    def _adopt_if_running(self, job: RunningTask) -> None:
         """Adopt the task if an earlier driver left it running."""
-        lock = take(self._lock(job.task))
+        lock = acquire_lock(self._get_lock_path(job.task))
         if lock is not None:
-            _close(lock)
+            _close_lock(lock)
             return
         job.adopted, job.row.state = True, "adopted"
-        job.placement = parse_include(self._lock(job.task).read_text(encoding="utf-8").strip())
-        job.row.slots = include(job.placement)
+        job.placement = parse_include(
+            self._get_lock_path(job.task).read_text(encoding="utf-8").strip()
+        )
+        job.row.slots = format_include(job.placement)
 
-    def _begin(self, job: Running, jobs: Sequence[Running]) -> None:
+    def _start_next_stage(self, job: RunningTask, jobs: Sequence[RunningTask]) -> None:
         """Start the next program of a task if one is left, its pause is over and slots are free."""
         if time.monotonic() < job.not_before:
             return
@@ -139,28 +148,30 @@ class Driver:
             job.ended, job.row.state = True, "done"
             return
         busy = [host for other in jobs if other.active for host in other.placement]
-        placement = pack(self.hosts, busy, job.task.gpus)
+        placement = allocate_slots(self.hosts, busy, job.task.gpus)
         if placement is None:
             job.row.state, job.row.slots = "waiting", ""
             return
-        lock = take(self._lock(job.task))
+        lock = acquire_lock(self._get_lock_path(job.task))
         if lock is None:
-            self._adopt(job)
+            self._adopt_if_running(job)
             return
-        clear(self._mark(job.task))
-        job.port = free_port([other.port for other in jobs if other.active])
+        kill_processes(self._get_process_mark(job.task))
+        job.port = find_free_port([other.port for other in jobs if other.active])
         job.stage, job.placement = stage, placement
-        job.row.state, job.row.slots = stage.title, include(placement)
-        _fill(lock, job.row.slots)
-        log = self._log(job.task)
+        job.row.state, job.row.slots = stage.title, format_include(placement)
+        _write_lock_text(lock, job.row.slots)
+        log = self._get_log_path(job.task)
         job.log_start = log.stat().st_size if log.exists() else 0
-        command, variables = command_of(stage, placement, self.launchers, self.hostfile, job.port)
-        job.process = start(command, variables, lock, self._mark(job.task), log)
+        command, variables = build_command(
+            stage, placement, self.launchers, self.hostfile, job.port
+        )
+        job.process = start_process(command, variables, lock, self._get_process_mark(job.task), log)
 
-    def _check_job(self, job: Running, jobs: Sequence[Running]) -> None:
+    def _check_job(self, job: RunningTask, jobs: Sequence[RunningTask]) -> None:
         """Check whether the program of a task has ended, and handle its exit code."""
         if self.signals:
-            self._stop(job)
+            self._stop_job(job)
         if job.adopted:
             self._check_adopted(job)
             return
@@ -168,15 +179,15 @@ class Driver:
         if code is None:
             return
         job.process = None
-        clear(self._mark(job.task))
+        kill_processes(self._get_process_mark(job.task))
         if self.signals:
             job.row.state = "stopped"
         elif code == 0 and job.task.next_stage() is not job.stage:
-            self._begin(job, jobs)
+            self._start_next_stage(job, jobs)
         elif code in (USER_ERROR, POLICY_STOP):
-            self._fail(job, code, f"{job.stage.launcher} ended with exit code {code}")
+            self._record_failure(job, code, f"{job.stage.launcher} ended with exit code {code}")
         elif job.row.restarts >= self.max_restarts:
-            self._fail(
+            self._record_failure(
                 job,
                 code,
                 f"{job.stage.launcher} crashed (exit code {code}), {job.row.restarts} restarts",
@@ -187,39 +198,41 @@ class Driver:
             pause = FIRST_PAUSE * 2 ** (job.row.restarts - 1)
             job.not_before = time.monotonic() + min(pause, LONGEST_PAUSE)
 
-    def _check_adopted(self, job: Running) -> None:
+    def _check_adopted(self, job: RunningTask) -> None:
         if time.monotonic() < job.not_before:
             return
         job.not_before = time.monotonic() + ADOPTED_POLL_SECONDS
-        lock = take(self._lock(job.task))
+        lock = acquire_lock(self._get_lock_path(job.task))
         if lock is not None:
-            clear(self._mark(job.task))
-            _close(lock)
+            kill_processes(self._get_process_mark(job.task))
+            _close_lock(lock)
             job.adopted, job.not_before = False, 0.0
             job.row.state = "stopped" if self.signals else "waiting"
 
-    def _stop(self, job: Running) -> None:
+    def _stop_job(self, job: RunningTask) -> None:
         """Ask a job to stop; kill it at the second signal."""
         if job.row.state != "stopping":
             job.row.state = "stopping"
-            ask_to_stop(self._mark(job.task))
+            request_stop(self._get_process_mark(job.task))
         elif self.signals > 1:
-            clear(self._mark(job.task))
+            kill_processes(self._get_process_mark(job.task))
 
-    def _fail(self, job: Running, code: int, why: str) -> None:
+    def _record_failure(self, job: RunningTask, code: int, why: str) -> None:
         job.ended, job.code, job.row.state = True, code, "failed"
-        log = self._log(job.task)
-        job.fault = f"{job.task.name}: {why}; the end of {log}:\n{tail(log, job.log_start)}"
-        self.screen.say(job.fault.partition("\n")[0])
+        log = self._get_log_path(job.task)
+        job.fault = (
+            f"{job.task.name}: {why}; the end of {log}:\n{read_log_tail(log, job.log_start)}"
+        )
+        self.screen.print_message(job.fault.partition("\n")[0])
 
-    def _show(self, jobs: Sequence[Running], now: bool = False) -> None:
+    def _show_progress(self, jobs: Sequence[RunningTask], now: bool = False) -> None:
         for job in jobs:
             if job.active or job.ended:
                 read_progress(job.task.folder, job.row)
-        self.screen.show([*self.finished, *(job.row for job in jobs)], now)
+        self.screen.show_jobs([*self.finished, *(job.row for job in jobs)], now)
 
 
-def drive(parsed: Parsed, launchers: Path) -> None:
+def run_campaign(parsed: Parsed, launchers: Path) -> None:
     """Run a campaign: seed, rounds of experts, averaging and evaluation.
 
     Args:
@@ -230,21 +243,25 @@ def drive(parsed: Parsed, launchers: Path) -> None:
     """
     btm = parsed[0]
     campaign = build_campaign(parsed)
-    hosts = read_hostfile(btm.hostfile, selectable=True) if btm.hostfile else local_hosts(btm.slots)
-    waves = plan(campaign, parsed, hosts)
+    hosts = (
+        read_hostfile(btm.hostfile, selectable=True)
+        if btm.hostfile
+        else list_local_slots(btm.slots)
+    )
+    waves = plan_waves(campaign, parsed, hosts)
     if btm.dry_run:
-        print(describe(campaign, waves, hosts, launchers, btm.hostfile))
+        print(describe_waves(campaign, waves, hosts, launchers, btm.hostfile))
         return
-    check_data(campaign, parsed)
+    check_campaign_data(campaign, parsed)
     output = campaign.output
     for folder in ("jobs", "logs", make.PRIORS, make.EVALUATION):
         (output / folder).mkdir(parents=True, exist_ok=True)
-    driver_lock = take(output / "jobs" / ".driver.lock")
+    driver_lock = acquire_lock(output / "jobs" / ".driver.lock")
     if driver_lock is None:
         raise UserError(f"--output_dir {output}: another driver is running there")
-    print(campaign.accounting(), flush=True)
+    print(campaign.format_token_counts(), flush=True)
     driver = Driver(launchers, output, hosts, btm.hostfile, btm.max_restarts)
-    before = {n: signal.signal(n, driver.ask_to_stop) for n in (signal.SIGTERM, signal.SIGINT)}
+    before = {n: signal.signal(n, driver.handle_signal) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
         for tasks, after in waves:
             driver.run(tasks)
@@ -252,7 +269,7 @@ def drive(parsed: Parsed, launchers: Path) -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        _close(driver_lock)
+        _close_lock(driver_lock)
     print(f"\nthe forest of {', '.join(campaign.domains)} is {output / 'forest.json'}")
 
 
@@ -260,7 +277,7 @@ Wave = tuple[list[Task], Callable[[], None]]
 """Tasks that run in parallel, and a function to call once all of them have finished."""
 
 
-def plan(campaign: Campaign, parsed: Parsed, hosts: Place) -> list[Wave]:
+def plan_waves(campaign: Campaign, parsed: Parsed, hosts: HostSlots) -> list[Wave]:
     """Order all tasks into waves.
 
     Raises:
@@ -271,55 +288,61 @@ def plan(campaign: Campaign, parsed: Parsed, hosts: Place) -> list[Wave]:
     if campaign.seed_steps:
         gpus = btm.seed_gpus
         if gpus is None:
-            gpus = _filled(campaign.batch // run.per_device_train_batch_size, hosts)
-        check_fits(hosts, gpus, "--seed_gpus")
+            gpus = _count_usable_slots(campaign.batch // run.per_device_train_batch_size, hosts)
+        check_job_fits(hosts, gpus, "--seed_gpus")
         if campaign.batch % (gpus * run.per_device_train_batch_size):
             raise UserError(
                 f"--seed_gpus {gpus}: --global_batch_size {campaign.batch} is not a multiple of "
                 f"{gpus} slots x --per_device_train_batch_size {run.per_device_train_batch_size}"
             )
-        waves.append(([make.seed_task(campaign, parsed, gpus)], _nothing))
+        waves.append(([make.make_seed_task(campaign, parsed, gpus)], _do_nothing))
     if btm.in_one_world:
-        world = make.world_task(campaign, parsed)
-        check_fits(hosts, world.gpus, "--in_one_world")
-        waves.append(([world], lambda: collect(campaign, 0, in_one_world=True)))
+        world = make.make_world_task(campaign, parsed)
+        check_job_fits(hosts, world.gpus, "--in_one_world")
+        waves.append(([world], lambda: add_round_to_forest(campaign, 0, in_one_world=True)))
     else:
-        check_fits(hosts, btm.gpus_per_expert, "--gpus_per_expert")
+        check_job_fits(hosts, btm.gpus_per_expert, "--gpus_per_expert")
         for number, round_ in enumerate(campaign.rounds):
-            tasks = [make.expert_task(campaign, parsed, number, domain) for domain in round_]
-            waves.append((tasks, lambda n=number: collect(campaign, n)))
-    return waves + [([task], _nothing) for task in make.final_tasks(campaign, parsed)]
+            tasks = [make.make_expert_task(campaign, parsed, number, domain) for domain in round_]
+            waves.append((tasks, lambda n=number: add_round_to_forest(campaign, n)))
+    return waves + [([task], _do_nothing) for task in make.make_final_tasks(campaign, parsed)]
 
 
-def describe(
-    campaign: Campaign, waves: Sequence[Wave], hosts: Place, launchers: Path, hostfile: str | None
+def describe_waves(
+    campaign: Campaign,
+    waves: Sequence[Wave],
+    hosts: HostSlots,
+    launchers: Path,
+    hostfile: str | None,
 ) -> str:
     """Describe slots, commands and tokens of all jobs, without starting anything."""
-    lines = [campaign.accounting()]
+    lines = [campaign.format_token_counts()]
     for tasks, _ in waves:
         busy: list[Host] = []
         for task in tasks:
-            placement = pack(hosts, busy, task.gpus)
+            placement = allocate_slots(hosts, busy, task.gpus)
             busy += placement or ()
-            slots = include(placement) if placement else "waits for free slots"
+            slots = format_include(placement) if placement else "waits for free slots"
             lines.append(f"\n{task.name}: {slots}")
             for stage in task.stages:
                 if stage.done():
                     lines.append(f"  {stage.title}: done")
                     continue
-                usable = placement or pack(hosts, (), task.gpus)
-                command, _ = command_of(stage, usable, launchers, hostfile, port=29500)
+                usable = placement or allocate_slots(hosts, (), task.gpus)
+                command, _ = build_command(stage, usable, launchers, hostfile, port=29500)
                 lines.append(f"  {stage.title}: {' '.join(command)}")
     return "\n".join(lines)
 
 
-def _filled(sequences: int, hosts: Place) -> int:
+def _count_usable_slots(sequences: int, hosts: HostSlots) -> int:
     """Return the largest number of slots that divides `sequences` and fits the hosts."""
     total = sum(len(host.slots) for host in hosts)
-    return next(n for n in range(total, 0, -1) if sequences % n == 0 and pack(hosts, (), n))
+    return next(
+        n for n in range(total, 0, -1) if sequences % n == 0 and allocate_slots(hosts, (), n)
+    )
 
 
-def _raise_failures(failed: Sequence[Running]) -> None:
+def _raise_failures(failed: Sequence[RunningTask]) -> None:
     """Raise the exception of the worst failure."""
     if not failed:
         return
@@ -332,14 +355,14 @@ def _raise_failures(failed: Sequence[Running]) -> None:
     raise DistributedFailure(text)
 
 
-def _nothing() -> None:
+def _do_nothing() -> None:
     pass
 
 
-def _fill(lock: int, text: str) -> None:
+def _write_lock_text(lock: int, text: str) -> None:
     os.ftruncate(lock, 0)
     os.pwrite(lock, text.encode(), 0)
 
 
-def _close(lock: int) -> None:
+def _close_lock(lock: int) -> None:
     os.close(lock)

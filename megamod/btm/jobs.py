@@ -17,14 +17,15 @@ from pathlib import Path
 
 import psutil
 
-from megamod.btm.placement import Place, gpus_here, include, is_here
+from megamod.btm.placement import format_include, is_local_host, list_local_gpus
 from megamod.btm.tasks import Stage
+from megamod.dist.hostfile import HostSlots
 
 MARK = "BTM_JOB"
 TAIL_BYTES = 20_000
 
 
-def take(lock: Path) -> int | None:
+def acquire_lock(lock: Path) -> int | None:
     """Acquire the lock of a job; return its descriptor, or None if the job runs."""
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -35,8 +36,8 @@ def take(lock: Path) -> int | None:
     return descriptor
 
 
-def command_of(
-    stage: Stage, placement: Place, launchers: Path, hostfile: str | None, port: int
+def build_command(
+    stage: Stage, placement: HostSlots, launchers: Path, hostfile: str | None, port: int
 ) -> tuple[list[str], dict[str, str]]:
     """Build the command of a stage on its slots, and its environment variables.
 
@@ -46,22 +47,24 @@ def command_of(
     gpus = sum(len(host.slots) for host in placement)
     if not stage.ranks or (hostfile is None and gpus == 1):
         # If the job's slots are on another host, the GPUs of this machine belong to other jobs.
-        slots = ",".join(map(str, placement[0].slots)) if is_here(placement[0]) else ""
-        return [sys.executable, *program], {"CUDA_VISIBLE_DEVICES": slots} if gpus_here() else {}
+        slots = ",".join(map(str, placement[0].slots)) if is_local_host(placement[0]) else ""
+        return [sys.executable, *program], {
+            "CUDA_VISIBLE_DEVICES": slots
+        } if list_local_gpus() else {}
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(port)]
     if hostfile is not None:
-        command += ["--hostfile", hostfile, "--include", include(placement)]
-        if len(placement) == 1 and not is_here(placement[0]):
+        command += ["--hostfile", hostfile, "--include", format_include(placement)]
+        if len(placement) == 1 and not is_local_host(placement[0]):
             # Without this DeepSpeed would start a job of one host here, whatever the host's name.
             command.append("--force_multi")
-    elif gpus_here():
-        command += ["--include", include(placement)]
+    elif list_local_gpus():
+        command += ["--include", format_include(placement)]
     else:
         command += ["--num_accelerators", str(gpus)]
     return command + program, {}
 
 
-def start(
+def start_process(
     command: Sequence[str], variables: dict[str, str], lock: int, mark: str, log: Path
 ) -> subprocess.Popen[bytes]:
     """Start a program in a new session; it inherits `lock`, which is closed in this process."""
@@ -86,7 +89,7 @@ def start(
         os.close(lock)
 
 
-def processes_of(mark: str) -> Iterator[psutil.Process]:
+def find_processes(mark: str) -> Iterator[psutil.Process]:
     """Iterate over all processes of a job on this machine."""
     for process in psutil.process_iter():
         # The environment of other users' processes is hidden, and any process may end meanwhile.
@@ -95,30 +98,30 @@ def processes_of(mark: str) -> Iterator[psutil.Process]:
                 yield process
 
 
-def ask_to_stop(mark: str) -> None:
+def request_stop(mark: str) -> None:
     """Send SIGTERM to the ranks of a job, which then write a checkpoint.
 
     Their launcher gets no signal, because it would kill ranks before they have saved, unless all
     ranks are on other hosts.
     """
-    processes = {process.pid: process for process in processes_of(mark)}
+    processes = {process.pid: process for process in find_processes(mark)}
     launchers = {pid for pid, process in processes.items() if _is_launcher(process)}
     # Children of a rank are its data workers, needed until the rank ends.
     others = processes.keys() - launchers
-    ranks = [pid for pid in others if _parent(processes[pid]) not in others]
+    ranks = [pid for pid in others if _get_parent_pid(processes[pid]) not in others]
     for pid in ranks or launchers:
         with contextlib.suppress(psutil.Error):
             processes[pid].send_signal(signal.SIGTERM)
 
 
-def clear(mark: str) -> None:
+def kill_processes(mark: str) -> None:
     """Kill the remaining processes of a job."""
-    for process in processes_of(mark):
+    for process in find_processes(mark):
         with contextlib.suppress(psutil.Error):
             process.kill()
 
 
-def tail(log: Path, begin: int, lines: int = 12) -> str:
+def read_log_tail(log: Path, begin: int, lines: int = 12) -> str:
     """Return the last lines of a log after byte `begin`."""
     with open(log, "rb") as file:
         size = file.seek(0, os.SEEK_END)
@@ -135,7 +138,7 @@ def _is_launcher(process: psutil.Process) -> bool:
         return False
 
 
-def _parent(process: psutil.Process) -> int:
+def _get_parent_pid(process: psutil.Process) -> int:
     try:
         return process.ppid()
     except psutil.Error:

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from megamod.errors import UserError
 from megamod.mixture.prior import read_prior
-from megamod.states.checkpoint_folder import STATE, StateRecord, step_of
-from megamod.states.forest import open_forest, read_config
-from megamod.states.manifest import MANIFEST, list_checkpoints, verify
+from megamod.states.checkpoint_folder import STATE, StateRecord, parse_checkpoint_step
+from megamod.states.forest import open_forest, read_model_config
+from megamod.states.manifest import MANIFEST, find_checkpoint_faults, list_checkpoints
 
 
 @dataclass(frozen=True)
-class Source:
+class ParentModel:
     """A parent: a checkpoint or a model folder, and the selected expert.
 
     Attributes:
@@ -34,13 +34,13 @@ class Source:
         return self.folder / self.world if self.world else self.folder
 
 
-def find_source(
+def find_parent(
     path: str | Path,
     *,
     step: int | None = None,
     share: float | None = None,
     member: str | None = None,
-) -> Source:
+) -> ParentModel:
     """Resolve a path to a checkpoint or model folder.
 
     Args:
@@ -52,7 +52,7 @@ def find_source(
         UserError: if the path is none of these, or the checkpoint is incomplete.
     """
     path = Path(path)
-    chosen = choose_checkpoint(path, step=step, share=share)
+    chosen = select_checkpoint(path, step=step, share=share)
     if chosen is None:
         if not (path / "config.json").is_file():
             raise UserError(f"--parents {path}: is no run, no checkpoint and no model folder")
@@ -60,22 +60,24 @@ def find_source(
             raise UserError(
                 f"--parents {path}: is a model folder, so --step and --share do not apply"
             )
-        return Source(path, _member_of(path, path, member))
-    faults = verify(chosen)
+        return ParentModel(path, _check_member(path, path, member))
+    faults = find_checkpoint_faults(chosen)
     if faults:
         raise UserError(f"--parents {chosen}: is not a complete checkpoint: {faults[0]}")
     if (chosen / "config.json").is_file():
-        return Source(chosen, _member_of(chosen, path, member), StateRecord.read(chosen).state.step)
+        return ParentModel(
+            chosen, _check_member(chosen, path, member), StateRecord.read(chosen).state.step
+        )
     worlds = sorted(config.parent.name for config in chosen.glob("*/config.json"))
     if member not in worlds:
         raise UserError(
             f"--parents {path}: holds independent models; --member must be one of "
             f"{', '.join(worlds)}, not {member!r}"
         )
-    return Source(chosen, None, StateRecord.read(chosen / member).state.step, member)
+    return ParentModel(chosen, None, StateRecord.read(chosen / member).state.step, member)
 
 
-def choose_checkpoint(
+def select_checkpoint(
     path: Path, *, step: int | None = None, share: float | None = None
 ) -> Path | None:
     """Select a checkpoint of a run; `path` itself if it is one; None for a model folder.
@@ -96,7 +98,7 @@ def choose_checkpoint(
         if (path / "checkpoints").is_dir():
             raise UserError(f"--parents {path}: the run has no checkpoint yet")
         return None
-    steps = [step_of(checkpoint) for checkpoint in checkpoints]
+    steps = [parse_checkpoint_step(checkpoint) for checkpoint in checkpoints]
     if share is not None:
         target, prefer_later = share * steps[-1], share > 0.5
     else:
@@ -107,14 +109,14 @@ def choose_checkpoint(
     return checkpoints[nearest]
 
 
-def forest_sources(
+def select_forest_parents(
     forest: str | Path,
     *,
     only: Sequence[str] | None = None,
     weights: Sequence[float] | None = None,
     prior: str | Path | None = None,
     topk: int = 0,
-) -> tuple[list[Source], list[float]]:
+) -> tuple[list[ParentModel], list[float]]:
     """Select experts of a forest as parents, with their weights in an average.
 
     Args:
@@ -134,21 +136,21 @@ def forest_sources(
             )
     if prior is not None:
         weights = list(read_prior(Path(prior), domains).weights)
-    weights = check_weights(weights, len(domains))
+    weights = check_parent_weights(weights, len(domains))
     if topk > len(domains):
         raise UserError(f"--topk {topk}: there are only {len(domains)} experts")
-    selected = strongest(weights, topk)
-    sources = [Source(experts[domains[i]].path, experts[domains[i]].member) for i in selected]
+    selected = select_largest_weights(weights, topk)
+    sources = [ParentModel(experts[domains[i]].path, experts[domains[i]].member) for i in selected]
     return sources, [weights[i] for i in selected]
 
 
-def strongest(weights: Sequence[float], count: int = 0) -> list[int]:
+def select_largest_weights(weights: Sequence[float], count: int = 0) -> list[int]:
     """Return the indices of the `count` largest weights, ascending; 0 for all, without zeros."""
     best = sorted(range(len(weights)), key=lambda i: -weights[i])[: count or None]
     return [i for i in sorted(best) if weights[i]]
 
 
-def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
+def check_parent_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     """Return one finite weight per parent; equal weights for None.
 
     Raises:
@@ -163,8 +165,8 @@ def check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     return list(weights)
 
 
-def _member_of(folder: Path, path: Path, member: str | None) -> str | None:
-    config = read_config(folder)
+def _check_member(folder: Path, path: Path, member: str | None) -> str | None:
+    config = read_model_config(folder)
     if config.get("untie", "none") == "none":
         if member is not None:
             raise UserError(f"--member {member}: {path} is one dense model, without members")

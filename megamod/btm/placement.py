@@ -9,13 +9,13 @@ import socket
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from megamod.dist.hostfile import Host, Place
+from megamod.dist.hostfile import Host, HostSlots
 from megamod.errors import UserError
 
 LOCAL = "localhost"
 
 
-def local_hosts(slots: int | None) -> Place:
+def list_local_slots(slots: int | None) -> HostSlots:
     """Slots of this machine: its GPUs, or those in CUDA_VISIBLE_DEVICES; one CPU slot without any.
 
     Args:
@@ -23,14 +23,14 @@ def local_hosts(slots: int | None) -> Place:
     Raises:
         UserError: if the machine has fewer GPUs.
     """
-    gpus = gpus_here()
+    gpus = list_local_gpus()
     if gpus and slots is not None and slots > len(gpus):
         raise UserError(f"--slots {slots}: this machine has {len(gpus)} GPUs")
     ids = gpus[:slots] if gpus else tuple(range(slots or 1))
     return (Host(LOCAL, ids),)
 
 
-def gpus_here() -> tuple[int, ...]:
+def list_local_gpus() -> tuple[int, ...]:
     """Indices of this machine's GPUs; empty if the accelerator is the CPU.
 
     Raises:
@@ -48,13 +48,13 @@ def gpus_here() -> tuple[int, ...]:
     return tuple(sorted(int(path.name[6:]) for path in devices if path.name[6:].isdigit()))
 
 
-def check_fits(hosts: Place, gpus: int, flag: str) -> None:
+def check_job_fits(hosts: HostSlots, gpus: int, flag: str) -> None:
     """Check that a job of `gpus` slots can run at all.
 
     Raises:
         UserError: naming the flag and the slots of each host.
     """
-    if pack(hosts, (), gpus) is None:
+    if allocate_slots(hosts, (), gpus) is None:
         available = ", ".join(f"{host.name} {len(host.slots)}" for host in hosts)
         raise UserError(
             f"{flag} {gpus}: does not fit the slots ({available}); a job takes slots of one host, "
@@ -62,7 +62,7 @@ def check_fits(hosts: Place, gpus: int, flag: str) -> None:
         )
 
 
-def pack(hosts: Place, busy: Iterable[Host], gpus: int) -> Place | None:
+def allocate_slots(hosts: HostSlots, busy: Iterable[Host], gpus: int) -> HostSlots | None:
     """Allocate free slots to a job; None if it has to wait.
 
     A job that fits one host is never split, and goes to the host where it leaves the fewest free
@@ -85,24 +85,24 @@ def pack(hosts: Place, busy: Iterable[Host], gpus: int) -> Place | None:
     return None
 
 
-def include(placement: Sequence[Host]) -> str:
+def format_include(placement: Sequence[Host]) -> str:
     """Format slots for --include of DeepSpeed's launcher: `node-1:0,1@node-2:0,1`."""
     return "@".join(f"{host.name}:{','.join(map(str, host.slots))}" for host in placement)
 
 
-def parse_include(text: str) -> Place:
+def parse_include(text: str) -> HostSlots:
     """Parse the output of `include`."""
     parts = [part.partition(":") for part in text.split("@") if part]
     return tuple(Host(name, tuple(map(int, slots.split(",")))) for name, _, slots in parts)
 
 
-def is_here(host: Host) -> bool:
+def is_local_host(host: Host) -> bool:
     """Return True if a host is this machine."""
     name = os.uname().nodename
     return host.name in (LOCAL, "127.0.0.1", name, name.partition(".")[0])
 
 
-def free_port(taken: Iterable[int]) -> int:
+def find_free_port(taken: Iterable[int]) -> int:
     """Return a free TCP port of this machine that is not in `taken`."""
     taken = set(taken)
     while True:

@@ -29,7 +29,7 @@ class Row:
     restarts: int = 0
     slots: str = ""
 
-    def cells(self) -> tuple[str, ...]:
+    def format_cells(self) -> tuple[str, ...]:
         """Texts of the row, by column."""
         step = "" if not self.last else f"{self.step or 0}/{self.last}"
         numbers = ((self.loss, ".4f"), (self.rate, ",.0f"), (self.perplexity, ".4g"))
@@ -60,7 +60,9 @@ def read_progress(folder: Path | None, row: Row) -> None:
 
 def format_jobs(rows: Sequence[Row]) -> str:
     """Format the table of all jobs."""
-    return format_table([COLUMNS, *(row.cells() for row in rows)], right=range(2, len(COLUMNS) - 1))
+    return format_table(
+        [COLUMNS, *(row.format_cells() for row in rows)], right=range(2, len(COLUMNS) - 1)
+    )
 
 
 class Screen:
@@ -73,13 +75,13 @@ class Screen:
         self.drawn = 0.0
         self.shown: dict[str, tuple[str, int]] = {}
 
-    def show(self, rows: Sequence[Row], now: bool = False) -> None:
+    def show_jobs(self, rows: Sequence[Row], now: bool = False) -> None:
         """Show the rows; on a terminal at most once in `every` seconds, unless `now`."""
         if not self.stream.isatty():
             for row in rows:
                 if self.shown.get(row.name) != (row.state, row.restarts):
                     self.shown[row.name] = (row.state, row.restarts)
-                    named = zip(COLUMNS[2:], row.cells()[2:], strict=True)
+                    named = zip(COLUMNS[2:], row.format_cells()[2:], strict=True)
                     further = [f"{name} {cell}" for name, cell in named if cell not in ("", "0")]
                     print("  ".join([row.name, row.state, *further]), file=self.stream, flush=True)
             return
@@ -90,7 +92,7 @@ class Screen:
         print(up + text, file=self.stream, flush=True)
         self.height, self.drawn = text.count("\n") + 1, time.monotonic()
 
-    def say(self, text: str) -> None:
+    def print_message(self, text: str) -> None:
         """Print a message above the table."""
         print(text, file=self.stream, flush=True)
         self.height = 0

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from megamod.btm.campaign import Campaign, Parsed
-from megamod.flags import flag_words, origin_of
+from megamod.flags import find_origin, format_flags
 from megamod.states.manifest import list_checkpoints
 
 SEED, WORLD, AVERAGE, EVALUATION, PRIORS = "seed", "world", "average", "evaluation", "priors"
@@ -64,10 +64,10 @@ class Task:
         return next((stage for stage in self.stages if not stage.done()), None)
 
 
-def seed_task(campaign: Campaign, parsed: Parsed, gpus: int) -> Task:
+def make_seed_task(campaign: Campaign, parsed: Parsed, gpus: int) -> Task:
     """Task that trains the seed, the dense model from which the first round branches."""
     folder, steps = campaign.output / SEED, campaign.seed_steps
-    train = _train_stage(
+    train = _make_train_stage(
         parsed,
         folder,
         steps,
@@ -79,9 +79,9 @@ def seed_task(campaign: Campaign, parsed: Parsed, gpus: int) -> Task:
     return Task(SEED, gpus, (train,), folder, steps)
 
 
-def expert_task(campaign: Campaign, parsed: Parsed, number: int, domain: str) -> Task:
+def make_expert_task(campaign: Campaign, parsed: Parsed, number: int, domain: str) -> Task:
     """Task that branches and trains the expert of a domain of round `number`."""
-    folder, last = expert_folder(campaign, domain), campaign.last_step(number)
+    folder, last = get_expert_folder(campaign, domain), campaign.get_last_step(number)
     prior = campaign.output / PRIORS / f"{domain}.json"
     branched = partial(_has_checkpoint, folder)
     stages: list[Stage] = []
@@ -99,14 +99,14 @@ def expert_task(campaign: Campaign, parsed: Parsed, number: int, domain: str) ->
         if parsed[0].topk is not None:
             origin += ("--topk", str(parsed[0].topk))
     elif campaign.seed_steps:
-        origin = _from_seed(campaign)
+        origin = _list_seed_arguments(campaign)
     changes: dict[str, object] = {}
     if origin:
         arguments = ("branch", *origin, "--domain", domain, "--output_dir", str(folder))
         stages.append(Stage("branch", "forest.py", arguments, branched))
         changes["init_from"] = None  # the weights are in the checkpoint
     stages.append(
-        _train_stage(
+        _make_train_stage(
             parsed,
             folder,
             last,
@@ -120,23 +120,25 @@ def expert_task(campaign: Campaign, parsed: Parsed, number: int, domain: str) ->
     return Task(domain, parsed[0].gpus_per_expert, tuple(stages), folder, last)
 
 
-def world_task(campaign: Campaign, parsed: Parsed) -> Task:
+def make_world_task(campaign: Campaign, parsed: Parsed) -> Task:
     """Task that trains all experts in one job of independent models."""
-    folder, domains = expert_folder(campaign, WORLD), campaign.rounds[0]
+    folder, domains = get_expert_folder(campaign, WORLD), campaign.rounds[0]
     stages: list[Stage] = []
     changes: dict[str, object] = {}
     if campaign.seed_steps:
-        arguments = ("branch", "--one_world", *_from_seed(campaign), "--domain", *domains)
+        arguments = ("branch", "--one_world", *_list_seed_arguments(campaign), "--domain", *domains)
         arguments += ("--output_dir", str(folder))
         stages.append(Stage("branch", "forest.py", arguments, partial(_has_checkpoint, folder)))
         changes["init_from"] = None
     last = campaign.total_steps
-    stages.append(_train_stage(parsed, folder, last, domains=list(domains), untie="all", **changes))
+    stages.append(
+        _make_train_stage(parsed, folder, last, domains=list(domains), untie="all", **changes)
+    )
     gpus = parsed[0].gpus_per_expert * len(domains)
     return Task(WORLD, gpus, tuple(stages), folder, last)
 
 
-def final_tasks(campaign: Campaign, parsed: Parsed) -> list[Task]:
+def make_final_tasks(campaign: Campaign, parsed: Parsed) -> list[Task]:
     """Tasks that average and score the forest, in this order."""
     btm, data = parsed[0], parsed[-1]
     forest, average = ("--forest", str(campaign.output)), campaign.output / AVERAGE
@@ -159,12 +161,12 @@ def final_tasks(campaign: Campaign, parsed: Parsed) -> list[Task]:
     return tasks
 
 
-def expert_folder(campaign: Campaign, name: str) -> Path:
+def get_expert_folder(campaign: Campaign, name: str) -> Path:
     """Run folder of an expert."""
     return campaign.output / "experts" / name
 
 
-def finished(folder: Path, step: int) -> bool:
+def has_finished(folder: Path, step: int) -> bool:
     """Return True if a run has ended at `step`; its scores are written last."""
     try:
         scores = json.loads((folder / "perplexity.json").read_text(encoding="utf-8"))
@@ -177,11 +179,11 @@ def _has_checkpoint(folder: Path) -> bool:
     return bool(list_checkpoints(folder / "checkpoints"))
 
 
-def _from_seed(campaign: Campaign) -> tuple[str, ...]:
+def _list_seed_arguments(campaign: Campaign) -> tuple[str, ...]:
     return ("--parents", str(campaign.output / SEED), "--step", str(campaign.seed_steps))
 
 
-def _train_stage(
+def _make_train_stage(
     parsed: Parsed, folder: Path, last: int, title: str = "train", **changes: object
 ) -> Stage:
     """Stage of launchers/pretrain.py with the flags that are not defaults, and `changes`."""
@@ -191,8 +193,8 @@ def _train_stage(
         overrides = {f.name: changes[f.name] for f in fields(args) if f.name in changes}
         changed = replace(args, **overrides)
         for f in fields(args):
-            if f.name in overrides or origin_of(args, f.name) != "default":
-                arguments += flag_words({f.name: getattr(changed, f.name)})
+            if f.name in overrides or find_origin(args, f.name) != "default":
+                arguments += format_flags({f.name: getattr(changed, f.name)})
     return Stage(
-        title, "pretrain.py", tuple(arguments), partial(finished, folder, last), ranks=True
+        title, "pretrain.py", tuple(arguments), partial(has_finished, folder, last), ranks=True
     )

@@ -42,7 +42,7 @@ NO_OPTIONS = Options()
 
 
 @dataclass
-class Converted:
+class ConvertedModel:
     """A model as plain data.
 
     Attributes:
@@ -59,7 +59,7 @@ class Converted:
     dropped: dict[str, str] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
 
-    def report(self) -> str:
+    def format_report(self) -> str:
         """The three lists as text, the used keys as a number."""
         lines = [f"used      {len(self.used)} tensors"]
         for title, keys in (("dropped", self.dropped), ("missing", self.missing)):
@@ -69,6 +69,6 @@ class Converted:
         return "\n".join(lines)
 
 
-def format_module(name: str) -> ModuleType:
+def import_format(name: str) -> ModuleType:
     """The module of a format in `FORMATS`."""
     return importlib.import_module(f"{__name__}.{name}")

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megamod.convert import NO_OPTIONS, Converted, Options
-from megamod.convert.reading import read_checkpoint, weight_file
+from megamod.convert import NO_OPTIONS, ConvertedModel, Options
+from megamod.convert.reading import find_weight_file, read_checkpoint
 from megamod.errors import UserError
 from megamod.files import write_json
 from megamod.states.weights import DENSE_FILE, read_weights, write_tensors
@@ -27,7 +27,7 @@ _HEAD = re.compile(r"decoders\.(\d{1,4})\.model\.(weight|bias)")
 _NEW = ("attention", "intermediate", "output")
 
 
-def convert(source: Path, options: Options = NO_OPTIONS) -> Converted:
+def convert(source: Path, options: Options = NO_OPTIONS) -> ConvertedModel:
     """Read a checkpoint and rename its tensors to our names.
 
     Args:
@@ -36,7 +36,7 @@ def convert(source: Path, options: Options = NO_OPTIONS) -> Converted:
     Raises:
         UserError: for fields, heads or names that are missing or do not fit each other.
     """
-    file = weight_file(Path(source))
+    file = find_weight_file(Path(source))
     path = file.parent / "config.json"
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
@@ -54,18 +54,18 @@ def convert(source: Path, options: Options = NO_OPTIONS) -> Converted:
             heads[int(head[1]), head[2]] = tensor
             used.append(key)
         elif key.startswith("bert.") and not key.endswith("position_ids"):
-            state[_ours(key, last)] = tensor
+            state[_to_our_key(key, last)] = tensor
             used.append(key)
         else:
             dropped[key] = "counts from 0" if key.endswith("position_ids") else "no part of CA-MTL"
-    sizes = _bank(state, heads, fields["hidden_size"], file)
+    sizes = _stack_heads(state, heads, fields["hidden_size"], file)
     tasks = list(options.domains) or [f"task{number}" for number in range(len(sizes))]
     if len(tasks) != len(sizes):
         raise UserError(
             f"--tasks {' '.join(tasks)}: {len(tasks)} names of tasks, the checkpoint has "
             f"{len(sizes)} heads"
         )
-    variant, length = _variant(state, settings)
+    variant, length = _detect_variant(state, settings)
     config = {
         "model_type": "ca_mtl",
         "architectures": ["CaMtlForMultiTask"],
@@ -77,7 +77,7 @@ def convert(source: Path, options: Options = NO_OPTIONS) -> Converted:
         "task_labels": [[str(n) for n in range(size)] if size > 1 else [] for size in sizes],
     }
     missing = {} if options.domains else {"names of the tasks": f"{', '.join(tasks)} (--tasks)"}
-    return Converted(config, state, used, dropped, missing)
+    return ConvertedModel(config, state, used, dropped, missing)
 
 
 def export(source: Path, folder: Path, options: Options = NO_OPTIONS) -> list[Path]:
@@ -99,7 +99,7 @@ def export(source: Path, folder: Path, options: Options = NO_OPTIONS) -> list[Pa
     state, base = read_weights(source), config["variant"] == "base"
     last = config["num_hidden_layers"] - 1
     tensors = {
-        (_theirs(key, last) if base else key): tensor
+        (_to_release_key(key, last) if base else key): tensor
         for key, tensor in state.items()
         if key.startswith("bert.")
     }
@@ -114,12 +114,12 @@ def export(source: Path, folder: Path, options: Options = NO_OPTIONS) -> list[Pa
     return [folder / DENSE_FILE, folder / "config.json"]
 
 
-def _ours(key: str, last: int) -> str:
+def _to_our_key(key: str, last: int) -> str:
     start = f"bert.encoder.layer.{last}.new_"
     return key.replace(start, start.removesuffix("new_"), 1) if key.startswith(start) else key
 
 
-def _theirs(key: str, last: int) -> str:
+def _to_release_key(key: str, last: int) -> str:
     start = f"bert.encoder.layer.{last}."
     part = key.removeprefix(start).split(".")[0]
     if key.startswith(start) and part in _NEW:
@@ -127,7 +127,7 @@ def _theirs(key: str, last: int) -> str:
     return key
 
 
-def _bank(
+def _stack_heads(
     state: dict[str, Tensor], heads: Mapping[tuple[int, str], Tensor], size: int, file: Path
 ) -> list[int]:
     """Put all heads into one tensor of `state`; return the number of labels of each."""
@@ -148,7 +148,7 @@ def _bank(
     return sizes
 
 
-def _variant(state: Mapping[str, Tensor], settings: Mapping[str, object]) -> tuple[str, int]:
+def _detect_variant(state: Mapping[str, Tensor], settings: Mapping[str, object]) -> tuple[str, int]:
     """The variant and the longest sequence, as the weights show them."""
     if "bert.task_type_embeddings.weight" not in state:
         return "plain", int(settings.get("max_seq_length", 128))

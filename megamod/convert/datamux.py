@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megamod.convert import NO_OPTIONS, Converted, Options
-from megamod.convert.datamux_names import FAMILIES, Head, shapes
-from megamod.convert.reading import read_checkpoint, weight_file
+from megamod.convert import NO_OPTIONS, ConvertedModel, Options
+from megamod.convert.datamux_names import FAMILIES, Head, list_tensor_shapes
+from megamod.convert.reading import find_weight_file, read_checkpoint
 from megamod.errors import UserError
 from megamod.files import write_json
 from megamod.states.weights import DENSE_FILE, read_weights, write_tensors
@@ -69,7 +69,7 @@ ORIGINALS = {
 """Classes of the releases by name."""
 
 
-def original_class(fields: Mapping[str, object]) -> str | None:
+def find_original_class(fields: Mapping[str, object]) -> str | None:
     """The original class that a config.json names in `architectures`; None if there is none."""
     named = fields.get("architectures")
     named = named if isinstance(named, (list, tuple)) else [named]
@@ -77,7 +77,7 @@ def original_class(fields: Mapping[str, object]) -> str | None:
     return next((name for name in classes if name in ORIGINALS), None)
 
 
-def convert(source: Path, options: Options = NO_OPTIONS) -> Converted:
+def convert(source: Path, options: Options = NO_OPTIONS) -> ConvertedModel:
     """Read a checkpoint and rename its tensors to our names; dtypes stay.
 
     Args:
@@ -88,16 +88,16 @@ def convert(source: Path, options: Options = NO_OPTIONS) -> Converted:
             that is missing, of a wrong shape, or differs from one that it should equal.
     """
     source = Path(source)
-    file = weight_file(source)
-    settings, name = _settings(file.parent)
+    file = find_weight_file(source)
+    settings, name = _read_settings(file.parent)
     original = ORIGINALS[name]
     checkpoint = read_checkpoint(file)
     stored = {key.removeprefix(_PREFIX): tensor for key, tensor in checkpoint.tensors.items()}
     whole = {key.removeprefix(_PREFIX): key for key in checkpoint.tensors}
-    config, dropped, missing = _config(settings, original, options, file)
+    config, dropped, missing = _make_config(settings, original, options, file)
     if original.head == "wrapper":
-        _add_generator(config, stored, missing, file)
-    expected, optional, aliases = shapes(original.head, original.ours, config)
+        _add_generator_config(config, stored, missing, file)
+    expected, optional, aliases = list_tensor_shapes(original.head, original.ours, config)
     state, used = {}, []
     for key, tensor in stored.items():
         if key in expected:
@@ -106,7 +106,7 @@ def convert(source: Path, options: Options = NO_OPTIONS) -> Converted:
     for key, tensor in stored.items():
         if key in expected:
             continue
-        if target := _alias(key, aliases, expected):
+        if target := _resolve_alias(key, aliases, expected):
             if target not in state:
                 state[target] = tensor
                 used.append(whole[key])
@@ -132,7 +132,7 @@ def convert(source: Path, options: Options = NO_OPTIONS) -> Converted:
             )
         if not tensor.is_floating_point():
             raise UserError(f"{file}: {key} has dtype {tensor.dtype}, not one of weights")
-    return Converted(config, state, used, dropped, missing)
+    return ConvertedModel(config, state, used, dropped, missing)
 
 
 def export(source: Path, folder: Path, options: Options = NO_OPTIONS) -> list[Path]:
@@ -158,12 +158,12 @@ def export(source: Path, folder: Path, options: Options = NO_OPTIONS) -> list[Pa
         )
     head = ORIGINALS[name].head
     state = read_weights(source)
-    expected, _, aliases = shapes(head, ours, config)
+    expected, _, aliases = list_tensor_shapes(head, ours, config)
     tensors = {}
     for key, tensor in state.items():
         if key not in expected:
             raise UserError(f"{source}: {key} has no counterpart in {name}")
-        for alias in (key, *_names_of(key, aliases)):
+        for alias in (key, *_list_release_names(key, aliases)):
             tensors[alias] = tensor
     backbone = FAMILIES[config["model_type"]]
     positions = torch.arange(config["max_position_embeddings"])[None]
@@ -181,7 +181,7 @@ def export(source: Path, folder: Path, options: Options = NO_OPTIONS) -> list[Pa
     return [folder / DENSE_FILE, folder / "config.json"]
 
 
-def _alias(
+def _resolve_alias(
     key: str, aliases: Mapping[str, str], expected: Mapping[str, tuple[int, ...]]
 ) -> str | None:
     """Our name of a tensor that the originals store under another name; None if there is none."""
@@ -191,13 +191,13 @@ def _alias(
     return None
 
 
-def _names_of(key: str, aliases: Mapping[str, str]) -> Iterator[str]:
+def _list_release_names(key: str, aliases: Mapping[str, str]) -> Iterator[str]:
     for start, target in aliases.items():
         if key.startswith(target):
             yield start + key.removeprefix(target)
 
 
-def _settings(folder: Path) -> tuple[dict[str, object], str]:
+def _read_settings(folder: Path) -> tuple[dict[str, object], str]:
     """Fields of config.json, and the name of the original class."""
     path = folder / "config.json"
     try:
@@ -210,7 +210,7 @@ def _settings(folder: Path) -> tuple[dict[str, object], str]:
             f"{path}: cannot be read, or does not name the class of the model in `architectures`: "
             f"{error!r}"
         ) from error
-    name = original_class(settings)
+    name = find_original_class(settings)
     if name is None:
         raise UserError(
             f"{path}: architectures names {', '.join(map(str, named)) or 'nothing'}; converted are "
@@ -219,7 +219,7 @@ def _settings(folder: Path) -> tuple[dict[str, object], str]:
     return settings, name
 
 
-def _config(
+def _make_config(
     settings: Mapping[str, object], original: Original, options: Options, file: Path
 ) -> tuple[dict[str, object], dict[str, str], dict[str, str]]:
     """Our fields; original fields that are dropped; defaults of absent ones."""
@@ -259,7 +259,7 @@ def _config(
     return head | fields, dropped, missing
 
 
-def _add_generator(
+def _add_generator_config(
     config: dict[str, object], stored: Mapping[str, Tensor], missing: dict[str, str], file: Path
 ) -> None:
     """The wrapper's generator, as its weights show it."""

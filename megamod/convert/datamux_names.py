@@ -29,7 +29,7 @@ _CLASSES = {
 }
 
 
-def shapes(
+def list_tensor_shapes(
     head: Head, ours: str, config: Mapping[str, object]
 ) -> tuple[Shapes, dict[str, str], dict[str, str]]:
     """Tensors of a model.
@@ -45,20 +45,22 @@ def shapes(
     """
     coefficient = config.get("retrieval_loss_coeff", 0)
     # Released classifiers keep the retrieval head; ours have one only if its loss counts.
-    tensors = _tensors(_CLASSES[ours], {**config, "retrieval_loss_coeff": coefficient or 1.0})
+    tensors = _list_parameter_shapes(
+        _CLASSES[ours], {**config, "retrieval_loss_coeff": coefficient or 1.0}
+    )
     optional: dict[str, str] = {}
     if head == "mlm":
-        bare = _tensors(_BARE[config["model_type"]], config)
+        bare = _list_parameter_shapes(_BARE[config["model_type"]], config)
         unused = {n: shape for n, shape in bare.items() if n.startswith("demultiplexer.")}
         optional = dict.fromkeys(unused, "not used by a masked language model")
         tensors |= unused
     elif head in ("sequence", "token") and not coefficient:
         reason = "not used while retrieval_loss_coeff is 0"
         optional = {name: reason for name in tensors if name.startswith("retrieval_head.")}
-    return tensors, optional, _aliases(head, config)
+    return tensors, optional, _list_aliases(head, config)
 
 
-def _tensors(kind: type[PreTrainedModel], fields: Mapping[str, object]) -> Shapes:
+def _list_parameter_shapes(kind: type[PreTrainedModel], fields: Mapping[str, object]) -> Shapes:
     """Names and shapes of a model's parameters, tied ones once; nothing is allocated."""
     values = {name: value for name, value in fields.items() if name != "model_type"} | _SOME_IDS
     values["prefix_first_token_id"] = values["num_instances"]
@@ -71,7 +73,7 @@ def _tensors(kind: type[PreTrainedModel], fields: Mapping[str, object]) -> Shape
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def _aliases(head: Head, config: Mapping[str, object]) -> dict[str, str]:
+def _list_aliases(head: Head, config: Mapping[str, object]) -> dict[str, str]:
     family, demux = config["model_type"], config["demuxing_variant"]
     words = f"{FAMILIES[family]}.embeddings.word_embeddings.weight"
     aliases: dict[str, str] = {}
@@ -85,16 +87,16 @@ def _aliases(head: Head, config: Mapping[str, object]) -> dict[str, str]:
     if family == "mux_roberta" and head == "token" and demux == "index":
         aliases["demultiplexer.bias"] = "demultiplexer.decoder.bias"
     if head == "wrapper" and config.get("generator", "none") != "none":
-        aliases |= _generator_aliases(config, words)
+        aliases |= _list_generator_aliases(config, words)
     return aliases
 
 
-def _generator_aliases(config: Mapping[str, object], words: str) -> dict[str, str]:
+def _list_generator_aliases(config: Mapping[str, object], words: str) -> dict[str, str]:
     fields = {**config, **(config.get("generator_config") or {})}
     width = config.get("embedding_size", config["hidden_size"])
     shares_embeddings = fields.get("embedding_size", fields["hidden_size"]) == width
     if config["generator"] == "multiplexed":
-        inner = _aliases("mlm", fields)
+        inner = _list_aliases("mlm", fields)
         aliases = {f"generator.{name}": f"generator.{to}" for name, to in inner.items()}
     elif fields.get("tie_word_embeddings", True):
         prefix = "" if shares_embeddings else "generator."

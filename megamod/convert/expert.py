@@ -7,8 +7,8 @@ from pathlib import Path
 
 from megamod.convert import Options
 from megamod.errors import UserError
-from megamod.states.dense import write_dense
-from megamod.states.forest import read_config
+from megamod.states.dense import write_dense_model
+from megamod.states.forest import read_model_config
 
 _SKIPPED = ("README.md", "run.yaml", "state.json", "manifest.json", "merge.json")
 
@@ -19,7 +19,7 @@ def export(source: Path, folder: Path, options: Options) -> list[Path]:
     Raises:
         UserError: if the folder has no experts, or the domain is not one of them.
     """
-    config = read_config(Path(source))
+    config = read_model_config(Path(source))
     if config.get("untie", "none") == "none":
         raise UserError(f"{source}: is one dense model and has no experts")
     domains = list(config["domains"])
@@ -28,4 +28,4 @@ def export(source: Path, folder: Path, options: Options) -> list[Path]:
             f"--domains: name one expert of {source}, not {' '.join(options.domains) or 'none'}; "
             f"there are {', '.join(domains)}"
         )
-    return write_dense(Path(source), options.domains[0], folder, _SKIPPED)
+    return write_dense_model(Path(source), options.domains[0], folder, _SKIPPED)

@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megamod.convert import NO_OPTIONS, Converted, Options
+from megamod.convert import NO_OPTIONS, ConvertedModel, Options
 from megamod.convert.reading import Checkpoint, read_checkpoint
-from megamod.dist.scope import MARK, domain_of_name
+from megamod.dist.scope import EXPERTS_COMPONENT, parse_expert_domain
 from megamod.errors import UserError
 from megamod.files import write_json
-from megamod.states.weights import expert_state, read_weights, write_tensors
+from megamod.states.weights import extract_expert_weights, read_weights, write_tensors
 
 _OUTSIDE = {
     "embed_tokens.weight": "embeddings.tokens.weight",
@@ -52,7 +52,7 @@ _STEMS = ("checkpoint_last", "checkpoint_best")
 _ENDINGS = (".pt", ".safetensors")
 
 
-def key_map(layers: int) -> dict[str, str]:
+def build_key_map(layers: int) -> dict[str, str]:
     """fairseq's key of every tensor of a dense model -> ours."""
     names = {f"decoder.{theirs}": f"model.{ours}" for theirs, ours in _OUTSIDE.items()}
     for layer in range(layers):
@@ -63,7 +63,7 @@ def key_map(layers: int) -> dict[str, str]:
     return names
 
 
-def convert(source: Path, options: Options) -> Converted:
+def convert(source: Path, options: Options) -> ConvertedModel:
     """Read a checkpoint and give its tensors our names, in the dtype they are stored in.
 
     Args:
@@ -75,29 +75,29 @@ def convert(source: Path, options: Options) -> Converted:
             differ; for settings that the model does not have.
     """
     source = Path(source)
-    shared_file = _shared_file(source)
+    shared_file = _find_shared_file(source)
     if shared_file is None:
-        file = _dense_file(source)
+        file = _find_dense_file(source)
         shared, ranks = read_checkpoint(file), []
         folder = file.parent
     else:
         shared, folder = read_checkpoint(shared_file), shared_file.parent
-        ranks = [read_checkpoint(file) for file in _rank_files(shared_file)]
+        ranks = [read_checkpoint(file) for file in _find_rank_files(shared_file)]
         file = shared_file
-    settings = _settings(folder, shared)
+    settings = _read_settings(folder, shared)
     _check_settings(settings, file)
     # After adapting the feed-forwards of a DEMix model, fairseq has everything in the shared file.
     apart = any(rank.tensors for rank in ranks)
     domains = options.domains or tuple(settings.get("domains", ()))
-    experts = _experts(ranks, domains, shared_file) if apart else {}
+    experts = _collect_experts(ranks, domains, shared_file) if apart else {}
     any_expert = next(iter(experts.values()), {})
     if both := sorted(any_expert.keys() & shared.tensors.keys()):
         raise UserError(f"{file}: {both[0]} is also in the rank files")
     dense = shared.tensors | any_expert
-    layers, config = _shape(dense, settings, options, file)
-    names = key_map(layers)
-    _check(dense, names, config, file)
-    untie = _untie(any_expert, layers, file) if apart else "none"
+    layers, config = _detect_shape(dense, settings, options, file)
+    names = build_key_map(layers)
+    _check_tensors(dense, names, config, file)
+    untie = _detect_untie(any_expert, layers, file) if apart else "none"
 
     dropped, missing = {}, {}
     if _VERSION in dense:
@@ -108,9 +108,9 @@ def convert(source: Path, options: Options) -> Converted:
         missing[_OUTPUT] = f"tied to {_TOKENS}"
     state = {names[key]: t for key, t in shared.tensors.items() if key in names}
     for domain, tensors in experts.items():
-        state |= {_expert_name(names[key], domain): tensor for key, tensor in tensors.items()}
+        state |= {_insert_domain(names[key], domain): tensor for key, tensor in tensors.items()}
     used = [key for key in dense if key in names]
-    return Converted(
+    return ConvertedModel(
         {**config, "domains": list(domains), "untie": untie}, state, used, dropped, missing
     )
 
@@ -140,18 +140,22 @@ def export(source: Path, folder: Path, options: Options = NO_OPTIONS) -> list[Pa
             f"{source}: untie is {untie!r}; rank files of fairseq hold feed-forwards only"
         )
     state = read_weights(source)
-    keys = {ours: key for key, ours in key_map(layers).items()}
+    keys = {ours: key for key, ours in build_key_map(layers).items()}
     files: dict[str, dict[str, Tensor]] = {}
     if untie == "none":
-        files["model.safetensors"] = _renamed(state, keys, source)
+        files["model.safetensors"] = _rename_to_fairseq(state, keys, source)
     else:
-        held = {name: t for name, t in state.items() if domain_of_name(name) is None}
-        files["checkpoint_last-shared.safetensors"] = _renamed(held, keys, source)
+        held = {name: t for name, t in state.items() if parse_expert_domain(name) is None}
+        files["checkpoint_last-shared.safetensors"] = _rename_to_fairseq(held, keys, source)
         for rank, domain in enumerate(domains):
             expert = {
-                name: t for name, t in expert_state(state, domain).items() if name not in held
+                name: t
+                for name, t in extract_expert_weights(state, domain).items()
+                if name not in held
             }
-            files[f"checkpoint_last-rank-{rank}.safetensors"] = _renamed(expert, keys, source)
+            files[f"checkpoint_last-rank-{rank}.safetensors"] = _rename_to_fairseq(
+                expert, keys, source
+            )
     for name, tensors in files.items():
         write_tensors(folder / name, tensors, {"format": "pt"})
     settings = {**_SETTINGS, "decoder_attention_heads": heads, "domains": domains}
@@ -159,7 +163,7 @@ def export(source: Path, folder: Path, options: Options = NO_OPTIONS) -> list[Pa
     return [*(folder / name for name in files), folder / "config.json"]
 
 
-def _renamed(
+def _rename_to_fairseq(
     state: Mapping[str, Tensor], keys: Mapping[str, str], source: Path
 ) -> dict[str, Tensor]:
     unknown = sorted(name for name in state if name not in keys)
@@ -168,11 +172,11 @@ def _renamed(
     return {keys[name]: tensor for name, tensor in state.items()}
 
 
-def _expert_name(name: str, domain: str) -> str:
-    return name.replace(".feed_forward.", f".feed_forward.{MARK}.{domain}.", 1)
+def _insert_domain(name: str, domain: str) -> str:
+    return name.replace(".feed_forward.", f".feed_forward.{EXPERTS_COMPONENT}.{domain}.", 1)
 
 
-def _shared_file(source: Path) -> Path | None:
+def _find_shared_file(source: Path) -> Path | None:
     """The shared file of a DEMix checkpoint, None if the source is not one."""
     if source.is_file():
         return source if source.stem.endswith("-shared") else None
@@ -189,7 +193,7 @@ def _shared_file(source: Path) -> Path | None:
     return next(iter(files.values()), None)
 
 
-def _rank_files(shared_file: Path) -> list[Path]:
+def _find_rank_files(shared_file: Path) -> list[Path]:
     stem, ending = shared_file.stem.removesuffix("-shared"), shared_file.suffix
     files = {}
     for file in shared_file.parent.glob(f"{stem}-rank-*{ending}"):
@@ -203,7 +207,7 @@ def _rank_files(shared_file: Path) -> list[Path]:
     return [files[rank] for rank in range(len(files))]
 
 
-def _dense_file(source: Path) -> Path:
+def _find_dense_file(source: Path) -> Path:
     if source.is_file():
         return source
     expected = [*_DENSE_FILES, *(stem + ending for stem in _STEMS for ending in _ENDINGS)]
@@ -218,7 +222,7 @@ def _dense_file(source: Path) -> Path:
     return files[0]
 
 
-def _settings(folder: Path, checkpoint: Checkpoint) -> dict[str, object]:
+def _read_settings(folder: Path, checkpoint: Checkpoint) -> dict[str, object]:
     """Settings of config.json in the folder, then of the checkpoint: cfg.model, else args."""
     in_folder: object = {}
     if (folder / "config.json").exists():
@@ -247,7 +251,7 @@ def _check_settings(settings: Mapping[str, object], file: Path) -> None:
             )
 
 
-def _experts(
+def _collect_experts(
     ranks: Sequence[Checkpoint], domains: Sequence[str], shared_file: Path
 ) -> dict[str, dict[str, Tensor]]:
     """Tensors of each domain's expert, from the first of its ranks; all of them are compared."""
@@ -279,7 +283,7 @@ def _experts(
     return experts
 
 
-def _shape(
+def _detect_shape(
     dense: Mapping[str, Tensor], settings: Mapping[str, object], options: Options, file: Path
 ) -> tuple[int, dict[str, object]]:
     """Number of layers and the fields of the configuration, from the shapes of the weights."""
@@ -312,7 +316,7 @@ def _shape(
     }
 
 
-def _check(
+def _check_tensors(
     dense: Mapping[str, Tensor], names: Mapping[str, str], config: Mapping[str, object], file: Path
 ) -> None:
     """Check that the tensors are exactly the expected ones, in their shapes."""
@@ -320,7 +324,7 @@ def _check(
         raise UserError(f"{file}: {unexpected[0]} is unexpected (of {len(unexpected)} such keys)")
     if missing := sorted(names.keys() - dense.keys()):
         raise UserError(f"{file}: {missing[0]} is missing (of {len(missing)} such keys)")
-    for key, expected in _shapes(names, config):
+    for key, expected in _list_expected_shapes(names, config):
         if tuple(dense[key].shape) != expected:
             raise UserError(f"{file}: {key} has shape {tuple(dense[key].shape)}, not {expected}")
         if not dense[key].is_floating_point():
@@ -329,7 +333,7 @@ def _check(
         raise UserError(f"{file}: {_OUTPUT} differs from {_TOKENS}, to which it should be tied")
 
 
-def _shapes(
+def _list_expected_shapes(
     names: Mapping[str, str], config: Mapping[str, object]
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
     width, inner = config["hidden_size"], config["intermediate_size"]
@@ -346,7 +350,7 @@ def _shapes(
             yield key, square[:1] if vector else square
 
 
-def _untie(expert: Mapping[str, Tensor], layers: int, file: Path) -> str:
+def _detect_untie(expert: Mapping[str, Tensor], layers: int, file: Path) -> str:
     """Layers whose feed-forwards the rank files hold."""
     kinds = {
         "feedforward": range(layers),

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from megamod.convert import NO_OPTIONS, Converted, Options
-from megamod.convert.datamux import original_class
-from megamod.convert.reading import read_checkpoint, weight_file
+from megamod.convert import NO_OPTIONS, ConvertedModel, Options
+from megamod.convert.datamux import find_original_class
+from megamod.convert.reading import find_weight_file, read_checkpoint
 from megamod.errors import UserError
 from megamod.models.pretrained import MAX_FOREIGN
 
@@ -28,7 +28,7 @@ _TIED = "cls.predictions.decoder.weight"
 _TWINS = {_TIED: _WORDS, "cls.predictions.decoder.bias": "cls.predictions.bias"}
 
 
-def convert(source: Path, options: Options = NO_OPTIONS) -> Converted:
+def convert(source: Path, options: Options = NO_OPTIONS) -> ConvertedModel:
     """Read a checkpoint and rename its tensors to current names.
 
     Args:
@@ -37,7 +37,7 @@ def convert(source: Path, options: Options = NO_OPTIONS) -> Converted:
         UserError: if it is no BERT, has parts that no BERT has, or word embeddings of another
             shape than config.json says.
     """
-    file = weight_file(Path(source))
+    file = find_weight_file(Path(source))
     path = file.parent / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -47,17 +47,17 @@ def convert(source: Path, options: Options = NO_OPTIONS) -> Converted:
         raise UserError(f"{path}: cannot be read as that of a BERT: {error!r}") from error
     if kind != "bert":
         raise UserError(f"{path}: model_type is {kind!r}, not 'bert'")
-    if original := original_class(config):
+    if original := find_original_class(config):
         raise UserError(f"{path}: names the class {original}; use --format datamux")
     stored = read_checkpoint(file).tensors
     state, used, dropped, foreign = {}, [], {}, []
     for key, tensor in stored.items():
-        name = _name(key)
+        name = _normalise_name(key)
         if name.endswith("position_ids"):
             dropped[key] = "counts from 0"
         elif name.startswith("cls.seq_relationship."):
             dropped[key] = "head of next-sentence prediction"
-        elif _is_stock(name):
+        elif _is_bert_tensor(name):
             state[name] = tensor
             used.append(key)
         else:
@@ -76,28 +76,30 @@ def convert(source: Path, options: Options = NO_OPTIONS) -> Converted:
         twin = state.get(name)
         if twin is not None and source_of in state and torch.equal(twin, state[source_of]):
             del state[name]
-            key = next(key for key in used if _name(key) == name)
+            key = next(key for key in used if _normalise_name(key) == name)
             used.remove(key)
             dropped[key] = f"the same as {source_of}"
     fields = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
-    return Converted({**fields, "model_type": "bert", **_head(state, config)}, state, used, dropped)
+    return ConvertedModel(
+        {**fields, "model_type": "bert", **_describe_head(state, config)}, state, used, dropped
+    )
 
 
-def _is_stock(name: str) -> bool:
+def _is_bert_tensor(name: str) -> bool:
     """True for a tensor of BERT's encoder or of one of its heads."""
     if name.startswith(("cls.predictions.", "classifier.")):
         return True
     return re.fullmatch(_ENCODER, name) is not None
 
 
-def _name(key: str) -> str:
+def _normalise_name(key: str) -> str:
     name = key.removeprefix("module.")
     for old, new in _OLD.items():
         name = name.replace(old, new)
     return f"bert.{name}" if name.startswith(_INSIDE) else name
 
 
-def _head(state: dict[str, torch.Tensor], config: dict[str, object]) -> dict[str, object]:
+def _describe_head(state: dict[str, torch.Tensor], config: dict[str, object]) -> dict[str, object]:
     """Fields of config.json that describe the head in the weights."""
     if "classifier.weight" in state:
         count = len(state["classifier.weight"])

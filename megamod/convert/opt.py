@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from megamod.convert import NO_OPTIONS, Options
-from megamod.dist.scope import domain_of_name
+from megamod.dist.scope import parse_expert_domain
 from megamod.errors import UserError
 from megamod.files import write_json
-from megamod.states.weights import DENSE_FILE, expert_state, read_weights, write_tensors
+from megamod.states.weights import DENSE_FILE, extract_expert_weights, read_weights, write_tensors
 
 _OUTSIDE = {
     "model.embeddings.positions.weight": "model.decoder.embed_positions.weight",
@@ -52,7 +52,7 @@ def export(source: Path, folder: Path, options: Options = NO_OPTIONS) -> list[Pa
             OPT cannot have its arithmetic.
     """
     config = _read_config(source)
-    state = _one_model(read_weights(source), config["untie"], options.domains, source)
+    state = _select_dense_weights(read_weights(source), config["untie"], options.domains, source)
     layers = config["num_hidden_layers"]
     names = {**_OUTSIDE}
     for layer in range(layers):
@@ -67,9 +67,9 @@ def export(source: Path, folder: Path, options: Options = NO_OPTIONS) -> list[Pa
         raise UserError(f"{source}: {differing[0]} is {problem} in a language model")
     tensors = {names[name]: state[name] for name in names}
     tensors["lm_head.weight"] = state.get(_OUTPUT, state[_TOKENS])
-    tensors["model.decoder.embed_tokens.weight"] = _scaled(state[_TOKENS], source)
+    tensors["model.decoder.embed_tokens.weight"] = _scale_embeddings(state[_TOKENS], source)
     write_tensors(folder / DENSE_FILE, tensors, {"format": "pt"})
-    write_json(folder / "config.json", _opt_config(config, state[_TOKENS].dtype))
+    write_json(folder / "config.json", _make_opt_config(config, state[_TOKENS].dtype))
     return [folder / DENSE_FILE, folder / "config.json"]
 
 
@@ -90,7 +90,7 @@ def _read_config(source: Path) -> dict[str, object]:
     return config
 
 
-def _one_model(
+def _select_dense_weights(
     state: Mapping[str, Tensor], untie: str, domains: tuple[str, ...], source: Path
 ) -> Mapping[str, Tensor]:
     """The state of an ordinary dense model."""
@@ -98,15 +98,15 @@ def _one_model(
         if domains:
             raise UserError(f"--domains: {source} has no experts to choose from")
         return state
-    experts = ", ".join(sorted({d for name in state if (d := domain_of_name(name))}))
+    experts = ", ".join(sorted({d for name in state if (d := parse_expert_domain(name))}))
     if len(domains) != 1:
         raise UserError(
             f"--domains: name one of the experts of {source}, which are {experts}; OPT holds one"
         )
-    return expert_state(state, domains[0])
+    return extract_expert_weights(state, domains[0])
 
 
-def _scaled(tokens: Tensor, source: Path) -> Tensor:
+def _scale_embeddings(tokens: Tensor, source: Path) -> Tensor:
     """Embeddings with the factor that our model applies to them in each pass.
 
     Rounded to the dtype of the weights, as the product is there.
@@ -117,7 +117,7 @@ def _scaled(tokens: Tensor, source: Path) -> Tensor:
     return scaled
 
 
-def _opt_config(config: Mapping[str, object], dtype: torch.dtype) -> dict[str, object]:
+def _make_opt_config(config: Mapping[str, object], dtype: torch.dtype) -> dict[str, object]:
     return {
         "model_type": "opt",
         "architectures": ["OPTForCausalLM"],

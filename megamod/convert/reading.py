@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from megamod.errors import UserError, run
+from megamod.errors import UserError, run_main
 from megamod.files import write_json
 
 if TYPE_CHECKING:  # the child refuses a file before it spends seconds on loading torch
@@ -132,7 +132,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 def _read_shards(index: Path) -> Checkpoint:
     tensors: dict[str, Tensor] = {}
-    for shard in shards_of(index):
+    for shard in list_shards(index):
         tensors |= read_checkpoint(shard).tensors
     weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     if absent := sorted(weight_map.keys() - tensors.keys()):
@@ -140,7 +140,7 @@ def _read_shards(index: Path) -> Checkpoint:
     return Checkpoint(tensors, {})
 
 
-def shards_of(index: Path) -> list[Path]:
+def list_shards(index: Path) -> list[Path]:
     """The files of an index, in alphabetical order.
 
     Raises:
@@ -160,7 +160,7 @@ def shards_of(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def globals_in(path: Path) -> set[str]:
+def list_pickle_globals(path: Path) -> set[str]:
     """Full names that unpickling a `torch.save` file would look up; nothing is executed.
 
     "?" stands for a name that the pickle computes.
@@ -182,13 +182,13 @@ def globals_in(path: Path) -> set[str]:
                 listed: set[str] = set()
                 for name in names:
                     if name.endswith(".pkl"):
-                        listed |= set(_globals_of_pickle(io.BytesIO(archive.read(name))))
+                        listed |= set(_iterate_pickle_globals(io.BytesIO(archive.read(name))))
                 return listed
         with open(path, "rb") as file:
-            listed = set(_globals_of_pickle(file))
+            listed = set(_iterate_pickle_globals(file))
             with suppress(ValueError):  # a stream that ends early is left to torch to refuse
                 for _ in range(_LEGACY_PICKLES - 1):
-                    listed |= set(_globals_of_pickle(file))
+                    listed |= set(_iterate_pickle_globals(file))
             return listed
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError) as error:
         raise UserError(f"{path}: is not an archive of torch.save: {error}") from error
@@ -198,7 +198,7 @@ def globals_in(path: Path) -> set[str]:
         raise UserError(f"{path}: is not a pickle of torch.save: {error}") from error
 
 
-def _globals_of_pickle(file: BinaryIO) -> Iterator[str]:
+def _iterate_pickle_globals(file: BinaryIO) -> Iterator[str]:
     """Names in one pickle; the stream is left after its end."""
     strings: list[str] = []  # the last two strings that were pushed
     memo: dict[int, str] = {}
@@ -238,11 +238,11 @@ def _read_safetensors(path: Path) -> "dict[str, Tensor]":
         raise UserError(f"{path}: is not a whole safetensors file: {error}") from error
 
 
-def _child() -> None:
+def _run_child() -> None:
     """Read the pickle named first on the command line into the folder named second."""
     path, folder = Path(sys.argv[1]), Path(sys.argv[2])
-    _limit(path.stat().st_size)
-    listed = globals_in(path)
+    _limit_resources(path.stat().st_size)
+    listed = list_pickle_globals(path)
     refused = sorted(
         name for name in listed - {_NAMESPACE, *STAND_INS} if not _TENSORS.fullmatch(name)
     )
@@ -253,7 +253,7 @@ def _child() -> None:
             "tensors, plain values, argparse.Namespace and the containers of omegaconf; nothing "
             "was executed"
         )
-    tensors, settings = _load(path)
+    tensors, settings = _load_pickle(path)
 
     from safetensors.torch import save_file
 
@@ -261,7 +261,7 @@ def _child() -> None:
     write_json(folder / "settings.json", settings)
 
 
-def _limit(size: int) -> None:
+def _limit_resources(size: int) -> None:
     """Bound this process: a file cannot make it take much more than a multiple of its length."""
     gigabyte = 2**30
     seconds = 60 + size // (20 * 2**20)
@@ -276,12 +276,12 @@ def _limit(size: int) -> None:
         resource.setrlimit(kind, (limit, limit))
 
 
-def _load(path: Path) -> "tuple[dict[str, Tensor], dict[str, object]]":
+def _load_pickle(path: Path) -> "tuple[dict[str, Tensor], dict[str, object]]":
     import pickle  # for the name of its error; nothing is unpickled by it
 
     import torch
 
-    allowed = [(_StandIn.named(name), name) for name in STAND_INS]
+    allowed = [(_StandIn.make_type(name), name) for name in STAND_INS]
     try:
         with torch.serialization.safe_globals([argparse.Namespace, *allowed]):
             content = torch.load(
@@ -311,14 +311,14 @@ def _load(path: Path) -> "tuple[dict[str, Tensor], dict[str, object]]":
             raise UserError(f"{path}: {name!r} claims more elements than the file stores for it")
         tensors[str(name)] = value.detach().clone(memory_format=torch.contiguous_format)
     settings = {str(k): v for k, v in content.items() if k in ("cfg", "args", "config")}
-    return tensors, _plain(settings, 0)
+    return tensors, _to_json_value(settings, 0)
 
 
 class _StandIn:
     """Inert replacement of a type of omegaconf, fairseq or numpy; keeps its arguments and state."""
 
     @classmethod
-    def named(cls, name: str) -> type:
+    def make_type(cls, name: str) -> type:
         return type(name.rpartition(".")[2], (cls,), {})
 
     def __new__(cls, *arguments: object) -> "_StandIn":
@@ -333,7 +333,7 @@ class _StandIn:
         self.__dict__["state"] = state
 
 
-def _plain(value: object, depth: int) -> object:
+def _to_json_value(value: object, depth: int) -> object:
     """As JSON values; a type or tensor among the settings becomes null."""
     if depth > 20:
         return None
@@ -342,20 +342,24 @@ def _plain(value: object, depth: int) -> object:
     if isinstance(value, _StandIn):
         held = vars(value)
         if type(value).__name__ == "scalar":
-            return _number(*held["arguments"])
+            return _unpack_scalar(*held["arguments"])
         if "state" not in held:  # an enumeration: its value
-            return _plain(held["arguments"][0], depth + 1) if len(held["arguments"]) == 1 else None
+            return (
+                _to_json_value(held["arguments"][0], depth + 1)
+                if len(held["arguments"]) == 1
+                else None
+            )
         state = held["state"]
         inner = ("_content", "_val")
-        return next((_plain(state[k], depth + 1) for k in inner if k in state), None)
+        return next((_to_json_value(state[k], depth + 1) for k in inner if k in state), None)
     if isinstance(value, dict):
-        return {str(key): _plain(item, depth + 1) for key, item in value.items()}
+        return {str(key): _to_json_value(item, depth + 1) for key, item in value.items()}
     if isinstance(value, (list, tuple, set)):
-        return [_plain(item, depth + 1) for item in value]
+        return [_to_json_value(item, depth + 1) for item in value]
     return value if isinstance(value, (str, int, float, bool)) else None
 
 
-def _number(dtype: object, data: object) -> int | float | bool | None:
+def _unpack_scalar(dtype: object, data: object) -> int | float | bool | None:
     """Value of a numpy scalar, from the stand-in of its element type and its bytes."""
     fields = vars(dtype) if isinstance(dtype, _StandIn) else {}
     code, order = (fields.get("arguments") or ("",))[0], (fields.get("state") or (3, "<"))[1]
@@ -366,10 +370,10 @@ def _number(dtype: object, data: object) -> int | float | bool | None:
 
 
 if __name__ == "__main__":
-    run(_child)
+    run_main(_run_child)
 
 
-def weight_file(source: Path) -> Path:
+def find_weight_file(source: Path) -> Path:
     """The weights of a folder, the index of its shards, or the file itself.
 
     Raises:

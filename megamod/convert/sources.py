@@ -1,7 +1,7 @@
 """Resolve the model that a command names: check its kind, convert it where that is possible.
 
 The released checkpoints of MUX-PLM and DataMUX say `"model_type": "bert"`, so transformers loads a
-stock BERT from them and drops the multiplexer. Every command therefore asks `open_source` first.
+stock BERT from them and drops the multiplexer. Every command therefore asks `resolve_model` first.
 """
 
 import hashlib
@@ -18,11 +18,11 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 import megamod  # noqa: F401  (makes our configurations known)
 from megamod.convert import datamux
-from megamod.convert.reading import INDEX_FILES, shards_of, weight_file
-from megamod.convert.writing import write_model
+from megamod.convert.reading import INDEX_FILES, find_weight_file, list_shards
+from megamod.convert.writing import write_converted_model
 from megamod.errors import UserError
 from megamod.files import atomic_folder
-from megamod.models.auto import model_folder
+from megamod.models.auto import resolve_model_folder
 from megamod.states import weight_files
 from megamod.states.tokenizer_files import copy_tokenizer
 
@@ -33,19 +33,19 @@ FAIRSEQ = (".pt", ".pth")
 
 
 @dataclass(frozen=True)
-class Source:
+class ResolvedModel:
     """A checked model: its configuration, and the folder or hub name to load it from."""
 
     name: str
     config: PreTrainedConfig
 
 
-def open_source(
+def resolve_model(
     source: str,
     flag: str,
     accepts: Callable[[str], bool] = lambda model_type: True,
     needed: str = "",
-) -> Source:
+) -> ResolvedModel:
     """Check a model folder or hub name; convert a released checkpoint into the user's cache.
 
     Args:
@@ -57,21 +57,21 @@ def open_source(
             command says.
     """
     where = f"{flag} {source}"
-    fields = _fields(source, where)
-    original = datamux.original_class(fields)
+    fields = _read_config_fields(source, where)
+    original = datamux.find_original_class(fields)
     kind = datamux.ORIGINALS[original].model_type if original else fields.get("model_type")
     _check_fields(fields, kind, original, source, where)
     if not accepts(str(kind)):
         raise UserError(f"{where}: is a model of type {kind!r}{needed and '; needed is '}{needed}")
-    name = source if original is None else str(_converted(source, flag))
+    name = source if original is None else str(_convert_into_cache(source, flag))
     try:
-        return Source(name, AutoConfig.from_pretrained(name, trust_remote_code=False))
+        return ResolvedModel(name, AutoConfig.from_pretrained(name, trust_remote_code=False))
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{where}: config.json cannot be used: {reason}") from error
 
 
-def is_source(name: str) -> bool:
+def is_model_source(name: str) -> bool:
     """True for a folder with config.json and for a hub name, such as owner/model."""
     path = Path(name)
     return (path / "config.json").is_file() or (name.count("/") == 1 and not path.exists())
@@ -87,7 +87,7 @@ def has_weights(name: str) -> bool:
     return not path.is_dir() or weight_files.has_weights(path)
 
 
-def has_head(auto: type, model_type: str) -> bool:
+def has_auto_class(auto: type, model_type: str) -> bool:
     """True if an Auto class of transformers has a class for this model type."""
     try:
         return auto._model_mapping.get(CONFIG_MAPPING[model_type], None) is not None
@@ -95,13 +95,13 @@ def has_head(auto: type, model_type: str) -> bool:
         return False
 
 
-def _is_stock(kind: object) -> bool:
+def _is_stock_type(kind: object) -> bool:
     """True for a model type of transformers, or an unknown one; False for registered ones."""
     known = isinstance(kind, str) and kind in CONFIG_MAPPING
     return not known or CONFIG_MAPPING[kind].__module__.startswith("transformers.")
 
 
-def _fields(source: str, where: str) -> dict[str, object]:
+def _read_config_fields(source: str, where: str) -> dict[str, object]:
     """Fields of config.json, of a folder or from the hub."""
     path = Path(source)
     if path.suffix in FAIRSEQ or (path.is_dir() and not (path / "config.json").is_file()):
@@ -126,7 +126,7 @@ def _check_fields(
     fields: Mapping[str, object], kind: object, original: str | None, source: str, where: str
 ) -> None:
     """Refuse a configuration whose architecture is not what its model type says."""
-    if original is not None or not _is_stock(kind):
+    if original is not None or not _is_stock_type(kind):
         return
     if kind not in CONFIG_MAPPING:
         raise UserError(
@@ -154,12 +154,12 @@ def _check_fields(
         raise UserError(f"{where}: its weights are quantised; dequantise them first")
 
 
-def _converted(source: str, flag: str) -> Path:
+def _convert_into_cache(source: str, flag: str) -> Path:
     """The folder in the cache with the conversion of a released checkpoint."""
-    folder = model_folder(source, flag)
-    stored = weight_file(folder)
+    folder = resolve_model_folder(source, flag)
+    stored = find_weight_file(folder)
     files = [folder / "config.json", stored]
-    files += shards_of(stored) if stored.name in INDEX_FILES else []
+    files += list_shards(stored) if stored.name in INDEX_FILES else []
     stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     key = hashlib.sha256(json.dumps([FORMAT, stats]).encode()).hexdigest()[:24]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
@@ -170,7 +170,7 @@ def _converted(source: str, flag: str) -> Path:
     try:
         converted = datamux.convert(folder)
         with atomic_folder(target) as new:
-            write_model(converted, new, "float32")
+            write_converted_model(converted, new, "float32")
             copy_tokenizer(folder, new)
     except FileExistsError:  # another rank was faster
         return target

@@ -7,12 +7,12 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 import megamod  # noqa: F401  (makes our configurations known)
-from megamod.convert import Converted
+from megamod.convert import ConvertedModel
 from megamod.errors import UserError
 from megamod.states.weights import write_index, write_weights
 
 
-def write_model(converted: Converted, folder: Path, dtype: str) -> None:
+def write_converted_model(converted: ConvertedModel, folder: Path, dtype: str) -> None:
     """Write configuration and weights.
 
     Args:

@@ -33,10 +33,10 @@ class StepShape:
 
     def __post_init__(self):
         parts = {"ranks": self.ranks, "samples of a micro-batch": self.micro_batch}
-        check_divides(self.global_batch, parts)
+        check_global_batch_size(self.global_batch, parts)
 
     @property
-    def first(self) -> int:
+    def first_sample(self) -> int:
         """Number of this rank's first sample within a step."""
         return self.rank * (self.global_batch // self.ranks)
 
@@ -45,10 +45,10 @@ class StepShape:
         """Micro-batches of a rank in a step."""
         return self.global_batch // (self.ranks * self.micro_batch)
 
-    def samples(self, number: int) -> np.ndarray:
+    def sample_indices(self, number: int) -> np.ndarray:
         """Global sample numbers of this rank's micro-batch `number`: [micro_batch] int64."""
         step, turn = divmod(number, self.micro_steps)
-        start = step * self.global_batch + self.first + turn * self.micro_batch
+        start = step * self.global_batch + self.first_sample + turn * self.micro_batch
         return np.arange(start, start + self.micro_batch)
 
 
@@ -67,7 +67,7 @@ class StepBatches(Dataset):
         return self.shape.micro_steps
 
 
-def check_divides(global_batch: int, parts: Mapping[str, int]) -> None:
+def check_global_batch_size(global_batch: int, parts: Mapping[str, int]) -> None:
     """Check that the samples of a step are a multiple of the product of `parts`.
 
     Args:
@@ -86,7 +86,7 @@ def check_divides(global_batch: int, parts: Mapping[str, int]) -> None:
         )
 
 
-def check_instances(flag: str, rows: int, instances: int) -> None:
+def check_fills_instance_groups(flag: str, rows: int, instances: int) -> None:
     """Check that a batch of `rows` fills whole groups of `instances`.
 
     Raises:

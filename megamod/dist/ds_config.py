@@ -20,8 +20,8 @@ from megamod.dist.ds_keys import (
     REMOVED,
     REQUIRED,
     SCALARS,
-    known_keys,
-    models,
+    build_key_tree,
+    load_block_models,
 )
 from megamod.dist.scope import Sharing
 from megamod.errors import UserError
@@ -80,18 +80,18 @@ def resolve_ds_config(
             value, and for conflicts, all of them in one message.
     """
     name = path or BUILT_IN
-    config = _read(Path(path)) if path else {"zero_optimization": {"stage": "auto"}}
-    config = _without_nulls(config)
-    _check_keys(name, config, known_keys(), allow_unknown)
-    _check_usable(name, config)
+    config = _read_json(Path(path)) if path else {"zero_optimization": {"stage": "auto"}}
+    config = _remove_nulls(config)
+    _check_keys(name, config, build_key_tree(), allow_unknown)
+    _check_refused_keys(name, config)
     _check_scalars(name, config)
-    final = _merge(name, config, values, origins)
-    auto = [where for where, value in _leaves(config) if value == "auto"]
+    final = _merge_values(name, config, values, origins)
+    auto = [where for where, value in _iterate_leaves(config) if value == "auto"]
     auto = [where for where in auto if where not in OPTIONAL_AUTO]
     if auto:
         raise UserError(f'{name}: the run has no value for "auto" at {", ".join(auto)}')
     _check_optimizer(name, config.pop("optimizer", {}))
-    _check_blocks(name, config)
+    _check_block_types(name, config)
     config.pop(TOTAL, None)
     config.setdefault("zero_optimization", {}).setdefault("stage", 0)
     return ResolvedConfig(
@@ -101,7 +101,7 @@ def resolve_ds_config(
     )
 
 
-def check_sharing(config: dict[str, object], sharing: Sharing | str, world_size: int) -> None:
+def apply_sharing_rules(config: dict[str, object], sharing: Sharing | str, world_size: int) -> None:
     """Refuse settings that do not work with a sharing; set those it requires.
 
     Args:
@@ -132,7 +132,7 @@ def check_sharing(config: dict[str, object], sharing: Sharing | str, world_size:
             f"a model with experts (--untie {{feedforward, ...}}) cannot use ZeRO stage {stage}, "
             "with which DeepSpeed trains experts wrongly; use stage 1 or 2"
         )
-    if stage == 1 and half == ["bf16"] and _grad_accum_dtype(config) == "fp32":
+    if stage == 1 and half == ["bf16"] and _get_grad_accum_dtype(config) == "fp32":
         raise UserError(
             "bf16 with ZeRO stage 1 cannot accumulate gradients in fp32, because that state cannot "
             "be resharded; use stage 2, or remove data_types.grad_accum_dtype"
@@ -155,14 +155,14 @@ def check_sharing(config: dict[str, object], sharing: Sharing | str, world_size:
         config["use_data_before_expert_parallelism"] = True
 
 
-def offloaded_to(zero: Mapping[str, object], state: str) -> str:
+def get_offload_device(zero: Mapping[str, object], state: str) -> str:
     """Device to which `zero_optimization` offloads "optimizer" or "param": none, cpu or nvme."""
     return str((zero.get(f"offload_{state}") or {}).get("device", "none"))
 
 
 def _check_offload(zero: Mapping[str, object]) -> None:
     where = "zero_optimization.offload_"
-    optimizer, parameters = offloaded_to(zero, "optimizer"), offloaded_to(zero, "param")
+    optimizer, parameters = get_offload_device(zero, "optimizer"), get_offload_device(zero, "param")
     if optimizer != "none" and zero["stage"] == 0:
         raise UserError(f"{where}optimizer needs ZeRO stage 1, 2 or 3; the file has stage 0")
     if optimizer == "nvme" and zero["stage"] != 3:
@@ -180,7 +180,7 @@ def _check_offload(zero: Mapping[str, object]) -> None:
         raise UserError(f'{where}optimizer.nvme_path is missing: a folder, or "auto"')
 
 
-def _read(path: Path) -> dict[str, object]:
+def _read_json(path: Path) -> dict[str, object]:
     def without_doubles(pairs: list[tuple[str, object]]) -> dict[str, object]:
         names = [key for key, _ in pairs]
         doubled = next((key for key in names if names.count(key) > 1), None)
@@ -233,15 +233,15 @@ def _check_keys(name: str, block: dict, known: dict, allow_unknown: bool, parent
             raise UserError(f"{name}: {where} is a block, but it must be a single value")
 
 
-def _check_usable(name: str, config: dict) -> None:
+def _check_refused_keys(name: str, config: dict) -> None:
     for where, advice in REFUSED.items():
-        value = _get(config, where)
+        value = _get_key_path(config, where)
         if isinstance(value, dict) and value.get("enabled", value.get("device")) in (False, "none"):
             continue
         if value is not MISSING and value not in (False, {}):
             raise UserError(f"{name}: {where} cannot be used here: {advice}")
     for where, (needed, why) in REQUIRED.items():
-        value = _get(config, where)
+        value = _get_key_path(config, where)
         if value not in (MISSING, needed):
             raise UserError(f"{name}: {where} is {value!r}, but {why}")
 
@@ -262,7 +262,7 @@ def _check_scalars(name: str, config: dict) -> None:
             raise UserError(f"{name}: {key} is {value!r}; it must be a {kind.__name__}{least}")
 
 
-def _merge(
+def _merge_values(
     name: str, config: dict, values: Mapping[str, object], origins: Mapping[str, str]
 ) -> dict[str, object]:
     """Fill `config`; return the final values, which the run must use.
@@ -271,11 +271,11 @@ def _merge(
         UserError: listing every pair of values that disagree.
     """
     conflicts = []
-    batch = _settle_batch(name, config, values, origins, conflicts)
+    batch = _resolve_batch_sizes(name, config, values, origins, conflicts)
     merged = {**AUTO, **values, **batch}
     shared = [where for where in values if not where.startswith("zero_optimization.")]
     for where, value in merged.items():
-        theirs = _get(config, where)
+        theirs = _get_key_path(config, where)
         if where not in batch and theirs not in (MISSING, "auto"):
             origin = origins.get(where, "default")
             if origin != "default" and theirs != value:
@@ -283,7 +283,7 @@ def _merge(
             if where in values:
                 merged[where] = theirs
         elif theirs == "auto" or (where in shared and value is not False):
-            _set(config, where, value)
+            _set_key_path(config, where, value)
     if conflicts:
         raise UserError(
             f'{name} and the run disagree; change one of each pair, or write "auto" in the file: '
@@ -293,10 +293,10 @@ def _merge(
     for key, value in config.get("optimizer", {}).get("params", {}).items():
         if key != "torch_adam":  # the run chooses the class of AdamW
             final[f"optimizer.params.{key}"] = value
-    return final | {f"{kind}.enabled": _get(config, f"{kind}.enabled") is True for kind in HALF}
+    return final | {f"{kind}.enabled": _get_key_path(config, f"{kind}.enabled") is True for kind in HALF}
 
 
-def _settle_batch(
+def _resolve_batch_sizes(
     name: str,
     config: Mapping[str, object],
     values: Mapping[str, object],
@@ -350,14 +350,14 @@ def _check_optimizer(name: str, block: dict) -> None:
             )
 
 
-def _check_blocks(name: str, config: dict) -> None:
+def _check_block_types(name: str, config: dict) -> None:
     exact = {"zero_optimization.stage": int, "bf16.enabled": bool, "fp16.enabled": bool}
     for where, kind in exact.items():
-        value = _get(config, where)
+        value = _get_key_path(config, where)
         if value is not MISSING and type(value) is not kind:
             raise UserError(f"{name}: {where} is {value!r}; it must be a {kind.__name__}")
-    for where, model in models().items():
-        block = _get(config, where)
+    for where, model in load_block_models().items():
+        block = _get_key_path(config, where)
         if block is MISSING:
             continue
         try:
@@ -370,25 +370,25 @@ def _check_blocks(name: str, config: dict) -> None:
             raise UserError(f"{name}: {where}: {error}") from error
 
 
-def _without_nulls(value: object) -> object:
+def _remove_nulls(value: object) -> object:
     """Remove keys whose value is null, which means that they are not set."""
     if isinstance(value, dict):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+        return {key: _remove_nulls(inner) for key, inner in value.items() if inner is not None}
     return value
 
 
-def _leaves(value: object, where: str = "") -> Iterator[tuple[str, object]]:
+def _iterate_leaves(value: object, where: str = "") -> Iterator[tuple[str, object]]:
     if isinstance(value, dict):
         for key, inner in value.items():
-            yield from _leaves(inner, f"{where}.{key}" if where else key)
+            yield from _iterate_leaves(inner, f"{where}.{key}" if where else key)
     elif isinstance(value, list):
         for index, inner in enumerate(value):
-            yield from _leaves(inner, f"{where}[{index}]")
+            yield from _iterate_leaves(inner, f"{where}[{index}]")
     else:
         yield where, value
 
 
-def _get(config: Mapping, where: str) -> object:
+def _get_key_path(config: Mapping, where: str) -> object:
     for key in where.split("."):
         if not isinstance(config, Mapping) or key not in config:
             return MISSING
@@ -396,12 +396,12 @@ def _get(config: Mapping, where: str) -> object:
     return config
 
 
-def _set(config: dict, where: str, value: object) -> None:
+def _set_key_path(config: dict, where: str, value: object) -> None:
     *parents, key = where.split(".")
     for parent in parents:
         config = config.setdefault(parent, {})
     config[key] = value
 
 
-def _grad_accum_dtype(config: Mapping) -> object:
+def _get_grad_accum_dtype(config: Mapping) -> object:
     return (config.get("data_types") or {}).get("grad_accum_dtype")

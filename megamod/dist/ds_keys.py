@@ -154,7 +154,7 @@ OPTIONAL_AUTO = {"data_types.keep_in_fp32_modules"}
 """Keys of which DeepSpeed itself accepts "auto"."""
 
 
-def models() -> dict[str, type[BaseModel]]:
+def load_block_models() -> dict[str, type[BaseModel]]:
     """DeepSpeed's pydantic model of each block that has one."""
     from deepspeed.comm.config import CommsLoggerConfig
     from deepspeed.compile.config import CompileConfig
@@ -179,29 +179,29 @@ def models() -> dict[str, type[BaseModel]]:
     }
 
 
-def known_keys() -> dict[str, object]:
+def build_key_tree() -> dict[str, object]:
     """Tree of all keys: None for a value, a dictionary for a block, `ANY` for any block."""
     tree: dict[str, object] = dict.fromkeys(SCALARS) | BLOCKS | {"timers": {}}
-    for path, model in models().items():
+    for path, model in load_block_models().items():
         *parents, name = path.split(".")
         block = tree
         for parent in parents:
             block = block[parent]
-        block[name] = _fields(model)
+        block[name] = _list_model_fields(model)
     return tree
 
 
-def _fields(model: type[BaseModel]) -> dict[str, object]:
+def _list_model_fields(model: type[BaseModel]) -> dict[str, object]:
     keys: dict[str, object] = {}
     for name, info in model.model_fields.items():
-        inner = next(_models_in(info.annotation), None)
+        inner = next(_find_models(info.annotation), None)
         for spelling in {name, info.alias or name}:
-            keys[spelling] = _fields(inner) if inner else None
+            keys[spelling] = _list_model_fields(inner) if inner else None
     return keys
 
 
-def _models_in(annotation: object) -> Iterator[type[BaseModel]]:
+def _find_models(annotation: object) -> Iterator[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for part in getattr(annotation, "__args__", ()):
-        yield from _models_in(part)
+        yield from _find_models(part)

@@ -31,12 +31,12 @@ class Host:
     slots: tuple[int, ...]
 
 
-Place = tuple[Host, ...]
+HostSlots = tuple[Host, ...]
 """Slots of several machines; ranks are numbered in this order."""
 
 
 @dataclass(frozen=True)
-class Checked:
+class HostfileReport:
     """A hostfile without faults.
 
     Attributes:
@@ -45,11 +45,11 @@ class Checked:
         experts: ranks of each expert, by its number; None without experts.
     """
 
-    hosts: Place
-    seconds: tuple[float | None, ...]
+    hosts: HostSlots
+    ssh_seconds: tuple[float | None, ...]
     experts: dict[str, range] | None
 
-    def notes(self) -> list[str]:
+    def list_launcher_limits(self) -> list[str]:
         """Limits of the launcher that concern names in the file, a line each."""
         names = [host.name for host in self.hosts]
         notes = []
@@ -65,17 +65,17 @@ class Checked:
             )
         return notes
 
-    def table(self) -> str:
+    def format_hosts(self) -> str:
         """Table of machines with slots, time of the login by ssh, ranks and experts."""
         rows = [["host", "slots", "ssh", "ranks"] + ["experts"] * (self.experts is not None)]
         ends = list(accumulate(len(host.slots) for host in self.hosts))
-        for host, seconds, end in zip(self.hosts, self.seconds, ends, strict=True):
+        for host, seconds, end in zip(self.hosts, self.ssh_seconds, ends, strict=True):
             here = range(end - len(host.slots), end)
             ssh = "not tried" if seconds is None else f"{seconds:.2f} s"
-            rows.append([host.name, str(len(here)), ssh, spell(here)])
+            rows.append([host.name, str(len(here)), ssh, format_range(here)])
             if self.experts is not None:
                 held = [int(e) for e, ranks in self.experts.items() if set(ranks) & set(here)]
-                rows[-1].append(spell(range(held[0], held[-1] + 1)))
+                rows[-1].append(format_range(range(held[0], held[-1] + 1)))
         return format_table(rows)
 
 
@@ -96,7 +96,7 @@ class HostfileFaults(UserError):
 
 
 @dataclass(frozen=True)
-class _Line:
+class _HostLine:
     """A line that names a machine; 0 slots if these are wrong."""
 
     number: int
@@ -104,7 +104,7 @@ class _Line:
     slots: int
 
 
-def read_hostfile(path: str | Path, *, selectable: bool = False) -> Place:
+def read_hostfile(path: str | Path, *, selectable: bool = False) -> HostSlots:
     """Read a hostfile: lines of `NAME slots=N`, and comments.
 
     Args:
@@ -124,7 +124,7 @@ def read_hostfile(path: str | Path, *, selectable: bool = False) -> Place:
 
 def check_hostfile(
     path: str | Path, *, experts: int | None = None, ssh: bool = False, port: int | None = None
-) -> Checked:
+) -> HostfileReport:
     """Read a hostfile and check it for a job on all its slots.
 
     Args:
@@ -138,27 +138,27 @@ def check_hostfile(
         content = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"hostfile {path}: cannot be read: {error.strerror}") from error
-    lines, faults = _read(content)
+    lines, faults = _parse_lines(content)
     groups = None
     if lines and not faults and experts is not None:
-        groups, faults = _place_experts(lines, experts)
+        groups, faults = _assign_expert_ranks(lines, experts)
     seconds: list[float | None] = [None] * len(lines)
     if ssh:
         # The logins wait for the network, but the exchange of keys takes processor time here.
         with ThreadPoolExecutor(min(64, max(1, len(lines)))) as pool:
-            answers = list(pool.map(lambda line: _log_in(line.name, port), lines))
+            answers = list(pool.map(lambda line: _probe_ssh(line.name, port), lines))
         seconds = [time_ for time_, _ in answers]
         faults += [
             (line.number, f"{line.name}: {fault}")
             for line, (_, fault) in zip(lines, answers, strict=True)
             if fault
         ]
-    _refuse(path, sorted(faults))
+    _raise_faults(path, sorted(faults))
     hosts = tuple(Host(line.name, tuple(range(line.slots))) for line in lines)
-    return Checked(hosts, tuple(seconds), groups)
+    return HostfileReport(hosts, tuple(seconds), groups)
 
 
-def split_groups(hosts: Sequence[str], groups: Mapping[str, range]) -> dict[str, list[str]]:
+def find_split_groups(hosts: Sequence[str], groups: Mapping[str, range]) -> dict[str, list[str]]:
     """Groups of ranks on several machines, though one of these has enough ranks for the group.
 
     Args:
@@ -176,19 +176,19 @@ def split_groups(hosts: Sequence[str], groups: Mapping[str, range]) -> dict[str,
     }
 
 
-def spell(numbers: range) -> str:
+def format_range(numbers: range) -> str:
     """`3` or `3-7`."""
     return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
 
 
-def _read(content: bytes) -> tuple[list[_Line], list[tuple[int, str]]]:
+def _parse_lines(content: bytes) -> tuple[list[_HostLine], list[tuple[int, str]]]:
     """Parse all lines: those that name machines, each once, and faults with their line numbers."""
-    lines: dict[str, _Line] = {}
+    lines: dict[str, _HostLine] = {}
     faults: list[tuple[int, str]] = []
     for number, raw in enumerate(content.split(b"\n"), start=1):
-        line, of_line = _read_line(raw, number)
+        line, of_line = _parse_line(raw, number)
         if line is not None:
-            first = lines.setdefault(_machine(line.name), line)
+            first = lines.setdefault(_normalise_machine_name(line.name), line)
             if first is not line:
                 of_line.append(f"{line.name!r} appears again, first in line {first.number}")
         faults += [(number, fault) for fault in of_line]
@@ -197,7 +197,7 @@ def _read(content: bytes) -> tuple[list[_Line], list[tuple[int, str]]]:
     return list(lines.values()), faults
 
 
-def _read_line(raw: bytes, number: int) -> tuple[_Line | None, list[str]]:
+def _parse_line(raw: bytes, number: int) -> tuple[_HostLine | None, list[str]]:
     """Parse a line: the machine that it names, if any, and its faults."""
     faults = []
     if number == 1 and raw.startswith(b"\xef\xbb\xbf"):
@@ -227,7 +227,7 @@ def _read_line(raw: bytes, number: int) -> tuple[_Line | None, list[str]]:
     if not _is_reachable_name(name):
         allowed = "letters, digits, dots, _ and -, or USER@NAME, or an IPv6 address without brackets"
         return None, [*faults, f"{name!r} is no host name: {allowed}"]
-    return _Line(number, name, int(right[1]) if right else 0), faults
+    return _HostLine(number, name, int(right[1]) if right else 0), faults
 
 
 def _is_reachable_name(name: str) -> bool:
@@ -235,10 +235,10 @@ def _is_reachable_name(name: str) -> bool:
     user, _, host = name.rpartition("@")
     if "@" in name and not NAME.fullmatch(user):
         return False
-    return bool(NAME.fullmatch(host)) or _ipv6(host) is not None
+    return bool(NAME.fullmatch(host)) or _normalise_ipv6(host) is not None
 
 
-def _ipv6(host: str) -> str | None:
+def _normalise_ipv6(host: str) -> str | None:
     """Short form of an IPv6 address; None for other text."""
     try:
         return str(ipaddress.IPv6Address(host))
@@ -246,14 +246,14 @@ def _ipv6(host: str) -> str | None:
         return None
 
 
-def _machine(name: str) -> str:
+def _normalise_machine_name(name: str) -> str:
     """Key of the machine: equal for all users and all forms of its address."""
     host = name.rpartition("@")[2]
-    return _ipv6(host) or host.lower()
+    return _normalise_ipv6(host) or host.lower()
 
 
-def _place_experts(
-    lines: Sequence[_Line], experts: int
+def _assign_expert_ranks(
+    lines: Sequence[_HostLine], experts: int
 ) -> tuple[dict[str, range] | None, list[tuple[int, str]]]:
     """Ranks of each expert, as in `DomainTopology`, and faults of the placement."""
     machines = [line.name for line in lines for _ in range(line.slots)]
@@ -268,16 +268,16 @@ def _place_experts(
     groups = {str(e): range(e // held * size, e // held * size + size) for e in range(experts)}
     numbers = {line.name: line.number for line in lines}
     faults = []
-    for name, split in split_groups(machines, groups).items():
+    for name, split in find_split_groups(machines, groups).items():
         fault = (
-            f"expert {name} has ranks {spell(groups[name])}, on {' and '.join(split)}, where one "
+            f"expert {name} has ranks {format_range(groups[name])}, on {' and '.join(split)}, where one "
             f"machine could hold all; give slots in multiples of {size}"
         )
         faults.append((numbers[split[0]], fault))
     return groups, faults
 
 
-def _refuse(path: str | Path, faults: Sequence[tuple[int, str]]) -> None:
+def _raise_faults(path: str | Path, faults: Sequence[tuple[int, str]]) -> None:
     """Raise an error for faults with their lines, 0 for the whole file, if there are any."""
     listed = [f"line {number}: {fault}" if number else fault for number, fault in faults]
     if len(listed) == 1:
@@ -286,7 +286,7 @@ def _refuse(path: str | Path, faults: Sequence[tuple[int, str]]) -> None:
         raise HostfileFaults(path, listed)
 
 
-def _log_in(name: str, port: int | None) -> tuple[float, str]:
+def _probe_ssh(name: str, port: int | None) -> tuple[float, str]:
     """Log in by ssh; return the seconds it took and its fault, "" without one."""
     command = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={SSH_SECONDS}"]
     command += [] if port is None else ["-p", str(port)]

@@ -13,11 +13,11 @@ from datetime import timedelta
 import torch
 import torch.distributed
 
-from megamod.errors import PeerError, UserError, can_be_mended, is_distributed_failure
+from megamod.errors import PeerError, UserError, is_user_fixable, is_distributed_failure
 
 
 @dataclass(frozen=True)
-class _Starter:
+class _ProcessStarter:
     """A program that starts ranks.
 
     Attributes:
@@ -27,26 +27,26 @@ class _Starter:
 
     name: str
     sign: str
-    rank: str
+    get_rank: str
     world: str
     local: str
 
 
-_OWN = _Starter("the launcher", "RANK", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+_OWN = _ProcessStarter("the launcher", "RANK", "RANK", "WORLD_SIZE", "LOCAL_RANK")
 _MPI = (
-    _Starter(
+    _ProcessStarter(
         "Open MPI",
         *("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
         "OMPI_COMM_WORLD_LOCAL_RANK",
     ),
-    _Starter("MPICH", "MPI_LOCALRANKID", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    _ProcessStarter("MPICH", "MPI_LOCALRANKID", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
 )
-_SLURM = _Starter("srun", "SLURM_PROCID", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+_SLURM = _ProcessStarter("srun", "SLURM_PROCID", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
 _RENUMBERING = ("TORCHELASTIC_RUN_ID", "CROSS_RANK")
 """Set by torchrun and DeepSpeed, which may start several ranks in one task of srun or mpirun."""
 
 
-def adopt_rank() -> None:
+def set_rank_variables() -> None:
     """Set RANK, WORLD_SIZE and LOCAL_RANK from the variables of srun or mpirun.
 
     Variables of torchrun or DeepSpeed take precedence, because these may run inside tasks of the
@@ -56,11 +56,11 @@ def adopt_rank() -> None:
     Raises:
         UserError: for variables that are incomplete, not numbers, or contradict each other.
     """
-    numbers_of_launcher = _numbers(_OWN)
+    numbers_of_launcher = _read_rank_numbers(_OWN)
     # A batch script also has the variables of task 0; only processes of srun have a step.
     in_script = "SLURM_JOB_ID" in os.environ and "SLURM_STEP_ID" not in os.environ
     starters = (*_MPI, *(() if in_script else (_SLURM,)))
-    active = [(starter, _numbers(starter)) for starter in starters]
+    active = [(starter, _read_rank_numbers(starter)) for starter in starters]
     active = [(starter, numbers) for starter, numbers in active if numbers and numbers[1] > 1]
     if not active:
         return
@@ -83,7 +83,7 @@ def adopt_rank() -> None:
         )
 
 
-def _numbers(starter: _Starter) -> tuple[int, int, int] | None:
+def _read_rank_numbers(starter: _ProcessStarter) -> tuple[int, int, int] | None:
     """Rank, world size and local rank from a program's variables; None if it is not active."""
     if starter.sign not in os.environ:
         return None
@@ -103,7 +103,7 @@ def _numbers(starter: _Starter) -> tuple[int, int, int] | None:
     return rank_, world, local
 
 
-def check_started() -> None:
+def check_launcher_variables() -> None:
     """Check the launcher's variables.
 
     Raises:
@@ -138,10 +138,10 @@ def check_device(local_rank: int, devices: int) -> None:
         )
 
 
-def init_process(timeout: float) -> torch.device:
+def join_process_group(timeout: float) -> torch.device:
     """Join the process group and return this rank's device.
 
-    A process started by plain `python` is alone in its group; see `adopt_rank`.
+    A process started by plain `python` is alone in its group; see `set_rank_variables`.
 
     Args:
         timeout: seconds after which a collective without an answer fails.
@@ -151,8 +151,8 @@ def init_process(timeout: float) -> torch.device:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
-    adopt_rank()
-    check_started()
+    set_rank_variables()
+    check_launcher_variables()
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -182,33 +182,33 @@ def init_process(timeout: float) -> torch.device:
         verbose=False,
     )
     # Otherwise threads of gloo may outlive the interpreter, which aborts the process.
-    atexit.register(_leave_group)
+    atexit.register(_destroy_process_group)
     return torch.device(accelerator.device_name(local_rank))
 
 
-def control(values: Sequence[float]) -> torch.Tensor:
+def make_control_tensor(values: Sequence[float]) -> torch.Tensor:
     """Small float64 tensor on the device of collectives: the GPU for NCCL, otherwise the CPU."""
     from deepspeed.accelerator import get_accelerator
 
     return torch.tensor(values, dtype=torch.float64, device=get_accelerator().current_device_name())
 
 
-def everywhere(fact: bool) -> bool:
+def is_true_on_all_ranks(fact: bool) -> bool:
     """True if `fact` is true on every rank; collective."""
-    flag = control([float(fact)])
+    flag = make_control_tensor([float(fact)])
     torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN)
     return bool(flag.item())
 
 
-def from_rank_0(number: int) -> int:
+def broadcast_from_rank_0(number: int) -> int:
     """Broadcast rank 0's number (below 2^53) to every rank; collective."""
-    tensor = control([number])
+    tensor = make_control_tensor([number])
     torch.distributed.broadcast(tensor, 0)
     return int(tensor.item())
 
 
 @contextmanager
-def together(vote: bool = True) -> Iterator[None]:
+def fail_together(vote: bool = True) -> Iterator[None]:
     """Make an error on one rank end the block on every rank; collective.
 
     No rank is left waiting for one that failed if each collective inside the block follows
@@ -232,27 +232,27 @@ def together(vote: bool = True) -> Iterator[None]:
             raise
         error, failed = caught, True
         traceback.clear_frames(caught.__traceback__)  # they may hold most of the memory
-        everywhere(False)
+        is_true_on_all_ranks(False)
     if not failed:
         return
-    mendable = error is not None and can_be_mended(error)
-    text = "" if error is None else f"{mendable:d}{_described(error)}"
-    texts = dict(enumerate(gather_text(text, 1023)))
+    mendable = error is not None and is_user_fixable(error)
+    text = "" if error is None else f"{mendable:d}{_describe_error(error)}"
+    texts = dict(enumerate(gather_texts(text, 1023)))
     first = min(number for number, text in texts.items() if text)
     if error is not None and not mendable:
         raise error
-    where = f"rank {first}: " if world_size() > 1 else ""
+    where = f"rank {first}: " if get_world_size() > 1 else ""
     kind = UserError if texts[first][0] == "1" else PeerError
     raise kind(where + texts[first][1:]) from error
 
 
 def check_peers() -> None:
     """Leave the surrounding `together` block if another rank failed in it; collective."""
-    if not everywhere(True):
+    if not is_true_on_all_ranks(True):
         raise _PeerFailed
 
 
-def all_reduce(tensor: torch.Tensor) -> None:
+def sum_over_ranks(tensor: torch.Tensor) -> None:
     """Sum a tensor over all ranks in place, inside a `together` block; collective."""
     check_peers()
     torch.distributed.all_reduce(tensor)
@@ -262,14 +262,14 @@ class _PeerFailed(Exception):
     """Another rank voted that it failed."""
 
 
-def _described(error: Exception) -> str:
+def _describe_error(error: Exception) -> str:
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 
-def gather_text(text: str, limit: int = 255) -> list[str]:
+def gather_texts(text: str, limit: int = 255) -> list[str]:
     """Gather the texts of all ranks, cut after `limit` bytes, in the order of ranks; collective."""
     data = text.encode()[:limit]
-    mine = control([len(data), *data, *[0] * (limit - len(data))])
+    mine = make_control_tensor([len(data), *data, *[0] * (limit - len(data))])
     rows = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(rows, mine)
     return [
@@ -277,7 +277,7 @@ def gather_text(text: str, limit: int = 255) -> list[str]:
     ]
 
 
-def check_agreement(facts: Mapping[str, str]) -> None:
+def check_ranks_agree(facts: Mapping[str, str]) -> None:
     """Check that all ranks were started for the same run; collective.
 
     Args:
@@ -285,7 +285,7 @@ def check_agreement(facts: Mapping[str, str]) -> None:
     Raises:
         UserError: on every rank, naming the facts that differ.
     """
-    digests = control([float(zlib.crc32(text.encode())) for text in facts.values()])
+    digests = make_control_tensor([float(zlib.crc32(text.encode())) for text in facts.values()])
     lowest, highest = digests.clone(), digests.clone()
     torch.distributed.all_reduce(lowest, torch.distributed.ReduceOp.MIN)
     torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
@@ -301,26 +301,26 @@ def check_agreement(facts: Mapping[str, str]) -> None:
         )
 
 
-def _leave_group() -> None:
+def _destroy_process_group() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
-def rank() -> int:
+def get_rank() -> int:
     """Rank of this process; 0 before a process group exists."""
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
-def world_size() -> int:
+def get_world_size() -> int:
     """Number of ranks; 1 before a process group exists."""
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
-def started_world_size() -> int:
+def read_launcher_world_size() -> int:
     """Number of ranks announced by the launcher; 1 for plain `python`."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def started_rank() -> int:
+def read_launcher_rank() -> int:
     """Rank of this process announced by the launcher; 0 for plain `python`."""
     return int(os.environ.get("RANK", "0"))

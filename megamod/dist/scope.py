@@ -7,7 +7,7 @@ of the parameter, which for an expert contains its domain: `...experts.<domain>.
 from collections.abc import Iterable
 from enum import Enum
 
-MARK = "experts"  # the component of a parameter name that is followed by a domain
+EXPERTS_COMPONENT = "experts"  # the component of a parameter name that is followed by a domain
 
 
 class Scope(Enum):
@@ -25,32 +25,32 @@ class Sharing(Enum):
     BTM = "btm"
 
 
-def sharing_of(untie: str) -> Sharing:
+def parse_sharing(untie: str) -> Sharing:
     """Sharing of a value of `--untie`."""
     return {"none": Sharing.DENSE, "all": Sharing.BTM}.get(untie, Sharing.DEMIX)
 
 
-def scopes(names: Iterable[str], sharing: Sharing) -> dict[str, Scope]:
+def find_scopes(names: Iterable[str], sharing: Sharing) -> dict[str, Scope]:
     """Scope of every named parameter under a sharing."""
     if sharing is not Sharing.DEMIX:
         # Names do not matter here: a stock mixture of experts names its modules `experts` too.
         return dict.fromkeys(names, Scope.DOMAIN if sharing is Sharing.BTM else Scope.WORLD)
-    return {name: Scope.DOMAIN if domain_of_name(name) else Scope.WORLD for name in names}
+    return {name: Scope.DOMAIN if parse_expert_domain(name) else Scope.WORLD for name in names}
 
 
-def domain_of_name(name: str) -> str | None:
+def parse_expert_domain(name: str) -> str | None:
     """Domain of the expert that a parameter belongs to; None for a shared parameter.
 
     Only for models with an expert per domain.
     """
     parts = name.split(".")
-    return parts[parts.index(MARK) + 1] if MARK in parts[:-1] else None
+    return parts[parts.index(EXPERTS_COMPONENT) + 1] if EXPERTS_COMPONENT in parts[:-1] else None
 
 
-def dense_name(name: str) -> str:
+def to_dense_name(name: str) -> str:
     """Name of a parameter in a dense model: `x.experts.law.fc1` -> `x.fc1`."""
     parts = name.split(".")
-    if MARK in parts[:-1]:
-        index = parts.index(MARK)
+    if EXPERTS_COMPONENT in parts[:-1]:
+        index = parts.index(EXPERTS_COMPONENT)
         del parts[index : index + 2]
     return ".".join(parts)

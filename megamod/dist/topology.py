@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from megamod.dist.hostfile import spell, split_groups
+from megamod.dist.hostfile import format_range, find_split_groups
 from megamod.dist.scope import Sharing
 from megamod.errors import UserError
 from megamod.tables import format_table
@@ -54,50 +54,50 @@ class DomainTopology:
         return max(1, self.world_size // len(self.domains))
 
     @property
-    def expert_ranks(self) -> int:
+    def expert_parallel_size(self) -> int:
         """Number of different sets of experts: the expert-parallel size."""
         return min(self.world_size, len(self.domains))
 
-    def domains_of(self, rank: int) -> tuple[str, ...]:
+    def get_rank_domains(self, rank: int) -> tuple[str, ...]:
         """Domains whose data and experts a rank holds; all domains in dense training."""
         if self.sharing is Sharing.DENSE:
             return self.domains
-        held = len(self.domains) // self.expert_ranks
+        held = len(self.domains) // self.expert_parallel_size
         first = rank // self.ranks_per_domain * held
         return self.domains[first : first + held]
 
-    def ranks_of(self, domain: str) -> range:
+    def get_domain_ranks(self, domain: str) -> range:
         """Ranks that hold a domain's expert; every rank in dense training."""
         if self.sharing is Sharing.DENSE:
             return range(self.world_size)
-        held = len(self.domains) // self.expert_ranks
+        held = len(self.domains) // self.expert_parallel_size
         first = self.domains.index(domain) // held * self.ranks_per_domain
         return range(first, first + self.ranks_per_domain)
 
-    def group_rank(self, rank: int) -> int:
+    def get_rank_in_group(self, rank: int) -> int:
         """Index of a rank among those that hold the same experts."""
-        return rank - self.ranks_of(self.domains_of(rank)[0])[0]
+        return rank - self.get_domain_ranks(self.get_rank_domains(rank)[0])[0]
 
-    def is_lead(self, rank: int) -> bool:
+    def is_group_lead(self, rank: int) -> bool:
         """True for the rank that writes the experts of its domains."""
-        return self.group_rank(rank) == 0
+        return self.get_rank_in_group(rank) == 0
 
-    def table(self, hosts: Sequence[str], devices: Sequence[str]) -> str:
+    def format_layout(self, hosts: Sequence[str], devices: Sequence[str]) -> str:
         """Table of rank, host, device, domains and groups, a line per rank.
 
         A last line warns of experts on several hosts where one host could hold all their ranks.
         """
         rows = [("rank", "host", "device", "domains", "shared over", "experts over")]
         for rank in range(self.world_size):
-            domains = self.domains_of(rank)
-            group = spell(self.ranks_of(domains[0]))
-            world = spell(range(self.world_size))
+            domains = self.get_rank_domains(rank)
+            group = format_range(self.get_domain_ranks(domains[0]))
+            world = format_range(range(self.world_size))
             shared = group if self.sharing is Sharing.BTM else world
             experts = {Sharing.DENSE: "-", Sharing.DEMIX: group, Sharing.BTM: "-"}[self.sharing]
             rows.append((str(rank), hosts[rank], devices[rank], ",".join(domains), shared, experts))
         lines = [format_table(rows)]
         if self.sharing is not Sharing.DENSE:
-            apart = split_groups(hosts, {domain: self.ranks_of(domain) for domain in self.domains})
+            apart = find_split_groups(hosts, {domain: self.get_domain_ranks(domain) for domain in self.domains})
             listed = "; ".join(f"{domain} on {', '.join(names)}" for domain, names in apart.items())
             if apart:
                 lines.append(
@@ -118,7 +118,7 @@ class DomainGroup:
     def __init__(self, topology: DomainTopology):
         self.ranks: tuple[int, ...] = ()
         for domain in topology.domains:
-            ranks = tuple(topology.ranks_of(domain))
+            ranks = tuple(topology.get_domain_ranks(domain))
             group = dist.new_group(ranks)
             if dist.get_rank() in ranks:
                 self.ranks, self.group = ranks, group

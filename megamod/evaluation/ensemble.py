@@ -13,8 +13,15 @@ from torch import Tensor
 
 from megamod.evaluation.expert_scores import Experts, Source, Text
 from megamod.evaluation.perplexity import Score
-from megamod.mixture.ensemble import MODES, Mixed, Mixture, Rule, Tally, estimate_prior
-from megamod.mixture.prior import Prior, top_k
+from megamod.mixture.ensemble import (
+    MODES,
+    MixedBatch,
+    Mixture,
+    PerplexityCounter,
+    PosteriorRule,
+    estimate_prior,
+)
+from megamod.mixture.prior import Prior, restrict_to_top_k
 
 Line = dict[str, object]
 """A record in the format of the DEMix release: ppl of all tokens so far, posterior of the batch by
@@ -36,7 +43,7 @@ class Protocol:
     """
 
     mode: str = "cached_prior"
-    rule: Rule = field(default_factory=Rule)
+    rule: PosteriorRule = field(default_factory=PosteriorRule)
     topk: int | None = None
     prior_split: str = "valid"
     prior_sequences: int = 100
@@ -90,7 +97,7 @@ def estimate_priors(
     for text in texts:
         result = DomainResult(text.domain)
 
-        def watch(mixture: Mixture, mixed: Mixed, result=result) -> None:
+        def watch(mixture: Mixture, mixed: MixedBatch, result=result) -> None:
             result.lines.append(
                 _line(result.domain, protocol.prior_split, mixture, mixed, experts.domains, experts)
             )
@@ -139,9 +146,9 @@ def evaluate(
     kept = {}
     for domain, result in results.items():
         if result.prior is not None and protocol.topk is not None:
-            result.prior = top_k(result.prior, protocol.topk)
+            result.prior = restrict_to_top_k(result.prior, protocol.topk)
         all_run = result.prior is None or protocol.rule.first_over_all
-        kept[domain] = experts.domains if all_run else result.prior.kept
+        kept[domain] = experts.domains if all_run else result.prior.domains_with_weight
     source.score({test[domain]: names for domain, names in kept.items()})
     for domain, result in results.items():
         _mix_text(experts, source, test[domain], kept[domain], protocol, result)
@@ -169,11 +176,11 @@ def _mix_text(
     mixtures = {mode: Mixture(mode, len(names), protocol.rule, prior) for mode in modes}
     # The updating prior starts uniform, as in the estimate, whatever the prior in use is.
     mixtures["updating_prior"] = Mixture("updating_prior", len(names), protocol.rule)
-    alone = {name: Tally() for name in names}
+    alone = {name: PerplexityCounter() for name in names}
     fewer = _leave_out(names, prior, protocol) if protocol.removal_test else {}
     for log_probs, mask in source.batches(text, names, protocol.batch):
         for mode, mixture in mixtures.items():
-            mixed = mixture.add(log_probs, mask)
+            mixed = mixture.mix_batch(log_probs, mask)
             if mode != protocol.mode:
                 continue
             if not result.posterior:
@@ -181,10 +188,10 @@ def _mix_text(
             line = _line(text.domain, text.split, mixture, mixed, names, experts)
             result.lines.append(line)
         for index, tally in enumerate(alone.values()):
-            tally.add(log_probs[index], mask)
+            tally.add_item(log_probs[index], mask)
         for rest, mixture in fewer.values():
-            mixture.add(log_probs[rest], mask)
-    size = experts.bytes_of(text)
+            mixture.mix_batch(log_probs[rest], mask)
+    size = experts.count_text_bytes(text)
     result.single = {name: _score(tally, size) for name, tally in alone.items()}
     result.modes = {mode: _score(mixture.tally, size) for mode, mixture in mixtures.items()}
     result.without = {name: _score(mixture.tally, size) for name, (_, mixture) in fewer.items()}
@@ -216,7 +223,7 @@ def _line(
     domain: str,
     split: str,
     mixture: Mixture,
-    mixed: Mixed,
+    mixed: MixedBatch,
     names: Sequence[str],
     experts: Experts,
 ) -> Line:
@@ -236,5 +243,5 @@ def _line(
     }
 
 
-def _score(tally: Tally, size: int) -> Score:
+def _score(tally: PerplexityCounter, size: int) -> Score:
     return Score(tally.nll, tally.tokens, size)

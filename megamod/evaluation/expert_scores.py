@@ -33,8 +33,8 @@ from megamod.evaluation.saved import (
     open_data,
 )
 from megamod.files import sha256, write_atomic
-from megamod.models.lm.configuration import default_sequence, read_lm_config
-from megamod.models.lm.forest import Loaded, load_experts
+from megamod.models.lm.configuration import get_default_sequence_length, read_lm_config
+from megamod.models.lm.forest import LoadedExpert, load_experts
 from megamod.states.forest import Expert, Forest
 from megamod.states.stream import ModelFolder
 
@@ -84,7 +84,7 @@ class Experts:
         self.domains = self.forest.domains
         configs = {expert.path: read_lm_config(expert.path, "--forest") for expert in kept}
         if held_out.block_size is None:
-            shortest = min(default_sequence(config) for config in configs.values())
+            shortest = min(get_default_sequence_length(config) for config in configs.values())
             held_out = replace(held_out, block_size=shortest)
         self.held_out = held_out
         self._masks: dict[Text, Tensor] = {}
@@ -96,7 +96,9 @@ class Experts:
                     f"its domains are {', '.join(known)}"
                 )
         self.data = {path: open_data(path, configs[path], held_out) for path in configs}
-        tokens = {path: data.vocab_size > data.bin.vocab_size for path, data in self.data.items()}
+        tokens = {
+            path: data.vocab_size > data.databin.vocab_size for path, data in self.data.items()
+        }
         if len(set(tokens.values())) > 1:
             listing = ", ".join(f"{path}: {'yes' if has else 'no'}" for path, has in tokens.items())
             raise UserError(
@@ -111,24 +113,24 @@ class Experts:
             held_out = replace(self.held_out, split=text.split)
             blocks = held_out_blocks(any_data, held_out, text.domain)
             count = len(blocks) if text.sequences is None else min(len(blocks), text.sequences)
-            lengths = blocks.targets(np.arange(count)) - (blocks.domain_token is not None)
+            lengths = blocks.count_targets(np.arange(count)) - (blocks.domain_token is not None)
             self._masks[text] = torch.arange(blocks.span) < torch.from_numpy(lengths)[:, None]
         return self._masks[text]
 
-    def bytes_of(self, text: Text) -> int:
+    def count_text_bytes(self, text: Text) -> int:
         """UTF-8 bytes of the text of a whole split; 0 if unknown or for a part of a split."""
         any_data = self.data[self.forest.experts[0].path]
-        return any_data.bytes_of(text.domain, text.split) if text.sequences is None else 0
+        return any_data.count_text_bytes(text.domain, text.split) if text.sequences is None else 0
 
     def of(self, domain: str) -> Expert:
         """The expert of a domain."""
         return self.forest.experts[self.domains.index(domain)]
 
-    def load(self, domains: Sequence[str]) -> Iterator[Loaded]:
+    def load(self, domains: Sequence[str]) -> Iterator[LoadedExpert]:
         """Load these experts one after the other, in the order of the forest."""
         return load_experts(self.forest, self.device, domains) if domains else iter(())
 
-    def score(self, expert: Loaded, text: Text) -> Iterator[Tensor]:
+    def score(self, expert: LoadedExpert, text: Text) -> Iterator[Tensor]:
         """Log-probabilities [B, T] of the text's targets, batch by batch, on the CPU."""
         data = self.data[self.of(expert.domain).path]
         remaining, span = self.masks(text).shape
@@ -209,14 +211,14 @@ class OneByOne:
         """Cache file, named by a digest of all that its numbers depend on."""
         expert = self.experts.of(domain)
         held_out, data = self.experts.held_out, self.experts.data[expert.path]
-        prefix = data.bin.prefix(text.domain, text.split)
+        prefix = data.databin.find_split_prefix(text.domain, text.split)
         inputs = {
             "text": asdict(text),
             "data": [self._digest(prefix.with_name(f"{prefix.name}.{s}")) for s in ("bin", "idx")],
             "special": data.special_ids,
             "block_size": held_out.block_size,
             "context_window": held_out.context_window,
-            "domain_token": data.tokens.get(held_out.force_domain_token or text.domain),
+            "domain_token": data.domain_tokens.get(held_out.force_domain_token or text.domain),
             "device": self.experts.device.type,
             "expert": [self._digest(path) for path in weight_files(expert)],
             "member": expert.member,
@@ -237,7 +239,7 @@ class Together:
         self.experts = experts
         self.ranks = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self._held: list[Loaded] = []
+        self._held: list[LoadedExpert] = []
 
     def score(self, requests: Mapping[Text, Sequence[str]]) -> None:
         """Does nothing, because scores are not kept."""
@@ -286,7 +288,7 @@ def weight_files(expert: Expert) -> list[Path]:
 
 @torch.no_grad()
 def _score_batch(
-    expert: Loaded, batch: Batch, rows: int, span: int, device: torch.device
+    expert: LoadedExpert, batch: Batch, rows: int, span: int, device: torch.device
 ) -> Tensor:
     """Log-probabilities of the targets [rows, span] float32, shifted left, 0 at padding."""
     inputs, labels = batch["input_ids"][:rows].to(device), batch["labels"][:rows].to(device)

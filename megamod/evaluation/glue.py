@@ -24,7 +24,7 @@ def score_texts(task: TaskSpec, logits: np.ndarray, labels: np.ndarray) -> Score
     """
     answers = answers_of(task, logits)
     scores = {name: metric(name, answers, labels) for name in task.metrics}
-    if task.regression:
+    if task.is_regression:
         scores["loss"] = float(np.mean((answers - labels) ** 2))
     else:
         shifted = logits - logits.max(-1, keepdims=True)
@@ -35,7 +35,7 @@ def score_texts(task: TaskSpec, logits: np.ndarray, labels: np.ndarray) -> Score
 
 def answers_of(task: TaskSpec, logits: np.ndarray) -> np.ndarray:
     """[n] numbers of the best labels, or values of a regression."""
-    return logits[:, 0] if task.regression else logits.argmax(-1)
+    return logits[:, 0] if task.is_regression else logits.argmax(-1)
 
 
 def metric(name: str, answers: np.ndarray, labels: np.ndarray) -> float:
@@ -98,7 +98,7 @@ def glue_average(tasks: Mapping[str, float]) -> float:
 def submission(task: TaskSpec, logits: np.ndarray) -> str:
     """Content of a prediction file for the GLUE server: index and label, or value, per row."""
     answers = answers_of(task, logits)
-    if task.regression:
+    if task.is_regression:
         least, most = task.bounds or (-math.inf, math.inf)
         texts: Sequence[str] = [f"{value:.3f}" for value in answers.clip(least, most)]
     else:

@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from megamod.data.lm.blocks import IGNORE
 from megamod.data.lm.masking import Masking
-from megamod.data.tasks.classification import Encoded
+from megamod.data.tasks.classification import EncodedRows
 
 
 @torch.no_grad()
@@ -24,7 +24,7 @@ def masked_loss(
     total, count = 0.0, 0
     for start in range(0, len(blocks), batch_size):
         rows = [
-            masking.apply(block, (seed << 40) + start + index)[:2]
+            masking.mask_tokens(block, (seed << 40) + start + index)[:2]
             for index, block in enumerate(blocks[start : start + batch_size])
         ]
         inputs, labels = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
@@ -54,7 +54,7 @@ def causal_loss(model: nn.Module, blocks: np.ndarray, batch_size: int) -> float:
 @torch.no_grad()
 def classifier_loss(
     model: nn.Module,
-    encoded: Encoded,
+    encoded: EncodedRows,
     inputs: tuple[str, ...],
     regression: bool,
     batch_size: int,
@@ -66,7 +66,7 @@ def classifier_loss(
     """
     total, count = 0.0, 0
     for start in range(0, len(encoded), batch_size):
-        batch = encoded.gather(np.arange(start, min(start + batch_size, len(encoded))), None)
+        batch = encoded.gather_batch(np.arange(start, min(start + batch_size, len(encoded))), None)
         fields = {name: batch[name].to(_device(model)) for name in inputs}
         logits, labels = model(**fields).logits.float().cpu(), batch["labels"]
         if regression:

@@ -27,21 +27,25 @@ from transformers import (
     PreTrainedModel,
 )
 
-from megamod.convert.sources import open_source
+from megamod.convert.sources import resolve_model
 from megamod.data.corpus.tokenizers import load_tokenizer
 from megamod.data.tasks.classification import (
-    Encoded,
-    Lengths,
+    EncodedRows,
+    RowLengthLimits,
     encode_texts,
     encode_words,
-    held_out_rows,
+    iterate_held_out_rows,
 )
 from megamod.data.tasks.glue import TextSet
 from megamod.data.tasks.token_set import TokenSet
 from megamod.errors import UserError
 from megamod.evaluation.predict import Predictor, labels_of_words
-from megamod.models.classifier_inputs import inputs_of, mixes_padding, room_of
-from megamod.models.pretrained import check_complete, load_pretrained
+from megamod.models.classifier_inputs import (
+    compute_max_row_tokens,
+    list_input_fields,
+    needs_fixed_length,
+)
+from megamod.models.pretrained import check_all_weights_loaded, load_pretrained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -86,7 +90,7 @@ class MuxPipeline:
         config, name = model.config, type(model).__name__
         if not name.endswith(tuple(AUTO)):
             raise ValueError(f"{name} is no classifier; their names end in {', '.join(AUTO)}")
-        room = room_of(config)
+        room = compute_max_row_tokens(config)
         if not 3 <= max_length <= room:
             raise ValueError(f"max_length {max_length} is not between 3 and {room} positions")
         if batch_size < 1:
@@ -95,9 +99,9 @@ class MuxPipeline:
         self.per_token = name.endswith("ForTokenClassification")
         self.num_instances = getattr(config, "num_instances", 1)
         self.batch_size, self.ensemble, self.seed = batch_size, ensemble, seed
-        self.lengths = Lengths(max_length, room, truncate=True)
+        self.lengths = RowLengthLimits(max_length, room, truncate=True)
         self.labels = [config.id2label[number] for number in range(config.num_labels)]
-        self._pad_to = max_length if mixes_padding(config) else None
+        self._pad_to = max_length if needs_fixed_length(config) else None
 
     @classmethod
     def from_pretrained(
@@ -115,13 +119,13 @@ class MuxPipeline:
         Raises:
             UserError: if model or tokenizer cannot be loaded, or do not belong to a classifier.
         """
-        checked = open_source(str(source), "source")
+        checked = resolve_model(str(source), "source")
         name = (checked.config.architectures or ["a model of no named architecture"])[0]
         kind = next((kind for kind in AUTO if name.endswith(kind)), None)
         if kind is None:
             raise UserError(f"source {source}: {name} is no classifier; finetune it first")
         model, report = load_pretrained(AUTO[kind], checked.name, "source", config=checked.config)
-        check_complete(report, f"source {source}")
+        check_all_weights_loaded(report, f"source {source}")
         return cls(model.to(device), _tokenizer(tokenizer or source), **options)
 
     def __call__(self, requests: Request | list[Request]) -> list[Answer] | list[list[Answer]]:
@@ -173,17 +177,17 @@ class MuxPipeline:
         answers = []
         for row, labels in enumerate(labels_of_words(encoded, best, self.labels)):
             start = encoded.offsets[row]
-            heads = encoded.heads[row].tolist()
+            heads = encoded.word_starts[row].tolist()
             of_words = [float(scores[start + head]) if head >= 0 else 0.0 for head in heads]
             labelled = zip(sentences[row], labels, of_words, strict=True)
             answers.append([{"word": w, "label": label, "score": x} for w, label, x in labelled])
         return answers
 
-    def _run(self, encoded: Encoded) -> Iterator[tuple[int, Tensor]]:
+    def _run(self, encoded: EncodedRows) -> Iterator[tuple[int, Tensor]]:
         """Yield the number and the logits, [C] or [L, C], of each row."""
-        predictor = Predictor(self.model, inputs_of(self.model.config), self.model.device)
+        predictor = Predictor(self.model, list_input_fields(self.model.config), self.model.device)
         N = self.num_instances
-        for held in held_out_rows(
+        for held in iterate_held_out_rows(
             encoded, self.batch_size * N, N, self._pad_to, ensemble=self.ensemble, seed=self.seed
         ):
             yield from enumerate(predictor.logits(held), start=held.start)

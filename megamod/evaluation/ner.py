@@ -7,7 +7,7 @@ type, its first and its last word are.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megamod.data.tasks.iob import CONTINUE, LAST, OUTSIDE, are_entities, parts_of
+from megamod.data.tasks.iob import CONTINUE, LAST, OUTSIDE, are_entity_labels, parse_entity_label
 from megamod.data.tasks.specs import TaskSpec
 
 Labels = Sequence[Sequence[str]]
@@ -44,7 +44,7 @@ def entities(labels: Sequence[str], runs: bool = False) -> Iterator[tuple[str, i
         if label == OUTSIDE:
             part, here = None, None
         else:
-            part, here = ("I", label) if runs else (parts_of(label) or (None, None))
+            part, here = ("I", label) if runs else (parse_entity_label(label) or (None, None))
         if kind is not None and (part is None or part not in CONTINUE or here != kind):
             yield kind, start, position - 1
             kind = None
@@ -95,7 +95,7 @@ def score_words(task: TaskSpec, gold: Labels, answers: Labels) -> dict[str, floa
 
 def has_runs(task: TaskSpec) -> bool:
     """True if the labels are plain tags, so that entities are runs of one tag."""
-    return bool(task.labels) and not are_entities(task.labels)
+    return bool(task.labels) and not are_entity_labels(task.labels)
 
 
 def word_accuracy_by_slot(gold: Labels, answers: Labels, instances: int) -> list[float]:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from megamod.data.lm.blocks import IGNORE
-from megamod.mixture.ensemble import perplexity
+from megamod.mixture.ensemble import compute_perplexity
 from megamod.tables import format_table
 
 Batch = dict[str, object]
@@ -31,7 +31,7 @@ class Score:
     @property
     def perplexity(self) -> float:
         """exp(nll / tokens), where tokens include the `</s>` of each item; inf on overflow."""
-        return perplexity(self.nll, self.tokens)
+        return compute_perplexity(self.nll, self.tokens)
 
     @property
     def bits_per_byte(self) -> float | None:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from megamod.data.tasks.classification import Encoded, HeldOutBatch
+from megamod.data.tasks.classification import EncodedRows, HeldOutBatch
 
 
 class Predictor:
@@ -44,7 +44,7 @@ class Predictor:
         rows, seconds = (sum(column) for column in zip(*counted, strict=True))
         return rows / seconds
 
-    def __call__(self, encoded: Encoded, batches: Sequence[HeldOutBatch]) -> np.ndarray:
+    def __call__(self, encoded: EncodedRows, batches: Sequence[HeldOutBatch]) -> np.ndarray:
         """Logits [n, C] float64 of rows, or the best label of each token, [T] int64.
 
         Every row counts once: fillers are dropped, copies of a row averaged.
@@ -60,10 +60,10 @@ class Predictor:
                 if filled is None:
                     size = (
                         (len(encoded.ids),)
-                        if encoded.per_token
+                        if encoded.has_token_labels
                         else (len(encoded), logits.shape[-1])
                     )
-                    kind = torch.int64 if encoded.per_token else torch.float64
+                    kind = torch.int64 if encoded.has_token_labels else torch.float64
                     filled = torch.zeros(size, dtype=kind)
                 if number < len(batches):
                     _fill(filled, encoded, held, logits)
@@ -85,15 +85,15 @@ class Predictor:
         logits = self.module(**fields).logits
         self._wait()
         self._passes.append((held.stop - held.start, time.perf_counter() - started))
-        return held.layout.answers(logits.float()).cpu()
+        return held.layout.average_row_logits(logits.float()).cpu()
 
     def _wait(self) -> None:
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
 
 
-def _fill(filled: Tensor, encoded: Encoded, held: HeldOutBatch, logits: Tensor) -> None:
-    if not encoded.per_token:
+def _fill(filled: Tensor, encoded: EncodedRows, held: HeldOutBatch, logits: Tensor) -> None:
+    if not encoded.has_token_labels:
         filled[held.start : held.stop] = logits.double()
         return
     best = logits.argmax(-1)
@@ -103,7 +103,7 @@ def _fill(filled: Tensor, encoded: Encoded, held: HeldOutBatch, logits: Tensor) 
 
 
 def labels_of_words(
-    encoded: Encoded, answers: np.ndarray, labels: Sequence[str]
+    encoded: EncodedRows, answers: np.ndarray, labels: Sequence[str]
 ) -> list[list[str]]:
     """Labels of each sentence's words from those of the tokens.
 
@@ -113,5 +113,5 @@ def labels_of_words(
     missing = "O" if "O" in labels else labels[0]
     return [
         [labels[answers[start + head]] if head >= 0 else missing for head in heads.tolist()]
-        for start, heads in zip(encoded.offsets[:-1].tolist(), encoded.heads, strict=True)
+        for start, heads in zip(encoded.offsets[:-1].tolist(), encoded.word_starts, strict=True)
     ]

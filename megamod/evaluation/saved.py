@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from megamod.data.lm.batches import eval_batches
+from megamod.data.lm.batches import iterate_eval_batches
 from megamod.data.lm.blocks import TokenBlocks
 from megamod.data.lm.databin import DataBin
 from megamod.data.lm.pretraining import LmData
@@ -23,13 +23,13 @@ from megamod.evaluation.perplexity import (
 from megamod.models.lm.configuration import (
     DemixConfig,
     LmConfig,
-    default_sequence,
-    domains_of,
-    longest_sequence,
+    get_default_sequence_length,
+    get_domains,
+    get_max_sequence_length,
+    get_untie,
     read_lm_config,
-    untie_of,
 )
-from megamod.models.lm.forest import read_lm
+from megamod.models.lm.forest import load_lm_for_scoring
 from megamod.states.forest import FILE, open_forest
 from megamod.states.token_ids import check_same_ids
 
@@ -105,7 +105,9 @@ def find_models(folder: Path, held_out: HeldOut) -> list[SavedModel]:
         config = read_lm_config(path, "--model")
         if rows is None:
             rows = (
-                {d: d for d in domains_of(config)} if untie_of(config) != "none" else {DENSE: None}
+                {d: d for d in get_domains(config)}
+                if get_untie(config) != "none"
+                else {DENSE: None}
             )
         if DENSE in rows and (path != folder or rows[DENSE] is not None):
             raise UserError(
@@ -146,7 +148,7 @@ def score_models(models: Sequence[SavedModel], held_out: HeldOut, device: torch.
     for saved in models:
         members = [member for member in saved.rows.values() if member is not None]
         # Experts that were not requested are not read.
-        model = read_lm(saved.folder, members).to(device)
+        model = load_lm_for_scoring(saved.folder, members).to(device)
         for row, member in saved.rows.items():
             if member is not None:
                 model.set_domain(member)
@@ -157,7 +159,7 @@ def score_models(models: Sequence[SavedModel], held_out: HeldOut, device: torch.
                 choose=False,
                 domains=held_out.domains,
                 batches=partial(held_out_batches, saved.data, held_out),
-                bytes_of=partial(saved.data.bytes_of, split=held_out.split),
+                bytes_of=partial(saved.data.count_text_bytes, split=held_out.split),
                 part=0,
                 parts=1,
                 device=device,
@@ -194,13 +196,13 @@ def open_data(folder: Path, config: LmConfig, held_out: HeldOut) -> LmData:
     """
     databin = DataBin(held_out.path)
     check_tokenizer(folder, databin, "--model")
-    block_size = held_out.block_size or default_sequence(config)
-    longest = longest_sequence(config)
+    block_size = held_out.block_size or get_default_sequence_length(config)
+    longest = get_max_sequence_length(config)
     if longest is not None and block_size > longest:
         raise UserError(
             f"--max_seq_length {block_size}: the model in {folder} has {longest} positions"
         )
-    vocabulary, domains = databin.vocab_size, domains_of(config)
+    vocabulary, domains = databin.vocab_size, get_domains(config)
     stock = config.model_type != DemixConfig.model_type
     with_tokens = vocabulary + len(domains)
     if stock and config.vocab_size < vocabulary:
@@ -246,7 +248,7 @@ def open_data(folder: Path, config: LmConfig, held_out: HeldOut) -> LmData:
         domain_token=domain_token,
     )
     for domain in held_out.domains:
-        if domain not in data.bin.domains:
+        if domain not in data.databin.domains:
             raise UserError(
                 f"--domains: {held_out.path} has no domain {domain!r}; its domains are "
                 f"{', '.join(data.bin.domains)}"
@@ -275,14 +277,14 @@ def check_tokenizer(folder: Path, databin: DataBin, flag: str) -> None:
 
 def held_out_blocks(data: LmData, held_out: HeldOut, domain: str) -> TokenBlocks:
     """Sequences of a domain's text, without the context that precedes each of them."""
-    token = data.tokens.get(held_out.force_domain_token or domain)
+    token = data.domain_tokens.get(held_out.force_domain_token or domain)
     length = data.block_size - held_out.context_window
-    return data.bin.blocks(domain, held_out.split, length, token)
+    return data.databin.open_blocks(domain, held_out.split, length, token)
 
 
 def held_out_batches(data: LmData, held_out: HeldOut, domain: str) -> Iterator[Batch]:
     """Batches of a domain's sequences in order, each sequence with its context."""
     blocks = held_out_blocks(data, held_out, domain)
-    batches = eval_batches(blocks, held_out.batch_size)
+    batches = iterate_eval_batches(blocks, held_out.batch_size)
     leading = int(blocks.domain_token is not None)
     return with_context(batches, held_out.context_window, blocks.pad_id, leading)

@@ -17,7 +17,7 @@ from megamod.merging.settings import (
     split_at_layer_number,
 )
 from megamod.merging.tensors import TOWER, TensorSource, Values, describe_source
-from megamod.states.forest import read_config
+from megamod.states.forest import read_model_config
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ def _find_layer_prefix(recipe: MergeRecipe, folder: TensorSource) -> str:
             numbers.setdefault(parts[0], set()).add(parts[1])
     prefixes = [prefix for prefix in numbers if not TOWER.search(prefix)] or list(numbers)
     if len(prefixes) > 1:
-        depth = count_layers(read_config(folder.folder))
+        depth = count_layers(read_model_config(folder.folder))
         prefixes = [p for p in prefixes if depth and numbers[p] >= set(range(depth))]
     if len(prefixes) != 1:
         raise UserError(

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from megamod.errors import UserError
 from megamod.merging.tensors import TensorSource, describe_source
-from megamod.states.dense import dense_config
-from megamod.states.forest import read_config
+from megamod.states.dense import make_dense_config
+from megamod.states.forest import read_model_config
 from megamod.states.stream import Spec
 from megamod.states.token_ids import check_same_ids
 
@@ -52,10 +52,10 @@ def check_configs_match(
             differ, or a model whose weights are quantised.
     """
     base = folders[0]
-    config = dense_config(read_config(base))
+    config = make_dense_config(read_model_config(base))
     refuse_quantised_model(base, config)
     for folder in dict.fromkeys(folders[1:]):
-        other = dense_config(read_config(folder))
+        other = make_dense_config(read_model_config(folder))
         refuse_quantised_model(folder, other)
         base_fields, other_fields = (
             dict(_iterate_config_fields(config)),
@@ -97,7 +97,10 @@ def refuse_quantised_model(folder: Path, config: Mapping[str, object]) -> None:
 
 def warn_of_config_differences(first: Path, second: Path) -> None:
     """Log the fields of two configurations that change the function of equal weights."""
-    configs = dense_config(read_config(first)), dense_config(read_config(second))
+    configs = (
+        make_dense_config(read_model_config(first)),
+        make_dense_config(read_model_config(second)),
+    )
     if configs[0] == configs[1]:
         return
     differing = _list_config_differences(*configs)
@@ -187,7 +190,8 @@ def check_tensors_mergeable(
 def _have_row_per_word(*tensors: tuple[TensorSource, Spec]) -> bool:
     """True if each of these tensors has a row for every word of its model."""
     return all(
-        spec.shape[:1] == (read_vocab_size(read_config(source.folder)),) for source, spec in tensors
+        spec.shape[:1] == (read_vocab_size(read_model_config(source.folder)),)
+        for source, spec in tensors
     )
 
 

@@ -22,7 +22,7 @@ from megamod.merging.known_models import ModuleKind, list_modules
 from megamod.merging.lora import CONFIG, PREFIX, WEIGHTS
 from megamod.merging.naming import rename_to_template
 from megamod.merging.tensors import TensorSource, describe_source
-from megamod.states.forest import read_config
+from megamod.states.forest import read_model_config
 from megamod.states.output_folder import check_new_folder, new_folder
 from megamod.states.stream import ModelFolder
 from megamod.states.weights import write_tensors
@@ -73,7 +73,7 @@ def extract_lora(
         folders = [stack.enter_context(ModelFolder(path)) for path in (base, finetuned)]
         check_configs_match([Path(base), Path(finetuned)])
         first, second = rename_to_template(folders, 0).folders
-        modules = list_modules(read_config(Path(base)))
+        modules = list_modules(read_model_config(Path(base)))
         if modules is None:
             raise UserError(f"{base}: is of a type that transformers does not know, nor does peft")
         return _write_adapter(

@@ -203,7 +203,7 @@ class AdaptedFolder(TensorView):
 
     def digest(self) -> str:
         """Fingerprint of the weights on disk: of the base, and of the adapter."""
-        return f"{self.source.digest()}+{self._digest}"
+        return f"{self.source.compute_digest()}+{self._digest}"
 
 
 def _read_config(adapter: Path) -> Mapping[str, object]:

@@ -32,7 +32,7 @@ from megamod.merging.tensors import ModelTensor, TensorSource, have_same_bits
 from megamod.merging.vocabulary import Vocabulary, unite_vocabularies
 from megamod.merging.vocabulary_view import view_with_vocabulary
 from megamod.states.output_folder import check_new_folder, new_folder
-from megamod.states.stream import PIECE, ModelFolder, pieces, write_stream
+from megamod.states.stream import PIECE, ModelFolder, iterate_pieces, write_streamed_tensors
 
 SHARD_BYTES = 5 * 10**9
 """Size above which weights are split into several files, as in mergekit."""
@@ -133,12 +133,12 @@ def merge(
         # Hashing and reading both release the interpreter's lock.
         hashing = ThreadPoolExecutor(1)
         stack.callback(hashing.shutdown, cancel_futures=True)
-        digests = [hashing.submit(folder.digest) for folder in folders]
+        digests = [hashing.submit(folder.compute_digest) for folder in folders]
         size = sum(spec.nbytes for spec in plan.specs.values())
         hidden = True if quiet else None  # None: hidden unless stderr is a terminal
         with tqdm(total=size, unit="B", unit_scale=True, disable=hidden, leave=False) as bar:
             produce = partial(_compute_tensor, plan, bar, seed)
-            write_stream(folder, plan.files, plan.specs, produce, threads)
+            write_streamed_tensors(folder, plan.files, plan.specs, produce, threads)
         plan = replace(plan, config=_update_tie_setting(plan, folder))
         words = folders[recipe.tokenizer].folder if copy_tokenizer else None
         chat = (
@@ -253,7 +253,7 @@ def _compute_tensor(plan: MergePlan, bar: tqdm, seed: int, name: str) -> Iterato
 def _iterate_pieces(folder: TensorSource, name: str) -> Iterator[Tensor]:
     spec = folder.tensors[name]
     buffer = torch.empty(PIECE // spec.dtype.itemsize, dtype=spec.dtype)
-    for start, stop in pieces(spec.numel, spec.dtype.itemsize):
+    for start, stop in iterate_pieces(spec.numel, spec.dtype.itemsize):
         folder.read_into(name, start, buffer[: stop - start])
         yield buffer[: stop - start]
 

@@ -13,8 +13,8 @@ from megamod.merging.layer_settings import LayerOrigin, build_stacked_config
 from megamod.merging.recipe import MergeRecipe, RecipePart
 from megamod.merging.vocabulary import FILE as VOCABULARY
 from megamod.merging.vocabulary import UNION, Vocabulary
-from megamod.states.dense import dense_config
-from megamod.states.forest import read_config
+from megamod.states.dense import make_dense_config
+from megamod.states.forest import read_model_config
 from megamod.states.tokenizer_files import PATTERNS, VOCABULARIES
 from megamod.version import __version__
 
@@ -62,7 +62,7 @@ def build_merged_config(
     if stored is not None:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = stored
     if recipe.inputs[recipe.template_model].member is not None:
-        config = dense_config(config)
+        config = make_dense_config(config)
     if config.get("model_type") == "demix":
         domains = [model.domain for model in recipe.inputs]
         if config.get("untie") == "none" and None not in domains:
@@ -73,7 +73,7 @@ def build_merged_config(
 def _stack_layer_settings(config: Mapping[str, object], recipe: MergeRecipe) -> dict[str, object]:
     """Configuration with the settings of the layers that are stacked."""
     configs = {
-        number: config if number == recipe.template_model else read_config(model.path)
+        number: config if number == recipe.template_model else read_model_config(model.path)
         for number, model in enumerate(recipe.inputs)
     }
     leads = [part.sources[recipe.find_lead_source(part)] for part in recipe.parts]

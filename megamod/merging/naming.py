@@ -14,7 +14,7 @@ from megamod.errors import UserError
 from megamod.merging.compatibility import read_vocab_size
 from megamod.merging.settings import split_at_layer_number
 from megamod.merging.tensors import RenamedFolder, TensorSource, describe_source, have_same_bits
-from megamod.states.forest import read_config
+from megamod.states.forest import read_model_config
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ def ties_output_matrix(config: Mapping[str, object]) -> bool:
 
 
 def _is_folder_tied(folder: TensorSource) -> bool:
-    return ties_output_matrix(read_config(folder.folder))
+    return ties_output_matrix(read_model_config(folder.folder))
 
 
 def _adopt_backbone_prefix(first: TensorSource, other: TensorSource) -> TensorSource:
@@ -250,7 +250,7 @@ def _may_have_same_class(first: TensorSource, other: TensorSource) -> bool:
     """True unless the two folders are known to be saved by different classes."""
     if isinstance(other, RenamedFolder):
         return False
-    classes = [read_config(folder.folder).get("architectures") for folder in (first, other)]
+    classes = [read_model_config(folder.folder).get("architectures") for folder in (first, other)]
     return None in classes or classes[0] == classes[1]
 
 
@@ -274,7 +274,7 @@ def _find_tied_counterpart(tied_model: TensorSource, name: str, other: TensorSou
     for kind, counterpart in kinds:
         if kind.search(name) and split_at_layer_number(name) is None:
             for candidate, spec in tied_model.tensors.items():
-                rows = (read_vocab_size(read_config(tied_model.folder)),)
+                rows = (read_vocab_size(read_model_config(tied_model.folder)),)
                 if (
                     counterpart.search(candidate)
                     and split_at_layer_number(candidate) is None
@@ -295,7 +295,7 @@ def _is_buffer(folder: TensorSource, name: str) -> bool:
         return False
     from megamod.merging.known_models import list_parameter_names
 
-    known = list_parameter_names(read_config(folder.folder))
+    known = list_parameter_names(read_model_config(folder.folder))
     if known is None:
         return False
     layered = {n for n in known if split_at_layer_number(n) is not None}

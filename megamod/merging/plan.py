@@ -14,9 +14,9 @@ from megamod.merging.recipe import MergeRecipe
 from megamod.merging.settings import WITHOUT_EFFECT, Scope, check_known_word, check_parameters
 from megamod.merging.tensors import MergeTensor, ModelTensor, TensorSource
 from megamod.merging.vocabulary import Vocabulary
-from megamod.states.forest import HOST_TYPE, read_config
+from megamod.states.forest import HOST_TYPE, read_model_config
 from megamod.states.stream import Spec, plan_shards
-from megamod.states.weights import file_of
+from megamod.states.weights import select_weight_file
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ def make_plan(
     _warn_of_unused_parameters(recipe)
     tensor_plans = plan_tensors(recipe, folders, copied)
     stored = recipe.out_dtype or recipe.dtype
-    config = read_config(folders[recipe.template_model].folder)
+    config = read_model_config(folders[recipe.template_model].folder)
     specs, config = {}, build_merged_config(config, recipe, stored, vocabulary)
     for name, tensor_plan in tensor_plans.items():
         number, lead = tensor_plan.sources[tensor_plan.lead_source]
@@ -131,7 +131,7 @@ def make_plan(
     if config.get("model_type") in ("demix", HOST_TYPE) and config.get("untie") != "none":
         files: dict[str, list[str]] = {}
         for name in specs:
-            files.setdefault(file_of(name, has_experts=True), []).append(name)
+            files.setdefault(select_weight_file(name, has_experts=True), []).append(name)
     else:
         files = plan_shards(specs, shard_bytes)
     statistics = [None] * len(folders)

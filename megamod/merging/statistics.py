@@ -20,7 +20,7 @@ from megamod.files import sync_file, sync_folder
 from megamod.merging.methods.statistics import INPUT_FIRST
 from megamod.merging.recipe import InputModel, MergeRecipe
 from megamod.merging.settings import check_known_word
-from megamod.states.forest import read_config
+from megamod.states.forest import read_model_config
 from megamod.states.stream import ModelFolder
 from megamod.states.weights import write_tensors
 
@@ -179,7 +179,7 @@ def check_calibration(recipe: MergeRecipe) -> None:
             raise UserError(f"{where}: path is {block.get('path')!r}; give a file with text")
         if model.adapter is not None:
             raise UserError(f"{where}: a model with an adapter is not run on text; merge it first")
-        if model.member is not None or read_config(model.path).get("untie", "none") != "none":
+        if model.member is not None or read_model_config(model.path).get("untie", "none") != "none":
             raise UserError(
                 f"{where}: a model with experts is not run on text; give `statistics: FILE`"
             )

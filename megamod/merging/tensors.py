@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megamod.states.stream import PIECE, ModelFolder, Spec, pieces
+from megamod.states.stream import PIECE, ModelFolder, Spec, iterate_pieces
 
 TOWER = re.compile(r"vision|visual|image|audio|speech|projector|merger|connector|perceiver")
 """Part of the names of modules that feed a language model with something other than text."""
@@ -65,7 +65,7 @@ class TensorView:
 
     def digest(self) -> str:
         """Fingerprint of the weights on disk."""
-        return self.source.digest()
+        return self.source.compute_digest()
 
 
 class RenamedFolder(TensorView):
@@ -98,7 +98,7 @@ def have_same_bits(first: TensorSource, name: str, second: TensorSource, other_n
     if second.tensors[other_name] != spec:
         return False
     buffers = torch.empty(2, PIECE // spec.dtype.itemsize, dtype=spec.dtype)
-    for start, stop in pieces(spec.numel, spec.dtype.itemsize):
+    for start, stop in iterate_pieces(spec.numel, spec.dtype.itemsize):
         left, right = buffers[:, : stop - start]
         first.read_into(name, start, left)
         second.read_into(other_name, start, right)
@@ -209,7 +209,7 @@ class MergeTensor:
 
     def iterate_pieces(self) -> Iterator[tuple[int, int]]:
         """Yield the first element of each piece, and that after its last."""
-        return pieces(self.numel, self.dtype.itemsize)
+        return iterate_pieces(self.numel, self.dtype.itemsize)
 
     def iterate_row_pieces(self) -> Iterator[tuple[int, int]]:
         """Yield pieces of whole rows (along the last axis), at least one; a vector is one row."""

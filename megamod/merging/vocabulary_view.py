@@ -13,8 +13,8 @@ from megamod.merging.naming import INPUT_NAMES, OUTPUT_NAMES
 from megamod.merging.settings import split_at_layer_number
 from megamod.merging.tensors import TensorSource, TensorView
 from megamod.merging.vocabulary import Donors, Vocabulary
-from megamod.states.forest import read_config
-from megamod.states.rows import read_rows
+from megamod.states.forest import read_model_config
+from megamod.states.rows import read_tensor_rows
 from megamod.states.stream import PIECE, Spec
 
 _EXPERT = r"(?:\.experts\.[^.]+)?"
@@ -75,7 +75,7 @@ class VocabularyView(TensorView):
         else:
             stored = (rows >= 0).nonzero()[:, 0]
             read = torch.empty(len(stored), width, dtype=spec.dtype)
-            read_rows(self.source, name, rows[stored], read)
+            read_tensor_rows(self.source, name, rows[stored], read)
             result[stored] = read
         for row in (rows < 0).nonzero()[:, 0].tolist():
             result[row] = self._average_donor_rows(name, self._donors[first + row], width)
@@ -121,7 +121,7 @@ def _list_word_tensors(folder: TensorSource) -> list[str]:
     Raises:
         UserError: if there is no embedding, or a tensor of that shape has an unknown name.
     """
-    size = read_vocab_size(read_config(folder.folder))
+    size = read_vocab_size(read_model_config(folder.folder))
     shaped = [
         name
         for name, spec in folder.tensors.items()

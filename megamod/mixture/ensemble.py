@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megamod.errors import UserError
-from megamod.mixture.posterior import final_posterior, mix, token_weights
+from megamod.mixture.posterior import average_final_posterior, compute_token_weights, mix_log_probs
 from megamod.mixture.prior import Prior
 
 MODES = ("cached_prior", "updating_prior", "uniform_prior", "simple_average")
@@ -30,8 +30,8 @@ LEAST = 1e-4
 
 
 @dataclass(frozen=True)
-class Rule:
-    """Settings of the posterior along a text; see `token_weights`."""
+class PosteriorRule:
+    """Settings of the posterior along a text; see `compute_token_weights`."""
 
     name: str = "last_token"
     temperature: float = 1.0
@@ -40,7 +40,7 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Mixed:
+class MixedBatch:
     """Results of one batch.
 
     Attributes:
@@ -56,13 +56,13 @@ class Mixed:
     average: Tensor
 
 
-def perplexity(nll: float, tokens: int) -> float:
+def compute_perplexity(nll: float, tokens: int) -> float:
     """exp(nll / tokens), nll in nats; inf if it overflows or no token was counted."""
     mean = nll / tokens if tokens else math.inf
     return math.exp(mean) if mean < 700 else math.inf
 
 
-class Tally:
+class PerplexityCounter:
     """Sum of negative log-likelihoods (nats) and number of tokens.
 
     Tokens of infinite log-likelihood count in neither, as in the DEMix release.
@@ -71,7 +71,7 @@ class Tally:
     def __init__(self) -> None:
         self.nll, self.tokens = 0.0, 0
 
-    def add(self, log_probs: Tensor, mask: Tensor) -> None:
+    def add_tokens(self, log_probs: Tensor, mask: Tensor) -> None:
         """Count the tokens where mask is True; both [B, T]."""
         counted = log_probs[mask & log_probs.isfinite()]
         self.nll -= float(counted.double().sum())
@@ -80,7 +80,7 @@ class Tally:
     @property
     def perplexity(self) -> float:
         """Of all tokens so far, see `perplexity`."""
-        return perplexity(self.nll, self.tokens)
+        return compute_perplexity(self.nll, self.tokens)
 
 
 class Mixture:
@@ -91,7 +91,7 @@ class Mixture:
         average: [E] moving average of the batches' posteriors; None before the first batch.
     """
 
-    def __init__(self, mode: str, experts: int, rule: Rule, prior: Tensor | None = None):
+    def __init__(self, mode: str, experts: int, rule: PosteriorRule, prior: Tensor | None = None):
         """Start at the beginning of a text.
 
         Args:
@@ -106,10 +106,10 @@ class Mixture:
         alike = torch.full((experts,), 1 / experts, dtype=torch.float64)
         self.mode, self.rule = mode, rule
         self.prior = alike if prior is None or mode == "uniform_prior" else prior.double()
-        self.tally = Tally()
+        self.tally = PerplexityCounter()
         self.average: Tensor | None = None
 
-    def add(self, log_probs: Tensor, mask: Tensor) -> Mixed:
+    def mix_batch(self, log_probs: Tensor, mask: Tensor) -> MixedBatch:
         """Mix the next batch.
 
         Args:
@@ -120,7 +120,7 @@ class Mixture:
         if self.mode == "simple_average":
             weights = log_probs.new_full(log_probs.shape, -math.log(len(prior)))
         else:
-            weights = token_weights(
+            weights = compute_token_weights(
                 log_probs,
                 prior,
                 rule=self.rule.name,
@@ -129,18 +129,18 @@ class Mixture:
                 mask=mask,
                 first_over_all=self.rule.first_over_all,
             )
-        mixed = mix(weights, log_probs)
-        self.tally.add(mixed, mask)
-        posterior = final_posterior(weights, mask).double().cpu()
+        mixed = mix_log_probs(weights, log_probs)
+        self.tally.add_tokens(mixed, mask)
+        posterior = average_final_posterior(weights, mask).double().cpu()
         if self.average is None:
             self.average = posterior
         else:
             self.average = (1 - NEW_SHARE) * self.average + NEW_SHARE * posterior
         if self.mode == "updating_prior":
-            self.prior = self._as_prior(self.average)
-        return Mixed(mixed, weights, posterior, self.average)
+            self.prior = self._make_prior(self.average)
+        return MixedBatch(mixed, weights, posterior, self.average)
 
-    def _as_prior(self, average: Tensor) -> Tensor:
+    def _make_prior(self, average: Tensor) -> Tensor:
         if self.rule.name == "history":
             average = average.clamp(min=LEAST).where(self.prior > 0, 0.0)
         return average / average.sum()
@@ -149,8 +149,8 @@ class Mixture:
 def estimate_prior(
     domains: Iterable[str],
     batches: Iterable[tuple[Tensor, Tensor]],
-    rule: Rule,
-    watch: Callable[[Mixture, Mixed], None] | None = None,
+    rule: PosteriorRule,
+    watch: Callable[[Mixture, MixedBatch], None] | None = None,
 ) -> Prior:
     """Estimate a prior: the moving average of posteriors, which is the prior of the next batch.
 
@@ -164,7 +164,7 @@ def estimate_prior(
     domains = tuple(domains)
     mixture = Mixture("updating_prior", len(domains), rule)
     for log_probs, mask in batches:
-        mixed = mixture.add(log_probs, mask)
+        mixed = mixture.mix_batch(log_probs, mask)
         if watch is not None:
             watch(mixture, mixed)
     if mixture.average is None:

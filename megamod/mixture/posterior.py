@@ -26,7 +26,7 @@ RULES = ("last_token", "history")
 IMPOSSIBLE = 1e4
 
 
-def token_weights(
+def compute_token_weights(
     log_probs: Tensor,
     prior: Tensor,
     *,
@@ -54,23 +54,23 @@ def token_weights(
     """
     if mask is None:
         mask = torch.ones(log_probs.shape[1:], dtype=torch.bool, device=log_probs.device)
-    evidence = _evidence(log_probs, prior, mask)
-    seen = _before(mask.cumsum(-1)) > 0
+    evidence = _compute_evidence(log_probs, prior, mask)
+    seen = _shift_by_one(mask.cumsum(-1)) > 0
     if rule == "history":
-        summed = _decayed_sums(evidence, 1 + mask.double() * (forgetting - 1))
-        return _weights(_before(summed), prior, rule, temperature)
+        summed = _sum_with_decay(evidence, 1 + mask.double() * (forgetting - 1))
+        return _normalise_weights(_shift_by_one(summed), prior, rule, temperature)
     places = torch.arange(mask.shape[-1], device=mask.device).where(mask, 0)
     latest = places.cummax(-1).values.expand_as(evidence)
-    evidence = _before(evidence.gather(-1, latest))
-    return _weights(evidence, prior, rule, 1.0, seen, first_over_all)
+    evidence = _shift_by_one(evidence.gather(-1, latest))
+    return _normalise_weights(evidence, prior, rule, 1.0, seen, first_over_all)
 
 
-def mix(log_weights: Tensor, log_probs: Tensor) -> Tensor:
+def mix_log_probs(log_weights: Tensor, log_probs: Tensor) -> Tensor:
     """Log-probabilities of the mixture [B, T], float32, from [E, B, T] of weights and experts."""
     return torch.logsumexp(log_weights.float() + log_probs.float(), dim=0)
 
 
-def final_posterior(log_weights: Tensor, mask: Tensor) -> Tensor:
+def average_final_posterior(log_weights: Tensor, mask: Tensor) -> Tensor:
     """Weights [E] at the last real token of each sequence, averaged over sequences.
 
     Sequences without a real token are skipped.
@@ -85,7 +85,7 @@ def final_posterior(log_weights: Tensor, mask: Tensor) -> Tensor:
     return log_weights[:, rows, last[rows]].exp().mean(-1)
 
 
-def _evidence(log_probs: Tensor, prior: Tensor, mask: Tensor) -> Tensor:
+def _compute_evidence(log_probs: Tensor, prior: Tensor, mask: Tensor) -> Tensor:
     """Log-probabilities minus those of the best expert with a prior above 0, float64.
 
     Only differences matter, and this keeps sums over long texts small and exact.
@@ -96,7 +96,7 @@ def _evidence(log_probs: Tensor, prior: Tensor, mask: Tensor) -> Tensor:
     return (bounded - best).where(mask, 0.0)
 
 
-def _decayed_sums(values: Tensor, keep: Tensor) -> Tensor:
+def _sum_with_decay(values: Tensor, keep: Tensor) -> Tensor:
     """s_t = keep_t s_{t-1} + values_t along the last dimension, in log2(T) passes."""
     step = 1
     while step < values.shape[-1]:
@@ -106,12 +106,12 @@ def _decayed_sums(values: Tensor, keep: Tensor) -> Tensor:
     return values
 
 
-def _before(values: Tensor) -> Tensor:
+def _shift_by_one(values: Tensor) -> Tensor:
     """Values shifted by one position: that of the previous one, 0 at the first."""
     return pad(values[..., :-1], (1, 0))
 
 
-def _weights(
+def _normalise_weights(
     evidence: Tensor,
     prior: Tensor,
     rule: str,

@@ -11,12 +11,12 @@ from transformers import PreTrainedConfig
 from megamod.errors import UserError
 from megamod.models.lm.configuration import (
     DemixConfig,
-    domains_of,
-    longest_sequence,
+    get_domains,
+    get_max_sequence_length,
+    get_untie,
     read_lm_config,
-    untie_of,
 )
-from megamod.models.lm.host import host_classes
+from megamod.models.lm.host import make_host_classes
 from megamod.models.lm.hosts import HOSTS, UNTIE_OF_HOSTS, WITHOUT_DOCUMENTS
 from megamod.models.lm.load import check_same_family
 from megamod.models.presets import PRESETS
@@ -25,7 +25,7 @@ from megamod.states.weight_files import has_weights
 HUB_FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]
 
 
-def model_folder(model: str, flag: str = "--model") -> Path | None:
+def resolve_model_folder(model: str, flag: str = "--model") -> Path | None:
     """The folder of a model: itself, or the local copy of a hub repository; None for a preset.
 
     Raises:
@@ -47,7 +47,7 @@ def model_folder(model: str, flag: str = "--model") -> Path | None:
     )
 
 
-def start_folder(
+def find_start_folder(
     model: str, init_from: str | None, from_scratch: bool, config: PreTrainedConfig
 ) -> tuple[Path, str] | None:
     """Folder whose weights start a run, and the flag that named it; None for new weights.
@@ -61,28 +61,28 @@ def start_folder(
     flag = "--model" if init_from is None else "--init_from"
     if init_from is None and from_scratch:
         return None
-    folder = model_folder(model if init_from is None else init_from, flag)
+    folder = resolve_model_folder(model if init_from is None else init_from, flag)
     if folder is None or not (has_weights(folder) or init_from is not None):
         return None
     saved = read_lm_config(folder, flag)
     check_same_family(f"{flag} {folder}", saved, config)
-    apart = untie_of(saved)
+    apart = get_untie(saved)
     if apart != "none":
-        missing = [name for name in domains_of(config) if name not in domains_of(saved)]
-        if untie_of(config) != apart:
+        missing = [name for name in get_domains(config) if name not in get_domains(saved)]
+        if get_untie(config) != apart:
             raise UserError(
-                f"{flag} {folder} has experts of {', '.join(domains_of(saved))}: train it with "
+                f"{flag} {folder} has experts of {', '.join(get_domains(saved))}: train it with "
                 f"--untie {apart}, or give --from_scratch"
             )
         if missing:
             raise UserError(
                 f"{flag} {folder} has no expert of domain {missing[0]!r}; there are "
-                f"{', '.join(domains_of(saved))}"
+                f"{', '.join(get_domains(saved))}"
             )
     return folder, flag
 
 
-def lm_config(
+def make_lm_config(
     model: str,
     *,
     vocab_size: int,
@@ -106,14 +106,14 @@ def lm_config(
     """
     changes = {field: value for field, value in overrides.items() if value is not None}
     untie = "none" if untie == "all" else untie
-    folder = model_folder(model)
+    folder = resolve_model_folder(model)
     if folder is not None:
         if changes:
             raise UserError(f"--{next(iter(changes))} cannot change the model in {model}")
         config = read_lm_config(folder, "--model")
-        _check_fits(model, config, vocab_size, special_ids, max_positions)
+        _check_folder_fits_data(model, config, vocab_size, special_ids, max_positions)
         if config.model_type != DemixConfig.model_type:
-            return _host_config(model, config, domains, untie, attn_implementation)
+            return _make_host_config(model, config, domains, untie, attn_implementation)
         max_positions = config.max_position_embeddings
         names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
         shape = {name: getattr(config, name) for name in names}
@@ -133,7 +133,7 @@ def lm_config(
         raise UserError(str(error)) from error
 
 
-def _check_fits(
+def _check_folder_fits_data(
     model: str,
     config: PreTrainedConfig,
     vocab_size: int,
@@ -141,7 +141,7 @@ def _check_fits(
     max_positions: int,
 ) -> None:
     """Raise UserError if a folder's model cannot read the data."""
-    ours, limit = config.model_type == DemixConfig.model_type, longest_sequence(config)
+    ours, limit = config.model_type == DemixConfig.model_type, get_max_sequence_length(config)
     fits = config.vocab_size == vocab_size if ours else config.vocab_size >= vocab_size
     if not fits or max_positions > (limit or max_positions):
         raise UserError(
@@ -149,10 +149,10 @@ def _check_fits(
             f"data need {vocab_size} and {max_positions}"
         )
     if not ours:
-        check_data(f"--model {model}", config, vocab_size, special_ids)
+        check_vocabulary_fits(f"--model {model}", config, vocab_size, special_ids)
 
 
-def check_data(
+def check_vocabulary_fits(
     where: str, config: PreTrainedConfig, vocab_size: int, special_ids: Mapping[str, int]
 ) -> None:
     """Refuse data whose ids a stock model does not have, or whose texts end otherwise.
@@ -175,7 +175,7 @@ def check_data(
         )
 
 
-def _host_config(
+def _make_host_config(
     model: str,
     config: PreTrainedConfig,
     domains: Sequence[str],
@@ -189,10 +189,10 @@ def _host_config(
             "it first"
         )
     if untie == "none":
-        if untie_of(config) != "none":
+        if get_untie(config) != "none":
             raise UserError(
-                f"--model {model} has experts of {', '.join(domains_of(config))}: train it with "
-                f"--untie {untie_of(config)}, or take one out with convert.py --format expert"
+                f"--model {model} has experts of {', '.join(get_domains(config))}: train it with "
+                f"--untie {get_untie(config)}, or take one out with convert.py --format expert"
             )
         if attn_implementation is not None:
             config._attn_implementation = attn_implementation
@@ -202,20 +202,20 @@ def _host_config(
             f"--untie {untie}: layers of a {config.model_type} cannot be untied so; choose "
             f"{', '.join(UNTIE_OF_HOSTS)} or all"
         )
-    if untie_of(config) not in ("none", untie):
+    if get_untie(config) not in ("none", untie):
         raise UserError(f"--untie {untie}: the model in {model} has experts by {config.untie}")
-    check_host(f"--untie {untie}: {model}", config)
+    check_host_family(f"--untie {untie}: {model}", config)
     kind = getattr(config, "host", config.model_type)
     fields = {**config.to_dict(), "domains": list(domains), "untie": untie, "host": kind}
     for name in ("model_type", "architectures", "transformers_version"):
         fields.pop(name, None)
     try:
-        return host_classes(kind)[0](**fields, attn_implementation=attn_implementation)
+        return make_host_classes(kind)[0](**fields, attn_implementation=attn_implementation)
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
-def check_documents(config: PreTrainedConfig) -> None:
+def check_document_masking(config: PreTrainedConfig) -> None:
     """Raise UserError if a family's attention cannot stop at the ends of documents."""
     kind = getattr(config, "host", config.model_type)
     known = kind == DemixConfig.model_type or kind in HOSTS
@@ -226,7 +226,7 @@ def check_documents(config: PreTrainedConfig) -> None:
         )
 
 
-def check_host(where: str, config: PreTrainedConfig) -> None:
+def check_host_family(where: str, config: PreTrainedConfig) -> None:
     """Raise UserError if the feed-forwards of a stock model are not known or not dense."""
     if getattr(config, "host", config.model_type) in HOSTS:
         return

@@ -64,7 +64,7 @@ class Vocabulary(Protocol):
     def mask(self) -> int: ...
 
 
-def encoder_config(
+def make_encoder_config(
     preset: str,
     changes: Mapping[str, int | None],
     flags: EncoderFlags,
@@ -89,10 +89,10 @@ def encoder_config(
     shape |= {"pad_token_id": vocabulary.pad, "max_position_embeddings": max(512, length)}
     if flags.num_instances == 1:
         return (ElectraConfig if flags.objective == "replaced_token" else BertConfig)(**shape)
-    return multiplexed_config(shape, flags, vocabulary)
+    return make_multiplexed_config(shape, flags, vocabulary)
 
 
-def multiplexed_around(
+def make_multiplexed_config_from_stock(
     stock: PreTrainedConfig, flags: EncoderFlags, vocabulary: Vocabulary
 ) -> PreTrainedConfig:
     """Configuration of a multiplexed encoder that starts from a stock one.
@@ -101,10 +101,10 @@ def multiplexed_around(
         UserError: for flags that do not fit it.
     """
     shape = {name: getattr(stock, name) for name in STOCK if hasattr(stock, name)}
-    return multiplexed_config(shape, flags, vocabulary)
+    return make_multiplexed_config(shape, flags, vocabulary)
 
 
-def multiplexed_config(
+def make_multiplexed_config(
     shape: Mapping[str, object], flags: EncoderFlags, vocabulary: Vocabulary
 ) -> PreTrainedConfig:
     """Configuration of a multiplexed encoder.
@@ -118,14 +118,14 @@ def multiplexed_config(
     fields["cls_token_id"] = vocabulary.bos
     electra = flags.objective == "replaced_token"
     if electra:
-        fields |= _generator(shape, flags) | {"mask_token_id": vocabulary.mask}
+        fields |= _make_generator_fields(shape, flags) | {"mask_token_id": vocabulary.mask}
     try:
         return (MuxElectraConfig if electra else MuxBertConfig)(**shape, **fields)
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
-def _generator(shape: Mapping[str, object], flags: EncoderFlags) -> dict[str, object]:
+def _make_generator_fields(shape: Mapping[str, object], flags: EncoderFlags) -> dict[str, object]:
     """Fields of what replaces tokens: chance, or a model of `generator_size` of the width."""
     names = ("generator", "gen_loss_weight", "disc_loss_weight")
     fields = {name: getattr(flags, name) for name in names}
@@ -139,7 +139,7 @@ def _generator(shape: Mapping[str, object], flags: EncoderFlags) -> dict[str, ob
     return fields
 
 
-def bert_config(preset: str, vocab_size: int, **multiplexing: object) -> PreTrainedConfig:
+def make_bert_config(preset: str, vocab_size: int, **multiplexing: object) -> PreTrainedConfig:
     """Configuration of a BERT to finetune from scratch.
 
     Args:
@@ -157,7 +157,7 @@ def bert_config(preset: str, vocab_size: int, **multiplexing: object) -> PreTrai
         raise UserError(str(error)) from error
 
 
-def pretraining_class(config: PreTrainedConfig, objective: str) -> type:
+def select_pretraining_class(config: PreTrainedConfig, objective: str) -> type:
     """The Auto class that pretrains this configuration; the configuration names the head."""
     if isinstance(config, MuxElectraConfig):
         # ELECTRA has two heads for pretraining; this one replaces tokens by itself.
@@ -169,4 +169,4 @@ def build_encoder(
     config: PreTrainedConfig, objective: str, dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
     """An encoder with new weights from torch's global generator; on the meta device without any."""
-    return pretraining_class(config, objective).from_config(config, dtype=dtype)
+    return select_pretraining_class(config, objective).from_config(config, dtype=dtype)

@@ -11,7 +11,7 @@ WITHOUT_EFFECT = ("use_cache", "cache_position")
 """Arguments that say how to compute and do not change a result, so models may ignore them."""
 
 
-def check_arguments(model: PreTrainedModel, more: Mapping[str, object]) -> None:
+def check_extra_arguments(model: PreTrainedModel, more: Mapping[str, object]) -> None:
     """Refuse arguments that a model does not have, unless they are None, False or have no effect.
 
     Trainer, PEFT and TRL pass every model the same arguments, most of them None.
@@ -27,7 +27,7 @@ def check_arguments(model: PreTrainedModel, more: Mapping[str, object]) -> None:
             raise ValueError(f"{type(model).__name__}.forward does not support {shown}")
 
 
-def returned(
+def format_output(
     model: PreTrainedModel, output: ModelOutput, return_dict: bool | None
 ) -> ModelOutput | tuple:
     """Return the output with its fields in order, or as a tuple if asked for.
@@ -57,7 +57,7 @@ def check_positions(position_ids: Tensor, columns: int, positions: int) -> None:
         )
 
 
-def last_logits(hidden: Tensor, keep: int | Tensor) -> Tensor:
+def select_logit_states(hidden: Tensor, keep: int | Tensor) -> Tensor:
     """Select states [B, L, D] to compute logits for: the last `keep`, those at `keep`, 0: all."""
     return hidden[:, keep if isinstance(keep, Tensor) else slice(-keep, None)]
 

@@ -6,18 +6,18 @@ OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "lo
 """Model types whose first position is one after that of padding."""
 
 
-def inputs_of(config: PreTrainedConfig) -> tuple[str, ...]:
+def list_input_fields(config: PreTrainedConfig) -> tuple[str, ...]:
     """Fields of a batch that the model takes."""
     types = getattr(config, "type_vocab_size", 0) > 1
     return ("input_ids", "attention_mask", *(("token_type_ids",) if types else ()))
 
 
-def mixes_padding(config: PreTrainedConfig) -> bool:
+def needs_fixed_length(config: PreTrainedConfig) -> bool:
     """True for a multiplexed model: it wants rows padded to one length, the same as in training."""
     return hasattr(config, "muxing_variant")
 
 
-def room_of(config: PreTrainedConfig) -> int:
+def compute_max_row_tokens(config: PreTrainedConfig) -> int:
     """Tokens of a row that the model has positions for, special ones included."""
     room = getattr(config, "max_position_embeddings", 1 << 20)
     if config.model_type in OFFSET_POSITIONS:

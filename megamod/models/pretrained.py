@@ -38,7 +38,7 @@ class CheckedLoading(PreTrainedModel):
         """
         wants_report = kwargs.pop("output_loading_info", False)
         model, report = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
-        check_missing(model, report, str(source))
+        check_missing_weights(model, report, str(source))
         return (model, report) if wants_report else model
 
 
@@ -73,12 +73,14 @@ def load_pretrained(
         raise UserError(f"{flag} {source}: cannot be loaded: {reason}") from error
     finally:
         logging.set_verbosity(before)
-    check_missing(model, report, f"{flag} {source}")
-    check_foreign(model, report, f"{flag} {source}")
+    check_missing_weights(model, report, f"{flag} {source}")
+    check_foreign_weights(model, report, f"{flag} {source}")
     return model, report
 
 
-def check_missing(model: PreTrainedModel, report: Mapping[str, Iterable], source: str) -> None:
+def check_missing_weights(
+    model: PreTrainedModel, report: Mapping[str, Iterable], source: str
+) -> None:
     """Refuse a model of which weights of the encoder were drawn at random.
 
     Args:
@@ -91,7 +93,7 @@ def check_missing(model: PreTrainedModel, report: Mapping[str, Iterable], source
     if not missing and not mismatched:
         return
     sizes = {name: tensor.numel() for name, tensor in model.state_dict().items()}
-    stock = backbone_names(model) & sizes.keys()
+    stock = list_backbone_names(model) & sizes.keys()
     for name, stored, expected in sorted(mismatched):
         if name in stock:
             raise UserError(
@@ -106,10 +108,10 @@ def check_missing(model: PreTrainedModel, report: Mapping[str, Iterable], source
         )
 
 
-def check_complete(report: Mapping[str, Iterable], source: str) -> None:
+def check_all_weights_loaded(report: Mapping[str, Iterable], source: str) -> None:
     """Refuse a model with weights drawn at random, a head for example, that nobody will train.
 
-    Args, Raises: as `check_missing`.
+    Args, Raises: as `check_missing_weights`.
     """
     missing = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
     if missing:
@@ -119,19 +121,21 @@ def check_complete(report: Mapping[str, Iterable], source: str) -> None:
         )
 
 
-def check_foreign(model: PreTrainedModel, report: Mapping[str, Iterable], source: str) -> None:
+def check_foreign_weights(
+    model: PreTrainedModel, report: Mapping[str, Iterable], source: str
+) -> None:
     """Refuse weights of a model that has parts which no model of this type has.
 
-    Args, Raises: as `check_missing`.
+    Args, Raises: as `check_missing_weights`.
     """
     unused = set(report["unexpected_keys"])
     if not unused:
         return
-    known = stock_names(model.config)
+    known = list_stock_names(model.config)
     if not known:  # a registered type of somebody else, with nothing to compare with
         return
     # A head may be left out; a part of another kind of encoder may not.
-    foreign = {name for name in unused if not _is_known(name, known)}
+    foreign = {name for name in unused if not _is_known_name(name, known)}
     total = len(model.state_dict()) - len(set(report["missing_keys"])) + len(unused)
     if len(foreign) > max(2, MAX_FOREIGN * total):
         raise UserError(
@@ -140,28 +144,28 @@ def check_foreign(model: PreTrainedModel, report: Mapping[str, Iterable], source
         )
 
 
-def backbone_names(model: PreTrainedModel) -> set[str]:
+def list_backbone_names(model: PreTrainedModel) -> set[str]:
     """Names in the model of the parameters of the stock encoder, without its pooler.
 
     Of a type that has no stock encoder, all names after the base model prefix.
     """
-    prefix, stock = model.base_model_prefix, stock_config(model.config)
+    prefix, stock = model.base_model_prefix, make_stock_config(model.config)
     start = f"{prefix}." if isinstance(getattr(model, prefix or " ", None), nn.Module) else ""
-    names = _tensor_names(_stock_classes(stock, ("AutoModel",)), stock)
+    names = _list_tensor_names(_find_stock_classes(stock, ("AutoModel",)), stock)
     if not names:
         return {name for name in model.state_dict() if start and name.startswith(start)}
     return {f"{start}{name}" for name in names if "pooler" not in name}
 
 
-def stock_names(config: PreTrainedConfig) -> set[str]:
+def list_stock_names(config: PreTrainedConfig) -> set[str]:
     """Names of all tensors of the stock classes that checkpoints of this type are written by."""
-    stock = stock_config(config)
+    stock = make_stock_config(config)
     classes = {getattr(transformers, name, None) for name in config.architectures or ()}
     autos = ("AutoModel", "AutoModelForPreTraining", "AutoModelForMaskedLM")
-    return _tensor_names(classes | _stock_classes(stock, autos), stock)
+    return _list_tensor_names(classes | _find_stock_classes(stock, autos), stock)
 
 
-def _stock_classes(stock: PreTrainedConfig, autos: Iterable[str]) -> set[type]:
+def _find_stock_classes(stock: PreTrainedConfig, autos: Iterable[str]) -> set[type]:
     """Classes that the Auto classes make of a configuration."""
     classes: set[type] = set()
     for auto in autos:
@@ -171,7 +175,7 @@ def _stock_classes(stock: PreTrainedConfig, autos: Iterable[str]) -> set[type]:
     return classes
 
 
-def _tensor_names(classes: Iterable[type | None], stock: PreTrainedConfig) -> set[str]:
+def _list_tensor_names(classes: Iterable[type | None], stock: PreTrainedConfig) -> set[str]:
     """Names of all tensors of these classes; no memory is allocated."""
     names: set[str] = set()
     with torch.device("meta"):
@@ -181,7 +185,7 @@ def _tensor_names(classes: Iterable[type | None], stock: PreTrainedConfig) -> se
     return names
 
 
-def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
+def make_stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """Configuration of the stock encoder inside a model; a stock model's is its own."""
     if config.model_type not in STOCK_TYPES:
         return config
@@ -192,7 +196,7 @@ def stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return stock
 
 
-def _is_known(name: str, known: set[str]) -> bool:
+def _is_known_name(name: str, known: set[str]) -> bool:
     plain = name.replace("LayerNorm.gamma", "LayerNorm.weight")
     plain = plain.replace("LayerNorm.beta", "LayerNorm.bias")
     return plain in known or plain.endswith("position_ids")

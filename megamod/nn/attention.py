@@ -23,7 +23,7 @@ class SelfAttention(nn.Module):
         self.num_heads = num_heads
         self.layer = layer
         self.dropout = dropout
-        self.attend = {"sdpa": _sdpa, "eager": _eager}[implementation]
+        self.attend = {"sdpa": _attend_sdpa, "eager": _attend_eager}[implementation]
         self.q_proj = nn.Linear(hidden_size, hidden_size)
         self.k_proj = nn.Linear(hidden_size, hidden_size)
         self.v_proj = nn.Linear(hidden_size, hidden_size)
@@ -50,13 +50,15 @@ class SelfAttention(nn.Module):
         return self.out_proj(mixed.transpose(1, 2).flatten(2))
 
 
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+def _attend_sdpa(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float
+) -> Tensor:
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None
     )
 
 
-def _eager(
+def _attend_eager(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float
 ) -> Tensor:
     if mask is None:

@@ -12,8 +12,8 @@ from megamod.nn.conditioning import (
     Bottleneck,
     ConditionalLayerNorm,
     Film,
-    block_bias,
-    block_shape,
+    compute_block_bias,
+    compute_block_shape,
 )
 from megamod.nn.encoder import EncoderLayer
 
@@ -29,7 +29,7 @@ class ConditionalLayer(EncoderLayer):
     def __init__(self, config: PreTrainedConfig, norms: bool, adapter: bool = False):
         super().__init__(config)
         size, eps, length = config.hidden_size, config.layer_norm_eps, config.max_seq_length
-        _, width = block_shape(size, length)
+        _, width = compute_block_shape(size, length)
         attention = self.attention["self"]
         attention.register_parameter(
             "random_weight_matrix", nn.Parameter(torch.zeros(length, width))
@@ -54,13 +54,13 @@ class ConditionalLayer(EncoderLayer):
         """
         attention = self.attention["self"]
         factor, shift = attention["cond_block_diag_attn"](tasks)
-        bias = block_bias(attention.random_weight_matrix, factor, shift, x.shape[1])
+        bias = compute_block_bias(attention.random_weight_matrix, factor, shift, x.shape[1])
         bias = bias[task_of][:, None]
         conditions = (tasks, task_of) if self.norms else ()
         attended = self.attend(
             x, bias if mask is None else bias + mask.to(bias.dtype), conditions=conditions
         )
-        x = self.feed(attended, conditions)
+        x = self.apply_feed_forward(attended, conditions)
         # The adapter's residual is the state after attention, not the one after the block.
         return x if self.adapter is None else self.adapter(x, attended, tasks, task_of)
 

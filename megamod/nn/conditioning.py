@@ -90,7 +90,7 @@ class Adapter(nn.Module):
         return self.condlayernorm(x, tasks, task_of)
 
 
-def block_shape(size: int, length: int) -> tuple[int, int]:
+def compute_block_shape(size: int, length: int) -> tuple[int, int]:
     """Return the number of attention blocks and their width.
 
     Args:
@@ -106,7 +106,7 @@ def block_shape(size: int, length: int) -> tuple[int, int]:
     return blocks, -(-length // blocks)
 
 
-def block_bias(matrix: Tensor, factor: Tensor, shift: Tensor, length: int) -> Tensor:
+def compute_block_bias(matrix: Tensor, factor: Tensor, shift: Tensor, length: int) -> Tensor:
     """Bias on attention scores by task: blocks along the diagonal, 0 elsewhere.
 
         bias[t, r, c] = factor[t, c mod w] * matrix[r, c mod w] + shift[t, c mod w]

@@ -71,25 +71,25 @@ class _ZeroGradient(torch.autograd.Function):
         return grad, *zeros
 
 
-def chosen_expert(module: nn.Module) -> nn.Module:
+def get_selected_expert(module: nn.Module) -> nn.Module:
     """The expert of the chosen domain, or the first; a module that is not per domain itself."""
     if not isinstance(module, DomainExperts):
         return module
     return module.experts[module.domain or next(iter(module.experts))]
 
 
-def domain_experts(module: nn.Module) -> Iterator[DomainExperts]:
+def iterate_domain_experts(module: nn.Module) -> Iterator[DomainExperts]:
     """Every group of experts inside a module."""
     return (m for m in module.modules() if isinstance(m, DomainExperts))
 
 
-def choose_domain(module: nn.Module, domain: str) -> None:
+def select_domain(module: nn.Module, domain: str) -> None:
     """Choose the expert that following calls of every group of experts use.
 
     Raises:
         UserError: if a group does not hold the domain's expert.
     """
-    for group in domain_experts(module):
+    for group in iterate_domain_experts(module):
         if domain not in group.experts:
             raise UserError(
                 f"no expert for domain {domain!r}; there are {', '.join(group.experts)}"

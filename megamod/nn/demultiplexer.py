@@ -32,11 +32,11 @@ class SharedDemux(nn.Module):
             self.add_module(f"dense_{layer}", dense)
             self.add_module(f"layer_norm_{layer}", nn.LayerNorm(size, eps=eps))
 
-    def dense(self, layer: int) -> nn.Linear:
+    def get_dense(self, layer: int) -> nn.Linear:
         """Layer 1 (over [key ; hidden]) to L."""
         return getattr(self, f"dense_{layer}")
 
-    def norm(self, layer: int) -> nn.LayerNorm:
+    def get_norm(self, layer: int) -> nn.LayerNorm:
         """LayerNorm of a layer, 1 to L."""
         return getattr(self, f"layer_norm_{layer}")
 
@@ -69,12 +69,12 @@ class RsaDemultiplexer(nn.Module):
             implementation: see `rsa_demux`.
             norm: the encoder's last LayerNorm, if it is not yet applied to `hidden`.
         """
-        first, last = shared.dense(1), self.pre_decoder_layer_norm
-        between = [shared.dense(layer) for layer in range(2, shared.layers)]
+        first, last = shared.get_dense(1), self.pre_decoder_layer_norm
+        between = [shared.get_dense(layer) for layer in range(2, shared.layers)]
         layers = (first, *between, self.pre_decoder, last, *(() if norm is None else (norm,)))
         if not is_plain(*layers):
             states = hidden if norm is None else norm(hidden)
-            return self._by_modules(shared.demux_instance_embedding, states, first, between, pairs)
+            return self._run_modules(shared.demux_instance_embedding, states, first, between, pairs)
         before = None if norm is None else Norm(norm.weight, norm.bias, norm.eps)
         key = shared.demux_instance_embedding.to(hidden.dtype)
         parts = split_projection(hidden, key, first.weight, first.bias, before, implementation)
@@ -87,7 +87,7 @@ class RsaDemultiplexer(nn.Module):
         dropout = self.dropout if self.training else 0.0
         return rsa_demux(*parts, chain, pairs, dropout, implementation)
 
-    def _by_modules(
+    def _run_modules(
         self,
         key: Tensor,
         hidden: Tensor,
@@ -100,7 +100,7 @@ class RsaDemultiplexer(nn.Module):
         def drop(x: Tensor) -> Tensor:
             return F.dropout(x, self.dropout, self.training)
 
-        x = drop(F.gelu(keyed(hidden, key.to(hidden.dtype), first, pairs)))
+        x = drop(F.gelu(apply_keyed_linear(hidden, key.to(hidden.dtype), first, pairs)))
         for dense in between:
             x = drop(F.gelu(dense(x))) + x
         return self.pre_decoder_layer_norm(F.gelu(self.pre_decoder(x))) + x
@@ -130,7 +130,9 @@ class PrefixDemultiplexer(nn.Module):
             [R, D] for pairs, else [B, N, columns, D].
         """
         selected = hidden if pairs is not None else hidden[:, columns]
-        return self.layer_norm(F.gelu(keyed(selected, hidden[:, :instances], self.dense, pairs)))
+        return self.layer_norm(
+            F.gelu(apply_keyed_linear(selected, hidden[:, :instances], self.dense, pairs))
+        )
 
 
 class MlpDemux(nn.Module):
@@ -157,18 +159,20 @@ class MlpDemux(nn.Module):
             [B, L, D] for slots, else [B, N, L, D].
         """
         if slots is None:
-            return torch.stack([self._one(i, hidden) for i in range(self.instances)], 1)
+            return torch.stack([self._run_instance(i, hidden) for i in range(self.instances)], 1)
         output = torch.zeros_like(hidden)
         for instance in range(self.instances):
-            output[slots == instance] = self._one(instance, hidden[slots == instance])
+            output[slots == instance] = self._run_instance(instance, hidden[slots == instance])
         return output
 
-    def _one(self, instance: int, hidden: Tensor) -> Tensor:
+    def _run_instance(self, instance: int, hidden: Tensor) -> Tensor:
         dense = getattr(self, f"dense_{instance}")
         return getattr(self, f"layer_norm_{instance}")(F.gelu(dense(self.dropout(hidden))))
 
 
-def keyed(hidden: Tensor, key: Tensor, dense: nn.Module, pairs: Pairs | None) -> Tensor:
+def apply_keyed_linear(
+    hidden: Tensor, key: Tensor, dense: nn.Module, pairs: Pairs | None
+) -> Tensor:
     """A linear layer over [key ; hidden], without the concatenation if the layer is plain.
 
     Args:
@@ -180,7 +184,7 @@ def keyed(hidden: Tensor, key: Tensor, dense: nn.Module, pairs: Pairs | None) ->
         [R, D] for pairs, else [B, N, L, D].
     """
     if not is_plain(dense):
-        return dense(_concatenated(hidden, key, pairs))
+        return dense(_concatenate_keys(hidden, key, pairs))
     weight, bias = dense.weight, dense.bias
     if pairs is None or len(pairs.group) >= hidden.shape[0] * hidden.shape[1]:
         return add_pairs(*split_projection(hidden, key, weight, bias), pairs)
@@ -190,8 +194,11 @@ def keyed(hidden: Tensor, key: Tensor, dense: nn.Module, pairs: Pairs | None) ->
     return part + (keys[pairs.instance] if key.dim() == 2 else keys[pairs.group, pairs.instance])
 
 
-def _concatenated(hidden: Tensor, key: Tensor, pairs: Pairs | None) -> Tensor:
-    """[key ; hidden]: [R, 2 D] for pairs, else [B, N, L, 2 D]; arguments as of `keyed`."""
+def _concatenate_keys(hidden: Tensor, key: Tensor, pairs: Pairs | None) -> Tensor:
+    """Concatenate [key ; hidden]: [R, 2 D] for pairs, else [B, N, L, 2 D].
+
+    Arguments as of `apply_keyed_linear`.
+    """
     key = key.expand(len(hidden), -1, -1)
     if pairs is not None:
         parts = (key[pairs.group, pairs.instance], hidden[pairs.group, pairs.position])

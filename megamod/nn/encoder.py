@@ -65,7 +65,7 @@ class EncoderEmbeddings(nn.Module):
         vectors = words if words.is_floating_point() else self.word_embeddings(words)
         return self.dropout(self.LayerNorm(vectors + added))
 
-    def multiplexed(
+    def embed_multiplexed(
         self,
         ids: Tensor,
         key: Tensor,
@@ -86,10 +86,10 @@ class EncoderEmbeddings(nn.Module):
             [B, T, D].
         """
         dropout = self.dropout.p if self.training else 0.0
-        inputs = (ids, key, self._tables(), token_type_ids, first, second)
+        inputs = (ids, key, self._collect_tables(), token_type_ids, first, second)
         return mux_embed(*inputs, dropout, implementation)
 
-    def multiplexed_attention(
+    def embed_and_attend(
         self,
         ids: Tensor,
         key: Tensor,
@@ -100,13 +100,13 @@ class EncoderEmbeddings(nn.Module):
         mask: Tensor | None,
         implementation: str,
     ) -> tuple[Tensor, Tensor]:
-        """`multiplexed` and the attention of the first block, as one operation.
+        """`embed_multiplexed` and the attention of the first block, as one operation.
 
         Args:
             block: the first block.
             mask: as of `EncoderLayer.attend`.
         Returns:
-            the result of `multiplexed`, and `attended` for the block; both [B, T, D].
+            the result of `embed_multiplexed`, and `attended` for the block; both [B, T, D].
         """
         projections = [
             (block.attention["self"][name].weight, block.attention["self"][name].bias)
@@ -115,7 +115,7 @@ class EncoderEmbeddings(nn.Module):
         attended, x = mux_attention(
             ids,
             key,
-            self._tables(),
+            self._collect_tables(),
             projections,
             block.heads,
             token_type_ids,
@@ -128,12 +128,12 @@ class EncoderEmbeddings(nn.Module):
         )
         return x, attended
 
-    def is_plain(self) -> bool:
+    def has_plain_modules(self) -> bool:
         """True if kernels may read the tables and the norm in place of calling the modules."""
         tables = (self.word_embeddings, self.position_embeddings, self.token_type_embeddings)
         return is_plain(*tables, self.LayerNorm)
 
-    def _tables(self) -> Tables:
+    def _collect_tables(self) -> Tables:
         return Tables(
             self.word_embeddings.weight,
             self.position_embeddings.weight,
@@ -162,11 +162,11 @@ class EncoderLayer(nn.Module):
         self.attention = nn.ModuleDict(
             {
                 "self": nn.ModuleDict(projections),
-                "output": _output(Linear(size, size), eps),
+                "output": _make_output(Linear(size, size), eps),
             }
         )
         self.intermediate = nn.ModuleDict({"dense": Linear(size, config.intermediate_size)})
-        self.output = _output(Linear(config.intermediate_size, size), eps)
+        self.output = _make_output(Linear(config.intermediate_size, size), eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(
@@ -187,8 +187,8 @@ class EncoderLayer(nn.Module):
         if attended is None:
             x = self.attend(x, mask, queries)
         else:
-            x = self._residual(self.attention["output"], attended, x)
-        return self.feed(x, norm=norm)
+            x = self._add_residual(self.attention["output"], attended, x)
+        return self.apply_feed_forward(x, norm=norm)
 
     def attend(
         self,
@@ -224,14 +224,16 @@ class EncoderLayer(nn.Module):
             dropout_p=self.attention_dropout if self.training else 0.0,
         )
         mixed = mixed.transpose(1, 2).flatten(2)
-        return self._residual(self.attention["output"], mixed, asking, conditions)
+        return self._add_residual(self.attention["output"], mixed, asking, conditions)
 
-    def feed(self, x: Tensor, conditions: tuple[Tensor, ...] = (), norm: bool = True) -> Tensor:
+    def apply_feed_forward(
+        self, x: Tensor, conditions: tuple[Tensor, ...] = (), norm: bool = True
+    ) -> Tensor:
         """Feed-forward, residual and norm: the second half of the block, [B, L, D] -> [B, L, D]."""
         inner = F.gelu(self.intermediate["dense"](x))
-        return self._residual(self.output, inner, x, conditions, norm)
+        return self._add_residual(self.output, inner, x, conditions, norm)
 
-    def _residual(
+    def _add_residual(
         self,
         part: nn.ModuleDict,
         inner: Tensor,
@@ -305,12 +307,12 @@ class EncoderModel(nn.Module):
         return self.encoder(x, mask, queries, attended, norm)
 
 
-def key_mask(attention_mask: Tensor) -> Tensor:
+def make_key_mask(attention_mask: Tensor) -> Tensor:
     """Additive mask of attention scores: [R, L], nonzero at real tokens -> float [R, 1, 1, L]."""
     return (attention_mask == 0)[:, None, None, :] * MASKED
 
 
-def padding_aware_positions(input_ids: Tensor, pad_token_id: int) -> Tensor:
+def compute_padding_aware_positions(input_ids: Tensor, pad_token_id: int) -> Tensor:
     """Rows of RoBERTa's position table, padding not counted: ids [R, T] -> [R, T].
 
     The first token has row pad_token_id + 1, padding has row pad_token_id.
@@ -319,7 +321,7 @@ def padding_aware_positions(input_ids: Tensor, pad_token_id: int) -> Tensor:
     return real.cumsum(1) * real + pad_token_id
 
 
-def draw_weights(module: nn.Module, std: float) -> None:
+def initialise_weights(module: nn.Module, std: float) -> None:
     """Initialise one module as BERT does, without its children, from torch's global generator.
 
     Layers with the attribute `default_initialisation` keep torch's own initialisation. The
@@ -333,18 +335,18 @@ def draw_weights(module: nn.Module, std: float) -> None:
         nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=std)
-        if module.padding_idx is not None and not was_loaded(module.weight):
+        if module.padding_idx is not None and not was_loaded_from_file(module.weight):
             nn.init.zeros_(module.weight[module.padding_idx])
     elif isinstance(module, nn.LayerNorm):
         nn.init.ones_(module.weight)
         nn.init.zeros_(module.bias)
 
 
-def was_loaded(parameter: Tensor) -> bool:
+def was_loaded_from_file(parameter: Tensor) -> bool:
     """True inside `from_pretrained` for weights from a file, of which parts must not be set."""
     return getattr(parameter, "_is_hf_initialized", False)
 
 
-def _output(dense: nn.Linear, eps: float) -> nn.ModuleDict:
+def _make_output(dense: nn.Linear, eps: float) -> nn.ModuleDict:
     norm = nn.LayerNorm(dense.out_features, eps=eps)
     return nn.ModuleDict({"dense": dense, "LayerNorm": norm})

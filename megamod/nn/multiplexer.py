@@ -11,7 +11,7 @@ from megamod_kernels.slot_attention import runs_kernels, slot_attention_packed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megamod.nn.encoder import EncoderLayer, key_mask
+from megamod.nn.encoder import EncoderLayer, make_key_mask
 from megamod.nn.linear import is_plain
 
 KEYED_MEANS = ("gaussian_hadamard", "binary_hadamard")
@@ -19,7 +19,7 @@ HADAMARD = (*KEYED_MEANS, "gaussian_attention", "gaussian_attention_v2")
 ORTHOGONAL = ("random_ortho", "random_ortho_low_rank")
 
 
-def key_shape(variant: str, instances: int, size: int) -> tuple[int, ...]:
+def compute_key_shape(variant: str, instances: int, size: int) -> tuple[int, ...]:
     """Shape of the keys: a vector per instance, or a matrix."""
     return (instances, size) if variant in HADAMARD else (instances, size, size)
 
@@ -39,15 +39,17 @@ def draw_keys(
         norm: length of each vector (gaussian variants).
         epsilon: overlap of neighbouring chunks, from 0 to 1 (binary_hadamard).
     Returns:
-        [N, D] or [N, D, D], see `key_shape`.
+        [N, D] or [N, D, D], see `compute_key_shape`.
     Source: Murahari et al. 2022 (DataMUX), section 3.1; 2023 (MUX-PLM), section 3.1 and release.
     """
     if variant == "binary_hadamard":
-        return _chunks(instances, size, epsilon)
+        return _make_chunk_keys(instances, size, epsilon)
     if variant == "random_ortho":
-        return torch.stack([_orthogonal(size, generator) for _ in range(instances)]).float()
+        return torch.stack(
+            [_draw_orthogonal_matrix(size, generator) for _ in range(instances)]
+        ).float()
     if variant == "random_ortho_low_rank":
-        first, second = (_rotation(_orthogonal(size, generator)) for _ in range(2))
+        first, second = (_make_rotation(_draw_orthogonal_matrix(size, generator)) for _ in range(2))
         width = size // instances
         slices = [slice(i * width, (i + 1) * width) for i in range(instances)]
         return torch.stack([second[:, part] @ first[:, part].T for part in slices]).float()
@@ -92,7 +94,7 @@ def multiplex_contextual(
     """
     groups, instances, length, size = x.shape
     rows = x.flatten(0, 1)
-    mask = key_mask(attention_mask) if attention_mask is not None else None
+    mask = make_key_mask(attention_mask) if attention_mask is not None else None
     context = (over_tokens(rows, mask) + rows).view_as(x)
     seen = None
     if mask_instances and attention_mask is not None:
@@ -100,10 +102,12 @@ def multiplex_contextual(
     projections = over_instances.attention["self"].values()
     if is_plain(*projections) and runs_kernels(x, over_instances.heads, implementation):
         mixed = _attend_over_instances(over_instances, context, key, seen, implementation)
-        return over_instances.feed(mixed).mean(1) + multiplex(context, key, implementation)
+        return over_instances.apply_feed_forward(mixed).mean(1) + multiplex(
+            context, key, implementation
+        )
     marked = context * key[:, None].to(x.dtype)
     at_positions = marked.transpose(1, 2).reshape(-1, instances, size)  # [B * L, N, D]
-    mask = key_mask(seen.transpose(1, 2).flatten(0, 1)) if seen is not None else None
+    mask = make_key_mask(seen.transpose(1, 2).flatten(0, 1)) if seen is not None else None
     mixed = over_instances(at_positions, mask) + at_positions
     return mixed.mean(1).view(groups, length, size)
 
@@ -149,7 +153,7 @@ def multiplex_contextual_v1(
     return over_tokens(marked.flatten(0, 1)).view_as(x).mean(1) + of_mean
 
 
-def _chunks(instances: int, size: int, epsilon: float) -> Tensor:
+def _make_chunk_keys(instances: int, size: int, epsilon: float) -> Tensor:
     width = size // instances
     overlap = epsilon / 2 * width
     keys = torch.zeros(instances, size)
@@ -160,14 +164,14 @@ def _chunks(instances: int, size: int, epsilon: float) -> Tensor:
     return keys
 
 
-def _orthogonal(size: int, generator: torch.Generator | None) -> Tensor:
+def _draw_orthogonal_matrix(size: int, generator: torch.Generator | None) -> Tensor:
     """Uniform over the orthogonal group (Mezzadri 2007, section 5), float64."""
     drawn = torch.randn(size, size, dtype=torch.float64, generator=generator)
     matrix, triangle = torch.linalg.qr(drawn)
     return matrix * triangle.diagonal().sign()
 
 
-def _rotation(matrix: Tensor) -> Tensor:
+def _make_rotation(matrix: Tensor) -> Tensor:
     """Flip one column if the determinant is -1: uniform over rotations for a uniform `matrix`."""
     sign = torch.linalg.det(matrix).sign()
     return torch.cat([matrix[:, :1] * sign, matrix[:, 1:]], 1)

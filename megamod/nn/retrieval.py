@@ -10,14 +10,14 @@ from megamod_kernels.demux import Pairs
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megamod.nn.demultiplexer import MlpDemux, SharedDemux, keyed
+from megamod.nn.demultiplexer import MlpDemux, SharedDemux, apply_keyed_linear
 from megamod.nn.linear import is_plain
 
 IGNORED = -100
 _SCORED_TOGETHER = 2**24  # logits of a chunk in which the largest is searched
 
 
-def draw_slots(
+def draw_retrieved_instances(
     groups: int, length: int, instances: int, start: int, device: torch.device
 ) -> Tensor:
     """Draw an instance for each position, [B, T] int64; 0 before `start`."""
@@ -26,7 +26,7 @@ def draw_slots(
     return slots
 
 
-def retrieval_targets(
+def select_retrieval_targets(
     ids_fed: Tensor,
     slots: Tensor,
     *,
@@ -63,19 +63,19 @@ def retrieval_targets(
     return targets.masked_fill(~counted, IGNORED)
 
 
-def pairs_at(slots: Tensor, chosen: Tensor) -> Pairs:
+def build_retrieval_pairs(slots: Tensor, chosen: Tensor) -> Pairs:
     """Pairs at the chosen positions, from slots [B, T] and chosen [B, T] bool."""
     group, position = chosen.nonzero(as_tuple=True)
     return Pairs(group, slots[group, position], position)
 
 
-def pairs_of_rows(chosen: Tensor, instances: int) -> Pairs:
+def build_row_pairs(chosen: Tensor, instances: int) -> Pairs:
     """Pairs at chosen positions [B * N, T] bool; row r is instance r % N of group r // N."""
     row, position = chosen.nonzero(as_tuple=True)
     return Pairs(row // instances, row % instances, position)
 
 
-def token_scores(
+def score_tokens(
     states: Tensor, decoder: nn.Linear, labels: Tensor, *, keep_logits: bool, count: bool = True
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Score token predictions.
@@ -99,7 +99,7 @@ def token_scores(
     ones = F.pad(states.new_ones(len(states), 1), (0, 7))
     weight = torch.cat([decoder.weight.to(states.dtype), extra], 1)
     total, _ = linear_cross_entropy(torch.cat([states, ones], 1), weight, labels)
-    return total, _correct(states, decoder, labels) if count else None, None
+    return total, _count_correct(states, decoder, labels) if count else None, None
 
 
 class RetrievalHead(nn.Module):
@@ -120,14 +120,14 @@ class RetrievalHead(nn.Module):
 
     def forward(self, shared: SharedDemux, hidden: Tensor, pairs: Pairs | None) -> Tensor:
         """Inputs of `decoder`: [B, T, D] -> [R, D] for pairs, else [B, N, T, D]."""
-        first = shared.dense(1)
+        first = shared.get_dense(1)
         key = shared.demux_instance_embedding.to(hidden.dtype)
-        x = shared.norm(1)(F.gelu(keyed(hidden, key, first, pairs)))
+        x = shared.get_norm(1)(F.gelu(apply_keyed_linear(hidden, key, first, pairs)))
         for layer in range(2, self.layers + 1):
-            x = self._add(shared.norm(layer)(F.gelu(shared.dense(layer)(x))), x)
-        return self._add(self.pre_decoder_layer_norm(F.gelu(self.pre_decoder(x))), x)
+            x = self._add_residual(shared.get_norm(layer)(F.gelu(shared.get_dense(layer)(x))), x)
+        return self._add_residual(self.pre_decoder_layer_norm(F.gelu(self.pre_decoder(x))), x)
 
-    def _add(self, new: Tensor, x: Tensor) -> Tensor:
+    def _add_residual(self, new: Tensor, x: Tensor) -> Tensor:
         return new + x if self.residual else new
 
 
@@ -143,7 +143,7 @@ class PrefixRetrievalHead(nn.Module):
     def forward(self, hidden: Tensor, instances: int, pairs: Pairs | None) -> Tensor:
         """Inputs of `decoder`: [B, T, D] -> [R, D] for pairs, else [B, N, T, D]."""
         key = hidden[:, :instances]
-        return self.layer_norm(F.gelu(keyed(hidden, key, self.dense, pairs)))
+        return self.layer_norm(F.gelu(apply_keyed_linear(hidden, key, self.dense, pairs)))
 
 
 class MlpRetrievalHead(nn.Module):
@@ -164,7 +164,7 @@ class MlpRetrievalHead(nn.Module):
 
 
 @torch.no_grad()
-def _correct(states: Tensor, decoder: nn.Linear, labels: Tensor) -> Tensor:
+def _count_correct(states: Tensor, decoder: nn.Linear, labels: Tensor) -> Tensor:
     rows = max(1, _SCORED_TOGETHER // decoder.out_features)
     predicted = [decoder(part).argmax(-1) for part in states.split(rows)] if len(states) else []
     return (torch.cat(predicted) == labels).sum() if predicted else labels.new_zeros(())

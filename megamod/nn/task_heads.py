@@ -42,28 +42,28 @@ class TaskHeads(nn.Module):
         self.bias = nn.Parameter(torch.zeros(len(sizes), most))
         self.dropout = nn.Dropout(dropout)
 
-    def draw(self, std: float) -> None:
+    def initialise(self, std: float) -> None:
         """Draw the weights from a normal distribution and set the biases to 0."""
         nn.init.normal_(self.weight, std=std)
         nn.init.zeros_(self.bias)
 
-    def of_kind(self, kind: str, task_of: Tensor) -> Tensor:
+    def mask_rows_of_kind(self, kind: str, task_of: Tensor) -> Tensor:
         """bool [B], True for rows of tasks of that kind."""
         return torch.tensor([k == kind for k in self.kinds], device=task_of.device)[task_of]
 
-    def row_logits(self, pooled: Tensor, task_of: Tensor) -> Tensor:
+    def compute_row_logits(self, pooled: Tensor, task_of: Tensor) -> Tensor:
         """Logits of rows: [B, D] -> [B, C], C of the largest task, unused ones very small."""
         logits = torch.einsum("bd,bcd->bc", self.dropout(pooled), self.weight[task_of])
         return self._mask_unused(logits + self.bias[task_of], task_of)
 
-    def token_logits(self, states: Tensor, task_of: Tensor) -> Tensor | None:
+    def compute_token_logits(self, states: Tensor, task_of: Tensor) -> Tensor | None:
         """Logits of tokens: [B, L, D] -> [B, L, C]; None if no task has labels of tokens."""
         if "token" not in self.kinds:
             return None
         logits = torch.einsum("bld,bcd->blc", self.dropout(states), self.weight[task_of])
         return self._mask_unused(logits + self.bias[task_of][:, None], task_of)
 
-    def scores(
+    def compute_losses(
         self,
         rows: Tensor,
         tokens: Tensor | None,
@@ -81,7 +81,10 @@ class TaskHeads(nn.Module):
         loss = rows.new_zeros(len(rows), dtype=torch.float32)
         items = torch.zeros_like(loss)
         if labels is not None:
-            classes, values = self.of_kind("sequence", task_of), self.of_kind("regression", task_of)
+            classes, values = (
+                self.mask_rows_of_kind("sequence", task_of),
+                self.mask_rows_of_kind("regression", task_of),
+            )
             targets = torch.where(classes, labels, 0).long()
             entropy = F.cross_entropy(rows.float(), targets, reduction="none")
             error = (rows[:, 0].float() - torch.where(values, labels, 0).float()) ** 2
@@ -91,14 +94,14 @@ class TaskHeads(nn.Module):
             entropy = F.cross_entropy(
                 tokens.float().transpose(1, 2), token_labels, ignore_index=IGNORED, reduction="none"
             )
-            of_tokens = self.of_kind("token", task_of)
+            of_tokens = self.mask_rows_of_kind("token", task_of)
             loss = torch.where(of_tokens, entropy.sum(1), loss)
             items = torch.where(of_tokens, (token_labels != IGNORED).sum(1).float(), items)
         zeros = loss.new_zeros(len(self.sizes))
         return TaskScores(zeros.index_add(0, task_of, loss), zeros.index_add(0, task_of, items))
 
     @torch.no_grad()
-    def entropy(
+    def compute_entropy(
         self,
         rows: Tensor,
         tokens: Tensor | None,
@@ -115,11 +118,13 @@ class TaskHeads(nn.Module):
         """
         sizes = torch.tensor(self.sizes, device=rows.device, dtype=torch.float32)
         most = (sizes.log() + 1e-5)[task_of]
-        relative = _entropy(rows) / most
+        relative = _compute_softmax_entropy(rows) / most
         if tokens is not None and token_labels is not None:
             labelled = token_labels != IGNORED
-            mean = (_entropy(tokens) * labelled).sum(1) / labelled.sum(1).clamp(min=1)
-            relative = torch.where(self.of_kind("token", task_of), mean / most, relative)
+            mean = (_compute_softmax_entropy(tokens) * labelled).sum(1) / labelled.sum(1).clamp(
+                min=1
+            )
+            relative = torch.where(self.mask_rows_of_kind("token", task_of), mean / most, relative)
         return relative
 
     def _mask_unused(self, logits: Tensor, task_of: Tensor) -> Tensor:
@@ -131,7 +136,7 @@ class TaskHeads(nn.Module):
         return logits.masked_fill(~used, torch.finfo(logits.dtype).min)
 
 
-def _entropy(logits: Tensor) -> Tensor:
+def _compute_softmax_entropy(logits: Tensor) -> Tensor:
     """Entropy of softmax(logits): [..., C] -> [...], nats, float32."""
     log_p = logits.float().log_softmax(-1)
     return -(log_p.exp() * log_p.clamp(min=-1e30)).sum(-1)

@@ -45,10 +45,10 @@ class DecoderBlock(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None, cache: Cache | None = None) -> Tensor:
         """[B, L, D] -> [B, L, D]; mask and cache as in `SelfAttention.forward`."""
-        x = x + self._drop(self.attention(self.attention_norm(x), mask, cache))
-        return x + self._drop(self.feed_forward(self.feed_forward_norm(x)))
+        x = x + self._apply_dropout(self.attention(self.attention_norm(x), mask, cache))
+        return x + self._apply_dropout(self.feed_forward(self.feed_forward_norm(x)))
 
-    def _drop(self, x: Tensor) -> Tensor:
+    def _apply_dropout(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout) if self.training and self.dropout else x
 
 
@@ -79,13 +79,13 @@ class Embeddings(nn.Module):
         return self.scale * rows + self.positions(position_ids + POSITION_OFFSET)
 
 
-def positions_of(attention_mask: Tensor) -> Tensor:
+def compute_positions(attention_mask: Tensor) -> Tensor:
     """Position of each real token in its row: mask [B, S] -> [B, S] int64, -1 at padding."""
     mask = attention_mask.long()
     return mask.cumsum(1) * mask - 1
 
 
-def causal_mask(attention_mask: Tensor, queries: int) -> Tensor:
+def make_causal_mask(attention_mask: Tensor, queries: int) -> Tensor:
     """Causal attention mask with padding.
 
     Args:

@@ -11,21 +11,21 @@ from pathlib import Path
 
 from megamod.args import DataArgs, ModelArgs, MuxArgs, OptimArgs, RunArgs, SafetyArgs
 from megamod.btm.campaign import BtmArgs
-from megamod.btm.placement import check_fits, pack
-from megamod.dist.ds_config import offloaded_to
-from megamod.dist.hostfile import Host, Place, read_hostfile
-from megamod.dist.scope import Sharing, sharing_of
+from megamod.btm.placement import allocate_slots, check_job_fits
+from megamod.dist.ds_config import get_offload_device
+from megamod.dist.hostfile import Host, HostSlots, read_hostfile
+from megamod.dist.scope import Sharing, parse_sharing
 from megamod.dist.topology import DomainTopology
 from megamod.errors import UserError
-from megamod.flags import origin_of
-from megamod.models.auto import model_folder
+from megamod.flags import find_origin
+from megamod.models.auto import resolve_model_folder
 from megamod.models.build import FAMILIES
 from megamod.models.lm.configuration import read_lm_config
 from megamod.models.presets import PRESETS
 from megamod.planning.memory import BUCKET, LIVE, PERSISTENT, Setting
 from megamod.planning.plan_args import PlanArgs
-from megamod.train.compiled import check_stage
-from megamod.train.deepspeed_settings import settle
+from megamod.train.compiled import check_compile_stage
+from megamod.train.deepspeed_settings import resolve_settings
 
 VOCABULARY = {"causal_lm": 50264, "masked_lm": 30522, "replaced_token": 30522}
 """Vocabulary sizes without a data-bin: GPT-2's in fairseq's dictionary, and BERT's."""
@@ -69,7 +69,7 @@ class Job:
     vocabulary: Vocabulary
     setting: Setting
     steps: int
-    places: tuple[Place, ...]
+    places: tuple[HostSlots, ...]
 
     @property
     def sequences(self) -> int:
@@ -100,14 +100,14 @@ def jobs_of(parsed: Parsed) -> list[Job]:
         raise UserError(f"--untie {model.untie}: goes with --objective causal_lm")
     if _is_campaign(btm) and not btm.in_one_world:
         return _campaign(parsed, hosts, domains, vocabulary)
-    sharing = Sharing.BTM if btm.in_one_world else sharing_of(model.untie)
+    sharing = Sharing.BTM if btm.in_one_world else parse_sharing(model.untie)
     if sharing is not Sharing.DENSE and not domains:
         raise UserError("--domains is missing: without a data-bin, experts need their names")
     steps = run.max_steps
     return [_job(parsed, "run", ("run",), sharing, domains, ranks, vocabulary, steps, [hosts])]
 
 
-def machines(plan: PlanArgs, btm: BtmArgs) -> Place:
+def machines(plan: PlanArgs, btm: BtmArgs) -> HostSlots:
     """Hosts and slots of the run.
 
     Raises:
@@ -155,11 +155,11 @@ def read_vocabulary(
 
 def _is_campaign(btm: BtmArgs) -> bool:
     names = [field.name for field in fields(btm) if field.name not in ONE_JOB]
-    return any(origin_of(btm, name) != "default" for name in names)
+    return any(find_origin(btm, name) != "default" for name in names)
 
 
 def _campaign(
-    parsed: Parsed, hosts: Place, domains: Sequence[str], vocabulary: Vocabulary
+    parsed: Parsed, hosts: HostSlots, domains: Sequence[str], vocabulary: Vocabulary
 ) -> list[Job]:
     """Jobs of a seed and its experts. Source: Li et al. 2022, section 4.1."""
     _, btm, run, _, model, *_ = parsed
@@ -181,21 +181,21 @@ def _campaign(
         filled = batch // run.per_device_train_batch_size
         total = sum(len(host.slots) for host in hosts)
         ranks = btm.seed_gpus or next(
-            n for n in range(total, 0, -1) if filled % n == 0 and pack(hosts, (), n)
+            n for n in range(total, 0, -1) if filled % n == 0 and allocate_slots(hosts, (), n)
         )
-        check_fits(hosts, ranks, "--seed_gpus")
-        placements = [pack(hosts, (), ranks)]
+        check_job_fits(hosts, ranks, "--seed_gpus")
+        placements = [allocate_slots(hosts, (), ranks)]
         jobs.append(
             _job(
                 parsed, "seed", ("seed",), Sharing.DENSE, domains, ranks, vocabulary, seed_steps,
                 placements,
             )
         )  # fmt: skip
-    check_fits(hosts, btm.gpus_per_expert, "--gpus_per_expert")
-    places: list[Place] = []
+    check_job_fits(hosts, btm.gpus_per_expert, "--gpus_per_expert")
+    places: list[HostSlots] = []
     for _ in domains:
         busy = [host for placement in places for host in placement]
-        places.append(pack(hosts, busy, btm.gpus_per_expert) or ())
+        places.append(allocate_slots(hosts, busy, btm.gpus_per_expert) or ())
     share = copy.copy(run)
     share.global_batch_size = batch // len(domains)
     jobs.append(
@@ -216,14 +216,14 @@ def _job(
     ranks: int,
     vocabulary: Vocabulary,
     steps: int,
-    places: Sequence[Place],
+    places: Sequence[HostSlots],
 ) -> Job:
     _, _, run, safety, model, optim, mux, data = (copy.copy(args) for args in parsed)
     topology = DomainTopology(ranks, tuple(domains) or ("text",), sharing)
-    settled = settle(run, optim, safety, topology, hidden_size_of(model, mux))
+    settled = resolve_settings(run, optim, safety, topology, hidden_size_of(model, mux))
     run, config = settled.run, settled.ds_config
     if model.torch_compile:
-        check_stage(config)
+        check_compile_stage(config)
     zero = config["zero_optimization"]
     stage = zero["stage"]
     overlap = zero.get("overlap_comm", stage == 3)
@@ -234,8 +234,8 @@ def _job(
         micro_batch=run.per_device_train_batch_size,
         micro_steps=settled.plan.micro_steps,
         checkpointing=model.gradient_checkpointing,
-        offload=offloaded_to(zero, "optimizer"),
-        offload_param=offloaded_to(zero, "param"),
+        offload=get_offload_device(zero, "optimizer"),
+        offload_param=get_offload_device(zero, "param"),
         sum_in_fp32=summed and run.precision not in (None, "fp32"),
         bucket=int(zero.get("reduce_bucket_size", BUCKET)),
         buffers=2 if overlap and stage < 3 else 1,
@@ -265,7 +265,7 @@ def hidden_size_of(model: ModelArgs, mux: MuxArgs) -> int:
     if model.hidden_size is not None:
         return model.hidden_size
     config_file = Path(model.model) / "config.json"
-    if mux.objective == "causal_lm" and (folder := model_folder(model.model)) is not None:
+    if mux.objective == "causal_lm" and (folder := resolve_model_folder(model.model)) is not None:
         return read_lm_config(folder, "--model").hidden_size  # families name the field differently
     if config_file.is_file():
         return int(json.loads(config_file.read_text(encoding="utf-8"))["hidden_size"])

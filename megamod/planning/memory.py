@@ -9,9 +9,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from megamod.dist.scope import Scope, Sharing, scopes
+from megamod.dist.communication import ALIGNMENT
+from megamod.dist.scope import Scope, Sharing, find_scopes
 from megamod.dist.topology import DomainTopology
-from megamod.dist.wire import ALIGNMENT
 
 MASTER, MOMENTS = 4, 8
 ELEMENT = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -139,7 +139,7 @@ def _groups(
     sizes: Mapping[str, int], topology: DomainTopology
 ) -> list[tuple[list[int], int, float]]:
     """Per group of ranks: elements of its parameters, number of ranks, update size limit."""
-    where = scopes(sizes, topology.sharing)
+    where = find_scopes(sizes, topology.sharing)
     world = [size for name, size in sizes.items() if where[name] is Scope.WORLD]
     domain = [size for name, size in sizes.items() if where[name] is Scope.DOMAIN]
     limit = EXPERT_GROUP if topology.sharing is Sharing.DEMIX else math.inf

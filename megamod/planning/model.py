@@ -9,17 +9,17 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from megamod.dist.scope import Sharing, domain_of_name
+from megamod.dist.scope import Sharing, parse_expert_domain
 from megamod.errors import UserError
-from megamod.models.auto import lm_config, model_folder
-from megamod.models.build import FAMILIES, build_encoder, encoder_config
+from megamod.models.auto import make_lm_config, resolve_model_folder
+from megamod.models.build import FAMILIES, build_encoder, make_encoder_config
 from megamod.models.lm.configuration import read_lm_config
-from megamod.models.lm.flops import active_parameters, flops_per_token
-from megamod.models.lm.load import lm_class
+from megamod.models.lm.flops import compute_flops_per_token, count_active_parameters
+from megamod.models.lm.load import select_lm_class
 from megamod.models.presets import PRESETS, SHAPE
 from megamod.planning.activations import Pass, measure
 from megamod.planning.job import Job
-from megamod.train.objectives import masked_losses, replaced_losses
+from megamod.train.objectives import compute_masked_losses, compute_replaced_losses
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,13 @@ class Network:
     def shared(self) -> int:
         """Parameters shared by all domains."""
         return self.frozen + sum(
-            size for name, size in self.sizes.items() if domain_of_name(name) is None
+            size for name, size in self.sizes.items() if parse_expert_domain(name) is None
         )
 
     @property
     def per_expert(self) -> int:
         """Parameters of one domain's expert; 0 in a model without experts."""
-        held = self.job.topology.domains_of(0)
+        held = self.job.topology.get_rank_domains(0)
         return (self.per_rank - self.shared) // len(held)
 
     @property
@@ -71,7 +71,7 @@ class Network:
     @property
     def active(self) -> int:
         """Parameters that a token passes through, without the table of positions."""
-        return round(sum(active_parameters(self.config, self.module)))
+        return round(sum(count_active_parameters(self.config, self.module)))
 
     @property
     def total(self) -> int:
@@ -89,7 +89,7 @@ class Network:
         tokens only, so theirs are counted: matrix products and attention of one pass.
         """
         if self.job.mux.objective == "causal_lm":
-            return flops_per_token(self.config, self.module, self.job.data.max_seq_length)
+            return compute_flops_per_token(self.config, self.module, self.job.data.max_seq_length)
         rows = self.job.mux.num_instances
         cost = self.run(rows, checkpointing=False)
         return cost.flops / (rows * self.job.data.max_seq_length)
@@ -109,8 +109,8 @@ class Network:
         """The part that a rank holds of a model with this configuration."""
         if self.job.mux.objective == "causal_lm":
             demix = self.job.topology.sharing is Sharing.DEMIX
-            held = self.job.topology.domains_of(0)
-            module = lm_class(config)(config, held if demix else None)
+            held = self.job.topology.get_rank_domains(0)
+            module = select_lm_class(config)(config, held if demix else None)
             if demix:
                 module.set_domain(held[0])
             return module
@@ -134,9 +134,9 @@ class Network:
         batch |= dict.fromkeys(names, 1)
         device = torch.device("cpu")
         if mux.objective == "masked_lm":
-            losses = masked_losses(module, batch, (1.0, 1.0), device, mux.num_instances > 1)
+            losses = compute_masked_losses(module, batch, (1.0, 1.0), device, mux.num_instances > 1)
         else:
-            losses = replaced_losses(module, batch, (1.0,) * 4, device, self.config)
+            losses = compute_replaced_losses(module, batch, (1.0,) * 4, device, self.config)
         return losses["loss"]
 
 
@@ -154,11 +154,11 @@ def network_of(job: Job) -> Network:
             )
         changes = {name: getattr(job.model, name) for name in SHAPE}
         length = job.data.max_seq_length
-        config = encoder_config(job.model.model, changes, job.mux, job.vocabulary, length)
+        config = make_encoder_config(job.model.model, changes, job.mux, job.vocabulary, length)
         return Network(job, config)
     untie = "none" if job.topology.sharing is not Sharing.DEMIX else job.model.untie
     size, special_ids = _vocabulary(job)
-    config = lm_config(
+    config = make_lm_config(
         job.model.model,
         vocab_size=size,
         special_ids=special_ids,
@@ -174,7 +174,7 @@ def network_of(job: Job) -> Network:
 def _vocabulary(job: Job) -> tuple[int, dict[str, int | None]]:
     """Size and special ids of the data; without data, those of the folder in --model."""
     tokens, names = job.vocabulary, ("bos_token_id", "pad_token_id", "eos_token_id")
-    folder = model_folder(job.model.model)
+    folder = resolve_model_folder(job.model.model)
     if not tokens.assumed or folder is None:
         ids = (tokens.bos, tokens.pad, tokens.eos)
         return tokens.size, dict(zip(names, ids, strict=True))

@@ -5,18 +5,18 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
-from megamod.btm.placement import include
-from megamod.dist.ds_config import check_sharing
+from megamod.btm.placement import format_include
+from megamod.dist.communication import Traffic
+from megamod.dist.ds_config import apply_sharing_rules
 from megamod.dist.scope import Sharing
 from megamod.dist.topology import DomainTopology
-from megamod.dist.wire import Traffic
 from megamod.errors import UserError
 from megamod.planning.job import Job
 from megamod.planning.memory import MASTER, MOMENTS, USABLE, Memory, Setting, memory
 from megamod.planning.model import Network, network_of
 from megamod.planning.plan_args import PlanArgs
 from megamod.planning.speed import Links, traffic_of
-from megamod.train.compiled import check_stage
+from megamod.train.compiled import check_compile_stage
 
 UTILISATIONS = (0.3, 0.4, 0.5)
 FOLLOWED = 4096  # scored tokens above which activation memory grows linearly with the micro-batch
@@ -184,7 +184,7 @@ class JobPlan:
             "steps": job.steps,
             "tokens_per_second": {f"{u:.0%}": rate for u, rate in self.tokens_per_second.items()},
             "days": {f"{u:.0%}": days for u, days in self.days.items()},
-            "places": [include(placement) for placement in job.places],
+            "places": [format_include(placement) for placement in job.places],
         }
 
 
@@ -213,7 +213,7 @@ def micro_batches(job: Job) -> list[int]:
     """Micro-batch sizes that keep the sequences per step, up to 64 instance groups."""
     group = job.mux.num_instances
     dense = job.topology.sharing is Sharing.DENSE
-    experts_per_rank = 1 if dense else len(job.topology.domains_of(0))
+    experts_per_rank = 1 if dense else len(job.topology.get_rank_domains(0))
     groups = job.sequences // job.topology.world_size // experts_per_rank // group
     return [group * n for n in (1, 2, 4, 8, 16, 32, 64) if groups % n == 0]
 
@@ -230,9 +230,9 @@ def stage_allowed(stage: int, job: Job) -> bool:
     if job.setting.precision != "fp32":
         config[job.setting.precision] = {"enabled": True}
     try:
-        check_sharing(config, job.topology.sharing, job.topology.world_size)
+        apply_sharing_rules(config, job.topology.sharing, job.topology.world_size)
         if job.model.torch_compile:
-            check_stage(config)
+            check_compile_stage(config)
     except UserError:
         return False
     return True
@@ -241,5 +241,5 @@ def stage_allowed(stage: int, job: Job) -> bool:
 def machines_of_domains(job: Job) -> dict[str, int]:
     """Number of hosts over which the ranks of each domain are spread."""
     hosts = [host.name for host in job.places[0] for _ in host.slots]
-    ranks = job.topology.ranks_of
+    ranks = job.topology.get_domain_ranks
     return {d: len({hosts[rank] for rank in ranks(d)}) for d in job.topology.domains}

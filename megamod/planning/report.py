@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from megamod.btm.placement import include
+from megamod.btm.placement import format_include
 from megamod.dist.scope import Sharing
 from megamod.planning.memory import USABLE
 from megamod.planning.plan import JobPlan, machines_of_domains
@@ -134,14 +134,14 @@ def _places(plan: JobPlan) -> list[tuple[str, str]]:
     rows = []
     if len(job.alike) > 1:
         return [
-            (name, include(placement) or "waits for free slots")
+            (name, format_include(placement) or "waits for free slots")
             for name, placement in zip(job.alike, job.places, strict=True)
         ]
     first = 0
     for host in job.places[0]:
         ranks = range(first, first + len(host.slots))
         first += len(host.slots)
-        domains = dict.fromkeys(d for rank in ranks for d in job.topology.domains_of(rank))
+        domains = dict.fromkeys(d for rank in ranks for d in job.topology.get_rank_domains(rank))
         label = f"ranks {ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else f"rank {ranks[0]}"
         rows.append((host.name, f"{label}: {', '.join(domains)}"))
     if job.topology.sharing is not Sharing.DENSE:

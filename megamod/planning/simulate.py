@@ -1,8 +1,8 @@
 """Tokens per second of dense, DEMix and BTM training on more GPUs, from one measured step.
 
 Each rank keeps its sequences per step, so its computation time is constant; only the bytes of a
-ring and the speed of its slowest link change. Bytes are those of `dist/wire.py`. Two curves bound
-the result: no overlap of communication with the backward pass, and full overlap.
+ring and the speed of its slowest link change. Bytes are those of `dist/communication.py`. Two
+curves bound the result: no overlap of communication with the backward pass, and full overlap.
 """
 
 import copy

@@ -7,8 +7,8 @@ bounds of the cost of communication.
 
 from dataclasses import dataclass
 
+from megamod.dist.communication import Traffic, compute_step_traffic
 from megamod.dist.topology import DomainTopology
-from megamod.dist.wire import Traffic, step_traffic
 from megamod.planning.memory import Setting
 from megamod.planning.model import Network
 
@@ -38,7 +38,7 @@ class Links:
 def traffic_of(network: Network, topology: DomainTopology, setting: Setting) -> Traffic:
     """Bytes that a rank sends per step."""
     tied = [name for name in network.sizes if name.endswith("embeddings.tokens.weight")]
-    return step_traffic(
+    return compute_step_traffic(
         network.sizes,
         topology,
         setting.stage,

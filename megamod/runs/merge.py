@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from megamod.errors import UserError
-from megamod.flags import Arguments, option, require
+from megamod.flags import Arguments, option, require_values
 
 if TYPE_CHECKING:
     from megamod.merging.recipe import MergeRecipe
@@ -63,7 +63,7 @@ def run_merge(args: MergeArgs, recipe_file: Path | None) -> None:
         UserError: for flags, recipes or models that do not fit each other.
     """
     if not args.dry_run:
-        require(args, "output_dir")
+        require_values(args, "output_dir")
 
     if args.extract_lora is not None:
         _extract_lora(args, recipe_file)
@@ -131,7 +131,7 @@ def recipe_of(args: MergeArgs) -> "MergeRecipe":
     Raises:
         UserError: naming the flag, for values that do not go together.
     """
-    from megamod.btm.parents import forest_sources, strongest
+    from megamod.btm.parents import select_forest_parents, select_largest_weights
     from megamod.merging.methods.table import METHODS
     from megamod.merging.recipe import GREEDY_SOUP, build_weighted_recipe
     from megamod.merging.settings import check_known_word
@@ -160,12 +160,12 @@ def recipe_of(args: MergeArgs) -> "MergeRecipe":
         if weights is not None and len(weights) == count:
             if (args.topk or 0) > count:
                 raise UserError(f"--topk {args.topk}: there are only {count} models")
-            kept = strongest(weights, args.topk or 0)
+            kept = select_largest_weights(weights, args.topk or 0)
             sources, weights = [sources[n] for n in kept], [weights[n] for n in kept]
     else:
         experts = open_forest(args.forest).experts
         domain_of = {(expert.path, expert.member): expert.domain for expert in experts}
-        parents, weights = forest_sources(
+        parents, weights = select_forest_parents(
             args.forest,
             only=args.experts,
             weights=args.weights,

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megamod.dist.process import adopt_rank, started_rank, world_size
+from megamod.dist.process import get_world_size, read_launcher_rank, set_rank_variables
 
 LONGEST = 4000  # characters of a record; a traceback or a table of a large job is cut
 
@@ -18,13 +18,15 @@ def start_logging() -> None:
     """Set up logging on the console: rank 0 at INFO, other ranks and libraries at WARNING.
 
     Raises:
-        UserError: if variables of srun or mpirun contradict each other, see `adopt_rank`.
+        UserError: if variables of srun or mpirun contradict each other, see `set_rank_variables`.
     """
-    adopt_rank()
+    set_rank_variables()
     logging.basicConfig(
         stream=sys.stderr, format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"
     )
-    logging.getLogger("megamod").setLevel(logging.INFO if started_rank() == 0 else logging.WARNING)
+    logging.getLogger("megamod").setLevel(
+        logging.INFO if read_launcher_rank() == 0 else logging.WARNING
+    )
     for name in ("DeepSpeed", "deepspeed", "transformers"):
         logging.getLogger(name).setLevel(logging.WARNING)
     # DeepSpeed calls collectives by names that torch will retire; users cannot change that.
@@ -86,7 +88,7 @@ def node_log(output: Path, table: str, step: int) -> Iterator[None]:
         yield
         return
     log.note(
-        f"rank {rank} of {world_size()}, process {os.getpid()}, begins at step {step}\n{table}"
+        f"rank {rank} of {get_world_size()}, process {os.getpid()}, begins at step {step}\n{table}"
     )
     began = time.monotonic()
     root = logging.getLogger()

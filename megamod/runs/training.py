@@ -21,31 +21,32 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 from transformers import PreTrainedConfig
 
-from megamod.args import Arguments, OptimArgs, RunArgs, SafetyArgs, save_run
+from megamod.args import OptimArgs, RunArgs, SafetyArgs
 from megamod.data.batches import StepBatches, StepShape
-from megamod.data.lm.batches import train_loader
+from megamod.data.lm.batches import iterate_train_batches
+from megamod.dist.communication import compute_step_traffic
 from megamod.dist.process import (
-    check_agreement,
-    everywhere,
-    gather_text,
-    init_process,
-    started_rank,
+    check_ranks_agree,
+    gather_texts,
+    is_true_on_all_ranks,
+    join_process_group,
+    read_launcher_rank,
 )
 from megamod.dist.topology import DomainTopology
-from megamod.dist.wire import step_traffic
 from megamod.errors import UserError
 from megamod.files import write_json
+from megamod.flags import Arguments, write_run_recipe
 from megamod.runs.node_log import node_log
 from megamod.states.checkpoint_folder import TrainState
 from megamod.train.checkpoint import Checkpoints
-from megamod.train.compiled import check_compiler, check_stage, compile_blocks
-from megamod.train.deepspeed_settings import remove_offloaded, settle
+from megamod.train.compiled import check_compile_stage, check_compiler, compile_blocks
+from megamod.train.deepspeed_settings import remove_offload_files, resolve_settings
 from megamod.train.engine import build_engine
-from megamod.train.export import Card, ModelExport, publish
-from megamod.train.loop import Choose, train
-from megamod.train.monitor import Monitor, peak_of, write_environment
+from megamod.train.export import Card, ModelExport, publish_model
+from megamod.train.loop import SelectBatches, train
+from megamod.train.monitor import Monitor, find_peak_flops, write_environment
 from megamod.train.objectives import Objective
-from megamod.train.optim import optimizer_maker
+from megamod.train.optim import make_optimizer_factory
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ class Recipe:
     flops_per_token: Callable[[nn.Module], float] | None = None
     companions: Sequence[Path] = ()
     settings: dict[str, object] | None = None
-    make_choice: Callable[[torch.device], Choose] | None = None
+    make_choice: Callable[[torch.device], SelectBatches] | None = None
     write_model: Callable[[ModelExport, Path], object] | None = None
 
 
@@ -145,16 +146,16 @@ def execute(
     run, safety, optim = (_of(parsed, kind) for kind in (RunArgs, SafetyArgs, OptimArgs))
     topology, output = recipe.topology, Path(run.output_dir)
     # Mistakes of the user are found before any process waits for another.
-    settled = settle(run, optim, safety, topology, recipe.config.hidden_size)
-    parsed, ds_config = settled.replace_in(parsed), settled.ds_config
+    settled = resolve_settings(run, optim, safety, topology, recipe.config.hidden_size)
+    parsed, ds_config = settled.replace_arguments(parsed), settled.ds_config
     if compiled:
-        check_stage(ds_config)
+        check_compile_stage(ds_config)
         check_compiler(get_accelerator().device_name())
-    batches = recipe.make_batches(settled.shape(started_rank()))
+    batches = recipe.make_batches(settled.make_step_shape(read_launcher_rank()))
 
-    device = init_process(safety.dist_timeout)
+    device = join_process_group(safety.dist_timeout)
     facts = {"the run": repr(parsed), "the data": recipe.data_digest, "the code": code_digest()}
-    check_agreement(facts)
+    check_ranks_agree(facts)
     table = group_table(topology, device)
     if dist.get_rank() == 0:
         print(table, flush=True)
@@ -168,7 +169,7 @@ def execute(
     flops = recipe.flops_per_token(model) if recipe.flops_per_token else None
     engine = build_engine(
         model,
-        optimizer_maker(settled.optim),
+        make_optimizer_factory(settled.optim),
         ds_config,
         topology,
         decay_vectors=settled.optim.decay_norms_and_biases,
@@ -200,7 +201,9 @@ def execute(
         train(
             engine,
             recipe.make_objective(device),
-            lambda step: train_loader(batches, step, workers, pin_memory=device.type == "cuda"),
+            lambda step: iterate_train_batches(
+                batches, step, workers, pin_memory=device.type == "cuda"
+            ),
             settled.plan,
             state,
             checkpoints,
@@ -208,17 +211,17 @@ def execute(
             recipe.make_evaluate(running),
             recipe.make_choice(device) if recipe.make_choice else None,
         )
-        publish(
+        publish_model(
             partial(recipe.write_model, export) if recipe.write_model else export, output / "model"
         )
-    remove_offloaded(run, ds_config)
+    remove_offload_files(run, ds_config)
     return running
 
 
 def group_table(topology: DomainTopology, device: torch.device) -> str:
     """Table of ranks with host, device, domains and groups; collective."""
-    hosts = gather_text(os.uname().nodename)
-    return topology.table(hosts, gather_text(str(device)))
+    hosts = gather_texts(os.uname().nodename)
+    return topology.format_layout(hosts, gather_texts(str(device)))
 
 
 def record_run(folder: Path, config: Mapping[str, object], parsed: Sequence[Arguments]) -> None:
@@ -231,13 +234,13 @@ def record_run(folder: Path, config: Mapping[str, object], parsed: Sequence[Argu
     if dist.get_rank() == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            save_run(folder / "run.yaml", *parsed)
+            write_run_recipe(folder / "run.yaml", *parsed)
             write_json(folder / "ds_config.resolved.json", config)
             write_environment(folder / "env.json")
         except OSError as error:
             logger.error("%s", error)
             written = False
-    if not everywhere(written):
+    if not is_true_on_all_ranks(written):
         raise UserError(f"--output_dir {folder}: cannot be written")
 
 
@@ -256,7 +259,7 @@ def make_monitor(
         for name, parameter in engine.module.named_parameters()
         if parameter.requires_grad
     }
-    traffic = step_traffic(
+    traffic = compute_step_traffic(
         sizes,
         topology,
         engine.zero_optimization_stage(),
@@ -277,7 +280,7 @@ def make_monitor(
         unit,
         run.max_steps,
         flops_per_token,
-        peak_of(torch.cuda.get_device_name()) if on_gpu else None,
+        find_peak_flops(torch.cuda.get_device_name()) if on_gpu else None,
         run.report_to == "tensorboard",
         first_step,
     )

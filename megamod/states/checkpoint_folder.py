@@ -99,12 +99,12 @@ class StateRecord:
             raise UserError(f"{file} cannot be read: {error!r}") from error
 
 
-def checkpoint_name(step: int) -> str:
+def format_checkpoint_name(step: int) -> str:
     """Name of the folder of a step's checkpoint."""
     return f"step-{step}"
 
 
-def step_of(checkpoint: Path) -> int:
+def parse_checkpoint_step(checkpoint: Path) -> int:
     """Step of a checkpoint, from the name of its folder."""
     return int(checkpoint.name.removeprefix("step-"))
 
@@ -114,12 +114,12 @@ def is_optimizer_file(file: Path) -> bool:
     return file.name.startswith("optimizer-") and file.suffix == ".safetensors"
 
 
-def optimizer_file(folder: Path, rank: int, part: int | None = None) -> Path:
+def build_optimizer_path(folder: Path, rank: int, part: int | None = None) -> Path:
     """File of a rank's fragments, or of one part of them."""
     return folder / f"optimizer-{rank}{'' if part is None else f'-{part}'}.safetensors"
 
 
-def optimizer_files(folder: Path) -> list[Path]:
+def list_optimizer_files(folder: Path) -> list[Path]:
     """All files of optimizer fragments in a checkpoint."""
     return sorted(folder.glob("optimizer-*.safetensors"))
 
@@ -147,10 +147,10 @@ def read_fragments(
             yield name, int(start), {kind: tensors.get_tensor(f"{kind}/{name}") for kind in KINDS}
 
 
-def fragment_ranges(folder: Path) -> dict[str, list[tuple[int, int, Path]]]:
+def read_fragment_ranges(folder: Path) -> dict[str, list[tuple[int, int, Path]]]:
     """Ranges of each parameter in all optimizer files of a checkpoint: start, stop, file."""
     ranges: dict[str, list[tuple[int, int, Path]]] = {}
-    for file in optimizer_files(folder):
+    for file in list_optimizer_files(folder):
         with safe_open(file, framework="pt") as tensors:
             for name, start in (tensors.metadata() or {}).items():
                 size = tensors.get_slice(f"{KINDS[0]}/{name}").get_shape()[0]
@@ -158,7 +158,7 @@ def fragment_ranges(folder: Path) -> dict[str, list[tuple[int, int, Path]]]:
     return ranges
 
 
-def digest_entry(file: Path, digest: str | None = None) -> dict[str, object]:
+def make_digest_entry(file: Path, digest: str | None = None) -> dict[str, object]:
     """Entry of a file in the manifest; `digest` if it is known already."""
     return {"bytes": file.stat().st_size, "sha256": digest or sha256(file)}
 
@@ -167,11 +167,11 @@ def write_manifest(folder: Path, entries: Mapping[str, Mapping[str, object]]) ->
     """Write manifest.json, which makes the folder a valid checkpoint.
 
     Args:
-        entries: by path below `folder`, see `digest_entry`.
+        entries: by path below `folder`, see `make_digest_entry`.
     """
     write_json(folder / MANIFEST, {"files": dict(sorted(entries.items()))})
 
 
-def digest_all(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, object]]:
+def make_digest_entries(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, object]]:
     """Manifest entries of files in a folder."""
-    return {str(file.relative_to(folder)): digest_entry(file) for file in files}
+    return {str(file.relative_to(folder)): make_digest_entry(file) for file in files}

@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megamod.files import write_json
-from megamod.states.forest import HOST_TYPE, read_config
+from megamod.states.forest import HOST_TYPE, read_model_config
 from megamod.states.grow import link_or_copy
-from megamod.states.stream import ModelFolder, write_stream
+from megamod.states.stream import ModelFolder, write_streamed_tensors
 from megamod.states.weights import DENSE_FILE
 
 
-def dense_config(
+def make_dense_config(
     config: Mapping[str, object], domains: Sequence[str] | None = None
 ) -> dict[str, object]:
     """config.json of an ordinary dense model with the shape of this one.
@@ -35,7 +35,7 @@ def dense_config(
     return config
 
 
-def write_dense(
+def write_dense_model(
     source: Path, member: str | None, folder: Path, skipped: Sequence[str] = ()
 ) -> list[Path]:
     """Write a model, or one expert of it, as a dense model; return its files.
@@ -48,15 +48,15 @@ def write_dense(
         UserError: if weights or the member are missing.
     """
     source, folder = Path(source), Path(folder)
-    config = read_config(source)
+    config = read_model_config(source)
     with ModelFolder(source, member) as model:
         if member is None and [file.name for file in model.files] == [DENSE_FILE]:
             link_or_copy(source / DENSE_FILE, folder / DENSE_FILE)
         else:
             files = {DENSE_FILE: list(model.tensors)}
-            write_stream(folder, files, model.tensors, lambda name: [model.read(name)])
+            write_streamed_tensors(folder, files, model.tensors, lambda name: [model.read(name)])
         if member is not None:
-            config = dense_config(config)
+            config = make_dense_config(config)
             if config["model_type"] == "demix":
                 config["tie_word_embeddings"] = "lm_head.weight" not in model.tensors
     write_json(folder / "config.json", config)

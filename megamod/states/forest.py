@@ -23,7 +23,7 @@ from pathlib import Path
 from megamod.errors import UserError
 from megamod.files import write_json
 from megamod.states.token_ids import check_same_ids
-from megamod.states.tokenizer_files import copy_tokenizer, tokenizer_files
+from megamod.states.tokenizer_files import copy_tokenizer, list_tokenizer_files
 from megamod.states.weight_files import has_weights
 
 FORMAT = 1
@@ -102,7 +102,7 @@ def open_forest(path: str | Path) -> Forest:
     if file.is_file():
         experts = _read(file)
     elif (path / "config.json").is_file():
-        experts = _members(path)
+        experts = _list_members(path)
     else:
         folders = sorted(file.parent for file in path.glob("*/config.json"))
         experts = [Expert(folder.name, folder) for folder in folders]
@@ -111,26 +111,26 @@ def open_forest(path: str | Path) -> Forest:
             f"--forest {path}: holds no expert; name a forest.json, a folder that has one, a DEMix "
             "model folder, or a folder with a model folder per domain"
         )
-    _check(experts, path)
+    _check_experts(experts, path)
     return Forest(file if file.is_file() else path, tuple(experts))
 
 
-def forest_file(path: str | Path) -> Path:
+def resolve_forest_path(path: str | Path) -> Path:
     """The forest.json that a path names: itself, or the one in the folder; it may not exist."""
     path = Path(path).absolute()
     return path if path.suffix == ".json" else path / FILE
 
 
-def check_addition(path: str | Path, expert: Expert) -> None:
+def check_new_expert(path: str | Path, expert: Expert) -> None:
     """Refuse an expert that cannot be added to a forest; nothing is written.
 
     Raises:
         UserError: as `edit_forest`; and if weights of the expert are missing.
     """
-    file = forest_file(path)
+    file = resolve_forest_path(path)
     if not has_weights(expert.path):
         raise UserError(f"{expert.path}: there are no weights in it")
-    _check([*(_read(file) if file.exists() else ()), expert], file)
+    _check_experts([*(_read(file) if file.exists() else ()), expert], file)
 
 
 @contextmanager
@@ -143,13 +143,13 @@ def edit_forest(path: str | Path) -> Iterator[list[Expert]]:
     Raises:
         UserError: if the file, or what it became, is wrong.
     """
-    file = forest_file(path)
+    file = resolve_forest_path(path)
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file.with_name(f".{file.name}.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         experts = _read(file) if file.exists() else []
         yield experts
-        _check(experts, file)
+        _check_experts(experts, file)
         for stale in file.parent.glob(f".{file.name}.*.tmp"):
             stale.unlink()  # of an editor that was killed: while the lock is held nobody writes
         if not (file.parent / "config.json").exists():
@@ -207,22 +207,22 @@ def _expert(entry: object, where: str, folder: Path) -> Expert:
 def _entry(expert: Expert, folder: Path) -> dict[str, object]:
     return {
         **{field.name: getattr(expert, field.name) for field in fields(Expert)},
-        "path": _inside(str(expert.path), folder),
+        "path": _make_relative(str(expert.path), folder),
         "parents": [
-            {"path": _inside(parent.path, folder), "weight": parent.weight}
+            {"path": _make_relative(parent.path, folder), "weight": parent.weight}
             for parent in expert.parents
         ],
     }
 
 
-def _inside(path: str, folder: Path) -> str:
+def _make_relative(path: str, folder: Path) -> str:
     """A path relative to the folder if it is inside, so that both can be moved together."""
     plain = Path(os.path.normpath(path))
     return str(plain.relative_to(folder)) if plain.is_relative_to(folder) else str(plain)
 
 
-def _members(folder: Path) -> list[Expert]:
-    config = read_config(folder)
+def _list_members(folder: Path) -> list[Expert]:
+    config = read_model_config(folder)
     if config.get("model_type") == MODEL_TYPE:
         return []
     if config.get("untie", "none") == "none":
@@ -233,7 +233,7 @@ def _members(folder: Path) -> list[Expert]:
     return [Expert(domain, folder, domain) for domain in config["domains"]]
 
 
-def _check(experts: list[Expert], where: Path) -> None:
+def _check_experts(experts: list[Expert], where: Path) -> None:
     """Check that names are unique, folders and members exist, and vocabularies are equal."""
     names = [expert.domain for expert in experts]
     for name in names:
@@ -244,7 +244,7 @@ def _check(experts: list[Expert], where: Path) -> None:
     sizes: dict[int, str] = {}
     kinds: set[object] = set()
     for expert in experts:
-        config = read_config(expert.path)
+        config = read_model_config(expert.path)
         apart = config.get("untie", "none") != "none"
         if apart and expert.member not in config["domains"]:
             raise UserError(
@@ -257,7 +257,7 @@ def _check(experts: list[Expert], where: Path) -> None:
                 "one dense model"
             )
         sizes.setdefault(config.get("vocab_size"), expert.domain)
-        kinds.add(config.get("model_type") if tokenizer_files(expert.path) else "demix")
+        kinds.add(config.get("model_type") if list_tokenizer_files(expert.path) else "demix")
     # Stock models pad their vocabularies; their tokenizers are compared below.
     if len(sizes) > 1 and "demix" in kinds:
         listed = ", ".join(f"{size} of {name}" for size, name in sizes.items())
@@ -267,7 +267,7 @@ def _check(experts: list[Expert], where: Path) -> None:
         check_same_ids(folders[0], folder)
 
 
-def read_config(folder: Path) -> dict[str, object]:
+def read_model_config(folder: Path) -> dict[str, object]:
     """config.json of a model folder, with the names of its domains if it has experts.
 
     Raises:

@@ -8,22 +8,24 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megamod.dist.scope import MARK, dense_name, domain_of_name
+from megamod.dist.scope import EXPERTS_COMPONENT, parse_expert_domain, to_dense_name
 from megamod.errors import UserError
 from megamod.files import write_json
-from megamod.states.forest import read_config
+from megamod.states.forest import read_model_config
 from megamod.states.stream import ModelFolder
 from megamod.states.weights import (
     INDEX_FILE,
-    file_of,
     has_index,
     read_weights,
+    select_weight_file,
     write_tensors,
     write_weights,
 )
 
 
-def grow(source: Path, target: Path, domain: str, like: str, dense: Mapping[str, Tensor]) -> None:
+def add_expert(
+    source: Path, target: Path, domain: str, like: str, dense: Mapping[str, Tensor]
+) -> None:
     """Write the weights, index and configuration of a model with experts and one more.
 
     Weight files of the source get a second name (hard link) in the target where both lie on one
@@ -42,7 +44,9 @@ def grow(source: Path, target: Path, domain: str, like: str, dense: Mapping[str,
     """
     source, target = Path(source), Path(target)
     held = ModelFolder(source)
-    known = list(dict.fromkeys(owner for name in held.tensors if (owner := domain_of_name(name))))
+    known = list(
+        dict.fromkeys(owner for name in held.tensors if (owner := parse_expert_domain(name)))
+    )
     if domain in known or like not in known:
         raise UserError(
             f"{source}: its experts are {', '.join(known) or 'none'}; {domain!r} must be new, and "
@@ -50,16 +54,18 @@ def grow(source: Path, target: Path, domain: str, like: str, dense: Mapping[str,
         )
     added: dict[str, Tensor] = {}
     for name, spec in held.tensors.items():
-        if domain_of_name(name) != like:
+        if parse_expert_domain(name) != like:
             continue
-        weight = dense.get(dense_name(name))
+        weight = dense.get(to_dense_name(name))
         if weight is None or tuple(weight.shape) != spec.shape:
             shape = "none" if weight is None else tuple(weight.shape)
             raise UserError(
-                f"{source}: the new expert {domain} needs {dense_name(name)} of shape "
+                f"{source}: the new expert {domain} needs {to_dense_name(name)} of shape "
                 f"{spec.shape}, given is {shape}"
             )
-        added[name.replace(f"{MARK}.{like}.", f"{MARK}.{domain}.", 1)] = weight.to(spec.dtype)
+        added[name.replace(f"{EXPERTS_COMPONENT}.{like}.", f"{EXPERTS_COMPONENT}.{domain}.", 1)] = (
+            weight.to(spec.dtype)
+        )
 
     if has_index(source):
         index = json.loads((source / INDEX_FILE).read_text(encoding="utf-8"))
@@ -68,15 +74,15 @@ def grow(source: Path, target: Path, domain: str, like: str, dense: Mapping[str,
             link_or_copy(file, target / file.name)
     else:
         # A single file would be read in place of the index, so its tensors are sorted into files.
-        weight_map = {name: file_of(name, has_experts=True) for name in held.tensors}
+        weight_map = {name: select_weight_file(name, has_experts=True) for name in held.tensors}
         write_weights(target, read_weights(source), has_experts=True)
     for name in added:
-        weight_map[name] = file_of(name, has_experts=True)
-    write_tensors(target / file_of(name, has_experts=True), added, {"format": "pt"})
+        weight_map[name] = select_weight_file(name, has_experts=True)
+    write_tensors(target / select_weight_file(name, has_experts=True), added, {"format": "pt"})
     size = sum(spec.nbytes for spec in held.tensors.values())
     size += sum(tensor.nbytes for tensor in added.values())
     write_json(target / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": weight_map})
-    config = read_config(source)
+    config = read_model_config(source)
     write_json(target / "config.json", {**config, "domains": [*config["domains"], domain]})
 
 

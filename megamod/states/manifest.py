@@ -33,7 +33,7 @@ def find_checkpoint(folder: Path, choice: str) -> Path | None:
     """
     if choice not in ("auto", "none"):
         path = Path(choice)
-        faults = verify(path)
+        faults = find_checkpoint_faults(path)
         if faults:
             raise UserError(f"--resume {choice}: not a valid checkpoint: {faults[0]}")
         return path
@@ -48,7 +48,7 @@ def find_checkpoint(folder: Path, choice: str) -> Path | None:
     faults: list[str] = []
     for path in reversed(existing):
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        faults = verify(path, digests=size <= FULL_CHECK_BYTES)
+        faults = find_checkpoint_faults(path, digests=size <= FULL_CHECK_BYTES)
         if not faults:
             return path
         logger.warning("checkpoint %s is not valid (%s); trying the one before", path, faults[0])
@@ -60,7 +60,7 @@ def find_checkpoint(folder: Path, choice: str) -> Path | None:
     return None
 
 
-def verify(path: Path, digests: bool = True) -> list[str]:
+def find_checkpoint_faults(path: Path, digests: bool = True) -> list[str]:
     """List the faults of a checkpoint, one sentence each; empty if it is complete.
 
     Args:

@@ -6,14 +6,14 @@ from typing import Protocol
 from torch import Tensor
 
 
-class Readable(Protocol):
+class TensorReader(Protocol):
     """Reader of tensors with the interface of `ModelFolder`."""
 
     def read_into(self, name: str, start: int, buffer: Tensor) -> None:
         """Fill a buffer with elements from `start` on."""
 
 
-def read_rows(source: Readable, name: str, rows: Tensor, out: Tensor) -> None:
+def read_tensor_rows(source: TensorReader, name: str, rows: Tensor, out: Tensor) -> None:
     """Read rows of a tensor; consecutive rows in one read.
 
     Args:

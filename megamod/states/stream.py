@@ -23,15 +23,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megamod.dist.scope import dense_name, domain_of_name
+from megamod.dist.scope import parse_expert_domain, to_dense_name
 from megamod.errors import UserError
 from megamod.files import write_json
 from megamod.states.weights import (
     DENSE_FILE,
     DTYPES,
     INDEX_FILE,
+    build_safetensors_header,
     has_index,
-    safetensors_header,
 )
 
 PIECE = 1 << 20  # bytes read at once: what is added up stays in the processor's second-level cache
@@ -82,23 +82,23 @@ class ModelFolder:
         self._locations: dict[str, _Location] = {}
         self._descriptors: dict[Path, int] = {}
         entries: dict[str, tuple[Spec, _Location]] = {}
-        for file, listed in _weight_files(self.folder).items():
-            held = dict(_read_header(file))
+        for file, listed in _find_weight_files(self.folder).items():
+            held = dict(_read_tensor_locations(file))
             if listed is not None and (lost := sorted(listed - held.keys())):
                 raise UserError(f"{self.folder / INDEX_FILE}: {lost[0]} is not in {file.name}")
             entries |= (
                 held if listed is None else {name: held[name] for name in held if name in listed}
             )
         if member is not None:
-            domains = sorted({d for name in entries if (d := domain_of_name(name))})
+            domains = sorted({d for name in entries if (d := parse_expert_domain(name))})
             if member not in domains:
                 known = ", ".join(domains) or "none"
                 raise UserError(f"{folder}: has no expert of domain {member!r}; there are {known}")
         for name, (spec, location) in entries.items():
             if member is not None:
-                if domain_of_name(name) not in (None, member):
+                if parse_expert_domain(name) not in (None, member):
                     continue
-                name = dense_name(name)
+                name = to_dense_name(name)
             self.tensors[name], self._locations[name] = spec, location
         self.files = sorted({location.file for location in self._locations.values()})
 
@@ -139,7 +139,7 @@ class ModelFolder:
         self.read_into(name, 0, flat)
         return flat.view(spec.shape)
 
-    def digest(self) -> str:
+    def compute_digest(self) -> str:
         """Tells these weights from others: SHA-256 over the CRC-32 of every MiB of their files.
 
         At four times the speed of SHA-256 alone. Not proof against somebody who forges weights.
@@ -154,7 +154,7 @@ class ModelFolder:
         return f"crc32-sha256:{hashed.hexdigest()}"
 
 
-def pieces(numel: int, itemsize: int = 4) -> Iterator[tuple[int, int]]:
+def iterate_pieces(numel: int, itemsize: int = 4) -> Iterator[tuple[int, int]]:
     """Start and stop of the pieces in which a tensor is processed."""
     step = PIECE // itemsize
     for start in range(0, numel, step):
@@ -196,7 +196,7 @@ def plan_shards(specs: Mapping[str, Spec], most: int) -> dict[str, list[str]]:
     }
 
 
-def write_stream(
+def write_streamed_tensors(
     folder: Path,
     files: Mapping[str, list[str]],
     specs: Mapping[str, Spec],
@@ -220,11 +220,11 @@ def write_stream(
     with ExitStack() as stack:
         tensors = []  # descriptor, location in the file, name
         for file, names in files.items():
-            header, order = safetensors_header(
+            header, order = build_safetensors_header(
                 {name: (specs[name].dtype, specs[name].shape) for name in names}, {"format": "pt"}
             )
             stream = stack.enter_context(open(folder / file, "wb", buffering=0))
-            _write(stream.fileno(), memoryview(header), 0)
+            _write_bytes(stream.fileno(), memoryview(header), 0)
             offset = len(header)
             for name in order:
                 tensors.append((stream.fileno(), offset, name))
@@ -240,7 +240,7 @@ def write_stream(
                 if left < 0:
                     break
                 raw = memoryview(piece.reshape(-1).view(torch.uint8).numpy())
-                _write(descriptor, raw, offset)
+                _write_bytes(descriptor, raw, offset)
                 offset += piece.nbytes
             if left:
                 raise ValueError(f"{name}: {-left} bytes more than its specification says")
@@ -269,13 +269,13 @@ def write_stream(
     return written
 
 
-def _write(descriptor: int, left: memoryview, offset: int) -> None:
+def _write_bytes(descriptor: int, left: memoryview, offset: int) -> None:
     while left:
         count = os.pwrite(descriptor, left, offset)
         left, offset = left[count:], offset + count
 
 
-def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
+def _find_weight_files(folder: Path) -> dict[Path, set[str] | None]:
     """Weight files, each with the tensors the index has in it; None where there is no index."""
     index_file = folder / INDEX_FILE
     if folder.suffix == ".safetensors" and folder.is_file():
@@ -306,7 +306,7 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
     return files
 
 
-def _read_header(file: Path) -> Iterator[tuple[str, tuple[Spec, _Location]]]:
+def _read_tensor_locations(file: Path) -> Iterator[tuple[str, tuple[Spec, _Location]]]:
     """Name, specification and file offset of each tensor, in the order of offsets."""
     try:
         with safe_open(file, framework="pt"):  # checks every length and offset

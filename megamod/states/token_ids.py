@@ -14,7 +14,7 @@ _RAW = ("merges.txt", "vocab.bpe", "dict.txt")
 """Files of subword merges and ranks; their bytes must be equal."""
 
 
-def token_ids(folder: Path) -> dict[str, int]:
+def read_token_ids(folder: Path) -> dict[str, int]:
     """Map every word that the tokenizer files of a folder list to its id; empty without files.
 
     Raises:
@@ -24,7 +24,7 @@ def token_ids(folder: Path) -> dict[str, int]:
     for name, read in _READERS.items():
         if (folder / name).is_file():
             try:
-                ids |= dict(read(_content(folder / name)))
+                ids |= dict(read(_read_content(folder / name)))
             except (KeyError, TypeError, ValueError, AttributeError) as error:
                 raise UserError(
                     f"{folder / name}: is not the file of a tokenizer: {error!r}"
@@ -43,9 +43,9 @@ def check_same_ids(first: Path, second: Path, remedy: str = "") -> None:
         UserError: naming both folders, the word and the id.
     """
     first, second = Path(first), Path(second)
-    if _same_files(first, second):
+    if _have_identical_files(first, second):
         return
-    ids, other = token_ids(first), token_ids(second)
+    ids, other = read_token_ids(first), read_token_ids(second)
     words = {number: word for word, number in ids.items()}
     for word, number in other.items():
         known = words.get(number, word)
@@ -61,39 +61,39 @@ def check_same_ids(first: Path, second: Path, remedy: str = "") -> None:
             )
     for name in (*_RAW, *sorted({file.name for file in first.glob("*.model")})):
         files = first / name, second / name
-        if all(file.is_file() for file in files) and not _equal(*files):
+        if all(file.is_file() for file in files) and not _have_equal_bytes(*files):
             raise UserError(
                 f"{first} and {second}: their tokenizers differ, as {name} shows, so equal ids are "
                 f"different words{remedy}"
             )
 
 
-def _same_files(first: Path, second: Path) -> bool:
+def _have_identical_files(first: Path, second: Path) -> bool:
     """Return True if both folders hold byte-identical tokenizer files."""
     names = (*_READERS, *_RAW)
     pairs = [(first / name, second / name) for name in names]
     pairs += [(file, second / file.name) for file in sorted(first.glob("*.model"))]
     pairs += [(first / file.name, file) for file in sorted(second.glob("*.model"))]
     return all(
-        file.is_file() is other.is_file() and (not file.is_file() or _equal(file, other))
+        file.is_file() is other.is_file() and (not file.is_file() or _have_equal_bytes(file, other))
         for file, other in pairs
     )
 
 
-def _equal(first: Path, second: Path) -> bool:
-    return _bytes(first) == _bytes(second)
+def _have_equal_bytes(first: Path, second: Path) -> bool:
+    return _read_bytes(first) == _read_bytes(second)
 
 
-def _bytes(file: Path) -> bytes:
+def _read_bytes(file: Path) -> bytes:
     try:
         return file.read_bytes()
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from error
 
 
-def _content(file: Path) -> object:
+def _read_content(file: Path) -> object:
     """Parsed JSON, or the lines of a text file."""
-    raw = _bytes(file)
+    raw = _read_bytes(file)
     try:
         text = raw.decode("utf-8")
         return json.loads(text) if file.suffix == ".json" else text.removesuffix("\n").split("\n")
@@ -101,7 +101,7 @@ def _content(file: Path) -> object:
         raise UserError(f"{file}: cannot be read: {error}") from error
 
 
-def _whole(content: Mapping) -> Iterator[tuple[str, int]]:
+def _parse_tokenizer_json(content: Mapping) -> Iterator[tuple[str, int]]:
     model = content.get("model") or {}
     listed = model.get("vocab") or {}
     if isinstance(listed, list):  # unigrams, each with its score
@@ -111,28 +111,28 @@ def _whole(content: Mapping) -> Iterator[tuple[str, int]]:
         yield entry["content"], entry["id"]
 
 
-def _mapping(content: Mapping[str, int]) -> Iterator[tuple[str, int]]:
+def _parse_id_mapping(content: Mapping[str, int]) -> Iterator[tuple[str, int]]:
     # Some tokenizers nest a vocabulary per language; those ids are not comparable by word.
     for word, number in content.items():
         if type(number) is int:
             yield word, number
 
 
-def _decoder(content: Mapping) -> Iterator[tuple[str, int]]:
+def _parse_added_tokens(content: Mapping) -> Iterator[tuple[str, int]]:
     for number, entry in (content.get("added_tokens_decoder") or {}).items():
         yield entry["content"] if isinstance(entry, dict) else str(entry), int(number)
 
 
-def _lines(content: list[str]) -> Iterator[tuple[str, int]]:
+def _number_lines(content: list[str]) -> Iterator[tuple[str, int]]:
     for number, line in enumerate(content):
         yield line.rstrip("\r"), number
 
 
 _READERS = {
-    "vocab.txt": _lines,
-    "vocab.json": _mapping,
-    "encoder.json": _mapping,
-    "tokenizer.json": _whole,
-    "added_tokens.json": _mapping,
-    "tokenizer_config.json": _decoder,
+    "vocab.txt": _number_lines,
+    "vocab.json": _parse_id_mapping,
+    "encoder.json": _parse_id_mapping,
+    "tokenizer.json": _parse_tokenizer_json,
+    "added_tokens.json": _parse_id_mapping,
+    "tokenizer_config.json": _parse_added_tokens,
 }

@@ -13,16 +13,16 @@ PATTERNS = (
 )
 
 
-def tokenizer_files(folder: Path) -> list[Path]:
+def list_tokenizer_files(folder: Path) -> list[Path]:
     """Files of the tokenizer in a folder, sorted; none if it has no tokenizer."""
     return sorted({file for pattern in PATTERNS for file in folder.glob(pattern) if file.is_file()})
 
 
 def copy_tokenizer(source: Path, folder: Path) -> list[Path]:
     """Copy the tokenizer of one folder into another that has none; return the copies."""
-    if tokenizer_files(folder):
+    if list_tokenizer_files(folder):
         return []
-    files = tokenizer_files(source)
+    files = list_tokenizer_files(source)
     for file in files:
         write_atomic(folder / file.name, file.read_bytes())
     return [folder / file.name for file in files]

@@ -10,32 +10,32 @@ from pathlib import Path
 from megamod.errors import UserError
 from megamod.states.checkpoint_folder import LATEST, STATE
 from megamod.states.forest import FILE, open_forest
-from megamod.states.manifest import MANIFEST, list_checkpoints, verify
+from megamod.states.manifest import MANIFEST, find_checkpoint_faults, list_checkpoints
 
-Group = tuple[str, list[str]]
+CheckResult = tuple[str, list[str]]
 """Description of a checked group of files, and its faults, one sentence each."""
 
 
-def groups(path: Path) -> Iterator[Group]:
+def check_path(path: Path) -> Iterator[CheckResult]:
     """Every group of files below a forest.json, checkpoint, model, run or folder of runs.
 
     Raises:
         UserError: if it is nothing of ours.
     """
     if path.name == FILE or (path / FILE).is_file():
-        yield from forest(path)
+        yield from check_forest(path)
     elif _is_checkpoint(path):
-        yield checkpoint(path)
+        yield check_checkpoint(path)
     elif (path / "config.json").exists():
-        yield model(path)
+        yield check_model_files(path)
     else:
-        reports = [*run_folder(path)]
+        reports = [*check_run(path)]
         if not reports:
             raise UserError(f"{path} holds no checkpoint, no model, no forest and no data-bin")
         yield from reports
 
 
-def forest(path: Path) -> Iterator[Group]:
+def check_forest(path: Path) -> Iterator[CheckResult]:
     """The file, the models of its experts, and the runs that these are of or that lie beside it."""
     file = path if path.name == FILE else path / FILE
     try:
@@ -45,27 +45,27 @@ def forest(path: Path) -> Iterator[Group]:
         return
     yield f"{file}: forest, {len(opened.experts)} experts", []
     for folder in dict.fromkeys(expert.path for expert in opened.experts):
-        yield model(folder)
+        yield check_model_files(folder)
     runs = {expert.path.parent for expert in opened.experts}
     runs |= {folder.parent for folder in file.parent.glob("*/checkpoints")}
     for run in sorted(runs):
-        yield from checkpoints(run / "checkpoints")
+        yield from check_checkpoints(run / "checkpoints")
 
 
-def run_folder(path: Path) -> Iterator[Group]:
+def check_run(path: Path) -> Iterator[CheckResult]:
     """Checkpoints by rising step, and the models: one, or one per domain."""
     for folder in (path, path / "checkpoints"):
-        yield from checkpoints(folder)
+        yield from check_checkpoints(folder)
     for pattern in ("model/config.json", "model/*/config.json", "*/config.json"):
         for config in sorted(path.glob(pattern)):
             if pattern != "*/config.json" or config.parent.name != "model":
-                yield model(config.parent)
+                yield check_model_files(config.parent)
 
 
-def checkpoints(folder: Path) -> Iterator[Group]:
+def check_checkpoints(folder: Path) -> Iterator[CheckResult]:
     """Check the checkpoints of a folder, and the file that names the newest."""
     checkpoints = list_checkpoints(folder)
-    yield from map(checkpoint, checkpoints)
+    yield from map(check_checkpoint, checkpoints)
     if (folder / LATEST).exists():
         name = (folder / LATEST).read_text(errors="replace").strip()
         names = [path.name for path in checkpoints]
@@ -73,14 +73,14 @@ def checkpoints(folder: Path) -> Iterator[Group]:
         yield f"{folder / LATEST}: {name}", [] if name in names else [wrong]
 
 
-def checkpoint(path: Path) -> Group:
+def check_checkpoint(path: Path) -> CheckResult:
     """All files of the manifest, with their digests."""
     files = [file for file in path.rglob("*") if file.is_file()]
     size = sum(file.stat().st_size for file in files)
-    return f"{path}: checkpoint, {len(files)} files, {size:,} bytes", verify(path)
+    return f"{path}: checkpoint, {len(files)} files, {size:,} bytes", find_checkpoint_faults(path)
 
 
-def model(path: Path) -> Group:
+def check_model_files(path: Path) -> CheckResult:
     """Check that weight files can be opened and hold the tensors of the index; no digests."""
     from safetensors import SafetensorError, safe_open
 

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from megamod.dist.scope import dense_name, domain_of_name
+from megamod.dist.scope import parse_expert_domain, to_dense_name
 from megamod.errors import UserError
 from megamod.files import write_json
 from megamod.states.weight_files import DENSE_FILE, INDEX_FILE
@@ -36,15 +36,15 @@ DTYPES = {
 """Names of element types in a safetensors header."""
 
 
-def file_of(name: str, has_experts: bool) -> str:
+def select_weight_file(name: str, has_experts: bool) -> str:
     """The weight file that holds a parameter."""
     if not has_experts:
         return DENSE_FILE
-    domain = domain_of_name(name)
+    domain = parse_expert_domain(name)
     return f"expert_{domain}.safetensors" if domain else "shared.safetensors"
 
 
-def safetensors_header(
+def build_safetensors_header(
     specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> tuple[bytes, list[str]]:
     """Header of a safetensors file, and the order of its tensors.
@@ -80,7 +80,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     Raises:
         OSError: if it cannot be written.
     """
-    header, names = safetensors_header(
+    header, names = build_safetensors_header(
         {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}, metadata
     )
     with open(path, "wb") as file:
@@ -94,7 +94,7 @@ def write_weights(folder: Path, state: Mapping[str, Tensor], has_experts: bool) 
     """Write a state dict's tensors into the files they belong to; return the files."""
     files: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
-        files.setdefault(file_of(name, has_experts), {})[name] = tensor
+        files.setdefault(select_weight_file(name, has_experts), {})[name] = tensor
     for file, tensors in files.items():
         write_tensors(folder / file, tensors, {"format": "pt"})
     return [folder / file for file in files]
@@ -102,7 +102,7 @@ def write_weights(folder: Path, state: Mapping[str, Tensor], has_experts: bool) 
 
 def write_index(folder: Path, names: Iterable[str], total_bytes: int) -> Path:
     """Write the index of a model with experts; return its file."""
-    weight_map = {name: file_of(name, has_experts=True) for name in names}
+    weight_map = {name: select_weight_file(name, has_experts=True) for name in names}
     write_json(
         folder / INDEX_FILE, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
     )
@@ -135,23 +135,23 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return state
 
 
-def expert_state(state: Mapping[str, Tensor], domain: str) -> dict[str, Tensor]:
+def extract_expert_weights(state: Mapping[str, Tensor], domain: str) -> dict[str, Tensor]:
     """Weights of the dense model that shared weights and one expert form.
 
     Raises:
         UserError: if the state holds no expert of that domain.
     """
-    experts = {owner for name in state if (owner := domain_of_name(name))}
+    experts = {owner for name in state if (owner := parse_expert_domain(name))}
     if domain not in experts:
         raise UserError(f"no expert of domain {domain!r}; there are {', '.join(sorted(experts))}")
     return {
-        dense_name(name): tensor
+        to_dense_name(name): tensor
         for name, tensor in state.items()
-        if domain_of_name(name) in (None, domain)
+        if parse_expert_domain(name) in (None, domain)
     }
 
 
-def spread(state: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+def copy_to_experts(state: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
     """Copy the weights of a dense model to every expert of a model with experts.
 
     Args:
@@ -160,7 +160,9 @@ def spread(state: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tenso
     Raises:
         UserError: if the dense model lacks one of them.
     """
-    missing = [name for name in names if dense_name(name) not in state]
+    missing = [name for name in names if to_dense_name(name) not in state]
     if missing:
-        raise UserError(f"the weights lack {dense_name(missing[0])} (and {len(missing) - 1} more)")
-    return {name: state[dense_name(name)] for name in names}
+        raise UserError(
+            f"the weights lack {to_dense_name(missing[0])} (and {len(missing) - 1} more)"
+        )
+    return {name: state[to_dense_name(name)] for name in names}

@@ -1,17 +1,17 @@
 """Batch sizes of a run: from flags and ranks to micro-batches per step."""
 
 from megamod.args import RunArgs
-from megamod.data.batches import check_divides
+from megamod.data.batches import check_global_batch_size
 from megamod.dist.scope import Sharing
 from megamod.dist.topology import DomainTopology
 
 
-def held_domains(topology: DomainTopology) -> int:
+def count_domains_per_rank(topology: DomainTopology) -> int:
     """Domains that a rank trains in turn: 1 where micro-batches are not tied to experts."""
-    return 1 if topology.sharing is Sharing.DENSE else len(topology.domains_of(0))
+    return 1 if topology.sharing is Sharing.DENSE else len(topology.get_rank_domains(0))
 
 
-def micro_steps(run: RunArgs, topology: DomainTopology) -> int:
+def count_micro_steps(run: RunArgs, topology: DomainTopology) -> int:
     """Micro-batches of a rank in a step.
 
     Without --global_batch_size, --gradient_accumulation_steps counts micro-batches per domain: a
@@ -20,11 +20,11 @@ def micro_steps(run: RunArgs, topology: DomainTopology) -> int:
     Raises:
         UserError: if --global_batch_size is not a whole number of micro-batches.
     """
-    held, micro_batch = held_domains(topology), run.per_device_train_batch_size
+    held, micro_batch = count_domains_per_rank(topology), run.per_device_train_batch_size
     if run.global_batch_size is None:
         return held * run.gradient_accumulation_steps
     parts = {"ranks": topology.world_size, "(--per_device_train_batch_size)": micro_batch}
     if held > 1:
         parts["domains of a rank"] = held
-    check_divides(run.global_batch_size, parts)
+    check_global_batch_size(run.global_batch_size, parts)
     return run.global_batch_size // (topology.world_size * micro_batch)

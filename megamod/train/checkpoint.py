@@ -23,7 +23,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from transformers import PreTrainedConfig
 
-from megamod.dist.process import everywhere, from_rank_0
+from megamod.dist.process import broadcast_from_rank_0, is_true_on_all_ranks
 from megamod.dist.scope import Sharing
 from megamod.dist.topology import DomainTopology
 from megamod.errors import UserError
@@ -35,32 +35,32 @@ from megamod.states.checkpoint_folder import (
     STATE,
     StateRecord,
     TrainState,
-    checkpoint_name,
-    digest_entry,
-    fragment_ranges,
-    optimizer_file,
-    step_of,
+    build_optimizer_path,
+    format_checkpoint_name,
+    make_digest_entry,
+    parse_checkpoint_step,
+    read_fragment_ranges,
     write_fragments,
     write_manifest,
 )
 from megamod.states.manifest import find_checkpoint, list_checkpoints
 from megamod.train.fragments import (
-    fragment_shards,
-    fragments,
-    optimizer_steps,
-    refresh_weights,
+    copy_masters_to_weights,
+    iterate_fragment_shards,
+    iterate_fragments,
+    read_optimizer_steps,
     set_optimizer_steps,
 )
 
 logger = logging.getLogger(__name__)
 
-MEANING = (
+SHARED_GPT_FIELDS = (
     *("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
     *("intermediate_size", "max_position_embeddings", "tie_word_embeddings", "untie"),
 )
 """Fields of the project's GPT that a branch shares with its parent."""
 
-NOT_MEANING = frozenset(
+UNSHARED_STOCK_FIELDS = frozenset(
     (
         *("dtype", "use_cache", "transformers_version", "architectures", "domains"),
         *("attn_implementation", "_attn_implementation", "_name_or_path", "_commit_hash"),
@@ -98,25 +98,25 @@ class Checkpoints:
 
     def save(self, state: TrainState) -> bool:
         """Write a checkpoint; collective. False if any rank could not write its part."""
-        final = self.folder / checkpoint_name(state.step)
-        nonce = from_rank_0(secrets.randbits(32))
-        temporary = self.folder / f".tmp-{checkpoint_name(state.step)}-{nonce:08x}"
-        if not self._make(temporary):
+        final = self.folder / format_checkpoint_name(state.step)
+        nonce = broadcast_from_rank_0(secrets.randbits(32))
+        temporary = self.folder / f".tmp-{format_checkpoint_name(state.step)}-{nonce:08x}"
+        if not self._make_folder(temporary):
             return False
         writers = (self.write_model, self._write_optimizer, partial(self._write_state, state=state))
         try:
-            self._write_all(temporary, writers)
+            self._write_and_digest(temporary, writers)
             written = True
         except OSError as error:
             logger.error("checkpoint %s: rank %d: %s", final.name, dist.get_rank(), error)
             written = False
-        if everywhere(written) and dist.get_rank() == 0:
+        if is_true_on_all_ranks(written) and dist.get_rank() == 0:
             try:
                 self._commit(temporary, final)
             except OSError as error:
                 logger.error("checkpoint %s: %s", final.name, error)
                 written = False
-        written = everywhere(written)
+        written = is_true_on_all_ranks(written)
         if dist.get_rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         return written
@@ -131,7 +131,7 @@ class Checkpoints:
         Raises:
             UserError: if checkpoints exist but none is valid, or were made with other settings.
         """
-        path = self._chosen(choice)
+        path = self._select_checkpoint(choice)
         state = None if path is None else self.load(path)
         if dist.get_rank() == 0:
             for stale in self.folder.glob(".tmp-*"):
@@ -141,14 +141,14 @@ class Checkpoints:
 
     def load(self, path: Path) -> TrainState:
         """Load the checkpoint in `path` into the engine; collective."""
-        folder = self._state_folder(path)
+        folder = self._get_state_folder(path)
         if not (folder / STATE).is_file():
             raise UserError(f"{path} was made with another --untie: it has no {folder / STATE}")
         saved = StateRecord.read(folder)
         then = {**self.defaults, **saved.settings}
         if saved.branched:  # from another run: it says only what both must agree on
             then = {**self.settings, **saved.settings}
-            _check_model(folder, self.engine.module.config)
+            _check_branched_model(folder, self.engine.module.config)
         differences = [
             f"{key}: {then.get(key)!r} then, {value!r} now"
             for key, value in self.settings.items()
@@ -159,9 +159,9 @@ class Checkpoints:
                 f"{path} was made with other settings; a resumed run must keep them. "
                 + "; ".join(differences)
             )
-        _read_optimizer(path, self.engine, self._prefix())
+        _read_optimizer(path, self.engine, self._get_name_prefix())
         set_optimizer_steps(self.engine, saved.optimizer_steps)
-        refresh_weights(self.engine)
+        copy_masters_to_weights(self.engine)
         scaler = getattr(self.engine.optimizer, "loss_scaler", None)
         if getattr(scaler, "dynamic", False) and saved.loss_scaler.get("dynamic"):
             vars(scaler).update(saved.loss_scaler)  # static ones follow from the configuration
@@ -185,68 +185,68 @@ class Checkpoints:
         if dist.get_rank() == 0:
             (self.folder / PENDING).unlink(missing_ok=True)
 
-    def is_evaluation_due(self, step: int) -> bool:
+    def was_evaluation_interrupted(self, step: int) -> bool:
         """True if the evaluation after `step` began and did not end; collective."""
         record, due = self.folder / PENDING, False
         if dist.get_rank() == 0 and record.is_file():
             due = record.read_text(encoding="utf-8").strip() == str(step)
-        return bool(from_rank_0(due))
+        return bool(broadcast_from_rank_0(due))
 
-    def newest(self) -> Path | None:
+    def find_newest(self) -> Path | None:
         """The newest valid checkpoint of this run; collective."""
-        return self._chosen("auto")
+        return self._select_checkpoint("auto")
 
-    def _chosen(self, choice: str) -> Path | None:
+    def _select_checkpoint(self, choice: str) -> Path | None:
         """Checkpoint that rank 0 selects, on every rank; collective."""
         step, fault = -1, None
         if dist.get_rank() == 0:
             try:
                 path = find_checkpoint(self.folder, choice)
                 if path is not None:
-                    step = step_of(path) if choice == "auto" else 0
+                    step = parse_checkpoint_step(path) if choice == "auto" else 0
             except UserError as error:
                 step, fault = -2, error
-        step = from_rank_0(step)
+        step = broadcast_from_rank_0(step)
         if step == -2:
             raise fault or UserError(f"--resume {choice}: rank 0 found no valid checkpoint")
         if step == -1:
             return None
-        return self.folder / checkpoint_name(step) if choice == "auto" else Path(choice)
+        return self.folder / format_checkpoint_name(step) if choice == "auto" else Path(choice)
 
-    def _make(self, folder: Path) -> bool:
+    def _make_folder(self, folder: Path) -> bool:
         """Create the folder; collective, so that with ZeRO 3 no rank gathers weights alone."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            return everywhere(True)
+            return is_true_on_all_ranks(True)
         except OSError as error:
             logger.error("checkpoints: rank %d: %s", dist.get_rank(), error)
-            return everywhere(False)
+            return is_true_on_all_ranks(False)
 
     def _write_optimizer(self, folder: Path) -> list[Path]:
         """Write this rank's fragments. Without ZeRO every rank holds all; rank 0 writes them."""
-        prefix, rank, paths = self._prefix(), dist.get_rank(), []
-        for number, shard in enumerate(fragment_shards(self.engine)):
+        prefix, rank, paths = self._get_name_prefix(), dist.get_rank(), []
+        for number, shard in enumerate(iterate_fragment_shards(self.engine)):
             if self.engine.zero_optimization_stage() == 0 and rank > 0:
                 continue
-            paths.append(optimizer_file(folder, rank, number or None))
+            paths.append(build_optimizer_path(folder, rank, number or None))
             write_fragments(paths[-1], {prefix + f.name: (f.start, f.tensors) for f in shard})
         return paths
 
-    def _prefix(self) -> str:
+    def _get_name_prefix(self) -> str:
         """Prefix of parameter names: the domain for independent models, whose names are equal."""
         if self.topology.sharing is Sharing.BTM:
-            return self.topology.domains_of(dist.get_rank())[0] + ":"
+            return self.topology.get_rank_domains(dist.get_rank())[0] + ":"
         return ""
 
-    def _state_folder(self, folder: Path) -> Path:
+    def _get_state_folder(self, folder: Path) -> Path:
         """Folder of state.json: independent models skip steps and scale losses on their own."""
         if self.topology.sharing is Sharing.BTM:
-            return folder / self.topology.domains_of(dist.get_rank())[0]
+            return folder / self.topology.get_rank_domains(dist.get_rank())[0]
         return folder
 
     def _write_state(self, folder: Path, *, state: TrainState) -> list[Path]:
         independent, rank = self.topology.sharing is Sharing.BTM, dist.get_rank()
-        if rank > 0 and not (independent and self.topology.is_lead(rank)):
+        if rank > 0 and not (independent and self.topology.is_group_lead(rank)):
             return []
         scaler = getattr(self.engine.optimizer, "loss_scaler", None)
         plain = (
@@ -259,11 +259,11 @@ class Checkpoints:
             else {}
         )
         record = StateRecord(
-            state, optimizer_steps(self.engine), plain, self.settings, dist.get_world_size()
+            state, read_optimizer_steps(self.engine), plain, self.settings, dist.get_world_size()
         )
-        return [record.write(self._state_folder(folder))]
+        return [record.write(self._get_state_folder(folder))]
 
-    def _write_all(self, folder: Path, writers: Sequence[ModelWriter]) -> None:
+    def _write_and_digest(self, folder: Path, writers: Sequence[ModelWriter]) -> None:
         """Write, sync and digest this rank's files.
 
         Each file is synced while the next ones are written and digested.
@@ -277,7 +277,7 @@ class Checkpoints:
             digests = {}
             for file, (synced, digest) in jobs.items():
                 synced.result()
-                digests[str(file.relative_to(folder))] = digest_entry(file, digest.result())
+                digests[str(file.relative_to(folder))] = make_digest_entry(file, digest.result())
         # Only rank 0 reads this, before the folder is renamed: no sync is needed.
         (folder / f".rank-{dist.get_rank()}.json").write_text(json.dumps(digests))
 
@@ -302,14 +302,16 @@ class Checkpoints:
             shutil.rmtree(old)
 
 
-def _check_model(folder: Path, config: PreTrainedConfig) -> None:
+def _check_branched_model(folder: Path, config: PreTrainedConfig) -> None:
     """Check that weights of another run have the shape and the meaning that this run expects."""
     saved, now = read_lm_config(folder).to_dict(), config.to_dict()
-    names = MEANING if config.model_type == DemixConfig.model_type else sorted(saved | now)
+    names = (
+        SHARED_GPT_FIELDS if config.model_type == DemixConfig.model_type else sorted(saved | now)
+    )
     differences = [
         f"{name}: {saved.get(name)!r} there, {now.get(name)!r} now"
         for name in names
-        if saved.get(name) != now.get(name) and name not in NOT_MEANING
+        if saved.get(name) != now.get(name) and name not in UNSHARED_STOCK_FIELDS
     ]
     if differences:
         raise UserError(
@@ -319,9 +321,9 @@ def _check_model(folder: Path, config: PreTrainedConfig) -> None:
 
 def _read_optimizer(path: Path, engine: deepspeed.DeepSpeedEngine, prefix: str) -> None:
     """Fill this rank's fragments from the fragments of any number of ranks."""
-    pieces = fragment_ranges(path)
+    pieces = read_fragment_ranges(path)
     opened = {file: safe_open(file, framework="pt") for row in pieces.values() for *_, file in row}
-    for fragment in fragments(engine):
+    for fragment in iterate_fragments(engine):
         name = prefix + fragment.name
         stop = fragment.start + len(fragment.tensors["master"])
         filled = 0

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from megamod.errors import UserError
-from megamod.nn.demix import domain_experts
+from megamod.nn.demix import iterate_domain_experts
 from megamod.nn.encoder import EncoderLayer
 from megamod.nn.transformer import DecoderBlock
 
@@ -17,7 +17,7 @@ BLOCKS = (DecoderBlock, EncoderLayer, GradientCheckpointingLayer)
 """Classes of blocks: ours, and that of transformers."""
 
 
-def check_stage(config: Mapping[str, object]) -> None:
+def check_compile_stage(config: Mapping[str, object]) -> None:
     """Check that the ZeRO stage allows compiled blocks.
 
     Args:
@@ -61,12 +61,12 @@ def compile_blocks(model: nn.Module, backend: str = "inductor") -> int:
     Returns:
         the number of blocks.
     """
-    for group in domain_experts(model):
+    for group in iterate_domain_experts(model):
         group.forward = torch.compiler.disable(group.forward)
     blocks = [module for module in model.modules() if isinstance(module, BLOCKS)]
     for block in blocks:
         block.compile(backend=backend)
-        for group in domain_experts(block):
+        for group in iterate_domain_experts(block):
             for expert in group.experts.values():
                 expert.compile(backend=backend)
     return len(blocks)

@@ -6,21 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megamod.args import (
-    Arguments,
-    OptimArgs,
-    RunArgs,
-    SafetyArgs,
-    follow_ds_values,
-    origin_of,
-)
+from megamod.args import OptimArgs, RunArgs, SafetyArgs, apply_ds_values
 from megamod.data.batches import StepShape
-from megamod.dist.ds_config import check_sharing, resolve_ds_config
-from megamod.dist.process import everywhere
+from megamod.dist.ds_config import apply_sharing_rules, resolve_ds_config
+from megamod.dist.process import is_true_on_all_ranks
 from megamod.dist.scope import Sharing
 from megamod.dist.topology import DomainTopology
 from megamod.errors import UserError
-from megamod.train.batch_size import held_domains, micro_steps
+from megamod.flags import Arguments, find_origin
+from megamod.train.batch_size import count_domains_per_rank, count_micro_steps
 from megamod.train.loop import Plan
 from megamod.train.optim import SCHEDULES
 
@@ -40,7 +34,7 @@ DS_KEYS = {
 
 
 @dataclass(frozen=True)
-class Settled:
+class ResolvedSettings:
     """Arguments of a run after the DeepSpeed file was taken into account.
 
     Attributes:
@@ -62,29 +56,29 @@ class Settled:
         steps = self.plan.micro_steps * self.topology.world_size
         return self.run.per_device_train_batch_size * steps
 
-    def shape(self, rank: int) -> StepShape:
+    def make_step_shape(self, rank: int) -> StepShape:
         """Shape of a step over all ranks."""
         micro_batch = self.run.per_device_train_batch_size
         return StepShape(micro_batch, self.global_batch, rank, self.topology.world_size)
 
-    def replace_in(self, parsed: Sequence[Arguments]) -> tuple[Arguments, ...]:
+    def replace_arguments(self, parsed: Sequence[Arguments]) -> tuple[Arguments, ...]:
         """All arguments of a run, with `run` and `optim` of this object."""
         settled = {type(self.run): self.run, type(self.optim): self.optim}
         return tuple(settled.get(type(args), args) for args in parsed)
 
 
-def settle(
+def resolve_settings(
     run: RunArgs, optim: OptimArgs, safety: SafetyArgs, topology: DomainTopology, width: int
-) -> Settled:
+) -> ResolvedSettings:
     """Resolve flags and DeepSpeed file into one consistent set of settings; nothing is changed.
 
     Args:
         width: hidden size of the model, for bucket sizes that are "auto".
     Raises:
-        UserError: see `resolve_ds_config`, `check_sharing` and `make_plan`.
+        UserError: see `resolve_ds_config`, `apply_sharing_rules` and `make_loop_plan`.
     """
     run, optim = copy.copy(run), copy.copy(optim)
-    steps = micro_steps(run, topology)
+    steps = count_micro_steps(run, topology)
     ranks = topology.ranks_per_domain if topology.sharing is Sharing.BTM else topology.world_size
     # Alone, a dense model gains nothing from ZeRO's flat buffers, which cost 4 % of a step.
     alone = topology.sharing is Sharing.DENSE and topology.world_size == 1
@@ -104,26 +98,32 @@ def settle(
         "zero_optimization.reduce_bucket_size": width * width,
         "zero_optimization.stage3_prefetch_bucket_size": width * width,
         "zero_optimization.stage3_param_persistence_threshold": 10 * width,
-        "zero_optimization.offload_optimizer.nvme_path": str(offload_folder(run)),
+        "zero_optimization.offload_optimizer.nvme_path": str(get_offload_folder(run)),
     }
     origins = {
         key: origin
         for key, field in DS_KEYS.items()
         for args in (run, optim)
-        if hasattr(args, field) and (origin := origin_of(args, field)) != "default"
+        if hasattr(args, field) and (origin := find_origin(args, field)) != "default"
     }
     resolved = resolve_ds_config(
         safety.deepspeed, values, origins, allow_unknown=safety.allow_unknown_ds_keys
     )
-    follow_ds_values(
-        run, optim, resolved.values, f"DeepSpeed {safety.deepspeed}", held_domains(topology)
+    apply_ds_values(
+        run,
+        optim,
+        resolved.values,
+        f"DeepSpeed {safety.deepspeed}",
+        count_domains_per_rank(topology),
     )
-    check_sharing(resolved.config, topology.sharing, topology.world_size)
-    plan = make_plan(run, optim, safety, topology)
-    return Settled(resolved.config, run, optim, plan, topology)
+    apply_sharing_rules(resolved.config, topology.sharing, topology.world_size)
+    plan = make_loop_plan(run, optim, safety, topology)
+    return ResolvedSettings(resolved.config, run, optim, plan, topology)
 
 
-def make_plan(run: RunArgs, optim: OptimArgs, safety: SafetyArgs, topology: DomainTopology) -> Plan:
+def make_loop_plan(
+    run: RunArgs, optim: OptimArgs, safety: SafetyArgs, topology: DomainTopology
+) -> Plan:
     """Build the settings of the training loop.
 
     Raises:
@@ -145,7 +145,7 @@ def make_plan(run: RunArgs, optim: OptimArgs, safety: SafetyArgs, topology: Doma
     return Plan(
         max_steps=run.max_steps,
         stop_step=run.max_steps if run.stop_step is None else min(run.stop_step, run.max_steps),
-        micro_steps=micro_steps(run, topology),
+        micro_steps=count_micro_steps(run, topology),
         schedule=SCHEDULES[optim.lr_scheduler_type](optim.learning_rate, warmup, run.max_steps),
         max_grad_norm=optim.max_grad_norm,
         logging_steps=run.logging_steps,
@@ -158,19 +158,19 @@ def make_plan(run: RunArgs, optim: OptimArgs, safety: SafetyArgs, topology: Doma
     )
 
 
-def offload_folder(run: RunArgs) -> Path:
+def get_offload_folder(run: RunArgs) -> Path:
     """Folder of an optimizer offloaded to "nvme", where the DeepSpeed file says "auto"."""
     return Path(run.output_dir or ".") / "offload"
 
 
-def remove_offloaded(run: RunArgs, config: Mapping[str, object]) -> None:
-    """Delete the files of an offloaded optimizer from `offload_folder`; collective.
+def remove_offload_files(run: RunArgs, config: Mapping[str, object]) -> None:
+    """Delete the files of an offloaded optimizer from `get_offload_folder`; collective.
 
     Args:
         config: resolved DeepSpeed configuration.
     """
     optimizer = config["zero_optimization"].get("offload_optimizer") or {}
-    if optimizer.get("device") != "nvme" or optimizer["nvme_path"] != str(offload_folder(run)):
+    if optimizer.get("device") != "nvme" or optimizer["nvme_path"] != str(get_offload_folder(run)):
         return
-    everywhere(True)  # no rank reads it any more
-    shutil.rmtree(offload_folder(run), ignore_errors=True)
+    is_true_on_all_ranks(True)  # no rank reads it any more
+    shutil.rmtree(get_offload_folder(run), ignore_errors=True)

@@ -16,7 +16,7 @@ from torch import nn
 
 from megamod.dist.scope import Sharing
 from megamod.dist.topology import DomainGroup, DomainTopology
-from megamod.nn.demix import DomainExperts, domain_experts
+from megamod.nn.demix import DomainExperts, iterate_domain_experts
 
 MakeOptimizer = Callable[[list[dict[str, object]]], torch.optim.Optimizer]
 
@@ -76,7 +76,7 @@ def build_engine(
             {"params": vectors, "name": "vectors", "weight_decay": 0.0},
         ]
     if topology.sharing is Sharing.DEMIX:
-        group_name = _present_as_experts(model, topology)
+        group_name = _mark_deepspeed_experts(model, topology)
         parameters = split_params_into_different_moe_groups_for_optimizer(parameters)
     groups.mpu = mpu  # DeepSpeed sets it, but never back, so a second engine would inherit it
     engine, *_ = deepspeed.initialize(
@@ -87,15 +87,15 @@ def build_engine(
         dist_init_required=False,
     )
     if topology.sharing is Sharing.DEMIX:
-        _check_groups(group_name, topology)
+        _check_expert_groups(group_name, topology)
     return engine
 
 
-def _present_as_experts(model: nn.Module, topology: DomainTopology) -> str:
+def _mark_deepspeed_experts(model: nn.Module, topology: DomainTopology) -> str:
     """Give every `DomainExperts` the class and marks of DeepSpeed; return the group name."""
-    size = topology.expert_ranks
+    size = topology.expert_parallel_size
     name = f"ep_size_{size}"
-    for module in domain_experts(model):
+    for module in iterate_domain_experts(model):
         module.__class__ = _EngineExperts
         module.num_experts = len(topology.domains)
         module.ep_size = size
@@ -107,23 +107,23 @@ def _present_as_experts(model: nn.Module, topology: DomainTopology) -> str:
     return name
 
 
-def _check_groups(name: str, topology: DomainTopology) -> None:
+def _check_expert_groups(name: str, topology: DomainTopology) -> None:
     """Experts must be averaged over exactly the ranks that read their domain's data."""
     rank = dist.get_rank()
     averaged = dist.get_process_group_ranks(groups._get_expert_data_parallel_group(name))
-    expected = list(topology.ranks_of(topology.domains_of(rank)[0]))
+    expected = list(topology.get_domain_ranks(topology.get_rank_domains(rank)[0]))
     assert averaged == expected, (
         f"rank {rank}: DeepSpeed averages its experts over ranks {averaged}, "
         f"but their domain's data is read by ranks {expected}"
     )
 
 
-def loss_group(engine: deepspeed.DeepSpeedEngine) -> dist.ProcessGroup | None:
+def get_loss_group(engine: deepspeed.DeepSpeedEngine) -> dist.ProcessGroup | None:
     """Process group whose tokens form one loss: the domain's ranks for BTM, else the world."""
     return engine.mpu.get_data_parallel_group() if engine.mpu is not None else None
 
 
-def shares_forward(engine: deepspeed.DeepSpeedEngine) -> bool:
+def runs_forward_together(engine: deepspeed.DeepSpeedEngine) -> bool:
     """True if ranks must run forward passes together: ZeRO 3 gathers weights in them."""
     return dist.get_world_size() > 1 and engine.zero_optimization_stage() == 3
 

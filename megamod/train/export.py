@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from megamod.dist.process import check_peers, together
-from megamod.dist.scope import Sharing, domain_of_name
+from megamod.dist.process import check_peers, fail_together
+from megamod.dist.scope import Sharing, parse_expert_domain
 from megamod.dist.topology import DomainTopology
 from megamod.files import sync_folder, sync_tree
 from megamod.states.weights import write_index, write_weights
@@ -53,7 +53,7 @@ class Card:
     load: str
     stock: bool = False
 
-    def text(self) -> str:
+    def format_text(self) -> str:
         """The file's content."""
         facts = "\n".join(
             f"- {name}: {value}" for name, value in {**self.facts, "megamod": __version__}.items()
@@ -97,27 +97,29 @@ class ModelExport:
 
     def __call__(self, folder: Path) -> list[Path]:
         rank, sharing = dist.get_rank(), self.topology.sharing
-        lead = self.topology.is_lead(rank)
-        state = self._gather(keep=rank == 0 or lead)
+        lead = self.topology.is_group_lead(rank)
+        state = self._gather_weights(keep=rank == 0 or lead)
         if sharing is Sharing.BTM:
-            domain = self.topology.domains_of(rank)[0]
+            domain = self.topology.get_rank_domains(rank)[0]
             config = copy.deepcopy(self.config)
             if hasattr(config, "domains"):  # stock configurations get no field of ours
                 config.domains = [domain]
-            return self._whole(folder / domain, config, state) if lead else []
+            return self._write_whole_model(folder / domain, config, state) if lead else []
         if sharing is Sharing.DENSE:
-            return self._whole(folder, self.config, state) if rank == 0 else []
+            return self._write_whole_model(folder, self.config, state) if rank == 0 else []
         mine = {
             name: tensor
             for name, tensor in state.items()
-            if (lead if domain_of_name(name) else rank == 0)
+            if (lead if parse_expert_domain(name) else rank == 0)
         }
         files = write_weights(folder, mine, has_experts=True)
         if rank == 0:
-            files += self._beside(folder, self.config) + self._index(folder, state)
+            files += self._write_companion_files(folder, self.config) + self._write_expert_index(
+                folder, state
+            )
         return files
 
-    def _gather(self, keep: bool) -> dict[str, Tensor]:
+    def _gather_weights(self, keep: bool) -> dict[str, Tensor]:
         """Weights by name, tied ones once; under ZeRO 3 gathered one by one."""
         state = {}
         whole = self.engine.zero_optimization_stage() < 3
@@ -130,13 +132,13 @@ class ModelExport:
             with deepspeed.zero.GatheredParameters([parameter]):
                 if keep:
                     state[name] = parameter.detach().cpu().clone()
-        return state | _persistent_buffers(self.engine.module)
+        return state | _collect_persistent_buffers(self.engine.module)
 
-    def _index(self, folder: Path, state: dict[str, Tensor]) -> list[Path]:
-        local = self.topology.domains_of(0)[0]
+    def _write_expert_index(self, folder: Path, state: dict[str, Tensor]) -> list[Path]:
+        local = self.topology.get_rank_domains(0)[0]
         names, size = [], 0
         for name, tensor in state.items():
-            domain = domain_of_name(name)
+            domain = parse_expert_domain(name)
             if domain in (None, local):
                 copies = self.topology.domains if domain else ("",)
                 mark = f".{domain}."
@@ -144,13 +146,15 @@ class ModelExport:
                 size += tensor.numel() * tensor.element_size() * len(copies)
         return [write_index(folder, names, size)]
 
-    def _whole(
+    def _write_whole_model(
         self, folder: Path, config: PreTrainedConfig, state: dict[str, Tensor]
     ) -> list[Path]:
         folder.mkdir(exist_ok=True)
-        return write_weights(folder, state, has_experts=False) + self._beside(folder, config)
+        return write_weights(folder, state, has_experts=False) + self._write_companion_files(
+            folder, config
+        )
 
-    def _beside(self, folder: Path, config: PreTrainedConfig) -> list[Path]:
+    def _write_companion_files(self, folder: Path, config: PreTrainedConfig) -> list[Path]:
         """Configuration, tokenizer, model card and the run's recipe."""
         config.architectures = [type(self.engine.module).__name__]
         config.dtype = next(self.engine.module.parameters()).dtype
@@ -160,11 +164,11 @@ class ModelExport:
         copies += self.companions
         for file in copies:
             shutil.copyfile(file, folder / file.name)
-        (folder / "README.md").write_text(self.card.text(), encoding="utf-8")
+        (folder / "README.md").write_text(self.card.format_text(), encoding="utf-8")
         return [folder / name for name in ("config.json", "README.md", *(f.name for f in copies))]
 
 
-def _persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+def _collect_persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
     """Buffers that are part of a state dict, by name; every rank holds them whole."""
     return {
         f"{path}.{name}" if path else name: buffer
@@ -174,7 +178,7 @@ def _persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def publish(export: Callable[[Path], object], folder: Path) -> None:
+def publish_model(export: Callable[[Path], object], folder: Path) -> None:
     """Write the model folder after the checkpoints, whole or not at all; collective.
 
     Args:
@@ -183,7 +187,7 @@ def publish(export: Callable[[Path], object], folder: Path) -> None:
         UserError: on every rank, if one of them cannot write.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
-    with together():
+    with fail_together():
         if dist.get_rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)

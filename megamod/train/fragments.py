@@ -32,7 +32,7 @@ class Fragment:
     tensors: dict[str, Tensor]
 
 
-def fragment_shards(engine: deepspeed.DeepSpeedEngine) -> Iterator[list[Fragment]]:
+def iterate_fragment_shards(engine: deepspeed.DeepSpeedEngine) -> Iterator[list[Fragment]]:
     """This rank's share of the optimizer's state. Missing moments are created, at zero.
 
     One list, unless the state is swapped to a disk (ZeRO-Infinity): then one list for each group of
@@ -46,29 +46,31 @@ def fragment_shards(engine: deepspeed.DeepSpeedEngine) -> Iterator[list[Fragment
     }
     optimizer = engine.optimizer
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-        yield from _stage3(optimizer, names)
+        yield from _iterate_stage_3_shards(optimizer, names)
     elif isinstance(optimizer, DeepSpeedZeroOptimizer):
-        yield list(_stage1_and_2(optimizer, names))
+        yield list(_iterate_stage_1_2_fragments(optimizer, names))
     else:
         yield [
-            _cut(names[parameter], 0, parameter.data, optimizer, parameter, 0, parameter.numel())
+            _make_fragment(
+                names[parameter], 0, parameter.data, optimizer, parameter, 0, parameter.numel()
+            )
             for group in optimizer.param_groups
             for parameter in group["params"]
         ]
 
 
-def fragments(engine: deepspeed.DeepSpeedEngine) -> Iterator[Fragment]:
-    """Fragments of all lists of `fragment_shards`."""
-    for shard in fragment_shards(engine):
+def iterate_fragments(engine: deepspeed.DeepSpeedEngine) -> Iterator[Fragment]:
+    """Fragments of all lists of `iterate_fragment_shards`."""
+    for shard in iterate_fragment_shards(engine):
         yield from shard
 
 
-def refresh_weights(engine: deepspeed.DeepSpeedEngine) -> None:
+def copy_masters_to_weights(engine: deepspeed.DeepSpeedEngine) -> None:
     """Copy the masters to the module's weights."""
     optimizer = engine.optimizer
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         for group in range(len(optimizer.fp16_groups)):
-            with _in_memory(optimizer, group):
+            with _swap_group_in(optimizer, group):
                 optimizer._reassign_or_swap_out_partitioned_parameters(group)
         # Small parameters stay gathered between steps, so their full copies are refreshed.
         persistent = optimizer.persistent_parameters
@@ -79,24 +81,24 @@ def refresh_weights(engine: deepspeed.DeepSpeedEngine) -> None:
         optimizer.update_lp_params()
 
 
-def optimizer_steps(engine: deepspeed.DeepSpeedEngine) -> float:
+def read_optimizer_steps(engine: deepspeed.DeepSpeedEngine) -> float:
     """Number of updates that Adam counts: the exponent of its bias correction."""
-    states = _base(engine).state.values()
+    states = _unwrap_optimizer(engine).state.values()
     return max((float(state["step"]) for state in states if "step" in state), default=0.0)
 
 
 def set_optimizer_steps(engine: deepspeed.DeepSpeedEngine, steps: float) -> None:
     """Inverse of `optimizer_steps`; call it after `fragments` created the state."""
-    for state in _base(engine).state.values():
+    for state in _unwrap_optimizer(engine).state.values():
         state["step"].fill_(steps)
 
 
-def _base(engine: deepspeed.DeepSpeedEngine) -> torch.optim.Optimizer:
+def _unwrap_optimizer(engine: deepspeed.DeepSpeedEngine) -> torch.optim.Optimizer:
     optimizer = engine.optimizer
     return optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
 
 
-def _stage1_and_2(
+def _iterate_stage_1_2_fragments(
     zero: DeepSpeedZeroOptimizer, names: dict[torch.nn.Parameter, str]
 ) -> Iterator[Fragment]:
     for flat, parameters in zip(
@@ -106,7 +108,7 @@ def _stage1_and_2(
             mapping = parameter._hp_mapping
             if mapping is not None:
                 in_flat, in_parameter = mapping.hp_fragment_address, mapping.lp_fragment_address
-                yield _cut(
+                yield _make_fragment(
                     names[parameter],
                     in_parameter.start,
                     flat.data,
@@ -117,7 +119,7 @@ def _stage1_and_2(
                 )
 
 
-def _stage3(
+def _iterate_stage_3_shards(
     zero: DeepSpeedZeroOptimizer_Stage3, names: dict[torch.nn.Parameter, str]
 ) -> Iterator[list[Fragment]]:
     """One list for all groups in memory, and one for each group that is swapped to disk."""
@@ -126,11 +128,15 @@ def _stage3(
     in_memory = [group for group in groups if group not in swapped]
     for members in (in_memory, *([group] for group in swapped)):
         if members:
-            with _in_memory(zero, members[0]):
-                yield [cut for group in members for cut in _stage3_group(zero, group, names)]
+            with _swap_group_in(zero, members[0]):
+                yield [
+                    cut
+                    for group in members
+                    for cut in _iterate_stage_3_fragments(zero, group, names)
+                ]
 
 
-def _stage3_group(
+def _iterate_stage_3_fragments(
     zero: DeepSpeedZeroOptimizer_Stage3, group: int, names: dict[torch.nn.Parameter, str]
 ) -> Iterator[Fragment]:
     for parameter in zero.fp16_groups[group]:
@@ -139,11 +145,13 @@ def _stage3_group(
         numel = min(size, parameter.ds_numel - start)  # the last rank's share is padded
         if numel > 0:
             flat = zero.fp32_partitioned_groups_flat[group]
-            yield _cut(names[parameter], start, flat.data, zero.optimizer, flat, offset, numel)
+            yield _make_fragment(
+                names[parameter], start, flat.data, zero.optimizer, flat, offset, numel
+            )
 
 
 @contextmanager
-def _in_memory(zero: DeepSpeedZeroOptimizer_Stage3, group: int) -> Iterator[None]:
+def _swap_group_in(zero: DeepSpeedZeroOptimizer_Stage3, group: int) -> Iterator[None]:
     """Swap masters and moments of a group in from disk, and out again."""
     swapped = zero._swappable_optimizer_subgroup(group)
     if swapped:
@@ -155,7 +163,7 @@ def _in_memory(zero: DeepSpeedZeroOptimizer_Stage3, group: int) -> Iterator[None
             zero._optimizer_states_and_gradient_swap_out(group)
 
 
-def _cut(
+def _make_fragment(
     name: str,
     start: int,
     master: Tensor,

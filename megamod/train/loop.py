@@ -16,29 +16,29 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from megamod.dist.process import control, together
+from megamod.dist.process import fail_together, make_control_tensor
 from megamod.errors import (
     Interrupted,
     PolicyStop,
     UserError,
-    can_be_mended,
     is_distributed_failure,
+    is_user_fixable,
 )
 from megamod.states.checkpoint_folder import TrainState
 from megamod.train.checkpoint import Checkpoints
-from megamod.train.engine import finish_micro_step, loss_group, shares_forward
+from megamod.train.engine import finish_micro_step, get_loss_group, runs_forward_together
 from megamod.train.monitor import Monitor
-from megamod.train.objectives import Batch, Objective, Scored
-from megamod.train.optim import Schedule, set_rate
+from megamod.train.objectives import Batch, BatchScore, Objective
+from megamod.train.optim import Schedule, set_learning_rate
 
 logger = logging.getLogger(__name__)
 
 MEAN_LOSS_DECAY = 0.98  # of the running mean that spikes are compared with
 
-Choose = Callable[[deepspeed.DeepSpeedEngine, Sequence[Batch]], Sequence[Batch]]
+SelectBatches = Callable[[deepspeed.DeepSpeedEngine, Sequence[Batch]], Sequence[Batch]]
 """Selects from this rank's micro-batches of a step those to train on; called on every rank."""
 
-BatchesFrom = Callable[[int], Iterator[Batch]]
+OpenBatches = Callable[[int], Iterator[Batch]]
 """From a step of data to an endless iterator of this rank's micro-batches."""
 
 
@@ -71,13 +71,13 @@ class Stop(IntEnum):
 def train(
     engine: deepspeed.DeepSpeedEngine,
     objective: Objective,
-    batches_from: BatchesFrom,
+    batches_from: OpenBatches,
     plan: Plan,
     state: TrainState,
     checkpoints: Checkpoints,
     monitor: Monitor,
     evaluate: Callable[[int], None],
-    choose: Choose | None = None,
+    choose: SelectBatches | None = None,
 ) -> TrainState:
     """Train from `state` to the last step; log, save and evaluate on the way.
 
@@ -86,7 +86,7 @@ def train(
 
     Args:
         evaluate: called on every rank with the number of finished steps. Its collectives must be
-            those that `megamod.dist.process.together` allows.
+            those that `megamod.dist.process.fail_together` allows.
         choose: selects the data of a step to train on; None: all of them.
     Raises:
         PolicyStop: a loss or gradient was not finite and the policy is to stop.
@@ -94,15 +94,15 @@ def train(
         UserError: a checkpoint could not be written (raised at the end, or at once with
             `save_failure` "stop"), or an evaluation failed.
     """
-    group = loss_group(engine)
+    group = get_loss_group(engine)
     coupled = dist.get_world_size(group) == dist.get_world_size()
     batches = batches_from(state.data_step)
     saver = _Saver(checkpoints, plan.save_failure, state)
     signals = _Signals()
     stop = Stop.NO
 
-    if state.step and checkpoints.is_evaluation_due(state.step):
-        _evaluate(evaluate, state, saver, engine)
+    if state.step and checkpoints.was_evaluation_interrupted(state.step):
+        _evaluate_or_save(evaluate, state, saver, engine)
     engine.train()  # a loaded model is in evaluation mode
 
     def due(every: int) -> bool:
@@ -112,44 +112,46 @@ def train(
         started = time.perf_counter()
         micro_batches = [next(batches) for _ in range(plan.micro_steps)]
         fetched = time.perf_counter()
-        torch.manual_seed(_seed(plan.seed, state.data_step))
+        torch.manual_seed(_compute_dropout_seed(plan.seed, state.data_step))
         if choose is not None:
             micro_batches = choose(engine, micro_batches)
-        items = [sum(counts) for counts in zip(*map(objective.count, micro_batches), strict=True)]
-        items, reason = _agree(items, max(stop, signals.seen), group)
+        items = [
+            sum(counts) for counts in zip(*map(objective.count_items, micro_batches), strict=True)
+        ]
+        items, reason = _all_reduce_totals_and_stop(items, max(stop, signals.stop_reason), group)
         if reason and coupled:
             stop = reason
             break
 
         rate = plan.schedule(state.step)
-        set_rate(engine.optimizer, rate)
-        scored, norm = _step(engine, objective, micro_batches, items, plan, state, group)
+        set_learning_rate(engine.optimizer, rate)
+        scored, norm = _take_step(engine, objective, micro_batches, items, plan, state, group)
         state.step += 1
         state.data_step += 1
-        monitor.add(scored, norm, rate, fetched - started, time.perf_counter() - started)
+        monitor.add_step(scored, norm, rate, fetched - started, time.perf_counter() - started)
         if norm is None:
             state.skipped += 1
             if not engine.fp16_enabled():
                 # With fp16 an overflow is routine: the loss scale is halved and training goes on.
-                stop = _not_finite(plan, state, checkpoints)
+                stop = _handle_skipped_step(plan, state, checkpoints)
                 batches = batches_from(state.data_step) if plan.nonfinite == "rollback" else batches
 
         if due(plan.logging_steps) or due(plan.eval_steps) or due(plan.save_steps):
             if not coupled:  # independent models exchange signals only here
-                _, stop = _agree((), max(stop, signals.seen), None)
-            monitor.log(state)
+                _, stop = _all_reduce_totals_and_stop((), max(stop, signals.stop_reason), None)
+            monitor.write_record(state)
             if due(plan.eval_steps):
                 checkpoints.begin_evaluation(state.step)
-            if due(plan.save_steps) or (due(plan.eval_steps) and shares_forward(engine)):
+            if due(plan.save_steps) or (due(plan.eval_steps) and runs_forward_together(engine)):
                 saver.save(state)
             if due(plan.eval_steps):
-                _evaluate(evaluate, state, saver, engine)
+                _evaluate_or_save(evaluate, state, saver, engine)
             if stop and not coupled:
                 break
 
     signals.restore()
     if monitor.steps:
-        monitor.log(state)
+        monitor.write_record(state)
     saver.save(state)
     if stop is Stop.NONFINITE:
         raise PolicyStop(
@@ -161,11 +163,11 @@ def train(
             f"stopped by a signal after step {state.step}; a checkpoint is in "
             f"{checkpoints.folder}, the same command resumes"
         )
-    saver.complain()
+    saver.raise_if_failed()
     return state
 
 
-def _evaluate(
+def _evaluate_or_save(
     evaluate: Callable[[int], None],
     state: TrainState,
     saver: "_Saver",
@@ -173,25 +175,26 @@ def _evaluate(
 ) -> None:
     """Evaluate; if that fails on any rank, save the steps before the error goes on."""
     try:
-        with together(vote=not shares_forward(engine)):
+        with fail_together(vote=not runs_forward_together(engine)):
             evaluate(state.step)
     except Exception as error:
         if isinstance(error, RuntimeError) and is_distributed_failure(error):
             raise  # without its peers a rank cannot write a checkpoint
-        if not shares_forward(engine):
+        if not runs_forward_together(engine):
             saver.save(state)
         text = (
-            f"the evaluation after step {state.step} failed: {error}; {saver.described(state)}, "
-            "the same command repeats the evaluation and goes on"
+            f"the evaluation after step {state.step} failed: {error}; "
+            f"{saver.describe_checkpoint(state)}, the same command repeats the evaluation and "
+            "goes on"
         )
-        if can_be_mended(error):
+        if is_user_fixable(error):
             raise UserError(text) from error
         logger.error("%s", text)
         raise
     saver.checkpoints.end_evaluation()
 
 
-def _step(
+def _take_step(
     engine: deepspeed.DeepSpeedEngine,
     objective: Objective,
     micro_batches: Sequence[Batch],
@@ -199,7 +202,7 @@ def _step(
     plan: Plan,
     state: TrainState,
     group: dist.ProcessGroup | None,
-) -> tuple[list[Scored], float | None]:
+) -> tuple[list[BatchScore], float | None]:
     """Take an optimizer step; return scores and the gradient norm, None if it was skipped.
 
     The engine averages over micro-batches and ranks. Dividing each summed loss by this share of its
@@ -209,12 +212,12 @@ def _step(
     share = [count / parts for count in items]
     scored, norm = [], None
     for number, micro_batch in enumerate(micro_batches, start=1):
-        scored.append(objective.score(engine, micro_batch, share))
+        scored.append(objective.compute_loss(engine, micro_batch, share))
         loss = scored[-1].loss
         if (
             plan.spike_factor
             and number == len(micro_batches)
-            and _spike(scored, plan, state, group)
+            and _is_loss_spike(scored, plan, state, group)
         ):
             # A gradient that is not finite makes every rank skip the update.
             loss = loss * float("nan")
@@ -223,8 +226,8 @@ def _step(
     return scored, norm
 
 
-def _spike(
-    scored: Sequence[Scored], plan: Plan, state: TrainState, group: dist.ProcessGroup | None
+def _is_loss_spike(
+    scored: Sequence[BatchScore], plan: Plan, state: TrainState, group: dist.ProcessGroup | None
 ) -> bool:
     """True if this step's loss is a spike; otherwise add it to the running mean."""
     sums = torch.stack([torch.stack((s.total.sum(), s.items.sum())) for s in scored]).sum(0)
@@ -237,7 +240,7 @@ def _spike(
     return False
 
 
-def _not_finite(plan: Plan, state: TrainState, checkpoints: Checkpoints) -> Stop:
+def _handle_skipped_step(plan: Plan, state: TrainState, checkpoints: Checkpoints) -> Stop:
     """Apply the policy for a skipped step."""
     logger.warning(
         "step %d: loss or gradient not finite, update skipped (policy: %s)",
@@ -245,7 +248,7 @@ def _not_finite(plan: Plan, state: TrainState, checkpoints: Checkpoints) -> Stop
         plan.nonfinite,
     )
     if plan.nonfinite == "rollback":
-        path = checkpoints.newest()
+        path = checkpoints.find_newest()
         if path is None:
             return Stop.NONFINITE
         data_step, skipped = state.data_step, state.skipped
@@ -255,18 +258,18 @@ def _not_finite(plan: Plan, state: TrainState, checkpoints: Checkpoints) -> Stop
     return Stop.NONFINITE if plan.nonfinite == "stop" else Stop.NO
 
 
-def _agree(
+def _all_reduce_totals_and_stop(
     items: Sequence[float], stop: int, group: dist.ProcessGroup | None
 ) -> tuple[list[float], Stop]:
     """Sum the items and find the largest reason to stop, over a group; collective."""
-    counts = control([*items, *(float(stop >= reason) for reason in Stop if reason)])
+    counts = make_control_tensor([*items, *(float(stop >= reason) for reason in Stop if reason)])
     dist.all_reduce(counts, group=group)
     totals = counts.tolist()
     raised = totals[len(items) :]
     return totals[: len(items)], Stop(sum(count > 0 for count in raised))
 
 
-def _seed(seed: int, data_step: int) -> int:
+def _compute_dropout_seed(seed: int, data_step: int) -> int:
     """Seed of dropout: a function of seed, step and rank, so no generator state is saved."""
     return (seed << 31) + data_step * dist.get_world_size() + dist.get_rank()
 
@@ -289,15 +292,15 @@ class _Saver:
             return
         self.failed = True
         if self.on_failure == "stop":
-            self.complain()
+            self.raise_if_failed()
 
-    def described(self, state: TrainState) -> str:
+    def describe_checkpoint(self, state: TrainState) -> str:
         """Describe the checkpoint of `state` for an error message."""
         if self.saved == (state.step, state.data_step):
             return f"a checkpoint of that step is in {self.checkpoints.folder}"
         return f"a checkpoint could not be written to {self.checkpoints.folder}"
 
-    def complain(self) -> None:
+    def raise_if_failed(self) -> None:
         if self.failed:
             raise UserError(
                 f"{self.checkpoints.folder}: a checkpoint could not be written, see the log above"
@@ -311,17 +314,17 @@ class _Signals:
     """
 
     def __init__(self) -> None:
-        self.seen = Stop.NO
-        self.before = {
-            number: signal.signal(number, self._note)
+        self.stop_reason = Stop.NO
+        self.previous_handlers = {
+            number: signal.signal(number, self._record_signal)
             for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
         }
 
-    def _note(self, number: int, frame: object) -> None:
-        if number == signal.SIGINT and self.seen:
+    def _record_signal(self, number: int, frame: object) -> None:
+        if number == signal.SIGINT and self.stop_reason:
             raise KeyboardInterrupt
-        self.seen = Stop.SIGNAL
+        self.stop_reason = Stop.SIGNAL
 
     def restore(self) -> None:
-        for number, handler in self.before.items():
+        for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)

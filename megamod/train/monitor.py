@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from megamod.dist.process import rank
+from megamod.dist.process import get_rank
 from megamod.files import to_json, write_atomic, write_json
 from megamod.states.checkpoint_folder import TrainState
-from megamod.train.objectives import Scored
+from megamod.train.objectives import BatchScore
 
 logger = logging.getLogger(__name__)
 
@@ -63,9 +63,9 @@ class Monitor:
         self.writer = None
         self.bar = None
         self.reset()
-        if rank() > 0:
+        if get_rank() > 0:
             return
-        _forget_after(self.folder / "metrics.jsonl", first_step)
+        _drop_records_after(self.folder / "metrics.jsonl", first_step)
         self.metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -76,7 +76,7 @@ class Monitor:
 
     def reset(self) -> None:
         """Discard the collected steps; the next interval starts now."""
-        self.scored: list[Scored] = []
+        self.scored: list[BatchScore] = []
         self.norm: float | None = None
         self.rate = 0.0
         self.steps = 0
@@ -84,9 +84,9 @@ class Monitor:
         self.step_seconds = 0.0
         self.since = time.perf_counter()
 
-    def add(
+    def add_step(
         self,
-        scored: Sequence[Scored],
+        scored: Sequence[BatchScore],
         norm: float | None,
         rate: float,
         data_seconds: float,
@@ -101,11 +101,11 @@ class Monitor:
         if self.bar is not None:
             self.bar.update()
 
-    def log(self, state: TrainState) -> None:
+    def write_record(self, state: TrainState) -> None:
         """Sum over all ranks, write one record, and add the tokens to `state`; collective."""
         sums = torch.stack([torch.stack((s.total, s.items)) for s in self.scored]).double().sum(0)
         dist.all_reduce(sums)
-        further = self._further()
+        further = self._reduce_further_metrics()
         seconds = time.perf_counter() - self.since
         totals, items = sums.tolist()
         for group, count in zip(self.groups, items, strict=True):
@@ -124,27 +124,27 @@ class Monitor:
             "lr": self.rate,
             "grad_norm": self.norm,
             f"{self.unit}_per_second": per_second,
-            "mfu": self._mfu(per_second),
+            "mfu": self._compute_mfu(per_second),
             "step_ms": 1e3 * self.step_seconds / self.steps,
             "data_ms": 1e3 * self.data_seconds / self.steps,
-            "memory_bytes": _memory(),
+            "memory_bytes": _measure_memory(),
             "skipped": state.skipped,
         }
-        if rank() == 0:
-            self._write(record, self._tags(record, further))
-            self._show(record, seconds)
+        if get_rank() == 0:
+            self._append_record(record, self._build_tensorboard_tags(record, further))
+            self._print_progress(record, seconds)
         self.reset()
 
-    def evaluated(
+    def log_scores(
         self, step: int, scores: Mapping[str, float], split: str, kind: str = "perplexity"
     ) -> None:
         """Log one kind of score, by domain or task."""
-        if rank() == 0:
+        if get_rank() == 0:
             tag = {"perplexity": "ppl"}.get(kind, kind)
             tags = {f"{split}/{name}/{tag}": value for name, value in scores.items()}
-            self._write({"step": step, kind: dict(scores), "split": split}, tags)
+            self._append_record({"step": step, kind: dict(scores), "split": split}, tags)
             text = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
-            self._say(f"step {step}  {split} {kind}  {text}")
+            self._print_line(f"step {step}  {split} {kind}  {text}")
         self.since = time.perf_counter()
 
     def close(self) -> None:
@@ -154,7 +154,7 @@ class Monitor:
         if self.writer is not None:
             self.writer.close()
 
-    def _further(self) -> dict[str, float]:
+    def _reduce_further_metrics(self) -> dict[str, float]:
         """Means over all ranks of the objective's further metrics."""
         names = list(self.scored[0].further)
         if not names:
@@ -168,12 +168,12 @@ class Monitor:
             if count
         }
 
-    def _mfu(self, tokens_per_second: float) -> float | None:
+    def _compute_mfu(self, tokens_per_second: float) -> float | None:
         if self.peak is None or self.flops_per_token is None:
             return None
         return tokens_per_second * self.flops_per_token / (self.peak * dist.get_world_size())
 
-    def _write(self, record: Mapping[str, object], tags: Mapping[str, float]) -> None:
+    def _append_record(self, record: Mapping[str, object], tags: Mapping[str, float]) -> None:
         try:
             self.metrics.write(to_json(record) + "\n")
             self.metrics.flush()  # after an error the text stays in the buffer for the next call
@@ -184,29 +184,31 @@ class Monitor:
         except OSError as error:  # losing a line of the log must not end the run
             logger.error("%s: cannot be written: %s", self.folder / "metrics.jsonl", error.strerror)
 
-    def _tags(self, record: Mapping[str, object], further: Mapping[str, float]) -> dict[str, float]:
+    def _build_tensorboard_tags(
+        self, record: Mapping[str, object], further: Mapping[str, float]
+    ) -> dict[str, float]:
         names = ("loss", "lr", "grad_norm", f"{self.unit}_per_second", *further)
         tags = {f"train/{name}": record[name] for name in names}
         tags |= {f"train/loss/{g}": value for g, value in record["loss_by_domain"].items()}
         return {tag: value for tag, value in tags.items() if value is not None}
 
-    def _show(self, record: Mapping[str, object], seconds: float) -> None:
+    def _print_progress(self, record: Mapping[str, object], seconds: float) -> None:
         left = (self.max_steps - record["step"]) * seconds / self.steps
         mfu = "n/a" if record["mfu"] is None else f"{100 * record['mfu']:.1f}%"
         norm = "skipped" if record["grad_norm"] is None else f"{record['grad_norm']:.3g}"
-        self._say(
+        self._print_line(
             f"step {record['step']}/{self.max_steps}  loss {record['loss']:.4f}  "
             f"lr {record['lr']:.3g}  norm {norm}  "
             f"{record[f'{self.unit}_per_second']:,.0f} {self.unit}/s  MFU {mfu}  "
             f"ETA {int(left) // 3600}:{int(left) // 60 % 60:02}:{int(left) % 60:02}"
         )
 
-    def _say(self, line: str) -> None:
+    def _print_line(self, line: str) -> None:
         with tqdm.external_write_mode(file=sys.stderr):  # redraws the bar below
             logger.info("%s", line)
 
 
-def peak_of(device_name: str) -> float | None:
+def find_peak_flops(device_name: str) -> float | None:
     """Dense bf16 FLOP/s of a device by its name; None for one that is not in the table."""
     return next((peak for part, peak in DENSE_BF16_PEAK.items() if part in device_name), None)
 
@@ -242,22 +244,22 @@ def write_environment(path: Path) -> None:
     )
 
 
-def _forget_after(path: Path, step: int) -> None:
+def _drop_records_after(path: Path, step: int) -> None:
     """Drop records of steps that a resumed run repeats."""
     if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if _step_of(line) <= step]
+        kept = [line for line in lines if _read_step(line) <= step]
         write_atomic(path, "".join(line + "\n" for line in kept))
 
 
-def _step_of(line: str) -> float:
+def _read_step(line: str) -> float:
     try:
         return json.loads(line)["step"]
     except ValueError:  # a line that a kill cut short
         return float("inf")
 
 
-def _memory() -> int:
+def _measure_memory() -> int:
     """Peak bytes on the GPU, or resident bytes of the process on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()

@@ -17,7 +17,7 @@ Batch = dict[str, object]
 
 
 @dataclass(frozen=True)
-class Scored:
+class BatchScore:
     """Loss and metrics of a micro-batch.
 
     Attributes:
@@ -36,18 +36,18 @@ class Scored:
 class Objective(Protocol):
     """Computes losses of batches. A loss may have several terms, each a mean over its items."""
 
-    def count(self, batch: Batch) -> Sequence[float]:
+    def count_items(self, batch: Batch) -> Sequence[float]:
         """Number of items (target tokens) of each term in a batch, before any forward pass."""
         ...
 
-    def score(
+    def compute_loss(
         self, engine: deepspeed.DeepSpeedEngine, batch: Batch, items: Sequence[float]
-    ) -> Scored:
+    ) -> BatchScore:
         """Run the model; the summed loss of each term is divided by its number in `items`."""
         ...
 
 
-class CausalLM:
+class CausalLMObjective:
     """Next-token cross entropy with equal weight for every target token.
 
     Args:
@@ -60,12 +60,12 @@ class CausalLM:
         self.device = device
         self.choose = choose
 
-    def count(self, batch: Batch) -> Sequence[float]:
+    def count_items(self, batch: Batch) -> Sequence[float]:
         return (batch["tokens"],)
 
-    def score(
+    def compute_loss(
         self, engine: deepspeed.DeepSpeedEngine, batch: Batch, items: Sequence[float]
-    ) -> Scored:
+    ) -> BatchScore:
         labels = batch["labels"].to(self.device, non_blocking=True)
         input_ids = batch["input_ids"].to(self.device, non_blocking=True)
         mask = batch.get("attention_mask")
@@ -86,10 +86,10 @@ class CausalLM:
         totals = torch.zeros(2, len(self.domains), device=self.device)
         totals[0].index_add_(0, domains, -output.token_log_probs.sum(1))
         totals[1].index_add_(0, domains, (labels != -100).sum(1).float())
-        return Scored(output.loss, totals[0], totals[1])
+        return BatchScore(output.loss, totals[0], totals[1])
 
 
-class Classify:
+class ClassificationObjective:
     """Cross entropy of rows or tokens, or squared error of values.
 
     Args:
@@ -112,22 +112,22 @@ class Classify:
         self.regression = regression
         self.retrieved = retrieved
 
-    def count(self, batch: Batch) -> Sequence[float]:
+    def count_items(self, batch: Batch) -> Sequence[float]:
         if not self.retrieved:
             return (batch["items"],)
         # The expected number, because the model draws the tokens that it retrieves.
         return batch["items"], self.retrieved * float(batch["attention_mask"].sum())
 
-    def score(
+    def compute_loss(
         self, engine: deepspeed.DeepSpeedEngine, batch: Batch, items: Sequence[float]
-    ) -> Scored:
+    ) -> BatchScore:
         fields = {
             name: batch[name].to(self.device, non_blocking=True)
             for name in (*self.inputs, "labels")
         }
         count = torch.tensor([float(batch["items"])], device=self.device)
         if self.retrieved:
-            return self._with_retrieval(
+            return self._score_with_retrieval(
                 engine(**fields, num_items_in_batch=items[0], num_retrieval_items=items[1]),
                 items[0],
                 count,
@@ -140,15 +140,15 @@ class Classify:
             total = functional.cross_entropy(
                 logits.flatten(0, -2), labels.flatten(), ignore_index=-100, reduction="sum"
             )
-        return Scored(total / items[0], total.detach()[None], count)
+        return BatchScore(total / items[0], total.detach()[None], count)
 
-    def _with_retrieval(self, output: "MuxOutput", items: float, count: Tensor) -> Scored:
+    def _score_with_retrieval(self, output: "MuxOutput", items: float, count: Tensor) -> BatchScore:
         total = (output.task_loss.detach() * items)[None]
         right = torch.stack((output.retrieval_correct, output.retrieval_count)).float()
-        return Scored(output.loss, total, count, {"retrieval_accuracy": right})
+        return BatchScore(output.loss, total, count, {"retrieval_accuracy": right})
 
 
-class MultiTask:
+class MultiTaskObjective:
     """Mean over the tasks in a step of the mean loss of each task.
 
     A task with one row has the weight of one with thirty (Pilault et al. 2021, and its release).
@@ -167,12 +167,12 @@ class MultiTask:
         self.device = device
         self.reduction = reduction
 
-    def count(self, batch: Batch) -> Sequence[float]:
+    def count_items(self, batch: Batch) -> Sequence[float]:
         return batch["items"]
 
-    def score(
+    def compute_loss(
         self, engine: deepspeed.DeepSpeedEngine, batch: Batch, items: Sequence[float]
-    ) -> Scored:
+    ) -> BatchScore:
         names = (*self.inputs, "task_ids", "labels")
         names += ("token_labels",) if "token_labels" in batch else ()
         fields = {name: batch[name].to(self.device, non_blocking=True) for name in names}
@@ -184,41 +184,42 @@ class MultiTask:
             f"share/{task}": torch.stack((count, rows.sum()))
             for task, count in zip(self.tasks, rows, strict=True)
         }
-        return Scored(output.loss, output.task_totals.detach(), output.task_items, shares)
+        return BatchScore(output.loss, output.task_totals.detach(), output.task_items, shares)
 
 
-Losses = Callable[[nn.Module, Batch, Sequence[float]], dict[str, Tensor]]
+ComputeLosses = Callable[[nn.Module, Batch, Sequence[float]], dict[str, Tensor]]
 """From model, batch and divisors of the sums to "loss", a differentiable scalar, and further
 [2] float32 sums with their counts by name."""
 
 
-class EncoderLM:
+class EncoderObjective:
     """Pretraining of an encoder: masked, replaced or retrieved tokens, or several of these.
 
     Args:
-        losses: `masked_losses` or `replaced_losses` with all but model, batch and items.
+        losses: `compute_masked_losses` or `compute_replaced_losses` with all arguments but model,
+            batch and items.
         terms: fields of a batch with the number of items of each sum.
         shown: name of the loss that the log shows.
     """
 
-    def __init__(self, losses: Losses, terms: Sequence[str], shown: str):
+    def __init__(self, losses: ComputeLosses, terms: Sequence[str], shown: str):
         self.losses = losses
         self.terms = tuple(terms)
         self.shown = shown
 
-    def count(self, batch: Batch) -> Sequence[float]:
+    def count_items(self, batch: Batch) -> Sequence[float]:
         return tuple(batch[name] for name in self.terms)
 
-    def score(
+    def compute_loss(
         self, engine: deepspeed.DeepSpeedEngine, batch: Batch, items: Sequence[float]
-    ) -> Scored:
+    ) -> BatchScore:
         losses = self.losses(engine, batch, items)
         shown = losses[self.shown]
         further = {n: pair for n, pair in losses.items() if n not in ("loss", self.shown)}
-        return Scored(losses["loss"], shown[:1], shown[1:], further)
+        return BatchScore(losses["loss"], shown[:1], shown[1:], further)
 
 
-def masked_losses(
+def compute_masked_losses(
     model: nn.Module,
     batch: Batch,
     items: Sequence[float],
@@ -239,7 +240,7 @@ def masked_losses(
     if not multiplexed:
         logits = model(input_ids=inputs).logits[labels != -100].float()
         total = nn.functional.cross_entropy(logits, labels[labels != -100], reduction="sum")
-        return {"loss": total / masked, "task_loss": _pair(total, batch["masked"])}
+        return {"loss": total / masked, "task_loss": _stack_sum_and_count(total, batch["masked"])}
     output = model(
         input_ids=inputs,
         labels=labels,
@@ -248,10 +249,13 @@ def masked_losses(
         num_retrieval_items=positions,
         output_logits=False,
     )
-    return {"loss": output.loss, **_terms(output, batch, (masked, batch["masked"]), positions)}
+    return {
+        "loss": output.loss,
+        **_collect_loss_terms(output, batch, (masked, batch["masked"]), positions),
+    }
 
 
-def replaced_losses(
+def compute_replaced_losses(
     model: nn.Module,
     batch: Batch,
     items: Sequence[float],
@@ -267,8 +271,8 @@ def replaced_losses(
         config: of the model; the tokens of a plain ELECTRA are replaced by random ones here.
         weight: of a plain discriminator in "loss"; other models have it in their configuration.
     Returns:
-        as `masked_losses`; "task_loss" is the discriminator's, "recall" and "precision" are those
-        of replaced tokens, and "generator_loss" is present if the model has a generator.
+        as `compute_masked_losses`; "task_loss" is the discriminator's, "recall" and "precision" are
+        those of replaced tokens, and "generator_loss" is present if the model has a generator.
     """
     inputs = batch["input_ids"].to(device, non_blocking=True)
     random_ids = batch["random_ids"].to(device, non_blocking=True)
@@ -279,8 +283,11 @@ def replaced_losses(
         total = functional.binary_cross_entropy_with_logits(
             logits, corrupted.float(), reduction="sum"
         )
-        losses = {"loss": weight * total / tokens, "task_loss": _pair(total, batch["tokens"])}
-        return losses | _detection(logits, corrupted)
+        losses = {
+            "loss": weight * total / tokens,
+            "task_loss": _stack_sum_and_count(total, batch["tokens"]),
+        }
+        return losses | _count_detections(logits, corrupted)
     generates = config.generator != "none"
     slots = batch["slots"].to(device, non_blocking=True)
     output = model(
@@ -294,28 +301,35 @@ def replaced_losses(
         generator_slots=slots,
         num_generator_retrieval_items=readable,
     )
-    losses = {"loss": output.loss, **_terms(output, batch, (tokens, batch["tokens"]), positions)}
+    losses = {
+        "loss": output.loss,
+        **_collect_loss_terms(output, batch, (tokens, batch["tokens"]), positions),
+    }
     if output.logits is not None:
-        losses |= _detection(output.logits, output.corrupted[:, : output.logits.shape[1]])
+        losses |= _count_detections(output.logits, output.corrupted[:, : output.logits.shape[1]])
     if generates:
-        losses["generator_loss"] = _pair(output.generator_loss * masked, batch["masked"])
+        losses["generator_loss"] = _stack_sum_and_count(
+            output.generator_loss * masked, batch["masked"]
+        )
     return losses
 
 
-def _terms(
+def _collect_loss_terms(
     output: "MuxOutput", batch: Batch, task: tuple[float, float], positions: float
 ) -> dict[str, Tensor]:
     losses = {}
     if output.task_loss is not None:
-        losses["task_loss"] = _pair(output.task_loss * task[0], task[1])
+        losses["task_loss"] = _stack_sum_and_count(output.task_loss * task[0], task[1])
     if output.retrieval_loss is not None:
-        losses["retrieval_loss"] = _pair(output.retrieval_loss * positions, batch["positions"])
+        losses["retrieval_loss"] = _stack_sum_and_count(
+            output.retrieval_loss * positions, batch["positions"]
+        )
         right = (output.retrieval_correct, output.retrieval_count)
         losses["retrieval_accuracy"] = torch.stack(right).float()
     return losses
 
 
-def _detection(logits: Tensor, corrupted: Tensor) -> dict[str, Tensor]:
+def _count_detections(logits: Tensor, corrupted: Tensor) -> dict[str, Tensor]:
     predicted = logits.detach() > 0
     right = (predicted & corrupted).sum().float()
     return {
@@ -324,5 +338,5 @@ def _detection(logits: Tensor, corrupted: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _pair(total: Tensor, count: float) -> Tensor:
+def _stack_sum_and_count(total: Tensor, count: float) -> Tensor:
     return torch.stack((total.detach().float(), total.new_tensor(float(count)).float()))

@@ -12,7 +12,7 @@ from megamod.args import OptimArgs
 Schedule = Callable[[int], float]
 
 
-def adamw(
+def make_adamw(
     parameters: Iterable[nn.Parameter] | list[dict[str, object]],
     *,
     betas: tuple[float, float],
@@ -25,17 +25,19 @@ def adamw(
     )
 
 
-def optimizer_maker(optim: OptimArgs) -> Callable[[list[dict[str, object]]], torch.optim.Optimizer]:
+def make_optimizer_factory(
+    optim: OptimArgs,
+) -> Callable[[list[dict[str, object]]], torch.optim.Optimizer]:
     """Return a function from parameter groups to the optimizer that the flags describe."""
     return partial(
-        adamw,
+        make_adamw,
         betas=(optim.adam_beta1, optim.adam_beta2),
         eps=optim.adam_epsilon,
         weight_decay=optim.weight_decay,
     )
 
 
-def linear(peak: float, warmup_steps: int, max_steps: int) -> Schedule:
+def make_linear_schedule(peak: float, warmup_steps: int, max_steps: int) -> Schedule:
     """Linear from 0 to peak over the warm-up, then linear to 0 at the last step.
 
     The value for n finished steps applies to the next step, so with a warm-up the first step has
@@ -51,12 +53,12 @@ def linear(peak: float, warmup_steps: int, max_steps: int) -> Schedule:
     return rate
 
 
-def constant(peak: float, warmup_steps: int, max_steps: int) -> Schedule:
+def make_constant_schedule(peak: float, warmup_steps: int, max_steps: int) -> Schedule:
     """Linear from 0 to peak over the warm-up, then constant."""
     return lambda finished: peak * min(1.0, finished / warmup_steps if warmup_steps else 1.0)
 
 
-def cosine(peak: float, warmup_steps: int, max_steps: int) -> Schedule:
+def make_cosine_schedule(peak: float, warmup_steps: int, max_steps: int) -> Schedule:
     """Linear from 0 to peak over the warm-up, then half a cosine to 0 at the last step."""
 
     def rate(finished: int) -> float:
@@ -68,7 +70,7 @@ def cosine(peak: float, warmup_steps: int, max_steps: int) -> Schedule:
     return rate
 
 
-def warmup_stable_decay(peak: float, warmup_steps: int, max_steps: int) -> Schedule:
+def make_warmup_stable_decay_schedule(peak: float, warmup_steps: int, max_steps: int) -> Schedule:
     """Linear from 0 to peak, constant, and linear to 0 over the last fifth of all steps.
 
     Source: Hu et al. 2024 (MiniCPM), section 4; the linear decay is that of Hagele et al. 2024.
@@ -84,14 +86,14 @@ def warmup_stable_decay(peak: float, warmup_steps: int, max_steps: int) -> Sched
 
 
 SCHEDULES = {
-    "linear": linear,
-    "constant": constant,
-    "cosine": cosine,
-    "warmup_stable_decay": warmup_stable_decay,
+    "linear": make_linear_schedule,
+    "constant": make_constant_schedule,
+    "cosine": make_cosine_schedule,
+    "warmup_stable_decay": make_warmup_stable_decay_schedule,
 }
 
 
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Set the learning rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = rate

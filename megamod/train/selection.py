@@ -18,14 +18,14 @@ REGRESSION_RULES = ("borrow", "mean", "release")
 BORROWER, LENDER = "sts-b", "mrpc"  # of the release: both compare two sentences
 
 
-def task_means(entropy: Tensor, task_of: Tensor, tasks: int) -> Tensor:
+def average_by_task(entropy: Tensor, task_of: Tensor, tasks: int) -> Tensor:
     """Mean over the rows of each task: [B], [B] -> [T]; 0 for a task without rows."""
     totals = entropy.new_zeros(tasks).index_add_(0, task_of, entropy)
     counts = entropy.new_zeros(tasks).index_add_(0, task_of, torch.ones_like(entropy))
     return totals / counts.clamp(min=1)
 
 
-def uncertainty_scores(
+def score_uncertainty(
     entropy: Tensor,
     task_of: Tensor,
     tasks: Sequence[str],
@@ -46,13 +46,13 @@ def uncertainty_scores(
     classifications, which is rarely selected while some rows stand out.
 
     Args:
-        entropy: [B] float32, see `TaskHeads.entropy`.
+        entropy: [B] float32, see `TaskHeads.compute_entropy`.
         task_of: [B] int64.
         tasks, kinds: names and kinds of all tasks.
     Returns:
         [B] float32; all 0 if no row has any entropy.
     """
-    means = task_means(entropy, task_of, len(tasks))
+    means = average_by_task(entropy, task_of, len(tasks))
     largest = means.max()
     factor = means[task_of] if rule == "release" else torch.ones_like(entropy)
     scores = torch.where(largest > 0, entropy * factor / largest.clamp(min=1e-30), 0.0)
@@ -75,12 +75,12 @@ def uncertainty_scores(
     return scores
 
 
-def most_uncertain(scores: Tensor, count: int) -> Tensor:
+def select_most_uncertain(scores: Tensor, count: int) -> Tensor:
     """Indices of the largest scores, descending, ties in order: [count] int64."""
     return scores.argsort(descending=True, stable=True)[:count]
 
 
-class MostUncertain:
+class UncertaintySelector:
     """Selects the most uncertain rows among the candidates of each step.
 
     With "local" every micro-batch is selected from its candidates, as in the release. With "global"
@@ -93,7 +93,7 @@ class MostUncertain:
         kinds: of the tasks.
         scope: "local" or "global".
         dropout: score with dropout, as the release does.
-        rule, regression: see `uncertainty_scores`.
+        rule, regression: see `score_uncertainty`.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class MostUncertain:
         self, engine: deepspeed.DeepSpeedEngine, micro_batches: Sequence[Batch]
     ) -> list[Batch]:
         """The micro-batches to train on; collective with "global"."""
-        entropy = torch.stack([self._entropy(engine, batch) for batch in micro_batches])
+        entropy = torch.stack([self._compute_entropy(engine, batch) for batch in micro_batches])
         task_of, rows = (
             torch.stack([batch[name] for batch in micro_batches]).to(self.device)
             for name in ("task_ids", "rows")
@@ -128,26 +128,28 @@ class MostUncertain:
         if self.scope == "local":
             chosen = [
                 (task_of[turn][best], rows[turn][best])
-                for turn, scores in enumerate(map(self._scores, entropy, task_of))
-                for best in [most_uncertain(scores, size)]
+                for turn, scores in enumerate(map(self._score_rows, entropy, task_of))
+                for best in [select_most_uncertain(scores, size)]
             ]
         else:
-            entropy, task_of, rows = map(self._gathered, (entropy, task_of, rows))
-            best = most_uncertain(self._scores(entropy, task_of), shape.global_batch)
-            mine = best[shape.first : shape.first + size * len(micro_batches)].split(size)
+            entropy, task_of, rows = map(self._gather_from_ranks, (entropy, task_of, rows))
+            best = select_most_uncertain(self._score_rows(entropy, task_of), shape.global_batch)
+            mine = best[shape.first_sample : shape.first_sample + size * len(micro_batches)].split(
+                size
+            )
             chosen = [(task_of[indices], rows[indices]) for indices in mine]
         return [
-            self.mixture.gather(tasks.cpu().numpy(), numbers.cpu().numpy())
+            self.mixture.gather_batch(tasks.cpu().numpy(), numbers.cpu().numpy())
             for tasks, numbers in chosen
         ]
 
-    def _scores(self, entropy: Tensor, task_of: Tensor) -> Tensor:
-        return uncertainty_scores(
+    def _score_rows(self, entropy: Tensor, task_of: Tensor) -> Tensor:
+        return score_uncertainty(
             entropy, task_of, self.tasks, self.kinds, rule=self.rule, regression=self.regression
         )
 
     @torch.no_grad()
-    def _entropy(self, engine: deepspeed.DeepSpeedEngine, batch: Batch) -> Tensor:
+    def _compute_entropy(self, engine: deepspeed.DeepSpeedEngine, batch: Batch) -> Tensor:
         """Entropy of all candidates of a micro-batch, in one forward pass: [T * rows] float32."""
         names = (*self.inputs, "task_ids", *(("token_labels",) if "token_labels" in batch else ()))
         fields = {name: batch[name].to(self.device, non_blocking=True) for name in names}
@@ -156,7 +158,7 @@ class MostUncertain:
         engine.train()
         return entropy
 
-    def _gathered(self, mine: Tensor) -> Tensor:
+    def _gather_from_ranks(self, mine: Tensor) -> Tensor:
         """Gather [micro-batches, T * rows] of all ranks: flat, by task, rank and micro-batch."""
         parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, mine.contiguous())

@@ -23,7 +23,7 @@ ROUNDS, REPEATS = 4, 3
 
 def measure_here(rank: int, folder: str) -> list[float]:
     """Sorted ratios ours / torch.save of the minima of each repeat; about 0.5 GB each."""
-    from megamod.dist.process import world_size
+    from megamod.dist.process import get_world_size
     from megamod.dist.scope import Sharing
     from megamod.dist.topology import DomainTopology
     from megamod.models.lm.configuration import DemixConfig
@@ -33,16 +33,16 @@ def measure_here(rank: int, folder: str) -> list[float]:
     from megamod.train.checkpoint import Checkpoints
     from megamod.train.engine import build_engine
     from megamod.train.export import ModelExport
-    from megamod.train.fragments import fragments
-    from megamod.train.optim import adamw
+    from megamod.train.fragments import iterate_fragments
+    from megamod.train.optim import make_adamw
 
     config = DemixConfig(
         vocab_size=8000, hidden_size=512, num_hidden_layers=8, num_attention_heads=8
     )
-    topology = DomainTopology(world_size(), ("text",), Sharing.DENSE)
+    topology = DomainTopology(get_world_size(), ("text",), Sharing.DENSE)
     engine = build_engine(
         DemixForCausalLM(config),
-        lambda groups: adamw(groups, betas=(0.9, 0.95), eps=1e-7, weight_decay=0.1),
+        lambda groups: make_adamw(groups, betas=(0.9, 0.95), eps=1e-7, weight_decay=0.1),
         {
             "train_micro_batch_size_per_gpu": 1,
             "zero_optimization": {"stage": 1},
@@ -62,7 +62,7 @@ def measure_here(rank: int, folder: str) -> list[float]:
 
     def theirs(number: int) -> None:
         weights = {name: p.data for name, p in engine.module.named_parameters()}
-        moments = {f.name: f.tensors for f in fragments(engine)}
+        moments = {f.name: f.tensors for f in iterate_fragments(engine)}
         with open(root / "peer.pt", "wb") as file:
             torch.save({"model": weights, "optimizer": moments}, file)
             file.flush()

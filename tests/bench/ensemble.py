@@ -25,15 +25,14 @@ CPU = torch.device("cpu")
 
 def make_data(folder: Path) -> Path:
     """A data-bin with one domain of random tokens."""
-    from megamod.data.corpus.binarize import split_prefix
-    from megamod.data.corpus.indexed import IndexedWriter
+    from megamod.data.corpus.indexed import IndexedWriter, format_split_prefix
 
     tokens = np.random.default_rng(1).integers(4, VOCAB, SEQUENCES * LENGTH)
     (folder / "text").mkdir(parents=True)
     splits = {}
     for split in ("train", "valid", "test"):
-        with IndexedWriter(folder / split_prefix("text", split), np.uint16) as writer:
-            writer.add(tokens)
+        with IndexedWriter(folder / format_split_prefix("text", split), np.uint16) as writer:
+            writer.add_item(tokens)
         splits[split] = {"items": 1, "tokens": len(tokens), "bytes": 9, "max_id": VOCAB - 1}
     header = {"format": 1, "vocab_size": VOCAB, "items": "document", "domains": {"text": splits}}
     header |= {"bos_id": 0, "pad_id": 1, "eos_id": 2, "unk_id": 3}
@@ -44,7 +43,7 @@ def make_data(folder: Path) -> Path:
 def make_forest(folder: Path) -> Path:
     """A folder of whole models: small ones, with the vocabulary of a real tokenizer."""
     from megamod.models.lm.configuration import DemixConfig
-    from megamod.models.lm.demix import DemixForCausalLM, initialise
+    from megamod.models.lm.demix import DemixForCausalLM, draw_lm_weights
 
     for seed, domain in enumerate(EXPERTS):
         config = DemixConfig(
@@ -56,7 +55,7 @@ def make_forest(folder: Path) -> Path:
             domains=list(EXPERTS),
         )
         model = DemixForCausalLM(config)
-        initialise(model, seed)
+        draw_lm_weights(model, seed)
         model.save_pretrained(folder / domain)
     return folder
 
@@ -67,7 +66,7 @@ def measure() -> dict[str, list[float]]:
     from megamod.evaluation.expert_scores import Experts, Together
     from megamod.evaluation.perplexity import score_batches
     from megamod.evaluation.saved import HeldOut, held_out_batches
-    from megamod.mixture.prior import uniform
+    from megamod.mixture.prior import make_uniform_prior
     from megamod.states.forest import open_forest
 
     torch.set_num_threads(1)
@@ -75,7 +74,7 @@ def measure() -> dict[str, list[float]]:
         data, forest = make_data(Path(folder, "bin")), make_forest(Path(folder, "forest"))
         held_out = HeldOut(str(data), ("text",), "test", None, BATCH, "auto", False)
         experts = Experts(open_forest(forest), held_out, CPU)
-        source, priors = Together(experts), {"text": uniform(experts.domains)}
+        source, priors = Together(experts), {"text": make_uniform_prior(experts.domains)}
         models = list(experts.load(experts.domains))
         any_data = next(iter(experts.data.values()))
 

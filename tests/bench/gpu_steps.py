@@ -60,17 +60,19 @@ class Job:
 
     def engine(self, device: torch.device):
         """A model with new weights in the engine of the launchers."""
-        from megamod.train.deepspeed_settings import settle
+        from megamod.train.deepspeed_settings import resolve_settings
         from megamod.train.engine import build_engine
-        from megamod.train.optim import optimizer_maker
+        from megamod.train.optim import make_optimizer_factory
 
         _, _, run, safety, _, optim, _, _ = self.parsed
         config, topology = self.plan.network.config, self.job.topology
-        settled = settle(run, optim, safety, topology, config.hidden_size)
+        settled = resolve_settings(run, optim, safety, topology, config.hidden_size)
         torch.manual_seed(1)
         with device:
             model = self.plan.network.build(config)
-        return build_engine(model, optimizer_maker(settled.optim), settled.ds_config, topology)
+        return build_engine(
+            model, make_optimizer_factory(settled.optim), settled.ds_config, topology
+        )
 
 
 def random_batches(vocabulary: int, size: Size, device: torch.device) -> list[dict[str, object]]:
@@ -123,16 +125,16 @@ def in_turns(
 def whole_step(engine, objective, batches: Sequence[dict[str, object]]) -> Callable[[], None]:
     """A function that makes one optimizer step, as the loop does, without its bookkeeping."""
     from megamod.train.engine import finish_micro_step
-    from megamod.train.optim import set_rate
+    from megamod.train.optim import set_learning_rate
 
-    items = [sum(counts) for counts in zip(*map(objective.count, batches), strict=True)]
+    items = [sum(counts) for counts in zip(*map(objective.count_items, batches), strict=True)]
     share = [count / len(batches) for count in items]
     engine.train()
 
     def step() -> None:
-        set_rate(engine.optimizer, 1e-4)
+        set_learning_rate(engine.optimizer, 1e-4)
         for batch in batches:
-            engine.backward(objective.score(engine, batch, share).loss)
+            engine.backward(objective.compute_loss(engine, batch, share).loss)
             finish_micro_step(engine, CLIP)
 
     return step

@@ -104,14 +104,14 @@ def measure_demix(
     size: Size, device: torch.device, yard: Yard, rounds: int, compiled: bool
 ) -> dict[str, object]:
     """A step with one expert against one of a dense model of the same shape."""
-    from megamod.train.objectives import CausalLM
+    from megamod.train.objectives import CausalLMObjective
 
     sides = {}
     for untie in ("none", "feedforward"):
         engine = Job(*size.flags, "--domains", "text", "--untie", untie).engine(device)
         if compiled:
             _compile(engine)
-        objective = CausalLM(("text",), device, choose=untie != "none")
+        objective = CausalLMObjective(("text",), device, choose=untie != "none")
         batches = random_batches(engine.module.config.vocab_size, size, device)
         sides[untie] = whole_step(engine, objective, batches)
     took = least(sides, device, rounds)
@@ -128,13 +128,13 @@ def measure_mux(
     size: Size, device: torch.device, yard: Yard, rounds: int, compiled: bool
 ) -> dict[str, object]:
     """A step of masked-token pretraining of MUX-BERT, N = 5; `rows` are instances."""
-    from megamod.train.objectives import EncoderLM, masked_losses
+    from megamod.train.objectives import EncoderObjective, compute_masked_losses
 
     instances = 5
     job = Job(*size.flags, "--objective", "masked_lm", "--num_instances", str(instances))
     engine, vocabulary = job.engine(device), job.plan.network.config.vocab_size
-    losses = partial(masked_losses, device=device, multiplexed=True)
-    objective = EncoderLM(losses, ("masked", "positions"), "task_loss")
+    losses = partial(compute_masked_losses, device=device, multiplexed=True)
+    objective = EncoderObjective(losses, ("masked", "positions"), "task_loss")
     batches = random_batches(vocabulary, size, device)
     for batch in batches:
         ids = batch["input_ids"]
@@ -206,10 +206,10 @@ def measure(
     into: Path | None = None,
 ) -> dict[str, object]:
     """Records by part; a part that fails says why, one that there is no time for is listed."""
-    from megamod.dist.process import init_process
+    from megamod.dist.process import join_process_group
 
     deadline = time.monotonic() + seconds
-    device = init_process(600)
+    device = join_process_group(600)
     record: dict[str, object] = {"yard": yard.record(), "parts": {}, "not_measured": []}
     for name, (part, size) in parts.items():
         if time.monotonic() > deadline:

@@ -16,9 +16,9 @@ import torch
 
 from megamod.data.batches import StepShape
 from megamod.data.corpus.indexed import IndexedDataset, IndexedWriter
-from megamod.data.lm.batches import AHEAD, TrainBatches, train_loader
+from megamod.data.lm.batches import AHEAD, TrainBatches, iterate_train_batches
 from megamod.data.lm.blocks import TokenBlocks
-from megamod.data.lm.order import Balanced
+from megamod.data.lm.order import BalancedSampler
 
 SHAPES = ((8, 128), (8, 1024), (32, 128), (32, 1024))
 DOMAINS = 4
@@ -34,7 +34,7 @@ def write_domains(folder: Path) -> list[Path]:
     for prefix in prefixes:
         with IndexedWriter(prefix, np.uint16) as writer:
             for item in generator.integers(4, 50_000, (TOKENS // ITEM, ITEM), dtype=np.uint16):
-                writer.add(item)
+                writer.add_item(item)
     return prefixes
 
 
@@ -54,9 +54,9 @@ def nanogpt_reader(path: Path, size: int, length: int) -> Callable[[], object]:
 def our_reader(prefixes: list[Path], size: int, length: int) -> Callable[[], object]:
     """A function that returns the next batch of dense training on the domains."""
     blocks = [TokenBlocks(IndexedDataset(prefix), length, 2, 1) for prefix in prefixes]
-    sampler = Balanced([len(item) for item in blocks], seed=0)
-    batches = TrainBatches.over_world(blocks, sampler, StepShape(size, size, 0, 1))
-    loader = train_loader(batches, 0, 0, False)
+    sampler = BalancedSampler([len(item) for item in blocks], seed=0)
+    batches = TrainBatches.build_shared_stream(blocks, sampler, StepShape(size, size, 0, 1))
+    loader = iterate_train_batches(batches, 0, 0, False)
     return lambda: next(loader)
 
 
@@ -104,10 +104,13 @@ def seconds_to_resume(step: int = 1_000_000) -> list[float]:
         for _ in range(REPEATS):
             start = time.perf_counter()
             blocks = [TokenBlocks(IndexedDataset(prefix), 1024, 2, 1) for prefix in prefixes]
-            order = Balanced([len(item) for item in blocks], seed=0)
+            order = BalancedSampler([len(item) for item in blocks], seed=0)
             next(
-                train_loader(
-                    TrainBatches.over_world(blocks, order, StepShape(8, 64, 0, 1)), step, 0, False
+                iterate_train_batches(
+                    TrainBatches.build_shared_stream(blocks, order, StepShape(8, 64, 0, 1)),
+                    step,
+                    0,
+                    False,
                 )
             )
             times.append(time.perf_counter() - start)

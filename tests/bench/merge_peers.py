@@ -34,8 +34,8 @@ from megamod.states.stream import (  # noqa: E402
     DENSE_FILE,
     ModelFolder,
     Spec,
-    pieces,
-    write_stream,
+    iterate_pieces,
+    write_streamed_tensors,
 )
 
 SIZES = {  # layers, width, dtype
@@ -80,7 +80,9 @@ def make_models(root: Path, size: str) -> list[Path]:
         folder = root / f"{size}-{number}"
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(config))
-        write_stream(folder, {DENSE_FILE: list(specs)}, specs, partial(_random, specs, number))
+        write_streamed_tensors(
+            folder, {DENSE_FILE: list(specs)}, specs, partial(_random, specs, number)
+        )
         folders.append(folder)
     return folders
 
@@ -90,7 +92,7 @@ def _random(specs: dict[str, Spec], number: int, name: str) -> Iterator[torch.Te
     common, own_values = (
         torch.Generator().manual_seed(zlib.crc32(f"{name} {n}".encode())) for n in (0, number)
     )
-    for start, stop in pieces(specs[name].numel):
+    for start, stop in iterate_pieces(specs[name].numel):
         values = torch.randn(stop - start, generator=common) / 50
         if number:
             values += torch.randn(stop - start, generator=own_values) / 500

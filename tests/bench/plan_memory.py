@@ -34,9 +34,9 @@ Case = tuple[int, str, int, int, bool]
 def measured(rank: int, case: Case) -> int:
     """Bytes by which the resident set grew at its fullest, from the model to the third step."""
     from megamod.models.lm.configuration import DemixConfig
-    from megamod.models.lm.demix import DemixForCausalLM, initialise
-    from megamod.train.engine import build_engine, update
-    from megamod.train.optim import adamw, set_rate
+    from megamod.models.lm.demix import DemixForCausalLM, draw_lm_weights
+    from megamod.train.engine import build_engine, finish_micro_step
+    from megamod.train.optim import make_adamw, set_learning_rate
 
     stage, precision, micro_batch, micro_steps, checkpointing = case
     torch.set_num_threads(1)
@@ -65,22 +65,22 @@ def measured(rank: int, case: Case) -> int:
         model = DemixForCausalLM(
             DemixConfig(vocab_size=VOCAB, max_position_embeddings=LENGTH, domains=["x"], **shape)
         )
-        initialise(model, seed=1)
+        draw_lm_weights(model, seed=1)
         if checkpointing:
             model.gradient_checkpointing_enable()
         engine = build_engine(
             model,
-            lambda groups: adamw(groups, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1),
+            lambda groups: make_adamw(groups, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1),
             config,
             _alone(),
         )
         del model
         for _ in range(3 * micro_steps):
             tokens = torch.randint(4, VOCAB, (micro_batch, LENGTH + 1))
-            set_rate(engine.optimizer, 1e-4)
+            set_learning_rate(engine.optimizer, 1e-4)
             loss = engine(tokens[:, :-1], shift_labels=tokens[:, 1:]).loss
             engine.backward(loss)
-            update(engine, 1.0)
+            finish_micro_step(engine, 1.0)
         if not number:
             engine.destroy()
             del engine

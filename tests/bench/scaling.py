@@ -27,8 +27,8 @@ ELEMENTS = 4_000_000  # of the buffer that is reduced: 16 MB, about that of the 
 
 def take_turns(rank: int) -> dict[str, list[float]]:
     """Minima of every repeat: seconds of a step of each kind, and of the all-reduce."""
-    from megamod.train.engine import update
-    from megamod.train.optim import set_rate
+    from megamod.train.engine import finish_micro_step
+    from megamod.train.optim import set_learning_rate
 
     domains = ("law", "med", "code", "news")[: dist.get_world_size()]
     built = {untie: make_engine(untie, 1, domains) for untie in KINDS}
@@ -39,11 +39,11 @@ def take_turns(rank: int) -> dict[str, list[float]]:
         for untie, (engine, topology) in built.items():
             dist.barrier()
             started = time.perf_counter()
-            set_rate(engine.optimizer, 1e-4)
-            domain = topology.domains_of(rank)[0] if untie == "feedforward" else None
+            set_learning_rate(engine.optimizer, 1e-4)
+            domain = topology.get_rank_domains(rank)[0] if untie == "feedforward" else None
             loss = engine(batch["input_ids"], shift_labels=batch["labels"], domain=domain).loss
             engine.backward(loss)
-            update(engine, CLIP)
+            finish_micro_step(engine, CLIP)
             dist.barrier()
             times[untie].append(time.perf_counter() - started)
         dist.barrier()
@@ -57,10 +57,10 @@ def take_turns(rank: int) -> dict[str, list[float]]:
 
 
 def _bytes(engine, topology) -> float:
-    from megamod.dist.wire import step_traffic
+    from megamod.dist.communication import compute_step_traffic
 
     sizes = {name: p.numel() for name, p in engine.module.named_parameters()}
-    traffic = step_traffic(sizes, topology, 1, 1, 4)
+    traffic = compute_step_traffic(sizes, topology, 1, 1, 4)
     return traffic.world + traffic.domain
 
 

@@ -30,7 +30,7 @@ RECIPE = dict(betas=(0.9, 0.95), eps=1e-7, weight_decay=0.1)
 def make_model(untie: str, held: tuple[str, ...], domains: tuple[str, ...] = DOMAINS):
     """Four layers of width 256: a step takes 0.3 s or more on one core."""
     from megamod.models.lm.configuration import DemixConfig
-    from megamod.models.lm.demix import DemixForCausalLM, initialise
+    from megamod.models.lm.demix import DemixForCausalLM, draw_lm_weights
 
     config = DemixConfig(
         vocab_size=VOCAB,
@@ -42,7 +42,7 @@ def make_model(untie: str, held: tuple[str, ...], domains: tuple[str, ...] = DOM
         untie=untie,
     )
     model = DemixForCausalLM(config, held if untie != "none" else None)
-    initialise(model, seed=1)
+    draw_lm_weights(model, seed=1)
     return model
 
 
@@ -77,13 +77,13 @@ def make_engine(untie: str, stage: int, domains: tuple[str, ...] = DOMAINS, **ze
     """An engine, as launchers/pretrain.py builds it, and the topology; `zero`: further settings."""
     import torch.distributed as dist
 
-    from megamod.dist.scope import Sharing, sharing_of
+    from megamod.dist.scope import Sharing, parse_sharing
     from megamod.dist.topology import DomainTopology
     from megamod.train.engine import build_engine
-    from megamod.train.optim import adamw
+    from megamod.train.optim import make_adamw
 
-    topology = DomainTopology(dist.get_world_size(), domains, sharing_of(untie))
-    held = topology.domains_of(dist.get_rank())
+    topology = DomainTopology(dist.get_world_size(), domains, parse_sharing(untie))
+    held = topology.get_rank_domains(dist.get_rank())
     config = {
         "train_micro_batch_size_per_gpu": BATCH,
         "gradient_accumulation_steps": 1,
@@ -95,7 +95,9 @@ def make_engine(untie: str, stage: int, domains: tuple[str, ...] = DOMAINS, **ze
         "steps_per_print": None,
     }
     model = make_model("none" if untie == "all" else untie, held, domains)
-    return build_engine(model, lambda groups: adamw(groups, **RECIPE), config, topology), topology
+    return build_engine(
+        model, lambda groups: make_adamw(groups, **RECIPE), config, topology
+    ), topology
 
 
 def loop_against_hand(stage: int) -> list[float]:
@@ -142,14 +144,14 @@ def through_loop(
     from megamod.states.checkpoint_folder import TrainState
     from megamod.train.loop import Plan, train
     from megamod.train.monitor import Monitor
-    from megamod.train.objectives import CausalLM
-    from megamod.train.optim import constant
+    from megamod.train.objectives import CausalLMObjective
+    from megamod.train.optim import make_constant_schedule
 
     plan = Plan(
         max_steps=steps + 1,
         stop_step=steps + 1,
         micro_steps=micro_steps,
-        schedule=constant(1e-4, 0, steps),
+        schedule=make_constant_schedule(1e-4, 0, steps),
         max_grad_norm=CLIP,
         logging_steps=10,
         eval_steps=0,
@@ -159,7 +161,7 @@ def through_loop(
         spike_factor=0.0,
         save_failure="continue",
     )
-    objective = CausalLM(domains, device, choose=False)
+    objective = CausalLMObjective(domains, device, choose=False)
     state, saved = TrainState(), _NoCheckpoints()
     with tempfile.TemporaryDirectory() as folder:
         monitor = Monitor(Path(folder), domains, "tokens", steps + 1, None, None, lead, 0)
@@ -170,7 +172,7 @@ def through_loop(
 def demix_against_dense(rank: int) -> list[float]:
     """Ratios DEMix / dense of the minima of each repeat, two ranks with one expert each."""
     from megamod.train.engine import finish_micro_step
-    from megamod.train.optim import set_rate
+    from megamod.train.optim import set_learning_rate
 
     engines = {untie: make_engine(untie, 1)[0] for untie in ("none", "feedforward")}
     times: dict[str, list[float]] = {untie: [] for untie in engines}
@@ -179,7 +181,7 @@ def demix_against_dense(rank: int) -> list[float]:
         for untie, engine in engines.items():
             torch.distributed.barrier()
             started = time.perf_counter()
-            set_rate(engine.optimizer, 1e-4)
+            set_learning_rate(engine.optimizer, 1e-4)
             domain = DOMAINS[rank] if untie != "none" else None
             loss = engine(batch["input_ids"], shift_labels=batch["labels"], domain=domain).loss
             engine.backward(loss)

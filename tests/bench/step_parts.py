@@ -28,7 +28,7 @@ BATCH, LENGTH, WIDTH, HEADS, LAYERS, VOCAB = 4, 512, 256, 4, 4, 16384
 
 def make_model(attention: str):
     from megamod.models.lm.configuration import DemixConfig
-    from megamod.models.lm.demix import DemixForCausalLM, initialise
+    from megamod.models.lm.demix import DemixForCausalLM, draw_lm_weights
 
     config = DemixConfig(
         vocab_size=VOCAB,
@@ -39,7 +39,7 @@ def make_model(attention: str):
         domains=["x"],
     )
     model = DemixForCausalLM._from_config(config, attn_implementation=attention)
-    initialise(model, seed=1)
+    draw_lm_weights(model, seed=1)
     return model
 
 
@@ -97,7 +97,7 @@ def overlap(rank: int, stage: int) -> list[float]:
     """Sorted ratios without / with of the minima of each repeat: whole steps, dense."""
     from step import CLIP, make_engine, random_batch
 
-    from megamod.train.engine import update
+    from megamod.train.engine import finish_micro_step
 
     engines = [make_engine("none", stage, overlap_comm=on)[0] for on in (True, False)]
     result = []
@@ -110,7 +110,7 @@ def overlap(rank: int, stage: int) -> list[float]:
                 started = time.perf_counter()
                 loss = engine(batch["input_ids"], shift_labels=batch["labels"]).loss
                 engine.backward(loss)
-                update(engine, CLIP)
+                finish_micro_step(engine, CLIP)
                 torch.distributed.barrier()
                 into.append(time.perf_counter() - started)
         if repeat:

@@ -13,18 +13,18 @@ from safetensors.torch import load_file, save_file
 from saved_models import make_model
 from train.tiny_runs import DOMAINS, batches_of, masters, run_tiny
 
-from megamod.btm.branch import branch
+from megamod.btm.branch import write_branch_checkpoint
 from megamod.btm.parents import (
-    Source,
-    check_weights,
-    choose_checkpoint,
-    find_source,
-    forest_sources,
+    ParentModel,
+    check_parent_weights,
+    find_parent,
+    select_checkpoint,
+    select_forest_parents,
 )
 from megamod.errors import UserError
 from megamod.states.forest import Expert, edit_forest
-from megamod.states.manifest import verify
-from megamod.states.weights import expert_state, read_weights
+from megamod.states.manifest import find_checkpoint_faults
+from megamod.states.weights import extract_expert_weights, read_weights
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 
@@ -42,7 +42,9 @@ def train_parents(rank: int, root: Path) -> None:
 
 def go_on(rank: int, root: Path) -> dict[str, object]:
     """Branch off step 2 of two dense runs, and make the steps after it by the real loop."""
-    branch([find_source(root / "dense", step=2)], [1.0], [DOMAINS[0]], root / "same")
+    write_branch_checkpoint(
+        [find_parent(root / "dense", step=2)], [1.0], [DOMAINS[0]], root / "same"
+    )
 
     def same_data(topology):
         # A branch begins its data anew; here they go on where those of the parent did.
@@ -50,7 +52,7 @@ def go_on(rank: int, root: Path) -> dict[str, object]:
 
     _, state, _ = run_tiny(root / "same", "none", 0, 3, save_steps=1, batches=same_data)
     run_tiny(root / "straight", "none", 1, 5, save_steps=1)
-    branch([find_source(root / "straight", step=2)], [1.0], ["law"], root / "bent")
+    write_branch_checkpoint([find_parent(root / "straight", step=2)], [1.0], ["law"], root / "bent")
     run_tiny(root / "bent", "none", 1, 5, save_steps=1, batches=same_data)
     return vars(state) | {"refused": refusals(root)}
 
@@ -58,8 +60,10 @@ def go_on(rank: int, root: Path) -> dict[str, object]:
 def refusals(root: Path) -> dict[str, str]:
     """Return the loop's message on branched checkpoints that do not fit its run."""
     law = make_model(root / "model", domains=["law"])
-    small = branch([Source(law)], [1.0], ["law"], root / "small")
-    scheduled = branch([find_source(root / "dense")], [1.0], ["law"], root / "scheduled")
+    small = write_branch_checkpoint([ParentModel(law)], [1.0], ["law"], root / "small")
+    scheduled = write_branch_checkpoint(
+        [find_parent(root / "dense")], [1.0], ["law"], root / "scheduled"
+    )
     output = {}
     for name, checkpoint, untie, settings in (
         ("shape", small, "none", {"seed": 7}),
@@ -119,8 +123,13 @@ def test_a_branch_goes_on_as_its_parent_did(parents):
 @pytest.mark.slow
 def test_one_parent_keeps_optimizer_step_and_schedule(parents, tmp_path):
     parent = parents / "dense" / "checkpoints" / "step-2"
-    folder = branch([find_source(parents / "dense", step=2)], [1.0], ["law"], tmp_path / "law")
-    assert folder == tmp_path / "law" / "checkpoints" / "step-2" and verify(folder) == []
+    folder = write_branch_checkpoint(
+        [find_parent(parents / "dense", step=2)], [1.0], ["law"], tmp_path / "law"
+    )
+    assert (
+        folder == tmp_path / "law" / "checkpoints" / "step-2"
+        and find_checkpoint_faults(folder) == []
+    )
     for kind in KINDS:
         ours, theirs = masters(folder, kind), masters(parent, kind)
         assert ours.keys() == theirs.keys()
@@ -136,8 +145,8 @@ def test_one_parent_keeps_optimizer_step_and_schedule(parents, tmp_path):
     assert record["start_update"] == 2 and record["parents"] == [
         {"path": str(parent), "weight": 1.0}
     ]
-    source = [find_source(parents / "dense", step=2)]
-    faster = branch(source, [1.0], ["law"], tmp_path / "faster", learning_rate=0.5)
+    source = [find_parent(parents / "dense", step=2)]
+    faster = write_branch_checkpoint(source, [1.0], ["law"], tmp_path / "faster", learning_rate=0.5)
     assert state_of(faster)["settings"] == {**now["settings"], "learning_rate": 0.5}
 
 
@@ -151,23 +160,25 @@ def test_weights_without_optimizer_are_named(parents, tmp_path):
         kept = {n: t for n, t in load_file(file).items() if n.split("/", 1)[1] in starts}
         save_file(kept, file, starts)
     with pytest.raises(UserError, match=r"holds 0 of the 64 elements of .*fc1\.bias"):
-        branch([Source(copy, None, 3)], [1.0], ["law"], tmp_path / "runs" / "law")
+        write_branch_checkpoint(
+            [ParentModel(copy, None, 3)], [1.0], ["law"], tmp_path / "runs" / "law"
+        )
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.slow
 def test_a_member_becomes_a_whole_model(parents, tmp_path):
     parent = parents / "demix" / "checkpoints" / "step-3"
-    folder = branch(
-        [find_source(parents / "demix", member="code")], [1.0], ["code"], tmp_path / "a"
+    folder = write_branch_checkpoint(
+        [find_parent(parents / "demix", member="code")], [1.0], ["code"], tmp_path / "a"
     )
-    assert verify(folder) == []
-    target_value = expert_state(read_weights(parent), "code")
+    assert find_checkpoint_faults(folder) == []
+    target_value = extract_expert_weights(read_weights(parent), "code")
     got = load_file(folder / "model.safetensors")
     assert got.keys() == target_value.keys()
     assert all(torch.equal(got[name], tensor) for name, tensor in target_value.items())
     for kind in KINDS:
-        expected = expert_state(masters(parent, kind), "code")
+        expected = extract_expert_weights(masters(parent, kind), "code")
         ours = masters(folder, kind)
         assert ours.keys() == expected.keys()
         assert all(torch.equal(ours[name], tensor) for name, tensor in expected.items())
@@ -179,16 +190,18 @@ def test_worlds_are_left_and_entered(parents, tmp_path):
     """From one of the independent models of a job to a model of its own, and back into a job."""
     parent = parents / "btm" / "checkpoints" / "step-3"
     name = DOMAINS[1]
-    alone = branch([find_source(parents / "btm", member=name)], [1.0], [name], tmp_path / "alone")
+    alone = write_branch_checkpoint(
+        [find_parent(parents / "btm", member=name)], [1.0], [name], tmp_path / "alone"
+    )
     prefix = f"{name}:"
     for kind in KINDS:
         theirs = {n: t for n, t in masters(parent, kind).items() if n.startswith(prefix)}
         ours = masters(alone, kind)
         assert {prefix + n for n in ours} == theirs.keys()
         assert all(torch.equal(ours[n.removeprefix(prefix)], t) for n, t in theirs.items())
-    source = Source(alone, None, 3)
-    world = branch([source], [1.0], ["x", "y"], tmp_path / "world", one_world=True)
-    assert verify(world) == []
+    source = ParentModel(alone, None, 3)
+    world = write_branch_checkpoint([source], [1.0], ["x", "y"], tmp_path / "world", one_world=True)
+    assert find_checkpoint_faults(world) == []
     for kind in KINDS:
         ours, theirs = masters(world, kind), masters(alone, kind)
         assert ours.keys() == {f"{d}:{n}" for d in "xy" for n in theirs}
@@ -200,8 +213,10 @@ def test_worlds_are_left_and_entered(parents, tmp_path):
 
 def test_an_average_begins_afresh(tmp_path):
     models = [make_model(tmp_path / name, domains=[name]) for name in ("law", "med")]
-    folder = branch([Source(m) for m in models], [0.25, 0.75], ["tax"], tmp_path / "tax")
-    assert folder.name == "step-0" and verify(folder) == []
+    folder = write_branch_checkpoint(
+        [ParentModel(m) for m in models], [0.25, 0.75], ["tax"], tmp_path / "tax"
+    )
+    assert folder.name == "step-0" and find_checkpoint_faults(folder) == []
     law, med = (read_weights(model) for model in models)
     expected = {name: 0.25 * law[name].double() + 0.75 * med[name].double() for name in law}
     got, start = load_file(folder / "model.safetensors"), masters(folder)
@@ -218,7 +233,7 @@ def test_the_checkpoint_is_the_nearest(tmp_path):
         (tmp_path / "checkpoints" / f"step-{step}").mkdir(parents=True)
 
     def chosen(**choice):
-        return int(choose_checkpoint(tmp_path, **choice).name[5:])
+        return int(select_checkpoint(tmp_path, **choice).name[5:])
 
     assert [chosen(step=step) for step in (-1, 0, 14, 15, 16, 31, 1000)] == [
         80,
@@ -232,7 +247,7 @@ def test_the_checkpoint_is_the_nearest(tmp_path):
     # Shares of 80: 30 lies between 20 and 40, 60 between 40 and 80.
     assert [chosen(share=share) for share in (0.0, 0.375, 0.5, 0.75, 1.0)] == [10, 20, 40, 80, 80]
     assert chosen() == 80
-    assert choose_checkpoint(tmp_path / "other") is None
+    assert select_checkpoint(tmp_path / "other") is None
 
 
 def test_experts_of_a_forest_are_parents(tmp_path):
@@ -240,18 +255,21 @@ def test_experts_of_a_forest_are_parents(tmp_path):
     mixed = make_model(tmp_path / "mixed", "feedforward")
     with edit_forest(tmp_path) as experts:
         experts += [Expert("law", law), Expert("code", mixed, "code"), Expert("art", mixed, "art")]
-    sources, weights = forest_sources(tmp_path, weights=[0.2, 0.5, 0.3], topk=2)
-    assert sources == [Source(mixed, "code"), Source(mixed, "art")] and weights == [0.5, 0.3]
+    sources, weights = select_forest_parents(tmp_path, weights=[0.2, 0.5, 0.3], topk=2)
+    assert sources == [ParentModel(mixed, "code"), ParentModel(mixed, "art")] and weights == [
+        0.5,
+        0.3,
+    ]
     prior = {"format": 1, "domains": ["art", "code", "law"], "prior": [0.75, 0.0, 0.25]}
     (tmp_path / "prior.json").write_text(json.dumps(prior | {"rule": "history", "text": {}}))
-    sources, weights = forest_sources(tmp_path, prior=tmp_path / "prior.json")
-    assert sources == [Source(law), Source(mixed, "art")] and weights == [0.25, 0.75]
+    sources, weights = select_forest_parents(tmp_path, prior=tmp_path / "prior.json")
+    assert sources == [ParentModel(law), ParentModel(mixed, "art")] and weights == [0.25, 0.75]
     with edit_forest(tmp_path) as experts:
         experts.append(Expert("new", mixed, "law"))  # of whom the prior does not know
-    known = forest_sources(
+    known = select_forest_parents(
         tmp_path, only=["art", "code", "law"], prior=tmp_path / "prior.json", topk=1
     )
-    assert known == ([Source(mixed, "art")], [0.75])
+    assert known == ([ParentModel(mixed, "art")], [0.75])
 
 
 def test_bad_choices_are_refused_and_change_nothing(tmp_path):
@@ -264,23 +282,31 @@ def test_bad_choices_are_refused_and_change_nothing(tmp_path):
     (tmp_path / "best" / "state.json").write_text("{}")
     before = tree(tmp_path)
     cases = [
-        (lambda: find_source(law, step=3), "a model folder, so --step"),
-        (lambda: find_source(tmp_path / "best", share=0.5), "a single checkpoint, so --step"),
-        (lambda: find_source(tmp_path / "best"), "not a complete checkpoint"),
-        (lambda: find_source(tmp_path / "gone"), "no run, no checkpoint and no model"),
-        (lambda: find_source(tmp_path / "empty"), "no checkpoint yet"),
-        (lambda: find_source(tmp_path / "begun"), "not a complete checkpoint"),
-        (lambda: find_source(mixed), "--member must be one of law, code, art"),
-        (lambda: find_source(law, member="law"), "one dense model"),
-        (lambda: forest_sources(mixed, only=["tax"]), "no expert of domain 'tax'"),
-        (lambda: forest_sources(mixed, topk=9), "--topk 9: there are only 3 experts"),
-        (lambda: check_weights([1.0], 2), "1 weights for 2 parents"),
-        (lambda: check_weights([1.0, -1.0], 2), "sum not 0"),
-        (lambda: check_weights([float("nan")], 1), "finite"),
-        (lambda: branch([Source(law)], [1], ["a"], tmp_path / "begun"), "has checkpoints already"),
-        (lambda: branch([Source(law)], [1], ["a", "b"], tmp_path / "new"), "one domain"),
+        (lambda: find_parent(law, step=3), "a model folder, so --step"),
+        (lambda: find_parent(tmp_path / "best", share=0.5), "a single checkpoint, so --step"),
+        (lambda: find_parent(tmp_path / "best"), "not a complete checkpoint"),
+        (lambda: find_parent(tmp_path / "gone"), "no run, no checkpoint and no model"),
+        (lambda: find_parent(tmp_path / "empty"), "no checkpoint yet"),
+        (lambda: find_parent(tmp_path / "begun"), "not a complete checkpoint"),
+        (lambda: find_parent(mixed), "--member must be one of law, code, art"),
+        (lambda: find_parent(law, member="law"), "one dense model"),
+        (lambda: select_forest_parents(mixed, only=["tax"]), "no expert of domain 'tax'"),
+        (lambda: select_forest_parents(mixed, topk=9), "--topk 9: there are only 3 experts"),
+        (lambda: check_parent_weights([1.0], 2), "1 weights for 2 parents"),
+        (lambda: check_parent_weights([1.0, -1.0], 2), "sum not 0"),
+        (lambda: check_parent_weights([float("nan")], 1), "finite"),
         (
-            lambda: branch([Source(law), Source(wide)], [1, 1], ["a"], tmp_path / "new"),
+            lambda: write_branch_checkpoint([ParentModel(law)], [1], ["a"], tmp_path / "begun"),
+            "has checkpoints already",
+        ),
+        (
+            lambda: write_branch_checkpoint([ParentModel(law)], [1], ["a", "b"], tmp_path / "new"),
+            "one domain",
+        ),
+        (
+            lambda: write_branch_checkpoint(
+                [ParentModel(law), ParentModel(wide)], [1, 1], ["a"], tmp_path / "new"
+            ),
             "vocab_size",
         ),
     ]

@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megamod.args import DataArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs, parse_args
-from megamod.btm.campaign import BtmArgs, build_campaign, check_data
-from megamod.btm.tasks import expert_task, world_task
+from megamod.args import DataArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs
+from megamod.btm.campaign import BtmArgs, build_campaign, check_campaign_data
+from megamod.btm.tasks import make_expert_task, make_world_task
 from megamod.data.corpus.binarize import FORMAT
-from megamod.data.corpus.indexed import IndexedWriter, split_prefix
+from megamod.data.corpus.indexed import IndexedWriter, format_split_prefix
 from megamod.errors import UserError
+from megamod.flags import parse_args
 
 RECIPES = Path(__file__).resolve().parents[2] / "launchers" / "recipes"
 
@@ -42,11 +43,11 @@ def test_tokens_are_those_of_the_dense_run(data, share, rounds):
     tokens = campaign.seed_steps * 16 * 10
     for number, round_ in enumerate(campaign.rounds):
         for _ in round_:
-            steps = campaign.last_step(number) - campaign.first_step(number)
+            steps = campaign.get_last_step(number) - campaign.get_first_step(number)
             tokens += steps * campaign.expert_batch * 10
     assert tokens == 100 * 16 * 10
     assert "16,000 tokens; a dense run of 100 steps x 16 sequences has 16,000" in (
-        campaign.accounting()
+        campaign.format_token_counts()
     )
 
 
@@ -56,7 +57,7 @@ def test_later_rounds_begin_a_schedule_of_their_own(data):
         *("--rounds", "law med", "code art"),
     )
     campaign = build_campaign(parsed)
-    first, later = (expert_task(campaign, parsed, n, d) for n, d in ((0, "law"), (1, "art")))
+    first, later = (make_expert_task(campaign, parsed, n, d) for n, d in ((0, "law"), (1, "art")))
     assert [stage.title for stage in first.stages] == ["branch", "train"]
     assert [stage.title for stage in later.stages] == ["prior", "branch", "train"]
     estimate, branch, train = (" ".join(stage.arguments) for stage in later.stages)
@@ -70,10 +71,10 @@ def test_later_rounds_begin_a_schedule_of_their_own(data):
 def test_without_a_seed_nothing_branches(data):
     parsed = parsed_of(data, "--global_batch_size", 16, "--seed_share", 0, "--init_from", "model")
     campaign = build_campaign(parsed)
-    task = expert_task(campaign, parsed, 0, "law")
+    task = make_expert_task(campaign, parsed, 0, "law")
     assert [stage.title for stage in task.stages] == ["train"]
     assert "--init_from model" in " ".join(task.stages[0].arguments)
-    assert [stage.title for stage in world_task(campaign, parsed).stages] == ["train"]
+    assert [stage.title for stage in make_world_task(campaign, parsed).stages] == ["train"]
 
 
 @pytest.mark.parametrize(
@@ -124,18 +125,18 @@ def test_splits_are_opened_before_the_first_job(data, flags, domain, split):
     campaign = build_campaign(parsed)
     for name in ("law", "med", "code", "art"):
         for kind in ("train", "valid", "test"):
-            prefix = data / split_prefix(name, kind)
+            prefix = data / format_split_prefix(name, kind)
             prefix.parent.mkdir(exist_ok=True)
             with IndexedWriter(prefix, np.uint16) as writer:
-                writer.add(np.arange(4))
-    check_data(campaign, parsed)
-    gone = data / split_prefix(domain, split)
+                writer.add_item(np.arange(4))
+    check_campaign_data(campaign, parsed)
+    gone = data / format_split_prefix(domain, split)
     gone.with_suffix(".bin").write_bytes(b"")
     with pytest.raises(UserError, match=f"{gone.name}.bin: ends at byte 0"):
-        check_data(campaign, parsed)
+        check_campaign_data(campaign, parsed)
     gone.with_suffix(".idx").unlink()
     with pytest.raises(UserError, match=f"{gone.name}.idx"):
-        check_data(campaign, parsed)
+        check_campaign_data(campaign, parsed)
 
 
 def test_a_folder_without_data(tmp_path):

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from megamod.btm.campaign import Campaign
-from megamod.btm.collect import collect
+from megamod.btm.collect import add_round_to_forest
 
 
 def test_experts_of_one_world(tmp_path):
@@ -22,9 +22,9 @@ def test_experts_of_one_world(tmp_path):
     parents = [{"path": "seed/checkpoints/step-4", "weight": 1.0}]
     (run / "branch.json").write_text(json.dumps({"parents": parents, "start_update": 4}))
 
-    collect(campaign, 0, in_one_world=True)
+    add_round_to_forest(campaign, 0, in_one_world=True)
     first = (tmp_path / "forest.json").read_text()
-    collect(campaign, 0, in_one_world=True)  # again, as after a kill
+    add_round_to_forest(campaign, 0, in_one_world=True)  # again, as after a kill
     assert (tmp_path / "forest.json").read_text() == first
     law, med = json.loads(first)["experts"]
     assert Path(law["path"]) == Path("experts/world/model/law")

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from megamod.btm.jobs import MARK
-from megamod.data.corpus.indexed import IndexedWriter, split_prefix
+from megamod.data.corpus.indexed import IndexedWriter, format_split_prefix
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -94,10 +94,10 @@ def folder(tmp_path) -> Path:
     (tmp_path / "bin" / "databin.json").write_text(json.dumps(header))
     for name in domains:
         for split in ("train", "valid"):
-            prefix = tmp_path / "bin" / split_prefix(name, split)
+            prefix = tmp_path / "bin" / format_split_prefix(name, split)
             prefix.parent.mkdir(exist_ok=True)
             with IndexedWriter(prefix, np.uint16) as writer:
-                writer.add(np.arange(4))
+                writer.add_item(np.arange(4))
     yield tmp_path
     for process in marked(tmp_path):
         process.kill()

@@ -5,11 +5,11 @@ import random
 import pytest
 
 from megamod.btm.placement import (
-    check_fits,
-    free_port,
-    include,
-    local_hosts,
-    pack,
+    allocate_slots,
+    check_job_fits,
+    find_free_port,
+    format_include,
+    list_local_slots,
     parse_include,
 )
 from megamod.dist.hostfile import Host
@@ -35,18 +35,18 @@ def cluster(*sizes: int) -> tuple[Host, ...]:
 def test_packing(sizes, gpus, jobs, placed):
     busy, result = [], []
     for _ in range(jobs):
-        folder = pack(cluster(*sizes), busy, gpus)
+        folder = allocate_slots(cluster(*sizes), busy, gpus)
         busy += folder or ()
-        result.append(include(folder) if folder else None)
+        result.append(format_include(folder) if folder else None)
     assert result == placed
 
 
 def test_a_whole_machine_stays_free_for_a_job_that_needs_it():
     hosts = cluster(4, 4)
-    first = pack(hosts, (), 1)
-    second = pack(hosts, first, 2)
+    first = allocate_slots(hosts, (), 1)
+    second = allocate_slots(hosts, first, 2)
     assert {host.name for host in (*first, *second)} == {"n1"}
-    assert include(pack(hosts, [*first, *second], 4)) == "n2:0,1,2,3"
+    assert format_include(allocate_slots(hosts, [*first, *second], 4)) == "n2:0,1,2,3"
 
 
 def test_no_slot_twice_and_no_split_on_random_clusters():
@@ -54,39 +54,39 @@ def test_no_slot_twice_and_no_split_on_random_clusters():
     for _ in range(300):
         hosts = cluster(*(draw.randint(1, 8) for _ in range(draw.randint(1, 4))))
         busy, largest = [], max(len(host.slots) for host in hosts)
-        while folder := pack(hosts, busy, gpus := draw.randint(1, 12)):
+        while folder := allocate_slots(hosts, busy, gpus := draw.randint(1, 12)):
             slots = [(host.name, slot) for host in [*busy, *folder] for slot in host.slots]
             assert len(slots) == len(set(slots))
             assert sum(len(host.slots) for host in folder) == gpus
             assert len(folder) == 1 if gpus <= largest else all(host in hosts for host in folder)
-            assert parse_include(include(folder)) == folder
+            assert parse_include(format_include(folder)) == folder
             busy += folder
             draw.random()
 
 
 def test_jobs_that_can_never_run_are_refused():
-    check_fits(cluster(2, 2), 4, "--gpus_per_expert")
+    check_job_fits(cluster(2, 2), 4, "--gpus_per_expert")
     with pytest.raises(UserError, match=r"--gpus_per_expert 3: does not fit the slots \(n1 2, n2"):
-        check_fits(cluster(2, 2), 3, "--gpus_per_expert")
+        check_job_fits(cluster(2, 2), 3, "--gpus_per_expert")
 
 
 def test_slots_of_this_machine(monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    assert local_hosts(None) == (Host("localhost", (0,)),)
-    assert local_hosts(3) == (Host("localhost", (0, 1, 2)),)
+    assert list_local_slots(None) == (Host("localhost", (0,)),)
+    assert list_local_slots(3) == (Host("localhost", (0, 1, 2)),)
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, 6")
-    assert local_hosts(None) == (Host("localhost", (4, 6)),)
-    assert local_hosts(1) == (Host("localhost", (4,)),)
+    assert list_local_slots(None) == (Host("localhost", (4, 6)),)
+    assert list_local_slots(1) == (Host("localhost", (4,)),)
     with pytest.raises(UserError, match="--slots 3: this machine has 2 GPUs"):
-        local_hosts(3)
+        list_local_slots(3)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1f")
     with pytest.raises(UserError, match="GPU-1f"):
-        local_hosts(None)
+        list_local_slots(None)
 
 
 def test_ports_are_distinct():
     ports: list[int] = []
     for _ in range(20):
-        ports.append(free_port(ports))
+        ports.append(find_free_port(ports))
     assert len(set(ports)) == 20

@@ -21,7 +21,7 @@ def test_numbers_are_the_last_ones(tmp_path):
     row = Row("law", "train", last=10)
     read_progress(tmp_path, row)
     assert (row.step, row.loss, row.rate, row.perplexity) == (7, 2.5, 1234.5, 12.0)
-    assert row.cells() == ("law", "train", "7/10", "2.5000", "1,234", "12", "0", "")
+    assert row.format_cells() == ("law", "train", "7/10", "2.5000", "1,234", "12", "0", "")
     untouched = Row("med", "waiting")
     read_progress(tmp_path / "nowhere", untouched)
     assert untouched == Row("med", "waiting")
@@ -47,11 +47,11 @@ def test_columns_are_aligned():
 def test_a_line_for_each_change():
     stream, row = io.StringIO(), Row("law", "train", 10)
     screen = Screen(stream)
-    screen.show([row])
+    screen.show_jobs([row])
     row.step = 5
-    screen.show([row])  # progress alone is no change
+    screen.show_jobs([row])  # progress alone is no change
     row.state, row.restarts = "restarting", 1
-    screen.show([row])
+    screen.show_jobs([row])
     assert stream.getvalue().splitlines() == [
         "law  train  step 0/10",
         "law  restarting  step 5/10  restarts 1",
@@ -61,16 +61,16 @@ def test_a_line_for_each_change():
 def test_a_terminal_is_drawn_over():
     stream, rows = Terminal(), [Row("law", "train", 10), Row("med", "waiting", 10)]
     screen = Screen(stream, every=0)
-    screen.show(rows)
-    screen.show(rows)
+    screen.show_jobs(rows)
+    screen.show_jobs(rows)
     table = format_jobs(rows) + "\n"
     assert stream.getvalue() == table + "\x1b[3F\x1b[J" + table
-    screen.say("med: crashed")
-    screen.show(rows)
+    screen.print_message("med: crashed")
+    screen.show_jobs(rows)
     assert stream.getvalue().endswith("med: crashed\n" + table)
     slow = Screen(Terminal(), every=60)
-    slow.show(rows)
-    slow.show(rows)
+    slow.show_jobs(rows)
+    slow.show_jobs(rows)
     assert slow.stream.getvalue() == table
-    slow.show(rows, now=True)
+    slow.show_jobs(rows, now=True)
     assert slow.stream.getvalue().count("law") == 2

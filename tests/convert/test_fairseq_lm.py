@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megamod.convert import FORMATS, Options, format_module
-from megamod.convert.fairseq_lm import convert, export, key_map
+from megamod.convert import FORMATS, Options, import_format
+from megamod.convert.fairseq_lm import build_key_map, convert, export
 from megamod.errors import UserError
 from megamod.states.output_folder import new_folder
 from megamod.states.weights import write_index, write_weights
@@ -71,14 +71,14 @@ HEADS = Options(num_attention_heads=2)
 
 def test_every_format_is_a_module_with_a_way():
     for name in FORMATS:
-        assert {"convert", "export"} & vars(format_module(name)).keys()
+        assert {"convert", "export"} & vars(import_format(name)).keys()
 
 
 def test_names_of_the_golden_model_are_those_of_the_map():
     if not GOLDEN.is_dir():
         pytest.skip(f"recorded tensors are not at {GOLDEN}")
     keys = load_file(GOLDEN / "dense_lm" / "model.safetensors").keys()
-    assert keys == key_map(2).keys() | {"decoder.version"}
+    assert keys == build_key_map(2).keys() | {"decoder.version"}
 
 
 def test_dense_shape_and_lists(tmp_path):
@@ -101,7 +101,7 @@ def test_dense_shape_and_lists(tmp_path):
     assert list(converted.missing) == ["decoder.output_projection.weight"]
     name = "model.layers.1.attention.out_proj.bias"
     assert torch.equal(converted.state[name], theirs["decoder.layers.1.self_attn.out_proj.bias"])
-    assert "missing   decoder.output_projection.weight: tied" in converted.report()
+    assert "missing   decoder.output_projection.weight: tied" in converted.format_report()
 
 
 def test_an_equal_output_matrix_is_dropped(tmp_path):

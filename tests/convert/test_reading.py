@@ -18,7 +18,12 @@ import pytest
 import torch
 
 from megamod.convert import reading
-from megamod.convert.reading import STAND_INS, globals_in, read_checkpoint, weight_file
+from megamod.convert.reading import (
+    STAND_INS,
+    find_weight_file,
+    list_pickle_globals,
+    read_checkpoint,
+)
 from megamod.errors import UserError
 
 
@@ -85,9 +90,9 @@ def hostile_file(tmp_path: Path, case: str, form: str) -> tuple[Path, Path]:
 def test_both_gates_refuse_a_hostile_pickle(tmp_path, case, form):
     file, canary = hostile_file(tmp_path, case, form)
     culprit = CULPRIT.get(case, "system")
-    assert culprit in {name.rpartition(".")[2] for name in globals_in(file)}
+    assert culprit in {name.rpartition(".")[2] for name in list_pickle_globals(file)}
     with pytest.raises(UserError, match=r"model\.pt: "):
-        reading._load(file)  # what comes after the list of names, were it ever passed
+        reading._load_pickle(file)  # what comes after the list of names, were it ever passed
     assert not canary.exists()
 
 
@@ -128,7 +133,7 @@ def text(value: str) -> bytes:
 )
 def test_names_are_found_in_every_opcode_that_looks_one_up(tmp_path, parts, named):
     (tmp_path / "x.pt").write_bytes(pickle_of(*parts))
-    assert globals_in(tmp_path / "x.pt") == named
+    assert list_pickle_globals(tmp_path / "x.pt") == named
 
 
 def module_with(monkeypatch, name: str, **types_by_name: type) -> None:
@@ -200,9 +205,9 @@ def test_a_fairseq_file_with_namespace_and_omegaconf_settings(tmp_path, monkeypa
 
 def test_stand_ins_do_nothing():
     assert not any(name.startswith(("os.", "posix.", "subprocess.", "sys.")) for name in STAND_INS)
-    built = reading._StandIn.named("omegaconf.nodes.AnyNode")("touch", "x")
+    built = reading._StandIn.make_type("omegaconf.nodes.AnyNode")("touch", "x")
     built.__setstate__({"_val": 3})
-    assert type(built).__name__ == "AnyNode" and reading._plain(built, 0) == 3
+    assert type(built).__name__ == "AnyNode" and reading._to_json_value(built, 0) == 3
 
 
 def test_a_bare_state_dict_keeps_its_tensors_only(tmp_path):
@@ -259,7 +264,7 @@ def test_malformed_files_are_a_user_error(tmp_path, content):
 def test_other_contents_are_told(tmp_path, content, message):
     torch.save(content, tmp_path / "model.pt")
     with pytest.raises(UserError) as caught:
-        reading._load(tmp_path / "model.pt")
+        reading._load_pickle(tmp_path / "model.pt")
     assert message in str(caught.value)
 
 
@@ -313,7 +318,7 @@ def test_shards_are_read_together(tmp_path):
         torch.save(part, tmp_path / f"pytorch_model-{shard}.bin")
     index = tmp_path / "pytorch_model.bin.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": names}))
-    assert weight_file(tmp_path) == index
+    assert find_weight_file(tmp_path) == index
     assert read_checkpoint(index).tensors.keys() == {"x", "y", "z"}
     index.write_text(json.dumps({"weight_map": names | {"q": "pytorch_model-b.bin"}}))
     with pytest.raises(UserError, match="q is not in pytorch_model-b"):

@@ -27,10 +27,10 @@ from transformers import (
 )
 
 from megamod.convert.datamux import export
-from megamod.convert.sources import has_head, open_source
+from megamod.convert.sources import has_auto_class, resolve_model
 from megamod.errors import UserError
 from megamod.models.ca_mtl.configuration import CaMtlConfig
-from megamod.models.ca_mtl.model import CaMtlForMultiTask, from_encoder
+from megamod.models.ca_mtl.model import CaMtlForMultiTask, load_from_encoder
 from megamod.models.mux.bert import (
     MuxBertForMaskedLM,
     MuxBertForSequenceClassification,
@@ -74,19 +74,19 @@ def test_a_released_model_is_converted_once(tmp_path, cache):
     model = MuxBertForMaskedLM(MuxBertConfig(**MUX)).eval()
     folder = released(tmp_path, model)
     assert AutoConfig.from_pretrained(folder).model_type == "bert"  # what transformers takes it for
-    source = open_source(str(folder), "--model")
+    source = resolve_model(str(folder), "--model")
     assert source.config.model_type == "mux_bert" and source.config.num_instances == 2
     ids = torch.randint(6, 50, (2, 8))
     ours = MuxBertForMaskedLM.from_pretrained(source.name).eval()
     assert torch.equal(ours(ids).logits, model(ids).logits)
     assert (Path(source.name) / "vocab.txt").exists() and Path(source.name).is_relative_to(cache)
     built = Path(source.name).stat().st_mtime_ns
-    assert open_source(str(folder), "--model") == source
+    assert resolve_model(str(folder), "--model") == source
     assert Path(source.name).stat().st_mtime_ns == built
     weights = load_file(folder / "model.safetensors")
     weights["instance_embedding"] = weights["instance_embedding"] + 1
     save_file(weights, folder / "model.safetensors")
-    assert open_source(str(folder), "--model").name != source.name  # other weights, other folder
+    assert resolve_model(str(folder), "--model").name != source.name  # other weights, other folder
 
 
 def test_a_cache_that_cannot_be_written_names_the_command(tmp_path, monkeypatch):
@@ -94,7 +94,7 @@ def test_a_cache_that_cannot_be_written_names_the_command(tmp_path, monkeypatch)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(UserError, match=r"convert.py --format datamux --input .* --output_dir DIR"):
-        open_source(str(folder), "--model")
+        resolve_model(str(folder), "--model")
 
 
 @pytest.mark.parametrize(
@@ -111,27 +111,27 @@ def test_a_cache_that_cannot_be_written_names_the_command(tmp_path, monkeypatch)
 def test_folders_that_are_not_what_they_say(tmp_path, fields, message):
     BertModel(BertConfig(**SIZE)).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=message) as caught:
-        open_source(str(changed(tmp_path, **fields)), "--model")
+        resolve_model(str(changed(tmp_path, **fields)), "--model")
     assert len(str(caught.value)) < 400
 
 
 def test_places_without_a_model(tmp_path):
     with pytest.raises(UserError, match=r"--model .*gone: there is no such folder"):
-        open_source(str(tmp_path / "gone"), "--model")
+        resolve_model(str(tmp_path / "gone"), "--model")
     with pytest.raises(UserError, match=r"--model .*: there is no model \(no config.json\)"):
-        open_source(str(tmp_path), "--model")
+        resolve_model(str(tmp_path), "--model")
     (tmp_path / "checkpoint_last.pt").write_bytes(b"")
     for name in (tmp_path, tmp_path / "checkpoint_last.pt"):
         with pytest.raises(UserError, match=r"convert\.py --format fairseq_lm --input"):
-            open_source(str(name), "--model")
+            resolve_model(str(name), "--model")
 
 
 def test_a_command_says_what_it_needs(tmp_path):
-    assert has_head(AutoModelForSequenceClassification, "mux_bert")
-    assert not has_head(AutoModelForSequenceClassification, "demix")
+    assert has_auto_class(AutoModelForSequenceClassification, "mux_bert")
+    assert not has_auto_class(AutoModelForSequenceClassification, "demix")
     folder = released(tmp_path, MuxBertForMaskedLM(MuxBertConfig(**MUX)))
     with pytest.raises(UserError, match="is a model of type 'mux_bert'; needed is 'bert'"):
-        open_source(str(folder), "--model", "bert".__eq__, "'bert'")
+        resolve_model(str(folder), "--model", "bert".__eq__, "'bert'")
     assert not (tmp_path / "cache").exists()  # refused before it was converted
 
 
@@ -173,8 +173,8 @@ def test_a_stock_encoder_with_many_tasks(tmp_path, variant, stock):
     model = stock(BertConfig(**SIZE))
     model.save_pretrained(tmp_path)
     tasks = dict(tasks=["a"], task_kinds=["sequence"], task_labels=[["x", "y"]], max_seq_length=8)
-    config = CaMtlConfig.around(model.config, variant=variant, **tasks)
-    loaded, report = from_encoder(str(tmp_path), config)
+    config = CaMtlConfig.make_from_encoder(model.config, variant=variant, **tasks)
+    loaded, report = load_from_encoder(str(tmp_path), config)
     names = [name for name, _ in model.base_model.named_parameters()]
     kept = [name for name in names if f"bert.{name}" in report["loaded"]]
     # What conditions takes the place of LayerNorms in some blocks.
@@ -243,7 +243,7 @@ def test_registered_types_are_loaded_as_they_are(tmp_path):
     AutoModelForSequenceClassification.register(OtherConfig, OtherForSequenceClassification)
     model = OtherForSequenceClassification(OtherConfig(num_labels=2))
     model.save_pretrained(tmp_path)
-    source = open_source(str(changed(tmp_path, num_instances=2)), "--model")
+    source = resolve_model(str(changed(tmp_path, num_instances=2)), "--model")
     wider = OtherConfig(num_labels=3)
     loaded, _ = LOAD(source.name, "--model", config=wider, ignore_mismatched_sizes=True)
     assert torch.equal(loaded.body.weight, model.body.weight)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from megamod.data.corpus import binarize as module
-from megamod.data.corpus.binarize import binarize, split_prefix
-from megamod.data.corpus.documents import split_of
-from megamod.data.corpus.indexed import IndexedDataset
+from megamod.data.corpus.binarize import binarize
+from megamod.data.corpus.documents import assign_split
+from megamod.data.corpus.indexed import IndexedDataset, format_split_prefix
 from megamod.data.corpus.tokenizers import load_tokenizer, train_sentencepiece
 from megamod.errors import UserError
 
@@ -75,9 +75,9 @@ def naive(texts: list[str], tokenizer) -> list[list[int]]:
 
 
 def stored(output: Path, domain: str, split: str) -> list[list[int]]:
-    data = IndexedDataset(output / split_prefix(domain, split))
+    data = IndexedDataset(output / format_split_prefix(domain, split))
     return [
-        data.tokens[data.offsets[item] : data.offsets[item + 1]].tolist()
+        data.domain_tokens[data.offsets[item] : data.offsets[item + 1]].tolist()
         for item in range(len(data))
     ]
 
@@ -96,7 +96,7 @@ def test_items_and_header(baseline, inputs, tokenizer):
     assert [header[f"{name}_id"] for name in ("bos", "pad", "eos", "unk")] == [0, 1, 2, 3]
     texts = {"zeta": {split: [] for split in SPLITS}}
     for number in range(200):
-        texts["zeta"][split_of(text_of(number), 0)].append(text_of(number))
+        texts["zeta"][assign_split(text_of(number), 0)].append(text_of(number))
     texts["alpha"] = {
         split: [text_of(1000 + 10 * where + number) for number in range(10)]
         for where, split in enumerate(SPLITS)
@@ -110,7 +110,7 @@ def test_items_and_header(baseline, inputs, tokenizer):
             assert of["tokens"] == sum(map(len, expected))
             assert of["bytes"] == sum(len(document.encode()) for document in documents)
             assert of["max_id"] == max(map(max, expected))
-            prefix = baseline / split_prefix(domain, split)
+            prefix = baseline / format_split_prefix(domain, split)
             for ending, digest in of["sha256"].items():
                 content = Path(f"{prefix}.{ending}").read_bytes()
                 assert hashlib.sha256(content).hexdigest() == digest
@@ -141,7 +141,9 @@ def test_items_are_lines_blank_lines_included(inputs, tokenizer, tmp_path):
     lines = (inputs["alpha"] / "train.txt").read_text().split("\n")[:-1]
     assert stored(tmp_path / "out", "alpha", "train") == naive(lines, tokenizer)
     assert "" in lines and header["items"] == "line"
-    documents = [text_of(number) for number in range(200) if split_of(text_of(number), 0) == "test"]
+    documents = [
+        text_of(number) for number in range(200) if assign_split(text_of(number), 0) == "test"
+    ]
     lines = "\n\n".join(documents).split("\n")
     assert stored(tmp_path / "out", "zeta", "test") == naive(lines, tokenizer)
 
@@ -156,7 +158,7 @@ def test_same_bytes_for_any_number_of_workers(baseline, inputs, tokenizer, tmp_p
 def test_trained_on_the_train_splits(inputs, tmp_path):
     header = binarize(inputs, "sentencepiece:320", tmp_path / "out")
     loaded = load_tokenizer(tmp_path / "out" / "tokenizer")
-    texts = [text_of(n) for n in range(200) if split_of(text_of(n), 0) == "train"]
+    texts = [text_of(n) for n in range(200) if assign_split(text_of(n), 0) == "train"]
     texts += [text_of(1000 + number) for number in range(10)]
     assert loaded.digest == train_sentencepiece(texts, 320).digest == header["tokenizer"]["digest"]
 
@@ -232,7 +234,7 @@ def test_replaced_characters_are_counted(inputs, tokenizer, tmp_path):
 def test_finished_parts_of_an_interrupted_run_are_kept(
     baseline, inputs, tokenizer, tmp_path, monkeypatch
 ):
-    real, calls = module._write_part, []
+    real, calls = module._write_split, []
 
     def stops_at_the_fourth(texts, *rest):
         calls.append(rest[2].name)
@@ -240,7 +242,7 @@ def test_finished_parts_of_an_interrupted_run_are_kept(
             raise KeyboardInterrupt
         return real(texts, *rest)
 
-    monkeypatch.setattr(module, "_write_part", stops_at_the_fourth)
+    monkeypatch.setattr(module, "_write_split", stops_at_the_fourth)
     with pytest.raises(KeyboardInterrupt):
         binarize(inputs, tokenizer, tmp_path / "out", workers=1)
     assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
@@ -251,7 +253,9 @@ def test_finished_parts_of_an_interrupted_run_are_kept(
 
 def test_parts_of_other_options_are_not_kept(baseline, inputs, tokenizer, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            module, "_complete_databin", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         binarize(inputs, tokenizer, tmp_path / "out", items="line")
     binarize(inputs, tokenizer, tmp_path / "out")
     assert tree(tmp_path / "out") == tree(baseline)
@@ -309,7 +313,7 @@ def test_kill_at_random_times(baseline, inputs, tmp_path):
 
 def test_two_runs_into_one_folder(inputs, tokenizer, tmp_path):
     with (
-        module._work_folder(tmp_path / "out", "key"),
+        module._lock_work_folder(tmp_path / "out", "key"),
         pytest.raises(UserError, match="another run is writing it"),
     ):
         binarize(inputs, tokenizer, tmp_path / "out")
@@ -328,5 +332,5 @@ def test_wide_vocabularies_are_stored_in_four_bytes(tmp_path):
     header = binarize({"a": documents}, wide, tmp_path / "out")
     data = IndexedDataset(tmp_path / "out" / "a" / "train")
     assert np.dtype(data.dtype) == np.int32
-    assert int(data.tokens.max()) == header["domains"]["a"]["train"]["max_id"] == 69999
+    assert int(data.domain_tokens.max()) == header["domains"]["a"]["train"]["max_id"] == 69999
     assert not (tmp_path / "out" / "dict.txt").exists()

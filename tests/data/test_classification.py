@@ -9,18 +9,18 @@ from transformers import BertTokenizerFast
 
 from megamod.data.batches import StepShape
 from megamod.data.tasks.classification import (
-    Lengths,
+    RowLengthLimits,
     TrainRows,
     encode_texts,
     encode_words,
-    held_out_rows,
+    iterate_held_out_rows,
 )
 from megamod.data.tasks.glue import TextSet
 from megamod.data.tasks.token_set import TokenSet
 from megamod.errors import UserError
 
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b", "c", "d", "##a", "##b", "##c"]
-LONG = Lengths(64, 64)
+LONG = RowLengthLimits(64, 64)
 
 
 @pytest.fixture(scope="module")
@@ -41,17 +41,17 @@ def spelled(ids: np.ndarray) -> str:
 
 def test_pairs_carry_special_tokens_segments_and_labels(tokenizer):
     encoded = encode_texts(pairs(["a ab", "c"], ["b", "d d d d d"]), tokenizer, LONG)
-    batch = encoded.gather(np.array([0, 1]), None)
+    batch = encoded.gather_batch(np.array([0, 1]), None)
     assert spelled(batch["input_ids"][0]) == "[CLS] a a ##b [SEP] b [SEP] [PAD]" + " [PAD]" * 8
     assert batch["token_type_ids"][0].tolist() == [0] * 5 + [1] * 2 + [0] * 9
     assert batch["attention_mask"].sum(1).tolist() == [7, 9]
     assert batch["labels"].tolist() == [0, 1] and batch["items"] == 2
-    assert encoded.gather(np.array([0]), 12)["input_ids"].shape == (1, 12)
+    assert encoded.gather_batch(np.array([0]), 12)["input_ids"].shape == (1, 12)
     assert batch["input_ids"].dtype == torch.int64
 
 
 def test_the_longer_text_of_a_pair_is_cut(tokenizer):
-    encoded = encode_texts(pairs(["a b"], ["c c c c c c"]), tokenizer, Lengths(8, 64))
+    encoded = encode_texts(pairs(["a b"], ["c c c c c c"]), tokenizer, RowLengthLimits(8, 64))
     assert spelled(encoded.ids) == "[CLS] a b [SEP] c c c [SEP]" and encoded.cut == 1
 
 
@@ -60,11 +60,13 @@ def test_rows_beyond_the_model_are_refused_unless_cuts_were_asked_for(tokenizer)
     with pytest.raises(
         UserError, match="file, line 2: 11 tokens, the model has 10 positions; --tr"
     ):
-        encode_texts(texts, tokenizer, Lengths(8, 10))
-    assert encode_texts(texts, tokenizer, Lengths(8, 10, truncate=True)).offsets[-1] == 5 + 8
+        encode_texts(texts, tokenizer, RowLengthLimits(8, 10))
+    assert (
+        encode_texts(texts, tokenizer, RowLengthLimits(8, 10, truncate=True)).offsets[-1] == 5 + 8
+    )
     words = TokenSet([["a"] * 9], [["O"] * 9], [[4] * 9], "file")
     with pytest.raises(UserError, match="file, line 4: 11 tokens, the model has 10 positions"):
-        encode_words(words, tokenizer, Lengths(10, 10), ["O"])
+        encode_words(words, tokenizer, RowLengthLimits(10, 10), ["O"])
 
 
 @pytest.mark.parametrize("label_all", [False, True])
@@ -76,16 +78,16 @@ def test_the_first_token_of_a_word_carries_its_label(tokenizer, label_all):
     assert spelled(encoded.ids[:9]) == "[CLS] a ##b ##c [UNK] c ##a d [SEP]"
     rest, other = (2, 0) if label_all else (-100, -100)
     assert encoded.labels[:9].tolist() == [-100, 1, rest, rest, 2, 0, other, 0, -100]
-    assert [heads.tolist() for heads in encoded.heads] == [[1, 4, 5, 7], [1]]
-    batch = encoded.gather(np.array([1, 0]), None)
+    assert [heads.tolist() for heads in encoded.word_starts] == [[1, 4, 5, 7], [1]]
+    batch = encoded.gather_batch(np.array([1, 0]), None)
     assert batch["items"] == int((batch["labels"] != -100).sum()) == (8 if label_all else 5)
 
 
 def test_words_behind_a_cut_have_no_token(tokenizer):
     result = TokenSet([["a", "abc", "d"]], [["O", "B-X", "O"]], [[1, 2, 3]], "file")
-    encoded = encode_words(result, tokenizer, Lengths(5, 64), ["O", "B-X"], label_all=True)
+    encoded = encode_words(result, tokenizer, RowLengthLimits(5, 64), ["O", "B-X"], label_all=True)
     assert spelled(encoded.ids) == "[CLS] a a ##b [SEP]"
-    assert encoded.heads[0].tolist() == [1, 2, -1]
+    assert encoded.word_starts[0].tolist() == [1, 2, -1]
     assert encoded.labels.tolist() == [-100, 0, 1, 1, -100]
 
 
@@ -96,7 +98,9 @@ def rows_of_step(encoded, ranks: int, micro: int, step: int, **more) -> np.ndarr
             encoded, StepShape(micro, 8, rank, ranks), seed=3, instances=2, pad_to=None, **more
         )
         steps = batches.micro_steps
-        result += [batches.rows(number) for number in range(step * steps, (step + 1) * steps)]
+        result += [
+            batches.select_rows(number) for number in range(step * steps, (step + 1) * steps)
+        ]
     return np.concatenate(result)
 
 
@@ -116,14 +120,14 @@ def test_groups_must_be_full(tokenizer):
     with pytest.raises(UserError, match=r"train_batch_size 1: not a multiple of the 2 .*is 2"):
         rows_of_step(encoded, 1, 1, 0)
     with pytest.raises(UserError, match=r"--per_device_eval_batch_size 1: .* the nearest is 2"):
-        list(held_out_rows(encoded, 1, 2, None))
+        list(iterate_held_out_rows(encoded, 1, 2, None))
 
 
 @pytest.mark.parametrize("instances", [1, 2, 3])
 def test_held_out_rows_come_once_in_order_with_fillers_behind(tokenizer, instances):
     words = [VOCAB[4 + n] for n in (0, 1, 2, 3, 0, 1, 2)]
     encoded = encode_texts(pairs(words, words), tokenizer, LONG)
-    batches = list(held_out_rows(encoded, 2 * instances, instances, None))
+    batches = list(iterate_held_out_rows(encoded, 2 * instances, instances, None))
     assert [b.start for b in batches] == list(range(0, 7, 2 * instances))
     assert sum(b.stop - b.start for b in batches) == 7
     for held in batches:

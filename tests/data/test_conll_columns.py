@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from megamod.data.tasks.conll import read_conll
 from megamod.data.tasks.ner import read_token_task
-from megamod.data.tasks.specs import token_task
+from megamod.data.tasks.specs import make_token_task
 from megamod.errors import UserError
 from megamod.evaluation.ner import entities, score_words
 
@@ -19,7 +19,7 @@ from megamod.evaluation.ner import entities, score_words
 def read(folder, text, name="any", file="train.txt", **columns):
     """Task, words and labels of one train file."""
     (folder / file).write_text(text, encoding="utf-8")
-    task, sets = read_token_task(token_task(name, **columns), folder, ["train"])
+    task, sets = read_token_task(make_token_task(name, **columns), folder, ["train"])
     (folder / file).unlink()
     return task, sets["train"].words, sets["train"].labels
 
@@ -192,7 +192,7 @@ def test_rows_with_lists_of_words(tmp_path):
         [["B-PER", "O"]],
     )
     (tmp_path / "train.txt.gz").write_bytes(gzip.compress(b"a B-X\nb O\n", mtime=0))
-    _, sets = read_token_task(token_task("any"), tmp_path, ["train"])
+    _, sets = read_token_task(make_token_task("any"), tmp_path, ["train"])
     assert sets["train"].labels == [["B-X", "O"]]
     (tmp_path / "train.txt.gz").unlink()
     with pytest.raises(UserError, match="line 1: 2 words and 1 labels"):
@@ -209,14 +209,14 @@ def test_parquet_of_the_hub_names_its_labels(tmp_path):
         {"tokens": [["a", "b", "c"]], "ner_tags": [[1, 2, 0]]}, features=features
     )
     table.to_parquet(tmp_path / "train.parquet")
-    _, sets = read_token_task(token_task("any"), tmp_path, ["train"])
+    _, sets = read_token_task(make_token_task("any"), tmp_path, ["train"])
     assert sets["train"].labels == [["B-X", "I-X", "O"]]
 
 
 def test_labels_of_a_model_in_capitals(tmp_path):
     (tmp_path / "dev.txt").write_text("a O\nb B-per\n")
     names = ("B-PER", "I-PER", "O")
-    task, sets = read_token_task(token_task("any"), tmp_path, ["dev"], labels=names)
+    task, sets = read_token_task(make_token_task("any"), tmp_path, ["dev"], labels=names)
     assert task.labels == names and sets["dev"].labels == [["O", "B-PER"]]
 
 
@@ -226,5 +226,5 @@ def test_messages_stay_short(tmp_path):
     (tmp_path / "train.txt").write_text("".join(f"w {label}\n" for label in labels))
     (tmp_path / "dev.txt").write_text("w " + "x" * 5000 + "\n")
     with pytest.raises(UserError, match=r"dev\.txt, line 1: label 'x+' .*500 in all") as error:
-        read_token_task(token_task("any"), tmp_path, ["train", "dev"])
+        read_token_task(make_token_task("any"), tmp_path, ["train", "dev"])
     assert len(str(error.value)) < 600

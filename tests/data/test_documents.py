@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from megamod.data.corpus.documents import (
     Decoding,
-    open_source,
-    parse_inputs,
+    assign_split,
+    open_document_source,
+    parse_domain_paths,
     read_documents,
-    split_of,
 )
 from megamod.errors import UserError
 
@@ -98,7 +98,7 @@ def test_replacement_is_counted(tmp_path):
     decoding = Decoding("replace")
     assert list(read_documents(path, decoding=decoding)) == ["kept � ��\n�"]
     assert decoding.replaced == 3
-    assert decoding.string("\ud800\0", "here") == "��"
+    assert decoding.check_string("\ud800\0", "here") == "��"
     assert decoding.replaced == 5
     with pytest.raises(UserError, match="ignore: allowed are strict and replace"):
         Decoding("ignore")
@@ -117,26 +117,26 @@ def test_memory_for_a_huge_line_is_bounded(tmp_path):
 
 def test_division_is_a_hash_of_seed_and_content():
     documents = [f"document {number}" for number in range(4000)]
-    result = [split_of(document, 7) for document in documents]
+    result = [assign_split(document, 7) for document in documents]
     assert 0.88 < result.count("train") / 4000 < 0.92
     assert 0.04 < result.count("valid") / 4000 < 0.06
     digest = hashlib.blake2b(b"7\ndocument 0", digest_size=8).digest()
     expected = int.from_bytes(digest, "little") / 2**64
     assert result[0] == ("train" if expected < 0.9 else "valid" if expected < 0.95 else "test")
-    assert result != [split_of(document, 8) for document in documents]
+    assert result != [assign_split(document, 8) for document in documents]
 
 
 def test_a_single_file_is_divided_and_duplicates_stay_together(tmp_path):
     texts = [f"document {number}" for number in range(200)] * 2
     path = write(tmp_path / "a.txt", "\n\n".join(texts))
-    source = open_source(path, seed=3)
-    pairs = list(source.documents())
-    assert pairs == [(split_of(text, 3), text) for text in texts]
+    source = open_document_source(path, seed=3)
+    pairs = list(source.iterate_documents())
+    assert pairs == [(assign_split(text, 3), text) for text in texts]
     splits = [
         {text for split, text in pairs if split == item} for item in ("train", "valid", "test")
     ]
     assert sum(map(len, splits)) == 200
-    assert [text for _, text in source.documents("test")] == [
+    assert [text for _, text in source.iterate_documents("test")] == [
         text for split, text in pairs if split == "test"
     ]
 
@@ -145,21 +145,21 @@ def test_a_folder_has_one_file_per_split(tmp_path):
     write(tmp_path / "train.txt", "a\n\n\n\nb\nc\n")
     write(tmp_path / "dev.jsonl", '{"text": "d\\ne"}\n{"text": "f"}\n')
     with pytest.raises(UserError, match="the split test is needed"):
-        open_source(tmp_path)
+        open_document_source(tmp_path)
     write(tmp_path / "test.txt", "g")
-    source = open_source(tmp_path)
+    source = open_document_source(tmp_path)
     expected = [("train", "a"), ("train", "b\nc"), ("valid", "d\ne"), ("valid", "f"), ("test", "g")]
-    assert list(source.documents()) == expected
-    assert [line for _, line in source.lines("valid")] == ["d", "e", "", "f"]
+    assert list(source.iterate_documents()) == expected
+    assert [line for _, line in source.iterate_lines("valid")] == ["d", "e", "", "f"]
     write(tmp_path / "valid.txt", "h")
     with pytest.raises(UserError, match=r"found dev\.jsonl and valid\.txt"):
-        open_source(tmp_path)
+        open_document_source(tmp_path)
 
 
 def test_lines_of_a_folder_of_text_files(tmp_path):
     for split in ("train", "valid", "test"):
         write(tmp_path / f"{split}.txt", "a\r\n\n\n b \n")
-    lines = [line for _, line in open_source(tmp_path).lines("train")]
+    lines = [line for _, line in open_document_source(tmp_path).iterate_lines("train")]
     assert lines == ["a", "", "", " b "]
 
 
@@ -168,20 +168,22 @@ def test_saved_data_sets(tmp_path):
     rows = {"text": [f"row {number}" for number in range(120)]}
     table = datasets.Dataset.from_dict(rows)
     table.save_to_disk(tmp_path / "one")
-    assert [text for _, text in open_source(tmp_path / "one").documents()] == rows["text"]
+    assert [text for _, text in open_document_source(tmp_path / "one").iterate_documents()] == rows[
+        "text"
+    ]
     splits = datasets.DatasetDict({"train": table, "validation": table, "test": table})
     splits.save_to_disk(tmp_path / "three")
-    assert [split for split, _ in open_source(tmp_path / "three").documents()] == (
+    assert [split for split, _ in open_document_source(tmp_path / "three").iterate_documents()] == (
         ["train"] * 120 + ["valid"] * 120 + ["test"] * 120
     )
     with pytest.raises(UserError, match="no column 'body'"):
-        open_source(tmp_path / "one", field="body")
+        open_document_source(tmp_path / "one", field="body")
     datasets.DatasetDict({"train": table, "test": table}).save_to_disk(tmp_path / "two")
     with pytest.raises(UserError, match="look at valid"):
-        open_source(tmp_path / "two")
+        open_document_source(tmp_path / "two")
     datasets.Dataset.from_dict({"text": ["a", None]}).save_to_disk(tmp_path / "null")
     with pytest.raises(UserError, match="null, row 1: 'text' is null"):
-        list(open_source(tmp_path / "null").documents())
+        list(open_document_source(tmp_path / "null").iterate_documents())
 
 
 def test_hub_name_and_configuration(monkeypatch):
@@ -193,29 +195,33 @@ def test_hub_name_and_configuration(monkeypatch):
         return datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": ["only"]})})
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    assert [text for _, text in open_source("hf:owner/name:part").documents()] == ["only"]
-    open_source("hf:owner/name")
+    assert [text for _, text in open_document_source("hf:owner/name:part").iterate_documents()] == [
+        "only"
+    ]
+    open_document_source("hf:owner/name")
     assert asked == [("owner/name", "part"), ("owner/name", None)]
 
 
 def test_sources_that_cannot_be_read(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
-        open_source(tmp_path / "nothing")
+        open_document_source(tmp_path / "nothing")
     with pytest.raises(UserError, match=r"table\.xlsx: the ending '\.xlsx' is not one of"):
-        open_source(write(tmp_path / "table.xlsx", "a,b"))
+        open_document_source(write(tmp_path / "table.xlsx", "a,b"))
 
 
 def test_inputs_of_a_command_line():
-    assert list(parse_inputs(["b=x=y", "a=z"]).items()) == [("b", "x=y"), ("a", "z")]
+    assert list(parse_domain_paths(["b=x=y", "a=z"]).items()) == [("b", "x=y"), ("a", "z")]
     for values, message in ((["a"], "write NAME=PATH"), (["a=1", "a=2"], "domain a is 1 already")):
         with pytest.raises(UserError, match=message):
-            parse_inputs(values)
+            parse_domain_paths(values)
 
 
 def test_json_lines_named_as_text_are_reported(tmp_path, caplog):
     path = write(tmp_path / "a.txt", '{"text": "one"}\n{"text": "two"}\n')
-    assert len(list(open_source(path).documents())) == 1
+    assert len(list(open_document_source(path).iterate_documents())) == 1
     assert "line 1 is a JSON object" in caplog.text and "rename the file to .jsonl" in caplog.text
     caplog.clear()
-    list(open_source(write(tmp_path / "b.txt", "{one} is no object\n")).documents())
+    list(
+        open_document_source(write(tmp_path / "b.txt", "{one} is no object\n")).iterate_documents()
+    )
     assert caplog.text == ""

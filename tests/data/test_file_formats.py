@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from megamod.data.corpus.documents import open_source, read_documents
+from megamod.data.corpus.documents import open_document_source, read_documents
 from megamod.data.corpus.file_formats import (
     FORMATS,
-    format_of,
-    json_object,
-    numbered_lines,
-    raw_lines,
-    stem_of,
+    parse_json_object,
+    read_numbered_lines,
+    read_raw_lines,
+    require_format,
+    strip_format_endings,
 )
 from megamod.data.corpus.lines import read_lines
 from megamod.errors import UserError
@@ -38,10 +38,10 @@ def test_lines_of_plain_and_compressed_files(tmp_path, ending):
     compress = COMPRESSORS.get(ending, bytes)
     path = tmp_path / f"a.txt{ending.upper()}"
     path.write_bytes(compress(CONTENT))
-    assert list(numbered_lines(path)) == LINES
-    assert b"".join(raw_lines(path)) == CONTENT
+    assert list(read_numbered_lines(path)) == LINES
+    assert b"".join(read_raw_lines(path)) == CONTENT
     path.write_bytes(compress(CONTENT[:100]) + compress(CONTENT[100:]))  # as `cat` joins them
-    assert list(numbered_lines(path)) == LINES
+    assert list(read_numbered_lines(path)) == LINES
 
 
 @pytest.mark.parametrize("ending", COMPRESSORS)
@@ -56,12 +56,12 @@ def test_damaged_compressed_files_are_one_message(tmp_path, ending):
     for content, message in contents.items():
         path.write_bytes(content)
         with pytest.raises(UserError) as error:
-            list(numbered_lines(path))
+            list(read_numbered_lines(path))
         assert str(error.value).startswith(f"{path}: ") and message in str(error.value)
     path = tmp_path / "a.txt"
     path.write_bytes(packed)
     with pytest.raises(UserError, match=f"rename it to a.txt{ending}"):
-        list(numbered_lines(path))
+        list(read_numbered_lines(path))
 
 
 def test_the_ending_decides_the_format_and_unknown_endings_are_refused(tmp_path):
@@ -70,18 +70,18 @@ def test_the_ending_decides_the_format_and_unknown_endings_are_refused(tmp_path)
             for compression in ("", *COMPRESSORS):
                 path = tmp_path / f"dev{ending}{compression}"
                 assert (
-                    format_of(path, list(FORMATS))
-                    == format_of(Path(str(path).upper()), list(FORMATS))
+                    require_format(path, list(FORMATS))
+                    == require_format(Path(str(path).upper()), list(FORMATS))
                     == name
                 )
-                assert stem_of(path) == "dev"
+                assert strip_format_endings(path) == "dev"
     known = {ending for endings in FORMATS.values() for ending in endings}
     for ending in (".log", ".json5", ".jsonl~", ".warc", ".zip", ".tar.gz", "", ".gz", ".x y"):
         assert ending not in known
         path = tmp_path / f"a{ending}"
         path.write_text('{"text": "a"}\n')
         for refused in (
-            lambda path=path: open_source(path),
+            lambda path=path: open_document_source(path),
             lambda path=path: list(read_documents(path)),
             lambda path=path: read_items(path, str.split, 4),
         ):
@@ -89,7 +89,7 @@ def test_the_ending_decides_the_format_and_unknown_endings_are_refused(tmp_path)
                 refused()
             assert str(path) in str(error.value) and ".jsonl" in str(error.value)
     with pytest.raises(UserError, match=r"a.csv: the ending '.csv' is not one of .txt"):
-        format_of(tmp_path / "a.csv", ["text", "JSON lines"])
+        require_format(tmp_path / "a.csv", ["text", "JSON lines"])
 
 
 @pytest.mark.parametrize(
@@ -107,23 +107,23 @@ def test_a_folder_of_splits_with_any_endings(tmp_path):
     for name in ("train.TXT", "dev.ndjson", "test.jl.gz", "README.md", "train.py"):
         content = b'{"text": "a"}\n'
         (tmp_path / name).write_bytes(gzip.compress(content, mtime=0) if "gz" in name else content)
-    splits = dict(open_source(tmp_path).documents())
+    splits = dict(open_document_source(tmp_path).iterate_documents())
     assert splits == {"train": '{"text": "a"}', "valid": "a", "test": "a"}
     (tmp_path / "test.jsonl").write_bytes(content)
     with pytest.raises(UserError, match=r"split test .* found test.jl.gz and test.jsonl"):
-        open_source(tmp_path)
+        open_document_source(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"a\rb\rc", b"a\rb\rc\r", b"a\tb\rc\td\r\n"])
 def test_line_ends_of_old_macs_are_named(tmp_path, content):
     path = tmp_path / "a.txt"
     path.write_bytes(content)
-    for read in (numbered_lines, read_lines, read_documents):
+    for read in (read_numbered_lines, read_lines, read_documents):
         with pytest.raises(UserError, match="line ends are carriage returns alone") as error:
             list(read(path))
         assert len(str(error.value)) < len(str(path)) + 200
     path.write_bytes(b"a\rb\nc\r\n")  # a carriage return inside of a line is text
-    assert [line for *_, line in numbered_lines(path)] == [b"a\rb", b"c"]
+    assert [line for *_, line in read_numbered_lines(path)] == [b"a\rb", b"c"]
 
 
 @pytest.mark.parametrize(
@@ -144,13 +144,16 @@ def test_json_that_is_not_json_lines(tmp_path, content, message):
 
 
 def test_json_object_keeps_repeated_keys_that_nobody_reads():
-    assert json_object('{"a": 1, "a": 2, "text": "b"}', "here", "text") == {"a": 2, "text": "b"}
+    assert parse_json_object('{"a": 1, "a": 2, "text": "b"}', "here", "text") == {
+        "a": 2,
+        "text": "b",
+    }
 
 
 def test_missing_files_and_folders(tmp_path):
     for path in (tmp_path / "none.txt", Path(tmp_path)):
         with pytest.raises(UserError, match="cannot be read: "):
-            list(numbered_lines(path))
+            list(read_numbered_lines(path))
 
 
 @pytest.mark.parametrize(
@@ -167,10 +170,10 @@ def test_missing_files_and_folders(tmp_path):
     ],
 )
 def test_endings(name, kind):
-    assert format_of(Path("x.txt") / name, list(FORMATS)) == kind
+    assert require_format(Path("x.txt") / name, list(FORMATS)) == kind
 
 
 @pytest.mark.parametrize("name", ["a.xml", "a", "a.txt", ".tsv", "a.gz", "a.tsv.zip", "a.tsv~"])
 def test_other_endings_are_refused(name):
     with pytest.raises(UserError, match=r"not one of \.tsv, \.tab \(TSV\); \.csv \(CSV\), each"):
-        format_of(Path(name), ["TSV", "CSV"])
+        require_format(Path(name), ["TSV", "CSV"])

@@ -8,9 +8,9 @@ import pytest
 import zstandard
 
 from megamod.data.corpus.lines import read_lines
-from megamod.data.tasks.glue import read_task
-from megamod.data.tasks.specs import TASKS, task_of
-from megamod.data.tasks.task_file import read_spec
+from megamod.data.tasks.glue import read_text_task
+from megamod.data.tasks.specs import TASKS, find_text_task
+from megamod.data.tasks.task_file import read_task_spec
 from megamod.errors import UserError
 
 REAL = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "glue"
@@ -54,8 +54,8 @@ def table(layout: str, names: dict[str, str], header: bool, label: str) -> str:
 @pytest.mark.parametrize("named", [True, False], ids=["names", "places"])
 @pytest.mark.parametrize("name", list(LAYOUTS))
 def test_official_layouts_by_names_and_by_places(tmp_path, name, named):
-    task = task_of(name)
-    label = "2.5" if task.regression else task.labels[-1]
+    task = find_text_task(name)
+    label = "2.5" if task.is_regression else task.labels[-1]
     train, test = LAYOUTS[name]
     names = NAMES[name] if named else {}
     for split, layout in (("train", train), ("dev", train), ("test", test)):
@@ -64,12 +64,12 @@ def test_official_layouts_by_names_and_by_places(tmp_path, name, named):
         text = table(layout, names, name != "cola" or split == "test", label)
         (tmp_path / task.files[split][0]).write_text(text, encoding="utf-8")
     splits = ["train", "dev"] + ["test"] * (tmp_path / task.files["test"][0]).exists()
-    _, sets = read_task(task, tmp_path, splits)
+    _, sets = read_text_task(task, tmp_path, splits)
     for split, result in sets.items():
         assert result.texts[0] == ['first "0', 'first "1', 'first "2']
         if len(task.texts) == 2:
             assert result.texts[1] == ["second 0", "second 1", "second 2"]
-        expected = [2.5] * 3 if task.regression else [len(task.labels) - 1] * 3
+        expected = [2.5] * 3 if task.is_regression else [len(task.labels) - 1] * 3
         assert (None if result.labels is None else result.labels.tolist()) == (
             None if split == "test" else expected
         )
@@ -79,7 +79,7 @@ def test_official_layouts_by_names_and_by_places(tmp_path, name, named):
 
 def test_the_other_header_of_an_inference_task(tmp_path):
     (tmp_path / "train.tsv").write_text("index\tsentence1\tsentence2\tlabel\n1\ta\tb\tneutral\n")
-    _, sets = read_task(TASKS["mnli"], tmp_path, ["train"])
+    _, sets = read_text_task(TASKS["mnli"], tmp_path, ["train"])
     assert sets["train"].labels.tolist() == [2]
 
 
@@ -90,10 +90,10 @@ def test_short_rows_are_left_out_where_the_task_says_so(tmp_path):
         "2\t1\t2\tcut",
     ]
     (tmp_path / "train.tsv").write_text("\n".join(rows))
-    _, sets = read_task(TASKS["qqp"], tmp_path, ["train"])
+    _, sets = read_text_task(TASKS["qqp"], tmp_path, ["train"])
     assert sets["train"].texts == (["a"], ["b"])
     with pytest.raises(UserError, match=r"train.tsv, line 3: 4 columns, 6 are needed"):
-        read_task(replace(TASKS["qqp"], skip_short=False), tmp_path, ["train"])
+        read_text_task(replace(TASKS["qqp"], skip_short=False), tmp_path, ["train"])
 
 
 def test_json_lines_and_labels_of_the_train_file(tmp_path):
@@ -103,7 +103,7 @@ def test_json_lines_and_labels_of_the_train_file(tmp_path):
     )
     (tmp_path / "a.jsonl").write_text('{"text": "one", "y": "b"}\n\n{"text": "two", "y": "a"}\n')
     (tmp_path / "b.jsonl").write_text('{"text": "three"}\n')
-    task, sets = read_task(read_spec(spec), tmp_path, ["train", "test"])
+    task, sets = read_text_task(read_task_spec(spec), tmp_path, ["train", "test"])
     assert task.labels == ("a", "b")
     assert sets["train"].labels.tolist() == [1, 0] and sets["test"].labels is None
     for line, message in (
@@ -118,7 +118,7 @@ def test_json_lines_and_labels_of_the_train_file(tmp_path):
     ):
         (tmp_path / "a.jsonl").write_text(line + "\n")
         with pytest.raises(UserError, match=rf"a.jsonl, line 1: {message}"):
-            read_task(read_spec(spec), tmp_path, ["train"])
+            read_text_task(read_task_spec(spec), tmp_path, ["train"])
 
 
 HEADER = "index\tsentence1\tsentence2\tlabel\n"
@@ -150,7 +150,7 @@ HEADER = "index\tsentence1\tsentence2\tlabel\n"
 def test_files_that_are_refused_with_file_and_line(tmp_path, content, message):
     (tmp_path / "train.tsv").write_bytes(content)
     with pytest.raises(UserError, match=f"train.tsv(, |: ){message}"):
-        read_task(TASKS["rte"], tmp_path, ["train"])
+        read_text_task(TASKS["rte"], tmp_path, ["train"])
 
 
 @pytest.mark.parametrize("label", ["6.0", "nan", "x", ""])
@@ -160,13 +160,13 @@ def test_values_out_of_bounds(tmp_path, label):
     with open(tmp_path / "train.tsv", "a") as file:
         file.write(f"\n{cells}\n")
     with pytest.raises(UserError, match=f"line 2: label '{label}' is not a number from 0 to 5"):
-        read_task(TASKS["sts-b"], tmp_path, ["train"])
+        read_text_task(TASKS["sts-b"], tmp_path, ["train"])
 
 
 def test_a_split_that_is_missing(tmp_path):
     (tmp_path / "train.tsv").write_text(HEADER + "0\ta\tb\tentailment\n")
     with pytest.raises(UserError, match=r"has no split dev \(dev.tsv\)"):
-        read_task(TASKS["rte"], tmp_path, ["train", "dev"])
+        read_text_task(TASKS["rte"], tmp_path, ["train", "dev"])
 
 
 def test_labels_of_the_hub_are_matched_by_name(monkeypatch):
@@ -180,7 +180,7 @@ def test_labels_of_the_hub_are_matched_by_name(monkeypatch):
     rows = {"premise": ["p", "q", "r"], "hypothesis": ["h", "i", "j"], "label": [0, 2, -1]}
     loaded = {"train": datasets.Dataset.from_dict(rows, features=features)}
     monkeypatch.setattr(datasets, "load_dataset", lambda name, config: loaded)
-    task, sets = read_task(TASKS["snli"], None, ["train"])
+    task, sets = read_text_task(TASKS["snli"], None, ["train"])
     assert [task.labels[n] for n in sets["train"].labels] == ["entailment", "contradiction"]
 
 
@@ -191,7 +191,7 @@ def test_real_files_have_the_known_numbers_of_rows():
         "SST-2": (20000, 872), "STS-B": (5749, 1500), "WNLI": (635, 71),
     }  # fmt: skip
     for folder, counts in known.items():
-        _, sets = read_task(task_of(folder), REAL, ["train", "dev"])
+        _, sets = read_text_task(find_text_task(folder), REAL, ["train", "dev"])
         assert (len(sets["train"]), len(sets["dev"])) == counts
     assert sets["train"].labels.sum() == 312
 
@@ -208,7 +208,7 @@ def read_rows(folder: Path, name: str, content: bytes) -> tuple[tuple[str, ...],
     """Labels, texts and label numbers of a train file."""
     (folder / name).write_bytes(content)
     (folder / "task.yaml").write_text(SPEC.replace("FILE", name))
-    task, sets = read_task(read_spec(folder / "task.yaml"), folder, ["train"])
+    task, sets = read_text_task(read_task_spec(folder / "task.yaml"), folder, ["train"])
     return task.labels, sets["train"].texts[0], sets["train"].labels.tolist()
 
 
@@ -295,7 +295,7 @@ def test_short_messages_name_the_cause(tmp_path, name, content, message):
 
 def test_capitals_of_labels_do_not_count(tmp_path):
     (tmp_path / "train.tsv").write_text(HEADER + "0\ta\tb\tENTAILMENT\n1\ta\tb\tNot_Entailment\n")
-    _, sets = read_task(TASKS["rte"], tmp_path, ["train"])
+    _, sets = read_text_task(TASKS["rte"], tmp_path, ["train"])
     assert sets["train"].labels.tolist() == [0, 1]
     labels, *_, numbers = read_rows(tmp_path, "a.tsv", b"text\ty\na\tUS\nb\tus\n")
     assert labels == ("US", "us") and numbers == [0, 1]

@@ -9,7 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megamod.data.corpus.indexed import Dictionary, IndexedDataset, IndexedWriter, dtype_for
+from megamod.data.corpus.indexed import (
+    Dictionary,
+    IndexedDataset,
+    IndexedWriter,
+    select_token_dtype,
+)
 from megamod.errors import UserError
 
 GOLDEN = Path(__file__).resolve().parents[2].parent / "shared/golden/demix_btm/databin"
@@ -21,12 +26,16 @@ ITEMS = [[5, 6, 7, 2], [2], [8, 9, 2], [4, 2]]
 def write(prefix: Path, items=ITEMS, dtype=np.uint16) -> Path:
     with IndexedWriter(prefix, np.dtype(dtype)) as writer:
         for item in items:
-            writer.add(np.array(item))
+            writer.add_item(np.array(item))
     return prefix
 
 
 def test_dtype_follows_the_vocabulary():
-    assert [dtype_for(size) for size in (50264, 65499, 65500)] == [np.uint16, np.uint16, np.int32]
+    assert [select_token_dtype(size) for size in (50264, 65499, 65500)] == [
+        np.uint16,
+        np.uint16,
+        np.int32,
+    ]
 
 
 def test_bytes_of_the_format(tmp_path):
@@ -43,8 +52,8 @@ def test_bytes_of_the_format(tmp_path):
 def test_reads_and_writes_fairseq_files(tmp_path):
     dictionary = Dictionary.load(GOLDEN / "dict.txt")
     lines = (GOLDEN / "train.txt.bpe").read_text().split("\n")[:-1]
-    items = [[dictionary.index(symbol) for symbol in line.split()] + [2] for line in lines]
-    write(tmp_path / "train", items, dtype_for(len(dictionary)))
+    items = [[dictionary.get_id(symbol) for symbol in line.split()] + [2] for line in lines]
+    write(tmp_path / "train", items, select_token_dtype(len(dictionary)))
     for name in ("train.bin", "train.idx"):
         assert (tmp_path / name).read_bytes() == (GOLDEN / name).read_bytes()
     dataset = IndexedDataset(GOLDEN / "train", vocab_size=len(dictionary))
@@ -81,7 +90,7 @@ def test_a_failed_writer_changes_nothing(tmp_path):
     prefix = write(tmp_path / "a")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(RuntimeError), IndexedWriter(prefix, np.uint16) as writer:
-        writer.add(np.array([1, 2, 3]))
+        writer.add_item(np.array([1, 2, 3]))
         raise RuntimeError
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -105,7 +114,7 @@ def test_a_crash_during_replacement_never_mixes_files(tmp_path, monkeypatch, whe
 @pytest.mark.parametrize("ids", [[-1], [65536], [[1, 2]], [0.5]])
 def test_writer_refuses_bad_items(tmp_path, ids):
     with pytest.raises(ValueError), IndexedWriter(tmp_path / "a", np.uint16) as writer:
-        writer.add(np.array(ids))
+        writer.add_item(np.array(ids))
     assert not list(tmp_path.iterdir())
 
 
@@ -196,13 +205,13 @@ def test_dictionary_numbers_lines_from_four(tmp_path):
     dictionary = Dictionary.load(path)
     assert len(dictionary) == 8
     names = ("<s>", "<pad>", "</s>", "<unk>", "the", "of", "new york", "\u2028")
-    assert [dictionary.index(name) for name in names] == list(range(8))
-    assert [dictionary.symbol(item) for item in range(8)] == list(names)
-    assert dictionary.index("missing") == 3
-    assert dictionary.add("the", 2) == 4 and dictionary.counts[4] == 9
-    assert dictionary.add("<legal>", 0) == 8
+    assert [dictionary.get_id(name) for name in names] == list(range(8))
+    assert [dictionary.get_symbol(item) for item in range(8)] == list(names)
+    assert dictionary.get_id("missing") == 3
+    assert dictionary.add_symbol("the", 2) == 4 and dictionary.counts[4] == 9
+    assert dictionary.add_symbol("<legal>", 0) == 8
     with pytest.raises(IndexError):
-        dictionary.symbol(9)
+        dictionary.get_symbol(9)
 
 
 def test_dictionary_overwrite(tmp_path):
@@ -210,8 +219,8 @@ def test_dictionary_overwrite(tmp_path):
     text = "a 3\n<s> 2 #fairseq:overwrite\na 1 #fairseq:overwrite\nb 0\n"
     path.write_text(text)
     dictionary = Dictionary.load(path)
-    assert (dictionary.index("<s>"), dictionary.index("a"), dictionary.index("b")) == (5, 6, 7)
-    assert dictionary.symbol(0) == "<s>" and dictionary.symbol(4) == "a"
+    assert (dictionary.get_id("<s>"), dictionary.get_id("a"), dictionary.get_id("b")) == (5, 6, 7)
+    assert dictionary.get_symbol(0) == "<s>" and dictionary.get_symbol(4) == "a"
     dictionary.save(tmp_path / "again.txt")
     assert (tmp_path / "again.txt").read_text() == text
 
@@ -239,4 +248,4 @@ def test_malformed_dictionaries_name_the_line(tmp_path, content, message):
 def test_symbols_that_do_not_fit_a_line_are_refused():
     for symbol in ("", "a\nb", "\r"):
         with pytest.raises(ValueError):
-            Dictionary().add(symbol)
+            Dictionary().add_symbol(symbol)

@@ -12,10 +12,10 @@ import torch
 
 from megamod.data.batches import StepShape
 from megamod.data.corpus.indexed import Dictionary, IndexedDataset, IndexedWriter
-from megamod.data.lm.batches import TrainBatches, eval_batches, train_loader
+from megamod.data.lm.batches import TrainBatches, iterate_eval_batches, iterate_train_batches
 from megamod.data.lm.blocks import IGNORE, TokenBlocks
 from megamod.data.lm.databin import DataBin
-from megamod.data.lm.order import Balanced, Temperature, Unbalanced
+from megamod.data.lm.order import BalancedSampler, TemperatureSampler, UnbalancedSampler
 from megamod.data.lm.verify import check_databin
 from megamod.errors import UserError
 
@@ -32,7 +32,7 @@ def blocks(tmp_path_factory) -> list[TokenBlocks]:
         tokens = 1000 * (number + 1) + np.arange(size * LENGTH - 1)
         with IndexedWriter(folder / name, np.uint16) as writer:
             for start in range(0, len(tokens), 7):
-                writer.add(tokens[start : start + 7])
+                writer.add_item(tokens[start : start + 7])
         built.append(TokenBlocks(IndexedDataset(folder / name), LENGTH, 2, 1))
     return built
 
@@ -44,7 +44,7 @@ def lengths(blocks) -> list[int]:
 
 def draw(sampler, first: int, count: int):
     """Domains and blocks of consecutive samples."""
-    return sampler.at(np.arange(first, first + count))
+    return sampler.select_blocks(np.arange(first, first + count))
 
 
 def listed(samples: tuple[np.ndarray, np.ndarray]) -> list[tuple[int, int]]:
@@ -62,7 +62,7 @@ def of_step(batches: TrainBatches, step: int) -> list[tuple[int, int]]:
 
 
 def dense(blocks, sampler, rank, world, micro_batch=2, global_batch=32):
-    return TrainBatches.over_world(
+    return TrainBatches.build_shared_stream(
         blocks, sampler, StepShape(micro_batch, global_batch, rank, world)
     )
 
@@ -72,7 +72,7 @@ def by_domain(blocks, sampler, rank, world, micro_batch=2, global_batch=32):
     experts, group = min(world, 4), max(1, world // 4)
     held = 4 // experts
     first = rank // group * held
-    return TrainBatches.over_domains(
+    return TrainBatches.build_domain_streams(
         blocks,
         sampler,
         StepShape(micro_batch, global_batch, rank % group, group),
@@ -82,7 +82,7 @@ def by_domain(blocks, sampler, rank, world, micro_batch=2, global_batch=32):
 
 def test_a_step_is_the_same_for_any_number_of_ranks(blocks, lengths):
     """Over epoch edges too: the smallest domain has 4 blocks and gets 8 a step."""
-    sampler = Balanced(lengths, seed=7)
+    sampler = BalancedSampler(lengths, seed=7)
     for step in (0, 1, 2, 5, 1000):
         expected = sorted(
             zip(*(part.tolist() for part in draw(sampler, step * 32, 32)), strict=True)
@@ -96,31 +96,35 @@ def test_a_step_is_the_same_for_any_number_of_ranks(blocks, lengths):
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 4, 8])
 def test_accumulation_does_not_change_a_step(blocks, lengths, micro_batch):
-    for sampler in (Unbalanced(lengths, 7), Temperature(lengths, 7, 0.5)):
+    for sampler in (UnbalancedSampler(lengths, 7), TemperatureSampler(lengths, 7, 0.5)):
         expected = listed(draw(sampler, 96, 32))
         ranks = [of_step(dense(blocks, sampler, r, 4, micro_batch), 3) for r in range(4)]
         assert list(itertools.chain(*ranks)) == expected
 
 
 def test_an_epoch_of_a_domain_shows_every_block_once(blocks, lengths):
-    batches = by_domain(blocks, Balanced(lengths, 7), 0, 4, micro_batch=1)  # 8 a step
+    batches = by_domain(blocks, BalancedSampler(lengths, 7), 0, 4, micro_batch=1)  # 8 a step
     seen = [block for step in range(25) for _, block in of_step(batches, step)]
     for epoch in range(8):
         assert sorted(seen[epoch * 25 : (epoch + 1) * 25]) == list(range(25))
 
 
 def test_domains_of_a_rank_alternate(blocks, lengths):
-    batches = by_domain(blocks, Balanced(lengths, 7), 1, 2)  # holds domains 2 and 3, 8 of each
+    batches = by_domain(
+        blocks, BalancedSampler(lengths, 7), 1, 2
+    )  # holds domains 2 and 3, 8 of each
     assert batches.micro_steps == 8
     assert [batches[number]["domain"] for number in range(10)] == [2, 3] * 5
 
 
 def test_content_of_a_batch(blocks, lengths):
-    batches = dense(blocks, Balanced(lengths, 7), 0, 1, micro_batch=8)
+    batches = dense(blocks, BalancedSampler(lengths, 7), 0, 1, micro_batch=8)
     mixed = seen_padding = 0
     for number in range(40):
-        batch, (domains, indices) = batches[number], batches.samples(number)
-        rows = [blocks[d].gather(np.array([i])) for d, i in zip(domains, indices, strict=True)]
+        batch, (domains, indices) = batches[number], batches.select_blocks(number)
+        rows = [
+            blocks[d].gather_tensors(np.array([i])) for d, i in zip(domains, indices, strict=True)
+        ]
         assert torch.equal(batch["input_ids"], torch.cat([row[0] for row in rows]))
         assert torch.equal(batch["labels"], torch.cat([row[1] for row in rows]))
         assert batch["domains"].tolist() == domains.tolist() and batch["domain"] is None
@@ -136,7 +140,7 @@ def test_content_of_a_batch(blocks, lengths):
 
 def test_domain_tokens_in_mixed_batches(blocks, lengths):
     marked = [TokenBlocks(b.dataset, LENGTH + 1, 2, 1, 500 + d) for d, b in enumerate(blocks)]
-    sampler = Balanced(lengths, 7)
+    sampler = BalancedSampler(lengths, 7)
     plain, tokens = (dense(b, sampler, 0, 1, micro_batch=8) for b in (blocks, marked))
     for number in range(8):
         item, other = plain[number], tokens[number]
@@ -155,9 +159,9 @@ def same(item: dict, other: dict) -> bool:
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_workers_do_not_change_batches(blocks, lengths, workers):
-    batches = dense(blocks, Balanced(lengths, 7), 1, 2)
+    batches = dense(blocks, BalancedSampler(lengths, 7), 1, 2)
     state = torch.get_rng_state()
-    loader = train_loader(batches, 3, workers, pin_memory=False)
+    loader = iterate_train_batches(batches, 3, workers, pin_memory=False)
     result = list(itertools.islice(loader, 20))
     del loader
     assert torch.equal(torch.get_rng_state(), state)
@@ -171,16 +175,16 @@ def test_a_late_step_starts_immediately(blocks, lengths):
     """Opening files included."""
     start = time.perf_counter()
     opened = [TokenBlocks(IndexedDataset(b.dataset.prefix), LENGTH, 2, 1) for b in blocks]
-    batches = dense(opened, Balanced(lengths, 7), 0, 2)
-    first = next(train_loader(batches, 1_000_000, 0, pin_memory=False))
+    batches = dense(opened, BalancedSampler(lengths, 7), 0, 2)
+    first = next(iterate_train_batches(batches, 1_000_000, 0, pin_memory=False))
     assert time.perf_counter() - start < 1
-    again = dense(blocks, Balanced(lengths, 7), 0, 2)
-    list(itertools.islice(train_loader(again, 999_999, 0, False), again.micro_steps))
+    again = dense(blocks, BalancedSampler(lengths, 7), 0, 2)
+    list(itertools.islice(iterate_train_batches(again, 999_999, 0, False), again.micro_steps))
     assert same(first, again[1_000_000 * again.micro_steps])
 
 
 def test_indivisible_batches_are_refused(blocks, lengths):
-    sampler = Balanced(lengths, 7)
+    sampler = BalancedSampler(lengths, 7)
     with pytest.raises(UserError) as caught:
         dense(blocks, sampler, 0, 4, micro_batch=3, global_batch=32)
     assert str(caught.value) == (
@@ -198,19 +202,19 @@ def test_indivisible_batches_are_refused(blocks, lengths):
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
 def test_evaluation_reads_every_token_once(blocks, batch_size):
     law = blocks[0]
-    batches = list(eval_batches(law, batch_size))
+    batches = list(iterate_eval_batches(law, batch_size))
     labels = torch.cat([batch["labels"] for batch in batches]).flatten()
     assert labels[labels != IGNORE].tolist() == law.dataset.tokens.tolist()
     assert sum(batch["tokens"] for batch in batches) == law.total
     assert len(batches) == -(-25 // batch_size)
     assert ["attention_mask" in batch for batch in batches] == [False] * (len(batches) - 1) + [True]
     assert torch.equal(batches[-1]["attention_mask"], batches[-1]["labels"] != IGNORE)
-    assert len(list(eval_batches(law, batch_size, max_batches=1))) == 1
+    assert len(list(iterate_eval_batches(law, batch_size, max_batches=1))) == 1
 
 
 def test_evaluation_does_not_score_the_domain_token(blocks):
     marked = TokenBlocks(blocks[0].dataset, LENGTH + 1, 2, 1, 500)
-    batches = list(eval_batches(marked, 8))
+    batches = list(iterate_eval_batches(marked, 8))
     labels = torch.cat([batch["labels"] for batch in batches])
     assert (labels[:, 0] == IGNORE).all()
     assert all((batch["input_ids"][:, 0] == 500).all() for batch in batches)
@@ -231,12 +235,12 @@ def make_databin(folder: Path, header: bool) -> Path:
             ("test", f"test_{name}"),
         ):
             with IndexedWriter(folder / name / file, np.uint16) as writer:
-                writer.add(np.arange(4, 13))
-                writer.add(np.array([*range(4, 14), 2]))
+                writer.add_item(np.arange(4, 13))
+                writer.add_item(np.array([*range(4, 14), 2]))
             domains[name][split] = {"items": 2, "tokens": 20, "bytes": 55, "max_id": 13}
     dictionary = Dictionary()
     for number in range(10):
-        dictionary.add(f"w{number}", 1)
+        dictionary.add_symbol(f"w{number}", 1)
     dictionary.save(folder / "dict.txt")
     if header:
         output = {"format": 1, "tokenizer": {"kind": "gpt2", "digest": "x"}, "vocab_size": 14}
@@ -251,10 +255,10 @@ def test_databin(tmp_path, header):
     assert databin.domains == (("b", "a") if header else ("a", "b"))
     assert databin.vocab_size == 14
     assert databin.special_ids == {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
-    assert databin.split("b", "valid").tokens.tolist() == [*range(4, 13), *range(4, 14), 2]
-    assert databin.bytes("a", "test") == (55 if header else 0)
-    assert len(databin.blocks("a", "train", 16)) == 2
-    assert len(databin.blocks("a", "train", 17, domain_token=14)) == 2
+    assert databin.open_split("b", "valid").tokens.tolist() == [*range(4, 13), *range(4, 14), 2]
+    assert databin.count_text_bytes("a", "test") == (55 if header else 0)
+    assert len(databin.open_blocks("a", "train", 16)) == 2
+    assert len(databin.open_blocks("a", "train", 17, domain_token=14)) == 2
     assert len(databin.digest) == 64 and DataBin(databin.path).digest == databin.digest
 
 
@@ -262,20 +266,20 @@ def test_databin(tmp_path, header):
 def test_databin_refusals(tmp_path, header):
     databin = DataBin(make_databin(tmp_path / "bin", header))
     with pytest.raises(UserError, match=f"'c' is not in .*holds {', '.join(databin.domains)}"):
-        databin.split("c", "train")
+        databin.open_split("c", "train")
     with pytest.raises(UserError, match="split 'dev': allowed are train, valid, test"):
-        databin.split("a", "dev")
+        databin.open_split("a", "dev")
     with pytest.raises(UserError, match=r"--max_seq_length 21: domain a has 20 train tokens"):
-        databin.blocks("a", "train", 21)
-    assert len(databin.blocks("a", "valid", 21)) == 1
+        databin.open_blocks("a", "train", 21)
+    assert len(databin.open_blocks("a", "valid", 21)) == 1
     with IndexedWriter(databin.path / "a" / "train", np.uint16) as writer:
-        writer.add(np.array([5, 6, 14]))
+        writer.add_item(np.array([5, 6, 14]))
     message = "holds 1 items, but .* says 2" if header else "id 14 at byte 4 .* vocabulary of 14"
     with pytest.raises(UserError, match=message):
-        databin.split("a", "train")
+        databin.open_split("a", "train")
     (databin.path / "a" / "train.idx").unlink()
     with pytest.raises(UserError, match=r"a/train\.idx: No such file"):
-        databin.split("a", "train")
+        databin.open_split("a", "train")
 
 
 @pytest.mark.parametrize(
@@ -311,7 +315,7 @@ def test_fairseq_names_of_files(tmp_path):
     databin = DataBin(domains)
     expected = [*range(4, 13), *range(4, 14), 2]
     for domain, split in itertools.product("ab", ("train", "valid", "test")):
-        assert databin.split(domain, split).tokens.tolist() == expected
+        assert databin.open_split(domain, split).tokens.tolist() == expected
     titles = [title for title, faults in check_databin(domains) if not faults]
     assert len(titles) == 7 and str(domains / "a" / "valid") in "".join(titles)
     # One domain without a folder of its own, under a name with a dot.

@@ -4,8 +4,13 @@ import torch
 
 from megamod.data.batches import StepShape
 from megamod.data.lm.blocks import IGNORE
-from megamod.data.lm.masking import MaskedBatches, Masking, blocks_of, held_out_batches
-from megamod.data.lm.order import Balanced
+from megamod.data.lm.masking import (
+    MaskedBatches,
+    Masking,
+    count_full_blocks,
+    iterate_held_out_batches,
+)
+from megamod.data.lm.order import BalancedSampler
 from megamod.errors import UserError
 
 MASKING = Masking(mask_id=4, pad_id=0, special_ids=(0, 1, 2, 4), vocab_size=50)
@@ -24,7 +29,7 @@ def batches_of(
 ):
     datasets = [Tokens(403, 10), Tokens(165, 30)]
     masking = Masking(**{**vars(MASKING), **changes})
-    order = Balanced([blocks_of(item, 8) for item in datasets], seed)
+    order = BalancedSampler([count_full_blocks(item, 8) for item in datasets], seed)
     return MaskedBatches(
         datasets,
         order,
@@ -39,7 +44,7 @@ def batches_of(
 
 def test_shares_of_bert():
     tokens = np.full(200_000, 9)
-    masked, labels, anything = MASKING.apply(tokens, 5)
+    masked, labels, anything = MASKING.mask_tokens(tokens, 5)
     chosen = labels != IGNORE
     assert np.array_equal(labels[chosen], tokens[chosen])
     assert np.array_equal(masked[~chosen], tokens[~chosen])
@@ -51,7 +56,7 @@ def test_shares_of_bert():
 
 def test_special_tokens_are_never_masked():
     tokens = np.tile([1, 9, 2, 0, 4], 4000)
-    masked, labels, _ = MASKING.apply(tokens, 5)
+    masked, labels, _ = MASKING.mask_tokens(tokens, 5)
     assert (labels[tokens != 9] == IGNORE).all()
     assert np.array_equal(masked[tokens != 9], tokens[tokens != 9])
 
@@ -60,7 +65,7 @@ def test_padding_at_the_end_is_uniform_and_not_predicted():
     masking = Masking(**{**vars(MASKING), "max_pad_tokens": 3, "random": 0.0})
     lengths = []
     for key in range(4000):
-        masked, labels, _ = masking.apply(np.full(8, 9), key)
+        masked, labels, _ = masking.mask_tokens(np.full(8, 9), key)
         padded = int((masked == 0).sum())
         assert (masked[8 - padded :] == 0).all() and (labels[8 - padded :] == IGNORE).all()
         lengths.append(padded)
@@ -69,7 +74,7 @@ def test_padding_at_the_end_is_uniform_and_not_predicted():
 
 def test_electra_masks_or_keeps():
     masking = Masking(**{**vars(MASKING), "masked": 0.85, "random": 0.0})
-    masked, labels, _ = masking.apply(np.full(100_000, 9), 5)
+    masked, labels, _ = masking.mask_tokens(np.full(100_000, 9), 5)
     chosen = labels != IGNORE
     assert set(masked[chosen]) == {4, 9}
     assert (masked[chosen] == 4).mean() == pytest.approx(0.85, abs=0.01)
@@ -89,7 +94,7 @@ def test_a_step_is_the_same_on_any_number_of_ranks():
 def test_rows_are_blocks_of_their_domain():
     batches = batches_of(probability=0.0)
     batch = batches[0]
-    domains, blocks = batches.order.at(np.arange(12))
+    domains, blocks = batches.order.select_blocks(np.arange(12))
     for row, domain, block in zip(batch["input_ids"], domains, blocks, strict=True):
         tokens = batches.datasets[domain].tokens[block * 8 : block * 8 + 8]
         assert row.tolist() == tokens.tolist()
@@ -99,9 +104,9 @@ def test_rows_are_blocks_of_their_domain():
 
 def test_epochs_mask_other_tokens():
     batches, samples = batches_of(), np.arange(2000)
-    domains, blocks = batches.order.at(samples)
+    domains, blocks = batches.order.select_blocks(samples)
     again = samples[(domains == domains[0]) & (blocks == blocks[0])][:6]
-    built = batches._make(again, domains[again], blocks[again])
+    built = batches.build_batch(again, domains[again], blocks[again])
     assert len(again) == 6 and len({tuple(row.tolist()) for row in built["labels"]}) > 1
 
 
@@ -112,10 +117,10 @@ def test_slots_are_uniform():
 
 def test_held_out_text_is_read_once_and_always_the_same():
     batches = batches_of(probability=0.0)
-    rows = torch.cat([batch["input_ids"] for batch in held_out_batches(batches)]).tolist()
+    rows = torch.cat([batch["input_ids"] for batch in iterate_held_out_batches(batches)]).tolist()
     assert len(rows) == (50 + 20) // 3 * 3
     assert rows[:50] == batches.datasets[0].tokens[:400].reshape(50, 8).tolist()
-    first, second = (list(held_out_batches(batches_of(), 2)) for _ in range(2))
+    first, second = (list(iterate_held_out_batches(batches_of(), 2)) for _ in range(2))
     assert len(first) == 2
     assert all(torch.equal(a["labels"], b["labels"]) for a, b in zip(first, second, strict=True))
 

@@ -9,13 +9,13 @@ import pytest
 
 from megamod.data.lm.order import (
     CYCLE,
-    Balanced,
+    BalancedSampler,
     KeyedPermutation,
-    Temperature,
-    Unbalanced,
+    TemperatureSampler,
+    UnbalancedSampler,
     make_sampler,
 )
-from megamod.data.lm.order import key_of as make_key
+from megamod.data.lm.order import make_random_key as make_key
 
 SAMPLERS = ("balanced", "unbalanced", "temperature")
 LENGTHS = [50, 7, 1, 20]
@@ -23,7 +23,7 @@ LENGTHS = [50, 7, 1, 20]
 
 def draw(sampler, first: int, count: int):
     """Domains and blocks of consecutive samples."""
-    return sampler.at(np.arange(first, first + count))
+    return sampler.select_blocks(np.arange(first, first + count))
 
 
 @pytest.mark.parametrize("key", [0, 1, (1 << 64) - 1])
@@ -79,9 +79,9 @@ def test_bad_arguments():
         with pytest.raises(ValueError, match="outside"):
             KeyedPermutation(5, 1)(np.array([index]))
     with pytest.raises(ValueError, match="every domain needs a block"):
-        Balanced([5, 0], 1)
+        BalancedSampler([5, 0], 1)
     with pytest.raises(ValueError, match="alpha 2"):
-        Temperature([5, 6], 1, 2)
+        TemperatureSampler([5, 6], 1, 2)
 
 
 def make(name, seed=3):
@@ -115,25 +115,25 @@ def test_every_epoch_of_a_domain_has_every_block_once(name):
 
 
 def test_balanced_alternates_and_repeats():
-    sampler = Balanced(LENGTHS, 3)
+    sampler = BalancedSampler(LENGTHS, 3)
     domains, blocks = draw(sampler, 40, 400)
     assert domains.tolist() == [0, 1, 2, 3] * 100
     for domain in range(4):
         assert (
-            sampler.at_domain(np.array(domain), np.arange(10, 110)).tolist()
+            sampler.select_domain_blocks(np.array(domain), np.arange(10, 110)).tolist()
             == blocks[domain::4].tolist()
         )
 
 
 def test_unbalanced_is_by_size():
-    domains, _ = draw(Unbalanced(LENGTHS, 3), 5 * sum(LENGTHS), sum(LENGTHS))
+    domains, _ = draw(UnbalancedSampler(LENGTHS, 3), 5 * sum(LENGTHS), sum(LENGTHS))
     assert np.bincount(domains).tolist() == LENGTHS
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 def test_temperature_shares(alpha):
     lengths = [900, 100, 1]
-    sampler = Temperature(lengths, 3, alpha)
+    sampler = TemperatureSampler(lengths, 3, alpha)
     shares = np.array(lengths) ** alpha / (np.array(lengths) ** alpha).sum()
     domains, _ = draw(sampler, 2 * CYCLE, CYCLE)
     counts = np.bincount(domains)
@@ -144,7 +144,7 @@ def test_temperature_shares(alpha):
 
 
 def test_the_smallest_domain_has_a_sample_in_every_cycle():
-    assert Temperature([10**9, 1], 0, 1.0).quotas.tolist() == [CYCLE - 1, 1]
+    assert TemperatureSampler([10**9, 1], 0, 1.0).quotas.tolist() == [CYCLE - 1, 1]
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

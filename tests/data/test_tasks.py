@@ -2,8 +2,8 @@
 
 import pytest
 
-from megamod.data.tasks.specs import GLUE, TASKS, find_files, task_of, token_task
-from megamod.data.tasks.task_file import read_spec
+from megamod.data.tasks.specs import GLUE, TASKS, find_task_files, find_text_task, make_token_task
+from megamod.data.tasks.task_file import read_task_spec
 from megamod.errors import UserError
 
 
@@ -15,17 +15,17 @@ def test_the_nine_tasks_of_glue_in_their_order():
     first = {name: TASKS[name].metrics[0] for name in ("cola", "sts-b", "mnli", "qqp")}
     assert list(first.values()) == ["matthews_correlation", "spearmanr", "accuracy", "accuracy"]
     assert TASKS["mnli"].labels == TASKS["sick-e"].labels
-    assert TASKS["mnli"].splits("dev") == ("dev", "dev_mm")
+    assert TASKS["mnli"].list_splits("dev") == ("dev", "dev_mm")
 
 
 @pytest.mark.parametrize("name", ["sst2", "SST-2", "sst-2", "SST_2"])
 def test_spellings_of_a_name(name):
-    assert task_of(name) is TASKS["sst-2"]
+    assert find_text_task(name) is TASKS["sst-2"]
 
 
 def test_a_name_that_is_none():
     with pytest.raises(UserError, match="'sst3' is none of cola, mnli"):
-        task_of("sst3")
+        find_text_task("sst3")
 
 
 @pytest.mark.parametrize("below", ["", "SST-2", "sst2"])
@@ -33,20 +33,23 @@ def test_files_lie_in_the_folder_or_in_that_of_the_task(tmp_path, below):
     folder = tmp_path / below
     folder.mkdir(exist_ok=True)
     (folder / "train.tsv").touch()
-    assert find_files(task_of("sst-2"), tmp_path) == {"train": folder / "train.tsv"}
+    assert find_task_files(find_text_task("sst-2"), tmp_path) == {"train": folder / "train.tsv"}
 
 
 def test_folders_without_files(tmp_path):
     with pytest.raises(UserError, match=r"no file of task rte \(train.tsv, dev.tsv, test.tsv\)"):
-        find_files(task_of("rte"), tmp_path)
+        find_task_files(find_text_task("rte"), tmp_path)
     with pytest.raises(UserError, match="there is no such folder"):
-        find_files(task_of("rte"), tmp_path / "missing")
+        find_task_files(find_text_task("rte"), tmp_path / "missing")
 
 
 def test_columns_of_token_tasks():
-    assert token_task("pos").label.name == token_task("ud_ewt").label.name == "upos"
-    assert token_task("wnut17").texts[0].index is token_task("wnut17").label.index is None
-    assert token_task("pos", 1, 2).label.index == 2 and token_task("pos", 1, 2).texts[0].index == 1
+    assert make_token_task("pos").label.name == make_token_task("ud_ewt").label.name == "upos"
+    assert make_token_task("wnut17").texts[0].index is make_token_task("wnut17").label.index is None
+    assert (
+        make_token_task("pos", 1, 2).label.index == 2
+        and make_token_task("pos", 1, 2).texts[0].index == 1
+    )
 
 
 GOOD = """
@@ -63,7 +66,7 @@ files: {train: a.tsv, dev_x: b.jsonl}
 def test_a_task_in_a_file(tmp_path):
     path = tmp_path / "task.yaml"
     path.write_text(GOOD)
-    task = read_spec(path)
+    task = read_task_spec(path)
     assert (task.kind, task.labels, task.metrics) == ("pair", ("0", "1"), ("macro_f1", "accuracy"))
     assert [(c.name, c.index) for c in task.texts] == [("premise", None), ("column 4", 4)]
     assert task.files == {"train": ("a.tsv",), "dev_x": ("b.jsonl",)}
@@ -96,4 +99,4 @@ def test_mistakes_in_a_task_file(tmp_path, line, replaced, message):
     path = tmp_path / "task.yaml"
     path.write_text(GOOD.replace(line, replaced))
     with pytest.raises(UserError, match=message):
-        read_spec(path)
+        read_task_spec(path)

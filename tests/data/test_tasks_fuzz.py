@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megamod.data.tasks.glue import read_task
+from megamod.data.tasks.glue import read_text_task
 from megamod.data.tasks.ner import read_token_task
-from megamod.data.tasks.specs import TASKS, token_task
-from megamod.data.tasks.task_file import read_spec
+from megamod.data.tasks.specs import TASKS, make_token_task
+from megamod.data.tasks.task_file import read_task_spec
 from megamod.errors import UserError
 
 TSV = "\ufeffindex\tsentence1\tsentence2\tlabel\n" + "".join(
@@ -59,21 +59,23 @@ def folder(tmp_path_factory):
 def test_spoiled_files_are_read_or_refused(folder, seed):
     (folder / "train.tsv").write_bytes(spoil(TSV.encode(), seed))
     with contextlib.suppress(UserError):
-        _, sets = read_task(TASKS["rte"], folder, ["train"])
+        _, sets = read_text_task(TASKS["rte"], folder, ["train"])
         assert set(sets["train"].labels.tolist()) <= {0, 1}
     (folder / "train.txt").write_bytes(spoil(CONLL.encode(), seed))
     (folder / "train.tsv").unlink()
     with contextlib.suppress(UserError):
-        task, sets = read_token_task(token_task("any"), folder, ["train"], repair=bool(seed % 2))
+        task, sets = read_token_task(
+            make_token_task("any"), folder, ["train"], repair=bool(seed % 2)
+        )
         for words, labels in zip(sets["train"].words, sets["train"].labels, strict=True):
             assert len(words) == len(labels) and set(labels) <= set(task.labels)
     (folder / "task.yaml").write_bytes(spoil(SPEC.encode(), seed))
     (folder / "a.tsv").write_text("a\tb\tc\td\tl\n1\t2\t3\t4\tx\n")
     with contextlib.suppress(UserError):
-        read_task(read_spec(folder / "task.yaml"), folder, ["train"])
+        read_text_task(read_task_spec(folder / "task.yaml"), folder, ["train"])
     (folder / "a.jsonl").write_bytes(spoil(JSON.encode(), seed))
     (folder / "json.yaml").write_text(
         "{name: t, kind: sequence, text: a, label: l, files: {train: a.jsonl}}"
     )
     with contextlib.suppress(UserError):
-        read_task(read_spec(folder / "json.yaml"), folder, ["train"])
+        read_text_task(read_task_spec(folder / "json.yaml"), folder, ["train"])

@@ -11,7 +11,7 @@ import pytest
 from pyarrow.parquet import write_table
 
 from megamod.data.corpus.binarize import binarize
-from megamod.data.corpus.documents import Decoding, open_source, read_documents
+from megamod.data.corpus.documents import Decoding, open_document_source, read_documents
 from megamod.data.corpus.tokenizers import train_sentencepiece
 from megamod.errors import UserError
 
@@ -76,9 +76,9 @@ def test_faults_name_file_and_place(tmp_path, name, content, message):
 def test_faults_of_columns_are_seen_before_any_source_is_read(tmp_path):
     write_table(pyarrow.table({"text": [3]}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"a.parquet, row 0: 'text' is int, a string is needed"):
-        open_source(tmp_path / "a.parquet")
+        open_document_source(tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"a.parquet: no column 'body' among 'text'"):
-        open_source(tmp_path / "a.parquet", field="body")
+        open_document_source(tmp_path / "a.parquet", field="body")
     (tmp_path / "a.csv").write_bytes(b"text\n\xff\n")
     decoding = Decoding("replace")
     assert list(read_documents(tmp_path / "a.csv", decoding=decoding)) == ["\ufffd"]
@@ -106,6 +106,6 @@ def test_streams_of_datasets_give_the_data_bin_of_their_texts(tmp_path):
         output = tmp_path / str(number)
         assert binarize({"a": source}, tokenizer, output, workers=1, streaming=True) == expected
     with pytest.raises(UserError, match="no column 'body' among 'text', 'n'"):
-        open_source(table.to_iterable_dataset(), field="body")
+        open_document_source(table.to_iterable_dataset(), field="body")
     with pytest.raises(UserError, match="no column 'body' among 'text'"):
-        list(open_source(generated, field="body").documents())
+        list(open_document_source(generated, field="body").iterate_documents())

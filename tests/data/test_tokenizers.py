@@ -14,10 +14,10 @@ from tokenizers import models, pre_tokenizers
 
 from megamod.data.corpus import sentencepiece_model, tokenizers
 from megamod.data.corpus.tokenizers import (
+    find_trainer,
     load_tokenizer,
     train_sentencepiece,
     train_wordpiece,
-    trainer_of,
 )
 from megamod.errors import UserError
 
@@ -97,15 +97,15 @@ def test_training_errors():
         train_sentencepiece(["a few words"], 4096)
     with pytest.raises(UserError, match=r"sentencepiece:100: .*smaller than required"):
         train_sentencepiece(CODE, 100)
-    assert trainer_of("some/folder") is trainer_of("sentencepiece") is None
+    assert find_trainer("some/folder") is find_trainer("sentencepiece") is None
     with pytest.raises(UserError, match="sentencepiece:4k: write the number of ids"):
-        trainer_of("sentencepiece:4k")
+        find_trainer("sentencepiece:4k")
     with pytest.raises(UserError, match=r"wordpiece:20: .* alone are \d+ ids"):
         train_wordpiece(CODE, 20)
 
 
 def test_trained_word_pieces_are_those_of_a_bert_tokenizer(tmp_path):
-    loaded = trainer_of("wordpiece:600")(CODE)
+    loaded = find_trainer("wordpiece:600")(CODE)
     assert list(loaded.special_ids.values()) == [2, 0, 3, 1]
     assert loaded.vocab_size == 600
     assert train_wordpiece(CODE, 600).digest == loaded.digest

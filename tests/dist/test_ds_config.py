@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megamod.dist import ds_keys
-from megamod.dist.ds_config import check_sharing, resolve_ds_config
+from megamod.dist.ds_config import apply_sharing_rules, resolve_ds_config
 from megamod.errors import UserError
 
 FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
@@ -71,7 +71,7 @@ def test_deepspeed_accepts_shipped_files(name, sharing):
     from deepspeed.runtime.config import DeepSpeedConfig
 
     config, values = resolve_ds_config(str(FOLDER / f"{name}.json"), VALUES, {})
-    check_sharing(config, sharing, RANKS)
+    apply_sharing_rules(config, sharing, RANKS)
     read = DeepSpeedConfig(dict(config))
     assert read.zero_optimization_stage == {"0": 0, "1": 1, "2": 2, "3": 3}.get(
         name.partition("zero")[2][:1], 1
@@ -290,7 +290,7 @@ def test_unknown_keys_pass_on_request(resolve):
 )
 def test_combinations_that_are_refused(config, sharing, advice):
     with pytest.raises(UserError, match=advice):
-        check_sharing(config, sharing, RANKS)
+        apply_sharing_rules(config, sharing, RANKS)
 
 
 @pytest.mark.parametrize("sharing", ["dense", "demix", "btm"])
@@ -302,11 +302,11 @@ def test_every_combination_works_or_is_refused(stage, half, sharing):
         config[half] = {"enabled": True}
     allowed = {"dense": {0, 1, 2, 3}, "demix": {1, 2}, "btm": {1, 2, 3}}[sharing]
     if stage in allowed and (stage or not half):
-        check_sharing(config, sharing, RANKS)
+        apply_sharing_rules(config, sharing, RANKS)
         assert config.get("use_data_before_expert_parallelism", False) == (sharing == "demix")
     else:
         with pytest.raises(UserError):
-            check_sharing(config, sharing, RANKS)
+            apply_sharing_rules(config, sharing, RANKS)
 
 
 def test_our_table_of_keys_is_that_of_the_installed_deepspeed():
@@ -331,7 +331,7 @@ def test_our_table_of_keys_is_that_of_the_installed_deepspeed():
             return self
 
     deepspeed_config.DeepSpeedConfig(Spy(train_batch_size=1))
-    ours = set(ds_keys.known_keys())
+    ours = set(ds_keys.build_key_tree())
     removed = {key for key in ds_keys.REMOVED if "." not in key}
     assert ours | removed == read | {"sequence_parallel_size"}  # read where an mpu is absent
     theirs = set(deepspeed_config._REMOVED_TOP_LEVEL_CONFIG_KEYS)
@@ -342,7 +342,7 @@ def test_our_table_of_keys_is_that_of_the_installed_deepspeed():
 
 
 def test_every_path_in_the_tables_is_a_known_key():
-    tree = ds_keys.known_keys()
+    tree = ds_keys.build_key_tree()
     for path in [*ds_keys.REFUSED, *ds_keys.REQUIRED, *ds_keys.OPTIONAL_AUTO]:
         block = tree
         for part in path.split("."):
@@ -368,6 +368,6 @@ def test_damaged_files_are_user_errors(tmp_path):
         path.write_bytes(damaged)
         try:
             config, _ = resolve_ds_config(str(path), VALUES, {})
-            check_sharing(config, "demix", RANKS)
+            apply_sharing_rules(config, "demix", RANKS)
         except UserError as error:
             assert len(str(error)) < 1000

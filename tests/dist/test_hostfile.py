@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from megamod.dist.hostfile import Host, HostfileFaults, check_hostfile, read_hostfile, split_groups
+from megamod.dist.hostfile import Host, HostfileFaults, check_hostfile, read_hostfile, find_split_groups
 from megamod.dist.scope import Sharing
 from megamod.dist.topology import DomainTopology
 from megamod.errors import UserError
@@ -81,8 +81,8 @@ def test_users_and_ipv6_addresses(tmp_path):
     file = write(tmp_path, text)
     hosts = read_hostfile(file)
     assert {host.name: len(host.slots) for host in hosts} == dict(fetch_hostfile(str(file)))
-    assert [line.partition(":")[0] for line in check_hostfile(file).notes()] == ["note"] * 2
-    assert "no IPv6 address (fd00::12)" in check_hostfile(file).notes()[0]
+    assert [line.partition(":")[0] for line in check_hostfile(file).list_launcher_limits()] == ["note"] * 2
+    assert "no IPv6 address (fd00::12)" in check_hostfile(file).list_launcher_limits()[0]
     with pytest.raises(UserError, match=r"ada@node-1 cannot be selected by DeepSpeed's --include"):
         read_hostfile(file, selectable=True)
     for host in hosts:  # DeepSpeed selects what is said to be selectable, and nothing else
@@ -92,7 +92,7 @@ def test_users_and_ipv6_addresses(tmp_path):
             chosen = []
         assert (chosen == [host.name]) == (host.name == "node-2")
     plain = write(tmp_path, "node-1 slots=2\nnode_2.local slots=1\n")
-    assert not check_hostfile(plain).notes() and read_hostfile(plain, selectable=True)
+    assert not check_hostfile(plain).list_launcher_limits() and read_hostfile(plain, selectable=True)
 
 
 def test_all_faults_at_once(tmp_path):
@@ -137,19 +137,19 @@ def test_ranks_of_experts_are_those_of_a_run(tmp_path):
         names = tuple(map(str, range(experts)))
         run = DomainTopology(sum(slots), names, Sharing.DEMIX)
         ranks = check_hostfile(write(tmp_path, text), experts=experts).experts
-        assert ranks == {name: run.ranks_of(name) for name in names}
+        assert ranks == {name: run.get_domain_ranks(name) for name in names}
 
 
 def test_the_table(tmp_path):
     file = write(tmp_path, "node-1 slots=4\nn2 slots=1\nn3 slots=3\n")
-    rows = [line.split() for line in check_hostfile(file, experts=8).table().splitlines()]
+    rows = [line.split() for line in check_hostfile(file, experts=8).format_hosts().splitlines()]
     assert rows == [
         ["host", "slots", "ssh", "ranks", "experts"],
         ["node-1", "4", "not", "tried", "0-3", "0-3"],
         ["n2", "1", "not", "tried", "4", "4"],
         ["n3", "3", "not", "tried", "5-7", "5-7"],
     ]
-    assert "experts" not in check_hostfile(file).table()
+    assert "experts" not in check_hostfile(file).format_hosts()
 
 
 def test_groups_that_are_split_without_need():
@@ -167,7 +167,7 @@ def test_groups_that_are_split_without_need():
             roomy = any(slots[int(h[1:])] >= size for h in touched)
             if len(touched) > 1 and roomy:
                 naive[name] = touched
-        assert split_groups(hosts, groups) == naive
+        assert find_split_groups(hosts, groups) == naive
 
 
 SSH = """#!/bin/sh
@@ -198,7 +198,7 @@ def test_logins_run_at_the_same_time(tmp_path, ssh):
     began = time.monotonic()
     checked = check_hostfile(file, ssh=True)
     assert time.monotonic() - began < 12 * 0.2
-    assert all(0.2 < seconds < 2 for seconds in checked.seconds)
+    assert all(0.2 < seconds < 2 for seconds in checked.ssh_seconds)
     assert len(ssh.read_text().splitlines()) == 12
 
 

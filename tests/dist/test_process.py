@@ -15,13 +15,13 @@ def exchange(rank: int) -> dict[str, object]:
     group = torch.distributed.new_group([0, 1])
     texts = ["ä" * 200, ""]
     return dict(
-        rank=process.rank(),
-        world=process.world_size(),
-        both=process.everywhere(True),
-        one=process.everywhere(rank == 0),
-        number=process.from_rank_0(2**52 + 1 if rank == 0 else 7),
-        texts=process.gather_text(texts[rank]),
-        control=str(process.control([1.0]).dtype),
+        rank=process.get_rank(),
+        world=process.get_world_size(),
+        both=process.is_true_on_all_ranks(True),
+        one=process.is_true_on_all_ranks(rank == 0),
+        number=process.broadcast_from_rank_0(2**52 + 1 if rank == 0 else 7),
+        texts=process.gather_texts(texts[rank]),
+        control=str(process.make_control_tensor([1.0]).dtype),
         backend=torch.distributed.get_backend(),
         patience=group._get_backend(torch.device("cpu")).options._timeout.total_seconds(),
     )
@@ -42,16 +42,17 @@ def test_two_ranks_exchange_values():
 
 def test_without_a_group_the_process_is_alone():
     assert not torch.distributed.is_initialized()
-    assert (process.rank(), process.world_size()) == (0, 1)
+    assert (process.get_rank(), process.get_world_size()) == (0, 1)
 
 
 @pytest.mark.slow
 def test_plain_python_is_one_rank():
     program = (
         "import json, os\n"
-        "from megamod.dist.process import everywhere, init_process, rank, world_size\n"
-        "device = init_process(timeout=60)\n"
-        "facts = [str(device), rank(), world_size(), everywhere(True), os.environ['LOCAL_RANK']]\n"
+        "from megamod.dist import process\n"
+        "device = process.join_process_group(timeout=60)\n"
+        "facts = [str(device), process.get_rank(), process.get_world_size()]\n"
+        "facts += [process.is_true_on_all_ranks(True), os.environ['LOCAL_RANK']]\n"
         "print(json.dumps(facts))\n"
     )
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -123,7 +124,7 @@ STEP = dict(SLURM_JOB_ID="7", SLURM_STEP_ID="0")
 def test_ranks_of_launchers(variables, environment, rank):
     variables(environment)
     for _ in range(2):  # the second time changes nothing
-        process.adopt_rank()
+        process.set_rank_variables()
         if rank is None:
             assert "RANK" not in os.environ
         else:
@@ -150,18 +151,18 @@ def test_wrong_variables_are_refused(variables, environment, message):
     variables(environment)
     before = dict(os.environ)
     with pytest.raises(UserError, match=message):
-        process.adopt_rank()
+        process.set_rank_variables()
     assert dict(os.environ) == before
 
 
 def test_ranks_without_the_others_are_refused(variables):
-    process.check_started()
+    process.check_launcher_variables()
     variables(dict(SLURM_NTASKS="8"))
     with pytest.raises(UserError, match="SLURM_NTASKS is 8, but this process was not started by"):
-        process.check_started()
+        process.check_launcher_variables()
     variables(launched(0, 2, 0, MASTER_ADDR="a"))
     with pytest.raises(UserError, match="RANK is 0, but MASTER_PORT is not set"):
-        process.check_started()
+        process.check_launcher_variables()
 
 
 def test_a_host_with_too_few_devices():
@@ -174,9 +175,9 @@ def test_a_host_with_too_few_devices():
 @pytest.mark.parametrize("kind", [srun, mpirun])
 def test_ranks_of_other_launchers_meet(kind):
     program = (
-        "from megamod.dist.process import gather_text, init_process, rank\n"
-        "init_process(timeout=60)\n"
-        "print(*gather_text(f'rank {rank()}'), sep=', ')\n"
+        "from megamod.dist.process import gather_texts, join_process_group, get_rank\n"
+        "join_process_group(timeout=60)\n"
+        "print(*gather_texts(f'rank {get_rank()}'), sep=', ')\n"
     )
     kept = {
         name: value

@@ -1,6 +1,6 @@
 import pytest
 
-from megamod.dist.scope import Scope, Sharing, dense_name, domain_of_name, scopes, sharing_of
+from megamod.dist.scope import Scope, Sharing, to_dense_name, parse_expert_domain, find_scopes, parse_sharing
 from megamod.models.lm.configuration import UNTIE
 
 NAMES = {
@@ -18,18 +18,18 @@ NAMES = {
 
 @pytest.mark.parametrize("name", NAMES)
 def test_domain_and_dense_name_of_a_parameter(name):
-    assert (domain_of_name(name), dense_name(name)) == NAMES[name]
+    assert (parse_expert_domain(name), to_dense_name(name)) == NAMES[name]
 
 
 def test_scopes_follow_names_under_demix_only():
     apart = {name: domain is not None for name, (domain, _) in NAMES.items()}
-    by_name = scopes(NAMES, Sharing.DEMIX)
+    by_name = find_scopes(NAMES, Sharing.DEMIX)
     assert {name: scope is Scope.DOMAIN for name, scope in by_name.items()} == apart
     # A dense mixture of experts of transformers calls its modules `experts` as well.
-    assert set(scopes([*NAMES, "mlp.experts.0.up"], Sharing.DENSE).values()) == {Scope.WORLD}
-    assert set(scopes(NAMES, Sharing.BTM).values()) == {Scope.DOMAIN}
+    assert set(find_scopes([*NAMES, "mlp.experts.0.up"], Sharing.DENSE).values()) == {Scope.WORLD}
+    assert set(find_scopes(NAMES, Sharing.BTM).values()) == {Scope.DOMAIN}
 
 
 def test_every_value_of_untie_has_a_sharing():
-    assert sharing_of("none") is Sharing.DENSE and sharing_of("all") is Sharing.BTM
-    assert {sharing_of(untie) for untie in UNTIE if untie != "none"} == {Sharing.DEMIX}
+    assert parse_sharing("none") is Sharing.DENSE and parse_sharing("all") is Sharing.BTM
+    assert {parse_sharing(untie) for untie in UNTIE if untie != "none"} == {Sharing.DEMIX}

@@ -27,30 +27,30 @@ def test_layout_is_the_contiguous_one_of_the_formula():
                 if rank * len(domains) // world <= number
                 and number * world < (rank + 1) * len(domains)
             ]
-            assert list(layout.domains_of(rank)) == expected
+            assert list(layout.get_rank_domains(rank)) == expected
 
 
 def test_ranks_of_inverts_domains_of_and_each_expert_has_one_lead():
     for layout in layouts():
         for domain in layout.domains:
-            holders = [r for r in range(layout.world_size) if domain in layout.domains_of(r)]
-            assert list(layout.ranks_of(domain)) == holders
-            assert [layout.group_rank(r) for r in holders] == list(range(len(holders)))
-            assert [r for r in holders if layout.is_lead(r)] == holders[:1]
+            holders = [r for r in range(layout.world_size) if domain in layout.get_rank_domains(r)]
+            assert list(layout.get_domain_ranks(domain)) == holders
+            assert [layout.get_rank_in_group(r) for r in holders] == list(range(len(holders)))
+            assert [r for r in holders if layout.is_group_lead(r)] == holders[:1]
             assert len(holders) == layout.ranks_per_domain
-        sets = {layout.domains_of(rank) for rank in range(layout.world_size)}
-        assert len(sets) == layout.expert_ranks
+        sets = {layout.get_rank_domains(rank) for rank in range(layout.world_size)}
+        assert len(sets) == layout.expert_parallel_size
 
 
 def test_eight_domains_on_128_ranks_make_eight_groups_of_sixteen():
     layout = DomainTopology(128, NAMES, Sharing.DEMIX)
-    assert layout.ranks_of("c") == range(32, 48) and layout.domains_of(47) == ("c",)
+    assert layout.get_domain_ranks("c") == range(32, 48) and layout.get_rank_domains(47) == ("c",)
 
 
 def test_dense_training_has_every_domain_everywhere():
     layout = DomainTopology(3, NAMES[:2], Sharing.DENSE)
-    assert layout.domains_of(2) == ("a", "b") and layout.ranks_of("b") == range(3)
-    assert [rank for rank in range(3) if layout.is_lead(rank)] == [0]
+    assert layout.get_rank_domains(2) == ("a", "b") and layout.get_domain_ranks("b") == range(3)
+    assert [rank for rank in range(3) if layout.is_group_lead(rank)] == [0]
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_a_world_size_that_does_not_fit_is_refused(world, domains, sharing, mess
 
 def test_the_table():
     layout = DomainTopology(4, ("law", "med"), Sharing.DEMIX)
-    lines = layout.table(["n0", "n0", "n1", "n1"], ["cpu"] * 4).splitlines()
+    lines = layout.format_layout(["n0", "n0", "n1", "n1"], ["cpu"] * 4).splitlines()
     assert [line.split() for line in lines] == [
         ["rank", "host", "device", "domains", "shared", "over", "experts", "over"],
         ["0", "n0", "cpu", "law", "0-3", "0-1"],
@@ -83,24 +83,24 @@ def test_the_table():
         ["2", "n1", "cpu", "med", "0-3", "2-3"],
         ["3", "n1", "cpu", "med", "0-3", "2-3"],
     ]
-    independent = DomainTopology(2, ("law", "med"), Sharing.BTM).table(["n"] * 2, ["cpu"] * 2)
+    independent = DomainTopology(2, ("law", "med"), Sharing.BTM).format_layout(["n"] * 2, ["cpu"] * 2)
     assert independent.splitlines()[2].split() == ["1", "n", "cpu", "med", "1", "-"]
-    two = DomainTopology(1, ("law", "med"), Sharing.DEMIX).table(["n"], ["cpu"])
+    two = DomainTopology(1, ("law", "med"), Sharing.DEMIX).format_layout(["n"], ["cpu"])
     assert two.splitlines()[1].split() == ["0", "n", "cpu", "law,med", "0", "0"]
 
 
 @pytest.mark.parametrize("sharing", [Sharing.DEMIX, Sharing.BTM])
 def test_the_table_warns_of_experts_that_are_split_without_need(sharing):
     layout = DomainTopology(8, ("law", "med", "code", "news"), sharing)
-    three_and_five = layout.table(["a"] * 3 + ["b"] * 5, ["cpu"] * 8).splitlines()
+    three_and_five = layout.format_layout(["a"] * 3 + ["b"] * 5, ["cpu"] * 8).splitlines()
     assert len(three_and_five) == 10 and three_and_five[-1].startswith("warning: ")
     assert (
         "all 2 ranks of an expert: med on a, b; use slots in multiples of 2" in three_and_five[-1]
     )
-    assert "warning" not in layout.table(["a"] * 2 + ["b"] * 6, ["cpu"] * 8)
+    assert "warning" not in layout.format_layout(["a"] * 2 + ["b"] * 6, ["cpu"] * 8)
     # No host has two ranks, so every split is needed.
-    assert "warning" not in layout.table(list("abcdefgh"), ["cpu"] * 8)
-    assert "warning" not in DomainTopology(8, ("law",), Sharing.DENSE).table(
+    assert "warning" not in layout.format_layout(list("abcdefgh"), ["cpu"] * 8)
+    assert "warning" not in DomainTopology(8, ("law",), Sharing.DENSE).format_layout(
         ["a"] * 3 + ["b"] * 5, ["cpu"] * 8
     )
 

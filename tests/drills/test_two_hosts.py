@@ -19,7 +19,7 @@ from hosts import ADDRESSES, NAMES, TwoHosts, missing, two_hosts
 from ranks import free_port
 from safetensors.torch import load_file
 
-from megamod.btm.jobs import clear
+from megamod.btm.jobs import kill_processes
 from megamod.data.corpus.binarize import binarize
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -263,7 +263,7 @@ class TestOverSsh:
                 finish(process, output)
             finally:  # jobs outlive a driver that is killed
                 for lock in (output / "jobs").glob("*.lock"):
-                    clear(str(lock.resolve()))
+                    kill_processes(str(lock.resolve()))
         assert published_weights(outputs[0]) == published_weights(outputs[1])
         logs = sorted(path.name for path in (outputs[1] / "experts").glob("*/logs/*"))
         assert logs == [f"{name}.log" for name in NAMES]

@@ -11,14 +11,13 @@ import torch
 from ranks import on_ranks
 from saved_models import LENGTH, TOKENS, VOCAB, make_data, make_model
 
-from megamod.data.corpus.binarize import split_prefix
-from megamod.data.corpus.indexed import IndexedDataset
+from megamod.data.corpus.indexed import IndexedDataset, format_split_prefix
 from megamod.errors import UserError
 from megamod.evaluation import expert_scores
 from megamod.evaluation.ensemble import Protocol, estimate_priors, evaluate
 from megamod.evaluation.expert_scores import Experts, OneByOne, Text, Together, weight_files
 from megamod.evaluation.saved import HeldOut, find_models, score_models
-from megamod.mixture.ensemble import Rule
+from megamod.mixture.ensemble import PosteriorRule
 from megamod.mixture.prior import Prior
 from megamod.models.lm.demix import DemixForCausalLM
 from megamod.states.forest import Expert, open_forest
@@ -79,10 +78,10 @@ def agree(ours: object, theirs: object) -> None:
 
 PROTOCOLS = [
     Protocol(prior_sequences=5, removal_test=True),
-    Protocol(rule=Rule("history", 1.5, 0.9), topk=2, prior_sequences=3),
-    Protocol("updating_prior", rule=Rule("history"), batch=1),
+    Protocol(rule=PosteriorRule("history", 1.5, 0.9), topk=2, prior_sequences=3),
+    Protocol("updating_prior", rule=PosteriorRule("history"), batch=1),
     Protocol(topk=1, prior_sequences=3),
-    Protocol(topk=2, rule=Rule(first_over_all=True), prior_sequences=3),
+    Protocol(topk=2, rule=PosteriorRule(first_over_all=True), prior_sequences=3),
 ]
 
 
@@ -111,7 +110,7 @@ def test_all_in_memory_is_one_expert_at_a_time(root):
 @torch.no_grad()
 def by_logits(root: Path, domain: str, split: str) -> list[list[list[float]]]:
     """Log-probabilities by sequence, token and expert, from logits, one sequence at a time."""
-    dataset = IndexedDataset(root / "bin" / split_prefix(domain, split))
+    dataset = IndexedDataset(root / "bin" / format_split_prefix(domain, split))
     tokens = [int(t) for item in range(len(dataset)) for t in dataset[item]]
     starts = {int(offset) for offset in dataset.offsets}
     models = [(DemixForCausalLM.from_pretrained(root / path), m) for _, path, m in TREES]
@@ -157,7 +156,7 @@ def test_the_whole_protocol_by_hand(root, rule):
     expected, _ = mixed_by_hand(by_logits(root, "law", "test"), prior, rule)
 
     experts = experts_of(root)
-    protocol = Protocol(rule=Rule(rule), prior_sequences=5)
+    protocol = Protocol(rule=PosteriorRule(rule), prior_sequences=5)
     result = evaluate(experts, OneByOne(experts), ("law",), protocol)["law"]
     assert result.prior.weights == pytest.approx(prior, abs=1e-6)
     assert result.prior.text["sequences"] == 5 and result.prior.text["split"] == "valid"

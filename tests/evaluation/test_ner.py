@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megamod.data.tasks.specs import token_task
+from megamod.data.tasks.specs import make_token_task
 from megamod.evaluation.ner import (
     conll_text,
     entities,
@@ -15,7 +15,7 @@ from megamod.evaluation.ner import (
 
 LABELS = ["O", "B-A", "I-A", "B-B", "I-B", "B-two-parts", "I-two-parts"]
 SENTENCE = st.lists(st.tuples(*[st.sampled_from(LABELS)] * 2), min_size=1, max_size=9)
-NER = token_task("ner")
+NER = make_token_task("ner")
 
 
 def chunks(labels: list[str]) -> set[tuple[str, int, int]]:
@@ -72,7 +72,7 @@ def test_counts_by_type():
 
 
 def test_plain_tags_have_accuracy_alone():
-    scores = score_words(token_task("pos"), [["DET", "NOUN"]], [["DET", "VERB"]])
+    scores = score_words(make_token_task("pos"), [["DET", "NOUN"]], [["DET", "VERB"]])
     assert scores == {"accuracy": 0.5}
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from megamod.data.tasks.classification import Encoded, held_out_rows
+from megamod.data.tasks.classification import EncodedRows, iterate_held_out_rows
 from megamod.evaluation.predict import Predictor, labels_of_words
 
 
@@ -31,16 +31,16 @@ class Mixed(nn.Module):
         return SimpleNamespace(logits=logits if self.per_token else logits.sum(1))
 
 
-def encoded(rows: int, per_token: bool) -> Encoded:
+def encoded(rows: int, per_token: bool) -> EncodedRows:
     random = np.random.default_rng(rows)
     lengths = random.integers(2, 7, rows)
     ids = random.integers(1, 10, lengths.sum()).astype(np.int32)
     heads = [np.arange(length) for length in lengths] if per_token else None
     offsets = np.cumsum([0, *lengths])
-    return Encoded(ids, np.zeros(len(ids), np.int8), offsets, None, heads, 0, 0, 8)
+    return EncodedRows(ids, np.zeros(len(ids), np.int8), offsets, None, heads, 0, 0, 8)
 
 
-def naive(data: Encoded, instances: int, per_token: bool) -> list[list[float]] | list[int]:
+def naive(data: EncodedRows, instances: int, per_token: bool) -> list[list[float]] | list[int]:
     """Group by group; the last one is filled with the rows from the start of its batch."""
     model = Mixed(instances, per_token).eval()
     rows = [torch.from_numpy(data.ids[a:b]) for a, b in pairwise(data.offsets)]
@@ -66,7 +66,7 @@ def test_groups_are_those_of_the_file_on_any_ranks(rows, instances, per_token):
         answers, calls = 0, set()
         for part in range(parts):  # the ranks one after the other, their answers summed
             model = Mixed(instances, per_token).train()
-            held = list(held_out_rows(data, 2 * instances, instances, None))
+            held = list(iterate_held_out_rows(data, 2 * instances, instances, None))
             names = ("input_ids", "attention_mask")
             predictor = Predictor(model, names, torch.device("cpu"), part, parts)
             answers = answers + predictor(data, held)
@@ -82,7 +82,7 @@ def test_copies_are_averaged_on_any_ranks(per_token):
     data, instances = encoded(7, per_token), 3
     rows = [data.ids[a:b].tolist() for a, b in pairwise(data.offsets)]
     assert len({tuple(row) for row in rows}) == 7
-    held = list(held_out_rows(data, 12, instances, None, ensemble=True, seed=1))
+    held = list(iterate_held_out_rows(data, 12, instances, None, ensemble=True, seed=1))
     assert [(item.start, item.stop) for item in held] == [(0, 4), (4, 7)]
     model, expected, places = Mixed(instances, per_token).eval(), [], set()
     for number, row in enumerate(rows):
@@ -111,7 +111,7 @@ def test_speed_is_that_of_passes_alone_and_without_the_first(monkeypatch):
     monkeypatch.setattr("megamod.evaluation.predict.time.perf_counter", lambda: next(times))
     model = Mixed(2, False)
     predictor = Predictor(model, ("input_ids", "attention_mask"), torch.device("cpu"))
-    first, *others = held_out_rows(data, 2, 2, None)
+    first, *others = iterate_held_out_rows(data, 2, 2, None)
     predictor(data, [first])
     assert predictor.instances_per_second == pytest.approx(2 / 100)
     predictor(data, others)
@@ -119,7 +119,7 @@ def test_speed_is_that_of_passes_alone_and_without_the_first(monkeypatch):
 
 
 def test_labels_of_words_and_of_those_that_were_cut_off():
-    data = Encoded(
+    data = EncodedRows(
         np.zeros(7, np.int32), np.zeros(7, np.int8), np.array([0, 4, 7]), None,
         [np.array([1, 2]), np.array([1, -1])], 0, 1, 4,
     )  # fmt: skip

@@ -16,8 +16,7 @@ from saved_models import (
     plain_perplexity,
 )
 
-from megamod.data.corpus.binarize import split_prefix
-from megamod.data.corpus.indexed import IndexedDataset
+from megamod.data.corpus.indexed import IndexedDataset, format_split_prefix
 from megamod.errors import UserError
 from megamod.evaluation.perplexity import DENSE, perplexities
 from megamod.evaluation.saved import HeldOut, find_models, score_models
@@ -138,7 +137,7 @@ def test_a_forest_of_members_and_whole_models(root, tmp_path):
 
 def source_stream(root: Path, domain: str) -> tuple[list[int], list[int]]:
     """Every target of a test split, and the input token before each."""
-    dataset = IndexedDataset(root / "bin" / split_prefix(domain, "test"))
+    dataset = IndexedDataset(root / "bin" / format_split_prefix(domain, "test"))
     tokens = [int(token) for item in range(len(dataset)) for token in dataset[item]]
     return tokens, [2, *tokens[:-1]]
 

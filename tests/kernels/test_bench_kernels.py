@@ -77,7 +77,7 @@ def test_a_variant_that_fails_is_told_and_ends_nothing():
     late = measure_case(case, "fwd", variants, YARD, 1, deadline=0.0)
     assert [row.get("failed") for row in late] == [OUT_OF_TIME, None, OUT_OF_TIME]
     named = [{"op": "multiplex", "shape": "s", "dtype": "fp32", "instances": 2, **r} for r in rows]
-    assert "failed: RuntimeError: no such kernel" in report.table(named)
+    assert "failed: RuntimeError: no such kernel" in report.format_hosts(named)
 
 
 def test_what_is_compiled():

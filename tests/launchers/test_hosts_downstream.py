@@ -14,17 +14,17 @@ from runs.test_host_pretrain import LENGTH, save_tokenizer, words_of
 from transformers import AutoModelForCausalLM
 
 import megamod  # noqa: F401  (registers the models)
-from megamod.btm.branch import branch
-from megamod.btm.parents import find_source
+from megamod.btm.branch import write_branch_checkpoint
+from megamod.btm.parents import find_parent
 from megamod.data.corpus.binarize import binarize
 from megamod.data.lm.pretraining import LmData
 from megamod.errors import UserError
-from megamod.models.auto import lm_config
+from megamod.models.auto import make_lm_config
 from megamod.models.lm.forest import ForestForCausalLM
 from megamod.models.lm.load import build_lm
 from megamod.states.forest import open_forest
 from megamod.states.tokenizer_files import copy_tokenizer
-from megamod.states.weights import expert_state, read_weights
+from megamod.states.weights import extract_expert_weights, read_weights
 
 LAUNCHERS = Path(__file__).resolve().parents[2] / "launchers"
 DOMAINS = ("law", "med")
@@ -63,7 +63,7 @@ def root(tmp_path_factory) -> Path:
     ):
         stock_folder(root / name, family, number, root / "words")
     stock_folder(root / "wide", "olmo2", 4, root / "words", vocab_size=352)
-    config = lm_config(
+    config = make_lm_config(
         str(root / "llama"),
         vocab_size=320,
         special_ids={"eos_token_id": 1},
@@ -134,7 +134,7 @@ def test_scores_and_mixtures(root, capsys):
     data = LmData(str(root / "bin"), domains=None, block_size=LENGTH, domain_token=False)
     total, count = 0.0, 0
     stock = AutoModelForCausalLM.from_pretrained(root / "llama")
-    for batch in data.eval_batches("law", "test", 4, 0):
+    for batch in data.iterate_eval_batches("law", "test", 4, 0):
         with torch.no_grad():
             mask = batch.get("attention_mask")
             logits = stock(batch["input_ids"], attention_mask=mask).logits.log_softmax(-1)
@@ -199,7 +199,7 @@ def test_merges_leave_stock_folders(root, tmp_path):
     launch("merge", "--forest", forest, *flags)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "mixed")
     assert type(model) is type(tiny_stock("llama"))
-    med = expert_state(read_weights(root / "demix"), "med")
+    med = extract_expert_weights(read_weights(root / "demix"), "med")
     for name, tensor in read_weights(tmp_path / "mixed").items():
         torch.testing.assert_close(tensor, (other[name] + med[name]) / 2)
 
@@ -211,7 +211,7 @@ def grow_and_branch(rank: int, root: Path) -> None:
     from megamod.runs.pretrain.adapt import adapt
     from megamod.runs.pretrain.adapt_args import AdaptArgs, AdaptOptimArgs
 
-    branch([find_source(root / "gpt2")], [1.0], ["law"], root / "branched")
+    write_branch_checkpoint([find_parent(root / "gpt2")], [1.0], ["law"], root / "branched")
     start(root, "branched", "--model", root / "gpt2", "--domains", "law", "--max_steps", 2)
     run = dict(max_steps=2, per_device_train_batch_size=1, global_batch_size=2, save_steps=0)
     for name, method, forest, first in (
@@ -241,7 +241,7 @@ def test_branching_and_adapting(root):
     grown = read_weights(root / "grown" / "model")
     before, med, new = (
         read_weights(root / "demix"),
-        *(expert_state(grown, d) for d in ("med", "zoo")),
+        *(extract_expert_weights(grown, d) for d in ("med", "zoo")),
     )
     assert all(torch.equal(grown[name], tensor) for name, tensor in before.items())
     changed = {name for name in new if not torch.equal(new[name], med[name])}

@@ -10,7 +10,7 @@ import torch
 from saved_models import DOMAINS, make_model
 
 from megamod.errors import UserError
-from megamod.states.weights import expert_state, read_weights
+from megamod.states.weights import extract_expert_weights, read_weights
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LAUNCHER = REPOSITORY / "launchers" / "merge.py"
@@ -94,7 +94,7 @@ def test_flags_of_the_merge_itself(tmp_path, elms, monkeypatch, capsys):
 def test_experts_of_a_forest(tmp_path, monkeypatch, capsys):
     demix = make_model(tmp_path / "demix", untie="feedforward")
     state = read_weights(demix)
-    experts = {domain: expert_state(state, domain) for domain in DOMAINS}
+    experts = {domain: extract_expert_weights(state, domain) for domain in DOMAINS}
     prior = tmp_path / "prior.json"
     record = {"format": 1, "domains": list(reversed(DOMAINS)), "prior": [0.1, 0.3, 0.6]}
     prior.write_text(json.dumps(record | {"rule": "last_token", "text": None}))

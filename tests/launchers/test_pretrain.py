@@ -83,7 +83,7 @@ def start(*command: object) -> subprocess.CompletedProcess[str]:
 def naive_perplexity(model, data: LmData, domain: str) -> float:
     """exp of the mean nll over a split, from the logits."""
     total, count = 0.0, 0
-    for batch in data.eval_batches(domain, "valid", 8, 0):
+    for batch in data.iterate_eval_batches(domain, "valid", 8, 0):
         with torch.no_grad():
             mask = batch.get("attention_mask")
             logits = model(batch["input_ids"], attention_mask=mask).logits.double()

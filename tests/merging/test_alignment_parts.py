@@ -50,7 +50,7 @@ def test_correlations_are_those_of_numpy_whatever_the_batches(far):
     for sizes in ([60], [1, 9, 50], [30, 30]):
         sums = CrossCovariance(5)
         for entry, other in zip(first.split(sizes), second.split(sizes), strict=True):
-            sums.add(entry, other)
+            sums.add_tokens(entry, other)
         result = sums.moments().correlation()
         torch.testing.assert_close(result, expected, rtol=0, atol=1e-6)
         assert not result[1].any()
@@ -71,8 +71,8 @@ def test_what_is_not_finite_counts_as_nothing():
 def test_another_count_makes_the_moments_of_the_release(stacked):
     first, second = features(12, 4, 0, 0.5).double(), features(12, 4, 1, 0.5).double()
     sums = CrossCovariance(4, stacked=stacked)
-    sums.add(first.float()[:5], second.float()[:5])
-    sums.add(first.float()[5:], second.float()[5:])
+    sums.add_tokens(first.float()[:5], second.float()[:5])
+    sums.add_tokens(first.float()[5:], second.float()[5:])
     moments = sums.moments(100)
     cross = first.T @ second / 100 - torch.outer(first.sum(0), second.sum(0)) / 100**2
     variance = (first**2).sum(0) / 100 - (first.sum(0) / 100) ** 2
@@ -84,7 +84,7 @@ def test_the_mean_of_covariances():
     moments = []
     for seed in range(3):
         sums = CrossCovariance(3)
-        sums.add(features(9, 3, seed), features(9, 3, seed + 10))
+        sums.add_tokens(features(9, 3, seed), features(9, 3, seed + 10))
         moments.append(sums.moments())
     expected = sum(entry.cross for entry in moments) / 3
     torch.testing.assert_close(averaged(moments).cross, expected)
@@ -314,7 +314,7 @@ def test_a_folder_is_read_as_if_it_were_permuted(tmp_path, monkeypatch, kind, fo
                     piece = torch.empty(min(37, spec.numel - start))
                     source.read_into(name, start, piece)
                     assert torch.equal(piece, target[start : start + 37])
-            assert source.digest() == ModelFolder(tmp_path / "model").digest()
+            assert source.compute_digest() == ModelFolder(tmp_path / "model").compute_digest()
             assert source.folder == tmp_path / "model"
 
 

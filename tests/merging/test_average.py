@@ -17,7 +17,7 @@ import megamod  # noqa: F401  (makes the models known)
 from megamod.errors import UserError
 from megamod.merging.merge import average_folders, merge
 from megamod.merging.recipe_file import read_recipe
-from megamod.states.weights import expert_state, read_weights
+from megamod.states.weights import extract_expert_weights, read_weights
 
 GOLDEN = Path(__file__).resolve().parents[2].parent / "shared" / "golden" / "mergekit"
 
@@ -144,7 +144,11 @@ def test_experts_of_a_demix_model_become_one_dense_model(tmp_path):
         shard_bytes=20_000,
     )
     state = read_weights(folder)
-    states = [expert_state(state, "law"), expert_state(state, "art"), read_weights(other)]
+    states = [
+        extract_expert_weights(state, "law"),
+        extract_expert_weights(state, "art"),
+        read_weights(other),
+    ]
     merged = {
         name: sum(w * s[name] for w, s in zip([0.5, 0.25, 0.25], states, strict=True))
         for name in states[2]

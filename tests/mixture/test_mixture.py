@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from megamod.errors import UserError
-from megamod.mixture.ensemble import Mixture, Rule, Tally, estimate_prior
-from megamod.mixture.prior import Prior, top_k
+from megamod.mixture.ensemble import Mixture, PerplexityCounter, PosteriorRule, estimate_prior
+from megamod.mixture.prior import Prior, restrict_to_top_k
 
 GOLDEN = Path(__file__).resolve().parents[2].parent / "shared/golden/demix_btm/ensemble"
 MODES = ("cached_prior", "updating_prior", "uniform_prior", "simple_average")
@@ -27,26 +27,26 @@ def real(scores: torch.Tensor) -> torch.Tensor:
 
 
 def test_the_prior_is_estimated_as_recorded(golden):
-    mixture = Mixture("updating_prior", 4, Rule())
+    mixture = Mixture("updating_prior", 4, PosteriorRule())
     for batch in range(6):
         scores = golden["target_logprobs"][batch]
-        mixed = mixture.add(scores, real(scores))
+        mixed = mixture.mix_batch(scores, real(scores))
         close(mixed.posterior, golden["estimate.posterior_per_batch"][batch])
         close(mixed.average, golden["estimate.ema_prior_after_batch"][batch])
         assert mixture.tally.perplexity == pytest.approx(
             float(golden["estimate.ppl"][batch]), rel=1e-5
         )
     batches = [(scores, real(scores)) for scores in golden["target_logprobs"][:6]]
-    prior = estimate_prior("abcd", batches, Rule())
+    prior = estimate_prior("abcd", batches, PosteriorRule())
     close(torch.tensor(prior.weights), golden["cached.prior"])
 
 
 @pytest.mark.parametrize(
     ("name", "mode", "rule"),
     [
-        ("cached", "cached_prior", Rule()),
-        ("uniform", "simple_average", Rule()),
-        ("top2", "cached_prior", Rule(first_over_all=True)),
+        ("cached", "cached_prior", PosteriorRule()),
+        ("uniform", "simple_average", PosteriorRule()),
+        ("top2", "cached_prior", PosteriorRule(first_over_all=True)),
     ],
 )
 def test_mixtures_are_as_recorded(golden, name, mode, rule):
@@ -54,7 +54,7 @@ def test_mixtures_are_as_recorded(golden, name, mode, rule):
     mixture = Mixture(mode, 4, rule, prior)
     for batch in range(6):
         scores = golden["target_logprobs"][6 + batch]
-        mixed = mixture.add(scores, real(scores))
+        mixed = mixture.mix_batch(scores, real(scores))
         close(mixed.log_probs, golden[f"{name}.mixture_logprobs"][batch])
         if name == "cached":
             close(mixed.posterior, golden["cached.posterior_per_batch"][batch])
@@ -66,17 +66,17 @@ def test_mixtures_are_as_recorded(golden, name, mode, rule):
 
 
 def test_without_a_prior_all_experts_count_equally(golden):
-    mixture = Mixture("uniform_prior", 4, Rule())
+    mixture = Mixture("uniform_prior", 4, PosteriorRule())
     mixed = []
     for scores in golden["target_logprobs"][6:]:
-        mixed.append(mixture.add(scores, real(scores)).log_probs)
+        mixed.append(mixture.mix_batch(scores, real(scores)).log_probs)
     close(torch.stack(mixed), golden["noprior.mixture_logprobs"])
 
 
 def test_top_two_are_as_recorded(golden):
     names = ("a", "b", "c", "d")
     cached = Prior(names, tuple(golden["cached.prior"].tolist()))
-    close(torch.tensor(top_k(cached, 2).weights), golden["top2.prior"])
+    close(torch.tensor(restrict_to_top_k(cached, 2).weights), golden["top2.prior"])
 
 
 def random_batches(count: int = 5) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -90,7 +90,7 @@ def random_batches(count: int = 5) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 def test_the_average_follows_the_last_real_tokens():
     average, prior = None, [1 / 3] * 3
-    mixture = Mixture("updating_prior", 3, Rule("history"))
+    mixture = Mixture("updating_prior", 3, PosteriorRule("history"))
     for scores, mask in random_batches():
         posterior = [0.0] * 3
         for row, length in enumerate((6, 4)):
@@ -99,7 +99,7 @@ def test_the_average_follows_the_last_real_tokens():
             ]
             for expert in range(3):
                 posterior[expert] += shares[expert] / sum(shares) / 2
-        mixed = mixture.add(scores, mask)
+        mixed = mixture.mix_batch(scores, mask)
         assert mixed.posterior.tolist() == pytest.approx(posterior, abs=1e-6)
         average = (
             posterior
@@ -108,24 +108,24 @@ def test_the_average_follows_the_last_real_tokens():
         )
         prior = average
         assert mixed.average.tolist() == pytest.approx(average, abs=1e-6)
-    prior = estimate_prior("abc", random_batches(), Rule("history"))
+    prior = estimate_prior("abc", random_batches(), PosteriorRule("history"))
     assert prior.weights == pytest.approx(average, abs=1e-6) and prior.rule == "history"
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_order_of_experts_and_twins_do_not_matter(mode):
     prior, order = torch.tensor([0.6, 0.3, 0.1]), [2, 0, 1]
-    for rule in (Rule(), Rule("history", 1.5, 0.9)):
+    for rule in (PosteriorRule(), PosteriorRule("history", 1.5, 0.9)):
         plain, turned = Mixture(mode, 3, rule, prior), Mixture(mode, 3, rule, prior[order])
         twins = Mixture(mode, 3, rule, prior)
-        single = Tally()
+        single = PerplexityCounter()
         for scores, mask in random_batches():
-            plain_batch = plain.add(scores, mask)
-            other = turned.add(scores[order], mask)
+            plain_batch = plain.mix_batch(scores, mask)
+            other = turned.mix_batch(scores[order], mask)
             close(plain_batch.log_probs, other.log_probs)
             close(plain_batch.posterior[order], other.posterior)
-            twins.add(scores[:1].expand(3, -1, -1), mask)
-            single.add(scores[0], mask)
+            twins.mix_batch(scores[:1].expand(3, -1, -1), mask)
+            single.mix_batch(scores[0], mask)
         assert twins.tally.nll == pytest.approx(single.nll, rel=1e-6)
         assert plain.tally.tokens == 5 * 10
 
@@ -133,39 +133,41 @@ def test_order_of_experts_and_twins_do_not_matter(mode):
 def test_a_fixed_prior_stays():
     first = random_batches()[0]
     for mode in ("cached_prior", "uniform_prior"):
-        mixture = Mixture(mode, 3, Rule(), torch.tensor([0.6, 0.3, 0.1]))
-        before = mixture.add(*first).log_probs
-        assert torch.equal(mixture.add(*first).log_probs, before)
-    alike = Mixture("cached_prior", 3, Rule(), torch.tensor([1 / 3] * 3)).add(*first)
+        mixture = Mixture(mode, 3, PosteriorRule(), torch.tensor([0.6, 0.3, 0.1]))
+        before = mixture.mix_batch(*first).log_probs
+        assert torch.equal(mixture.mix_batch(*first).log_probs, before)
+    alike = Mixture("cached_prior", 3, PosteriorRule(), torch.tensor([1 / 3] * 3)).mix_batch(*first)
     assert torch.equal(before, alike.log_probs)
 
 
 def test_no_expert_is_lost_for_good():
     certain = torch.tensor([-1.0, -9.0]).reshape(2, 1, 1).expand(2, 1, 50)
     mask = torch.ones(1, 50, dtype=torch.bool)
-    prior = estimate_prior("ab", [(certain, mask)] * 3, Rule("history"))
+    prior = estimate_prior("ab", [(certain, mask)] * 3, PosteriorRule("history"))
     assert prior.weights == pytest.approx((1 - 1e-4, 1e-4), rel=1e-3)
-    mixture = Mixture("updating_prior", 2, Rule("history"))
-    mixture.add(certain, mask)
-    turned = mixture.add(certain.flip(0), mask)
+    mixture = Mixture("updating_prior", 2, PosteriorRule("history"))
+    mixture.mix_batch(certain, mask)
+    turned = mixture.mix_batch(certain.flip(0), mask)
     assert float(turned.posterior[1]) == pytest.approx(1)
     # An expert that was left out on purpose stays out.
-    mixture = Mixture("updating_prior", 2, Rule("history"), torch.tensor([0.0, 1.0]))
-    mixture.add(certain, mask)
+    mixture = Mixture("updating_prior", 2, PosteriorRule("history"), torch.tensor([0.0, 1.0]))
+    mixture.mix_batch(certain, mask)
     assert mixture.prior.tolist() == [0, 1]
 
 
 def test_infinite_tokens_count_in_neither_sum_nor_number():
-    tally = Tally()
-    tally.add(torch.tensor([[-1.0, -torch.inf, -3.0, -5.0]]), torch.tensor([[1, 1, 1, 0]]).bool())
+    tally = PerplexityCounter()
+    tally.add_item(
+        torch.tensor([[-1.0, -torch.inf, -3.0, -5.0]]), torch.tensor([[1, 1, 1, 0]]).bool()
+    )
     assert (tally.nll, tally.tokens) == (4.0, 2) and tally.perplexity == pytest.approx(math.exp(2))
 
 
 def test_a_prior_needs_text():
     with pytest.raises(UserError, match="on no text"):
-        estimate_prior("ab", [], Rule())
+        estimate_prior("ab", [], PosteriorRule())
     with pytest.raises(ValueError, match="lacks a prior"):
-        Mixture("cached_prior", 2, Rule())
+        Mixture("cached_prior", 2, PosteriorRule())
 
 
 def close(ours: torch.Tensor, recorded: torch.Tensor) -> None:

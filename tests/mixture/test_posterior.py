@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from megamod.mixture.posterior import final_posterior, mix, token_weights
+from megamod.mixture.posterior import average_final_posterior, compute_token_weights, mix_log_probs
 
 PRIOR = [0.5, 0.2, 0.25, 0.05]
 SETTINGS = [
@@ -45,9 +45,9 @@ def by_hand(column, prior, rule, temperature=1.0, forgetting=1.0) -> list[float]
 @pytest.mark.parametrize("prior", [PRIOR, [0.25] * 4, [0.7, 0.0, 0.3, 0.0]])
 def test_weights_are_bayes_rule_token_by_token(setting, prior):
     scores = random_scores()
-    weights = token_weights(scores, torch.tensor(prior), **setting)
+    weights = compute_token_weights(scores, torch.tensor(prior), **setting)
     assert weights.dtype == torch.float32
-    mixed = mix(weights, scores)
+    mixed = mix_log_probs(weights, scores)
     for row in range(3):
         for at in range(9):
             column = [scores[expert, row, :at].tolist() for expert in range(4)]
@@ -61,7 +61,7 @@ def test_weights_are_bayes_rule_token_by_token(setting, prior):
 def test_a_long_text_stays_exact(setting):
     scores = random_scores(length=700, batch=1, seed=3)
     scores[1] = scores[0] + 1e-3 * torch.randn(1, 700, generator=torch.Generator().manual_seed(1))
-    weights = token_weights(scores, torch.tensor(PRIOR), **setting).exp()
+    weights = compute_token_weights(scores, torch.tensor(PRIOR), **setting).exp()
     torch.testing.assert_close(weights.sum(0), torch.ones(1, 700))
     evidence = torch.zeros(4, dtype=torch.float64)
     for log_probs in scores[:, 0, :-1].double().T:
@@ -76,35 +76,40 @@ def test_a_long_text_stays_exact(setting):
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_masked_tokens_are_skipped(setting):
     scores, prior = random_scores(batch=1, length=6), torch.tensor(PRIOR)
-    short = token_weights(scores, prior, **setting)
+    short = compute_token_weights(scores, prior, **setting)
     for places in ([3, 4, 5, 6, 7, 8], [0, 1, 2, 3, 4, 5], [0, 2, 3, 5, 6, 8]):
         padded, mask = torch.full((4, 1, 9), -1.0), torch.zeros(1, 9, dtype=torch.bool)
         padded[:, :, places], mask[:, places] = scores, True
         padded[0, 0, ~mask[0]] = -9.0
-        weights = token_weights(padded, prior, mask=mask, **setting)
+        weights = compute_token_weights(padded, prior, mask=mask, **setting)
         torch.testing.assert_close(weights[:, :, places], short)
         torch.testing.assert_close(
-            final_posterior(weights, mask), final_posterior(short, torch.ones(1, 6).bool())
+            average_final_posterior(weights, mask),
+            average_final_posterior(short, torch.ones(1, 6).bool()),
         )
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_properties_of_a_mixture(setting):
     scores, prior = random_scores(seed=5), torch.tensor(PRIOR)
-    weights = token_weights(scores, prior, **setting)
+    weights = compute_token_weights(scores, prior, **setting)
     order = torch.tensor([2, 0, 3, 1])
-    permuted = token_weights(scores[order], prior[order], **setting)
+    permuted = compute_token_weights(scores[order], prior[order], **setting)
     torch.testing.assert_close(permuted, weights[order])
     alike = scores[:1].expand(4, -1, -1)
-    torch.testing.assert_close(mix(token_weights(alike, prior, **setting), alike), scores[0])
+    torch.testing.assert_close(
+        mix_log_probs(compute_token_weights(alike, prior, **setting), alike), scores[0]
+    )
     only = torch.tensor([0.0, 1.0, 0.0, 0.0])
-    torch.testing.assert_close(mix(token_weights(scores, only, **setting), scores), scores[1])
-    single = token_weights(scores[:1], torch.ones(1), **setting)
-    assert torch.equal(mix(single, scores[:1]), scores[0])
+    torch.testing.assert_close(
+        mix_log_probs(compute_token_weights(scores, only, **setting), scores), scores[1]
+    )
+    single = compute_token_weights(scores[:1], torch.ones(1), **setting)
+    assert torch.equal(mix_log_probs(single, scores[:1]), scores[0])
     # What comes later cannot change a weight.
     later = scores.clone()
     later[:, :, 5:] = random_scores(seed=6)[:, :, 5:]
-    assert torch.equal(token_weights(later, prior, **setting)[..., :6], weights[..., :6])
+    assert torch.equal(compute_token_weights(later, prior, **setting)[..., :6], weights[..., :6])
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -112,11 +117,11 @@ def test_impossible_tokens_give_no_nan(setting):
     scores, prior = random_scores(batch=1), torch.tensor([0.5, 0.5, 0.0, 0.0])
     scores[0, 0, 2] = -torch.inf  # to one expert
     scores[:, 0, 5] = -torch.inf  # to all of them
-    weights = token_weights(scores, prior, **setting)
+    weights = compute_token_weights(scores, prior, **setting)
     assert not weights.isnan().any() and weights[2:].exp().max() == 0
     torch.testing.assert_close(weights.exp().sum(0), torch.ones(1, 9))
     assert weights[0, 0, 3].exp() == 0
-    mixed = mix(weights, scores)
+    mixed = mix_log_probs(weights, scores)
     assert mixed[0, 5] == -torch.inf and mixed[0, :5].isfinite().all()
     if setting["rule"] == "last_token":
         torch.testing.assert_close(weights[:2, 0, 6].exp(), torch.tensor([0.5, 0.5]))
@@ -124,8 +129,8 @@ def test_impossible_tokens_give_no_nan(setting):
 
 def test_experts_without_prior_count_at_the_first_token_on_request():
     scores, prior = random_scores(), torch.tensor([0.5, 0.5, 0.0, 0.0])
-    kept = token_weights(scores, prior).exp()
-    every = token_weights(scores, prior, first_over_all=True).exp()
+    kept = compute_token_weights(scores, prior).exp()
+    every = compute_token_weights(scores, prior, first_over_all=True).exp()
     assert kept[:, 0, 0].tolist() == pytest.approx([0.5, 0.5, 0, 0])
     assert every[:, 0, 0].tolist() == pytest.approx([0.25] * 4)
     assert torch.equal(kept[:, :, 1:], every[:, :, 1:])
@@ -133,4 +138,4 @@ def test_experts_without_prior_count_at_the_first_token_on_request():
 
 def test_an_unknown_rule_is_named():
     with pytest.raises(ValueError, match="rule 'bayes' is unknown; choose one of last_token, hist"):
-        token_weights(random_scores(), torch.tensor(PRIOR), rule="bayes")
+        compute_token_weights(random_scores(), torch.tensor(PRIOR), rule="bayes")

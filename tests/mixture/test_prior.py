@@ -3,7 +3,13 @@ import json
 import pytest
 
 from megamod.errors import UserError
-from megamod.mixture.prior import Prior, read_prior, top_k, uniform, write_prior
+from megamod.mixture.prior import (
+    Prior,
+    make_uniform_prior,
+    read_prior,
+    restrict_to_top_k,
+    write_prior,
+)
 
 DOMAINS = ("law", "med", "code")
 TEXT = {"data_digest": "ab", "domain": "law", "split": "valid", "sequences": 100}
@@ -26,13 +32,13 @@ def test_a_prior_is_read_in_the_requested_order(tmp_path):
 
 def test_top_k_is_scaled_to_one():
     prior = Prior(("a", "b", "c", "d"), (0.1, 0.4, 0.4, 0.1))
-    assert top_k(prior, 3).weights == pytest.approx((1 / 9, 4 / 9, 4 / 9, 0))
-    assert top_k(prior, 1).kept == ("b",)
-    assert top_k(prior, 4).weights == pytest.approx(prior.weights)
+    assert restrict_to_top_k(prior, 3).weights == pytest.approx((1 / 9, 4 / 9, 4 / 9, 0))
+    assert restrict_to_top_k(prior, 1).domains_with_weight == ("b",)
+    assert restrict_to_top_k(prior, 4).weights == pytest.approx(prior.weights)
     for k in (0, 5):
         with pytest.raises(UserError, match=f"--topk {k}: there are 4 experts"):
-            top_k(prior, k)
-    assert uniform("ab") == Prior(("a", "b"), (0.5, 0.5))
+            restrict_to_top_k(prior, k)
+    assert make_uniform_prior("ab") == Prior(("a", "b"), (0.5, 0.5))
 
 
 @pytest.mark.parametrize(

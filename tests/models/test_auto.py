@@ -4,14 +4,14 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import megamod  # noqa: F401  (makes the models known)
 from megamod.errors import UserError
-from megamod.models.auto import lm_config
+from megamod.models.auto import make_lm_config
 from megamod.models.lm.configuration import DemixConfig
 from megamod.models.lm.demix import DemixForCausalLM
 from megamod.models.lm.demix_model import DemixModel
-from megamod.models.lm.flops import active_parameters
+from megamod.models.lm.flops import count_active_parameters
 from megamod.models.lm.load import build_lm
 from megamod.models.presets import PRESETS
-from megamod.states.weights import expert_state, read_weights
+from megamod.states.weights import extract_expert_weights, read_weights
 
 SPECIAL = {"bos_token_id": 4, "pad_token_id": 5, "eos_token_id": 6}
 
@@ -26,7 +26,7 @@ def config_of(model: str = "tiny", **changes) -> DemixConfig:
         attn_implementation="eager",
         overrides={"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": None},
     )
-    return lm_config(model, **{**arguments, **changes})
+    return make_lm_config(model, **{**arguments, **changes})
 
 
 def test_a_preset_with_what_the_data_say():
@@ -76,7 +76,7 @@ def test_init_from_a_dense_model_gives_every_expert_the_same_start(tmp_path):
     dense.save_pretrained(tmp_path)
     model = build_lm(config_of(), seed=9, init_from=str(tmp_path))
     for domain in ("law", "med"):
-        state = expert_state(dict(model.named_parameters()), domain)
+        state = extract_expert_weights(dict(model.named_parameters()), domain)
         assert all(torch.equal(state[name], p) for name, p in dense.named_parameters())
     narrow = config_of(overrides={"hidden_size": 4, "num_attention_heads": 2})
     with pytest.raises(UserError, match=r"has shape \(30, 8\), the model needs \(30, 4\)"):
@@ -105,9 +105,9 @@ def test_active_parameters_are_one_expert_without_positions():
         block = 4 * (width * width + width) + 4 * width + 2 * width * inner + inner + width
         expected = vocab * width * (2 if untie == "transformer_output" else 1)
         model = DemixForCausalLM(config)
-        assert active_parameters(config, model) == (expected + 2 * block + 2 * width, 0)
+        assert count_active_parameters(config, model) == (expected + 2 * block + 2 * width, 0)
         model.model.final_norm.requires_grad_(False)
-        assert active_parameters(config, model) == (expected + 2 * block, 2 * width)
+        assert count_active_parameters(config, model) == (expected + 2 * block, 2 * width)
 
 
 def test_auto_classes_know_the_models(tmp_path):

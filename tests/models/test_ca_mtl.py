@@ -11,8 +11,13 @@ from transformers import BertConfig, BertForMaskedLM, BertModel
 from megamod.convert import Options
 from megamod.convert.ca_mtl import convert, export
 from megamod.models.ca_mtl.configuration import CaMtlConfig
-from megamod.models.ca_mtl.model import CaMtlForMultiTask, OneTask, freeze, from_encoder
-from megamod.nn.conditioning import Film, block_bias, block_shape
+from megamod.models.ca_mtl.model import (
+    CaMtlForMultiTask,
+    SingleTaskModel,
+    freeze_blocks,
+    load_from_encoder,
+)
+from megamod.nn.conditioning import Film, compute_block_bias, compute_block_shape
 from megamod.states.weights import write_weights
 
 GOLDEN = Path(__file__).resolve().parents[2].parent / "shared" / "golden" / "camtl"
@@ -124,16 +129,16 @@ def test_there_and_back(case, tmp_path):
     [(768, 128), (1024, 128), (96, 16), (64, 16), (64, 64), (60, 10), (80, 16), (770, 110)],
 )
 def test_bias_is_the_direct_sum_of_blocks(size, length):
-    blocks, width = block_shape(size, length)
+    blocks, width = compute_block_shape(size, length)
     torch.manual_seed(0)
     matrix, factor, shift = torch.randn(length, width), torch.randn(2, width), torch.randn(2, width)
-    bias = block_bias(matrix, factor, shift, length)
+    bias = compute_block_bias(matrix, factor, shift, length)
     for task in range(2):
         modulated = matrix * factor[task] + shift[task]
         parts = modulated.split(width)
         whole = torch.block_diag(*parts)[:length, :length]
         assert torch.equal(bias[task], whole)
-    assert torch.equal(block_bias(matrix, factor, shift, 5), bias[:, :5, :5])
+    assert torch.equal(compute_block_bias(matrix, factor, shift, 5), bias[:, :5, :5])
     assert blocks * length == size
 
 
@@ -276,7 +281,7 @@ def test_trainable_names_as_recorded(case):
     for blocks, recorded in ranges.items():
         model.requires_grad_(True)
         first, end = map(int, blocks.split("-"))
-        counts = freeze(model, first, min(end, last), release=True)
+        counts = freeze_blocks(model, first, min(end, last), release=True)
         ours = {n for n, p in model.named_parameters() if p.requires_grad and "heads" not in n}
         theirs = {
             n.replace(f"layer.{last}.new_", f"layer.{last}.")
@@ -286,7 +291,7 @@ def test_trainable_names_as_recorded(case):
         assert ours == theirs, blocks
         total = sum(p.numel() for p in model.parameters())
         assert counts["trained"] + counts["frozen"] == total
-        freeze(model, first, min(end, last))
+        freeze_blocks(model, first, min(end, last))
         more = {n for n, p in model.named_parameters() if p.requires_grad} - ours
         biases = {n for n in more if "cond_block_diag_attn" in n}
         assert more - biases == {"heads.weight", "heads.bias"}
@@ -296,12 +301,12 @@ def test_trainable_names_as_recorded(case):
 
 def test_freezing_blocks_of_a_plain_encoder():
     model = build_model("plain")
-    counts = freeze(model, 0, 2)
+    counts = freeze_blocks(model, 0, 2)
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert all(n.startswith(("bert.encoder.layer.3.", "bert.pooler", "heads")) for n in trained)
     assert counts["trained"] == sum(p.numel() for n, p in model.named_parameters() if n in trained)
     with pytest.raises(ValueError, match="blocks 3-4: the model has blocks 0-3"):
-        freeze(model, 3, 4)
+        freeze_blocks(model, 3, 4)
 
 
 @pytest.mark.parametrize("top", [True, False])
@@ -311,9 +316,9 @@ def test_starting_from_bert(tmp_path, top):
     bert = BertForMaskedLM.from_pretrained(tmp_path).state_dict()
     torch.manual_seed(0)
     tasks = {k: SMALL[k] for k in SMALL if k.startswith("task") or k == "max_seq_length"}
-    config = CaMtlConfig.around(BertConfig.from_pretrained(tmp_path), **tasks)
+    config = CaMtlConfig.make_from_encoder(BertConfig.from_pretrained(tmp_path), **tasks)
     assert config.hidden_size == 32 and config.variant == "base"
-    model, report = from_encoder(str(tmp_path), config, top=top)
+    model, report = load_from_encoder(str(tmp_path), config, top=top)
     ours = model.state_dict()
     assert all(tensor.isfinite().all() for tensor in ours.values())
     names = [n for n in ours if n in bert and ("layer.3." not in n or top)]
@@ -334,7 +339,7 @@ def test_one_task_of_many_is_a_classifier():
     model, rows = build_model("base"), batch()
     fields = {n: rows[n] for n in ("input_ids", "attention_mask", "token_type_ids")}
     for task, shape in ((0, (6, 3)), (1, (6, 1)), (2, (6, 11, 5))):
-        logits = OneTask(model, task)(**fields).logits
+        logits = SingleTaskModel(model, task)(**fields).logits
         assert logits.shape == shape
         of_task = rows["task_ids"] == task
         assert torch.allclose(logits[of_task], model(**rows).logits[task], atol=1e-5)

@@ -6,11 +6,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from megamod.dist.scope import dense_name, domain_of_name
+from megamod.dist.scope import parse_expert_domain, to_dense_name
 from megamod.models.lm.configuration import UNTIE, DemixConfig
-from megamod.models.lm.demix import DemixForCausalLM, initialise
+from megamod.models.lm.demix import DemixForCausalLM, draw_lm_weights
 from megamod.models.presets import PRESETS
-from megamod.states.weights import expert_state, write_index, write_weights
+from megamod.states.weights import extract_expert_weights, write_index, write_weights
 
 DOMAINS = ["law", "med", "code"]
 PAD, VOCAB = 1, 30
@@ -31,7 +31,7 @@ def config_of(untie: str = "none", **changes) -> DemixConfig:
 def make(untie: str = "none", spread: bool = True, **changes) -> DemixForCausalLM:
     """A model whose every parameter is random, experts different."""
     model = DemixForCausalLM(config_of(untie, **changes))
-    initialise(model, seed=0)
+    draw_lm_weights(model, seed=0)
     if spread:
         generator = torch.Generator().manual_seed(1)
         for parameter in model.parameters():
@@ -83,7 +83,7 @@ def test_every_expert_is_the_hand_written_model_of_its_weights(untie):
     model, ids = make(untie).double(), tokens(2, 7)
     state = dict(model.named_parameters())
     for domain in DOMAINS:
-        item = state if untie == "none" else expert_state(state, domain)
+        item = state if untie == "none" else extract_expert_weights(state, domain)
         chosen = None if untie == "none" else domain
         logits = model(ids, domain=chosen).logits
         for row in range(2):
@@ -110,7 +110,7 @@ def test_what_each_value_of_untie_holds_per_domain(untie):
     names = [name for name, _ in model.named_parameters()]
     owners: dict[str, list[str | None]] = {}
     for name in names:
-        owners.setdefault(dense_name(name), []).append(domain_of_name(name))
+        owners.setdefault(to_dense_name(name), []).append(parse_expert_domain(name))
     assert owners.keys() - {"lm_head.weight"} == dense
     assert ("lm_head.weight" in owners) == (untie == "transformer_output")
     for name, result in owners.items():
@@ -328,7 +328,7 @@ def test_the_domain_is_chosen_by_name_and_kept():
 
 def test_a_model_of_some_domains_needs_no_other():
     model = DemixForCausalLM(config_of("feedforward"), local_domains=["med"])
-    assert {domain_of_name(name) for name, _ in model.named_parameters()} == {None, "med"}
+    assert {parse_expert_domain(name) for name, _ in model.named_parameters()} == {None, "med"}
     assert model(tokens(1, 3)).logits.shape == (1, 3, VOCAB)
     with pytest.raises(ValueError, match="there are med"):
         model(tokens(1, 3), domain="law")
@@ -339,12 +339,12 @@ def test_initial_weights_do_not_depend_on_what_else_is_held(untie):
     whole = dict(make(untie, spread=False).named_parameters())
     for domain in DOMAINS:
         part = DemixForCausalLM(config_of(untie), local_domains=[domain])
-        initialise(part, seed=0)
+        draw_lm_weights(part, seed=0)
         for name, parameter in part.named_parameters():
             assert torch.equal(parameter, whole[name])
     dense = dict(make("none", spread=False).named_parameters())
     for name, parameter in whole.items():  # so experts are equal, and equal to the dense model's
-        expected = dense[dense_name(name).replace("lm_head", "model.embeddings.tokens")]
+        expected = dense[to_dense_name(name).replace("lm_head", "model.embeddings.tokens")]
         assert torch.equal(parameter, expected)
 
 
@@ -352,7 +352,7 @@ def test_the_seed_decides():
     model = DemixForCausalLM(config_of())
     tables = []
     for seed in (0, 1, 0, 2**31):
-        initialise(model, seed)
+        draw_lm_weights(model, seed)
         tables.append(model.model.embeddings.tokens.weight.detach().clone())
     assert torch.equal(tables[0], tables[2])
     assert not torch.equal(tables[0], tables[1]) and not torch.equal(tables[0], tables[3])
@@ -395,8 +395,8 @@ def test_the_constructor_initialises_alike_with_equal_experts():
     model = DemixForCausalLM(config_of("feedforward", hidden_size=96, vocab_size=400))
     state = dict(model.named_parameters())
     for name, parameter in state.items():
-        if domain_of_name(name):
-            first = name.replace(f".{domain_of_name(name)}.", ".law.")
+        if parse_expert_domain(name):
+            first = name.replace(f".{parse_expert_domain(name)}.", ".law.")
             assert torch.equal(parameter, state[first])
     tables = model.model.embeddings
     assert not tables.positions.weight[1].any() and not tables.tokens.weight[1].any()

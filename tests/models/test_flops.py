@@ -7,8 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megamod.models.lm.configuration import DemixConfig
 from megamod.models.lm.demix import DemixForCausalLM
-from megamod.models.lm.flops import active_parameters, flops_per_token
-from megamod.models.lm.host import host_classes
+from megamod.models.lm.flops import compute_flops_per_token, count_active_parameters
+from megamod.models.lm.host import make_host_classes
 from megamod.models.lm.load import build_lm
 
 LENGTH = 32
@@ -30,28 +30,28 @@ def test_stock_families(family):
     config = tiny_stock_config(family, **WIDE, **changes)
     config._attn_implementation = "eager"
     model = build_lm(config, seed=1).train()
-    assert flops_per_token(config, model, LENGTH) == pytest.approx(counted(model), rel=0.02)
+    assert compute_flops_per_token(config, model, LENGTH) == pytest.approx(counted(model), rel=0.02)
 
 
 def test_the_own_decoder_and_frozen_weights():
     shape = dict(vocab_size=500, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
     config = DemixConfig(**shape, max_position_embeddings=LENGTH, attn_implementation="eager")
     model = DemixForCausalLM(config).train()
-    assert flops_per_token(config, model, LENGTH) == pytest.approx(counted(model), rel=0.02)
-    before = flops_per_token(config, model, LENGTH)
+    assert compute_flops_per_token(config, model, LENGTH) == pytest.approx(counted(model), rel=0.02)
+    before = compute_flops_per_token(config, model, LENGTH)
     model.model.layers.requires_grad_(False)
     frozen = sum(p.numel() for p in model.model.layers.parameters())
-    assert flops_per_token(config, model, LENGTH) == before - 2 * frozen
+    assert compute_flops_per_token(config, model, LENGTH) == before - 2 * frozen
 
 
 def test_one_expert_counts():
     stock = tiny_stock_config("llama", **WIDE)
-    kind, model_class = host_classes("llama")
+    kind, model_class = make_host_classes("llama")
     fields = {n: v for n, v in stock.to_dict().items() if n != "model_type"}
     config = kind(**fields, domains=["a", "b"], untie="feedforward")
     with torch.device("meta"):
         model, plain = model_class(config), model_class(config, ())
-    assert active_parameters(config, model) == active_parameters(config, plain)
+    assert count_active_parameters(config, model) == count_active_parameters(config, plain)
     moe = tiny_stock_config("mixtral", num_local_experts=8, num_experts_per_tok=2)
     with torch.device("meta"):
         sparse = build_lm(moe, seed=1)
@@ -59,4 +59,7 @@ def test_one_expert_counts():
     rest = sum(p.numel() for p in sparse.parameters()) - experts
     lookups = sparse.get_input_embeddings().weight.numel()
     # Not a row of the table, so its embeddings are counted.
-    assert active_parameters(moe, sparse)[0] in (rest + experts / 4, rest - lookups + experts / 4)
+    assert count_active_parameters(moe, sparse)[0] in (
+        rest + experts / 4,
+        rest - lookups + experts / 4,
+    )

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from megamod.errors import UserError
-from megamod.mixture.posterior import mix, token_weights
+from megamod.mixture.posterior import compute_token_weights, mix_log_probs
 from megamod.models.lm.configuration import ForestConfig
 from megamod.models.lm.demix import DemixForCausalLM
 from megamod.models.lm.forest import ForestForCausalLM, load_experts
@@ -94,14 +94,14 @@ def test_scores_are_those_of_the_posterior_on_the_same_log_probabilities(folder,
     following = ids[:, 1:, None]
     scores = torch.stack([log_probs[:, :-1].gather(2, following)[..., 0] for log_probs in alone])
     prior = torch.tensor(fields.get("prior", [0.25] * 4))
-    weights = token_weights(
+    weights = compute_token_weights(
         scores,
         prior,
         rule=fields.get("rule", "history"),
         temperature=fields.get("temperature", 1.0),
         forgetting=fields.get("forgetting", 1.0),
     )
-    expected = mix(weights, scores)
+    expected = mix_log_probs(weights, scores)
 
     labels = ids.clone()
     labels[0, :4] = -100

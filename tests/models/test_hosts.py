@@ -9,14 +9,14 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from megamod.dist.scope import dense_name, domain_of_name
+from megamod.dist.scope import parse_expert_domain, to_dense_name
 from megamod.errors import UserError
-from megamod.models.auto import lm_config
+from megamod.models.auto import make_lm_config
 from megamod.models.lm.configuration import DemixConfig, read_lm_config
-from megamod.models.lm.host import dense_class, host_classes
+from megamod.models.lm.host import make_dense_class, make_host_classes
 from megamod.models.lm.hosts import HOSTS, WITHOUT_DOCUMENTS
 from megamod.models.lm.load import build_lm, load_lm
-from megamod.states.weights import expert_state
+from megamod.states.weights import extract_expert_weights
 
 DOMAINS = ["law", "med"]
 IDS = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -28,13 +28,13 @@ logging.set_verbosity_error()
 
 def demix_of(stock: PreTrainedModel, untie: str = "feedforward") -> PreTrainedModel:
     """The stock model with equal experts, in training mode."""
-    kind, model_class = host_classes(stock.config.model_type)
+    kind, model_class = make_host_classes(stock.config.model_type)
     fields = {**stock.config.to_dict(), "domains": DOMAINS, "untie": untie}
     config = kind(**{name: value for name, value in fields.items() if name != "model_type"})
     config._attn_implementation = "eager"
     model = model_class(config, ())
     model.load_state_dict(stock.state_dict())
-    model.own_feed_forwards(DOMAINS)
+    model.copy_feed_forwards(DOMAINS)
     return model
 
 
@@ -52,10 +52,10 @@ def from_logits(logits: torch.Tensor) -> torch.Tensor:
 def test_experts_in_place_of_the_feed_forward_change_no_bit(family):
     stock = tiny_stock(family).train()
     model = demix_of(stock).train()
-    assert {dense_name(name) for name in model.state_dict()} == set(stock.state_dict())
+    assert {to_dense_name(name) for name in model.state_dict()} == set(stock.state_dict())
     layers = stock.get_submodule(HOSTS[family].layers)
     assert len(layers) == LAYERS
-    inside = {name for name, _ in model.named_parameters() if domain_of_name(name) == "med"}
+    inside = {name for name, _ in model.named_parameters() if parse_expert_domain(name) == "med"}
     parts = [layers[0].get_submodule(name) for name in HOSTS[family].feed_forward]
     assert len(inside) == LAYERS * sum(len(list(part.parameters())) for part in parts) > 0
     if HOSTS[family].positions is not None:
@@ -66,10 +66,10 @@ def test_experts_in_place_of_the_feed_forward_change_no_bit(family):
     assert torch.equal(logits, expected)
     theirs = gradients(stock, from_logits(expected))
     for name, gradient in gradients(model, from_logits(logits)).items():
-        if domain_of_name(name) == "law":
+        if parse_expert_domain(name) == "law":
             assert not gradient.any()
         elif gradient is not None:
-            assert torch.equal(gradient, theirs[dense_name(name)])
+            assert torch.equal(gradient, theirs[to_dense_name(name)])
 
     # The chunked loss with scale, softcap and bias; every cap is 2 here, so it cannot hide.
     output = model(input_ids=IDS, shift_labels=functional.pad(IDS[:, 1:], (0, 1), value=-100))
@@ -116,7 +116,7 @@ def test_attention_stops_at_the_ends_of_documents(family):
         packed_and_apart(build_lm(config, seed=1))
         return
     stock = tiny_stock(family)
-    model = dense_class(type(stock))(stock.config)
+    model = make_dense_class(type(stock))(stock.config)
     model.load_state_dict(stock.state_dict())
     packed_and_apart(model)
 
@@ -126,7 +126,7 @@ def test_attention_stops_at_the_ends_of_documents(family):
 def test_saved_with_experts_and_taken_out_again(family, tmp_path):
     stock = tiny_stock(family)
     stock.save_pretrained(tmp_path / "stock")
-    config = lm_config(
+    config = make_lm_config(
         str(tmp_path / "stock"),
         vocab_size=VOCAB - 1,
         special_ids={"eos_token_id": 2},
@@ -138,7 +138,7 @@ def test_saved_with_experts_and_taken_out_again(family, tmp_path):
     )
     model = build_lm(config, seed=1, init_from=tmp_path / "stock").eval()
     for name, parameter in model.named_parameters():
-        if domain_of_name(name) == "med":
+        if parse_expert_domain(name) == "med":
             parameter += 0.1 * torch.randn(parameter.shape)
     expected = {domain: model(IDS, domain=domain).logits for domain in DOMAINS}
     assert torch.equal(expected["law"], stock(input_ids=IDS).logits)
@@ -156,13 +156,13 @@ def test_saved_with_experts_and_taken_out_again(family, tmp_path):
     for domain in DOMAINS:
         assert torch.equal(loaded(IDS, domain=domain).logits, expected[domain])
     part = load_lm(tmp_path / "demix", local_domains=["med"], attn_implementation="eager").eval()
-    assert {domain_of_name(name) for name, _ in part.named_parameters()} == {None, "med"}
+    assert {parse_expert_domain(name) for name, _ in part.named_parameters()} == {None, "med"}
     assert torch.equal(part(IDS).logits, expected["med"])
     chosen = dict(max_new_tokens=6, do_sample=False)
     cached = part.generate(IDS[:, :4], use_cache=True, **chosen)
     assert torch.equal(cached, part.generate(IDS[:, :4], use_cache=False, **chosen))
 
-    taken = expert_state(model.state_dict(), "med")
+    taken = extract_expert_weights(model.state_dict(), "med")
     assert set(taken) == set(stock.state_dict())
     stock.load_state_dict(taken)
     assert torch.equal(stock(input_ids=IDS).logits, expected["med"])
@@ -179,14 +179,14 @@ def test_shared_weights_are_drawn_alike_whatever_experts_are_held(family, tmp_pa
         attn_implementation=None,
         overrides={},
     )
-    config = lm_config(str(tmp_path), untie="feedforward", **arguments)
+    config = make_lm_config(str(tmp_path), untie="feedforward", **arguments)
     whole = dict(build_lm(config, seed=3).named_parameters())
-    plain = lm_config(str(tmp_path), untie="all", **arguments)
+    plain = make_lm_config(str(tmp_path), untie="all", **arguments)
     dense = dict(build_lm(plain, seed=3).named_parameters())
     for domain in DOMAINS:
         for name, tensor in build_lm(config, seed=3, local_domains=[domain]).named_parameters():
             assert torch.equal(tensor, whole[name])
-            assert torch.equal(tensor, dense[dense_name(name)])
+            assert torch.equal(tensor, dense[to_dense_name(name)])
     other = dict(build_lm(config, seed=4).named_parameters())
     assert any(not torch.equal(whole[name], other[name]) for name in whole)
 
@@ -194,7 +194,9 @@ def test_shared_weights_are_drawn_alike_whatever_experts_are_held(family, tmp_pa
 @pytest.mark.parametrize("untie", ["feedforward_every_other", "feedforward_top"])
 def test_some_layers_alone_are_untied(untie):
     model = demix_of(tiny_stock("llama"), untie)
-    layers = {name.split(".")[2] for name, _ in model.named_parameters() if domain_of_name(name)}
+    layers = {
+        name.split(".")[2] for name, _ in model.named_parameters() if parse_expert_domain(name)
+    }
     assert layers == {"1"}
 
 
@@ -210,7 +212,7 @@ def test_buffers_keep_their_precision():
 
 def test_a_family_without_a_row_is_a_whole_model():
     stock = tiny_stock("mamba", state_size=4, intermediate_size=32)
-    model = dense_class(type(stock))(stock.config)
+    model = make_dense_class(type(stock))(stock.config)
     model.load_state_dict(stock.state_dict())
     expected = stock.train()(input_ids=IDS, labels=IDS).loss
     output = model.train()(input_ids=IDS, labels=IDS)
@@ -230,7 +232,7 @@ def test_refusals_name_the_value_and_what_is_allowed(tmp_path):
             overrides={},
         )
         with pytest.raises(UserError, match=text):
-            lm_config(str(tmp_path), **(arguments | changes))
+            make_lm_config(str(tmp_path), **(arguments | changes))
 
     def write(**fields: object) -> None:
         (tmp_path / "config.json").write_text(json.dumps(fields))
@@ -264,7 +266,7 @@ def test_refusals_name_the_value_and_what_is_allowed(tmp_path):
 
 def test_a_dense_model_is_saved_as_a_stock_folder(tmp_path):
     stock = tiny_stock("gpt2")
-    model = dense_class(type(stock))(stock.config)
+    model = make_dense_class(type(stock))(stock.config)
     model.save_pretrained(tmp_path)
     fields = json.loads((tmp_path / "config.json").read_text())
     assert not {"domains", "untie", "host"} & fields.keys()

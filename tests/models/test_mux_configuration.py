@@ -86,7 +86,7 @@ def test_classes_have_their_multiplexers():
 
 def test_a_generator_differs_where_it_is_told_to():
     config = MuxElectraConfig(generator="plain", generator_config={"num_hidden_layers": 3})
-    own_values = config.of_generator()
+    own_values = config.make_generator_config()
     assert (own_values.num_hidden_layers, own_values.hidden_size, own_values.generator) == (
         3,
         768,
@@ -94,7 +94,7 @@ def test_a_generator_differs_where_it_is_told_to():
     )
     config = MuxElectraConfig(generator="plain", generator_config={"layers": 3})
     with pytest.raises(ValueError, match="generator_config: layers is no field"):
-        config.of_generator()
+        config.make_generator_config()
 
 
 @pytest.mark.parametrize("config", [MuxBertConfig, MuxElectraConfig, MuxRobertaConfig])

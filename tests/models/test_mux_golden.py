@@ -138,7 +138,7 @@ def test_intermediate_states(case):
         is_roberta = model.config.model_type == "mux_roberta"
         ours["demuxed"] = output.logits if is_roberta else demuxed
     if "mid.retrieval_logits" in recorded:
-        states = model.vocabulary_states(MixedStates(hidden), None)
+        states = model.compute_vocabulary_states(MixedStates(hidden), None)
         slots = fed["retrieval_slots"][:, None, :, None].expand(-1, 1, -1, states.shape[-1])
         ours["retrieval_logits"] = model.retrieval_head.decoder(states.gather(1, slots)[:, 0])
     for name, value in ours.items():

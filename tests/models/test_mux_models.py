@@ -26,7 +26,7 @@ def test_filler_rows_are_whole_rows_of_the_batch(rows, filler):
     pairs = set()
     for seed in range(20):
         torch.manual_seed(seed)
-        fed = model.feed(*(inputs[name] for name in names))
+        fed = model.prepare_batch(*(inputs[name] for name in names))
         assert fed.rows == rows and len(fed.ids) == -(-rows // 3) * 3
         prefix = model.config.prefix_length
         for number in range(rows, len(fed.ids)):
@@ -125,7 +125,7 @@ def test_prefixes_of_the_release():
     ids = torch.arange(12).view(4, 3) + 200
     sizes = dict(hidden_size=8, num_attention_heads=2, num_hidden_layers=1, intermediate_size=8)
     model = MuxBertForSequenceClassification(MuxBertConfig(**sizes, demuxing_variant="index"))
-    assert model.ids_fed(ids).tolist() == [
+    assert model.prepare_ids(ids).tolist() == [
         [678, 680, 101, 200, 201, 202],
         [680, 677, 101, 203, 204, 205],
         [678, 680, 101, 206, 207, 208],
@@ -244,11 +244,11 @@ def test_logits_at_real_tokens_alone():
 @pytest.mark.parametrize("demux", ["index_pos", "index"])
 def test_the_last_block_computes_what_is_read(demux):
     model = bert("sequence", demux)
-    fed = model.feed(batch("sequence", model.config, 4, True)["input_ids"])
+    fed = model.prepare_batch(batch("sequence", model.config, 4, True)["input_ids"])
     first = model.config.prefix_length or 1
-    some = model.encode(fed, first).normed()
+    some = model.encode(fed, first).apply_norm()
     assert some.shape[1] == first
-    torch.testing.assert_close(some, model.encode(fed).normed()[:, :first])
+    torch.testing.assert_close(some, model.encode(fed).apply_norm()[:, :first])
 
 
 @pytest.mark.parametrize(("head", "mux"), [("mlm", GAUSS), ("token", V2), ("sequence", GAUSS)])

@@ -90,7 +90,9 @@ def name_of(case: tuple) -> str:
 def naive(head: str, model, weights: dict[str, Tensor], inputs: dict, replaced: Tensor) -> dict:
     fields = model.config.to_dict() | {"num_labels": model.config.num_labels}
     if head == "wrapper":
-        generator = model.config.of_generator().to_dict() if fields["generator"] != "none" else {}
+        generator = (
+            model.config.make_generator_config().to_dict() if fields["generator"] != "none" else {}
+        )
         return replaced_tokens(weights, inputs, fields, generator, replaced)
     if head == "mlm":
         return masked_lm(weights, inputs, fields)

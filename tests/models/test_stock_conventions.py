@@ -17,7 +17,7 @@ from megamod.models.ca_mtl.configuration import CaMtlConfig
 from megamod.models.ca_mtl.model import CaMtlForMultiTask
 from megamod.models.lm.configuration import DemixConfig
 from megamod.models.lm.demix import DemixForCausalLM
-from megamod.models.lm.host import dense_class, host_classes
+from megamod.models.lm.host import make_dense_class, make_host_classes
 
 MODULES = (
     *("ca_mtl.model", "lm.demix", "lm.demix_model", "lm.forest"),
@@ -132,7 +132,7 @@ def every_class() -> list[type[PreTrainedModel]]:
         for member in vars(module).values()
         if isinstance(member, type) and issubclass(member, PreTrainedModel)
     }
-    classes |= {*host_classes("llama")[1:], dense_class(LlamaForCausalLM)}
+    classes |= {*make_host_classes("llama")[1:], make_dense_class(LlamaForCausalLM)}
     return sorted(classes, key=lambda model: model.__name__)
 
 

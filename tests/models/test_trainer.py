@@ -23,7 +23,7 @@ from transformers import (
 from megamod.models.ca_mtl.configuration import CaMtlConfig
 from megamod.models.ca_mtl.model import CaMtlForMultiTask
 from megamod.models.lm.configuration import read_lm_config
-from megamod.models.lm.host import host_classes
+from megamod.models.lm.host import make_host_classes
 from megamod.states.forest import Expert, edit_forest
 
 ROWS, LENGTH, CLASSES = 5, 7, 3  # five rows are no whole groups of two
@@ -69,7 +69,7 @@ def model_and_rows(kind: str, folder) -> tuple[torch.nn.Module, dict[str, torch.
         config = read_lm_config(folder)
         fields = {**config.to_dict(), "domains": ["law", "code"], "untie": "feedforward"}
         del fields["model_type"]
-        configuration, model = host_classes("llama")
+        configuration, model = make_host_classes("llama")
         return model(configuration(**fields, domain="code")), rows | {"labels": ids.clone()}
     if kind == "ca_mtl":
         return ca_mtl(), rows | {

@@ -3,7 +3,7 @@
 import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from megamod.models.lm.host import stock_class
+from megamod.models.lm.host import find_stock_class
 
 VOCAB, WIDTH, LAYERS, LENGTH = 40, 16, 2, 32
 COMMON = {
@@ -62,7 +62,7 @@ def tiny_stock(model_type: str, seed: int = 0, **changes: object) -> PreTrainedM
     """A model of a family of transformers, every parameter random and none zero."""
     config = tiny_stock_config(model_type, **changes)
     torch.manual_seed(seed)
-    model = stock_class(config)._from_config(config, attn_implementation="eager")
+    model = find_stock_class(config)._from_config(config, attn_implementation="eager")
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     return model.eval()

@@ -3,7 +3,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from megamod.nn.attention import SelfAttention
-from megamod.nn.transformer import causal_mask
+from megamod.nn.transformer import make_causal_mask
 
 
 def naive(module: SelfAttention, x: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
@@ -40,7 +40,7 @@ def test_equals_loops_over_heads(implementation, padded):
     seen = torch.ones(5, 5).tril().bool()[None] & real[:, None, :]
     for position in range(2 if padded else 0):
         seen[1, position, position] = True
-    output = module(x, causal_mask(real, 5) if padded else None)
+    output = module(x, make_causal_mask(real, 5) if padded else None)
     close_to = 1e-12 if implementation == "sdpa" else 1e-6  # its softmax is taken in float32
     torch.testing.assert_close(output, naive(module, x, seen), rtol=0, atol=close_to)
 
@@ -59,7 +59,9 @@ def test_both_implementations_have_equal_gradients():
 def test_token_by_token_with_a_cache_equals_one_pass(implementation):
     module, x = make(implementation), torch.randn(2, 4, 12, dtype=torch.double)
     cache = DynamicCache()
-    steps = [module(x[:, i : i + 1], causal_mask(torch.ones(2, i + 1), 1), cache) for i in range(4)]
+    steps = [
+        module(x[:, i : i + 1], make_causal_mask(torch.ones(2, i + 1), 1), cache) for i in range(4)
+    ]
     torch.testing.assert_close(torch.cat(steps, 1), module(x, None))
     assert cache.get_seq_length() == 4
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from megamod.dist.scope import domain_of_name
-from megamod.nn.demix import DomainExperts, domain_experts
+from megamod.dist.scope import parse_expert_domain
+from megamod.nn.demix import DomainExperts, iterate_domain_experts
 
 DOMAINS = ["law", "med", "code"]
 
@@ -26,7 +26,7 @@ def test_parameter_names_carry_the_domain():
     experts = DomainExperts(lambda: nn.Linear(3, 2), DOMAINS)
     names = [name for name, _ in experts.named_parameters()]
     assert names == [f"experts.{d}.{p}" for d in DOMAINS for p in ("weight", "bias")]
-    assert [domain_of_name(name) for name in names] == [d for d in DOMAINS for _ in range(2)]
+    assert [parse_expert_domain(name) for name in names] == [d for d in DOMAINS for _ in range(2)]
 
 
 def test_idle_experts_get_zero_gradients():
@@ -90,4 +90,7 @@ def test_frozen_idle_experts_take_no_part_and_without_gradients_nothing_is_added
 
 def test_every_group_inside_a_module_is_found():
     first, second = (DomainExperts(lambda: nn.Linear(1, 1), DOMAINS) for _ in range(2))
-    assert list(domain_experts(nn.Sequential(first, nn.Sequential(second)))) == [first, second]
+    assert list(iterate_domain_experts(nn.Sequential(first, nn.Sequential(second)))) == [
+        first,
+        second,
+    ]

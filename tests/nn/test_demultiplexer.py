@@ -12,7 +12,7 @@ from megamod.nn.demultiplexer import (
     PrefixDemultiplexer,
     RsaDemultiplexer,
     SharedDemux,
-    keyed,
+    apply_keyed_linear,
 )
 
 B, N, L, D = 2, 3, 5, 8
@@ -32,9 +32,9 @@ def naive_rsa(shared: SharedDemux, demux: RsaDemultiplexer, hidden: Tensor, p: f
     instances, length = len(shared.demux_instance_embedding), hidden.shape[1]
     repeated = hidden[:, None].repeat(1, instances, 1, 1)
     keys = shared.demux_instance_embedding[None, :, None].repeat(len(hidden), 1, length, 1)
-    x = F.dropout(F.gelu(shared.dense(1)(torch.cat([keys, repeated], -1))), p)
+    x = F.dropout(F.gelu(shared.get_dense(1)(torch.cat([keys, repeated], -1))), p)
     for layer in range(2, shared.layers):
-        x = F.dropout(F.gelu(shared.dense(layer)(x)), p) + x
+        x = F.dropout(F.gelu(shared.get_dense(layer)(x)), p) + x
     return demux.pre_decoder_layer_norm(F.gelu(demux.pre_decoder(x))) + x
 
 
@@ -99,9 +99,11 @@ def test_keyed_is_a_layer_over_key_and_hidden(few, own_keys):
     expected = together @ weight.T + bias
     pairs, none = all_pairs(3 if few else None), all_pairs(0)
     for layer in (dense, torch.nn.Sequential(dense)):  # the second is one to call, not to read
-        torch.testing.assert_close(keyed(hidden, key, layer, None), expected)
-        torch.testing.assert_close(keyed(hidden, key, layer, pairs), at(expected, pairs))
-        assert keyed(hidden, key, layer, none).shape == (0, D)
+        torch.testing.assert_close(apply_keyed_linear(hidden, key, layer, None), expected)
+        torch.testing.assert_close(
+            apply_keyed_linear(hidden, key, layer, pairs), at(expected, pairs)
+        )
+        assert apply_keyed_linear(hidden, key, layer, none).shape == (0, D)
 
 
 def test_prefix_columns_are_the_keys():
@@ -111,7 +113,7 @@ def test_prefix_columns_are_the_keys():
         [
             F.layer_norm(
                 F.gelu(
-                    demux.dense(torch.cat([hidden[:, i : i + 1].expand_as(hidden), hidden], -1))
+                    demux.get_dense(torch.cat([hidden[:, i : i + 1].expand_as(hidden), hidden], -1))
                 ),
                 (D,),
                 eps=1e-6,

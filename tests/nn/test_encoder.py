@@ -11,9 +11,9 @@ from megamod.nn.encoder import (
     EncoderEmbeddings,
     EncoderLayer,
     EncoderModel,
-    draw_weights,
-    key_mask,
-    padding_aware_positions,
+    compute_padding_aware_positions,
+    initialise_weights,
+    make_key_mask,
 )
 
 SIZES = dict(
@@ -41,7 +41,7 @@ def test_equals_the_encoder_of_transformers(config):
     ids, types = torch.randint(200, (3, 7)), torch.randint(2, (3, 7))
     mask = (torch.arange(7) < torch.tensor([[7], [3], [5]])).long()
     expected = theirs(ids, attention_mask=mask, token_type_ids=types).last_hidden_state
-    hidden = ours.encode(ours.embeddings(ids, types), key_mask(mask))
+    hidden = ours.encode(ours.embeddings(ids, types), make_key_mask(mask))
     assert (hidden - expected).abs().max() < 1e-5
     hidden = ours.encode(ours.embeddings(ids, types), mask[:, None, None].bool())
     assert (hidden - expected).abs().max() < 1e-5
@@ -67,7 +67,11 @@ def test_roberta_positions_start_after_padding():
 
 def test_padding_aware_positions():
     ids = torch.tensor([[7, 9, 1, 1], [1, 8, 1, 5], [1, 1, 1, 1]])
-    assert padding_aware_positions(ids, 1).tolist() == [[2, 3, 1, 1], [1, 2, 1, 3], [1, 1, 1, 1]]
+    assert compute_padding_aware_positions(ids, 1).tolist() == [
+        [2, 3, 1, 1],
+        [1, 2, 1, 3],
+        [1, 1, 1, 1],
+    ]
 
 
 @pytest.mark.parametrize("queries", [1, 3])
@@ -77,7 +81,7 @@ def test_first_queries_are_those_of_all(config, queries, masked):
     encoder = Encoder(config).eval()
     x, mask = torch.randn(2, 6, 12), None
     if masked:
-        mask = key_mask(torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]]))
+        mask = make_key_mask(torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]]))
     if masked == "both":
         mask = mask + torch.randn(2, 1, 6, 6)
     some = encoder(x, mask, queries)
@@ -90,7 +94,7 @@ def test_all_keys_masked_is_attention_to_all(config):
     layer = EncoderLayer(config).double().eval()
     x = torch.randn(1, 4, 12).double()
     torch.testing.assert_close(
-        layer(x, key_mask(torch.zeros(1, 4)).double()), layer(x), atol=1e-9, rtol=0
+        layer(x, make_key_mask(torch.zeros(1, 4)).double()), layer(x), atol=1e-9, rtol=0
     )
 
 
@@ -98,13 +102,13 @@ def test_initial_weights(config):
     torch.manual_seed(0)
     linear, kept = nn.Linear(200, 200), nn.Linear(200, 200)
     kept.default_initialisation = True
-    draw_weights(linear, 0.02)
-    draw_weights(kept, 0.02)
+    initialise_weights(linear, 0.02)
+    initialise_weights(kept, 0.02)
     assert abs(linear.weight.std() - 0.02) < 1e-3 and not linear.bias.any()
     # torch draws uniformly from +- 1 / sqrt(200), which has deviation 1 / sqrt(600).
     assert abs(kept.weight.std() - 600**-0.5) < 1e-3 and kept.bias.any()
     embeddings = EncoderEmbeddings(config, 12)
-    embeddings.apply(lambda module: draw_weights(module, 0.02))
+    embeddings.apply(lambda module: initialise_weights(module, 0.02))
     assert not embeddings.word_embeddings.weight[0].any()
     assert embeddings.word_embeddings.weight[1].any()
     assert embeddings.LayerNorm.weight.tolist() == [1.0] * 12

@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from megamod.nn.multiplexer import HADAMARD, ORTHOGONAL, draw_keys, key_shape, multiplex_orthogonal
+from megamod.nn.multiplexer import (
+    HADAMARD,
+    ORTHOGONAL,
+    compute_key_shape,
+    draw_keys,
+    multiplex_orthogonal,
+)
 
 
 def drawn(variant: str, instances: int, size: int, seed: int = 0, **options) -> torch.Tensor:
@@ -15,7 +21,7 @@ def drawn(variant: str, instances: int, size: int, seed: int = 0, **options) -> 
 @pytest.mark.parametrize("variant", [*HADAMARD, *ORTHOGONAL])
 def test_shapes(variant):
     keys = drawn(variant, 3, 12)
-    assert tuple(keys.shape) == key_shape(variant, 3, 12)
+    assert tuple(keys.shape) == compute_key_shape(variant, 3, 12)
     assert keys.dtype == torch.float32
 
 

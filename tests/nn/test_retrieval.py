@@ -10,11 +10,11 @@ from megamod.nn.retrieval import (
     MlpRetrievalHead,
     PrefixRetrievalHead,
     RetrievalHead,
-    draw_slots,
-    pairs_at,
-    pairs_of_rows,
-    retrieval_targets,
-    token_scores,
+    build_retrieval_pairs,
+    build_row_pairs,
+    draw_retrieved_instances,
+    score_tokens,
+    select_retrieval_targets,
 )
 
 B, N, T, D, V = 2, 3, 4, 8, 11
@@ -26,7 +26,7 @@ def seed():
 
 
 def test_slots_are_uniform_and_one_per_position():
-    slots = draw_slots(300, 20, 5, 2, torch.device("cpu"))
+    slots = draw_retrieved_instances(300, 20, 5, 2, torch.device("cpu"))
     assert slots.shape == (300, 20) and not slots[:, :2].any()
     counts = slots[:, 2:].flatten().bincount(minlength=5)
     share = 300 * 18 / 5
@@ -39,13 +39,13 @@ def test_slots_are_uniform_and_one_per_position():
 def test_targets_by_hand():
     ids = torch.tensor([[1, 2, 0, 4], [5, 6, 7, 8], [9, 3, 0, 0], [4, 4, 2, 1]])
     slots = torch.tensor([[0, 1, 0, 1], [1, 0, 1, 0]])
-    assert retrieval_targets(ids, slots).tolist() == [[1, 6, 0, 8], [4, 3, 2, 0]]
-    assert retrieval_targets(ids, slots, start=1, ignored_id=0).tolist() == [
+    assert select_retrieval_targets(ids, slots).tolist() == [[1, 6, 0, 8], [4, 3, 2, 0]]
+    assert select_retrieval_targets(ids, slots, start=1, ignored_id=0).tolist() == [
         [-100, 6, -100, 8],
         [-100, 3, 2, -100],
     ]
     kept = torch.tensor([[True, False, True, True], [False, False, True, True]])
-    assert retrieval_targets(ids, slots, kept=kept).tolist() == [
+    assert select_retrieval_targets(ids, slots, kept=kept).tolist() == [
         [1, -100, 0, 8],
         [-100, -100, 2, 0],
     ]
@@ -54,16 +54,20 @@ def test_targets_by_hand():
 @pytest.mark.parametrize("shape", [(3, 4), (4, 5)])
 def test_targets_need_whole_groups(shape):
     with pytest.raises(ValueError, match=r"do not fit: expected \[B \* N, T\]"):
-        retrieval_targets(torch.zeros(shape).long(), torch.zeros(2, 4).long())
+        select_retrieval_targets(torch.zeros(shape).long(), torch.zeros(2, 4).long())
 
 
 def test_pairs():
     chosen = torch.tensor([[True, False, True], [False, False, True]])
     slots = torch.tensor([[2, 0, 1], [1, 1, 0]])
-    assert [t.tolist() for t in pairs_at(slots, chosen)] == [[0, 0, 1], [2, 1, 0], [0, 2, 2]]
+    assert [t.tolist() for t in build_retrieval_pairs(slots, chosen)] == [
+        [0, 0, 1],
+        [2, 1, 0],
+        [0, 2, 2],
+    ]
     rows = torch.zeros(6, 2).bool()
     rows[1, 0] = rows[5, 1] = True
-    assert [t.tolist() for t in pairs_of_rows(rows, 3)] == [[0, 1], [1, 2], [0, 1]]
+    assert [t.tolist() for t in build_row_pairs(rows, 3)] == [[0, 1], [1, 2], [0, 1]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -76,7 +80,7 @@ def test_scores_with_and_without_logits(dtype):
     expected_correct = int((decoder(states).argmax(-1) == labels).sum())
     gradients = {}
     for keep in (True, False):
-        total, correct, logits = token_scores(states, decoder, labels, keep_logits=keep, count=True)
+        total, correct, logits = score_tokens(states, decoder, labels, keep_logits=keep, count=True)
         assert abs(total - expected) <= (0.2 if dtype == torch.bfloat16 else 1e-5)
         assert correct == expected_correct and (logits is not None) == keep
         gradients[keep] = torch.autograd.grad(total, [states, *decoder.parameters()])
@@ -89,7 +93,7 @@ def test_scores_with_and_without_logits(dtype):
 def test_nothing_to_score(keep):
     decoder = nn.Linear(D, V)
     states = torch.zeros(0, D, requires_grad=True)
-    total, correct, _ = token_scores(
+    total, correct, _ = score_tokens(
         states, decoder, torch.zeros(0).long(), keep_logits=keep, count=True
     )
     assert total == 0 and correct == 0
@@ -106,16 +110,16 @@ def test_head_by_keys(layers, residual):
     states = head(shared, hidden, None)
     for i in range(N):
         key = shared.demux_instance_embedding[i].expand(B, T, D)
-        x = shared.norm(1)(F.gelu(shared.dense(1)(torch.cat([key, hidden], -1))))
+        x = shared.get_norm(1)(F.gelu(shared.get_dense(1)(torch.cat([key, hidden], -1))))
         for layer in range(2, layers + 1):
-            x = shared.norm(layer)(F.gelu(shared.dense(layer)(x))) + (x if residual else 0)
+            x = shared.get_norm(layer)(F.gelu(shared.get_dense(layer)(x))) + (x if residual else 0)
         x = head.pre_decoder_layer_norm(F.gelu(head.pre_decoder(x))) + (x if residual else 0)
         torch.testing.assert_close(states[:, i], x)
     slots = torch.randint(N, (B, T))
     chosen = torch.rand(B, T) < 0.5
     group, position = chosen.nonzero(as_tuple=True)
     torch.testing.assert_close(
-        head(shared, hidden, pairs_at(slots, chosen)),
+        head(shared, hidden, build_retrieval_pairs(slots, chosen)),
         states[group, slots[group, position], position],
     )
 

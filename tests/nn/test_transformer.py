@@ -8,8 +8,8 @@ from megamod.nn.transformer import (
     DecoderBlock,
     Embeddings,
     FeedForward,
-    causal_mask,
-    positions_of,
+    compute_positions,
+    make_causal_mask,
 )
 
 
@@ -66,7 +66,7 @@ def test_embeddings_scale_tokens_and_shift_positions_by_two():
 def test_positions_count_real_tokens():
     mask = torch.tensor([[1, 1, 1, 0], [0, 0, 1, 1], [1, 0, 1, 0], [0, 0, 0, 0]])
     expected = [[0, 1, 2, -1], [-1, -1, 0, 1], [0, -1, 1, -1], [-1, -1, -1, -1]]
-    assert positions_of(mask).tolist() == expected
+    assert compute_positions(mask).tolist() == expected
 
 
 def test_causal_mask_against_loops():
@@ -74,7 +74,7 @@ def test_causal_mask_against_loops():
     real = torch.rand(6, 7) < 0.6
     real[0], real[1] = True, False
     for queries in (1, 3, 7):
-        mask = causal_mask(real.int(), queries)
+        mask = make_causal_mask(real.int(), queries)
         assert mask.shape == (6, 1, queries, 7)
         for b in range(6):
             for row in range(queries):

@@ -4,7 +4,7 @@ import pytest
 from ranks import on_ranks
 from train.tiny_runs import DOMAINS, RECIPE, ds_config, make_batch, tiny_config
 
-from megamod.dist.scope import Sharing, sharing_of
+from megamod.dist.scope import Sharing, parse_sharing
 from megamod.dist.topology import DomainTopology
 from megamod.planning.memory import Setting, memory
 
@@ -36,14 +36,14 @@ def counted(rank: int, world: int, cases: list[tuple]) -> list[tuple]:
 
     from megamod.models.lm.demix import DemixForCausalLM
     from megamod.train.engine import build_engine, finish_micro_step
-    from megamod.train.optim import adamw
+    from megamod.train.optim import make_adamw
 
     get_accelerator().is_fp16_supported = lambda: True  # torch computes it on any processor
     domains, output = DOMAINS[:2], []
     for untie, stage, precision, *where in cases:
-        sharing = sharing_of(untie)
+        sharing = parse_sharing(untie)
         topology = DomainTopology(world, domains, sharing)
-        held, demix = topology.domains_of(rank), sharing is Sharing.DEMIX
+        held, demix = topology.get_rank_domains(rank), sharing is Sharing.DEMIX
         model = DemixForCausalLM(tiny_config(untie, domains), held if demix else None)
         sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
         steps = 2 if stage == 1 else 1  # gradients of stage 1 are whole until the last micro-batch
@@ -54,7 +54,7 @@ def counted(rank: int, world: int, cases: list[tuple]) -> list[tuple]:
         }
         if where:
             config["zero_optimization"]["offload_param"] = {"device": where[0]}
-        engine = build_engine(model, lambda groups: adamw(groups, **RECIPE), config, topology)
+        engine = build_engine(model, lambda groups: make_adamw(groups, **RECIPE), config, topology)
         batch = make_batch(held[0], 0, 0, ragged=False)
         domain = held[0] if demix else None
         engine.backward(loss_of(engine, batch, domain))

@@ -7,17 +7,10 @@ from pathlib import Path
 import pytest
 from test_planning_memory import settings
 
-from megamod.args import (
-    DataArgs,
-    ModelArgs,
-    MuxArgs,
-    OptimArgs,
-    RunArgs,
-    SafetyArgs,
-    parse_args,
-)
+from megamod.args import DataArgs, ModelArgs, MuxArgs, OptimArgs, RunArgs, SafetyArgs
 from megamod.btm.campaign import BtmArgs
 from megamod.dist.topology import DomainTopology
+from megamod.flags import parse_args
 from megamod.planning.job import jobs_of
 from megamod.planning.memory import memory
 from megamod.planning.plan import plan_of
@@ -232,9 +225,9 @@ def test_offloaded_weights_are_on_the_host_but_for_small_ones():
 
 
 def jobs_sharing(untie: str):
-    from megamod.dist.scope import sharing_of
+    from megamod.dist.scope import parse_sharing
 
-    return sharing_of(untie)
+    return parse_sharing(untie)
 
 
 def test_a_plan_of_1_3b_is_quick():

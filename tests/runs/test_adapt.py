@@ -13,8 +13,7 @@ from ranks import on_ranks
 from saved_models import DOMAINS, LENGTH, TOKENS, VOCAB, make_data, make_model
 
 from megamod.args import RunArgs, SafetyArgs
-from megamod.data.corpus.binarize import split_prefix
-from megamod.data.corpus.indexed import IndexedWriter
+from megamod.data.corpus.indexed import IndexedWriter, format_split_prefix
 from megamod.data.lm.pretraining import LmData
 from megamod.errors import UserError
 from megamod.evaluation.perplexity import DENSE
@@ -24,8 +23,8 @@ from megamod.runs.pretrain import causal_lm
 from megamod.runs.pretrain.adapt_args import AdaptArgs, AdaptOptimArgs
 from megamod.runs.pretrain.adapt_start import Start, choose, estimate, record
 from megamod.states.forest import open_forest
-from megamod.states.grow import grow
-from megamod.states.weights import expert_state, read_weights
+from megamod.states.grow import add_expert
+from megamod.states.weights import extract_expert_weights, read_weights
 
 NEW, OLD = "art", ("law", "code")
 FEED_FORWARD = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
@@ -59,9 +58,9 @@ def learnable(databin: Path) -> None:
     for split in ("train", "valid", "test"):
         tokens = 4 + np.arange(TOKENS[NEW]) % 5
         tokens[6::7], tokens[-1] = 2, 2
-        with IndexedWriter(databin / split_prefix(NEW, split), np.uint16) as writer:
+        with IndexedWriter(databin / format_split_prefix(NEW, split), np.uint16) as writer:
             for item in np.split(tokens, range(7, len(tokens), 7)):
-                writer.add(item)
+                writer.add_item(item)
 
 
 def make_place(root: Path) -> Path:
@@ -157,7 +156,7 @@ def test_new_expert_is_better_and_only_its_feed_forward_differs(root):
     matrix = scores(root, root / "grown" / "model")
     assert matrix[NEW][NEW].perplexity < 0.9 * matrix["law"][NEW].perplexity
     state = read_weights(root / "grown" / "model")
-    law, new = expert_state(state, "law"), expert_state(state, NEW)
+    law, new = extract_expert_weights(state, "law"), extract_expert_weights(state, NEW)
     assert changed(law, new) == feed_forward(law)
     trained = read_weights(root / "grown" / "checkpoints" / "step-4")
     assert changed(trained, new) == set()
@@ -167,7 +166,7 @@ def test_weight_files_of_the_source_are_linked(root):
     first = root / "resumed" / "model"
     start_from = root / "linked"
     start_from.mkdir()
-    grow(first, start_from, "new", "law", expert_state(read_weights(first), "code"))
+    add_expert(first, start_from, "new", "law", extract_expert_weights(read_weights(first), "code"))
     for name in ("shared.safetensors", "expert_law.safetensors", f"expert_{NEW}.safetensors"):
         assert (start_from / name).samefile(first / name)
     model = DemixForCausalLM.from_pretrained(start_from)
@@ -175,9 +174,9 @@ def test_weight_files_of_the_source_are_linked(root):
     tokens = torch.arange(4, 10)[None]
     assert torch.equal(model(tokens, domain="new").logits, model(tokens, domain="code").logits)
     with pytest.raises(UserError, match=r"its experts are .*; 'new' must be new"):
-        grow(start_from, start_from, "new", "law", {})
+        add_expert(start_from, start_from, "new", "law", {})
     with pytest.raises(UserError, match=r"needs .*fc1.* of shape .*, given is none"):
-        grow(first, start_from, "newer", "law", {})
+        add_expert(first, start_from, "newer", "law", {})
 
 
 @pytest.mark.parametrize("run", ["resumed", "failed"])
@@ -191,7 +190,7 @@ def test_the_start_is_the_expert_of_the_highest_posterior(root):
     """The prior follows the posteriors of the sequences before; a plain loop over tokens."""
     data = LmData(str(root / "bin"), domains=[NEW], block_size=LENGTH, domain_token=False)
     model, prior, average = DemixForCausalLM.from_pretrained(root / "demix"), [0.5, 0.5], None
-    for batch in data.eval_batches(NEW, "valid", 2, 2):
+    for batch in data.iterate_eval_batches(NEW, "valid", 2, 2):
         posteriors = []
         for ids, targets in zip(batch["input_ids"], batch["labels"].tolist(), strict=True):
             weights = []
@@ -250,7 +249,10 @@ def test_full_adaptation_of_an_expert_is_a_whole_model_beside_the_others(root):
     built = forest.experts[-1]
     assert built.path == output / "model" and built.updates == 4 and built.start_update == 0
     assert [Path(parent.path).name for parent in built.parents] == ["demix"]
-    started, state = expert_state(read_weights(root / "demix"), "code"), read_weights(built.path)
+    started, state = (
+        extract_expert_weights(read_weights(root / "demix"), "code"),
+        read_weights(built.path),
+    )
     assert changed(started, state) == set(state)
     matrix = scores(root, output)
     assert {domain: matrix[domain] for domain in OLD} == scores(root, root / "demix")

@@ -18,7 +18,7 @@ from transformers import (
 )
 from twins import twin
 
-from megamod.data.lm.text_blocks import text_blocks
+from megamod.data.lm.text_blocks import read_text_blocks
 from megamod.errors import UserError
 from megamod.evaluation.barrier import barrier, barrier_over_mean, losses_along, weights_of
 from megamod.runs.studies.barrier import run_study
@@ -162,12 +162,14 @@ def test_the_line_runs_from_the_second_to_the_first():
 
 def test_blocks_of_text(tmp_path):
     (tmp_path / "t.txt").write_text("ab c\n\nde\nfgh\n")
-    result = text_blocks(tmp_path / "t.txt", lambda line: [ord(item) for item in line], 4)
+    result = read_text_blocks(tmp_path / "t.txt", lambda line: [ord(item) for item in line], 4)
     assert ["".join(map(chr, row)) for row in result] == ["ab c", "defg"]
-    spaced = text_blocks(tmp_path / "t.txt", lambda line: [*map(ord, line)], 4, most=1, spaced=True)
+    spaced = read_text_blocks(
+        tmp_path / "t.txt", lambda line: [*map(ord, line)], 4, most=1, spaced=True
+    )
     assert ["".join(map(chr, row)) for row in spaced] == ["a b "]
     with pytest.raises(UserError, match="fewer tokens than one block of 40"):
-        text_blocks(tmp_path / "t.txt", lambda line: [1], 40)
+        read_text_blocks(tmp_path / "t.txt", lambda line: [1], 40)
 
 
 @pytest.mark.parametrize(

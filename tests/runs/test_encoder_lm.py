@@ -24,18 +24,11 @@ from transformers import (
     ElectraForPreTraining,
 )
 
-from megamod.args import (
-    DataArgs,
-    ModelArgs,
-    MuxArgs,
-    OptimArgs,
-    RunArgs,
-    SafetyArgs,
-    parse_args,
-)
+from megamod.args import DataArgs, ModelArgs, MuxArgs, OptimArgs, RunArgs, SafetyArgs
 from megamod.data.corpus.binarize import binarize
 from megamod.data.lm.databin import DataBin
 from megamod.errors import UserError
+from megamod.flags import parse_args
 from megamod.models.mux.bert import MuxBertForMaskedLM
 from megamod.models.mux.configuration import MuxBertConfig, MuxElectraConfig
 from megamod.models.mux.generator import MuxElectraForReplacedTokens
@@ -45,7 +38,11 @@ from megamod.runs.pretrain.encoder_lm import (
     losses_of,
     masking_of,
 )
-from megamod.train.objectives import EncoderLM, masked_losses, replaced_losses
+from megamod.train.objectives import (
+    EncoderObjective,
+    compute_masked_losses,
+    compute_replaced_losses,
+)
 
 WORDS = [f"w{number}" for number in range(40)]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -239,9 +236,9 @@ def batch_of(folder: Path, seed: int = 0) -> dict[str, object]:
     return dict(input_ids=ids, labels=labels, slots=slots, masked=masked, positions=slots.numel())
 
 
-def masked(multiplexed: bool) -> EncoderLM:
-    losses = partial(masked_losses, device=torch.device("cpu"), multiplexed=multiplexed)
-    return EncoderLM(losses, ("masked", "positions"), "task_loss")
+def masked(multiplexed: bool) -> EncoderObjective:
+    losses = partial(compute_masked_losses, device=torch.device("cpu"), multiplexed=multiplexed)
+    return EncoderObjective(losses, ("masked", "positions"), "task_loss")
 
 
 def test_the_objective_divides_each_sum_by_its_own_items(bare):
@@ -249,7 +246,7 @@ def test_the_objective_divides_each_sum_by_its_own_items(bare):
     model.config.task_loss_coeff, model.config.retrieval_loss_coeff = 0.25, 2.0
     batch = batch_of(bare)
     objective = masked(multiplexed=True)
-    scored = objective.score(model, batch, (3.0, 5.0))
+    scored = objective.compute_loss(model, batch, (3.0, 5.0))
     # By hand, from the logits of all positions of each instance.
     logits = model(batch["input_ids"]).logits
     task = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum")
@@ -262,7 +259,7 @@ def test_the_objective_divides_each_sum_by_its_own_items(bare):
     assert scored.loss.item() == pytest.approx(
         0.25 * task.item() / 3 + 2 * retrieval.item() / 5, rel=1e-5
     )
-    assert objective.count(batch) == (batch["masked"], 16)
+    assert objective.count_items(batch) == (batch["masked"], 16)
     assert scored.total.item() == pytest.approx(task.item(), rel=1e-5)
     assert scored.items.tolist() == [batch["masked"]]
     right, count = scored.further["retrieval_accuracy"].tolist()
@@ -352,10 +349,12 @@ def test_replaced_tokens_by_hand(bare):
     batch = batch_of(bare) | {"tokens": 32, "mask_id": 4}
     batch["input_ids"][batch["labels"] != -100] = 4
     batch["random_ids"] = torch.randint(5, 45, (4, LENGTH))
-    losses = partial(replaced_losses, device=torch.device("cpu"), config=config)
-    objective = EncoderLM(losses, ("tokens", "positions", "masked", "positions"), "task_loss")
-    assert objective.count(batch) == (32, 16, batch["masked"], 16)
-    scored = objective.score(model, batch, (64.0, 20.0, 7.0, 16.0))
+    losses = partial(compute_replaced_losses, device=torch.device("cpu"), config=config)
+    objective = EncoderObjective(
+        losses, ("tokens", "positions", "masked", "positions"), "task_loss"
+    )
+    assert objective.count_items(batch) == (32, 16, batch["masked"], 16)
+    scored = objective.compute_loss(model, batch, (64.0, 20.0, 7.0, 16.0))
     corrupted = batch["input_ids"] == 4
     replaced = torch.where(corrupted, batch["random_ids"], batch["input_ids"])
     arguments = dict(input_ids=replaced, labels=corrupted.long(), retrieval_slots=batch["slots"])
@@ -373,7 +372,9 @@ def test_plain_electra_is_scored_alike(bare):
     batch = batch_of(bare, 2) | {"tokens": 32, "mask_id": 4}
     batch["input_ids"][batch["labels"] != -100] = 4
     batch["random_ids"] = torch.randint(5, 45, (4, LENGTH))
-    result = replaced_losses(model, batch, (64.0, 1.0, 1.0, 1.0), torch.device("cpu"), model.config)
+    result = compute_replaced_losses(
+        model, batch, (64.0, 1.0, 1.0, 1.0), torch.device("cpu"), model.config
+    )
     corrupted = batch["input_ids"] == 4
     replaced = torch.where(corrupted, batch["random_ids"], batch["input_ids"])
     mean = model(input_ids=replaced, labels=corrupted.long()).loss.item()
@@ -392,7 +393,7 @@ def test_electra_of_a_named_size(bare):
     mux = MuxArgs(objective="replaced_token", num_instances=2, generator="plain")
     config = encoder_config(ModelArgs(model="small"), mux, data, 8)
     assert (config.hidden_size, config.embedding_size, config.mask_token_id) == (256, 128, 4)
-    own_values = config.of_generator()
+    own_values = config.make_generator_config()
     assert (
         own_values.hidden_size,
         own_values.num_attention_heads,

@@ -23,9 +23,10 @@ from transformers import (
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from megamod.args import SafetyArgs, parse_args
+from megamod.args import SafetyArgs
 from megamod.errors import UserError
 from megamod.evaluation.mux_pipeline import MuxPipeline
+from megamod.flags import parse_args
 from megamod.runs.finetune.args import (
     FinetuneOptimArgs,
     FinetuneRunArgs,

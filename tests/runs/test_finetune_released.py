@@ -6,9 +6,9 @@ import pytest
 import torch
 from test_finetune import sentence
 
-from megamod.args import parse_args
 from megamod.convert.datamux import export
 from megamod.errors import UserError
+from megamod.flags import parse_args
 from megamod.models.mux.bert import MuxBertForMaskedLM, MuxBertForSequenceClassification
 from megamod.models.mux.configuration import MuxBertConfig
 from megamod.runs.finetune import many_tasks, one_task

@@ -16,17 +16,16 @@ from megamod.args import (
     OptimArgs,
     RunArgs,
     SafetyArgs,
-    parse_args,
-    refuse_unused,
+    refuse_unused_flags,
 )
 from megamod.data.corpus.binarize import binarize
 from megamod.errors import UserError
-from megamod.flags import _kind
+from megamod.flags import _inspect_type, parse_args
 from megamod.runs.pretrain import adapt_start, causal_lm, encoder_lm
 from megamod.runs.pretrain.adapt_args import AdaptArgs
 from megamod.states.forest import Expert, Forest
-from megamod.train.deepspeed_settings import settle
-from megamod.train.optim import optimizer_maker
+from megamod.train.deepspeed_settings import resolve_settings
+from megamod.train.optim import make_optimizer_factory
 
 CLASSES = (RunArgs, SafetyArgs, ModelArgs, OptimArgs, MuxArgs, DataArgs)
 SMALL = ("--hidden_size", "32", "--num_hidden_layers", "2", "--num_attention_heads", "2")
@@ -88,19 +87,19 @@ def described(folder: Path, monkeypatch, flags: tuple[str, ...]) -> str:
     fixed += ("--per_device_train_batch_size", "4", "--max_steps", "9")
     parsed = parse_args(*CLASSES, argv=[*fixed, *flags])
     *common, mux, data = parsed
-    refuse_unused(common[2], mux, data)
+    refuse_unused_flags(common[2], mux, data)
     seen = []
 
     def execute(recipe, parsed, **options):
         run, safety, optim = (next(a for a in parsed if isinstance(a, k)) for k in ANY_MODE)
         topology = recipe.topology
-        settled = settle(run, optim, safety, topology, recipe.config.hidden_size)
+        settled = resolve_settings(run, optim, safety, topology, recipe.config.hidden_size)
         config, plan = settled.ds_config, settled.plan
         schedule = [plan.schedule(step) for step in range(run.max_steps)]
-        batch = recipe.make_batches(settled.shape(0))
+        batch = recipe.make_batches(settled.make_step_shape(0))
         torch.set_printoptions(threshold=10**6)
         shared = {key: value for key, value in vars(plan).items() if key != "schedule"}
-        schedule.append(optimizer_maker(settled.optim).keywords)
+        schedule.append(make_optimizer_factory(settled.optim).keywords)
         objective = vars(recipe.make_objective(torch.device("cpu")))
         objective = [re.sub(" at 0x[0-9a-f]+", "", str(value)) for value in objective.values()]
         config_text = recipe.config.to_dict(), recipe.config._attn_implementation
@@ -111,9 +110,9 @@ def described(folder: Path, monkeypatch, flags: tuple[str, ...]) -> str:
         monkeypatch.setattr(module, "execute", execute)
     monkeypatch.setattr(encoder_lm, "mask_id_of", lambda data: 4)  # reading a tokenizer takes long
     opened = []
-    original = encoder_lm.DataBin.split
+    original = encoder_lm.DataBin.open_split
     monkeypatch.setattr(
-        encoder_lm.DataBin, "split", lambda *a: opened.append(a[1:]) or original(*a)
+        encoder_lm.DataBin, "open_split", lambda *a: opened.append(a[1:]) or original(*a)
     )
     if mux.objective == "causal_lm":
         causal_lm.pretrain(*common, data)
@@ -124,7 +123,7 @@ def described(folder: Path, monkeypatch, flags: tuple[str, ...]) -> str:
 
 def others(f, current: object) -> list[str]:
     """Values of a field besides the current one."""
-    kind, choices, _ = _kind(f)
+    kind, choices, _ = _inspect_type(f)
     if f.name in VALUES:
         return VALUES[f.name]
     if choices:
@@ -176,15 +175,15 @@ def test_flags_that_are_read_later_are_read():
 
 def test_run_yaml_of_any_mode_is_accepted(folder, monkeypatch):
     """A run is repeated from its run.yaml, where every field stands, and none is refused."""
-    from megamod.args import save_run
+    from megamod.flags import write_run_recipe
 
     monkeypatch.chdir(folder)
     for mode, flags in MODES.items():
         before = described(folder, monkeypatch, flags)
         argv = ["--data", "bin", "--output_dir", "out", "--max_seq_length", "16", *flags]
-        save_run(folder / "run.yaml", *parse_args(*CLASSES, argv=argv))
+        write_run_recipe(folder / "run.yaml", *parse_args(*CLASSES, argv=argv))
         again = parse_args(*CLASSES, argv=[str(folder / "run.yaml")])
-        refuse_unused(again[2], *again[4:])
+        refuse_unused_flags(again[2], *again[4:])
         assert before, mode
 
 

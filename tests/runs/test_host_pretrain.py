@@ -12,11 +12,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import megamod  # noqa: F401  (registers the models)
-from megamod.args import DataArgs, ModelArgs, MuxArgs, OptimArgs, RunArgs, SafetyArgs, parse_args
+from megamod.args import DataArgs, ModelArgs, MuxArgs, OptimArgs, RunArgs, SafetyArgs
 from megamod.data.batches import StepShape
 from megamod.data.corpus.binarize import binarize
 from megamod.data.lm.pretraining import LmData
 from megamod.errors import UserError
+from megamod.flags import parse_args
 from megamod.states.weights import read_weights
 
 DOMAINS = ("law", "med")
@@ -150,7 +151,7 @@ def first_loss(root: Path, run: str) -> float:
 @torch.no_grad()
 def test_the_first_loss_is_that_of_the_stock_model(root):
     data = LmData(str(root / "bin"), domains=None, block_size=LENGTH, domain_token=False)
-    batches = data.train_batches(StepShape(4, 4, 0, 1), sampler="balanced", alpha=1.0, seed=1)
+    batches = data.build_train_batches(StepShape(4, 4, 0, 1), sampler="balanced", alpha=1.0, seed=1)
     stock = AutoModelForCausalLM.from_pretrained(root / "llama")
     batch = batches[0]
     logits = stock(batch["input_ids"]).logits.log_softmax(-1)

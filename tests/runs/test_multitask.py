@@ -12,8 +12,9 @@ from ranks import on_ranks
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertForMaskedLM
 
-from megamod.args import SafetyArgs, parse_args
+from megamod.args import SafetyArgs
 from megamod.errors import UserError
+from megamod.flags import parse_args
 from megamod.models.ca_mtl.model import CaMtlForMultiTask
 from megamod.runs.finetune.args import (
     FinetuneOptimArgs,

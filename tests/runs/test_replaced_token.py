@@ -9,15 +9,21 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
 
-from megamod.args import DataArgs, ModelArgs, MuxArgs, OptimArgs, RunArgs, SafetyArgs, parse_args
+from megamod.args import DataArgs, ModelArgs, MuxArgs, OptimArgs, RunArgs, SafetyArgs
 from megamod.data.batches import StepShape
 from megamod.data.corpus.binarize import binarize
 from megamod.data.lm.databin import DataBin
-from megamod.data.lm.masking import MaskedBatches, Masking, blocks_of, held_out_batches
-from megamod.data.lm.order import Balanced
+from megamod.data.lm.masking import (
+    MaskedBatches,
+    Masking,
+    count_full_blocks,
+    iterate_held_out_batches,
+)
+from megamod.data.lm.order import BalancedSampler
 from megamod.errors import UserError
 from megamod.evaluation.encoder_lm import score_encoder
 from megamod.evaluation.perplexity import share_of
+from megamod.flags import parse_args
 from megamod.models.mux.configuration import MuxElectraConfig
 from megamod.models.mux.generator import MuxElectraForReplacedTokens
 from megamod.runs.pretrain.encoder_lm import (
@@ -28,7 +34,7 @@ from megamod.runs.pretrain.encoder_lm import (
     pretrain,
     start_of,
 )
-from megamod.train.objectives import EncoderLM, replaced_losses
+from megamod.train.objectives import EncoderObjective, compute_replaced_losses
 
 VOCABULARY, LENGTH, INSTANCES = 45, 8, 2
 MASK, CLS, PAD = 4, 2, 0
@@ -51,7 +57,7 @@ def batches_of(prefix: int = 0, micro: int = 4, pads: int = 0, blocks: int = 7) 
     masking = Masking(MASK, PAD, (PAD, CLS, MASK), VOCABULARY, 0.5, 0.85, 0.0, pads)
     return MaskedBatches(
         datasets,
-        Balanced([blocks_of(item, LENGTH) for item in datasets], 1),
+        BalancedSampler([count_full_blocks(item, LENGTH) for item in datasets], 1),
         masking,
         StepShape(micro, 8, 0, 1),
         block_size=LENGTH,
@@ -80,19 +86,21 @@ def electra(**more: object) -> MuxElectraForReplacedTokens:
     )
 
 
-def objective_of(model: MuxElectraForReplacedTokens) -> EncoderLM:
-    losses = partial(replaced_losses, device=CPU, config=model.config)
-    return EncoderLM(losses, TERMS["replaced_token"], "task_loss")
+def objective_of(model: MuxElectraForReplacedTokens) -> EncoderObjective:
+    losses = partial(compute_replaced_losses, device=CPU, config=model.config)
+    return EncoderObjective(losses, TERMS["replaced_token"], "task_loss")
 
 
 def step_by_hand(model: MuxElectraForReplacedTokens, batch: dict, prefix: int) -> torch.Tensor:
     """The loss of a whole step, token by token."""
     replaced, corrupted = batch["input_ids"].clone(), batch["input_ids"] == MASK
     replaced[corrupted] = batch["random_ids"][corrupted]
-    fed = model.feed(replaced)
+    fed = model.prepare_batch(replaced)
     hidden = model.encode(fed)
     logits = model.discriminator_predictions(model.demultiplex(hidden, slice(prefix, None)))
-    words = model.retrieval_head.decoder(model.vocabulary_states(hidden, None)).log_softmax(-1)
+    words = model.retrieval_head.decoder(model.compute_vocabulary_states(hidden, None)).log_softmax(
+        -1
+    )
     output, asked = [], []
     for row in range(len(replaced)):
         group, slot = divmod(row, INSTANCES)
@@ -111,8 +119,8 @@ def test_the_micro_batches_of_a_step_make_its_loss_and_gradient(more):
     model = electra(**BOTH, **more)
     prefix, objective = model.config.prefix_length, objective_of(model)
     micro = [batches_of(prefix)[number] for number in range(2)]
-    items = [sum(counts) / 2 for counts in zip(*map(objective.count, micro), strict=True)]
-    scored = [objective.score(model, batch, items) for batch in micro]
+    items = [sum(counts) / 2 for counts in zip(*map(objective.count_items, micro), strict=True)]
+    scored = [objective.compute_loss(model, batch, items) for batch in micro]
     (sum(entry.loss for entry in scored) / 2).backward()
     result = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
@@ -134,24 +142,24 @@ def test_a_generator_retrieves_as_many_tokens_as_are_counted(more):
     )
     prefix, objective = model.config.prefix_length, objective_of(model)
     seen, fewer = [], 0
-    whole = model.generator.retrieve
+    whole = model.generator.add_retrieval_loss
 
     def retrieve(output, *args):
         whole(output, *args)
         seen.append((output.retrieval_loss, output.retrieval_count.item()))
 
-    model.generator.retrieve = retrieve
+    model.generator.add_retrieval_loss = retrieve
     for number in range(12):
         batch = batches_of(prefix, pads=LENGTH)[number]
-        counts = dict(zip(TERMS["replaced_token"], objective.count(batch), strict=True))
+        counts = dict(zip(TERMS["replaced_token"], objective.count_items(batch), strict=True))
         by_hand = 0
         for group, slots in enumerate(batch["slots"].tolist()):
             for column in range(prefix, LENGTH):
                 row = batch["input_ids"][group * INSTANCES + slots[column]]
                 overwritten = not prefix and column == 0
                 by_hand += overwritten or row[column - prefix].item() != PAD
-        objective.score(model, batch, [1.0, 1.0, 1.0, 10.0])
-        objective.score(model, batch, [1.0, 1.0, 1.0, 20.0])
+        objective.compute_loss(model, batch, [1.0, 1.0, 1.0, 10.0])
+        objective.compute_loss(model, batch, [1.0, 1.0, 1.0, 20.0])
         (ten, count), (twenty, again) = seen[-2:]
         assert count == again == counts["readable"] == by_hand
         fewer += count < counts["positions"]
@@ -162,12 +170,12 @@ def test_a_generator_retrieves_as_many_tokens_as_are_counted(more):
 @pytest.mark.parametrize("kind", ["plain", "multiplexed"])
 def test_held_out_text_is_scored_the_same_at_every_call(kind):
     model = electra(**BOTH, generator=kind, generator_config=SMALLER)
-    losses = partial(replaced_losses, device=CPU, config=model.config)
+    losses = partial(compute_replaced_losses, device=CPU, config=model.config)
 
     def scores(part: int, parts: int, total: list[torch.Tensor]) -> dict[str, float]:
         return score_encoder(
             model,
-            share_of(held_out_batches(batches_of(blocks=9)), part, parts),
+            share_of(iterate_held_out_batches(batches_of(blocks=9)), part, parts),
             lambda module, batch: losses(module, batch, [1.0] * 4),
             CPU,
             total.append,

@@ -7,13 +7,14 @@ import pytest
 import yaml
 from ranks import on_ranks
 
-from megamod.args import DataArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs, parse_args
-from megamod.dist.process import check_agreement, started_rank, started_world_size
+from megamod.args import DataArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs
+from megamod.dist.process import check_ranks_agree, read_launcher_rank, read_launcher_world_size
 from megamod.dist.scope import Sharing
 from megamod.dist.topology import DomainTopology
 from megamod.errors import UserError
+from megamod.flags import parse_args
 from megamod.runs.training import FREE_ON_RESUME, group_table, record_run, settings_to_keep
-from megamod.train.optim import optimizer_maker
+from megamod.train.optim import make_optimizer_factory
 
 DOMAINS = ("law", "med", "code", "news")
 ALL = (RunArgs, SafetyArgs, ModelArgs, OptimArgs, DataArgs)
@@ -51,7 +52,7 @@ def test_optimizer_maker_hands_the_flags_on():
     import torch
 
     optim = args("--adam_beta2", "0.5", "--weight_decay", "0.25", "--adam_epsilon", "0.125")[3]
-    optimizer = optimizer_maker(optim)([{"params": [torch.zeros(2, requires_grad=True)]}])
+    optimizer = make_optimizer_factory(optim)([{"params": [torch.zeros(2, requires_grad=True)]}])
     (group,) = optimizer.param_groups
     assert (group["betas"], group["weight_decay"], group["eps"]) == ((0.9, 0.5), 0.25, 0.125)
 
@@ -59,20 +60,20 @@ def test_optimizer_maker_hands_the_flags_on():
 def test_the_launcher_tells_rank_and_world(monkeypatch):
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    assert (started_rank(), started_world_size()) == (0, 1)
+    assert (read_launcher_rank(), read_launcher_world_size()) == (0, 1)
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "8")
-    assert (started_rank(), started_world_size()) == (3, 8)
+    assert (read_launcher_rank(), read_launcher_world_size()) == (3, 8)
 
 
 def together(rank: int, root) -> dict[str, object]:
     import torch
 
     logging.disable(logging.CRITICAL)
-    check_agreement({"the run": "a", "the data": "b"})
+    check_ranks_agree({"the run": "a", "the data": "b"})
     output: dict[str, object] = {}
     try:
-        check_agreement({"the run": "a", "the data": f"digest {rank}", "code": "c"})
+        check_ranks_agree({"the run": "a", "the data": f"digest {rank}", "code": "c"})
     except UserError as error:
         output["disagree"] = str(error)
     output["table"] = group_table(topology(2, "demix"), torch.device("cpu"))

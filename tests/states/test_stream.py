@@ -13,10 +13,10 @@ from megamod.states.stream import (
     PIECE,
     ModelFolder,
     Spec,
+    iterate_pieces,
     parse_size,
-    pieces,
     plan_shards,
-    write_stream,
+    write_streamed_tensors,
 )
 from megamod.states.weights import read_weights
 
@@ -54,7 +54,9 @@ def test_what_is_written_in_pieces_is_read_back(tmp_path, most):
     specs = {name: Spec(t.dtype, tuple(t.shape)) for name, t in state.items()}
     files = plan_shards(specs, most)
     assert sorted(name for names in files.values() for name in names) == sorted(state)
-    written = write_stream(tmp_path, files, specs, lambda name: parts_of(state[name], 1000))
+    written = write_streamed_tensors(
+        tmp_path, files, specs, lambda name: parts_of(state[name], 1000)
+    )
     assert sorted(written) == sorted(tmp_path.iterdir())
 
     weights = [file for file in written if file.suffix == ".safetensors"]
@@ -76,12 +78,14 @@ def test_what_is_written_in_pieces_is_read_back(tmp_path, most):
 def test_too_few_elements_are_noticed(tmp_path):
     specs = {"a": Spec(torch.float32, (4,))}
     with pytest.raises(ValueError, match="specification"):
-        write_stream(tmp_path, plan_shards(specs, 99), specs, lambda name: [torch.zeros(3)])
+        write_streamed_tensors(
+            tmp_path, plan_shards(specs, 99), specs, lambda name: [torch.zeros(3)]
+        )
 
 
 def test_pieces_cover_a_tensor_once():
     for numel in (0, 1, PIECE // 4, PIECE // 4 + 1, 3 * PIECE // 4 - 1):
-        result = list(pieces(numel))
+        result = list(iterate_pieces(numel))
         assert sum(stop - start for start, stop in result) == numel
         assert all(b == c for (_, b), (c, _) in pairwise(result))
         assert len(result) == math.ceil(numel / (PIECE // 4))
@@ -101,7 +105,7 @@ def test_a_member_is_the_dense_model_of_its_domain(tmp_path):
     with ModelFolder(tmp_path, "med") as folder:
         read = {name: folder.read(name) for name in folder.tensors}
         names = [file.name for file in folder.files]
-        digest = folder.digest()
+        digest = folder.compute_digest()
     expert = files["expert_med.safetensors"][f"{MARKS}.med.fc1"]
     same(read, {"norm": shared["norm"], "layers.0.feed_forward.fc1": expert})
     assert names == ["expert_med.safetensors", "shared.safetensors"]

@@ -7,10 +7,10 @@ from safetensors.torch import load_file
 
 from megamod.errors import UserError
 from megamod.states.weights import (
-    expert_state,
-    file_of,
+    copy_to_experts,
+    extract_expert_weights,
     read_weights,
-    spread,
+    select_weight_file,
     write_index,
     write_weights,
 )
@@ -33,7 +33,7 @@ def test_experts_and_shared_weights_lie_in_files_of_their_own(tmp_path):
     index = json.loads(write_index(tmp_path, DEMIX, 44).read_text())
     assert index["metadata"] == {"total_size": 44}
     for name, file in index["weight_map"].items():
-        assert name in contents[file] and file == file_of(name, has_experts=True)
+        assert name in contents[file] and file == select_weight_file(name, has_experts=True)
     read = read_weights(tmp_path)
     assert read.keys() == DEMIX.keys()
     assert all(torch.equal(read[name], DEMIX[name]) for name in DEMIX)
@@ -60,18 +60,18 @@ def test_a_missing_weight_file_is_named(tmp_path):
 
 
 def test_one_expert_with_the_shared_weights_is_a_dense_model():
-    state = expert_state(DEMIX, "med")
+    state = extract_expert_weights(DEMIX, "med")
     assert state.keys() == {"norm.weight", "x.fc1"}
     assert state["x.fc1"] is DEMIX["x.experts.med.fc1"]
     with pytest.raises(UserError, match="no expert of domain 'code'; there are law, med"):
-        expert_state(DEMIX, "code")
+        extract_expert_weights(DEMIX, "code")
 
 
 def test_spreading_a_dense_model_gives_every_expert_its_weights():
     dense = {"norm.weight": torch.ones(3), "x.fc1": torch.zeros(2, 2)}
-    filled = spread(dense, DEMIX)
+    filled = copy_to_experts(dense, DEMIX)
     assert filled.keys() == DEMIX.keys()
     assert filled["x.experts.law.fc1"] is filled["x.experts.med.fc1"] is dense["x.fc1"]
-    assert expert_state(filled, "law").keys() == dense.keys()
+    assert extract_expert_weights(filled, "law").keys() == dense.keys()
     with pytest.raises(UserError, match=r"lack x\.fc1 \(and 1 more\)"):
-        spread({"norm.weight": torch.ones(3)}, DEMIX)
+        copy_to_experts({"norm.weight": torch.ones(3)}, DEMIX)

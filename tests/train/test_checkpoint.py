@@ -20,9 +20,9 @@ from train.tiny_runs import build_tiny, masters, run_tiny
 
 from megamod.errors import UserError
 from megamod.states.checkpoint_folder import TrainState
-from megamod.states.manifest import find_checkpoint, list_checkpoints, verify
+from megamod.states.manifest import find_checkpoint, find_checkpoint_faults, list_checkpoints
 from megamod.train.checkpoint import Checkpoints
-from megamod.train.fragments import fragments
+from megamod.train.fragments import iterate_fragments
 
 KILLS = 30
 
@@ -111,7 +111,7 @@ def inject_faults(root: Path) -> list[dict[str, object]]:
                     gained=state.step - step + 1,
                     left=left,
                     left_after_resume=hidden(folder),
-                    kept=[verify(path) for path in list_checkpoints(folder)],
+                    kept=[find_checkpoint_faults(path) for path in list_checkpoints(folder)],
                 )
             )
             number, where = number + 1, fault.where
@@ -132,14 +132,14 @@ def spoil(root: Path) -> dict[str, object]:
     checkpoints, folder = tiny.checkpoints, tiny.checkpoints.folder
     message["fresh"] = checkpoints.resume("auto"), checkpoints.resume("none")
     for step in (1, 2, 3):
-        for fragment in fragments(tiny.engine):
+        for fragment in iterate_fragments(tiny.engine):
             fragment.tensors["exp_avg"].fill_(step)
         checkpoints.save(TrainState(step=step))
     message["latest"] = (folder / "latest").read_text()
     message["newest"] = checkpoints.resume("auto").step
     shutil.copytree(folder / "step-2", root / "best")
     message["path"] = checkpoints.resume(str(root / "best")).step
-    message["moments"] = {float(f.tensors["exp_avg"].min()) for f in fragments(tiny.engine)}
+    message["moments"] = {float(f.tensors["exp_avg"].min()) for f in iterate_fragments(tiny.engine)}
     message["none"] = refused(checkpoints.resume, "none")
     message["no path"] = refused(checkpoints.resume, str(root / "nowhere"))
     other = {"seed": 6, "untie": "none", "alpha": 0.5}
@@ -251,7 +251,7 @@ def test_every_flipped_bit_is_found(message, tmp_path):
     """300 single bits of a checkpoint, a third of them in its manifest."""
     whole = message["root"] / "limit" / "checkpoints" / "step-12"
     folder = shutil.copytree(whole, tmp_path / "step-12")
-    assert verify(folder) == []
+    assert find_checkpoint_faults(folder) == []
     random_ = random.Random(0)
     files = sorted(path for path in folder.iterdir() if path.is_file())
     for number in range(300):
@@ -260,9 +260,9 @@ def test_every_flipped_bit_is_found(message, tmp_path):
         content[random_.randrange(len(content))] ^= 1 << random_.randrange(8)
         before = file.read_bytes()
         file.write_bytes(content)
-        assert verify(folder), (file.name, bytes(content))
+        assert find_checkpoint_faults(folder), (file.name, bytes(content))
         file.write_bytes(before)
-    assert verify(folder) == []
+    assert find_checkpoint_faults(folder) == []
 
 
 def full_disk(rank: int, root: Path) -> dict[str, str]:
@@ -274,14 +274,14 @@ def full_disk(rank: int, root: Path) -> dict[str, str]:
     class Limited:
         def __init__(self, objective):
             self.objective, self.calls = objective, 0
-            self.count = objective.count
+            self.count = objective.count_items
 
         def score(self, *arguments):
             step = self.calls // 4 + 1
             self.calls += 1
             soft = 4096 if (rank, step) == (1, 2) else hard
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-            return self.objective.score(*arguments)
+            return self.objective.compute_loss(*arguments)
 
     for untie, stage, policy in (("none", 3, "continue"), ("feedforward", 1, "stop")):
         options = dict(save_steps=1, save_failure=policy, wrap_objective=Limited)
@@ -322,9 +322,9 @@ def test_a_rank_without_disk_ends_the_run_as_wanted(tmp_path):
 
 def save_for_ever(root: Path, write: int) -> None:
     """Train, save every step and report the steps that are committed, until killed."""
-    from megamod.dist.process import init_process
+    from megamod.dist.process import join_process_group
 
-    init_process(timeout=60)
+    join_process_group(timeout=60)
     save = Checkpoints.save
 
     def reporting(self, state):

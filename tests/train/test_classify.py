@@ -8,7 +8,7 @@ import torch
 
 from megamod.models.mux.bert import MuxBertForSequenceClassification
 from megamod.models.mux.configuration import MuxBertConfig
-from megamod.train.objectives import Classify
+from megamod.train.objectives import ClassificationObjective
 
 CPU = torch.device("cpu")
 LOGITS = torch.tensor([[[2.0, 0.0], [0.0, 1.0]], [[0.5, 0.5], [3.0, 0.0]]])
@@ -29,19 +29,19 @@ def test_labels_of_rows_and_of_tokens():
     labels = torch.tensor([[0, -100], [1, 0]])
     expected = nll(LOGITS[0, 0], 0) + nll(LOGITS[1, 0], 1) + nll(LOGITS[1, 1], 0)
     batch = {"input_ids": torch.zeros(2, 2), "labels": labels, "items": 3}
-    objective = Classify(("input_ids",), CPU, False)
-    assert objective.count(batch) == (3,)
-    scored = objective.score(engine(LOGITS), batch, (6.0,))
+    objective = ClassificationObjective(("input_ids",), CPU, False)
+    assert objective.count_items(batch) == (3,)
+    scored = objective.compute_loss(engine(LOGITS), batch, (6.0,))
     assert float(scored.loss) == pytest.approx(expected / 6)
     assert scored.total.tolist() == [pytest.approx(expected)] and scored.items.tolist() == [3.0]
     rows = {"input_ids": torch.zeros(2, 2), "labels": torch.tensor([1, 0]), "items": 2}
-    scored = objective.score(engine(LOGITS[0]), rows, (2.0,))
+    scored = objective.compute_loss(engine(LOGITS[0]), rows, (2.0,))
     assert float(scored.loss) == pytest.approx((nll(LOGITS[0, 0], 1) + nll(LOGITS[0, 1], 0)) / 2)
 
 
 def test_values():
     batch = {"input_ids": torch.zeros(2, 1), "labels": torch.tensor([1.0, 4.0]), "items": 2}
-    scored = Classify(("input_ids",), CPU, True).score(
+    scored = ClassificationObjective(("input_ids",), CPU, True).compute_loss(
         engine(torch.tensor([[2.0], [1.0]])), batch, (4.0,)
     )
     assert float(scored.loss) == pytest.approx((1 + 9) / 4)
@@ -64,10 +64,10 @@ def test_retrieval_beside_the_task():
     ids[1, 4:], mask[1, 4:] = 0, 0
     batch = {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([0, 2, 1, 0])}
     batch["items"] = 4
-    objective = Classify(("input_ids", "attention_mask"), CPU, False, retrieved=0.5)
-    assert objective.count(batch) == (4, 11.0)
+    objective = ClassificationObjective(("input_ids", "attention_mask"), CPU, False, retrieved=0.5)
+    assert objective.count_items(batch) == (4, 11.0)
     torch.manual_seed(5)
-    scored = objective.score(model, batch, (8.0, 22.0))
+    scored = objective.compute_loss(model, batch, (8.0, 22.0))
     torch.manual_seed(5)
     output = model(ids, attention_mask=mask, labels=batch["labels"])
     count = output.retrieval_count

@@ -20,10 +20,10 @@ from transformers import BertConfig, BertForMaskedLM
 
 from megamod.args import DataArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs
 from megamod.errors import UserError
-from megamod.models.lm.demix import DemixForCausalLM, initialise
+from megamod.models.lm.demix import DemixForCausalLM, draw_lm_weights
 from megamod.models.mux.bert import MuxBertForMaskedLM
 from megamod.models.mux.configuration import MuxBertConfig
-from megamod.train.compiled import check_compiler, check_stage, compile_blocks
+from megamod.train.compiled import check_compile_stage, check_compiler, compile_blocks
 
 NO_COMPILER = "inductor needs a C++ compiler"
 WITHOUT_CODE = partial(compile_blocks, backend="aot_eager")  # traced and cut as by inductor
@@ -199,7 +199,7 @@ def test_domains_share_what_is_compiled():
     torch._dynamo.reset()
     counters.clear()
     model = DemixForCausalLM(tiny_config("feedforward"))
-    initialise(model, seed=5)
+    draw_lm_weights(model, seed=5)
     WITHOUT_CODE(model)
     positions, result = torch.arange(LENGTH).expand(MICRO, LENGTH), []
     for domain in DOMAINS:
@@ -214,8 +214,8 @@ def test_domains_share_what_is_compiled():
 
 def test_refusals(monkeypatch):
     with pytest.raises(UserError, match=r"--torch_compile with ZeRO stage 3: .* stage 1 or 2"):
-        check_stage({"zero_optimization": {"stage": 3}})
-    check_stage({"zero_optimization": {"stage": 2}})
+        check_compile_stage({"zero_optimization": {"stage": 3}})
+    check_compile_stage({"zero_optimization": {"stage": 2}})
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match="compiler no-such-compiler is not on this machine"):
         check_compiler("cpu")

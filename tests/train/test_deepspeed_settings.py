@@ -4,13 +4,14 @@ import json
 
 import pytest
 
-from megamod.args import DataArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs, origin_of, parse_args
+from megamod.args import DataArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs
 from megamod.data.batches import StepShape
 from megamod.dist.scope import Sharing
 from megamod.dist.topology import DomainTopology
 from megamod.errors import UserError
-from megamod.train.batch_size import micro_steps
-from megamod.train.deepspeed_settings import make_plan, settle
+from megamod.flags import find_origin, parse_args
+from megamod.train.batch_size import count_micro_steps
+from megamod.train.deepspeed_settings import make_loop_plan, resolve_settings
 
 DOMAINS = ("law", "med", "code", "news")
 ALL = (RunArgs, SafetyArgs, ModelArgs, OptimArgs, DataArgs)
@@ -36,24 +37,26 @@ def args(*flags: str):
 )
 def test_micro_steps(world, sharing, flags, steps):
     run = args(*flags)[0]
-    assert micro_steps(run, topology(world, sharing)) == steps
+    assert count_micro_steps(run, topology(world, sharing)) == steps
 
 
 def test_the_accumulation_follows_from_the_global_batch():
     run = args("--global_batch_size", "48", "--per_device_train_batch_size", "4")[0]
-    steps = {world: micro_steps(run, topology(world, "dense")) for world in (1, 2, 3, 4, 6, 12)}
+    steps = {
+        world: count_micro_steps(run, topology(world, "dense")) for world in (1, 2, 3, 4, 6, 12)
+    }
     assert steps == {1: 12, 2: 6, 3: 4, 4: 3, 6: 2, 12: 1}
     with pytest.raises(UserError, match=r"48: must be a multiple of 20 = 5 ranks x 4 .* 40 or 60"):
-        micro_steps(run, topology(5, "dense"))
+        count_micro_steps(run, topology(5, "dense"))
 
 
 def test_micro_steps_must_serve_all_domains_of_a_rank():
     run = args("--global_batch_size", "48")[0]
-    assert micro_steps(run, topology(2, "dense")) == 3
+    assert count_micro_steps(run, topology(2, "dense")) == 3
     with pytest.raises(
         UserError, match=r"--global_batch_size 48: must be a multiple of 32 = 2 ranks x .* 2 do"
     ):
-        micro_steps(run, topology(2, "demix"))
+        count_micro_steps(run, topology(2, "demix"))
 
 
 def test_engine_config_fills_every_auto(tmp_path):
@@ -70,7 +73,7 @@ def test_engine_config_fills_every_auto(tmp_path):
         )
     )
     run, safety, _, optim, _ = args("--deepspeed", str(path), "--precision", "bf16")
-    config = settle(run, optim, safety, topology(2, "demix"), width=64).ds_config
+    config = resolve_settings(run, optim, safety, topology(2, "demix"), width=64).ds_config
     assert config["train_micro_batch_size_per_gpu"] == 8
     assert config["gradient_accumulation_steps"] == 2  # one for each of two domains
     assert config["gradient_clipping"] == 0.1
@@ -84,18 +87,18 @@ def test_the_file_has_its_way_with_defaults_but_not_with_flags(tmp_path):
     zero = '"zero_optimization": {"stage": 1}'
     path.write_text(f'{{"train_micro_batch_size_per_gpu": 4, "gradient_clipping": 2.0, {zero}}}')
     run, safety, _, optim, _ = args("--deepspeed", str(path))
-    settled = settle(run, optim, safety, topology(4, "demix"), width=64)
+    settled = resolve_settings(run, optim, safety, topology(4, "demix"), width=64)
     assert (settled.run.per_device_train_batch_size, settled.optim.max_grad_norm) == (4, 2.0)
     assert settled.global_batch == 16
-    assert settled.shape(3) == StepShape(micro_batch=4, global_batch=16, rank=3, ranks=4)
-    origin = origin_of(settled.run, "per_device_train_batch_size")
+    assert settled.make_step_shape(3) == StepShape(micro_batch=4, global_batch=16, rank=3, ranks=4)
+    origin = find_origin(settled.run, "per_device_train_batch_size")
     assert origin == f"DeepSpeed {path}"
     # The arguments themselves are left as they are.
     assert (run.per_device_train_batch_size, optim.max_grad_norm) == (8, 0.1)
-    assert settled.replace_in((run, safety, optim)) == (settled.run, safety, settled.optim)
+    assert settled.replace_arguments((run, safety, optim)) == (settled.run, safety, settled.optim)
     run, safety, _, optim, _ = args("--deepspeed", str(path), "--max_grad_norm", "1")
     with pytest.raises(UserError, match=r"gradient_clipping.*max_grad_norm"):
-        settle(run, optim, safety, topology(4, "demix"), width=64)
+        resolve_settings(run, optim, safety, topology(4, "demix"), width=64)
 
 
 def test_plan_follows_the_flags():
@@ -103,7 +106,7 @@ def test_plan_follows_the_flags():
         *("--max_steps", "200", "--stop_step", "50", "--learning_rate", "1", "--seed", "9"),
         *("--nonfinite", "skip", "--spike_factor", "3"),
     )
-    plan = make_plan(run, optim, safety, topology(4, "demix"))
+    plan = make_loop_plan(run, optim, safety, topology(4, "demix"))
     assert (plan.max_steps, plan.stop_step, plan.seed) == (200, 50, 9)
     assert (plan.nonfinite, plan.spike_factor) == ("skip", 3.0)
     # 8 % of 200 steps, then down to 0 at the end
@@ -113,7 +116,7 @@ def test_plan_follows_the_flags():
 def test_rollback_is_not_for_independent_models():
     run, safety, _, optim, _ = args("--nonfinite", "rollback")
     with pytest.raises(UserError, match=r"--nonfinite rollback: independent models"):
-        make_plan(run, optim, safety, topology(4, "btm"))
+        make_loop_plan(run, optim, safety, topology(4, "btm"))
 
 
 @pytest.mark.parametrize("policy", ["stop", "skip", "rollback"])
@@ -121,6 +124,6 @@ def test_fp16_skips_whatever_the_policy(policy):
     run, safety, _, optim, _ = args("--nonfinite", policy, "--precision", "fp16")
     if policy == "rollback":
         with pytest.raises(UserError, match="--nonfinite rollback has no effect with fp16"):
-            make_plan(run, optim, safety, topology(4, "demix"))
+            make_loop_plan(run, optim, safety, topology(4, "demix"))
     else:
-        assert make_plan(run, optim, safety, topology(4, "demix")).nonfinite == policy
+        assert make_loop_plan(run, optim, safety, topology(4, "demix")).nonfinite == policy

@@ -5,11 +5,11 @@ import torch
 from ranks import on_ranks
 from train.tiny_runs import DOMAINS, ds_config, make_batch, tiny_config
 
-from megamod.dist.process import rank as my_rank
-from megamod.dist.scope import Sharing, domain_of_name
+from megamod.dist.process import get_rank as my_rank
+from megamod.dist.scope import Sharing, parse_expert_domain
 from megamod.dist.topology import DomainTopology
-from megamod.models.lm.demix import DemixForCausalLM, initialise
-from megamod.train.engine import build_engine, finish_micro_step, loss_group
+from megamod.models.lm.demix import DemixForCausalLM, draw_lm_weights
+from megamod.train.engine import build_engine, finish_micro_step, get_loss_group
 
 MICRO_STEPS = 2
 CASES = [
@@ -47,8 +47,8 @@ def steps(rank: int, cases) -> list[dict[str, object]]:
         topology = DomainTopology(world, DOMAINS[:count], sharing)
         choose = sharing is Sharing.DEMIX
         config = tiny_config("feedforward" if choose else "none", DOMAINS[:count])
-        model = DemixForCausalLM(config, topology.domains_of(rank) if choose else None)
-        initialise(model, seed=5)
+        model = DemixForCausalLM(config, topology.get_rank_domains(rank) if choose else None)
+        draw_lm_weights(model, seed=5)
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         engine = build_engine(
             model,
@@ -57,7 +57,7 @@ def steps(rank: int, cases) -> list[dict[str, object]]:
             topology,
         )
         mine = batches_of_rank(rank, world // count)
-        group = loss_group(engine)
+        group = get_loss_group(engine)
         items = torch.tensor(float(sum(batch["tokens"] for batch in mine)))
         torch.distributed.all_reduce(items, group=group)
         share = float(items) / MICRO_STEPS / torch.distributed.get_world_size(group)
@@ -89,7 +89,7 @@ def naive(kind: str, count: int, only: str | None = None) -> dict[str, torch.Ten
     model = DemixForCausalLM(
         tiny_config("feedforward" if kind == "demix" else "none", DOMAINS[:count])
     )
-    initialise(model, seed=5)
+    draw_lm_weights(model, seed=5)
     batches = [b for rank in range(4) for b in batches_of_rank(rank, 4 // count)]
     batches = [b for b in batches if only in (None, DOMAINS[b["domain"]])]
     total = sum(batch["tokens"] for batch in batches)
@@ -118,7 +118,7 @@ def test_one_step_takes_the_gradient_of_the_joint_loss(output, number):
         assert got["norms"][0] is None
         assert got["norms"][1] == pytest.approx(float(norm), rel=1e-5)
         for name, item in got["taken"].items():
-            held = domain_of_name(name)
+            held = parse_expert_domain(name)
             assert held in (None, domain)
             error = abs(torch.from_numpy(item) - factor * expected[name]).max()
             # What is taken is seen through the rounding of weights of about 1.
@@ -139,7 +139,9 @@ def disagree(rank: int) -> str:
 
     groups._create_expert_and_data_parallel(2, use_data_before_expert_parallel_=False)
     topology = DomainTopology(4, DOMAINS[:2], Sharing.DEMIX)
-    model = DemixForCausalLM(tiny_config("feedforward", DOMAINS[:2]), topology.domains_of(rank))
+    model = DemixForCausalLM(
+        tiny_config("feedforward", DOMAINS[:2]), topology.get_rank_domains(rank)
+    )
     try:
         build_engine(model, lambda of: torch.optim.SGD(of, lr=1.0), ds_config(1, 1, 0.0), topology)
     except AssertionError as error:

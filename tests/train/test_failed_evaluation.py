@@ -11,7 +11,7 @@ from ranks import on_ranks
 from safetensors.torch import load_file
 from train.tiny_runs import DOMAINS, run_tiny
 
-from megamod.dist.process import all_reduce, rank
+from megamod.dist.process import get_rank, sum_over_ranks
 from megamod.errors import PeerError, UserError
 
 CASES = {
@@ -44,7 +44,7 @@ class Evaluation:
         if self.fault is not None and not self.after:
             raise self.fault()
         ranks = torch.ones(1)
-        all_reduce(ranks)
+        sum_over_ranks(ranks)
         assert ranks.item() == 2
         if self.fault is not None and self.after:
             raise self.fault()
@@ -73,7 +73,7 @@ def drill(_: int, root: Path) -> dict[str, tuple]:
         assert calm.steps == [AT, LAST]
         for failing, kind, after in PATTERNS[case]:
             name = f"{case}/{failing}-{kind}-{after}"
-            first = Evaluation(FAULTS[kind] if rank() in FAILING[failing] else None, after)
+            first = Evaluation(FAULTS[kind] if get_rank() in FAILING[failing] else None, after)
             error = attempt(root, name, first)
             saved = sorted(p.name for p in (root / name / "checkpoints").glob("step-*"))
             second = Evaluation()

@@ -6,12 +6,12 @@ import torch
 from ranks import on_ranks
 from train.tiny_runs import DOMAINS, build_tiny, tiny_config
 
-from megamod.dist.scope import domain_of_name
-from megamod.models.lm.demix import DemixForCausalLM, initialise
+from megamod.dist.scope import parse_expert_domain
+from megamod.models.lm.demix import DemixForCausalLM, draw_lm_weights
 from megamod.train.fragments import (
-    fragments,
-    optimizer_steps,
-    refresh_weights,
+    copy_masters_to_weights,
+    iterate_fragments,
+    read_optimizer_steps,
     set_optimizer_steps,
 )
 
@@ -35,7 +35,7 @@ def look(rank: int, root) -> list[dict[str, object]]:
     for number, (untie, stage, precision) in enumerate(CASES):
         engine = build_tiny(root / str(number), untie, stage, precision=precision).engine
         held, kinds = [], set()
-        for fragment in fragments(engine):
+        for fragment in iterate_fragments(engine):
             kinds |= set(fragment.tensors)
             sizes = {len(tensor) for tensor in fragment.tensors.values()}
             assert len(sizes) == 1
@@ -46,21 +46,21 @@ def look(rank: int, root) -> list[dict[str, object]]:
         before = whole_weights(engine)
         masters_agree = all(
             torch.equal(f.tensors["master"], before[f.name][f.start :][: len(f.tensors["master"])])
-            for f in fragments(engine)
+            for f in iterate_fragments(engine)
         )
         # Every element gets a value that tells its place.
-        for f in fragments(engine):
+        for f in iterate_fragments(engine):
             size = len(f.tensors["master"])
             f.tensors["master"].copy_(torch.arange(f.start, f.start + size) % 128)
             f.tensors["exp_avg"].fill_(2.0)
-        refresh_weights(engine)
+        copy_masters_to_weights(engine)
         after = whole_weights(engine)
         output.append(
             dict(
                 held=held,
                 kinds=kinds,
                 masters_agree=masters_agree,
-                steps=optimizer_steps(engine),
+                steps=read_optimizer_steps(engine),
                 arrived=all(
                     torch.equal(weight, (torch.arange(len(weight)) % 128).float())
                     for weight in after.values()
@@ -69,8 +69,8 @@ def look(rank: int, root) -> list[dict[str, object]]:
             )
         )
         set_optimizer_steps(engine, 17.0)
-        assert optimizer_steps(engine) == 17.0
-        assert all(float(f.tensors["exp_avg"].min()) == 2.0 for f in fragments(engine))
+        assert read_optimizer_steps(engine) == 17.0
+        assert all(float(f.tensors["exp_avg"].min()) == 2.0 for f in iterate_fragments(engine))
     return output
 
 
@@ -84,12 +84,12 @@ def output(tmp_path_factory):
 def test_ranges_make_up_every_parameter_once(output, number):
     untie, stage, _ = CASES[number]
     model = DemixForCausalLM(tiny_config(untie))
-    initialise(model, seed=5)
+    draw_lm_weights(model, seed=5)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     ranges: dict[str, list[tuple[int, int]]] = {}
     for rank, of in enumerate(output):
         for name, start, size in of[number]["held"]:
-            domain = domain_of_name(name)
+            domain = parse_expert_domain(name)
             assert domain in (None, *DOMAINS[2 * rank : 2 * rank + 2])
             if stage > 0 or rank == 0:  # without ZeRO every rank holds everything
                 ranges.setdefault(name, []).append((start, start + size))

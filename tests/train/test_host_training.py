@@ -14,7 +14,7 @@ from train.tiny_runs import DOMAINS, PEAK, RECIPE, WARMUP, make_batch, reference
 from transformers import AutoModelForCausalLM
 
 from megamod.states.weights import read_weights
-from megamod.train.optim import adamw, linear, set_rate
+from megamod.train.optim import make_adamw, make_linear_schedule, set_learning_rate
 
 STEPS, CLIP, TWO = 3, 0.5, DOMAINS[:2]
 # One family of each shape: transposed products, two attributes, softcap and tied head, two
@@ -77,7 +77,10 @@ def folder_of(root: Path, *case: object) -> Path:
 def dense_loop(family: str) -> dict[str, torch.Tensor]:
     """Weights after the steps of the stock class alone, its logits and torch's cross entropy."""
     model = tiny_stock(family, seed=5).train()
-    optimizer, schedule = adamw(list(model.parameters()), **RECIPE), linear(PEAK, WARMUP, 10)
+    optimizer, schedule = (
+        make_adamw(list(model.parameters()), **RECIPE),
+        make_linear_schedule(PEAK, WARMUP, 10),
+    )
     for step in range(STEPS):
         batches = [make_batch(domain, step, index) for domain in TWO for index in range(2)]
         items = sum(batch["tokens"] for batch in batches)
@@ -88,7 +91,7 @@ def dense_loop(family: str) -> dict[str, torch.Tensor]:
             loss = functional.cross_entropy(logits.flatten(0, 1), labels, reduction="sum")
             (loss / items).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        set_rate(optimizer, schedule(step))
+        set_learning_rate(optimizer, schedule(step))
         optimizer.step()
         optimizer.zero_grad()
     return dict(model.named_parameters())

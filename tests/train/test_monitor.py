@@ -7,8 +7,8 @@ import torch
 
 from megamod.states.checkpoint_folder import TrainState
 from megamod.train import monitor as module
-from megamod.train.monitor import Monitor, peak_of, write_environment
-from megamod.train.objectives import Scored
+from megamod.train.monitor import Monitor, find_peak_flops, write_environment
+from megamod.train.objectives import BatchScore
 
 
 @pytest.fixture(autouse=True)
@@ -18,9 +18,9 @@ def two_ranks(monkeypatch):
     monkeypatch.setattr(module.dist, "get_world_size", lambda: 2)
 
 
-def scored(total, items, **further) -> Scored:
+def scored(total, items, **further) -> BatchScore:
     further = {name: torch.tensor(pair) for name, pair in further.items()}
-    return Scored(torch.tensor(0.0), torch.tensor(total), torch.tensor(items), further)
+    return BatchScore(torch.tensor(0.0), torch.tensor(total), torch.tensor(items), further)
 
 
 def monitor_in(folder, **options) -> Monitor:
@@ -45,9 +45,9 @@ def records(folder) -> list[dict[str, object]]:
 def test_a_record_sums_over_micro_batches_steps_and_ranks(tmp_path, caplog):
     caplog.set_level(logging.INFO, "megamod")
     monitor, state = monitor_in(tmp_path), TrainState(step=2, tokens={"law": 5})
-    monitor.add([scored([6.0, 0.0, 0.0], [2.0, 0.0, 0.0])] * 2, 0.5, 1e-3, 0.25, 1.0)
-    monitor.add([scored([0.0, 9.0, 0.0], [0.0, 3.0, 0.0])], 0.75, 2e-3, 0.75, 2.0)
-    monitor.log(state)
+    monitor.add_step([scored([6.0, 0.0, 0.0], [2.0, 0.0, 0.0])] * 2, 0.5, 1e-3, 0.25, 1.0)
+    monitor.add_step([scored([0.0, 9.0, 0.0], [0.0, 3.0, 0.0])], 0.75, 2e-3, 0.75, 2.0)
+    monitor.write_record(state)
     (record,) = records(tmp_path)
     assert record["loss"] == pytest.approx((12 + 9) / (4 + 3))
     assert record["loss_by_domain"] == {"law": 3.0, "med": 3.0}  # nothing of code was seen
@@ -64,8 +64,8 @@ def test_a_record_sums_over_micro_batches_steps_and_ranks(tmp_path, caplog):
 def test_a_step_that_was_left_out_has_no_norm(tmp_path, caplog):
     caplog.set_level(logging.INFO, "megamod")
     monitor = monitor_in(tmp_path, peak=None)
-    monitor.add([scored([6.0, 0.0, 0.0], [2.0, 0.0, 0.0])], None, 1e-3, 0.0, 1.0)
-    monitor.log(TrainState(step=1, skipped=1))
+    monitor.add_step([scored([6.0, 0.0, 0.0], [2.0, 0.0, 0.0])], None, 1e-3, 0.0, 1.0)
+    monitor.write_record(TrainState(step=1, skipped=1))
     (record,) = records(tmp_path)
     assert (record["grad_norm"], record["skipped"], record["mfu"]) == (None, 1, None)
     assert "norm skipped" in caplog.text and "MFU n/a" in caplog.text
@@ -75,7 +75,7 @@ def test_a_resumed_run_forgets_what_it_makes_again(tmp_path):
     lines = [json.dumps({"step": step}) for step in (2, 4, 6, 8)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 10, "lo')
     monitor = monitor_in(tmp_path, first_step=5)
-    monitor.evaluated(6, {"law": 7.5}, "valid")
+    monitor.log_scores(6, {"law": 7.5}, "valid")
     monitor.close()
     assert records(tmp_path) == [
         {"step": 2},
@@ -88,9 +88,9 @@ def test_tensorboard_has_the_same_numbers(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monitor = monitor_in(tmp_path, tensorboard=True)
-    monitor.add([scored([6.0, 0.0, 0.0], [2.0, 0.0, 0.0])], 0.5, 1e-3, 0.0, 1.0)
-    monitor.log(TrainState(step=3))
-    monitor.evaluated(3, {"law": 20.0}, "valid")
+    monitor.add_step([scored([6.0, 0.0, 0.0], [2.0, 0.0, 0.0])], 0.5, 1e-3, 0.0, 1.0)
+    monitor.write_record(TrainState(step=3))
+    monitor.log_scores(3, {"law": 20.0}, "valid")
     monitor.close()
     events = EventAccumulator(str(tmp_path / "tb")).Reload()
     expected = {
@@ -112,9 +112,9 @@ def test_other_units_and_means_of_other_things(tmp_path, caplog):
         scored([6.0, 0.0, 0.0], [2.0, 0.0, 0.0], right=[1.0, 4.0], unseen=[0.0, 0.0]),
         scored([2.0, 0.0, 0.0], [2.0, 0.0, 0.0], right=[5.0, 8.0], unseen=[0.0, 0.0]),
     ]
-    monitor.add(rows, 0.5, 1e-3, 0.0, 1.0)
-    monitor.log(TrainState(step=1))
-    monitor.evaluated(1, {"cola": 0.25}, "dev", "matthews")
+    monitor.add_step(rows, 0.5, 1e-3, 0.0, 1.0)
+    monitor.write_record(TrainState(step=1))
+    monitor.log_scores(1, {"cola": 0.25}, "dev", "matthews")
     trained, evaluated = records(tmp_path)
     assert trained["right"] == 6 / 12 and "unseen" not in trained
     assert trained["examples"] == 8 and trained["examples_per_second"] > 0
@@ -123,10 +123,10 @@ def test_other_units_and_means_of_other_things(tmp_path, caplog):
 
 
 def test_peaks_are_found_by_part_of_the_name():
-    assert peak_of("NVIDIA A100-SXM4-80GB") == 312e12
-    assert peak_of("NVIDIA H100 PCIe") == 756e12
-    assert peak_of("NVIDIA H100 80GB HBM3") == 989e12
-    assert peak_of("NVIDIA GeForce GTX 1080") is None
+    assert find_peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
+    assert find_peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert find_peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert find_peak_flops("NVIDIA GeForce GTX 1080") is None
 
 
 def test_the_environment_holds_versions_and_no_secrets(tmp_path, monkeypatch):

@@ -2,14 +2,14 @@ import pytest
 import torch
 from train.tiny_runs import DOMAINS, make_batch, tiny_config
 
-from megamod.models.lm.demix import DemixForCausalLM, initialise
-from megamod.train.objectives import CausalLM
+from megamod.models.lm.demix import DemixForCausalLM, draw_lm_weights
+from megamod.train.objectives import CausalLMObjective
 
 
 def model_of(untie: str) -> DemixForCausalLM:
     """A model whose experts differ."""
     model = DemixForCausalLM(tiny_config(untie))
-    initialise(model, seed=5)
+    draw_lm_weights(model, seed=5)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
@@ -33,20 +33,20 @@ def naive(model: DemixForCausalLM, batch: dict[str, object], domain: str | None)
 @pytest.mark.parametrize("untie", ["none", "feedforward"])
 def test_score_is_the_sum_over_tokens(untie):
     model, batch = model_of(untie), make_batch("code", 3, 0)
-    objective = CausalLM(DOMAINS, torch.device("cpu"), choose=untie != "none")
-    scored = objective.score(model, batch, items=(7.0,))
+    objective = CausalLMObjective(DOMAINS, torch.device("cpu"), choose=untie != "none")
+    scored = objective.compute_loss(model, batch, items=(7.0,))
     rows = naive(model, batch, "code" if untie != "none" else None)
     assert scored.loss.item() == pytest.approx(sum(rows) / 7.0, rel=1e-5)
     assert scored.total.tolist() == pytest.approx([0, 0, sum(rows), 0], rel=1e-5)
-    assert scored.items.tolist() == [0, 0, *objective.count(batch), 0]
-    assert objective.count(batch) == (int((batch["labels"] != -100).sum()),)
+    assert scored.items.tolist() == [0, 0, *objective.count_items(batch), 0]
+    assert objective.count_items(batch) == (int((batch["labels"] != -100).sum()),)
 
 
 def test_the_domain_of_the_batch_chooses_the_expert():
     model, batch = model_of("feedforward"), make_batch("code", 3, 0)
-    objective = CausalLM(DOMAINS, torch.device("cpu"), choose=True)
+    objective = CausalLMObjective(DOMAINS, torch.device("cpu"), choose=True)
     other = {**batch, "domain": DOMAINS.index("law")}
-    losses = [objective.score(model, entry, (1.0,)).loss.item() for entry in (batch, other)]
+    losses = [objective.compute_loss(model, entry, (1.0,)).loss.item() for entry in (batch, other)]
     expected = [sum(naive(model, batch, domain)) for domain in ("code", "law")]
     assert losses == pytest.approx(expected, rel=1e-5)
     assert abs(expected[0] - expected[1]) > 1e-2
@@ -55,7 +55,9 @@ def test_the_domain_of_the_batch_chooses_the_expert():
 def test_rows_of_several_domains_are_told_apart():
     model, batch = model_of("none"), make_batch("law", 1, 1)
     batch |= {"domain": None, "domains": torch.tensor([3, 1])}
-    scored = CausalLM(DOMAINS, torch.device("cpu"), choose=False).score(model, batch, (1.0,))
+    scored = CausalLMObjective(DOMAINS, torch.device("cpu"), choose=False).compute_loss(
+        model, batch, (1.0,)
+    )
     first, second = naive(model, batch, None)
     assert scored.total.tolist() == pytest.approx([0, second, 0, first], rel=1e-5)
     lengths = (batch["labels"] != -100).sum(1).tolist()
@@ -67,8 +69,8 @@ def test_full_batches_need_no_mask():
     model, batch = model_of("none"), make_batch("law", 1, 1, ragged=False)
     assert "attention_mask" not in batch
     batch["input_ids"][0, 3] = 1
-    objective = CausalLM(DOMAINS, torch.device("cpu"), choose=False)
-    scored = objective.score(model, batch, (1.0,))
+    objective = CausalLMObjective(DOMAINS, torch.device("cpu"), choose=False)
+    scored = objective.compute_loss(model, batch, (1.0,))
     masked = {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
-    expected = objective.score(model, masked, (1.0,))
+    expected = objective.compute_loss(model, masked, (1.0,))
     assert scored.loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)

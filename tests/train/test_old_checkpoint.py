@@ -17,8 +17,9 @@ from ranks import on_ranks
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from megamod.args import DataArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs, parse_args
-from megamod.data.corpus.indexed import IndexedWriter, split_prefix
+from megamod.args import DataArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs
+from megamod.data.corpus.indexed import IndexedWriter, format_split_prefix
+from megamod.flags import parse_args
 
 OLD = Path(__file__).parent / "old_checkpoint"
 FLAGS = """
@@ -39,9 +40,9 @@ def write_data(folder: Path) -> None:
         for split, items in (("train", 30), ("valid", 4)):
             tokens = 4 + (np.arange(items * 9) * (number + 3)) ** 2 % 36
             tokens[8::9] = 2
-            with IndexedWriter(folder / split_prefix(domain, split), np.uint16) as writer:
+            with IndexedWriter(folder / format_split_prefix(domain, split), np.uint16) as writer:
                 for item in np.split(tokens, items):
-                    writer.add(item)
+                    writer.add_item(item)
             counts = {"items": items, "tokens": items * 9, "bytes": items * 40, "max_id": 39}
             header["domains"][domain][split] = counts
     (folder / "databin.json").write_text(json.dumps(header))

@@ -19,8 +19,8 @@ from megamod.data.batches import StepShape
 from megamod.data.corpus.indexed import IndexedDataset, IndexedWriter
 from megamod.data.lm.batches import TrainBatches
 from megamod.data.lm.blocks import TokenBlocks
-from megamod.data.lm.order import Balanced
-from megamod.dist.process import rank as my_rank
+from megamod.data.lm.order import BalancedSampler
+from megamod.dist.process import get_rank as my_rank
 from megamod.dist.scope import Sharing
 from megamod.states.weights import read_weights
 
@@ -40,13 +40,13 @@ class DyingObjective:
 
     def __init__(self, objective, fatal: int):
         self.objective, self.left = objective, fatal
-        self.domains, self.count = objective.domains, objective.count
+        self.domains, self.count = objective.domains, objective.count_items
 
     def score(self, *arguments):
         self.left -= 1
         if self.left < 0:
             raise Cut
-        return self.objective.score(*arguments)
+        return self.objective.compute_loss(*arguments)
 
 
 def data_of(folder: Path):
@@ -62,17 +62,19 @@ def data_of(folder: Path):
             if not (folder / f"{domain}-{my_rank()}.idx").exists():
                 ids = np.random.default_rng(number).integers(4, VOCAB, 5 * 12, dtype=np.uint16)
                 with IndexedWriter(folder / f"{domain}-{my_rank()}", np.uint16) as writer:
-                    writer.add(ids)
+                    writer.add_item(ids)
             dataset = IndexedDataset(folder / f"{domain}-{my_rank()}")
             blocks.append(TokenBlocks(dataset, 12, eos_id=2, pad_id=1))
-        order, size = Balanced([5] * 4, seed=3), 4 * len(DOMAINS)
+        order, size = BalancedSampler([5] * 4, seed=3), 4 * len(DOMAINS)
         if topology.sharing is Sharing.DENSE:
             shape = StepShape(MICRO, size, my_rank(), topology.world_size)
-            stream = TrainBatches.over_world(blocks, order, shape)
+            stream = TrainBatches.build_shared_stream(blocks, order, shape)
         else:
-            held = [DOMAINS.index(domain) for domain in topology.domains_of(my_rank())]
-            part = topology.group_rank(my_rank()), topology.ranks_per_domain
-            stream = TrainBatches.over_domains(blocks, order, StepShape(MICRO, size, *part), held)
+            held = [DOMAINS.index(domain) for domain in topology.get_rank_domains(my_rank())]
+            part = topology.get_rank_in_group(my_rank()), topology.ranks_per_domain
+            stream = TrainBatches.build_domain_streams(
+                blocks, order, StepShape(MICRO, size, *part), held
+            )
 
         def batches_from(step: int):
             number = step * stream.micro_steps

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from megamod.nn.task_heads import TaskHeads
 from megamod.train.selection import (
     REGRESSION_RULES,
-    most_uncertain,
-    task_means,
-    uncertainty_scores,
+    average_by_task,
+    score_uncertainty,
+    select_most_uncertain,
 )
 
 GOLDEN = Path(__file__).resolve().parents[2].parent / "shared" / "golden" / "camtl"
@@ -36,14 +36,14 @@ def test_every_recorded_step(case):
         for task, size in enumerate(sizes):
             if f"logits.task{task}" in of:
                 rows[task_of == task, :size] = of[f"logits.task{task}"]
-        entropy = heads.entropy(rows, None, task_of)
+        entropy = heads.compute_entropy(rows, None, task_of)
         assert (entropy - of["entropy"]).abs().max() <= 1e-6
-        means = task_means(entropy, task_of, len(tasks))
+        means = average_by_task(entropy, task_of, len(tasks))
         assert (means[task_of] - of["entropy_task_mean"]).abs().max() <= 1e-6
         assert abs(means.max() - of["max_task_mean"]) <= 1e-6
-        scores = uncertainty_scores(entropy, task_of, tasks, kinds, regression="release")
+        scores = score_uncertainty(entropy, task_of, tasks, kinds, regression="release")
         assert (scores - of["score"]).abs().max() <= 1e-6
-        chosen = most_uncertain(scores, config["train_batch_size"])
+        chosen = select_most_uncertain(scores, config["train_batch_size"])
         recorded = of["chosen_index"].long()
         assert torch.allclose(scores[chosen], of["score"][recorded], atol=1e-6)
         if len(of["score"].unique()) == len(of["score"]):
@@ -56,31 +56,29 @@ NAMES, OF_KIND = ("mrpc", "rte", "sts-b"), ("sequence", "sequence", "regression"
 
 
 def test_release_rule_by_hand():
-    result = uncertainty_scores(ENTROPY, TASK_OF, NAMES, OF_KIND, regression="release")
+    result = score_uncertainty(ENTROPY, TASK_OF, NAMES, OF_KIND, regression="release")
     expected = [0.9, 0.5, 0.2 * 0.3 / 0.7, 0.4 * 0.3 / 0.7, 0.9, 0.5, 0.0]
     assert torch.allclose(result, torch.tensor(expected))
-    assert most_uncertain(result, 3).tolist() == [0, 4, 1]
+    assert select_most_uncertain(result, 3).tolist() == [0, 4, 1]
 
 
 def test_paper_rule_ranks_by_entropy_alone():
-    result = uncertainty_scores(
-        ENTROPY, TASK_OF, NAMES, OF_KIND, rule="paper", regression="release"
-    )
+    result = score_uncertainty(ENTROPY, TASK_OF, NAMES, OF_KIND, rule="paper", regression="release")
     assert torch.allclose(result[:4], ENTROPY[:4] / 0.7)
 
 
 def test_a_regression_is_worth_the_mean_of_the_others():
-    result = uncertainty_scores(ENTROPY, TASK_OF, NAMES, OF_KIND, regression="mean")
+    result = score_uncertainty(ENTROPY, TASK_OF, NAMES, OF_KIND, regression="mean")
     others = (0.9 + 0.5 + (0.2 + 0.4) * 0.3 / 0.7) / 4
     assert torch.allclose(result[4:], torch.full((3,), others))
 
 
 def test_a_regression_borrows_from_all_classifications():
     names = ("mrpc", "rte", "other")
-    result = uncertainty_scores(ENTROPY, TASK_OF, names, OF_KIND)
+    result = score_uncertainty(ENTROPY, TASK_OF, names, OF_KIND)
     # The 1st, 2nd and 3rd of three rows stand for the 1st, 2nd and 3rd of four: 0 * 4 // 3, ...
     assert torch.allclose(result[4:], torch.tensor([0.9, 0.5, 0.2 * 0.3 / 0.7]))
-    as_released = uncertainty_scores(ENTROPY, TASK_OF, NAMES, OF_KIND)
+    as_released = score_uncertainty(ENTROPY, TASK_OF, NAMES, OF_KIND)
     assert torch.allclose(as_released[4:], torch.tensor([0.9, 0.5, 0.0]))
 
 
@@ -88,6 +86,6 @@ def test_sure_of_everything():
     nothing = torch.zeros(3)
     only = torch.tensor([2, 2, 2])
     for regression in REGRESSION_RULES:
-        result = uncertainty_scores(nothing, only, NAMES, OF_KIND, regression=regression)
+        result = score_uncertainty(nothing, only, NAMES, OF_KIND, regression=regression)
         assert torch.equal(result, nothing)
-    assert most_uncertain(nothing, 2).tolist() == [0, 1]
+    assert select_most_uncertain(nothing, 2).tolist() == [0, 1]

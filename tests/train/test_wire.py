@@ -5,9 +5,9 @@ from ranks import on_ranks
 from tiny_runs import DOMAINS, RECIPE, ds_config, make_batch, tiny_config
 from wire_counter import counted
 
-from megamod.dist.scope import Sharing, sharing_of
+from megamod.dist.communication import compute_step_traffic
+from megamod.dist.scope import Sharing, parse_sharing
 from megamod.dist.topology import DomainTopology
-from megamod.dist.wire import step_traffic
 
 MICRO_STEPS = 2
 TIED = "model.embeddings.tokens.weight"
@@ -31,12 +31,12 @@ def count_all(rank: int) -> dict:
     """Two steps of every case; the second is counted. Two domains, so two ranks share each."""
     from megamod.models.lm.demix import DemixForCausalLM
     from megamod.train.engine import build_engine, finish_micro_step
-    from megamod.train.optim import adamw
+    from megamod.train.optim import make_adamw
 
     domains, results = DOMAINS[:2], {}
     for number, (untie, stage, limits) in enumerate(CASES):
-        topology = DomainTopology(4, domains, sharing_of(untie))
-        held = topology.domains_of(rank)
+        topology = DomainTopology(4, domains, parse_sharing(untie))
+        held = topology.get_rank_domains(rank)
         demix = topology.sharing is Sharing.DEMIX
         model = DemixForCausalLM(tiny_config(untie, domains), held if demix else None)
         sizes = {name: p.numel() for name, p in model.named_parameters()}
@@ -46,7 +46,7 @@ def count_all(rank: int) -> dict:
         if "live_limit" in limits:
             config["zero_optimization"]["stage3_max_live_parameters"] = 0
             config["zero_optimization"]["stage3_max_reuse_distance"] = 0
-        engine = build_engine(model, lambda groups: adamw(groups, **RECIPE), config, topology)
+        engine = build_engine(model, lambda groups: make_adamw(groups, **RECIPE), config, topology)
         for step in range(2):
             with counted() as sent:
                 for index in range(MICRO_STEPS):
@@ -61,7 +61,7 @@ def count_all(rank: int) -> dict:
         payload = dict(sent["payload"])
         world = sum(size for (_, ranks), size in payload.items() if len(ranks) == 4)
         domain = sum(size for (_, ranks), size in payload.items() if len(ranks) < 4)
-        expected = step_traffic(sizes, topology, stage, MICRO_STEPS, 4, **limits)
+        expected = compute_step_traffic(sizes, topology, stage, MICRO_STEPS, 4, **limits)
         results[number] = (world, domain, expected.world, expected.domain)
     return results
 
@@ -89,7 +89,7 @@ def test_independent_models_send_nothing_to_each_other(traffic):
 def test_traffic_of_the_125m_recipe():
     """32 GPUs, 8 domains: experts are reduced by 4 ranks each, the rest by all."""
     shared, expert = 124_446_720 - 56_669_184, 56_669_184
-    demix = step_traffic(
+    demix = compute_step_traffic(
         {"attention": shared, "x.experts.law.fc1": expert},
         DomainTopology(32, tuple("abcdefgh"), Sharing.DEMIX),
         stage=0,

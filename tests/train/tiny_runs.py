@@ -11,13 +11,13 @@ from models.tiny_hosts import tiny_stock
 from safetensors import safe_open
 from torch import nn
 
-from megamod.dist.process import rank as my_rank
-from megamod.dist.process import world_size
-from megamod.dist.scope import Sharing, sharing_of
+from megamod.dist.process import get_rank as my_rank
+from megamod.dist.process import get_world_size
+from megamod.dist.scope import Sharing, parse_sharing
 from megamod.dist.topology import DomainTopology
 from megamod.models.lm.configuration import DemixConfig, LmConfig
-from megamod.models.lm.demix import DemixForCausalLM, initialise
-from megamod.models.lm.host import dense_class, host_classes
+from megamod.models.lm.demix import DemixForCausalLM, draw_lm_weights
+from megamod.models.lm.host import make_dense_class, make_host_classes
 from megamod.runs.pretrain.causal_lm import card
 from megamod.states.checkpoint_folder import TrainState
 from megamod.train.checkpoint import Checkpoints
@@ -25,8 +25,8 @@ from megamod.train.engine import build_engine
 from megamod.train.export import ModelExport
 from megamod.train.loop import Plan, train
 from megamod.train.monitor import Monitor
-from megamod.train.objectives import CausalLM
-from megamod.train.optim import adamw, linear, set_rate
+from megamod.train.objectives import CausalLMObjective
+from megamod.train.optim import make_adamw, make_linear_schedule, set_learning_rate
 
 DOMAINS = ("law", "med", "code", "news")
 VOCAB, LENGTH, MICRO = 40, 12, 2
@@ -58,19 +58,19 @@ def model_of(
     if family is None:
         config = tiny_config(untie, domains, dropout, width)
         model = DemixForCausalLM(config, held)
-        initialise(model, seed=5)
+        draw_lm_weights(model, seed=5)
         return config, model
     stock = tiny_stock(family, seed=5)
     if untie in ("none", "all"):
-        model = dense_class(type(stock))(stock.config)
+        model = make_dense_class(type(stock))(stock.config)
         model.load_state_dict(stock.state_dict())
         return stock.config, model
-    kind, model_class = host_classes(family)
+    kind, model_class = make_host_classes(family)
     fields = {name: value for name, value in stock.config.to_dict().items() if name != "model_type"}
     config = kind(**fields, domains=list(domains), untie=untie)
     model = model_class(config, ())
     model.load_state_dict(stock.state_dict())
-    model.own_feed_forwards(domains if held is None else held)
+    model.copy_feed_forwards(domains if held is None else held)
     return config, model
 
 
@@ -108,8 +108,8 @@ def batches_of(topology: DomainTopology, per_domain: int):
                 everything = [(d, i) for d in topology.domains for i in range(per_domain)]
                 mine = everything[rank :: topology.world_size]
             else:
-                part, parts = topology.group_rank(rank), topology.ranks_per_domain
-                held = topology.domains_of(rank)
+                part, parts = topology.get_rank_in_group(rank), topology.ranks_per_domain
+                held = topology.get_rank_domains(rank)
                 mine = [(d, i) for i in range(part, per_domain, parts) for d in held]
             for domain, index in mine:
                 yield make_batch(domain, step, index)
@@ -149,8 +149,8 @@ def _reference(config_and_model, domains, steps, per_domain, clip, decay_vectors
     vectors = [p for p in model.parameters() if p.dim() < 2 and not decay_vectors]
     rest = [p for p in model.parameters() if not any(p is vector for vector in vectors)]
     groups = [{"params": vectors, "weight_decay": 0.0}, {"params": rest}]
-    optimizer = adamw([group for group in groups if group["params"]], **RECIPE)
-    schedule, norms = linear(PEAK, WARMUP, 10), []
+    optimizer = make_adamw([group for group in groups if group["params"]], **RECIPE)
+    schedule, norms = make_linear_schedule(PEAK, WARMUP, 10), []
     for step in range(steps):
         batches = [make_batch(d, step, i) for d in domains for i in range(per_domain)]
         items = sum(batch["tokens"] for batch in batches)
@@ -163,7 +163,7 @@ def _reference(config_and_model, domains, steps, per_domain, clip, decay_vectors
                 domain=DOMAINS[batch["domain"]] if apart else None,
             ).loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip)))
-        set_rate(optimizer, schedule(step))
+        set_learning_rate(optimizer, schedule(step))
         optimizer.step()
         optimizer.zero_grad()
     return {name: p.detach() for name, p in model.named_parameters()}, norms
@@ -242,17 +242,17 @@ def build_tiny(
         family: of transformers; None for our decoder.
         prepare: called with the model before an engine is made of it.
     """
-    sharing = sharing_of(untie)
-    topology = DomainTopology(world_size(), tuple(domains), sharing)
-    held = topology.domains_of(my_rank())
+    sharing = parse_sharing(untie)
+    topology = DomainTopology(get_world_size(), tuple(domains), sharing)
+    held = topology.get_rank_domains(my_rank())
     config, model = model_of(
         untie, domains, held if sharing is Sharing.DEMIX else None, dropout, width, family
     )
     prepare(model)
-    micro_steps = per_domain * len(domains) // world_size()
+    micro_steps = per_domain * len(domains) // get_world_size()
     engine = build_engine(
         model,
-        lambda groups: adamw(groups, **RECIPE),
+        lambda groups: make_adamw(groups, **RECIPE),
         ds_config(stage, micro_steps, clip, precision, offload),
         topology,
         decay_vectors=decay_vectors,
@@ -310,7 +310,7 @@ def run_tiny(
         max_steps=10,
         stop_step=max_steps,
         micro_steps=micro_steps,
-        schedule=linear(PEAK, WARMUP, 10),
+        schedule=make_linear_schedule(PEAK, WARMUP, 10),
         max_grad_norm=clip,
         logging_steps=2,
         eval_steps=eval_steps,
@@ -324,7 +324,7 @@ def run_tiny(
     choose = topology.sharing is Sharing.DEMIX
     state = train(
         engine,
-        wrap_objective(CausalLM(topology.domains, torch.device("cpu"), choose)),
+        wrap_objective(CausalLMObjective(topology.domains, torch.device("cpu"), choose)),
         batches(topology) if batches else batches_of(topology, per_domain),
         plan,
         state,

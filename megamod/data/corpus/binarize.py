@@ -23,13 +23,13 @@ from pathlib import Path
 
 import numpy as np
 
-from megamod.data.corpus.documents import SPLITS, Source, open_source
-from megamod.data.corpus.indexed import IndexedWriter, dtype_for, split_prefix
-from megamod.data.corpus.pool import Encode, encoder
+from megamod.data.corpus.documents import SPLITS, DocumentSource, open_document_source
+from megamod.data.corpus.indexed import IndexedWriter, format_split_prefix, select_token_dtype
+from megamod.data.corpus.pool import EncodeTexts, open_encoder
 from megamod.data.corpus.tokenizers import (
     Tokenizer,
+    find_trainer,
     load_tokenizer,
-    trainer_of,
 )
 from megamod.errors import UserError
 from megamod.files import sha256, sync_folder, sync_tree, write_json
@@ -42,7 +42,7 @@ SAMPLE_BYTES = 8 << 20
 
 
 @dataclass
-class Tally:
+class ItemCounter:
     """Number, UTF-8 bytes and digest of the items of one split.
 
     The digest covers the length of each item, so that other item boundaries change it.
@@ -54,7 +54,7 @@ class Tally:
     def __post_init__(self) -> None:
         self._hash = hashlib.sha256()
 
-    def add(self, text: str) -> None:
+    def add_item(self, text: str) -> None:
         """Add one item."""
         data = text.encode()
         self.items += 1
@@ -113,21 +113,21 @@ def binarize(
             same data-bin.
     """
     output = Path(output).absolute()
-    _check_names(inputs)
+    _check_domain_names(inputs)
     if items not in (None, *ITEMS):
         raise UserError(f"--items {items}: allowed are {' and '.join(ITEMS)}")
     if workers is not None and workers < 1:
         raise UserError(f"--workers {workers}: at least 1 is needed")
-    existing = _existing(output)
+    existing = _read_existing_header(output)
     sources = {
-        name: open_source(
+        name: open_document_source(
             spec, field=field, encoding_errors=encoding_errors, seed=seed, streaming=streaming
         )
         for name, spec in inputs.items()
     }
     train = None
     if not isinstance(tokenizer, Tokenizer):
-        train = trainer_of(str(tokenizer))
+        train = find_trainer(str(tokenizer))
         if train is None:
             tokenizer = load_tokenizer(tokenizer, do_lower_case)
         elif do_lower_case is not None:
@@ -136,9 +136,9 @@ def binarize(
             )
     gpt2 = isinstance(tokenizer, Tokenizer) and tokenizer.kind == "gpt2"
     items = items or ("line" if gpt2 else "document")
-    tallies = {name: _scan(name, source, items) for name, source in sources.items()}
+    tallies = {name: _count_items(name, source, items) for name, source in sources.items()}
     if not isinstance(tokenizer, Tokenizer):
-        tokenizer = train(_sample(sources, tallies))
+        tokenizer = train(_sample_train_documents(sources, tallies))
     header = {
         "format": FORMAT,
         "tokenizer": {"kind": tokenizer.kind, "digest": tokenizer.digest},
@@ -148,9 +148,11 @@ def binarize(
         "bos": bos,
         "replaced": {name: source.decoding.replaced for name, source in sources.items()},
     }
-    key = _identity(header, {n: {s: t.digest for s, t in of.items()} for n, of in tallies.items()})
+    key = _compute_identity(
+        header, {n: {s: t.digest for s, t in of.items()} for n, of in tallies.items()}
+    )
     if existing is not None:
-        if _identity_of(existing) != key:
+        if _compute_header_identity(existing) != key:
             raise UserError(
                 f"--output_dir {output}: holds a data-bin made from other text or with another "
                 "tokenizer or other options; choose a new folder"
@@ -160,9 +162,11 @@ def binarize(
         total = sum(tally.bytes for of in tallies.values() for tally in of.values())
         workers = min(os.cpu_count() or 1, 1 + total // BYTES_PER_WORKER)
     try:
-        with _work_folder(output, key) as work:
-            header["domains"] = _write_parts(sources, tallies, tokenizer, items, bos, workers, work)
-            _finish(work / "databin", header, tokenizer)
+        with _lock_work_folder(output, key) as work:
+            header["domains"] = _write_splits(
+                sources, tallies, tokenizer, items, bos, workers, work
+            )
+            _complete_databin(work / "databin", header, tokenizer)
             os.rename(work / "databin", output)
             sync_folder(output.parent)
     except OSError as error:
@@ -175,7 +179,7 @@ def binarize(
     return header
 
 
-def _check_names(inputs: Mapping[str, object]) -> None:
+def _check_domain_names(inputs: Mapping[str, object]) -> None:
     if not inputs:
         raise UserError("no domain given: pass --input NAME=PATH or --builtin")
     for name in inputs:
@@ -186,13 +190,13 @@ def _check_names(inputs: Mapping[str, object]) -> None:
             )
 
 
-def _existing(output: Path) -> dict | None:
+def _read_existing_header(output: Path) -> dict | None:
     """Header of the data-bin at `output`; None if there is nothing."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
     try:
         header = json.loads((output / HEADER).read_text(encoding="utf-8"))
-        _identity_of(header)
+        _compute_header_identity(header)
         return header
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
@@ -201,7 +205,9 @@ def _existing(output: Path) -> dict | None:
         ) from error
 
 
-def _identity(header: Mapping[str, object], digests: Mapping[str, Mapping[str, str]]) -> str:
+def _compute_identity(
+    header: Mapping[str, object], digests: Mapping[str, Mapping[str, str]]
+) -> str:
     """Digest of all that decides the content of a data-bin."""
     ordered = [[name, *(of[split] for split in SPLITS)] for name, of in digests.items()]
     content = [FORMAT, header["tokenizer"], header["items"], ordered]
@@ -209,22 +215,24 @@ def _identity(header: Mapping[str, object], digests: Mapping[str, Mapping[str, s
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _identity_of(header: dict) -> str:
+def _compute_header_identity(header: dict) -> str:
     domains = header["domains"].items()
-    return _identity(
+    return _compute_identity(
         header, {name: {s: of[s]["text_sha256"] for s in SPLITS} for name, of in domains}
     )
 
 
-def _texts(source: Source, items: str, only: str | None = None) -> Iterator[tuple[str, str]]:
-    return source.lines(only) if items == "line" else source.documents(only)
+def _iterate_items(
+    source: DocumentSource, items: str, only: str | None = None
+) -> Iterator[tuple[str, str]]:
+    return source.iterate_lines(only) if items == "line" else source.iterate_documents(only)
 
 
-def _scan(name: str, source: Source, items: str) -> dict[str, Tally]:
+def _count_items(name: str, source: DocumentSource, items: str) -> dict[str, ItemCounter]:
     """Read a whole source, which raises all errors of its content; a tally per split."""
-    tallies = {split: Tally() for split in SPLITS}
-    for split, text in _texts(source, items):
-        tallies[split].add(text)
+    tallies = {split: ItemCounter() for split in SPLITS}
+    for split, text in _iterate_items(source, items):
+        tallies[split].add_item(text)
     empty = [split for split, tally in tallies.items() if not tally.bytes]
     if len(empty) == len(SPLITS):
         raise UserError(f"domain {name}: {source.where} holds no text")
@@ -238,19 +246,19 @@ def _scan(name: str, source: Source, items: str) -> dict[str, Tally]:
     return tallies
 
 
-def _sample(
-    sources: Mapping[str, Source], tallies: Mapping[str, Mapping[str, Tally]]
+def _sample_train_documents(
+    sources: Mapping[str, DocumentSource], tallies: Mapping[str, Mapping[str, ItemCounter]]
 ) -> Iterator[str]:
     """Evenly spaced train documents: about `SAMPLE_BYTES`, an equal part from each domain."""
     for name, source in sources.items():
         share = min(1.0, SAMPLE_BYTES / len(sources) / tallies[name]["train"].bytes)
-        for number, (_, text) in enumerate(source.documents("train")):
+        for number, (_, text) in enumerate(source.iterate_documents("train")):
             if int((number + 1) * share) > int(number * share):
                 yield text
 
 
 @contextmanager
-def _work_folder(output: Path, key: str) -> Iterator[Path]:
+def _lock_work_folder(output: Path, key: str) -> Iterator[Path]:
     """Hidden folder next to `output`, locked; removed when the block succeeds.
 
     It is emptied unless an interrupted run of the same key left it.
@@ -272,9 +280,9 @@ def _work_folder(output: Path, key: str) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _write_parts(
-    sources: Mapping[str, Source],
-    tallies: Mapping[str, Mapping[str, Tally]],
+def _write_splits(
+    sources: Mapping[str, DocumentSource],
+    tallies: Mapping[str, Mapping[str, ItemCounter]],
     tokenizer: Tokenizer,
     items: str,
     bos: bool,
@@ -287,7 +295,7 @@ def _write_parts(
     domains: dict[str, dict[str, dict]] = {name: {} for name in sources}
     total = sum(tally.bytes for of in tallies.values() for tally in of.values())
     with (
-        encoder(tokenizer, workers) as encode,
+        open_encoder(tokenizer, workers) as encode,
         tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar,
     ):
         for name, source in sources.items():
@@ -295,19 +303,19 @@ def _write_parts(
             folder.mkdir(parents=True, exist_ok=True)
             for split in SPLITS:
                 bar.set_description(f"{name} {split}")
-                prefix = work / "databin" / split_prefix(name, split)
+                prefix = work / "databin" / format_split_prefix(name, split)
                 record = work / "parts" / f"{name}.{split}.json"
                 if record.exists():
                     done = json.loads(record.read_text())
-                    if _digests(prefix) == done["sha256"]:
+                    if _hash_split_files(prefix) == done["sha256"]:
                         domains[name][split] = done
                         bar.update(done["bytes"])
                         continue
                 for file in list(folder.iterdir()):  # parts that a killed run left
                     if file.name.lstrip(".").startswith(f"{prefix.name}."):
                         file.unlink()
-                texts = (text for _, text in _texts(source, items, split))
-                done = _write_part(texts, tokenizer, bos, prefix, encode, bar.update)
+                texts = (text for _, text in _iterate_items(source, items, split))
+                done = _write_split(texts, tokenizer, bos, prefix, encode, bar.update)
                 if done["text_sha256"] != tallies[name][split].digest:
                     raise UserError(f"domain {name}: {source.where} changed while it was read")
                 write_json(record, done)
@@ -315,27 +323,27 @@ def _write_parts(
     return domains
 
 
-def _write_part(
+def _write_split(
     texts: Iterator[str],
     tokenizer: Tokenizer,
     bos: bool,
     prefix: Path,
-    encode: Encode,
+    encode: EncodeTexts,
     progress: Callable[[int], object],
 ) -> dict:
-    tally = Tally()
+    tally = ItemCounter()
     start = [tokenizer.bos_id] if bos else []
     tokens, largest, reported = 0, tokenizer.eos_id, 0
 
     def counted() -> Iterator[str]:
         for text in texts:
-            tally.add(text)
+            tally.add_item(text)
             yield text
 
-    with IndexedWriter(prefix, dtype_for(tokenizer.vocab_size)) as writer:
+    with IndexedWriter(prefix, select_token_dtype(tokenizer.vocab_size)) as writer:
         for ids in encode(counted()):
             ids = np.concatenate([start, ids, [tokenizer.eos_id]]).astype(np.int32)
-            writer.add(ids)
+            writer.add_item(ids)
             tokens += len(ids)
             largest = max(largest, int(ids.max()))
             if tally.bytes > reported:
@@ -347,17 +355,17 @@ def _write_part(
         "bytes": tally.bytes,
         "max_id": largest,
         "text_sha256": tally.digest,
-        "sha256": _digests(prefix),
+        "sha256": _hash_split_files(prefix),
     }
 
 
-def _digests(prefix: Path) -> dict[str, str]:
+def _hash_split_files(prefix: Path) -> dict[str, str]:
     """Digests of those of a split's two files that exist."""
     files = {ending: prefix.with_name(f"{prefix.name}.{ending}") for ending in ("bin", "idx")}
     return {ending: sha256(file) for ending, file in files.items() if file.exists()}
 
 
-def _finish(databin: Path, header: dict, tokenizer: Tokenizer) -> None:
+def _complete_databin(databin: Path, header: dict, tokenizer: Tokenizer) -> None:
     """Add tokenizer, dictionaries and, last, the header; remove leftovers of a killed run."""
     for entry in list(databin.iterdir()):
         if entry.is_file():

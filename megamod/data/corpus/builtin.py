@@ -22,7 +22,7 @@ FEWEST = 60  # documents of a domain
 HEADERS = {".h", ".hpp", ".cuh"}
 
 
-def builtin_documents(max_bytes: int = 1_000_000) -> dict[str, list[str]]:
+def load_builtin_documents(max_bytes: int = 1_000_000) -> dict[str, list[str]]:
     """Documents of the four built-in domains, deterministic for one installation.
 
     Args:
@@ -35,19 +35,22 @@ def builtin_documents(max_bytes: int = 1_000_000) -> dict[str, list[str]]:
     skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data"}
     sources = {
         "python_code": (
-            _files([standard], {".py"}, skipped, 2 * max_bytes),
+            _read_sample_of_files([standard], {".py"}, skipped, 2 * max_bytes),
             f"*.py in {standard}",
         ),
         "c_headers": (
-            _files(_header_folders(), HEADERS, set(), 2 * max_bytes),
+            _read_sample_of_files(_find_header_folders(), HEADERS, set(), 2 * max_bytes),
             "headers of Python, numpy and torch",
         ),
-        "reference_prose": (_topics(standard), f"{standard}/pydoc_data/topics.py"),
-        "package_texts": (_package_texts(), "descriptions and licences in *.dist-info folders"),
+        "reference_prose": (_read_help_topics(standard), f"{standard}/pydoc_data/topics.py"),
+        "package_texts": (
+            _read_package_texts(),
+            "descriptions and licences in *.dist-info folders",
+        ),
     }
     domains = {}
     for name, (texts, files) in sources.items():
-        documents = _select(texts, max_bytes)
+        documents = _thin_documents(texts, max_bytes)
         if len(documents) < FEWEST:
             raise UserError(
                 f"--builtin: the domain {name} needs {FEWEST} documents, but {files} give "
@@ -57,9 +60,9 @@ def builtin_documents(max_bytes: int = 1_000_000) -> dict[str, list[str]]:
     return domains
 
 
-def _select(texts: Iterable[str], max_bytes: int) -> list[str]:
+def _thin_documents(texts: Iterable[str], max_bytes: int) -> list[str]:
     """Distinct documents, thinned evenly to `max_bytes`."""
-    pieces = dict.fromkeys(piece for text in texts for piece in _pieces(text))
+    pieces = dict.fromkeys(piece for text in texts for piece in _cut_long_text(text))
     documents = [piece for piece in pieces if len(piece) >= SHORTEST]
     share = min(1.0, max_bytes / max(1, sum(len(document.encode()) for document in documents)))
     kept, used = [], 0
@@ -71,7 +74,7 @@ def _select(texts: Iterable[str], max_bytes: int) -> list[str]:
     return kept
 
 
-def _pieces(text: str) -> Iterator[str]:
+def _cut_long_text(text: str) -> Iterator[str]:
     text = text.replace("\r\n", "\n").strip("\n")
     begin = 0
     while len(text) - begin > LONGEST:
@@ -82,7 +85,7 @@ def _pieces(text: str) -> Iterator[str]:
     yield text[begin:]
 
 
-def _files(
+def _read_sample_of_files(
     roots: list[Path], endings: set[str], skipped: set[str], max_bytes: int
 ) -> Iterator[str]:
     """Texts of evenly spaced files below `roots`, about `max_bytes` in all.
@@ -100,10 +103,10 @@ def _files(
     share = min(1.0, max_bytes / max(1, sum(path.stat().st_size for path in paths)))
     for number, path in enumerate(paths):
         if int((number + 1) * share) > int(number * share):
-            yield _read(path)
+            yield _read_utf8_text(path)
 
 
-def _read(path: Path) -> str:
+def _read_utf8_text(path: Path) -> str:
     """Content of a file; empty if it is not UTF-8 text."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -112,7 +115,7 @@ def _read(path: Path) -> str:
     return "" if "\0" in text else text
 
 
-def _header_folders() -> list[Path]:
+def _find_header_folders() -> list[Path]:
     folders = [Path(sysconfig.get_path("include"))]
     for package, folder in (("numpy", "_core/include"), ("torch", "include")):
         spec = importlib.util.find_spec(package)
@@ -121,16 +124,16 @@ def _header_folders() -> list[Path]:
     return folders
 
 
-def _topics(standard: Path) -> Iterator[str]:
+def _read_help_topics(standard: Path) -> Iterator[str]:
     """The strings of `pydoc_data.topics`, parsed and not imported, so that nothing runs."""
-    source = _read(standard / "pydoc_data" / "topics.py")
+    source = _read_utf8_text(standard / "pydoc_data" / "topics.py")
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Dict):
             values = [ast.literal_eval(value) for value in node.values]
-            yield from (part for value in values for part in _sections(value))
+            yield from (part for value in values for part in _group_paragraphs(value))
 
 
-def _sections(topic: str, size: int = 2000) -> Iterator[str]:
+def _group_paragraphs(topic: str, size: int = 2000) -> Iterator[str]:
     """Documents of about `size` characters, cut between paragraphs."""
     kept: list[str] = []
     for paragraph in topic.split("\n\n"):
@@ -141,12 +144,12 @@ def _sections(topic: str, size: int = 2000) -> Iterator[str]:
     yield "\n\n".join(kept)
 
 
-def _package_texts() -> Iterator[str]:
+def _read_package_texts() -> Iterator[str]:
     packages = {package.metadata["Name"]: package for package in importlib.metadata.distributions()}
     for name in sorted(filter(None, packages)):
         package = packages[name]
         description = package.metadata.get_payload() or package.metadata["Description"] or ""
-        yield from _sections(str(description))
+        yield from _group_paragraphs(str(description))
         for file in sorted(package.files or (), key=str):
             if ".dist-info" in str(file) and file.stem.upper() in ("LICENSE", "NOTICE", "COPYING"):
-                yield from _sections(_read(Path(str(file.locate()))))
+                yield from _group_paragraphs(_read_utf8_text(Path(str(file.locate()))))

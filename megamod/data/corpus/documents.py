@@ -13,22 +13,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megamod.data.corpus.file_formats import (
-    format_of,
-    json_object,
-    known_format,
-    numbered_lines,
-    stem_of,
+    find_format,
+    parse_json_object,
+    read_numbered_lines,
+    require_format,
+    strip_format_endings,
 )
 from megamod.data.corpus.text_columns import (
     Cells,
-    csv_column,
-    dataset_column,
-    load_hub,
-    load_saved,
-    parquet_column,
+    find_split_tables,
+    load_hub_dataset,
+    load_saved_dataset,
+    read_csv_column,
+    read_dataset_column,
+    read_parquet_column,
+    read_tsv_column,
     require_column,
-    split_tables,
-    tsv_column,
 )
 from megamod.errors import UserError
 
@@ -59,7 +59,7 @@ class Decoding:
         if self.errors not in ("strict", "replace"):
             raise UserError(f"--encoding_errors {self.errors}: allowed are strict and replace")
 
-    def line(self, raw: bytes, path: Path, offset: int) -> str:
+    def decode_line(self, raw: bytes, path: Path, offset: int) -> str:
         """Text of the bytes `raw` at byte `offset` of `path`."""
         try:
             text, problem = raw.decode(), None
@@ -70,20 +70,20 @@ class Decoding:
             problem = f"invalid UTF-8 at byte offset {offset + error.start}"
         if problem is None:
             return text
-        self._refuse(path, problem)
+        self._raise_if_strict(path, problem)
         self.replaced += text.count("�") - raw.count("�".encode()) + text.count("\0")
         return text.replace("\0", "�")
 
-    def string(self, text: str, where: str) -> str:
+    def check_string(self, text: str, where: str) -> str:
         """`text`, checked for NUL characters and lone surrogates; `where` names its origin."""
         bad = re.findall("[\0\ud800-\udfff]", text)
         if not bad:
             return text
-        self._refuse(where, f"character U+{ord(bad[0]):04X} is not text")
+        self._raise_if_strict(where, f"character U+{ord(bad[0]):04X} is not text")
         self.replaced += len(bad)
         return re.sub("[\0\ud800-\udfff]", "�", text)
 
-    def _refuse(self, where: str | Path, problem: str) -> None:
+    def _raise_if_strict(self, where: str | Path, problem: str) -> None:
         if self.errors == "strict":
             raise UserError(
                 f"{where}: {problem}; correct the file, or pass --encoding_errors replace to "
@@ -91,13 +91,13 @@ class Decoding:
             )
 
 
-class Source:
+class DocumentSource:
     """The documents of one domain, with splits of their own or divided by a hash.
 
     Args:
         where: the user's name of the source, for messages.
         readers: a function per split that iterates over its documents; or a single one under the
-            key "", whose documents `split_of` divides.
+            key "", whose documents `assign_split` divides.
         decoding: counts replaced characters, from the start of the latest pass.
         seed: seed of the division.
         line_readers: a function per split that iterates over its lines, for plain text.
@@ -114,18 +114,18 @@ class Source:
         self.where, self.readers, self.decoding, self.seed = where, readers, decoding, seed
         self.line_readers = line_readers or {}
 
-    def documents(self, only: str | None = None) -> Iterator[tuple[str, str]]:
+    def iterate_documents(self, only: str | None = None) -> Iterator[tuple[str, str]]:
         """Pairs (split, document) in the order of the source, of all splits or one."""
         self.decoding.replaced = 0
         for split, reader in self.readers.items():
             if only and split not in ("", only):
                 continue
             for document in reader():
-                name = split or split_of(document, self.seed)
+                name = split or assign_split(document, self.seed)
                 if only in (None, name):
                     yield name, document
 
-    def lines(self, only: str | None = None) -> Iterator[tuple[str, str]]:
+    def iterate_lines(self, only: str | None = None) -> Iterator[tuple[str, str]]:
         """Pairs (split, line); a blank line separates the documents of a source without lines."""
         if self.line_readers:
             self.decoding.replaced = 0
@@ -134,14 +134,14 @@ class Source:
                     yield from ((split, line) for line in reader())
             return
         started = set()
-        for split, document in self.documents(only):
+        for split, document in self.iterate_documents(only):
             if split in started:
                 yield split, ""
             started.add(split)
             yield from ((split, line) for line in document.split("\n"))
 
 
-def parse_inputs(values: Sequence[str]) -> dict[str, str]:
+def parse_domain_paths(values: Sequence[str]) -> dict[str, str]:
     """Paths by domain from `NAME=PATH` arguments, in their order.
 
     Raises:
@@ -158,14 +158,14 @@ def parse_inputs(values: Sequence[str]) -> dict[str, str]:
     return inputs
 
 
-def open_source(
+def open_document_source(
     spec: "str | Path | Sequence[str] | Dataset | DatasetDict",
     *,
     field: str = "text",
     encoding_errors: str = "strict",
     seed: int = 0,
     streaming: bool = False,
-) -> Source:
+) -> DocumentSource:
     """Open the source that a user named.
 
     Args:
@@ -182,32 +182,38 @@ def open_source(
     if not isinstance(spec, (str, Path)):
         where = "the documents passed in"
         if hasattr(spec, "column_names"):
-            return Source(where, _dataset_readers(spec, where, field, decoding), decoding, seed)
-        readers = {"": lambda: (decoding.string(text, where) for text in spec)}
-        return Source(where, readers, decoding, seed)
+            return DocumentSource(
+                where, _make_dataset_readers(spec, where, field, decoding), decoding, seed
+            )
+        readers = {"": lambda: (decoding.check_string(text, where) for text in spec)}
+        return DocumentSource(where, readers, decoding, seed)
     where = str(spec)
     if where.startswith("hf:"):
-        loaded = load_hub(where, streaming)
-        return Source(where, _dataset_readers(loaded, where, field, decoding), decoding, seed)
+        loaded = load_hub_dataset(where, streaming)
+        return DocumentSource(
+            where, _make_dataset_readers(loaded, where, field, decoding), decoding, seed
+        )
     path = Path(spec)
     if not path.exists():
         raise UserError(
             f"{path} does not exist; --input takes a file, a folder or hf:NAME[:CONFIG]"
         )
     if path.is_file():
-        return Source(where, {"": _file_reader(path, field, decoding)}, decoding, seed)
+        return DocumentSource(where, {"": _make_file_reader(path, field, decoding)}, decoding, seed)
     if any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
-        loaded = load_saved(path)
-        return Source(where, _dataset_readers(loaded, where, field, decoding), decoding, seed)
-    files = _split_files(path)
-    readers = {split: _file_reader(file, field, decoding) for split, file in files.items()}
+        loaded = load_saved_dataset(path)
+        return DocumentSource(
+            where, _make_dataset_readers(loaded, where, field, decoding), decoding, seed
+        )
+    files = _find_split_files(path)
+    readers = {split: _make_file_reader(file, field, decoding) for split, file in files.items()}
     line_readers = {}
-    if all(format_of(file, FORMATS) == "text" for file in files.values()):
+    if all(require_format(file, FORMATS) == "text" for file in files.values()):
         line_readers = {
-            split: lambda file=file: (line for _, line in text_lines(file, decoding))
+            split: lambda file=file: (line for _, line in read_decoded_lines(file, decoding))
             for split, file in files.items()
         }
-    return Source(where, readers, decoding, seed, line_readers)
+    return DocumentSource(where, readers, decoding, seed, line_readers)
 
 
 def read_documents(
@@ -223,22 +229,26 @@ def read_documents(
         UserError: naming file and line or byte offset.
     """
     path, decoding = Path(path), decoding or Decoding()
-    name = format_of(path, FORMATS)
+    name = require_format(path, FORMATS)
     if name == "CSV":
-        yield from _texts(csv_column(path, field, decoding.line), field, decoding)
+        yield from _read_cell_texts(
+            read_csv_column(path, field, decoding.decode_line), field, decoding
+        )
     elif name == "TSV":
-        yield from _texts(tsv_column(path, field, decoding.line), field, decoding)
+        yield from _read_cell_texts(
+            read_tsv_column(path, field, decoding.decode_line), field, decoding
+        )
     elif name == "Parquet":
-        yield from _texts(parquet_column(path, field), field, decoding)
+        yield from _read_cell_texts(read_parquet_column(path, field), field, decoding)
     elif name == "text":
-        yield from _plain_documents(path, decoding)
+        yield from _read_plain_documents(path, decoding)
     else:
-        yield from _texts(_json_cells(path, field, decoding), field, decoding)
+        yield from _read_cell_texts(_read_json_cells(path, field, decoding), field, decoding)
 
 
-def _plain_documents(path: Path, decoding: Decoding) -> Iterator[str]:
+def _read_plain_documents(path: Path, decoding: Decoding) -> Iterator[str]:
     kept: list[str] = []
-    for number, line in text_lines(path, decoding):
+    for number, line in read_decoded_lines(path, decoding):
         if number == 1 and _is_json_object(line):
             logger.warning(
                 "%s: line 1 is a JSON object, and the whole line is read as text because of the "
@@ -256,13 +266,13 @@ def _plain_documents(path: Path, decoding: Decoding) -> Iterator[str]:
 
 def _is_json_object(line: str) -> bool:
     try:
-        json_object(line, "line 1")
+        parse_json_object(line, "line 1")
     except UserError:
         return False
     return True
 
 
-def split_of(document: str, seed: int) -> str:
+def assign_split(document: str, seed: int) -> str:
     """Split of a document, a pure function of seed and content.
 
     Equal documents are therefore in one split and never leak from train into test.
@@ -274,21 +284,21 @@ def split_of(document: str, seed: int) -> str:
     return "valid" if position < SHARES["train"] + SHARES["valid"] else "test"
 
 
-def text_lines(path: Path, decoding: Decoding) -> Iterator[tuple[int, str]]:
+def read_decoded_lines(path: Path, decoding: Decoding) -> Iterator[tuple[int, str]]:
     """Numbers from 1 and lines without their ends.
 
     Raises:
         UserError: if the file cannot be read, or `decoding` refuses its content.
     """
-    for number, offset, raw in numbered_lines(path):
-        yield number, decoding.line(raw, path, offset)
+    for number, offset, raw in read_numbered_lines(path):
+        yield number, decoding.decode_line(raw, path, offset)
 
 
-def _json_cells(path: Path, field: str, decoding: Decoding) -> Cells:
-    for number, line in text_lines(path, decoding):
+def _read_json_cells(path: Path, field: str, decoding: Decoding) -> Cells:
+    for number, line in read_decoded_lines(path, decoding):
         if line.strip():
             where = f"{path}:{number}"
-            row = json_object(line, where, field)
+            row = parse_json_object(line, where, field)
             if field not in row:
                 keys = ", ".join(map(repr, sorted(row)[:8])) or "none"
                 raise UserError(
@@ -304,19 +314,19 @@ def _require_string(value: object, field: str, where: str) -> str:
     return value
 
 
-def _file_reader(path: Path, field: str, decoding: Decoding) -> Callable[[], Iterator[str]]:
-    if format_of(path, FORMATS) != "text":
+def _make_file_reader(path: Path, field: str, decoding: Decoding) -> Callable[[], Iterator[str]]:
+    if require_format(path, FORMATS) != "text":
         next(read_documents(path, field, decoding), None)  # checks the key or column
     return lambda: read_documents(path, field, decoding)
 
 
-def _split_files(folder: Path) -> dict[str, Path]:
+def _find_split_files(folder: Path) -> dict[str, Path]:
     files = {}
     for split, spellings in SPELLINGS.items():
         matches = [
             file
             for file in sorted(folder.iterdir())
-            if stem_of(file) in spellings and known_format(file) in FORMATS
+            if strip_format_endings(file) in spellings and find_format(file) in FORMATS
         ]
         if len(matches) != 1:
             names = " and ".join(file.name for file in matches) or "none"
@@ -328,22 +338,24 @@ def _split_files(folder: Path) -> dict[str, Path]:
     return files
 
 
-def _dataset_readers(
+def _make_dataset_readers(
     loaded: object, where: str, field: str, decoding: Decoding
 ) -> dict[str, Callable[[], Iterator[str]]]:
-    tables = split_tables(loaded, where, SPELLINGS)
+    tables = find_split_tables(loaded, where, SPELLINGS)
     for table in tables.values():
         if table.column_names is not None:  # unknown for some streams
             require_column(where, field, table.column_names)
     return {
-        split: lambda table=table: _texts(dataset_column(table, field, where), field, decoding)
+        split: lambda table=table: _read_cell_texts(
+            read_dataset_column(table, field, where), field, decoding
+        )
         for split, table in tables.items()
     }
 
 
-def _texts(cells: Cells, field: str, decoding: Decoding) -> Iterator[str]:
+def _read_cell_texts(cells: Cells, field: str, decoding: Decoding) -> Iterator[str]:
     """Checked texts of cells, without those of white space alone."""
     for where, value in cells:
-        text = decoding.string(_require_string(value, field, where), where)
+        text = decoding.check_string(_require_string(value, field, where), where)
         if text.strip():
             yield text

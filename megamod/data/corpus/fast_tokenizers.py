@@ -22,7 +22,7 @@ CASED_SHARE = 0.2  # of the tokens with letters; BERT's cased vocabulary has 0.4
 TRIED = 200  # tokens of a vocabulary whose text is encoded as a test
 
 
-def load_fast(spec: str, do_lower_case: bool | None = None) -> "PreTrainedTokenizerFast":
+def load_fast_tokenizer(spec: str, do_lower_case: bool | None = None) -> "PreTrainedTokenizerFast":
     """Load a folder or hub name with `AutoTokenizer`, or BERT word pieces from vocab.txt alone.
 
     Args:
@@ -40,7 +40,7 @@ def load_fast(spec: str, do_lower_case: bool | None = None) -> "PreTrainedTokeni
         vocab = _read_vocabulary(folder / "vocab.txt")
         lower = not _is_cased(vocab) if do_lower_case is None else do_lower_case
         fast = BertTokenizerFast(vocab=vocab, do_lower_case=lower)
-        check_usable(fast, spec)
+        check_encodes_text(fast, spec)
         return fast
     options = {} if do_lower_case is None else {"do_lower_case": do_lower_case}
     fast = AutoTokenizer.from_pretrained(spec, **options)
@@ -52,11 +52,11 @@ def load_fast(spec: str, do_lower_case: bool | None = None) -> "PreTrainedTokeni
             f"--do_lower_case {str(do_lower_case).lower()}: only BERT's word pieces have this "
             f"choice, and --tokenizer {spec} is a {type(fast).__name__}"
         )
-    check_usable(fast, spec)
+    check_encodes_text(fast, spec)
     return fast
 
 
-def check_usable(fast: "PreTrainedTokenizerFast", spec: str) -> None:
+def check_encodes_text(fast: "PreTrainedTokenizerFast", spec: str) -> None:
     """Refuse a tokenizer that encodes no text, and warn of one that loses capitals.
 
     Raises:
@@ -74,7 +74,7 @@ def check_usable(fast: "PreTrainedTokenizerFast", spec: str) -> None:
     ordinary = sorted(set(vocab.values()) - special_ids)
     step = max(1, len(ordinary) // TRIED)
     texts = [backend.decode([token], skip_special_tokens=False) for token in ordinary[::step]]
-    if all(_is_unknown(backend, special_ids, text.removeprefix("##")) for text in texts):
+    if all(_is_encoded_as_unknown(backend, special_ids, text.removeprefix("##")) for text in texts):
         reason = "of its words becomes a token" if ordinary else "stands for text"
         raise UserError(
             f"--tokenizer {spec}: has {len(vocab)} ids and none {reason}, so every text would be "
@@ -83,8 +83,8 @@ def check_usable(fast: "PreTrainedTokenizerFast", spec: str) -> None:
     lost = [
         letter
         for letter in string.ascii_lowercase
-        if _is_unknown(backend, special_ids, letter.upper())
-        and not _is_unknown(backend, special_ids, letter)
+        if _is_encoded_as_unknown(backend, special_ids, letter.upper())
+        and not _is_encoded_as_unknown(backend, special_ids, letter)
     ]
     if 2 * len(lost) > len(string.ascii_lowercase):
         logger.warning(
@@ -96,7 +96,9 @@ def check_usable(fast: "PreTrainedTokenizerFast", spec: str) -> None:
         )
 
 
-def _is_unknown(backend: "tokenizers.Tokenizer", special_ids: set[int], text: str) -> bool:
+def _is_encoded_as_unknown(
+    backend: "tokenizers.Tokenizer", special_ids: set[int], text: str
+) -> bool:
     return special_ids.issuperset(backend.encode(text, add_special_tokens=False).ids)
 
 

@@ -38,7 +38,7 @@ CHUNK = 1 << 20
 ONE_A_LINE = "JSON lines are needed: one whole object per line"
 
 
-def format_of(path: Path, allowed: Sequence[str], flag: str = "") -> str:
+def require_format(path: Path, allowed: Sequence[str], flag: str = "") -> str:
     """Key of `FORMATS` for a file; a compression ending is ignored.
 
     Args:
@@ -47,10 +47,10 @@ def format_of(path: Path, allowed: Sequence[str], flag: str = "") -> str:
     Raises:
         UserError: if the ending is unknown or its format is not in `allowed`.
     """
-    name = known_format(path)
+    name = find_format(path)
     if name in allowed:
         return name
-    suffix = Path(_uncompressed_name(path)).suffix.lower()
+    suffix = Path(_strip_compression_ending(path)).suffix.lower()
     ends = "; ".join(f"{', '.join(FORMATS[kind])} ({kind})" for kind in allowed)
     raise UserError(
         f"{flag}{path}: the ending {suffix!r} is not one of {ends}, each perhaps with "
@@ -58,15 +58,15 @@ def format_of(path: Path, allowed: Sequence[str], flag: str = "") -> str:
     )
 
 
-def known_format(path: Path) -> str | None:
+def find_format(path: Path) -> str | None:
     """Key of `FORMATS` for a file; None if its ending is unknown."""
-    suffix = Path(_uncompressed_name(path)).suffix.lower()
+    suffix = Path(_strip_compression_ending(path)).suffix.lower()
     return next((name for name, endings in FORMATS.items() if suffix in endings), None)
 
 
-def stem_of(path: Path) -> str:
+def strip_format_endings(path: Path) -> str:
     """Name of a file without the endings of its format and compression."""
-    return Path(_uncompressed_name(path)).stem
+    return Path(_strip_compression_ending(path)).stem
 
 
 @contextmanager
@@ -79,11 +79,11 @@ def open_binary(path: Path) -> Iterator[BinaryIO]:
     compression = COMPRESSIONS.get(path.suffix.lower(), (None,))[0]
     try:
         with open(path, "rb") as file:
-            _check_magic(path, file, compression)
+            _check_compression(path, file, compression)
             if compression is None:
                 yield file
             else:
-                with _decompressed(file, compression) as plain:
+                with _open_decompressed(file, compression) as plain:
                     yield plain
     except EOFError as error:
         raise UserError(
@@ -96,7 +96,7 @@ def open_binary(path: Path) -> Iterator[BinaryIO]:
         raise UserError(f"{path}: cannot be read: {problem}") from error
 
 
-def raw_lines(path: Path) -> Iterator[bytes]:
+def read_raw_lines(path: Path) -> Iterator[bytes]:
     """Decompressed lines of a file with their ends.
 
     Raises:
@@ -106,7 +106,7 @@ def raw_lines(path: Path) -> Iterator[bytes]:
         yield from file
 
 
-def numbered_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
+def read_numbered_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
     """Number from 1, byte offset in the decompressed file, and bytes of each line.
 
     Only a line feed, or carriage return and line feed, ends a line, because sentences of data sets
@@ -116,7 +116,7 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
         UserError: as `open_binary`, or if the lines end with carriage returns alone.
     """
     offset, held = 0, None
-    for number, raw in enumerate(raw_lines(path), start=1):
+    for number, raw in enumerate(read_raw_lines(path), start=1):
         if held is not None:
             yield held
         begin = len(BOM) if number == 1 and raw.startswith(BOM) else 0
@@ -132,7 +132,7 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
     yield held
 
 
-def json_object(line: str, where: str, key: str | None = None) -> dict[str, object]:
+def parse_json_object(line: str, where: str, key: str | None = None) -> dict[str, object]:
     """Parse a line that must be one JSON object.
 
     Args:
@@ -159,11 +159,11 @@ def json_object(line: str, where: str, key: str | None = None) -> dict[str, obje
     return value
 
 
-def _uncompressed_name(path: Path) -> str:
+def _strip_compression_ending(path: Path) -> str:
     return path.stem if path.suffix.lower() in COMPRESSIONS else path.name
 
 
-def _check_magic(path: Path, file: BinaryIO, compression: str | None) -> None:
+def _check_compression(path: Path, file: BinaryIO, compression: str | None) -> None:
     head = file.peek(8)
     for ending, (name, magic) in COMPRESSIONS.items():
         if name == compression and not head.startswith(magic):
@@ -173,7 +173,7 @@ def _check_magic(path: Path, file: BinaryIO, compression: str | None) -> None:
             raise UserError(f"{path}: {name} data; rename it to {path.name}{ending}")
 
 
-def _decompressed(file: BinaryIO, compression: str) -> BinaryIO:
+def _open_decompressed(file: BinaryIO, compression: str) -> BinaryIO:
     """A reader of the decompressed bytes of `file`."""
     if compression == "zstd":
         return io.BufferedReader(_ZstandardFile(file), CHUNK)

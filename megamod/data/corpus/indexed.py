@@ -29,12 +29,12 @@ OVERWRITE = "#fairseq:overwrite"
 SCAN = 1 << 20  # items or tokens checked at once
 
 
-def split_prefix(domain: str, split: str) -> str:
+def format_split_prefix(domain: str, split: str) -> str:
     """Path of a split's files in a data-bin, without ending; all but train carry the domain."""
     return f"{domain}/{split}" if split == "train" else f"{domain}/{split}_{domain}"
 
 
-def dtype_for(vocab_size: int) -> np.dtype:
+def select_token_dtype(vocab_size: int) -> np.dtype:
     """uint16 for vocabularies below 65500 ids, as in fairseq, else int32."""
     return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
 
@@ -46,11 +46,11 @@ class IndexedWriter:
 
     Args:
         prefix: path without ending, in an existing folder.
-        dtype: integer type of the ids, see `dtype_for`.
+        dtype: integer type of the ids, see `select_token_dtype`.
     """
 
     def __init__(self, prefix: str | Path, dtype: np.dtype):
-        self.bin_path, self.idx_path = _paths(prefix)
+        self.bin_path, self.idx_path = _build_file_paths(prefix)
         self.dtype = np.dtype(dtype)
         if self.dtype not in CODES:
             raise ValueError(f"{self.dtype} is no dtype of a token file")
@@ -62,7 +62,7 @@ class IndexedWriter:
         self._file = open(self._partial, "wb")
         return self
 
-    def add(self, ids: np.ndarray) -> None:
+    def add_item(self, ids: np.ndarray) -> None:
         """Append one item, [tokens] of any integer type.
 
         Raises:
@@ -96,11 +96,11 @@ class IndexedWriter:
             self.idx_path.unlink(missing_ok=True)
             os.replace(self._partial, self.bin_path)
             sync_folder(self.bin_path.parent)
-            write_atomic(self.idx_path, self._index())
+            write_atomic(self.idx_path, self._encode_index())
         finally:
             self._partial.unlink(missing_ok=True)
 
-    def _index(self) -> bytes:
+    def _encode_index(self) -> bytes:
         sizes = np.array(self.sizes, dtype="<i4")
         offsets = np.zeros(len(sizes), dtype="<i8")
         np.cumsum(sizes[:-1], out=offsets[1:])
@@ -126,7 +126,7 @@ class IndexedDataset:
 
     def __init__(self, prefix: str | Path, vocab_size: int | None = None):
         self.prefix = Path(prefix)
-        self.bin_path, self.idx_path = _paths(prefix)
+        self.bin_path, self.idx_path = _build_file_paths(prefix)
         try:
             self.dtype, self.sizes, self.offsets = _read_index(self.idx_path)
             size, end = self.bin_path.stat().st_size, int(self.offsets[-1]) * self.dtype.itemsize
@@ -216,10 +216,10 @@ class Dictionary:
                 )
             if symbol in dictionary._ids and not overwrite:
                 raise UserError(
-                    f"{where}: {symbol!r} has id {dictionary.index(symbol)} already; a line that "
+                    f"{where}: {symbol!r} has id {dictionary.get_id(symbol)} already; a line that "
                     f"replaces it ends in {OVERWRITE}"
                 )
-            dictionary._append(symbol, int(count))
+            dictionary._append_symbol(symbol, int(count))
         return dictionary
 
     def save(self, path: str | Path) -> None:
@@ -235,17 +235,17 @@ class Dictionary:
     def __len__(self) -> int:
         return len(self.symbols)
 
-    def index(self, symbol: str) -> int:
+    def get_id(self, symbol: str) -> int:
         """Id of a symbol; 3, the id of `<unk>`, for unknown symbols."""
         return self._ids.get(symbol, SPECIALS.index("<unk>"))
 
-    def symbol(self, number: int) -> str:
+    def get_symbol(self, number: int) -> str:
         """Symbol of an id; an id outside the dictionary raises IndexError."""
         if not 0 <= number < len(self):
             raise IndexError(f"id {number} is outside the dictionary of {len(self)}")
         return self.symbols[number]
 
-    def add(self, symbol: str, count: int = 1) -> int:
+    def add_symbol(self, symbol: str, count: int = 1) -> int:
         """Add `count` to the frequency of a symbol, which is appended if it is new; its id.
 
         Raises:
@@ -254,18 +254,18 @@ class Dictionary:
         if not symbol or "\n" in symbol or "\r" in symbol:
             raise ValueError(f"{symbol!r} cannot be a symbol: it is empty or contains a line end")
         if symbol not in self._ids:
-            return self._append(symbol, count)
+            return self._append_symbol(symbol, count)
         self.counts[self._ids[symbol]] += count
         return self._ids[symbol]
 
-    def _append(self, symbol: str, count: int) -> int:
+    def _append_symbol(self, symbol: str, count: int) -> int:
         self._ids[symbol] = len(self.symbols)
         self.symbols.append(symbol)
         self.counts.append(count)
         return len(self.symbols) - 1
 
 
-def _paths(prefix: str | Path) -> tuple[Path, Path]:
+def _build_file_paths(prefix: str | Path) -> tuple[Path, Path]:
     prefix = Path(prefix)
     return prefix.with_name(prefix.name + ".bin"), prefix.with_name(prefix.name + ".idx")
 
@@ -291,7 +291,7 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:
         dtype = np.dtype(DTYPES[code])
         expected = HEADER.size + 12 * items
         if length != expected:
-            _refuse_megatron(path, file.read(8), items, length)
+            _refuse_megatron_index(path, file.read(8), items, length)
             raise UserError(
                 f"{path}: is {length} bytes long, but {items} items (the number at byte 18) need "
                 f"{expected}"
@@ -328,7 +328,7 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:
     return dtype, sizes, offsets
 
 
-def _refuse_megatron(path: Path, field: bytes, items: int, length: int) -> None:
+def _refuse_megatron_index(path: Path, field: bytes, items: int, length: int) -> None:
     """Refuse an index of Megatron-LM: the same magic and version, but another length."""
     documents = int.from_bytes(field, "little")
     expected = HEADER.size + 8 + 12 * items + 8 * documents

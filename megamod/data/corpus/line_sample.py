@@ -4,8 +4,8 @@ import random
 from collections.abc import Mapping
 from pathlib import Path
 
-from megamod.data.corpus.documents import Decoding, text_lines
-from megamod.data.corpus.file_formats import format_of, known_format
+from megamod.data.corpus.documents import Decoding, read_decoded_lines
+from megamod.data.corpus.file_formats import find_format, require_format
 from megamod.errors import UserError
 from megamod.files import write_atomic
 
@@ -33,15 +33,15 @@ def sample_lines(
         if not path.exists():
             raise UserError(f"--input {name}={where}: no such file or folder")
         if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if known_format(file) == "text")
+            files = sorted(file for file in path.rglob("*") if find_format(file) == "text")
         else:
-            format_of(path, ["text"], f"--input {name}=")
+            require_format(path, ["text"], f"--input {name}=")
             files = [path]
         if not files:
             raise UserError(f"--input {name}={where}: it holds no text file (.txt)")
         decoding, lines, used = Decoding(encoding_errors), [], 0
         for file in files:
-            candidates = [line for _, line in text_lines(file, decoding) if line.strip()]
+            candidates = [line for _, line in read_decoded_lines(file, decoding) if line.strip()]
             if len(candidates) < count:
                 continue
             name_inside = file.name if path.is_file() else file.relative_to(path).as_posix()

@@ -4,28 +4,28 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from megamod.data.corpus.file_formats import numbered_lines
+from megamod.data.corpus.file_formats import read_numbered_lines
 from megamod.errors import UserError
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbers from 1 and lines, decompressed and ended as by `numbered_lines`.
+    """Numbers from 1 and lines, decompressed and ended as by `read_numbered_lines`.
 
     Raises:
         UserError: naming file and line, if the file cannot be read, holds bytes that are not UTF-8,
             or ends its lines with carriage returns alone.
     """
-    for number, _, raw in numbered_lines(path):
+    for number, _, raw in read_numbered_lines(path):
         where = f"{path}, line {number}"
         try:
-            yield number, checked_text(raw.decode(), where)
+            yield number, check_text(raw.decode(), where)
         except UnicodeDecodeError as error:
             raise UserError(
                 f"{where}: invalid UTF-8 at byte {error.start + 1} of the line"
             ) from error
 
 
-def checked_text(text: str, where: str) -> str:
+def check_text(text: str, where: str) -> str:
     """`text`, checked for NUL characters and lone surrogates.
 
     Raises:

@@ -15,7 +15,7 @@ import numpy as np
 
 from megamod.data.corpus.tokenizers import Tokenizer
 
-Encode = Callable[[Iterable[str]], Iterator[np.ndarray]]
+EncodeTexts = Callable[[Iterable[str]], Iterator[np.ndarray]]
 BATCH_CHARACTERS = 1 << 20
 BATCH_TEXTS = 4096
 
@@ -23,7 +23,7 @@ _tokenizer: Tokenizer | None = None  # of a worker process
 
 
 @contextmanager
-def encoder(tokenizer: Tokenizer, workers: int) -> Iterator[Encode]:
+def open_encoder(tokenizer: Tokenizer, workers: int) -> Iterator[EncodeTexts]:
     """A function that encodes texts in order and keeps only a few batches of them in memory.
 
     Args:
@@ -31,27 +31,29 @@ def encoder(tokenizer: Tokenizer, workers: int) -> Iterator[Encode]:
     """
     if workers == 1:
         yield lambda texts: (
-            ids for batch in _batches(texts) for ids in tokenizer.encode_batch(batch)
+            ids for batch in _batch_texts(texts) for ids in tokenizer.encode_batch(batch)
         )
         return
     pool = ProcessPoolExecutor(
         workers, get_context("spawn"), initializer=_start_worker, initargs=(tokenizer,)
     )
     try:
-        yield lambda texts: _spread(pool, workers, texts)
+        yield lambda texts: _encode_in_workers(pool, workers, texts)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _spread(pool: ProcessPoolExecutor, workers: int, texts: Iterable[str]) -> Iterator[np.ndarray]:
-    batches = _batches(texts)
-    pending = deque(pool.submit(_encode, batch) for batch in islice(batches, 2 * workers))
+def _encode_in_workers(
+    pool: ProcessPoolExecutor, workers: int, texts: Iterable[str]
+) -> Iterator[np.ndarray]:
+    batches = _batch_texts(texts)
+    pending = deque(pool.submit(_encode_batch, batch) for batch in islice(batches, 2 * workers))
     while pending:
         yield from pending.popleft().result()
-        pending.extend(pool.submit(_encode, batch) for batch in islice(batches, 1))
+        pending.extend(pool.submit(_encode_batch, batch) for batch in islice(batches, 1))
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+def _batch_texts(texts: Iterable[str]) -> Iterator[list[str]]:
     batch: list[str] = []
     characters = 0
     for text in texts:
@@ -78,5 +80,5 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-def _encode(texts: list[str]) -> list[np.ndarray]:
+def _encode_batch(texts: list[str]) -> list[np.ndarray]:
     return _tokenizer.encode_batch(texts)

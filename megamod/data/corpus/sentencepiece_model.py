@@ -28,7 +28,7 @@ PROBE = (
 )
 
 
-def train(texts: Iterable[str], vocab_size: int, where: str) -> bytes:
+def train_model(texts: Iterable[str], vocab_size: int, where: str) -> bytes:
     """Train a BPE model whose decoding restores every text unchanged.
 
     SentencePiece writes a blank as U+2581 and cannot tell it from a U+2581 of the text. After
@@ -106,11 +106,11 @@ class ExactEncoder:
         if not self.separable or all(len(text) <= LONGEST_PART for text in texts):
             return self.processor.encode(list(texts), num_threads=threads)
         return [
-            [token for part in self._parts(text) for token in self.processor.encode(part)]
+            [token for part in self._split_at_blanks(text) for token in self.processor.encode(part)]
             for text in texts
         ]
 
-    def _parts(self, text: str) -> Iterator[str]:
+    def _split_at_blanks(self, text: str) -> Iterator[str]:
         """Cut a text at single blanks, and drop those that the model's dummy prefix restores."""
         begin, blank = 0, re.compile(r"(?<=[^\s▁]) (?=[^\s▁])")
         while match := blank.search(text, begin + LONGEST_PART):
@@ -119,7 +119,7 @@ class ExactEncoder:
         yield text[begin:]
 
 
-def convert(
+def convert_model(
     content: bytes, where: str
 ) -> tuple["tokenizers.Tokenizer", ExactEncoder | None, dict[str, int | None]]:
     """Convert a serialised model: `tokenizers` form, exact encoder, ids of bos, pad, eos and unk.
@@ -144,24 +144,24 @@ def convert(
         raise UserError(f"{where}: not a SentencePiece model: {error}") from error
     if model.trainer_spec.model_type not in (UNIGRAM, BPE):
         raise UserError(f"{where}: only unigram and BPE models of SentencePiece are read")
-    backend = _backend(model)
-    texts = list(_probes(model))
+    backend = _build_backend(model)
+    texts = list(_build_probe_texts(model))
     encoded = backend.encode_batch_fast(texts, add_special_tokens=False)
     for text, ids, exact in zip(texts, encoded, processor.encode(texts), strict=True):
-        if ids.ids != exact and not _tied(model, ids.ids, exact):
+        if ids.ids != exact and not _have_equal_scores(model, ids.ids, exact):
             raise UserError(
                 f"{where}: the `tokenizers` library does not reproduce this model: it encodes "
                 f"{text[:40]!r} differently; use the folder of its Hugging Face version instead"
             )
     exact = None
-    if not _like_trained(model):
+    if not _is_trained_here(model):
         dummy_prefix = model.normalizer_spec.add_dummy_prefix
-        exact = ExactEncoder(processor, dummy_prefix, _separable(model))
+        exact = ExactEncoder(processor, dummy_prefix, _is_separable_at_blanks(model))
     ids = {name: getattr(processor, f"{name}_id")() for name in ("bos", "pad", "eos", "unk")}
     return backend, exact, {name: token if token >= 0 else None for name, token in ids.items()}
 
 
-def _like_trained(model: "ModelProto") -> bool:
+def _is_trained_here(model: "ModelProto") -> bool:
     """True for models of `train`, whose `tokenizers` form is exact on any text."""
     spec = model.normalizer_spec
     changes = (spec.precompiled_charsmap, spec.add_dummy_prefix, spec.escape_whitespaces)
@@ -172,7 +172,7 @@ def _like_trained(model: "ModelProto") -> bool:
     )
 
 
-def _separable(model: "ModelProto") -> bool:
+def _is_separable_at_blanks(model: "ModelProto") -> bool:
     """True if cutting a text at a blank between two words does not change its ids."""
     spec = model.normalizer_spec
     return (
@@ -183,7 +183,7 @@ def _separable(model: "ModelProto") -> bool:
     )
 
 
-def _probes(model: "ModelProto") -> Iterator[str]:
+def _build_probe_texts(model: "ModelProto") -> Iterator[str]:
     """Texts on which a conversion is compared: fixed texts, and random sequences of pieces,
     symbols and characters that normalisation changes. A pure function of the model."""
     bpe = model.trainer_spec.model_type == BPE
@@ -204,7 +204,7 @@ def _probes(model: "ModelProto") -> Iterator[str]:
         yield "".join(draw.choice(draw.choice(sources)) for _ in range(draw.randint(1, 8)))
 
 
-def _tied(model: "ModelProto", first: Sequence[int], second: Sequence[int]) -> bool:
+def _have_equal_scores(model: "ModelProto", first: Sequence[int], second: Sequence[int]) -> bool:
     """True if both sequences have the same score in a unigram model."""
     if model.trainer_spec.model_type != UNIGRAM:
         return False
@@ -212,7 +212,7 @@ def _tied(model: "ModelProto", first: Sequence[int], second: Sequence[int]) -> b
     return abs(sums[0] - sums[1]) <= 1e-4 * max(1.0, abs(sums[0]))
 
 
-def _backend(model: "ModelProto") -> "tokenizers.Tokenizer":
+def _build_backend(model: "ModelProto") -> "tokenizers.Tokenizer":
     from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
     from tokenizers import Tokenizer as Backend
 
@@ -227,7 +227,7 @@ def _backend(model: "ModelProto") -> "tokenizers.Tokenizer":
     if model.trainer_spec.model_type == BPE:
         settings = dict(
             vocab={piece.piece: index for index, piece in enumerate(pieces)},
-            merges=_merges(_ranked(model)),
+            merges=_list_merges(_sort_pieces_by_score(model)),
             unk_token=pieces[unknown].piece,
             fuse_unk=True,
             byte_fallback=byte_fallback,
@@ -237,10 +237,15 @@ def _backend(model: "ModelProto") -> "tokenizers.Tokenizer":
         # `ignore_merges` then looks each part of the text up in the vocabulary as a whole.
         long = [p.piece for p in pieces if p.type == USER_DEFINED and len(p.piece) > 1]
         if long:
-            splits += [Regex(_any_of(long)), Regex(_unreachable(core, pieces))]
+            splits += [
+                Regex(_build_alternation(long)),
+                Regex(_build_unreachable_regex(core, pieces)),
+            ]
             core = models.BPE(**settings, ignore_merges=True)
     else:
-        core = models.Unigram(_scores(model), unk_id=unknown, byte_fallback=byte_fallback)
+        core = models.Unigram(
+            _list_piece_scores(model), unk_id=unknown, byte_fallback=byte_fallback
+        )
     backend = Backend(core)
     steps = []
     if spec.precompiled_charsmap:
@@ -277,12 +282,14 @@ def _backend(model: "ModelProto") -> "tokenizers.Tokenizer":
     return backend
 
 
-def _any_of(texts: Iterable[str]) -> str:
+def _build_alternation(texts: Iterable[str]) -> str:
     """Regular expression that matches any of the texts, longer ones first as in SentencePiece."""
     return "|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True))
 
 
-def _unreachable(core: "tokenizers.models.BPE", pieces: Sequence["SentencePiece"]) -> str:
+def _build_unreachable_regex(
+    core: "tokenizers.models.BPE", pieces: Sequence["SentencePiece"]
+) -> str:
     """Regular expression of the first token in the text of each piece that merges cannot form.
 
     Examples are control and byte pieces. `ignore_merges` would encode a part of a text that equals
@@ -302,7 +309,7 @@ def _unreachable(core: "tokenizers.models.BPE", pieces: Sequence["SentencePiece"
     return "|".join(firsts) or r"\A\z"
 
 
-def _scores(model: "ModelProto") -> list[tuple[str, float]]:
+def _list_piece_scores(model: "ModelProto") -> list[tuple[str, float]]:
     """Pieces and scores of a unigram model, with SentencePiece's scores of user-defined symbols.
 
     Source: sentencepiece's unigram_model.cc, `EncodeOptimized`.
@@ -317,12 +324,12 @@ def _scores(model: "ModelProto") -> list[tuple[str, float]]:
     ]
 
 
-def _ranked(model: "ModelProto") -> list[str]:
+def _sort_pieces_by_score(model: "ModelProto") -> list[str]:
     normal = [piece for piece in model.pieces if piece.type == NORMAL]
     return [piece.piece for piece in sorted(normal, key=lambda piece: -piece.score)]
 
 
-def _merges(pieces: list[str]) -> list[tuple[str, str]]:
+def _list_merges(pieces: list[str]) -> list[tuple[str, str]]:
     """All pairs that concatenate to a piece, pieces with higher scores first.
 
     For one piece, pairs with a longer left part come first: SentencePiece scores the result alone

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megamod.data.corpus.file_formats import BOM, numbered_lines, raw_lines
+from megamod.data.corpus.file_formats import BOM, read_numbered_lines, read_raw_lines
 from megamod.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ Decode = Callable[[bytes, Path, int], str]
 LONGEST_CELL = 1 << 30  # characters; the default of the csv module is 2**17
 
 
-def csv_column(path: Path, column: str, decode: Decode) -> Cells:
+def read_csv_column(path: Path, column: str, decode: Decode) -> Cells:
     """A column of a CSV file with a header, commas and cells in double quotes.
 
     Args:
@@ -30,7 +30,7 @@ def csv_column(path: Path, column: str, decode: Decode) -> Cells:
 
     def lines() -> Iterator[str]:
         offset = 0
-        for raw in raw_lines(path):
+        for raw in read_raw_lines(path):
             begin = len(BOM) if offset == 0 and raw.startswith(BOM) else 0
             yield decode(raw[begin:], path, offset + begin)
             offset += len(raw)
@@ -38,22 +38,26 @@ def csv_column(path: Path, column: str, decode: Decode) -> Cells:
     csv.field_size_limit(LONGEST_CELL)
     rows = csv.reader(lines(), strict=True)
     try:
-        yield from _cells(path, column, ((rows.line_num, row) for row in rows if row))
+        yield from _select_column_cells(path, column, ((rows.line_num, row) for row in rows if row))
     except csv.Error as error:
         raise UserError(f"{path}, line {rows.line_num}: not CSV: {error}") from error
 
 
-def tsv_column(path: Path, column: str, decode: Decode) -> Cells:
+def read_tsv_column(path: Path, column: str, decode: Decode) -> Cells:
     """A column of a TSV file with a header and a row per line; quotes are ordinary characters.
 
     Raises:
         UserError: naming file and line.
     """
-    lines = ((number, decode(raw, path, at)) for number, at, raw in numbered_lines(path) if raw)
-    return _cells(path, column, ((number, line.split("\t")) for number, line in lines))
+    lines = (
+        (number, decode(raw, path, at)) for number, at, raw in read_numbered_lines(path) if raw
+    )
+    return _select_column_cells(
+        path, column, ((number, line.split("\t")) for number, line in lines)
+    )
 
 
-def parquet_column(path: Path, column: str) -> Cells:
+def read_parquet_column(path: Path, column: str) -> Cells:
     """A column of a Parquet file.
 
     Raises:
@@ -74,7 +78,7 @@ def parquet_column(path: Path, column: str) -> Cells:
         raise UserError(f"{path}: cannot be read as Parquet: {reason}") from error
 
 
-def load_saved(path: Path) -> "Dataset | DatasetDict":
+def load_saved_dataset(path: Path) -> "Dataset | DatasetDict":
     """Load a folder that `save_to_disk` wrote.
 
     Raises:
@@ -88,7 +92,7 @@ def load_saved(path: Path) -> "Dataset | DatasetDict":
         raise UserError(f"{path}: not a data set written by save_to_disk: {error}") from error
 
 
-def load_hub(
+def load_hub_dataset(
     where: str, streaming: bool
 ) -> "DatasetDict | IterableDatasetDict | Dataset | IterableDataset":
     """Load the data set `hf:NAME[:CONFIG]`; `streaming` reads it without storing it.
@@ -105,7 +109,7 @@ def load_hub(
         raise UserError(f"{where}: the data set cannot be loaded: {error}") from error
 
 
-def split_tables(
+def find_split_tables(
     loaded: object, where: str, splits: Mapping[str, Sequence[str]]
 ) -> dict[str, "Dataset | IterableDataset"]:
     """Tables of a data set by split; a single table has the key "".
@@ -128,7 +132,7 @@ def split_tables(
     return {split: tables[matches[0]] for split, matches in names.items()}
 
 
-def dataset_column(table: "Dataset | IterableDataset", column: str, where: str) -> Cells:
+def read_dataset_column(table: "Dataset | IterableDataset", column: str, where: str) -> Cells:
     """A column of a table of `datasets`, streamed or not.
 
     Raises:
@@ -151,7 +155,7 @@ def require_column(where: str, column: str, columns: Sequence[str]) -> None:
         raise UserError(f"{where}: no column {column!r} among {names}; --text_column names another")
 
 
-def _cells(path: Path, column: str, rows: Iterator[tuple[int, list[str]]]) -> Cells:
+def _select_column_cells(path: Path, column: str, rows: Iterator[tuple[int, list[str]]]) -> Cells:
     number, header = next(rows, (1, []))
     require_column(f"{path}, line {number}", column, header)
     if header.count(column) > 1:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megamod.data.corpus import sentencepiece_model
-from megamod.data.corpus.fast_tokenizers import load_fast
+from megamod.data.corpus.fast_tokenizers import load_fast_tokenizer
 from megamod.data.corpus.indexed import Dictionary
 from megamod.errors import UserError
 from megamod.files import write_atomic
@@ -102,10 +102,13 @@ class Tokenizer:
         if self.exact is not None:
             return [np.array(ids, dtype=np.int32) for ids in self.exact.encode(texts)]
         if all(len(text) <= LONGEST for text in texts):
-            return self._encode(texts)
-        return [np.concatenate([self._encode([part])[0] for part in _cut(text)]) for text in texts]
+            return self._encode_short_texts(texts)
+        return [
+            np.concatenate([self._encode_short_texts([part])[0] for part in _cut_long_text(text)])
+            for text in texts
+        ]
 
-    def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def _encode_short_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
         encoded = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encoded]
 
@@ -126,7 +129,7 @@ class Tokenizer:
             return
         dictionary = Dictionary()
         for token in range(len(FAIRSEQ_SYMBOLS), self.vocab_size):
-            dictionary.add(str(token), 1)
+            dictionary.add_symbol(str(token), 1)
         dictionary.save(path)
 
     def save(self, folder: str | Path) -> None:
@@ -158,13 +161,13 @@ def load_tokenizer(spec: str | Path, do_lower_case: bool | None = None) -> Token
     - a SentencePiece `.model` file, or a folder that `Tokenizer.save` wrote with one;
     - a folder with encoder.json, vocab.bpe and dict.txt: GPT-2 BPE with the ids of fairseq, where
       line k of dict.txt, counted from 0, is id k + 4;
-    - any other folder or name: see `load_fast`.
+    - any other folder or name: see `load_fast_tokenizer`.
 
     Undefined special tokens have defaults: sep for eos, eos for pad, cls or else eos for bos, and
     eos for unk (tokenizers without unk never meet an unknown symbol).
 
     Args:
-        do_lower_case: for BERT's word pieces, see `load_fast`.
+        do_lower_case: for BERT's word pieces, see `load_fast_tokenizer`.
     Raises:
         UserError: if there is no tokenizer, it encodes no text, it has neither eos nor sep, or a
             `.model` file cannot be converted exactly.
@@ -172,14 +175,14 @@ def load_tokenizer(spec: str | Path, do_lower_case: bool | None = None) -> Token
     path = Path(spec)
     if do_lower_case is None and path.is_dir():
         if all((path / name).is_file() for name in GPT2_FILES):
-            return _gpt2(path)
+            return _load_gpt2(path)
         if (path / SENTENCEPIECE_FILE).is_file():
-            return _sentencepiece((path / SENTENCEPIECE_FILE).read_bytes(), str(path))
+            return _load_sentencepiece((path / SENTENCEPIECE_FILE).read_bytes(), str(path))
     elif do_lower_case is None and path.suffix == ".model":
         if not path.is_file():
             raise UserError(f"--tokenizer {spec}: no such file")
-        return _sentencepiece(path.read_bytes(), str(path))
-    return _huggingface(str(spec), do_lower_case)
+        return _load_sentencepiece(path.read_bytes(), str(path))
+    return _load_huggingface(str(spec), do_lower_case)
 
 
 def train_sentencepiece(
@@ -200,8 +203,8 @@ def train_sentencepiece(
         UserError: if the texts yield fewer pieces, or their characters alone are more.
     """
     name = f"sentencepiece:{vocab_size}"
-    model = sentencepiece_model.train(texts, vocab_size, f"--tokenizer {name}")
-    tokenizer = _sentencepiece(model, name)
+    model = sentencepiece_model.train_model(texts, vocab_size, f"--tokenizer {name}")
+    tokenizer = _load_sentencepiece(model, name)
     if folder is not None:
         tokenizer.save(folder)
     return tokenizer
@@ -245,13 +248,13 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             f"--tokenizer wordpiece:{vocab_size}: special tokens and characters alone are "
             f"{len(vocab)} ids"
         )
-    return _of_fast(BertTokenizerFast(vocab=vocab), f"wordpiece:{vocab_size}")
+    return _wrap_fast_tokenizer(BertTokenizerFast(vocab=vocab), f"wordpiece:{vocab_size}")
 
 
 TRAINERS = {"sentencepiece": train_sentencepiece, "wordpiece": train_wordpiece}
 
 
-def trainer_of(spec: str) -> "Callable[[Iterable[str]], Tokenizer] | None":
+def find_trainer(spec: str) -> "Callable[[Iterable[str]], Tokenizer] | None":
     """Training function of the tokenizer `KIND:VOCAB`; None for the name of an existing one.
 
     Raises:
@@ -265,7 +268,7 @@ def trainer_of(spec: str) -> "Callable[[Iterable[str]], Tokenizer] | None":
     return partial(TRAINERS[kind], vocab_size=int(number))
 
 
-def _cut(text: str) -> Iterator[str]:
+def _cut_long_text(text: str) -> Iterator[str]:
     begin = 0
     while len(text) - begin > LONGEST:
         blank = re.compile(r"(?<=\S) ").search(text, begin + LONGEST // 2, begin + LONGEST)
@@ -275,9 +278,9 @@ def _cut(text: str) -> Iterator[str]:
     yield text[begin:]
 
 
-def _huggingface(spec: str, do_lower_case: bool | None) -> Tokenizer:
+def _load_huggingface(spec: str, do_lower_case: bool | None) -> Tokenizer:
     try:
-        return _of_fast(load_fast(spec, do_lower_case), spec)
+        return _wrap_fast_tokenizer(load_fast_tokenizer(spec, do_lower_case), spec)
     except UserError:
         raise
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -290,27 +293,27 @@ def _huggingface(spec: str, do_lower_case: bool | None) -> Tokenizer:
         ) from error
 
 
-def _of_fast(fast: "PreTrainedTokenizerFast", spec: str) -> Tokenizer:
-    eos = _first(fast.eos_token_id, fast.sep_token_id)
+def _wrap_fast_tokenizer(fast: "PreTrainedTokenizerFast", spec: str) -> Tokenizer:
+    eos = _select_first_id(fast.eos_token_id, fast.sep_token_id)
     if eos is None:
         raise UserError(f"--tokenizer {spec}: it defines neither an eos nor a sep token")
     return Tokenizer(
         "huggingface",
         fast.backend_tokenizer,
-        bos_id=_first(fast.bos_token_id, fast.cls_token_id, eos),
-        pad_id=_first(fast.pad_token_id, eos),
+        bos_id=_select_first_id(fast.bos_token_id, fast.cls_token_id, eos),
+        pad_id=_select_first_id(fast.pad_token_id, eos),
         eos_id=eos,
-        unk_id=_first(fast.unk_token_id, eos),
+        unk_id=_select_first_id(fast.unk_token_id, eos),
         literal_specials=bool(fast.split_special_tokens),
         original=fast,
     )
 
 
-def _first(*ids: int | None) -> int | None:
+def _select_first_id(*ids: int | None) -> int | None:
     return next((token for token in ids if token is not None), None)
 
 
-def _gpt2(folder: Path) -> Tokenizer:
+def _load_gpt2(folder: Path) -> Tokenizer:
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers
 
@@ -320,7 +323,7 @@ def _gpt2(folder: Path) -> Tokenizer:
         token_of = {str(number): token for token, number in encoder.items()}
         lines = (folder / "vocab.bpe").read_text(encoding="utf-8").split("\n")
         merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
-        symbols = [dictionary.symbol(number) for number in range(len(dictionary))]
+        symbols = [dictionary.get_symbol(number) for number in range(len(dictionary))]
         vocab = {token_of.get(symbol, symbol): number for number, symbol in enumerate(symbols)}
         missing = set(token_of) - set(symbols)
         if missing or len(vocab) != len(symbols):
@@ -338,15 +341,15 @@ def _gpt2(folder: Path) -> Tokenizer:
     return Tokenizer("gpt2", backend, *range(4), files=files)
 
 
-def _sentencepiece(content: bytes, where: str) -> Tokenizer:
-    backend, exact, ids = sentencepiece_model.convert(content, f"--tokenizer {where}")
+def _load_sentencepiece(content: bytes, where: str) -> Tokenizer:
+    backend, exact, ids = sentencepiece_model.convert_model(content, f"--tokenizer {where}")
     if ids["eos"] is None:
         raise UserError(f"--tokenizer {where}: it defines no eos token")
     return Tokenizer(
         "sentencepiece",
         backend,
-        bos_id=_first(ids["bos"], ids["eos"]),
-        pad_id=_first(ids["pad"], ids["eos"]),
+        bos_id=_select_first_id(ids["bos"], ids["eos"]),
+        pad_id=_select_first_id(ids["pad"], ids["eos"]),
         eos_id=ids["eos"],
         unk_id=ids["unk"],
         files={SENTENCEPIECE_FILE: content},

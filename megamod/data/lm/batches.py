@@ -1,7 +1,7 @@
 """Micro-batches of language models from the sequences of a data-bin.
 
-`TrainBatches` maps the number of a micro-batch to its sequences; `train_loader` and `eval_batches`
-iterate.
+`TrainBatches` maps the number of a micro-batch to its sequences; `iterate_train_batches` and
+`iterate_eval_batches` iterate.
 """
 
 import itertools
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from megamod.data.batches import StepBatches, StepShape, check_divides
-from megamod.data.lm.blocks import IGNORE, TokenBlocks, to_tensors
-from megamod.data.lm.order import Balanced, Sampler
+from megamod.data.batches import StepBatches, StepShape, check_global_batch_size
+from megamod.data.lm.blocks import IGNORE, TokenBlocks, build_inputs_and_labels
+from megamod.data.lm.order import BalancedSampler, Sampler
 
 AHEAD = 4096  # samples whose order is computed at once
 ENDLESS = 1 << 62
@@ -24,7 +24,9 @@ Batch = dict[str, object]
 
 
 class TrainBatches(StepBatches):
-    """Micro-batches of one rank, see `StepBatches`; built by `over_world` or `over_domains`.
+    """Micro-batches of one rank, see `StepBatches`.
+
+    Built by `build_shared_stream` or `build_domain_streams`.
 
     An item is a dict of
         input_ids, labels:  [B, T] int64; labels are -100 at padding.
@@ -59,7 +61,7 @@ class TrainBatches(StepBatches):
         return self.shape.micro_steps * (1 if self.streams is None else len(self.streams))
 
     @classmethod
-    def over_world(
+    def build_shared_stream(
         cls,
         blocks: Sequence[TokenBlocks],
         sampler: Sampler,
@@ -73,16 +75,17 @@ class TrainBatches(StepBatches):
         return cls(blocks, sampler, shape, None)
 
     @classmethod
-    def over_domains(
+    def build_domain_streams(
         cls,
         blocks: Sequence[TokenBlocks],
-        sampler: Balanced,
+        sampler: BalancedSampler,
         shape: StepShape,
         domains: Sequence[int],
     ) -> "TrainBatches":
         """Build a stream for each domain, shared by the ranks that train it (DEMix, BTM).
 
-        Every domain has the same number of sequences in a step, the same ones as with `over_world`.
+        Every domain has the same number of sequences in a step, the same ones as with
+        `build_shared_stream`.
 
         Args:
             blocks: sequences of all E domains, also of other ranks.
@@ -97,28 +100,28 @@ class TrainBatches(StepBatches):
             "ranks of each": shape.ranks,
             "samples of a micro-batch": shape.micro_batch,
         }
-        check_divides(shape.global_batch, parts)
+        check_global_batch_size(shape.global_batch, parts)
         per_domain = replace(shape, global_batch=shape.global_batch // len(blocks))
         return cls(blocks, sampler, per_domain, list(domains))
 
-    def samples(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+    def select_blocks(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Domains [B] and block indices [B] of micro-batch `number`."""
-        row = self._look_ahead(number)
+        row = self._find_prepared_row(number)
         return self._domains[row], self._indices[row]
 
     def __getitem__(self, number: int) -> Batch:
         """Micro-batch `number` of this rank."""
-        row = self._look_ahead(number)
+        row = self._find_prepared_row(number)
         domains, indices, any_of = self._domains[row], self._indices[row], self.blocks[0]
         domain = int(domains[0]) if self._alike[row] else None
         if domain is not None:
-            rows = self.blocks[domain].read(indices)
+            rows = self.blocks[domain].read_blocks(indices)
         else:
             rows = np.zeros((len(indices), any_of.span + 1), dtype=np.int64)
             for target, of, index in zip(rows, domains.tolist(), indices.tolist(), strict=True):
-                self.blocks[of].read_into(target, index)
+                self.blocks[of].read_block_into(target, index)
         first = None if self._domain_tokens is None else self._domain_tokens[domains]
-        inputs, labels, padded = to_tensors(
+        inputs, labels, padded = build_inputs_and_labels(
             rows, self._opens[row], self._lengths[row], any_of.eos_id, any_of.pad_id, first
         )
         batch = {"input_ids": inputs, "labels": labels}
@@ -131,18 +134,18 @@ class TrainBatches(StepBatches):
             "tokens": int(self._lengths[row].sum()) + (0 if first is None else len(first)),
         }
 
-    def _look_ahead(self, number: int) -> int:
+    def _find_prepared_row(self, number: int) -> int:
         """Row of a micro-batch in the precomputed range, which is replaced if it is elsewhere."""
         if number < 0:
             raise IndexError(f"micro-batch {number} is before the first")
         size = -(-AHEAD // self.shape.micro_batch)
         part, row = divmod(number, size)
         if part != self._ahead:
-            self._prepare(np.arange(part * size, (part + 1) * size))
+            self._prepare_micro_batches(np.arange(part * size, (part + 1) * size))
             self._ahead = part
         return row
 
-    def _prepare(self, numbers: np.ndarray) -> None:
+    def _prepare_micro_batches(self, numbers: np.ndarray) -> None:
         """Compute domains, blocks and lengths of these micro-batches.
 
         Streams alternate within a step: with streams a and b its micro-batches are a0 b0 a1 b1,
@@ -151,14 +154,14 @@ class TrainBatches(StepBatches):
         shape = self.shape
         steps, turn = np.divmod(numbers, self.micro_steps)
         micro_step, stream = np.divmod(turn, self.micro_steps // shape.micro_steps)
-        first = steps * shape.global_batch + shape.first + micro_step * shape.micro_batch
+        first = steps * shape.global_batch + shape.first_sample + micro_step * shape.micro_batch
         ordinals = first[:, None] + np.arange(shape.micro_batch)
         if self.streams is None:
-            self._domains, self._indices = self.sampler.at(ordinals)
+            self._domains, self._indices = self.sampler.select_blocks(ordinals)
         else:
             of = np.array(self.streams)[stream][:, None]
             self._domains = np.broadcast_to(of, ordinals.shape)
-            self._indices = self.sampler.at_domain(self._domains, ordinals)
+            self._indices = self.sampler.select_domain_blocks(self._domains, ordinals)
         self._alike = (self._domains == self._domains[:, :1]).all(1)
         self._opens = np.empty(ordinals.shape, dtype=bool)
         self._lengths = np.empty(ordinals.shape, dtype=np.int64)
@@ -167,11 +170,13 @@ class TrainBatches(StepBatches):
         for domain, blocks in enumerate(self.blocks):
             selected = self._domains == domain
             indices = self._indices[selected]
-            self._opens[selected] = blocks.opens(indices)
-            self._lengths[selected] = blocks.targets(indices) - (self._domain_tokens is not None)
+            self._opens[selected] = blocks.find_item_starts(indices)
+            self._lengths[selected] = blocks.count_targets(indices) - (
+                self._domain_tokens is not None
+            )
 
 
-def train_loader(
+def iterate_train_batches(
     dataset: StepBatches, first_step: int, num_workers: int, pin_memory: bool
 ) -> Iterator[Batch]:
     """Endless micro-batches of a rank from step `first_step`.
@@ -183,20 +188,20 @@ def train_loader(
     first = first_step * dataset.micro_steps
     if num_workers == 0:
         batches = map(dataset.__getitem__, itertools.count(first))
-        return map(_pinned, batches) if pin_memory else batches
+        return map(_pin_batch, batches) if pin_memory else batches
     loader = DataLoader(
         dataset,
         batch_size=None,
         sampler=range(first, ENDLESS),
         num_workers=num_workers,
         pin_memory=pin_memory,
-        collate_fn=_unchanged,
+        collate_fn=_return_unchanged,
         generator=torch.Generator(),  # else the loader draws from the generator of dropout
     )
     return iter(loader)
 
 
-def eval_batches(
+def iterate_eval_batches(
     blocks: TokenBlocks, batch_size: int, max_batches: int | None = None
 ) -> Iterator[Batch]:
     """All blocks in file order: `input_ids`, `labels`, `tokens`, and `attention_mask` if padded.
@@ -210,20 +215,20 @@ def eval_batches(
         if number == max_batches:
             return
         indices = np.arange(start, min(start + batch_size, len(blocks)))
-        inputs, labels, padded = blocks.gather(indices)
+        inputs, labels, padded = blocks.gather_tensors(indices)
         batch = {"input_ids": inputs, "labels": labels}
         if padded:
             batch["attention_mask"] = labels != IGNORE
-        tokens = int(blocks.targets(indices).sum())
+        tokens = int(blocks.count_targets(indices).sum())
         if blocks.domain_token is not None:
             labels[:, 0] = IGNORE
             tokens -= len(indices)
         yield {**batch, "tokens": tokens}
 
 
-def _unchanged(batch: Batch) -> Batch:
+def _return_unchanged(batch: Batch) -> Batch:
     return batch
 
 
-def _pinned(batch: Batch) -> Batch:
+def _pin_batch(batch: Batch) -> Batch:
     return {k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in batch.items()}

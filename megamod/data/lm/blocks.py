@@ -14,7 +14,7 @@ from megamod.errors import UserError
 IGNORE = -100
 
 
-def to_tensors(
+def build_inputs_and_labels(
     rows: np.ndarray,
     opens: np.ndarray,
     lengths: np.ndarray,
@@ -25,7 +25,7 @@ def to_tensors(
     """Inputs [B, T] and labels [B, T], int64, and True if any sequence is padded.
 
     Args:
-        rows: [B, span + 1] int64 from `TokenBlocks.read`; overwritten.
+        rows: [B, span + 1] int64 from `TokenBlocks.read_blocks`; overwritten.
         opens: [B] bool, rows whose block begins at the start of an item.
         lengths: [B] tokens of each block.
         first: [B] domain tokens, or None; with them T is span + 1.
@@ -75,18 +75,18 @@ class TokenBlocks:
     def __len__(self) -> int:
         return -(-self.total // self.span)
 
-    def targets(self, indices: np.ndarray) -> np.ndarray:
+    def count_targets(self, indices: np.ndarray) -> np.ndarray:
         """Number of target tokens of blocks, int64, including the domain token."""
         return np.minimum(self.span, self.total - np.asarray(indices) * self.span) + (
             self.domain_token is not None
         )
 
-    def opens(self, indices: np.ndarray) -> np.ndarray:
+    def find_item_starts(self, indices: np.ndarray) -> np.ndarray:
         """True for blocks that begin at the start of an item."""
         starts, offsets = np.asarray(indices) * self.span, self.dataset.offsets
         return offsets[np.searchsorted(offsets, starts)] == starts
 
-    def gather(self, indices: np.ndarray) -> tuple[Tensor, Tensor, bool]:
+    def gather_tensors(self, indices: np.ndarray) -> tuple[Tensor, Tensor, bool]:
         """Inputs [B, T] and labels [B, T], int64, and True if any block is short.
 
         Short blocks are padded with pad_id in inputs and -100 in labels. Without short blocks and
@@ -99,10 +99,12 @@ class TokenBlocks:
         if ((indices < 0) | (indices >= len(self))).any():
             raise IndexError(f"blocks are 0 to {len(self) - 1}, not {indices.tolist()}")
         first = None if self.domain_token is None else np.full(len(indices), self.domain_token)
-        rows, lengths = self.read(indices), self.targets(indices) - (first is not None)
-        return to_tensors(rows, self.opens(indices), lengths, self.eos_id, self.pad_id, first)
+        rows, lengths = self.read_blocks(indices), self.count_targets(indices) - (first is not None)
+        return build_inputs_and_labels(
+            rows, self.find_item_starts(indices), lengths, self.eos_id, self.pad_id, first
+        )
 
-    def read(self, indices: np.ndarray) -> np.ndarray:
+    def read_blocks(self, indices: np.ndarray) -> np.ndarray:
         """The preceding token and the tokens of each block, [B, span + 1] int64, 0 at padding.
 
         If all blocks are full, this is one gather from overlapping windows and one cast.
@@ -115,10 +117,10 @@ class TokenBlocks:
             return windows[preceding].astype(np.int64)
         rows = np.zeros((len(indices), self.span + 1), dtype=np.int64)
         for row, index in zip(rows, indices.tolist(), strict=True):
-            self.read_into(row, index)
+            self.read_block_into(row, index)
         return rows
 
-    def read_into(self, row: np.ndarray, index: int) -> None:
+    def read_block_into(self, row: np.ndarray, index: int) -> None:
         """Read one block and its preceding token into the beginning of `row` [span + 1]."""
         start = index * self.span
         piece = self.dataset.tokens[max(start - 1, 0) : start + self.span]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from megamod.data.corpus.binarize import FORMAT, HEADER
 from megamod.data.corpus.documents import SPLITS
-from megamod.data.corpus.indexed import Dictionary, IndexedDataset, split_prefix
+from megamod.data.corpus.indexed import Dictionary, IndexedDataset, format_split_prefix
 from megamod.errors import UserError
 from megamod.files import sha256
 
@@ -39,7 +39,7 @@ class DataBin:
         if header.exists():
             self._read_header(header)
         else:
-            self._read_fairseq()
+            self._read_fairseq_folder()
 
     @property
     def special_ids(self) -> dict[str, int]:
@@ -52,22 +52,26 @@ class DataBin:
         tokenizer = (self._header or {}).get("tokenizer")
         return tokenizer.get("digest") if isinstance(tokenizer, dict) else None
 
-    def prefix(self, domain: str, split: str) -> Path:
+    def find_split_prefix(self, domain: str, split: str) -> Path:
         """Path of a split's files without ending; the files need not exist.
 
         Raises:
             UserError: for an unknown domain or split.
         """
-        self._known(domain, split)
+        self._check_domain_and_split(domain, split)
         if self._flat:
             return self.path / split
-        prefix = self.path / split_prefix(domain, split)
+        prefix = self.path / format_split_prefix(domain, split)
         plain = prefix.with_name(split)  # fairseq-preprocess itself calls every split so
-        if self._header is None and not _index_of(prefix).exists() and _index_of(plain).exists():
+        if (
+            self._header is None
+            and not _build_index_path(prefix).exists()
+            and _build_index_path(plain).exists()
+        ):
             return plain
         return prefix
 
-    def split(self, domain: str, split: str) -> IndexedDataset:
+    def open_split(self, domain: str, split: str) -> IndexedDataset:
         """Tokens of a domain's "train", "valid" or "test" split.
 
         Ids are checked against the vocabulary: by the header, or by reading all of them.
@@ -75,7 +79,7 @@ class DataBin:
         Raises:
             UserError: for an unknown domain, or a missing, malformed or empty split.
         """
-        prefix = self.prefix(domain, split)
+        prefix = self.find_split_prefix(domain, split)
         if self._header is None:
             return IndexedDataset(prefix, self.vocab_size)
         expected = self._header["domains"][domain][split]
@@ -88,17 +92,17 @@ class DataBin:
                 )
         return dataset
 
-    def blocks(
+    def open_blocks(
         self, domain: str, split: str, block_size: int, domain_token: int | None = None
     ) -> "TokenBlocks":
         """A split as sequences of `block_size`.
 
         Raises:
-            UserError: as `split`; and if the train split is shorter than one sequence.
+            UserError: as `open_split`; and if the train split is shorter than one sequence.
         """
         from megamod.data.lm.blocks import TokenBlocks  # with torch, which campaigns do without
 
-        dataset = self.split(domain, split)
+        dataset = self.open_split(domain, split)
         if split == "train" and len(dataset.tokens) < block_size:
             raise UserError(
                 f"--max_seq_length {block_size}: domain {domain} has {len(dataset.tokens)} train "
@@ -107,12 +111,12 @@ class DataBin:
             )
         return TokenBlocks(dataset, block_size, self.eos_id, self.pad_id, domain_token)
 
-    def bytes(self, domain: str, split: str) -> int:
+    def count_text_bytes(self, domain: str, split: str) -> int:
         """UTF-8 bytes of the text of a split; 0 if unknown, as in fairseq's data-bins."""
-        self._known(domain, split)
+        self._check_domain_and_split(domain, split)
         return self._header["domains"][domain][split]["bytes"] if self._header else 0
 
-    def _known(self, domain: str, split: str) -> str:
+    def _check_domain_and_split(self, domain: str, split: str) -> str:
         if domain not in self.domains:
             raise UserError(
                 f"domain {domain!r} is not in the data-bin {self.path}; it holds "
@@ -130,18 +134,18 @@ class DataBin:
             if header["format"] != FORMAT:
                 raise UserError(f"{path}: format {header['format']!r}, only {FORMAT} can be read")
             self.domains = tuple(header["domains"])
-            self.vocab_size = _whole(header, "vocab_size")
+            self.vocab_size = _read_whole_number(header, "vocab_size")
             for name in ("bos_id", "pad_id", "eos_id", "unk_id"):
                 if name in ("pad_id", "eos_id") or header[name] is not None:
-                    _whole(header, name, self.vocab_size)
+                    _read_whole_number(header, name, self.vocab_size)
                 setattr(self, name, header[name])
             for name, splits in header["domains"].items():
                 if not re.fullmatch("[A-Za-z0-9_-]+", name):
                     raise ValueError(f"domain {name!r} is not made of letters, digits, _ and -")
                 for split in splits.values():
                     for key in ("items", "tokens", "bytes"):
-                        _whole(split, key)
-                    _whole(split, "max_id", self.vocab_size)
+                        _read_whole_number(split, key)
+                    _read_whole_number(split, "max_id", self.vocab_size)
         except KeyError as error:
             raise UserError(f"{path}: lacks the key {error}") from error
         except OSError as error:
@@ -155,7 +159,7 @@ class DataBin:
         self._header = header
         self.digest = sha256(path)
 
-    def _read_fairseq(self) -> None:
+    def _read_fairseq_folder(self) -> None:
         if (self.path / "tokenizer").is_dir():
             raise UserError(
                 f"--data {self.path}: was written by launchers/preprocess.py, but its {HEADER} is "
@@ -179,14 +183,14 @@ class DataBin:
             self.domains: tuple[str, ...] = (name,)
         else:
             self.domains = tuple(dict.fromkeys(file.parent.name for file in files))
-        dictionary = self._fairseq_dictionary()
+        dictionary = self._find_fairseq_dictionary()
         self.vocab_size = len(Dictionary.load(dictionary))
         self.bos_id, self.pad_id, self.eos_id, self.unk_id = range(4)
         parts = [dictionary, *(flat or files)]
         digests = [(str(file.relative_to(self.path)), sha256(file)) for file in parts]
         self.digest = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
-    def _fairseq_dictionary(self) -> Path:
+    def _find_fairseq_dictionary(self) -> Path:
         """The dict.txt of the folder, or the one that all folders of domains share."""
         dictionary = self.path / "dict.txt"
         if dictionary.exists():
@@ -203,11 +207,11 @@ class DataBin:
         return copies[0]
 
 
-def _index_of(prefix: Path) -> Path:
+def _build_index_path(prefix: Path) -> Path:
     return prefix.with_name(f"{prefix.name}.idx")
 
 
-def _whole(entry: dict, key: str, below: int | None = None) -> int:
+def _read_whole_number(entry: dict, key: str, below: int | None = None) -> int:
     value = entry[key]
     if type(value) is not int or value < 0 or (below is not None and value >= below):
         limit = "" if below is None else f" below the vocabulary size {below}"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-class Layout(NamedTuple):
+class InstanceLayout(NamedTuple):
     """Assignment of n rows to the lines of a batch of whole groups of N.
 
     Attributes:
@@ -20,22 +20,22 @@ class Layout(NamedTuple):
     rows: np.ndarray
     lines: np.ndarray
 
-    def answers(self, logits: Tensor) -> Tensor:
+    def average_row_logits(self, logits: Tensor) -> Tensor:
         """Means of logits over the lines of each row: [R, ...] -> [n, ...]."""
         return logits[torch.from_numpy(self.lines).to(logits.device)].mean(1)
 
 
-def in_order(count: int, instances: int) -> Layout:
+def arrange_in_order(count: int, instances: int) -> InstanceLayout:
     """Every row once, in order; the first rows fill the last group."""
     full = -(-count // instances) * instances
-    return Layout(np.arange(full) % count, np.arange(count)[:, None])
+    return InstanceLayout(np.arange(full) % count, np.arange(count)[:, None])
 
 
-def ensembled(count: int, instances: int, seed: Sequence[int]) -> Layout:
+def arrange_ensemble(count: int, instances: int, seed: Sequence[int]) -> InstanceLayout:
     """Every row `instances` times, on random lines; its logits are the mean of its copies.
 
     Source: Murahari et al. 2023 (MUX-PLM), ensembling.
     """
     copies = np.repeat(np.arange(count), instances)
     order = np.random.default_rng(list(seed)).permutation(len(copies))
-    return Layout(copies[order], np.argsort(order).reshape(count, instances))
+    return InstanceLayout(copies[order], np.argsort(order).reshape(count, instances))

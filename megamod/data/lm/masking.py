@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megamod.data.batches import StepBatches, StepShape, check_instances
+from megamod.data.batches import StepBatches, StepShape, check_fills_instance_groups
 from megamod.data.corpus.indexed import IndexedDataset
 from megamod.data.lm.batches import Batch
 from megamod.data.lm.blocks import IGNORE
-from megamod.data.lm.order import Sampler, key_of
+from megamod.data.lm.order import Sampler, make_random_key
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,9 @@ class Masking:
     random: float = 0.1
     max_pad_tokens: int = 0
 
-    def apply(self, tokens: np.ndarray, key: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def mask_tokens(
+        self, tokens: np.ndarray, key: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Mask a sequence: tokens, labels and random ids, all [T] int64.
 
         Labels are -100 where nothing is predicted.
@@ -105,20 +107,21 @@ class MaskedBatches(StepBatches):
         prefix: int = 0,
     ):
         super().__init__(shape)
-        check_instances("--per_device_train_batch_size", shape.micro_batch, instances)
+        check_fills_instance_groups("--per_device_train_batch_size", shape.micro_batch, instances)
         self.datasets, self.order, self.masking = list(datasets), order, masking
         self.block_size, self.instances, self.seed = block_size, instances, seed
         self.prefix = prefix
 
     def __getitem__(self, number: int) -> Batch:
         """Micro-batch `number` of this rank."""
-        samples = self.shape.samples(number)
-        return self._make(samples, *self.order.at(samples))
+        samples = self.shape.sample_indices(number)
+        return self.build_batch(samples, *self.order.select_blocks(samples))
 
-    def _make(self, samples: np.ndarray, domains: np.ndarray, blocks: np.ndarray) -> Batch:
+    def build_batch(self, samples: np.ndarray, domains: np.ndarray, blocks: np.ndarray) -> Batch:
         rows = [
-            self.masking.apply(
-                _block(self.datasets[domain], block, self.block_size), key_of(self.seed, sample)
+            self.masking.mask_tokens(
+                _read_block(self.datasets[domain], block, self.block_size),
+                make_random_key(self.seed, sample),
             )
             for sample, domain, block in zip(
                 samples.tolist(), domains.tolist(), blocks.tolist(), strict=True
@@ -127,7 +130,7 @@ class MaskedBatches(StepBatches):
         inputs, labels, random_ids = (np.stack(column) for column in zip(*rows, strict=True))
         labels[:, self.block_size - self.prefix :] = IGNORE
         groups = samples[:: self.instances] // self.instances
-        slots = np.stack([self._slots(int(group)) for group in groups])
+        slots = np.stack([self._draw_retrieved_instances(int(group)) for group in groups])
         return {
             "input_ids": torch.from_numpy(inputs),
             "labels": torch.from_numpy(labels),
@@ -137,11 +140,11 @@ class MaskedBatches(StepBatches):
             "masked": int((labels != IGNORE).sum()),
             "positions": len(slots) * (self.block_size - self.prefix),
             "tokens": len(inputs) * (self.block_size - self.prefix),
-            "readable": self._readable(inputs, slots),
+            "readable": self._count_readable_positions(inputs, slots),
             "mask_id": self.masking.mask_id,
         }
 
-    def _readable(self, inputs: np.ndarray, slots: np.ndarray) -> int:
+    def _count_readable_positions(self, inputs: np.ndarray, slots: np.ndarray) -> int:
         by_group = inputs.reshape(len(slots), self.instances, self.block_size)
         kept = by_group[:, :, : self.block_size - self.prefix]
         retrieved = np.take_along_axis(kept, slots[:, None, self.prefix :], axis=1)[:, 0]
@@ -150,17 +153,17 @@ class MaskedBatches(StepBatches):
             readable[:, 0] = True  # the model replaces the first token by [CLS]
         return int(readable.sum())
 
-    def _slots(self, group: int) -> np.ndarray:
-        draw = np.random.Generator(np.random.Philox(key=int(key_of(self.seed, group, 1))))
+    def _draw_retrieved_instances(self, group: int) -> np.ndarray:
+        draw = np.random.Generator(np.random.Philox(key=int(make_random_key(self.seed, group, 1))))
         return draw.integers(self.instances, size=self.block_size)
 
 
-def blocks_of(dataset: IndexedDataset, block_size: int) -> int:
+def count_full_blocks(dataset: IndexedDataset, block_size: int) -> int:
     """Number of full blocks of a split."""
     return len(dataset.tokens) // block_size
 
 
-def held_out_batches(batches: MaskedBatches, count: int | None = None) -> Iterator[Batch]:
+def iterate_held_out_batches(batches: MaskedBatches, count: int | None = None) -> Iterator[Batch]:
     """All blocks in file order, with the same masks in every call; "number" counts the batches.
 
     Blocks at the end that do not fill a group are skipped.
@@ -169,7 +172,7 @@ def held_out_batches(batches: MaskedBatches, count: int | None = None) -> Iterat
         batches: batches of the held-out split, whose size these have.
         count: largest number of batches; None: all.
     """
-    lengths = [blocks_of(dataset, batches.block_size) for dataset in batches.datasets]
+    lengths = [count_full_blocks(dataset, batches.block_size) for dataset in batches.datasets]
     domains = np.repeat(np.arange(len(lengths)), lengths)
     blocks = np.concatenate([np.arange(length) for length in lengths])
     whole = len(blocks) // batches.instances * batches.instances
@@ -177,9 +180,9 @@ def held_out_batches(batches: MaskedBatches, count: int | None = None) -> Iterat
         if number == count:
             return
         stop = min(start + batches.shape.micro_batch, whole)
-        batch = batches._make(np.arange(start, stop), domains[start:stop], blocks[start:stop])
+        batch = batches.build_batch(np.arange(start, stop), domains[start:stop], blocks[start:stop])
         yield {**batch, "number": number}
 
 
-def _block(dataset: IndexedDataset, block: int, size: int) -> np.ndarray:
+def _read_block(dataset: IndexedDataset, block: int, size: int) -> np.ndarray:
     return dataset.tokens[block * size : (block + 1) * size]

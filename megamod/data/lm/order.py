@@ -19,12 +19,12 @@ WORD = (1 << 64) - 1
 
 
 @np.errstate(over="ignore")
-def key_of(*parts: int | np.ndarray) -> np.ndarray:
+def make_random_key(*parts: int | np.ndarray) -> np.ndarray:
     """uint64 keys from numbers or broadcastable arrays; the order of the parts matters."""
     key = np.zeros((), dtype=np.uint64)
     for part in parts:
         word = np.uint64(part & WORD) if isinstance(part, int) else part.astype(np.uint64)
-        key = _mix((key ^ word) + GOLDEN)
+        key = _mix_bits((key ^ word) + GOLDEN)
     return key
 
 
@@ -37,12 +37,12 @@ class KeyedPermutation:
 
     Args:
         n: size, at least 1, or an array of sizes that broadcasts with the indices.
-        key: see `key_of`; a key, or an array of keys that broadcasts with the indices.
+        key: see `make_random_key`; a key, or an array of keys that broadcasts with the indices.
     """
 
     def __init__(self, n: int | np.ndarray, key: int | np.ndarray):
         self.n = np.asarray(n, dtype=np.int64)
-        self.key = key_of(key) if isinstance(key, int) else key
+        self.key = make_random_key(key) if isinstance(key, int) else key
         if (self.n < 1).any():
             raise ValueError(f"size {self.n.min()}: at least 1 is needed")
 
@@ -58,10 +58,10 @@ class KeyedPermutation:
         shape = index.shape
         value, n, key = index.astype(np.uint64).ravel(), n.ravel().astype(np.uint64), key.ravel()
         bits = np.frexp((n - np.uint64(1)).astype(np.float64))[1].astype(np.uint64)
-        value = _feistel(value, bits, key)
+        value = _permute_by_feistel(value, bits, key)
         outside = np.flatnonzero(value >= n)
         while len(outside):
-            value[outside] = _feistel(value[outside], bits[outside], key[outside])
+            value[outside] = _permute_by_feistel(value[outside], bits[outside], key[outside])
             outside = outside[value[outside] >= n[outside]]
         return value.astype(np.int64).reshape(shape)
 
@@ -80,18 +80,18 @@ class Sampler:
         if len(self.lengths) == 0 or self.lengths.min() < 1:
             raise ValueError(f"every domain needs a block, but they have {list(lengths)}")
 
-    def at(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def select_blocks(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Domains and blocks of global sample numbers, all int64 of one shape."""
         raise NotImplementedError
 
-    def _block(self, domains: np.ndarray, ordinals: np.ndarray) -> np.ndarray:
+    def _permute_blocks(self, domains: np.ndarray, ordinals: np.ndarray) -> np.ndarray:
         """Block of the `ordinal`-th sample of a domain, with a new permutation in every epoch."""
         lengths = self.lengths[domains]
         epochs, index = np.divmod(ordinals, lengths)
-        return KeyedPermutation(lengths, key_of(self.seed, epochs, domains))(index)
+        return KeyedPermutation(lengths, make_random_key(self.seed, epochs, domains))(index)
 
 
-class Balanced(Sampler):
+class BalancedSampler(Sampler):
     """Domains alternate: sample j is the (j // E)-th sample of domain j % E.
 
     Args:
@@ -99,29 +99,29 @@ class Balanced(Sampler):
         seed: seed of the run.
     """
 
-    def at(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def select_blocks(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Domains and blocks of global sample numbers, all int64 of one shape."""
         ordinals, domains = np.divmod(numbers, len(self.lengths))
-        return domains, self._block(domains, ordinals)
+        return domains, self._permute_blocks(domains, ordinals)
 
-    def at_domain(self, domains: np.ndarray, ordinals: np.ndarray) -> np.ndarray:
+    def select_domain_blocks(self, domains: np.ndarray, ordinals: np.ndarray) -> np.ndarray:
         """Blocks of the `ordinals`-th samples of domains, int64; the arguments broadcast."""
-        return self._block(*np.broadcast_arrays(domains, ordinals))
+        return self._permute_blocks(*np.broadcast_arrays(domains, ordinals))
 
 
-class Unbalanced(Sampler):
+class UnbalancedSampler(Sampler):
     """One permutation of the blocks of all domains, whose shares are their sizes."""
 
-    def at(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def select_blocks(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Domains and blocks of global sample numbers, all int64 of one shape."""
         ends = np.cumsum(self.lengths)
         epochs, index = np.divmod(numbers, ends[-1])
-        block = KeyedPermutation(ends[-1], key_of(self.seed, epochs))(index)
+        block = KeyedPermutation(ends[-1], make_random_key(self.seed, epochs))(index)
         domains = np.searchsorted(ends, block, side="right")
         return domains, block - (ends - self.lengths)[domains]
 
 
-class Temperature(Sampler):
+class TemperatureSampler(Sampler):
     """Domain d has the share length_d^alpha / sum: equal for alpha 0, by size for alpha 1.
 
     In every `CYCLE` samples each domain has a fixed number of samples, at least one, in a random
@@ -138,8 +138,8 @@ class Temperature(Sampler):
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha {alpha} is not between 0 and 1")
         weights = self.lengths.astype(np.float64) ** alpha
-        self.quotas = _quotas(weights / weights.sum(), CYCLE)
-        shuffled = KeyedPermutation(CYCLE, key_of(self.seed))(np.arange(CYCLE))
+        self.quotas = _allocate_quotas(weights / weights.sum(), CYCLE)
+        shuffled = KeyedPermutation(CYCLE, make_random_key(self.seed))(np.arange(CYCLE))
         ends = np.cumsum(self.quotas)
         self._domains = np.searchsorted(ends, shuffled, side="right")
         # A stable sort by domain numbers each domain's samples of a cycle in order of time.
@@ -147,21 +147,23 @@ class Temperature(Sampler):
         self._ordinals = np.empty(CYCLE, dtype=np.int64)
         self._ordinals[by_domain] = np.arange(CYCLE) - np.repeat(ends - self.quotas, self.quotas)
 
-    def at(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def select_blocks(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Domains and blocks of global sample numbers, all int64 of one shape."""
         cycles, index = np.divmod(numbers, CYCLE)
         domains = self._domains[index]
-        return domains, self._block(domains, cycles * self.quotas[domains] + self._ordinals[index])
+        return domains, self._permute_blocks(
+            domains, cycles * self.quotas[domains] + self._ordinals[index]
+        )
 
 
 def make_sampler(name: str, lengths: Sequence[int], seed: int, alpha: float) -> Sampler:
     """Build a sampler by name: "balanced", "unbalanced", or "temperature" with `alpha`."""
     if name == "temperature":
-        return Temperature(lengths, seed, alpha)
-    return {"balanced": Balanced, "unbalanced": Unbalanced}[name](lengths, seed)
+        return TemperatureSampler(lengths, seed, alpha)
+    return {"balanced": BalancedSampler, "unbalanced": UnbalancedSampler}[name](lengths, seed)
 
 
-def _quotas(shares: np.ndarray, total: int) -> np.ndarray:
+def _allocate_quotas(shares: np.ndarray, total: int) -> np.ndarray:
     """Integers >= 1 near total * shares with sum `total`, by largest remainders."""
     if len(shares) > total:
         raise ValueError(f"{len(shares)} domains: at most {total} are allowed")
@@ -173,7 +175,7 @@ def _quotas(shares: np.ndarray, total: int) -> np.ndarray:
 
 
 @np.errstate(over="ignore")
-def _feistel(value: np.ndarray, bits: np.ndarray, key: np.ndarray) -> np.ndarray:
+def _permute_by_feistel(value: np.ndarray, bits: np.ndarray, key: np.ndarray) -> np.ndarray:
     """Permute range(2**bits); all arguments uint64 [m]."""
     shift = bits >> np.uint64(1)
     masks = (np.uint64(1) << (bits - shift)) - np.uint64(1), (np.uint64(1) << shift) - np.uint64(1)
@@ -182,11 +184,11 @@ def _feistel(value: np.ndarray, bits: np.ndarray, key: np.ndarray) -> np.ndarray
         half = number % 2
         # The round function is output `half * ROUNDS + number` of splitmix64 started at the key.
         word = (halves[1 - half] * np.uint64(ROUNDS) + np.uint64(number + 1)) * GOLDEN + key
-        halves[half] ^= _mix(word) & masks[half]
+        halves[half] ^= _mix_bits(word) & masks[half]
     return (halves[0] << shift) | halves[1]
 
 
-def _mix(word: np.ndarray) -> np.ndarray:
+def _mix_bits(word: np.ndarray) -> np.ndarray:
     """The finalizer of splitmix64 (Steele, Lea and Flood 2014)."""
     word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

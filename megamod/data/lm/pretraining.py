@@ -6,10 +6,10 @@ from itertools import islice
 from pathlib import Path
 
 from megamod.data.batches import StepShape
-from megamod.data.lm.batches import Batch, TrainBatches, eval_batches
+from megamod.data.lm.batches import Batch, TrainBatches, iterate_eval_batches
 from megamod.data.lm.blocks import TokenBlocks
 from megamod.data.lm.databin import DataBin
-from megamod.data.lm.masking import MaskedBatches, Masking, blocks_of
+from megamod.data.lm.masking import MaskedBatches, Masking, count_full_blocks
 from megamod.data.lm.order import make_sampler
 from megamod.errors import UserError
 
@@ -28,40 +28,40 @@ class LmData:
     def __init__(
         self, path: str, *, domains: Sequence[str] | None, block_size: int, domain_token: bool
     ):
-        self.bin = DataBin(path)
-        self.domains = tuple(domains or self.bin.domains)
+        self.databin = DataBin(path)
+        self.domains = tuple(domains or self.databin.domains)
         self.block_size = block_size
-        self.special_ids = self.bin.special_ids
-        self.digest = self.bin.digest
-        self.vocab_size = self.bin.vocab_size + (len(self.domains) if domain_token else 0)
+        self.special_ids = self.databin.special_ids
+        self.digest = self.databin.digest
+        self.vocab_size = self.databin.vocab_size + (len(self.domains) if domain_token else 0)
         # Symbols of domains follow the dictionary in sorted order, as in the DEMix release.
-        self.tokens = {
-            domain: self.bin.vocab_size + index if domain_token else None
+        self.domain_tokens = {
+            domain: self.databin.vocab_size + index if domain_token else None
             for index, domain in enumerate(sorted(self.domains))
         }
         self._opened: dict[tuple[str, str], TokenBlocks] = {}
 
     @cached_property
-    def train(self) -> list[TokenBlocks]:
+    def train_blocks(self) -> list[TokenBlocks]:
         """Training sequences of each domain; opened on first use, as evaluation needs none."""
-        return [self._blocks(domain, "train") for domain in self.domains]
+        return [self._open_blocks(domain, "train") for domain in self.domains]
 
-    def open_split(self, split: str) -> None:
+    def open_splits(self, split: str) -> None:
         """Open a split of every domain, so that later evaluations cannot fail on missing files.
 
         Raises:
             UserError: if a split is missing, malformed or empty.
         """
         for domain in self.domains:
-            self._blocks(domain, split)
+            self._open_blocks(domain, split)
 
     @property
     def tokenizer_folder(self) -> Path | None:
         """Tokenizer folder of the data-bin; None if it has none."""
-        folder = self.bin.path / "tokenizer"
+        folder = self.databin.path / "tokenizer"
         return folder if folder.is_dir() else None
 
-    def train_batches(
+    def build_train_batches(
         self,
         shape: StepShape,
         *,
@@ -84,13 +84,13 @@ class LmData:
                 f"--sampler {sampler}: each expert reads its own domain only, in equal shares; "
                 "use balanced, or --untie none"
             )
-        order = make_sampler(sampler, [len(blocks) for blocks in self.train], seed, alpha)
+        order = make_sampler(sampler, [len(blocks) for blocks in self.train_blocks], seed, alpha)
         if held is None:
-            return TrainBatches.over_world(self.train, order, shape)
+            return TrainBatches.build_shared_stream(self.train_blocks, order, shape)
         numbers = [self.domains.index(domain) for domain in held]
-        return TrainBatches.over_domains(self.train, order, shape, numbers)
+        return TrainBatches.build_domain_streams(self.train_blocks, order, shape, numbers)
 
-    def masked_batches(
+    def build_masked_batches(
         self,
         split: str,
         masking: Masking,
@@ -105,11 +105,11 @@ class LmData:
         """Micro-batches of one rank with masked tokens of a split, all domains in one stream.
 
         Args:
-            sampler: see `train_batches`.
+            sampler: see `build_train_batches`.
             instances, prefix: see `MaskedBatches`.
         """
-        datasets = [self._blocks(domain, split).dataset for domain in self.domains]
-        lengths = [max(1, blocks_of(dataset, self.block_size)) for dataset in datasets]
+        datasets = [self._open_blocks(domain, split).dataset for domain in self.domains]
+        lengths = [max(1, count_full_blocks(dataset, self.block_size)) for dataset in datasets]
         return MaskedBatches(
             datasets,
             make_sampler(sampler, lengths, seed, alpha),
@@ -121,19 +121,21 @@ class LmData:
             prefix=prefix,
         )
 
-    def eval_batches(
+    def iterate_eval_batches(
         self, domain: str, split: str, batch_size: int, max_batches: int
     ) -> Iterator[Batch]:
         """Batches of a split of a domain in file order; `max_batches` 0: all."""
-        batches = eval_batches(self._blocks(domain, split), batch_size)
+        batches = iterate_eval_batches(self._open_blocks(domain, split), batch_size)
         return islice(batches, max_batches or None)
 
-    def bytes_of(self, domain: str, split: str) -> int:
+    def count_text_bytes(self, domain: str, split: str) -> int:
         """UTF-8 bytes of the text of a split; 0 if unknown."""
-        return self.bin.bytes(domain, split)
+        return self.databin.count_text_bytes(domain, split)
 
-    def _blocks(self, domain: str, split: str) -> TokenBlocks:
+    def _open_blocks(self, domain: str, split: str) -> TokenBlocks:
         if (domain, split) not in self._opened:
-            blocks = self.bin.blocks(domain, split, self.block_size, self.tokens.get(domain))
+            blocks = self.databin.open_blocks(
+                domain, split, self.block_size, self.domain_tokens.get(domain)
+            )
             self._opened[domain, split] = blocks
         return self._opened[domain, split]

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import numpy as np
 
-from megamod.data.corpus.file_formats import format_of
+from megamod.data.corpus.file_formats import require_format
 from megamod.data.corpus.lines import read_lines
 from megamod.errors import UserError
 
 LINES = 1000  # lines concatenated at once; tokens after the last whole block are dropped
 
 
-def text_blocks(
+def read_text_blocks(
     path: Path,
     tokenize: Callable[[str], Sequence[int]],
     length: int,
@@ -30,7 +30,7 @@ def text_blocks(
     Raises:
         UserError: if the file cannot be read or is shorter than a block.
     """
-    format_of(path, ["text"])
+    require_format(path, ["text"])
     lines = [line for _, line in read_lines(path) if line.strip()]
     blocks: list[np.ndarray] = []
     for start in range(0, len(lines), LINES):

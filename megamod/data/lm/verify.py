@@ -26,15 +26,15 @@ def check_databin(path: Path) -> Iterator[tuple[str, list[str]]]:
     yield f"{path}: data-bin, {len(data.domains)} domains, {data.vocab_size:,} ids", []
     if "tokenizer" in header:
         folder = path / "tokenizer"
-        yield f"{folder}: tokenizer", _tokenizer_faults(folder, header["tokenizer"]["digest"])
+        yield f"{folder}: tokenizer", _find_tokenizer_faults(folder, header["tokenizer"]["digest"])
     for domain in data.domains:
         for split in header["domains"][domain] if header else SPLITS:
-            prefix = data.prefix(domain, split)
+            prefix = data.find_split_prefix(domain, split)
             if not header and not prefix.with_name(f"{prefix.name}.idx").exists():
                 continue  # in a data-bin of fairseq any split may be absent
             title, faults = f"{prefix}", []
             try:
-                dataset = data.split(domain, split)
+                dataset = data.open_splits(domain, split)
                 dataset.check_ids(data.vocab_size)
                 title = f"{prefix}: {len(dataset):,} items, {len(dataset.tokens):,} tokens"
             except UserError as error:
@@ -47,7 +47,7 @@ def check_databin(path: Path) -> Iterator[tuple[str, list[str]]]:
             yield title, faults
 
 
-def _tokenizer_faults(folder: Path, digest: str) -> list[str]:
+def _find_tokenizer_faults(folder: Path, digest: str) -> list[str]:
     """Check that the tokenizer folder has the digest of the header."""
     try:
         actual = load_tokenizer(folder).digest

@@ -13,10 +13,21 @@ from pathlib import Path
 
 import numpy as np
 
-from megamod.data.corpus.file_formats import format_of
-from megamod.data.corpus.lines import checked_text, read_lines
-from megamod.data.tasks.specs import Column, TaskSpec, find_files, some_of, speller
-from megamod.data.tasks.task_rows import RowTable, hub_tables, json_table, parquet_table
+from megamod.data.corpus.file_formats import require_format
+from megamod.data.corpus.lines import check_text, read_lines
+from megamod.data.tasks.specs import (
+    Column,
+    TaskSpec,
+    find_task_files,
+    format_some_names,
+    make_label_normaliser,
+)
+from megamod.data.tasks.task_rows import (
+    RowTable,
+    load_hub_tables,
+    open_json_table,
+    open_parquet_table,
+)
 from megamod.errors import UserError
 
 FORMATS = ("TSV", "text", "CSV", "JSON lines", "JSON", "Parquet")
@@ -42,7 +53,7 @@ class TextSet:
     def __len__(self) -> int:
         return len(self.origins)
 
-    def first(self, count: int | None) -> "TextSet":
+    def take_first(self, count: int | None) -> "TextSet":
         """The first `count` examples; None: all."""
         return TextSet(
             tuple(texts[:count] for texts in self.texts),
@@ -51,7 +62,7 @@ class TextSet:
         )
 
 
-def read_task(
+def read_text_task(
     task: TaskSpec, data_dir: str | Path | None, splits: Sequence[str]
 ) -> tuple[TaskSpec, dict[str, TextSet]]:
     """Examples of the splits that exist, and the task with its labels filled in.
@@ -63,20 +74,20 @@ def read_task(
         UserError: for a missing split, a row or a label that does not fit.
     """
     if data_dir is None:
-        sources = dict(hub_tables(task, splits))
+        sources = dict(load_hub_tables(task, splits))
     else:
-        sources = {s: path for s, path in find_files(task, data_dir).items() if s in splits}
+        sources = {s: path for s, path in find_task_files(task, data_dir).items() if s in splits}
     for split in splits:
         if split in ("train", "dev", "test") and split not in sources:
             names = " or ".join(task.files[split]) if split in task.files else split
             source = data_dir if data_dir is not None else "the hub"
             raise UserError(f"task {task.name}: {source} has no split {split} ({names})")
-    rows = {split: list(_rows_of(task, split, source)) for split, source in sources.items()}
+    rows = {split: list(_read_rows(task, split, source)) for split, source in sources.items()}
     for split, examples in rows.items():
         if not examples:
             where = getattr(sources[split], "where", sources[split])
             raise UserError(f"{where}: no example of task {task.name} in it")
-    if not task.labels and not task.regression:
+    if not task.labels and not task.is_regression:
         if "train" not in rows:
             raise UserError(
                 f"task {task.name}: without labels in its spec, a train split is needed"
@@ -85,32 +96,35 @@ def read_task(
         if len(names) < 2:
             raise UserError(
                 f"task {task.name}, split train: all its labels are "
-                f"{some_of(map(repr, names))}, a task needs two or more"
+                f"{format_some_names(map(repr, names))}, a task needs two or more"
             )
         task = replace(task, labels=tuple(names))
-    return task, {split: _texts(task, examples) for split, examples in rows.items()}
+    return task, {split: _build_text_set(task, examples) for split, examples in rows.items()}
 
 
-def _texts(task: TaskSpec, rows: list[tuple[str, Sequence[str], str | None]]) -> TextSet:
+def _build_text_set(task: TaskSpec, rows: list[tuple[str, Sequence[str], str | None]]) -> TextSet:
     texts = tuple([row[1][n] for row in rows] for n in range(len(task.texts)))
     origins = [origin for origin, _, _ in rows]
     if rows[0][2] is None:
         return TextSet(texts, None, origins)
-    if task.regression:
-        values = [_value(task, label, origin) for origin, _, label in rows]
+    if task.is_regression:
+        values = [_parse_regression_value(task, label, origin) for origin, _, label in rows]
         return TextSet(texts, np.array(values, dtype=np.float32), origins)
-    number, spelled = {name: index for index, name in enumerate(task.labels)}, speller(task.labels)
+    number, spelled = (
+        {name: index for index, name in enumerate(task.labels)},
+        make_label_normaliser(task.labels),
+    )
     for origin, _, label in rows:
         if spelled(label) is None:
             raise UserError(
                 f"{origin}: label {label[:60]!r} is not one of task {task.name}: "
-                f"{some_of(task.labels)}"
+                f"{format_some_names(task.labels)}"
             )
     numbers = [number[spelled(label)] for _, _, label in rows]
     return TextSet(texts, np.array(numbers, dtype=np.int64), origins)
 
 
-def _value(task: TaskSpec, text: str | None, origin: str) -> float:
+def _parse_regression_value(task: TaskSpec, text: str | None, origin: str) -> float:
     try:
         value = float(text)
     except (TypeError, ValueError):
@@ -124,18 +138,18 @@ def _value(task: TaskSpec, text: str | None, origin: str) -> float:
     return value
 
 
-def _rows_of(task: TaskSpec, split: str, source: Path | RowTable) -> Rows:
-    kind = format_of(source, FORMATS) if isinstance(source, Path) else "hub"
+def _read_rows(task: TaskSpec, split: str, source: Path | RowTable) -> Rows:
+    kind = require_format(source, FORMATS) if isinstance(source, Path) else "hub"
     if kind in ("TSV", "text"):
-        rows = _table_rows(task, split, source, _tsv_cells(source))
+        rows = _read_table_rows(task, split, source, _read_tsv_cells(source))
     elif kind == "CSV":
-        rows = _table_rows(task, split, source, _csv_cells(source))
+        rows = _read_table_rows(task, split, source, _read_csv_cells(source))
     elif kind == "Parquet":
-        rows = _dict_rows(task, split, parquet_table(source))
+        rows = _read_dict_rows(task, split, open_parquet_table(source))
     elif kind == "hub":
-        rows = _dict_rows(task, split, source, task.hub_columns)
+        rows = _read_dict_rows(task, split, source, task.hub_columns)
     else:
-        rows = _dict_rows(task, split, json_table(source))
+        rows = _read_dict_rows(task, split, open_json_table(source))
     hidden = None
     for origin, texts, label in rows:
         label = None if label is None else label.strip()
@@ -147,14 +161,14 @@ def _rows_of(task: TaskSpec, split: str, source: Path | RowTable) -> Rows:
             hidden = label is None
         if hidden != (label is None):
             raise UserError(f"{origin}: some rows of the split have a label and some have none")
-        if label == "" and not task.regression:
+        if label == "" and not task.is_regression:
             raise UserError(f"{origin}: no label in {task.label.name}")
         if not any(text.strip() for text in texts):
             raise UserError(f"{origin}: no text in {', '.join(c.name for c in task.texts)}")
         yield origin, texts, label
 
 
-def _table_rows(
+def _read_table_rows(
     task: TaskSpec, split: str, path: Path, lines: Iterator[tuple[int, list[str]]]
 ) -> Rows:
     """Texts and labels of numbered lines of cells."""
@@ -166,7 +180,9 @@ def _table_rows(
         if indices is None:
             width = len(cells)
             header = split not in task.headless
-            indices = _column_indices(task, columns, cells if header else None, width, split, where)
+            indices = _find_column_indices(
+                task, columns, cells if header else None, width, split, where
+            )
             if header:
                 continue
         needed = max(index for index in indices if index is not None) + 1
@@ -181,7 +197,7 @@ def _table_rows(
         raise UserError(f"{path}: the file is empty")
 
 
-def _column_indices(
+def _find_column_indices(
     task: TaskSpec,
     columns: Sequence[Column],
     header: list[str] | None,
@@ -206,7 +222,7 @@ def _column_indices(
             lacking = missing or columns[-1:]
             raise UserError(
                 f"{where}: no column {lacking[0].name!r} for task {task.name}; "
-                f"the header has {some_of(map(repr, header))}"
+                f"the header has {format_some_names(map(repr, header))}"
             )
     numbers = [c.index % width if -width <= c.index < width else None for c in columns]
     if test and (header is not None or numbers[-1] in (*numbers[:-1], None)):
@@ -223,7 +239,7 @@ def _column_indices(
     return numbers
 
 
-def _tsv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
+def _read_tsv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Cells of numbered lines; blank lines at the end are dropped, others refused."""
     blank = None
     for number, line in read_lines(path):
@@ -235,7 +251,7 @@ def _tsv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
         yield number, line.split("\t")
 
 
-def _csv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
+def _read_csv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Cells of the rows of a CSV file, with the number of the line where each row ends."""
     reader = csv.reader((f"{line}\n" for _, line in read_lines(path)), strict=True)
     try:
@@ -246,7 +262,7 @@ def _csv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
         raise UserError(f"{path}, line {reader.line_num}: not CSV: {error}") from error
 
 
-def _dict_rows(
+def _read_dict_rows(
     task: TaskSpec, split: str, table: RowTable, columns: Mapping[str, str] | None = None
 ) -> Rows:
     """Rows of a table. Numbers of named labels become names, and -1 hidden ones.
@@ -259,21 +275,22 @@ def _dict_rows(
     if names is not None and task.labels and set(names) != set(task.labels):
         if len(names) != len(task.labels):
             raise UserError(
-                f"{table.where}: its labels are {some_of(names)}, those of task {task.name} are "
-                f"{some_of(task.labels)}"
+                f"{table.where}: its labels are {format_some_names(names)}, those of task "
+                f"{task.name} are "
+                f"{format_some_names(task.labels)}"
             )
         names = task.labels  # GLUE's files say 0 and 1 where the hub has words
     for number, row in table.rows:
-        where = table.origin(number)
-        texts, label = _fields(task, split, row, where, columns)
+        where = table.describe_origin(number)
+        texts, label = _read_row_fields(task, split, row, where, columns)
         if names is not None and label is not None and label not in names:
-            label = _name_of(label, names, where)
+            label = _find_label_name(label, names, where)
             if label is None and not split.startswith("test"):
                 continue
         yield where, texts, label
 
 
-def _name_of(number: str, names: Sequence[str], where: str) -> str | None:
+def _find_label_name(number: str, names: Sequence[str], where: str) -> str | None:
     """Name of a label by its number; None for -1."""
     index = int(number) if number.removeprefix("-").isdecimal() else len(names)
     if not -1 <= index < len(names):
@@ -281,17 +298,19 @@ def _name_of(number: str, names: Sequence[str], where: str) -> str | None:
     return None if index < 0 else names[index]
 
 
-def _fields(
+def _read_row_fields(
     task: TaskSpec, split: str, row: Mapping[str, object], where: str, names: Mapping[str, str]
 ) -> tuple[list[str], str | None]:
     texts = []
     for column in task.texts:
         name = names.get(column.name, column.name)
         if name not in row:
-            raise UserError(f"{where}: no column {name!r}; there are {some_of(map(repr, row))}")
+            raise UserError(
+                f"{where}: no column {name!r}; there are {format_some_names(map(repr, row))}"
+            )
         if not isinstance(row[name], str):
             raise UserError(f"{where}: {name!r} is {repr(row[name])[:60]}, text is needed")
-        texts.append(checked_text(row[name], where))
+        texts.append(check_text(row[name], where))
     label = row.get(names.get(task.label.name, task.label.name))
     if label is None and not split.startswith("test"):
         raise UserError(f"{where}: no label {task.label.name!r}")

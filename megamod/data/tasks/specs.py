@@ -78,31 +78,31 @@ class TaskSpec:
     hub_splits: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def regression(self) -> bool:
+    def is_regression(self) -> bool:
         """True if values are predicted instead of labels."""
         return self.kind == "regression"
 
-    def splits(self, kind: str) -> tuple[str, ...]:
+    def list_splits(self, kind: str) -> tuple[str, ...]:
         """Names of the splits that begin with "train", "dev" or "test"."""
         return tuple(split for split in self.files if split.startswith(kind))
 
 
-def task_of(name: str) -> TaskSpec:
+def find_text_task(name: str) -> TaskSpec:
     """A task by name; capitals, - and _ do not count.
 
     Raises:
         UserError: if no task has that name.
     """
-    key = _key(name)
+    key = _normalise_name(name)
     for task in TASKS.values():
-        if key in (_key(task.name), _key(task.folder)):
+        if key in (_normalise_name(task.name), _normalise_name(task.folder)):
             return task
     raise UserError(
         f"--task {name!r} is none of {', '.join(TASKS)}; --task_spec FILE describes another one"
     )
 
 
-def find_files(task: TaskSpec, data_dir: str | Path) -> dict[str, Path]:
+def find_task_files(task: TaskSpec, data_dir: str | Path) -> dict[str, Path]:
     """Existing files of a task by split, in DATA_DIR or in the task's folder below it.
 
     Raises:
@@ -112,11 +112,13 @@ def find_files(task: TaskSpec, data_dir: str | Path) -> dict[str, Path]:
     if not root.is_dir():
         raise UserError(f"--data_dir {root}: there is no such folder")
     below = (
-        [] if not task.folder else [p for p in root.iterdir() if _key(p.name) == _key(task.name)]
+        []
+        if not task.folder
+        else [p for p in root.iterdir() if _normalise_name(p.name) == _normalise_name(task.name)]
     )
     folders = [root / task.folder, *sorted(below), root] if task.folder else [root]
     for folder in folders:
-        files = {split: _first_file(folder, names) for split, names in task.files.items()}
+        files = {split: _find_first_file(folder, names) for split, names in task.files.items()}
         if any(files.values()):
             return {split: path for split, path in files.items() if path is not None}
     names = ", ".join(names[0] for names in task.files.values())
@@ -125,13 +127,13 @@ def find_files(task: TaskSpec, data_dir: str | Path) -> dict[str, Path]:
     )
 
 
-def _first_file(folder: Path, names: Sequence[str]) -> Path | None:
+def _find_first_file(folder: Path, names: Sequence[str]) -> Path | None:
     """The first of the names that is a file, each also compressed."""
     paths = (folder / f"{name}{end}" for name in names for end in ("", *COMPRESSIONS))
     return next((path for path in paths if path.is_file()), None)
 
 
-def speller(labels: Sequence[str]) -> Callable[[str], str | None]:
+def make_label_normaliser(labels: Sequence[str]) -> Callable[[str], str | None]:
     """From a label to the one of `labels` that equals it but for capitals; None: there is none.
 
     Capitals count where two of `labels` differ by nothing else.
@@ -143,14 +145,14 @@ def speller(labels: Sequence[str]) -> Callable[[str], str | None]:
     return lambda label: exact.get(label) or folded.get(label.casefold())
 
 
-def some_of(names: Iterable[str], most: int = 12) -> str:
+def format_some_names(names: Iterable[str], most: int = 12) -> str:
     """Names for a message; many names and long ones are cut."""
     names = [name if len(name) <= 40 else f"{name[:40]}..." for name in names]
     rest = f", ... ({len(names)} in all)" if len(names) > most else ""
     return ", ".join(names[:most]) + rest
 
 
-def _key(name: str) -> str:
+def _normalise_name(name: str) -> str:
     return re.sub("[^a-z0-9]", "", name.lower())
 
 
@@ -169,7 +171,7 @@ _SCITAIL = {
 }
 
 
-def _glue(
+def _make_glue_task(
     name: str,
     folder: str,
     texts: tuple[Column, ...],
@@ -198,7 +200,7 @@ def _glue(
 TASKS: dict[str, TaskSpec] = {
     task.name: task
     for task in (
-        _glue(
+        _make_glue_task(
             "cola",
             "CoLA",
             (Column("sentence", 3),),
@@ -207,7 +209,7 @@ TASKS: dict[str, TaskSpec] = {
             ("matthews_correlation", "accuracy"),
             headless=("train", "dev"),
         ),
-        _glue(
+        _make_glue_task(
             "mnli",
             "MNLI",
             (Column("sentence1", 8), Column("sentence2", 9)),
@@ -230,9 +232,9 @@ TASKS: dict[str, TaskSpec] = {
                 "test_mm": "test_mismatched",
             },
         ),
-        _glue("rte", "RTE", _PAIR, Column("label", -1), _ENTAILS),
-        _glue("wnli", "WNLI", _PAIR, Column("label", -1), ("0", "1")),
-        _glue(
+        _make_glue_task("rte", "RTE", _PAIR, Column("label", -1), _ENTAILS),
+        _make_glue_task("wnli", "WNLI", _PAIR, Column("label", -1), ("0", "1")),
+        _make_glue_task(
             "qqp",
             "QQP",
             (Column("question1", 3), Column("question2", 4)),
@@ -241,7 +243,7 @@ TASKS: dict[str, TaskSpec] = {
             ("accuracy", "f1"),
             skip_short=True,
         ),
-        _glue(
+        _make_glue_task(
             "sts-b",
             "STS-B",
             (Column("sentence1", 7), Column("sentence2", 8)),
@@ -251,15 +253,15 @@ TASKS: dict[str, TaskSpec] = {
             kind="regression",
             bounds=(0.0, 5.0),
         ),
-        _glue("sst-2", "SST-2", (Column("sentence", 0),), Column("label", 1), ("0", "1")),
-        _glue(
+        _make_glue_task("sst-2", "SST-2", (Column("sentence", 0),), Column("label", 1), ("0", "1")),
+        _make_glue_task(
             "qnli",
             "QNLI",
             (Column("question", 1), Column("sentence", 2)),
             Column("label", -1),
             _ENTAILS,
         ),
-        _glue(
+        _make_glue_task(
             "mrpc",
             "MRPC",
             (Column("#1 String", 3), Column("#2 String", 4)),
@@ -272,8 +274,10 @@ TASKS: dict[str, TaskSpec] = {
                 "Quality": "label",
             },
         ),
-        _glue("sick-e", "SICK-E", _PAIR, Column("label", -1), _NLI, submission={}, hub=None),
-        _glue(
+        _make_glue_task(
+            "sick-e", "SICK-E", _PAIR, Column("label", -1), _NLI, submission={}, hub=None
+        ),
+        _make_glue_task(
             "snli",
             "SNLI",
             (Column("sentence1", 7), Column("sentence2", 8)),
@@ -285,7 +289,7 @@ TASKS: dict[str, TaskSpec] = {
             hub=("stanfordnlp/snli", None),
             hub_columns={"sentence1": "premise", "sentence2": "hypothesis", "gold_label": "label"},
         ),
-        _glue(
+        _make_glue_task(
             "scitail",
             "SciTail",
             (Column("sentence1", 0), Column("sentence2", 1)),
@@ -303,7 +307,7 @@ TASKS: dict[str, TaskSpec] = {
 GLUE = tuple(TASKS)[:9]
 
 
-def token_task(
+def make_token_task(
     name: str, word_column: int | None = None, label_column: int | None = None
 ) -> TaskSpec:
     """A task of labels per word in CoNLL files; any name is allowed.
@@ -342,16 +346,16 @@ _TOKEN_HUB: dict[str, tuple[str, str | None]] = {
 }
 
 
-def any_task(name: str) -> TaskSpec:
+def find_any_task(name: str) -> TaskSpec:
     """A task of any kind by name.
 
     Raises:
         UserError: if no task has that name.
     """
     if name.lower() in _TOKEN_HUB:
-        return token_task(name.lower())
+        return make_token_task(name.lower())
     try:
-        return task_of(name)
+        return find_text_task(name)
     except UserError:
         known = ", ".join((*TASKS, *_TOKEN_HUB))
         raise UserError(
@@ -359,7 +363,7 @@ def any_task(name: str) -> TaskSpec:
         ) from None
 
 
-def describe(task: TaskSpec) -> dict[str, object]:
+def describe_task(task: TaskSpec) -> dict[str, object]:
     """The fields of a task as plain values, for records."""
     plain = {f.name: getattr(task, f.name) for f in fields(task)}
     plain["texts"], plain["label"] = [c.name for c in task.texts], task.label.name

@@ -16,11 +16,11 @@ import torch
 from megamod.data.batches import StepBatches, StepShape
 from megamod.data.lm.batches import Batch
 from megamod.data.lm.blocks import IGNORE
-from megamod.data.lm.order import Balanced, KeyedPermutation, key_of, make_sampler
-from megamod.data.tasks.classification import Encoded
+from megamod.data.lm.order import BalancedSampler, KeyedPermutation, make_random_key, make_sampler
+from megamod.data.tasks.classification import EncodedRows
 
 SAMPLINGS = ("proportional", "temperature", "uniform", "sequential", "uncertainty")
-TURNS = 1  # makes keys of the order of tasks differ from keys of the order of rows
+TASK_ORDER_KEY = 1  # makes keys of the order of tasks differ from keys of the order of rows
 
 
 class TaskMixture(StepBatches):
@@ -43,7 +43,7 @@ class TaskMixture(StepBatches):
 
     def __init__(
         self,
-        encoded: Sequence[Encoded],
+        encoded: Sequence[EncodedRows],
         sampling: str,
         shape: StepShape,
         *,
@@ -53,17 +53,17 @@ class TaskMixture(StepBatches):
         super().__init__(shape)
         self.encoded, self.sampling, self.seed = tuple(encoded), sampling, seed
         sizes = [len(rows) for rows in encoded]
-        self.by_task = Balanced(sizes, seed)
+        self.by_task = BalancedSampler(sizes, seed)
         order = "temperature" if sampling == "temperature" else "unbalanced"
         self.mixed = make_sampler(order, sizes, seed, alpha)
-        self.steps = [math.ceil(size / shape.global_batch) for size in sizes]  # of an epoch
+        self.steps_by_task = [math.ceil(size / shape.global_batch) for size in sizes]  # of an epoch
 
     @property
     def digest(self) -> str:
         """SHA-256 of the rows of all tasks."""
         return hashlib.sha256("".join(rows.digest for rows in self.encoded).encode()).hexdigest()
 
-    def epoch(self, percent: float) -> int:
+    def compute_steps_per_epoch(self, percent: float) -> int:
         """Steps of an epoch.
 
         "uniform" and "uncertainty" have as many as the largest task takes, times the tasks.
@@ -72,46 +72,50 @@ class TaskMixture(StepBatches):
             percent: share of it, 0 to 1, of "uniform" and "uncertainty".
         """
         if self.sampling == "sequential":
-            return sum(self.steps)
+            return sum(self.steps_by_task)
         if self.sampling in ("uniform", "uncertainty"):
-            return max(1, int(max(self.steps) * len(self.steps) * percent))
+            return max(1, int(max(self.steps_by_task) * len(self.steps_by_task) * percent))
         return math.ceil(sum(map(len, self.encoded)) / self.shape.global_batch)
 
-    def rows(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+    def select_rows(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """[R] tasks and [R] row numbers of micro-batch `number`."""
-        samples = self.shape.samples(number)
+        samples = self.shape.sample_indices(number)
         if self.sampling == "uncertainty":
             tasks = np.arange(len(self.encoded)).repeat(len(samples))
-            return tasks, self.by_task.at_domain(tasks, np.tile(samples, len(self.encoded)))
+            return tasks, self.by_task.select_domain_blocks(
+                tasks, np.tile(samples, len(self.encoded))
+            )
         if self.sampling in ("uniform", "sequential"):
             step = number // self.micro_steps
-            task, before = self._task_of(step)
+            task, before = self._select_step_task(step)
             tasks = np.full(len(samples), task)
             ordinals = samples - (step - before) * self.shape.global_batch
-            return tasks, self.by_task.at_domain(tasks, ordinals)
-        return self.mixed.at(samples)
+            return tasks, self.by_task.select_domain_blocks(tasks, ordinals)
+        return self.mixed.select_blocks(samples)
 
-    def _task_of(self, step: int) -> tuple[int, int]:
+    def _select_step_task(self, step: int) -> tuple[int, int]:
         """Task of a step, and the number of its steps before."""
         if self.sampling == "uniform":
             turn, index = divmod(step, len(self.encoded))
-            key = key_of(self.seed, turn, TURNS)
+            key = make_random_key(self.seed, turn, TASK_ORDER_KEY)
             order = KeyedPermutation(len(self.encoded), key)
             return int(order(np.array(index))), turn
-        epoch, index = divmod(step, sum(self.steps))
-        ends = np.cumsum(self.steps)
+        epoch, index = divmod(step, sum(self.steps_by_task))
+        ends = np.cumsum(self.steps_by_task)
         task = int(np.searchsorted(ends, index, side="right"))
-        return task, epoch * self.steps[task] + index - int(ends[task] - self.steps[task])
+        return task, epoch * self.steps_by_task[task] + index - int(
+            ends[task] - self.steps_by_task[task]
+        )
 
     def __getitem__(self, number: int) -> Batch:
         """Micro-batch `number` of this rank."""
-        return self.gather(*self.rows(number))
+        return self.gather_batch(*self.select_rows(number))
 
-    def gather(self, tasks: np.ndarray, rows: np.ndarray) -> Batch:
+    def gather_batch(self, tasks: np.ndarray, rows: np.ndarray) -> Batch:
         """A batch of rows of any tasks, in the order of the arguments.
 
         Args:
-            tasks, rows: [R] int64, as `rows` returns them.
+            tasks, rows: [R] int64, as `select_rows` returns them.
         Returns:
             input_ids, attention_mask, token_type_ids [R, L] int64, padded to the longest row and a
             multiple of 8; task_ids, rows [R] int64; labels [R] float32, classes or values, 0 where
@@ -121,7 +125,7 @@ class TaskMixture(StepBatches):
         parts = [
             (np.flatnonzero(tasks == task), encoded) for task, encoded in enumerate(self.encoded)
         ]
-        length = max(encoded.padded(rows[index]) for index, encoded in parts if len(index))
+        length = max(encoded.padded_length(rows[index]) for index, encoded in parts if len(index))
         shape = (len(rows), length)
         batch: Batch = {
             name: torch.zeros(shape, dtype=torch.int64)
@@ -133,10 +137,10 @@ class TaskMixture(StepBatches):
         for task, (index, encoded) in enumerate(parts):
             if not len(index):
                 continue
-            part = encoded.gather(rows[index], length)
+            part = encoded.gather_batch(rows[index], length)
             for name in ("input_ids", "attention_mask", "token_type_ids"):
                 batch[name][index] = part[name]
-            target = token_labels if encoded.per_token else labels
+            target = token_labels if encoded.has_token_labels else labels
             target[index] = part["labels"].to(target.dtype)
             items[task] = float(part["items"])
         batch |= {
@@ -145,6 +149,6 @@ class TaskMixture(StepBatches):
             "labels": labels,
             "items": items,
         }
-        if any(encoded.per_token for encoded in self.encoded):
+        if any(encoded.has_token_labels for encoded in self.encoded):
             batch["token_labels"] = token_labels
         return batch

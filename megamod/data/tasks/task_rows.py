@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megamod.data.corpus.file_formats import json_object
+from megamod.data.corpus.file_formats import parse_json_object
 from megamod.data.corpus.lines import read_lines
 from megamod.data.tasks.specs import TaskSpec
 from megamod.errors import UserError
@@ -27,22 +27,22 @@ class RowTable:
     rows: Iterator[tuple[int, Mapping[str, object]]]
     names: Mapping[str, Sequence[str]]
 
-    def origin(self, number: int) -> str:
+    def describe_origin(self, number: int) -> str:
         """File and line of a row, for messages."""
         return f"{self.where}, {self.unit} {number}"
 
 
-def json_table(path: Path) -> RowTable:
+def open_json_table(path: Path) -> RowTable:
     """Rows of a file of JSON lines."""
     rows = (
-        (number, json_object(line, f"{path}, line {number}"))
+        (number, parse_json_object(line, f"{path}, line {number}"))
         for number, line in read_lines(path)
         if line.strip()
     )
     return RowTable(str(path), "line", rows, {})
 
 
-def parquet_table(path: Path) -> RowTable:
+def open_parquet_table(path: Path) -> RowTable:
     """Rows of a Parquet file; names of labels are those that `datasets` wrote into it.
 
     Raises:
@@ -56,11 +56,11 @@ def parquet_table(path: Path) -> RowTable:
     except (ArrowException, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: not a Parquet file that can be read: {reason}") from error
-    names = _names_in((table.schema.metadata or {}).get(b"huggingface"))
+    names = _read_label_names((table.schema.metadata or {}).get(b"huggingface"))
     return RowTable(str(path), "row", enumerate(table.to_pylist()), names)
 
 
-def _names_in(metadata: bytes | None) -> dict[str, list[str]]:
+def _read_label_names(metadata: bytes | None) -> dict[str, list[str]]:
     """Names of the labels of each column by the metadata of `datasets`."""
     try:
         features = json.loads(metadata or b"{}")["info"]["features"]
@@ -74,7 +74,7 @@ def _names_in(metadata: bytes | None) -> dict[str, list[str]]:
         return {}
 
 
-def hub_tables(task: TaskSpec, splits: Sequence[str]) -> Iterator[tuple[str, RowTable]]:
+def load_hub_tables(task: TaskSpec, splits: Sequence[str]) -> Iterator[tuple[str, RowTable]]:
     """Tables of a task's data set on the hub by our names of the splits, where they exist.
 
     Raises:
@@ -96,10 +96,10 @@ def hub_tables(task: TaskSpec, splits: Sequence[str]) -> Iterator[tuple[str, Row
     for split in splits:
         on_hub = task.hub_splits.get(split, split)
         if on_hub in tables:
-            yield split, _hub_table(tables[on_hub], f"{name} {split}")
+            yield split, _wrap_hub_table(tables[on_hub], f"{name} {split}")
 
 
-def _hub_table(table: object, where: str) -> RowTable:
+def _wrap_hub_table(table: object, where: str) -> RowTable:
     """Rows of a `datasets.Dataset`."""
     names = {}
     for column, feature in table.features.items():

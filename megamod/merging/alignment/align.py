@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from megamod.data.corpus.fast_tokenizers import load_fast
+from megamod.data.corpus.fast_tokenizers import load_fast_tokenizer
 from megamod.errors import UserError
 from megamod.merging.alignment.calibration import Batch, read_items, whole_batches
 from megamod.merging.alignment.groups import Group
@@ -305,7 +305,7 @@ def read_batches(name: str, config: PreTrainedConfig, calibration: Calibration) 
         UserError: if there is no tokenizer, or the text cannot be read.
     """
     try:
-        tokenizer = load_fast(name)
+        tokenizer = load_fast_tokenizer(name)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(

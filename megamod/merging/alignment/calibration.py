@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megamod.data.corpus.file_formats import format_of, json_object, numbered_lines
+from megamod.data.corpus.file_formats import parse_json_object, read_numbered_lines, require_format
 from megamod.errors import UserError
 
 
@@ -101,8 +101,10 @@ def read_items(
 
 
 def _texts(path: Path) -> Iterator[str]:
-    json_lines = format_of(path, ("text", "JSON lines", "JSON"), "calibration.path: ") != "text"
-    for number, _, raw in numbered_lines(path):
+    json_lines = (
+        require_format(path, ("text", "JSON lines", "JSON"), "calibration.path: ") != "text"
+    )
+    for number, _, raw in read_numbered_lines(path):
         where = f"{path}, line {number}"
         try:
             line = raw.decode()
@@ -110,7 +112,7 @@ def _texts(path: Path) -> Iterator[str]:
             raise UserError(f"{where}: invalid UTF-8 at byte {error.start + 1}") from error
         if not line.strip():
             continue
-        text = json_object(line, where).get("text") if json_lines else line
+        text = parse_json_object(line, where).get("text") if json_lines else line
         if not isinstance(text, str):
             raise UserError(f'{where}: no key "text" with a string')
         yield text

@@ -21,8 +21,8 @@ from megamod.merging.alignment.permute import (
 from megamod.merging.alignment.record import Alignment
 from megamod.merging.alignment.symmetry import Symmetry, symmetry_of
 from megamod.merging.tensors import TensorSource, TensorView
-from megamod.states.forest import read_config
-from megamod.states.rows import read_rows
+from megamod.states.forest import read_model_config
+from megamod.states.rows import read_tensor_rows
 from megamod.states.stream import PIECE
 
 
@@ -53,7 +53,7 @@ class PermutedFolder(TensorView):
         self._cached = threading.local()
         for alias, original in self._stored.items():
             self.tensors.setdefault(alias, source.tensors[original])
-        self.config = read_config(source.folder)
+        self.config = read_model_config(source.folder)
         if self._stored:
             self.config |= {"tie_word_embeddings": False}
 
@@ -79,7 +79,7 @@ class PermutedFolder(TensorView):
         first, last = start // row, (start + len(buffer) - 1) // row
         rows = axis_index(spec.shape[0], 0, tensor_changes)[first : last + 1]
         read = torch.empty(len(rows), row, dtype=spec.dtype)
-        read_rows(self.source, original, rows, read)
+        read_tensor_rows(self.source, original, rows, read)
         inner = [change for change in tensor_changes if change.axis != 0]
         part = reorder(read.view(len(rows), *spec.shape[1:]), inner)
         part = scale_features(part, scaled, first)
@@ -103,4 +103,4 @@ def folder_symmetry(folder: TensorSource, *, qk: bool = False) -> Symmetry:
     shapes = {
         name: spec.shape for name, spec in folder.tensors.items() if spec.dtype.is_floating_point
     }
-    return symmetry_of(read_config(folder.folder), shapes, qk=qk)
+    return symmetry_of(read_model_config(folder.folder), shapes, qk=qk)

@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from megamod.convert.sources import has_head, open_source
+from megamod.convert.sources import has_auto_class, resolve_model
 from megamod.errors import UserError
 from megamod.merging.alignment.calibration import Batch
 from megamod.merging.alignment.groups import Group, Hook
@@ -61,10 +61,10 @@ def load_model(name: str, auto: type | None = None) -> PreTrainedModel:
         UserError: if there is no such model, or its type has no such head.
     """
     disable_progress_bar()  # a merge or a study has its own
-    source = open_source(
+    source = resolve_model(
         name,
         "model",
-        lambda kind: auto is None or has_head(auto, kind),
+        lambda kind: auto is None or has_auto_class(auto, kind),
         "" if auto is None else auto.__name__.removeprefix("AutoModelFor"),
     )
     return load_pretrained(auto or _auto_of(source.config), source.name, "model")[0]

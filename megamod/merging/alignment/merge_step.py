@@ -8,7 +8,7 @@ from megamod.merging.alignment.folder import PermutedFolder, folder_symmetry
 from megamod.merging.alignment.options import BY_TEXT, Options, checked_options
 from megamod.merging.alignment.record import Alignment, unaligned
 from megamod.merging.tensors import TensorSource, describe_source
-from megamod.states.forest import read_config
+from megamod.states.forest import read_model_config
 
 
 def aligned_folders(
@@ -61,5 +61,5 @@ def _alignment(
     if options.method == "identity":
         return unaligned(folder_symmetry(second, qk=options.qk), options)
     states = [{name: folder.read(name) for name in folder.tensors} for folder in (first, second)]
-    configs = [read_config(folder.folder) for folder in (first, second)]
+    configs = [read_model_config(folder.folder) for folder in (first, second)]
     return align_weights(configs[0], states[0], configs[1], states[1], options)

@@ -8,7 +8,7 @@ Source: Verma and Elbayad 2024 (Merging text transformer models from different i
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from megamod.dist.scope import MARK, dense_name, domain_of_name
+from megamod.dist.scope import EXPERTS_COMPONENT, parse_expert_domain, to_dense_name
 from megamod.errors import UserError
 from megamod.merging.alignment.families import FAMILIES, Family, Head
 from megamod.merging.alignment.groups import Group, Hook, Slot
@@ -56,7 +56,7 @@ def symmetry_of(config: Mapping[str, object], shapes: Shapes, *, qk: bool = Fals
         known = ", ".join(sorted(FAMILIES))
         raise UserError(f"model_type {kind!r}: cannot be aligned; known are {known}")
     family = FAMILIES[kind]
-    dense = {dense_name(name): name for name in shapes}
+    dense = {to_dense_name(name): name for name in shapes}
     prefix = family.prefix if any(name.startswith(family.prefix) for name in dense) else ""
     names = _Names(family, prefix, {name: tuple(shapes[raw]) for name, raw in dense.items()})
     counts = [config.get(key) for key in (family.layers, family.heads)]
@@ -93,9 +93,9 @@ def symmetry_of(config: Mapping[str, object], shapes: Shapes, *, qk: bool = Fals
     unknown = tuple(
         name
         for name in shapes
-        if name not in touched and not dense_name(name).endswith(family.free)
+        if name not in touched and not to_dense_name(name).endswith(family.free)
     )
-    domains = tuple(dict.fromkeys(d for name in shapes if (d := domain_of_name(name))))
+    domains = tuple(dict.fromkeys(d for name in shapes if (d := parse_expert_domain(name))))
     for group in every:
         _check(group, shapes, tied)
     return Symmetry(
@@ -317,22 +317,25 @@ def _spread(groups: Sequence[Group], tied: dict[str, str], shapes: Shapes) -> li
     """Groups under the names of a model with experts: one group per expert for its features."""
     named: dict[str, list[str]] = {}
     for name in shapes:
-        named.setdefault(dense_name(name), []).append(name)
+        named.setdefault(to_dense_name(name), []).append(name)
     if all(names == [name] for name, names in named.items()):
         return list(groups)
     # Heads of single domains are tied, if at all, to tables of single domains.
     for alias, source in list(tied.items()):
-        tables = {d: name for name in named.get(source, []) if (d := domain_of_name(name))}
+        tables = {d: name for name in named.get(source, []) if (d := parse_expert_domain(name))}
         if tables:
             del tied[alias]
             module = alias.removesuffix(".weight")
-            heads = {f"{module}.{MARK}.{domain}.weight": name for domain, name in tables.items()}
+            heads = {
+                f"{module}.{EXPERTS_COMPONENT}.{domain}.weight": name
+                for domain, name in tables.items()
+            }
             tied |= heads
             named[alias] = list(heads)
     spread = []
     for group in groups:
         tensors = [name for slot in group.slots for name in named.get(slot.tensor, [slot.tensor])]
-        domains = list(dict.fromkeys(domain_of_name(name) for name in tensors))
+        domains = list(dict.fromkeys(parse_expert_domain(name) for name in tensors))
         if group.family == "res" or None in domains:
             spread.append(_renamed(group, named, None))
             continue
@@ -348,7 +351,7 @@ def _renamed(group: Group, named: Mapping[str, list[str]], domain: str | None) -
 
     def names_of(tensor: str) -> list[str]:
         names = named.get(tensor, [tensor])
-        return [n for n in names if domain is None or domain_of_name(n) == domain]
+        return [n for n in names if domain is None or parse_expert_domain(n) == domain]
 
     def slots(dense: Sequence[Slot]) -> tuple[Slot, ...]:
         return tuple(replace(slot, tensor=name) for slot in dense for name in names_of(slot.tensor))

@@ -53,7 +53,7 @@ def match_weights(
             similarities = [_similarity(first, second, groups, owners, solution) for groups in unit]
             matches = _solve(similarities, unit, options)
             before = sum(
-                float(m.gather(1, solution[groups[0].name].permutation[:, None]).sum())
+                float(m.gather_batch(1, solution[groups[0].name].permutation[:, None]).sum())
                 for m, groups in zip(similarities, unit, strict=True)
             )
             after = sum(match.value for match in matches)

@@ -5,7 +5,7 @@ from typing import ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from megamod.nn.conditioning import block_shape
+from megamod.nn.conditioning import compute_block_shape
 
 VARIANTS = ("base", "large", "plain")
 KINDS = ("sequence", "regression", "token")
@@ -77,7 +77,7 @@ class CaMtlConfig(PreTrainedConfig):
                 f"{self.max_position_embeddings}"
             )
         if self.variant != "plain":
-            block_shape(self.hidden_size, self.max_seq_length)
+            compute_block_shape(self.hidden_size, self.max_seq_length)
         if self.variant == "base" and self.num_hidden_layers % 2:
             raise ValueError(
                 f"num_hidden_layers {self.num_hidden_layers} of variant 'base' must be even"
@@ -86,7 +86,7 @@ class CaMtlConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @classmethod
-    def around(cls, encoder: PreTrainedConfig, **more: object) -> "CaMtlConfig":
+    def make_from_encoder(cls, encoder: PreTrainedConfig, **more: object) -> "CaMtlConfig":
         """Make a configuration with the encoder's sizes, rates and constants.
 
         Args:

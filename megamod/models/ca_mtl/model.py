@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput
 
 from megamod.models.ca_mtl.configuration import CaMtlConfig
-from megamod.models.calls import check_arguments, returned
+from megamod.models.calls import check_extra_arguments, format_output
 from megamod.models.pretrained import CheckedLoading, load_pretrained
 from megamod.nn.conditional_encoder import ConditionalEncoder, ConditionalLayer
 from megamod.nn.conditioning import ConditionalLayerNorm, Film
-from megamod.nn.encoder import Encoder, EncoderEmbeddings, draw_weights, key_mask
+from megamod.nn.encoder import Encoder, EncoderEmbeddings, initialise_weights, make_key_mask
 from megamod.nn.task_heads import TaskHeads
 
 
@@ -29,7 +29,7 @@ class CaMtlOutput(ModelOutput):
         logits: one per task in the order of the configuration, [rows, C] or [rows, L, C] of its
             rows in the order of the batch; of no rows for a task that has none.
         task_totals, task_items: [T], summed loss and number of items of each task.
-        entropy: [B], relative entropy of each row's prediction, see `TaskHeads.entropy`.
+        entropy: [B], relative entropy of each row's prediction, see `TaskHeads.compute_entropy`.
         pooled: [B, D].
     """
 
@@ -66,7 +66,7 @@ class ConditionalBert(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Ids [B, L] -> states [B, L, D] and pooled state [B, D]."""
         x = self.embeddings(input_ids, token_type_ids)
-        mask = None if attention_mask is None else key_mask(attention_mask)
+        mask = None if attention_mask is None else make_key_mask(attention_mask)
         if self.plain:
             x = self.encoder(x, mask)
         else:
@@ -133,23 +133,23 @@ class CaMtlForMultiTask(CheckedLoading):
             ValueError: if the rows are too long, or their tasks are not known.
         """
         token_labels = more.pop("token_labels", None)
-        check_arguments(self, more)
+        check_extra_arguments(self, more)
         if labels is not None and labels.dim() == 2 and token_labels is None:
             labels, token_labels = None, labels
-        task_ids = self._task_ids(input_ids, task_ids)
+        task_ids = self._require_task_ids(input_ids, task_ids)
         longest = self.config.max_seq_length
         if input_ids.shape[1] > longest:
             raise ValueError(f"{input_ids.shape[1]} tokens are more than max_seq_length {longest}")
         states, pooled = self.bert(input_ids, attention_mask, token_type_ids, task_ids)
-        rows = self.heads.row_logits(pooled, task_ids)
-        tokens = self.heads.token_logits(states, task_ids)
+        rows = self.heads.compute_row_logits(pooled, task_ids)
+        tokens = self.heads.compute_token_logits(states, task_ids)
         output = CaMtlOutput(
-            logits=self._by_task(rows, tokens, task_ids),
-            entropy=self.heads.entropy(rows, tokens, task_ids, token_labels),
+            logits=self._split_logits_by_task(rows, tokens, task_ids),
+            entropy=self.heads.compute_entropy(rows, tokens, task_ids, token_labels),
             pooled=pooled,
         )
         if labels is not None or token_labels is not None:
-            scores = self.heads.scores(rows, tokens, task_ids, labels, token_labels)
+            scores = self.heads.compute_losses(rows, tokens, task_ids, labels, token_labels)
             output["task_totals"], output["task_items"] = scores
             by_task = num_items_in_batch is not None and torch.is_tensor(num_items_in_batch)
             by_task = by_task and num_items_in_batch.dim() == 1
@@ -157,9 +157,9 @@ class CaMtlForMultiTask(CheckedLoading):
             counted = items > 0
             means = torch.where(counted, scores.totals / torch.where(counted, items, 1.0), 0.0)
             output["loss"] = means.sum() / counted.sum().clamp(min=1)
-        return returned(self, output, return_dict)
+        return format_output(self, output, return_dict)
 
-    def _task_ids(self, input_ids: Tensor, task_ids: Tensor | None) -> Tensor:
+    def _require_task_ids(self, input_ids: Tensor, task_ids: Tensor | None) -> Tensor:
         if task_ids is None:
             if len(self.config.tasks) > 1:
                 raise ValueError(
@@ -169,7 +169,9 @@ class CaMtlForMultiTask(CheckedLoading):
             task_ids = input_ids.new_zeros(len(input_ids))
         return task_ids
 
-    def _by_task(self, rows: Tensor, tokens: Tensor | None, task_of: Tensor) -> tuple[Tensor, ...]:
+    def _split_logits_by_task(
+        self, rows: Tensor, tokens: Tensor | None, task_of: Tensor
+    ) -> tuple[Tensor, ...]:
         logits = []
         for task, (size, kind) in enumerate(zip(self.heads.sizes, self.heads.kinds, strict=True)):
             source = tokens if kind == "token" else rows
@@ -178,9 +180,9 @@ class CaMtlForMultiTask(CheckedLoading):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise as BERT, the conditioning layers too, from torch's global generator."""
-        draw_weights(module, self.config.initializer_range)
+        initialise_weights(module, self.config.initializer_range)
         if isinstance(module, TaskHeads):
-            module.draw(self.config.initializer_range)
+            module.initialise(self.config.initializer_range)
         elif isinstance(module, ConditionalLayerNorm):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
@@ -188,7 +190,7 @@ class CaMtlForMultiTask(CheckedLoading):
             nn.init.zeros_(module.random_weight_matrix)
 
 
-class OneTask(nn.Module):
+class SingleTaskModel(nn.Module):
     """Classifier of one task of a multi-task model, with the interface of transformers."""
 
     def __init__(self, model: CaMtlForMultiTask, task: int):
@@ -202,7 +204,7 @@ class OneTask(nn.Module):
         return CaMtlOutput(logits=output.logits[self.task])
 
 
-def from_encoder(
+def load_from_encoder(
     source: str, config: CaMtlConfig, *, top: bool = True
 ) -> tuple[CaMtlForMultiTask, dict[str, list[str]]]:
     """Load a model from BERT's weights; other parameters are drawn from torch's generator.
@@ -222,7 +224,9 @@ def from_encoder(
         last = model.bert.encoder.layer[-1]
         for name, module in last.named_modules():
             # The parts of BERT, without those that only CA-MTL has.
-            if isinstance(module, nn.Linear | ConditionalLayerNorm) and not _conditions(name):
+            if isinstance(module, nn.Linear | ConditionalLayerNorm) and not _is_conditioning_module(
+                name
+            ):
                 model._init_weights(module)
                 prefix = f"bert.encoder.layer.{len(model.bert.encoder.layer) - 1}.{name}"
                 new |= {f"{prefix}.weight", f"{prefix}.bias"}
@@ -234,7 +238,7 @@ def from_encoder(
     }
 
 
-def freeze(
+def freeze_blocks(
     model: CaMtlForMultiTask, first: int, last: int, *, release: bool = False
 ) -> Mapping[str, int]:
     """Freeze embeddings and blocks `first` to `last`, except their conditioning layers.
@@ -255,14 +259,14 @@ def freeze(
     for block in blocks[first : last + 1]:
         block.requires_grad_(False)
         if isinstance(block, ConditionalLayer):
-            _train_conditions(block, release)
+            _unfreeze_conditioning(block, release)
     counts = {"trained": 0, "frozen": 0}
     for parameter in model.parameters():
         counts["trained" if parameter.requires_grad else "frozen"] += parameter.numel()
     return counts
 
 
-def _train_conditions(block: ConditionalLayer, release: bool) -> None:
+def _unfreeze_conditioning(block: ConditionalLayer, release: bool) -> None:
     attention = block.attention["self"]
     attention.random_weight_matrix.requires_grad_(True)
     attention["cond_block_diag_attn"].requires_grad_(not release)
@@ -273,6 +277,6 @@ def _train_conditions(block: ConditionalLayer, release: bool) -> None:
         block.adapter.requires_grad_(True)
 
 
-def _conditions(name: str) -> bool:
+def _is_conditioning_module(name: str) -> bool:
     """True for a module of a block that BERT does not have."""
     return name.startswith("adapter") or "gb_weights" in name

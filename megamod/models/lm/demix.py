@@ -18,14 +18,24 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from megamod.dist.scope import MARK, dense_name, domain_of_name
+from megamod.dist.scope import EXPERTS_COMPONENT, parse_expert_domain, to_dense_name
 from megamod.errors import UserError
-from megamod.models.calls import BoundedGeneration, check_arguments, last_logits, returned
+from megamod.models.calls import (
+    BoundedGeneration,
+    check_extra_arguments,
+    format_output,
+    select_logit_states,
+)
 from megamod.models.lm.configuration import DemixConfig
-from megamod.models.lm.demix_draw import draw_module
+from megamod.models.lm.demix_draw import draw_module_weights
 from megamod.models.lm.demix_model import DemixModel, DemixPreTrainedModel
-from megamod.models.lm.documents import document_mask, document_positions
-from megamod.nn.demix import DomainExperts, choose_domain, chosen_expert, domain_experts
+from megamod.models.lm.documents import compute_document_mask, compute_document_positions
+from megamod.nn.demix import (
+    DomainExperts,
+    get_selected_expert,
+    iterate_domain_experts,
+    select_domain,
+)
 
 
 @dataclass
@@ -76,8 +86,10 @@ class DemixForCausalLM(DemixPreTrainedModel, BoundedGeneration, GenerationMixin)
         self.lm_head = DomainExperts(head, domains) if head_apart else head()
         if config.untie == "input_output":
             self._tied_weights_keys = {
-                f"lm_head.{MARK}.{d}.weight": f"model.embeddings.{MARK}.{d}.tokens.weight"
-                for d in domains
+                f"lm_head.{EXPERTS_COMPONENT}.{domain}.weight": (
+                    f"model.embeddings.{EXPERTS_COMPONENT}.{domain}.tokens.weight"
+                )
+                for domain in domains
             }
         if config.domain is not None:
             if config.untie == "none":
@@ -86,7 +98,7 @@ class DemixForCausalLM(DemixPreTrainedModel, BoundedGeneration, GenerationMixin)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
-        return chosen_expert(self.lm_head)
+        return get_selected_expert(self.lm_head)
 
     def resize_token_embeddings(self, *args: object, **kwargs: object) -> nn.Module:
         """As for every model, unless each domain has a vocabulary matrix of its own.
@@ -108,11 +120,11 @@ class DemixForCausalLM(DemixPreTrainedModel, BoundedGeneration, GenerationMixin)
         Raises:
             UserError: if this process does not hold the domain's expert.
         """
-        choose_domain(self, domain)
+        select_domain(self, domain)
 
     def save_pretrained(self, *args: object, **kwargs: object) -> None:
         """As for every model; the folder names the domains whose experts are in it."""
-        with held_domains_alone(self):
+        with config_with_local_domains(self):
             super().save_pretrained(*args, **kwargs)
 
     def hidden_states(
@@ -164,15 +176,15 @@ class DemixForCausalLM(DemixPreTrainedModel, BoundedGeneration, GenerationMixin)
             `DemixOutput`: logits, with labels also the loss (nats) and log-probabilities.
         """
         shift_labels = more.pop("shift_labels", None)
-        check_arguments(self, more)
+        check_extra_arguments(self, more)
         if domain is not None:
             self.set_domain(domain)
         if use_cache is None:
             scored = labels is not None or shift_labels is not None
             use_cache = self.config.use_cache and not self.training and not scored
         if shift_labels is not None and self.document_end is not None:
-            position_ids = document_positions(input_ids, self.document_end)
-            attention_mask = document_mask(position_ids)
+            position_ids = compute_document_positions(input_ids, self.document_end)
+            attention_mask = compute_document_mask(position_ids)
         states = self.model(
             input_ids,
             attention_mask,
@@ -192,22 +204,22 @@ class DemixForCausalLM(DemixPreTrainedModel, BoundedGeneration, GenerationMixin)
                 self, hidden, shift_labels, num_items_in_batch
             )
         elif labels is not None:
-            shift_labels = shifted(labels)
+            shift_labels = shift_labels_left(labels)
             output["logits"] = self.lm_head(hidden)
             losses = nn.functional.cross_entropy(
                 output.logits.float().transpose(1, 2), shift_labels, reduction="none"
             )
             output["token_log_probs"] = -losses.detach()
-            output["loss"] = losses.sum() / number_of(shift_labels, num_items_in_batch)
+            output["loss"] = losses.sum() / get_loss_divisor(shift_labels, num_items_in_batch)
         else:
-            output["logits"] = self.lm_head(last_logits(hidden, logits_to_keep))
-        return returned(self, output, return_dict)
+            output["logits"] = self.lm_head(select_logit_states(hidden, logits_to_keep))
+        return format_output(self, output, return_dict)
 
 
 @contextmanager
-def held_domains_alone(model: PreTrainedModel) -> Iterator[None]:
+def config_with_local_domains(model: PreTrainedModel) -> Iterator[None]:
     """For the time of the block the configuration names the domains that this process holds."""
-    config, group = model.config, next(domain_experts(model), None)
+    config, group = model.config, next(iterate_domain_experts(model), None)
     domains = getattr(config, "domains", None)
     if group is not None:
         config.domains = list(group.experts)
@@ -218,12 +230,12 @@ def held_domains_alone(model: PreTrainedModel) -> Iterator[None]:
             config.domains = domains
 
 
-def shifted(labels: Tensor) -> Tensor:
+def shift_labels_left(labels: Tensor) -> Tensor:
     """Label of each position [B, L] that predicts the next token; -100 for the last one."""
     return nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
 
 
-def number_of(labels: Tensor, items: Tensor | float | None) -> Tensor | float:
+def get_loss_divisor(labels: Tensor, items: Tensor | float | None) -> Tensor | float:
     """Divisor of a summed loss: `items`, or the number of labels that are not -100."""
     return (labels != -100).sum().clamp(min=1) if items is None else items
 
@@ -236,24 +248,24 @@ def score_labels(
 ) -> tuple[Tensor, Tensor]:
     """Loss and log-probabilities [B, L] of hidden states; arguments as in `forward`."""
     total, log_probs = model.score(hidden, shift_labels)
-    return total / number_of(shift_labels, num_items_in_batch), log_probs
+    return total / get_loss_divisor(shift_labels, num_items_in_batch), log_probs
 
 
 @torch.no_grad()
-def initialise(model: DemixForCausalLM, seed: int) -> None:
+def draw_lm_weights(model: DemixForCausalLM, seed: int) -> None:
     """Draw every weight as a pure function of the seed and the module's name in a dense model.
 
     All experts of a domain-wise module start equal, and every rank starts with the same shared
     weights, whichever experts it holds (the DEMix release gets this from one seed everywhere).
     """
     for name, module in model.named_modules():
-        plain = dense_name(f"{name}.weight").encode()
+        plain = to_dense_name(f"{name}.weight").encode()
         generator = torch.Generator().manual_seed(zlib.crc32(plain, seed))
-        draw_module(module, model.config, generator)
+        draw_module_weights(module, model.config, generator)
     model.tie_weights()
     embeddings = model.model.embeddings
     for parameter, tensor in model.lm_head.named_parameters():
         # An output matrix that is not tied starts where a tied one would.
-        domain = domain_of_name(f"lm_head.{parameter}")
+        domain = parse_expert_domain(f"lm_head.{parameter}")
         source = embeddings.experts[domain] if isinstance(embeddings, DomainExperts) else embeddings
         tensor.copy_(source.tokens.weight)

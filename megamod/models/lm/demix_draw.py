@@ -5,11 +5,13 @@ from torch import Tensor, nn
 
 from megamod.models.lm.configuration import DemixConfig
 from megamod.nn.attention import SelfAttention
-from megamod.nn.encoder import was_loaded
+from megamod.nn.encoder import was_loaded_from_file
 from megamod.nn.transformer import Embeddings, FeedForward
 
 
-def draw_module(module: nn.Module, config: DemixConfig, generator: torch.Generator | None) -> None:
+def draw_module_weights(
+    module: nn.Module, config: DemixConfig, generator: torch.Generator | None
+) -> None:
     """Initialise one module as fairseq does, its children left alone.
 
     Args:
@@ -28,7 +30,7 @@ def draw_module(module: nn.Module, config: DemixConfig, generator: torch.Generat
     elif isinstance(module, Embeddings):
         for table in (module.tokens, module.positions):
             nn.init.normal_(table.weight, std=config.hidden_size**-0.5, generator=generator)
-            if not was_loaded(table.weight):
+            if not was_loaded_from_file(table.weight):
                 nn.init.zeros_(table.weight[table.padding_idx])
     elif isinstance(module, nn.LayerNorm):
         nn.init.ones_(module.weight)

@@ -8,19 +8,19 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from megamod.dist.scope import MARK
-from megamod.models.calls import check_arguments, check_positions, returned
-from megamod.models.lm.configuration import DemixConfig, owns_feed_forward
-from megamod.models.lm.demix_draw import draw_module
+from megamod.dist.scope import EXPERTS_COMPONENT
+from megamod.models.calls import check_extra_arguments, check_positions, format_output
+from megamod.models.lm.configuration import DemixConfig, has_own_feed_forward
+from megamod.models.lm.demix_draw import draw_module_weights
 from megamod.nn.attention import SelfAttention
-from megamod.nn.demix import DomainExperts, chosen_expert
-from megamod.nn.encoder import was_loaded
+from megamod.nn.demix import DomainExperts, get_selected_expert
+from megamod.nn.encoder import was_loaded_from_file
 from megamod.nn.transformer import (
     DecoderBlock,
     Embeddings,
     FeedForward,
-    causal_mask,
-    positions_of,
+    compute_positions,
+    make_causal_mask,
 )
 
 
@@ -33,11 +33,11 @@ class DemixPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _no_split_modules = ("DecoderBlock",)
     # A process that holds some of the experts has no use for the others in the folder.
-    _keys_to_ignore_on_load_unexpected = (rf"\.{MARK}\.",)
+    _keys_to_ignore_on_load_unexpected = (rf"\.{EXPERTS_COMPONENT}\.",)
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # For classes outside transformers modules without parameters of their own would be passed
-        # over, and those are the ones that `draw_module` knows.
+        # over, and those are the ones that `draw_module_weights` knows.
         super()._initialize_weights(module, is_custom_code=False)
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -45,12 +45,12 @@ class DemixPreTrainedModel(PreTrainedModel):
 
         Weights that were loaded from a file stay as they are.
         """
-        draw_module(module, self.config, None)
+        draw_module_weights(module, self.config, None)
         if isinstance(module, DomainExperts):
             first, *others = module.experts.values()
             for other in others:
                 for tensor, source in zip(other.parameters(), first.parameters(), strict=True):
-                    if not was_loaded(tensor):
+                    if not was_loaded_from_file(tensor):
                         tensor.copy_(source)
 
 
@@ -70,7 +70,7 @@ class DemixModel(DemixPreTrainedModel):
             return DomainExperts(build, domains) if apart else build()
 
         def block(layer: int) -> DecoderBlock:
-            apart = owns_feed_forward(untie, layer, config.num_hidden_layers)
+            apart = has_own_feed_forward(untie, layer, config.num_hidden_layers)
             return DecoderBlock(
                 SelfAttention(
                     size,
@@ -101,10 +101,10 @@ class DemixModel(DemixPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        return chosen_expert(self.embeddings).tokens
+        return get_selected_expert(self.embeddings).tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        chosen_expert(self.embeddings).tokens = value
+        get_selected_expert(self.embeddings).tokens = value
 
     def forward(
         self,
@@ -135,7 +135,7 @@ class DemixModel(DemixPreTrainedModel):
             ValueError: if there are not either ids or embeddings, if there are more tokens than
                 positions, or for a cache of fixed size.
         """
-        check_arguments(self, more)
+        check_extra_arguments(self, more)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         tokens = input_ids if inputs_embeds is None else inputs_embeds
@@ -155,12 +155,12 @@ class DemixModel(DemixPreTrainedModel):
             real = input_ids != self.config.pad_token_id
             attention_mask = None if bool(real.all()) else real
         if position_ids is None and attention_mask is not None:
-            position_ids = positions_of(attention_mask)[:, past:]
+            position_ids = compute_positions(attention_mask)[:, past:]
         elif position_ids is None:
             position_ids = torch.arange(past, past + length, device=tokens.device)
             position_ids = position_ids.expand(batch, length)
         check_positions(position_ids, past + length, self.config.max_position_embeddings)
-        mask = self._mask(attention_mask, tokens, past)
+        mask = self._make_mask(attention_mask, tokens, past)
 
         x = self.embeddings(tokens, position_ids)
         if output_hidden_states is None:
@@ -181,10 +181,10 @@ class DemixModel(DemixPreTrainedModel):
             past_key_values=past_key_values if use_cache is not False else None,
             hidden_states=tuple(states) if states is not None else None,
         )
-        return returned(self, output, return_dict)
+        return format_output(self, output, return_dict)
 
     @staticmethod
-    def _mask(attention_mask: Tensor | None, tokens: Tensor, past: int) -> Tensor | None:
+    def _make_mask(attention_mask: Tensor | None, tokens: Tensor, past: int) -> Tensor | None:
         if attention_mask is None and past == 0:
             return None
         if attention_mask is not None and attention_mask.dim() == 4:
@@ -192,4 +192,4 @@ class DemixModel(DemixPreTrainedModel):
         batch, length = tokens.shape[:2]
         if attention_mask is None:
             attention_mask = torch.ones(batch, past + length, device=tokens.device)
-        return causal_mask(attention_mask, length)
+        return make_causal_mask(attention_mask, length)

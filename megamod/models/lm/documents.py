@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-def document_positions(input_ids: Tensor, end: int) -> Tensor:
+def compute_document_positions(input_ids: Tensor, end: int) -> Tensor:
     """Positions [B, L] that begin anew at every end of text, from which the next one is predicted.
 
     Stock models with rotary or GPT-2's positions read the borders of documents off them.
@@ -14,7 +14,7 @@ def document_positions(input_ids: Tensor, end: int) -> Tensor:
     return places - starts
 
 
-def document_mask(positions: Tensor) -> Tensor:
+def compute_document_mask(positions: Tensor) -> Tensor:
     """[B, 1, L, L] bool, True where a position may attend: earlier ones of its own document."""
     length = positions.shape[1]
     documents = (positions == 0).cumsum(dim=1)

@@ -5,7 +5,7 @@ from torch import nn
 from megamod.models.lm.hosts import HOSTS
 
 
-def feed_forward_names(model: nn.Module) -> set[str]:
+def list_feed_forward_names(model: nn.Module) -> set[str]:
     """Names of the parameters inside feed-forwards of a dense model.
 
     Raises:

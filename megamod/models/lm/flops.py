@@ -2,47 +2,51 @@
 
 from torch import nn
 
-from megamod.dist.scope import domain_of_name
-from megamod.models.lm.configuration import LmConfig, untie_of
+from megamod.dist.scope import parse_expert_domain
+from megamod.models.lm.configuration import LmConfig, get_untie
 from megamod.models.lm.hosts import HOSTS
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk")
+ACTIVE_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk")
 
 
-def flops_per_token(config: LmConfig, module: nn.Module, length: int) -> float:
+def compute_flops_per_token(config: LmConfig, module: nn.Module, length: int) -> float:
     """6 N + 12 sum over layers of (heads x head size x span), frozen weights 4 in place of 6.
 
     N counts the parameters that take part in a matrix product for one token; the span of a layer is
     `length`, or its attention window if that is shorter.
     Source: Chowdhery et al. 2022, appendix B.
     """
-    trained, frozen = active_parameters(config, module)
+    trained, frozen = count_active_parameters(config, module)
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return 6.0 * trained + 4.0 * frozen + 12.0 * heads * size * sum(_spans(config, length))
+    return (
+        6.0 * trained
+        + 4.0 * frozen
+        + 12.0 * heads * size * sum(_list_attention_spans(config, length))
+    )
 
 
-def active_parameters(config: LmConfig, module: nn.Module) -> tuple[float, float]:
+def count_active_parameters(config: LmConfig, module: nn.Module) -> tuple[float, float]:
     """Trained and frozen parameters that one token is multiplied with.
 
     Not counted: learned positions, an input embedding that is a matrix of its own (both are
     lookups), and the experts that a token does not pass through.
     """
-    left_out = {id(weight) for weight in _lookups(config, module)}
-    share, apart = _share(config), untie_of(config) != "none"
+    left_out = {id(weight) for weight in _find_lookup_tables(config, module)}
+    share, apart = _compute_active_expert_share(config), get_untie(config) != "none"
     first_domain, counts = None, {True: 0.0, False: 0.0}
     for name, parameter in module.named_parameters():
-        domain = domain_of_name(name) if apart else None
+        domain = parse_expert_domain(name) if apart else None
         first_domain = first_domain or domain
         if id(parameter) in left_out or domain not in (None, first_domain):
             continue
-        part = share if not apart and domain_of_name(name) else 1.0
+        part = share if not apart and parse_expert_domain(name) else 1.0
         counts[parameter.requires_grad] += part * parameter.numel()
     return counts[True], counts[False]
 
 
-def _lookups(config: LmConfig, module: nn.Module) -> list[nn.Parameter]:
+def _find_lookup_tables(config: LmConfig, module: nn.Module) -> list[nn.Parameter]:
     """Tables that are read by row."""
     tables = [p for name, p in module.named_parameters() if ".positions." in name]
     host = HOSTS.get(getattr(config, "host", config.model_type))
@@ -54,16 +58,16 @@ def _lookups(config: LmConfig, module: nn.Module) -> list[nn.Parameter]:
     return tables
 
 
-def _share(config: LmConfig) -> float:
+def _compute_active_expert_share(config: LmConfig) -> float:
     """Part of the expert tensors of a mixture of experts that one token passes through."""
     experts, chosen = (
         next((getattr(config, name) for name in names if getattr(config, name, None)), None)
-        for names in (EXPERTS, CHOSEN)
+        for names in (EXPERTS, ACTIVE_EXPERTS)
     )
     return chosen / experts if experts and chosen else 1.0
 
 
-def _spans(config: LmConfig, length: int) -> list[int]:
+def _list_attention_spans(config: LmConfig, length: int) -> list[int]:
     """Keys that attention compares a query with, for each layer."""
     layers = config.num_hidden_layers
     window = getattr(config, "sliding_window", None) or getattr(config, "window_size", None)

@@ -18,23 +18,28 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from megamod.errors import UserError
-from megamod.mixture.posterior import mix, token_weights
-from megamod.models.calls import BoundedGeneration, check_arguments, last_logits, returned
+from megamod.mixture.posterior import compute_token_weights, mix_log_probs
+from megamod.models.calls import (
+    BoundedGeneration,
+    check_extra_arguments,
+    format_output,
+    select_logit_states,
+)
 from megamod.models.lm.configuration import (
     ForestConfig,
-    domains_of,
-    part_config,
+    get_domains,
+    get_untie,
+    make_part_config,
     read_lm_config,
-    untie_of,
 )
 from megamod.models.lm.demix import DemixOutput
-from megamod.models.lm.forest_cache import Track, padding_of, tracks_of
-from megamod.models.lm.load import LanguageModel, lm_class, load_lm
+from megamod.models.lm.forest_cache import ExpertCache, fill_mask_and_positions, split_cache
+from megamod.models.lm.load import LanguageModel, load_lm, select_lm_class
 from megamod.states.forest import FILE, Expert, Forest, open_forest
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedExpert:
     """An expert in memory: call `model(..., domain=member)`, also where member is None."""
 
     domain: str
@@ -44,7 +49,7 @@ class Loaded:
 
 def load_experts(
     forest: Forest, device: torch.device | str, only: Sequence[str] | None = None
-) -> Iterator[Loaded]:
+) -> Iterator[LoadedExpert]:
     """The experts one after the other, in the order of the forest, their member chosen.
 
     Experts of one DEMix model come as one module, read once and without experts that are not
@@ -68,8 +73,8 @@ def load_experts(
     for expert in selected:
         if expert.path not in held:
             members = [e.member for e in selected if e.path == expert.path and e.member]
-            held[expert.path] = read_lm(expert.path, members).to(device)
-        loaded = Loaded(expert.domain, held[expert.path], expert.member)
+            held[expert.path] = load_lm_for_scoring(expert.path, members).to(device)
+        loaded = LoadedExpert(expert.domain, held[expert.path], expert.member)
         _check_member(expert, loaded.model.config)
         if expert.member is not None:
             loaded.model.set_domain(expert.member)
@@ -96,8 +101,8 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
     """The mixture of a forest's experts, for scoring and generation; experts are trained alone.
 
     The cache is the stock `DynamicCache`: the layers of one expert after the other, each followed
-    by a layer of evidence (see `Track`). So whatever reorders, crops or selects a cache does it to
-    the posterior too.
+    by a layer of evidence (see `ExpertCache`). So whatever reorders, crops or selects a cache does
+    it to the posterior too.
 
     Args:
         parts: the models that `config.parts` describes; None to make new ones.
@@ -115,10 +120,10 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
                 "ForestForCausalLM.from_experts"
             )
         if parts is None:
-            configs = [part_config(fields) for fields in config.parts]
+            configs = [make_part_config(fields) for fields in config.parts]
             for part in configs:
                 part._attn_implementation = config._attn_implementation
-            parts = [lm_class(part)(part) for part in configs]
+            parts = [select_lm_class(part)(part) for part in configs]
         self.parts = nn.ModuleList(parts)
         self._tied_weights_keys = {
             f"parts.{number}.{tied}": f"parts.{number}.{source}"
@@ -151,7 +156,7 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
         if config is not None and config._attn_implementation is not None:
             kwargs.setdefault("attn_implementation", config._attn_implementation)
         folders = list(dict.fromkeys(expert.path for expert in forest.experts))
-        parts = [read_lm(folder, **kwargs) for folder in folders]
+        parts = [load_lm_for_scoring(folder, **kwargs) for folder in folders]
         experts = []
         for expert in forest.experts:
             part = folders.index(expert.path)
@@ -160,7 +165,10 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
         fields = (config or ForestConfig()).to_diff_dict()
         for field in ("model_type", "transformers_version", "architectures"):
             fields.pop(field, None)
-        fields |= {"parts": [_fields(part.config) for part in parts], "experts": experts}
+        fields |= {
+            "parts": [_select_part_fields(part.config) for part in parts],
+            "experts": experts,
+        }
         merged = ForestConfig(**fields)
         merged.dtype = parts[0].dtype
         return cls(merged, parts).eval()
@@ -212,7 +220,7 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
                 )
         self.config.prior = prior
 
-    def _in_use(self) -> tuple[list[int], Tensor]:
+    def _select_experts(self) -> tuple[list[int], Tensor]:
         """Numbers of the experts with a prior above 0, top k at most; and that prior [E]."""
         prior = self.config.prior
         count = len(self.domains)
@@ -224,7 +232,7 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
         weights = torch.tensor([prior[expert] for expert in kept], device=self.device)
         return kept, weights / weights.sum()
 
-    def _choose(self, expert: int) -> LanguageModel:
+    def _select_part(self, expert: int) -> LanguageModel:
         """The part an expert is in, its member chosen."""
         entry = self.config.experts[expert]
         part = self.parts[entry["part"]]
@@ -258,7 +266,7 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
                 other experts than those in use now.
         """
         shift_labels = more.pop("shift_labels", None)
-        check_arguments(self, more)
+        check_extra_arguments(self, more)
         wants_logits = shift_labels is None
         if labels is not None and wants_logits:
             logits_to_keep = 0
@@ -267,16 +275,16 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
             use_cache = self.config.use_cache and not self.training and shift_labels is None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
-        experts, prior = self._in_use()
+        experts, prior = self._select_experts()
         parts = [self.parts[self.config.experts[expert]["part"]] for expert in experts]
-        tracks = tracks_of(past_key_values, [part.config.num_hidden_layers for part in parts])
-        attention_mask, position_ids = padding_of(
+        tracks = split_cache(past_key_values, [part.config.num_hidden_layers for part in parts])
+        attention_mask, position_ids = fill_mask_and_positions(
             input_ids, attention_mask, position_ids, tracks[0], self.config.pad_token_id
         )
-        hidden, seen, scored = self._run(
+        hidden, seen, scored = self._run_experts(
             experts, tracks, input_ids, attention_mask, position_ids, shift_labels
         )
-        log_weights = token_weights(
+        log_weights = compute_token_weights(
             # At place t the log-probability of token t + 1, which that of its successor leans on.
             nn.functional.pad(seen[:, :, 1:], (0, 1)),
             prior,
@@ -290,19 +298,19 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
             past_key_values=past_key_values if use_cache else None, log_weights=log_weights
         )
         if wants_logits:
-            output["logits"] = self._mixed_logits(experts, hidden, log_weights, logits_to_keep)
+            output["logits"] = self._mix_logits(experts, hidden, log_weights, logits_to_keep)
         if shift_labels is not None:
             counted = shift_labels != -100
-            output["token_log_probs"] = mix(log_weights, scored).where(counted, 0.0)
+            output["token_log_probs"] = mix_log_probs(log_weights, scored).where(counted, 0.0)
             if num_items_in_batch is None:
                 num_items_in_batch = counted.sum().clamp(min=1)
             output["loss"] = -output["token_log_probs"].sum() / num_items_in_batch
-        return returned(self, output, return_dict)
+        return format_output(self, output, return_dict)
 
-    def _run(
+    def _run_experts(
         self,
         experts: Sequence[int],
-        tracks: Sequence[Track],
+        tracks: Sequence[ExpertCache],
         input_ids: Tensor,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
@@ -325,11 +333,11 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
             real = attention_mask[:, past:]
         hidden, seen, scored = [], [], []
         for expert, track in zip(experts, tracks, strict=True):
-            part = self._choose(expert)
+            part = self._select_part(expert)
             states = part.hidden_states(input_ids, attention_mask, position_ids, track)
             rows, targets = states, following
             if past:  # the last cached position is asked for the first token of this pass
-                rows = torch.cat([track.last_states(), states], dim=1)
+                rows = torch.cat([track.get_last_states(), states], dim=1)
                 targets = torch.cat([input_ids[:, :1], following], dim=1)
             if shift_labels is None:  # nothing is known yet of what follows the last token
                 rows, targets = rows[:, :-1], targets[:, :-1]
@@ -338,11 +346,11 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
                 scored.append(log_probs[:, -length:])
                 log_probs = log_probs[:, :-1]
             log_probs = log_probs if past else nn.functional.pad(log_probs, (1, 0))
-            seen.append(track.extend(states, log_probs, real))
+            seen.append(track.add_evidence(states, log_probs, real))
             hidden.append(states)
         return hidden, torch.stack(seen), torch.stack(scored) if scored else None
 
-    def _mixed_logits(
+    def _mix_logits(
         self,
         experts: Sequence[int],
         hidden: Sequence[Tensor],
@@ -352,27 +360,31 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
         """log sum_j w_j softmax_j [B, keep, V], never more than two experts' at a time."""
         mixed = None
         for number, expert in enumerate(experts):
-            logits = self._choose(expert).logits(last_logits(hidden[number], keep)).float()
+            logits = (
+                self._select_part(expert).logits(select_logit_states(hidden[number], keep)).float()
+            )
             # Output matrices may be padded; the rows that all experts have are those of tokens.
             log_probs = logits.log_softmax(-1)[..., : self.config.vocab_size]
-            weighted = log_probs + last_logits(log_weights[number], keep)[..., None]
+            weighted = log_probs + select_logit_states(log_weights[number], keep)[..., None]
             mixed = weighted if mixed is None else torch.logaddexp(mixed, weighted, out=mixed)
         return mixed
 
 
-def read_lm(folder: Path, members: Sequence[str] | None = None, **kwargs: object) -> LanguageModel:
+def load_lm_for_scoring(
+    folder: Path, members: Sequence[str] | None = None, **kwargs: object
+) -> LanguageModel:
     """A model folder for scoring, with the experts of these domains; None or empty for all.
 
     Raises:
         UserError: if it is not one of our language models, or lacks weights.
     """
-    domains = domains_of(read_lm_config(folder))
+    domains = get_domains(read_lm_config(folder))
     known = [domain for domain in members or () if domain in domains]
     return load_lm(folder, local_domains=known or None, **kwargs).eval()
 
 
 def _check_member(expert: Expert, config: PreTrainedConfig) -> None:
-    apart, domains = untie_of(config) != "none", domains_of(config)
+    apart, domains = get_untie(config) != "none", get_domains(config)
     if expert.member is not None and (not apart or expert.member not in domains):
         available = ", ".join(domains) if apart else "none, the model is dense"
         raise UserError(
@@ -384,7 +396,7 @@ def _check_member(expert: Expert, config: PreTrainedConfig) -> None:
         )
 
 
-def _fields(config: PreTrainedConfig) -> dict:
+def _select_part_fields(config: PreTrainedConfig) -> dict:
     """Fields of a part's configuration, without those of the forest as a whole."""
     left_out = ("transformers_version", "architectures")
     return {name: value for name, value in config.to_diff_dict().items() if name not in left_out}

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 
-class Track:
+class ExpertCache:
     """One expert's share of a cache: the keys and values of its layers, then its evidence.
 
     The evidence is a layer too. Its keys are the states before the output matrix [B, 1, S, D], of
@@ -51,25 +51,25 @@ class Track:
             return key, value
         return self.cache.update(key, value, self.first + layer)
 
-    def last_states(self) -> Tensor:
+    def get_last_states(self) -> Tensor:
         """[B, 1, D] of the last cached token."""
-        return self._evidence().keys[:, 0, -1:]
+        return self._get_evidence_layer().keys[:, 0, -1:]
 
-    def real(self) -> Tensor:
+    def get_real_tokens(self) -> Tensor:
         """[B, S] bool, True where a cached token is not padding."""
-        return self._evidence().values[:, 0, :, 1] > 0
+        return self._get_evidence_layer().values[:, 0, :, 1] > 0
 
-    def extend(self, states: Tensor, log_probs: Tensor, real: Tensor) -> Tensor:
+    def add_evidence(self, states: Tensor, log_probs: Tensor, real: Tensor) -> Tensor:
         """Add the evidence of new tokens ([B, L, D], [B, L], [B, L]); log_probs of all [B, S]."""
         values = torch.stack([log_probs, real.to(log_probs.dtype)], dim=-1)
         _, values = self.update(states[:, None], values[:, None], self.layers)
         return values[:, 0, :, 0]
 
-    def _evidence(self) -> CacheLayerMixin:
+    def _get_evidence_layer(self) -> CacheLayerMixin:
         return self.cache.layers[self.first + self.layers]
 
 
-def tracks_of(cache: Cache | None, depths: Sequence[int]) -> list[Track]:
+def split_cache(cache: Cache | None, depths: Sequence[int]) -> list[ExpertCache]:
     """Each expert's share of a cache; `depths` are their numbers of layers.
 
     Raises:
@@ -85,14 +85,14 @@ def tracks_of(cache: Cache | None, depths: Sequence[int]) -> list[Track]:
             f"the cache has {len(cache.layers)} layers, the experts in use need {firsts[-1]}: it "
             "was filled under another prior, or by another model"
         )
-    return [Track(cache, first, depth) for first, depth in zip(firsts, depths, strict=False)]
+    return [ExpertCache(cache, first, depth) for first, depth in zip(firsts, depths, strict=False)]
 
 
-def padding_of(
+def fill_mask_and_positions(
     input_ids: Tensor,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
-    track: Track,
+    track: ExpertCache,
     pad_id: int | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Mask [B, S] and positions [B, L] as models take them, where they are not given.
@@ -101,7 +101,7 @@ def padding_of(
     """
     if attention_mask is None and track.get_seq_length():
         real = torch.ones_like(input_ids, dtype=torch.bool)
-        attention_mask = torch.cat([track.real(), real], dim=1)
+        attention_mask = torch.cat([track.get_real_tokens(), real], dim=1)
     elif attention_mask is None and position_ids is None:
         real = input_ids != (-1 if pad_id is None else pad_id)
         attention_mask = None if bool(real.all()) else real

@@ -1,8 +1,8 @@
 """Stock causal language models of transformers, trained here: dense, or with an expert per domain.
 
-`dense_class` and `host_classes` make classes from a stock one. They add the chunked loss, the
-interface `megamod.models.auto.LanguageModel`, and `DomainExperts` in place of feed-forwards. Names
-of parameters are the stock ones, so a dense model is saved as a stock folder.
+`make_dense_class` and `make_host_classes` make classes from a stock one. They add the chunked loss,
+the interface `megamod.models.lm.load.LanguageModel`, and `DomainExperts` in place of feed-forwards.
+Names of parameters are the stock ones, so a dense model is saved as a stock folder.
 """
 
 import copy
@@ -22,13 +22,13 @@ from transformers.conversion_mapping import (
 )
 from transformers.modeling_outputs import ModelOutput
 
-from megamod.dist.scope import MARK
-from megamod.models.calls import returned
-from megamod.models.lm.configuration import HOST_TYPE, check_domains, owns_feed_forward
-from megamod.models.lm.demix import DemixOutput, held_domains_alone, score_labels
-from megamod.models.lm.documents import document_positions
+from megamod.dist.scope import EXPERTS_COMPONENT
+from megamod.models.calls import format_output
+from megamod.models.lm.configuration import HOST_TYPE, check_domain_names, has_own_feed_forward
+from megamod.models.lm.demix import DemixOutput, config_with_local_domains, score_labels
+from megamod.models.lm.documents import compute_document_positions
 from megamod.models.lm.hosts import HOSTS, UNTIE_OF_HOSTS, Host
-from megamod.nn.demix import DomainExperts, choose_domain
+from megamod.nn.demix import DomainExperts, select_domain
 
 Scores = tuple[Tensor, Tensor]
 
@@ -37,9 +37,9 @@ class HostMixin:
     """Additions to a stock causal language model; a base class that precedes the stock class.
 
     Args:
-        config: the stock configuration, or one made by `host_classes`.
+        config: the stock configuration, or one made by `make_host_classes`.
         local_domains: domains whose experts are held; None: all; empty: the feed-forwards are left
-            whole until `own_feed_forwards` is called.
+            whole until `copy_feed_forwards` is called.
     """
 
     config: PreTrainedConfig
@@ -49,11 +49,14 @@ class HostMixin:
         super().__init__(config)
         head = self.get_output_embeddings()
         if self.host is not None:
-            head.__class__ = _scoring_head(type(head))
-            head.scale, head.softcap = _scale(config, self.host), _softcap(config, self.host)
+            head.__class__ = _make_scoring_head(type(head))
+            head.scale, head.softcap = (
+                _get_logit_scale(config, self.host),
+                _get_softcap(config, self.host),
+            )
         domains = getattr(config, "domains", ()) if local_domains is None else local_domains
         if domains and config.model_type == HOST_TYPE:
-            self.own_feed_forwards(domains)
+            self.copy_feed_forwards(domains)
             if config.domain is not None:
                 self.set_domain(str(config.domain))
 
@@ -67,11 +70,11 @@ class HostMixin:
         # The layers are those of transformers and initialise their buffers as it expects.
         return False
 
-    def own_feed_forwards(self, domains: Sequence[str]) -> None:
+    def copy_feed_forwards(self, domains: Sequence[str]) -> None:
         """Replace feed-forwards, as the configuration's `untie` says, by a copy per domain."""
         layers = self.get_submodule(self.host.layers)
         for number, layer in enumerate(layers):
-            if not owns_feed_forward(self.config.untie, number, len(layers)):
+            if not has_own_feed_forward(self.config.untie, number, len(layers)):
                 continue
             for name in self.host.feed_forward:
                 experts = [getattr(layer, name)]
@@ -84,11 +87,11 @@ class HostMixin:
         Raises:
             UserError: if this process does not hold the domain's expert.
         """
-        choose_domain(self, domain)
+        select_domain(self, domain)
 
     def save_pretrained(self, *args: object, **kwargs: object) -> None:
         """As for every model; the folder names the domains whose experts are in it."""
-        with held_domains_alone(self):
+        with config_with_local_domains(self):
             super().save_pretrained(*args, **kwargs)
 
     def hidden_states(
@@ -102,10 +105,12 @@ class HostMixin:
         if self.host is None:
             return (
                 super()
-                .forward(**self._inputs(input_ids, attention_mask, position_ids, past_key_values))
+                .forward(
+                    **self._make_inputs(input_ids, attention_mask, position_ids, past_key_values)
+                )
                 .logits
             )
-        inputs = self._inputs(input_ids, attention_mask, position_ids, past_key_values)
+        inputs = self._make_inputs(input_ids, attention_mask, position_ids, past_key_values)
         return self.base_model(**inputs)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -150,7 +155,7 @@ class HostMixin:
             self.set_domain(domain)
         shift_labels = others.pop("shift_labels", None)
         if shift_labels is None:
-            if takes_positions(type(self)):
+            if takes_position_ids(type(self)):
                 others["position_ids"] = position_ids
             if labels is not None and num_items_in_batch is not None:
                 others["num_items_in_batch"] = num_items_in_batch
@@ -163,15 +168,15 @@ class HostMixin:
             )
         if self.document_end is not None:  # rows are padded on the right, which nothing attends to
             attention_mask = None
-            position_ids = document_positions(input_ids, self.document_end)
+            position_ids = compute_document_positions(input_ids, self.document_end)
         hidden = self.hidden_states(input_ids, attention_mask, position_ids)
         output = DemixOutput()
         output["loss"], output["token_log_probs"] = score_labels(
             self, hidden, shift_labels, num_items_in_batch
         )
-        return returned(self, output, return_dict)
+        return format_output(self, output, return_dict)
 
-    def _inputs(
+    def _make_inputs(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None,
@@ -187,7 +192,7 @@ class HostMixin:
             "use_cache": past_key_values is not None,
             "return_dict": True,
         }
-        if takes_positions(type(self)):
+        if takes_position_ids(type(self)):
             inputs["position_ids"] = position_ids
         return inputs
 
@@ -206,7 +211,7 @@ class HostMixin:
         return self
 
 
-def stock_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+def find_stock_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The causal language model of transformers for a stock configuration.
 
     Raises:
@@ -222,13 +227,13 @@ def stock_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 
 @functools.cache
-def dense_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def make_dense_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The stock class with `HostMixin`, under the stock name, which is what config.json states."""
     return type(stock.__name__, (HostMixin, stock), {"__doc__": HostMixin.__doc__})
 
 
 @functools.cache
-def host_classes(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
+def make_host_classes(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
     """Configuration and model with an expert per domain, known to the Auto classes.
 
     Raises:
@@ -253,7 +258,7 @@ def host_classes(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTrain
 
         def __post_init__(self, **kwargs: object):
             self.domains = list(self.domains)
-            check_domains(self.domains)
+            check_domain_names(self.domains)
             if self.untie not in UNTIE_OF_HOSTS or (self.untie != "none" and not self.domains):
                 raise ValueError(
                     f"untie {self.untie!r}: a {self.host} needs domains and one of "
@@ -263,7 +268,7 @@ def host_classes(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTrain
 
     HostConfig.model_type = HOST_TYPE
     HostConfig.__name__ = HostConfig.__qualname__ = f"Demix{stock_config.__name__}"
-    _copy_renaming(stock, model_type, f"Demix{stock.__name__}")
+    _register_checkpoint_renaming(stock, model_type, f"Demix{stock.__name__}")
     ignored = stock._keys_to_ignore_on_load_unexpected or ()
     model = type(
         f"Demix{stock.__name__}",
@@ -272,20 +277,20 @@ def host_classes(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTrain
             "__doc__": HostMixin.__doc__,
             "config_class": HostConfig,
             # A process that holds some of the experts has no use for the others in the folder.
-            "_keys_to_ignore_on_load_unexpected": [*ignored, rf"\.{MARK}\."],
+            "_keys_to_ignore_on_load_unexpected": [*ignored, rf"\.{EXPERTS_COMPONENT}\."],
         },
     )
     AutoModelForCausalLM.register(HostConfig, model)
     return HostConfig, model
 
 
-def takes_positions(model: type[PreTrainedModel]) -> bool:
+def takes_position_ids(model: type[PreTrainedModel]) -> bool:
     """True if the stock class takes `position_ids`; those with ALiBi do not."""
     stock = next(base for base in model.__mro__ if base.__module__.startswith("transformers."))
     return "position_ids" in inspect.signature(stock.forward).parameters
 
 
-def _copy_renaming(stock: type[PreTrainedModel], model_type: str, name: str) -> None:
+def _register_checkpoint_renaming(stock: type[PreTrainedModel], model_type: str, name: str) -> None:
     """Let a class read files in which transformers renames tensors of the stock class."""
     renaming = get_checkpoint_conversion_mapping(stock.__name__)
     renaming = renaming or get_checkpoint_conversion_mapping(model_type)
@@ -294,7 +299,7 @@ def _copy_renaming(stock: type[PreTrainedModel], model_type: str, name: str) -> 
 
 
 @functools.cache
-def _scoring_head(head: type[nn.Module]) -> type[nn.Module]:
+def _make_scoring_head(head: type[nn.Module]) -> type[nn.Module]:
     """The class of an output matrix that with labels goes straight to the loss.
 
     It is called as a module, so that ZeRO 3 gathers its weight.
@@ -310,11 +315,11 @@ def _scoring_head(head: type[nn.Module]) -> type[nn.Module]:
     return type(head.__name__, (head,), {"forward": forward, "__doc__": head.__doc__})
 
 
-def _scale(config: PreTrainedConfig, host: Host) -> float:
+def _get_logit_scale(config: PreTrainedConfig, host: Host) -> float:
     if host.divide is not None:
         return 1 / getattr(config, host.divide)
     return 1.0 if host.multiply is None else getattr(config, host.multiply)
 
 
-def _softcap(config: PreTrainedConfig, host: Host) -> float | None:
+def _get_softcap(config: PreTrainedConfig, host: Host) -> float | None:
     return None if host.softcap is None else getattr(config, host.softcap)

@@ -9,13 +9,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from megamod.dist.scope import dense_name
+from megamod.dist.scope import to_dense_name
 from megamod.errors import UserError
 from megamod.models.lm.configuration import HOST_TYPE, DemixConfig, LmConfig, read_lm_config
-from megamod.models.lm.demix import DemixForCausalLM, DemixOutput, initialise
-from megamod.models.lm.host import dense_class, host_classes, stock_class
+from megamod.models.lm.demix import DemixForCausalLM, DemixOutput, draw_lm_weights
+from megamod.models.lm.host import find_stock_class, make_dense_class, make_host_classes
 from megamod.states.weight_files import has_weights
-from megamod.states.weights import read_weights, spread
+from megamod.states.weights import copy_to_experts, read_weights
 
 
 class LanguageModel(Protocol):
@@ -70,21 +70,21 @@ def build_lm(
     """
     if config.model_type != DemixConfig.model_type:
         if init_from is None:
-            return _draw_host(config, seed, local_domains)
+            return _build_host(config, seed, local_domains)
         folder = Path(init_from)
         return load_lm(folder, config, local_domains, dtype=torch.float32, flag=flag)
     model = DemixForCausalLM(config, local_domains)
     if init_from is None:
-        initialise(model, seed)
+        draw_lm_weights(model, seed)
         return model
     state = read_weights(Path(init_from))
     parameters = dict(model.named_parameters())
     if not all(name in state for name in parameters):
-        state = spread(state, parameters)
+        state = copy_to_experts(state, parameters)
     for name, parameter in parameters.items():
         if state[name].shape != parameter.shape:
             raise UserError(
-                f"{flag} {init_from}: {dense_name(name)} has shape "
+                f"{flag} {init_from}: {to_dense_name(name)} has shape "
                 f"{tuple(state[name].shape)}, the model needs {tuple(parameter.shape)}"
             )
         parameter.data.copy_(state[name])
@@ -92,7 +92,7 @@ def build_lm(
     return model
 
 
-def lm_class(config: LmConfig) -> type:
+def select_lm_class(config: LmConfig) -> type:
     """The class of a language model with this configuration; made with `(config, local_domains)`.
 
     Raises:
@@ -101,17 +101,17 @@ def lm_class(config: LmConfig) -> type:
     if config.model_type == DemixConfig.model_type:
         return DemixForCausalLM
     if config.model_type == HOST_TYPE:
-        return host_classes(config.host)[1]
-    return dense_class(stock_class(config))
+        return make_host_classes(config.host)[1]
+    return make_dense_class(find_stock_class(config))
 
 
-def _draw_host(config: LmConfig, seed: int, local_domains: Sequence[str] | None) -> LanguageModel:
+def _build_host(config: LmConfig, seed: int, local_domains: Sequence[str] | None) -> LanguageModel:
     """New weights in the order of the dense model's modules, then copied for each domain."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = lm_class(config)(config, ())
+        model = select_lm_class(config)(config, ())
     if config.model_type == HOST_TYPE:
-        model.own_feed_forwards(config.domains if local_domains is None else local_domains)
+        model.copy_feed_forwards(config.domains if local_domains is None else local_domains)
     return model
 
 
@@ -140,7 +140,7 @@ def load_lm(
         raise UserError(f"{where}: cannot be read as a model: it holds no weights")
     split = config.model_type == HOST_TYPE and saved.model_type != HOST_TYPE
     try:
-        model, report = lm_class(config).from_pretrained(
+        model, report = select_lm_class(config).from_pretrained(
             folder,
             () if split else local_domains,
             config=config,
@@ -153,7 +153,7 @@ def load_lm(
     if report["missing_keys"]:
         raise UserError(f"{where}: the weights lack {min(report['missing_keys'])}")
     if split:
-        model.own_feed_forwards(config.domains if local_domains is None else local_domains)
+        model.copy_feed_forwards(config.domains if local_domains is None else local_domains)
     return model
 
 

@@ -5,7 +5,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megamod.models.calls import check_arguments, returned
+from megamod.models.calls import check_extra_arguments, format_output
 from megamod.models.mux.classifier import (
     MuxBareModel,
     MuxSequenceClassifier,
@@ -14,7 +14,7 @@ from megamod.models.mux.classifier import (
 from megamod.models.mux.configuration import MuxBertConfig
 from megamod.models.mux.model import MuxPreTrainedModel
 from megamod.models.mux.types import MixedStates, MuxOutput
-from megamod.nn.retrieval import IGNORED, pairs_of_rows, token_scores
+from megamod.nn.retrieval import IGNORED, build_row_pairs, score_tokens
 
 
 class MuxBertModel(MuxBareModel):
@@ -40,7 +40,7 @@ class MuxMaskedLM(MuxPreTrainedModel):
         r"^demultiplexer\.",
     )
 
-    def labels_fed(self, labels: Tensor) -> Tensor:
+    def align_labels(self, labels: Tensor) -> Tensor:
         """Labels at the columns of their tokens, after the prefix: [R, S] -> [B * N, S]."""
         length, rows = self.config.prefix_length, len(labels)
         added = -rows % self.config.num_instances
@@ -79,29 +79,31 @@ class MuxMaskedLM(MuxPreTrainedModel):
         Raises:
             ValueError: if the rows are too long.
         """
-        check_arguments(self, more)
+        check_extra_arguments(self, more)
         inputs = (input_ids, attention_mask, token_type_ids, position_ids)
         columns = input_ids.shape[1]
         if output_logits is None:
             output_logits = self.config.output_logits
-        fed = self.feed(*(inputs if labels is not None else self._with_room_for_prefix(*inputs)))
+        fed = self.prepare_batch(*(inputs if labels is not None else self._pad_for_prefix(*inputs)))
         hidden = self.encode(fed)
         output = MuxOutput()
         if labels is None or output_logits:
-            logits = self.retrieval_head.decoder(self.vocabulary_states(hidden, None))
+            logits = self.retrieval_head.decoder(self.compute_vocabulary_states(hidden, None))
             logits = logits.flatten(0, 1)[: fed.rows, self.config.prefix_length :]
             output["logits"] = F.pad(logits, (0, 0, 0, columns - logits.shape[1]))
         if labels is not None:
             if self.config.task_loss_coeff > 0:
-                output["task_loss"] = self._task_loss(
+                output["task_loss"] = self._compute_task_loss(
                     hidden, labels, output.logits, num_items_in_batch
                 )
             if self.config.retrieval_loss_coeff > 0:
-                self.retrieve(output, hidden, fed.ids, retrieval_slots, num_retrieval_items)
-            output["loss"] = self.combined(output.task_loss, output.retrieval_loss)
-        return returned(self, output, return_dict)
+                self.add_retrieval_loss(
+                    output, hidden, fed.ids, retrieval_slots, num_retrieval_items
+                )
+            output["loss"] = self.combine_losses(output.task_loss, output.retrieval_loss)
+        return format_output(self, output, return_dict)
 
-    def _with_room_for_prefix(self, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
+    def _pad_for_prefix(self, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
         """Append padding to inputs [R, S] for the prefix to replace, as positions allow."""
         config, columns = self.config, inputs[0].shape[1]
         room = config.max_position_embeddings - config.first_position - columns
@@ -112,7 +114,7 @@ class MuxMaskedLM(MuxPreTrainedModel):
             for field, fill in zip(inputs, fills, strict=True)
         )
 
-    def _task_loss(
+    def _compute_task_loss(
         self,
         hidden: MixedStates,
         labels: Tensor,
@@ -120,7 +122,7 @@ class MuxMaskedLM(MuxPreTrainedModel):
         items: Tensor | float | None,
     ) -> Tensor:
         """Mean loss (nats) of the labels that are not dropped, from the logits if there are any."""
-        fed = self.labels_fed(labels)
+        fed = self.align_labels(labels)
         chosen = fed != IGNORED
         targets = fed[chosen]
         if logits is not None:
@@ -128,10 +130,10 @@ class MuxMaskedLM(MuxPreTrainedModel):
             scored = logits[:, : kept.shape[1]][kept].float()
             total = F.cross_entropy(scored, targets, reduction="sum")
         else:
-            pairs = pairs_of_rows(chosen, self.config.num_instances)
-            states = self.vocabulary_states(hidden, pairs)
+            pairs = build_row_pairs(chosen, self.config.num_instances)
+            states = self.compute_vocabulary_states(hidden, pairs)
             decoder = self.retrieval_head.decoder
-            total = token_scores(states, decoder, targets, keep_logits=False, count=False)[0]
+            total = score_tokens(states, decoder, targets, keep_logits=False, count=False)[0]
         return total / (max(targets.numel(), 1) if items is None else items)
 
 
@@ -146,7 +148,7 @@ class MuxBertForMaskedLM(MuxMaskedLM):
 
     def __init__(self, config: MuxBertConfig):
         super().__init__(config)
-        self.add_retrieval()
+        self.add_retrieval_head()
         self.post_init()
 
 
@@ -158,7 +160,7 @@ class MuxBertForSequenceClassification(MuxSequenceClassifier):
     def __init__(self, config: MuxBertConfig):
         super().__init__(config)
         self.add_demultiplexer()
-        self.add_retrieval_if_used()
+        self.add_retrieval_head_if_used()
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
@@ -172,7 +174,7 @@ class MuxBertForTokenClassification(MuxTokenClassifier):
     def __init__(self, config: MuxBertConfig):
         super().__init__(config)
         self.add_demultiplexer()
-        self.add_retrieval_if_used()
+        self.add_retrieval_head_if_used()
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutput
 
-from megamod.models.calls import check_arguments, returned
+from megamod.models.calls import check_extra_arguments, format_output
 from megamod.models.mux.model import MuxPreTrainedModel
 from megamod.models.mux.types import MixedStates, MuxOutput
 from megamod.nn.retrieval import IGNORED
@@ -26,11 +26,11 @@ class MuxBareModel(MuxPreTrainedModel):
         **more: object,
     ) -> BaseModelOutput | tuple:
         """Ids [R, S] -> `last_hidden_state` [R, S, D]; arguments as of the classifiers."""
-        check_arguments(self, more)
-        fed = self.feed(input_ids, attention_mask, token_type_ids, position_ids)
+        check_extra_arguments(self, more)
+        fed = self.prepare_batch(input_ids, attention_mask, token_type_ids, position_ids)
         states = self.demultiplex(self.encode(fed), slice(self.config.prefix_length, None))
         output = BaseModelOutput(last_hidden_state=states.flatten(0, 1)[: fed.rows])
-        return returned(self, output, return_dict)
+        return format_output(self, output, return_dict)
 
 
 class MuxSequenceClassifier(MuxPreTrainedModel):
@@ -38,15 +38,15 @@ class MuxSequenceClassifier(MuxPreTrainedModel):
 
     masks_instances: ClassVar[bool] = True
 
-    def class_logits(self, states: Tensor) -> Tensor:
+    def compute_class_logits(self, states: Tensor) -> Tensor:
         """Logits of states: [..., D] -> [..., C]."""
         return self.classifier(self.dropout(states))
 
-    def row_logits(self, hidden: MixedStates) -> Tensor:
+    def compute_row_logits(self, hidden: MixedStates) -> Tensor:
         """Logits of rows from their cls column: mixed states [B, T, D] -> [B, N, C]."""
         column = self.config.prefix_length - 1 if self.config.prefix_length else 0
         states = self.demultiplex(hidden, slice(column, column + 1))
-        return self.class_logits(states[:, :, 0])
+        return self.compute_class_logits(states[:, :, 0])
 
     def forward(
         self,
@@ -75,11 +75,11 @@ class MuxSequenceClassifier(MuxPreTrainedModel):
         Returns:
             `MuxOutput` with logits [R, C].
         """
-        check_arguments(self, more)
-        fed = self.feed(input_ids, attention_mask, token_type_ids, position_ids)
+        check_extra_arguments(self, more)
+        fed = self.prepare_batch(input_ids, attention_mask, token_type_ids, position_ids)
         retrieves = labels is not None and self.config.retrieval_loss_coeff > 0
         hidden = self.encode(fed, None if retrieves else self.config.prefix_length or 1)
-        logits = self.row_logits(hidden).flatten(0, 1)[: fed.rows]
+        logits = self.compute_row_logits(hidden).flatten(0, 1)[: fed.rows]
         output = MuxOutput(logits=logits)
         if labels is not None:
             flat = logits.float()
@@ -90,27 +90,29 @@ class MuxSequenceClassifier(MuxPreTrainedModel):
             items = labels.numel() if num_items_in_batch is None else num_items_in_batch
             output["task_loss"] = total / items
             if retrieves:
-                self.retrieve(output, hidden, fed.ids, retrieval_slots, num_retrieval_items)
-            output["loss"] = self.combined(output.task_loss, output.retrieval_loss)
-        return returned(self, output, return_dict)
+                self.add_retrieval_loss(
+                    output, hidden, fed.ids, retrieval_slots, num_retrieval_items
+                )
+            output["loss"] = self.combine_losses(output.task_loss, output.retrieval_loss)
+        return format_output(self, output, return_dict)
 
 
 class MuxTokenClassifier(MuxPreTrainedModel):
     """Classification of tokens. Subclasses define the head."""
 
-    def class_logits(self, states: Tensor) -> Tensor:
+    def compute_class_logits(self, states: Tensor) -> Tensor:
         """Logits of states: [..., D] -> [..., C]."""
         return self.classifier(self.dropout(states))
 
-    def token_logits(self, hidden: MixedStates, chosen: Tensor | None) -> Tensor:
+    def compute_token_logits(self, hidden: MixedStates, chosen: Tensor | None) -> Tensor:
         """Mixed states [B, T, D] -> logits [B * N, S, C]; 0 where `chosen` [B * N, S] is False."""
         start, N = self.config.prefix_length, self.config.num_instances
         if chosen is None:
             states = self.demultiplex(hidden, slice(start, None))
-            return self.class_logits(states).flatten(0, 1)
+            return self.compute_class_logits(states).flatten(0, 1)
         row, position = chosen.nonzero(as_tuple=True)
         pairs = Pairs(row // N, row % N, position + start)
-        logits = self.class_logits(self.demultiplex(hidden, slice(start, None), pairs))
+        logits = self.compute_class_logits(self.demultiplex(hidden, slice(start, None), pairs))
         dense = logits.new_zeros(*chosen.shape, logits.shape[-1])
         return dense.index_put((row, position), logits)
 
@@ -135,8 +137,8 @@ class MuxTokenClassifier(MuxPreTrainedModel):
             `MuxOutput` with logits [R, S, C]. Logits of padding without labels are 0 in training,
             and in evaluation if `padding_logits` is off.
         """
-        check_arguments(self, more)
-        fed = self.feed(input_ids, attention_mask, token_type_ids, position_ids)
+        check_extra_arguments(self, more)
+        fed = self.prepare_batch(input_ids, attention_mask, token_type_ids, position_ids)
         hidden = self.encode(fed)
         skips = fed.mask is not None and (self.training or not self.config.padding_logits)
         chosen = None
@@ -145,7 +147,7 @@ class MuxTokenClassifier(MuxPreTrainedModel):
             chosen[fed.rows :] = False
             if labels is not None:
                 chosen[: fed.rows] |= labels != IGNORED
-        logits = self.token_logits(hidden, chosen)[: fed.rows]
+        logits = self.compute_token_logits(hidden, chosen)[: fed.rows]
         output = MuxOutput(logits=logits)
         if labels is not None:
             total = F.cross_entropy(
@@ -159,6 +161,8 @@ class MuxTokenClassifier(MuxPreTrainedModel):
                 items = (labels != IGNORED).sum().clamp(min=1)
             output["task_loss"] = total / items
             if self.config.retrieval_loss_coeff > 0:
-                self.retrieve(output, hidden, fed.ids, retrieval_slots, num_retrieval_items)
-            output["loss"] = self.combined(output.task_loss, output.retrieval_loss)
-        return returned(self, output, return_dict)
+                self.add_retrieval_loss(
+                    output, hidden, fed.ids, retrieval_slots, num_retrieval_items
+                )
+            output["loss"] = self.combine_losses(output.task_loss, output.retrieval_loss)
+        return format_output(self, output, return_dict)

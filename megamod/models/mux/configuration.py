@@ -192,7 +192,7 @@ class MuxElectraConfig(MuxConfig):
         """This configuration: transformers would take `generator` for the one of a text model."""
         return self
 
-    def of_generator(self) -> "MuxElectraConfig":
+    def make_generator_config(self) -> "MuxElectraConfig":
         """Configuration of the generator.
 
         Raises:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megamod.models.calls import check_arguments, returned
+from megamod.models.calls import check_extra_arguments, format_output
 from megamod.models.mux.classifier import (
     MuxBareModel,
     MuxSequenceClassifier,
@@ -14,10 +14,10 @@ from megamod.models.mux.classifier import (
 )
 from megamod.models.mux.configuration import MuxElectraConfig
 from megamod.models.mux.model import MuxPreTrainedModel
-from megamod.models.mux.types import Fed, MuxOutput
+from megamod.models.mux.types import MuxOutput, PreparedBatch
 
 
-def default_initialisation(linear: nn.Linear) -> nn.Linear:
+def mark_default_initialisation(linear: nn.Linear) -> nn.Linear:
     """Mark a layer to keep torch's own initialisation, as in the release."""
     linear.default_initialisation = True
     return linear
@@ -52,8 +52,8 @@ class DiscriminatorHead(nn.Module):
 
     def __init__(self, size: int):
         super().__init__()
-        self.dense = default_initialisation(nn.Linear(size, size))
-        self.dense_prediction = default_initialisation(nn.Linear(size, 1))
+        self.dense = mark_default_initialisation(nn.Linear(size, size))
+        self.dense_prediction = mark_default_initialisation(nn.Linear(size, 1))
 
     def forward(self, states: Tensor) -> Tensor:
         """[..., D] -> [...]."""
@@ -77,11 +77,11 @@ class MuxElectraForPreTraining(MuxElectraPreTrainedModel):
     def __init__(self, config: MuxElectraConfig):
         super().__init__(config)
         self.add_demultiplexer()
-        self.add_retrieval()
+        self.add_retrieval_head()
         self.discriminator_predictions = DiscriminatorHead(config.hidden_size)
-        self._finish()
+        self._finish_init()
 
-    def _finish(self) -> None:
+    def _finish_init(self) -> None:
         self.post_init()
 
     def forward(
@@ -110,16 +110,16 @@ class MuxElectraForPreTraining(MuxElectraPreTrainedModel):
         Raises:
             ValueError: if the rows are too long.
         """
-        check_arguments(self, more)
-        fed = self.feed(input_ids, attention_mask, token_type_ids, position_ids)
+        check_extra_arguments(self, more)
+        fed = self.prepare_batch(input_ids, attention_mask, token_type_ids, position_ids)
         output = self.discriminate(
             fed, labels, num_items_in_batch, retrieval_slots, num_retrieval_items
         )
-        return returned(self, output, return_dict)
+        return format_output(self, output, return_dict)
 
     def discriminate(
         self,
-        fed: Fed,
+        fed: PreparedBatch,
         labels: Tensor | None,
         items: Tensor | float | None,
         slots: Tensor | None,
@@ -144,8 +144,8 @@ class MuxElectraForPreTraining(MuxElectraPreTrainedModel):
             count = counted.sum().clamp(min=1) if items is None else items
             output["task_loss"] = (scores * counted).sum() / count
         if self.config.retrieval_loss_coeff > 0:
-            self.retrieve(output, hidden, fed.ids, slots, retrieval_items)
-        output["loss"] = self.combined(output.task_loss, output.retrieval_loss)
+            self.add_retrieval_loss(output, hidden, fed.ids, slots, retrieval_items)
+        output["loss"] = self.combine_losses(output.task_loss, output.retrieval_loss)
         return output
 
 
@@ -154,9 +154,9 @@ class ElectraClassifier(nn.Module):
 
     def __init__(self, size: int, labels: int, dropout: float):
         super().__init__()
-        self.dense = default_initialisation(nn.Linear(size, size))
+        self.dense = mark_default_initialisation(nn.Linear(size, size))
         self.dropout = nn.Dropout(dropout)
-        self.out_proj = default_initialisation(nn.Linear(size, labels))
+        self.out_proj = mark_default_initialisation(nn.Linear(size, labels))
 
     def forward(self, states: Tensor) -> Tensor:
         """[..., D] -> [..., C]."""
@@ -172,13 +172,13 @@ class MuxElectraForSequenceClassification(MuxElectraPreTrainedModel, MuxSequence
     def __init__(self, config: MuxElectraConfig):
         super().__init__(config)
         self.add_demultiplexer()
-        self.add_retrieval_if_used()
+        self.add_retrieval_head_if_used()
         self.classifier = ElectraClassifier(
             config.hidden_size, config.num_labels, config.hidden_dropout_prob
         )
         self.post_init()
 
-    def class_logits(self, states: Tensor) -> Tensor:
+    def compute_class_logits(self, states: Tensor) -> Tensor:
         return self.classifier(states)
 
 
@@ -188,7 +188,9 @@ class MuxElectraForTokenClassification(MuxElectraPreTrainedModel, MuxTokenClassi
     def __init__(self, config: MuxElectraConfig):
         super().__init__(config)
         self.add_demultiplexer()
-        self.add_retrieval_if_used()
+        self.add_retrieval_head_if_used()
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.classifier = default_initialisation(nn.Linear(config.hidden_size, config.num_labels))
+        self.classifier = mark_default_initialisation(
+            nn.Linear(config.hidden_size, config.num_labels)
+        )
         self.post_init()

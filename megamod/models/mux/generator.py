@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megamod.models.calls import check_arguments, returned
+from megamod.models.calls import check_extra_arguments, format_output
 from megamod.models.mux.bert import MuxMaskedLM
 from megamod.models.mux.configuration import MuxElectraConfig
-from megamod.models.mux.electra import MuxElectraForPreTraining, default_initialisation
-from megamod.models.mux.types import Fed, MixedStates, MuxOutput
-from megamod.nn.encoder import EncoderEmbeddings, EncoderModel, key_mask
-from megamod.nn.retrieval import IGNORED, pairs_of_rows, token_scores
+from megamod.models.mux.electra import MuxElectraForPreTraining, mark_default_initialisation
+from megamod.models.mux.types import MixedStates, MuxOutput, PreparedBatch
+from megamod.nn.encoder import EncoderEmbeddings, EncoderModel, make_key_mask
+from megamod.nn.retrieval import IGNORED, build_row_pairs, score_tokens
 
 _SAMPLED_TOGETHER = 2**24  # logits of a chunk of positions for which tokens are drawn
 
@@ -54,11 +54,11 @@ class MuxElectraForMaskedLM(MuxMaskedLM):
 
     def __init__(self, config: MuxElectraConfig, own_embeddings: bool = True):
         super().__init__(config, own_embeddings)
-        self.add_retrieval()
+        self.add_retrieval_head()
         for module in (getattr(self, "demux_module", None), self.retrieval_head):
             for part in module.modules() if module is not None else ():
                 if isinstance(part, nn.Linear):
-                    default_initialisation(part)
+                    mark_default_initialisation(part)
         self.post_init()
 
     @property
@@ -66,15 +66,15 @@ class MuxElectraForMaskedLM(MuxMaskedLM):
         """Matrix from states to logits of tokens."""
         return self.retrieval_head.decoder
 
-    def states_at(
-        self, fed: Fed, chosen: Tensor, embeddings: EncoderEmbeddings | None
+    def compute_decoder_inputs(
+        self, fed: PreparedBatch, chosen: Tensor, embeddings: EncoderEmbeddings | None
     ) -> tuple[Tensor, MixedStates]:
         """Inputs of `decoder` at the chosen tokens, bool [R, S], and all mixed states."""
         hidden = self.encode(fed, embeddings=embeddings)
         length = self.config.prefix_length
         shifted = F.pad(chosen, (length, -length)) if length else chosen
-        pairs = pairs_of_rows(shifted, self.config.num_instances)
-        return self.vocabulary_states(hidden, pairs), hidden
+        pairs = build_row_pairs(shifted, self.config.num_instances)
+        return self.compute_vocabulary_states(hidden, pairs), hidden
 
 
 class PlainGenerator(nn.Module):
@@ -94,7 +94,7 @@ class PlainGenerator(nn.Module):
         """Matrix from states to logits of tokens."""
         return self.generator_lm_head
 
-    def states_at(
+    def compute_decoder_inputs(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None,
@@ -105,7 +105,7 @@ class PlainGenerator(nn.Module):
     ) -> Tensor:
         """Inputs of `decoder` at the chosen tokens: ids [R, S], bool [R, S] -> [C, D]."""
         embed = embeddings or self.electra.embeddings
-        mask = key_mask(attention_mask) if attention_mask is not None else None
+        mask = make_key_mask(attention_mask) if attention_mask is not None else None
         hidden = self.electra.encode(embed(input_ids, token_type_ids, position_ids), mask)[chosen]
         head = self.generator_predictions
         return head["LayerNorm"](F.gelu(head["dense"](hidden)))
@@ -121,10 +121,10 @@ class MuxElectraForReplacedTokens(MuxElectraForPreTraining):
 
     _keys_to_ignore_on_load_unexpected = (r"position_ids$",)
 
-    def _finish(self) -> None:
+    def _finish_init(self) -> None:
         config = self.config
         if config.generator != "none":
-            settings = config.of_generator()
+            settings = config.make_generator_config()
             same = ("embedding_size", "vocab_size", "max_position_embeddings", "type_vocab_size")
             self.shares_embeddings = all(getattr(settings, n) == getattr(config, n) for n in same)
             kind = PlainGenerator if config.generator == "plain" else MuxElectraForMaskedLM
@@ -182,7 +182,7 @@ class MuxElectraForReplacedTokens(MuxElectraForPreTraining):
         Raises:
             ValueError: if the generator needs labels and there are none; as the discriminator.
         """
-        check_arguments(self, more)
+        check_extra_arguments(self, more)
         fields = (attention_mask, token_type_ids, position_ids)
         masked = input_ids == self.config.mask_token_id
         generator_loss = None
@@ -193,7 +193,7 @@ class MuxElectraForReplacedTokens(MuxElectraForPreTraining):
         else:
             if labels is None:
                 raise ValueError("labels are missing: the generator must know the masked tokens")
-            generator_loss, replaced = self._generate(
+            generator_loss, replaced = self._replace_masked_tokens(
                 (input_ids, *fields),
                 labels,
                 masked,
@@ -204,7 +204,7 @@ class MuxElectraForReplacedTokens(MuxElectraForPreTraining):
             )
             corrupted = masked & (replaced != labels)
         detected = self.discriminate(
-            self.feed(replaced, *fields),
+            self.prepare_batch(replaced, *fields),
             corrupted,
             num_items_in_batch,
             retrieval_slots,
@@ -221,9 +221,9 @@ class MuxElectraForReplacedTokens(MuxElectraForPreTraining):
             input_ids=replaced,
             corrupted=corrupted,
         )
-        return returned(self, output, return_dict)
+        return format_output(self, output, return_dict)
 
-    def _generate(
+    def _replace_masked_tokens(
         self,
         fields: tuple[Tensor | None, ...],
         labels: Tensor,
@@ -239,24 +239,24 @@ class MuxElectraForReplacedTokens(MuxElectraForPreTraining):
             embeddings = self.backbone.embeddings
         chosen, retrieval = masked | (labels != IGNORED), None
         if self.config.generator == "plain":
-            states = generator.states_at(*fields, chosen, embeddings)
+            states = generator.compute_decoder_inputs(*fields, chosen, embeddings)
         else:
             if length := generator.config.prefix_length:
                 chosen = F.pad(chosen[:, :-length], (0, length))  # those columns are dropped
-            fed = generator.feed(*fields)
-            states, hidden = generator.states_at(fed, chosen, embeddings)
+            fed = generator.prepare_batch(*fields)
+            states, hidden = generator.compute_decoder_inputs(fed, chosen, embeddings)
             if generator.config.retrieval_loss_coeff > 0:
                 retrieved = MuxOutput()
-                generator.retrieve(retrieved, hidden, fed.ids, slots, retrieval_items)
+                generator.add_retrieval_loss(retrieved, hidden, fed.ids, slots, retrieval_items)
                 retrieval = retrieved.retrieval_loss
         scored = labels[chosen] != IGNORED
         targets = labels[chosen][scored]
-        total, *_ = token_scores(
+        total, *_ = score_tokens(
             states[scored], generator.decoder, targets, keep_logits=False, count=False
         )
         loss = total / (max(targets.numel(), 1) if items is None else items)
         if self.config.generator == "multiplexed":
-            loss = generator.combined(loss, retrieval)
+            loss = generator.combine_losses(loss, retrieval)
         replaced = fields[0].clone()
         if random_ids is None:
             replaced[chosen & masked] = sample_tokens(states[masked[chosen]], generator.decoder)

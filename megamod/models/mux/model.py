@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megamod.models.mux.configuration import MuxConfig
-from megamod.models.mux.types import Fed, MixedStates, MuxOutput
+from megamod.models.mux.types import MixedStates, MuxOutput, PreparedBatch
 from megamod.models.mux.vocabulary import VocabularyAccess
 from megamod.models.pretrained import CheckedLoading
 from megamod.nn.demultiplexer import PrefixDemultiplexer, RsaDemultiplexer, SharedDemux
@@ -25,15 +25,15 @@ from megamod.nn.encoder import (
     EncoderEmbeddings,
     EncoderLayer,
     EncoderModel,
-    draw_weights,
-    was_loaded,
+    initialise_weights,
+    was_loaded_from_file,
 )
 from megamod.nn.linear import is_plain
 from megamod.nn.multiplexer import (
     HADAMARD,
     KEYED_MEANS,
+    compute_key_shape,
     draw_keys,
-    key_shape,
     multiplex_contextual,
     multiplex_contextual_v1,
     multiplex_orthogonal,
@@ -42,10 +42,10 @@ from megamod.nn.retrieval import (
     IGNORED,
     PrefixRetrievalHead,
     RetrievalHead,
-    draw_slots,
-    pairs_at,
-    retrieval_targets,
-    token_scores,
+    build_retrieval_pairs,
+    draw_retrieved_instances,
+    score_tokens,
+    select_retrieval_targets,
 )
 
 
@@ -99,7 +99,8 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
             )
         self.add_module(self.base_model_prefix, EncoderModel(config, own_embeddings))
         self.instance_embedding = nn.Parameter(
-            torch.empty(key_shape(variant, N, width)), requires_grad=bool(config.learn_muxing)
+            torch.empty(compute_key_shape(variant, N, width)),
+            requires_grad=bool(config.learn_muxing),
         )
         if variant.startswith("gaussian_attention"):
             self.muxing_attention = EncoderLayer(config, width)
@@ -141,12 +142,12 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         else:
             self.demultiplexer = PrefixDemultiplexer(size, eps)
 
-    def add_retrieval_if_used(self) -> None:
+    def add_retrieval_head_if_used(self) -> None:
         """Create the retrieval head, unless its loss has coefficient 0."""
         if self.config.retrieval_loss_coeff > 0:
-            self.add_retrieval()
+            self.add_retrieval_head()
 
-    def add_retrieval(self) -> None:
+    def add_retrieval_head(self) -> None:
         """Create the retrieval head; in BERT its matrix is tied to the embeddings."""
         config = self.config
         if config.tie_word_embeddings and self.ties_vocabulary:
@@ -165,7 +166,7 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
             size, config.vocab_size, eps, layers, self.residual_retrieval
         )
 
-    def ids_fed(self, input_ids: Tensor) -> Tensor:
+    def prepare_ids(self, input_ids: Tensor) -> Tensor:
         """Ids to embed: with column 0 overwritten, or with a prefix.
 
         Args:
@@ -185,15 +186,15 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         prefix = input_ids.new_full((N, N + 1), config.prefix_fill_token_id)
         prefix[slots, slots] = config.prefix_first_token_id - slots
         prefix[:, N] = config.cls_token_id
-        return self._prepend(prefix.repeat(len(input_ids) // N, 1), input_ids)
+        return self._prepend_prefix(prefix.repeat(len(input_ids) // N, 1), input_ids)
 
-    def feed(
+    def prepare_batch(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
-    ) -> Fed:
+    ) -> PreparedBatch:
         """Fill up the last group with copies of rows, and check that the batch fits the model.
 
         Raises:
@@ -215,7 +216,7 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
                 position_ids = position_ids[order]
         if not (self.sees_segments or self.config.use_token_type_ids):
             token_type_ids = None
-        ids = self.ids_fed(input_ids)
+        ids = self.prepare_ids(input_ids)
         added = ids.shape[1] - input_ids.shape[1]
         if added and token_type_ids is not None:
             token_type_ids = F.pad(token_type_ids, (added, 0))
@@ -226,10 +227,13 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
                 f"{input_ids.shape[1]} tokens{after} need more than the {room} positions of "
                 f"max_position_embeddings {self.config.max_position_embeddings}"
             )
-        return Fed(rows, ids, attention_mask, token_type_ids, position_ids)
+        return PreparedBatch(rows, ids, attention_mask, token_type_ids, position_ids)
 
     def encode(
-        self, fed: Fed, queries: int | None = None, embeddings: EncoderEmbeddings | None = None
+        self,
+        fed: PreparedBatch,
+        queries: int | None = None,
+        embeddings: EncoderEmbeddings | None = None,
     ) -> MixedStates:
         """Mixed hidden states of a batch, [B, queries or T, D].
 
@@ -239,16 +243,16 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         """
         embeddings = embeddings or self.backbone.embeddings
         mask, attended = self._encoder_mask(fed), None
-        first, second = self._positions(fed)
+        first, second = self._select_positions(fed)
         table, kernels = embeddings.word_embeddings.weight, self.config.kernels
         keyed_mean = self.config.muxing_variant in KEYED_MEANS
-        if keyed_mean and uses_triton(kernels, table) and embeddings.is_plain():
+        if keyed_mean and uses_triton(kernels, table) and embeddings.has_plain_modules():
             inputs = (fed.ids, self.instance_embedding, fed.token_type_ids, first, second)
-            if kernels == "triton" and self._begins_with_all_columns(queries):
+            if kernels == "triton" and self._first_block_takes_embeddings(queries):
                 block = self.backbone.encoder.layer[0]
-                mixed, attended = embeddings.multiplexed_attention(*inputs, block, mask, kernels)
+                mixed, attended = embeddings.embed_and_attend(*inputs, block, mask, kernels)
             else:
-                mixed = embeddings.multiplexed(*inputs, kernels)
+                mixed = embeddings.embed_multiplexed(*inputs, kernels)
         else:
             x = embeddings(fed.ids, fed.token_type_ids, first)
             mixed = self._multiplex(x.unflatten(0, (-1, self.config.num_instances)), fed.mask)
@@ -264,18 +268,20 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
     ) -> Tensor:
         """Hidden states of instances: [R, D] for pairs, else [B, N, columns, D]."""
         if self.config.prefix_length:
-            return self.demultiplexer(hidden.normed(), self.config.num_instances, columns, pairs)
+            return self.demultiplexer(
+                hidden.apply_norm(), self.config.num_instances, columns, pairs
+            )
         states = hidden.states if pairs is not None else hidden.states[:, columns]
         inputs = (states, pairs, self.config.kernels, hidden.norm)
         return self.demultiplexer(self.demux_module, *inputs)
 
-    def vocabulary_states(self, hidden: MixedStates, pairs: Pairs | None) -> Tensor:
+    def compute_vocabulary_states(self, hidden: MixedStates, pairs: Pairs | None) -> Tensor:
         """Inputs of the retrieval head's decoder: as `demultiplex`, of all columns."""
         if self.config.prefix_length:
-            return self.retrieval_head(hidden.normed(), self.config.num_instances, pairs)
-        return self.retrieval_head(self.demux_module, hidden.normed(), pairs)
+            return self.retrieval_head(hidden.apply_norm(), self.config.num_instances, pairs)
+        return self.retrieval_head(self.demux_module, hidden.apply_norm(), pairs)
 
-    def retrieve(
+    def add_retrieval_loss(
         self,
         output: MuxOutput,
         hidden: MixedStates,
@@ -299,32 +305,34 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         start = config.prefix_length or self.retrieval_start
         groups, length = hidden.states.shape[:2]
         if slots is None:
-            slots = draw_slots(groups, length, config.num_instances, start, ids.device)
+            slots = draw_retrieved_instances(
+                groups, length, config.num_instances, start, ids.device
+            )
         kept = None
         if not self.retrieves_padding and config.retrieval_percentage < 1:
             kept = torch.rand(slots.shape, device=ids.device) < config.retrieval_percentage
         padding = None if self.retrieves_padding else config.pad_token_id
-        targets = retrieval_targets(ids, slots, start=start, ignored_id=padding, kept=kept)
-        total, correct = self._retrieval_scores(hidden, slots, targets)
+        targets = select_retrieval_targets(ids, slots, start=start, ignored_id=padding, kept=kept)
+        total, correct = self._score_retrieval(hidden, slots, targets)
         count = (targets != IGNORED).sum()
         output["retrieval_loss"] = total / (count.clamp(min=1) if items is None else items)
         output["retrieval_correct"], output["retrieval_count"] = correct, count
 
-    def combined(self, task: Tensor | None, retrieval: Tensor | None) -> Tensor | None:
+    def combine_losses(self, task: Tensor | None, retrieval: Tensor | None) -> Tensor | None:
         """Loss: sum of both terms times their coefficients, without terms that are None."""
         terms = ((self.config.task_loss_coeff, task), (self.config.retrieval_loss_coeff, retrieval))
         weighted = [weight * term for weight, term in terms if term is not None]
         return sum(weighted[1:], weighted[0]) if weighted else None
 
-    def _retrieval_scores(
+    def _score_retrieval(
         self, hidden: MixedStates, slots: Tensor, targets: Tensor
     ) -> tuple[Tensor, Tensor]:
         chosen = targets != IGNORED
-        states = self.vocabulary_states(hidden, pairs_at(slots, chosen))
+        states = self.compute_vocabulary_states(hidden, build_retrieval_pairs(slots, chosen))
         decoder, labels = self.retrieval_head.decoder, targets[chosen]
-        return token_scores(states, decoder, labels, keep_logits=not self.training)[:2]
+        return score_tokens(states, decoder, labels, keep_logits=not self.training)[:2]
 
-    def _prepend(self, prefix: Tensor, tokens: Tensor) -> Tensor:
+    def _prepend_prefix(self, prefix: Tensor, tokens: Tensor) -> Tensor:
         if not self.pretraining:
             return torch.cat([prefix, tokens], 1)
         kept = tokens.shape[1] - prefix.shape[1]
@@ -334,11 +342,11 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
             )
         return torch.cat([prefix, tokens[:, :kept]], 1)
 
-    def _positions(self, fed: Fed) -> tuple[Tensor | None, Tensor | None]:
+    def _select_positions(self, fed: PreparedBatch) -> tuple[Tensor | None, Tensor | None]:
         """Position ids of the first and of the second embedding; None for consecutive ones."""
         return (fed.position_ids, None) if self.sees_segments else (None, fed.position_ids)
 
-    def _begins_with_all_columns(self, queries: int | None) -> bool:
+    def _first_block_takes_embeddings(self, queries: int | None) -> bool:
         """True if the first block takes the embeddings as they are, from every column."""
         backbone, layers = self.backbone, self.backbone.encoder.layer
         narrow = hasattr(backbone, "embeddings_project")
@@ -359,13 +367,13 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
             return multiplex(x, key, self.config.kernels)
         return multiplex_orthogonal(x, key.to(x.dtype))
 
-    def _encoder_mask(self, fed: Fed) -> Tensor | None:
+    def _encoder_mask(self, fed: PreparedBatch) -> Tensor | None:
         """Mask, bool [B, 1, 1, T], False where all instances are padding; None if unused."""
         if not self.config.mask_padding or fed.mask is None:
             return None
         mask = fed.mask != 0
         if length := self.config.prefix_length:
-            mask = self._prepend(mask.new_ones(len(mask), length), mask)
+            mask = self._prepend_prefix(mask.new_ones(len(mask), length), mask)
         by_group = mask.view(-1, self.config.num_instances, mask.shape[1])
         return by_group.any(1)[:, None, None, :]
 
@@ -376,12 +384,12 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise as BERT and draw the keys, from torch's global generator."""
-        draw_weights(module, self.config.initializer_range)
+        initialise_weights(module, self.config.initializer_range)
         if isinstance(module, SharedDemux):
             nn.init.normal_(module.demux_instance_embedding)
         elif isinstance(module, MuxPreTrainedModel):
             key = module.instance_embedding
-            if not was_loaded(key):
+            if not was_loaded_from_file(key):
                 config = module.config
                 drawn = draw_keys(
                     config.muxing_variant,

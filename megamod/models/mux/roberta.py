@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from megamod.models.mux.classifier import MuxSequenceClassifier, MuxTokenClassifier
 from megamod.models.mux.configuration import MuxRobertaConfig
 from megamod.models.mux.model import MuxPreTrainedModel
-from megamod.models.mux.types import Fed, MixedStates
+from megamod.models.mux.types import MixedStates, PreparedBatch
 from megamod.nn.demultiplexer import MlpDemux, PrefixDemultiplexer
-from megamod.nn.encoder import padding_aware_positions
-from megamod.nn.retrieval import IGNORED, MlpRetrievalHead, token_scores
+from megamod.nn.encoder import compute_padding_aware_positions
+from megamod.nn.retrieval import IGNORED, MlpRetrievalHead, score_tokens
 
 
 class PrefixSequenceHead(PrefixDemultiplexer):
@@ -76,16 +76,16 @@ class MuxRobertaPreTrainedModel(MuxPreTrainedModel):
     ) -> Tensor:
         if self.config.demuxing_variant == "index":
             return super().demultiplex(hidden, columns, pairs)
-        states = self.demultiplexer(hidden.normed()[:, columns])
+        states = self.demultiplexer(hidden.apply_norm()[:, columns])
         return states if pairs is None else states[pairs.group, pairs.instance, pairs.position]
 
-    def class_logits(self, states: Tensor) -> Tensor:
+    def compute_class_logits(self, states: Tensor) -> Tensor:
         return self.demultiplexer.classify(states)
 
-    def add_retrieval(self) -> None:
+    def add_retrieval_head(self) -> None:
         config = self.config
         if config.demuxing_variant == "index":
-            super().add_retrieval()
+            super().add_retrieval_head()
             return
         self.retrieval_head = MlpRetrievalHead(
             config.num_instances,
@@ -95,20 +95,20 @@ class MuxRobertaPreTrainedModel(MuxPreTrainedModel):
             config.hidden_dropout_prob,
         )
 
-    def _retrieval_scores(
+    def _score_retrieval(
         self, hidden: MixedStates, slots: Tensor, targets: Tensor
     ) -> tuple[Tensor, Tensor]:
         if self.config.demuxing_variant == "index":
-            return super()._retrieval_scores(hidden, slots, targets)
+            return super()._score_retrieval(hidden, slots, targets)
         chosen = targets != IGNORED
-        states = self.retrieval_head(hidden.normed(), slots)[chosen]
+        states = self.retrieval_head(hidden.apply_norm(), slots)[chosen]
         decoder, labels = self.retrieval_head.decoder, targets[chosen]
-        return token_scores(states, decoder, labels, keep_logits=not self.training)[:2]
+        return score_tokens(states, decoder, labels, keep_logits=not self.training)[:2]
 
-    def _positions(self, fed: Fed) -> tuple[Tensor | None, Tensor | None]:
+    def _select_positions(self, fed: PreparedBatch) -> tuple[Tensor | None, Tensor | None]:
         if fed.position_ids is not None:
             return fed.position_ids, None
-        return padding_aware_positions(fed.ids, self.config.pad_token_id), None
+        return compute_padding_aware_positions(fed.ids, self.config.pad_token_id), None
 
 
 class MuxRobertaForSequenceClassification(MuxRobertaPreTrainedModel, MuxSequenceClassifier):
@@ -121,7 +121,7 @@ class MuxRobertaForSequenceClassification(MuxRobertaPreTrainedModel, MuxSequence
         super().__init__(config)
         prefix = config.demuxing_variant == "index"
         self.demultiplexer = PrefixSequenceHead(config) if prefix else MlpHead(config)
-        self.add_retrieval_if_used()
+        self.add_retrieval_head_if_used()
         self.post_init()
 
 
@@ -132,5 +132,5 @@ class MuxRobertaForTokenClassification(MuxRobertaPreTrainedModel, MuxTokenClassi
         super().__init__(config)
         prefix = config.demuxing_variant == "index"
         self.demultiplexer = PrefixTokenHead(config) if prefix else MlpHead(config)
-        self.add_retrieval_if_used()
+        self.add_retrieval_head_if_used()
         self.post_init()

@@ -27,7 +27,7 @@ class MuxOutput(ModelOutput):
 
 
 @dataclass(frozen=True)
-class Fed:
+class PreparedBatch:
     """A batch of whole groups, with the prefix if the model has one.
 
     Attributes:
@@ -57,6 +57,6 @@ class MixedStates:
     states: Tensor
     norm: nn.LayerNorm | None = None
 
-    def normed(self) -> Tensor:
+    def apply_norm(self) -> Tensor:
         """States after the norm, [B, L, D]."""
         return self.states if self.norm is None else self.norm(self.states)

@@ -4,9 +4,10 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from megamod.args import Arguments, OptimArgs, RunArgs, option
+from megamod.args import OptimArgs, RunArgs
 from megamod.data.tasks.specs import METRICS
 from megamod.errors import UserError
+from megamod.flags import Arguments, option
 
 NAMED = {"CA-MTL-base": ("bert-base-cased", "base"), "CA-MTL-large": ("bert-large-cased", "large")}
 """Names in the release of CA-MTL: the encoder on the hub and the variant."""

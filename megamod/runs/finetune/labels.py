@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from transformers import PreTrainedConfig
 
-from megamod.data.tasks.specs import TaskSpec, some_of, speller
+from megamod.data.tasks.specs import TaskSpec, format_some_names, make_label_normaliser
 from megamod.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -20,7 +20,7 @@ def labels_of_model(config: PreTrainedConfig) -> tuple[str, ...]:
 
 def in_order_of(names: Sequence[str], labels: Sequence[str]) -> tuple[str, ...] | None:
     """The labels in the order of a model's names, which may differ in capitals; None: others."""
-    spelled = speller(labels)
+    spelled = make_label_normaliser(labels)
     ordered = tuple(spelled(name) or "" for name in names)
     return ordered if sorted(ordered) == sorted(labels) else None
 
@@ -32,32 +32,33 @@ def with_labels_of(config: PreTrainedConfig, spec: TaskSpec, *, trained: bool) -
         UserError: if the model is trained and has another set of labels.
     """
     names = labels_of_model(config)
-    if names and trained and not (spec.labels or spec.regression):
+    if names and trained and not (spec.labels or spec.is_regression):
         return replace(spec, labels=names)
     if names and spec.labels:
         ordered = in_order_of(names, spec.labels)
         if ordered is not None:
             return replace(spec, labels=ordered)
-    if not trained or not (spec.labels or spec.regression):
+    if not trained or not (spec.labels or spec.is_regression):
         return spec
-    count = 1 if spec.regression else len(spec.labels)
-    if config.num_labels != count or (names and not spec.regression):
+    count = 1 if spec.is_regression else len(spec.labels)
+    if config.num_labels != count or (names and not spec.is_regression):
         raise UserError(
-            f"the model answers {some_of(names) or f'{config.num_labels} labels'}, task "
-            f"{spec.name} has {some_of(spec.labels) or 'a number'}; train it first (--do_train)"
+            f"the model answers {format_some_names(names) or f'{config.num_labels} labels'}, task "
+            f"{spec.name} has {format_some_names(spec.labels) or 'a number'}; "
+            "train it first (--do_train)"
         )
     if any(label != str(number) for number, label in enumerate(spec.labels)):
         logger.warning(
             "the model calls its labels LABEL_0 to LABEL_%d: they are taken to be %s, in this "
             "order",
-            *(count - 1, some_of(spec.labels)),
+            *(count - 1, format_some_names(spec.labels)),
         )
     return spec
 
 
 def set_labels(config: PreTrainedConfig, spec: TaskSpec) -> None:
     """Write the labels of a task into the configuration of its model."""
-    if spec.regression:
+    if spec.is_regression:
         config.num_labels = 1
         config.problem_type = "regression"
     else:

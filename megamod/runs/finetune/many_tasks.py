@@ -14,17 +14,22 @@ import torch.distributed as dist
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-from megamod.args import origin_of
 from megamod.data.batches import StepShape
-from megamod.data.tasks.classification import Lengths
-from megamod.data.tasks.specs import GLUE, TaskSpec, some_of
+from megamod.data.tasks.classification import RowLengthLimits
+from megamod.data.tasks.specs import GLUE, TaskSpec, format_some_names
 from megamod.data.tasks.task_mixture import TaskMixture
 from megamod.errors import UserError
 from megamod.files import write_json
-from megamod.models.build import bert_config
+from megamod.flags import find_origin
+from megamod.models.build import make_bert_config
 from megamod.models.ca_mtl.configuration import CaMtlConfig
-from megamod.models.ca_mtl.model import CaMtlForMultiTask, OneTask, freeze, from_encoder
-from megamod.models.classifier_inputs import inputs_of
+from megamod.models.ca_mtl.model import (
+    CaMtlForMultiTask,
+    SingleTaskModel,
+    freeze_blocks,
+    load_from_encoder,
+)
+from megamod.models.classifier_inputs import list_input_fields
 from megamod.runs.finetune.args import ManyTasksArgs, TaskListArgs
 from megamod.runs.finetune.labels import in_order_of
 from megamod.runs.finetune.model import FinetuneModel
@@ -42,8 +47,8 @@ from megamod.runs.finetune.tasks import (
     read_rows,
     splits_to_read,
 )
-from megamod.train.objectives import MultiTask
-from megamod.train.selection import MostUncertain
+from megamod.train.objectives import MultiTaskObjective
+from megamod.train.selection import UncertaintySelector
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -57,7 +62,7 @@ class ManyTasksModel(FinetuneModel):
 
     Attributes:
         weights: folder or name whose weights start the run; None: new ones.
-        top: see `from_encoder`.
+        top: see `load_from_encoder`.
         stage, args: flags of the model, and of the rows of a step.
     """
 
@@ -76,7 +81,7 @@ class ManyTasksModel(FinetuneModel):
     @property
     def inputs(self) -> tuple[str, ...]:
         """Fields of a batch that the model takes."""
-        return inputs_of(self.config)
+        return list_input_fields(self.config)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -89,7 +94,7 @@ class ManyTasksModel(FinetuneModel):
             model = CaMtlForMultiTask(self.config).float()
             report = {"loaded": [], "new": [n for n, _ in model.named_parameters()], "unused": []}
         else:
-            model, report = from_encoder(self.weights, self.config, top=self.top)
+            model, report = load_from_encoder(self.weights, self.config, top=self.top)
         logger.info(
             "%s: %d tensors loaded, %d new, %d of it unused",
             self.weights or "no weights",
@@ -102,7 +107,7 @@ class ManyTasksModel(FinetuneModel):
             )
         frozen = self.stage.frozen_blocks()
         if frozen is not None:
-            freeze(model, *frozen, release=self.stage.freeze_compat == "release")
+            freeze_blocks(model, *frozen, release=self.stage.freeze_compat == "release")
         if folder is not None and dist.get_rank() == 0:
             write_json(folder / "start.json", {"weights": self.weights, **report})
         return model
@@ -110,8 +115,8 @@ class ManyTasksModel(FinetuneModel):
     def load(self, folder: Path) -> CaMtlForMultiTask:
         return CaMtlForMultiTask.from_pretrained(folder, dtype=torch.float32)
 
-    def classifiers(self, module: CaMtlForMultiTask) -> list[OneTask]:
-        return [OneTask(module, number) for number in range(len(self.tasks))]
+    def classifiers(self, module: CaMtlForMultiTask) -> list[SingleTaskModel]:
+        return [SingleTaskModel(module, number) for number in range(len(self.tasks))]
 
     def batches(self, shape: StepShape, seed: int) -> TaskMixture:
         return TaskMixture(
@@ -123,15 +128,15 @@ class ManyTasksModel(FinetuneModel):
         )
 
     def epoch(self, batches: TaskMixture) -> int:
-        return batches.epoch(self.args.percent_of_max_data_size)
+        return batches.compute_steps_per_epoch(self.args.percent_of_max_data_size)
 
-    def objective(self, device: torch.device) -> MultiTask:
-        return MultiTask(self.inputs, self.names, device, self.args.task_loss_reduction)
+    def objective(self, device: torch.device) -> MultiTaskObjective:
+        return MultiTaskObjective(self.inputs, self.names, device, self.args.task_loss_reduction)
 
-    def chooser(self, batches: TaskMixture, device: torch.device) -> MostUncertain | None:
+    def chooser(self, batches: TaskMixture, device: torch.device) -> UncertaintySelector | None:
         if self.args.mt_sampling != "uncertainty":
             return None
-        return MostUncertain(
+        return UncertaintySelector(
             batches,
             self.inputs,
             self.names,
@@ -169,7 +174,7 @@ def prepare(stage: ManyTasksArgs, args: TaskListArgs) -> ManyTasksModel:
             f"{config.num_hidden_layers - 1}"
         )
     longest = _longest(args, config.max_seq_length)
-    lengths = Lengths(longest, config.max_position_embeddings, args.truncate)
+    lengths = RowLengthLimits(longest, config.max_position_embeddings, args.truncate)
     return ManyTasksModel(
         tasks=tuple(
             encode_rows(spec, sets, tokenizer, lengths, args.cache_dir) for spec, sets in rows
@@ -236,8 +241,8 @@ def _labels_of(config: CaMtlConfig, spec: TaskSpec) -> tuple[str, ...]:
     ordered = in_order_of(labels, spec.labels)
     if ordered is None:
         raise UserError(
-            f"task {spec.name} has the labels {some_of(spec.labels)}, the model answers "
-            f"{some_of(labels)}"
+            f"task {spec.name} has the labels {format_some_names(spec.labels)}, the model answers "
+            f"{format_some_names(labels)}"
         )
     return ordered
 
@@ -254,9 +259,9 @@ def _new_config(
     vocab_size: int,
 ) -> CaMtlConfig:
     """CA-MTL around an encoder."""
-    source = source or bert_config(stage.config_name, vocab_size)
+    source = source or make_bert_config(stage.config_name, vocab_size)
     try:
-        return CaMtlConfig.around(
+        return CaMtlConfig.make_from_encoder(
             source,
             variant=stage.variant or "base",
             tasks=[spec.name for spec in specs],
@@ -274,6 +279,6 @@ def _longest(args: TaskListArgs, most: int) -> int:
     Raises:
         UserError: if it is given and larger.
     """
-    if args.max_seq_length > most and origin_of(args, "max_seq_length") != "default":
+    if args.max_seq_length > most and find_origin(args, "max_seq_length") != "default":
         raise UserError(f"--max_seq_length {args.max_seq_length}: the model takes {most} tokens")
     return min(args.max_seq_length, most)

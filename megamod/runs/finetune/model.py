@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 
 from megamod.data.batches import StepBatches, StepShape
 from megamod.runs.finetune.tasks import FinetuneTask
-from megamod.train.loop import Choose
+from megamod.train.loop import SelectBatches
 from megamod.train.objectives import Objective
 
 if TYPE_CHECKING:
@@ -72,6 +72,6 @@ class FinetuneModel(Protocol):
         """The loss of a batch."""
         ...
 
-    def chooser(self, batches: StepBatches, device: torch.device) -> Choose | None:
+    def chooser(self, batches: StepBatches, device: torch.device) -> SelectBatches | None:
         """Selection among the rows of a step; None: all are trained on."""
         ...

@@ -12,15 +12,19 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from megamod.convert.sources import has_head
+from megamod.convert.sources import has_auto_class
 from megamod.data.batches import StepShape
 from megamod.data.tasks.classification import TrainRows
-from megamod.data.tasks.specs import TaskSpec, task_of, token_task
-from megamod.data.tasks.task_file import read_spec
+from megamod.data.tasks.specs import TaskSpec, find_text_task, make_token_task
+from megamod.data.tasks.task_file import read_task_spec
 from megamod.errors import UserError
-from megamod.models.build import bert_config
-from megamod.models.classifier_inputs import inputs_of, mixes_padding, room_of
-from megamod.models.pretrained import check_complete, load_pretrained
+from megamod.models.build import make_bert_config
+from megamod.models.classifier_inputs import (
+    compute_max_row_tokens,
+    list_input_fields,
+    needs_fixed_length,
+)
+from megamod.models.pretrained import check_all_weights_loaded, load_pretrained
 from megamod.runs.finetune.args import OneTaskArgs, TaskArgs, WordArgs
 from megamod.runs.finetune.labels import set_labels
 from megamod.runs.finetune.model import FinetuneModel
@@ -30,7 +34,7 @@ from megamod.runs.finetune.source import (
     tokenizer_of,
 )
 from megamod.runs.finetune.tasks import FinetuneTask, open_task, splits_to_read
-from megamod.train.objectives import Classify
+from megamod.train.objectives import ClassificationObjective
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -88,8 +92,10 @@ class OneTaskModel(FinetuneModel):
     def epoch(self, batches: TrainRows) -> float:
         return len(batches.encoded) / batches.shape.global_batch
 
-    def objective(self, device: torch.device) -> Classify:
-        return Classify(self.inputs, device, self.task.spec.regression, self.retrieved)
+    def objective(self, device: torch.device) -> ClassificationObjective:
+        return ClassificationObjective(
+            self.inputs, device, self.task.spec.is_regression, self.retrieved
+        )
 
     def chooser(self, batches: TrainRows, device: torch.device) -> None:
         return None
@@ -106,11 +112,13 @@ def prepare(stage: OneTaskArgs, args: TaskArgs, words: WordArgs | None = None) -
     spec = _spec(args, words)
     splits = splits_to_read(spec, stage, args.predict_split)
     config, weights = config_of(
-        stage, lambda kind: has_head(head_class(spec), kind), f"a model with a head for {spec.name}"
+        stage,
+        lambda kind: has_auto_class(head_class(spec), kind),
+        f"a model with a head for {spec.name}",
     )
     tokenizer = tokenizer_of(config, stage.model or stage.config_name, stage.tokenizer_name)
     if config is None:
-        config = bert_config(
+        config = make_bert_config(
             stage.config_name,
             len(tokenizer),
             num_instances=stage.num_instances,
@@ -137,17 +145,17 @@ def prepare(stage: OneTaskArgs, args: TaskArgs, words: WordArgs | None = None) -
     set_dropout(config, stage.dropout)
     is_fixed = args.pad_to_max_length
     if is_fixed is None:
-        is_fixed = mixes_padding(config)
+        is_fixed = needs_fixed_length(config)
     return OneTaskModel(
         task=replace(task, spec=spec),
         config=config,
         tokenizer=tokenizer,
         weights=weights,
         trained=not stage.do_train,
-        inputs=inputs_of(config),
+        inputs=list_input_fields(config),
         instances=instances,
         retrieved=stage.retrieval_percentage / instances if stage.retrieval_loss_coeff else 0.0,
-        pad_to=min(args.max_seq_length, room_of(config)) if is_fixed else None,
+        pad_to=min(args.max_seq_length, compute_max_row_tokens(config)) if is_fixed else None,
         ensemble=stage.ensemble,
     )
 
@@ -169,20 +177,20 @@ def _load(kind: type, source: str, complete: bool, **options: object) -> nn.Modu
         kind, source, "--model", ignore_mismatched_sizes=True, **options
     )
     if complete:
-        check_complete(report, f"--model {source}")
+        check_all_weights_loaded(report, f"--model {source}")
     return model
 
 
 def _spec(args: TaskArgs, words: WordArgs | None) -> TaskSpec:
     """The task that the flags name."""
     if args.task_spec is not None:
-        spec = read_spec(args.task_spec)
+        spec = read_task_spec(args.task_spec)
     elif args.task is None:
         raise UserError("--task is missing: name of the task; --task_spec FILE describes another")
     elif words is not None:
-        spec = token_task(args.task, words.word_column, words.label_column)
+        spec = make_token_task(args.task, words.word_column, words.label_column)
     else:
-        spec = task_of(args.task)
+        spec = find_text_task(args.task)
     if (spec.kind == "token") != (words is not None):
         raise UserError(
             f"task {spec.name} is of kind {spec.kind}: "

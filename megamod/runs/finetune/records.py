@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from megamod.data.tasks.specs import GLUE, describe
+from megamod.data.tasks.specs import GLUE, describe_task
 from megamod.evaluation.glue import Scores, glue_average, task_score
 from megamod.runs.finetune.model import FinetuneModel
 from megamod.train.export import Card
@@ -96,11 +96,11 @@ def facts(model: FinetuneModel) -> Record:
         for task in model.tasks
     }
     if model.several:
-        tasks = [describe(task.spec) for task in model.tasks]
+        tasks = [describe_task(task.spec) for task in model.tasks]
         return {"tasks": tasks, "variant": model.config.variant, "rows": rows, "cut_rows": cut}
     spec = model.tasks[0].spec
     return {
-        "task": describe(spec),
+        "task": describe_task(spec),
         "num_instances": model.instances,
         "rows": rows[spec.name],
         "cut_rows": cut[spec.name],

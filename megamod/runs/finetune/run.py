@@ -16,16 +16,16 @@ import torch.distributed as dist
 from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
-from megamod.args import Arguments, RunArgs, origin_of
-from megamod.data.batches import check_instances
-from megamod.dist.process import init_process, started_rank, started_world_size
+from megamod.args import RunArgs
+from megamod.data.batches import check_fills_instance_groups
+from megamod.dist.process import join_process_group, read_launcher_rank, read_launcher_world_size
 from megamod.dist.scope import Sharing
 from megamod.dist.topology import DomainTopology
 from megamod.evaluation.glue import mean_and_deviation, score_table
 from megamod.evaluation.plots import plot_task_shares
 from megamod.evaluation.predict import Predictor
 from megamod.files import write_json
-from megamod.flags import change
+from megamod.flags import Arguments, find_origin, set_values
 from megamod.runs.finetune.args import StageArgs
 from megamod.runs.finetune.best import Best
 from megamod.runs.finetune.model import FinetuneModel
@@ -44,8 +44,8 @@ from megamod.runs.finetune.records import (
 )
 from megamod.runs.finetune.scores import predict_splits, predictors_of, score_splits
 from megamod.runs.training import Recipe, Running, execute
-from megamod.train.deepspeed_settings import settle
-from megamod.train.export import publish
+from megamod.train.deepspeed_settings import resolve_settings
+from megamod.train.export import publish_model
 
 RESULTS = "results.json"
 SHARES = "task_shares.png"
@@ -68,7 +68,7 @@ def finetune(model: FinetuneModel, parsed: Sequence[Arguments]) -> None:
         if records is None:
             return
     else:
-        device = init_process(safety.dist_timeout)
+        device = join_process_group(safety.dist_timeout)
         predictors = predictors_of(model, model.make(run.seed).to(device), device)
         record: Record = {}
         if stage.do_eval:
@@ -80,7 +80,7 @@ def finetune(model: FinetuneModel, parsed: Sequence[Arguments]) -> None:
             )
             record |= predictions_record(model, scores)
         records = {run.seed: record}
-    if started_rank() == 0:
+    if read_launcher_rank() == 0:
         print(_report(model, records, output, stage))
 
 
@@ -96,8 +96,8 @@ def _train_with_seeds(
     for seed in map(int, seeds or [run.seed]):
         folder = Path(run.output_dir) / f"seed-{seed}" if seeds else Path(run.output_dir)
         arguments = copy.deepcopy(tuple(parsed))
-        change(arguments[0], {"seed": seed, "output_dir": str(folder)}, "--seeds")
-        change(arguments[3], {"seeds": None}, "--seeds")
+        set_values(arguments[0], {"seed": seed, "output_dir": str(folder)}, "--seeds")
+        set_values(arguments[3], {"seeds": None}, "--seeds")
         record = _train(model, arguments, folder)
         if record is None:
             return None
@@ -109,9 +109,9 @@ def _train(model: FinetuneModel, parsed: Sequence[Arguments], folder: Path) -> R
     """The record of one run; None if only the groups were asked for."""
     run, safety, optim, stage, args = parsed[:5]
     names = tuple(task.spec.name for task in model.tasks)
-    topology = DomainTopology(started_world_size(), names, Sharing.DENSE)
-    settled = settle(run, optim, safety, topology, model.config.hidden_size)
-    batches = model.batches(settled.shape(started_rank()), run.seed)
+    topology = DomainTopology(read_launcher_world_size(), names, Sharing.DENSE)
+    settled = resolve_settings(run, optim, safety, topology, model.config.hidden_size)
+    batches = model.batches(settled.make_step_shape(read_launcher_rank()), run.seed)
     _set_steps(run, stage, model.epoch(batches))
     best = Best(folder, partial(value_of, model))
 
@@ -169,16 +169,18 @@ def _set_batch_sizes(run: RunArgs, model: FinetuneModel) -> None:
         UserError: if a batch of evaluation does not fill its groups.
     """
     for flag in ("per_device_train_batch_size", "per_device_eval_batch_size"):
-        if origin_of(run, flag) == "default" and not model.several:
-            change(run, {flag: 32 * model.instances}, "32 x --num_instances")
-    check_instances("--per_device_eval_batch_size", run.per_device_eval_batch_size, model.instances)
+        if find_origin(run, flag) == "default" and not model.several:
+            set_values(run, {flag: 32 * model.instances}, "32 x --num_instances")
+    check_fills_instance_groups(
+        "--per_device_eval_batch_size", run.per_device_eval_batch_size, model.instances
+    )
 
 
 def _set_steps(run: RunArgs, stage: StageArgs, epoch: float) -> None:
     """Set --max_steps to --num_train_epochs of `epoch` steps, unless it was given."""
-    if origin_of(run, "max_steps") == "default":
+    if find_origin(run, "max_steps") == "default":
         steps = math.ceil(stage.num_train_epochs * epoch - 1e-9)
-        change(run, {"max_steps": steps}, f"--num_train_epochs {stage.num_train_epochs:g}")
+        set_values(run, {"max_steps": steps}, f"--num_train_epochs {stage.num_train_epochs:g}")
 
 
 class _Evaluate:
@@ -198,12 +200,12 @@ class _Evaluate:
                     if isinstance(value, float):
                         by_name.setdefault((split, name), {})[task] = value
         for (split, name), values in by_name.items():
-            self.running.monitor.evaluated(step, values, split, kind=name)
+            self.running.monitor.log_scores(step, values, split, kind=name)
         if self.model.several:
             average = {AVERAGE: evaluation["score"]}
-            self.running.monitor.evaluated(step, average, "dev", kind="score")
+            self.running.monitor.log_scores(step, average, "dev", kind="score")
         if self.best.add(evaluation):
-            publish(self.running.export, self.running.output / "model")
+            publish_model(self.running.export, self.running.output / "model")
         if dist.get_rank() == 0:
             self.best.save()
 

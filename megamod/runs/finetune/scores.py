@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import nn
 
 from megamod.args import RunArgs
-from megamod.data.tasks.classification import held_out_rows
-from megamod.dist.process import all_reduce
+from megamod.data.tasks.classification import iterate_held_out_rows
+from megamod.dist.process import sum_over_ranks
 from megamod.evaluation.glue import (
     Scores,
     accuracy_by_slot,
@@ -35,7 +35,7 @@ from megamod.runs.finetune.tasks import FinetuneTask
 
 def predictors_of(model: FinetuneModel, module: nn.Module, device: torch.device) -> list[Predictor]:
     """A predictor for each task, its rows divided among all ranks."""
-    ranks = dist.get_rank(), dist.get_world_size(), all_reduce
+    ranks = dist.get_rank(), dist.get_world_size(), sum_over_ranks
     return [
         Predictor(classifier, model.inputs, device, *ranks)
         for classifier in model.classifiers(module)
@@ -47,7 +47,7 @@ def score_splits(model: FinetuneModel, predictors: Sequence[Predictor], run: Run
     return {
         task.spec.name: {
             split: score_split(model, task, split, predictor, run)[0]
-            for split in task.splits("dev")
+            for split in task.list_splits("dev")
         }
         for task, predictor in zip(model.tasks, predictors, strict=True)
     }
@@ -59,7 +59,7 @@ def score_split(
     """Scores (None if the labels are hidden), and logits of rows or labels of words."""
     spec, rows, encoded = task.spec, task.sets[split], task.encoded[split]
     batches = list(
-        held_out_rows(
+        iterate_held_out_rows(
             encoded,
             run.per_device_eval_batch_size,
             model.instances,
@@ -69,11 +69,11 @@ def score_split(
         )
     )
     answers = predictor(encoded, batches)
-    if encoded.per_token:
+    if encoded.has_token_labels:
         answers = labels_of_words(encoded, answers, spec.labels)
     if rows.labels is None:
         return None, answers
-    if encoded.per_token:
+    if encoded.has_token_labels:
         scores = score_words(spec, rows.labels, answers)
         by_slot = partial(word_accuracy_by_slot, rows.labels, answers)
         if "f1" in spec.metrics:
@@ -82,7 +82,7 @@ def score_split(
     else:
         scores = score_texts(spec, answers, rows.labels)
         by_slot = partial(accuracy_by_slot, answers_of(spec, answers), rows.labels)
-    if model.instances > 1 and not (spec.regression or model.ensemble):
+    if model.instances > 1 and not (spec.is_regression or model.ensemble):
         scores["accuracy_by_slot"] = by_slot(model.instances)
     return scores, answers
 
@@ -103,7 +103,7 @@ def predict_splits(
     scored: dict[str, dict[str, Scores]] = {}
     for task, predictor in zip(model.tasks, predictors, strict=True):
         scored[task.spec.name] = {}
-        for split in task.splits(kind):
+        for split in task.list_splits(kind):
             scores, answers = score_split(model, task, split, predictor, run)
             if scores is not None:
                 scored[task.spec.name][split] = scores

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from transformers import PreTrainedConfig
 
-from megamod.convert.sources import has_weights, open_source
+from megamod.convert.sources import has_weights, resolve_model
 from megamod.data.corpus.tokenizers import load_tokenizer
 from megamod.errors import UserError
 from megamod.models.presets import PRESETS
@@ -24,7 +24,7 @@ def config_of(
     """Configuration and where the weights are; None for a size that waits for the vocabulary.
 
     Args:
-        accepts, needed: see `open_source`.
+        accepts, needed: see `resolve_model`.
     Raises:
         UserError: if the model is missing, of another kind, or without weights and not trained.
     """
@@ -42,7 +42,7 @@ def config_of(
     if stage.model is None and not Path(named).exists() and "/" not in named:
         sizes = ", ".join(PRESETS["bert"])
         raise UserError(f"--config_name {named}: is no folder and none of {sizes}")
-    source = open_source(named, flag, accepts, needed)
+    source = resolve_model(named, flag, accepts, needed)
     if stage.model is None:
         return source.config, None
     if has_weights(source.name):

@@ -15,7 +15,7 @@ from torch import nn
 
 from megamod.args import OptimArgs, RunArgs, SafetyArgs
 from megamod.data.lm.pretraining import LmData
-from megamod.dist.process import check_peers, gather_text, init_process
+from megamod.dist.process import check_peers, gather_texts, join_process_group
 from megamod.dist.scope import Sharing
 from megamod.dist.topology import DomainTopology
 from megamod.errors import UserError
@@ -23,7 +23,7 @@ from megamod.evaluation.perplexity import own_scores
 from megamod.evaluation.plots import read_metrics
 from megamod.evaluation.report import write_report
 from megamod.files import sha256, sync_folder, write_json
-from megamod.models.lm.flops import flops_per_token
+from megamod.models.lm.flops import compute_flops_per_token
 from megamod.runs.pretrain.adapt_args import AdaptArgs
 from megamod.runs.pretrain.adapt_start import (
     RECORD,
@@ -41,10 +41,10 @@ from megamod.runs.pretrain.causal_lm import evaluate_own, evaluation
 from megamod.runs.training import Recipe, Running, execute
 from megamod.states.checkpoint_folder import TrainState
 from megamod.states.forest import FILE, Expert, Forest, Parent, edit_forest
-from megamod.states.grow import grow
+from megamod.states.grow import add_expert
 from megamod.states.weights import read_weights
 from megamod.train.export import Card, ModelExport
-from megamod.train.objectives import CausalLM
+from megamod.train.objectives import CausalLMObjective
 
 
 def adapt(run: RunArgs, safety: SafetyArgs, optim: OptimArgs, args: AdaptArgs) -> None:
@@ -66,7 +66,7 @@ def adapt(run: RunArgs, safety: SafetyArgs, optim: OptimArgs, args: AdaptArgs) -
         print(f"{forest.path} has the expert {args.domain} of this run already: {existing.path}")
         return
     data = open_data(args, forest)
-    device = init_process(safety.dist_timeout)
+    device = join_process_group(safety.dist_timeout)
     batch_size = run.per_device_eval_batch_size
     start = choose(
         forest,
@@ -111,7 +111,7 @@ def _recipe(
 ) -> Recipe:
     output, rank = Path(run.output_dir), dist.get_rank()
     config = config_of(start.expert, args)
-    digest = gather_text(digest_of(start.expert) if rank == 0 else "")[0]
+    digest = gather_texts(digest_of(start.expert) if rank == 0 else "")[0]
 
     def make_model() -> nn.Module:
         if rank == 0:
@@ -135,13 +135,13 @@ def _recipe(
         card=_card(args, start, data.digest),
         groups=data.domains,
         unit="tokens",
-        make_batches=lambda shape: data.train_batches(
+        make_batches=lambda shape: data.build_train_batches(
             shape, sampler="balanced", alpha=1.0, seed=run.seed
         ),
         make_model=make_model,
-        make_objective=lambda device: CausalLM(data.domains, device, choose=False),
+        make_objective=lambda device: CausalLMObjective(data.domains, device, choose=False),
         make_evaluate=make_evaluate,
-        flops_per_token=lambda module: flops_per_token(config, module, data.block_size),
+        flops_per_token=lambda module: compute_flops_per_token(config, module, data.block_size),
         # The digest identifies the start, wherever its files are and however it was selected.
         settings={"start weights": digest, "start": start.expert.domain}
         | dict.fromkeys(("forest", "model", "prior", "prior_sequences")),
@@ -162,7 +162,7 @@ def write_grown(expert: Expert, domain: str, export: ModelExport, folder: Path) 
     export(dense)
     check_peers()
     if dist.get_rank() == 0:
-        grow(expert.path, folder, domain, expert.member, read_weights(dense))
+        add_expert(expert.path, folder, domain, expert.member, read_weights(dense))
         for file in dense.iterdir():
             # Model card, recipe and tokenizer. Weights and configuration come from `grow`.
             if not (folder / file.name).exists() and file.suffix != ".safetensors":

@@ -4,9 +4,9 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from megamod.args import Arguments, OptimArgs, option
+from megamod.args import OptimArgs
 from megamod.errors import UserError
-from megamod.flags import refuse_changes
+from megamod.flags import Arguments, option, refuse_changes
 
 
 @dataclass

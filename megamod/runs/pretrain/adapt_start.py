@@ -13,29 +13,29 @@ import torch.distributed as dist
 
 from megamod.data.lm.databin import DataBin
 from megamod.data.lm.pretraining import LmData
-from megamod.dist.scope import dense_name, domain_of_name
+from megamod.dist.scope import parse_expert_domain, to_dense_name
 from megamod.errors import UserError
 from megamod.evaluation.ensemble import Protocol, estimate_priors
 from megamod.evaluation.expert_scores import Experts, OneByOne, Together
 from megamod.evaluation.saved import HeldOut, check_tokenizer
 from megamod.flags import refuse_changes
 from megamod.mixture.prior import read_prior
-from megamod.models.auto import check_data, check_host
+from megamod.models.auto import check_host_family, check_vocabulary_fits
 from megamod.models.lm.configuration import (
     SEQUENCE,
     DemixConfig,
     LmConfig,
-    default_sequence,
-    domains_of,
-    longest_sequence,
-    part_config,
+    get_default_sequence_length,
+    get_domains,
+    get_max_sequence_length,
+    get_untie,
+    make_part_config,
     read_lm_config,
-    untie_of,
 )
-from megamod.models.lm.feed_forward import feed_forward_names
-from megamod.models.lm.load import LanguageModel, lm_class
+from megamod.models.lm.feed_forward import list_feed_forward_names
+from megamod.models.lm.load import LanguageModel, select_lm_class
 from megamod.runs.pretrain.adapt_args import AdaptArgs
-from megamod.states.dense import dense_config
+from megamod.states.dense import make_dense_config
 from megamod.states.forest import Expert, Forest, open_forest
 from megamod.states.stream import ModelFolder
 
@@ -65,7 +65,7 @@ def candidates(args: AdaptArgs) -> Forest:
         forest = open_forest(Path(args.forest))
     else:
         folder = Path(args.model).absolute()
-        if untie_of(read_lm_config(folder, "--model")) != "none":
+        if get_untie(read_lm_config(folder, "--model")) != "none":
             raise UserError(f"--model {args.model} has experts: give it as --forest")
         forest = Forest(folder, (Expert(domain="dense", path=folder),))
     if len(forest.experts) == 1:
@@ -97,7 +97,7 @@ def open_data(args: AdaptArgs, forest: Forest) -> LmData:
     for path, config in configs.items():
         check_tokenizer(path, databin, flag)
         if config.model_type != DemixConfig.model_type:
-            check_data(f"{flag} {path}", config, databin.vocab_size, databin.special_ids)
+            check_vocabulary_fits(f"{flag} {path}", config, databin.vocab_size, databin.special_ids)
             continue
         for field in ("vocab_size", "pad_token_id", "eos_token_id"):
             if getattr(config, field) != expected[field]:
@@ -105,16 +105,16 @@ def open_data(args: AdaptArgs, forest: Forest) -> LmData:
                     f"{flag}: {path} has {field} {getattr(config, field)}, --data {args.data} has "
                     f"{expected[field]}: their vocabularies differ"
                 )
-    limits = [limit for config in configs.values() if (limit := longest_sequence(config))]
+    limits = [limit for config in configs.values() if (limit := get_max_sequence_length(config))]
     positions = min(limits, default=SEQUENCE)
     if limits and args.max_seq_length is not None and args.max_seq_length > positions:
         raise UserError(
             f"--max_seq_length {args.max_seq_length}: the experts have {positions} positions"
         )
-    block_size = args.max_seq_length or min(map(default_sequence, configs.values()))
+    block_size = args.max_seq_length or min(map(get_default_sequence_length, configs.values()))
     data = LmData(args.data, domains=[args.domain], block_size=block_size, domain_token=False)
     for split in dict.fromkeys(("train", "valid", args.eval_split)):
-        data.open_split(split)
+        data.open_splits(split)
     return data
 
 
@@ -158,7 +158,7 @@ def estimate(
     protocol = Protocol(prior_sequences=sequences)
     # Whole batches of the protocol, so that ranks mix the same ones as one process.
     rows = -(-batch_size // protocol.batch) * protocol.batch
-    domain, path = data.domains[0], str(data.bin.path)
+    domain, path = data.domains[0], str(data.databin.path)
     held_out = HeldOut(path, [domain], "valid", data.block_size, rows, "false", False)
     experts = Experts(forest, held_out, device)
     source = Together(experts) if dist.get_world_size() > 1 else OneByOne(experts)
@@ -172,12 +172,12 @@ def config_of(expert: Expert, args: AdaptArgs) -> LmConfig:
         UserError: if the new name is invalid or taken, or nothing would be trained.
     """
     saved = read_lm_config(expert.path)
-    if expert.member is not None and args.domain in domains_of(saved):
+    if expert.member is not None and args.domain in get_domains(saved):
         raise UserError(f"--domain {args.domain}: {expert.path} has an expert of that name already")
     if saved.model_type != DemixConfig.model_type:
         if args.method == "feedforward":
-            check_host(f"--method feedforward: {expert.path}", saved)
-        config = part_config(dense_config(saved.to_dict()))
+            check_host_family(f"--method feedforward: {expert.path}", saved)
+        config = make_part_config(make_dense_config(saved.to_dict()))
         config._attn_implementation = args.attn_implementation
         return config
     fields = saved.to_dict()
@@ -199,7 +199,7 @@ def build(expert: Expert, config: DemixConfig, method: str) -> LanguageModel:
     Raises:
         UserError: if its weights do not fit its configuration.
     """
-    model = lm_class(config)(config)
+    model = select_lm_class(config)(config)
     with ModelFolder(expert.path, expert.member) as folder:
         for name, parameter in model.named_parameters():
             spec = folder.tensors.get(name)
@@ -213,7 +213,7 @@ def build(expert: Expert, config: DemixConfig, method: str) -> LanguageModel:
     model.tie_weights()
     if method == "feedforward":
         owned = _owned_names(expert)
-        inside = feed_forward_names(model)
+        inside = list_feed_forward_names(model)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in inside and (owned is None or name in owned))
     return model
@@ -232,7 +232,7 @@ def record(forest: Forest, start: Start, digest: str) -> dict[str, object]:
 
 def digest_of(expert: Expert) -> str:
     """SHA-256 of the weight files that an expert is read from."""
-    return ModelFolder(expert.path, expert.member).digest()
+    return ModelFolder(expert.path, expert.member).compute_digest()
 
 
 def _recorded(path: Path, forest: Forest) -> Start | None:
@@ -254,4 +254,4 @@ def _owned_names(expert: Expert) -> set[str] | None:
     if expert.member is None:
         return None
     names = ModelFolder(expert.path).tensors
-    return {dense_name(name) for name in names if domain_of_name(name) == expert.member}
+    return {to_dense_name(name) for name in names if parse_expert_domain(name) == expert.member}

@@ -10,21 +10,26 @@ import torch.distributed as dist
 from megamod.args import DataArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs
 from megamod.data.corpus.tokenizers import load_tokenizer
 from megamod.data.lm.pretraining import LmData
-from megamod.dist.process import all_reduce, started_rank, started_world_size
-from megamod.dist.scope import Sharing, sharing_of
+from megamod.dist.process import read_launcher_rank, read_launcher_world_size, sum_over_ranks
+from megamod.dist.scope import Sharing, parse_sharing
 from megamod.dist.topology import DomainTopology
 from megamod.errors import UserError
 from megamod.evaluation.perplexity import DENSE, DomainEvaluation, own_scores
 from megamod.evaluation.report import write_report
-from megamod.models.auto import check_documents, lm_config, model_folder, start_folder
-from megamod.models.lm.configuration import HOST_TYPE, DemixConfig, LmConfig, domains_of, untie_of
-from megamod.models.lm.flops import flops_per_token
+from megamod.models.auto import (
+    check_document_masking,
+    find_start_folder,
+    make_lm_config,
+    resolve_model_folder,
+)
+from megamod.models.lm.configuration import HOST_TYPE, DemixConfig, LmConfig, get_domains, get_untie
+from megamod.models.lm.flops import compute_flops_per_token
 from megamod.models.lm.load import LanguageModel, build_lm
 from megamod.models.presets import SHAPE
 from megamod.runs.training import Recipe, Running, execute
-from megamod.states.tokenizer_files import tokenizer_files
+from megamod.states.tokenizer_files import list_tokenizer_files
 from megamod.train.export import Card
-from megamod.train.objectives import CausalLM
+from megamod.train.objectives import CausalLMObjective
 
 logger = logging.getLogger(__name__)
 
@@ -43,11 +48,11 @@ def pretrain(
         block_size=data_args.max_seq_length,
         domain_token=data_args.domain_token,
     )
-    sharing = sharing_of(model.untie)
-    topology = DomainTopology(started_world_size(), data.domains, sharing)
-    rank, apart = started_rank(), sharing is not Sharing.DENSE
-    held = topology.domains_of(rank)
-    config = lm_config(
+    sharing = parse_sharing(model.untie)
+    topology = DomainTopology(read_launcher_world_size(), data.domains, sharing)
+    rank, apart = read_launcher_rank(), sharing is not Sharing.DENSE
+    held = topology.get_rank_domains(rank)
+    config = make_lm_config(
         model.model,
         vocab_size=data.vocab_size,
         special_ids=data.special_ids,
@@ -57,14 +62,14 @@ def pretrain(
         attn_implementation=model.attn_implementation,
         overrides={name: getattr(model, name) for name in SHAPE},
     )
-    start = start_folder(model.model, model.init_from, model.from_scratch, config)
+    start = find_start_folder(model.model, model.init_from, model.from_scratch, config)
     stock = stock_files(model.model, config, data)
     log_start(model, start, config)
     if data_args.mask_documents:
-        check_documents(config)
+        check_document_masking(config)
     choose, split = sharing is Sharing.DEMIX, data_args.eval_split
     for name in dict.fromkeys(("train", split)):
-        data.open_split(name)
+        data.open_splits(name)
 
     def make_model() -> LanguageModel:
         network = build_lm(
@@ -87,19 +92,23 @@ def pretrain(
         card=card(config, sharing, data.digest),
         groups=data.domains,
         unit="tokens",
-        make_batches=lambda shape: data.train_batches(
-            replace(shape, rank=topology.group_rank(rank), ranks=len(topology.ranks_of(held[0]))),
+        make_batches=lambda shape: data.build_train_batches(
+            replace(
+                shape,
+                rank=topology.get_rank_in_group(rank),
+                ranks=len(topology.get_domain_ranks(held[0])),
+            ),
             sampler=data_args.sampler,
             alpha=data_args.alpha,
             seed=run.seed,
             held=held if apart else None,
         ),
         make_model=make_model,
-        make_objective=lambda device: CausalLM(data.domains, device, choose),
+        make_objective=lambda device: CausalLMObjective(data.domains, device, choose),
         make_evaluate=lambda running: partial(
             evaluate_own, evaluation(running, data, topology, run, split), running, split
         ),
-        flops_per_token=lambda module: flops_per_token(config, module, data.block_size),
+        flops_per_token=lambda module: compute_flops_per_token(config, module, data.block_size),
     )
     done = execute(
         recipe,
@@ -122,22 +131,23 @@ def stock_files(model: str, config: LmConfig, data: LmData) -> list[Path]:
     Raises:
         UserError: if the data were made with another tokenizer than the model's.
     """
-    folder = model_folder(model)
+    folder = resolve_model_folder(model)
     if folder is None or config.model_type == DemixConfig.model_type:
         return []
-    words, settings = tokenizer_files(folder), folder / "generation_config.json"
+    words, settings = list_tokenizer_files(folder), folder / "generation_config.json"
     files = [*words, *([settings] if settings.is_file() else [])]
     if not words:
         logger.warning(
             "--model %s holds no tokenizer, so nothing says that it reads the ids of %s",
             model,
-            data.bin.path,
+            data.databin.path,
         )
         return [*files, *(sorted(data.tokenizer_folder.iterdir()) if data.tokenizer_folder else ())]
-    theirs = data.bin.tokenizer_digest
+    theirs = data.databin.tokenizer_digest
     if theirs is not None and load_tokenizer(folder).digest != theirs:
         raise UserError(
-            f"--data {data.bin.path} was made with another tokenizer than that of --model {model}: "
+            f"--data {data.databin.path} was made with another tokenizer than that of "
+            f"--model {model}: "
             f"make it with launchers/preprocess.py --tokenizer {model}"
         )
     return files
@@ -163,38 +173,38 @@ def evaluation(
 ) -> DomainEvaluation:
     """Perplexity of the run's experts on a split."""
     rank, apart = dist.get_rank(), topology.sharing is not Sharing.DENSE
-    held = topology.domains_of(rank)
+    held = topology.get_rank_domains(rank)
     return DomainEvaluation(
         model=running.engine.module,
         experts=topology.domains if apart else (DENSE,),
         held=held if apart else (DENSE,),
         choose=topology.sharing is Sharing.DEMIX,
         domains=data.domains,
-        batches=lambda domain: data.eval_batches(
+        batches=lambda domain: data.iterate_eval_batches(
             domain, split, run.per_device_eval_batch_size, run.eval_batches
         ),
-        bytes_of=lambda domain: 0 if run.eval_batches else data.bytes_of(domain, split),
-        part=topology.group_rank(rank),
-        parts=len(topology.ranks_of(held[0])),
+        bytes_of=lambda domain: 0 if run.eval_batches else data.count_text_bytes(domain, split),
+        part=topology.get_rank_in_group(rank),
+        parts=len(topology.get_domain_ranks(held[0])),
         device=running.device,
-        reduce=all_reduce,
+        reduce=sum_over_ranks,
     )
 
 
 def evaluate_own(evaluate: DomainEvaluation, running: Running, split: str, step: int) -> None:
     """Log the perplexity of each domain under its own expert; collective."""
     scores = own_scores(evaluate(own_only=True))
-    running.monitor.evaluated(step, {d: s.perplexity for d, s in scores.items()}, split)
+    running.monitor.log_scores(step, {d: s.perplexity for d, s in scores.items()}, split)
 
 
 def card(config: LmConfig, sharing: Sharing, data_digest: str) -> Card:
     """The model card of a causal language model."""
     facts = {
-        "domains, in order": ", ".join(domains_of(config)) or "none named",
-        "parts held per domain": untie_of(config),
+        "domains, in order": ", ".join(get_domains(config)) or "none named",
+        "parts held per domain": get_untie(config),
         "data-bin digest": data_digest,
     }
-    if untie_of(config) != "none":
+    if get_untie(config) != "none":
         facts["choose an expert with"] = "`model.set_domain(NAME)`"
     return Card(
         summary=f"A causal language model trained with megamod, sharing: {sharing.value}.",

@@ -12,23 +12,20 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from megamod.args import (
-    DataArgs,
-    ModelArgs,
-    MuxArgs,
-    OptimArgs,
-    RunArgs,
-    SafetyArgs,
-    origin_of,
-)
-from megamod.convert.sources import has_weights, is_source, open_source
+from megamod.args import DataArgs, ModelArgs, MuxArgs, OptimArgs, RunArgs, SafetyArgs
+from megamod.convert.sources import has_weights, is_model_source, resolve_model
 from megamod.data.batches import StepShape
 from megamod.data.lm.batches import Batch
 from megamod.data.lm.databin import DataBin
-from megamod.data.lm.masking import MaskedBatches, Masking, blocks_of, held_out_batches
+from megamod.data.lm.masking import (
+    MaskedBatches,
+    Masking,
+    count_full_blocks,
+    iterate_held_out_batches,
+)
 from megamod.data.lm.pretraining import LmData
-from megamod.dist.process import all_reduce, started_rank, started_world_size
-from megamod.dist.process import rank as my_rank
+from megamod.dist.process import get_rank as my_rank
+from megamod.dist.process import read_launcher_rank, read_launcher_world_size, sum_over_ranks
 from megamod.dist.scope import Sharing
 from megamod.dist.topology import DomainTopology
 from megamod.errors import UserError
@@ -36,14 +33,19 @@ from megamod.evaluation.encoder_lm import score_encoder
 from megamod.evaluation.perplexity import share_of
 from megamod.evaluation.plots import plot_curves
 from megamod.files import write_json
-from megamod.flags import refuse_changes
+from megamod.flags import find_origin, refuse_changes
 from megamod.models import build
 from megamod.models.build import FAMILIES, LOSSES
 from megamod.models.presets import SHAPE
 from megamod.models.pretrained import load_pretrained
 from megamod.runs.training import Recipe, Running, execute
 from megamod.train.export import Card
-from megamod.train.objectives import EncoderLM, Losses, masked_losses, replaced_losses
+from megamod.train.objectives import (
+    ComputeLosses,
+    EncoderObjective,
+    compute_masked_losses,
+    compute_replaced_losses,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -76,15 +78,15 @@ def pretrain(
         block_size=data_args.max_seq_length,
         domain_token=False,
     )
-    topology = DomainTopology(started_world_size(), data.domains, Sharing.DENSE)
-    rank, split = started_rank(), data_args.eval_split
-    config = encoder_config(model, mux, data.bin, data.block_size)
+    topology = DomainTopology(read_launcher_world_size(), data.domains, Sharing.DENSE)
+    rank, split = read_launcher_rank(), data_args.eval_split
+    config = encoder_config(model, mux, data.databin, data.block_size)
     start = start_of(model, config)
-    masking = masking_of(data.bin, mux)
+    masking = masking_of(data.databin, mux)
     shown = "task_loss" if mux.task_loss_coeff > 0 else "retrieval_loss"
     terms = TERMS[mux.objective]
     batches = partial(
-        data.masked_batches,
+        data.build_masked_batches,
         masking=masking,
         sampler=data_args.sampler,
         alpha=data_args.alpha,
@@ -97,7 +99,9 @@ def pretrain(
     _check_held_out(held_out_rows, split)
 
     def held_out(part: int, parts: int) -> Iterator[Batch]:
-        return share_of(held_out_batches(held_out_rows, run.eval_batches or None), part, parts)
+        return share_of(
+            iterate_held_out_batches(held_out_rows, run.eval_batches or None), part, parts
+        )
 
     last: dict[str, float] = {}
 
@@ -108,24 +112,26 @@ def pretrain(
             held_out(my_rank(), topology.world_size),
             lambda module, batch: losses(module, batch, [batch[name] for name in terms]),
             running.device,
-            all_reduce,
+            sum_over_ranks,
             perplexity=mux.objective == "masked_lm",
         )
         for name, value in scores.items():
-            running.monitor.evaluated(step, {GROUP: value}, split, name)
+            running.monitor.log_scores(step, {GROUP: value}, split, name)
         last.update(scores)
 
     recipe = Recipe(
         config=config,
         topology=topology,
         data_digest=data.digest,
-        tokenizer=data.bin.path / "tokenizer",
+        tokenizer=data.databin.path / "tokenizer",
         card=card(config, mux, data.digest),
         groups=(GROUP,),
         unit="tokens",
         make_batches=lambda shape: batches("train", shape=shape),
         make_model=lambda: build_encoder(config, run.seed, start, mux.objective),
-        make_objective=lambda device: EncoderLM(losses_of(mux, config, device), terms, shown),
+        make_objective=lambda device: EncoderObjective(
+            losses_of(mux, config, device), terms, shown
+        ),
         make_evaluate=lambda running: partial(evaluate, running),
     )
     done = execute(
@@ -147,11 +153,13 @@ def pretrain(
         print(f"{split} after {done.state.step} steps: {text}\nmodel {done.output / 'model'}")
 
 
-def losses_of(mux: MuxArgs, config: PreTrainedConfig, device: torch.device) -> Losses:
+def losses_of(mux: MuxArgs, config: PreTrainedConfig, device: torch.device) -> ComputeLosses:
     """Loss function of the objective: from model, batch and items to losses."""
     if mux.objective == "masked_lm":
-        return partial(masked_losses, device=device, multiplexed=mux.num_instances > 1)
-    return partial(replaced_losses, device=device, config=config, weight=mux.disc_loss_weight)
+        return partial(compute_masked_losses, device=device, multiplexed=mux.num_instances > 1)
+    return partial(
+        compute_replaced_losses, device=device, config=config, weight=mux.disc_loss_weight
+    )
 
 
 @dataclass(frozen=True)
@@ -184,13 +192,13 @@ def encoder_config(model: ModelArgs, mux: MuxArgs, data: DataBin, length: int) -
         UserError: for an unknown size, or a model that does not fit the data or the flags.
     """
     changes = {name: getattr(model, name) for name in SHAPE}
-    if is_source(model.model):
+    if is_model_source(model.model):
         changed = next((name for name, value in changes.items() if value is not None), None)
         if changed is not None:
             raise UserError(f"--{changed} cannot change the model in {model.model}")
         config = _config_of_folder(model.model, mux, data)
     else:
-        config = build.encoder_config(model.model, changes, mux, DataVocabulary(data), length)
+        config = build.make_encoder_config(model.model, changes, mux, DataVocabulary(data), length)
     if config.vocab_size != data.vocab_size or config.max_position_embeddings < length:
         raise UserError(
             f"--model {model.model} has a vocabulary of {config.vocab_size} and "
@@ -208,7 +216,7 @@ def encoder_config(model: ModelArgs, mux: MuxArgs, data: DataBin, length: int) -
 
 def _check_held_out(batches: MaskedBatches, split: str) -> None:
     """Check before the first step that the split fills one forward pass."""
-    blocks = sum(blocks_of(dataset, batches.block_size) for dataset in batches.datasets)
+    blocks = sum(count_full_blocks(dataset, batches.block_size) for dataset in batches.datasets)
     if blocks < batches.instances:
         raise UserError(
             f"--eval_split {split}: {blocks} sequences of --max_seq_length {batches.block_size}, "
@@ -225,14 +233,14 @@ def _config_of_folder(folder: str, mux: MuxArgs, data: DataBin) -> PreTrainedCon
     family = FAMILIES[mux.objective]
     stock = family.removeprefix("mux_")
     kind = family if mux.num_instances > 1 else stock
-    config = open_source(
+    config = resolve_model(
         folder,
         "--model",
         (kind, stock).__contains__,
         f"{kind!r} for --objective {mux.objective} with --num_instances {mux.num_instances}",
     ).config
     if config.model_type != kind:
-        return build.multiplexed_around(config, mux, DataVocabulary(data))
+        return build.make_multiplexed_config_from_stock(config, mux, DataVocabulary(data))
     instances = getattr(config, "num_instances", 1)
     if mux.num_instances != instances:
         raise UserError(
@@ -249,7 +257,7 @@ def _config_of_folder(folder: str, mux: MuxArgs, data: DataBin) -> PreTrainedCon
 def _check_structure(folder: str, config: PreTrainedConfig, mux: MuxArgs, data: DataBin) -> None:
     for name in STRUCTURE:
         held = getattr(config, name, "none")
-        if origin_of(mux, name) != "default" and getattr(mux, name) != held:
+        if find_origin(mux, name) != "default" and getattr(mux, name) != held:
             raise UserError(
                 f"--{name} {getattr(mux, name)}: cannot change the model in {folder}, "
                 f"which has {held}"
@@ -317,13 +325,15 @@ def start_of(model: ModelArgs, config: PreTrainedConfig) -> Start | None:
     """
     if model.init_from is not None:
         start = Start(model.init_from, "--init_from")
-    elif is_source(model.model) and has_weights(model.model) and not model.from_scratch:
+    elif is_model_source(model.model) and has_weights(model.model) and not model.from_scratch:
         start = Start(model.model, "--model")
     else:
         return None
     stock = config.model_type.removeprefix("mux_")
     same = (stock, config.model_type)
-    config_of_start = open_source(*astuple(start), same.__contains__, f"{' or '.join(same)}").config
+    config_of_start = resolve_model(
+        *astuple(start), same.__contains__, f"{' or '.join(same)}"
+    ).config
     instances = getattr(config_of_start, "num_instances", 1)
     if config_of_start.model_type != stock and instances != getattr(config, "num_instances", 1):
         raise UserError(
@@ -349,8 +359,8 @@ def build_encoder(
         logger.info("new weights, drawn with --seed %d", seed)
         return build.build_encoder(config, objective, torch.float32)
     model, report = load_pretrained(
-        build.pretraining_class(config, objective),
-        open_source(*astuple(start)).name,
+        build.select_pretraining_class(config, objective),
+        resolve_model(*astuple(start)).name,
         start.flag,
         config=config,
         ignore_mismatched_sizes=True,

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megamod.args import RunArgs, SafetyArgs
 from megamod.evaluation.perplexity import DENSE
-from megamod.flags import flag_words, parse_args
+from megamod.flags import format_flags, parse_args
 from megamod.runs.pretrain.adapt_args import AdaptArgs, AdaptOptimArgs
 from megamod.runs.studies.forest_scores import Losses, ScoredText, expert_losses
 from megamod.runs.studies.study_file import Settings
@@ -56,7 +56,7 @@ def adapted_losses(
         "report_to": "none",
         "logging_steps": settings["adapt_steps"],
     }
-    words = flag_words(flags)
+    words = format_flags(flags)
     adapt(*parse_args(RunArgs, SafetyArgs, AdaptOptimArgs, AdaptArgs, argv=words))
     start = DENSE
     if apart:

@@ -21,11 +21,11 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from megamod.convert.sources import has_head, open_source
+from megamod.convert.sources import has_auto_class, resolve_model
 from megamod.data.corpus.tokenizers import load_tokenizer
 from megamod.data.lm.masking import Masking
-from megamod.data.lm.text_blocks import text_blocks
-from megamod.data.tasks.specs import any_task
+from megamod.data.lm.text_blocks import read_text_blocks
+from megamod.data.tasks.specs import find_any_task
 from megamod.errors import UserError
 from megamod.evaluation.barrier import (
     Losses,
@@ -45,7 +45,7 @@ from megamod.merging.alignment.options import BY_TEXT, Options
 from megamod.merging.alignment.permute import changes, permuted, reference, untied
 from megamod.merging.alignment.record import Alignment
 from megamod.merging.alignment.symmetry import symmetry_of
-from megamod.models.classifier_inputs import inputs_of
+from megamod.models.classifier_inputs import list_input_fields
 from megamod.runs.finetune.args import RowArgs
 from megamod.runs.finetune.one_task import head_class
 from megamod.runs.finetune.source import tokenizer_of
@@ -150,23 +150,23 @@ def open_held_out(study: BarrierStudy, task: str) -> HeldOutTask:
     first = next(iter(study.models.values())).replace("{task}", task)
     if task in (MLM, CLM):
         return _open_text(study, task, first)
-    spec = any_task(task)
+    spec = find_any_task(task)
     kind = head_class(spec)
-    source = open_source(
-        first, "models", lambda name: has_head(kind, name), f"a model with a head for {task}"
+    source = resolve_model(
+        first, "models", lambda name: has_auto_class(kind, name), f"a model with a head for {task}"
     )
     tokenizer = tokenizer_of(source.config, first, study.tokenizer)
     limits = RowArgs(max_seq_length=study.max_seq_length, max_eval_samples=study.max_items)
-    splits = spec.splits("dev")
+    splits = spec.list_splits("dev")
     opened = open_task(
         spec, study.data, (*splits, "train"), source.config, tokenizer, limits, trained=True
     )
-    train, inputs = opened.encoded["train"], inputs_of(source.config)
+    train, inputs = opened.encoded["train"], list_input_fields(source.config)
 
     def losses(model: torch.nn.Module) -> dict[str, float]:
         return {
             split: classifier_loss(
-                model, opened.encoded[split], inputs, spec.regression, study.batch_size
+                model, opened.encoded[split], inputs, spec.is_regression, study.batch_size
             )
             for split in splits
         }
@@ -199,7 +199,7 @@ def _open_text(study: BarrierStudy, task: str, first: str) -> HeldOutTask:
         def tokenize(text: str) -> list[int]:
             return [tokenizer.bos_id, *tokenizer.encode_batch([text])[0].tolist()]
 
-    blocks = text_blocks(
+    blocks = read_text_blocks(
         Path(study.data),
         tokenize,
         study.max_seq_length,

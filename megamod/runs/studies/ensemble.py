@@ -18,7 +18,7 @@ from megamod.evaluation.expert_scores import Experts, OneByOne, Together
 from megamod.evaluation.plots import plot_posterior
 from megamod.evaluation.saved import HeldOut
 from megamod.files import write_atomic, write_json
-from megamod.mixture.ensemble import Rule
+from megamod.mixture.ensemble import PosteriorRule
 from megamod.mixture.prior import read_prior, write_prior
 from megamod.runs.studies.ensemble_args import EnsembleArgs
 from megamod.states.forest import open_forest
@@ -49,7 +49,7 @@ def mix_forest(args: EnsembleArgs, device: torch.device) -> dict[str, DomainResu
         raise UserError(f"--topk {args.topk}: there are {count} experts, give {count} or less")
     protocol = Protocol(
         args.mode,
-        Rule(args.rule, args.temperature, args.forgetting, args.first_over_all),
+        PosteriorRule(args.rule, args.temperature, args.forgetting, args.first_over_all),
         args.topk,
         args.prior_split,
         args.prior_sequences,

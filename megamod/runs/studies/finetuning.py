@@ -12,7 +12,7 @@ from pathlib import Path
 from megamod.args import SafetyArgs
 from megamod.errors import UserError
 from megamod.files import sha256
-from megamod.flags import flag_words, parse_args
+from megamod.flags import format_flags, parse_args
 from megamod.runs.finetune.args import (
     FinetuneOptimArgs,
     FinetuneRunArgs,
@@ -88,7 +88,7 @@ def _finetune(
         "report_to": "none",
         "save_total_limit": 1,
     }
-    parsed = parse_args(*CLASSES[launcher], argv=flag_words(flags))
+    parsed = parse_args(*CLASSES[launcher], argv=format_flags(flags))
     # Heavy, and not needed where figures are only read.
     from megamod.runs.finetune.run import finetune
 

@@ -10,18 +10,18 @@ from megamod.evaluation.ensemble import Protocol, estimate_priors
 from megamod.evaluation.expert_scores import Experts, OneByOne, Text
 from megamod.evaluation.perplexity import DENSE
 from megamod.evaluation.saved import HeldOut, find_models, score_models
-from megamod.mixture.ensemble import Mixture, Rule, Tally
-from megamod.mixture.prior import Prior, top_k
+from megamod.mixture.ensemble import Mixture, PerplexityCounter, PosteriorRule
+from megamod.mixture.prior import Prior, restrict_to_top_k
 from megamod.states.forest import Forest
 
 CPU = torch.device("cpu")
 BATCH = 16
 RULES = {
-    "mixed": ("cached_prior", Rule()),
-    "history": ("cached_prior", Rule("history")),
-    "history_0.9": ("cached_prior", Rule("history", forgetting=0.9)),
-    "uniform_prior": ("uniform_prior", Rule()),
-    "simple_average": ("simple_average", Rule()),
+    "mixed": ("cached_prior", PosteriorRule()),
+    "history": ("cached_prior", PosteriorRule("history")),
+    "history_0.9": ("cached_prior", PosteriorRule("history", forgetting=0.9)),
+    "uniform_prior": ("uniform_prior", PosteriorRule()),
+    "simple_average": ("simple_average", PosteriorRule()),
 }
 """Rows of a forest's losses, and how each is mixed."""
 TOP = (1, 2, 4)
@@ -83,7 +83,7 @@ def forest_losses(forest: Forest, text: ScoredText) -> ForestLosses:
     before = [Text(d, protocol.prior_split, protocol.prior_sequences) for d in text.domains]
     source.score(dict.fromkeys([*texts.values(), *before], names))
     priors = {
-        name: estimate_priors(experts, source, text.domains, Protocol(rule=Rule(name)))
+        name: estimate_priors(experts, source, text.domains, Protocol(rule=PosteriorRule(name)))
         for name in {rule.name for _, rule in RULES.values()}
     }
     losses = ForestLosses({}, {}, {}, {})
@@ -97,19 +97,21 @@ def forest_losses(forest: Forest, text: ScoredText) -> ForestLosses:
             for row, (mode, rule) in RULES.items()
         }
         mixtures |= {
-            f"top{count}": _mixture("cached_prior", Rule(), top_k(prior, count))
+            f"top{count}": _mixture(
+                "cached_prior", PosteriorRule(), restrict_to_top_k(prior, count)
+            )
             for count in TOP
             if count < len(names)
         }
         fewer = _leave_out(prior)
-        alone = {name: Tally() for name in names}
+        alone = {name: PerplexityCounter() for name in names}
         for log_probs, mask in source.batches(scored, names, BATCH):
             for mixture in mixtures.values():
-                mixture.add(log_probs, mask)
+                mixture.mix_batch(log_probs, mask)
             for places, mixture in fewer.values():
-                mixture.add(log_probs[places], mask)
+                mixture.mix_batch(log_probs[places], mask)
             for tally, scores in zip(alone.values(), log_probs, strict=True):
-                tally.add(scores, mask)
+                tally.add_item(scores, mask)
         _add(losses.rows, domain, {row: mixture.tally for row, mixture in mixtures.items()})
         _add(losses.experts, domain, alone)
         _add(losses.without, domain, {name: mixture.tally for name, (_, mixture) in fewer.items()})
@@ -118,7 +120,7 @@ def forest_losses(forest: Forest, text: ScoredText) -> ForestLosses:
     return losses
 
 
-def _mixture(mode: str, rule: Rule, prior: Prior) -> Mixture:
+def _mixture(mode: str, rule: PosteriorRule, prior: Prior) -> Mixture:
     weights = torch.tensor(prior.weights, dtype=torch.float64)
     return Mixture(mode, len(weights), rule, weights)
 
@@ -130,11 +132,11 @@ def _leave_out(prior: Prior) -> dict[str, tuple[list[int], Mixture]]:
         rest = [number for number in range(len(weights)) if number != removed]
         if float(weights[rest].sum()) > 0:
             share = weights[rest] / weights[rest].sum()
-            fewer[name] = rest, Mixture("cached_prior", len(rest), Rule(), share)
+            fewer[name] = rest, Mixture("cached_prior", len(rest), PosteriorRule(), share)
     return fewer
 
 
-def _add(losses: Losses, domain: str, tallies: Mapping[str, Tally]) -> None:
+def _add(losses: Losses, domain: str, tallies: Mapping[str, PerplexityCounter]) -> None:
     for row, tally in tallies.items():
         losses.setdefault(row, {})[domain] = _rounded(tally.nll, tally.tokens)
 

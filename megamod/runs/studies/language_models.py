@@ -23,14 +23,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megamod.args import DataArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs
-from megamod.btm.branch import branch
-from megamod.btm.grown import expert_of
-from megamod.btm.parents import find_source
+from megamod.btm.branch import write_branch_checkpoint
+from megamod.btm.forest_entry import make_forest_entry
+from megamod.btm.parents import find_parent
 from megamod.data.lm.databin import DataBin
 from megamod.errors import UserError
 from megamod.evaluation.perplexity import DENSE
 from megamod.evaluation.plots import read_metrics
-from megamod.flags import flag_words, parse_args
+from megamod.flags import format_flags, parse_args
 from megamod.merging.merge import average_folders
 from megamod.runs.studies import adaptation
 from megamod.runs.studies.forest_scores import (
@@ -42,7 +42,7 @@ from megamod.runs.studies.forest_scores import (
 from megamod.runs.studies.records import Figures
 from megamod.runs.studies.study_file import Cell, Settings, Study
 from megamod.runs.studies.texts import StudyText
-from megamod.states.checkpoint_folder import StateRecord, step_of
+from megamod.states.checkpoint_folder import StateRecord, parse_checkpoint_step
 from megamod.states.forest import edit_forest, open_forest
 from megamod.states.manifest import list_checkpoints
 from megamod.states.weights import read_weights
@@ -90,7 +90,7 @@ def run(study: Study, cell: Cell, inputs: Path, work: Path) -> tuple[Figures, di
     rows, more = _losses(runs, scored, work)
     if extras["seed_share"]:
         steps = _seed_steps(flags, extras)
-        seed = find_source(train(flags, text.main, work, stop=steps), step=steps)
+        seed = find_parent(train(flags, text.main, work, stop=steps), step=steps)
         rows["seed"] = expert_losses(seed.model, DENSE, scored)
     scores = {row: _scores(losses, scored) for row, losses in rows.items()}
     details |= {"losses": rows, **more}
@@ -139,8 +139,8 @@ def grow(
         folder = work / f"expert-{_key({**mine, **origin})}"
         with _locked(folder):
             if seed is not None and not list_checkpoints(folder / "checkpoints"):
-                source = find_source(seed, step=seed_steps)
-                branch([source], [1.0], [domain], folder, learning_rate=rate)
+                source = find_parent(seed, step=seed_steps)
+                write_branch_checkpoint([source], [1.0], [domain], folder, learning_rate=rate)
             _train(mine, databin, folder)
         runs[domain] = folder
     return runs
@@ -165,7 +165,7 @@ def parameters_of(models: Sequence[Path]) -> dict[str, int]:
 
 
 def _train(flags: Settings, databin: Path, folder: Path, stop: int | None = None) -> None:
-    steps = [step_of(path) for path in list_checkpoints(folder / "checkpoints")]
+    steps = [parse_checkpoint_step(path) for path in list_checkpoints(folder / "checkpoints")]
     last = flags["max_steps"] if stop is None else stop
     if last in steps and (stop is not None or (folder / "model" / "config.json").is_file()):
         return
@@ -186,7 +186,7 @@ def _train(flags: Settings, databin: Path, folder: Path, stop: int | None = None
         "save_total_limit": 1 if several else None,
     }
     kinds = (RunArgs, SafetyArgs, ModelArgs, OptimArgs, DataArgs)
-    pretrain(*parse_args(*kinds, argv=flag_words({**flags, **extra})))
+    pretrain(*parse_args(*kinds, argv=format_flags({**flags, **extra})))
 
 
 def _losses(
@@ -204,7 +204,7 @@ def _losses(
         with _locked(folder):
             shutil.rmtree(folder, ignore_errors=True)
             with edit_forest(folder) as experts:
-                experts += [expert_of(run, domain) for domain, run in runs.items()]
+                experts += [make_forest_entry(run, domain) for domain, run in runs.items()]
             losses = forest_losses(open_forest(folder), scored)
             sources = [(model, None) for model in models.values()]
             average_folders(sources, [1 / len(sources)] * len(sources), folder / "average")
@@ -222,8 +222,8 @@ def _scores(losses: Mapping[str, float], scored: ScoredText) -> dict[str, float]
     bits, perplexities = [], []
     for domain, loss in losses.items():
         # Each token is predicted once, the eos of each document among them.
-        tokens = len(databin.split(domain, scored.split).tokens)
-        bits.append(loss * tokens / math.log(2) / databin.bytes(domain, scored.split))
+        tokens = len(databin.open_split(domain, scored.split).tokens)
+        bits.append(loss * tokens / math.log(2) / databin.count_text_bytes(domain, scored.split))
         perplexities.append(math.exp(loss))
     return {
         "perplexity": sum(perplexities) / len(perplexities),

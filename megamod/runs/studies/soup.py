@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megamod.data.tasks.specs import any_task
+from megamod.data.tasks.specs import find_any_task
 from megamod.errors import UserError
 from megamod.evaluation.barrier import Losses
 from megamod.merging.alignment.measure import load_model
@@ -208,7 +208,7 @@ def _study(recipe: MergeRecipe) -> BarrierStudy:
     if unused := [key for key in ("seed", "mlm_probability") if key in fields and task != MLM]:
         raise UserError(f"{where}, {unused[0]}: has no effect with task {task}; leave it out")
     if task not in (CLM, MLM):
-        any_task(task)
+        find_any_task(task)
     elif not isinstance(fields.get("data"), str) or not Path(fields["data"]).is_file():
         raise UserError(f"{where}, data: {fields.get('data')!r} is not a file; give a text file")
     models = {str(number): str(model.path) for number, model in enumerate(recipe.inputs)}

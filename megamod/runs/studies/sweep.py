@@ -16,13 +16,13 @@ from pathlib import Path
 
 import yaml
 
-from megamod.btm.placement import free_port
+from megamod.btm.placement import find_free_port
 from megamod.data.tasks.specs import GLUE
 from megamod.errors import UserError
 from megamod.evaluation.glue import glue_average, mean_and_deviation, score_table
 from megamod.evaluation.plots import plot_by_instances, plot_trade_off
 from megamod.files import write_json
-from megamod.flags import flag_words
+from megamod.flags import format_flags
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class Job:
     def words(self, output: Path) -> list[str]:
         """Command-line arguments of the run."""
         values = {**self.flags, "seed": self.seed, "output_dir": str(self.folder(output))}
-        return flag_words(values)
+        return format_flags(values)
 
 
 def read_sweep(path: Path) -> tuple[list[Job], list[str]]:
@@ -216,7 +216,7 @@ def _run(job: Job, output: Path, launchers: Path, command: Sequence[str]) -> boo
     folder, words = job.folder(output), job.words(output)
     if Path(command[0]).name == "deepspeed" and "--master_port" not in command:
         # Concurrent launchers cannot share the default port.
-        command = [*command, "--master_port", str(free_port(()))]
+        command = [*command, "--master_port", str(find_free_port(()))]
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / RECORD, words)
     logger.info("%s starts", folder)

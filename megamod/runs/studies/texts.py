@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 from megamod.data.corpus.binarize import binarize
-from megamod.data.corpus.documents import open_source
+from megamod.data.corpus.documents import open_document_source
 from megamod.data.lm.databin import DataBin
 from megamod.files import write_atomic
 
@@ -89,7 +89,9 @@ class StudyText:
         return folder
 
     def _documents(self, name: str, split: str) -> Iterator[str]:
-        return (text for _, text in open_source(self.source / name).documents(split))
+        return (
+            text for _, text in open_document_source(self.source / name).iterate_documents(split)
+        )
 
 
 def _first(documents: Iterable[str], limit: int | None) -> Iterator[str]:

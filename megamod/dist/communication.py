@@ -7,7 +7,7 @@ reduce-scatter half of that. Norms, flags and token counts (a few numbers per st
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from megamod.dist.scope import Scope, scopes
+from megamod.dist.scope import Scope, find_scopes
 from megamod.dist.topology import DomainTopology
 
 ALIGNMENT = 2  # DeepSpeed pads flat buffers to a multiple of this times the ranks
@@ -26,7 +26,7 @@ class Traffic:
     domain: float
 
 
-def step_traffic(
+def compute_step_traffic(
     sizes: Mapping[str, int],
     topology: DomainTopology,
     stage: int,
@@ -51,7 +51,7 @@ def step_traffic(
         tied: parameters used by two modules; a model beyond the limit gathers them for each.
     Source: Rajbhandari et al. 2020 (ZeRO), section 7; Gururangan et al. 2022 (DEMix), section 3.2.
     """
-    where = scopes(sizes, topology.sharing)
+    where = find_scopes(sizes, topology.sharing)
     sent = {}
     for scope in Scope:
         ranks = topology.world_size
@@ -64,21 +64,21 @@ def step_traffic(
                 for name, size in held.items()
                 if size > persistence_threshold
             }
-            elements = _elements_of_stage_3(held, gathers, ranks, micro_steps)
+            elements = _count_stage_3_elements(held, gathers, ranks, micro_steps)
         else:
-            elements = _elements(sum(held.values()), ranks, stage, micro_steps)
+            elements = _count_elements(sum(held.values()), ranks, stage, micro_steps)
         sent[scope] = (ranks - 1) / ranks * elements * element_bytes
     return Traffic(sent[Scope.WORLD], sent[Scope.DOMAIN])
 
 
-def _elements(total: int, ranks: int, stage: int, micro_steps: int) -> int:
+def _count_elements(total: int, ranks: int, stage: int, micro_steps: int) -> int:
     """Elements in all-gathers and reduce-scatters of a step; an all-reduce is one of each."""
     if stage == 0:
         return 2 * total
-    return 2 * total * (micro_steps if stage == 2 else 1) + _padded(total, ALIGNMENT * ranks)
+    return 2 * total * (micro_steps if stage == 2 else 1) + _round_up(total, ALIGNMENT * ranks)
 
 
-def _elements_of_stage_3(
+def _count_stage_3_elements(
     held: Mapping[str, int], gathers: Mapping[str, int], ranks: int, micro_steps: int
 ) -> int:
     """Elements in all-gathers and reduce-scatters of a step of ZeRO 3.
@@ -86,11 +86,11 @@ def _elements_of_stage_3(
     Gradients are scattered after every micro-batch. Weights are gathered `gathers` times in it, and
     those that ZeRO 3 keeps whole once per step.
     """
-    padded = {name: _padded(size, ranks) for name, size in held.items()}
+    padded = {name: _round_up(size, ranks) for name, size in held.items()}
     gathered = sum(padded[name] * times for name, times in gathers.items())
     kept = sum(size for name, size in padded.items() if name not in gathers)
     return micro_steps * (sum(padded.values()) + gathered) + kept
 
 
-def _padded(size: int, unit: int) -> int:
+def _round_up(size: int, unit: int) -> int:
     return -(-size // unit) * unit

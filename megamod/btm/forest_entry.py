@@ -8,7 +8,7 @@ import yaml
 
 from megamod.errors import UserError
 from megamod.states.checkpoint_folder import STATE, StateRecord, is_optimizer_file
-from megamod.states.forest import Expert, Forest, Parent, read_config
+from megamod.states.forest import Expert, Forest, Parent, read_model_config
 from megamod.states.manifest import list_checkpoints
 from megamod.tables import format_table
 
@@ -17,7 +17,7 @@ WITHOUT_EFFECT = ("output_dir", "data", "deepspeed", "report_to", "logging_steps
 """Settings of a run that do not affect its model."""
 
 
-def expert_of(path: Path, domain: str | None = None, member: str | None = None) -> Expert:
+def make_forest_entry(path: Path, domain: str | None = None, member: str | None = None) -> Expert:
     """Build the forest entry of a run or of a bare model folder.
 
     Args:
@@ -28,7 +28,7 @@ def expert_of(path: Path, domain: str | None = None, member: str | None = None) 
     """
     path = Path(path).absolute()
     model = path / "model" if (path / "model" / "config.json").is_file() else path
-    config = read_config(model)
+    config = read_model_config(model)
     domains = config.get("domains") or []
     has_experts = config.get("untie", "none") != "none"
     if has_experts and member not in domains:
@@ -37,15 +37,15 @@ def expert_of(path: Path, domain: str | None = None, member: str | None = None) 
             f"{', '.join(domains)}, not {member!r}"
         )
     if domain is None:
-        domains = domains or _trained_on(path)
+        domains = domains or _read_training_domains(path)
         domain = member if has_experts else domains[0] if len(domains) == 1 else None
     if domain is None:
         named = ", ".join(domains) or "no named domain"
         raise UserError(f"--domain is missing: the model in {model} was trained on {named}")
-    return Expert(domain, model, member if has_experts else None, **_history(path))
+    return Expert(domain, model, member if has_experts else None, **_read_training_record(path))
 
 
-def _trained_on(folder: Path) -> list[str]:
+def _read_training_domains(folder: Path) -> list[str]:
     """Domains of a run, from run.yaml in its folder or in the model folder; none if unknown.
 
     Of independent models trained in one job, the domain after which the folder is named.
@@ -58,11 +58,11 @@ def _trained_on(folder: Path) -> list[str]:
     return [folder.name] if settings.get("untie") == "all" and folder.name in domains else domains
 
 
-def table(forest: Forest) -> str:
+def format_forest(forest: Forest) -> str:
     """Format the experts as a table; the size of a member includes its shared weights."""
     rows = [("domain", "model", "parents", "from", "steps", "tokens", "bytes")]
     for expert in forest.experts:
-        size = sum(file.stat().st_size for file in _weight_files(expert))
+        size = sum(file.stat().st_size for file in _list_expert_files(expert))
         parents = " + ".join(f"{p.weight:.3g} {Path(p.path).name}" for p in expert.parents)
         path = f"{expert.path} ({expert.member})" if expert.member else str(expert.path)
         numbers = (expert.start_update, expert.updates, expert.tokens, size)
@@ -70,7 +70,7 @@ def table(forest: Forest) -> str:
     return format_table(rows, right=range(3, len(rows[0])))
 
 
-def _weight_files(expert: Expert) -> list[Path]:
+def _list_expert_files(expert: Expert) -> list[Path]:
     """Weight files that an expert is read from."""
     expert_file = f"expert_{expert.member}.safetensors"
     return [
@@ -83,7 +83,7 @@ def _weight_files(expert: Expert) -> list[Path]:
     ]
 
 
-def _history(run: Path) -> dict[str, object]:
+def _read_training_record(run: Path) -> dict[str, object]:
     """Training record of a run from its last checkpoint; empty for a bare model."""
     history: dict[str, object] = {}
     record = run / RECORD
