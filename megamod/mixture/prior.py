@@ -34,17 +34,17 @@ class Prior:
     text: Mapping[str, object] | None = None
 
     @property
-    def kept(self) -> tuple[str, ...]:
+    def domains_with_weight(self) -> tuple[str, ...]:
         """Domains with a weight above 0."""
         return tuple(d for d, w in zip(self.domains, self.weights, strict=True) if w > 0)
 
 
-def uniform(domains: Sequence[str]) -> Prior:
+def make_uniform_prior(domains: Sequence[str]) -> Prior:
     """Prior with equal weights."""
     return Prior(tuple(domains), (1 / len(domains),) * len(domains))
 
 
-def top_k(prior: Prior, k: int) -> Prior:
+def restrict_to_top_k(prior: Prior, k: int) -> Prior:
     """Keep the k largest weights, scaled to sum 1, and set the others to 0; ties: the earlier.
 
     Raises:

@@ -74,7 +74,7 @@ class _TaskFile(Document):
         return self
 
 
-def read_spec(path: str | Path) -> TaskSpec:
+def read_task_spec(path: str | Path) -> TaskSpec:
     """The task that a YAML file describes.
 
         name: reviews
