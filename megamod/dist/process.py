@@ -27,7 +27,7 @@ class _ProcessStarter:
 
     name: str
     sign: str
-    get_rank: str
+    rank: str
     world: str
     local: str
 
