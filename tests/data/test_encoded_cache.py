@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from transformers import BertTokenizerFast
 
-from megamod.data.tasks.classification import Lengths, encode_texts, encode_words
-from megamod.data.tasks.encoded_cache import cached, key_of
+from megamod.data.tasks.classification import RowLengthLimits, encode_texts, encode_words
+from megamod.data.tasks.encoded_cache import compute_cache_key, load_or_encode
 from megamod.data.tasks.glue import TextSet
 from megamod.data.tasks.token_set import TokenSet
 
-LENGTHS = Lengths(8, 16)
+LENGTHS = RowLengthLimits(8, 16)
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +58,9 @@ def test_the_same_rows_come_back(tmp_path, tokenizer):
             lambda: encode_words(WORDS, tokenizer, LENGTHS, ("O", "B-X", "I-X")),
         ),
     ):
-        key = key_of(rows, tokenizer, LENGTHS, labels, False)
-        built = cached(tmp_path / "kept", key, make)
-        assert same(cached(tmp_path / "kept", key, never), built)
+        key = compute_cache_key(rows, tokenizer, LENGTHS, labels, False)
+        built = load_or_encode(tmp_path / "kept", key, make)
+        assert same(load_or_encode(tmp_path / "kept", key, never), built)
         assert same(make(), built)
     assert len(list((tmp_path / "kept").iterdir())) == 3
 
@@ -70,14 +70,14 @@ def test_whatever_matters_changes_the_name(tokenizer, tmp_path):
     file.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefg"]))
     other_text = TextSet((["a b", "c", "f"],), TEXTS.labels, TEXTS.origins)
     keys = [
-        key_of(rows, pieces, lengths, labels, label_all)
+        compute_cache_key(rows, pieces, lengths, labels, label_all)
         for rows, pieces, lengths, labels, label_all in (
             (TEXTS, tokenizer, LENGTHS, ("0", "1"), False),
             (other_text, tokenizer, LENGTHS, ("0", "1"), False),
             (replace(TEXTS, labels=np.array([1, 1, 1])), tokenizer, LENGTHS, ("0", "1"), False),
             (replace(TEXTS, labels=None), tokenizer, LENGTHS, ("0", "1"), False),
             (TEXTS, BertTokenizerFast(str(file)), LENGTHS, ("0", "1"), False),
-            (TEXTS, tokenizer, Lengths(7, 16), ("0", "1"), False),
+            (TEXTS, tokenizer, RowLengthLimits(7, 16), ("0", "1"), False),
             (TEXTS, tokenizer, LENGTHS, ("1", "0"), False),
             (WORDS, tokenizer, LENGTHS, ("0", "1"), False),
             (WORDS, tokenizer, LENGTHS, ("0", "1"), True),
@@ -85,11 +85,11 @@ def test_whatever_matters_changes_the_name(tokenizer, tmp_path):
     ]
     assert len(set(keys)) == len(keys)
     again = TextSet(TEXTS.texts, TEXTS.labels.copy(), ["g, line 9"] * 3)
-    assert key_of(again, tokenizer, LENGTHS, ("0", "1"), False) == keys[0]
+    assert compute_cache_key(again, tokenizer, LENGTHS, ("0", "1"), False) == keys[0]
 
 
 def test_a_broken_file_is_written_again(tmp_path, tokenizer, caplog):
     (tmp_path / "key.safetensors").write_bytes(b"half")
-    built = cached(tmp_path, "key", lambda: encode_texts(TEXTS, tokenizer, LENGTHS))
+    built = load_or_encode(tmp_path, "key", lambda: encode_texts(TEXTS, tokenizer, LENGTHS))
     assert "written again" in caplog.text and len(built) == 3
-    assert same(cached(tmp_path, "key", never), built)
+    assert same(load_or_encode(tmp_path, "key", never), built)

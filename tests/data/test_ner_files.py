@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megamod.data.tasks.conll import read_conll
-from megamod.data.tasks.iob import to_iob2
+from megamod.data.tasks.iob import convert_to_iob2
 from megamod.data.tasks.ner import read_token_task
-from megamod.data.tasks.specs import token_task
+from megamod.data.tasks.specs import make_token_task
 from megamod.data.tasks.token_set import TokenSet
 from megamod.errors import UserError
 
@@ -45,7 +45,7 @@ def test_iob1_is_read_as_the_iob2_it_came_from(sentences):
         for parts in sentences
     ]  # fmt: skip
     result = tokens(*(" ".join(as_iob1(row)) for row in rows))
-    scheme = to_iob2(result, repair=False)
+    scheme = convert_to_iob2(result, repair=False)
     assert result.labels == rows
     assert scheme == ("iob2" if all(as_iob1(row) == row for row in rows) else "iob1")
 
@@ -53,15 +53,15 @@ def test_iob1_is_read_as_the_iob2_it_came_from(sentences):
 def test_a_broken_transition_is_refused_or_repaired():
     rows = ("O B-PER I-PER O", "B-LOC I-PER O I-LOC")
     with pytest.raises(UserError, match="file, line 7: I-PER follows B-LOC: neither IOB1 nor IOB2"):
-        to_iob2(tokens(*rows), repair=False)
+        convert_to_iob2(tokens(*rows), repair=False)
     result = tokens(*rows)
-    assert to_iob2(result, repair=True) == "broken"
+    assert convert_to_iob2(result, repair=True) == "broken"
     assert result.labels[1] == ["B-LOC", "B-PER", "O", "B-LOC"]
 
 
 def test_a_label_of_no_scheme():
     with pytest.raises(UserError, match="line 2: label 'X-PER' is none of O, B-TYPE, I-TYPE"):
-        to_iob2(tokens("O X-PER"), repair=True)
+        convert_to_iob2(tokens("O X-PER"), repair=True)
 
 
 TEXT = """-DOCSTART- -X- -X- O
@@ -83,7 +83,7 @@ def test_columns_blank_lines_document_starts_and_comments(tmp_path):
     assert result.labels == [["I-ORG", "O"], ["I-MISC"]]
     assert result.lines == [[3, 4], [7]]
     assert read_conll(tmp_path / "train.txt", 0, 1).labels == [["NNP", "VBZ"], ["JJ"]]
-    task, sets = read_token_task(token_task("any"), tmp_path, ["train"])
+    task, sets = read_token_task(make_token_task("any"), tmp_path, ["train"])
     assert sets["train"].labels == [["B-ORG", "O"], ["B-MISC"]]
     assert task.labels == ("O", "B-MISC", "I-MISC", "B-ORG", "I-ORG")
     assert task.metrics[0] == "f1"
@@ -92,10 +92,10 @@ def test_columns_blank_lines_document_starts_and_comments(tmp_path):
 def test_plain_tags_are_scored_by_accuracy(tmp_path):
     (tmp_path / "train.txt").write_text("the\tDET\tDT\ncat\tNOUN\tNN\n")
     (tmp_path / "test.txt").write_text("a\na\n\nb\n")
-    task, sets = read_token_task(token_task("pos"), tmp_path, ["train", "test"])
+    task, sets = read_token_task(make_token_task("pos"), tmp_path, ["train", "test"])
     assert task.labels == ("DET", "NOUN") and task.metrics == ("accuracy",)
     assert sets["test"].labels is None and sets["test"].words == [["a", "a"], ["b"]]
-    task, _ = read_token_task(token_task("any"), tmp_path, ["train"])
+    task, _ = read_token_task(make_token_task("any"), tmp_path, ["train"])
     assert task.labels == ("DT", "NN") and task.metrics == ("accuracy",)
 
 
@@ -116,16 +116,16 @@ def test_plain_tags_are_scored_by_accuracy(tmp_path):
 def test_files_that_are_refused_with_file_and_line(tmp_path, content, message):
     (tmp_path / "train.txt").write_bytes(content)
     with pytest.raises(UserError, match=f"train.txt.*{message}"):
-        read_token_task(token_task("any"), tmp_path, ["train"])
+        read_token_task(make_token_task("any"), tmp_path, ["train"])
 
 
 def test_labels_that_train_does_not_have(tmp_path):
     (tmp_path / "train.txt").write_text("a\tB-X\n")
     (tmp_path / "dev.txt").write_text("a\tB-X\nb\tI-X\n\nc\tB-Y\n")
     with pytest.raises(UserError, match=r"dev.txt, line 4: label 'B-Y' is not one of O, B-X, I-X"):
-        read_token_task(token_task("any"), tmp_path, ["train", "dev"])
+        read_token_task(make_token_task("any"), tmp_path, ["train", "dev"])
     labels = ("B-Y", "B-X", "I-X", "O")  # of a trained model
-    task, _ = read_token_task(token_task("any"), tmp_path, ["dev"], labels=labels)
+    task, _ = read_token_task(make_token_task("any"), tmp_path, ["dev"], labels=labels)
     assert task.labels == labels
 
 
@@ -135,6 +135,6 @@ def test_real_files_have_the_known_numbers():
         ("wnut17", "ner", [(3394, 62730), (1009, 15733), (1287, 23394)]),
         ("ud_ewt", "pos", [(12544, 204577), (2001, 25147), (2077, 25094)]),
     ):
-        task, sets = read_token_task(token_task(name), REAL / folder, ["train", "dev", "test"])
+        task, sets = read_token_task(make_token_task(name), REAL / folder, ["train", "dev", "test"])
         assert [(len(s), sum(map(len, s.words))) for s in sets.values()] == counts
         assert len(task.labels) == {"wnut17": 13, "ud_ewt": 17}[name]

@@ -5,7 +5,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForTokenClassification
 
-from megamod.data.tasks.classification import Lengths, encode_words
+from megamod.data.tasks.classification import RowLengthLimits, encode_words
 from megamod.data.tasks.token_set import TokenSet
 from megamod.evaluation.mux_pipeline import MuxPipeline
 
@@ -74,13 +74,13 @@ def train(pre_tokenizer) -> PreTrainedTokenizerFast:
 def test_words_have_the_tokens_of_running_text(family):
     tokenizer = train(FAMILIES[family])
     sentence = TokenSet([WORDS], None, [list(range(len(WORDS)))], "file")
-    encoded = encode_words(sentence, tokenizer, Lengths(99, 99), ["O"])
+    encoded = encode_words(sentence, tokenizer, RowLengthLimits(99, 99), ["O"])
     # Inside of a text every word comes after a blank, so its tokens do not depend on its place.
     running = tokenizer(" x " + SENTENCE, add_special_tokens=False)["input_ids"]
     ids = encoded.ids.tolist()
     assert running[-len(ids) :] == ids
     assert tokenizer.decode(ids).split() == WORDS
-    starts = [*encoded.heads[0].tolist(), len(ids)]
+    starts = [*encoded.word_starts[0].tolist(), len(ids)]
     for word, start, end in zip(WORDS, starts, starts[1:], strict=False):
         assert tokenizer.decode(ids[start:end]).strip() == word
 
@@ -88,7 +88,7 @@ def test_words_have_the_tokens_of_running_text(family):
 def test_the_blank_is_that_of_add_prefix_space():
     tokenizer = train(byte_level(add_prefix_space=False))
     sentence = TokenSet([WORDS], None, [list(range(len(WORDS)))], "file")
-    ours = encode_words(sentence, tokenizer, Lengths(99, 99), ["O"]).ids.tolist()
+    ours = encode_words(sentence, tokenizer, RowLengthLimits(99, 99), ["O"]).ids.tolist()
     tokenizer.backend_tokenizer.pre_tokenizer = byte_level(add_prefix_space=True)
     theirs = tokenizer(WORDS, is_split_into_words=True, add_special_tokens=False)["input_ids"]
     assert ours == theirs

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from megamod.data.batches import StepBatches, StepShape, check_instances
+from megamod.data.batches import StepBatches, StepShape, check_fills_instance_groups
 from megamod.data.lm.batches import Batch
 from megamod.data.lm.blocks import IGNORE
-from megamod.data.lm.instance_groups import Layout, ensembled, in_order
-from megamod.data.lm.order import Balanced
+from megamod.data.lm.instance_groups import InstanceLayout, arrange_ensemble, arrange_in_order
+from megamod.data.lm.order import BalancedSampler
 from megamod.data.tasks.glue import TextSet
-from megamod.data.tasks.iob import are_entities, join, parts_of
+from megamod.data.tasks.iob import are_entity_labels, format_entity_label, parse_entity_label
 from megamod.data.tasks.token_set import TokenSet
 from megamod.errors import UserError
 
@@ -33,31 +33,31 @@ CHUNK = 4096  # texts encoded at once
 
 
 @dataclass(frozen=True)
-class Lengths:
+class RowLengthLimits:
     """Maximum length of a row.
 
     Attributes:
         longest: tokens of a row, special ones included; longer rows are cut.
-        room: positions of the model. Longer rows are refused unless `truncate` is set: a user who
-            asks for `longest` tokens expects cuts below the model's limit, not above it.
+        model_positions: positions of the model. Longer rows are refused unless `truncate` is set: a user who
+            asks for `max_tokens` tokens expects cuts below the model's limit, not above it.
         truncate: cut those rows too.
     """
 
-    longest: int
-    room: int
+    max_tokens: int
+    model_positions: int
     truncate: bool = False
 
-    def refuse(self, tokens: int, where: str) -> None:
+    def check_cut_allowed(self, tokens: int, where: str) -> None:
         """Raise UserError if a row of `tokens` tokens may not be cut."""
-        if tokens > self.room and not self.truncate:
+        if tokens > self.model_positions and not self.truncate:
             raise UserError(
-                f"{where}: {tokens} tokens, the model has {self.room} positions; --truncate cuts "
-                "such sentences"
+                f"{where}: {tokens} tokens, the model has {self.model_positions} positions; "
+                "--truncate cuts such sentences"
             )
 
 
 @dataclass
-class Encoded:
+class EncodedRows:
     """Rows of token ids, end to end.
 
     Attributes:
@@ -65,7 +65,7 @@ class Encoded:
         segments: [T] int8, 1 in the second text of a pair.
         offsets: [n + 1] int64, row r is ids[offsets[r]:offsets[r + 1]].
         labels: [n] int64 or float32 of rows, [T] int64 of tokens (-100: none); None: hidden.
-        heads: for labels of words, [W] positions of the words' first tokens in each row, -1 for
+        word_starts: for labels of words, [W] positions of the words' first tokens in each row, -1 for
             words that were cut off; else None.
         pad_id: of the tokenizer.
         cut: rows that were shortened.
@@ -76,7 +76,7 @@ class Encoded:
     segments: np.ndarray
     offsets: np.ndarray
     labels: np.ndarray | None
-    heads: list[np.ndarray] | None
+    word_starts: list[np.ndarray] | None
     pad_id: int
     cut: int
     longest: int
@@ -85,9 +85,9 @@ class Encoded:
         return len(self.offsets) - 1
 
     @property
-    def per_token(self) -> bool:
+    def has_token_labels(self) -> bool:
         """True if labels belong to tokens and not to rows."""
-        return self.heads is not None
+        return self.word_starts is not None
 
     @property
     def digest(self) -> str:
@@ -97,12 +97,12 @@ class Encoded:
             hashed.update(b"none" if part is None else part.tobytes())
         return hashed.hexdigest()
 
-    def padded(self, rows: np.ndarray) -> int:
+    def padded_length(self, rows: np.ndarray) -> int:
         """Tokens of the longest of the rows, up to the next multiple of 8 if there is room."""
         most = int((self.offsets[rows + 1] - self.offsets[rows]).max())
         return min(-(-most // 8) * 8, self.longest)
 
-    def gather(self, rows: np.ndarray, pad_to: int | None) -> Batch:
+    def gather_batch(self, rows: np.ndarray, pad_to: int | None) -> Batch:
         """A batch of rows.
 
         Args:
@@ -113,7 +113,7 @@ class Encoded:
             are any, and `items`, the number of labels.
         """
         starts, ends = self.offsets[rows], self.offsets[rows + 1]
-        length = pad_to or self.padded(rows)
+        length = pad_to or self.padded_length(rows)
         index = starts[:, None] + np.arange(length)
         real = index < ends[:, None]
         index = np.where(real, index, 0)
@@ -127,7 +127,7 @@ class Encoded:
             ),
             "items": len(rows),
         }
-        if self.labels is not None and self.per_token:
+        if self.labels is not None and self.has_token_labels:
             labels = np.where(real, self.labels[index], IGNORE)
             batch |= {"labels": torch.from_numpy(labels), "items": int((labels != IGNORE).sum())}
         elif self.labels is not None:
@@ -135,7 +135,9 @@ class Encoded:
         return batch
 
 
-def encode_texts(texts: TextSet, tokenizer: "PreTrainedTokenizerFast", lengths: Lengths) -> Encoded:
+def encode_texts(
+    texts: TextSet, tokenizer: "PreTrainedTokenizerFast", lengths: RowLengthLimits
+) -> EncodedRows:
     """Sentences or pairs with their special tokens; of pairs the longer text is cut first.
 
     Raises:
@@ -147,22 +149,22 @@ def encode_texts(texts: TextSet, tokenizer: "PreTrainedTokenizerFast", lengths: 
         batch = tokenizer(*chunk, return_token_type_ids=True)
         ids, types = batch["input_ids"], batch["token_type_ids"]
         for row, tokens in enumerate(ids):
-            if len(tokens) <= lengths.longest:
+            if len(tokens) <= lengths.max_tokens:
                 continue
-            lengths.refuse(len(tokens), texts.origins[start + row])
+            lengths.check_cut_allowed(len(tokens), texts.origins[start + row])
             shortened = tokenizer(
                 *(part[row] for part in chunk),
                 truncation="longest_first",
-                max_length=lengths.longest,
+                max_length=lengths.max_tokens,
                 return_token_type_ids=True,
             )
             ids[row], types[row] = shortened["input_ids"], shortened["token_type_ids"]
             cut += 1
-        ids_of.append(_flat(ids, np.int32))
-        types_of.append(_flat(types, np.int8))
+        ids_of.append(_flatten_rows(ids, np.int32))
+        types_of.append(_flatten_rows(types, np.int8))
         sizes += map(len, ids)
     _warn_of_cuts(cut, len(texts), lengths)
-    return Encoded(
+    return EncodedRows(
         np.concatenate(ids_of),
         np.concatenate(types_of),
         np.cumsum([0, *sizes], dtype=np.int64),
@@ -170,18 +172,18 @@ def encode_texts(texts: TextSet, tokenizer: "PreTrainedTokenizerFast", lengths: 
         None,
         tokenizer.pad_token_id or 0,
         cut,
-        lengths.longest,
+        lengths.max_tokens,
     )
 
 
 def encode_words(
     tokens: TokenSet,
     tokenizer: "PreTrainedTokenizerFast",
-    lengths: Lengths,
+    lengths: RowLengthLimits,
     labels: Sequence[str],
     *,
     label_all: bool = False,
-) -> Encoded:
+) -> EncodedRows:
     """Sentences of words; the first token of a word carries its label.
 
     A word that the tokenizer drops, such as a lone variation selector, becomes the unknown token:
@@ -194,19 +196,19 @@ def encode_words(
     Raises:
         UserError: naming file and line of a sentence that is too long for the model.
     """
-    before, after = _special_tokens(tokenizer)
+    before, after = _find_special_tokens(tokenizer)
     number = {name: index for index, name in enumerate(labels)}
-    inside = _inside(labels)
+    inside = _map_to_inside_labels(labels)
     rows, heads, targets, cut = [], [], [], 0
     for start in range(0, len(tokens), CHUNK):
         sentences = tokens.words[start : start + CHUNK]
-        for row, pieces in enumerate(_pieces(tokenizer, sentences), start=start):
+        for row, pieces in enumerate(_encode_word_pieces(tokenizer, sentences), start=start):
             sizes = np.array([len(piece) for piece in pieces])
             total = len(before) + int(sizes.sum()) + len(after)
-            if total > lengths.longest:
-                lengths.refuse(total, tokens.origin(row))
+            if total > lengths.max_tokens:
+                lengths.check_cut_allowed(total, tokens.describe_origin(row))
                 cut += 1
-            kept = min(total, lengths.longest) - len(after)
+            kept = min(total, lengths.max_tokens) - len(after)
             first = len(before) + np.cumsum(sizes) - sizes
             ids = [*before, *(token for piece in pieces for token in piece)][:kept]
             rows.append([*ids, *after])
@@ -220,8 +222,8 @@ def encode_words(
                         target[index] = number[name]
             targets.append(target)
     _warn_of_cuts(cut, len(rows), lengths)
-    ids = _flat(rows, np.int32)
-    return Encoded(
+    ids = _flatten_rows(rows, np.int32)
+    return EncodedRows(
         ids,
         np.zeros(len(ids), dtype=np.int8),
         np.cumsum([0, *map(len, rows)], dtype=np.int64),
@@ -229,7 +231,7 @@ def encode_words(
         heads,
         tokenizer.pad_token_id or 0,
         cut,
-        lengths.longest,
+        lengths.max_tokens,
     )
 
 
@@ -244,31 +246,37 @@ class TrainRows(StepBatches):
         seed: of the order.
         instances: N, rows of a group; a micro-batch is a multiple of it.
         shape: of a step; a micro-batch has R rows.
-        pad_to: see `Encoded.gather`.
+        pad_to: see `EncodedRows.gather_batch`.
     Raises:
         UserError: if a micro-batch is not a multiple of `instances`.
     """
 
     def __init__(
-        self, encoded: Encoded, shape: StepShape, *, seed: int, instances: int, pad_to: int | None
+        self,
+        encoded: EncodedRows,
+        shape: StepShape,
+        *,
+        seed: int,
+        instances: int,
+        pad_to: int | None,
     ):
         super().__init__(shape)
-        check_instances("--per_device_train_batch_size", shape.micro_batch, instances)
+        check_fills_instance_groups("--per_device_train_batch_size", shape.micro_batch, instances)
         self.encoded, self.pad_to = encoded, pad_to
-        self.order = Balanced([len(encoded)], seed)
+        self.order = BalancedSampler([len(encoded)], seed)
 
     @property
     def digest(self) -> str:
         """SHA-256 of the rows."""
         return self.encoded.digest
 
-    def rows(self, number: int) -> np.ndarray:
+    def select_rows(self, number: int) -> np.ndarray:
         """[R] numbers of the rows of micro-batch `number`."""
-        return self.order.at(self.shape.samples(number))[1]
+        return self.order.select_blocks(self.shape.sample_indices(number))[1]
 
     def __getitem__(self, number: int) -> Batch:
         """Micro-batch `number` of this rank."""
-        return self.encoded.gather(self.rows(number), self.pad_to)
+        return self.encoded.gather_batch(self.select_rows(number), self.pad_to)
 
 
 class HeldOutBatch(NamedTuple):
@@ -277,11 +285,11 @@ class HeldOutBatch(NamedTuple):
     start: int
     stop: int
     batch: Batch
-    layout: Layout
+    layout: InstanceLayout
 
 
-def held_out_rows(
-    encoded: Encoded,
+def iterate_held_out_rows(
+    encoded: EncodedRows,
     batch_size: int,
     instances: int,
     pad_to: int | None,
@@ -293,25 +301,25 @@ def held_out_rows(
 
     Args:
         batch_size: rows of a forward pass of the model, a multiple of `instances`.
-        pad_to: see `Encoded.gather`.
+        pad_to: see `EncodedRows.gather_batch`.
         ensemble: give every row `instances` positions instead of one; a batch has fewer rows then,
             and no fillers.
         seed: of these positions.
     Raises:
         UserError: if groups would not be full.
     """
-    check_instances("--per_device_eval_batch_size", batch_size, instances)
+    check_fills_instance_groups("--per_device_eval_batch_size", batch_size, instances)
     size = batch_size // instances if ensemble else batch_size
     for start in range(0, len(encoded), size):
         stop = min(start + size, len(encoded))
         if ensemble:
-            layout = ensembled(stop - start, instances, (seed, start))
+            layout = arrange_ensemble(stop - start, instances, (seed, start))
         else:
-            layout = in_order(stop - start, instances)
-        yield HeldOutBatch(start, stop, encoded.gather(start + layout.rows, pad_to), layout)
+            layout = arrange_in_order(stop - start, instances)
+        yield HeldOutBatch(start, stop, encoded.gather_batch(start + layout.rows, pad_to), layout)
 
 
-def _special_tokens(tokenizer: "PreTrainedTokenizerFast") -> tuple[list[int], list[int]]:
+def _find_special_tokens(tokenizer: "PreTrainedTokenizerFast") -> tuple[list[int], list[int]]:
     """Special tokens before and after a single text."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
@@ -319,13 +327,13 @@ def _special_tokens(tokenizer: "PreTrainedTokenizerFast") -> tuple[list[int], li
     return whole[:start], whole[start + len(plain) :]
 
 
-def _pieces(
+def _encode_word_pieces(
     tokenizer: "PreTrainedTokenizerFast", sentences: Sequence[list[str]]
 ) -> Iterator[list[list[int]]]:
     """Token ids of each word of each sentence, as the model was pretrained on text."""
-    if _needs_blanks(tokenizer):
+    if _needs_blank_before_words(tokenizer):
         sentences = [[f" {word}" for word in words] for words in sentences]
-    encoded = _encode_split(tokenizer, sentences)
+    encoded = _encode_split_words(tokenizer, sentences)
     unknown = tokenizer.unk_token_id
     if unknown is None:
         unknown = tokenizer.pad_token_id or 0
@@ -336,37 +344,37 @@ def _pieces(
         yield [piece or [unknown] for piece in pieces]
 
 
-def _needs_blanks(tokenizer: "PreTrainedTokenizerFast") -> bool:
+def _needs_blank_before_words(tokenizer: "PreTrainedTokenizerFast") -> bool:
     """True if words of a sentence get the tokens that they have in text only after a blank.
 
     Byte-level tokenizers keep the blank before a word in the word's first token and lose it where
     words are given one by one, unless they add a blank themselves.
     """
     text = tokenizer("a b", add_special_tokens=False)["input_ids"]
-    return text != _encode_split(tokenizer, [["a", "b"]])["input_ids"][0]
+    return text != _encode_split_words(tokenizer, [["a", "b"]])["input_ids"][0]
 
 
-def _encode_split(
+def _encode_split_words(
     tokenizer: "PreTrainedTokenizerFast", sentences: Sequence[list[str]]
 ) -> "BatchEncoding":
     return tokenizer(sentences, is_split_into_words=True, add_special_tokens=False)
 
 
-def _inside(labels: Sequence[str]) -> dict[str, str]:
+def _map_to_inside_labels(labels: Sequence[str]) -> dict[str, str]:
     """The label of further tokens of a word: I- where the word has B-, if that is a label."""
     inside = {name: name for name in labels}
-    if are_entities(labels):
+    if are_entity_labels(labels):
         for name in labels:
-            part, kind = parts_of(name) or (None, "")
-            if part == "B" and join("I", kind) in inside:
-                inside[name] = join("I", kind)
+            part, kind = parse_entity_label(name) or (None, "")
+            if part == "B" and format_entity_label("I", kind) in inside:
+                inside[name] = format_entity_label("I", kind)
     return inside
 
 
-def _flat(rows: Sequence[Sequence[int]], kind: type) -> np.ndarray:
+def _flatten_rows(rows: Sequence[Sequence[int]], kind: type) -> np.ndarray:
     return np.fromiter((value for row in rows for value in row), dtype=kind)
 
 
-def _warn_of_cuts(cut: int, rows: int, lengths: Lengths) -> None:
+def _warn_of_cuts(cut: int, rows: int, lengths: RowLengthLimits) -> None:
     if cut:
-        logger.warning("%d of %d rows were cut to %d tokens", cut, rows, lengths.longest)
+        logger.warning("%d of %d rows were cut to %d tokens", cut, rows, lengths.max_tokens)

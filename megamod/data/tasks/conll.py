@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megamod.data.corpus.lines import read_lines
-from megamod.data.tasks.iob import OUTSIDE, are_entities, parts_of
+from megamod.data.tasks.iob import OUTSIDE, are_entity_labels, parse_entity_label
 from megamod.data.tasks.token_set import TokenSet
 from megamod.errors import UserError
 
@@ -32,7 +32,7 @@ Numbered = tuple[int, str]
 
 
 @dataclass(frozen=True)
-class _Layout:
+class _ColumnLayout:
     """Column layout of a line.
 
     Attributes:
@@ -48,8 +48,8 @@ class _Layout:
     word: int
     label: int | None
 
-    def cells(self, line: str) -> list[str]:
-        return _cells(line, self.tabs)
+    def split_cells(self, line: str) -> list[str]:
+        return _split_cells(line, self.tabs)
 
 
 def read_conll(
@@ -72,16 +72,16 @@ def read_conll(
     Raises:
         UserError: naming the line with another number of columns than the others.
     """
-    blocks = list(_blocks(path))
-    layout = _layout(path, blocks, word_column, label_column, split.startswith("test"), tags)
-    known = _labels_in(blocks, layout)
+    blocks = list(_read_blocks(path))
+    layout = _detect_layout(path, blocks, word_column, label_column, split.startswith("test"), tags)
+    known = _collect_certain_labels(blocks, layout)
     words, labels, lines, comments = [], [], [], 0
     for block in blocks:
-        start = _first_word(block, layout, known)
+        start = _count_comment_lines(block, layout, known)
         comments += start
-        rows = [(number, layout.cells(line)) for number, line in block[start:]]
+        rows = [(number, layout.split_cells(line)) for number, line in block[start:]]
         for number, cells in rows:
-            _check(f"{path}, line {number}", cells, layout)
+            _check_cells(f"{path}, line {number}", cells, layout)
         if layout.numbered:
             rows = [row for row in rows if row[1][0].isdecimal()]
         if not rows:
@@ -97,7 +97,7 @@ def read_conll(
     return TokenSet(words, labels or None, lines, str(path))
 
 
-def _blocks(path: Path) -> Iterator[list[Numbered]]:
+def _read_blocks(path: Path) -> Iterator[list[Numbered]]:
     """Lines between blank lines, with their numbers."""
     block: list[Numbered] = []
     for number, line in read_lines(path):
@@ -110,25 +110,25 @@ def _blocks(path: Path) -> Iterator[list[Numbered]]:
         yield block
 
 
-def _cells(line: str, tabs: bool) -> list[str]:
+def _split_cells(line: str, tabs: bool) -> list[str]:
     return line.split("\t") if tabs else re.split("[ \t]+", line.strip(BLANKS))
 
 
-def _candidates(block: list[Numbered]) -> int:
+def _count_possible_comments(block: list[Numbered]) -> int:
     """Number of lines at the start of a block that may be comments."""
     return next((n for n, (_, line) in enumerate(block) if not line.startswith("#")), len(block))
 
 
-def _layout(
+def _detect_layout(
     path: Path,
     blocks: list[list[Numbered]],
     word_column: int | None,
     label_column: int | None,
     test: bool,
     tags: bool,
-) -> _Layout:
+) -> _ColumnLayout:
     """The layout, from the lines that are no comments."""
-    certain = [block[_candidates(block) :] for block in blocks]
+    certain = [block[_count_possible_comments(block) :] for block in blocks]
     certain = [block for block in certain if block]
     if not certain:  # every line begins with #: none of them is a comment but by its form
         certain = [[row for row in block if not COMMENT.match(row[1])] for block in blocks]
@@ -136,14 +136,14 @@ def _layout(
     if not certain:
         raise UserError(f"{path}: no sentence in it")
     lines = [line for block in certain for _, line in block]
-    tabs = _usual("\t" in line for line in lines)
-    width = _usual(len(_cells(line, tabs)) for line in lines)
-    firsts = [[_cells(line, tabs)[0] for _, line in block] for block in certain]
-    names = _named_columns(blocks) or CONLLU
+    tabs = _find_most_frequent("\t" in line for line in lines)
+    width = _find_most_frequent(len(_split_cells(line, tabs)) for line in lines)
+    firsts = [[_split_cells(line, tabs)[0] for _, line in block] for block in certain]
+    names = _read_column_names(blocks) or CONLLU
     if names[0] == "ID" and len(names) == width:
         numbered = all(NODE.fullmatch(first) for row in firsts for first in row)
     else:
-        numbered = width > 1 + (not test) and _count_words(firsts)
+        numbered = width > 1 + (not test) and _are_word_numbers(firsts)
         names = []
     word, label = word_column, label_column
     if word is None:
@@ -157,39 +157,43 @@ def _layout(
         if numbered and "UPOS" in names:
             label = names.index("UPOS")
         elif numbered and not names and not tags:
-            label = _first_entities([_cells(line, tabs) for line in lines], word, width)
+            label = _find_entity_column([_split_cells(line, tabs) for line in lines], word, width)
     where = f"{path}, line {certain[0][0][0]}"
-    return _Layout(width, tabs, numbered, *_in_range(where, width, word, label, test))
+    return _ColumnLayout(
+        width, tabs, numbered, *_normalise_columns(where, width, word, label, test)
+    )
 
 
-def _usual(values: Iterable[object]) -> object:
+def _find_most_frequent(values: Iterable[object]) -> object:
     """The most frequent value, of equally frequent ones the first."""
     return Counter(values).most_common(1)[0][0]
 
 
-def _count_words(firsts: list[list[str]]) -> bool:
+def _are_word_numbers(firsts: list[list[str]]) -> bool:
     """True if the first cells of every sentence are 1, 2, 3, ... or 0, 1, 2, ..."""
     return max(map(len, firsts)) > 1 and all(
         row == [str(number + (row[0] != "0")) for number in range(len(row))] for row in firsts
     )
 
 
-def _first_entities(rows: list[list[str]], word: int, width: int) -> int:
+def _find_entity_column(rows: list[list[str]], word: int, width: int) -> int:
     """The first column after the word with entity labels only, as in GermEval; else the last."""
     for column in range(word % width + 1, width):
         labels = {row[column].strip(BLANKS) for row in rows if len(row) == width}
-        if all(label == OUTSIDE or parts_of(label) for label in labels):
+        if all(label == OUTSIDE or parse_entity_label(label) for label in labels):
             return column
     return -1
 
 
-def _named_columns(blocks: list[list[Numbered]]) -> list[str] | None:
+def _read_column_names(blocks: list[list[Numbered]]) -> list[str] | None:
     """Names of the columns of a CoNLL-U Plus file."""
     match = NAMED_COLUMNS.match(blocks[0][0][1])
     return match and match[1].split()
 
 
-def _in_range(where: str, width: int, word: int, label: int, test: bool) -> tuple[int, int | None]:
+def _normalise_columns(
+    where: str, width: int, word: int, label: int, test: bool
+) -> tuple[int, int | None]:
     """Both columns counted from 0; the label None where a test file has none."""
     if not -width <= word < width:
         raise UserError(f"{where}: {width} columns, there is no column {word} (--word_column)")
@@ -204,38 +208,42 @@ def _in_range(where: str, width: int, word: int, label: int, test: bool) -> tupl
     return word % width, label % width
 
 
-def _labels_in(blocks: list[list[Numbered]], layout: _Layout) -> set[str]:
+def _collect_certain_labels(blocks: list[list[Numbered]], layout: _ColumnLayout) -> set[str]:
     """Labels of the lines that cannot be comments."""
     if layout.label is None:
         return set()
-    rows = (layout.cells(line) for block in blocks for _, line in block[_candidates(block) :])
+    rows = (
+        layout.split_cells(line)
+        for block in blocks
+        for _, line in block[_count_possible_comments(block) :]
+    )
     return {cells[layout.label].strip(BLANKS) for cells in rows if len(cells) == layout.width}
 
 
-def _first_word(block: list[Numbered], layout: _Layout, known: set[str]) -> int:
+def _count_comment_lines(block: list[Numbered], layout: _ColumnLayout, known: set[str]) -> int:
     """Number of comment lines at the start of a block.
 
     A line with # is a comment if its form says so, if it has other columns than the words, or if
     its label column holds no label. Otherwise it is a word such as a hashtag.
     """
-    entities = are_entities(known)
-    for index, (_, line) in enumerate(block[: _candidates(block)]):
-        cells = layout.cells(line)
+    entities = are_entity_labels(known)
+    for index, (_, line) in enumerate(block[: _count_possible_comments(block)]):
+        cells = layout.split_cells(line)
         if COMMENT.match(line) or layout.numbered or len(cells) != layout.width:
             continue
         if layout.label is None:
             return index
         label = cells[layout.label].strip(BLANKS)
         if entities:
-            word = label == OUTSIDE or parts_of(label) is not None
+            word = label == OUTSIDE or parse_entity_label(label) is not None
         else:
             word = label in known or cells[0].strip(BLANKS) != "#"
         if word:
             return index
-    return _candidates(block)
+    return _count_possible_comments(block)
 
 
-def _check(where: str, cells: list[str], layout: _Layout) -> None:
+def _check_cells(where: str, cells: list[str], layout: _ColumnLayout) -> None:
     """Raise UserError for a line that lacks a column, a word or a label."""
     if len(cells) != layout.width:
         raise UserError(f"{where}: {len(cells)} columns, most lines have {layout.width}")

@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from megamod.data.tasks.classification import Encoded, Lengths
+from megamod.data.tasks.classification import EncodedRows, RowLengthLimits
 from megamod.data.tasks.glue import TextSet
 from megamod.data.tasks.token_set import TokenSet
 from megamod.files import write_atomic
@@ -31,10 +30,10 @@ NUMBERS = ("pad_id", "cut", "longest")
 ARRAYS = ("ids", "segments", "offsets", "labels")
 
 
-def key_of(
+def compute_cache_key(
     rows: TextSet | TokenSet,
     tokenizer: "PreTrainedTokenizerFast",
-    lengths: Lengths,
+    lengths: RowLengthLimits,
     labels: Sequence[str],
     label_all: bool,
 ) -> str:
@@ -42,54 +41,59 @@ def key_of(
     hashed = hashlib.sha256()
     columns: Iterable[Sequence[object]] = rows.texts if isinstance(rows, TextSet) else [rows.words]
     for part in (*columns, [] if rows.labels is None else list(rows.labels)):
-        hashed.update(json.dumps([_plain(value) for value in part]).encode())
+        hashed.update(json.dumps([_to_plain_value(value) for value in part]).encode())
     hashed.update(tokenizer.backend_tokenizer.to_str().encode())
-    settings = [FORMAT, asdict(lengths), list(labels), label_all, rows.labels is None]
+    limits = {  # under the names of earlier caches, which so stay valid
+        "longest": lengths.max_tokens,
+        "room": lengths.model_positions,
+        "truncate": lengths.truncate,
+    }
+    settings = [FORMAT, limits, list(labels), label_all, rows.labels is None]
     hashed.update(json.dumps([*settings, type(rows).__name__, tokenizer.pad_token_id]).encode())
     return hashed.hexdigest()
 
 
-def cached(folder: Path, key: str, make: Callable[[], Encoded]) -> Encoded:
+def load_or_encode(folder: Path, key: str, make: Callable[[], EncodedRows]) -> EncodedRows:
     """Cached rows; made and stored if absent or damaged.
 
     Args:
         folder: created if it does not exist.
-        key: see `key_of`.
+        key: see `compute_cache_key`.
     """
     path = folder / f"{key}.safetensors"
     if path.exists():
         try:
-            return _read(path)
+            return _read_cached_rows(path)
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             logger.warning("%s cannot be read and is written again: %s", path, error)
     encoded = make()
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, _bytes(encoded))
+    write_atomic(path, _serialise_rows(encoded))
     return encoded
 
 
-def _read(path: Path) -> Encoded:
+def _read_cached_rows(path: Path) -> EncodedRows:
     with safe_open(path, framework="numpy") as file:
         metadata = file.metadata()
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     heads = None
     if "heads" in arrays:
         heads = np.split(arrays["heads"], arrays["head_ends"][:-1])
-    return Encoded(
+    return EncodedRows(
         **{name: arrays.get(name) for name in ARRAYS},
-        heads=heads,
+        word_starts=heads,
         **{name: int(metadata[name]) for name in NUMBERS},
     )
 
 
-def _bytes(encoded: Encoded) -> bytes:
+def _serialise_rows(encoded: EncodedRows) -> bytes:
     arrays = {name: getattr(encoded, name) for name in ARRAYS}
-    if encoded.heads is not None:
-        arrays["heads"] = np.concatenate(encoded.heads)
-        arrays["head_ends"] = np.cumsum([len(head) for head in encoded.heads])
+    if encoded.word_starts is not None:
+        arrays["heads"] = np.concatenate(encoded.word_starts)
+        arrays["head_ends"] = np.cumsum([len(head) for head in encoded.word_starts])
     whole = {name: np.ascontiguousarray(a) for name, a in arrays.items() if a is not None}
     return save(whole, {name: str(getattr(encoded, name)) for name in NUMBERS})
 
 
-def _plain(value: object) -> object:
+def _to_plain_value(value: object) -> object:
     return value.item() if isinstance(value, np.generic) else value

@@ -22,18 +22,18 @@ BEGIN, CONTINUE, LAST = "BSU", "IMEL", "ELSU"
 LABEL = re.compile(r"([BIMELSU])(?:-(.+))?", re.DOTALL)
 
 
-def parts_of(label: str) -> tuple[str, str] | None:
+def parse_entity_label(label: str) -> tuple[str, str] | None:
     """Part and type of an entity label, the type "" if it is missing; None for other labels."""
     match = LABEL.fullmatch(label)
     return match and (match[1], match[2] or "")
 
 
-def join(part: str, kind: str) -> str:
+def format_entity_label(part: str, kind: str) -> str:
     """The label of a part and a type."""
     return f"{part}-{kind}" if kind else part
 
 
-def are_entities(labels: Iterable[str]) -> bool:
+def are_entity_labels(labels: Iterable[str]) -> bool:
     """True if the labels follow a scheme of entities, False for plain tags.
 
     They do if a label is B-TYPE or I-TYPE, or if all labels but O have the form of one and some of
@@ -42,11 +42,11 @@ def are_entities(labels: Iterable[str]) -> bool:
     named = set(labels) - {OUTSIDE}
     if any(len(label) > 2 and label.startswith(("B-", "I-")) for label in named):
         return True
-    parts = [parts_of(label) for label in named]
+    parts = [parse_entity_label(label) for label in named]
     return None not in parts and any(part in BEGIN for part, _ in parts)
 
 
-def to_iob2(sentences: TokenSet, repair: bool) -> str:
+def convert_to_iob2(sentences: TokenSet, repair: bool) -> str:
     """Turn entity labels into IOB2 in place; returns the scheme that they had.
 
     In IOB2 every entity begins with B-; in IOB1 only one that follows another of its type at once.
@@ -65,13 +65,15 @@ def to_iob2(sentences: TokenSet, repair: bool) -> str:
     for sentence, labels in enumerate(sentences.labels):
         row, kind_before, label_before, is_open = [], None, OUTSIDE, False
         for word, label in enumerate(labels):
-            part, kind = _parts(label) or _refuse(label, sentences.origin(sentence, word))
+            part, kind = _parse_label(label) or _raise_unknown_label(
+                label, sentences.describe_origin(sentence, word)
+            )
             if part is None:
                 row.append(OUTSIDE)
             elif part in CONTINUE and is_open and kind == kind_before:
-                row.append(join("I", kind))
+                row.append(format_entity_label("I", kind))
             else:
-                row.append(join("B", kind))
+                row.append(format_entity_label("B", kind))
                 if part in CONTINUE:
                     orphans += 1
                     first_orphan = first_orphan or (sentence, word, label, label_before, row[-1])
@@ -90,9 +92,9 @@ def to_iob2(sentences: TokenSet, repair: bool) -> str:
     if scheme == "broken" and not repair:
         sentence, word, label, before, repaired = first_orphan
         raise UserError(
-            f"{sentences.origin(sentence, word)}: {label} follows {before}: neither IOB1 nor IOB2 "
-            f"allows this with the file's other labels ({orphans} such, {begins} B-); --repair_iob "
-            f"reads it as {repaired}"
+            f"{sentences.describe_origin(sentence, word)}: {label} follows {before}: neither IOB1 "
+            f"nor IOB2 allows this with the file's other labels ({orphans} such, {begins} B-); "
+            f"--repair_iob reads it as {repaired}"
         )
     if orphans and scheme != "iob1":
         logger.warning(
@@ -110,12 +112,12 @@ def to_iob2(sentences: TokenSet, repair: bool) -> str:
     return scheme
 
 
-def _parts(label: str) -> tuple[str | None, str | None] | None:
+def _parse_label(label: str) -> tuple[str | None, str | None] | None:
     """Part and type; (None, None) for O."""
-    return (None, None) if label == OUTSIDE else parts_of(label)
+    return (None, None) if label == OUTSIDE else parse_entity_label(label)
 
 
-def _refuse(label: str, where: str) -> NoReturn:
+def _raise_unknown_label(label: str, where: str) -> NoReturn:
     raise UserError(
         f"{where}: label {label[:60]!r} is none of O, B-TYPE, I-TYPE, nor of IOBES or BILOU"
     )

@@ -7,12 +7,28 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megamod.data.corpus.file_formats import format_of
-from megamod.data.corpus.lines import checked_text
+from megamod.data.corpus.file_formats import require_format
+from megamod.data.corpus.lines import check_text
 from megamod.data.tasks.conll import read_conll
-from megamod.data.tasks.iob import OUTSIDE, are_entities, join, parts_of, to_iob2
-from megamod.data.tasks.specs import TaskSpec, find_files, some_of, speller
-from megamod.data.tasks.task_rows import RowTable, hub_tables, json_table, parquet_table
+from megamod.data.tasks.iob import (
+    OUTSIDE,
+    are_entity_labels,
+    convert_to_iob2,
+    format_entity_label,
+    parse_entity_label,
+)
+from megamod.data.tasks.specs import (
+    TaskSpec,
+    find_task_files,
+    format_some_names,
+    make_label_normaliser,
+)
+from megamod.data.tasks.task_rows import (
+    RowTable,
+    load_hub_tables,
+    open_json_table,
+    open_parquet_table,
+)
 from megamod.data.tasks.token_set import TokenSet
 from megamod.errors import UserError
 
@@ -32,39 +48,39 @@ def read_token_task(
     Args:
         data_dir: folder of the files; None: the hub.
         splits: names of splits; "train", "dev" and "test" must exist.
-        repair: see `to_iob2`.
+        repair: see `convert_to_iob2`.
         labels: of a trained model, which win; empty: those of the spec or of the train file.
     Raises:
         UserError: naming file and line of what does not fit.
     """
     if data_dir is None:
-        sources = dict(hub_tables(task, splits))
+        sources = dict(load_hub_tables(task, splits))
     else:
-        sources = {s: path for s, path in find_files(task, data_dir).items() if s in splits}
+        sources = {s: path for s, path in find_task_files(task, data_dir).items() if s in splits}
     for split in splits:
         if split in ("train", "dev", "test") and split not in sources:
             origin = data_dir if data_dir is not None else "the hub"
             raise UserError(f"task {task.name}: {origin} has no split {split}")
-    sets = {split: _read(task, split, source) for split, source in sources.items()}
+    sets = {split: _read_sentences(task, split, source) for split, source in sources.items()}
     labels = tuple(labels) or task.labels
-    entities = are_entities(
+    entities = are_entity_labels(
         {label for part in sets.values() for row in part.labels or () for label in row}
         | set(labels)
     )
     if entities:
         for sentences in sets.values():
             if sentences.labels is not None:
-                to_iob2(sentences, repair)
-    labels = labels or label_set(sets, entities)
+                convert_to_iob2(sentences, repair)
+    labels = labels or collect_labels(sets, entities)
     for sentences in sets.values():
-        _check_labels(sentences, labels)
+        _normalise_labels(sentences, labels)
     of_entities = {"f1", "precision", "recall"}
     if not entities and OUTSIDE not in labels and set(task.metrics) & of_entities:
         task = replace(task, metrics=("accuracy",))
     return replace(task, labels=labels), sets
 
 
-def label_set(sets: dict[str, TokenSet], entities: bool) -> tuple[str, ...]:
+def collect_labels(sets: dict[str, TokenSet], entities: bool) -> tuple[str, ...]:
     """Labels of the train split in an order that does not depend on the file's.
 
     O comes first, then B- and I- of each type by name, both even if one of them does not occur;
@@ -77,8 +93,8 @@ def label_set(sets: dict[str, TokenSet], entities: bool) -> tuple[str, ...]:
         raise UserError("the labels come from a train split, or from a trained model; give either")
     labels = {label for row in sets["train"].labels for label in row}
     if entities:
-        types = sorted({parts_of(label)[1] for label in labels if label != OUTSIDE})
-        labels = (OUTSIDE, *(join(part, kind) for kind in types for part in "BI"))
+        types = sorted({parse_entity_label(label)[1] for label in labels if label != OUTSIDE})
+        labels = (OUTSIDE, *(format_entity_label(part, kind) for kind in types for part in "BI"))
     if len(labels) < 2:
         raise UserError(
             f"{sets['train'].where}: all its labels are {min(labels)[:60]!r}, a task needs two or "
@@ -87,16 +103,16 @@ def label_set(sets: dict[str, TokenSet], entities: bool) -> tuple[str, ...]:
     return tuple(labels) if entities else tuple(sorted(labels))
 
 
-def _read(task: TaskSpec, split: str, source: Path | RowTable) -> TokenSet:
+def _read_sentences(task: TaskSpec, split: str, source: Path | RowTable) -> TokenSet:
     """Sentences of one split as its source spells them."""
     if isinstance(source, Path):
-        kind = format_of(source, FORMATS)
+        kind = require_format(source, FORMATS)
         if kind in ("JSON lines", "JSON"):
-            source = json_table(source)
+            source = open_json_table(source)
         elif kind == "Parquet":
-            source = parquet_table(source)
+            source = open_parquet_table(source)
     if isinstance(source, RowTable):
-        sentences = _of_rows(task, split, source)
+        sentences = _read_row_sentences(task, split, source)
     else:
         word, label, tags = task.texts[0].index, task.label.index, task.label.name == "upos"
         sentences = read_conll(source, word, label, split, tags=tags)
@@ -105,33 +121,33 @@ def _read(task: TaskSpec, split: str, source: Path | RowTable) -> TokenSet:
     return sentences
 
 
-def _check_labels(sentences: TokenSet, labels: Sequence[str]) -> None:
+def _normalise_labels(sentences: TokenSet, labels: Sequence[str]) -> None:
     """Spell labels as `labels` does, which may differ in capitals.
 
     Raises:
         UserError: naming the line of a label that is none of them.
     """
-    spelled = speller(labels)
+    spelled = make_label_normaliser(labels)
     for sentence, row in enumerate(sentences.labels or ()):
         for word, label in enumerate(row):
             row[word] = spelled(label)
             if row[word] is None:
                 raise UserError(
-                    f"{sentences.origin(sentence, word)}: label {label[:60]!r} is not one of "
-                    f"{some_of(labels)}"
+                    f"{sentences.describe_origin(sentence, word)}: label {label[:60]!r} is "
+                    f"not one of {format_some_names(labels)}"
                 )
 
 
-def _of_rows(task: TaskSpec, split: str, table: RowTable) -> TokenSet:
+def _read_row_sentences(task: TaskSpec, split: str, table: RowTable) -> TokenSet:
     """Sentences of rows with a list of words and a list of labels."""
     word_name, label_name = task.texts[0].name, task.label.name
     names = table.names.get(label_name)
     words, labels, lines = [], [], []
     for number, row in table.rows:
-        where = table.origin(number)
-        row_words = _list_in(row, word_name, where)
+        where = table.describe_origin(number)
+        row_words = _require_list(row, word_name, where)
         hidden = split.startswith("test") and row.get(label_name) is None
-        row_labels = [] if hidden else _list_in(row, label_name, where)
+        row_labels = [] if hidden else _require_list(row, label_name, where)
         if not row_words:
             continue
         if not hidden and len(row_words) != len(row_labels):
@@ -141,24 +157,26 @@ def _of_rows(task: TaskSpec, split: str, table: RowTable) -> TokenSet:
         for word in row_words:
             if not isinstance(word, str) or not word:
                 raise UserError(f"{where}: {word!r} among {word_name!r} is not a word")
-        words.append([checked_text(word, where) for word in row_words])
+        words.append([check_text(word, where) for word in row_words])
         lines.append([number] * len(row_words))
         if not hidden:
-            labels.append([_label(label, names, where) for label in row_labels])
+            labels.append([_read_label(label, names, where) for label in row_labels])
     if labels and len(labels) != len(words):
         raise UserError(f"{table.where}: some rows have labels and some have none")
     return TokenSet(words, labels or None, lines, table.where, table.unit)
 
 
-def _list_in(row: dict[str, object], name: str, where: str) -> list[object]:
+def _require_list(row: dict[str, object], name: str, where: str) -> list[object]:
     if name not in row:
-        raise UserError(f"{where}: no column {name!r}; there are {some_of(map(repr, row))}")
+        raise UserError(
+            f"{where}: no column {name!r}; there are {format_some_names(map(repr, row))}"
+        )
     if not isinstance(row[name], list):
         raise UserError(f"{where}: {name!r} is {type(row[name]).__name__}, a list is needed")
     return row[name]
 
 
-def _label(value: object, names: Sequence[str] | None, where: str) -> str:
+def _read_label(value: object, names: Sequence[str] | None, where: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise UserError(f"{where}: label {repr(value)[:60]} is not a name or a number")
     if names is None or isinstance(value, str):

@@ -68,7 +68,7 @@ class DemixConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         self.intermediate_size = self.intermediate_size or 4 * self.hidden_size
         self.domains = list(self.domains)
-        check_domains(self.domains)
+        check_domain_names(self.domains)
         if self.untie not in UNTIE:
             raise ValueError(f"untie {self.untie!r} is unknown; choose one of {', '.join(UNTIE)}")
         if self.untie != "none" and not self.domains:
@@ -126,7 +126,7 @@ class ForestConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True  # in the parts that do
 
     def __post_init__(self, **kwargs):
-        parts = [part_config(fields) for fields in self.parts]
+        parts = [make_part_config(fields) for fields in self.parts]
         stock = any(part.model_type != DemixConfig.model_type for part in parts)
         # Stock models pad the vocabulary, and name special ids or not, as they like.
         for field in ("eos_token_id",) if stock else ("vocab_size", *SPECIAL_IDS):
@@ -139,7 +139,7 @@ class ForestConfig(PreTrainedConfig):
             if stock and self.pad_token_id == self.eos_token_id:
                 self.pad_token_id = None  # an end of text is no padding
             self.vocab_size = min(part.vocab_size for part in parts)
-            limits = [limit for part in parts if (limit := longest_sequence(part))]
+            limits = [limit for part in parts if (limit := get_max_sequence_length(part))]
             self.max_position_embeddings = min(limits, default=0)
         if self.rule not in RULES:
             raise ValueError(f"rule {self.rule!r} is unknown; choose one of {', '.join(RULES)}")
@@ -153,27 +153,29 @@ class ForestConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
 
-def default_sequence(config: PreTrainedConfig) -> int:
+def get_default_sequence_length(config: PreTrainedConfig) -> int:
     """Tokens per sequence where no option says how many.
 
     The longest of the project's GPT. Stock models allow far longer ones than anyone evaluates.
     """
-    longest = longest_sequence(config)
+    longest = get_max_sequence_length(config)
     if config.model_type == DemixConfig.model_type:
         return longest
     return min(longest or SEQUENCE, SEQUENCE)
 
 
-def part_config(fields: Mapping[str, object]) -> PreTrainedConfig:
+def make_part_config(fields: Mapping[str, object]) -> PreTrainedConfig:
     """Configuration of a part of a forest.
 
     Raises:
         ValueError: for an unknown model type.
     """
-    return _config_class(fields.get("model_type", DemixConfig.model_type)).from_dict(dict(fields))
+    return _find_config_class(fields.get("model_type", DemixConfig.model_type)).from_dict(
+        dict(fields)
+    )
 
 
-def _config_class(kind: object) -> type[PreTrainedConfig]:
+def _find_config_class(kind: object) -> type[PreTrainedConfig]:
     # The mapping is imported late: making it imports this module.
     from transformers import CONFIG_MAPPING
 
@@ -192,8 +194,8 @@ def read_lm_config(folder: Path, flag: str | None = None) -> PreTrainedConfig:
     try:
         fields, _ = PreTrainedConfig.get_config_dict(folder)
         kind = fields.get("model_type")
-        _check_causal(where, kind, fields)
-        return _config_class(kind).from_dict(fields)
+        _check_is_causal_lm(where, kind, fields)
+        return _find_config_class(kind).from_dict(fields)
     except UserError:
         raise
     except (OSError, ValueError, TypeError, AttributeError, StrictDataclassError) as error:
@@ -201,7 +203,7 @@ def read_lm_config(folder: Path, flag: str | None = None) -> PreTrainedConfig:
         raise UserError(f"{where}: config.json cannot be used: {reason}") from error
 
 
-def _check_causal(where: str, kind: object, fields: Mapping[str, object]) -> None:
+def _check_is_causal_lm(where: str, kind: object, fields: Mapping[str, object]) -> None:
     from transformers.models.auto import modeling_auto
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
@@ -229,17 +231,17 @@ LmConfig = PreTrainedConfig
 SEQUENCE = 1024  # tokens of a sequence of a stock model, where nothing says how many
 
 
-def domains_of(config: PreTrainedConfig) -> list[str]:
+def get_domains(config: PreTrainedConfig) -> list[str]:
     """Domains of a language model's configuration; stock ones name none."""
     return list(getattr(config, "domains", ()))
 
 
-def untie_of(config: PreTrainedConfig) -> str:
+def get_untie(config: PreTrainedConfig) -> str:
     """Value of `untie` (see `UNTIE`); "none" for a stock configuration."""
     return getattr(config, "untie", "none")
 
 
-def longest_sequence(config: PreTrainedConfig) -> int | None:
+def get_max_sequence_length(config: PreTrainedConfig) -> int | None:
     """Longest sequence of a language model in tokens; None if its family has no limit."""
     for name in ("max_position_embeddings", "max_seq_len"):
         if getattr(config, name, None):
@@ -247,7 +249,7 @@ def longest_sequence(config: PreTrainedConfig) -> int | None:
     return None
 
 
-def owns_feed_forward(untie: str, layer: int, layers: int) -> bool:
+def has_own_feed_forward(untie: str, layer: int, layers: int) -> bool:
     """True if each domain has a feed-forward of its own in this layer, the rest being shared."""
     return (
         untie == "feedforward"
@@ -256,7 +258,7 @@ def owns_feed_forward(untie: str, layer: int, layers: int) -> bool:
     )
 
 
-def check_domains(domains: Sequence[str]) -> None:
+def check_domain_names(domains: Sequence[str]) -> None:
     """Raise ValueError for names that are doubled or cannot be part of a parameter's name."""
     for domain in domains:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", domain) or hasattr(nn.ModuleDict, domain):

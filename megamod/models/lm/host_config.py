@@ -12,8 +12,8 @@ class DemixHostConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs: object) -> PreTrainedConfig:
-        """Return a configuration of the class that `host_classes` builds for the field `host`."""
+        """Return a configuration of the class that `make_host_classes` makes for `host`."""
         # Imported late: AutoConfig registers this class while transformers is still being imported.
-        from megamod.models.lm.host import host_classes
+        from megamod.models.lm.host import make_host_classes
 
-        return host_classes(config_dict.get("host"))[0].from_dict(config_dict, **kwargs)
+        return make_host_classes(config_dict.get("host"))[0].from_dict(config_dict, **kwargs)

@@ -8,16 +8,21 @@ from typing import TYPE_CHECKING
 
 from transformers import PreTrainedConfig
 
-from megamod.args import origin_of
-from megamod.data.tasks.classification import Encoded, Lengths, encode_texts, encode_words
-from megamod.data.tasks.encoded_cache import cached, key_of
-from megamod.data.tasks.glue import TextSet, read_task
+from megamod.data.tasks.classification import (
+    EncodedRows,
+    RowLengthLimits,
+    encode_texts,
+    encode_words,
+)
+from megamod.data.tasks.encoded_cache import compute_cache_key, load_or_encode
+from megamod.data.tasks.glue import TextSet, read_text_task
 from megamod.data.tasks.ner import read_token_task
-from megamod.data.tasks.specs import TaskSpec, any_task, find_files
-from megamod.data.tasks.task_file import read_spec
+from megamod.data.tasks.specs import TaskSpec, find_any_task, find_task_files
+from megamod.data.tasks.task_file import read_task_spec
 from megamod.data.tasks.token_set import TokenSet
 from megamod.errors import UserError
-from megamod.models.classifier_inputs import room_of
+from megamod.flags import find_origin
+from megamod.models.classifier_inputs import compute_max_row_tokens
 from megamod.runs.finetune.args import RowArgs, StageArgs
 from megamod.runs.finetune.labels import labels_of_model, with_labels_of
 
@@ -38,7 +43,7 @@ class FinetuneTask:
 
     spec: TaskSpec
     sets: Rows
-    encoded: Mapping[str, Encoded]
+    encoded: Mapping[str, EncodedRows]
 
     def splits(self, kind: str) -> tuple[str, ...]:
         """Encoded splits that begin with "train", "dev" or "test"."""
@@ -53,15 +58,15 @@ def splits_to_read(spec: TaskSpec, stage: StageArgs, predicted: str) -> list[str
     """
     splits = ["train"] if stage.do_train else []
     if stage.do_eval:
-        splits += spec.splits("dev")
+        splits += spec.list_splits("dev")
         if "dev" not in splits:
             raise UserError(f"--do_eval: task {spec.name} has no split dev")
     if stage.do_predict:
-        if not spec.splits(predicted):
+        if not spec.list_splits(predicted):
             raise UserError(
                 f"--predict_split {predicted}: task {spec.name} has {', '.join(spec.files)}"
             )
-        splits += [split for split in spec.splits(predicted) if split not in splits]
+        splits += [split for split in spec.list_splits(predicted) if split not in splits]
     return splits
 
 
@@ -113,9 +118,11 @@ def read_rows(
     if spec.kind == "token":
         spec, sets = read_token_task(spec, data_dir, splits, repair=args.repair_iob, labels=labels)
     else:
-        spec, sets = read_task(spec, data_dir, splits)
+        spec, sets = read_text_task(spec, data_dir, splits)
     return spec, {
-        split: rows.first(args.max_train_samples if split == "train" else args.max_eval_samples)
+        split: rows.take_first(
+            args.max_train_samples if split == "train" else args.max_eval_samples
+        )
         for split, rows in sets.items()
     }
 
@@ -124,7 +131,7 @@ def encode_rows(
     spec: TaskSpec,
     sets: Rows,
     tokenizer: "PreTrainedTokenizerFast",
-    lengths: Lengths,
+    lengths: RowLengthLimits,
     cache_dir: str | None,
     *,
     label_all: bool = False,
@@ -136,16 +143,16 @@ def encode_rows(
         label_all: see `encode_words`.
     """
 
-    def encode(rows: TextSet | TokenSet) -> Encoded:
+    def encode(rows: TextSet | TokenSet) -> EncodedRows:
         if isinstance(rows, TextSet):
             return encode_texts(rows, tokenizer, lengths)
         return encode_words(rows, tokenizer, lengths, spec.labels, label_all=label_all)
 
-    def encode_or_load(rows: TextSet | TokenSet) -> Encoded:
+    def encode_or_load(rows: TextSet | TokenSet) -> EncodedRows:
         if cache_dir is None:
             return encode(rows)
-        key = key_of(rows, tokenizer, lengths, spec.labels, label_all)
-        return cached(Path(cache_dir), key, partial(encode, rows))
+        key = compute_cache_key(rows, tokenizer, lengths, spec.labels, label_all)
+        return load_or_encode(Path(cache_dir), key, partial(encode, rows))
 
     encoded = {split: encode_or_load(rows) for split, rows in sets.items()}
     return FinetuneTask(spec, sets, encoded)
@@ -158,8 +165,8 @@ def named_task(name: str, data_dir: Sequence[str] | None) -> tuple[TaskSpec, Seq
         UserError: if there is no such task.
     """
     if not name.endswith((".yaml", ".yml")):
-        return any_task(name), data_dir
-    spec = read_spec(name)
+        return find_any_task(name), data_dir
+    spec = read_task_spec(name)
     if data_dir is None and spec.hub is None:
         data_dir = [str(Path(name).parent)]
     return spec, data_dir
@@ -174,7 +181,7 @@ def first_folder(spec: TaskSpec, folders: Sequence[str]) -> str:
     problems = []
     for folder in folders:
         try:
-            find_files(spec, folder)
+            find_task_files(spec, folder)
         except UserError as error:
             problems.append(str(error))
         else:
@@ -182,13 +189,13 @@ def first_folder(spec: TaskSpec, folders: Sequence[str]) -> str:
     raise UserError("; ".join(problems))
 
 
-def lengths_of(config: PreTrainedConfig, args: RowArgs) -> Lengths:
+def lengths_of(config: PreTrainedConfig, args: RowArgs) -> RowLengthLimits:
     """Maximum row length of a model: --max_seq_length, by default at most the model's positions.
 
     Raises:
         UserError: if the flag is given and the model has fewer positions.
     """
-    room, longest = room_of(config), args.max_seq_length
-    if longest > room and origin_of(args, "max_seq_length") != "default":
+    room, longest = compute_max_row_tokens(config), args.max_seq_length
+    if longest > room and find_origin(args, "max_seq_length") != "default":
         raise UserError(f"--max_seq_length {longest}: the model has positions for {room} tokens")
-    return Lengths(min(longest, room), room, args.truncate)
+    return RowLengthLimits(min(longest, room), room, args.truncate)
