@@ -37,9 +37,9 @@ class RowLengthLimits:
     """Maximum length of a row.
 
     Attributes:
-        longest: tokens of a row, special ones included; longer rows are cut.
-        model_positions: positions of the model. Longer rows are refused unless `truncate` is set: a user who
-            asks for `max_tokens` tokens expects cuts below the model's limit, not above it.
+        max_tokens: tokens of a row, special ones included; longer rows are cut.
+        model_positions: positions of the model. Longer rows are refused unless `truncate` is set: a
+            user who asks for `max_tokens` tokens expects cuts below the model's limit, not above.
         truncate: cut those rows too.
     """
 
@@ -65,8 +65,8 @@ class EncodedRows:
         segments: [T] int8, 1 in the second text of a pair.
         offsets: [n + 1] int64, row r is ids[offsets[r]:offsets[r + 1]].
         labels: [n] int64 or float32 of rows, [T] int64 of tokens (-100: none); None: hidden.
-        word_starts: for labels of words, [W] positions of the words' first tokens in each row, -1 for
-            words that were cut off; else None.
+        word_starts: for labels of words, [W] positions of the words' first tokens in each row, -1
+            for words that were cut off; else None.
         pad_id: of the tokenizer.
         cut: rows that were shortened.
         longest: tokens that a row may have, which also bounds padding.
