@@ -72,7 +72,7 @@ def run_main(main: Callable[[], None]) -> None:
 
 
 def is_distributed_failure(error: RuntimeError) -> bool:
-    """True if the error says that a collective lost a peer (gloo, NCCL or the store)."""
+    """Return True if the error says that a collective lost a peer (gloo, NCCL or the store)."""
     from torch.distributed import DistBackendError, DistNetworkError, DistStoreError
 
     lost = ("Connection reset by peer", "Connection closed by peer", "gloo", "NCCL", "Timed out")
@@ -82,7 +82,9 @@ def is_distributed_failure(error: RuntimeError) -> bool:
 
 
 def is_user_fixable(error: Exception) -> bool:
-    """True if the user can mend the error's cause: wrong input, a full disk, too little memory."""
+    """Return True if the user can mend the error's cause: wrong input, a full disk, too little
+    memory.
+    """
     from torch import OutOfMemoryError
 
     kinds = (UserError, OSError, MemoryError, OutOfMemoryError)

@@ -33,12 +33,12 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """`write_atomic` of indented JSON, see `to_json`."""
+    """Write indented JSON by `write_atomic`, see `to_json`."""
     write_atomic(path, to_json(value, indent=2) + "\n")
 
 
 def to_json(value: object, indent: int | None = None) -> str:
-    """JSON text; numbers that are not finite are null, as JSON has no word for them.
+    """Format JSON text; numbers that are not finite are null, as JSON has no word for them.
 
     Python's own spelling of them (`Infinity`, `NaN`) is refused by every other reader.
     """
@@ -102,6 +102,6 @@ def sync_tree(root: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file's content."""
+    """Compute the hexadecimal SHA-256 of a file's content."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

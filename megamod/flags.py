@@ -32,7 +32,7 @@ def option(
     most: float | None = None,
     alias: str | None = None,
 ):
-    """A dataclass field that is a flag.
+    """Make a dataclass field that is a flag.
 
     Args:
         default: value if no source sets the field.
@@ -61,7 +61,7 @@ class Arguments:
 
 
 def parse_args(*classes: type, argv: Sequence[str] | None = None, doc: str | None = None) -> tuple:
-    """Instances of `classes` from `[RECIPE.yaml] [--flag value ...]` and the environment.
+    """Parse `[RECIPE.yaml] [--flag value ...]` and the environment into instances of `classes`.
 
     Args:
         argv: arguments without the program's name; None: those of the process.
@@ -96,7 +96,7 @@ def parse_args(*classes: type, argv: Sequence[str] | None = None, doc: str | Non
 
 
 def find_origin(args: Arguments, name: str) -> str:
-    """Origin of a field's value: "default", "recipe FILE", "environment VAR" or "--flag"."""
+    """Find the origin of a value: "default", "recipe FILE", "environment VAR" or "--flag"."""
     return getattr(args, "_origins", {}).get(name, "default")
 
 
@@ -144,7 +144,7 @@ def write_run_recipe(path: Path, *parsed: Arguments) -> None:
 
 
 def format_flags(values: Mapping[str, object]) -> list[str]:
-    """Values by flag as the words of a command line, which `parse_args` reads."""
+    """Format values by flag as the words of a command line, which `parse_args` reads."""
     words = []
     for name, value in values.items():
         words += [
@@ -161,7 +161,7 @@ def _format_value(value: object) -> str:
 
 
 def _read_recipe(path: Path, known: dict[str, Field]) -> dict[str, tuple[object, str]]:
-    """Values of a recipe with their origin, by field name."""
+    """Read the values of a recipe with their origin, by field name."""
     try:
         loader = yaml.SafeLoader(path.read_bytes())
         node = loader.get_single_node()
@@ -195,7 +195,7 @@ def _read_recipe(path: Path, known: dict[str, Field]) -> dict[str, tuple[object,
 def _parse_flags(
     arguments: list[str], classes: Sequence[type], doc: str | None
 ) -> argparse.Namespace:
-    """Flags on the command line, as text."""
+    """Parse the flags on the command line, as text."""
     description, _, epilog = (doc or "").strip().partition("\n\n")
     parser = _Parser(
         usage="%(prog)s [RECIPE.yaml] [--flag value ...]",
@@ -239,7 +239,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _find_spelling(f: Field, flags: dict[str, object]) -> tuple[str, object] | None:
-    """Spelling and value of a field's flag on the command line; None without one."""
+    """Find spelling and value of a field's flag on the command line; None without one."""
     spellings = (f.name, f.metadata["alias"])
     values = {name: flags[name] for name in spellings if flags.get(name) is not None}
     if len({os.path.normpath(str(value)) for value in values.values()}) > 1:
@@ -249,14 +249,14 @@ def _find_spelling(f: Field, flags: dict[str, object]) -> tuple[str, object] | N
 
 
 def _parse_value(f: Field, text: str | list[str], origin: str) -> tuple[object, str]:
-    """The checked value of a flag or an environment variable, and its origin."""
+    """Parse the value of a flag or an environment variable; return it, checked, and its origin."""
     kind, _, optional = _inspect_type(f)
     value = None if optional and text in ("none", ["none"]) else _convert_text(kind, text)
     return _check_value(f, value, origin), origin
 
 
 def _convert_text(kind: type, text: str | list[str]) -> object:
-    """The text as a value of `kind`; the text itself if it is not one."""
+    """Convert text to a value of `kind`; return the text itself if it is not one."""
     if get_origin(kind) is list:
         words = text.split() if isinstance(text, str) else text
         return [_convert_text(get_args(kind)[0], word) for word in words]
@@ -269,7 +269,7 @@ def _convert_text(kind: type, text: str | list[str]) -> object:
 
 
 def _inspect_type(f: Field) -> tuple[type, tuple[str, ...], bool]:
-    """A field's plain type, the values of a Literal, and whether None is allowed."""
+    """Return a field's plain type, the values of a Literal, and whether None is allowed."""
     optional = get_origin(f.type) in (Union, UnionType)
     plain = next(t for t in get_args(f.type) if t is not NoneType) if optional else f.type
     if get_origin(plain) is Literal:
@@ -278,7 +278,7 @@ def _inspect_type(f: Field) -> tuple[type, tuple[str, ...], bool]:
 
 
 def _check_value(f: Field, value: object, where: str) -> object:
-    """The value with the type of its field.
+    """Check a value; return it with the type of its field.
 
     Raises:
         UserError: naming `where`, the value and what is allowed.

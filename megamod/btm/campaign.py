@@ -98,7 +98,7 @@ class Campaign:
         return self.total_steps - (self.seed_steps if number else 0)
 
     def format_token_counts(self) -> str:
-        """Tokens of seed and experts, and of the dense run of equal cost, as text."""
+        """Format the tokens of seed and experts, and of the dense run of equal cost, as text."""
         rows = []
         if self.seed_steps:
             rows.append(("seed", self.seed_steps, self.batch))

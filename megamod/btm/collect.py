@@ -30,7 +30,7 @@ def add_round_to_forest(campaign: Campaign, number: int, in_one_world: bool = Fa
 
 
 def _make_world_expert(campaign: Campaign, domain: str) -> Expert:
-    """Forest entry of an expert that was trained in one world with the others."""
+    """Build the forest entry of an expert that was trained in one job with the others."""
     run = get_expert_folder(campaign, WORLD)
     checkpoint = run / "checkpoints" / format_checkpoint_name(campaign.total_steps)
     saved = StateRecord.read(checkpoint / domain)

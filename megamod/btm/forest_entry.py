@@ -46,7 +46,7 @@ def make_forest_entry(path: Path, domain: str | None = None, member: str | None 
 
 
 def _read_training_domains(folder: Path) -> list[str]:
-    """Domains of a run, from run.yaml in its folder or in the model folder; none if unknown.
+    """Read the domains of a run from run.yaml in its folder or model folder; empty if unknown.
 
     Of independent models trained in one job, the domain after which the folder is named.
     """
@@ -71,7 +71,7 @@ def format_forest(forest: Forest) -> str:
 
 
 def _list_expert_files(expert: Expert) -> list[Path]:
-    """Weight files that an expert is read from."""
+    """List the weight files that an expert is read from."""
     expert_file = f"expert_{expert.member}.safetensors"
     return [
         file
@@ -84,7 +84,7 @@ def _list_expert_files(expert: Expert) -> list[Path]:
 
 
 def _read_training_record(run: Path) -> dict[str, object]:
-    """Training record of a run from its last checkpoint; empty for a bare model."""
+    """Read the training record of a run from its last checkpoint; empty for a bare model."""
     history: dict[str, object] = {}
     record = run / RECORD
     if record.is_file():

@@ -16,7 +16,7 @@ LOCAL = "localhost"
 
 
 def list_local_slots(slots: int | None) -> HostSlots:
-    """Slots of this machine: its GPUs, or those in CUDA_VISIBLE_DEVICES; one CPU slot without any.
+    """List the slots of this machine: its visible GPUs, or one CPU slot without any.
 
     Args:
         slots: number of slots to use; None: all.
@@ -31,7 +31,7 @@ def list_local_slots(slots: int | None) -> HostSlots:
 
 
 def list_local_gpus() -> tuple[int, ...]:
-    """Indices of this machine's GPUs; empty if the accelerator is the CPU.
+    """List the indices of this machine's GPUs; empty if the accelerator is the CPU.
 
     Raises:
         UserError: if CUDA_VISIBLE_DEVICES holds anything but indices.

@@ -30,7 +30,7 @@ class Row:
     slots: str = ""
 
     def format_cells(self) -> tuple[str, ...]:
-        """Texts of the row, by column."""
+        """Format the cells of the row, by column."""
         step = "" if not self.last else f"{self.step or 0}/{self.last}"
         numbers = ((self.loss, ".4f"), (self.rate, ",.0f"), (self.perplexity, ".4g"))
         values = ["" if value is None else format(value, form) for value, form in numbers]

@@ -65,7 +65,7 @@ class Task:
 
 
 def make_seed_task(campaign: Campaign, parsed: Parsed, gpus: int) -> Task:
-    """Task that trains the seed, the dense model from which the first round branches."""
+    """Build the task that trains the seed, the dense model from which the first round branches."""
     folder, steps = campaign.output / SEED, campaign.seed_steps
     train = _make_train_stage(
         parsed,
@@ -80,7 +80,7 @@ def make_seed_task(campaign: Campaign, parsed: Parsed, gpus: int) -> Task:
 
 
 def make_expert_task(campaign: Campaign, parsed: Parsed, number: int, domain: str) -> Task:
-    """Task that branches and trains the expert of a domain of round `number`."""
+    """Build the task that branches and trains the expert of a domain of round `number`."""
     folder, last = get_expert_folder(campaign, domain), campaign.get_last_step(number)
     prior = campaign.output / PRIORS / f"{domain}.json"
     branched = partial(_has_checkpoint, folder)
@@ -121,7 +121,7 @@ def make_expert_task(campaign: Campaign, parsed: Parsed, number: int, domain: st
 
 
 def make_world_task(campaign: Campaign, parsed: Parsed) -> Task:
-    """Task that trains all experts in one job of independent models."""
+    """Build the task that trains all experts in one job of independent models."""
     folder, domains = get_expert_folder(campaign, WORLD), campaign.rounds[0]
     stages: list[Stage] = []
     changes: dict[str, object] = {}
@@ -139,7 +139,7 @@ def make_world_task(campaign: Campaign, parsed: Parsed) -> Task:
 
 
 def make_final_tasks(campaign: Campaign, parsed: Parsed) -> list[Task]:
-    """Tasks that average and score the forest, in this order."""
+    """Build the tasks that average and score the forest, in this order."""
     btm, data = parsed[0], parsed[-1]
     forest, average = ("--forest", str(campaign.output)), campaign.output / AVERAGE
     tasks = []
@@ -186,7 +186,9 @@ def _list_seed_arguments(campaign: Campaign) -> tuple[str, ...]:
 def _make_train_stage(
     parsed: Parsed, folder: Path, last: int, title: str = "train", **changes: object
 ) -> Stage:
-    """Stage of launchers/pretrain.py with the flags that are not defaults, and `changes`."""
+    """Build the stage of launchers/pretrain.py from the flags that are not defaults, and
+    `changes`.
+    """
     changes["output_dir"] = str(folder)
     arguments: list[str] = []
     for args in parsed[1:]:

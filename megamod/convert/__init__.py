@@ -60,7 +60,7 @@ class ConvertedModel:
     missing: dict[str, str] = field(default_factory=dict)
 
     def format_report(self) -> str:
-        """The three lists as text, the used keys as a number."""
+        """Format the three lists as text, the used keys as a number."""
         lines = [f"used      {len(self.used)} tensors"]
         for title, keys in (("dropped", self.dropped), ("missing", self.missing)):
             lines += [f"{title:<10}{key}: {why}" for key, why in keys.items()] or [
@@ -70,5 +70,5 @@ class ConvertedModel:
 
 
 def import_format(name: str) -> ModuleType:
-    """The module of a format in `FORMATS`."""
+    """Import the module of a format in `FORMATS`."""
     return importlib.import_module(f"{__name__}.{name}")

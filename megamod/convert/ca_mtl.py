@@ -149,7 +149,7 @@ def _stack_heads(
 
 
 def _detect_variant(state: Mapping[str, Tensor], settings: Mapping[str, object]) -> tuple[str, int]:
-    """The variant and the longest sequence, as the weights show them."""
+    """Detect the variant and the longest sequence from the weights."""
     if "bert.task_type_embeddings.weight" not in state:
         return "plain", int(settings.get("max_seq_length", 128))
     matrix = state["bert.encoder.layer.0.attention.self.random_weight_matrix"]

@@ -70,7 +70,10 @@ ORIGINALS = {
 
 
 def find_original_class(fields: Mapping[str, object]) -> str | None:
-    """The original class that a config.json names in `architectures`; None if there is none."""
+    """Find the original class that a config.json names in `architectures`.
+
+    None if there is none.
+    """
     named = fields.get("architectures")
     named = named if isinstance(named, (list, tuple)) else [named]
     classes = [re.split(r"\W", str(name))[0] for name in named]
@@ -184,7 +187,7 @@ def export(source: Path, folder: Path, options: Options = NO_OPTIONS) -> list[Pa
 def _resolve_alias(
     key: str, aliases: Mapping[str, str], expected: Mapping[str, tuple[int, ...]]
 ) -> str | None:
-    """Our name of a tensor that the originals store under another name; None if there is none."""
+    """Resolve a key of the originals to our name of the same tensor; None if there is none."""
     for start, target in aliases.items():
         if key.startswith(start) and target + key.removeprefix(start) in expected:
             return target + key.removeprefix(start)
@@ -198,7 +201,7 @@ def _list_release_names(key: str, aliases: Mapping[str, str]) -> Iterator[str]:
 
 
 def _read_settings(folder: Path) -> tuple[dict[str, object], str]:
-    """Fields of config.json, and the name of the original class."""
+    """Return the fields of config.json, and the name of the original class."""
     path = folder / "config.json"
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
@@ -222,7 +225,7 @@ def _read_settings(folder: Path) -> tuple[dict[str, object], str]:
 def _make_config(
     settings: Mapping[str, object], original: Original, options: Options, file: Path
 ) -> tuple[dict[str, object], dict[str, str], dict[str, str]]:
-    """Our fields; original fields that are dropped; defaults of absent ones."""
+    """Return our fields, the original fields that are dropped, and the defaults of absent ones."""
     path = file.parent / "config.json"
     present = {key: value for key, value in settings.items() if value is not None}
     if options.num_attention_heads is not None:
@@ -262,7 +265,7 @@ def _make_config(
 def _add_generator_config(
     config: dict[str, object], stored: Mapping[str, Tensor], missing: dict[str, str], file: Path
 ) -> None:
-    """The wrapper's generator, as its weights show it."""
+    """Add the configuration of the wrapper's generator, as its weights show it, to `config`."""
     layers = [re.match(r"generator\.electra\.encoder\.layer\.(\d{1,4})\.", key) for key in stored]
     numbers = [int(layer[1]) for layer in layers if layer]
     if not numbers:

@@ -32,7 +32,7 @@ _CLASSES = {
 def list_tensor_shapes(
     head: Head, ours: str, config: Mapping[str, object]
 ) -> tuple[Shapes, dict[str, str], dict[str, str]]:
-    """Tensors of a model.
+    """List the tensors of a model.
 
     Args:
         ours: name of the model class.
@@ -61,7 +61,7 @@ def list_tensor_shapes(
 
 
 def _list_parameter_shapes(kind: type[PreTrainedModel], fields: Mapping[str, object]) -> Shapes:
-    """Names and shapes of a model's parameters, tied ones once; nothing is allocated."""
+    """List names and shapes of a model's parameters, tied ones once; nothing is allocated."""
     values = {name: value for name, value in fields.items() if name != "model_type"} | _SOME_IDS
     values["prefix_first_token_id"] = values["num_instances"]
     try:

@@ -53,7 +53,7 @@ _ENDINGS = (".pt", ".safetensors")
 
 
 def build_key_map(layers: int) -> dict[str, str]:
-    """fairseq's key of every tensor of a dense model -> ours."""
+    """Map fairseq's key of every tensor of a dense model to ours."""
     names = {f"decoder.{theirs}": f"model.{ours}" for theirs, ours in _OUTSIDE.items()}
     for layer in range(layers):
         for theirs, ours in _INSIDE.items():
@@ -177,7 +177,7 @@ def _insert_domain(name: str, domain: str) -> str:
 
 
 def _find_shared_file(source: Path) -> Path | None:
-    """The shared file of a DEMix checkpoint, None if the source is not one."""
+    """Find the shared file of a DEMix checkpoint; None if the source is not one."""
     if source.is_file():
         return source if source.stem.endswith("-shared") else None
     if not source.is_dir():
@@ -223,7 +223,9 @@ def _find_dense_file(source: Path) -> Path:
 
 
 def _read_settings(folder: Path, checkpoint: Checkpoint) -> dict[str, object]:
-    """Settings of config.json in the folder, then of the checkpoint: cfg.model, else args."""
+    """Return the settings of config.json in the folder, then of the checkpoint: cfg.model, else
+    args.
+    """
     in_folder: object = {}
     if (folder / "config.json").exists():
         try:
@@ -254,7 +256,10 @@ def _check_settings(settings: Mapping[str, object], file: Path) -> None:
 def _collect_experts(
     ranks: Sequence[Checkpoint], domains: Sequence[str], shared_file: Path
 ) -> dict[str, dict[str, Tensor]]:
-    """Tensors of each domain's expert, from the first of its ranks; all of them are compared."""
+    """Collect the tensors of each domain's expert, from the first of its ranks.
+
+    All are compared.
+    """
     where = shared_file.parent
     if not domains or len(ranks) % len(domains):
         listed = f"{len(domains)} names ({', '.join(domains)})" if domains else "nothing"
@@ -286,7 +291,9 @@ def _collect_experts(
 def _detect_shape(
     dense: Mapping[str, Tensor], settings: Mapping[str, object], options: Options, file: Path
 ) -> tuple[int, dict[str, object]]:
-    """Number of layers and the fields of the configuration, from the shapes of the weights."""
+    """Detect the number of layers and the fields of the configuration from the shapes of
+    weights.
+    """
     for key in (_TOKENS, _POSITIONS, "decoder.layers.0.fc1.weight"):
         if key not in dense:
             raise UserError(f"{file}: {key} is missing, so this is no language model of fairseq")
@@ -351,7 +358,7 @@ def _list_expected_shapes(
 
 
 def _detect_untie(expert: Mapping[str, Tensor], layers: int, file: Path) -> str:
-    """Layers whose feed-forwards the rank files hold."""
+    """Detect from the rank files which layers have experts; return the value of `untie`."""
     kinds = {
         "feedforward": range(layers),
         "feedforward_every_other": range(1, layers, 2),

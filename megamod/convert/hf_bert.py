@@ -86,7 +86,7 @@ def convert(source: Path, options: Options = NO_OPTIONS) -> ConvertedModel:
 
 
 def _is_bert_tensor(name: str) -> bool:
-    """True for a tensor of BERT's encoder or of one of its heads."""
+    """Return True for a tensor of BERT's encoder or of one of its heads."""
     if name.startswith(("cls.predictions.", "classifier.")):
         return True
     return re.fullmatch(_ENCODER, name) is not None
@@ -100,7 +100,7 @@ def _normalise_name(key: str) -> str:
 
 
 def _describe_head(state: dict[str, torch.Tensor], config: dict[str, object]) -> dict[str, object]:
-    """Fields of config.json that describe the head in the weights."""
+    """Return the fields of config.json that describe the head in the weights."""
     if "classifier.weight" in state:
         count = len(state["classifier.weight"])
         named = str((config.get("architectures") or [""])[0])

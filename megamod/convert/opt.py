@@ -93,7 +93,7 @@ def _read_config(source: Path) -> dict[str, object]:
 def _select_dense_weights(
     state: Mapping[str, Tensor], untie: str, domains: tuple[str, ...], source: Path
 ) -> Mapping[str, Tensor]:
-    """The state of an ordinary dense model."""
+    """Select the weights of one dense model."""
     if untie == "none":
         if domains:
             raise UserError(f"--domains: {source} has no experts to choose from")
@@ -107,7 +107,7 @@ def _select_dense_weights(
 
 
 def _scale_embeddings(tokens: Tensor, source: Path) -> Tensor:
-    """Embeddings with the factor that our model applies to them in each pass.
+    """Multiply the embeddings by the factor that our model applies to them in each pass.
 
     Rounded to the dtype of the weights, as the product is there.
     """

@@ -92,7 +92,7 @@ class Checkpoint:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """The weights in a `.safetensors`, or in a pickle that `torch.save` wrote (any other ending).
+    """Read the weights of a `.safetensors` file, an index of shards, or a pickle of `torch.save`.
 
     Of a dict with the key "model" these are the tensors of that entry (fairseq), else those of the
     dict itself. An index (`*.index.json`) stands for all of its shards.
@@ -141,7 +141,7 @@ def _read_shards(index: Path) -> Checkpoint:
 
 
 def list_shards(index: Path) -> list[Path]:
-    """The files of an index, in alphabetical order.
+    """List the files of an index, in alphabetical order.
 
     Raises:
         UserError: if the index is malformed or names a file outside its folder or one that is not
@@ -161,7 +161,7 @@ def list_shards(index: Path) -> list[Path]:
 
 
 def list_pickle_globals(path: Path) -> set[str]:
-    """Full names that unpickling a `torch.save` file would look up; nothing is executed.
+    """List the full names that unpickling a `torch.save` file would look up; nothing is executed.
 
     "?" stands for a name that the pickle computes.
 
@@ -199,7 +199,7 @@ def list_pickle_globals(path: Path) -> set[str]:
 
 
 def _iterate_pickle_globals(file: BinaryIO) -> Iterator[str]:
-    """Names in one pickle; the stream is left after its end."""
+    """Yield the names in one pickle; the stream is left after its end."""
     strings: list[str] = []  # the last two strings that were pushed
     memo: dict[int, str] = {}
     memorable: str | None = None
@@ -334,7 +334,7 @@ class _StandIn:
 
 
 def _to_json_value(value: object, depth: int) -> object:
-    """As JSON values; a type or tensor among the settings becomes null."""
+    """Convert a value to plain JSON values; a type or tensor among the settings becomes null."""
     if depth > 20:
         return None
     if isinstance(value, argparse.Namespace):
@@ -360,7 +360,7 @@ def _to_json_value(value: object, depth: int) -> object:
 
 
 def _unpack_scalar(dtype: object, data: object) -> int | float | bool | None:
-    """Value of a numpy scalar, from the stand-in of its element type and its bytes."""
+    """Unpack a numpy scalar from the stand-in of its element type and its bytes."""
     fields = vars(dtype) if isinstance(dtype, _StandIn) else {}
     code, order = (fields.get("arguments") or ("",))[0], (fields.get("state") or (3, "<"))[1]
     code = _ELEMENTS.get(code) if isinstance(code, str) else None
@@ -374,7 +374,7 @@ if __name__ == "__main__":
 
 
 def find_weight_file(source: Path) -> Path:
-    """The weights of a folder, the index of its shards, or the file itself.
+    """Find the weights of a folder, the index of its shards, or the file itself.
 
     Raises:
         UserError: if there are none.

@@ -72,13 +72,13 @@ def resolve_model(
 
 
 def is_model_source(name: str) -> bool:
-    """True for a folder with config.json and for a hub name, such as owner/model."""
+    """Return True for a folder with config.json and for a hub name, such as owner/model."""
     path = Path(name)
     return (path / "config.json").is_file() or (name.count("/") == 1 and not path.exists())
 
 
 def has_weights(name: str) -> bool:
-    """True for a hub name, and for a folder with weights, whole or sharded.
+    """Return True for a hub name, and for a folder with weights, whole or sharded.
 
     Raises:
         UserError: if a shard is missing.
@@ -88,7 +88,7 @@ def has_weights(name: str) -> bool:
 
 
 def has_auto_class(auto: type, model_type: str) -> bool:
-    """True if an Auto class of transformers has a class for this model type."""
+    """Return True if an Auto class of transformers has a class for this model type."""
     try:
         return auto._model_mapping.get(CONFIG_MAPPING[model_type], None) is not None
     except KeyError:
@@ -96,13 +96,16 @@ def has_auto_class(auto: type, model_type: str) -> bool:
 
 
 def _is_stock_type(kind: object) -> bool:
-    """True for a model type of transformers, or an unknown one; False for registered ones."""
+    """Return True for a model type of transformers, or an unknown one.
+
+    False for registered ones.
+    """
     known = isinstance(kind, str) and kind in CONFIG_MAPPING
     return not known or CONFIG_MAPPING[kind].__module__.startswith("transformers.")
 
 
 def _read_config_fields(source: str, where: str) -> dict[str, object]:
-    """Fields of config.json, of a folder or from the hub."""
+    """Read the fields of config.json, of a folder or from the hub."""
     path = Path(source)
     if path.suffix in FAIRSEQ or (path.is_dir() and not (path / "config.json").is_file()):
         if path.is_file() or any(file.suffix in FAIRSEQ for file in path.glob("*")):
@@ -155,7 +158,7 @@ def _check_fields(
 
 
 def _convert_into_cache(source: str, flag: str) -> Path:
-    """The folder in the cache with the conversion of a released checkpoint."""
+    """Convert a released checkpoint into the cache, unless it is there; return the folder."""
     folder = resolve_model_folder(source, flag)
     stored = find_weight_file(folder)
     files = [folder / "config.json", stored]

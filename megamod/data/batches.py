@@ -46,7 +46,9 @@ class StepShape:
         return self.global_batch // (self.ranks * self.micro_batch)
 
     def sample_indices(self, number: int) -> np.ndarray:
-        """Global sample numbers of this rank's micro-batch `number`: [micro_batch] int64."""
+        """Return the global sample indices of this rank's micro-batch `number`:
+        [micro_batch] int64.
+        """
         step, turn = divmod(number, self.micro_steps)
         start = step * self.global_batch + self.first_sample + turn * self.micro_batch
         return np.arange(start, start + self.micro_batch)

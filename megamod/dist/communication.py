@@ -72,7 +72,10 @@ def compute_step_traffic(
 
 
 def _count_elements(total: int, ranks: int, stage: int, micro_steps: int) -> int:
-    """Elements in all-gathers and reduce-scatters of a step; an all-reduce is one of each."""
+    """Count the elements in all-gathers and reduce-scatters of a step.
+
+    An all-reduce is one of each.
+    """
     if stage == 0:
         return 2 * total
     return 2 * total * (micro_steps if stage == 2 else 1) + _round_up(total, ALIGNMENT * ranks)
@@ -81,7 +84,7 @@ def _count_elements(total: int, ranks: int, stage: int, micro_steps: int) -> int
 def _count_stage_3_elements(
     held: Mapping[str, int], gathers: Mapping[str, int], ranks: int, micro_steps: int
 ) -> int:
-    """Elements in all-gathers and reduce-scatters of a step of ZeRO 3.
+    """Count the elements in all-gathers and reduce-scatters of a step of ZeRO 3.
 
     Gradients are scattered after every micro-batch. Weights are gathered `gathers` times in it, and
     those that ZeRO 3 keeps whole once per step.

@@ -156,7 +156,7 @@ def apply_sharing_rules(config: dict[str, object], sharing: Sharing | str, world
 
 
 def get_offload_device(zero: Mapping[str, object], state: str) -> str:
-    """Device to which `zero_optimization` offloads "optimizer" or "param": none, cpu or nvme."""
+    """Return the device that "optimizer" or "param" is offloaded to: none, cpu or nvme."""
     return str((zero.get(f"offload_{state}") or {}).get("device", "none"))
 
 

@@ -155,7 +155,7 @@ OPTIONAL_AUTO = {"data_types.keep_in_fp32_modules"}
 
 
 def load_block_models() -> dict[str, type[BaseModel]]:
-    """DeepSpeed's pydantic model of each block that has one."""
+    """Load DeepSpeed's pydantic model of each block that has one."""
     from deepspeed.comm.config import CommsLoggerConfig
     from deepspeed.compile.config import CompileConfig
     from deepspeed.monitor import config as monitor
@@ -180,7 +180,7 @@ def load_block_models() -> dict[str, type[BaseModel]]:
 
 
 def build_key_tree() -> dict[str, object]:
-    """Tree of all keys: None for a value, a dictionary for a block, `ANY` for any block."""
+    """Build a tree of all keys: None for a value, a dictionary for a block, `ANY` for any block."""
     tree: dict[str, object] = dict.fromkeys(SCALARS) | BLOCKS | {"timers": {}}
     for path, model in load_block_models().items():
         *parents, name = path.split(".")

@@ -50,7 +50,7 @@ class HostfileReport:
     experts: dict[str, range] | None
 
     def list_launcher_limits(self) -> list[str]:
-        """Limits of the launcher that concern names in the file, a line each."""
+        """List limits of the launcher that concern names in the file, a line each."""
         names = [host.name for host in self.hosts]
         notes = []
         if addresses := [name for name in names if ":" in name]:
@@ -66,7 +66,7 @@ class HostfileReport:
         return notes
 
     def format_hosts(self) -> str:
-        """Table of machines with slots, time of the login by ssh, ranks and experts."""
+        """Format a table of machines with slots, duration of the ssh login, ranks and experts."""
         rows = [["host", "slots", "ssh", "ranks"] + ["experts"] * (self.experts is not None)]
         ends = list(accumulate(len(host.slots) for host in self.hosts))
         for host, seconds, end in zip(self.hosts, self.ssh_seconds, ends, strict=True):
@@ -159,7 +159,7 @@ def check_hostfile(
 
 
 def find_split_groups(hosts: Sequence[str], groups: Mapping[str, range]) -> dict[str, list[str]]:
-    """Groups of ranks on several machines, though one of these has enough ranks for the group.
+    """Find groups of ranks on several machines, though one of these has ranks enough for the group.
 
     Args:
         hosts: the machine of each rank.
@@ -177,7 +177,7 @@ def find_split_groups(hosts: Sequence[str], groups: Mapping[str, range]) -> dict
 
 
 def format_range(numbers: range) -> str:
-    """`3` or `3-7`."""
+    """Format a range as `3` or `3-7`."""
     return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
 
 
@@ -231,7 +231,9 @@ def _parse_line(raw: bytes, number: int) -> tuple[_HostLine | None, list[str]]:
 
 
 def _is_reachable_name(name: str) -> bool:
-    """True for names that ssh accepts: NAME, USER@NAME, or an IPv6 address in place of NAME."""
+    """Return True for names that ssh accepts: NAME, USER@NAME, or an IPv6 address in place of
+    NAME.
+    """
     user, _, host = name.rpartition("@")
     if "@" in name and not NAME.fullmatch(user):
         return False
@@ -239,7 +241,7 @@ def _is_reachable_name(name: str) -> bool:
 
 
 def _normalise_ipv6(host: str) -> str | None:
-    """Short form of an IPv6 address; None for other text."""
+    """Shorten an IPv6 address; return None for other text."""
     try:
         return str(ipaddress.IPv6Address(host))
     except ValueError:
@@ -247,7 +249,7 @@ def _normalise_ipv6(host: str) -> str | None:
 
 
 def _normalise_machine_name(name: str) -> str:
-    """Key of the machine: equal for all users and all forms of its address."""
+    """Return the key of a machine: equal for all users and all forms of its address."""
     host = name.rpartition("@")[2]
     return _normalise_ipv6(host) or host.lower()
 
@@ -255,7 +257,10 @@ def _normalise_machine_name(name: str) -> str:
 def _assign_expert_ranks(
     lines: Sequence[_HostLine], experts: int
 ) -> tuple[dict[str, range] | None, list[tuple[int, str]]]:
-    """Ranks of each expert, as in `DomainTopology`, and faults of the placement."""
+    """Assign ranks to experts, as `DomainTopology` does.
+
+    Also return the faults of the placement.
+    """
     machines = [line.name for line in lines for _ in range(line.slots)]
     world = len(machines)
     if world % experts and experts % world:

@@ -187,14 +187,14 @@ def join_process_group(timeout: float) -> torch.device:
 
 
 def make_control_tensor(values: Sequence[float]) -> torch.Tensor:
-    """Small float64 tensor on the device of collectives: the GPU for NCCL, otherwise the CPU."""
+    """Make a small float64 tensor on the device of collectives: the GPU for NCCL, else the CPU."""
     from deepspeed.accelerator import get_accelerator
 
     return torch.tensor(values, dtype=torch.float64, device=get_accelerator().current_device_name())
 
 
 def is_true_on_all_ranks(fact: bool) -> bool:
-    """True if `fact` is true on every rank; collective."""
+    """Return True if `fact` is true on every rank; collective."""
     flag = make_control_tensor([float(fact)])
     torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN)
     return bool(flag.item())
@@ -312,12 +312,12 @@ def get_rank() -> int:
 
 
 def get_world_size() -> int:
-    """Number of ranks; 1 before a process group exists."""
+    """Return the number of ranks; 1 before a process group exists."""
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
 def read_launcher_world_size() -> int:
-    """Number of ranks announced by the launcher; 1 for plain `python`."""
+    """Return the number of ranks announced by the launcher; 1 for plain `python`."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 

@@ -26,12 +26,12 @@ class Sharing(Enum):
 
 
 def parse_sharing(untie: str) -> Sharing:
-    """Sharing of a value of `--untie`."""
+    """Return the sharing that a value of `--untie` means."""
     return {"none": Sharing.DENSE, "all": Sharing.BTM}.get(untie, Sharing.DEMIX)
 
 
 def find_scopes(names: Iterable[str], sharing: Sharing) -> dict[str, Scope]:
-    """Scope of every named parameter under a sharing."""
+    """Find the scope of every named parameter under a sharing."""
     if sharing is not Sharing.DEMIX:
         # Names do not matter here: a stock mixture of experts names its modules `experts` too.
         return dict.fromkeys(names, Scope.DOMAIN if sharing is Sharing.BTM else Scope.WORLD)
@@ -39,7 +39,7 @@ def find_scopes(names: Iterable[str], sharing: Sharing) -> dict[str, Scope]:
 
 
 def parse_expert_domain(name: str) -> str | None:
-    """Domain of the expert that a parameter belongs to; None for a shared parameter.
+    """Parse the expert's domain from a parameter's name; return None for a shared parameter.
 
     Only for models with an expert per domain.
     """
@@ -48,7 +48,7 @@ def parse_expert_domain(name: str) -> str | None:
 
 
 def to_dense_name(name: str) -> str:
-    """Name of a parameter in a dense model: `x.experts.law.fc1` -> `x.fc1`."""
+    """Return the name of a parameter in a dense model: `x.experts.law.fc1` -> `x.fc1`."""
     parts = name.split(".")
     if EXPERTS_COMPONENT in parts[:-1]:
         index = parts.index(EXPERTS_COMPONENT)

@@ -59,7 +59,7 @@ class DomainTopology:
         return min(self.world_size, len(self.domains))
 
     def get_rank_domains(self, rank: int) -> tuple[str, ...]:
-        """Domains whose data and experts a rank holds; all domains in dense training."""
+        """Return the domains whose data and experts a rank holds; all domains in dense training."""
         if self.sharing is Sharing.DENSE:
             return self.domains
         held = len(self.domains) // self.expert_parallel_size
@@ -67,7 +67,7 @@ class DomainTopology:
         return self.domains[first : first + held]
 
     def get_domain_ranks(self, domain: str) -> range:
-        """Ranks that hold a domain's expert; every rank in dense training."""
+        """Return the ranks that hold a domain's expert; every rank in dense training."""
         if self.sharing is Sharing.DENSE:
             return range(self.world_size)
         held = len(self.domains) // self.expert_parallel_size
@@ -75,15 +75,15 @@ class DomainTopology:
         return range(first, first + self.ranks_per_domain)
 
     def get_rank_in_group(self, rank: int) -> int:
-        """Index of a rank among those that hold the same experts."""
+        """Return the index of a rank among those that hold the same experts."""
         return rank - self.get_domain_ranks(self.get_rank_domains(rank)[0])[0]
 
     def is_group_lead(self, rank: int) -> bool:
-        """True for the rank that writes the experts of its domains."""
+        """Return True for the rank that writes the experts of its domains."""
         return self.get_rank_in_group(rank) == 0
 
     def format_layout(self, hosts: Sequence[str], devices: Sequence[str]) -> str:
-        """Table of rank, host, device, domains and groups, a line per rank.
+        """Format a table of rank, host, device, domains and groups, a line per rank.
 
         A last line warns of experts on several hosts where one host could hold all their ranks.
         """

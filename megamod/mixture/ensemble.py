@@ -57,7 +57,7 @@ class MixedBatch:
 
 
 def compute_perplexity(nll: float, tokens: int) -> float:
-    """exp(nll / tokens), nll in nats; inf if it overflows or no token was counted."""
+    """Compute exp(nll / tokens), nll in nats; inf if it overflows or no token was counted."""
     mean = nll / tokens if tokens else math.inf
     return math.exp(mean) if mean < 700 else math.inf
 

@@ -36,7 +36,7 @@ def compute_token_weights(
     mask: Tensor | None = None,
     first_over_all: bool = False,
 ) -> Tensor:
-    """Logarithms of the experts' weights for predicting each token [E, B, T], float32.
+    """Compute the logarithms of the experts' weights for predicting each token [E, B, T], float32.
 
     Weights at position t depend only on positions before t.
 
@@ -66,12 +66,14 @@ def compute_token_weights(
 
 
 def mix_log_probs(log_weights: Tensor, log_probs: Tensor) -> Tensor:
-    """Log-probabilities of the mixture [B, T], float32, from [E, B, T] of weights and experts."""
+    """Compute log-probabilities of the mixture [B, T], float32, from [E, B, T] of weights and
+    experts.
+    """
     return torch.logsumexp(log_weights.float() + log_probs.float(), dim=0)
 
 
 def average_final_posterior(log_weights: Tensor, mask: Tensor) -> Tensor:
-    """Weights [E] at the last real token of each sequence, averaged over sequences.
+    """Average the weights at the last real token of each sequence over the sequences: [E].
 
     Sequences without a real token are skipped.
 
@@ -86,7 +88,7 @@ def average_final_posterior(log_weights: Tensor, mask: Tensor) -> Tensor:
 
 
 def _compute_evidence(log_probs: Tensor, prior: Tensor, mask: Tensor) -> Tensor:
-    """Log-probabilities minus those of the best expert with a prior above 0, float64.
+    """Subtract the log-probabilities of the best expert with a prior above 0, in float64.
 
     Only differences matter, and this keeps sums over long texts small and exact.
     """
@@ -97,7 +99,7 @@ def _compute_evidence(log_probs: Tensor, prior: Tensor, mask: Tensor) -> Tensor:
 
 
 def _sum_with_decay(values: Tensor, keep: Tensor) -> Tensor:
-    """s_t = keep_t s_{t-1} + values_t along the last dimension, in log2(T) passes."""
+    """Compute s_t = keep_t s_{t-1} + values_t along the last dimension, in log2(T) passes."""
     step = 1
     while step < values.shape[-1]:
         values = values + keep * pad(values[..., :-step], (step, 0))
@@ -107,7 +109,9 @@ def _sum_with_decay(values: Tensor, keep: Tensor) -> Tensor:
 
 
 def _shift_by_one(values: Tensor) -> Tensor:
-    """Values shifted by one position: that of the previous one, 0 at the first."""
+    """Shift values by one position, 0 at the first: each position has the value of the one
+    before.
+    """
     return pad(values[..., :-1], (1, 0))
 
 
@@ -119,7 +123,7 @@ def _normalise_weights(
     seen: Tensor | None = None,
     first_over_all: bool = False,
 ) -> Tensor:
-    """Log-weights normalised over experts; uniform where `seen` is False."""
+    """Normalise log-weights over experts; uniform where `seen` is False."""
     if rule not in RULES:
         raise ValueError(f"rule {rule!r} is unknown; choose one of {', '.join(RULES)}")
     shape = (-1, *[1] * (evidence.ndim - 1))

@@ -40,7 +40,7 @@ class Prior:
 
 
 def make_uniform_prior(domains: Sequence[str]) -> Prior:
-    """Prior with equal weights."""
+    """Make a prior with equal weights."""
     return Prior(tuple(domains), (1 / len(domains),) * len(domains))
 
 

@@ -26,7 +26,7 @@ HUB_FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]
 
 
 def resolve_model_folder(model: str, flag: str = "--model") -> Path | None:
-    """The folder of a model: itself, or the local copy of a hub repository; None for a preset.
+    """Resolve a model to its folder, or to the local copy of a hub repository; None for a preset.
 
     Raises:
         UserError: if the name is no preset and no folder, and the hub has no such repository.
@@ -50,7 +50,7 @@ def resolve_model_folder(model: str, flag: str = "--model") -> Path | None:
 def find_start_folder(
     model: str, init_from: str | None, from_scratch: bool, config: PreTrainedConfig
 ) -> tuple[Path, str] | None:
-    """Folder whose weights start a run, and the flag that named it; None for new weights.
+    """Find the folder whose weights start a run, and the flag that named it; None for new weights.
 
     --init_from wins; else it is the folder of --model, unless --from_scratch is given or the folder
     holds nothing but a configuration.
@@ -93,7 +93,7 @@ def make_lm_config(
     attn_implementation: str | None,
     overrides: dict[str, int | None],
 ) -> PreTrainedConfig:
-    """Configuration of a language model to train.
+    """Make the configuration of a language model to train.
 
     Args:
         model: a preset, or the folder or hub name of a model.
@@ -182,7 +182,7 @@ def _make_host_config(
     untie: str,
     attn_implementation: str | None,
 ) -> PreTrainedConfig:
-    """Configuration of a stock model, with experts if `untie` asks for them."""
+    """Make the configuration of a stock model, with experts if `untie` asks for them."""
     if getattr(config, "quantization_config", None):
         raise UserError(
             f"--model {model} is quantised (quantization_config) and cannot be trained: dequantise "

@@ -71,7 +71,7 @@ def make_encoder_config(
     vocabulary: Vocabulary,
     length: int,
 ) -> PreTrainedConfig:
-    """Configuration of an encoder of a named size, stock if `num_instances` is 1.
+    """Make the configuration of an encoder of a named size, stock if `num_instances` is 1.
 
     Args:
         changes: fields of `SHAPE` that replace the preset's, where not None.
@@ -95,7 +95,7 @@ def make_encoder_config(
 def make_multiplexed_config_from_stock(
     stock: PreTrainedConfig, flags: EncoderFlags, vocabulary: Vocabulary
 ) -> PreTrainedConfig:
-    """Configuration of a multiplexed encoder that starts from a stock one.
+    """Make the configuration of a multiplexed encoder that starts from a stock one.
 
     Raises:
         UserError: for flags that do not fit it.
@@ -107,7 +107,7 @@ def make_multiplexed_config_from_stock(
 def make_multiplexed_config(
     shape: Mapping[str, object], flags: EncoderFlags, vocabulary: Vocabulary
 ) -> PreTrainedConfig:
-    """Configuration of a multiplexed encoder.
+    """Make the configuration of a multiplexed encoder.
 
     Args:
         shape: sizes and constants, as stock encoders have them.
@@ -126,7 +126,9 @@ def make_multiplexed_config(
 
 
 def _make_generator_fields(shape: Mapping[str, object], flags: EncoderFlags) -> dict[str, object]:
-    """Fields of what replaces tokens: chance, or a model of `generator_size` of the width."""
+    """Make the fields of what replaces tokens: chance, or a model of `generator_size` of the
+    width.
+    """
     names = ("generator", "gen_loss_weight", "disc_loss_weight")
     fields = {name: getattr(flags, name) for name in names}
     if flags.generator != "none":
@@ -140,7 +142,7 @@ def _make_generator_fields(shape: Mapping[str, object], flags: EncoderFlags) -> 
 
 
 def make_bert_config(preset: str, vocab_size: int, **multiplexing: object) -> PreTrainedConfig:
-    """Configuration of a BERT to finetune from scratch.
+    """Make the configuration of a BERT to finetune from scratch.
 
     Args:
         preset: of `PRESETS["bert"]`.
@@ -158,7 +160,7 @@ def make_bert_config(preset: str, vocab_size: int, **multiplexing: object) -> Pr
 
 
 def select_pretraining_class(config: PreTrainedConfig, objective: str) -> type:
-    """The Auto class that pretrains this configuration; the configuration names the head."""
+    """Select the Auto class that pretrains this configuration, and name the head in it."""
     if isinstance(config, MuxElectraConfig):
         # ELECTRA has two heads for pretraining; this one replaces tokens by itself.
         config.architectures = ["MuxElectraForReplacedTokens"]
@@ -168,5 +170,5 @@ def select_pretraining_class(config: PreTrainedConfig, objective: str) -> type:
 def build_encoder(
     config: PreTrainedConfig, objective: str, dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
-    """An encoder with new weights from torch's global generator; on the meta device without any."""
+    """Build an encoder with new weights from torch's global generator; none on the meta device."""
     return select_pretraining_class(config, objective).from_config(config, dtype=dtype)

@@ -7,18 +7,18 @@ OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl", "lo
 
 
 def list_input_fields(config: PreTrainedConfig) -> tuple[str, ...]:
-    """Fields of a batch that the model takes."""
+    """Return the fields of a batch that the model takes."""
     types = getattr(config, "type_vocab_size", 0) > 1
     return ("input_ids", "attention_mask", *(("token_type_ids",) if types else ()))
 
 
 def needs_fixed_length(config: PreTrainedConfig) -> bool:
-    """True for a multiplexed model: it wants rows padded to one length, the same as in training."""
+    """Return True for a multiplexed model: its rows must be padded to the length of training."""
     return hasattr(config, "muxing_variant")
 
 
 def compute_max_row_tokens(config: PreTrainedConfig) -> int:
-    """Tokens of a row that the model has positions for, special ones included."""
+    """Compute how many tokens of a row the model has positions for, special ones included."""
     room = getattr(config, "max_position_embeddings", 1 << 20)
     if config.model_type in OFFSET_POSITIONS:
         room -= config.pad_token_id + 1

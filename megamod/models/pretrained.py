@@ -31,7 +31,7 @@ class CheckedLoading(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, source: object, *args: object, **kwargs: object) -> object:
-        """As in transformers; also takes the folder of a bare stock encoder.
+        """Load as in transformers; also takes the folder of a bare stock encoder.
 
         Raises:
             UserError: if more than a tenth of the stock encoder's weights is missing.
@@ -145,7 +145,7 @@ def check_foreign_weights(
 
 
 def list_backbone_names(model: PreTrainedModel) -> set[str]:
-    """Names in the model of the parameters of the stock encoder, without its pooler.
+    """List the parameters of the stock encoder by their names in the model, without its pooler.
 
     Of a type that has no stock encoder, all names after the base model prefix.
     """
@@ -158,7 +158,7 @@ def list_backbone_names(model: PreTrainedModel) -> set[str]:
 
 
 def list_stock_names(config: PreTrainedConfig) -> set[str]:
-    """Names of all tensors of the stock classes that checkpoints of this type are written by."""
+    """List all tensors of the stock classes that checkpoints of this type are written by."""
     stock = make_stock_config(config)
     classes = {getattr(transformers, name, None) for name in config.architectures or ()}
     autos = ("AutoModel", "AutoModelForPreTraining", "AutoModelForMaskedLM")
@@ -166,7 +166,7 @@ def list_stock_names(config: PreTrainedConfig) -> set[str]:
 
 
 def _find_stock_classes(stock: PreTrainedConfig, autos: Iterable[str]) -> set[type]:
-    """Classes that the Auto classes make of a configuration."""
+    """Find the classes that the Auto classes make of a configuration."""
     classes: set[type] = set()
     for auto in autos:
         # Looked up late: importing the Auto classes registers our models, which import this module.
@@ -176,7 +176,7 @@ def _find_stock_classes(stock: PreTrainedConfig, autos: Iterable[str]) -> set[ty
 
 
 def _list_tensor_names(classes: Iterable[type | None], stock: PreTrainedConfig) -> set[str]:
-    """Names of all tensors of these classes; no memory is allocated."""
+    """List the names of all tensors of these classes; no memory is allocated."""
     names: set[str] = set()
     with torch.device("meta"):
         for kind in classes:
@@ -186,7 +186,7 @@ def _list_tensor_names(classes: Iterable[type | None], stock: PreTrainedConfig) 
 
 
 def make_stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Configuration of the stock encoder inside a model; a stock model's is its own."""
+    """Make the configuration of the stock encoder inside a model; a stock model's is its own."""
     if config.model_type not in STOCK_TYPES:
         return config
     stock = transformers.AutoConfig.for_model(STOCK_TYPES[config.model_type])

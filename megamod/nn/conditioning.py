@@ -23,7 +23,7 @@ class Film(nn.Module):
         self.gb_weights = nn.Linear(condition_size, 2 * size)
 
     def forward(self, condition: Tensor) -> tuple[Tensor, Tensor]:
-        """Task vectors [T, D] -> factors, 1 included, and shifts, [T, size] each."""
+        """Map task vectors [T, D] to factors, 1 included, and shifts, [T, size] each."""
         factor, shift = self.gb_weights(condition).chunk(2, -1)
         return 1 + factor, shift
 
@@ -85,7 +85,7 @@ class Adapter(nn.Module):
         self.condlayernorm = ConditionalLayerNorm(size, eps)
 
     def forward(self, x: Tensor, residual: Tensor, tasks: Tensor, task_of: Tensor) -> Tensor:
-        """State and residual [B, L, D] -> [B, L, D]."""
+        """Apply the adapter: state and residual [B, L, D] -> [B, L, D]."""
         x = self.bottleneck(x, tasks, task_of) + residual
         return self.condlayernorm(x, tasks, task_of)
 
@@ -107,7 +107,7 @@ def compute_block_shape(size: int, length: int) -> tuple[int, int]:
 
 
 def compute_block_bias(matrix: Tensor, factor: Tensor, shift: Tensor, length: int) -> Tensor:
-    """Bias on attention scores by task: blocks along the diagonal, 0 elsewhere.
+    """Compute the bias on attention scores by task: blocks along the diagonal, 0 elsewhere.
 
         bias[t, r, c] = factor[t, c mod w] * matrix[r, c mod w] + shift[t, c mod w]
 

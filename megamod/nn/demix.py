@@ -72,14 +72,14 @@ class _ZeroGradient(torch.autograd.Function):
 
 
 def get_selected_expert(module: nn.Module) -> nn.Module:
-    """The expert of the chosen domain, or the first; a module that is not per domain itself."""
+    """Return the expert of the selected domain, or the first; another module is returned itself."""
     if not isinstance(module, DomainExperts):
         return module
     return module.experts[module.domain or next(iter(module.experts))]
 
 
 def iterate_domain_experts(module: nn.Module) -> Iterator[DomainExperts]:
-    """Every group of experts inside a module."""
+    """Yield every group of experts inside a module."""
     return (m for m in module.modules() if isinstance(m, DomainExperts))
 
 

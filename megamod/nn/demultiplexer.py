@@ -33,11 +33,11 @@ class SharedDemux(nn.Module):
             self.add_module(f"layer_norm_{layer}", nn.LayerNorm(size, eps=eps))
 
     def get_dense(self, layer: int) -> nn.Linear:
-        """Layer 1 (over [key ; hidden]) to L."""
+        """Return the linear layer 1 (over [key ; hidden]) to L."""
         return getattr(self, f"dense_{layer}")
 
     def get_norm(self, layer: int) -> nn.LayerNorm:
-        """LayerNorm of a layer, 1 to L."""
+        """Return the LayerNorm of a layer, 1 to L."""
         return getattr(self, f"layer_norm_{layer}")
 
 
@@ -95,7 +95,7 @@ class RsaDemultiplexer(nn.Module):
         between: Sequence[nn.Module],
         pairs: Pairs | None,
     ) -> Tensor:
-        """`rsa_demux` by calls of the layers, for layers that were replaced."""
+        """Run `rsa_demux` by calls of the layers, for layers that were replaced."""
 
         def drop(x: Tensor) -> Tensor:
             return F.dropout(x, self.dropout, self.training)
@@ -173,7 +173,7 @@ class MlpDemux(nn.Module):
 def apply_keyed_linear(
     hidden: Tensor, key: Tensor, dense: nn.Module, pairs: Pairs | None
 ) -> Tensor:
-    """A linear layer over [key ; hidden], without the concatenation if the layer is plain.
+    """Apply a linear layer over [key ; hidden], without the concatenation if the layer is plain.
 
     Args:
         hidden: [B, L, D].

@@ -100,7 +100,7 @@ class EncoderEmbeddings(nn.Module):
         mask: Tensor | None,
         implementation: str,
     ) -> tuple[Tensor, Tensor]:
-        """`embed_multiplexed` and the attention of the first block, as one operation.
+        """Run `embed_multiplexed` and the attention of the first block as one operation.
 
         Args:
             block: the first block.
@@ -129,7 +129,9 @@ class EncoderEmbeddings(nn.Module):
         return x, attended
 
     def has_plain_modules(self) -> bool:
-        """True if kernels may read the tables and the norm in place of calling the modules."""
+        """Return True if kernels may read the tables and the norm in place of calling the
+        modules.
+        """
         tables = (self.word_embeddings, self.position_embeddings, self.token_type_embeddings)
         return is_plain(*tables, self.LayerNorm)
 
@@ -197,7 +199,7 @@ class EncoderLayer(nn.Module):
         queries: int | None = None,
         conditions: tuple[Tensor, ...] = (),
     ) -> Tensor:
-        """Attention, residual and norm: the first half of the block.
+        """Apply attention, residual and norm: the first half of the block.
 
         Args:
             x: [B, L, D].
@@ -229,7 +231,9 @@ class EncoderLayer(nn.Module):
     def apply_feed_forward(
         self, x: Tensor, conditions: tuple[Tensor, ...] = (), norm: bool = True
     ) -> Tensor:
-        """Feed-forward, residual and norm: the second half of the block, [B, L, D] -> [B, L, D]."""
+        """Apply feed-forward, residual and norm, the second half of the block: [B, L, D] ->
+        [B, L, D].
+        """
         inner = F.gelu(self.intermediate["dense"](x))
         return self._add_residual(self.output, inner, x, conditions, norm)
 
@@ -301,19 +305,24 @@ class EncoderModel(nn.Module):
         attended: Tensor | None = None,
         norm: bool = True,
     ) -> Tensor:
-        """Embeddings [B, L, D'] -> hidden states [B, queries or L, D]; see `Encoder.forward`."""
+        """Encode embeddings [B, L, D'] to hidden states [B, queries or L, D].
+
+        See `Encoder.forward`.
+        """
         if hasattr(self, "embeddings_project"):
             x = self.embeddings_project(x)
         return self.encoder(x, mask, queries, attended, norm)
 
 
 def make_key_mask(attention_mask: Tensor) -> Tensor:
-    """Additive mask of attention scores: [R, L], nonzero at real tokens -> float [R, 1, 1, L]."""
+    """Make an additive mask of attention scores: [R, L], nonzero at real tokens -> float [R, 1,
+    1, L].
+    """
     return (attention_mask == 0)[:, None, None, :] * MASKED
 
 
 def compute_padding_aware_positions(input_ids: Tensor, pad_token_id: int) -> Tensor:
-    """Rows of RoBERTa's position table, padding not counted: ids [R, T] -> [R, T].
+    """Compute rows of RoBERTa's position table, padding not counted: ids [R, T] -> [R, T].
 
     The first token has row pad_token_id + 1, padding has row pad_token_id.
     """
@@ -343,7 +352,9 @@ def initialise_weights(module: nn.Module, std: float) -> None:
 
 
 def was_loaded_from_file(parameter: Tensor) -> bool:
-    """True inside `from_pretrained` for weights from a file, of which parts must not be set."""
+    """Return True inside `from_pretrained` for weights from a file, of which parts must not be
+    set.
+    """
     return getattr(parameter, "_is_hf_initialized", False)
 
 

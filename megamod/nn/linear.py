@@ -21,7 +21,7 @@ class Linear(nn.Linear):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """[..., in] -> [..., out]."""
+        """Apply the layer: [..., in] -> [..., out]."""
         if (
             not USES_ONEDNN
             or torch.is_grad_enabled()
@@ -36,7 +36,7 @@ class Linear(nn.Linear):
 
 
 def is_plain(*modules: nn.Module) -> bool:
-    """True if `weight` and `bias` of each module define its result as in torch.
+    """Return True if `weight` and `bias` of each module define its result as in torch.
 
     An adapter (LoRA) or a quantised layer that replaced a layer also has a `weight`, but computes
     something else. Code that reads weights must call such modules instead.

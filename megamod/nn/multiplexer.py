@@ -20,7 +20,7 @@ ORTHOGONAL = ("random_ortho", "random_ortho_low_rank")
 
 
 def compute_key_shape(variant: str, instances: int, size: int) -> tuple[int, ...]:
-    """Shape of the keys: a vector per instance, or a matrix."""
+    """Return the shape of the keys: a vector per instance, or a matrix."""
     return (instances, size) if variant in HADAMARD else (instances, size, size)
 
 
@@ -115,7 +115,7 @@ def multiplex_contextual(
 def _attend_over_instances(
     block: EncoderLayer, x: Tensor, key: Tensor, seen: Tensor | None, implementation: str
 ) -> Tensor:
-    """`block.attend` of x * key over instances, without storing x * key or its permutation.
+    """Run `block.attend` of x * key over instances, without storing x * key or its permutation.
 
     Args:
         x: [B, N, L, D].
@@ -165,7 +165,7 @@ def _make_chunk_keys(instances: int, size: int, epsilon: float) -> Tensor:
 
 
 def _draw_orthogonal_matrix(size: int, generator: torch.Generator | None) -> Tensor:
-    """Uniform over the orthogonal group (Mezzadri 2007, section 5), float64."""
+    """Draw uniformly from the orthogonal group (Mezzadri 2007, section 5): [size, size] float64."""
     drawn = torch.randn(size, size, dtype=torch.float64, generator=generator)
     matrix, triangle = torch.linalg.qr(drawn)
     return matrix * triangle.diagonal().sign()

@@ -34,7 +34,7 @@ def select_retrieval_targets(
     ignored_id: int | None = None,
     kept: Tensor | None = None,
 ) -> Tensor:
-    """Token to predict at each position.
+    """Select the token to predict at each position.
 
     Args:
         ids_fed: [B * N, T] ids as embedded, with masks, prefix and overwritten columns.
@@ -64,13 +64,16 @@ def select_retrieval_targets(
 
 
 def build_retrieval_pairs(slots: Tensor, chosen: Tensor) -> Pairs:
-    """Pairs at the chosen positions, from slots [B, T] and chosen [B, T] bool."""
+    """Build pairs at selected positions, from instances [B, T] and a mask [B, T] bool."""
     group, position = chosen.nonzero(as_tuple=True)
     return Pairs(group, slots[group, position], position)
 
 
 def build_row_pairs(chosen: Tensor, instances: int) -> Pairs:
-    """Pairs at chosen positions [B * N, T] bool; row r is instance r % N of group r // N."""
+    """Build pairs at selected positions [B * N, T] bool.
+
+    Row r is instance r % N of group r // N.
+    """
     row, position = chosen.nonzero(as_tuple=True)
     return Pairs(row // instances, row % instances, position)
 
@@ -119,7 +122,7 @@ class RetrievalHead(nn.Module):
         self.decoder = nn.Linear(size, vocab_size)
 
     def forward(self, shared: SharedDemux, hidden: Tensor, pairs: Pairs | None) -> Tensor:
-        """Inputs of `decoder`: [B, T, D] -> [R, D] for pairs, else [B, N, T, D]."""
+        """Compute inputs of `decoder`: [B, T, D] -> [R, D] for pairs, else [B, N, T, D]."""
         first = shared.get_dense(1)
         key = shared.demux_instance_embedding.to(hidden.dtype)
         x = shared.get_norm(1)(F.gelu(apply_keyed_linear(hidden, key, first, pairs)))
@@ -141,7 +144,7 @@ class PrefixRetrievalHead(nn.Module):
         self.decoder = nn.Linear(size, vocab_size)
 
     def forward(self, hidden: Tensor, instances: int, pairs: Pairs | None) -> Tensor:
-        """Inputs of `decoder`: [B, T, D] -> [R, D] for pairs, else [B, N, T, D]."""
+        """Compute inputs of `decoder`: [B, T, D] -> [R, D] for pairs, else [B, N, T, D]."""
         key = hidden[:, :instances]
         return self.layer_norm(F.gelu(apply_keyed_linear(hidden, key, self.dense, pairs)))
 
@@ -157,7 +160,7 @@ class MlpRetrievalHead(nn.Module):
         self.decoder = nn.Linear(size, vocab_size)
 
     def forward(self, hidden: Tensor, slots: Tensor) -> Tensor:
-        """Inputs of `decoder` for the instance of each position: [B, T, D] -> [B, T, D]."""
+        """Compute inputs of `decoder` for the instance of each position: [B, T, D] -> [B, T, D]."""
         return self.layer_norm_pre_vocab(
             F.gelu(self.dense_pre_vocab(self.demux_module(hidden, slots)))
         )

@@ -48,16 +48,21 @@ class TaskHeads(nn.Module):
         nn.init.zeros_(self.bias)
 
     def mask_rows_of_kind(self, kind: str, task_of: Tensor) -> Tensor:
-        """bool [B], True for rows of tasks of that kind."""
+        """Return a mask of the rows of tasks of a kind, bool [B]."""
         return torch.tensor([k == kind for k in self.kinds], device=task_of.device)[task_of]
 
     def compute_row_logits(self, pooled: Tensor, task_of: Tensor) -> Tensor:
-        """Logits of rows: [B, D] -> [B, C], C of the largest task, unused ones very small."""
+        """Compute logits of rows: [B, D] -> [B, C], C of the largest task, unused ones very
+        small.
+        """
         logits = torch.einsum("bd,bcd->bc", self.dropout(pooled), self.weight[task_of])
         return self._mask_unused(logits + self.bias[task_of], task_of)
 
     def compute_token_logits(self, states: Tensor, task_of: Tensor) -> Tensor | None:
-        """Logits of tokens: [B, L, D] -> [B, L, C]; None if no task has labels of tokens."""
+        """Compute logits of tokens: [B, L, D] -> [B, L, C].
+
+        None if no task has labels of tokens.
+        """
         if "token" not in self.kinds:
             return None
         logits = torch.einsum("bld,bcd->blc", self.dropout(states), self.weight[task_of])
@@ -108,7 +113,7 @@ class TaskHeads(nn.Module):
         task_of: Tensor,
         token_labels: Tensor | None = None,
     ) -> Tensor:
-        """Entropy of each row's prediction divided by that of a uniform one.
+        """Compute the entropy of each row's prediction divided by that of a uniform one.
 
         For labels of tokens this is the mean over labelled positions; for a regression it is 0.
 
@@ -137,6 +142,6 @@ class TaskHeads(nn.Module):
 
 
 def _compute_softmax_entropy(logits: Tensor) -> Tensor:
-    """Entropy of softmax(logits): [..., C] -> [...], nats, float32."""
+    """Compute the entropy of softmax(logits): [..., C] -> [...], nats, float32."""
     log_p = logits.float().log_softmax(-1)
     return -(log_p.exp() * log_p.clamp(min=-1e30)).sum(-1)

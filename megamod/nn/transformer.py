@@ -21,7 +21,7 @@ class FeedForward(nn.Module):
         self.fc2 = nn.Linear(intermediate_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., D]."""
+        """Apply the network: [..., D] -> [..., D]."""
         return self.fc2(F.gelu(self.fc1(x)))
 
 
@@ -44,7 +44,7 @@ class DecoderBlock(nn.Module):
         self.dropout = dropout
 
     def forward(self, x: Tensor, mask: Tensor | None, cache: Cache | None = None) -> Tensor:
-        """[B, L, D] -> [B, L, D]; mask and cache as in `SelfAttention.forward`."""
+        """Apply the block: [B, L, D] -> [B, L, D]; mask and cache as in `SelfAttention.forward`."""
         x = x + self._apply_dropout(self.attention(self.attention_norm(x), mask, cache))
         return x + self._apply_dropout(self.feed_forward(self.feed_forward_norm(x)))
 
@@ -80,13 +80,13 @@ class Embeddings(nn.Module):
 
 
 def compute_positions(attention_mask: Tensor) -> Tensor:
-    """Position of each real token in its row: mask [B, S] -> [B, S] int64, -1 at padding."""
+    """Compute the position of each real token in its row: [B, S] -> [B, S] int64, -1 at padding."""
     mask = attention_mask.long()
     return mask.cumsum(1) * mask - 1
 
 
 def make_causal_mask(attention_mask: Tensor, queries: int) -> Tensor:
-    """Causal attention mask with padding.
+    """Make a causal attention mask with padding.
 
     Args:
         attention_mask: [B, S], nonzero at real tokens, earlier (cached) positions first.

@@ -100,7 +100,7 @@ class StateRecord:
 
 
 def format_checkpoint_name(step: int) -> str:
-    """Name of the folder of a step's checkpoint."""
+    """Format the name of the folder of a step's checkpoint."""
     return f"step-{step}"
 
 
@@ -110,17 +110,17 @@ def parse_checkpoint_step(checkpoint: Path) -> int:
 
 
 def is_optimizer_file(file: Path) -> bool:
-    """True for a file of optimizer fragments."""
+    """Return True for a file of optimizer fragments."""
     return file.name.startswith("optimizer-") and file.suffix == ".safetensors"
 
 
 def build_optimizer_path(folder: Path, rank: int, part: int | None = None) -> Path:
-    """File of a rank's fragments, or of one part of them."""
+    """Build the path of a rank's fragments, or of one part of them."""
     return folder / f"optimizer-{rank}{'' if part is None else f'-{part}'}.safetensors"
 
 
 def list_optimizer_files(folder: Path) -> list[Path]:
-    """All files of optimizer fragments in a checkpoint."""
+    """List all files of optimizer fragments in a checkpoint."""
     return sorted(folder.glob("optimizer-*.safetensors"))
 
 
@@ -148,7 +148,7 @@ def read_fragments(
 
 
 def read_fragment_ranges(folder: Path) -> dict[str, list[tuple[int, int, Path]]]:
-    """Ranges of each parameter in all optimizer files of a checkpoint: start, stop, file."""
+    """Read the ranges of each parameter in all optimizer files: start, stop, file."""
     ranges: dict[str, list[tuple[int, int, Path]]] = {}
     for file in list_optimizer_files(folder):
         with safe_open(file, framework="pt") as tensors:
@@ -159,7 +159,7 @@ def read_fragment_ranges(folder: Path) -> dict[str, list[tuple[int, int, Path]]]
 
 
 def make_digest_entry(file: Path, digest: str | None = None) -> dict[str, object]:
-    """Entry of a file in the manifest; `digest` if it is known already."""
+    """Make the entry of a file in the manifest; `digest` if it is known already."""
     return {"bytes": file.stat().st_size, "sha256": digest or sha256(file)}
 
 
@@ -173,5 +173,5 @@ def write_manifest(folder: Path, entries: Mapping[str, Mapping[str, object]]) ->
 
 
 def make_digest_entries(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, object]]:
-    """Manifest entries of files in a folder."""
+    """Make the manifest entries of files in a folder, by relative path."""
     return {str(file.relative_to(folder)): make_digest_entry(file) for file in files}

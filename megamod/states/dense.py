@@ -14,7 +14,7 @@ from megamod.states.weights import DENSE_FILE
 def make_dense_config(
     config: Mapping[str, object], domains: Sequence[str] | None = None
 ) -> dict[str, object]:
-    """config.json of an ordinary dense model with the shape of this one.
+    """Make the config.json of an ordinary dense model with the shape of this one.
 
     A stock model with experts gets its stock type and class back.
 

@@ -86,7 +86,7 @@ class Forest:
 
 
 def open_forest(path: str | Path) -> Forest:
-    """The forest in a forest.json, in a folder that has one, or in a model folder.
+    """Open the forest in a forest.json, in a folder that has one, or in a model folder.
 
     A DEMix model is a forest whose experts are its members; a folder with a model folder per
     domain (independent models of one job) is one of whole models, in alphabetical order. Of a run's
@@ -116,7 +116,7 @@ def open_forest(path: str | Path) -> Forest:
 
 
 def resolve_forest_path(path: str | Path) -> Path:
-    """The forest.json that a path names: itself, or the one in the folder; it may not exist."""
+    """Resolve a path to its forest.json: itself, or the one in the folder; it may not exist."""
     path = Path(path).absolute()
     return path if path.suffix == ".json" else path / FILE
 
@@ -216,7 +216,7 @@ def _entry(expert: Expert, folder: Path) -> dict[str, object]:
 
 
 def _make_relative(path: str, folder: Path) -> str:
-    """A path relative to the folder if it is inside, so that both can be moved together."""
+    """Make a path relative to the folder if it is inside, so that both can be moved together."""
     plain = Path(os.path.normpath(path))
     return str(plain.relative_to(folder)) if plain.is_relative_to(folder) else str(plain)
 
@@ -268,7 +268,7 @@ def _check_experts(experts: list[Expert], where: Path) -> None:
 
 
 def read_model_config(folder: Path) -> dict[str, object]:
-    """config.json of a model folder, with the names of its domains if it has experts.
+    """Read config.json of a model folder, with the names of its domains if it has experts.
 
     Raises:
         UserError: if there is none, it is no JSON object, or lacks them.

@@ -19,13 +19,13 @@ FULL_CHECK_BYTES = 10**9  # above this, opening a checkpoint checks sizes only; 
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint folders by rising step, valid or not."""
+    """List the checkpoint folders by rising step, valid or not."""
     folders = [path for path in Path(folder).glob("step-*") if path.name[5:].isdigit()]
     return sorted(folders, key=lambda path: int(path.name[5:]))
 
 
 def find_checkpoint(folder: Path, choice: str) -> Path | None:
-    """The checkpoint that `--resume` means.
+    """Find the checkpoint that `--resume` means.
 
     Raises:
         UserError: if `choice` is a path that is not a valid checkpoint; if it is "auto" and

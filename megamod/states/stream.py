@@ -140,7 +140,8 @@ class ModelFolder:
         return flat.view(spec.shape)
 
     def compute_digest(self) -> str:
-        """Tells these weights from others: SHA-256 over the CRC-32 of every MiB of their files.
+        """Compute a fingerprint of the weights: SHA-256 over the CRC-32 of every MiB of
+        their files.
 
         At four times the speed of SHA-256 alone. Not proof against somebody who forges weights.
         """
@@ -162,7 +163,7 @@ def iterate_pieces(numel: int, itemsize: int = 4) -> Iterator[tuple[int, int]]:
 
 
 def parse_size(text: str, origin: str) -> int:
-    """Bytes: a number with K, M, G or B (10^9, as in mergekit) after it, or KB, MB, GB.
+    """Parse a size in bytes: a number with K, M, G or B (10^9, as in mergekit), or KB, MB, GB.
 
     Raises:
         UserError: naming `origin`, if it is not that.
@@ -174,7 +175,7 @@ def parse_size(text: str, origin: str) -> int:
 
 
 def plan_shards(specs: Mapping[str, Spec], most: int) -> dict[str, list[str]]:
-    """File names -> names of the tensors in them: one file, or shards of at most `most` bytes.
+    """Map file names to the tensors in them: one file, or shards of at most `most` bytes.
 
     A tensor larger than that has a shard of its own.
     """
@@ -276,7 +277,7 @@ def _write_bytes(descriptor: int, left: memoryview, offset: int) -> None:
 
 
 def _find_weight_files(folder: Path) -> dict[Path, set[str] | None]:
-    """Weight files, each with the tensors the index has in it; None where there is no index."""
+    """Find the weight files, each with its tensors in the index; None where there is no index."""
     index_file = folder / INDEX_FILE
     if folder.suffix == ".safetensors" and folder.is_file():
         return {folder: None}
@@ -307,7 +308,7 @@ def _find_weight_files(folder: Path) -> dict[Path, set[str] | None]:
 
 
 def _read_tensor_locations(file: Path) -> Iterator[tuple[str, tuple[Spec, _Location]]]:
-    """Name, specification and file offset of each tensor, in the order of offsets."""
+    """Yield name, specification and file offset of each tensor, in the order of offsets."""
     try:
         with safe_open(file, framework="pt"):  # checks every length and offset
             pass

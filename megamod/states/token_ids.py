@@ -92,7 +92,7 @@ def _read_bytes(file: Path) -> bytes:
 
 
 def _read_content(file: Path) -> object:
-    """Parsed JSON, or the lines of a text file."""
+    """Read parsed JSON, or the lines of a text file."""
     raw = _read_bytes(file)
     try:
         text = raw.decode("utf-8")

@@ -14,7 +14,7 @@ PATTERNS = (
 
 
 def list_tokenizer_files(folder: Path) -> list[Path]:
-    """Files of the tokenizer in a folder, sorted; none if it has no tokenizer."""
+    """List the files of the tokenizer in a folder, sorted; empty if it has no tokenizer."""
     return sorted({file for pattern in PATTERNS for file in folder.glob(pattern) if file.is_file()})
 
 

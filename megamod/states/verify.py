@@ -17,7 +17,7 @@ CheckResult = tuple[str, list[str]]
 
 
 def check_path(path: Path) -> Iterator[CheckResult]:
-    """Every group of files below a forest.json, checkpoint, model, run or folder of runs.
+    """Check every group of files below a forest.json, checkpoint, model, run or folder of runs.
 
     Raises:
         UserError: if it is nothing of ours.
@@ -36,7 +36,7 @@ def check_path(path: Path) -> Iterator[CheckResult]:
 
 
 def check_forest(path: Path) -> Iterator[CheckResult]:
-    """The file, the models of its experts, and the runs that these are of or that lie beside it."""
+    """Check a forest.json, the models of its experts, and the runs of these or next to it."""
     file = path if path.name == FILE else path / FILE
     try:
         opened = open_forest(file)
@@ -53,7 +53,7 @@ def check_forest(path: Path) -> Iterator[CheckResult]:
 
 
 def check_run(path: Path) -> Iterator[CheckResult]:
-    """Checkpoints by rising step, and the models: one, or one per domain."""
+    """Check the checkpoints of a run by rising step, and its models: one, or one per domain."""
     for folder in (path, path / "checkpoints"):
         yield from check_checkpoints(folder)
     for pattern in ("model/config.json", "model/*/config.json", "*/config.json"):
@@ -74,7 +74,7 @@ def check_checkpoints(folder: Path) -> Iterator[CheckResult]:
 
 
 def check_checkpoint(path: Path) -> CheckResult:
-    """All files of the manifest, with their digests."""
+    """Check all files of the manifest, with their digests."""
     files = [file for file in path.rglob("*") if file.is_file()]
     size = sum(file.stat().st_size for file in files)
     return f"{path}: checkpoint, {len(files)} files, {size:,} bytes", find_checkpoint_faults(path)

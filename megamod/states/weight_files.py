@@ -10,7 +10,7 @@ INDEX_FILE = "model.safetensors.index.json"
 
 
 def has_weights(folder: Path) -> bool:
-    """True if a model folder holds weights, of any format that transformers reads.
+    """Return True if a model folder holds weights, of any format that transformers reads.
 
     Raises:
         UserError: if a file that an index names is missing.

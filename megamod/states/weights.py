@@ -37,7 +37,7 @@ DTYPES = {
 
 
 def select_weight_file(name: str, has_experts: bool) -> str:
-    """The weight file that holds a parameter."""
+    """Select the weight file that holds a parameter."""
     if not has_experts:
         return DENSE_FILE
     domain = parse_expert_domain(name)
@@ -47,7 +47,7 @@ def select_weight_file(name: str, has_experts: bool) -> str:
 def build_safetensors_header(
     specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> tuple[bytes, list[str]]:
-    """Header of a safetensors file, and the order of its tensors.
+    """Build the header of a safetensors file; also return the order of its tensors.
 
     Args:
         specs: element type and shape of each tensor.
@@ -115,7 +115,7 @@ def has_index(folder: Path) -> bool:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a model folder, by name.
+    """Read every tensor of a model folder, by name.
 
     Raises:
         UserError: if the folder has no weights, or a file of its index is missing.
@@ -136,7 +136,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def extract_expert_weights(state: Mapping[str, Tensor], domain: str) -> dict[str, Tensor]:
-    """Weights of the dense model that shared weights and one expert form.
+    """Extract the weights of the dense model that shared weights and one expert form.
 
     Raises:
         UserError: if the state holds no expert of that domain.

@@ -7,12 +7,14 @@ from megamod.dist.topology import DomainTopology
 
 
 def count_domains_per_rank(topology: DomainTopology) -> int:
-    """Domains that a rank trains in turn: 1 where micro-batches are not tied to experts."""
+    """Count the domains that a rank trains in turn: 1 where micro-batches are not tied to
+    experts.
+    """
     return 1 if topology.sharing is Sharing.DENSE else len(topology.get_rank_domains(0))
 
 
 def count_micro_steps(run: RunArgs, topology: DomainTopology) -> int:
-    """Micro-batches of a rank in a step.
+    """Count the micro-batches of a rank in a step.
 
     Without --global_batch_size, --gradient_accumulation_steps counts micro-batches per domain: a
     rank with several domains takes that many of each.

@@ -186,18 +186,18 @@ class Checkpoints:
             (self.folder / PENDING).unlink(missing_ok=True)
 
     def was_evaluation_interrupted(self, step: int) -> bool:
-        """True if the evaluation after `step` began and did not end; collective."""
+        """Return True if the evaluation after `step` began and did not end; collective."""
         record, due = self.folder / PENDING, False
         if dist.get_rank() == 0 and record.is_file():
             due = record.read_text(encoding="utf-8").strip() == str(step)
         return bool(broadcast_from_rank_0(due))
 
     def find_newest(self) -> Path | None:
-        """The newest valid checkpoint of this run; collective."""
+        """Find the newest valid checkpoint of this run; collective."""
         return self._select_checkpoint("auto")
 
     def _select_checkpoint(self, choice: str) -> Path | None:
-        """Checkpoint that rank 0 selects, on every rank; collective."""
+        """Select a checkpoint on rank 0 and return it on every rank; collective."""
         step, fault = -1, None
         if dist.get_rank() == 0:
             try:
@@ -233,13 +233,17 @@ class Checkpoints:
         return paths
 
     def _get_name_prefix(self) -> str:
-        """Prefix of parameter names: the domain for independent models, whose names are equal."""
+        """Return the prefix of parameter names: the domain for independent models, whose
+        names are equal.
+        """
         if self.topology.sharing is Sharing.BTM:
             return self.topology.get_rank_domains(dist.get_rank())[0] + ":"
         return ""
 
     def _get_state_folder(self, folder: Path) -> Path:
-        """Folder of state.json: independent models skip steps and scale losses on their own."""
+        """Return the folder of state.json: independent models have their own steps and loss
+        scales.
+        """
         if self.topology.sharing is Sharing.BTM:
             return folder / self.topology.get_rank_domains(dist.get_rank())[0]
         return folder

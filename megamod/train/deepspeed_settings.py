@@ -57,12 +57,12 @@ class ResolvedSettings:
         return self.run.per_device_train_batch_size * steps
 
     def make_step_shape(self, rank: int) -> StepShape:
-        """Shape of a step over all ranks."""
+        """Return the shape of a step over all ranks."""
         micro_batch = self.run.per_device_train_batch_size
         return StepShape(micro_batch, self.global_batch, rank, self.topology.world_size)
 
     def replace_arguments(self, parsed: Sequence[Arguments]) -> tuple[Arguments, ...]:
-        """All arguments of a run, with `run` and `optim` of this object."""
+        """Return all arguments of a run, with `run` and `optim` of this object."""
         settled = {type(self.run): self.run, type(self.optim): self.optim}
         return tuple(settled.get(type(args), args) for args in parsed)
 
@@ -159,7 +159,9 @@ def make_loop_plan(
 
 
 def get_offload_folder(run: RunArgs) -> Path:
-    """Folder of an optimizer offloaded to "nvme", where the DeepSpeed file says "auto"."""
+    """Return the folder of an optimizer offloaded to "nvme", where the DeepSpeed file says
+    "auto".
+    """
     return Path(run.output_dir or ".") / "offload"
 
 

@@ -108,7 +108,7 @@ def _mark_deepspeed_experts(model: nn.Module, topology: DomainTopology) -> str:
 
 
 def _check_expert_groups(name: str, topology: DomainTopology) -> None:
-    """Experts must be averaged over exactly the ranks that read their domain's data."""
+    """Check that experts are averaged over exactly the ranks that read their domain's data."""
     rank = dist.get_rank()
     averaged = dist.get_process_group_ranks(groups._get_expert_data_parallel_group(name))
     expected = list(topology.get_domain_ranks(topology.get_rank_domains(rank)[0]))
@@ -124,7 +124,7 @@ def get_loss_group(engine: deepspeed.DeepSpeedEngine) -> dist.ProcessGroup | Non
 
 
 def runs_forward_together(engine: deepspeed.DeepSpeedEngine) -> bool:
-    """True if ranks must run forward passes together: ZeRO 3 gathers weights in them."""
+    """Return True if ranks must run forward passes together: ZeRO 3 gathers weights in them."""
     return dist.get_world_size() > 1 and engine.zero_optimization_stage() == 3
 
 

@@ -54,7 +54,7 @@ class Card:
     stock: bool = False
 
     def format_text(self) -> str:
-        """The file's content."""
+        """Format the file's content."""
         facts = "\n".join(
             f"- {name}: {value}" for name, value in {**self.facts, "megamod": __version__}.items()
         )
@@ -120,7 +120,7 @@ class ModelExport:
         return files
 
     def _gather_weights(self, keep: bool) -> dict[str, Tensor]:
-        """Weights by name, tied ones once; under ZeRO 3 gathered one by one."""
+        """Gather weights by name, tied ones once; under ZeRO 3 one by one."""
         state = {}
         whole = self.engine.zero_optimization_stage() < 3
         if not whole:  # the last forward pass may have prefetched weights that were never used
@@ -155,7 +155,7 @@ class ModelExport:
         )
 
     def _write_companion_files(self, folder: Path, config: PreTrainedConfig) -> list[Path]:
-        """Configuration, tokenizer, model card and the run's recipe."""
+        """Write configuration, tokenizer, model card and the run's recipe; return the files."""
         config.architectures = [type(self.engine.module).__name__]
         config.dtype = next(self.engine.module.parameters()).dtype
         config.save_pretrained(folder)
@@ -169,7 +169,7 @@ class ModelExport:
 
 
 def _collect_persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """Buffers that are part of a state dict, by name; every rank holds them whole."""
+    """Collect the buffers that are part of a state dict, by name; every rank holds them whole."""
     return {
         f"{path}.{name}" if path else name: buffer
         for path, part in module.named_modules()

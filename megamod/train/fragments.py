@@ -33,7 +33,7 @@ class Fragment:
 
 
 def iterate_fragment_shards(engine: deepspeed.DeepSpeedEngine) -> Iterator[list[Fragment]]:
-    """This rank's share of the optimizer's state. Missing moments are created, at zero.
+    """Yield this rank's share of the optimizer's state; missing moments are created, at zero.
 
     One list, unless the state is swapped to a disk (ZeRO-Infinity): then one list for each group of
     parameters that is swapped together. It is in memory, and may be written to, until the next one
@@ -60,7 +60,7 @@ def iterate_fragment_shards(engine: deepspeed.DeepSpeedEngine) -> Iterator[list[
 
 
 def iterate_fragments(engine: deepspeed.DeepSpeedEngine) -> Iterator[Fragment]:
-    """Fragments of all lists of `iterate_fragment_shards`."""
+    """Yield the fragments of all lists of `iterate_fragment_shards`."""
     for shard in iterate_fragment_shards(engine):
         yield from shard
 
@@ -82,7 +82,7 @@ def copy_masters_to_weights(engine: deepspeed.DeepSpeedEngine) -> None:
 
 
 def read_optimizer_steps(engine: deepspeed.DeepSpeedEngine) -> float:
-    """Number of updates that Adam counts: the exponent of its bias correction."""
+    """Read the number of updates that Adam counts: the exponent of its bias correction."""
     states = _unwrap_optimizer(engine).state.values()
     return max((float(state["step"]) for state in states if "step" in state), default=0.0)
 
@@ -122,7 +122,7 @@ def _iterate_stage_1_2_fragments(
 def _iterate_stage_3_shards(
     zero: DeepSpeedZeroOptimizer_Stage3, names: dict[torch.nn.Parameter, str]
 ) -> Iterator[list[Fragment]]:
-    """One list for all groups in memory, and one for each group that is swapped to disk."""
+    """Yield one list for all groups in memory, and one for each group that is swapped to disk."""
     groups = range(len(zero.fp16_groups))
     swapped = [group for group in groups if zero._swappable_optimizer_subgroup(group)]
     in_memory = [group for group in groups if group not in swapped]
@@ -172,7 +172,9 @@ def _make_fragment(
     offset: int,
     size: int,
 ) -> Fragment:
-    """Range [offset, offset + size) of an optimized tensor and its moments."""
+    """Make a fragment of the range [offset, offset + size) of an optimized tensor and its
+    moments.
+    """
     state = optimizer.state[key]
     if not state:
         state["step"] = torch.zeros((), dtype=torch.float32, device=key.device)

@@ -229,7 +229,10 @@ def _take_step(
 def _is_loss_spike(
     scored: Sequence[BatchScore], plan: Plan, state: TrainState, group: dist.ProcessGroup | None
 ) -> bool:
-    """True if this step's loss is a spike; otherwise add it to the running mean."""
+    """Return True if this step's loss is a spike; otherwise add it to the running mean.
+
+    Collective.
+    """
     sums = torch.stack([torch.stack((s.total.sum(), s.items.sum())) for s in scored]).sum(0)
     dist.all_reduce(sums, group=group)
     loss = float(sums[0] / sums[1])
@@ -270,7 +273,7 @@ def _all_reduce_totals_and_stop(
 
 
 def _compute_dropout_seed(seed: int, data_step: int) -> int:
-    """Seed of dropout: a function of seed, step and rank, so no generator state is saved."""
+    """Compute the seed of dropout from seed, step and rank, so no generator state is saved."""
     return (seed << 31) + data_step * dist.get_world_size() + dist.get_rank()
 
 

@@ -155,7 +155,7 @@ class Monitor:
             self.writer.close()
 
     def _reduce_further_metrics(self) -> dict[str, float]:
-        """Means over all ranks of the objective's further metrics."""
+        """Average the objective's further metrics over all ranks; collective."""
         names = list(self.scored[0].further)
         if not names:
             return {}
@@ -209,7 +209,7 @@ class Monitor:
 
 
 def find_peak_flops(device_name: str) -> float | None:
-    """Dense bf16 FLOP/s of a device by its name; None for one that is not in the table."""
+    """Find the dense bf16 FLOP/s of a device by its name; None for one that is not in the table."""
     return next((peak for part, peak in DENSE_BF16_PEAK.items() if part in device_name), None)
 
 
@@ -260,7 +260,7 @@ def _read_step(line: str) -> float:
 
 
 def _measure_memory() -> int:
-    """Peak bytes on the GPU, or resident bytes of the process on a CPU."""
+    """Measure the peak bytes on the GPU, or resident bytes of the process on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return psutil.Process().memory_info().rss

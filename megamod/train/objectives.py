@@ -37,7 +37,7 @@ class Objective(Protocol):
     """Computes losses of batches. A loss may have several terms, each a mean over its items."""
 
     def count_items(self, batch: Batch) -> Sequence[float]:
-        """Number of items (target tokens) of each term in a batch, before any forward pass."""
+        """Count the items (target tokens) of each term in a batch, before any forward pass."""
         ...
 
     def compute_loss(
@@ -226,7 +226,7 @@ def compute_masked_losses(
     device: torch.device,
     multiplexed: bool,
 ) -> dict[str, Tensor]:
-    """Losses of a masked LM.
+    """Compute the losses of a masked LM.
 
     Args:
         items: divisors in "loss" of the sums over masked and over retrieved tokens.
@@ -263,7 +263,7 @@ def compute_replaced_losses(
     config: PreTrainedConfig,
     weight: float = 1.0,
 ) -> dict[str, Tensor]:
-    """Losses of a discriminator of replaced tokens.
+    """Compute the losses of a discriminator of replaced tokens.
 
     Args:
         items: divisors in "loss" of the sums over classified, retrieved and masked tokens, and over

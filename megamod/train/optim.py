@@ -19,7 +19,10 @@ def make_adamw(
     eps: float,
     weight_decay: float,
 ) -> torch.optim.AdamW:
-    """AdamW with decoupled weight decay; the caller sets the learning rate before every step."""
+    """Make AdamW with decoupled weight decay.
+
+    The caller sets the learning rate before every step.
+    """
     return torch.optim.AdamW(
         parameters, lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay, fused=True
     )
@@ -38,7 +41,7 @@ def make_optimizer_factory(
 
 
 def make_linear_schedule(peak: float, warmup_steps: int, max_steps: int) -> Schedule:
-    """Linear from 0 to peak over the warm-up, then linear to 0 at the last step.
+    """Make a schedule: linear from 0 to peak over the warm-up, then linear to 0 at the last step.
 
     The value for n finished steps applies to the next step, so with a warm-up the first step has
     rate 0 (fairseq's polynomial_decay with power 1).
@@ -54,12 +57,14 @@ def make_linear_schedule(peak: float, warmup_steps: int, max_steps: int) -> Sche
 
 
 def make_constant_schedule(peak: float, warmup_steps: int, max_steps: int) -> Schedule:
-    """Linear from 0 to peak over the warm-up, then constant."""
+    """Make a schedule: linear from 0 to peak over the warm-up, then constant."""
     return lambda finished: peak * min(1.0, finished / warmup_steps if warmup_steps else 1.0)
 
 
 def make_cosine_schedule(peak: float, warmup_steps: int, max_steps: int) -> Schedule:
-    """Linear from 0 to peak over the warm-up, then half a cosine to 0 at the last step."""
+    """Make a schedule: linear from 0 to peak over the warm-up, then half a cosine to 0 at the
+    end.
+    """
 
     def rate(finished: int) -> float:
         if finished < warmup_steps:
@@ -71,7 +76,7 @@ def make_cosine_schedule(peak: float, warmup_steps: int, max_steps: int) -> Sche
 
 
 def make_warmup_stable_decay_schedule(peak: float, warmup_steps: int, max_steps: int) -> Schedule:
-    """Linear from 0 to peak, constant, and linear to 0 over the last fifth of all steps.
+    """Make a schedule: linear to peak, constant, and linear to 0 over the last fifth of all steps.
 
     Source: Hu et al. 2024 (MiniCPM), section 4; the linear decay is that of Hagele et al. 2024.
     """

@@ -19,7 +19,7 @@ BORROWER, LENDER = "sts-b", "mrpc"  # of the release: both compare two sentences
 
 
 def average_by_task(entropy: Tensor, task_of: Tensor, tasks: int) -> Tensor:
-    """Mean over the rows of each task: [B], [B] -> [T]; 0 for a task without rows."""
+    """Average over the rows of each task: [B], [B] -> [T]; 0 for a task without rows."""
     totals = entropy.new_zeros(tasks).index_add_(0, task_of, entropy)
     counts = entropy.new_zeros(tasks).index_add_(0, task_of, torch.ones_like(entropy))
     return totals / counts.clamp(min=1)
@@ -76,7 +76,7 @@ def score_uncertainty(
 
 
 def select_most_uncertain(scores: Tensor, count: int) -> Tensor:
-    """Indices of the largest scores, descending, ties in order: [count] int64."""
+    """Select the indices of the largest scores, descending, ties in order: [count] int64."""
     return scores.argsort(descending=True, stable=True)[:count]
 
 
@@ -117,7 +117,7 @@ class UncertaintySelector:
     def __call__(
         self, engine: deepspeed.DeepSpeedEngine, micro_batches: Sequence[Batch]
     ) -> list[Batch]:
-        """The micro-batches to train on; collective with "global"."""
+        """Select the micro-batches to train on; collective with "global"."""
         entropy = torch.stack([self._compute_entropy(engine, batch) for batch in micro_batches])
         task_of, rows = (
             torch.stack([batch[name] for batch in micro_batches]).to(self.device)
@@ -150,7 +150,9 @@ class UncertaintySelector:
 
     @torch.no_grad()
     def _compute_entropy(self, engine: deepspeed.DeepSpeedEngine, batch: Batch) -> Tensor:
-        """Entropy of all candidates of a micro-batch, in one forward pass: [T * rows] float32."""
+        """Compute the entropy of all candidates of a micro-batch, in one forward pass: [T *
+        rows] float32.
+        """
         names = (*self.inputs, "task_ids", *(("token_labels",) if "token_labels" in batch else ()))
         fields = {name: batch[name].to(self.device, non_blocking=True) for name in names}
         engine.train(self.dropout)

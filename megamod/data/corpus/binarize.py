@@ -191,7 +191,7 @@ def _check_domain_names(inputs: Mapping[str, object]) -> None:
 
 
 def _read_existing_header(output: Path) -> dict | None:
-    """Header of the data-bin at `output`; None if there is nothing."""
+    """Read the header of the data-bin at `output`; None if there is nothing."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
     try:
@@ -208,7 +208,7 @@ def _read_existing_header(output: Path) -> dict | None:
 def _compute_identity(
     header: Mapping[str, object], digests: Mapping[str, Mapping[str, str]]
 ) -> str:
-    """Digest of all that decides the content of a data-bin."""
+    """Compute the digest of all that decides the content of a data-bin."""
     ordered = [[name, *(of[split] for split in SPLITS)] for name, of in digests.items()]
     content = [FORMAT, header["tokenizer"], header["items"], ordered]
     content += ["bos"] if header.get("bos") else []
@@ -249,7 +249,7 @@ def _count_items(name: str, source: DocumentSource, items: str) -> dict[str, Ite
 def _sample_train_documents(
     sources: Mapping[str, DocumentSource], tallies: Mapping[str, Mapping[str, ItemCounter]]
 ) -> Iterator[str]:
-    """Evenly spaced train documents: about `SAMPLE_BYTES`, an equal part from each domain."""
+    """Yield evenly spaced train documents: about `SAMPLE_BYTES`, an equal part from each domain."""
     for name, source in sources.items():
         share = min(1.0, SAMPLE_BYTES / len(sources) / tallies[name]["train"].bytes)
         for number, (_, text) in enumerate(source.iterate_documents("train")):
@@ -259,7 +259,7 @@ def _sample_train_documents(
 
 @contextmanager
 def _lock_work_folder(output: Path, key: str) -> Iterator[Path]:
-    """Hidden folder next to `output`, locked; removed when the block succeeds.
+    """Yield a hidden folder next to `output`, locked; it is removed when the block succeeds.
 
     It is emptied unless an interrupted run of the same key left it.
     """
@@ -360,7 +360,7 @@ def _write_split(
 
 
 def _hash_split_files(prefix: Path) -> dict[str, str]:
-    """Digests of those of a split's two files that exist."""
+    """Hash those of the two files of a split that exist."""
     files = {ending: prefix.with_name(f"{prefix.name}.{ending}") for ending in ("bin", "idx")}
     return {ending: sha256(file) for ending, file in files.items() if file.exists()}
 

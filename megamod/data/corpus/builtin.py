@@ -23,7 +23,7 @@ HEADERS = {".h", ".hpp", ".cuh"}
 
 
 def load_builtin_documents(max_bytes: int = 1_000_000) -> dict[str, list[str]]:
-    """Documents of the four built-in domains, deterministic for one installation.
+    """Load the documents of the four built-in domains, deterministic for one installation.
 
     Args:
         max_bytes: most UTF-8 bytes of a domain; its documents are spread evenly over the source.
@@ -61,7 +61,7 @@ def load_builtin_documents(max_bytes: int = 1_000_000) -> dict[str, list[str]]:
 
 
 def _thin_documents(texts: Iterable[str], max_bytes: int) -> list[str]:
-    """Distinct documents, thinned evenly to `max_bytes`."""
+    """Select distinct documents, thinned evenly to `max_bytes`."""
     pieces = dict.fromkeys(piece for text in texts for piece in _cut_long_text(text))
     documents = [piece for piece in pieces if len(piece) >= SHORTEST]
     share = min(1.0, max_bytes / max(1, sum(len(document.encode()) for document in documents)))
@@ -88,7 +88,7 @@ def _cut_long_text(text: str) -> Iterator[str]:
 def _read_sample_of_files(
     roots: list[Path], endings: set[str], skipped: set[str], max_bytes: int
 ) -> Iterator[str]:
-    """Texts of evenly spaced files below `roots`, about `max_bytes` in all.
+    """Yield the texts of evenly spaced files below `roots`, about `max_bytes` in all.
 
     Reading all of them would take seconds.
     """
@@ -107,7 +107,7 @@ def _read_sample_of_files(
 
 
 def _read_utf8_text(path: Path) -> str:
-    """Content of a file; empty if it is not UTF-8 text."""
+    """Read a file; return an empty text if it is not UTF-8."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
@@ -125,7 +125,7 @@ def _find_header_folders() -> list[Path]:
 
 
 def _read_help_topics(standard: Path) -> Iterator[str]:
-    """The strings of `pydoc_data.topics`, parsed and not imported, so that nothing runs."""
+    """Yield sections of the strings in `pydoc_data.topics`, which is parsed and not imported."""
     source = _read_utf8_text(standard / "pydoc_data" / "topics.py")
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Dict):
@@ -134,7 +134,7 @@ def _read_help_topics(standard: Path) -> Iterator[str]:
 
 
 def _group_paragraphs(topic: str, size: int = 2000) -> Iterator[str]:
-    """Documents of about `size` characters, cut between paragraphs."""
+    """Yield documents of about `size` characters, cut between paragraphs."""
     kept: list[str] = []
     for paragraph in topic.split("\n\n"):
         kept.append(paragraph)

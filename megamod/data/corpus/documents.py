@@ -60,7 +60,7 @@ class Decoding:
             raise UserError(f"--encoding_errors {self.errors}: allowed are strict and replace")
 
     def decode_line(self, raw: bytes, path: Path, offset: int) -> str:
-        """Text of the bytes `raw` at byte `offset` of `path`."""
+        """Decode the bytes `raw` at byte `offset` of `path`."""
         try:
             text, problem = raw.decode(), None
             if "\0" in text:
@@ -75,7 +75,10 @@ class Decoding:
         return text.replace("\0", "�")
 
     def check_string(self, text: str, where: str) -> str:
-        """`text`, checked for NUL characters and lone surrogates; `where` names its origin."""
+        """Return `text`, checked for NUL characters and lone surrogates.
+
+        `where` names its origin.
+        """
         bad = re.findall("[\0\ud800-\udfff]", text)
         if not bad:
             return text
@@ -115,7 +118,7 @@ class DocumentSource:
         self.line_readers = line_readers or {}
 
     def iterate_documents(self, only: str | None = None) -> Iterator[tuple[str, str]]:
-        """Pairs (split, document) in the order of the source, of all splits or one."""
+        """Yield pairs (split, document) in the order of the source, of all splits or one."""
         self.decoding.replaced = 0
         for split, reader in self.readers.items():
             if only and split not in ("", only):
@@ -126,7 +129,10 @@ class DocumentSource:
                     yield name, document
 
     def iterate_lines(self, only: str | None = None) -> Iterator[tuple[str, str]]:
-        """Pairs (split, line); a blank line separates the documents of a source without lines."""
+        """Yield pairs (split, line).
+
+        A blank line separates the documents of a source without lines.
+        """
         if self.line_readers:
             self.decoding.replaced = 0
             for split, reader in self.line_readers.items():
@@ -142,7 +148,7 @@ class DocumentSource:
 
 
 def parse_domain_paths(values: Sequence[str]) -> dict[str, str]:
-    """Paths by domain from `NAME=PATH` arguments, in their order.
+    """Parse `NAME=PATH` arguments into paths by domain, in their order.
 
     Raises:
         UserError: for a value without a name or a path, or a repeated name.
@@ -219,7 +225,7 @@ def open_document_source(
 def read_documents(
     path: str | Path, field: str = "text", decoding: Decoding | None = None
 ) -> Iterator[str]:
-    """Documents of one file in the format of its ending.
+    """Yield the documents of one file in the format of its ending.
 
     In plain text one or more blank lines separate documents, and line ends inside a document are
     kept as "\\n". A byte order mark at the start is dropped and CRLF is read as LF. Documents that
@@ -285,7 +291,7 @@ def assign_split(document: str, seed: int) -> str:
 
 
 def read_decoded_lines(path: Path, decoding: Decoding) -> Iterator[tuple[int, str]]:
-    """Numbers from 1 and lines without their ends.
+    """Yield the number from 1 and the text of each line, without its end.
 
     Raises:
         UserError: if the file cannot be read, or `decoding` refuses its content.
@@ -354,7 +360,7 @@ def _make_dataset_readers(
 
 
 def _read_cell_texts(cells: Cells, field: str, decoding: Decoding) -> Iterator[str]:
-    """Checked texts of cells, without those of white space alone."""
+    """Yield the checked texts of cells, without those of white space alone."""
     for where, value in cells:
         text = decoding.check_string(_require_string(value, field, where), where)
         if text.strip():

@@ -103,7 +103,7 @@ def _is_encoded_as_unknown(
 
 
 def _read_vocabulary(path: Path) -> dict[str, int]:
-    """Tokens of a vocab.txt and their line numbers from 0; a byte order mark is dropped.
+    """Read the tokens of a vocab.txt and their line numbers from 0, without a byte order mark.
 
     The last of equal lines counts, as in transformers.
     """
@@ -114,6 +114,6 @@ def _read_vocabulary(path: Path) -> dict[str, int]:
 
 
 def _is_cased(vocab: dict[str, int]) -> bool:
-    """True if capitals are a real part of the vocabulary."""
+    """Return True if capitals are a real part of the vocabulary."""
     lettered = [t for t in vocab if t.lower() != t.upper() and not t.startswith(("[", "<"))]
     return sum(t != t.lower() for t in lettered) > CASED_SHARE * len(lettered)

@@ -39,7 +39,7 @@ ONE_A_LINE = "JSON lines are needed: one whole object per line"
 
 
 def require_format(path: Path, allowed: Sequence[str], flag: str = "") -> str:
-    """Key of `FORMATS` for a file; a compression ending is ignored.
+    """Return the key of `FORMATS` for a file; a compression ending is ignored.
 
     Args:
         allowed: keys of the formats that the caller reads.
@@ -59,13 +59,13 @@ def require_format(path: Path, allowed: Sequence[str], flag: str = "") -> str:
 
 
 def find_format(path: Path) -> str | None:
-    """Key of `FORMATS` for a file; None if its ending is unknown."""
+    """Find the key of `FORMATS` for a file; None if its ending is unknown."""
     suffix = Path(_strip_compression_ending(path)).suffix.lower()
     return next((name for name, endings in FORMATS.items() if suffix in endings), None)
 
 
 def strip_format_endings(path: Path) -> str:
-    """Name of a file without the endings of its format and compression."""
+    """Return the name of a file without the endings of its format and compression."""
     return Path(_strip_compression_ending(path)).stem
 
 
@@ -97,7 +97,7 @@ def open_binary(path: Path) -> Iterator[BinaryIO]:
 
 
 def read_raw_lines(path: Path) -> Iterator[bytes]:
-    """Decompressed lines of a file with their ends.
+    """Yield the decompressed lines of a file with their ends, as bytes.
 
     Raises:
         UserError: as `open_binary`.
@@ -107,7 +107,7 @@ def read_raw_lines(path: Path) -> Iterator[bytes]:
 
 
 def read_numbered_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
-    """Number from 1, byte offset in the decompressed file, and bytes of each line.
+    """Yield number from 1, byte offset in the decompressed file, and bytes of each line.
 
     Only a line feed, or carriage return and line feed, ends a line, because sentences of data sets
     hold other control characters. Line ends and a byte order mark at the start are removed.
@@ -174,7 +174,7 @@ def _check_compression(path: Path, file: BinaryIO, compression: str | None) -> N
 
 
 def _open_decompressed(file: BinaryIO, compression: str) -> BinaryIO:
-    """A reader of the decompressed bytes of `file`."""
+    """Open a reader of the decompressed bytes of `file`."""
     if compression == "zstd":
         return io.BufferedReader(_ZstandardFile(file), CHUNK)
     kinds = {"gzip": lambda: gzip.GzipFile(fileobj=file), "bzip2": lambda: bz2.BZ2File(file)}
@@ -196,7 +196,7 @@ class _ZstandardFile(io.RawIOBase):
         self._frame, self._input, self._output = None, b"", memoryview(b"")
 
     def readable(self) -> bool:
-        """True."""
+        """Return True."""
         return True
 
     def readinto(self, buffer: memoryview) -> int:

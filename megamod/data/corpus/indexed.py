@@ -30,12 +30,15 @@ SCAN = 1 << 20  # items or tokens checked at once
 
 
 def format_split_prefix(domain: str, split: str) -> str:
-    """Path of a split's files in a data-bin, without ending; all but train carry the domain."""
+    """Format the path of a split's files in a data-bin, without ending.
+
+    Only train lacks the domain.
+    """
     return f"{domain}/{split}" if split == "train" else f"{domain}/{split}_{domain}"
 
 
 def select_token_dtype(vocab_size: int) -> np.dtype:
-    """uint16 for vocabularies below 65500 ids, as in fairseq, else int32."""
+    """Select uint16 for vocabularies below 65500 ids, as in fairseq, else int32."""
     return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
 
 
@@ -147,7 +150,7 @@ class IndexedDataset:
         return len(self.sizes)
 
     def __getitem__(self, item: int) -> np.ndarray:
-        """[size] ids of an item, read-only, in the dtype of the file."""
+        """Return ids [size] of an item, read-only, in the dtype of the file."""
         item = range(len(self))[item]
         return self.tokens[self.offsets[item] : self.offsets[item + 1]]
 
@@ -236,11 +239,11 @@ class Dictionary:
         return len(self.symbols)
 
     def get_id(self, symbol: str) -> int:
-        """Id of a symbol; 3, the id of `<unk>`, for unknown symbols."""
+        """Return the id of a symbol; 3, the id of `<unk>`, for unknown symbols."""
         return self._ids.get(symbol, SPECIALS.index("<unk>"))
 
     def get_symbol(self, number: int) -> str:
-        """Symbol of an id; an id outside the dictionary raises IndexError."""
+        """Return the symbol of an id; an id outside the dictionary raises IndexError."""
         if not 0 <= number < len(self):
             raise IndexError(f"id {number} is outside the dictionary of {len(self)}")
         return self.symbols[number]

@@ -9,7 +9,7 @@ from megamod.errors import UserError
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbers from 1 and lines, decompressed and ended as by `read_numbered_lines`.
+    """Yield the number from 1 and the text of each line, ended as by `read_numbered_lines`.
 
     Raises:
         UserError: naming file and line, if the file cannot be read, holds bytes that are not UTF-8,
@@ -26,7 +26,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def check_text(text: str, where: str) -> str:
-    """`text`, checked for NUL characters and lone surrogates.
+    """Return `text`, checked for NUL characters and lone surrogates.
 
     Raises:
         UserError: naming `where`.

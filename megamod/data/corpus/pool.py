@@ -24,7 +24,7 @@ _tokenizer: Tokenizer | None = None  # of a worker process
 
 @contextmanager
 def open_encoder(tokenizer: Tokenizer, workers: int) -> Iterator[EncodeTexts]:
-    """A function that encodes texts in order and keeps only a few batches of them in memory.
+    """Yield a function that encodes texts in order and keeps only a few batches of them in memory.
 
     Args:
         workers: number of worker processes; 1 encodes in this process.

@@ -101,7 +101,7 @@ class ExactEncoder:
     separable: bool
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, without bos and eos."""
+        """Encode each text to ids, without bos and eos."""
         threads = 1 if os.environ.get("TOKENIZERS_PARALLELISM") == "false" else os.cpu_count()
         if not self.separable or all(len(text) <= LONGEST_PART for text in texts):
             return self.processor.encode(list(texts), num_threads=threads)
@@ -162,7 +162,7 @@ def convert_model(
 
 
 def _is_trained_here(model: "ModelProto") -> bool:
-    """True for models of `train`, whose `tokenizers` form is exact on any text."""
+    """Return True for models of `train_model`, whose `tokenizers` form is exact on any text."""
     spec = model.normalizer_spec
     changes = (spec.precompiled_charsmap, spec.add_dummy_prefix, spec.escape_whitespaces)
     return (
@@ -173,7 +173,7 @@ def _is_trained_here(model: "ModelProto") -> bool:
 
 
 def _is_separable_at_blanks(model: "ModelProto") -> bool:
-    """True if cutting a text at a blank between two words does not change its ids."""
+    """Return True if cutting a text at a blank between two words does not change its ids."""
     spec = model.normalizer_spec
     return (
         spec.name in STANDARD_NORMALIZERS
@@ -184,8 +184,11 @@ def _is_separable_at_blanks(model: "ModelProto") -> bool:
 
 
 def _build_probe_texts(model: "ModelProto") -> Iterator[str]:
-    """Texts on which a conversion is compared: fixed texts, and random sequences of pieces,
-    symbols and characters that normalisation changes. A pure function of the model."""
+    """Yield the texts on which a conversion is compared, a pure function of the model.
+
+    They are fixed texts, and random sequences of pieces, symbols and characters that normalisation
+    changes.
+    """
     bpe = model.trainer_spec.model_type == BPE
     draw = random.Random(0)
     symbols = [piece.piece for piece in model.pieces if piece.type in (USER_DEFINED, UNUSED)]
@@ -205,7 +208,7 @@ def _build_probe_texts(model: "ModelProto") -> Iterator[str]:
 
 
 def _have_equal_scores(model: "ModelProto", first: Sequence[int], second: Sequence[int]) -> bool:
-    """True if both sequences have the same score in a unigram model."""
+    """Return True if both sequences have the same score in a unigram model."""
     if model.trainer_spec.model_type != UNIGRAM:
         return False
     sums = [sum(model.pieces[token].score for token in ids) for ids in (first, second)]
@@ -283,14 +286,14 @@ def _build_backend(model: "ModelProto") -> "tokenizers.Tokenizer":
 
 
 def _build_alternation(texts: Iterable[str]) -> str:
-    """Regular expression that matches any of the texts, longer ones first as in SentencePiece."""
+    """Build a regular expression that matches any of the texts, longer ones first."""
     return "|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True))
 
 
 def _build_unreachable_regex(
     core: "tokenizers.models.BPE", pieces: Sequence["SentencePiece"]
 ) -> str:
-    """Regular expression of the first token in the text of each piece that merges cannot form.
+    """Build a regular expression of the first token in each piece that merges cannot form.
 
     Examples are control and byte pieces. `ignore_merges` would encode a part of a text that equals
     such a piece as that piece. Splitting it after its first token prevents this and changes nothing
@@ -310,7 +313,7 @@ def _build_unreachable_regex(
 
 
 def _list_piece_scores(model: "ModelProto") -> list[tuple[str, float]]:
-    """Pieces and scores of a unigram model, with SentencePiece's scores of user-defined symbols.
+    """List pieces and scores of a unigram model, user-defined symbols scored as SentencePiece does.
 
     Source: sentencepiece's unigram_model.cc, `EncodeOptimized`.
     """
@@ -330,7 +333,7 @@ def _sort_pieces_by_score(model: "ModelProto") -> list[str]:
 
 
 def _list_merges(pieces: list[str]) -> list[tuple[str, str]]:
-    """All pairs that concatenate to a piece, pieces with higher scores first.
+    """List all pairs that concatenate to a piece, pieces with higher scores first.
 
     For one piece, pairs with a longer left part come first: SentencePiece scores the result alone
     and merges the leftmost of equal pairs.

@@ -20,7 +20,7 @@ LONGEST_CELL = 1 << 30  # characters; the default of the csv module is 2**17
 
 
 def read_csv_column(path: Path, column: str, decode: Decode) -> Cells:
-    """A column of a CSV file with a header, commas and cells in double quotes.
+    """Yield the cells of a column of a CSV file with a header, commas and double quotes.
 
     Args:
         decode: from the bytes of a line, its path and byte offset to text.
@@ -44,7 +44,7 @@ def read_csv_column(path: Path, column: str, decode: Decode) -> Cells:
 
 
 def read_tsv_column(path: Path, column: str, decode: Decode) -> Cells:
-    """A column of a TSV file with a header and a row per line; quotes are ordinary characters.
+    """Yield the cells of a column of a TSV file with a header; quotes are ordinary characters.
 
     Raises:
         UserError: naming file and line.
@@ -58,7 +58,7 @@ def read_tsv_column(path: Path, column: str, decode: Decode) -> Cells:
 
 
 def read_parquet_column(path: Path, column: str) -> Cells:
-    """A column of a Parquet file.
+    """Yield the cells of a column of a Parquet file.
 
     Raises:
         UserError: if the file is damaged or has no such column.
@@ -112,7 +112,7 @@ def load_hub_dataset(
 def find_split_tables(
     loaded: object, where: str, splits: Mapping[str, Sequence[str]]
 ) -> dict[str, "Dataset | IterableDataset"]:
-    """Tables of a data set by split; a single table has the key "".
+    """Find the tables of a data set by split; a single table has the key "".
 
     Args:
         splits: spellings of each split.
@@ -133,7 +133,7 @@ def find_split_tables(
 
 
 def read_dataset_column(table: "Dataset | IterableDataset", column: str, where: str) -> Cells:
-    """A column of a table of `datasets`, streamed or not.
+    """Yield the cells of a column of a table of `datasets`, streamed or not.
 
     Raises:
         UserError: if it has no such column or its rows cannot be read.

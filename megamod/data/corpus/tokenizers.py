@@ -65,7 +65,7 @@ class Tokenizer:
         self.backend.encode_special_tokens = self.literal_specials
 
     def __getstate__(self) -> dict:
-        """State for worker processes, without the original files."""
+        """Return the state for worker processes, without the original files."""
         return {**vars(self), "backend": self.backend.to_str(), "files": {}, "original": None}
 
     def __setstate__(self, state: dict) -> None:
@@ -94,7 +94,7 @@ class Tokenizer:
         return hashed.hexdigest()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text, int32 `[n]`, without bos or eos.
+        """Encode texts to ids, int32 `[n]` for each text, without bos or eos.
 
         Texts beyond 2**20 characters are cut before a blank, where no tokenizer here joins tokens;
         Hugging Face tokenizers that add a blank before the first word add one after each cut.
@@ -113,7 +113,7 @@ class Tokenizer:
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encoded]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids without special tokens."""
+        """Decode ids to text, without special tokens."""
         return self.backend.decode([int(token) for token in ids], skip_special_tokens=True)
 
     def save_dictionary(self, path: Path) -> None:
@@ -255,7 +255,9 @@ TRAINERS = {"sentencepiece": train_sentencepiece, "wordpiece": train_wordpiece}
 
 
 def find_trainer(spec: str) -> "Callable[[Iterable[str]], Tokenizer] | None":
-    """Training function of the tokenizer `KIND:VOCAB`; None for the name of an existing one.
+    """Find the training function of the tokenizer `KIND:VOCAB`.
+
+    None for the name of an existing one.
 
     Raises:
         UserError: if VOCAB is not a number.

@@ -105,12 +105,12 @@ class TrainBatches(StepBatches):
         return cls(blocks, sampler, per_domain, list(domains))
 
     def select_blocks(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Domains [B] and block indices [B] of micro-batch `number`."""
+        """Select the domains [B] and block indices [B] of micro-batch `number`."""
         row = self._find_prepared_row(number)
         return self._domains[row], self._indices[row]
 
     def __getitem__(self, number: int) -> Batch:
-        """Micro-batch `number` of this rank."""
+        """Return the micro-batch `number` of this rank."""
         row = self._find_prepared_row(number)
         domains, indices, any_of = self._domains[row], self._indices[row], self.blocks[0]
         domain = int(domains[0]) if self._alike[row] else None
@@ -135,7 +135,9 @@ class TrainBatches(StepBatches):
         }
 
     def _find_prepared_row(self, number: int) -> int:
-        """Row of a micro-batch in the precomputed range, which is replaced if it is elsewhere."""
+        """Return the row of a micro-batch in the prepared range, and prepare another range
+        if needed.
+        """
         if number < 0:
             raise IndexError(f"micro-batch {number} is before the first")
         size = -(-AHEAD // self.shape.micro_batch)
@@ -179,7 +181,7 @@ class TrainBatches(StepBatches):
 def iterate_train_batches(
     dataset: StepBatches, first_step: int, num_workers: int, pin_memory: bool
 ) -> Iterator[Batch]:
-    """Endless micro-batches of a rank from step `first_step`.
+    """Yield endless micro-batches of a rank from step `first_step`.
 
     Args:
         num_workers: processes that read ahead; 0 reads in this process, with the same batches.
@@ -204,7 +206,8 @@ def iterate_train_batches(
 def iterate_eval_batches(
     blocks: TokenBlocks, batch_size: int, max_batches: int | None = None
 ) -> Iterator[Batch]:
-    """All blocks in file order: `input_ids`, `labels`, `tokens`, and `attention_mask` if padded.
+    """Yield all blocks in file order: `input_ids`, `labels`, `tokens`, and `attention_mask` if
+    padded.
 
     The last batch may have fewer sequences. A domain token is an input, but is not scored.
 

@@ -22,7 +22,7 @@ def build_inputs_and_labels(
     pad_id: int,
     first: np.ndarray | None,
 ) -> tuple[Tensor, Tensor, bool]:
-    """Inputs [B, T] and labels [B, T], int64, and True if any sequence is padded.
+    """Build inputs [B, T] and labels [B, T], int64; also return True if any sequence is padded.
 
     Args:
         rows: [B, span + 1] int64 from `TokenBlocks.read_blocks`; overwritten.
@@ -76,18 +76,20 @@ class TokenBlocks:
         return -(-self.total // self.span)
 
     def count_targets(self, indices: np.ndarray) -> np.ndarray:
-        """Number of target tokens of blocks, int64, including the domain token."""
+        """Count the target tokens of blocks, int64, including the domain token."""
         return np.minimum(self.span, self.total - np.asarray(indices) * self.span) + (
             self.domain_token is not None
         )
 
     def find_item_starts(self, indices: np.ndarray) -> np.ndarray:
-        """True for blocks that begin at the start of an item."""
+        """Return a mask of the blocks that begin at the start of an item, bool of the shape
+        of `indices`.
+        """
         starts, offsets = np.asarray(indices) * self.span, self.dataset.offsets
         return offsets[np.searchsorted(offsets, starts)] == starts
 
     def gather_tensors(self, indices: np.ndarray) -> tuple[Tensor, Tensor, bool]:
-        """Inputs [B, T] and labels [B, T], int64, and True if any block is short.
+        """Gather inputs [B, T] and labels [B, T], int64; also return True if any block is short.
 
         Short blocks are padded with pad_id in inputs and -100 in labels. Without short blocks and
         domain tokens, both are views of one buffer.
@@ -105,7 +107,7 @@ class TokenBlocks:
         )
 
     def read_blocks(self, indices: np.ndarray) -> np.ndarray:
-        """The preceding token and the tokens of each block, [B, span + 1] int64, 0 at padding.
+        """Read the preceding token and the tokens of each block, [B, span + 1] int64, 0 at padding.
 
         If all blocks are full, this is one gather from overlapping windows and one cast.
         """

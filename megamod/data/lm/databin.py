@@ -53,7 +53,7 @@ class DataBin:
         return tokenizer.get("digest") if isinstance(tokenizer, dict) else None
 
     def find_split_prefix(self, domain: str, split: str) -> Path:
-        """Path of a split's files without ending; the files need not exist.
+        """Find the path of a split's files without ending; the files need not exist.
 
         Raises:
             UserError: for an unknown domain or split.
@@ -72,7 +72,7 @@ class DataBin:
         return prefix
 
     def open_split(self, domain: str, split: str) -> IndexedDataset:
-        """Tokens of a domain's "train", "valid" or "test" split.
+        """Open the tokens of the "train", "valid" or "test" split of a domain.
 
         Ids are checked against the vocabulary: by the header, or by reading all of them.
 
@@ -95,7 +95,7 @@ class DataBin:
     def open_blocks(
         self, domain: str, split: str, block_size: int, domain_token: int | None = None
     ) -> "TokenBlocks":
-        """A split as sequences of `block_size`.
+        """Open a split as sequences of `block_size`.
 
         Raises:
             UserError: as `open_split`; and if the train split is shorter than one sequence.
@@ -112,7 +112,10 @@ class DataBin:
         return TokenBlocks(dataset, block_size, self.eos_id, self.pad_id, domain_token)
 
     def count_text_bytes(self, domain: str, split: str) -> int:
-        """UTF-8 bytes of the text of a split; 0 if unknown, as in fairseq's data-bins."""
+        """Return the UTF-8 bytes of the text of a split.
+
+        0 if unknown, as in fairseq's data-bins.
+        """
         self._check_domain_and_split(domain, split)
         return self._header["domains"][domain][split]["bytes"] if self._header else 0
 
@@ -191,7 +194,7 @@ class DataBin:
         self.digest = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
     def _find_fairseq_dictionary(self) -> Path:
-        """The dict.txt of the folder, or the one that all folders of domains share."""
+        """Find the dict.txt of the folder, or the one that all folders of domains share."""
         dictionary = self.path / "dict.txt"
         if dictionary.exists():
             return dictionary

@@ -21,18 +21,20 @@ class InstanceLayout(NamedTuple):
     lines: np.ndarray
 
     def average_row_logits(self, logits: Tensor) -> Tensor:
-        """Means of logits over the lines of each row: [R, ...] -> [n, ...]."""
+        """Average logits over the lines of each row: [R, ...] -> [n, ...]."""
         return logits[torch.from_numpy(self.lines).to(logits.device)].mean(1)
 
 
 def arrange_in_order(count: int, instances: int) -> InstanceLayout:
-    """Every row once, in order; the first rows fill the last group."""
+    """Arrange every row once, in order; the first rows fill the last group."""
     full = -(-count // instances) * instances
     return InstanceLayout(np.arange(full) % count, np.arange(count)[:, None])
 
 
 def arrange_ensemble(count: int, instances: int, seed: Sequence[int]) -> InstanceLayout:
-    """Every row `instances` times, on random lines; its logits are the mean of its copies.
+    """Arrange every row `instances` times, on random lines.
+
+    Its logits are averaged over its copies.
 
     Source: Murahari et al. 2023 (MUX-PLM), ensembling.
     """

@@ -113,7 +113,7 @@ class MaskedBatches(StepBatches):
         self.prefix = prefix
 
     def __getitem__(self, number: int) -> Batch:
-        """Micro-batch `number` of this rank."""
+        """Return the micro-batch `number` of this rank."""
         samples = self.shape.sample_indices(number)
         return self.build_batch(samples, *self.order.select_blocks(samples))
 
@@ -159,12 +159,14 @@ class MaskedBatches(StepBatches):
 
 
 def count_full_blocks(dataset: IndexedDataset, block_size: int) -> int:
-    """Number of full blocks of a split."""
+    """Count the full blocks of a split."""
     return len(dataset.tokens) // block_size
 
 
 def iterate_held_out_batches(batches: MaskedBatches, count: int | None = None) -> Iterator[Batch]:
-    """All blocks in file order, with the same masks in every call; "number" counts the batches.
+    """Yield all blocks in file order, with the same masks in every call.
+
+    "number" counts the batches.
 
     Blocks at the end that do not fill a group are skipped.
 

@@ -20,7 +20,7 @@ WORD = (1 << 64) - 1
 
 @np.errstate(over="ignore")
 def make_random_key(*parts: int | np.ndarray) -> np.ndarray:
-    """uint64 keys from numbers or broadcastable arrays; the order of the parts matters."""
+    """Make uint64 keys from numbers or broadcastable arrays; the order of the parts matters."""
     key = np.zeros((), dtype=np.uint64)
     for part in parts:
         word = np.uint64(part & WORD) if isinstance(part, int) else part.astype(np.uint64)
@@ -47,7 +47,7 @@ class KeyedPermutation:
             raise ValueError(f"size {self.n.min()}: at least 1 is needed")
 
     def __call__(self, index: np.ndarray) -> np.ndarray:
-        """Permuted indices, int64 of any shape, each in range(n).
+        """Permute indices: int64 of any shape, each in range(n).
 
         Raises:
             ValueError: for an index outside range(n).
@@ -81,11 +81,11 @@ class Sampler:
             raise ValueError(f"every domain needs a block, but they have {list(lengths)}")
 
     def select_blocks(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Domains and blocks of global sample numbers, all int64 of one shape."""
+        """Select domains and blocks of global sample indices, all int64 of one shape."""
         raise NotImplementedError
 
     def _permute_blocks(self, domains: np.ndarray, ordinals: np.ndarray) -> np.ndarray:
-        """Block of the `ordinal`-th sample of a domain, with a new permutation in every epoch."""
+        """Return the block of the `ordinal`-th sample of a domain, permuted anew in every epoch."""
         lengths = self.lengths[domains]
         epochs, index = np.divmod(ordinals, lengths)
         return KeyedPermutation(lengths, make_random_key(self.seed, epochs, domains))(index)
@@ -100,12 +100,15 @@ class BalancedSampler(Sampler):
     """
 
     def select_blocks(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Domains and blocks of global sample numbers, all int64 of one shape."""
+        """Select domains and blocks of global sample indices, all int64 of one shape."""
         ordinals, domains = np.divmod(numbers, len(self.lengths))
         return domains, self._permute_blocks(domains, ordinals)
 
     def select_domain_blocks(self, domains: np.ndarray, ordinals: np.ndarray) -> np.ndarray:
-        """Blocks of the `ordinals`-th samples of domains, int64; the arguments broadcast."""
+        """Select the blocks of the `ordinals`-th samples of domains, int64.
+
+        The arguments broadcast.
+        """
         return self._permute_blocks(*np.broadcast_arrays(domains, ordinals))
 
 
@@ -113,7 +116,7 @@ class UnbalancedSampler(Sampler):
     """One permutation of the blocks of all domains, whose shares are their sizes."""
 
     def select_blocks(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Domains and blocks of global sample numbers, all int64 of one shape."""
+        """Select domains and blocks of global sample indices, all int64 of one shape."""
         ends = np.cumsum(self.lengths)
         epochs, index = np.divmod(numbers, ends[-1])
         block = KeyedPermutation(ends[-1], make_random_key(self.seed, epochs))(index)
@@ -148,7 +151,7 @@ class TemperatureSampler(Sampler):
         self._ordinals[by_domain] = np.arange(CYCLE) - np.repeat(ends - self.quotas, self.quotas)
 
     def select_blocks(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Domains and blocks of global sample numbers, all int64 of one shape."""
+        """Select domains and blocks of global sample indices, all int64 of one shape."""
         cycles, index = np.divmod(numbers, CYCLE)
         domains = self._domains[index]
         return domains, self._permute_blocks(
@@ -164,7 +167,7 @@ def make_sampler(name: str, lengths: Sequence[int], seed: int, alpha: float) -> 
 
 
 def _allocate_quotas(shares: np.ndarray, total: int) -> np.ndarray:
-    """Integers >= 1 near total * shares with sum `total`, by largest remainders."""
+    """Allocate integers >= 1 near total * shares with sum `total`, by largest remainders."""
     if len(shares) > total:
         raise ValueError(f"{len(shares)} domains: at most {total} are allowed")
     exact = 1 + shares * (total - len(shares))
@@ -189,7 +192,7 @@ def _permute_by_feistel(value: np.ndarray, bits: np.ndarray, key: np.ndarray) ->
 
 
 def _mix_bits(word: np.ndarray) -> np.ndarray:
-    """The finalizer of splitmix64 (Steele, Lea and Flood 2014)."""
+    """Apply the finalizer of splitmix64 (Steele, Lea and Flood 2014)."""
     word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return word ^ (word >> np.uint64(31))

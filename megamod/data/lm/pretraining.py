@@ -70,7 +70,7 @@ class LmData:
         seed: int,
         held: Sequence[str] | None = None,
     ) -> TrainBatches:
-        """Micro-batches of one rank.
+        """Build the training micro-batches of one rank.
 
         Args:
             shape: step over all domains; its ranks are those that share a stream.
@@ -102,7 +102,8 @@ class LmData:
         instances: int,
         prefix: int,
     ) -> MaskedBatches:
-        """Micro-batches of one rank with masked tokens of a split, all domains in one stream.
+        """Build the micro-batches of one rank with masked tokens of a split, all domains in
+        one stream.
 
         Args:
             sampler: see `build_train_batches`.
@@ -124,12 +125,12 @@ class LmData:
     def iterate_eval_batches(
         self, domain: str, split: str, batch_size: int, max_batches: int
     ) -> Iterator[Batch]:
-        """Batches of a split of a domain in file order; `max_batches` 0: all."""
+        """Yield the batches of a split of a domain in file order; `max_batches` 0: all."""
         batches = iterate_eval_batches(self._open_blocks(domain, split), batch_size)
         return islice(batches, max_batches or None)
 
     def count_text_bytes(self, domain: str, split: str) -> int:
-        """UTF-8 bytes of the text of a split; 0 if unknown."""
+        """Return the UTF-8 bytes of the text of a split; 0 if unknown."""
         return self.databin.count_text_bytes(domain, split)
 
     def _open_blocks(self, domain: str, split: str) -> TokenBlocks:

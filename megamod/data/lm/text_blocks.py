@@ -20,7 +20,7 @@ def read_text_blocks(
     most: int | None = None,
     spaced: bool = False,
 ) -> np.ndarray:
-    """Ids [n, length] of the concatenated lines of a file.
+    """Read the ids [n, length] of the concatenated lines of a file.
 
     Args:
         tokenize: from a line to ids, including special ones; blank lines are skipped.

@@ -12,7 +12,7 @@ from megamod.files import sha256
 
 
 def check_databin(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """Title and faults of the header, the tokenizer and every split.
+    """Check header, tokenizer and every split; yield the title and the faults of each.
 
     The index of a split is read, its digests are compared, and all ids are checked.
     """

@@ -98,12 +98,14 @@ class EncodedRows:
         return hashed.hexdigest()
 
     def padded_length(self, rows: np.ndarray) -> int:
-        """Tokens of the longest of the rows, up to the next multiple of 8 if there is room."""
+        """Return the length of the longest row, rounded up to a multiple of 8 if the limit
+        allows it.
+        """
         most = int((self.offsets[rows + 1] - self.offsets[rows]).max())
         return min(-(-most // 8) * 8, self.longest)
 
     def gather_batch(self, rows: np.ndarray, pad_to: int | None) -> Batch:
-        """A batch of rows.
+        """Gather a batch of rows.
 
         Args:
             rows: [R] numbers; may repeat.
@@ -138,7 +140,7 @@ class EncodedRows:
 def encode_texts(
     texts: TextSet, tokenizer: "PreTrainedTokenizerFast", lengths: RowLengthLimits
 ) -> EncodedRows:
-    """Sentences or pairs with their special tokens; of pairs the longer text is cut first.
+    """Encode sentences or pairs with their special tokens; of pairs the longer text is cut first.
 
     Raises:
         UserError: naming file and line of a row that is too long for the model.
@@ -184,7 +186,7 @@ def encode_words(
     *,
     label_all: bool = False,
 ) -> EncodedRows:
-    """Sentences of words; the first token of a word carries its label.
+    """Encode sentences of words; the first token of a word carries its label.
 
     A word that the tokenizer drops, such as a lone variation selector, becomes the unknown token:
     every word has a token, unless its sentence is cut. Every word, the first one too, is encoded as
@@ -271,11 +273,11 @@ class TrainRows(StepBatches):
         return self.encoded.digest
 
     def select_rows(self, number: int) -> np.ndarray:
-        """[R] numbers of the rows of micro-batch `number`."""
+        """Select the rows of micro-batch `number`: [R] numbers."""
         return self.order.select_blocks(self.shape.sample_indices(number))[1]
 
     def __getitem__(self, number: int) -> Batch:
-        """Micro-batch `number` of this rank."""
+        """Return the micro-batch `number` of this rank."""
         return self.encoded.gather_batch(self.select_rows(number), self.pad_to)
 
 
@@ -297,7 +299,9 @@ def iterate_held_out_rows(
     ensemble: bool = False,
     seed: int = 0,
 ) -> Iterator[HeldOutBatch]:
-    """Every row once in the order of the file; fillers repeat rows of the last batch in order.
+    """Yield every row once in the order of the file.
+
+    Fillers repeat rows of the last batch in order.
 
     Args:
         batch_size: rows of a forward pass of the model, a multiple of `instances`.
@@ -320,7 +324,7 @@ def iterate_held_out_rows(
 
 
 def _find_special_tokens(tokenizer: "PreTrainedTokenizerFast") -> tuple[list[int], list[int]]:
-    """Special tokens before and after a single text."""
+    """Find the special tokens before and after a single text."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     start = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
@@ -330,7 +334,7 @@ def _find_special_tokens(tokenizer: "PreTrainedTokenizerFast") -> tuple[list[int
 def _encode_word_pieces(
     tokenizer: "PreTrainedTokenizerFast", sentences: Sequence[list[str]]
 ) -> Iterator[list[list[int]]]:
-    """Token ids of each word of each sentence, as the model was pretrained on text."""
+    """Yield the token ids of each word of each sentence, as the model was pretrained on text."""
     if _needs_blank_before_words(tokenizer):
         sentences = [[f" {word}" for word in words] for words in sentences]
     encoded = _encode_split_words(tokenizer, sentences)
@@ -345,7 +349,7 @@ def _encode_word_pieces(
 
 
 def _needs_blank_before_words(tokenizer: "PreTrainedTokenizerFast") -> bool:
-    """True if words of a sentence get the tokens that they have in text only after a blank.
+    """Return True if words of a sentence get the tokens that they have in text only after a blank.
 
     Byte-level tokenizers keep the blank before a word in the word's first token and lose it where
     words are given one by one, unless they add a blank themselves.
@@ -361,7 +365,7 @@ def _encode_split_words(
 
 
 def _map_to_inside_labels(labels: Sequence[str]) -> dict[str, str]:
-    """The label of further tokens of a word: I- where the word has B-, if that is a label."""
+    """Map each label to that of further tokens of a word: I- for B-, if that is a label."""
     inside = {name: name for name in labels}
     if are_entity_labels(labels):
         for name in labels:

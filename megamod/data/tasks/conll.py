@@ -60,7 +60,7 @@ def read_conll(
     *,
     tags: bool = False,
 ) -> TokenSet:
-    """Sentences of a CoNLL file.
+    """Read the sentences of a CoNLL file.
 
     Args:
         word_column, label_column: from 0, or from -1 backwards. None: in CoNLL-U FORM and UPOS;
@@ -98,7 +98,7 @@ def read_conll(
 
 
 def _read_blocks(path: Path) -> Iterator[list[Numbered]]:
-    """Lines between blank lines, with their numbers."""
+    """Yield the lines between blank lines, with their numbers."""
     block: list[Numbered] = []
     for number, line in read_lines(path):
         if line.strip(BLANKS) and not line.startswith("-DOCSTART-"):
@@ -115,7 +115,7 @@ def _split_cells(line: str, tabs: bool) -> list[str]:
 
 
 def _count_possible_comments(block: list[Numbered]) -> int:
-    """Number of lines at the start of a block that may be comments."""
+    """Count the lines at the start of a block that may be comments."""
     return next((n for n, (_, line) in enumerate(block) if not line.startswith("#")), len(block))
 
 
@@ -127,7 +127,7 @@ def _detect_layout(
     test: bool,
     tags: bool,
 ) -> _ColumnLayout:
-    """The layout, from the lines that are no comments."""
+    """Detect the layout from the lines that are no comments."""
     certain = [block[_count_possible_comments(block) :] for block in blocks]
     certain = [block for block in certain if block]
     if not certain:  # every line begins with #: none of them is a comment but by its form
@@ -165,19 +165,22 @@ def _detect_layout(
 
 
 def _find_most_frequent(values: Iterable[object]) -> object:
-    """The most frequent value, of equally frequent ones the first."""
+    """Return the most frequent value, of equally frequent ones the first."""
     return Counter(values).most_common(1)[0][0]
 
 
 def _are_word_numbers(firsts: list[list[str]]) -> bool:
-    """True if the first cells of every sentence are 1, 2, 3, ... or 0, 1, 2, ..."""
+    """Return True if the first cells of every sentence are 1, 2, 3, ... or 0, 1, 2, ..."""
     return max(map(len, firsts)) > 1 and all(
         row == [str(number + (row[0] != "0")) for number in range(len(row))] for row in firsts
     )
 
 
 def _find_entity_column(rows: list[list[str]], word: int, width: int) -> int:
-    """The first column after the word with entity labels only, as in GermEval; else the last."""
+    """Find the first column after the word with entity labels only, as in GermEval.
+
+    Else the last.
+    """
     for column in range(word % width + 1, width):
         labels = {row[column].strip(BLANKS) for row in rows if len(row) == width}
         if all(label == OUTSIDE or parse_entity_label(label) for label in labels):
@@ -186,7 +189,7 @@ def _find_entity_column(rows: list[list[str]], word: int, width: int) -> int:
 
 
 def _read_column_names(blocks: list[list[Numbered]]) -> list[str] | None:
-    """Names of the columns of a CoNLL-U Plus file."""
+    """Read the names of the columns of a CoNLL-U Plus file; None if it names none."""
     match = NAMED_COLUMNS.match(blocks[0][0][1])
     return match and match[1].split()
 
@@ -194,7 +197,7 @@ def _read_column_names(blocks: list[list[Numbered]]) -> list[str] | None:
 def _normalise_columns(
     where: str, width: int, word: int, label: int, test: bool
 ) -> tuple[int, int | None]:
-    """Both columns counted from 0; the label None where a test file has none."""
+    """Count both columns from 0; the label is None where a test file has none."""
     if not -width <= word < width:
         raise UserError(f"{where}: {width} columns, there is no column {word} (--word_column)")
     if not -width <= label < width:
@@ -209,7 +212,7 @@ def _normalise_columns(
 
 
 def _collect_certain_labels(blocks: list[list[Numbered]], layout: _ColumnLayout) -> set[str]:
-    """Labels of the lines that cannot be comments."""
+    """Collect the labels of the lines that cannot be comments."""
     if layout.label is None:
         return set()
     rows = (
@@ -221,7 +224,7 @@ def _collect_certain_labels(blocks: list[list[Numbered]], layout: _ColumnLayout)
 
 
 def _count_comment_lines(block: list[Numbered], layout: _ColumnLayout, known: set[str]) -> int:
-    """Number of comment lines at the start of a block.
+    """Count the comment lines at the start of a block.
 
     A line with # is a comment if its form says so, if it has other columns than the words, or if
     its label column holds no label. Otherwise it is a word such as a hashtag.

@@ -37,7 +37,9 @@ def compute_cache_key(
     labels: Sequence[str],
     label_all: bool,
 ) -> str:
-    """Name of the cache file of rows encoded with these settings, without its ending."""
+    """Compute the name of the cache file of rows encoded with these settings, without its
+    ending.
+    """
     hashed = hashlib.sha256()
     columns: Iterable[Sequence[object]] = rows.texts if isinstance(rows, TextSet) else [rows.words]
     for part in (*columns, [] if rows.labels is None else list(rows.labels)):
@@ -54,7 +56,7 @@ def compute_cache_key(
 
 
 def load_or_encode(folder: Path, key: str, make: Callable[[], EncodedRows]) -> EncodedRows:
-    """Cached rows; made and stored if absent or damaged.
+    """Load cached rows; encode and store them if they are absent or damaged.
 
     Args:
         folder: created if it does not exist.

@@ -54,7 +54,7 @@ class TextSet:
         return len(self.origins)
 
     def take_first(self, count: int | None) -> "TextSet":
-        """The first `count` examples; None: all."""
+        """Return the first `count` examples; None: all."""
         return TextSet(
             tuple(texts[:count] for texts in self.texts),
             None if self.labels is None else self.labels[:count],
@@ -65,7 +65,9 @@ class TextSet:
 def read_text_task(
     task: TaskSpec, data_dir: str | Path | None, splits: Sequence[str]
 ) -> tuple[TaskSpec, dict[str, TextSet]]:
-    """Examples of the splits that exist, and the task with its labels filled in.
+    """Read the examples of the splits that exist.
+
+    Return the task with its labels filled in, and them.
 
     Args:
         data_dir: folder of the files; None: the hub.
@@ -171,7 +173,7 @@ def _read_rows(task: TaskSpec, split: str, source: Path | RowTable) -> Rows:
 def _read_table_rows(
     task: TaskSpec, split: str, path: Path, lines: Iterator[tuple[int, list[str]]]
 ) -> Rows:
-    """Texts and labels of numbered lines of cells."""
+    """Yield origin, texts and label of numbered lines of cells."""
     columns = [*task.texts, task.label]
     indices: list[int | None] | None = None
     width = 0
@@ -205,7 +207,7 @@ def _find_column_indices(
     split: str,
     where: str,
 ) -> list[int | None]:
-    """Indices of the columns; that of the label is None if it is hidden."""
+    """Find the indices of the columns; that of the label is None if it is hidden."""
     test = split.startswith("test")
     if header is not None:
         if len(set(header)) < len(header):
@@ -240,7 +242,7 @@ def _find_column_indices(
 
 
 def _read_tsv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Cells of numbered lines; blank lines at the end are dropped, others refused."""
+    """Yield the cells of numbered lines; blank lines at the end are dropped, others refused."""
     blank = None
     for number, line in read_lines(path):
         if not line:
@@ -252,7 +254,9 @@ def _read_tsv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def _read_csv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Cells of the rows of a CSV file, with the number of the line where each row ends."""
+    """Yield the cells of the rows of a CSV file, with the number of the line where each row
+    ends.
+    """
     reader = csv.reader((f"{line}\n" for _, line in read_lines(path)), strict=True)
     try:
         for cells in reader:
@@ -265,7 +269,9 @@ def _read_csv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
 def _read_dict_rows(
     task: TaskSpec, split: str, table: RowTable, columns: Mapping[str, str] | None = None
 ) -> Rows:
-    """Rows of a table. Numbers of named labels become names, and -1 hidden ones.
+    """Yield origin, texts and label of table rows. Numbers of named labels become names.
+
+    -1 is hidden.
 
     Args:
         columns: our name of a column -> the table's, where they differ.
@@ -291,7 +297,7 @@ def _read_dict_rows(
 
 
 def _find_label_name(number: str, names: Sequence[str], where: str) -> str | None:
-    """Name of a label by its number; None for -1."""
+    """Find the name of a label by its number; None for -1."""
     index = int(number) if number.removeprefix("-").isdecimal() else len(names)
     if not -1 <= index < len(names):
         raise UserError(f"{where}: label {number[:60]!r} is not one of 0 to {len(names) - 1}")

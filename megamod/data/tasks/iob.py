@@ -23,18 +23,18 @@ LABEL = re.compile(r"([BIMELSU])(?:-(.+))?", re.DOTALL)
 
 
 def parse_entity_label(label: str) -> tuple[str, str] | None:
-    """Part and type of an entity label, the type "" if it is missing; None for other labels."""
+    """Parse an entity label into part and type, "" if it has none; return None for other labels."""
     match = LABEL.fullmatch(label)
     return match and (match[1], match[2] or "")
 
 
 def format_entity_label(part: str, kind: str) -> str:
-    """The label of a part and a type."""
+    """Format the label of a part and a type."""
     return f"{part}-{kind}" if kind else part
 
 
 def are_entity_labels(labels: Iterable[str]) -> bool:
-    """True if the labels follow a scheme of entities, False for plain tags.
+    """Return True if the labels follow a scheme of entities, False for plain tags.
 
     They do if a label is B-TYPE or I-TYPE, or if all labels but O have the form of one and some of
     them begins an entity. An O alone says nothing: tag sets without parts have it too.
@@ -113,7 +113,7 @@ def convert_to_iob2(sentences: TokenSet, repair: bool) -> str:
 
 
 def _parse_label(label: str) -> tuple[str | None, str | None] | None:
-    """Part and type; (None, None) for O."""
+    """Parse a label into part and type; (None, None) for O."""
     return (None, None) if label == OUTSIDE else parse_entity_label(label)
 
 

@@ -43,7 +43,7 @@ def read_token_task(
     repair: bool = False,
     labels: Sequence[str] = (),
 ) -> tuple[TaskSpec, dict[str, TokenSet]]:
-    """Sentences of the splits, and the task with its labels filled in.
+    """Read the sentences of the splits; return the task with its labels filled in, and them.
 
     Args:
         data_dir: folder of the files; None: the hub.
@@ -81,7 +81,7 @@ def read_token_task(
 
 
 def collect_labels(sets: dict[str, TokenSet], entities: bool) -> tuple[str, ...]:
-    """Labels of the train split in an order that does not depend on the file's.
+    """Collect the labels of the train split in an order that does not depend on the file's.
 
     O comes first, then B- and I- of each type by name, both even if one of them does not occur;
     plain tags are sorted.
@@ -104,7 +104,7 @@ def collect_labels(sets: dict[str, TokenSet], entities: bool) -> tuple[str, ...]
 
 
 def _read_sentences(task: TaskSpec, split: str, source: Path | RowTable) -> TokenSet:
-    """Sentences of one split as its source spells them."""
+    """Read the sentences of one split as its source spells them."""
     if isinstance(source, Path):
         kind = require_format(source, FORMATS)
         if kind in ("JSON lines", "JSON"):
@@ -139,7 +139,7 @@ def _normalise_labels(sentences: TokenSet, labels: Sequence[str]) -> None:
 
 
 def _read_row_sentences(task: TaskSpec, split: str, table: RowTable) -> TokenSet:
-    """Sentences of rows with a list of words and a list of labels."""
+    """Read the sentences of rows with a list of words and a list of labels."""
     word_name, label_name = task.texts[0].name, task.label.name
     names = table.names.get(label_name)
     words, labels, lines = [], [], []

@@ -83,12 +83,12 @@ class TaskSpec:
         return self.kind == "regression"
 
     def list_splits(self, kind: str) -> tuple[str, ...]:
-        """Names of the splits that begin with "train", "dev" or "test"."""
+        """List the splits whose names begin with `kind`: "train", "dev" or "test"."""
         return tuple(split for split in self.files if split.startswith(kind))
 
 
 def find_text_task(name: str) -> TaskSpec:
-    """A task by name; capitals, - and _ do not count.
+    """Find a task by name; capitals, - and _ do not count.
 
     Raises:
         UserError: if no task has that name.
@@ -103,7 +103,7 @@ def find_text_task(name: str) -> TaskSpec:
 
 
 def find_task_files(task: TaskSpec, data_dir: str | Path) -> dict[str, Path]:
-    """Existing files of a task by split, in DATA_DIR or in the task's folder below it.
+    """Find the existing files of a task by split, in DATA_DIR or in the task's folder below it.
 
     Raises:
         UserError: if there is no file.
@@ -128,13 +128,13 @@ def find_task_files(task: TaskSpec, data_dir: str | Path) -> dict[str, Path]:
 
 
 def _find_first_file(folder: Path, names: Sequence[str]) -> Path | None:
-    """The first of the names that is a file, each also compressed."""
+    """Find the first of the names that is a file, each also compressed; None if there is none."""
     paths = (folder / f"{name}{end}" for name in names for end in ("", *COMPRESSIONS))
     return next((path for path in paths if path.is_file()), None)
 
 
 def make_label_normaliser(labels: Sequence[str]) -> Callable[[str], str | None]:
-    """From a label to the one of `labels` that equals it but for capitals; None: there is none.
+    """Return a function from a label to its spelling in `labels`, or None; capitals do not count.
 
     Capitals count where two of `labels` differ by nothing else.
     """
@@ -146,7 +146,7 @@ def make_label_normaliser(labels: Sequence[str]) -> Callable[[str], str | None]:
 
 
 def format_some_names(names: Iterable[str], most: int = 12) -> str:
-    """Names for a message; many names and long ones are cut."""
+    """Format names for a message; many names and long ones are cut."""
     names = [name if len(name) <= 40 else f"{name[:40]}..." for name in names]
     rest = f", ... ({len(names)} in all)" if len(names) > most else ""
     return ", ".join(names[:most]) + rest
@@ -310,7 +310,7 @@ GLUE = tuple(TASKS)[:9]
 def make_token_task(
     name: str, word_column: int | None = None, label_column: int | None = None
 ) -> TaskSpec:
-    """A task of labels per word in CoNLL files; any name is allowed.
+    """Make a task of labels per word in CoNLL files; any name is allowed.
 
     Args:
         name: also of the folder below the data folder, if there is one. "pos" and names that begin
@@ -347,7 +347,7 @@ _TOKEN_HUB: dict[str, tuple[str, str | None]] = {
 
 
 def find_any_task(name: str) -> TaskSpec:
-    """A task of any kind by name.
+    """Find a task of any kind by name.
 
     Raises:
         UserError: if no task has that name.
@@ -364,7 +364,7 @@ def find_any_task(name: str) -> TaskSpec:
 
 
 def describe_task(task: TaskSpec) -> dict[str, object]:
-    """The fields of a task as plain values, for records."""
+    """Describe a task by plain values, for records."""
     plain = {f.name: getattr(task, f.name) for f in fields(task)}
     plain["texts"], plain["label"] = [c.name for c in task.texts], task.label.name
     return {key: plain[key] for key in ("name", "kind", "texts", "label", "labels", "metrics")}

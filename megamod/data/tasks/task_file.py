@@ -75,7 +75,7 @@ class _TaskFile(Document):
 
 
 def read_task_spec(path: str | Path) -> TaskSpec:
-    """The task that a YAML file describes.
+    """Read the task that a YAML file describes.
 
         name: reviews
         kind: sequence            # or pair, regression, token
@@ -111,5 +111,5 @@ def read_task_spec(path: str | Path) -> TaskSpec:
 
 
 def _column(value: str | int) -> Column:
-    """The column of a name or number."""
+    """Return the column of a name or number."""
     return Column(value) if isinstance(value, str) else Column(f"column {value}", value)

@@ -64,7 +64,7 @@ class TaskMixture(StepBatches):
         return hashlib.sha256("".join(rows.digest for rows in self.encoded).encode()).hexdigest()
 
     def compute_steps_per_epoch(self, percent: float) -> int:
-        """Steps of an epoch.
+        """Compute the steps of an epoch.
 
         "uniform" and "uncertainty" have as many as the largest task takes, times the tasks.
 
@@ -78,7 +78,7 @@ class TaskMixture(StepBatches):
         return math.ceil(sum(map(len, self.encoded)) / self.shape.global_batch)
 
     def select_rows(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """[R] tasks and [R] row numbers of micro-batch `number`."""
+        """Select the tasks [R] and row numbers [R] of micro-batch `number`."""
         samples = self.shape.sample_indices(number)
         if self.sampling == "uncertainty":
             tasks = np.arange(len(self.encoded)).repeat(len(samples))
@@ -94,7 +94,7 @@ class TaskMixture(StepBatches):
         return self.mixed.select_blocks(samples)
 
     def _select_step_task(self, step: int) -> tuple[int, int]:
-        """Task of a step, and the number of its steps before."""
+        """Return the task of a step, and the number of earlier steps of that task."""
         if self.sampling == "uniform":
             turn, index = divmod(step, len(self.encoded))
             key = make_random_key(self.seed, turn, TASK_ORDER_KEY)
@@ -108,11 +108,11 @@ class TaskMixture(StepBatches):
         )
 
     def __getitem__(self, number: int) -> Batch:
-        """Micro-batch `number` of this rank."""
+        """Return the micro-batch `number` of this rank."""
         return self.gather_batch(*self.select_rows(number))
 
     def gather_batch(self, tasks: np.ndarray, rows: np.ndarray) -> Batch:
-        """A batch of rows of any tasks, in the order of the arguments.
+        """Gather a batch of rows of any tasks, in the order of the arguments.
 
         Args:
             tasks, rows: [R] int64, as `select_rows` returns them.

@@ -28,12 +28,12 @@ class RowTable:
     names: Mapping[str, Sequence[str]]
 
     def describe_origin(self, number: int) -> str:
-        """File and line of a row, for messages."""
+        """Describe file and line of a row, for messages."""
         return f"{self.where}, {self.unit} {number}"
 
 
 def open_json_table(path: Path) -> RowTable:
-    """Rows of a file of JSON lines."""
+    """Open a file of JSON lines as a table."""
     rows = (
         (number, parse_json_object(line, f"{path}, line {number}"))
         for number, line in read_lines(path)
@@ -43,7 +43,7 @@ def open_json_table(path: Path) -> RowTable:
 
 
 def open_parquet_table(path: Path) -> RowTable:
-    """Rows of a Parquet file; names of labels are those that `datasets` wrote into it.
+    """Open a Parquet file as a table; names of labels are those that `datasets` wrote into it.
 
     Raises:
         UserError: if it is no Parquet file.
@@ -61,7 +61,7 @@ def open_parquet_table(path: Path) -> RowTable:
 
 
 def _read_label_names(metadata: bytes | None) -> dict[str, list[str]]:
-    """Names of the labels of each column by the metadata of `datasets`."""
+    """Read the names of the labels of each column from the metadata of `datasets`."""
     try:
         features = json.loads(metadata or b"{}")["info"]["features"]
         columns = {name: feature.get("feature", feature) for name, feature in features.items()}
@@ -75,7 +75,7 @@ def _read_label_names(metadata: bytes | None) -> dict[str, list[str]]:
 
 
 def load_hub_tables(task: TaskSpec, splits: Sequence[str]) -> Iterator[tuple[str, RowTable]]:
-    """Tables of a task's data set on the hub by our names of the splits, where they exist.
+    """Yield split and table of a task's data set on the hub, by our names of the splits.
 
     Raises:
         UserError: if the task has none there, or it cannot be loaded.
@@ -100,7 +100,7 @@ def load_hub_tables(task: TaskSpec, splits: Sequence[str]) -> Iterator[tuple[str
 
 
 def _wrap_hub_table(table: object, where: str) -> RowTable:
-    """Rows of a `datasets.Dataset`."""
+    """Wrap a `datasets.Dataset` as a table."""
     names = {}
     for column, feature in table.features.items():
         of_labels = getattr(getattr(feature, "feature", feature), "names", None)

@@ -24,10 +24,10 @@ class TokenSet:
         return len(self.words)
 
     def take_first(self, count: int | None) -> "TokenSet":
-        """The first `count` sentences; None: all."""
+        """Return the first `count` sentences; None: all."""
         labels = None if self.labels is None else self.labels[:count]
         return replace(self, words=self.words[:count], labels=labels, lines=self.lines[:count])
 
     def describe_origin(self, sentence: int, word: int = 0) -> str:
-        """File and line of a word, for messages."""
+        """Describe file and line of a word, for messages."""
         return f"{self.where}, {self.unit} {self.lines[sentence][word]}"

@@ -64,7 +64,7 @@ class ConditionalBert(nn.Module):
         token_type_ids: Tensor | None,
         task_of: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Ids [B, L] -> states [B, L, D] and pooled state [B, D]."""
+        """Map ids [B, L] to states [B, L, D] and pooled state [B, D]."""
         x = self.embeddings(input_ids, token_type_ids)
         mask = None if attention_mask is None else make_key_mask(attention_mask)
         if self.plain:
@@ -198,7 +198,7 @@ class SingleTaskModel(nn.Module):
         self.model, self.task = model, task
 
     def forward(self, input_ids: Tensor, **fields: Tensor) -> CaMtlOutput:
-        """Ids [B, L] -> `logits` [B, C], or [B, L, C] for labels of tokens."""
+        """Map ids [B, L] to `logits` [B, C], or [B, L, C] for labels of tokens."""
         task_ids = torch.full((len(input_ids),), self.task, device=input_ids.device)
         output = self.model(input_ids, task_ids=task_ids, **fields)
         return CaMtlOutput(logits=output.logits[self.task])
@@ -278,5 +278,5 @@ def _unfreeze_conditioning(block: ConditionalLayer, release: bool) -> None:
 
 
 def _is_conditioning_module(name: str) -> bool:
-    """True for a module of a block that BERT does not have."""
+    """Return True for a module of a block that BERT does not have."""
     return name.startswith("adapter") or "gb_weights" in name

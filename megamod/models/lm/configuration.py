@@ -154,7 +154,7 @@ class ForestConfig(PreTrainedConfig):
 
 
 def get_default_sequence_length(config: PreTrainedConfig) -> int:
-    """Tokens per sequence where no option says how many.
+    """Return the tokens per sequence where no option says how many.
 
     The longest of the project's GPT. Stock models allow far longer ones than anyone evaluates.
     """
@@ -165,7 +165,7 @@ def get_default_sequence_length(config: PreTrainedConfig) -> int:
 
 
 def make_part_config(fields: Mapping[str, object]) -> PreTrainedConfig:
-    """Configuration of a part of a forest.
+    """Make the configuration of a part of a forest.
 
     Raises:
         ValueError: for an unknown model type.
@@ -185,7 +185,7 @@ def _find_config_class(kind: object) -> type[PreTrainedConfig]:
 
 
 def read_lm_config(folder: Path, flag: str | None = None) -> PreTrainedConfig:
-    """Configuration of the folder of a causal language model; `flag` is what named the folder.
+    """Read the configuration of a causal language model from its folder.
 
     Raises:
         UserError: if it is of another kind, or needs code that is not part of transformers.
@@ -232,17 +232,20 @@ SEQUENCE = 1024  # tokens of a sequence of a stock model, where nothing says how
 
 
 def get_domains(config: PreTrainedConfig) -> list[str]:
-    """Domains of a language model's configuration; stock ones name none."""
+    """Return the domains of a language model's configuration; stock ones name none."""
     return list(getattr(config, "domains", ()))
 
 
 def get_untie(config: PreTrainedConfig) -> str:
-    """Value of `untie` (see `UNTIE`); "none" for a stock configuration."""
+    """Return the value of `untie` (see `UNTIE`); "none" for a stock configuration."""
     return getattr(config, "untie", "none")
 
 
 def get_max_sequence_length(config: PreTrainedConfig) -> int | None:
-    """Longest sequence of a language model in tokens; None if its family has no limit."""
+    """Return the longest sequence of a language model in tokens.
+
+    None if its family has no limit.
+    """
     for name in ("max_position_embeddings", "max_seq_len"):
         if getattr(config, name, None):
             return getattr(config, name)
@@ -250,7 +253,9 @@ def get_max_sequence_length(config: PreTrainedConfig) -> int | None:
 
 
 def has_own_feed_forward(untie: str, layer: int, layers: int) -> bool:
-    """True if each domain has a feed-forward of its own in this layer, the rest being shared."""
+    """Return True if each domain has a feed-forward of its own in this layer, the rest being
+    shared.
+    """
     return (
         untie == "feedforward"
         or (untie == "feedforward_every_other" and layer % 2 == 1)

@@ -58,7 +58,7 @@ class OutputHead(nn.Linear):
     def forward(
         self, hidden: Tensor, labels: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits [B, L, V]; with labels [B, L]: summed loss and log-probabilities [B, L]."""
+        """Return logits [B, L, V]; with labels [B, L]: summed loss and log-probabilities [B, L]."""
         if labels is None:
             return super().forward(hidden)
         return linear_cross_entropy(hidden, self.weight, labels)
@@ -101,7 +101,7 @@ class DemixForCausalLM(DemixPreTrainedModel, BoundedGeneration, GenerationMixin)
         return get_selected_expert(self.lm_head)
 
     def resize_token_embeddings(self, *args: object, **kwargs: object) -> nn.Module:
-        """As for every model, unless each domain has a vocabulary matrix of its own.
+        """Resize as every model does, unless each domain has a vocabulary matrix of its own.
 
         Raises:
             ValueError: if it has.
@@ -123,7 +123,7 @@ class DemixForCausalLM(DemixPreTrainedModel, BoundedGeneration, GenerationMixin)
         select_domain(self, domain)
 
     def save_pretrained(self, *args: object, **kwargs: object) -> None:
-        """As for every model; the folder names the domains whose experts are in it."""
+        """Save as every model does; the folder names the domains whose experts are in it."""
         with config_with_local_domains(self):
             super().save_pretrained(*args, **kwargs)
 
@@ -134,15 +134,21 @@ class DemixForCausalLM(DemixPreTrainedModel, BoundedGeneration, GenerationMixin)
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
     ) -> Tensor:
-        """States before the output matrix [B, L, D]; arguments as in `DemixModel.forward`."""
+        """Compute states before the output matrix [B, L, D].
+
+        Arguments as in `DemixModel.forward`.
+        """
         return self.model(input_ids, attention_mask, position_ids, past_key_values)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V] of what `hidden_states` returned."""
+        """Compute logits [..., V] of what `hidden_states` returned."""
         return self.lm_head(hidden)
 
     def score(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Summed loss and log-probabilities [...] of labels, -100 where nothing is predicted."""
+        """Return the summed loss and the log-probabilities [...] of labels.
+
+        -100 predicts nothing.
+        """
         return self.lm_head(hidden, labels)
 
     def forward(
@@ -161,7 +167,7 @@ class DemixForCausalLM(DemixPreTrainedModel, BoundedGeneration, GenerationMixin)
         return_dict: bool | None = None,
         **more: object,
     ) -> DemixOutput | tuple:
-        """One pass; shapes as in `DemixModel.forward`.
+        """Run one forward pass; shapes as in `DemixModel.forward`.
 
         Args:
             labels: [B, L] the input itself, -100 where ignored; shifted by one inside.
@@ -218,7 +224,7 @@ class DemixForCausalLM(DemixPreTrainedModel, BoundedGeneration, GenerationMixin)
 
 @contextmanager
 def config_with_local_domains(model: PreTrainedModel) -> Iterator[None]:
-    """For the time of the block the configuration names the domains that this process holds."""
+    """Let the configuration name only the domains that this process holds, inside the block."""
     config, group = model.config, next(iterate_domain_experts(model), None)
     domains = getattr(config, "domains", None)
     if group is not None:
@@ -231,12 +237,12 @@ def config_with_local_domains(model: PreTrainedModel) -> Iterator[None]:
 
 
 def shift_labels_left(labels: Tensor) -> Tensor:
-    """Label of each position [B, L] that predicts the next token; -100 for the last one."""
+    """Shift labels [B, L] to the positions that predict them; -100 for the last one."""
     return nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
 
 
 def get_loss_divisor(labels: Tensor, items: Tensor | float | None) -> Tensor | float:
-    """Divisor of a summed loss: `items`, or the number of labels that are not -100."""
+    """Return the divisor of a summed loss: `items`, or the number of labels that are not -100."""
     return (labels != -100).sum().clamp(min=1) if items is None else items
 
 
@@ -246,7 +252,7 @@ def score_labels(
     shift_labels: Tensor,
     num_items_in_batch: Tensor | float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Loss and log-probabilities [B, L] of hidden states; arguments as in `forward`."""
+    """Return loss and log-probabilities [B, L] of hidden states; arguments as in `forward`."""
     total, log_probs = model.score(hidden, shift_labels)
     return total / get_loss_divisor(shift_labels, num_items_in_batch), log_probs
 

@@ -38,6 +38,6 @@ def draw_module_weights(
 
 
 def _uniform(tensor: Tensor, fan_in: int, generator: torch.Generator | None) -> None:
-    """The default of torch.nn.Linear, for weights and biases alike."""
+    """Draw the default of torch.nn.Linear, for weights and biases alike."""
     bound = fan_in**-0.5
     nn.init.uniform_(tensor, -bound, bound, generator=generator)

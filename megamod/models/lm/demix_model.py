@@ -118,7 +118,7 @@ class DemixModel(DemixPreTrainedModel):
         return_dict: bool | None = None,
         **more: object,
     ) -> BaseModelOutputWithPast | tuple:
-        """Hidden states after the final norm [B, L, D].
+        """Compute hidden states after the final norm [B, L, D].
 
         Args:
             input_ids: [B, L] int64.

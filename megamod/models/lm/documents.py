@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def compute_document_positions(input_ids: Tensor, end: int) -> Tensor:
-    """Positions [B, L] that begin anew at every end of text, from which the next one is predicted.
+    """Compute positions [B, L] that begin anew at every end of text.
 
     Stock models with rotary or GPT-2's positions read the borders of documents off them.
     """
@@ -15,7 +15,7 @@ def compute_document_positions(input_ids: Tensor, end: int) -> Tensor:
 
 
 def compute_document_mask(positions: Tensor) -> Tensor:
-    """[B, 1, L, L] bool, True where a position may attend: earlier ones of its own document."""
+    """Compute a mask [B, 1, L, L] bool: True at earlier positions of the same document."""
     length = positions.shape[1]
     documents = (positions == 0).cumsum(dim=1)
     same = documents[:, :, None] == documents[:, None, :]

@@ -6,7 +6,7 @@ from megamod.models.lm.hosts import HOSTS
 
 
 def list_feed_forward_names(model: nn.Module) -> set[str]:
-    """Names of the parameters inside feed-forwards of a dense model.
+    """List the names of the parameters inside feed-forwards of a dense model.
 
     Raises:
         KeyError: if the model is of a family without a row in the table of hosts.

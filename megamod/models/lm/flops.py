@@ -11,7 +11,8 @@ ACTIVE_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_
 
 
 def compute_flops_per_token(config: LmConfig, module: nn.Module, length: int) -> float:
-    """6 N + 12 sum over layers of (heads x head size x span), frozen weights 4 in place of 6.
+    """Compute 6 N + 12 sum over layers of (heads x head size x span), frozen weights 4 instead
+    of 6.
 
     N counts the parameters that take part in a matrix product for one token; the span of a layer is
     `length`, or its attention window if that is shorter.
@@ -28,7 +29,7 @@ def compute_flops_per_token(config: LmConfig, module: nn.Module, length: int) ->
 
 
 def count_active_parameters(config: LmConfig, module: nn.Module) -> tuple[float, float]:
-    """Trained and frozen parameters that one token is multiplied with.
+    """Count the trained and the frozen parameters that one token is multiplied with.
 
     Not counted: learned positions, an input embedding that is a matrix of its own (both are
     lookups), and the experts that a token does not pass through.
@@ -47,7 +48,7 @@ def count_active_parameters(config: LmConfig, module: nn.Module) -> tuple[float,
 
 
 def _find_lookup_tables(config: LmConfig, module: nn.Module) -> list[nn.Parameter]:
-    """Tables that are read by row."""
+    """Find the tables that are read by row."""
     tables = [p for name, p in module.named_parameters() if ".positions." in name]
     host = HOSTS.get(getattr(config, "host", config.model_type))
     if host is not None:
@@ -59,7 +60,7 @@ def _find_lookup_tables(config: LmConfig, module: nn.Module) -> list[nn.Paramete
 
 
 def _compute_active_expert_share(config: LmConfig) -> float:
-    """Part of the expert tensors of a mixture of experts that one token passes through."""
+    """Compute the share of the expert tensors of a mixture that one token passes through."""
     experts, chosen = (
         next((getattr(config, name) for name in names if getattr(config, name, None)), None)
         for names in (EXPERTS, ACTIVE_EXPERTS)
@@ -68,7 +69,7 @@ def _compute_active_expert_share(config: LmConfig) -> float:
 
 
 def _list_attention_spans(config: LmConfig, length: int) -> list[int]:
-    """Keys that attention compares a query with, for each layer."""
+    """List for each layer how many keys attention compares a query with."""
     layers = config.num_hidden_layers
     window = getattr(config, "sliding_window", None) or getattr(config, "window_size", None)
     if not window or getattr(config, "use_sliding_window", True) is False:

@@ -50,7 +50,7 @@ class LoadedExpert:
 def load_experts(
     forest: Forest, device: torch.device | str, only: Sequence[str] | None = None
 ) -> Iterator[LoadedExpert]:
-    """The experts one after the other, in the order of the forest, their member chosen.
+    """Yield the experts one after the other, in the order of the forest, their member selected.
 
     Experts of one DEMix model come as one module, read once and without experts that are not
     wanted. A module is let go after its last expert, so that a loop that keeps nothing holds one
@@ -134,17 +134,17 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """Of the first part; the parts have tables of their own for one vocabulary."""
+        """Return those of the first part; the parts have tables of their own for one vocabulary."""
         return self.parts[0].get_input_embeddings()
 
     def get_output_embeddings(self) -> None:
-        """None: every part has a matrix of its own."""
+        """Return None: every part has a matrix of its own."""
 
     @classmethod
     def from_experts(
         cls, forest: Forest, config: ForestConfig | None = None, **kwargs: object
     ) -> "ForestForCausalLM":
-        """The model of an opened forest.
+        """Build the model of an opened forest.
 
         Args:
             config: how to mix; None for the defaults. Its experts are replaced by the forest's.
@@ -177,7 +177,7 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
     def from_pretrained(
         cls, folder: str | Path, *args: object, config: ForestConfig | None = None, **kwargs: object
     ) -> "ForestForCausalLM":
-        """As for every model; a folder with forest.json is read from its experts' folders."""
+        """Load as every model does; a folder with forest.json is read from its experts' folders."""
         if not (Path(folder) / FILE).is_file():
             return super().from_pretrained(folder, *args, config=config, **kwargs)
         if config is None:
@@ -221,7 +221,10 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
         self.config.prior = prior
 
     def _select_experts(self) -> tuple[list[int], Tensor]:
-        """Numbers of the experts with a prior above 0, top k at most; and that prior [E]."""
+        """Select the experts with a prior above 0, top k at most.
+
+        Return their indices and prior [E].
+        """
         prior = self.config.prior
         count = len(self.domains)
         if self.config.topk and prior is None:
@@ -233,7 +236,7 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
         return kept, weights / weights.sum()
 
     def _select_part(self, expert: int) -> LanguageModel:
-        """The part an expert is in, its member chosen."""
+        """Select the part of an expert, with its member selected."""
         entry = self.config.experts[expert]
         part = self.parts[entry["part"]]
         if entry["member"] is not None:
@@ -254,7 +257,7 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
         return_dict: bool | None = None,
         **more: object,
     ) -> ForestOutput | tuple:
-        """One pass of all experts in use, one after the other; arguments as in `DemixForCausalLM`.
+        """Run all experts in use, one after the other; arguments as in `DemixForCausalLM`.
 
         The weights follow `input_ids`; labels only say which predictions are scored.
 
@@ -316,7 +319,7 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
         position_ids: Tensor | None,
         shift_labels: Tensor | None,
     ) -> tuple[list[Tensor], Tensor, Tensor | None]:
-        """Every expert's pass, without logits.
+        """Run every expert, without logits.
 
         Returns:
             The states before the output matrix, [B, L, D] of each expert; the log-probability of
@@ -357,7 +360,10 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
         log_weights: Tensor,
         keep: int | Tensor,
     ) -> Tensor:
-        """log sum_j w_j softmax_j [B, keep, V], never more than two experts' at a time."""
+        """Compute log sum_j w_j softmax_j [B, keep, V].
+
+        At most two experts' logits exist at a time.
+        """
         mixed = None
         for number, expert in enumerate(experts):
             logits = (
@@ -373,7 +379,7 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
 def load_lm_for_scoring(
     folder: Path, members: Sequence[str] | None = None, **kwargs: object
 ) -> LanguageModel:
-    """A model folder for scoring, with the experts of these domains; None or empty for all.
+    """Load a model folder for scoring, with the experts of these domains; None or empty for all.
 
     Raises:
         UserError: if it is not one of our language models, or lacks weights.
@@ -397,6 +403,6 @@ def _check_member(expert: Expert, config: PreTrainedConfig) -> None:
 
 
 def _select_part_fields(config: PreTrainedConfig) -> dict:
-    """Fields of a part's configuration, without those of the forest as a whole."""
+    """Select the fields of a part's configuration, without those of the forest as a whole."""
     left_out = ("transformers_version", "architectures")
     return {name: value for name, value in config.to_diff_dict().items() if name not in left_out}

@@ -23,7 +23,7 @@ class ExpertCache:
         self.layers = layers
 
     def get_seq_length(self, layer: int = 0) -> int:
-        """Tokens that are cached."""
+        """Return the number of cached tokens."""
         return self.cache.get_seq_length(self.first + layer) if self.cache is not None else 0
 
     # Stock models ask these before they build their masks: every layer keeps all positions, and
@@ -36,27 +36,29 @@ class ExpertCache:
         return [False] * self.layers
 
     def get_query_offset(self, layer: int = 0) -> int:
-        """Position of the first new token."""
+        """Return the position of the first new token."""
         return self.get_seq_length(layer)
 
     def get_mask_sizes(self, queries: int, layer: int) -> tuple[int, int]:
-        """Number of keys that `queries` new tokens attend to, and the position of the first."""
+        """Return the number of keys that `queries` new tokens attend to, and the position
+        of the first.
+        """
         return self.get_seq_length(layer) + queries, 0
 
     def update(
         self, key: Tensor, value: Tensor, layer: int, *_: object, **__: object
     ) -> tuple[Tensor, Tensor]:
-        """Called by a layer's self-attention: cached keys and values, and the new ones."""
+        """Return cached keys and values with the new ones added; called by self-attention."""
         if self.cache is None:
             return key, value
         return self.cache.update(key, value, self.first + layer)
 
     def get_last_states(self) -> Tensor:
-        """[B, 1, D] of the last cached token."""
+        """Return the states of the last cached token, [B, 1, D]."""
         return self._get_evidence_layer().keys[:, 0, -1:]
 
     def get_real_tokens(self) -> Tensor:
-        """[B, S] bool, True where a cached token is not padding."""
+        """Return a mask of cached tokens that are not padding, [B, S] bool."""
         return self._get_evidence_layer().values[:, 0, :, 1] > 0
 
     def add_evidence(self, states: Tensor, log_probs: Tensor, real: Tensor) -> Tensor:
@@ -70,7 +72,7 @@ class ExpertCache:
 
 
 def split_cache(cache: Cache | None, depths: Sequence[int]) -> list[ExpertCache]:
-    """Each expert's share of a cache; `depths` are their numbers of layers.
+    """Split a cache into each expert's part; `depths` are their numbers of layers.
 
     Raises:
         ValueError: if the cache cannot grow, or was filled by other experts.

@@ -90,7 +90,7 @@ class HostMixin:
         select_domain(self, domain)
 
     def save_pretrained(self, *args: object, **kwargs: object) -> None:
-        """As for every model; the folder names the domains whose experts are in it."""
+        """Save as every model does; the folder names the domains whose experts are in it."""
         with config_with_local_domains(self):
             super().save_pretrained(*args, **kwargs)
 
@@ -101,7 +101,10 @@ class HostMixin:
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
     ) -> Tensor:
-        """States before the output matrix [B, L, D]; a family without a row returns logits."""
+        """Compute states before the output matrix [B, L, D].
+
+        A family without a row returns logits.
+        """
         if self.host is None:
             return (
                 super()
@@ -114,7 +117,7 @@ class HostMixin:
         return self.base_model(**inputs)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [..., V] of what `hidden_states` returned."""
+        """Compute logits [..., V] of what `hidden_states` returned."""
         if self.host is None:
             return hidden
         head = self.get_output_embeddings()
@@ -124,7 +127,10 @@ class HostMixin:
         return scores
 
     def score(self, hidden: Tensor, labels: Tensor) -> Scores:
-        """Summed loss and log-probabilities [...] of labels, -100 where nothing is predicted."""
+        """Return the summed loss and the log-probabilities [...] of labels.
+
+        -100 predicts nothing.
+        """
         if self.host is not None:
             return self.get_output_embeddings()(hidden, labels)
         counted = labels != -100
@@ -144,7 +150,7 @@ class HostMixin:
         return_dict: bool | None = None,
         **others: object,
     ) -> ModelOutput | tuple:
-        """The stock pass; with `shift_labels` the loss without logits.
+        """Run the stock pass; with `shift_labels` compute the loss without logits.
 
         Args:
             num_items_in_batch, domain: as in `DemixForCausalLM.forward`.
@@ -212,7 +218,7 @@ class HostMixin:
 
 
 def find_stock_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The causal language model of transformers for a stock configuration.
+    """Find the causal language model of transformers for a stock configuration.
 
     Raises:
         ValueError: if there is none.
@@ -228,13 +234,15 @@ def find_stock_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 @functools.cache
 def make_dense_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The stock class with `HostMixin`, under the stock name, which is what config.json states."""
+    """Make the stock class with `HostMixin`, under the stock name, which is what config.json
+    states.
+    """
     return type(stock.__name__, (HostMixin, stock), {"__doc__": HostMixin.__doc__})
 
 
 @functools.cache
 def make_host_classes(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
-    """Configuration and model with an expert per domain, known to the Auto classes.
+    """Make configuration and model with an expert per domain, known to the Auto classes.
 
     Raises:
         ValueError: if the table of hosts has no row for the family.
@@ -285,7 +293,7 @@ def make_host_classes(model_type: str) -> tuple[type[PreTrainedConfig], type[Pre
 
 
 def takes_position_ids(model: type[PreTrainedModel]) -> bool:
-    """True if the stock class takes `position_ids`; those with ALiBi do not."""
+    """Return True if the stock class takes `position_ids`; those with ALiBi do not."""
     stock = next(base for base in model.__mro__ if base.__module__.startswith("transformers."))
     return "position_ids" in inspect.signature(stock.forward).parameters
 
@@ -300,7 +308,7 @@ def _register_checkpoint_renaming(stock: type[PreTrainedModel], model_type: str,
 
 @functools.cache
 def _make_scoring_head(head: type[nn.Module]) -> type[nn.Module]:
-    """The class of an output matrix that with labels goes straight to the loss.
+    """Make the class of an output matrix that with labels goes straight to the loss.
 
     It is called as a module, so that ZeRO 3 gathers its weight.
     """

@@ -57,7 +57,7 @@ def build_lm(
     local_domains: Sequence[str] | None = None,
     flag: str = "--init_from",
 ) -> LanguageModel:
-    """A language model with float32 weights, new or those of a folder.
+    """Build a language model with float32 weights, new or those of a folder.
 
     Args:
         seed: of new weights; equal seeds give equal shared weights whatever experts are held.
@@ -93,7 +93,7 @@ def build_lm(
 
 
 def select_lm_class(config: LmConfig) -> type:
-    """The class of a language model with this configuration; made with `(config, local_domains)`.
+    """Select the class of a language model, which is called with `(config, local_domains)`.
 
     Raises:
         ValueError: if transformers has no causal language model for it.
@@ -106,7 +106,9 @@ def select_lm_class(config: LmConfig) -> type:
 
 
 def _build_host(config: LmConfig, seed: int, local_domains: Sequence[str] | None) -> LanguageModel:
-    """New weights in the order of the dense model's modules, then copied for each domain."""
+    """Build a model with new weights in the order of the dense model's modules, copied per
+    domain.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = select_lm_class(config)(config, ())
@@ -122,7 +124,7 @@ def load_lm(
     flag: str | None = None,
     **kwargs: object,
 ) -> LanguageModel:
-    """The model in a folder, with the experts of these domains; None for all.
+    """Load the model in a folder, with the experts of these domains; None for all.
 
     Args:
         config: what to load the weights into; None for the folder's own. One with experts takes the

@@ -41,7 +41,7 @@ class MuxMaskedLM(MuxPreTrainedModel):
     )
 
     def align_labels(self, labels: Tensor) -> Tensor:
-        """Labels at the columns of their tokens, after the prefix: [R, S] -> [B * N, S]."""
+        """Align labels with the columns of their tokens, after the prefix: [R, S] -> [B * N, S]."""
         length, rows = self.config.prefix_length, len(labels)
         added = -rows % self.config.num_instances
         return F.pad(labels, (length, -length, 0, added), value=IGNORED)
@@ -121,7 +121,9 @@ class MuxMaskedLM(MuxPreTrainedModel):
         logits: Tensor | None,
         items: Tensor | float | None,
     ) -> Tensor:
-        """Mean loss (nats) of the labels that are not dropped, from the logits if there are any."""
+        """Compute the mean loss (nats) of labels that are not dropped, from `logits` if
+        there are any.
+        """
         fed = self.align_labels(labels)
         chosen = fed != IGNORED
         targets = fed[chosen]

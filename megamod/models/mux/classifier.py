@@ -25,7 +25,7 @@ class MuxBareModel(MuxPreTrainedModel):
         return_dict: bool | None = None,
         **more: object,
     ) -> BaseModelOutput | tuple:
-        """Ids [R, S] -> `last_hidden_state` [R, S, D]; arguments as of the classifiers."""
+        """Map ids [R, S] to `last_hidden_state` [R, S, D]; arguments as of the classifiers."""
         check_extra_arguments(self, more)
         fed = self.prepare_batch(input_ids, attention_mask, token_type_ids, position_ids)
         states = self.demultiplex(self.encode(fed), slice(self.config.prefix_length, None))
@@ -39,11 +39,11 @@ class MuxSequenceClassifier(MuxPreTrainedModel):
     masks_instances: ClassVar[bool] = True
 
     def compute_class_logits(self, states: Tensor) -> Tensor:
-        """Logits of states: [..., D] -> [..., C]."""
+        """Compute logits of states: [..., D] -> [..., C]."""
         return self.classifier(self.dropout(states))
 
     def compute_row_logits(self, hidden: MixedStates) -> Tensor:
-        """Logits of rows from their cls column: mixed states [B, T, D] -> [B, N, C]."""
+        """Compute logits of rows from their cls column: mixed states [B, T, D] -> [B, N, C]."""
         column = self.config.prefix_length - 1 if self.config.prefix_length else 0
         states = self.demultiplex(hidden, slice(column, column + 1))
         return self.compute_class_logits(states[:, :, 0])
@@ -101,11 +101,14 @@ class MuxTokenClassifier(MuxPreTrainedModel):
     """Classification of tokens. Subclasses define the head."""
 
     def compute_class_logits(self, states: Tensor) -> Tensor:
-        """Logits of states: [..., D] -> [..., C]."""
+        """Compute logits of states: [..., D] -> [..., C]."""
         return self.classifier(self.dropout(states))
 
     def compute_token_logits(self, hidden: MixedStates, chosen: Tensor | None) -> Tensor:
-        """Mixed states [B, T, D] -> logits [B * N, S, C]; 0 where `chosen` [B * N, S] is False."""
+        """Map mixed states [B, T, D] to logits [B * N, S, C].
+
+        0 where `chosen` [B * N, S] is False.
+        """
         start, N = self.config.prefix_length, self.config.num_instances
         if chosen is None:
             states = self.demultiplex(hidden, slice(start, None))

@@ -189,11 +189,13 @@ class MuxElectraConfig(MuxConfig):
         super().__post_init__(**kwargs)
 
     def get_text_config(self, *args: object, **kwargs: object) -> "MuxElectraConfig":
-        """This configuration: transformers would take `generator` for the one of a text model."""
+        """Return this configuration: transformers would take `generator` for the one of a
+        text model.
+        """
         return self
 
     def make_generator_config(self) -> "MuxElectraConfig":
-        """Configuration of the generator.
+        """Make the configuration of the generator.
 
         Raises:
             ValueError: if `generator_config` names a field that does not exist.

@@ -56,7 +56,7 @@ class DiscriminatorHead(nn.Module):
         self.dense_prediction = mark_default_initialisation(nn.Linear(size, 1))
 
     def forward(self, states: Tensor) -> Tensor:
-        """[..., D] -> [...]."""
+        """Compute a logit per state: [..., D] -> [...]."""
         return self.dense_prediction(F.gelu(self.dense(states)))[..., 0]
 
 
@@ -125,7 +125,7 @@ class MuxElectraForPreTraining(MuxElectraPreTrainedModel):
         slots: Tensor | None,
         retrieval_items: Tensor | float | None,
     ) -> MuxOutput:
-        """`forward` after `feed`."""
+        """Run the discriminator on a prepared batch: `forward` after `prepare_batch`."""
         hidden = self.encode(fed)
         needed = labels is None or self.config.task_loss_coeff > 0
         output = MuxOutput()
@@ -159,7 +159,7 @@ class ElectraClassifier(nn.Module):
         self.out_proj = mark_default_initialisation(nn.Linear(size, labels))
 
     def forward(self, states: Tensor) -> Tensor:
-        """[..., D] -> [..., C]."""
+        """Classify states: [..., D] -> [..., C]."""
         return self.out_proj(self.dropout(F.gelu(self.dense(self.dropout(states)))))
 
 

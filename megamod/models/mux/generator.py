@@ -69,7 +69,10 @@ class MuxElectraForMaskedLM(MuxMaskedLM):
     def compute_decoder_inputs(
         self, fed: PreparedBatch, chosen: Tensor, embeddings: EncoderEmbeddings | None
     ) -> tuple[Tensor, MixedStates]:
-        """Inputs of `decoder` at the chosen tokens, bool [R, S], and all mixed states."""
+        """Compute inputs of `decoder` at the chosen tokens, bool [R, S].
+
+        Also return all mixed states.
+        """
         hidden = self.encode(fed, embeddings=embeddings)
         length = self.config.prefix_length
         shifted = F.pad(chosen, (length, -length)) if length else chosen
@@ -103,7 +106,7 @@ class PlainGenerator(nn.Module):
         chosen: Tensor,
         embeddings: EncoderEmbeddings | None,
     ) -> Tensor:
-        """Inputs of `decoder` at the chosen tokens: ids [R, S], bool [R, S] -> [C, D]."""
+        """Compute inputs of `decoder` at the chosen tokens: ids [R, S], bool [R, S] -> [C, D]."""
         embed = embeddings or self.electra.embeddings
         mask = make_key_mask(attention_mask) if attention_mask is not None else None
         hidden = self.electra.encode(embed(input_ids, token_type_ids, position_ids), mask)[chosen]
@@ -139,7 +142,7 @@ class MuxElectraForReplacedTokens(MuxElectraForPreTraining):
         self.post_init()
 
     def resize_token_embeddings(self, *args: object, **kwargs: object) -> nn.Module:
-        """As for every model, without a generator.
+        """Resize as every model does, without a generator.
 
         Raises:
             ValueError: if there is one, whose vocabulary would stay as it is.
@@ -233,7 +236,7 @@ class MuxElectraForReplacedTokens(MuxElectraForPreTraining):
         slots: Tensor | None,
         retrieval_items: Tensor | float | None,
     ) -> tuple[Tensor, Tensor]:
-        """Loss of the generator, and the ids with its tokens in place of the masks."""
+        """Return the loss of the generator, and the ids with its tokens in place of the masks."""
         generator, embeddings = self.generator, None
         if self.shares_embeddings:
             embeddings = self.backbone.embeddings

@@ -167,7 +167,7 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         )
 
     def prepare_ids(self, input_ids: Tensor) -> Tensor:
-        """Ids to embed: with column 0 overwritten, or with a prefix.
+        """Prepare ids to embed: with column 0 overwritten, or with a prefix.
 
         Args:
             input_ids: [B * N, S] of whole groups; not changed.
@@ -235,7 +235,7 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         queries: int | None = None,
         embeddings: EncoderEmbeddings | None = None,
     ) -> MixedStates:
-        """Mixed hidden states of a batch, [B, queries or T, D].
+        """Compute mixed hidden states of a batch, [B, queries or T, D].
 
         Args:
             queries: number of first columns to compute; None for all.
@@ -266,7 +266,7 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
     def demultiplex(
         self, hidden: MixedStates, columns: slice, pairs: Pairs | None = None
     ) -> Tensor:
-        """Hidden states of instances: [R, D] for pairs, else [B, N, columns, D]."""
+        """Demultiplex states of instances: [R, D] for pairs, else [B, N, columns, D]."""
         if self.config.prefix_length:
             return self.demultiplexer(
                 hidden.apply_norm(), self.config.num_instances, columns, pairs
@@ -276,7 +276,7 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         return self.demultiplexer(self.demux_module, *inputs)
 
     def compute_vocabulary_states(self, hidden: MixedStates, pairs: Pairs | None) -> Tensor:
-        """Inputs of the retrieval head's decoder: as `demultiplex`, of all columns."""
+        """Compute inputs of the retrieval head's decoder: as `demultiplex`, of all columns."""
         if self.config.prefix_length:
             return self.retrieval_head(hidden.apply_norm(), self.config.num_instances, pairs)
         return self.retrieval_head(self.demux_module, hidden.apply_norm(), pairs)
@@ -319,7 +319,7 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         output["retrieval_correct"], output["retrieval_count"] = correct, count
 
     def combine_losses(self, task: Tensor | None, retrieval: Tensor | None) -> Tensor | None:
-        """Loss: sum of both terms times their coefficients, without terms that are None."""
+        """Sum both terms times their coefficients, without terms that are None."""
         terms = ((self.config.task_loss_coeff, task), (self.config.retrieval_loss_coeff, retrieval))
         weighted = [weight * term for weight, term in terms if term is not None]
         return sum(weighted[1:], weighted[0]) if weighted else None
@@ -343,18 +343,21 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         return torch.cat([prefix, tokens[:, :kept]], 1)
 
     def _select_positions(self, fed: PreparedBatch) -> tuple[Tensor | None, Tensor | None]:
-        """Position ids of the first and of the second embedding; None for consecutive ones."""
+        """Select the position ids of the first and of the second embedding.
+
+        None for consecutive ones.
+        """
         return (fed.position_ids, None) if self.sees_segments else (None, fed.position_ids)
 
     def _first_block_takes_embeddings(self, queries: int | None) -> bool:
-        """True if the first block takes the embeddings as they are, from every column."""
+        """Return True if the first block takes the embeddings as they are, from every column."""
         backbone, layers = self.backbone, self.backbone.encoder.layer
         narrow = hasattr(backbone, "embeddings_project")
         plain = is_plain(*layers[0].attention["self"].values())
         return not narrow and plain and (queries is None or len(layers) > 1)
 
     def _multiplex(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """[B, N, T, D] -> [B, T, D]."""
+        """Multiplex embeddings: [B, N, T, D] -> [B, T, D]."""
         variant, key = self.config.muxing_variant, self.instance_embedding
         if variant == "gaussian_attention_v2":
             blocks = (self.muxing_attention, self.muxing_attention_2)

@@ -27,7 +27,7 @@ class PrefixSequenceHead(PrefixDemultiplexer):
         self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
 
     def classify(self, states: Tensor) -> Tensor:
-        """[..., D] -> [..., C]."""
+        """Classify states: [..., D] -> [..., C]."""
         return self.out_proj(F.gelu(self.dense_before_out_proj(states)))
 
 
@@ -39,7 +39,7 @@ class PrefixTokenHead(PrefixDemultiplexer):
         self.decoder = nn.Linear(config.hidden_size, config.num_labels)
 
     def classify(self, states: Tensor) -> Tensor:
-        """[..., D] -> [..., C]."""
+        """Classify states: [..., D] -> [..., C]."""
         return self.decoder(states)
 
 
@@ -55,11 +55,11 @@ class MlpHead(nn.Module):
         self.out_proj = nn.Linear(size, config.num_labels)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Mixed states [B, L, D] -> [B, N, L, D]."""
+        """Demultiplex mixed states: [B, L, D] -> [B, N, L, D]."""
         return self.demux_module(hidden)
 
     def classify(self, states: Tensor) -> Tensor:
-        """[..., D] -> [..., C]."""
+        """Classify states: [..., D] -> [..., C]."""
         return self.out_proj(self.layernorm_presoftmax(F.gelu(self.dense_before_out_proj(states))))
 
 

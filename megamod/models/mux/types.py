@@ -58,5 +58,5 @@ class MixedStates:
     norm: nn.LayerNorm | None = None
 
     def apply_norm(self) -> Tensor:
-        """States after the norm, [B, L, D]."""
+        """Apply the norm, if it is not yet applied: [B, L, D]."""
         return self.states if self.norm is None else self.norm(self.states)

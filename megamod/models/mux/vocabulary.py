@@ -7,7 +7,7 @@ class VocabularyAccess:
     """Methods by which transformers reads, replaces and resizes these matrices."""
 
     def get_input_embeddings(self) -> nn.Module | None:
-        """The word embeddings; None in a generator that uses those of the discriminator."""
+        """Return the word embeddings; None in a generator that uses those of the discriminator."""
         embeddings = getattr(self.backbone, "embeddings", None)
         return None if embeddings is None else embeddings.word_embeddings
 
@@ -16,7 +16,7 @@ class VocabularyAccess:
         self.backbone.embeddings.word_embeddings = value
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """The matrix of the retrieval head; None without a head."""
+        """Return the matrix of the retrieval head; None without a head."""
         return self.retrieval_head.decoder if hasattr(self, "retrieval_head") else None
 
     def set_output_embeddings(self, value: nn.Module) -> None:
@@ -24,7 +24,7 @@ class VocabularyAccess:
         self.retrieval_head.decoder = value
 
     def resize_token_embeddings(self, *args: object, **kwargs: object) -> nn.Module:
-        """As for every model; a retrieval head that is not tied gets as many rows."""
+        """Resize as every model does; a retrieval head that is not tied gets as many rows."""
         table = super().resize_token_embeddings(*args, **kwargs)
         head, rows = self.get_output_embeddings(), table.weight.shape[0]
         if head is not None and head.weight.shape[0] != rows:
