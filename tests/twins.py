@@ -3,18 +3,18 @@
 import torch
 from transformers import PreTrainedModel
 
-from megamod.merging.alignment.align import shapes_of
+from megamod.merging.alignment.align import collect_float_shapes
 from megamod.merging.alignment.options import Options
 from megamod.merging.alignment.permute import permuted
 from megamod.merging.alignment.record import Alignment, aligned_groups
-from megamod.merging.alignment.symmetry import symmetry_of
+from megamod.merging.alignment.symmetry import find_symmetry
 
 ALL = Options(head_follow_residual=True)
 
 
 def twin(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     """A model that computes the same, its features in another order."""
-    symmetry = symmetry_of(model.config.to_dict(), shapes_of(model.state_dict()))
+    symmetry = find_symmetry(model.config.to_dict(), collect_float_shapes(model.state_dict()))
     options = ALL if symmetry.of("res") else Options(groups=("ff", "attn"))
     generator = torch.Generator().manual_seed(seed)
     result, shared = {}, None

@@ -1,1 +1,1 @@
-"""Several models made one: recipes, methods, and the streaming of folders through them."""
+"""Merging of several models into one: recipes, methods, and streaming of model folders."""

@@ -97,7 +97,9 @@ def _check_model_count(recipe: MergeRecipe, part: RecipePart) -> None:
 
 
 def _find_base(recipe: MergeRecipe, part: RecipePart) -> int | None:
-    """Number of the model that the others of a part are compared with."""
+    """Return the number of the model that the others of a part are compared with; None: there is
+    none.
+    """
     if METHODS[recipe.method].base == "none":
         return None
     return recipe.base if part.base is None else part.base
@@ -109,7 +111,7 @@ def _yield_targets_of_whole_models(
     folders: Sequence[TensorSource],
     copied: Collection[str],
 ) -> Iterator[_TargetTensor]:
-    """Targets of a merge of whole models, in the order of the template's tensors."""
+    """Yield a target for each tensor of the template, in its order, for a merge of whole models."""
     template = folders[recipe.template_model]
     merged = [
         name
@@ -171,7 +173,7 @@ def _yield_targets_of_stacked_layers(
     folders: Sequence[TensorSource],
     copied: Collection[str],
 ) -> Iterator[_TargetTensor]:
-    """Targets of stacked layers.
+    """Yield a target for each tensor of a model whose layers are stacked from `parts`.
 
     Tensors before the layers come from the first part, those after them from the last.
     """
@@ -218,7 +220,7 @@ def _yield_targets_of_stacked_layers(
 
 
 def _find_layer_prefix(recipe: MergeRecipe, folder: TensorSource) -> str:
-    """Prefix of the names of the layers that are stacked, those of the language model.
+    """Return the name prefix of the layers of the language model, which are stacked.
 
     Raises:
         UserError: if there are several stacks of layers, and none is seen to be that.
@@ -240,18 +242,21 @@ def _find_layer_prefix(recipe: MergeRecipe, folder: TensorSource) -> str:
 
 
 def _parse_layer_number(name: str, prefix: str) -> int | None:
-    """Number of a tensor's layer among those with the prefix; None outside of them."""
+    """Return the number of a tensor's layer among the layers with a prefix; None outside of
+    them.
+    """
     parts = split_at_layer_number(name)
     return parts[1] if parts is not None and parts[0] == prefix else None
 
 
 def _count_stored_layers(folder: TensorSource, prefix: str) -> int:
+    """Return the highest layer number that a folder stores under a prefix, plus 1; 0: no layer."""
     numbers = [n for name in folder.tensors if (n := _parse_layer_number(name, prefix)) is not None]
     return max(numbers, default=-1) + 1
 
 
 def _is_before_layers(name: str) -> bool:
-    """True for tensors that are used before the layers: embeddings, their norms, towers."""
+    """Return True for tensors that are used before the layers: embeddings, their norms, towers."""
     parts = name.split(".")
     return bool(TOWER.search(name)) or any(
         part in ("wte", "wpe") or ("embed" in part and part != "embed_out") for part in parts

@@ -120,6 +120,9 @@ def warn_of_config_differences(first: Path, second: Path) -> None:
 def _list_config_differences(
     first: Mapping[str, object], second: Mapping[str, object]
 ) -> list[tuple[str, object, object]]:
+    """List (dotted key, first value, second value) of fields that change what the weights
+    compute.
+    """
     ours, theirs = dict(_iterate_config_fields(first)), dict(_iterate_config_fields(second))
     return [
         (key, ours.get(key), theirs.get(key))
@@ -130,6 +133,7 @@ def _list_config_differences(
 
 
 def _is_harmless_difference(key: str, *values: object) -> bool:
+    """Return True if a difference in a field does not change what the weights compute."""
     parts = key.split(".")
     known = any(part in _HARMLESS or part.endswith(_HARMLESS_ENDS) for part in parts)
     # Lists for each layer are checked where layers are stacked; here models have equally many.
@@ -151,7 +155,9 @@ def _iterate_config_fields(
 
 
 def _fill_in_defaults(config: Mapping[str, object]) -> Mapping[str, object]:
-    """The configuration with the defaults of its class, if transformers knows it."""
+    """Return the configuration with the defaults of its class, or unchanged if the class is
+    unknown.
+    """
     from megamod.merging.known_models import build_config
 
     built = build_config(config)
@@ -188,7 +194,7 @@ def check_tensors_mergeable(
 
 
 def _have_row_per_word(*tensors: tuple[TensorSource, Spec]) -> bool:
-    """True if each of these tensors has a row for every word of its model."""
+    """Return True if each of these tensors has a row for every word of its model."""
     return all(
         spec.shape[:1] == (read_vocab_size(read_model_config(source.folder)),)
         for source, spec in tensors
@@ -196,6 +202,8 @@ def _have_row_per_word(*tensors: tuple[TensorSource, Spec]) -> bool:
 
 
 def read_vocab_size(config: Mapping[str, object]) -> object:
-    """Number of words of a model, also of one that keeps it in `text_config`."""
+    """Return the vocabulary size of a configuration or of its `text_config`; None: neither has
+    one.
+    """
     inner = config.get("text_config")
     return config.get("vocab_size", inner.get("vocab_size") if isinstance(inner, dict) else None)

@@ -47,7 +47,7 @@ class ExtractedAdapter:
     explained_share: float
 
     def describe(self) -> str:
-        """The adapter in one line."""
+        """Return one line on the adapted layers, the whole modules and the explained share."""
         stored = f", {len(self.whole_modules)} modules stored whole" if self.whole_modules else ""
         return (
             f"{self.adapted_layers} linear layers adapted{stored}; the adapter holds "
@@ -89,6 +89,7 @@ def _write_adapter(
     rank: int,
     dtype: torch.dtype,
 ) -> ExtractedAdapter:
+    """Factorise all changed linear layers and write the adapter folder; see `extract_lora`."""
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     whole_modules: list[str] = []
@@ -166,7 +167,9 @@ def _write_adapter(
 def _iterate_changed_tensors(
     base: TensorSource, finetuned: TensorSource
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Tensors that differ, as both models have them."""
+    """Yield the name of each tensor that differs, with its values in the base and in the other
+    model.
+    """
     for name, spec in base.tensors.items():
         if spec.dtype.is_floating_point and name in finetuned.tensors:
             before, after = base.read(name), finetuned.read(name)
@@ -180,7 +183,9 @@ def _iterate_changed_tensors(
 
 
 def _factorise(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The best approximation of a matrix [out, in] as a product [out, rank] x [rank, in]."""
+    """Return the best approximation of a matrix [out, in] as two factors [out, rank] and [rank,
+    in].
+    """
     rank = min(rank, *matrix.shape)
     if min(matrix.shape) <= _EXACT or 2 * rank > min(matrix.shape):
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)

@@ -21,7 +21,7 @@ _INDICES = ("layer_idx", "layer_index", "layer_id", "block_idx", "idx", "layer_n
 
 
 def build_config(config: Mapping[str, object]) -> PretrainedConfig | None:
-    """The configuration completed by its class; None if there is no class that accepts it."""
+    """Build the configuration object of a dictionary; None if there is no class that accepts it."""
     import megamod  # noqa: F401  (its models become known to transformers)
 
     if config.get("model_type") not in CONFIG_MAPPING:
@@ -34,7 +34,7 @@ def build_config(config: Mapping[str, object]) -> PretrainedConfig | None:
 
 
 def _restore_floats(value: object) -> object:
-    """A copy of a configuration in which numbers that JSON cannot hold are floats again."""
+    """Return a copy of a configuration in which numbers that JSON cannot hold are floats again."""
     if isinstance(value, dict):
         if value.keys() == {"__float__"}:
             return float(value["__float__"])
@@ -61,13 +61,16 @@ def build_meta_model(config: PretrainedConfig) -> PreTrainedModel | None:
 
 @lru_cache(maxsize=8)
 def _cached_parameter_names(config_json: str) -> frozenset[str] | None:
+    """Return the result of `list_parameter_names` for a configuration as JSON text, so that it is
+    cached.
+    """
     config = build_config(json.loads(config_json))
     model = None if config is None else build_meta_model(config)
     return None if model is None else frozenset(name for name, _ in model.named_parameters())
 
 
 def list_parameter_names(config: Mapping[str, object]) -> frozenset[str] | None:
-    """Names of the parameters of a model with this configuration; None: class not known."""
+    """List the parameter names of a model with this configuration; None: its class is not known."""
     return _cached_parameter_names(json.dumps(config, sort_keys=True, default=str))
 
 
@@ -85,7 +88,9 @@ class ModuleKind:
 
 
 def list_modules(config: Mapping[str, object]) -> dict[str, ModuleKind] | None:
-    """Modules with parameters, by name; None if the class of the model is not known."""
+    """Map the names of modules with parameters to their kinds; None: the model's class is not
+    known.
+    """
     built = build_config(config)
     model = None if built is None else build_meta_model(built)
     if model is None:
@@ -141,7 +146,9 @@ def describe_layers(config: PretrainedConfig, layer_count: int) -> list[dict[str
 def iterate_per_layer_fields(
     config: PretrainedConfig, layer_count: int
 ) -> Iterator[tuple[str, list]]:
-    """Attributes of a configuration that are lists with an entry per layer."""
+    """Yield name and value of the configuration's fields that are lists with one entry per
+    layer.
+    """
     text_config = config.get_text_config()
     for key in sorted({*vars(text_config), *_list_properties(type(text_config))}):
         try:
@@ -157,6 +164,7 @@ def iterate_per_layer_fields(
 
 
 def _list_properties(kind: type) -> list[str]:
+    """List the names of the properties that the classes of a configuration define."""
     classes = [
         c for c in kind.__mro__ if c is not PretrainedConfig and issubclass(c, PretrainedConfig)
     ]
@@ -164,7 +172,7 @@ def _list_properties(kind: type) -> list[str]:
 
 
 def _find_layers(model: PreTrainedModel, layer_count: int) -> torch.nn.ModuleList | None:
-    """The layers of the language model; None if they cannot be told from other lists."""
+    """Return the layers of the language model; None if several lists of modules could be meant."""
     lists = [
         (name, module)
         for name, module in model.named_modules()

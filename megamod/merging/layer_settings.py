@@ -38,7 +38,7 @@ class LayerOrigin:
 
 
 def find_language_section(config: Mapping[str, object]) -> tuple[str | None, Mapping[str, object]]:
-    """Key and content of the part of a configuration that describes the language model.
+    """Return key and content of the part of a configuration that describes the language model.
 
     The key is None if that is the configuration itself. The content has the number of layers; it is
     empty if neither the configuration nor its class knows that number.
@@ -60,7 +60,7 @@ def find_language_section(config: Mapping[str, object]) -> tuple[str | None, Map
 
 
 def count_layers(config: Mapping[str, object]) -> int | None:
-    """Number of layers of the language model; None if the configuration does not say it."""
+    """Return the number of layers of the language model; None if it is not known."""
     _, section = find_language_section(config)
     return next((section[name] for name in DEPTHS if isinstance(section.get(name), int)), None)
 
@@ -146,7 +146,9 @@ class _StackedModels:
         return self.signatures is not None
 
     def find_first_difference(self, new: Mapping[str, object]) -> str | None:
-        """Message about the first setting in which a layer differs from its origin; None: none."""
+        """Return a message about the first setting in which a layer differs from its origin; None:
+        none.
+        """
         if self.signatures is None:
             return None
         from megamod.merging.known_models import build_config, describe_layers
@@ -223,13 +225,15 @@ def _yield_stacked_values(name: str, models: _StackedModels) -> Iterator[object]
 
 
 def _read_list(name: str, value: object, depth: int) -> list | None:
-    """A list with an entry per layer."""
+    """Read a list with one entry per layer. Like all readers, return None for another kind of
+    value.
+    """
     listed = isinstance(value, list) and len(value) == depth and not _NOT_LAYERS.search(name)
     return value if listed else None
 
 
 def _read_repeated_lists(name: str, value: object, depth: int) -> list | None:
-    """Pairs of a list and its number of repetitions, as GPT-Neo's attention_types."""
+    """Read pairs of a list and its number of repetitions, as GPT-Neo's attention_types."""
     if not isinstance(value, list) or not value:
         return None
     if not all(isinstance(pair, list) and list(map(type, pair)) == [list, int] for pair in value):
@@ -239,13 +243,13 @@ def _read_repeated_lists(name: str, value: object, depth: int) -> list | None:
 
 
 def _read_letters(name: str, value: object, depth: int) -> list | None:
-    """A text with a letter per layer, as Nemotron-H's hybrid_override_pattern."""
+    """Read a text with one letter per layer, as Nemotron-H's hybrid_override_pattern."""
     fits = isinstance(value, str) and len(value) == depth
     return list(value) if fits and _LAYER_LIKE.search(name) else None
 
 
 def _read_layer_numbers(name: str, value: object, depth: int) -> list[bool] | None:
-    """Numbers of layers in ascending order, as mlp_only_layers."""
+    """Read layer numbers in ascending order, as mlp_only_layers, as one flag per layer."""
     fits = isinstance(value, list) and all(
         type(number) is int and 0 <= number < depth for number in value
     )
@@ -255,12 +259,15 @@ def _read_layer_numbers(name: str, value: object, depth: int) -> list[bool] | No
 
 
 def _read_leading_count(name: str, value: object, depth: int) -> list[bool] | None:
-    """Number of leading layers of a kind, as first_k_dense_replace."""
+    """Read the number of leading layers of a kind, as first_k_dense_replace, as one flag per
+    layer.
+    """
     fits = type(value) is int and value >= 0 and _LEADING.search(name)
     return [n < value for n in range(depth)] if fits else None
 
 
 def _count_leading(flags: list[bool]) -> int | None:
+    """Count the leading True flags; None if a later flag is True as well."""
     count = sum(flags)
     return count if all(flags[:count]) else None
 

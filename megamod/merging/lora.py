@@ -55,7 +55,7 @@ class _WeightUpdate:
     magnitude: Tensor | None = None
 
     def compute_rows(self, first: int, last: int) -> Tensor:
-        """Rows first to last - 1 of the update."""
+        """Compute rows `first` to `last` - 1 of the update, in float32."""
         if self.transposed:
             return (self.up @ self.down[:, first:last]).T * self.scale
         return self.up[first:last] @ self.down * self.scale
@@ -96,6 +96,9 @@ class AdaptedFolder(TensorView):
     def _add_update(
         self, module: str, parts: dict[str, Tensor], config: Mapping[str, object]
     ) -> None:
+        """Record the update of one module from its `lora_...` tensors; raise UserError if it cannot
+        be merged.
+        """
         embedding = "lora_embedding_A" in parts
         keys = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
         allowed = {*keys, "lora_B.bias", "lora_magnitude_vector"}
@@ -196,13 +199,16 @@ class AdaptedFolder(TensorView):
         buffer.copy_(total.view(-1)[start - first * width :][: len(buffer)])
 
     def _read_base_or_replacement(self, name: str, start: int, buffer: Tensor) -> None:
+        """Fill a buffer from the tensor before its low-rank update: the base's, or the adapter's
+        whole one.
+        """
         if name in self._replaced:
             buffer.copy_(self._replaced[name].reshape(-1)[start : start + len(buffer)])
         else:
             self.source.read_into(name, start, buffer)
 
     def digest(self) -> str:
-        """Fingerprint of the weights on disk: of the base, and of the adapter."""
+        """Return the fingerprint of the weights on disk: of the base, and of the adapter."""
         return f"{self.source.compute_digest()}+{self._digest}"
 
 
@@ -243,7 +249,9 @@ def _read_config(adapter: Path) -> Mapping[str, object]:
 
 
 def _match_module_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
-    """The value of the first pattern that ends the name of a module, as peft matches them."""
+    """Return the value of the first pattern that ends a module's name, as peft matches; else
+    `default`.
+    """
     for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value

@@ -173,7 +173,7 @@ def _open_model(model: InputModel, stack: ExitStack) -> TensorSource:
 
 
 def _unite_vocabularies(recipe: MergeRecipe) -> Vocabulary | None:
-    """The vocabulary of the result; None if all models have it already.
+    """Return the vocabulary of the result; None if all models have it already.
 
     Raises:
         UserError: if the vocabularies cannot be united.
@@ -201,13 +201,13 @@ def _align_folders(recipe: MergeRecipe, folders: Sequence[TensorSource]) -> Sequ
     if recipe.align is None:
         return folders
     # Imported here, as alignment may run models, which no other merge needs.
-    from megamod.merging.alignment.merge_step import aligned_folders
+    from megamod.merging.alignment.merge_step import align_folder_views
 
-    return aligned_folders(recipe.align, folders, recipe.origin)
+    return align_folder_views(recipe.align, folders, recipe.origin)
 
 
 def _update_tie_setting(plan: MergePlan, folder: Path) -> dict[str, object]:
-    """The configuration of the result, with `tie_word_embeddings` off if the matrices differ.
+    """Return the result's configuration, with `tie_word_embeddings` off if the matrices differ.
 
     Args:
         folder: with the weights of the result.
@@ -251,6 +251,7 @@ def _compute_tensor(plan: MergePlan, bar: tqdm, seed: int, name: str) -> Iterato
 
 
 def _iterate_pieces(folder: TensorSource, name: str) -> Iterator[Tensor]:
+    """Yield a stored tensor in flat pieces; each is valid until the next one is requested."""
     spec = folder.tensors[name]
     buffer = torch.empty(PIECE // spec.dtype.itemsize, dtype=spec.dtype)
     for start, stop in iterate_pieces(spec.numel, spec.dtype.itemsize):

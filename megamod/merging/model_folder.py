@@ -42,7 +42,8 @@ def build_merged_config(
     stored: str | None,
     vocabulary: Vocabulary | None = None,
 ) -> dict[str, object]:
-    """Configuration of the result: that of the base, with dtype, domains, vocabulary and layers.
+    """Build the result's configuration: that of the base, with dtype, domains, vocabulary and
+    layers.
 
     Args:
         stored: name of the dtype of the weights; None: that of the base.
@@ -71,7 +72,7 @@ def build_merged_config(
 
 
 def _stack_layer_settings(config: Mapping[str, object], recipe: MergeRecipe) -> dict[str, object]:
-    """Configuration with the settings of the layers that are stacked."""
+    """Return the configuration with the per-layer settings of the stacked layers."""
     configs = {
         number: config if number == recipe.template_model else read_model_config(model.path)
         for number, model in enumerate(recipe.inputs)
@@ -133,13 +134,14 @@ def _adapt_files_to_vocabulary(folder: Path, words: bool, vocabulary: Vocabulary
 
 
 def _copy_matching_files(source: Path, pattern: str, folder: Path) -> None:
+    """Copy the files of a folder whose names match a glob pattern into another folder."""
     for file in sorted(source.glob(pattern)):
         if file.is_file():
             shutil.copyfile(file, folder / file.name)
 
 
 def find_commonest_chat_template(folders: Sequence[Path]) -> str | None:
-    """The chat template of most of these models, the first of equals; None: none has one.
+    """Return the chat template of most of these models, the first of equals; None: none has one.
 
     Raises:
         UserError: naming a tokenizer_config.json that is not JSON.
@@ -149,6 +151,7 @@ def find_commonest_chat_template(folders: Sequence[Path]) -> str | None:
 
 
 def _read_chat_template(folder: Path) -> str | None:
+    """Read the chat template from its own file or tokenizer_config.json; None: there is none."""
     if (folder / _CHAT).is_file():
         return (folder / _CHAT).read_text(encoding="utf-8")
     file = folder / "tokenizer_config.json"
@@ -233,7 +236,7 @@ def write_merge_record(
 
 
 def _record_part(part: RecipePart) -> dict[str, object]:
-    """A part of a recipe as merge.json has it."""
+    """Return a part of a recipe as merge.json stores it."""
     if part.module is not None:
         models = [[source.model, dict(source.parameters)] for source in part.sources]
         return {"name": part.module, "models": models, "parameters": dict(part.parameters)}

@@ -111,7 +111,7 @@ def _refuse_packed_weights(folder: TensorSource) -> None:
 
 
 def list_tied_pairs(tensors: Mapping[str, object]) -> list[tuple[str, str]]:
-    """Names of input and output matrices of equal shape, which a configuration may tie."""
+    """List (input, output) names of matrices of equal shape, which a configuration may tie."""
     inputs = [
         name for name in tensors if _INPUT.search(name) and split_at_layer_number(name) is None
     ]
@@ -127,7 +127,7 @@ def list_tied_pairs(tensors: Mapping[str, object]) -> list[tuple[str, str]]:
 
 
 def ties_output_matrix(config: Mapping[str, object]) -> bool:
-    """True if a configuration ties the output matrix to the embeddings.
+    """Return True if a configuration ties the output matrix to the embeddings.
 
     If it does not say, the default of its class counts; without a known class it is taken as tied.
     """
@@ -144,11 +144,14 @@ def ties_output_matrix(config: Mapping[str, object]) -> bool:
 
 
 def _is_folder_tied(folder: TensorSource) -> bool:
+    """Return True if the folder's configuration ties the output matrix to the embeddings."""
     return ties_output_matrix(read_model_config(folder.folder))
 
 
 def _adopt_backbone_prefix(first: TensorSource, other: TensorSource) -> TensorSource:
-    """The other folder with the backbone prefix of the first."""
+    """Return a view of the other folder with the backbone prefix of the first, or the folder
+    itself.
+    """
     ours, theirs = _list_layer_tensors(first), _list_layer_tensors(other)
     if ours & theirs or not ours or not theirs:
         return other
@@ -177,7 +180,7 @@ def _find_dots(name: str) -> list[int]:
 
 
 def _list_layer_tensors(source: TensorSource | Mapping[str, str]) -> set[str]:
-    """Names of the tensors in layers, or of all tensors if there are no layers."""
+    """Return the names of the tensors in layers, or of all tensors if there are no layers."""
     names = source if isinstance(source, Mapping) else source.tensors
     return {name for name in names if split_at_layer_number(name) is not None} or set(names)
 
@@ -237,7 +240,7 @@ def _match_names(
 
 
 def _list_missing_tensors(first: TensorSource, other: TensorSource, all_tensors: bool) -> list[str]:
-    """Names of floating-point tensors of the first folder that the other lacks."""
+    """List the floating-point tensors of the first folder that the other lacks, by name."""
     return sorted(
         name
         for name in first.tensors.keys() - other.tensors.keys()
@@ -247,7 +250,7 @@ def _list_missing_tensors(first: TensorSource, other: TensorSource, all_tensors:
 
 
 def _may_have_same_class(first: TensorSource, other: TensorSource) -> bool:
-    """True unless the two folders are known to be saved by different classes."""
+    """Return False if the two folders are known to be saved by different classes."""
     if isinstance(other, RenamedFolder):
         return False
     classes = [read_model_config(folder.folder).get("architectures") for folder in (first, other)]
@@ -287,7 +290,9 @@ def _find_tied_counterpart(tied_model: TensorSource, name: str, other: TensorSou
 
 
 def _is_buffer(folder: TensorSource, name: str) -> bool:
-    """True if a tensor is no weight: by its name, or because its class has no such parameter."""
+    """Return True if a tensor is no weight: by its name, or because its class has no such
+    parameter.
+    """
     mask = name.endswith(".bias") and len(folder.tensors[name].shape) == 4
     if _BUFFER.search(name) or mask:
         return True

@@ -1,4 +1,6 @@
-"""The plan of a merge: what becomes of each tensor, settled from headers before any work."""
+"""Plan of a merge: how each tensor of the result is computed, checked from headers before any
+work.
+"""
 
 import logging
 from collections.abc import Collection, Sequence
@@ -8,7 +10,7 @@ import torch
 
 from megamod.errors import UserError
 from megamod.merging.assembly import TensorPlan, plan_tensors
-from megamod.merging.methods.table import METHODS, Method, all_parameters
+from megamod.merging.methods.table import METHODS, Method, list_parameters
 from megamod.merging.model_folder import build_merged_config
 from megamod.merging.recipe import MergeRecipe
 from megamod.merging.settings import WITHOUT_EFFECT, Scope, check_known_word, check_parameters
@@ -43,7 +45,7 @@ class MergePlan:
     vocabulary: Vocabulary | None = None
 
     def describe(self) -> str:
-        """Models, weights and size of the result, as text."""
+        """Return the models, their weights and the size of the result as text."""
         lines = [f"{self.recipe.method} of {len(self.folders)} models"]
         has_base = METHODS[self.recipe.method].base != "none"
         for number, (model, weight) in enumerate(
@@ -59,7 +61,9 @@ class MergePlan:
         return "\n".join(lines)
 
     def compute_shares(self) -> list[float | None]:
-        """Weight of each model, in averages divided by their sum; None: differs between tensors."""
+        """Return each model's weight, in averages divided by their sum; None: differs between
+        tensors.
+        """
         plain = METHODS[self.recipe.method].base == "none"
         shares: list[set[float | None]] = [set() for _ in self.folders]
         for tensor_plan in self.tensor_plans.values():
@@ -74,7 +78,7 @@ class MergePlan:
         return [share.pop() if len(share) == 1 else None for share in shares]
 
     def make_merge_tensor(self, name: str, seed: int = 0) -> MergeTensor:
-        """The argument of the method for one tensor.
+        """Make the argument of the merge method for one tensor.
 
         Args:
             seed: of everything that is drawn at random.
@@ -109,7 +113,7 @@ def make_plan(
         UserError: naming the folder, tensor or parameter, if they cannot.
     """
     check_known_word(recipe.method, tuple(METHODS), f"{recipe.origin}: there is no merge method")
-    check_parameters(_list_scopes(recipe), all_parameters(), recipe.method)
+    check_parameters(_list_scopes(recipe), list_parameters(), recipe.method)
     _warn_of_unused_parameters(recipe)
     tensor_plans = plan_tensors(recipe, folders, copied)
     stored = recipe.out_dtype or recipe.dtype
@@ -139,7 +143,7 @@ def make_plan(
 
 
 def _list_scopes(recipe: MergeRecipe) -> list[Scope]:
-    """Every level of the recipe that holds parameters."""
+    """List every level of the recipe that holds parameters."""
     scopes = [(f"{recipe.origin}, {model}", model.parameters) for model in recipe.inputs]
     for part in recipe.all_parts:
         scopes += [recipe.make_source_scope(part, source) for source in part.sources]
@@ -164,7 +168,7 @@ def _warn_of_unused_parameters(recipe: MergeRecipe) -> None:
 def _count_merged_rows(
     method: Method, tensor_plan: TensorPlan, folders: Sequence[TensorSource], name: str
 ) -> int | None:
-    """Number of rows that are merged where vocabularies are of unequal size; None: all.
+    """Return the number of rows to merge where vocabularies differ in size; None: all rows.
 
     Raises:
         UserError: if a model has fewer than the base, for methods that compare all with it.

@@ -162,13 +162,15 @@ class MergeRecipe:
         return next((models.index(number) for number in candidates if number in models), 0)
 
     def label_part(self, part: RecipePart) -> str:
-        """Position of the part in the recipe, for messages."""
+        """Return the position of a part in the recipe, for messages."""
         if self.is_stacked:
             return f"{self.origin}, slices"
         return self.origin if part.module is None else f"{self.origin}, modules, {part.module}"
 
     def list_scopes(self, part: RecipePart) -> list[Scope]:
-        """Levels of the recipe that hold parameters of all sources of a part."""
+        """List the levels of the recipe that hold parameters for all sources of a part, nearest
+        first.
+        """
         return [
             (self.label_part(part), part.parameters),
             (f"{self.origin}, modules", self.module_parameters),
@@ -176,7 +178,7 @@ class MergeRecipe:
         ]
 
     def make_source_scope(self, part: RecipePart, source: PartSource) -> Scope:
-        """The level of the recipe that holds parameters of one source of a part."""
+        """Return the level of the recipe that holds the parameters of one source of a part."""
         return f"{self.label_part(part)}, {self.inputs[source.model]}", source.parameters
 
 
@@ -199,7 +201,7 @@ def split_adapter(text: str, folder: Path = Path()) -> tuple[Path, Path | None]:
 
 
 def find_path(text: str, folder: Path) -> Path:
-    """The path as it is if it exists, else within the folder if it exists there."""
+    """Return the path as it is if it exists, else within `folder` if it exists there."""
     return Path(text) if Path(text).exists() or not (folder / text).exists() else folder / text
 
 

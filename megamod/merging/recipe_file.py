@@ -76,6 +76,9 @@ def read_recipe(path: Path) -> MergeRecipe:
 
 
 def _read_yaml(path: Path) -> dict:
+    """Read a recipe file as a dictionary with known keys; raise UserError with file, line and
+    column.
+    """
     try:
         content = yaml.safe_load(path.read_bytes())
     except OSError as error:
@@ -159,7 +162,7 @@ def _read_slices_or_models(
 
 
 def _find_only_key(content: Mapping, keys: Sequence[str], where: str) -> str:
-    """The only one of these keys that the content has.
+    """Return the only one of these keys that the content has.
 
     Raises:
         UserError: if there are several, or none.
@@ -172,7 +175,7 @@ def _find_only_key(content: Mapping, keys: Sequence[str], where: str) -> str:
 
 
 def _find_or_add_input(model: InputModel, inputs: list[InputModel]) -> int:
-    """Number of a model among the inputs, whatever its parameters; a new one is appended."""
+    """Return a model's number among the inputs, whatever its parameters; append it if it is new."""
     plain = replace(model, parameters={})
     if plain not in inputs:
         inputs.append(plain)
@@ -180,6 +183,7 @@ def _find_or_add_input(model: InputModel, inputs: list[InputModel]) -> int:
 
 
 def _check_list(entries: object, key: str, where: str) -> list:
+    """Return `entries`; raise UserError if it is not a list with at least one entry."""
     if not isinstance(entries, list) or not entries:
         raise UserError(f"{where}: '{key}' is not a list of {key}, but {entries!r}")
     return entries
@@ -213,6 +217,9 @@ def _read_slice(entry: object, where: str, folder: Path, inputs: list[InputModel
 
 
 def _read_input(entry: object, where: str, folder: Path, keys: Sequence[str]) -> InputModel:
+    """Read one model of a recipe; raise UserError for keys not in `keys` and values of the wrong
+    kind.
+    """
     if not isinstance(entry, dict) or not isinstance(entry.get("model"), str):
         raise UserError(f"{where}: is {entry!r}; give `model: FOLDER`")
     for key in entry:
@@ -240,7 +247,7 @@ def _read_input(entry: object, where: str, folder: Path, keys: Sequence[str]) ->
 def _read_base_index(
     model: object, inputs: list[InputModel], folder: Path, where: str
 ) -> int | None:
-    """Number of the base among the inputs; a new one is appended."""
+    """Return the base model's number among the inputs, appending it if it is new; None: no base."""
     if model is None:
         return None
     if not isinstance(model, str):
@@ -254,7 +261,9 @@ def _read_base_index(
 
 
 def _read_tokenizer(recipe: MergeRecipe, content: Mapping, path: Path) -> MergeRecipe:
-    """The recipe with its vocabulary, and the number of the model that it is made from."""
+    """Return the recipe with its vocabulary request and the model whose tokenizer files are
+    copied.
+    """
     where, block = f"recipe {path}", content.get("tokenizer")
     source = content.get("tokenizer_source")
     if block is not None and source is not None:
@@ -265,6 +274,7 @@ def _read_tokenizer(recipe: MergeRecipe, content: Mapping, path: Path) -> MergeR
         return replace(recipe, tokenizer=recipe.template_model)
 
     def find_model_number(name: object, label: str) -> int | None:
+        """Return the number of the model that a tokenizer key names; None for the union."""
         if name in (UNION, "base"):
             return None if name == UNION else recipe.template_model
         known = [(parent.path, parent.adapter) for parent in recipe.inputs]
@@ -285,6 +295,9 @@ def _read_tokenizer(recipe: MergeRecipe, content: Mapping, path: Path) -> MergeR
 
 
 def _check_parameter_block(content: object, where: str) -> dict[str, Setting]:
+    """Return a `parameters:` block as a dictionary, empty if absent; raise UserError for another
+    kind.
+    """
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -293,6 +306,7 @@ def _check_parameter_block(content: object, where: str) -> dict[str, Setting]:
 
 
 def _check_dtype(name: object, where: str) -> str | None:
+    """Return a dtype name, or None if absent; raise UserError if it is unknown."""
     if name is not None and name not in DTYPES:
         raise UserError(f"{where}: {name!r} is not one of {', '.join(DTYPES)}")
     return name

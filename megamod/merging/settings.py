@@ -81,7 +81,7 @@ def split_at_layer_number(name: str) -> tuple[str, int, str] | None:
 
 
 def compute_relative_depths(names: Iterable[str]) -> dict[str, float]:
-    """Relative depth of each tensor's layer; 0 for tensors outside of layers."""
+    """Compute the relative depth of each tensor's layer; 0 for tensors outside of layers."""
     layers = {name: parts[1] if (parts := split_at_layer_number(name)) else None for name in names}
     last = max((layer for layer in layers.values() if layer is not None), default=0)
     return {
@@ -91,7 +91,9 @@ def compute_relative_depths(names: Iterable[str]) -> dict[str, float]:
 
 
 def compute_relative_depth(layer: int, count: int) -> float:
-    """Relative depth of a layer, 0 first to 1 last (1 if it is the only one)."""
+    """Compute a layer's relative depth, from 0 for the first to 1 for the last; 1 if it is the only
+    one.
+    """
     return layer / (count - 1) if count > 1 else 1.0
 
 
@@ -107,6 +109,9 @@ def check_known_word(word: str, known: Sequence[str], what: str) -> None:
 def _look_up_parameter(
     parameter: str, default: object, lookup: ParameterLookup, depth: float
 ) -> float | bool | None:
+    """Return a parameter's value from the first scope that has one for this tensor, else the
+    default.
+    """
     for where, settings in lookup.scopes:
         if parameter in settings:
             value = _evaluate_setting(
@@ -123,7 +128,7 @@ def _look_up_parameter(
 
 
 def _evaluate_setting(setting: Setting, name: str, depth: float, where: str) -> float | bool | None:
-    """Value of a setting for a tensor; None if no filter fits its name."""
+    """Return the value of a setting for a tensor; None if no filter matches its name."""
     if isinstance(setting, dict):
         setting = [setting]
     if not (isinstance(setting, list) and setting and isinstance(setting[0], dict)):
@@ -141,7 +146,7 @@ def _evaluate_setting(setting: Setting, name: str, depth: float, where: str) -> 
 
 
 def _evaluate_plain_setting(setting: object, depth: float, where: str) -> float | bool:
-    """A number, a gradient (list) evaluated at a depth, or a truth value."""
+    """Return a number or truth value; a list is a gradient, which is interpolated at the depth."""
     if isinstance(setting, list) and setting:
         stops = [_parse_number(stop, where) for stop in setting]
         position = depth * (len(stops) - 1)

@@ -31,7 +31,8 @@ Batch = Mapping[str, Tensor]
 def compute_diagonal_fisher(
     model: nn.Module, batches: Iterable[Batch], *, labelled: bool = False, seed: int = 0
 ) -> dict[str, Tensor]:
-    """Diagonal of the Fisher information: mean over rows of squared gradients, in float32.
+    """Compute the diagonal of the Fisher information: squared gradients averaged over rows,
+    float32.
 
     The gradient of a row is that of the log-likelihood of labels drawn from the predictions of the
     model, at all positions that `attention_mask` does not exclude.
@@ -66,7 +67,7 @@ def compute_diagonal_fisher(
 
 
 def compute_input_grams(model: nn.Module, batches: Iterable[Batch]) -> dict[str, Tensor]:
-    """Gram matrices [in, in] of the inputs of all linear layers, in float32.
+    """Compute the Gram matrices [in, in] of the inputs of all linear layers, in float32.
 
     The sum of x x^T over all positions that `attention_mask` does not exclude, accumulated in
     float64. Layers that share their weight with an embedding are skipped: a weight that is best for
@@ -84,6 +85,8 @@ def compute_input_grams(model: nn.Module, batches: Iterable[Batch]) -> dict[str,
     mask: Tensor | None = None
 
     def make_gram_hook(key: str):
+        """Make a forward pre-hook that adds a layer's inputs to the Gram matrix `key`."""
+
         def add_input_gram(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             rows = inputs[0].detach()
             if mask is not None and rows.shape[:-1] == mask.shape:
@@ -134,6 +137,9 @@ def write_statistics(path: Path, statistics: Mapping[str, Tensor]) -> None:
 def _compute_row_loss(
     model: nn.Module, row: Batch, labelled: bool, generator: torch.Generator
 ) -> Tensor:
+    """Return the summed negative log-likelihood of one row's drawn labels, or the model's own
+    loss.
+    """
     if labelled:
         return model(**row).loss
     logits = model(**{name: value for name, value in row.items() if name != "labels"}).logits
@@ -212,7 +218,7 @@ def find_or_compute_statistics(recipe: MergeRecipe, folder: Path) -> list[Path |
 
 
 def _find_calibration_block(model: InputModel, recipe: MergeRecipe) -> Mapping[str, object] | None:
-    """The `calibration:` block that applies to a model: its own, or that of the recipe."""
+    """Return the `calibration:` block for a model: its own, else the recipe's; None: not needed."""
     if model.statistics is not None or recipe.method not in _STATISTICS:
         return None
     return model.calibration if model.calibration is not None else recipe.calibration
@@ -221,8 +227,11 @@ def _find_calibration_block(model: InputModel, recipe: MergeRecipe) -> Mapping[s
 def _compute_model_statistics(
     parent: InputModel, block: Mapping[str, object], method: str
 ) -> dict[str, Tensor]:
+    """Load a model, run it on its calibration text and return the statistics that a method
+    needs.
+    """
     # Imported here, as only these two methods run models.
-    from megamod.merging.alignment.align import read_batches
+    from megamod.merging.alignment.align import read_calibration_batches
     from megamod.merging.alignment.measure import load_model
     from megamod.merging.alignment.options import Calibration
 
@@ -230,6 +239,6 @@ def _compute_model_statistics(
     model = load_model(str(parent.path))
     batches = (
         {"input_ids": batch.input_ids, "attention_mask": batch.mask}
-        for batch in read_batches(str(parent.path), model.config, calibration)
+        for batch in read_calibration_batches(str(parent.path), model.config, calibration)
     )
     return _STATISTICS[method](model, batches)

@@ -37,7 +37,7 @@ class TensorSource(Protocol):
         """Read a whole tensor into memory of its own."""
 
     def digest(self) -> str:
-        """Fingerprint of the weights on disk."""
+        """Return the fingerprint of the weights on disk."""
 
 
 class TensorView:
@@ -64,7 +64,7 @@ class TensorView:
         return flat.view(spec.shape)
 
     def digest(self) -> str:
-        """Fingerprint of the weights on disk."""
+        """Return the fingerprint of the weights on disk."""
         return self.source.compute_digest()
 
 
@@ -86,14 +86,14 @@ class RenamedFolder(TensorView):
 
 
 def describe_source(source: TensorSource) -> str:
-    """The folder, and the expert if one of several is meant, for messages."""
+    """Return the folder, and the expert if one of several is meant, for messages."""
     adapter = getattr(source, "adapter", None)
     text = str(source.folder) if adapter is None else f"{source.folder}+{adapter}"
     return text if source.member is None else f"{text} ({source.member})"
 
 
 def have_same_bits(first: TensorSource, name: str, second: TensorSource, other_name: str) -> bool:
-    """True if two tensors have the same dtype, shape and bits."""
+    """Return True if two tensors have the same dtype, shape and bits."""
     spec = first.tensors[name]
     if second.tensors[other_name] != spec:
         return False
@@ -218,12 +218,14 @@ class MergeTensor:
             yield start, min(start + step, self.numel)
 
     def count_row_piece_elements(self) -> int:
-        """Number of elements in each of `iterate_row_pieces`."""
+        """Return the number of elements in each piece of `iterate_row_pieces`."""
         row = max(1, self.shape[-1] if self.shape else 1)
         return max(1, PIECE // self.dtype.itemsize // row) * row
 
     def make_generator(self, model: ModelTensor) -> torch.Generator:
-        """Generator seeded by (seed, model, tensor): independent of threads and order of calls."""
+        """Make a generator seeded by (seed, model, tensor): independent of threads and order of
+        calls.
+        """
         text = f"{self.seed}/{model.number}/{self.name}"
         digest = hashlib.sha256(text.encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))

@@ -79,6 +79,9 @@ class Vocabulary:
         """
 
         def find_new_id(value: object) -> object:
+            """Return the new id of an id or of each id of a list; None for words that the result
+            lacks.
+            """
             if isinstance(value, list):
                 return [find_new_id(entry) for entry in value]
             return self.ids.get(value) if type(value) is int else value
@@ -125,6 +128,7 @@ def read_vocabulary_request(
 def _read_row_origin(
     entry: object, find: Callable[[object, str], int | None], where: str
 ) -> RowOrigin:
+    """Read the `source:` and `force:` of one word; raise UserError naming the key."""
     if not isinstance(entry, dict) or "source" not in entry:
         raise UserError(f"{where}: is {entry!r}; give `source: MODEL` or `source: {{kind: zero}}`")
     for key in entry:
@@ -152,6 +156,7 @@ def _read_row_origin(
 
 
 def _find_one_model(name: object, find: Callable[[object, str], int | None], where: str) -> int:
+    """Return the number of the model of that name; raise UserError for the union."""
     number = find(name, where)
     if number is None:
         raise UserError(f"{where}: is {name!r}; give one of the models")
@@ -215,7 +220,7 @@ def unite_vocabularies(
 def _find_requested_row(
     origin: RowOrigin, word: str, known: Sequence[_TokenizerWords], where: str
 ) -> Donors:
-    """The row that a recipe names for a word.
+    """Return the row that a recipe names for a word, as donors to average.
 
     Raises:
         UserError: if that model does not have it.
@@ -252,7 +257,7 @@ def _read_tokenizer_words(file: Path) -> _TokenizerWords:
 def _build_tokenizer_json(
     holder: _TokenizerWords, ids: Mapping[str, int], known: Sequence[_TokenizerWords]
 ) -> dict[str, object]:
-    """Content of the tokenizer's file with the new words as added tokens."""
+    """Build the content of tokenizer.json with the new words as added tokens."""
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True}
     plain |= {"special": False}
     entries = list(holder.content.get("added_tokens") or ())

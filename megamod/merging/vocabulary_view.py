@@ -58,7 +58,9 @@ class VocabularyView(TensorView):
                     )
 
     def read_into(self, name: str, start: int, buffer: Tensor) -> None:
-        """As `TensorSource.read_into`."""
+        """Fill a buffer with elements from `start` on; rows of missing words are averages of donor
+        rows.
+        """
         if name not in self._word_tensors:
             self.source.read_into(name, start, buffer)
             return
@@ -82,7 +84,7 @@ class VocabularyView(TensorView):
         buffer.copy_(result.view(-1)[start - first * width :][: len(buffer)])
 
     def _average_donor_rows(self, name: str, donors: Donors, width: int) -> Tensor:
-        """Mean of rows of other models, [width]; zeros if there are none."""
+        """Average rows of other models, [width]; zeros if there are none."""
         total = torch.zeros(width, dtype=torch.float64)
         for model, row in donors:
             source = self._folders[model]
@@ -95,7 +97,7 @@ class VocabularyView(TensorView):
 def view_with_vocabulary(
     folders: Sequence[TensorSource], vocabulary: Vocabulary
 ) -> list[VocabularyView]:
-    """Views of the folders of a merge with the vocabulary of the result.
+    """Return views of the folders of a merge with the vocabulary of the result.
 
     Raises:
         UserError: naming folder and tensor, if embeddings cannot be told apart or rows are missing.
@@ -116,7 +118,7 @@ def view_with_vocabulary(
 
 
 def _list_word_tensors(folder: TensorSource) -> list[str]:
-    """Names of the tensors with a row for every word.
+    """List the tensors with a row for every word, by name.
 
     Raises:
         UserError: if there is no embedding, or a tensor of that shape has an unknown name.

@@ -50,14 +50,14 @@ def main() -> None:
 
     import megamod.merging.alignment.matching as matching
     from megamod.merging.alignment.align import align
-    from megamod.merging.alignment.calibration import whole_batches
+    from megamod.merging.alignment.calibration import iterate_whole_batches
     from megamod.merging.alignment.options import Calibration, Options
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
     models = [BertForMaskedLM(BertConfig()).eval() for _ in range(2)]
     rows = torch.randint(1000, 30000, (options.rows, LENGTH)).tolist()
-    batches = list(whole_batches(rows, BATCH))
+    batches = list(iterate_whole_batches(rows, BATCH))
     groups = Options(groups=("ff", "attn", "res"), calibration=Calibration(special_tokens=True))
 
     def forward() -> None:

@@ -21,7 +21,7 @@ from megamod.data.corpus.file_formats import (
 )
 from megamod.data.corpus.lines import read_lines
 from megamod.errors import UserError
-from megamod.merging.alignment.calibration import read_items
+from megamod.merging.alignment.calibration import read_token_ids
 
 COMPRESSORS = {
     ".gz": gzip.compress,
@@ -83,7 +83,7 @@ def test_the_ending_decides_the_format_and_unknown_endings_are_refused(tmp_path)
         for refused in (
             lambda path=path: open_document_source(path),
             lambda path=path: list(read_documents(path)),
-            lambda path=path: read_items(path, str.split, 4),
+            lambda path=path: read_token_ids(path, str.split, 4),
         ):
             with pytest.raises(UserError, match=r"the ending .* is not one of") as error:
                 refused()
@@ -100,7 +100,7 @@ def test_json_lines_by_any_of_their_endings(tmp_path, ending):
     rows = "\n\n".join(json.dumps({"text": text, "meta": {"n": 0}}) for text in ("a b", "c"))
     path.write_bytes((gzip.compress if ending.endswith("gz") else bytes)(rows.encode()))
     assert list(read_documents(path)) == ["a b", "c"]
-    assert read_items(path, str.split, 4) == [["a", "b"], ["c"]]
+    assert read_token_ids(path, str.split, 4) == [["a", "b"], ["c"]]
 
 
 def test_a_folder_of_splits_with_any_endings(tmp_path):

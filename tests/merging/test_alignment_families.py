@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from megamod.merging.alignment.align_models import align_models, collect_float_shapes
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -25,12 +26,11 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from megamod.merging.alignment.align import align, shapes_of
-from megamod.merging.alignment.calibration import whole_batches
+from megamod.merging.alignment.calibration import iterate_whole_batches
 from megamod.merging.alignment.options import Calibration, Options
-from megamod.merging.alignment.permute import merge_states, permuted
-from megamod.merging.alignment.record import Alignment, aligned_groups
-from megamod.merging.alignment.symmetry import symmetry_of
+from megamod.merging.alignment.permute import merge_states, permute_state
+from megamod.merging.alignment.record import Alignment, list_aligned_groups
+from megamod.merging.alignment.symmetry import find_symmetry
 from megamod.models.lm.configuration import DemixConfig
 from megamod.models.lm.demix import DemixForCausalLM
 from megamod.models.mux.bert import MuxBertForTokenClassification
@@ -156,7 +156,7 @@ def random_alignment(symmetry, options: Options, seed: int = 5) -> Alignment:
         return torch.randperm(size, generator=generator)
 
     result = {}
-    for group in aligned_groups(symmetry, options):
+    for group in list_aligned_groups(symmetry, options):
         if group.family == "res":
             result[group.name] = result.get("res.emb", draw(group.size))
         elif group.heads is None:
@@ -170,8 +170,8 @@ def random_alignment(symmetry, options: Options, seed: int = 5) -> Alignment:
                 # Heads of queries that share one of keys have one order of features.
                 within = draw(group.width)
                 parts += [
-                    (int(k) * group.queries + int(q)) * group.width + within
-                    for q in draw(group.queries)
+                    (int(k) * group.queries_per_key + int(q)) * group.width + within
+                    for q in draw(group.queries_per_key)
                 ]
             result[group.name] = torch.cat(parts)
     return Alignment({k: v for k, v in result.items() if not k.endswith("heads")}, {}, options)
@@ -188,9 +188,9 @@ def test_a_permuted_model_computes_the_same(kind, variant):
     )
     model = random_model(kind, seed=1)
     state = model.state_dict()
-    symmetry = symmetry_of(model.config.to_dict(), shapes_of(state), qk=options.qk)
+    symmetry = find_symmetry(model.config.to_dict(), collect_float_shapes(state), qk=options.qk)
     assert kind == "mux" or not symmetry.unknown
-    changed = permuted(state, symmetry, random_alignment(symmetry, options))
+    changed = permute_state(state, symmetry, random_alignment(symmetry, options))
     moved = [name for name in state if not torch.equal(state[name], changed[name])]
     assert len(moved) > 0.6 * len(state) or kind == "mux"
     untie = kind in ("bert", "roberta", "bert-pretraining") and "follow" in variant
@@ -211,19 +211,19 @@ def test_a_known_permutation_is_found(kind, method):
     )
     first = random_model(kind, seed=2)
     state = first.state_dict()
-    symmetry = symmetry_of(first.config.to_dict(), shapes_of(state), qk=options.qk)
+    symmetry = find_symmetry(first.config.to_dict(), collect_float_shapes(state), qk=options.qk)
     built = random_alignment(symmetry, options)
     generator = torch.Generator().manual_seed(7)
     noisy = {
         name: tensor + 1e-5 * torch.randn(tensor.shape, generator=generator)
         if tensor.is_floating_point()
         else tensor
-        for name, tensor in permuted(state, symmetry, built).items()
+        for name, tensor in permute_state(state, symmetry, built).items()
     }
     second = random_model(kind, seed=2)
     second.load_state_dict(noisy)
     second.tie_weights()
-    alignment = align(first, second, whole_batches(texts(24), 8), options)
+    alignment = align_models(first, second, iterate_whole_batches(texts(24), 8), options)
     for name, permutation in built.permutations.items():
         # What the second model has at place r of its permutation goes with the first's feature r.
         if not (name == "mlm_head" and options.head_follow_residual):
@@ -238,14 +238,14 @@ def test_a_known_permutation_is_found(kind, method):
 def test_a_model_is_aligned_with_itself(kind, method):
     model = random_model(kind, seed=3)
     options = Options(method=method, qk=True, head=True, residual="all")
-    alignment = align(model, model, whole_batches(texts(), 4), options)
+    alignment = align_models(model, model, iterate_whole_batches(texts(), 4), options)
     for permutation in alignment.permutations.values():
         assert torch.equal(permutation, torch.arange(len(permutation)))
     if method == "activation":
         # Half of a mean correlation of 1; less where features are constant.
         assert all(0.47 < cost < 0.5 + 1e-6 for cost in alignment.costs.values())
     state = model.state_dict()
-    symmetry = symmetry_of(model.config.to_dict(), shapes_of(state), qk=True)
+    symmetry = find_symmetry(model.config.to_dict(), collect_float_shapes(state), qk=True)
     merged = merge_states(state, state, symmetry, alignment)
     assert merged.keys() == state.keys()
     assert all(torch.equal(merged[name], state[name]) for name in state)

@@ -9,12 +9,17 @@ import torch
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
-from megamod.merging.alignment.align import align, shapes_of
+from megamod.merging.alignment.align import align_models, collect_float_shapes
 from megamod.merging.alignment.calibration import Batch
-from megamod.merging.alignment.measure import measure
+from megamod.merging.alignment.measure import measure_covariances
 from megamod.merging.alignment.options import Calibration, Compat, Options
-from megamod.merging.alignment.permute import interpolate, merge_states, permuted, reference
-from megamod.merging.alignment.symmetry import symmetry_of
+from megamod.merging.alignment.permute import (
+    interpolate_states,
+    merge_states,
+    permute_state,
+    prepare_reference,
+)
+from megamod.merging.alignment.symmetry import find_symmetry
 
 GOLDEN = Path(__file__).resolve().parents[2].parent / "shared" / "golden" / "merging"
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/golden.safetensors"))
@@ -89,7 +94,7 @@ def test_case(name, common):
     options = options_of(case)
     first, second = models(config, case["task"])
     batches = batches_of(config, inputs)
-    alignment = align(first, second, batches, options)
+    alignment = align_models(first, second, batches, options)
 
     for key, permutation in golden.items():
         if key.startswith("perm."):
@@ -105,7 +110,7 @@ def test_case(name, common):
             assert alignment.costs[group] == pytest.approx(cost, abs=1e-5), group
 
     state_a, state_b = first.state_dict(), second.state_dict()
-    symmetry = symmetry_of(first.config.to_dict(), shapes_of(state_a), qk=options.qk)
+    symmetry = find_symmetry(first.config.to_dict(), collect_float_shapes(state_a), qk=options.qk)
     merged = merge_states(state_a, state_b, symmetry, alignment)
     compared = [key for key in golden if key.startswith("merged.")]
     assert len(compared) > 50
@@ -116,10 +121,14 @@ def test_case(name, common):
 
     correlations = [key for key in golden if key.startswith("xcorr.")]
     groups = [symmetry.groups[key.removeprefix("xcorr.")] for key in correlations]
-    measured = measure(first, second, groups, (), batches, options)
+    measured = measure_covariances(first, second, groups, (), batches, options)
     for key in correlations:
         count = measured.columns if key == "xcorr.pooler" else None
-        result = measured.covariances[key.removeprefix("xcorr.")].moments(count).correlation()
+        result = (
+            measured.covariances[key.removeprefix("xcorr.")]
+            .compute_moments(count)
+            .compute_correlation()
+        )
         torch.testing.assert_close(result.float(), golden[key].float(), rtol=0, atol=1e-5)
 
     for curve, unmerge in (("released", True), ("correct", False)):
@@ -128,10 +137,13 @@ def test_case(name, common):
             continue
         compat = COMPAT.model_copy(update={"unmerge": unmerge})
         chosen = replace(alignment, options=options.model_copy(update={"compat": compat}))
-        pair = (reference(state_a, symmetry, chosen), permuted(state_b, symmetry, chosen))
+        pair = (
+            prepare_reference(state_a, symmetry, chosen),
+            permute_state(state_b, symmetry, chosen),
+        )
         model = untied_model(first)
         for weight in (0.0, 0.35, 1.0):
-            mixed = interpolate(*pair, weight)
+            mixed = interpolate_states(*pair, weight)
             model.load_state_dict(mixed)
             at = case["lambda_grid"].index(weight)
             assert float(loss(model, inputs)) == pytest.approx(losses[at], abs=1e-4), (

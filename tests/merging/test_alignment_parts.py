@@ -18,20 +18,20 @@ from megamod.documents import check_document
 from megamod.errors import UserError
 from megamod.merging.alignment import folder as folder_module
 from megamod.merging.alignment.align import (
-    align,
     align_folders,
+    align_models,
     align_weights,
-    shapes_of,
+    collect_float_shapes,
 )
-from megamod.merging.alignment.calibration import Batch, read_items, whole_batches
-from megamod.merging.alignment.folder import PermutedFolder, folder_symmetry
+from megamod.merging.alignment.calibration import Batch, iterate_whole_batches, read_token_ids
+from megamod.merging.alignment.folder import PermutedFolder, find_folder_symmetry
 from megamod.merging.alignment.matching import assign_heads
-from megamod.merging.alignment.measure import load_model, measure
+from megamod.merging.alignment.measure import load_model, measure_covariances
 from megamod.merging.alignment.options import Calibration, Compat, Options
-from megamod.merging.alignment.permute import merge_keeping_heads, permuted, reference
+from megamod.merging.alignment.permute import merge_keeping_heads, permute_state, prepare_reference
 from megamod.merging.alignment.record import load_alignment
-from megamod.merging.alignment.statistics import CrossCovariance, averaged
-from megamod.merging.alignment.symmetry import symmetry_of
+from megamod.merging.alignment.statistics import CrossCovariance, average_moments
+from megamod.merging.alignment.symmetry import find_symmetry
 from megamod.states.stream import ModelFolder
 
 
@@ -50,8 +50,8 @@ def test_correlations_are_those_of_numpy_whatever_the_batches(far):
     for sizes in ([60], [1, 9, 50], [30, 30]):
         sums = CrossCovariance(5)
         for entry, other in zip(first.split(sizes), second.split(sizes), strict=True):
-            sums.add_tokens(entry, other)
-        result = sums.moments().correlation()
+            sums.add_batch(entry, other)
+        result = sums.compute_moments().compute_correlation()
         torch.testing.assert_close(result, expected, rtol=0, atol=1e-6)
         assert not result[1].any()
 
@@ -61,9 +61,9 @@ def test_what_is_not_finite_counts_as_nothing():
     first[4, 1], second[7, 0] = torch.nan, -torch.inf
     clean_first, clean_second = first.nan_to_num(0, 0, 0), second.nan_to_num(0, 0, 0)
     result, expected = CrossCovariance(3), CrossCovariance(3)
-    result.add(first, second)
-    expected.add(clean_first, clean_second)
-    assert torch.equal(result.moments().cross, expected.moments().cross)
+    result.add_batch(first, second)
+    expected.add_batch(clean_first, clean_second)
+    assert torch.equal(result.compute_moments().cross, expected.compute_moments().cross)
     assert torch.isnan(first[4, 1])
 
 
@@ -71,9 +71,9 @@ def test_what_is_not_finite_counts_as_nothing():
 def test_another_count_makes_the_moments_of_the_release(stacked):
     first, second = features(12, 4, 0, 0.5).double(), features(12, 4, 1, 0.5).double()
     sums = CrossCovariance(4, stacked=stacked)
-    sums.add_tokens(first.float()[:5], second.float()[:5])
-    sums.add_tokens(first.float()[5:], second.float()[5:])
-    moments = sums.moments(100)
+    sums.add_batch(first.float()[:5], second.float()[:5])
+    sums.add_batch(first.float()[5:], second.float()[5:])
+    moments = sums.compute_moments(100)
     cross = first.T @ second / 100 - torch.outer(first.sum(0), second.sum(0)) / 100**2
     variance = (first**2).sum(0) / 100 - (first.sum(0) / 100) ** 2
     torch.testing.assert_close(moments.cross, cross, rtol=0, atol=1e-6)
@@ -84,10 +84,10 @@ def test_the_mean_of_covariances():
     moments = []
     for seed in range(3):
         sums = CrossCovariance(3)
-        sums.add_tokens(features(9, 3, seed), features(9, 3, seed + 10))
-        moments.append(sums.moments())
+        sums.add_batch(features(9, 3, seed), features(9, 3, seed + 10))
+        moments.append(sums.compute_moments())
     expected = sum(entry.cross for entry in moments) / 3
-    torch.testing.assert_close(averaged(moments).cross, expected)
+    torch.testing.assert_close(average_moments(moments).cross, expected)
 
 
 def permutations_of(blocks: torch.Tensor, size: int, orders):
@@ -126,26 +126,26 @@ def test_heads_are_matched_as_well_as_can_be():
 
 def test_tokens_that_count():
     batch = Batch(torch.zeros(3, 5, dtype=torch.long), torch.tensor([5, 2, 4]))
-    assert batch.kept(True).sum(1).tolist() == [5, 2, 4]
-    assert batch.kept(False).tolist() == [
+    assert batch.mask_counted_tokens(True).sum(1).tolist() == [5, 2, 4]
+    assert batch.mask_counted_tokens(False).tolist() == [
         [False, True, True, True, False],
         [False] * 5,
         [False, True, True, False, False],
     ]
-    assert batch.mask.tolist() == batch.kept(True).long().tolist()
+    assert batch.mask.tolist() == batch.mask_counted_tokens(True).long().tolist()
 
 
 def test_batches_go_on_until_enough_was_seen():
     items = [[n] * (n + 1) for n in range(10)]
 
     def sizes(fraction: float) -> list[int]:
-        return [len(batch.lengths) for batch in whole_batches(items, 4, fraction)]
+        return [len(batch.lengths) for batch in iterate_whole_batches(items, 4, fraction)]
 
     assert sizes(1.0) == [4, 4, 2]
     assert sizes(0.5) == [4, 4]
     assert sizes(0.1) == [4]
     assert sizes(1.3) == [4, 4, 2, 4]
-    first = next(whole_batches(items, 3, pad_id=9))
+    first = next(iterate_whole_batches(items, 3, pad_id=9))
     assert first.input_ids.tolist() == [[0, 9, 9], [1, 1, 9], [2, 2, 2]]
     with pytest.raises(UserError, match=r"fraction 0.05 of 10 items"):
         sizes(0.05)
@@ -157,16 +157,16 @@ def test_text_is_read(tmp_path):
 
     (tmp_path / "a.txt").write_text("one three\n\n four\n")
     (tmp_path / "a.jsonl").write_text('{"text": "one three five"}\n\n{"text": "four"}\n')
-    assert read_items(tmp_path / "a.txt", tokenize, 9) == [[3, 5], [4]]
-    assert read_items(tmp_path / "a.jsonl", tokenize, 2) == [[3, 5], [4]]
+    assert read_token_ids(tmp_path / "a.txt", tokenize, 9) == [[3, 5], [4]]
+    assert read_token_ids(tmp_path / "a.jsonl", tokenize, 2) == [[3, 5], [4]]
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"txt": 3}\n')
     with pytest.raises(UserError, match=r"bad.jsonl, line 2.*\"text\""):
-        read_items(tmp_path / "bad.jsonl", tokenize, 9)
+        read_token_ids(tmp_path / "bad.jsonl", tokenize, 9)
     (tmp_path / "empty.txt").write_text("\n\n")
     with pytest.raises(UserError, match="holds no text"):
-        read_items(tmp_path / "empty.txt", tokenize, 9)
+        read_token_ids(tmp_path / "empty.txt", tokenize, 9)
     with pytest.raises(UserError, match="cannot be read"):
-        read_items(tmp_path / "none.txt", tokenize, 9)
+        read_token_ids(tmp_path / "none.txt", tokenize, 9)
 
 
 @pytest.mark.parametrize("level", ["none", "cls", "maxpool", "avgpool"])
@@ -195,18 +195,20 @@ def test_features_are_those_of_a_plain_loop(level, special):
             else:
                 collected.append(kept.mean(0, keepdim=True) if level == "avgpool" else kept)
         rows.append(torch.cat(collected).double().numpy())
-    symmetry = symmetry_of(first.config.to_dict(), shapes_of(first.state_dict()))
+    symmetry = find_symmetry(first.config.to_dict(), collect_float_shapes(first.state_dict()))
     group = symmetry.groups["res.1.final_ln"]
-    measured = measure(first, second, [group], (), whole_batches(texts(20), 3), options)
+    measured = measure_covariances(
+        first, second, [group], (), iterate_whole_batches(texts(20), 3), options
+    )
     assert measured.columns == len(rows[0])
-    result = measured.covariances[group.name].moments().correlation()
+    result = measured.covariances[group.name].compute_moments().compute_correlation()
     expected = np.corrcoef(rows[0].T, rows[1].T)[:16, 16:]
     torch.testing.assert_close(result, torch.from_numpy(expected), rtol=0, atol=2e-4)
 
 
 def test_attention_costs_and_shared_costs():
     first, second = random_model("bert", 1), random_model("bert", 2)
-    alignment = align(first, second, whole_batches(texts(), 4), Options(qk=True))
+    alignment = align_models(first, second, iterate_whole_batches(texts(), 4), Options(qk=True))
     assert alignment.costs["layer.0.attn"] == alignment.costs["layer.0.qk"]
     residual = {cost for name, cost in alignment.costs.items() if name.startswith("res.")}
     assert len(residual) == 1
@@ -216,8 +218,10 @@ def test_attention_costs_and_shared_costs():
 
 def test_absolute_matching_never_has_less_to_match():
     first, second = random_model("gpt2", 1), random_model("gpt2", 2)
-    signed = align(first, second, whole_batches(texts(), 4), Options())
-    absolute = align(first, second, whole_batches(texts(), 4), Options(absolute=True))
+    signed = align_models(first, second, iterate_whole_batches(texts(), 4), Options())
+    absolute = align_models(
+        first, second, iterate_whole_batches(texts(), 4), Options(absolute=True)
+    )
     assert all(absolute.costs[name] >= cost for name, cost in signed.costs.items())
 
 
@@ -225,12 +229,12 @@ def test_weight_matching_ends_where_no_single_group_can_be_improved():
     """Swapping any two features of a feed-forward network brings the weights no closer."""
     first, second = random_model("bert", 1), random_model("bert", 2)
     options = Options(method="weight")
-    alignment = align(first, second, None, options)
+    alignment = align_models(first, second, None, options)
     state = first.state_dict()
-    symmetry = symmetry_of(first.config.to_dict(), shapes_of(state))
+    symmetry = find_symmetry(first.config.to_dict(), collect_float_shapes(state))
 
     def closeness(permutations) -> float:
-        moved = permuted(
+        moved = permute_state(
             second.state_dict(), symmetry, replace(alignment, permutations=permutations)
         )
         names = [name for name in state if "decoder" not in name]
@@ -253,8 +257,8 @@ def test_weight_matching_ends_where_no_single_group_can_be_improved():
 def test_merged_models_keep_their_own_heads():
     first, second = random_model("bert", 1), random_model("bert", 2)
     options = Options(groups=("ff", "attn"))
-    alignment = align(first, second, whole_batches(texts(), 4), options)
-    symmetry = symmetry_of(first.config.to_dict(), shapes_of(first.state_dict()))
+    alignment = align_models(first, second, iterate_whole_batches(texts(), 4), options)
+    symmetry = find_symmetry(first.config.to_dict(), collect_float_shapes(first.state_dict()))
     pair = merge_keeping_heads(first.state_dict(), second.state_dict(), symmetry, alignment)
     for state, model in zip(pair, (first, second), strict=True):
         separate = model.state_dict()
@@ -269,7 +273,7 @@ def test_merged_models_keep_their_own_heads():
 def test_an_alignment_is_kept_and_read_again(tmp_path):
     first, second = random_model("bert", 1), random_model("bert", 2)
     options = Options(qk=True, calibration=Calibration(path="a.txt", fraction=0.5))
-    alignment = align(first, second, whole_batches(texts(), 4), options)
+    alignment = align_models(first, second, iterate_whole_batches(texts(), 4), options)
     alignment.save(tmp_path / "found")
     again = load_alignment(tmp_path / "found")
     assert again.options == options and again.costs == dict(alignment.costs)
@@ -295,15 +299,17 @@ def test_a_folder_is_read_as_if_it_were_permuted(tmp_path, monkeypatch, kind, fo
     model = random_model(kind, 4)
     model.save_pretrained(tmp_path / "model")
     options = Options(qk=True, head_follow_residual=follow)
-    symmetry = symmetry_of(model.config.to_dict(), shapes_of(model.state_dict()), qk=True)
+    symmetry = find_symmetry(
+        model.config.to_dict(), collect_float_shapes(model.state_dict()), qk=True
+    )
     alignment = random_alignment(symmetry, options)
-    expected = permuted(model.state_dict(), symmetry, alignment)
+    expected = permute_state(model.state_dict(), symmetry, alignment)
     decoder = "cls.predictions.decoder.weight"
     for as_reference in (False, True):
         with ModelFolder(tmp_path / "model") as stored:
             source = PermutedFolder(stored, alignment, as_reference)
             if as_reference:
-                expected = reference(model.state_dict(), symmetry, alignment)
+                expected = prepare_reference(model.state_dict(), symmetry, alignment)
             untied = kind == "bert" and not follow
             assert (decoder in source.tensors) == untied
             assert source.config["tie_word_embeddings"] is not untied
@@ -334,7 +340,7 @@ def test_a_permuted_folder_written_out_is_the_same_model(tmp_path, follow):
     model = random_model("bert", 4)
     model.save_pretrained(tmp_path / "model")
     with ModelFolder(tmp_path / "model") as opened:
-        symmetry = folder_symmetry(opened)
+        symmetry = find_folder_symmetry(opened)
         alignment = random_alignment(symmetry, Options(head_follow_residual=follow))
         source = PermutedFolder(opened, alignment)
         state = {name: source.read(name) for name in source.tensors}
@@ -358,7 +364,7 @@ def test_folders_are_aligned_on_a_text(tmp_path):
     calibration = Calibration(path=str(tmp_path / "text.txt"), fraction=0.5, batch_size=5)
     options = Options(calibration=calibration)
     result = align_folders(str(tmp_path / "0"), str(tmp_path / "1"), options)
-    expected = align(*pair, whole_batches(texts(20)[:10], 5), options)
+    expected = align_models(*pair, iterate_whole_batches(texts(20)[:10], 5), options)
     for name, permutation in expected.permutations.items():
         assert torch.equal(result.permutations[name], permutation)
     assert result.costs == pytest.approx(dict(expected.costs), abs=1e-6)
@@ -390,22 +396,22 @@ def test_bad_input_is_named(pair, options, message):
     first = MODELS[pair[0]]()
     second = MODELS[pair[1]]() if isinstance(pair[1], str) else other(pair[0], **pair[1])
     supplied = options.get("batches", texts())
-    supplied = supplied and list(whole_batches(supplied, 4))
+    supplied = supplied and list(iterate_whole_batches(supplied, 4))
     with pytest.raises(UserError, match=message):
-        align(first, second, supplied, Options())
+        align_models(first, second, supplied, Options())
 
 
 def test_models_that_are_not_known_are_named():
     model = MODELS["bert"]()
-    shapes, config = shapes_of(model.state_dict()), model.config.to_dict()
+    shapes, config = collect_float_shapes(model.state_dict()), model.config.to_dict()
     with pytest.raises(UserError, match=r"'t5'.*known are bert"):
-        symmetry_of(config | {"model_type": "t5"}, shapes)
+        find_symmetry(config | {"model_type": "t5"}, shapes)
     lost = "bert.encoder.layer.1.attention.self.value.weight"
     with pytest.raises(UserError, match=lost):
-        symmetry_of(config, {name: shape for name, shape in shapes.items() if name != lost})
+        find_symmetry(config, {name: shape for name, shape in shapes.items() if name != lost})
     with pytest.raises(UserError, match="16 features cannot be split into 3 heads"):
-        symmetry_of(config | {"num_attention_heads": 3}, shapes)
-    result = symmetry_of(config, shapes | {"adapter.weight": (16, 16)})
+        find_symmetry(config | {"num_attention_heads": 3}, shapes)
+    result = find_symmetry(config, shapes | {"adapter.weight": (16, 16)})
     assert result.unknown == ("adapter.weight",)
 
 

@@ -12,15 +12,15 @@ from megamod.documents import check_document
 from megamod.errors import UserError
 from megamod.merging.alignment import folder as folder_module
 from megamod.merging.alignment import matching
-from megamod.merging.alignment.align import align, shapes_of
-from megamod.merging.alignment.calibration import whole_batches
+from megamod.merging.alignment.align import align_models, collect_float_shapes
+from megamod.merging.alignment.calibration import iterate_whole_batches
 from megamod.merging.alignment.folder import PermutedFolder
-from megamod.merging.alignment.groups import Group, Slot
-from megamod.merging.alignment.matching import assign, assign_queries, transport
+from megamod.merging.alignment.groups import Group, TensorAxis
+from megamod.merging.alignment.matching import assign_features, assign_queries, transport_features
 from megamod.merging.alignment.options import Compat, Options
-from megamod.merging.alignment.permute import Change, permuted, reorder
+from megamod.merging.alignment.permute import AxisChange, apply_changes, permute_state
 from megamod.merging.alignment.record import load_alignment
-from megamod.merging.alignment.symmetry import symmetry_of
+from megamod.merging.alignment.symmetry import find_symmetry
 from megamod.states.stream import ModelFolder
 
 
@@ -37,7 +37,7 @@ def test_transport_is_what_plain_sinkhorn_gives():
         rows = 1 / (kernel @ columns)
         columns = 1 / (kernel.T @ rows)
     plain = rows[:, None] * kernel * columns
-    match = transport(similarity, 0.3)
+    match = transport_features(similarity, 0.3)
     torch.testing.assert_close(match.permutation, plain, rtol=0, atol=1e-5)
     torch.testing.assert_close(match.permutation.sum(1), torch.ones(7).double())
     torch.testing.assert_close(match.permutation.sum(0), torch.ones(7).double(), rtol=0, atol=1e-5)
@@ -47,32 +47,36 @@ def test_transport_is_what_plain_sinkhorn_gives():
 def test_transport_goes_from_the_mean_to_the_assignment():
     pairs = torch.randperm(9, generator=torch.Generator().manual_seed(6))
     similarity = 0.4 * similarity_of(9, seed=1) + torch.eye(9).double()[pairs]
-    hard = torch.eye(9).double()[assign(similarity).permutation]
+    hard = torch.eye(9).double()[assign_features(similarity).permutation]
     assert torch.equal(hard.argmax(1), pairs)
-    torch.testing.assert_close(transport(similarity, 5e-3).permutation, hard, rtol=0, atol=1e-3)
-    even = transport(similarity, 1e4).permutation
+    torch.testing.assert_close(
+        transport_features(similarity, 5e-3).permutation, hard, rtol=0, atol=1e-3
+    )
+    even = transport_features(similarity, 1e4).permutation
     torch.testing.assert_close(even, torch.full((9, 9), 1 / 9).double(), rtol=0, atol=1e-4)
 
 
 def test_what_does_not_converge_is_an_error(monkeypatch):
     monkeypatch.setattr(matching, "_ROUNDS", 3)
     with pytest.raises(UserError, match=r"align.regularisation: with 0.01 the sums are off by"):
-        transport(similarity_of(8), 0.01)
+        transport_features(similarity_of(8), 0.01)
 
 
 def test_a_permutation_as_a_matrix_does_the_same():
     tensor, index = torch.randn(8, 6), torch.randperm(5)
     matrix = torch.eye(5).double()[index]
     for axis, start in ((0, 2), (1, 1)):
-        hard, soft = (reorder(tensor, [Change(axis, start, entry)]) for entry in (index, matrix))
+        hard, soft = (
+            apply_changes(tensor, [AxisChange(axis, start, entry)]) for entry in (index, matrix)
+        )
         assert torch.equal(hard, soft)
     weights = torch.rand(6, 6).double()
     built, read = torch.randn(6, 4), torch.randn(3, 6)
     torch.testing.assert_close(
-        reorder(built, [Change(0, 0, weights)]), (weights @ built.double()).float()
+        apply_changes(built, [AxisChange(0, 0, weights)]), (weights @ built.double()).float()
     )
     torch.testing.assert_close(
-        reorder(read, [Change(1, 0, weights)]), (read.double() @ weights.T).float()
+        apply_changes(read, [AxisChange(1, 0, weights)]), (read.double() @ weights.T).float()
     )
 
 
@@ -81,9 +85,9 @@ def test_a_little_soft_is_nearly_hard(kind, tmp_path, monkeypatch):
     first = random_model(kind, seed=2)
     second = twin(first, 4)
     options = Options(method="ot", regularisation=0.08)
-    batches = list(whole_batches(texts(24), 8))
-    hard = align(first, second, batches, options.model_copy(update={"method": "activation"}))
-    soft = align(first, second, batches, options)
+    batches = list(iterate_whole_batches(texts(24), 8))
+    hard = align_models(first, second, batches, options.model_copy(update={"method": "activation"}))
+    soft = align_models(first, second, batches, options)
     for name, matrix in soft.permutations.items():
         assert matrix.shape == (len(matrix), len(matrix))
         assert torch.equal(matrix.argmax(1), hard.permutations[name]), name
@@ -92,14 +96,14 @@ def test_a_little_soft_is_nearly_hard(kind, tmp_path, monkeypatch):
     assert sorted(heads.flatten().tolist())[:12] == [0] * 12  # whole heads stay together
 
     state = second.state_dict()
-    symmetry = symmetry_of(first.config.to_dict(), shapes_of(state))
-    result = permuted(state, symmetry, soft)
+    symmetry = find_symmetry(first.config.to_dict(), collect_float_shapes(state))
+    result = permute_state(state, symmetry, soft)
     names = {"bert": "bert.encoder.layer.0.output.dense.weight"}
     name = names.get(kind, "transformer.h.0.mlp.c_proj.weight")
     ffn, res = (soft.permutations[n].float() for n in ("layer.0.ffn", "res.0.final_ln"))
     expected = res @ state[name] @ ffn.T if kind == "bert" else ffn @ state[name] @ res.T
     torch.testing.assert_close(result[name], expected, rtol=0, atol=1e-5)
-    near = permuted(state, symmetry, hard)
+    near = permute_state(state, symmetry, hard)
     assert all(
         (result[n] - near[n]).abs().mean() < 0.2 for n in result if result[n].is_floating_point()
     )
@@ -137,15 +141,17 @@ def test_what_cannot_be_soft():
         (Options(qk=True), "align.qk: features of queries and keys of a llama"),
     ):
         with pytest.raises(UserError, match=message):
-            align(model, model, [], options)
+            align_models(model, model, [], options)
 
 
-GROUP = Group("g", "attn", 24, 2, (), (), (), queries=3)  # heads of keys, of queries, features
+GROUP = Group(
+    "g", "attn", 24, 2, (), (), (), queries_per_key=3
+)  # heads of keys, of queries, features
 
 
 @pytest.mark.parametrize("part", ["features", "queries", "keys", "values"])
 def test_parts_of_grouped_heads(part):
-    slot = Slot("w", 0, part=part)
+    axis = TensorAxis("w", 0, part=part)
     generator = torch.Generator().manual_seed(3)
     order = []
     for key in (1, 0):
@@ -153,8 +159,8 @@ def test_parts_of_grouped_heads(part):
         for query in torch.randperm(3, generator=generator).tolist():
             order += [(key * 3 + query) * 4 + within]
     permutation = torch.cat(order)
-    index = GROUP.index(slot, permutation)
-    assert sorted(index.tolist()) == list(range(GROUP.length(slot)))
+    index = GROUP.make_entry_index(axis, permutation)
+    assert sorted(index.tolist()) == list(range(GROUP.count_entries(axis)))
     if part == "queries":
         assert (
             torch.equal(index // 4, permutation // 4) and (index % 4).tolist() == [0, 1, 2, 3] * 6
@@ -165,7 +171,7 @@ def test_parts_of_grouped_heads(part):
         assert torch.equal(index, torch.cat([4 + order[0] % 4, order[3] % 4]))
     products = torch.rand(len(index), len(index), generator=generator, dtype=torch.float64)
     pairs = products[torch.arange(len(index)), index].sum()
-    spread = GROUP.spread(slot, products)[torch.arange(24), permutation].sum()
+    spread = GROUP.spread_products(axis, products)[torch.arange(24), permutation].sum()
     assert float(spread) == pytest.approx(float(pairs))
 
 
@@ -194,9 +200,9 @@ def test_heads_that_share_keys_are_matched_together():
 @pytest.mark.parametrize("method", ["activation", "weight"])
 def test_heads_in_order_stay_so(method):
     first = random_model("llama-grouped", 2)
-    symmetry = symmetry_of(first.config.to_dict(), shapes_of(first.state_dict()))
+    symmetry = find_symmetry(first.config.to_dict(), collect_float_shapes(first.state_dict()))
     second = copy_of(first, first.state_dict())
-    batches = whole_batches(texts(12), 6)
-    result = align(first, second, batches, Options(method=method, attention="monotonic"))
-    for group in symmetry.of("attn"):
+    batches = iterate_whole_batches(texts(12), 6)
+    result = align_models(first, second, batches, Options(method=method, attention="monotonic"))
+    for group in symmetry.select_groups("attn"):
         assert result.permutations[group.name].tolist() == list(range(group.size))

@@ -12,8 +12,8 @@ from megamod.errors import UserError
 from megamod.merging.alignment.options import METHODS as ALIGNMENTS
 from megamod.merging.alignment.options import Calibration, Compat, Options
 from megamod.merging.alignment.permute import merge_states
-from megamod.merging.alignment.record import unaligned
-from megamod.merging.alignment.symmetry import symmetry_of
+from megamod.merging.alignment.record import make_identity_alignment
+from megamod.merging.alignment.symmetry import find_symmetry
 from megamod.merging.merge import merge
 from megamod.merging.recipe_file import read_recipe
 from megamod.states.weights import read_weights
@@ -113,10 +113,10 @@ def test_scale_is_that_of_the_library(models_root, tmp_path):
         plain = outcome(models_root, tmp_path, f"plain-{method}", {"method": method})
         states = [read_weights(models_root / name) for name in "ab"]
         config = json.loads((models_root / "a/config.json").read_text())
-        symmetry = symmetry_of(config, {n: t.shape for n, t in states[0].items()})
+        symmetry = find_symmetry(config, {n: t.shape for n, t in states[0].items()})
         options = Options(method="identity", compat=Compat(scale=True))
         if method == "identity":
-            expected = merge_states(*states, symmetry, unaligned(symmetry, options))
+            expected = merge_states(*states, symmetry, make_identity_alignment(symmetry, options))
             for name, tensor in expected.items():
                 torch.testing.assert_close(scaled[name], tensor, rtol=1e-6, atol=1e-7)
         # Features are made at 2 / (2 + 1e-5) of their size, in both models.

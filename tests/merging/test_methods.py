@@ -329,7 +329,9 @@ def test_ranks_among_equals_and_zeros(dtype):
     values[3] = -0.0
     ordered = values.abs().sort().values
     for rank in range(0, 101, 5):
-        value, below, equal = sparsify.magnitude_of_rank(lambda: values.clone().split(16), rank)
+        value, below, equal = sparsify.find_magnitude_of_rank(
+            lambda: values.clone().split(16), rank
+        )
         assert value == ordered[rank]
         assert below == (ordered < value).sum() and equal == (ordered == value).sum()
 

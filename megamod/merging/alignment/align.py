@@ -18,31 +18,35 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from megamod.data.corpus.fast_tokenizers import load_fast_tokenizer
 from megamod.errors import UserError
-from megamod.merging.alignment.calibration import Batch, read_items, whole_batches
+from megamod.merging.alignment.calibration import Batch, iterate_whole_batches, read_token_ids
 from megamod.merging.alignment.groups import Group
 from megamod.merging.alignment.matching import (
-    Match,
-    assign,
+    FeatureMatch,
+    assign_features,
     assign_heads,
-    identity,
-    solver_of,
-    transport,
+    match_identically,
+    select_solver,
+    transport_features,
     transport_heads,
 )
-from megamod.merging.alignment.measure import Measured, load_model, measure
+from megamod.merging.alignment.measure_covariances import (
+    FeatureStatistics,
+    load_model,
+    measure_covariances,
+)
 from megamod.merging.alignment.options import Calibration, Options
-from megamod.merging.alignment.record import Alignment, aligned_groups, followed
-from megamod.merging.alignment.statistics import averaged
-from megamod.merging.alignment.symmetry import Symmetry, symmetry_of
+from megamod.merging.alignment.record import Alignment, find_following_head, list_aligned_groups
+from megamod.merging.alignment.statistics import average_moments
+from megamod.merging.alignment.symmetry import Symmetry, find_symmetry
 from megamod.merging.alignment.weight_matching import match_weights
 
 
-def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Shapes of floating-point tensors by name."""
+def collect_float_shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the floating-point tensors by name."""
     return {name: tuple(t.shape) for name, t in state.items() if t.is_floating_point()}
 
 
-def align(
+def align_models(
     first: PreTrainedModel,
     second: PreTrainedModel,
     batches: Iterable[Batch] | None,
@@ -59,20 +63,25 @@ def align(
     config, others = first.config.to_dict(), second.config.to_dict()
     if options.method == "weight":
         return align_weights(config, first.state_dict(), others, second.state_dict(), options)
-    symmetry = _common_symmetry(
-        config, shapes_of(first.state_dict()), others, shapes_of(second.state_dict()), options
+    symmetry = _find_common_symmetry(
+        config,
+        collect_float_shapes(first.state_dict()),
+        others,
+        collect_float_shapes(second.state_dict()),
+        options,
     )
     if batches is None:
         if options.method != "identity":
             raise UserError(f"align.method: {options.method!r} needs calibration text")
         matches = {
-            g.name: Match(torch.arange(g.size), 0.0) for g in _matched_groups(symmetry, options)
+            g.name: FeatureMatch(torch.arange(g.size), 0.0)
+            for g in _list_matched_groups(symmetry, options)
         }
-        return _alignment(symmetry, matches, options, costs=False)
-    matched = _matched_groups(symmetry, options)
-    observed = _observed_groups(matched, options)
-    measured = measure(first, second, observed, symmetry.domains, batches, options)
-    return _alignment(symmetry, _match(matched, measured, options), options)
+        return _build_alignment(symmetry, matches, options, costs=False)
+    matched = _list_matched_groups(symmetry, options)
+    observed = _list_observed_groups(matched, options)
+    measured = measure_covariances(first, second, observed, symmetry.domains, batches, options)
+    return _build_alignment(symmetry, _match_groups(matched, measured, options), options)
 
 
 def align_weights(
@@ -90,10 +99,12 @@ def align_weights(
     Raises:
         UserError: as `align`.
     """
-    symmetry = _common_symmetry(config, shapes_of(first), other_config, shapes_of(second), options)
-    groups = {group.name: group for group in aligned_groups(symmetry, options)}
+    symmetry = _find_common_symmetry(
+        config, collect_float_shapes(first), other_config, collect_float_shapes(second), options
+    )
+    groups = {group.name: group for group in list_aligned_groups(symmetry, options)}
     residual = [group for group in groups.values() if group.family == "res"]
-    tied_head = groups.get(followed(symmetry, options) or "")
+    tied_head = groups.get(find_following_head(symmetry, options) or "")
     units: list[list[list[Group]]] = []
     if options.residual == "sep":
         units += [[[group]] for group in residual]
@@ -101,37 +112,41 @@ def align_weights(
         units.append([[*residual, *([tied_head] if tied_head else [])]])
     for group in groups.values():
         if group.family == "attn":
-            partner = groups.get(_partner(group.name))
+            partner = groups.get(_name_partner_group(group.name))
             units.append([[group], *([[partner]] if partner else [])])
         elif group.family in ("ff", "head") and group is not tied_head:
             units.append([[group]])
     # A tied matrix counts besides its original only where it reads features of a head.
     alone = [g for g in groups.values() if g.family == "head" and g is not tied_head]
-    read = {slot.tensor for group in alone for slot in group.into}
+    read = {axis.tensor for group in alone for axis in group.reading_axes}
     states = []
     for state in (first, second):
         untied = {name: tensor for name, tensor in state.items() if name not in symmetry.tied}
         states.append(untied | {a: state[s] for a, s in symmetry.tied.items() if a in read})
     matches = match_weights(*states, units, options)
-    return _alignment(symmetry, matches, options)
+    return _build_alignment(symmetry, matches, options)
 
 
-def _common_symmetry(
+def _find_common_symmetry(
     config: Mapping[str, object],
     shapes: Mapping[str, tuple[int, ...]],
     other_config: Mapping[str, object],
     other_shapes: Mapping[str, tuple[int, ...]],
     options: Options,
 ) -> Symmetry:
-    """The permutation groups of both models.
+    """Find the permutation groups of both models, after a check that the models and options fit.
 
     Raises:
         UserError: if the models do not fit each other or the options.
     """
-    _check_configs(config, other_config)
-    symmetry = symmetry_of(config, shapes, qk=options.qk)
-    _check_same(shapes, other_shapes, symmetry.tied)
-    rotated = any(slot.part == "queries" for group in symmetry.of("attn") for slot in group.out)
+    _check_same_architecture(config, other_config)
+    symmetry = find_symmetry(config, shapes, qk=options.qk)
+    _check_same_shapes(shapes, other_shapes, symmetry.tied)
+    rotated = any(
+        axis.part == "queries"
+        for group in symmetry.select_groups("attn")
+        for axis in group.producing_axes
+    )
     mixed = options.attention == "ignore_heads" or options.method == "ot"
     if rotated and "attn" in options.groups and mixed:
         key = "method: ot" if options.method == "ot" else "attention: ignore_heads"
@@ -139,7 +154,7 @@ def _common_symmetry(
             f"align.{key}: queries and keys of a {config['model_type']} can be permuted by whole "
             "heads only; leave out 'attn' from align.groups, or choose another"
         )
-    if "res" in options.groups and not symmetry.of("res"):
+    if "res" in options.groups and not symmetry.select_groups("res"):
         raise UserError(
             f"align.groups: the residual stream of a {config['model_type']} cannot be permuted; "
             "leave out 'res'"
@@ -152,7 +167,7 @@ def _common_symmetry(
     return symmetry
 
 
-def _check_same(
+def _check_same_shapes(
     first: Mapping[str, tuple[int, ...]],
     second: Mapping[str, tuple[int, ...]],
     tied: Mapping[str, str],
@@ -176,7 +191,7 @@ def _check_same(
             raise UserError(f"{name} is missing in the {where} model")
 
 
-def _check_configs(first: Mapping[str, object], second: Mapping[str, object]) -> None:
+def _check_same_architecture(first: Mapping[str, object], second: Mapping[str, object]) -> None:
     """Refuse two models whose configurations give equal shapes different meanings.
 
     Raises:
@@ -191,15 +206,15 @@ def _check_configs(first: Mapping[str, object], second: Mapping[str, object]) ->
             )
 
 
-def _matched_groups(symmetry: Symmetry, options: Options) -> list[Group]:
-    """Groups that are matched: those in effect, and heads for their cost."""
-    chosen = {group.name: group for group in aligned_groups(symmetry, options)}
-    chosen |= {group.name: group for group in symmetry.of("head")}
-    return list(chosen.values())
+def _list_matched_groups(symmetry: Symmetry, options: Options) -> list[Group]:
+    """List the groups to match: those that are permuted, and output heads for the cost record."""
+    matched = {group.name: group for group in list_aligned_groups(symmetry, options)}
+    matched |= {group.name: group for group in symmetry.select_groups("head")}
+    return list(matched.values())
 
 
-def _observed_groups(groups: Sequence[Group], options: Options) -> list[Group]:
-    """Groups whose features must be observed."""
+def _list_observed_groups(groups: Sequence[Group], options: Options) -> list[Group]:
+    """List the groups whose features must be observed, as some take another group's permutation."""
     residual = [group for group in groups if group.family == "res"]
     if options.method != "identity" and options.residual in ("first", "last"):
         observed = residual[:1] if options.residual == "first" else residual[-1:]
@@ -208,65 +223,77 @@ def _observed_groups(groups: Sequence[Group], options: Options) -> list[Group]:
     return [group for group in groups if group.family != "res" or group in observed]
 
 
-def _match(groups: Sequence[Group], measured: Measured, options: Options) -> dict[str, Match]:
-    """Match every group."""
+def _match_groups(
+    groups: Sequence[Group], measured: FeatureStatistics, options: Options
+) -> dict[str, FeatureMatch]:
+    """Find the best match of each group, by name."""
 
-    def similarity(*names: str) -> Tensor:
+    def compute_similarity(*names: str) -> Tensor:
+        """Return the correlations (or covariances) [C, C], averaged over the named groups."""
         # The pooler has one row per sequence; the original program divides by tokens.
         by_tokens = options.compat.pooler_by_tokens and names == ("pooler",)
-        count = measured.columns if by_tokens else None
-        moments = [measured.covariances[name].moments(count) for name in names]
-        mean = averaged(moments) if len(moments) > 1 else moments[0]
-        matrix = (mean.cross if options.covariance else mean.correlation()).cpu()
+        count = measured.row_count if by_tokens else None
+        moments = [measured.covariances[name].compute_moments(count) for name in names]
+        mean = average_moments(moments) if len(moments) > 1 else moments[0]
+        matrix = (mean.cross if options.covariance else mean.compute_correlation()).cpu()
         return matrix.abs() if options.absolute else matrix
 
     if options.method == "identity":
-        return {group.name: identity(similarity(group.name)) for group in groups}
+        return {group.name: match_identically(compute_similarity(group.name)) for group in groups}
     soft = options.method == "ot"
-    solve = partial(transport, regularisation=options.regularisation) if soft else assign
-    matches: dict[str, Match] = {}
+    solve = (
+        partial(transport_features, regularisation=options.regularisation)
+        if soft
+        else assign_features
+    )
+    matches: dict[str, FeatureMatch] = {}
     residual = [group for group in groups if group.family == "res"]
     if residual and options.residual != "sep":
-        places = {"first": residual[:1], "last": residual[-1:], "all": residual}
-        shared = solve(similarity(*(group.name for group in places[options.residual])))
+        residual_sources = {"first": residual[:1], "last": residual[-1:], "all": residual}
+        shared = solve(
+            compute_similarity(*(group.name for group in residual_sources[options.residual]))
+        )
         matches |= dict.fromkeys((group.name for group in residual), shared)
     # Queries and keys take the head order of attention, so they are matched after it.
     for group in sorted(groups, key=lambda group: group.family == "qk"):
         if group.name in matches:
             continue
-        matrix = similarity(group.name)
+        matrix = compute_similarity(group.name)
         if group.heads is None:
             matches[group.name] = solve(matrix)
         else:
-            order = matches[_partner(group.name)].heads if group.family == "qk" else None
+            order = matches[_name_partner_group(group.name)].heads if group.family == "qk" else None
             heads, mode = group.heads, options.attention
             if soft:
                 matches[group.name] = transport_heads(
                     matrix, heads, mode, options.regularisation, order
                 )
             else:
-                inner = solver_of(group.queries, mode)
+                inner = select_solver(group.queries_per_key, mode)
                 matches[group.name], *_ = assign_heads([matrix], heads, mode, order, inner)
     return matches
 
 
-def _partner(name: str) -> str:
-    """Name of the attention group of a group of queries and keys, and vice versa."""
+def _name_partner_group(name: str) -> str:
+    """Return the name of the attention group of a query and key group, or the other way round."""
     parts = name.split(".")
     parts[2] = {"qk": "attn", "attn": "qk"}[parts[2]]
     return ".".join(parts)
 
 
-def _alignment(
-    symmetry: Symmetry, matches: Mapping[str, Match], options: Options, costs: bool = True
+def _build_alignment(
+    symmetry: Symmetry, matches: Mapping[str, FeatureMatch], options: Options, costs: bool = True
 ) -> Alignment:
+    """Build the alignment from all matches, with the costs of the groups unless `costs` is
+    False.
+    """
     names = [name for name in symmetry.groups if name in matches]
     all_costs = {
         name: matches[name].value / (2 * symmetry.groups[name].size) for name in names if costs
     }
     for name in names:
         if symmetry.groups[name].family == "attn" and costs:
-            all_costs[name] = all_costs.get(_partner(name), all_costs[name])
+            all_costs[name] = all_costs.get(_name_partner_group(name), all_costs[name])
     return Alignment({name: matches[name].permutation for name in names}, all_costs, options)
 
 
@@ -284,19 +311,21 @@ def align_folders(
     models = [load_model(name) for name in (first, second)]
     calibration = options.calibration
     if batches is None and calibration.path is not None and options.method != "weight":
-        batches = read_batches(first, models[0].config, calibration)
-    return align(*models, batches, options)
+        batches = read_calibration_batches(first, models[0].config, calibration)
+    return align_models(*models, batches, options)
 
 
-def places_of(config: PreTrainedConfig) -> int | None:
-    """Largest number of tokens of a sequence; None: unlimited."""
-    room = getattr(config, "max_position_embeddings", None)
-    if room and config.model_type in ("roberta", "xlm-roberta"):
-        room -= config.pad_token_id + 1  # positions start after the padding id
-    return room or None
+def find_position_limit(config: PreTrainedConfig) -> int | None:
+    """Return the largest number of tokens of a sequence; None: unlimited."""
+    position_limit = getattr(config, "max_position_embeddings", None)
+    if position_limit and config.model_type in ("roberta", "xlm-roberta"):
+        position_limit -= config.pad_token_id + 1  # positions start after the padding id
+    return position_limit or None
 
 
-def read_batches(name: str, config: PreTrainedConfig, calibration: Calibration) -> Iterable[Batch]:
+def read_calibration_batches(
+    name: str, config: PreTrainedConfig, calibration: Calibration
+) -> Iterable[Batch]:
     """Read calibration text in the tokens of a model.
 
     Args:
@@ -311,7 +340,9 @@ def read_batches(name: str, config: PreTrainedConfig, calibration: Calibration) 
         raise UserError(
             f"{name}: has no tokenizer to read calibration text with ({reason})"
         ) from error
-    room = places_of(config) or tokenizer.model_max_length
-    items = read_items(Path(calibration.path), lambda text: tokenizer(text)["input_ids"], room)
+    position_limit = find_position_limit(config) or tokenizer.model_max_length
+    items = read_token_ids(
+        Path(calibration.path), lambda text: tokenizer(text)["input_ids"], position_limit
+    )
     pad_id = config.pad_token_id if config.pad_token_id is not None else 0
-    return whole_batches(items, calibration.batch_size, calibration.fraction, pad_id=pad_id)
+    return iterate_whole_batches(items, calibration.batch_size, calibration.fraction, pad_id=pad_id)

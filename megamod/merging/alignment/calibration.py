@@ -31,14 +31,16 @@ class Batch:
         positions = torch.arange(self.input_ids.shape[1])
         return (positions < self.lengths[:, None]).long()
 
-    def kept(self, special_tokens: bool) -> Tensor:
-        """[B, T] bool, tokens that count; without `special_tokens` not the first and the last."""
+    def mask_counted_tokens(self, special_tokens: bool) -> Tensor:
+        """Return a mask [B, T] of the tokens that count; without `special_tokens` not the first and
+        last.
+        """
         positions = torch.arange(self.input_ids.shape[1])
         inner = 0 if special_tokens else 1
         return (positions >= inner) & (positions < self.lengths[:, None] - inner)
 
 
-def whole_batches(
+def iterate_whole_batches(
     items: Sequence[Sequence[int]],
     batch_size: int,
     fraction: float = 1.0,
@@ -65,13 +67,14 @@ def whole_batches(
     while seen < target:
         for start in starts:
             part = items[start : start + batch_size]
-            yield _padded(part, pad_id, domain)
+            yield _pad_items(part, pad_id, domain)
             seen += len(part)
             if seen >= target:
                 break
 
 
-def _padded(items: Sequence[Sequence[int]], pad_id: int, domain: str | None) -> Batch:
+def _pad_items(items: Sequence[Sequence[int]], pad_id: int, domain: str | None) -> Batch:
+    """Pad items of token ids at the end to a batch of equal lengths."""
     lengths = torch.tensor([len(item) for item in items])
     ids = torch.full((len(items), int(lengths.max())), pad_id)
     for row, item in zip(ids, items, strict=True):
@@ -79,10 +82,10 @@ def _padded(items: Sequence[Sequence[int]], pad_id: int, domain: str | None) -> 
     return Batch(ids, lengths, domain)
 
 
-def read_items(
+def read_token_ids(
     path: Path, tokenize: Callable[[str], Sequence[int]], max_length: int
 ) -> list[list[int]]:
-    """Token ids of a file's items.
+    """Read the items of a text file as token ids.
 
     Args:
         path: JSON lines with the key "text", or text with one item per line. Blank lines are
@@ -92,7 +95,7 @@ def read_items(
     Raises:
         UserError: if the file cannot be read, holds no item, or a line is not of that form.
     """
-    texts = _texts(Path(path))
+    texts = _iterate_texts(Path(path))
     items = [list(tokenize(text))[:max_length] for text in texts]
     items = [item for item in items if item]
     if not items:
@@ -100,7 +103,10 @@ def read_items(
     return items
 
 
-def _texts(path: Path) -> Iterator[str]:
+def _iterate_texts(path: Path) -> Iterator[str]:
+    """Yield the non-blank items of a text or JSON-lines file; raise UserError naming file and
+    line.
+    """
     json_lines = (
         require_format(path, ("text", "JSON lines", "JSON"), "calibration.path: ") != "text"
     )

@@ -1,4 +1,4 @@
-"""Architectures as tables: what the modules are called whose features may be permuted.
+"""Module names of the architectures whose features can be permuted, one table row each.
 
 A new architecture of the same kind (attention, feed-forward, residual stream) is a new row here.
 Names are relative to the backbone's prefix, and those inside a layer to the layer.
@@ -12,10 +12,11 @@ class Head:
     """A layer between the last hidden states and the output: dense, activation, perhaps a norm.
 
     Attributes:
-        name: of its group.
-        dense: module that makes its features; `norm`: what normalises them, or None.
+        name: of its permutation group.
+        dense: module that produces its features.
+        norm: module that normalises them; None: no norm.
         readers: modules that read them, of which a model has at most one.
-        whole: prefix of everything that belongs to the head, as kept by `merge_keeping_heads`.
+        whole: name prefixes of all tensors of the head, for `merge_keeping_heads`.
     """
 
     name: str
@@ -31,24 +32,25 @@ class Family:
 
     Attributes:
         prefix: of the backbone in models with a head.
-        layer: of a layer, `{}` being its number.
-        query, key, value, mixed: projections of attention; one name for the first three if they
-            are one matrix. `mixed` is the one back to the residual stream.
-        widen, narrow: the two of the feed-forward network; `gate`: what is multiplied with the
-            features that `widen` makes.
-        norms: of a layer, by the order in which they are applied.
-        tables: embeddings.
-        outer_norm: behind the embeddings (post-norm), or behind the last layer (pre-norm).
-        pre_norm: whether norms stand in front of attention and feed-forward.
-        transposed: whether weights are [in, out].
-        rotary: whether queries and keys are rotated, which ties their features to their places.
-        layers, heads: fields of the configuration with their numbers; `key_heads`: of keys and
-            values, None if there are as many.
-        output_heads: which a model may have; `readers`: modules behind the last hidden states.
-        tied: tensor -> the one it shares storage with, unless the configuration unties them;
-            `ties`: what holds if it says nothing.
-        free: ends of names of tensors that no permutation touches.
-        residual: whether the residual stream can be permuted.
+        layer: prefix of one layer, with `{}` for its number.
+        query, key, value: projections of attention; one name for all three if they are one matrix.
+        mixed: projection of attention back to the residual stream.
+        widen, narrow: the two linear layers of the feed-forward network.
+        gate: linear layer whose output is multiplied with that of `widen`; None: no gate.
+        norms: the two norms of a layer, in the order in which they are applied.
+        tables: embedding tables.
+        outer_norm: norm after the embeddings (post-norm) or after the last layer (pre-norm).
+        pre_norm: True if norms come before attention and feed-forward.
+        transposed: True if weights are [in, out].
+        rotary: True if queries and keys are rotated, which fixes the order of their features.
+        layers, heads: configuration fields with the numbers of layers and of attention heads.
+        key_heads: configuration field with the number of key and value heads; None: as many.
+        output_heads: heads that a model may have.
+        readers: other modules that read the last hidden states.
+        tied: (tensor, tensor that it shares storage with), unless the configuration unties them.
+        ties: value of `tie_word_embeddings` if the configuration does not have it.
+        free: endings of the names of tensors that no permutation touches.
+        residual: True if the residual stream can be permuted.
     """
 
     prefix: str

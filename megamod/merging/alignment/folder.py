@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from megamod.merging.alignment.permute import (
-    Change,
-    axis_index,
-    changes,
-    reorder,
+    AxisChange,
+    apply_changes,
+    combine_axis_index,
+    compute_axis_changes,
+    find_scaled_spans,
+    map_untied_tensors,
     scale_features,
-    scaled_features,
-    untied,
 )
 from megamod.merging.alignment.record import Alignment
-from megamod.merging.alignment.symmetry import Symmetry, symmetry_of
+from megamod.merging.alignment.symmetry import Symmetry, find_symmetry
 from megamod.merging.tensors import TensorSource, TensorView
 from megamod.states.forest import read_model_config
 from megamod.states.rows import read_tensor_rows
@@ -45,11 +45,11 @@ class PermutedFolder(TensorView):
 
     def __init__(self, source: TensorSource, alignment: Alignment, reference: bool = False):
         super().__init__(source)
-        symmetry = folder_symmetry(source, qk=alignment.options.qk)
-        all_changes = changes(symmetry, alignment)
-        self._stored = untied(symmetry, all_changes)
-        self._changes: dict[str, list[Change]] = {} if reference else all_changes
-        self._scaled, self._tied = scaled_features(symmetry, alignment), symmetry.tied
+        symmetry = find_folder_symmetry(source, qk=alignment.options.qk)
+        all_changes = compute_axis_changes(symmetry, alignment)
+        self._stored = map_untied_tensors(symmetry, all_changes)
+        self._changes: dict[str, list[AxisChange]] = {} if reference else all_changes
+        self._scaled, self._tied = find_scaled_spans(symmetry, alignment), symmetry.tied
         self._cached = threading.local()
         for alias, original in self._stored.items():
             self.tensors.setdefault(alias, source.tensors[original])
@@ -66,36 +66,36 @@ class PermutedFolder(TensorView):
             self.source.read_into(original, start, buffer)
             return
         spec = self.tensors[name]
-        soft = any(change.soft for change in tensor_changes)
+        soft = any(change.is_soft for change in tensor_changes)
         if spec.nbytes <= PIECE or soft:
             if soft:
-                whole = self._mixed(name, original)
+                whole = self._read_mixed_tensor(name, original)
             else:
-                whole = reorder(self.source.read(original), tensor_changes)
+                whole = apply_changes(self.source.read(original), tensor_changes)
             whole = scale_features(whole, scaled)
             buffer.copy_(whole.reshape(-1)[start : start + len(buffer)])
             return
         row = spec.numel // spec.shape[0]
         first, last = start // row, (start + len(buffer) - 1) // row
-        rows = axis_index(spec.shape[0], 0, tensor_changes)[first : last + 1]
+        rows = combine_axis_index(spec.shape[0], 0, tensor_changes)[first : last + 1]
         read = torch.empty(len(rows), row, dtype=spec.dtype)
         read_tensor_rows(self.source, original, rows, read)
         inner = [change for change in tensor_changes if change.axis != 0]
-        part = reorder(read.view(len(rows), *spec.shape[1:]), inner)
+        part = apply_changes(read.view(len(rows), *spec.shape[1:]), inner)
         part = scale_features(part, scaled, first)
         buffer.copy_(part.reshape(-1)[start - first * row :][: len(buffer)])
 
-    def _mixed(self, name: str, original: str) -> Tensor:
+    def _read_mixed_tensor(self, name: str, original: str) -> Tensor:
         """Read and mix a whole tensor; the last one is cached, as the next piece belongs to it."""
         cached = getattr(self._cached, "tensor", None)
         if cached is None or cached[0] != name:
-            cached = name, reorder(self.source.read(original), self._changes[name])
+            cached = name, apply_changes(self.source.read(original), self._changes[name])
             self._cached.tensor = cached
         return cached[1]
 
 
-def folder_symmetry(folder: TensorSource, *, qk: bool = False) -> Symmetry:
-    """Permutation groups of the model in a folder.
+def find_folder_symmetry(folder: TensorSource, *, qk: bool = False) -> Symmetry:
+    """Find the permutation groups of the model in a folder.
 
     Raises:
         UserError: if its architecture is not known or a tensor does not fit.
@@ -103,4 +103,4 @@ def folder_symmetry(folder: TensorSource, *, qk: bool = False) -> Symmetry:
     shapes = {
         name: spec.shape for name, spec in folder.tensors.items() if spec.dtype.is_floating_point
     }
-    return symmetry_of(read_model_config(folder.folder), shapes, qk=qk)
+    return find_symmetry(read_model_config(folder.folder), shapes, qk=qk)

@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Slot:
-    """Entries of a tensor that belong to a group: consecutive along `axis`, from `start` on.
+class TensorAxis:
+    """Entries of a tensor that belong to a group: consecutive along `dim`, from `start` on.
 
     Attributes:
         part: "features": all features of the group; "queries": all, but heads move as a whole;
@@ -16,7 +16,7 @@ class Slot:
     """
 
     tensor: str
-    axis: int
+    dim: int
     start: int = 0
     part: str = "features"
 
@@ -39,8 +39,9 @@ class Group:
         family: "ff", "attn", "qk" (features of queries and keys within heads), "res" or "head".
         size: number of features.
         heads: number of attention heads (key heads with grouped queries); None: no heads.
-        queries: number of query heads per key head.
-        out: weights that produce the features or act on each alone; `into`: weights that read them.
+        queries_per_key: number of query heads per key head.
+        producing_axes: weights that produce the features or act on each alone; `reading_axes`:
+            weights that read them.
         hooks: where the features are observed; statistics of several hooks are added.
     """
 
@@ -48,54 +49,61 @@ class Group:
     family: str
     size: int
     heads: int | None
-    out: tuple[Slot, ...]
-    into: tuple[Slot, ...]
+    producing_axes: tuple[TensorAxis, ...]
+    reading_axes: tuple[TensorAxis, ...]
     hooks: tuple[Hook, ...]
-    queries: int = 1
+    queries_per_key: int = 1
 
     @property
-    def slots(self) -> tuple[Slot, ...]:
+    def axes(self) -> tuple[TensorAxis, ...]:
         """All entries that are permuted."""
-        return (*self.out, *self.into)
+        return (*self.producing_axes, *self.reading_axes)
 
     @property
-    def width(self) -> int:
+    def head_width(self) -> int:
         """Number of features of an attention head."""
-        return self.size // ((self.heads or 1) * self.queries)
+        return self.size // ((self.heads or 1) * self.queries_per_key)
 
-    def length(self, slot: Slot) -> int:
-        """Number of entries along the axis of a slot."""
-        return self.size if slot.part in ("features", "queries") else self.size // self.queries
+    def count_entries(self, axis: TensorAxis) -> int:
+        """Return the number of entries that the group has along a tensor axis."""
+        return (
+            self.size if axis.part in ("features", "queries") else self.size // self.queries_per_key
+        )
 
-    def index(self, slot: Slot, permutation: Tensor) -> Tensor:
-        """Index of the entries of a slot [length] for a permutation of the features [size]."""
-        if slot.part == "features":
+    def make_entry_index(self, axis: TensorAxis, permutation: Tensor) -> Tensor:
+        """Return the entry index [entries] along a tensor axis for a permutation of the features
+        [size].
+        """
+        if axis.part == "features":
             return permutation
-        each = permutation.view(-1, self.width)
-        if slot.part != "queries":
-            each = each[:: self.queries]
-        order, within = each[:, :1] // self.width, each % self.width
-        if slot.part != "queries":
-            order = order // self.queries
-        if slot.part != "values":
-            within = torch.arange(self.width)
-        return (order * self.width + within).flatten()
+        by_head = permutation.view(-1, self.head_width)
+        if axis.part != "queries":
+            by_head = by_head[:: self.queries_per_key]
+        head_order, features_within = by_head[:, :1] // self.head_width, by_head % self.head_width
+        if axis.part != "queries":
+            head_order = head_order // self.queries_per_key
+        if axis.part != "values":
+            features_within = torch.arange(self.head_width)
+        return (head_order * self.head_width + features_within).flatten()
 
-    def spread(self, slot: Slot, products: Tensor) -> Tensor:
-        """Spread inner products of the entries of a slot over pairs of features, [size, size].
+    def spread_products(self, axis: TensorAxis, products: Tensor) -> Tensor:
+        """Spread inner products of the entries of a tensor axis over pairs of features, [size,
+        size].
 
         Args:
             products: [length, length]. Its sum over pairs of `index` equals the sum of the result
                 over pairs of the permutation.
         """
-        if slot.part == "features":
+        if axis.part == "features":
             return products
-        times = 1 if slot.part == "queries" else self.queries
-        if slot.part == "values":
+        times = 1 if axis.part == "queries" else self.queries_per_key
+        if axis.part == "values":
             entry = torch.arange(self.size)
-            entry = entry // (self.width * times) * self.width + entry % self.width
+            entry = entry // (self.head_width * times) * self.head_width + entry % self.head_width
             return products[entry][:, entry] / times
-        blocks = products.view(-1, self.width, len(products) // self.width, self.width)
+        blocks = products.view(
+            -1, self.head_width, len(products) // self.head_width, self.head_width
+        )
         whole = blocks.diagonal(dim1=1, dim2=3).sum(-1)
-        times *= self.width
+        times *= self.head_width
         return whole.repeat_interleave(times, 0).repeat_interleave(times, 1) / times

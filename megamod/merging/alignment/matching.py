@@ -24,7 +24,7 @@ _ROUNDS = 20_000
 
 
 @dataclass(frozen=True)
-class Match:
+class FeatureMatch:
     """A permutation.
 
     Attributes:
@@ -38,19 +38,21 @@ class Match:
     heads: Tensor | None = None
 
 
-def assign(similarity: Tensor) -> Match:
+def assign_features(similarity: Tensor) -> FeatureMatch:
     """Find the best permutation for a matrix [C, C] (exact linear assignment)."""
     matrix = similarity.numpy()
     rows, columns = linear_sum_assignment(matrix, maximize=True)
-    return Match(torch.from_numpy(columns.astype(np.int64)), float(matrix[rows, columns].sum()))
+    return FeatureMatch(
+        torch.from_numpy(columns.astype(np.int64)), float(matrix[rows, columns].sum())
+    )
 
 
-def transport(similarity: Tensor, regularisation: float) -> Match:
+def transport_features(similarity: Tensor, regularisation: float) -> FeatureMatch:
     """Find the soft assignment that minimises cost (1 - similarity) - `regularisation` * entropy.
 
     Sinkhorn's algorithm, on logarithms and in float64. Rows and columns sum to 1 within
     `_TOLERANCE`; at the end rows are normalised exactly. A smaller regularisation is closer to
-    `assign` and takes longer.
+    `assign_features` and takes longer.
 
     Args:
         similarity: [C, C].
@@ -64,9 +66,9 @@ def transport(similarity: Tensor, regularisation: float) -> Match:
     columns = logits.new_zeros(len(logits))
     for _ in range(_ROUNDS):
         rows = -(logits + columns).logsumexp(1)
-        before, columns = columns, -(logits + rows[:, None]).logsumexp(0)
+        previous_columns, columns = columns, -(logits + rows[:, None]).logsumexp(0)
         # Columns sum to 1 now; the change of the factors is the error of the rows.
-        error = float((columns - before).abs().max())
+        error = float((columns - previous_columns).abs().max())
         if error <= _TOLERANCE:
             break
     else:
@@ -75,10 +77,10 @@ def transport(similarity: Tensor, regularisation: float) -> Match:
             f"after {_ROUNDS} rounds; give a larger one"
         )
     plan = (logits + rows[:, None] + columns).softmax(1)
-    return Match(plan, float((plan * similarity).sum()))
+    return FeatureMatch(plan, float((plan * similarity).sum()))
 
 
-Solver = Callable[[Tensor], Match]
+Solver = Callable[[Tensor], FeatureMatch]
 
 
 def assign_heads(
@@ -86,8 +88,8 @@ def assign_heads(
     heads: int,
     mode: str,
     order: Tensor | None = None,
-    solve: Solver = assign,
-) -> list[Match]:
+    solve: Solver = assign_features,
+) -> list[FeatureMatch]:
     """Find the best permutations of features within heads, for groups that share the head order.
 
     Args:
@@ -112,17 +114,17 @@ def assign_heads(
         else list(enumerate(order.tolist()))
     )
     inner = [
-        {(j, k): solve(_block(similarity, j, k, size)) for j, k in pairs}
+        {(j, k): solve(_select_block(similarity, j, k, size)) for j, k in pairs}
         for similarity in similarities
     ]
     if order is None:
         values = torch.zeros(heads, heads, dtype=torch.float64)
         for j, k in pairs:
             values[j, k] = sum(matches[j, k].value for matches in inner)
-        order = assign(values).permutation
+        order = assign_features(values).permutation
     chosen = list(enumerate(order.tolist()))
     return [
-        Match(
+        FeatureMatch(
             torch.cat([k * size + matches[j, k].permutation for j, k in chosen]),
             sum(matches[j, k].value for j, k in chosen),
             order,
@@ -137,28 +139,28 @@ def transport_heads(
     mode: str,
     regularisation: float,
     order: Tensor | None = None,
-) -> Match:
+) -> FeatureMatch:
     """Find soft assignments of features within heads; heads are matched by `assign_heads`.
 
     Args:
         similarity, heads, mode, order: see `assign_heads`.
-        regularisation: see `transport`.
+        regularisation: see `transport_features`.
     Raises:
         UserError: if the iteration does not converge.
     """
     if mode == "ignore_heads":
-        return transport(similarity, regularisation)
+        return transport_features(similarity, regularisation)
     (hard,) = assign_heads([similarity], heads, mode, order)
     size, value = len(similarity) // heads, 0.0
     whole = torch.zeros(len(similarity), len(similarity), dtype=torch.float64)
     for j, k in enumerate(hard.heads.tolist()):
-        soft = transport(_block(similarity, j, k, size), regularisation)
-        _block(whole, j, k, size).copy_(soft.permutation)
+        soft = transport_features(_select_block(similarity, j, k, size), regularisation)
+        _select_block(whole, j, k, size).copy_(soft.permutation)
         value += soft.value
-    return Match(whole, value, hard.heads)
+    return FeatureMatch(whole, value, hard.heads)
 
 
-def assign_queries(similarity: Tensor, queries: int, mode: str) -> Match:
+def assign_queries(similarity: Tensor, queries: int, mode: str) -> FeatureMatch:
     """Find a permutation where several query heads share one key and value head.
 
     Query heads may be reordered, and all have one permutation of features, that of the values. The
@@ -173,34 +175,39 @@ def assign_queries(similarity: Tensor, queries: int, mode: str) -> Match:
     blocks = similarity.reshape(queries, size, queries, size).transpose(1, 2)
     order = torch.arange(queries)
     if mode != "monotonic":
-        best = [[assign(block).value for block in row] for row in blocks]
-        order = assign(torch.tensor(best, dtype=torch.float64)).permutation
+        best = [[assign_features(block).value for block in row] for row in blocks]
+        order = assign_features(torch.tensor(best, dtype=torch.float64)).permutation
     heads, value = torch.arange(queries), -float("inf")
     while True:
-        within = assign(blocks[heads, order].sum(0))
+        within = assign_features(blocks[heads, order].sum(0))
         if not within.value > value:
             break
         value, inner, best_order = within.value, within.permutation, order
         if mode != "monotonic":
             whole = blocks[:, :, torch.arange(size), inner].sum(-1)
-            order = assign(whole).permutation
-    return Match((best_order[:, None] * size + inner).flatten(), value, best_order)
+            order = assign_features(whole).permutation
+    return FeatureMatch((best_order[:, None] * size + inner).flatten(), value, best_order)
 
 
-def solver_of(queries: int, mode: str) -> Solver:
-    """Solver for the permutation within a pair of key heads."""
-    return assign if queries == 1 else partial(assign_queries, queries=queries, mode=mode)
+def select_solver(queries: int, mode: str) -> Solver:
+    """Return the solver for the permutation within a pair of key heads."""
+    return (
+        assign_features
+        if queries == 1
+        else partial(assign_queries, queries_per_key=queries, mode=mode)
+    )
 
 
-def _block(similarity: Tensor, j: int, k: int, size: int) -> Tensor:
+def _select_block(similarity: Tensor, j: int, k: int, size: int) -> Tensor:
+    """Return a view of block (j, k) of a matrix in blocks of `size` x `size`."""
     return similarity[j * size : (j + 1) * size, k * size : (k + 1) * size]
 
 
-def identity(similarity: Tensor) -> Match:
-    """The match that leaves every feature where it is."""
-    return Match(torch.arange(len(similarity)), float(similarity.trace()))
+def match_identically(similarity: Tensor) -> FeatureMatch:
+    """Return the match that leaves every feature at its index."""
+    return FeatureMatch(torch.arange(len(similarity)), float(similarity.trace()))
 
 
-def inverse(permutation: Tensor) -> Tensor:
-    """Inverse of a permutation."""
+def invert_permutation(permutation: Tensor) -> Tensor:
+    """Return the inverse of a permutation [C]."""
     return torch.argsort(permutation)

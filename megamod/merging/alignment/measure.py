@@ -39,20 +39,20 @@ _AUTO = (
 
 
 @dataclass(frozen=True)
-class Measured:
+class FeatureStatistics:
     """Statistics over all batches.
 
     Attributes:
         covariances: of each group.
-        columns: number of tokens that counted (sentences, at sentence level).
+        row_count: number of tokens that counted (sentences, at sentence level).
     """
 
     covariances: Mapping[str, CrossCovariance]
-    columns: int
+    row_count: int
 
 
 def load_model(name: str, auto: type | None = None) -> PreTrainedModel:
-    """The model of a folder or hub id in float32.
+    """Load the model of a folder or hub id in float32.
 
     Args:
         auto: the Auto class of the head that is needed; None: that of the class which the
@@ -67,11 +67,11 @@ def load_model(name: str, auto: type | None = None) -> PreTrainedModel:
         lambda kind: auto is None or has_auto_class(auto, kind),
         "" if auto is None else auto.__name__.removeprefix("AutoModelFor"),
     )
-    return load_pretrained(auto or _auto_of(source.config), source.name, "model")[0]
+    return load_pretrained(auto or _find_auto_class(source.config), source.name, "model")[0]
 
 
-def _auto_of(config: PreTrainedConfig) -> type:
-    """The Auto class that makes the class named in the configuration."""
+def _find_auto_class(config: PreTrainedConfig) -> type:
+    """Return the Auto class that makes the class named in the configuration; else `AutoModel`."""
     named = (config.architectures or [None])[0]
     for auto in _AUTO:
         classes = auto._model_mapping.get(type(config), None)
@@ -82,14 +82,14 @@ def _auto_of(config: PreTrainedConfig) -> type:
 
 
 @torch.no_grad()
-def measure(
+def measure_covariances(
     first: PreTrainedModel,
     second: PreTrainedModel,
     groups: Sequence[Group],
     domains: Sequence[str],
     batches: Iterable[Batch],
     options: Options,
-) -> Measured:
+) -> FeatureStatistics:
     """Run both models on all batches in evaluation mode and accumulate covariances of features.
 
     Args:
@@ -101,29 +101,35 @@ def measure(
     device = first.device
     stacked = options.compat.stacked
     sums = {group.name: CrossCovariance(group.size, device, stacked) for group in groups}
-    columns = 0
-    with _evaluating(first), _evaluating(second):
+    row_count = 0
+    with _switch_to_evaluation(first), _switch_to_evaluation(second):
         for number, batch in enumerate(batches):
-            _check(batch, number, first, domains)
-            rows = _Rows(batch, options, device, getattr(first.config, "num_instances", 1))
+            _check_batch(batch, number, first, domains)
+            rows = _RowSelection(batch, options, device, getattr(first.config, "num_instances", 1))
             for domain in [batch.domain] if batch.domain or not domains else domains:
-                held: dict[tuple[str, Hook], Tensor] = {}
+                first_features: dict[tuple[str, Hook], Tensor] = {}
 
-                def keep(group: Group, hook: Hook, x: Tensor, held=held, rows=rows) -> None:
-                    held[group.name, hook] = rows.of(x)
+                def store_features(
+                    group: Group, hook: Hook, x: Tensor, first_features=first_features, rows=rows
+                ) -> None:
+                    first_features[group.name, hook] = rows.select_rows(x)
 
-                def compare(group: Group, hook: Hook, x: Tensor, held=held, rows=rows) -> None:
-                    sums[group.name].add(held.pop((group.name, hook)), rows.of(x))
+                def add_covariance(
+                    group: Group, hook: Hook, x: Tensor, first_features=first_features, rows=rows
+                ) -> None:
+                    sums[group.name].add_batch(
+                        first_features.pop((group.name, hook)), rows.select_rows(x)
+                    )
 
-                _run(first, batch, domain, groups, keep)
-                _run(second, batch, domain, groups, compare)
-                columns += rows.count
-    if columns == 0:
+                _run_with_hooks(first, batch, domain, groups, store_features)
+                _run_with_hooks(second, batch, domain, groups, add_covariance)
+                row_count += rows.count
+    if row_count == 0:
         raise UserError("calibration: the text has no token to compare the models on")
-    return Measured(sums, columns)
+    return FeatureStatistics(sums, row_count)
 
 
-class _Rows:
+class _RowSelection:
     """Selection of the rows of a batch that count.
 
     Multiplexed models mix the instances of a group into one sequence, after a prefix if they have
@@ -133,55 +139,58 @@ class _Rows:
     def __init__(self, batch: Batch, options: Options, device: torch.device, instances: int):
         self._level = options.calibration.sentence_level
         self._cls = 1 if options.compat.cls_at_one else 0
-        self._kept = batch.kept(options.calibration.special_tokens).to(device)
+        self._counted = batch.mask_counted_tokens(options.calibration.special_tokens).to(device)
         if instances > 1:
-            rows, length = self._kept.shape
+            rows, length = self._counted.shape
             whole = -(-rows // instances) * instances
             order = torch.arange(whole, device=device) % rows
-            self._kept = self._kept[order].view(-1, instances, length).any(1)
-        self._places: dict[int, Tensor | None] = {}
+            self._counted = self._counted[order].view(-1, instances, length).any(1)
+        self._indices_by_length: dict[int, Tensor | None] = {}
         level = self._level
-        self.count = int(self._kept.sum()) if level == "none" else len(batch.lengths)
+        self.count = int(self._counted.sum()) if level == "none" else len(batch.lengths)
 
-    def of(self, x: Tensor) -> Tensor:
-        """Rows [n, C] that count, of features [B, L, C] or pooled features [B, C]."""
+    def select_rows(self, x: Tensor) -> Tensor:
+        """Select the rows [n, C] that count, of features [B, L, C] or pooled features [B, C]."""
         if x.dim() == 2:
             return x
-        kept = self._fit(x.shape[1])
+        counted = self._fit_mask_to_length(x.shape[1])
         if self._level == "none":
-            places = self._at(x.shape[1], kept)
+            row_indices = self._find_row_indices(x.shape[1], counted)
             flat = x.flatten(0, 1)
-            return flat if places is None else flat.index_select(0, places)
+            return flat if row_indices is None else flat.index_select(0, row_indices)
         if self._level == "cls":
             return x[:, self._cls]
-        nonempty = kept.any(1)
-        x, kept = x[nonempty], kept[nonempty, :, None]
+        nonempty = counted.any(1)
+        x, counted = x[nonempty], counted[nonempty, :, None]
         if self._level == "maxpool":
-            return x.masked_fill(~kept, -torch.inf).amax(1)
-        return (x * kept).sum(1) / kept.sum(1)
+            return x.masked_fill(~counted, -torch.inf).amax(1)
+        return (x * counted).sum(1) / counted.sum(1)
 
-    def _fit(self, length: int) -> Tensor:
-        """The mask extended by a prefix, or cut to the columns that are computed."""
-        added = length - self._kept.shape[1]
+    def _fit_mask_to_length(self, length: int) -> Tensor:
+        """Return the mask [B, length], extended by a prefix or cut to the columns that are
+        computed.
+        """
+        added = length - self._counted.shape[1]
         if added <= 0:
-            return self._kept[:, :length]
-        return torch.cat([self._kept.new_ones(len(self._kept), added), self._kept], 1)
+            return self._counted[:, :length]
+        return torch.cat([self._counted.new_ones(len(self._counted), added), self._counted], 1)
 
-    def _at(self, length: int, kept: Tensor) -> Tensor | None:
-        if length not in self._places:
-            places = None if bool(kept.all()) else kept.flatten().nonzero()[:, 0]
-            self._places[length] = places
-        return self._places[length]
+    def _find_row_indices(self, length: int, counted: Tensor) -> Tensor | None:
+        """Return the flat indices of rows that count, cached by length; None: all rows count."""
+        if length not in self._indices_by_length:
+            row_indices = None if bool(counted.all()) else counted.flatten().nonzero()[:, 0]
+            self._indices_by_length[length] = row_indices
+        return self._indices_by_length[length]
 
 
-def _run(
+def _run_with_hooks(
     model: PreTrainedModel,
     batch: Batch,
     domain: str | None,
     groups: Sequence[Group],
-    see: Callable[[Group, Hook, Tensor], None],
+    observe: Callable[[Group, Hook, Tensor], None],
 ) -> None:
-    """Run one forward pass that calls `see` with the features at every hook."""
+    """Run one forward pass that calls `observe` with the features at every hook."""
     accepted = inspect.signature(model.forward).parameters
     arguments: dict[str, object] = {"use_cache": False, "logits_to_keep": 1, "domain": domain}
     arguments = {k: v for k, v in arguments.items() if k in accepted and v is not None}
@@ -189,7 +198,7 @@ def _run(
         for group in groups:
             for hook in group.hooks:
                 module = model.get_submodule(hook.module)
-                stack.callback(_attach(module, group, hook, see).remove)
+                stack.callback(_register_hook(module, group, hook, observe).remove)
         model(
             input_ids=batch.input_ids.to(model.device),
             attention_mask=batch.mask.to(model.device),
@@ -197,21 +206,25 @@ def _run(
         )
 
 
-def _attach(
+def _register_hook(
     module: torch.nn.Module,
     group: Group,
     hook: Hook,
-    see: Callable[[Group, Hook, Tensor], None],
+    observe: Callable[[Group, Hook, Tensor], None],
 ) -> torch.utils.hooks.RemovableHandle:
-    def features(x: Tensor) -> None:
-        see(group, hook, x[..., hook.start : hook.start + group.size])
+    """Register a hook that calls `observe` with the group's columns of a module's input or
+    output.
+    """
+
+    def observe_columns(x: Tensor) -> None:
+        observe(group, hook, x[..., hook.start : hook.start + group.size])
 
     if hook.side == "input":
-        return module.register_forward_pre_hook(lambda _, inputs: features(inputs[0]))
-    return module.register_forward_hook(lambda _, inputs, output: features(output))
+        return module.register_forward_pre_hook(lambda _, inputs: observe_columns(inputs[0]))
+    return module.register_forward_hook(lambda _, inputs, output: observe_columns(output))
 
 
-def _check(batch: Batch, number: int, model: PreTrainedModel, domains: Sequence[str]) -> None:
+def _check_batch(batch: Batch, number: int, model: PreTrainedModel, domains: Sequence[str]) -> None:
     """Refuse a batch that does not fit the model.
 
     Raises:
@@ -220,16 +233,17 @@ def _check(batch: Batch, number: int, model: PreTrainedModel, domains: Sequence[
     config, origin = model.config, f"calibration: batch {number}"
     if batch.input_ids.numel() == 0 or int(batch.lengths.max()) < 1:
         raise UserError(f"{origin}: has no token")
-    highest, words = int(batch.input_ids.max()), config.vocab_size
-    if highest >= words or int(batch.input_ids.min()) < 0:
+    highest, vocab_size = int(batch.input_ids.max()), config.vocab_size
+    if highest >= vocab_size or int(batch.input_ids.min()) < 0:
         raise UserError(
-            f"{origin}: has token id {highest}; the models have ids from 0 to {words - 1}; "
+            f"{origin}: has token id {highest}; the models have ids from 0 to {vocab_size - 1}; "
             "use the tokenizer of the models"
         )
-    room = getattr(config, "max_position_embeddings", None)
-    if room is not None and batch.input_ids.shape[1] > room:
+    position_limit = getattr(config, "max_position_embeddings", None)
+    if position_limit is not None and batch.input_ids.shape[1] > position_limit:
         raise UserError(
-            f"{origin}: has {batch.input_ids.shape[1]} tokens per item; the models have {room} "
+            f"{origin}: has {batch.input_ids.shape[1]} tokens per item; the models have "
+            f"{position_limit} "
             "positions"
         )
     if batch.domain is not None and domains and batch.domain not in domains:
@@ -239,8 +253,8 @@ def _check(batch: Batch, number: int, model: PreTrainedModel, domains: Sequence[
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode within the block."""
+def _switch_to_evaluation(model: PreTrainedModel) -> Iterator[None]:
+    """Put a model into evaluation mode for a `with` block, and restore its mode after it."""
     before = model.training
     model.eval()
     try:

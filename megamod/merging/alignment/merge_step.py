@@ -4,17 +4,17 @@ from collections.abc import Mapping, Sequence
 
 from megamod.errors import UserError
 from megamod.merging.alignment.align import align_folders, align_weights
-from megamod.merging.alignment.folder import PermutedFolder, folder_symmetry
-from megamod.merging.alignment.options import BY_TEXT, Options, checked_options
-from megamod.merging.alignment.record import Alignment, unaligned
+from megamod.merging.alignment.folder import PermutedFolder, find_folder_symmetry
+from megamod.merging.alignment.options import BY_TEXT, Options, read_options
+from megamod.merging.alignment.record import Alignment, make_identity_alignment
 from megamod.merging.tensors import TensorSource, describe_source
 from megamod.states.forest import read_model_config
 
 
-def aligned_folders(
+def align_folder_views(
     block: Mapping[str, object], folders: Sequence[TensorSource], origin: str
 ) -> list[TensorSource]:
-    """Views of the folders of a recipe, all with their features in the order of the first.
+    """Return views of a recipe's folders, all with their features in the order of the first.
 
     Args:
         block: `align:` of the recipe; `origin`: its file, for messages.
@@ -22,12 +22,12 @@ def aligned_folders(
         UserError: if the models cannot be aligned, or the result would need an output matrix that
             is no longer tied.
     """
-    options = checked_options(block, origin)
+    options = read_options(block, origin)
     if options.method == "identity" and not options.compat.scale:
         return list(folders)
     views: list[TensorSource] = [folders[0]]
     for folder in folders[1:]:
-        alignment = _alignment(folders[0], folder, options, origin)
+        alignment = _align_two_folders(folders[0], folder, options, origin)
         view = PermutedFolder(folder, alignment)
         if options.compat.scale:
             views[0] = PermutedFolder(folders[0], alignment, reference=True)
@@ -40,9 +40,12 @@ def aligned_folders(
     return views
 
 
-def _alignment(
+def _align_two_folders(
     first: TensorSource, second: TensorSource, options: Options, origin: str
 ) -> Alignment:
+    """Align the second folder to the first; raise UserError if the options need text that cannot be
+    run.
+    """
     if options.method in BY_TEXT:
         for folder in (first, second):
             if getattr(folder, "adapter", None) is not None:
@@ -59,7 +62,7 @@ def _alignment(
             raise UserError(f"{origin}: align.calibration.path is missing: text to compare on")
         return align_folders(str(first.folder), str(second.folder), options)
     if options.method == "identity":
-        return unaligned(folder_symmetry(second, qk=options.qk), options)
+        return make_identity_alignment(find_folder_symmetry(second, qk=options.qk), options)
     states = [{name: folder.read(name) for name in folder.tensors} for folder in (first, second)]
     configs = [read_model_config(folder.folder) for folder in (first, second)]
     return align_weights(configs[0], states[0], configs[1], states[1], options)

@@ -106,8 +106,8 @@ class Options(Document):
         return self
 
 
-def unused_keys(options: Options) -> list[str]:
-    """Keys that were set to something other than their default and have no effect with the others.
+def list_unused_keys(options: Options) -> list[str]:
+    """List keys with a value other than the default that have no effect with the other options.
 
     A record of an alignment holds all keys, so only documents that people write are checked.
     """
@@ -146,8 +146,8 @@ def unused_keys(options: Options) -> list[str]:
     return unused
 
 
-def checked_options(block: Mapping[str, object], origin: str, key: str = "align") -> Options:
-    """Read options from a document that people write: keys without effect are refused, too.
+def read_options(block: Mapping[str, object], origin: str, key: str = "align") -> Options:
+    """Read the options of a block that people write, and refuse keys that have no effect.
 
     Args:
         origin: file, and `key`: that of the block, for messages.
@@ -155,7 +155,7 @@ def checked_options(block: Mapping[str, object], origin: str, key: str = "align"
         UserError: naming the key that is not known, has a value that is not allowed, or no effect.
     """
     options = check_document(block, Options, origin, key)
-    if unused := unused_keys(options):
+    if unused := list_unused_keys(options):
         raise UserError(
             f"{origin}, {key}.{unused[0]} has no effect with method {options.method} and groups "
             f"{', '.join(options.groups) or 'none'}; leave it out"

@@ -21,7 +21,7 @@ _SCALE = 2 / (2 + 1e-5)  # factor of the original program, see `Compat.scale`
 
 
 @dataclass(frozen=True)
-class Change:
+class AxisChange:
     """New order of some entries of a tensor: entry i along `axis` is the former entry `index[i]`,
     both counted from `start`. With a matrix, entry i is the sum weighted by row i."""
 
@@ -30,30 +30,30 @@ class Change:
     index: Tensor
 
     @property
-    def soft(self) -> bool:
+    def is_soft(self) -> bool:
         """True if entries are mixed, not only reordered."""
         return self.index.dim() == 2
 
 
-def changes(symmetry: Symmetry, alignment: Alignment) -> dict[str, list[Change]]:
-    """Changes of each tensor of the aligned model; unchanged tensors have no entry.
+def compute_axis_changes(symmetry: Symmetry, alignment: Alignment) -> dict[str, list[AxisChange]]:
+    """Compute the changes of each tensor of the aligned model; unchanged tensors have no entry.
 
     Raises:
         UserError: if the alignment does not fit the model.
     """
-    all_changes: dict[str, list[Change]] = {}
-    effective = alignment.in_effect(symmetry)
+    all_changes: dict[str, list[AxisChange]] = {}
+    effective = alignment.find_applied_permutations(symmetry)
     for name, index in effective.items():
         if torch.equal(index, torch.arange(len(index))):
             continue
         group = symmetry.groups[name]
-        for slot in group.slots:
-            change = Change(slot.axis, slot.start, group.index(slot, index))
-            all_changes.setdefault(slot.tensor, []).append(change)
+        for axis in group.axes:
+            change = AxisChange(axis.dim, axis.start, group.make_entry_index(axis, index))
+            all_changes.setdefault(axis.tensor, []).append(change)
     if alignment.options.compat.unmerge and "res.emb" in effective:
         index = effective["res.emb"]
-        for alias in _tied_matrices(symmetry):
-            all_changes[alias] = [Change(1, 0, index[index])]
+        for alias in _list_tied_matrices(symmetry):
+            all_changes[alias] = [AxisChange(1, 0, index[index])]
     return all_changes
 
 
@@ -61,14 +61,18 @@ Span = tuple[int, int, int]
 """Axis of a tensor, first entry along it, and number of entries."""
 
 
-def scaled_features(symmetry: Symmetry, alignment: Alignment) -> dict[str, list[Span]]:
-    """Entries of tensors that `Compat.scale` multiplies, in both models; empty without it."""
+def find_scaled_spans(symmetry: Symmetry, alignment: Alignment) -> dict[str, list[Span]]:
+    """Return the spans of tensors that `Compat.scale` multiplies, in both models; empty without
+    it.
+    """
     spans: dict[str, list[Span]] = {}
-    for name in alignment.in_effect(symmetry) if alignment.options.compat.scale else ():
+    for name in (
+        alignment.find_applied_permutations(symmetry) if alignment.options.compat.scale else ()
+    ):
         group = symmetry.groups[name]
-        for slot in group.out:
-            span = (slot.axis, slot.start, group.length(slot))
-            spans.setdefault(slot.tensor, []).append(span)
+        for axis in group.producing_axes:
+            span = (axis.dim, axis.start, group.count_entries(axis))
+            spans.setdefault(axis.tensor, []).append(span)
     return spans
 
 
@@ -87,40 +91,44 @@ def scale_features(tensor: Tensor, spans: Sequence[Span], first: int = 0) -> Ten
     return tensor
 
 
-def untied(symmetry: Symmetry, all_changes: Mapping[str, list[Change]]) -> dict[str, str]:
+def map_untied_tensors(
+    symmetry: Symmetry, all_changes: Mapping[str, list[AxisChange]]
+) -> dict[str, str]:
     """Map tied tensors that need storage of their own once aligned to their original tensors."""
     # A configuration unties all of them or none.
     same = all(
-        _equal(all_changes.get(alias, []), all_changes.get(source, []))
+        _have_equal_changes(all_changes.get(alias, []), all_changes.get(source, []))
         for alias, source in symmetry.tied.items()
     )
     return {} if same else dict(symmetry.tied)
 
 
-def _equal(first: list[Change], second: list[Change]) -> bool:
+def _have_equal_changes(first: list[AxisChange], second: list[AxisChange]) -> bool:
+    """Return True if two lists hold the same changes in the same order."""
     return len(first) == len(second) and all(
         (a.axis, a.start) == (b.axis, b.start) and torch.equal(a.index, b.index)
         for a, b in zip(first, second, strict=True)
     )
 
 
-def _tied_matrices(symmetry: Symmetry) -> set[str]:
-    slots = (slot for group in symmetry.groups.values() for slot in group.slots)
-    return {slot.tensor for slot in slots} & symmetry.tied.keys()
+def _list_tied_matrices(symmetry: Symmetry) -> set[str]:
+    """Return the names of tied tensors that belong to a permutation group."""
+    axes = (axis for group in symmetry.groups.values() for axis in group.axes)
+    return {axis.tensor for axis in axes} & symmetry.tied.keys()
 
 
-def reorder(tensor: Tensor, tensor_changes: list[Change]) -> Tensor:
+def apply_changes(tensor: Tensor, tensor_changes: list[AxisChange]) -> Tensor:
     """Apply changes to a tensor; the same tensor if there are none."""
     for change in tensor_changes:
-        if change.soft:
-            tensor = _mixed(tensor, change)
-    for axis in dict.fromkeys(change.axis for change in tensor_changes if not change.soft):
-        index = axis_index(tensor.shape[axis], axis, tensor_changes)
+        if change.is_soft:
+            tensor = _mix_entries(tensor, change)
+    for axis in dict.fromkeys(change.axis for change in tensor_changes if not change.is_soft):
+        index = combine_axis_index(tensor.shape[axis], axis, tensor_changes)
         tensor = tensor.index_select(axis, index.to(tensor.device))
     return tensor
 
 
-def _mixed(tensor: Tensor, change: Change) -> Tensor:
+def _mix_entries(tensor: Tensor, change: AxisChange) -> Tensor:
     """Mix entries along an axis, in float64.
 
     Weights that produce features are multiplied by the matrix from the left, those that read them
@@ -135,33 +143,35 @@ def _mixed(tensor: Tensor, change: Change) -> Tensor:
     return whole
 
 
-def axis_index(length: int, axis: int, tensor_changes: list[Change]) -> Tensor:
+def combine_axis_index(length: int, axis: int, tensor_changes: list[AxisChange]) -> Tensor:
     """Combine all changes along an axis into one index vector [length]."""
     index = torch.arange(length)
     for change in tensor_changes:
-        if change.axis == axis and not change.soft:
+        if change.axis == axis and not change.is_soft:
             index[change.start : change.start + len(change.index)] = change.start + change.index
     return index
 
 
-def permuted(state: State, symmetry: Symmetry, alignment: Alignment) -> dict[str, Tensor]:
-    """Weights of the aligned model in the order of the reference.
+def permute_state(state: State, symmetry: Symmetry, alignment: Alignment) -> dict[str, Tensor]:
+    """Return the weights of the aligned model in the order of the reference.
 
     Tied matrices are added if their permutation differs from that of their original tensor; the
     model must then be loaded with `tie_word_embeddings` off.
     """
-    all_changes = changes(symmetry, alignment)
-    whole = _prepared(state, symmetry, alignment, all_changes)
-    return {name: reorder(tensor, all_changes.get(name, [])) for name, tensor in whole.items()}
+    all_changes = compute_axis_changes(symmetry, alignment)
+    whole = _prepare_state(state, symmetry, alignment, all_changes)
+    return {
+        name: apply_changes(tensor, all_changes.get(name, [])) for name, tensor in whole.items()
+    }
 
 
-def reference(state: State, symmetry: Symmetry, alignment: Alignment) -> dict[str, Tensor]:
-    """Weights of the reference under the names of `permuted`."""
-    return _prepared(state, symmetry, alignment, changes(symmetry, alignment))
+def prepare_reference(state: State, symmetry: Symmetry, alignment: Alignment) -> dict[str, Tensor]:
+    """Return the weights of the reference under the names of `permute_state`."""
+    return _prepare_state(state, symmetry, alignment, compute_axis_changes(symmetry, alignment))
 
 
-def interpolate(first: State, second: State, weight: float = 0.5) -> dict[str, Tensor]:
-    """weight * first + (1 - weight) * second; integers must be equal.
+def interpolate_states(first: State, second: State, weight: float = 0.5) -> dict[str, Tensor]:
+    """Return weight * first + (1 - weight) * second by name; integers must be equal.
 
     Raises:
         UserError: naming a tensor of integers that differ, as those of quantised models do.
@@ -181,39 +191,49 @@ def interpolate(first: State, second: State, weight: float = 0.5) -> dict[str, T
 def merge_states(
     first: State, second: State, symmetry: Symmetry, alignment: Alignment
 ) -> dict[str, Tensor]:
-    """Mean of the reference and the aligned model."""
-    return interpolate(reference(first, symmetry, alignment), permuted(second, symmetry, alignment))
+    """Return the mean of the reference and the aligned model, by name."""
+    return interpolate_states(
+        prepare_reference(first, symmetry, alignment), permute_state(second, symmetry, alignment)
+    )
 
 
 def merge_keeping_heads(
     first: State, second: State, symmetry: Symmetry, alignment: Alignment
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Two merged models: the mean of all weights, except that each keeps its own output heads.
+    """Return two merged models: the mean of all weights, but each keeps its own output heads.
 
     A head is everything after the last hidden states: transform, norm, output matrix and biases;
     pooler and classifier. An output matrix that was tied gets storage of its own in both.
     """
-    pair = (reference(first, symmetry, alignment), permuted(second, symmetry, alignment))
+    pair = (
+        prepare_reference(first, symmetry, alignment),
+        permute_state(second, symmetry, alignment),
+    )
     for state in pair:
         for alias, source in symmetry.tied.items():
             state.setdefault(alias, state[source])
-    mean = interpolate(*pair)
-    kept = tuple(prefix for head in symmetry.output_heads for prefix in head.whole)
-    kept += tuple(symmetry.tied)
+    mean = interpolate_states(*pair)
+    head_prefixes = tuple(prefix for head in symmetry.output_heads for prefix in head.whole)
+    head_prefixes += tuple(symmetry.tied)
     return tuple(
-        mean | {name: tensor for name, tensor in state.items() if name.startswith(kept)}
+        mean | {name: tensor for name, tensor in state.items() if name.startswith(head_prefixes)}
         for state in pair
     )
 
 
-def _prepared(
-    state: State, symmetry: Symmetry, alignment: Alignment, all_changes: Mapping[str, list[Change]]
+def _prepare_state(
+    state: State,
+    symmetry: Symmetry,
+    alignment: Alignment,
+    all_changes: Mapping[str, list[AxisChange]],
 ) -> dict[str, Tensor]:
-    """The state before the permutation: with `Compat.scale` applied and untied matrices added."""
+    """Return the state before the permutation: with `Compat.scale` applied and untied matrices
+    added.
+    """
     prepared = dict(state)
-    for name, spans in scaled_features(symmetry, alignment).items():
+    for name, spans in find_scaled_spans(symmetry, alignment).items():
         prepared[name] = scale_features(prepared[name], spans)
-    needed = untied(symmetry, all_changes)
+    needed = map_untied_tensors(symmetry, all_changes)
     for alias, source in symmetry.tied.items():
         if alias in prepared or alias in needed:
             prepared[alias] = prepared[source]

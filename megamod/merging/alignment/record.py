@@ -36,7 +36,7 @@ class Alignment:
     Attributes:
         permutations: group -> [C] int64; feature r of the reference is matched with feature
             `permutation[r]` of this model. With the method "ot" [C, C] float64, whose row r mixes
-            features. Not all are applied, see `in_effect`.
+            features. Not all are applied, see `find_applied_permutations`.
         costs: group -> summed similarity of matched features / (2 C): half the mean correlation.
             With `qk` the cost of an attention group is that of its queries and keys.
         options: that the alignment was computed with.
@@ -46,16 +46,16 @@ class Alignment:
     costs: Mapping[str, float]
     options: Options
 
-    def in_effect(self, symmetry: Symmetry) -> dict[str, Tensor]:
-        """The permutations that are applied, by group.
+    def find_applied_permutations(self, symmetry: Symmetry) -> dict[str, Tensor]:
+        """Return the permutations that are applied, by group.
 
         Raises:
             UserError: if one is missing, or of another size than the model's group.
         """
         chosen = {}
-        for group in aligned_groups(symmetry, self.options):
+        for group in list_aligned_groups(symmetry, self.options):
             name = group.name
-            if name == followed(symmetry, self.options):
+            if name == find_following_head(symmetry, self.options):
                 name = "res.emb"
             permutation = self.permutations.get(name)
             if permutation is None or len(permutation) != group.size:
@@ -87,32 +87,32 @@ class Alignment:
             raise UserError(f"{folder}: exists already") from error
 
 
-def unaligned(symmetry: Symmetry, options: Options) -> Alignment:
-    """The alignment that leaves every feature where it is."""
-    groups = aligned_groups(symmetry, options)
+def make_identity_alignment(symmetry: Symmetry, options: Options) -> Alignment:
+    """Make the alignment that leaves every feature at its index."""
+    groups = list_aligned_groups(symmetry, options)
     return Alignment({group.name: torch.arange(group.size) for group in groups}, {}, options)
 
 
-def aligned_groups(symmetry: Symmetry, options: Options) -> list[Group]:
-    """The groups that are permuted, in the order of the computation."""
+def list_aligned_groups(symmetry: Symmetry, options: Options) -> list[Group]:
+    """List the groups that are permuted, in the order of the computation."""
     families = [*options.groups, *(["qk"] if options.qk and "attn" in options.groups else [])]
-    chosen = symmetry.of(*families)
+    chosen = symmetry.select_groups(*families)
     if options.compat.res_attn_without_embeddings and set(options.groups) == {"attn", "res"}:
         chosen = [group for group in chosen if group.name != "res.emb"]
     heads = [
         group
-        for group in symmetry.of("head")
-        if options.head or group.name == followed(symmetry, options)
+        for group in symmetry.select_groups("head")
+        if options.head or group.name == find_following_head(symmetry, options)
     ]
     return chosen + heads
 
 
-def followed(symmetry: Symmetry, options: Options) -> str | None:
-    """Name of the head that follows the residual stream, so that its matrix stays tied."""
+def find_following_head(symmetry: Symmetry, options: Options) -> str | None:
+    """Return the name of the head that follows the residual stream to stay tied; None: none."""
     if not (options.head_follow_residual and "res" in options.groups):
         return None
-    for group in symmetry.of("head"):
-        if any(slot.tensor in symmetry.tied for slot in group.into):
+    for group in symmetry.select_groups("head"):
+        if any(axis.tensor in symmetry.tied for axis in group.reading_axes):
             return group.name
     return None
 

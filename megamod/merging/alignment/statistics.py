@@ -27,8 +27,8 @@ class Moments:
     second: Tensor
     cross: Tensor
 
-    def correlation(self) -> Tensor:
-        """Correlations [C, C]; 0 where a feature is constant. `cross` is overwritten."""
+    def compute_correlation(self) -> Tensor:
+        """Compute correlations [C, C], 0 where a feature is constant; overwrites `cross`."""
         first, second = self.first.clamp(min=0).sqrt(), self.second.clamp(min=0).sqrt()
         scale = torch.outer(first, second).nan_to_num_(0.0).clamp_(min=_SMALLEST)
         return self.cross.div_(scale)
@@ -55,9 +55,9 @@ class CrossCovariance:
             torch.zeros(rows, size, dtype=torch.float64, device=device) for rows in (2, 2, size)
         )
 
-    def add(self, first: Tensor, second: Tensor) -> None:
+    def add_batch(self, first: Tensor, second: Tensor) -> None:
         """Add a batch: features [n, C] of each model; values that are not finite count as 0."""
-        pair = tuple(_finite(x) for x in (first, second))
+        pair = tuple(_replace_non_finite(x) for x in (first, second))
         self.count += len(first)
         if self._stacked:
             self._add_stacked(torch.cat([x.T for x in pair]))
@@ -71,13 +71,14 @@ class CrossCovariance:
             self._squares[row] += torch.linalg.vecdot(x, x, dim=0)
 
     def _add_stacked(self, both: Tensor) -> None:
+        """Add the features of both models [2 C, n] as the original program does."""
         size = len(self._product)
         product = both @ both.T
         self._product += product[:size, size:]
         self._squares += product.diagonal().view(2, size)
         self._sums += both.sum(1).view(2, size)
 
-    def moments(self, count: int | None = None) -> Moments:
+    def compute_moments(self, count: int | None = None) -> Moments:
         """Compute the moments; the sums are overwritten.
 
         Args:
@@ -99,8 +100,8 @@ class CrossCovariance:
         return Moments(variance[0], variance[1], product)
 
 
-def averaged(moments: Sequence[Moments]) -> Moments:
-    """Mean of the moments of several groups."""
+def average_moments(moments: Sequence[Moments]) -> Moments:
+    """Average the moments of several groups."""
     first, second, cross = (
         torch.stack([getattr(entry, name) for entry in moments]).mean(0)
         for name in ("first", "second", "cross")
@@ -108,7 +109,8 @@ def averaged(moments: Sequence[Moments]) -> Moments:
     return Moments(first, second, cross)
 
 
-def _finite(x: Tensor) -> Tensor:
+def _replace_non_finite(x: Tensor) -> Tensor:
+    """Return x as float32 with 0 for values that are not finite."""
     x = x.float()
     # One sum is much faster than a test of each element, and finite only if all are.
     return x if torch.isfinite(x.sum()) else x.nan_to_num(0.0, 0.0, 0.0)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from megamod.dist.scope import EXPERTS_COMPONENT, parse_expert_domain, to_dense_name
 from megamod.errors import UserError
 from megamod.merging.alignment.families import FAMILIES, Family, Head
-from megamod.merging.alignment.groups import Group, Hook, Slot
+from megamod.merging.alignment.groups import Group, Hook, TensorAxis
 
 Shapes = Mapping[str, Sequence[int]]
 """Shapes of the tensors of a model by name."""
@@ -35,12 +35,12 @@ class Symmetry:
     domains: tuple[str, ...] = ()
     output_heads: tuple[Head, ...] = ()
 
-    def of(self, *families: str) -> list[Group]:
-        """Groups of these families."""
+    def select_groups(self, *families: str) -> list[Group]:
+        """Return the groups of these families, in the order of the computation."""
         return [group for group in self.groups.values() if group.family in families]
 
 
-def symmetry_of(config: Mapping[str, object], shapes: Shapes, *, qk: bool = False) -> Symmetry:
+def find_symmetry(config: Mapping[str, object], shapes: Shapes, *, qk: bool = False) -> Symmetry:
     """Find the permutation groups of a model.
 
     Args:
@@ -58,7 +58,7 @@ def symmetry_of(config: Mapping[str, object], shapes: Shapes, *, qk: bool = Fals
     family = FAMILIES[kind]
     dense = {to_dense_name(name): name for name in shapes}
     prefix = family.prefix if any(name.startswith(family.prefix) for name in dense) else ""
-    names = _Names(family, prefix, {name: tuple(shapes[raw]) for name, raw in dense.items()})
+    names = _ModuleNames(family, prefix, {name: tuple(shapes[raw]) for name, raw in dense.items()})
     counts = [config.get(key) for key in (family.layers, family.heads)]
     for key, count in zip((family.layers, family.heads), counts, strict=True):
         if not isinstance(count, int) or count < 1:
@@ -79,27 +79,27 @@ def symmetry_of(config: Mapping[str, object], shapes: Shapes, *, qk: bool = Fals
         tied = {
             alias: prefix + source if prefix + source in dense else source
             for alias, source in family.tied
-            if names.may_have(alias)
+            if names.may_have_tensor(alias)
         }
-    output_heads, readers = _output(names)
+    output_heads, readers = _find_output_readers(names)
     groups: list[Group] = []
     if family.residual:
-        groups.append(_first_residual(names))
+        groups.append(_make_embedding_group(names))
     for layer in range(layers):
-        groups += _layer(names, layer, layers, (heads, key_heads), qk, readers)
-    groups += [names.head_group(head, reader) for head, reader in output_heads if reader]
-    every = _spread(groups, tied, shapes)
-    touched = {slot.tensor for group in every for slot in group.slots}
+        groups += _make_layer_groups(names, layer, layers, (heads, key_heads), qk, readers)
+    groups += [names.make_head_group(head, reader) for head, reader in output_heads if reader]
+    expanded = _expand_groups_over_experts(groups, tied, shapes)
+    grouped_tensors = {axis.tensor for group in expanded for axis in group.axes}
     unknown = tuple(
         name
         for name in shapes
-        if name not in touched and not to_dense_name(name).endswith(family.free)
+        if name not in grouped_tensors and not to_dense_name(name).endswith(family.free)
     )
     domains = tuple(dict.fromkeys(d for name in shapes if (d := parse_expert_domain(name))))
-    for group in every:
-        _check(group, shapes, tied)
+    for group in expanded:
+        _check_group_shapes(group, shapes, tied)
     return Symmetry(
-        {group.name: group for group in every},
+        {group.name: group for group in expanded},
         {alias: source for alias, source in tied.items() if source in shapes},
         unknown,
         domains,
@@ -108,15 +108,15 @@ def symmetry_of(config: Mapping[str, object], shapes: Shapes, *, qk: bool = Fals
 
 
 @dataclass(frozen=True)
-class _Names:
+class _ModuleNames:
     """Slots of modules, under the names of a dense model."""
 
     family: Family
     prefix: str
     shapes: Shapes
 
-    def may_have(self, tensor: str) -> bool:
-        """True if a tensor that may be tied belongs to this model."""
+    def may_have_tensor(self, tensor: str) -> bool:
+        """Return True if a tensor that may be tied belongs to this model."""
         stem = ".".join(tensor.split(".")[:-2])
         if not stem:
             # If it is not stored, only the prefix of the backbone marks a language model.
@@ -124,36 +124,42 @@ class _Names:
             return tensor in self.shapes or (bool(self.prefix) and not any(others))
         return any(name.startswith(f"{stem}.") for name in self.shapes)
 
-    def has(self, module: str) -> bool:
-        """True if the module has a weight."""
+    def has_module(self, module: str) -> bool:
+        """Return True if the module has a weight."""
         return f"{module}.weight" in self.shapes
 
-    def made_by(self, module: str, start: int = 0, part: str = "features") -> list[Slot]:
-        """Slots of the features that a dense layer produces."""
-        slots = [Slot(f"{module}.weight", 1 if self.family.transposed else 0, start, part)]
+    def list_produced_axes(
+        self, module: str, start: int = 0, part: str = "features"
+    ) -> list[TensorAxis]:
+        """List the tensor axes along which a dense layer produces features."""
+        axes = [TensorAxis(f"{module}.weight", 1 if self.family.transposed else 0, start, part)]
         if f"{module}.bias" in self.shapes:
-            slots.append(Slot(f"{module}.bias", 0, start, part))
-        return slots
+            axes.append(TensorAxis(f"{module}.bias", 0, start, part))
+        return axes
 
-    def widened(self, layer: str) -> list[str]:
-        """Modules that read the residual stream and produce the feed-forward features."""
+    def list_widening_modules(self, layer: str) -> list[str]:
+        """List the modules of a layer that produce the feed-forward features from the residual
+        stream.
+        """
         parts = (self.family.widen, *((self.family.gate,) if self.family.gate else ()))
         return [layer + part for part in parts]
 
-    def read_by(self, module: str) -> list[Slot]:
-        """Slots of the features that a dense layer reads. Heads are never stored transposed."""
+    def list_read_axes(self, module: str) -> list[TensorAxis]:
+        """List the tensor axes along which a dense layer reads features. Heads are never stored
+        transposed.
+        """
         inside = module.startswith(self.prefix) and self.prefix
-        return [Slot(f"{module}.weight", 0 if self.family.transposed and inside else 1)]
+        return [TensorAxis(f"{module}.weight", 0 if self.family.transposed and inside else 1)]
 
-    def scaled_by(self, module: str) -> list[Slot]:
-        """Slots of the features that a norm scales."""
-        slots = [Slot(f"{module}.weight", 0)]
+    def list_scaled_axes(self, module: str) -> list[TensorAxis]:
+        """List the tensor axes along which a norm scales features."""
+        axes = [TensorAxis(f"{module}.weight", 0)]
         if f"{module}.bias" in self.shapes:
-            slots.append(Slot(f"{module}.bias", 0))
-        return slots
+            axes.append(TensorAxis(f"{module}.bias", 0))
+        return axes
 
-    def size(self, tensor: str, axis: int) -> int:
-        """Length of an axis.
+    def find_axis_length(self, tensor: str, axis: int) -> int:
+        """Return the length of a tensor's axis.
 
         Raises:
             UserError: if there is no such tensor.
@@ -162,95 +168,105 @@ class _Names:
             raise UserError(f"{tensor} is missing, which alignment needs")
         return self.shapes[tensor][axis]
 
-    def head_group(self, head: Head, reader: str) -> Group:
-        """Permutation group of an output head."""
-        dense = self.head_module(head)
-        out = [Slot(f"{dense}.weight", 0), Slot(f"{dense}.bias", 0)]
-        out += self.scaled_by(head.norm) if head.norm else []
-        size = self.size(f"{dense}.weight", 0)
-        into = [Slot(f"{reader}.weight", 1)]
-        return _group(head.name, "head", size, None, out, into, [Hook(reader, "input")])
+    def make_head_group(self, head: Head, reader: str) -> Group:
+        """Make the permutation group of an output head."""
+        dense = self.find_head_module(head)
+        out = [TensorAxis(f"{dense}.weight", 0), TensorAxis(f"{dense}.bias", 0)]
+        out += self.list_scaled_axes(head.norm) if head.norm else []
+        size = self.find_axis_length(f"{dense}.weight", 0)
+        into = [TensorAxis(f"{reader}.weight", 1)]
+        return _make_group(head.name, "head", size, None, out, into, [Hook(reader, "input")])
 
-    def head_module(self, head: Head) -> str:
-        """Name of the dense module of a head, inside or outside of the backbone."""
+    def find_head_module(self, head: Head) -> str:
+        """Return the name of a head's dense module, inside or outside of the backbone."""
         inside = self.prefix + head.dense
-        return inside if self.has(inside) else head.dense
+        return inside if self.has_module(inside) else head.dense
 
 
-def _group(
+def _make_group(
     name: str,
     family: str,
     size: int,
     heads: int | None,
-    out: Iterable[Slot],
-    into: Iterable[Slot],
+    out: Iterable[TensorAxis],
+    into: Iterable[TensorAxis],
     hooks: Iterable[Hook],
 ) -> Group:
+    """Make a group from iterables of axes and hooks."""
     return Group(name, family, size, heads, tuple(out), tuple(into), tuple(hooks))
 
 
-def _output(names: _Names) -> tuple[list[tuple[Head, str | None]], list[Slot]]:
-    """Heads with the module that reads each, and slots that read the last hidden states."""
+def _find_output_readers(
+    names: _ModuleNames,
+) -> tuple[list[tuple[Head, str | None]], list[TensorAxis]]:
+    """Return the heads with the module that reads each, and the axes that read the last hidden
+    states.
+    """
     family, heads, into = names.family, [], []
     for head in family.output_heads:
-        dense = names.head_module(head)
-        if names.has(dense):
+        dense = names.find_head_module(head)
+        if names.has_module(dense):
             aliases = [alias for alias, _ in family.tied]
             reader = next(
                 (
                     reader
                     for reader in head.readers
-                    if names.has(reader) or f"{reader}.weight" in aliases
+                    if names.has_module(reader) or f"{reader}.weight" in aliases
                 ),
                 None,
             )
             heads.append((head, reader))
-            into.append(Slot(f"{dense}.weight", 1))
+            into.append(TensorAxis(f"{dense}.weight", 1))
     taken = {reader for _, reader in heads}
     for reader in family.readers:
-        module = names.prefix + reader if names.has(names.prefix + reader) else reader
+        module = names.prefix + reader if names.has_module(names.prefix + reader) else reader
         alias = any(alias == f"{module}.weight" for alias, _ in family.tied)
-        exists = names.has(module) or (alias and names.may_have(f"{module}.weight"))
+        exists = names.has_module(module) or (alias and names.may_have_tensor(f"{module}.weight"))
         if exists and module not in taken:
-            into.append(Slot(f"{module}.weight", 1))
+            into.append(TensorAxis(f"{module}.weight", 1))
     return heads, into
 
 
-def _first_residual(names: _Names) -> Group:
+def _make_embedding_group(names: _ModuleNames) -> Group:
+    """Make the group of the residual stream before the first layer."""
     family, prefix = names.family, names.prefix
     out = [
-        Slot(f"{prefix}{table}.weight", 1) for table in family.tables if names.has(prefix + table)
+        TensorAxis(f"{prefix}{table}.weight", 1)
+        for table in family.tables
+        if names.has_module(prefix + table)
     ]
     norm = f"{prefix}{family.layer.format(0)}{family.norms[0]}"
     if not family.pre_norm:
         norm = prefix + family.outer_norm
-    size = names.size(f"{norm}.weight", 0)
-    into = _projections(names, 0, size)
+    size = names.find_axis_length(f"{norm}.weight", 0)
+    into = _list_attention_readers(names, 0, size)
     hook = Hook(norm, "input" if family.pre_norm else "output")
-    return _group("res.emb", "res", size, None, out + names.scaled_by(norm), into, [hook])
+    return _make_group(
+        "res.emb", "res", size, None, out + names.list_scaled_axes(norm), into, [hook]
+    )
 
 
-def _projections(names: _Names, layer: int, size: int) -> list[Slot]:
-    """Slots that read the residual stream before the attention of a layer."""
+def _list_attention_readers(names: _ModuleNames, layer: int, size: int) -> list[TensorAxis]:
+    """List the axes that read the residual stream for the attention of a layer."""
     family = names.family
     stem = names.prefix + family.layer.format(layer)
     modules = dict.fromkeys((family.query, family.key, family.value))
-    return [slot for module in modules for slot in names.read_by(stem + module)]
+    return [axis for module in modules for axis in names.list_read_axes(stem + module)]
 
 
-def _layer(
-    names: _Names,
+def _make_layer_groups(
+    names: _ModuleNames,
     layer: int,
     layers: int,
     counts: tuple[int, int],
     qk: bool,
-    readers: Sequence[Slot],
+    readers: Sequence[TensorAxis],
 ) -> list[Group]:
-    """Groups of one layer, in the order of its computation.
+    """Make the groups of one layer, in the order of its computation.
 
     Args:
         counts: numbers of query heads and of key heads.
-        readers: slots that read the last hidden states.
+        readers: axes that read the last hidden states.
     """
     family, (heads, key_heads) = names.family, counts
     stem = names.prefix + family.layer.format(layer)
@@ -258,31 +274,31 @@ def _layer(
         stem + part
         for part in (family.query, family.key, family.value, family.mixed, family.narrow)
     )
-    widen = names.widened(stem)
+    widen = names.list_widening_modules(stem)
     inputs = 0 if family.transposed else 1
-    size = names.size(f"{mixed}.weight", inputs)
+    size = names.find_axis_length(f"{mixed}.weight", inputs)
     if size % heads:
         raise UserError(f"{mixed}.weight: {size} features cannot be split into {heads} heads")
     fused = query == key
     starts = (0, size, 2 * size) if fused else (0, 0, 0)
     parts = ("queries", "keys", "values") if family.rotary else ("features",) * 3
     projections = zip((query, key, value), starts, parts, strict=True)
-    produced = [names.made_by(*projection) for projection in projections]
+    produced = [names.list_produced_axes(*projection) for projection in projections]
     out = [*produced[0], *produced[1]]
     hook = Hook(mixed, "input")
-    into = names.read_by(mixed)
+    into = names.list_read_axes(mixed)
     groups = []
     if qk:
         hooks = [Hook(key, "output", starts[1]), Hook(query, "output", starts[0])]
-        groups.append(_group(f"layer.{layer}.qk", "qk", size, heads, out, [], hooks))
+        groups.append(_make_group(f"layer.{layer}.qk", "qk", size, heads, out, [], hooks))
         out = []
     out += produced[2]
-    attention = _group(f"layer.{layer}.attn", "attn", size, key_heads, out, into, [hook])
-    groups.append(replace(attention, queries=heads // key_heads))
-    wide = names.size(f"{narrow}.weight", inputs)
-    out = [slot for module in widen for slot in names.made_by(module)]
-    into, hooks = names.read_by(narrow), [Hook(narrow, "input")]
-    feed_forward = _group(f"layer.{layer}.ffn", "ff", wide, None, out, into, hooks)
+    attention = _make_group(f"layer.{layer}.attn", "attn", size, key_heads, out, into, [hook])
+    groups.append(replace(attention, queries_per_key=heads // key_heads))
+    wide = names.find_axis_length(f"{narrow}.weight", inputs)
+    out = [axis for module in widen for axis in names.list_produced_axes(module)]
+    into, hooks = names.list_read_axes(narrow), [Hook(narrow, "input")]
+    feed_forward = _make_group(f"layer.{layer}.ffn", "ff", wide, None, out, into, hooks)
     if not family.residual:
         return [*groups, feed_forward]
     last = layer == layers - 1
@@ -290,21 +306,21 @@ def _layer(
     if family.pre_norm:
         following = names.prefix + family.layer.format(layer + 1) + family.norms[0]
         after = [after[1], names.prefix + family.outer_norm if last else following]
-    stream = names.size(f"{after[0]}.weight", 0)
+    stream = names.find_axis_length(f"{after[0]}.weight", 0)
     side = "input" if family.pre_norm else "output"
-    following_readers = readers if last else _projections(names, layer + 1, stream)
+    following_readers = readers if last else _list_attention_readers(names, layer + 1, stream)
     middle, end = (
-        _group(f"res.{layer}.{name}", "res", stream, None, out, into, [Hook(norm, side)])
+        _make_group(f"res.{layer}.{name}", "res", stream, None, out, into, [Hook(norm, side)])
         for name, out, norm, into in (
             (
                 "attn_ln",
-                names.made_by(mixed) + names.scaled_by(after[0]),
+                names.list_produced_axes(mixed) + names.list_scaled_axes(after[0]),
                 after[0],
-                [slot for module in widen for slot in names.read_by(module)],
+                [axis for module in widen for axis in names.list_read_axes(module)],
             ),
             (
                 "final_ln",
-                names.made_by(narrow) + names.scaled_by(after[1]),
+                names.list_produced_axes(narrow) + names.list_scaled_axes(after[1]),
                 after[1],
                 following_readers,
             ),
@@ -313,8 +329,12 @@ def _layer(
     return [*groups, middle, feed_forward, end]
 
 
-def _spread(groups: Sequence[Group], tied: dict[str, str], shapes: Shapes) -> list[Group]:
-    """Groups under the names of a model with experts: one group per expert for its features."""
+def _expand_groups_over_experts(
+    groups: Sequence[Group], tied: dict[str, str], shapes: Shapes
+) -> list[Group]:
+    """Return the groups under the names of a model with experts: one per expert for its own
+    features.
+    """
     named: dict[str, list[str]] = {}
     for name in shapes:
         named.setdefault(to_dense_name(name), []).append(name)
@@ -332,45 +352,59 @@ def _spread(groups: Sequence[Group], tied: dict[str, str], shapes: Shapes) -> li
             }
             tied |= heads
             named[alias] = list(heads)
-    spread = []
+    expanded = []
     for group in groups:
-        tensors = [name for slot in group.slots for name in named.get(slot.tensor, [slot.tensor])]
+        tensors = [name for axis in group.axes for name in named.get(axis.tensor, [axis.tensor])]
         domains = list(dict.fromkeys(parse_expert_domain(name) for name in tensors))
         if group.family == "res" or None in domains:
-            spread.append(_renamed(group, named, None))
+            expanded.append(_group_for_expert(group, named, None))
             continue
-        spread += [
-            replace(_renamed(group, named, domain), name=f"{group.name}.{domain}")
+        expanded += [
+            replace(_group_for_expert(group, named, domain), name=f"{group.name}.{domain}")
             for domain in domains
         ]
-    return spread
+    return expanded
 
 
-def _renamed(group: Group, named: Mapping[str, list[str]], domain: str | None) -> Group:
-    """The group under the names of one expert; None: of all experts and the shared weights."""
+def _group_for_expert(group: Group, named: Mapping[str, list[str]], domain: str | None) -> Group:
+    """Return the group under the names of one expert; None: of all experts and the shared
+    weights.
+    """
 
-    def names_of(tensor: str) -> list[str]:
+    def expert_tensor_names(tensor: str) -> list[str]:
+        """List the stored names of a dense model's tensor that belong to the expert."""
         names = named.get(tensor, [tensor])
         return [n for n in names if domain is None or parse_expert_domain(n) == domain]
 
-    def slots(dense: Sequence[Slot]) -> tuple[Slot, ...]:
-        return tuple(replace(slot, tensor=name) for slot in dense for name in names_of(slot.tensor))
+    def rename_axes(dense: Sequence[TensorAxis]) -> tuple[TensorAxis, ...]:
+        return tuple(
+            replace(axis, tensor=name)
+            for axis in dense
+            for name in expert_tensor_names(axis.tensor)
+        )
 
     hooks = tuple(
         replace(hook, module=name.removesuffix(".weight"))
         for hook in group.hooks
-        for name in names_of(f"{hook.module}.weight")
+        for name in expert_tensor_names(f"{hook.module}.weight")
     )
-    return replace(group, out=slots(group.out), into=slots(group.into), hooks=hooks)
+    return replace(
+        group,
+        producing_axes=rename_axes(group.producing_axes),
+        reading_axes=rename_axes(group.reading_axes),
+        hooks=hooks,
+    )
 
 
-def _check(group: Group, shapes: Shapes, tied: Mapping[str, str]) -> None:
-    for slot in group.slots:
-        shape = shapes.get(slot.tensor, shapes.get(tied.get(slot.tensor, "")))
+def _check_group_shapes(group: Group, shapes: Shapes, tied: Mapping[str, str]) -> None:
+    """Refuse a group whose tensors are missing or too small; raise UserError naming the tensor."""
+    for axis in group.axes:
+        shape = shapes.get(axis.tensor, shapes.get(tied.get(axis.tensor, "")))
         if shape is None:
-            raise UserError(f"{slot.tensor} is missing, which {group.name} needs")
-        if slot.axis >= len(shape) or shape[slot.axis] < slot.start + group.length(slot):
+            raise UserError(f"{axis.tensor} is missing, which {group.name} needs")
+        if axis.dim >= len(shape) or shape[axis.dim] < axis.start + group.count_entries(axis):
             raise UserError(
-                f"{slot.tensor} has shape {list(shape)}; {group.name} needs {group.length(slot)} "
-                f"features from {slot.start} on along axis {slot.axis}"
+                f"{axis.tensor} has shape {list(shape)}; {group.name} needs "
+                f"{group.count_entries(axis)} "
+                f"features from {axis.start} on along axis {axis.dim}"
             )

@@ -10,8 +10,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from megamod.merging.alignment.groups import Group, Slot
-from megamod.merging.alignment.matching import Match, assign, assign_heads, solver_of
+from megamod.merging.alignment.groups import Group, TensorAxis
+from megamod.merging.alignment.matching import (
+    FeatureMatch,
+    assign_features,
+    assign_heads,
+    select_solver,
+)
 from megamod.merging.alignment.options import Options
 
 _IMPROVES = 1e-12  # smallest relative improvement that is not rounding
@@ -23,7 +28,7 @@ def match_weights(
     second: Mapping[str, Tensor],
     units: Sequence[Sequence[Sequence[Group]]],
     options: Options,
-) -> dict[str, Match]:
+) -> dict[str, FeatureMatch]:
     """Find the permutations of the groups of the second model.
 
     Args:
@@ -36,71 +41,79 @@ def match_weights(
     """
     classes = [groups for unit in units for groups in unit]
     solution = {
-        group.name: Match(torch.arange(group.size), -torch.inf)
+        group.name: FeatureMatch(torch.arange(group.size), -torch.inf)
         for groups in classes
         for group in groups
     }
-    owners: dict[str, list[tuple[Slot, Group]]] = {}
+    groups_by_tensor: dict[str, list[tuple[TensorAxis, Group]]] = {}
     for groups in classes:
         for group in groups:
-            for slot in group.slots:
-                owners.setdefault(slot.tensor, []).append((slot, group))
+            for axis in group.axes:
+                groups_by_tensor.setdefault(axis.tensor, []).append((axis, group))
     generator = torch.Generator().manual_seed(options.seed)
     for _ in range(_ROUNDS):
         improved = False
         for number in torch.randperm(len(units), generator=generator).tolist():
             unit = units[number]
-            similarities = [_similarity(first, second, groups, owners, solution) for groups in unit]
-            matches = _solve(similarities, unit, options)
-            before = sum(
+            similarities = [
+                _compute_weight_similarity(first, second, groups, groups_by_tensor, solution)
+                for groups in unit
+            ]
+            matches = _solve_unit(similarities, unit, options)
+            previous_value = sum(
                 float(m.gather_batch(1, solution[groups[0].name].permutation[:, None]).sum())
                 for m, groups in zip(similarities, unit, strict=True)
             )
-            after = sum(match.value for match in matches)
-            better = after - before > _IMPROVES * max(1.0, abs(before))
-            improved |= better
+            new_value = sum(match.value for match in matches)
+            is_better = new_value - previous_value > _IMPROVES * max(1.0, abs(previous_value))
+            improved |= is_better
             for match, groups in zip(matches, unit, strict=True):
                 for group in groups:
-                    if better or solution[group.name].value == -torch.inf:
+                    if is_better or solution[group.name].value == -torch.inf:
                         solution[group.name] = match
         if not improved:
             break
     return solution
 
 
-def _solve(
+def _solve_unit(
     similarities: Sequence[Tensor], unit: Sequence[Sequence[Group]], options: Options
-) -> list[Match]:
+) -> list[FeatureMatch]:
+    """Find the best match of each class of a unit, given their similarities."""
     heads = unit[0][0].heads
     if heads is None:
-        return [assign(similarity) for similarity in similarities]
-    inner = solver_of(unit[0][0].queries, options.attention)
+        return [assign_features(similarity) for similarity in similarities]
+    inner = select_solver(unit[0][0].queries_per_key, options.attention)
     return assign_heads(similarities, heads, options.attention, solve=inner)
 
 
-def _similarity(
+def _compute_weight_similarity(
     first: Mapping[str, Tensor],
     second: Mapping[str, Tensor],
     groups: Sequence[Group],
-    owners: Mapping[str, Sequence[tuple[Slot, Group]]],
-    solution: Mapping[str, Match],
+    groups_by_tensor: Mapping[str, Sequence[tuple[TensorAxis, Group]]],
+    solution: Mapping[str, FeatureMatch],
 ) -> Tensor:
-    """[C, C] float64: contribution of each pair of features to the inner product of the weights."""
+    """Compute [C, C] float64: each feature pair's contribution to the inner product of the
+    weights.
+    """
     size = groups[0].size
     total = torch.zeros(size, size, dtype=torch.float64)
-    for slot in dict.fromkeys(slot for group in groups for slot in group.slots):
-        if slot.tensor not in first or slot.tensor not in second:
+    for axis in dict.fromkeys(axis for group in groups for axis in group.axes):
+        if axis.tensor not in first or axis.tensor not in second:
             continue  # a tied matrix that is stored once is counted once
-        other, length = second[slot.tensor].float(), groups[0].length(slot)
-        for theirs, owner in owners[slot.tensor]:
-            if theirs.axis != slot.axis:
-                index = torch.arange(other.shape[theirs.axis])
-                moved = owner.index(theirs, solution[owner.name].permutation)
-                index[theirs.start : theirs.start + len(moved)] = theirs.start + moved
-                other = other.index_select(theirs.axis, index)
+        other, length = second[axis.tensor].float(), groups[0].count_entries(axis)
+        for other_axis, other_group in groups_by_tensor[axis.tensor]:
+            if other_axis.dim != axis.dim:
+                index = torch.arange(other.shape[other_axis.dim])
+                moved = other_group.make_entry_index(
+                    other_axis, solution[other_group.name].permutation
+                )
+                index[other_axis.start : other_axis.start + len(moved)] = other_axis.start + moved
+                other = other.index_select(other_axis.dim, index)
         rows, other_rows = (
-            tensor.narrow(slot.axis, slot.start, length).movedim(slot.axis, 0).reshape(length, -1)
-            for tensor in (first[slot.tensor].float(), other)
+            tensor.narrow(axis.dim, axis.start, length).movedim(axis.dim, 0).reshape(length, -1)
+            for tensor in (first[axis.tensor].float(), other)
         )
-        total += groups[0].spread(slot, rows @ other_rows.T)
+        total += groups[0].spread_products(axis, rows @ other_rows.T)
     return total

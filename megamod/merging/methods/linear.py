@@ -11,7 +11,7 @@ from megamod.merging.tensors import MergeTensor
 
 @method("linear", per_model={"weight": None}, overall={"normalize": True}, base="none")
 def linear(target: MergeTensor) -> Iterator[Tensor]:
-    """Weighted sum of the models, divided by the sum of the weights with `normalize`.
+    """Compute the weighted sum of the models, divided by the sum of the weights with `normalize`.
 
     Models of weight zero are not read.
 
@@ -42,13 +42,13 @@ def linear(target: MergeTensor) -> Iterator[Tensor]:
 
 @method("passthrough", per_model={"scale": 1.0}, base="none", models=(1, 1))
 def passthrough(target: MergeTensor) -> Iterator[Tensor]:
-    """Copy of the only model, times `scale`.
+    """Copy the only model, times `scale`.
 
     Source: the method of this name in mergekit; Kim et al. 2023 (SOLAR), depth up-scaling.
     """
     (model,) = target.models
-    (room,) = target.allocate_buffers(1)
+    (buffer,) = target.allocate_buffers(1)
     for start, stop in target.iterate_pieces():
-        model.read_into(start, room[: stop - start])
+        model.read_into(start, buffer[: stop - start])
         scale = model.values["scale"]
-        yield room[: stop - start] if scale == 1 else room[: stop - start].mul_(scale)
+        yield buffer[: stop - start] if scale == 1 else buffer[: stop - start].mul_(scale)

@@ -35,9 +35,9 @@ class TaskVector:
         """
         spans = list(self.target.iterate_pieces() if spans is None else spans)
         longest = max((stop - start for start, stop in spans), default=0)
-        tau, anchor = self.target.allocate_buffers(2, longest)
+        differences, base_values = self.target.allocate_buffers(2, longest)
         for start, stop in spans:
-            piece, base = tau[: stop - start], anchor[: stop - start]
+            piece, base = differences[: stop - start], base_values[: stop - start]
             self.model.read_into(start, piece)
             self.target.base.read_into(start, base)
             yield piece.sub_(base)
@@ -101,7 +101,7 @@ def drop_at_random(target: MergeTensor, model: ModelTensor) -> Callable[[], Drop
     factor = 2**_DIGIT / chances if target.values["rescale_by_density"] and chances else 1.0
 
     def start() -> Drop:
-        draw = _random_integers(target, model)
+        draw = _make_integer_source(target, model)
 
         def drop(piece: Tensor) -> None:
             piece.mul_(draw(len(piece)) < chances - 2 ** (_DIGIT - 1))
@@ -136,7 +136,7 @@ def drop_by_rank(target: MergeTensor, model: ModelTensor) -> Callable[[], Drop]:
     width = max(1, target.shape[-1] if target.shape else 1)
 
     def start() -> Drop:
-        draw = _random_integers(target, model)
+        draw = _make_integer_source(target, model)
 
         def drop(piece: Tensor) -> None:
             rows = piece.view(-1, width)
@@ -154,13 +154,13 @@ def drop_by_rank(target: MergeTensor, model: ModelTensor) -> Callable[[], Drop]:
     return start
 
 
-def scale_of_norm(
+def compute_norm_scale(
     target: MergeTensor,
     model: ModelTensor,
     start: Callable[[], Drop],
     spans: Iterable[tuple[int, int]] | None = None,
 ) -> float:
-    """Factor that restores the L1 norm of the task vector after sparsification."""
+    """Compute the factor that restores the L1 norm of the task vector after sparsification."""
     drop, before, after = start(), 0.0, 0.0
     if drop is keep_all:
         return 1.0
@@ -171,7 +171,9 @@ def scale_of_norm(
     return before / after if before >= _TINY and after >= _TINY else 1.0
 
 
-def magnitude_of_rank(pieces: Callable[[], Iterable[Tensor]], rank: int) -> tuple[float, int, int]:
+def find_magnitude_of_rank(
+    pieces: Callable[[], Iterable[Tensor]], rank: int
+) -> tuple[float, int, int]:
     """Find the magnitude of a given rank; count the smaller ones and those equal to it.
 
     Args:
@@ -209,11 +211,13 @@ def _keep_ranks(vector: TaskVector, low: int, high: int) -> Callable[[], Drop]:
     Of equal magnitudes the first has the highest rank.
     """
     count = vector.target.numel
-    least, below, equal = magnitude_of_rank(vector.iterate_pieces, low) if low > 0 else (0.0, 0, 0)
+    least, below, equal = (
+        find_magnitude_of_rank(vector.iterate_pieces, low) if low > 0 else (0.0, 0, 0)
+    )
     numbers = {least: (below + equal - high, below + equal - low)}
     most = None
     if high < count:
-        most, below, equal = magnitude_of_rank(vector.iterate_pieces, high - 1)
+        most, below, equal = find_magnitude_of_rank(vector.iterate_pieces, high - 1)
         numbers[most] = (below + equal - high, below + equal - low)
     # Of the entries equal to a limit, number first to last - 1 are kept.
     split = {value: span for value, span in numbers.items() if low > 0 or value == most}
@@ -238,7 +242,7 @@ def _keep_ranks(vector: TaskVector, low: int, high: int) -> Callable[[], Drop]:
     return start
 
 
-def _random_integers(target: MergeTensor, model: ModelTensor) -> Callable[[int], Tensor]:
+def _make_integer_source(target: MergeTensor, model: ModelTensor) -> Callable[[int], Tensor]:
     """Return a source of uniform 16-bit integers that repeats for every new call.
 
     Numbers are drawn four at a time, so both passes must use the same pieces.

@@ -16,7 +16,7 @@ _TINY = 1e-8  # norm below which a tensor has no direction
 
 @method("slerp", overall={"t": None}, models=(1, 1))
 def slerp(target: MergeTensor) -> Iterator[Tensor]:
-    """Spherical interpolation from the base (`t` = 0) to the other model (`t` = 1).
+    """Interpolate spherically from the base (`t` = 0) to the other model (`t` = 1).
 
     Linear where the two are parallel or one of them is zero.
 
@@ -34,7 +34,7 @@ def slerp(target: MergeTensor) -> Iterator[Tensor]:
         products += float(x @ y)
     norm, other_norm = math.sqrt(squares), math.sqrt(other_squares)
     norm, other_norm = (n if n > _TINY else 1.0 for n in (norm, other_norm))
-    cosine = _bounded(products / norm / other_norm)
+    cosine = _clamp_cosine(products / norm / other_norm)
     share, other_share = 1 - t, t
     if abs(cosine) <= _STRAIGHT:
         angle = math.acos(cosine)
@@ -55,7 +55,7 @@ def slerp(target: MergeTensor) -> Iterator[Tensor]:
     models=(2, 2),
 )
 def nuslerp(target: MergeTensor) -> Iterator[Tensor]:
-    """Spherical interpolation of two models, with t = second weight / sum of weights.
+    """Interpolate two models spherically, with t = second weight / sum of weights.
 
     With a base the differences from it are interpolated, and the base is added to the result. A
     tensor is one vector by default. Without `nuslerp_flatten` each row along the last axis is one;
@@ -67,77 +67,89 @@ def nuslerp(target: MergeTensor) -> Iterator[Tensor]:
     total = left.values["weight"] + right.values["weight"]
     t = 0.5 if abs(total) < 1e-6 else right.values["weight"] / total
     if target.values["nuslerp_flatten"] or not target.shape:
-        yield from _along_all(target, left, right, t)
+        yield from _interpolate_whole_tensor(target, left, right, t)
     elif target.values["nuslerp_row_wise"]:
-        yield from _along_first_axis(target, left, right, t)
+        yield from _interpolate_along_first_axis(target, left, right, t)
     else:
-        yield from _along_rows(target, left, right, t)
+        yield from _interpolate_rows(target, left, right, t)
 
 
-def _along_all(
+def _interpolate_whole_tensor(
     target: MergeTensor, left: ModelTensor, right: ModelTensor, t: float
 ) -> Iterator[Tensor]:
-    first, second, anchor = target.allocate_buffers(3)
+    """Interpolate the tensor as one vector, in two passes over its pieces."""
+    first, second, base_buffer = target.allocate_buffers(3)
     sums = torch.zeros(3, dtype=torch.float64)
     for start, stop in target.iterate_pieces():
-        x, y, _ = _differences(target, left, right, start, first, second, anchor, stop - start)
+        x, y, _ = _read_differences(
+            target, left, right, start, first, second, base_buffer, stop - start
+        )
         wide, other_wide = x.double(), y.double()
         sums += torch.stack((wide @ wide, other_wide @ other_wide, wide @ other_wide))
-    share, other_share = (float(value) for value in _shares(*sums, t))
+    share, other_share = (float(value) for value in _compute_factors(*sums, t))
     for start, stop in target.iterate_pieces():
-        x, y, base = _differences(target, left, right, start, first, second, anchor, stop - start)
+        x, y, base = _read_differences(
+            target, left, right, start, first, second, base_buffer, stop - start
+        )
         x.mul_(share).add_(y, alpha=other_share)
         yield x if base is None else x.add_(base)
 
 
-def _along_rows(
+def _interpolate_rows(
     target: MergeTensor, left: ModelTensor, right: ModelTensor, t: float
 ) -> Iterator[Tensor]:
+    """Interpolate every row along the last axis."""
     step, width = target.count_row_piece_elements(), max(1, target.shape[-1])
-    first, second, anchor = target.allocate_buffers(3, step)
+    first, second, base_buffer = target.allocate_buffers(3, step)
     for start, stop in target.iterate_row_pieces():
-        x, y, base = _differences(target, left, right, start, first, second, anchor, stop - start)
+        x, y, base = _read_differences(
+            target, left, right, start, first, second, base_buffer, stop - start
+        )
         x, y = x.view(-1, width), y.view(-1, width)
         squares, other_squares, products = (
             (a.double() * b).sum(1, keepdim=True) for a, b in ((x, x), (y, y), (x, y))
         )
-        share, other_share = _shares(squares, other_squares, products, t)
+        share, other_share = _compute_factors(squares, other_squares, products, t)
         x.mul_(share).addcmul_(y, other_share.to(y.dtype))
         yield x.view(-1) if base is None else x.view(-1).add_(base)
 
 
-def _along_first_axis(
+def _interpolate_along_first_axis(
     target: MergeTensor, left: ModelTensor, right: ModelTensor, t: float
 ) -> Iterator[Tensor]:
     """Interpolate every vector along the first axis."""
     width = target.numel // max(1, target.shape[0])
     if len(target.shape) < 2:
-        yield from _along_all(target, left, right, t)
+        yield from _interpolate_whole_tensor(target, left, right, t)
         return
     step = max(1, target.allocate_buffers(1).numel() // max(1, width)) * max(1, width)
-    first, second, anchor = target.allocate_buffers(3, step)
+    first, second, base_buffer = target.allocate_buffers(3, step)
     sums = torch.zeros(3, width, dtype=torch.float64)
     spans = [(start, min(start + step, target.numel)) for start in range(0, target.numel, step)]
     for start, stop in spans:
-        x, y, _ = _differences(target, left, right, start, first, second, anchor, stop - start)
+        x, y, _ = _read_differences(
+            target, left, right, start, first, second, base_buffer, stop - start
+        )
         x, y = x.view(-1, width), y.view(-1, width)
         for row, (a, b) in enumerate(((x, x), (y, y), (x, y))):
             sums[row] += (a.double() * b).sum(0)
-    share, other_share = _shares(*sums, t)
+    share, other_share = _compute_factors(*sums, t)
     for start, stop in spans:
-        x, y, base = _differences(target, left, right, start, first, second, anchor, stop - start)
+        x, y, base = _read_differences(
+            target, left, right, start, first, second, base_buffer, stop - start
+        )
         x.view(-1, width).mul_(share).addcmul_(y.view(-1, width), other_share.to(y.dtype))
         yield x if base is None else x.add_(base)
 
 
-def _differences(
+def _read_differences(
     target: MergeTensor,
     left: ModelTensor,
     right: ModelTensor,
     start: int,
     first: Tensor,
     second: Tensor,
-    anchor: Tensor,
+    base_buffer: Tensor,
     count: int,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Read a piece of both models minus that of the base, and the piece of the base."""
@@ -146,15 +158,15 @@ def _differences(
     right.read_into(start, y)
     if target.base is None:
         return x, y, None
-    base = anchor[:count]
+    base = base_buffer[:count]
     target.base.read_into(start, base)
     return x.sub_(base), y.sub_(base), base
 
 
-def _shares(
+def _compute_factors(
     squares: Tensor, other_squares: Tensor, products: Tensor, t: float
 ) -> tuple[Tensor, Tensor]:
-    """Factors of both vectors from squared norms and inner product (float64, any shape)."""
+    """Compute both vectors' factors from squared norms and inner product (float64, any shape)."""
     norms = squares.sqrt().clamp(min=1e-7) * other_squares.sqrt().clamp(min=1e-7)
     cosine = (products / norms).clamp(-1, 1)
     straight = 1 - cosine.square() <= _PARALLEL
@@ -164,5 +176,6 @@ def _shares(
     return share, torch.where(straight, t, torch.sin(t * angle) / sine)
 
 
-def _bounded(cosine: float) -> float:
+def _clamp_cosine(cosine: float) -> float:
+    """Clamp a cosine to [-1, 1]; NaN stays NaN, so that it is reported."""
     return cosine if math.isnan(cosine) else min(1.0, max(-1.0, cosine))

@@ -33,23 +33,25 @@ def fisher(target: MergeTensor) -> Iterator[Tensor]:
     if not _has_statistic(target, "", None):
         yield from linear(replace(target, values={"normalize": True}))
         return
-    rooms = target.allocate_buffers(4)
+    buffers = target.allocate_buffers(4)
     for start, stop in target.iterate_pieces():
-        value, information, mixed, total = (room[: stop - start] for room in rooms)
-        mixed.zero_()
-        total.zero_()
+        value, information, weighted_sum, information_sum = (
+            buffer[: stop - start] for buffer in buffers
+        )
+        weighted_sum.zero_()
+        information_sum.zero_()
         for model in target.models:
             model.read_into(start, value)
             ModelTensor(model.statistics, model.name, {}).read_into(start, information)
             information.clamp_(min=target.values["floor"]).mul_(model.values["weight"])
-            mixed.addcmul_(value, information)
-            total.add_(information)
-        yield mixed.div_(total)
+            weighted_sum.addcmul_(value, information)
+            information_sum.add_(information)
+        yield weighted_sum.div_(information_sum)
 
 
 @method("regmean", per_model={"weight": 1.0}, overall={"alpha": 0.9}, base="none")
 def regmean(target: MergeTensor) -> Iterator[Tensor]:
-    """Linear layers whose outputs are closest to those of each model on that model's inputs.
+    """Solve for linear layers whose outputs are closest to each model's on that model's inputs.
 
     With W_i [out, in] and the Gram matrix G_i [in, in] of the inputs of model i, its entries off
     the diagonal times `alpha`: W = (sum w_i W_i G_i) (sum w_i G_i)^-1. Tensors without a Gram
@@ -81,7 +83,7 @@ def regmean(target: MergeTensor) -> Iterator[Tensor]:
 
 
 def _has_statistic(target: MergeTensor, suffix: str, square: bool | None) -> bool:
-    """True if all models have this statistic of the tensor, False if none has.
+    """Return True if all models have this statistic of the tensor, False if none has.
 
     Args:
         square: it is a Gram matrix of the last axis (True) or the first (False); None: it has the

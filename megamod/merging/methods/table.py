@@ -50,20 +50,20 @@ METHODS: dict[str, Method] = {}
 
 
 def method(name: str, **fields: object) -> Callable[[Function], Function]:
-    """Decorator that enters a function into `METHODS`.
+    """Return a decorator that enters a function into `METHODS`.
 
     Args:
         name: of the method in recipes; `fields`: attributes of `Method`.
     """
 
-    def register(function: Function) -> Function:
+    def register_function(function: Function) -> Function:
         METHODS[name] = Method(function, **fields)
         return function
 
-    return register
+    return register_function
 
 
-def all_parameters() -> tuple[str, ...]:
-    """Names of the parameters of any method: a recipe may contain those of others."""
+def list_parameters() -> tuple[str, ...]:
+    """List the parameters of all methods: a recipe may contain those of others."""
     names = {name for entry in METHODS.values() for name in (*entry.per_model, *entry.overall)}
     return tuple(sorted(names))

@@ -20,11 +20,11 @@ Sparsifier = Callable[[MergeTensor, ModelTensor], Callable[[], sparsify.Drop]]
 
 @_method("task_arithmetic", per_model={"weight": None}, overall=_SUM)
 def task_arithmetic(target: MergeTensor) -> Iterator[Tensor]:
-    """The base plus `lambda` times the weighted sum of all task vectors.
+    """Add `lambda` times the weighted sum of all task vectors to the base.
 
     Source: Ilharco et al. 2022 (Editing Models with Task Arithmetic), section 2.
     """
-    return _sum(target, None)
+    return _add_task_vectors(target, None)
 
 
 @_method("ties", per_model=_TAU, overall=_SUM | {"normalize": True})
@@ -33,61 +33,61 @@ def ties(target: MergeTensor) -> Iterator[Tensor]:
 
     Source: Yadav et al. 2023 (TIES-Merging), section 4.2.
     """
-    return _elect_signs(target, sparsify.keep_largest)
+    return _add_sign_elected_vectors(target, sparsify.keep_largest)
 
 
 @_method("dare_linear", per_model=_TAU, overall=_DROP)
 def dare_linear(target: MergeTensor) -> Iterator[Tensor]:
-    """Task arithmetic on randomly sparsified task vectors.
+    """Apply task arithmetic to randomly sparsified task vectors.
 
     Source: Yu et al. 2023 (DARE), section 3.
     """
-    return _sum(target, sparsify.drop_at_random)
+    return _add_task_vectors(target, sparsify.drop_at_random)
 
 
 @_method("dare_ties", per_model=_TAU, overall=_DROP)
 def dare_ties(target: MergeTensor) -> Iterator[Tensor]:
-    """Random sparsification, then sign election as in TIES.
+    """Sparsify task vectors at random, then elect signs as in TIES.
 
     Source: Yu et al. 2023 (DARE), section 3.
     """
-    return _elect_signs(target, sparsify.drop_at_random)
+    return _add_sign_elected_vectors(target, sparsify.drop_at_random)
 
 
 @_method("breadcrumbs", per_model=_TAU | {"gamma": 0.01}, overall=_SUM)
 def breadcrumbs(target: MergeTensor) -> Iterator[Tensor]:
-    """Task arithmetic without the smallest and the very largest entries.
+    """Apply task arithmetic without the smallest and the very largest entries.
 
     Source: Davari and Belilovsky 2023 (Model Breadcrumbs), section 3.
     """
-    return _sum(target, sparsify.drop_outliers)
+    return _add_task_vectors(target, sparsify.drop_outliers)
 
 
 @_method("breadcrumbs_ties", per_model=_TAU | {"gamma": 0.01}, overall=_SUM)
 def breadcrumbs_ties(target: MergeTensor) -> Iterator[Tensor]:
-    """`breadcrumbs` with sign election as in TIES.
+    """Sparsify as `breadcrumbs`, then elect signs as in TIES.
 
     Source: Davari and Belilovsky 2023; Yadav et al. 2023.
     """
-    return _elect_signs(target, sparsify.drop_outliers)
+    return _add_sign_elected_vectors(target, sparsify.drop_outliers)
 
 
 @_method("della", per_model=_TAU | {"epsilon": 0.15}, overall=_DROP | {"normalize": True})
 def della(target: MergeTensor) -> Iterator[Tensor]:
-    """Random sparsification that prefers large entries, then sign election as in TIES.
+    """Sparsify at random, preferring large entries, then elect signs as in TIES.
 
     Source: Deep et al. 2024 (DELLA-Merging), section 3.
     """
-    return _elect_signs(target, sparsify.drop_by_rank)
+    return _add_sign_elected_vectors(target, sparsify.drop_by_rank)
 
 
 @_method("della_linear", per_model=_TAU | {"epsilon": 0.15}, overall=_DROP)
 def della_linear(target: MergeTensor) -> Iterator[Tensor]:
-    """Task arithmetic with random sparsification that prefers large entries.
+    """Apply task arithmetic to randomly sparsified task vectors, preferring large entries.
 
     Source: Deep et al. 2024 (DELLA-Merging), section 3.
     """
-    return _sum(target, sparsify.drop_by_rank)
+    return _add_task_vectors(target, sparsify.drop_by_rank)
 
 
 @_method("model_stock", overall={"filter_wise": False}, models=(2, 10**6))
@@ -101,23 +101,25 @@ def model_stock(target: MergeTensor) -> Iterator[Tensor]:
     """
     width = max(1, target.shape[-1] if target.shape else 1)
     if target.values["filter_wise"]:
-        for _, base, deltas in _task_vectors(target, list(target.iterate_row_pieces())):
+        for _, base, deltas in _iterate_task_vectors(target, list(target.iterate_row_pieces())):
             rows = deltas.view(len(deltas), -1, width)
             products = torch.einsum("aij,bij->iab", rows.double(), rows.double())
-            pull = _agreement(products)
+            pull = _compute_agreement(products)
             mean = rows.mean(0).mul_(pull.to(rows.dtype)[:, None])
             yield base.add_(mean.view(-1))
         return
     products = torch.zeros(len(target.others), len(target.others), dtype=torch.float64)
-    for _, _, deltas in _task_vectors(target, list(target.iterate_pieces())):
+    for _, _, deltas in _iterate_task_vectors(target, list(target.iterate_pieces())):
         products += deltas @ deltas.T
-    pull = float(_agreement(products))
-    for _, base, deltas in _task_vectors(target, list(target.iterate_pieces())):
+    pull = float(_compute_agreement(products))
+    for _, base, deltas in _iterate_task_vectors(target, list(target.iterate_pieces())):
         yield base.add_(deltas.mean(0), alpha=pull)
 
 
-def _agreement(products: Tensor) -> Tensor:
-    """Interpolation factor from the inner products [..., models, models] of the task vectors."""
+def _compute_agreement(products: Tensor) -> Tensor:
+    """Compute the interpolation factor from the task vectors' inner products [..., models,
+    models].
+    """
     count = products.shape[-1]
     norms = products.diagonal(dim1=-2, dim2=-1).sqrt()
     cosines = [
@@ -130,16 +132,16 @@ def _agreement(products: Tensor) -> Tensor:
     return torch.where(singular, 0, count * cosine / torch.where(singular, 1, divisor))
 
 
-def _task_vectors(
+def _iterate_task_vectors(
     target: MergeTensor, spans: list[tuple[int, int]]
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Yield the first element of a piece, the piece of the base, and task vectors [models, n]."""
     longest = max((stop - start for start, stop in spans), default=0)
     others = target.others
-    room = torch.empty((len(others) + 1) * longest, dtype=target.dtype)
+    buffer = torch.empty((len(others) + 1) * longest, dtype=target.dtype)
     for start, stop in spans:
         # One view per span, so that the pieces of a shorter last span are contiguous too.
-        whole = room[: (len(others) + 1) * (stop - start)].view(len(others) + 1, -1)
+        whole = buffer[: (len(others) + 1) * (stop - start)].view(len(others) + 1, -1)
         base, deltas = whole[0], whole[1:]
         target.base.read_into(start, base)
         for model, delta in zip(others, deltas, strict=True):
@@ -148,10 +150,12 @@ def _task_vectors(
         yield start, base, deltas
 
 
-def _sparsified(
+def _prepare_sparsifiers(
     target: MergeTensor, sparsifier: Sparsifier | None
 ) -> tuple[list[tuple[int, int]], list[tuple[ModelTensor, sparsify.Drop, float]]]:
-    """Spans of the pieces, and for each model of non-zero weight its sparsifier and factor."""
+    """Return the spans of the pieces, and (model, sparsifier, factor) of each model of non-zero
+    weight.
+    """
     by_row = sparsifier is sparsify.drop_by_rank
     spans = list(target.iterate_row_pieces() if by_row else target.iterate_pieces())
     models = []
@@ -161,57 +165,59 @@ def _sparsified(
         start = sparsifier(target, model) if sparsifier else lambda: sparsify.keep_all
         scale = 1.0
         if sparsifier and target.values["rescale"] and not target.values["rescale_by_density"]:
-            scale = sparsify.scale_of_norm(target, model, start, spans)
+            scale = sparsify.compute_norm_scale(target, model, start, spans)
         models.append((model, start(), model.values["weight"] * scale))
     return spans, models
 
 
-def _sum(target: MergeTensor, sparsifier: Sparsifier | None) -> Iterator[Tensor]:
-    """Base plus the weighted sum of sparsified task vectors."""
-    spans, models = _sparsified(target, sparsifier)
-    total = sum(model.values["weight"] for model in target.others)
+def _add_task_vectors(target: MergeTensor, sparsifier: Sparsifier | None) -> Iterator[Tensor]:
+    """Add the weighted sum of sparsified task vectors to the base, piece by piece."""
+    spans, models = _prepare_sparsifiers(target, sparsifier)
+    weight_sum = sum(model.values["weight"] for model in target.others)
     factor = target.values["lambda"]
-    if target.values["normalize"] and abs(total) >= 1e-8:
-        factor /= total
-    base_room, tau_room, sum_room = target.allocate_buffers(
+    if target.values["normalize"] and abs(weight_sum) >= 1e-8:
+        factor /= weight_sum
+    base_buffer, delta_buffer, sum_buffer = target.allocate_buffers(
         3, max((b - a for a, b in spans), default=0)
     )
     for start, stop in spans:
-        base, tau, mixed = (room[: stop - start] for room in (base_room, tau_room, sum_room))
+        base, delta, total = (
+            buffer[: stop - start] for buffer in (base_buffer, delta_buffer, sum_buffer)
+        )
         target.base.read_into(start, base)
-        mixed.zero_()
+        total.zero_()
         for model, drop, weight in models:
-            model.read_into(start, tau)
-            drop(tau.sub_(base))
-            mixed.add_(tau, alpha=weight)
-        yield base.add_(mixed, alpha=factor)
+            model.read_into(start, delta)
+            drop(delta.sub_(base))
+            total.add_(delta, alpha=weight)
+        yield base.add_(total, alpha=factor)
 
 
-def _elect_signs(target: MergeTensor, sparsifier: Sparsifier) -> Iterator[Tensor]:
-    """Base plus the entries of sparsified task vectors that have the sign of their weighted sum.
+def _add_sign_elected_vectors(target: MergeTensor, sparsifier: Sparsifier) -> Iterator[Tensor]:
+    """Add those entries of the task vectors to the base that have the sign of their weighted sum.
 
     A sum of zero counts as positive. With `normalize` each entry is divided by the weights of the
     models that contribute to it.
     """
-    spans, models = _sparsified(target, sparsifier)
+    spans, models = _prepare_sparsifiers(target, sparsifier)
     longest = max((stop - start for start, stop in spans), default=0)
-    rooms = target.allocate_buffers(len(models) + 3, longest)
+    buffers = target.allocate_buffers(len(models) + 3, longest)
     for start, stop in spans:
-        base, mixed, divisor, *deltas = (room[: stop - start] for room in rooms)
+        base, total, divisor, *deltas = (buffer[: stop - start] for buffer in buffers)
         target.base.read_into(start, base)
-        mixed.zero_()
+        total.zero_()
         for (model, drop, weight), delta in zip(models, deltas, strict=True):
             model.read_into(start, delta)
             drop(delta.sub_(base))
-            mixed.add_(delta.mul_(weight))
-        sign = torch.copysign(torch.ones(()), mixed.add_(0.0))  # -0 + 0 = 0
-        mixed.zero_()
+            total.add_(delta.mul_(weight))
+        sign = torch.copysign(torch.ones(()), total.add_(0.0))  # -0 + 0 = 0
+        total.zero_()
         divisor.zero_()
         for (model, _, _), delta in zip(models, deltas, strict=True):
             delta.mul_(sign).clamp_(min=0)
-            mixed.add_(delta)
+            total.add_(delta)
             if target.values["normalize"]:
                 divisor.add_(delta.sign_(), alpha=model.values["weight"])
         if target.values["normalize"]:
-            mixed.div_(divisor.add_(divisor == 0))
-        yield base.addcmul_(mixed, sign.to(mixed.dtype), value=target.values["lambda"])
+            total.div_(divisor.add_(divisor == 0))
+        yield base.addcmul_(total, sign.to(total.dtype), value=target.values["lambda"])

@@ -38,13 +38,22 @@ from megamod.evaluation.glue import score_table
 from megamod.evaluation.held_out_loss import causal_loss, classifier_loss, masked_loss
 from megamod.evaluation.plots import plot_barriers, plot_losses_along
 from megamod.files import write_json
-from megamod.merging.alignment.align import align, places_of, shapes_of
-from megamod.merging.alignment.calibration import read_items, whole_batches
+from megamod.merging.alignment.align_models import (
+    align_models,
+    collect_float_shapes,
+    find_position_limit,
+)
+from megamod.merging.alignment.calibration import iterate_whole_batches, read_token_ids
 from megamod.merging.alignment.measure import load_model
 from megamod.merging.alignment.options import BY_TEXT, Options
-from megamod.merging.alignment.permute import changes, permuted, reference, untied
+from megamod.merging.alignment.permute import (
+    compute_axis_changes,
+    map_untied_tensors,
+    permute_state,
+    prepare_reference,
+)
 from megamod.merging.alignment.record import Alignment
-from megamod.merging.alignment.symmetry import symmetry_of
+from megamod.merging.alignment.symmetry import find_symmetry
 from megamod.models.classifier_inputs import list_input_fields
 from megamod.runs.finetune.args import RowArgs
 from megamod.runs.finetune.one_task import head_class
@@ -179,7 +188,7 @@ def open_held_out(study: BarrierStudy, task: str) -> HeldOutTask:
 
 def _checked_length(model: PreTrainedModel, study: BarrierStudy) -> PreTrainedModel:
     """Return the model, after a check that its positions suffice for the blocks of the study."""
-    positions = places_of(model.config)
+    positions = find_position_limit(model.config)
     if positions is not None and study.max_seq_length > positions:
         raise UserError(
             f"max_seq_length {study.max_seq_length}: {model.name_or_path or 'a model'} has "
@@ -262,13 +271,13 @@ def _curve(
         for name in pair
     )
     alignment = _aligned(first, second, options, held_out, study.max_seq_length)
-    config, shapes = first.config.to_dict(), shapes_of(first.state_dict())
-    symmetry = symmetry_of(config, shapes, qk=options.qk)
+    config, shapes = first.config.to_dict(), collect_float_shapes(first.state_dict())
+    symmetry = find_symmetry(config, shapes, qk=options.qk)
     ends = (
-        reference(first.state_dict(), symmetry, alignment),
-        permuted(second.state_dict(), symmetry, alignment),
+        prepare_reference(first.state_dict(), symmetry, alignment),
+        permute_state(second.state_dict(), symmetry, alignment),
     )
-    if untied(symmetry, changes(symmetry, alignment)):
+    if map_untied_tensors(symmetry, compute_axis_changes(symmetry, alignment)):
         _untie(second)
     ends = tuple({name: tensor.clone() for name, tensor in state.items()} for state in ends)
     weights = weights_of(study.points)
@@ -290,16 +299,16 @@ def _aligned(
     max_length: int,
 ) -> Alignment:
     if options.method not in BY_TEXT:
-        return align(first, second, None, options)
+        return align_models(first, second, None, options)
     calibration, items = options.calibration, held_out.calibration
     if calibration.path is not None:
-        items = read_items(Path(calibration.path), held_out.tokenize, max_length)
+        items = read_token_ids(Path(calibration.path), held_out.tokenize, max_length)
     if items is None:
         raise UserError("align.calibration.path is missing: text to compare the models on")
-    batches = whole_batches(
+    batches = iterate_whole_batches(
         items, calibration.batch_size, calibration.fraction, pad_id=held_out.pad_id
     )
-    return align(first, second, batches, options)
+    return align_models(first, second, batches, options)
 
 
 def _untie(model: PreTrainedModel) -> None:

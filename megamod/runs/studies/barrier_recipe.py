@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from megamod.errors import UserError
-from megamod.merging.alignment.options import Options, checked_options
+from megamod.merging.alignment.options import Options, read_options
 
 MLM, CLM = "mlm", "clm"
 KEYS = ("models", "pairs", "task", "data", "tokenizer", "max_seq_length", "batch_size", "points")
@@ -121,7 +121,7 @@ def _pairs(value: object, models: Mapping[str, str], where: str) -> tuple[tuple[
 def _variants(value: object, where: str) -> dict[str, Options]:
     if not isinstance(value, dict) or not value:
         raise UserError(f"{where}: {value!r} is not names, each with alignment options")
-    return {str(name): checked_options(block or {}, where, name) for name, block in value.items()}
+    return {str(name): read_options(block or {}, where, name) for name, block in value.items()}
 
 
 def checked_fields(fields: Mapping[str, object], path: Path) -> dict[str, object]:
