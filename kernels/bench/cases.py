@@ -74,7 +74,7 @@ class Case:
 
 
 def parse_shape(text: str) -> Shape:
-    """SIZE-nN[-sLENGTH][-gGROUPS].
+    """Parse SIZE-nN[-sLENGTH][-gGROUPS].
 
     Raises:
         SystemExit: for anything else.
@@ -88,21 +88,23 @@ def parse_shape(text: str) -> Shape:
     return Shape(int(result[4] or 32), int(result[2]), int(result[3] or 128), size, heads)
 
 
-def _drawn(device: str, dtype: torch.dtype, *shape: int, scale: float = 1.0) -> Tensor:
+def _draw_parameter(device: str, dtype: torch.dtype, *shape: int, scale: float = 1.0) -> Tensor:
+    """Draw a tensor of normal values times `scale` that requires a gradient."""
     return (torch.randn(*shape, device=device) * scale).to(dtype).requires_grad_()
 
 
-def _modes(forward: float, backward: float) -> dict[str, float]:
+def _add_up_modes(forward: float, backward: float) -> dict[str, float]:
+    """Return the lower bounds by mode: forward, backward, and their sum."""
     return {"fwd": forward, "bwd": backward, "fwd_bwd": forward + backward}
 
 
-def multiplex_case(shape: Shape, dtype: str, device: str) -> Case:
+def make_multiplex_case(shape: Shape, dtype: str, device: str) -> Case:
     """Keyed mean of N instances, keys frozen."""
     kind = DTYPES[dtype]
     N, D, unit = shape.instances, shape.size, shape.positions * shape.size * kind.itemsize
     key = torch.randn(N, D, device=device)
     inputs = {
-        "x": _drawn(device, kind, shape.groups, N, shape.length, D),
+        "x": _draw_parameter(device, kind, shape.groups, N, shape.length, D),
         "key": key / key.norm(dim=1, keepdim=True),
     }
 
@@ -116,15 +118,15 @@ def multiplex_case(shape: Shape, dtype: str, device: str) -> Case:
         ("eager",),
         ("x",),
         eager,
-        _modes((N + 1) * unit, (N + 1) * unit),
-        _modes(2 * N * shape.positions * D, N * shape.positions * D),
+        _add_up_modes((N + 1) * unit, (N + 1) * unit),
+        _add_up_modes(2 * N * shape.positions * D, N * shape.positions * D),
     )
 
 
-def rsa_demux_case(shape: Shape, dtype: str, device: str, layers: int = 2) -> Case:
+def make_rsa_demux_case(shape: Shape, dtype: str, device: str, layers: int = 2) -> Case:
     """RSA demultiplexing of all positions, L = 2."""
     kind, N, D, P = DTYPES[dtype], shape.instances, shape.size, shape.positions
-    draw = partial(_drawn, device, kind)
+    draw = partial(_draw_parameter, device, kind)
     inputs = {
         "hidden": draw(shape.groups, shape.length, D),
         "key": draw(N, D),
@@ -138,15 +140,15 @@ def rsa_demux_case(shape: Shape, dtype: str, device: str, layers: int = 2) -> Ca
     for layer in range(2, layers):
         inputs |= {f"dense_{layer}": draw(D, D, scale=D**-0.5), f"dense_{layer}_bias": draw(D)}
 
-    def chain_of(weights: Mapping[str, Tensor]) -> Chain:
+    def make_chain(weights: Mapping[str, Tensor]) -> Chain:
         names = (*(f"dense_{layer}" for layer in range(2, layers)), "last", "norm")
-        *between, last, norm = ((weights[name], weights[f"{name}_bias"]) for name in names)
-        return Chain(between, last, norm, EPS)
+        *dense, last, norm = ((weights[name], weights[f"{name}_bias"]) for name in names)
+        return Chain(dense, last, norm, EPS)
 
-    def concat(
+    def demux_concatenated(
         hidden: Tensor, key: Tensor, first: Tensor, first_bias: Tensor, **weights: Tensor
     ) -> Tensor:
-        chain = chain_of(weights)
+        chain = make_chain(weights)
         keys = key[None, :, None].expand(len(hidden), -1, hidden.shape[1], -1)
         repeated = hidden[:, None].expand(-1, len(key), -1, -1)
         x = F.gelu(F.linear(torch.cat([keys, repeated], -1), first, first_bias))
@@ -154,7 +156,7 @@ def rsa_demux_case(shape: Shape, dtype: str, device: str, layers: int = 2) -> Ca
             x = F.gelu(F.linear(x, *dense)) + x
         return F.layer_norm(F.gelu(F.linear(x, *chain.last)), (D,), *chain.norm, EPS) + x
 
-    def split(
+    def demux_split(
         demux: Callable[..., Tensor],
         hidden: Tensor,
         key: Tensor,
@@ -162,34 +164,38 @@ def rsa_demux_case(shape: Shape, dtype: str, device: str, layers: int = 2) -> Ca
         first_bias: Tensor,
         **weights: Tensor,
     ) -> Tensor:
-        return demux(*split_projection(hidden, key, first, first_bias), chain_of(weights))
+        return demux(*split_projection(hidden, key, first, first_bias), make_chain(weights))
 
-    variants = {"ours": partial(split, rsa_demux)}
+    variants = {"ours": partial(demux_split, rsa_demux)}
     if device == "cuda":
-        variants["ours fused"] = partial(split, partial(rsa_demux, implementation="triton"))
+        variants["ours fused"] = partial(demux_split, partial(rsa_demux, implementation="triton"))
     unit = P * D * kind.itemsize
     forward = 2 * (N * (layers - 1) + 1) * P * D * D
     return Case(
         device,
         inputs,
-        variants | {"eager split": partial(split, rsa_demux_reference), "eager concat": concat},
+        variants
+        | {
+            "eager split": partial(demux_split, rsa_demux_reference),
+            "eager concat": demux_concatenated,
+        },
         ("eager split", "eager concat"),
         tuple(inputs),
-        concat,
-        _modes((N + 1) * unit, 2 * (N + 1) * unit),
-        _modes(forward, 2 * forward),
+        demux_concatenated,
+        _add_up_modes((N + 1) * unit, 2 * (N + 1) * unit),
+        _add_up_modes(forward, 2 * forward),
     )
 
 
-def rsa_demux_l3_case(shape: Shape, dtype: str, device: str) -> Case:
+def make_rsa_demux_l3_case(shape: Shape, dtype: str, device: str) -> Case:
     """RSA demultiplexing of all positions, L = 3 as in the published models."""
-    return rsa_demux_case(shape, dtype, device, layers=3)
+    return make_rsa_demux_case(shape, dtype, device, layers=3)
 
 
-def _embedding_inputs(shape: Shape, dtype: str, device: str) -> dict[str, Tensor]:
-    """Ids, keys, and all that `Tables` holds."""
+def _draw_embedding_inputs(shape: Shape, dtype: str, device: str) -> dict[str, Tensor]:
+    """Draw ids, keys, and all parameters of `Tables`, by name."""
     kind, D = DTYPES[dtype], shape.size
-    draw = partial(_drawn, device, kind)
+    draw = partial(_draw_parameter, device, kind)
     key = torch.randn(shape.instances, D, device=device)
     ids = (shape.groups * shape.instances, shape.length)
     return {
@@ -203,10 +209,10 @@ def _embedding_inputs(shape: Shape, dtype: str, device: str) -> dict[str, Tensor
     }
 
 
-def mux_embed_case(shape: Shape, dtype: str, device: str) -> Case:
+def make_mux_embed_case(shape: Shape, dtype: str, device: str) -> Case:
     """From token ids to the encoder's input: two embeddings and the keyed mean between them."""
     N, D, P = shape.instances, shape.size, shape.positions
-    inputs = _embedding_inputs(shape, dtype, device)
+    inputs = _draw_embedding_inputs(shape, dtype, device)
 
     def ours(ids: Tensor, key: Tensor, **tables: Tensor) -> Tensor:
         return mux_embed(ids, key, Tables(**tables, word_padding=0))
@@ -222,24 +228,24 @@ def mux_embed_case(shape: Shape, dtype: str, device: str) -> Case:
         ("eager",),
         ("word", "position", "token_type", "weight", "bias"),
         eager,
-        _modes((N + 1) * unit + 8 * N * P, (3 * N + 2) * unit + 8 * N * P),
-        _modes((10 * N + 8) * P * D, 2 * (10 * N + 8) * P * D),
+        _add_up_modes((N + 1) * unit + 8 * N * P, (3 * N + 2) * unit + 8 * N * P),
+        _add_up_modes((10 * N + 8) * P * D, 2 * (10 * N + 8) * P * D),
     )
 
 
-def mux_attention_case(shape: Shape, dtype: str, device: str) -> Case:
+def make_mux_attention_case(shape: Shape, dtype: str, device: str) -> Case:
     """From token ids to what the first block's heads read, and the residual, which is added.
 
     "ours" is what "auto" does; "ours fused" embeds and projects in one kernel.
     """
     kind, N, D, P = DTYPES[dtype], shape.instances, shape.size, shape.positions
-    inputs = _embedding_inputs(shape, dtype, device)
+    inputs = _draw_embedding_inputs(shape, dtype, device)
     names = [part + end for part in ("query", "key", "value") for end in ("_weight", "_bias")]
     for name in names:
         sizes = (D, D) if name.endswith("weight") else (D,)
-        inputs[f"to_{name}"] = _drawn(device, kind, *sizes, scale=D**-0.5)
+        inputs[f"to_{name}"] = _draw_parameter(device, kind, *sizes, scale=D**-0.5)
 
-    def both(
+    def add_residual(
         attention: Callable[..., tuple[Tensor, Tensor]],
         ids: Tensor,
         key: Tensor,
@@ -251,28 +257,30 @@ def mux_attention_case(shape: Shape, dtype: str, device: str) -> Case:
         attended, residual = attention(ids, key, tables, projections, shape.heads)
         return attended + residual
 
-    variants = {"ours": partial(both, mux_attention)}
+    variants = {"ours": partial(add_residual, mux_attention)}
     if device == "cuda":
-        variants["ours fused"] = partial(both, partial(mux_attention, implementation="triton"))
+        variants["ours fused"] = partial(
+            add_residual, partial(mux_attention, implementation="triton")
+        )
     unit, product = P * D * kind.itemsize, 6 * P * D * D
     attention = 4 * P * shape.length * D
     return Case(
         device,
         inputs,
-        variants | {"eager": partial(both, mux_attention_reference)},
+        variants | {"eager": partial(add_residual, mux_attention_reference)},
         ("eager",),
         # Softmax does not see the bias of keys: its gradient is 0, and so has no relative error.
         tuple(name for name in inputs if name not in ("ids", "key", "to_key_bias")),
-        partial(both, mux_attention_reference),
-        _modes((N + 9) * unit + 8 * N * P, (3 * N + 20) * unit + 8 * N * P),
-        _modes(product + attention, 2 * product + 2.5 * attention),
+        partial(add_residual, mux_attention_reference),
+        _add_up_modes((N + 9) * unit + 8 * N * P, (3 * N + 20) * unit + 8 * N * P),
+        _add_up_modes(product + attention, 2 * product + 2.5 * attention),
     )
 
 
-def norm_linear_case(shape: Shape, dtype: str, device: str) -> Case:
+def make_norm_linear_case(shape: Shape, dtype: str, device: str) -> Case:
     """The encoder's last norm, and the hidden half of the demultiplexer's first layer."""
     kind, D, P = DTYPES[dtype], shape.size, shape.positions
-    draw = partial(_drawn, device, kind)
+    draw = partial(_draw_parameter, device, kind)
     inputs = {
         "x": draw(shape.groups, shape.length, D),
         "gain": draw(D),
@@ -280,7 +288,7 @@ def norm_linear_case(shape: Shape, dtype: str, device: str) -> Case:
         "first": draw(D, 2 * D, scale=D**-0.5),
     }
 
-    def behind_norm(
+    def apply_after_norm(
         linear: Callable[..., Tensor], x: Tensor, gain: Tensor, shift: Tensor, first: Tensor
     ) -> Tensor:
         return linear(x, Norm(gain, shift, EPS), first[:, D:])
@@ -290,22 +298,22 @@ def norm_linear_case(shape: Shape, dtype: str, device: str) -> Case:
         device,
         inputs,
         {
-            "ours": partial(behind_norm, norm_linear),
-            "eager": partial(behind_norm, norm_linear_reference),
+            "ours": partial(apply_after_norm, norm_linear),
+            "eager": partial(apply_after_norm, norm_linear_reference),
         },
         ("eager",),
         tuple(inputs),
-        partial(behind_norm, norm_linear_reference),
-        _modes(3 * unit, 6 * unit),
-        _modes(product, 2 * product),
+        partial(apply_after_norm, norm_linear_reference),
+        _add_up_modes(3 * unit, 6 * unit),
+        _add_up_modes(product, 2 * product),
     )
 
 
-def slot_attention_case(shape: Shape, dtype: str, device: str) -> Case:
+def make_slot_attention_case(shape: Shape, dtype: str, device: str) -> Case:
     """Attention among the N instances of each position; stock attention on B * L sequences of N."""
     kind, N, D, P = DTYPES[dtype], shape.instances, shape.size, shape.positions
     sizes = (shape.groups, N, shape.length, D)
-    inputs = {name: _drawn(device, kind, *sizes) for name in ("q", "k", "v")}
+    inputs = {name: _draw_parameter(device, kind, *sizes) for name in ("q", "k", "v")}
     unit = P * D * kind.itemsize
     return Case(
         device,
@@ -317,21 +325,21 @@ def slot_attention_case(shape: Shape, dtype: str, device: str) -> Case:
         ("eager sdpa",),
         ("q", "k", "v"),
         partial(slot_attention_reference, heads=shape.heads),
-        _modes(4 * N * unit, 7 * N * unit),
-        _modes(4 * N * N * D * P, 10 * N * N * D * P),
-        flex.peers(N, shape.length, shape.heads, device),
+        _add_up_modes(4 * N * unit, 7 * N * unit),
+        _add_up_modes(4 * N * N * D * P, 10 * N * N * D * P),
+        flex.make_flex_variants(N, shape.length, shape.heads, device),
     )
 
 
-def keyed_linear_case(shape: Shape, dtype: str, device: str) -> Case:
+def make_keyed_linear_case(shape: Shape, dtype: str, device: str) -> Case:
     """Query, key and value of instances that are marked by their keys on the way in."""
     kind, N, D, P = DTYPES[dtype], shape.instances, shape.size, shape.positions
     key = torch.randn(N, D, device=device)
     inputs = {
-        "x": _drawn(device, kind, shape.groups, N, shape.length, D),
+        "x": _draw_parameter(device, kind, shape.groups, N, shape.length, D),
         "key": (key / key.norm(dim=1, keepdim=True)).to(kind),
-        "weight": _drawn(device, kind, 3 * D, D, scale=D**-0.5),
-        "bias": _drawn(device, kind, 3 * D),
+        "weight": _draw_parameter(device, kind, 3 * D, D, scale=D**-0.5),
+        "bias": _draw_parameter(device, kind, 3 * D),
     }
     unit, product = P * D * kind.itemsize, 2 * N * P * D * 3 * D
     return Case(
@@ -341,18 +349,18 @@ def keyed_linear_case(shape: Shape, dtype: str, device: str) -> Case:
         ("eager",),
         ("x", "weight", "bias"),
         keyed_linear_reference,
-        _modes(4 * N * unit, 8 * N * unit),
-        _modes(product, 2 * product),
+        _add_up_modes(4 * N * unit, 8 * N * unit),
+        _add_up_modes(product, 2 * product),
     )
 
 
 CASES: dict[str, Callable[[Shape, str, str], Case]] = {
-    "multiplex": multiplex_case,
-    "mux_embed": mux_embed_case,
-    "mux_attention": mux_attention_case,
-    "slot_attention": slot_attention_case,
-    "keyed_linear": keyed_linear_case,
-    "norm_linear": norm_linear_case,
-    "rsa_demux": rsa_demux_case,
-    "rsa_demux_l3": rsa_demux_l3_case,
+    "multiplex": make_multiplex_case,
+    "mux_embed": make_mux_embed_case,
+    "mux_attention": make_mux_attention_case,
+    "slot_attention": make_slot_attention_case,
+    "keyed_linear": make_keyed_linear_case,
+    "norm_linear": make_norm_linear_case,
+    "rsa_demux": make_rsa_demux_case,
+    "rsa_demux_l3": make_rsa_demux_l3_case,
 }

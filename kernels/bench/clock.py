@@ -1,4 +1,4 @@
-"""Clocks and yardsticks: time with cold caches, copy bandwidth, rate of matrix products."""
+"""Timing of calls with cold caches, and the copy bandwidth and matrix product rate of a machine."""
 
 import platform
 import statistics
@@ -14,8 +14,8 @@ LONGEST_WAIT = 0.02
 
 
 @dataclass(frozen=True)
-class Yard:
-    """Measured bandwidth and peak of this machine."""
+class MachineSpeed:
+    """Measured copy bandwidth and matrix product rate of this machine."""
 
     device: str
     bytes_per_second: float
@@ -23,12 +23,12 @@ class Yard:
     software: str = ""
 
     def record(self) -> dict[str, object]:
-        """For a JSON file, and what `text` reads."""
+        """Return the values for a JSON file, which `format_machine_speed` formats."""
         return asdict(self)
 
 
 class Clock:
-    """Seconds of a call, with cold caches."""
+    """Timer of calls on one device, with cold caches."""
 
     def __init__(self, device: str):
         self.cuda = device == "cuda"
@@ -36,7 +36,7 @@ class Clock:
         self.flush = torch.empty(size, dtype=torch.int8, device=device)
 
     def __call__(self, call: Callable[[], object], ahead: float = 0.0) -> float:
-        """Time once.
+        """Time a call once and return seconds.
 
         Args:
             ahead: seconds that a GPU is kept busy before, so that the host has queued the whole
@@ -56,26 +56,28 @@ class Clock:
         torch.cuda.synchronize()
         return start.elapsed_time(stop) / 1000
 
-    def host(self, call: Callable[[], object], rounds: int = 3) -> float:
-        """Seconds until a call returns on the host, whether or not the device is done."""
+    def measure_host_time(self, call: Callable[[], object], rounds: int = 3) -> float:
+        """Return the least seconds until a call returns on the host, whether or not the device is
+        done.
+        """
         result = []
         for _ in range(rounds):
-            settle(self.cuda)
+            synchronise(self.cuda)
             start = time.perf_counter()
             call()
             result.append(time.perf_counter() - start)
-        settle(self.cuda)
+        synchronise(self.cuda)
         return min(result)
 
 
-def settle(cuda: bool) -> None:
-    """Wait for the device."""
+def synchronise(cuda: bool) -> None:
+    """Wait until the GPU has finished; does nothing without `cuda`."""
     if cuda:
         torch.cuda.synchronize()
 
 
-def yardsticks(device: str) -> Yard:
-    """Copy bandwidth (bytes read and written) and rate of a large GEMM, the best of ten."""
+def measure_machine_speed(device: str) -> MachineSpeed:
+    """Measure copy bandwidth (bytes read and written) and rate of a large GEMM, the best of ten."""
     clock = Clock(device)
     cuda = device == "cuda"
     source = torch.empty(1 << 30 if cuda else 1 << 25, dtype=torch.int8, device=device)
@@ -85,17 +87,19 @@ def yardsticks(device: str) -> Yard:
     copy = min(clock(lambda: target.copy_(source)) for _ in range(10))
     gemm = min(clock(lambda: a @ b) for _ in range(10))
     name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-    return Yard(name, 2 * source.numel() / copy, 2 * size**3 / gemm, software())
+    return MachineSpeed(
+        name, 2 * source.numel() / copy, 2 * size**3 / gemm, list_software_versions()
+    )
 
 
-def yard_text(yard: dict[str, object]) -> str:
-    """Format the reference values of `Yard.record`."""
-    copy, gemm = yard["bytes_per_second"] / 1e9, yard["flops_per_second"] / 1e12
-    return f"{yard['device']}, {yard['software']}: copy {copy:.0f} GB/s, GEMM {gemm:.3g} TFLOP/s"
+def format_machine_speed(speed: dict[str, object]) -> str:
+    """Format the values of `MachineSpeed.record` in one line."""
+    copy, gemm = speed["bytes_per_second"] / 1e9, speed["flops_per_second"] / 1e12
+    return f"{speed['device']}, {speed['software']}: copy {copy:.0f} GB/s, GEMM {gemm:.3g} TFLOP/s"
 
 
-def software() -> str:
-    """Versions of what computes."""
+def list_software_versions() -> str:
+    """List the versions of Python, torch and Triton in one line."""
     result = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
     try:
         result.append(f"triton {version('triton')}")
@@ -104,8 +108,8 @@ def software() -> str:
     return ", ".join(result)
 
 
-def percentiles(times: Sequence[float]) -> tuple[float, float, float]:
-    """The 20th, 50th and 80th."""
+def compute_percentiles(times: Sequence[float]) -> tuple[float, float, float]:
+    """Compute the 20th, 50th and 80th percentile."""
     if len(times) < 2:
         return times[0], times[0], times[0]
     cuts = statistics.quantiles(times, n=10, method="inclusive")

@@ -6,7 +6,7 @@ from typing import NoReturn
 
 
 def run(main: Callable[[], int]) -> NoReturn:
-    """Exit with what main returns; with 2 for a mistake, because 1 is a floor that was missed."""
+    """Exit with the code that `main` returns, or with 2 for a mistake, as 1 is a missed floor."""
     try:
         code = main()
     except SystemExit as mistake:

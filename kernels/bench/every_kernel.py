@@ -1,10 +1,10 @@
-"""Every kernel once, forward and backward, at odd sizes: what a memory checker is run on.
+"""Run every kernel once, forward and backward, at odd sizes, for a memory checker.
 
     python kernels/bench/every_kernel.py
     python kernels/bench/every_kernel.py --memcheck
 
-With --memcheck it runs itself under `compute-sanitizer --tool memcheck`; where there is none, it
-says so and all is well.
+With --memcheck it runs itself under `compute-sanitizer --tool memcheck`; without that tool it says
+so and exits with 0.
 """
 
 import argparse
@@ -20,7 +20,7 @@ FAULT = 9  # exit code of the checker where it found something
 
 
 def main() -> int:
-    """Run them here, or under the checker."""
+    """Run all kernels here, or under the checker; return 1 if a result is not finite."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -28,7 +28,7 @@ def main() -> int:
     parser.add_argument("--memcheck", action="store_true", help="under compute-sanitizer")
     args = parser.parse_args()
     if args.memcheck:
-        return under_checker(args.device)
+        return run_under_checker(args.device)
     from cases import CASES, Shape
     from torch.autograd import grad
 
@@ -46,8 +46,10 @@ def main() -> int:
     return 0
 
 
-def under_checker(device: str) -> int:
-    """Exit code of the checker; 0 if there is none."""
+def run_under_checker(device: str) -> int:
+    """Run this program under compute-sanitizer and return its exit code; 0 if it is not
+    installed.
+    """
     checker = shutil.which("compute-sanitizer")
     if checker is None:
         print("compute-sanitizer is not on the PATH: memory accesses were not checked")

@@ -7,8 +7,10 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 
-def block_diagonal(instances: int, length: int, heads: int, device: str) -> Callable[..., Tensor]:
-    """One sequence of L * N tokens, each position's N instances seeing one another.
+def make_block_diagonal_attention(
+    instances: int, length: int, heads: int, device: str
+) -> Callable[..., Tensor]:
+    """Make attention over one sequence of L * N tokens, where the N instances of a position attend.
 
     q, k, v [B, N, L, D] -> [B, N, L, D]. The mask is made here, once.
     Source: Dong et al. 2024 (Flex Attention), document masking.
@@ -21,7 +23,7 @@ def block_diagonal(instances: int, length: int, heads: int, device: str) -> Call
     mask = create_block_mask(same_position, None, None, size, size, device=device)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (_by_position(x).flatten(1, 2) for x in (q, k, v))  # [B, L * N, D]
+        q, k, v = (_transpose_positions_first(x).flatten(1, 2) for x in (q, k, v))  # [B, L * N, D]
         q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
         mixed = flex_attention(q, k, v, block_mask=mask).transpose(1, 2).flatten(2)
         return mixed.unflatten(1, (length, instances)).transpose(1, 2)
@@ -29,13 +31,13 @@ def block_diagonal(instances: int, length: int, heads: int, device: str) -> Call
     return attend
 
 
-def small_batches(heads: int) -> Callable[..., Tensor]:
-    """B * L sequences of N tokens each. q, k, v [B, N, L, D] -> [B, N, L, D]."""
+def make_small_batch_attention(heads: int) -> Callable[..., Tensor]:
+    """Make attention over B * L sequences of N tokens: q, k, v [B, N, L, D] -> [B, N, L, D]."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         groups, length = q.shape[0], q.shape[2]
         q, k, v = (
-            _by_position(x).flatten(0, 1).unflatten(-1, (heads, -1)).transpose(1, 2)
+            _transpose_positions_first(x).flatten(0, 1).unflatten(-1, (heads, -1)).transpose(1, 2)
             for x in (q, k, v)
         )  # [B * L, heads, N, K]
         mixed = flex_attention(q, k, v).transpose(1, 2).flatten(2)
@@ -44,15 +46,20 @@ def small_batches(heads: int) -> Callable[..., Tensor]:
     return attend
 
 
-def _by_position(x: Tensor) -> Tensor:
+def _transpose_positions_first(x: Tensor) -> Tensor:
+    """Return x [B, N, L, D] as [B, L, N, D]."""
     return x.transpose(1, 2)
 
 
-def peers(instances: int, length: int, heads: int, device: str) -> dict[str, Callable[..., Tensor]]:
-    """FlexAttention peers, compiled; empty without a GPU, where they have no backward pass."""
+def make_flex_variants(
+    instances: int, length: int, heads: int, device: str
+) -> dict[str, Callable[..., Tensor]]:
+    """Make the FlexAttention variants by name; empty without a GPU, where they have no backward
+    pass.
+    """
     if torch.device(device).type != "cuda":
         return {}
     return {
-        "flex mask": block_diagonal(instances, length, heads, device),
-        "flex batches": small_batches(heads),
+        "flex mask": make_block_diagonal_attention(instances, length, heads, device),
+        "flex batches": make_small_batch_attention(heads),
     }

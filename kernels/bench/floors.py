@@ -49,13 +49,13 @@ class Verdict:
 
     @property
     def met(self) -> bool | None:
-        """None: not known."""
+        """Return True if the floor is met; None: not measured."""
         if self.value is None:
             return None
         return self.value >= self.limit if self.larger else self.value <= self.limit
 
     def word(self) -> str:
-        """MET, MISSED, or that it is not known."""
+        """Return MET, MISSED or "not measured"."""
         return {None: "not measured", True: "MET", False: "MISSED"}[self.met]
 
     def __str__(self) -> str:
@@ -85,8 +85,8 @@ FLOORS = (
 OVERHEAD_US = 15.0
 
 
-def by_case(rows: Iterable[Row]) -> dict[tuple[object, ...], dict[str, Row]]:
-    """Rows by operation, shape, mode and dtype, and then by variant."""
+def group_by_case(rows: Iterable[Row]) -> dict[tuple[object, ...], dict[str, Row]]:
+    """Group rows by operation, shape, mode and dtype, and then by variant."""
     cases: dict[tuple[object, ...], dict[str, Row]] = {}
     for row in rows:
         key = tuple(row[name] for name in ("op", "shape", "mode", "dtype"))
@@ -94,25 +94,28 @@ def by_case(rows: Iterable[Row]) -> dict[tuple[object, ...], dict[str, Row]]:
     return cases
 
 
-def verdicts(rows: Iterable[Row], floors: Sequence[Floor] = FLOORS) -> list[Verdict]:
-    """Of all floors that say something about these rows. If ours failed, its floors are missed."""
+def judge_floors(rows: Iterable[Row], floors: Sequence[Floor] = FLOORS) -> list[Verdict]:
+    """List the verdicts of all floors that apply to these rows. If ours failed, its floors are
+    missed.
+    """
     return [
-        Verdict(" ".join(key[:3]), floor.what, _value(floor, variants), floor.limit)
-        for key, variants in by_case(rows).items()
+        Verdict(" ".join(key[:3]), floor.what, _compute_value(floor, variants), floor.limit)
+        for key, variants in group_by_case(rows).items()
         for floor in floors
         if "ours" in variants and floor.fits(variants["ours"])
     ]
 
 
-def overhead_verdict(overhead: Mapping[str, float]) -> Verdict:
-    """Of what `overhead.launch_overhead` found."""
+def judge_overhead(overhead: Mapping[str, float]) -> Verdict:
+    """Return the verdict on the result of `overhead.measure_launch_overhead`."""
     return Verdict(
         "multiplex, tiny", "us on the host beyond a torch operation", overhead["extra_us"],
         OVERHEAD_US, larger=False,
     )  # fmt: skip
 
 
-def _value(floor: Floor, variants: Mapping[str, Row]) -> float | None:
+def _compute_value(floor: Floor, variants: Mapping[str, Row]) -> float | None:
+    """Return the ratio that a floor limits; 0 if ours failed, None without a competitor's time."""
     ours = variants["ours"]
     if "failed" in ours:
         return 0.0

@@ -1,4 +1,6 @@
-"""One operation at one shape: times of all variants in turns, and their errors against float64."""
+"""Measurement of one operation at one shape: times of all variants in turns, errors against
+float64.
+"""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -6,7 +8,7 @@ from functools import partial
 
 import torch
 from cases import Case
-from clock import Clock, Yard, percentiles, settle
+from clock import Clock, MachineSpeed, compute_percentiles, synchronise
 from torch import Tensor
 
 TUNED = "max-autotune-no-cudagraphs"
@@ -16,8 +18,8 @@ Variant = Callable[..., Tensor]
 Row = dict[str, object]
 
 
-def variants_of(case: Case, compiled: str) -> dict[str, Variant]:
-    """By name: ours, plain torch, and torch compiled.
+def make_variants(case: Case, compiled: str) -> dict[str, Variant]:
+    """Return the variants by name: ours, plain torch, and torch compiled.
 
     Args:
         compiled: "none", "default", or "all" for max-autotune too.
@@ -39,17 +41,18 @@ def measure_case(
     case: Case,
     mode: str,
     variants: Mapping[str, Variant],
-    yard: Yard,
+    machine_speed: MachineSpeed,
     rounds: int,
     deadline: float = float("inf"),
 ) -> list[Row]:
-    """A row for each variant; one that fails, or that there is no time for, has a row that says so.
+    """Measure a row for each variant; a variant that fails or runs out of time has a row that says
+    so.
 
     Args:
         deadline: of `time.monotonic`, after which no further variant is compiled.
     """
     clock = Clock(case.device)
-    exact = wanted_of(case, mode)
+    exact = compute_exact_results(case, mode)
     upstream = None if mode == "fwd" else exact[-1]
     calls, rows = {}, {}
     for name, variant in variants.items():
@@ -58,20 +61,23 @@ def measure_case(
             rows[name]["failed"] = OUT_OF_TIME
             continue
         try:
-            result = _results(case, variant, upstream)
-            rows[name] |= errors_of(result, exact)
-            call = _call(case, variant, mode, upstream)
+            result = _compute_results(case, variant, upstream)
+            rows[name] |= compute_errors(result, exact)
+            call = _make_call(case, variant, mode, upstream)
             call()
-            calls[name] = call, 2 * clock.host(call)
+            calls[name] = call, 2 * clock.measure_host_time(call)
         except Exception as error:
-            rows[name]["failed"] = first_line(error)
+            rows[name]["failed"] = format_error(error)
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, (call, ahead) in calls.items():
             times[name].append(clock(call, ahead))
-    floor = max(case.bytes[mode] / yard.bytes_per_second, case.flops[mode] / yard.flops_per_second)
+    floor = max(
+        case.bytes[mode] / machine_speed.bytes_per_second,
+        case.flops[mode] / machine_speed.flops_per_second,
+    )
     for name, result in times.items():
-        low, middle, high = percentiles(result)
+        low, middle, high = compute_percentiles(result)
         rows[name] |= {
             "us": middle * 1e6,
             "us_p20": low * 1e6,
@@ -85,8 +91,10 @@ def measure_case(
     return list(rows.values())
 
 
-def wanted_of(case: Case, mode: str) -> list[Tensor]:
-    """In float64 by the definition: the value; unless in mode "fwd" gradients and, last, theirs."""
+def compute_exact_results(case: Case, mode: str) -> list[Tensor]:
+    """Compute the value in float64; unless in mode "fwd" then the gradients and, last, the upstream
+    gradient.
+    """
     wide = {
         name: tensor.detach().double() if tensor.is_floating_point() else tensor
         for name, tensor in case.inputs.items()
@@ -102,8 +110,10 @@ def wanted_of(case: Case, mode: str) -> list[Tensor]:
     return [value.detach(), *grads, upstream]
 
 
-def errors_of(result: Sequence[Tensor], exact: Sequence[Tensor]) -> Row:
-    """Norm of the difference over the norm: of the value, and the worst of all gradients."""
+def compute_errors(result: Sequence[Tensor], exact: Sequence[Tensor]) -> Row:
+    """Compute relative errors (norm of the difference over norm): of the value, and of the worst
+    gradient.
+    """
     errors = [
         float((ours.double() - expected).norm() / expected.norm().clamp_min(1e-300))
         for ours, expected in zip(result, exact, strict=False)
@@ -111,13 +121,14 @@ def errors_of(result: Sequence[Tensor], exact: Sequence[Tensor]) -> Row:
     return {"error": errors[0], "grad_error": max(errors[1:], default=None)}
 
 
-def first_line(error: BaseException) -> str:
+def format_error(error: BaseException) -> str:
     """Format the error of a failed variant in one line."""
     said = str(error).strip().splitlines() or ["without a message"]
     return f"{type(error).__name__}: {said[0]}"[:200]
 
 
-def _results(case: Case, variant: Variant, upstream: Tensor | None) -> list[Tensor]:
+def _compute_results(case: Case, variant: Variant, upstream: Tensor | None) -> list[Tensor]:
+    """Run a variant and return its value, and the gradients if there is an upstream gradient."""
     if upstream is None:
         with torch.no_grad():
             result = [variant(**case.inputs)]
@@ -125,11 +136,14 @@ def _results(case: Case, variant: Variant, upstream: Tensor | None) -> list[Tens
         value = variant(**case.inputs)
         leaves = [case.inputs[name] for name in case.differentiable]
         result = [value.detach(), *torch.autograd.grad(value, leaves, upstream)]
-    settle(case.device == "cuda")
+    synchronise(case.device == "cuda")
     return result
 
 
-def _call(case: Case, variant: Variant, mode: str, upstream: Tensor | None) -> Callable[[], object]:
+def _make_call(
+    case: Case, variant: Variant, mode: str, upstream: Tensor | None
+) -> Callable[[], object]:
+    """Make the call that is timed in a mode; for "bwd" the forward pass runs here, once."""
     inputs, leaves = case.inputs, [case.inputs[name] for name in case.differentiable]
 
     if mode == "fwd":

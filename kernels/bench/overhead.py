@@ -4,15 +4,17 @@ import time
 from collections.abc import Callable
 
 import torch
-from clock import settle
+from clock import synchronise
 from megamod_kernels.mux import multiplex
 from torch import Tensor
 
 CALLS, ROUNDS = 100, 7  # a GPU's queue holds about a thousand launches
 
 
-def launch_overhead(device: str, calls: int = CALLS, rounds: int = ROUNDS) -> dict[str, float]:
-    """Microseconds per call of `multiplex` and of `torch.mean`, on a tensor of a few kilobytes.
+def measure_launch_overhead(
+    device: str, calls: int = CALLS, rounds: int = ROUNDS
+) -> dict[str, float]:
+    """Measure microseconds per call of `multiplex` and `torch.mean` on a tensor of a few kilobytes.
 
     Neither needs a gradient. The device has so little to do that only the host's work is seen;
     both take turns, the least of all rounds counts.
@@ -27,15 +29,16 @@ def launch_overhead(device: str, calls: int = CALLS, rounds: int = ROUNDS) -> di
             call()
         for _ in range(rounds):
             for name, call in sides.items():
-                result[name] = min(result[name], _per_call(call, calls, cuda) * 1e6)
+                result[name] = min(result[name], _time_calls(call, calls, cuda) * 1e6)
     return result | {"extra_us": result["ours_us"] - result["torch_us"]}
 
 
-def _per_call(call: Callable[[], Tensor], calls: int, cuda: bool) -> float:
-    settle(cuda)
+def _time_calls(call: Callable[[], Tensor], calls: int, cuda: bool) -> float:
+    """Return the host's seconds per call, averaged over `calls` calls."""
+    synchronise(cuda)
     start = time.perf_counter()
     for _ in range(calls):
         call()
     result = (time.perf_counter() - start) / calls
-    settle(cuda)
+    synchronise(cuda)
     return result

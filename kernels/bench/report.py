@@ -1,4 +1,4 @@
-"""Tables and plots of measured operations, and where they go."""
+"""Tables and plots of measured operations, and the files they are written to."""
 
 import csv
 import json
@@ -6,8 +6,8 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from clock import yard_text
-from floors import by_case, overhead_verdict, verdicts
+from clock import format_machine_speed
+from floors import group_by_case, judge_floors, judge_overhead
 
 Row = Mapping[str, object]
 BEGIN, END = "<!-- measured -->", "<!-- end of measured -->"
@@ -16,8 +16,8 @@ FIELDS += ("host_us", "bytes", "flops", "floor_us", "share_of_floor", "error", "
 FIELDS += ("failed",)
 
 
-def table(rows: Sequence[Row], header: bool = True) -> str:
-    """One line per variant."""
+def format_table(rows: Sequence[Row], header: bool = True) -> str:
+    """Format rows as text, one line per variant."""
     lines = []
     if header:
         lines.append(
@@ -32,40 +32,42 @@ def table(rows: Sequence[Row], header: bool = True) -> str:
         spread = f"{row['us_p20']:.1f}..{row['us_p80']:.1f}"
         lines.append(
             folder + f"{row['us']:9.1f} {spread:>19} {row['floor_us']:8.1f} "
-            f"{row['share_of_floor']:6.2f} {row['error']:8.1e} {_grad_error(row):>8}"
+            f"{row['share_of_floor']:6.2f} {row['error']:8.1e} {_format_grad_error(row):>8}"
         )
     return "\n".join(lines)
 
 
-def markdown(record: Mapping[str, object]) -> str:
-    """The same for a document: a line per case, ours against the best of the others."""
-    result = [f"{yard_text(record['yard'])}, both measured in the same run.", ""]
+def format_markdown(record: Mapping[str, object]) -> str:
+    """Format a record for a document: a line per case, ours against the best of the others."""
+    result = [f"{format_machine_speed(record['yard'])}, both measured in the same run.", ""]
     result += [
         "| op | shape | mode | dtype | ours, us | share of the floor | error | of gradients | "
         "best other, us | ratio | floor |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     failed = []
-    for key, variants in by_case(record["rows"]).items():
-        failed += [f"{' '.join(key[:3])} {n}: {r['failed']}" for n, r in _failed(variants)]
+    for key, variants in group_by_case(record["rows"]).items():
+        failed += [f"{' '.join(key[:3])} {n}: {r['failed']}" for n, r in _list_failed(variants)]
         ours = variants.get("ours", {})
         cells = list(map(str, key))
         if "us" not in ours:
             result.append(f"| {' | '.join(cells)} | failed" + " | -" * 6 + " |")
             continue
         cells += [f"{ours['us']:.1f}", f"{ours['share_of_floor']:.2f}", f"{ours['error']:.1e}"]
-        cells.append(_grad_error(ours))
+        cells.append(_format_grad_error(ours))
         others = {n: row["us"] for n, row in variants.items() if n != "ours" and "us" in row}
         if others:
             best = min(others, key=others.__getitem__)
             cells += [f"{others[best]:.1f} ({best})", f"{others[best] / ours['us']:.2f}"]
         else:
             cells += ["-", "-"]
-        judged = verdicts(variants.values())
-        cells.append("; ".join(f"{v.word()} ({v.what} {_at_least(v)})" for v in judged) or "-")
+        list_verdicts = judge_floors(variants.values())
+        cells.append(
+            "; ".join(f"{v.word()} ({v.what} {_format_limit(v)})" for v in list_verdicts) or "-"
+        )
         result.append(f"| {' | '.join(cells)} |")
     if overhead := record.get("overhead"):
-        result += ["", _overhead_line(overhead)]
+        result += ["", _format_overhead(overhead)]
     if failed:
         result += ["", "Without a time:", "", *(f"* {line}" for line in failed)]
     if left := record.get("not_measured"):
@@ -73,53 +75,53 @@ def markdown(record: Mapping[str, object]) -> str:
     return "\n".join(result)
 
 
-def judged_lines(record: Mapping[str, object]) -> list[str]:
-    """All verdicts of a record, as text."""
-    return [str(verdict) for verdict in judged(record)]
+def format_verdicts(record: Mapping[str, object]) -> list[str]:
+    """List all verdicts of a record as text."""
+    return [str(verdict) for verdict in list_verdicts(record)]
 
 
-def judged(record: Mapping[str, object]) -> list:
-    """All verdicts of a record."""
-    result = verdicts(record["rows"])
+def list_verdicts(record: Mapping[str, object]) -> list:
+    """List all verdicts of a record."""
+    result = judge_floors(record["rows"])
     if overhead := record.get("overhead"):
-        result.append(overhead_verdict(overhead))
+        result.append(judge_overhead(overhead))
     return result
 
 
-def write_between(path: Path, begin: str, end: str, text: str) -> None:
-    """Put text between two markers of a document.
+def replace_between_markers(path: Path, begin: str, end: str, text: str) -> None:
+    """Replace the text between two markers of a document.
 
     Raises:
         SystemExit: if the document has not each of them once, in this order.
     """
-    whole = path.read_text(encoding="utf-8")
-    front, first, rest = whole.partition(begin)
-    _, last, back = rest.partition(end)
-    if not first or not last or begin in back or end in front + back:
-        raise SystemExit(f"{path}: needs {begin} and behind it {end}, each once")
-    write_text(path, f"{front}{begin}\n\n{text}\n\n{end}{back}")
+    content = path.read_text(encoding="utf-8")
+    before_begin, found_begin, after_begin = content.partition(begin)
+    _, found_end, after_end = after_begin.partition(end)
+    if not found_begin or not found_end or begin in after_end or end in before_begin + after_end:
+        raise SystemExit(f"{path}: needs {begin} and after it {end}, each once")
+    write_text(path, f"{before_begin}{begin}\n\n{text}\n\n{end}{after_end}")
 
 
 def write_docs(record: Mapping[str, object], path: Path) -> None:
-    """Put the table between the markers of a document."""
-    write_between(path, BEGIN, END, markdown(record))
+    """Write a record's table between the markers of a document."""
+    replace_between_markers(path, BEGIN, END, format_markdown(record))
 
 
 def write_text(path: Path, text: str) -> None:
-    """A file that is there whole or not at all."""
+    """Write a file atomically; the folder is made if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".new")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    temporary = path.with_name(path.name + ".new")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def write_json(record: Mapping[str, object], path: Path) -> None:
-    """The whole record."""
+    """Write the whole record as JSON."""
     write_text(path, json.dumps(record, indent=1) + "\n")
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:
-    """The rows, empty where one has no such field."""
+    """Write the rows as CSV; missing fields are empty."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, FIELDS)
@@ -127,8 +129,8 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
         writer.writerows(rows)
 
 
-def plot(rows: Sequence[Row], path: Path) -> None:
-    """Times, and shares of the floor, of every variant: a panel per operation and mode."""
+def plot_times(rows: Sequence[Row], path: Path) -> None:
+    """Plot times and shares of the floor of every variant: a panel per operation and mode."""
     try:
         import matplotlib
     except ModuleNotFoundError:
@@ -141,7 +143,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     panels = list(dict.fromkeys((row["op"], row["mode"]) for row in timed))
     if not panels:
         return
-    colours = _colours(timed, pyplot.get_cmap("tab20"))
+    colours = _select_colours(timed, pyplot.get_cmap("tab20"))
     figure, axes = pyplot.subplots(
         len(panels), 2, figsize=(12, 3 * len(panels)), squeeze=False, layout="constrained"
     )
@@ -154,8 +156,8 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             for number, variant in enumerate(variants):
                 result = {row["shape"]: row[name] for row in local if row["variant"] == variant}
                 shift = (number - (len(variants) - 1) / 2) * width
-                places = [shapes.index(shape) + shift for shape in result]
-                axis.bar(places, result.values(), width, label=variant, color=colours[variant])
+                positions = [shapes.index(shape) + shift for shape in result]
+                axis.bar(positions, result.values(), width, label=variant, color=colours[variant])
             axis.set_xticks(range(len(shapes)), shapes, fontsize=8)
             axis.set_xlim(-0.6, len(shapes) - 0.4)
             axis.set_title(" ".join(panel))
@@ -168,26 +170,26 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     pyplot.close(figure)
 
 
-def _colours(rows: Sequence[Row], palette) -> dict[str, object]:
-    """One colour per variant in all panels; ours is black."""
+def _select_colours(rows: Sequence[Row], palette) -> dict[str, object]:
+    """Assign one colour to each variant in all panels; ours is black."""
     others = dict.fromkeys(row["variant"] for row in rows if row["variant"] != "ours")
     return {"ours": "black"} | {name: palette(i % 20) for i, name in enumerate(others)}
 
 
-def _failed(variants: Mapping[str, Row]) -> list[tuple[str, Row]]:
+def _list_failed(variants: Mapping[str, Row]) -> list[tuple[str, Row]]:
     return [(name, row) for name, row in variants.items() if "failed" in row]
 
 
-def _grad_error(row: Row) -> str:
+def _format_grad_error(row: Row) -> str:
     return "-" if row.get("grad_error") is None else f"{row['grad_error']:.1e}"
 
 
-def _at_least(verdict) -> str:
+def _format_limit(verdict) -> str:
     return "?" if verdict.value is None else f"{verdict.value:.2f}, at least {verdict.limit:g}"
 
 
-def _overhead_line(overhead: Mapping[str, float]) -> str:
-    verdict = overhead_verdict(overhead)
+def _format_overhead(overhead: Mapping[str, float]) -> str:
+    verdict = judge_overhead(overhead)
     return (
         f"launch overhead, us on the host per call against torch op: {overhead['ours_us']:.1f} "
         f"(multiplex) and {overhead['torch_us']:.1f} (mean): "

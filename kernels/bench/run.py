@@ -4,8 +4,8 @@
     python kernels/bench/run.py --op rsa_demux --mode fwd_bwd --shape base-n5
     python kernels/bench/run.py --all --minutes 3 --json runs/kernels.json --plot runs/kernels.png
 
-All variants of a case take turns, a buffer larger than the caches is written between any two calls,
-and the middle of many rounds counts. Beside each time stand the errors against float64, of the
+All variants of a case take turns, a buffer larger than the caches is written between two calls,
+and the median of all rounds counts. Each time comes with the errors against float64, of the
 value and the worst of all gradients, and the share of the floor: the time that the least possible
 bytes or operations take at the copy bandwidth and the GEMM rate that the same run measured. SHAPE
 is SIZE-nN[-sLENGTH][-gGROUPS], such as large-n10-s512: 32 groups of N instances of 128 tokens
@@ -28,12 +28,12 @@ from floors import MODES  # noqa: E402
 
 
 def main() -> int:
-    """Measure what was asked for, print a table, write files."""
+    """Measure the requested operations, print a table and write files; return the exit code."""
     args = parse_arguments()
     if args.docs and args.from_json:
-        return write_docs_of(args.from_json, args.docs)
+        return write_docs_from_json(args.from_json, args.docs)
     from cases import CASES, parse_shape
-    from schedule import SHAPES, Wish, whole_program
+    from schedule import SHAPES, Request, list_all_requests
 
     if args.list:
         for name, case in CASES.items():
@@ -43,18 +43,18 @@ def main() -> int:
     ops = list(CASES) if args.all else args.op
     if unknown := [op for op in ops if op not in CASES]:
         sys.exit(f"--op {unknown[0]}: there are {', '.join(CASES)}")
-    wishes = whole_program(ops)
+    requests = list_all_requests(ops)
     if not args.all or args.shape or args.mode:
         modes, shapes = tuple(args.mode or ["fwd_bwd"]), args.shape or ["base-n5"]
-        wishes = [Wish(op, shape, modes, tuned=True) for op in ops for shape in shapes]
-    for wish in wishes:
-        parse_shape(wish.shape)
+        requests = [Request(op, shape, modes, tuned=True) for op in ops for shape in shapes]
+    for request in requests:
+        parse_shape(request.shape)
     import torch
 
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("there is no CUDA device; --device cpu times the code for processors")
-    record = measure(args, wishes)
-    from report import judged, plot, write_csv, write_docs
+    record = measure_requests(args, requests)
+    from report import list_verdicts, plot, write_csv, write_docs
 
     if args.csv:
         write_csv(record["rows"], args.csv)
@@ -64,42 +64,42 @@ def main() -> int:
         write_docs(record, args.docs)
     if record["not_measured"]:
         print(f"not measured, no time left: {', '.join(record['not_measured'])}")
-    from clock import yard_text
+    from clock import format_machine_speed
 
-    print(yard_text(record["yard"]))
+    print(format_machine_speed(record["machine_speed"]))
     if args.device != "cuda":
         return 0
-    result = judged(record)
+    result = list_verdicts(record)
     print("\n".join(map(str, result)))
     return int(any(verdict.met is False for verdict in result))
 
 
-def measure(args: argparse.Namespace, wishes: list) -> dict[str, object]:
-    """The whole record; it is in --json after every case, so that an end by force loses little."""
-    from clock import yard_text, yardsticks
-    from overhead import launch_overhead
-    from report import table, write_json
-    from schedule import measure_all, replaced
+def measure_requests(args: argparse.Namespace, requests: list) -> dict[str, object]:
+    """Measure all requests and return the record, which is written to --json after every case."""
+    from clock import format_machine_speed, measure_machine_speed
+    from overhead import measure_launch_overhead
+    from report import format_table, write_json
+    from schedule import measure_all, replace_cases
 
-    yard = yardsticks(args.device)
-    print(yard_text(yard.record()), flush=True)
+    machine_speed = measure_machine_speed(args.device)
+    print(format_machine_speed(machine_speed.record()), flush=True)
     rows, left = [], []
-    record: dict[str, object] = {"yard": yard.record(), "not_measured": left}
-    record |= {"overhead": launch_overhead(args.device), "rows": rows}
-    for wish, result in measure_all(
-        wishes,
+    record: dict[str, object] = {"yard": machine_speed.record(), "not_measured": left}
+    record |= {"overhead": measure_launch_overhead(args.device), "rows": rows}
+    for request, result in measure_all(
+        requests,
         device=args.device,
         dtype=args.dtype,
         rounds=args.rounds,
         compiled=args.compile or ("floors" if args.all else "all"),
-        yard=yard,
+        machine_speed=machine_speed,
         seconds=60 * args.minutes if args.minutes is not None else float("inf"),
     ):
         if result is None:
-            left.append(str(wish))
+            left.append(str(request))
             continue
-        print(table(result, header=not rows), flush=True)
-        rows[:] = replaced(rows, result)
+        print(format_table(result, header=not rows), flush=True)
+        rows[:] = replace_cases(rows, result)
         if args.json:
             write_json(record, args.json)
     if args.json:
@@ -107,8 +107,8 @@ def measure(args: argparse.Namespace, wishes: list) -> dict[str, object]:
     return record
 
 
-def write_docs_of(source: Path, document: Path) -> int:
-    """Put an earlier run's table into a document."""
+def write_docs_from_json(source: Path, document: Path) -> int:
+    """Write an earlier run's table into a document."""
     from report import write_docs
 
     write_docs(json.loads(source.read_text(encoding="utf-8")), document)
@@ -116,7 +116,7 @@ def write_docs_of(source: Path, document: Path) -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line; see `--help`."""
+    """Parse the command line; see `--help`."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -47,26 +47,26 @@ class Build:
 
 _MUX_EMBED_COUNTS = (
     "rows", "length", "D", "N", "start", "first_stride", "second_stride", "position_stride",
-    "blocks", "every", "count", "padding",
+    "blocks", "token_count", "count", "padding",
 )  # fmt: skip
 
 
-def mux_builds() -> Iterator[Build]:
-    """The kernels at the tuned widths, for ahead-of-time compilation."""
+def list_mux_builds() -> Iterator[Build]:
+    """List the builds of the kernels of `multiplex` at the tuned widths."""
     for size in (768, 1024, 1536, 2048):
         for dtype in ("bf16", "fp32"):
             tensors = dict.fromkeys(("x", "key", "mixed", "upstream", "grad_x"), f"*{dtype}")
             signature = tensors | {"partial": "*fp32"}
             signature |= dict.fromkeys(("rows", "length", "D", "N", "blocks"), "i32")
-            constants = {"BLOCK": mux.ROWS, "WIDTH": mux.COLUMNS}
+            constants = {"ROWS": mux.ROWS, "WIDTH": mux.WIDTH}
             aligned = ("upstream", "x", "key", "grad_x", "partial", "mixed", "D")
             for kernel, more in (
                 (mux_kernels.multiplex_fwd_kernel, {}),
-                (mux_kernels.multiplex_bwd_kernel, {"OF_X": True, "OF_KEY": True}),
-                (mux_kernels.multiplex_bwd_kernel, {"OF_X": True, "OF_KEY": False}),
+                (mux_kernels.multiplex_bwd_kernel, {"GRAD_X": True, "GRAD_KEY": True}),
+                (mux_kernels.multiplex_bwd_kernel, {"GRAD_X": True, "GRAD_KEY": False}),
             ):
                 names = kernel.arg_names
-                key = "-key" if more.get("OF_KEY") else ""
+                key = "-key" if more.get("GRAD_KEY") else ""
                 yield Build(
                     name=f"{kernel.__name__}{key}-D{size}-{dtype}",
                     kernel=kernel,
@@ -78,26 +78,30 @@ def mux_builds() -> Iterator[Build]:
                 )
 
 
-def _mux_embed_flags(size: int, dropout: bool) -> dict[str, object]:
-    """Compile-time arguments of kernels with all optional ids, for ahead-of-time compilation."""
+def _make_mux_embed_flags(size: int, dropout: bool) -> dict[str, object]:
+    """Return the compile-time arguments of kernels with all optional ids, by name."""
     flags = {"TYPES": 1, "FIRSTS": True, "SECONDS": True, "POSITIONS": True, "KEEP": True}
     flags |= {"MIXED": False, "SECOND": False, "DROPOUT": dropout}
     return flags | {"CHUNK": mux_embed.CHUNK, **mux_embed.tiles(size)}
 
 
-def _mux_embed_kinds(names: Iterable[str], dtype: str) -> dict[str, str]:
-    """Argument types by name; tensors have the given dtype unless listed here."""
+def _list_mux_embed_types(names: Iterable[str], dtype: str) -> dict[str, str]:
+    """Return argument types by name; tensors have the given dtype unless listed here."""
     kinds = dict.fromkeys(names, f"*{dtype}")
     kinds |= dict.fromkeys(
         ("stats", "second_stats", "partial", "head", "tail", "sums", "second_sums"), "*fp32"
     )
     whole = ("ids", "types", "firsts", "seconds", "positions", "seed", "order")
-    kinds |= dict.fromkeys(whole, "*i64") | {"owner": "*i32"} | dict.fromkeys(("eps", "p"), "fp32")
+    kinds |= (
+        dict.fromkeys(whole, "*i64") | {"owner": "*i32"} | dict.fromkeys(("eps", "dropout"), "fp32")
+    )
     return kinds | dict.fromkeys(_MUX_EMBED_COUNTS, "i32")
 
 
-def mux_embed_builds() -> Iterator[Build]:
-    """The kernels at the tuned widths, with and without dropout, for ahead-of-time compilation."""
+def list_mux_embed_builds() -> Iterator[Build]:
+    """List the builds of the kernels of `mux_embed` at the tuned widths, with and without
+    dropout.
+    """
     by_rows = (mux_embed_kernels.mux_embed_fwd_kernel, mux_embed_kernels.mux_embed_bwd_kernel)
     others = (
         mux_embed_kernels.mux_embed_columns_kernel,
@@ -113,13 +117,13 @@ def mux_embed_builds() -> Iterator[Build]:
             rowwise = kernel in by_rows
             names = kernel.arg_names
             flags = {
-                "BLOCK": mux_embed.rows_per_program(size) if rowwise else 4,
-                **_mux_embed_flags(size, drop),
+                "ROWS": mux_embed.count_rows_per_program(size) if rowwise else 4,
+                **_make_mux_embed_flags(size, drop),
             }
             constants = {name: flags[name] for name in names if name in flags}
             if drop and "DROPOUT" not in constants:
                 continue
-            kinds = _mux_embed_kinds(names, dtype)
+            kinds = _list_mux_embed_types(names, dtype)
             signature = {name: kinds[name] for name in names if name not in constants}
             aligned = [name for name in signature if signature[name][0] == "*"]
             yield Build(
@@ -133,8 +137,8 @@ def mux_embed_builds() -> Iterator[Build]:
             )
 
 
-def mux_attention_builds() -> Iterator[Build]:
-    """The kernel at the tuned widths, for ahead-of-time compilation."""
+def list_mux_attention_builds() -> Iterator[Build]:
+    """List the builds of the kernel of `mux_attention` at the tuned widths."""
     names = mux_attention_kernels.mux_qkv_kernel.arg_names
     for size, rows, dtype, itemsize in (
         (768, 4096, "bf16", 2),
@@ -145,16 +149,18 @@ def mux_attention_builds() -> Iterator[Build]:
         (1536, 16384, "bf16", 2),
         (2048, 16384, "bf16", 2),
     ):
-        tile_rows, tile_columns, inner, warps, stages = mux_attention.product_tile(rows, itemsize)
+        tile_rows, tile_columns, inner, warps, stages = mux_attention.select_product_tile(
+            rows, itemsize
+        )
         constants = {
-            "BLOCK": mux_attention.rows_at_once(size),
-            "TALL": tile_rows,
-            "WIDE": tile_columns,
+            "ROWS": mux_attention.count_embedded_rows(size),
+            "TILE_ROWS": tile_rows,
+            "COLUMNS": tile_columns,
             "INNER": inner,
         }
-        constants |= _mux_embed_flags(size, dropout=size == 768)
+        constants |= _make_mux_embed_flags(size, dropout=size == 768)
         constants = {name: value for name, value in constants.items() if name in names}
-        kinds = _mux_embed_kinds(names, dtype)
+        kinds = _list_mux_embed_types(names, dtype)
         signature = {name: kinds[name] for name in names if name not in constants}
         yield Build(
             name=f"mux_qkv_kernel-D{size}-{tile_rows}-{dtype}",
@@ -167,14 +173,14 @@ def mux_attention_builds() -> Iterator[Build]:
         )
 
 
-def slot_attention_builds() -> list[Build]:
-    """Ahead-of-time compilations of both tiles, with and without dropout."""
+def list_slot_attention_builds() -> list[Build]:
+    """List the builds of `slot_attention` with both tiles, with and without dropout."""
     builds = []
-    types = {"mask_ptr": "*i1", "seed_ptr": "*i64", "scale": "fp32", "dropout": "fp32"}
+    types = {"mask": "*i1", "seed": "*i64", "scale": "fp32", "dropout": "fp32"}
     for size, dtype, instances in product((768, 1024, 2048), ("bf16", "fp32"), (5, 12)):
         head, drops = 128 if size == 2048 else 64, instances == 12
-        rows, warps = slot_kernels.tile(instances, head, 2 if dtype == "bf16" else 4)
-        constants = slot_kernels.constants_of(
+        rows, warps = slot_kernels.select_tile(instances, head, 2 if dtype == "bf16" else 4)
+        constants = slot_kernels.make_compile_time_arguments(
             instances, size // head, head, rows, slot_attention.MASKED, drops
         )
         for kernel in (
@@ -182,8 +188,20 @@ def slot_attention_builds() -> list[Build]:
             slot_kernels.slot_attention_bwd_kernel,
         ):
             names = [name for name in kernel.arg_names if name not in constants]
-            pointers = {name: f"*{dtype}" for name in names if name.endswith("_ptr")}
-            strides = [name for name in names if name.endswith(("_group", "_slot", "_token"))]
+            tensors = (
+                "upstream",
+                "q",
+                "k",
+                "v",
+                "output",
+                "grad_q",
+                "grad_k",
+                "grad_v",
+                "mask",
+                "seed",
+            )
+            pointers = {name: f"*{dtype}" for name in tensors if name in names}
+            strides = [name for name in names if name.endswith("_stride")]
             builds.append(
                 Build(
                     name=f"{kernel.__name__}-D{size}-N{instances}-{dtype}",
@@ -198,56 +216,62 @@ def slot_attention_builds() -> list[Build]:
     return builds
 
 
-def keyed_linear_builds() -> list[Build]:
-    """Ahead-of-time compilations of every tile; no kernel depends on D."""
+def list_keyed_linear_builds() -> list[Build]:
+    """List the builds of `keyed_linear` with every tile; no kernel depends on D."""
+    types = dict.fromkeys(("rows", "positions", "part_positions", "length", "N"), "i32")
+    aligned_counts = ("IN", "OUT", "weight_in_stride", "weight_out_stride")
+    types |= dict.fromkeys(aligned_counts, "i32")
+    types |= dict.fromkeys(("weight_partial", "key_partial"), "*fp32")
     variants = []
     for dtype, rows in (("bf16", 2**20), ("bf16", 1), ("fp32", 2**20)):
-        *blocks, warps, stages = keyed_kernels.matmul_tile(rows, 768, 2 if dtype == "bf16" else 4)
+        *blocks, warps, stages = keyed_kernels.select_matmul_tile(
+            rows, 768, 2 if dtype == "bf16" else 4
+        )
         for forward, one_key in product((True, False), repeat=2):
-            constants = dict(zip(("BLOCK_ROWS", "BLOCK_OUT", "BLOCK_IN"), blocks, strict=True))
-            constants |= {"ONE_KEY": one_key, "FORWARD": forward, "USES_BIAS": forward}
-            constants["weight_in" if forward else "weight_out"] = 1
+            constants = dict(zip(("ROWS", "COLUMNS", "INNER"), blocks, strict=True))
+            constants |= {"ONE_KEY": one_key, "FORWARD": forward, "BIAS": forward}
+            constants["weight_in_stride" if forward else "weight_out_stride"] = 1
             variants.append((keyed_kernels.keyed_matmul_kernel, dtype, constants, warps, stages))
     for dtype, key_grad in product(("bf16", "fp32"), (True, False)):
-        *blocks, warps, stages = keyed_kernels.weight_tile(2 if dtype == "bf16" else 4, key_grad)
-        constants = dict(zip(("BLOCK_OUT", "BLOCK_IN", "BLOCK_ROWS"), blocks, strict=True))
-        constants["KEY_GRAD"] = key_grad
+        *blocks, warps, stages = keyed_kernels.select_weight_tile(
+            2 if dtype == "bf16" else 4, key_grad
+        )
+        constants = dict(zip(("COLUMNS", "INNER", "ROWS"), blocks, strict=True))
+        constants["GRAD_KEY"] = key_grad
         variants.append((keyed_kernels.keyed_weight_kernel, dtype, constants, warps, stages))
     return [
         Build(
             name=f"{kernel.__name__}-{dtype}-" + "-".join(str(x) for x in constants.values()),
             kernel=kernel,
-            signature={
-                name: ("*fp32" if "part_ptr" in name else f"*{dtype}") if "_ptr" in name else "i32"
-                for name in kernel.arg_names
-                if name not in constants
-            },
+            signature={name: kinds[name] for name in kernel.arg_names if name not in constants},
             constants=constants,
             num_warps=warps,
             num_stages=stages,
             aligned=tuple(
                 name
                 for name in kernel.arg_names
-                if name not in constants
-                and name.endswith(("_ptr", "IN", "OUT", "weight_in", "weight_out"))
+                if name not in constants and (kinds[name][0] == "*" or name in aligned_counts)
             ),
         )
         for kernel, dtype, constants, warps, stages in variants
+        for kinds in ({name: f"*{dtype}" for name in kernel.arg_names} | types,)
     ]
 
 
-def norm_linear_builds() -> Iterator[Build]:
-    """Ahead-of-time compilations of every tile; only moments depend on D."""
+def list_norm_linear_builds() -> Iterator[Build]:
+    """List the builds of `norm_linear` with every tile; only the moments depend on D."""
     variants = []
     for dtype, rows in (("bf16", 2**20), ("bf16", 1), ("fp32", 2**20)):
-        *tile, warps, stages = keyed_kernels.matmul_tile(rows, 768, 2 if dtype == "bf16" else 4)
-        constants = dict(zip(("BLOCK_ROWS", "BLOCK_OUT", "BLOCK_IN"), tile, strict=True))
-        constants["USES_BIAS"] = True
+        *tile, warps, stages = keyed_kernels.select_matmul_tile(
+            rows, 768, 2 if dtype == "bf16" else 4
+        )
+        constants = dict(zip(("ROWS", "COLUMNS", "INNER"), tile, strict=True))
+        constants["BIAS"] = True
         variants.append((norm_linear_kernels.norm_matmul_kernel, dtype, constants, warps, stages))
         if rows > 1:
             constants = {"ROWS": norm_linear.ROWS, "WIDTH": norm_linear.WIDTH}
             variants.append((norm_linear_kernels.norm_moments_kernel, dtype, constants, 4, 3))
-    counts = ("rows", "D", "OUT", "weight_out")
+    counts = ("rows", "D", "OUT", "weight_out_stride")
     for kernel, dtype, constants, warps, stages in variants:
         kinds = {name: f"*{dtype}" for name in kernel.arg_names}
         kinds |= dict.fromkeys(counts, "i32") | {"stats": "*fp32", "eps": "fp32"}
@@ -260,15 +284,15 @@ def norm_linear_builds() -> Iterator[Build]:
             constants=constants,
             num_warps=warps,
             num_stages=stages,
-            aligned=(*pointers, "D", "OUT", "weight_out"),
+            aligned=(*pointers, "D", "OUT", "weight_out_stride"),
         )
 
 
-def demux_builds() -> Iterator[Build]:
-    """The kernels at the tuned widths, for ahead-of-time compilation."""
+def list_demux_builds() -> Iterator[Build]:
+    """List the builds of the kernels of `rsa_demux` at the tuned widths."""
     types = {"pair_position": "*i64", "pair_instance": "*i64", "seed": "*i64", "partial": "*fp32"}
     types |= dict.fromkeys(("dropout", "eps"), "fp32")
-    types |= dict.fromkeys(("rows", "D", "N", "L", "blocks", "positions"), "i32")
+    types |= dict.fromkeys(("rows", "D", "N", "length", "blocks", "positions"), "i32")
     for size, (dtype, itemsize) in product((768, 1024, 1536, 2048), (("bf16", 2), ("fp32", 4))):
         if size == 1536 and dtype == "fp32":
             continue  # as 2048
@@ -285,10 +309,12 @@ def demux_builds() -> Iterator[Build]:
             (demux_kernels.rsa_demux_sums_bwd_kernel, {}),
         ):
             if kernel is demux_kernels.rsa_demux_matmul_kernel:
-                flags = demux.matmul_launch(size * 8, size, itemsize) | layers
+                flags = demux.select_matmul_launch(size * 8, size, itemsize) | layers
             else:
                 flags = (
-                    demux.whole_row_launch if "TILES" in kernel.arg_names else demux.tile_launch
+                    demux.select_whole_row_launch
+                    if "TILES" in kernel.arg_names
+                    else demux.select_tile_launch
                 )(size, itemsize) | layers
             warps, stages = flags.pop("num_warps"), flags.pop("num_stages", 3)
             flags |= {"PAIRS": size == 1024, "DROPOUT": size == 768}
@@ -313,11 +339,11 @@ def demux_builds() -> Iterator[Build]:
 
 
 BUILDS: dict[str, Callable[[], Iterable[Build]]] = {
-    "mux": mux_builds,
-    "mux_embed": mux_embed_builds,
-    "mux_attention": mux_attention_builds,
-    "slot_attention": slot_attention_builds,
-    "keyed_linear": keyed_linear_builds,
-    "norm_linear": norm_linear_builds,
-    "demux": demux_builds,
+    "mux": list_mux_builds,
+    "mux_embed": list_mux_embed_builds,
+    "mux_attention": list_mux_attention_builds,
+    "slot_attention": list_slot_attention_builds,
+    "keyed_linear": list_keyed_linear_builds,
+    "norm_linear": list_norm_linear_builds,
+    "demux": list_demux_builds,
 }

@@ -30,8 +30,8 @@ SHARED_LIMIT = {80: 166_912, 90: 232_448}
 WARP_SIZE = 32
 
 
-def resources(build: Build, capability: int) -> dict[str, int]:
-    """Compile for a compute capability, such as 90.
+def measure_resources(build: Build, capability: int) -> dict[str, int]:
+    """Compile a build for a compute capability, such as 90, and return the resources it uses.
 
     Returns:
         per thread "registers", "stack" and "spills" (bytes of spilled registers);
@@ -53,20 +53,22 @@ def resources(build: Build, capability: int) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         cubin, ptx = Path(folder) / "kernel.cubin", Path(folder) / "kernel.ptx"
         cubin.write_bytes(compiled.asm["cubin"])
-        used = _run(tools / "cuobjdump", "-res-usage", cubin)
+        used = _run_tool(tools / "cuobjdump", "-res-usage", cubin)
         registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", used).groups())
         spills = 0
         if stack:  # spilled registers are on the stack, among others
             ptx.write_text(compiled.asm["ptx"])
             target = re.search(r"\.target (\w+)", compiled.asm["ptx"])[1]
-            report = _run(tools / "ptxas", "-v", f"--gpu-name={target}", ptx, "-o", "/dev/null")
+            report = _run_tool(
+                tools / "ptxas", "-v", f"--gpu-name={target}", ptx, "-o", "/dev/null"
+            )
             spills = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", report)))
     shared = compiled.metadata.shared
     return {"registers": registers, "stack": stack, "spills": spills, "shared": shared}
 
 
-def refused_arguments(build: Build) -> list[str]:
-    """Integer arguments for which the kernel does not compile when they are 1.
+def find_refused_arguments(build: Build) -> list[str]:
+    """List the integer arguments for which the kernel does not compile when they are 1.
 
     A launch turns the value 1 into a constant, which lacks some methods of other integers.
     """
@@ -90,13 +92,13 @@ def refused_arguments(build: Build) -> list[str]:
     return refused
 
 
-def builds_of(operations: Iterable[str]) -> Iterator[Build]:
-    """All tuned builds of some operations."""
+def list_builds(operations: Iterable[str]) -> Iterator[Build]:
+    """Yield all tuned builds of some operations."""
     for name in operations:
         yield from BUILDS[name]()
 
 
-def faults(usage: Mapping[str, int], capability: int) -> list[str]:
+def list_faults(usage: Mapping[str, int], capability: int) -> list[str]:
     """List the faults of a build: stack, spills, too much shared memory."""
     listed = [f"{usage[name]} bytes of {name}" for name in ("stack", "spills") if usage[name]]
     limit = SHARED_LIMIT[capability]
@@ -117,10 +119,10 @@ def main() -> int:
     )
     args = parser.parse_args()
     rows, bad = [], 0
-    for build in builds_of(args.operations or BUILDS):
+    for build in list_builds(args.operations or BUILDS):
         for capability in args.capability:
-            usage = resources(build, capability)
-            listed = faults(usage, capability)
+            usage = measure_resources(build, capability)
+            listed = list_faults(usage, capability)
             bad += bool(listed)
             rows.append({"build": build.name, "capability": capability, **usage, "faults": listed})
             print(
@@ -133,7 +135,10 @@ def main() -> int:
     return int(bad > 0)
 
 
-def _run(*command: object) -> str:
+def _run_tool(*command: object) -> str:
+    """Run a command and return its output and errors as text; raise CalledProcessError if it
+    fails.
+    """
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
     return done.stdout + done.stderr
 

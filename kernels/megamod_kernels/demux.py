@@ -30,25 +30,31 @@ WIDTH = 256  # columns of a tile; the tuned widths are multiples of it
 PROGRAMS = 264  # two per multiprocessor; rows of the buffer of partial gradient sums
 
 
-def whole_row_launch(size: int, itemsize: int) -> dict[str, int | bool]:
+def select_whole_row_launch(size: int, itemsize: int) -> dict[str, int | bool]:
     """Launch settings of kernels that keep whole rows in registers (backward keeps six tensors)."""
     warps = 4 if size <= 2048 else 8
     share = size / (32 * warps)  # columns per thread; more would spill
     limits = ((4, 24), (2, 16)) if itemsize == 2 else ((4, 12), (2, 12))
     rows = next((rows for rows, columns in limits if rows * share <= columns), 1)
-    return {"ROWS": rows, "TILES": -(-size // WIDTH), **_tile_width(size), "num_warps": warps}
+    return {
+        "ROWS": rows,
+        "TILES": -(-size // WIDTH),
+        **make_width_arguments(size),
+        "num_warps": warps,
+    }
 
 
-def _tile_width(size: int) -> dict[str, int | bool]:
+def make_width_arguments(size: int) -> dict[str, int | bool]:
+    """Return the compile-time arguments for rows of `size` columns."""
     return {"WIDTH": WIDTH, "WHOLE": size % WIDTH == 0}
 
 
-def tile_launch(size: int, itemsize: int) -> dict[str, int | bool]:
+def select_tile_launch(size: int, itemsize: int) -> dict[str, int | bool]:
     """Launch settings of kernels that work on one tile of a row."""
-    return {"ROWS": 32 // itemsize, **_tile_width(size), "num_warps": 4}
+    return {"ROWS": 32 // itemsize, **make_width_arguments(size), "num_warps": 4}
 
 
-def matmul_launch(rows: int, size: int, itemsize: int) -> dict[str, int | bool]:
+def select_matmul_launch(rows: int, size: int, itemsize: int) -> dict[str, int | bool]:
     """Launch settings of the fused product, which computes the states it reads.
 
     Each column tile recomputes the states of its rows, so tiles are wide.
@@ -72,24 +78,24 @@ def _rsa_demux(
     eps: float,
     own_matmul: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Output [R, D], and the input of every GELU but the first, [layers, R, D]."""
+    """Return the output [R, D], and the input of every GELU but the first, [layers, R, D]."""
     from megamod_kernels import demux_kernels as kernels
 
     hidden_part, key_part = hidden_part.contiguous(), key_part.contiguous()
-    output, pre_gelu = _shapes(hidden_part, key_part, weights, pair_position)
+    output, pre_gelu = _allocate_outputs(hidden_part, key_part, weights, pair_position)
     rows, size = output.shape
     if not output.numel():
         return output, pre_gelu
     *layers, norm = weight_bias_pairs([weight.contiguous() for weight in weights])
-    launch = whole_row_launch(size, hidden_part.element_size())
+    launch = select_whole_row_launch(size, hidden_part.element_size())
     grid = (-(-rows // launch["ROWS"]),)
     flags = {"PAIRS": pair_position is not None, "DROPOUT": seed is not None}
     indices = [
         hidden_part if tensor is None else tensor.contiguous()
         for tensor in (pair_position, pair_instance, seed)
     ]
-    counts = (rows, size, len(key_part), hidden_part.shape[1], dropout)
-    tile = matmul_launch(rows, size, hidden_part.element_size())
+    counts = (rows, hidden_part.shape[1], size, len(key_part), dropout)
+    tile = select_matmul_launch(rows, size, hidden_part.element_size())
     tiles = (-(-rows // tile["ROWS"]) * -(-size // tile["COLUMNS"]),)
     # In both forms the last state is written to the output buffer.
     for layer, (weight, bias) in enumerate(layers):
@@ -138,12 +144,13 @@ def _(
     eps: float,
     own_matmul: bool,
 ) -> tuple[Tensor, Tensor]:
-    return _shapes(hidden_part, key_part, weights, pair_position)
+    return _allocate_outputs(hidden_part, key_part, weights, pair_position)
 
 
-def _shapes(
+def _allocate_outputs(
     hidden_part: Tensor, key_part: Tensor, weights: Sequence[Tensor], pair_position: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    """Allocate the output [R, D] and the GELU inputs [layers, R, D]."""
     groups, length, size = hidden_part.shape
     rows = groups * len(key_part) * length if pair_position is None else pair_position.shape[0]
     return hidden_part.new_empty(rows, size), hidden_part.new_empty(
@@ -164,7 +171,7 @@ def _rsa_demux_backward(
     dropout: float,
     eps: float,
 ) -> list[Tensor]:
-    """Gradients of hidden_part, key_part and all weights."""
+    """Return the gradients of hidden_part, key_part and all weights."""
     from megamod_kernels import demux_kernels as kernels
 
     if not upstream.numel():
@@ -176,13 +183,13 @@ def _rsa_demux_backward(
     )
     *layers, norm = weight_bias_pairs([weight.contiguous() for weight in weights])
     rows, size = upstream.shape
-    N, L = len(key_part), hidden_part.shape[1]
+    N, length = len(key_part), hidden_part.shape[1]
     dropout_flag, itemsize = {"DROPOUT": seed is not None}, hidden_part.element_size()
-    launch, block = (
-        whole_row_launch(size, itemsize) | dropout_flag,
-        tile_launch(size, itemsize) | dropout_flag,
+    launch, tile = (
+        select_whole_row_launch(size, itemsize) | dropout_flag,
+        select_tile_launch(size, itemsize) | dropout_flag,
     )
-    across = -(-size // WIDTH)
+    column_tiles = -(-size // WIDTH)
     pairs = {"PAIRS": pair_position is not None}
     indices = [
         hidden_part if tensor is None else tensor.contiguous()
@@ -206,9 +213,9 @@ def _rsa_demux_backward(
             partial,
             *indices,
             rows,
+            length,
             size,
             N,
-            L,
             dropout,
             eps,
             blocks,
@@ -223,8 +230,8 @@ def _rsa_demux_backward(
     if pair_position is not None:
         # In float32, because gradients of pairs that share a position are summed.
         grad = torch.empty_like(upstream, dtype=torch.float32)
-        kernels.rsa_demux_first_bwd_kernel[(-(-rows // block["ROWS"]), across)](
-            hidden_part, key_part, upstream, grad, *indices, rows, size, dropout, **block
+        kernels.rsa_demux_first_bwd_kernel[(-(-rows // tile["ROWS"]), column_tiles)](
+            hidden_part, key_part, upstream, grad, *indices, rows, size, dropout, **tile
         )
         # Both sums run in a fixed order, unlike index_add_ on a GPU.
         grad_hidden = torch.zeros_like(hidden_part, dtype=torch.float32).flatten(0, 1)
@@ -235,11 +242,11 @@ def _rsa_demux_backward(
             grad_key.to(key_part.dtype),
             *grads,
         ]
-    positions = hidden_part.shape[0] * L
-    programs = -(-positions // block["ROWS"])
+    positions = hidden_part.shape[0] * length
+    programs = -(-positions // tile["ROWS"])
     grad_hidden = torch.empty_like(hidden_part)
     partial = hidden_part.new_empty((programs, N, size), dtype=torch.float32)
-    kernels.rsa_demux_sums_bwd_kernel[(programs, across)](
+    kernels.rsa_demux_sums_bwd_kernel[(programs, column_tiles)](
         hidden_part,
         key_part,
         upstream,
@@ -247,11 +254,11 @@ def _rsa_demux_backward(
         partial,
         indices[2],
         positions,
+        length,
         size,
         N,
-        L,
         dropout,
-        **block,
+        **tile,
     )
     return [grad_hidden, partial.sum(0).to(key_part.dtype), *grads]
 
@@ -311,7 +318,7 @@ _rsa_demux.register_autograd(_backward, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.megamod.rsa_demux)
-def _flops(
+def _count_flops(
     hidden_part: Sequence[int],
     key_part: Sequence[int],
     weights: Sequence[Sequence[int]],
@@ -326,7 +333,7 @@ def _flops(
 
 
 @register_flop_formula(torch.ops.megamod.rsa_demux_backward)
-def _flops_backward(
+def _count_backward_flops(
     upstream: Sequence[int],
     hidden_part: Sequence[int],
     key_part: Sequence[int],
@@ -345,7 +352,7 @@ def rsa_demux(
     dropout: float = 0.0,
     implementation: str = "auto",
 ) -> Tensor:
-    """All layers of the demultiplexer after the split first one.
+    """Apply all layers of the demultiplexer after the split first one.
 
         x = gelu(hidden_part + key_part);  x = gelu(dense x) + x for each;  LN(gelu(last x)) + x
 
@@ -376,7 +383,9 @@ def rsa_demux(
         return rsa_demux_triton(
             hidden_part, key_part, chain, pairs, dropout, own_matmul=implementation == "triton"
         )
-    return RsaDemuxFunction.apply(hidden_part, key_part, pairs, dropout, chain.eps, *_flat(chain))
+    return RsaDemuxFunction.apply(
+        hidden_part, key_part, pairs, dropout, chain.eps, *_flatten_chain(chain)
+    )
 
 
 def rsa_demux_triton(
@@ -387,7 +396,7 @@ def rsa_demux_triton(
     dropout: float,
     own_matmul: bool,
 ) -> Tensor:
-    """`rsa_demux` by Triton kernels; own_matmul: with the fused products."""
+    """Run `rsa_demux` with Triton kernels; own_matmul: with the fused products."""
     indices = (None, None)
     if pairs is not None:
         indices = (pairs.group * hidden_part.shape[1] + pairs.position, pairs.instance)
@@ -395,7 +404,7 @@ def rsa_demux_triton(
     arguments = (
         hidden_part,
         key_part,
-        _flat(chain),
+        _flatten_chain(chain),
         *indices,
         seed,
         dropout,
@@ -408,5 +417,6 @@ def rsa_demux_triton(
     return output.view(len(hidden_part), len(key_part), *hidden_part.shape[1:])
 
 
-def _flat(chain: Chain) -> list[Tensor]:
+def _flatten_chain(chain: Chain) -> list[Tensor]:
+    """List the weights of a chain in the order of its layers, each followed by its bias."""
     return [tensor for pair in (*chain.dense, chain.last, chain.norm) for tensor in pair]

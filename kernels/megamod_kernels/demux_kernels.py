@@ -12,37 +12,50 @@ import triton
 import triton.language as tl
 
 from megamod_kernels.dot import dot
-from megamod_kernels.rows import dropout_factor, gelu, gelu_and_slope, moments_of_tiles, valid_mask
+from megamod_kernels.rows import (
+    compute_tile_moments,
+    draw_dropout_factors,
+    gelu,
+    gelu_and_slope,
+    make_valid_mask,
+)
 
 
 @triton.jit
-def _row_indices(row, pair_position, pair_instance, valid, N, L, PAIRS: tl.constexpr):
-    """Mixed position and instance of rows."""
+def _find_row_indices(row, pair_position, pair_instance, valid, N, length, PAIRS: tl.constexpr):
+    """Return mixed position and instance of rows."""
     if PAIRS:
         position = tl.load(pair_position + row, mask=valid, other=0)
         instance = tl.load(pair_instance + row, mask=valid, other=0)
         return position, instance
     else:
-        return (row // (N * L) * L + row % L).to(tl.int64), row // L % N
+        return (row // (N * length) * length + row % length).to(tl.int64), row // length % N
 
 
 @triton.jit
-def _read(source, row, first_column, D, valid, WIDTH: tl.constexpr, WHOLE: tl.constexpr):
+def _load_tile(source, row, first_column, D, valid, WIDTH: tl.constexpr, WHOLE: tl.constexpr):
     """Load a tile of rows in float32, with 0 outside."""
     column = first_column + tl.arange(0, WIDTH)
-    at = source + row[:, None] * D + column[None, :]
-    return tl.load(at, mask=valid_mask(valid, column, D, WHOLE), other=0.0).to(tl.float32)
+    pointers = source + row[:, None] * D + column[None, :]
+    return tl.load(pointers, mask=make_valid_mask(valid, column, D, WHOLE), other=0.0).to(
+        tl.float32
+    )
 
 
 @triton.jit
-def _write(target, row, first_column, D, valid, value, WIDTH: tl.constexpr, WHOLE: tl.constexpr):
+def _store_tile(
+    target, row, first_column, D, valid, value, WIDTH: tl.constexpr, WHOLE: tl.constexpr
+):
+    """Store a tile of rows in the dtype of `target`; elements outside are not written."""
     column = first_column + tl.arange(0, WIDTH)
-    at = target + row[:, None] * D + column[None, :]
-    tl.store(at, value.to(target.dtype.element_ty), mask=valid_mask(valid, column, D, WHOLE))
+    pointers = target + row[:, None] * D + column[None, :]
+    tl.store(
+        pointers, value.to(target.dtype.element_ty), mask=make_valid_mask(valid, column, D, WHOLE)
+    )
 
 
 @triton.jit
-def _state(
+def _compute_state_tile(
     hidden_part,
     key_part,
     pre_gelu,
@@ -61,12 +74,16 @@ def _state(
     WHOLE: tl.constexpr,
 ):
     """Compute a tile of the state after LAYERS residual layers, in float32, with 0 outside."""
-    first = _read(hidden_part, position, first_column, D, valid, WIDTH, WHOLE)
-    x = gelu(first + _read(key_part, instance, first_column, D, valid, WIDTH, WHOLE))
-    x *= dropout_factor(seed, 0, row, first_column, dropout, DROPOUT, WIDTH)
+    hidden_tile = _load_tile(hidden_part, position, first_column, D, valid, WIDTH, WHOLE)
+    x = gelu(hidden_tile + _load_tile(key_part, instance, first_column, D, valid, WIDTH, WHOLE))
+    x *= draw_dropout_factors(seed, 0, row, first_column, dropout, DROPOUT, WIDTH)
     for layer in tl.static_range(LAYERS):
-        grad_tile = gelu(_read(pre_gelu, layer * rows + row, first_column, D, valid, WIDTH, WHOLE))
-        x += grad_tile * dropout_factor(seed, layer + 1, row, first_column, dropout, DROPOUT, WIDTH)
+        activation = gelu(
+            _load_tile(pre_gelu, layer * rows + row, first_column, D, valid, WIDTH, WHOLE)
+        )
+        x += activation * draw_dropout_factors(
+            seed, layer + 1, row, first_column, dropout, DROPOUT, WIDTH
+        )
     return x
 
 
@@ -80,9 +97,9 @@ def rsa_demux_state_kernel(
     pair_instance,
     seed,
     rows,
+    length,
     D,
     N,
-    L,
     dropout,
     LAYERS: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -95,10 +112,12 @@ def rsa_demux_state_kernel(
     """Write the state that the next matrix product reads."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = row < rows
-    position, instance = _row_indices(row, pair_position, pair_instance, valid, N, L, PAIRS)
+    position, instance = _find_row_indices(
+        row, pair_position, pair_instance, valid, N, length, PAIRS
+    )
     row = row.to(tl.int64)
     for tile in tl.static_range(TILES):
-        x = _state(
+        x = _compute_state_tile(
             hidden_part,
             key_part,
             pre_gelu,
@@ -116,7 +135,7 @@ def rsa_demux_state_kernel(
             WIDTH,
             WHOLE,
         )
-        _write(state, row, tile * WIDTH, D, valid, x, WIDTH, WHOLE)
+        _store_tile(state, row, tile * WIDTH, D, valid, x, WIDTH, WHOLE)
 
 
 @triton.jit
@@ -132,9 +151,9 @@ def rsa_demux_matmul_kernel(
     pair_instance,
     seed,
     rows,
+    length,
     D,
     N,
-    L,
     dropout,
     LAYERS: tl.constexpr,
     LAST: tl.constexpr,
@@ -145,20 +164,23 @@ def rsa_demux_matmul_kernel(
     INNER: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """output = state weight^T + bias, with the state computed in the prologue of the product.
+    """Compute output = state weight^T + bias, with the state computed in the prologue of the
+    product.
 
     LAST: also write the state, for the final residual. WHOLE: D is a multiple of INNER.
     """
     # Neighbouring programs read the same rows, which then come from the cache.
-    across = tl.cdiv(D, COLUMNS)
-    row = tl.program_id(0) // across * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
+    column_tiles = tl.cdiv(D, COLUMNS)
+    row = tl.program_id(0) // column_tiles * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) % column_tiles * COLUMNS + tl.arange(0, COLUMNS)
     valid = row < rows
-    position, instance = _row_indices(row, pair_position, pair_instance, valid, N, L, PAIRS)
+    position, instance = _find_row_indices(
+        row, pair_position, pair_instance, valid, N, length, PAIRS
+    )
     row = row.to(tl.int64)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, D, INNER):
-        x = _state(
+        state_tile = _compute_state_tile(
             hidden_part,
             key_part,
             pre_gelu,
@@ -177,15 +199,15 @@ def rsa_demux_matmul_kernel(
             WHOLE,
         )
         if LAST:
-            first = valid & (tl.program_id(0) % across == 0)
-            _write(state, row, start, D, first, x, INNER, WHOLE)
+            writes_state = valid & (tl.program_id(0) % column_tiles == 0)
+            _store_tile(state, row, start, D, writes_state, state_tile, INNER, WHOLE)
         inner = start + tl.arange(0, INNER)
-        w = tl.load(
+        weight_tile = tl.load(
             weight + column[None, :].to(tl.int64) * D + inner[:, None],
             mask=(column < D)[None, :] & (inner < D)[:, None],
             other=0.0,
         )
-        total += dot(x.to(w.dtype), w)
+        total += dot(state_tile.to(weight_tile.dtype), weight_tile)
     total += tl.load(bias + column, mask=column < D, other=0.0).to(tl.float32)[None, :]
     tl.store(
         output + row[:, None] * D + column[None, :],
@@ -196,7 +218,7 @@ def rsa_demux_matmul_kernel(
 
 @triton.jit
 def rsa_demux_finish_kernel(
-    last, norm, norm_bias, output, rows, D, eps,
+    last_pre_gelu, norm_weight, norm_bias, output, rows, D, eps,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Add LN(gelu(last)) to the output, which holds the state."""
@@ -204,15 +226,15 @@ def rsa_demux_finish_kernel(
     valid = row < rows
     x = ()
     for tile in tl.static_range(TILES):
-        x = x + (gelu(_read(last, row, tile * WIDTH, D, valid, WIDTH, WHOLE)),)
-    mean, scale = moments_of_tiles(x, D, eps, TILES, WIDTH, WHOLE)
+        x = x + (gelu(_load_tile(last_pre_gelu, row, tile * WIDTH, D, valid, WIDTH, WHOLE)),)
+    mean, rstd = compute_tile_moments(x, D, eps, TILES, WIDTH, WHOLE)
     for tile in tl.static_range(TILES):
         # Loaded once per row, in the layout of the rows.
-        gain = _read(norm, row * 0, tile * WIDTH, D, valid, WIDTH, WHOLE)
-        shift = _read(norm_bias, row * 0, tile * WIDTH, D, valid, WIDTH, WHOLE)
-        value = (x[tile] - mean[:, None]) * scale[:, None] * gain + shift
-        value += _read(output, row, tile * WIDTH, D, valid, WIDTH, WHOLE)
-        _write(output, row, tile * WIDTH, D, valid, value, WIDTH, WHOLE)
+        gain = _load_tile(norm_weight, row * 0, tile * WIDTH, D, valid, WIDTH, WHOLE)
+        shift = _load_tile(norm_bias, row * 0, tile * WIDTH, D, valid, WIDTH, WHOLE)
+        value = (x[tile] - mean[:, None]) * rstd[:, None] * gain + shift
+        value += _load_tile(output, row, tile * WIDTH, D, valid, WIDTH, WHOLE)
+        _store_tile(output, row, tile * WIDTH, D, valid, value, WIDTH, WHOLE)
 
 
 @triton.jit
@@ -221,7 +243,7 @@ def rsa_demux_layer_bwd_kernel(
     key_part,
     pre_gelu,
     upstream,
-    norm,
+    norm_weight,
     grad,
     state,
     partial,
@@ -229,9 +251,9 @@ def rsa_demux_layer_bwd_kernel(
     pair_instance,
     seed,
     rows,
+    length,
     D,
     N,
-    L,
     dropout,
     eps,
     blocks,
@@ -258,47 +280,49 @@ def rsa_demux_layer_bwd_kernel(
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
         row = block * ROWS + tl.arange(0, ROWS)
         valid = row < rows
-        position, instance = _row_indices(row, pair_position, pair_instance, valid, N, L, PAIRS)
+        position, instance = _find_row_indices(
+            row, pair_position, pair_instance, valid, N, length, PAIRS
+        )
         row = row.to(tl.int64)
         x, slopes, upstream_tile = (), (), ()
         for tile in tl.static_range(TILES):
-            loaded = _read(pre_gelu, LAYER * rows + row, tile * WIDTH, D, valid, WIDTH, WHOLE)
+            loaded = _load_tile(pre_gelu, LAYER * rows + row, tile * WIDTH, D, valid, WIDTH, WHOLE)
             value, slope = gelu_and_slope(loaded)
             x, slopes = x + (value,), slopes + (slope,)
             upstream_tile = upstream_tile + (
-                _read(upstream, row, tile * WIDTH, D, valid, WIDTH, WHOLE),
+                _load_tile(upstream, row, tile * WIDTH, D, valid, WIDTH, WHOLE),
             )
-        mean, scale, product_mean, grad_mean = 0.0, 0.0, 0.0, 0.0
+        mean, rstd, product_mean, grad_mean = 0.0, 0.0, 0.0, 0.0
         if NORM:
-            mean, scale = moments_of_tiles(x, D, eps, TILES, WIDTH, WHOLE)
+            mean, rstd = compute_tile_moments(x, D, eps, TILES, WIDTH, WHOLE)
             products = tl.zeros([ROWS, WIDTH], tl.float32)
             total = tl.zeros([ROWS, WIDTH], tl.float32)
             for tile in tl.static_range(TILES):
-                scaled = upstream_tile[tile] * _read(
-                    norm, row * 0, tile * WIDTH, D, valid, WIDTH, WHOLE
+                scaled = upstream_tile[tile] * _load_tile(
+                    norm_weight, row * 0, tile * WIDTH, D, valid, WIDTH, WHOLE
                 )
                 products += scaled * (x[tile] - mean[:, None])
                 total += scaled
-            product_mean, grad_mean = tl.sum(products, 1) * scale / D, tl.sum(total, 1) / D
+            product_mean, grad_mean = tl.sum(products, 1) * rstd / D, tl.sum(total, 1) / D
         biases, gains, shifts = (), (), ()
         for tile in tl.static_range(TILES):
             if NORM:
-                unit = (x[tile] - mean[:, None]) * scale[:, None]
-                grad_tile = upstream_tile[tile] * _read(
-                    norm, row * 0, tile * WIDTH, D, valid, WIDTH, WHOLE
+                normed = (x[tile] - mean[:, None]) * rstd[:, None]
+                grad_tile = upstream_tile[tile] * _load_tile(
+                    norm_weight, row * 0, tile * WIDTH, D, valid, WIDTH, WHOLE
                 )
-                grad_tile -= grad_mean[:, None] + unit * product_mean[:, None]
-                grad_tile *= scale[:, None] * slopes[tile]
-                gains = gains + (gain_sum[tile] + upstream_tile[tile] * unit,)
+                grad_tile -= grad_mean[:, None] + normed * product_mean[:, None]
+                grad_tile *= rstd[:, None] * slopes[tile]
+                gains = gains + (gain_sum[tile] + upstream_tile[tile] * normed,)
                 shifts = shifts + (shift_sum[tile] + upstream_tile[tile],)
             else:
                 grad_tile = upstream_tile[tile] * slopes[tile]
-                grad_tile *= dropout_factor(
+                grad_tile *= draw_dropout_factors(
                     seed, LAYER + 1, row, tile * WIDTH, dropout, DROPOUT, WIDTH
                 )
-            _write(grad, row, tile * WIDTH, D, valid, grad_tile, WIDTH, WHOLE)
+            _store_tile(grad, row, tile * WIDTH, D, valid, grad_tile, WIDTH, WHOLE)
             biases = biases + (bias_sum[tile] + grad_tile,)
-            recomputed = _state(
+            recomputed = _compute_state_tile(
                 hidden_part,
                 key_part,
                 pre_gelu,
@@ -316,7 +340,7 @@ def rsa_demux_layer_bwd_kernel(
                 WIDTH,
                 WHOLE,
             )
-            _write(state, row, tile * WIDTH, D, valid, recomputed, WIDTH, WHOLE)
+            _store_tile(state, row, tile * WIDTH, D, valid, recomputed, WIDTH, WHOLE)
         bias_sum = biases
         if NORM:
             gain_sum, shift_sum = gains, shifts
@@ -330,18 +354,20 @@ def rsa_demux_layer_bwd_kernel(
 
 
 @triton.jit
-def _first_gelu_backward(
+def _compute_first_gelu_grad(
     hidden_part, key_part, upstream, seed, row, position, instance, first_column, valid, D, dropout,
     DROPOUT: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Compute a tile of the gradient of the first GELU's input."""
-    first = _read(hidden_part, position, first_column, D, valid, WIDTH, WHOLE)
+    hidden_tile = _load_tile(hidden_part, position, first_column, D, valid, WIDTH, WHOLE)
     _, slope = gelu_and_slope(
-        first + _read(key_part, instance, first_column, D, valid, WIDTH, WHOLE)
+        hidden_tile + _load_tile(key_part, instance, first_column, D, valid, WIDTH, WHOLE)
     )
-    upstream_tile = _read(upstream, row, first_column, D, valid, WIDTH, WHOLE)
+    upstream_tile = _load_tile(upstream, row, first_column, D, valid, WIDTH, WHOLE)
     return (
-        upstream_tile * slope * dropout_factor(seed, 0, row, first_column, dropout, DROPOUT, WIDTH)
+        upstream_tile
+        * slope
+        * draw_dropout_factors(seed, 0, row, first_column, dropout, DROPOUT, WIDTH)
     )
 
 
@@ -365,9 +391,9 @@ def rsa_demux_first_bwd_kernel(
     """Backward of the first GELU for pairs, row by row."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     valid = row < rows
-    position, instance = _row_indices(row, pair_position, pair_instance, valid, 1, 1, True)
+    position, instance = _find_row_indices(row, pair_position, pair_instance, valid, 1, 1, True)
     start = tl.program_id(1) * WIDTH
-    value = _first_gelu_backward(
+    value = _compute_first_gelu_grad(
         hidden_part,
         key_part,
         upstream,
@@ -383,12 +409,12 @@ def rsa_demux_first_bwd_kernel(
         WIDTH,
         WHOLE,
     )
-    _write(grad, row, start, D, valid, value, WIDTH, WHOLE)
+    _store_tile(grad, row, start, D, valid, value, WIDTH, WHOLE)
 
 
 @triton.jit
 def rsa_demux_sums_bwd_kernel(
-    hidden_part, key_part, upstream, grad_hidden, partial, seed, positions, D, N, L, dropout,
+    hidden_part, key_part, upstream, grad_hidden, partial, seed, positions, length, D, N, dropout,
     DROPOUT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Backward of the first GELU for all instances, summed over instances and over positions.
@@ -399,19 +425,19 @@ def rsa_demux_sums_bwd_kernel(
     valid = position < positions
     start = tl.program_id(1) * WIDTH
     column = start + tl.arange(0, WIDTH)
-    first_row = (position // L * N).to(tl.int64) * L + position % L
+    first_row = (position // length * N).to(tl.int64) * length + position % length
     position = position.to(tl.int64)
     target = partial + tl.program_id(0).to(tl.int64) * N * D + column
     total = tl.zeros([ROWS, WIDTH], tl.float32)
-    first = _read(hidden_part, position, start, D, valid, WIDTH, WHOLE)
+    hidden_tile = _load_tile(hidden_part, position, start, D, valid, WIDTH, WHOLE)
     for instance in range(N):
-        row = first_row + instance * L
+        row = first_row + instance * length
         key_row = tl.load(key_part + instance * D + column, mask=column < D, other=0.0).to(
             tl.float32
         )
-        _, slope = gelu_and_slope(first + key_row[None, :])
-        value = _read(upstream, row, start, D, valid, WIDTH, WHOLE) * slope
-        value *= dropout_factor(seed, 0, row, start, dropout, DROPOUT, WIDTH)
+        _, slope = gelu_and_slope(hidden_tile + key_row[None, :])
+        value = _load_tile(upstream, row, start, D, valid, WIDTH, WHOLE) * slope
+        value *= draw_dropout_factors(seed, 0, row, start, dropout, DROPOUT, WIDTH)
         total += value
         tl.store(target + instance * D, tl.sum(value, 0), mask=column < D)
-    _write(grad_hidden, position, start, D, valid, total, WIDTH, WHOLE)
+    _store_tile(grad_hidden, position, start, D, valid, total, WIDTH, WHOLE)

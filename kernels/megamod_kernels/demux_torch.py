@@ -73,31 +73,33 @@ def split_projection(
     return norm_linear(hidden, norm, hidden_weight, implementation=implementation), key_part
 
 
-def add_pairs(hidden: Tensor, key: Tensor, pairs: Pairs | None) -> Tensor:
+def add_pairs(hidden_part: Tensor, key_part: Tensor, pairs: Pairs | None) -> Tensor:
     """Add hidden and key parts for every instance and position, or for some pairs.
 
     Args:
-        hidden: [B, L, D] of the mixed positions.
-        key: [N, D], or [B, N, D] with separate keys per group.
+        hidden_part: [B, L, D] of the mixed positions.
+        key_part: [N, D], or [B, N, D] with separate keys per group.
         pairs: the pairs to compute; None for all.
     Returns:
         [R, D], or [B, N, L, D].
     """
     if pairs is None:
-        return hidden[:, None] + key[..., None, :]
-    keys = key[pairs.instance] if key.dim() == 2 else key[pairs.group, pairs.instance]
-    return hidden[pairs.group, pairs.position] + keys
+        return hidden_part[:, None] + key_part[..., None, :]
+    keys = (
+        key_part[pairs.instance] if key_part.dim() == 2 else key_part[pairs.group, pairs.instance]
+    )
+    return hidden_part[pairs.group, pairs.position] + keys
 
 
 def rsa_demux_reference(
-    hidden: Tensor,
-    key: Tensor,
+    hidden_part: Tensor,
+    key_part: Tensor,
     chain: Chain,
     pairs: Pairs | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Reference; arguments and result as in `rsa_demux`."""
-    x = F.dropout(F.gelu(add_pairs(hidden, key, pairs)), dropout)
+    """Compute `rsa_demux` in plain torch; arguments and result are the same."""
+    x = F.dropout(F.gelu(add_pairs(hidden_part, key_part, pairs)), dropout)
     for weight, bias in chain.dense:
         x = F.dropout(F.gelu(F.linear(x, weight, bias)), dropout) + x
     last = F.gelu(F.linear(x, *chain.last))
@@ -114,28 +116,28 @@ class RsaDemuxFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: torch.autograd.function.FunctionCtx,
-        hidden: Tensor,
-        key: Tensor,
+        hidden_part: Tensor,
+        key_part: Tensor,
         pairs: Pairs | None,
         dropout: float,
         eps: float,
         *weights: Tensor,
     ) -> Tensor:
         *dense, last, norm = weight_bias_pairs(weights)
-        first = add_pairs(hidden, key, pairs)
+        first = add_pairs(hidden_part, key_part, pairs)
         masks = [
             torch.empty_like(first, dtype=torch.bool).bernoulli_(1 - dropout) if dropout else None
             for _ in range(len(dense) + 1)
         ]
-        x = _drop(F.gelu(first), masks[0], dropout)
+        x = _apply_dropout(F.gelu(first), masks[0], dropout)
         pre_gelu = []
         for (weight, bias), mask in zip(dense, masks[1:], strict=True):
             pre_gelu.append(F.linear(x, weight, bias))
-            x = _drop(F.gelu(pre_gelu[-1]), mask, dropout).add_(x)
+            x = _apply_dropout(F.gelu(pre_gelu[-1]), mask, dropout).add_(x)
         pre_gelu.append(F.linear(x, *last))
         # Not in place: up to torch 2.11 the compiler drops the gradient of such a result.
         output = F.layer_norm(F.gelu(pre_gelu[-1]), x.shape[-1:], *norm, eps) + x
-        ctx.save_for_backward(hidden, key, *(pairs or ()), *weights, *pre_gelu, *masks)
+        ctx.save_for_backward(hidden_part, key_part, *(pairs or ()), *weights, *pre_gelu, *masks)
         ctx.counts = (len(pairs or ()), len(weights), len(pre_gelu))
         ctx.dropout, ctx.eps = dropout, eps
         return output
@@ -145,26 +147,26 @@ class RsaDemuxFunction(torch.autograd.Function):
     def backward(
         ctx: torch.autograd.function.FunctionCtx, upstream: Tensor
     ) -> tuple[Tensor | None, ...]:
-        hidden, key, *rest = ctx.saved_tensors
-        pairs, weights, pre_gelu, masks = _split(rest, ctx.counts)
+        hidden_part, key_part, *rest = ctx.saved_tensors
+        pairs, weights, pre_gelu, masks = _split_by_counts(rest, ctx.counts)
         pairs = Pairs(*pairs) if pairs else None
         *dense, last, norm = weight_bias_pairs(weights)
-        first = add_pairs(hidden, key, pairs)
-        states = [_drop(F.gelu(first), masks[0], ctx.dropout)]
+        first = add_pairs(hidden_part, key_part, pairs)
+        states = [_apply_dropout(F.gelu(first), masks[0], ctx.dropout)]
         for inputs, mask in zip(pre_gelu[:-1], masks[1:], strict=True):
-            states.append(_drop(F.gelu(inputs), mask, ctx.dropout).add_(states[-1]))
+            states.append(_apply_dropout(F.gelu(inputs), mask, ctx.dropout).add_(states[-1]))
 
-        grad, grad_norm = _norm_backward(upstream, F.gelu(pre_gelu[-1]), norm, ctx.eps)
+        grad, grad_norm = _compute_norm_grads(upstream, F.gelu(pre_gelu[-1]), norm, ctx.eps)
         grad = torch.ops.aten.gelu_backward(grad, pre_gelu[-1])
-        grads = [*_weight_grads(grad, states[-1]), *grad_norm]
+        grads = [*_compute_linear_grads(grad, states[-1]), *grad_norm]
         grad = (grad @ last[0]).add_(upstream)
         for number in reversed(range(len(dense))):
-            inner = _drop(grad, masks[number + 1], ctx.dropout, keep=True)
+            inner = _apply_dropout(grad, masks[number + 1], ctx.dropout, keep=True)
             inner = torch.ops.aten.gelu_backward(inner, pre_gelu[number])
-            grads[:0] = _weight_grads(inner, states[number])
+            grads[:0] = _compute_linear_grads(inner, states[number])
             grad = grad.add_(inner @ dense[number][0])
-        grad = torch.ops.aten.gelu_backward(_drop(grad, masks[0], ctx.dropout), first)
-        return *_split_gradient(grad, hidden, key, pairs), None, None, None, *grads
+        grad = torch.ops.aten.gelu_backward(_apply_dropout(grad, masks[0], ctx.dropout), first)
+        return *_split_grad_of_pairs(grad, hidden_part, key_part, pairs), None, None, None, *grads
 
 
 def weight_bias_pairs(weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -172,7 +174,8 @@ def weight_bias_pairs(weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     return list(zip(weights[::2], weights[1::2], strict=True))
 
 
-def _split(tensors: Sequence[Tensor], counts: Sequence[int]) -> list[list[Tensor]]:
+def _split_by_counts(tensors: Sequence[Tensor], counts: Sequence[int]) -> list[list[Tensor]]:
+    """Split a list into parts of these lengths, and a last part with the rest."""
     parts, start = [], 0
     for count in (*counts, len(tensors) - sum(counts)):
         parts.append(list(tensors[start : start + count]))
@@ -180,21 +183,23 @@ def _split(tensors: Sequence[Tensor], counts: Sequence[int]) -> list[list[Tensor
     return parts
 
 
-def _drop(x: Tensor, mask: Tensor | None, dropout: float, keep: bool = False) -> Tensor:
+def _apply_dropout(x: Tensor, mask: Tensor | None, dropout: float, keep: bool = False) -> Tensor:
     """Apply a dropout mask, in place unless `keep`."""
     if mask is None:
         return x
     return (x * mask if keep else x.mul_(mask)).mul_(1 / (1 - dropout))
 
 
-def _weight_grads(grad: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+def _compute_linear_grads(grad: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the gradients of weight and bias of a linear layer from those of its output."""
     grad, inputs = grad.flatten(0, -2), inputs.flatten(0, -2)
     return grad.T @ inputs, grad.sum(0)
 
 
-def _norm_backward(
+def _compute_norm_grads(
     upstream: Tensor, inputs: Tensor, norm: tuple[Tensor, Tensor], eps: float
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Compute the gradients of a LayerNorm's inputs, and of its weight and bias."""
     shape = list(inputs.shape[-1:])
     _, mean, rstd = torch.ops.aten.native_layer_norm(inputs, shape, *norm, eps)
     grad, *weights = torch.ops.aten.native_layer_norm_backward(
@@ -203,13 +208,13 @@ def _norm_backward(
     return grad, tuple(weights)
 
 
-def _split_gradient(
-    grad: Tensor, hidden: Tensor, key: Tensor, pairs: Pairs | None
+def _split_grad_of_pairs(
+    grad: Tensor, hidden_part: Tensor, key_part: Tensor, pairs: Pairs | None
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the two summands of `add_pairs`."""
+    """Return the gradients of the two summands of `add_pairs`."""
     if pairs is None:
         return grad.sum(1), grad.sum((0, 2))
-    index = pairs.group * hidden.shape[1] + pairs.position
-    grad_hidden = torch.zeros_like(hidden).flatten(0, 1).index_add_(0, index, grad)
-    grad_key = torch.zeros_like(key).index_add_(0, pairs.instance, grad)
-    return grad_hidden.view_as(hidden), grad_key
+    index = pairs.group * hidden_part.shape[1] + pairs.position
+    grad_hidden = torch.zeros_like(hidden_part).flatten(0, 1).index_add_(0, index, grad)
+    grad_key = torch.zeros_like(key_part).index_add_(0, pairs.instance, grad)
+    return grad_hidden.view_as(hidden_part), grad_key

@@ -33,7 +33,7 @@ def uses_triton(implementation: str, tensor: Tensor) -> bool:
 
 
 def uses_own_matmul(implementation: str, tensor: Tensor) -> bool:
-    """`uses_triton` for fused matrix products: "auto" uses them in dtypes with tensor cores."""
+    """Return `uses_triton` for fused products, which "auto" uses in dtypes with tensor cores."""
     if implementation == "auto":
         return tensor.is_cuda and tensor.dtype in (torch.bfloat16, torch.float16)
     return uses_triton(implementation, tensor)

@@ -9,8 +9,8 @@ _UPCAST = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
-def tile_of_program(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Row and column index of the tile that a program computes.
+def find_program_tile(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return row and column index of the tile that a program computes.
 
     Programs that run at the same time share 8 row tiles, which then stay in the cache.
     """
@@ -23,7 +23,7 @@ def tile_of_program(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def dot(a, b):
-    """Matrix product accumulated in float32; the interpreter cannot multiply bf16."""
+    """Multiply matrices and accumulate in float32; the interpreter cannot multiply bf16."""
     if _UPCAST:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     else:

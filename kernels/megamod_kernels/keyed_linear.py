@@ -19,15 +19,16 @@ SPLIT_ROWS = 1024  # smallest number of rows of an instance for a separate parti
 def keyed_linear_reference(
     x: Tensor, key: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """Reference: (x * key) weight^T + bias."""
+    """Compute (x * key) weight^T + bias in plain torch."""
     return F.linear(x * key[:, None].to(x.dtype), weight, bias)
 
 
 @torch.library.custom_op("megamod::keyed_linear", mutates_args=())
 def _keyed_linear(x: Tensor, key: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    out = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
-    _matmul(x, weight, key, bias, out, forward=True)
-    return out
+    """Compute (x * key) weight^T + bias with the kernel, [B, N, L, E]."""
+    output = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
+    _launch_matmul(x, weight, key, bias, output, forward=True)
+    return output
 
 
 @_keyed_linear.register_fake
@@ -36,71 +37,74 @@ def _(x: Tensor, key: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @torch.library.custom_op("megamod::keyed_linear_grad_input", mutates_args=())
-def _grad_input(upstream: Tensor, key: Tensor, weight: Tensor) -> Tensor:
-    out = torch.empty(
+def _compute_input_grad(upstream: Tensor, key: Tensor, weight: Tensor) -> Tensor:
+    """Compute the gradient of x, [B, N, L, D], from that of the output."""
+    output = torch.empty(
         (*upstream.shape[:-1], weight.shape[1]), dtype=upstream.dtype, device=upstream.device
     )
-    _matmul(upstream, weight, key, None, out, forward=False)
-    return out
+    _launch_matmul(upstream, weight, key, None, output, forward=False)
+    return output
 
 
-@_grad_input.register_fake
+@_compute_input_grad.register_fake
 def _(upstream: Tensor, key: Tensor, weight: Tensor) -> Tensor:
     shape = (*upstream.shape[:-1], weight.shape[1])
     return torch.empty(shape, dtype=upstream.dtype, device=upstream.device)
 
 
 @torch.library.custom_op("megamod::keyed_linear_grad_weight", mutates_args=())
-def _grad_weight(
-    upstream: Tensor, x: Tensor, key: Tensor, weight: Tensor, key_grad: bool
+def _compute_weight_grads(
+    upstream: Tensor, x: Tensor, key: Tensor, weight: Tensor, needs_key: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the weight and of the keys; the latter is empty unless key_grad."""
+    """Compute the gradients of the weight and of the keys; the latter is empty unless needs_key."""
     from megamod_kernels import keyed_linear_kernels as kernels
 
     groups, instances, length, size = x.shape
     outputs = weight.shape[0]
     if x.numel() == 0 or outputs == 0:
-        return torch.zeros_like(weight), torch.zeros_like(key if key_grad else key[:0])
-    block_out, block_in, block_rows, warps, stages = kernels.weight_tile(x.element_size(), key_grad)
-    tiles = _blocks(outputs, block_out) * _blocks(size, block_in)
+        return torch.zeros_like(weight), torch.zeros_like(key if needs_key else key[:0])
+    tile_columns, tile_inner, tile_rows, warps, stages = kernels.select_weight_tile(
+        x.element_size(), needs_key
+    )
+    tiles = _ceil_divide(outputs, tile_columns) * _ceil_divide(size, tile_inner)
     positions = groups * length
-    parts = max(1, min(_blocks(kernels.PROGRAMS, tiles), positions // SPLIT_ROWS))
-    part_positions = _blocks(positions, parts)
+    parts = max(1, min(_ceil_divide(kernels.PROGRAMS, tiles), positions // SPLIT_ROWS))
+    part_positions = _ceil_divide(positions, parts)
     options = {"dtype": torch.float32, "device": x.device}
-    weight_part = torch.empty((parts, outputs, size), **options)
-    key_rows = parts * _blocks(outputs, block_out) if key_grad else 0
-    key_part = torch.empty((key_rows, instances, size), **options)
+    weight_partial = torch.empty((parts, outputs, size), **options)
+    key_rows = parts * _ceil_divide(outputs, tile_columns) if needs_key else 0
+    key_partial = torch.empty((key_rows, instances, size), **options)
     kernels.keyed_weight_kernel[(tiles, parts)](
         upstream.contiguous(),
         x.contiguous(),
         key.contiguous(),
         weight.contiguous(),
-        weight_part,
-        key_part,
+        weight_partial,
+        key_partial,
         positions,
         length,
-        instances,
         size,
         outputs,
+        instances,
         part_positions,
-        BLOCK_OUT=block_out,
-        BLOCK_IN=block_in,
-        BLOCK_ROWS=block_rows,
-        KEY_GRAD=key_grad,
+        COLUMNS=tile_columns,
+        INNER=tile_inner,
+        ROWS=tile_rows,
+        GRAD_KEY=needs_key,
         num_warps=warps,
         num_stages=stages,
     )
-    grad_key = key_part.sum(0) if key_grad else key_part.new_empty((0, size))
-    return weight_part.sum(0).to(weight.dtype), grad_key.to(key.dtype)
+    grad_key = key_partial.sum(0) if needs_key else key_partial.new_empty((0, size))
+    return weight_partial.sum(0).to(weight.dtype), grad_key.to(key.dtype)
 
 
-@_grad_weight.register_fake
+@_compute_weight_grads.register_fake
 def _(
-    upstream: Tensor, x: Tensor, key: Tensor, weight: Tensor, key_grad: bool
+    upstream: Tensor, x: Tensor, key: Tensor, weight: Tensor, needs_key: bool
 ) -> tuple[Tensor, Tensor]:
     return (
         torch.empty(weight.shape, dtype=weight.dtype, device=weight.device),
-        key.new_empty((key.shape[0] if key_grad else 0, key.shape[1])),
+        key.new_empty((key.shape[0] if needs_key else 0, key.shape[1])),
     )
 
 
@@ -116,9 +120,9 @@ def _backward(
     needs_x, needs_key, needs_weight, needs_bias = ctx.needs_input_grad
     grad_x = grad_key = grad_weight = grad_bias = None
     if needs_x:
-        grad_x = _grad_input(upstream, key, weight)
+        grad_x = _compute_input_grad(upstream, key, weight)
     if needs_key or needs_weight:
-        grad_weight, grad_key = _grad_weight(upstream, x, key, weight, needs_key)
+        grad_weight, grad_key = _compute_weight_grads(upstream, x, key, weight, needs_key)
     if needs_bias:
         grad_bias = upstream.flatten(0, -2).sum(0)
     return grad_x, grad_key if needs_key else None, grad_weight, grad_bias
@@ -134,10 +138,10 @@ _keyed_linear.register_autograd(_backward, setup_context=_setup_context)
         torch.ops.megamod.keyed_linear_grad_weight,
     ]
 )
-def _flops(
+def _count_flops(
     first: tuple[int, ...], *rest: tuple[int, ...], out_shape: object = None, **_: object
 ) -> int:
-    """Each operation is one matrix product of the size of the layer."""
+    """Count the FLOPs of one matrix product of the size of the layer, which each operation is."""
     weight = rest[2] if len(rest) > 3 else rest[1]
     rows = first[0] * first[1] * first[2]
     return 2 * rows * weight[0] * weight[1]
@@ -150,7 +154,7 @@ def keyed_linear(
     bias: Tensor | None = None,
     implementation: str = "auto",
 ) -> Tensor:
-    """(x * key) weight^T + bias, each instance multiplied by its key.
+    """Compute (x * key) weight^T + bias, each instance multiplied by its key.
 
     Args:
         x: [B, N, L, D].
@@ -158,7 +162,7 @@ def keyed_linear(
         weight: [E, D], dtype of x.
         bias: [E], or None.
         implementation: "auto", "triton" or "reference"; "auto" leaves float32 to the reference,
-            because its products are faster than anything that uses_own_matmul without tensor cores.
+            because its products are faster than a kernel of our own without tensor cores.
     Returns:
         [B, N, L, E], in x's dtype. Differentiable once; backward saves x and the parameters.
     Raises:
@@ -186,42 +190,47 @@ def keyed_linear(
     return _keyed_linear(x, key, weight, bias)
 
 
-def _matmul(
-    a: Tensor, weight: Tensor, key: Tensor, bias: Tensor | None, out: Tensor, forward: bool
+def _launch_matmul(
+    source: Tensor, weight: Tensor, key: Tensor, bias: Tensor | None, output: Tensor, forward: bool
 ) -> None:
+    """Fill `output` with (source * key) weight^T + bias, or with the input gradient unless
+    `forward`.
+    """
     from megamod_kernels import keyed_linear_kernels as kernels
 
-    if out.numel() == 0:
+    if output.numel() == 0:
         return
     weight = weight if weight.stride(-1) == 1 else weight.contiguous()
-    _, instances, length, inner = a.shape
-    rows, outputs = a.numel() // inner, out.shape[-1]
-    block_rows, block_out, block_in, warps, stages = kernels.matmul_tile(
-        rows, outputs, a.element_size()
+    _, instances, length, inner = source.shape
+    rows, outputs = source.numel() // inner, output.shape[-1]
+    tile_rows, tile_columns, tile_inner, warps, stages = kernels.select_matmul_tile(
+        rows, outputs, source.element_size()
     )
     strides = weight.stride()
-    kernels.keyed_matmul_kernel[(_blocks(rows, block_rows) * _blocks(outputs, block_out),)](
-        a.contiguous(),
+    kernels.keyed_matmul_kernel[
+        (_ceil_divide(rows, tile_rows) * _ceil_divide(outputs, tile_columns),)
+    ](
+        source.contiguous(),
         weight,
         key.contiguous(),
         weight if bias is None else bias.contiguous(),
-        out,
+        output,
         rows,
         length,
-        instances,
         inner,
         outputs,
+        instances,
         *(strides[::-1] if forward else strides),
-        BLOCK_ROWS=block_rows,
-        BLOCK_OUT=block_out,
-        BLOCK_IN=block_in,
-        ONE_KEY=length % block_rows == 0,
+        ROWS=tile_rows,
+        COLUMNS=tile_columns,
+        INNER=tile_inner,
+        ONE_KEY=length % tile_rows == 0,
         FORWARD=forward,
-        USES_BIAS=bias is not None,
+        BIAS=bias is not None,
         num_warps=warps,
         num_stages=stages,
     )
 
 
-def _blocks(whole: int, part: int) -> int:
+def _ceil_divide(whole: int, part: int) -> int:
     return -(-whole // part)

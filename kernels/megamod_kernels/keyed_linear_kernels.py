@@ -6,137 +6,142 @@ Row r of x is token r % L of instance r // L % N.
 import triton
 import triton.language as tl
 
-from megamod_kernels.dot import dot, tile_of_program
+from megamod_kernels.dot import dot, find_program_tile
 
 PROGRAMS = 264  # two per multiprocessor
 
 
 @triton.jit
 def keyed_matmul_kernel(
-    a_ptr,
-    weight_ptr,
-    key_ptr,
-    bias_ptr,
-    out_ptr,
+    source,
+    weight,
+    key,
+    bias,
+    output,
     rows,
     length,
-    N,
     IN,
     OUT,
-    weight_in,
-    weight_out,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-    BLOCK_IN: tl.constexpr,
+    N,
+    weight_in_stride,
+    weight_out_stride,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
     ONE_KEY: tl.constexpr,
     FORWARD: tl.constexpr,
-    USES_BIAS: tl.constexpr,
+    BIAS: tl.constexpr,
 ):
-    """Forward: (a * key) weight^T + bias; else (a weight) * key, the gradient of the input.
+    """Compute (source * key) weight^T + bias; unless FORWARD (source weight) * key, the input's
+    gradient.
 
     ONE_KEY: all rows of a block belong to one instance.
     """
-    block, across = tile_of_program(rows, OUT, BLOCK_ROWS, BLOCK_OUT)
-    row = block.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    column = across * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    row_tile, column_tile = find_program_tile(rows, OUT, ROWS, COLUMNS)
+    row = row_tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
     if ONE_KEY:
-        slot = tl.zeros((1,), tl.int64) + block.to(tl.int64) * BLOCK_ROWS // length % N
+        instance = tl.zeros((1,), tl.int64) + row_tile.to(tl.int64) * ROWS // length % N
     else:
-        slot = row // length % N
-    step = tl.arange(0, BLOCK_IN)
-    total = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
-    for start in range(0, IN, BLOCK_IN):
+        instance = row // length % N
+    step = tl.arange(0, INNER)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, IN, INNER):
         inner = start + step
-        a = tl.load(
-            a_ptr + row[:, None] * IN + inner[None, :],
+        source_tile = tl.load(
+            source + row[:, None] * IN + inner[None, :],
             mask=(row < rows)[:, None] & (inner < IN)[None, :],
             other=0.0,
         )
         if FORWARD:
-            key = tl.load(
-                key_ptr + slot[:, None] * IN + inner[None, :], mask=(inner < IN)[None, :], other=0.0
+            key_tile = tl.load(
+                key + instance[:, None] * IN + inner[None, :], mask=(inner < IN)[None, :], other=0.0
             )
-            a = (a.to(tl.float32) * key.to(tl.float32)).to(a_ptr.dtype.element_ty)
-        weight = tl.load(
-            weight_ptr + inner[:, None] * weight_in + column[None, :] * weight_out,
+            source_tile = (source_tile.to(tl.float32) * key_tile.to(tl.float32)).to(
+                source.dtype.element_ty
+            )
+        weight_tile = tl.load(
+            weight + inner[:, None] * weight_in_stride + column[None, :] * weight_out_stride,
             mask=(inner < IN)[:, None] & (column < OUT)[None, :],
             other=0.0,
         )
-        total += dot(a, weight)
+        total += dot(source_tile, weight_tile)
     mask = column < OUT
-    if USES_BIAS:
-        total += tl.load(bias_ptr + column, mask=mask, other=0.0).to(tl.float32)[None, :]
+    if BIAS:
+        total += tl.load(bias + column, mask=mask, other=0.0).to(tl.float32)[None, :]
     if not FORWARD:
-        key = tl.load(key_ptr + slot[:, None] * OUT + column[None, :], mask=mask[None, :])
-        total *= key.to(tl.float32)
+        key_tile = tl.load(key + instance[:, None] * OUT + column[None, :], mask=mask[None, :])
+        total *= key_tile.to(tl.float32)
     tl.store(
-        out_ptr + row[:, None] * OUT + column[None, :],
-        total.to(out_ptr.dtype.element_ty),
+        output + row[:, None] * OUT + column[None, :],
+        total.to(output.dtype.element_ty),
         mask=(row < rows)[:, None] & mask[None, :],
     )
 
 
 @triton.jit
 def keyed_weight_kernel(
-    up_ptr,
-    x_ptr,
-    key_ptr,
-    weight_ptr,
-    weight_part_ptr,
-    key_part_ptr,
+    upstream,
+    x,
+    key,
+    weight,
+    weight_partial,
+    key_partial,
     positions,
     length,
-    N,
     IN,
     OUT,
+    N,
     part_positions,
-    BLOCK_OUT: tl.constexpr,
-    BLOCK_IN: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    KEY_GRAD: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+    ROWS: tl.constexpr,
+    GRAD_KEY: tl.constexpr,
 ):
-    """Partial gradients of the weight and of the keys, from one part of the positions."""
-    across = tl.cdiv(IN, BLOCK_IN)
-    outputs = tl.program_id(0) // across
-    out = outputs * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    inner = tl.program_id(0) % across * BLOCK_IN + tl.arange(0, BLOCK_IN)
+    """Compute partial gradients of the weight and of the keys, from one part of the positions."""
+    inner_tiles = tl.cdiv(IN, INNER)
+    output_tile = tl.program_id(0) // inner_tiles
+    column = output_tile * COLUMNS + tl.arange(0, COLUMNS)
+    inner = tl.program_id(0) % inner_tiles * INNER + tl.arange(0, INNER)
     first = tl.program_id(1) * part_positions
     last = min(first + part_positions, positions)
-    at = out.to(tl.int64)[:, None] * IN + inner[None, :]
-    mask = (out < OUT)[:, None] & (inner < IN)[None, :]
-    total = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
+    offset = column.to(tl.int64)[:, None] * IN + inner[None, :]
+    mask = (column < OUT)[:, None] & (inner < IN)[None, :]
+    total = tl.zeros((COLUMNS, INNER), tl.float32)
     for instance in range(N):
-        instance_total = tl.zeros((BLOCK_OUT, BLOCK_IN), tl.float32)
-        for start in range(first, last, BLOCK_ROWS):
-            position = start + tl.arange(0, BLOCK_ROWS)
+        instance_total = tl.zeros((COLUMNS, INNER), tl.float32)
+        for start in range(first, last, ROWS):
+            position = start + tl.arange(0, ROWS)
             group = (position // length).to(tl.int64)
             row = (group * N + instance) * length + position % length
-            up = tl.load(
-                up_ptr + row[None, :] * OUT + out[:, None],
-                mask=(position < last)[None, :] & (out < OUT)[:, None],
+            upstream_tile = tl.load(
+                upstream + row[None, :] * OUT + column[:, None],
+                mask=(position < last)[None, :] & (column < OUT)[:, None],
                 other=0.0,
             )
-            x = tl.load(
-                x_ptr + row[:, None] * IN + inner[None, :],
+            x_tile = tl.load(
+                x + row[:, None] * IN + inner[None, :],
                 mask=(position < last)[:, None] & (inner < IN)[None, :],
                 other=0.0,
             )
-            instance_total += dot(up, x)
-        key = tl.load(key_ptr + instance * IN + inner, mask=inner < IN, other=0.0)
-        total += instance_total * key.to(tl.float32)[None, :]
-        if KEY_GRAD:
-            weight = tl.load(weight_ptr + at, mask=mask, other=0.0).to(tl.float32)
-            part = tl.program_id(1) * tl.cdiv(OUT, BLOCK_OUT) + outputs
+            instance_total += dot(upstream_tile, x_tile)
+        key_row = tl.load(key + instance * IN + inner, mask=inner < IN, other=0.0)
+        total += instance_total * key_row.to(tl.float32)[None, :]
+        if GRAD_KEY:
+            weight_tile = tl.load(weight + offset, mask=mask, other=0.0).to(tl.float32)
+            part = tl.program_id(1) * tl.cdiv(OUT, COLUMNS) + output_tile
             tl.store(
-                key_part_ptr + (part.to(tl.int64) * N + instance) * IN + inner,
-                tl.sum(weight * instance_total, axis=0),
+                key_partial + (part.to(tl.int64) * N + instance) * IN + inner,
+                tl.sum(weight_tile * instance_total, axis=0),
                 mask=inner < IN,
             )
-    tl.store(weight_part_ptr + tl.program_id(1).to(tl.int64) * OUT * IN + at, total, mask=mask)
+    tl.store(weight_partial + tl.program_id(1).to(tl.int64) * OUT * IN + offset, total, mask=mask)
 
 
-def matmul_tile(rows: int, outputs: int, element_size: int) -> tuple[int, int, int, int, int]:
-    """Rows, outputs and inputs of a block, warps, stages: large blocks only for large products."""
+def select_matmul_tile(
+    rows: int, outputs: int, element_size: int
+) -> tuple[int, int, int, int, int]:
+    """Return ROWS, COLUMNS, INNER, warps, stages: large tiles only for large products."""
     if element_size == 4:
         return 64, 64, 32, 8, 3
     if triton.cdiv(rows, 128) * triton.cdiv(outputs, 128) < PROGRAMS // 2:
@@ -144,11 +149,11 @@ def matmul_tile(rows: int, outputs: int, element_size: int) -> tuple[int, int, i
     return 128, 128, 64, 8, 3
 
 
-def weight_tile(element_size: int, key_grad: bool) -> tuple[int, int, int, int, int]:
-    """Outputs, inputs and rows of a block, warps, stages.
+def select_weight_tile(element_size: int, needs_key: bool) -> tuple[int, int, int, int, int]:
+    """Return COLUMNS, INNER, ROWS, warps and stages.
 
     A block has two accumulators, and with key_grad also its tile of the weight.
     """
     if element_size == 4:
-        return 64, 32 if key_grad else 64, 32, 8, 3
-    return (64, 64, 64, 8, 3) if key_grad else (128, 128, 64, 8, 3)
+        return 64, 32 if needs_key else 64, 32, 8, 3
+    return (64, 64, 64, 8, 3) if needs_key else (128, 128, 64, 8, 3)

@@ -22,7 +22,7 @@ def linear_cross_entropy_reference(
     scale: float = 1.0,
     softcap: float | None = None,
 ) -> Tensor:
-    """Sum over rows of -log softmax(z)[label] in float32; z as in `linear_cross_entropy`."""
+    """Sum -log softmax(z)[label] over rows, in float32; z as in `linear_cross_entropy`."""
     logits = F.linear(hidden, weight, bias).float() * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
@@ -53,9 +53,11 @@ class _LinearCrossEntropyFunction(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
         log_probs = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
         differentiate = needs_hidden or needs_weight or needs_bias
-        for rows in _chunks(hidden, weight):
+        for rows in _split_rows(hidden, weight):
             logits = F.linear(hidden[rows], weight, bias).float()
-            gradient, log_probs[rows] = _score(logits, labels[rows], scale, softcap, differentiate)
+            gradient, log_probs[rows] = _score_rows(
+                logits, labels[rows], scale, softcap, differentiate
+            )
             if needs_bias:
                 grad_bias += gradient.sum(0)
             if needs_hidden or needs_weight:
@@ -93,7 +95,7 @@ def linear_cross_entropy(
     scale: float = 1.0,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihood of `labels` under softmax(z), taken in float32.
+    """Compute the negative log-likelihood of `labels` under softmax(z), in float32.
 
         z = scale (hidden @ weight.T + bias);  with a softcap c: z <- c tanh(z / c)
 
@@ -121,10 +123,10 @@ def linear_cross_entropy(
     return total, log_probs.view(labels.shape)
 
 
-def _score(
+def _score_rows(
     logits: Tensor, labels: Tensor, scale: float, softcap: float | None, differentiate: bool
 ) -> tuple[Tensor | None, Tensor]:
-    """d(-log p)/d logits [rows, V] and log p of the label [rows], both float32, 0 where ignored.
+    """Return d(-log p)/d logits [rows, V] and log p of the label [rows], float32, 0 where ignored.
 
     The first is None unless `differentiate`. Overwrites `logits` (float32), which are those before
     scale and softcap.
@@ -150,9 +152,10 @@ def _score(
     return gradient.mul_(scale) if scale != 1.0 else gradient, log_probs[:, 0]
 
 
-def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
-    row = 4 * weight.shape[0]
-    rows = max(16, LOGITS_BYTES // row)
+def _split_rows(hidden: Tensor, weight: Tensor) -> list[slice]:
+    """Split the rows into chunks whose logits fit LOGITS_BYTES, or the cache of a CPU."""
+    row_bytes = 4 * weight.shape[0]
+    chunk_rows = max(16, LOGITS_BYTES // row_bytes)
     if hidden.device.type == "cpu":
-        rows = min(rows, max(CACHE_ROWS, CACHE_BYTES // row))
-    return [slice(start, start + rows) for start in range(0, hidden.shape[0], rows)]
+        chunk_rows = min(chunk_rows, max(CACHE_ROWS, CACHE_BYTES // row_bytes))
+    return [slice(start, start + chunk_rows) for start in range(0, hidden.shape[0], chunk_rows)]

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from megamod_kernels.dispatch import uses_triton
 
-COLUMNS = 256  # columns per tile; the tuned widths are multiples of it
+WIDTH = 256  # columns per tile; the tuned widths are multiples of it
 ROWS = 4
 PARTIALS = 128  # rows of the buffer of partial sums of the key's gradient
 
 
 def multiplex_reference(x: Tensor, key: Tensor) -> Tensor:
-    """Reference: the mean over instances of key * x, in float32 (float64 for float64)."""
+    """Compute the mean over instances of key * x, in float32 (float64 for float64)."""
     wide = torch.promote_types(x.dtype, torch.float32)
     return (x.to(wide) * key.to(wide)[:, None]).mean(1).to(x.dtype)
 
@@ -69,9 +69,9 @@ def _multiplex(x: Tensor, key: Tensor) -> Tensor:
     mixed = x.new_empty(groups, length, size)
     rows = groups * length
     if mixed.numel():
-        grid = (-(-rows // ROWS), -(-size // COLUMNS))
+        grid = (-(-rows // ROWS), -(-size // WIDTH))
         multiplex_fwd_kernel[grid](
-            x, key, mixed, rows, length, size, instances, ROWS, COLUMNS, num_warps=4
+            x, key, mixed, rows, length, size, instances, ROWS, WIDTH, num_warps=4
         )
     return mixed
 
@@ -85,7 +85,7 @@ def _(x: Tensor, key: Tensor) -> Tensor:
 def _multiplex_backward(
     upstream: Tensor, x: Tensor | None, key: Tensor, needs_x: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x (empty unless needs_x) and of the key (empty if x is None)."""
+    """Return the gradients of x (empty unless needs_x) and of the key (empty if x is None)."""
     from megamod_kernels.mux_kernels import multiplex_bwd_kernel
 
     groups, length, size = upstream.shape
@@ -98,7 +98,7 @@ def _multiplex_backward(
     programs = blocks if x is None else min(blocks, PARTIALS)
     shape = (programs, instances, size) if x is not None else 0
     partial = upstream.new_empty(shape, dtype=torch.float32)
-    multiplex_bwd_kernel[(programs, -(-size // COLUMNS))](
+    multiplex_bwd_kernel[(programs, -(-size // WIDTH))](
         upstream,
         x.contiguous() if x is not None else upstream,
         key,
@@ -110,7 +110,7 @@ def _multiplex_backward(
         instances,
         blocks,
         ROWS,
-        COLUMNS,
+        WIDTH,
         needs_x,
         x is not None,
         num_warps=4,

@@ -32,14 +32,17 @@ def mux_attention_reference(
     dropout: float = 0.0,
     attention_dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Reference; arguments and result as in `mux_attention`."""
+    """Compute `mux_attention` in plain torch; arguments and result are the same."""
     optional = (token_type_ids, first_positions, second_positions)
     x = mux_embed_reference(ids, key, tables, *optional, dropout)
     projected = [F.linear(x, *projection) for projection in projections]
-    return _attend(projected, heads, mask, attention_dropout), x
+    return _compute_attention(projected, heads, mask, attention_dropout), x
 
 
-def _attend(projected: Sequence[Tensor], heads: int, mask: Tensor | None, dropout: float) -> Tensor:
+def _compute_attention(
+    projected: Sequence[Tensor], heads: int, mask: Tensor | None, dropout: float
+) -> Tensor:
+    """Compute attention [B, T, D] from queries, keys and values [B, T, D]."""
     query, key, value = (tensor.unflatten(-1, (heads, -1)).transpose(1, 2) for tensor in projected)
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(query.dtype)
@@ -47,8 +50,8 @@ def _attend(projected: Sequence[Tensor], heads: int, mask: Tensor | None, dropou
     return mixed.transpose(1, 2).flatten(2)
 
 
-def product_tile(rows: int, itemsize: int) -> tuple[int, int, int, int, int]:
-    """Rows of a program, columns and inner columns of its products, warps, stages.
+def select_product_tile(rows: int, itemsize: int) -> tuple[int, int, int, int, int]:
+    """Return rows of a program, columns and inner columns of its products, warps, stages.
 
     Each program computes all columns, so it reads all weights. The number of rows leaves one
     program per multiprocessor of a large GPU.
@@ -58,8 +61,8 @@ def product_tile(rows: int, itemsize: int) -> tuple[int, int, int, int, int]:
     return (32 if rows <= 4224 else 64 if rows <= 8448 else 128), 128, 64, 8, 3
 
 
-def rows_at_once(size: int) -> int:
-    """Rows that a program embeds at once."""
+def count_embedded_rows(size: int) -> int:
+    """Return the number of rows that a program embeds at once."""
     return 8 if size <= 1024 else 4
 
 
@@ -70,20 +73,22 @@ def _mux_qkv(
     seed: Tensor | None, projections: Sequence[Tensor], eps: float, start: int, dropout: float,
     word_padding: int, position_padding: int, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The encoder's input, qkv [3, B, T, D], and with `keep` the mixed rows."""
+    """Compute the encoder's input, qkv [3, B, T, D], and with `keep` the mixed rows."""
     from megamod_kernels import mux_attention_kernels as kernels
 
-    output, qkv, mixed = _shapes(ids, word, key, keep)
+    output, qkv, mixed = _allocate_outputs(ids, word, key, keep)
     if output.numel():
-        arguments, flags = embedding.embedding_arguments(
+        arguments, flags = embedding.make_embedding_arguments(
             ids, word, position, token_type, weight, bias, key, types, firsts, seconds, seed,
             output, mixed, eps, start, dropout, keep,
         )  # fmt: skip
         rows, size = output.shape[0] * output.shape[1], output.shape[2]
-        tile_rows, tile_columns, inner, warps, stages = product_tile(rows, output.element_size())
+        tile_rows, tile_columns, inner, warps, stages = select_product_tile(
+            rows, output.element_size()
+        )
         kernels.mux_qkv_kernel[(-(-rows // tile_rows),)](
             *arguments, *(tensor.contiguous() for tensor in projections), qkv, **flags,
-            BLOCK=rows_at_once(size), TALL=tile_rows, WIDE=tile_columns, INNER=inner,
+            ROWS=count_embedded_rows(size), TILE_ROWS=tile_rows, COLUMNS=tile_columns, INNER=inner,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return output, qkv, mixed
@@ -96,10 +101,15 @@ def _(
     seed: Tensor | None, projections: Sequence[Tensor], eps: float, start: int, dropout: float,
     word_padding: int, position_padding: int, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _shapes(ids, word, key, keep)
+    return _allocate_outputs(ids, word, key, keep)
 
 
-def _shapes(ids: Tensor, word: Tensor, key: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _allocate_outputs(
+    ids: Tensor, word: Tensor, key: Tensor, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocate the encoder's input [B, T, D], qkv [3, B, T, D], and the mixed rows (empty unless
+    `keep`).
+    """
     shape = (ids.shape[0] // key.shape[0], ids.shape[1], key.shape[1])
     return word.new_empty(shape), word.new_empty(3, *shape), word.new_empty(shape if keep else 0)
 
@@ -148,7 +158,9 @@ _mux_qkv.register_autograd(_backward, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.megamod.mux_qkv)
-def _flops(ids: Sequence[int], *arguments: object, out_shape: object = None, **_: object) -> int:
+def _count_flops(
+    ids: Sequence[int], *arguments: object, out_shape: object = None, **_: object
+) -> int:
     instances, size = arguments[5]
     return 3 * 2 * ids[0] // instances * ids[1] * size * size
 
@@ -167,7 +179,7 @@ def mux_attention(
     attention_dropout: float = 0.0,
     implementation: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Attention of a multiplexed encoder's first block, from token ids.
+    """Compute the attention of a multiplexed encoder's first block, from token ids.
 
         x = mux_embed(ids, key, tables);  softmax(Q K^T / sqrt(D / heads) + mask) V of x
 
@@ -190,7 +202,7 @@ def mux_attention(
     Source: Murahari et al. 2023 (MUX-PLM), section 3.1; Vaswani et al. 2017, section 3.2.
     """
     optional = (token_type_ids, first_positions, second_positions)
-    embedding.check(ids, key, tables, *optional)
+    embedding.check_shapes(ids, key, tables, *optional)
     size = key.shape[1]
     for weight, bias in projections:
         if weight.shape != (size, size) or bias.shape != (size,):
@@ -210,8 +222,8 @@ def mux_attention(
         projected = [F.linear(x, *projection) for projection in projections]
     else:
         learned = (*tables[:5], key)
-        seed, numbers = embedding.settings(ids, learned, tables, dropout)
+        seed, numbers = embedding.make_number_arguments(ids, learned, tables, dropout)
         flat = [tensor for projection in projections for tensor in projection]
         x, qkv, _ = _mux_qkv(ids, *learned, *optional, seed, flat, *numbers)
         projected = qkv.unbind()
-    return _attend(projected, heads, mask, attention_dropout), x
+    return _compute_attention(projected, heads, mask, attention_dropout), x

@@ -9,36 +9,38 @@ import torch
 from torch import Tensor
 
 from megamod_kernels.dispatch import uses_triton
-from megamod_kernels.mux_embed_torch import Tables, check, mux_embed_reference
+from megamod_kernels.mux_embed_torch import Tables, check_shapes, mux_embed_reference
 
-__all__ = ["Tables", "check", "mux_embed", "mux_embed_reference"]
+__all__ = ["Tables", "check_shapes", "mux_embed", "mux_embed_reference"]
 
 WIDTH = 256  # columns of a tile
 CHUNK = 16  # sorted rows summed by one program
 PARTIALS = 128  # rows of the buffers of partial sums of norm and key gradients
 
 
-def _blocks(count: int, size: int) -> int:
+def _ceil_divide(count: int, size: int) -> int:
     return -(-count // size)
 
 
-def rows_per_program(size: int) -> int:
-    """Mixed rows per program: as many as fit in registers."""
+def count_rows_per_program(size: int) -> int:
+    """Return the number of mixed rows per program: as many as fit in registers."""
     return 2 if size <= 1024 else 1
 
 
-def tiles(size: int) -> dict[str, int | bool]:
-    """Compile-time arguments for rows of `size` columns."""
-    return {"WIDTH": WIDTH, "TILES": _blocks(size, WIDTH), "WHOLE": size % WIDTH == 0}
+def make_width_arguments(size: int) -> dict[str, int | bool]:
+    """Return the compile-time arguments for rows of `size` columns."""
+    return {"WIDTH": WIDTH, "TILES": _ceil_divide(size, WIDTH), "WHOLE": size % WIDTH == 0}
 
 
-def warps(size: int) -> int:
-    """Warps per program for rows of `size` columns."""
+def count_warps(size: int) -> int:
+    """Return the number of warps per program for rows of `size` columns."""
     return 4 if size <= 1024 else 8
 
 
-def _optional(tensor: Tensor | None, instead: Tensor) -> tuple[Tensor, int, bool]:
-    """A contiguous tensor of rows or a placeholder, its row stride, and True if it was passed."""
+def _make_optional_argument(tensor: Tensor | None, instead: Tensor) -> tuple[Tensor, int, bool]:
+    """Return a contiguous tensor of rows or a placeholder, its row stride, and True if it was
+    passed.
+    """
     if tensor is None:
         return instead, 1, False
     return tensor.contiguous(), 0 if len(tensor) == 1 else tensor.shape[1], True
@@ -51,33 +53,33 @@ def _mux_embed(
     seed: Tensor | None, eps: float, start: int, dropout: float, word_padding: int,
     position_padding: int, keep: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The encoder's input, and with `keep` the mixed rows before the second embedding."""
+    """Compute the encoder's input, and with `keep` the mixed rows before the second embedding."""
     from megamod_kernels import mux_embed_kernels as kernels
 
     (rows, length), (instances, size) = ids.shape, key.shape
     output = word.new_empty(rows // instances, length, size)
     mixed = torch.empty_like(output) if keep else word.new_empty(0)
     if output.numel():
-        arguments, flags = embedding_arguments(
+        arguments, flags = make_embedding_arguments(
             ids, word, position, token_type, weight, bias, key, types, firsts, seconds, seed,
             output, mixed, eps, start, dropout, keep,
         )  # fmt: skip
-        kernels.mux_embed_fwd_kernel[(_blocks(len(output) * length, rows_per_program(size)),)](
-            *arguments, **flags, BLOCK=rows_per_program(size), num_warps=warps(size)
-        )
+        kernels.mux_embed_fwd_kernel[
+            (_ceil_divide(len(output) * length, count_rows_per_program(size)),)
+        ](*arguments, **flags, ROWS=count_rows_per_program(size), num_warps=count_warps(size))
     return output, mixed
 
 
-def embedding_arguments(
+def make_embedding_arguments(
     ids: Tensor, word: Tensor, position: Tensor, token_type: Tensor, weight: Tensor, bias: Tensor,
     key: Tensor, types: Tensor | None, firsts: Tensor | None, seconds: Tensor | None,
     seed: Tensor | None, output: Tensor, mixed: Tensor, eps: float, start: int, dropout: float,
     keep: bool,
 ) -> tuple[tuple[object, ...], dict[str, object]]:  # fmt: skip
-    """Positional and keyword arguments of a launch for `embed_rows`."""
-    types, _, has_types = _optional(types, ids)
-    firsts, first_stride, has_firsts = _optional(firsts, ids)
-    seconds, second_stride, has_seconds = _optional(seconds, ids)
+    """Return the positional and keyword arguments of a launch for `embed_rows`."""
+    types, _, has_types = _make_optional_argument(types, ids)
+    firsts, first_stride, has_firsts = _make_optional_argument(firsts, ids)
+    seconds, second_stride, has_seconds = _make_optional_argument(seconds, ids)
     groups, length, size = output.shape
     arguments = (
         ids.contiguous(), word.contiguous(), position.contiguous(), token_type.contiguous(),
@@ -85,7 +87,7 @@ def embedding_arguments(
         ids if seed is None else seed, output, mixed, groups * length, length, size, len(key),
         start, first_stride, second_stride, eps, dropout,
     )  # fmt: skip
-    flags = {**tiles(size), "TYPES": int(has_types)}
+    flags = {**make_width_arguments(size), "TYPES": int(has_types)}
     flags |= {
         "FIRSTS": has_firsts,
         "SECONDS": has_seconds,
@@ -126,7 +128,7 @@ def mux_embed_backward(
     firsts: Tensor | None, seconds: Tensor | None, seed: Tensor | None, eps: float, start: int,
     dropout: float, word_padding: int, position_padding: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of word, position, token_type, weight, bias and key."""
+    """Return the gradients of word, position, token_type, weight, bias and key."""
     from megamod_kernels import mux_embed_kernels as kernels
 
     (rows, length), (instances, size) = ids.shape, key.shape
@@ -135,18 +137,22 @@ def mux_embed_backward(
     if not upstream.numel():
         return tuple(torch.zeros_like(arguments) for arguments in parameters)
     upstream, ids = upstream.contiguous(), ids.contiguous()
-    given_types, given_firsts, given_seconds = types, firsts, seconds
+    passed_types, passed_firsts, passed_seconds = types, firsts, seconds
     word, position, token_type, weight, bias, key = (t.contiguous() for t in parameters)
-    types, _, has_types = _optional(types, ids)
-    firsts, first_stride, has_firsts = _optional(firsts, ids)
-    seconds, second_stride, has_seconds = _optional(seconds, ids)
-    drop, drawn = seed is not None, ids if seed is None else seed
-    every, all_mixed, column_tiles = rows * length, groups * length, _blocks(size, WIDTH)
+    types, _, has_types = _make_optional_argument(types, ids)
+    firsts, first_stride, has_firsts = _make_optional_argument(firsts, ids)
+    seconds, second_stride, has_seconds = _make_optional_argument(seconds, ids)
+    has_dropout, seed_or_placeholder = seed is not None, ids if seed is None else seed
+    token_count, mixed_count, column_tiles = (
+        rows * length,
+        groups * length,
+        _ceil_divide(size, WIDTH),
+    )
     wide = {"dtype": torch.float32, "device": word.device}
 
     grad_mixed = torch.empty_like(mixed)
-    stats, second_stats = torch.empty(4, every, **wide), torch.empty(2, all_mixed, **wide)
-    kernels.mux_embed_bwd_kernel[(_blocks(all_mixed, rows_per_program(size)),)](
+    stats, second_stats = torch.empty(4, token_count, **wide), torch.empty(2, mixed_count, **wide)
+    kernels.mux_embed_bwd_kernel[(_ceil_divide(mixed_count, count_rows_per_program(size)),)](
         upstream,
         ids,
         word,
@@ -157,12 +163,12 @@ def mux_embed_backward(
         types,
         firsts,
         seconds,
-        drawn,
+        seed_or_placeholder,
         mixed,
         grad_mixed,
         stats,
         second_stats,
-        all_mixed,
+        mixed_count,
         length,
         size,
         instances,
@@ -171,80 +177,88 @@ def mux_embed_backward(
         second_stride,
         eps,
         dropout,
-        BLOCK=rows_per_program(size),
-        **tiles(size),
+        ROWS=count_rows_per_program(size),
+        **make_width_arguments(size),
         TYPES=int(has_types),
         FIRSTS=has_firsts,
         SECONDS=has_seconds,
-        DROPOUT=drop,
-        num_warps=warps(size),
+        DROPOUT=has_dropout,
+        num_warps=count_warps(size),
     )
 
-    def columns(second: bool) -> Tensor:
+    def sum_columns(second: bool) -> Tensor:
         """Sum over all rows, [instances or 1, 2, D]."""
-        blocks, count = _blocks(all_mixed, 4), 1 if second else instances
+        blocks, count = _ceil_divide(mixed_count, 4), 1 if second else instances
         programs = min(blocks, PARTIALS)
         partial = torch.empty(programs, count, 2, size, **wide)
         kernels.mux_embed_columns_kernel[(programs, column_tiles, count)](
             upstream if second else grad_mixed, ids, mixed if second else word, position,
-            token_type, types, seconds if second else firsts, drawn,
-            second_stats if second else stats, partial, all_mixed, length, size, count, blocks,
-            start, second_stride if second else first_stride, all_mixed if second else every,
-            dropout, BLOCK=4, WIDTH=WIDTH, TYPES=0 if second else int(has_types),
-            POSITIONS=has_seconds if second else has_firsts, DROPOUT=drop, SECOND=second,
+            token_type, types, seconds if second else firsts, seed_or_placeholder,
+            second_stats if second else stats, partial, mixed_count, length, size, count, blocks,
+            start, second_stride if second else first_stride, mixed_count if second else
+            token_count, dropout, ROWS=4, WIDTH=WIDTH, TYPES=0 if second else int(has_types),
+            POSITIONS=has_seconds if second else has_firsts, DROPOUT=has_dropout, SECOND=second,
             WHOLE=size % WIDTH == 0, num_warps=4,
         )  # fmt: skip
         return partial.sum(0)
 
-    def table(owner: Tensor, order: Tensor, grad: Tensor, padding: int, of_mixed: bool) -> Tensor:
+    def add_to_table(
+        owner: Tensor, order: Tensor, grad: Tensor, padding: int, of_mixed: bool
+    ) -> Tensor:
         """Add rows to the row of `grad` that owns them; `grad` starts at zero."""
         count = len(order)
-        grid = (_blocks(count, CHUNK), column_tiles)
+        grid = (_ceil_divide(count, CHUNK), column_tiles)
         head, tail = (torch.empty(grid[0], size, **wide) for _ in range(2))
         kernels.mux_embed_table_kernel[grid](
-            grad_mixed, ids, word, position, token_type, weight, key, types, firsts, drawn, stats,
-            order, owner, grad, head, tail, count, length, size, instances, start, first_stride,
-            dropout, padding, CHUNK=CHUNK, WIDTH=WIDTH, TYPES=int(has_types), FIRSTS=has_firsts,
-            DROPOUT=drop, MIXED=of_mixed, num_warps=1,
+            grad_mixed, ids, word, position, token_type, weight, key, types, firsts,
+            seed_or_placeholder, stats, order, owner, grad, head, tail, count, length, size,
+            instances, start, first_stride, dropout, padding, CHUNK=CHUNK, WIDTH=WIDTH,
+            TYPES=int(has_types), FIRSTS=has_firsts, DROPOUT=has_dropout, MIXED=of_mixed,
+            num_warps=1,
         )  # fmt: skip
         kernels.mux_embed_join_kernel[grid](
             owner, grad, head, tail, count, size, padding, CHUNK=CHUNK, WIDTH=WIDTH, num_warps=1
         )
         return grad
 
-    grad_word = table(*_sorted(ids), torch.zeros_like(word), word_padding, False)
+    grad_word = add_to_table(*_sort_by_owner(ids), torch.zeros_like(word), word_padding, False)
 
     # Sum the rows of each (position, segment) first; the gradients of both tables follow from it.
-    places, segments = len(position), len(token_type) if has_types else 1
+    position_count, segment_count = len(position), len(token_type) if has_types else 1
     if has_firsts or has_types:
-        first = _rows(given_firsts, rows, length, start, ids)
-        order_of_slots = _sorted(first + given_types * places if has_types else first)
+        first = _find_position_rows(passed_firsts, rows, length, start, ids)
+        pair_order = _sort_by_owner(first + passed_types * position_count if has_types else first)
     else:
-        order_of_slots = _by_column(rows, length, start, ids)
-    slots = torch.zeros(segments * places, size, **wide)
-    slots = table(*order_of_slots, slots, -1, False).view(segments, places, size)
-    again = torch.zeros(places, size, **wide)
+        pair_order = _order_by_column(rows, length, start, ids)
+    pair_grads = torch.zeros(segment_count * position_count, size, **wide)
+    pair_grads = add_to_table(*pair_order, pair_grads, -1, False).view(
+        segment_count, position_count, size
+    )
+    second_position_grad = torch.zeros(position_count, size, **wide)
     if has_seconds:
-        second = _rows(given_seconds, groups, length, start, ids)
-        again = table(*_sorted(second), again, -1, True)
+        second = _find_position_rows(passed_seconds, groups, length, start, ids)
+        second_position_grad = add_to_table(*_sort_by_owner(second), second_position_grad, -1, True)
     else:
-        again[start : start + length] = grad_mixed.sum(0, dtype=torch.float32)
+        second_position_grad[start : start + length] = grad_mixed.sum(0, dtype=torch.float32)
 
     grad_type = torch.zeros(token_type.shape, **wide)
-    grad_type[:segments] = slots.sum(1)
-    grad_type[0] += again.sum(0)
-    of_first = slots.sum(0)
+    grad_type[:segment_count] = pair_grads.sum(1)
+    grad_type[0] += second_position_grad.sum(0)
+    first_position_grad = pair_grads.sum(0)
     if position_padding >= 0:
-        for table_grad, by_row in ((of_first, has_firsts), (again, has_seconds)):
+        for table_grad, by_row in (
+            (first_position_grad, has_firsts),
+            (second_position_grad, has_seconds),
+        ):
             table_grad[position_padding] *= not by_row
-    of_norm = torch.empty_like(weight), torch.empty_like(bias)
+    norm_grads = torch.empty_like(weight), torch.empty_like(bias)
     grad_key = torch.empty_like(key)
     kernels.mux_embed_finish_kernel[(column_tiles,)](
-        columns(False), columns(True), key, weight, bias, *of_norm, grad_key, size, instances,
-        WIDTH=WIDTH, num_warps=4,
+        sum_columns(False), sum_columns(True), key, weight, bias, *norm_grads, grad_key, size,
+        instances, WIDTH=WIDTH, num_warps=4,
     )  # fmt: skip
-    of_position = (of_first + again).to(position.dtype)
-    return grad_word, of_position, grad_type.to(token_type.dtype), *of_norm, grad_key
+    position_grad = (first_position_grad + second_position_grad).to(position.dtype)
+    return grad_word, position_grad, grad_type.to(token_type.dtype), *norm_grads, grad_key
 
 
 @mux_embed_backward.register_fake
@@ -257,26 +271,28 @@ def _(
     return tuple(torch.empty_like(t) for t in (word, position, token_type, weight, bias, key))
 
 
-def _rows(arguments: Tensor | None, rows: int, length: int, start: int, like: Tensor) -> Tensor:
-    """Indices into the position table, [rows, length]."""
-    if arguments is None:
-        arguments = torch.arange(start, start + length, device=like.device)[None]
-    return arguments.expand(rows, length)
+def _find_position_rows(
+    positions: Tensor | None, rows: int, length: int, start: int, like: Tensor
+) -> Tensor:
+    """Return indices into the position table, [rows, length]."""
+    if positions is None:
+        positions = torch.arange(start, start + length, device=like.device)[None]
+    return positions.expand(rows, length)
 
 
-def _sorted(owner: Tensor) -> tuple[Tensor, Tensor]:
-    """Sorted owners of rows and their row indices; sorting int32 takes half as long as int64."""
+def _sort_by_owner(owner: Tensor) -> tuple[Tensor, Tensor]:
+    """Return sorted owners of rows and their row indices; int32 sorts in half the time of int64."""
     return owner.flatten().to(torch.int32).sort(stable=True)
 
 
-def _by_column(rows: int, length: int, start: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Result of `_sorted` for rows [rows, length] of consecutive indices."""
+def _order_by_column(rows: int, length: int, start: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the result of `_sort_by_owner` for rows [rows, length] of consecutive indices."""
     numbers = torch.arange(rows * length, device=like.device).view(rows, length)
     owner = torch.arange(start, start + length, dtype=torch.int32, device=like.device)
     return owner.repeat_interleave(rows), numbers.T.flatten()
 
 
-def _keep(
+def _setup_context(
     ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]
 ) -> None:
     *tensors, eps, start, dropout, word_padding, position_padding, _ = inputs
@@ -285,7 +301,7 @@ def _keep(
     ctx.numbers = (eps, start, dropout, word_padding, position_padding)
 
 
-def _differentiate(
+def _backward(
     ctx: torch.autograd.function.FunctionCtx, upstream: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     needed, no_grads = ctx.needs_input_grad[1:7], (None,) * 10
@@ -295,7 +311,7 @@ def _differentiate(
     return None, *(g if asked else None for g, asked in zip(grads, needed, strict=True)), *no_grads
 
 
-_mux_embed.register_autograd(_differentiate, setup_context=_keep)
+_mux_embed.register_autograd(_backward, setup_context=_setup_context)
 
 
 def mux_embed(
@@ -330,19 +346,19 @@ def mux_embed(
         ValueError: if shapes do not fit, or the implementation cannot run.
     Source: Murahari et al. 2023 (MUX-PLM), section 3.1; both embeddings as in its release.
     """
-    check(ids, key, tables, token_type_ids, first_positions, second_positions)
+    check_shapes(ids, key, tables, token_type_ids, first_positions, second_positions)
     optional = (token_type_ids, first_positions, second_positions)
     if not uses_triton(implementation, ids) or tables.word.dtype == torch.float64:
         return mux_embed_reference(ids, key, tables, *optional, dropout)
     learned = (*tables[:5], key)
-    seed, numbers = settings(ids, learned, tables, dropout)
+    seed, numbers = make_number_arguments(ids, learned, tables, dropout)
     return _mux_embed(ids, *learned, *optional, seed, *numbers)[0]
 
 
-def settings(
+def make_number_arguments(
     ids: Tensor, learned: tuple[Tensor, ...], tables: Tables, dropout: float
 ) -> tuple[Tensor | None, tuple[float | int, ...]]:
-    """Dropout seed or None, and the trailing number arguments of the operation."""
+    """Return the dropout seed or None, and the trailing number arguments of the operation."""
     seed = torch.randint(2**62, (1,), device=ids.device) if dropout else None
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in learned)
     padding = [-1 if row is None else row for row in (tables.word_padding, tables.position_padding)]

@@ -41,21 +41,22 @@ def mux_embed_reference(
     dropout: float = 0.0,
     masks: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Reference; arguments and result as in `mux_embed`.
+    """Compute `mux_embed` in plain torch; arguments and result are the same.
 
     Args:
         masks: factors of both dropouts, [B, N, T, D] and [B, T, D]; None to draw them.
     """
 
     def embed(x: Tensor, types: Tensor | None, positions: Tensor | None) -> Tensor:
+        """Add position and segment embeddings to x and norm the sum."""
         if positions is None:
             start = tables.first_position
             added = tables.position[start : start + x.shape[1]]
         else:
             added = F.embedding(positions, tables.position, tables.position_padding)
         segment = tables.token_type[0] if types is None else F.embedding(types, tables.token_type)
-        normed = (tables.weight, tables.bias, tables.eps)
-        return F.layer_norm(x + (added + segment), x.shape[-1:], *normed)
+        norm_arguments = (tables.weight, tables.bias, tables.eps)
+        return F.layer_norm(x + (added + segment), x.shape[-1:], *norm_arguments)
 
     words = F.embedding(ids, tables.word, tables.word_padding)
     instances = embed(words, token_type_ids, first_positions).unflatten(0, (-1, len(key)))
@@ -64,7 +65,7 @@ def mux_embed_reference(
     return F.dropout(mixed, dropout) if masks is None else mixed * masks[1]
 
 
-def check(
+def check_shapes(
     ids: Tensor,
     key: Tensor,
     tables: Tables,
@@ -100,6 +101,6 @@ def check(
         if tensor is not None and tuple(tensor.shape) not in [(count, length) for count in allowed]:
             expected = " or ".join(str([count, length]) for count in allowed)
             raise ValueError(f"{name} {tuple(tensor.shape)} does not fit: expected {expected}")
-    room = len(tables.position) - tables.first_position
-    if length > room and (firsts is None or seconds is None):
-        raise ValueError(f"{length} tokens need more than the {room} positions of the table")
+    available = len(tables.position) - tables.first_position
+    if length > available and (firsts is None or seconds is None):
+        raise ValueError(f"{length} tokens need more than the {available} positions of the table")

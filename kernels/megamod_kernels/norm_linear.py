@@ -27,7 +27,7 @@ class Norm(NamedTuple):
 def norm_linear_reference(
     x: Tensor, norm: Norm, weight: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """Reference: LN(x) weight^T + bias."""
+    """Compute LN(x) weight^T + bias in plain torch."""
     return F.linear(F.layer_norm(x, x.shape[-1:], *norm), weight, bias)
 
 
@@ -35,8 +35,9 @@ def norm_linear_reference(
 def _norm_linear(
     x: Tensor, gain: Tensor, shift: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> Tensor:
+    """Run the kernels for moments and product, [..., E]."""
     from megamod_kernels import norm_linear_kernels as kernels
-    from megamod_kernels.keyed_linear_kernels import matmul_tile
+    from megamod_kernels.keyed_linear_kernels import select_matmul_tile
 
     output = x.new_empty(*x.shape[:-1], len(weight))
     if not output.numel():
@@ -49,11 +50,13 @@ def _norm_linear(
     kernels.norm_moments_kernel[(-(-rows // ROWS),)](
         x, stats, rows, size, eps, ROWS=ROWS, WIDTH=WIDTH, num_warps=4
     )
-    tall, wide, inner, warps, stages = matmul_tile(rows, outputs, x.element_size())
-    kernels.norm_matmul_kernel[(-(-rows // tall) * -(-outputs // wide),)](
+    tile_rows, tile_columns, inner, warps, stages = select_matmul_tile(
+        rows, outputs, x.element_size()
+    )
+    kernels.norm_matmul_kernel[(-(-rows // tile_rows) * -(-outputs // tile_columns),)](
         x, stats, gain, shift, weight, weight if bias is None else bias.contiguous(), output,
-        rows, size, outputs, weight.stride(0), BLOCK_ROWS=tall, BLOCK_OUT=wide, BLOCK_IN=inner,
-        USES_BIAS=bias is not None, num_warps=warps, num_stages=stages,
+        rows, size, outputs, weight.stride(0), ROWS=tile_rows, COLUMNS=tile_columns, INNER=inner,
+        BIAS=bias is not None, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return output
 
@@ -93,7 +96,7 @@ _norm_linear.register_autograd(_backward, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.megamod.norm_linear)
-def _flops(
+def _count_flops(
     x: tuple[int, ...],
     gain: object,
     shift: object,
@@ -107,7 +110,7 @@ def _flops(
     return 2 * rows * weight[0] * weight[1]
 
 
-def uses_kernel(implementation: str, x: Tensor) -> bool:
+def uses_kernels(implementation: str, x: Tensor) -> bool:
     """Return True if `norm_linear` of x runs its kernel.
 
     Raises:
@@ -124,7 +127,7 @@ def norm_linear(
     bias: Tensor | None = None,
     implementation: str = "auto",
 ) -> Tensor:
-    """LN(x) weight^T + bias.
+    """Compute LN(x) weight^T + bias.
 
     Args:
         x: [..., D].
@@ -132,7 +135,7 @@ def norm_linear(
         weight: [E, D], dtype of x; any row stride.
         bias: [E], or None.
         implementation: "auto", "triton" or "reference"; "auto" leaves float32 to the reference,
-            because its products are faster than anything that uses_own_matmul without tensor cores.
+            because its products are faster than a kernel of our own without tensor cores.
             float64 and autocast are always computed by the reference.
     Returns:
         [..., E], in x's dtype. Differentiable once; backward saves x and the parameters.
@@ -145,7 +148,7 @@ def norm_linear(
             f"x {tuple(x.shape)}, norm {tuple(norm.weight.shape)} and weight "
             f"{tuple(weight.shape)} do not fit: expected [..., D], [D] and [E, D]"
         )
-    if not uses_kernel(implementation, x):
+    if not uses_kernels(implementation, x):
         return norm_linear_reference(x, norm, weight, bias)
     if x.dtype != weight.dtype:
         raise ValueError(f"x of {x.dtype} and weight of {weight.dtype}: kernels take one dtype")

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from megamod_kernels.dot import dot, tile_of_program
-from megamod_kernels.rows import moments
+from megamod_kernels.dot import dot, find_program_tile
+from megamod_kernels.rows import compute_moments
 
 
 @triton.jit
@@ -12,9 +12,9 @@ def norm_moments_kernel(x, stats, rows, D, eps, ROWS: tl.constexpr, WIDTH: tl.co
     """Write stats [2, rows] float32: mean and reciprocal standard deviation."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     valid = row < rows
-    mean, scale = moments(x, row, valid, D, eps, ROWS, WIDTH)
+    mean, rstd = compute_moments(x, row, valid, D, eps, ROWS, WIDTH)
     tl.store(stats + row, mean, mask=valid)
-    tl.store(stats + rows + row, scale, mask=valid)
+    tl.store(stats + rows + row, rstd, mask=valid)
 
 
 @triton.jit
@@ -29,39 +29,41 @@ def norm_matmul_kernel(
     rows,
     D,
     OUT,
-    weight_out,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-    BLOCK_IN: tl.constexpr,
-    USES_BIAS: tl.constexpr,
+    weight_out_stride,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+    BIAS: tl.constexpr,
 ):
-    """output = (gain (x - mean) / std + shift) weight^T + bias."""
-    block, across = tile_of_program(rows, OUT, BLOCK_ROWS, BLOCK_OUT)
-    row = block.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    column = across * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    """Compute output = (gain (x - mean) / std + shift) weight^T + bias."""
+    row_tile, column_tile = find_program_tile(rows, OUT, ROWS, COLUMNS)
+    row = row_tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
     valid = row < rows
     mean = tl.load(stats + row, mask=valid, other=0.0)
-    scale = tl.load(stats + rows + row, mask=valid, other=0.0)
-    total = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
-    for start in range(0, D, BLOCK_IN):
-        inner = start + tl.arange(0, BLOCK_IN)
+    rstd = tl.load(stats + rows + row, mask=valid, other=0.0)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, D, INNER):
+        inner = start + tl.arange(0, INNER)
         inner_mask = inner < D
-        a = tl.load(
+        x_tile = tl.load(
             x + row[:, None] * D + inner[None, :],
             mask=valid[:, None] & inner_mask[None, :],
             other=0.0,
         )
-        w = tl.load(gain + inner, mask=inner_mask, other=0.0).to(tl.float32)
-        b = tl.load(shift + inner, mask=inner_mask, other=0.0).to(tl.float32)
+        gain_tile = tl.load(gain + inner, mask=inner_mask, other=0.0).to(tl.float32)
+        shift_tile = tl.load(shift + inner, mask=inner_mask, other=0.0).to(tl.float32)
         # Columns beyond D are 0, because gain and shift are 0 there.
-        normed = (a.to(tl.float32) - mean[:, None]) * scale[:, None] * w[None, :] + b[None, :]
+        normed = (x_tile.to(tl.float32) - mean[:, None]) * rstd[:, None] * gain_tile[
+            None, :
+        ] + shift_tile[None, :]
         weight_tile = tl.load(
-            weight + column[None, :].to(tl.int64) * weight_out + inner[:, None],
+            weight + column[None, :].to(tl.int64) * weight_out_stride + inner[:, None],
             mask=inner_mask[:, None] & (column < OUT)[None, :],
             other=0.0,
         )
         total += dot(normed.to(x.dtype.element_ty), weight_tile)
-    if USES_BIAS:
+    if BIAS:
         total += tl.load(bias + column, mask=column < OUT, other=0.0).to(tl.float32)[None, :]
     tl.store(
         output + row[:, None] * OUT + column[None, :],

@@ -12,8 +12,8 @@ _SCALE = tl.constexpr(0.33)
 
 
 @triton.jit
-def _upper_tail(distance):
-    """Upper tail of the normal distribution beyond a distance >= 0, and exp(-distance^2 / 2).
+def _compute_upper_tail(distance):
+    """Return the normal distribution's upper tail at a distance >= 0, and exp(-distance^2 / 2).
 
     Costs half as much as erf, and the exponential is needed for the slope anyway. The polynomial in
     1 / (1 + 0.33 distance) has the form of Abramowitz and Stegun 7.1.26, with degree 7 and
@@ -43,24 +43,24 @@ def _upper_tail(distance):
 
 @triton.jit
 def gelu(x):
-    """Exact GELU: x times the normal distribution function at x."""
+    """Compute the exact GELU: x times the normal distribution function at x."""
     distance = tl.abs(x)
-    tail, _ = _upper_tail(distance)
+    tail, _ = _compute_upper_tail(distance)
     return tl.maximum(x, 0.0) - distance * tail
 
 
 @triton.jit
 def gelu_and_slope(x):
-    """GELU and its derivative."""
+    """Compute GELU and its derivative."""
     distance = tl.abs(x)
-    tail, bell = _upper_tail(distance)
+    tail, bell = _compute_upper_tail(distance)
     slope = tl.where(x > 0.0, 1.0 - tail, tail) + _DENSITY * x * bell
     return tl.maximum(x, 0.0) - distance * tail, slope
 
 
 @triton.jit
-def valid_mask(valid, column, D, WHOLE: tl.constexpr):
-    """Mask of valid elements; WHOLE: D is a multiple of WIDTH."""
+def make_valid_mask(valid, column, D, WHOLE: tl.constexpr):
+    """Return the mask of valid elements; WHOLE: D is a multiple of WIDTH."""
     if WHOLE:
         return valid[:, None]
     else:
@@ -68,10 +68,10 @@ def valid_mask(valid, column, D, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def moments(source, row, valid, D, eps, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """Mean and reciprocal standard deviation of rows, tile by tile (Chan et al. 1979)."""
+def compute_moments(source, row, valid, D, eps, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Return mean and reciprocal standard deviation of rows, tile by tile (Chan et al. 1979)."""
     mean = tl.zeros([ROWS], tl.float32)
-    spread = tl.zeros([ROWS], tl.float32)
+    square_sum = tl.zeros([ROWS], tl.float32)
     for start in range(0, D, WIDTH):
         column = start + tl.arange(0, WIDTH)
         mask = valid[:, None] & (column < D)[None, :]
@@ -82,13 +82,15 @@ def moments(source, row, valid, D, eps, ROWS: tl.constexpr, WIDTH: tl.constexpr)
         centred = tl.where(mask, value - tile_mean[:, None], 0.0)
         delta = tile_mean - mean
         mean += delta * count / (start + count)
-        spread += tl.sum(centred * centred, 1) + delta * delta * start * count / (start + count)
-    return mean, 1.0 / tl.sqrt(spread / D + eps)
+        square_sum += tl.sum(centred * centred, 1) + delta * delta * start * count / (start + count)
+    return mean, 1.0 / tl.sqrt(square_sum / D + eps)
 
 
 @triton.jit
-def moments_of_tiles(x, D, eps, TILES: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr):
-    """Mean and reciprocal standard deviation of rows held as tiles, with zeros beyond D."""
+def compute_tile_moments(x, D, eps, TILES: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr):
+    """Return mean and reciprocal standard deviation of rows as tuples of tiles, with zeros beyond
+    D.
+    """
     # Add the tiles first, because the sum over threads is the expensive part.
     total = x[0]
     for tile in tl.static_range(1, TILES):
@@ -105,8 +107,12 @@ def moments_of_tiles(x, D, eps, TILES: tl.constexpr, WIDTH: tl.constexpr, WHOLE:
 
 
 @triton.jit
-def dropout_factor(seed, stream, row, first_column, p, DROPOUT: tl.constexpr, WIDTH: tl.constexpr):
-    """Dropout factors of a tile, 0 or 1 / (1 - p): Philox counter (row, column // 4, stream)."""
+def draw_dropout_factors(
+    seed, stream, row, first_column, dropout, DROPOUT: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Draw a tile's dropout factors, 0 or 1 / (1 - dropout): Philox counter (row, column // 4,
+    stream).
+    """
     if DROPOUT:
         quad = first_column // 4 + tl.arange(0, WIDTH // 4)
         seed_value = tl.load(seed)
@@ -118,6 +124,6 @@ def dropout_factor(seed, stream, row, first_column, p, DROPOUT: tl.constexpr, WI
         bits = tl.join(tl.join(a, c), tl.join(b, d))
         bits = tl.reshape(bits, [row.shape[0], WIDTH])
         uniform = (bits >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08
-        return tl.where(uniform >= p, 1.0 / (1.0 - p), 0.0)
+        return tl.where(uniform >= dropout, 1.0 / (1.0 - dropout), 0.0)
     else:
         return tl.full([row.shape[0], WIDTH], 1.0, tl.float32)

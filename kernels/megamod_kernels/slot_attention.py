@@ -28,7 +28,7 @@ def slot_attention_reference(
     mask: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Reference, arguments as in `slot_attention`: stock attention over B * L sequences."""
+    """Compute `slot_attention` in plain torch: stock attention over B * L sequences."""
     groups, _, length, _ = q.shape
     q, k, v = (
         x.transpose(1, 2).flatten(0, 1).unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -46,17 +46,19 @@ def slot_attention_reference(
 def _slot_attention(
     projected: list[Tensor], heads: int, mask: Tensor | None, dropout: float, seed: Tensor | None
 ) -> Tensor:
-    """`projected` is q, k and v, or one tensor with the three concatenated."""
+    """Run the forward kernel; `projected` is [q, k, v], or one tensor with the three
+    concatenated.
+    """
     from megamod_kernels import slot_attention_kernels as kernels
 
-    q, k, v = (_unit_stride(x) for x in _split_qkv(projected))
+    q, k, v = (_ensure_unit_stride(x) for x in _split_qkv(projected))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
-    arguments, constants = _launch(q, heads, mask, dropout)
+    arguments, constants = _make_launch_arguments(q, heads, mask, dropout)
     strides = [stride for x in (q, k, v) for stride in x.stride()[:3]]
-    kernels.slot_attention_fwd_kernel[_grid(q, constants)](
-        q, k, v, out, *_optional_pointers(mask, seed, q), *arguments, *strides, **constants
+    kernels.slot_attention_fwd_kernel[_make_grid(q, constants)](
+        q, k, v, out, *_replace_missing_tensors(mask, seed, q), *arguments, *strides, **constants
     )
     return out
 
@@ -78,22 +80,22 @@ def _slot_attention_backward(
     dropout: float,
     seed: Tensor | None,
 ) -> list[Tensor]:
-    """Gradients of `projected`, contiguous."""
+    """Return the gradients of `projected`, contiguous."""
     from megamod_kernels import slot_attention_kernels as kernels
 
-    up, q, k, v = (_unit_stride(x) for x in (upstream, *_split_qkv(projected)))
+    up, q, k, v = (_ensure_unit_stride(x) for x in (upstream, *_split_qkv(projected)))
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in projected]
     if q.numel() == 0:
         return grads
-    arguments, constants = _launch(q, heads, mask, dropout)
+    arguments, constants = _make_launch_arguments(q, heads, mask, dropout)
     strides = [stride for x in (up, q, k, v) for stride in x.stride()[:3]]
-    kernels.slot_attention_bwd_kernel[_grid(q, constants)](
+    kernels.slot_attention_bwd_kernel[_make_grid(q, constants)](
         up,
         q,
         k,
         v,
         *_split_qkv(grads),
-        *_optional_pointers(mask, seed, q),
+        *_replace_missing_tensors(mask, seed, q),
         *arguments,
         *strides,
         grads[0].shape[-1],
@@ -131,20 +133,24 @@ _slot_attention.register_autograd(_backward, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.megamod.slot_attention)
-def _flops(projected: list[tuple[int, ...]], *_: object, **__: object) -> int:
-    """FLOPs of the two products among the instances of a position, without masked scores."""
+def _count_flops(projected: list[tuple[int, ...]], *_: object, **__: object) -> int:
+    """Count the FLOPs of the two products among the instances of a position, without masked
+    scores.
+    """
     groups, instances, length, columns = projected[0]
     size = columns // (1 if len(projected) == 3 else 3)
     return 4 * groups * length * instances**2 * size
 
 
 @register_flop_formula(torch.ops.megamod.slot_attention_backward)
-def _backward_flops(_: object, projected: list[tuple[int, ...]], *__: object, **___: object) -> int:
-    """Of five products, scores made again among them."""
-    return _flops(projected) // 2 * 5
+def _count_backward_flops(
+    _: object, projected: list[tuple[int, ...]], *__: object, **___: object
+) -> int:
+    """Count the FLOPs of five products, one of which recomputes the scores."""
+    return _count_flops(projected) // 2 * 5
 
 
-def runs_kernels(x: Tensor, heads: int, implementation: str = "auto") -> bool:
+def uses_kernels(x: Tensor, heads: int, implementation: str = "auto") -> bool:
     """Return True if `slot_attention` of tensors like x [B, N, L, D] runs its kernels.
 
     Raises:
@@ -172,7 +178,7 @@ def slot_attention(
     dropout: float = 0.0,
     implementation: str = "auto",
 ) -> Tensor:
-    """Multi-head attention of each position's N instances among themselves.
+    """Compute multi-head attention of each position's N instances among themselves.
 
     Args:
         q, k, v: [B, N, L, D], any strides; head h has columns [h * D / heads, (h + 1) * D / heads).
@@ -194,10 +200,10 @@ def slot_attention(
             f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit: expected "
             "three times [B, N, L, D]"
         )
-    _check(q.shape, heads, mask, dropout)
-    if not runs_kernels(q, heads, implementation):
+    _check_arguments(q.shape, heads, mask, dropout)
+    if not uses_kernels(q, heads, implementation):
         return slot_attention_reference(q, k, v, heads, mask, dropout)
-    return _slot_attention([q, k, v], heads, mask, dropout, _seed(q, dropout))
+    return _slot_attention([q, k, v], heads, mask, dropout, _draw_seed(q, dropout))
 
 
 def slot_attention_packed(
@@ -207,20 +213,21 @@ def slot_attention_packed(
     dropout: float = 0.0,
     implementation: str = "auto",
 ) -> Tensor:
-    """`slot_attention` of [B, N, L, 3 D], the concatenation of queries, keys and values.
+    """Compute `slot_attention` of [B, N, L, 3 D], the concatenation of queries, keys and values.
 
     The gradient is one tensor too, so nothing is copied between this and a fused projection.
     """
     if qkv.dim() != 4 or qkv.shape[-1] % 3:
         raise ValueError(f"qkv {tuple(qkv.shape)} does not fit: expected [B, N, L, 3 * D]")
     q, k, v = qkv.chunk(3, -1)
-    _check(q.shape, heads, mask, dropout)
-    if not runs_kernels(q, heads, implementation):
+    _check_arguments(q.shape, heads, mask, dropout)
+    if not uses_kernels(q, heads, implementation):
         return slot_attention_reference(q, k, v, heads, mask, dropout)
-    return _slot_attention([qkv], heads, mask, dropout, _seed(q, dropout))
+    return _slot_attention([qkv], heads, mask, dropout, _draw_seed(q, dropout))
 
 
-def _check(shape: torch.Size, heads: int, mask: Tensor | None, dropout: float) -> None:
+def _check_arguments(shape: torch.Size, heads: int, mask: Tensor | None, dropout: float) -> None:
+    """Raise ValueError unless heads, mask and dropout fit tensors of this shape."""
     if heads < 1 or shape[-1] % heads:
         raise ValueError(f"{heads} heads do not divide {shape[-1]} columns")
     if mask is not None and (mask.shape != shape[:-1] or mask.dtype != torch.bool):
@@ -232,24 +239,27 @@ def _check(shape: torch.Size, heads: int, mask: Tensor | None, dropout: float) -
         raise ValueError(f"dropout {dropout} is not in [0, 1)")
 
 
-def _seed(q: Tensor, dropout: float) -> Tensor | None:
-    """On q's device, whose generator activation checkpointing restores."""
+def _draw_seed(q: Tensor, dropout: float) -> Tensor | None:
+    """Draw a seed [1] on q's device, whose generator activation checkpointing restores; None: no
+    dropout.
+    """
     if not dropout:
         return None
     return torch.randint(2**62, (1,), device=q.device, dtype=torch.int64)
 
 
 def _split_qkv(projected: list[Tensor]) -> tuple[Tensor, ...]:
+    """Return q, k and v as three tensors."""
     return tuple(projected) if len(projected) == 3 else projected[0].chunk(3, -1)
 
 
-def _unit_stride(x: Tensor) -> Tensor:
+def _ensure_unit_stride(x: Tensor) -> Tensor:
     """Ensure unit column stride, and instance strides that fit 32-bit offsets."""
     adjacent = x.stride(-1) == 1 or x.shape[-1] == 1
     return x if adjacent and x.stride(1) * x.shape[1] < 2**31 else x.contiguous()
 
 
-def _optional_pointers(
+def _replace_missing_tensors(
     mask: Tensor | None, seed: Tensor | None, placeholder: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Replace missing tensors by a placeholder, which kernels never read."""
@@ -259,19 +269,23 @@ def _optional_pointers(
     )
 
 
-def _launch(
+def _make_launch_arguments(
     q: Tensor, heads: int, mask: Tensor | None, dropout: float
 ) -> tuple[tuple[int | float, ...], dict[str, float]]:
+    """Return the number arguments and the compile-time arguments of both kernels."""
     from megamod_kernels import slot_attention_kernels as kernels
 
     groups, instances, length, size = q.shape
     head = size // heads
-    rows, warps = kernels.tile(instances, head, q.element_size())
+    rows, warps = kernels.select_tile(instances, head, q.element_size())
     shift = 0.0 if mask is None else MASKED
-    constants = kernels.constants_of(instances, heads, head, rows, shift, dropout > 0)
+    constants = kernels.make_compile_time_arguments(
+        instances, heads, head, rows, shift, dropout > 0
+    )
     return (groups * length, length, head**-0.5, dropout), constants | {"num_warps": warps}
 
 
-def _grid(q: Tensor, constants: dict[str, float]) -> tuple[int]:
+def _make_grid(q: Tensor, constants: dict[str, float]) -> tuple[int]:
+    """Return the launch grid: one program per head and block of positions."""
     blocks = -(-q.shape[0] * q.shape[2] // (constants["ROWS"] // constants["N"]))
     return (blocks * constants["HEADS"],)

@@ -13,8 +13,8 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _dot_wide(wide, narrow):
-    """Product of a float32 matrix and a possibly narrower one, without rounding the first.
+def _dot_unrounded(wide, narrow):
+    """Multiply a float32 matrix by a possibly narrower one, without rounding the first.
 
     Rounding the probabilities would cause half of the error. The second product, of the rounding
     remainder, costs no time because the kernel is limited by memory.
@@ -28,65 +28,67 @@ def _dot_wide(wide, narrow):
 
 
 @triton.jit
-def _probabilities(q, k, mask_ptr, seen_rows, valid, tile_position, scale, SHIFT: tl.constexpr):
-    """softmax(q k^T * scale) of the rows of a tile among those of the same position.
+def _compute_probabilities(q, k, mask, mask_rows, valid, tile_position, scale, SHIFT: tl.constexpr):
+    """Compute softmax(q k^T * scale) of a tile's rows among those of the same position.
 
     SHIFT is added to the scores of masked instances; 0 if there is no mask.
     """
     scores = dot(q, tl.trans(k)) * (scale * _LOG2_E)
     same = tile_position[:, None] == tile_position[None, :]
     if SHIFT != 0:
-        seen = tl.load(mask_ptr + seen_rows, mask=valid, other=0).to(tl.int32)
+        visible = tl.load(mask + mask_rows, mask=valid, other=0).to(tl.int32)
         # If no instance is visible, all scores would be shifted equally, so none is.
-        any_seen = tl.max(tl.where(same, seen[None, :], 0), axis=1)
-        hidden = (seen[None, :] == 0) & (any_seen[:, None] != 0)
-        scores += tl.where(hidden, SHIFT * _LOG2_E, 0.0)
+        any_visible = tl.max(tl.where(same, visible[None, :], 0), axis=1)
+        invisible = (visible[None, :] == 0) & (any_visible[:, None] != 0)
+        scores += tl.where(invisible, SHIFT * _LOG2_E, 0.0)
     scores = tl.where(same, scores, float("-inf"))
     weights = tl.exp2(scores - tl.max(scores, axis=1)[:, None])
     return weights / tl.sum(weights, axis=1)[:, None]
 
 
 @triton.jit
-def _dropout_mask(seed_ptr, position, head, slot, dropout, HEADS: tl.constexpr, N: tl.constexpr):
-    """Dropout mask of a tile's probabilities: Philox counter (position, head, pair)."""
-    first = (position.to(tl.int64) * HEADS + head) * (N * N) + slot * N
-    uniform = tl.rand(tl.load(seed_ptr), first[:, None] + slot[None, :])
+def _draw_dropout_mask(
+    seed, position, head, instance, dropout, HEADS: tl.constexpr, N: tl.constexpr
+):
+    """Draw the dropout mask of a tile's probabilities: Philox counter (position, head, pair)."""
+    first = (position.to(tl.int64) * HEADS + head) * (N * N) + instance * N
+    uniform = tl.rand(tl.load(seed), first[:, None] + instance[None, :])
     return uniform >= dropout
 
 
 @triton.jit
 def slot_attention_fwd_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    out_ptr,
-    mask_ptr,
-    seed_ptr,
+    q,
+    k,
+    v,
+    output,
+    mask,
+    seed,
     positions,
     length,
     scale,
     dropout,
-    q_group,
-    q_slot,
-    q_token,
-    k_group,
-    k_slot,
-    k_token,
-    v_group,
-    v_slot,
-    v_token,
+    q_group_stride,
+    q_instance_stride,
+    q_token_stride,
+    k_group_stride,
+    k_instance_stride,
+    k_token_stride,
+    v_group_stride,
+    v_instance_stride,
+    v_token_stride,
     N: tl.constexpr,
     HEADS: tl.constexpr,
     K: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     SHIFT: tl.constexpr,
-    USES_DROPOUT: tl.constexpr,
+    DROPOUT: tl.constexpr,
 ):
-    """softmax(q k^T) v over the instances of each position, for one head and tile."""
+    """Compute softmax(q k^T) v over the instances of each position, for one head and tile."""
     head = tl.program_id(0) % HEADS
     rows = tl.arange(0, ROWS)
-    tile_position, slot = rows // N, rows % N
+    tile_position, instance = rows // N, rows % N
     position = tl.program_id(0) // HEADS * (ROWS // N) + tile_position
     valid = (tile_position < ROWS // N) & (position < positions)
     group = (position // length).to(tl.int64)
@@ -95,63 +97,65 @@ def slot_attention_fwd_kernel(
     inside = valid[:, None] & (columns < K)[None, :]
     columns += head * K
 
-    q_rows = group * q_group + slot * q_slot + token * q_token
-    k_rows = group * k_group + slot * k_slot + token * k_token
-    v_rows = group * v_group + slot * v_slot + token * v_token
-    out_rows = (group * N + slot) * length + token
-    q = tl.load(q_ptr + q_rows[:, None] + columns[None, :], mask=inside, other=0.0)
-    k = tl.load(k_ptr + k_rows[:, None] + columns[None, :], mask=inside, other=0.0)
-    v = tl.load(v_ptr + v_rows[:, None] + columns[None, :], mask=inside, other=0.0)
+    q_rows = group * q_group_stride + instance * q_instance_stride + token * q_token_stride
+    k_rows = group * k_group_stride + instance * k_instance_stride + token * k_token_stride
+    v_rows = group * v_group_stride + instance * v_instance_stride + token * v_token_stride
+    output_rows = (group * N + instance) * length + token
+    q_tile = tl.load(q + q_rows[:, None] + columns[None, :], mask=inside, other=0.0)
+    k_tile = tl.load(k + k_rows[:, None] + columns[None, :], mask=inside, other=0.0)
+    v_tile = tl.load(v + v_rows[:, None] + columns[None, :], mask=inside, other=0.0)
 
-    p = _probabilities(q, k, mask_ptr, out_rows, valid, tile_position, scale, SHIFT)
-    if USES_DROPOUT:
-        keep = _dropout_mask(seed_ptr, position, head, slot, dropout, HEADS, N)
-        p = tl.where(keep, p / (1.0 - dropout), 0.0)
-    out = _dot_wide(p, v)
-    at = out_ptr + out_rows[:, None] * (HEADS * K) + columns[None, :]
-    tl.store(at, out.to(out_ptr.dtype.element_ty), mask=inside)
+    probabilities = _compute_probabilities(
+        q_tile, k_tile, mask, output_rows, valid, tile_position, scale, SHIFT
+    )
+    if DROPOUT:
+        dropout_mask = _draw_dropout_mask(seed, position, head, instance, dropout, HEADS, N)
+        probabilities = tl.where(dropout_mask, probabilities / (1.0 - dropout), 0.0)
+    output_tile = _dot_unrounded(probabilities, v_tile)
+    pointers = output + output_rows[:, None] * (HEADS * K) + columns[None, :]
+    tl.store(pointers, output_tile.to(output.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def slot_attention_bwd_kernel(
-    up_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    dq_ptr,
-    dk_ptr,
-    dv_ptr,
-    mask_ptr,
-    seed_ptr,
+    upstream,
+    q,
+    k,
+    v,
+    grad_q,
+    grad_k,
+    grad_v,
+    mask,
+    seed,
     positions,
     length,
     scale,
     dropout,
-    up_group,
-    up_slot,
-    up_token,
-    q_group,
-    q_slot,
-    q_token,
-    k_group,
-    k_slot,
-    k_token,
-    v_group,
-    v_slot,
-    v_token,
-    grad_token,
+    upstream_group_stride,
+    upstream_instance_stride,
+    upstream_token_stride,
+    q_group_stride,
+    q_instance_stride,
+    q_token_stride,
+    k_group_stride,
+    k_instance_stride,
+    k_token_stride,
+    v_group_stride,
+    v_instance_stride,
+    v_token_stride,
+    grad_token_stride,
     N: tl.constexpr,
     HEADS: tl.constexpr,
     K: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     SHIFT: tl.constexpr,
-    USES_DROPOUT: tl.constexpr,
+    DROPOUT: tl.constexpr,
 ):
     """Recompute the probabilities, then the gradients of q, k and v."""
     head = tl.program_id(0) % HEADS
     rows = tl.arange(0, ROWS)
-    tile_position, slot = rows // N, rows % N
+    tile_position, instance = rows // N, rows % N
     position = tl.program_id(0) // HEADS * (ROWS // N) + tile_position
     valid = (tile_position < ROWS // N) & (position < positions)
     group = (position // length).to(tl.int64)
@@ -160,35 +164,55 @@ def slot_attention_bwd_kernel(
     inside = valid[:, None] & (columns < K)[None, :]
     columns += head * K
 
-    q_rows = group * q_group + slot * q_slot + token * q_token
-    k_rows = group * k_group + slot * k_slot + token * k_token
-    v_rows = group * v_group + slot * v_slot + token * v_token
-    up_rows = group * up_group + slot * up_slot + token * up_token
-    mask_rows = (group * N + slot) * length + token
-    q = tl.load(q_ptr + q_rows[:, None] + columns[None, :], mask=inside, other=0.0)
-    k = tl.load(k_ptr + k_rows[:, None] + columns[None, :], mask=inside, other=0.0)
-    v = tl.load(v_ptr + v_rows[:, None] + columns[None, :], mask=inside, other=0.0)
-    up = tl.load(up_ptr + up_rows[:, None] + columns[None, :], mask=inside, other=0.0)
-    grads = mask_rows[:, None] * grad_token + columns[None, :]
+    q_rows = group * q_group_stride + instance * q_instance_stride + token * q_token_stride
+    k_rows = group * k_group_stride + instance * k_instance_stride + token * k_token_stride
+    v_rows = group * v_group_stride + instance * v_instance_stride + token * v_token_stride
+    upstream_rows = (
+        group * upstream_group_stride
+        + instance * upstream_instance_stride
+        + token * upstream_token_stride
+    )
+    mask_rows = (group * N + instance) * length + token
+    q_tile = tl.load(q + q_rows[:, None] + columns[None, :], mask=inside, other=0.0)
+    k_tile = tl.load(k + k_rows[:, None] + columns[None, :], mask=inside, other=0.0)
+    v_tile = tl.load(v + v_rows[:, None] + columns[None, :], mask=inside, other=0.0)
+    upstream_tile = tl.load(
+        upstream + upstream_rows[:, None] + columns[None, :], mask=inside, other=0.0
+    )
+    grad_offsets = mask_rows[:, None] * grad_token_stride + columns[None, :]
 
-    p = _probabilities(q, k, mask_ptr, mask_rows, valid, tile_position, scale, SHIFT)
-    dp = dot(up, tl.trans(v))
-    if USES_DROPOUT:
-        keep = _dropout_mask(seed_ptr, position, head, slot, dropout, HEADS, N)
-        dp = tl.where(keep, dp / (1.0 - dropout), 0.0)
-        dropped = tl.where(keep, p / (1.0 - dropout), 0.0)
-        dv = _dot_wide(tl.trans(dropped), up)
+    probabilities = _compute_probabilities(
+        q_tile, k_tile, mask, mask_rows, valid, tile_position, scale, SHIFT
+    )
+    probability_grads = dot(upstream_tile, tl.trans(v_tile))
+    if DROPOUT:
+        dropout_mask = _draw_dropout_mask(seed, position, head, instance, dropout, HEADS, N)
+        probability_grads = tl.where(dropout_mask, probability_grads / (1.0 - dropout), 0.0)
+        dropped = tl.where(dropout_mask, probabilities / (1.0 - dropout), 0.0)
+        v_grad = _dot_unrounded(tl.trans(dropped), upstream_tile)
     else:
-        dv = _dot_wide(tl.trans(p), up)
-    tl.store(dv_ptr + grads, dv.to(dv_ptr.dtype.element_ty), mask=inside)
+        v_grad = _dot_unrounded(tl.trans(probabilities), upstream_tile)
+    tl.store(grad_v + grad_offsets, v_grad.to(grad_v.dtype.element_ty), mask=inside)
 
-    ds = p * (dp - tl.sum(p * dp, axis=1)[:, None]) * scale
-    tl.store(dq_ptr + grads, _dot_wide(ds, k).to(dq_ptr.dtype.element_ty), mask=inside)
-    tl.store(dk_ptr + grads, _dot_wide(tl.trans(ds), q).to(dk_ptr.dtype.element_ty), mask=inside)
+    score_grads = (
+        probabilities
+        * (probability_grads - tl.sum(probabilities * probability_grads, axis=1)[:, None])
+        * scale
+    )
+    tl.store(
+        grad_q + grad_offsets,
+        _dot_unrounded(score_grads, k_tile).to(grad_q.dtype.element_ty),
+        mask=inside,
+    )
+    tl.store(
+        grad_k + grad_offsets,
+        _dot_unrounded(tl.trans(score_grads), q_tile).to(grad_k.dtype.element_ty),
+        mask=inside,
+    )
 
 
-def tile(instances: int, head: int, element_size: int) -> tuple[int, int]:
-    """Rows of a tile and warps.
+def select_tile(instances: int, head_width: int, element_size: int) -> tuple[int, int]:
+    """Return rows of a tile and warps.
 
     More rows waste more scores between positions, so 64 only if 32 rows leave clearly more rows
     unused, as for N = 12 (24 used). float32 products run without tensor cores, where wasted scores
@@ -199,14 +223,14 @@ def tile(instances: int, head: int, element_size: int) -> tuple[int, int]:
     else:
         share = {rows: rows // instances * instances / rows for rows in (32, 64)}
         rows = 32 if share[32] + 0.05 >= share[64] else 64
-    work = rows * triton.next_power_of_2(head) * (1 if element_size == 2 else 3)
+    work = rows * triton.next_power_of_2(head_width) * (1 if element_size == 2 else 3)
     return rows, 4 if work <= 4096 else 8 if work <= 8192 else 16
 
 
-def constants_of(
-    instances: int, heads: int, head: int, rows: int, shift: float, drops: bool
+def make_compile_time_arguments(
+    instances: int, heads: int, head_width: int, rows: int, shift: float, has_dropout: bool
 ) -> dict[str, float]:
-    """Compile-time arguments of both kernels; `head` is the columns of one head.
+    """Return the compile-time arguments of both kernels, by name.
 
     Args:
         shift: added to the scores of masked instances; 0 if there is no mask.
@@ -214,9 +238,9 @@ def constants_of(
     return {
         "N": instances,
         "HEADS": heads,
-        "K": head,
+        "K": head_width,
         "ROWS": rows,
-        "COLUMNS": max(16, triton.next_power_of_2(head)),
+        "COLUMNS": max(16, triton.next_power_of_2(head_width)),
         "SHIFT": shift,
-        "USES_DROPOUT": drops,
+        "DROPOUT": has_dropout,
     }

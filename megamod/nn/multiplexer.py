@@ -7,7 +7,7 @@ model that uses them, because published checkpoints name them so.
 import torch
 from megamod_kernels.keyed_linear import keyed_linear
 from megamod_kernels.mux import multiplex
-from megamod_kernels.slot_attention import runs_kernels, slot_attention_packed
+from megamod_kernels.slot_attention import slot_attention_packed, uses_kernels
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -100,7 +100,7 @@ def multiplex_contextual(
     if mask_instances and attention_mask is not None:
         seen = attention_mask.view(groups, instances, length)
     projections = over_instances.attention["self"].values()
-    if is_plain(*projections) and runs_kernels(x, over_instances.heads, implementation):
+    if is_plain(*projections) and uses_kernels(x, over_instances.heads, implementation):
         mixed = _attend_over_instances(over_instances, context, key, seen, implementation)
         return over_instances.apply_feed_forward(mixed).mean(1) + multiplex(
             context, key, implementation

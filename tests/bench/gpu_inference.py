@@ -20,9 +20,9 @@ HERE = Path(__file__).resolve()
 sys.path[:0] = [str(HERE.parent), str(HERE.parents[2] / "kernels" / "bench")]
 sys.path[:0] = [str(HERE.parents[2]), str(HERE.parents[2] / "kernels")]
 
-from clock import Clock, percentiles, yard_text, yardsticks  # noqa: E402
+from clock import Clock, compute_percentiles, format_machine_speed, measure_machine_speed  # noqa: E402
 from floors import Verdict  # noqa: E402
-from measure import first_line  # noqa: E402
+from measure import format_error  # noqa: E402
 from mux_throughput import COUNTS, KINDS, make_mux, make_stock  # noqa: E402
 from report import write_json  # noqa: E402
 
@@ -154,13 +154,13 @@ def _seconds(
                     model(input_ids=ids)
                     calls[instances, way] = lambda model=model: model(input_ids=ids)
                 except Exception as error:
-                    result[instances][way] = first_line(error)
+                    result[instances][way] = format_error(error)
         times: dict[tuple[int, str], list[float]] = {key: [] for key in calls}
         for _ in range(rounds):
             for key, call in calls.items():
                 times[key].append(clock(call, 0.005))
     for (instances, way), took in times.items():
-        result[instances][way] = percentiles(took)[1]
+        result[instances][way] = compute_percentiles(took)[1]
     return result
 
 
@@ -187,13 +187,13 @@ def main() -> int:
         parser.error(f"--rows {args.rows}: not a multiple of each of {args.n}")
     from megamod.models.presets import PRESETS
 
-    yard = yardsticks(args.device).record()
-    print(yard_text(yard), flush=True)
+    machine_speed = measure_machine_speed(args.device).record()
+    print(format_machine_speed(machine_speed), flush=True)
     result, arguments = [], {"device": args.device, "rows": args.rows, "rounds": args.rounds}
     for kind in args.kind:
         result += measure(PRESETS["mux_bert"][BASE], kinds=[kind], counts=args.n, **arguments)
         if args.json:
-            write_json({"yard": yard, "inference": result}, args.json)
+            write_json({"yard": machine_speed, "inference": result}, args.json)
     judged = verdicts(result)
     print("\n".join(map(str, judged)))
     return int(args.device == "cuda" and any(verdict.met is False for verdict in judged))

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from clock import yard_text
+from clock import format_machine_speed
 from floors import Verdict
-from report import write_between
+from report import replace_between_markers
 
 BEGIN, END = "<!-- measured on a gpu -->", "<!-- end of measured on a gpu -->"
 Row = Mapping[str, object]
@@ -13,7 +13,7 @@ Row = Mapping[str, object]
 
 def inference(record: Mapping[str, object], judged: Sequence[Verdict]) -> str:
     """A line for each kind of classifier and N, from what `gpu_inference.py` wrote."""
-    lines = [f"Inference ({yard_text(record['yard'])}, same run):", ""]
+    lines = [f"Inference ({format_machine_speed(record['yard'])}, same run):", ""]
     lines += [
         "| MUX-BERT base, classification | rows/s | stock BERT, rows/s | ratio | ceiling of "
         "operations | share of it |",
@@ -40,7 +40,10 @@ def training(record: Mapping[str, object], judged: Sequence[Verdict]) -> str:
     if why := record.get("skipped"):
         return f"Training: not measured, {why}."
     parts = record["parts"]
-    lines = [f"Training ({yard_text(record['yard'])}, same run; bf16, ZeRO 1, one GPU):", ""]
+    lines = [
+        f"Training ({format_machine_speed(record['yard'])}, same run; bf16, ZeRO 1, one GPU):",
+        "",
+    ]
     sizes = [row for row in parts.values() if "mfu_floor" in row]
     if sizes:
         lines += [
@@ -78,4 +81,4 @@ def training(record: Mapping[str, object], judged: Sequence[Verdict]) -> str:
 
 def write(texts: Sequence[str], path: Path) -> None:
     """Put these between the markers of a document."""
-    write_between(path, BEGIN, END, "\n\n".join(texts))
+    replace_between_markers(path, BEGIN, END, "\n\n".join(texts))

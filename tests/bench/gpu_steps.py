@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from clock import settle
+from clock import synchronise
 from step import CLIP, through_loop
 
 DS_CONFIG = Path(__file__).resolve().parents[2] / "ds_configs" / "zero1_bf16.json"
@@ -101,7 +101,7 @@ def in_turns(
     times: dict[str, list[float]] = {name: [] for name in ("ours", *others)}
 
     def now() -> float:
-        settle(device.type == "cuda")
+        synchronise(device.type == "cuda")
         return time.perf_counter()
 
     def batches(first: int) -> Iterator[dict[str, object]]:
@@ -147,10 +147,10 @@ def least(
     result = dict.fromkeys(sides, float("inf"))
     for number in range(WARM_UP + rounds):
         for name, call in sides.items():
-            settle(device.type == "cuda")
+            synchronise(device.type == "cuda")
             started = time.perf_counter()
             call()
-            settle(device.type == "cuda")
+            synchronise(device.type == "cuda")
             if number >= WARM_UP:
                 result[name] = min(result[name], time.perf_counter() - started)
     return result

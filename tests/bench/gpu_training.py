@@ -23,7 +23,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parents[2] / "kernels" / "bench")]
 sys.path[:0] = [str(HERE.parents[2]), str(HERE.parents[2] / "kernels")]
 
 import gpu_peer  # noqa: E402
-from clock import Yard, yard_text, yardsticks  # noqa: E402
+from clock import MachineSpeed, format_machine_speed, measure_machine_speed  # noqa: E402
 from floors import Verdict  # noqa: E402
 from gpu_steps import (  # noqa: E402
     CLIP,
@@ -34,7 +34,7 @@ from gpu_steps import (  # noqa: E402
     random_batches,
     whole_step,
 )
-from measure import first_line  # noqa: E402
+from measure import format_error  # noqa: E402
 from report import write_json  # noqa: E402
 
 ROUNDS = 6
@@ -49,7 +49,7 @@ SIZES = (
 
 
 def measure_size(
-    size: Size, device: torch.device, yard: Yard, rounds: int, compiled: bool
+    size: Size, device: torch.device, machine_speed: MachineSpeed, rounds: int, compiled: bool
 ) -> dict[str, object]:
     """Tokens per second of ours alone and plain; then compiled, in turns with the peer; memory.
 
@@ -87,7 +87,7 @@ def measure_size(
         "ratio": result["peer"] / best,
         "mfu": mfu(tokens / best, flops, PEAK),
         "peer_mfu": mfu(tokens / result["peer"], flops, PEAK),
-        "of_gemm": mfu(tokens / best, flops, yard.flops_per_second),
+        "of_gemm": mfu(tokens / best, flops, machine_speed.flops_per_second),
         "mfu_floor": size.floor,
         "planned_bytes": planned,
         "measured_bytes": used,
@@ -101,7 +101,7 @@ def mfu(tokens_per_second: float, flops_per_token: float, peak: float) -> float:
 
 
 def measure_demix(
-    size: Size, device: torch.device, yard: Yard, rounds: int, compiled: bool
+    size: Size, device: torch.device, machine_speed: MachineSpeed, rounds: int, compiled: bool
 ) -> dict[str, object]:
     """A step with one expert against one of a dense model of the same shape."""
     from megamod.train.objectives import CausalLMObjective
@@ -125,7 +125,7 @@ def measure_demix(
 
 
 def measure_mux(
-    size: Size, device: torch.device, yard: Yard, rounds: int, compiled: bool
+    size: Size, device: torch.device, machine_speed: MachineSpeed, rounds: int, compiled: bool
 ) -> dict[str, object]:
     """A step of masked-token pretraining of MUX-BERT, N = 5; `rows` are instances."""
     from megamod.train.objectives import EncoderObjective, compute_masked_losses
@@ -153,7 +153,7 @@ def measure_mux(
         "tokens_per_second": size.tokens / took,
         "flops_per_token": flops,
         "mfu": mfu(size.tokens / took, flops, PEAK),
-        "of_gemm": mfu(size.tokens / took, flops, yard.flops_per_second),
+        "of_gemm": mfu(size.tokens / took, flops, machine_speed.flops_per_second),
     }
 
 
@@ -192,14 +192,14 @@ def missing() -> str | None:
     try:
         import deepspeed  # noqa: F401
     except ImportError as error:
-        return f"training needs deepspeed: {first_line(error)}"
+        return f"training needs deepspeed: {format_error(error)}"
     return None
 
 
 def measure(
     parts: Mapping[str, tuple[Callable[..., dict[str, object]], Size]],
     *,
-    yard: Yard,
+    machine_speed: MachineSpeed,
     rounds: int,
     compiled: bool,
     seconds: float,
@@ -210,16 +210,16 @@ def measure(
 
     deadline = time.monotonic() + seconds
     device = join_process_group(600)
-    record: dict[str, object] = {"yard": yard.record(), "parts": {}, "not_measured": []}
+    record: dict[str, object] = {"yard": machine_speed.record(), "parts": {}, "not_measured": []}
     for name, (part, size) in parts.items():
         if time.monotonic() > deadline:
             record["not_measured"].append(name)
             continue
         started = time.monotonic()
         try:
-            record["parts"][name] = part(size, device, yard, rounds, compiled)
+            record["parts"][name] = part(size, device, machine_speed, rounds, compiled)
         except Exception as error:
-            record["parts"][name] = {"name": name, "failed": first_line(error)}
+            record["parts"][name] = {"name": name, "failed": format_error(error)}
         _tidy(device)
         took = time.monotonic() - started
         print(f"{name} ({took:.0f} s): {_told(record['parts'][name])}", flush=True)
@@ -274,11 +274,11 @@ def main() -> int:
             write_json({"parts": {}, "not_measured": [], "skipped": why}, args.json)
         return 0
     torch._dynamo.config.recompile_limit = 64
-    yard = yardsticks("cuda" if torch.cuda.is_available() else "cpu")
-    print(yard_text(yard.record()), flush=True)
+    machine_speed = measure_machine_speed("cuda" if torch.cuda.is_available() else "cpu")
+    print(format_machine_speed(machine_speed.record()), flush=True)
     record = measure(
         {name: PARTS[name] for name in args.part},
-        yard=yard,
+        machine_speed=machine_speed,
         rounds=args.rounds,
         compiled=True,
         seconds=60 * args.minutes,

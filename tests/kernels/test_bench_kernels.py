@@ -20,13 +20,13 @@ import floors  # noqa: E402
 import report  # noqa: E402
 import schedule  # noqa: E402
 from cases import CASES, parse_shape  # noqa: E402
-from clock import Clock, Yard, percentiles  # noqa: E402
+from clock import Clock, MachineSpeed, compute_percentiles  # noqa: E402
 from command import run as run_command  # noqa: E402
-from measure import OUT_OF_TIME, errors_of, measure_case, variants_of  # noqa: E402
-from overhead import launch_overhead  # noqa: E402
-from schedule import Wish, measure_all, replaced, whole_program  # noqa: E402
+from measure import OUT_OF_TIME, compute_errors, make_variants, measure_case  # noqa: E402
+from overhead import measure_launch_overhead  # noqa: E402
+from schedule import Request, list_all_requests, measure_all, replace_cases  # noqa: E402
 
-YARD = Yard("a device", 1e9, 1e12, "some software")
+MACHINE_SPEED = MachineSpeed("a device", 1e9, 1e12, "some software")
 
 
 class SmallClock(Clock):
@@ -44,10 +44,10 @@ def small_clock(monkeypatch):
 @pytest.mark.parametrize("op", CASES)
 def test_every_operation_in_every_mode(op):
     case = CASES[op](parse_shape("tiny-n3-s4-g2"), "fp32", "cpu")
-    variants = variants_of(case, "none")
+    variants = make_variants(case, "none")
     assert "ours" in variants and len(variants) > 1
     for mode in floors.MODES:
-        rows = measure_case(case, mode, variants, YARD, 2)
+        rows = measure_case(case, mode, variants, MACHINE_SPEED, 2)
         assert [row["variant"] for row in rows] == list(variants)
         for row in rows:
             assert row["us_p20"] <= row["us"] <= row["us_p80"] and row["error"] < 1e-6
@@ -61,8 +61,8 @@ def test_every_operation_in_every_mode(op):
 def test_errors_are_relative_and_the_worst_of_all_gradients():
     exact = [torch.tensor([3.0, 4.0]).double(), torch.ones(4).double(), torch.ones(1).double()]
     result = [torch.tensor([3.0, 4.5]), torch.ones(4) * 1.25, torch.ones(1)]
-    assert errors_of(result, exact) == {"error": 0.1, "grad_error": 0.25}
-    assert errors_of(result[:1], exact)["grad_error"] is None
+    assert compute_errors(result, exact) == {"error": 0.1, "grad_error": 0.25}
+    assert compute_errors(result[:1], exact)["grad_error"] is None
 
 
 def test_a_variant_that_fails_is_told_and_ends_nothing():
@@ -70,23 +70,23 @@ def test_a_variant_that_fails_is_told_and_ends_nothing():
         raise RuntimeError("no such kernel\nand more")
 
     case = CASES["multiplex"](parse_shape("tiny-n2-s2-g1"), "fp32", "cpu")
-    variants = {"broken": broken, **variants_of(case, "none")}
-    rows = measure_case(case, "fwd_bwd", variants, YARD, 1)
+    variants = {"broken": broken, **make_variants(case, "none")}
+    rows = measure_case(case, "fwd_bwd", variants, MACHINE_SPEED, 1)
     assert rows[0]["failed"] == "RuntimeError: no such kernel" and "us" not in rows[0]
     assert all("us" in row for row in rows[1:])
-    late = measure_case(case, "fwd", variants, YARD, 1, deadline=0.0)
+    late = measure_case(case, "fwd", variants, MACHINE_SPEED, 1, deadline=0.0)
     assert [row.get("failed") for row in late] == [OUT_OF_TIME, None, OUT_OF_TIME]
     named = [{"op": "multiplex", "shape": "s", "dtype": "fp32", "instances": 2, **r} for r in rows]
-    assert "failed: RuntimeError: no such kernel" in report.format_hosts(named)
+    assert "failed: RuntimeError: no such kernel" in report.format_table(named)
 
 
 def test_what_is_compiled():
     case = CASES["slot_attention"](parse_shape("tiny-n2-s2-g1"), "fp32", "cpu")
     case = replace(case, compiled_only={"flex": case.variants["ours"]})
-    assert list(variants_of(case, "default")) == [
+    assert list(make_variants(case, "default")) == [
         *("ours", "eager sdpa", "compile eager sdpa", "compile flex")
     ]
-    assert list(variants_of(case, "all"))[4:] == ["max-autotune eager sdpa"]
+    assert list(make_variants(case, "all"))[4:] == ["max-autotune eager sdpa"]
 
 
 def test_flex_attention_is_the_same_attention():
@@ -94,39 +94,50 @@ def test_flex_attention_is_the_same_attention():
     arguments = {name: tensor.detach() for name, tensor in case.inputs.items()}
     expected = case.reference(**arguments)
     assert flex.peers(3, 5, 2, "cpu") == {}  # it has no backward pass there
-    for peer in (flex.block_diagonal(3, 5, 2, "cpu"), flex.small_batches(2)):
+    for peer in (
+        flex.make_block_diagonal_attention(3, 5, 2, "cpu"),
+        flex.make_small_batch_attention(2),
+    ):
         torch.testing.assert_close(peer(**arguments), expected)
 
 
 def test_the_important_comes_first_and_nothing_is_forgotten():
-    wishes = whole_program([*CASES, "new_op"])
+    wishes = list_all_requests([*CASES, "new_op"])
     assert str(wishes[0]) == "rsa_demux base-n5 fwd_bwd"
     assert [w.op for w in wishes[:5]] == [
         *("rsa_demux", "rsa_demux_l3", "mux_embed", "multiplex", "slot_attention")
     ]
     pairs = {(wish.op, wish.shape) for wish in wishes}
     assert all((op, shape) in pairs for op in (*CASES, "new_op") for shape in schedule.SHAPES)
-    judged = {(op, mode) for floor in floors.FLOORS for op in floor.ops for mode in floor.modes}
-    assert {(op, mode) for w in schedule.FIRST for op in [w.op] for mode in w.modes} >= judged - {
-        ("multiplex", "bwd")
+    list_verdicts = {
+        (op, mode) for floor in floors.FLOORS for op in floor.ops for mode in floor.modes
     }
-    assert {wish.op for wish in whole_program(["multiplex"])} == {"multiplex"}
+    assert {
+        (op, mode) for w in schedule.FIRST for op in [w.op] for mode in w.modes
+    } >= list_verdicts - {("multiplex", "bwd")}
+    assert {wish.op for wish in list_all_requests(["multiplex"])} == {"multiplex"}
 
 
 def test_when_time_is_over_the_rest_is_listed(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(schedule.time, "monotonic", lambda: now[0])
 
-    def slow(case, mode, variants, yard, rounds, deadline):
+    def slow(case, mode, variants, machine_speed, rounds, deadline):
         now[0] += 4
         assert deadline == 10
         return [{"variant": "ours", "mode": mode}]
 
     monkeypatch.setattr(schedule, "measure_case", slow)
-    wishes = [Wish("multiplex", f"tiny-n2-s{length}-g1") for length in (1, 2, 3, 4)]
+    wishes = [Request("multiplex", f"tiny-n2-s{length}-g1") for length in (1, 2, 3, 4)]
     result = list(
         measure_all(
-            wishes, device="cpu", dtype="fp32", rounds=1, compiled="none", yard=YARD, seconds=10
+            wishes,
+            device="cpu",
+            dtype="fp32",
+            rounds=1,
+            compiled="none",
+            machine_speed=MACHINE_SPEED,
+            seconds=10,
         )
     )
     assert [rows is not None for _, rows in result] == [True, True, True, False]
@@ -146,7 +157,7 @@ def row(op="rsa_demux", variant="ours", us=10.0, **more):
 
 
 def words(rows):
-    return {(v.shape, v.what, v.limit): v.word() for v in floors.verdicts(rows)}
+    return {(v.shape, v.what, v.limit): v.word() for v in floors.judge_floors(rows)}
 
 
 def test_verdicts():
@@ -172,8 +183,8 @@ def test_verdicts():
     }
     key = ("multiplex base-n5 fwd", "share of copy bandwidth", 0.85)
     assert shares[1e9][key] == "MISSED" and key not in shares[1e6]
-    assert floors.overhead_verdict({"extra_us": 15.0}).met
-    assert not floors.overhead_verdict({"extra_us": 15.1}).met
+    assert floors.judge_overhead({"extra_us": 15.0}).met
+    assert not floors.judge_overhead({"extra_us": 15.1}).met
     assert str(floors.Verdict("here", "speed", None, 2.0)) == (
         "here: speed -, floor >= 2: not measured"
     )
@@ -182,12 +193,12 @@ def test_verdicts():
 def test_a_case_measured_again_replaces_the_first():
     old = [row(), row(variant="compile eager split"), row(op="mux_embed")]
     new = [row(us=5.0)]
-    assert replaced(old, new) == [old[2], new[0]]
+    assert replace_cases(old, new) == [old[2], new[0]]
 
 
 def test_what_is_written_into_a_document(tmp_path):
     record = {
-        "yard": YARD.record(),
+        "yard": MACHINE_SPEED.record(),
         "rows": [
             row(),
             row(variant="compile eager concat", us=30.0),
@@ -269,10 +280,10 @@ def test_what_a_memory_checker_runs(monkeypatch, capsys):
 
 
 def test_overhead_and_percentiles():
-    result = launch_overhead("cpu", calls=3, rounds=2)
+    result = measure_launch_overhead("cpu", calls=3, rounds=2)
     assert result["extra_us"] == pytest.approx(result["ours_us"] - result["torch_us"])
-    assert percentiles([1.0]) == (1.0, 1.0, 1.0)
-    assert percentiles([float(n) for n in range(11)]) == (2.0, 5.0, 8.0)
+    assert compute_percentiles([1.0]) == (1.0, 1.0, 1.0)
+    assert compute_percentiles([float(n) for n in range(11)]) == (2.0, 5.0, 8.0)
 
 
 def test_a_mistake_is_no_missed_floor(capsys):

@@ -17,10 +17,10 @@ import gpu_inference  # noqa: E402
 import gpu_peer  # noqa: E402
 import gpu_report  # noqa: E402
 import gpu_training  # noqa: E402
-from clock import Yard  # noqa: E402
+from clock import MachineSpeed  # noqa: E402
 from gpu_steps import Job, Size  # noqa: E402
 
-YARD = Yard("a device", 1e9, 1e12, "some software")
+MACHINE_SPEED = MachineSpeed("a device", 1e9, 1e12, "some software")
 LAYERS, WIDTH, WIDE, LENGTH = 2, 32, 64, 16
 SHAPE = {
     **{"num_hidden_layers": LAYERS, "hidden_size": WIDTH, "num_attention_heads": 2},
@@ -102,7 +102,7 @@ def trained(rank: int) -> dict[str, object]:
         "mux": (gpu_training.measure_mux, mux),
         "demix": (gpu_training.measure_demix, TINY),
     }
-    inputs = dict(yard=YARD, rounds=1, compiled=False)
+    inputs = dict(machine_speed=MACHINE_SPEED, rounds=1, compiled=False)
     record = gpu_training.measure(parts, **inputs, seconds=600)
     late = gpu_training.measure(parts, **inputs, seconds=-1)
     return record | {"late": late["not_measured"]}
@@ -210,7 +210,7 @@ def test_documents(tmp_path, record):
     row |= dict(ours_is="compiled", stock_is="eager", ratio=5.0, ceiling=5.0, share=1.0)
     failed = {"kind": "token", "num_instances": 2, "failed": {"N = 2, eager": "no room"}}
     rows = [row | {"failed": {"N = 1, compiled": "no"}}, failed]
-    inference = {"yard": YARD.record(), "inference": rows}
+    inference = {"yard": MACHINE_SPEED.record(), "inference": rows}
     (folder / "inference.json").write_text(json.dumps(inference))
     (folder / "training.json").write_text(json.dumps(record))
     assert gpu.write_docs(folder, docs) == ["results.md"]

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from megamod_kernels.builds import BUILDS
-from megamod_kernels.compile_ahead import SHARED_LIMIT, faults
+from megamod_kernels.compile_ahead import SHARED_LIMIT, list_faults
 
 
 @pytest.mark.slow
@@ -36,13 +36,13 @@ def test_every_tuned_build_fits_a_gpu(tmp_path):
 
 ONES = """
 from megamod_kernels.builds import BUILDS
-from megamod_kernels.compile_ahead import builds_of, refused_arguments
+from megamod_kernels.compile_ahead import list_builds, find_refused_arguments
 found = {}
-for build in builds_of(BUILDS):
+for build in list_builds(BUILDS):
     flags = [value for value in build.constants.values() if isinstance(value, bool)]
     found.setdefault((build.kernel.__name__, *flags), build)
 for build in found.values():
-    print(build.name, refused_arguments(build))
+    print(build.name, find_refused_arguments(build))
 """
 
 
@@ -58,9 +58,9 @@ def test_kernels_can_be_launched_where_a_number_is_one():
 
 def test_faults_are_told():
     good = {"registers": 100, "stack": 0, "spills": 0, "shared": 1024}
-    assert faults(good, 90) == [] and "demux" in BUILDS
-    assert faults({**good, "spills": 16}, 80) == ["16 bytes of spills"]
+    assert list_faults(good, 90) == [] and "demux" in BUILDS
+    assert list_faults({**good, "spills": 16}, 80) == ["16 bytes of spills"]
     message = "170000 bytes of shared memory, the limit is 166912"
-    assert faults({**good, "shared": 170_000}, 80) == [message] and not faults(
+    assert list_faults({**good, "shared": 170_000}, 80) == [message] and not list_faults(
         {**good, "shared": 170_000}, 90
     )

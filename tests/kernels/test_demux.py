@@ -98,9 +98,9 @@ def test_value_and_gradients_against_float64(shape, dtype, chosen, poisoned, rou
 @pytest.mark.parametrize("chosen", [False, True])
 def test_tiles_of_large_products(chosen, monkeypatch, poisoned):
     """Tuned tiles on sizes that no tile divides, which tests are too small to be given."""
-    tuned = demux.matmul_launch(1 << 20, 40, 2)
-    assert tuned != demux.matmul_launch(1, 40, 2)
-    monkeypatch.setattr(demux, "matmul_launch", lambda *_: tuned)
+    tuned = demux.select_matmul_launch(1 << 20, 40, 2)
+    assert tuned != demux.select_matmul_launch(1, 40, 2)
+    monkeypatch.setattr(demux, "select_matmul_launch", lambda *_: tuned)
     leaves, pairs = case((1, 3, 23, 40, 3), chosen)
     leaves = [leaf.float().double() for leaf in leaves]
     exact = results(rsa_demux_reference, leaves, pairs, torch.float64)

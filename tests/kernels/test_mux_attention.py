@@ -62,7 +62,7 @@ def error(result, exact) -> float:
 def test_projections_against_float64(shape, kind, arguments, monkeypatch, poisoned, rounding):
     """All but the softmax, which is torch's on both sides and noisier than what is compared."""
     dtype = DTYPES[kind]
-    monkeypatch.setattr(module, "_attend", lambda projected, *_: sum(projected))
+    monkeypatch.setattr(module, "_compute_attention", lambda projected, *_: sum(projected))
     drawn = case(shape, dtype, arguments)
     exact = results(mux_attention_reference, shape, drawn, torch.float64)
     eager = results(mux_attention_reference, shape, drawn, dtype)
@@ -91,12 +91,12 @@ def test_attention_against_float64(arguments, poisoned):
 
 def test_large_tiles(monkeypatch, poisoned):
     """Tuned tiles on sizes that no tile divides, which tests are too small to be given."""
-    tuned = module.product_tile(2**20, 2)
-    assert tuned != module.product_tile(1, 2)
-    monkeypatch.setattr(module, "product_tile", lambda *_: tuned)
+    tuned = module.select_product_tile(2**20, 2)
+    assert tuned != module.select_product_tile(1, 2)
+    monkeypatch.setattr(module, "select_product_tile", lambda *_: tuned)
     shape = (17, 2, 8, 140, 2)
     drawn = case(shape, torch.float32)
-    monkeypatch.setattr(module, "rows_at_once", lambda _: 16)
+    monkeypatch.setattr(module, "count_embedded_rows", lambda _: 16)
     exact = results(mux_attention_reference, shape, drawn, torch.float64)
     for result, target in zip(results(kernels, shape, drawn, torch.float32), exact, strict=True):
         assert target.norm() < 1e-12 or error(result, target) <= 5e-6

@@ -55,9 +55,9 @@ def test_value_and_gradients_against_float64(shape, kind, biased, poisoned, roun
 
 def test_large_tiles(monkeypatch, poisoned):
     """Tuned tiles on sizes that no tile divides, which tests are too small to be given."""
-    tuned = keyed_linear_kernels.matmul_tile(2**20, 768, 2)
-    assert tuned != keyed_linear_kernels.matmul_tile(1, 1, 2)
-    monkeypatch.setattr(keyed_linear_kernels, "matmul_tile", lambda *_: tuned)
+    tuned = keyed_linear_kernels.select_matmul_tile(2**20, 768, 2)
+    assert tuned != keyed_linear_kernels.select_matmul_tile(1, 1, 2)
+    monkeypatch.setattr(keyed_linear_kernels, "select_matmul_tile", lambda *_: tuned)
     leaves = [leaf.float().double() for leaf in case((1200,), 40, 130)]
     exact = norm_linear_reference(leaves[0], Norm(*leaves[1:3], 1e-5), *leaves[3:])
     inputs = [leaf.float() for leaf in leaves]

@@ -12,7 +12,7 @@ import torch
 from megamod_kernels.demux import Pairs
 from megamod_kernels.dispatch import uses_triton
 from megamod_kernels.mux import multiplex
-from megamod_kernels.norm_linear import uses_kernel
+from megamod_kernels.norm_linear import uses_kernels
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -258,7 +258,7 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
             mixed = self._multiplex(x.unflatten(0, (-1, self.config.num_instances)), fed.mask)
             mixed = embeddings(mixed, None, second)
         rsa = isinstance(getattr(self, "demultiplexer", None), RsaDemultiplexer)
-        if rsa and uses_kernel(kernels, mixed):
+        if rsa and uses_kernels(kernels, mixed):
             states = self.backbone.encode(mixed, mask, queries, attended, norm=False)
             return MixedStates(states, self.backbone.encoder.layer[-1].output["LayerNorm"])
         return MixedStates(self.backbone.encode(mixed, mask, queries, attended))
