@@ -61,9 +61,9 @@ def format_markdown(record: Mapping[str, object]) -> str:
             cells += [f"{others[best]:.1f} ({best})", f"{others[best] / ours['us']:.2f}"]
         else:
             cells += ["-", "-"]
-        list_verdicts = judge_floors(variants.values())
+        case_verdicts = judge_floors(variants.values())
         cells.append(
-            "; ".join(f"{v.word()} ({v.what} {_format_limit(v)})" for v in list_verdicts) or "-"
+            "; ".join(f"{v.word()} ({v.what} {_format_limit(v)})" for v in case_verdicts) or "-"
         )
         result.append(f"| {' | '.join(cells)} |")
     if overhead := record.get("overhead"):

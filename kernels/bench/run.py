@@ -54,19 +54,19 @@ def main() -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("there is no CUDA device; --device cpu times the code for processors")
     record = measure_requests(args, requests)
-    from report import list_verdicts, plot, write_csv, write_docs
+    from report import list_verdicts, plot_times, write_csv, write_docs
 
     if args.csv:
         write_csv(record["rows"], args.csv)
     if args.plot:
-        plot(record["rows"], args.plot)
+        plot_times(record["rows"], args.plot)
     if args.docs:
         write_docs(record, args.docs)
     if record["not_measured"]:
         print(f"not measured, no time left: {', '.join(record['not_measured'])}")
     from clock import format_machine_speed
 
-    print(format_machine_speed(record["machine_speed"]))
+    print(format_machine_speed(record["yard"]))
     if args.device != "cuda":
         return 0
     result = list_verdicts(record)

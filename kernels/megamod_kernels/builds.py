@@ -82,7 +82,7 @@ def _make_mux_embed_flags(size: int, dropout: bool) -> dict[str, object]:
     """Return the compile-time arguments of kernels with all optional ids, by name."""
     flags = {"TYPES": 1, "FIRSTS": True, "SECONDS": True, "POSITIONS": True, "KEEP": True}
     flags |= {"MIXED": False, "SECOND": False, "DROPOUT": dropout}
-    return flags | {"CHUNK": mux_embed.CHUNK, **mux_embed.tiles(size)}
+    return flags | {"CHUNK": mux_embed.CHUNK, **mux_embed.make_width_arguments(size)}
 
 
 def _list_mux_embed_types(names: Iterable[str], dtype: str) -> dict[str, str]:
@@ -131,7 +131,7 @@ def list_mux_embed_builds() -> Iterator[Build]:
                 kernel=kernel,
                 signature=signature,
                 constants=constants,
-                num_warps=mux_embed.warps(size) if rowwise else 1 if "owner" in names else 4,
+                num_warps=mux_embed.count_warps(size) if rowwise else 1 if "owner" in names else 4,
                 num_stages=3,
                 aligned=(*aligned, "D"),
             )

@@ -49,7 +49,7 @@ def main() -> None:
     from transformers import BertConfig, BertForMaskedLM
 
     import megamod.merging.alignment.matching as matching
-    from megamod.merging.alignment.align import align
+    from megamod.merging.alignment.align import align_models
     from megamod.merging.alignment.calibration import iterate_whole_batches
     from megamod.merging.alignment.options import Calibration, Options
 
@@ -80,7 +80,7 @@ def main() -> None:
     for _ in range(options.rounds):
         spent[0] = 0.0
         passes, multiplied = timed(forward), products(len(batches))
-        whole = timed(lambda: align(*models, batches, groups))
+        whole = timed(lambda: align_models(*models, batches, groups))
         ratio = whole / (passes + multiplied + spent[0])
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
         print(

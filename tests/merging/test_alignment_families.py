@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from megamod.merging.alignment.align_models import align_models, collect_float_shapes
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -26,6 +25,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+from megamod.merging.alignment.align import align_models, collect_float_shapes
 from megamod.merging.alignment.calibration import iterate_whole_batches
 from megamod.merging.alignment.options import Calibration, Options
 from megamod.merging.alignment.permute import merge_states, permute_state

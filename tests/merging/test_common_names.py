@@ -134,19 +134,17 @@ def test_tied_and_untied_models(tmp_path, order, stored):
     tied = make(
         LlamaForCausalLM, tmp_path / "tied", LlamaConfig(**LLAMA, tie_word_embeddings=True), 1
     )
-    map_untied_tensors = make(LlamaForCausalLM, tmp_path / "untied", LlamaConfig(**LLAMA), 2)
+    untied = make(LlamaForCausalLM, tmp_path / "untied", LlamaConfig(**LLAMA), 2)
     embedding = tied["model.embed_tokens.weight"]
-    assert "lm_head.weight" not in tied and "lm_head.weight" in map_untied_tensors
+    assert "lm_head.weight" not in tied and "lm_head.weight" in untied
     if stored == "twice":
         rewrite(tmp_path / "tied", tied | {"lm_head.weight": embedding})
     names = ("tied", "untied") if order == "tied-first" else ("untied", "tied")
     result, config = average(tmp_path, *names)
     assert config["tie_word_embeddings"] is False
-    torch.testing.assert_close(
-        result["lm_head.weight"], (embedding + map_untied_tensors["lm_head.weight"]) / 2
-    )
+    torch.testing.assert_close(result["lm_head.weight"], (embedding + untied["lm_head.weight"]) / 2)
     table = "model.embed_tokens.weight"
-    torch.testing.assert_close(result[table], (embedding + map_untied_tensors[table]) / 2)
+    torch.testing.assert_close(result[table], (embedding + untied[table]) / 2)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(model.lm_head.weight.data, result["lm_head.weight"])
 

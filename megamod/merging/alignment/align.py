@@ -29,7 +29,7 @@ from megamod.merging.alignment.matching import (
     transport_features,
     transport_heads,
 )
-from megamod.merging.alignment.measure_covariances import (
+from megamod.merging.alignment.measure import (
     FeatureStatistics,
     load_model,
     measure_covariances,

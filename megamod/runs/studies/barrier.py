@@ -38,7 +38,7 @@ from megamod.evaluation.glue import score_table
 from megamod.evaluation.held_out_loss import causal_loss, classifier_loss, masked_loss
 from megamod.evaluation.plots import plot_barriers, plot_losses_along
 from megamod.files import write_json
-from megamod.merging.alignment.align_models import (
+from megamod.merging.alignment.align import (
     align_models,
     collect_float_shapes,
     find_position_limit,
