@@ -70,7 +70,12 @@ def main() -> None:
 
     from megamod.data.lm.databin import DataBin
     from megamod.evaluation.plots import plot_matrix
-    from megamod.evaluation.report import comparison, comparison_record, plot_rows, score_lines
+    from megamod.evaluation.report import (
+        format_comparison,
+        format_score_lines,
+        list_heat_map_rows,
+        record_comparison,
+    )
     from megamod.evaluation.saved import HeldOut, find_models, score_models
     from megamod.files import write_atomic, write_json
 
@@ -90,7 +95,7 @@ def main() -> None:
     )
     folders = {model: find_models(Path(model), held_out) for model in args.model}
     models = {model: score_models(parts, held_out, device) for model, parts in folders.items()}
-    print(comparison(models, held_out.domains, args.split))
+    print(format_comparison(models, held_out.domains, args.split))
     for model, matrix in models.items():
         if len(matrix) > 1 and not args.own_only:
             print(
@@ -99,12 +104,12 @@ def main() -> None:
                 f"--domain {held_out.domains[0]}"
             )
     if args.output is not None:
-        record = {"data": args.data, "split": args.split, "models": comparison_record(models)}
+        record = {"data": args.data, "split": args.split, "models": record_comparison(models)}
         write_json(Path(args.output), record)
     if args.jsonl is not None:
-        write_atomic(Path(args.jsonl), score_lines(models, args.split))
+        write_atomic(Path(args.jsonl), format_score_lines(models, args.split))
     if args.plot is not None:
-        plot_matrix(plot_rows(models), Path(args.plot), f"{args.split} perplexity")
+        plot_matrix(list_heat_map_rows(models), Path(args.plot), f"{args.split} perplexity")
 
 
 if __name__ == "__main__":

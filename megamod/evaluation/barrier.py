@@ -1,4 +1,4 @@
-"""Losses on the straight line between two models, and the barrier, their rise above it.
+"""Losses on the straight line between two models, and the loss barrier on that line.
 
 Source: Frankle et al. 2020 (Linear mode connectivity), section 2; Verma and Elbayad 2024 (Merging
 text transformer models from different initializations), section 5.
@@ -13,13 +13,14 @@ Losses = Callable[[nn.Module], Mapping[str, float]]
 """From a model to losses by name, such as those of two dev sets."""
 
 
-def weights_of(points: int) -> list[float]:
-    """Evenly spaced weights of the first model from 0 to 1."""
+def list_even_weights(points: int) -> list[float]:
+    """List evenly spaced weights of the first model from 0 to 1."""
     return [number / (points - 1) for number in range(points)]
 
 
-def barrier(weights: Sequence[float], losses: Sequence[float]) -> float:
-    """Largest rise of the loss above the line between its ends; 0 if it never rises above.
+def compute_barrier(weights: Sequence[float], losses: Sequence[float]) -> float:
+    """Compute the largest rise of the loss above the line between its ends; 0: it never rises
+    above.
 
     Args:
         weights: of the first model, from 0 to 1.
@@ -32,13 +33,13 @@ def barrier(weights: Sequence[float], losses: Sequence[float]) -> float:
     )
 
 
-def barrier_over_mean(losses: Sequence[float]) -> float:
-    """Largest loss minus the mean of both ends."""
+def compute_barrier_over_mean(losses: Sequence[float]) -> float:
+    """Compute the largest loss minus the mean of both ends."""
     return max(losses) - (losses[0] + losses[-1]) / 2
 
 
 @torch.no_grad()
-def losses_along(
+def compute_losses_along_line(
     model: nn.Module,
     first: Mapping[str, Tensor],
     second: Mapping[str, Tensor],
@@ -46,7 +47,8 @@ def losses_along(
     losses: Losses,
     progress: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Losses of weight * first + (1 - weight) * second by name, a list over the weights.
+    """Compute the losses of weight * first + (1 - weight) * second by name, a list over the
+    weights.
 
     Args:
         model: a model of the same architecture; its weights are overwritten.

@@ -20,7 +20,7 @@ def score_encoder(
     *,
     perplexity: bool,
 ) -> dict[str, float]:
-    """Mean losses (nats) and accuracies over all batches of all ranks.
+    """Compute mean losses (nats) and accuracies over all batches of all ranks.
 
     Random draws of the model depend on a batch's "number" alone, so scores are the same in every
     call and for any number of ranks.

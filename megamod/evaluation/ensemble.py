@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from megamod.evaluation.expert_scores import Experts, Source, Text
+from megamod.evaluation.expert_scores import Experts, ScoreSource, TextSelection
 from megamod.evaluation.perplexity import Score
 from megamod.mixture.ensemble import (
     MODES,
@@ -29,7 +29,7 @@ expert, and moving average of the posteriors."""
 
 
 @dataclass(frozen=True)
-class Protocol:
+class MixingProtocol:
     """Settings of the estimate and of the mixture.
 
     Attributes:
@@ -82,44 +82,46 @@ class DomainResult:
 
 
 def estimate_priors(
-    experts: Experts, source: Source, domains: Sequence[str], protocol: Protocol
+    experts: Experts, source: ScoreSource, domains: Sequence[str], protocol: MixingProtocol
 ) -> dict[str, DomainResult]:
     """Estimate the prior on each domain's text, before top-k, with the records of the estimate.
 
     Raises:
         UserError: if a domain has no text.
     """
-    texts = [_estimate_text(domain, protocol) for domain in domains]
+    texts = [_select_estimate_text(domain, protocol) for domain in domains]
     for text in texts:
-        experts.masks(text)  # raises for a missing file before any scoring
+        experts.load_target_masks(text)  # raises for a missing file before any scoring
     source.score({text: experts.domains for text in texts})
     results = {}
     for text in texts:
         result = DomainResult(text.domain)
 
-        def watch(mixture: Mixture, mixed: MixedBatch, result=result) -> None:
+        def append_record(mixture: Mixture, mixed: MixedBatch, result=result) -> None:
             result.lines.append(
-                _line(result.domain, protocol.prior_split, mixture, mixed, experts.domains, experts)
+                _make_record(
+                    result.domain, protocol.prior_split, mixture, mixed, experts.domains, experts
+                )
             )
 
         scored = source.batches(text, experts.domains, protocol.batch)
-        prior = estimate_prior(experts.domains, scored, protocol.rule, watch)
+        prior = estimate_prior(experts.domains, scored, protocol.rule, append_record)
         source_text = {
             "data_digest": experts.data[experts.forest.experts[0].path].digest,
             "domain": text.domain,
             "split": text.split,
-            "sequences": len(experts.masks(text)),
+            "sequences": len(experts.load_target_masks(text)),
         }
         result.estimate = result.prior = replace(prior, text=source_text)
         results[text.domain] = result
     return results
 
 
-def evaluate(
+def score_mixtures(
     experts: Experts,
-    source: Source,
+    source: ScoreSource,
     domains: Sequence[str],
-    protocol: Protocol,
+    protocol: MixingProtocol,
     priors: Mapping[str, Prior] | None = None,
 ) -> dict[str, DomainResult]:
     """Score all mixtures on each domain's text.
@@ -129,45 +131,48 @@ def evaluate(
     Raises:
         UserError: if top-k exceeds the number of experts.
     """
-    test = {domain: Text(domain, protocol.split) for domain in domains}
-    for text in test.values():
-        experts.masks(text)  # raises for a missing file before any scoring
+    test_texts = {domain: TextSelection(domain, protocol.split) for domain in domains}
+    for text in test_texts.values():
+        experts.load_target_masks(text)  # raises for a missing file before any scoring
     estimate = priors is None and (protocol.mode == "cached_prior" or protocol.topk is not None)
     if priors is not None:
         results = {domain: DomainResult(domain, prior=priors[domain]) for domain in domains}
     elif estimate:
         if protocol.topk is None:
             # Each expert is loaded once for both texts.
-            texts = [_estimate_text(domain, protocol) for domain in domains] + list(test.values())
+            texts = [_select_estimate_text(domain, protocol) for domain in domains] + list(
+                test_texts.values()
+            )
             source.score({text: experts.domains for text in texts})
         results = estimate_priors(experts, source, domains, protocol)
     else:
         results = {domain: DomainResult(domain) for domain in domains}
-    kept = {}
+    experts_to_run = {}
     for domain, result in results.items():
         if result.prior is not None and protocol.topk is not None:
             result.prior = restrict_to_top_k(result.prior, protocol.topk)
         all_run = result.prior is None or protocol.rule.first_over_all
-        kept[domain] = experts.domains if all_run else result.prior.domains_with_weight
-    source.score({test[domain]: names for domain, names in kept.items()})
+        experts_to_run[domain] = experts.domains if all_run else result.prior.domains_with_weight
+    source.score({test_texts[domain]: names for domain, names in experts_to_run.items()})
     for domain, result in results.items():
-        _mix_text(experts, source, test[domain], kept[domain], protocol, result)
+        _score_text(experts, source, test_texts[domain], experts_to_run[domain], protocol, result)
     return results
 
 
-def _estimate_text(domain: str, protocol: Protocol) -> Text:
-    return Text(domain, protocol.prior_split, protocol.prior_sequences)
+def _select_estimate_text(domain: str, protocol: MixingProtocol) -> TextSelection:
+    """Return the text that a domain's prior is estimated on."""
+    return TextSelection(domain, protocol.prior_split, protocol.prior_sequences)
 
 
-def _mix_text(
+def _score_text(
     experts: Experts,
-    source: Source,
-    text: Text,
+    source: ScoreSource,
+    text: TextSelection,
     names: Sequence[str],
-    protocol: Protocol,
+    protocol: MixingProtocol,
     result: DomainResult,
 ) -> None:
-    """Fill in the result in one pass over the text for all mixtures and experts."""
+    """Score one text under all mixtures and experts in one pass, and fill in the result."""
     prior = None
     if result.prior is not None:
         by_domain = dict(zip(result.prior.domains, result.prior.weights, strict=True))
@@ -176,50 +181,63 @@ def _mix_text(
     mixtures = {mode: Mixture(mode, len(names), protocol.rule, prior) for mode in modes}
     # The updating prior starts uniform, as in the estimate, whatever the prior in use is.
     mixtures["updating_prior"] = Mixture("updating_prior", len(names), protocol.rule)
-    alone = {name: PerplexityCounter() for name in names}
-    fewer = _leave_out(names, prior, protocol) if protocol.removal_test else {}
+    single_tallies = {name: PerplexityCounter() for name in names}
+    without_expert = (
+        _mix_without_each_expert(names, prior, protocol) if protocol.removal_test else {}
+    )
     for log_probs, mask in source.batches(text, names, protocol.batch):
         for mode, mixture in mixtures.items():
             mixed = mixture.mix_batch(log_probs, mask)
             if mode != protocol.mode:
                 continue
             if not result.posterior:
-                result.posterior = _along(mixed.log_weights[:, 0], mask[0], names)
-            line = _line(text.domain, text.split, mixture, mixed, names, experts)
+                result.posterior = _list_weights_by_expert(mixed.log_weights[:, 0], mask[0], names)
+            line = _make_record(text.domain, text.split, mixture, mixed, names, experts)
             result.lines.append(line)
-        for index, tally in enumerate(alone.values()):
+        for index, tally in enumerate(single_tallies.values()):
             tally.add_item(log_probs[index], mask)
-        for rest, mixture in fewer.values():
-            mixture.mix_batch(log_probs[rest], mask)
-    size = experts.count_text_bytes(text)
-    result.single = {name: _score(tally, size) for name, tally in alone.items()}
-    result.modes = {mode: _score(mixture.tally, size) for mode, mixture in mixtures.items()}
-    result.without = {name: _score(mixture.tally, size) for name, (_, mixture) in fewer.items()}
+        for other_indices, mixture in without_expert.values():
+            mixture.mix_batch(log_probs[other_indices], mask)
+    text_bytes = experts.count_text_bytes(text)
+    result.single = {name: _make_score(tally, text_bytes) for name, tally in single_tallies.items()}
+    result.modes = {
+        mode: _make_score(mixture.tally, text_bytes) for mode, mixture in mixtures.items()
+    }
+    result.without = {
+        name: _make_score(mixture.tally, text_bytes)
+        for name, (_, mixture) in without_expert.items()
+    }
 
 
-def _leave_out(
-    names: Sequence[str], prior: Tensor | None, protocol: Protocol
+def _mix_without_each_expert(
+    names: Sequence[str], prior: Tensor | None, protocol: MixingProtocol
 ) -> dict[str, tuple[list[int], Mixture]]:
-    """Indices and mixture of the other experts, by the expert left out.
+    """Return the indices and the mixture of the other experts, by the expert left out.
 
     The prior of the others is rescaled to sum to 1; an expert with all of the prior has no entry.
     """
-    fewer = {}
+    mixtures = {}
     for left_out, name in enumerate(names):
-        rest = [index for index in range(len(names)) if index != left_out]
-        share = None
+        other_indices = [index for index in range(len(names)) if index != left_out]
+        other_prior = None
         if prior is not None and protocol.mode == "cached_prior":
-            share = prior[rest] / prior[rest].sum()
-        if rest and (share is None or bool(share.isfinite().all())):
-            fewer[name] = rest, Mixture(protocol.mode, len(rest), protocol.rule, share)
-    return fewer
+            other_prior = prior[other_indices] / prior[other_indices].sum()
+        if other_indices and (other_prior is None or bool(other_prior.isfinite().all())):
+            mixtures[name] = (
+                other_indices,
+                Mixture(protocol.mode, len(other_indices), protocol.rule, other_prior),
+            )
+    return mixtures
 
 
-def _along(log_weights: Tensor, mask: Tensor, names: Sequence[str]) -> dict[str, list[float]]:
+def _list_weights_by_expert(
+    log_weights: Tensor, mask: Tensor, names: Sequence[str]
+) -> dict[str, list[float]]:
+    """Return the weights [T] along one sequence by expert, from log weights [E, T]."""
     return {name: row.tolist() for name, row in zip(names, log_weights[:, mask].exp(), strict=True)}
 
 
-def _line(
+def _make_record(
     domain: str,
     split: str,
     mixture: Mixture,
@@ -227,9 +245,10 @@ def _line(
     names: Sequence[str],
     experts: Experts,
 ) -> Line:
-    """One record; experts that did not run have posterior 0."""
+    """Make a record of one batch; experts that did not run have posterior 0."""
 
-    def of_all(weights: Iterable[float]) -> list[float]:
+    def fill_in_all_experts(weights: Iterable[float]) -> list[float]:
+        """Return a weight for every expert of the forest, 0 for those that did not run."""
         by_domain = dict(zip(names, weights, strict=True))
         return [by_domain.get(name, 0.0) for name in experts.domains]
 
@@ -238,10 +257,11 @@ def _line(
         "split": split,
         "mode": mixture.mode,
         "ppl": mixture.tally.perplexity,
-        "posterior": of_all(mixed.posterior.tolist()),
-        "exp_avg_posterior": of_all(mixed.average.tolist()),
+        "posterior": fill_in_all_experts(mixed.posterior.tolist()),
+        "exp_avg_posterior": fill_in_all_experts(mixed.average.tolist()),
     }
 
 
-def _score(tally: PerplexityCounter, size: int) -> Score:
+def _make_score(tally: PerplexityCounter, size: int) -> Score:
+    """Make the score of a tally over a text of `size` bytes."""
     return Score(tally.nll, tally.tokens, size)

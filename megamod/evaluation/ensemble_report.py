@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from megamod.evaluation.ensemble import DomainResult, Protocol
+from megamod.evaluation.ensemble import DomainResult, MixingProtocol
 from megamod.evaluation.perplexity import Score, format_matrix
 from megamod.files import to_json
 from megamod.tables import format_table
@@ -11,8 +11,8 @@ Results = Mapping[str, DomainResult]
 SHOWN = 6  # experts of a prior in a table; the rest are summed
 
 
-def prior_text(results: Results) -> str:
-    """Text with a line per domain: the experts with the largest prior."""
+def format_priors(results: Results) -> str:
+    """Format a line per domain with the experts of the largest prior."""
     rows = []
     for domain, result in results.items():
         if result.prior is None:
@@ -26,8 +26,8 @@ def prior_text(results: Results) -> str:
     return f"prior over experts, by text\n{format_table(rows)}" if rows else ""
 
 
-def score_text(results: Results, protocol: Protocol) -> str:
-    """Text tables of perplexity, and of bits per byte if known.
+def format_scores(results: Results, protocol: MixingProtocol) -> str:
+    """Format text tables of perplexity, and of bits per byte if known.
 
     They compare the best single expert with the mixtures, then list every expert alone and the
     reported mixture without each expert.
@@ -37,28 +37,30 @@ def score_text(results: Results, protocol: Protocol) -> str:
     for domain, result in results.items():
         for mode, score in result.modes.items():
             rows.setdefault(mode, {})[domain] = score
-    parts = [_table(f"{protocol.split} perplexity", rows, bits=False)]
+    parts = [_format_table(f"{protocol.split} perplexity", rows, bits=False)]
     best = ", ".join(f"{result.best} on {domain}" for domain, result in results.items())
     parts[0] += f"\nbest single expert: {best}"
     if all(score.bytes for row in rows.values() for score in row.values()):
-        parts.append(_table(f"{protocol.split} bits per byte", rows, bits=True))
+        parts.append(_format_table(f"{protocol.split} bits per byte", rows, bits=True))
     rows = {}
     for domain, result in results.items():
         for name, score in result.single.items():
             rows.setdefault(name, {})[domain] = score
-    parts.append(_table(f"{protocol.split} perplexity of each expert alone", rows, bits=False))
+    parts.append(
+        _format_table(f"{protocol.split} perplexity of each expert alone", rows, bits=False)
+    )
     if protocol.removal_test:
         rows = {"all experts": {d: r.modes[protocol.mode] for d, r in results.items()}}
         for domain, result in results.items():
             for name, score in result.without.items():
                 rows.setdefault(f"without {name}", {})[domain] = score
         title = f"{protocol.split} perplexity of {protocol.mode} without one expert"
-        parts.append(_table(title, rows, bits=False))
+        parts.append(_format_table(title, rows, bits=False))
     return "\n\n".join(parts)
 
 
-def ensemble_record(results: Results, protocol: Protocol) -> dict[str, object]:
-    """All numbers as a JSON value; unknown and non-finite numbers become null."""
+def record_results(results: Results, protocol: MixingProtocol) -> dict[str, object]:
+    """Return all numbers as a JSON value; unknown and non-finite numbers become null."""
     rule = protocol.rule
     return {
         "mode": protocol.mode,
@@ -67,16 +69,17 @@ def ensemble_record(results: Results, protocol: Protocol) -> dict[str, object]:
         "forgetting": rule.forgetting,
         "topk": protocol.topk,
         "split": protocol.split,
-        "domains": {domain: _record(result, protocol) for domain, result in results.items()},
+        "domains": {domain: _record_domain(result, protocol) for domain, result in results.items()},
     }
 
 
-def ensemble_lines(results: Results) -> str:
-    """JSON lines: one per batch of the estimate, then of the reported mode."""
+def format_json_lines(results: Results) -> str:
+    """Format JSON lines: one per batch of the estimate, then of the reported mode."""
     return "".join(f"{to_json(line)}\n" for result in results.values() for line in result.lines)
 
 
-def _record(result: DomainResult, protocol: Protocol) -> dict[str, object]:
+def _record_domain(result: DomainResult, protocol: MixingProtocol) -> dict[str, object]:
+    """Return prior and scores of one domain as a JSON value."""
     prior = result.prior
     record: dict[str, object] = {
         "prior": None if prior is None else dict(zip(prior.domains, prior.weights, strict=True)),
@@ -84,16 +87,17 @@ def _record(result: DomainResult, protocol: Protocol) -> dict[str, object]:
     }
     if result.modes:
         record |= {
-            **_numbers(result.modes[protocol.mode]),
+            **_record_score(result.modes[protocol.mode]),
             "best_single": result.best,
-            "single": {name: _numbers(score) for name, score in result.single.items()},
-            "modes": {mode: _numbers(score) for mode, score in result.modes.items()},
-            "without": {name: _numbers(score) for name, score in result.without.items()},
+            "single": {name: _record_score(score) for name, score in result.single.items()},
+            "modes": {mode: _record_score(score) for mode, score in result.modes.items()},
+            "without": {name: _record_score(score) for name, score in result.without.items()},
         }
     return record
 
 
-def _numbers(score: Score) -> dict[str, float | int | None]:
+def _record_score(score: Score) -> dict[str, float | int | None]:
+    """Return the numbers of one score as a JSON value."""
     return {
         "perplexity": score.perplexity,
         "bits_per_byte": score.bits_per_byte,
@@ -102,7 +106,8 @@ def _numbers(score: Score) -> dict[str, float | int | None]:
     }
 
 
-def _table(title: str, rows: Mapping[str, Mapping[str, Score]], bits: bool) -> str:
+def _format_table(title: str, rows: Mapping[str, Mapping[str, Score]], bits: bool) -> str:
+    """Format a titled table of perplexities, or of bits per byte."""
     numbers = {
         name: {d: s.bits_per_byte if bits else s.perplexity for d, s in row.items()}
         for name, row in rows.items()

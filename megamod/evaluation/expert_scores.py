@@ -1,9 +1,9 @@
 """Log-probabilities of a text under each expert of a forest, computed in one of two ways.
 
-`OneByOne` runs one expert after the other over the whole text and keeps [N, T] log-probabilities in
-memory or in cache files, so that one process scores any number of experts. `Together` loads all
-experts, spread over the ranks, and scores batch by batch; only log-probabilities of target tokens
-are sent. Both give the same numbers.
+`SequentialScores` runs one expert after the other over the whole text and keeps [N, T]
+log-probabilities in memory or in cache files, so that one process scores any number of experts.
+`ParallelScores` loads all experts, spread over the ranks, and scores batch by batch; only
+log-probabilities of target tokens are sent. Both give the same numbers.
 
 Shapes: E experts, B sequences of a batch, N of a text, T targets of a sequence.
 """
@@ -28,9 +28,9 @@ from megamod.errors import UserError
 from megamod.evaluation.perplexity import Batch
 from megamod.evaluation.saved import (
     HeldOut,
-    held_out_batches,
-    held_out_blocks,
-    open_data,
+    iterate_held_out_batches,
+    open_held_out_blocks,
+    open_held_out_data,
 )
 from megamod.files import sha256, write_atomic
 from megamod.models.lm.configuration import get_default_sequence_length, read_lm_config
@@ -43,7 +43,7 @@ Scored = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class Text:
+class TextSelection:
     """The first `sequences` of a split of a domain; None: all."""
 
     domain: str
@@ -63,102 +63,108 @@ class Experts:
         forest: Forest,
         held_out: HeldOut,
         device: torch.device,
-        only: Sequence[str] | None = None,
+        selected: Sequence[str] | None = None,
     ):
         """Check experts and data before any model is loaded.
 
         Args:
             held_out: the domains of the texts and the reading settings; its split is not used.
-            only: experts to use; None: all.
+            selected: experts to use; None: all.
         Raises:
             UserError: if an expert or a text is missing, or experts would read different sequences.
         """
-        for name in only or ():
+        for name in selected or ():
             if name not in forest.domains:
                 raise UserError(
                     f"--experts: {forest.path} has no expert {name!r}; "
                     f"its experts are {', '.join(forest.domains)}"
                 )
-        kept = tuple(e for e in forest.experts if only is None or e.domain in only)
-        self.forest, self.device = replace(forest, experts=kept), device
+        experts = tuple(e for e in forest.experts if selected is None or e.domain in selected)
+        self.forest, self.device = replace(forest, experts=experts), device
         self.domains = self.forest.domains
-        configs = {expert.path: read_lm_config(expert.path, "--forest") for expert in kept}
+        configs = {expert.path: read_lm_config(expert.path, "--forest") for expert in experts}
         if held_out.block_size is None:
             shortest = min(get_default_sequence_length(config) for config in configs.values())
             held_out = replace(held_out, block_size=shortest)
         self.held_out = held_out
-        self._masks: dict[Text, Tensor] = {}
-        known = DataBin(held_out.path).domains
+        self._masks: dict[TextSelection, Tensor] = {}
+        data_domains = DataBin(held_out.path).domains
         for domain in held_out.domains:
-            if domain not in known:
+            if domain not in data_domains:
                 raise UserError(
                     f"--domain: {held_out.path} has no text of {domain!r}; "
-                    f"its domains are {', '.join(known)}"
+                    f"its domains are {', '.join(data_domains)}"
                 )
-        self.data = {path: open_data(path, configs[path], held_out) for path in configs}
-        tokens = {
+        self.data = {path: open_held_out_data(path, configs[path], held_out) for path in configs}
+        has_domain_tokens = {
             path: data.vocab_size > data.databin.vocab_size for path, data in self.data.items()
         }
-        if len(set(tokens.values())) > 1:
-            listing = ", ".join(f"{path}: {'yes' if has else 'no'}" for path, has in tokens.items())
+        if len(set(has_domain_tokens.values())) > 1:
+            listing = ", ".join(
+                f"{path}: {'yes' if has else 'no'}" for path, has in has_domain_tokens.items()
+            )
             raise UserError(
                 "some experts have domain tokens and others do not, so their sequences differ; "
                 f"pass --domain_token false ({listing})"
             )
 
-    def masks(self, text: Text) -> Tensor:
-        """[N, T] bool, True at targets and False at padding."""
+    def load_target_masks(self, text: TextSelection) -> Tensor:
+        """Return the mask [N, T] of a text, True at targets and False at padding; computed once per
+        text.
+        """
         if text not in self._masks:
             any_data = self.data[self.forest.experts[0].path]
             held_out = replace(self.held_out, split=text.split)
-            blocks = held_out_blocks(any_data, held_out, text.domain)
+            blocks = open_held_out_blocks(any_data, held_out, text.domain)
             count = len(blocks) if text.sequences is None else min(len(blocks), text.sequences)
             lengths = blocks.count_targets(np.arange(count)) - (blocks.domain_token is not None)
             self._masks[text] = torch.arange(blocks.span) < torch.from_numpy(lengths)[:, None]
         return self._masks[text]
 
-    def count_text_bytes(self, text: Text) -> int:
-        """UTF-8 bytes of the text of a whole split; 0 if unknown or for a part of a split."""
+    def count_text_bytes(self, text: TextSelection) -> int:
+        """Return the UTF-8 bytes of a whole split; 0 if unknown or for a part of a split."""
         any_data = self.data[self.forest.experts[0].path]
         return any_data.count_text_bytes(text.domain, text.split) if text.sequences is None else 0
 
-    def of(self, domain: str) -> Expert:
-        """The expert of a domain."""
+    def find_expert(self, domain: str) -> Expert:
+        """Return the expert of a domain."""
         return self.forest.experts[self.domains.index(domain)]
 
-    def load(self, domains: Sequence[str]) -> Iterator[LoadedExpert]:
+    def load_each(self, domains: Sequence[str]) -> Iterator[LoadedExpert]:
         """Load these experts one after the other, in the order of the forest."""
         return load_experts(self.forest, self.device, domains) if domains else iter(())
 
-    def score(self, expert: LoadedExpert, text: Text) -> Iterator[Tensor]:
-        """Log-probabilities [B, T] of the text's targets, batch by batch, on the CPU."""
-        data = self.data[self.of(expert.domain).path]
-        remaining, span = self.masks(text).shape
-        for batch in held_out_batches(data, replace(self.held_out, split=text.split), text.domain):
+    def compute_log_probs(self, expert: LoadedExpert, text: TextSelection) -> Iterator[Tensor]:
+        """Yield the log-probabilities [B, T] of the text's targets, batch by batch, on the CPU."""
+        data = self.data[self.find_expert(expert.domain).path]
+        remaining, span = self.load_target_masks(text).shape
+        for batch in iterate_held_out_batches(
+            data, replace(self.held_out, split=text.split), text.domain
+        ):
             if remaining <= 0:
                 return
             rows = min(remaining, len(batch["labels"]))
-            yield _score_batch(expert, batch, rows, span, self.device)
+            yield _compute_batch_log_probs(expert, batch, rows, span, self.device)
             remaining -= rows
 
 
-class Source(Protocol):
-    """Provides scores of texts under experts."""
+class ScoreSource(Protocol):
+    """Source of the scores of texts under experts."""
 
-    def score(self, requests: Mapping[Text, Sequence[str]]) -> None:
+    def score(self, requests: Mapping[TextSelection, Sequence[str]]) -> None:
         """Prepare `batches` of these texts under these experts."""
 
-    def batches(self, text: Text, domains: Sequence[str], size: int) -> Iterator[Scored]:
-        """Batches of `size` sequences, scored by the experts of `domains`."""
+    def batches(self, text: TextSelection, domains: Sequence[str], size: int) -> Iterator[Scored]:
+        """Yield batches of `size` sequences, scored by the experts of `domains`."""
 
 
-class OneByOne:
-    """Loads one expert at a time and keeps its scores of all texts."""
+class SequentialScores:
+    """Scores of one expert after the other; the scores of all texts are stored."""
 
     def __init__(self, experts: Experts, cache_dir: Path | None = None):
         """`cache_dir`: folder of cache files that later runs read; None keeps scores in memory."""
         self.experts, self.cache_dir = experts, cache_dir
-        self._kept: dict[tuple[Text, str], Tensor] = {}
+        self._scores: dict[tuple[TextSelection, str], Tensor] = {}
         self._digests: dict[Path, str] = {}
         if cache_dir is not None:
             try:
@@ -166,105 +172,108 @@ class OneByOne:
             except OSError as error:
                 raise UserError(f"--cache_dir {cache_dir}: {error.strerror}") from error
 
-    def score(self, requests: Mapping[Text, Sequence[str]]) -> None:
+    def score(self, requests: Mapping[TextSelection, Sequence[str]]) -> None:
         """Compute the scores that are not cached, loading each expert once."""
-        missing: dict[str, list[Text]] = {}
+        missing: dict[str, list[TextSelection]] = {}
         for text, domains in requests.items():
             for domain in domains:
-                if (text, domain) not in self._kept and not self._read_cached(text, domain):
+                if (text, domain) not in self._scores and not self._read_cache_file(text, domain):
                     missing.setdefault(domain, []).append(text)
-        for expert in self.experts.load([d for d in self.experts.domains if d in missing]):
+        for expert in self.experts.load_each([d for d in self.experts.domains if d in missing]):
             for text in missing[expert.domain]:
-                scores = torch.cat(list(self.experts.score(expert, text)))
+                scores = torch.cat(list(self.experts.compute_log_probs(expert, text)))
                 if self.cache_dir is None:
-                    self._kept[text, expert.domain] = scores
+                    self._scores[text, expert.domain] = scores
                 else:
-                    write_atomic(self._file(text, expert.domain), save({"log_probs": scores}))
-                    self._read_cached(text, expert.domain)
+                    write_atomic(self._cache_file(text, expert.domain), save({"log_probs": scores}))
+                    self._read_cache_file(text, expert.domain)
             del expert
 
-    def batches(self, text: Text, domains: Sequence[str], size: int) -> Iterator[Scored]:
-        """See `Source`; computes scores that `score` did not prepare."""
+    def batches(self, text: TextSelection, domains: Sequence[str], size: int) -> Iterator[Scored]:
+        """Yield batches as `ScoreSource`; compute scores that `score` did not prepare."""
         self.score({text: domains})
-        masks = self.experts.masks(text)
-        rows = [self._kept[text, domain] for domain in domains]
+        masks = self.experts.load_target_masks(text)
+        rows = [self._scores[text, domain] for domain in domains]
         for start in range(0, len(masks), size):
             part = slice(start, start + size)
             yield torch.stack([row[part] for row in rows]), masks[part]
 
-    def _read_cached(self, text: Text, domain: str) -> bool:
+    def _read_cache_file(self, text: TextSelection, domain: str) -> bool:
         """Map a cache file into memory; False if it is missing or damaged."""
         if self.cache_dir is None:
             return False
-        shape = self.experts.masks(text).shape
+        shape = self.experts.load_target_masks(text).shape
         try:
-            with safe_open(self._file(text, domain), framework="pt") as file:
+            with safe_open(self._cache_file(text, domain), framework="pt") as file:
                 scores = file.get_tensor("log_probs")
         except (OSError, SafetensorError):
             return False
         if scores.shape != shape:
             return False
-        self._kept[text, domain] = scores
+        self._scores[text, domain] = scores
         return True
 
-    def _file(self, text: Text, domain: str) -> Path:
-        """Cache file, named by a digest of all that its numbers depend on."""
-        expert = self.experts.of(domain)
+    def _cache_file(self, text: TextSelection, domain: str) -> Path:
+        """Return the path of a cache file, named by a digest of all that its numbers depend on."""
+        expert = self.experts.find_expert(domain)
         held_out, data = self.experts.held_out, self.experts.data[expert.path]
         prefix = data.databin.find_split_prefix(text.domain, text.split)
         inputs = {
             "text": asdict(text),
-            "data": [self._digest(prefix.with_name(f"{prefix.name}.{s}")) for s in ("bin", "idx")],
+            "data": [
+                self._digest_file(prefix.with_name(f"{prefix.name}.{s}")) for s in ("bin", "idx")
+            ],
             "special": data.special_ids,
             "block_size": held_out.block_size,
             "context_window": held_out.context_window,
             "domain_token": data.domain_tokens.get(held_out.force_domain_token or text.domain),
             "device": self.experts.device.type,
-            "expert": [self._digest(path) for path in weight_files(expert)],
+            "expert": [self._digest_file(path) for path in list_expert_files(expert)],
             "member": expert.member,
         }
         key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:24]
         return self.cache_dir / f"{domain}-on-{text.domain}-{text.split}-{key}.safetensors"
 
-    def _digest(self, path: Path) -> str:
+    def _digest_file(self, path: Path) -> str:
+        """Return the SHA-256 of a file, computed once."""
         if path not in self._digests:
             self._digests[path] = sha256(path)
         return self._digests[path]
 
 
-class Together:
-    """Loads all experts, each rank a part of them; collective with several ranks."""
+class ParallelScores:
+    """Scores of all experts at once, each rank a part of them; collective with several ranks."""
 
     def __init__(self, experts: Experts):
         self.experts = experts
         self.ranks = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
-        self._held: list[LoadedExpert] = []
+        self._loaded: list[LoadedExpert] = []
 
-    def score(self, requests: Mapping[Text, Sequence[str]]) -> None:
+    def score(self, requests: Mapping[TextSelection, Sequence[str]]) -> None:
         """Does nothing, because scores are not kept."""
 
-    def batches(self, text: Text, domains: Sequence[str], size: int) -> Iterator[Scored]:
-        """See `Source`; rank r loads experts r, r + ranks, and so on."""
+    def batches(self, text: TextSelection, domains: Sequence[str], size: int) -> Iterator[Scored]:
+        """Yield batches as `ScoreSource`; rank r loads experts r, r + ranks, and so on."""
         mine = list(domains)[self.rank :: self.ranks]
-        if [expert.domain for expert in self._held] != mine:
-            self._held = []
-            by_domain = {expert.domain: expert for expert in self.experts.load(mine)}
-            self._held = [by_domain[domain] for domain in mine]
-        masks = self.experts.masks(text)
-        streams = [self.experts.score(expert, text) for expert in self._held]
+        if [expert.domain for expert in self._loaded] != mine:
+            self._loaded = []
+            by_domain = {expert.domain: expert for expert in self.experts.load_each(mine)}
+            self._loaded = [by_domain[domain] for domain in mine]
+        masks = self.experts.load_target_masks(text)
+        streams = [self.experts.compute_log_probs(expert, text) for expert in self._loaded]
         first = 0
         while first < len(masks):
-            ours = [next(stream) for stream in streams]
+            own_scores = [next(stream) for stream in streams]
             count = min(self.experts.held_out.batch_size, len(masks) - first)
-            scores = self._gather(ours, len(domains), count, masks.shape[1])
+            scores = self._gather_scores(own_scores, len(domains), count, masks.shape[1])
             for start in range(0, count, size):
                 rows = slice(start, start + size)
                 yield scores[:, rows], masks[first : first + count][rows]
             first += count
 
-    def _gather(self, ours: list[Tensor], experts: int, count: int, span: int) -> Tensor:
-        """Scores of all ranks, [E, B, T]."""
+    def _gather_scores(self, ours: list[Tensor], experts: int, count: int, span: int) -> Tensor:
+        """Gather the scores of all ranks, [E, B, T]."""
         if self.ranks == 1:
             return torch.stack(ours)
         rounds = -(-experts // self.ranks)
@@ -277,8 +286,8 @@ class Together:
         return torch.stack(parts, dim=1).flatten(0, 1)[:experts].cpu()
 
 
-def weight_files(expert: Expert) -> list[Path]:
-    """Configuration and weight files of an expert, without those of other experts of its folder.
+def list_expert_files(expert: Expert) -> list[Path]:
+    """List configuration and weight files of an expert, without those of others in its folder.
 
     Raises:
         UserError: if a file is missing or damaged.
@@ -287,10 +296,12 @@ def weight_files(expert: Expert) -> list[Path]:
 
 
 @torch.no_grad()
-def _score_batch(
+def _compute_batch_log_probs(
     expert: LoadedExpert, batch: Batch, rows: int, span: int, device: torch.device
 ) -> Tensor:
-    """Log-probabilities of the targets [rows, span] float32, shifted left, 0 at padding."""
+    """Compute the log-probabilities of the targets [rows, span] float32, shifted left, 0 at
+    padding.
+    """
     inputs, labels = batch["input_ids"][:rows].to(device), batch["labels"][:rows].to(device)
     mask = batch.get("attention_mask")
     output = expert.model(

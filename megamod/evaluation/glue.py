@@ -15,15 +15,15 @@ from megamod.tables import format_table
 Scores = dict[str, float]
 
 
-def score_texts(task: TaskSpec, logits: np.ndarray, labels: np.ndarray) -> Scores:
-    """The task's metrics and the mean loss.
+def score_sentences(task: TaskSpec, logits: np.ndarray, labels: np.ndarray) -> Scores:
+    """Compute the task's metrics and the mean loss.
 
     Args:
         logits: [n, C] float, C is 1 for regression.
         labels: [n] numbers of labels, or values of a regression.
     """
-    answers = answers_of(task, logits)
-    scores = {name: metric(name, answers, labels) for name in task.metrics}
+    answers = select_answers(task, logits)
+    scores = {name: compute_metric(name, answers, labels) for name in task.metrics}
     if task.is_regression:
         scores["loss"] = float(np.mean((answers - labels) ** 2))
     else:
@@ -33,13 +33,13 @@ def score_texts(task: TaskSpec, logits: np.ndarray, labels: np.ndarray) -> Score
     return scores
 
 
-def answers_of(task: TaskSpec, logits: np.ndarray) -> np.ndarray:
-    """[n] numbers of the best labels, or values of a regression."""
+def select_answers(task: TaskSpec, logits: np.ndarray) -> np.ndarray:
+    """Return the numbers [n] of the best labels, or the values of a regression."""
     return logits[:, 0] if task.is_regression else logits.argmax(-1)
 
 
-def metric(name: str, answers: np.ndarray, labels: np.ndarray) -> float:
-    """One metric of [n] answers; 0 where it is undefined (constant answers).
+def compute_metric(name: str, answers: np.ndarray, labels: np.ndarray) -> float:
+    """Compute one metric of [n] answers; 0 where it is undefined (constant answers).
 
     F1 is that of label 1 against label 0; macro_f1 weighs all labels alike.
 
@@ -49,7 +49,7 @@ def metric(name: str, answers: np.ndarray, labels: np.ndarray) -> float:
     if name == "accuracy":
         return float(np.mean(answers == labels))
     if name in ("pearson", "spearmanr"):
-        return _correlation(name, answers, labels)
+        return _compute_correlation(name, answers, labels)
     from sklearn import metrics
 
     if name == "f1":
@@ -63,7 +63,8 @@ def metric(name: str, answers: np.ndarray, labels: np.ndarray) -> float:
     raise UserError(f"metric {name} is for labels of words, not for this task")
 
 
-def _correlation(name: str, answers: np.ndarray, labels: np.ndarray) -> float:
+def _compute_correlation(name: str, answers: np.ndarray, labels: np.ndarray) -> float:
+    """Compute a correlation by its name; 0 for constant answers or labels."""
     from scipy import stats
 
     if len(labels) < 2 or np.ptp(answers) == 0 or np.ptp(labels) == 0:
@@ -73,14 +74,19 @@ def _correlation(name: str, answers: np.ndarray, labels: np.ndarray) -> float:
     return value if math.isfinite(value) else 0.0
 
 
-def accuracy_by_slot(answers: np.ndarray, labels: np.ndarray, instances: int) -> list[float]:
-    """Accuracy of each instance: row r of a split is instance r % N."""
-    right = answers == labels
-    return [float(np.mean(right[slot::instances])) for slot in range(min(instances, len(right)))]
+def compute_accuracy_by_instance(
+    answers: np.ndarray, labels: np.ndarray, instances: int
+) -> list[float]:
+    """Compute the accuracy of each instance: row r of a split is instance r % N."""
+    correct = answers == labels
+    return [
+        float(np.mean(correct[instance::instances]))
+        for instance in range(min(instances, len(correct)))
+    ]
 
 
-def task_score(task: TaskSpec, splits: Mapping[str, Scores]) -> float:
-    """The one number of a task in GLUE: the mean over its metrics, and over dev and dev_mm.
+def compute_task_score(task: TaskSpec, splits: Mapping[str, Scores]) -> float:
+    """Compute the one number of a task in GLUE: the mean over its metrics, and over dev and dev_mm.
 
     CoLA counts with Matthews correlation alone, a task of labels of words with its first metric.
     """
@@ -90,14 +96,14 @@ def task_score(task: TaskSpec, splits: Mapping[str, Scores]) -> float:
     return float(np.mean([scores[name] for scores in held for name in names]))
 
 
-def glue_average(tasks: Mapping[str, float]) -> float:
-    """Mean of the tasks' scores, each with the same weight."""
+def average_task_scores(tasks: Mapping[str, float]) -> float:
+    """Average the tasks' scores, each with the same weight."""
     return sum(tasks.values()) / len(tasks)
 
 
-def submission(task: TaskSpec, logits: np.ndarray) -> str:
-    """Content of a prediction file for the GLUE server: index and label, or value, per row."""
-    answers = answers_of(task, logits)
+def format_submission(task: TaskSpec, logits: np.ndarray) -> str:
+    """Format a prediction file for the GLUE server: index and label, or value, per row."""
+    answers = select_answers(task, logits)
     if task.is_regression:
         least, most = task.bounds or (-math.inf, math.inf)
         texts: Sequence[str] = [f"{value:.3f}" for value in answers.clip(least, most)]
@@ -107,8 +113,10 @@ def submission(task: TaskSpec, logits: np.ndarray) -> str:
     return "\n".join(["index\tprediction", *rows]) + "\n"
 
 
-def mean_and_deviation(rows: Sequence[Mapping[str, float]]) -> tuple[Scores, Scores]:
-    """Means and sample standard deviations (0 for one row) of the columns that all rows have."""
+def compute_mean_and_deviation(rows: Sequence[Mapping[str, float]]) -> tuple[Scores, Scores]:
+    """Compute means and sample standard deviations (0 for one row) of columns that all rows
+    have.
+    """
     names = [name for name in rows[0] if all(name in row for row in rows)]
     columns = {name: np.array([row[name] for row in rows]) for name in names}
     return (
@@ -117,8 +125,8 @@ def mean_and_deviation(rows: Sequence[Mapping[str, float]]) -> tuple[Scores, Sco
     )
 
 
-def score_table(rows: Mapping[str, Mapping[str, float | str]], corner: str) -> str:
-    """A text table with a row per name and a column per score; missing cells are a dash."""
+def format_score_table(rows: Mapping[str, Mapping[str, float | str]], corner: str) -> str:
+    """Format a table with a row per name and a column per score; missing cells are a dash."""
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
     cells = [[corner, *columns]]
     for name, row in rows.items():

@@ -11,10 +11,10 @@ from megamod.data.tasks.classification import EncodedRows
 
 
 @torch.no_grad()
-def masked_loss(
+def compute_masked_loss(
     model: nn.Module, blocks: np.ndarray, masking: Masking, seed: int, batch_size: int
 ) -> float:
-    """Mean cross entropy of masked tokens in nats; every call masks the same tokens.
+    """Compute the mean cross entropy of masked tokens in nats; every call masks the same tokens.
 
     Args:
         model: takes `input_ids` and returns `logits` [B, T, V].
@@ -28,16 +28,16 @@ def masked_loss(
             for index, block in enumerate(blocks[start : start + batch_size])
         ]
         inputs, labels = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
-        logits = model(input_ids=inputs.to(_device(model))).logits
+        logits = model(input_ids=inputs.to(_find_device(model))).logits
         masked = labels != IGNORE
-        total += _summed(logits.cpu()[masked], labels[masked])
+        total += _sum_cross_entropy(logits.cpu()[masked], labels[masked])
         count += int(masked.sum())
     return total / max(1, count)
 
 
 @torch.no_grad()
-def causal_loss(model: nn.Module, blocks: np.ndarray, batch_size: int) -> float:
-    """Mean cross entropy of all tokens but the first of each block, in nats.
+def compute_causal_loss(model: nn.Module, blocks: np.ndarray, batch_size: int) -> float:
+    """Compute the mean cross entropy of all tokens but the first of each block, in nats.
 
     Args:
         model: takes `input_ids` and returns `logits` [B, T, V].
@@ -46,20 +46,21 @@ def causal_loss(model: nn.Module, blocks: np.ndarray, batch_size: int) -> float:
     total = 0.0
     for start in range(0, len(blocks), batch_size):
         inputs = torch.from_numpy(blocks[start : start + batch_size].astype(np.int64))
-        logits = model(input_ids=inputs.to(_device(model))).logits[:, :-1]
-        total += _summed(logits.cpu().flatten(0, 1), inputs[:, 1:].flatten())
+        logits = model(input_ids=inputs.to(_find_device(model))).logits[:, :-1]
+        total += _sum_cross_entropy(logits.cpu().flatten(0, 1), inputs[:, 1:].flatten())
     return total / (blocks.shape[0] * (blocks.shape[1] - 1))
 
 
 @torch.no_grad()
-def classifier_loss(
+def compute_classifier_loss(
     model: nn.Module,
     encoded: EncodedRows,
     inputs: tuple[str, ...],
     regression: bool,
     batch_size: int,
 ) -> float:
-    """Mean loss of labelled rows or tokens: cross entropy, or squared error for regression.
+    """Compute the mean loss of labelled rows or tokens: cross entropy, or squared error for
+    regression.
 
     Args:
         model: takes the fields `inputs` of a batch and returns `logits`.
@@ -67,21 +68,23 @@ def classifier_loss(
     total, count = 0.0, 0
     for start in range(0, len(encoded), batch_size):
         batch = encoded.gather_batch(np.arange(start, min(start + batch_size, len(encoded))), None)
-        fields = {name: batch[name].to(_device(model)) for name in inputs}
+        fields = {name: batch[name].to(_find_device(model)) for name in inputs}
         logits, labels = model(**fields).logits.float().cpu(), batch["labels"]
         if regression:
             total += float(functional.mse_loss(logits[:, 0], labels, reduction="sum"))
         else:
-            total += _summed(logits.flatten(0, -2), labels.flatten())
+            total += _sum_cross_entropy(logits.flatten(0, -2), labels.flatten())
         count += batch["items"]
     return total / max(1, count)
 
 
-def _summed(logits: Tensor, labels: Tensor) -> float:
+def _sum_cross_entropy(logits: Tensor, labels: Tensor) -> float:
+    """Return the summed cross entropy of the labels that are not ignored, in nats."""
     return float(
         functional.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum")
     )
 
 
-def _device(model: nn.Module) -> torch.device:
+def _find_device(model: nn.Module) -> torch.device:
+    """Return the device of a model's first parameter."""
     return next(model.parameters()).device

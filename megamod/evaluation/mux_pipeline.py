@@ -39,7 +39,7 @@ from megamod.data.tasks.classification import (
 from megamod.data.tasks.glue import TextSet
 from megamod.data.tasks.token_set import TokenSet
 from megamod.errors import UserError
-from megamod.evaluation.predict import Predictor, labels_of_words
+from megamod.evaluation.predict import Predictor, select_word_labels
 from megamod.models.classifier_inputs import (
     compute_max_row_tokens,
     list_input_fields,
@@ -60,7 +60,7 @@ AUTO = {
 
 
 class MuxPipeline:
-    """Classify requests in groups and return answers in the order of the requests.
+    """Pipeline that classifies requests in groups and returns answers in the order of the requests.
 
     Rows of a multiplexed model are padded to `max_length`; copies of requests of the batch fill the
     last group. So an answer depends on the other requests of the call, but on nothing else.
@@ -90,16 +90,18 @@ class MuxPipeline:
         config, name = model.config, type(model).__name__
         if not name.endswith(tuple(AUTO)):
             raise ValueError(f"{name} is no classifier; their names end in {', '.join(AUTO)}")
-        room = compute_max_row_tokens(config)
-        if not 3 <= max_length <= room:
-            raise ValueError(f"max_length {max_length} is not between 3 and {room} positions")
+        position_limit = compute_max_row_tokens(config)
+        if not 3 <= max_length <= position_limit:
+            raise ValueError(
+                f"max_length {max_length} is not between 3 and {position_limit} positions"
+            )
         if batch_size < 1:
             raise ValueError(f"batch_size {batch_size} must be 1 or more groups")
         self.model, self.tokenizer = model.eval(), tokenizer
         self.per_token = name.endswith("ForTokenClassification")
         self.num_instances = getattr(config, "num_instances", 1)
         self.batch_size, self.ensemble, self.seed = batch_size, ensemble, seed
-        self.lengths = RowLengthLimits(max_length, room, truncate=True)
+        self.lengths = RowLengthLimits(max_length, position_limit, truncate=True)
         self.labels = [config.id2label[number] for number in range(config.num_labels)]
         self._pad_to = max_length if needs_fixed_length(config) else None
 
@@ -126,7 +128,7 @@ class MuxPipeline:
             raise UserError(f"source {source}: {name} is no classifier; finetune it first")
         model, report = load_pretrained(AUTO[kind], checked.name, "source", config=checked.config)
         check_all_weights_loaded(report, f"source {source}")
-        return cls(model.to(device), _tokenizer(tokenizer or source), **options)
+        return cls(model.to(device), _load_pipeline_tokenizer(tokenizer or source), **options)
 
     def __call__(self, requests: Request | list[Request]) -> list[Answer] | list[list[Answer]]:
         """Classify one request, or a list of any number of them.
@@ -149,12 +151,15 @@ class MuxPipeline:
             return []
         self.model.eval()
         if not self.per_token:
-            return self._of_rows(batch)
-        answers = self._of_words([_words(item, number) for number, item in enumerate(batch)])
+            return self._classify_rows(batch)
+        answers = self._classify_words(
+            [_read_words(item, number) for number, item in enumerate(batch)]
+        )
         return answers if isinstance(requests, list) else answers[0]
 
-    def _of_rows(self, requests: Sequence[Request]) -> list[Answer]:
-        rows = [_texts(request, number) for number, request in enumerate(requests)]
+    def _classify_rows(self, requests: Sequence[Request]) -> list[Answer]:
+        """Classify texts or pairs; raise ValueError if both are in one call."""
+        rows = [_read_texts(request, number) for number, request in enumerate(requests)]
         for number, row in enumerate(rows):
             if len(row) != len(rows[0]):
                 raise ValueError(
@@ -163,43 +168,49 @@ class MuxPipeline:
         columns = tuple(list(column) for column in zip(*rows, strict=True))
         names = [f"request {number}" for number in range(len(requests))]
         encoded = encode_texts(TextSet(columns, None, names), self.tokenizer, self.lengths)
-        return [self._best(logits) for _, logits in self._run(encoded)]
+        return [self._make_answer(logits) for _, logits in self._run_rows(encoded)]
 
-    def _of_words(self, sentences: list[list[str]]) -> list[list[Answer]]:
+    def _classify_words(self, sentences: list[list[str]]) -> list[list[Answer]]:
+        """Label the words of each sentence."""
         lines = [[number] * len(words) for number, words in enumerate(sentences)]
         tokens = TokenSet(sentences, None, lines, "requests", "request")
         encoded = encode_words(tokens, self.tokenizer, self.lengths, self.labels)
-        best, scores = np.zeros(len(encoded.ids), dtype=np.int64), np.zeros(len(encoded.ids))
-        for row, logits in self._run(encoded):
+        best_labels, scores = np.zeros(len(encoded.ids), dtype=np.int64), np.zeros(len(encoded.ids))
+        for row, logits in self._run_rows(encoded):
             start, stop = encoded.offsets[row : row + 2]
-            of_tokens = logits[: stop - start].softmax(-1).max(-1)
-            scores[start:stop], best[start:stop] = of_tokens.values, of_tokens.indices
+            token_scores = logits[: stop - start].softmax(-1).max(-1)
+            scores[start:stop], best_labels[start:stop] = token_scores.values, token_scores.indices
         answers = []
-        for row, labels in enumerate(labels_of_words(encoded, best, self.labels)):
+        for row, labels in enumerate(select_word_labels(encoded, best_labels, self.labels)):
             start = encoded.offsets[row]
-            heads = encoded.word_starts[row].tolist()
-            of_words = [float(scores[start + head]) if head >= 0 else 0.0 for head in heads]
-            labelled = zip(sentences[row], labels, of_words, strict=True)
+            first_tokens = encoded.word_starts[row].tolist()
+            word_scores = [
+                float(scores[start + first_token]) if first_token >= 0 else 0.0
+                for first_token in first_tokens
+            ]
+            labelled = zip(sentences[row], labels, word_scores, strict=True)
             answers.append([{"word": w, "label": label, "score": x} for w, label, x in labelled])
         return answers
 
-    def _run(self, encoded: EncodedRows) -> Iterator[tuple[int, Tensor]]:
+    def _run_rows(self, encoded: EncodedRows) -> Iterator[tuple[int, Tensor]]:
         """Yield the number and the logits, [C] or [L, C], of each row."""
         predictor = Predictor(self.model, list_input_fields(self.model.config), self.model.device)
         N = self.num_instances
         for held in iterate_held_out_rows(
             encoded, self.batch_size * N, N, self._pad_to, ensemble=self.ensemble, seed=self.seed
         ):
-            yield from enumerate(predictor.logits(held), start=held.start)
+            yield from enumerate(predictor.compute_logits(held), start=held.start)
 
-    def _best(self, logits: Tensor) -> Answer:
+    def _make_answer(self, logits: Tensor) -> Answer:
+        """Make the answer {"label", "score"} from the logits [C] of one row."""
         if len(self.labels) == 1:
             return {"label": self.labels[0], "score": float(logits[0])}
         score, best = logits.softmax(-1).max(-1)
         return {"label": self.labels[int(best)], "score": float(score)}
 
 
-def _tokenizer(source: str | Path) -> "PreTrainedTokenizerFast":
+def _load_pipeline_tokenizer(source: str | Path) -> "PreTrainedTokenizerFast":
+    """Load an encoder's tokenizer; raise UserError if there is none or it lacks a padding token."""
     reason = None
     try:
         tokenizer = load_tokenizer(source).original
@@ -212,8 +223,8 @@ def _tokenizer(source: str | Path) -> "PreTrainedTokenizerFast":
     return tokenizer
 
 
-def _texts(request: Request, number: int) -> tuple[str, ...]:
-    """The text or the two texts of a request."""
+def _read_texts(request: Request, number: int) -> tuple[str, ...]:
+    """Return the text or the two texts of a request."""
     if isinstance(request, dict):
         texts = [request.get("text"), *(request[key] for key in request if key != "text")]
         fits = set(request) in ({"text"}, {"text", "text_pair"})
@@ -227,8 +238,8 @@ def _texts(request: Request, number: int) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def _words(request: Request, number: int) -> list[str]:
-    """The words of a request."""
+def _read_words(request: Request, number: int) -> list[str]:
+    """Return the words of a request."""
     words = re.findall(r"[^ \t\r\n]+", request) if isinstance(request, str) else request
     fits = isinstance(words, list | tuple) and all(isinstance(word, str) for word in words)
     if not fits or not words:

@@ -16,8 +16,8 @@ class Estimate:
     high: float | None
     count: int
 
-    def text(self, digits: int, signed: bool = False) -> str:
-        """Like `1.23 [1.20, 1.26]`."""
+    def format(self, digits: int, signed: bool = False) -> str:
+        """Format the estimate as `1.23 [1.20, 1.26]`."""
         sign = "+" if signed else ""
         shown = f"{self.mean:{sign}.{digits}f}"
         if self.low is None:
@@ -25,8 +25,8 @@ class Estimate:
         return f"{shown} [{self.low:{sign}.{digits}f}, {self.high:{sign}.{digits}f}]"
 
 
-def estimate(values: Sequence[float]) -> Estimate:
-    """Mean and interval of independent values: mean ± t(0.975, n - 1) s / sqrt(n)."""
+def estimate_mean(values: Sequence[float]) -> Estimate:
+    """Estimate the mean of independent values, with interval mean ± t(0.975, n - 1) s / sqrt(n)."""
     count = len(values)
     mean = math.fsum(values) / count
     if count < 2:
@@ -36,10 +36,10 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(mean, mean - half, mean + half, count)
 
 
-def compare(
+def compare_to_baseline(
     values: dict[int, float], baseline: dict[int, float], ratio: bool
 ) -> tuple[Estimate, int] | None:
-    """Ratio or difference to the baseline of the same seed; None if no seed has both.
+    """Estimate the ratio or difference to the baseline of the same seed; None if no seed has both.
 
     Args:
         values, baseline: by seed.
@@ -51,4 +51,4 @@ def compare(
         return None
     pairs = [(values[seed], baseline[seed]) for seed in seeds]
     compared = [value / base if ratio else value - base for value, base in pairs]
-    return estimate(compared), sum(value < base for value, base in pairs)
+    return estimate_mean(compared), sum(value < base for value, base in pairs)

@@ -14,7 +14,7 @@ from megamod.mixture.ensemble import compute_perplexity
 from megamod.tables import format_table
 
 Batch = dict[str, object]
-Matrix = dict[str, dict[str, "Score"]]
+ScoreMatrix = dict[str, dict[str, "Score"]]
 """Scores by expert (row) and domain (column)."""
 
 DENSE = "dense"  # row of a model without experts
@@ -41,33 +41,34 @@ class Score:
 
 @dataclass
 class DomainEvaluation:
-    """Scores every expert of a run on held-out text; a collective call of all ranks.
+    """Scoring of every expert of a run on held-out text; a collective call of all ranks.
 
     Attributes:
         model: the module to score.
         experts: names of all rows; (`DENSE`,) for a dense model.
-        held: rows that this rank can score, such as `DENSE` or an independent model's own domain.
-        choose: True if the model takes the name of the expert to use.
+        scorable: rows that this rank can score, such as `DENSE` or an independent model's own
+            domain.
+        takes_domain: True if the model takes the name of the expert to use.
         domains: names of all columns.
         batches: function from a domain to its batches, in a fixed order.
-        bytes_of: function from a domain to the UTF-8 bytes of all its batches; 0 if unknown.
+        count_bytes: function from a domain to the UTF-8 bytes of all its batches; 0 if unknown.
         part, parts: index and number of the ranks with the same rows, which share the batches.
         reduce: sums a tensor over all ranks, in place.
     """
 
     model: nn.Module
     experts: Sequence[str]
-    held: Sequence[str]
-    choose: bool
+    scorable: Sequence[str]
+    takes_domain: bool
     domains: Sequence[str]
     batches: Callable[[str], Iterable[Batch]]
-    bytes_of: Callable[[str], int]
+    count_bytes: Callable[[str], int]
     part: int
     parts: int
     device: torch.device
     reduce: Callable[[torch.Tensor], None]
 
-    def __call__(self, own_only: bool = False) -> Matrix:
+    def __call__(self, own_only: bool = False) -> ScoreMatrix:
         """Compute the matrix of scores; `own_only`: only the diagonal of own domains.
 
         Source: Gururangan et al. 2022 (DEMix), table 3, without mixing.
@@ -76,18 +77,20 @@ class DomainEvaluation:
             len(self.experts), len(self.domains), 2, dtype=torch.float64, device=self.device
         )
         for row, expert in enumerate(self.experts):
-            if expert not in self.held:
+            if expert not in self.scorable:
                 continue
             for column, domain in enumerate(self.domains):
                 if own_only and expert not in (domain, DENSE):
                     continue
-                mine = share_of(self.batches(domain), self.part, self.parts)
-                chosen = expert if self.choose else None
-                sums[row, column] = score_batches(self.model, mine, chosen, self.device)
+                own_batches = select_share(self.batches(domain), self.part, self.parts)
+                domain_argument = expert if self.takes_domain else None
+                sums[row, column] = sum_batch_nll(
+                    self.model, own_batches, domain_argument, self.device
+                )
         self.reduce(sums)
         return {
             expert: {
-                domain: Score(float(nll), int(tokens), self.bytes_of(domain))
+                domain: Score(float(nll), int(tokens), self.count_bytes(domain))
                 for domain, (nll, tokens) in zip(self.domains, sums[row].tolist(), strict=True)
                 if tokens
             }
@@ -96,10 +99,10 @@ class DomainEvaluation:
 
 
 @torch.no_grad()
-def score_batches(
+def sum_batch_nll(
     model: nn.Module, batches: Iterable[Batch], domain: str | None, device: torch.device
 ) -> torch.Tensor:
-    """Summed nll and number of targets, [2] float64.
+    """Return the summed nll and the number of targets, [2] float64.
 
     Tokens whose log-probability is not finite are excluded from both, as in the DEMix release.
     Batches of weight 0 run the model, which keeps the ranks in step, and do not count.
@@ -123,8 +126,8 @@ def score_batches(
     return sums
 
 
-def with_context(
-    batches: Iterable[Batch], window: int, pad_id: int, front: int = 0
+def prepend_context(
+    batches: Iterable[Batch], window: int, pad_id: int, leading_columns: int = 0
 ) -> Iterator[Batch]:
     """Prepend up to `window` tokens of the preceding text to each sequence, not scored again.
 
@@ -134,7 +137,7 @@ def with_context(
         batches: consecutive sequences of a text, in order, padded on the right only.
         window: tokens of context; 0 returns the batches unchanged.
         pad_id: id of padding for sequences with less context than others.
-        front: leading columns that are not text, such as a domain token; they stay first.
+        leading_columns: leading columns that are not text, such as a domain token; they stay first.
     """
     preceding = torch.empty(0, dtype=torch.int64)
     for batch in batches:
@@ -143,10 +146,10 @@ def with_context(
             continue
         inputs, labels = [], []
         for ids, targets in zip(batch["input_ids"], batch["labels"], strict=True):
-            text = ids[front : front + int((targets != IGNORE).sum())]
-            context = torch.cat([ids[:front], preceding])
+            text = ids[leading_columns : leading_columns + int((targets != IGNORE).sum())]
+            context = torch.cat([ids[:leading_columns], preceding])
             inputs.append(torch.cat([context, text]))
-            scored = targets[front : front + len(text)]
+            scored = targets[leading_columns : leading_columns + len(text)]
             labels.append(torch.cat([torch.full_like(context, IGNORE), scored]))
             preceding = torch.cat([preceding, text])[-window:]
         lengths = torch.tensor([len(row) for row in inputs])
@@ -159,8 +162,8 @@ def with_context(
         }
 
 
-def share_of(batches: Iterable[Batch], part: int, parts: int) -> Iterator[Batch]:
-    """Every `parts`-th batch starting with the `part`-th; all parts have the same length.
+def select_share(batches: Iterable[Batch], part: int, parts: int) -> Iterator[Batch]:
+    """Yield every `parts`-th batch starting with the `part`-th; all parts have the same length.
 
     A part that would be shorter repeats the first batch of its round with weight 0, because ranks
     that shard one model (ZeRO 3) must run it equally often.
@@ -170,36 +173,36 @@ def share_of(batches: Iterable[Batch], part: int, parts: int) -> Iterator[Batch]
         yield group[part] if part < len(group) else {**group[0], "weight": 0.0}
 
 
-def perplexities(matrix: Matrix) -> dict[str, dict[str, float]]:
-    """Perplexities of a matrix of scores."""
+def compute_perplexities(matrix: ScoreMatrix) -> dict[str, dict[str, float]]:
+    """Compute the perplexities of a matrix of scores."""
     return {e: {d: s.perplexity for d, s in row.items()} for e, row in matrix.items()}
 
 
-def own_scores(matrix: Matrix) -> dict[str, Score]:
-    """Score of each domain under its own expert or the dense model, of domains that have one."""
+def select_own_scores(matrix: ScoreMatrix) -> dict[str, Score]:
+    """Return each domain's score under its own expert or the dense model, where there is one."""
     return {
         domain: matrix[row][domain]
-        for domain in columns_of(matrix)
+        for domain in list_columns(matrix)
         if domain in matrix.get(row := domain if domain in matrix else DENSE, {})
     }
 
 
-def columns_of(matrix: Mapping[str, Mapping[str, object]]) -> list[str]:
-    """Distinct domains of all rows, in order of appearance."""
+def list_columns(matrix: Mapping[str, Mapping[str, object]]) -> list[str]:
+    """List the distinct domains of all rows, in order of appearance."""
     return list({domain: None for row in matrix.values() for domain in row})
 
 
 def format_matrix(
     matrix: Mapping[str, Mapping[str, float]], corner: str = "expert \\ text", digits: int = 2
 ) -> str:
-    """Text table of numbers; a star marks the smallest of each column.
+    """Format a table of numbers; a star marks the smallest of each column.
 
     Args:
         matrix: numbers by row, then column; cells may be missing.
         corner: heading of the column of row names.
         digits: decimals; cells that round to the smallest are marked too.
     """
-    columns = columns_of(matrix)
+    columns = list_columns(matrix)
     shown = {name: {c: f"{x:.{digits}f}" for c, x in row.items()} for name, row in matrix.items()}
     best = {c: min((row[c] for row in shown.values() if c in row), key=float) for c in columns}
     table = [[corner, *columns]]

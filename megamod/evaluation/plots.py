@@ -13,7 +13,7 @@ Numbers = Mapping[str, Mapping[str, float]]
 
 
 def read_metrics(path: Path) -> list[dict[str, object]]:
-    """Records of a metrics.jsonl without a last line that a kill cut short.
+    """Read the records of a metrics.jsonl, without a last line that a kill cut short.
 
     Raises:
         UserError: if the file is missing, or a line before the last is not JSON.
@@ -45,8 +45,8 @@ def plot_curves(metrics: Path, output: Path) -> None:
     scored = [r for r in records if "perplexity" in r]
     names = dict.fromkeys(d for r in trained for d in r["loss_by_domain"])
     names |= dict.fromkeys(d for r in scored for d in r["perplexity"])
-    pyplot = _pyplot()
-    colours = dict(zip(names, _colours(pyplot, len(names)), strict=True))
+    pyplot = _import_pyplot()
+    colours = dict(zip(names, _select_colours(pyplot, len(names)), strict=True))
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
     if len(names) > 1:
         left.plot([r["step"] for r in trained], [r["loss"] for r in trained], "k", lw=2)
@@ -78,8 +78,8 @@ def plot_curves(metrics: Path, output: Path) -> None:
     pyplot.close(figure)
 
 
-def ratios(matrix: Numbers, columns: list[str]) -> list[list[float]]:
-    """Rows of each number divided by the smallest of its column; NaN for missing cells."""
+def compute_ratios(matrix: Numbers, columns: list[str]) -> list[list[float]]:
+    """Divide each number by the smallest of its column, in rows; NaN for missing cells."""
     best = {c: min(row[c] for row in matrix.values() if c in row) for c in columns}
     return [[row[c] / best[c] if c in row else nan for c in columns] for row in matrix.values()]
 
@@ -94,11 +94,11 @@ def plot_matrix(matrix: Numbers, output: Path, title: str) -> None:
         matrix: perplexities by expert, then domain; cells may be missing.
     """
     columns = list({c: None for row in matrix.values() for c in row})
-    shades = ratios(matrix, columns)
+    shades = compute_ratios(matrix, columns)
     finite = sorted(x for row in shades for x in row if isfinite(x)) or [1.0]
     top = max(1.05, finite[ceil(0.9 * len(finite)) - 1])
     longest = max(map(len, matrix))
-    pyplot = _pyplot()
+    pyplot = _import_pyplot()
     figure, axes = pyplot.subplots(
         figsize=(2.4 + 0.09 * longest + 0.85 * len(columns), 2.2 + 0.42 * len(matrix)),
         layout="constrained",
@@ -110,7 +110,7 @@ def plot_matrix(matrix: Numbers, output: Path, title: str) -> None:
             axes.text(
                 x,
                 y,
-                _number(row.get(column)),
+                _format_number(row.get(column)),
                 ha="center",
                 va="center",
                 fontsize=9,
@@ -131,14 +131,16 @@ def plot_matrix(matrix: Numbers, output: Path, title: str) -> None:
     pyplot.close(figure)
 
 
-def plot_by_instances(lines: Mapping[str, Mapping[int, tuple[float, float]]], output: Path) -> None:
+def plot_scores_by_instances(
+    lines: Mapping[str, Mapping[int, tuple[float, float]]], output: Path
+) -> None:
     """Write a PNG of scores against N, the instances that share a forward pass.
 
     Args:
         lines: mean over seeds and standard deviation, by name, then N.
     """
-    pyplot = _pyplot()
-    colours = _colours(pyplot, len(lines))
+    pyplot = _import_pyplot()
+    colours = _select_colours(pyplot, len(lines))
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
     for (name, points), colour in zip(lines.items(), colours, strict=True):
         counts = sorted(points)
@@ -164,13 +166,13 @@ def plot_trade_off(
     from matplotlib import ticker
 
     names = list(dict.fromkeys(name for lines in tasks.values() for name in lines))
-    across = min(3, len(tasks))
-    down = ceil(len(tasks) / across)
-    pyplot = _pyplot()
-    colours = dict(zip(names, _colours(pyplot, len(names)), strict=True))
+    panel_columns = min(3, len(tasks))
+    panel_rows = ceil(len(tasks) / panel_columns)
+    pyplot = _import_pyplot()
+    colours = dict(zip(names, _select_colours(pyplot, len(names)), strict=True))
     figure, grid = pyplot.subplots(
-        down, across, figsize=(2.4 + 3.8 * across, 0.4 + 3.2 * down), squeeze=False,
-        layout="constrained",
+        panel_rows, panel_columns, figsize=(2.4 + 3.8 * panel_columns, 0.4 + 3.2 * panel_rows),
+        squeeze=False, layout="constrained",
     )  # fmt: skip
     panels = grid.flat
     for (task, lines), axes in zip(tasks.items(), panels, strict=False):
@@ -205,9 +207,9 @@ def plot_posterior(shares: Mapping[str, Sequence[float]], output: Path, title: s
     heaviest = sorted(shares, key=lambda name: -sum(shares[name]))
     named, others = (heaviest, []) if len(heaviest) <= 10 else (heaviest[:9], heaviest[9:])
     rows = {name: list(shares[name]) for name in named}
-    pyplot = _pyplot()
+    pyplot = _import_pyplot()
     # The colour of an expert depends on its index among all experts, not on its weight in the text.
-    palette = dict(zip(shares, _colours(pyplot, len(shares)), strict=True))
+    palette = dict(zip(shares, _select_colours(pyplot, len(shares)), strict=True))
     colours = [palette[name] for name in named]
     if others:
         columns = zip(*(shares[name] for name in others), strict=True)
@@ -240,7 +242,7 @@ def plot_task_shares(metrics: Path, output: Path) -> None:
     )
     from matplotlib import ticker
 
-    pyplot = _pyplot()
+    pyplot = _import_pyplot()
     figure, axes = pyplot.subplots(figsize=(8, 4.2), layout="constrained")
     steps = [0, *(r["step"] for r in records)]
     shares = [[r.get(f"share/{name}", 0.0) for r in records] for name in names]
@@ -249,7 +251,7 @@ def plot_task_shares(metrics: Path, output: Path) -> None:
         steps,
         [[row[0], *row] for row in shares] if records else [],
         labels=list(names),
-        colors=_colours(pyplot, len(names)),
+        colors=_select_colours(pyplot, len(names)),
         step="pre",
     )
     axes.set(xlabel="step", ylabel="share of the rows", ylim=(0, 1), xlim=(0, steps[-1] or 1))
@@ -261,7 +263,7 @@ def plot_task_shares(metrics: Path, output: Path) -> None:
     pyplot.close(figure)
 
 
-def plot_losses_along(
+def plot_losses_along_line(
     variants: Mapping[str, Sequence[Mapping[str, Sequence[float]]]], output: Path, title: str
 ) -> None:
     """Write a PNG of losses on the line between two models, with a curve per alignment method.
@@ -270,9 +272,9 @@ def plot_losses_along(
         variants: by name, a mapping per pair with "weights" of the first model and "losses". For
             several pairs the mean is drawn, with a band from the lowest to the highest.
     """
-    pyplot = _pyplot()
+    pyplot = _import_pyplot()
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
-    colours = _colours(pyplot, len(variants))
+    colours = _select_colours(pyplot, len(variants))
     for (name, pairs), colour in zip(variants.items(), colours, strict=True):
         weights = pairs[0]["weights"]
         columns = list(zip(*(pair["losses"] for pair in pairs), strict=True))
@@ -294,19 +296,21 @@ def plot_barriers(tasks: Mapping[str, Mapping[str, tuple[float, float]]], output
         tasks: mean over pairs and its standard error, by task, then name.
     """
     names = list(dict.fromkeys(name for bars in tasks.values() for name in bars))
-    pyplot = _pyplot()
+    pyplot = _import_pyplot()
     width = 0.8 / len(names)
     figure, axes = pyplot.subplots(
         figsize=(3 + 0.5 * len(tasks) * len(names), 4.2), layout="constrained"
     )
-    for number, (name, colour) in enumerate(zip(names, _colours(pyplot, len(names)), strict=True)):
+    for number, (name, colour) in enumerate(
+        zip(names, _select_colours(pyplot, len(names)), strict=True)
+    ):
         points = [
             (position + (number - (len(names) - 1) / 2) * width, *bars[name])
             for position, bars in enumerate(tasks.values())
             if name in bars
         ]
-        at, means, errors = zip(*points, strict=True)
-        axes.bar(at, means, width, yerr=errors, color=colour, capsize=3, label=name)
+        positions, means, errors = zip(*points, strict=True)
+        axes.bar(positions, means, width, yerr=errors, color=colour, capsize=3, label=name)
     axes.set_xticks(range(len(tasks)), list(tasks))
     axes.set(ylabel="barrier (nats)")
     figure.legend(loc="outside right center", fontsize=9, frameon=False)
@@ -315,43 +319,55 @@ def plot_barriers(tasks: Mapping[str, Mapping[str, tuple[float, float]]], output
 
 
 def plot_ratios(
-    lines: Mapping[str, Sequence[tuple[float, Estimate]]], output: Path, across: str, up: str
+    lines: Mapping[str, Sequence[tuple[float, Estimate]]], output: Path, x_label: str, y_label: str
 ) -> None:
     """Write a PNG of ratios to a baseline with their intervals; the baseline is the line at 1.
 
     Args:
         lines: by name, points (x, ratio).
-        across, up: titles of the axes.
+        x_label, y_label: titles of the axes.
     """
-    pyplot = _pyplot()
+    pyplot = _import_pyplot()
     figure, axes = pyplot.subplots(figsize=(8, 4.2), layout="constrained")
     axes.axhline(1.0, color="black", lw=0.8)
-    for (name, points), colour in zip(lines.items(), _colours(pyplot, len(lines)), strict=True):
-        at, ratios = [x for x, _ in points], [ratio for _, ratio in points]
-        axes.plot(at, [ratio.mean for ratio in ratios], "o-", c=colour, lw=1.4, ms=4, label=name)
+    for (name, points), colour in zip(
+        lines.items(), _select_colours(pyplot, len(lines)), strict=True
+    ):
+        positions, line_ratios = [x for x, _ in points], [ratio for _, ratio in points]
+        axes.plot(
+            positions,
+            [ratio.mean for ratio in line_ratios],
+            "o-",
+            c=colour,
+            lw=1.4,
+            ms=4,
+            label=name,
+        )
         for x, ratio in points:
             if ratio.low is not None:
                 axes.vlines(x, ratio.low, ratio.high, color=colour, lw=1.4)
-    axes.set(xlabel=across, ylabel=up, xscale="log")
+    axes.set(xlabel=x_label, ylabel=y_label, xscale="log")
     figure.legend(loc="outside right center", fontsize=9, frameon=False)
     figure.savefig(output, dpi=120)
     pyplot.close(figure)
 
 
-def _number(x: float | None) -> str:
+def _format_number(x: float | None) -> str:
+    """Format a number for a cell of the heat map; a dash if it is missing."""
     if x is None:
         return "–"
     return f"{x:.1f}" if x < 10_000 or x == inf else f"{x:.1e}"
 
 
-def _colours(pyplot: ModuleType, count: int) -> list[tuple[float, ...]]:
-    """Distinct colours: ten from a palette, more from a continuous scale."""
+def _select_colours(pyplot: ModuleType, count: int) -> list[tuple[float, ...]]:
+    """Return distinct colours: ten from a palette, more from a continuous scale."""
     if count <= 10:
         return list(pyplot.get_cmap("tab10").colors[:count])
     return [pyplot.get_cmap("turbo")(number / (count - 1)) for number in range(count)]
 
 
-def _pyplot() -> ModuleType:
+def _import_pyplot() -> ModuleType:
+    """Import matplotlib.pyplot with a backend that needs no display."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -11,10 +11,11 @@ from megamod.data.tasks.classification import EncodedRows, HeldOutBatch
 
 
 class Predictor:
-    """Runs a classifier over held-out rows; with several ranks collective.
+    """Runner of a classifier over held-out rows; with several ranks collective.
 
     Args:
-        module: takes `input_ids`, `attention_mask` and perhaps `token_type_ids`, returns `logits`.
+        module: takes `input_ids`, `attention_mask` and perhaps `token_type_ids`, returns
+            `logits`.
         inputs: names of the fields of a batch that the module takes.
         device: of the module.
         part, parts: rank `part` of `parts` runs every parts-th batch.
@@ -45,67 +46,70 @@ class Predictor:
         return rows / seconds
 
     def __call__(self, encoded: EncodedRows, batches: Sequence[HeldOutBatch]) -> np.ndarray:
-        """Logits [n, C] float64 of rows, or the best label of each token, [T] int64.
+        """Compute logits [n, C] float64 of rows, or the best label of each token, [T] int64.
 
         Every row counts once: fillers are dropped, copies of a row averaged.
         """
         training = self.module.training
         self.module.eval()
-        filled = None
+        answers = None
         try:
             # With parameters divided over the ranks (ZeRO 3) all of them must run equally often.
             for number in range(self.part, -(-len(batches) // self.parts) * self.parts, self.parts):
-                held = batches[min(number, len(batches) - 1)]
-                logits = self.logits(held)
-                if filled is None:
-                    size = (
+                batch = batches[min(number, len(batches) - 1)]
+                logits = self.compute_logits(batch)
+                if answers is None:
+                    shape = (
                         (len(encoded.ids),)
                         if encoded.has_token_labels
                         else (len(encoded), logits.shape[-1])
                     )
-                    kind = torch.int64 if encoded.has_token_labels else torch.float64
-                    filled = torch.zeros(size, dtype=kind)
+                    dtype = torch.int64 if encoded.has_token_labels else torch.float64
+                    answers = torch.zeros(shape, dtype=dtype)
                 if number < len(batches):
-                    _fill(filled, encoded, held, logits)
+                    _store_answers(answers, encoded, batch, logits)
         finally:
             self.module.train(training)
-        filled = filled.to(self.device)
-        self.reduce(filled)
-        return filled.cpu().numpy()
+        answers = answers.to(self.device)
+        self.reduce(answers)
+        return answers.cpu().numpy()
 
     @torch.no_grad()
-    def logits(self, held: HeldOutBatch) -> Tensor:
-        """Logits of the n rows of a batch, [n, C] or [n, L, C] of tokens, float32 on the CPU.
+    def compute_logits(self, batch: HeldOutBatch) -> Tensor:
+        """Compute the logits of a batch's n rows, [n, C] or [n, L, C] of tokens, float32 on the
+        CPU.
 
         The module must be in evaluation mode.
         """
-        fields = {name: held.batch[name].to(self.device) for name in self.inputs}
-        self._wait()
+        fields = {name: batch.batch[name].to(self.device) for name in self.inputs}
+        self._synchronise()
         started = time.perf_counter()
         logits = self.module(**fields).logits
-        self._wait()
-        self._passes.append((held.stop - held.start, time.perf_counter() - started))
-        return held.layout.average_row_logits(logits.float()).cpu()
+        self._synchronise()
+        self._passes.append((batch.stop - batch.start, time.perf_counter() - started))
+        return batch.layout.average_row_logits(logits.float()).cpu()
 
-    def _wait(self) -> None:
+    def _synchronise(self) -> None:
+        """Wait until the device has finished, so that times are right."""
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
 
 
-def _fill(filled: Tensor, encoded: EncodedRows, held: HeldOutBatch, logits: Tensor) -> None:
+def _store_answers(stored: Tensor, encoded: EncodedRows, batch: HeldOutBatch, logits: Tensor) -> None:
+    """Store the answers of a batch: logits of its rows, or best labels of their tokens."""
     if not encoded.has_token_labels:
-        filled[held.start : held.stop] = logits.double()
+        stored[batch.start : batch.stop] = logits.double()
         return
-    best = logits.argmax(-1)
-    for row, answers in zip(range(held.start, held.stop), best, strict=True):
+    best_labels = logits.argmax(-1)
+    for row, answers in zip(range(batch.start, batch.stop), best_labels, strict=True):
         start, stop = encoded.offsets[row : row + 2].tolist()
-        filled[start:stop] = answers[: stop - start]
+        stored[start:stop] = answers[: stop - start]
 
 
-def labels_of_words(
+def select_word_labels(
     encoded: EncodedRows, answers: np.ndarray, labels: Sequence[str]
 ) -> list[list[str]]:
-    """Labels of each sentence's words from those of the tokens.
+    """Return the labels of each sentence's words from those of the tokens.
 
     Words that were cut off get O if that is a label, else the first label, and are scored like
     others.

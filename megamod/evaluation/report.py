@@ -5,18 +5,18 @@ from pathlib import Path
 
 from megamod.evaluation.perplexity import (
     DENSE,
-    Matrix,
     Score,
+    ScoreMatrix,
+    compute_perplexities,
     format_matrix,
-    own_scores,
-    perplexities,
+    select_own_scores,
 )
 from megamod.evaluation.plots import plot_curves, plot_matrix
 from megamod.files import to_json, write_json
 from megamod.tables import format_table
 
 
-def write_report(output: Path, matrix: Matrix, split: str, step: int) -> str:
+def write_report(output: Path, matrix: ScoreMatrix, split: str, step: int) -> str:
     """Write perplexity.json, loss.png and, with experts, experts.png; return the text to print.
 
     Args:
@@ -26,9 +26,9 @@ def write_report(output: Path, matrix: Matrix, split: str, step: int) -> str:
         step: finished steps.
     """
     output = Path(output)
-    table = perplexities(matrix)
-    own_domain = own_scores(matrix)
-    mean = mean_perplexity(own_domain)
+    table = compute_perplexities(matrix)
+    own_domain = select_own_scores(matrix)
+    mean = average_perplexity(own_domain)
     write_json(
         output / "perplexity.json",
         {
@@ -62,30 +62,31 @@ def write_report(output: Path, matrix: Matrix, split: str, step: int) -> str:
     )
 
 
-def mean_perplexity(scores: Mapping[str, Score]) -> float:
-    """Unweighted mean of the domains' perplexities."""
+def average_perplexity(scores: Mapping[str, Score]) -> float:
+    """Return the unweighted mean of the domains' perplexities."""
     return sum(score.perplexity for score in scores.values()) / len(scores)
 
 
-def comparison(models: Mapping[str, Matrix], domains: Sequence[str], split: str) -> str:
-    """Text tables of several models' scores by name; columns are the domains.
+def format_comparison(models: Mapping[str, ScoreMatrix], domains: Sequence[str], split: str) -> str:
+    """Format tables of several models' scores by name; columns are the domains.
 
     Each model with several experts has a table with a row per expert. Two further tables compare
     all models with each domain under its own expert: perplexity and, if the bytes are known, bits
     per byte.
     """
     parts = [
-        f"{split} perplexity of {name}, by expert\n{format_matrix(perplexities(matrix))}"
+        f"{split} perplexity of {name}, by expert\n{format_matrix(compute_perplexities(matrix))}"
         for name, matrix in models.items()
-        if not _own_only(matrix) and set(matrix) != {DENSE}
+        if not _has_own_domains_only(matrix) and set(matrix) != {DENSE}
     ]
     own_domain = {}
     for name, matrix in models.items():
-        if scores := own_scores(matrix):
+        if scores := select_own_scores(matrix):
             own_domain[name] = {domain: scores[domain] for domain in domains if domain in scores}
     if own_domain:
         rows = {
-            name: {d: s.perplexity for d, s in scores.items()} | {"mean": mean_perplexity(scores)}
+            name: {d: s.perplexity for d, s in scores.items()}
+            | {"mean": average_perplexity(scores)}
             for name, scores in own_domain.items()
         }
         text = format_matrix(rows, corner="model \\ text")
@@ -101,14 +102,14 @@ def comparison(models: Mapping[str, Matrix], domains: Sequence[str], split: str)
     return "\n\n".join(parts)
 
 
-def comparison_record(models: Mapping[str, Matrix]) -> dict[str, object]:
-    """Scores of models as a JSON value: by expert and domain, with means.
+def record_comparison(models: Mapping[str, ScoreMatrix]) -> dict[str, object]:
+    """Return the scores of models as a JSON value: by expert and domain, with means.
 
     A perplexity that overflows is written as null; nll / tokens is its logarithm.
     """
     record: dict[str, object] = {}
     for name, matrix in models.items():
-        own_domain = own_scores(matrix)
+        own_domain = select_own_scores(matrix)
         rows = {expert: row for expert, row in matrix.items() if row}
         record[name] = {
             "perplexity": {e: {d: s.perplexity for d, s in r.items()} for e, r in rows.items()},
@@ -119,13 +120,13 @@ def comparison_record(models: Mapping[str, Matrix]) -> dict[str, object]:
             "tokens": {d: s.tokens for row in rows.values() for d, s in row.items()},
             "bytes": {d: s.bytes for row in rows.values() for d, s in row.items()},
             "own": {d: s.perplexity for d, s in own_domain.items()},
-            "mean_of_own": mean_perplexity(own_domain) if own_domain else None,
+            "mean_of_own": average_perplexity(own_domain) if own_domain else None,
         }
     return record
 
 
-def score_lines(models: Mapping[str, Matrix], split: str) -> str:
-    """JSON lines with one score each; model, dataset and ppl are fields of the DEMix release.
+def format_score_lines(models: Mapping[str, ScoreMatrix], split: str) -> str:
+    """Format JSON lines of one score each; model, dataset and ppl are fields of the DEMix release.
 
     A perplexity that overflows is null; nll / tokens is its logarithm. The expert of a dense model
     is null.
@@ -148,20 +149,21 @@ def score_lines(models: Mapping[str, Matrix], split: str) -> str:
     return "".join(f"{to_json(line)}\n" for line in lines)
 
 
-def plot_rows(models: Mapping[str, Matrix]) -> dict[str, dict[str, float]]:
-    """Perplexities of all experts of all models as rows of one heat map.
+def list_heat_map_rows(models: Mapping[str, ScoreMatrix]) -> dict[str, dict[str, float]]:
+    """Return the perplexities of all experts of all models as rows of one heat map.
 
     A model whose experts were scored only on their own domains is one row.
     """
     rows: dict[str, dict[str, float]] = {}
     for name, matrix in models.items():
-        if DENSE in matrix or _own_only(matrix):
-            rows[name] = {d: s.perplexity for d, s in own_scores(matrix).items()}
+        if DENSE in matrix or _has_own_domains_only(matrix):
+            rows[name] = {d: s.perplexity for d, s in select_own_scores(matrix).items()}
             continue
-        for expert, row in perplexities(matrix).items():
+        for expert, row in compute_perplexities(matrix).items():
             rows[expert if len(models) == 1 else f"{name} {expert}"] = row
     return {name: row for name, row in rows.items() if row}
 
 
-def _own_only(matrix: Matrix) -> bool:
+def _has_own_domains_only(matrix: ScoreMatrix) -> bool:
+    """Return True if every expert was scored on its own domain only."""
     return all(expert == domain for expert, row in matrix.items() for domain in row)

@@ -16,9 +16,9 @@ from megamod.evaluation.perplexity import (
     DENSE,
     Batch,
     DomainEvaluation,
-    Matrix,
     Score,
-    with_context,
+    ScoreMatrix,
+    prepend_context,
 )
 from megamod.models.lm.configuration import (
     DemixConfig,
@@ -70,8 +70,8 @@ class SavedModel:
     """A model folder that was checked against the data.
 
     Attributes:
-        rows: the domain of the expert behind each row of a matrix of scores, by name of the row;
-            None for a model without a choice of experts.
+        rows: name of each row of the score matrix -> domain of the expert that it scores;
+            None for a model without experts to select.
     """
 
     folder: Path
@@ -81,7 +81,7 @@ class SavedModel:
 
 
 def find_models(folder: Path, held_out: HeldOut) -> list[SavedModel]:
-    """The model in a folder, those listed in its forest.json, or those in its subfolders.
+    """Find the model in a folder, those listed in its forest.json, or those in its subfolders.
 
     Subfolders with independent models are named after their domains.
 
@@ -114,9 +114,11 @@ def find_models(folder: Path, held_out: HeldOut) -> list[SavedModel]:
                 f"--model {folder}: has an expert named {DENSE!r}, which is the row of models "
                 "without experts; rename it"
             )
-        data = open_data(path, config, held_out)
+        data = open_held_out_data(path, config, held_out)
         for domain in held_out.domains:
-            held_out_blocks(data, held_out, domain)  # raises for a missing file before any scoring
+            open_held_out_blocks(
+                data, held_out, domain
+            )  # raises for a missing file before any scoring
         models.append(SavedModel(path, config, data, rows))
     return models if held_out.experts is None else _select_experts(folder, models, held_out.experts)
 
@@ -124,27 +126,30 @@ def find_models(folder: Path, held_out: HeldOut) -> list[SavedModel]:
 def _select_experts(
     folder: Path, models: list[SavedModel], names: Sequence[str]
 ) -> list[SavedModel]:
-    """The models with these rows only; a model without experts is unchanged."""
-    known = [row for saved in models for row in saved.rows]
-    if known == [DENSE]:
+    """Return the models with these rows only; a model without experts is unchanged."""
+    known_rows = [row for saved in models for row in saved.rows]
+    if known_rows == [DENSE]:
         return models
     for name in names:
-        if name not in known:
+        if name not in known_rows:
             raise UserError(
-                f"--experts: {folder} has no expert {name!r}; its experts are {', '.join(known)}"
+                f"--experts: {folder} has no expert {name!r}; its experts are "
+                f"{', '.join(known_rows)}"
             )
-    kept = [replace(m, rows={r: c for r, c in m.rows.items() if r in names}) for m in models]
-    return [saved for saved in kept if saved.rows]
+    selected = [replace(m, rows={r: c for r, c in m.rows.items() if r in names}) for m in models]
+    return [saved for saved in selected if saved.rows]
 
 
-def score_models(models: Sequence[SavedModel], held_out: HeldOut, device: torch.device) -> Matrix:
+def score_models(
+    models: Sequence[SavedModel], held_out: HeldOut, device: torch.device
+) -> ScoreMatrix:
     """Score models from `find_models`.
 
     Returns:
         a matrix with a row `DENSE` for a dense model, or a row per expert for a model with experts
         (DEMix) and for independent models (Branch-Train-Merge).
     """
-    matrix: Matrix = {}
+    matrix: ScoreMatrix = {}
     for saved in models:
         members = [member for member in saved.rows.values() if member is not None]
         # Experts that were not requested are not read.
@@ -155,23 +160,23 @@ def score_models(models: Sequence[SavedModel], held_out: HeldOut, device: torch.
             evaluate = DomainEvaluation(
                 model=model,
                 experts=(row,),
-                held=(row,),
-                choose=False,
+                scorable=(row,),
+                takes_domain=False,
                 domains=held_out.domains,
-                batches=partial(held_out_batches, saved.data, held_out),
-                bytes_of=partial(saved.data.count_text_bytes, split=held_out.split),
+                batches=partial(iterate_held_out_batches, saved.data, held_out),
+                count_bytes=partial(saved.data.count_text_bytes, split=held_out.split),
                 part=0,
                 parts=1,
                 device=device,
                 reduce=lambda sums: None,
             )
             scores = evaluate(held_out.own_only)
-            _check_scored(saved, row, scores[row], held_out)
+            _check_has_scores(saved, row, scores[row], held_out)
             matrix |= scores
     return matrix
 
 
-def _check_scored(
+def _check_has_scores(
     saved: SavedModel, row: str, scores: Mapping[str, Score], held_out: HeldOut
 ) -> None:
     """Raise UserError if a model has no score on a text, for lack of finite log-probabilities."""
@@ -180,7 +185,7 @@ def _check_scored(
         if (
             requested
             and domain not in scores
-            and len(held_out_blocks(saved.data, held_out, domain))
+            and len(open_held_out_blocks(saved.data, held_out, domain))
         ):
             raise UserError(
                 f"--model {saved.folder}: gives no token of {domain} a finite log-probability; its "
@@ -188,14 +193,14 @@ def _check_scored(
             )
 
 
-def open_data(folder: Path, config: LmConfig, held_out: HeldOut) -> LmData:
+def open_held_out_data(folder: Path, config: LmConfig, held_out: HeldOut) -> LmData:
     """Open the data-bin as the model in `folder` reads it, with domain tokens if it has them.
 
     Raises:
         UserError: if vocabulary, domains or sequence length do not match.
     """
     databin = DataBin(held_out.path)
-    check_tokenizer(folder, databin, "--model")
+    check_tokenizer_matches(folder, databin, "--model")
     block_size = held_out.block_size or get_default_sequence_length(config)
     longest = get_max_sequence_length(config)
     if longest is not None and block_size > longest:
@@ -216,16 +221,18 @@ def open_data(folder: Path, config: LmConfig, held_out: HeldOut) -> LmData:
             f"needs {vocabulary}, or {with_tokens} with a token for each of the model's "
             f"{len(domains)} domains"
         )
-    room = config.vocab_size > vocabulary and not stock
-    if held_out.domain_token == "true" and not room:
+    has_domain_tokens = config.vocab_size > vocabulary and not stock
+    if held_out.domain_token == "true" and not has_domain_tokens:
         raise UserError(
             f"--domain_token true: the model in {folder} has no domain tokens, its vocabulary of "
             f"{config.vocab_size} is that of the data"
         )
     forced = held_out.force_domain_token
-    if forced is not None and (not room or held_out.domain_token == "false"):
+    if forced is not None and (not has_domain_tokens or held_out.domain_token == "false"):
         reason = (
-            "--domain_token is false" if room else f"the model in {folder} has no domain tokens"
+            "--domain_token is false"
+            if has_domain_tokens
+            else f"the model in {folder} has no domain tokens"
         )
         raise UserError(f"--force_domain_token {forced}: {reason}")
     if forced is not None and forced not in domains:
@@ -233,7 +240,7 @@ def open_data(folder: Path, config: LmConfig, held_out: HeldOut) -> LmData:
             f"--force_domain_token {forced}: the model in {folder} has tokens for "
             f"{', '.join(domains)}"
         )
-    domain_token = room and held_out.domain_token != "false"
+    domain_token = has_domain_tokens and held_out.domain_token != "false"
     longest = block_size - 1 - domain_token
     if held_out.context_window > longest:
         raise UserError(
@@ -261,7 +268,7 @@ def open_data(folder: Path, config: LmConfig, held_out: HeldOut) -> LmData:
     return data
 
 
-def check_tokenizer(folder: Path, databin: DataBin, flag: str) -> None:
+def check_tokenizer_matches(folder: Path, databin: DataBin, flag: str) -> None:
     """Refuse a model whose tokenizer gives other ids than that of the data; either may have none.
 
     Args:
@@ -275,16 +282,16 @@ def check_tokenizer(folder: Path, databin: DataBin, flag: str) -> None:
         check_same_ids(folder, tokenizer, remedy)
 
 
-def held_out_blocks(data: LmData, held_out: HeldOut, domain: str) -> TokenBlocks:
-    """Sequences of a domain's text, without the context that precedes each of them."""
+def open_held_out_blocks(data: LmData, held_out: HeldOut, domain: str) -> TokenBlocks:
+    """Open the sequences of a domain's text, without the context that precedes each of them."""
     token = data.domain_tokens.get(held_out.force_domain_token or domain)
     length = data.block_size - held_out.context_window
     return data.databin.open_blocks(domain, held_out.split, length, token)
 
 
-def held_out_batches(data: LmData, held_out: HeldOut, domain: str) -> Iterator[Batch]:
-    """Batches of a domain's sequences in order, each sequence with its context."""
-    blocks = held_out_blocks(data, held_out, domain)
+def iterate_held_out_batches(data: LmData, held_out: HeldOut, domain: str) -> Iterator[Batch]:
+    """Yield batches of a domain's sequences in order, each sequence with its context."""
+    blocks = open_held_out_blocks(data, held_out, domain)
     batches = iterate_eval_batches(blocks, held_out.batch_size)
     leading = int(blocks.domain_token is not None)
-    return with_context(batches, held_out.context_window, blocks.pad_id, leading)
+    return prepend_context(batches, held_out.context_window, blocks.pad_id, leading)

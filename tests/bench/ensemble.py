@@ -62,10 +62,10 @@ def make_forest(folder: Path) -> Path:
 
 def measure() -> dict[str, list[float]]:
     """Sorted ratios of the repeats: the middle one is the result, the others its spread."""
-    from megamod.evaluation.ensemble import Protocol, evaluate
-    from megamod.evaluation.expert_scores import Experts, Together
-    from megamod.evaluation.perplexity import score_batches
-    from megamod.evaluation.saved import HeldOut, held_out_batches
+    from megamod.evaluation.ensemble import MixingProtocol, score_mixtures
+    from megamod.evaluation.expert_scores import Experts, ParallelScores
+    from megamod.evaluation.perplexity import sum_batch_nll
+    from megamod.evaluation.saved import HeldOut, iterate_held_out_batches
     from megamod.mixture.prior import make_uniform_prior
     from megamod.states.forest import open_forest
 
@@ -74,17 +74,17 @@ def measure() -> dict[str, list[float]]:
         data, forest = make_data(Path(folder, "bin")), make_forest(Path(folder, "forest"))
         held_out = HeldOut(str(data), ("text",), "test", None, BATCH, "auto", False)
         experts = Experts(open_forest(forest), held_out, CPU)
-        source, priors = Together(experts), {"text": make_uniform_prior(experts.domains)}
-        models = list(experts.load(experts.domains))
+        source, priors = ParallelScores(experts), {"text": make_uniform_prior(experts.domains)}
+        models = list(experts.load_each(experts.domains))
         any_data = next(iter(experts.data.values()))
 
         def mixture() -> None:
-            evaluate(experts, source, ("text",), Protocol(removal_test=True), priors)
+            score_mixtures(experts, source, ("text",), MixingProtocol(removal_test=True), priors)
 
         def alone() -> None:
             for expert in models:
-                batches = held_out_batches(any_data, experts.held_out, "text")
-                score_batches(expert.model, batches, expert.member, CPU)
+                batches = iterate_held_out_batches(any_data, experts.held_out, "text")
+                sum_batch_nll(expert.model, batches, expert.member, CPU)
 
         times: dict[str, list[float]] = {"mixture": [], "alone": []}
         for _ in range(ROUNDS * REPEATS + 1):

@@ -13,7 +13,7 @@ from megamod.data.tasks.conll import read_conll
 from megamod.data.tasks.ner import read_token_task
 from megamod.data.tasks.specs import make_token_task
 from megamod.errors import UserError
-from megamod.evaluation.ner import entities, score_words
+from megamod.evaluation.ner import iterate_entities, score_words
 
 
 def read(folder, text, name="any", file="train.txt", **columns):
@@ -93,7 +93,7 @@ def test_plain_tags_with_o_are_scored_by_runs(tmp_path):
     text = "We O\nAda person-actor\nB person-actor\nin O\nBonn location-GPE\n"
     task, _, labels = read(tmp_path, text)
     assert task.labels == ("O", "location-GPE", "person-actor") and task.metrics[0] == "f1"
-    assert list(entities(labels[0], runs=True)) == [
+    assert list(iterate_entities(labels[0], plain_tags=True)) == [
         ("person-actor", 1, 2),
         ("location-GPE", 4, 4),
     ]
@@ -139,7 +139,7 @@ def test_schemes_with_ends_become_iob2_and_are_scored_alike(tmp_path_factory, ro
     text = "\n\n".join("\n".join(f"w {label}" for label in row) for row in theirs) + "\n"
     assert read(folder, text)[2] == ours
     for their_row, our_row in zip(theirs, ours, strict=True):
-        assert list(entities(their_row)) == list(entities(our_row))
+        assert list(iterate_entities(their_row)) == list(iterate_entities(our_row))
 
 
 def test_an_inside_after_an_end_is_broken(tmp_path):

@@ -2,12 +2,12 @@ import json
 
 import pytest
 
-from megamod.evaluation.ensemble import DomainResult, Protocol
+from megamod.evaluation.ensemble import DomainResult, MixingProtocol
 from megamod.evaluation.ensemble_report import (
-    ensemble_lines,
-    ensemble_record,
-    prior_text,
-    score_text,
+    format_json_lines,
+    format_priors,
+    format_scores,
+    record_results,
 )
 from megamod.evaluation.perplexity import Score
 from megamod.evaluation.plots import plot_posterior
@@ -31,7 +31,7 @@ def results(size: int = 16) -> dict[str, DomainResult]:
 
 
 def test_tables():
-    output = score_text(results(), Protocol(removal_test=True))
+    output = format_scores(results(), MixingProtocol(removal_test=True))
     perplexity, bits, alone, removal = output.split("\n\n")
     rows = [line.split() for line in perplexity.splitlines()[2:]]
     assert rows[:2] == [["best", "single", "expert", "7.39"], ["cached_prior", "6.05*"]]
@@ -41,24 +41,24 @@ def test_tables():
     assert [line.split() for line in alone.splitlines()[2:]] == [["law", "7.39*"], ["med", "20.09"]]
     assert removal.splitlines()[0] == "test perplexity of cached_prior without one expert"
     assert [line.split()[-1] for line in removal.splitlines()[2:]] == ["6.05*", "18.17", "6.69"]
-    assert len(score_text(results(size=0), Protocol()).split("\n\n")) == 2
+    assert len(format_scores(results(size=0), MixingProtocol()).split("\n\n")) == 2
 
 
 def test_a_long_prior_is_summed_up():
     names = tuple(f"d{number}" for number in range(9))
     prior = Prior(names, (0.0, 0.3, 0.2, 0.1, 0.1, 0.1, 0.1, 0.06, 0.04))
-    output = prior_text({"x": DomainResult("x", prior=prior)}).splitlines()[1]
+    output = format_priors({"x": DomainResult("x", prior=prior)}).splitlines()[1]
     assert output.startswith("x  d1 0.300, d2 0.200") and output.endswith("3 others 0.100")
-    assert prior_text({"x": DomainResult("x")}) == ""
+    assert format_priors({"x": DomainResult("x")}) == ""
 
 
 def test_record_and_lines_are_json():
-    record = json.loads(json.dumps(ensemble_record(results(), Protocol())))
+    record = json.loads(json.dumps(record_results(results(), MixingProtocol())))
     novel = record["domains"]["novel"]
     assert novel["prior"] == {"law": 0.9, "med": 0.1} and novel["best_single"] == "law"
     assert novel["perplexity"] == pytest.approx(6.0496, abs=1e-4) and novel["tokens"] == 10
     assert novel["without"]["med"]["nll"] == 19.0 and record["rule"] == "last_token"
-    assert json.loads(ensemble_lines(results())) == {"ppl": None, "posterior": [0.5, 0.5]}
+    assert json.loads(format_json_lines(results())) == {"ppl": None, "posterior": [0.5, 0.5]}
 
 
 @pytest.mark.parametrize("experts", [1, 4, 14])

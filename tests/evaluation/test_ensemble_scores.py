@@ -14,8 +14,14 @@ from saved_models import LENGTH, TOKENS, VOCAB, make_data, make_model
 from megamod.data.corpus.indexed import IndexedDataset, format_split_prefix
 from megamod.errors import UserError
 from megamod.evaluation import expert_scores
-from megamod.evaluation.ensemble import Protocol, estimate_priors, evaluate
-from megamod.evaluation.expert_scores import Experts, OneByOne, Text, Together, weight_files
+from megamod.evaluation.ensemble import MixingProtocol, estimate_priors, score_mixtures
+from megamod.evaluation.expert_scores import (
+    Experts,
+    ParallelScores,
+    SequentialScores,
+    TextSelection,
+    list_expert_files,
+)
 from megamod.evaluation.saved import HeldOut, find_models, score_models
 from megamod.mixture.ensemble import PosteriorRule
 from megamod.mixture.prior import Prior
@@ -77,25 +83,27 @@ def agree(ours: object, theirs: object) -> None:
 
 
 PROTOCOLS = [
-    Protocol(prior_sequences=5, removal_test=True),
-    Protocol(rule=PosteriorRule("history", 1.5, 0.9), topk=2, prior_sequences=3),
-    Protocol("updating_prior", rule=PosteriorRule("history"), batch=1),
-    Protocol(topk=1, prior_sequences=3),
-    Protocol(topk=2, rule=PosteriorRule(first_over_all=True), prior_sequences=3),
+    MixingProtocol(prior_sequences=5, removal_test=True),
+    MixingProtocol(rule=PosteriorRule("history", 1.5, 0.9), topk=2, prior_sequences=3),
+    MixingProtocol("updating_prior", rule=PosteriorRule("history"), batch=1),
+    MixingProtocol(topk=1, prior_sequences=3),
+    MixingProtocol(topk=2, rule=PosteriorRule(first_over_all=True), prior_sequences=3),
 ]
 
 
 def score_on_a_rank(rank: int, root: Path) -> list[dict[str, object]]:
     experts = experts_of(root)
-    source, domains = Together(experts), ("law", "code")
-    return [numbers(evaluate(experts, source, domains, protocol)) for protocol in PROTOCOLS]
+    source, domains = ParallelScores(experts), ("law", "code")
+    return [numbers(score_mixtures(experts, source, domains, protocol)) for protocol in PROTOCOLS]
 
 
 def test_two_ranks_one_process_and_one_expert_at_a_time_agree(root):
     ranks = on_ranks(2, score_on_a_rank, root)
     for number, protocol in enumerate(PROTOCOLS):
         experts = experts_of(root)
-        alone = numbers(evaluate(experts, OneByOne(experts), ("law", "code"), protocol))
+        alone = numbers(
+            score_mixtures(experts, SequentialScores(experts), ("law", "code"), protocol)
+        )
         agree(ranks[0][number], alone)
         agree(ranks[1][number], alone)
 
@@ -103,8 +111,13 @@ def test_two_ranks_one_process_and_one_expert_at_a_time_agree(root):
 def test_all_in_memory_is_one_expert_at_a_time(root):
     for protocol in PROTOCOLS:
         experts = experts_of(root)
-        apart = numbers(evaluate(experts, OneByOne(experts), ("law", "code"), protocol))
-        agree(numbers(evaluate(experts, Together(experts), ("law", "code"), protocol)), apart)
+        apart = numbers(
+            score_mixtures(experts, SequentialScores(experts), ("law", "code"), protocol)
+        )
+        agree(
+            numbers(score_mixtures(experts, ParallelScores(experts), ("law", "code"), protocol)),
+            apart,
+        )
 
 
 @torch.no_grad()
@@ -156,8 +169,8 @@ def test_the_whole_protocol_by_hand(root, rule):
     expected, _ = mixed_by_hand(by_logits(root, "law", "test"), prior, rule)
 
     experts = experts_of(root)
-    protocol = Protocol(rule=PosteriorRule(rule), prior_sequences=5)
-    result = evaluate(experts, OneByOne(experts), ("law",), protocol)["law"]
+    protocol = MixingProtocol(rule=PosteriorRule(rule), prior_sequences=5)
+    result = score_mixtures(experts, SequentialScores(experts), ("law",), protocol)["law"]
     assert result.prior.weights == pytest.approx(prior, abs=1e-6)
     assert result.prior.text["sequences"] == 5 and result.prior.text["split"] == "valid"
     assert result.modes["cached_prior"].nll == pytest.approx(expected, rel=1e-6)
@@ -173,8 +186,8 @@ def test_the_whole_protocol_by_hand(root, rule):
 @pytest.mark.parametrize("fields", [{}, {"context_window": 3}, {"block_size": 5, "batch_size": 3}])
 def test_experts_alone_score_as_they_do_without_a_forest(root, fields):
     experts = experts_of(root, **fields)
-    protocol = Protocol("simple_average", batch=1)
-    results = evaluate(experts, OneByOne(experts), ("law", "code"), protocol)
+    protocol = MixingProtocol("simple_average", batch=1)
+    results = score_mixtures(experts, SequentialScores(experts), ("law", "code"), protocol)
     output = held_out(root, **fields)
     if "block_size" not in fields:
         output = replace(output, block_size=LENGTH)
@@ -190,12 +203,12 @@ def test_experts_alone_score_as_they_do_without_a_forest(root, fields):
 def test_an_expert_left_out_is_a_forest_without_it(root):
     priors = {"law": Prior(("law", "art", "code"), (0.5, 0.2, 0.3))}
     experts = experts_of(root)
-    protocol = Protocol(removal_test=True)
-    result = evaluate(experts, OneByOne(experts), ("law",), protocol, priors)["law"]
+    protocol = MixingProtocol(removal_test=True)
+    result = score_mixtures(experts, SequentialScores(experts), ("law",), protocol, priors)["law"]
     assert list(result.without) == ["law", "art", "code"] and result.estimate is None
     fewer = experts_of(root, only=("law", "code"))
     rest = {"law": Prior(("law", "code"), (0.625, 0.375))}
-    other = evaluate(fewer, OneByOne(fewer), ("law",), Protocol(), rest)["law"]
+    other = score_mixtures(fewer, SequentialScores(fewer), ("law",), MixingProtocol(), rest)["law"]
     assert result.without["art"].nll == pytest.approx(other.modes["cached_prior"].nll, rel=1e-6)
 
 
@@ -210,15 +223,15 @@ def test_experts_without_a_prior_are_never_loaded(root, monkeypatch):
     monkeypatch.setattr(expert_scores, "load_experts", watch)
     priors = {"law": Prior(("law", "art", "code"), (0.5, 0.1, 0.4))}
     experts = experts_of(root)
-    for source in (OneByOne(experts), Together(experts)):
+    for source in (SequentialScores(experts), ParallelScores(experts)):
         loaded.clear()
-        result = evaluate(experts, source, ("law",), Protocol(topk=2), priors)["law"]
+        result = score_mixtures(experts, source, ("law",), MixingProtocol(topk=2), priors)["law"]
         assert loaded == [("law", "code")] and list(result.single) == ["law", "code"]
         assert result.prior.weights == pytest.approx((5 / 9, 0, 4 / 9))
         assert result.lines[-1]["posterior"][1] == 0 and len(result.lines[-1]["posterior"]) == 3
     # Without top-k both splits of all domains are scored in one go.
     loaded.clear()
-    evaluate(experts, OneByOne(experts), ("law", "code"), Protocol())
+    score_mixtures(experts, SequentialScores(experts), ("law", "code"), MixingProtocol())
     assert loaded == [("law", "art", "code")]
     demix = next(plain(open_forest(root / "demix"), CPU, ["art"])).model
     assert not [name for name, _ in demix.named_parameters() if ".law." in name]
@@ -226,7 +239,9 @@ def test_experts_without_a_prior_are_never_loaded(root, monkeypatch):
 
 def test_scores_are_found_again(root, tmp_path, monkeypatch):
     experts = experts_of(root)
-    fresh = numbers(evaluate(experts, OneByOne(experts, tmp_path), ("law",), Protocol()))
+    fresh = numbers(
+        score_mixtures(experts, SequentialScores(experts, tmp_path), ("law",), MixingProtocol())
+    )
     files = sorted(tmp_path.iterdir())
     assert len(files) == 6 and all(".tmp" not in file.name for file in files)
     files[0].write_bytes(files[0].read_bytes()[:100])
@@ -236,28 +251,32 @@ def test_scores_are_found_again(root, tmp_path, monkeypatch):
     monkeypatch.setattr(
         expert_scores, "load_experts", lambda f, d, only: loaded.append(only) or plain(f, d, only)
     )
-    again = numbers(evaluate(other, OneByOne(other, tmp_path), ("law",), Protocol()))
+    again = numbers(
+        score_mixtures(other, SequentialScores(other, tmp_path), ("law",), MixingProtocol())
+    )
     assert again == fresh and loaded == [["art"]]
     # Another window, another number of sequences: other files.
-    evaluate(other, OneByOne(other, tmp_path), ("law",), Protocol(prior_sequences=2))
+    score_mixtures(
+        other, SequentialScores(other, tmp_path), ("law",), MixingProtocol(prior_sequences=2)
+    )
     windowed = experts_of(root, context_window=2)
-    evaluate(windowed, OneByOne(windowed, tmp_path), ("law",), Protocol())
+    score_mixtures(windowed, SequentialScores(windowed, tmp_path), ("law",), MixingProtocol())
     assert len(list(tmp_path.iterdir())) == 6 + 3 + 6
 
 
 def test_what_decides_an_expert(root):
-    names = [file.name for file in weight_files(Expert("law", root / "whole/law"))]
+    names = [file.name for file in list_expert_files(Expert("law", root / "whole/law"))]
     assert names == ["config.json", "model.safetensors"]
     folder = root / "split"
     folder.mkdir()
     state = read_weights(root / "demix")
     write_weights(folder, state, has_experts=True)
     write_index(folder, state, sum(tensor.nbytes for tensor in state.values()))
-    names = [file.name for file in weight_files(Expert("x", folder, "law"))]
+    names = [file.name for file in list_expert_files(Expert("x", folder, "law"))]
     assert names == ["config.json", "expert_law.safetensors", "shared.safetensors"]
     (folder / "expert_law.safetensors").unlink()
     with pytest.raises(UserError, match=r"expert_law\.safetensors is missing"):
-        weight_files(Expert("x", folder, "law"))
+        list_expert_files(Expert("x", folder, "law"))
 
 
 def test_an_expert_whose_weights_are_no_numbers_is_named(root, tmp_path):
@@ -267,19 +286,21 @@ def test_an_expert_whose_weights_are_no_numbers_is_named(root, tmp_path):
     state[name] = torch.full_like(state[name], torch.nan)
     write_weights(tmp_path / "whole" / "code", state, has_experts=False)
     experts = Experts(open_forest(tmp_path / "whole"), held_out(root), CPU)
-    for source in (OneByOne(experts), Together(experts)):
+    for source in (SequentialScores(experts), ParallelScores(experts)):
         with pytest.raises(UserError, match="expert code gives probabilities that are not numbers"):
-            evaluate(experts, source, ("law",), Protocol())
+            score_mixtures(experts, source, ("law",), MixingProtocol())
 
 
 def test_domain_tokens_must_be_there_for_all_or_none(root, tmp_path):
     make_model(tmp_path / "law", vocab_size=VOCAB + 3)
     make_model(tmp_path / "code", vocab_size=VOCAB + 3)
     experts = Experts(open_forest(tmp_path), held_out(root), CPU)
-    assert experts.masks(Text("law", "test")).shape == (7, LENGTH - 1)
-    scored = list(OneByOne(experts).batches(Text("law", "test", 3), ("code",), 2))
+    assert experts.load_target_masks(TextSelection("law", "test")).shape == (7, LENGTH - 1)
+    scored = list(SequentialScores(experts).batches(TextSelection("law", "test", 3), ("code",), 2))
     assert [item[0].shape for item in scored] == [(1, 2, 7), (1, 1, 7)]
-    result = evaluate(experts, OneByOne(experts), ("law",), Protocol("uniform_prior"))["law"]
+    result = score_mixtures(
+        experts, SequentialScores(experts), ("law",), MixingProtocol("uniform_prior")
+    )["law"]
     assert result.modes["uniform_prior"].tokens == TOKENS["law"]
     output = replace(held_out(root), block_size=LENGTH)
     matrix = score_models(find_models(tmp_path, output), output, CPU)
@@ -294,6 +315,6 @@ def test_what_does_not_fit_is_told(root):
     experts = experts_of(root)
     with pytest.raises(UserError, match="--topk 4: there are 3 experts"):
         priors = {"law": Prior(("law", "art", "code"), (0.5, 0.1, 0.4))}
-        evaluate(experts, OneByOne(experts), ("law",), Protocol(topk=4), priors)
-    priors = estimate_priors(experts, Together(experts), ("code",), Protocol())
+        score_mixtures(experts, SequentialScores(experts), ("law",), MixingProtocol(topk=4), priors)
+    priors = estimate_priors(experts, ParallelScores(experts), ("code",), MixingProtocol())
     assert priors["code"].prior is priors["code"].estimate

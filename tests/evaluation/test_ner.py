@@ -6,11 +6,11 @@ from hypothesis import strategies as st
 
 from megamod.data.tasks.specs import make_token_task
 from megamod.evaluation.ner import (
-    conll_text,
-    entities,
-    entity_counts,
+    compute_word_accuracy_by_instance,
+    count_entities,
+    format_conll,
+    iterate_entities,
     score_words,
-    word_accuracy_by_slot,
 )
 
 LABELS = ["O", "B-A", "I-A", "B-B", "I-B", "B-two-parts", "I-two-parts"]
@@ -37,7 +37,7 @@ def test_entities_and_scores_are_those_of_conlleval(sentences):
     answers = [[pair[1] for pair in sentence] for sentence in sentences]
     want = {(n, *item) for n, row in enumerate(gold) for item in chunks(row)}
     have = {(n, *item) for n, row in enumerate(answers) for item in chunks(row)}
-    assert {(n, *item) for n, row in enumerate(answers) for item in entities(row)} == have
+    assert {(n, *item) for n, row in enumerate(answers) for item in iterate_entities(row)} == have
     precision = len(want & have) / len(have) if have else 0.0
     recall = len(want & have) / len(want) if want else 0.0
     scores = score_words(NER, gold, answers)
@@ -61,14 +61,14 @@ def test_equal_to_seqeval(sentences):
 def test_counts_by_type():
     gold = [["B-A", "I-A", "O", "B-B"], ["B-B"]]
     answers = [["B-A", "O", "B-A", "B-B"], ["I-B"]]
-    counts = entity_counts(gold, answers)
+    counts = count_entities(gold, answers)
     assert [(k, c.correct, c.predicted, c.gold) for k, c in counts.items()] == [
         ("A", 0, 2, 1),
         ("B", 2, 2, 2),
     ]
-    assert counts["B"].scores() == {"precision": 1.0, "recall": 1.0, "f1": 1.0}
+    assert counts["B"].compute_scores() == {"precision": 1.0, "recall": 1.0, "f1": 1.0}
     with pytest.raises(ValueError, match="1 answers for 2 words"):
-        entity_counts([["O", "O"]], [["O"]])
+        count_entities([["O", "O"]], [["O"]])
 
 
 def test_plain_tags_have_accuracy_alone():
@@ -78,10 +78,10 @@ def test_plain_tags_have_accuracy_alone():
 
 def test_slots_are_sentences_modulo_n():
     gold, answers = [["a", "a"], ["a"], ["b"]], [["a", "b"], ["b"], ["b"]]
-    assert word_accuracy_by_slot(gold, answers, 2) == [pytest.approx(2 / 3), 0.0]
+    assert compute_word_accuracy_by_instance(gold, answers, 2) == [pytest.approx(2 / 3), 0.0]
 
 
 def test_predictions_as_columns():
-    text = conll_text([["x", "y"], ["z"]], [["O", "B-A"], ["O"]], [["O", "O"], ["O"]])
+    text = format_conll([["x", "y"], ["z"]], [["O", "B-A"], ["O"]], [["O", "O"], ["O"]])
     assert text == "x\tO\tO\ny\tO\tB-A\n\nz\tO\tO\n"
-    assert conll_text([["x"]], [["O"]], None) == "x\tO\n"
+    assert format_conll([["x"]], [["O"]], None) == "x\tO\n"

@@ -4,29 +4,29 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from megamod.evaluation.paired import compare, estimate
+from megamod.evaluation.paired import compare_to_baseline, estimate_mean
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 17])
 def test_interval(count):
     values = np.random.default_rng(count).normal(3.0, 0.5, count)
-    result = estimate(list(values))
+    result = estimate_mean(list(values))
     expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
     assert (result.low, result.high) == pytest.approx((expected.low, expected.high), rel=1e-12)
     assert result.mean == pytest.approx(values.mean(), rel=1e-12) and result.count == count
 
 
 def test_one_value_has_no_interval():
-    result = estimate([2.5])
+    result = estimate_mean([2.5])
     assert (result.mean, result.low, result.high) == (2.5, None, None)
-    assert result.text(1) == "2.5" and result.text(2, signed=True) == "+2.50"
+    assert result.format(1) == "2.5" and result.format(2, signed=True) == "+2.50"
 
 
 def test_pairs_of_common_seeds():
     values, baseline = {1: 8.0, 2: 9.0, 4: 7.0}, {1: 10.0, 2: 9.0, 3: 1.0, 4: 8.0}
-    ratio, below = compare(values, baseline, ratio=True)
+    ratio, below = compare_to_baseline(values, baseline, ratio=True)
     assert ratio.mean == pytest.approx((0.8 + 1.0 + 0.875) / 3) and below == 2
-    difference, _ = compare(values, baseline, ratio=False)
+    difference, _ = compare_to_baseline(values, baseline, ratio=False)
     assert difference.mean == pytest.approx(-1.0)
-    assert difference.text(2, signed=True).startswith("-1.00 [-3.48, +1.48]")
-    assert compare({1: 1.0}, {2: 1.0}, ratio=True) is None
+    assert difference.format(2, signed=True).startswith("-1.00 [-3.48, +1.48]")
+    assert compare_to_baseline({1: 1.0}, {2: 1.0}, ratio=True) is None

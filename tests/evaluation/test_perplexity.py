@@ -12,11 +12,11 @@ from megamod.evaluation.perplexity import (
     DENSE,
     DomainEvaluation,
     Score,
+    compute_perplexities,
     format_matrix,
-    own_scores,
-    perplexities,
-    score_batches,
-    share_of,
+    select_own_scores,
+    select_share,
+    sum_batch_nll,
 )
 from megamod.models.lm.demix import DemixForCausalLM
 
@@ -54,11 +54,11 @@ def evaluation(built, part=0, parts=1, batch_size=2) -> DomainEvaluation:
     return DomainEvaluation(
         model=DemixForCausalLM.from_pretrained(built[1]),
         experts=DOMAINS,
-        held=DOMAINS,
-        choose=True,
+        scorable=DOMAINS,
+        takes_domain=True,
         domains=DOMAINS,
         batches=lambda domain: data.iterate_eval_batches(domain, "test", batch_size, 0),
-        bytes_of=lambda domain: data.count_text_bytes(domain, "test"),
+        count_bytes=lambda domain: data.count_text_bytes(domain, "test"),
         part=part,
         parts=parts,
         device=CPU,
@@ -77,7 +77,7 @@ def test_guessing_costs_the_size_of_the_vocabulary():
 
 def test_labels_left_out_do_not_count():
     model = Fixed()
-    sums = score_batches(model, [batch([1, 2, -100], [3, -100, -100])], "law", CPU)
+    sums = sum_batch_nll(model, [batch([1, 2, -100], [3, -100, -100])], "law", CPU)
     assert sums.dtype == torch.float64
     torch.testing.assert_close(sums, torch.tensor([3 * math.log(VOCAB), 3.0]).double())
     assert model.seen == [("law", False, False)] and model.training
@@ -85,12 +85,12 @@ def test_labels_left_out_do_not_count():
 
 def test_log_probabilities_that_are_not_finite_are_left_out():
     for value in (-math.inf, math.nan):
-        assert score_batches(Fixed(value), [batch([1, 2])], None, CPU).tolist() == [0.0, 0.0]
+        assert sum_batch_nll(Fixed(value), [batch([1, 2])], None, CPU).tolist() == [0.0, 0.0]
 
 
 def test_a_batch_of_weight_0_is_run_but_not_counted():
     model = Fixed()
-    assert score_batches(model, [{**batch([1, 2]), "weight": 0.0}], None, CPU).tolist() == [0, 0]
+    assert sum_batch_nll(model, [{**batch([1, 2]), "weight": 0.0}], None, CPU).tolist() == [0, 0]
     assert len(model.seen) == 1
 
 
@@ -98,7 +98,7 @@ def test_a_batch_of_weight_0_is_run_but_not_counted():
 @pytest.mark.parametrize("count", [0, 1, 4, 6, 7])
 def test_parts_share_the_batches(count, parts):
     batches = [{"number": number} for number in range(count)]
-    shares = [list(share_of(iter(batches), part, parts)) for part in range(parts)]
+    shares = [list(select_share(iter(batches), part, parts)) for part in range(parts)]
     assert {len(share) for share in shares} == {-(-count // parts)}
     taken = [item["number"] for share in shares for item in share if item.get("weight", 1.0)]
     assert sorted(taken) == list(range(count))
@@ -138,15 +138,19 @@ def test_own_only_and_rows_that_are_not_held(built):
     own_values = evaluation(built)(own_only=True)
     assert {expert: list(row) for expert, row in own_values.items()} == {d: [d] for d in DOMAINS}
     whole = evaluation(built)()
-    assert own_scores(own_values) == own_scores(whole) == {d: whole[d][d] for d in DOMAINS}
-    part = replace(evaluation(built), held=("code",))()
+    assert (
+        select_own_scores(own_values)
+        == select_own_scores(whole)
+        == {d: whole[d][d] for d in DOMAINS}
+    )
+    part = replace(evaluation(built), scorable=("code",))()
     assert [expert for expert, row in part.items() if row] == ["code"]
 
 
 def test_own_scores_of_dense_models_and_of_domains_without_expert():
     score = Score(1.0, 1)
-    assert own_scores({DENSE: {"law": score, "art": score}}) == {"law": score, "art": score}
-    assert own_scores({"law": {"law": score, "art": score}}) == {"law": score}
+    assert select_own_scores({DENSE: {"law": score, "art": score}}) == {"law": score, "art": score}
+    assert select_own_scores({"law": {"law": score, "art": score}}) == {"law": score}
 
 
 def test_table_is_aligned_and_marks_the_best():
@@ -164,4 +168,4 @@ def test_table_is_aligned_and_marks_the_best():
 
 def test_perplexities_of_a_matrix():
     matrix = {"law": {"law": Score(2 * math.log(5), 2)}}
-    assert perplexities(matrix)["law"]["law"] == pytest.approx(5)
+    assert compute_perplexities(matrix)["law"]["law"] == pytest.approx(5)

@@ -19,7 +19,7 @@ def size_of(png: Path) -> tuple[int, int]:
 @pytest.fixture
 def figures(monkeypatch):
     """The figures that are drawn, still open after they were saved."""
-    pyplot = plots._pyplot()
+    pyplot = plots._import_pyplot()
     drawn, close = [], pyplot.close
     monkeypatch.setattr(pyplot, "close", drawn.append)
     yield drawn
@@ -99,9 +99,9 @@ def test_curves_of_a_run_that_logged_nothing(tmp_path):
 
 
 def test_many_domains_keep_their_colours_apart():
-    pyplot = plots._pyplot()
+    pyplot = plots._import_pyplot()
     for count in (1, 8, 16, 30):
-        assert len(set(plots._colours(pyplot, count))) == count
+        assert len(set(plots._select_colours(pyplot, count))) == count
 
 
 def test_heat_map_colours_are_ratios_to_the_best(tmp_path, figures):
@@ -133,8 +133,8 @@ def test_heat_map_of_sixteen_long_names_is_whole(tmp_path, figures):
 
 def test_heat_map_with_gaps_and_numbers_beyond_all_measure(tmp_path, figures):
     matrix = {"a": {"x": 2.0, "y": math.inf}, "b": {"y": 3.0}}
-    assert plots.ratios(matrix, ["x", "y"])[0] == [1.0, math.inf]
-    assert math.isnan(plots.ratios(matrix, ["x", "y"])[1][0])
+    assert plots.compute_ratios(matrix, ["x", "y"])[0] == [1.0, math.inf]
+    assert math.isnan(plots.compute_ratios(matrix, ["x", "y"])[1][0])
     plots.plot_matrix(matrix, tmp_path / "m.png", "t")
     assert [text.get_text() for text in figures[0].axes[0].texts] == ["2.0", "inf", "–", "3.0"]
     assert figures[0].axes[0].images[0].get_clim() == (1.0, 1.05)

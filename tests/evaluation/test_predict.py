@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from megamod.data.tasks.classification import EncodedRows, iterate_held_out_rows
-from megamod.evaluation.predict import Predictor, labels_of_words
+from megamod.evaluation.predict import Predictor, select_word_labels
 
 
 class Mixed(nn.Module):
@@ -124,6 +124,6 @@ def test_labels_of_words_and_of_those_that_were_cut_off():
         [np.array([1, 2]), np.array([1, -1])], 0, 1, 4,
     )  # fmt: skip
     answers = np.array([0, 2, 1, 0, 0, 1, 0])
-    labels = labels_of_words(data, answers, ["B-A", "O", "I-A"])
+    labels = select_word_labels(data, answers, ["B-A", "O", "I-A"])
     assert labels == [["I-A", "O"], ["O", "O"]]
-    assert labels_of_words(data, answers, ["X", "Y", "Z"])[1] == ["Y", "X"]
+    assert select_word_labels(data, answers, ["X", "Y", "Z"])[1] == ["Y", "X"]

@@ -5,11 +5,11 @@ import pytest
 
 from megamod.evaluation.perplexity import DENSE, Score
 from megamod.evaluation.report import (
-    comparison,
-    comparison_record,
-    mean_perplexity,
-    plot_rows,
-    score_lines,
+    average_perplexity,
+    format_comparison,
+    format_score_lines,
+    list_heat_map_rows,
+    record_comparison,
     write_report,
 )
 
@@ -59,11 +59,11 @@ def test_bits_per_byte_of_unknown_text_are_null(run):
 
 def test_mean_weighs_domains_alike():
     scores = {"a": Score(100 * math.log(3), 100), "b": Score(math.log(5), 1)}
-    assert mean_perplexity(scores) == pytest.approx(4.0)
+    assert average_perplexity(scores) == pytest.approx(4.0)
 
 
 def test_models_side_by_side():
-    output = comparison({"demix": EXPERTS, "dense": BASELINE}, ["code", "law"], "test")
+    output = format_comparison({"demix": EXPERTS, "dense": BASELINE}, ["code", "law"], "test")
     matrix, perplexity, bits = output.split("\n\n")
     assert matrix.splitlines()[0] == "test perplexity of demix, by expert"
     assert [line.split() for line in perplexity.splitlines()[1:]] == [
@@ -78,22 +78,22 @@ def test_models_side_by_side():
 
 
 def test_own_scores_alone_need_no_matrix_and_unknown_bytes_no_second_table():
-    output = comparison({"demix": OWN}, ["law", "code"], "test")
+    output = format_comparison({"demix": OWN}, ["law", "code"], "test")
     assert "by expert" not in output and output.count("\n\n") == 1
-    output = comparison({"dense": {DENSE: {"law": score(4.0)}}}, ["law"], "test")
+    output = format_comparison({"dense": {DENSE: {"law": score(4.0)}}}, ["law"], "test")
     assert "bits per byte" not in output
 
 
 def test_a_model_without_expert_for_the_text_is_only_in_the_matrix():
     other = {"news": {"law": score(9.0)}, "art": {"law": score(7.0)}}
-    output = comparison({"other": other}, ["law"], "test")
+    output = format_comparison({"other": other}, ["law"], "test")
     assert "9.00" in output and "own expert" not in output
-    assert comparison_record({"other": other})["other"]["mean_of_own"] is None
-    assert "9.00" in comparison({"one": {"news": {"law": score(9.0)}}}, ["law"], "test")
+    assert record_comparison({"other": other})["other"]["mean_of_own"] is None
+    assert "9.00" in format_comparison({"one": {"news": {"law": score(9.0)}}}, ["law"], "test")
 
 
 def test_record_holds_the_same_numbers():
-    record = comparison_record({"demix": EXPERTS, "own": {**OWN, "news": {}}})
+    record = record_comparison({"demix": EXPERTS, "own": {**OWN, "news": {}}})
     assert record["demix"]["perplexity"]["code"] == pytest.approx({"law": 16.0, "code": 8.0})
     assert record["demix"]["bits_per_byte"]["law"] == pytest.approx({"law": 1.0, "code": 1.5})
     assert record["demix"]["tokens"] == {"law": 8, "code": 8}
@@ -105,7 +105,8 @@ def test_record_holds_the_same_numbers():
 
 def test_score_lines():
     lines = [
-        json.loads(line) for line in score_lines({"a": EXPERTS, "b": BASELINE}, "test").splitlines()
+        json.loads(line)
+        for line in format_score_lines({"a": EXPERTS, "b": BASELINE}, "test").splitlines()
     ]
     assert [(line["model"], line["expert"], line["dataset"]) for line in lines] == [
         ("a", "law", "law"),
@@ -139,12 +140,12 @@ def test_a_perplexity_beyond_all_numbers_is_null_in_files(run):
     saved = strict((run / "perplexity.json").read_text())
     assert saved["perplexity"][DENSE] == {"law": None, "code": pytest.approx(4.0)}
     assert saved["mean_of_own"] is None and "inf" in output
-    line = strict(score_lines({"m": endless}, "test").splitlines()[0])
+    line = strict(format_score_lines({"m": endless}, "test").splitlines()[0])
     assert line["ppl"] is None and (line["nll"], line["tokens"]) == (1e6, 1)
 
 
 def test_rows_of_the_heat_map():
-    assert list(plot_rows({"demix": EXPERTS})) == ["law", "code"]
-    rows = plot_rows({"demix": EXPERTS, "own": OWN, "dense": BASELINE})
+    assert list(list_heat_map_rows({"demix": EXPERTS})) == ["law", "code"]
+    rows = list_heat_map_rows({"demix": EXPERTS, "own": OWN, "dense": BASELINE})
     assert list(rows) == ["demix law", "demix code", "own", "dense"]
     assert rows["own"] == pytest.approx({"law": 4.0, "code": 8.0})

@@ -18,7 +18,7 @@ from saved_models import (
 
 from megamod.data.corpus.indexed import IndexedDataset, format_split_prefix
 from megamod.errors import UserError
-from megamod.evaluation.perplexity import DENSE, perplexities
+from megamod.evaluation.perplexity import DENSE, compute_perplexities
 from megamod.evaluation.saved import HeldOut, find_models, score_models
 from megamod.models.lm.demix import DemixForCausalLM
 from megamod.states.weights import read_weights, write_weights
@@ -72,7 +72,7 @@ def write_forest(folder: Path, entries: list[dict[str, object]]) -> None:
 def test_dense_model(root):
     matrix, model = scores(root, "dense"), model_in(root / "dense")
     expected = {d: plain_perplexity(model, root / "bin", d, None) for d in DOMAINS}
-    assert perplexities(matrix) == {DENSE: pytest.approx(expected, rel=1e-5)}
+    assert compute_perplexities(matrix) == {DENSE: pytest.approx(expected, rel=1e-5)}
     for domain, score in matrix[DENSE].items():
         bits = math.log2(expected[domain]) * TOKENS[domain] / BYTES[domain]
         assert score.bits_per_byte == pytest.approx(bits, rel=1e-5)
@@ -82,7 +82,7 @@ def test_experts(root):
     matrix, model = scores(root, "demix"), model_in(root / "demix")
     for expert in DOMAINS:
         expected = {d: plain_perplexity(model, root / "bin", d, expert) for d in DOMAINS}
-        assert perplexities(matrix)[expert] == pytest.approx(expected, rel=1e-5)
+        assert compute_perplexities(matrix)[expert] == pytest.approx(expected, rel=1e-5)
     own_values = scores(root, "demix", own_only=True, domains=("art", "code"))
     assert {expert: list(row) for expert, row in own_values.items()} == {
         "law": [],
@@ -98,7 +98,7 @@ def test_independent_models(root):
     for expert in DOMAINS:
         model = model_in(root / "btm" / expert)
         expected = {d: plain_perplexity(model, root / "bin", d, None) for d in DOMAINS}
-        assert perplexities(matrix)[expert] == pytest.approx(expected, rel=1e-5)
+        assert compute_perplexities(matrix)[expert] == pytest.approx(expected, rel=1e-5)
     assert list(scores(root, "btm/law")) == [DENSE]
 
 
@@ -108,11 +108,11 @@ def test_domain_tokens_are_those_of_the_training_whatever_is_scored(root):
     matrix = scores(root, "token", domains=("law",))
     token = VOCAB + SORTED_PLACE["law"]
     expected = plain_perplexity(model, root / "bin", "law", None, token)
-    assert perplexities(matrix) == {DENSE: {"law": pytest.approx(expected, rel=1e-5)}}
+    assert compute_perplexities(matrix) == {DENSE: {"law": pytest.approx(expected, rel=1e-5)}}
     assert matrix[DENSE]["law"].tokens == TOKENS["law"]
     without = scores(root, "token", domains=("law",), domain_token="false")
     expected = plain_perplexity(model, root / "bin", "law", None)
-    assert perplexities(without)[DENSE]["law"] == pytest.approx(expected, rel=1e-5)
+    assert compute_perplexities(without)[DENSE]["law"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_experts_that_are_asked_for(root, caplog):

@@ -20,7 +20,12 @@ from twins import twin
 
 from megamod.data.lm.text_blocks import read_text_blocks
 from megamod.errors import UserError
-from megamod.evaluation.barrier import barrier, barrier_over_mean, losses_along, weights_of
+from megamod.evaluation.barrier import (
+    compute_barrier,
+    compute_barrier_over_mean,
+    compute_losses_along_line,
+    list_even_weights,
+)
 from megamod.runs.studies.barrier import run_study
 from megamod.runs.studies.barrier_recipe import read_study
 
@@ -138,19 +143,19 @@ def test_a_study_that_cannot_be_leaves_nothing(workspace, tmp_path):
 
 
 def test_both_definitions_of_the_barrier():
-    weights = weights_of(5)
+    weights = list_even_weights(5)
     assert weights == [0, 0.25, 0.5, 0.75, 1]
     losses = [1.0, 2.0, 4.0, 3.0, 3.0]
-    assert barrier(weights, losses) == pytest.approx(4.0 - 2.0)
-    assert barrier_over_mean(losses) == pytest.approx(4.0 - 2.0)
-    assert barrier(weights, [1.0, 1.2, 1.4, 3.2, 3.0]) == pytest.approx(3.2 - 2.5)
-    assert barrier(weights, [2.0, 1.0, 0.5, 1.0, 2.0]) == 0
+    assert compute_barrier(weights, losses) == pytest.approx(4.0 - 2.0)
+    assert compute_barrier_over_mean(losses) == pytest.approx(4.0 - 2.0)
+    assert compute_barrier(weights, [1.0, 1.2, 1.4, 3.2, 3.0]) == pytest.approx(3.2 - 2.5)
+    assert compute_barrier(weights, [2.0, 1.0, 0.5, 1.0, 2.0]) == 0
 
 
 def test_the_line_runs_from_the_second_to_the_first():
     model = torch.nn.Linear(2, 1, bias=False)
     first, second = {"weight": torch.tensor([[4.0, 0.0]])}, {"weight": torch.tensor([[0.0, 8.0]])}
-    result = losses_along(
+    result = compute_losses_along_line(
         model,
         first,
         second,

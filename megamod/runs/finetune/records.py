@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from megamod.data.tasks.specs import GLUE, describe_task
-from megamod.evaluation.glue import Scores, glue_average, task_score
+from megamod.evaluation.glue import Scores, average_task_scores, compute_task_score
 from megamod.runs.finetune.model import FinetuneModel
 from megamod.train.export import Card
 
@@ -40,7 +40,7 @@ def score_of(model: FinetuneModel, evaluation: Record) -> float:
     """The one number of an evaluation: mean over tasks of their scores as GLUE defines them."""
     if model.several:
         return evaluation["score"]
-    return task_score(model.tasks[0].spec, evaluation["scores"])
+    return compute_task_score(model.tasks[0].spec, evaluation["scores"])
 
 
 def predictions_record(model: FinetuneModel, scores: TaskScores) -> Record:
@@ -74,7 +74,7 @@ def table_row(model: FinetuneModel, record: Record) -> dict[str, float] | None:
         scores = _task_scores(model, record["best"]["tasks"])
         row = {**scores, AVERAGE: record["best"]["score"]}
         if set(GLUE) <= set(scores):
-            row["glue_avg"] = glue_average({task: scores[task] for task in GLUE})
+            row["glue_avg"] = average_task_scores({task: scores[task] for task in GLUE})
         return row
     splits = {**record.get("best", {}).get("scores", {}), **record.get("predicted", {})}
     return {
@@ -137,4 +137,4 @@ def _of_tasks(model: FinetuneModel, many: str, single: str, scores: TaskScores) 
 
 def _task_scores(model: FinetuneModel, scores: TaskScores) -> dict[str, float]:
     specs = [task.spec for task in model.tasks]
-    return {spec.name: task_score(spec, scores[spec.name]) for spec in specs}
+    return {spec.name: compute_task_score(spec, scores[spec.name]) for spec in specs}

@@ -21,7 +21,7 @@ from megamod.data.batches import check_fills_instance_groups
 from megamod.dist.process import join_process_group, read_launcher_rank, read_launcher_world_size
 from megamod.dist.scope import Sharing
 from megamod.dist.topology import DomainTopology
-from megamod.evaluation.glue import mean_and_deviation, score_table
+from megamod.evaluation.glue import compute_mean_and_deviation, format_score_table
 from megamod.evaluation.plots import plot_task_shares
 from megamod.evaluation.predict import Predictor
 from megamod.files import write_json
@@ -231,7 +231,7 @@ def _report(
     record["seeds"] = {str(seed): run for seed, run in records.items()}
     means: Mapping[str, float] = {}
     if rows:
-        means, deviations = mean_and_deviation(list(rows.values()))
+        means, deviations = compute_mean_and_deviation(list(rows.values()))
         record |= {"mean": means, "deviation": deviations}
     evaluations = [run["best"] for run in records.values() if "best" in run]
     if evaluations:
@@ -243,7 +243,7 @@ def _report(
     if means and len(records) > 1:
         rows["mean"], rows["deviation"] = means, deviations
     table = (
-        score_table(rows, "task score" if model.several else spec.name)
+        format_score_table(rows, "task score" if model.several else spec.name)
         if means
         else "nothing was scored"
     )

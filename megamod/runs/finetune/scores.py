@@ -14,19 +14,19 @@ from megamod.data.tasks.classification import iterate_held_out_rows
 from megamod.dist.process import sum_over_ranks
 from megamod.evaluation.glue import (
     Scores,
-    accuracy_by_slot,
-    answers_of,
-    score_texts,
-    submission,
+    compute_accuracy_by_instance,
+    format_submission,
+    score_sentences,
+    select_answers,
 )
 from megamod.evaluation.ner import (
-    conll_text,
-    entity_counts,
-    has_runs,
+    compute_word_accuracy_by_instance,
+    count_entities,
+    format_conll,
+    has_plain_tags,
     score_words,
-    word_accuracy_by_slot,
 )
-from megamod.evaluation.predict import Predictor, labels_of_words
+from megamod.evaluation.predict import Predictor, select_word_labels
 from megamod.files import write_atomic
 from megamod.runs.finetune.model import FinetuneModel
 from megamod.runs.finetune.records import TaskScores
@@ -70,18 +70,18 @@ def score_split(
     )
     answers = predictor(encoded, batches)
     if encoded.has_token_labels:
-        answers = labels_of_words(encoded, answers, spec.labels)
+        answers = select_word_labels(encoded, answers, spec.labels)
     if rows.labels is None:
         return None, answers
     if encoded.has_token_labels:
         scores = score_words(spec, rows.labels, answers)
-        by_slot = partial(word_accuracy_by_slot, rows.labels, answers)
+        by_slot = partial(compute_word_accuracy_by_instance, rows.labels, answers)
         if "f1" in spec.metrics:
-            by_type = entity_counts(rows.labels, answers, has_runs(spec))
-            scores["by_type"] = {kind: count.scores() for kind, count in by_type.items()}
+            by_type = count_entities(rows.labels, answers, has_plain_tags(spec))
+            scores["by_type"] = {kind: count.compute_scores() for kind, count in by_type.items()}
     else:
-        scores = score_texts(spec, answers, rows.labels)
-        by_slot = partial(accuracy_by_slot, answers_of(spec, answers), rows.labels)
+        scores = score_sentences(spec, answers, rows.labels)
+        by_slot = partial(compute_accuracy_by_instance, select_answers(spec, answers), rows.labels)
     if model.instances > 1 and not (spec.is_regression or model.ensemble):
         scores["accuracy_by_slot"] = by_slot(model.instances)
     return scores, answers
@@ -124,9 +124,9 @@ def _write_predictions(
     spec = task.spec
     if spec.kind == "token":
         rows = task.sets[split]
-        text = conll_text(rows.words, answers, rows.labels)
+        text = format_conll(rows.words, answers, rows.labels)
         file = f"{spec.name}_{split}.txt" if model.several else f"{split}.txt"
     else:
-        text = submission(spec, answers)
-        file = spec.submission.get(split, f"{spec.name}_{split}.tsv")
+        text = format_submission(spec, answers)
+        file = spec.format_submission.get(split, f"{spec.name}_{split}.tsv")
     write_atomic(folder / file, text)

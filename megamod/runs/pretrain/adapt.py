@@ -19,7 +19,7 @@ from megamod.dist.process import check_peers, gather_texts, join_process_group
 from megamod.dist.scope import Sharing
 from megamod.dist.topology import DomainTopology
 from megamod.errors import UserError
-from megamod.evaluation.perplexity import own_scores
+from megamod.evaluation.perplexity import select_own_scores
 from megamod.evaluation.plots import read_metrics
 from megamod.evaluation.report import write_report
 from megamod.files import sha256, sync_folder, write_json
@@ -88,7 +88,7 @@ def adapt(run: RunArgs, safety: SafetyArgs, optim: OptimArgs, args: AdaptArgs) -
     if dist.get_rank() == 0:
         done.monitor.close()
         print(write_report(done.output, matrix, args.eval_split, done.state.step))
-        before, after = _before(done.output, args.domain), own_scores(matrix)[args.domain]
+        before, after = _before(done.output, args.domain), select_own_scores(matrix)[args.domain]
         if before is not None:
             print(
                 f"{args.domain}: {args.eval_split} perplexity {before:.2f} under "

@@ -15,9 +15,9 @@ from megamod.data.lm.databin import DataBin
 from megamod.data.lm.pretraining import LmData
 from megamod.dist.scope import parse_expert_domain, to_dense_name
 from megamod.errors import UserError
-from megamod.evaluation.ensemble import Protocol, estimate_priors
-from megamod.evaluation.expert_scores import Experts, OneByOne, Together
-from megamod.evaluation.saved import HeldOut, check_tokenizer
+from megamod.evaluation.ensemble import MixingProtocol, estimate_priors
+from megamod.evaluation.expert_scores import Experts, ParallelScores, SequentialScores
+from megamod.evaluation.saved import HeldOut, check_tokenizer_matches
 from megamod.flags import refuse_changes
 from megamod.mixture.prior import read_prior
 from megamod.models.auto import check_host_family, check_vocabulary_fits
@@ -95,7 +95,7 @@ def open_data(args: AdaptArgs, forest: Forest) -> LmData:
     configs = {e.path: read_lm_config(e.path, flag) for e in forest.experts}
     expected = {"vocab_size": databin.vocab_size, **databin.special_ids}
     for path, config in configs.items():
-        check_tokenizer(path, databin, flag)
+        check_tokenizer_matches(path, databin, flag)
         if config.model_type != DemixConfig.model_type:
             check_vocabulary_fits(f"{flag} {path}", config, databin.vocab_size, databin.special_ids)
             continue
@@ -155,13 +155,13 @@ def estimate(
         sequences: number of sequences, from the first one.
         batch_size: sequences per forward pass.
     """
-    protocol = Protocol(prior_sequences=sequences)
+    protocol = MixingProtocol(prior_sequences=sequences)
     # Whole batches of the protocol, so that ranks mix the same ones as one process.
     rows = -(-batch_size // protocol.batch) * protocol.batch
     domain, path = data.domains[0], str(data.databin.path)
     held_out = HeldOut(path, [domain], "valid", data.block_size, rows, "false", False)
     experts = Experts(forest, held_out, device)
-    source = Together(experts) if dist.get_world_size() > 1 else OneByOne(experts)
+    source = ParallelScores(experts) if dist.get_world_size() > 1 else SequentialScores(experts)
     return estimate_priors(experts, source, [domain], protocol)[domain].prior.weights
 
 

@@ -14,7 +14,7 @@ from megamod.dist.process import read_launcher_rank, read_launcher_world_size, s
 from megamod.dist.scope import Sharing, parse_sharing
 from megamod.dist.topology import DomainTopology
 from megamod.errors import UserError
-from megamod.evaluation.perplexity import DENSE, DomainEvaluation, own_scores
+from megamod.evaluation.perplexity import DENSE, DomainEvaluation, select_own_scores
 from megamod.evaluation.report import write_report
 from megamod.models.auto import (
     check_document_masking,
@@ -177,13 +177,13 @@ def evaluation(
     return DomainEvaluation(
         model=running.engine.module,
         experts=topology.domains if apart else (DENSE,),
-        held=held if apart else (DENSE,),
-        choose=topology.sharing is Sharing.DEMIX,
+        scorable=held if apart else (DENSE,),
+        takes_domain=topology.sharing is Sharing.DEMIX,
         domains=data.domains,
         batches=lambda domain: data.iterate_eval_batches(
             domain, split, run.per_device_eval_batch_size, run.eval_batches
         ),
-        bytes_of=lambda domain: 0 if run.eval_batches else data.count_text_bytes(domain, split),
+        count_bytes=lambda domain: 0 if run.eval_batches else data.count_text_bytes(domain, split),
         part=topology.get_rank_in_group(rank),
         parts=len(topology.get_domain_ranks(held[0])),
         device=running.device,
@@ -193,7 +193,7 @@ def evaluation(
 
 def evaluate_own(evaluate: DomainEvaluation, running: Running, split: str, step: int) -> None:
     """Log the perplexity of each domain under its own expert; collective."""
-    scores = own_scores(evaluate(own_only=True))
+    scores = select_own_scores(evaluate(own_only=True))
     running.monitor.log_scores(step, {d: s.perplexity for d, s in scores.items()}, split)
 
 

@@ -30,7 +30,7 @@ from megamod.dist.scope import Sharing
 from megamod.dist.topology import DomainTopology
 from megamod.errors import UserError
 from megamod.evaluation.encoder_lm import score_encoder
-from megamod.evaluation.perplexity import share_of
+from megamod.evaluation.perplexity import select_share
 from megamod.evaluation.plots import plot_curves
 from megamod.files import write_json
 from megamod.flags import find_origin, refuse_changes
@@ -99,7 +99,7 @@ def pretrain(
     _check_held_out(held_out_rows, split)
 
     def held_out(part: int, parts: int) -> Iterator[Batch]:
-        return share_of(
+        return select_share(
             iterate_held_out_batches(held_out_rows, run.eval_batches or None), part, parts
         )
 

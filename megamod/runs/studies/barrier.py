@@ -29,14 +29,18 @@ from megamod.data.tasks.specs import find_any_task
 from megamod.errors import UserError
 from megamod.evaluation.barrier import (
     Losses,
-    barrier,
-    barrier_over_mean,
-    losses_along,
-    weights_of,
+    compute_barrier,
+    compute_barrier_over_mean,
+    compute_losses_along_line,
+    list_even_weights,
 )
-from megamod.evaluation.glue import score_table
-from megamod.evaluation.held_out_loss import causal_loss, classifier_loss, masked_loss
-from megamod.evaluation.plots import plot_barriers, plot_losses_along
+from megamod.evaluation.glue import format_score_table
+from megamod.evaluation.held_out_loss import (
+    compute_causal_loss,
+    compute_classifier_loss,
+    compute_masked_loss,
+)
+from megamod.evaluation.plots import plot_barriers, plot_losses_along_line
 from megamod.files import write_json
 from megamod.merging.alignment.align import (
     align_models,
@@ -174,7 +178,7 @@ def open_held_out(study: BarrierStudy, task: str) -> HeldOutTask:
 
     def losses(model: torch.nn.Module) -> dict[str, float]:
         return {
-            split: classifier_loss(
+            split: compute_classifier_loss(
                 model, opened.encoded[split], inputs, spec.is_regression, study.batch_size
             )
             for split in splits
@@ -218,7 +222,7 @@ def _open_text(study: BarrierStudy, task: str, first: str) -> HeldOutTask:
     if task == CLM:
         return HeldOutTask(
             lambda model: {
-                "loss": causal_loss(_checked_length(model, study), blocks, study.batch_size)
+                "loss": compute_causal_loss(_checked_length(model, study), blocks, study.batch_size)
             },
             None,
             tokenize,
@@ -238,7 +242,7 @@ def _open_text(study: BarrierStudy, task: str, first: str) -> HeldOutTask:
     )
     return HeldOutTask(
         lambda model: {
-            "loss": masked_loss(
+            "loss": compute_masked_loss(
                 _checked_length(model, study), blocks, masking, study.seed, study.batch_size
             ),
         },
@@ -280,13 +284,15 @@ def _curve(
     if map_untied_tensors(symmetry, compute_axis_changes(symmetry, alignment)):
         _untie(second)
     ends = tuple({name: tensor.clone() for name, tensor in state.items()} for state in ends)
-    weights = weights_of(study.points)
-    losses = losses_along(second, *ends, weights, held_out.losses, advance)
+    weights = list_even_weights(study.points)
+    losses = compute_losses_along_line(second, *ends, weights, held_out.losses, advance)
     return {
         "weights": weights,
         "losses": losses,
-        "barrier": {name: barrier(weights, curve) for name, curve in losses.items()},
-        "barrier_over_mean": {name: barrier_over_mean(curve) for name, curve in losses.items()},
+        "barrier": {name: compute_barrier(weights, curve) for name, curve in losses.items()},
+        "barrier_over_mean": {
+            name: compute_barrier_over_mean(curve) for name, curve in losses.items()
+        },
         "costs": dict(alignment.costs),
     }
 
@@ -366,14 +372,14 @@ def _summarise(study: BarrierStudy, output: Path) -> str:
             }
     write_json(output / RESULTS, record)
     for title, variants in curves.items():
-        plot_losses_along(variants, output / f"{title.replace(', ', '_')}.png", title)
+        plot_losses_along_line(variants, output / f"{title.replace(', ', '_')}.png", title)
     barriers = {
         title: {name: result["barrier"] for name, result in variants.items()}
         for title, variants in record.items()
     }
     plot_barriers(barriers, output / "barriers.png")
     pairs = f"{len(study.pairs)} pairs" if len(study.pairs) > 1 else "1 pair"
-    table = score_table(rows, f"loss barrier, {pairs}")
+    table = format_score_table(rows, f"loss barrier, {pairs}")
     return "\n".join(["", table, "", f"numbers  {output / RESULTS}", f"plots    {output}/*.png"])
 
 

@@ -7,14 +7,19 @@ import torch
 from torch import distributed as dist
 
 from megamod.errors import UserError
-from megamod.evaluation.ensemble import DomainResult, Protocol, estimate_priors, evaluate
-from megamod.evaluation.ensemble_report import (
-    ensemble_lines,
-    ensemble_record,
-    prior_text,
-    score_text,
+from megamod.evaluation.ensemble import (
+    DomainResult,
+    MixingProtocol,
+    estimate_priors,
+    score_mixtures,
 )
-from megamod.evaluation.expert_scores import Experts, OneByOne, Together
+from megamod.evaluation.ensemble_report import (
+    format_json_lines,
+    format_priors,
+    format_scores,
+    record_results,
+)
+from megamod.evaluation.expert_scores import Experts, ParallelScores, SequentialScores
 from megamod.evaluation.plots import plot_posterior
 from megamod.evaluation.saved import HeldOut
 from megamod.files import write_atomic, write_json
@@ -47,7 +52,7 @@ def mix_forest(args: EnsembleArgs, device: torch.device) -> dict[str, DomainResu
     count = len(experts.domains)
     if args.topk is not None and args.topk > count:
         raise UserError(f"--topk {args.topk}: there are {count} experts, give {count} or less")
-    protocol = Protocol(
+    protocol = MixingProtocol(
         args.mode,
         PosteriorRule(args.rule, args.temperature, args.forgetting, args.first_over_all),
         args.topk,
@@ -62,22 +67,26 @@ def mix_forest(args: EnsembleArgs, device: torch.device) -> dict[str, DomainResu
         priors = {d: read_prior(_domain_path(args.prior, d), experts.domains) for d in args.domain}
     distributed = dist.is_initialized() and dist.get_world_size() > 1
     if distributed or args.in_memory:
-        source = Together(experts)
+        source = ParallelScores(experts)
     else:
-        source = OneByOne(experts, Path(args.cache_dir) if args.cache_dir is not None else None)
+        source = SequentialScores(
+            experts, Path(args.cache_dir) if args.cache_dir is not None else None
+        )
     if args.estimate_only:
         results = estimate_priors(experts, source, args.domain, protocol)
     else:
-        results = evaluate(experts, source, args.domain, protocol, priors)
+        results = score_mixtures(experts, source, args.domain, protocol, priors)
     if not distributed or dist.get_rank() == 0:
         _report(args, protocol, results)
     return results
 
 
-def _report(args: EnsembleArgs, protocol: Protocol, results: Mapping[str, DomainResult]) -> None:
-    parts = [prior_text(results)]
+def _report(
+    args: EnsembleArgs, protocol: MixingProtocol, results: Mapping[str, DomainResult]
+) -> None:
+    parts = [format_priors(results)]
     if not args.estimate_only:
-        parts.append(score_text(results, protocol))
+        parts.append(format_scores(results, protocol))
     print("\n\n".join(part for part in parts if part))
     if args.prior is None:
         for domain, result in results.items():
@@ -87,10 +96,10 @@ def _report(args: EnsembleArgs, protocol: Protocol, results: Mapping[str, Domain
                 write_prior(path, result.estimate)
                 print(f"prior on {domain}: {path}")
     if args.output is not None:
-        record = {"forest": args.forest, "data": args.data, **ensemble_record(results, protocol)}
+        record = {"forest": args.forest, "data": args.data, **record_results(results, protocol)}
         write_json(Path(args.output), record)
     if args.jsonl is not None:
-        write_atomic(Path(args.jsonl), ensemble_lines(results))
+        write_atomic(Path(args.jsonl), format_json_lines(results))
     if args.plot is not None:
         for domain, result in results.items():
             title = f"{args.mode}, {args.rule}: weights along the first {args.split} text of "

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from megamod.evaluation.ensemble import Protocol, estimate_priors
-from megamod.evaluation.expert_scores import Experts, OneByOne, Text
+from megamod.evaluation.ensemble import MixingProtocol, estimate_priors
+from megamod.evaluation.expert_scores import Experts, SequentialScores, TextSelection
 from megamod.evaluation.perplexity import DENSE
 from megamod.evaluation.saved import HeldOut, find_models, score_models
 from megamod.mixture.ensemble import Mixture, PerplexityCounter, PosteriorRule
@@ -77,13 +77,15 @@ def forest_losses(forest: Forest, text: ScoredText) -> ForestLosses:
     Priors are estimated on the first hundred sequences of the valid split.
     """
     experts = Experts(forest, text.held_out(), CPU)
-    source, names = OneByOne(experts), experts.domains
-    protocol = Protocol()
-    texts = {domain: Text(domain, text.split) for domain in text.domains}
-    before = [Text(d, protocol.prior_split, protocol.prior_sequences) for d in text.domains]
+    source, names = SequentialScores(experts), experts.domains
+    protocol = MixingProtocol()
+    texts = {domain: TextSelection(domain, text.split) for domain in text.domains}
+    before = [
+        TextSelection(d, protocol.prior_split, protocol.prior_sequences) for d in text.domains
+    ]
     source.score(dict.fromkeys([*texts.values(), *before], names))
     priors = {
-        name: estimate_priors(experts, source, text.domains, Protocol(rule=PosteriorRule(name)))
+        name: estimate_priors(experts, source, text.domains, MixingProtocol(rule=PosteriorRule(name)))
         for name in {rule.name for _, rule in RULES.values()}
     }
     losses = ForestLosses({}, {}, {}, {})

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megamod.errors import UserError
-from megamod.evaluation.paired import Estimate, compare, estimate
+from megamod.evaluation.paired import Estimate, compare_to_baseline, estimate_mean
 from megamod.evaluation.plots import plot_ratios
 from megamod.runs.studies.records import Record, read_record
 from megamod.runs.studies.study_file import Study, Table
@@ -156,7 +156,7 @@ def _by_rows(study: Study, records: Mapping[str, Record]) -> list[list[str]]:
         theirs = [_values(records, table.baseline[0], rung, r, table.value) for r in table.rows]
         compared = None
         if arm != table.baseline[0]:
-            compared = compare(means, _means(theirs), table.compare == "ratio")
+            compared = compare_to_baseline(means, _means(theirs), table.compare == "ratio")
         rows.append([name, *cells, _cell(means, compared, table)])
     return rows
 
@@ -172,7 +172,7 @@ def _compared(
 ) -> tuple[Estimate, int] | None:
     values = _values(records, arm, rung, row, table.value)
     theirs = _values(records, table.baseline[0], rung, table.baseline[1], table.value)
-    return compare(values, theirs, table.compare == "ratio")
+    return compare_to_baseline(values, theirs, table.compare == "ratio")
 
 
 def _values(records: Mapping[str, Record], arm: str, rung: str, row: str, value: str) -> Values:
@@ -186,12 +186,12 @@ def _values(records: Mapping[str, Record], arm: str, rung: str, row: str, value:
 def _cell(values: Values, compared: tuple[Estimate, int] | None, table: Table) -> str:
     if not values:
         return EMPTY
-    text = f"{estimate(list(values.values())).mean:.{table.digits}f}"
+    text = f"{estimate_mean(list(values.values())).mean:.{table.digits}f}"
     if compared is None:
         return text
     ratio = table.compare == "ratio"
     result, below = compared
-    return f"{text} ({result.text(3, signed=not ratio)}; {below}/{result.count})"
+    return f"{text} ({result.format(3, signed=not ratio)}; {below}/{result.count})"
 
 
 def _seconds(record: Record) -> float:

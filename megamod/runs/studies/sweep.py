@@ -19,8 +19,12 @@ import yaml
 from megamod.btm.placement import find_free_port
 from megamod.data.tasks.specs import GLUE
 from megamod.errors import UserError
-from megamod.evaluation.glue import glue_average, mean_and_deviation, score_table
-from megamod.evaluation.plots import plot_by_instances, plot_trade_off
+from megamod.evaluation.glue import (
+    average_task_scores,
+    compute_mean_and_deviation,
+    format_score_table,
+)
+from megamod.evaluation.plots import plot_scores_by_instances, plot_trade_off
 from megamod.files import write_json
 from megamod.flags import format_flags
 
@@ -246,7 +250,7 @@ def _summarise(jobs: Sequence[Job], output: Path) -> str:
     for (model, instances), tasks in runs.items():
         row, means = {}, {}
         for task, scores in tasks.items():
-            mean, deviation = mean_and_deviation(scores)
+            mean, deviation = compute_mean_and_deviation(scores)
             means[task] = mean["task_score"]
             row[task] = f"{mean['task_score']:.4f} ± {deviation['task_score']:.4f}"
             lines.setdefault(f"{task}, {model}", {})[instances] = (
@@ -266,13 +270,13 @@ def _summarise(jobs: Sequence[Job], output: Path) -> str:
                 }
             )
         if set(GLUE) <= set(means):
-            row["GLUE"] = f"{glue_average({task: means[task] for task in GLUE}):.4f}"
+            row["GLUE"] = f"{average_task_scores({task: means[task] for task in GLUE}):.4f}"
         rows[f"{model}, N = {instances}"] = row
     write_json(output / "summary.json", summary)
     if lines:
-        plot_by_instances(lines, output / "scores.png")
+        plot_scores_by_instances(lines, output / "scores.png")
         plot_trade_off(speeds, output / "trade_off.png")
-    table = score_table(rows, "score on dev") if rows else "nothing was scored (do_eval)"
+    table = format_score_table(rows, "score on dev") if rows else "nothing was scored (do_eval)"
     files = {"numbers": "summary.json", "plots": "scores.png", "": "trade_off.png"}
     return "\n".join(
         ["", table, "", *(f"{label:7}  {output / file}" for label, file in files.items())]
