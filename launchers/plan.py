@@ -32,27 +32,30 @@ def main() -> None:
     *others, btm = parsed
     args = others[0]
     # Imported late, so that --help and errors in flags answer at once.
-    from megamod.planning import report, simulate
-    from megamod.planning.job import jobs_of
-    from megamod.planning.plan import plan_of
-    from megamod.planning.search import proposals
+    from megamod.planning import report, scaling
+    from megamod.planning.job import list_jobs
+    from megamod.planning.plan import plan_job
+    from megamod.planning.search import propose_settings
 
-    jobs = jobs_of((args, btm, *others[1:]))
+    jobs = list_jobs((args, btm, *others[1:]))
     records = []
-    for plan in [plan_of(job, args) for job in jobs]:
+    for plan in [plan_job(job, args) for job in jobs]:
         print(report.format_job(plan), flush=True)
         records.append(plan.record())
         if args.search:
-            ranked = proposals(plan)
+            ranked = propose_settings(plan)
             print(report.format_proposals(ranked), flush=True)
             records[-1]["proposals"] = [proposal.record() for proposal in ranked]
         if args.simulate is not None and plan.job is jobs[0]:
-            seconds = None if args.step_ms is None else args.step_ms / 1e3
-            curves = simulate.simulate(plan, seconds, args.step_world_size)
+            step_seconds = None if args.step_ms is None else args.step_ms / 1e3
+            curves = scaling.compute_scaling_curves(plan, step_seconds, args.step_world_size)
             print(report.format_curves(curves), flush=True)
-            tokens, title = plan.job.steps * plan.job.tokens, f"{plan.job.model.model} on more GPUs"
-            simulate.draw(curves, tokens, title, Path(args.simulate))
-            records[-1]["simulation"] = simulate.record(curves)
+            tokens, title = (
+                plan.job.steps * plan.job.tokens_per_step,
+                f"{plan.job.model.model} on more GPUs",
+            )
+            scaling.plot_curves(curves, tokens, title, Path(args.simulate))
+            records[-1]["simulation"] = scaling.record_curves(curves)
         print()
     if args.json is not None:
         write_json(Path(args.json), {"jobs": records})

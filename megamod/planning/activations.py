@@ -27,7 +27,7 @@ Loss = Callable[[nn.Module], Tensor]
 
 
 @dataclass(frozen=True)
-class Pass:
+class PassCost:
     """One micro-batch, forward and backward.
 
     Attributes:
@@ -39,15 +39,15 @@ class Pass:
     flops: int
 
 
-def measure(
+def measure_pass(
     config: PreTrainedConfig,
     build: Build,
     loss: Loss,
     *,
     precision: str,
     checkpointing: bool,
-    chosen: float = 1.0,
-) -> Pass:
+    selected_share: float = 1.0,
+) -> PassCost:
     """Measure one pass of the model of a configuration.
 
     Args:
@@ -55,117 +55,129 @@ def measure(
         loss: computes a scalar from the module; called on fake tensors.
         precision: "fp32", "bf16" or "fp16".
         checkpointing: recompute blocks in the backward pass.
-        chosen: fraction of elements that a boolean mask selects, where a shape depends on it.
+        selected_share: fraction of elements that a boolean mask selects, where a shape depends on
+            it.
     """
     passes = []
     for depth in DEPTHS:
         # With dropout, attention on CPUs stores its scores, which it does not on GPUs.
         changed = {"num_hidden_layers": depth, "attention_probs_dropout_prob": 0.0}
         shallow = type(config).from_dict(config.to_dict() | changed)
-        passes.append(_measure(shallow, build, loss, DTYPES[precision], checkpointing, chosen))
-    (low, high), further = passes, config.num_hidden_layers - DEPTHS[0]
-    return Pass(
-        low.peak + further * (high.peak - low.peak), low.flops + further * (high.flops - low.flops)
+        passes.append(
+            _measure_shallow_pass(
+                shallow, build, loss, DTYPES[precision], checkpointing, selected_share
+            )
+        )
+    (low, high), more_layers = passes, config.num_hidden_layers - DEPTHS[0]
+    return PassCost(
+        low.peak + more_layers * (high.peak - low.peak),
+        low.flops + more_layers * (high.flops - low.flops),
     )
 
 
-def _measure(
+def _measure_shallow_pass(
     config: PreTrainedConfig,
     build: Build,
     loss: Loss,
     dtype: torch.dtype,
     checkpointing: bool,
-    chosen: float,
-) -> Pass:
-    before = torch.get_default_dtype()
+    selected_share: float,
+) -> PassCost:
+    """Measure one pass of a model of few layers in full, on fake tensors."""
+    default_dtype = torch.get_default_dtype()
     with FakeTensorMode(allow_non_fake_inputs=True):
         torch.set_default_dtype(dtype)
         try:
             module = build(config)
         finally:
-            torch.set_default_dtype(before)
+            torch.set_default_dtype(default_dtype)
         module.train()
         if checkpointing:
             module.gradient_checkpointing_enable()
         for parameter in module.parameters():
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(_drop)
-        live = _Live(module, chosen)
+                parameter.register_post_accumulate_grad_hook(_free_gradient)
+        live = _LiveMemoryCounter(module, selected_share)
         with live:
             loss(module).backward()
-    return Pass(live.peak, live.flops)
+    return PassCost(live.peak, live.flops)
 
 
-def _drop(parameter: nn.Parameter) -> None:
+def _free_gradient(parameter: nn.Parameter) -> None:
+    """Drop a finished gradient, as its memory is counted elsewhere."""
     parameter.grad = None
 
 
-class _Live(TorchDispatchMode):
-    """Counts the bytes of live storages, except those of a module's weights."""
+class _LiveMemoryCounter(TorchDispatchMode):
+    """Counter of the bytes of live storages, except those of a module's weights."""
 
-    def __init__(self, module: nn.Module, chosen: float):
+    def __init__(self, module: nn.Module, selected_share: float):
         super().__init__()
-        self.chosen = chosen
-        self.now = self.peak = self.flops = 0
-        known = [*module.parameters(), *module.buffers()]
-        self.kept = [tensor.untyped_storage() for tensor in known]
-        self.seen = {id(storage) for storage in self.kept}
-        self.watched: dict[int, weakref.ref] = {}
+        self.selected_share = selected_share
+        self.live_bytes = self.peak = self.flops = 0
+        weights = [*module.parameters(), *module.buffers()]
+        self.weight_storages = [tensor.untyped_storage() for tensor in weights]
+        self.seen = {id(storage) for storage in self.weight_storages}
+        self.tracked: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        result = self._masked_selection(operation, args)
+        result = self._fake_masked_selection(operation, args)
         if result is None:
             result = operation(*args, **(kwargs or {}))
-        self.flops += _flops(operation, args, kwargs or {}, result)
+        self.flops += _count_flops(operation, args, kwargs or {}, result)
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
-                self._watch(tensor.untyped_storage())
+                self._track_storage(tensor.untyped_storage())
         return result
 
-    def _watch(self, storage: torch.UntypedStorage) -> None:
+    def _track_storage(self, storage: torch.UntypedStorage) -> None:
+        """Count a new storage until it is freed."""
         key, size = id(storage), storage.nbytes()
         if key in self.seen:
             return
 
-        def release(_: weakref.ref) -> None:
-            self.now -= size
+        def release_storage(_: weakref.ref) -> None:
+            """Subtract the bytes of a freed storage."""
+            self.live_bytes -= size
             self.seen.discard(key)
-            del self.watched[key]
+            del self.tracked[key]
 
         self.seen.add(key)
-        self.watched[key] = weakref.ref(storage, release)
-        self.now += size
-        self.peak = max(self.peak, self.now)
+        self.tracked[key] = weakref.ref(storage, release_storage)
+        self.live_bytes += size
+        self.peak = max(self.peak, self.live_bytes)
 
-    def _masked_selection(self, operation: object, args: tuple) -> Tensor | None:
-        """Result of a mask selection; its size, unknown without data, follows from `chosen`."""
+    def _fake_masked_selection(self, operation: object, args: tuple) -> Tensor | None:
+        """Return the result of a mask selection; its size follows from `selected_share`."""
         aten = torch.ops.aten
         if operation is aten.nonzero.default:
             mask = args[0]
-            return mask.new_empty((self._number(mask), mask.dim()), dtype=torch.int64)
+            return mask.new_empty((self._count_selected(mask), mask.dim()), dtype=torch.int64)
         if operation is aten.index.Tensor and len(args[1]) == 1:
             source, mask = args[0], args[1][0]
             if mask is not None and mask.dtype == torch.bool:
-                return source.new_empty((self._number(mask), *source.shape[mask.dim() :]))
+                return source.new_empty((self._count_selected(mask), *source.shape[mask.dim() :]))
         return None
 
-    def _number(self, mask: Tensor) -> int:
-        return max(1, round(mask.numel() * self.chosen))
+    def _count_selected(self, mask: Tensor) -> int:
+        """Return the number of elements that a mask selects, by `selected_share`."""
+        return max(1, round(mask.numel() * self.selected_share))
 
 
-def _flops(operation: object, args: tuple, kwargs: dict, result: object) -> int:
-    """FLOPs of one call; attention without masking, as in the usual formula."""
+def _count_flops(operation: object, args: tuple, kwargs: dict, result: object) -> int:
+    """Count the FLOPs of one call; attention without masking, as in the usual formula."""
     packet = getattr(operation, "overloadpacket", None)
     forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     if packet is forward:
-        return _attention(args[0], args[1], products=2)
+        return _count_attention_flops(args[0], args[1], products=2)
     if packet is backward:
-        return _attention(args[1], args[2], products=4)
+        return _count_attention_flops(args[1], args[2], products=4)
     in_place = {torch.ops.aten.addmm_: torch.ops.aten.addmm}
     count = flop_registry.get(in_place.get(packet, packet))
     return count(*args, **kwargs, out_val=result) if count else 0
 
 
-def _attention(query: Tensor, key: Tensor, products: int) -> int:
+def _count_attention_flops(query: Tensor, key: Tensor, products: int) -> int:
+    """Count the FLOPs of `products` products of queries and keys."""
     return 2 * products * query.numel() * key.shape[-2]

@@ -51,16 +51,17 @@ class Job:
 
     Attributes:
         name: for the report.
-        alike: names of all jobs with the same requirements, including this one.
+        job_names: names of all jobs with the same requirements, including this one.
         topology: its ranks and domains.
         run, model, mux, data: its arguments, with the values of the DeepSpeed file.
         setting: training settings that determine memory and communication.
         steps: optimizer steps of the schedule.
-        places: slots of each job in `alike`, ranks in order; empty for a job that has to wait.
+        placements: slots of each job in `job_names`, ranks in order; empty for a job that has to
+            wait.
     """
 
     name: str
-    alike: tuple[str, ...]
+    job_names: tuple[str, ...]
     topology: DomainTopology
     run: RunArgs
     model: ModelArgs
@@ -69,46 +70,46 @@ class Job:
     vocabulary: Vocabulary
     setting: Setting
     steps: int
-    places: tuple[HostSlots, ...]
+    placements: tuple[HostSlots, ...]
 
     @property
-    def sequences(self) -> int:
+    def sequences_per_step(self) -> int:
         """Sequences per step over all ranks."""
         return self.setting.micro_batch * self.setting.micro_steps * self.topology.world_size
 
     @property
-    def tokens(self) -> int:
+    def tokens_per_step(self) -> int:
         """Tokens per step over all ranks."""
-        return self.sequences * self.data.max_seq_length
+        return self.sequences_per_step * self.data.max_seq_length
 
 
 Parsed = tuple[PlanArgs, BtmArgs, RunArgs, SafetyArgs, ModelArgs, OptimArgs, MuxArgs, DataArgs]
 
 
-def jobs_of(parsed: Parsed) -> list[Job]:
+def list_jobs(parsed: Parsed) -> list[Job]:
     """List the jobs of a run; several for Branch-Train-Merge.
 
     Raises:
         UserError: for arguments that a run refuses, and if the number of ranks is missing.
     """
     plan, btm, run, _, model, _, mux, data = parsed
-    hosts = machines(plan, btm)
+    hosts = list_hosts(plan, btm)
     ranks = sum(len(host.slots) for host in hosts)
     vocabulary, data_domains = read_vocabulary(plan, mux, data)
     domains = tuple(data.domains or data_domains)
     if mux.objective != "causal_lm" and model.untie != "none":
         raise UserError(f"--untie {model.untie}: goes with --objective causal_lm")
     if _is_campaign(btm) and not btm.in_one_world:
-        return _campaign(parsed, hosts, domains, vocabulary)
+        return _list_campaign_jobs(parsed, hosts, domains, vocabulary)
     sharing = Sharing.BTM if btm.in_one_world else parse_sharing(model.untie)
     if sharing is not Sharing.DENSE and not domains:
         raise UserError("--domains is missing: without a data-bin, experts need their names")
     steps = run.max_steps
-    return [_job(parsed, "run", ("run",), sharing, domains, ranks, vocabulary, steps, [hosts])]
+    return [_make_job(parsed, "run", ("run",), sharing, domains, ranks, vocabulary, steps, [hosts])]
 
 
-def machines(plan: PlanArgs, btm: BtmArgs) -> HostSlots:
-    """Hosts and slots of the run.
+def list_hosts(plan: PlanArgs, btm: BtmArgs) -> HostSlots:
+    """List hosts and slots of the run.
 
     Raises:
         UserError: if the number of ranks is missing, or --world_size contradicts --hostfile.
@@ -154,14 +155,15 @@ def read_vocabulary(
 
 
 def _is_campaign(btm: BtmArgs) -> bool:
+    """Return True if a flag of Branch-Train-Merge was set."""
     names = [field.name for field in fields(btm) if field.name not in ONE_JOB]
     return any(find_origin(btm, name) != "default" for name in names)
 
 
-def _campaign(
+def _list_campaign_jobs(
     parsed: Parsed, hosts: HostSlots, domains: Sequence[str], vocabulary: Vocabulary
 ) -> list[Job]:
-    """Jobs of a seed and its experts. Source: Li et al. 2022, section 4.1."""
+    """List the jobs of a seed and its experts. Source: Li et al. 2022, section 4.1."""
     _, btm, run, _, model, *_ = parsed
     domains = [d for text in btm.rounds for d in text.split()] if btm.rounds else list(domains)
     if model.untie not in ("none", "all"):
@@ -178,56 +180,60 @@ def _campaign(
     seed_steps = round(btm.seed_share * run.max_steps)
     jobs = []
     if seed_steps:
-        filled = batch // run.per_device_train_batch_size
+        full_micro_batches = batch // run.per_device_train_batch_size
         total = sum(len(host.slots) for host in hosts)
         ranks = btm.seed_gpus or next(
-            n for n in range(total, 0, -1) if filled % n == 0 and allocate_slots(hosts, (), n)
+            n for n in range(total, 0, -1) if full_micro_batches % n == 0 and allocate_slots(hosts, (), n)
         )
         check_job_fits(hosts, ranks, "--seed_gpus")
-        placements = [allocate_slots(hosts, (), ranks)]
+        seed_placements = [allocate_slots(hosts, (), ranks)]
         jobs.append(
-            _job(
+            _make_job(
                 parsed, "seed", ("seed",), Sharing.DENSE, domains, ranks, vocabulary, seed_steps,
-                placements,
+                seed_placements,
             )
         )  # fmt: skip
     check_job_fits(hosts, btm.gpus_per_expert, "--gpus_per_expert")
-    places: list[HostSlots] = []
+    expert_placements: list[HostSlots] = []
     for _ in domains:
-        busy = [host for placement in places for host in placement]
-        places.append(allocate_slots(hosts, busy, btm.gpus_per_expert) or ())
-    share = copy.copy(run)
-    share.global_batch_size = batch // len(domains)
+        busy = [host for placement in expert_placements for host in placement]
+        expert_placements.append(allocate_slots(hosts, busy, btm.gpus_per_expert) or ())
+    expert_run = copy.copy(run)
+    expert_run.global_batch_size = batch // len(domains)
     jobs.append(
-        _job(
-            (*parsed[:2], share, *parsed[3:]), "expert", tuple(domains), Sharing.DENSE,
-            domains[:1], btm.gpus_per_expert, vocabulary, run.max_steps - seed_steps, places,
+        _make_job(
+            (*parsed[:2], expert_run, *parsed[3:]), "expert", tuple(domains), Sharing.DENSE,
+            domains[:1], btm.gpus_per_expert, vocabulary, run.max_steps - seed_steps,
+            expert_placements,
         )
     )  # fmt: skip
     return jobs
 
 
-def _job(
+def _make_job(
     parsed: Parsed,
     name: str,
-    alike: Sequence[str],
+    job_names: Sequence[str],
     sharing: Sharing,
     domains: Sequence[str],
     ranks: int,
     vocabulary: Vocabulary,
     steps: int,
-    places: Sequence[HostSlots],
+    placements: Sequence[HostSlots],
 ) -> Job:
+    """Make a job with the batch, precision and stage that a run resolves; raise UserError as a run
+    does.
+    """
     _, _, run, safety, model, optim, mux, data = (copy.copy(args) for args in parsed)
     topology = DomainTopology(ranks, tuple(domains) or ("text",), sharing)
-    settled = resolve_settings(run, optim, safety, topology, hidden_size_of(model, mux))
+    settled = resolve_settings(run, optim, safety, topology, read_hidden_size(model, mux))
     run, config = settled.run, settled.ds_config
     if model.torch_compile:
         check_compile_stage(config)
     zero = config["zero_optimization"]
     stage = zero["stage"]
     overlap = zero.get("overlap_comm", stage == 3)
-    summed = (config.get("data_types") or {}).get("grad_accum_dtype") == "fp32"
+    sums_in_fp32 = (config.get("data_types") or {}).get("grad_accum_dtype") == "fp32"
     setting = Setting(
         stage=stage,
         precision=run.precision or "fp32",
@@ -236,7 +242,7 @@ def _job(
         checkpointing=model.gradient_checkpointing,
         offload=get_offload_device(zero, "optimizer"),
         offload_param=get_offload_device(zero, "param"),
-        sum_in_fp32=summed and run.precision not in (None, "fp32"),
+        sum_in_fp32=sums_in_fp32 and run.precision not in (None, "fp32"),
         bucket=int(zero.get("reduce_bucket_size", BUCKET)),
         buffers=2 if overlap and stage < 3 else 1,
         live=min(
@@ -247,7 +253,7 @@ def _job(
     )
     return Job(
         name,
-        tuple(alike),
+        tuple(job_names),
         topology,
         run,
         model,
@@ -256,12 +262,12 @@ def _job(
         vocabulary,
         setting,
         steps,
-        tuple(places),
+        tuple(placements),
     )
 
 
-def hidden_size_of(model: ModelArgs, mux: MuxArgs) -> int:
-    """Hidden size of the model, from its arguments alone."""
+def read_hidden_size(model: ModelArgs, mux: MuxArgs) -> int:
+    """Read the hidden size of the model, from its arguments alone."""
     if model.hidden_size is not None:
         return model.hidden_size
     config_file = Path(model.model) / "config.json"

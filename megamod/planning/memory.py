@@ -56,7 +56,7 @@ class Setting:
     persistent: int = PERSISTENT
 
     @property
-    def element(self) -> int:
+    def element_bytes(self) -> int:
         """Bytes per weight."""
         return ELEMENT[self.precision]
 
@@ -99,7 +99,7 @@ class Memory:
         return self.weights + self.optimizer + max(forward, backward)
 
 
-def memory(
+def compute_memory(
     sizes: Mapping[str, int],
     frozen: int,
     topology: DomainTopology,
@@ -113,9 +113,13 @@ def memory(
         frozen: elements of the frozen parameters.
         activations: peak activation bytes of a micro-batch.
     """
-    parts = [_part(*group, setting) for group in _groups(sizes, topology) if group[0]]
-    buffers = _buffers(sizes, setting)
-    whole = Memory(frozen * setting.element, 0, 0, 0, activations, buffers, 0, 0)
+    parts = [
+        _compute_group_memory(*group, setting)
+        for group in _group_parameters(sizes, topology)
+        if group[0]
+    ]
+    buffers = _compute_buffers(sizes, setting)
+    whole = Memory(frozen * setting.element_bytes, 0, 0, 0, activations, buffers, 0, 0)
     for part in parts:
         whole = replace(
             whole,
@@ -135,10 +139,10 @@ def memory(
     return replace(whole, optimizer=0, collected=0, update=0, host=whole.optimizer + MASTER * shard)
 
 
-def _groups(
+def _group_parameters(
     sizes: Mapping[str, int], topology: DomainTopology
 ) -> list[tuple[list[int], int, float]]:
-    """Per group of ranks: elements of its parameters, number of ranks, update size limit."""
+    """List per group of ranks: elements of its parameters, number of ranks, update size limit."""
     where = find_scopes(sizes, topology.sharing)
     world = [size for name, size in sizes.items() if where[name] is Scope.WORLD]
     domain = [size for name, size in sizes.items() if where[name] is Scope.DOMAIN]
@@ -149,8 +153,11 @@ def _groups(
     ]
 
 
-def _part(group_sizes: list[int], ranks: int, limit: float, setting: Setting) -> Memory:
-    element, total, offloaded = setting.element, sum(group_sizes), 0
+def _compute_group_memory(
+    group_sizes: list[int], ranks: int, limit: float, setting: Setting
+) -> Memory:
+    """Compute the memory that the parameters of one group of ranks take on a rank."""
+    element, total, offloaded = setting.element_bytes, sum(group_sizes), 0
     summed = 4 if setting.sum_in_fp32 else element
     accumulates = setting.micro_steps > 1 or setting.stage == 3  # stage 3 never frees this buffer
     if setting.stage == 0:
@@ -184,10 +191,11 @@ def _part(group_sizes: list[int], ranks: int, limit: float, setting: Setting) ->
     )
 
 
-def _buffers(sizes: Mapping[str, int], setting: Setting) -> int:
+def _compute_buffers(sizes: Mapping[str, int], setting: Setting) -> int:
+    """Compute the bytes of reduction and gather buffers."""
     if setting.stage == 0:
         return 0
     gathered = 0
     if setting.stage == 3:
         gathered = min(setting.live, sum(s for s in sizes.values() if s > setting.persistent))
-    return setting.element * (setting.bucket * setting.buffers + gathered)
+    return setting.element_bytes * (setting.bucket * setting.buffers + gathered)

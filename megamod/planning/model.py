@@ -17,7 +17,7 @@ from megamod.models.lm.configuration import read_lm_config
 from megamod.models.lm.flops import compute_flops_per_token, count_active_parameters
 from megamod.models.lm.load import select_lm_class
 from megamod.models.presets import PRESETS, SHAPE
-from megamod.planning.activations import Pass, measure
+from megamod.planning.activations import PassCost, measure_pass
 from megamod.planning.job import Job
 from megamod.train.objectives import compute_masked_losses, compute_replaced_losses
 
@@ -35,51 +35,51 @@ class Network:
     config: PreTrainedConfig
 
     @cached_property
-    def module(self) -> nn.Module:
+    def rank_module(self) -> nn.Module:
         """The part of the model that a rank holds, on the meta device."""
         with torch.device("meta"):
-            return self.build(self.config)
+            return self.build_rank_module(self.config)
 
     @cached_property
-    def sizes(self) -> dict[str, int]:
+    def trained_sizes(self) -> dict[str, int]:
         """Elements of each trained parameter that a rank holds, by name."""
-        return {n: p.numel() for n, p in self.module.named_parameters() if p.requires_grad}
+        return {n: p.numel() for n, p in self.rank_module.named_parameters() if p.requires_grad}
 
     @cached_property
-    def frozen(self) -> int:
+    def frozen_parameters(self) -> int:
         """Elements of the frozen parameters that a rank holds."""
-        return sum(p.numel() for p in self.module.parameters() if not p.requires_grad)
+        return sum(p.numel() for p in self.rank_module.parameters() if not p.requires_grad)
 
     @property
-    def shared(self) -> int:
+    def shared_parameters(self) -> int:
         """Parameters shared by all domains."""
-        return self.frozen + sum(
-            size for name, size in self.sizes.items() if parse_expert_domain(name) is None
+        return self.frozen_parameters + sum(
+            size for name, size in self.trained_sizes.items() if parse_expert_domain(name) is None
         )
 
     @property
-    def per_expert(self) -> int:
+    def parameters_per_expert(self) -> int:
         """Parameters of one domain's expert; 0 in a model without experts."""
         held = self.job.topology.get_rank_domains(0)
-        return (self.per_rank - self.shared) // len(held)
+        return (self.parameters_per_rank - self.shared_parameters) // len(held)
 
     @property
-    def per_rank(self) -> int:
+    def parameters_per_rank(self) -> int:
         """Parameters that a rank holds."""
-        return self.frozen + sum(self.sizes.values())
+        return self.frozen_parameters + sum(self.trained_sizes.values())
 
     @property
-    def active(self) -> int:
+    def parameters_per_token(self) -> int:
         """Parameters that a token passes through, without the table of positions."""
-        return round(sum(count_active_parameters(self.config, self.module)))
+        return round(sum(count_active_parameters(self.config, self.rank_module)))
 
     @property
-    def total(self) -> int:
+    def total_parameters(self) -> int:
         """Parameters of all models that the job trains."""
         domains = len(self.job.topology.domains)
         if self.job.topology.sharing is Sharing.BTM:
-            return domains * self.per_rank
-        return self.shared + domains * self.per_expert
+            return domains * self.parameters_per_rank
+        return self.shared_parameters + domains * self.parameters_per_expert
 
     @cached_property
     def flops_per_token(self) -> float:
@@ -89,24 +89,24 @@ class Network:
         tokens only, so theirs are counted: matrix products and attention of one pass.
         """
         if self.job.mux.objective == "causal_lm":
-            return compute_flops_per_token(self.config, self.module, self.job.data.max_seq_length)
+            return compute_flops_per_token(self.config, self.rank_module, self.job.data.max_seq_length)
         rows = self.job.mux.num_instances
-        cost = self.run(rows, checkpointing=False)
+        cost = self.measure_pass(rows, checkpointing=False)
         return cost.flops / (rows * self.job.data.max_seq_length)
 
-    def run(self, micro_batch: int, *, checkpointing: bool) -> Pass:
-        """One micro-batch through the model, forward and backward."""
-        return measure(
+    def measure_pass(self, micro_batch: int, *, checkpointing: bool) -> PassCost:
+        """Measure a forward and backward pass of one micro-batch."""
+        return measure_pass(
             self.config,
-            self.build,
-            partial(self._loss, micro_batch),
+            self.build_rank_module,
+            partial(self._compute_loss, micro_batch),
             precision=self.job.setting.precision,
             checkpointing=checkpointing,
-            chosen=self.chosen,
+            selected_share=self.scored_share,
         )
 
-    def build(self, config: PreTrainedConfig) -> nn.Module:
-        """The part that a rank holds of a model with this configuration."""
+    def build_rank_module(self, config: PreTrainedConfig) -> nn.Module:
+        """Build the part that a rank holds of a model with this configuration."""
         if self.job.mux.objective == "causal_lm":
             demix = self.job.topology.sharing is Sharing.DEMIX
             held = self.job.topology.get_rank_domains(0)
@@ -117,20 +117,27 @@ class Network:
         return build_encoder(config, self.job.mux.objective)
 
     @property
-    def chosen(self) -> float:
+    def scored_share(self) -> float:
         """Share of the tokens that the head scores: retrieval asks for every position."""
         mux = self.job.mux
         every = mux.objective == "causal_lm" or mux.retrieval_loss_coeff > 0
         return 1.0 if every else mux.mlm_probability
 
-    def _loss(self, micro_batch: int, module: nn.Module) -> Tensor:
+    def _compute_loss(self, micro_batch: int, module: nn.Module) -> Tensor:
+        """Compute the training loss of a micro-batch of zeros."""
         length, mux = self.job.data.max_seq_length, self.job.mux
         ids = torch.zeros(micro_batch, length, dtype=torch.int64)
         if mux.objective == "causal_lm":
             return module(ids, position_ids=ids, shift_labels=ids, num_items_in_batch=1.0).loss
-        slots = ids[: micro_batch // mux.num_instances]
+        first_group = ids[: micro_batch // mux.num_instances]
         names = ("masked", "positions", "tokens", "readable")
-        batch = {"input_ids": ids, "labels": ids, "random_ids": ids, "slots": slots, "mask_id": 0}
+        batch = {
+            "input_ids": ids,
+            "labels": ids,
+            "random_ids": ids,
+            "slots": first_group,
+            "mask_id": 0,
+        }
         batch |= dict.fromkeys(names, 1)
         device = torch.device("cpu")
         if mux.objective == "masked_lm":
@@ -140,8 +147,8 @@ class Network:
         return losses["loss"]
 
 
-def network_of(job: Job) -> Network:
-    """The model that a job would train.
+def build_network(job: Job) -> Network:
+    """Build the model that a job would train.
 
     Raises:
         UserError: for a model that does not exist, or does not fit the data.
@@ -157,7 +164,7 @@ def network_of(job: Job) -> Network:
         config = make_encoder_config(job.model.model, changes, job.mux, job.vocabulary, length)
         return Network(job, config)
     untie = "none" if job.topology.sharing is not Sharing.DEMIX else job.model.untie
-    size, special_ids = _vocabulary(job)
+    size, special_ids = _find_vocabulary(job)
     config = make_lm_config(
         job.model.model,
         vocab_size=size,
@@ -171,8 +178,8 @@ def network_of(job: Job) -> Network:
     return Network(job, config)
 
 
-def _vocabulary(job: Job) -> tuple[int, dict[str, int | None]]:
-    """Size and special ids of the data; without data, those of the folder in --model."""
+def _find_vocabulary(job: Job) -> tuple[int, dict[str, int | None]]:
+    """Return size and special ids of the data; without data, those of the folder in --model."""
     tokens, names = job.vocabulary, ("bos_token_id", "pad_token_id", "eos_token_id")
     folder = resolve_model_folder(job.model.model)
     if not tokens.assumed or folder is None:

@@ -12,10 +12,10 @@ from megamod.dist.scope import Sharing
 from megamod.dist.topology import DomainTopology
 from megamod.errors import UserError
 from megamod.planning.job import Job
-from megamod.planning.memory import MASTER, MOMENTS, USABLE, Memory, Setting, memory
-from megamod.planning.model import Network, network_of
+from megamod.planning.memory import MASTER, MOMENTS, USABLE, Memory, Setting, compute_memory
+from megamod.planning.model import Network, build_network
 from megamod.planning.plan_args import PlanArgs
-from megamod.planning.speed import Links, traffic_of
+from megamod.planning.speed import Links, compute_traffic
 from megamod.train.compiled import check_compile_stage
 
 UTILISATIONS = (0.3, 0.4, 0.5)
@@ -42,57 +42,67 @@ class JobPlan:
     @cached_property
     def memory(self) -> Memory:
         """Memory of a rank with the job's settings."""
-        return self.memory_with(self.job.setting)
+        return self.compute_memory_with(self.job.setting)
 
     @property
     def traffic(self) -> Traffic:
         """Bytes that a rank sends per step."""
-        return traffic_of(self.network, self.job.topology, self.job.setting)
+        return compute_traffic(self.network, self.job.topology, self.job.setting)
 
     @property
     def fits(self) -> bool:
         """True if the job fits the memory of a GPU."""
-        return self.holds(self.memory)
+        return self.can_hold(self.memory)
 
-    def holds(self, needed: Memory) -> bool:
+    def can_hold(self, needed: Memory) -> bool:
         """Return True if this memory fits a GPU."""
         return needed.peak <= USABLE * self.gpu_bytes
 
-    def memory_with(self, setting: Setting, topology: DomainTopology | None = None) -> Memory:
-        """Memory of a rank with another setting or topology."""
-        passed = self._peak(setting.micro_batch, setting.checkpointing)
-        return memory(
-            self.network.sizes,
-            self.network.frozen,
+    def compute_memory_with(
+        self, setting: Setting, topology: DomainTopology | None = None
+    ) -> Memory:
+        """Compute the memory of a rank with another setting or topology."""
+        passed = self._find_peak_activations(setting.micro_batch, setting.checkpointing)
+        return compute_memory(
+            self.network.trained_sizes,
+            self.network.frozen_parameters,
             topology or self.job.topology,
             setting,
             passed,
         )
 
     @cached_property
-    def _passes(self) -> dict[tuple[int, bool], int]:
+    def _measured_peaks(self) -> dict[tuple[int, bool], int]:
         return {}
 
-    def _peak(self, micro_batch: int, checkpointing: bool) -> int:
-        """Peak activations: measured, or extrapolated linearly for other large micro-batches."""
+    def _find_peak_activations(self, micro_batch: int, checkpointing: bool) -> int:
+        """Return peak activations: measured, or extrapolated linearly for other large micro-
+        batches.
+        """
         group, length = self.job.mux.num_instances, self.job.data.max_seq_length
         # The head works in chunks; below one full chunk its memory grows at another rate.
-        low = group * math.ceil(FOLLOWED / (group * length * self.network.chosen))
+        low = group * math.ceil(FOLLOWED / (group * length * self.network.scored_share))
         high = 2 * low
         if micro_batch > high and micro_batch != self.job.setting.micro_batch:
-            first, second = self._peak(low, checkpointing), self._peak(high, checkpointing)
+            first, second = (
+                self._find_peak_activations(low, checkpointing),
+                self._find_peak_activations(high, checkpointing),
+            )
             return second + (micro_batch - high) * (second - first) // (high - low)
         key = (micro_batch, checkpointing)
-        if key not in self._passes:
-            cost = self.network.run(micro_batch, checkpointing=checkpointing)
-            self._passes[key] = cost.peak
-        return self._passes[key]
+        if key not in self._measured_peaks:
+            cost = self.network.measure_pass(micro_batch, checkpointing=checkpointing)
+            self._measured_peaks[key] = cost.peak
+        return self._measured_peaks[key]
 
     @property
     def checkpoint_bytes(self) -> int:
         """Bytes of one checkpoint on disk: weights, master weights and moments."""
-        total, trained = self.network.total, self.network.total - self.network.frozen
-        return total * self.job.setting.element + trained * (MASTER + MOMENTS)
+        total, trained = (
+            self.network.total_parameters,
+            self.network.total_parameters - self.network.frozen_parameters,
+        )
+        return total * self.job.setting.element_bytes + trained * (MASTER + MOMENTS)
 
     @property
     def tokens_per_second(self) -> dict[float, float]:
@@ -103,62 +113,63 @@ class JobPlan:
     @property
     def days(self) -> dict[float, float]:
         """Days for all steps, by utilisation of the peak."""
-        tokens = self.job.steps * self.job.tokens
+        tokens = self.job.steps * self.job.tokens_per_step
         return {u: tokens / rate / 86_400 for u, rate in self.tokens_per_second.items()}
 
-    def what_fits(self) -> list[str]:
+    def list_fitting_changes(self) -> list[str]:
         """List single changes that make the job fit, the nearest first."""
         return [
             f"{change}: {needed.peak / 1e9:.2f} GB"
-            for change, needed in self._changes()
-            if self.holds(needed)
+            for change, needed in self._iterate_changes()
+            if self.can_hold(needed)
         ]
 
-    def _changes(self) -> Iterator[tuple[str, Memory]]:
+    def _iterate_changes(self) -> Iterator[tuple[str, Memory]]:
+        """Yield single changes of the settings, the nearest first, with the memory they need."""
         setting, topology = self.job.setting, self.job.topology
-        for micro in sorted(micro_batches(self.job), reverse=True):
+        for micro in sorted(list_micro_batches(self.job), reverse=True):
             if micro < setting.micro_batch:
-                needed = self.memory_with(with_micro_batch(setting, micro))
+                needed = self.compute_memory_with(change_micro_batch(setting, micro))
                 yield f"--per_device_train_batch_size {micro}", needed
-                if self.holds(needed):
+                if self.can_hold(needed):
                     break
         if not setting.checkpointing:
             change = "--gradient_checkpointing true"
-            yield change, self.memory_with(replace(setting, checkpointing=True))
+            yield change, self.compute_memory_with(replace(setting, checkpointing=True))
         for stage in range(setting.stage + 1, 4):
-            if stage_allowed(stage, self.job):
+            if is_stage_allowed(stage, self.job):
                 change = f"ZeRO stage {stage}"
-                yield change, self.memory_with(replace(setting, stage=stage))
+                yield change, self.compute_memory_with(replace(setting, stage=stage))
         if setting.stage and setting.bucket > SMALL_BUCKET:
             change = f"reduce_bucket_size {SMALL_BUCKET}"
-            yield change, self.memory_with(replace(setting, bucket=SMALL_BUCKET))
+            yield change, self.compute_memory_with(replace(setting, bucket=SMALL_BUCKET))
         ranks, steps = topology.world_size, setting.micro_steps
         while ranks < MOST_RANKS and steps % 2 == 0:
             ranks, steps = 2 * ranks, steps // 2
             if topology.sharing is Sharing.DEMIX and ranks <= len(topology.domains):
                 continue  # a rank would hold fewer experts than the measured model
             more = replace(topology, world_size=ranks)
-            needed = self.memory_with(replace(setting, micro_steps=steps), more)
+            needed = self.compute_memory_with(replace(setting, micro_steps=steps), more)
             yield f"{ranks} ranks", needed
-            if self.holds(needed):
+            if self.can_hold(needed):
                 break
         if setting.stage and setting.offload == "none":
-            needed = self.memory_with(replace(setting, offload="cpu"))
+            needed = self.compute_memory_with(replace(setting, offload="cpu"))
             change = (
                 f"offload_optimizer.device cpu ({needed.host / 1e9:.1f} GB of the host per rank)"
             )
             yield change, needed
         if setting.stage == 3 and setting.offload_param == "none":
-            needed = self.memory_with(replace(setting, offload_param="cpu"))
+            needed = self.compute_memory_with(replace(setting, offload_param="cpu"))
             share = f"{needed.host_weights / 1e9:.1f} GB of the host per rank"
             yield f"offload_param.device cpu ({share})", needed
 
     def record(self) -> dict[str, object]:
-        """The plan as JSON: bytes, elements, seconds."""
+        """Return the plan as a JSON value: bytes, elements, seconds."""
         job, network = self.job, self.network
         return {
             "name": job.name,
-            "alike": list(job.alike),
+            "alike": list(job.job_names),
             "sharing": job.topology.sharing.value,
             "domains": list(job.topology.domains),
             "ranks": job.topology.world_size,
@@ -166,42 +177,42 @@ class JobPlan:
             "setting": asdict(job.setting),
             "vocabulary": {"size": job.vocabulary.size, "assumed": job.vocabulary.assumed},
             "parameters": {
-                "shared": network.shared,
-                "per_expert": network.per_expert,
-                "per_rank": network.per_rank,
-                "active": network.active,
-                "total": network.total,
+                "shared": network.shared_parameters,
+                "per_expert": network.parameters_per_expert,
+                "per_rank": network.parameters_per_rank,
+                "active": network.parameters_per_token,
+                "total": network.total_parameters,
             },
             "flops_per_token": network.flops_per_token,
             "memory": {**asdict(self.memory), "peak": self.memory.peak},
             "gpu_bytes": self.gpu_bytes,
             "fits": self.fits,
-            "what_fits": [] if self.fits else self.what_fits(),
+            "what_fits": [] if self.fits else self.list_fitting_changes(),
             "wire": asdict(self.traffic),
             "checkpoint_bytes": self.checkpoint_bytes,
-            "sequences_per_step": job.sequences,
-            "tokens_per_step": job.tokens,
+            "sequences_per_step": job.sequences_per_step,
+            "tokens_per_step": job.tokens_per_step,
             "steps": job.steps,
             "tokens_per_second": {f"{u:.0%}": rate for u, rate in self.tokens_per_second.items()},
             "days": {f"{u:.0%}": days for u, days in self.days.items()},
-            "places": [format_include(placement) for placement in job.places],
+            "places": [format_include(placement) for placement in job.placements],
         }
 
 
-def plan_of(job: Job, args: PlanArgs) -> JobPlan:
+def plan_job(job: Job, args: PlanArgs) -> JobPlan:
     """Plan a job on the GPUs and links of the flags."""
     return JobPlan(
         job,
-        network_of(job),
+        build_network(job),
         args.gpu_memory_gb * 1e9,
         args.peak_tflops * 1e12,
-        Links(args.intra_gbs * 1e9, args.inter_gbs * 1e9, ranks_of_a_machine(job, args)),
+        Links(args.intra_gbs * 1e9, args.inter_gbs * 1e9, count_ranks_per_host(job, args)),
     )
 
 
-def ranks_of_a_machine(job: Job, args: PlanArgs) -> int:
-    """Ranks per host: on the job's first host; for a job on one host, its capacity."""
-    placement = job.places[0]
+def count_ranks_per_host(job: Job, args: PlanArgs) -> int:
+    """Count the ranks per host: on the job's first host; for a job on one host, its capacity."""
+    placement = job.placements[0]
     return (
         len(placement[0].slots)
         if len(placement) > 1
@@ -209,22 +220,22 @@ def ranks_of_a_machine(job: Job, args: PlanArgs) -> int:
     )
 
 
-def micro_batches(job: Job) -> list[int]:
-    """Micro-batch sizes that keep the sequences per step, up to 64 instance groups."""
+def list_micro_batches(job: Job) -> list[int]:
+    """List micro-batch sizes that keep the sequences per step, up to 64 instance groups."""
     group = job.mux.num_instances
     dense = job.topology.sharing is Sharing.DENSE
     experts_per_rank = 1 if dense else len(job.topology.get_rank_domains(0))
-    groups = job.sequences // job.topology.world_size // experts_per_rank // group
+    groups = job.sequences_per_step // job.topology.world_size // experts_per_rank // group
     return [group * n for n in (1, 2, 4, 8, 16, 32, 64) if groups % n == 0]
 
 
-def with_micro_batch(setting: Setting, micro_batch: int) -> Setting:
+def change_micro_batch(setting: Setting, micro_batch: int) -> Setting:
     """Change the micro-batch size at equal sequences per step."""
     steps = setting.micro_steps * setting.micro_batch // micro_batch
     return replace(setting, micro_batch=micro_batch, micro_steps=steps)
 
 
-def stage_allowed(stage: int, job: Job) -> bool:
+def is_stage_allowed(stage: int, job: Job) -> bool:
     """Return True if a run accepts a ZeRO stage with its sharing and precision."""
     config: dict[str, object] = {"zero_optimization": {"stage": stage}}
     if job.setting.precision != "fp32":
@@ -238,8 +249,8 @@ def stage_allowed(stage: int, job: Job) -> bool:
     return True
 
 
-def machines_of_domains(job: Job) -> dict[str, int]:
-    """Number of hosts over which the ranks of each domain are spread."""
-    hosts = [host.name for host in job.places[0] for _ in host.slots]
+def count_hosts_by_domain(job: Job) -> dict[str, int]:
+    """Count the hosts over which the ranks of each domain are spread."""
+    hosts = [host.name for host in job.placements[0] for _ in host.slots]
     ranks = job.topology.get_domain_ranks
     return {d: len({hosts[rank] for rank in ranks(d)}) for d in job.topology.domains}

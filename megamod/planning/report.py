@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from megamod.btm.placement import format_include
 from megamod.dist.scope import Sharing
 from megamod.planning.memory import USABLE
-from megamod.planning.plan import JobPlan, machines_of_domains
+from megamod.planning.plan import JobPlan, count_hosts_by_domain
+from megamod.planning.scaling import Point
 from megamod.planning.search import Proposal
-from megamod.planning.simulate import Point
 from megamod.tables import format_table
 
 
@@ -15,7 +15,7 @@ def format_job(plan: JobPlan) -> str:
     """Format the requirements of a job."""
     job, network, setting = plan.job, plan.network, plan.job.setting
     ranks = job.topology.world_size
-    count = f"{len(job.alike)} jobs of {ranks}" if len(job.alike) > 1 else f"{ranks}"
+    count = f"{len(job.job_names)} jobs of {ranks}" if len(job.job_names) > 1 else f"{ranks}"
     states = "no ZeRO" if setting.stage == 0 else f"ZeRO stage {setting.stage}"
     recompute = ", gradient checkpointing" if setting.checkpointing else ""
     assumed = " (assumed)" if job.vocabulary.assumed else ""
@@ -25,16 +25,17 @@ def format_job(plan: JobPlan) -> str:
         (
             "batch",
             f"{setting.micro_batch} sequences x {setting.micro_steps} micro-batches x {ranks} "
-            f"ranks = {job.sequences:,}; {job.tokens:,} tokens per step{recompute}",
+            f"ranks = {job.sequences_per_step:,}; {job.tokens_per_step:,} tokens per "
+            f"step{recompute}",
         ),
         ("vocabulary", f"{job.vocabulary.size:,}{assumed}"),
-        *_parameters(plan),
+        *_list_parameter_rows(plan),
         ("FLOPs per token", f"{network.flops_per_token / 1e9:.3f} GFLOP{counted}"),
-        *_memory(plan),
-        *_wire(plan),
-        ("checkpoint", _gb(plan.checkpoint_bytes)),
-        *_time(plan),
-        *_places(plan),
+        *_list_memory_rows(plan),
+        *_list_traffic_rows(plan),
+        ("checkpoint", _format_bytes(plan.checkpoint_bytes)),
+        *_list_time_rows(plan),
+        *_list_placement_rows(plan),
     ]
     return f"== {job.name}\n{format_table(rows)}"
 
@@ -54,7 +55,8 @@ def format_proposals(proposals: Sequence[Proposal]) -> str:
         parts += [f"offload_optimizer {setting.offload}"] if setting.offload != "none" else []
         lines.append(
             f"{number}. {', '.join(parts)}: {proposal.memory.peak / 1e9:.2f} GB, "
-            f"{1e3 * proposal.compute:,.0f} + {1e3 * proposal.wire:,.0f} ms"
+            f"{1e3 * proposal.compute_seconds:,.0f} + "
+            f"{1e3 * proposal.communication_seconds:,.0f} ms"
         )
         lines.append(f"   {'; '.join(proposal.reasons)}")
     return "\n".join(lines)
@@ -69,56 +71,93 @@ def format_curves(curves: Mapping[Sharing, Sequence[Point]]) -> str:
     lines = [head]
     for number in gpus:
         cells = [by_kind.get((kind, number)) for kind in kinds]
-        lines.append([str(number), *(f"{p.slow:,.0f} - {p.fast:,.0f}" if p else "" for p in cells)])
+        lines.append(
+            [
+                str(number),
+                *(
+                    f"{p.tokens_per_second:,.0f} - {p.overlapped_tokens_per_second:,.0f}"
+                    if p
+                    else ""
+                    for p in cells
+                ),
+            ]
+        )
     return format_table(lines, right=range(len(head)))
 
 
-def _parameters(plan: JobPlan) -> list[tuple[str, str]]:
+def _list_parameter_rows(plan: JobPlan) -> list[tuple[str, str]]:
+    """List the report's rows on parameters."""
     network = plan.network
-    rows = [("parameters", f"{network.per_rank:,} on a rank, {network.active:,} active")]
-    if network.per_expert:
-        rows.append(("", f"{network.shared:,} shared, {network.per_expert:,} per expert"))
-    if network.total != network.per_rank:
-        rows.append(("", f"{network.total:,} over all domains"))
-    if len(plan.job.alike) > 1:
-        rows.append(("", f"{len(plan.job.alike) * network.total:,} over all jobs"))
+    rows = [
+        (
+            "parameters",
+            f"{network.parameters_per_rank:,} on a rank, {network.parameters_per_token:,} active",
+        )
+    ]
+    if network.parameters_per_expert:
+        rows.append(
+            (
+                "",
+                f"{network.shared_parameters:,} shared, {network.parameters_per_expert:,} per "
+                "expert",
+            )
+        )
+    if network.total_parameters != network.parameters_per_rank:
+        rows.append(("", f"{network.total_parameters:,} over all domains"))
+    if len(plan.job.job_names) > 1:
+        rows.append(("", f"{len(plan.job.job_names) * network.total_parameters:,} over all jobs"))
     return rows
 
 
-def _memory(plan: JobPlan) -> list[tuple[str, str]]:
+def _list_memory_rows(plan: JobPlan) -> list[tuple[str, str]]:
+    """List the report's rows on memory, and changes that fit if the job does not."""
     needed = plan.memory
     usable = USABLE * plan.gpu_bytes
-    rows = [
-        ("memory per rank", f"weights {_gb(needed.weights)}, gradients {_gb(needed.gradients)}, "
-         f"optimizer {_gb(needed.optimizer)}"),
-        ("", f"activations {_gb(needed.activations)}, buffers {_gb(needed.buffers)}, with "
-         f"{_gb(needed.kept)} of accumulated gradients; update: all gradients and "
-         f"{_gb(max(needed.collected, needed.update))}"),
-        ("", f"peak {_gb(needed.peak)}; {_gb(usable)} of {_gb(plan.gpu_bytes)} are "
-         f"usable: {'fits' if plan.fits else 'DOES NOT FIT'}"),
-    ]  # fmt: skip
+    states = (
+        f"weights {_format_bytes(needed.weights)}, gradients {_format_bytes(needed.gradients)}, "
+        f"optimizer {_format_bytes(needed.optimizer)}"
+    )
+    passes = (
+        f"activations {_format_bytes(needed.activations)}, buffers "
+        f"{_format_bytes(needed.buffers)}, with {_format_bytes(needed.kept)} of accumulated "
+        "gradients; update: all gradients and "
+        f"{_format_bytes(max(needed.collected, needed.update))}"
+    )
+    peak = (
+        f"peak {_format_bytes(needed.peak)}; {_format_bytes(usable)} of "
+        f"{_format_bytes(plan.gpu_bytes)} are usable: {'fits' if plan.fits else 'DOES NOT FIT'}"
+    )
+    rows = [("memory per rank", states), ("", passes), ("", peak)]
     if needed.host:
         device = "on the disk" if plan.job.setting.offload == "nvme" else "in memory"
-        rows.append(("", f"{_gb(needed.host)} {device} of the host"))
+        rows.append(("", f"{_format_bytes(needed.host)} {device} of the host"))
     if needed.host_weights:
-        rows.append(("", f"{_gb(needed.host_weights)} of weights in memory of the host"))
+        rows.append(("", f"{_format_bytes(needed.host_weights)} of weights in memory of the host"))
     if not plan.fits:
-        changes = plan.what_fits() or ["no single change; --search tries several at once"]
+        changes = plan.list_fitting_changes() or [
+            "no single change; --search tries several at once"
+        ]
         rows += [
             ("settings that fit" if i == 0 else "", change) for i, change in enumerate(changes)
         ]
     return rows
 
 
-def _wire(plan: JobPlan) -> list[tuple[str, str]]:
+def _list_traffic_rows(plan: JobPlan) -> list[tuple[str, str]]:
+    """List the report's rows on bytes sent per step."""
     traffic, topology = plan.traffic, plan.job.topology
-    rows = [("sent per step", f"{_gb(traffic.world)} over all {topology.world_size} ranks")]
+    rows = [
+        ("sent per step", f"{_format_bytes(traffic.world)} over all {topology.world_size} ranks")
+    ]
     if topology.sharing is not Sharing.DENSE:
-        rows.append(("", f"{_gb(traffic.domain)} inside a domain's {topology.ranks_per_domain}"))
+        rows.append(
+            ("", f"{_format_bytes(traffic.domain)} inside a domain's {topology.ranks_per_domain}")
+        )
     return rows
 
 
-def _time(plan: JobPlan) -> list[tuple[str, str]]:
+def _list_time_rows(plan: JobPlan) -> list[tuple[str, str]]:
+    """List the report's rows on speed and days."""
     peak = plan.flops_per_second / 1e12
     rates = plan.tokens_per_second
     speeds = ", ".join(f"{rate:,.0f} at {u:.0%}" for u, rate in rates.items())
@@ -129,27 +168,29 @@ def _time(plan: JobPlan) -> list[tuple[str, str]]:
     ]
 
 
-def _places(plan: JobPlan) -> list[tuple[str, str]]:
+def _list_placement_rows(plan: JobPlan) -> list[tuple[str, str]]:
+    """List the report's rows on the hosts of the ranks, or of each of several jobs."""
     job = plan.job
     rows = []
-    if len(job.alike) > 1:
+    if len(job.job_names) > 1:
         return [
             (name, format_include(placement) or "waits for free slots")
-            for name, placement in zip(job.alike, job.places, strict=True)
+            for name, placement in zip(job.job_names, job.placements, strict=True)
         ]
     first = 0
-    for host in job.places[0]:
+    for host in job.placements[0]:
         ranks = range(first, first + len(host.slots))
         first += len(host.slots)
         domains = dict.fromkeys(d for rank in ranks for d in job.topology.get_rank_domains(rank))
         label = f"ranks {ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else f"rank {ranks[0]}"
         rows.append((host.name, f"{label}: {', '.join(domains)}"))
     if job.topology.sharing is not Sharing.DENSE:
-        spread = [domain for domain, count in machines_of_domains(job).items() if count > 1]
+        spread = [domain for domain, count in count_hosts_by_domain(job).items() if count > 1]
         if spread:
             rows.append(("", f"gradients inside {', '.join(spread)} cross machines"))
     return rows
 
 
-def _gb(size: float) -> str:
+def _format_bytes(size: float) -> str:
+    """Format bytes in GB or MB with three digits."""
     return f"{size / 1e9:.3g} GB" if size >= 1e7 else f"{size / 1e6:.3g} MB"

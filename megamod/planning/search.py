@@ -6,11 +6,15 @@ from megamod.planning.memory import Memory, Setting
 from megamod.planning.plan import (
     SMALL_BUCKET,
     JobPlan,
-    micro_batches,
-    stage_allowed,
-    with_micro_batch,
+    change_micro_batch,
+    is_stage_allowed,
+    list_micro_batches,
 )
-from megamod.planning.speed import compute_seconds, traffic_of, wire_seconds
+from megamod.planning.speed import (
+    compute_traffic,
+    estimate_communication_seconds,
+    estimate_compute_seconds,
+)
 
 UTILISATION = 0.4  # of the peak; weighs computation against communication
 SHOWN = 6
@@ -21,23 +25,23 @@ class Proposal:
     """A setting with its memory and step time.
 
     Attributes:
-        compute, wire: seconds of computation and communication per step.
+        compute_seconds, communication_seconds: seconds of computation and communication per step.
         reasons: costs and savings in words.
     """
 
     setting: Setting
     memory: Memory
-    compute: float
-    wire: float
+    compute_seconds: float
+    communication_seconds: float
     reasons: tuple[str, ...]
 
     @property
-    def seconds(self) -> float:
+    def step_seconds(self) -> float:
         """Seconds per step."""
-        return self.compute + self.wire
+        return self.compute_seconds + self.communication_seconds
 
     def record(self) -> dict[str, object]:
-        """For JSON."""
+        """Return the proposal as a JSON value."""
         return {
             "stage": self.setting.stage,
             "micro_batch": self.setting.micro_batch,
@@ -47,12 +51,12 @@ class Proposal:
             "offload_param": self.setting.offload_param,
             "peak_bytes": self.memory.peak,
             "host_bytes": self.memory.host + self.memory.host_weights,
-            "step_seconds": self.seconds,
+            "step_seconds": self.step_seconds,
             "reasons": list(self.reasons),
         }
 
 
-def proposals(plan: JobPlan, shown: int = SHOWN) -> list[Proposal]:
+def propose_settings(plan: JobPlan, shown: int = SHOWN) -> list[Proposal]:
     """Rank up to `shown` settings of a job that fit its GPUs, the best first.
 
     Sequences per step stay equal. At equal speed the larger micro-batch comes first, because it
@@ -62,51 +66,61 @@ def proposals(plan: JobPlan, shown: int = SHOWN) -> list[Proposal]:
     job_setting = plan.job.setting
     small = replace(job_setting, bucket=min(job_setting.bucket, SMALL_BUCKET))
     for base in (job_setting, small, replace(small, offload="cpu")):
-        fitting = [p for setting in _settings(plan, base) if (p := _proposal(plan, setting))]
+        fitting = [
+            p for setting in _list_settings(plan, base) if (p := _make_proposal(plan, setting))
+        ]
         if fitting:
-            fitting.sort(key=_order)
+            fitting.sort(key=_make_sort_key)
             return fitting[:shown]
     return []
 
 
-def _settings(plan: JobPlan, base: Setting) -> list[Setting]:
+def _list_settings(plan: JobPlan, base: Setting) -> list[Setting]:
+    """List the settings to try: stages, micro-batches and checkpointing, with the buffers of
+    `base`.
+    """
     job = plan.job
     return [
-        replace(with_micro_batch(base, micro), stage=stage, checkpointing=checkpointing)
+        replace(change_micro_batch(base, micro), stage=stage, checkpointing=checkpointing)
         for stage in range(4)
-        if stage_allowed(stage, job) and _offloads(base, stage)
-        for micro in micro_batches(job)
+        if is_stage_allowed(stage, job) and _supports_offloading(base, stage)
+        for micro in list_micro_batches(job)
         for checkpointing in (False, True)
     ]
 
 
-def _offloads(base: Setting, stage: int) -> bool:
+def _supports_offloading(base: Setting, stage: int) -> bool:
     """Return True if a stage supports the offloading of `base`."""
     least = {"none": 0, "cpu": 1, "nvme": 3}
     return stage >= least[base.offload] and (stage == 3 or base.offload_param == "none")
 
 
-def _order(proposal: Proposal) -> tuple[float, int, int]:
+def _make_sort_key(proposal: Proposal) -> tuple[float, int, int]:
+    """Return the key that sorts proposals, the best first."""
     # Differences below a few percent are within the error of the estimate.
-    rounded = float(f"{proposal.seconds:.2g}")
+    rounded = float(f"{proposal.step_seconds:.2g}")
     return rounded, -proposal.setting.micro_batch, proposal.setting.stage
 
 
-def _proposal(plan: JobPlan, setting: Setting) -> Proposal | None:
-    needed = plan.memory_with(setting)
-    if not plan.holds(needed):
+def _make_proposal(plan: JobPlan, setting: Setting) -> Proposal | None:
+    """Make the proposal of a setting; None if it does not fit."""
+    needed = plan.compute_memory_with(setting)
+    if not plan.can_hold(needed):
         return None
-    compute = compute_seconds(plan.network, setting, UTILISATION * plan.flops_per_second)
-    traffic = traffic_of(plan.network, plan.job.topology, setting)
-    wire = wire_seconds(traffic, plan.job.topology, plan.links)
-    return Proposal(setting, needed, compute, wire, _reasons(plan, setting, needed, traffic.world))
+    compute = estimate_compute_seconds(plan.network, setting, UTILISATION * plan.flops_per_second)
+    traffic = compute_traffic(plan.network, plan.job.topology, setting)
+    communication = estimate_communication_seconds(traffic, plan.job.topology, plan.links)
+    return Proposal(
+        setting, needed, compute, communication, _list_reasons(plan, setting, needed, traffic.world)
+    )
 
 
-def _reasons(plan: JobPlan, setting: Setting, needed: Memory, world: float) -> tuple[str, ...]:
+def _list_reasons(plan: JobPlan, setting: Setting, needed: Memory, world: float) -> tuple[str, ...]:
+    """List the costs and savings of a setting in words."""
     free = plan.gpu_bytes - needed.peak
     reasons = [f"{free / 1e9:.1f} GB of {plan.gpu_bytes / 1e9:g} remain free"]
     if setting.checkpointing:
-        plain = plan.memory_with(replace(setting, checkpointing=False))
+        plain = plan.compute_memory_with(replace(setting, checkpointing=False))
         saved = (plain.activations - needed.activations) / 1e9
         reasons.append(f"recomputation costs a third more FLOPs and saves {saved:.1f} GB")
     if setting.stage >= 2 and setting.micro_steps > 1:

@@ -25,38 +25,44 @@ class Links:
     inter: float
     ranks_per_node: int
 
-    def world(self, topology: DomainTopology) -> float:
-        """Speed of the ring of all ranks."""
+    def find_world_speed(self, topology: DomainTopology) -> float:
+        """Return the speed of the ring of all ranks, in bytes per second."""
         return self.intra if topology.world_size <= self.ranks_per_node else self.inter
 
-    def domain(self, topology: DomainTopology) -> float:
-        """Speed of the ring of a domain's ranks; of the slowest domain if they differ."""
+    def find_domain_speed(self, topology: DomainTopology) -> float:
+        """Return the speed of the ring of a domain's ranks; of the slowest domain if they
+        differ.
+        """
         inside = self.ranks_per_node % topology.ranks_per_domain == 0
-        return self.intra if inside else self.world(topology)
+        return self.intra if inside else self.find_world_speed(topology)
 
 
-def traffic_of(network: Network, topology: DomainTopology, setting: Setting) -> Traffic:
-    """Bytes that a rank sends per step."""
-    tied = [name for name in network.sizes if name.endswith("embeddings.tokens.weight")]
+def compute_traffic(network: Network, topology: DomainTopology, setting: Setting) -> Traffic:
+    """Compute the bytes that a rank sends per step."""
+    tied = [name for name in network.trained_sizes if name.endswith("embeddings.tokens.weight")]
     return compute_step_traffic(
-        network.sizes,
+        network.trained_sizes,
         topology,
         setting.stage,
         setting.micro_steps,
-        setting.element,
+        setting.element_bytes,
         setting.persistent,
         setting.live,
         tied,
     )
 
 
-def wire_seconds(traffic: Traffic, topology: DomainTopology, links: Links) -> float:
-    """Seconds of communication per step."""
-    return traffic.world / links.world(topology) + traffic.domain / links.domain(topology)
+def estimate_communication_seconds(
+    traffic: Traffic, topology: DomainTopology, links: Links
+) -> float:
+    """Estimate the seconds of communication per step."""
+    return traffic.world / links.find_world_speed(
+        topology
+    ) + traffic.domain / links.find_domain_speed(topology)
 
 
-def compute_seconds(network: Network, setting: Setting, flops_per_second: float) -> float:
-    """Seconds of computation per step on one rank.
+def estimate_compute_seconds(network: Network, setting: Setting, flops_per_second: float) -> float:
+    """Estimate the seconds of computation per step on one rank.
 
     Recomputation adds a forward pass, a third of the FLOPs (Korthikanti et al. 2022, section 5).
     """

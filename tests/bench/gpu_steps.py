@@ -47,16 +47,16 @@ class Job:
         from megamod.args import DataArgs, ModelArgs, MuxArgs, OptimArgs, RunArgs, SafetyArgs
         from megamod.btm.campaign import BtmArgs
         from megamod.flags import parse_args
-        from megamod.planning.job import jobs_of
-        from megamod.planning.plan import plan_of
+        from megamod.planning.job import list_jobs
+        from megamod.planning.plan import plan_job
         from megamod.planning.plan_args import PlanArgs
 
         kinds = (PlanArgs, BtmArgs, RunArgs, SafetyArgs, ModelArgs, OptimArgs, MuxArgs, DataArgs)
         inputs = ("--world_size", "1", "--precision", "bf16", "--deepspeed", str(DS_CONFIG))
         inputs += ("--max_grad_norm", str(CLIP), "--adam_beta2", "0.95", "--weight_decay", "0.1")
         self.parsed = parse_args(*kinds, argv=[*inputs, *flags])
-        (self.job,) = jobs_of(self.parsed)
-        self.plan = plan_of(self.job, self.parsed[0])
+        (self.job,) = list_jobs(self.parsed)
+        self.plan = plan_job(self.job, self.parsed[0])
 
     def engine(self, device: torch.device):
         """A model with new weights in the engine of the launchers."""
@@ -69,7 +69,7 @@ class Job:
         settled = resolve_settings(run, optim, safety, topology, config.hidden_size)
         torch.manual_seed(1)
         with device:
-            model = self.plan.network.build(config)
+            model = self.plan.network.build_rank_module(config)
         return build_engine(
             model, make_optimizer_factory(settled.optim), settled.ds_config, topology
         )

@@ -79,7 +79,7 @@ def measure_size(
     planned = job.plan.memory.peak
     return {
         "name": size.model,
-        "parameters": network.total,
+        "parameters": network.total_parameters,
         "tokens_per_step": tokens,
         "plain_tokens_per_second": tokens / plain,
         "in_turns_tokens_per_second": tokens / result["ours"],

@@ -94,8 +94,8 @@ def planned(case: Case, folder: Path) -> int:
     from megamod.args import DataArgs, ModelArgs, MuxArgs, OptimArgs, RunArgs, SafetyArgs
     from megamod.btm.campaign import BtmArgs
     from megamod.flags import parse_args
-    from megamod.planning.job import jobs_of
-    from megamod.planning.plan import plan_of
+    from megamod.planning.job import list_jobs
+    from megamod.planning.plan import plan_job
     from megamod.planning.plan_args import PlanArgs
 
     stage, precision, micro_batch, micro_steps, checkpointing = case
@@ -110,8 +110,8 @@ def planned(case: Case, folder: Path) -> int:
         --gradient_checkpointing {checkpointing} --deepspeed {file}"""
     kinds = (PlanArgs, BtmArgs, RunArgs, SafetyArgs, ModelArgs, OptimArgs, MuxArgs, DataArgs)
     parsed = parse_args(*kinds, argv=flags.split())
-    (job,) = jobs_of(parsed)
-    return plan_of(job, parsed[0]).memory.peak
+    (job,) = list_jobs(parsed)
+    return plan_job(job, parsed[0]).memory.peak
 
 
 def _alone():

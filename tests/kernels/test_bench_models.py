@@ -148,7 +148,7 @@ def test_the_peer_has_our_shape():
     pytest.importorskip("deepspeed")
     config = Job(*TINY.flags).plan.network.config
     peer = gpu_peer.Gpt(512, WIDTH, LAYERS, 2, LENGTH)
-    ours = Job(*TINY.flags).plan.network.total
+    ours = Job(*TINY.flags).plan.network.total_parameters
     assert config.intermediate_size == 4 * WIDTH
     # Our table of positions has two rows more.
     assert sum(p.numel() for p in peer.parameters()) == ours - 2 * WIDTH

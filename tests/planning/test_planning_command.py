@@ -18,10 +18,10 @@ from megamod.dist.scope import Sharing
 from megamod.errors import UserError
 from megamod.models.lm.configuration import DemixConfig
 from megamod.models.lm.demix import DemixForCausalLM
-from megamod.planning.activations import measure
-from megamod.planning.search import proposals
-from megamod.planning.simulate import gpu_days, simulate
-from megamod.planning.speed import Links, traffic_of, wire_seconds
+from megamod.planning.activations import measure_pass
+from megamod.planning.scaling import compute_gpu_days, compute_scaling_curves
+from megamod.planning.search import propose_settings
+from megamod.planning.speed import Links, compute_traffic, estimate_communication_seconds
 
 LAUNCHER = ROOT / "launchers" / "plan.py"
 ZERO2 = ("--deepspeed", str(ROOT / "ds_configs/zero2_bf16.json"))
@@ -60,7 +60,7 @@ def test_a_block_keeps_what_the_formula_says(precision, element):
     def peak(layers: int, checkpointing: bool) -> int:
         loss = partial(loss_of, 3)
         more = dict(precision=precision, checkpointing=checkpointing)
-        return measure(tiny(layers), DemixForCausalLM, loss, **more).peak
+        return measure_pass(tiny(layers), DemixForCausalLM, loss, **more).peak
 
     tokens, width, heads = 3 * 16, 32, 4
     # LayerNorm keeps mean and deviation of a token in the precision of its input on processors.
@@ -72,7 +72,7 @@ def test_a_block_keeps_what_the_formula_says(precision, element):
 def test_operations_are_counted_as_by_the_formula():
     """6 N + 12 L D T, where N are the parameters that matrix products use."""
     layers, width, length = 7, 32, 16
-    result = measure(
+    result = measure_pass(
         tiny(layers), DemixForCausalLM, partial(loss_of, 3), precision="fp32", checkpointing=False
     )
     used = layers * 12 * width**2 + 64 * width
@@ -84,10 +84,10 @@ def test_the_best_proposal_is_the_fastest_and_all_fit():
         str(RECIPES / "quickstart.yaml"), "--world_size", "4", "--gpu_memory_gb", "1",
         "--precision", "bf16", "--vocab_size", "1000",
     )  # fmt: skip
-    result = proposals(plan, shown=100)
-    seconds = [proposal.seconds for proposal in result]
+    result = propose_settings(plan, shown=100)
+    seconds = [proposal.step_seconds for proposal in result]
     assert all(later >= 0.98 * seconds[0] for later in seconds)
-    assert all(plan.holds(proposal.memory) for proposal in result)
+    assert all(plan.can_hold(proposal.memory) for proposal in result)
     assert {proposal.setting.stage for proposal in result} <= {1, 2}  # experts
     steps = {p.setting.micro_batch * p.setting.micro_steps for p in result}
     assert steps == {plan.job.setting.micro_batch * plan.job.setting.micro_steps}
@@ -104,7 +104,7 @@ def test_proposals_are_taken_by_a_run(tmp_path):
         "--model", "tiny", "--world_size", "2", "--gpu_memory_gb", "8", "--global_batch_size", "16",
         "--vocab_size", "1000", "--deepspeed", str(file),
     )  # fmt: skip
-    result = proposals(plan, shown=100)
+    result = propose_settings(plan, shown=100)
     assert {proposal.setting.stage for proposal in result} == {3}
     assert all("on the disk per rank" in "; ".join(p.reasons) for p in result)
 
@@ -115,8 +115,8 @@ def test_weights_that_cannot_be_where_they_shall(tmp_path):
     file.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_param": block}}))
     options = ("--model", "tiny", "--world_size", "2", "--vocab_size", "1000")
     (plan,) = planned(*options, "--deepspeed", str(file))
-    assert plan.memory.host_weights > 0.9 * 4 * plan.network.per_rank // 2
-    assert {proposal.setting.stage for proposal in proposals(plan, shown=100)} == {3}
+    assert plan.memory.host_weights > 0.9 * 4 * plan.network.parameters_per_rank // 2
+    assert {proposal.setting.stage for proposal in propose_settings(plan, shown=100)} == {3}
     block |= {"device": "nvme", "nvme_path": str(tmp_path)}
     file.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_param": block}}))
     with pytest.raises(UserError, match=r"offload_param\.device nvme is not supported; use cpu"):
@@ -127,7 +127,7 @@ def test_large_micro_batches_lie_on_a_line():
     sizes = ("--world_size", "1", "--hidden_size", "64", "--vocab_size", "8192")
     (plan,) = planned(*sizes, "--global_batch_size", "32", "--per_device_train_batch_size", "1")
     (large,) = planned(*sizes, "--global_batch_size", "32", "--per_device_train_batch_size", "32")
-    guessed = plan.memory_with(replace(plan.job.setting, micro_batch=32)).activations
+    guessed = plan.compute_memory_with(replace(plan.job.setting, micro_batch=32)).activations
     assert guessed == pytest.approx(large.memory.activations, rel=0.01)
 
 
@@ -141,8 +141,8 @@ def test_nothing_is_proposed_where_nothing_fits():
         "--vocab_size",
         "1000",
     )
-    assert proposals(plan) == []
-    assert plan.what_fits() == []
+    assert propose_settings(plan) == []
+    assert plan.list_fitting_changes() == []
 
 
 def test_rings_inside_and_between_machines():
@@ -152,9 +152,9 @@ def test_rings_inside_and_between_machines():
     )
     topology, traffic = plan.job.topology, plan.traffic
     expected = traffic.world / 10e9 + traffic.domain / 100e9  # two ranks a domain, side by side
-    assert wire_seconds(traffic, topology, plan.links) == pytest.approx(expected)
+    assert estimate_communication_seconds(traffic, topology, plan.links) == pytest.approx(expected)
     spread = Links(100e9, 10e9, ranks_per_node=3)
-    assert wire_seconds(traffic, topology, spread) == pytest.approx(
+    assert estimate_communication_seconds(traffic, topology, spread) == pytest.approx(
         (traffic.world + traffic.domain) / 10e9
     )
 
@@ -164,29 +164,31 @@ def test_curves_go_through_what_was_measured():
         "--model", "125m", "--world_size", "16", *DOMAINS, "--gradient_accumulation_steps", "4",
         *ZERO2,
     )  # fmt: skip
-    curves = simulate(plan, step_seconds=0.9, step_ranks=None)
+    curves = compute_scaling_curves(plan, step_seconds=0.9, step_ranks=None)
     (dense,) = [point for point in curves[Sharing.DENSE] if point.gpus == 16]
-    assert dense.compute + dense.wire == pytest.approx(0.9)
-    assert dense.slow == pytest.approx(16 * 8 * 4 * 1024 / 0.9)
+    assert dense.compute_seconds + dense.communication_seconds == pytest.approx(0.9)
+    assert dense.tokens_per_second == pytest.approx(16 * 8 * 4 * 1024 / 0.9)
     # 16 GPUs for a thousand steps of 0.9 s, whatever the tokens of a step are.
-    (days,) = gpu_days([16], [dense.slow], 1000 * dense.tokens)
+    (days,) = compute_gpu_days([16], [dense.tokens_per_second], 1000 * dense.tokens)
     assert days == pytest.approx(16 * 900 / 86_400)
     for kind, points in curves.items():
         gpus = [point.gpus for point in points]
         assert gpus == [2**n for n in range(0 if kind is Sharing.DENSE else 3, 11)]
-        assert all(point.fast >= point.slow for point in points)
-    last = {kind: points[-1].slow for kind, points in curves.items()}
+        assert all(
+            point.overlapped_tokens_per_second >= point.tokens_per_second for point in points
+        )
+    last = {kind: points[-1].tokens_per_second for kind, points in curves.items()}
     assert last[Sharing.DENSE] < last[Sharing.DEMIX] < last[Sharing.BTM]
     alone = curves[Sharing.BTM][0]
-    assert (alone.gpus, alone.wire) == (8, 0)  # an expert on one GPU sends nothing
-    bytes_ = traffic_of(plan.network, plan.job.topology, plan.job.setting).world
-    assert dense.wire == pytest.approx(bytes_ / 25e9)
+    assert (alone.gpus, alone.communication_seconds) == (8, 0)  # an expert on one GPU sends nothing
+    bytes_ = compute_traffic(plan.network, plan.job.topology, plan.job.setting).world
+    assert dense.communication_seconds == pytest.approx(bytes_ / 25e9)
 
 
 def test_a_step_shorter_than_its_communication_is_refused():
     (plan,) = planned("--model", "125m", "--world_size", "16", *DOMAINS, *ZERO2)
     with pytest.raises(UserError, match="sending the bytes of a step takes"):
-        simulate(plan, 1e-4, None)
+        compute_scaling_curves(plan, 1e-4, None)
 
 
 def test_the_whole_command(monkeypatch, tmp_path, capsys):

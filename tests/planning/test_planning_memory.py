@@ -6,7 +6,7 @@ from train.tiny_runs import DOMAINS, RECIPE, ds_config, make_batch, tiny_config
 
 from megamod.dist.scope import Sharing, parse_sharing
 from megamod.dist.topology import DomainTopology
-from megamod.planning.memory import Setting, memory
+from megamod.planning.memory import Setting, compute_memory
 
 CASES = [
     ("none", 0, "fp32"),
@@ -63,7 +63,7 @@ def counted(rank: int, world: int, cases: list[tuple]) -> list[tuple]:
             finish_micro_step(engine, 0.5)
             engine.backward(loss_of(engine, batch, domain))
         finish_micro_step(engine, 0.5)
-        needed = memory(sizes, 0, topology, settings(stage, precision, *where))
+        needed = compute_memory(sizes, 0, topology, settings(stage, precision, *where))
         away = storage_bytes(engine.optimizer.param_groups_fp16_flat_cpu_memory) if where else 0
         result = (weight_bytes(engine, stage) - away, gradients, optimizer_bytes(engine, stage))
         expected = (needed.weights, needed.gradients, needed.optimizer, needed.host_weights)

@@ -11,9 +11,9 @@ from megamod.args import DataArgs, ModelArgs, MuxArgs, OptimArgs, RunArgs, Safet
 from megamod.btm.campaign import BtmArgs
 from megamod.dist.topology import DomainTopology
 from megamod.flags import parse_args
-from megamod.planning.job import jobs_of
-from megamod.planning.memory import memory
-from megamod.planning.plan import plan_of
+from megamod.planning.job import list_jobs
+from megamod.planning.memory import compute_memory
+from megamod.planning.plan import plan_job
 from megamod.planning.plan_args import PlanArgs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,7 +46,7 @@ STATED = [path for path in sorted(RECIPES.rglob("*.yaml")) if "# GPUs:" in path.
 def planned(*argv: str):
     kinds = (PlanArgs, BtmArgs, RunArgs, SafetyArgs, ModelArgs, OptimArgs, MuxArgs, DataArgs)
     parsed = parse_args(*kinds, argv=argv)
-    return [plan_of(job, parsed[0]) for job in jobs_of(parsed)]
+    return [plan_job(job, parsed[0]) for job in list_jobs(parsed)]
 
 
 def of_recipe(path: Path, *more: str):
@@ -81,25 +81,25 @@ def test_recipes_are_what_their_headers_tell(path):
     assert {plan.job.setting.precision for plan in plans} == {precision}
     assert {plan.job.setting.stage for plan in plans} <= {1, 2}
     if path.parent.name == "mux":
-        assert first.sequences == 640 and first.setting.micro_batch == 80
+        assert first.sequences_per_step == 640 and first.setting.micro_batch == 80
         return
     output = " ".join(text.replace("\n#", " ").split())
     sequences, steps = re.search(r"(\d+) sequences each, (\d+) micro-batch", output).groups()
     for plan in plans:
         assert plan.job.setting.micro_batch == int(sequences)
         assert plan.job.setting.micro_steps == int(steps)
-    assert first.tokens == int(re.search(r"Tokens per update: (\d+)", output)[1])
+    assert first.tokens_per_step == int(re.search(r"Tokens per update: (\d+)", output)[1])
     size = path.stem.split("_")[1]
     each = PUBLISHED[path.stem.split("_")[0]][size]
-    assert (first.tokens, sum(p.job.steps for p in plans) // len(plans)) == (
+    assert (first.tokens_per_step, sum(p.job.steps for p in plans) // len(plans)) == (
         each[0], each[1] // len(plans),
     )  # fmt: skip
     if path.stem.startswith("demix"):
         gpus = first.topology.world_size
         assert first.topology.ranks_per_domain == gpus // 8
     if path.stem.startswith("btm"):
-        assert plans[1].job.tokens == each[0] // 8
-        assert len(plans[1].job.alike) == 8 and all(plans[1].job.places)
+        assert plans[1].job.tokens_per_step == each[0] // 8
+        assert len(plans[1].job.job_names) == 8 and all(plans[1].job.placements)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -108,15 +108,18 @@ def test_parameters_of_dense_and_demix_recipes(size, folder):
     layers, width = SIZES[size]
     whole, expert = parameters(layers, width), layers * (8 * width**2 + 5 * width)
     (dense,) = of_recipe(folder / f"dense_{size}.yaml")
-    assert dense.network.per_rank == dense.network.total == whole
-    assert dense.network.active == whole - 1026 * width
-    assert dense.network.flops_per_token == 6 * dense.network.active + 12 * layers * width * 1024
+    assert dense.network.parameters_per_rank == dense.network.total_parameters == whole
+    assert dense.network.parameters_per_token == whole - 1026 * width
+    assert (
+        dense.network.flops_per_token
+        == 6 * dense.network.parameters_per_token + 12 * layers * width * 1024
+    )
     (demix,) = of_recipe(folder / f"demix_{size}_d8.yaml")
-    assert demix.network.per_expert == expert
-    assert demix.network.shared == whole - expert
-    assert demix.network.per_rank == whole
-    assert demix.network.total == whole + 7 * expert
-    assert demix.network.active == dense.network.active
+    assert demix.network.parameters_per_expert == expert
+    assert demix.network.shared_parameters == whole - expert
+    assert demix.network.parameters_per_rank == whole
+    assert demix.network.total_parameters == whole + 7 * expert
+    assert demix.network.parameters_per_token == dense.network.parameters_per_token
 
 
 @pytest.mark.parametrize("size", ENCODERS)
@@ -133,14 +136,14 @@ def test_parameters_of_encoder_recipes(size):
     layers, width = ENCODERS[size]
     (bert,) = of_recipe(RECIPES / "mux" / f"mux_bert_{size}_mlm.yaml")
     head = width**2 + width + 2 * width + tokens
-    assert bert.network.total == encoder(layers, width, width) + head
+    assert bert.network.total_parameters == encoder(layers, width, width) + head
     if size == "1.3b":
         return
     layers, width, embedded = (12, 256, 128) if size == "small" else (layers, width, width)
     (electra,) = of_recipe(RECIPES / "mux" / f"mux_electra_{size}_pretrain.yaml")
     own_values = width**2 + 3 * width  # a dense layer and its norm, before a head
     head = 2 * own_values + (tokens * width + tokens) + (width**2 + width) + (width + 1)
-    assert electra.network.total == encoder(layers, width, embedded) + head
+    assert electra.network.total_parameters == encoder(layers, width, embedded) + head
 
 
 def test_published_counts():
@@ -150,11 +153,11 @@ def test_published_counts():
 
 def test_btm_is_a_seed_and_experts_that_share_its_batch():
     seed, expert = of_recipe(PAPER / "btm_125m.yaml")
-    assert (seed.job.tokens, expert.job.tokens) == (1_048_576, 131_072)
+    assert (seed.job.tokens_per_step, expert.job.tokens_per_step) == (1_048_576, 131_072)
     assert (seed.job.steps, expert.job.steps) == (40_000, 40_000)
-    assert seed.network.total == expert.network.total == 124_446_720
-    assert len(expert.job.alike) == 8
-    slots = [(host.name, host.slots) for folder in expert.job.places for host in folder]
+    assert seed.network.total_parameters == expert.network.total_parameters == 124_446_720
+    assert len(expert.job.job_names) == 8
+    slots = [(host.name, host.slots) for folder in expert.job.placements for host in folder]
     assert len(set(slots)) == 8  # all at once, no slot twice
     assert all(len(owned) == 2 for _, owned in slots)
 
@@ -164,14 +167,14 @@ def test_experts_that_find_no_slots_wait():
         str(PAPER / "btm_125m.yaml"), "--world_size", "4", "--seed_gpus", "4",
         "--deepspeed", str(ROOT / "ds_configs/zero2_fp16.json"),
     )  # fmt: skip
-    assert [bool(folder) for folder in expert.job.places] == [True, True] + [False] * 6
+    assert [bool(folder) for folder in expert.job.placements] == [True, True] + [False] * 6
 
 
 def test_states_of_the_reference_shape():
     """2 bytes of weights, an eighth of 14 more: 4.9 GB for 1.3B on 8 ranks with stage 2."""
     size = 1_315_723_264
     dense = DomainTopology(8, ("text",), jobs_sharing("none"))
-    needed = memory({"w": size}, 0, dense, settings(2, "bf16"))
+    needed = compute_memory({"w": size}, 0, dense, settings(2, "bf16"))
     states = needed.weights + needed.gradients + needed.optimizer
     assert states == pytest.approx(size * (2 + 14 / 8), rel=1e-6)
     assert states / 2**30 == pytest.approx(4.6, abs=0.05)
@@ -185,10 +188,10 @@ def test_states_by_stage(stage, expected):
     size = 1_315_723_264
     dense = DomainTopology(8, ("text",), jobs_sharing("none"))
     if stage == 0:  # no masters in float32 there: the same bytes, spelled otherwise
-        needed = memory({"w": size}, 0, dense, settings(0, "fp32"))
+        needed = compute_memory({"w": size}, 0, dense, settings(0, "fp32"))
         assert needed.weights + needed.gradients + needed.optimizer == 16 * size
         return
-    needed = memory({"w": size}, 0, dense, settings(stage, "bf16"))
+    needed = compute_memory({"w": size}, 0, dense, settings(stage, "bf16"))
     states = needed.weights + needed.gradients + needed.optimizer
     assert states / 2**30 == pytest.approx(expected, abs=0.05)
 
@@ -196,7 +199,7 @@ def test_states_by_stage(stage, expected):
 def test_experts_are_cut_over_the_ranks_of_their_domain():
     topology = DomainTopology(8, tuple("abcd"), jobs_sharing("feedforward"))
     sizes = {"attention": 8000, "x.experts.a.fc1": 4000}
-    needed = memory(sizes, 0, topology, settings(1, "bf16"))
+    needed = compute_memory(sizes, 0, topology, settings(1, "bf16"))
     assert needed.weights == 2 * 12_000
     assert needed.gradients == 2 * 12_000
     assert needed.optimizer == 12 * (8000 // 8 + 4000 // 2)
@@ -206,8 +209,8 @@ def test_an_offloaded_optimizer_is_on_the_host():
     from dataclasses import replace
 
     dense = DomainTopology(4, ("text",), jobs_sharing("none"))
-    plain = memory({"w": 8000}, 0, dense, settings(2, "bf16"))
-    moved = memory({"w": 8000}, 0, dense, replace(settings(2, "bf16"), offload="cpu"))
+    plain = compute_memory({"w": 8000}, 0, dense, settings(2, "bf16"))
+    moved = compute_memory({"w": 8000}, 0, dense, replace(settings(2, "bf16"), offload="cpu"))
     assert (moved.optimizer, moved.gradients, moved.weights) == (0, 0, plain.weights)
     assert moved.host == 2000 * (12 + 4)
 
@@ -217,11 +220,11 @@ def test_offloaded_weights_are_on_the_host_but_for_small_ones():
 
     dense = DomainTopology(4, ("text",), jobs_sharing("none"))
     inputs = replace(settings(3, "bf16"), persistent=100)
-    moved = memory({"w": 8000, "bias": 100}, 0, dense, replace(inputs, offload_param="cpu"))
+    moved = compute_memory({"w": 8000, "bias": 100}, 0, dense, replace(inputs, offload_param="cpu"))
     assert moved.host_weights == 2 * (8000 + 100) // 4
     assert moved.weights == 2 * 100  # kept whole
     both = replace(inputs, offload_param="cpu", offload="nvme")
-    assert memory({"w": 8000}, 0, dense, both).host == 2000 * (12 + 4)
+    assert compute_memory({"w": 8000}, 0, dense, both).host == 2000 * (12 + 4)
 
 
 def jobs_sharing(untie: str):
@@ -240,7 +243,7 @@ def test_a_plan_of_1_3b_is_quick():
 def test_what_fits_is_told_and_does_fit():
     (plan,) = of_recipe(PAPER / "dense_350m.yaml", "--gpu_memory_gb", "3.6")
     assert not plan.fits
-    output = plan.what_fits()
+    output = plan.list_fitting_changes()
     assert output[0].startswith("--per_device_train_batch_size 1")
     assert any(line.startswith("--gradient_checkpointing true") for line in output)
     (smaller,) = of_recipe(

@@ -14,10 +14,14 @@ from megamod.dist.scope import Sharing
 from megamod.dist.topology import DomainTopology
 from megamod.errors import UserError
 from megamod.planning.job import Job
-from megamod.planning.model import network_of
+from megamod.planning.model import build_network
 from megamod.planning.plan import JobPlan
 from megamod.planning.search import UTILISATION
-from megamod.planning.speed import compute_seconds, traffic_of, wire_seconds
+from megamod.planning.speed import (
+    compute_traffic,
+    estimate_communication_seconds,
+    estimate_compute_seconds,
+)
 
 MOST_GPUS = 1024
 UNTIED = {Sharing.DENSE: "none", Sharing.DEMIX: "feedforward", Sharing.BTM: "all"}
@@ -28,30 +32,32 @@ class Point:
     """Step time on some number of GPUs.
 
     Attributes:
-        compute, wire: seconds of computation and communication per step.
+        compute_seconds, communication_seconds: seconds of computation and communication per step.
         tokens: tokens per step over all ranks.
     """
 
     gpus: int
-    compute: float
-    wire: float
+    compute_seconds: float
+    communication_seconds: float
     tokens: int
 
     @property
-    def slow(self) -> float:
+    def tokens_per_second(self) -> float:
         """Tokens per second without overlap."""
-        return self.tokens / (self.compute + self.wire)
+        return self.tokens / (self.compute_seconds + self.communication_seconds)
 
     @property
-    def fast(self) -> float:
+    def overlapped_tokens_per_second(self) -> float:
         """Tokens per second with full overlap."""
-        return self.tokens / max(self.compute, self.wire)
+        return self.tokens / max(self.compute_seconds, self.communication_seconds)
 
 
 Curves = Mapping[Sharing, Sequence[Point]]
 
 
-def simulate(plan: JobPlan, step_seconds: float | None, step_ranks: int | None) -> Curves:
+def compute_scaling_curves(
+    plan: JobPlan, step_seconds: float | None, step_ranks: int | None
+) -> Curves:
     """Compute the curves of dense, DEMix and BTM training.
 
     Args:
@@ -65,10 +71,10 @@ def simulate(plan: JobPlan, step_seconds: float | None, step_ranks: int | None) 
     if job.mux.objective != "causal_lm" or len(job.topology.domains) < 2:
         raise UserError("--simulate: compares causal language models of two domains or more")
     setting = job.setting
-    compute = compute_seconds(plan.network, setting, UTILISATION * plan.flops_per_second)
+    compute = estimate_compute_seconds(plan.network, setting, UTILISATION * plan.flops_per_second)
     if step_seconds is not None:
         topology = replace(job.topology, world_size=step_ranks or job.topology.world_size)
-        communication = _wire(plan, _with_topology(job, topology))
+        communication = _estimate_communication(plan, _change_topology(job, topology))
         compute = step_seconds - communication
         if compute <= 0:
             raise UserError(
@@ -76,19 +82,19 @@ def simulate(plan: JobPlan, step_seconds: float | None, step_ranks: int | None) 
                 f"{1e3 * communication:.1f} ms at these links; give faster links or the measured "
                 "time"
             )
-    return {kind: _curve(plan, kind, compute) for kind in Sharing}
+    return {kind: _compute_curve(plan, kind, compute) for kind in Sharing}
 
 
-def record(curves: Curves) -> dict[str, list[dict[str, float]]]:
-    """For JSON."""
+def record_curves(curves: Curves) -> dict[str, list[dict[str, float]]]:
+    """Return the curves as a JSON value."""
     return {
         kind.value: [
             {
                 "gpus": point.gpus,
-                "step_ms": 1e3 * (point.compute + point.wire),
-                "step_ms_overlapped": 1e3 * max(point.compute, point.wire),
-                "tokens_per_second": point.slow,
-                "tokens_per_second_overlapped": point.fast,
+                "step_ms": 1e3 * (point.compute_seconds + point.communication_seconds),
+                "step_ms_overlapped": 1e3 * max(point.compute_seconds, point.communication_seconds),
+                "tokens_per_second": point.tokens_per_second,
+                "tokens_per_second_overlapped": point.overlapped_tokens_per_second,
             }
             for point in points
         ]
@@ -96,8 +102,8 @@ def record(curves: Curves) -> dict[str, list[dict[str, float]]]:
     }
 
 
-def draw(curves: Curves, tokens: int, title: str, path: Path) -> None:
-    """Speed and cost by GPUs as a PNG; the band of each curve is what overlap can gain.
+def plot_curves(curves: Curves, tokens: int, title: str, path: Path) -> None:
+    """Write a PNG of speed and cost by GPUs; the band of each curve is what overlap can gain.
 
     Args:
         tokens: number of tokens of the whole training run; the cost is for all of them.
@@ -110,10 +116,13 @@ def draw(curves: Curves, tokens: int, title: str, path: Path) -> None:
     figure, (speed, cost) = pyplot.subplots(ncols=2, figsize=(11, 4.5), layout="constrained")
     for kind, points in curves.items():
         gpus = [point.gpus for point in points]
-        slow, fast = [point.slow for point in points], [point.fast for point in points]
+        slow, fast = (
+            [point.tokens_per_second for point in points],
+            [point.overlapped_tokens_per_second for point in points],
+        )
         for axes, (low, high) in (
             (speed, (slow, fast)),
-            (cost, (gpu_days(gpus, slow, tokens), gpu_days(gpus, fast, tokens))),
+            (cost, (compute_gpu_days(gpus, slow, tokens), compute_gpu_days(gpus, fast, tokens))),
         ):
             (line,) = axes.plot(gpus, low, marker=".", label=kind.value)
             axes.fill_between(gpus, low, high, color=line.get_color(), alpha=0.15)
@@ -130,31 +139,36 @@ def draw(curves: Curves, tokens: int, title: str, path: Path) -> None:
     pyplot.close(figure)
 
 
-def gpu_days(gpus: Sequence[int], rates: Sequence[float], tokens: int) -> list[float]:
-    """GPU days for `tokens` at each number of GPUs and its tokens per second."""
+def compute_gpu_days(gpus: Sequence[int], rates: Sequence[float], tokens: int) -> list[float]:
+    """Compute the GPU days for `tokens` at each number of GPUs and its tokens per second."""
     return [n * tokens / rate / 86_400 for n, rate in zip(gpus, rates, strict=True)]
 
 
-def _curve(plan: JobPlan, kind: Sharing, compute: float) -> list[Point]:
+def _compute_curve(plan: JobPlan, kind: Sharing, compute: float) -> list[Point]:
+    """Compute a point for each power of two of GPUs that the sharing allows."""
     domains, points = plan.job.topology.domains, []
     gpus = 1
     while gpus <= MOST_GPUS:
-        topology = _topology(gpus, domains, kind)
+        topology = _make_topology(gpus, domains, kind)
         if topology is not None:
-            job = _with_topology(plan.job, topology)
-            points.append(Point(gpus, compute, _wire(plan, job), job.tokens))
+            job = _change_topology(plan.job, topology)
+            points.append(
+                Point(gpus, compute, _estimate_communication(plan, job), job.tokens_per_step)
+            )
         gpus *= 2
     return points
 
 
-def _topology(gpus: int, domains: tuple[str, ...], kind: Sharing) -> DomainTopology | None:
-    """None if a rank would hold another number of experts than the measured model."""
+def _make_topology(gpus: int, domains: tuple[str, ...], kind: Sharing) -> DomainTopology | None:
+    """Make the topology; None if a rank would hold another number of experts than the measured
+    model.
+    """
     if kind is not Sharing.DENSE and gpus % len(domains):
         return None
     return DomainTopology(gpus, domains, kind)
 
 
-def _with_topology(job: Job, topology: DomainTopology) -> Job:
+def _change_topology(job: Job, topology: DomainTopology) -> Job:
     """Change topology and sharing of a job at equal sequences per rank."""
     model = copy.copy(job.model)
     if topology.sharing is not job.topology.sharing:
@@ -165,6 +179,7 @@ def _with_topology(job: Job, topology: DomainTopology) -> Job:
     return replace(job, topology=topology, model=model, setting=setting)
 
 
-def _wire(plan: JobPlan, job: Job) -> float:
-    traffic = traffic_of(network_of(job), job.topology, job.setting)
-    return wire_seconds(traffic, job.topology, plan.links)
+def _estimate_communication(plan: JobPlan, job: Job) -> float:
+    """Estimate the seconds of communication per step of a job."""
+    traffic = compute_traffic(build_network(job), job.topology, job.setting)
+    return estimate_communication_seconds(traffic, job.topology, plan.links)
