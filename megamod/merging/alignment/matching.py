@@ -160,7 +160,7 @@ def transport_heads(
     return FeatureMatch(whole, value, hard.heads)
 
 
-def assign_queries(similarity: Tensor, queries: int, mode: str) -> FeatureMatch:
+def assign_queries(similarity: Tensor, queries_per_key: int, mode: str) -> FeatureMatch:
     """Find a permutation where several query heads share one key and value head.
 
     Query heads may be reordered, and all have one permutation of features, that of the values. The
@@ -168,16 +168,16 @@ def assign_queries(similarity: Tensor, queries: int, mode: str) -> FeatureMatch:
 
     Args:
         similarity: [C, C] of the query heads of a key head with those of the other model.
-        queries: number of query heads.
+        queries_per_key: number of query heads.
         mode: with "monotonic" the query heads stay in order.
     """
-    size = len(similarity) // queries
-    blocks = similarity.reshape(queries, size, queries, size).transpose(1, 2)
-    order = torch.arange(queries)
+    size = len(similarity) // queries_per_key
+    blocks = similarity.reshape(queries_per_key, size, queries_per_key, size).transpose(1, 2)
+    order = torch.arange(queries_per_key)
     if mode != "monotonic":
         best = [[assign_features(block).value for block in row] for row in blocks]
         order = assign_features(torch.tensor(best, dtype=torch.float64)).permutation
-    heads, value = torch.arange(queries), -float("inf")
+    heads, value = torch.arange(queries_per_key), -float("inf")
     while True:
         within = assign_features(blocks[heads, order].sum(0))
         if not within.value > value:
@@ -189,12 +189,12 @@ def assign_queries(similarity: Tensor, queries: int, mode: str) -> FeatureMatch:
     return FeatureMatch((best_order[:, None] * size + inner).flatten(), value, best_order)
 
 
-def select_solver(queries: int, mode: str) -> Solver:
+def select_solver(queries_per_key: int, mode: str) -> Solver:
     """Return the solver for the permutation within a pair of key heads."""
     return (
         assign_features
-        if queries == 1
-        else partial(assign_queries, queries_per_key=queries, mode=mode)
+        if queries_per_key == 1
+        else partial(assign_queries, queries_per_key=queries_per_key, mode=mode)
     )
 
 

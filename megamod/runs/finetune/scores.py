@@ -128,5 +128,5 @@ def _write_predictions(
         file = f"{spec.name}_{split}.txt" if model.several else f"{split}.txt"
     else:
         text = format_submission(spec, answers)
-        file = spec.format_submission.get(split, f"{spec.name}_{split}.tsv")
+        file = spec.submission.get(split, f"{spec.name}_{split}.tsv")
     write_atomic(folder / file, text)
