@@ -47,7 +47,9 @@ def iterate_entities(
         if label == OUTSIDE:
             part, type_here = None, None
         else:
-            part, type_here = ("I", label) if plain_tags else (parse_entity_label(label) or (None, None))
+            part, type_here = (
+                ("I", label) if plain_tags else (parse_entity_label(label) or (None, None))
+            )
         if kind is not None and (part is None or part not in CONTINUE or type_here != kind):
             yield kind, start, position - 1
             kind = None

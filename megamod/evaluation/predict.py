@@ -95,7 +95,9 @@ class Predictor:
             torch.accelerator.synchronize(self.device)
 
 
-def _store_answers(stored: Tensor, encoded: EncodedRows, batch: HeldOutBatch, logits: Tensor) -> None:
+def _store_answers(
+    stored: Tensor, encoded: EncodedRows, batch: HeldOutBatch, logits: Tensor
+) -> None:
     """Store the answers of a batch: logits of its rows, or best labels of their tokens."""
     if not encoded.has_token_labels:
         stored[batch.start : batch.stop] = logits.double()

@@ -183,7 +183,9 @@ def _list_campaign_jobs(
         full_micro_batches = batch // run.per_device_train_batch_size
         total = sum(len(host.slots) for host in hosts)
         ranks = btm.seed_gpus or next(
-            n for n in range(total, 0, -1) if full_micro_batches % n == 0 and allocate_slots(hosts, (), n)
+            n
+            for n in range(total, 0, -1)
+            if full_micro_batches % n == 0 and allocate_slots(hosts, (), n)
         )
         check_job_fits(hosts, ranks, "--seed_gpus")
         seed_placements = [allocate_slots(hosts, (), ranks)]

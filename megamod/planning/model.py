@@ -89,7 +89,9 @@ class Network:
         tokens only, so theirs are counted: matrix products and attention of one pass.
         """
         if self.job.mux.objective == "causal_lm":
-            return compute_flops_per_token(self.config, self.rank_module, self.job.data.max_seq_length)
+            return compute_flops_per_token(
+                self.config, self.rank_module, self.job.data.max_seq_length
+            )
         rows = self.job.mux.num_instances
         cost = self.measure_pass(rows, checkpointing=False)
         return cost.flops / (rows * self.job.data.max_seq_length)

@@ -85,7 +85,9 @@ def forest_losses(forest: Forest, text: ScoredText) -> ForestLosses:
     ]
     source.score(dict.fromkeys([*texts.values(), *before], names))
     priors = {
-        name: estimate_priors(experts, source, text.domains, MixingProtocol(rule=PosteriorRule(name)))
+        name: estimate_priors(
+            experts, source, text.domains, MixingProtocol(rule=PosteriorRule(name))
+        )
         for name in {rule.name for _, rule in RULES.values()}
     }
     losses = ForestLosses({}, {}, {}, {})
