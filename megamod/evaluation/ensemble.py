@@ -195,7 +195,7 @@ def _score_text(
             line = _make_record(text.domain, text.split, mixture, mixed, names, experts)
             result.lines.append(line)
         for index, tally in enumerate(single_tallies.values()):
-            tally.add_item(log_probs[index], mask)
+            tally.add_tokens(log_probs[index], mask)
         for other_indices, mixture in without_expert.values():
             mixture.mix_batch(log_probs[other_indices], mask)
     text_bytes = experts.count_text_bytes(text)

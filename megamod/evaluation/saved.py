@@ -258,7 +258,7 @@ def open_held_out_data(folder: Path, config: LmConfig, held_out: HeldOut) -> LmD
         if domain not in data.databin.domains:
             raise UserError(
                 f"--domains: {held_out.path} has no domain {domain!r}; its domains are "
-                f"{', '.join(data.bin.domains)}"
+                f"{', '.join(data.databin.domains)}"
             )
         if domain_token and forced is None and domain not in data.domains:
             raise UserError(

@@ -77,7 +77,7 @@ class AdaptedFolder(TensorView):
         config = _read_config(self.adapter)
         with ModelFolder(self.adapter / WEIGHTS) as stored:
             tensors = {name: stored.read(name) for name in stored.tensors}
-            self._digest = stored.digest()
+            self._digest = stored.compute_digest()
         self._updates: dict[str, _WeightUpdate] = {}
         self._biases: dict[str, Tensor] = {}
         self._replaced: dict[str, Tensor] = {}
@@ -207,7 +207,7 @@ class AdaptedFolder(TensorView):
         else:
             self.source.read_into(name, start, buffer)
 
-    def digest(self) -> str:
+    def compute_digest(self) -> str:
         """Return the fingerprint of the weights on disk: of the base, and of the adapter."""
         return f"{self.source.compute_digest()}+{self._digest}"
 

@@ -36,7 +36,7 @@ class TensorSource(Protocol):
     def read(self, name: str) -> Tensor:
         """Read a whole tensor into memory of its own."""
 
-    def digest(self) -> str:
+    def compute_digest(self) -> str:
         """Return the fingerprint of the weights on disk."""
 
 
@@ -63,7 +63,7 @@ class TensorView:
         self.read_into(name, 0, flat)
         return flat.view(spec.shape)
 
-    def digest(self) -> str:
+    def compute_digest(self) -> str:
         """Return the fingerprint of the weights on disk."""
         return self.source.compute_digest()
 

@@ -34,7 +34,7 @@ def check_databin(path: Path) -> Iterator[tuple[str, list[str]]]:
                 continue  # in a data-bin of fairseq any split may be absent
             title, faults = f"{prefix}", []
             try:
-                dataset = data.open_splits(domain, split)
+                dataset = data.open_split(domain, split)
                 dataset.check_ids(data.vocab_size)
                 title = f"{prefix}: {len(dataset):,} items, {len(dataset.tokens):,} tokens"
             except UserError as error:

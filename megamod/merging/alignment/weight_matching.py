@@ -61,7 +61,7 @@ def match_weights(
             ]
             matches = _solve_unit(similarities, unit, options)
             previous_value = sum(
-                float(m.gather_batch(1, solution[groups[0].name].permutation[:, None]).sum())
+                float(m.gather(1, solution[groups[0].name].permutation[:, None]).sum())
                 for m, groups in zip(similarities, unit, strict=True)
             )
             new_value = sum(match.value for match in matches)

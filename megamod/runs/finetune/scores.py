@@ -47,7 +47,7 @@ def score_splits(model: FinetuneModel, predictors: Sequence[Predictor], run: Run
     return {
         task.spec.name: {
             split: score_split(model, task, split, predictor, run)[0]
-            for split in task.list_splits("dev")
+            for split in task.splits("dev")
         }
         for task, predictor in zip(model.tasks, predictors, strict=True)
     }
@@ -103,7 +103,7 @@ def predict_splits(
     scored: dict[str, dict[str, Scores]] = {}
     for task, predictor in zip(model.tasks, predictors, strict=True):
         scored[task.spec.name] = {}
-        for split in task.list_splits(kind):
+        for split in task.splits(kind):
             scores, answers = score_split(model, task, split, predictor, run)
             if scores is not None:
                 scored[task.spec.name][split] = scores

@@ -115,7 +115,7 @@ def forest_losses(forest: Forest, text: ScoredText) -> ForestLosses:
             for places, mixture in fewer.values():
                 mixture.mix_batch(log_probs[places], mask)
             for tally, scores in zip(alone.values(), log_probs, strict=True):
-                tally.add_item(scores, mask)
+                tally.add_tokens(scores, mask)
         _add(losses.rows, domain, {row: mixture.tally for row, mixture in mixtures.items()})
         _add(losses.experts, domain, alone)
         _add(losses.without, domain, {name: mixture.tally for name, (_, mixture) in fewer.items()})
