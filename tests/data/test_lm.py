@@ -324,8 +324,8 @@ def test_fairseq_names_of_files(tmp_path):
     flat = DataBin(tmp_path / "wiki.en")
     assert (flat.domains, flat.vocab_size) == (("wiki_en",), 14)
     for split in ("train", "valid", "test"):
-        assert flat.split("wiki_en", split).tokens.tolist() == expected
-        assert flat.prefix("wiki_en", split) == tmp_path / "wiki.en" / split
+        assert flat.open_split("wiki_en", split).tokens.tolist() == expected
+        assert flat.find_split_prefix("wiki_en", split) == tmp_path / "wiki.en" / split
     assert sum(not faults for _, faults in check_databin(flat.path)) == 4
     # The dictionary may lie in the folders of the domains only, if they share it.
     (domains / "dict.txt").rename(domains / "a" / "dict.txt")

@@ -168,9 +168,9 @@ def random_alignment(symmetry, options: Options, seed: int = 5) -> Alignment:
             parts = []
             for k in order:
                 # Heads of queries that share one of keys have one order of features.
-                within = draw(group.width)
+                within = draw(group.head_width)
                 parts += [
-                    (int(k) * group.queries_per_key + int(q)) * group.width + within
+                    (int(k) * group.queries_per_key + int(q)) * group.head_width + within
                     for q in draw(group.queries_per_key)
                 ]
             result[group.name] = torch.cat(parts)

@@ -123,7 +123,7 @@ def test_case(name, common):
     groups = [symmetry.groups[key.removeprefix("xcorr.")] for key in correlations]
     measured = measure_covariances(first, second, groups, (), batches, options)
     for key in correlations:
-        count = measured.columns if key == "xcorr.pooler" else None
+        count = measured.row_count if key == "xcorr.pooler" else None
         result = (
             measured.covariances[key.removeprefix("xcorr.")]
             .compute_moments(count)

@@ -200,7 +200,7 @@ def test_features_are_those_of_a_plain_loop(level, special):
     measured = measure_covariances(
         first, second, [group], (), iterate_whole_batches(texts(20), 3), options
     )
-    assert measured.columns == len(rows[0])
+    assert measured.row_count == len(rows[0])
     result = measured.covariances[group.name].compute_moments().compute_correlation()
     expected = np.corrcoef(rows[0].T, rows[1].T)[:16, 16:]
     torch.testing.assert_close(result, torch.from_numpy(expected), rtol=0, atol=2e-4)

@@ -125,7 +125,7 @@ def test_order_of_experts_and_twins_do_not_matter(mode):
             close(plain_batch.log_probs, other.log_probs)
             close(plain_batch.posterior[order], other.posterior)
             twins.mix_batch(scores[:1].expand(3, -1, -1), mask)
-            single.mix_batch(scores[0], mask)
+            single.add_tokens(scores[0], mask)
         assert twins.tally.nll == pytest.approx(single.nll, rel=1e-6)
         assert plain.tally.tokens == 5 * 10
 
@@ -157,7 +157,7 @@ def test_no_expert_is_lost_for_good():
 
 def test_infinite_tokens_count_in_neither_sum_nor_number():
     tally = PerplexityCounter()
-    tally.add_item(
+    tally.add_tokens(
         torch.tensor([[-1.0, -torch.inf, -3.0, -5.0]]), torch.tensor([[1, 1, 1, 0]]).bool()
     )
     assert (tally.nll, tally.tokens) == (4.0, 2) and tally.perplexity == pytest.approx(math.exp(2))
