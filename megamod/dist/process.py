@@ -2,7 +2,6 @@
 
 import atexit
 import os
-import socket
 import traceback
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -107,8 +106,8 @@ def check_launcher_variables() -> None:
     """Check the launcher's variables.
 
     Raises:
-        UserError: if a process without a rank is one of several tasks of Slurm, or a process with a
-            rank has no address of the others.
+        UserError: if a process without a rank is one of several tasks of Slurm, or one of several
+            ranks has no address of the others.
     """
     tasks = os.environ.get("SLURM_NTASKS", "1")
     if "RANK" not in os.environ and tasks != "1":
@@ -116,8 +115,9 @@ def check_launcher_variables() -> None:
             f"SLURM_NTASKS is {tasks}, but this process was not started by srun, so it would be "
             f"alone: start the ranks as docs/multinode.md says, or `unset SLURM_NTASKS`"
         )
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
     for name in ("MASTER_ADDR", "MASTER_PORT"):
-        if "RANK" in os.environ and not os.environ.get(name):
+        if "RANK" in os.environ and several and not os.environ.get(name):
             raise UserError(
                 f"RANK is {os.environ['RANK']}, but {name} is not set: the meeting point of the "
                 "ranks, the same on all of them"
@@ -153,13 +153,9 @@ def join_process_group(timeout: float) -> torch.device:
 
     set_rank_variables()
     check_launcher_variables()
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ |= dict(
-            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-        )
+    alone = os.environ.get("WORLD_SIZE", "1") == "1" and "MASTER_ADDR" not in os.environ
+    if alone:
+        os.environ |= dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         # DeepSpeed would compile a shared-memory collective; a process killed during that build
@@ -174,10 +170,16 @@ def join_process_group(timeout: float) -> torch.device:
     patience = timedelta(seconds=timeout)
     torch.distributed.distributed_c10d.default_pg_timeout = patience
     torch.distributed.distributed_c10d.default_pg_nccl_timeout = patience
+    on_cpu = accelerator.device_name() == "cpu"
+    backend = "gloo" if on_cpu else accelerator.communication_backend_name()
+    if alone and not torch.distributed.is_initialized():
+        # A store in memory: runs that start together cannot compete for a port.
+        torch.distributed.init_process_group(
+            backend, store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=patience
+        )
     deepspeed.init_distributed(
-        dist_backend=accelerator.communication_backend_name()
-        if accelerator.device_name() != "cpu"
-        else "gloo",
+        dist_backend=backend,
+        auto_mpi_discovery=False,
         timeout=patience,
         verbose=False,
     )

@@ -230,7 +230,8 @@ def test_told_to_stop_jobs_save_and_the_driver_says_130(folder):
 
 
 def test_a_killed_driver_leaves_jobs_that_the_next_one_waits_for(folder):
-    driver = begin(folder, "--seed_share", "0", "--slots", "2", PAUSE="0.3")
+    # Slow enough that the jobs are still running when the next driver has started.
+    driver = begin(folder, "--seed_share", "0", "--slots", "2", PAUSE="1")
     wait_for((folder / "out" / "experts" / "law" / "metrics.jsonl").exists)
     before = {process.pid for process in marked(folder)}
     driver.kill()
