@@ -45,19 +45,19 @@ def main() -> None:
     (args,) = parse_args(SweepArgs, argv=arguments, doc=__doc__)
     require_values(args, "sweep", "output_dir")
     from megamod.runs.node_log import start_logging
-    from megamod.runs.studies.sweep import read_sweep, sweep
+    from megamod.runs.studies.sweep import read_sweep, run_sweep
 
     jobs, launch = read_sweep(Path(args.sweep))
     here, output = Path(__file__).resolve().parent, Path(args.output_dir)
     if args.dry_run:
         for job in jobs:
             program = str(here / f"finetune_{job.launcher}.py")
-            print(shlex.join([*(launch or ["python"]), program, *job.words(output)]))
+            print(shlex.join([*(launch or ["python"]), program, *job.list_arguments(output)]))
         return
     if output.exists() and not output.is_dir():
         raise UserError(f"--output_dir {output}: not a folder")
     start_logging()
-    print(sweep(jobs, output, here, args.jobs, launch))
+    print(run_sweep(jobs, output, here, args.jobs, launch))
 
 
 if __name__ == "__main__":

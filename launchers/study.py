@@ -63,7 +63,7 @@ def main() -> None:
     from megamod.runs.studies.study_file import read_study
 
     study = read_study(path)
-    cells = [study.cell(name) for name in args.cells] if args.cells else list(study.cells)
+    cells = [study.find_cell(name) for name in args.cells] if args.cells else list(study.cells)
     if args.list:
         for cell in cells:
             print(cell.name, cell.settings)
@@ -97,33 +97,33 @@ def make_runs(args: StudyArgs, study, cells: list, evidence: Path) -> None:
         raise UserError("--repeat: name the runs with --cells")
 
     from megamod.runs.node_log import start_logging
-    from megamod.runs.studies.study import Places, repeat, run_cells, run_in_processes
+    from megamod.runs.studies.study import StudyFolders, repeat_cell, run_cells, run_in_processes
 
     start_logging()
     work = Path(args.work_dir) if args.work_dir else Path("runs") / "studies" / study.name
-    places = Places(Path(args.inputs), work, evidence)
+    folders = StudyFolders(Path(args.inputs), work, evidence)
     if args.repeat:
         for cell in cells:
             with tempfile.TemporaryDirectory() as again:
-                print(repeat(study, cell, places, Path(again)))
+                print(repeat_cell(study, cell, folders, Path(again)))
     elif args.jobs == 1:
-        run_cells(study, cells, places)
+        run_cells(study, cells, folders)
     else:
         words = [sys.argv[0], *sys.argv[1:], "--jobs", "1"]
-        run_in_processes(study, cells, places, words, args.jobs)
+        run_in_processes(study, cells, folders, words, args.jobs)
 
 
 def show(args: StudyArgs, study, evidence: Path) -> None:
     """Print the table; write it into --document and draw --plot."""
     from megamod.files import write_atomic
-    from megamod.runs.studies.report import fill, markdown, plot, read_records
+    from megamod.runs.studies.report import fill_document, format_markdown, plot_study, read_records
 
     records = read_records(study, evidence)
-    print(markdown(study, records))
+    print(format_markdown(study, records))
     for document in map(Path, args.document or ()):
         text = document.read_text(encoding="utf-8")
-        write_atomic(document, fill(text, {study.name: (study, records)}))
-    if args.plot is not None and not plot(study, records, Path(args.plot)):
+        write_atomic(document, fill_document(text, {study.name: (study, records)}))
+    if args.plot is not None and not plot_study(study, records, Path(args.plot)):
         print(f"nothing to draw in {args.plot} yet")
 
 

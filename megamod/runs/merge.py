@@ -84,16 +84,16 @@ def run_merge(args: MergeArgs, recipe_file: Path | None) -> None:
         "quiet": args.quiet,
     }
     if recipe_file is None:
-        recipe = recipe_of(args)
+        recipe = build_recipe_from_flags(args)
     else:
-        _refuse_beside_recipe(args)
+        _refuse_flags_with_recipe(args)
         recipe = read_recipe(recipe_file)
     output = None if args.output_dir is None else Path(args.output_dir)
     if recipe.method == GREEDY_SOUP:
-        from megamod.runs.studies.soup import candidate_table, greedy_soup
+        from megamod.runs.studies.soup import format_candidates, greedy_soup
 
         plan, candidates = greedy_soup(recipe, output, **options)
-        lines = [plan.describe(), *([candidate_table(candidates)] if candidates else [])]
+        lines = [plan.describe(), *([format_candidates(candidates)] if candidates else [])]
     else:
         lines = [merge(recipe, output, seed=args.random_seed, **options).describe()]
     if not args.quiet:
@@ -125,7 +125,7 @@ def _extract_lora(args: MergeArgs, recipe_file: Path | None) -> None:
         print(extracted.describe(), f"written to {args.output_dir}", sep="\n")
 
 
-def recipe_of(args: MergeArgs) -> "MergeRecipe":
+def build_recipe_from_flags(args: MergeArgs) -> "MergeRecipe":
     """Build the recipe that the flags describe.
 
     Raises:
@@ -188,7 +188,7 @@ def recipe_of(args: MergeArgs) -> "MergeRecipe":
     )
 
 
-def _refuse_beside_recipe(args: MergeArgs) -> None:
+def _refuse_flags_with_recipe(args: MergeArgs) -> None:
     """Refuse flags that would change a recipe read from a file."""
     for name in ("models", "forest", "experts", "weights", "prior", "topk", "dtype", "out_dtype"):
         if getattr(args, name) is not None:

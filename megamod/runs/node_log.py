@@ -60,7 +60,7 @@ class NodeLog(logging.Handler):
                 print(f"OUT/logs: cannot be written: {error.strerror}", file=sys.stderr, flush=True)
             self.warned = True
 
-    def note(self, text: str) -> None:
+    def append_line(self, text: str) -> None:
         """Append a line that is not for the console."""
         self.emit(logging.LogRecord(__name__, logging.INFO, __file__, 0, text, None, None))
 
@@ -83,11 +83,11 @@ def node_log(output: Path, table: str, step: int) -> Iterator[None]:
         step: finished steps.
     """
     local, rank = os.environ.get("LOCAL_RANK", "0"), os.environ.get("RANK", "0")
-    log = _open(output / "logs" / f"{os.uname().nodename}.log") if local == "0" else None
+    log = _open_log_file(output / "logs" / f"{os.uname().nodename}.log") if local == "0" else None
     if log is None:
         yield
         return
-    log.note(
+    log.append_line(
         f"rank {rank} of {get_world_size()}, process {os.getpid()}, begins at step {step}\n{table}"
     )
     began = time.monotonic()
@@ -95,17 +95,17 @@ def node_log(output: Path, table: str, step: int) -> Iterator[None]:
     root.addHandler(log)
     try:
         yield
-        log.note(f"rank {rank} is done after {time.monotonic() - began:.0f} s")
+        log.append_line(f"rank {rank} is done after {time.monotonic() - began:.0f} s")
     except BaseException as error:
         seconds = time.monotonic() - began
-        log.note(f"rank {rank} ended after {seconds:.0f} s: {type(error).__name__}: {error}")
+        log.append_line(f"rank {rank} ended after {seconds:.0f} s: {type(error).__name__}: {error}")
         raise
     finally:
         root.removeHandler(log)
         log.close()
 
 
-def _open(path: Path) -> NodeLog | None:
+def _open_log_file(path: Path) -> NodeLog | None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return NodeLog(path)

@@ -1,7 +1,7 @@
 """One training run from parsed arguments to a published model, whatever is trained.
 
-Each kind of run (`runs/pretrain/causal_lm.py` for one) fills a `Recipe`; `execute` does what all
-kinds have in common, in a fixed order.
+Each kind of run (such as `runs/pretrain/causal_lm.py`) fills a `RunSpec`; `execute_run` does what
+all kinds have in common, in a fixed order.
 """
 
 import hashlib
@@ -66,7 +66,7 @@ their rounding. The product of the batch sizes is compared separately."""
 
 
 @dataclass(frozen=True)
-class Running:
+class ActiveRun:
     """A run with its engine, as evaluations need it."""
 
     engine: deepspeed.DeepSpeedEngine
@@ -78,7 +78,7 @@ class Running:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class RunSpec:
     """Parts of a run that depend on its kind.
 
     Attributes:
@@ -115,7 +115,7 @@ class Recipe:
     make_batches: Callable[[StepShape], StepBatches]
     make_model: Callable[[], nn.Module]
     make_objective: Callable[[torch.device], Objective]
-    make_evaluate: Callable[[Running], Callable[[int], None]]
+    make_evaluate: Callable[[ActiveRun], Callable[[int], None]]
     flops_per_token: Callable[[nn.Module], float] | None = None
     companions: Sequence[Path] = ()
     settings: dict[str, object] | None = None
@@ -123,14 +123,14 @@ class Recipe:
     write_model: Callable[[ModelExport, Path], object] | None = None
 
 
-def execute(
-    recipe: Recipe,
+def execute_run(
+    recipe: RunSpec,
     parsed: Sequence[Arguments],
     *,
     workers: int = 0,
     checkpointing: bool = False,
     compiled: bool = False,
-) -> Running | None:
+) -> ActiveRun | None:
     """Train, save, publish OUT/model; collective.
 
     Args:
@@ -143,7 +143,9 @@ def execute(
     Raises:
         UserError, PolicyStop, Interrupted: see `megamod.train.loop.train`.
     """
-    run, safety, optim = (_of(parsed, kind) for kind in (RunArgs, SafetyArgs, OptimArgs))
+    run, safety, optim = (
+        _find_arguments(parsed, kind) for kind in (RunArgs, SafetyArgs, OptimArgs)
+    )
     topology, output = recipe.topology, Path(run.output_dir)
     # Mistakes of the user are found before any process waits for another.
     settled = resolve_settings(run, optim, safety, topology, recipe.config.hidden_size)
@@ -154,9 +156,13 @@ def execute(
     batches = recipe.make_batches(settled.make_step_shape(read_launcher_rank()))
 
     device = join_process_group(safety.dist_timeout)
-    facts = {"the run": repr(parsed), "the data": recipe.data_digest, "the code": code_digest()}
+    facts = {
+        "the run": repr(parsed),
+        "the data": recipe.data_digest,
+        "the code": compute_code_digest(),
+    }
     check_ranks_agree(facts)
-    table = group_table(topology, device)
+    table = format_group_table(topology, device)
     if dist.get_rank() == 0:
         print(table, flush=True)
     if safety.print_groups:
@@ -188,7 +194,7 @@ def execute(
         engine,
         topology,
         export,
-        settings_to_keep(parsed, recipe.data_digest, settled.global_batch)
+        list_settings_to_repeat(parsed, recipe.data_digest, settled.global_batch)
         | (recipe.settings or {}),
         run.save_total_limit,
         {field.name: field.default for args in parsed for field in fields(args)},
@@ -197,7 +203,7 @@ def execute(
     record_run(output, ds_config, parsed)
     with node_log(output, table, state.step):
         monitor = make_monitor(run, recipe.groups, recipe.unit, engine, topology, flops, state.step)
-        running = Running(engine, device, monitor, export, output, state)
+        running = ActiveRun(engine, device, monitor, export, output, state)
         train(
             engine,
             recipe.make_objective(device),
@@ -218,7 +224,7 @@ def execute(
     return running
 
 
-def group_table(topology: DomainTopology, device: torch.device) -> str:
+def format_group_table(topology: DomainTopology, device: torch.device) -> str:
     """Table of ranks with host, device, domains and groups; collective."""
     hosts = gather_texts(os.uname().nodename)
     return topology.format_layout(hosts, gather_texts(str(device)))
@@ -286,7 +292,7 @@ def make_monitor(
     )
 
 
-def settings_to_keep(
+def list_settings_to_repeat(
     parsed: Sequence[Arguments], data_digest: str, global_batch: int
 ) -> dict[str, object]:
     """Settings that a resumed run must repeat: those that decide its numbers."""
@@ -299,7 +305,7 @@ def settings_to_keep(
     return {**kept, "data digest": data_digest, "sequences per step": global_batch}
 
 
-def code_digest() -> str:
+def compute_code_digest() -> str:
     """Digest of our sources, kernels included, and of the versions of the main libraries."""
     versions = (torch.__version__, deepspeed.__version__, transformers.__version__)
     digest = hashlib.sha256(" ".join(versions).encode())
@@ -311,5 +317,5 @@ def code_digest() -> str:
     return digest.hexdigest()
 
 
-def _of(parsed: Sequence[Arguments], kind: type) -> Arguments:
+def _find_arguments(parsed: Sequence[Arguments], kind: type) -> Arguments:
     return next(args for args in parsed if isinstance(args, kind))

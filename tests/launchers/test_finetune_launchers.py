@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megamod.errors import UserError
-from megamod.runs.studies.sweep import Job, read_sweep, sweep
+from megamod.runs.studies.sweep import Job, read_sweep, run_sweep
 
 LAUNCHERS = Path(__file__).resolve().parents[2] / "launchers"
 VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film"]
@@ -84,7 +84,7 @@ def test_many_runs_give_one_table_and_are_made_once(tmp_path):
     (tmp_path / "sweep.yaml").write_text(SWEEP)
     jobs, launch = read_sweep(tmp_path / "sweep.yaml")
     out = tmp_path / "all"
-    table = sweep(jobs, out, tmp_path, 2, launch)
+    table = run_sweep(jobs, out, tmp_path, 2, launch)
     record = json.loads((out / "summary.json").read_text())
     assert [(item["task"], item["num_instances"], item["seeds"]) for item in record] == [
         ("rte", 2, 2),
@@ -97,11 +97,11 @@ def test_many_runs_give_one_table_and_are_made_once(tmp_path):
     for plot in ("scores.png", "trade_off.png"):
         assert (out / plot).read_bytes()[:4] == b"\x89PNG" and str(out / plot) in table
     times = [(job.folder(out) / "results.json").stat().st_mtime_ns for job in jobs]
-    assert sweep(jobs, out, tmp_path, 1, launch) == table
+    assert run_sweep(jobs, out, tmp_path, 1, launch) == table
     assert [(job.folder(out) / "results.json").stat().st_mtime_ns for job in jobs] == times
     (tmp_path / "sweep.yaml").write_text(SWEEP.replace("rte: ", "rte: {max_steps: 3}"))
     with pytest.raises(UserError, match="holds a run with other flags"):
-        sweep(read_sweep(tmp_path / "sweep.yaml")[0], out, tmp_path, 1, launch)
+        run_sweep(read_sweep(tmp_path / "sweep.yaml")[0], out, tmp_path, 1, launch)
 
 
 def test_jobs_of_a_sweep(tmp_path):
@@ -115,7 +115,7 @@ def test_jobs_of_a_sweep(tmp_path):
     assert launch == ["deepspeed"] and len(jobs) == 4
     flags = dict(task="rte", do_train=True, max_steps=9, model="runs/mux-5", num_instances=5)
     assert jobs[1] == Job("rte", "mux", 5, 1, "glue", flags)
-    words = jobs[2].words(tmp_path)
+    words = jobs[2].list_arguments(tmp_path)
     assert jobs[2].launcher == "ner" and words[:4] == ["--task", "toy", "--do_train", "true"]
     assert words[-2:] == ["--output_dir", str(tmp_path / "toy" / "mux" / "N-2" / "seed-1")]
 
@@ -152,6 +152,6 @@ def test_mistakes_in_a_sweep(tmp_path, text, message):
 def test_runs_that_fail_are_named_with_their_logs(tmp_path):
     jobs = [Job("sst-2", "gone", 1, 1, "glue", {"task": "sst-2", "do_trian": True})]
     with pytest.raises(UserError, match=r"1 of 1 runs failed; see .*gone/N-1/seed-1/log.txt"):
-        sweep(jobs, tmp_path, LAUNCHERS, 1, [])
+        run_sweep(jobs, tmp_path, LAUNCHERS, 1, [])
     log = tmp_path / "sst-2" / "gone" / "N-1" / "seed-1" / "log.txt"
     assert "unknown flag '--do_trian'; the nearest is '--do_train'" in log.read_text()

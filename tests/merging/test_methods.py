@@ -50,7 +50,7 @@ def write(root: Path, states: list[dict]) -> list[Path]:
     return folders
 
 
-def recipe_of(
+def build_recipe_from_flags(
     method: str, folders: list[Path], each: list[dict], overall=None, base: int | None = 0, **more
 ) -> MergeRecipe:
     inputs = tuple(InputModel(f, None, e) for f, e in zip(folders, each, strict=True))
@@ -62,7 +62,7 @@ def merged(
 ) -> dict[str, torch.Tensor]:
     """Merged tensors of a method, without writing files."""
     root = tmp_path / f"{method}{len(list(tmp_path.iterdir()))}"
-    recipe = recipe_of(method, write(root, states), each, overall, base)
+    recipe = build_recipe_from_flags(method, write(root, states), each, overall, base)
     with ExitStack() as stack:
         folders = [stack.enter_context(ModelFolder(entry.path)) for entry in recipe.inputs]
         plan = make_plan(recipe, folders, 10**9)
@@ -355,7 +355,7 @@ def test_threads_and_order_change_nothing(tmp_path):
     states = states_of(3)
     folders = write(tmp_path, states)
     each = [{}] + [{"weight": 0.5, "density": 0.5}] * 2
-    recipe = recipe_of("dare_ties", folders, each)
+    recipe = build_recipe_from_flags("dare_ties", folders, each)
     for name, threads in (("one", 1), ("three", 3)):
         merge(recipe, tmp_path / name, threads=threads, seed=4)
     entry, three = (tmp_path / name / "model.safetensors" for name in ("one", "three"))
@@ -387,7 +387,9 @@ def test_what_is_not_finite_is_found_by_every_method(tmp_path, method):
     states = states_of(count)
     states[-1]["m"][12, 3] = torch.nan
     each = [{"weight": 0.5, "density": 0.5}] * count
-    recipe = recipe_of(method, write(tmp_path / "models", states), each, {"t": 0.5}, base)
+    recipe = build_recipe_from_flags(
+        method, write(tmp_path / "models", states), each, {"t": 0.5}, base
+    )
     with pytest.raises(UserError, match=rf"models/{count - 1}: m holds values"):
         merge(recipe, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["models"]

@@ -21,7 +21,12 @@ from megamod.evaluation.saved import HeldOut, find_models, score_models
 from megamod.models.lm.demix import DemixForCausalLM
 from megamod.runs.pretrain import causal_lm
 from megamod.runs.pretrain.adapt_args import AdaptArgs, AdaptOptimArgs
-from megamod.runs.pretrain.adapt_start import Start, choose, estimate, record
+from megamod.runs.pretrain.adapt_start import (
+    AdaptationStart,
+    estimate_expert_weights,
+    record_start,
+    select_start,
+)
 from megamod.states.forest import open_forest
 from megamod.states.grow import add_expert
 from megamod.states.weights import extract_expert_weights, read_weights
@@ -128,7 +133,7 @@ def adapt_together(rank: int, root: Path) -> None:
 
 def estimated(root: Path, name: str) -> None:
     data = LmData(str(root / "bin"), domains=[NEW], block_size=LENGTH, domain_token=False)
-    result = estimate(open_forest(root / "demix"), data, 3, 1, torch.device("cpu"))
+    result = estimate_expert_weights(open_forest(root / "demix"), data, 3, 1, torch.device("cpu"))
     if dist.get_rank() == 0:
         (root / name).write_text(json.dumps(result))
 
@@ -214,24 +219,29 @@ def never() -> list[float]:
 def test_the_start_that_is_chosen(tmp_path):
     root = make_place(tmp_path)
     forest, args = open_forest(root / "demix"), AdaptArgs(forest="F", domain=NEW)
-    result = choose(forest, args, root, "auto", lambda: [0.25, 0.75])
+    result = select_start(forest, args, root, "auto", lambda: [0.25, 0.75])
     assert result.expert.domain == "code" and result.posterior == {"law": 0.25, "code": 0.75}
     (root / "prior.json").write_text(PRIOR)
     by_file = AdaptArgs(forest="F", domain=NEW, prior=str(root / "prior.json"))
-    assert choose(forest, by_file, root, "auto", never).posterior == {"law": 0.75, "code": 0.25}
+    assert select_start(forest, by_file, root, "auto", never).posterior == {
+        "law": 0.75,
+        "code": 0.25,
+    }
     named = AdaptArgs(forest="F", domain=NEW, start="code")
-    assert choose(forest, named, root, "auto", never).expert == forest.experts[1]
+    assert select_start(forest, named, root, "auto", never).expert == forest.experts[1]
     # A run that goes on keeps to its choice, unless it is told otherwise.
-    (root / "start.json").write_text(json.dumps(record(forest, result, "digest")))
-    assert choose(forest, args, root, "auto", never) == result
-    assert choose(forest, args, root, "none", lambda: [0.75, 0.25]).expert.domain == "law"
+    (root / "start.json").write_text(json.dumps(record_start(forest, result, "digest")))
+    assert select_start(forest, args, root, "auto", never) == result
+    assert select_start(forest, args, root, "none", lambda: [0.75, 0.25]).expert.domain == "law"
     other = replace(forest, path=root / "other")
-    assert choose(other, args, root, "auto", lambda: [0.75, 0.25]).expert.domain == "law"
+    assert select_start(other, args, root, "auto", lambda: [0.75, 0.25]).expert.domain == "law"
     (root / "start.json").write_text("{}")
     with pytest.raises(UserError, match="remove it to choose anew"):
-        choose(forest, args, root, "auto", never)
+        select_start(forest, args, root, "auto", never)
     alone = replace(forest, experts=forest.experts[:1])
-    assert choose(alone, args, root, "auto", never) == Start(forest.experts[0], "the only one")
+    assert select_start(alone, args, root, "auto", never) == AdaptationStart(
+        forest.experts[0], "the only one"
+    )
 
 
 @pytest.mark.parametrize("run", ["zero3", "two", "two-zero3"])

@@ -34,9 +34,9 @@ from megamod.models.mux.configuration import MuxBertConfig, MuxElectraConfig
 from megamod.models.mux.generator import MuxElectraForReplacedTokens
 from megamod.runs.pretrain import encoder_lm
 from megamod.runs.pretrain.encoder_lm import (
-    encoder_config,
-    losses_of,
-    masking_of,
+    build_encoder_config,
+    make_losses,
+    make_masking,
 )
 from megamod.train.objectives import (
     EncoderObjective,
@@ -292,7 +292,7 @@ def test_models_that_do_not_fit_are_refused(bare, model, mux, message):
     data = DataBin(bare / "bin")
     args = ModelArgs(model=str(bare / model) if (bare / model).exists() else model)
     with pytest.raises(UserError, match=message):
-        encoder_config(
+        build_encoder_config(
             args,
             MuxArgs(**{"objective": "masked_lm", "num_instances": INSTANCES, **mux}),
             data,
@@ -303,7 +303,7 @@ def test_models_that_do_not_fit_are_refused(bare, model, mux, message):
 def test_positions_and_vocabulary_must_suffice(bare):
     data = DataBin(bare / "bin")
     with pytest.raises(UserError, match="8 positions; the data need 45 and 9"):
-        encoder_config(
+        build_encoder_config(
             ModelArgs(model=str(bare / "mux")),
             MuxArgs(objective="masked_lm", num_instances=INSTANCES),
             data,
@@ -315,12 +315,12 @@ def test_named_sizes_take_flags(bare):
     mux = MuxArgs(
         objective="masked_lm", num_instances=5, retrieval_loss_coeff=1.0, task_loss_coeff=0.0
     )
-    config = encoder_config(
+    config = build_encoder_config(
         ModelArgs(model="base", num_hidden_layers=3), mux, DataBin(bare / "bin"), 8
     )
     assert (config.num_hidden_layers, config.hidden_size, config.vocab_size) == (3, 768, 45)
     assert (config.num_instances, config.retrieval_loss_coeff) == (5, 1.0)
-    masking = masking_of(DataBin(bare / "bin"), mux)
+    masking = make_masking(DataBin(bare / "bin"), mux)
     assert masking.mask_id == 4 and set(masking.special_ids) == {0, 2, 3, 4}
 
 
@@ -381,7 +381,7 @@ def test_plain_electra_is_scored_alike(bare):
     assert result["loss"].item() == pytest.approx(mean * 32 / 64, rel=1e-5)
     assert result["task_loss"].tolist() == [pytest.approx(mean * 32, rel=1e-5), 32]
     mux = MuxArgs(objective="replaced_token", disc_loss_weight=3.0)
-    weighted = losses_of(mux, model.config, torch.device("cpu"))(
+    weighted = make_losses(mux, model.config, torch.device("cpu"))(
         model, batch, (64.0, 1.0, 1.0, 1.0)
     )
     assert weighted["loss"].item() == pytest.approx(3 * mean * 32 / 64, rel=1e-5)
@@ -391,7 +391,7 @@ def test_plain_electra_is_scored_alike(bare):
 def test_electra_of_a_named_size(bare):
     data = DataBin(bare / "bin")
     mux = MuxArgs(objective="replaced_token", num_instances=2, generator="plain")
-    config = encoder_config(ModelArgs(model="small"), mux, data, 8)
+    config = build_encoder_config(ModelArgs(model="small"), mux, data, 8)
     assert (config.hidden_size, config.embedding_size, config.mask_token_id) == (256, 128, 4)
     own_values = config.make_generator_config()
     assert (
@@ -399,11 +399,11 @@ def test_electra_of_a_named_size(bare):
         own_values.num_attention_heads,
         own_values.intermediate_size,
     ) == (64, 1, 256)
-    masking = masking_of(data, mux)
+    masking = make_masking(data, mux)
     assert (masking.masked, masking.random) == (0.85, 0.0)
     with pytest.raises(UserError, match="a prefix for 9 instances takes the place of 10 tokens"):
         mux = MuxArgs(objective="masked_lm", num_instances=9, demuxing_variant="index")
-        encoder_config(ModelArgs(model="small"), mux, SimpleNamespace(**BERT_DATA), 10)
+        build_encoder_config(ModelArgs(model="small"), mux, SimpleNamespace(**BERT_DATA), 10)
     with pytest.raises(UserError, match="--generator plain goes with --objective replaced_token"):
         MuxArgs(objective="masked_lm", num_instances=2, generator="plain")
 
@@ -427,7 +427,7 @@ def test_recipes_are_those_of_the_release(name):
         return
     bert = SimpleNamespace(**BERT_DATA)
     with torch.device("meta"):
-        built = MuxBertForMaskedLM(encoder_config(model, mux, bert, 512))
+        built = MuxBertForMaskedLM(build_encoder_config(model, mux, bert, 512))
     D, V, N = 768, 30522, 5
     layer = 12 * D * D + 13 * D
     demux = N * D + (2 * D * D + D) + 2 * (D * D + D) + 3 * 2 * D

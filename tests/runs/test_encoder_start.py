@@ -10,7 +10,7 @@ from transformers import BertForMaskedLM
 from megamod.args import ModelArgs, MuxArgs
 from megamod.data.lm.databin import DataBin
 from megamod.errors import UserError
-from megamod.runs.pretrain.encoder_lm import build_encoder, encoder_config, start_of
+from megamod.runs.pretrain.encoder_lm import build_encoder, build_encoder_config, find_weight_source
 
 
 @pytest.fixture(scope="module")
@@ -27,25 +27,25 @@ def test_a_stock_encoder_starts_a_multiplexed_one(bare):
         ModelArgs(model=str(bare / "plain")),
         ModelArgs(model=str(bare / "mux"), init_from=str(bare / "plain")),
     ):
-        config = encoder_config(args, mux, data, LENGTH)
+        config = build_encoder_config(args, mux, data, LENGTH)
         assert config.model_type == "mux_bert" and config.num_instances == 2
         assert all(getattr(config, name) == value for name, value in SMALL.items())
-        model = build_encoder(config, 1, start_of(args, config), "masked_lm")
+        model = build_encoder(config, 1, find_weight_source(args, config), "masked_lm")
         result = dict(model.named_parameters())
         assert len(kept) > 30 and all(torch.equal(result[k], v) for k, v in kept.items())
     args = ModelArgs(model=str(bare / "plain"), from_scratch=True)
-    assert start_of(args, encoder_config(args, mux, data, LENGTH)) is None
+    assert find_weight_source(args, build_encoder_config(args, mux, data, LENGTH)) is None
 
 
 def test_the_weights_of_the_model_are_taken(bare):
     """--model FOLDER is a start, not only a shape; --init_from wins."""
     data, mux = DataBin(bare / "bin"), MuxArgs(objective="masked_lm")
     args = ModelArgs(model=str(bare / "plain"))
-    config = encoder_config(args, mux, data, LENGTH)
-    model = build_encoder(config, 7, start_of(args, config), "masked_lm")
+    config = build_encoder_config(args, mux, data, LENGTH)
+    model = build_encoder(config, 7, find_weight_source(args, config), "masked_lm")
     stock = BertForMaskedLM.from_pretrained(bare / "plain").state_dict()
     assert all(torch.equal(stock[k], v) for k, v in model.state_dict().items())
     other = ModelArgs(model=str(bare / "plain"), init_from=str(bare / "mux"))
     with pytest.raises(UserError, match=r"--init_from .* is a model of type 'mux_bert'"):
-        start_of(other, config)
-    assert start_of(ModelArgs(model="small"), config) is None
+        find_weight_source(other, config)
+    assert find_weight_source(ModelArgs(model="small"), config) is None

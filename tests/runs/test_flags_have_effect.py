@@ -90,7 +90,7 @@ def described(folder: Path, monkeypatch, flags: tuple[str, ...]) -> str:
     refuse_unused_flags(common[2], mux, data)
     seen = []
 
-    def execute(recipe, parsed, **options):
+    def execute_run(recipe, parsed, **options):
         run, safety, optim = (next(a for a in parsed if isinstance(a, k)) for k in ANY_MODE)
         topology = recipe.topology
         settled = resolve_settings(run, optim, safety, topology, recipe.config.hidden_size)
@@ -107,8 +107,10 @@ def described(folder: Path, monkeypatch, flags: tuple[str, ...]) -> str:
         seen.append([batch[number] for number in range(20)])
 
     for module in (causal_lm, encoder_lm):
-        monkeypatch.setattr(module, "execute", execute)
-    monkeypatch.setattr(encoder_lm, "mask_id_of", lambda data: 4)  # reading a tokenizer takes long
+        monkeypatch.setattr(module, "execute_run", execute_run)
+    monkeypatch.setattr(
+        encoder_lm, "read_mask_id", lambda data: 4
+    )  # reading a tokenizer takes long
     opened = []
     original = encoder_lm.DataBin.open_split
     monkeypatch.setattr(
@@ -211,4 +213,4 @@ def test_a_forest_of_one_needs_no_prior(monkeypatch, flag):
     monkeypatch.setattr(adapt_start, "open_forest", lambda path: forest)
     (args,) = parse_args(AdaptArgs, argv=["--forest", "forest", f"--{flag}", "7"])
     with pytest.raises(UserError, match=f"--{flag} 7 has no effect: forest has a single expert"):
-        adapt_start.candidates(args)
+        adapt_start.list_candidates(args)

@@ -93,11 +93,11 @@ def parsed(root: Path, output: Path, **changes: object) -> tuple:
 
 def start(root: Path, output: Path, **changes: object) -> None:
     """One command in this process."""
-    from megamod.runs.finetune.many_tasks import prepare
+    from megamod.runs.finetune.many_tasks import prepare_model
     from megamod.runs.finetune.run import finetune
 
     arguments = parsed(root, output, **changes)
-    finetune(prepare(*arguments[3:]), arguments)
+    finetune(prepare_model(*arguments[3:]), arguments)
 
 
 def spread(root: Path, name: str, sampling: str, stage: int) -> None:
@@ -215,9 +215,9 @@ def test_results_and_predictions_of_every_task(folder):
         lines = (folder / "whole" / "predictions" / f"{name}.tsv").read_text().splitlines()
         assert lines[0] == "index\tprediction" and len(lines) == 6
     assert lines[1].split("\t")[1].count(".") == 1  # a value
-    start_of = json.loads((folder / "whole" / "start.json").read_text())
-    assert "bert.encoder.layer.1.attention.self.query.weight" in start_of["loaded"]
-    assert {"heads.weight", "bert.task_type_embeddings.weight"} <= set(start_of["new"])
+    start = json.loads((folder / "whole" / "start.json").read_text())
+    assert "bert.encoder.layer.1.attention.self.query.weight" in start["loaded"]
+    assert {"heads.weight", "bert.task_type_embeddings.weight"} <= set(start["new"])
 
 
 def test_the_model_reloads_as_what_it_is(folder):
@@ -267,27 +267,27 @@ def test_frozen_blocks_stay_and_their_conditions_move(folder):
     ],
 )
 def test_mistakes(tmp_path, changes, message):
-    from megamod.runs.finetune.many_tasks import prepare
+    from megamod.runs.finetune.many_tasks import prepare_model
 
     root = make_place(tmp_path)
     with pytest.raises(UserError, match=message):
-        prepare(*parsed(root, root / "out", **changes)[3:])
+        prepare_model(*parsed(root, root / "out", **changes)[3:])
     assert not (root / "out").exists()
 
 
 def test_mistakes_about_a_trained_model(folder):
-    from megamod.runs.finetune.many_tasks import prepare
+    from megamod.runs.finetune.many_tasks import prepare_model
 
     model = dict(model=folder / "whole" / "model", do_train=None)
     with pytest.raises(UserError, match=r"--tasks sst-2 rte: .* has heads for sst-2 rte sts-b"):
-        prepare(*parsed(folder, folder / "x", **model, tasks=["sst-2", "rte"])[3:])
+        prepare_model(*parsed(folder, folder / "x", **model, tasks=["sst-2", "rte"])[3:])
     with pytest.raises(UserError, match="is of variant base"):
-        prepare(*parsed(folder, folder / "x", **model, variant="plain")[3:])
+        prepare_model(*parsed(folder, folder / "x", **model, variant="plain")[3:])
     (folder / "bad" / "SST-2").mkdir(parents=True)
     (folder / "bad" / "SST-2" / "dev.tsv").write_text("sentence\tlabel\nw1 w2\t7\n")
     wrong = [folder / "bad", folder / "glue"]
     with pytest.raises(UserError, match=r"dev.tsv, line 2: label '7' is not one of task sst-2"):
-        prepare(*parsed(folder, folder / "x", **model, data_dir=wrong)[3:])
+        prepare_model(*parsed(folder, folder / "x", **model, data_dir=wrong)[3:])
 
 
 def test_the_recipe_is_that_of_the_release():

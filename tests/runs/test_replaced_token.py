@@ -28,11 +28,11 @@ from megamod.models.mux.configuration import MuxElectraConfig
 from megamod.models.mux.generator import MuxElectraForReplacedTokens
 from megamod.runs.pretrain.encoder_lm import (
     TERMS,
-    Start,
+    WeightSource,
     build_encoder,
-    encoder_config,
+    build_encoder_config,
+    find_weight_source,
     pretrain,
-    start_of,
 )
 from megamod.train.objectives import EncoderObjective, compute_replaced_losses
 
@@ -241,32 +241,34 @@ def parsed(folder: Path, model: str, *flags: str) -> tuple:
 def test_folders_that_contradict_flags_or_data(folder, model, flags, message):
     _, _, chosen, _, mux, _ = parsed(folder, model, *flags)
     with pytest.raises(UserError, match=message):
-        encoder_config(chosen, mux, DataBin(folder / "bin"), LENGTH)
+        build_encoder_config(chosen, mux, DataBin(folder / "bin"), LENGTH)
 
 
 def test_a_flag_that_says_what_the_folder_says(folder):
     _, _, chosen, _, mux, _ = parsed(folder, "electra", "--demuxing_variant", "index_pos")
-    assert encoder_config(chosen, mux, DataBin(folder / "bin"), LENGTH).num_instances == 2
+    assert build_encoder_config(chosen, mux, DataBin(folder / "bin"), LENGTH).num_instances == 2
     _, _, chosen, _, mux, _ = parsed(
         folder, "two-layers"
     )  # the default is 3, and was not asked for
-    config = encoder_config(chosen, mux, DataBin(folder / "bin"), LENGTH)
+    config = build_encoder_config(chosen, mux, DataBin(folder / "bin"), LENGTH)
     assert config.num_hidden_demux_layers == 2
 
 
 def test_weights_to_start_from_must_fit(folder):
     config = electra().config
     result = build_encoder(
-        config, 1, Start(str(folder / "electra"), "--init_from"), "replaced_token"
+        config, 1, WeightSource(str(folder / "electra"), "--init_from"), "replaced_token"
     )
     key = "electra.embeddings.word_embeddings.weight"
     assert torch.equal(result.state_dict()[key], electra().state_dict()[key])
     with pytest.raises(UserError, match=r"model of type 'bert'; needed is electra or mux_elec"):
-        start_of(ModelArgs(init_from=str(folder / "bert")), config)
+        find_weight_source(ModelArgs(init_from=str(folder / "bert")), config)
     wider = electra(num_hidden_demux_layers=2).config
     wider.hidden_size = wider.embedding_size = 32
     with pytest.raises(UserError, match=r"has shape \(.*16.*\), in this model \(.*32.*\)"):
-        build_encoder(wider, 1, Start(str(folder / "electra"), "--init_from"), "replaced_token")
+        build_encoder(
+            wider, 1, WeightSource(str(folder / "electra"), "--init_from"), "replaced_token"
+        )
 
 
 def test_held_out_text_must_fill_a_group(folder):

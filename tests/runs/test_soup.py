@@ -49,7 +49,7 @@ def folder(tmp_path_factory) -> Path:
     return root
 
 
-def recipe_of(folder: Path, tmp_path: Path, **changes: object) -> Path:
+def build_recipe_from_flags(folder: Path, tmp_path: Path, **changes: object) -> Path:
     content = {
         "merge_method": "greedy_soup",
         "models": [{"model": str(folder / str(number))} for number in range(COUNT)],
@@ -91,7 +91,9 @@ def test_a_soup_is_that_of_the_plain_recipe(folder, tmp_path):
             kept, best = [*kept, number], loss
     assert 1 < len(kept) < COUNT  # else there is nothing to see
 
-    plan, tasted = greedy_soup(read_recipe(recipe_of(folder, tmp_path)), tmp_path / "out")
+    plan, tasted = greedy_soup(
+        read_recipe(build_recipe_from_flags(folder, tmp_path)), tmp_path / "out"
+    )
     assert [item.number for item in tasted] == list(tried)
     for item in tasted:
         assert item.loss == pytest.approx(alone[item.number], abs=1e-5)
@@ -109,7 +111,7 @@ def test_a_soup_is_that_of_the_plain_recipe(folder, tmp_path):
     assert f"{len(kept)} models" in plan.describe()
     # What is held out may not be there, and then nothing is.
     with pytest.raises(UserError, match="exists already"):
-        greedy_soup(read_recipe(recipe_of(folder, tmp_path)), tmp_path / "out")
+        greedy_soup(read_recipe(build_recipe_from_flags(folder, tmp_path)), tmp_path / "out")
 
 
 def test_ties_keep_the_order_and_do_no_harm(folder, monkeypatch):
@@ -146,14 +148,16 @@ def test_ties_keep_the_order_and_do_no_harm(folder, monkeypatch):
 def test_recipes_that_are_no_soup(folder, tmp_path, monkeypatch, changes, message):
     monkeypatch.chdir(folder)
     with pytest.raises(UserError) as error:
-        greedy_soup(read_recipe(recipe_of(folder, tmp_path, **changes)), tmp_path / "out")
+        greedy_soup(
+            read_recipe(build_recipe_from_flags(folder, tmp_path, **changes)), tmp_path / "out"
+        )
     assert message in str(error.value)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_dry_run_runs_no_model(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(soup_module, "load_model", None)
-    recipe = read_recipe(recipe_of(folder, tmp_path))
+    recipe = read_recipe(build_recipe_from_flags(folder, tmp_path))
     plan, tasted = greedy_soup(recipe, None, dry_run=True)
     assert "5 models" in plan.describe() and tasted == []
     assert [path.name for path in tmp_path.iterdir()] == ["soup.yaml"]
@@ -163,6 +167,6 @@ def test_models_of_unequal_vocabularies(folder, tmp_path):
     model = GPT2LMHeadModel(GPT2Config(**{**CONFIG.to_dict(), "vocab_size": len(VOCAB) + 4}))
     model.save_pretrained(tmp_path / "larger")
     models = [{"model": str(folder / "0")}, {"model": str(tmp_path / "larger")}]
-    recipe = read_recipe(recipe_of(folder, tmp_path, models=models))
+    recipe = read_recipe(build_recipe_from_flags(folder, tmp_path, models=models))
     with pytest.raises(UserError, match=r"vocab_size|embedding|wte"):
         greedy_soup(recipe, None, dry_run=True)

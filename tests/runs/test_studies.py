@@ -78,16 +78,16 @@ def make_inputs(root: Path) -> Path:
 
 def run_twice(rank: int, root: Path) -> None:
     """All cells; again, which must do nothing; one of them anew; then those of finetuning."""
-    from megamod.runs.studies.study import Places, repeat, run_cells
+    from megamod.runs.studies.study import StudyFolders, repeat_cell, run_cells
     from megamod.runs.studies.study_file import read_study
 
     study = read_study(root / "tiny.yaml")
-    places = Places(root / "inputs", root / "work", root / "evidence")
+    places = StudyFolders(root / "inputs", root / "work", root / "evidence")
     run_cells(study, study.cells, places)
     times = {path: path.stat().st_mtime_ns for path in places.evidence.iterdir()}
     run_cells(study, study.cells, places)
     assert times == {path: path.stat().st_mtime_ns for path in places.evidence.iterdir()}
-    line = repeat(study, study.cell("btm50.short.s1"), places, root / "again")
+    line = repeat_cell(study, study.find_cell("btm50.short.s1"), places, root / "again")
     assert line.startswith("btm50.short.s1: largest relative difference 0 ")
     assert torch.get_num_threads() == 1
     finetune_all(root)
@@ -166,12 +166,12 @@ def test_mixtures_bound_experts(workspace):
 
 
 def test_table_and_document(workspace):
-    from megamod.runs.studies.report import fill, markdown, plot, read_records
+    from megamod.runs.studies.report import fill_document, format_markdown, plot_study, read_records
     from megamod.runs.studies.study_file import read_study
 
     study, kept_records = read_study(workspace / "tiny.yaml"), records(workspace)
     kept = read_records(study, workspace / "evidence")
-    text = markdown(study, kept)
+    text = format_markdown(study, kept)
     dense = kept_records["dense.short.s1"]["scores"]["own"]["perplexity"]
     mixed = kept_records["btm50.short.s1"]["scores"]["mixed"]["perplexity"]
     assert f"| dense | {dense:.2f} |" in text
@@ -180,14 +180,14 @@ def test_table_and_document(workspace):
     cell = "<!-- cell tiny, short, mixed -->{}<!-- end of cell -->"
     document = "a\n<!-- study tiny -->\n{}\n<!-- end of study tiny -->\n| b | " + cell + " |\n"
     shown = f"{mixed:.2f} ({mixed / dense:.3f}; {int(mixed < dense)}/1)"
-    filled = fill(document.format("old", "0.1"), {"tiny": (study, kept)})
+    filled = fill_document(document.format("old", "0.1"), {"tiny": (study, kept)})
     assert filled == document.format(f"\n{text}\n", shown)
-    assert fill(document, {}) == document
+    assert fill_document(document, {}) == document
     with pytest.raises(UserError, match="lacks its end"):
-        fill("<!-- study tiny -->\n", {"tiny": (study, kept)})
+        fill_document("<!-- study tiny -->\n", {"tiny": (study, kept)})
     with pytest.raises(UserError, match="has no cell long, mixed; columns: short; lines: dense, "):
-        fill(cell.replace("short", "long"), {"tiny": (study, kept)})
-    assert plot(study, kept, workspace / "plot.png")
+        fill_document(cell.replace("short", "long"), {"tiny": (study, kept)})
+    assert plot_study(study, kept, workspace / "plot.png")
     assert (workspace / "plot.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -265,17 +265,17 @@ def make_tasks(root: Path) -> None:
 
 def finetune_all(root: Path) -> None:
     """Cells of the study of finetuning."""
-    from megamod.runs.studies.study import Places, run_cells
+    from megamod.runs.studies.study import StudyFolders, run_cells
     from megamod.runs.studies.study_file import read_study
 
     sys.path.insert(0, str(root / "packages"))
     study = read_study(root / "tasks.yaml")
-    places = Places(root / "inputs", root / "work-tasks", root / "evidence-tasks")
+    places = StudyFolders(root / "inputs", root / "work-tasks", root / "evidence-tasks")
     run_cells(study, study.cells, places)
 
 
 def test_finetuning(workspace):
-    from megamod.runs.studies.report import markdown, read_records
+    from megamod.runs.studies.report import format_markdown, read_records
     from megamod.runs.studies.study_file import read_study
 
     study = read_study(workspace / "tasks.yaml")
@@ -293,22 +293,22 @@ def test_finetuning(workspace):
         + kept_records[f"{arm}.all.s1"]["scores"]["cola"]["score"]) / 2
         for arm in ("plain", "single")
     }  # fmt: skip
-    text, gap = markdown(study, kept_records), means["single"] - means["plain"]
+    text, gap = format_markdown(study, kept_records), means["single"] - means["plain"]
     assert f"| {means['single']:.3f} ({gap:+.3f}; {int(gap < 0)}/1) |" in text
     assert not list((workspace / "work-tasks").glob("*.s1*/"))
 
 
 def test_package_folders(tmp_path, monkeypatch):
-    from megamod.runs.studies.finetuning import package_folder
+    from megamod.runs.studies.finetuning import find_package_folder
 
     (tmp_path / "toy_two" / "model").mkdir(parents=True)
     (tmp_path / "toy_two" / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
-    assert package_folder("package:toy_two/model") == tmp_path / "toy_two" / "model"
+    assert find_package_folder("package:toy_two/model") == tmp_path / "toy_two" / "model"
     with pytest.raises(UserError, match="there is no folder other in the package toy_two"):
-        package_folder("package:toy_two/other")
+        find_package_folder("package:toy_two/other")
     with pytest.raises(UserError, match="pip install toy-three"):
-        package_folder("package:toy_three/model")
+        find_package_folder("package:toy_three/model")
 
 
 COPY = """
@@ -323,16 +323,18 @@ def test_processes(workspace, tmp_path, monkeypatch):
 
     monkeypatch.setattr(running, "POLL_SECONDS", 0.02)
     study = read_study(workspace / "tiny.yaml")
-    places = running.Places(workspace / "inputs", tmp_path / "work", tmp_path / "evidence")
+    places = running.StudyFolders(workspace / "inputs", tmp_path / "work", tmp_path / "evidence")
     with pytest.raises(UserError, match=r"5 cells are not done, dense\.short\.s1 among them"):
         running.run_in_processes(study, study.cells, places, ["-c", ""], 2)
     words = ["-c", COPY, str(workspace / "evidence"), str(places.evidence)]
     running.run_in_processes(study, study.cells, places, words, 2)
-    assert running.progress(study, study.cells, places) == (
+    assert running.format_progress(study, study.cells, places) == (
         "5 of 5 cells of tiny; 0:00 h of work left"
     )
     (places.evidence / "dense.short.s1.json").unlink()
-    assert running.progress(study, study.cells, places).startswith("4 of 5 cells of tiny; 0:00 h")
+    assert running.format_progress(study, study.cells, places).startswith(
+        "4 of 5 cells of tiny; 0:00 h"
+    )
 
 
 def launch(monkeypatch, *words: object) -> None:
@@ -371,11 +373,11 @@ def test_launcher_refuses(words, message, monkeypatch):
 @pytest.mark.parametrize("document", ["docs/results.md", "README.md"])
 def test_results_are_up_to_date(document):
     """Tables and cells in the documents are those of the JSON files."""
-    from megamod.runs.studies.report import fill, read_records, studies_in
+    from megamod.runs.studies.report import fill_document, list_studies, read_records
     from megamod.runs.studies.study_file import read_study
 
     text, studies = (REPOSITORY / document).read_text(encoding="utf-8"), {}
-    for name in studies_in(text):
+    for name in list_studies(text):
         study = read_study(REPOSITORY / "launchers" / "recipes" / "studies" / f"{name}.yaml")
         studies[name] = study, read_records(study, REPOSITORY / "docs" / "evidence" / name)
-    assert fill(text, studies) == text, f"study.py NAME --table true --document {document}"
+    assert fill_document(text, studies) == text, f"study.py NAME --table true --document {document}"

@@ -13,7 +13,12 @@ from megamod.dist.scope import Sharing
 from megamod.dist.topology import DomainTopology
 from megamod.errors import UserError
 from megamod.flags import parse_args
-from megamod.runs.training import FREE_ON_RESUME, group_table, record_run, settings_to_keep
+from megamod.runs.training import (
+    FREE_ON_RESUME,
+    format_group_table,
+    list_settings_to_repeat,
+    record_run,
+)
 from megamod.train.optim import make_optimizer_factory
 
 DOMAINS = ("law", "med", "code", "news")
@@ -29,8 +34,8 @@ def args(*flags: str):
 
 
 def test_resumed_runs_keep_what_decides_their_numbers():
-    item = settings_to_keep(args("--seed", "1", "--output_dir", "a"), "digest", 64)
-    other = settings_to_keep(
+    item = list_settings_to_repeat(args("--seed", "1", "--output_dir", "a"), "digest", 64)
+    other = list_settings_to_repeat(
         args(
             *("--seed", "1", "--output_dir", "b", "--per_device_train_batch_size", "4"),
             *("--save_steps", "7", "--precision", "bf16", "--stop_step", "3"),
@@ -40,10 +45,10 @@ def test_resumed_runs_keep_what_decides_their_numbers():
     )
     assert item == other
     for flag, value in (("--seed", "2"), ("--learning_rate", "1"), ("--untie", "feedforward")):
-        changed = settings_to_keep(args(flag, value), "digest", 64)
+        changed = list_settings_to_repeat(args(flag, value), "digest", 64)
         assert [key for key in item if item[key] != changed[key]] == [flag[2:]]
-    assert settings_to_keep(args(), "other", 64) != item
-    assert settings_to_keep(args(), "digest", 32) != item
+    assert list_settings_to_repeat(args(), "other", 64) != item
+    assert list_settings_to_repeat(args(), "digest", 32) != item
     known = {name for cls in ALL for name in cls.__dataclass_fields__}
     assert known >= FREE_ON_RESUME
 
@@ -76,7 +81,7 @@ def together(rank: int, root) -> dict[str, object]:
         check_ranks_agree({"the run": "a", "the data": f"digest {rank}", "code": "c"})
     except UserError as error:
         output["disagree"] = str(error)
-    output["table"] = group_table(topology(2, "demix"), torch.device("cpu"))
+    output["table"] = format_group_table(topology(2, "demix"), torch.device("cpu"))
     parsed = args("--seed", "7", "--output_dir", str(root / "out"))
     record_run(root / "out", {"zero_optimization": {"stage": 1}}, parsed)
     (root / "file").touch()

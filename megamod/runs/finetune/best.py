@@ -14,7 +14,7 @@ from megamod.train.export import ModelExport
 EVALUATIONS = "evaluations.json"
 
 
-class Best:
+class BestModel:
     """Records of a run so far, also in OUT/evaluations.json.
 
     Args:
@@ -35,9 +35,13 @@ class Best:
         """Read the evaluations of a run that resumes after `step`."""
         file = self.folder / EVALUATIONS
         if step and file.exists() and (self.folder / "model").is_dir():
-            kept = json.loads(file.read_text(encoding="utf-8"))
-            kept = [task for task in kept if self.value(task) is not None]
-            self.evaluations = [task for task in kept if task["step"] <= step]
+            evaluations = json.loads(file.read_text(encoding="utf-8"))
+            evaluations = [
+                evaluation for evaluation in evaluations if self.value(evaluation) is not None
+            ]
+            self.evaluations = [
+                evaluation for evaluation in evaluations if evaluation["step"] <= step
+            ]
 
     def add(self, evaluation: Record) -> bool:
         """Add an evaluation; True if it is the best one."""

@@ -12,30 +12,30 @@ from megamod.errors import UserError
 logger = logging.getLogger(__name__)
 
 
-def labels_of_model(config: PreTrainedConfig) -> tuple[str, ...]:
+def list_model_labels(config: PreTrainedConfig) -> tuple[str, ...]:
     """Labels of a trained model; none if their names are the default ones, LABEL_0 and so on."""
     names = tuple(config.id2label[number] for number in range(config.num_labels))
     return () if names == tuple(f"LABEL_{n}" for n in range(len(names))) else names
 
 
-def in_order_of(names: Sequence[str], labels: Sequence[str]) -> tuple[str, ...] | None:
+def order_labels(names: Sequence[str], labels: Sequence[str]) -> tuple[str, ...] | None:
     """The labels in the order of a model's names, which may differ in capitals; None: others."""
     spelled = make_label_normaliser(labels)
     ordered = tuple(spelled(name) or "" for name in names)
     return ordered if sorted(ordered) == sorted(labels) else None
 
 
-def with_labels_of(config: PreTrainedConfig, spec: TaskSpec, *, trained: bool) -> TaskSpec:
+def match_labels_to_model(config: PreTrainedConfig, spec: TaskSpec, *, trained: bool) -> TaskSpec:
     """The task with its labels in the order of the model's, whose head knows no other.
 
     Raises:
         UserError: if the model is trained and has another set of labels.
     """
-    names = labels_of_model(config)
+    names = list_model_labels(config)
     if names and trained and not (spec.labels or spec.is_regression):
         return replace(spec, labels=names)
     if names and spec.labels:
-        ordered = in_order_of(names, spec.labels)
+        ordered = order_labels(names, spec.labels)
         if ordered is not None:
             return replace(spec, labels=ordered)
     if not trained or not (spec.labels or spec.is_regression):

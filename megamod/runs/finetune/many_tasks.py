@@ -31,21 +31,21 @@ from megamod.models.ca_mtl.model import (
 )
 from megamod.models.classifier_inputs import list_input_fields
 from megamod.runs.finetune.args import ManyTasksArgs, TaskListArgs
-from megamod.runs.finetune.labels import in_order_of
+from megamod.runs.finetune.labels import order_labels
 from megamod.runs.finetune.model import FinetuneModel
 from megamod.runs.finetune.source import (
-    config_of,
+    load_matching_tokenizer,
+    read_start_config,
     set_dropout,
-    tokenizer_of,
 )
 from megamod.runs.finetune.tasks import (
     FinetuneTask,
     Rows,
     encode_rows,
-    first_folder,
-    named_task,
+    find_first_folder,
+    find_task,
+    list_splits_to_read,
     read_rows,
-    splits_to_read,
 )
 from megamod.train.objectives import MultiTaskObjective
 from megamod.train.selection import UncertaintySelector
@@ -73,7 +73,7 @@ class ManyTasksModel(FinetuneModel):
     top: bool
     stage: ManyTasksArgs
     args: TaskListArgs
-    several = True
+    has_many_tasks = True
     instances = 1
     pad_to = None
     ensemble = False
@@ -88,7 +88,7 @@ class ManyTasksModel(FinetuneModel):
         """Names of the tasks in the order of their ids."""
         return tuple(task.spec.name for task in self.tasks)
 
-    def make(self, seed: int, folder: Path | None = None) -> CaMtlForMultiTask:
+    def make_module(self, seed: int, folder: Path | None = None) -> CaMtlForMultiTask:
         torch.manual_seed(seed)
         if self.weights is None:
             model = CaMtlForMultiTask(self.config).float()
@@ -112,13 +112,13 @@ class ManyTasksModel(FinetuneModel):
             write_json(folder / "start.json", {"weights": self.weights, **report})
         return model
 
-    def load(self, folder: Path) -> CaMtlForMultiTask:
+    def load_module(self, folder: Path) -> CaMtlForMultiTask:
         return CaMtlForMultiTask.from_pretrained(folder, dtype=torch.float32)
 
-    def classifiers(self, module: CaMtlForMultiTask) -> list[SingleTaskModel]:
+    def list_classifiers(self, module: CaMtlForMultiTask) -> list[SingleTaskModel]:
         return [SingleTaskModel(module, number) for number in range(len(self.tasks))]
 
-    def batches(self, shape: StepShape, seed: int) -> TaskMixture:
+    def make_batches(self, shape: StepShape, seed: int) -> TaskMixture:
         return TaskMixture(
             [task.encoded["train"] for task in self.tasks],
             self.args.mt_sampling,
@@ -127,13 +127,15 @@ class ManyTasksModel(FinetuneModel):
             alpha=self.args.sampling_alpha,
         )
 
-    def epoch(self, batches: TaskMixture) -> int:
+    def compute_steps_per_epoch(self, batches: TaskMixture) -> int:
         return batches.compute_steps_per_epoch(self.args.percent_of_max_data_size)
 
-    def objective(self, device: torch.device) -> MultiTaskObjective:
+    def make_objective(self, device: torch.device) -> MultiTaskObjective:
         return MultiTaskObjective(self.inputs, self.names, device, self.args.task_loss_reduction)
 
-    def chooser(self, batches: TaskMixture, device: torch.device) -> UncertaintySelector | None:
+    def make_selection(
+        self, batches: TaskMixture, device: torch.device
+    ) -> UncertaintySelector | None:
         if self.args.mt_sampling != "uncertainty":
             return None
         return UncertaintySelector(
@@ -149,21 +151,25 @@ class ManyTasksModel(FinetuneModel):
         )
 
 
-def prepare(stage: ManyTasksArgs, args: TaskListArgs) -> ManyTasksModel:
+def prepare_model(stage: ManyTasksArgs, args: TaskListArgs) -> ManyTasksModel:
     """Read, check and encode all tasks, and check the model.
 
     Raises:
         UserError: for a task, file, row, model or length that does not fit.
     """
-    source, weights = config_of(stage, ("bert", "ca_mtl").__contains__, "'bert' or 'ca_mtl'")
+    source, weights = read_start_config(
+        stage, ("bert", "ca_mtl").__contains__, "'bert' or 'ca_mtl'"
+    )
     conditioned = source if isinstance(source, CaMtlConfig) else None
     rows = [
-        _read(spec, folders, stage, args, conditioned)
-        for spec, folders in _specs(stage, args, conditioned)
+        _read_task_rows(spec, folders, stage, args, conditioned)
+        for spec, folders in _list_specs(stage, args, conditioned)
     ]
     specs = [spec for spec, _ in rows]
-    tokenizer = tokenizer_of(source, stage.model or stage.config_name, stage.tokenizer_name)
-    config = conditioned or _new_config(stage, args, source, specs, len(tokenizer))
+    tokenizer = load_matching_tokenizer(
+        source, stage.model or stage.config_name, stage.tokenizer_name
+    )
+    config = conditioned or _build_config(stage, args, source, specs, len(tokenizer))
     if stage.variant not in (None, config.variant):
         raise UserError(f"--variant {stage.variant}: {stage.model} is of variant {config.variant}")
     set_dropout(config, stage.dropout)
@@ -173,7 +179,7 @@ def prepare(stage: ManyTasksArgs, args: TaskListArgs) -> ManyTasksModel:
             f"--freeze_encoder_layers {stage.freeze_encoder_layers}: the model has blocks 0 to "
             f"{config.num_hidden_layers - 1}"
         )
-    longest = _longest(args, config.max_seq_length)
+    longest = _limit_length(args, config.max_seq_length)
     lengths = RowLengthLimits(longest, config.max_position_embeddings, args.truncate)
     return ManyTasksModel(
         tasks=tuple(
@@ -188,13 +194,13 @@ def prepare(stage: ManyTasksArgs, args: TaskListArgs) -> ManyTasksModel:
     )
 
 
-def _specs(
+def _list_specs(
     stage: ManyTasksArgs, args: TaskListArgs, conditioned: CaMtlConfig | None
 ) -> list[tuple[TaskSpec, Sequence[str] | None]]:
     """Tasks in the order of their ids, and the folders to look for their files in."""
     specs: dict[str, tuple[TaskSpec, Sequence[str] | None]] = {}
     for name in args.tasks or (conditioned.tasks if conditioned else GLUE):
-        spec, folders = named_task(name, args.data_dir)
+        spec, folders = find_task(name, args.data_dir)
         if spec.name in specs:
             raise UserError(f"--tasks: {spec.name} is listed twice")
         specs[spec.name] = (spec, folders)
@@ -208,7 +214,7 @@ def _specs(
     return [specs[name] for name in conditioned.tasks]
 
 
-def _read(
+def _read_task_rows(
     spec: TaskSpec,
     folders: Sequence[str] | None,
     stage: ManyTasksArgs,
@@ -216,15 +222,15 @@ def _read(
     conditioned: CaMtlConfig | None,
 ) -> tuple[TaskSpec, Rows]:
     """One task, its labels in the order of its head, and its rows."""
-    splits = splits_to_read(spec, stage, args.predict_split)
-    labels = _labels_of(conditioned, spec) if conditioned else ()
+    splits = list_splits_to_read(spec, stage, args.predict_split)
+    labels = _find_trained_labels(conditioned, spec) if conditioned else ()
     if labels and spec.kind != "token":
         spec = replace(spec, labels=labels)
-    folder = None if folders is None else first_folder(spec, folders)
+    folder = None if folders is None else find_first_folder(spec, folders)
     return read_rows(spec, folder, splits, args, labels)
 
 
-def _labels_of(config: CaMtlConfig, spec: TaskSpec) -> tuple[str, ...]:
+def _find_trained_labels(config: CaMtlConfig, spec: TaskSpec) -> tuple[str, ...]:
     """Labels of a task in the order of its trained head; those of a converted one are numbers.
 
     Raises:
@@ -232,13 +238,13 @@ def _labels_of(config: CaMtlConfig, spec: TaskSpec) -> tuple[str, ...]:
     """
     number = config.tasks.index(spec.name)
     labels, kind = tuple(config.task_labels[number]), config.task_kinds[number]
-    if _kind(spec) != kind:
+    if _find_head_kind(spec) != kind:
         raise UserError(f"task {spec.name}: the model has a head of kind {kind} for it")
     if not spec.labels:
         return labels
     if labels == tuple(map(str, range(len(spec.labels)))):
         return spec.labels
-    ordered = in_order_of(labels, spec.labels)
+    ordered = order_labels(labels, spec.labels)
     if ordered is None:
         raise UserError(
             f"task {spec.name} has the labels {format_some_names(spec.labels)}, the model answers "
@@ -247,11 +253,11 @@ def _labels_of(config: CaMtlConfig, spec: TaskSpec) -> tuple[str, ...]:
     return ordered
 
 
-def _kind(spec: TaskSpec) -> str:
+def _find_head_kind(spec: TaskSpec) -> str:
     return "sequence" if spec.kind == "pair" else spec.kind
 
 
-def _new_config(
+def _build_config(
     stage: ManyTasksArgs,
     args: TaskListArgs,
     source: PreTrainedConfig | None,
@@ -265,15 +271,15 @@ def _new_config(
             source,
             variant=stage.variant or "base",
             tasks=[spec.name for spec in specs],
-            task_kinds=[_kind(spec) for spec in specs],
+            task_kinds=[_find_head_kind(spec) for spec in specs],
             task_labels=[list(spec.labels) for spec in specs],
-            max_seq_length=_longest(args, source.max_position_embeddings),
+            max_seq_length=_limit_length(args, source.max_position_embeddings),
         )
     except (ValueError, StrictDataclassError) as error:
         raise UserError(" ".join(str(error).split())) from error
 
 
-def _longest(args: TaskListArgs, most: int) -> int:
+def _limit_length(args: TaskListArgs, most: int) -> int:
     """--max_seq_length; where it is not given, at most `most`.
 
     Raises:

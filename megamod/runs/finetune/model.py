@@ -22,7 +22,7 @@ class FinetuneModel(Protocol):
 
     Attributes:
         tasks: in the order of their ids; one task is a list of one.
-        several: the model is made for any number of tasks, even if it has one.
+        has_many_tasks: the model is made for any number of tasks, even if it has one.
         inputs: fields of a batch that the model takes.
         instances: N, rows that share a forward pass.
         pad_to: see `Encoded.gather`.
@@ -30,7 +30,7 @@ class FinetuneModel(Protocol):
     """
 
     tasks: Sequence[FinetuneTask]
-    several: bool
+    has_many_tasks: bool
     config: PreTrainedConfig
     tokenizer: "PreTrainedTokenizerFast"
     inputs: Sequence[str]
@@ -38,7 +38,7 @@ class FinetuneModel(Protocol):
     pad_to: int | None
     ensemble: bool
 
-    def make(self, seed: int, folder: Path | None = None) -> nn.Module:
+    def make_module(self, seed: int, folder: Path | None = None) -> nn.Module:
         """The model in float32; what its weights lack is drawn with the seed.
 
         Args:
@@ -48,15 +48,15 @@ class FinetuneModel(Protocol):
         """
         ...
 
-    def load(self, folder: Path) -> nn.Module:
+    def load_module(self, folder: Path) -> nn.Module:
         """The model of a finished run, in float32."""
         ...
 
-    def classifiers(self, module: nn.Module) -> Sequence[nn.Module]:
+    def list_classifiers(self, module: nn.Module) -> Sequence[nn.Module]:
         """For each task a module that returns the logits of a batch."""
         ...
 
-    def batches(self, shape: StepShape, seed: int) -> StepBatches:
+    def make_batches(self, shape: StepShape, seed: int) -> StepBatches:
         """Training micro-batches of a rank, with a `digest` of all rows.
 
         Raises:
@@ -64,14 +64,14 @@ class FinetuneModel(Protocol):
         """
         ...
 
-    def epoch(self, batches: StepBatches) -> float:
+    def compute_steps_per_epoch(self, batches: StepBatches) -> float:
         """Steps of an epoch, perhaps no whole number."""
         ...
 
-    def objective(self, device: torch.device) -> Objective:
+    def make_objective(self, device: torch.device) -> Objective:
         """The loss of a batch."""
         ...
 
-    def chooser(self, batches: StepBatches, device: torch.device) -> SelectBatches | None:
+    def make_selection(self, batches: StepBatches, device: torch.device) -> SelectBatches | None:
         """Selection among the rows of a step; None: all are trained on."""
         ...

@@ -29,11 +29,11 @@ from megamod.runs.finetune.args import OneTaskArgs, TaskArgs, WordArgs
 from megamod.runs.finetune.labels import set_labels
 from megamod.runs.finetune.model import FinetuneModel
 from megamod.runs.finetune.source import (
-    config_of,
+    load_matching_tokenizer,
+    read_start_config,
     set_dropout,
-    tokenizer_of,
 )
-from megamod.runs.finetune.tasks import FinetuneTask, open_task, splits_to_read
+from megamod.runs.finetune.tasks import FinetuneTask, list_splits_to_read, open_task
 from megamod.train.objectives import ClassificationObjective
 
 if TYPE_CHECKING:
@@ -60,27 +60,27 @@ class OneTaskModel(FinetuneModel):
     retrieved: float
     pad_to: int | None
     ensemble: bool
-    several = False
+    has_many_tasks = False
 
     @property
     def tasks(self) -> tuple[FinetuneTask]:
         """The only task."""
         return (self.task,)
 
-    def make(self, seed: int, folder: Path | None = None) -> nn.Module:
+    def make_module(self, seed: int, folder: Path | None = None) -> nn.Module:
         torch.manual_seed(seed)
-        kind = head_class(self.task.spec)
+        kind = select_head_class(self.task.spec)
         if self.weights is None:
             return kind.from_config(self.config, dtype=torch.float32)
-        return _load(kind, self.weights, self.trained, config=self.config)
+        return _load_classifier(kind, self.weights, self.trained, config=self.config)
 
-    def load(self, folder: Path) -> nn.Module:
-        return _load(head_class(self.task.spec), str(folder), True)
+    def load_module(self, folder: Path) -> nn.Module:
+        return _load_classifier(select_head_class(self.task.spec), str(folder), True)
 
-    def classifiers(self, module: nn.Module) -> list[nn.Module]:
+    def list_classifiers(self, module: nn.Module) -> list[nn.Module]:
         return [module]
 
-    def batches(self, shape: StepShape, seed: int) -> TrainRows:
+    def make_batches(self, shape: StepShape, seed: int) -> TrainRows:
         return TrainRows(
             self.task.encoded["train"],
             shape,
@@ -89,19 +89,21 @@ class OneTaskModel(FinetuneModel):
             pad_to=self.pad_to,
         )
 
-    def epoch(self, batches: TrainRows) -> float:
+    def compute_steps_per_epoch(self, batches: TrainRows) -> float:
         return len(batches.encoded) / batches.shape.global_batch
 
-    def objective(self, device: torch.device) -> ClassificationObjective:
+    def make_objective(self, device: torch.device) -> ClassificationObjective:
         return ClassificationObjective(
             self.inputs, device, self.task.spec.is_regression, self.retrieved
         )
 
-    def chooser(self, batches: TrainRows, device: torch.device) -> None:
+    def make_selection(self, batches: TrainRows, device: torch.device) -> None:
         return None
 
 
-def prepare(stage: OneTaskArgs, args: TaskArgs, words: WordArgs | None = None) -> OneTaskModel:
+def prepare_model(
+    stage: OneTaskArgs, args: TaskArgs, words: WordArgs | None = None
+) -> OneTaskModel:
     """Read, check and encode the task, and check the model.
 
     Args:
@@ -109,14 +111,16 @@ def prepare(stage: OneTaskArgs, args: TaskArgs, words: WordArgs | None = None) -
     Raises:
         UserError: for a task, file, row, model or length that does not fit.
     """
-    spec = _spec(args, words)
-    splits = splits_to_read(spec, stage, args.predict_split)
-    config, weights = config_of(
+    spec = _find_spec(args, words)
+    splits = list_splits_to_read(spec, stage, args.predict_split)
+    config, weights = read_start_config(
         stage,
-        lambda kind: has_auto_class(head_class(spec), kind),
+        lambda kind: has_auto_class(select_head_class(spec), kind),
         f"a model with a head for {spec.name}",
     )
-    tokenizer = tokenizer_of(config, stage.model or stage.config_name, stage.tokenizer_name)
+    tokenizer = load_matching_tokenizer(
+        config, stage.model or stage.config_name, stage.tokenizer_name
+    )
     if config is None:
         config = make_bert_config(
             stage.config_name,
@@ -125,10 +129,10 @@ def prepare(stage: OneTaskArgs, args: TaskArgs, words: WordArgs | None = None) -
             muxing_variant=stage.muxing_variant,
             demuxing_variant=stage.demuxing_variant,
         )
-    instances = _instances(config, stage)
+    instances = _find_instance_count(config, stage)
     task = open_task(
         spec,
-        _data_dir(spec, args),
+        _find_data_dir(spec, args),
         splits,
         config,
         tokenizer,
@@ -160,14 +164,14 @@ def prepare(stage: OneTaskArgs, args: TaskArgs, words: WordArgs | None = None) -
     )
 
 
-def head_class(spec: TaskSpec) -> type:
+def select_head_class(spec: TaskSpec) -> type:
     """The Auto class of transformers for a task."""
     if spec.kind == "token":
         return AutoModelForTokenClassification
     return AutoModelForSequenceClassification
 
 
-def _load(kind: type, source: str, complete: bool, **options: object) -> nn.Module:
+def _load_classifier(kind: type, source: str, complete: bool, **options: object) -> nn.Module:
     """A classifier in float32; unless it must be complete, a missing head is drawn.
 
     Raises:
@@ -181,7 +185,7 @@ def _load(kind: type, source: str, complete: bool, **options: object) -> nn.Modu
     return model
 
 
-def _spec(args: TaskArgs, words: WordArgs | None) -> TaskSpec:
+def _find_spec(args: TaskArgs, words: WordArgs | None) -> TaskSpec:
     """The task that the flags name."""
     if args.task_spec is not None:
         spec = read_task_spec(args.task_spec)
@@ -199,14 +203,14 @@ def _spec(args: TaskArgs, words: WordArgs | None) -> TaskSpec:
     return spec
 
 
-def _data_dir(spec: TaskSpec, args: TaskArgs) -> str | None:
+def _find_data_dir(spec: TaskSpec, args: TaskArgs) -> str | None:
     """Folder of the task's files; None: the hub."""
     if args.data_dir is None and args.task_spec is not None and spec.hub is None:
         return str(Path(args.task_spec).parent)
     return args.data_dir
 
 
-def _instances(config: PreTrainedConfig, stage: OneTaskArgs) -> int:
+def _find_instance_count(config: PreTrainedConfig, stage: OneTaskArgs) -> int:
     """N of the model.
 
     Raises:

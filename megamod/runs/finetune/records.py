@@ -1,7 +1,7 @@
 """Records of a finetuning run about its tasks and scores: evaluations.json, results.json, tables.
 
 A run on one task leaves out the level of tasks: `scores` instead of `tasks` in an evaluation, and
-so on. `FinetuneModel.several` decides.
+so on. `FinetuneModel.has_many_tasks` decides.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,38 +19,38 @@ TaskScores = Mapping[str, Mapping[str, Scores]]
 """Scores by task and split."""
 
 
-def evaluation_record(
+def record_evaluation(
     model: FinetuneModel, scores: TaskScores, step: int, instances_per_second: float
 ) -> Record:
     """Scores of the dev splits after a step."""
-    record: Record = {"step": step, **_of_tasks(model, "tasks", "scores", scores)}
-    if model.several:
-        record["score"] = float(np.mean(list(_task_scores(model, scores).values())))
+    record: Record = {"step": step, **_nest_scores(model, "tasks", "scores", scores)}
+    if model.has_many_tasks:
+        record["score"] = float(np.mean(list(_compute_task_scores(model, scores).values())))
     return {**record, "instances_per_second": instances_per_second}
 
 
-def value_of(model: FinetuneModel, evaluation: Record) -> float | None:
+def find_selection_value(model: FinetuneModel, evaluation: Record) -> float | None:
     """The number that chooses the best model; None if the evaluation lacks it."""
-    if model.several:
+    if model.has_many_tasks:
         return evaluation.get("score")
     return evaluation["scores"]["dev"].get(model.tasks[0].spec.metrics[0])
 
 
-def score_of(model: FinetuneModel, evaluation: Record) -> float:
+def find_score(model: FinetuneModel, evaluation: Record) -> float:
     """The one number of an evaluation: mean over tasks of their scores as GLUE defines them."""
-    if model.several:
+    if model.has_many_tasks:
         return evaluation["score"]
     return compute_task_score(model.tasks[0].spec, evaluation["scores"])
 
 
-def predictions_record(model: FinetuneModel, scores: TaskScores) -> Record:
+def record_predictions(model: FinetuneModel, scores: TaskScores) -> Record:
     """Scores of predicted splits."""
-    return _of_tasks(model, "predicted", "predicted", scores)
+    return _nest_scores(model, "predicted", "predicted", scores)
 
 
-def peaks_record(model: FinetuneModel, evaluations: Sequence[Record]) -> Record:
+def record_peaks(model: FinetuneModel, evaluations: Sequence[Record]) -> Record:
     """With several tasks the best value of each score of each task, and its step."""
-    if not model.several:
+    if not model.has_many_tasks:
         return {}
     peaks: dict[str, dict[str, Record]] = {}
     for evaluation in evaluations:
@@ -66,12 +66,12 @@ def peaks_record(model: FinetuneModel, evaluations: Sequence[Record]) -> Record:
     return {"by_task": peaks}
 
 
-def table_row(model: FinetuneModel, record: Record) -> dict[str, float] | None:
+def make_table_row(model: FinetuneModel, record: Record) -> dict[str, float] | None:
     """Numbers of one seed: each score of a single task, or one of each task; None: no row."""
-    if model.several:
+    if model.has_many_tasks:
         if "best" not in record:
             return None
-        scores = _task_scores(model, record["best"]["tasks"])
+        scores = _compute_task_scores(model, record["best"]["tasks"])
         row = {**scores, AVERAGE: record["best"]["score"]}
         if set(GLUE) <= set(scores):
             row["glue_avg"] = average_task_scores({task: scores[task] for task in GLUE})
@@ -85,7 +85,7 @@ def table_row(model: FinetuneModel, record: Record) -> dict[str, float] | None:
     }
 
 
-def facts(model: FinetuneModel) -> Record:
+def list_facts(model: FinetuneModel) -> Record:
     """Tasks and numbers of their rows."""
     rows = {
         task.spec.name: {split: len(encoded) for split, encoded in task.encoded.items()}
@@ -95,7 +95,7 @@ def facts(model: FinetuneModel) -> Record:
         task.spec.name: {split: encoded.cut for split, encoded in task.encoded.items()}
         for task in model.tasks
     }
-    if model.several:
+    if model.has_many_tasks:
         tasks = [describe_task(task.spec) for task in model.tasks]
         return {"tasks": tasks, "variant": model.config.variant, "rows": rows, "cut_rows": cut}
     spec = model.tasks[0].spec
@@ -107,11 +107,11 @@ def facts(model: FinetuneModel) -> Record:
     }
 
 
-def card(model: FinetuneModel) -> Card:
+def make_card(model: FinetuneModel) -> Card:
     """The model card."""
     names = [task.spec.name for task in model.tasks]
     tasks = ", ".join(names)
-    if model.several:
+    if model.has_many_tasks:
         return Card(
             summary=f"A model of many tasks ({tasks}), trained with megamod.",
             tags=("classification", "multi-task", *names),
@@ -131,10 +131,10 @@ def card(model: FinetuneModel) -> Card:
     )
 
 
-def _of_tasks(model: FinetuneModel, many: str, single: str, scores: TaskScores) -> Record:
-    return {many: scores} if model.several else {single: scores[model.tasks[0].spec.name]}
+def _nest_scores(model: FinetuneModel, many: str, single: str, scores: TaskScores) -> Record:
+    return {many: scores} if model.has_many_tasks else {single: scores[model.tasks[0].spec.name]}
 
 
-def _task_scores(model: FinetuneModel, scores: TaskScores) -> dict[str, float]:
+def _compute_task_scores(model: FinetuneModel, scores: TaskScores) -> dict[str, float]:
     specs = [task.spec for task in model.tasks]
     return {spec.name: compute_task_score(spec, scores[spec.name]) for spec in specs}

@@ -27,23 +27,23 @@ from megamod.evaluation.predict import Predictor
 from megamod.files import write_json
 from megamod.flags import Arguments, find_origin, set_values
 from megamod.runs.finetune.args import StageArgs
-from megamod.runs.finetune.best import Best
+from megamod.runs.finetune.best import BestModel
 from megamod.runs.finetune.model import FinetuneModel
 from megamod.runs.finetune.records import (
     AVERAGE,
     Record,
     TaskScores,
-    card,
-    evaluation_record,
-    facts,
-    peaks_record,
-    predictions_record,
-    score_of,
-    table_row,
-    value_of,
+    find_score,
+    find_selection_value,
+    list_facts,
+    make_card,
+    make_table_row,
+    record_evaluation,
+    record_peaks,
+    record_predictions,
 )
-from megamod.runs.finetune.scores import predict_splits, predictors_of, score_splits
-from megamod.runs.training import Recipe, Running, execute
+from megamod.runs.finetune.scores import make_predictors, predict_splits, score_splits
+from megamod.runs.training import ActiveRun, RunSpec, execute_run
 from megamod.train.deepspeed_settings import resolve_settings
 from megamod.train.export import publish_model
 
@@ -69,19 +69,19 @@ def finetune(model: FinetuneModel, parsed: Sequence[Arguments]) -> None:
             return
     else:
         device = join_process_group(safety.dist_timeout)
-        predictors = predictors_of(model, model.make(run.seed).to(device), device)
+        predictors = make_predictors(model, model.make_module(run.seed).to(device), device)
         record: Record = {}
         if stage.do_eval:
             scores = score_splits(model, predictors, run)
-            record["last"] = record["best"] = _record(model, scores, predictors, 0)
+            record["last"] = record["best"] = _make_evaluation(model, scores, predictors, 0)
         if stage.do_predict:
             scores = predict_splits(
                 model, predictors, run, args.predict_split, output / "predictions"
             )
-            record |= predictions_record(model, scores)
+            record |= record_predictions(model, scores)
         records = {run.seed: record}
     if read_launcher_rank() == 0:
-        print(_report(model, records, output, stage))
+        print(_write_results(model, records, output, stage))
 
 
 def _train_with_seeds(
@@ -98,67 +98,69 @@ def _train_with_seeds(
         arguments = copy.deepcopy(tuple(parsed))
         set_values(arguments[0], {"seed": seed, "output_dir": str(folder)}, "--seeds")
         set_values(arguments[3], {"seeds": None}, "--seeds")
-        record = _train(model, arguments, folder)
+        record = _train_once(model, arguments, folder)
         if record is None:
             return None
         records[seed] = record
     return records
 
 
-def _train(model: FinetuneModel, parsed: Sequence[Arguments], folder: Path) -> Record | None:
+def _train_once(model: FinetuneModel, parsed: Sequence[Arguments], folder: Path) -> Record | None:
     """The record of one run; None if only the groups were asked for."""
     run, safety, optim, stage, args = parsed[:5]
     names = tuple(task.spec.name for task in model.tasks)
     topology = DomainTopology(read_launcher_world_size(), names, Sharing.DENSE)
     settled = resolve_settings(run, optim, safety, topology, model.config.hidden_size)
-    batches = model.batches(settled.make_step_shape(read_launcher_rank()), run.seed)
-    _set_steps(run, stage, model.epoch(batches))
-    best = Best(folder, partial(value_of, model))
+    batches = model.make_batches(settled.make_step_shape(read_launcher_rank()), run.seed)
+    _set_steps(run, stage, model.compute_steps_per_epoch(batches))
+    best = BestModel(folder, partial(find_selection_value, model))
 
     def make_module() -> nn.Module:
         if dist.get_rank() == 0:
             shutil.rmtree(folder / "tokenizer", ignore_errors=True)
             model.tokenizer.save_pretrained(folder / "tokenizer")
-        return model.make(run.seed, folder)
+        return model.make_module(run.seed, folder)
 
-    def make_evaluate(running: Running) -> Callable[[int], None]:
+    def make_evaluate(running: ActiveRun) -> Callable[[int], None]:
         if not stage.do_eval:
             return lambda step: None
         best.load(running.state.step)
-        return _Evaluate(model, run, running, best)
+        return _DevEvaluation(model, run, running, best)
 
-    recipe = Recipe(
+    recipe = RunSpec(
         config=model.config,
         topology=topology,
         data_digest=batches.digest,
         tokenizer=folder / "tokenizer",
-        card=card(model),
+        card=make_card(model),
         groups=names,
-        unit="tokens" if not model.several and model.tasks[0].spec.kind == "token" else "examples",
+        unit="tokens"
+        if not model.has_many_tasks and model.tasks[0].spec.kind == "token"
+        else "examples",
         make_batches=lambda shape: batches,
         make_model=make_module,
-        make_objective=model.objective,
+        make_objective=model.make_objective,
         make_evaluate=make_evaluate,
-        make_choice=partial(model.chooser, batches),
+        make_choice=partial(model.make_selection, batches),
         write_model=best.write_model,
     )
-    done = execute(recipe, parsed, workers=args.dataloader_num_workers)
-    if done is None:
+    finished = execute_run(recipe, parsed, workers=args.dataloader_num_workers)
+    if finished is None:
         return None
-    record: Record = {"step": done.state.step}
+    record: Record = {"step": finished.state.step}
     if best.evaluations:
         record |= {"best": best.best, "last": best.evaluations[-1]}
-        record |= peaks_record(model, best.evaluations)
+        record |= record_peaks(model, best.evaluations)
     if stage.do_predict:
-        module = model.load(folder / "model").to(done.device)
-        predictors = predictors_of(model, module, done.device)
+        module = model.load_module(folder / "model").to(finished.device)
+        predictors = make_predictors(model, module, finished.device)
         scores = predict_splits(model, predictors, run, args.predict_split, folder / "predictions")
-        record |= predictions_record(model, scores)
+        record |= record_predictions(model, scores)
     if dist.get_rank() == 0:
-        done.monitor.close()
-        if model.several:
+        finished.monitor.close()
+        if model.has_many_tasks:
             plot_task_shares(folder / "metrics.jsonl", folder / SHARES)
-        write_json(folder / RESULTS, {**facts(model), "seed": run.seed, **record})
+        write_json(folder / RESULTS, {**list_facts(model), "seed": run.seed, **record})
     return record
 
 
@@ -169,39 +171,39 @@ def _set_batch_sizes(run: RunArgs, model: FinetuneModel) -> None:
         UserError: if a batch of evaluation does not fill its groups.
     """
     for flag in ("per_device_train_batch_size", "per_device_eval_batch_size"):
-        if find_origin(run, flag) == "default" and not model.several:
+        if find_origin(run, flag) == "default" and not model.has_many_tasks:
             set_values(run, {flag: 32 * model.instances}, "32 x --num_instances")
     check_fills_instance_groups(
         "--per_device_eval_batch_size", run.per_device_eval_batch_size, model.instances
     )
 
 
-def _set_steps(run: RunArgs, stage: StageArgs, epoch: float) -> None:
-    """Set --max_steps to --num_train_epochs of `epoch` steps, unless it was given."""
+def _set_steps(run: RunArgs, stage: StageArgs, steps_per_epoch: float) -> None:
+    """Set --max_steps to --num_train_epochs of `steps_per_epoch` steps, unless it was given."""
     if find_origin(run, "max_steps") == "default":
-        steps = math.ceil(stage.num_train_epochs * epoch - 1e-9)
+        steps = math.ceil(stage.num_train_epochs * steps_per_epoch - 1e-9)
         set_values(run, {"max_steps": steps}, f"--num_train_epochs {stage.num_train_epochs:g}")
 
 
-class _Evaluate:
+class _DevEvaluation:
     """Called in training: scores the dev splits, and publishes the model if it is the best."""
 
-    def __init__(self, model: FinetuneModel, run: RunArgs, running: Running, best: Best):
+    def __init__(self, model: FinetuneModel, run: RunArgs, running: ActiveRun, best: BestModel):
         self.model, self.run, self.running, self.best = model, run, running, best
-        self.predictors = predictors_of(model, running.engine.module, running.device)
+        self.predictors = make_predictors(model, running.engine.module, running.device)
 
     def __call__(self, step: int) -> None:
         scores = score_splits(self.model, self.predictors, self.run)
-        evaluation = _record(self.model, scores, self.predictors, step)
-        by_name: dict[tuple[str, str], dict[str, float]] = {}
+        evaluation = _make_evaluation(self.model, scores, self.predictors, step)
+        values_by_split: dict[tuple[str, str], dict[str, float]] = {}
         for task, splits in scores.items():
             for split, values in splits.items():
                 for name, value in values.items():
                     if isinstance(value, float):
-                        by_name.setdefault((split, name), {})[task] = value
-        for (split, name), values in by_name.items():
+                        values_by_split.setdefault((split, name), {})[task] = value
+        for (split, name), values in values_by_split.items():
             self.running.monitor.log_scores(step, values, split, kind=name)
-        if self.model.several:
+        if self.model.has_many_tasks:
             average = {AVERAGE: evaluation["score"]}
             self.running.monitor.log_scores(step, average, "dev", kind="score")
         if self.best.add(evaluation):
@@ -210,23 +212,23 @@ class _Evaluate:
             self.best.save()
 
 
-def _record(
+def _make_evaluation(
     model: FinetuneModel, scores: TaskScores, predictors: Sequence[Predictor], step: int
 ) -> Record:
     """An evaluation as it is recorded; rows per second are those of rank 0's forward passes."""
     speed = float(np.mean([predictor.instances_per_second for predictor in predictors]))
-    return evaluation_record(model, scores, step, speed)
+    return record_evaluation(model, scores, step, speed)
 
 
-def _report(
+def _write_results(
     model: FinetuneModel, records: Mapping[int, Record], output: Path, stage: StageArgs
 ) -> str:
     """Write OUT/results.json; the table to print."""
-    rows = {f"seed {seed}": table_row(model, record) for seed, record in records.items()}
+    rows = {f"seed {seed}": make_table_row(model, record) for seed, record in records.items()}
     rows = {name: row for name, row in rows.items() if row is not None}
     spec = model.tasks[0].spec
-    record = {**facts(model), "model": stage.model or stage.config_name}
-    if not model.several:
+    record = {**list_facts(model), "model": stage.model or stage.config_name}
+    if not model.has_many_tasks:
         record["metric"] = spec.metrics[0]
     record["seeds"] = {str(seed): run for seed, run in records.items()}
     means: Mapping[str, float] = {}
@@ -236,27 +238,27 @@ def _report(
     evaluations = [run["best"] for run in records.values() if "best" in run]
     if evaluations:
         speeds = [best["instances_per_second"] for best in evaluations]
-        record["task_score"] = float(np.mean([score_of(model, best) for best in evaluations]))
+        record["task_score"] = float(np.mean([find_score(model, best) for best in evaluations]))
         record["instances_per_second"] = float(np.mean(speeds))
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / RESULTS, record)
     if means and len(records) > 1:
         rows["mean"], rows["deviation"] = means, deviations
     table = (
-        format_score_table(rows, "task score" if model.several else spec.name)
+        format_score_table(rows, "task score" if model.has_many_tasks else spec.name)
         if means
         else "nothing was scored"
     )
-    return "\n".join(["", table, "", _places(model, output, stage)])
+    return "\n".join(["", table, "", _list_output_files(model, output, stage)])
 
 
-def _places(model: FinetuneModel, output: Path, stage: StageArgs) -> str:
+def _list_output_files(model: FinetuneModel, output: Path, stage: StageArgs) -> str:
     """List the output files of a run, one per line."""
-    places = [("numbers", output / RESULTS)]
+    files = [("numbers", output / RESULTS)]
     if stage.do_train and not stage.seeds:
-        places.append(("model", output / "model"))
-        if model.several:
-            places.append(("task shares", output / SHARES))
+        files.append(("model", output / "model"))
+        if model.has_many_tasks:
+            files.append(("task shares", output / SHARES))
     if stage.do_predict and not stage.seeds:
-        places.append(("predictions", output / "predictions"))
-    return "\n".join(f"{name:11}  {path}" for name, path in places)
+        files.append(("predictions", output / "predictions"))
+    return "\n".join(f"{name:11}  {path}" for name, path in files)

@@ -33,12 +33,14 @@ from megamod.runs.finetune.records import TaskScores
 from megamod.runs.finetune.tasks import FinetuneTask
 
 
-def predictors_of(model: FinetuneModel, module: nn.Module, device: torch.device) -> list[Predictor]:
+def make_predictors(
+    model: FinetuneModel, module: nn.Module, device: torch.device
+) -> list[Predictor]:
     """A predictor for each task, its rows divided among all ranks."""
     ranks = dist.get_rank(), dist.get_world_size(), sum_over_ranks
     return [
         Predictor(classifier, model.inputs, device, *ranks)
-        for classifier in model.classifiers(module)
+        for classifier in model.list_classifiers(module)
     ]
 
 
@@ -47,7 +49,7 @@ def score_splits(model: FinetuneModel, predictors: Sequence[Predictor], run: Run
     return {
         task.spec.name: {
             split: score_split(model, task, split, predictor, run)[0]
-            for split in task.splits("dev")
+            for split in task.list_splits("dev")
         }
         for task, predictor in zip(model.tasks, predictors, strict=True)
     }
@@ -103,7 +105,7 @@ def predict_splits(
     scored: dict[str, dict[str, Scores]] = {}
     for task, predictor in zip(model.tasks, predictors, strict=True):
         scored[task.spec.name] = {}
-        for split in task.splits(kind):
+        for split in task.list_splits(kind):
             scores, answers = score_split(model, task, split, predictor, run)
             if scores is not None:
                 scored[task.spec.name][split] = scores
@@ -125,7 +127,7 @@ def _write_predictions(
     if spec.kind == "token":
         rows = task.sets[split]
         text = format_conll(rows.words, answers, rows.labels)
-        file = f"{spec.name}_{split}.txt" if model.several else f"{split}.txt"
+        file = f"{spec.name}_{split}.txt" if model.has_many_tasks else f"{split}.txt"
     else:
         text = format_submission(spec, answers)
         file = spec.submission.get(split, f"{spec.name}_{split}.tsv")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
 
 
-def config_of(
+def read_start_config(
     stage: StageArgs, accepts: Callable[[str], bool], needed: str
 ) -> tuple[PreTrainedConfig | None, str | None]:
     """Configuration and where the weights are; None for a size that waits for the vocabulary.
@@ -52,7 +52,7 @@ def config_of(
     return source.config, None
 
 
-def tokenizer_of(
+def load_matching_tokenizer(
     config: PreTrainedConfig | None, model: str | None, tokenizer: str | None
 ) -> "PreTrainedTokenizerFast":
     """The tokenizer of an encoder.

@@ -24,7 +24,7 @@ from megamod.errors import UserError
 from megamod.flags import find_origin
 from megamod.models.classifier_inputs import compute_max_row_tokens
 from megamod.runs.finetune.args import RowArgs, StageArgs
-from megamod.runs.finetune.labels import labels_of_model, with_labels_of
+from megamod.runs.finetune.labels import list_model_labels, match_labels_to_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -45,12 +45,12 @@ class FinetuneTask:
     sets: Rows
     encoded: Mapping[str, EncodedRows]
 
-    def splits(self, kind: str) -> tuple[str, ...]:
+    def list_splits(self, kind: str) -> tuple[str, ...]:
         """Encoded splits that begin with "train", "dev" or "test"."""
         return tuple(split for split in self.encoded if split.startswith(kind))
 
 
-def splits_to_read(spec: TaskSpec, stage: StageArgs, predicted: str) -> list[str]:
+def list_splits_to_read(spec: TaskSpec, stage: StageArgs, predicted: str) -> list[str]:
     """Splits that the flags need; "dev" and --predict_split stand for all of their kind.
 
     Raises:
@@ -90,13 +90,13 @@ def open_task(
     Raises:
         UserError: for files, rows, labels and lengths that do not fit.
     """
-    lengths = lengths_of(config, args)
+    lengths = find_lengths(config, args)
     if spec.kind == "token":
-        labels = labels_of_model(config) if trained else ()
+        labels = list_model_labels(config) if trained else ()
         spec, sets = read_rows(spec, data_dir, splits, args, labels)
-        spec = with_labels_of(config, spec, trained=trained)
+        spec = match_labels_to_model(config, spec, trained=trained)
     else:
-        spec = with_labels_of(config, spec, trained=trained)
+        spec = match_labels_to_model(config, spec, trained=trained)
         spec, sets = read_rows(spec, data_dir, splits, args)
     return encode_rows(spec, sets, tokenizer, lengths, args.cache_dir, label_all=label_all)
 
@@ -158,7 +158,7 @@ def encode_rows(
     return FinetuneTask(spec, sets, encoded)
 
 
-def named_task(name: str, data_dir: Sequence[str] | None) -> tuple[TaskSpec, Sequence[str] | None]:
+def find_task(name: str, data_dir: Sequence[str] | None) -> tuple[TaskSpec, Sequence[str] | None]:
     """A task by its name or YAML file, and the folders to look for its files in; None: the hub.
 
     Raises:
@@ -172,7 +172,7 @@ def named_task(name: str, data_dir: Sequence[str] | None) -> tuple[TaskSpec, Seq
     return spec, data_dir
 
 
-def first_folder(spec: TaskSpec, folders: Sequence[str]) -> str:
+def find_first_folder(spec: TaskSpec, folders: Sequence[str]) -> str:
     """The first of the folders that has files of the task.
 
     Raises:
@@ -189,7 +189,7 @@ def first_folder(spec: TaskSpec, folders: Sequence[str]) -> str:
     raise UserError("; ".join(problems))
 
 
-def lengths_of(config: PreTrainedConfig, args: RowArgs) -> RowLengthLimits:
+def find_lengths(config: PreTrainedConfig, args: RowArgs) -> RowLengthLimits:
     """Maximum row length of a model: --max_seq_length, by default at most the model's positions.
 
     Raises:

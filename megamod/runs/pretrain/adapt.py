@@ -27,18 +27,18 @@ from megamod.models.lm.flops import compute_flops_per_token
 from megamod.runs.pretrain.adapt_args import AdaptArgs
 from megamod.runs.pretrain.adapt_start import (
     RECORD,
-    Start,
-    build,
-    candidates,
-    choose,
-    config_of,
-    digest_of,
-    estimate,
-    open_data,
-    record,
+    AdaptationStart,
+    build_dense_config,
+    build_dense_model,
+    digest_weights,
+    estimate_expert_weights,
+    list_candidates,
+    open_domain_data,
+    record_start,
+    select_start,
 )
-from megamod.runs.pretrain.causal_lm import evaluate_own, evaluation
-from megamod.runs.training import Recipe, Running, execute
+from megamod.runs.pretrain.causal_lm import log_own_perplexity, make_evaluation
+from megamod.runs.training import ActiveRun, RunSpec, execute_run
 from megamod.states.checkpoint_folder import TrainState
 from megamod.states.forest import FILE, Expert, Forest, Parent, edit_forest
 from megamod.states.grow import add_expert
@@ -55,7 +55,7 @@ def adapt(run: RunArgs, safety: SafetyArgs, optim: OptimArgs, args: AdaptArgs) -
             the forest has already; then nothing is written.
     """
     output = Path(run.output_dir).absolute()
-    forest = candidates(args)
+    forest = list_candidates(args)
     if args.domain in forest.domains:
         existing = forest.experts[forest.domains.index(args.domain)]
         if existing.path.resolve() != (output / "model").resolve():
@@ -65,74 +65,79 @@ def adapt(run: RunArgs, safety: SafetyArgs, optim: OptimArgs, args: AdaptArgs) -
             )
         print(f"{forest.path} has the expert {args.domain} of this run already: {existing.path}")
         return
-    data = open_data(args, forest)
+    data = open_domain_data(args, forest)
     device = join_process_group(safety.dist_timeout)
     batch_size = run.per_device_eval_batch_size
-    start = choose(
+    start = select_start(
         forest,
         args,
         output,
         safety.resume,
-        partial(estimate, forest, data, args.prior_sequences, batch_size, device),
+        partial(estimate_expert_weights, forest, data, args.prior_sequences, batch_size, device),
     )
     topology = DomainTopology(dist.get_world_size(), data.domains, Sharing.DENSE)
-    done = execute(
-        _recipe(run, args, forest, data, start, topology),
+    finished = execute_run(
+        _build_run_spec(run, args, forest, data, start, topology),
         (run, safety, optim, args),
         workers=args.dataloader_num_workers,
         checkpointing=args.gradient_checkpointing,
     )
-    if done is None:
+    if finished is None:
         return
-    matrix = evaluation(done, data, topology, run, args.eval_split)()
+    matrix = make_evaluation(finished, data, topology, run, args.eval_split)()
     if dist.get_rank() == 0:
-        done.monitor.close()
-        print(write_report(done.output, matrix, args.eval_split, done.state.step))
-        before, after = _before(done.output, args.domain), select_own_scores(matrix)[args.domain]
+        finished.monitor.close()
+        print(write_report(finished.output, matrix, args.eval_split, finished.state.step))
+        before, after = (
+            _read_start_perplexity(finished.output, args.domain),
+            select_own_scores(matrix)[args.domain],
+        )
         if before is not None:
             print(
                 f"{args.domain}: {args.eval_split} perplexity {before:.2f} under "
                 f"{start.expert.domain}, {after.perplexity:.2f} after adaptation"
             )
-        if done.state.step < run.max_steps:
-            print(f"stopped at step {done.state.step}: {args.domain} joins the forest at the end")
+        if finished.state.step < run.max_steps:
+            print(
+                f"stopped at step {finished.state.step}: {args.domain} joins the forest at the end"
+            )
         else:
-            expert = _new_expert(run, args, data, start, done.state, output)
-            print(join(args, forest, start.expert, expert, output))
+            expert = _make_expert(run, args, data, start, finished.state, output)
+            print(join_forest(args, forest, start.expert, expert, output))
 
 
-def _recipe(
+def _build_run_spec(
     run: RunArgs,
     args: AdaptArgs,
     forest: Forest,
     data: LmData,
-    start: Start,
+    start: AdaptationStart,
     topology: DomainTopology,
-) -> Recipe:
+) -> RunSpec:
     output, rank = Path(run.output_dir), dist.get_rank()
-    config = config_of(start.expert, args)
-    digest = gather_texts(digest_of(start.expert) if rank == 0 else "")[0]
+    config = build_dense_config(start.expert, args)
+    digest = gather_texts(digest_weights(start.expert) if rank == 0 else "")[0]
 
     def make_model() -> nn.Module:
         if rank == 0:
             output.mkdir(parents=True, exist_ok=True)
-            write_json(output / RECORD, record(forest, start, digest))
-            print(f"starting from the expert {start.expert.domain}, {start.why}", flush=True)
-        return build(start.expert, config, args.method)
+            write_json(output / RECORD, record_start(forest, start, digest))
+            print(f"starting from the expert {start.expert.domain}, {start.reason}", flush=True)
+        return build_dense_model(start.expert, config, args.method)
 
-    def make_evaluate(running: Running) -> partial[None]:
-        scores = evaluation(running, data, topology, run, args.eval_split)
-        evaluate = partial(evaluate_own, scores, running, args.eval_split)
+    def make_evaluate(running: ActiveRun) -> partial[None]:
+        scores = make_evaluation(running, data, topology, run, args.eval_split)
+        evaluate = partial(log_own_perplexity, scores, running, args.eval_split)
         if running.state.step == 0:
             evaluate(0)  # the start on the new domain, for comparison
         return evaluate
 
-    return Recipe(
+    return RunSpec(
         config=config,
         topology=topology,
         data_digest=data.digest,
         tokenizer=data.tokenizer_folder,
-        card=_card(args, start, data.digest),
+        card=_make_card(args, start, data.digest),
         groups=data.domains,
         unit="tokens",
         make_batches=lambda shape: data.build_train_batches(
@@ -146,7 +151,7 @@ def _recipe(
         settings={"start weights": digest, "start": start.expert.domain}
         | dict.fromkeys(("forest", "model", "prior", "prior_sequences")),
         write_model=(
-            partial(write_grown, start.expert, args.domain) if _grows(args, start) else None
+            partial(write_grown, start.expert, args.domain) if _adds_expert(args, start) else None
         ),
     )
 
@@ -171,7 +176,7 @@ def write_grown(expert: Expert, domain: str, export: ModelExport, folder: Path) 
         sync_folder(folder)
 
 
-def join(args: AdaptArgs, forest: Forest, start: Expert, new: Expert, output: Path) -> str:
+def join_forest(args: AdaptArgs, forest: Forest, start: Expert, new: Expert, output: Path) -> str:
     """Add the new expert to its forest; returns a sentence with its place.
 
     A forest.json is edited. A model with a further expert is a forest itself. A whole model that
@@ -190,7 +195,7 @@ def join(args: AdaptArgs, forest: Forest, start: Expert, new: Expert, output: Pa
         manifest = output / FILE
     with edit_forest(manifest) as experts:
         # An earlier attempt of this run may have added it.
-        experts[:] = [e for e in experts or forest.experts if not _same(e, new)]
+        experts[:] = [e for e in experts or forest.experts if not _is_same_expert(e, new)]
         if any(expert.domain == new.domain for expert in experts):
             raise UserError(
                 f"{manifest} got an expert {new.domain} during the training of this one, which is "
@@ -198,23 +203,28 @@ def join(args: AdaptArgs, forest: Forest, start: Expert, new: Expert, output: Pa
             )
         if new.member is not None:
             # The grown folder holds the same experts, bit for bit: shared weights are read once.
-            experts[:] = [_moved(expert, start.path, new.path) for expert in experts]
+            experts[:] = [_move_expert(expert, start.path, new.path) for expert in experts]
         experts.append(new)
     return f"{new.domain} is an expert of {manifest}"
 
 
-def _grows(args: AdaptArgs, start: Start) -> bool:
+def _adds_expert(args: AdaptArgs, start: AdaptationStart) -> bool:
     """True if the result is a further expert of the model that it started from."""
     return args.method == "feedforward" and start.expert.member is not None
 
 
-def _new_expert(
-    run: RunArgs, args: AdaptArgs, data: LmData, start: Start, state: TrainState, output: Path
+def _make_expert(
+    run: RunArgs,
+    args: AdaptArgs,
+    data: LmData,
+    start: AdaptationStart,
+    state: TrainState,
+    output: Path,
 ) -> Expert:
     return Expert(
         domain=args.domain,
         path=output / "model",
-        member=args.domain if _grows(args, start) else None,
+        member=args.domain if _adds_expert(args, start) else None,
         parents=(Parent(str(start.expert.path), 1.0),),
         seed=run.seed,
         updates=state.step,
@@ -225,29 +235,29 @@ def _new_expert(
     )
 
 
-def _same(first: Expert, second: Expert) -> bool:
+def _is_same_expert(first: Expert, second: Expert) -> bool:
     return first.domain == second.domain and first.path.resolve() == second.path.resolve()
 
 
-def _moved(expert: Expert, source: Path, target: Path) -> Expert:
+def _move_expert(expert: Expert, source: Path, target: Path) -> Expert:
     return replace(expert, path=target) if expert.path.resolve() == source.resolve() else expert
 
 
-def _before(output: Path, domain: str) -> float | None:
+def _read_start_perplexity(output: Path, domain: str) -> float | None:
     """Perplexity of the start on the new domain, from the log of step 0."""
     records = read_metrics(output / "metrics.jsonl")
     scores = [r["perplexity"][domain] for r in records if r["step"] == 0 and "perplexity" in r]
     return scores[-1] if scores else None
 
 
-def _card(args: AdaptArgs, start: Start, data_digest: str) -> Card:
+def _make_card(args: AdaptArgs, start: AdaptationStart, data_digest: str) -> Card:
     facts = {
         "adapted to the domain": args.domain,
         "trained": "feed-forward networks" if args.method == "feedforward" else "everything",
-        "start": f"{start.expert.domain}, {start.why}",
+        "start": f"{start.expert.domain}, {start.reason}",
         "data-bin digest": data_digest,
     }
-    if _grows(args, start):
+    if _adds_expert(args, start):
         facts["choose the new expert with"] = f"`model.set_domain({args.domain!r})`"
         summary = "A language model with domain experts, one of them added by adaptation."
     else:

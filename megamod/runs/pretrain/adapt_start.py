@@ -43,7 +43,7 @@ RECORD = "start.json"
 
 
 @dataclass(frozen=True)
-class Start:
+class AdaptationStart:
     """Expert that an adaptation starts from, and the reason.
 
     Attributes:
@@ -51,11 +51,11 @@ class Start:
     """
 
     expert: Expert
-    why: str
+    reason: str
     posterior: dict[str, float] | None = None
 
 
-def candidates(args: AdaptArgs) -> Forest:
+def list_candidates(args: AdaptArgs) -> Forest:
     """Experts to start from; a dense model is a forest of one.
 
     Raises:
@@ -79,7 +79,7 @@ def candidates(args: AdaptArgs) -> Forest:
     return forest
 
 
-def open_data(args: AdaptArgs, forest: Forest) -> LmData:
+def open_domain_data(args: AdaptArgs, forest: Forest) -> LmData:
     """Open the data of the new domain for all experts of the forest.
 
     Raises:
@@ -118,13 +118,13 @@ def open_data(args: AdaptArgs, forest: Forest) -> LmData:
     return data
 
 
-def choose(
+def select_start(
     forest: Forest,
     args: AdaptArgs,
     output: Path,
     resume: str,
     estimate: Callable[[], Sequence[float]],
-) -> Start:
+) -> AdaptationStart:
     """Select the expert to start from: named, selected earlier, or of the highest weight.
 
     Args:
@@ -132,21 +132,23 @@ def choose(
         estimate: computes the weights of all experts, called only if nothing else decides.
     """
     if len(forest.experts) == 1:
-        return Start(forest.experts[0], "the only one")
+        return AdaptationStart(forest.experts[0], "the only one")
     if args.start is not None:
-        return Start(forest.experts[forest.domains.index(args.start)], "as --start says")
+        return AdaptationStart(forest.experts[forest.domains.index(args.start)], "as --start says")
     if args.prior is not None:
         weights, why = read_prior(Path(args.prior), forest.domains).weights, f"by {args.prior}"
-    elif resume != "none" and (recorded := _recorded(output / RECORD, forest)) is not None:
+    elif (
+        resume != "none" and (recorded := _read_recorded_start(output / RECORD, forest)) is not None
+    ):
         return recorded
     else:
         weights, why = estimate(), "of the highest posterior"
     best = max(range(len(weights)), key=lambda number: weights[number])
     posterior = dict(zip(forest.domains, map(float, weights), strict=True))
-    return Start(forest.experts[best], f"{why} ({weights[best]:.3f})", posterior)
+    return AdaptationStart(forest.experts[best], f"{why} ({weights[best]:.3f})", posterior)
 
 
-def estimate(
+def estimate_expert_weights(
     forest: Forest, data: LmData, sequences: int, batch_size: int, device: torch.device
 ) -> Sequence[float]:
     """Estimate the prior of the experts on the new domain's valid split: [E]; collective.
@@ -165,7 +167,7 @@ def estimate(
     return estimate_priors(experts, source, [domain], protocol)[domain].prior.weights
 
 
-def config_of(expert: Expert, args: AdaptArgs) -> LmConfig:
+def build_dense_config(expert: Expert, args: AdaptArgs) -> LmConfig:
     """Configuration of the dense model that is trained.
 
     Raises:
@@ -193,7 +195,7 @@ def config_of(expert: Expert, args: AdaptArgs) -> LmConfig:
         raise UserError(f"--domain {args.domain}: {error}") from error
 
 
-def build(expert: Expert, config: DemixConfig, method: str) -> LanguageModel:
+def build_dense_model(expert: Expert, config: DemixConfig, method: str) -> LanguageModel:
     """Build the expert as a dense model; with `feedforward` only its fc1 and fc2 are trained.
 
     Raises:
@@ -212,36 +214,36 @@ def build(expert: Expert, config: DemixConfig, method: str) -> LanguageModel:
             parameter.data.copy_(folder.read(name))
     model.tie_weights()
     if method == "feedforward":
-        owned = _owned_names(expert)
+        owned = _list_expert_parameters(expert)
         inside = list_feed_forward_names(model)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in inside and (owned is None or name in owned))
     return model
 
 
-def record(forest: Forest, start: Start, digest: str) -> dict[str, object]:
+def record_start(forest: Forest, start: AdaptationStart, digest: str) -> dict[str, object]:
     """The record in OUT/start.json, which a resumed run reads."""
     return {
         "forest": str(forest.path),
         "start": start.expert.domain,
-        "why": start.why,
+        "why": start.reason,
         "weights": digest,
         "posterior": start.posterior,
     }
 
 
-def digest_of(expert: Expert) -> str:
+def digest_weights(expert: Expert) -> str:
     """SHA-256 of the weight files that an expert is read from."""
     return ModelFolder(expert.path, expert.member).compute_digest()
 
 
-def _recorded(path: Path, forest: Forest) -> Start | None:
+def _read_recorded_start(path: Path, forest: Forest) -> AdaptationStart | None:
     """Start that an interrupted run selected in this forest, which may have grown since."""
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
         if saved["forest"] == str(forest.path) and saved["start"] in forest.domains:
             expert = forest.experts[forest.domains.index(saved["start"])]
-            return Start(expert, saved["why"], saved["posterior"])
+            return AdaptationStart(expert, saved["why"], saved["posterior"])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -249,7 +251,7 @@ def _recorded(path: Path, forest: Forest) -> Start | None:
     return None
 
 
-def _owned_names(expert: Expert) -> set[str] | None:
+def _list_expert_parameters(expert: Expert) -> set[str] | None:
     """Parameters of an expert alone, by names in a dense model; None: all of them."""
     if expert.member is None:
         return None

@@ -26,7 +26,7 @@ from megamod.models.lm.configuration import HOST_TYPE, DemixConfig, LmConfig, ge
 from megamod.models.lm.flops import compute_flops_per_token
 from megamod.models.lm.load import LanguageModel, build_lm
 from megamod.models.presets import SHAPE
-from megamod.runs.training import Recipe, Running, execute
+from megamod.runs.training import ActiveRun, RunSpec, execute_run
 from megamod.states.tokenizer_files import list_tokenizer_files
 from megamod.train.export import Card
 from megamod.train.objectives import CausalLMObjective
@@ -63,7 +63,7 @@ def pretrain(
         overrides={name: getattr(model, name) for name in SHAPE},
     )
     start = find_start_folder(model.model, model.init_from, model.from_scratch, config)
-    stock = stock_files(model.model, config, data)
+    stock = list_stock_files(model.model, config, data)
     log_start(model, start, config)
     if data_args.mask_documents:
         check_document_masking(config)
@@ -83,13 +83,13 @@ def pretrain(
             network.document_end = data.special_ids["eos_token_id"]
         return network
 
-    recipe = Recipe(
+    recipe = RunSpec(
         config=config,
         topology=topology,
         data_digest=data.digest,
         tokenizer=None if stock else data.tokenizer_folder,
         companions=stock,
-        card=card(config, sharing, data.digest),
+        card=make_card(config, sharing, data.digest),
         groups=data.domains,
         unit="tokens",
         make_batches=lambda shape: data.build_train_batches(
@@ -106,11 +106,11 @@ def pretrain(
         make_model=make_model,
         make_objective=lambda device: CausalLMObjective(data.domains, device, choose),
         make_evaluate=lambda running: partial(
-            evaluate_own, evaluation(running, data, topology, run, split), running, split
+            log_own_perplexity, make_evaluation(running, data, topology, run, split), running, split
         ),
         flops_per_token=lambda module: compute_flops_per_token(config, module, data.block_size),
     )
-    done = execute(
+    done = execute_run(
         recipe,
         (run, safety, model, optim, data_args),
         workers=data_args.dataloader_num_workers,
@@ -119,13 +119,13 @@ def pretrain(
     )
     if done is None:
         return
-    matrix = evaluation(done, data, topology, run, split)()
+    matrix = make_evaluation(done, data, topology, run, split)()
     if rank == 0:
         done.monitor.close()
         print(write_report(done.output, matrix, split, done.state.step))
 
 
-def stock_files(model: str, config: LmConfig, data: LmData) -> list[Path]:
+def list_stock_files(model: str, config: LmConfig, data: LmData) -> list[Path]:
     """Files of a stock model's folder that are copied beside its trained weights.
 
     Raises:
@@ -168,8 +168,8 @@ def log_start(model: ModelArgs, start: tuple[Path, str] | None, config: LmConfig
         )
 
 
-def evaluation(
-    running: Running, data: LmData, topology: DomainTopology, run: RunArgs, split: str
+def make_evaluation(
+    running: ActiveRun, data: LmData, topology: DomainTopology, run: RunArgs, split: str
 ) -> DomainEvaluation:
     """Perplexity of the run's experts on a split."""
     rank, apart = dist.get_rank(), topology.sharing is not Sharing.DENSE
@@ -191,13 +191,15 @@ def evaluation(
     )
 
 
-def evaluate_own(evaluate: DomainEvaluation, running: Running, split: str, step: int) -> None:
+def log_own_perplexity(
+    evaluate: DomainEvaluation, running: ActiveRun, split: str, step: int
+) -> None:
     """Log the perplexity of each domain under its own expert; collective."""
     scores = select_own_scores(evaluate(own_only=True))
     running.monitor.log_scores(step, {d: s.perplexity for d, s in scores.items()}, split)
 
 
-def card(config: LmConfig, sharing: Sharing, data_digest: str) -> Card:
+def make_card(config: LmConfig, sharing: Sharing, data_digest: str) -> Card:
     """The model card of a causal language model."""
     facts = {
         "domains, in order": ", ".join(get_domains(config)) or "none named",

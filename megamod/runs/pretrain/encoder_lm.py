@@ -38,7 +38,7 @@ from megamod.models import build
 from megamod.models.build import FAMILIES, LOSSES
 from megamod.models.presets import SHAPE
 from megamod.models.pretrained import load_pretrained
-from megamod.runs.training import Recipe, Running, execute
+from megamod.runs.training import ActiveRun, RunSpec, execute_run
 from megamod.train.export import Card
 from megamod.train.objectives import (
     ComputeLosses,
@@ -80,9 +80,9 @@ def pretrain(
     )
     topology = DomainTopology(read_launcher_world_size(), data.domains, Sharing.DENSE)
     rank, split = read_launcher_rank(), data_args.eval_split
-    config = encoder_config(model, mux, data.databin, data.block_size)
-    start = start_of(model, config)
-    masking = masking_of(data.databin, mux)
+    config = build_encoder_config(model, mux, data.databin, data.block_size)
+    start = find_weight_source(model, config)
+    masking = make_masking(data.databin, mux)
     shown = "task_loss" if mux.task_loss_coeff > 0 else "retrieval_loss"
     terms = TERMS[mux.objective]
     batches = partial(
@@ -105,8 +105,8 @@ def pretrain(
 
     last: dict[str, float] = {}
 
-    def evaluate(running: Running, step: int) -> None:
-        losses = losses_of(mux, config, running.device)
+    def evaluate(running: ActiveRun, step: int) -> None:
+        losses = make_losses(mux, config, running.device)
         scores = score_encoder(
             running.engine.module,
             held_out(my_rank(), topology.world_size),
@@ -119,22 +119,22 @@ def pretrain(
             running.monitor.log_scores(step, {GROUP: value}, split, name)
         last.update(scores)
 
-    recipe = Recipe(
+    recipe = RunSpec(
         config=config,
         topology=topology,
         data_digest=data.digest,
         tokenizer=data.databin.path / "tokenizer",
-        card=card(config, mux, data.digest),
+        card=make_card(config, mux, data.digest),
         groups=(GROUP,),
         unit="tokens",
         make_batches=lambda shape: batches("train", shape=shape),
         make_model=lambda: build_encoder(config, run.seed, start, mux.objective),
         make_objective=lambda device: EncoderObjective(
-            losses_of(mux, config, device), terms, shown
+            make_losses(mux, config, device), terms, shown
         ),
         make_evaluate=lambda running: partial(evaluate, running),
     )
-    done = execute(
+    done = execute_run(
         recipe,
         (run, safety, model, optim, mux, data_args),
         workers=data_args.dataloader_num_workers,
@@ -153,7 +153,7 @@ def pretrain(
         print(f"{split} after {done.state.step} steps: {text}\nmodel {done.output / 'model'}")
 
 
-def losses_of(mux: MuxArgs, config: PreTrainedConfig, device: torch.device) -> ComputeLosses:
+def make_losses(mux: MuxArgs, config: PreTrainedConfig, device: torch.device) -> ComputeLosses:
     """Loss function of the objective: from model, batch and items to losses."""
     if mux.objective == "masked_lm":
         return partial(compute_masked_losses, device=device, multiplexed=mux.num_instances > 1)
@@ -182,10 +182,12 @@ class DataVocabulary:
 
     @property
     def mask(self) -> int:
-        return mask_id_of(self.data)
+        return read_mask_id(self.data)
 
 
-def encoder_config(model: ModelArgs, mux: MuxArgs, data: DataBin, length: int) -> PreTrainedConfig:
+def build_encoder_config(
+    model: ModelArgs, mux: MuxArgs, data: DataBin, length: int
+) -> PreTrainedConfig:
     """Configuration of the encoder: a named size, or that of a folder.
 
     Raises:
@@ -196,7 +198,7 @@ def encoder_config(model: ModelArgs, mux: MuxArgs, data: DataBin, length: int) -
         changed = next((name for name, value in changes.items() if value is not None), None)
         if changed is not None:
             raise UserError(f"--{changed} cannot change the model in {model.model}")
-        config = _config_of_folder(model.model, mux, data)
+        config = _read_folder_config(model.model, mux, data)
     else:
         config = build.make_encoder_config(model.model, changes, mux, DataVocabulary(data), length)
     if config.vocab_size != data.vocab_size or config.max_position_embeddings < length:
@@ -224,7 +226,7 @@ def _check_held_out(batches: MaskedBatches, split: str) -> None:
         )
 
 
-def _config_of_folder(folder: str, mux: MuxArgs, data: DataBin) -> PreTrainedConfig:
+def _read_folder_config(folder: str, mux: MuxArgs, data: DataBin) -> PreTrainedConfig:
     """Configuration of a model folder, multiplexed around its encoder if that is a stock one.
 
     Raises:
@@ -263,14 +265,14 @@ def _check_structure(folder: str, config: PreTrainedConfig, mux: MuxArgs, data: 
                 f"which has {held}"
             )
     refuse_changes(mux, ("generator_size",), f"the model in {folder} has its size")
-    if mux.objective == "replaced_token" and config.mask_token_id != mask_id_of(data):
+    if mux.objective == "replaced_token" and config.mask_token_id != read_mask_id(data):
         raise UserError(
             f"--model {folder}: its mask_token_id {config.mask_token_id} is not the "
-            f"{mask_id_of(data)} of the tokenizer in --data {data.path}"
+            f"{read_mask_id(data)} of the tokenizer in --data {data.path}"
         )
 
 
-def mask_id_of(data: DataBin) -> int:
+def read_mask_id(data: DataBin) -> int:
     """Id of the data's [MASK].
 
     Raises:
@@ -284,7 +286,7 @@ def mask_id_of(data: DataBin) -> int:
     return tokenizer.mask_token_id
 
 
-def masking_of(data: DataBin, mux: MuxArgs) -> Masking:
+def make_masking(data: DataBin, mux: MuxArgs) -> Masking:
     """Masking settings with the ids of the data's tokenizer.
 
     Of the tokens to predict 80 % become [MASK] and 10 % others; of those to replace 85 % become
@@ -293,7 +295,7 @@ def masking_of(data: DataBin, mux: MuxArgs) -> Masking:
     Raises:
         UserError: if the tokenizer has no [MASK].
     """
-    mask = mask_id_of(data)
+    mask = read_mask_id(data)
     shares = {"masked": 0.85, "random": 0.0} if mux.objective == "replaced_token" else {}
     return Masking(
         mask,
@@ -307,7 +309,7 @@ def masking_of(data: DataBin, mux: MuxArgs) -> Masking:
 
 
 @dataclass(frozen=True)
-class Start:
+class WeightSource:
     """Source of the initial weights, and the option that named it."""
 
     source: str
@@ -317,16 +319,16 @@ class Start:
         return f"{self.flag} {self.source}"
 
 
-def start_of(model: ModelArgs, config: PreTrainedConfig) -> Start | None:
+def find_weight_source(model: ModelArgs, config: PreTrainedConfig) -> WeightSource | None:
     """Source of the initial weights: --init_from, or the folder of --model if it has weights.
 
     Raises:
         UserError: if they are those of another family or number of instances.
     """
     if model.init_from is not None:
-        start = Start(model.init_from, "--init_from")
+        start = WeightSource(model.init_from, "--init_from")
     elif is_model_source(model.model) and has_weights(model.model) and not model.from_scratch:
-        start = Start(model.model, "--model")
+        start = WeightSource(model.model, "--model")
     else:
         return None
     stock = config.model_type.removeprefix("mux_")
@@ -344,7 +346,7 @@ def start_of(model: ModelArgs, config: PreTrainedConfig) -> Start | None:
 
 
 def build_encoder(
-    config: PreTrainedConfig, seed: int, start: Start | None, objective: str
+    config: PreTrainedConfig, seed: int, start: WeightSource | None, objective: str
 ) -> nn.Module:
     """An encoder with new weights, or with those of a folder as far as it has them.
 
@@ -375,7 +377,7 @@ def build_encoder(
     return model
 
 
-def card(config: PreTrainedConfig, mux: MuxArgs, data_digest: str) -> Card:
+def make_card(config: PreTrainedConfig, mux: MuxArgs, data_digest: str) -> Card:
     """The model card of an encoder."""
     kind = "multiplexed " if mux.num_instances > 1 else ""
     masked = mux.objective == "masked_lm"

@@ -17,13 +17,13 @@ from megamod.args import RunArgs, SafetyArgs
 from megamod.evaluation.perplexity import DENSE
 from megamod.flags import format_flags, parse_args
 from megamod.runs.pretrain.adapt_args import AdaptArgs, AdaptOptimArgs
-from megamod.runs.studies.forest_scores import Losses, ScoredText, expert_losses
+from megamod.runs.studies.forest_scores import Losses, ScoredText, score_expert
 from megamod.runs.studies.study_file import Settings
 
 SETTINGS = ("adapt_to", "adapt_method", "adapt_steps", "adapt_learning_rate")
 
 
-def adapted_losses(
+def score_adaptation(
     model: Path, settings: Settings, seed: int, known: ScoredText, novel: ScoredText, output: Path
 ) -> tuple[Losses, Losses, str]:
     """Adapt an expert of a model folder (dense or DEMix) and score it before and after.
@@ -65,7 +65,7 @@ def adapted_losses(
     end = settings["adapt_to"] if grown else DENSE
     models = {"start": (model, start), "adapted": (output / "model", end)}
     on_known, on_novel = (
-        {row: expert_losses(*scored, text) for row, scored in models.items()}
+        {row: score_expert(*scored, text) for row, scored in models.items()}
         for text in (known, novel)
     )
     shutil.rmtree(output)

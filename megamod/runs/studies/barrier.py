@@ -60,8 +60,8 @@ from megamod.merging.alignment.record import Alignment
 from megamod.merging.alignment.symmetry import find_symmetry
 from megamod.models.classifier_inputs import list_input_fields
 from megamod.runs.finetune.args import RowArgs
-from megamod.runs.finetune.one_task import head_class
-from megamod.runs.finetune.source import tokenizer_of
+from megamod.runs.finetune.one_task import select_head_class
+from megamod.runs.finetune.source import load_matching_tokenizer
 from megamod.runs.finetune.tasks import open_task
 from megamod.runs.studies.barrier_recipe import CLM, MLM, BarrierStudy
 
@@ -104,7 +104,7 @@ def run_study(study: BarrierStudy, output: Path, device: torch.device) -> str:
         UserError: for models, data or settings that do not fit, or a folder of another study.
     """
     disable_progress_bar()
-    record = _checked_record(study, output)
+    record = _check_study_record(study, output)
     held_out = {task: open_held_out(study, task) for task in study.tasks}
     jobs = [
         (task, name, pair)
@@ -114,19 +114,21 @@ def run_study(study: BarrierStudy, output: Path, device: torch.device) -> str:
     ]
     with tqdm(total=len(jobs) * study.points, unit="point", disable=None) as bar:
         for task, name, pair in jobs:
-            path = _curve_file(output, task, name, pair)
+            path = _find_curve_path(output, task, name, pair)
             if path.exists():
                 bar.update(study.points)
                 continue
             advance = partial(bar.update, 1)
-            curve = _curve(study, task, study.variants[name], pair, held_out[task], device, advance)
+            curve = _compute_curve(
+                study, task, study.variants[name], pair, held_out[task], device, advance
+            )
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(output / RECORD, record)
             write_json(path, curve)
-    return _summarise(study, output)
+    return _write_results(study, output)
 
 
-def _checked_record(study: BarrierStudy, output: Path) -> dict[str, object]:
+def _check_study_record(study: BarrierStudy, output: Path) -> dict[str, object]:
     """Return the study as JSON values.
 
     Raises:
@@ -150,7 +152,7 @@ def _checked_record(study: BarrierStudy, output: Path) -> dict[str, object]:
     return record
 
 
-def _curve_file(output: Path, task: str, variant: str, pair: tuple[str, str]) -> Path:
+def _find_curve_path(output: Path, task: str, variant: str, pair: tuple[str, str]) -> Path:
     return output / "curves" / task / variant / f"{pair[0]}-{pair[1]}.json"
 
 
@@ -162,13 +164,13 @@ def open_held_out(study: BarrierStudy, task: str) -> HeldOutTask:
     """
     first = next(iter(study.models.values())).replace("{task}", task)
     if task in (MLM, CLM):
-        return _open_text(study, task, first)
+        return _open_text_task(study, task, first)
     spec = find_any_task(task)
-    kind = head_class(spec)
+    kind = select_head_class(spec)
     source = resolve_model(
         first, "models", lambda name: has_auto_class(kind, name), f"a model with a head for {task}"
     )
-    tokenizer = tokenizer_of(source.config, first, study.tokenizer)
+    tokenizer = load_matching_tokenizer(source.config, first, study.tokenizer)
     limits = RowArgs(max_seq_length=study.max_seq_length, max_eval_samples=study.max_items)
     splits = spec.list_splits("dev")
     opened = open_task(
@@ -187,10 +189,10 @@ def open_held_out(study: BarrierStudy, task: str) -> HeldOutTask:
     items = [
         train.ids[a:b].tolist() for a, b in zip(train.offsets, train.offsets[1:], strict=False)
     ]
-    return HeldOutTask(losses, items, _with_specials(tokenizer), train.pad_id)
+    return HeldOutTask(losses, items, _make_tokenize(tokenizer), train.pad_id)
 
 
-def _checked_length(model: PreTrainedModel, study: BarrierStudy) -> PreTrainedModel:
+def _check_length(model: PreTrainedModel, study: BarrierStudy) -> PreTrainedModel:
     """Return the model, after a check that its positions suffice for the blocks of the study."""
     positions = find_position_limit(model.config)
     if positions is not None and study.max_seq_length > positions:
@@ -201,12 +203,12 @@ def _checked_length(model: PreTrainedModel, study: BarrierStudy) -> PreTrainedMo
     return model
 
 
-def _open_text(study: BarrierStudy, task: str, first: str) -> HeldOutTask:
+def _open_text_task(study: BarrierStudy, task: str, first: str) -> HeldOutTask:
     if study.data is None:
         raise UserError(f"data is missing: give a text file to measure the {task} loss on")
     tokenizer = load_tokenizer(study.tokenizer or first)
     if tokenizer.original is not None:
-        tokenize = _with_specials(tokenizer.original)
+        tokenize = _make_tokenize(tokenizer.original)
     else:
 
         def tokenize(text: str) -> list[int]:
@@ -222,7 +224,7 @@ def _open_text(study: BarrierStudy, task: str, first: str) -> HeldOutTask:
     if task == CLM:
         return HeldOutTask(
             lambda model: {
-                "loss": compute_causal_loss(_checked_length(model, study), blocks, study.batch_size)
+                "loss": compute_causal_loss(_check_length(model, study), blocks, study.batch_size)
             },
             None,
             tokenize,
@@ -243,7 +245,7 @@ def _open_text(study: BarrierStudy, task: str, first: str) -> HeldOutTask:
     return HeldOutTask(
         lambda model: {
             "loss": compute_masked_loss(
-                _checked_length(model, study), blocks, masking, study.seed, study.batch_size
+                _check_length(model, study), blocks, masking, study.seed, study.batch_size
             ),
         },
         None,
@@ -252,11 +254,11 @@ def _open_text(study: BarrierStudy, task: str, first: str) -> HeldOutTask:
     )
 
 
-def _with_specials(tokenizer: "PreTrainedTokenizerFast") -> Callable[[str], list[int]]:
+def _make_tokenize(tokenizer: "PreTrainedTokenizerFast") -> Callable[[str], list[int]]:
     return lambda text: tokenizer(text)["input_ids"]
 
 
-def _curve(
+def _compute_curve(
     study: BarrierStudy,
     task: str,
     options: Options,
@@ -274,7 +276,7 @@ def _curve(
         load_model(study.models[name].replace("{task}", task), HEADS.get(task)).to(device)
         for name in pair
     )
-    alignment = _aligned(first, second, options, held_out, study.max_seq_length)
+    alignment = _align_pair(first, second, options, held_out, study.max_seq_length)
     config, shapes = first.config.to_dict(), collect_float_shapes(first.state_dict())
     symmetry = find_symmetry(config, shapes, qk=options.qk)
     ends = (
@@ -297,7 +299,7 @@ def _curve(
     }
 
 
-def _aligned(
+def _align_pair(
     first: PreTrainedModel,
     second: PreTrainedModel,
     options: Options,
@@ -324,7 +326,7 @@ def _untie(model: PreTrainedModel) -> None:
     model.config.tie_word_embeddings = False
 
 
-def _summarise(study: BarrierStudy, output: Path) -> str:
+def _write_results(study: BarrierStudy, output: Path) -> str:
     """Write results.json and the plots.
 
     Returns:
@@ -336,7 +338,7 @@ def _summarise(study: BarrierStudy, output: Path) -> str:
     for task in study.tasks:
         for name in study.variants:
             pair_curves = [
-                json.loads(_curve_file(output, task, name, pair).read_text(encoding="utf-8"))
+                json.loads(_find_curve_path(output, task, name, pair).read_text(encoding="utf-8"))
                 for pair in study.pairs
             ]
             splits = list(pair_curves[0]["losses"])
@@ -353,7 +355,9 @@ def _summarise(study: BarrierStudy, output: Path) -> str:
                     }
                 }
                 for kind in ("barrier", "barrier_over_mean"):
-                    result[kind] = _mean_and_error([curve[kind][split] for curve in pair_curves])
+                    result[kind] = _compute_mean_and_error(
+                        [curve[kind][split] for curve in pair_curves]
+                    )
                 record.setdefault(title, {})[name] = result
     for title, variants in record.items():
         vanilla = next(
@@ -383,7 +387,7 @@ def _summarise(study: BarrierStudy, output: Path) -> str:
     return "\n".join(["", table, "", f"numbers  {output / RESULTS}", f"plots    {output}/*.png"])
 
 
-def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+def _compute_mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     """Mean and standard error of the mean; the error of a single value is 0."""
     mean = math.fsum(values) / len(values)
     if len(values) == 1:

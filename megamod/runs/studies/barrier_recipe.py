@@ -76,7 +76,7 @@ def read_study(path: Path) -> BarrierStudy:
         if key not in KEYS:
             raise UserError(f"{path}: unknown key {key!r}; allowed are {', '.join(KEYS)}")
     fields = dict(content)
-    models = _models(fields.pop("models", None), f"{path}, models")
+    models = _check_models(fields.pop("models", None), f"{path}, models")
     tasks = fields.pop("task", MLM)
     tasks = tasks if isinstance(tasks, list) else [tasks]
     if not tasks or not all(isinstance(task, str) for task in tasks):
@@ -86,14 +86,14 @@ def read_study(path: Path) -> BarrierStudy:
             raise UserError(f"{path}, {key}: has no effect without the task mlm; leave it out")
     return BarrierStudy(
         models=models,
-        pairs=_pairs(fields.pop("pairs", None), models, f"{path}, pairs"),
+        pairs=_check_pairs(fields.pop("pairs", None), models, f"{path}, pairs"),
         tasks=tuple(tasks),
-        variants=_variants(fields.pop("variants", None), f"{path}, variants"),
-        **checked_fields(fields, path),
+        variants=_check_variants(fields.pop("variants", None), f"{path}, variants"),
+        **check_fields(fields, path),
     )
 
 
-def _models(value: object, where: str) -> dict[str, str]:
+def _check_models(value: object, where: str) -> dict[str, str]:
     if isinstance(value, list):
         value = {str(number): folder for number, folder in enumerate(value, start=1)}
     if not isinstance(value, dict) or len(value) < 2:
@@ -104,7 +104,9 @@ def _models(value: object, where: str) -> dict[str, str]:
     return {str(name): folder for name, folder in value.items()}
 
 
-def _pairs(value: object, models: Mapping[str, str], where: str) -> tuple[tuple[str, str], ...]:
+def _check_pairs(
+    value: object, models: Mapping[str, str], where: str
+) -> tuple[tuple[str, str], ...]:
     if value is None:
         return tuple(itertools.combinations(models, 2))
     if not isinstance(value, list) or not value:
@@ -118,13 +120,13 @@ def _pairs(value: object, models: Mapping[str, str], where: str) -> tuple[tuple[
     return tuple(pairs)
 
 
-def _variants(value: object, where: str) -> dict[str, Options]:
+def _check_variants(value: object, where: str) -> dict[str, Options]:
     if not isinstance(value, dict) or not value:
         raise UserError(f"{where}: {value!r} is not names, each with alignment options")
     return {str(name): read_options(block or {}, where, name) for name, block in value.items()}
 
 
-def checked_fields(fields: Mapping[str, object], path: Path) -> dict[str, object]:
+def check_fields(fields: Mapping[str, object], path: Path) -> dict[str, object]:
     """Check the types and ranges of the scalar fields of a `BarrierStudy`; return them.
 
     Raises:

@@ -64,7 +64,9 @@ def mix_forest(args: EnsembleArgs, device: torch.device) -> dict[str, DomainResu
     )
     priors = None
     if args.prior is not None:
-        priors = {d: read_prior(_domain_path(args.prior, d), experts.domains) for d in args.domain}
+        priors = {
+            d: read_prior(_fill_in_domain(args.prior, d), experts.domains) for d in args.domain
+        }
     distributed = dist.is_initialized() and dist.get_world_size() > 1
     if distributed or args.in_memory:
         source = ParallelScores(experts)
@@ -77,11 +79,11 @@ def mix_forest(args: EnsembleArgs, device: torch.device) -> dict[str, DomainResu
     else:
         results = score_mixtures(experts, source, args.domain, protocol, priors)
     if not distributed or dist.get_rank() == 0:
-        _report(args, protocol, results)
+        _write_results(args, protocol, results)
     return results
 
 
-def _report(
+def _write_results(
     args: EnsembleArgs, protocol: MixingProtocol, results: Mapping[str, DomainResult]
 ) -> None:
     parts = [format_priors(results)]
@@ -92,7 +94,7 @@ def _report(
         for domain, result in results.items():
             if result.estimate is not None:
                 folder = Path(args.output).parent if args.output is not None else Path()
-                path = _domain_path(args.prior_output or folder / "prior_{domain}.json", domain)
+                path = _fill_in_domain(args.prior_output or folder / "prior_{domain}.json", domain)
                 write_prior(path, result.estimate)
                 print(f"prior on {domain}: {path}")
     if args.output is not None:
@@ -103,8 +105,8 @@ def _report(
     if args.plot is not None:
         for domain, result in results.items():
             title = f"{args.mode}, {args.rule}: weights along the first {args.split} text of "
-            plot_posterior(result.posterior, _domain_path(args.plot, domain), title + domain)
+            plot_posterior(result.posterior, _fill_in_domain(args.plot, domain), title + domain)
 
 
-def _domain_path(path: str | Path, domain: str) -> Path:
+def _fill_in_domain(path: str | Path, domain: str) -> Path:
     return Path(str(path).replace("{domain}", domain))

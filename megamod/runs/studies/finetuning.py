@@ -34,7 +34,9 @@ CLASSES = {
 }
 
 
-def run(study: Study, cell: Cell, inputs: Path, work: Path) -> tuple[Figures, dict[str, object]]:
+def run_finetuning_cell(
+    study: Study, cell: Cell, inputs: Path, work: Path
+) -> tuple[Figures, dict[str, object]]:
     """Finetune, score on dev; the run's folder goes when its figures are read.
 
     Returns:
@@ -72,7 +74,7 @@ def _finetune(
     digests: dict[str, object] = {}
     for name in ("model", "tokenizer_name"):
         if str(flags.get(name, "")).startswith(PACKAGE):
-            flags[name] = str(package_folder(str(flags[name])))
+            flags[name] = str(find_package_folder(str(flags[name])))
             weights = Path(flags[name]) / "model.safetensors"
             if name == "model" and weights.is_file():
                 digests["model"] = sha256(weights)[:16]
@@ -93,14 +95,14 @@ def _finetune(
     from megamod.runs.finetune.run import finetune
 
     if launcher == "mtl":
-        from megamod.runs.finetune.many_tasks import prepare
+        from megamod.runs.finetune.many_tasks import prepare_model
     else:
-        from megamod.runs.finetune.one_task import prepare
-    finetune(prepare(*parsed[3:]), parsed)
+        from megamod.runs.finetune.one_task import prepare_model
+    finetune(prepare_model(*parsed[3:]), parsed)
     return digests
 
 
-def package_folder(text: str) -> Path:
+def find_package_folder(text: str) -> Path:
     """The folder that `package:NAME/FOLDER` names.
 
     Raises:

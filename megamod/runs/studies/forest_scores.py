@@ -38,7 +38,7 @@ class ScoredText:
     domains: Sequence[str]
     split: str
 
-    def held_out(self) -> HeldOut:
+    def make_held_out(self) -> HeldOut:
         """As models are scored on it."""
         return HeldOut(
             str(self.databin), self.domains, self.split, None, BATCH, "auto", own_only=False
@@ -62,21 +62,21 @@ class ForestLosses:
     priors: dict[str, dict[str, float]]
 
 
-def expert_losses(model: Path, expert: str, text: ScoredText) -> dict[str, float]:
+def score_expert(model: Path, expert: str, text: ScoredText) -> dict[str, float]:
     """Nats per token by domain of a model without experts (`DENSE`) or of one of its experts."""
-    held_out = text.held_out()
+    held_out = text.make_held_out()
     if expert != DENSE:
         held_out = replace(held_out, experts=(expert,))
     scores = score_models(find_models(model, held_out), held_out, CPU)[expert]
-    return {domain: _rounded(score.nll, score.tokens) for domain, score in scores.items()}
+    return {domain: _round_nll(score.nll, score.tokens) for domain, score in scores.items()}
 
 
-def forest_losses(forest: Forest, text: ScoredText) -> ForestLosses:
+def score_forest(forest: Forest, text: ScoredText) -> ForestLosses:
     """Losses of all rows; every expert reads every text once.
 
     Priors are estimated on the first hundred sequences of the valid split.
     """
-    experts = Experts(forest, text.held_out(), CPU)
+    experts = Experts(forest, text.make_held_out(), CPU)
     source, names = SequentialScores(experts), experts.domains
     protocol = MixingProtocol()
     texts = {domain: TextSelection(domain, text.split) for domain in text.domains}
@@ -97,17 +97,17 @@ def forest_losses(forest: Forest, text: ScoredText) -> ForestLosses:
             name: round(weight, 6) for name, weight in zip(names, prior.weights, strict=True)
         }
         mixtures = {
-            row: _mixture(mode, rule, priors[rule.name][domain].estimate)
+            row: _make_mixture(mode, rule, priors[rule.name][domain].estimate)
             for row, (mode, rule) in RULES.items()
         }
         mixtures |= {
-            f"top{count}": _mixture(
+            f"top{count}": _make_mixture(
                 "cached_prior", PosteriorRule(), restrict_to_top_k(prior, count)
             )
             for count in TOP
             if count < len(names)
         }
-        fewer = _leave_out(prior)
+        fewer = _mix_without_each_expert(prior)
         alone = {name: PerplexityCounter() for name in names}
         for log_probs, mask in source.batches(scored, names, BATCH):
             for mixture in mixtures.values():
@@ -116,20 +116,22 @@ def forest_losses(forest: Forest, text: ScoredText) -> ForestLosses:
                 mixture.mix_batch(log_probs[places], mask)
             for tally, scores in zip(alone.values(), log_probs, strict=True):
                 tally.add_tokens(scores, mask)
-        _add(losses.rows, domain, {row: mixture.tally for row, mixture in mixtures.items()})
-        _add(losses.experts, domain, alone)
-        _add(losses.without, domain, {name: mixture.tally for name, (_, mixture) in fewer.items()})
+        _add_losses(losses.rows, domain, {row: mixture.tally for row, mixture in mixtures.items()})
+        _add_losses(losses.experts, domain, alone)
+        _add_losses(
+            losses.without, domain, {name: mixture.tally for name, (_, mixture) in fewer.items()}
+        )
         if domain in alone:
-            _add(losses.rows, domain, {"own": alone[domain]})
+            _add_losses(losses.rows, domain, {"own": alone[domain]})
     return losses
 
 
-def _mixture(mode: str, rule: PosteriorRule, prior: Prior) -> Mixture:
+def _make_mixture(mode: str, rule: PosteriorRule, prior: Prior) -> Mixture:
     weights = torch.tensor(prior.weights, dtype=torch.float64)
     return Mixture(mode, len(weights), rule, weights)
 
 
-def _leave_out(prior: Prior) -> dict[str, tuple[list[int], Mixture]]:
+def _mix_without_each_expert(prior: Prior) -> dict[str, tuple[list[int], Mixture]]:
     """For each expert the places of the others, and their mixture."""
     weights, fewer = torch.tensor(prior.weights, dtype=torch.float64), {}
     for removed, name in enumerate(prior.domains):
@@ -140,10 +142,10 @@ def _leave_out(prior: Prior) -> dict[str, tuple[list[int], Mixture]]:
     return fewer
 
 
-def _add(losses: Losses, domain: str, tallies: Mapping[str, PerplexityCounter]) -> None:
+def _add_losses(losses: Losses, domain: str, tallies: Mapping[str, PerplexityCounter]) -> None:
     for row, tally in tallies.items():
-        losses.setdefault(row, {})[domain] = _rounded(tally.nll, tally.tokens)
+        losses.setdefault(row, {})[domain] = _round_nll(tally.nll, tally.tokens)
 
 
-def _rounded(nll: float, tokens: int) -> float:
+def _round_nll(nll: float, tokens: int) -> float:
     return round(nll / tokens, 6)

@@ -36,8 +36,8 @@ from megamod.runs.studies import adaptation
 from megamod.runs.studies.forest_scores import (
     Losses,
     ScoredText,
-    expert_losses,
-    forest_losses,
+    score_expert,
+    score_forest,
 )
 from megamod.runs.studies.records import Figures
 from megamod.runs.studies.study_file import Cell, Settings, Study
@@ -54,7 +54,9 @@ OWN_SETTINGS = (
 QUARTERS = 4  # a dense run keeps a checkpoint after each, which a forest can branch off
 
 
-def run(study: Study, cell: Cell, inputs: Path, work: Path) -> tuple[Figures, dict[str, object]]:
+def run_language_model_cell(
+    study: Study, cell: Cell, inputs: Path, work: Path
+) -> tuple[Figures, dict[str, object]]:
     """Train what is not trained yet below `work`, then score.
 
     Returns:
@@ -69,48 +71,48 @@ def run(study: Study, cell: Cell, inputs: Path, work: Path) -> tuple[Figures, di
     if not isinstance(flags.get("max_steps"), int):
         raise UserError(f"{study.name}, {cell.name}: max_steps is missing")
     if extras["seed_share"] is None:
-        runs = {"": train(flags, text.main, work)}
+        runs = {"": train_or_resume(flags, text.training_bin, work)}
     else:
-        runs = grow(flags, extras, text, work)
+        runs = train_forest(flags, extras, text, work)
     models = [folder / "model" for folder in runs.values()]
-    scored = ScoredText(text.main, spec.domains, extras["score_split"] or "test")
-    details = {"parameters": parameters_of(models), "tokens": _tokens(flags, runs, extras)}
-    details["training_seconds"] = round(sum(map(_training_seconds, runs.values())), 1)
+    scored = ScoredText(text.training_bin, spec.domains, extras["score_split"] or "test")
+    details = {"parameters": count_parameters(models), "tokens": _count_tokens(flags, runs, extras)}
+    details["training_seconds"] = round(sum(map(_sum_training_seconds, runs.values())), 1)
     if extras["adapt_to"] is not None:
-        novel = ScoredText(text.unseen, [extras["adapt_to"]], scored.split)
+        novel = ScoredText(text.novel_bin, [extras["adapt_to"]], scored.split)
         settings = {**flags, **extras}
-        output = work / f"adapted-{_key({**settings, 'text': text.digest})}"
-        known, unseen, start = adaptation.adapted_losses(
+        output = work / f"adapted-{_digest_value({**settings, 'text': text.digest})}"
+        known, unseen, start = adaptation.score_adaptation(
             models[0], settings, cell.seed, scored, novel, output
         )
-        scores = {row: _scores(losses, scored) for row, losses in known.items()}
-        scores |= {f"novel_{row}": _scores(losses, novel) for row, losses in unseen.items()}
+        scores = {row: _average_scores(losses, scored) for row, losses in known.items()}
+        scores |= {f"novel_{row}": _average_scores(losses, novel) for row, losses in unseen.items()}
         details |= {"losses": known, "novel": unseen, "start": start}
         return Figures(scores, details), {"text": text.digest}
-    rows, more = _losses(runs, scored, work)
+    rows, more = _compute_losses(runs, scored, work)
     if extras["seed_share"]:
-        steps = _seed_steps(flags, extras)
-        seed = find_parent(train(flags, text.main, work, stop=steps), step=steps)
-        rows["seed"] = expert_losses(seed.model, DENSE, scored)
-    scores = {row: _scores(losses, scored) for row, losses in rows.items()}
+        steps = _count_seed_steps(flags, extras)
+        seed = find_parent(train_or_resume(flags, text.training_bin, work, stop=steps), step=steps)
+        rows["seed"] = score_expert(seed.model, DENSE, scored)
+    scores = {row: _average_scores(losses, scored) for row, losses in rows.items()}
     details |= {"losses": rows, **more}
     if extras["score_novel"]:
-        unseen = ScoredText(text.unseen, spec.novel, "test")
-        rows, more = _losses(runs, unseen, work)
-        scores |= {f"novel_{row}": _scores(losses, unseen) for row, losses in rows.items()}
+        unseen = ScoredText(text.novel_bin, spec.novel, "test")
+        rows, more = _compute_losses(runs, unseen, work)
+        scores |= {f"novel_{row}": _average_scores(losses, unseen) for row, losses in rows.items()}
         details["novel"] = {"losses": rows, **more}
     return Figures(scores, details), {"text": text.digest}
 
 
-def train(flags: Settings, databin: Path, work: Path, *, stop: int | None = None) -> Path:
+def train_or_resume(flags: Settings, databin: Path, work: Path, *, stop: int | None = None) -> Path:
     """Train to step `stop` (None: to the end) unless that was done before; the run's folder."""
-    folder = work / f"run-{_key({**flags, 'text': DataBin(databin).digest})}"
-    with _locked(folder):
-        _train(flags, databin, folder, stop)
+    folder = work / f"run-{_digest_value({**flags, 'text': DataBin(databin).digest})}"
+    with _lock_folder(folder):
+        _train_in_folder(flags, databin, folder, stop)
     return folder
 
 
-def grow(
+def train_forest(
     flags: Settings, extras: Mapping[str, object], text: StudyText, work: Path
 ) -> dict[str, Path]:
     """Train a seed and its experts, each with its part of the batch; their runs by domain.
@@ -118,53 +120,55 @@ def grow(
     Raises:
         UserError: if the experts cannot share the batch.
     """
-    databin = text.random if extras["random_split"] else text.main
+    databin = text.random_bin if extras["random_split"] else text.training_bin
     domains, batch = DataBin(databin).domains, flags["per_device_train_batch_size"]
     if batch % len(domains):
         raise UserError(
             f"per_device_train_batch_size {batch} is not a multiple of the {len(domains)} experts"
         )
-    seed_steps = _seed_steps(flags, extras)
-    seed = train(flags, text.main, work, stop=seed_steps) if seed_steps else None
+    seed_steps = _count_seed_steps(flags, extras)
+    seed = train_or_resume(flags, text.training_bin, work, stop=seed_steps) if seed_steps else None
     rate = extras["expert_learning_rate"] or flags["learning_rate"]
     runs = {}
     for domain in domains:
-        mine = flags | {
+        expert_flags = flags | {
             "domains": [domain],
             "per_device_train_batch_size": batch // len(domains),
             "learning_rate": rate,
         }
-        origin = {"text": DataBin(databin).digest, "seed_steps": seed_steps}
-        origin["seed_rate"] = flags["learning_rate"] if seed_steps else None
-        folder = work / f"expert-{_key({**mine, **origin})}"
-        with _locked(folder):
+        seed_identity = {"text": DataBin(databin).digest, "seed_steps": seed_steps}
+        seed_identity["seed_rate"] = flags["learning_rate"] if seed_steps else None
+        folder = work / f"expert-{_digest_value({**expert_flags, **seed_identity})}"
+        with _lock_folder(folder):
             if seed is not None and not list_checkpoints(folder / "checkpoints"):
                 source = find_parent(seed, step=seed_steps)
                 write_branch_checkpoint([source], [1.0], [domain], folder, learning_rate=rate)
-            _train(mine, databin, folder)
+            _train_in_folder(expert_flags, databin, folder)
         runs[domain] = folder
     return runs
 
 
-def parameters_of(models: Sequence[Path]) -> dict[str, int]:
+def count_parameters(models: Sequence[Path]) -> dict[str, int]:
     """Elements of the weights of all models together, those that a token meets, and of the latter
     those outside the embeddings."""
-    total, active, body = 0, 0, 0
+    total, active, outside_embeddings = 0, 0, 0
     for model in models:
         sizes = {name: tensor.numel() for name, tensor in read_weights(model).items()}
         members = [n.split(".experts.")[1].split(".")[0] for n in sizes if ".experts." in n]
-        met = {
+        active_sizes = {
             name: size
             for name, size in sizes.items()
             if ".experts." not in name or f".experts.{members[0]}." in name
         }
         total += sum(sizes.values())
-        active = sum(met.values())
-        body = sum(size for name, size in met.items() if "embeddings" not in name)
-    return {"total": total, "active": active, "outside_embeddings": body}
+        active = sum(active_sizes.values())
+        outside_embeddings = sum(
+            size for name, size in active_sizes.items() if "embeddings" not in name
+        )
+    return {"total": total, "active": active, "outside_embeddings": outside_embeddings}
 
 
-def _train(flags: Settings, databin: Path, folder: Path, stop: int | None = None) -> None:
+def _train_in_folder(flags: Settings, databin: Path, folder: Path, stop: int | None = None) -> None:
     steps = [parse_checkpoint_step(path) for path in list_checkpoints(folder / "checkpoints")]
     last = flags["max_steps"] if stop is None else stop
     if last in steps and (stop is not None or (folder / "model" / "config.json").is_file()):
@@ -189,7 +193,7 @@ def _train(flags: Settings, databin: Path, folder: Path, stop: int | None = None
     pretrain(*parse_args(*kinds, argv=format_flags({**flags, **extra})))
 
 
-def _losses(
+def _compute_losses(
     runs: Mapping[str, Path], scored: ScoredText, work: Path
 ) -> tuple[Losses, dict[str, object]]:
     """Losses by row, and what else a forest tells."""
@@ -197,18 +201,18 @@ def _losses(
     if list(runs) == [""]:
         config = json.loads((models[""] / "config.json").read_text(encoding="utf-8"))
         if config["untie"] == "none":
-            return {"own": expert_losses(models[""], DENSE, scored)}, {}
-        losses = forest_losses(open_forest(models[""]), scored)
+            return {"own": score_expert(models[""], DENSE, scored)}, {}
+        losses = score_forest(open_forest(models[""]), scored)
     else:
-        folder = work / f"forest-{_key([folder.name for folder in runs.values()])}"
-        with _locked(folder):
+        folder = work / f"forest-{_digest_value([folder.name for folder in runs.values()])}"
+        with _lock_folder(folder):
             shutil.rmtree(folder, ignore_errors=True)
             with edit_forest(folder) as experts:
                 experts += [make_forest_entry(run, domain) for domain, run in runs.items()]
-            losses = forest_losses(open_forest(folder), scored)
+            losses = score_forest(open_forest(folder), scored)
             sources = [(model, None) for model in models.values()]
             average_folders(sources, [1 / len(sources)] * len(sources), folder / "average")
-            losses.rows["average"] = expert_losses(folder / "average", DENSE, scored)
+            losses.rows["average"] = score_expert(folder / "average", DENSE, scored)
             shutil.rmtree(folder)
     best = min(losses.experts, key=lambda name: sum(losses.experts[name].values()))
     losses.rows["best_expert"] = losses.experts[best]
@@ -216,7 +220,7 @@ def _losses(
     return losses.rows, {**more, "best_expert": best}
 
 
-def _scores(losses: Mapping[str, float], scored: ScoredText) -> dict[str, float]:
+def _average_scores(losses: Mapping[str, float], scored: ScoredText) -> dict[str, float]:
     """Means over domains: perplexity per token, and bits per byte of the text."""
     databin = DataBin(scored.databin)
     bits, perplexities = [], []
@@ -231,7 +235,7 @@ def _scores(losses: Mapping[str, float], scored: ScoredText) -> dict[str, float]
     }
 
 
-def _tokens(flags: Settings, runs: Mapping[str, Path], extras: Mapping[str, object]) -> int:
+def _count_tokens(flags: Settings, runs: Mapping[str, Path], extras: Mapping[str, object]) -> int:
     """Target tokens that all runs were trained on, the seed counted once."""
     total = 0
     for folder in runs.values():
@@ -239,18 +243,18 @@ def _tokens(flags: Settings, runs: Mapping[str, Path], extras: Mapping[str, obje
         total += sum(StateRecord.read(newest).state.tokens.values())
     if extras["seed_share"] is not None:
         total += (
-            _seed_steps(flags, extras)
+            _count_seed_steps(flags, extras)
             * flags["per_device_train_batch_size"]
             * flags["max_seq_length"]
         )
     return total
 
 
-def _seed_steps(flags: Settings, extras: Mapping[str, object]) -> int:
+def _count_seed_steps(flags: Settings, extras: Mapping[str, object]) -> int:
     return round(extras["seed_share"] * flags["max_steps"])
 
 
-def _training_seconds(run: Path) -> float:
+def _sum_training_seconds(run: Path) -> float:
     """Seconds of a run's own steps, whichever process made them."""
     branched = run / "branch.json"
     before = json.loads(branched.read_text())["start_update"] if branched.is_file() else 0
@@ -262,12 +266,12 @@ def _training_seconds(run: Path) -> float:
     return seconds
 
 
-def _key(value: object) -> str:
+def _digest_value(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _lock_folder(folder: Path) -> Iterator[None]:
     """Hold the folder against other processes; they wait."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:

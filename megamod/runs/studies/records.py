@@ -19,7 +19,7 @@ import torch
 from megamod.errors import UserError
 from megamod.files import to_json, write_json
 from megamod.runs.studies.study_file import Cell, Study
-from megamod.runs.training import code_digest
+from megamod.runs.training import compute_code_digest
 from megamod.version import __version__
 
 FORMAT = 1
@@ -36,7 +36,7 @@ class Figures:
     details: dict[str, object] = field(default_factory=dict)
 
 
-def record_of(
+def make_record(
     study: Study,
     cell: Cell,
     figures: Figures,
@@ -49,7 +49,7 @@ def record_of(
     Args:
         inputs: digests of the data, part of the configuration.
     """
-    config = configuration(study, cell, inputs)
+    config = make_configuration(study, cell, inputs)
     return {
         "format": FORMAT,
         "study": study.name,
@@ -58,10 +58,10 @@ def record_of(
         "rung": cell.rung,
         "seed": cell.seed,
         "config": config,
-        "config_digest": digest(config),
-        "code": {"version": __version__, "digest": code_digest()[:16]},
+        "config_digest": digest_configuration(config),
+        "code": {"version": __version__, "digest": compute_code_digest()[:16]},
         "machine": {
-            "processor": _processor(),
+            "processor": _read_cpu_name(),
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
         },
@@ -73,12 +73,12 @@ def record_of(
     }
 
 
-def configuration(study: Study, cell: Cell, inputs: Mapping[str, object]) -> dict[str, object]:
+def make_configuration(study: Study, cell: Cell, inputs: Mapping[str, object]) -> dict[str, object]:
     """All that decides a cell's figures."""
     return {"kind": study.file.kind, "seed": cell.seed, **cell.settings, "inputs": dict(inputs)}
 
 
-def digest(config: Mapping[str, object]) -> str:
+def digest_configuration(config: Mapping[str, object]) -> str:
     """Of a configuration, 16 hexadecimal digits."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -113,7 +113,7 @@ def read_record(folder: Path, cell: Cell) -> Record | None:
     return record
 
 
-def largest_difference(before: Record, now: Record) -> tuple[float, str]:
+def find_largest_difference(before: Record, now: Record) -> tuple[float, str]:
     """Largest relative difference between the scores of two records, and where it is."""
     worst, where = 0.0, "no score"
     for row, values in before["scores"].items():
@@ -129,7 +129,7 @@ def largest_difference(before: Record, now: Record) -> tuple[float, str]:
     return worst, where
 
 
-def _processor() -> str:
+def _read_cpu_name() -> str:
     """Name of the processor, as the system tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -1,6 +1,7 @@
 """Tables and plots of a study from its files of figures alone, and their place in a document.
 
-In a Markdown file `fill` makes what stands between these lines, and single cells of tables:
+In a Markdown file `fill_document` makes what stands between these lines, and single cells of
+tables:
 
     <!-- study NAME -->
     <!-- end of study NAME -->
@@ -36,19 +37,21 @@ def read_records(study: Study, evidence: Path) -> dict[str, Record]:
     return {name: record for name, record in records.items() if record is not None}
 
 
-def markdown(study: Study, records: Mapping[str, Record]) -> str:
+def format_markdown(study: Study, records: Mapping[str, Record]) -> str:
     """A study's table, with what it cost; cells that are not run are left open."""
     table = study.file.table
-    make = _by_rungs if table.columns == "rungs" else _by_rows
+    make = _list_rung_rows if table.columns == "rungs" else _list_score_rows
     head, *rows = make(study, records)
     lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
-    hours = sum(map(_seconds, records.values())) / 3600
+    hours = sum(map(_read_seconds, records.values())) / 3600
     seeds = sorted({record["seed"] for record in records.values()})
     caption = "Mean over seeds"
     if table.compare == "ratio":
-        caption += f"; in brackets the ratio to {_told(table.baseline)} of the same seed"
+        caption += f"; in brackets the ratio to {_format_baseline(table.baseline)} of the same seed"
     else:
-        caption += f"; in brackets the difference to {_told(table.baseline)} of the same seed"
+        caption += (
+            f"; in brackets the difference to {_format_baseline(table.baseline)} of the same seed"
+        )
     lines += [
         "",
         f"{caption}, its 95 % interval (Student's t), and with how many seeds it is below. "
@@ -60,7 +63,7 @@ def markdown(study: Study, records: Mapping[str, Record]) -> str:
     return "\n".join(lines)
 
 
-def plot(study: Study, records: Mapping[str, Record], output: Path) -> bool:
+def plot_study(study: Study, records: Mapping[str, Record], output: Path) -> bool:
     """PNG of ratios to the baseline by the tokens trained on; False if there is nothing to draw."""
     table, lines = study.file.table, {}
     for name in table.plot:
@@ -72,55 +75,55 @@ def plot(study: Study, records: Mapping[str, Record], output: Path) -> bool:
                 for record in records.values()
                 if record["arm"] == table.baseline[0] and record["rung"] == rung
             ]
-            compared = _compared(table, records, arm, row, rung)
+            compared = _compare_line(table, records, arm, row, rung)
             if tokens and compared is not None:
                 points.append((tokens[0], compared[0]))
         if points:
             lines[name] = points
     if not lines:
         return False
-    label = f"{table.value.replace('_', ' ')}, ratio to {_told(table.baseline)}"
+    label = f"{table.value.replace('_', ' ')}, ratio to {_format_baseline(table.baseline)}"
     plot_ratios(lines, output, "training tokens per parameter outside the embeddings", label)
     return True
 
 
-def fill(text: str, studies: Mapping[str, Shown]) -> str:
+def fill_document(text: str, studies: Mapping[str, Shown]) -> str:
     """The text of a document with the tables and cells of these studies in their places.
 
     Raises:
         UserError: if a marker lacks its end, or names a line or column that there is not.
     """
-    for name in studies_in(text):
+    for name in list_studies(text):
         begin, end = f"<!-- study {name} -->", f"<!-- end of study {name} -->"
         if begin in text and end not in text.partition(begin)[2]:
             raise UserError(f"{begin} lacks its end, {end}")
         if name in studies and begin in text:
             before, _, rest = text.partition(begin)
             after = rest.partition(end)[2]
-            text = f"{before}{begin}\n\n{markdown(*studies[name])}\n\n{end}{after}"
+            text = f"{before}{begin}\n\n{format_markdown(*studies[name])}\n\n{end}{after}"
 
-    def cell(match: re.Match[str]) -> str:
+    def replace_cell(match: re.Match[str]) -> str:
         if match["study"] not in studies:
             return match[0]
-        shown = cell_text(*studies[match["study"]], match["line"], match["column"])
-        return f"{match['begin']}{shown}{match['end']}"
+        text_of_cell = format_cell(*studies[match["study"]], match["line"], match["column"])
+        return f"{match['begin']}{text_of_cell}{match['end']}"
 
-    return CELL.sub(cell, text)
+    return CELL.sub(replace_cell, text)
 
 
-def studies_in(text: str) -> list[str]:
+def list_studies(text: str) -> list[str]:
     """Names of the studies whose tables or cells a document has a place for."""
     names = re.findall(r"<!-- study ([A-Za-z0-9_.-]+) -->", text)
     return list(dict.fromkeys([*names, *(match["study"] for match in CELL.finditer(text))]))
 
 
-def cell_text(study: Study, records: Mapping[str, Record], line: str, column: str) -> str:
+def format_cell(study: Study, records: Mapping[str, Record], line: str, column: str) -> str:
     """One cell of a study's table.
 
     Raises:
         UserError: if there is no such line or column.
     """
-    make = _by_rungs if study.file.table.columns == "rungs" else _by_rows
+    make = _list_rung_rows if study.file.table.columns == "rungs" else _list_score_rows
     (_, *columns), *rows = make(study, records)
     lines = {name: dict(zip(columns, cells, strict=True)) for name, *cells in rows}
     if column not in columns or line not in lines:
@@ -131,51 +134,59 @@ def cell_text(study: Study, records: Mapping[str, Record], line: str, column: st
     return lines[line][column]
 
 
-def _by_rungs(study: Study, records: Mapping[str, Record]) -> list[list[str]]:
+def _list_rung_rows(study: Study, records: Mapping[str, Record]) -> list[list[str]]:
     table = study.file.table
     rows = [["", *study.file.rungs]]
     for name, (arm, row) in table.lines.items():
         cells = []
         for rung in study.file.rungs:
-            values = _values(records, arm, rung, row, table.value)
-            compared = _compared(table, records, arm, row, rung)
+            values = _select_values(records, arm, rung, row, table.value)
+            compared = _compare_line(table, records, arm, row, rung)
             if [arm, row] == table.baseline:
                 compared = None
-            cells.append(_cell(values, compared, table))
+            cells.append(_format_values(values, compared, table))
         rows.append([name, *cells])
     return rows
 
 
-def _by_rows(study: Study, records: Mapping[str, Record]) -> list[list[str]]:
+def _list_score_rows(study: Study, records: Mapping[str, Record]) -> list[list[str]]:
     table, (rung, *_) = study.file.table, study.file.rungs
     rows = [["", *table.rows, "mean"]]
     for name, (arm,) in table.lines.items():
-        by_row = [_values(records, arm, rung, row, table.value) for row in table.rows]
-        cells = [_cell(values, None, table) for values in by_row]
-        means = _means(by_row)
-        theirs = [_values(records, table.baseline[0], rung, r, table.value) for r in table.rows]
+        by_row = [_select_values(records, arm, rung, row, table.value) for row in table.rows]
+        cells = [_format_values(values, None, table) for values in by_row]
+        means = _average_rows(by_row)
+        baseline_values = [
+            _select_values(records, table.baseline[0], rung, r, table.value) for r in table.rows
+        ]
         compared = None
         if arm != table.baseline[0]:
-            compared = compare_to_baseline(means, _means(theirs), table.compare == "ratio")
-        rows.append([name, *cells, _cell(means, compared, table)])
+            compared = compare_to_baseline(
+                means, _average_rows(baseline_values), table.compare == "ratio"
+            )
+        rows.append([name, *cells, _format_values(means, compared, table)])
     return rows
 
 
-def _means(by_row: Sequence[Values]) -> Values:
+def _average_rows(by_row: Sequence[Values]) -> Values:
     """Mean over rows by seed, of seeds that have all of them."""
     seeds = set.intersection(*(set(values) for values in by_row))
     return {seed: sum(values[seed] for values in by_row) / len(by_row) for seed in seeds}
 
 
-def _compared(
+def _compare_line(
     table: Table, records: Mapping[str, Record], arm: str, row: str, rung: str
 ) -> tuple[Estimate, int] | None:
-    values = _values(records, arm, rung, row, table.value)
-    theirs = _values(records, table.baseline[0], rung, table.baseline[1], table.value)
-    return compare_to_baseline(values, theirs, table.compare == "ratio")
+    values = _select_values(records, arm, rung, row, table.value)
+    baseline_values = _select_values(
+        records, table.baseline[0], rung, table.baseline[1], table.value
+    )
+    return compare_to_baseline(values, baseline_values, table.compare == "ratio")
 
 
-def _values(records: Mapping[str, Record], arm: str, rung: str, row: str, value: str) -> Values:
+def _select_values(
+    records: Mapping[str, Record], arm: str, rung: str, row: str, value: str
+) -> Values:
     return {
         record["seed"]: record["scores"][row][value]
         for record in records.values()
@@ -183,7 +194,7 @@ def _values(records: Mapping[str, Record], arm: str, rung: str, row: str, value:
     }
 
 
-def _cell(values: Values, compared: tuple[Estimate, int] | None, table: Table) -> str:
+def _format_values(values: Values, compared: tuple[Estimate, int] | None, table: Table) -> str:
     if not values:
         return EMPTY
     text = f"{estimate_mean(list(values.values())).mean:.{table.digits}f}"
@@ -194,10 +205,10 @@ def _cell(values: Values, compared: tuple[Estimate, int] | None, table: Table) -
     return f"{text} ({result.format(3, signed=not ratio)}; {below}/{result.count})"
 
 
-def _seconds(record: Record) -> float:
+def _read_seconds(record: Record) -> float:
     """Seconds that a cell took; its training may have been done for another cell before."""
     return max(record["seconds"], record["details"].get("training_seconds", 0.0))
 
 
-def _told(baseline: Sequence[str]) -> str:
+def _format_baseline(baseline: Sequence[str]) -> str:
     return ", ".join(baseline)

@@ -26,7 +26,7 @@ from megamod.merging.merge import SHARD_BYTES, merge
 from megamod.merging.plan import MergePlan
 from megamod.merging.recipe import GREEDY_SOUP, MergeRecipe
 from megamod.runs.studies.barrier import HEADS, open_held_out
-from megamod.runs.studies.barrier_recipe import CLM, MLM, BarrierStudy, checked_fields
+from megamod.runs.studies.barrier_recipe import CLM, MLM, BarrierStudy, check_fields
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +74,8 @@ def greedy_soup(
         UserError: if the recipe has keys that the method does not support, the models do not fit
             each other, or no model has a finite loss.
     """
-    uniform = _average(recipe, range(len(recipe.inputs)))
-    study = _study(recipe)
+    uniform = _build_average_recipe(recipe, range(len(recipe.inputs)))
+    study = _build_study(recipe)
     options = {"shard_bytes": shard_bytes, "threads": threads, "quiet": quiet}
     plan = merge(uniform, output, dry_run=True, copy_tokenizer=copy_tokenizer, **options)
     if dry_run:
@@ -87,9 +87,9 @@ def greedy_soup(
     kept = sorted(candidate.number for candidate in candidates if candidate.kept)
     record = {"merge_method": GREEDY_SOUP, "evaluation": dict(recipe.evaluation)}
     record |= {"tasted": [asdict(candidate) for candidate in candidates]}
-    note = f"```\n{candidate_table(candidates)}\n```"
+    note = f"```\n{format_candidates(candidates)}\n```"
     options |= {"copy_tokenizer": copy_tokenizer, "record": record, "note": note}
-    return merge(_average(recipe, kept), output, **options), candidates
+    return merge(_build_average_recipe(recipe, kept), output, **options), candidates
 
 
 def select_models(
@@ -109,7 +109,7 @@ def select_models(
     Raises:
         UserError: if no model has a finite loss.
     """
-    alone = [_mean_loss(losses, load_model(path, auto).to(device).eval()) for path in paths]
+    alone = [_compute_mean_loss(losses, load_model(path, auto).to(device).eval()) for path in paths]
     order = sorted(range(len(paths)), key=lambda number: (alone[number], number))
     if not math.isfinite(alone[order[0]]):
         raise UserError(f"evaluation: the loss of every model is {alone[order[0]]}; none is usable")
@@ -121,7 +121,7 @@ def select_models(
         updated = _add_to_mean(soup, model.state_dict(), count)
         if count:
             model.load_state_dict(updated)
-        loss = _mean_loss(losses, model) if count else alone[number]
+        loss = _compute_mean_loss(losses, model) if count else alone[number]
         kept = loss <= best
         if kept:
             soup, best, count = updated, loss, count + 1
@@ -133,7 +133,7 @@ def select_models(
     return candidates
 
 
-def candidate_table(candidates: Sequence[Candidate]) -> str:
+def format_candidates(candidates: Sequence[Candidate]) -> str:
     """Table of the losses and the decision, one line for each candidate."""
     lines = [f"{'loss alone':>12}{'in the soup':>13}"]
     for candidate in candidates:
@@ -156,13 +156,13 @@ def _add_to_mean(
     }
 
 
-def _mean_loss(losses: Losses, model: torch.nn.Module) -> float:
+def _compute_mean_loss(losses: Losses, model: torch.nn.Module) -> float:
     values = losses(model).values()
     mean = math.fsum(values) / len(values)
     return math.inf if math.isnan(mean) else mean
 
 
-def _average(recipe: MergeRecipe, numbers: Sequence[int]) -> MergeRecipe:
+def _build_average_recipe(recipe: MergeRecipe, numbers: Sequence[int]) -> MergeRecipe:
     """Build the recipe for the uniform average of the numbered models.
 
     Raises:
@@ -185,7 +185,7 @@ def _average(recipe: MergeRecipe, numbers: Sequence[int]) -> MergeRecipe:
     return replace(recipe, method="linear", inputs=inputs, tokenizer=0, cut_vocabularies=False)
 
 
-def _study(recipe: MergeRecipe) -> BarrierStudy:
+def _build_study(recipe: MergeRecipe) -> BarrierStudy:
     """Build a study from the `evaluation:` block.
 
     Raises:
@@ -204,7 +204,7 @@ def _study(recipe: MergeRecipe) -> BarrierStudy:
     task = fields.pop("task", CLM)
     if not isinstance(task, str):
         raise UserError(f"{where}, task: {task!r} is not clm, mlm or the name of a task")
-    fields = checked_fields(fields, Path(where))
+    fields = check_fields(fields, Path(where))
     if unused := [key for key in ("seed", "mlm_probability") if key in fields and task != MLM]:
         raise UserError(f"{where}, {unused[0]}: has no effect with task {task}; leave it out")
     if task not in (CLM, MLM):

@@ -22,9 +22,9 @@ from megamod.runs.studies.records import (
     TOLERANCE,
     Figures,
     Record,
-    largest_difference,
+    find_largest_difference,
+    make_record,
     read_record,
-    record_of,
     write_record,
 )
 from megamod.runs.studies.study_file import Cell, Study
@@ -34,14 +34,14 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 5.0
 Digests = Mapping[str, object]
 RUNS: dict[str, Callable[[Study, Cell, Path, Path], tuple[Figures, Digests]]] = {
-    "language_models": language_models.run,
-    "finetuning": finetuning.run,
+    "language_models": language_models.run_language_model_cell,
+    "finetuning": finetuning.run_finetuning_cell,
 }
 """By kind: from study, cell, folder of inputs and folder of work to figures and input digests."""
 
 
 @dataclass(frozen=True)
-class Places:
+class StudyFolders:
     """Folders of a study: inputs, work in progress, and files of figures."""
 
     inputs: Path
@@ -49,32 +49,34 @@ class Places:
     evidence: Path
 
 
-def run_cells(study: Study, cells: Sequence[Cell], places: Places) -> None:
+def run_cells(study: Study, cells: Sequence[Cell], folders: StudyFolders) -> None:
     """Run what has no figures yet and no other process works on."""
-    missing = [cell for cell in cells if read_record(places.evidence, cell) is None]
+    missing = [cell for cell in cells if read_record(folders.evidence, cell) is None]
     for cell in missing:
-        with _taken(places.work, cell) as taken:
-            if not taken or read_record(places.evidence, cell) is not None:
+        with _lock_cell(folders.work, cell) as taken:
+            if not taken or read_record(folders.evidence, cell) is not None:
                 continue
-            record = run_cell(study, cell, places)
-            write_record(places.evidence, record)
-        logger.info("%s: %.0f s; %s", cell.name, record["seconds"], progress(study, cells, places))
+            record = run_cell(study, cell, folders)
+            write_record(folders.evidence, record)
+        logger.info(
+            "%s: %.0f s; %s", cell.name, record["seconds"], format_progress(study, cells, folders)
+        )
 
 
-def run_cell(study: Study, cell: Cell, places: Places) -> Record:
+def run_cell(study: Study, cell: Cell, folders: StudyFolders) -> Record:
     """Run one cell on one thread, whose sums have one order; what it prints goes to its log."""
     torch.set_num_threads(1)
-    logs = places.work / "logs"
+    logs = folders.work / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     wall, processor = time.perf_counter(), time.process_time()
     with open(logs / f"{cell.name}.txt", "a", encoding="utf-8") as log, redirect_stdout(log):
-        figures, digests = RUNS[study.file.kind](study, cell, places.inputs, places.work)
+        figures, digests = RUNS[study.file.kind](study, cell, folders.inputs, folders.work)
     seconds = time.perf_counter() - wall, time.process_time() - processor
-    return record_of(study, cell, figures, digests, *seconds)
+    return make_record(study, cell, figures, digests, *seconds)
 
 
 def run_in_processes(
-    study: Study, cells: Sequence[Cell], places: Places, command: Sequence[str], jobs: int
+    study: Study, cells: Sequence[Cell], folders: StudyFolders, command: Sequence[str], jobs: int
 ) -> None:
     """Start processes that each run cells, and tell how far they are.
 
@@ -83,69 +85,71 @@ def run_in_processes(
     Raises:
         UserError: if cells are left when all processes have ended.
     """
-    logs = places.work / "logs"
+    logs = folders.work / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     running = []
     for number in range(min(jobs, len(cells))):
         with open(logs / f"process-{number}.txt", "ab") as log:
-            words = [sys.executable, *command]
-            running.append(subprocess.Popen(words, stdout=log, stderr=log))
+            arguments = [sys.executable, *command]
+            running.append(subprocess.Popen(arguments, stdout=log, stderr=log))
     last = ""
     while any(process.poll() is None for process in running):
         time.sleep(POLL_SECONDS)
-        line = progress(study, cells, places)
+        line = format_progress(study, cells, folders)
         if line != last:
             logger.info("%s", line)
             last = line
-    left = [cell.name for cell in cells if read_record(places.evidence, cell) is None]
+    left = [cell.name for cell in cells if read_record(folders.evidence, cell) is None]
     if left:
         raise UserError(f"{len(left)} cells are not done, {left[0]} among them; see {logs}")
 
 
-def repeat(study: Study, cell: Cell, places: Places, again: Path) -> str:
-    """Run a cell anew in the folder `again`; how far its scores are from the kept ones.
+def repeat_cell(study: Study, cell: Cell, folders: StudyFolders, new_work: Path) -> str:
+    """Run a cell anew in the folder `new_work`; how far its scores are from the kept ones.
 
     Raises:
         UserError: if there are no figures, or the scores differ by more than the tolerance.
     """
-    before = read_record(places.evidence, cell)
-    if before is None:
-        raise UserError(f"--repeat: {places.evidence} has no figures of {cell.name}")
-    now = run_cell(study, cell, Places(places.inputs, again, places.evidence))
-    if now["config_digest"] != before["config_digest"]:
+    recorded = read_record(folders.evidence, cell)
+    if recorded is None:
+        raise UserError(f"--repeat: {folders.evidence} has no figures of {cell.name}")
+    record = run_cell(study, cell, StudyFolders(folders.inputs, new_work, folders.evidence))
+    if record["config_digest"] != recorded["config_digest"]:
         raise UserError(
             f"{cell.name}: the inputs are others than those of the kept figures: "
-            f"{before['config']['inputs']} then, {now['config']['inputs']} now"
+            f"{recorded['config']['inputs']} then, {record['config']['inputs']} now"
         )
-    difference, score = largest_difference(before, now)
+    difference, score = find_largest_difference(recorded, record)
     line = f"{cell.name}: largest relative difference {difference:.2g} ({score})"
     if difference > TOLERANCE:
         raise UserError(f"{line}; at most {TOLERANCE:g} is expected on a machine of the same class")
     return line
 
 
-def progress(study: Study, cells: Sequence[Cell], places: Places) -> str:
+def format_progress(study: Study, cells: Sequence[Cell], folders: StudyFolders) -> str:
     """Cells done and an estimate of the processor time of the rest."""
-    records = [read_record(places.evidence, cell) for cell in cells]
+    records = [read_record(folders.evidence, cell) for cell in cells]
     done = {cell.name: r for cell, r in zip(cells, records, strict=True) if r is not None}
-    left = sum(_expected(cell, list(done.values())) for cell in cells if cell.name not in done)
+    left = sum(
+        _estimate_seconds(cell, list(done.values())) for cell in cells if cell.name not in done
+    )
     hours, minutes = divmod(round(left / 60), 60)
     return f"{len(done)} of {len(cells)} cells of {study.name}; {hours}:{minutes:02} h of work left"
 
 
-def _expected(cell: Cell, records: Sequence[Record]) -> float:
+def _estimate_seconds(cell: Cell, records: Sequence[Record]) -> float:
     """Mean seconds of cells like this one; 0 as long as there is none."""
-    alike = [
+    groups = [
         [r["seconds"] for r in records if r["arm"] == cell.arm and r["rung"] == cell.rung],
         [r["seconds"] for r in records if r["rung"] == cell.rung],
         [r["seconds"] for r in records],
     ]
-    seconds = next((group for group in alike if group), [0.0])
+    seconds = next((group for group in groups if group), [0.0])
     return sum(seconds) / len(seconds)
 
 
 @contextmanager
-def _taken(work: Path, cell: Cell) -> Iterator[bool]:
+def _lock_cell(work: Path, cell: Cell) -> Iterator[bool]:
     """Yield True if this process holds the cell's lock."""
     folder = work / "locks"
     folder.mkdir(parents=True, exist_ok=True)

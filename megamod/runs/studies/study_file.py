@@ -35,13 +35,13 @@ Setting = Scalar | list[Scalar] | dict[str, Scalar | list[Scalar]]
 Settings = dict[str, object]
 
 
-def _plain(name: str) -> str:
+def _check_name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
         raise ValueError("names are made of letters, digits, _ . and -")
     return name
 
 
-Name = Annotated[str, AfterValidator(_plain)]
+Name = Annotated[str, AfterValidator(_check_name)]
 
 
 class _Schema(BaseModel):
@@ -132,7 +132,7 @@ class Study:
     file: StudyFile
     cells: tuple[Cell, ...]
 
-    def cell(self, name: str) -> Cell:
+    def find_cell(self, name: str) -> Cell:
         """The cell of that name.
 
         Raises:
@@ -164,7 +164,7 @@ def read_study(path: Path) -> Study:
         where = ".".join(map(str, first["loc"])) or "the file"
         raise UserError(f"{path}, {where}: {first['msg'].removeprefix('Value error, ')}") from error
     cells = [
-        Cell(arm, rung, seed, _settings(file, arm, rung))
+        Cell(arm, rung, seed, _merge_settings(file, arm, rung))
         for rung in file.rungs
         for seed in file.seeds
         for arm in file.arms
@@ -172,15 +172,15 @@ def read_study(path: Path) -> Study:
     return Study(path.stem, file, tuple(cells))
 
 
-def _settings(file: StudyFile, arm: str, rung: str) -> Settings:
+def _merge_settings(file: StudyFile, arm: str, rung: str) -> Settings:
     """Settings of an arm at a rung."""
     merged: Settings = {}
     for level in (file.common, file.rungs[rung], file.arms[arm]):
-        merged |= {key: _at(value, rung, file.rungs) for key, value in level.items()}
+        merged |= {key: _value_for_rung(value, rung, file.rungs) for key, value in level.items()}
     return {key: value for key, value in merged.items() if value is not None}
 
 
-def _at(value: object, rung: str, rungs: Mapping[str, object]) -> object:
+def _value_for_rung(value: object, rung: str, rungs: Mapping[str, object]) -> object:
     """The value for a rung, if it is a mapping by rungs; else the value."""
     if not isinstance(value, dict):
         return value

@@ -51,7 +51,7 @@ class Job:
         """Output folder of the run."""
         return output / self.task / self.model / f"N-{self.instances}" / f"seed-{self.seed}"
 
-    def words(self, output: Path) -> list[str]:
+    def list_arguments(self, output: Path) -> list[str]:
         """Command-line arguments of the run."""
         values = {**self.flags, "seed": self.seed, "output_dir": str(self.folder(output))}
         return format_flags(values)
@@ -89,8 +89,8 @@ def read_sweep(path: Path) -> tuple[list[Job], list[str]]:
     for key in value:
         if key not in KEYS:
             raise UserError(f"{where}: unknown key {key!r}; allowed are {', '.join(KEYS)}")
-    tasks, models = (_flags_by_name(value, key, where) for key in ("tasks", "models"))
-    common = _flags(value.get("common") or {}, f"{where}, common")
+    tasks, models = (_check_flags_by_name(value, key, where) for key in ("tasks", "models"))
+    common = _check_flags(value.get("common") or {}, f"{where}, common")
     seeds = value.get("seeds", [1])
     if (
         not isinstance(seeds, list)
@@ -103,11 +103,11 @@ def read_sweep(path: Path) -> tuple[list[Job], list[str]]:
         raise UserError(f"{where}, launch: {launch!r} is not a list of words")
     jobs = []
     for task, model in itertools.product(tasks, models):
-        jobs += _jobs_of(task, model, common, tasks[task], models[model], seeds, where)
+        jobs += _make_jobs(task, model, common, tasks[task], models[model], seeds, where)
     return jobs, launch
 
 
-def sweep(
+def run_sweep(
     jobs: Sequence[Job], output: Path, launchers: Path, at_once: int, launch: Sequence[str]
 ) -> str:
     """Run unfinished jobs, then write summary.json and the plots.
@@ -123,31 +123,32 @@ def sweep(
     """
     output.mkdir(parents=True, exist_ok=True)
     command = list(launch) or [sys.executable]
-    pending = [job for job in jobs if not _finished(job, output)]
+    pending = [job for job in jobs if not _is_finished(job, output)]
     logger.info("%d of %d runs are finished", len(jobs) - len(pending), len(jobs))
     with ThreadPoolExecutor(at_once) as pool:
-        succeeded = list(pool.map(lambda job: _run(job, output, launchers, command), pending))
+        succeeded = list(pool.map(lambda job: _run_job(job, output, launchers, command), pending))
     failed = [
         str(job.folder(output) / "log.txt")
         for job, success in zip(pending, succeeded, strict=True)
         if not success
     ]
-    table = _summarise([job for job in jobs if _finished(job, output)], output)
+    table = _write_summary([job for job in jobs if _is_finished(job, output)], output)
     if failed:
         raise UserError(f"{len(failed)} of {len(jobs)} runs failed; see {', '.join(failed)}")
     return table
 
 
-def _flags_by_name(value: Mapping[str, object], key: str, where: str) -> dict[str, Flags]:
+def _check_flags_by_name(value: Mapping[str, object], key: str, where: str) -> dict[str, Flags]:
     blocks = value.get(key)
     if not isinstance(blocks, dict) or not blocks:
         raise UserError(f"{where}: {key} is missing: names, each with its flags")
     return {
-        str(name): _flags(flags or {}, f"{where}, {key}, {name}") for name, flags in blocks.items()
+        str(name): _check_flags(flags or {}, f"{where}, {key}, {name}")
+        for name, flags in blocks.items()
     }
 
 
-def _flags(value: object, where: str) -> Flags:
+def _check_flags(value: object, where: str) -> Flags:
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
         raise UserError(f"{where}: {value!r} is not `flag: value` lines")
     for name in ("output_dir", "seed", "seeds"):
@@ -156,7 +157,7 @@ def _flags(value: object, where: str) -> Flags:
     return dict(value)
 
 
-def _jobs_of(
+def _make_jobs(
     task: str,
     model: str,
     common: Flags,
@@ -185,7 +186,7 @@ def _jobs_of(
             raise UserError(
                 f"{where}, {model}: num_instances {instances!r} is not a whole number from 1"
             )
-        count_flags = _flags(block, f"{where}, {model}, num_instances {instances}")
+        count_flags = _check_flags(block, f"{where}, {model}, num_instances {instances}")
         job_flags = {
             name: flag.replace("{N}", str(instances or 1)) if isinstance(flag, str) else flag
             for name, flag in {**flags, **count_flags}.items()
@@ -196,7 +197,7 @@ def _jobs_of(
             yield Job(task, model, instances or 1, seed, launcher, job_flags)
 
 
-def _finished(job: Job, output: Path) -> bool:
+def _is_finished(job: Job, output: Path) -> bool:
     """Return True if the job has results from an earlier sweep.
 
     Raises:
@@ -207,7 +208,7 @@ def _finished(job: Job, output: Path) -> bool:
     if not record.exists():
         return False
     previous = json.loads(record.read_text(encoding="utf-8"))
-    if previous != job.words(output):
+    if previous != job.list_arguments(output):
         raise UserError(
             f"{folder} holds a run with other flags ({' '.join(previous)}); remove it or choose "
             "another --output_dir"
@@ -215,9 +216,9 @@ def _finished(job: Job, output: Path) -> bool:
     return (folder / "results.json").exists()
 
 
-def _run(job: Job, output: Path, launchers: Path, command: Sequence[str]) -> bool:
+def _run_job(job: Job, output: Path, launchers: Path, command: Sequence[str]) -> bool:
     """Run the job; return True if it succeeds and has results."""
-    folder, words = job.folder(output), job.words(output)
+    folder, words = job.folder(output), job.list_arguments(output)
     if Path(command[0]).name == "deepspeed" and "--master_port" not in command:
         # Concurrent launchers cannot share the default port.
         command = [*command, "--master_port", str(find_free_port(()))]
@@ -232,7 +233,7 @@ def _run(job: Job, output: Path, launchers: Path, command: Sequence[str]) -> boo
     return success
 
 
-def _summarise(jobs: Sequence[Job], output: Path) -> str:
+def _write_summary(jobs: Sequence[Job], output: Path) -> str:
     """Write summary.json, scores.png and trade_off.png of finished jobs.
 
     Returns:

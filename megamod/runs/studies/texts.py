@@ -42,59 +42,67 @@ class StudyText:
     held_out_bytes: int | None
 
     @cached_property
-    def main(self) -> Path:
+    def training_bin(self) -> Path:
         """Data-bin of the training domains."""
-        return self._bin("domains", {name: self._cut(name) for name in self.domains})
+        return self._make_bin("domains", {name: self._cut_held_out(name) for name in self.domains})
 
     @cached_property
-    def random(self) -> Path:
+    def random_bin(self) -> Path:
         """Data-bin of a random split of the same training text."""
         count = len(self.domains)
-        documents = [text for name in self.domains for text in self._documents(name, "train")]
+        documents = [
+            text for name in self.domains for text in self._iterate_documents(name, "train")
+        ]
         random.Random(PARTS_SEED).shuffle(documents)
         inputs = {}
         for part, name in enumerate(self.domains):
             folder = self.work / "text" / f"part{part}"
-            _write(folder, "train", documents[part::count])
+            _write_documents(folder, "train", documents[part::count])
             for split in ("valid", "test"):  # never scored: the scored text is that of the domains
-                _write(folder, split, _first(self._documents(name, split), self.held_out_bytes))
+                _write_documents(
+                    folder,
+                    split,
+                    _take_documents(self._iterate_documents(name, split), self.held_out_bytes),
+                )
             inputs[f"part{part}"] = folder
-        return self._bin("random", inputs)
+        return self._make_bin("random", inputs)
 
     @cached_property
-    def unseen(self) -> Path:
+    def novel_bin(self) -> Path:
         """Data-bin of the novel domains."""
-        return self._bin("novel", {name: self._cut(name) for name in self.novel})
+        return self._make_bin("novel", {name: self._cut_held_out(name) for name in self.novel})
 
     @property
     def digest(self) -> str:
         """Of the training domains' data-bin."""
-        return DataBin(self.main).digest
+        return DataBin(self.training_bin).digest
 
-    def _bin(self, kind: str, inputs: dict[str, Path]) -> Path:
+    def _make_bin(self, kind: str, inputs: dict[str, Path]) -> Path:
         output = self.work / "data" / kind
         output.parent.mkdir(parents=True, exist_ok=True)
-        tokenizer = self.tokenizer if kind == "domains" else self.main / "tokenizer"
+        tokenizer = self.tokenizer if kind == "domains" else self.training_bin / "tokenizer"
         binarize(inputs, tokenizer, output, workers=1)
         return output
 
-    def _cut(self, name: str) -> Path:
+    def _cut_held_out(self, name: str) -> Path:
         """Folder of a domain with its held-out text cut; the source itself if nothing is cut."""
         if self.held_out_bytes is None:
             return self.source / name
         folder = self.work / "text" / name
         for split in ("train", "valid", "test"):
             limit = None if split == "train" else self.held_out_bytes
-            _write(folder, split, _first(self._documents(name, split), limit))
+            _write_documents(
+                folder, split, _take_documents(self._iterate_documents(name, split), limit)
+            )
         return folder
 
-    def _documents(self, name: str, split: str) -> Iterator[str]:
+    def _iterate_documents(self, name: str, split: str) -> Iterator[str]:
         return (
             text for _, text in open_document_source(self.source / name).iterate_documents(split)
         )
 
 
-def _first(documents: Iterable[str], limit: int | None) -> Iterator[str]:
+def _take_documents(documents: Iterable[str], limit: int | None) -> Iterator[str]:
     """Documents from the first on, as many as fit into `limit` bytes, and one in any case."""
     total = 0
     for text in documents:
@@ -104,7 +112,7 @@ def _first(documents: Iterable[str], limit: int | None) -> Iterator[str]:
         yield text
 
 
-def _write(folder: Path, split: str, documents: Iterable[str]) -> None:
+def _write_documents(folder: Path, split: str, documents: Iterable[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents)
     write_atomic(folder / f"{split}.jsonl", "".join(lines))
