@@ -1,8 +1,9 @@
-"""List, add, remove and branch the experts of a forest.
+"""List, add, remove, upgrade and branch the experts of a forest.
 
     python launchers/forest.py list   --forest runs/btm
     python launchers/forest.py add    --forest runs/btm --path runs/btm/law
     python launchers/forest.py remove --forest runs/btm --domain law
+    python launchers/forest.py upgrade --forest runs/btm --domain law --path runs/law-v2
     python launchers/forest.py branch --parents runs/seed --share 0.5 --domain law \\
         --output_dir runs/btm/law
     python launchers/forest.py branch --forest runs/btm --prior prior.json --topk 4 --domain tax \\
@@ -24,7 +25,7 @@ from pathlib import Path
 from megamod.errors import UserError, run_main
 from megamod.flags import Arguments, option, parse_args, require_values
 
-VERBS = ("list", "add", "remove", "branch")
+VERBS = ("list", "add", "remove", "upgrade", "branch")
 
 
 @dataclass
@@ -35,7 +36,7 @@ class ForestArgs(Arguments):
     domain: list[str] | None = option(  # noqa: RUF009
         None, "name of the expert; branch for one job of independent models: several"
     )
-    path: str | None = option(None, "add: a finished run, or a model folder")
+    path: str | None = option(None, "add, upgrade: a finished run, or a model folder")
     member: str | None = option(None, "a domain, of a model or run that holds several")
 
 
@@ -93,28 +94,30 @@ def main() -> None:
 
     from megamod.btm.forest_entry import format_forest, make_forest_entry
     from megamod.models.lm.configuration import read_lm_config
-    from megamod.states.forest import check_new_expert, edit_forest, open_forest
+    from megamod.states.forest import check_new_expert, edit_forest, find_expert, open_forest
 
-    if verb == "add":
+    if verb in ("add", "upgrade"):
         require_values(args, "path")
         domain = args.domain[0] if args.domain else None
+        replaced = None
+        if verb == "upgrade":
+            require_values(args, "domain")
+            open_forest(args.forest)
+            replaced = domain
         new = make_forest_entry(Path(args.path), domain, args.member)
         read_lm_config(new.path, "--path")
-        check_new_expert(args.forest, new)
+        check_new_expert(args.forest, new, replaced)
         with edit_forest(args.forest) as experts:
-            experts.append(new)
+            if replaced is None:
+                experts.append(new)
+            else:
+                experts[find_expert(experts, replaced, args.forest)] = new
     elif verb == "remove":
         require_values(args, "domain")
         open_forest(args.forest)
         with edit_forest(args.forest) as experts:
             for domain in args.domain:
-                names = [expert.domain for expert in experts]
-                if domain not in names:
-                    raise UserError(
-                        f"--domain: {args.forest} has no expert of domain {domain!r}; there are "
-                        f"{', '.join(names)}"
-                    )
-                del experts[names.index(domain)]
+                del experts[find_expert(experts, domain, args.forest)]
             if not experts:
                 raise UserError(
                     f"--domain {' '.join(args.domain)}: these are all of its experts; delete "

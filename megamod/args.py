@@ -141,6 +141,12 @@ class ModelArgs(Arguments):
     attn_implementation: Literal["sdpa", "eager"] | None = option(
         None, "implementation of attention; none: sdpa where the model has it"
     )
+    train: Literal["all", "router"] = option(
+        "all", "weights that are trained; router: of a mixture of experts the router alone"
+    )
+    router_aux_loss_coef: float = option(
+        0.01, "weight of the load-balance loss of a mixture of experts; 0: off", least=0
+    )
     hidden_size: int | None = option(None, "width; none: that of the model", least=1)
     num_hidden_layers: int | None = option(None, "blocks; none: those of the model", least=1)
     num_attention_heads: int | None = option(None, "heads; none: those of the model", least=1)
@@ -239,6 +245,10 @@ class DataArgs(Arguments):
                 raise UserError(f"--domains: {name!r} is named twice")
 
 
+MIXTURE_FLAGS = ("train", "router_aux_loss_coef")
+"""Flags of `ModelArgs` that belong to mixtures of experts."""
+
+
 def refuse_unused_flags(model: ModelArgs, mux: MuxArgs, data: DataArgs) -> None:
     """Check that no flag of a pretraining run is read and ignored.
 
@@ -256,7 +266,7 @@ def refuse_unused_flags(model: ModelArgs, mux: MuxArgs, data: DataArgs) -> None:
         refuse_changes(mux, names, "it belongs to encoders, and --objective is causal_lm")
     else:
         reason = f"--objective {mux.objective} trains an encoder"
-        refuse_changes(model, ("untie", "attn_implementation"), reason)
+        refuse_changes(model, ("untie", "attn_implementation", *MIXTURE_FLAGS), reason)
         refuse_changes(data, ("domain_token", "mask_documents"), reason)
     if plain:
         names = ("muxing_variant", "demuxing_variant", "num_hidden_demux_layers", "learn_muxing")

@@ -85,6 +85,12 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         | {"megamod.merging.tensors", "megamod.merging.known_models"},
         {"torch", "yaml", "tqdm"},
     ),
+    # Configurations of mixtures of experts are built by their classes.
+    "megamod.merging.moe": (
+        {"megamod.merging", "megamod.merging.tensors", "megamod.models"}
+        | {"megamod.states", "megamod.version"},
+        {"torch", "transformers", "safetensors"},
+    ),
     "megamod.merging.alignment": (
         {"megamod", "megamod.convert", "megamod.dist.scope", "megamod.states"}
         | {"megamod.models"}
@@ -101,6 +107,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         DATA
         | {"megamod.args", "megamod.flags", "megamod.dist", "megamod.dist.scope"}
         | {"megamod.models", "megamod.btm", "megamod.merging", "megamod.merging.alignment"}
+        | {"megamod.merging.moe"}
         | {"megamod.evaluation", "megamod.mixture", "megamod.states", "megamod.train"}
         | {"megamod.convert", "megamod.version"},
         {"torch", "transformers", "deepspeed", "huggingface_hub", "numpy", "yaml", "tqdm"}

@@ -230,6 +230,46 @@ def plot_posterior(shares: Mapping[str, Sequence[float]], output: Path, title: s
     pyplot.close(figure)
 
 
+def plot_attribution(
+    experts: Sequence[str],
+    documents: Sequence[Sequence[float]],
+    tokens: Sequence[str],
+    token_shares: Sequence[Sequence[float]],
+    output: Path,
+) -> None:
+    """Write a PNG of the experts' shares in documents, and in the tokens of the first.
+
+    Args:
+        documents: [N][E].
+        tokens: text of T tokens; `token_shares`: [T][E].
+    """
+    pyplot = _import_pyplot()
+    shown = min(len(tokens), 64)
+    figure, (upper, lower) = pyplot.subplots(
+        2, 1, figsize=(max(7.0, 0.2 * shown), 6.5), layout="constrained"
+    )
+    lower_edge = [0.0] * len(documents)
+    numbers = range(1, len(documents) + 1)
+    for expert, name in enumerate(experts):
+        heights = [shares[expert] for shares in documents]
+        colour = _select_colours(pyplot, len(experts))[expert]
+        upper.bar(numbers, heights, bottom=lower_edge, label=name, color=colour)
+        lower_edge = [low + height for low, height in zip(lower_edge, heights, strict=True)]
+    upper.set(xlabel="document", ylabel="share", ylim=(0, 1), xticks=list(numbers))
+    upper.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    grid = [[row[expert] for row in token_shares[:shown]] for expert in range(len(experts))]
+    image = lower.imshow(grid, aspect="auto", cmap="Blues", vmin=0, vmax=1)
+    labels = [token.strip() or "_" for token in tokens[:shown]]
+    # A dollar sign would begin a formula.
+    labels = [label.replace("$", r"\$") for label in labels]
+    lower.set_xticks(range(shown), labels, rotation=90, fontsize=7)
+    lower.set_yticks(range(len(experts)), list(experts))
+    lower.set(xlabel=f"first {shown} tokens of document 1")
+    figure.colorbar(image, label="share")
+    figure.savefig(output, dpi=120)
+    pyplot.close(figure)
+
+
 def plot_task_shares(metrics: Path, output: Path) -> None:
     """Write a PNG of the share of each task in the training rows, by step, stacked.
 

@@ -4,7 +4,7 @@ Only a few pieces of a tensor are in memory at a time, whatever the size of the 
 which solves for a whole layer, holds one layer.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -32,7 +32,7 @@ from megamod.merging.tensors import ModelTensor, TensorSource, have_same_bits
 from megamod.merging.vocabulary import Vocabulary, unite_vocabularies
 from megamod.merging.vocabulary_view import view_with_vocabulary
 from megamod.states.output_folder import check_new_folder, new_folder
-from megamod.states.stream import PIECE, ModelFolder, iterate_pieces, write_streamed_tensors
+from megamod.states.stream import PIECE, ModelFolder, Spec, iterate_pieces, write_streamed_tensors
 
 SHARD_BYTES = 5 * 10**9
 """Size above which weights are split into several files, as in mergekit."""
@@ -110,56 +110,100 @@ def merge(
     if output is not None:
         check_new_folder(output)
     with ExitStack() as stack:
-        folders = [_open_model(model, stack) for model in recipe.inputs]
-        check_calibration(recipe)
-        vocabulary = _unite_vocabularies(recipe)
-        paths = [folders[recipe.template_model].folder, *(folder.folder for folder in folders)]
-        check_configs_match(
-            paths, allow_cut=recipe.cut_vocabularies, require_same_words=vocabulary is None
-        )
-        common = rename_to_template(
-            folders, recipe.template_model, all_tensors=not recipe.is_stacked
-        )
-        inputs = _align_folders(recipe, common.folders)
-        if vocabulary is not None:
-            inputs = view_with_vocabulary(inputs, vocabulary)
-        plan = make_plan(recipe, inputs, shard_bytes, vocabulary, common.copied)
+        plan = open_plan(recipe, shard_bytes, stack)
         if dry_run:
             return plan
         files = find_or_compute_statistics(recipe, Path(stack.enter_context(TemporaryDirectory())))
         statistics = [file and stack.enter_context(ModelFolder(file)) for file in files]
         plan = replace(plan, statistics=statistics)
         folder = stack.enter_context(new_folder(output))
-        # Hashing and reading both release the interpreter's lock.
-        hashing = ThreadPoolExecutor(1)
-        stack.callback(hashing.shutdown, cancel_futures=True)
-        digests = [hashing.submit(folder.compute_digest) for folder in folders]
-        size = sum(spec.nbytes for spec in plan.specs.values())
-        hidden = True if quiet else None  # None: hidden unless stderr is a terminal
-        with tqdm(total=size, unit="B", unit_scale=True, disable=hidden, leave=False) as bar:
-            produce = partial(_compute_tensor, plan, bar, seed)
-            write_streamed_tensors(folder, plan.files, plan.specs, produce, threads)
-        plan = replace(plan, config=_update_tie_setting(plan, folder))
-        words = folders[recipe.tokenizer].folder if copy_tokenizer else None
-        chat = (
-            find_commonest_chat_template([model.path for model in recipe.inputs])
-            if recipe.copy_chat_template
-            else None
+        digests = write_weights_and_hash_sources(
+            folder,
+            plan.files,
+            plan.specs,
+            partial(compute_tensor, plan, seed),
+            plan.folders,
+            threads=threads,
+            quiet=quiet,
         )
-        write_config_and_copy_files(
-            folders[recipe.template_model].folder, words, folder, plan.config, chat, plan.vocabulary
-        )
+        plan = replace(plan, config=update_tie_setting(plan.specs, plan.config, folder))
+        write_config_and_tokenizer(plan, folder, copy_tokenizer)
         write_merge_record(
             folder,
             recipe,
             plan.compute_shares(),
-            [digest.result() for digest in digests],
+            digests,
             plan.config,
             seed,
             record or {},
             note,
         )
     return plan
+
+
+def open_plan(recipe: MergeRecipe, shard_bytes: int, stack: ExitStack) -> MergePlan:
+    """Open the models of a recipe until the stack is closed, check them, and plan every tensor.
+
+    Raises:
+        UserError: as `average_folders`.
+    """
+    folders = [_open_model(model, stack) for model in recipe.inputs]
+    check_calibration(recipe)
+    vocabulary = _unite_vocabularies(recipe)
+    paths = [folders[recipe.template_model].folder, *(folder.folder for folder in folders)]
+    check_configs_match(
+        paths, allow_cut=recipe.cut_vocabularies, require_same_words=vocabulary is None
+    )
+    common = rename_to_template(folders, recipe.template_model, all_tensors=not recipe.is_stacked)
+    inputs = _align_folders(recipe, common.folders)
+    if vocabulary is not None:
+        inputs = view_with_vocabulary(inputs, vocabulary)
+    return make_plan(recipe, inputs, shard_bytes, vocabulary, common.copied)
+
+
+def write_weights_and_hash_sources(
+    folder: Path,
+    files: Mapping[str, list[str]],
+    specs: Mapping[str, Spec],
+    compute: Callable[[str], Iterable[Tensor]],
+    sources: Sequence[TensorSource],
+    *,
+    threads: int,
+    quiet: bool,
+) -> list[str]:
+    """Write weight files with a progress bar; return the digests of the sources.
+
+    Hashing and reading both release the interpreter's lock, so they run at the same time.
+    """
+    hidden = True if quiet else None  # None: hidden unless stderr is a terminal
+    size = sum(spec.nbytes for spec in specs.values())
+    hashing = ThreadPoolExecutor(1)
+    try:
+        digests = [hashing.submit(source.compute_digest) for source in sources]
+        with tqdm(total=size, unit="B", unit_scale=True, disable=hidden, leave=False) as bar:
+
+            def compute_and_count(name: str) -> Iterator[Tensor]:
+                for piece in compute(name):
+                    yield piece
+                    bar.update(piece.nbytes)
+
+            write_streamed_tensors(folder, files, specs, compute_and_count, threads)
+        return [digest.result() for digest in digests]
+    finally:
+        hashing.shutdown(cancel_futures=True)
+
+
+def write_config_and_tokenizer(plan: MergePlan, folder: Path, copy_tokenizer: bool) -> None:
+    """Write config.json, the tokenizer and the generation settings of a merged model."""
+    recipe = plan.recipe
+    words = plan.folders[recipe.tokenizer].folder if copy_tokenizer else None
+    chat = (
+        find_commonest_chat_template([model.path for model in recipe.inputs])
+        if recipe.copy_chat_template
+        else None
+    )
+    template = plan.folders[recipe.template_model].folder
+    write_config_and_copy_files(template, words, folder, plan.config, chat, plan.vocabulary)
 
 
 def _open_model(model: InputModel, stack: ExitStack) -> TensorSource:
@@ -206,26 +250,28 @@ def _align_folders(recipe: MergeRecipe, folders: Sequence[TensorSource]) -> Sequ
     return align_folder_views(recipe.align, folders, recipe.origin)
 
 
-def _update_tie_setting(plan: MergePlan, folder: Path) -> dict[str, object]:
-    """Return the result's configuration, with `tie_word_embeddings` off if the matrices differ.
+def update_tie_setting(
+    specs: Mapping[str, Spec], config: dict[str, object], folder: Path
+) -> dict[str, object]:
+    """Return the configuration of the result, its matrices untied if they differ.
 
     Args:
-        folder: with the weights of the result.
+        specs: of the tensors of the result; `folder`: with its weights.
     """
-    pairs = list_tied_pairs(plan.specs)
-    if not pairs or plan.config.get("tie_word_embeddings") is False:
-        return plan.config
+    pairs = list_tied_pairs(specs)
+    if not pairs or config.get("tie_word_embeddings") is False:
+        return config
     with ModelFolder(folder) as written:
         if all(have_same_bits(written, table, written, output) for table, output in pairs):
-            return plan.config
-    config = plan.config | {"tie_word_embeddings": False}
+            return config
+    config = config | {"tie_word_embeddings": False}
     inner = config.get("text_config")
     if isinstance(inner, dict) and "tie_word_embeddings" in inner:
         config["text_config"] = inner | {"tie_word_embeddings": False}
     return config
 
 
-def _compute_tensor(plan: MergePlan, bar: tqdm, seed: int, name: str) -> Iterator[Tensor]:
+def compute_tensor(plan: MergePlan, seed: int, name: str) -> Iterator[Tensor]:
     """Compute the elements of one tensor of the result, in its dtype.
 
     Raises:
@@ -234,9 +280,8 @@ def _compute_tensor(plan: MergePlan, bar: tqdm, seed: int, name: str) -> Iterato
     spec, recipe, tensor_plan = plan.specs[name], plan.recipe, plan.tensor_plans[name]
     if tensor_plan.copied:
         ((number, stored),) = tensor_plan.sources
-        for piece in _iterate_pieces(plan.folders[number], stored):
+        for piece in iterate_stored_pieces(plan.folders[number], stored):
             yield piece.to(spec.dtype)
-            bar.update(piece.nbytes)
         return
     cast = getattr(torch, recipe.dtype) if recipe.dtype else None
     target = plan.make_merge_tensor(name, seed)
@@ -247,11 +292,10 @@ def _compute_tensor(plan: MergePlan, bar: tqdm, seed: int, name: str) -> Iterato
         if not torch.isfinite(piece.sum()) and not torch.isfinite(piece).all():
             raise UserError(_explain_non_finite(plan, name, target.models))
         yield piece
-        bar.update(piece.nbytes)
 
 
-def _iterate_pieces(folder: TensorSource, name: str) -> Iterator[Tensor]:
-    """Yield a stored tensor in flat pieces; each is valid until the next one is requested."""
+def iterate_stored_pieces(folder: TensorSource, name: str) -> Iterator[Tensor]:
+    """Yield the elements of a stored tensor in order, in pieces that share one buffer."""
     spec = folder.tensors[name]
     buffer = torch.empty(PIECE // spec.dtype.itemsize, dtype=spec.dtype)
     for start, stop in iterate_pieces(spec.numel, spec.dtype.itemsize):

@@ -121,16 +121,36 @@ def resolve_forest_path(path: str | Path) -> Path:
     return path if path.suffix == ".json" else path / FILE
 
 
-def check_new_expert(path: str | Path, expert: Expert) -> None:
-    """Refuse an expert that cannot be added to a forest; nothing is written.
+def find_expert(experts: list[Expert], domain: str, forest: str | Path) -> int:
+    """Index of a domain's expert among those of a forest.
 
     Raises:
-        UserError: as `edit_forest`; and if weights of the expert are missing.
+        UserError: if there is none.
+    """
+    names = [expert.domain for expert in experts]
+    if domain not in names:
+        raise UserError(
+            f"--domain: {forest} has no expert of domain {domain!r}; there are {', '.join(names)}"
+        )
+    return names.index(domain)
+
+
+def check_new_expert(path: str | Path, expert: Expert, replaced: str | None = None) -> None:
+    """Refuse an expert that cannot be added to a forest; nothing is written.
+
+    Args:
+        replaced: domain of the expert that gives way to it; None: it is one more.
+    Raises:
+        UserError: as `edit_forest`; if weights of the expert are missing; or if there is no expert
+            to replace.
     """
     file = resolve_forest_path(path)
     if not has_weights(expert.path):
         raise UserError(f"{expert.path}: there are no weights in it")
-    _check_experts([*(_read(file) if file.exists() else ()), expert], file)
+    experts = _read(file) if file.exists() else []
+    if replaced is not None:
+        del experts[find_expert(experts, replaced, path)]
+    _check_experts([*experts, expert], file)
 
 
 @contextmanager

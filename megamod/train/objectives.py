@@ -1,7 +1,7 @@
 """Objectives: from a model and a batch to a loss. The loop knows nothing else about a model."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 import deepspeed
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedConfig
+
+from megamod.models.lm.routing import Routing, compute_balance_losses, record_routing
 
 if TYPE_CHECKING:
     from megamod.models.mux.types import MuxOutput
@@ -87,6 +89,65 @@ class CausalLMObjective:
         totals[0].index_add_(0, domains, -output.token_log_probs.sum(1))
         totals[1].index_add_(0, domains, (labels != -100).sum(1).float())
         return BatchScore(output.loss, totals[0], totals[1])
+
+
+class MixtureLMObjective(CausalLMObjective):
+    """Next-token cross entropy of a mixture of experts, plus its load-balance loss.
+
+    The logged loss is the cross entropy alone. Further metrics are the mean load-balance loss
+    `balance_loss`, that of each layer, and for each domain the share `load/DOMAIN/EXPERT` of its
+    tokens' assignments that an expert gets, over all layers.
+
+    Args:
+        coefficient: weight of the load-balance loss, a mean over layers and micro-batches.
+        experts: names by number.
+    """
+
+    def __init__(
+        self,
+        domains: tuple[str, ...],
+        device: torch.device,
+        coefficient: float,
+        experts: Sequence[str],
+    ):
+        super().__init__(domains, device, choose=False)
+        self.coefficient = coefficient
+        self.experts = tuple(experts)
+
+    def compute_loss(
+        self, engine: deepspeed.DeepSpeedEngine, batch: Batch, items: Sequence[float]
+    ) -> BatchScore:
+        with record_routing(engine.module) as layers:
+            scored = super().compute_loss(engine, batch, items)
+        counted = (batch["labels"] != -100).to(self.device, non_blocking=True)
+        balance = compute_balance_losses(layers, counted.flatten())
+        loss = scored.loss + self.coefficient * balance.mean()
+        further = {"balance_loss": _stack_sum_and_count(balance.mean(), 1)}
+        further |= {
+            f"balance_loss/layer{n}": _stack_sum_and_count(value, 1)
+            for n, value in enumerate(balance)
+        }
+        return replace(
+            scored, loss=loss, further=further | self._count_loads(layers, batch, counted)
+        )
+
+    def _count_loads(
+        self, layers: Sequence[Routing], batch: Batch, counted: Tensor
+    ) -> dict[str, Tensor]:
+        """Assignments of each expert, and of all, to the tokens of each domain."""
+        domains = batch["domains"].to(self.device, non_blocking=True)
+        rows = domains[:, None].expand(counted.shape).flatten()
+        loads = torch.zeros(len(self.domains) * len(self.experts), device=self.device)
+        for routing in layers:
+            cells = rows[:, None] * len(self.experts) + routing.experts
+            ones = counted.flatten()[:, None].expand(cells.shape).flatten().float()
+            loads.index_add_(0, cells.flatten(), ones)
+        loads = loads.view(len(self.domains), len(self.experts))
+        return {
+            f"load/{domain}/{expert}": torch.stack((loads[d, e], loads[d].sum()))
+            for d, domain in enumerate(self.domains)
+            for e, expert in enumerate(self.experts)
+        }
 
 
 class ClassificationObjective:

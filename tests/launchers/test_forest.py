@@ -1,4 +1,5 @@
 import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import pytest
 from saved_models import make_data, make_model
 from transformers import BertConfig
 
+from megamod.errors import UserError
 from megamod.states.forest import Expert, Parent, open_forest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,6 +63,26 @@ def test_experts_come_and_go(folder):
     tokenizer.write_text(original)
 
 
+def test_upgrade_replaces_one_expert_in_its_position(tmp_path, monkeypatch, capsys):
+    for name in ("law", "med", "law2"):
+        make_model(tmp_path / name, domains=[name])
+
+    def run(*words: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["forest.py", *words, "--forest", str(tmp_path / "f")])
+        runpy.run_path(str(ROOT / "launchers" / "forest.py"))["main"]()
+
+    run("add", "--path", str(tmp_path / "law"))
+    run("add", "--path", str(tmp_path / "med"))
+    run("upgrade", "--domain", "law", "--path", str(tmp_path / "law2"))
+    assert "law2" in capsys.readouterr().out.splitlines()[-2]
+    experts = open_forest(tmp_path / "f").experts
+    assert [(e.domain, e.path.name) for e in experts] == [("law", "law2"), ("med", "med")]
+    with pytest.raises(UserError, match="no expert of domain 'x'; there are law, med"):
+        run("upgrade", "--domain", "x", "--path", str(tmp_path / "law2"))
+    with pytest.raises(UserError, match="--domain is missing"):
+        run("upgrade", "--path", str(tmp_path / "law2"))
+
+
 def test_a_branch_is_a_checkpoint(folder, tmp_path):
     done = forest(
         *("branch", "--parents", folder / "law", folder / "med", "--weights", 0.25, 0.75),
@@ -75,7 +97,7 @@ def test_a_branch_is_a_checkpoint(folder, tmp_path):
     ("arguments", "message"),
     [
         ((), "a verb is missing"),
-        (("plant",), "'plant' is none of list add remove branch"),
+        (("plant",), "'plant' is none of list add remove upgrade branch"),
         (("list",), "--forest is missing"),
         (("list", "--forest", "nowhere"), "holds no expert"),
         (("add", "--forest", "new", "--path", "{}/mixed"), "--member must be one of"),

@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from megamod.args import DataArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs
@@ -25,11 +26,13 @@ from megamod.models.auto import (
 from megamod.models.lm.configuration import HOST_TYPE, DemixConfig, LmConfig, get_domains, get_untie
 from megamod.models.lm.flops import compute_flops_per_token
 from megamod.models.lm.load import LanguageModel, build_lm
+from megamod.models.lm.routing import freeze_all_but_routers, is_mixture
 from megamod.models.presets import SHAPE
+from megamod.runs.pretrain.mixture import check_mixture, name_experts, write_mixture
 from megamod.runs.training import ActiveRun, RunSpec, execute_run
 from megamod.states.tokenizer_files import list_tokenizer_files
 from megamod.train.export import Card
-from megamod.train.objectives import CausalLMObjective
+from megamod.train.objectives import CausalLMObjective, MixtureLMObjective
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +70,7 @@ def pretrain(
     log_start(model, start, config)
     if data_args.mask_documents:
         check_document_masking(config)
+    check_mixture(model, config)
     choose, split = sharing is Sharing.DEMIX, data_args.eval_split
     for name in dict.fromkeys(("train", split)):
         data.open_splits(name)
@@ -81,7 +85,15 @@ def pretrain(
         )
         if data_args.mask_documents:
             network.document_end = data.special_ids["eos_token_id"]
+        if model.train == "router":
+            freeze_all_but_routers(network)
         return network
+
+    def make_objective(device: torch.device) -> CausalLMObjective:
+        if is_mixture(config):
+            experts = name_experts(model.model, config)
+            return MixtureLMObjective(data.domains, device, model.router_aux_loss_coef, experts)
+        return CausalLMObjective(data.domains, device, choose)
 
     recipe = RunSpec(
         config=config,
@@ -104,11 +116,12 @@ def pretrain(
             held=held if apart else None,
         ),
         make_model=make_model,
-        make_objective=lambda device: CausalLMObjective(data.domains, device, choose),
+        make_objective=make_objective,
         make_evaluate=lambda running: partial(
             log_own_perplexity, make_evaluation(running, data, topology, run, split), running, split
         ),
         flops_per_token=lambda module: compute_flops_per_token(config, module, data.block_size),
+        write_model=partial(write_mixture, model) if is_mixture(config) else None,
     )
     done = execute_run(
         recipe,

@@ -1,0 +1,115 @@
+"""Configuration of a mixture of experts from that of its dense experts."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+from megamod.errors import UserError
+from megamod.models.lm.moe_families import (
+    MOE_FAMILIES,
+    MOE_OF_DENSE,
+    NEUTRAL,
+    WITHOUT_EFFECT,
+    WITHOUT_MOE,
+    MoeFamily,
+)
+from megamod.states.forest import read_model_config
+
+_CARRIED = ("head_dim",)  # read by the classes, and not among the declared fields of all of them
+_ROTARY = "rope_parameters"  # understood by every class, declared or not
+_FULL = "full_attention"
+
+
+def find_moe_family(folder: Path, config: Mapping[str, object]) -> tuple[str, MoeFamily]:
+    """Model type and family of the mixture that holds experts of a dense model.
+
+    Args:
+        folder: of the dense model, for messages; `config`: its config.json.
+    Raises:
+        UserError: if transformers has no class with the same layers.
+    """
+    kind = str(config.get("model_type"))
+    if kind in MOE_OF_DENSE:
+        return MOE_OF_DENSE[kind], MOE_FAMILIES[MOE_OF_DENSE[kind]]
+    reason = WITHOUT_MOE.get(kind, "no mixture-of-experts class of transformers has its layers")
+    raise UserError(
+        f"{folder} is a {kind}, which does not become a mixture of experts: {reason}; families "
+        f"that do are {', '.join(MOE_OF_DENSE)}"
+    )
+
+
+def read_moe_config(folder: Path) -> tuple[dict[str, object], MoeFamily]:
+    """config.json of a mixture of experts, and its family.
+
+    Raises:
+        UserError: if the folder holds a model of another kind.
+    """
+    config = read_model_config(folder)
+    kind = config.get("model_type")
+    if kind not in MOE_FAMILIES:
+        raise UserError(
+            f"{folder} is a {kind}, not one of the mixtures of experts that to_moe.py writes: "
+            f"{', '.join(MOE_FAMILIES)}"
+        )
+    return config, MOE_FAMILIES[kind]
+
+
+def build_moe_config(
+    folder: Path, config: Mapping[str, object], experts: int, chosen: int
+) -> dict[str, object]:
+    """config.json of the mixture, every field written out, as defaults of the classes differ.
+
+    Args:
+        folder: of the dense model, for messages; `config`: its config.json.
+        experts: number E of experts; `chosen`: experts per token.
+    Raises:
+        UserError: naming the first field that the mixture cannot have.
+    """
+    kind, family = find_moe_family(folder, config)
+    dense = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+    values, known = dense.to_dict(), _list_declared_fields(CONFIG_MAPPING[kind])
+    fields: dict[str, object] = {}
+    for name in (*_list_declared_fields(type(dense)), *_CARRIED):
+        value = values.get(name, getattr(dense, name, None))
+        if name == "use_sliding_window" and value:
+            _refuse_field(folder, kind, name, value)
+        if name in known or (name in _CARRIED and value is not None):
+            fields[name] = value
+        elif name == "layer_types":
+            if value is not None and set(value) != {_FULL}:
+                _refuse_field(folder, kind, name, sorted(set(value)))
+        elif name in (*WITHOUT_EFFECT, *_CARRIED, _ROTARY):
+            continue
+        elif value not in NEUTRAL.get(name, ()):
+            _refuse_field(folder, kind, name, value)
+    rotary = getattr(dense, _ROTARY, None)
+    if rotary is not None:
+        fields[_ROTARY] = rotary
+        if "rope_theta" in known:
+            fields["rope_theta"] = rotary["rope_theta"]
+    fields |= {
+        family.count: experts,
+        family.chosen: chosen,
+        family.width: values["intermediate_size"],
+        **family.constants,
+    }
+    sparse = CONFIG_MAPPING[kind](**fields)
+    result = json.loads(sparse.to_json_string(use_diff=False))
+    result.pop("transformers_version", None)
+    dtype = config.get("dtype", config.get("torch_dtype"))
+    return result | {"architectures": [family.architecture], "dtype": dtype}
+
+
+def _list_declared_fields(kind: type[PreTrainedConfig]) -> list[str]:
+    """Fields that a configuration class declares besides those of every class."""
+    classes = kind.__mro__[: kind.__mro__.index(PreTrainedConfig)]
+    return sorted({name for base in classes for name in getattr(base, "__annotations__", ())})
+
+
+def _refuse_field(folder: Path, kind: str, name: str, value: object) -> None:
+    raise UserError(
+        f"{folder}: {name} is {value!r}, which a {kind} cannot have, so its layers would not "
+        "compute the same"
+    )

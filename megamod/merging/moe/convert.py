@@ -1,0 +1,99 @@
+"""Conversion of dense experts to one mixture, streamed: a piece of a tensor is held at a time."""
+
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from megamod.errors import UserError
+from megamod.merging.merge import (
+    SHARD_BYTES,
+    open_plan,
+    update_tie_setting,
+    write_config_and_tokenizer,
+    write_weights_and_hash_sources,
+)
+from megamod.merging.moe.plan import MoePlan, compute_moe_tensor, make_moe_plan
+from megamod.merging.moe.record import ExpertRecord, MoeRecord, write_moe_card, write_moe_record
+from megamod.merging.moe.rows import RouterRows
+from megamod.merging.recipe import InputModel, MergeRecipe
+from megamod.states.output_folder import check_new_folder, new_folder
+
+
+def convert_to_moe(
+    recipe: MergeRecipe,
+    output: Path | None,
+    make_rows: Callable[[MoePlan], RouterRows],
+    data_digests: Sequence[str | None],
+    *,
+    chosen: int,
+    anchor: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    threads: int = 1,
+    copy_tokenizer: bool = True,
+    dry_run: bool = False,
+    quiet: bool = False,
+) -> MoePlan:
+    """Write a mixture whose experts are the feed-forwards of the models of an average.
+
+    Feed-forwards are copied bit by bit; every other tensor is that of the average.
+
+    Args:
+        recipe: average of the models, all with a domain; their order is that of the experts.
+        output: new folder, complete or absent; None with `dry_run`.
+        make_rows: computes the router rows, after all checks and before anything is written.
+        data_digests: of each expert's data; None: unknown.
+        chosen: experts per token.
+        anchor: see `make_moe_plan`.
+        threads: tensors written at the same time; does not change the result.
+        dry_run: check everything and write nothing.
+    Raises:
+        UserError: if the models do not fit each other or the class, or the disk is too small.
+    """
+    if output is not None:
+        check_new_folder(output)
+    with ExitStack() as stack:
+        dense = open_plan(recipe, shard_bytes, stack)
+        plan = make_moe_plan(dense, chosen, anchor=anchor, shard_bytes=shard_bytes)
+        if dry_run:
+            return plan
+        check_space(output, plan.nbytes)
+        rows = make_rows(plan)
+        folder = stack.enter_context(new_folder(output))
+        produce = partial(compute_moe_tensor, plan, rows.rows)
+        digests = write_weights_and_hash_sources(
+            folder, plan.files, plan.specs, produce, dense.folders, threads=threads, quiet=quiet
+        )
+        config = update_tie_setting(plan.specs, plan.config, folder)
+        write_config_and_tokenizer(replace(dense, config=config), folder, copy_tokenizer)
+        shares = dense.compute_shares() if plan.shared == "averaged" else [None] * plan.experts
+        experts = tuple(
+            ExpertRecord(model.domain, _format_path(model), model.member, share, digest, data)
+            for model, share, digest, data in zip(
+                recipe.inputs, shares, digests, data_digests, strict=True
+            )
+        )
+        record = MoeRecord(plan.kind, plan.shared, experts, rows.record)
+        write_moe_record(folder, record)
+        write_moe_card(folder, record)
+    return plan
+
+
+def check_space(output: Path, size: int) -> None:
+    """Refuse an output folder on a disk with less than `size` free bytes.
+
+    Raises:
+        UserError: with both numbers.
+    """
+    parent = next(folder for folder in Path(output).absolute().parents if folder.exists())
+    free = shutil.disk_usage(parent).free
+    if free < size:
+        raise UserError(
+            f"--output_dir {output}: the weights need {size:,} bytes, and {free:,} are free"
+        )
+
+
+def _format_path(model: InputModel) -> str:
+    return str(model.path) if model.adapter is None else f"{model.path}+{model.adapter}"

@@ -1,0 +1,87 @@
+"""Names of a mixture's tensors: in memory all experts of a layer are one, in files each is its own.
+
+Engines and the commands that change one expert read the second.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megamod.merging.moe.configuration import read_moe_config
+from megamod.models.lm.moe_families import LAYERS, PARTS, MoeFamily
+from megamod.states.stream import ModelFolder, Spec, iterate_pieces, write_streamed_tensors
+from megamod.states.weights import DENSE_FILE
+
+_GATE, _UP, _DOWN = PARTS
+FUSED = {"experts.gate_up_proj": (_GATE, _UP), "experts.down_proj": (_DOWN,)}
+"""Names in a sparse block in memory -> parts of feed-forwards, rows after rows, for each expert."""
+
+# Name in files, tensor in memory, first element, specification.
+Placed = tuple[str, str, int, Spec]
+
+
+def split_fused_experts(folder: Path) -> None:
+    """Rewrite the weights of a mixture that were saved under their names in memory.
+
+    Raises:
+        UserError: if the folder holds no mixture of the table.
+    """
+    _, family = read_moe_config(folder)
+    with ModelFolder(folder) as source:
+        placed = {name: entry for entry in _split(source, family) for name in entry[:1]}
+        specs = {name: entry[3] for name, entry in placed.items()}
+        written = folder / ".split"
+        written.mkdir()
+
+        def read(name: str) -> Iterator[Tensor]:
+            _, stored, first, spec = placed[name]
+            for start, stop in iterate_pieces(spec.numel, spec.dtype.itemsize):
+                buffer = torch.empty(stop - start, dtype=spec.dtype)
+                source.read_into(stored, first + start, buffer)
+                yield buffer
+
+        write_streamed_tensors(written, {DENSE_FILE: list(specs)}, specs, read)
+    (written / DENSE_FILE).replace(folder / DENSE_FILE)
+    written.rmdir()
+
+
+def _split(source: ModelFolder, family: MoeFamily) -> Iterator[Placed]:
+    """Tensors in files, and where each lies in memory."""
+    for name, spec in source.tensors.items():
+        match = re.fullmatch(rf"({re.escape(LAYERS)}\.\d+)\.{family.module}\.(.+)", name)
+        if match is None:
+            yield name, name, 0, spec
+            continue
+        layer, inner = match[1], match[2]
+        block = f"{layer}.{family.block}"
+        if inner == f"{family.router}.weight":
+            yield f"{block}.{family.row_name}", name, 0, spec
+        elif inner.startswith(f"{family.router}."):
+            yield (
+                f"{layer}.{family.module}.{inner.removeprefix(family.router + '.')}",
+                name,
+                0,
+                spec,
+            )
+        elif inner in FUSED:
+            yield from _split_experts(name, spec, block, family, FUSED[inner])
+        else:
+            yield name, name, 0, spec
+
+
+def _split_experts(
+    name: str, spec: Spec, block: str, family: MoeFamily, parts: tuple[str, ...]
+) -> Iterator[Placed]:
+    """Tensors in files of a tensor [E, rows, columns] with these parts of every expert."""
+    for target, covered in family.tensors.items():
+        if "{e}" not in target and covered == parts:
+            yield f"{block}.{target}", name, 0, spec
+        elif "{e}" in target and covered[0] in parts:
+            experts, rows, columns = spec.shape
+            part = Spec(spec.dtype, (rows // len(parts), columns))
+            for expert in range(experts):
+                first = (expert * len(parts) + parts.index(covered[0])) * part.numel
+                yield f"{block}.{target.format(e=expert)}", name, first, part

@@ -1,0 +1,225 @@
+"""The plan of a conversion: for each tensor of the mixture, where its elements come from."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from megamod.errors import UserError
+from megamod.merging.merge import compute_tensor, iterate_stored_pieces
+from megamod.merging.moe.configuration import build_moe_config, find_moe_family
+from megamod.merging.plan import MergePlan
+from megamod.merging.tensors import describe_source, have_same_bits
+from megamod.models.lm.moe_families import FEED_FORWARD, LAYERS, PARTS, MoeFamily
+from megamod.states.stream import Spec, plan_shards
+
+_FEED_FORWARD = re.compile(rf"{re.escape(LAYERS)}\.(\d+)\.{FEED_FORWARD}\.(.+)")
+
+
+@dataclass(frozen=True)
+class MoeTensor:
+    """Origin of one tensor of a mixture; without any of these it is zero.
+
+    Attributes:
+        shared: name of the tensor of the merged dense model that it equals.
+        copies: expert and name in its model of each tensor that follow one another.
+        layer: number of the layer whose router rows it holds.
+    """
+
+    shared: str | None = None
+    copies: tuple[tuple[int, str], ...] = ()
+    layer: int | None = None
+
+
+@dataclass(frozen=True)
+class MoePlan:
+    """A conversion that was checked and can be carried out while its folders are open.
+
+    Attributes:
+        dense: plan of the merged dense model.
+        kind: model type of the mixture.
+        shared: how tensors outside of feed-forwards are made: "averaged", "asserted" (bit-equal in
+            all models) or "one model" (the experts are those of one DEMix model).
+        tensors, specs, files: of the mixture, by name and by file.
+        config: its configuration.
+    """
+
+    dense: MergePlan
+    kind: str
+    family: MoeFamily
+    shared: str
+    tensors: dict[str, MoeTensor]
+    specs: dict[str, Spec]
+    files: dict[str, list[str]]
+    config: dict[str, object]
+
+    @property
+    def experts(self) -> int:
+        """Number E of experts."""
+        return len(self.dense.folders)
+
+    @property
+    def layers(self) -> int:
+        """Number L of layers, all of them sparse."""
+        return sum(tensor.layer is not None for tensor in self.tensors.values())
+
+    @property
+    def width(self) -> int:
+        """Features D that a router reads."""
+        return int(self.config["hidden_size"])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights to write."""
+        return sum(spec.nbytes for spec in self.specs.values())
+
+    def describe(self) -> str:
+        """Experts, class and size of the mixture, as text."""
+        lines = [
+            f"{self.kind} of {self.experts} experts, {self.config[self.family.chosen]} per token; "
+            f"other weights: {self.shared}"
+        ]
+        lines += [
+            f"  {number}  {model.domain}  {model}"
+            for number, model in enumerate(self.dense.recipe.inputs)
+        ]
+        count = sum(spec.numel for spec in self.specs.values())
+        lines.append(
+            f"{len(self.specs)} tensors, {count:,} parameters, {self.nbytes:,} bytes in "
+            f"{len(self.files)} file{'s' if len(self.files) > 1 else ''}"
+        )
+        return "\n".join(lines)
+
+
+def make_moe_plan(dense: MergePlan, chosen: int, *, anchor: bool, shard_bytes: int) -> MoePlan:
+    """MergePlan every tensor of a mixture.
+
+    Args:
+        dense: plan of the experts' average; its folders are open.
+        chosen: experts per token.
+        anchor: require that tensors outside of feed-forwards are the same bits in all models.
+    Raises:
+        UserError: if the family has no class, a field no counterpart, or tensors differ.
+    """
+    folder = dense.folders[0].folder
+    kind, family = find_moe_family(folder, dense.config)
+    experts = len(dense.folders)
+    if not 1 <= chosen <= experts:
+        raise UserError(f"--topk {chosen}: there are {experts} experts, choose 1 to {experts}")
+    config = build_moe_config(folder, dense.config, experts, chosen)
+    inputs = dense.recipe.inputs
+    one_model = all(model.member for model in inputs) and len({m.path for m in inputs}) == 1
+    shared = "one model" if one_model else "asserted" if anchor else "averaged"
+    tensors: dict[str, MoeTensor] = {}
+    specs: dict[str, Spec] = {}
+    parts: dict[int, dict[str, str]] = {}
+    for name, spec in dense.specs.items():
+        match = _FEED_FORWARD.fullmatch(name)
+        if match is None:
+            tensors[name], specs[name] = MoeTensor(shared=name), spec
+        elif match[2] in PARTS:
+            parts.setdefault(int(match[1]), {})[match[2]] = name
+        else:
+            raise UserError(f"{describe_source(dense.folders[0])}: {name} has no place in a {kind}")
+    for layer, names in sorted(parts.items()):
+        for name, tensor, spec in _plan_layer(dense, family, layer, names):
+            tensors[name], specs[name] = tensor, spec
+    plan = MoePlan(
+        _copy_shared(dense, tensors) if shared != "averaged" else dense,
+        kind,
+        family,
+        shared,
+        tensors,
+        specs,
+        plan_shards(specs, shard_bytes),
+        config,
+    )
+    if shared == "asserted":
+        _assert_shared_equal(plan)
+    return plan
+
+
+def _plan_layer(
+    dense: MergePlan, family: MoeFamily, layer: int, names: Mapping[str, str]
+) -> Iterator[tuple[str, MoeTensor, Spec]]:
+    """Name, origin and specification of the tensors of a sparse block.
+
+    Args:
+        names: part of the feed-forward -> its name in the dense model.
+    """
+    block, experts = f"{LAYERS}.{layer}.{family.block}", range(len(dense.folders))
+    some = dense.specs[names[PARTS[0]]]
+    for target, parts in family.tensors.items():
+        stored = [dense.tensor_plans[names[part]].sources for part in parts]
+        pieces = {e: tuple((e, sources[e][1]) for sources in stored) for e in experts}
+        specs = [dense.specs[names[part]] for part in parts]
+        shape = (sum(spec.shape[0] for spec in specs), specs[0].shape[1])
+        if "{e}" in target:
+            for e in experts:
+                spec = Spec(some.dtype, shape)
+                yield f"{block}.{target.format(e=e)}", MoeTensor(copies=pieces[e]), spec
+        else:
+            copies = tuple(piece for e in experts for piece in pieces[e])
+            spec = Spec(some.dtype, (len(experts), *shape))
+            yield f"{block}.{target}", MoeTensor(copies=copies), spec
+    sizes = {"E": len(experts), "D": some.shape[1]}
+    for name, shape in family.zeros.items():
+        # Those with an entry per expert belong to the router, which computes in float32.
+        dtype = torch.float32 if "E" in shape else some.dtype
+        spec = Spec(dtype, tuple(sizes.get(size, size) for size in shape))
+        yield f"{LAYERS}.{layer}.{name}", MoeTensor(), spec
+    dtype = torch.float32 if family.float_router else some.dtype
+    rows = Spec(dtype, (sizes["E"], sizes["D"]))
+    yield f"{block}.{family.row_name}", MoeTensor(layer=layer), rows
+
+
+def _copy_shared(dense: MergePlan, tensors: Mapping[str, MoeTensor]) -> MergePlan:
+    """The dense plan with its shared tensors copied from the first model."""
+    plans = dict(dense.tensor_plans)
+    for tensor in tensors.values():
+        if tensor.shared is not None:
+            first = plans[tensor.shared].sources[0]
+            plans[tensor.shared] = replace(
+                plans[tensor.shared], sources=[first], lead_source=0, copied=True
+            )
+    return replace(dense, tensor_plans=plans)
+
+
+def _assert_shared_equal(plan: MoePlan) -> None:
+    """Refuse models whose shared tensors are not the same bits.
+
+    Raises:
+        UserError: naming the first tensor that differs, and two folders.
+    """
+    first, *others = plan.dense.folders
+    for name, tensor in plan.tensors.items():
+        if tensor.shared is None:
+            continue
+        for other in others:
+            if not have_same_bits(first, name, other, name):
+                raise UserError(
+                    f"--anchor: {name} differs between {describe_source(first)} and "
+                    f"{describe_source(other)}; experts of one anchor have trained feed-forwards "
+                    "only"
+                )
+
+
+def compute_moe_tensor(plan: MoePlan, rows: Tensor, name: str) -> Iterator[Tensor]:
+    """Compute the elements of one tensor of a mixture, in its dtype.
+
+    Args:
+        rows: [L, E, D] router rows of all layers.
+    """
+    tensor, spec = plan.tensors[name], plan.specs[name]
+    if tensor.shared is not None:
+        yield from compute_tensor(plan.dense, 0, tensor.shared)
+    elif tensor.copies:
+        for expert, stored in tensor.copies:
+            for piece in iterate_stored_pieces(plan.dense.folders[expert], stored):
+                yield piece.to(spec.dtype)
+    elif tensor.layer is not None:
+        yield rows[tensor.layer].to(spec.dtype).contiguous()
+    else:
+        yield torch.zeros(spec.shape, dtype=spec.dtype)

@@ -1,0 +1,136 @@
+"""moe.json: the experts of a mixture in their order, and the origin of its weights.
+
+    {"format": 1, "model_type": "mixtral", "shared": "averaged",
+     "experts": [{"domain": "law", "path": "...", "member": null, "weight": 0.5,
+                  "digest": "crc32-sha256:...", "data_digest": "..."}],
+     "router": {"kind": "random", "seed": 0}, "megamod": "..."}
+
+config.json beside it is that of the stock class alone.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megamod.errors import UserError
+from megamod.files import write_json
+from megamod.tables import format_table
+from megamod.version import __version__
+
+FILE = "moe.json"
+FORMAT = 1
+_CARD = """---
+library_name: transformers
+license: unknown
+tags: [moe, {kind}]
+---
+A mixture of {count} experts ({kind}), made with megamod {version} from dense models.
+
+{table}
+
+Other weights: {shared}. Router: {router}. Load it with `AutoModelForCausalLM.from_pretrained`, as
+any {kind}; `{file}` has all of this for programs.
+"""
+
+
+@dataclass(frozen=True)
+class ExpertRecord:
+    """One expert of a mixture.
+
+    Attributes:
+        path: of the model it was copied from; `member`: its domain there, in a DEMix model.
+        weight: share in the average of the other weights; None: they are no average.
+        digest: of that model's weights.
+        data_digest: of the data-bin it was trained on; None: unknown.
+    """
+
+    domain: str
+    path: str
+    member: str | None
+    weight: float | None
+    digest: str
+    data_digest: str | None
+
+
+@dataclass(frozen=True)
+class MoeRecord:
+    """Content of moe.json."""
+
+    model_type: str
+    shared: str
+    experts: tuple[ExpertRecord, ...]
+    router: Mapping[str, object]
+
+    @property
+    def domains(self) -> list[str]:
+        """Names of the experts, in order."""
+        return [expert.domain for expert in self.experts]
+
+    def index(self, domain: str, folder: Path) -> int:
+        """Number of a domain's expert.
+
+        Raises:
+            UserError: if the mixture in `folder` has none.
+        """
+        if domain not in self.domains:
+            raise UserError(
+                f"{folder}: has no expert of domain {domain!r}; there are {', '.join(self.domains)}"
+            )
+        return self.domains.index(domain)
+
+
+def write_moe_record(folder: Path, record: MoeRecord) -> None:
+    """Write moe.json."""
+    write_json(folder / FILE, {"format": FORMAT, **asdict(record), "megamod": __version__})
+
+
+def write_moe_card(folder: Path, record: MoeRecord) -> None:
+    """Write the model card."""
+    card = _CARD.format(
+        kind=record.model_type,
+        count=len(record.experts),
+        version=__version__,
+        table=_format_card_table(record.experts),
+        shared=record.shared,
+        router=record.router.get("kind"),
+        file=FILE,
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _format_card_table(experts: Sequence[ExpertRecord]) -> str:
+    rows = [f"| {e.domain} | {e.path} | {e.digest} | {e.data_digest or '-'} |" for e in experts]
+    head = ["| expert | model | digest of its weights | digest of its data |", "|---|---|---|---|"]
+    return "\n".join([*head, *rows])
+
+
+def read_moe_record(folder: Path) -> MoeRecord:
+    """Content of the moe.json in a model folder.
+
+    Raises:
+        UserError: if there is none, or it is not of this form.
+    """
+    file = Path(folder) / FILE
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise ValueError(f"format is {content['format']!r}, not {FORMAT}")
+        experts = tuple(ExpertRecord(**entry) for entry in content["experts"])
+        return MoeRecord(content["model_type"], content["shared"], experts, content["router"])
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder}: there is no {FILE}; mixtures of experts are made by launchers/to_moe.py"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{file}: is not the record of a mixture of experts: {error!r}") from error
+
+
+def format_experts(record: MoeRecord) -> str:
+    """Experts with their models and digests, as text."""
+    rows = [("expert", "model", "weights", "data")]
+    for expert in record.experts:
+        path = expert.path if expert.member is None else f"{expert.path} ({expert.member})"
+        data = "-" if expert.data_digest is None else expert.data_digest[:16]
+        rows.append((expert.domain, path, expert.digest.rpartition(":")[2][:16], data))
+    return format_table(rows)

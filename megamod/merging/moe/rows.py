@@ -1,0 +1,78 @@
+"""Rows of the routers of a mixture: one per layer and expert, from a generator or a file."""
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megamod.errors import UserError
+from megamod.merging.moe.plan import MoePlan
+from megamod.models.lm.moe_families import LAYERS
+
+TENSOR = "rows"  # name in a file of rows
+
+
+@dataclass(frozen=True)
+class RouterRows:
+    """Rows of all routers and their origin.
+
+    Attributes:
+        rows: [L, E, D] float32.
+        record: origin, for moe.json.
+    """
+
+    rows: Tensor
+    record: dict[str, object] = field(default_factory=dict)
+
+
+def draw_rows(plan: MoePlan, seed: int) -> RouterRows:
+    """Draw rows from a normal distribution as wide as the family's other new weights.
+
+    Every tensor has a generator of its own, so rows do not depend on how many layers there are.
+    """
+    spread = float(plan.config.get("initializer_range", 0.02))
+    rows = torch.empty(plan.layers, plan.experts, plan.width)
+    for layer, target in enumerate(rows):
+        text = f"{seed}/{LAYERS}.{layer}.{plan.family.block}.{plan.family.row_name}"
+        digest = hashlib.sha256(text.encode()).digest()
+        number = int.from_bytes(digest[:8], "little", signed=True)
+        target.normal_(0.0, spread, generator=torch.Generator().manual_seed(number))
+    return RouterRows(rows, {"kind": "random", "seed": seed, "spread": spread})
+
+
+def read_rows_file(plan: MoePlan, path: Path) -> RouterRows:
+    """Read rows from the tensor `rows` [L, E, D] of a safetensors file.
+
+    Raises:
+        UserError: naming the layer and expert, if a row is zero or not finite; or the shape.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            rows = file.get_tensor(TENSOR).float()
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--router_file {path}: holds no tensor {TENSOR!r}: {error}") from error
+    expected = (plan.layers, plan.experts, plan.width)
+    if rows.shape != expected:
+        raise UserError(
+            f"--router_file {path}: {TENSOR} has shape {list(rows.shape)}; layers, experts and "
+            f"features of this model are {list(expected)}"
+        )
+    check_rows(rows, f"--router_file {path}")
+    return RouterRows(rows, {"kind": "file", "path": str(path)})
+
+
+def check_rows(rows: Tensor, origin: str) -> None:
+    """Refuse rows [L, E, D] that are zero or not finite.
+
+    Raises:
+        UserError: naming `origin`, layer and expert.
+    """
+    bad = (~rows.isfinite()).any(-1) | (rows == 0).all(-1)
+    if bad.any():
+        layer, expert = bad.nonzero()[0].tolist()
+        raise UserError(
+            f"{origin}: the row of expert {expert} in layer {layer} is zero or not finite"
+        )

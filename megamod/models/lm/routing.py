@@ -1,0 +1,110 @@
+"""Routers of a stock mixture of experts: their outputs in a forward pass, and the load balance."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from megamod.errors import UserError
+from megamod.models.lm.moe_families import LAYERS, MOE_FAMILIES, MoeFamily
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Output of a layer's router for N tokens.
+
+    Attributes:
+        logits: [N, E].
+        weights: [N, K] of the selected experts; `experts`: [N, K] their numbers.
+    """
+
+    logits: Tensor
+    weights: Tensor
+    experts: Tensor
+
+    @property
+    def shares(self) -> Tensor:
+        """[N, E] weight of every expert, zero where it was not selected."""
+        shares = torch.zeros_like(self.logits, dtype=torch.float32)
+        return shares.scatter_add_(1, self.experts, self.weights.float())
+
+
+def is_mixture(config: PreTrainedConfig) -> bool:
+    """True for a configuration of a class in the table of mixtures."""
+    return config.model_type in MOE_FAMILIES
+
+
+def find_routers(model: nn.Module) -> list[nn.Module]:
+    """Routers of a mixture, one per layer."""
+    family: MoeFamily = MOE_FAMILIES[model.config.model_type]
+    path = f"{family.module}.{family.router}"
+    return [layer.get_submodule(path) for layer in model.get_submodule(LAYERS)]
+
+
+@contextmanager
+def record_routing(model: nn.Module) -> Iterator[list[Routing]]:
+    """Yield a list that each forward pass inside the block adds the routing of every layer to.
+
+    Gradients flow through the logits. A pass that is recomputed after the block adds nothing.
+    """
+    family: MoeFamily = MOE_FAMILIES[model.config.model_type]
+    recorded: list[Routing] = []
+
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> None:
+        recorded.append(Routing(*(outputs[position] for position in family.outputs)))
+
+    handles = [router.register_forward_hook(hook) for router in find_routers(model)]
+    try:
+        yield recorded
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def compute_balance_losses(layers: Sequence[Routing], mask: Tensor | None = None) -> Tensor:
+    """Load-balance loss of each layer, E sum over e of f_e P_e, [L].
+
+    f_e is the number of assignments to expert e per token, P_e its mean probability over all
+    experts' softmax. Uniform routing to K experts gives K.
+
+    Args:
+        mask: [N] bool, tokens that count; None: all.
+    Source: Fedus et al. 2022 (Switch Transformers), section 2.2.
+    """
+    losses = []
+    for routing in layers:
+        probabilities = routing.logits.float().softmax(-1)
+        tokens, count = probabilities.shape
+        weights = probabilities.new_ones(tokens) if mask is None else mask.float()
+        # Sums weighted by the mask: selecting rows would wait for the device.
+        total = weights.sum().clamp_min(1.0)
+        assigned = weights[:, None].expand(routing.experts.shape).flatten()
+        load = torch.zeros_like(probabilities[0]).index_add_(0, routing.experts.flatten(), assigned)
+        mean = weights @ probabilities / total
+        losses.append(count * (load / total * mean).sum())
+    return torch.stack(losses)
+
+
+def freeze_all_but_routers(model: nn.Module) -> None:
+    """Let training change the routers' rows of a mixture alone."""
+    rows = {id(router.weight) for router in find_routers(model)}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in rows)
+
+
+def check_router_training(where: str, config: PreTrainedConfig) -> None:
+    """Refuse to train the router alone where the loss does not depend on it.
+
+    Raises:
+        UserError: if a token has one expert whose weight is always 1.
+    """
+    family = MOE_FAMILIES[config.model_type]
+    norms = family.always_norms or getattr(config, "norm_topk_prob", False)
+    if norms and getattr(config, family.chosen) == 1:
+        raise UserError(
+            f"{where}: {family.chosen} is 1, so the weight of the only expert is 1 and the router "
+            "gets no gradient; convert with --topk 2"
+        )

@@ -1,0 +1,142 @@
+"""Attribution of text to experts: the share of each in the feed-forwards of every token.
+
+A token's share of an expert is the router's weight, zero where the expert was not selected,
+averaged over the layers. A document's is the mean over its tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megamod.data.corpus.tokenizers import load_tokenizer
+from megamod.evaluation.plots import plot_attribution
+from megamod.files import write_atomic, write_json
+from megamod.flags import Arguments, option, require_values
+from megamod.merging.alignment.calibration import read_token_ids
+from megamod.merging.moe.configuration import read_moe_config
+from megamod.merging.moe.record import MoeRecord, format_experts, read_moe_record
+from megamod.models.lm.configuration import get_max_sequence_length
+from megamod.models.lm.load import load_lm
+from megamod.models.lm.routing import record_routing
+from megamod.states.output_folder import check_new_folder, new_folder
+from megamod.tables import format_table
+
+
+@dataclass
+class AttributionArgs(Arguments):
+    """Model, text and output."""
+
+    model: str | None = option(None, "folder of a mixture of experts, with moe.json")
+    text: str | None = option(None, "file with a document per line, or JSON lines with `text`")
+    max_documents: int = option(16, "documents that are read, the first ones", least=1)
+    max_seq_length: int | None = option(
+        None, "tokens of a document that are read; none: 1024, or fewer if the model has fewer"
+    )
+    output_dir: str | None = option(
+        None, "folder for attribution.json, tokens.txt and attribution.png; none: print alone"
+    )
+
+
+@dataclass(frozen=True)
+class Document:
+    """Tokens of a document and the shares of the experts.
+
+    Attributes:
+        tokens: text of each of T tokens.
+        shares: [T][E].
+    """
+
+    tokens: list[str]
+    shares: list[list[float]]
+
+    @property
+    def mean(self) -> list[float]:
+        """Share of each expert in the whole document."""
+        return torch.tensor(self.shares).mean(0).tolist()
+
+
+def attribute(args: AttributionArgs) -> None:
+    """Print the experts with their digests and the shares per document; write all of it.
+
+    Raises:
+        UserError: if the model is no mixture with moe.json, or the text cannot be read.
+    """
+    require_values(args, "model", "text")
+    folder = Path(args.model)
+    read_moe_config(folder)
+    record = read_moe_record(folder)
+    if args.output_dir is not None:
+        check_new_folder(Path(args.output_dir))
+    tokenizer = load_tokenizer(folder)
+    model = load_lm(folder, flag="--model", dtype=torch.float32).eval()
+    model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    limit = min(get_max_sequence_length(model.config) or 1024, args.max_seq_length or 1024)
+    items = read_token_ids(
+        Path(args.text), lambda text: tokenizer.encode_batch([text])[0].tolist(), limit
+    )[: args.max_documents]
+    documents = []
+    for ids in items:
+        shares = compute_shares(model, torch.tensor([ids]))
+        documents.append(Document([tokenizer.decode([token]) for token in ids], shares.tolist()))
+    print(format_experts(record), "", format_documents(record, documents), sep="\n")
+    if args.output_dir is not None:
+        with new_folder(Path(args.output_dir)) as output:
+            _write_files(output, args, record, documents)
+        print(f"written to {args.output_dir}")
+
+
+def compute_shares(model: torch.nn.Module, ids: Tensor) -> Tensor:
+    """Shares of the experts [T, E] for the tokens of one document [1, T]."""
+    device = next(model.parameters()).device
+    with torch.no_grad(), record_routing(model) as layers:
+        model.base_model(ids.to(device), use_cache=False)
+    return torch.stack([routing.shares for routing in layers]).mean(0).cpu()
+
+
+def format_documents(record: MoeRecord, documents: Sequence[Document]) -> str:
+    """Shares per document, as a table."""
+    rows = [("document", "tokens", *record.domains, "begins")]
+    for number, document in enumerate(documents, start=1):
+        shown = (f"{100 * share:.1f} %" for share in document.mean)
+        begins = " ".join("".join(document.tokens[:12]).split())[:32]
+        rows.append((str(number), str(len(document.tokens)), *shown, begins))
+    return format_table(rows, right=range(len(record.domains) + 2))
+
+
+def format_tokens(record: MoeRecord, documents: Sequence[Document]) -> str:
+    """Shares per token, as a table."""
+    rows = [("document", "token", *record.domains, "first", "text")]
+    for number, document in enumerate(documents, start=1):
+        for position, (token, shares) in enumerate(
+            zip(document.tokens, document.shares, strict=True)
+        ):
+            first = record.domains[shares.index(max(shares))]
+            shown = (f"{share:.3f}" for share in shares)
+            rows.append((str(number), str(position), *shown, first, repr(token)))
+    return format_table(rows, right=range(len(record.domains) + 2))
+
+
+def _write_files(
+    folder: Path, args: AttributionArgs, record: MoeRecord, documents: Sequence[Document]
+) -> None:
+    content = {
+        "model": args.model,
+        "text": args.text,
+        "experts": [asdict(expert) for expert in record.experts],
+        "documents": [
+            {"shares": document.mean, "tokens": document.tokens, "token_shares": document.shares}
+            for document in documents
+        ],
+    }
+    write_json(folder / "attribution.json", content)
+    write_atomic(folder / "tokens.txt", format_tokens(record, documents) + "\n")
+    plot_attribution(
+        record.domains,
+        [document.mean for document in documents],
+        documents[0].tokens,
+        documents[0].shares,
+        folder / "attribution.png",
+    )

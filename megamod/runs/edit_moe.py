@@ -1,0 +1,102 @@
+"""Changes of single experts of a mixture of experts: the flags of `to_moe` with --base."""
+
+from contextlib import ExitStack
+from dataclasses import dataclass, fields
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from megamod.errors import UserError
+from megamod.flags import Arguments, option, require_values
+from megamod.runs.to_moe import CALIBRATION_FLAGS, MoeArgs, make_calibration
+
+_BESIDE_BASE = {*CALIBRATION_FLAGS, "router", "max_shard_size", "quiet", "output_dir"}
+
+
+@dataclass
+class EditArgs(Arguments):
+    """Changes of one expert of an existing mixture."""
+
+    base: str | None = option(
+        None, "mixture to change, with moe.json, in place of --forest and --models"
+    )
+    drop: str | None = option(None, "with --base: write it without the expert of this domain")
+    upgrade: str | None = option(
+        None, "with --base: give the expert of this domain the feed-forwards of --path"
+    )
+    path: str | None = option(None, "with --upgrade: a run, or folder of a dense model")
+    member: str | None = option(None, "with --upgrade: a domain, of a model that holds several")
+    refresh: str | None = option(
+        None, "with --base: compute the router row of this domain's expert anew, by --calibration"
+    )
+    keep_influence: bool = option(
+        False, "with --drop: allow mixtures whose other weights contain the expert"
+    )
+
+
+def run_edit(args: MoeArgs, edit: EditArgs) -> None:
+    """Write the changed mixture and print its experts.
+
+    Raises:
+        UserError: for flags that do not go together, or an expert that cannot be changed so.
+    """
+    verbs = [verb for verb in ("drop", "upgrade", "refresh") if getattr(edit, verb) is not None]
+    if len(verbs) != 1:
+        raise UserError(f"--base {edit.base}: give one of --drop, --upgrade and --refresh")
+    for field in fields(args):
+        if field.name not in _BESIDE_BASE and getattr(args, field.name) != field.default:
+            raise UserError(f"--{field.name} does not go with --base, whose settings are kept")
+    require_values(args, "output_dir")
+    from megamod.merging.moe.edit import drop, upgrade
+    from megamod.merging.moe.record import format_experts, read_moe_record
+    from megamod.states.stream import parse_size
+
+    folder, output = Path(edit.base), Path(args.output_dir)
+    shard = parse_size(args.max_shard_size, "--max_shard_size")
+    note = ""
+    if edit.drop is not None:
+        influence = drop(folder, edit.drop, output, keep_influence=edit.keep_influence, shard=shard)
+        note = f"what is left of {edit.drop}: {influence or 'nothing'}"
+    elif edit.upgrade is not None:
+        require_values(edit, "path")
+        from megamod.btm.forest_entry import make_forest_entry
+
+        expert = make_forest_entry(Path(edit.path), edit.upgrade, edit.member)
+        if args.calibration is None:
+            upgrade(folder, edit.upgrade, expert, output, shard=shard)
+        else:
+            with TemporaryDirectory(dir=output.absolute().parent, prefix=".") as temporary:
+                half = Path(temporary) / "model"
+                upgrade(folder, edit.upgrade, expert, half, shard=shard)
+                _refresh(half, edit.upgrade, args, output, shard)
+    else:
+        require_values(args, "calibration")
+        _refresh(folder, edit.refresh, args, output, shard)
+    if not args.quiet:
+        print(format_experts(read_moe_record(output)))
+        print(*([note] if note else []), f"written to {output}", sep="\n")
+
+
+def _refresh(folder: Path, domain: str, args: MoeArgs, output: Path, shard: int) -> None:
+    """Compute one expert's router row on the mixture itself, and write it."""
+    import torch
+
+    from megamod.merging.moe.edit import open_mixture, refresh
+    from megamod.models.lm.load import load_lm
+    from megamod.runs.router_rows import compute_rows, read_texts
+
+    calibration = make_calibration(args)
+    with ExitStack() as stack:
+        mixture = open_mixture(folder, stack)
+        number = mixture.record.index(domain, folder)
+    # Centred rows are differences from the mean of all domains.
+    domains = mixture.record.domains if calibration.centre else [domain]
+    texts = read_texts(calibration, domains, folder)
+    model = load_lm(folder, dtype=torch.float32)
+    rows = compute_rows(
+        model, mixture.family.module, [texts[name] for name in domains], domains, calibration
+    )
+    refresh(
+        folder, domain, rows.rows[:, number if calibration.centre else 0],
+        {key: rows.record[key] for key in ("kind", "sharpness", "centre", "texts")},
+        output, shard=shard,
+    )  # fmt: skip

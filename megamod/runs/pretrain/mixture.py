@@ -1,0 +1,54 @@
+"""Pretraining of a mixture of experts: checks, names of experts, the model folder."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megamod.args import MIXTURE_FLAGS, ModelArgs
+from megamod.dist.process import check_peers
+from megamod.flags import refuse_changes
+from megamod.merging.moe.layout import split_fused_experts
+from megamod.merging.moe.record import FILE, read_moe_record, write_moe_record
+from megamod.models.auto import resolve_model_folder
+from megamod.models.lm.configuration import LmConfig
+from megamod.models.lm.moe_families import MOE_FAMILIES
+from megamod.models.lm.routing import check_router_training, is_mixture
+from megamod.train.export import ModelExport
+
+
+def check_mixture(model: ModelArgs, config: LmConfig) -> None:
+    """Refuse flags of mixtures for another model, and a router that gets no gradient.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    if not is_mixture(config):
+        reason = f"--model {model.model} is no mixture of experts; to_moe.py makes one"
+        refuse_changes(model, MIXTURE_FLAGS, reason)
+    elif model.train == "router":
+        check_router_training(f"--train router: --model {model.model}", config)
+
+
+def name_experts(model: str, config: LmConfig) -> list[str]:
+    """Domains of a mixture's experts by its moe.json, else their numbers."""
+    folder = resolve_model_folder(model)
+    if folder is not None and (folder / FILE).is_file():
+        return read_moe_record(folder).domains
+    count = getattr(config, MOE_FAMILIES[config.model_type].count)
+    return [str(number) for number in range(count)]
+
+
+def write_mixture(model: ModelArgs, export: ModelExport, folder: Path) -> None:
+    """Write a trained mixture with a tensor per expert, and moe.json; collective."""
+    export(folder)
+    check_peers()
+    if dist.get_rank() > 0:
+        return
+    start = resolve_model_folder(model.model)
+    for config in (*folder.glob("config.json"), *folder.glob("*/config.json")):
+        split_fused_experts(config.parent)
+        if start is not None and (start / FILE).is_file():
+            record = read_moe_record(start)
+            router = {**record.router, "trained": model.train}
+            write_moe_record(config.parent, replace(record, router=router))

@@ -1,0 +1,351 @@
+"""Router rows from text of each domain: the mean of the states that a sparse block reads.
+
+With m the mean over a domain's tokens of the input of a layer's feed-forward, and c the mean of all
+domains, an expert's row is s (m - c); s makes the standard deviation of the logits over tokens and
+experts the given sharpness. Without centring it is sharpness * m / length(m), and depends on no
+other expert. Means come from three quarters of the sequences, s and shares of tokens from the rest.
+
+Source: the hidden-state gates of mergekit's MoE script, which takes states before attention instead
+and does not centre.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor, nn
+
+from megamod.data.corpus.binarize import HEADER
+from megamod.data.corpus.tokenizers import load_tokenizer
+from megamod.data.lm.databin import DataBin
+from megamod.errors import UserError
+from megamod.files import sha256
+from megamod.merging.alignment.calibration import read_token_ids
+from megamod.merging.merge import merge
+from megamod.merging.moe.plan import MoePlan
+from megamod.merging.moe.rows import RouterRows, check_rows
+from megamod.merging.recipe import MergeRecipe
+from megamod.models.auto import check_vocabulary_fits
+from megamod.models.lm.configuration import LmConfig, get_max_sequence_length, read_lm_config
+from megamod.models.lm.load import load_lm
+from megamod.models.lm.moe_families import FEED_FORWARD, LAYERS
+from megamod.tables import format_table
+
+logger = logging.getLogger(__name__)
+
+LONGEST = 1024  # tokens per sequence by default
+HELD_OUT = 4  # every so many sequences one is held out
+CONDITION = 5.0  # largest condition number of a layer's rows without a warning, as in mergekit
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Text to compute router rows on.
+
+    Attributes:
+        texts: a data-bin, or DOMAIN=FILE for each domain.
+        tokens: number that is read of each domain.
+        sharpness: standard deviation of logits; without `centre` the length of rows.
+        centre: subtract the mean of all domains.
+        max_seq_length: tokens per sequence; None: `LONGEST`, or the model's limit.
+        batch_size: sequences per forward pass.
+    """
+
+    texts: Sequence[str]
+    tokens: int
+    sharpness: float
+    centre: bool
+    max_seq_length: int | None
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Text:
+    """Tokens of one domain.
+
+    Attributes:
+        ids: [N] int64.
+        origin: data-bin or file; `digest`: of it.
+    """
+
+    ids: Tensor
+    origin: str
+    digest: str
+
+
+def compute_calibrated_rows(
+    plan: MoePlan, recipe: MergeRecipe, calibration: Calibration
+) -> RouterRows:
+    """Compute router rows on the average of the experts; without centring on the first model.
+
+    Raises:
+        UserError: if a domain has no text, or the text does not fit the model.
+    """
+    domains = [model.domain for model in recipe.inputs]
+    if not calibration.centre or plan.shared == "asserted":
+        recipe = replace(recipe, inputs=recipe.inputs[:1], align=None)
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "model"
+        merge(recipe, folder, quiet=True)
+        texts = read_texts(calibration, domains, folder)
+        model = load_lm(folder, dtype=torch.float32)
+        return compute_rows(
+            model, FEED_FORWARD, [texts[domain] for domain in domains], domains, calibration
+        )
+
+
+def compute_rows(
+    model: nn.Module,
+    block: str,
+    texts: Sequence[Text],
+    domains: Sequence[str],
+    calibration: Calibration,
+) -> RouterRows:
+    """Compute router rows on a dense or sparse model.
+
+    Args:
+        block: path of the feed-forward or sparse block in a layer.
+        texts: of each expert's domain, in the order of the experts.
+    Raises:
+        UserError: if a row is zero, as with a single expert and centring.
+    """
+    model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    length = _choose_sequence_length(model.config, texts, calibration)
+    sequences = [text.ids[: len(text.ids) // length * length].view(-1, length) for text in texts]
+    held_out = [torch.arange(len(part)) % HELD_OUT == HELD_OUT - 1 for part in sequences]
+    means = torch.stack(
+        [
+            _compute_mean_inputs(model, block, part[~mask], calibration.batch_size)
+            for part, mask in zip(sequences, held_out, strict=True)
+        ],
+        dim=1,
+    )  # [L, E, D]
+    if calibration.centre:
+        rows = means - means.mean(1, keepdim=True)
+        _refuse_zero(rows, domains)
+    else:
+        rows = calibration.sharpness * means / means.norm(dim=-1, keepdim=True)
+    check = [part[mask] for part, mask in zip(sequences, held_out, strict=True)]
+    spread, own_first = _measure_logits(model, block, rows, check, calibration.batch_size)
+    if calibration.centre:
+        rows = rows * (calibration.sharpness / spread)[:, None, None]
+    rows = rows.float()
+    check_rows(rows, "--calibration")
+    condition = [compute_condition(layer, calibration.centre) for layer in rows.double()]
+    _warn_of_rows(own_first, condition, domains)
+    record = {
+        "kind": "calibrated",
+        "sharpness": calibration.sharpness,
+        "centre": calibration.centre,
+        "max_seq_length": length,
+        "texts": {
+            domain: {"path": text.origin, "digest": text.digest, "tokens": part.numel()}
+            for domain, text, part in zip(domains, texts, sequences, strict=True)
+        },
+        "own_first": own_first.tolist(),
+        "condition": condition,
+    }
+    return RouterRows(rows, record)
+
+
+def read_texts(calibration: Calibration, domains: Sequence[str], folder: Path) -> dict[str, Text]:
+    """Tokens of each domain.
+
+    Args:
+        folder: of the model, with its tokenizer.
+    Raises:
+        UserError: if a domain has no text, or the ids are not those of the model.
+    """
+    texts, config = calibration.texts, read_lm_config(folder)
+    if len(texts) == 1 and "=" not in texts[0]:
+        return _read_databin(DataBin(texts[0]), domains, calibration.tokens, config)
+    files: dict[str, str] = {}
+    for text in texts:
+        domain, sign, file = text.partition("=")
+        if not sign or domain in files:
+            raise UserError(
+                f"--calibration {text}: give one data-bin, or DOMAIN=FILE once for each domain"
+            )
+        files[domain] = file
+    _require_domains(domains, files, "--calibration")
+    tokenizer = load_tokenizer(folder)
+    end = config.eos_token_id
+    end = end[0] if isinstance(end, list) else tokenizer.eos_id if end is None else end
+    read = {}
+    for domain in domains:
+        items = read_token_ids(
+            Path(files[domain]), lambda text: tokenizer.encode_batch([text])[0].tolist(), LONGEST**2
+        )
+        ids = [token for item in items for token in (*item, end)][: calibration.tokens]
+        read[domain] = Text(torch.tensor(ids), files[domain], sha256(Path(files[domain])))
+    return read
+
+
+def _read_databin(
+    data: DataBin, domains: Sequence[str], tokens: int, config: LmConfig
+) -> dict[str, Text]:
+    """The first tokens of each domain's valid split."""
+    where = f"--calibration {data.path}"
+    _require_domains(domains, data.domains, where)
+    check_vocabulary_fits(where, config, data.vocab_size, data.special_ids)
+    texts = {}
+    for domain in domains:
+        ids = data.open_split(domain, "valid").tokens[:tokens]
+        ids = torch.tensor(ids.tolist(), dtype=torch.int64)
+        texts[domain] = Text(ids, str(data.path), sha256(data.path / HEADER))
+    return texts
+
+
+def _require_domains(domains: Sequence[str], known: Sequence[str] | Mapping, where: str) -> None:
+    for domain in domains:
+        if domain not in known:
+            raise UserError(
+                f"{where}: has no text of the domain {domain!r}; there are {', '.join(known)}"
+            )
+
+
+def _choose_sequence_length(
+    config: LmConfig, texts: Sequence[Text], calibration: Calibration
+) -> int:
+    """Tokens per sequence: at most the model's limit, and short enough that some are held out.
+
+    Raises:
+        UserError: if a text is too short, or the length above the limit.
+    """
+    limit = get_max_sequence_length(config)
+    length = calibration.max_seq_length or min(limit or LONGEST, LONGEST)
+    if limit is not None and length > limit:
+        raise UserError(f"--max_seq_length {length}: the model has {limit} positions")
+    shortest = min(texts, key=lambda text: len(text.ids))
+    if len(shortest.ids) < 2 * HELD_OUT:
+        raise UserError(
+            f"--calibration {shortest.origin}: {len(shortest.ids)} tokens are too few; "
+            f"{2 * HELD_OUT} are needed"
+        )
+    return min(length, len(shortest.ids) // HELD_OUT)
+
+
+@contextmanager
+def hook_block_inputs(
+    model: nn.Module, block: str, receive: Callable[[int, Tensor], None]
+) -> Iterator[None]:
+    """Call `receive` with layer and input [B, T, D] of each block in every forward pass."""
+
+    def hook(layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda module, inputs: receive(layer, inputs[0].detach())
+
+    handles = [
+        layer.get_submodule(block).register_forward_pre_hook(hook(number))
+        for number, layer in enumerate(model.get_submodule(LAYERS))
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _run_batches(model: nn.Module, sequences: Tensor, batch_size: int) -> None:
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        for start in range(0, len(sequences), batch_size):
+            # The final states are enough; logits of a whole batch would need much memory.
+            model.base_model(sequences[start : start + batch_size].to(device), use_cache=False)
+
+
+def _compute_mean_inputs(
+    model: nn.Module, block: str, sequences: Tensor, batch_size: int
+) -> Tensor:
+    """Mean input of each layer's block, [L, D] float64."""
+    sums: dict[int, Tensor] = {}
+
+    def receive(layer: int, states: Tensor) -> None:
+        total = states.double().sum((0, 1))
+        sums[layer] = sums[layer] + total if layer in sums else total
+
+    with hook_block_inputs(model, block, receive):
+        _run_batches(model, sequences, batch_size)
+    return torch.stack([sums[layer] for layer in sorted(sums)]).cpu() / sequences.numel()
+
+
+def _measure_logits(
+    model: nn.Module, block: str, rows: Tensor, texts: Sequence[Tensor], batch_size: int
+) -> tuple[Tensor, Tensor]:
+    """Standard deviation of the logits of each layer [L]; shares of own tokens [L, E].
+
+    Args:
+        rows: [L, E, D] float64.
+        texts: held-out sequences of each expert's domain.
+    """
+    layers, experts, _ = rows.shape
+    moments = torch.zeros(layers, 3, dtype=torch.float64)  # count, sum, sum of squares
+    first = torch.zeros(layers, experts, dtype=torch.float64)
+    rows = rows.to(next(model.parameters()).device)
+    expert = 0
+
+    def receive(layer: int, states: Tensor) -> None:
+        logits = states.flatten(0, -2).double() @ rows[layer].T
+        numbers = (logits.new_tensor(logits.numel()), logits.sum(), logits.square().sum())
+        moments[layer] += torch.stack(numbers).cpu()
+        first[layer, expert] += float((logits.argmax(-1) == expert).sum())
+
+    with hook_block_inputs(model, block, receive):
+        for expert, sequences in enumerate(texts):  # noqa: B007  (read in `receive`)
+            _run_batches(model, sequences, batch_size)
+    count, total, squares = moments.unbind(1)
+    spread = (squares / count - (total / count) ** 2).clamp_min(0).sqrt()
+    return spread, first / torch.tensor([sequences.numel() for sequences in texts])
+
+
+def compute_condition(rows: Tensor, centred: bool) -> float:
+    """Largest over smallest singular value of a layer's rows [E, D].
+
+    Centred rows sum to zero, so the smallest value, zero, does not count.
+    """
+    values = torch.linalg.svdvals(rows)
+    return float(values[0] / values[len(rows) - 1 - centred])
+
+
+def _refuse_zero(rows: Tensor, domains: Sequence[str]) -> None:
+    if len(domains) == 1:
+        raise UserError(
+            "--calibration: the row of a single expert is zero after centring; give --no_centre or "
+            "--router random"
+        )
+    check_rows(rows, "--calibration")
+
+
+def _warn_of_rows(own_first: Tensor, condition: Sequence[float], domains: Sequence[str]) -> None:
+    """Log layers whose rows do not separate the domains."""
+    for layer, value in enumerate(condition):
+        if value > CONDITION:
+            logger.warning(
+                "layer %d: the router's rows have condition number %.3g, above %g: some experts' "
+                "rows point in almost the same direction",
+                layer,
+                value,
+                CONDITION,
+            )
+    for layer, expert in (own_first < 1 / len(domains)).nonzero().tolist():
+        logger.warning(
+            "layer %d: %s comes first on %.0f %% of the tokens of its own domain, fewer than by "
+            "chance",
+            layer,
+            domains[expert],
+            100 * own_first[layer, expert],
+        )
+
+
+def format_own_first(record: Mapping[str, object], domains: Sequence[str]) -> str:
+    """Share of each domain's held-out tokens on which its own expert is first, per layer."""
+    rows = [("layer", *domains, "condition")]
+    for layer, (shares, condition) in enumerate(
+        zip(record["own_first"], record["condition"], strict=True)
+    ):
+        shown = (f"{100 * share:.1f} %" for share in shares)
+        rows.append((str(layer), *shown, f"{condition:.3g}"))
+    return format_table(rows, right=range(len(rows[0])))

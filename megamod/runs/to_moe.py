@@ -1,0 +1,243 @@
+"""The command `to_moe`: a mixture of experts from a forest, or from model folders."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from megamod.errors import UserError
+from megamod.flags import Arguments, option, refuse_changes, require_values
+
+if TYPE_CHECKING:
+    from megamod.merging.moe.plan import MoePlan
+    from megamod.merging.moe.rows import RouterRows
+    from megamod.merging.recipe import MergeRecipe
+    from megamod.runs.router_rows import Calibration
+    from megamod.states.forest import Expert
+
+CALIBRATION_FLAGS = (
+    *("calibration", "calibration_tokens", "sharpness", "no_centre", "max_seq_length"),
+    "batch_size",
+)
+
+
+@dataclass
+class MoeArgs(Arguments):
+    """Experts, router and output of a mixture."""
+
+    forest: str | None = option(
+        None, "forest.json, a folder with one, a DEMix model, or a folder with a model per domain"
+    )
+    models: list[str] | None = option(  # noqa: RUF009
+        None, "in place of --forest: folders of dense models, or runs"
+    )
+    experts: list[str] | None = option(  # noqa: RUF009
+        None, "domains of the forest to take, in this order; none: all"
+    )
+    domains: list[str] | None = option(  # noqa: RUF009
+        None, "with --models: a name for each; none: the domain it was trained on, or its folder"
+    )
+    weights: list[float] | None = option(  # noqa: RUF009
+        None, "weight of each model in the average of the weights outside of experts; none: equal"
+    )
+    align: bool = option(
+        False, "reorder the features of all models as in the first, matched by weights"
+    )
+    anchor: bool = option(
+        False, "require equal bits outside of feed-forwards in all models, instead of averaging"
+    )
+    topk: int | None = option(None, "experts per token; none: 2", least=1)
+    router: Literal["calibrated", "random", "file"] | None = option(
+        None, "origin of the router rows; none: calibrated with --calibration, else random"
+    )
+    router_file: str | None = option(
+        None, "with --router file: safetensors with `rows` [layers, experts, features]"
+    )
+    calibration: list[str] | None = option(  # noqa: RUF009
+        None, "text of each domain: a data-bin, or DOMAIN=FILE for each"
+    )
+    calibration_tokens: int = option(65536, "tokens of each domain's text that are read", least=2)
+    sharpness: float = option(
+        1.0, "standard deviation of the router's logits; without centring, length of rows"
+    )
+    no_centre: bool = option(
+        False, "rows of means alone, so that each depends on its own expert and the first model"
+    )
+    max_seq_length: int | None = option(
+        None, "tokens per sequence of calibration; none: 1024, or fewer if the model has fewer"
+    )
+    batch_size: int = option(8, "sequences per forward pass of calibration", least=1)
+    seed: int = option(0, "seed of random rows", least=0)
+    out_dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = option(
+        None, "dtype of the result; none: that of the first model"
+    )
+    max_shard_size: str = option("5GB", "size above which there are several weight files")
+    num_threads: int | None = option(
+        None, "tensors written at the same time; none: one per processor, 8 at most", least=1
+    )
+    copy_tokenizer: bool = option(True, "whether the result gets a tokenizer")
+    dry_run: bool = option(False, "check everything, say what would be done, write nothing")
+    quiet: bool = option(False, "no progress bar, and not a word unless something is wrong")
+    output_dir: str | None = option(None, "folder to make")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.router is None:
+            self.router = "random" if self.calibration is None else "calibrated"
+        if self.router != "calibrated":
+            refuse_changes(self, CALIBRATION_FLAGS, f"--router is {self.router}")
+        if self.router != "random":
+            refuse_changes(self, ("seed",), f"--router is {self.router}")
+        if (self.router_file is not None) is not (self.router == "file"):
+            raise UserError("--router file and --router_file PATH go together")
+        if not self.sharpness > 0:
+            raise UserError(f"--sharpness {self.sharpness}: must be above 0")
+
+
+def run_to_moe(args: MoeArgs) -> None:
+    """Convert, and print the experts and the router's table.
+
+    Raises:
+        UserError: for flags or models that do not fit each other.
+    """
+    if not args.dry_run:
+        require_values(args, "output_dir")
+    from megamod.merging.moe.convert import convert_to_moe
+    from megamod.states.stream import parse_size
+
+    experts = select_experts(args)
+    chosen = _count_experts_per_token(args, len(experts))
+    recipe = _make_recipe(args, experts)
+    plan = convert_to_moe(
+        recipe,
+        None if args.output_dir is None else Path(args.output_dir),
+        _choose_rows(args, recipe),
+        [expert.data_digest for expert in experts],
+        chosen=chosen,
+        anchor=args.anchor,
+        shard_bytes=parse_size(args.max_shard_size, "--max_shard_size"),
+        threads=args.num_threads or min(len(os.sched_getaffinity(0)), 8),
+        copy_tokenizer=args.copy_tokenizer,
+        dry_run=args.dry_run,
+        quiet=args.quiet,
+    )
+    if not args.quiet:
+        print(plan.describe())
+        if args.router == "calibrated" and not args.dry_run:
+            print(_format_calibration(Path(args.output_dir)))
+        print("nothing was written" if args.dry_run else f"written to {args.output_dir}")
+
+
+def _format_calibration(folder: Path) -> str:
+    from megamod.merging.moe.record import read_moe_record
+    from megamod.runs.router_rows import format_own_first
+
+    record = read_moe_record(folder)
+    table = format_own_first(record.router, record.domains)
+    return f"share of each domain's tokens on which its own expert is first:\n{table}"
+
+
+def select_experts(args: MoeArgs) -> "list[Expert]":
+    """The experts that the flags name, in the order of the mixture.
+
+    Raises:
+        UserError: if there is none of a name, or two have the same.
+    """
+    from megamod.btm.parents import select_forest_parents
+    from megamod.states.forest import open_forest
+
+    if (args.models is None) is (args.forest is None):
+        raise UserError("give one of --forest and --models")
+    if args.forest is not None:
+        if args.domains is not None:
+            raise UserError("--domains goes with --models; a forest has names, see --experts")
+        known = {(e.path, e.member): e for e in open_forest(args.forest).experts}
+        sources, _ = select_forest_parents(args.forest, only=args.experts)
+        experts = [known[source.folder, source.member] for source in sources]
+    else:
+        if args.experts is not None:
+            raise UserError("--experts goes with --forest, not with --models")
+        names = args.domains or [None] * len(args.models)
+        if len(names) != len(args.models):
+            raise UserError(f"--domains: {len(names)} names for {len(args.models)} models")
+        experts = [_make_expert(Path(p), n) for p, n in zip(args.models, names, strict=True)]
+    domains = [expert.domain for expert in experts]
+    for domain in domains:
+        if domains.count(domain) > 1:
+            raise UserError(
+                f"--{'models' if args.forest is None else 'experts'}: two experts are called "
+                f"{domain!r}; --domains names them"
+            )
+    return experts
+
+
+def _make_expert(path: Path, name: str | None) -> "Expert":
+    """The expert in a run or model folder, called after its domain or else its folder."""
+    from megamod.btm.forest_entry import make_forest_entry
+
+    whole = path.absolute()
+    folder = whole.parent.name if whole.name == "model" else whole.name
+    expert = make_forest_entry(path, name or folder)
+    if name is not None:
+        return expert
+    try:
+        return make_forest_entry(path)
+    except UserError:  # trained on several domains, or unknown ones
+        return expert
+
+
+def _count_experts_per_token(args: MoeArgs, experts: int) -> int:
+    if experts == 1 and args.topk != 1:
+        raise UserError("a mixture needs two experts; of a single one it needs --topk 1")
+    return min(2, experts) if args.topk is None else args.topk
+
+
+def _make_recipe(args: MoeArgs, experts: "Sequence[Expert]") -> "MergeRecipe":
+    """The average whose weights outside of feed-forwards the mixture has."""
+    from megamod.merging.recipe import build_weighted_recipe
+
+    if args.anchor and (args.align or args.weights is not None):
+        raise UserError("--anchor takes weights as they are; leave --align and --weights out")
+    recipe = build_weighted_recipe(
+        [(expert.path, expert.member) for expert in experts],
+        [1.0] * len(experts) if args.weights is None else args.weights,
+        domains=[expert.domain for expert in experts],
+        out_dtype=args.out_dtype,
+    )
+    if not args.align:
+        return recipe
+    return replace(recipe, align={"method": "weight"}, origin="--align")
+
+
+def _choose_rows(args: MoeArgs, recipe: "MergeRecipe") -> "Callable[[MoePlan], RouterRows]":
+    from megamod.merging.moe.rows import draw_rows, read_rows_file
+
+    if args.router == "random":
+        return partial(draw_rows, seed=args.seed)
+    if args.router == "file":
+        return partial(read_rows_file, path=Path(args.router_file))
+    from megamod.runs.router_rows import compute_calibrated_rows
+
+    return partial(compute_calibrated_rows, recipe=recipe, calibration=make_calibration(args))
+
+
+def make_calibration(args: MoeArgs) -> "Calibration":
+    """Text and settings of calibrated rows.
+
+    Raises:
+        UserError: if there is no text.
+    """
+    from megamod.runs.router_rows import Calibration
+
+    if args.calibration is None:
+        raise UserError("--router calibrated needs --calibration: a data-bin, or DOMAIN=FILE")
+    return Calibration(
+        args.calibration,
+        args.calibration_tokens,
+        args.sharpness,
+        not args.no_centre,
+        args.max_seq_length,
+        args.batch_size,
+    )
