@@ -20,7 +20,11 @@ def tiny_mixture(kind: str, chosen: int = 2):
     family = MOE_FAMILIES[kind]
     fields = {family.count: 4, family.chosen: chosen, family.width: 24, **family.constants}
     fields |= {"head_dim": 8} if kind in ("qwen3_moe", "ernie4_5_moe", "cohere2_moe") else {}
-    return tiny_stock(kind, **fields)
+    model = tiny_stock(kind, **fields)
+    for name, parameter in model.named_parameters():
+        if name.endswith("e_score_correction_bias"):
+            parameter.data.zero_()  # as in a mixture made from dense models
+    return model
 
 
 def random_routing(tokens: int, experts: int = 4, chosen: int = 2, seed: int = 0) -> Routing:

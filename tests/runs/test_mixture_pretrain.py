@@ -17,6 +17,8 @@ from megamod.runs.attribution import AttributionArgs, attribute
 from megamod.runs.edit_moe import EditArgs, run_edit
 from megamod.runs.to_moe import MoeArgs, run_to_moe
 
+pytestmark = pytest.mark.slow  # two ranks that start DeepSpeed three times
+
 ROW = "model.layers.{}.block_sparse_moe.gate.weight"
 
 
