@@ -89,7 +89,7 @@ def attribute(args: AttributionArgs) -> None:
 
 
 def compute_shares(model: torch.nn.Module, ids: Tensor) -> Tensor:
-    """Shares of the experts [T, E] for the tokens of one document [1, T]."""
+    """Compute the shares of the experts [T, E] in the tokens of one document [1, T]."""
     device = next(model.parameters()).device
     with torch.no_grad(), record_routing(model) as layers:
         model.base_model(ids.to(device), use_cache=False)
@@ -97,7 +97,7 @@ def compute_shares(model: torch.nn.Module, ids: Tensor) -> Tensor:
 
 
 def format_documents(record: MoeRecord, documents: Sequence[Document]) -> str:
-    """Shares per document, as a table."""
+    """Format the shares per document as a table."""
     rows = [("document", "tokens", *record.domains, "begins")]
     for number, document in enumerate(documents, start=1):
         shown = (f"{100 * share:.1f} %" for share in document.mean)
@@ -107,7 +107,7 @@ def format_documents(record: MoeRecord, documents: Sequence[Document]) -> str:
 
 
 def format_tokens(record: MoeRecord, documents: Sequence[Document]) -> str:
-    """Shares per token, as a table."""
+    """Format the shares per token as a table."""
     rows = [("document", "token", *record.domains, "first", "text")]
     for number, document in enumerate(documents, start=1):
         for position, (token, shares) in enumerate(

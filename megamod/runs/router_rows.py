@@ -153,7 +153,7 @@ def compute_rows(
 
 
 def read_texts(calibration: Calibration, domains: Sequence[str], folder: Path) -> dict[str, Text]:
-    """Tokens of each domain.
+    """Read the tokens of each domain.
 
     Args:
         folder: of the model, with its tokenizer.
@@ -188,7 +188,7 @@ def read_texts(calibration: Calibration, domains: Sequence[str], folder: Path) -
 def _read_databin(
     data: DataBin, domains: Sequence[str], tokens: int, config: LmConfig
 ) -> dict[str, Text]:
-    """The first tokens of each domain's valid split."""
+    """Read the first tokens of each domain's valid split."""
     where = f"--calibration {data.path}"
     _require_domains(domains, data.domains, where)
     check_vocabulary_fits(where, config, data.vocab_size, data.special_ids)
@@ -211,7 +211,7 @@ def _require_domains(domains: Sequence[str], known: Sequence[str] | Mapping, whe
 def _choose_sequence_length(
     config: LmConfig, texts: Sequence[Text], calibration: Calibration
 ) -> int:
-    """Tokens per sequence: at most the model's limit, and short enough that some are held out.
+    """Choose the tokens per sequence: within the model's limit, and few enough to hold some out.
 
     Raises:
         UserError: if a text is too short, or the length above the limit.
@@ -260,7 +260,7 @@ def _run_batches(model: nn.Module, sequences: Tensor, batch_size: int) -> None:
 def _compute_mean_inputs(
     model: nn.Module, block: str, sequences: Tensor, batch_size: int
 ) -> Tensor:
-    """Mean input of each layer's block, [L, D] float64."""
+    """Compute the mean input of each layer's block, [L, D] float64."""
     sums: dict[int, Tensor] = {}
 
     def receive(layer: int, states: Tensor) -> None:
@@ -275,7 +275,7 @@ def _compute_mean_inputs(
 def _measure_logits(
     model: nn.Module, block: str, rows: Tensor, texts: Sequence[Tensor], batch_size: int
 ) -> tuple[Tensor, Tensor]:
-    """Standard deviation of the logits of each layer [L]; shares of own tokens [L, E].
+    """Measure the standard deviation of each layer's logits [L], shares of own tokens [L, E].
 
     Args:
         rows: [L, E, D] float64.
@@ -302,7 +302,7 @@ def _measure_logits(
 
 
 def compute_condition(rows: Tensor, centred: bool) -> float:
-    """Largest over smallest singular value of a layer's rows [E, D].
+    """Compute the largest over the smallest singular value of a layer's rows [E, D].
 
     Centred rows sum to zero, so the smallest value, zero, does not count.
     """
@@ -341,7 +341,7 @@ def _warn_of_rows(own_first: Tensor, condition: Sequence[float], domains: Sequen
 
 
 def format_own_first(record: Mapping[str, object], domains: Sequence[str]) -> str:
-    """Share of each domain's held-out tokens on which its own expert is first, per layer."""
+    """Format the share of each domain's tokens on which its own expert is first, per layer."""
     rows = [("layer", *domains, "condition")]
     for layer, (shares, condition) in enumerate(
         zip(record["own_first"], record["condition"], strict=True)

@@ -140,7 +140,7 @@ def _format_calibration(folder: Path) -> str:
 
 
 def select_experts(args: MoeArgs) -> "list[Expert]":
-    """The experts that the flags name, in the order of the mixture.
+    """Select the experts that the flags name, in the order of the mixture.
 
     Raises:
         UserError: if there is none of a name, or two have the same.
@@ -174,7 +174,7 @@ def select_experts(args: MoeArgs) -> "list[Expert]":
 
 
 def _make_expert(path: Path, name: str | None) -> "Expert":
-    """The expert in a run or model folder, called after its domain or else its folder."""
+    """Make the expert of a run or model folder, called after its domain or else its folder."""
     from megamod.btm.forest_entry import make_forest_entry
 
     whole = path.absolute()
@@ -195,7 +195,7 @@ def _count_experts_per_token(args: MoeArgs, experts: int) -> int:
 
 
 def _make_recipe(args: MoeArgs, experts: "Sequence[Expert]") -> "MergeRecipe":
-    """The average whose weights outside of feed-forwards the mixture has."""
+    """Make the average whose weights outside of feed-forwards the mixture has."""
     from megamod.merging.recipe import build_weighted_recipe
 
     if args.anchor and (args.align or args.weights is not None):
@@ -224,7 +224,7 @@ def _choose_rows(args: MoeArgs, recipe: "MergeRecipe") -> "Callable[[MoePlan], R
 
 
 def make_calibration(args: MoeArgs) -> "Calibration":
-    """Text and settings of calibrated rows.
+    """Collect text and settings of calibrated rows.
 
     Raises:
         UserError: if there is no text.

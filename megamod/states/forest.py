@@ -122,7 +122,7 @@ def resolve_forest_path(path: str | Path) -> Path:
 
 
 def find_expert(experts: list[Expert], domain: str, forest: str | Path) -> int:
-    """Index of a domain's expert among those of a forest.
+    """Return the index of a domain's expert among those of a forest.
 
     Raises:
         UserError: if there is none.

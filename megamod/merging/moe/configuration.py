@@ -23,7 +23,7 @@ _FULL = "full_attention"
 
 
 def find_moe_family(folder: Path, config: Mapping[str, object]) -> tuple[str, MoeFamily]:
-    """Model type and family of the mixture that holds experts of a dense model.
+    """Find the model type and family of the mixture that holds experts of a dense model.
 
     Args:
         folder: of the dense model, for messages; `config`: its config.json.
@@ -41,7 +41,7 @@ def find_moe_family(folder: Path, config: Mapping[str, object]) -> tuple[str, Mo
 
 
 def read_moe_config(folder: Path) -> tuple[dict[str, object], MoeFamily]:
-    """config.json of a mixture of experts, and its family.
+    """Read config.json of a mixture of experts; return it with the family.
 
     Raises:
         UserError: if the folder holds a model of another kind.
@@ -59,7 +59,7 @@ def read_moe_config(folder: Path) -> tuple[dict[str, object], MoeFamily]:
 def build_moe_config(
     folder: Path, config: Mapping[str, object], experts: int, chosen: int
 ) -> dict[str, object]:
-    """config.json of the mixture, every field written out, as defaults of the classes differ.
+    """Build config.json of the mixture, every field written out, as defaults of classes differ.
 
     Args:
         folder: of the dense model, for messages; `config`: its config.json.
@@ -103,7 +103,7 @@ def build_moe_config(
 
 
 def _list_declared_fields(kind: type[PreTrainedConfig]) -> list[str]:
-    """Fields that a configuration class declares besides those of every class."""
+    """List the fields that a configuration class declares besides those of every class."""
     classes = kind.__mro__[: kind.__mro__.index(PreTrainedConfig)]
     return sorted({name for base in classes for name in getattr(base, "__annotations__", ())})
 

@@ -84,7 +84,7 @@ def drop(folder: Path, domain: str, output: Path, *, keep_influence: bool, shard
     """
     with ExitStack() as stack:
         mixture = open_mixture(folder, stack)
-        record, number = mixture.record, mixture.record.index(domain, folder)
+        record, number = mixture.record, mixture.record.find_expert(domain, folder)
         count = len(record.experts)
         if count == 1:
             raise UserError(f"--drop {domain}: is the only expert of {folder}")
@@ -114,7 +114,7 @@ def drop(folder: Path, domain: str, output: Path, *, keep_influence: bool, shard
 
 
 def _explain_influence(record: MoeRecord) -> str:
-    """Reason why an expert is in weights of the mixture other than its own; empty: it is not."""
+    """Explain why an expert is in weights of the mixture other than its own; empty: it is not."""
     if record.router.get("trained"):
         return f"it was trained with the others ({record.router['trained']})"
     if record.shared == "averaged":
@@ -125,7 +125,7 @@ def _explain_influence(record: MoeRecord) -> str:
 def _remove_from_router_record(
     router: Mapping[str, object], number: int, domain: str
 ) -> dict[str, object]:
-    """Entries of a calibrated router's record that list experts, without one of them."""
+    """Return entries of a calibrated router's record that list experts, without one of them."""
     texts = {name: text for name, text in router["texts"].items() if name != domain}
     shares = [[s for n, s in enumerate(row) if n != number] for row in router["own_first"]]
     return {"texts": texts, "own_first": shares}
@@ -140,7 +140,7 @@ def upgrade(folder: Path, domain: str, expert: Expert, output: Path, *, shard: i
     """
     with ExitStack() as stack:
         mixture = open_mixture(folder, stack)
-        record, number = mixture.record, mixture.record.index(domain, folder)
+        record, number = mixture.record, mixture.record.find_expert(domain, folder)
         model = stack.enter_context(ModelFolder(expert.path, expert.member))
         dense = read_model_config(expert.path)
         kind = dense.get("host", dense.get("model_type"))
@@ -190,7 +190,7 @@ def refresh(
     """
     with ExitStack() as stack:
         mixture = open_mixture(folder, stack)
-        record, number = mixture.record, mixture.record.index(domain, folder)
+        record, number = mixture.record, mixture.record.find_expert(domain, folder)
         refreshed = {**record.router.get("refreshed", {}), domain: dict(router)}
         changed = replace(record, router={**record.router, "refreshed": refreshed})
         order = list(range(len(record.experts)))
@@ -295,7 +295,7 @@ def _find_role(family: MoeFamily, name: str) -> _Role:
 def _plan_tensors(
     mixture: Mixture, order: Sequence[int | ModelFolder], rows: Mapping[int, Tensor]
 ) -> Iterator[tuple[str, _Edited]]:
-    """Name and content of every tensor of the result."""
+    """Yield name and content of every tensor of the result."""
     source, count = mixture.source, len(mixture.record.experts)
     for name, spec in source.tensors.items():
         role = _find_role(mixture.family, name)
@@ -329,7 +329,7 @@ def _plan_tensors(
 def _list_segments(
     source: ModelFolder, role: _Role, expert: int | ModelFolder, dense: str, size: int
 ) -> tuple[_Segment, ...]:
-    """Segments of one expert's tensor, of `size` elements.
+    """List the segments of one expert's tensor, of `size` elements.
 
     Args:
         expert: number in the mixture, or a dense model with the feed-forward at the path `dense`.

@@ -31,7 +31,7 @@ def split_fused_experts(folder: Path) -> None:
     """
     _, family = read_moe_config(folder)
     with ModelFolder(folder) as source:
-        placed = {name: entry for entry in _split(source, family) for name in entry[:1]}
+        placed = {name: entry for entry in _split_tensors(source, family) for name in entry[:1]}
         specs = {name: entry[3] for name, entry in placed.items()}
         written = folder / ".split"
         written.mkdir()
@@ -48,8 +48,8 @@ def split_fused_experts(folder: Path) -> None:
     written.rmdir()
 
 
-def _split(source: ModelFolder, family: MoeFamily) -> Iterator[Placed]:
-    """Tensors in files, and where each lies in memory."""
+def _split_tensors(source: ModelFolder, family: MoeFamily) -> Iterator[Placed]:
+    """Yield the tensors in files, and where each lies in memory."""
     for name, spec in source.tensors.items():
         match = re.fullmatch(rf"({re.escape(LAYERS)}\.\d+)\.{family.module}\.(.+)", name)
         if match is None:
@@ -75,7 +75,7 @@ def _split(source: ModelFolder, family: MoeFamily) -> Iterator[Placed]:
 def _split_experts(
     name: str, spec: Spec, block: str, family: MoeFamily, parts: tuple[str, ...]
 ) -> Iterator[Placed]:
-    """Tensors in files of a tensor [E, rows, columns] with these parts of every expert."""
+    """Yield the tensors in files of a tensor [E, rows, columns] with these parts per expert."""
     for target, covered in family.tensors.items():
         if "{e}" not in target and covered == parts:
             yield f"{block}.{target}", name, 0, spec

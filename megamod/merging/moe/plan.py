@@ -76,7 +76,7 @@ class MoePlan:
         return sum(spec.nbytes for spec in self.specs.values())
 
     def describe(self) -> str:
-        """Experts, class and size of the mixture, as text."""
+        """Format experts, class and size of the mixture as text."""
         lines = [
             f"{self.kind} of {self.experts} experts, {self.config[self.family.chosen]} per token; "
             f"other weights: {self.shared}"
@@ -144,7 +144,7 @@ def make_moe_plan(dense: MergePlan, chosen: int, *, anchor: bool, shard_bytes: i
 def _plan_layer(
     dense: MergePlan, family: MoeFamily, layer: int, names: Mapping[str, str]
 ) -> Iterator[tuple[str, MoeTensor, Spec]]:
-    """Name, origin and specification of the tensors of a sparse block.
+    """Yield name, origin and specification of the tensors of a sparse block.
 
     Args:
         names: part of the feed-forward -> its name in the dense model.
@@ -176,7 +176,7 @@ def _plan_layer(
 
 
 def _copy_shared(dense: MergePlan, tensors: Mapping[str, MoeTensor]) -> MergePlan:
-    """The dense plan with its shared tensors copied from the first model."""
+    """Return the dense plan with its shared tensors copied from the first model."""
     plans = dict(dense.tensor_plans)
     for tensor in tensors.values():
         if tensor.shared is not None:

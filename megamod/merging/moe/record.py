@@ -67,8 +67,8 @@ class MoeRecord:
         """Names of the experts, in order."""
         return [expert.domain for expert in self.experts]
 
-    def index(self, domain: str, folder: Path) -> int:
-        """Number of a domain's expert.
+    def find_expert(self, domain: str, folder: Path) -> int:
+        """Return the number of a domain's expert.
 
         Raises:
             UserError: if the mixture in `folder` has none.
@@ -106,7 +106,7 @@ def _format_card_table(experts: Sequence[ExpertRecord]) -> str:
 
 
 def read_moe_record(folder: Path) -> MoeRecord:
-    """Content of the moe.json in a model folder.
+    """Read the moe.json of a model folder.
 
     Raises:
         UserError: if there is none, or it is not of this form.
@@ -127,7 +127,7 @@ def read_moe_record(folder: Path) -> MoeRecord:
 
 
 def format_experts(record: MoeRecord) -> str:
-    """Experts with their models and digests, as text."""
+    """Format the experts with their models and digests as a table."""
     rows = [("expert", "model", "weights", "data")]
     for expert in record.experts:
         path = expert.path if expert.member is None else f"{expert.path} ({expert.member})"

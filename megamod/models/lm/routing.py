@@ -33,12 +33,12 @@ class Routing:
 
 
 def is_mixture(config: PreTrainedConfig) -> bool:
-    """True for a configuration of a class in the table of mixtures."""
+    """Return True for a configuration of a class in the table of mixtures."""
     return config.model_type in MOE_FAMILIES
 
 
 def find_routers(model: nn.Module) -> list[nn.Module]:
-    """Routers of a mixture, one per layer."""
+    """Return the routers of a mixture, one per layer."""
     family: MoeFamily = MOE_FAMILIES[model.config.model_type]
     path = f"{family.module}.{family.router}"
     return [layer.get_submodule(path) for layer in model.get_submodule(LAYERS)]
@@ -65,7 +65,7 @@ def record_routing(model: nn.Module) -> Iterator[list[Routing]]:
 
 
 def compute_balance_losses(layers: Sequence[Routing], mask: Tensor | None = None) -> Tensor:
-    """Load-balance loss of each layer, E sum over e of f_e P_e, [L].
+    """Compute the load-balance loss of each layer, E sum over e of f_e P_e, [L].
 
     f_e is the number of assignments to expert e per token, P_e its mean probability over all
     experts' softmax. Uniform routing to K experts gives K.

@@ -31,7 +31,7 @@ def check_mixture(model: ModelArgs, config: LmConfig) -> None:
 
 
 def name_experts(model: str, config: LmConfig) -> list[str]:
-    """Domains of a mixture's experts by its moe.json, else their numbers."""
+    """Return the domains of a mixture's experts by its moe.json, else their numbers."""
     folder = resolve_model_folder(model)
     if folder is not None and (folder / FILE).is_file():
         return read_moe_record(folder).domains
