@@ -37,7 +37,7 @@ def main() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from megamod.dist.process import join_process_group
 
-        device = join_process_group(timeout=1800)
+        device = join_process_group(timeout_seconds=1800)
     else:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     mix_forest(args, device)

@@ -139,14 +139,14 @@ def begin(args: ForestArgs, start: BranchArgs) -> None:
     if start.parents is None:
         sources, weights = select_forest_parents(
             args.forest,
-            only=start.experts,
+            only_domains=start.experts,
             weights=start.weights,
             prior=start.prior,
             topk=start.topk,
         )
     else:
         sources = [
-            find_parent(path, step=start.step, share=start.share, member=args.member)
+            find_parent(path, step=start.step, step_share=start.share, member=args.member)
             for path in start.parents
         ]
         weights = check_parent_weights(start.weights, len(sources))
@@ -155,7 +155,7 @@ def begin(args: ForestArgs, start: BranchArgs) -> None:
         weights,
         args.domain,
         start.output_dir,
-        one_world=start.one_world,
+        in_one_job=start.one_world,
         learning_rate=start.learning_rate,
     )
     print(f"{checkpoint}: launchers/pretrain.py --output_dir {start.output_dir} resumes from here")

@@ -282,19 +282,25 @@ def refuse_unused_flags(model: ModelArgs, mux: MuxArgs, data: DataArgs) -> None:
 
 
 def apply_ds_values(
-    run: RunArgs, optim: OptimArgs, values: Mapping[str, object], origin: str, held: int = 1
+    run: RunArgs,
+    optim: OptimArgs,
+    values: Mapping[str, object],
+    origin: str,
+    domains_per_rank: int = 1,
 ) -> None:
     """Set fields of a run to the values of a resolved DeepSpeed JSON.
 
     Args:
         values: by key path, see `resolve_ds_config`.
         origin: origin of changed values for `find_origin`, such as "DeepSpeed FILE".
-        held: domains of a rank; --gradient_accumulation_steps counts micro-batches per domain.
+        domains_per_rank: domains of a rank; --gradient_accumulation_steps counts micro-batches per
+            domain.
     Raises:
-        UserError: for a value that the field does not allow, or that `held` does not divide.
+        UserError: for a value that the field does not allow, or that `domains_per_rank` does not
+            divide.
     """
     precision = "bf16" if values["bf16.enabled"] else "fp16" if values["fp16.enabled"] else "fp32"
-    settled = {
+    values_by_field = {
         "per_device_train_batch_size": values["train_micro_batch_size_per_gpu"],
         "precision": precision,
         "max_grad_norm": values["gradient_clipping"],
@@ -305,12 +311,12 @@ def apply_ds_values(
         "weight_decay": values["optimizer.params.weight_decay"],
     }
     steps = values["gradient_accumulation_steps"]
-    if steps % held:
+    if steps % domains_per_rank:
         raise UserError(
-            f"{origin}: gradient_accumulation_steps {steps} is not a multiple of the {held} "
-            "domains of a rank"
+            f"{origin}: gradient_accumulation_steps {steps} is not a multiple of the "
+            f"{domains_per_rank} domains of a rank"
         )
     if run.global_batch_size is None:
-        settled["gradient_accumulation_steps"] = steps // held
-    set_values(run, settled, origin)
-    set_values(optim, settled, origin)
+        values_by_field["gradient_accumulation_steps"] = steps // domains_per_rank
+    set_values(run, values_by_field, origin)
+    set_values(optim, values_by_field, origin)

@@ -75,9 +75,15 @@ def is_distributed_failure(error: RuntimeError) -> bool:
     """Return True if the error says that a collective lost a peer (gloo, NCCL or the store)."""
     from torch.distributed import DistBackendError, DistNetworkError, DistStoreError
 
-    lost = ("Connection reset by peer", "Connection closed by peer", "gloo", "NCCL", "Timed out")
+    lost_peer_texts = (
+        "Connection reset by peer",
+        "Connection closed by peer",
+        "gloo",
+        "NCCL",
+        "Timed out",
+    )
     return isinstance(error, (DistBackendError, DistNetworkError, DistStoreError)) or any(
-        sign in str(error) for sign in lost
+        sign in str(error) for sign in lost_peer_texts
     )
 
 
@@ -98,7 +104,7 @@ def _is_stdout_closed() -> bool:
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
-def _exit_with_message(message: str, code: int) -> None:
+def _exit_with_message(message: str, exit_code: int) -> None:
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         # Most mistakes are seen by all ranks at once: leave time for rank 0 to say it alone and for
@@ -109,5 +115,5 @@ def _exit_with_message(message: str, code: int) -> None:
     if "RANK" in os.environ:
         # Other ranks may be gone: the orderly shutdown of the process group could wait for them.
         sys.stdout.flush()
-        os._exit(code)
-    sys.exit(code)
+        os._exit(exit_code)
+    sys.exit(exit_code)

@@ -73,20 +73,20 @@ def parse_args(*classes: type, argv: Sequence[str] | None = None, doc: str | Non
         re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), argument)
         for argument in (sys.argv[1:] if argv is None else argv)
     ]
-    known = {f.name: f for cls in classes for f in fields(cls)}
+    fields_by_name = {f.name: f for cls in classes for f in fields(cls)}
     values: dict[str, tuple[object, str]] = {}
     # The deepspeed launcher inserts --local_rank=N before the arguments of the user.
-    at = 1 if arguments and re.match("--local_rank=", arguments[0]) else 0
-    if len(arguments) > at and not arguments[at].startswith("-"):
-        values |= _read_recipe(Path(arguments.pop(at)), known)
+    recipe_index = 1 if arguments and re.match("--local_rank=", arguments[0]) else 0
+    if len(arguments) > recipe_index and not arguments[recipe_index].startswith("-"):
+        values |= _read_recipe(Path(arguments.pop(recipe_index)), fields_by_name)
     flags = vars(_parse_flags(arguments, classes, doc))
-    for name, f in known.items():
+    for name, f in fields_by_name.items():
         variable = f"MEGAMOD_{name.upper()}"
         if os.environ.get(variable):
             values[name] = _parse_value(f, os.environ[variable], f"environment {variable}")
-        spelled = _find_spelling(f, flags)
-        if spelled:
-            values[name] = _parse_value(f, spelled[1], f"--{spelled[0]}")
+        spelling = _find_spelling(f, flags)
+        if spelling:
+            values[name] = _parse_value(f, spelling[1], f"--{spelling[0]}")
     parsed = []
     for cls in classes:
         args = cls(**{f.name: values[f.name][0] for f in fields(cls) if f.name in values})
@@ -134,11 +134,11 @@ def write_run_recipe(path: Path, *parsed: Arguments) -> None:
         lines.append(f"# {type(args).__doc__.splitlines()[0]}")
         for f in fields(args):
             # As the only item of a list in brackets, any value is written in a single line.
-            listed = yaml.safe_dump(
+            yaml_list = yaml.safe_dump(
                 [getattr(args, f.name)], default_flow_style=True, width=math.inf
             )
             origin = " ".join(find_origin(args, f.name).split())
-            lines.append(f"{f.name}: {listed.strip()[1:-1]}  # {origin}")
+            lines.append(f"{f.name}: {yaml_list.strip()[1:-1]}  # {origin}")
         lines.append("")
     write_atomic(path, "\n".join(lines))
 
@@ -160,7 +160,7 @@ def _format_value(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _read_recipe(path: Path, known: dict[str, Field]) -> dict[str, tuple[object, str]]:
+def _read_recipe(path: Path, fields_by_name: dict[str, Field]) -> dict[str, tuple[object, str]]:
     """Read the values of a recipe with their origin, by field name."""
     try:
         loader = yaml.SafeLoader(path.read_bytes())
@@ -178,17 +178,17 @@ def _read_recipe(path: Path, known: dict[str, Field]) -> dict[str, tuple[object,
     values: dict[str, tuple[object, str]] = {}
     for key_node, value_node in node.value if node else ():
         key, where = str(key_node.value), f"recipe {path}, line {key_node.start_mark.line + 1}"
-        if key not in known:
-            raise _make_unknown_error(f"{where}: unknown key", key, known)
+        if key not in fields_by_name:
+            raise _make_unknown_error(f"{where}: unknown key", key, fields_by_name)
         if key in values:
             raise UserError(f"{where}: {key!r} appears twice")
         try:
             value = loader.construct_object(value_node, deep=True)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise UserError(f"{where}: {key!r} is not valid YAML: {error}") from error
-        if isinstance(value, str) and _inspect_type(known[key])[0] is float:
+        if isinstance(value, str) and _inspect_type(fields_by_name[key])[0] is float:
             value = _convert_text(float, value)  # YAML 1.1 reads 1e-3 as text
-        values[key] = _check_value(known[key], value, f"{where}, {key}"), f"recipe {path}"
+        values[key] = _check_value(fields_by_name[key], value, f"{where}, {key}"), f"recipe {path}"
     return values
 
 
@@ -213,15 +213,17 @@ def _parse_flags(
             kind, choices, _ = _inspect_type(f)
             # DeepSpeed's own parser knows --deepspeed as a switch, so it may stand bare.
             bare = kind is bool or f.name == "deepspeed"
-            form = dict(
+            argument_options = dict(
                 nargs="+" if get_origin(kind) is list else "?" if bare else None,
                 const="true" if kind is bool else None,
                 metavar="{" + ",".join(choices) + "}" if choices else _NAMES[kind][0],
             )
             text = f"{f.metadata['help']} (default: {'none' if f.default is None else f.default})"
-            group.add_argument(f"--{f.name}", help=text.replace("%", "%%"), **form)
+            group.add_argument(f"--{f.name}", help=text.replace("%", "%%"), **argument_options)
             if f.metadata["alias"]:
-                group.add_argument(f"--{f.metadata['alias']}", help=f"same as --{f.name}", **form)
+                group.add_argument(
+                    f"--{f.metadata['alias']}", help=f"same as --{f.name}", **argument_options
+                )
     parsed, unknown = parser.parse_known_args(arguments)
     for word in unknown:
         if word.startswith("-"):
@@ -238,9 +240,9 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def _find_spelling(f: Field, flags: dict[str, object]) -> tuple[str, object] | None:
+def _find_spelling(flag_field: Field, flags: dict[str, object]) -> tuple[str, object] | None:
     """Find spelling and value of a field's flag on the command line; None without one."""
-    spellings = (f.name, f.metadata["alias"])
+    spellings = (flag_field.name, flag_field.metadata["alias"])
     values = {name: flags[name] for name in spellings if flags.get(name) is not None}
     if len({os.path.normpath(str(value)) for value in values.values()}) > 1:
         both = " and ".join(f"--{name} {value}" for name, value in values.items())
@@ -248,11 +250,11 @@ def _find_spelling(f: Field, flags: dict[str, object]) -> tuple[str, object] | N
     return next(iter(values.items()), None)
 
 
-def _parse_value(f: Field, text: str | list[str], origin: str) -> tuple[object, str]:
+def _parse_value(flag_field: Field, text: str | list[str], origin: str) -> tuple[object, str]:
     """Parse the value of a flag or an environment variable; return it, checked, and its origin."""
-    kind, _, optional = _inspect_type(f)
+    kind, _, optional = _inspect_type(flag_field)
     value = None if optional and text in ("none", ["none"]) else _convert_text(kind, text)
-    return _check_value(f, value, origin), origin
+    return _check_value(flag_field, value, origin), origin
 
 
 def _convert_text(kind: type, text: str | list[str]) -> object:
@@ -268,39 +270,43 @@ def _convert_text(kind: type, text: str | list[str]) -> object:
         return text
 
 
-def _inspect_type(f: Field) -> tuple[type, tuple[str, ...], bool]:
+def _inspect_type(flag_field: Field) -> tuple[type, tuple[str, ...], bool]:
     """Return a field's plain type, the values of a Literal, and whether None is allowed."""
-    optional = get_origin(f.type) in (Union, UnionType)
-    plain = next(t for t in get_args(f.type) if t is not NoneType) if optional else f.type
+    optional = get_origin(flag_field.type) in (Union, UnionType)
+    plain = (
+        next(t for t in get_args(flag_field.type) if t is not NoneType)
+        if optional
+        else flag_field.type
+    )
     if get_origin(plain) is Literal:
         return str, get_args(plain), optional
     return plain, (), optional
 
 
-def _check_value(f: Field, value: object, where: str) -> object:
+def _check_value(flag_field: Field, value: object, where: str) -> object:
     """Check a value; return it with the type of its field.
 
     Raises:
         UserError: naming `where`, the value and what is allowed.
     """
-    kind, choices, optional = _inspect_type(f)
+    kind, choices, optional = _inspect_type(flag_field)
     if value is None and optional:
         return None
     if kind is float and type(value) is int and abs(value) < 2**63:
         value = float(value)
     if kind == list[float] and type(value) is list:
         value = [float(x) if type(x) is int and abs(x) < 2**63 else x for x in value]
-    least, most = f.metadata["least"], f.metadata["most"]
+    least, most = flag_field.metadata["least"], flag_field.metadata["most"]
     if get_origin(kind) is list:
         item = get_args(kind)[0]
-        right = type(value) is list and value and all(type(x) is item for x in value)
-        right = right and (item is str or all(abs(x) < 2**63 for x in value))
+        is_valid = type(value) is list and value and all(type(x) is item for x in value)
+        is_valid = is_valid and (item is str or all(abs(x) < 2**63 for x in value))
     else:
-        right = type(value) is kind and (not choices or value in choices)
-    if right and kind in (int, float):
-        right = abs(value) < 2**63  # neither of inf and nan is
-        right &= (least is None or value >= least) and (most is None or value <= most)
-    if right:
+        is_valid = type(value) is kind and (not choices or value in choices)
+    if is_valid and kind in (int, float):
+        is_valid = abs(value) < 2**63  # neither of inf and nan is
+        is_valid &= (least is None or value >= least) and (most is None or value <= most)
+    if is_valid:
         return value
     allowed = f"one of {', '.join(choices)}" if choices else _NAMES[kind][1]
     allowed += f", {least} or more" if least is not None else ""
@@ -310,9 +316,9 @@ def _check_value(f: Field, value: object, where: str) -> object:
     )
 
 
-def _make_unknown_error(what: str, word: str, words: Iterable[str]) -> UserError:
+def _make_unknown_error(problem: str, word: str, words: Iterable[str]) -> UserError:
     nearest = difflib.get_close_matches(word, list(words), n=1, cutoff=0)[0]
-    return UserError(f"{what} {word!r}; the nearest is {nearest!r}, --help lists all")
+    return UserError(f"{problem} {word!r}; the nearest is {nearest!r}, --help lists all")
 
 
 # How help and messages name a type.

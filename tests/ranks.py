@@ -76,7 +76,7 @@ def _rank(rank, world_size, port, results, environment, function, args):
     try:
         from megamod.dist.process import join_process_group
 
-        join_process_group(timeout=WAIT)
+        join_process_group(timeout_seconds=WAIT)
         value = function(rank, *args)
         torch.distributed.barrier()
         results.put((rank, None, value))

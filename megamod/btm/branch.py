@@ -51,22 +51,22 @@ _SKIPPED = (MANIFEST, STATE, "config.json", "README.md", "merge.json", RECORD)
 
 
 def write_branch_checkpoint(
-    sources: Sequence[ParentModel],
+    parents: Sequence[ParentModel],
     weights: Sequence[float],
     domains: Sequence[str],
-    run: Path,
+    run_folder: Path,
     *,
-    one_world: bool = False,
+    in_one_job: bool = False,
     learning_rate: float | None = None,
 ) -> Path:
     """Write the first checkpoint of an expert, and branch.json with its parents.
 
     Args:
-        sources: one parent, or several to be averaged.
+        parents: one parent, or several to be averaged.
         weights: weight of each parent in the average.
         domains: the new expert's domain; several only with one_world.
-        run: folder of the new run.
-        one_world: write the layout of independent models in one job (`--untie all`).
+        run_folder: folder of the new run.
+        in_one_job: write the layout of independent models in one job (`--untie all`).
         learning_rate: peak of the new run's schedule; None: the parent's. The place in the schedule
             stays.
     Returns:
@@ -74,43 +74,45 @@ def write_branch_checkpoint(
     Raises:
         UserError: if the run has checkpoints already, or the parents are not compatible.
     """
-    run = Path(run)
-    if list_checkpoints(run / "checkpoints"):
-        raise UserError(f"--output_dir {run}: has checkpoints already; a branch starts a new run")
-    if len(domains) != 1 and not one_world:
-        raise UserError(f"--domain: one expert has one domain, not {', '.join(domains)}")
-    keeps_optimizer = len(sources) == 1 and sources[0].step is not None
-    step = sources[0].step if keeps_optimizer else 0
-    final = run / "checkpoints" / format_checkpoint_name(step)
-    total = math.fsum(weights)
-    parents = [
-        asdict(Parent(_format_parent_name(source), weight))
-        for source, weight in zip(
-            sources, (float(weight) / total for weight in weights), strict=True
+    run_folder = Path(run_folder)
+    if list_checkpoints(run_folder / "checkpoints"):
+        raise UserError(
+            f"--output_dir {run_folder}: has checkpoints already; a branch starts a new run"
         )
+    if len(domains) != 1 and not in_one_job:
+        raise UserError(f"--domain: one expert has one domain, not {', '.join(domains)}")
+    keeps_optimizer = len(parents) == 1 and parents[0].step is not None
+    step = parents[0].step if keeps_optimizer else 0
+    final = run_folder / "checkpoints" / format_checkpoint_name(step)
+    total = math.fsum(weights)
+    parent_records = [
+        asdict(Parent(_format_parent_name(parent), float(weight) / total))
+        for parent, weight in zip(parents, weights, strict=True)
     ]
     with _remove_new_folders_on_failure(final.parent), atomic_folder(final) as folder:
         base = folder / ".start"
-        _write_start_model(sources, weights, base)
-        record = _read_parent_state(sources[0]) if keeps_optimizer else StateRecord(branched=True)
+        _write_start_model(parents, weights, base)
+        record = _read_parent_state(parents[0]) if keeps_optimizer else StateRecord(branched=True)
         if keeps_optimizer and learning_rate is not None:
             record.settings["learning_rate"] = learning_rate
         for number, domain in enumerate(domains):
-            target = folder / domain if one_world else folder
-            prefix = f"{domain}:" if one_world else ""
+            target = folder / domain if in_one_job else folder
+            prefix = f"{domain}:" if in_one_job else ""
             target.mkdir(exist_ok=True)
             _link_model(base, target, domain)
             record.write(target)
             if keeps_optimizer:
-                _copy_optimizer(sources[0], folder, number, prefix)
-                _check_optimizer_complete(sources[0], base, folder, prefix)
+                _copy_optimizer(parents[0], folder, number, prefix)
+                _check_optimizer_complete(parents[0], base, folder, prefix)
             else:
                 _write_new_optimizer(base, build_optimizer_path(folder, number), prefix)
         shutil.rmtree(base)
         files = [file for file in folder.rglob("*") if file.is_file()]
         write_manifest(folder, make_digest_entries(folder, files))
         # Before the checkpoint is renamed, so that no checkpoint exists without its record.
-        write_json(run / RECORD, {"format": 1, "parents": parents, "start_update": step})
+        write_json(
+            run_folder / RECORD, {"format": 1, "parents": parent_records, "start_update": step}
+        )
     return final
 
 
@@ -128,22 +130,22 @@ def _remove_new_folders_on_failure(folder: Path) -> Iterator[None]:
 
 
 def _write_start_model(
-    sources: Sequence[ParentModel], weights: Sequence[float], base: Path
+    parents: Sequence[ParentModel], weights: Sequence[float], start_folder: Path
 ) -> None:
     """Write the initial weights as a dense model folder."""
-    if len(sources) > 1:
+    if len(parents) > 1:
         # In float32, because the optimizer's master weights are copied from it.
         average_folders(
-            [(source.model, source.member) for source in sources],
+            [(source.model, source.member) for source in parents],
             weights,
-            base,
+            start_folder,
             out_dtype="float32",
             origin="--weights",
         )
         return
-    (source,) = sources
-    base.mkdir()
-    write_dense_model(source.model, source.member, base, _SKIPPED)
+    (source,) = parents
+    start_folder.mkdir()
+    write_dense_model(source.model, source.member, start_folder, _SKIPPED)
 
 
 def _format_parent_name(source: ParentModel) -> str:
@@ -151,11 +153,11 @@ def _format_parent_name(source: ParentModel) -> str:
     return f"{path} ({source.member})" if source.member else path
 
 
-def _link_model(base: Path, target: Path, domain: str) -> None:
-    for file in base.iterdir():
+def _link_model(start_folder: Path, target: Path, domain: str) -> None:
+    for file in start_folder.iterdir():
         if file.name not in ("config.json", "README.md", "merge.json"):
             link_or_copy(file, target / file.name)
-    write_json(target / "config.json", make_dense_config(read_model_config(base), [domain]))
+    write_json(target / "config.json", make_dense_config(read_model_config(start_folder), [domain]))
 
 
 def _read_parent_state(source: ParentModel) -> StateRecord:
@@ -183,13 +185,15 @@ def _copy_optimizer(source: ParentModel, folder: Path, number: int, prefix: str)
             write_fragments(build_optimizer_path(folder, number, part), renamed)
 
 
-def _check_optimizer_complete(source: ParentModel, base: Path, folder: Path, prefix: str) -> None:
+def _check_optimizer_complete(
+    source: ParentModel, start_folder: Path, folder: Path, prefix: str
+) -> None:
     """Refuse a parent that trained only some of its weights: the others have no optimizer state."""
     sizes = {
         name: sum(stop - start for start, stop, _ in ranges)
         for name, ranges in read_fragment_ranges(folder).items()
     }
-    for name, spec in ModelFolder(base).tensors.items():
+    for name, spec in ModelFolder(start_folder).tensors.items():
         if spec.dtype.is_floating_point and sizes.get(prefix + name) != spec.numel:
             raise UserError(
                 f"--parents {source.folder}: the optimizer holds {sizes.get(prefix + name, 0)} of "
@@ -198,10 +202,10 @@ def _check_optimizer_complete(source: ParentModel, base: Path, folder: Path, pre
             )
 
 
-def _write_new_optimizer(base: Path, path: Path, prefix: str) -> None:
+def _write_new_optimizer(start_folder: Path, path: Path, prefix: str) -> None:
     """Write the weights as master weights, with zero moments."""
     fragments = {}
-    for name, weight in read_weights(base).items():
+    for name, weight in read_weights(start_folder).items():
         if weight.is_floating_point():
             master = weight.float().reshape(-1)
             moments = {kind: torch.zeros_like(master) for kind in KINDS[1:]}

@@ -86,16 +86,16 @@ class Campaign:
         """All domains, in the order of their rounds."""
         return tuple(domain for round_ in self.rounds for domain in round_)
 
-    def get_first_step(self, number: int) -> int:
+    def get_first_step(self, round_index: int) -> int:
         """Return the first step of the experts of a round.
 
         In later rounds they start from an average, which has no optimizer state, so from step 0.
         """
-        return self.seed_steps if number == 0 else 0
+        return self.seed_steps if round_index == 0 else 0
 
-    def get_last_step(self, number: int) -> int:
+    def get_last_step(self, round_index: int) -> int:
         """Return the last step of the experts of a round."""
-        return self.total_steps - (self.seed_steps if number else 0)
+        return self.total_steps - (self.seed_steps if round_index else 0)
 
     def format_token_counts(self) -> str:
         """Format the tokens of seed and experts, and of the dense run of equal cost, as text."""

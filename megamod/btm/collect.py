@@ -12,8 +12,8 @@ from megamod.states.checkpoint_folder import StateRecord, format_checkpoint_name
 from megamod.states.forest import Expert, Parent, edit_forest
 
 
-def add_round_to_forest(campaign: Campaign, number: int, in_one_world: bool = False) -> None:
-    """Add the experts of round `number` to OUT/forest.json, in the order of the recipe.
+def add_round_to_forest(campaign: Campaign, round_index: int, in_one_world: bool = False) -> None:
+    """Add the experts of round `round_index` to OUT/forest.json, in the order of the recipe.
 
     They are added together, once the round has ended, because until then the experts of the round
     start from the forest before it. Entries of an earlier call are replaced.
@@ -22,7 +22,7 @@ def add_round_to_forest(campaign: Campaign, number: int, in_one_world: bool = Fa
         _make_world_expert(campaign, domain)
         if in_one_world
         else make_forest_entry(get_expert_folder(campaign, domain), domain)
-        for domain in campaign.rounds[number]
+        for domain in campaign.rounds[round_index]
     ]
     with edit_forest(campaign.output) as experts:
         names = {expert.domain for expert in new_experts}

@@ -110,11 +110,11 @@ class Driver:
             if self.signals and not any(job.active for job in jobs):
                 raise Interrupted("the driver received a signal to stop; the same command resumes")
             time.sleep(POLL_SECONDS)
-        self._show_progress(jobs, now=True)
+        self._show_progress(jobs, redraw_now=True)
         self.finished += [job.row for job in jobs]
         _raise_failures([job for job in jobs if job.fault])
 
-    def handle_signal(self, number: int, frame: object) -> None:
+    def handle_signal(self, signal_number: int, frame: object) -> None:
         """Handle a signal: the first lets jobs write checkpoints, the second kills them."""
         self.signals += 1
 
@@ -217,19 +217,19 @@ class Driver:
         elif self.signals > 1:
             kill_processes(self._get_process_mark(job.task))
 
-    def _record_failure(self, job: RunningTask, code: int, why: str) -> None:
-        job.ended, job.code, job.row.state = True, code, "failed"
+    def _record_failure(self, job: RunningTask, exit_code: int, reason: str) -> None:
+        job.ended, job.code, job.row.state = True, exit_code, "failed"
         log = self._get_log_path(job.task)
         job.fault = (
-            f"{job.task.name}: {why}; the end of {log}:\n{read_log_tail(log, job.log_start)}"
+            f"{job.task.name}: {reason}; the end of {log}:\n{read_log_tail(log, job.log_start)}"
         )
         self.screen.print_message(job.fault.partition("\n")[0])
 
-    def _show_progress(self, jobs: Sequence[RunningTask], now: bool = False) -> None:
+    def _show_progress(self, jobs: Sequence[RunningTask], redraw_now: bool = False) -> None:
         for job in jobs:
             if job.active or job.ended:
                 read_progress(job.task.folder, job.row)
-        self.screen.show_jobs([*self.finished, *(job.row for job in jobs)], now)
+        self.screen.show_jobs([*self.finished, *(job.row for job in jobs)], redraw_now)
 
 
 def run_campaign(parsed: Parsed, launchers: Path) -> None:
@@ -334,11 +334,11 @@ def describe_waves(
     return "\n".join(lines)
 
 
-def _count_usable_slots(sequences: int, hosts: HostSlots) -> int:
-    """Return the largest number of slots that divides `sequences` and fits the hosts."""
+def _count_usable_slots(sequence_count: int, hosts: HostSlots) -> int:
+    """Return the largest number of slots that divides `sequence_count` and fits the hosts."""
     total = sum(len(host.slots) for host in hosts)
     return next(
-        n for n in range(total, 0, -1) if sequences % n == 0 and allocate_slots(hosts, (), n)
+        n for n in range(total, 0, -1) if sequence_count % n == 0 and allocate_slots(hosts, (), n)
     )
 
 
@@ -359,10 +359,10 @@ def _do_nothing() -> None:
     pass
 
 
-def _write_lock_text(lock: int, text: str) -> None:
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, text.encode(), 0)
+def _write_lock_text(lock_descriptor: int, text: str) -> None:
+    os.ftruncate(lock_descriptor, 0)
+    os.pwrite(lock_descriptor, text.encode(), 0)
 
 
-def _close_lock(lock: int) -> None:
-    os.close(lock)
+def _close_lock(lock_descriptor: int) -> None:
+    os.close(lock_descriptor)

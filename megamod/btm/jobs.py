@@ -25,9 +25,9 @@ MARK = "BTM_JOB"
 TAIL_BYTES = 20_000
 
 
-def acquire_lock(lock: Path) -> int | None:
+def acquire_lock(lock_path: Path) -> int | None:
     """Acquire the lock of a job; return its descriptor, or None if the job runs."""
-    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = os.open(lock_path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -65,15 +65,22 @@ def build_command(
 
 
 def start_process(
-    command: Sequence[str], variables: dict[str, str], lock: int, mark: str, log: Path
+    command: Sequence[str],
+    variables: dict[str, str],
+    lock_descriptor: int,
+    process_mark: str,
+    log_path: Path,
 ) -> subprocess.Popen[bytes]:
-    """Start a program in a new session; it inherits `lock`, which is closed in this process."""
+    """Start a program in a new session.
+
+    It inherits `lock_descriptor`, which is closed in this process.
+    """
     # Variables MEGAMOD_<FLAG> are already in the flags, and some do not exist in this program.
     environment = {
         name: text for name, text in os.environ.items() if not name.startswith("MEGAMOD_")
     }
     try:
-        with open(log, "ab") as output:
+        with open(log_path, "ab") as output:
             output.write(f"$ {' '.join(command)}\n".encode())
             output.flush()
             return subprocess.Popen(
@@ -81,30 +88,30 @@ def start_process(
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**environment, **variables, MARK: mark},
-                pass_fds=(lock,),
+                env={**environment, **variables, MARK: process_mark},
+                pass_fds=(lock_descriptor,),
                 start_new_session=True,
             )
     finally:
-        os.close(lock)
+        os.close(lock_descriptor)
 
 
-def find_processes(mark: str) -> Iterator[psutil.Process]:
+def find_processes(process_mark: str) -> Iterator[psutil.Process]:
     """Iterate over all processes of a job on this machine."""
     for process in psutil.process_iter():
         # The environment of other users' processes is hidden, and any process may end meanwhile.
         with contextlib.suppress(psutil.Error, OSError):
-            if process.environ().get(MARK) == mark:
+            if process.environ().get(MARK) == process_mark:
                 yield process
 
 
-def request_stop(mark: str) -> None:
+def request_stop(process_mark: str) -> None:
     """Send SIGTERM to the ranks of a job, which then write a checkpoint.
 
     Their launcher gets no signal, because it would kill ranks before they have saved, unless all
     ranks are on other hosts.
     """
-    processes = {process.pid: process for process in find_processes(mark)}
+    processes = {process.pid: process for process in find_processes(process_mark)}
     launchers = {pid for pid, process in processes.items() if _is_launcher(process)}
     # Children of a rank are its data workers, needed until the rank ends.
     others = processes.keys() - launchers
@@ -114,21 +121,21 @@ def request_stop(mark: str) -> None:
             processes[pid].send_signal(signal.SIGTERM)
 
 
-def kill_processes(mark: str) -> None:
+def kill_processes(process_mark: str) -> None:
     """Kill the remaining processes of a job."""
-    for process in find_processes(mark):
+    for process in find_processes(process_mark):
         with contextlib.suppress(psutil.Error):
             process.kill()
 
 
-def read_log_tail(log: Path, begin: int, lines: int = 12) -> str:
-    """Return the last lines of a log after byte `begin`."""
-    with open(log, "rb") as file:
+def read_log_tail(log_path: Path, first_byte: int, max_lines: int = 12) -> str:
+    """Return the last lines of a log after byte `first_byte`."""
+    with open(log_path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
-        file.seek(max(begin, size - TAIL_BYTES))
+        file.seek(max(first_byte, size - TAIL_BYTES))
         text = file.read().decode(errors="replace")
     written = [line for line in text.splitlines() if line.strip()]
-    return "\n".join(written[-lines:])
+    return "\n".join(written[-max_lines:])
 
 
 def _is_launcher(process: psutil.Process) -> bool:

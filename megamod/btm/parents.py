@@ -38,7 +38,7 @@ def find_parent(
     path: str | Path,
     *,
     step: int | None = None,
-    share: float | None = None,
+    step_share: float | None = None,
     member: str | None = None,
 ) -> ParentModel:
     """Resolve a path to a checkpoint or model folder.
@@ -46,39 +46,41 @@ def find_parent(
     Args:
         path: a run, one of its checkpoints, or a model folder.
         step: select the run's checkpoint nearest to this step; -1 or None: the last.
-        share: select the checkpoint nearest to this fraction of the last step.
+        step_share: select the checkpoint nearest to this fraction of the last step.
         member: a domain, for models with experts and for independent models of one job.
     Raises:
         UserError: if the path is none of these, or the checkpoint is incomplete.
     """
     path = Path(path)
-    chosen = select_checkpoint(path, step=step, share=share)
-    if chosen is None:
+    checkpoint = select_checkpoint(path, step=step, step_share=step_share)
+    if checkpoint is None:
         if not (path / "config.json").is_file():
             raise UserError(f"--parents {path}: is no run, no checkpoint and no model folder")
-        if step is not None or share is not None:
+        if step is not None or step_share is not None:
             raise UserError(
                 f"--parents {path}: is a model folder, so --step and --share do not apply"
             )
         return ParentModel(path, _check_member(path, path, member))
-    faults = find_checkpoint_faults(chosen)
+    faults = find_checkpoint_faults(checkpoint)
     if faults:
-        raise UserError(f"--parents {chosen}: is not a complete checkpoint: {faults[0]}")
-    if (chosen / "config.json").is_file():
+        raise UserError(f"--parents {checkpoint}: is not a complete checkpoint: {faults[0]}")
+    if (checkpoint / "config.json").is_file():
         return ParentModel(
-            chosen, _check_member(chosen, path, member), StateRecord.read(chosen).state.step
+            checkpoint,
+            _check_member(checkpoint, path, member),
+            StateRecord.read(checkpoint).state.step,
         )
-    worlds = sorted(config.parent.name for config in chosen.glob("*/config.json"))
+    worlds = sorted(config.parent.name for config in checkpoint.glob("*/config.json"))
     if member not in worlds:
         raise UserError(
             f"--parents {path}: holds independent models; --member must be one of "
             f"{', '.join(worlds)}, not {member!r}"
         )
-    return ParentModel(chosen, None, StateRecord.read(chosen / member).state.step, member)
+    return ParentModel(checkpoint, None, StateRecord.read(checkpoint / member).state.step, member)
 
 
 def select_checkpoint(
-    path: Path, *, step: int | None = None, share: float | None = None
+    path: Path, *, step: int | None = None, step_share: float | None = None
 ) -> Path | None:
     """Select a checkpoint of a run; `path` itself if it is one; None for a model folder.
 
@@ -88,7 +90,7 @@ def select_checkpoint(
         UserError: if the run has no checkpoint, or `path` is a checkpoint and step or share is set.
     """
     if (path / STATE).is_file() or (path / MANIFEST).is_file():
-        if step is not None or share is not None:
+        if step is not None or step_share is not None:
             raise UserError(
                 f"--parents {path}: is a single checkpoint, so --step and --share do not apply"
             )
@@ -99,8 +101,8 @@ def select_checkpoint(
             raise UserError(f"--parents {path}: the run has no checkpoint yet")
         return None
     steps = [parse_checkpoint_step(checkpoint) for checkpoint in checkpoints]
-    if share is not None:
-        target, prefer_later = share * steps[-1], share > 0.5
+    if step_share is not None:
+        target, prefer_later = step_share * steps[-1], step_share > 0.5
     else:
         target, prefer_later = (steps[-1] if step in (None, -1) else step), False
     nearest = min(
@@ -112,7 +114,7 @@ def select_checkpoint(
 def select_forest_parents(
     forest: str | Path,
     *,
-    only: Sequence[str] | None = None,
+    only_domains: Sequence[str] | None = None,
     weights: Sequence[float] | None = None,
     prior: str | Path | None = None,
     topk: int = 0,
@@ -120,7 +122,7 @@ def select_forest_parents(
     """Select experts of a forest as parents, with their weights in an average.
 
     Args:
-        only: domains; None for all.
+        only_domains: domains; None for all.
         weights: in the same order; None: those of the file `prior`, or equal ones.
         topk: keep only the experts with the largest weights; 0 for all. Weights of 0 are dropped.
     Raises:
@@ -128,7 +130,7 @@ def select_forest_parents(
     """
     opened = open_forest(forest)
     experts = {expert.domain: expert for expert in opened.experts}
-    domains = list(only or experts)
+    domains = list(only_domains or experts)
     for domain in domains:
         if domain not in experts:
             raise UserError(
@@ -146,8 +148,8 @@ def select_forest_parents(
 
 def select_largest_weights(weights: Sequence[float], count: int = 0) -> list[int]:
     """Return the indices of the `count` largest weights, ascending; 0 for all, without zeros."""
-    best = sorted(range(len(weights)), key=lambda i: -weights[i])[: count or None]
-    return [i for i in sorted(best) if weights[i]]
+    largest = sorted(range(len(weights)), key=lambda i: -weights[i])[: count or None]
+    return [i for i in sorted(largest) if weights[i]]
 
 
 def check_parent_weights(weights: Sequence[float] | None, count: int) -> list[float]:

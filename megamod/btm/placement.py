@@ -15,18 +15,18 @@ from megamod.errors import UserError
 LOCAL = "localhost"
 
 
-def list_local_slots(slots: int | None) -> HostSlots:
+def list_local_slots(slot_count: int | None) -> HostSlots:
     """List the slots of this machine: its visible GPUs, or one CPU slot without any.
 
     Args:
-        slots: number of slots to use; None: all.
+        slot_count: number of slots to use; None: all.
     Raises:
         UserError: if the machine has fewer GPUs.
     """
     gpus = list_local_gpus()
-    if gpus and slots is not None and slots > len(gpus):
-        raise UserError(f"--slots {slots}: this machine has {len(gpus)} GPUs")
-    ids = gpus[:slots] if gpus else tuple(range(slots or 1))
+    if gpus and slot_count is not None and slot_count > len(gpus):
+        raise UserError(f"--slots {slot_count}: this machine has {len(gpus)} GPUs")
+    ids = gpus[:slot_count] if gpus else tuple(range(slot_count or 1))
     return (Host(LOCAL, ids),)
 
 
@@ -48,40 +48,42 @@ def list_local_gpus() -> tuple[int, ...]:
     return tuple(sorted(int(path.name[6:]) for path in devices if path.name[6:].isdigit()))
 
 
-def check_job_fits(hosts: HostSlots, gpus: int, flag: str) -> None:
-    """Check that a job of `gpus` slots can run at all.
+def check_job_fits(hosts: HostSlots, slot_count: int, flag: str) -> None:
+    """Check that a job of `slot_count` slots can run at all.
 
     Raises:
         UserError: naming the flag and the slots of each host.
     """
-    if allocate_slots(hosts, (), gpus) is None:
+    if allocate_slots(hosts, (), slot_count) is None:
         available = ", ".join(f"{host.name} {len(host.slots)}" for host in hosts)
         raise UserError(
-            f"{flag} {gpus}: does not fit the slots ({available}); a job takes slots of one host, "
-            "or whole hosts of equal size"
+            f"{flag} {slot_count}: does not fit the slots ({available}); a job takes slots of one "
+            "host, or whole hosts of equal size"
         )
 
 
-def allocate_slots(hosts: HostSlots, busy: Iterable[Host], gpus: int) -> HostSlots | None:
+def allocate_slots(
+    hosts: HostSlots, busy_hosts: Iterable[Host], slot_count: int
+) -> HostSlots | None:
     """Allocate free slots to a job; None if it has to wait.
 
     A job that fits one host is never split, and goes to the host where it leaves the fewest free
     slots, so that whole hosts stay free for larger jobs. A larger job takes whole hosts of equal
     size.
     """
-    taken = {(host.name, slot) for host in busy for slot in host.slots}
-    free = [Host(h.name, tuple(s for s in h.slots if (h.name, s) not in taken)) for h in hosts]
-    if gpus <= max(len(host.slots) for host in hosts):
-        fitting = [host for host in free if len(host.slots) >= gpus]
-        if not fitting:
+    busy_slots = {(host.name, slot) for host in busy_hosts for slot in host.slots}
+    free = [Host(h.name, tuple(s for s in h.slots if (h.name, s) not in busy_slots)) for h in hosts]
+    if slot_count <= max(len(host.slots) for host in hosts):
+        fitting_hosts = [host for host in free if len(host.slots) >= slot_count]
+        if not fitting_hosts:
             return None
-        best = min(fitting, key=lambda host: len(host.slots))
-        return (Host(best.name, best.slots[:gpus]),)
-    whole = [host for host in free if host in hosts]
-    for size in sorted({len(host.slots) for host in whole}, reverse=True):
-        same = [host for host in whole if len(host.slots) == size]
-        if gpus % size == 0 and len(same) >= gpus // size:
-            return tuple(same[: gpus // size])
+        smallest_host = min(fitting_hosts, key=lambda host: len(host.slots))
+        return (Host(smallest_host.name, smallest_host.slots[:slot_count]),)
+    free_hosts = [host for host in free if host in hosts]
+    for size in sorted({len(host.slots) for host in free_hosts}, reverse=True):
+        same = [host for host in free_hosts if len(host.slots) == size]
+        if slot_count % size == 0 and len(same) >= slot_count // size:
+            return tuple(same[: slot_count // size])
     return None
 
 
@@ -102,12 +104,12 @@ def is_local_host(host: Host) -> bool:
     return host.name in (LOCAL, "127.0.0.1", name, name.partition(".")[0])
 
 
-def find_free_port(taken: Iterable[int]) -> int:
-    """Return a free TCP port of this machine that is not in `taken`."""
-    taken = set(taken)
+def find_free_port(used_ports: Iterable[int]) -> int:
+    """Return a free TCP port of this machine that is not in `used_ports`."""
+    used_ports = set(used_ports)
     while True:
         with socket.socket() as probe:
             probe.bind(("", 0))
             port = probe.getsockname()[1]
-        if port not in taken:
+        if port not in used_ports:
             return port

@@ -68,15 +68,15 @@ def format_jobs(rows: Sequence[Row]) -> str:
 class Screen:
     """Shows the table: redrawn in place on a terminal, elsewhere one line per change."""
 
-    def __init__(self, stream: TextIO = sys.stdout, every: float = 1.0):
+    def __init__(self, stream: TextIO = sys.stdout, redraw_seconds: float = 1.0):
         self.stream = stream
-        self.every = every
+        self.every = redraw_seconds
         self.height = 0
         self.drawn = 0.0
         self.shown: dict[str, tuple[str, int]] = {}
 
-    def show_jobs(self, rows: Sequence[Row], now: bool = False) -> None:
-        """Show the rows; on a terminal at most once in `every` seconds, unless `now`."""
+    def show_jobs(self, rows: Sequence[Row], redraw_now: bool = False) -> None:
+        """Show the rows; on a terminal at most once in `every` seconds, unless `redraw_now`."""
         if not self.stream.isatty():
             for row in rows:
                 if self.shown.get(row.name) != (row.state, row.restarts):
@@ -85,7 +85,7 @@ class Screen:
                     further = [f"{name} {cell}" for name, cell in named if cell not in ("", "0")]
                     print("  ".join([row.name, row.state, *further]), file=self.stream, flush=True)
             return
-        if not now and time.monotonic() - self.drawn < self.every:
+        if not redraw_now and time.monotonic() - self.drawn < self.every:
             return
         text = format_jobs(rows)
         up = f"\x1b[{self.height}F\x1b[J" if self.height else ""

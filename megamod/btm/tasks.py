@@ -64,7 +64,7 @@ class Task:
         return next((stage for stage in self.stages if not stage.done()), None)
 
 
-def make_seed_task(campaign: Campaign, parsed: Parsed, gpus: int) -> Task:
+def make_seed_task(campaign: Campaign, parsed: Parsed, slot_count: int) -> Task:
     """Build the task that trains the seed, the dense model from which the first round branches."""
     folder, steps = campaign.output / SEED, campaign.seed_steps
     train = _make_train_stage(
@@ -76,18 +76,18 @@ def make_seed_task(campaign: Campaign, parsed: Parsed, gpus: int) -> Task:
         domains=list(campaign.seed_domains),
         untie="none",
     )
-    return Task(SEED, gpus, (train,), folder, steps)
+    return Task(SEED, slot_count, (train,), folder, steps)
 
 
-def make_expert_task(campaign: Campaign, parsed: Parsed, number: int, domain: str) -> Task:
-    """Build the task that branches and trains the expert of a domain of round `number`."""
-    folder, last = get_expert_folder(campaign, domain), campaign.get_last_step(number)
+def make_expert_task(campaign: Campaign, parsed: Parsed, round_index: int, domain: str) -> Task:
+    """Build the task that branches and trains the expert of a domain of round `round_index`."""
+    folder, last = get_expert_folder(campaign, domain), campaign.get_last_step(round_index)
     prior = campaign.output / PRIORS / f"{domain}.json"
     branched = partial(_has_checkpoint, folder)
     stages: list[Stage] = []
     origin: tuple[str, ...] = ()
-    if number:
-        earlier = [name for round_ in campaign.rounds[:number] for name in round_]
+    if round_index:
+        earlier = [name for round_ in campaign.rounds[:round_index] for name in round_]
         origin = ("--forest", str(campaign.output), "--experts", *earlier)
         estimate = (*origin, "--data", parsed[-1].data, "--domain", domain, "--estimate_only")
         estimate += ("--prior_sequences", str(parsed[0].prior_sequences))
@@ -161,9 +161,9 @@ def make_final_tasks(campaign: Campaign, parsed: Parsed) -> list[Task]:
     return tasks
 
 
-def get_expert_folder(campaign: Campaign, name: str) -> Path:
+def get_expert_folder(campaign: Campaign, domain: str) -> Path:
     """Run folder of an expert."""
-    return campaign.output / "experts" / name
+    return campaign.output / "experts" / domain
 
 
 def has_finished(folder: Path, step: int) -> bool:
@@ -184,7 +184,7 @@ def _list_seed_arguments(campaign: Campaign) -> tuple[str, ...]:
 
 
 def _make_train_stage(
-    parsed: Parsed, folder: Path, last: int, title: str = "train", **changes: object
+    parsed: Parsed, folder: Path, last_step: int, title: str = "train", **changes: object
 ) -> Stage:
     """Build the stage of launchers/pretrain.py from the flags that are not defaults, and
     `changes`.
@@ -198,5 +198,5 @@ def _make_train_stage(
             if f.name in overrides or find_origin(args, f.name) != "default":
                 arguments += format_flags({f.name: getattr(changed, f.name)})
     return Stage(
-        title, "pretrain.py", tuple(arguments), partial(has_finished, folder, last), ranks=True
+        title, "pretrain.py", tuple(arguments), partial(has_finished, folder, last_step), ranks=True
     )

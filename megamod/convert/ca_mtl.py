@@ -114,13 +114,13 @@ def export(source: Path, folder: Path, options: Options = NO_OPTIONS) -> list[Pa
     return [folder / DENSE_FILE, folder / "config.json"]
 
 
-def _to_our_key(key: str, last: int) -> str:
-    start = f"bert.encoder.layer.{last}.new_"
+def _to_our_key(key: str, last_layer: int) -> str:
+    start = f"bert.encoder.layer.{last_layer}.new_"
     return key.replace(start, start.removesuffix("new_"), 1) if key.startswith(start) else key
 
 
-def _to_release_key(key: str, last: int) -> str:
-    start = f"bert.encoder.layer.{last}."
+def _to_release_key(key: str, last_layer: int) -> str:
+    start = f"bert.encoder.layer.{last_layer}."
     part = key.removeprefix(start).split(".")[0]
     if key.startswith(start) and part in _NEW:
         return f"{start}new_{key.removeprefix(start)}"
@@ -128,19 +128,19 @@ def _to_release_key(key: str, last: int) -> str:
 
 
 def _stack_heads(
-    state: dict[str, Tensor], heads: Mapping[tuple[int, str], Tensor], size: int, file: Path
+    state: dict[str, Tensor], heads: Mapping[tuple[int, str], Tensor], hidden_size: int, file: Path
 ) -> list[int]:
     """Put all heads into one tensor of `state`; return the number of labels of each."""
     count = 1 + max((task for task, _ in heads), default=-1)
     for task in range(count):
         for kind, shape in (("weight", 2), ("bias", 1)):
             head = heads.get((task, kind))
-            if head is None or head.dim() != shape or (shape == 2 and head.shape[1] != size):
+            if head is None or head.dim() != shape or (shape == 2 and head.shape[1] != hidden_size):
                 raise UserError(f"{file}: decoders.{task}.model.{kind} is missing or misshapen")
     if not count:
         raise UserError(f"{file}: has no head (decoders.0.model.weight)")
     sizes = [len(heads[task, "bias"]) for task in range(count)]
-    state["heads.weight"] = torch.zeros(count, max(sizes), size)
+    state["heads.weight"] = torch.zeros(count, max(sizes), hidden_size)
     state["heads.bias"] = torch.zeros(count, max(sizes))
     for task, rows in enumerate(sizes):
         state["heads.weight"][task, :rows] = heads[task, "weight"]

@@ -96,7 +96,7 @@ def convert(source: Path, options: Options = NO_OPTIONS) -> ConvertedModel:
     original = ORIGINALS[name]
     checkpoint = read_checkpoint(file)
     stored = {key.removeprefix(_PREFIX): tensor for key, tensor in checkpoint.tensors.items()}
-    whole = {key.removeprefix(_PREFIX): key for key in checkpoint.tensors}
+    full_keys = {key.removeprefix(_PREFIX): key for key in checkpoint.tensors}
     config, dropped, missing = _make_config(settings, original, options, file)
     if original.head == "wrapper":
         _add_generator_config(config, stored, missing, file)
@@ -105,27 +105,29 @@ def convert(source: Path, options: Options = NO_OPTIONS) -> ConvertedModel:
     for key, tensor in stored.items():
         if key in expected:
             state[key] = tensor
-            used.append(whole[key])
+            used.append(full_keys[key])
     for key, tensor in stored.items():
         if key in expected:
             continue
         if target := _resolve_alias(key, aliases, expected):
             if target not in state:
                 state[target] = tensor
-                used.append(whole[key])
+                used.append(full_keys[key])
             elif not torch.equal(state[target], tensor):
                 raise UserError(
-                    f"{file}: {whole[key]} differs from {target}, but both must be equal"
+                    f"{file}: {full_keys[key]} differs from {target}, but both must be equal"
                 )
             else:
-                dropped[whole[key]] = f"equal to {target}"
+                dropped[full_keys[key]] = f"equal to {target}"
         elif key.endswith("position_ids"):
-            dropped[whole[key]] = "counts from 0"
+            dropped[full_keys[key]] = "counts from 0"
         else:
-            dropped[whole[key]] = f"no tensor of {original.ours}"
+            dropped[full_keys[key]] = f"no tensor of {original.ours}"
     absent = [key for key in expected if key not in state]
-    if needed := [key for key in absent if key not in optional]:
-        raise UserError(f"{file}: {needed[0]} is missing (of {len(needed)} such keys)")
+    if required_absent := [key for key in absent if key not in optional]:
+        raise UserError(
+            f"{file}: {required_absent[0]} is missing (of {len(required_absent)} such keys)"
+        )
     missing |= {key: optional[key] for key in absent}
     for key, tensor in state.items():
         if tuple(tensor.shape) != expected[key]:
@@ -150,18 +152,18 @@ def export(source: Path, folder: Path, options: Options = NO_OPTIONS) -> list[Pa
         raise UserError("--domains: a multiplexed model has no experts to choose from")
     try:
         config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-        ours = config["architectures"][0]
+        class_name = config["architectures"][0]
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(f"{source}: is not a multiplexed model: {error!r}") from error
-    name = next((name for name, to in ORIGINALS.items() if to.ours == ours), None)
+    name = next((name for name, to in ORIGINALS.items() if to.ours == class_name), None)
     if name is None:
         raise UserError(
-            f"{source}: is of class {ours!r}; exported are "
+            f"{source}: is of class {class_name!r}; exported are "
             f"{', '.join(sorted(to.ours for to in ORIGINALS.values()))}"
         )
     head = ORIGINALS[name].head
     state = read_weights(source)
-    expected, _, aliases = list_tensor_shapes(head, ours, config)
+    expected, _, aliases = list_tensor_shapes(head, class_name, config)
     tensors = {}
     for key, tensor in state.items():
         if key not in expected:

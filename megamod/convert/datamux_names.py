@@ -30,12 +30,12 @@ _CLASSES = {
 
 
 def list_tensor_shapes(
-    head: Head, ours: str, config: Mapping[str, object]
+    head: Head, class_name: str, config: Mapping[str, object]
 ) -> tuple[Shapes, dict[str, str], dict[str, str]]:
     """List the tensors of a model.
 
     Args:
-        ours: name of the model class.
+        class_name: name of the model class.
         config: fields of our config.json.
     Returns:
         name -> shape; of those that a checkpoint may lack, name -> reason; and the other names of
@@ -46,12 +46,12 @@ def list_tensor_shapes(
     coefficient = config.get("retrieval_loss_coeff", 0)
     # Released classifiers keep the retrieval head; ours have one only if its loss counts.
     tensors = _list_parameter_shapes(
-        _CLASSES[ours], {**config, "retrieval_loss_coeff": coefficient or 1.0}
+        _CLASSES[class_name], {**config, "retrieval_loss_coeff": coefficient or 1.0}
     )
     optional: dict[str, str] = {}
     if head == "mlm":
-        bare = _list_parameter_shapes(_BARE[config["model_type"]], config)
-        unused = {n: shape for n, shape in bare.items() if n.startswith("demultiplexer.")}
+        bare_shapes = _list_parameter_shapes(_BARE[config["model_type"]], config)
+        unused = {n: shape for n, shape in bare_shapes.items() if n.startswith("demultiplexer.")}
         optional = dict.fromkeys(unused, "not used by a masked language model")
         tensors |= unused
     elif head in ("sequence", "token") and not coefficient:

@@ -52,10 +52,10 @@ _STEMS = ("checkpoint_last", "checkpoint_best")
 _ENDINGS = (".pt", ".safetensors")
 
 
-def build_key_map(layers: int) -> dict[str, str]:
+def build_key_map(layer_count: int) -> dict[str, str]:
     """Map fairseq's key of every tensor of a dense model to ours."""
     names = {f"decoder.{theirs}": f"model.{ours}" for theirs, ours in _OUTSIDE.items()}
-    for layer in range(layers):
+    for layer in range(layer_count):
         for theirs, ours in _INSIDE.items():
             for kind in ("weight", "bias"):
                 key = f"decoder.layers.{layer}.{theirs}.{kind}"
@@ -87,9 +87,9 @@ def convert(source: Path, options: Options) -> ConvertedModel:
     settings = _read_settings(folder, shared)
     _check_settings(settings, file)
     # After adapting the feed-forwards of a DEMix model, fairseq has everything in the shared file.
-    apart = any(rank.tensors for rank in ranks)
+    has_rank_weights = any(rank.tensors for rank in ranks)
     domains = options.domains or tuple(settings.get("domains", ()))
-    experts = _collect_experts(ranks, domains, shared_file) if apart else {}
+    experts = _collect_experts(ranks, domains, shared_file) if has_rank_weights else {}
     any_expert = next(iter(experts.values()), {})
     if both := sorted(any_expert.keys() & shared.tensors.keys()):
         raise UserError(f"{file}: {both[0]} is also in the rank files")
@@ -97,7 +97,7 @@ def convert(source: Path, options: Options) -> ConvertedModel:
     layers, config = _detect_shape(dense, settings, options, file)
     names = build_key_map(layers)
     _check_tensors(dense, names, config, file)
-    untie = _detect_untie(any_expert, layers, file) if apart else "none"
+    untie = _detect_untie(any_expert, layers, file) if has_rank_weights else "none"
 
     dropped, missing = {}, {}
     if _VERSION in dense:
@@ -145,13 +145,13 @@ def export(source: Path, folder: Path, options: Options = NO_OPTIONS) -> list[Pa
     if untie == "none":
         files["model.safetensors"] = _rename_to_fairseq(state, keys, source)
     else:
-        held = {name: t for name, t in state.items() if parse_expert_domain(name) is None}
-        files["checkpoint_last-shared.safetensors"] = _rename_to_fairseq(held, keys, source)
+        shared_state = {name: t for name, t in state.items() if parse_expert_domain(name) is None}
+        files["checkpoint_last-shared.safetensors"] = _rename_to_fairseq(shared_state, keys, source)
         for rank, domain in enumerate(domains):
             expert = {
                 name: t
                 for name, t in extract_expert_weights(state, domain).items()
-                if name not in held
+                if name not in shared_state
             }
             files[f"checkpoint_last-rank-{rank}.safetensors"] = _rename_to_fairseq(
                 expert, keys, source
@@ -357,23 +357,23 @@ def _list_expected_shapes(
             yield key, square[:1] if vector else square
 
 
-def _detect_untie(expert: Mapping[str, Tensor], layers: int, file: Path) -> str:
+def _detect_untie(expert_tensors: Mapping[str, Tensor], layer_count: int, file: Path) -> str:
     """Detect from the rank files which layers have experts; return the value of `untie`."""
     kinds = {
-        "feedforward": range(layers),
-        "feedforward_every_other": range(1, layers, 2),
-        "feedforward_top": range(layers - 1, layers),
+        "feedforward": range(layer_count),
+        "feedforward_every_other": range(1, layer_count, 2),
+        "feedforward_top": range(layer_count - 1, layer_count),
     }
-    for untie, held in kinds.items():
+    for untie, untied_layers in kinds.items():
         parts = {
             f"decoder.layers.{layer}.{part}.{kind}"
-            for layer in held
+            for layer in untied_layers
             for part in ("fc1", "fc2")
             for kind in ("weight", "bias")
         }
-        if expert.keys() == parts:
+        if expert_tensors.keys() == parts:
             return untie
     raise UserError(
-        f"{file}: the rank files hold {', '.join(sorted(expert)[:3])}, ...; expected are fc1 and "
-        "fc2 of every layer, of every second or of the last"
+        f"{file}: the rank files hold {', '.join(sorted(expert_tensors)[:3])}, ...; expected are "
+        "fc1 and fc2 of every layer, of every second or of the last"
     )

@@ -261,14 +261,17 @@ def _run_child() -> None:
     write_json(folder / "settings.json", settings)
 
 
-def _limit_resources(size: int) -> None:
+def _limit_resources(file_bytes: int) -> None:
     """Bound this process: a file cannot make it take much more than a multiple of its length."""
     gigabyte = 2**30
-    seconds = 60 + size // (20 * 2**20)
+    seconds = 60 + file_bytes // (20 * 2**20)
     for kind, limit in (
-        (resource.RLIMIT_AS, 16 * gigabyte + 4 * size),  # a torch for CUDA maps many gigabytes
+        (
+            resource.RLIMIT_AS,
+            16 * gigabyte + 4 * file_bytes,
+        ),  # a torch for CUDA maps many gigabytes
         (resource.RLIMIT_CPU, seconds),
-        (resource.RLIMIT_FSIZE, gigabyte + 2 * size),
+        (resource.RLIMIT_FSIZE, gigabyte + 2 * file_bytes),
         (resource.RLIMIT_CORE, 0),
     ):
         hard = resource.getrlimit(kind)[1]
@@ -340,18 +343,18 @@ def _to_json_value(value: object, depth: int) -> object:
     if isinstance(value, argparse.Namespace):
         value = vars(value)
     if isinstance(value, _StandIn):
-        held = vars(value)
+        attributes = vars(value)
         if type(value).__name__ == "scalar":
-            return _unpack_scalar(*held["arguments"])
-        if "state" not in held:  # an enumeration: its value
+            return _unpack_scalar(*attributes["arguments"])
+        if "state" not in attributes:  # an enumeration: its value
             return (
-                _to_json_value(held["arguments"][0], depth + 1)
-                if len(held["arguments"]) == 1
+                _to_json_value(attributes["arguments"][0], depth + 1)
+                if len(attributes["arguments"]) == 1
                 else None
             )
-        state = held["state"]
-        inner = ("_content", "_val")
-        return next((_to_json_value(state[k], depth + 1) for k in inner if k in state), None)
+        state = attributes["state"]
+        content_keys = ("_content", "_val")
+        return next((_to_json_value(state[k], depth + 1) for k in content_keys if k in state), None)
     if isinstance(value, dict):
         return {str(key): _to_json_value(item, depth + 1) for key, item in value.items()}
     if isinstance(value, (list, tuple, set)):

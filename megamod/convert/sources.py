@@ -43,15 +43,15 @@ class ResolvedModel:
 def resolve_model(
     source: str,
     flag: str,
-    accepts: Callable[[str], bool] = lambda model_type: True,
-    needed: str = "",
+    accepts_type: Callable[[str], bool] = lambda model_type: True,
+    needed_kind: str = "",
 ) -> ResolvedModel:
     """Check a model folder or hub name; convert a released checkpoint into the user's cache.
 
     Args:
         flag: option or key that named the source, for messages.
-        accepts: whether the command can use a model type.
-        needed: the kind of model that is accepted, for the message.
+        accepts_type: whether the command can use a model type.
+        needed_kind: the kind of model that is accepted, for the message.
     Raises:
         UserError: if there is no configuration, or the model is of another kind than it or the
             command says.
@@ -61,8 +61,10 @@ def resolve_model(
     original = datamux.find_original_class(fields)
     kind = datamux.ORIGINALS[original].model_type if original else fields.get("model_type")
     _check_fields(fields, kind, original, source, where)
-    if not accepts(str(kind)):
-        raise UserError(f"{where}: is a model of type {kind!r}{needed and '; needed is '}{needed}")
+    if not accepts_type(str(kind)):
+        raise UserError(
+            f"{where}: is a model of type {kind!r}{needed_kind and '; needed is '}{needed_kind}"
+        )
     name = source if original is None else str(_convert_into_cache(source, flag))
     try:
         return ResolvedModel(name, AutoConfig.from_pretrained(name, trust_remote_code=False))

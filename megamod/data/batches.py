@@ -45,12 +45,12 @@ class StepShape:
         """Micro-batches of a rank in a step."""
         return self.global_batch // (self.ranks * self.micro_batch)
 
-    def sample_indices(self, number: int) -> np.ndarray:
-        """Return the global sample indices of this rank's micro-batch `number`:
+    def sample_indices(self, micro_batch_index: int) -> np.ndarray:
+        """Return the global sample indices of this rank's micro-batch `micro_batch_index`:
         [micro_batch] int64.
         """
-        step, turn = divmod(number, self.micro_steps)
-        start = step * self.global_batch + self.first_sample + turn * self.micro_batch
+        step, index_in_step = divmod(micro_batch_index, self.micro_steps)
+        start = step * self.global_batch + self.first_sample + index_in_step * self.micro_batch
         return np.arange(start, start + self.micro_batch)
 
 
@@ -69,22 +69,22 @@ class StepBatches(Dataset):
         return self.shape.micro_steps
 
 
-def check_global_batch_size(global_batch: int, parts: Mapping[str, int]) -> None:
-    """Check that the samples of a step are a multiple of the product of `parts`.
+def check_global_batch_size(global_batch: int, factors_by_name: Mapping[str, int]) -> None:
+    """Check that the samples of a step are a multiple of the product of `factors_by_name`.
 
     Args:
-        parts: counts by their names, for the message.
+        factors_by_name: counts by their names, for the message.
     Raises:
         UserError: naming the factors and the nearest allowed values.
     """
-    product = math.prod(parts.values())
+    product = math.prod(factors_by_name.values())
     if global_batch < 1 or global_batch % product:
         below = global_batch // product * product
-        near = f"{below} or {below + product}" if below > 0 else str(product)
-        factors = " x ".join(f"{count} {name}" for name, count in parts.items())
+        nearest = f"{below} or {below + product}" if below > 0 else str(product)
+        factors = " x ".join(f"{count} {name}" for name, count in factors_by_name.items())
         raise UserError(
             f"--global_batch_size {global_batch}: must be a multiple of {product} = {factors}; "
-            f"the nearest is {near}"
+            f"the nearest is {nearest}"
         )
 
 
@@ -96,8 +96,8 @@ def check_fills_instance_groups(flag: str, rows: int, instances: int) -> None:
     """
     if rows % instances:
         below = rows // instances * instances
-        near = f"{below} or {below + instances}" if below else str(instances)
+        nearest = f"{below} or {below + instances}" if below else str(instances)
         raise UserError(
             f"{flag} {rows}: not a multiple of the {instances} instances that share a forward "
-            f"pass; the nearest is {near}"
+            f"pass; the nearest is {nearest}"
         )

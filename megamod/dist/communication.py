@@ -27,20 +27,20 @@ class Traffic:
 
 
 def compute_step_traffic(
-    sizes: Mapping[str, int],
+    element_counts: Mapping[str, int],
     topology: DomainTopology,
-    stage: int,
+    zero_stage: int,
     micro_steps: int,
     element_bytes: int,
     persistence_threshold: int = 100_000,
     live_limit: int = 10**9,
-    tied: Collection[str] = (),
+    tied_names: Collection[str] = (),
 ) -> Traffic:
     """Compute the bytes that one rank sends in a step.
 
     Args:
-        sizes: elements of every parameter that a rank holds, by name.
-        stage: ZeRO stage. 1 reduces gradients once per step, 2 and 3 after every micro-batch,
+        element_counts: elements of every parameter that a rank holds, by name.
+        zero_stage: ZeRO stage. 1 reduces gradients once per step, 2 and 3 after every micro-batch,
             because they store only a part of them; 3 gathers weights instead of storing them.
         micro_steps: micro-batches per rank and step.
         element_bytes: of a weight or gradient as sent: 4 in fp32, 2 in bf16 and fp16.
@@ -48,52 +48,52 @@ def compute_step_traffic(
         live_limit: elements of gathered weights that ZeRO 3 may hold (the lesser of its
             max_live_parameters and max_reuse_distance). A larger model is gathered a second time
             for the backward pass.
-        tied: parameters used by two modules; a model beyond the limit gathers them for each.
+        tied_names: parameters used by two modules; a model beyond the limit gathers them for each.
     Source: Rajbhandari et al. 2020 (ZeRO), section 7; Gururangan et al. 2022 (DEMix), section 3.2.
     """
-    where = find_scopes(sizes, topology.sharing)
-    sent = {}
+    parameter_scopes = find_scopes(element_counts, topology.sharing)
+    sent_bytes = {}
     for scope in Scope:
         ranks = topology.world_size
         if scope is Scope.DOMAIN:
             ranks = topology.ranks_per_domain
-        held = {name: size for name, size in sizes.items() if where[name] is scope}
-        if stage == 3:
+        scope_counts = {name: size for name, size in element_counts.items() if parameter_scopes[name] is scope}
+        if zero_stage == 3:
             gathers = {
-                name: (2 * (1 + (name in tied)) if sum(held.values()) > live_limit else 1)
-                for name, size in held.items()
+                name: (2 * (1 + (name in tied_names)) if sum(scope_counts.values()) > live_limit else 1)
+                for name, size in scope_counts.items()
                 if size > persistence_threshold
             }
-            elements = _count_stage_3_elements(held, gathers, ranks, micro_steps)
+            elements = _count_stage_3_elements(scope_counts, gathers, ranks, micro_steps)
         else:
-            elements = _count_elements(sum(held.values()), ranks, stage, micro_steps)
-        sent[scope] = (ranks - 1) / ranks * elements * element_bytes
-    return Traffic(sent[Scope.WORLD], sent[Scope.DOMAIN])
+            elements = _count_elements(sum(scope_counts.values()), ranks, zero_stage, micro_steps)
+        sent_bytes[scope] = (ranks - 1) / ranks * elements * element_bytes
+    return Traffic(sent_bytes[Scope.WORLD], sent_bytes[Scope.DOMAIN])
 
 
-def _count_elements(total: int, ranks: int, stage: int, micro_steps: int) -> int:
+def _count_elements(parameter_elements: int, ranks: int, zero_stage: int, micro_steps: int) -> int:
     """Count the elements in all-gathers and reduce-scatters of a step.
 
     An all-reduce is one of each.
     """
-    if stage == 0:
-        return 2 * total
-    return 2 * total * (micro_steps if stage == 2 else 1) + _round_up(total, ALIGNMENT * ranks)
+    if zero_stage == 0:
+        return 2 * parameter_elements
+    return 2 * parameter_elements * (micro_steps if zero_stage == 2 else 1) + _round_up(parameter_elements, ALIGNMENT * ranks)
 
 
 def _count_stage_3_elements(
-    held: Mapping[str, int], gathers: Mapping[str, int], ranks: int, micro_steps: int
+    element_counts: Mapping[str, int], gather_counts: Mapping[str, int], ranks: int, micro_steps: int
 ) -> int:
     """Count the elements in all-gathers and reduce-scatters of a step of ZeRO 3.
 
-    Gradients are scattered after every micro-batch. Weights are gathered `gathers` times in it, and
+    Gradients are scattered after every micro-batch. Weights are gathered `gather_counts` times in it, and
     those that ZeRO 3 keeps whole once per step.
     """
-    padded = {name: _round_up(size, ranks) for name, size in held.items()}
-    gathered = sum(padded[name] * times for name, times in gathers.items())
-    kept = sum(size for name, size in padded.items() if name not in gathers)
-    return micro_steps * (sum(padded.values()) + gathered) + kept
+    padded = {name: _round_up(size, ranks) for name, size in element_counts.items()}
+    gathered = sum(padded[name] * times for name, times in gather_counts.items())
+    whole_elements = sum(size for name, size in padded.items() if name not in gather_counts)
+    return micro_steps * (sum(padded.values()) + gathered) + whole_elements
 
 
-def _round_up(size: int, unit: int) -> int:
-    return -(-size // unit) * unit
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple

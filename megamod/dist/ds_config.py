@@ -155,9 +155,9 @@ def apply_sharing_rules(config: dict[str, object], sharing: Sharing | str, world
         config["use_data_before_expert_parallelism"] = True
 
 
-def get_offload_device(zero: Mapping[str, object], state: str) -> str:
+def get_offload_device(zero: Mapping[str, object], state_kind: str) -> str:
     """Return the device that "optimizer" or "param" is offloaded to: none, cpu or nvme."""
-    return str((zero.get(f"offload_{state}") or {}).get("device", "none"))
+    return str((zero.get(f"offload_{state_kind}") or {}).get("device", "none"))
 
 
 def _check_offload(zero: Mapping[str, object]) -> None:
@@ -275,14 +275,14 @@ def _merge_values(
     merged = {**AUTO, **values, **batch}
     shared = [where for where in values if not where.startswith("zero_optimization.")]
     for where, value in merged.items():
-        theirs = _get_key_path(config, where)
-        if where not in batch and theirs not in (MISSING, "auto"):
+        file_value = _get_key_path(config, where)
+        if where not in batch and file_value not in (MISSING, "auto"):
             origin = origins.get(where, "default")
-            if origin != "default" and theirs != value:
-                conflicts.append(f"{where} is {theirs} in {name}, {value} from {origin}")
+            if origin != "default" and file_value != value:
+                conflicts.append(f"{where} is {file_value} in {name}, {value} from {origin}")
             if where in values:
-                merged[where] = theirs
-        elif theirs == "auto" or (where in shared and value is not False):
+                merged[where] = file_value
+        elif file_value == "auto" or (where in shared and value is not False):
             _set_key_path(config, where, value)
     if conflicts:
         raise UserError(
@@ -310,11 +310,11 @@ def _resolve_batch_sizes(
     """
     fixed, source = {}, {}
     for key in (TOTAL, MICRO, STEPS):
-        theirs, origin = config.get(key, "auto"), origins.get(key, "default")
-        if theirs != "auto" and origin != "default" and theirs != values[key]:
-            conflicts.append(f"{key} is {theirs} in {name}, {values[key]} from {origin}")
-        if theirs != "auto":
-            fixed[key], source[key] = theirs, name
+        file_value, origin = config.get(key, "auto"), origins.get(key, "default")
+        if file_value != "auto" and origin != "default" and file_value != values[key]:
+            conflicts.append(f"{key} is {file_value} in {name}, {values[key]} from {origin}")
+        if file_value != "auto":
+            fixed[key], source[key] = file_value, name
         elif origin != "default":
             fixed[key], source[key] = values[key], origin
     ranks = values[TOTAL] // (values[MICRO] * values[STEPS])
@@ -388,16 +388,16 @@ def _iterate_leaves(value: object, where: str = "") -> Iterator[tuple[str, objec
         yield where, value
 
 
-def _get_key_path(config: Mapping, where: str) -> object:
-    for key in where.split("."):
+def _get_key_path(config: Mapping, key_path: str) -> object:
+    for key in key_path.split("."):
         if not isinstance(config, Mapping) or key not in config:
             return MISSING
         config = config[key]
     return config
 
 
-def _set_key_path(config: dict, where: str, value: object) -> None:
-    *parents, key = where.split(".")
+def _set_key_path(config: dict, key_path: str, value: object) -> None:
+    *parents, key = key_path.split(".")
     for parent in parents:
         config = config.setdefault(parent, {})
     config[key] = value

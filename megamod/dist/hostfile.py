@@ -70,12 +70,12 @@ class HostfileReport:
         rows = [["host", "slots", "ssh", "ranks"] + ["experts"] * (self.experts is not None)]
         ends = list(accumulate(len(host.slots) for host in self.hosts))
         for host, seconds, end in zip(self.hosts, self.ssh_seconds, ends, strict=True):
-            here = range(end - len(host.slots), end)
+            host_ranks = range(end - len(host.slots), end)
             ssh = "not tried" if seconds is None else f"{seconds:.2f} s"
-            rows.append([host.name, str(len(here)), ssh, format_range(here)])
+            rows.append([host.name, str(len(host_ranks)), ssh, format_range(host_ranks)])
             if self.experts is not None:
-                held = [int(e) for e, ranks in self.experts.items() if set(ranks) & set(here)]
-                rows[-1].append(format_range(range(held[0], held[-1] + 1)))
+                local_experts = [int(e) for e, ranks in self.experts.items() if set(ranks) & set(host_ranks)]
+                rows[-1].append(format_range(range(local_experts[0], local_experts[-1] + 1)))
         return format_table(rows)
 
 
@@ -142,20 +142,20 @@ def check_hostfile(
     groups = None
     if lines and not faults and experts is not None:
         groups, faults = _assign_expert_ranks(lines, experts)
-    seconds: list[float | None] = [None] * len(lines)
+    ssh_seconds: list[float | None] = [None] * len(lines)
     if ssh:
         # The logins wait for the network, but the exchange of keys takes processor time here.
         with ThreadPoolExecutor(min(64, max(1, len(lines)))) as pool:
-            answers = list(pool.map(lambda line: _probe_ssh(line.name, port), lines))
-        seconds = [time_ for time_, _ in answers]
+            probes = list(pool.map(lambda line: _probe_ssh(line.name, port), lines))
+        ssh_seconds = [time_ for time_, _ in probes]
         faults += [
             (line.number, f"{line.name}: {fault}")
-            for line, (_, fault) in zip(lines, answers, strict=True)
+            for line, (_, fault) in zip(lines, probes, strict=True)
             if fault
         ]
     _raise_faults(path, sorted(faults))
     hosts = tuple(Host(line.name, tuple(range(line.slots))) for line in lines)
-    return HostfileReport(hosts, tuple(seconds), groups)
+    return HostfileReport(hosts, tuple(ssh_seconds), groups)
 
 
 def find_split_groups(hosts: Sequence[str], groups: Mapping[str, range]) -> dict[str, list[str]]:
@@ -167,12 +167,12 @@ def find_split_groups(hosts: Sequence[str], groups: Mapping[str, range]) -> dict
     Returns:
         machines of each such group, by name.
     """
-    size = Counter(hosts)
-    touched = {name: list(dict.fromkeys(hosts[r] for r in ranks)) for name, ranks in groups.items()}
+    ranks_per_host = Counter(hosts)
+    hosts_by_group = {name: list(dict.fromkeys(hosts[r] for r in ranks)) for name, ranks in groups.items()}
     return {
         name: machines
-        for name, machines in touched.items()
-        if len(machines) > 1 and len(groups[name]) <= max(size[host] for host in machines)
+        for name, machines in hosts_by_group.items()
+        if len(machines) > 1 and len(groups[name]) <= max(ranks_per_host[host] for host in machines)
     }
 
 
@@ -264,19 +264,19 @@ def _assign_expert_ranks(
     machines = [line.name for line in lines for _ in range(line.slots)]
     world = len(machines)
     if world % experts and experts % world:
-        near = [n for n in range(1, 2 * world + experts) if not (n % experts and experts % n)]
-        around = [*[n for n in near if n < world][-1:], next(n for n in near if n > world)]
-        possible = " or ".join(map(str, around))
+        allowed_counts = [n for n in range(1, 2 * world + experts) if not (n % experts and experts % n)]
+        nearest_counts = [*[n for n in allowed_counts if n < world][-1:], next(n for n in allowed_counts if n > world)]
+        possible = " or ".join(map(str, nearest_counts))
         fault = f"{world} slots cannot give {experts} experts as many ranks each; use {possible}"
         return None, [(0, fault)]
-    size, held = max(1, world // experts), max(1, experts // world)
-    groups = {str(e): range(e // held * size, e // held * size + size) for e in range(experts)}
+    ranks_per_expert, experts_per_rank = max(1, world // experts), max(1, experts // world)
+    groups = {str(e): range(e // experts_per_rank * ranks_per_expert, e // experts_per_rank * ranks_per_expert + ranks_per_expert) for e in range(experts)}
     numbers = {line.name: line.number for line in lines}
     faults = []
     for name, split in find_split_groups(machines, groups).items():
         fault = (
             f"expert {name} has ranks {format_range(groups[name])}, on {' and '.join(split)}, where one "
-            f"machine could hold all; give slots in multiples of {size}"
+            f"machine could hold all; give slots in multiples of {ranks_per_expert}"
         )
         faults.append((numbers[split[0]], fault))
     return groups, faults
@@ -295,9 +295,9 @@ def _probe_ssh(name: str, port: int | None) -> tuple[float, str]:
     """Log in by ssh; return the seconds it took and its fault, "" without one."""
     command = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={SSH_SECONDS}"]
     command += [] if port is None else ["-p", str(port)]
-    began = time.monotonic()
+    start_time = time.monotonic()
     try:
-        done = subprocess.run(
+        completed = subprocess.run(
             [*command, name, "true"],
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -309,8 +309,8 @@ def _probe_ssh(name: str, port: int | None) -> tuple[float, str]:
         return SSH_SECONDS, f"no answer by ssh within {SSH_SECONDS} s"
     except OSError as error:
         return 0.0, f"ssh cannot be run: {error.strerror}"
-    seconds = time.monotonic() - began
-    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    if done.returncode:
-        return seconds, f"ssh says {lines[-1] if lines else f'exit code {done.returncode}'!r}"
+    seconds = time.monotonic() - start_time
+    lines = [line.strip() for line in completed.stderr.splitlines() if line.strip()]
+    if completed.returncode:
+        return seconds, f"ssh says {lines[-1] if lines else f'exit code {completed.returncode}'!r}"
     return seconds, ""

@@ -62,16 +62,16 @@ class DomainTopology:
         """Return the domains whose data and experts a rank holds; all domains in dense training."""
         if self.sharing is Sharing.DENSE:
             return self.domains
-        held = len(self.domains) // self.expert_parallel_size
-        first = rank // self.ranks_per_domain * held
-        return self.domains[first : first + held]
+        domains_per_rank = len(self.domains) // self.expert_parallel_size
+        first = rank // self.ranks_per_domain * domains_per_rank
+        return self.domains[first : first + domains_per_rank]
 
     def get_domain_ranks(self, domain: str) -> range:
         """Return the ranks that hold a domain's expert; every rank in dense training."""
         if self.sharing is Sharing.DENSE:
             return range(self.world_size)
-        held = len(self.domains) // self.expert_parallel_size
-        first = self.domains.index(domain) // held * self.ranks_per_domain
+        domains_per_rank = len(self.domains) // self.expert_parallel_size
+        first = self.domains.index(domain) // domains_per_rank * self.ranks_per_domain
         return range(first, first + self.ranks_per_domain)
 
     def get_rank_in_group(self, rank: int) -> int:
@@ -97,9 +97,9 @@ class DomainTopology:
             rows.append((str(rank), hosts[rank], devices[rank], ",".join(domains), shared, experts))
         lines = [format_table(rows)]
         if self.sharing is not Sharing.DENSE:
-            apart = find_split_groups(hosts, {domain: self.get_domain_ranks(domain) for domain in self.domains})
-            listed = "; ".join(f"{domain} on {', '.join(names)}" for domain, names in apart.items())
-            if apart:
+            split_groups = find_split_groups(hosts, {domain: self.get_domain_ranks(domain) for domain in self.domains})
+            listed = "; ".join(f"{domain} on {', '.join(names)}" for domain, names in split_groups.items())
+            if split_groups:
                 lines.append(
                     f"warning: gradients of experts cross between hosts, though one host could "
                     f"hold all {self.ranks_per_domain} ranks of an expert: {listed}; use slots in "

@@ -91,21 +91,23 @@ class Mixture:
         average: [E] moving average of the batches' posteriors; None before the first batch.
     """
 
-    def __init__(self, mode: str, experts: int, rule: PosteriorRule, prior: Tensor | None = None):
+    def __init__(
+        self, mode: str, expert_count: int, rule: PosteriorRule, prior: Tensor | None = None
+    ):
         """Start at the beginning of a text.
 
         Args:
             mode: see `MODES`.
-            experts: E.
+            expert_count: E.
             prior: [E], for "cached_prior"; the initial one for "updating_prior" (None: uniform).
         Raises:
             ValueError: for an unknown mode, or "cached_prior" without a prior.
         """
         if mode not in MODES or (mode == "cached_prior" and prior is None):
             raise ValueError(f"mode {mode!r} is not one of {MODES}, or lacks a prior")
-        alike = torch.full((experts,), 1 / experts, dtype=torch.float64)
+        uniform = torch.full((expert_count,), 1 / expert_count, dtype=torch.float64)
         self.mode, self.rule = mode, rule
-        self.prior = alike if prior is None or mode == "uniform_prior" else prior.double()
+        self.prior = uniform if prior is None or mode == "uniform_prior" else prior.double()
         self.tally = PerplexityCounter()
         self.average: Tensor | None = None
 
@@ -150,14 +152,14 @@ def estimate_prior(
     domains: Iterable[str],
     batches: Iterable[tuple[Tensor, Tensor]],
     rule: PosteriorRule,
-    watch: Callable[[Mixture, MixedBatch], None] | None = None,
+    report_batch: Callable[[Mixture, MixedBatch], None] | None = None,
 ) -> Prior:
     """Estimate a prior: the moving average of posteriors, which is the prior of the next batch.
 
     Args:
         domains: of the E experts.
         batches: log-probabilities [E, B, T] and masks [B, T].
-        watch: called after each batch.
+        report_batch: called after each batch.
     Raises:
         UserError: if there is no batch.
     """
@@ -165,8 +167,8 @@ def estimate_prior(
     mixture = Mixture("updating_prior", len(domains), rule)
     for log_probs, mask in batches:
         mixed = mixture.mix_batch(log_probs, mask)
-        if watch is not None:
-            watch(mixture, mixed)
+        if report_batch is not None:
+            report_batch(mixture, mixed)
     if mixture.average is None:
         raise UserError("a prior cannot be estimated on no text")
     return Prior(domains, tuple(mixture.prior.tolist()), rule.name)

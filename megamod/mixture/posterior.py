@@ -55,14 +55,14 @@ def compute_token_weights(
     if mask is None:
         mask = torch.ones(log_probs.shape[1:], dtype=torch.bool, device=log_probs.device)
     evidence = _compute_evidence(log_probs, prior, mask)
-    seen = _shift_by_one(mask.cumsum(-1)) > 0
+    has_history = _shift_by_one(mask.cumsum(-1)) > 0
     if rule == "history":
         summed = _sum_with_decay(evidence, 1 + mask.double() * (forgetting - 1))
         return _normalise_weights(_shift_by_one(summed), prior, rule, temperature)
-    places = torch.arange(mask.shape[-1], device=mask.device).where(mask, 0)
-    latest = places.cummax(-1).values.expand_as(evidence)
+    positions = torch.arange(mask.shape[-1], device=mask.device).where(mask, 0)
+    latest = positions.cummax(-1).values.expand_as(evidence)
     evidence = _shift_by_one(evidence.gather(-1, latest))
-    return _normalise_weights(evidence, prior, rule, 1.0, seen, first_over_all)
+    return _normalise_weights(evidence, prior, rule, 1.0, has_history, first_over_all)
 
 
 def mix_log_probs(log_weights: Tensor, log_probs: Tensor) -> Tensor:
@@ -81,8 +81,8 @@ def average_final_posterior(log_weights: Tensor, mask: Tensor) -> Tensor:
         log_weights: [E, B, T].
         mask: [B, T] True where a token is real.
     """
-    places = torch.arange(mask.shape[-1], device=mask.device)
-    last = places.where(mask, -1).amax(-1)
+    positions = torch.arange(mask.shape[-1], device=mask.device)
+    last = positions.where(mask, -1).amax(-1)
     rows = (last >= 0).nonzero()[:, 0]
     return log_weights[:, rows, last[rows]].exp().mean(-1)
 
@@ -93,17 +93,17 @@ def _compute_evidence(log_probs: Tensor, prior: Tensor, mask: Tensor) -> Tensor:
     Only differences matter, and this keeps sums over long texts small and exact.
     """
     bounded = log_probs.double().clamp(min=-IMPOSSIBLE)
-    held = (prior > 0).reshape(-1, *[1] * mask.ndim)
-    best = bounded.masked_fill(~held, -torch.inf).amax(0)
-    return (bounded - best).where(mask, 0.0)
+    has_weight = (prior > 0).reshape(-1, *[1] * mask.ndim)
+    best_log_probs = bounded.masked_fill(~has_weight, -torch.inf).amax(0)
+    return (bounded - best_log_probs).where(mask, 0.0)
 
 
-def _sum_with_decay(values: Tensor, keep: Tensor) -> Tensor:
+def _sum_with_decay(values: Tensor, decay: Tensor) -> Tensor:
     """Compute s_t = keep_t s_{t-1} + values_t along the last dimension, in log2(T) passes."""
     step = 1
     while step < values.shape[-1]:
-        values = values + keep * pad(values[..., :-step], (step, 0))
-        keep = keep * pad(keep[..., :-step], (step, 0))
+        values = values + decay * pad(values[..., :-step], (step, 0))
+        decay = decay * pad(decay[..., :-step], (step, 0))
         step *= 2
     return values
 
@@ -120,15 +120,15 @@ def _normalise_weights(
     prior: Tensor,
     rule: str,
     temperature: float,
-    seen: Tensor | None = None,
+    has_history: Tensor | None = None,
     first_over_all: bool = False,
 ) -> Tensor:
-    """Normalise log-weights over experts; uniform where `seen` is False."""
+    """Normalise log-weights over experts; uniform where `has_history` is False."""
     if rule not in RULES:
         raise ValueError(f"rule {rule!r} is unknown; choose one of {', '.join(RULES)}")
     shape = (-1, *[1] * (evidence.ndim - 1))
     scores = prior.double().log().reshape(shape) + evidence / temperature
-    if seen is not None:
+    if has_history is not None:
         counted = torch.ones_like(prior) if first_over_all else (prior > 0)
-        scores = scores.where(seen, counted.double().log().reshape(shape))
+        scores = scores.where(has_history, counted.double().log().reshape(shape))
     return scores.log_softmax(0).float()

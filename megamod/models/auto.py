@@ -66,13 +66,13 @@ def find_start_folder(
         return None
     saved = read_lm_config(folder, flag)
     check_same_family(f"{flag} {folder}", saved, config)
-    apart = get_untie(saved)
-    if apart != "none":
+    saved_untie = get_untie(saved)
+    if saved_untie != "none":
         missing = [name for name in get_domains(config) if name not in get_domains(saved)]
-        if get_untie(config) != apart:
+        if get_untie(config) != saved_untie:
             raise UserError(
                 f"{flag} {folder} has experts of {', '.join(get_domains(saved))}: train it with "
-                f"--untie {apart}, or give --from_scratch"
+                f"--untie {saved_untie}, or give --from_scratch"
             )
         if missing:
             raise UserError(

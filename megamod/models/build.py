@@ -66,27 +66,29 @@ class Vocabulary(Protocol):
 
 def make_encoder_config(
     preset: str,
-    changes: Mapping[str, int | None],
+    changed_fields: Mapping[str, int | None],
     flags: EncoderFlags,
     vocabulary: Vocabulary,
-    length: int,
+    sequence_length: int,
 ) -> PreTrainedConfig:
     """Make the configuration of an encoder of a named size, stock if `num_instances` is 1.
 
     Args:
-        changes: fields of `SHAPE` that replace the preset's, where not None.
-        length: tokens of a sequence; the model gets at least 512 positions.
+        changed_fields: fields of `SHAPE` that replace the preset's, where not None.
+        sequence_length: tokens of a sequence; the model gets at least 512 positions.
     Raises:
         UserError: for an unknown size, or fields that do not fit each other.
     """
     sizes = PRESETS[FAMILIES[flags.objective]]
     if preset not in sizes:
         raise UserError(f"--model {preset!r}: is no model folder and none of {', '.join(sizes)}")
-    changes = {name: changes[name] for name in SHAPE if changes.get(name) is not None}
-    shape = sizes[preset] | changes | {"vocab_size": vocabulary.size}
-    if "hidden_size" in changes and "embedding_size" in shape:
-        shape["embedding_size"] = min(shape["embedding_size"], changes["hidden_size"])
-    shape |= {"pad_token_id": vocabulary.pad, "max_position_embeddings": max(512, length)}
+    changed_fields = {
+        name: changed_fields[name] for name in SHAPE if changed_fields.get(name) is not None
+    }
+    shape = sizes[preset] | changed_fields | {"vocab_size": vocabulary.size}
+    if "hidden_size" in changed_fields and "embedding_size" in shape:
+        shape["embedding_size"] = min(shape["embedding_size"], changed_fields["hidden_size"])
+    shape |= {"pad_token_id": vocabulary.pad, "max_position_embeddings": max(512, sequence_length)}
     if flags.num_instances == 1:
         return (ElectraConfig if flags.objective == "replaced_token" else BertConfig)(**shape)
     return make_multiplexed_config(shape, flags, vocabulary)

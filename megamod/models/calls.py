@@ -11,7 +11,7 @@ WITHOUT_EFFECT = ("use_cache", "cache_position")
 """Arguments that say how to compute and do not change a result, so models may ignore them."""
 
 
-def check_extra_arguments(model: PreTrainedModel, more: Mapping[str, object]) -> None:
+def check_extra_arguments(model: PreTrainedModel, extra_arguments: Mapping[str, object]) -> None:
     """Refuse arguments that a model does not have, unless they are None, False or have no effect.
 
     Trainer, PEFT and TRL pass every model the same arguments, most of them None.
@@ -19,7 +19,7 @@ def check_extra_arguments(model: PreTrainedModel, more: Mapping[str, object]) ->
     Raises:
         ValueError: naming the argument.
     """
-    for name, value in more.items():
+    for name, value in extra_arguments.items():
         if value is not None and value is not False and name not in WITHOUT_EFFECT:
             shown = f"{name}={value!r}"
             if isinstance(value, Tensor):
@@ -57,9 +57,15 @@ def check_positions(position_ids: Tensor, columns: int, positions: int) -> None:
         )
 
 
-def select_logit_states(hidden: Tensor, keep: int | Tensor) -> Tensor:
-    """Select states [B, L, D] to compute logits for: the last `keep`, those at `keep`, 0: all."""
-    return hidden[:, keep if isinstance(keep, Tensor) else slice(-keep, None)]
+def select_logit_states(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """Select states to compute logits for: [B, L, D] -> [B, kept, D].
+
+    Args:
+        logits_to_keep: number of last positions, 0 for all; or a tensor of positions.
+    """
+    if isinstance(logits_to_keep, Tensor):
+        return hidden[:, logits_to_keep]
+    return hidden[:, -logits_to_keep:]
 
 
 class BoundedGeneration(GenerationMixin):

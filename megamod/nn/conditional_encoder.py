@@ -41,28 +41,30 @@ class ConditionalLayer(EncoderLayer):
                 part["LayerNorm"] = ConditionalLayerNorm(size, eps)
         self.adapter = Adapter(size, eps) if adapter else None
 
-    def forward(self, x: Tensor, mask: Tensor | None, tasks: Tensor, task_of: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, mask: Tensor | None, task_vectors: Tensor, row_task_ids: Tensor
+    ) -> Tensor:
         """Apply the block.
 
         Args:
             x: [B, L, D].
             mask: float, broadcastable to [B, 1, L, L], added to attention scores.
-            tasks: [T, D], a vector per task.
-            task_of: [B], task of each row.
+            task_vectors: [T, D], a vector per task.
+            row_task_ids: [B], task of each row.
         Returns:
             [B, L, D].
         """
         attention = self.attention["self"]
-        factor, shift = attention["cond_block_diag_attn"](tasks)
+        factor, shift = attention["cond_block_diag_attn"](task_vectors)
         bias = compute_block_bias(attention.random_weight_matrix, factor, shift, x.shape[1])
-        bias = bias[task_of][:, None]
-        conditions = (tasks, task_of) if self.norms else ()
+        bias = bias[row_task_ids][:, None]
+        conditions = (task_vectors, row_task_ids) if self.norms else ()
         attended = self.attend(
             x, bias if mask is None else bias + mask.to(bias.dtype), conditions=conditions
         )
         x = self.apply_feed_forward(attended, conditions)
         # The adapter's residual is the state after attention, not the one after the block.
-        return x if self.adapter is None else self.adapter(x, attended, tasks, task_of)
+        return x if self.adapter is None else self.adapter(x, attended, task_vectors, row_task_ids)
 
 
 class ConditionalEncoder(nn.Module):
@@ -87,19 +89,23 @@ class ConditionalEncoder(nn.Module):
             self.adapter_layer = nn.ModuleList(Bottleneck(size) for _ in range(depth))
         self.gradient_checkpointing = False
 
-    def forward(self, x: Tensor, mask: Tensor | None, tasks: Tensor, task_of: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, mask: Tensor | None, task_vectors: Tensor, row_task_ids: Tensor
+    ) -> Tensor:
         """Apply all blocks; arguments as of `ConditionalLayer.forward`.
 
-        `tasks` are the embeddings of the tasks, [T, D].
+        `task_vectors` are the embeddings of the tasks, [T, D].
         """
-        tasks = self.task_transformation(tasks)
+        task_vectors = self.task_transformation(task_vectors)
         total = None
         for number, layer in enumerate(self.layer):
             if self.gradient_checkpointing and self.training:
-                x = self._gradient_checkpointing_func(layer.__call__, x, mask, tasks, task_of)
+                x = self._gradient_checkpointing_func(
+                    layer.__call__, x, mask, task_vectors, row_task_ids
+                )
             else:
-                x = layer(x, mask, tasks, task_of)
+                x = layer(x, mask, task_vectors, row_task_ids)
             if hasattr(self, "adapter_layer"):
                 state = x if total is None else x + total
-                total = self.adapter_layer[number](state, tasks, task_of)
+                total = self.adapter_layer[number](state, task_vectors, row_task_ids)
         return x if total is None else total

@@ -41,18 +41,18 @@ class ConditionalLayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(size))
         self.ln_weight_modulation = Film(size, size)
 
-    def forward(self, x: Tensor, tasks: Tensor, task_of: Tensor) -> Tensor:
+    def forward(self, x: Tensor, task_vectors: Tensor, row_task_ids: Tensor) -> Tensor:
         """Normalise each position.
 
         Args:
             x: [B, L, D].
-            tasks: [T, D], a vector per task.
-            task_of: [B], task of each row.
+            task_vectors: [T, D], a vector per task.
+            row_task_ids: [B], task of each row.
         Returns:
             [B, L, D].
         """
-        factor, shift = self.ln_weight_modulation(tasks)
-        weight = (factor * self.weight + shift)[task_of][:, None]
+        factor, shift = self.ln_weight_modulation(task_vectors)
+        weight = (factor * self.weight + shift)[row_task_ids][:, None]
         return F.layer_norm(x, x.shape[-1:], eps=self.eps) * weight + self.bias
 
 
@@ -69,10 +69,10 @@ class Bottleneck(nn.Module):
         self.down_proj_layer = nn.Linear(size, size // 3)
         self.up_proj_layer = nn.Linear(size // 3, size)
 
-    def forward(self, x: Tensor, tasks: Tensor, task_of: Tensor) -> Tensor:
+    def forward(self, x: Tensor, task_vectors: Tensor, row_task_ids: Tensor) -> Tensor:
         """Apply both layers; arguments and result as of `ConditionalLayerNorm.forward`."""
-        factor, shift = self.hidden_modulation(self.emb_transf(tasks))
-        x = x * factor[task_of][:, None] + shift[task_of][:, None]
+        factor, shift = self.hidden_modulation(self.emb_transf(task_vectors))
+        x = x * factor[row_task_ids][:, None] + shift[row_task_ids][:, None]
         return self.up_proj_layer(self.down_proj_layer(x))
 
 
@@ -84,29 +84,33 @@ class Adapter(nn.Module):
         self.bottleneck = Bottleneck(size)
         self.condlayernorm = ConditionalLayerNorm(size, eps)
 
-    def forward(self, x: Tensor, residual: Tensor, tasks: Tensor, task_of: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, residual: Tensor, task_vectors: Tensor, row_task_ids: Tensor
+    ) -> Tensor:
         """Apply the adapter: state and residual [B, L, D] -> [B, L, D]."""
-        x = self.bottleneck(x, tasks, task_of) + residual
-        return self.condlayernorm(x, tasks, task_of)
+        x = self.bottleneck(x, task_vectors, row_task_ids) + residual
+        return self.condlayernorm(x, task_vectors, row_task_ids)
 
 
-def compute_block_shape(size: int, length: int) -> tuple[int, int]:
+def compute_block_shape(hidden_size: int, max_length: int) -> tuple[int, int]:
     """Return the number of attention blocks and their width.
 
     Args:
-        size: hidden size D.
-        length: L, longest sequence.
+        hidden_size: hidden size D.
+        max_length: L, longest sequence.
 
     Raises:
         ValueError: if L does not divide D.
     """
-    if length < 1 or size % length:
-        raise ValueError(f"max_seq_length {length} does not divide hidden_size {size}")
-    blocks = size // length
-    return blocks, -(-length // blocks)
+    if max_length < 1 or hidden_size % max_length:
+        raise ValueError(f"max_seq_length {max_length} does not divide hidden_size {hidden_size}")
+    blocks = hidden_size // max_length
+    return blocks, -(-max_length // blocks)
 
 
-def compute_block_bias(matrix: Tensor, factor: Tensor, shift: Tensor, length: int) -> Tensor:
+def compute_block_bias(
+    matrix: Tensor, factor: Tensor, shift: Tensor, sequence_length: int
+) -> Tensor:
     """Compute the bias on attention scores by task: blocks along the diagonal, 0 elsewhere.
 
         bias[t, r, c] = factor[t, c mod w] * matrix[r, c mod w] + shift[t, c mod w]
@@ -116,13 +120,13 @@ def compute_block_bias(matrix: Tensor, factor: Tensor, shift: Tensor, length: in
     Args:
         matrix: [L, w].
         factor, shift: [T, w].
-        length: S <= L, of the sequences in the batch.
+        sequence_length: S <= L, of the sequences in the batch.
     Returns:
         [T, S, S].
     Source: Pilault et al. 2021, section 2.1, conditional attention; closed form of the release.
     """
     width = matrix.shape[1]
-    position = torch.arange(length, device=matrix.device)
-    blocks = factor[:, None] * matrix[:length] + shift[:, None]  # [T, S, w]
+    position = torch.arange(sequence_length, device=matrix.device)
+    blocks = factor[:, None] * matrix[:sequence_length] + shift[:, None]  # [T, S, w]
     same_block = position[:, None] // width == position // width
     return blocks[:, :, position % width] * same_block

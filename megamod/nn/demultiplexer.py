@@ -69,20 +69,30 @@ class RsaDemultiplexer(nn.Module):
             implementation: see `rsa_demux`.
             norm: the encoder's last LayerNorm, if it is not yet applied to `hidden`.
         """
-        first, last = shared.get_dense(1), self.pre_decoder_layer_norm
-        between = [shared.get_dense(layer) for layer in range(2, shared.layers)]
-        layers = (first, *between, self.pre_decoder, last, *(() if norm is None else (norm,)))
+        first_layer, last_norm = shared.get_dense(1), self.pre_decoder_layer_norm
+        middle_layers = [shared.get_dense(layer) for layer in range(2, shared.layers)]
+        layers = (
+            first_layer,
+            *middle_layers,
+            self.pre_decoder,
+            last_norm,
+            *(() if norm is None else (norm,)),
+        )
         if not is_plain(*layers):
             states = hidden if norm is None else norm(hidden)
-            return self._run_modules(shared.demux_instance_embedding, states, first, between, pairs)
-        before = None if norm is None else Norm(norm.weight, norm.bias, norm.eps)
+            return self._run_modules(
+                shared.demux_instance_embedding, states, first_layer, middle_layers, pairs
+            )
+        pending_norm = None if norm is None else Norm(norm.weight, norm.bias, norm.eps)
         key = shared.demux_instance_embedding.to(hidden.dtype)
-        parts = split_projection(hidden, key, first.weight, first.bias, before, implementation)
+        parts = split_projection(
+            hidden, key, first_layer.weight, first_layer.bias, pending_norm, implementation
+        )
         chain = Chain(
-            [(dense.weight, dense.bias) for dense in between],
+            [(dense.weight, dense.bias) for dense in middle_layers],
             (self.pre_decoder.weight, self.pre_decoder.bias),
-            (last.weight, last.bias),
-            last.eps,
+            (last_norm.weight, last_norm.bias),
+            last_norm.eps,
         )
         dropout = self.dropout if self.training else 0.0
         return rsa_demux(*parts, chain, pairs, dropout, implementation)
@@ -91,8 +101,8 @@ class RsaDemultiplexer(nn.Module):
         self,
         key: Tensor,
         hidden: Tensor,
-        first: nn.Module,
-        between: Sequence[nn.Module],
+        first_layer: nn.Module,
+        middle_layers: Sequence[nn.Module],
         pairs: Pairs | None,
     ) -> Tensor:
         """Run `rsa_demux` by calls of the layers, for layers that were replaced."""
@@ -100,8 +110,8 @@ class RsaDemultiplexer(nn.Module):
         def drop(x: Tensor) -> Tensor:
             return F.dropout(x, self.dropout, self.training)
 
-        x = drop(F.gelu(apply_keyed_linear(hidden, key.to(hidden.dtype), first, pairs)))
-        for dense in between:
+        x = drop(F.gelu(apply_keyed_linear(hidden, key.to(hidden.dtype), first_layer, pairs)))
+        for dense in middle_layers:
             x = drop(F.gelu(dense(x))) + x
         return self.pre_decoder_layer_norm(F.gelu(self.pre_decoder(x))) + x
 
@@ -149,20 +159,23 @@ class MlpDemux(nn.Module):
             self.add_module(f"dense_{instance}", nn.Linear(size, size))
             self.add_module(f"layer_norm_{instance}", nn.LayerNorm(size, eps=eps))
 
-    def forward(self, hidden: Tensor, slots: Tensor | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, retrieved_instances: Tensor | None = None) -> Tensor:
         """Compute the states of every instance, or of one instance per position.
 
         Args:
             hidden: [B, L, D].
-            slots: [B, L] int64, the instance of each position; None for all instances.
+            retrieved_instances: [B, L] int64, the instance of each position; None for all
+                instances.
         Returns:
             [B, L, D] for slots, else [B, N, L, D].
         """
-        if slots is None:
+        if retrieved_instances is None:
             return torch.stack([self._run_instance(i, hidden) for i in range(self.instances)], 1)
         output = torch.zeros_like(hidden)
         for instance in range(self.instances):
-            output[slots == instance] = self._run_instance(instance, hidden[slots == instance])
+            output[retrieved_instances == instance] = self._run_instance(
+                instance, hidden[retrieved_instances == instance]
+            )
         return output
 
     def _run_instance(self, instance: int, hidden: Tensor) -> Tensor:
@@ -189,8 +202,8 @@ def apply_keyed_linear(
     if pairs is None or len(pairs.group) >= hidden.shape[0] * hidden.shape[1]:
         return add_pairs(*split_projection(hidden, key, weight, bias), pairs)
     # Fewer pairs than positions: gather first, so that no unused position is projected.
-    chosen = hidden[pairs.group, pairs.position]
-    part, keys = split_projection(chosen, key, weight, bias)
+    gathered = hidden[pairs.group, pairs.position]
+    part, keys = split_projection(gathered, key, weight, bias)
     return part + (keys[pairs.instance] if key.dim() == 2 else keys[pairs.group, pairs.instance])
 
 

@@ -70,8 +70,8 @@ class EncoderEmbeddings(nn.Module):
         ids: Tensor,
         key: Tensor,
         token_type_ids: Tensor | None,
-        first: Tensor | None,
-        second: Tensor | None,
+        instance_positions: Tensor | None,
+        mixed_positions: Tensor | None,
         implementation: str,
     ) -> Tensor:
         """Embed instances, multiplex them, and embed the result: one operation, `mux_embed`.
@@ -80,13 +80,20 @@ class EncoderEmbeddings(nn.Module):
             ids: [B * N, T].
             key: [N, D].
             token_type_ids: [B * N, T].
-            first, second: positions of instances, [B * N, T] or [1, T], and of the multiplexed
-                sequence, [B, T] or [1, T]; None for consecutive ones.
+            instance_positions, mixed_positions: positions of instances, [B * N, T] or [1, T], and
+                of the multiplexed sequence, [B, T] or [1, T]; None for consecutive ones.
         Returns:
             [B, T, D].
         """
         dropout = self.dropout.p if self.training else 0.0
-        inputs = (ids, key, self._collect_tables(), token_type_ids, first, second)
+        inputs = (
+            ids,
+            key,
+            self._collect_tables(),
+            token_type_ids,
+            instance_positions,
+            mixed_positions,
+        )
         return mux_embed(*inputs, dropout, implementation)
 
     def embed_and_attend(
@@ -94,8 +101,8 @@ class EncoderEmbeddings(nn.Module):
         ids: Tensor,
         key: Tensor,
         token_type_ids: Tensor | None,
-        first: Tensor | None,
-        second: Tensor | None,
+        instance_positions: Tensor | None,
+        mixed_positions: Tensor | None,
         block: "EncoderLayer",
         mask: Tensor | None,
         implementation: str,
@@ -119,8 +126,8 @@ class EncoderEmbeddings(nn.Module):
             projections,
             block.heads,
             token_type_ids,
-            first,
-            second,
+            instance_positions,
+            mixed_positions,
             mask,
             self.dropout.p if self.training else 0.0,
             block.attention_dropout if block.training else 0.0,
@@ -211,10 +218,10 @@ class EncoderLayer(nn.Module):
             [B, queries or L, D].
         """
         project = self.attention["self"]
-        asking = x if queries is None else x[:, :queries]
+        query_states = x if queries is None else x[:, :queries]
         query, key, value = (
             project[name](states).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, H, L, K]
-            for name, states in (("query", asking), ("key", x), ("value", x))
+            for name, states in (("query", query_states), ("key", x), ("value", x))
         )
         if mask is not None and queries is not None and mask.shape[-2] > 1:
             mask = mask[..., :queries, :]
@@ -226,7 +233,7 @@ class EncoderLayer(nn.Module):
             dropout_p=self.attention_dropout if self.training else 0.0,
         )
         mixed = mixed.transpose(1, 2).flatten(2)
-        return self._add_residual(self.attention["output"], mixed, asking, conditions)
+        return self._add_residual(self.attention["output"], mixed, query_states, conditions)
 
     def apply_feed_forward(
         self, x: Tensor, conditions: tuple[Tensor, ...] = (), norm: bool = True
@@ -234,19 +241,19 @@ class EncoderLayer(nn.Module):
         """Apply feed-forward, residual and norm, the second half of the block: [B, L, D] ->
         [B, L, D].
         """
-        inner = F.gelu(self.intermediate["dense"](x))
-        return self._add_residual(self.output, inner, x, conditions, norm)
+        update = F.gelu(self.intermediate["dense"](x))
+        return self._add_residual(self.output, update, x, conditions, norm)
 
     def _add_residual(
         self,
-        part: nn.ModuleDict,
-        inner: Tensor,
+        modules: nn.ModuleDict,
+        update: Tensor,
         x: Tensor,
         conditions: tuple[Tensor, ...] = (),
         norm: bool = True,
     ) -> Tensor:
-        total = self.dropout(part["dense"](inner)) + x
-        return part["LayerNorm"](total, *conditions) if norm else total
+        total = self.dropout(modules["dense"](update)) + x
+        return modules["LayerNorm"](total, *conditions) if norm else total
 
 
 class Encoder(nn.Module):
@@ -326,11 +333,11 @@ def compute_padding_aware_positions(input_ids: Tensor, pad_token_id: int) -> Ten
 
     The first token has row pad_token_id + 1, padding has row pad_token_id.
     """
-    real = (input_ids != pad_token_id).long()
-    return real.cumsum(1) * real + pad_token_id
+    is_token = (input_ids != pad_token_id).long()
+    return is_token.cumsum(1) * is_token + pad_token_id
 
 
-def initialise_weights(module: nn.Module, std: float) -> None:
+def initialise_weights(module: nn.Module, standard_deviation: float) -> None:
     """Initialise one module as BERT does, without its children, from torch's global generator.
 
     Layers with the attribute `default_initialisation` keep torch's own initialisation. The
@@ -340,10 +347,10 @@ def initialise_weights(module: nn.Module, std: float) -> None:
         if getattr(module, "default_initialisation", False):
             module.reset_parameters()
             return
-        nn.init.normal_(module.weight, std=std)
+        nn.init.normal_(module.weight, std=standard_deviation)
         nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Embedding):
-        nn.init.normal_(module.weight, std=std)
+        nn.init.normal_(module.weight, std=standard_deviation)
         if module.padding_idx is not None and not was_loaded_from_file(module.weight):
             nn.init.zeros_(module.weight[module.padding_idx])
     elif isinstance(module, nn.LayerNorm):

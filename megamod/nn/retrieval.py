@@ -18,91 +18,103 @@ _SCORED_TOGETHER = 2**24  # logits of a chunk in which the largest is searched
 
 
 def draw_retrieved_instances(
-    groups: int, length: int, instances: int, start: int, device: torch.device
+    group_count: int, length: int, instance_count: int, first_column: int, device: torch.device
 ) -> Tensor:
-    """Draw an instance for each position, [B, T] int64; 0 before `start`."""
-    slots = torch.randint(instances, (groups, length), device=device)
-    slots[:, :start] = 0
-    return slots
+    """Draw an instance for each position, [B, T] int64; 0 before `first_column`."""
+    retrieved_instances = torch.randint(instance_count, (group_count, length), device=device)
+    retrieved_instances[:, :first_column] = 0
+    return retrieved_instances
 
 
 def select_retrieval_targets(
-    ids_fed: Tensor,
-    slots: Tensor,
+    embedded_ids: Tensor,
+    retrieved_instances: Tensor,
     *,
-    start: int = 0,
+    first_column: int = 0,
     ignored_id: int | None = None,
-    kept: Tensor | None = None,
+    sampled: Tensor | None = None,
 ) -> Tensor:
     """Select the token to predict at each position.
 
     Args:
-        ids_fed: [B * N, T] ids as embedded, with masks, prefix and overwritten columns.
-        slots: [B, T] int64, the instance of each position.
-        start: columns before this one have no target.
+        embedded_ids: [B * N, T] ids as embedded, with masks, prefix and overwritten columns.
+        retrieved_instances: [B, T] int64, the instance of each position.
+        first_column: columns before this one have no target.
         ignored_id: a token that is no target (padding); None: every token is one.
-        kept: [B, T] bool; other positions have no target.
+        sampled: [B, T] bool; other positions have no target.
     Returns:
         [B, T] int64, -100 where there is no target.
     Raises:
         ValueError: if the shapes do not fit.
     Source: Murahari et al. 2022 (DataMUX), section 3.3.
     """
-    if slots.dim() != 2 or ids_fed.shape[0] % len(slots) or ids_fed.shape[1] != slots.shape[1]:
+    if (
+        retrieved_instances.dim() != 2
+        or embedded_ids.shape[0] % len(retrieved_instances)
+        or embedded_ids.shape[1] != retrieved_instances.shape[1]
+    ):
         raise ValueError(
-            f"ids {tuple(ids_fed.shape)} and slots {tuple(slots.shape)} do not fit: expected "
-            "[B * N, T] and [B, T]"
+            f"ids {tuple(embedded_ids.shape)} and slots {tuple(retrieved_instances.shape)} do not "
+            "fit: expected [B * N, T] and [B, T]"
         )
-    by_instance = ids_fed.view(len(slots), -1, slots.shape[1])
-    targets = by_instance.gather(1, slots[:, None])[:, 0]
-    counted = torch.arange(slots.shape[1], device=slots.device) >= start
+    by_instance = embedded_ids.view(len(retrieved_instances), -1, retrieved_instances.shape[1])
+    targets = by_instance.gather(1, retrieved_instances[:, None])[:, 0]
+    has_target = (
+        torch.arange(retrieved_instances.shape[1], device=retrieved_instances.device)
+        >= first_column
+    )
     if ignored_id is not None:
-        counted = counted & (targets != ignored_id)
-    if kept is not None:
-        counted = counted & kept
-    return targets.masked_fill(~counted, IGNORED)
+        has_target = has_target & (targets != ignored_id)
+    if sampled is not None:
+        has_target = has_target & sampled
+    return targets.masked_fill(~has_target, IGNORED)
 
 
-def build_retrieval_pairs(slots: Tensor, chosen: Tensor) -> Pairs:
+def build_retrieval_pairs(retrieved_instances: Tensor, selected: Tensor) -> Pairs:
     """Build pairs at selected positions, from instances [B, T] and a mask [B, T] bool."""
-    group, position = chosen.nonzero(as_tuple=True)
-    return Pairs(group, slots[group, position], position)
+    group, position = selected.nonzero(as_tuple=True)
+    return Pairs(group, retrieved_instances[group, position], position)
 
 
-def build_row_pairs(chosen: Tensor, instances: int) -> Pairs:
+def build_row_pairs(selected: Tensor, instance_count: int) -> Pairs:
     """Build pairs at selected positions [B * N, T] bool.
 
     Row r is instance r % N of group r // N.
     """
-    row, position = chosen.nonzero(as_tuple=True)
-    return Pairs(row // instances, row % instances, position)
+    row, position = selected.nonzero(as_tuple=True)
+    return Pairs(row // instance_count, row % instance_count, position)
 
 
 def score_tokens(
-    states: Tensor, decoder: nn.Linear, labels: Tensor, *, keep_logits: bool, count: bool = True
+    states: Tensor,
+    decoder: nn.Linear,
+    labels: Tensor,
+    *,
+    return_logits: bool,
+    count_correct: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Score token predictions.
 
     Args:
         states: [R, D].
         labels: [R] int64.
-        keep_logits: return the logits; otherwise they are never held all at once.
-        count: count correct predictions.
+        return_logits: return the logits; otherwise they are never held all at once.
+        count_correct: count correct predictions.
     Returns:
         summed loss (nats, float32), number of correct predictions or None, logits [R, V] or None.
     """
-    if keep_logits or not is_plain(decoder):
+    if return_logits or not is_plain(decoder):
         logits = decoder(states)
         total = F.cross_entropy(logits.float(), labels, reduction="sum")
-        correct = (logits.argmax(-1) == labels).sum() if count else None
-        return total, correct, logits if keep_logits else None
+        correct = (logits.argmax(-1) == labels).sum() if count_correct else None
+        return total, correct, logits if return_logits else None
     # The bias is one more column of the matrix; columns of zeros keep rows aligned.
     extra = torch.zeros(8, decoder.out_features, dtype=states.dtype, device=states.device)
     extra = torch.cat([decoder.bias.to(states.dtype)[None], extra[1:]]).T
     ones = F.pad(states.new_ones(len(states), 1), (0, 7))
     weight = torch.cat([decoder.weight.to(states.dtype), extra], 1)
     total, _ = linear_cross_entropy(torch.cat([states, ones], 1), weight, labels)
-    return total, _count_correct(states, decoder, labels) if count else None, None
+    return total, _count_correct(states, decoder, labels) if count_correct else None, None
 
 
 class RetrievalHead(nn.Module):
@@ -130,8 +142,8 @@ class RetrievalHead(nn.Module):
             x = self._add_residual(shared.get_norm(layer)(F.gelu(shared.get_dense(layer)(x))), x)
         return self._add_residual(self.pre_decoder_layer_norm(F.gelu(self.pre_decoder(x))), x)
 
-    def _add_residual(self, new: Tensor, x: Tensor) -> Tensor:
-        return new + x if self.residual else new
+    def _add_residual(self, update: Tensor, x: Tensor) -> Tensor:
+        return update + x if self.residual else update
 
 
 class PrefixRetrievalHead(nn.Module):
@@ -159,10 +171,10 @@ class MlpRetrievalHead(nn.Module):
         self.layer_norm_pre_vocab = nn.LayerNorm(size, eps=eps)
         self.decoder = nn.Linear(size, vocab_size)
 
-    def forward(self, hidden: Tensor, slots: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, retrieved_instances: Tensor) -> Tensor:
         """Compute inputs of `decoder` for the instance of each position: [B, T, D] -> [B, T, D]."""
         return self.layer_norm_pre_vocab(
-            F.gelu(self.dense_pre_vocab(self.demux_module(hidden, slots)))
+            F.gelu(self.dense_pre_vocab(self.demux_module(hidden, retrieved_instances)))
         )
 
 

@@ -37,9 +37,9 @@ class TaskHeads(nn.Module):
     def __init__(self, size: int, sizes: Sequence[int], kinds: Sequence[str], dropout: float):
         super().__init__()
         self.sizes, self.kinds = tuple(sizes), tuple(kinds)
-        most = max(sizes, default=1)
-        self.weight = nn.Parameter(torch.empty(len(sizes), most, size))
-        self.bias = nn.Parameter(torch.zeros(len(sizes), most))
+        max_size = max(sizes, default=1)
+        self.weight = nn.Parameter(torch.empty(len(sizes), max_size, size))
+        self.bias = nn.Parameter(torch.zeros(len(sizes), max_size))
         self.dropout = nn.Dropout(dropout)
 
     def initialise(self, std: float) -> None:
@@ -47,70 +47,77 @@ class TaskHeads(nn.Module):
         nn.init.normal_(self.weight, std=std)
         nn.init.zeros_(self.bias)
 
-    def mask_rows_of_kind(self, kind: str, task_of: Tensor) -> Tensor:
+    def mask_rows_of_kind(self, kind: str, row_task_ids: Tensor) -> Tensor:
         """Return a mask of the rows of tasks of a kind, bool [B]."""
-        return torch.tensor([k == kind for k in self.kinds], device=task_of.device)[task_of]
+        return torch.tensor([k == kind for k in self.kinds], device=row_task_ids.device)[
+            row_task_ids
+        ]
 
-    def compute_row_logits(self, pooled: Tensor, task_of: Tensor) -> Tensor:
+    def compute_row_logits(self, pooled: Tensor, row_task_ids: Tensor) -> Tensor:
         """Compute logits of rows: [B, D] -> [B, C], C of the largest task, unused ones very
         small.
         """
-        logits = torch.einsum("bd,bcd->bc", self.dropout(pooled), self.weight[task_of])
-        return self._mask_unused(logits + self.bias[task_of], task_of)
+        logits = torch.einsum("bd,bcd->bc", self.dropout(pooled), self.weight[row_task_ids])
+        return self._mask_unused(logits + self.bias[row_task_ids], row_task_ids)
 
-    def compute_token_logits(self, states: Tensor, task_of: Tensor) -> Tensor | None:
+    def compute_token_logits(self, states: Tensor, row_task_ids: Tensor) -> Tensor | None:
         """Compute logits of tokens: [B, L, D] -> [B, L, C].
 
         None if no task has labels of tokens.
         """
         if "token" not in self.kinds:
             return None
-        logits = torch.einsum("bld,bcd->blc", self.dropout(states), self.weight[task_of])
-        return self._mask_unused(logits + self.bias[task_of][:, None], task_of)
+        logits = torch.einsum("bld,bcd->blc", self.dropout(states), self.weight[row_task_ids])
+        return self._mask_unused(logits + self.bias[row_task_ids][:, None], row_task_ids)
 
     def compute_losses(
         self,
-        rows: Tensor,
-        tokens: Tensor | None,
-        task_of: Tensor,
+        row_logits: Tensor,
+        token_logits: Tensor | None,
+        row_task_ids: Tensor,
         labels: Tensor | None,
         token_labels: Tensor | None,
     ) -> TaskScores:
         """Compute the losses by task.
 
         Args:
-            rows, tokens: results of `row_logits` and `token_logits`.
+            row_logits, token_logits: results of `row_logits` and `token_logits`.
             labels: [B] float32, classes or values, of rows of tasks without token labels.
             token_labels: [B, L] int64, -100 where there is none.
         """
-        loss = rows.new_zeros(len(rows), dtype=torch.float32)
+        loss = row_logits.new_zeros(len(row_logits), dtype=torch.float32)
         items = torch.zeros_like(loss)
         if labels is not None:
             classes, values = (
-                self.mask_rows_of_kind("sequence", task_of),
-                self.mask_rows_of_kind("regression", task_of),
+                self.mask_rows_of_kind("sequence", row_task_ids),
+                self.mask_rows_of_kind("regression", row_task_ids),
             )
             targets = torch.where(classes, labels, 0).long()
-            entropy = F.cross_entropy(rows.float(), targets, reduction="none")
-            error = (rows[:, 0].float() - torch.where(values, labels, 0).float()) ** 2
+            entropy = F.cross_entropy(row_logits.float(), targets, reduction="none")
+            error = (row_logits[:, 0].float() - torch.where(values, labels, 0).float()) ** 2
             loss = torch.where(classes, entropy, torch.where(values, error, 0.0))
             items = (classes | values).float()
-        if tokens is not None and token_labels is not None:
+        if token_logits is not None and token_labels is not None:
             entropy = F.cross_entropy(
-                tokens.float().transpose(1, 2), token_labels, ignore_index=IGNORED, reduction="none"
+                token_logits.float().transpose(1, 2),
+                token_labels,
+                ignore_index=IGNORED,
+                reduction="none",
             )
-            of_tokens = self.mask_rows_of_kind("token", task_of)
+            of_tokens = self.mask_rows_of_kind("token", row_task_ids)
             loss = torch.where(of_tokens, entropy.sum(1), loss)
             items = torch.where(of_tokens, (token_labels != IGNORED).sum(1).float(), items)
         zeros = loss.new_zeros(len(self.sizes))
-        return TaskScores(zeros.index_add(0, task_of, loss), zeros.index_add(0, task_of, items))
+        return TaskScores(
+            zeros.index_add(0, row_task_ids, loss), zeros.index_add(0, row_task_ids, items)
+        )
 
     @torch.no_grad()
     def compute_entropy(
         self,
-        rows: Tensor,
-        tokens: Tensor | None,
-        task_of: Tensor,
+        row_logits: Tensor,
+        token_logits: Tensor | None,
+        row_task_ids: Tensor,
         token_labels: Tensor | None = None,
     ) -> Tensor:
         """Compute the entropy of each row's prediction divided by that of a uniform one.
@@ -121,20 +128,22 @@ class TaskHeads(nn.Module):
             [B] float32, 0 to 1.
         Source: Pilault et al. 2021, section 2.6; the divisor ln C + 1e-5 is that of the release.
         """
-        sizes = torch.tensor(self.sizes, device=rows.device, dtype=torch.float32)
-        most = (sizes.log() + 1e-5)[task_of]
-        relative = _compute_softmax_entropy(rows) / most
-        if tokens is not None and token_labels is not None:
+        sizes = torch.tensor(self.sizes, device=row_logits.device, dtype=torch.float32)
+        max_entropy = (sizes.log() + 1e-5)[row_task_ids]
+        relative = _compute_softmax_entropy(row_logits) / max_entropy
+        if token_logits is not None and token_labels is not None:
             labelled = token_labels != IGNORED
-            mean = (_compute_softmax_entropy(tokens) * labelled).sum(1) / labelled.sum(1).clamp(
-                min=1
+            mean = (_compute_softmax_entropy(token_logits) * labelled).sum(1) / labelled.sum(
+                1
+            ).clamp(min=1)
+            relative = torch.where(
+                self.mask_rows_of_kind("token", row_task_ids), mean / max_entropy, relative
             )
-            relative = torch.where(self.mask_rows_of_kind("token", task_of), mean / most, relative)
         return relative
 
-    def _mask_unused(self, logits: Tensor, task_of: Tensor) -> Tensor:
+    def _mask_unused(self, logits: Tensor, row_task_ids: Tensor) -> Tensor:
         """Make logits beyond the number of labels of a row's task very small."""
-        sizes = torch.tensor(self.sizes, device=logits.device)[task_of]
+        sizes = torch.tensor(self.sizes, device=logits.device)[row_task_ids]
         used = torch.arange(logits.shape[-1], device=logits.device) < sizes[:, None]
         if logits.dim() == 3:
             used = used[:, None]

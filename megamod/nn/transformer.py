@@ -85,18 +85,18 @@ def compute_positions(attention_mask: Tensor) -> Tensor:
     return mask.cumsum(1) * mask - 1
 
 
-def make_causal_mask(attention_mask: Tensor, queries: int) -> Tensor:
+def make_causal_mask(attention_mask: Tensor, query_count: int) -> Tensor:
     """Make a causal attention mask with padding.
 
     Args:
         attention_mask: [B, S], nonzero at real tokens, earlier (cached) positions first.
-        queries: L, number of trailing positions that attend.
+        query_count: L, number of trailing positions that attend.
     Returns:
         bool [B, 1, L, S]. A position that would see nothing (padding on the left) sees itself, so
         that no softmax is over an empty set.
     """
     size = attention_mask.shape[1]
     causal = torch.ones(size, size, dtype=torch.bool, device=attention_mask.device).tril()
-    seen = causal[None, None] & attention_mask[:, None, None, :].bool()
-    itself = torch.eye(size, dtype=torch.bool, device=attention_mask.device)
-    return (seen | (itself & ~seen.any(-1, keepdim=True)))[:, :, size - queries :]
+    visible = causal[None, None] & attention_mask[:, None, None, :].bool()
+    identity = torch.eye(size, dtype=torch.bool, device=attention_mask.device)
+    return (visible | (identity & ~visible.any(-1, keepdim=True)))[:, :, size - query_count :]

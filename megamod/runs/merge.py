@@ -167,7 +167,7 @@ def build_recipe_from_flags(args: MergeArgs) -> "MergeRecipe":
         domain_of = {(expert.path, expert.member): expert.domain for expert in experts}
         parents, weights = select_forest_parents(
             args.forest,
-            only=args.experts,
+            only_domains=args.experts,
             weights=args.weights,
             prior=args.prior,
             topk=args.topk or 0,

@@ -36,14 +36,14 @@ def make_dense_config(
 
 
 def write_dense_model(
-    source: Path, member: str | None, folder: Path, skipped: Sequence[str] = ()
+    source: Path, member: str | None, folder: Path, skipped_names: Sequence[str] = ()
 ) -> list[Path]:
     """Write a model, or one expert of it, as a dense model; return its files.
 
     Args:
         member: domain of the expert; None for a model without experts.
         folder: exists and is empty.
-        skipped: names of further files of the source that are not copied.
+        skipped_names: names of further files of the source that are not copied.
     Raises:
         UserError: if weights or the member are missing.
     """
@@ -62,6 +62,6 @@ def write_dense_model(
     write_json(folder / "config.json", config)
     for file in source.iterdir():
         weights = file.suffix == ".safetensors" or file.name.endswith(".index.json")
-        if file.is_file() and not weights and file.name not in ("config.json", *skipped):
+        if file.is_file() and not weights and file.name not in ("config.json", *skipped_names):
             shutil.copyfile(file, folder / file.name)
     return sorted(file for file in folder.iterdir() if file.is_file())

@@ -24,7 +24,11 @@ from megamod.states.weights import (
 
 
 def add_expert(
-    source: Path, target: Path, domain: str, like: str, dense: Mapping[str, Tensor]
+    source: Path,
+    target: Path,
+    domain: str,
+    template_domain: str,
+    dense_weights: Mapping[str, Tensor],
 ) -> None:
     """Write the weights, index and configuration of a model with experts and one more.
 
@@ -35,51 +39,59 @@ def add_expert(
         source: folder of a model with experts.
         target: folder to write into.
         domain: name of the new expert.
-        like: the expert of the source whose parts the new one has, with their element types.
-        dense: its weights, by their names in a dense model; other weights are not looked at.
+        template_domain: the expert of the source whose parts the new one has, with their element
+            types.
+        dense_weights: its weights, by their names in a dense model; other weights are not looked
+            at.
     Raises:
-        UserError: if the source has no expert `like`, or one named `domain` already, or `dense`
-            lacks a weight or has it in another shape.
+        UserError: if the source has no expert `template_domain`, or one named `domain` already, or
+            `dense_weights` lacks a weight or has it in another shape.
         OSError: if something cannot be written.
     """
     source, target = Path(source), Path(target)
-    held = ModelFolder(source)
-    known = list(
-        dict.fromkeys(owner for name in held.tensors if (owner := parse_expert_domain(name)))
+    source_model = ModelFolder(source)
+    known_domains = list(
+        dict.fromkeys(
+            owner for name in source_model.tensors if (owner := parse_expert_domain(name))
+        )
     )
-    if domain in known or like not in known:
+    if domain in known_domains or template_domain not in known_domains:
         raise UserError(
-            f"{source}: its experts are {', '.join(known) or 'none'}; {domain!r} must be new, and "
-            f"{like!r} one of them"
+            f"{source}: its experts are {', '.join(known_domains) or 'none'}; {domain!r} must "
+            f"be new, and {template_domain!r} one of them"
         )
     added: dict[str, Tensor] = {}
-    for name, spec in held.tensors.items():
-        if parse_expert_domain(name) != like:
+    for name, spec in source_model.tensors.items():
+        if parse_expert_domain(name) != template_domain:
             continue
-        weight = dense.get(to_dense_name(name))
+        weight = dense_weights.get(to_dense_name(name))
         if weight is None or tuple(weight.shape) != spec.shape:
             shape = "none" if weight is None else tuple(weight.shape)
             raise UserError(
                 f"{source}: the new expert {domain} needs {to_dense_name(name)} of shape "
                 f"{spec.shape}, given is {shape}"
             )
-        added[name.replace(f"{EXPERTS_COMPONENT}.{like}.", f"{EXPERTS_COMPONENT}.{domain}.", 1)] = (
-            weight.to(spec.dtype)
-        )
+        added[
+            name.replace(
+                f"{EXPERTS_COMPONENT}.{template_domain}.", f"{EXPERTS_COMPONENT}.{domain}.", 1
+            )
+        ] = weight.to(spec.dtype)
 
     if has_index(source):
         index = json.loads((source / INDEX_FILE).read_text(encoding="utf-8"))
-        weight_map = {name: index["weight_map"][name] for name in held.tensors}
-        for file in held.files:
+        weight_map = {name: index["weight_map"][name] for name in source_model.tensors}
+        for file in source_model.files:
             link_or_copy(file, target / file.name)
     else:
         # A single file would be read in place of the index, so its tensors are sorted into files.
-        weight_map = {name: select_weight_file(name, has_experts=True) for name in held.tensors}
+        weight_map = {
+            name: select_weight_file(name, has_experts=True) for name in source_model.tensors
+        }
         write_weights(target, read_weights(source), has_experts=True)
     for name in added:
         weight_map[name] = select_weight_file(name, has_experts=True)
     write_tensors(target / select_weight_file(name, has_experts=True), added, {"format": "pt"})
-    size = sum(spec.nbytes for spec in held.tensors.values())
+    size = sum(spec.nbytes for spec in source_model.tensors.values())
     size += sum(tensor.nbytes for tensor in added.values())
     write_json(target / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": weight_map})
     config = read_model_config(source)

@@ -48,7 +48,7 @@ def find_checkpoint(folder: Path, choice: str) -> Path | None:
     faults: list[str] = []
     for path in reversed(existing):
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        faults = find_checkpoint_faults(path, digests=size <= FULL_CHECK_BYTES)
+        faults = find_checkpoint_faults(path, check_digests=size <= FULL_CHECK_BYTES)
         if not faults:
             return path
         logger.warning("checkpoint %s is not valid (%s); trying the one before", path, faults[0])
@@ -60,16 +60,18 @@ def find_checkpoint(folder: Path, choice: str) -> Path | None:
     return None
 
 
-def find_checkpoint_faults(path: Path, digests: bool = True) -> list[str]:
+def find_checkpoint_faults(path: Path, check_digests: bool = True) -> list[str]:
     """List the faults of a checkpoint, one sentence each; empty if it is complete.
 
     Args:
-        digests: compare SHA-256 digests too, not only names and sizes.
+        check_digests: compare SHA-256 digests too, not only names and sizes.
     """
     file = path / MANIFEST
     try:
         listed = json.loads(file.read_text())["files"]
-        expected = {name: (int(of["bytes"]), str(of["sha256"])) for name, of in listed.items()}
+        expected = {
+            name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in listed.items()
+        }
     except FileNotFoundError:
         return [f"{file} is missing"]
     except OSError as error:
@@ -85,6 +87,6 @@ def find_checkpoint_faults(path: Path, digests: bool = True) -> list[str]:
             faults.append(f"{file} is missing")
         elif file.stat().st_size != size:
             faults.append(f"{file} has {file.stat().st_size} bytes, not {size}")
-        elif digests and sha256(file) != digest:
+        elif check_digests and sha256(file) != digest:
             faults.append(f"{file} does not have the SHA-256 digest of its manifest")
     return faults

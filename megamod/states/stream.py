@@ -82,12 +82,14 @@ class ModelFolder:
         self._locations: dict[str, _Location] = {}
         self._descriptors: dict[Path, int] = {}
         entries: dict[str, tuple[Spec, _Location]] = {}
-        for file, listed in _find_weight_files(self.folder).items():
-            held = dict(_read_tensor_locations(file))
-            if listed is not None and (lost := sorted(listed - held.keys())):
-                raise UserError(f"{self.folder / INDEX_FILE}: {lost[0]} is not in {file.name}")
+        for file, listed_names in _find_weight_files(self.folder).items():
+            file_entries = dict(_read_tensor_locations(file))
+            if listed_names is not None and (missing := sorted(listed_names - file_entries.keys())):
+                raise UserError(f"{self.folder / INDEX_FILE}: {missing[0]} is not in {file.name}")
             entries |= (
-                held if listed is None else {name: held[name] for name in held if name in listed}
+                file_entries
+                if listed_names is None
+                else {name: file_entries[name] for name in file_entries if name in listed_names}
             )
         if member is not None:
             domains = sorted({d for name in entries if (d := parse_expert_domain(name))})
@@ -114,23 +116,26 @@ class ModelFolder:
             os.close(descriptor)
         self._descriptors = {}
 
-    def read_into(self, name: str, start: int, buffer: Tensor) -> None:
-        """Fill a buffer (1-D, contiguous, of the tensor's dtype) with elements from `start` on.
+    def read_into(self, name: str, start_element: int, buffer: Tensor) -> None:
+        """Fill a buffer with elements of a tensor from `start_element` on.
+
+        Args:
+            buffer: 1-D, contiguous, of the tensor's dtype.
 
         Raises:
             UserError: if the file ends early or cannot be read.
         """
         location = self._locations[name]
-        left = memoryview(buffer.view(torch.uint8).numpy())
-        offset = location.offset + start * buffer.element_size()
-        while left:
+        remaining = memoryview(buffer.view(torch.uint8).numpy())
+        offset = location.offset + start_element * buffer.element_size()
+        while remaining:
             try:
-                count = os.preadv(self._descriptors[location.file], [left], offset)
+                count = os.preadv(self._descriptors[location.file], [remaining], offset)
             except OSError as error:
                 raise UserError(f"{location.file}: cannot be read: {error.strerror}") from error
             if count == 0:
                 raise UserError(f"{location.file}: ends inside of {name}")
-            left, offset = left[count:], offset + count
+            remaining, offset = remaining[count:], offset + count
 
     def read(self, name: str) -> Tensor:
         """Read a whole tensor into new memory."""
@@ -174,15 +179,15 @@ def parse_size(text: str, origin: str) -> int:
     return max(1, int(float(match[1]) * _UNITS[match[2].upper()]))
 
 
-def plan_shards(specs: Mapping[str, Spec], most: int) -> dict[str, list[str]]:
-    """Map file names to the tensors in them: one file, or shards of at most `most` bytes.
+def plan_shards(specs: Mapping[str, Spec], max_bytes: int) -> dict[str, list[str]]:
+    """Map file names to the tensors in them: one file, or shards of at most `max_bytes` bytes.
 
     A tensor larger than that has a shard of its own.
     """
     shards: list[list[str]] = [[]]
     size = 0
     for name, spec in specs.items():
-        if shards[-1] and size + spec.nbytes > most:
+        if shards[-1] and size + spec.nbytes > max_bytes:
             shards.append([])
             size = 0
         shards[-1].append(name)
@@ -270,10 +275,10 @@ def write_streamed_tensors(
     return written
 
 
-def _write_bytes(descriptor: int, left: memoryview, offset: int) -> None:
-    while left:
-        count = os.pwrite(descriptor, left, offset)
-        left, offset = left[count:], offset + count
+def _write_bytes(descriptor: int, content: memoryview, offset: int) -> None:
+    while content:
+        count = os.pwrite(descriptor, content, offset)
+        content, offset = content[count:], offset + count
 
 
 def _find_weight_files(folder: Path) -> dict[Path, set[str] | None]:
@@ -302,8 +307,8 @@ def _find_weight_files(folder: Path) -> dict[Path, set[str] | None]:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index_file}: is not the index of a model: {error!r}") from error
-    if lost := sorted(file.name for file in files if not file.is_file()):
-        raise UserError(f"{folder}: the weight file {lost[0]} is missing")
+    if missing := sorted(file.name for file in files if not file.is_file()):
+        raise UserError(f"{folder}: the weight file {missing[0]} is missing")
     return files
 
 

@@ -85,31 +85,31 @@ def check_model_files(path: Path) -> CheckResult:
     from safetensors import SafetensorError, safe_open
 
     faults: list[str] = []
-    held: dict[str, str] = {}
+    stored_in: dict[str, str] = {}
     index, where = path / "model.safetensors.index.json", path / "config.json"
     try:
         config = json.loads(where.read_text(encoding="utf-8"))
         if not isinstance(config, dict) or "model_type" not in config:
             faults.append(f"{where} names no model_type")
-        where, listed = index, {}
+        where, listed_in = index, {}
         if index.exists():
-            listed = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            listed_in = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{path}: model", [f"{where} is unreadable: {error!r}"]
-    files = sorted(set(listed.values())) or ["model.safetensors"]
+    files = sorted(set(listed_in.values())) or ["model.safetensors"]
     for name in files:
         try:
             with safe_open(path / name, framework="np") as tensors:
-                held |= dict.fromkeys(tensors.keys(), name)
+                stored_in |= dict.fromkeys(tensors.keys(), name)
         except (OSError, SafetensorError) as error:
             faults.append(f"{path / name} cannot be opened: {error}")
-    if listed and not faults:
+    if listed_in and not faults:
         faults += [
-            f"{index} and {listed.get(name, held.get(name))} do not agree on {name}"
-            for name in sorted(listed.keys() | held.keys())
-            if listed.get(name) != held.get(name)
+            f"{index} and {listed_in.get(name, stored_in.get(name))} do not agree on {name}"
+            for name in sorted(listed_in.keys() | stored_in.keys())
+            if listed_in.get(name) != stored_in.get(name)
         ]
-    return f"{path}: model, {len(files)} weight files, {len(held)} tensors", faults
+    return f"{path}: model, {len(files)} weight files, {len(stored_in)} tensors", faults
 
 
 def _is_checkpoint(path: Path) -> bool:

@@ -22,11 +22,14 @@ def count_micro_steps(run: RunArgs, topology: DomainTopology) -> int:
     Raises:
         UserError: if --global_batch_size is not a whole number of micro-batches.
     """
-    held, micro_batch = count_domains_per_rank(topology), run.per_device_train_batch_size
+    domains_per_rank, micro_batch = (
+        count_domains_per_rank(topology),
+        run.per_device_train_batch_size,
+    )
     if run.global_batch_size is None:
-        return held * run.gradient_accumulation_steps
+        return domains_per_rank * run.gradient_accumulation_steps
     parts = {"ranks": topology.world_size, "(--per_device_train_batch_size)": micro_batch}
-    if held > 1:
-        parts["domains of a rank"] = held
+    if domains_per_rank > 1:
+        parts["domains of a rank"] = domains_per_rank
     check_global_batch_size(run.global_batch_size, parts)
     return run.global_batch_size // (topology.world_size * micro_batch)

@@ -83,17 +83,22 @@ class Checkpoints:
         topology: DomainTopology,
         write_model: ModelWriter,
         settings: Mapping[str, object],
-        keep: int | None,
+        keep_count: int | None,
         defaults: Mapping[str, object] = MappingProxyType({}),
     ):
-        """`settings`: to be repeated by a resumed run. `keep`: number of checkpoints; None: all.
-        `defaults`: values of settings that an older checkpoint does not have."""
+        """Prepare to save and load.
+
+        Args:
+            settings: to be repeated by a resumed run.
+            keep_count: number of checkpoints to keep; None: all.
+            defaults: values of settings that an older checkpoint does not have.
+        """
         self.folder = Path(folder)
         self.engine = engine
         self.topology = topology
         self.write_model = write_model
         self.settings = dict(settings)
-        self.keep = keep
+        self.keep = keep_count
         self.defaults = defaults
 
     def save(self, state: TrainState) -> bool:
@@ -145,14 +150,14 @@ class Checkpoints:
         if not (folder / STATE).is_file():
             raise UserError(f"{path} was made with another --untie: it has no {folder / STATE}")
         saved = StateRecord.read(folder)
-        then = {**self.defaults, **saved.settings}
+        saved_settings = {**self.defaults, **saved.settings}
         if saved.branched:  # from another run: it says only what both must agree on
-            then = {**self.settings, **saved.settings}
+            saved_settings = {**self.settings, **saved.settings}
             _check_branched_model(folder, self.engine.module.config)
         differences = [
-            f"{key}: {then.get(key)!r} then, {value!r} now"
+            f"{key}: {saved_settings.get(key)!r} then, {value!r} now"
             for key, value in self.settings.items()
-            if then.get(key) != value
+            if saved_settings.get(key) != value
         ]
         if differences:
             raise UserError(
@@ -253,7 +258,7 @@ class Checkpoints:
         if rank > 0 and not (independent and self.topology.is_group_lead(rank)):
             return []
         scaler = getattr(self.engine.optimizer, "loss_scaler", None)
-        plain = (
+        scaler_values = (
             {
                 name: value
                 for name, value in vars(scaler).items()
@@ -263,7 +268,11 @@ class Checkpoints:
             else {}
         )
         record = StateRecord(
-            state, read_optimizer_steps(self.engine), plain, self.settings, dist.get_world_size()
+            state,
+            read_optimizer_steps(self.engine),
+            scaler_values,
+            self.settings,
+            dist.get_world_size(),
         )
         return [record.write(self._get_state_folder(folder))]
 
@@ -308,14 +317,16 @@ class Checkpoints:
 
 def _check_branched_model(folder: Path, config: PreTrainedConfig) -> None:
     """Check that weights of another run have the shape and the meaning that this run expects."""
-    saved, now = read_lm_config(folder).to_dict(), config.to_dict()
+    saved, current = read_lm_config(folder).to_dict(), config.to_dict()
     names = (
-        SHARED_GPT_FIELDS if config.model_type == DemixConfig.model_type else sorted(saved | now)
+        SHARED_GPT_FIELDS
+        if config.model_type == DemixConfig.model_type
+        else sorted(saved | current)
     )
     differences = [
-        f"{name}: {saved.get(name)!r} there, {now.get(name)!r} now"
+        f"{name}: {saved.get(name)!r} there, {current.get(name)!r} now"
         for name in names
-        if saved.get(name) != now.get(name) and name not in UNSHARED_STOCK_FIELDS
+        if saved.get(name) != current.get(name) and name not in UNSHARED_STOCK_FIELDS
     ]
     if differences:
         raise UserError(

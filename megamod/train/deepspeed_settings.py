@@ -68,12 +68,12 @@ class ResolvedSettings:
 
 
 def resolve_settings(
-    run: RunArgs, optim: OptimArgs, safety: SafetyArgs, topology: DomainTopology, width: int
+    run: RunArgs, optim: OptimArgs, safety: SafetyArgs, topology: DomainTopology, hidden_size: int
 ) -> ResolvedSettings:
     """Resolve flags and DeepSpeed file into one consistent set of settings; nothing is changed.
 
     Args:
-        width: hidden size of the model, for bucket sizes that are "auto".
+        hidden_size: hidden size of the model, for bucket sizes that are "auto".
     Raises:
         UserError: see `resolve_ds_config`, `apply_sharing_rules` and `make_loop_plan`.
     """
@@ -95,9 +95,9 @@ def resolve_settings(
         "optimizer.params.weight_decay": optim.weight_decay,
         "bf16.enabled": run.precision == "bf16",
         "fp16.enabled": run.precision == "fp16",
-        "zero_optimization.reduce_bucket_size": width * width,
-        "zero_optimization.stage3_prefetch_bucket_size": width * width,
-        "zero_optimization.stage3_param_persistence_threshold": 10 * width,
+        "zero_optimization.reduce_bucket_size": hidden_size * hidden_size,
+        "zero_optimization.stage3_prefetch_bucket_size": hidden_size * hidden_size,
+        "zero_optimization.stage3_param_persistence_threshold": 10 * hidden_size,
         "zero_optimization.offload_optimizer.nvme_path": str(get_offload_folder(run)),
     }
     origins = {

@@ -97,52 +97,57 @@ class ModelExport:
 
     def __call__(self, folder: Path) -> list[Path]:
         rank, sharing = dist.get_rank(), self.topology.sharing
-        lead = self.topology.is_group_lead(rank)
-        state = self._gather_weights(keep=rank == 0 or lead)
+        is_lead = self.topology.is_group_lead(rank)
+        state = self._gather_weights(keep_copies=rank == 0 or is_lead)
         if sharing is Sharing.BTM:
             domain = self.topology.get_rank_domains(rank)[0]
             config = copy.deepcopy(self.config)
             if hasattr(config, "domains"):  # stock configurations get no field of ours
                 config.domains = [domain]
-            return self._write_whole_model(folder / domain, config, state) if lead else []
+            return self._write_whole_model(folder / domain, config, state) if is_lead else []
         if sharing is Sharing.DENSE:
             return self._write_whole_model(folder, self.config, state) if rank == 0 else []
-        mine = {
+        local_tensors = {
             name: tensor
             for name, tensor in state.items()
-            if (lead if parse_expert_domain(name) else rank == 0)
+            if (is_lead if parse_expert_domain(name) else rank == 0)
         }
-        files = write_weights(folder, mine, has_experts=True)
+        files = write_weights(folder, local_tensors, has_experts=True)
         if rank == 0:
             files += self._write_companion_files(folder, self.config) + self._write_expert_index(
                 folder, state
             )
         return files
 
-    def _gather_weights(self, keep: bool) -> dict[str, Tensor]:
+    def _gather_weights(self, keep_copies: bool) -> dict[str, Tensor]:
         """Gather weights by name, tied ones once; under ZeRO 3 one by one."""
         state = {}
-        whole = self.engine.zero_optimization_stage() < 3
-        if not whole:  # the last forward pass may have prefetched weights that were never used
+        is_unpartitioned = self.engine.zero_optimization_stage() < 3
+        if (
+            not is_unpartitioned
+        ):  # the last forward pass may have prefetched weights that were never used
             self.engine.empty_partition_cache()
         for name, parameter in self.engine.module.named_parameters():
-            if whole:
+            if is_unpartitioned:
                 state[name] = parameter
                 continue
             with deepspeed.zero.GatheredParameters([parameter]):
-                if keep:
+                if keep_copies:
                     state[name] = parameter.detach().cpu().clone()
         return state | _collect_persistent_buffers(self.engine.module)
 
     def _write_expert_index(self, folder: Path, state: dict[str, Tensor]) -> list[Path]:
-        local = self.topology.get_rank_domains(0)[0]
+        local_domain = self.topology.get_rank_domains(0)[0]
         names, size = [], 0
         for name, tensor in state.items():
             domain = parse_expert_domain(name)
-            if domain in (None, local):
+            if domain in (None, local_domain):
                 copies = self.topology.domains if domain else ("",)
-                mark = f".{domain}."
-                names += [name.replace(mark, f".{copy}.", 1) if domain else name for copy in copies]
+                domain_component = f".{domain}."
+                names += [
+                    name.replace(domain_component, f".{copy}.", 1) if domain else name
+                    for copy in copies
+                ]
                 size += tensor.numel() * tensor.element_size() * len(copies)
         return [write_index(folder, names, size)]
 

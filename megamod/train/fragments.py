@@ -137,30 +137,30 @@ def _iterate_stage_3_shards(
 
 
 def _iterate_stage_3_fragments(
-    zero: DeepSpeedZeroOptimizer_Stage3, group: int, names: dict[torch.nn.Parameter, str]
+    zero: DeepSpeedZeroOptimizer_Stage3, group_index: int, names: dict[torch.nn.Parameter, str]
 ) -> Iterator[Fragment]:
-    for parameter in zero.fp16_groups[group]:
+    for parameter in zero.fp16_groups[group_index]:
         _, offset, size = zero.grad_position[zero.get_param_id(parameter)]
         start = size * zero._get_param_partition_rank(parameter)
         numel = min(size, parameter.ds_numel - start)  # the last rank's share is padded
         if numel > 0:
-            flat = zero.fp32_partitioned_groups_flat[group]
+            flat = zero.fp32_partitioned_groups_flat[group_index]
             yield _make_fragment(
                 names[parameter], start, flat.data, zero.optimizer, flat, offset, numel
             )
 
 
 @contextmanager
-def _swap_group_in(zero: DeepSpeedZeroOptimizer_Stage3, group: int) -> Iterator[None]:
+def _swap_group_in(zero: DeepSpeedZeroOptimizer_Stage3, group_index: int) -> Iterator[None]:
     """Swap masters and moments of a group in from disk, and out again."""
-    swapped = zero._swappable_optimizer_subgroup(group)
+    swapped = zero._swappable_optimizer_subgroup(group_index)
     if swapped:
-        zero._optimizer_states_and_gradient_swap_in(group)
+        zero._optimizer_states_and_gradient_swap_in(group_index)
     try:
         yield
     finally:
         if swapped:
-            zero._optimizer_states_and_gradient_swap_out(group)
+            zero._optimizer_states_and_gradient_swap_out(group_index)
 
 
 def _make_fragment(
@@ -168,21 +168,25 @@ def _make_fragment(
     start: int,
     master: Tensor,
     optimizer: torch.optim.Optimizer,
-    key: Tensor,
+    optimized: Tensor,
     offset: int,
     size: int,
 ) -> Fragment:
     """Make a fragment of the range [offset, offset + size) of an optimized tensor and its
     moments.
     """
-    state = optimizer.state[key]
+    state = optimizer.state[optimized]
     if not state:
-        state["step"] = torch.zeros((), dtype=torch.float32, device=key.device)
-        state["exp_avg"] = torch.zeros_like(key)
-        state["exp_avg_sq"] = torch.zeros_like(key)
-    whole = {"master": master, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+        state["step"] = torch.zeros((), dtype=torch.float32, device=optimized.device)
+        state["exp_avg"] = torch.zeros_like(optimized)
+        state["exp_avg_sq"] = torch.zeros_like(optimized)
+    flat_tensors = {
+        "master": master,
+        "exp_avg": state["exp_avg"],
+        "exp_avg_sq": state["exp_avg_sq"],
+    }
     return Fragment(
         name,
         start,
-        {kind: tensor.view(-1).narrow(0, offset, size) for kind, tensor in whole.items()},
+        {kind: tensor.view(-1).narrow(0, offset, size) for kind, tensor in flat_tensors.items()},
     )

@@ -71,13 +71,13 @@ class Stop(IntEnum):
 def train(
     engine: deepspeed.DeepSpeedEngine,
     objective: Objective,
-    batches_from: OpenBatches,
+    open_batches: OpenBatches,
     plan: Plan,
     state: TrainState,
     checkpoints: Checkpoints,
     monitor: Monitor,
     evaluate: Callable[[int], None],
-    choose: SelectBatches | None = None,
+    select_batches: SelectBatches | None = None,
 ) -> TrainState:
     """Train from `state` to the last step; log, save and evaluate on the way.
 
@@ -87,7 +87,7 @@ def train(
     Args:
         evaluate: called on every rank with the number of finished steps. Its collectives must be
             those that `megamod.dist.process.fail_together` allows.
-        choose: selects the data of a step to train on; None: all of them.
+        select_batches: selects the data of a step to train on; None: all of them.
     Raises:
         PolicyStop: a loss or gradient was not finite and the policy is to stop.
         Interrupted: SIGTERM or SIGUSR1 arrived. In both cases a checkpoint was written before.
@@ -95,8 +95,8 @@ def train(
             `save_failure` "stop"), or an evaluation failed.
     """
     group = get_loss_group(engine)
-    coupled = dist.get_world_size(group) == dist.get_world_size()
-    batches = batches_from(state.data_step)
+    is_one_group = dist.get_world_size(group) == dist.get_world_size()
+    batches = open_batches(state.data_step)
     saver = _Saver(checkpoints, plan.save_failure, state)
     signals = _Signals()
     stop = Stop.NO
@@ -105,39 +105,47 @@ def train(
         _evaluate_or_save(evaluate, state, saver, engine)
     engine.train()  # a loaded model is in evaluation mode
 
-    def due(every: int) -> bool:
-        return state.step == plan.stop_step or (every > 0 and state.step % every == 0)
+    def due(interval_steps: int) -> bool:
+        return state.step == plan.stop_step or (
+            interval_steps > 0 and state.step % interval_steps == 0
+        )
 
     while state.step < plan.stop_step:
-        started = time.perf_counter()
+        start_time = time.perf_counter()
         micro_batches = [next(batches) for _ in range(plan.micro_steps)]
-        fetched = time.perf_counter()
+        fetch_time = time.perf_counter()
         torch.manual_seed(_compute_dropout_seed(plan.seed, state.data_step))
-        if choose is not None:
-            micro_batches = choose(engine, micro_batches)
-        items = [
+        if select_batches is not None:
+            micro_batches = select_batches(engine, micro_batches)
+        item_totals = [
             sum(counts) for counts in zip(*map(objective.count_items, micro_batches), strict=True)
         ]
-        items, reason = _all_reduce_totals_and_stop(items, max(stop, signals.stop_reason), group)
-        if reason and coupled:
+        item_totals, reason = _all_reduce_totals_and_stop(
+            item_totals, max(stop, signals.stop_reason), group
+        )
+        if reason and is_one_group:
             stop = reason
             break
 
         rate = plan.schedule(state.step)
         set_learning_rate(engine.optimizer, rate)
-        scored, norm = _take_step(engine, objective, micro_batches, items, plan, state, group)
+        scores, grad_norm = _take_step(
+            engine, objective, micro_batches, item_totals, plan, state, group
+        )
         state.step += 1
         state.data_step += 1
-        monitor.add_step(scored, norm, rate, fetched - started, time.perf_counter() - started)
-        if norm is None:
+        monitor.add_step(
+            scores, grad_norm, rate, fetch_time - start_time, time.perf_counter() - start_time
+        )
+        if grad_norm is None:
             state.skipped += 1
             if not engine.fp16_enabled():
                 # With fp16 an overflow is routine: the loss scale is halved and training goes on.
                 stop = _handle_skipped_step(plan, state, checkpoints)
-                batches = batches_from(state.data_step) if plan.nonfinite == "rollback" else batches
+                batches = open_batches(state.data_step) if plan.nonfinite == "rollback" else batches
 
         if due(plan.logging_steps) or due(plan.eval_steps) or due(plan.save_steps):
-            if not coupled:  # independent models exchange signals only here
+            if not is_one_group:  # independent models exchange signals only here
                 _, stop = _all_reduce_totals_and_stop((), max(stop, signals.stop_reason), None)
             monitor.write_record(state)
             if due(plan.eval_steps):
@@ -146,7 +154,7 @@ def train(
                 saver.save(state)
             if due(plan.eval_steps):
                 _evaluate_or_save(evaluate, state, saver, engine)
-            if stop and not coupled:
+            if stop and not is_one_group:
                 break
 
     signals.restore()
@@ -175,7 +183,7 @@ def _evaluate_or_save(
 ) -> None:
     """Evaluate; if that fails on any rank, save the steps before the error goes on."""
     try:
-        with fail_together(vote=not runs_forward_together(engine)):
+        with fail_together(exchange_errors=not runs_forward_together(engine)):
             evaluate(state.step)
     except Exception as error:
         if isinstance(error, RuntimeError) and is_distributed_failure(error):
@@ -198,7 +206,7 @@ def _take_step(
     engine: deepspeed.DeepSpeedEngine,
     objective: Objective,
     micro_batches: Sequence[Batch],
-    items: Sequence[float],
+    item_totals: Sequence[float],
     plan: Plan,
     state: TrainState,
     group: dist.ProcessGroup | None,
@@ -208,32 +216,32 @@ def _take_step(
     The engine averages over micro-batches and ranks. Dividing each summed loss by this share of its
     items gives the gradient of the mean over all items, however ragged the batches are.
     """
-    parts = len(micro_batches) * dist.get_world_size(group)
-    share = [count / parts for count in items]
-    scored, norm = [], None
+    micro_batch_count = len(micro_batches) * dist.get_world_size(group)
+    item_shares = [count / micro_batch_count for count in item_totals]
+    scores, grad_norm = [], None
     for number, micro_batch in enumerate(micro_batches, start=1):
-        scored.append(objective.compute_loss(engine, micro_batch, share))
-        loss = scored[-1].loss
+        scores.append(objective.compute_loss(engine, micro_batch, item_shares))
+        loss = scores[-1].loss
         if (
             plan.spike_factor
             and number == len(micro_batches)
-            and _is_loss_spike(scored, plan, state, group)
+            and _is_loss_spike(scores, plan, state, group)
         ):
             # A gradient that is not finite makes every rank skip the update.
             loss = loss * float("nan")
         engine.backward(loss)
-        norm = finish_micro_step(engine, plan.max_grad_norm)
-    return scored, norm
+        grad_norm = finish_micro_step(engine, plan.max_grad_norm)
+    return scores, grad_norm
 
 
 def _is_loss_spike(
-    scored: Sequence[BatchScore], plan: Plan, state: TrainState, group: dist.ProcessGroup | None
+    scores: Sequence[BatchScore], plan: Plan, state: TrainState, group: dist.ProcessGroup | None
 ) -> bool:
     """Return True if this step's loss is a spike; otherwise add it to the running mean.
 
     Collective.
     """
-    sums = torch.stack([torch.stack((s.total.sum(), s.items.sum())) for s in scored]).sum(0)
+    sums = torch.stack([torch.stack((s.total.sum(), s.items.sum())) for s in scores]).sum(0)
     dist.all_reduce(sums, group=group)
     loss = float(sums[0] / sums[1])
     mean = state.mean_loss
@@ -262,14 +270,16 @@ def _handle_skipped_step(plan: Plan, state: TrainState, checkpoints: Checkpoints
 
 
 def _all_reduce_totals_and_stop(
-    items: Sequence[float], stop: int, group: dist.ProcessGroup | None
+    item_counts: Sequence[float], stop_reason: int, group: dist.ProcessGroup | None
 ) -> tuple[list[float], Stop]:
     """Sum the items and find the largest reason to stop, over a group; collective."""
-    counts = make_control_tensor([*items, *(float(stop >= reason) for reason in Stop if reason)])
+    counts = make_control_tensor(
+        [*item_counts, *(float(stop_reason >= reason) for reason in Stop if reason)]
+    )
     dist.all_reduce(counts, group=group)
     totals = counts.tolist()
-    raised = totals[len(items) :]
-    return totals[: len(items)], Stop(sum(count > 0 for count in raised))
+    reason_counts = totals[len(item_counts) :]
+    return totals[: len(item_counts)], Stop(sum(count > 0 for count in reason_counts))
 
 
 def _compute_dropout_seed(seed: int, data_step: int) -> int:
@@ -280,10 +290,10 @@ def _compute_dropout_seed(seed: int, data_step: int) -> int:
 class _Saver:
     """Saves each state once, except the loaded one, and remembers failures."""
 
-    def __init__(self, checkpoints: Checkpoints, on_failure: str, loaded: TrainState):
+    def __init__(self, checkpoints: Checkpoints, on_failure: str, loaded_state: TrainState):
         self.checkpoints = checkpoints
         self.on_failure = on_failure
-        self.saved = (loaded.step, loaded.data_step)
+        self.saved = (loaded_state.step, loaded_state.data_step)
         self.failed = False
 
     def save(self, state: TrainState) -> None:
@@ -323,8 +333,8 @@ class _Signals:
             for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
         }
 
-    def _record_signal(self, number: int, frame: object) -> None:
-        if number == signal.SIGINT and self.stop_reason:
+    def _record_signal(self, signal_number: int, frame: object) -> None:
+        if signal_number == signal.SIGINT and self.stop_reason:
             raise KeyboardInterrupt
         self.stop_reason = Stop.SIGNAL
 

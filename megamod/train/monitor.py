@@ -50,7 +50,7 @@ class Monitor:
         unit: str,
         max_steps: int,
         flops_per_token: float | None,
-        peak: float | None,
+        peak_flops: float | None,
         tensorboard: bool,
         first_step: int,
     ):
@@ -59,7 +59,7 @@ class Monitor:
         self.unit = unit
         self.max_steps = max_steps
         self.flops_per_token = flops_per_token
-        self.peak = peak
+        self.peak = peak_flops
         self.writer = None
         self.bar = None
         self.reset()
@@ -86,15 +86,15 @@ class Monitor:
 
     def add_step(
         self,
-        scored: Sequence[BatchScore],
-        norm: float | None,
-        rate: float,
+        scores: Sequence[BatchScore],
+        grad_norm: float | None,
+        learning_rate: float,
         data_seconds: float,
         step_seconds: float,
     ) -> None:
         """Add a step without reading anything back from the device."""
-        self.scored += scored
-        self.norm, self.rate = norm, rate
+        self.scored += scores
+        self.norm, self.rate = grad_norm, learning_rate
         self.steps += 1
         self.data_seconds += data_seconds
         self.step_seconds += step_seconds
@@ -105,12 +105,12 @@ class Monitor:
         """Sum over all ranks, write one record, and add the tokens to `state`; collective."""
         sums = torch.stack([torch.stack((s.total, s.items)) for s in self.scored]).double().sum(0)
         dist.all_reduce(sums)
-        further = self._reduce_further_metrics()
-        seconds = time.perf_counter() - self.since
+        further_metrics = self._reduce_further_metrics()
+        interval_seconds = time.perf_counter() - self.since
         totals, items = sums.tolist()
         for group, count in zip(self.groups, items, strict=True):
             state.tokens[group] = state.tokens.get(group, 0) + round(count)
-        per_second = sum(items) / seconds
+        per_second = sum(items) / interval_seconds
         record: dict[str, object] = {
             "step": state.step,
             self.unit: sum(state.tokens.values()),
@@ -120,7 +120,7 @@ class Monitor:
                 for group, total, count in zip(self.groups, totals, items, strict=True)
                 if count
             },
-            **further,
+            **further_metrics,
             "lr": self.rate,
             "grad_norm": self.norm,
             f"{self.unit}_per_second": per_second,
@@ -131,8 +131,8 @@ class Monitor:
             "skipped": state.skipped,
         }
         if get_rank() == 0:
-            self._append_record(record, self._build_tensorboard_tags(record, further))
-            self._print_progress(record, seconds)
+            self._append_record(record, self._build_tensorboard_tags(record, further_metrics))
+            self._print_progress(record, interval_seconds)
         self.reset()
 
     def log_scores(
@@ -185,22 +185,22 @@ class Monitor:
             logger.error("%s: cannot be written: %s", self.folder / "metrics.jsonl", error.strerror)
 
     def _build_tensorboard_tags(
-        self, record: Mapping[str, object], further: Mapping[str, float]
+        self, record: Mapping[str, object], further_metrics: Mapping[str, float]
     ) -> dict[str, float]:
-        names = ("loss", "lr", "grad_norm", f"{self.unit}_per_second", *further)
+        names = ("loss", "lr", "grad_norm", f"{self.unit}_per_second", *further_metrics)
         tags = {f"train/{name}": record[name] for name in names}
         tags |= {f"train/loss/{g}": value for g, value in record["loss_by_domain"].items()}
         return {tag: value for tag, value in tags.items() if value is not None}
 
-    def _print_progress(self, record: Mapping[str, object], seconds: float) -> None:
-        left = (self.max_steps - record["step"]) * seconds / self.steps
+    def _print_progress(self, record: Mapping[str, object], interval_seconds: float) -> None:
+        seconds = int((self.max_steps - record["step"]) * interval_seconds / self.steps)
         mfu = "n/a" if record["mfu"] is None else f"{100 * record['mfu']:.1f}%"
         norm = "skipped" if record["grad_norm"] is None else f"{record['grad_norm']:.3g}"
         self._print_line(
             f"step {record['step']}/{self.max_steps}  loss {record['loss']:.4f}  "
             f"lr {record['lr']:.3g}  norm {norm}  "
             f"{record[f'{self.unit}_per_second']:,.0f} {self.unit}/s  MFU {mfu}  "
-            f"ETA {int(left) // 3600}:{int(left) // 60 % 60:02}:{int(left) % 60:02}"
+            f"ETA {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
         )
 
     def _print_line(self, line: str) -> None:
@@ -248,8 +248,8 @@ def _drop_records_after(path: Path, step: int) -> None:
     """Drop records of steps that a resumed run repeats."""
     if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if _read_step(line) <= step]
-        write_atomic(path, "".join(line + "\n" for line in kept))
+        kept_lines = [line for line in lines if _read_step(line) <= step]
+        write_atomic(path, "".join(line + "\n" for line in kept_lines))
 
 
 def _read_step(line: str) -> float:

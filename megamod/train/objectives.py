@@ -43,9 +43,9 @@ class Objective(Protocol):
         ...
 
     def compute_loss(
-        self, engine: deepspeed.DeepSpeedEngine, batch: Batch, items: Sequence[float]
+        self, engine: deepspeed.DeepSpeedEngine, batch: Batch, item_totals: Sequence[float]
     ) -> BatchScore:
-        """Run the model; the summed loss of each term is divided by its number in `items`."""
+        """Run the model; the summed loss of each term is divided by its number in `item_totals`."""
         ...
 
 
@@ -57,16 +57,16 @@ class CausalLMObjective:
         choose: True if the model selects an expert by the domain of the batch.
     """
 
-    def __init__(self, domains: tuple[str, ...], device: torch.device, choose: bool):
+    def __init__(self, domains: tuple[str, ...], device: torch.device, selects_expert: bool):
         self.domains = domains
         self.device = device
-        self.choose = choose
+        self.choose = selects_expert
 
     def count_items(self, batch: Batch) -> Sequence[float]:
         return (batch["tokens"],)
 
     def compute_loss(
-        self, engine: deepspeed.DeepSpeedEngine, batch: Batch, items: Sequence[float]
+        self, engine: deepspeed.DeepSpeedEngine, batch: Batch, item_totals: Sequence[float]
     ) -> BatchScore:
         labels = batch["labels"].to(self.device, non_blocking=True)
         input_ids = batch["input_ids"].to(self.device, non_blocking=True)
@@ -81,7 +81,7 @@ class CausalLMObjective:
             attention_mask=mask,
             position_ids=None if mask is not None else positions,
             shift_labels=labels,
-            num_items_in_batch=items[0],
+            num_items_in_batch=item_totals[0],
             domain=self.domains[batch["domain"]] if self.choose else None,
         )
         domains = batch["domains"].to(self.device, non_blocking=True)
@@ -166,12 +166,12 @@ class ClassificationObjective:
         inputs: Sequence[str],
         device: torch.device,
         regression: bool,
-        retrieved: float = 0.0,
+        retrieved_per_token: float = 0.0,
     ):
         self.inputs = tuple(inputs)
         self.device = device
         self.regression = regression
-        self.retrieved = retrieved
+        self.retrieved = retrieved_per_token
 
     def count_items(self, batch: Batch) -> Sequence[float]:
         if not self.retrieved:
@@ -180,7 +180,7 @@ class ClassificationObjective:
         return batch["items"], self.retrieved * float(batch["attention_mask"].sum())
 
     def compute_loss(
-        self, engine: deepspeed.DeepSpeedEngine, batch: Batch, items: Sequence[float]
+        self, engine: deepspeed.DeepSpeedEngine, batch: Batch, item_totals: Sequence[float]
     ) -> BatchScore:
         fields = {
             name: batch[name].to(self.device, non_blocking=True)
@@ -189,8 +189,10 @@ class ClassificationObjective:
         count = torch.tensor([float(batch["items"])], device=self.device)
         if self.retrieved:
             return self._score_with_retrieval(
-                engine(**fields, num_items_in_batch=items[0], num_retrieval_items=items[1]),
-                items[0],
+                engine(
+                    **fields, num_items_in_batch=item_totals[0], num_retrieval_items=item_totals[1]
+                ),
+                item_totals[0],
                 count,
             )
         labels = fields.pop("labels")
@@ -201,10 +203,12 @@ class ClassificationObjective:
             total = functional.cross_entropy(
                 logits.flatten(0, -2), labels.flatten(), ignore_index=-100, reduction="sum"
             )
-        return BatchScore(total / items[0], total.detach()[None], count)
+        return BatchScore(total / item_totals[0], total.detach()[None], count)
 
-    def _score_with_retrieval(self, output: "MuxOutput", items: float, count: Tensor) -> BatchScore:
-        total = (output.task_loss.detach() * items)[None]
+    def _score_with_retrieval(
+        self, output: "MuxOutput", item_total: float, count: Tensor
+    ) -> BatchScore:
+        total = (output.task_loss.detach() * item_total)[None]
         right = torch.stack((output.retrieval_correct, output.retrieval_count)).float()
         return BatchScore(output.loss, total, count, {"retrieval_accuracy": right})
 
@@ -232,13 +236,13 @@ class MultiTaskObjective:
         return batch["items"]
 
     def compute_loss(
-        self, engine: deepspeed.DeepSpeedEngine, batch: Batch, items: Sequence[float]
+        self, engine: deepspeed.DeepSpeedEngine, batch: Batch, item_totals: Sequence[float]
     ) -> BatchScore:
         names = (*self.inputs, "task_ids", "labels")
         names += ("token_labels",) if "token_labels" in batch else ()
         fields = {name: batch[name].to(self.device, non_blocking=True) for name in names}
         if self.reduction == "global":
-            fields["num_items_in_batch"] = torch.tensor(items, device=self.device)
+            fields["num_items_in_batch"] = torch.tensor(item_totals, device=self.device)
         output = engine(**fields)
         rows = torch.bincount(fields["task_ids"], minlength=len(self.tasks)).float()
         shares = {
@@ -263,18 +267,18 @@ class EncoderObjective:
         shown: name of the loss that the log shows.
     """
 
-    def __init__(self, losses: ComputeLosses, terms: Sequence[str], shown: str):
-        self.losses = losses
-        self.terms = tuple(terms)
-        self.shown = shown
+    def __init__(self, compute_losses: ComputeLosses, item_fields: Sequence[str], main_loss: str):
+        self.losses = compute_losses
+        self.terms = tuple(item_fields)
+        self.shown = main_loss
 
     def count_items(self, batch: Batch) -> Sequence[float]:
         return tuple(batch[name] for name in self.terms)
 
     def compute_loss(
-        self, engine: deepspeed.DeepSpeedEngine, batch: Batch, items: Sequence[float]
+        self, engine: deepspeed.DeepSpeedEngine, batch: Batch, item_totals: Sequence[float]
     ) -> BatchScore:
-        losses = self.losses(engine, batch, items)
+        losses = self.losses(engine, batch, item_totals)
         shown = losses[self.shown]
         further = {n: pair for n, pair in losses.items() if n not in ("loss", self.shown)}
         return BatchScore(losses["loss"], shown[:1], shown[1:], further)
@@ -283,21 +287,21 @@ class EncoderObjective:
 def compute_masked_losses(
     model: nn.Module,
     batch: Batch,
-    items: Sequence[float],
+    item_totals: Sequence[float],
     device: torch.device,
     multiplexed: bool,
 ) -> dict[str, Tensor]:
     """Compute the losses of a masked LM.
 
     Args:
-        items: divisors in "loss" of the sums over masked and over retrieved tokens.
+        item_totals: divisors in "loss" of the sums over masked and over retrieved tokens.
     Returns:
         "loss", a differentiable scalar; and [2] float32 sums with their counts: "task_loss" and
         "retrieval_loss" (nats), "retrieval_accuracy"; only terms with a weight.
     """
     inputs = batch["input_ids"].to(device, non_blocking=True)
     labels = batch["labels"].to(device, non_blocking=True)
-    masked, positions = (count or 1.0 for count in items)
+    masked, positions = (count or 1.0 for count in item_totals)
     if not multiplexed:
         logits = model(input_ids=inputs).logits[labels != -100].float()
         total = nn.functional.cross_entropy(logits, labels[labels != -100], reduction="sum")
@@ -319,7 +323,7 @@ def compute_masked_losses(
 def compute_replaced_losses(
     model: nn.Module,
     batch: Batch,
-    items: Sequence[float],
+    item_totals: Sequence[float],
     device: torch.device,
     config: PreTrainedConfig,
     weight: float = 1.0,
@@ -327,8 +331,8 @@ def compute_replaced_losses(
     """Compute the losses of a discriminator of replaced tokens.
 
     Args:
-        items: divisors in "loss" of the sums over classified, retrieved and masked tokens, and over
-            those that a multiplexed generator retrieves.
+        item_totals: divisors in "loss" of the sums over classified, retrieved and masked tokens,
+            and over those that a multiplexed generator retrieves.
         config: of the model; the tokens of a plain ELECTRA are replaced by random ones here.
         weight: of a plain discriminator in "loss"; other models have it in their configuration.
     Returns:
@@ -337,7 +341,7 @@ def compute_replaced_losses(
     """
     inputs = batch["input_ids"].to(device, non_blocking=True)
     random_ids = batch["random_ids"].to(device, non_blocking=True)
-    tokens, positions, masked, readable = (count or 1.0 for count in items)
+    tokens, positions, masked, readable = (count or 1.0 for count in item_totals)
     if not hasattr(config, "num_instances"):
         corrupted = inputs == batch["mask_id"]
         logits = model(input_ids=torch.where(corrupted, random_ids, inputs)).logits.float()
@@ -376,11 +380,13 @@ def compute_replaced_losses(
 
 
 def _collect_loss_terms(
-    output: "MuxOutput", batch: Batch, task: tuple[float, float], positions: float
+    output: "MuxOutput", batch: Batch, task_divisor_and_count: tuple[float, float], positions: float
 ) -> dict[str, Tensor]:
     losses = {}
     if output.task_loss is not None:
-        losses["task_loss"] = _stack_sum_and_count(output.task_loss * task[0], task[1])
+        losses["task_loss"] = _stack_sum_and_count(
+            output.task_loss * task_divisor_and_count[0], task_divisor_and_count[1]
+        )
     if output.retrieval_loss is not None:
         losses["retrieval_loss"] = _stack_sum_and_count(
             output.retrieval_loss * positions, batch["positions"]

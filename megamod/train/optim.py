@@ -40,52 +40,54 @@ def make_optimizer_factory(
     )
 
 
-def make_linear_schedule(peak: float, warmup_steps: int, max_steps: int) -> Schedule:
+def make_linear_schedule(peak_rate: float, warmup_steps: int, max_steps: int) -> Schedule:
     """Make a schedule: linear from 0 to peak over the warm-up, then linear to 0 at the last step.
 
     The value for n finished steps applies to the next step, so with a warm-up the first step has
     rate 0 (fairseq's polynomial_decay with power 1).
     """
 
-    def rate(finished: int) -> float:
-        if finished <= warmup_steps and warmup_steps:
-            return peak * finished / warmup_steps
-        remaining = max(0, max_steps - finished) / max(1, max_steps - warmup_steps)
-        return peak * remaining
+    def rate(finished_steps: int) -> float:
+        if finished_steps <= warmup_steps and warmup_steps:
+            return peak_rate * finished_steps / warmup_steps
+        remaining = max(0, max_steps - finished_steps) / max(1, max_steps - warmup_steps)
+        return peak_rate * remaining
 
     return rate
 
 
-def make_constant_schedule(peak: float, warmup_steps: int, max_steps: int) -> Schedule:
+def make_constant_schedule(peak_rate: float, warmup_steps: int, max_steps: int) -> Schedule:
     """Make a schedule: linear from 0 to peak over the warm-up, then constant."""
-    return lambda finished: peak * min(1.0, finished / warmup_steps if warmup_steps else 1.0)
+    return lambda finished: peak_rate * min(1.0, finished / warmup_steps if warmup_steps else 1.0)
 
 
-def make_cosine_schedule(peak: float, warmup_steps: int, max_steps: int) -> Schedule:
+def make_cosine_schedule(peak_rate: float, warmup_steps: int, max_steps: int) -> Schedule:
     """Make a schedule: linear from 0 to peak over the warm-up, then half a cosine to 0 at the
     end.
     """
 
-    def rate(finished: int) -> float:
-        if finished < warmup_steps:
-            return peak * finished / warmup_steps
-        done = min(1.0, (finished - warmup_steps) / max(1, max_steps - warmup_steps))
-        return peak * (1 + math.cos(math.pi * done)) / 2
+    def rate(finished_steps: int) -> float:
+        if finished_steps < warmup_steps:
+            return peak_rate * finished_steps / warmup_steps
+        progress = min(1.0, (finished_steps - warmup_steps) / max(1, max_steps - warmup_steps))
+        return peak_rate * (1 + math.cos(math.pi * progress)) / 2
 
     return rate
 
 
-def make_warmup_stable_decay_schedule(peak: float, warmup_steps: int, max_steps: int) -> Schedule:
+def make_warmup_stable_decay_schedule(
+    peak_rate: float, warmup_steps: int, max_steps: int
+) -> Schedule:
     """Make a schedule: linear to peak, constant, and linear to 0 over the last fifth of all steps.
 
     Source: Hu et al. 2024 (MiniCPM), section 4; the linear decay is that of Hagele et al. 2024.
     """
     decay = max(1, max_steps // 5)
 
-    def rate(finished: int) -> float:
-        if finished < warmup_steps:
-            return peak * finished / warmup_steps
-        return peak * min(1.0, max(0, max_steps - finished) / decay)
+    def rate(finished_steps: int) -> float:
+        if finished_steps < warmup_steps:
+            return peak_rate * finished_steps / warmup_steps
+        return peak_rate * min(1.0, max(0, max_steps - finished_steps) / decay)
 
     return rate
 
@@ -98,7 +100,7 @@ SCHEDULES = {
 }
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
     """Set the learning rate of every parameter group."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = learning_rate

@@ -18,16 +18,16 @@ REGRESSION_RULES = ("borrow", "mean", "release")
 BORROWER, LENDER = "sts-b", "mrpc"  # of the release: both compare two sentences
 
 
-def average_by_task(entropy: Tensor, task_of: Tensor, tasks: int) -> Tensor:
+def average_by_task(entropy: Tensor, row_task_ids: Tensor, task_count: int) -> Tensor:
     """Average over the rows of each task: [B], [B] -> [T]; 0 for a task without rows."""
-    totals = entropy.new_zeros(tasks).index_add_(0, task_of, entropy)
-    counts = entropy.new_zeros(tasks).index_add_(0, task_of, torch.ones_like(entropy))
+    totals = entropy.new_zeros(task_count).index_add_(0, row_task_ids, entropy)
+    counts = entropy.new_zeros(task_count).index_add_(0, row_task_ids, torch.ones_like(entropy))
     return totals / counts.clamp(min=1)
 
 
 def score_uncertainty(
     entropy: Tensor,
-    task_of: Tensor,
+    row_task_ids: Tensor,
     tasks: Sequence[str],
     kinds: Sequence[str],
     *,
@@ -47,23 +47,23 @@ def score_uncertainty(
 
     Args:
         entropy: [B] float32, see `TaskHeads.compute_entropy`.
-        task_of: [B] int64.
+        row_task_ids: [B] int64.
         tasks, kinds: names and kinds of all tasks.
     Returns:
         [B] float32; all 0 if no row has any entropy.
     """
-    means = average_by_task(entropy, task_of, len(tasks))
+    means = average_by_task(entropy, row_task_ids, len(tasks))
     largest = means.max()
-    factor = means[task_of] if rule == "release" else torch.ones_like(entropy)
+    factor = means[row_task_ids] if rule == "release" else torch.ones_like(entropy)
     scores = torch.where(largest > 0, entropy * factor / largest.clamp(min=1e-30), 0.0)
     values = torch.tensor([kind == "regression" for kind in kinds], device=entropy.device)
-    classified = (~values[task_of]).nonzero()[:, 0]
+    classified = (~values[row_task_ids]).nonzero()[:, 0]
     if regression == "mean" and len(classified):
-        return torch.where(values[task_of], scores[classified].mean(), scores)
+        return torch.where(values[row_task_ids], scores[classified].mean(), scores)
     for task in values.nonzero()[:, 0].tolist():
-        borrowers, lenders = (task_of == task).nonzero()[:, 0], classified
+        borrowers, lenders = (row_task_ids == task).nonzero()[:, 0], classified
         if tasks[task] == BORROWER and LENDER in tasks:
-            lenders = (task_of == tasks.index(LENDER)).nonzero()[:, 0]
+            lenders = (row_task_ids == tasks.index(LENDER)).nonzero()[:, 0]
             borrowers = borrowers[: len(lenders)]
             lenders = lenders[: len(borrowers)]
         elif regression == "release" or not len(classified):
@@ -119,33 +119,44 @@ class UncertaintySelector:
     ) -> list[Batch]:
         """Select the micro-batches to train on; collective with "global"."""
         entropy = torch.stack([self._compute_entropy(engine, batch) for batch in micro_batches])
-        task_of, rows = (
+        row_task_ids, rows = (
             torch.stack([batch[name] for batch in micro_batches]).to(self.device)
             for name in ("task_ids", "rows")
         )
         shape = self.mixture.shape
         size = shape.micro_batch
         if self.scope == "local":
-            chosen = [
-                (task_of[turn][best], rows[turn][best])
-                for turn, scores in enumerate(map(self._score_rows, entropy, task_of))
-                for best in [select_most_uncertain(scores, size)]
+            selected = [
+                (row_task_ids[micro_batch_index][best_rows], rows[micro_batch_index][best_rows])
+                for micro_batch_index, scores in enumerate(
+                    map(self._score_rows, entropy, row_task_ids)
+                )
+                for best_rows in [select_most_uncertain(scores, size)]
             ]
         else:
-            entropy, task_of, rows = map(self._gather_from_ranks, (entropy, task_of, rows))
-            best = select_most_uncertain(self._score_rows(entropy, task_of), shape.global_batch)
-            mine = best[shape.first_sample : shape.first_sample + size * len(micro_batches)].split(
-                size
+            entropy, row_task_ids, rows = map(
+                self._gather_from_ranks, (entropy, row_task_ids, rows)
             )
-            chosen = [(task_of[indices], rows[indices]) for indices in mine]
+            best_rows = select_most_uncertain(
+                self._score_rows(entropy, row_task_ids), shape.global_batch
+            )
+            local_indices = best_rows[
+                shape.first_sample : shape.first_sample + size * len(micro_batches)
+            ].split(size)
+            selected = [(row_task_ids[indices], rows[indices]) for indices in local_indices]
         return [
             self.mixture.gather_batch(tasks.cpu().numpy(), numbers.cpu().numpy())
-            for tasks, numbers in chosen
+            for tasks, numbers in selected
         ]
 
-    def _score_rows(self, entropy: Tensor, task_of: Tensor) -> Tensor:
+    def _score_rows(self, entropy: Tensor, row_task_ids: Tensor) -> Tensor:
         return score_uncertainty(
-            entropy, task_of, self.tasks, self.kinds, rule=self.rule, regression=self.regression
+            entropy,
+            row_task_ids,
+            self.tasks,
+            self.kinds,
+            rule=self.rule,
+            regression=self.regression,
         )
 
     @torch.no_grad()
@@ -160,10 +171,10 @@ class UncertaintySelector:
         engine.train()
         return entropy
 
-    def _gather_from_ranks(self, mine: Tensor) -> Tensor:
+    def _gather_from_ranks(self, local: Tensor) -> Tensor:
         """Gather [micro-batches, T * rows] of all ranks: flat, by task, rank and micro-batch."""
-        parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, mine.contiguous())
+        parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, local.contiguous())
         sizes = (len(self.tasks), self.mixture.shape.micro_batch)
         by_task = torch.stack(parts).unflatten(-1, sizes)
         return by_task.movedim(2, 0).flatten()

@@ -55,7 +55,7 @@ def measure_here(rank: int, folder: str) -> list[float]:
     (root / "run.yaml").write_text("seed: 1\n")
     output = make_card(config, Sharing.DENSE, "none")
     export = ModelExport(engine, config, topology, None, root / "run.yaml", output)
-    checkpoints = Checkpoints(root / "checkpoints", engine, topology, export, {}, keep=1)
+    checkpoints = Checkpoints(root / "checkpoints", engine, topology, export, {}, keep_count=1)
 
     def ours(number: int) -> None:
         assert checkpoints.save(TrainState(step=number))

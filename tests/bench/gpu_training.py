@@ -111,7 +111,7 @@ def measure_demix(
         engine = Job(*size.flags, "--domains", "text", "--untie", untie).engine(device)
         if compiled:
             _compile(engine)
-        objective = CausalLMObjective(("text",), device, choose=untie != "none")
+        objective = CausalLMObjective(("text",), device, selects_expert=untie != "none")
         batches = random_batches(engine.module.config.vocab_size, size, device)
         sides[untie] = whole_step(engine, objective, batches)
     took = least(sides, device, rounds)

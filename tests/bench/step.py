@@ -161,7 +161,7 @@ def through_loop(
         spike_factor=0.0,
         save_failure="continue",
     )
-    objective = CausalLMObjective(domains, device, choose=False)
+    objective = CausalLMObjective(domains, device, selects_expert=False)
     state, saved = TrainState(), _NoCheckpoints()
     with tempfile.TemporaryDirectory() as folder:
         monitor = Monitor(Path(folder), domains, "tokens", steps + 1, None, None, lead, 0)

@@ -200,7 +200,9 @@ def test_worlds_are_left_and_entered(parents, tmp_path):
         assert {prefix + n for n in ours} == theirs.keys()
         assert all(torch.equal(ours[n.removeprefix(prefix)], t) for n, t in theirs.items())
     source = ParentModel(alone, None, 3)
-    world = write_branch_checkpoint([source], [1.0], ["x", "y"], tmp_path / "world", one_world=True)
+    world = write_branch_checkpoint(
+        [source], [1.0], ["x", "y"], tmp_path / "world", in_one_job=True
+    )
     assert find_checkpoint_faults(world) == []
     for kind in KINDS:
         ours, theirs = masters(world, kind), masters(alone, kind)
@@ -245,7 +247,13 @@ def test_the_checkpoint_is_the_nearest(tmp_path):
         80,
     ]
     # Shares of 80: 30 lies between 20 and 40, 60 between 40 and 80.
-    assert [chosen(share=share) for share in (0.0, 0.375, 0.5, 0.75, 1.0)] == [10, 20, 40, 80, 80]
+    assert [chosen(step_share=share) for share in (0.0, 0.375, 0.5, 0.75, 1.0)] == [
+        10,
+        20,
+        40,
+        80,
+        80,
+    ]
     assert chosen() == 80
     assert select_checkpoint(tmp_path / "other") is None
 
@@ -267,7 +275,7 @@ def test_experts_of_a_forest_are_parents(tmp_path):
     with edit_forest(tmp_path) as experts:
         experts.append(Expert("new", mixed, "law"))  # of whom the prior does not know
     known = select_forest_parents(
-        tmp_path, only=["art", "code", "law"], prior=tmp_path / "prior.json", topk=1
+        tmp_path, only_domains=["art", "code", "law"], prior=tmp_path / "prior.json", topk=1
     )
     assert known == ([ParentModel(mixed, "art")], [0.75])
 
@@ -283,14 +291,14 @@ def test_bad_choices_are_refused_and_change_nothing(tmp_path):
     before = tree(tmp_path)
     cases = [
         (lambda: find_parent(law, step=3), "a model folder, so --step"),
-        (lambda: find_parent(tmp_path / "best", share=0.5), "a single checkpoint, so --step"),
+        (lambda: find_parent(tmp_path / "best", step_share=0.5), "a single checkpoint, so --step"),
         (lambda: find_parent(tmp_path / "best"), "not a complete checkpoint"),
         (lambda: find_parent(tmp_path / "gone"), "no run, no checkpoint and no model"),
         (lambda: find_parent(tmp_path / "empty"), "no checkpoint yet"),
         (lambda: find_parent(tmp_path / "begun"), "not a complete checkpoint"),
         (lambda: find_parent(mixed), "--member must be one of law, code, art"),
         (lambda: find_parent(law, member="law"), "one dense model"),
-        (lambda: select_forest_parents(mixed, only=["tax"]), "no expert of domain 'tax'"),
+        (lambda: select_forest_parents(mixed, only_domains=["tax"]), "no expert of domain 'tax'"),
         (lambda: select_forest_parents(mixed, topk=9), "--topk 9: there are only 3 experts"),
         (lambda: check_parent_weights([1.0], 2), "1 weights for 2 parents"),
         (lambda: check_parent_weights([1.0, -1.0], 2), "sum not 0"),

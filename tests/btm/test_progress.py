@@ -60,7 +60,7 @@ def test_a_line_for_each_change():
 
 def test_a_terminal_is_drawn_over():
     stream, rows = Terminal(), [Row("law", "train", 10), Row("med", "waiting", 10)]
-    screen = Screen(stream, every=0)
+    screen = Screen(stream, redraw_seconds=0)
     screen.show_jobs(rows)
     screen.show_jobs(rows)
     table = format_jobs(rows) + "\n"
@@ -68,9 +68,9 @@ def test_a_terminal_is_drawn_over():
     screen.print_message("med: crashed")
     screen.show_jobs(rows)
     assert stream.getvalue().endswith("med: crashed\n" + table)
-    slow = Screen(Terminal(), every=60)
+    slow = Screen(Terminal(), redraw_seconds=60)
     slow.show_jobs(rows)
     slow.show_jobs(rows)
     assert slow.stream.getvalue() == table
-    slow.show_jobs(rows, now=True)
+    slow.show_jobs(rows, redraw_now=True)
     assert slow.stream.getvalue().count("law") == 2

@@ -53,7 +53,7 @@ def baseline(inputs, tokenizer, tmp_path_factory):
 
 
 def test_bos_starts_each_item(inputs, tokenizer, baseline, tmp_path):
-    header = binarize(inputs, tokenizer, tmp_path / "out", bos=True, workers=1)
+    header = binarize(inputs, tokenizer, tmp_path / "out", add_bos=True, workers=1)
     assert header["bos"] is True
     for domain, splits in header["domains"].items():
         for split, of in splits.items():
@@ -137,7 +137,7 @@ def test_layout(baseline):
 
 
 def test_items_are_lines_blank_lines_included(inputs, tokenizer, tmp_path):
-    header = binarize(inputs, tokenizer, tmp_path / "out", items="line")
+    header = binarize(inputs, tokenizer, tmp_path / "out", item_unit="line")
     lines = (inputs["alpha"] / "train.txt").read_text().split("\n")[:-1]
     assert stored(tmp_path / "out", "alpha", "train") == naive(lines, tokenizer)
     assert "" in lines and header["items"] == "line"
@@ -171,8 +171,8 @@ def test_the_same_command_does_nothing_and_another_is_refused(inputs, tokenizer,
     assert binarize(inputs, tokenizer, output) == json.loads(json.dumps(header))
     swapped = dict(reversed(inputs.items()))
     for arguments, options in (
-        (inputs, {"items": "line"}),
-        (inputs, {"bos": True}),
+        (inputs, {"item_unit": "line"}),
+        (inputs, {"add_bos": True}),
         (swapped, {}),
         (inputs, {"seed": 1}),
     ):
@@ -256,7 +256,7 @@ def test_parts_of_other_options_are_not_kept(baseline, inputs, tokenizer, tmp_pa
         patch.setattr(
             module, "_complete_databin", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
         )
-        binarize(inputs, tokenizer, tmp_path / "out", items="line")
+        binarize(inputs, tokenizer, tmp_path / "out", item_unit="line")
     binarize(inputs, tokenizer, tmp_path / "out")
     assert tree(tmp_path / "out") == tree(baseline)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -52,7 +52,7 @@ def test_real_domain_equals_naive_split():
 def test_jsonl_reads_the_named_key_and_skips_blank_documents(tmp_path):
     rows = [{"body": "a\n\nb"}, {"body": " \n"}, {"body": "c", "text": 3}]
     path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)) + "\n\n")
-    assert list(read_documents(path, field="body")) == ["a\n\nb", "c"]
+    assert list(read_documents(path, text_column="body")) == ["a\n\nb", "c"]
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_saved_data_sets(tmp_path):
         ["train"] * 120 + ["valid"] * 120 + ["test"] * 120
     )
     with pytest.raises(UserError, match="no column 'body'"):
-        open_document_source(tmp_path / "one", field="body")
+        open_document_source(tmp_path / "one", text_column="body")
     datasets.DatasetDict({"train": table, "test": table}).save_to_disk(tmp_path / "two")
     with pytest.raises(UserError, match="look at valid"):
         open_document_source(tmp_path / "two")

@@ -78,7 +78,7 @@ def test_faults_of_columns_are_seen_before_any_source_is_read(tmp_path):
     with pytest.raises(UserError, match=r"a.parquet, row 0: 'text' is int, a string is needed"):
         open_document_source(tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"a.parquet: no column 'body' among 'text'"):
-        open_document_source(tmp_path / "a.parquet", field="body")
+        open_document_source(tmp_path / "a.parquet", text_column="body")
     (tmp_path / "a.csv").write_bytes(b"text\n\xff\n")
     decoding = Decoding("replace")
     assert list(read_documents(tmp_path / "a.csv", decoding=decoding)) == ["\ufffd"]
@@ -106,6 +106,6 @@ def test_streams_of_datasets_give_the_data_bin_of_their_texts(tmp_path):
         output = tmp_path / str(number)
         assert binarize({"a": source}, tokenizer, output, workers=1, streaming=True) == expected
     with pytest.raises(UserError, match="no column 'body' among 'text', 'n'"):
-        open_document_source(table.to_iterable_dataset(), field="body")
+        open_document_source(table.to_iterable_dataset(), text_column="body")
     with pytest.raises(UserError, match="no column 'body' among 'text'"):
-        list(open_document_source(generated, field="body").iterate_documents())
+        list(open_document_source(generated, text_column="body").iterate_documents())

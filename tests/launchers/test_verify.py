@@ -165,7 +165,7 @@ def test_sizes_alone_are_checked_on_request(tmp_path):
     folder = write_checkpoint(tmp_path / "step-4")
     flip(folder / "shared.safetensors", random.Random(1))
     assert (
-        find_checkpoint_faults(folder, digests=False) == []
+        find_checkpoint_faults(folder, check_digests=False) == []
         and len(find_checkpoint_faults(folder)) == 1
     )
 

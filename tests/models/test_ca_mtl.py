@@ -281,7 +281,7 @@ def test_trainable_names_as_recorded(case):
     for blocks, recorded in ranges.items():
         model.requires_grad_(True)
         first, end = map(int, blocks.split("-"))
-        counts = freeze_blocks(model, first, min(end, last), release=True)
+        counts = freeze_blocks(model, first, min(end, last), as_released=True)
         ours = {n for n, p in model.named_parameters() if p.requires_grad and "heads" not in n}
         theirs = {
             n.replace(f"layer.{last}.new_", f"layer.{last}.")
@@ -318,7 +318,7 @@ def test_starting_from_bert(tmp_path, top):
     tasks = {k: SMALL[k] for k in SMALL if k.startswith("task") or k == "max_seq_length"}
     config = CaMtlConfig.make_from_encoder(BertConfig.from_pretrained(tmp_path), **tasks)
     assert config.hidden_size == 32 and config.variant == "base"
-    model, report = load_from_encoder(str(tmp_path), config, top=top)
+    model, report = load_from_encoder(str(tmp_path), config, load_last_block=top)
     ours = model.state_dict()
     assert all(tensor.isfinite().all() for tensor in ours.values())
     names = [n for n in ours if n in bert and ("layer.3." not in n or top)]

@@ -253,11 +253,11 @@ def test_experts_one_by_one(folder):
     assert seen["prose"][0] is seen["py"][0]
     for (_, logits), alone in zip(seen.values(), each_alone(folder, ids), strict=True):
         torch.testing.assert_close(logits.log_softmax(-1), alone)
-    some = list(load_experts(forest_of(folder), "cpu", only=["py", "law"]))
+    some = list(load_experts(forest_of(folder), "cpu", only_domains=["py", "law"]))
     assert [loaded.domain for loaded in some] == ["law", "py"]
     assert [loaded.member for loaded in some] == [None, "code"]
     with pytest.raises(UserError, match="no expert of domain 'tax'; there are law, prose, sql, py"):
-        next(load_experts(forest_of(folder), "cpu", only=["tax"]))
+        next(load_experts(forest_of(folder), "cpu", only_domains=["tax"]))
 
 
 @pytest.mark.parametrize(

@@ -40,12 +40,12 @@ def test_targets_by_hand():
     ids = torch.tensor([[1, 2, 0, 4], [5, 6, 7, 8], [9, 3, 0, 0], [4, 4, 2, 1]])
     slots = torch.tensor([[0, 1, 0, 1], [1, 0, 1, 0]])
     assert select_retrieval_targets(ids, slots).tolist() == [[1, 6, 0, 8], [4, 3, 2, 0]]
-    assert select_retrieval_targets(ids, slots, start=1, ignored_id=0).tolist() == [
+    assert select_retrieval_targets(ids, slots, first_column=1, ignored_id=0).tolist() == [
         [-100, 6, -100, 8],
         [-100, 3, 2, -100],
     ]
     kept = torch.tensor([[True, False, True, True], [False, False, True, True]])
-    assert select_retrieval_targets(ids, slots, kept=kept).tolist() == [
+    assert select_retrieval_targets(ids, slots, sampled=kept).tolist() == [
         [1, -100, 0, 8],
         [-100, -100, 2, 0],
     ]
@@ -80,7 +80,9 @@ def test_scores_with_and_without_logits(dtype):
     expected_correct = int((decoder(states).argmax(-1) == labels).sum())
     gradients = {}
     for keep in (True, False):
-        total, correct, logits = score_tokens(states, decoder, labels, keep_logits=keep, count=True)
+        total, correct, logits = score_tokens(
+            states, decoder, labels, return_logits=keep, count_correct=True
+        )
         assert abs(total - expected) <= (0.2 if dtype == torch.bfloat16 else 1e-5)
         assert correct == expected_correct and (logits is not None) == keep
         gradients[keep] = torch.autograd.grad(total, [states, *decoder.parameters()])
@@ -94,7 +96,7 @@ def test_nothing_to_score(keep):
     decoder = nn.Linear(D, V)
     states = torch.zeros(0, D, requires_grad=True)
     total, correct, _ = score_tokens(
-        states, decoder, torch.zeros(0).long(), keep_logits=keep, count=True
+        states, decoder, torch.zeros(0).long(), return_logits=keep, count_correct=True
     )
     assert total == 0 and correct == 0
     total.backward()

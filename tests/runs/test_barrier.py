@@ -170,7 +170,7 @@ def test_blocks_of_text(tmp_path):
     result = read_text_blocks(tmp_path / "t.txt", lambda line: [ord(item) for item in line], 4)
     assert ["".join(map(chr, row)) for row in result] == ["ab c", "defg"]
     spaced = read_text_blocks(
-        tmp_path / "t.txt", lambda line: [*map(ord, line)], 4, most=1, spaced=True
+        tmp_path / "t.txt", lambda line: [*map(ord, line)], 4, max_blocks=1, space_characters=True
     )
     assert ["".join(map(chr, row)) for row in spaced] == ["a b "]
     with pytest.raises(UserError, match="fewer tokens than one block of 40"):

@@ -64,7 +64,7 @@ def make_place(folder: Path) -> Path:
         text = "\n\n".join(" ".join(WORDS[(s + i) % 40] for i in range(10)) for s in starts)
         (folder / "text").mkdir(exist_ok=True)
         (folder / "text" / f"{split}.txt").write_text(text + "\n")
-    binarize({"text": folder / "text"}, str(folder / "tokenizer"), folder / "bin", bos=True)
+    binarize({"text": folder / "text"}, str(folder / "tokenizer"), folder / "bin", add_bos=True)
     quiet = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, vocab_size=45)
     quiet |= dict(max_position_embeddings=LENGTH, pad_token_id=0)
     torch.manual_seed(3)

@@ -76,7 +76,7 @@ def folder(tmp_path_factory) -> Path:
             text = "\n\n".join(" ".join(random_.choices(words, k=9)) for _ in range(lines // share))
             (folder / domain / f"{split}.txt").write_text(text + "\n")
     inputs = {domain: folder / domain for domain in ("law", "med")}
-    binarize(inputs, str(folder / "tokenizer"), folder / "bin", bos=True)
+    binarize(inputs, str(folder / "tokenizer"), folder / "bin", add_bos=True)
     (folder / "ds.json").write_text('{"zero_optimization": {"stage": 2}}')
     return folder
 

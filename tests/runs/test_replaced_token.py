@@ -208,7 +208,7 @@ def folder(tmp_path_factory) -> Path:
     )
     for split, count in (("train", 40), ("valid", 8), ("test", 40)):
         (folder / "text" / f"{split}.txt").write_text(" ".join(words[5 : 5 + count]) + "\n")
-    binarize({"text": folder / "text"}, str(folder / "tokenizer"), folder / "bin", bos=True)
+    binarize({"text": folder / "text"}, str(folder / "tokenizer"), folder / "bin", add_bos=True)
     electra().save_pretrained(folder / "electra")
     electra(num_hidden_demux_layers=2).save_pretrained(folder / "two-layers")
     other = electra().config

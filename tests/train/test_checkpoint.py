@@ -324,7 +324,7 @@ def save_for_ever(root: Path, write: int) -> None:
     """Train, save every step and report the steps that are committed, until killed."""
     from megamod.dist.process import join_process_group
 
-    join_process_group(timeout=60)
+    join_process_group(timeout_seconds=60)
     save = Checkpoints.save
 
     def reporting(self, state):

@@ -64,7 +64,9 @@ def test_retrieval_beside_the_task():
     ids[1, 4:], mask[1, 4:] = 0, 0
     batch = {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([0, 2, 1, 0])}
     batch["items"] = 4
-    objective = ClassificationObjective(("input_ids", "attention_mask"), CPU, False, retrieved=0.5)
+    objective = ClassificationObjective(
+        ("input_ids", "attention_mask"), CPU, False, retrieved_per_token=0.5
+    )
     assert objective.count_items(batch) == (4, 11.0)
     torch.manual_seed(5)
     scored = objective.compute_loss(model, batch, (8.0, 22.0))

@@ -73,7 +73,7 @@ def test_engine_config_fills_every_auto(tmp_path):
         )
     )
     run, safety, _, optim, _ = args("--deepspeed", str(path), "--precision", "bf16")
-    config = resolve_settings(run, optim, safety, topology(2, "demix"), width=64).ds_config
+    config = resolve_settings(run, optim, safety, topology(2, "demix"), hidden_size=64).ds_config
     assert config["train_micro_batch_size_per_gpu"] == 8
     assert config["gradient_accumulation_steps"] == 2  # one for each of two domains
     assert config["gradient_clipping"] == 0.1
@@ -87,7 +87,7 @@ def test_the_file_has_its_way_with_defaults_but_not_with_flags(tmp_path):
     zero = '"zero_optimization": {"stage": 1}'
     path.write_text(f'{{"train_micro_batch_size_per_gpu": 4, "gradient_clipping": 2.0, {zero}}}')
     run, safety, _, optim, _ = args("--deepspeed", str(path))
-    settled = resolve_settings(run, optim, safety, topology(4, "demix"), width=64)
+    settled = resolve_settings(run, optim, safety, topology(4, "demix"), hidden_size=64)
     assert (settled.run.per_device_train_batch_size, settled.optim.max_grad_norm) == (4, 2.0)
     assert settled.global_batch == 16
     assert settled.make_step_shape(3) == StepShape(micro_batch=4, global_batch=16, rank=3, ranks=4)
@@ -98,7 +98,7 @@ def test_the_file_has_its_way_with_defaults_but_not_with_flags(tmp_path):
     assert settled.replace_arguments((run, safety, optim)) == (settled.run, safety, settled.optim)
     run, safety, _, optim, _ = args("--deepspeed", str(path), "--max_grad_norm", "1")
     with pytest.raises(UserError, match=r"gradient_clipping.*max_grad_norm"):
-        resolve_settings(run, optim, safety, topology(4, "demix"), width=64)
+        resolve_settings(run, optim, safety, topology(4, "demix"), hidden_size=64)
 
 
 def test_plan_follows_the_flags():

@@ -29,7 +29,7 @@ def monitor_in(folder, **options) -> Monitor:
             unit="tokens",
             max_steps=100,
             flops_per_token=1e6,
-            peak=1e9,
+            peak_flops=1e9,
             tensorboard=False,
             first_step=0,
         )
@@ -63,7 +63,7 @@ def test_a_record_sums_over_micro_batches_steps_and_ranks(tmp_path, caplog):
 
 def test_a_step_that_was_left_out_has_no_norm(tmp_path, caplog):
     caplog.set_level(logging.INFO, "megamod")
-    monitor = monitor_in(tmp_path, peak=None)
+    monitor = monitor_in(tmp_path, peak_flops=None)
     monitor.add_step([scored([6.0, 0.0, 0.0], [2.0, 0.0, 0.0])], None, 1e-3, 0.0, 1.0)
     monitor.write_record(TrainState(step=1, skipped=1))
     (record,) = records(tmp_path)

@@ -33,8 +33,8 @@ def naive(model: DemixForCausalLM, batch: dict[str, object], domain: str | None)
 @pytest.mark.parametrize("untie", ["none", "feedforward"])
 def test_score_is_the_sum_over_tokens(untie):
     model, batch = model_of(untie), make_batch("code", 3, 0)
-    objective = CausalLMObjective(DOMAINS, torch.device("cpu"), choose=untie != "none")
-    scored = objective.compute_loss(model, batch, items=(7.0,))
+    objective = CausalLMObjective(DOMAINS, torch.device("cpu"), selects_expert=untie != "none")
+    scored = objective.compute_loss(model, batch, item_totals=(7.0,))
     rows = naive(model, batch, "code" if untie != "none" else None)
     assert scored.loss.item() == pytest.approx(sum(rows) / 7.0, rel=1e-5)
     assert scored.total.tolist() == pytest.approx([0, 0, sum(rows), 0], rel=1e-5)
@@ -44,7 +44,7 @@ def test_score_is_the_sum_over_tokens(untie):
 
 def test_the_domain_of_the_batch_chooses_the_expert():
     model, batch = model_of("feedforward"), make_batch("code", 3, 0)
-    objective = CausalLMObjective(DOMAINS, torch.device("cpu"), choose=True)
+    objective = CausalLMObjective(DOMAINS, torch.device("cpu"), selects_expert=True)
     other = {**batch, "domain": DOMAINS.index("law")}
     losses = [objective.compute_loss(model, entry, (1.0,)).loss.item() for entry in (batch, other)]
     expected = [sum(naive(model, batch, domain)) for domain in ("code", "law")]
@@ -55,7 +55,7 @@ def test_the_domain_of_the_batch_chooses_the_expert():
 def test_rows_of_several_domains_are_told_apart():
     model, batch = model_of("none"), make_batch("law", 1, 1)
     batch |= {"domain": None, "domains": torch.tensor([3, 1])}
-    scored = CausalLMObjective(DOMAINS, torch.device("cpu"), choose=False).compute_loss(
+    scored = CausalLMObjective(DOMAINS, torch.device("cpu"), selects_expert=False).compute_loss(
         model, batch, (1.0,)
     )
     first, second = naive(model, batch, None)
@@ -69,7 +69,7 @@ def test_full_batches_need_no_mask():
     model, batch = model_of("none"), make_batch("law", 1, 1, ragged=False)
     assert "attention_mask" not in batch
     batch["input_ids"][0, 3] = 1
-    objective = CausalLMObjective(DOMAINS, torch.device("cpu"), choose=False)
+    objective = CausalLMObjective(DOMAINS, torch.device("cpu"), selects_expert=False)
     scored = objective.compute_loss(model, batch, (1.0,))
     masked = {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
     expected = objective.compute_loss(model, masked, (1.0,))

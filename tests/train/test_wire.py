@@ -19,7 +19,7 @@ CASES = [
     ("none", 2, {}),
     ("none", 3, {}),
     ("none", 3, {"persistence_threshold": 0}),
-    ("none", 3, {"persistence_threshold": 0, "live_limit": 0, "tied": [TIED]}),
+    ("none", 3, {"persistence_threshold": 0, "live_limit": 0, "tied_names": [TIED]}),
     *((untie, stage, {}) for untie in EXPERTS for stage in (1, 2)),
     ("all", 1, {}),
     ("all", 2, {}),
@@ -92,7 +92,7 @@ def test_traffic_of_the_125m_recipe():
     demix = compute_step_traffic(
         {"attention": shared, "x.experts.law.fc1": expert},
         DomainTopology(32, tuple("abcdefgh"), Sharing.DEMIX),
-        stage=0,
+        zero_stage=0,
         micro_steps=8,
         element_bytes=2,
     )

@@ -73,9 +73,9 @@ def binarize(
     tokenizer: str | Path | Tokenizer,
     output: str | Path,
     *,
-    items: str | None = None,
-    bos: bool = False,
-    field: str = "text",
+    item_unit: str | None = None,
+    add_bos: bool = False,
+    text_column: str = "text",
     encoding_errors: str = "strict",
     seed: int = 0,
     workers: int | None = None,
@@ -90,10 +90,10 @@ def binarize(
             train one on the train splits, or a tokenizer.
         output: output folder. An existing data-bin of the same text, tokenizer and options is
             returned as it is.
-        items: "document" or "line"; an eos ends each item. The default is "line" for the GPT-2
+        item_unit: "document" or "line"; an eos ends each item. The default is "line" for the GPT-2
             kind, as in fairseq, and "document" for the others.
-        bos: start each item with bos, for models that read [CLS] text [SEP].
-        field: JSON key or column of the text.
+        add_bos: start each item with bos, for models that read [CLS] text [SEP].
+        text_column: JSON key or column of the text.
         encoding_errors: "strict" or "replace".
         seed: seed of the division of sources without splits.
         workers: processes; the default follows the amount of text. The output does not depend on
@@ -114,14 +114,18 @@ def binarize(
     """
     output = Path(output).absolute()
     _check_domain_names(inputs)
-    if items not in (None, *ITEMS):
-        raise UserError(f"--items {items}: allowed are {' and '.join(ITEMS)}")
+    if item_unit not in (None, *ITEMS):
+        raise UserError(f"--items {item_unit}: allowed are {' and '.join(ITEMS)}")
     if workers is not None and workers < 1:
         raise UserError(f"--workers {workers}: at least 1 is needed")
     existing = _read_existing_header(output)
     sources = {
         name: open_document_source(
-            spec, field=field, encoding_errors=encoding_errors, seed=seed, streaming=streaming
+            spec,
+            text_column=text_column,
+            encoding_errors=encoding_errors,
+            seed=seed,
+            streaming=streaming,
         )
         for name, spec in inputs.items()
     }
@@ -135,8 +139,8 @@ def binarize(
                 f"--do_lower_case: --tokenizer {tokenizer} trains one, which has its own case"
             )
     gpt2 = isinstance(tokenizer, Tokenizer) and tokenizer.kind == "gpt2"
-    items = items or ("line" if gpt2 else "document")
-    tallies = {name: _count_items(name, source, items) for name, source in sources.items()}
+    item_unit = item_unit or ("line" if gpt2 else "document")
+    tallies = {name: _count_items(name, source, item_unit) for name, source in sources.items()}
     if not isinstance(tokenizer, Tokenizer):
         tokenizer = train(_sample_train_documents(sources, tallies))
     header = {
@@ -144,12 +148,12 @@ def binarize(
         "tokenizer": {"kind": tokenizer.kind, "digest": tokenizer.digest},
         "vocab_size": tokenizer.vocab_size,
         **tokenizer.special_ids,
-        "items": items,
-        "bos": bos,
+        "items": item_unit,
+        "bos": add_bos,
         "replaced": {name: source.decoding.replaced for name, source in sources.items()},
     }
     key = _compute_identity(
-        header, {n: {s: t.digest for s, t in of.items()} for n, of in tallies.items()}
+        header, {n: {s: t.digest for s, t in counters.items()} for n, counters in tallies.items()}
     )
     if existing is not None:
         if _compute_header_identity(existing) != key:
@@ -159,12 +163,12 @@ def binarize(
             )
         return existing
     if workers is None:
-        total = sum(tally.bytes for of in tallies.values() for tally in of.values())
+        total = sum(tally.bytes for counters in tallies.values() for tally in counters.values())
         workers = min(os.cpu_count() or 1, 1 + total // BYTES_PER_WORKER)
     try:
         with _lock_work_folder(output, key) as work:
             header["domains"] = _write_splits(
-                sources, tallies, tokenizer, items, bos, workers, work
+                sources, tallies, tokenizer, item_unit, add_bos, workers, work
             )
             _complete_databin(work / "databin", header, tokenizer)
             os.rename(work / "databin", output)
@@ -209,7 +213,10 @@ def _compute_identity(
     header: Mapping[str, object], digests: Mapping[str, Mapping[str, str]]
 ) -> str:
     """Compute the digest of all that decides the content of a data-bin."""
-    ordered = [[name, *(of[split] for split in SPLITS)] for name, of in digests.items()]
+    ordered = [
+        [name, *(split_digests[split] for split in SPLITS)]
+        for name, split_digests in digests.items()
+    ]
     content = [FORMAT, header["tokenizer"], header["items"], ordered]
     content += ["bos"] if header.get("bos") else []
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
@@ -218,20 +225,24 @@ def _compute_identity(
 def _compute_header_identity(header: dict) -> str:
     domains = header["domains"].items()
     return _compute_identity(
-        header, {name: {s: of[s]["text_sha256"] for s in SPLITS} for name, of in domains}
+        header, {name: {s: splits[s]["text_sha256"] for s in SPLITS} for name, splits in domains}
     )
 
 
 def _iterate_items(
-    source: DocumentSource, items: str, only: str | None = None
+    source: DocumentSource, item_unit: str, only_split: str | None = None
 ) -> Iterator[tuple[str, str]]:
-    return source.iterate_lines(only) if items == "line" else source.iterate_documents(only)
+    return (
+        source.iterate_lines(only_split)
+        if item_unit == "line"
+        else source.iterate_documents(only_split)
+    )
 
 
-def _count_items(name: str, source: DocumentSource, items: str) -> dict[str, ItemCounter]:
+def _count_items(name: str, source: DocumentSource, item_unit: str) -> dict[str, ItemCounter]:
     """Read a whole source, which raises all errors of its content; a tally per split."""
     tallies = {split: ItemCounter() for split in SPLITS}
-    for split, text in _iterate_items(source, items):
+    for split, text in _iterate_items(source, item_unit):
         tallies[split].add_item(text)
     empty = [split for split, tally in tallies.items() if not tally.bytes]
     if len(empty) == len(SPLITS):
@@ -239,9 +250,9 @@ def _count_items(name: str, source: DocumentSource, items: str) -> dict[str, Ite
     if empty:
         count = sum(tally.items for tally in tallies.values())
         raise UserError(
-            f"domain {name}: {source.where} has {count} {items}s, none in the split {empty[0]}. "
-            "A source without splits is divided at random and needs some hundred documents "
-            "(another --seed may help); or use a folder with train, valid and test files"
+            f"domain {name}: {source.where} has {count} {item_unit}s, none in the split "
+            f"{empty[0]}. A source without splits is divided at random and needs some hundred "
+            "documents (another --seed may help); or use a folder with train, valid and test files"
         )
     return tallies
 
@@ -284,8 +295,8 @@ def _write_splits(
     sources: Mapping[str, DocumentSource],
     tallies: Mapping[str, Mapping[str, ItemCounter]],
     tokenizer: Tokenizer,
-    items: str,
-    bos: bool,
+    item_unit: str,
+    add_bos: bool,
     workers: int,
     work: Path,
 ) -> dict[str, dict[str, dict]]:
@@ -293,7 +304,7 @@ def _write_splits(
     from tqdm import tqdm
 
     domains: dict[str, dict[str, dict]] = {name: {} for name in sources}
-    total = sum(tally.bytes for of in tallies.values() for tally in of.values())
+    total = sum(tally.bytes for counters in tallies.values() for tally in counters.values())
     with (
         open_encoder(tokenizer, workers) as encode,
         tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar,
@@ -306,33 +317,33 @@ def _write_splits(
                 prefix = work / "databin" / format_split_prefix(name, split)
                 record = work / "parts" / f"{name}.{split}.json"
                 if record.exists():
-                    done = json.loads(record.read_text())
-                    if _hash_split_files(prefix) == done["sha256"]:
-                        domains[name][split] = done
-                        bar.update(done["bytes"])
+                    entry = json.loads(record.read_text())
+                    if _hash_split_files(prefix) == entry["sha256"]:
+                        domains[name][split] = entry
+                        bar.update(entry["bytes"])
                         continue
                 for file in list(folder.iterdir()):  # parts that a killed run left
                     if file.name.lstrip(".").startswith(f"{prefix.name}."):
                         file.unlink()
-                texts = (text for _, text in _iterate_items(source, items, split))
-                done = _write_split(texts, tokenizer, bos, prefix, encode, bar.update)
-                if done["text_sha256"] != tallies[name][split].digest:
+                texts = (text for _, text in _iterate_items(source, item_unit, split))
+                entry = _write_split(texts, tokenizer, add_bos, prefix, encode, bar.update)
+                if entry["text_sha256"] != tallies[name][split].digest:
                     raise UserError(f"domain {name}: {source.where} changed while it was read")
-                write_json(record, done)
-                domains[name][split] = done
+                write_json(record, entry)
+                domains[name][split] = entry
     return domains
 
 
 def _write_split(
     texts: Iterator[str],
     tokenizer: Tokenizer,
-    bos: bool,
+    add_bos: bool,
     prefix: Path,
     encode: EncodeTexts,
-    progress: Callable[[int], object],
+    report_bytes: Callable[[int], object],
 ) -> dict:
     tally = ItemCounter()
-    start = [tokenizer.bos_id] if bos else []
+    start = [tokenizer.bos_id] if add_bos else []
     tokens, largest, reported = 0, tokenizer.eos_id, 0
 
     def counted() -> Iterator[str]:
@@ -347,7 +358,7 @@ def _write_split(
             tokens += len(ids)
             largest = max(largest, int(ids.max()))
             if tally.bytes > reported:
-                progress(tally.bytes - reported)
+                report_bytes(tally.bytes - reported)
                 reported = tally.bytes
     return {
         "items": tally.items,

@@ -65,13 +65,13 @@ def _thin_documents(texts: Iterable[str], max_bytes: int) -> list[str]:
     pieces = dict.fromkeys(piece for text in texts for piece in _cut_long_text(text))
     documents = [piece for piece in pieces if len(piece) >= SHORTEST]
     share = min(1.0, max_bytes / max(1, sum(len(document.encode()) for document in documents)))
-    kept, used = [], 0
+    selected, used = [], 0
     for number, document in enumerate(documents):
         size = len(document.encode())
         if int((number + 1) * share) > int(number * share) and used + size <= max_bytes:
-            kept.append(document)
+            selected.append(document)
             used += size
-    return kept
+    return selected
 
 
 def _cut_long_text(text: str) -> Iterator[str]:
@@ -135,13 +135,13 @@ def _read_help_topics(standard: Path) -> Iterator[str]:
 
 def _group_paragraphs(topic: str, size: int = 2000) -> Iterator[str]:
     """Yield documents of about `size` characters, cut between paragraphs."""
-    kept: list[str] = []
+    paragraphs: list[str] = []
     for paragraph in topic.split("\n\n"):
-        kept.append(paragraph)
-        if sum(map(len, kept)) >= size:
-            yield "\n\n".join(kept)
-            kept = []
-    yield "\n\n".join(kept)
+        paragraphs.append(paragraph)
+        if sum(map(len, paragraphs)) >= size:
+            yield "\n\n".join(paragraphs)
+            paragraphs = []
+    yield "\n\n".join(paragraphs)
 
 
 def _read_package_texts() -> Iterator[str]:

@@ -79,11 +79,11 @@ class Decoding:
 
         `where` names its origin.
         """
-        bad = re.findall("[\0\ud800-\udfff]", text)
-        if not bad:
+        invalid = re.findall("[\0\ud800-\udfff]", text)
+        if not invalid:
             return text
-        self._raise_if_strict(where, f"character U+{ord(bad[0]):04X} is not text")
-        self.replaced += len(bad)
+        self._raise_if_strict(where, f"character U+{ord(invalid[0]):04X} is not text")
+        self.replaced += len(invalid)
         return re.sub("[\0\ud800-\udfff]", "�", text)
 
     def _raise_if_strict(self, where: str | Path, problem: str) -> None:
@@ -117,18 +117,18 @@ class DocumentSource:
         self.where, self.readers, self.decoding, self.seed = where, readers, decoding, seed
         self.line_readers = line_readers or {}
 
-    def iterate_documents(self, only: str | None = None) -> Iterator[tuple[str, str]]:
+    def iterate_documents(self, only_split: str | None = None) -> Iterator[tuple[str, str]]:
         """Yield pairs (split, document) in the order of the source, of all splits or one."""
         self.decoding.replaced = 0
         for split, reader in self.readers.items():
-            if only and split not in ("", only):
+            if only_split and split not in ("", only_split):
                 continue
             for document in reader():
                 name = split or assign_split(document, self.seed)
-                if only in (None, name):
+                if only_split in (None, name):
                     yield name, document
 
-    def iterate_lines(self, only: str | None = None) -> Iterator[tuple[str, str]]:
+    def iterate_lines(self, only_split: str | None = None) -> Iterator[tuple[str, str]]:
         """Yield pairs (split, line).
 
         A blank line separates the documents of a source without lines.
@@ -136,14 +136,14 @@ class DocumentSource:
         if self.line_readers:
             self.decoding.replaced = 0
             for split, reader in self.line_readers.items():
-                if only in (None, split):
+                if only_split in (None, split):
                     yield from ((split, line) for line in reader())
             return
-        started = set()
-        for split, document in self.iterate_documents(only):
-            if split in started:
+        started_splits = set()
+        for split, document in self.iterate_documents(only_split):
+            if split in started_splits:
                 yield split, ""
-            started.add(split)
+            started_splits.add(split)
             yield from ((split, line) for line in document.split("\n"))
 
 
@@ -167,7 +167,7 @@ def parse_domain_paths(values: Sequence[str]) -> dict[str, str]:
 def open_document_source(
     spec: "str | Path | Sequence[str] | Dataset | DatasetDict",
     *,
-    field: str = "text",
+    text_column: str = "text",
     encoding_errors: str = "strict",
     seed: int = 0,
     streaming: bool = False,
@@ -178,7 +178,7 @@ def open_document_source(
         spec: a file of one of `FORMATS`; a folder with train, valid and test files; a folder
             written by `Dataset.save_to_disk`; `hf:NAME[:CONFIG]`; a list of documents; or a data
             set of `datasets`, streamed or not.
-        field: JSON key or column that holds the text.
+        text_column: JSON key or column that holds the text.
         streaming: read data sets of the hub without storing them.
 
     Raises:
@@ -189,7 +189,7 @@ def open_document_source(
         where = "the documents passed in"
         if hasattr(spec, "column_names"):
             return DocumentSource(
-                where, _make_dataset_readers(spec, where, field, decoding), decoding, seed
+                where, _make_dataset_readers(spec, where, text_column, decoding), decoding, seed
             )
         readers = {"": lambda: (decoding.check_string(text, where) for text in spec)}
         return DocumentSource(where, readers, decoding, seed)
@@ -197,7 +197,7 @@ def open_document_source(
     if where.startswith("hf:"):
         loaded = load_hub_dataset(where, streaming)
         return DocumentSource(
-            where, _make_dataset_readers(loaded, where, field, decoding), decoding, seed
+            where, _make_dataset_readers(loaded, where, text_column, decoding), decoding, seed
         )
     path = Path(spec)
     if not path.exists():
@@ -205,14 +205,18 @@ def open_document_source(
             f"{path} does not exist; --input takes a file, a folder or hf:NAME[:CONFIG]"
         )
     if path.is_file():
-        return DocumentSource(where, {"": _make_file_reader(path, field, decoding)}, decoding, seed)
+        return DocumentSource(
+            where, {"": _make_file_reader(path, text_column, decoding)}, decoding, seed
+        )
     if any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
         loaded = load_saved_dataset(path)
         return DocumentSource(
-            where, _make_dataset_readers(loaded, where, field, decoding), decoding, seed
+            where, _make_dataset_readers(loaded, where, text_column, decoding), decoding, seed
         )
     files = _find_split_files(path)
-    readers = {split: _make_file_reader(file, field, decoding) for split, file in files.items()}
+    readers = {
+        split: _make_file_reader(file, text_column, decoding) for split, file in files.items()
+    }
     line_readers = {}
     if all(require_format(file, FORMATS) == "text" for file in files.values()):
         line_readers = {
@@ -223,7 +227,7 @@ def open_document_source(
 
 
 def read_documents(
-    path: str | Path, field: str = "text", decoding: Decoding | None = None
+    path: str | Path, text_column: str = "text", decoding: Decoding | None = None
 ) -> Iterator[str]:
     """Yield the documents of one file in the format of its ending.
 
@@ -238,22 +242,24 @@ def read_documents(
     name = require_format(path, FORMATS)
     if name == "CSV":
         yield from _read_cell_texts(
-            read_csv_column(path, field, decoding.decode_line), field, decoding
+            read_csv_column(path, text_column, decoding.decode_line), text_column, decoding
         )
     elif name == "TSV":
         yield from _read_cell_texts(
-            read_tsv_column(path, field, decoding.decode_line), field, decoding
+            read_tsv_column(path, text_column, decoding.decode_line), text_column, decoding
         )
     elif name == "Parquet":
-        yield from _read_cell_texts(read_parquet_column(path, field), field, decoding)
+        yield from _read_cell_texts(read_parquet_column(path, text_column), text_column, decoding)
     elif name == "text":
         yield from _read_plain_documents(path, decoding)
     else:
-        yield from _read_cell_texts(_read_json_cells(path, field, decoding), field, decoding)
+        yield from _read_cell_texts(
+            _read_json_cells(path, text_column, decoding), text_column, decoding
+        )
 
 
 def _read_plain_documents(path: Path, decoding: Decoding) -> Iterator[str]:
-    kept: list[str] = []
+    lines: list[str] = []
     for number, line in read_decoded_lines(path, decoding):
         if number == 1 and _is_json_object(line):
             logger.warning(
@@ -262,12 +268,12 @@ def _read_plain_documents(path: Path, decoding: Decoding) -> Iterator[str]:
                 *(path, path.suffix),
             )
         if line.strip():
-            kept.append(line)
-        elif kept:
-            yield "\n".join(kept)
-            kept = []
-    if kept:
-        yield "\n".join(kept)
+            lines.append(line)
+        elif lines:
+            yield "\n".join(lines)
+            lines = []
+    if lines:
+        yield "\n".join(lines)
 
 
 def _is_json_object(line: str) -> bool:
@@ -300,30 +306,32 @@ def read_decoded_lines(path: Path, decoding: Decoding) -> Iterator[tuple[int, st
         yield number, decoding.decode_line(raw, path, offset)
 
 
-def _read_json_cells(path: Path, field: str, decoding: Decoding) -> Cells:
+def _read_json_cells(path: Path, text_column: str, decoding: Decoding) -> Cells:
     for number, line in read_decoded_lines(path, decoding):
         if line.strip():
             where = f"{path}:{number}"
-            row = parse_json_object(line, where, field)
-            if field not in row:
+            row = parse_json_object(line, where, text_column)
+            if text_column not in row:
                 keys = ", ".join(map(repr, sorted(row)[:8])) or "none"
                 raise UserError(
-                    f"{where}: no key {field!r} among {keys}; --text_column names another key"
+                    f"{where}: no key {text_column!r} among {keys}; --text_column names another key"
                 )
-            yield where, row[field]
+            yield where, row[text_column]
 
 
-def _require_string(value: object, field: str, where: str) -> str:
+def _require_string(value: object, text_column: str, where: str) -> str:
     if not isinstance(value, str):
         kind = "null" if value is None else type(value).__name__
-        raise UserError(f"{where}: {field!r} is {kind}, a string is needed")
+        raise UserError(f"{where}: {text_column!r} is {kind}, a string is needed")
     return value
 
 
-def _make_file_reader(path: Path, field: str, decoding: Decoding) -> Callable[[], Iterator[str]]:
+def _make_file_reader(
+    path: Path, text_column: str, decoding: Decoding
+) -> Callable[[], Iterator[str]]:
     if require_format(path, FORMATS) != "text":
-        next(read_documents(path, field, decoding), None)  # checks the key or column
-    return lambda: read_documents(path, field, decoding)
+        next(read_documents(path, text_column, decoding), None)  # checks the key or column
+    return lambda: read_documents(path, text_column, decoding)
 
 
 def _find_split_files(folder: Path) -> dict[str, Path]:
@@ -345,23 +353,23 @@ def _find_split_files(folder: Path) -> dict[str, Path]:
 
 
 def _make_dataset_readers(
-    loaded: object, where: str, field: str, decoding: Decoding
+    loaded: object, where: str, text_column: str, decoding: Decoding
 ) -> dict[str, Callable[[], Iterator[str]]]:
     tables = find_split_tables(loaded, where, SPELLINGS)
     for table in tables.values():
         if table.column_names is not None:  # unknown for some streams
-            require_column(where, field, table.column_names)
+            require_column(where, text_column, table.column_names)
     return {
         split: lambda table=table: _read_cell_texts(
-            read_dataset_column(table, field, where), field, decoding
+            read_dataset_column(table, text_column, where), text_column, decoding
         )
         for split, table in tables.items()
     }
 
 
-def _read_cell_texts(cells: Cells, field: str, decoding: Decoding) -> Iterator[str]:
+def _read_cell_texts(cells: Cells, text_column: str, decoding: Decoding) -> Iterator[str]:
     """Yield the checked texts of cells, without those of white space alone."""
     for where, value in cells:
-        text = decoding.check_string(_require_string(value, field, where), where)
+        text = decoding.check_string(_require_string(value, text_column, where), where)
         if text.strip():
             yield text

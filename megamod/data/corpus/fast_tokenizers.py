@@ -56,14 +56,14 @@ def load_fast_tokenizer(spec: str, do_lower_case: bool | None = None) -> "PreTra
     return fast
 
 
-def check_encodes_text(fast: "PreTrainedTokenizerFast", spec: str) -> None:
+def check_encodes_text(tokenizer: "PreTrainedTokenizerFast", spec: str) -> None:
     """Refuse a tokenizer that encodes no text, and warn of one that loses capitals.
 
     Raises:
         UserError: if the text of every token of the vocabulary becomes unknown.
     """
-    backend = fast.backend_tokenizer
-    special_ids = set(fast.all_special_ids)  # [UNK] included
+    backend = tokenizer.backend_tokenizer
+    special_ids = set(tokenizer.all_special_ids)  # [UNK] included
     vocab = backend.get_vocab(with_added_tokens=True)
     first = backend.id_to_token(0) or ""
     if first.startswith("\ufeff"):
@@ -80,19 +80,19 @@ def check_encodes_text(fast: "PreTrainedTokenizerFast", spec: str) -> None:
             f"--tokenizer {spec}: has {len(vocab)} ids and none {reason}, so every text would be "
             "[UNK]; is the file of its vocabulary (tokenizer.json, vocab.txt, vocab.json) missing?"
         )
-    lost = [
+    lost_letters = [
         letter
         for letter in string.ascii_lowercase
         if _is_encoded_as_unknown(backend, special_ids, letter.upper())
         and not _is_encoded_as_unknown(backend, special_ids, letter)
     ]
-    if 2 * len(lost) > len(string.ascii_lowercase):
+    if 2 * len(lost_letters) > len(string.ascii_lowercase):
         logger.warning(
             "--tokenizer %s: %d of 26 capital letters, such as %s, become [UNK], and so do "
             "their words; --do_lower_case true encodes them as small letters",
             spec,
-            len(lost),
-            lost[0].upper(),
+            len(lost_letters),
+            lost_letters[0].upper(),
         )
 
 

@@ -83,8 +83,8 @@ def open_binary(path: Path) -> Iterator[BinaryIO]:
             if compression is None:
                 yield file
             else:
-                with _open_decompressed(file, compression) as plain:
-                    yield plain
+                with _open_decompressed(file, compression) as decompressed:
+                    yield decompressed
     except EOFError as error:
         raise UserError(
             f"{path}: cannot be read: cut short inside its {compression} data; copy it again"
@@ -115,21 +115,21 @@ def read_numbered_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
     Raises:
         UserError: as `open_binary`, or if the lines end with carriage returns alone.
     """
-    offset, held = 0, None
+    offset, previous = 0, None
     for number, raw in enumerate(read_raw_lines(path), start=1):
-        if held is not None:
-            yield held
+        if previous is not None:
+            yield previous
         begin = len(BOM) if number == 1 and raw.startswith(BOM) else 0
-        held = number, offset + begin, raw[begin:].removesuffix(b"\n").removesuffix(b"\r")
+        previous = number, offset + begin, raw[begin:].removesuffix(b"\n").removesuffix(b"\r")
         offset += len(raw)
-    if held is None:
+    if previous is None:
         return
-    if held[0] == 1 and (returns := held[2].count(b"\r")):
+    if previous[0] == 1 and (returns := previous[2].count(b"\r")):
         raise UserError(
             f"{path}: one line, because its {returns} line ends are carriage returns alone; "
             "convert them to line feeds"
         )
-    yield held
+    yield previous
 
 
 def parse_json_object(line: str, where: str, key: str | None = None) -> dict[str, object]:

@@ -31,7 +31,7 @@ def check_text(text: str, where: str) -> str:
     Raises:
         UserError: naming `where`.
     """
-    bad = re.search("[\0\ud800-\udfff]", text)
-    if bad:
-        raise UserError(f"{where}: character U+{ord(bad[0]):04X} is not text")
+    invalid = re.search("[\0\ud800-\udfff]", text)
+    if invalid:
+        raise UserError(f"{where}: character U+{ord(invalid[0]):04X} is not text")
     return text

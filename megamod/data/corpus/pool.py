@@ -23,31 +23,33 @@ _tokenizer: Tokenizer | None = None  # of a worker process
 
 
 @contextmanager
-def open_encoder(tokenizer: Tokenizer, workers: int) -> Iterator[EncodeTexts]:
+def open_encoder(tokenizer: Tokenizer, worker_count: int) -> Iterator[EncodeTexts]:
     """Yield a function that encodes texts in order and keeps only a few batches of them in memory.
 
     Args:
-        workers: number of worker processes; 1 encodes in this process.
+        worker_count: number of worker processes; 1 encodes in this process.
     """
-    if workers == 1:
+    if worker_count == 1:
         yield lambda texts: (
             ids for batch in _batch_texts(texts) for ids in tokenizer.encode_batch(batch)
         )
         return
     pool = ProcessPoolExecutor(
-        workers, get_context("spawn"), initializer=_start_worker, initargs=(tokenizer,)
+        worker_count, get_context("spawn"), initializer=_start_worker, initargs=(tokenizer,)
     )
     try:
-        yield lambda texts: _encode_in_workers(pool, workers, texts)
+        yield lambda texts: _encode_in_workers(pool, worker_count, texts)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _encode_in_workers(
-    pool: ProcessPoolExecutor, workers: int, texts: Iterable[str]
+    pool: ProcessPoolExecutor, worker_count: int, texts: Iterable[str]
 ) -> Iterator[np.ndarray]:
     batches = _batch_texts(texts)
-    pending = deque(pool.submit(_encode_batch, batch) for batch in islice(batches, 2 * workers))
+    pending = deque(
+        pool.submit(_encode_batch, batch) for batch in islice(batches, 2 * worker_count)
+    )
     while pending:
         yield from pending.popleft().result()
         pending.extend(pool.submit(_encode_batch, batch) for batch in islice(batches, 1))

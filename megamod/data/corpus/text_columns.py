@@ -19,11 +19,11 @@ Decode = Callable[[bytes, Path, int], str]
 LONGEST_CELL = 1 << 30  # characters; the default of the csv module is 2**17
 
 
-def read_csv_column(path: Path, column: str, decode: Decode) -> Cells:
+def read_csv_column(path: Path, column: str, decode_line: Decode) -> Cells:
     """Yield the cells of a column of a CSV file with a header, commas and double quotes.
 
     Args:
-        decode: from the bytes of a line, its path and byte offset to text.
+        decode_line: from the bytes of a line, its path and byte offset to text.
     Raises:
         UserError: naming file and line.
     """
@@ -32,7 +32,7 @@ def read_csv_column(path: Path, column: str, decode: Decode) -> Cells:
         offset = 0
         for raw in read_raw_lines(path):
             begin = len(BOM) if offset == 0 and raw.startswith(BOM) else 0
-            yield decode(raw[begin:], path, offset + begin)
+            yield decode_line(raw[begin:], path, offset + begin)
             offset += len(raw)
 
     csv.field_size_limit(LONGEST_CELL)
@@ -43,14 +43,16 @@ def read_csv_column(path: Path, column: str, decode: Decode) -> Cells:
         raise UserError(f"{path}, line {rows.line_num}: not CSV: {error}") from error
 
 
-def read_tsv_column(path: Path, column: str, decode: Decode) -> Cells:
+def read_tsv_column(path: Path, column: str, decode_line: Decode) -> Cells:
     """Yield the cells of a column of a TSV file with a header; quotes are ordinary characters.
 
     Raises:
         UserError: naming file and line.
     """
     lines = (
-        (number, decode(raw, path, at)) for number, at, raw in read_numbered_lines(path) if raw
+        (number, decode_line(raw, path, offset))
+        for number, offset, raw in read_numbered_lines(path)
+        if raw
     )
     return _select_column_cells(
         path, column, ((number, line.split("\t")) for number, line in lines)
@@ -123,11 +125,11 @@ def find_split_tables(
     if len(tables) == 1:
         return {"": next(iter(tables.values()))}
     names = {split: [n for n in spellings if n in tables] for split, spellings in splits.items()}
-    wrong = [split for split, matches in names.items() if len(matches) != 1]
-    if wrong:
+    unmatched = [split for split, matches in names.items() if len(matches) != 1]
+    if unmatched:
         raise UserError(
             f"{where}: the splits {sorted(tables)} do not give one each of train, valid and "
-            f"test (look at {', '.join(wrong)}); a single split is divided instead"
+            f"test (look at {', '.join(unmatched)}); a single split is divided instead"
         )
     return {split: tables[matches[0]] for split, matches in names.items()}
 

@@ -295,19 +295,19 @@ def _load_huggingface(spec: str, do_lower_case: bool | None) -> Tokenizer:
         ) from error
 
 
-def _wrap_fast_tokenizer(fast: "PreTrainedTokenizerFast", spec: str) -> Tokenizer:
-    eos = _select_first_id(fast.eos_token_id, fast.sep_token_id)
+def _wrap_fast_tokenizer(tokenizer: "PreTrainedTokenizerFast", spec: str) -> Tokenizer:
+    eos = _select_first_id(tokenizer.eos_token_id, tokenizer.sep_token_id)
     if eos is None:
         raise UserError(f"--tokenizer {spec}: it defines neither an eos nor a sep token")
     return Tokenizer(
         "huggingface",
-        fast.backend_tokenizer,
-        bos_id=_select_first_id(fast.bos_token_id, fast.cls_token_id, eos),
-        pad_id=_select_first_id(fast.pad_token_id, eos),
+        tokenizer.backend_tokenizer,
+        bos_id=_select_first_id(tokenizer.bos_token_id, tokenizer.cls_token_id, eos),
+        pad_id=_select_first_id(tokenizer.pad_token_id, eos),
         eos_id=eos,
-        unk_id=_select_first_id(fast.unk_token_id, eos),
-        literal_specials=bool(fast.split_special_tokens),
-        original=fast,
+        unk_id=_select_first_id(tokenizer.unk_token_id, eos),
+        literal_specials=bool(tokenizer.split_special_tokens),
+        original=tokenizer,
     )
 
 

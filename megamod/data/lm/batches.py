@@ -104,25 +104,32 @@ class TrainBatches(StepBatches):
         per_domain = replace(shape, global_batch=shape.global_batch // len(blocks))
         return cls(blocks, sampler, per_domain, list(domains))
 
-    def select_blocks(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Select the domains [B] and block indices [B] of micro-batch `number`."""
-        row = self._find_prepared_row(number)
+    def select_blocks(self, micro_batch_index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Select the domains [B] and block indices [B] of micro-batch `micro_batch_index`."""
+        row = self._find_prepared_row(micro_batch_index)
         return self._domains[row], self._indices[row]
 
-    def __getitem__(self, number: int) -> Batch:
-        """Return the micro-batch `number` of this rank."""
-        row = self._find_prepared_row(number)
-        domains, indices, any_of = self._domains[row], self._indices[row], self.blocks[0]
+    def __getitem__(self, micro_batch_index: int) -> Batch:
+        """Return the micro-batch `micro_batch_index` of this rank."""
+        row = self._find_prepared_row(micro_batch_index)
+        domains, indices, any_blocks = self._domains[row], self._indices[row], self.blocks[0]
         domain = int(domains[0]) if self._alike[row] else None
         if domain is not None:
             rows = self.blocks[domain].read_blocks(indices)
         else:
-            rows = np.zeros((len(indices), any_of.span + 1), dtype=np.int64)
-            for target, of, index in zip(rows, domains.tolist(), indices.tolist(), strict=True):
-                self.blocks[of].read_block_into(target, index)
-        first = None if self._domain_tokens is None else self._domain_tokens[domains]
+            rows = np.zeros((len(indices), any_blocks.span + 1), dtype=np.int64)
+            for target, block_domain, index in zip(
+                rows, domains.tolist(), indices.tolist(), strict=True
+            ):
+                self.blocks[block_domain].read_block_into(target, index)
+        domain_tokens = None if self._domain_tokens is None else self._domain_tokens[domains]
         inputs, labels, padded = build_inputs_and_labels(
-            rows, self._opens[row], self._lengths[row], any_of.eos_id, any_of.pad_id, first
+            rows,
+            self._opens[row],
+            self._lengths[row],
+            any_blocks.eos_id,
+            any_blocks.pad_id,
+            domain_tokens,
         )
         batch = {"input_ids": inputs, "labels": labels}
         if padded:
@@ -131,38 +138,41 @@ class TrainBatches(StepBatches):
             **batch,
             "domain": domain,
             "domains": torch.from_numpy(domains.copy()),
-            "tokens": int(self._lengths[row].sum()) + (0 if first is None else len(first)),
+            "tokens": int(self._lengths[row].sum())
+            + (0 if domain_tokens is None else len(domain_tokens)),
         }
 
-    def _find_prepared_row(self, number: int) -> int:
+    def _find_prepared_row(self, micro_batch_index: int) -> int:
         """Return the row of a micro-batch in the prepared range, and prepare another range
         if needed.
         """
-        if number < 0:
-            raise IndexError(f"micro-batch {number} is before the first")
+        if micro_batch_index < 0:
+            raise IndexError(f"micro-batch {micro_batch_index} is before the first")
         size = -(-AHEAD // self.shape.micro_batch)
-        part, row = divmod(number, size)
+        part, row = divmod(micro_batch_index, size)
         if part != self._ahead:
             self._prepare_micro_batches(np.arange(part * size, (part + 1) * size))
             self._ahead = part
         return row
 
-    def _prepare_micro_batches(self, numbers: np.ndarray) -> None:
+    def _prepare_micro_batches(self, micro_batch_indices: np.ndarray) -> None:
         """Compute domains, blocks and lengths of these micro-batches.
 
         Streams alternate within a step: with streams a and b its micro-batches are a0 b0 a1 b1,
         which are number 0 of both streams, then number 1.
         """
         shape = self.shape
-        steps, turn = np.divmod(numbers, self.micro_steps)
-        micro_step, stream = np.divmod(turn, self.micro_steps // shape.micro_steps)
-        first = steps * shape.global_batch + shape.first_sample + micro_step * shape.micro_batch
-        ordinals = first[:, None] + np.arange(shape.micro_batch)
+        steps, index_in_step = np.divmod(micro_batch_indices, self.micro_steps)
+        micro_step, stream = np.divmod(index_in_step, self.micro_steps // shape.micro_steps)
+        first_samples = (
+            steps * shape.global_batch + shape.first_sample + micro_step * shape.micro_batch
+        )
+        ordinals = first_samples[:, None] + np.arange(shape.micro_batch)
         if self.streams is None:
             self._domains, self._indices = self.sampler.select_blocks(ordinals)
         else:
-            of = np.array(self.streams)[stream][:, None]
-            self._domains = np.broadcast_to(of, ordinals.shape)
+            stream_domains = np.array(self.streams)[stream][:, None]
+            self._domains = np.broadcast_to(stream_domains, ordinals.shape)
             self._indices = self.sampler.select_domain_blocks(self._domains, ordinals)
         self._alike = (self._domains == self._domains[:, :1]).all(1)
         self._opens = np.empty(ordinals.shape, dtype=bool)

@@ -15,31 +15,34 @@ IGNORE = -100
 
 
 def build_inputs_and_labels(
-    rows: np.ndarray,
-    opens: np.ndarray,
-    lengths: np.ndarray,
+    token_rows: np.ndarray,
+    starts_item: np.ndarray,
+    block_lengths: np.ndarray,
     eos_id: int,
     pad_id: int,
-    first: np.ndarray | None,
+    domain_tokens: np.ndarray | None,
 ) -> tuple[Tensor, Tensor, bool]:
     """Build inputs [B, T] and labels [B, T], int64; also return True if any sequence is padded.
 
     Args:
-        rows: [B, span + 1] int64 from `TokenBlocks.read_blocks`; overwritten.
-        opens: [B] bool, rows whose block begins at the start of an item.
-        lengths: [B] tokens of each block.
-        first: [B] domain tokens, or None; with them T is span + 1.
+        token_rows: [B, span + 1] int64 from `TokenBlocks.read_blocks`; overwritten.
+        starts_item: [B] bool, rows whose block begins at the start of an item.
+        block_lengths: [B] tokens of each block.
+        domain_tokens: [B] domain tokens, or None; with them T is span + 1.
     """
-    rows[opens, 0] = eos_id
-    span = rows.shape[1] - 1
-    padded = bool(lengths.min() < span)
-    whole = torch.from_numpy(rows)
-    inputs, labels = whole[:, :-1], whole[:, 1:]
+    token_rows[starts_item, 0] = eos_id
+    span = token_rows.shape[1] - 1
+    padded = bool(block_lengths.min() < span)
+    tokens = torch.from_numpy(token_rows)
+    inputs, labels = tokens[:, :-1], tokens[:, 1:]
     if padded:
-        beyond = torch.from_numpy(np.arange(span) >= lengths[:, None])
-        inputs, labels = inputs.masked_fill(beyond, pad_id), labels.masked_fill(beyond, IGNORE)
-    if first is not None:
-        column = torch.from_numpy(first[:, None])
+        is_padding = torch.from_numpy(np.arange(span) >= block_lengths[:, None])
+        inputs, labels = (
+            inputs.masked_fill(is_padding, pad_id),
+            labels.masked_fill(is_padding, IGNORE),
+        )
+    if domain_tokens is not None:
+        column = torch.from_numpy(domain_tokens[:, None])
         inputs, labels = torch.cat([column, inputs], 1), torch.cat([column, labels], 1)
     return inputs, labels, padded
 
@@ -75,20 +78,20 @@ class TokenBlocks:
     def __len__(self) -> int:
         return -(-self.total // self.span)
 
-    def count_targets(self, indices: np.ndarray) -> np.ndarray:
+    def count_targets(self, block_indices: np.ndarray) -> np.ndarray:
         """Count the target tokens of blocks, int64, including the domain token."""
-        return np.minimum(self.span, self.total - np.asarray(indices) * self.span) + (
+        return np.minimum(self.span, self.total - np.asarray(block_indices) * self.span) + (
             self.domain_token is not None
         )
 
-    def find_item_starts(self, indices: np.ndarray) -> np.ndarray:
+    def find_item_starts(self, block_indices: np.ndarray) -> np.ndarray:
         """Return a mask of the blocks that begin at the start of an item, bool of the shape
-        of `indices`.
+        of `block_indices`.
         """
-        starts, offsets = np.asarray(indices) * self.span, self.dataset.offsets
+        starts, offsets = np.asarray(block_indices) * self.span, self.dataset.offsets
         return offsets[np.searchsorted(offsets, starts)] == starts
 
-    def gather_tensors(self, indices: np.ndarray) -> tuple[Tensor, Tensor, bool]:
+    def gather_tensors(self, block_indices: np.ndarray) -> tuple[Tensor, Tensor, bool]:
         """Gather inputs [B, T] and labels [B, T], int64; also return True if any block is short.
 
         Short blocks are padded with pad_id in inputs and -100 in labels. Without short blocks and
@@ -97,34 +100,44 @@ class TokenBlocks:
         Raises:
             IndexError: for an index outside the blocks.
         """
-        indices = np.asarray(indices, dtype=np.int64)
-        if ((indices < 0) | (indices >= len(self))).any():
-            raise IndexError(f"blocks are 0 to {len(self) - 1}, not {indices.tolist()}")
-        first = None if self.domain_token is None else np.full(len(indices), self.domain_token)
-        rows, lengths = self.read_blocks(indices), self.count_targets(indices) - (first is not None)
+        block_indices = np.asarray(block_indices, dtype=np.int64)
+        if ((block_indices < 0) | (block_indices >= len(self))).any():
+            raise IndexError(f"blocks are 0 to {len(self) - 1}, not {block_indices.tolist()}")
+        domain_tokens = (
+            None if self.domain_token is None else np.full(len(block_indices), self.domain_token)
+        )
+        rows, block_lengths = (
+            self.read_blocks(block_indices),
+            self.count_targets(block_indices) - (domain_tokens is not None),
+        )
         return build_inputs_and_labels(
-            rows, self.find_item_starts(indices), lengths, self.eos_id, self.pad_id, first
+            rows,
+            self.find_item_starts(block_indices),
+            block_lengths,
+            self.eos_id,
+            self.pad_id,
+            domain_tokens,
         )
 
-    def read_blocks(self, indices: np.ndarray) -> np.ndarray:
+    def read_blocks(self, block_indices: np.ndarray) -> np.ndarray:
         """Read the preceding token and the tokens of each block, [B, span + 1] int64, 0 at padding.
 
         If all blocks are full, this is one gather from overlapping windows and one cast.
         """
-        preceding = indices * self.span - 1
+        preceding = block_indices * self.span - 1
         if preceding.min() >= 0 and preceding.max() + self.span < self.total:
             size = self.dataset.dtype.itemsize
             shape = (self.total - self.span, self.span + 1)
             windows = np.ndarray(shape, self.dataset.dtype, self.dataset.tokens, 0, (size, size))
             return windows[preceding].astype(np.int64)
-        rows = np.zeros((len(indices), self.span + 1), dtype=np.int64)
-        for row, index in zip(rows, indices.tolist(), strict=True):
+        rows = np.zeros((len(block_indices), self.span + 1), dtype=np.int64)
+        for row, index in zip(rows, block_indices.tolist(), strict=True):
             self.read_block_into(row, index)
         return rows
 
-    def read_block_into(self, row: np.ndarray, index: int) -> None:
+    def read_block_into(self, row: np.ndarray, block_index: int) -> None:
         """Read one block and its preceding token into the beginning of `row` [span + 1]."""
-        start = index * self.span
+        start = block_index * self.span
         piece = self.dataset.tokens[max(start - 1, 0) : start + self.span]
         skipped = int(start == 0)
         row[skipped : skipped + len(piece)] = piece

@@ -62,13 +62,13 @@ class DataBin:
         if self._flat:
             return self.path / split
         prefix = self.path / format_split_prefix(domain, split)
-        plain = prefix.with_name(split)  # fairseq-preprocess itself calls every split so
+        undecorated = prefix.with_name(split)  # fairseq-preprocess itself calls every split so
         if (
             self._header is None
             and not _build_index_path(prefix).exists()
-            and _build_index_path(plain).exists()
+            and _build_index_path(undecorated).exists()
         ):
-            return plain
+            return undecorated
         return prefix
 
     def open_split(self, domain: str, split: str) -> IndexedDataset:
@@ -84,10 +84,10 @@ class DataBin:
             return IndexedDataset(prefix, self.vocab_size)
         expected = self._header["domains"][domain][split]
         dataset = IndexedDataset(prefix)
-        for name, held in (("items", len(dataset)), ("tokens", len(dataset.tokens))):
-            if held != expected[name]:
+        for name, actual in (("items", len(dataset)), ("tokens", len(dataset.tokens))):
+            if actual != expected[name]:
                 raise UserError(
-                    f"{prefix}: holds {held} {name}, but {HEADER} says {expected[name]} for the "
+                    f"{prefix}: holds {actual} {name}, but {HEADER} says {expected[name]} for the "
                     f"split {split} of domain {domain}; they are from different runs"
                 )
         return dataset

@@ -25,19 +25,19 @@ class InstanceLayout(NamedTuple):
         return logits[torch.from_numpy(self.lines).to(logits.device)].mean(1)
 
 
-def arrange_in_order(count: int, instances: int) -> InstanceLayout:
+def arrange_in_order(row_count: int, instances: int) -> InstanceLayout:
     """Arrange every row once, in order; the first rows fill the last group."""
-    full = -(-count // instances) * instances
-    return InstanceLayout(np.arange(full) % count, np.arange(count)[:, None])
+    full = -(-row_count // instances) * instances
+    return InstanceLayout(np.arange(full) % row_count, np.arange(row_count)[:, None])
 
 
-def arrange_ensemble(count: int, instances: int, seed: Sequence[int]) -> InstanceLayout:
+def arrange_ensemble(row_count: int, instances: int, seed: Sequence[int]) -> InstanceLayout:
     """Arrange every row `instances` times, on random lines.
 
     Its logits are averaged over its copies.
 
     Source: Murahari et al. 2023 (MUX-PLM), ensembling.
     """
-    copies = np.repeat(np.arange(count), instances)
+    copies = np.repeat(np.arange(row_count), instances)
     order = np.random.default_rng(list(seed)).permutation(len(copies))
-    return InstanceLayout(copies[order], np.argsort(order).reshape(count, instances))
+    return InstanceLayout(copies[order], np.argsort(order).reshape(row_count, instances))

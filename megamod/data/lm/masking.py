@@ -44,7 +44,7 @@ class Masking:
     max_pad_tokens: int = 0
 
     def mask_tokens(
-        self, tokens: np.ndarray, key: int
+        self, tokens: np.ndarray, random_key: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Mask a sequence: tokens, labels and random ids, all [T] int64.
 
@@ -52,9 +52,9 @@ class Masking:
 
         Args:
             tokens: [T] ids.
-            key: seed of all random draws.
+            random_key: seed of all random draws.
         """
-        draw = np.random.Generator(np.random.Philox(key=int(key)))
+        draw = np.random.Generator(np.random.Philox(key=int(random_key)))
         tokens = tokens.astype(np.int64)
         padded = int(draw.integers(self.max_pad_tokens + 1))
         if padded:
@@ -112,49 +112,57 @@ class MaskedBatches(StepBatches):
         self.block_size, self.instances, self.seed = block_size, instances, seed
         self.prefix = prefix
 
-    def __getitem__(self, number: int) -> Batch:
-        """Return the micro-batch `number` of this rank."""
-        samples = self.shape.sample_indices(number)
-        return self.build_batch(samples, *self.order.select_blocks(samples))
+    def __getitem__(self, micro_batch_index: int) -> Batch:
+        """Return the micro-batch `micro_batch_index` of this rank."""
+        sample_indices = self.shape.sample_indices(micro_batch_index)
+        return self.build_batch(sample_indices, *self.order.select_blocks(sample_indices))
 
-    def build_batch(self, samples: np.ndarray, domains: np.ndarray, blocks: np.ndarray) -> Batch:
+    def build_batch(
+        self, sample_indices: np.ndarray, domains: np.ndarray, block_indices: np.ndarray
+    ) -> Batch:
         rows = [
             self.masking.mask_tokens(
                 _read_block(self.datasets[domain], block, self.block_size),
                 make_random_key(self.seed, sample),
             )
             for sample, domain, block in zip(
-                samples.tolist(), domains.tolist(), blocks.tolist(), strict=True
+                sample_indices.tolist(), domains.tolist(), block_indices.tolist(), strict=True
             )
         ]
         inputs, labels, random_ids = (np.stack(column) for column in zip(*rows, strict=True))
         labels[:, self.block_size - self.prefix :] = IGNORE
-        groups = samples[:: self.instances] // self.instances
-        slots = np.stack([self._draw_retrieved_instances(int(group)) for group in groups])
+        groups = sample_indices[:: self.instances] // self.instances
+        retrieved_instances = np.stack(
+            [self._draw_retrieved_instances(int(group)) for group in groups]
+        )
         return {
             "input_ids": torch.from_numpy(inputs),
             "labels": torch.from_numpy(labels),
             "random_ids": torch.from_numpy(random_ids),
-            "slots": torch.from_numpy(slots),
+            "slots": torch.from_numpy(retrieved_instances),
             "domains": torch.from_numpy(domains.astype(np.int64)),
             "masked": int((labels != IGNORE).sum()),
-            "positions": len(slots) * (self.block_size - self.prefix),
+            "positions": len(retrieved_instances) * (self.block_size - self.prefix),
             "tokens": len(inputs) * (self.block_size - self.prefix),
-            "readable": self._count_readable_positions(inputs, slots),
+            "readable": self._count_readable_positions(inputs, retrieved_instances),
             "mask_id": self.masking.mask_id,
         }
 
-    def _count_readable_positions(self, inputs: np.ndarray, slots: np.ndarray) -> int:
-        by_group = inputs.reshape(len(slots), self.instances, self.block_size)
-        kept = by_group[:, :, : self.block_size - self.prefix]
-        retrieved = np.take_along_axis(kept, slots[:, None, self.prefix :], axis=1)[:, 0]
+    def _count_readable_positions(self, inputs: np.ndarray, retrieved_instances: np.ndarray) -> int:
+        by_group = inputs.reshape(len(retrieved_instances), self.instances, self.block_size)
+        unprefixed = by_group[:, :, : self.block_size - self.prefix]
+        retrieved = np.take_along_axis(
+            unprefixed, retrieved_instances[:, None, self.prefix :], axis=1
+        )[:, 0]
         readable = retrieved != self.masking.pad_id
         if not self.prefix:
             readable[:, 0] = True  # the model replaces the first token by [CLS]
         return int(readable.sum())
 
-    def _draw_retrieved_instances(self, group: int) -> np.ndarray:
-        draw = np.random.Generator(np.random.Philox(key=int(make_random_key(self.seed, group, 1))))
+    def _draw_retrieved_instances(self, group_index: int) -> np.ndarray:
+        draw = np.random.Generator(
+            np.random.Philox(key=int(make_random_key(self.seed, group_index, 1)))
+        )
         return draw.integers(self.instances, size=self.block_size)
 
 
@@ -163,7 +171,9 @@ def count_full_blocks(dataset: IndexedDataset, block_size: int) -> int:
     return len(dataset.tokens) // block_size
 
 
-def iterate_held_out_batches(batches: MaskedBatches, count: int | None = None) -> Iterator[Batch]:
+def iterate_held_out_batches(
+    batches: MaskedBatches, max_batches: int | None = None
+) -> Iterator[Batch]:
     """Yield all blocks in file order, with the same masks in every call.
 
     "number" counts the batches.
@@ -172,19 +182,21 @@ def iterate_held_out_batches(batches: MaskedBatches, count: int | None = None) -
 
     Args:
         batches: batches of the held-out split, whose size these have.
-        count: largest number of batches; None: all.
+        max_batches: largest number of batches; None: all.
     """
     lengths = [count_full_blocks(dataset, batches.block_size) for dataset in batches.datasets]
     domains = np.repeat(np.arange(len(lengths)), lengths)
-    blocks = np.concatenate([np.arange(length) for length in lengths])
-    whole = len(blocks) // batches.instances * batches.instances
-    for number, start in enumerate(range(0, whole, batches.shape.micro_batch)):
-        if number == count:
+    block_indices = np.concatenate([np.arange(length) for length in lengths])
+    full_group_rows = len(block_indices) // batches.instances * batches.instances
+    for number, start in enumerate(range(0, full_group_rows, batches.shape.micro_batch)):
+        if number == max_batches:
             return
-        stop = min(start + batches.shape.micro_batch, whole)
-        batch = batches.build_batch(np.arange(start, stop), domains[start:stop], blocks[start:stop])
+        stop = min(start + batches.shape.micro_batch, full_group_rows)
+        batch = batches.build_batch(
+            np.arange(start, stop), domains[start:stop], block_indices[start:stop]
+        )
         yield {**batch, "number": number}
 
 
-def _read_block(dataset: IndexedDataset, block: int, size: int) -> np.ndarray:
-    return dataset.tokens[block * size : (block + 1) * size]
+def _read_block(dataset: IndexedDataset, block_index: int, block_size: int) -> np.ndarray:
+    return dataset.tokens[block_index * block_size : (block_index + 1) * block_size]

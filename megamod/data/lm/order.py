@@ -74,13 +74,13 @@ class Sampler:
         seed: seed of the run.
     """
 
-    def __init__(self, lengths: Sequence[int], seed: int):
-        self.lengths = np.array(lengths, dtype=np.int64)
+    def __init__(self, blocks_per_domain: Sequence[int], seed: int):
+        self.lengths = np.array(blocks_per_domain, dtype=np.int64)
         self.seed = seed
         if len(self.lengths) == 0 or self.lengths.min() < 1:
-            raise ValueError(f"every domain needs a block, but they have {list(lengths)}")
+            raise ValueError(f"every domain needs a block, but they have {list(blocks_per_domain)}")
 
-    def select_blocks(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def select_blocks(self, sample_indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Select domains and blocks of global sample indices, all int64 of one shape."""
         raise NotImplementedError
 
@@ -99,9 +99,9 @@ class BalancedSampler(Sampler):
         seed: seed of the run.
     """
 
-    def select_blocks(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def select_blocks(self, sample_indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Select domains and blocks of global sample indices, all int64 of one shape."""
-        ordinals, domains = np.divmod(numbers, len(self.lengths))
+        ordinals, domains = np.divmod(sample_indices, len(self.lengths))
         return domains, self._permute_blocks(domains, ordinals)
 
     def select_domain_blocks(self, domains: np.ndarray, ordinals: np.ndarray) -> np.ndarray:
@@ -115,10 +115,10 @@ class BalancedSampler(Sampler):
 class UnbalancedSampler(Sampler):
     """One permutation of the blocks of all domains, whose shares are their sizes."""
 
-    def select_blocks(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def select_blocks(self, sample_indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Select domains and blocks of global sample indices, all int64 of one shape."""
         ends = np.cumsum(self.lengths)
-        epochs, index = np.divmod(numbers, ends[-1])
+        epochs, index = np.divmod(sample_indices, ends[-1])
         block = KeyedPermutation(ends[-1], make_random_key(self.seed, epochs))(index)
         domains = np.searchsorted(ends, block, side="right")
         return domains, block - (ends - self.lengths)[domains]
@@ -136,8 +136,8 @@ class TemperatureSampler(Sampler):
         alpha: exponent from 0 to 1.
     """
 
-    def __init__(self, lengths: Sequence[int], seed: int, alpha: float):
-        super().__init__(lengths, seed)
+    def __init__(self, blocks_per_domain: Sequence[int], seed: int, alpha: float):
+        super().__init__(blocks_per_domain, seed)
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha {alpha} is not between 0 and 1")
         weights = self.lengths.astype(np.float64) ** alpha
@@ -150,20 +150,22 @@ class TemperatureSampler(Sampler):
         self._ordinals = np.empty(CYCLE, dtype=np.int64)
         self._ordinals[by_domain] = np.arange(CYCLE) - np.repeat(ends - self.quotas, self.quotas)
 
-    def select_blocks(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def select_blocks(self, sample_indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Select domains and blocks of global sample indices, all int64 of one shape."""
-        cycles, index = np.divmod(numbers, CYCLE)
+        cycles, index = np.divmod(sample_indices, CYCLE)
         domains = self._domains[index]
         return domains, self._permute_blocks(
             domains, cycles * self.quotas[domains] + self._ordinals[index]
         )
 
 
-def make_sampler(name: str, lengths: Sequence[int], seed: int, alpha: float) -> Sampler:
+def make_sampler(name: str, blocks_per_domain: Sequence[int], seed: int, alpha: float) -> Sampler:
     """Build a sampler by name: "balanced", "unbalanced", or "temperature" with `alpha`."""
     if name == "temperature":
-        return TemperatureSampler(lengths, seed, alpha)
-    return {"balanced": BalancedSampler, "unbalanced": UnbalancedSampler}[name](lengths, seed)
+        return TemperatureSampler(blocks_per_domain, seed, alpha)
+    return {"balanced": BalancedSampler, "unbalanced": UnbalancedSampler}[name](
+        blocks_per_domain, seed
+    )
 
 
 def _allocate_quotas(shares: np.ndarray, total: int) -> np.ndarray:
@@ -183,10 +185,10 @@ def _permute_by_feistel(value: np.ndarray, bits: np.ndarray, key: np.ndarray) ->
     shift = bits >> np.uint64(1)
     masks = (np.uint64(1) << (bits - shift)) - np.uint64(1), (np.uint64(1) << shift) - np.uint64(1)
     halves = [value >> shift, value & masks[1]]
-    for number in range(ROUNDS):
-        half = number % 2
+    for round_index in range(ROUNDS):
+        half = round_index % 2
         # The round function is output `half * ROUNDS + number` of splitmix64 started at the key.
-        word = (halves[1 - half] * np.uint64(ROUNDS) + np.uint64(number + 1)) * GOLDEN + key
+        word = (halves[1 - half] * np.uint64(ROUNDS) + np.uint64(round_index + 1)) * GOLDEN + key
         halves[half] ^= _mix_bits(word) & masks[half]
     return (halves[0] << shift) | halves[1]
 

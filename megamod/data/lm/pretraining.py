@@ -68,26 +68,27 @@ class LmData:
         sampler: str,
         alpha: float,
         seed: int,
-        held: Sequence[str] | None = None,
+        local_domains: Sequence[str] | None = None,
     ) -> TrainBatches:
         """Build the training micro-batches of one rank.
 
         Args:
             shape: step over all domains; its ranks are those that share a stream.
             sampler: "balanced", "unbalanced" or "temperature" (with `alpha`).
-            held: domains of this rank's experts, with a stream each; None: one stream of all.
+            local_domains: domains of this rank's experts, with a stream each; None: one stream of
+                all.
         Raises:
             UserError: if the batch cannot be divided evenly, or experts use another sampler.
         """
-        if held is not None and sampler != "balanced":
+        if local_domains is not None and sampler != "balanced":
             raise UserError(
                 f"--sampler {sampler}: each expert reads its own domain only, in equal shares; "
                 "use balanced, or --untie none"
             )
         order = make_sampler(sampler, [len(blocks) for blocks in self.train_blocks], seed, alpha)
-        if held is None:
+        if local_domains is None:
             return TrainBatches.build_shared_stream(self.train_blocks, order, shape)
-        numbers = [self.domains.index(domain) for domain in held]
+        numbers = [self.domains.index(domain) for domain in local_domains]
         return TrainBatches.build_domain_streams(self.train_blocks, order, shape, numbers)
 
     def build_masked_batches(

@@ -15,18 +15,18 @@ LINES = 1000  # lines concatenated at once; tokens after the last whole block ar
 def read_text_blocks(
     path: Path,
     tokenize: Callable[[str], Sequence[int]],
-    length: int,
+    block_length: int,
     *,
-    most: int | None = None,
-    spaced: bool = False,
+    max_blocks: int | None = None,
+    space_characters: bool = False,
 ) -> np.ndarray:
     """Read the ids [n, length] of the concatenated lines of a file.
 
     Args:
         tokenize: from a line to ids, including special ones; blank lines are skipped.
-        most: largest number of blocks; None: all.
-        spaced: put a blank between the characters of a line. The program of Verma and Elbayad 2024
-            does this by mistake, and its published curves are of such text.
+        max_blocks: largest number of blocks; None: all.
+        space_characters: put a blank between the characters of a line. The program of Verma and
+            Elbayad 2024 does this by mistake, and its published curves are of such text.
     Raises:
         UserError: if the file cannot be read or is shorter than a block.
     """
@@ -34,12 +34,20 @@ def read_text_blocks(
     lines = [line for _, line in read_lines(path) if line.strip()]
     blocks: list[np.ndarray] = []
     for start in range(0, len(lines), LINES):
-        part = lines[start : start + LINES]
-        ids = [token for line in part for token in tokenize(" ".join(line) if spaced else line)]
-        whole = len(ids) // length
-        blocks += list(np.array(ids[: whole * length], dtype=np.int64).reshape(whole, length))
-        if most is not None and len(blocks) >= most:
+        chunk = lines[start : start + LINES]
+        ids = [
+            token
+            for line in chunk
+            for token in tokenize(" ".join(line) if space_characters else line)
+        ]
+        full_blocks = len(ids) // block_length
+        blocks += list(
+            np.array(ids[: full_blocks * block_length], dtype=np.int64).reshape(
+                full_blocks, block_length
+            )
+        )
+        if max_blocks is not None and len(blocks) >= max_blocks:
             break
     if not blocks:
-        raise UserError(f"{path}: has fewer tokens than one block of {length}")
-    return np.stack(blocks[:most])
+        raise UserError(f"{path}: has fewer tokens than one block of {block_length}")
+    return np.stack(blocks[:max_blocks])

@@ -47,11 +47,11 @@ class RowLengthLimits:
     model_positions: int
     truncate: bool = False
 
-    def check_cut_allowed(self, tokens: int, where: str) -> None:
-        """Raise UserError if a row of `tokens` tokens may not be cut."""
-        if tokens > self.model_positions and not self.truncate:
+    def check_cut_allowed(self, row_tokens: int, where: str) -> None:
+        """Raise UserError if a row of `row_tokens` tokens may not be cut."""
+        if row_tokens > self.model_positions and not self.truncate:
             raise UserError(
-                f"{where}: {tokens} tokens, the model has {self.model_positions} positions; "
+                f"{where}: {row_tokens} tokens, the model has {self.model_positions} positions; "
                 "--truncate cuts such sentences"
             )
 
@@ -97,48 +97,48 @@ class EncodedRows:
             hashed.update(b"none" if part is None else part.tobytes())
         return hashed.hexdigest()
 
-    def padded_length(self, rows: np.ndarray) -> int:
+    def padded_length(self, row_indices: np.ndarray) -> int:
         """Return the length of the longest row, rounded up to a multiple of 8 if the limit
         allows it.
         """
-        most = int((self.offsets[rows + 1] - self.offsets[rows]).max())
-        return min(-(-most // 8) * 8, self.longest)
+        longest_row = int((self.offsets[row_indices + 1] - self.offsets[row_indices]).max())
+        return min(-(-longest_row // 8) * 8, self.longest)
 
-    def gather_batch(self, rows: np.ndarray, pad_to: int | None) -> Batch:
+    def gather_batch(self, row_indices: np.ndarray, pad_to: int | None) -> Batch:
         """Gather a batch of rows.
 
         Args:
-            rows: [R] numbers; may repeat.
+            row_indices: [R] numbers; may repeat.
             pad_to: tokens per row; None: those of the longest, up to the next multiple of 8.
         Returns:
             input_ids, attention_mask, token_type_ids [R, L] int64, labels ([R] or [R, L]) if there
             are any, and `items`, the number of labels.
         """
-        starts, ends = self.offsets[rows], self.offsets[rows + 1]
-        length = pad_to or self.padded_length(rows)
+        starts, ends = self.offsets[row_indices], self.offsets[row_indices + 1]
+        length = pad_to or self.padded_length(row_indices)
         index = starts[:, None] + np.arange(length)
-        real = index < ends[:, None]
-        index = np.where(real, index, 0)
+        is_token = index < ends[:, None]
+        index = np.where(is_token, index, 0)
         batch: Batch = {
             "input_ids": torch.from_numpy(
-                np.where(real, self.ids[index], self.pad_id).astype("i8")
+                np.where(is_token, self.ids[index], self.pad_id).astype("i8")
             ),
-            "attention_mask": torch.from_numpy(real.astype(np.int64)),
+            "attention_mask": torch.from_numpy(is_token.astype(np.int64)),
             "token_type_ids": torch.from_numpy(
-                np.where(real, self.segments[index], 0).astype("i8")
+                np.where(is_token, self.segments[index], 0).astype("i8")
             ),
-            "items": len(rows),
+            "items": len(row_indices),
         }
         if self.labels is not None and self.has_token_labels:
-            labels = np.where(real, self.labels[index], IGNORE)
+            labels = np.where(is_token, self.labels[index], IGNORE)
             batch |= {"labels": torch.from_numpy(labels), "items": int((labels != IGNORE).sum())}
         elif self.labels is not None:
-            batch["labels"] = torch.from_numpy(self.labels[rows])
+            batch["labels"] = torch.from_numpy(self.labels[row_indices])
         return batch
 
 
 def encode_texts(
-    texts: TextSet, tokenizer: "PreTrainedTokenizerFast", lengths: RowLengthLimits
+    texts: TextSet, tokenizer: "PreTrainedTokenizerFast", limits: RowLengthLimits
 ) -> EncodedRows:
     """Encode sentences or pairs with their special tokens; of pairs the longer text is cut first.
 
@@ -151,13 +151,13 @@ def encode_texts(
         batch = tokenizer(*chunk, return_token_type_ids=True)
         ids, types = batch["input_ids"], batch["token_type_ids"]
         for row, tokens in enumerate(ids):
-            if len(tokens) <= lengths.max_tokens:
+            if len(tokens) <= limits.max_tokens:
                 continue
-            lengths.check_cut_allowed(len(tokens), texts.origins[start + row])
+            limits.check_cut_allowed(len(tokens), texts.origins[start + row])
             shortened = tokenizer(
                 *(part[row] for part in chunk),
                 truncation="longest_first",
-                max_length=lengths.max_tokens,
+                max_length=limits.max_tokens,
                 return_token_type_ids=True,
             )
             ids[row], types[row] = shortened["input_ids"], shortened["token_type_ids"]
@@ -165,7 +165,7 @@ def encode_texts(
         ids_of.append(_flatten_rows(ids, np.int32))
         types_of.append(_flatten_rows(types, np.int8))
         sizes += map(len, ids)
-    _warn_of_cuts(cut, len(texts), lengths)
+    _warn_of_cuts(cut, len(texts), limits)
     return EncodedRows(
         np.concatenate(ids_of),
         np.concatenate(types_of),
@@ -174,14 +174,14 @@ def encode_texts(
         None,
         tokenizer.pad_token_id or 0,
         cut,
-        lengths.max_tokens,
+        limits.max_tokens,
     )
 
 
 def encode_words(
     tokens: TokenSet,
     tokenizer: "PreTrainedTokenizerFast",
-    lengths: RowLengthLimits,
+    limits: RowLengthLimits,
     labels: Sequence[str],
     *,
     label_all: bool = False,
@@ -198,42 +198,42 @@ def encode_words(
     Raises:
         UserError: naming file and line of a sentence that is too long for the model.
     """
-    before, after = _find_special_tokens(tokenizer)
+    prefix_ids, suffix_ids = _find_special_tokens(tokenizer)
     number = {name: index for index, name in enumerate(labels)}
     inside = _map_to_inside_labels(labels)
-    rows, heads, targets, cut = [], [], [], 0
+    rows, word_starts, targets, cut = [], [], [], 0
     for start in range(0, len(tokens), CHUNK):
         sentences = tokens.words[start : start + CHUNK]
         for row, pieces in enumerate(_encode_word_pieces(tokenizer, sentences), start=start):
             sizes = np.array([len(piece) for piece in pieces])
-            total = len(before) + int(sizes.sum()) + len(after)
-            if total > lengths.max_tokens:
-                lengths.check_cut_allowed(total, tokens.describe_origin(row))
+            total = len(prefix_ids) + int(sizes.sum()) + len(suffix_ids)
+            if total > limits.max_tokens:
+                limits.check_cut_allowed(total, tokens.describe_origin(row))
                 cut += 1
-            kept = min(total, lengths.max_tokens) - len(after)
-            first = len(before) + np.cumsum(sizes) - sizes
-            ids = [*before, *(token for piece in pieces for token in piece)][:kept]
-            rows.append([*ids, *after])
-            heads.append(np.where(first < kept, first, -1))
+            kept_tokens = min(total, limits.max_tokens) - len(suffix_ids)
+            first = len(prefix_ids) + np.cumsum(sizes) - sizes
+            ids = [*prefix_ids, *(token for piece in pieces for token in piece)][:kept_tokens]
+            rows.append([*ids, *suffix_ids])
+            word_starts.append(np.where(first < kept_tokens, first, -1))
             target = np.full(len(rows[-1]), IGNORE)
             if tokens.labels is not None:
                 for index, size, name in zip(first, sizes, tokens.labels[row], strict=True):
                     if label_all and name in number:
-                        target[index : min(index + size, kept)] = number[inside[name]]
-                    if index < kept:
+                        target[index : min(index + size, kept_tokens)] = number[inside[name]]
+                    if index < kept_tokens:
                         target[index] = number[name]
             targets.append(target)
-    _warn_of_cuts(cut, len(rows), lengths)
+    _warn_of_cuts(cut, len(rows), limits)
     ids = _flatten_rows(rows, np.int32)
     return EncodedRows(
         ids,
         np.zeros(len(ids), dtype=np.int8),
         np.cumsum([0, *map(len, rows)], dtype=np.int64),
         np.concatenate(targets) if tokens.labels is not None else None,
-        heads,
+        word_starts,
         tokenizer.pad_token_id or 0,
         cut,
-        lengths.max_tokens,
+        limits.max_tokens,
     )
 
 
@@ -272,13 +272,13 @@ class TrainRows(StepBatches):
         """SHA-256 of the rows."""
         return self.encoded.digest
 
-    def select_rows(self, number: int) -> np.ndarray:
-        """Select the rows of micro-batch `number`: [R] numbers."""
-        return self.order.select_blocks(self.shape.sample_indices(number))[1]
+    def select_rows(self, micro_batch_index: int) -> np.ndarray:
+        """Select the rows of micro-batch `micro_batch_index`: [R] numbers."""
+        return self.order.select_blocks(self.shape.sample_indices(micro_batch_index))[1]
 
-    def __getitem__(self, number: int) -> Batch:
-        """Return the micro-batch `number` of this rank."""
-        return self.encoded.gather_batch(self.select_rows(number), self.pad_to)
+    def __getitem__(self, micro_batch_index: int) -> Batch:
+        """Return the micro-batch `micro_batch_index` of this rank."""
+        return self.encoded.gather_batch(self.select_rows(micro_batch_index), self.pad_to)
 
 
 class HeldOutBatch(NamedTuple):
@@ -379,6 +379,8 @@ def _flatten_rows(rows: Sequence[Sequence[int]], kind: type) -> np.ndarray:
     return np.fromiter((value for row in rows for value in row), dtype=kind)
 
 
-def _warn_of_cuts(cut: int, rows: int, lengths: RowLengthLimits) -> None:
-    if cut:
-        logger.warning("%d of %d rows were cut to %d tokens", cut, rows, lengths.max_tokens)
+def _warn_of_cuts(cut_rows: int, row_count: int, limits: RowLengthLimits) -> None:
+    if cut_rows:
+        logger.warning(
+            "%d of %d rows were cut to %d tokens", cut_rows, row_count, limits.max_tokens
+        )

@@ -58,7 +58,7 @@ def read_conll(
     label_column: int | None,
     split: str = "train",
     *,
-    tags: bool = False,
+    label_after_word: bool = False,
 ) -> TokenSet:
     """Read the sentences of a CoNLL file.
 
@@ -68,12 +68,14 @@ def read_conll(
             and the first one after it with entity labels.
         split: the labels of a split that begins with "test" may be hidden: the column is missing,
             or all of it is "_".
-        tags: the label is by default the column after the word, not the last one.
+        label_after_word: the label is by default the column after the word, not the last one.
     Raises:
         UserError: naming the line with another number of columns than the others.
     """
     blocks = list(_read_blocks(path))
-    layout = _detect_layout(path, blocks, word_column, label_column, split.startswith("test"), tags)
+    layout = _detect_layout(
+        path, blocks, word_column, label_column, split.startswith("test"), label_after_word
+    )
     known = _collect_certain_labels(blocks, layout)
     words, labels, lines, comments = [], [], [], 0
     for block in blocks:
@@ -124,8 +126,8 @@ def _detect_layout(
     blocks: list[list[Numbered]],
     word_column: int | None,
     label_column: int | None,
-    test: bool,
-    tags: bool,
+    is_test: bool,
+    label_after_word: bool,
 ) -> _ColumnLayout:
     """Detect the layout from the lines that are no comments."""
     certain = [block[_count_possible_comments(block) :] for block in blocks]
@@ -143,7 +145,7 @@ def _detect_layout(
     if names[0] == "ID" and len(names) == width:
         numbered = all(NODE.fullmatch(first) for row in firsts for first in row)
     else:
-        numbered = width > 1 + (not test) and _are_word_numbers(firsts)
+        numbered = width > 1 + (not is_test) and _are_word_numbers(firsts)
         names = []
     word, label = word_column, label_column
     if word is None:
@@ -153,14 +155,14 @@ def _detect_layout(
                 "%s: column 0 numbers the words, so words are column 1 (--word_column)", path
             )
     if label is None:
-        label = word + 1 if tags else -1
+        label = word + 1 if label_after_word else -1
         if numbered and "UPOS" in names:
             label = names.index("UPOS")
-        elif numbered and not names and not tags:
+        elif numbered and not names and not label_after_word:
             label = _find_entity_column([_split_cells(line, tabs) for line in lines], word, width)
     where = f"{path}, line {certain[0][0][0]}"
     return _ColumnLayout(
-        width, tabs, numbered, *_normalise_columns(where, width, word, label, test)
+        width, tabs, numbered, *_normalise_columns(where, width, word, label, is_test)
     )
 
 
@@ -195,17 +197,17 @@ def _read_column_names(blocks: list[list[Numbered]]) -> list[str] | None:
 
 
 def _normalise_columns(
-    where: str, width: int, word: int, label: int, test: bool
+    where: str, width: int, word: int, label: int, is_test: bool
 ) -> tuple[int, int | None]:
     """Count both columns from 0; the label is None where a test file has none."""
     if not -width <= word < width:
         raise UserError(f"{where}: {width} columns, there is no column {word} (--word_column)")
     if not -width <= label < width:
-        if test:
+        if is_test:
             return word % width, None
         raise UserError(f"{where}: {width} columns, there is no column {label} (--label_column)")
     if word % width == label % width:
-        if test:
+        if is_test:
             return word % width, None
         raise UserError(f"{where}: {width} columns, so word and label would be the same one")
     return word % width, label % width
@@ -223,13 +225,15 @@ def _collect_certain_labels(blocks: list[list[Numbered]], layout: _ColumnLayout)
     return {cells[layout.label].strip(BLANKS) for cells in rows if len(cells) == layout.width}
 
 
-def _count_comment_lines(block: list[Numbered], layout: _ColumnLayout, known: set[str]) -> int:
+def _count_comment_lines(
+    block: list[Numbered], layout: _ColumnLayout, known_labels: set[str]
+) -> int:
     """Count the comment lines at the start of a block.
 
     A line with # is a comment if its form says so, if it has other columns than the words, or if
     its label column holds no label. Otherwise it is a word such as a hashtag.
     """
-    entities = are_entity_labels(known)
+    entities = are_entity_labels(known_labels)
     for index, (_, line) in enumerate(block[: _count_possible_comments(block)]):
         cells = layout.split_cells(line)
         if COMMENT.match(line) or layout.numbered or len(cells) != layout.width:
@@ -240,7 +244,7 @@ def _count_comment_lines(block: list[Numbered], layout: _ColumnLayout, known: se
         if entities:
             word = label == OUTSIDE or parse_entity_label(label) is not None
         else:
-            word = label in known or cells[0].strip(BLANKS) != "#"
+            word = label in known_labels or cells[0].strip(BLANKS) != "#"
         if word:
             return index
     return _count_possible_comments(block)

@@ -33,7 +33,7 @@ ARRAYS = ("ids", "segments", "offsets", "labels")
 def compute_cache_key(
     rows: TextSet | TokenSet,
     tokenizer: "PreTrainedTokenizerFast",
-    lengths: RowLengthLimits,
+    limits: RowLengthLimits,
     labels: Sequence[str],
     label_all: bool,
 ) -> str:
@@ -45,17 +45,17 @@ def compute_cache_key(
     for part in (*columns, [] if rows.labels is None else list(rows.labels)):
         hashed.update(json.dumps([_to_plain_value(value) for value in part]).encode())
     hashed.update(tokenizer.backend_tokenizer.to_str().encode())
-    limits = {  # under the names of earlier caches, which so stay valid
-        "longest": lengths.max_tokens,
-        "room": lengths.model_positions,
-        "truncate": lengths.truncate,
+    limit_values = {  # under the names of earlier caches, which so stay valid
+        "longest": limits.max_tokens,
+        "room": limits.model_positions,
+        "truncate": limits.truncate,
     }
-    settings = [FORMAT, limits, list(labels), label_all, rows.labels is None]
+    settings = [FORMAT, limit_values, list(labels), label_all, rows.labels is None]
     hashed.update(json.dumps([*settings, type(rows).__name__, tokenizer.pad_token_id]).encode())
     return hashed.hexdigest()
 
 
-def load_or_encode(folder: Path, key: str, make: Callable[[], EncodedRows]) -> EncodedRows:
+def load_or_encode(folder: Path, key: str, encode_rows: Callable[[], EncodedRows]) -> EncodedRows:
     """Load cached rows; encode and store them if they are absent or damaged.
 
     Args:
@@ -68,7 +68,7 @@ def load_or_encode(folder: Path, key: str, make: Callable[[], EncodedRows]) -> E
             return _read_cached_rows(path)
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             logger.warning("%s cannot be read and is written again: %s", path, error)
-    encoded = make()
+    encoded = encode_rows()
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(path, _serialise_rows(encoded))
     return encoded

@@ -112,17 +112,17 @@ def _build_text_set(task: TaskSpec, rows: list[tuple[str, Sequence[str], str | N
     if task.is_regression:
         values = [_parse_regression_value(task, label, origin) for origin, _, label in rows]
         return TextSet(texts, np.array(values, dtype=np.float32), origins)
-    number, spelled = (
+    number, normalise_label = (
         {name: index for index, name in enumerate(task.labels)},
         make_label_normaliser(task.labels),
     )
     for origin, _, label in rows:
-        if spelled(label) is None:
+        if normalise_label(label) is None:
             raise UserError(
                 f"{origin}: label {label[:60]!r} is not one of task {task.name}: "
                 f"{format_some_names(task.labels)}"
             )
-    numbers = [number[spelled(label)] for _, _, label in rows]
+    numbers = [number[normalise_label(label)] for _, _, label in rows]
     return TextSet(texts, np.array(numbers, dtype=np.int64), origins)
 
 
@@ -211,19 +211,23 @@ def _find_column_indices(
     test = split.startswith("test")
     if header is not None:
         if len(set(header)) < len(header):
-            twice = next(name for name in header if header.count(name) > 1)
-            raise UserError(f"{where}: two columns are named {twice[:60]!r}")
-        named = [header.index(c.name) if c.name in header else None for c in columns]
-        missing = [c for c, index in zip(columns[:-1], named, strict=False) if index is None]
-        if named[-1] is None and not missing and columns[-1].index == -1 and not test:
+            doubled_name = next(name for name in header if header.count(name) > 1)
+            raise UserError(f"{where}: two columns are named {doubled_name[:60]!r}")
+        indices_by_name = [header.index(c.name) if c.name in header else None for c in columns]
+        missing = [
+            c for c, index in zip(columns[:-1], indices_by_name, strict=False) if index is None
+        ]
+        if indices_by_name[-1] is None and not missing and columns[-1].index == -1 and not test:
             # RTE says "label" where MNLI says "gold_label"; both have it last.
-            named[-1] = width - 1 if width - 1 not in named else None
-        if not missing and (named[-1] is not None or test):
-            return named
-        if any(index is not None for index in named) or any(c.index is None for c in columns):
-            lacking = missing or columns[-1:]
+            indices_by_name[-1] = width - 1 if width - 1 not in indices_by_name else None
+        if not missing and (indices_by_name[-1] is not None or test):
+            return indices_by_name
+        if any(index is not None for index in indices_by_name) or any(
+            c.index is None for c in columns
+        ):
+            missing_columns = missing or columns[-1:]
             raise UserError(
-                f"{where}: no column {lacking[0].name!r} for task {task.name}; "
+                f"{where}: no column {missing_columns[0].name!r} for task {task.name}; "
                 f"the header has {format_some_names(map(repr, header))}"
             )
     numbers = [c.index % width if -width <= c.index < width else None for c in columns]

@@ -115,7 +115,7 @@ def _read_sentences(task: TaskSpec, split: str, source: Path | RowTable) -> Toke
         sentences = _read_row_sentences(task, split, source)
     else:
         word, label, tags = task.texts[0].index, task.label.index, task.label.name == "upos"
-        sentences = read_conll(source, word, label, split, tags=tags)
+        sentences = read_conll(source, word, label, split, label_after_word=tags)
     if not len(sentences):
         raise UserError(f"{sentences.where}: no sentence in it")
     return sentences
@@ -127,10 +127,10 @@ def _normalise_labels(sentences: TokenSet, labels: Sequence[str]) -> None:
     Raises:
         UserError: naming the line of a label that is none of them.
     """
-    spelled = make_label_normaliser(labels)
+    normalise_label = make_label_normaliser(labels)
     for sentence, row in enumerate(sentences.labels or ()):
         for word, label in enumerate(row):
-            row[word] = spelled(label)
+            row[word] = normalise_label(label)
             if row[word] is None:
                 raise UserError(
                     f"{sentences.describe_origin(sentence, word)}: label {label[:60]!r} is "

@@ -145,11 +145,11 @@ def make_label_normaliser(labels: Sequence[str]) -> Callable[[str], str | None]:
     return lambda label: exact.get(label) or folded.get(label.casefold())
 
 
-def format_some_names(names: Iterable[str], most: int = 12) -> str:
+def format_some_names(names: Iterable[str], max_names: int = 12) -> str:
     """Format names for a message; many names and long ones are cut."""
     names = [name if len(name) <= 40 else f"{name[:40]}..." for name in names]
-    rest = f", ... ({len(names)} in all)" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
+    rest = f", ... ({len(names)} in all)" if len(names) > max_names else ""
+    return ", ".join(names[:max_names]) + rest
 
 
 def _normalise_name(name: str) -> str:
@@ -178,7 +178,7 @@ def _make_glue_task(
     label: Column,
     labels: tuple[str, ...],
     metrics: tuple[str, ...] = ("accuracy",),
-    **more: object,
+    **other_fields: object,
 ) -> TaskSpec:
     task = TaskSpec(
         name=name,
@@ -194,7 +194,7 @@ def _make_glue_task(
         hub_columns={label.name: "label"},
         hub_splits=_DEV,
     )
-    return replace(task, **more)
+    return replace(task, **other_fields)
 
 
 TASKS: dict[str, TaskSpec] = {

@@ -63,43 +63,43 @@ class TaskMixture(StepBatches):
         """SHA-256 of the rows of all tasks."""
         return hashlib.sha256("".join(rows.digest for rows in self.encoded).encode()).hexdigest()
 
-    def compute_steps_per_epoch(self, percent: float) -> int:
+    def compute_steps_per_epoch(self, share: float) -> int:
         """Compute the steps of an epoch.
 
         "uniform" and "uncertainty" have as many as the largest task takes, times the tasks.
 
         Args:
-            percent: share of it, 0 to 1, of "uniform" and "uncertainty".
+            share: share of it, 0 to 1, of "uniform" and "uncertainty".
         """
         if self.sampling == "sequential":
             return sum(self.steps_by_task)
         if self.sampling in ("uniform", "uncertainty"):
-            return max(1, int(max(self.steps_by_task) * len(self.steps_by_task) * percent))
+            return max(1, int(max(self.steps_by_task) * len(self.steps_by_task) * share))
         return math.ceil(sum(map(len, self.encoded)) / self.shape.global_batch)
 
-    def select_rows(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Select the tasks [R] and row numbers [R] of micro-batch `number`."""
-        samples = self.shape.sample_indices(number)
+    def select_rows(self, micro_batch_index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Select the tasks [R] and row numbers [R] of micro-batch `micro_batch_index`."""
+        sample_indices = self.shape.sample_indices(micro_batch_index)
         if self.sampling == "uncertainty":
-            tasks = np.arange(len(self.encoded)).repeat(len(samples))
+            tasks = np.arange(len(self.encoded)).repeat(len(sample_indices))
             return tasks, self.by_task.select_domain_blocks(
-                tasks, np.tile(samples, len(self.encoded))
+                tasks, np.tile(sample_indices, len(self.encoded))
             )
         if self.sampling in ("uniform", "sequential"):
-            step = number // self.micro_steps
-            task, before = self._select_step_task(step)
-            tasks = np.full(len(samples), task)
-            ordinals = samples - (step - before) * self.shape.global_batch
+            step = micro_batch_index // self.micro_steps
+            task, earlier_steps = self._select_step_task(step)
+            tasks = np.full(len(sample_indices), task)
+            ordinals = sample_indices - (step - earlier_steps) * self.shape.global_batch
             return tasks, self.by_task.select_domain_blocks(tasks, ordinals)
-        return self.mixed.select_blocks(samples)
+        return self.mixed.select_blocks(sample_indices)
 
     def _select_step_task(self, step: int) -> tuple[int, int]:
         """Return the task of a step, and the number of earlier steps of that task."""
         if self.sampling == "uniform":
-            turn, index = divmod(step, len(self.encoded))
-            key = make_random_key(self.seed, turn, TASK_ORDER_KEY)
+            round_index, index = divmod(step, len(self.encoded))
+            key = make_random_key(self.seed, round_index, TASK_ORDER_KEY)
             order = KeyedPermutation(len(self.encoded), key)
-            return int(order(np.array(index))), turn
+            return int(order(np.array(index))), round_index
         epoch, index = divmod(step, sum(self.steps_by_task))
         ends = np.cumsum(self.steps_by_task)
         task = int(np.searchsorted(ends, index, side="right"))
@@ -107,15 +107,15 @@ class TaskMixture(StepBatches):
             ends[task] - self.steps_by_task[task]
         )
 
-    def __getitem__(self, number: int) -> Batch:
-        """Return the micro-batch `number` of this rank."""
-        return self.gather_batch(*self.select_rows(number))
+    def __getitem__(self, micro_batch_index: int) -> Batch:
+        """Return the micro-batch `micro_batch_index` of this rank."""
+        return self.gather_batch(*self.select_rows(micro_batch_index))
 
-    def gather_batch(self, tasks: np.ndarray, rows: np.ndarray) -> Batch:
+    def gather_batch(self, task_indices: np.ndarray, row_indices: np.ndarray) -> Batch:
         """Gather a batch of rows of any tasks, in the order of the arguments.
 
         Args:
-            tasks, rows: [R] int64, as `select_rows` returns them.
+            task_indices, row_indices: [R] int64, as `select_rows` returns them.
         Returns:
             input_ids, attention_mask, token_type_ids [R, L] int64, padded to the longest row and a
             multiple of 8; task_ids, rows [R] int64; labels [R] float32, classes or values, 0 where
@@ -123,29 +123,32 @@ class TaskMixture(StepBatches):
             any task has them; items, T numbers of labels by task.
         """
         parts = [
-            (np.flatnonzero(tasks == task), encoded) for task, encoded in enumerate(self.encoded)
+            (np.flatnonzero(task_indices == task), encoded)
+            for task, encoded in enumerate(self.encoded)
         ]
-        length = max(encoded.padded_length(rows[index]) for index, encoded in parts if len(index))
-        shape = (len(rows), length)
+        length = max(
+            encoded.padded_length(row_indices[index]) for index, encoded in parts if len(index)
+        )
+        shape = (len(row_indices), length)
         batch: Batch = {
             name: torch.zeros(shape, dtype=torch.int64)
             for name in ("input_ids", "attention_mask", "token_type_ids")
         }
-        labels = torch.zeros(len(rows))
+        labels = torch.zeros(len(row_indices))
         token_labels = torch.full(shape, IGNORE)
         items = [0.0] * len(parts)
         for task, (index, encoded) in enumerate(parts):
             if not len(index):
                 continue
-            part = encoded.gather_batch(rows[index], length)
+            part = encoded.gather_batch(row_indices[index], length)
             for name in ("input_ids", "attention_mask", "token_type_ids"):
                 batch[name][index] = part[name]
             target = token_labels if encoded.has_token_labels else labels
             target[index] = part["labels"].to(target.dtype)
             items[task] = float(part["items"])
         batch |= {
-            "task_ids": torch.from_numpy(tasks.astype(np.int64)),
-            "rows": torch.from_numpy(rows.astype(np.int64)),
+            "task_ids": torch.from_numpy(task_indices.astype(np.int64)),
+            "rows": torch.from_numpy(row_indices.astype(np.int64)),
             "labels": labels,
             "items": items,
         }

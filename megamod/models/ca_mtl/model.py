@@ -62,7 +62,7 @@ class ConditionalBert(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor | None,
         token_type_ids: Tensor | None,
-        task_of: Tensor,
+        row_task_ids: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Map ids [B, L] to states [B, L, D] and pooled state [B, D]."""
         x = self.embeddings(input_ids, token_type_ids)
@@ -72,8 +72,8 @@ class ConditionalBert(nn.Module):
         else:
             tasks = self.task_type_embeddings.weight
             factor, shift = self.conditional_alignment(tasks)
-            x = x * factor[task_of][:, None] + shift[task_of][:, None]
-            x = self.encoder(x, mask, tasks, task_of)
+            x = x * factor[row_task_ids][:, None] + shift[row_task_ids][:, None]
+            x = self.encoder(x, mask, tasks, row_task_ids)
         return x, torch.tanh(self.pooler["dense"](x[:, 0]))
 
 
@@ -141,15 +141,17 @@ class CaMtlForMultiTask(CheckedLoading):
         if input_ids.shape[1] > longest:
             raise ValueError(f"{input_ids.shape[1]} tokens are more than max_seq_length {longest}")
         states, pooled = self.bert(input_ids, attention_mask, token_type_ids, task_ids)
-        rows = self.heads.compute_row_logits(pooled, task_ids)
-        tokens = self.heads.compute_token_logits(states, task_ids)
+        row_logits = self.heads.compute_row_logits(pooled, task_ids)
+        token_logits = self.heads.compute_token_logits(states, task_ids)
         output = CaMtlOutput(
-            logits=self._split_logits_by_task(rows, tokens, task_ids),
-            entropy=self.heads.compute_entropy(rows, tokens, task_ids, token_labels),
+            logits=self._split_logits_by_task(row_logits, token_logits, task_ids),
+            entropy=self.heads.compute_entropy(row_logits, token_logits, task_ids, token_labels),
             pooled=pooled,
         )
         if labels is not None or token_labels is not None:
-            scores = self.heads.compute_losses(rows, tokens, task_ids, labels, token_labels)
+            scores = self.heads.compute_losses(
+                row_logits, token_logits, task_ids, labels, token_labels
+            )
             output["task_totals"], output["task_items"] = scores
             by_task = num_items_in_batch is not None and torch.is_tensor(num_items_in_batch)
             by_task = by_task and num_items_in_batch.dim() == 1
@@ -170,12 +172,12 @@ class CaMtlForMultiTask(CheckedLoading):
         return task_ids
 
     def _split_logits_by_task(
-        self, rows: Tensor, tokens: Tensor | None, task_of: Tensor
+        self, row_logits: Tensor, token_logits: Tensor | None, row_task_ids: Tensor
     ) -> tuple[Tensor, ...]:
         logits = []
         for task, (size, kind) in enumerate(zip(self.heads.sizes, self.heads.kinds, strict=True)):
-            source = tokens if kind == "token" else rows
-            logits.append(source[task_of == task][..., :size])
+            source = token_logits if kind == "token" else row_logits
+            logits.append(source[row_task_ids == task][..., :size])
         return tuple(logits)
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -205,22 +207,22 @@ class SingleTaskModel(nn.Module):
 
 
 def load_from_encoder(
-    source: str, config: CaMtlConfig, *, top: bool = True
+    source: str, config: CaMtlConfig, *, load_last_block: bool = True
 ) -> tuple[CaMtlForMultiTask, dict[str, list[str]]]:
     """Load a model from BERT's weights; other parameters are drawn from torch's generator.
 
     Args:
         source: folder or name on the hub, of BERT or of a CA-MTL model.
-        top: load the last block too. The release of CA-MTL does not, because under "base" its
-            names differ.
+        load_last_block: load the last block too. The release of CA-MTL does not, because under
+            "base" its names differ.
     Returns:
         the model in float32; names of parameters by "loaded", "new" and "unused".
     Raises:
         UserError: if the weights are missing or have other shapes.
     """
     model, report = load_pretrained(CaMtlForMultiTask, source, "--model", config=config)
-    new = set(report["missing_keys"])
-    if not top and config.variant == "base":
+    new_names = set(report["missing_keys"])
+    if not load_last_block and config.variant == "base":
         last = model.bert.encoder.layer[-1]
         for name, module in last.named_modules():
             # The parts of BERT, without those that only CA-MTL has.
@@ -229,23 +231,23 @@ def load_from_encoder(
             ):
                 model._init_weights(module)
                 prefix = f"bert.encoder.layer.{len(model.bert.encoder.layer) - 1}.{name}"
-                new |= {f"{prefix}.weight", f"{prefix}.bias"}
+                new_names |= {f"{prefix}.weight", f"{prefix}.bias"}
     names = [name for name, _ in model.named_parameters()]
     return model, {
-        "loaded": [name for name in names if name not in new],
-        "new": [name for name in names if name in new],
+        "loaded": [name for name in names if name not in new_names],
+        "new": [name for name in names if name in new_names],
         "unused": sorted(report["unexpected_keys"]),
     }
 
 
 def freeze_blocks(
-    model: CaMtlForMultiTask, first: int, last: int, *, release: bool = False
+    model: CaMtlForMultiTask, first_block: int, last_block: int, *, as_released: bool = False
 ) -> Mapping[str, int]:
-    """Freeze embeddings and blocks `first` to `last`, except their conditioning layers.
+    """Freeze embeddings and blocks `first_block` to `last_block`, except their conditioning layers.
 
     Args:
-        release: freeze the layer of the attention bias too, as the release does against the paper;
-            it keeps its initial weights.
+        as_released: freeze the layer of the attention bias too, as the release does against the
+            paper; it keeps its initial weights.
     Returns:
         numbers of parameters: "trained", "frozen".
     Raises:
@@ -253,23 +255,25 @@ def freeze_blocks(
     Source: Pilault et al. 2021 (CA-MTL), section 2 and appendix A.3.
     """
     blocks = model.bert.encoder.layer
-    if not 0 <= first <= last < len(blocks):
-        raise ValueError(f"blocks {first}-{last}: the model has blocks 0-{len(blocks) - 1}")
+    if not 0 <= first_block <= last_block < len(blocks):
+        raise ValueError(
+            f"blocks {first_block}-{last_block}: the model has blocks 0-{len(blocks) - 1}"
+        )
     model.bert.embeddings.requires_grad_(False)
-    for block in blocks[first : last + 1]:
+    for block in blocks[first_block : last_block + 1]:
         block.requires_grad_(False)
         if isinstance(block, ConditionalLayer):
-            _unfreeze_conditioning(block, release)
+            _unfreeze_conditioning(block, as_released)
     counts = {"trained": 0, "frozen": 0}
     for parameter in model.parameters():
         counts["trained" if parameter.requires_grad else "frozen"] += parameter.numel()
     return counts
 
 
-def _unfreeze_conditioning(block: ConditionalLayer, release: bool) -> None:
+def _unfreeze_conditioning(block: ConditionalLayer, as_released: bool) -> None:
     attention = block.attention["self"]
     attention.random_weight_matrix.requires_grad_(True)
-    attention["cond_block_diag_attn"].requires_grad_(not release)
+    attention["cond_block_diag_attn"].requires_grad_(not as_released)
     for module in block.modules():
         if isinstance(module, ConditionalLayerNorm):
             module.ln_weight_modulation.requires_grad_(True)

@@ -252,14 +252,14 @@ def get_max_sequence_length(config: PreTrainedConfig) -> int | None:
     return None
 
 
-def has_own_feed_forward(untie: str, layer: int, layers: int) -> bool:
+def has_own_feed_forward(untie: str, layer_index: int, layer_count: int) -> bool:
     """Return True if each domain has a feed-forward of its own in this layer, the rest being
     shared.
     """
     return (
         untie == "feedforward"
-        or (untie == "feedforward_every_other" and layer % 2 == 1)
-        or (untie == "feedforward_top" and layer == layers - 1)
+        or (untie == "feedforward_every_other" and layer_index % 2 == 1)
+        or (untie == "feedforward_top" and layer_index == layer_count - 1)
     )
 
 

@@ -78,12 +78,12 @@ class DemixForCausalLM(DemixPreTrainedModel, BoundedGeneration, GenerationMixin)
         super().__init__(config)
         domains = config.domains if local_domains is None else list(local_domains)
         self.model = DemixModel(config, local_domains)
-        head_apart = config.untie in ("input_output", "transformer_output")
+        has_head_per_domain = config.untie in ("input_output", "transformer_output")
 
         def head() -> OutputHead:
             return OutputHead(config.hidden_size, config.vocab_size)
 
-        self.lm_head = DomainExperts(head, domains) if head_apart else head()
+        self.lm_head = DomainExperts(head, domains) if has_head_per_domain else head()
         if config.untie == "input_output":
             self._tied_weights_keys = {
                 f"lm_head.{EXPERTS_COMPONENT}.{domain}.weight": (
@@ -241,9 +241,9 @@ def shift_labels_left(labels: Tensor) -> Tensor:
     return nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
 
 
-def get_loss_divisor(labels: Tensor, items: Tensor | float | None) -> Tensor | float:
-    """Return the divisor of a summed loss: `items`, or the number of labels that are not -100."""
-    return (labels != -100).sum().clamp(min=1) if items is None else items
+def get_loss_divisor(labels: Tensor, num_items: Tensor | float | None) -> Tensor | float:
+    """Return the divisor of a summed loss: `num_items`, or the number of labels but -100."""
+    return (labels != -100).sum().clamp(min=1) if num_items is None else num_items
 
 
 def score_labels(
@@ -265,8 +265,8 @@ def draw_lm_weights(model: DemixForCausalLM, seed: int) -> None:
     weights, whichever experts it holds (the DEMix release gets this from one seed everywhere).
     """
     for name, module in model.named_modules():
-        plain = to_dense_name(f"{name}.weight").encode()
-        generator = torch.Generator().manual_seed(zlib.crc32(plain, seed))
+        weight_name = to_dense_name(f"{name}.weight").encode()
+        generator = torch.Generator().manual_seed(zlib.crc32(weight_name, seed))
         draw_module_weights(module, model.config, generator)
     model.tie_weights()
     embeddings = model.model.embeddings

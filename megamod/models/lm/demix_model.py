@@ -66,11 +66,11 @@ class DemixModel(DemixPreTrainedModel):
         domains = config.domains if local_domains is None else list(local_domains)
         size, untie = config.hidden_size, config.untie
 
-        def per_domain(build: Callable[[], nn.Module], apart: bool) -> nn.Module:
-            return DomainExperts(build, domains) if apart else build()
+        def per_domain(build: Callable[[], nn.Module], is_per_domain: bool) -> nn.Module:
+            return DomainExperts(build, domains) if is_per_domain else build()
 
         def block(layer: int) -> DecoderBlock:
-            apart = has_own_feed_forward(untie, layer, config.num_hidden_layers)
+            is_per_domain = has_own_feed_forward(untie, layer, config.num_hidden_layers)
             return DecoderBlock(
                 SelfAttention(
                     size,
@@ -79,7 +79,7 @@ class DemixModel(DemixPreTrainedModel):
                     config.attention_probs_dropout_prob,
                     config._attn_implementation or "sdpa",
                 ),
-                per_domain(lambda: FeedForward(size, config.intermediate_size), apart),
+                per_domain(lambda: FeedForward(size, config.intermediate_size), is_per_domain),
                 size,
                 config.layer_norm_eps,
                 config.hidden_dropout_prob,
@@ -149,18 +149,23 @@ class DemixModel(DemixPreTrainedModel):
                 f"{type(past_key_values).__name__} has a fixed size, which is not supported; leave "
                 "cache_implementation out, or give a DynamicCache"
             )
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        cached_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         batch, length = tokens.shape[:2]
-        if attention_mask is None and position_ids is None and past == 0 and input_ids is not None:
+        if (
+            attention_mask is None
+            and position_ids is None
+            and cached_length == 0
+            and input_ids is not None
+        ):
             real = input_ids != self.config.pad_token_id
             attention_mask = None if bool(real.all()) else real
         if position_ids is None and attention_mask is not None:
-            position_ids = compute_positions(attention_mask)[:, past:]
+            position_ids = compute_positions(attention_mask)[:, cached_length:]
         elif position_ids is None:
-            position_ids = torch.arange(past, past + length, device=tokens.device)
+            position_ids = torch.arange(cached_length, cached_length + length, device=tokens.device)
             position_ids = position_ids.expand(batch, length)
-        check_positions(position_ids, past + length, self.config.max_position_embeddings)
-        mask = self._make_mask(attention_mask, tokens, past)
+        check_positions(position_ids, cached_length + length, self.config.max_position_embeddings)
+        mask = self._make_mask(attention_mask, tokens, cached_length)
 
         x = self.embeddings(tokens, position_ids)
         if output_hidden_states is None:
@@ -184,12 +189,14 @@ class DemixModel(DemixPreTrainedModel):
         return format_output(self, output, return_dict)
 
     @staticmethod
-    def _make_mask(attention_mask: Tensor | None, tokens: Tensor, past: int) -> Tensor | None:
-        if attention_mask is None and past == 0:
+    def _make_mask(
+        attention_mask: Tensor | None, tokens: Tensor, cached_length: int
+    ) -> Tensor | None:
+        if attention_mask is None and cached_length == 0:
             return None
         if attention_mask is not None and attention_mask.dim() == 4:
             return attention_mask
         batch, length = tokens.shape[:2]
         if attention_mask is None:
-            attention_mask = torch.ones(batch, past + length, device=tokens.device)
+            attention_mask = torch.ones(batch, cached_length + length, device=tokens.device)
         return make_causal_mask(attention_mask, length)

@@ -4,14 +4,14 @@ import torch
 from torch import Tensor
 
 
-def compute_document_positions(input_ids: Tensor, end: int) -> Tensor:
+def compute_document_positions(input_ids: Tensor, end_id: int) -> Tensor:
     """Compute positions [B, L] that begin anew at every end of text.
 
     Stock models with rotary or GPT-2's positions read the borders of documents off them.
     """
-    places = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-    starts = places.where(input_ids == end, 0).cummax(dim=1).values
-    return places - starts
+    row_positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    starts = row_positions.where(input_ids == end_id, 0).cummax(dim=1).values
+    return row_positions - starts
 
 
 def compute_document_mask(positions: Tensor) -> Tensor:

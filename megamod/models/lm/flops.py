@@ -10,12 +10,12 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_expe
 ACTIVE_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk")
 
 
-def compute_flops_per_token(config: LmConfig, module: nn.Module, length: int) -> float:
+def compute_flops_per_token(config: LmConfig, module: nn.Module, sequence_length: int) -> float:
     """Compute 6 N + 12 sum over layers of (heads x head size x span), frozen weights 4 instead
     of 6.
 
     N counts the parameters that take part in a matrix product for one token; the span of a layer is
-    `length`, or its attention window if that is shorter.
+    `sequence_length`, or its attention window if that is shorter.
     Source: Chowdhery et al. 2022, appendix B.
     """
     trained, frozen = count_active_parameters(config, module)
@@ -24,7 +24,7 @@ def compute_flops_per_token(config: LmConfig, module: nn.Module, length: int) ->
     return (
         6.0 * trained
         + 4.0 * frozen
-        + 12.0 * heads * size * sum(_list_attention_spans(config, length))
+        + 12.0 * heads * size * sum(_list_attention_spans(config, sequence_length))
     )
 
 
@@ -34,15 +34,15 @@ def count_active_parameters(config: LmConfig, module: nn.Module) -> tuple[float,
     Not counted: learned positions, an input embedding that is a matrix of its own (both are
     lookups), and the experts that a token does not pass through.
     """
-    left_out = {id(weight) for weight in _find_lookup_tables(config, module)}
-    share, apart = _compute_active_expert_share(config), get_untie(config) != "none"
+    excluded_ids = {id(weight) for weight in _find_lookup_tables(config, module)}
+    share, has_experts = _compute_active_expert_share(config), get_untie(config) != "none"
     first_domain, counts = None, {True: 0.0, False: 0.0}
     for name, parameter in module.named_parameters():
-        domain = parse_expert_domain(name) if apart else None
+        domain = parse_expert_domain(name) if has_experts else None
         first_domain = first_domain or domain
-        if id(parameter) in left_out or domain not in (None, first_domain):
+        if id(parameter) in excluded_ids or domain not in (None, first_domain):
             continue
-        part = share if not apart and parse_expert_domain(name) else 1.0
+        part = share if not has_experts and parse_expert_domain(name) else 1.0
         counts[parameter.requires_grad] += part * parameter.numel()
     return counts[True], counts[False]
 
@@ -61,11 +61,11 @@ def _find_lookup_tables(config: LmConfig, module: nn.Module) -> list[nn.Paramete
 
 def _compute_active_expert_share(config: LmConfig) -> float:
     """Compute the share of the expert tensors of a mixture that one token passes through."""
-    experts, chosen = (
+    experts, active = (
         next((getattr(config, name) for name in names if getattr(config, name, None)), None)
         for names in (EXPERTS, ACTIVE_EXPERTS)
     )
-    return chosen / experts if experts and chosen else 1.0
+    return active / experts if experts and active else 1.0
 
 
 def _list_attention_spans(config: LmConfig, length: int) -> list[int]:
@@ -76,5 +76,5 @@ def _list_attention_spans(config: LmConfig, length: int) -> list[int]:
         return [length] * layers
     kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
     kinds = kinds or ["sliding_attention"] * layers
-    near = ("sliding_attention", "local")
-    return [min(length, window) if kind in near else length for kind in kinds]
+    windowed_kinds = ("sliding_attention", "local")
+    return [min(length, window) if kind in windowed_kinds else length for kind in kinds]

@@ -48,7 +48,7 @@ class LoadedExpert:
 
 
 def load_experts(
-    forest: Forest, device: torch.device | str, only: Sequence[str] | None = None
+    forest: Forest, device: torch.device | str, only_domains: Sequence[str] | None = None
 ) -> Iterator[LoadedExpert]:
     """Yield the experts one after the other, in the order of the forest, their member selected.
 
@@ -57,30 +57,32 @@ def load_experts(
     model at a time.
 
     Args:
-        only: domains to load; None for all.
+        only_domains: domains to load; None for all.
     Raises:
-        UserError: if a domain of `only` is not in the forest, or a folder cannot be read.
+        UserError: if a domain of `only_domains` is not in the forest, or a folder cannot be read.
     """
-    for domain in only or ():
+    for domain in only_domains or ():
         if domain not in forest.domains:
             raise UserError(
                 f"{forest.path}: no expert of domain {domain!r}; "
                 f"there are {', '.join(forest.domains)}"
             )
-    selected = [expert for expert in forest.experts if only is None or expert.domain in only]
-    left = Counter(expert.path for expert in selected)
-    held: dict[Path, LanguageModel] = {}
+    selected = [
+        expert for expert in forest.experts if only_domains is None or expert.domain in only_domains
+    ]
+    remaining_uses = Counter(expert.path for expert in selected)
+    open_models: dict[Path, LanguageModel] = {}
     for expert in selected:
-        if expert.path not in held:
+        if expert.path not in open_models:
             members = [e.member for e in selected if e.path == expert.path and e.member]
-            held[expert.path] = load_lm_for_scoring(expert.path, members).to(device)
-        loaded = LoadedExpert(expert.domain, held[expert.path], expert.member)
+            open_models[expert.path] = load_lm_for_scoring(expert.path, members).to(device)
+        loaded = LoadedExpert(expert.domain, open_models[expert.path], expert.member)
         _check_member(expert, loaded.model.config)
         if expert.member is not None:
             loaded.model.set_domain(expert.member)
-        left[expert.path] -= 1
-        if not left[expert.path]:
-            del held[expert.path]
+        remaining_uses[expert.path] -= 1
+        if not remaining_uses[expert.path]:
+            del open_models[expert.path]
         yield loaded
         del loaded
 
@@ -230,14 +232,16 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
         if self.config.topk and prior is None:
             raise ValueError(f"topk {self.config.topk} needs a prior; see set_prior")
         prior = [1 / count] * count if prior is None else prior
-        kept = sorted(range(count), key=lambda expert: -prior[expert])[: self.config.topk or count]
-        kept = sorted(expert for expert in kept if prior[expert] > 0)
-        weights = torch.tensor([prior[expert] for expert in kept], device=self.device)
-        return kept, weights / weights.sum()
+        selected = sorted(range(count), key=lambda expert: -prior[expert])[
+            : self.config.topk or count
+        ]
+        selected = sorted(expert for expert in selected if prior[expert] > 0)
+        weights = torch.tensor([prior[expert] for expert in selected], device=self.device)
+        return selected, weights / weights.sum()
 
-    def _select_part(self, expert: int) -> LanguageModel:
+    def _select_part(self, expert_index: int) -> LanguageModel:
         """Select the part of an expert, with its member selected."""
-        entry = self.config.experts[expert]
+        entry = self.config.experts[expert_index]
         part = self.parts[entry["part"]]
         if entry["member"] is not None:
             part.set_domain(entry["member"])
@@ -280,16 +284,18 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
             past_key_values = DynamicCache()
         experts, prior = self._select_experts()
         parts = [self.parts[self.config.experts[expert]["part"]] for expert in experts]
-        tracks = split_cache(past_key_values, [part.config.num_hidden_layers for part in parts])
-        attention_mask, position_ids = fill_mask_and_positions(
-            input_ids, attention_mask, position_ids, tracks[0], self.config.pad_token_id
+        expert_caches = split_cache(
+            past_key_values, [part.config.num_hidden_layers for part in parts]
         )
-        hidden, seen, scored = self._run_experts(
-            experts, tracks, input_ids, attention_mask, position_ids, shift_labels
+        attention_mask, position_ids = fill_mask_and_positions(
+            input_ids, attention_mask, position_ids, expert_caches[0], self.config.pad_token_id
+        )
+        hidden, token_log_probs, label_log_probs = self._run_experts(
+            experts, expert_caches, input_ids, attention_mask, position_ids, shift_labels
         )
         log_weights = compute_token_weights(
             # At place t the log-probability of token t + 1, which that of its successor leans on.
-            nn.functional.pad(seen[:, :, 1:], (0, 1)),
+            nn.functional.pad(token_log_probs[:, :, 1:], (0, 1)),
             prior,
             rule=self.config.rule,
             temperature=self.config.temperature,
@@ -304,7 +310,9 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
             output["logits"] = self._mix_logits(experts, hidden, log_weights, logits_to_keep)
         if shift_labels is not None:
             counted = shift_labels != -100
-            output["token_log_probs"] = mix_log_probs(log_weights, scored).where(counted, 0.0)
+            output["token_log_probs"] = mix_log_probs(log_weights, label_log_probs).where(
+                counted, 0.0
+            )
             if num_items_in_batch is None:
                 num_items_in_batch = counted.sum().clamp(min=1)
             output["loss"] = -output["token_log_probs"].sum() / num_items_in_batch
@@ -312,8 +320,8 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
 
     def _run_experts(
         self,
-        experts: Sequence[int],
-        tracks: Sequence[ExpertCache],
+        expert_indices: Sequence[int],
+        expert_caches: Sequence[ExpertCache],
         input_ids: Tensor,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
@@ -326,52 +334,60 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
             each token so far after those before it [E, B, S], 0 for the first; and with labels
             that of each label [E, B, L].
         """
-        past, length = tracks[0].get_seq_length(), input_ids.shape[1]
+        cached_length, length = expert_caches[0].get_seq_length(), input_ids.shape[1]
         # What each position is asked for: the token that follows it, or what labels say it is.
         following = nn.functional.pad(input_ids[:, 1:], (0, 1), value=-100)
         if shift_labels is not None:
             following = shift_labels.where(shift_labels != -100, following)
-        real = torch.ones_like(input_ids)
+        real_tokens = torch.ones_like(input_ids)
         if attention_mask is not None:
-            real = attention_mask[:, past:]
-        hidden, seen, scored = [], [], []
-        for expert, track in zip(experts, tracks, strict=True):
+            real_tokens = attention_mask[:, cached_length:]
+        hidden, token_log_probs, label_log_probs = [], [], []
+        for expert, expert_cache in zip(expert_indices, expert_caches, strict=True):
             part = self._select_part(expert)
-            states = part.hidden_states(input_ids, attention_mask, position_ids, track)
+            states = part.hidden_states(input_ids, attention_mask, position_ids, expert_cache)
             rows, targets = states, following
-            if past:  # the last cached position is asked for the first token of this pass
-                rows = torch.cat([track.get_last_states(), states], dim=1)
+            if cached_length:  # the last cached position is asked for the first token of this pass
+                rows = torch.cat([expert_cache.get_last_states(), states], dim=1)
                 targets = torch.cat([input_ids[:, :1], following], dim=1)
             if shift_labels is None:  # nothing is known yet of what follows the last token
                 rows, targets = rows[:, :-1], targets[:, :-1]
             log_probs = part.score(rows, targets)[1]
             if shift_labels is not None:
-                scored.append(log_probs[:, -length:])
+                label_log_probs.append(log_probs[:, -length:])
                 log_probs = log_probs[:, :-1]
-            log_probs = log_probs if past else nn.functional.pad(log_probs, (1, 0))
-            seen.append(track.add_evidence(states, log_probs, real))
+            log_probs = log_probs if cached_length else nn.functional.pad(log_probs, (1, 0))
+            token_log_probs.append(expert_cache.add_evidence(states, log_probs, real_tokens))
             hidden.append(states)
-        return hidden, torch.stack(seen), torch.stack(scored) if scored else None
+        return (
+            hidden,
+            torch.stack(token_log_probs),
+            torch.stack(label_log_probs) if label_log_probs else None,
+        )
 
     def _mix_logits(
         self,
-        experts: Sequence[int],
+        expert_indices: Sequence[int],
         hidden: Sequence[Tensor],
         log_weights: Tensor,
-        keep: int | Tensor,
+        logits_to_keep: int | Tensor,
     ) -> Tensor:
         """Compute log sum_j w_j softmax_j [B, keep, V].
 
         At most two experts' logits exist at a time.
         """
         mixed = None
-        for number, expert in enumerate(experts):
+        for number, expert in enumerate(expert_indices):
             logits = (
-                self._select_part(expert).logits(select_logit_states(hidden[number], keep)).float()
+                self._select_part(expert)
+                .logits(select_logit_states(hidden[number], logits_to_keep))
+                .float()
             )
             # Output matrices may be padded; the rows that all experts have are those of tokens.
             log_probs = logits.log_softmax(-1)[..., : self.config.vocab_size]
-            weighted = log_probs + select_logit_states(log_weights[number], keep)[..., None]
+            weighted = (
+                log_probs + select_logit_states(log_weights[number], logits_to_keep)[..., None]
+            )
             mixed = weighted if mixed is None else torch.logaddexp(mixed, weighted, out=mixed)
         return mixed
 
@@ -390,13 +406,13 @@ def load_lm_for_scoring(
 
 
 def _check_member(expert: Expert, config: PreTrainedConfig) -> None:
-    apart, domains = get_untie(config) != "none", get_domains(config)
-    if expert.member is not None and (not apart or expert.member not in domains):
-        available = ", ".join(domains) if apart else "none, the model is dense"
+    has_experts, domains = get_untie(config) != "none", get_domains(config)
+    if expert.member is not None and (not has_experts or expert.member not in domains):
+        available = ", ".join(domains) if has_experts else "none, the model is dense"
         raise UserError(
             f"{expert.path}: no expert of domain {expert.member!r}; available: {available}"
         )
-    if expert.member is None and apart:
+    if expert.member is None and has_experts:
         raise UserError(
             f"{expert.path}: holds experts; `member` must name one of {', '.join(domains)}"
         )

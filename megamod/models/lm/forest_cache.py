@@ -17,10 +17,10 @@ class ExpertCache:
     is real. Without a cache nothing is kept.
     """
 
-    def __init__(self, cache: Cache | None, first: int, layers: int):
+    def __init__(self, cache: Cache | None, first_layer: int, layer_count: int):
         self.cache = cache
-        self.first = first
-        self.layers = layers
+        self.first = first_layer
+        self.layers = layer_count
 
     def get_seq_length(self, layer: int = 0) -> int:
         """Return the number of cached tokens."""
@@ -61,9 +61,9 @@ class ExpertCache:
         """Return a mask of cached tokens that are not padding, [B, S] bool."""
         return self._get_evidence_layer().values[:, 0, :, 1] > 0
 
-    def add_evidence(self, states: Tensor, log_probs: Tensor, real: Tensor) -> Tensor:
+    def add_evidence(self, states: Tensor, log_probs: Tensor, real_tokens: Tensor) -> Tensor:
         """Add the evidence of new tokens ([B, L, D], [B, L], [B, L]); log_probs of all [B, S]."""
-        values = torch.stack([log_probs, real.to(log_probs.dtype)], dim=-1)
+        values = torch.stack([log_probs, real_tokens.to(log_probs.dtype)], dim=-1)
         _, values = self.update(states[:, None], values[:, None], self.layers)
         return values[:, 0, :, 0]
 
@@ -71,8 +71,8 @@ class ExpertCache:
         return self.cache.layers[self.first + self.layers]
 
 
-def split_cache(cache: Cache | None, depths: Sequence[int]) -> list[ExpertCache]:
-    """Split a cache into each expert's part; `depths` are their numbers of layers.
+def split_cache(cache: Cache | None, layer_counts: Sequence[int]) -> list[ExpertCache]:
+    """Split a cache into each expert's part; `layer_counts` are their numbers of layers.
 
     Raises:
         ValueError: if the cache cannot grow, or was filled by other experts.
@@ -81,32 +81,34 @@ def split_cache(cache: Cache | None, depths: Sequence[int]) -> list[ExpertCache]
         raise ValueError(
             f"a forest needs a cache that grows: DynamicCache() in place of {type(cache).__name__}"
         )
-    firsts = list(accumulate((depth + 1 for depth in depths), initial=0))
+    firsts = list(accumulate((depth + 1 for depth in layer_counts), initial=0))
     if cache is not None and len(cache.layers) not in (0, firsts[-1]):
         raise ValueError(
             f"the cache has {len(cache.layers)} layers, the experts in use need {firsts[-1]}: it "
             "was filled under another prior, or by another model"
         )
-    return [ExpertCache(cache, first, depth) for first, depth in zip(firsts, depths, strict=False)]
+    return [
+        ExpertCache(cache, first, depth) for first, depth in zip(firsts, layer_counts, strict=False)
+    ]
 
 
 def fill_mask_and_positions(
     input_ids: Tensor,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
-    track: ExpertCache,
+    expert_cache: ExpertCache,
     pad_id: int | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Mask [B, S] and positions [B, L] as models take them, where they are not given.
 
     Padding is then recognised by its id in the first pass, and remembered by the cache.
     """
-    if attention_mask is None and track.get_seq_length():
-        real = torch.ones_like(input_ids, dtype=torch.bool)
-        attention_mask = torch.cat([track.get_real_tokens(), real], dim=1)
+    if attention_mask is None and expert_cache.get_seq_length():
+        real_tokens = torch.ones_like(input_ids, dtype=torch.bool)
+        attention_mask = torch.cat([expert_cache.get_real_tokens(), real_tokens], dim=1)
     elif attention_mask is None and position_ids is None:
-        real = input_ids != (-1 if pad_id is None else pad_id)
-        attention_mask = None if bool(real.all()) else real
+        real_tokens = input_ids != (-1 if pad_id is None else pad_id)
+        attention_mask = None if bool(real_tokens.all()) else real_tokens
     if attention_mask is None and position_ids is None:
         length = input_ids.shape[1]
         position_ids = torch.arange(length, device=input_ids.device).expand_as(input_ids)

@@ -204,14 +204,14 @@ class HostMixin:
 
     def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         # Tables of rotary frequencies lose their meaning in half precision: buffers keep theirs.
-        kept = [
+        float_buffers = [
             (module, name, buffer)
             for module in self.modules()
             for name, buffer in module._buffers.items()
             if buffer is not None and buffer.is_floating_point()
         ]
         super()._apply(function, recurse)
-        for module, name, buffer in kept:
+        for module, name, buffer in float_buffers:
             if module._buffers[name].dtype != buffer.dtype:
                 module._buffers[name] = buffer.to(module._buffers[name].device)
         return self
@@ -298,12 +298,14 @@ def takes_position_ids(model: type[PreTrainedModel]) -> bool:
     return "position_ids" in inspect.signature(stock.forward).parameters
 
 
-def _register_checkpoint_renaming(stock: type[PreTrainedModel], model_type: str, name: str) -> None:
+def _register_checkpoint_renaming(
+    stock: type[PreTrainedModel], model_type: str, class_name: str
+) -> None:
     """Let a class read files in which transformers renames tensors of the stock class."""
     renaming = get_checkpoint_conversion_mapping(stock.__name__)
     renaming = renaming or get_checkpoint_conversion_mapping(model_type)
     if renaming:
-        register_checkpoint_conversion_mapping(name, renaming, overwrite=True)
+        register_checkpoint_conversion_mapping(class_name, renaming, overwrite=True)
 
 
 @functools.cache

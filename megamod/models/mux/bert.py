@@ -84,12 +84,14 @@ class MuxMaskedLM(MuxPreTrainedModel):
         columns = input_ids.shape[1]
         if output_logits is None:
             output_logits = self.config.output_logits
-        fed = self.prepare_batch(*(inputs if labels is not None else self._pad_for_prefix(*inputs)))
-        hidden = self.encode(fed)
+        batch = self.prepare_batch(
+            *(inputs if labels is not None else self._pad_for_prefix(*inputs))
+        )
+        hidden = self.encode(batch)
         output = MuxOutput()
         if labels is None or output_logits:
             logits = self.retrieval_head.decoder(self.compute_vocabulary_states(hidden, None))
-            logits = logits.flatten(0, 1)[: fed.rows, self.config.prefix_length :]
+            logits = logits.flatten(0, 1)[: batch.rows, self.config.prefix_length :]
             output["logits"] = F.pad(logits, (0, 0, 0, columns - logits.shape[1]))
         if labels is not None:
             if self.config.task_loss_coeff > 0:
@@ -98,7 +100,7 @@ class MuxMaskedLM(MuxPreTrainedModel):
                 )
             if self.config.retrieval_loss_coeff > 0:
                 self.add_retrieval_loss(
-                    output, hidden, fed.ids, retrieval_slots, num_retrieval_items
+                    output, hidden, batch.ids, retrieval_slots, num_retrieval_items
                 )
             output["loss"] = self.combine_losses(output.task_loss, output.retrieval_loss)
         return format_output(self, output, return_dict)
@@ -119,24 +121,26 @@ class MuxMaskedLM(MuxPreTrainedModel):
         hidden: MixedStates,
         labels: Tensor,
         logits: Tensor | None,
-        items: Tensor | float | None,
+        num_items: Tensor | float | None,
     ) -> Tensor:
         """Compute the mean loss (nats) of labels that are not dropped, from `logits` if
         there are any.
         """
-        fed = self.align_labels(labels)
-        chosen = fed != IGNORED
-        targets = fed[chosen]
+        aligned_labels = self.align_labels(labels)
+        selected = aligned_labels != IGNORED
+        targets = aligned_labels[selected]
         if logits is not None:
-            kept = chosen[: len(labels), self.config.prefix_length :]
-            scored = logits[:, : kept.shape[1]][kept].float()
+            selected_in_rows = selected[: len(labels), self.config.prefix_length :]
+            scored = logits[:, : selected_in_rows.shape[1]][selected_in_rows].float()
             total = F.cross_entropy(scored, targets, reduction="sum")
         else:
-            pairs = build_row_pairs(chosen, self.config.num_instances)
+            pairs = build_row_pairs(selected, self.config.num_instances)
             states = self.compute_vocabulary_states(hidden, pairs)
             decoder = self.retrieval_head.decoder
-            total = score_tokens(states, decoder, targets, keep_logits=False, count=False)[0]
-        return total / (max(targets.numel(), 1) if items is None else items)
+            total = score_tokens(
+                states, decoder, targets, return_logits=False, count_correct=False
+            )[0]
+        return total / (max(targets.numel(), 1) if num_items is None else num_items)
 
 
 class MuxBertForMaskedLM(MuxMaskedLM):

@@ -27,9 +27,9 @@ class MuxBareModel(MuxPreTrainedModel):
     ) -> BaseModelOutput | tuple:
         """Map ids [R, S] to `last_hidden_state` [R, S, D]; arguments as of the classifiers."""
         check_extra_arguments(self, more)
-        fed = self.prepare_batch(input_ids, attention_mask, token_type_ids, position_ids)
-        states = self.demultiplex(self.encode(fed), slice(self.config.prefix_length, None))
-        output = BaseModelOutput(last_hidden_state=states.flatten(0, 1)[: fed.rows])
+        batch = self.prepare_batch(input_ids, attention_mask, token_type_ids, position_ids)
+        states = self.demultiplex(self.encode(batch), slice(self.config.prefix_length, None))
+        output = BaseModelOutput(last_hidden_state=states.flatten(0, 1)[: batch.rows])
         return format_output(self, output, return_dict)
 
 
@@ -76,10 +76,10 @@ class MuxSequenceClassifier(MuxPreTrainedModel):
             `MuxOutput` with logits [R, C].
         """
         check_extra_arguments(self, more)
-        fed = self.prepare_batch(input_ids, attention_mask, token_type_ids, position_ids)
+        batch = self.prepare_batch(input_ids, attention_mask, token_type_ids, position_ids)
         retrieves = labels is not None and self.config.retrieval_loss_coeff > 0
-        hidden = self.encode(fed, None if retrieves else self.config.prefix_length or 1)
-        logits = self.compute_row_logits(hidden).flatten(0, 1)[: fed.rows]
+        hidden = self.encode(batch, None if retrieves else self.config.prefix_length or 1)
+        logits = self.compute_row_logits(hidden).flatten(0, 1)[: batch.rows]
         output = MuxOutput(logits=logits)
         if labels is not None:
             flat = logits.float()
@@ -91,7 +91,7 @@ class MuxSequenceClassifier(MuxPreTrainedModel):
             output["task_loss"] = total / items
             if retrieves:
                 self.add_retrieval_loss(
-                    output, hidden, fed.ids, retrieval_slots, num_retrieval_items
+                    output, hidden, batch.ids, retrieval_slots, num_retrieval_items
                 )
             output["loss"] = self.combine_losses(output.task_loss, output.retrieval_loss)
         return format_output(self, output, return_dict)
@@ -104,19 +104,19 @@ class MuxTokenClassifier(MuxPreTrainedModel):
         """Compute logits of states: [..., D] -> [..., C]."""
         return self.classifier(self.dropout(states))
 
-    def compute_token_logits(self, hidden: MixedStates, chosen: Tensor | None) -> Tensor:
+    def compute_token_logits(self, hidden: MixedStates, selected: Tensor | None) -> Tensor:
         """Map mixed states [B, T, D] to logits [B * N, S, C].
 
-        0 where `chosen` [B * N, S] is False.
+        0 where `selected` [B * N, S] is False.
         """
         start, N = self.config.prefix_length, self.config.num_instances
-        if chosen is None:
+        if selected is None:
             states = self.demultiplex(hidden, slice(start, None))
             return self.compute_class_logits(states).flatten(0, 1)
-        row, position = chosen.nonzero(as_tuple=True)
+        row, position = selected.nonzero(as_tuple=True)
         pairs = Pairs(row // N, row % N, position + start)
         logits = self.compute_class_logits(self.demultiplex(hidden, slice(start, None), pairs))
-        dense = logits.new_zeros(*chosen.shape, logits.shape[-1])
+        dense = logits.new_zeros(*selected.shape, logits.shape[-1])
         return dense.index_put((row, position), logits)
 
     def forward(
@@ -141,16 +141,16 @@ class MuxTokenClassifier(MuxPreTrainedModel):
             and in evaluation if `padding_logits` is off.
         """
         check_extra_arguments(self, more)
-        fed = self.prepare_batch(input_ids, attention_mask, token_type_ids, position_ids)
-        hidden = self.encode(fed)
-        skips = fed.mask is not None and (self.training or not self.config.padding_logits)
-        chosen = None
-        if skips:
-            chosen = fed.mask != 0
-            chosen[fed.rows :] = False
+        batch = self.prepare_batch(input_ids, attention_mask, token_type_ids, position_ids)
+        hidden = self.encode(batch)
+        skips_padding = batch.mask is not None and (self.training or not self.config.padding_logits)
+        selected = None
+        if skips_padding:
+            selected = batch.mask != 0
+            selected[batch.rows :] = False
             if labels is not None:
-                chosen[: fed.rows] |= labels != IGNORED
-        logits = self.compute_token_logits(hidden, chosen)[: fed.rows]
+                selected[: batch.rows] |= labels != IGNORED
+        logits = self.compute_token_logits(hidden, selected)[: batch.rows]
         output = MuxOutput(logits=logits)
         if labels is not None:
             total = F.cross_entropy(
@@ -165,7 +165,7 @@ class MuxTokenClassifier(MuxPreTrainedModel):
             output["task_loss"] = total / items
             if self.config.retrieval_loss_coeff > 0:
                 self.add_retrieval_loss(
-                    output, hidden, fed.ids, retrieval_slots, num_retrieval_items
+                    output, hidden, batch.ids, retrieval_slots, num_retrieval_items
                 )
             output["loss"] = self.combine_losses(output.task_loss, output.retrieval_loss)
         return format_output(self, output, return_dict)

@@ -111,40 +111,42 @@ class MuxElectraForPreTraining(MuxElectraPreTrainedModel):
             ValueError: if the rows are too long.
         """
         check_extra_arguments(self, more)
-        fed = self.prepare_batch(input_ids, attention_mask, token_type_ids, position_ids)
+        batch = self.prepare_batch(input_ids, attention_mask, token_type_ids, position_ids)
         output = self.discriminate(
-            fed, labels, num_items_in_batch, retrieval_slots, num_retrieval_items
+            batch, labels, num_items_in_batch, retrieval_slots, num_retrieval_items
         )
         return format_output(self, output, return_dict)
 
     def discriminate(
         self,
-        fed: PreparedBatch,
+        batch: PreparedBatch,
         labels: Tensor | None,
-        items: Tensor | float | None,
-        slots: Tensor | None,
-        retrieval_items: Tensor | float | None,
+        num_items: Tensor | float | None,
+        retrieved_instances: Tensor | None,
+        num_retrieval_items: Tensor | float | None,
     ) -> MuxOutput:
         """Run the discriminator on a prepared batch: `forward` after `prepare_batch`."""
-        hidden = self.encode(fed)
-        needed = labels is None or self.config.task_loss_coeff > 0
+        hidden = self.encode(batch)
+        needs_logits = labels is None or self.config.task_loss_coeff > 0
         output = MuxOutput()
-        if needed:
+        if needs_logits:
             states = self.demultiplex(hidden, slice(self.config.prefix_length, None))
-            output["logits"] = self.discriminator_predictions(states).flatten(0, 1)[: fed.rows]
+            output["logits"] = self.discriminator_predictions(states).flatten(0, 1)[: batch.rows]
         if labels is None:
             return output
-        if needed:
+        if needs_logits:
             length = output.logits.shape[1]
             scores = F.binary_cross_entropy_with_logits(
                 output.logits.float(), labels[:, :length].float(), reduction="none"
             )
-            counted = torch.ones_like(labels) if fed.mask is None else fed.mask != 0
-            counted = counted[: fed.rows, :length]
-            count = counted.sum().clamp(min=1) if items is None else items
+            counted = torch.ones_like(labels) if batch.mask is None else batch.mask != 0
+            counted = counted[: batch.rows, :length]
+            count = counted.sum().clamp(min=1) if num_items is None else num_items
             output["task_loss"] = (scores * counted).sum() / count
         if self.config.retrieval_loss_coeff > 0:
-            self.add_retrieval_loss(output, hidden, fed.ids, slots, retrieval_items)
+            self.add_retrieval_loss(
+                output, hidden, batch.ids, retrieved_instances, num_retrieval_items
+            )
         output["loss"] = self.combine_losses(output.task_loss, output.retrieval_loss)
         return output
 

@@ -67,15 +67,15 @@ class MuxElectraForMaskedLM(MuxMaskedLM):
         return self.retrieval_head.decoder
 
     def compute_decoder_inputs(
-        self, fed: PreparedBatch, chosen: Tensor, embeddings: EncoderEmbeddings | None
+        self, batch: PreparedBatch, selected: Tensor, embeddings: EncoderEmbeddings | None
     ) -> tuple[Tensor, MixedStates]:
         """Compute inputs of `decoder` at the chosen tokens, bool [R, S].
 
         Also return all mixed states.
         """
-        hidden = self.encode(fed, embeddings=embeddings)
+        hidden = self.encode(batch, embeddings=embeddings)
         length = self.config.prefix_length
-        shifted = F.pad(chosen, (length, -length)) if length else chosen
+        shifted = F.pad(selected, (length, -length)) if length else selected
         pairs = build_row_pairs(shifted, self.config.num_instances)
         return self.compute_vocabulary_states(hidden, pairs), hidden
 
@@ -103,13 +103,13 @@ class PlainGenerator(nn.Module):
         attention_mask: Tensor | None,
         token_type_ids: Tensor | None,
         position_ids: Tensor | None,
-        chosen: Tensor,
+        selected: Tensor,
         embeddings: EncoderEmbeddings | None,
     ) -> Tensor:
         """Compute inputs of `decoder` at the chosen tokens: ids [R, S], bool [R, S] -> [C, D]."""
         embed = embeddings or self.electra.embeddings
         mask = make_key_mask(attention_mask) if attention_mask is not None else None
-        hidden = self.electra.encode(embed(input_ids, token_type_ids, position_ids), mask)[chosen]
+        hidden = self.electra.encode(embed(input_ids, token_type_ids, position_ids), mask)[selected]
         head = self.generator_predictions
         return head["LayerNorm"](F.gelu(head["dense"](hidden)))
 
@@ -232,39 +232,41 @@ class MuxElectraForReplacedTokens(MuxElectraForPreTraining):
         labels: Tensor,
         masked: Tensor,
         random_ids: Tensor | None,
-        items: Tensor | float | None,
-        slots: Tensor | None,
-        retrieval_items: Tensor | float | None,
+        num_items: Tensor | float | None,
+        retrieved_instances: Tensor | None,
+        num_retrieval_items: Tensor | float | None,
     ) -> tuple[Tensor, Tensor]:
         """Return the loss of the generator, and the ids with its tokens in place of the masks."""
         generator, embeddings = self.generator, None
         if self.shares_embeddings:
             embeddings = self.backbone.embeddings
-        chosen, retrieval = masked | (labels != IGNORED), None
+        selected, retrieval = masked | (labels != IGNORED), None
         if self.config.generator == "plain":
-            states = generator.compute_decoder_inputs(*fields, chosen, embeddings)
+            states = generator.compute_decoder_inputs(*fields, selected, embeddings)
         else:
             if length := generator.config.prefix_length:
-                chosen = F.pad(chosen[:, :-length], (0, length))  # those columns are dropped
-            fed = generator.prepare_batch(*fields)
-            states, hidden = generator.compute_decoder_inputs(fed, chosen, embeddings)
+                selected = F.pad(selected[:, :-length], (0, length))  # those columns are dropped
+            batch = generator.prepare_batch(*fields)
+            states, hidden = generator.compute_decoder_inputs(batch, selected, embeddings)
             if generator.config.retrieval_loss_coeff > 0:
                 retrieved = MuxOutput()
-                generator.add_retrieval_loss(retrieved, hidden, fed.ids, slots, retrieval_items)
+                generator.add_retrieval_loss(
+                    retrieved, hidden, batch.ids, retrieved_instances, num_retrieval_items
+                )
                 retrieval = retrieved.retrieval_loss
-        scored = labels[chosen] != IGNORED
-        targets = labels[chosen][scored]
+        scored = labels[selected] != IGNORED
+        targets = labels[selected][scored]
         total, *_ = score_tokens(
-            states[scored], generator.decoder, targets, keep_logits=False, count=False
+            states[scored], generator.decoder, targets, return_logits=False, count_correct=False
         )
-        loss = total / (max(targets.numel(), 1) if items is None else items)
+        loss = total / (max(targets.numel(), 1) if num_items is None else num_items)
         if self.config.generator == "multiplexed":
             loss = generator.combine_losses(loss, retrieval)
         replaced = fields[0].clone()
         if random_ids is None:
-            replaced[chosen & masked] = sample_tokens(states[masked[chosen]], generator.decoder)
+            replaced[selected & masked] = sample_tokens(states[masked[selected]], generator.decoder)
         else:
-            replaced[chosen & masked] = random_ids[chosen & masked]
+            replaced[selected & masked] = random_ids[selected & masked]
         return loss, replaced
 
 
@@ -272,8 +274,8 @@ class MuxElectraForReplacedTokens(MuxElectraForPreTraining):
 def sample_tokens(states: Tensor, decoder: nn.Linear) -> Tensor:
     """Draw tokens from softmax(decoder(states)), chunk by chunk: [R, D] -> [R] int64."""
     rows = max(1, _SAMPLED_TOGETHER // decoder.out_features)
-    drawn = [
+    sampled = [
         torch.multinomial(decoder(part).float().softmax(-1), 1)[:, 0]
         for part in (states.split(rows) if len(states) else ())
     ]
-    return torch.cat(drawn) if drawn else states.new_zeros(0, dtype=torch.long)
+    return torch.cat(sampled) if sampled else states.new_zeros(0, dtype=torch.long)

@@ -231,7 +231,7 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
 
     def encode(
         self,
-        fed: PreparedBatch,
+        batch: PreparedBatch,
         queries: int | None = None,
         embeddings: EncoderEmbeddings | None = None,
     ) -> MixedStates:
@@ -242,21 +242,27 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
             embeddings: replace the model's own.
         """
         embeddings = embeddings or self.backbone.embeddings
-        mask, attended = self._encoder_mask(fed), None
-        first, second = self._select_positions(fed)
+        mask, attended = self._encoder_mask(batch), None
+        instance_positions, mixed_positions = self._select_positions(batch)
         table, kernels = embeddings.word_embeddings.weight, self.config.kernels
         keyed_mean = self.config.muxing_variant in KEYED_MEANS
         if keyed_mean and uses_triton(kernels, table) and embeddings.has_plain_modules():
-            inputs = (fed.ids, self.instance_embedding, fed.token_type_ids, first, second)
+            inputs = (
+                batch.ids,
+                self.instance_embedding,
+                batch.token_type_ids,
+                instance_positions,
+                mixed_positions,
+            )
             if kernels == "triton" and self._first_block_takes_embeddings(queries):
                 block = self.backbone.encoder.layer[0]
                 mixed, attended = embeddings.embed_and_attend(*inputs, block, mask, kernels)
             else:
                 mixed = embeddings.embed_multiplexed(*inputs, kernels)
         else:
-            x = embeddings(fed.ids, fed.token_type_ids, first)
-            mixed = self._multiplex(x.unflatten(0, (-1, self.config.num_instances)), fed.mask)
-            mixed = embeddings(mixed, None, second)
+            x = embeddings(batch.ids, batch.token_type_ids, instance_positions)
+            mixed = self._multiplex(x.unflatten(0, (-1, self.config.num_instances)), batch.mask)
+            mixed = embeddings(mixed, None, mixed_positions)
         rsa = isinstance(getattr(self, "demultiplexer", None), RsaDemultiplexer)
         if rsa and uses_kernels(kernels, mixed):
             states = self.backbone.encode(mixed, mask, queries, attended, norm=False)
@@ -286,16 +292,16 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         output: MuxOutput,
         hidden: MixedStates,
         ids: Tensor,
-        slots: Tensor | None,
-        items: Tensor | float | None,
+        retrieved_instances: Tensor | None,
+        num_items: Tensor | float | None,
     ) -> None:
         """Retrieve one token per mixed position; set loss and counts of the output.
 
         Args:
             hidden: states [B, T, D].
             ids: [B * N, T] as embedded.
-            slots: [B, T], instance of each position; None to draw them.
-            items: divisor of the summed loss; None for the number of targets.
+            retrieved_instances: [B, T], instance of each position; None to draw them.
+            num_items: divisor of the summed loss; None for the number of targets.
         """
         if not hasattr(self, "retrieval_head"):
             raise ValueError(
@@ -304,50 +310,62 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         config = self.config
         start = config.prefix_length or self.retrieval_start
         groups, length = hidden.states.shape[:2]
-        if slots is None:
-            slots = draw_retrieved_instances(
+        if retrieved_instances is None:
+            retrieved_instances = draw_retrieved_instances(
                 groups, length, config.num_instances, start, ids.device
             )
-        kept = None
+        sampled = None
         if not self.retrieves_padding and config.retrieval_percentage < 1:
-            kept = torch.rand(slots.shape, device=ids.device) < config.retrieval_percentage
+            sampled = (
+                torch.rand(retrieved_instances.shape, device=ids.device)
+                < config.retrieval_percentage
+            )
         padding = None if self.retrieves_padding else config.pad_token_id
-        targets = select_retrieval_targets(ids, slots, start=start, ignored_id=padding, kept=kept)
-        total, correct = self._score_retrieval(hidden, slots, targets)
+        targets = select_retrieval_targets(
+            ids, retrieved_instances, first_column=start, ignored_id=padding, sampled=sampled
+        )
+        total, correct = self._score_retrieval(hidden, retrieved_instances, targets)
         count = (targets != IGNORED).sum()
-        output["retrieval_loss"] = total / (count.clamp(min=1) if items is None else items)
+        output["retrieval_loss"] = total / (count.clamp(min=1) if num_items is None else num_items)
         output["retrieval_correct"], output["retrieval_count"] = correct, count
 
-    def combine_losses(self, task: Tensor | None, retrieval: Tensor | None) -> Tensor | None:
+    def combine_losses(
+        self, task_loss: Tensor | None, retrieval_loss: Tensor | None
+    ) -> Tensor | None:
         """Sum both terms times their coefficients, without terms that are None."""
-        terms = ((self.config.task_loss_coeff, task), (self.config.retrieval_loss_coeff, retrieval))
+        terms = (
+            (self.config.task_loss_coeff, task_loss),
+            (self.config.retrieval_loss_coeff, retrieval_loss),
+        )
         weighted = [weight * term for weight, term in terms if term is not None]
         return sum(weighted[1:], weighted[0]) if weighted else None
 
     def _score_retrieval(
-        self, hidden: MixedStates, slots: Tensor, targets: Tensor
+        self, hidden: MixedStates, retrieved_instances: Tensor, targets: Tensor
     ) -> tuple[Tensor, Tensor]:
-        chosen = targets != IGNORED
-        states = self.compute_vocabulary_states(hidden, build_retrieval_pairs(slots, chosen))
-        decoder, labels = self.retrieval_head.decoder, targets[chosen]
-        return score_tokens(states, decoder, labels, keep_logits=not self.training)[:2]
+        has_target = targets != IGNORED
+        states = self.compute_vocabulary_states(
+            hidden, build_retrieval_pairs(retrieved_instances, has_target)
+        )
+        decoder, labels = self.retrieval_head.decoder, targets[has_target]
+        return score_tokens(states, decoder, labels, return_logits=not self.training)[:2]
 
     def _prepend_prefix(self, prefix: Tensor, tokens: Tensor) -> Tensor:
         if not self.pretraining:
             return torch.cat([prefix, tokens], 1)
-        kept = tokens.shape[1] - prefix.shape[1]
-        if kept < 1:
+        kept_columns = tokens.shape[1] - prefix.shape[1]
+        if kept_columns < 1:
             raise ValueError(
                 f"{tokens.shape[1]} tokens leave no room for a prefix of {prefix.shape[1]}"
             )
-        return torch.cat([prefix, tokens[:, :kept]], 1)
+        return torch.cat([prefix, tokens[:, :kept_columns]], 1)
 
-    def _select_positions(self, fed: PreparedBatch) -> tuple[Tensor | None, Tensor | None]:
+    def _select_positions(self, batch: PreparedBatch) -> tuple[Tensor | None, Tensor | None]:
         """Select the position ids of the first and of the second embedding.
 
         None for consecutive ones.
         """
-        return (fed.position_ids, None) if self.sees_segments else (None, fed.position_ids)
+        return (batch.position_ids, None) if self.sees_segments else (None, batch.position_ids)
 
     def _first_block_takes_embeddings(self, queries: int | None) -> bool:
         """Return True if the first block takes the embeddings as they are, from every column."""
@@ -361,8 +379,8 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         variant, key = self.config.muxing_variant, self.instance_embedding
         if variant == "gaussian_attention_v2":
             blocks = (self.muxing_attention, self.muxing_attention_2)
-            shown = (mask, self.masks_instances, self.config.kernels)
-            return multiplex_contextual(x, key, *blocks, *shown)
+            mask_arguments = (mask, self.masks_instances, self.config.kernels)
+            return multiplex_contextual(x, key, *blocks, *mask_arguments)
         if variant == "gaussian_attention":
             modules = (self.muxing_attention, self.cross_instances_linear)
             return multiplex_contextual_v1(x, key, *modules, self.cross_instances_layernorm)
@@ -370,11 +388,11 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
             return multiplex(x, key, self.config.kernels)
         return multiplex_orthogonal(x, key.to(x.dtype))
 
-    def _encoder_mask(self, fed: PreparedBatch) -> Tensor | None:
+    def _encoder_mask(self, batch: PreparedBatch) -> Tensor | None:
         """Mask, bool [B, 1, 1, T], False where all instances are padding; None if unused."""
-        if not self.config.mask_padding or fed.mask is None:
+        if not self.config.mask_padding or batch.mask is None:
             return None
-        mask = fed.mask != 0
+        mask = batch.mask != 0
         if length := self.config.prefix_length:
             mask = self._prepend_prefix(mask.new_ones(len(mask), length), mask)
         by_group = mask.view(-1, self.config.num_instances, mask.shape[1])
@@ -394,11 +412,11 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
             key = module.instance_embedding
             if not was_loaded_from_file(key):
                 config = module.config
-                drawn = draw_keys(
+                drawn_keys = draw_keys(
                     config.muxing_variant,
                     config.num_instances,
                     key.shape[-1],
                     norm=config.gaussian_hadamard_norm,
                     epsilon=config.binary_hadamard_epsilon,
                 )
-                key.copy_(drawn)
+                key.copy_(drawn_keys)

@@ -96,19 +96,19 @@ class MuxRobertaPreTrainedModel(MuxPreTrainedModel):
         )
 
     def _score_retrieval(
-        self, hidden: MixedStates, slots: Tensor, targets: Tensor
+        self, hidden: MixedStates, retrieved_instances: Tensor, targets: Tensor
     ) -> tuple[Tensor, Tensor]:
         if self.config.demuxing_variant == "index":
-            return super()._score_retrieval(hidden, slots, targets)
-        chosen = targets != IGNORED
-        states = self.retrieval_head(hidden.apply_norm(), slots)[chosen]
-        decoder, labels = self.retrieval_head.decoder, targets[chosen]
-        return score_tokens(states, decoder, labels, keep_logits=not self.training)[:2]
+            return super()._score_retrieval(hidden, retrieved_instances, targets)
+        has_target = targets != IGNORED
+        states = self.retrieval_head(hidden.apply_norm(), retrieved_instances)[has_target]
+        decoder, labels = self.retrieval_head.decoder, targets[has_target]
+        return score_tokens(states, decoder, labels, return_logits=not self.training)[:2]
 
-    def _select_positions(self, fed: PreparedBatch) -> tuple[Tensor | None, Tensor | None]:
-        if fed.position_ids is not None:
-            return fed.position_ids, None
-        return compute_padding_aware_positions(fed.ids, self.config.pad_token_id), None
+    def _select_positions(self, batch: PreparedBatch) -> tuple[Tensor | None, Tensor | None]:
+        if batch.position_ids is not None:
+            return batch.position_ids, None
+        return compute_padding_aware_positions(batch.ids, self.config.pad_token_id), None
 
 
 class MuxRobertaForSequenceClassification(MuxRobertaPreTrainedModel, MuxSequenceClassifier):

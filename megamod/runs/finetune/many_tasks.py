@@ -94,7 +94,7 @@ class ManyTasksModel(FinetuneModel):
             model = CaMtlForMultiTask(self.config).float()
             report = {"loaded": [], "new": [n for n, _ in model.named_parameters()], "unused": []}
         else:
-            model, report = load_from_encoder(self.weights, self.config, top=self.top)
+            model, report = load_from_encoder(self.weights, self.config, load_last_block=self.top)
         logger.info(
             "%s: %d tensors loaded, %d new, %d of it unused",
             self.weights or "no weights",
@@ -107,7 +107,7 @@ class ManyTasksModel(FinetuneModel):
             )
         frozen = self.stage.frozen_blocks()
         if frozen is not None:
-            freeze_blocks(model, *frozen, release=self.stage.freeze_compat == "release")
+            freeze_blocks(model, *frozen, as_released=self.stage.freeze_compat == "release")
         if folder is not None and dist.get_rank() == 0:
             write_json(folder / "start.json", {"weights": self.weights, **report})
         return model

@@ -144,7 +144,7 @@ def _build_run_spec(
             shape, sampler="balanced", alpha=1.0, seed=run.seed
         ),
         make_model=make_model,
-        make_objective=lambda device: CausalLMObjective(data.domains, device, choose=False),
+        make_objective=lambda device: CausalLMObjective(data.domains, device, selects_expert=False),
         make_evaluate=make_evaluate,
         flops_per_token=lambda module: compute_flops_per_token(config, module, data.block_size),
         # The digest identifies the start, wherever its files are and however it was selected.

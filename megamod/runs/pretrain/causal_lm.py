@@ -113,7 +113,7 @@ def pretrain(
             sampler=data_args.sampler,
             alpha=data_args.alpha,
             seed=run.seed,
-            held=held if apart else None,
+            local_domains=held if apart else None,
         ),
         make_model=make_model,
         make_objective=make_objective,

@@ -218,8 +218,8 @@ def _open_text_task(study: BarrierStudy, task: str, first: str) -> HeldOutTask:
         Path(study.data),
         tokenize,
         study.max_seq_length,
-        most=study.max_items,
-        spaced=study.char_split,
+        max_blocks=study.max_items,
+        space_characters=study.char_split,
     )
     if task == CLM:
         return HeldOutTask(
