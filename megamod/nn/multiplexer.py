@@ -53,8 +53,8 @@ def draw_keys(
         width = size // instances
         slices = [slice(i * width, (i + 1) * width) for i in range(instances)]
         return torch.stack([second[:, part] @ first[:, part].T for part in slices]).float()
-    drawn = torch.randn(instances, size, generator=generator)
-    return drawn / drawn.norm(dim=1, keepdim=True) * norm
+    gaussian = torch.randn(instances, size, generator=generator)
+    return gaussian / gaussian.norm(dim=1, keepdim=True) * norm
 
 
 def multiplex_orthogonal(x: Tensor, key: Tensor) -> Tensor:
@@ -67,15 +67,15 @@ def multiplex_orthogonal(x: Tensor, key: Tensor) -> Tensor:
         [B, L, D].
     """
     instances = key.shape[0]
-    side_by_side = x.transpose(1, 2).flatten(2)  # [B, L, N * D]
-    return F.linear(side_by_side, key.transpose(0, 1).flatten(1)) / instances**0.5
+    concatenated = x.transpose(1, 2).flatten(2)  # [B, L, N * D]
+    return F.linear(concatenated, key.transpose(0, 1).flatten(1)) / instances**0.5
 
 
 def multiplex_contextual(
     x: Tensor,
     key: Tensor,
-    over_tokens: EncoderLayer,
-    over_instances: EncoderLayer,
+    token_block: EncoderLayer,
+    instance_block: EncoderLayer,
     attention_mask: Tensor | None,
     mask_instances: bool,
     implementation: str = "auto",
@@ -95,31 +95,35 @@ def multiplex_contextual(
     groups, instances, length, size = x.shape
     rows = x.flatten(0, 1)
     mask = make_key_mask(attention_mask) if attention_mask is not None else None
-    context = (over_tokens(rows, mask) + rows).view_as(x)
-    seen = None
+    context = (token_block(rows, mask) + rows).view_as(x)
+    instance_mask = None
     if mask_instances and attention_mask is not None:
-        seen = attention_mask.view(groups, instances, length)
-    projections = over_instances.attention["self"].values()
-    if is_plain(*projections) and uses_kernels(x, over_instances.heads, implementation):
-        mixed = _attend_over_instances(over_instances, context, key, seen, implementation)
-        return over_instances.apply_feed_forward(mixed).mean(1) + multiplex(
+        instance_mask = attention_mask.view(groups, instances, length)
+    projections = instance_block.attention["self"].values()
+    if is_plain(*projections) and uses_kernels(x, instance_block.heads, implementation):
+        mixed = _attend_over_instances(instance_block, context, key, instance_mask, implementation)
+        return instance_block.apply_feed_forward(mixed).mean(1) + multiplex(
             context, key, implementation
         )
-    marked = context * key[:, None].to(x.dtype)
-    at_positions = marked.transpose(1, 2).reshape(-1, instances, size)  # [B * L, N, D]
-    mask = make_key_mask(seen.transpose(1, 2).flatten(0, 1)) if seen is not None else None
-    mixed = over_instances(at_positions, mask) + at_positions
+    keyed = context * key[:, None].to(x.dtype)
+    by_position = keyed.transpose(1, 2).reshape(-1, instances, size)  # [B * L, N, D]
+    mask = (
+        make_key_mask(instance_mask.transpose(1, 2).flatten(0, 1))
+        if instance_mask is not None
+        else None
+    )
+    mixed = instance_block(by_position, mask) + by_position
     return mixed.mean(1).view(groups, length, size)
 
 
 def _attend_over_instances(
-    block: EncoderLayer, x: Tensor, key: Tensor, seen: Tensor | None, implementation: str
+    block: EncoderLayer, x: Tensor, key: Tensor, instance_mask: Tensor | None, implementation: str
 ) -> Tensor:
     """Run `block.attend` of x * key over instances, without storing x * key or its permutation.
 
     Args:
         x: [B, N, L, D].
-        seen: [B, N, L], 0 where an instance is masked.
+        instance_mask: [B, N, L], 0 where an instance is masked.
     """
     projections = [block.attention["self"][name] for name in ("query", "key", "value")]
     weight = torch.cat([projection.weight for projection in projections])
@@ -127,17 +131,21 @@ def _attend_over_instances(
     mixed = slot_attention_packed(
         keyed_linear(x, key, weight, bias, implementation),
         block.heads,
-        seen if seen is None else seen != 0,
+        instance_mask if instance_mask is None else instance_mask != 0,
         block.attention_dropout if block.training else 0.0,
         implementation,
     )
     output = block.attention["output"]
-    changed = block.dropout(output["dense"](mixed))
-    return output["LayerNorm"](torch.addcmul(changed, x, key[:, None].to(x.dtype)))
+    update = block.dropout(output["dense"](mixed))
+    return output["LayerNorm"](torch.addcmul(update, x, key[:, None].to(x.dtype)))
 
 
 def multiplex_contextual_v1(
-    x: Tensor, key: Tensor, over_tokens: EncoderLayer, across: nn.Linear, norm: nn.LayerNorm
+    x: Tensor,
+    key: Tensor,
+    token_block: EncoderLayer,
+    mean_projection: nn.Linear,
+    norm: nn.LayerNorm,
 ) -> Tensor:
     """Attend over the tokens of each keyed instance, average, and add a term of their mean.
 
@@ -148,9 +156,9 @@ def multiplex_contextual_v1(
         [B, L, D].
     Source: `gaussian_attention` of the release of Murahari et al. 2023.
     """
-    marked = x * key[:, None].to(x.dtype)
-    of_mean = norm(F.gelu(across(marked.mean(1))))
-    return over_tokens(marked.flatten(0, 1)).view_as(x).mean(1) + of_mean
+    keyed = x * key[:, None].to(x.dtype)
+    mean_term = norm(F.gelu(mean_projection(keyed.mean(1))))
+    return token_block(keyed.flatten(0, 1)).view_as(x).mean(1) + mean_term
 
 
 def _make_chunk_keys(instances: int, size: int, epsilon: float) -> Tensor:
@@ -166,8 +174,8 @@ def _make_chunk_keys(instances: int, size: int, epsilon: float) -> Tensor:
 
 def _draw_orthogonal_matrix(size: int, generator: torch.Generator | None) -> Tensor:
     """Draw uniformly from the orthogonal group (Mezzadri 2007, section 5): [size, size] float64."""
-    drawn = torch.randn(size, size, dtype=torch.float64, generator=generator)
-    matrix, triangle = torch.linalg.qr(drawn)
+    gaussian = torch.randn(size, size, dtype=torch.float64, generator=generator)
+    matrix, triangle = torch.linalg.qr(gaussian)
     return matrix * triangle.diagonal().sign()
 
 
