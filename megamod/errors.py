@@ -105,6 +105,7 @@ def _is_stdout_closed() -> bool:
 
 
 def _exit_with_message(message: str, exit_code: int) -> None:
+    """Print a message, later on ranks above 0, and end the process with the exit code."""
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         # Most mistakes are seen by all ranks at once: leave time for rank 0 to say it alone and for

@@ -51,6 +51,7 @@ def to_json(value: object, indent: int | None = None) -> str:
 
 
 def _replace_non_finite(value: object) -> object:
+    """Replace numbers that are not finite by None, in nested lists and dictionaries."""
     if isinstance(value, dict):
         return {key: _replace_non_finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -155,6 +155,7 @@ def format_flags(values: Mapping[str, object]) -> list[str]:
 
 
 def _format_value(value: object) -> str:
+    """Format a value as a word of a command line."""
     if value is None:
         return "none"
     return str(value).lower() if isinstance(value, bool) else str(value)
@@ -317,6 +318,7 @@ def _check_value(flag_field: Field, value: object, where: str) -> object:
 
 
 def _make_unknown_error(problem: str, word: str, words: Iterable[str]) -> UserError:
+    """Make the error for an unknown word, with the nearest known one."""
     nearest = difflib.get_close_matches(word, list(words), n=1, cutoff=0)[0]
     return UserError(f"{problem} {word!r}; the nearest is {nearest!r}, --help lists all")
 

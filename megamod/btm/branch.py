@@ -149,11 +149,13 @@ def _write_start_model(
 
 
 def _format_parent_name(source: ParentModel) -> str:
+    """Format a parent's absolute path, with the selected expert after it."""
     path = str(source.model.absolute())
     return f"{path} ({source.member})" if source.member else path
 
 
 def _link_model(start_folder: Path, target: Path, domain: str) -> None:
+    """Link or copy the start model into `target`, and write its configuration for the domain."""
     for file in start_folder.iterdir():
         if file.name not in ("config.json", "README.md", "merge.json"):
             link_or_copy(file, target / file.name)

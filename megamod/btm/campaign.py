@@ -220,6 +220,10 @@ def _refuse_unsupported_flags(parsed: Parsed) -> None:
 def _parse_rounds(
     btm: BtmArgs, data: DataArgs, available: Sequence[str]
 ) -> tuple[tuple[str, ...], ...]:
+    """Parse the rounds from the flags.
+
+    Raise UserError for unknown, repeated or reserved domains.
+    """
     if btm.rounds is None:
         rounds: tuple[tuple[str, ...], ...] = (tuple(data.domains or available),)
         flag = "--domains"

@@ -49,6 +49,7 @@ def _make_world_expert(campaign: Campaign, domain: str) -> Expert:
 
 
 def _read_parents(run: Path) -> tuple[Parent, ...]:
+    """Read the parents of a run from its branch.json; empty without one."""
     record = run / RECORD
     if not record.is_file():
         return ()

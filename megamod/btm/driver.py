@@ -199,6 +199,7 @@ class Driver:
             job.not_before = time.monotonic() + min(pause, LONGEST_PAUSE)
 
     def _check_adopted(self, job: RunningTask) -> None:
+        """Release an adopted job once its lock is free; wait for the time of the next check."""
         if time.monotonic() < job.not_before:
             return
         job.not_before = time.monotonic() + ADOPTED_POLL_SECONDS
@@ -218,6 +219,7 @@ class Driver:
             kill_processes(self._get_process_mark(job.task))
 
     def _record_failure(self, job: RunningTask, exit_code: int, reason: str) -> None:
+        """Mark a job as failed with the end of its log, and print the reason."""
         job.ended, job.code, job.row.state = True, exit_code, "failed"
         log = self._get_log_path(job.task)
         job.fault = (
@@ -226,6 +228,7 @@ class Driver:
         self.screen.print_message(job.fault.partition("\n")[0])
 
     def _show_progress(self, jobs: Sequence[RunningTask], redraw_now: bool = False) -> None:
+        """Read the progress of all started jobs and show the table."""
         for job in jobs:
             if job.active or job.ended:
                 read_progress(job.task.folder, job.row)
@@ -360,6 +363,7 @@ def _do_nothing() -> None:
 
 
 def _write_lock_text(lock_descriptor: int, text: str) -> None:
+    """Replace the content of an open lock file."""
     os.ftruncate(lock_descriptor, 0)
     os.pwrite(lock_descriptor, text.encode(), 0)
 

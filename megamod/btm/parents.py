@@ -168,6 +168,10 @@ def check_parent_weights(weights: Sequence[float] | None, count: int) -> list[fl
 
 
 def _check_member(folder: Path, path: Path, member: str | None) -> str | None:
+    """Return the member to select.
+
+    Raise UserError if the model has no such expert, or none at all.
+    """
     config = read_model_config(folder)
     if config.get("untie", "none") == "none":
         if member is not None:

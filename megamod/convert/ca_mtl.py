@@ -115,11 +115,13 @@ def export(source: Path, folder: Path, options: Options = NO_OPTIONS) -> list[Pa
 
 
 def _to_our_key(key: str, last_layer: int) -> str:
+    """Rename a key of the release: its last block has parts named new_...."""
     start = f"bert.encoder.layer.{last_layer}.new_"
     return key.replace(start, start.removesuffix("new_"), 1) if key.startswith(start) else key
 
 
 def _to_release_key(key: str, last_layer: int) -> str:
+    """Rename a key of ours to the release's."""
     start = f"bert.encoder.layer.{last_layer}."
     part = key.removeprefix(start).split(".")[0]
     if key.startswith(start) and part in _NEW:

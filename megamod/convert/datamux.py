@@ -70,10 +70,7 @@ ORIGINALS = {
 
 
 def find_original_class(fields: Mapping[str, object]) -> str | None:
-    """Find the original class that a config.json names in `architectures`.
-
-    None if there is none.
-    """
+    """Find the original class that config.json names; None if there is none."""
     named = fields.get("architectures")
     named = named if isinstance(named, (list, tuple)) else [named]
     classes = [re.split(r"\W", str(name))[0] for name in named]

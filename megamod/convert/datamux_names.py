@@ -74,6 +74,7 @@ def _list_parameter_shapes(kind: type[PreTrainedModel], fields: Mapping[str, obj
 
 
 def _list_aliases(head: Head, config: Mapping[str, object]) -> dict[str, str]:
+    """Map the other names that the originals store to ours, by prefix."""
     family, demux = config["model_type"], config["demuxing_variant"]
     words = f"{FAMILIES[family]}.embeddings.word_embeddings.weight"
     aliases: dict[str, str] = {}
@@ -92,6 +93,7 @@ def _list_aliases(head: Head, config: Mapping[str, object]) -> dict[str, str]:
 
 
 def _list_generator_aliases(config: Mapping[str, object], words: str) -> dict[str, str]:
+    """Map the other names of the generator's tensors to ours, by prefix."""
     fields = {**config, **(config.get("generator_config") or {})}
     width = config.get("embedding_size", config["hidden_size"])
     shares_embeddings = fields.get("embedding_size", fields["hidden_size"]) == width

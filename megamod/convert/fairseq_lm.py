@@ -166,6 +166,7 @@ def export(source: Path, folder: Path, options: Options = NO_OPTIONS) -> list[Pa
 def _rename_to_fairseq(
     state: Mapping[str, Tensor], keys: Mapping[str, str], source: Path
 ) -> dict[str, Tensor]:
+    """Rename tensors to fairseq's keys; raise UserError for a tensor that fairseq lacks."""
     unknown = sorted(name for name in state if name not in keys)
     if unknown:
         raise UserError(f"{source}: {unknown[0]} has no counterpart in fairseq")
@@ -194,6 +195,10 @@ def _find_shared_file(source: Path) -> Path | None:
 
 
 def _find_rank_files(shared_file: Path) -> list[Path]:
+    """Find the rank files of a DEMix checkpoint in rank order.
+
+    Raise UserError if one is missing.
+    """
     stem, ending = shared_file.stem.removesuffix("-shared"), shared_file.suffix
     files = {}
     for file in shared_file.parent.glob(f"{stem}-rank-*{ending}"):
@@ -208,6 +213,7 @@ def _find_rank_files(shared_file: Path) -> list[Path]:
 
 
 def _find_dense_file(source: Path) -> Path:
+    """Find the weight file of a dense checkpoint; raise UserError if the choice is not clear."""
     if source.is_file():
         return source
     expected = [*_DENSE_FILES, *(stem + ending for stem in _STEMS for ending in _ENDINGS)]
@@ -256,10 +262,7 @@ def _check_settings(settings: Mapping[str, object], file: Path) -> None:
 def _collect_experts(
     ranks: Sequence[Checkpoint], domains: Sequence[str], shared_file: Path
 ) -> dict[str, dict[str, Tensor]]:
-    """Collect the tensors of each domain's expert, from the first of its ranks.
-
-    All are compared.
-    """
+    """Collect each domain's expert from the first of its ranks; compare all ranks."""
     where = shared_file.parent
     if not domains or len(ranks) % len(domains):
         listed = f"{len(domains)} names ({', '.join(domains)})" if domains else "nothing"
@@ -343,6 +346,7 @@ def _check_tensors(
 def _list_expected_shapes(
     names: Mapping[str, str], config: Mapping[str, object]
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield the key and shape of every tensor of a dense model."""
     width, inner = config["hidden_size"], config["intermediate_size"]
     matrices = {"fc1": (inner, width), "fc2": (width, inner)}
     for key in names:

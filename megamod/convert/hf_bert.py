@@ -93,6 +93,7 @@ def _is_bert_tensor(name: str) -> bool:
 
 
 def _normalise_name(key: str) -> str:
+    """Rename a key to the current name, with the prefix of the encoder."""
     name = key.removeprefix("module.")
     for old, new in _OLD.items():
         name = name.replace(old, new)

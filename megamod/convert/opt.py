@@ -74,6 +74,7 @@ def export(source: Path, folder: Path, options: Options = NO_OPTIONS) -> list[Pa
 
 
 def _read_config(source: Path) -> dict[str, object]:
+    """Read config.json; raise UserError unless it is that of our GPT with OPT's norm epsilon."""
     try:
         config = json.loads((source / "config.json").read_text(encoding="utf-8"))
         if config["model_type"] != "demix":

@@ -131,6 +131,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def _read_shards(index: Path) -> Checkpoint:
+    """Read all shards of an index; raise UserError if a tensor is not in its shard."""
     tensors: dict[str, Tensor] = {}
     for shard in list_shards(index):
         tensors |= read_checkpoint(shard).tensors
@@ -229,6 +230,7 @@ def _iterate_pickle_globals(file: BinaryIO) -> Iterator[str]:
 
 
 def _read_safetensors(path: Path) -> "dict[str, Tensor]":
+    """Read the tensors of a safetensors file; raise UserError if it is not whole."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -280,6 +282,7 @@ def _limit_resources(file_bytes: int) -> None:
 
 
 def _load_pickle(path: Path) -> "tuple[dict[str, Tensor], dict[str, object]]":
+    """Load tensors and settings of a checked pickle; raise UserError for other content."""
     import pickle  # for the name of its error; nothing is unpickled by it
 
     import torch

@@ -98,10 +98,7 @@ def has_auto_class(auto: type, model_type: str) -> bool:
 
 
 def _is_stock_type(kind: object) -> bool:
-    """Return True for a model type of transformers, or an unknown one.
-
-    False for registered ones.
-    """
+    """Return True for a model type of transformers or an unknown one, not ours."""
     known = isinstance(kind, str) and kind in CONFIG_MAPPING
     return not known or CONFIG_MAPPING[kind].__module__.startswith("transformers.")
 

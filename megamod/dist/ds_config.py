@@ -161,6 +161,7 @@ def get_offload_device(zero: Mapping[str, object], state_kind: str) -> str:
 
 
 def _check_offload(zero: Mapping[str, object]) -> None:
+    """Raise UserError for offloading that the ZeRO stage or this project does not support."""
     where = "zero_optimization.offload_"
     optimizer, parameters = get_offload_device(zero, "optimizer"), get_offload_device(zero, "param")
     if optimizer != "none" and zero["stage"] == 0:
@@ -181,6 +182,7 @@ def _check_offload(zero: Mapping[str, object]) -> None:
 
 
 def _read_json(path: Path) -> dict[str, object]:
+    """Read a JSON object; raise UserError for doubled keys, constants such as NaN, or other content."""
     def without_doubles(pairs: list[tuple[str, object]]) -> dict[str, object]:
         names = [key for key, _ in pairs]
         doubled = next((key for key in names if names.count(key) > 1), None)
@@ -212,6 +214,7 @@ def _read_json(path: Path) -> dict[str, object]:
 
 
 def _check_keys(name: str, block: dict, known: dict, allow_unknown: bool, parent: str = "") -> None:
+    """Raise UserError for a removed or unknown key, or a block in place of a value."""
     for key, value in block.items():
         where = f"{parent}{key}"
         if where in REMOVED:
@@ -234,6 +237,7 @@ def _check_keys(name: str, block: dict, known: dict, allow_unknown: bool, parent
 
 
 def _check_refused_keys(name: str, config: dict) -> None:
+    """Raise UserError for a key that cannot be used here, or has a value other than required."""
     for where, advice in REFUSED.items():
         value = _get_key_path(config, where)
         if isinstance(value, dict) and value.get("enabled", value.get("device")) in (False, "none"):
@@ -247,6 +251,7 @@ def _check_refused_keys(name: str, config: dict) -> None:
 
 
 def _check_scalars(name: str, config: dict) -> None:
+    """Raise UserError for a top-level value of the wrong type or range."""
     for key, kind in SCALARS.items():
         value = config.get(key, "auto")
         if value == "auto":
@@ -351,6 +356,7 @@ def _check_optimizer(name: str, block: dict) -> None:
 
 
 def _check_block_types(name: str, config: dict) -> None:
+    """Raise UserError for a block that DeepSpeed's own model refuses."""
     exact = {"zero_optimization.stage": int, "bf16.enabled": bool, "fp16.enabled": bool}
     for where, kind in exact.items():
         value = _get_key_path(config, where)
@@ -378,6 +384,7 @@ def _remove_nulls(value: object) -> object:
 
 
 def _iterate_leaves(value: object, where: str = "") -> Iterator[tuple[str, object]]:
+    """Yield key path and value of every leaf."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from _iterate_leaves(inner, f"{where}.{key}" if where else key)
@@ -389,6 +396,7 @@ def _iterate_leaves(value: object, where: str = "") -> Iterator[tuple[str, objec
 
 
 def _get_key_path(config: Mapping, key_path: str) -> object:
+    """Return the value at a dotted key path; `MISSING` if there is none."""
     for key in key_path.split("."):
         if not isinstance(config, Mapping) or key not in config:
             return MISSING
@@ -397,6 +405,7 @@ def _get_key_path(config: Mapping, key_path: str) -> object:
 
 
 def _set_key_path(config: dict, key_path: str, value: object) -> None:
+    """Set the value at a dotted key path; missing blocks are created."""
     *parents, key = key_path.split(".")
     for parent in parents:
         config = config.setdefault(parent, {})

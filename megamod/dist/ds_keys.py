@@ -192,6 +192,7 @@ def build_key_tree() -> dict[str, object]:
 
 
 def _list_model_fields(model: type[BaseModel]) -> dict[str, object]:
+    """Map the fields of a pydantic model, by all their spellings, to their trees."""
     keys: dict[str, object] = {}
     for name, info in model.model_fields.items():
         inner = next(_find_models(info.annotation), None)
@@ -201,6 +202,7 @@ def _list_model_fields(model: type[BaseModel]) -> dict[str, object]:
 
 
 def _find_models(annotation: object) -> Iterator[type[BaseModel]]:
+    """Yield the pydantic models inside a type annotation."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for part in getattr(annotation, "__args__", ()):

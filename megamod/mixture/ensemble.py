@@ -143,6 +143,7 @@ class Mixture:
         return MixedBatch(mixed, weights, posterior, self.average)
 
     def _make_prior(self, average: Tensor) -> Tensor:
+        """Make a prior with sum 1 from average posteriors; "history" bounds weights from below."""
         if self.rule.name == "history":
             average = average.clamp(min=LEAST).where(self.prior > 0, 0.0)
         return average / average.sum()

@@ -13,6 +13,7 @@ from types import ModuleType
 
 
 def _register_configurations(auto: ModuleType) -> None:
+    """Register all configurations with AutoConfig."""
     from megamod.models.ca_mtl.configuration import CaMtlConfig
     from megamod.models.lm.configuration import DemixConfig, ForestConfig
     from megamod.models.lm.host_config import DemixHostConfig
@@ -24,6 +25,7 @@ def _register_configurations(auto: ModuleType) -> None:
 
 
 def _register_models(auto: ModuleType) -> None:
+    """Register all models with the other Auto classes."""
     from megamod.models.ca_mtl.configuration import CaMtlConfig
     from megamod.models.ca_mtl.model import CaMtlForMultiTask
     from megamod.models.lm.configuration import DemixConfig, ForestConfig
@@ -39,6 +41,7 @@ def _register_models(auto: ModuleType) -> None:
 
 
 def _register_multiplexed(auto: ModuleType) -> None:
+    """Register the multiplexed encoders with the Auto classes."""
     from megamod.models.mux import bert as mux_bert
     from megamod.models.mux import electra as mux_electra
     from megamod.models.mux import generator as mux_generator

@@ -197,6 +197,7 @@ def make_stock_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _is_known_name(name: str, known: set[str]) -> bool:
+    """Return True if a tensor's name, in old or new spelling, is one of the stock classes."""
     plain = name.replace("LayerNorm.gamma", "LayerNorm.weight")
     plain = plain.replace("LayerNorm.beta", "LayerNorm.bias")
     return plain in known or plain.endswith("position_ids")

@@ -53,6 +53,7 @@ class SelfAttention(nn.Module):
 def _attend_sdpa(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float
 ) -> Tensor:
+    """Attend with torch's fused kernel: [B, H, L, K] -> [B, H, L, K]; causal without a mask."""
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None
     )
@@ -61,6 +62,7 @@ def _attend_sdpa(
 def _attend_eager(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float
 ) -> Tensor:
+    """Attend in plain torch: [B, H, L, K] -> [B, H, L, K]; causal without a mask."""
     if mask is None:
         mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
         mask = mask.tril()

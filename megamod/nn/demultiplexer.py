@@ -179,6 +179,7 @@ class MlpDemux(nn.Module):
         return output
 
     def _run_instance(self, instance: int, hidden: Tensor) -> Tensor:
+        """Run the network of an instance: [..., D] -> [..., D]."""
         dense = getattr(self, f"dense_{instance}")
         return getattr(self, f"layer_norm_{instance}")(F.gelu(dense(self.dropout(hidden))))
 

@@ -252,6 +252,7 @@ class EncoderLayer(nn.Module):
         conditions: tuple[Tensor, ...] = (),
         norm: bool = True,
     ) -> Tensor:
+        """Apply dense layer and dropout to `update` and add x; then the norm, unless it is off."""
         total = self.dropout(modules["dense"](update)) + x
         return modules["LayerNorm"](total, *conditions) if norm else total
 
@@ -312,10 +313,7 @@ class EncoderModel(nn.Module):
         attended: Tensor | None = None,
         norm: bool = True,
     ) -> Tensor:
-        """Encode embeddings [B, L, D'] to hidden states [B, queries or L, D].
-
-        See `Encoder.forward`.
-        """
+        """Encode embeddings [B, L, D'] to states [B, queries or L, D], see `Encoder`."""
         if hasattr(self, "embeddings_project"):
             x = self.embeddings_project(x)
         return self.encoder(x, mask, queries, attended, norm)
@@ -366,5 +364,6 @@ def was_loaded_from_file(parameter: Tensor) -> bool:
 
 
 def _make_output(dense: nn.Linear, eps: float) -> nn.ModuleDict:
+    """Make the dense layer and LayerNorm that end a half of a block."""
     norm = nn.LayerNorm(dense.out_features, eps=eps)
     return nn.ModuleDict({"dense": dense, "LayerNorm": norm})

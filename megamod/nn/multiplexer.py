@@ -162,6 +162,7 @@ def multiplex_contextual_v1(
 
 
 def _make_chunk_keys(instances: int, size: int, epsilon: float) -> Tensor:
+    """Make binary keys [N, D], each 1 in its own chunk of features."""
     width = size // instances
     overlap = epsilon / 2 * width
     keys = torch.zeros(instances, size)

@@ -61,10 +61,7 @@ class TaskHeads(nn.Module):
         return self._mask_unused(logits + self.bias[row_task_ids], row_task_ids)
 
     def compute_token_logits(self, states: Tensor, row_task_ids: Tensor) -> Tensor | None:
-        """Compute logits of tokens: [B, L, D] -> [B, L, C].
-
-        None if no task has labels of tokens.
-        """
+        """Compute logits [B, L, C] of tokens [B, L, D]; None without a token task."""
         if "token" not in self.kinds:
             return None
         logits = torch.einsum("bld,bcd->blc", self.dropout(states), self.weight[row_task_ids])

@@ -102,6 +102,7 @@ def _read_content(file: Path) -> object:
 
 
 def _parse_tokenizer_json(content: Mapping) -> Iterator[tuple[str, int]]:
+    """Yield word and id of the vocabulary and the added tokens of tokenizer.json."""
     model = content.get("model") or {}
     listed = model.get("vocab") or {}
     if isinstance(listed, list):  # unigrams, each with its score
@@ -112,6 +113,7 @@ def _parse_tokenizer_json(content: Mapping) -> Iterator[tuple[str, int]]:
 
 
 def _parse_id_mapping(content: Mapping[str, int]) -> Iterator[tuple[str, int]]:
+    """Yield word and id of a vocabulary; nested vocabularies are skipped."""
     # Some tokenizers nest a vocabulary per language; those ids are not comparable by word.
     for word, number in content.items():
         if type(number) is int:
@@ -119,6 +121,7 @@ def _parse_id_mapping(content: Mapping[str, int]) -> Iterator[tuple[str, int]]:
 
 
 def _parse_added_tokens(content: Mapping) -> Iterator[tuple[str, int]]:
+    """Yield word and id of the added tokens of tokenizer_config.json."""
     for number, entry in (content.get("added_tokens_decoder") or {}).items():
         yield entry["content"] if isinstance(entry, dict) else str(entry), int(number)
 

@@ -113,5 +113,6 @@ def check_model_files(path: Path) -> CheckResult:
 
 
 def _is_checkpoint(path: Path) -> bool:
+    """Return True for a folder with the files or the place of a checkpoint."""
     named = any((path / name).exists() for name in (MANIFEST, STATE))
     return named or path in list_checkpoints(path.parent)

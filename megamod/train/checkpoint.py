@@ -254,6 +254,7 @@ class Checkpoints:
         return folder
 
     def _write_state(self, folder: Path, *, state: TrainState) -> list[Path]:
+        """Write state.json on the ranks that own one; return its path, if any."""
         independent, rank = self.topology.sharing is Sharing.BTM, dist.get_rank()
         if rank > 0 and not (independent and self.topology.is_group_lead(rank)):
             return []
@@ -295,6 +296,7 @@ class Checkpoints:
         (folder / f".rank-{dist.get_rank()}.json").write_text(json.dumps(digests))
 
     def _commit(self, temporary: Path, final: Path) -> None:
+        """Write the manifest, rename the folder to its final name, and delete old checkpoints."""
         digests: dict[str, object] = {}
         for rank in range(dist.get_world_size()):
             part = temporary / f".rank-{rank}.json"

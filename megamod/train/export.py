@@ -137,6 +137,7 @@ class ModelExport:
         return state | _collect_persistent_buffers(self.engine.module)
 
     def _write_expert_index(self, folder: Path, state: dict[str, Tensor]) -> list[Path]:
+        """Write the index of all domains' weights; return its path."""
         local_domain = self.topology.get_rank_domains(0)[0]
         names, size = [], 0
         for name, tensor in state.items():
@@ -154,6 +155,7 @@ class ModelExport:
     def _write_whole_model(
         self, folder: Path, config: PreTrainedConfig, state: dict[str, Tensor]
     ) -> list[Path]:
+        """Write weights and companion files of a model without experts; return the files."""
         folder.mkdir(exist_ok=True)
         return write_weights(folder, state, has_experts=False) + self._write_companion_files(
             folder, config

@@ -94,6 +94,7 @@ def set_optimizer_steps(engine: deepspeed.DeepSpeedEngine, steps: float) -> None
 
 
 def _unwrap_optimizer(engine: deepspeed.DeepSpeedEngine) -> torch.optim.Optimizer:
+    """Return the torch optimizer inside the engine's."""
     optimizer = engine.optimizer
     return optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
 

@@ -237,10 +237,7 @@ def _take_step(
 def _is_loss_spike(
     scores: Sequence[BatchScore], plan: Plan, state: TrainState, group: dist.ProcessGroup | None
 ) -> bool:
-    """Return True if this step's loss is a spike; otherwise add it to the running mean.
-
-    Collective.
-    """
+    """Return True if the loss is a spike; else add it to the mean; collective."""
     sums = torch.stack([torch.stack((s.total.sum(), s.items.sum())) for s in scores]).sum(0)
     dist.all_reduce(sums, group=group)
     loss = float(sums[0] / sums[1])
@@ -297,6 +294,10 @@ class _Saver:
         self.failed = False
 
     def save(self, state: TrainState) -> None:
+        """Save a state, unless it is saved already.
+
+        Raise UserError on failure if that is the policy.
+        """
         position = (state.step, state.data_step)
         if position == self.saved:
             return
@@ -334,6 +335,7 @@ class _Signals:
         }
 
     def _record_signal(self, signal_number: int, frame: object) -> None:
+        """Record that the run must stop; the second Ctrl-C raises KeyboardInterrupt."""
         if signal_number == signal.SIGINT and self.stop_reason:
             raise KeyboardInterrupt
         self.stop_reason = Stop.SIGNAL

@@ -169,11 +169,13 @@ class Monitor:
         }
 
     def _compute_mfu(self, tokens_per_second: float) -> float | None:
+        """Compute the model FLOP utilisation, 0 to 1; None if a figure is unknown."""
         if self.peak is None or self.flops_per_token is None:
             return None
         return tokens_per_second * self.flops_per_token / (self.peak * dist.get_world_size())
 
     def _append_record(self, record: Mapping[str, object], tags: Mapping[str, float]) -> None:
+        """Append a record to metrics.jsonl and TensorBoard; a disk error is logged."""
         try:
             self.metrics.write(to_json(record) + "\n")
             self.metrics.flush()  # after an error the text stays in the buffer for the next call
@@ -187,12 +189,14 @@ class Monitor:
     def _build_tensorboard_tags(
         self, record: Mapping[str, object], further_metrics: Mapping[str, float]
     ) -> dict[str, float]:
+        """Select the numbers of a record that TensorBoard shows, by tag."""
         names = ("loss", "lr", "grad_norm", f"{self.unit}_per_second", *further_metrics)
         tags = {f"train/{name}": record[name] for name in names}
         tags |= {f"train/loss/{g}": value for g, value in record["loss_by_domain"].items()}
         return {tag: value for tag, value in tags.items() if value is not None}
 
     def _print_progress(self, record: Mapping[str, object], interval_seconds: float) -> None:
+        """Print the console line of a record."""
         seconds = int((self.max_steps - record["step"]) * interval_seconds / self.steps)
         mfu = "n/a" if record["mfu"] is None else f"{100 * record['mfu']:.1f}%"
         norm = "skipped" if record["grad_norm"] is None else f"{record['grad_norm']:.3g}"

@@ -208,6 +208,7 @@ class ClassificationObjective:
     def _score_with_retrieval(
         self, output: "MuxOutput", item_total: float, count: Tensor
     ) -> BatchScore:
+        """Score a batch whose model computed task loss and retrieval loss."""
         total = (output.task_loss.detach() * item_total)[None]
         right = torch.stack((output.retrieval_correct, output.retrieval_count)).float()
         return BatchScore(output.loss, total, count, {"retrieval_accuracy": right})
@@ -382,6 +383,7 @@ def compute_replaced_losses(
 def _collect_loss_terms(
     output: "MuxOutput", batch: Batch, task_divisor_and_count: tuple[float, float], positions: float
 ) -> dict[str, Tensor]:
+    """Collect sums and counts, [2] float32, of the terms that the model computed."""
     losses = {}
     if output.task_loss is not None:
         losses["task_loss"] = _stack_sum_and_count(
@@ -397,6 +399,7 @@ def _collect_loss_terms(
 
 
 def _count_detections(logits: Tensor, corrupted: Tensor) -> dict[str, Tensor]:
+    """Count correct detections of replaced tokens: [2] float32 each for recall and precision."""
     predicted = logits.detach() > 0
     right = (predicted & corrupted).sum().float()
     return {

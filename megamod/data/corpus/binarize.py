@@ -184,6 +184,7 @@ def binarize(
 
 
 def _check_domain_names(inputs: Mapping[str, object]) -> None:
+    """Raise UserError if there is no domain, or a name that cannot be a folder of a data-bin."""
     if not inputs:
         raise UserError("no domain given: pass --input NAME=PATH or --builtin")
     for name in inputs:
@@ -223,6 +224,7 @@ def _compute_identity(
 
 
 def _compute_header_identity(header: dict) -> str:
+    """Compute the identity of an existing data-bin from its header."""
     domains = header["domains"].items()
     return _compute_identity(
         header, {name: {s: splits[s]["text_sha256"] for s in SPLITS} for name, splits in domains}
@@ -342,6 +344,7 @@ def _write_split(
     encode: EncodeTexts,
     report_bytes: Callable[[int], object],
 ) -> dict:
+    """Encode and write the items of a split; return its entry of the header."""
     tally = ItemCounter()
     start = [tokenizer.bos_id] if add_bos else []
     tokens, largest, reported = 0, tokenizer.eos_id, 0

@@ -75,6 +75,7 @@ def _thin_documents(texts: Iterable[str], max_bytes: int) -> list[str]:
 
 
 def _cut_long_text(text: str) -> Iterator[str]:
+    """Yield parts of at most `LONGEST` characters, cut at line ends where there are any."""
     text = text.replace("\r\n", "\n").strip("\n")
     begin = 0
     while len(text) - begin > LONGEST:
@@ -116,6 +117,7 @@ def _read_utf8_text(path: Path) -> str:
 
 
 def _find_header_folders() -> list[Path]:
+    """Find the folders of C headers of Python and of installed numpy and torch."""
     folders = [Path(sysconfig.get_path("include"))]
     for package, folder in (("numpy", "_core/include"), ("torch", "include")):
         spec = importlib.util.find_spec(package)
@@ -145,6 +147,7 @@ def _group_paragraphs(topic: str, size: int = 2000) -> Iterator[str]:
 
 
 def _read_package_texts() -> Iterator[str]:
+    """Yield descriptions and licences of installed packages, in the order of their names."""
     packages = {package.metadata["Name"]: package for package in importlib.metadata.distributions()}
     for name in sorted(filter(None, packages)):
         package = packages[name]

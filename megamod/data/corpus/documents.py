@@ -259,6 +259,7 @@ def read_documents(
 
 
 def _read_plain_documents(path: Path, decoding: Decoding) -> Iterator[str]:
+    """Yield documents of a text file, which blank lines separate; warn of JSON lines."""
     lines: list[str] = []
     for number, line in read_decoded_lines(path, decoding):
         if number == 1 and _is_json_object(line):
@@ -320,6 +321,7 @@ def _read_json_cells(path: Path, text_column: str, decoding: Decoding) -> Cells:
 
 
 def _require_string(value: object, text_column: str, where: str) -> str:
+    """Return a value that is a string; raise UserError for any other."""
     if not isinstance(value, str):
         kind = "null" if value is None else type(value).__name__
         raise UserError(f"{where}: {text_column!r} is {kind}, a string is needed")
@@ -329,12 +331,14 @@ def _require_string(value: object, text_column: str, where: str) -> str:
 def _make_file_reader(
     path: Path, text_column: str, decoding: Decoding
 ) -> Callable[[], Iterator[str]]:
+    """Return a function that reads a file's documents; raise UserError if the column is missing."""
     if require_format(path, FORMATS) != "text":
         next(read_documents(path, text_column, decoding), None)  # checks the key or column
     return lambda: read_documents(path, text_column, decoding)
 
 
 def _find_split_files(folder: Path) -> dict[str, Path]:
+    """Find the file of each split in a folder; raise UserError unless each has exactly one."""
     files = {}
     for split, spellings in SPELLINGS.items():
         matches = [
@@ -355,6 +359,7 @@ def _find_split_files(folder: Path) -> dict[str, Path]:
 def _make_dataset_readers(
     loaded: object, where: str, text_column: str, decoding: Decoding
 ) -> dict[str, Callable[[], Iterator[str]]]:
+    """Return a reader of documents per split; raise UserError if the column is missing."""
     tables = find_split_tables(loaded, where, SPELLINGS)
     for table in tables.values():
         if table.column_names is not None:  # unknown for some streams

@@ -164,6 +164,7 @@ def _strip_compression_ending(path: Path) -> str:
 
 
 def _check_compression(path: Path, file: BinaryIO, compression: str | None) -> None:
+    """Raise UserError if the first bytes of a file contradict its ending."""
     head = file.peek(8)
     for ending, (name, magic) in COMPRESSIONS.items():
         if name == compression and not head.startswith(magic):

@@ -104,6 +104,7 @@ class IndexedWriter:
             self._partial.unlink(missing_ok=True)
 
     def _encode_index(self) -> bytes:
+        """Encode the index of the items so far."""
         sizes = np.array(self.sizes, dtype="<i4")
         offsets = np.zeros(len(sizes), dtype="<i8")
         np.cumsum(sizes[:-1], out=offsets[1:])
@@ -262,6 +263,7 @@ class Dictionary:
         return self._ids[symbol]
 
     def _append_symbol(self, symbol: str, count: int) -> int:
+        """Append a symbol with its count; return its id."""
         self._ids[symbol] = len(self.symbols)
         self.symbols.append(symbol)
         self.counts.append(count)
@@ -269,6 +271,7 @@ class Dictionary:
 
 
 def _build_file_paths(prefix: str | Path) -> tuple[Path, Path]:
+    """Return the paths of the .bin and the .idx file of a prefix."""
     prefix = Path(prefix)
     return prefix.with_name(prefix.name + ".bin"), prefix.with_name(prefix.name + ".idx")
 

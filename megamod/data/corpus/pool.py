@@ -46,6 +46,7 @@ def open_encoder(tokenizer: Tokenizer, worker_count: int) -> Iterator[EncodeText
 def _encode_in_workers(
     pool: ProcessPoolExecutor, worker_count: int, texts: Iterable[str]
 ) -> Iterator[np.ndarray]:
+    """Yield ids of texts in order, at most two batches per worker ahead."""
     batches = _batch_texts(texts)
     pending = deque(
         pool.submit(_encode_batch, batch) for batch in islice(batches, 2 * worker_count)
@@ -56,6 +57,7 @@ def _encode_in_workers(
 
 
 def _batch_texts(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Yield lists of texts of bounded number and size."""
     batch: list[str] = []
     characters = 0
     for text in texts:
@@ -69,6 +71,7 @@ def _batch_texts(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _start_worker(tokenizer: Tokenizer) -> None:
+    """Set up a worker process: its tokenizer, signals, and an exit with its parent."""
     global _tokenizer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -216,6 +216,7 @@ def _have_equal_scores(model: "ModelProto", first: Sequence[int], second: Sequen
 
 
 def _build_backend(model: "ModelProto") -> "tokenizers.Tokenizer":
+    """Build the `tokenizers` form of a model: pieces, splits, normalizer and decoder."""
     from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
     from tokenizers import Tokenizer as Backend
 
@@ -328,6 +329,7 @@ def _list_piece_scores(model: "ModelProto") -> list[tuple[str, float]]:
 
 
 def _sort_pieces_by_score(model: "ModelProto") -> list[str]:
+    """List the ordinary pieces, largest score first."""
     normal = [piece for piece in model.pieces if piece.type == NORMAL]
     return [piece.piece for piece in sorted(normal, key=lambda piece: -piece.score)]
 

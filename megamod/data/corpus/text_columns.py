@@ -158,6 +158,7 @@ def require_column(where: str, column: str, columns: Sequence[str]) -> None:
 
 
 def _select_column_cells(path: Path, column: str, rows: Iterator[tuple[int, list[str]]]) -> Cells:
+    """Yield a column's cells from numbered rows; raise UserError for ragged rows."""
     number, header = next(rows, (1, []))
     require_column(f"{path}, line {number}", column, header)
     if header.count(column) > 1:

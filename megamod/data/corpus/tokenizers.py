@@ -109,6 +109,7 @@ class Tokenizer:
         ]
 
     def _encode_short_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Encode texts of bounded length with the backend."""
         encoded = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encoded]
 
@@ -255,9 +256,7 @@ TRAINERS = {"sentencepiece": train_sentencepiece, "wordpiece": train_wordpiece}
 
 
 def find_trainer(spec: str) -> "Callable[[Iterable[str]], Tokenizer] | None":
-    """Find the training function of the tokenizer `KIND:VOCAB`.
-
-    None for the name of an existing one.
+    """Find the training function of `KIND:VOCAB`; None for an existing tokenizer.
 
     Raises:
         UserError: if VOCAB is not a number.
@@ -271,6 +270,7 @@ def find_trainer(spec: str) -> "Callable[[Iterable[str]], Tokenizer] | None":
 
 
 def _cut_long_text(text: str) -> Iterator[str]:
+    """Yield parts of at most `LONGEST` characters, cut before blanks where there are any."""
     begin = 0
     while len(text) - begin > LONGEST:
         blank = re.compile(r"(?<=\S) ").search(text, begin + LONGEST // 2, begin + LONGEST)
@@ -296,6 +296,7 @@ def _load_huggingface(spec: str, do_lower_case: bool | None) -> Tokenizer:
 
 
 def _wrap_fast_tokenizer(tokenizer: "PreTrainedTokenizerFast", spec: str) -> Tokenizer:
+    """Wrap a Hugging Face tokenizer; raise UserError if it has neither eos nor sep."""
     eos = _select_first_id(tokenizer.eos_token_id, tokenizer.sep_token_id)
     if eos is None:
         raise UserError(f"--tokenizer {spec}: it defines neither an eos nor a sep token")
@@ -316,6 +317,7 @@ def _select_first_id(*ids: int | None) -> int | None:
 
 
 def _load_gpt2(folder: Path) -> Tokenizer:
+    """Load GPT-2 BPE with the ids of dict.txt; raise UserError if the files do not fit."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers
 
@@ -344,6 +346,7 @@ def _load_gpt2(folder: Path) -> Tokenizer:
 
 
 def _load_sentencepiece(content: bytes, where: str) -> Tokenizer:
+    """Load a serialised SentencePiece model; raise UserError if it has no eos."""
     backend, exact, ids = sentencepiece_model.convert_model(content, f"--tokenizer {where}")
     if ids["eos"] is None:
         raise UserError(f"--tokenizer {where}: it defines no eos token")

@@ -112,14 +112,12 @@ class DataBin:
         return TokenBlocks(dataset, block_size, self.eos_id, self.pad_id, domain_token)
 
     def count_text_bytes(self, domain: str, split: str) -> int:
-        """Return the UTF-8 bytes of the text of a split.
-
-        0 if unknown, as in fairseq's data-bins.
-        """
+        """Return the UTF-8 bytes of the text of a split; 0 if unknown (fairseq)."""
         self._check_domain_and_split(domain, split)
         return self._header["domains"][domain][split]["bytes"] if self._header else 0
 
     def _check_domain_and_split(self, domain: str, split: str) -> str:
+        """Return the split; raise UserError if the data-bin lacks it or the domain."""
         if domain not in self.domains:
             raise UserError(
                 f"domain {domain!r} is not in the data-bin {self.path}; it holds "
@@ -132,6 +130,7 @@ class DataBin:
         return split
 
     def _read_header(self, path: Path) -> None:
+        """Read databin.json into the attributes; raise UserError if it is malformed."""
         try:
             header = json.loads(path.read_text(encoding="utf-8"))
             if header["format"] != FORMAT:
@@ -163,6 +162,7 @@ class DataBin:
         self.digest = sha256(path)
 
     def _read_fairseq_folder(self) -> None:
+        """Set the attributes from fairseq's files; raise UserError if there are none."""
         if (self.path / "tokenizer").is_dir():
             raise UserError(
                 f"--data {self.path}: was written by launchers/preprocess.py, but its {HEADER} is "
@@ -215,6 +215,7 @@ def _build_index_path(prefix: Path) -> Path:
 
 
 def _read_whole_number(entry: dict, key: str, below: int | None = None) -> int:
+    """Return an entry that is a whole number below a limit; raise ValueError for others."""
     value = entry[key]
     if type(value) is not int or value < 0 or (below is not None and value >= below):
         limit = "" if below is None else f" below the vocabulary size {below}"

@@ -120,6 +120,7 @@ class MaskedBatches(StepBatches):
     def build_batch(
         self, sample_indices: np.ndarray, domains: np.ndarray, block_indices: np.ndarray
     ) -> Batch:
+        """Build the batch of samples [R] from blocks [R] of domains [R]; their indices seed it."""
         rows = [
             self.masking.mask_tokens(
                 _read_block(self.datasets[domain], block, self.block_size),
@@ -149,6 +150,7 @@ class MaskedBatches(StepBatches):
         }
 
     def _count_readable_positions(self, inputs: np.ndarray, retrieved_instances: np.ndarray) -> int:
+        """Count positions whose retrieved token is no padding."""
         by_group = inputs.reshape(len(retrieved_instances), self.instances, self.block_size)
         unprefixed = by_group[:, :, : self.block_size - self.prefix]
         retrieved = np.take_along_axis(
@@ -160,6 +162,7 @@ class MaskedBatches(StepBatches):
         return int(readable.sum())
 
     def _draw_retrieved_instances(self, group_index: int) -> np.ndarray:
+        """Draw the instance to retrieve at each position of a group, [T] int64."""
         draw = np.random.Generator(
             np.random.Philox(key=int(make_random_key(self.seed, group_index, 1)))
         )

@@ -135,6 +135,7 @@ class LmData:
         return self.databin.count_text_bytes(domain, split)
 
     def _open_blocks(self, domain: str, split: str) -> TokenBlocks:
+        """Open the sequences of a split once, and return the same object from then on."""
         if (domain, split) not in self._opened:
             blocks = self.databin.open_blocks(
                 domain, split, self.block_size, self.domain_tokens.get(domain)

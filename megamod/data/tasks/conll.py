@@ -179,10 +179,7 @@ def _are_word_numbers(firsts: list[list[str]]) -> bool:
 
 
 def _find_entity_column(rows: list[list[str]], word: int, width: int) -> int:
-    """Find the first column after the word with entity labels only, as in GermEval.
-
-    Else the last.
-    """
+    """Find the first column of entity labels after the word, else the last."""
     for column in range(word % width + 1, width):
         labels = {row[column].strip(BLANKS) for row in rows if len(row) == width}
         if all(label == OUTSIDE or parse_entity_label(label) for label in labels):

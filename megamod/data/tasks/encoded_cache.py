@@ -75,6 +75,7 @@ def load_or_encode(folder: Path, key: str, encode_rows: Callable[[], EncodedRows
 
 
 def _read_cached_rows(path: Path) -> EncodedRows:
+    """Read encoded rows from a file; raise if it is damaged."""
     with safe_open(path, framework="numpy") as file:
         metadata = file.metadata()
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -89,6 +90,7 @@ def _read_cached_rows(path: Path) -> EncodedRows:
 
 
 def _serialise_rows(encoded: EncodedRows) -> bytes:
+    """Serialise encoded rows as safetensors."""
     arrays = {name: getattr(encoded, name) for name in ARRAYS}
     if encoded.word_starts is not None:
         arrays["heads"] = np.concatenate(encoded.word_starts)

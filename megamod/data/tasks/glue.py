@@ -65,9 +65,7 @@ class TextSet:
 def read_text_task(
     task: TaskSpec, data_dir: str | Path | None, splits: Sequence[str]
 ) -> tuple[TaskSpec, dict[str, TextSet]]:
-    """Read the examples of the splits that exist.
-
-    Return the task with its labels filled in, and them.
+    """Read the splits that exist; return the task with its labels filled in, and the examples.
 
     Args:
         data_dir: folder of the files; None: the hub.
@@ -105,6 +103,7 @@ def read_text_task(
 
 
 def _build_text_set(task: TaskSpec, rows: list[tuple[str, Sequence[str], str | None]]) -> TextSet:
+    """Build a set of examples; raise UserError for a label that the task lacks."""
     texts = tuple([row[1][n] for row in rows] for n in range(len(task.texts)))
     origins = [origin for origin, _, _ in rows]
     if rows[0][2] is None:
@@ -127,6 +126,7 @@ def _build_text_set(task: TaskSpec, rows: list[tuple[str, Sequence[str], str | N
 
 
 def _parse_regression_value(task: TaskSpec, text: str | None, origin: str) -> float:
+    """Parse the value of a regression; raise UserError outside the task's bounds."""
     try:
         value = float(text)
     except (TypeError, ValueError):
@@ -141,6 +141,7 @@ def _parse_regression_value(task: TaskSpec, text: str | None, origin: str) -> fl
 
 
 def _read_rows(task: TaskSpec, split: str, source: Path | RowTable) -> Rows:
+    """Yield origin, texts and label of a split; raise UserError for a row without text or label."""
     kind = require_format(source, FORMATS) if isinstance(source, Path) else "hub"
     if kind in ("TSV", "text"):
         rows = _read_table_rows(task, split, source, _read_tsv_cells(source))
@@ -273,9 +274,9 @@ def _read_csv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
 def _read_dict_rows(
     task: TaskSpec, split: str, table: RowTable, columns: Mapping[str, str] | None = None
 ) -> Rows:
-    """Yield origin, texts and label of table rows. Numbers of named labels become names.
+    """Yield origin, texts and label of table rows.
 
-    -1 is hidden.
+    Numbers of named labels become names; -1 is a hidden label.
 
     Args:
         columns: our name of a column -> the table's, where they differ.
@@ -311,6 +312,7 @@ def _find_label_name(number: str, names: Sequence[str], where: str) -> str | Non
 def _read_row_fields(
     task: TaskSpec, split: str, row: Mapping[str, object], where: str, names: Mapping[str, str]
 ) -> tuple[list[str], str | None]:
+    """Read texts and label of a row; raise UserError for one that is missing or malformed."""
     texts = []
     for column in task.texts:
         name = names.get(column.name, column.name)

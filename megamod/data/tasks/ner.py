@@ -43,7 +43,7 @@ def read_token_task(
     repair: bool = False,
     labels: Sequence[str] = (),
 ) -> tuple[TaskSpec, dict[str, TokenSet]]:
-    """Read the sentences of the splits; return the task with its labels filled in, and them.
+    """Read the splits; return the task with its labels filled in, and the sentences.
 
     Args:
         data_dir: folder of the files; None: the hub.
@@ -167,6 +167,7 @@ def _read_row_sentences(task: TaskSpec, split: str, table: RowTable) -> TokenSet
 
 
 def _require_list(row: dict[str, object], name: str, where: str) -> list[object]:
+    """Return the list in a column of a row; raise UserError if it is missing or no list."""
     if name not in row:
         raise UserError(
             f"{where}: no column {name!r}; there are {format_some_names(map(repr, row))}"
@@ -177,6 +178,7 @@ def _require_list(row: dict[str, object], name: str, where: str) -> list[object]
 
 
 def _read_label(value: object, names: Sequence[str] | None, where: str) -> str:
+    """Return the name of a label; raise UserError for a number without a name."""
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise UserError(f"{where}: label {repr(value)[:60]} is not a name or a number")
     if names is None or isinstance(value, str):

@@ -180,6 +180,7 @@ def _make_glue_task(
     metrics: tuple[str, ...] = ("accuracy",),
     **other_fields: object,
 ) -> TaskSpec:
+    """Make a task in the layout of GLUE; `other_fields` replace those of the spec."""
     task = TaskSpec(
         name=name,
         kind="sequence" if len(texts) == 1 else "pair",

@@ -107,6 +107,7 @@ class CaMtlConfig(PreTrainedConfig):
         return [len(labels) or 1 for labels in self.task_labels]
 
     def _check_tasks(self) -> None:
+        """Raise ValueError for tasks, kinds and labels that do not fit each other."""
         if not len(self.tasks) == len(self.task_kinds) == len(self.task_labels):
             raise ValueError(
                 f"{len(self.tasks)} tasks, {len(self.task_kinds)} task_kinds and "

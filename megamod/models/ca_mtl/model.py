@@ -162,6 +162,7 @@ class CaMtlForMultiTask(CheckedLoading):
         return format_output(self, output, return_dict)
 
     def _require_task_ids(self, input_ids: Tensor, task_ids: Tensor | None) -> Tensor:
+        """Return task ids [B], 0 for a single task; raise ValueError if they are missing."""
         if task_ids is None:
             if len(self.config.tasks) > 1:
                 raise ValueError(
@@ -174,6 +175,7 @@ class CaMtlForMultiTask(CheckedLoading):
     def _split_logits_by_task(
         self, row_logits: Tensor, token_logits: Tensor | None, row_task_ids: Tensor
     ) -> tuple[Tensor, ...]:
+        """Split logits [B, C] or [B, L, C] into a tensor per task."""
         logits = []
         for task, (size, kind) in enumerate(zip(self.heads.sizes, self.heads.kinds, strict=True)):
             source = token_logits if kind == "token" else row_logits
@@ -271,6 +273,7 @@ def freeze_blocks(
 
 
 def _unfreeze_conditioning(block: ConditionalLayer, as_released: bool) -> None:
+    """Let the conditioning layers of a block require gradients."""
     attention = block.attention["self"]
     attention.random_weight_matrix.requires_grad_(True)
     attention["cond_block_diag_attn"].requires_grad_(not as_released)

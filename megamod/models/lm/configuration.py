@@ -176,6 +176,7 @@ def make_part_config(fields: Mapping[str, object]) -> PreTrainedConfig:
 
 
 def _find_config_class(kind: object) -> type[PreTrainedConfig]:
+    """Find the configuration class of a model type; raise ValueError if it is unknown."""
     # The mapping is imported late: making it imports this module.
     from transformers import CONFIG_MAPPING
 
@@ -204,6 +205,7 @@ def read_lm_config(folder: Path, flag: str | None = None) -> PreTrainedConfig:
 
 
 def _check_is_causal_lm(where: str, kind: object, fields: Mapping[str, object]) -> None:
+    """Raise UserError unless a model type is that of a causal language model."""
     from transformers.models.auto import modeling_auto
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
@@ -242,10 +244,7 @@ def get_untie(config: PreTrainedConfig) -> str:
 
 
 def get_max_sequence_length(config: PreTrainedConfig) -> int | None:
-    """Return the longest sequence of a language model in tokens.
-
-    None if its family has no limit.
-    """
+    """Return the longest sequence of a model in tokens; None without a limit."""
     for name in ("max_position_embeddings", "max_seq_len"):
         if getattr(config, name, None):
             return getattr(config, name)

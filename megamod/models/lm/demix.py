@@ -145,10 +145,7 @@ class DemixForCausalLM(DemixPreTrainedModel, BoundedGeneration, GenerationMixin)
         return self.lm_head(hidden)
 
     def score(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the summed loss and the log-probabilities [...] of labels.
-
-        -100 predicts nothing.
-        """
+        """Return summed loss and log-probabilities [...] of labels that are not -100."""
         return self.lm_head(hidden, labels)
 
     def forward(

@@ -192,6 +192,7 @@ class DemixModel(DemixPreTrainedModel):
     def _make_mask(
         attention_mask: Tensor | None, tokens: Tensor, cached_length: int
     ) -> Tensor | None:
+        """Make the attention mask [B, 1, L, S] bool; None for causal attention without a cache."""
         if attention_mask is None and cached_length == 0:
             return None
         if attention_mask is not None and attention_mask.dim() == 4:

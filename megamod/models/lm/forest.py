@@ -406,6 +406,7 @@ def load_lm_for_scoring(
 
 
 def _check_member(expert: Expert, config: PreTrainedConfig) -> None:
+    """Raise UserError if a model lacks the expert's member, or needs one."""
     has_experts, domains = get_untie(config) != "none", get_domains(config)
     if expert.member is not None and (not has_experts or expert.member not in domains):
         available = ", ".join(domains) if has_experts else "none, the model is dense"

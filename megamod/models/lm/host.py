@@ -127,10 +127,7 @@ class HostMixin:
         return scores
 
     def score(self, hidden: Tensor, labels: Tensor) -> Scores:
-        """Return the summed loss and the log-probabilities [...] of labels.
-
-        -100 predicts nothing.
-        """
+        """Return summed loss and log-probabilities [...] of labels that are not -100."""
         if self.host is not None:
             return self.get_output_embeddings()(hidden, labels)
         counted = labels != -100
@@ -189,6 +186,7 @@ class HostMixin:
         position_ids: Tensor | None,
         past_key_values: Cache | None,
     ) -> dict[str, object]:
+        """Make the keyword arguments of the stock base model."""
         if attention_mask is not None and attention_mask.dim() == 2:
             attention_mask = attention_mask.long()  # some families do arithmetic on it
         inputs = {
@@ -326,6 +324,7 @@ def _make_scoring_head(head: type[nn.Module]) -> type[nn.Module]:
 
 
 def _get_logit_scale(config: PreTrainedConfig, host: Host) -> float:
+    """Return the factor of logits in the family's configuration; 1 without one."""
     if host.divide is not None:
         return 1 / getattr(config, host.divide)
     return 1.0 if host.multiply is None else getattr(config, host.multiply)

@@ -105,10 +105,7 @@ class MuxTokenClassifier(MuxPreTrainedModel):
         return self.classifier(self.dropout(states))
 
     def compute_token_logits(self, hidden: MixedStates, selected: Tensor | None) -> Tensor:
-        """Map mixed states [B, T, D] to logits [B * N, S, C].
-
-        0 where `selected` [B * N, S] is False.
-        """
+        """Map mixed states [B, T, D] to logits [B * N, S, C], 0 where not selected."""
         start, N = self.config.prefix_length, self.config.num_instances
         if selected is None:
             states = self.demultiplex(hidden, slice(start, None))

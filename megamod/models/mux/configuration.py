@@ -133,6 +133,7 @@ class MuxConfig(PreTrainedConfig):
             )
 
     def _check_ids(self) -> None:
+        """Raise ValueError for a special id outside the vocabulary."""
         ids = {"cls_token_id": self.cls_token_id}
         if self.demuxing_variant == "index":
             ids["prefix_fill_token_id"] = self.prefix_fill_token_id

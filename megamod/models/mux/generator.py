@@ -125,6 +125,7 @@ class MuxElectraForReplacedTokens(MuxElectraForPreTraining):
     _keys_to_ignore_on_load_unexpected = (r"position_ids$",)
 
     def _finish_init(self) -> None:
+        """Create the generator and tie its matrix, then finish as every model."""
         config = self.config
         if config.generator != "none":
             settings = config.make_generator_config()

@@ -343,6 +343,7 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
     def _score_retrieval(
         self, hidden: MixedStates, retrieved_instances: Tensor, targets: Tensor
     ) -> tuple[Tensor, Tensor]:
+        """Return the summed retrieval loss (nats) and the number of correct tokens."""
         has_target = targets != IGNORED
         states = self.compute_vocabulary_states(
             hidden, build_retrieval_pairs(retrieved_instances, has_target)
@@ -351,6 +352,7 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         return score_tokens(states, decoder, labels, return_logits=not self.training)[:2]
 
     def _prepend_prefix(self, prefix: Tensor, tokens: Tensor) -> Tensor:
+        """Prepend a prefix [B * N, P]; in pretraining drop as many last tokens."""
         if not self.pretraining:
             return torch.cat([prefix, tokens], 1)
         kept_columns = tokens.shape[1] - prefix.shape[1]
@@ -361,10 +363,7 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         return torch.cat([prefix, tokens[:, :kept_columns]], 1)
 
     def _select_positions(self, batch: PreparedBatch) -> tuple[Tensor | None, Tensor | None]:
-        """Select the position ids of the first and of the second embedding.
-
-        None for consecutive ones.
-        """
+        """Select the position ids of both embeddings; None for consecutive ones."""
         return (batch.position_ids, None) if self.sees_segments else (None, batch.position_ids)
 
     def _first_block_takes_embeddings(self, queries: int | None) -> bool:
