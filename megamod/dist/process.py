@@ -138,13 +138,13 @@ def check_device(local_rank: int, devices: int) -> None:
         )
 
 
-def join_process_group(timeout: float) -> torch.device:
+def join_process_group(timeout_seconds: float) -> torch.device:
     """Join the process group and return this rank's device.
 
     A process started by plain `python` is alone in its group; see `set_rank_variables`.
 
     Args:
-        timeout: seconds after which a collective without an answer fails.
+        timeout_seconds: seconds after which a collective without an answer fails.
     Raises:
         UserError: if the launcher's variables are wrong, or the host has no such GPU.
     """
@@ -167,20 +167,20 @@ def join_process_group(timeout: float) -> torch.device:
     accelerator.set_device(local_rank)
     # DeepSpeed creates further groups without a timeout; torch's default is half an hour, too long
     # to notice a frozen host.
-    patience = timedelta(seconds=timeout)
-    torch.distributed.distributed_c10d.default_pg_timeout = patience
-    torch.distributed.distributed_c10d.default_pg_nccl_timeout = patience
+    timeout = timedelta(seconds=timeout_seconds)
+    torch.distributed.distributed_c10d.default_pg_timeout = timeout
+    torch.distributed.distributed_c10d.default_pg_nccl_timeout = timeout
     on_cpu = accelerator.device_name() == "cpu"
     backend = "gloo" if on_cpu else accelerator.communication_backend_name()
     if alone and not torch.distributed.is_initialized():
         # A store in memory: runs that start together cannot compete for a port.
         torch.distributed.init_process_group(
-            backend, store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=patience
+            backend, store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=timeout
         )
     deepspeed.init_distributed(
         dist_backend=backend,
         auto_mpi_discovery=False,
-        timeout=patience,
+        timeout=timeout,
         verbose=False,
     )
     # Otherwise threads of gloo may outlive the interpreter, which aborts the process.
@@ -195,9 +195,9 @@ def make_control_tensor(values: Sequence[float]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64, device=get_accelerator().current_device_name())
 
 
-def is_true_on_all_ranks(fact: bool) -> bool:
-    """Return True if `fact` is true on every rank; collective."""
-    flag = make_control_tensor([float(fact)])
+def is_true_on_all_ranks(condition: bool) -> bool:
+    """Return True if `condition` is true on every rank; collective."""
+    flag = make_control_tensor([float(condition)])
     torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN)
     return bool(flag.item())
 
@@ -210,14 +210,14 @@ def broadcast_from_rank_0(number: int) -> int:
 
 
 @contextmanager
-def fail_together(vote: bool = True) -> Iterator[None]:
+def fail_together(exchange_errors: bool = True) -> Iterator[None]:
     """Make an error on one rank end the block on every rank; collective.
 
     No rank is left waiting for one that failed if each collective inside the block follows
     `check_peers` or is `all_reduce` of this module. Afterwards collectives work as before.
 
     Args:
-        vote: False where the block has other collectives (a forward pass with ZeRO 3). An error is
+        exchange_errors: False where the block has other collectives (a forward pass with ZeRO 3). An error is
             then raised on its own rank alone, and ends the others when that rank exits.
     Raises:
         UserError: on every rank, for an error that the user can mend.
@@ -230,7 +230,7 @@ def fail_together(vote: bool = True) -> Iterator[None]:
     except _PeerFailed:
         failed = True
     except Exception as caught:
-        if not vote or (isinstance(caught, RuntimeError) and is_distributed_failure(caught)):
+        if not exchange_errors or (isinstance(caught, RuntimeError) and is_distributed_failure(caught)):
             raise
         error, failed = caught, True
         traceback.clear_frames(caught.__traceback__)  # they may hold most of the memory
@@ -268,32 +268,32 @@ def _describe_error(error: Exception) -> str:
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 
-def gather_texts(text: str, limit: int = 255) -> list[str]:
-    """Gather the texts of all ranks, cut after `limit` bytes, in the order of ranks; collective."""
-    data = text.encode()[:limit]
-    mine = make_control_tensor([len(data), *data, *[0] * (limit - len(data))])
-    rows = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(rows, mine)
+def gather_texts(text: str, max_bytes: int = 255) -> list[str]:
+    """Gather the texts of all ranks, cut after `max_bytes` bytes, in the order of ranks; collective."""
+    data = text.encode()[:max_bytes]
+    encoded_text = make_control_tensor([len(data), *data, *[0] * (max_bytes - len(data))])
+    rows = [torch.empty_like(encoded_text) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(rows, encoded_text)
     return [
         bytes(map(int, row[1 : 1 + int(row[0])].tolist())).decode(errors="replace") for row in rows
     ]
 
 
-def check_ranks_agree(facts: Mapping[str, str]) -> None:
+def check_ranks_agree(texts_by_name: Mapping[str, str]) -> None:
     """Check that all ranks were started for the same run; collective.
 
     Args:
-        facts: texts by name that must be equal on all ranks.
+        texts_by_name: texts by name that must be equal on all ranks.
     Raises:
         UserError: on every rank, naming the facts that differ.
     """
-    digests = make_control_tensor([float(zlib.crc32(text.encode())) for text in facts.values()])
+    digests = make_control_tensor([float(zlib.crc32(text.encode())) for text in texts_by_name.values()])
     lowest, highest = digests.clone(), digests.clone()
     torch.distributed.all_reduce(lowest, torch.distributed.ReduceOp.MIN)
     torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
     differing = [
         name
-        for name, low, high in zip(facts, lowest.tolist(), highest.tolist(), strict=True)
+        for name, low, high in zip(texts_by_name, lowest.tolist(), highest.tolist(), strict=True)
         if low != high
     ]
     if differing:
