@@ -225,7 +225,7 @@ def execute_run(
 
 
 def format_group_table(topology: DomainTopology, device: torch.device) -> str:
-    """Table of ranks with host, device, domains and groups; collective."""
+    """Return a table of ranks with host, device, domains and groups; collective."""
     hosts = gather_texts(os.uname().nodename)
     return topology.format_layout(hosts, gather_texts(str(device)))
 
@@ -295,7 +295,7 @@ def make_monitor(
 def list_settings_to_repeat(
     parsed: Sequence[Arguments], data_digest: str, global_batch: int
 ) -> dict[str, object]:
-    """Settings that a resumed run must repeat: those that decide its numbers."""
+    """Return the settings that a resumed run must repeat, since they decide its numbers."""
     kept = {
         field.name: getattr(args, field.name)
         for args in parsed
@@ -306,7 +306,9 @@ def list_settings_to_repeat(
 
 
 def compute_code_digest() -> str:
-    """Digest of our sources, kernels included, and of the versions of the main libraries."""
+    """Return a digest of our sources, kernels included, and of the versions of the main
+    libraries.
+    """
     versions = (torch.__version__, deepspeed.__version__, transformers.__version__)
     digest = hashlib.sha256(" ".join(versions).encode())
     for name in ("megamod", "megamod_kernels"):

@@ -24,7 +24,7 @@ from megamod.runs.pretrain.adapt_args import AdaptArgs, AdaptOptimArgs
 from megamod.runs.pretrain.adapt_start import (
     AdaptationStart,
     estimate_expert_weights,
-    record_start,
+    make_start_record,
     select_start,
 )
 from megamod.states.forest import open_forest
@@ -230,7 +230,7 @@ def test_the_start_that_is_chosen(tmp_path):
     named = AdaptArgs(forest="F", domain=NEW, start="code")
     assert select_start(forest, named, root, "auto", never).expert == forest.experts[1]
     # A run that goes on keeps to its choice, unless it is told otherwise.
-    (root / "start.json").write_text(json.dumps(record_start(forest, result, "digest")))
+    (root / "start.json").write_text(json.dumps(make_start_record(forest, result, "digest")))
     assert select_start(forest, args, root, "auto", never) == result
     assert select_start(forest, args, root, "none", lambda: [0.75, 0.25]).expert.domain == "law"
     other = replace(forest, path=root / "other")

@@ -264,10 +264,10 @@ class ManyTasksArgs(StageArgs):
         if self.model in NAMED:
             self.model, self.variant = NAMED[self.model]
         if self.freeze_encoder_layers is not None:
-            self.frozen_blocks()  # check the flag at once
+            self.parse_frozen_blocks()  # check the flag at once
 
-    def frozen_blocks(self) -> tuple[int, int] | None:
-        """First and last frozen block; None: no block is frozen.
+    def parse_frozen_blocks(self) -> tuple[int, int] | None:
+        """Return the first and the last frozen block; None: no block is frozen.
 
         Raises:
             UserError: if the flag is not A-B.

@@ -15,7 +15,7 @@ EVALUATIONS = "evaluations.json"
 
 
 class BestModel:
-    """Records of a run so far, also in OUT/evaluations.json.
+    """Evaluations of a run so far, which are also in OUT/evaluations.json, and its best model.
 
     Args:
         folder: of the run.
@@ -28,7 +28,7 @@ class BestModel:
 
     @property
     def best(self) -> Record | None:
-        """The first evaluation that no later one exceeds."""
+        """Return the first evaluation that no later one exceeds; None if there is none."""
         return max(self.evaluations, key=self.value, default=None)
 
     def load(self, step: int) -> None:
@@ -44,7 +44,7 @@ class BestModel:
             ]
 
     def add(self, evaluation: Record) -> bool:
-        """Add an evaluation; True if it is the best one."""
+        """Add an evaluation; return True if it is the best one."""
         self.evaluations.append(evaluation)
         return self.best is self.evaluations[-1]
 
@@ -53,7 +53,9 @@ class BestModel:
         write_json(self.folder / EVALUATIONS, self.evaluations)
 
     def write_model(self, export: ModelExport, folder: Path) -> None:
-        """Write OUT/model at the end: the best model, which exists already, or the last one."""
+        """Write OUT/model at the end of a run: the best model, which is there already, or the last
+        one.
+        """
         if not self.evaluations:
             export(folder)
         elif dist.get_rank() == 0:

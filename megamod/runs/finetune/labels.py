@@ -13,20 +13,24 @@ logger = logging.getLogger(__name__)
 
 
 def list_model_labels(config: PreTrainedConfig) -> tuple[str, ...]:
-    """Labels of a trained model; none if their names are the default ones, LABEL_0 and so on."""
+    """Return the labels of a trained model; none if they have the default names, LABEL_0 and so
+    on.
+    """
     names = tuple(config.id2label[number] for number in range(config.num_labels))
     return () if names == tuple(f"LABEL_{n}" for n in range(len(names))) else names
 
 
 def order_labels(names: Sequence[str], labels: Sequence[str]) -> tuple[str, ...] | None:
-    """The labels in the order of a model's names, which may differ in capitals; None: others."""
+    """Return `labels` in the order of a model's names; None if they are other labels. Names may
+    differ in capitals.
+    """
     spelled = make_label_normaliser(labels)
     ordered = tuple(spelled(name) or "" for name in names)
     return ordered if sorted(ordered) == sorted(labels) else None
 
 
 def match_labels_to_model(config: PreTrainedConfig, spec: TaskSpec, *, trained: bool) -> TaskSpec:
-    """The task with its labels in the order of the model's, whose head knows no other.
+    """Return the task with its labels in the order of the model's head.
 
     Raises:
         UserError: if the model is trained and has another set of labels.

@@ -105,7 +105,7 @@ class ManyTasksModel(FinetuneModel):
                 f"--model {self.weights}: {len(report['new'])} of its weights are missing, such as "
                 f"{min(report['new'])}; train it first (--do_train)"
             )
-        frozen = self.stage.frozen_blocks()
+        frozen = self.stage.parse_frozen_blocks()
         if frozen is not None:
             freeze_blocks(model, *frozen, as_released=self.stage.freeze_compat == "release")
         if folder is not None and dist.get_rank() == 0:
@@ -173,7 +173,7 @@ def prepare_model(stage: ManyTasksArgs, args: TaskListArgs) -> ManyTasksModel:
     if stage.variant not in (None, config.variant):
         raise UserError(f"--variant {stage.variant}: {stage.model} is of variant {config.variant}")
     set_dropout(config, stage.dropout)
-    frozen = stage.frozen_blocks()
+    frozen = stage.parse_frozen_blocks()
     if frozen is not None and frozen[1] >= config.num_hidden_layers:
         raise UserError(
             f"--freeze_encoder_layers {stage.freeze_encoder_layers}: the model has blocks 0 to "
@@ -197,7 +197,9 @@ def prepare_model(stage: ManyTasksArgs, args: TaskListArgs) -> ManyTasksModel:
 def _list_specs(
     stage: ManyTasksArgs, args: TaskListArgs, conditioned: CaMtlConfig | None
 ) -> list[tuple[TaskSpec, Sequence[str] | None]]:
-    """Tasks in the order of their ids, and the folders to look for their files in."""
+    """Return the tasks in the order of their ids, each with the folders to look for its files
+    in.
+    """
     specs: dict[str, tuple[TaskSpec, Sequence[str] | None]] = {}
     for name in args.tasks or (conditioned.tasks if conditioned else GLUE):
         spec, folders = find_task(name, args.data_dir)
@@ -221,7 +223,7 @@ def _read_task_rows(
     args: TaskListArgs,
     conditioned: CaMtlConfig | None,
 ) -> tuple[TaskSpec, Rows]:
-    """One task, its labels in the order of its head, and its rows."""
+    """Read the rows of a task; return it with its labels in the order of its head."""
     splits = list_splits_to_read(spec, stage, args.predict_split)
     labels = _find_trained_labels(conditioned, spec) if conditioned else ()
     if labels and spec.kind != "token":
@@ -231,7 +233,8 @@ def _read_task_rows(
 
 
 def _find_trained_labels(config: CaMtlConfig, spec: TaskSpec) -> tuple[str, ...]:
-    """Labels of a task in the order of its trained head; those of a converted one are numbers.
+    """Return the labels of a task in the order of its trained head. In a converted model they are
+    numbers, which the task's labels replace.
 
     Raises:
         UserError: if the task has other labels, or is of another kind.
@@ -264,7 +267,7 @@ def _build_config(
     specs: Sequence[TaskSpec],
     vocab_size: int,
 ) -> CaMtlConfig:
-    """CA-MTL around an encoder."""
+    """Build the configuration of CA-MTL around an encoder."""
     source = source or make_bert_config(stage.config_name, vocab_size)
     try:
         return CaMtlConfig.make_from_encoder(
@@ -280,7 +283,7 @@ def _build_config(
 
 
 def _limit_length(args: TaskListArgs, most: int) -> int:
-    """--max_seq_length; where it is not given, at most `most`.
+    """Return --max_seq_length; if it is not given, at most `most`.
 
     Raises:
         UserError: if it is given and larger.

@@ -39,7 +39,8 @@ class FinetuneModel(Protocol):
     ensemble: bool
 
     def make_module(self, seed: int, folder: Path | None = None) -> nn.Module:
-        """The model in float32; what its weights lack is drawn with the seed.
+        """Build the model in float32; weights that are not in its checkpoint are drawn with the
+        seed.
 
         Args:
             folder: of the run that trains it; rank 0 may leave a record there.
@@ -49,15 +50,15 @@ class FinetuneModel(Protocol):
         ...
 
     def load_module(self, folder: Path) -> nn.Module:
-        """The model of a finished run, in float32."""
+        """Load the model of a finished run in float32."""
         ...
 
     def list_classifiers(self, module: nn.Module) -> Sequence[nn.Module]:
-        """For each task a module that returns the logits of a batch."""
+        """Return for each task a module that returns the logits of a batch."""
         ...
 
     def make_batches(self, shape: StepShape, seed: int) -> StepBatches:
-        """Training micro-batches of a rank, with a `digest` of all rows.
+        """Return the training micro-batches of a rank, with a `digest` of all rows.
 
         Raises:
             UserError: if rows cannot be divided so.
@@ -65,13 +66,13 @@ class FinetuneModel(Protocol):
         ...
 
     def compute_steps_per_epoch(self, batches: StepBatches) -> float:
-        """Steps of an epoch, perhaps no whole number."""
+        """Return the steps of an epoch, which need not be a whole number."""
         ...
 
     def make_objective(self, device: torch.device) -> Objective:
-        """The loss of a batch."""
+        """Return the training loss of a batch."""
         ...
 
     def make_selection(self, batches: StepBatches, device: torch.device) -> SelectBatches | None:
-        """Selection among the rows of a step; None: all are trained on."""
+        """Return the selection among the rows of a step; None: all rows are trained on."""
         ...

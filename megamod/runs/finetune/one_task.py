@@ -165,14 +165,14 @@ def prepare_model(
 
 
 def select_head_class(spec: TaskSpec) -> type:
-    """The Auto class of transformers for a task."""
+    """Return the Auto class of transformers for a task."""
     if spec.kind == "token":
         return AutoModelForTokenClassification
     return AutoModelForSequenceClassification
 
 
 def _load_classifier(kind: type, source: str, complete: bool, **options: object) -> nn.Module:
-    """A classifier in float32; unless it must be complete, a missing head is drawn.
+    """Load a classifier in float32; a missing head is drawn, unless `complete` is set.
 
     Raises:
         UserError: if it cannot be loaded or lacks weights.
@@ -186,7 +186,7 @@ def _load_classifier(kind: type, source: str, complete: bool, **options: object)
 
 
 def _find_spec(args: TaskArgs, words: WordArgs | None) -> TaskSpec:
-    """The task that the flags name."""
+    """Return the task that the flags name."""
     if args.task_spec is not None:
         spec = read_task_spec(args.task_spec)
     elif args.task is None:
@@ -204,14 +204,14 @@ def _find_spec(args: TaskArgs, words: WordArgs | None) -> TaskSpec:
 
 
 def _find_data_dir(spec: TaskSpec, args: TaskArgs) -> str | None:
-    """Folder of the task's files; None: the hub."""
+    """Return the folder of the task's files; None: the hub."""
     if args.data_dir is None and args.task_spec is not None and spec.hub is None:
         return str(Path(args.task_spec).parent)
     return args.data_dir
 
 
 def _find_instance_count(config: PreTrainedConfig, stage: OneTaskArgs) -> int:
-    """N of the model.
+    """Return N, the number of instances that share a forward pass of the model.
 
     Raises:
         UserError: if --num_instances gives another one.
@@ -227,7 +227,7 @@ def _find_instance_count(config: PreTrainedConfig, stage: OneTaskArgs) -> int:
 
 
 def _set_retrieval(config: PreTrainedConfig, stage: OneTaskArgs) -> None:
-    """Set the weights of both losses, which a checkpoint has as its warm-up needed them."""
+    """Set the weights of both losses. A checkpoint has those of its own pretraining."""
     if hasattr(config, "retrieval_loss_coeff"):
         config.task_loss_coeff = 1.0
         config.retrieval_loss_coeff = stage.retrieval_loss_coeff

@@ -19,10 +19,12 @@ TaskScores = Mapping[str, Mapping[str, Scores]]
 """Scores by task and split."""
 
 
-def record_evaluation(
+def make_evaluation_record(
     model: FinetuneModel, scores: TaskScores, step: int, instances_per_second: float
 ) -> Record:
-    """Scores of the dev splits after a step."""
+    """Return the record of an evaluation after a step: the scores of the dev splits, and rows per
+    second.
+    """
     record: Record = {"step": step, **_nest_scores(model, "tasks", "scores", scores)}
     if model.has_many_tasks:
         record["score"] = float(np.mean(list(_compute_task_scores(model, scores).values())))
@@ -30,26 +32,30 @@ def record_evaluation(
 
 
 def find_selection_value(model: FinetuneModel, evaluation: Record) -> float | None:
-    """The number that chooses the best model; None if the evaluation lacks it."""
+    """Return the number that selects the best model; None if the evaluation lacks it."""
     if model.has_many_tasks:
         return evaluation.get("score")
     return evaluation["scores"]["dev"].get(model.tasks[0].spec.metrics[0])
 
 
 def find_score(model: FinetuneModel, evaluation: Record) -> float:
-    """The one number of an evaluation: mean over tasks of their scores as GLUE defines them."""
+    """Return the one score of an evaluation: the mean over tasks of their scores as GLUE defines
+    them.
+    """
     if model.has_many_tasks:
         return evaluation["score"]
     return compute_task_score(model.tasks[0].spec, evaluation["scores"])
 
 
-def record_predictions(model: FinetuneModel, scores: TaskScores) -> Record:
-    """Scores of predicted splits."""
+def make_predictions_record(model: FinetuneModel, scores: TaskScores) -> Record:
+    """Return the record of the scores of predicted splits."""
     return _nest_scores(model, "predicted", "predicted", scores)
 
 
-def record_peaks(model: FinetuneModel, evaluations: Sequence[Record]) -> Record:
-    """With several tasks the best value of each score of each task, and its step."""
+def make_peaks_record(model: FinetuneModel, evaluations: Sequence[Record]) -> Record:
+    """Return the best value of each score of each task and its step; empty for a model of one
+    task.
+    """
     if not model.has_many_tasks:
         return {}
     peaks: dict[str, dict[str, Record]] = {}
@@ -61,13 +67,15 @@ def record_peaks(model: FinetuneModel, evaluations: Sequence[Record]) -> Record:
                         continue
                     peak = peaks.setdefault(task, {}).get(f"{split} {name}")
                     if peak is None or value > peak["value"]:
-                        at = {"value": value, "step": evaluation["step"]}
-                        peaks[task][f"{split} {name}"] = at
+                        new_peak = {"value": value, "step": evaluation["step"]}
+                        peaks[task][f"{split} {name}"] = new_peak
     return {"by_task": peaks}
 
 
 def make_table_row(model: FinetuneModel, record: Record) -> dict[str, float] | None:
-    """Numbers of one seed: each score of a single task, or one of each task; None: no row."""
+    """Return the numbers of one seed for the table; None: no row. A single task has all its scores,
+    many tasks have one each.
+    """
     if model.has_many_tasks:
         if "best" not in record:
             return None
@@ -86,7 +94,7 @@ def make_table_row(model: FinetuneModel, record: Record) -> dict[str, float] | N
 
 
 def list_facts(model: FinetuneModel) -> Record:
-    """Tasks and numbers of their rows."""
+    """Return the tasks, and how many rows they have and how many were cut, by split."""
     rows = {
         task.spec.name: {split: len(encoded) for split, encoded in task.encoded.items()}
         for task in model.tasks
@@ -108,7 +116,7 @@ def list_facts(model: FinetuneModel) -> Record:
 
 
 def make_card(model: FinetuneModel) -> Card:
-    """The model card."""
+    """Return the model card."""
     names = [task.spec.name for task in model.tasks]
     tasks = ", ".join(names)
     if model.has_many_tasks:

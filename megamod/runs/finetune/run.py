@@ -37,10 +37,10 @@ from megamod.runs.finetune.records import (
     find_selection_value,
     list_facts,
     make_card,
+    make_evaluation_record,
+    make_peaks_record,
+    make_predictions_record,
     make_table_row,
-    record_evaluation,
-    record_peaks,
-    record_predictions,
 )
 from megamod.runs.finetune.scores import make_predictors, predict_splits, score_splits
 from megamod.runs.training import ActiveRun, RunSpec, execute_run
@@ -78,7 +78,7 @@ def finetune(model: FinetuneModel, parsed: Sequence[Arguments]) -> None:
             scores = predict_splits(
                 model, predictors, run, args.predict_split, output / "predictions"
             )
-            record |= record_predictions(model, scores)
+            record |= make_predictions_record(model, scores)
         records = {run.seed: record}
     if read_launcher_rank() == 0:
         print(_write_results(model, records, output, stage))
@@ -87,7 +87,7 @@ def finetune(model: FinetuneModel, parsed: Sequence[Arguments]) -> None:
 def _train_with_seeds(
     model: FinetuneModel, parsed: Sequence[Arguments]
 ) -> dict[int, Record] | None:
-    """Records of one run, or of one for each of --seeds in a folder of its own, by seed.
+    """Train once, or once for each of --seeds in a folder of its own; return the records by seed.
 
     None if only the groups were asked for.
     """
@@ -106,7 +106,9 @@ def _train_with_seeds(
 
 
 def _train_once(model: FinetuneModel, parsed: Sequence[Arguments], folder: Path) -> Record | None:
-    """The record of one run; None if only the groups were asked for."""
+    """Train, save and predict with one seed; return the record, None if only the groups were asked
+    for.
+    """
     run, safety, optim, stage, args = parsed[:5]
     names = tuple(task.spec.name for task in model.tasks)
     topology = DomainTopology(read_launcher_world_size(), names, Sharing.DENSE)
@@ -150,12 +152,12 @@ def _train_once(model: FinetuneModel, parsed: Sequence[Arguments], folder: Path)
     record: Record = {"step": finished.state.step}
     if best.evaluations:
         record |= {"best": best.best, "last": best.evaluations[-1]}
-        record |= record_peaks(model, best.evaluations)
+        record |= make_peaks_record(model, best.evaluations)
     if stage.do_predict:
         module = model.load_module(folder / "model").to(finished.device)
         predictors = make_predictors(model, module, finished.device)
         scores = predict_splits(model, predictors, run, args.predict_split, folder / "predictions")
-        record |= record_predictions(model, scores)
+        record |= make_predictions_record(model, scores)
     if dist.get_rank() == 0:
         finished.monitor.close()
         if model.has_many_tasks:
@@ -165,7 +167,7 @@ def _train_once(model: FinetuneModel, parsed: Sequence[Arguments], folder: Path)
 
 
 def _set_batch_sizes(run: RunArgs, model: FinetuneModel) -> None:
-    """Without flags, batches of 32 N rows.
+    """Set batch sizes without flags to 32 N rows.
 
     Raises:
         UserError: if a batch of evaluation does not fill its groups.
@@ -186,7 +188,9 @@ def _set_steps(run: RunArgs, stage: StageArgs, steps_per_epoch: float) -> None:
 
 
 class _DevEvaluation:
-    """Called in training: scores the dev splits, and publishes the model if it is the best."""
+    """Scores the dev splits when it is called in training, and publishes the model if it is the
+    best.
+    """
 
     def __init__(self, model: FinetuneModel, run: RunArgs, running: ActiveRun, best: BestModel):
         self.model, self.run, self.running, self.best = model, run, running, best
@@ -215,15 +219,15 @@ class _DevEvaluation:
 def _make_evaluation(
     model: FinetuneModel, scores: TaskScores, predictors: Sequence[Predictor], step: int
 ) -> Record:
-    """An evaluation as it is recorded; rows per second are those of rank 0's forward passes."""
+    """Return the record of an evaluation, with the rows per second of rank 0's forward passes."""
     speed = float(np.mean([predictor.instances_per_second for predictor in predictors]))
-    return record_evaluation(model, scores, step, speed)
+    return make_evaluation_record(model, scores, step, speed)
 
 
 def _write_results(
     model: FinetuneModel, records: Mapping[int, Record], output: Path, stage: StageArgs
 ) -> str:
-    """Write OUT/results.json; the table to print."""
+    """Write OUT/results.json; return the table to print."""
     rows = {f"seed {seed}": make_table_row(model, record) for seed, record in records.items()}
     rows = {name: row for name, row in rows.items() if row is not None}
     spec = model.tasks[0].spec

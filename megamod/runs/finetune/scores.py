@@ -36,7 +36,7 @@ from megamod.runs.finetune.tasks import FinetuneTask
 def make_predictors(
     model: FinetuneModel, module: nn.Module, device: torch.device
 ) -> list[Predictor]:
-    """A predictor for each task, its rows divided among all ranks."""
+    """Return a predictor for each task; it divides the task's rows among all ranks."""
     ranks = dist.get_rank(), dist.get_world_size(), sum_over_ranks
     return [
         Predictor(classifier, model.inputs, device, *ranks)
@@ -45,7 +45,7 @@ def make_predictors(
 
 
 def score_splits(model: FinetuneModel, predictors: Sequence[Predictor], run: RunArgs) -> TaskScores:
-    """Scores of the dev splits of all tasks."""
+    """Return the scores of the dev splits of all tasks."""
     return {
         task.spec.name: {
             split: score_split(model, task, split, predictor, run)[0]
@@ -58,7 +58,11 @@ def score_splits(model: FinetuneModel, predictors: Sequence[Predictor], run: Run
 def score_split(
     model: FinetuneModel, task: FinetuneTask, split: str, predictor: Predictor, run: RunArgs
 ) -> tuple[Scores | None, np.ndarray | list[list[str]]]:
-    """Scores (None if the labels are hidden), and logits of rows or labels of words."""
+    """Predict the rows of a split.
+
+    Returns:
+        scores, None if the labels are hidden; and the logits of rows, or the labels of words.
+    """
     spec, rows, encoded = task.spec, task.sets[split], task.encoded[split]
     batches = list(
         iterate_held_out_rows(
@@ -77,15 +81,17 @@ def score_split(
         return None, answers
     if encoded.has_token_labels:
         scores = score_words(spec, rows.labels, answers)
-        by_slot = partial(compute_word_accuracy_by_instance, rows.labels, answers)
+        compute_by_instance = partial(compute_word_accuracy_by_instance, rows.labels, answers)
         if "f1" in spec.metrics:
             by_type = count_entities(rows.labels, answers, has_plain_tags(spec))
             scores["by_type"] = {kind: count.compute_scores() for kind, count in by_type.items()}
     else:
         scores = score_sentences(spec, answers, rows.labels)
-        by_slot = partial(compute_accuracy_by_instance, select_answers(spec, answers), rows.labels)
+        compute_by_instance = partial(
+            compute_accuracy_by_instance, select_answers(spec, answers), rows.labels
+        )
     if model.instances > 1 and not (spec.is_regression or model.ensemble):
-        scores["accuracy_by_slot"] = by_slot(model.instances)
+        scores["accuracy_by_slot"] = compute_by_instance(model.instances)
     return scores, answers
 
 
@@ -96,7 +102,7 @@ def predict_splits(
     kind: str,
     folder: Path,
 ) -> TaskScores:
-    """Write predictions of the splits of a kind; scores of those whose labels are known.
+    """Write predictions of the splits of a kind; return the scores of those whose labels are known.
 
     Args:
         kind: beginning of the splits' names.
@@ -122,7 +128,7 @@ def _write_predictions(
     answers: np.ndarray | list[list[str]],
     folder: Path,
 ) -> None:
-    """A file for the server of a benchmark, or CoNLL columns."""
+    """Write predictions as a file for the server of a benchmark, or as CoNLL columns."""
     spec = task.spec
     if spec.kind == "token":
         rows = task.sets[split]

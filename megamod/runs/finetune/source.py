@@ -21,10 +21,13 @@ DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_d
 def read_start_config(
     stage: StageArgs, accepts: Callable[[str], bool], needed: str
 ) -> tuple[PreTrainedConfig | None, str | None]:
-    """Configuration and where the weights are; None for a size that waits for the vocabulary.
+    """Return the configuration that a run starts from, and the folder or name of its weights.
 
     Args:
         accepts, needed: see `resolve_model`.
+    Returns:
+        the configuration, None for a named size, which needs the size of the vocabulary first;
+        and the source of the weights, None for new ones.
     Raises:
         UserError: if the model is missing, of another kind, or without weights and not trained.
     """
@@ -55,7 +58,7 @@ def read_start_config(
 def load_matching_tokenizer(
     config: PreTrainedConfig | None, model: str | None, tokenizer: str | None
 ) -> "PreTrainedTokenizerFast":
-    """The tokenizer of an encoder.
+    """Load the tokenizer of an encoder and check that it fits the encoder.
 
     Args:
         config: of the model, which must have an embedding for every id; None: it is still to come.
@@ -85,7 +88,7 @@ def load_matching_tokenizer(
 
 
 def set_dropout(config: PreTrainedConfig, rate: float | None) -> None:
-    """Give all dropout of the model one rate; None: leave it as it is."""
+    """Set all dropout rates of the model to one rate; None: leave them as they are."""
     if rate is not None:
         for name in DROPOUTS:
             if hasattr(config, name):

@@ -46,12 +46,13 @@ class FinetuneTask:
     encoded: Mapping[str, EncodedRows]
 
     def list_splits(self, kind: str) -> tuple[str, ...]:
-        """Encoded splits that begin with "train", "dev" or "test"."""
+        """Return the encoded splits whose names begin with `kind`: "train", "dev" or "test"."""
         return tuple(split for split in self.encoded if split.startswith(kind))
 
 
 def list_splits_to_read(spec: TaskSpec, stage: StageArgs, predicted: str) -> list[str]:
-    """Splits that the flags need; "dev" and --predict_split stand for all of their kind.
+    """Return the splits that the flags need; "dev" and --predict_split stand for all splits of
+    their kind.
 
     Raises:
         UserError: if the task lacks one of them.
@@ -81,7 +82,7 @@ def open_task(
     trained: bool,
     label_all: bool = False,
 ) -> FinetuneTask:
-    """A task for a classifier, its labels in the order of the classifier's.
+    """Read and encode a task for a classifier, with its labels in the order of the classifier's.
 
     Args:
         data_dir: folder of the files; None: the hub.
@@ -108,7 +109,7 @@ def read_rows(
     args: RowArgs,
     labels: Sequence[str] = (),
 ) -> tuple[TaskSpec, Rows]:
-    """The task with its labels, and the first rows of the splits.
+    """Read the first rows of the splits; return the task with its labels, and the rows by split.
 
     Args:
         labels: of a trained model; for labels of words they win.
@@ -136,7 +137,7 @@ def encode_rows(
     *,
     label_all: bool = False,
 ) -> FinetuneTask:
-    """The task with its rows as token ids.
+    """Return the task with its rows as token ids.
 
     Args:
         cache_dir: see `cached`; None: nothing is kept.
@@ -159,7 +160,8 @@ def encode_rows(
 
 
 def find_task(name: str, data_dir: Sequence[str] | None) -> tuple[TaskSpec, Sequence[str] | None]:
-    """A task by its name or YAML file, and the folders to look for its files in; None: the hub.
+    """Find a task by its name or YAML file; return it and the folders to look for its files in.
+    None instead of folders: the hub.
 
     Raises:
         UserError: if there is no such task.
@@ -173,7 +175,7 @@ def find_task(name: str, data_dir: Sequence[str] | None) -> tuple[TaskSpec, Sequ
 
 
 def find_first_folder(spec: TaskSpec, folders: Sequence[str]) -> str:
-    """The first of the folders that has files of the task.
+    """Return the first of the folders that has files of the task.
 
     Raises:
         UserError: if none has.
@@ -190,12 +192,15 @@ def find_first_folder(spec: TaskSpec, folders: Sequence[str]) -> str:
 
 
 def find_lengths(config: PreTrainedConfig, args: RowArgs) -> RowLengthLimits:
-    """Maximum row length of a model: --max_seq_length, by default at most the model's positions.
+    """Return the row length limits of a model. The maximum is --max_seq_length; its default is
+    reduced to the model's positions.
 
     Raises:
         UserError: if the flag is given and the model has fewer positions.
     """
-    room, longest = compute_max_row_tokens(config), args.max_seq_length
-    if longest > room and find_origin(args, "max_seq_length") != "default":
-        raise UserError(f"--max_seq_length {longest}: the model has positions for {room} tokens")
-    return RowLengthLimits(min(longest, room), room, args.truncate)
+    position_limit, max_tokens = compute_max_row_tokens(config), args.max_seq_length
+    if max_tokens > position_limit and find_origin(args, "max_seq_length") != "default":
+        raise UserError(
+            f"--max_seq_length {max_tokens}: the model has positions for {position_limit} tokens"
+        )
+    return RowLengthLimits(min(max_tokens, position_limit), position_limit, args.truncate)

@@ -33,8 +33,8 @@ from megamod.runs.pretrain.adapt_start import (
     digest_weights,
     estimate_expert_weights,
     list_candidates,
+    make_start_record,
     open_domain_data,
-    record_start,
     select_start,
 )
 from megamod.runs.pretrain.causal_lm import log_own_perplexity, make_evaluation
@@ -121,7 +121,7 @@ def _build_run_spec(
     def make_model() -> nn.Module:
         if rank == 0:
             output.mkdir(parents=True, exist_ok=True)
-            write_json(output / RECORD, record_start(forest, start, digest))
+            write_json(output / RECORD, make_start_record(forest, start, digest))
             print(f"starting from the expert {start.expert.domain}, {start.reason}", flush=True)
         return build_dense_model(start.expert, config, args.method)
 
@@ -177,7 +177,7 @@ def write_grown(expert: Expert, domain: str, export: ModelExport, folder: Path) 
 
 
 def join_forest(args: AdaptArgs, forest: Forest, start: Expert, new: Expert, output: Path) -> str:
-    """Add the new expert to its forest; returns a sentence with its place.
+    """Add the new expert to its forest; return a sentence that says which forest.
 
     A forest.json is edited. A model with a further expert is a forest itself. A whole model that
     started from a folder without forest.json gets one in OUT, with the experts of that folder.
@@ -209,7 +209,9 @@ def join_forest(args: AdaptArgs, forest: Forest, start: Expert, new: Expert, out
 
 
 def _adds_expert(args: AdaptArgs, start: AdaptationStart) -> bool:
-    """True if the result is a further expert of the model that it started from."""
+    """Return True if the result is a further expert of the model that the adaptation started
+    from.
+    """
     return args.method == "feedforward" and start.expert.member is not None
 
 
@@ -244,7 +246,9 @@ def _move_expert(expert: Expert, source: Path, target: Path) -> Expert:
 
 
 def _read_start_perplexity(output: Path, domain: str) -> float | None:
-    """Perplexity of the start on the new domain, from the log of step 0."""
+    """Read the perplexity of the start on the new domain from the log of step 0; None if it has
+    none.
+    """
     records = read_metrics(output / "metrics.jsonl")
     scores = [r["perplexity"][domain] for r in records if r["step"] == 0 and "perplexity" in r]
     return scores[-1] if scores else None

@@ -44,7 +44,7 @@ RECORD = "start.json"
 
 @dataclass(frozen=True)
 class AdaptationStart:
-    """Expert that an adaptation starts from, and the reason.
+    """Expert that an adaptation starts from, and the reason for it.
 
     Attributes:
         posterior: of each expert on the new domain, if it decided.
@@ -56,7 +56,7 @@ class AdaptationStart:
 
 
 def list_candidates(args: AdaptArgs) -> Forest:
-    """Experts to start from; a dense model is a forest of one.
+    """Open the forest of experts to start from; a dense model is a forest of one.
 
     Raises:
         UserError: if there are none, or --start is none of them.
@@ -168,7 +168,7 @@ def estimate_expert_weights(
 
 
 def build_dense_config(expert: Expert, args: AdaptArgs) -> LmConfig:
-    """Configuration of the dense model that is trained.
+    """Build the configuration of the dense model that is trained.
 
     Raises:
         UserError: if the new name is invalid or taken, or nothing would be trained.
@@ -206,23 +206,26 @@ def build_dense_model(expert: Expert, config: DemixConfig, method: str) -> Langu
         for name, parameter in model.named_parameters():
             spec = folder.tensors.get(name)
             if spec is None or spec.shape != tuple(parameter.shape):
-                held = "none" if spec is None else spec.shape
+                stored_shape = "none" if spec is None else spec.shape
                 raise UserError(
-                    f"{expert.path}: {name} has shape {held}, its configuration says "
+                    f"{expert.path}: {name} has shape {stored_shape}, its configuration says "
                     f"{tuple(parameter.shape)}"
                 )
             parameter.data.copy_(folder.read(name))
     model.tie_weights()
     if method == "feedforward":
-        owned = _list_expert_parameters(expert)
-        inside = list_feed_forward_names(model)
+        expert_parameters = _list_expert_parameters(expert)
+        feed_forward_names = list_feed_forward_names(model)
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in inside and (owned is None or name in owned))
+            parameter.requires_grad_(
+                name in feed_forward_names
+                and (expert_parameters is None or name in expert_parameters)
+            )
     return model
 
 
-def record_start(forest: Forest, start: AdaptationStart, digest: str) -> dict[str, object]:
-    """The record in OUT/start.json, which a resumed run reads."""
+def make_start_record(forest: Forest, start: AdaptationStart, digest: str) -> dict[str, object]:
+    """Return the content of OUT/start.json, which a resumed run reads."""
     return {
         "forest": str(forest.path),
         "start": start.expert.domain,
@@ -233,12 +236,14 @@ def record_start(forest: Forest, start: AdaptationStart, digest: str) -> dict[st
 
 
 def digest_weights(expert: Expert) -> str:
-    """SHA-256 of the weight files that an expert is read from."""
+    """Return the SHA-256 of the weight files that an expert is read from."""
     return ModelFolder(expert.path, expert.member).compute_digest()
 
 
 def _read_recorded_start(path: Path, forest: Forest) -> AdaptationStart | None:
-    """Start that an interrupted run selected in this forest, which may have grown since."""
+    """Read the start that an interrupted run selected in this forest; None if there is none. The
+    forest may have grown since.
+    """
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
         if saved["forest"] == str(forest.path) and saved["start"] in forest.domains:
@@ -252,7 +257,9 @@ def _read_recorded_start(path: Path, forest: Forest) -> AdaptationStart | None:
 
 
 def _list_expert_parameters(expert: Expert) -> set[str] | None:
-    """Parameters of an expert alone, by names in a dense model; None: all of them."""
+    """Return the parameters that belong to an expert alone, by their names in a dense model; None:
+    all of them.
+    """
     if expert.member is None:
         return None
     names = ModelFolder(expert.path).tensors

@@ -139,7 +139,8 @@ def pretrain(
 
 
 def list_stock_files(model: str, config: LmConfig, data: LmData) -> list[Path]:
-    """Files of a stock model's folder that are copied beside its trained weights.
+    """Return the files of a stock model's folder that are copied into the folder of its trained
+    weights.
 
     Raises:
         UserError: if the data were made with another tokenizer than the model's.
@@ -184,7 +185,7 @@ def log_start(model: ModelArgs, start: tuple[Path, str] | None, config: LmConfig
 def make_evaluation(
     running: ActiveRun, data: LmData, topology: DomainTopology, run: RunArgs, split: str
 ) -> DomainEvaluation:
-    """Perplexity of the run's experts on a split."""
+    """Return an evaluation that computes the perplexity of the run's experts on a split."""
     rank, apart = dist.get_rank(), topology.sharing is not Sharing.DENSE
     held = topology.get_rank_domains(rank)
     return DomainEvaluation(
@@ -213,7 +214,7 @@ def log_own_perplexity(
 
 
 def make_card(config: LmConfig, sharing: Sharing, data_digest: str) -> Card:
-    """The model card of a causal language model."""
+    """Return the model card of a causal language model."""
     facts = {
         "domains, in order": ", ".join(get_domains(config)) or "none named",
         "parts held per domain": get_untie(config),

@@ -154,7 +154,9 @@ def pretrain(
 
 
 def make_losses(mux: MuxArgs, config: PreTrainedConfig, device: torch.device) -> ComputeLosses:
-    """Loss function of the objective: from model, batch and items to losses."""
+    """Return the loss function of the objective: from model, batch and number of items to
+    losses.
+    """
     if mux.objective == "masked_lm":
         return partial(compute_masked_losses, device=device, multiplexed=mux.num_instances > 1)
     return partial(
@@ -188,7 +190,7 @@ class DataVocabulary:
 def build_encoder_config(
     model: ModelArgs, mux: MuxArgs, data: DataBin, length: int
 ) -> PreTrainedConfig:
-    """Configuration of the encoder: a named size, or that of a folder.
+    """Build the configuration of the encoder, a named size or that of a folder.
 
     Raises:
         UserError: for an unknown size, or a model that does not fit the data or the flags.
@@ -227,7 +229,8 @@ def _check_held_out(batches: MaskedBatches, split: str) -> None:
 
 
 def _read_folder_config(folder: str, mux: MuxArgs, data: DataBin) -> PreTrainedConfig:
-    """Configuration of a model folder, multiplexed around its encoder if that is a stock one.
+    """Read the configuration of a model folder; multiplex a stock encoder's if the flags ask for
+    it.
 
     Raises:
         UserError: if it is of another family, or contradicts the flags or the data.
@@ -273,7 +276,7 @@ def _check_structure(folder: str, config: PreTrainedConfig, mux: MuxArgs, data: 
 
 
 def read_mask_id(data: DataBin) -> int:
-    """Id of the data's [MASK].
+    """Return the id of the data's [MASK].
 
     Raises:
         UserError: if its tokenizer has none.
@@ -287,7 +290,7 @@ def read_mask_id(data: DataBin) -> int:
 
 
 def make_masking(data: DataBin, mux: MuxArgs) -> Masking:
-    """Masking settings with the ids of the data's tokenizer.
+    """Return the masking settings with the ids of the data's tokenizer.
 
     Of the tokens to predict 80 % become [MASK] and 10 % others; of those to replace 85 % become
     [MASK], which is what the generator replaces.
@@ -320,7 +323,8 @@ class WeightSource:
 
 
 def find_weight_source(model: ModelArgs, config: PreTrainedConfig) -> WeightSource | None:
-    """Source of the initial weights: --init_from, or the folder of --model if it has weights.
+    """Return the source of the initial weights: --init_from, or the folder of --model if it has
+    weights; None: new weights.
 
     Raises:
         UserError: if they are those of another family or number of instances.
@@ -348,7 +352,7 @@ def find_weight_source(model: ModelArgs, config: PreTrainedConfig) -> WeightSour
 def build_encoder(
     config: PreTrainedConfig, seed: int, start: WeightSource | None, objective: str
 ) -> nn.Module:
-    """An encoder with new weights, or with those of a folder as far as it has them.
+    """Build an encoder with new weights, or with those of a folder as far as it has them.
 
     A stock encoder starts a multiplexed one: its embeddings and layers are kept, multiplexer and
     demultiplexer are new.
@@ -378,7 +382,7 @@ def build_encoder(
 
 
 def make_card(config: PreTrainedConfig, mux: MuxArgs, data_digest: str) -> Card:
-    """The model card of an encoder."""
+    """Return the model card of an encoder."""
     kind = "multiplexed " if mux.num_instances > 1 else ""
     masked = mux.objective == "masked_lm"
     what = "masked language model" if masked else "discriminator of replaced tokens"

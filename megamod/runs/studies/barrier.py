@@ -267,7 +267,8 @@ def _compute_curve(
     device: torch.device,
     advance: Callable[[], object],
 ) -> dict[str, object]:
-    """Losses and barriers on the line between two models, the second aligned to the first.
+    """Compute the losses on the line between two models, the second aligned to the first, and the
+    barriers.
 
     Args:
         advance: called after every point.
@@ -388,7 +389,7 @@ def _write_results(study: BarrierStudy, output: Path) -> str:
 
 
 def _compute_mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard error of the mean; the error of a single value is 0."""
+    """Return the mean and the standard error of the mean; the error of a single value is 0."""
     mean = math.fsum(values) / len(values)
     if len(values) == 1:
         return mean, 0.0

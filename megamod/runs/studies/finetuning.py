@@ -37,7 +37,7 @@ CLASSES = {
 def run_finetuning_cell(
     study: Study, cell: Cell, inputs: Path, work: Path
 ) -> tuple[Figures, dict[str, object]]:
-    """Finetune, score on dev; the run's folder goes when its figures are read.
+    """Finetune and score on dev; remove the run's folder when its figures are read.
 
     Returns:
         scores by task, and the digests of model and data.
@@ -55,7 +55,7 @@ def run_finetuning_cell(
         flags = settings | ({"tasks": named} if launcher == "mtl" else {})
         digests |= _finetune(flags, launcher, cell.seed, inputs, folder)
         record = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        _read_scores(record, launcher, figures)
+        _add_task_scores(record, launcher, figures)
         shutil.rmtree(folder)
     speed = [values["instances_per_second"] for values in figures.scores.values()]
     scores = [values["score"] for values in figures.scores.values()]
@@ -69,7 +69,7 @@ def run_finetuning_cell(
 def _finetune(
     settings: Settings, launcher: str, seed: int, inputs: Path, folder: Path
 ) -> dict[str, object]:
-    """One run in `folder`; digests of its model."""
+    """Finetune once in `folder`; return the digests of the model that it started from."""
     flags = dict(settings)
     digests: dict[str, object] = {}
     for name in ("model", "tokenizer_name"):
@@ -103,7 +103,7 @@ def _finetune(
 
 
 def find_package_folder(text: str) -> Path:
-    """The folder that `package:NAME/FOLDER` names.
+    """Return the folder that `package:NAME/FOLDER` names.
 
     Raises:
         UserError: if the package is not installed or has no such folder.
@@ -119,21 +119,21 @@ def find_package_folder(text: str) -> Path:
     return folder
 
 
-def _read_scores(record: dict[str, object], launcher: str, figures: Figures) -> None:
-    """Last evaluation of a run's results.json as scores by task."""
+def _add_task_scores(record: dict[str, object], launcher: str, figures: Figures) -> None:
+    """Add the last evaluation of a run's results.json to the figures, as scores by task."""
     (run_record,) = record["seeds"].values()
     last = run_record["last"]
     speed = last["instances_per_second"]
     if launcher == "mtl":
-        splits = {task: of for task, of in last["tasks"].items()}
+        splits = dict(last["tasks"])
         means = record["mean"]
     else:
         name = record["task"]["name"]
         splits, means = {name: last["scores"]}, {name: record["task_score"]}
-    for task, of in splits.items():
+    for task, scores_by_split in splits.items():
         values = {
             f"{split}_{metric}": value
-            for split, scores in of.items()
+            for split, scores in scores_by_split.items()
             for metric, value in scores.items()
             if isinstance(value, float)
         }

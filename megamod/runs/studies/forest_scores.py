@@ -39,7 +39,7 @@ class ScoredText:
     split: str
 
     def make_held_out(self) -> HeldOut:
-        """As models are scored on it."""
+        """Return the text with the settings of scoring."""
         return HeldOut(
             str(self.databin), self.domains, self.split, None, BATCH, "auto", own_only=False
         )
@@ -63,7 +63,9 @@ class ForestLosses:
 
 
 def score_expert(model: Path, expert: str, text: ScoredText) -> dict[str, float]:
-    """Nats per token by domain of a model without experts (`DENSE`) or of one of its experts."""
+    """Return nats per token by domain, of a model without experts (`DENSE`) or of one of its
+    experts.
+    """
     held_out = text.make_held_out()
     if expert != DENSE:
         held_out = replace(held_out, experts=(expert,))
@@ -72,7 +74,7 @@ def score_expert(model: Path, expert: str, text: ScoredText) -> dict[str, float]
 
 
 def score_forest(forest: Forest, text: ScoredText) -> ForestLosses:
-    """Losses of all rows; every expert reads every text once.
+    """Score all experts and mixtures of a forest; every expert reads every text once.
 
     Priors are estimated on the first hundred sequences of the valid split.
     """
@@ -132,7 +134,7 @@ def _make_mixture(mode: str, rule: PosteriorRule, prior: Prior) -> Mixture:
 
 
 def _mix_without_each_expert(prior: Prior) -> dict[str, tuple[list[int], Mixture]]:
-    """For each expert the places of the others, and their mixture."""
+    """Return for each expert the indices of the other experts, and their mixture."""
     weights, fewer = torch.tensor(prior.weights, dtype=torch.float64), {}
     for removed, name in enumerate(prior.domains):
         rest = [number for number in range(len(weights)) if number != removed]

@@ -57,7 +57,7 @@ QUARTERS = 4  # a dense run keeps a checkpoint after each, which a forest can br
 def run_language_model_cell(
     study: Study, cell: Cell, inputs: Path, work: Path
 ) -> tuple[Figures, dict[str, object]]:
-    """Train what is not trained yet below `work`, then score.
+    """Train what is not trained yet below `work`, then score it.
 
     Returns:
         the figures, and the digest of the data.
@@ -105,7 +105,9 @@ def run_language_model_cell(
 
 
 def train_or_resume(flags: Settings, databin: Path, work: Path, *, stop: int | None = None) -> Path:
-    """Train to step `stop` (None: to the end) unless that was done before; the run's folder."""
+    """Train to step `stop` (None: to the end) unless that is done already; return the run's
+    folder.
+    """
     folder = work / f"run-{_digest_value({**flags, 'text': DataBin(databin).digest})}"
     with _lock_folder(folder):
         _train_in_folder(flags, databin, folder, stop)
@@ -115,7 +117,7 @@ def train_or_resume(flags: Settings, databin: Path, work: Path, *, stop: int | N
 def train_forest(
     flags: Settings, extras: Mapping[str, object], text: StudyText, work: Path
 ) -> dict[str, Path]:
-    """Train a seed and its experts, each with its part of the batch; their runs by domain.
+    """Train a seed and its experts, each with its part of the batch; return their runs by domain.
 
     Raises:
         UserError: if the experts cannot share the batch.
@@ -149,8 +151,9 @@ def train_forest(
 
 
 def count_parameters(models: Sequence[Path]) -> dict[str, int]:
-    """Elements of the weights of all models together, those that a token meets, and of the latter
-    those outside the embeddings."""
+    """Count elements of the weights: of all models together, those that a token passes through, and
+    the part of these outside the embeddings.
+    """
     total, active, outside_embeddings = 0, 0, 0
     for model in models:
         sizes = {name: tensor.numel() for name, tensor in read_weights(model).items()}
@@ -196,7 +199,7 @@ def _train_in_folder(flags: Settings, databin: Path, folder: Path, stop: int | N
 def _compute_losses(
     runs: Mapping[str, Path], scored: ScoredText, work: Path
 ) -> tuple[Losses, dict[str, object]]:
-    """Losses by row, and what else a forest tells."""
+    """Return the losses by row, and further details of a forest."""
     models = {domain: folder / "model" for domain, folder in runs.items()}
     if list(runs) == [""]:
         config = json.loads((models[""] / "config.json").read_text(encoding="utf-8"))
@@ -221,7 +224,7 @@ def _compute_losses(
 
 
 def _average_scores(losses: Mapping[str, float], scored: ScoredText) -> dict[str, float]:
-    """Means over domains: perplexity per token, and bits per byte of the text."""
+    """Return means over domains: perplexity per token, and bits per byte of the text."""
     databin = DataBin(scored.databin)
     bits, perplexities = [], []
     for domain, loss in losses.items():
@@ -236,7 +239,7 @@ def _average_scores(losses: Mapping[str, float], scored: ScoredText) -> dict[str
 
 
 def _count_tokens(flags: Settings, runs: Mapping[str, Path], extras: Mapping[str, object]) -> int:
-    """Target tokens that all runs were trained on, the seed counted once."""
+    """Return the number of target tokens that all runs were trained on, the seed counted once."""
     total = 0
     for folder in runs.values():
         newest = list_checkpoints(folder / "checkpoints")[-1]
@@ -255,7 +258,7 @@ def _count_seed_steps(flags: Settings, extras: Mapping[str, object]) -> int:
 
 
 def _sum_training_seconds(run: Path) -> float:
-    """Seconds of a run's own steps, whichever process made them."""
+    """Return the seconds of a run's own steps, summed over the processes that made them."""
     branched = run / "branch.json"
     before = json.loads(branched.read_text())["start_update"] if branched.is_file() else 0
     seconds = 0.0
@@ -272,7 +275,7 @@ def _digest_value(value: object) -> str:
 
 @contextmanager
 def _lock_folder(folder: Path) -> Iterator[None]:
-    """Hold the folder against other processes; they wait."""
+    """Lock the folder; other processes wait."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

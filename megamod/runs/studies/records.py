@@ -44,7 +44,7 @@ def make_record(
     seconds: float,
     processor_seconds: float,
 ) -> Record:
-    """The content of a cell's file.
+    """Return the content of a cell's file.
 
     Args:
         inputs: digests of the data, part of the configuration.
@@ -74,12 +74,12 @@ def make_record(
 
 
 def make_configuration(study: Study, cell: Cell, inputs: Mapping[str, object]) -> dict[str, object]:
-    """All that decides a cell's figures."""
+    """Return all settings that decide a cell's figures."""
     return {"kind": study.file.kind, "seed": cell.seed, **cell.settings, "inputs": dict(inputs)}
 
 
 def digest_configuration(config: Mapping[str, object]) -> str:
-    """Of a configuration, 16 hexadecimal digits."""
+    """Return the digest of a configuration, 16 hexadecimal digits."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -90,7 +90,7 @@ def write_record(folder: Path, record: Record) -> None:
 
 
 def read_record(folder: Path, cell: Cell) -> Record | None:
-    """A cell's file; None if there is none.
+    """Read a cell's file; return None if there is none.
 
     Raises:
         UserError: if it is not JSON of this format, or of other settings than the study has now.
@@ -104,17 +104,27 @@ def read_record(folder: Path, cell: Cell) -> Record | None:
         raise UserError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise UserError(f"{path}: is no file of figures of format {FORMAT}")
-    before = {k: v for k, v in record["config"].items() if k not in ("kind", "seed", "inputs")}
-    now = json.loads(json.dumps(cell.settings))
-    if before != now:
-        keys = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
-        text = "; ".join(f"{k}: {before.get(k)!r} then, {now.get(k)!r} now" for k in keys)
+    recorded_settings = {
+        k: v for k, v in record["config"].items() if k not in ("kind", "seed", "inputs")
+    }
+    settings = json.loads(json.dumps(cell.settings))
+    if recorded_settings != settings:
+        keys = sorted(
+            k
+            for k in recorded_settings.keys() | settings.keys()
+            if recorded_settings.get(k) != settings.get(k)
+        )
+        text = "; ".join(
+            f"{k}: {recorded_settings.get(k)!r} then, {settings.get(k)!r} now" for k in keys
+        )
         raise UserError(f"{path} has figures of other settings ({text}); remove it to run it anew")
     return record
 
 
 def find_largest_difference(before: Record, now: Record) -> tuple[float, str]:
-    """Largest relative difference between the scores of two records, and where it is."""
+    """Return the largest relative difference between the scores of two records, and the score that
+    has it.
+    """
     worst, where = 0.0, "no score"
     for row, values in before["scores"].items():
         for name, value in values.items():
@@ -130,7 +140,7 @@ def find_largest_difference(before: Record, now: Record) -> tuple[float, str]:
 
 
 def _read_cpu_name() -> str:
-    """Name of the processor, as the system tells it."""
+    """Return the name of the CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -32,13 +32,15 @@ Shown = tuple[Study, Mapping[str, Record]]
 
 
 def read_records(study: Study, evidence: Path) -> dict[str, Record]:
-    """Files of figures that are there, by cell."""
+    """Read the files of figures that exist; return them by cell."""
     records = {cell.name: read_record(evidence, cell) for cell in study.cells}
     return {name: record for name, record in records.items() if record is not None}
 
 
 def format_markdown(study: Study, records: Mapping[str, Record]) -> str:
-    """A study's table, with what it cost; cells that are not run are left open."""
+    """Return a study's table in Markdown, with the time that it took; cells that are not run are
+    left open.
+    """
     table = study.file.table
     make = _list_rung_rows if table.columns == "rungs" else _list_score_rows
     head, *rows = make(study, records)
@@ -64,7 +66,9 @@ def format_markdown(study: Study, records: Mapping[str, Record]) -> str:
 
 
 def plot_study(study: Study, records: Mapping[str, Record], output: Path) -> bool:
-    """PNG of ratios to the baseline by the tokens trained on; False if there is nothing to draw."""
+    """Write a PNG of ratios to the baseline by the tokens trained on; return False if there is
+    nothing to draw.
+    """
     table, lines = study.file.table, {}
     for name in table.plot:
         points = []
@@ -88,7 +92,7 @@ def plot_study(study: Study, records: Mapping[str, Record], output: Path) -> boo
 
 
 def fill_document(text: str, studies: Mapping[str, Shown]) -> str:
-    """The text of a document with the tables and cells of these studies in their places.
+    """Return the text of a document with the tables and cells of these studies filled in.
 
     Raises:
         UserError: if a marker lacks its end, or names a line or column that there is not.
@@ -112,13 +116,13 @@ def fill_document(text: str, studies: Mapping[str, Shown]) -> str:
 
 
 def list_studies(text: str) -> list[str]:
-    """Names of the studies whose tables or cells a document has a place for."""
+    """Return the names of the studies whose tables or cells a document has a place for."""
     names = re.findall(r"<!-- study ([A-Za-z0-9_.-]+) -->", text)
     return list(dict.fromkeys([*names, *(match["study"] for match in CELL.finditer(text))]))
 
 
 def format_cell(study: Study, records: Mapping[str, Record], line: str, column: str) -> str:
-    """One cell of a study's table.
+    """Return the text of one cell of a study's table.
 
     Raises:
         UserError: if there is no such line or column.
@@ -169,7 +173,7 @@ def _list_score_rows(study: Study, records: Mapping[str, Record]) -> list[list[s
 
 
 def _average_rows(by_row: Sequence[Values]) -> Values:
-    """Mean over rows by seed, of seeds that have all of them."""
+    """Return means over rows by seed, of the seeds that have all rows."""
     seeds = set.intersection(*(set(values) for values in by_row))
     return {seed: sum(values[seed] for values in by_row) / len(by_row) for seed in seeds}
 
@@ -206,7 +210,9 @@ def _format_values(values: Values, compared: tuple[Estimate, int] | None, table:
 
 
 def _read_seconds(record: Record) -> float:
-    """Seconds that a cell took; its training may have been done for another cell before."""
+    """Return the seconds that a cell took; its training may have been done for another cell
+    before.
+    """
     return max(record["seconds"], record["details"].get("training_seconds", 0.0))
 
 

@@ -134,7 +134,7 @@ def select_models(
 
 
 def format_candidates(candidates: Sequence[Candidate]) -> str:
-    """Table of the losses and the decision, one line for each candidate."""
+    """Return a table of the losses and the decision, one line for each candidate."""
     lines = [f"{'loss alone':>12}{'in the soup':>13}"]
     for candidate in candidates:
         losses = f"{candidate.loss:12.6g}{candidate.soup_loss:13.6g}"
@@ -146,7 +146,9 @@ def format_candidates(candidates: Sequence[Candidate]) -> str:
 def _add_to_mean(
     soup: Mapping[str, Tensor], state: Mapping[str, Tensor], count: int
 ) -> dict[str, Tensor]:
-    """Mean of `count` models and `state`; integer tensors are those of the first model."""
+    """Return the mean of the `count` models in `soup` and of `state`; integer tensors are those of
+    the first model.
+    """
     if not count:
         return {name: tensor.clone() for name, tensor in state.items()}
     share = 1 / (count + 1)
@@ -157,6 +159,7 @@ def _add_to_mean(
 
 
 def _compute_mean_loss(losses: Losses, model: torch.nn.Module) -> float:
+    """Return the mean of a model's losses; infinity instead of NaN."""
     values = losses(model).values()
     mean = math.fsum(values) / len(values)
     return math.inf if math.isnan(mean) else mean

@@ -50,7 +50,7 @@ class StudyFolders:
 
 
 def run_cells(study: Study, cells: Sequence[Cell], folders: StudyFolders) -> None:
-    """Run what has no figures yet and no other process works on."""
+    """Run the cells that have no figures yet and that no other process works on."""
     missing = [cell for cell in cells if read_record(folders.evidence, cell) is None]
     for cell in missing:
         with _lock_cell(folders.work, cell) as taken:
@@ -78,7 +78,7 @@ def run_cell(study: Study, cell: Cell, folders: StudyFolders) -> Record:
 def run_in_processes(
     study: Study, cells: Sequence[Cell], folders: StudyFolders, command: Sequence[str], jobs: int
 ) -> None:
-    """Start processes that each run cells, and tell how far they are.
+    """Start processes that each run cells, and log their progress.
 
     Args:
         command: arguments of this program that make a process take cells.
@@ -105,7 +105,7 @@ def run_in_processes(
 
 
 def repeat_cell(study: Study, cell: Cell, folders: StudyFolders, new_work: Path) -> str:
-    """Run a cell anew in the folder `new_work`; how far its scores are from the kept ones.
+    """Run a cell anew; return how far its scores are from the recorded ones.
 
     Raises:
         UserError: if there are no figures, or the scores differ by more than the tolerance.
@@ -127,7 +127,7 @@ def repeat_cell(study: Study, cell: Cell, folders: StudyFolders, new_work: Path)
 
 
 def format_progress(study: Study, cells: Sequence[Cell], folders: StudyFolders) -> str:
-    """Cells done and an estimate of the processor time of the rest."""
+    """Return the number of cells done and an estimate of the processor time of the rest."""
     records = [read_record(folders.evidence, cell) for cell in cells]
     done = {cell.name: r for cell, r in zip(cells, records, strict=True) if r is not None}
     left = sum(
@@ -138,7 +138,7 @@ def format_progress(study: Study, cells: Sequence[Cell], folders: StudyFolders) 
 
 
 def _estimate_seconds(cell: Cell, records: Sequence[Record]) -> float:
-    """Mean seconds of cells like this one; 0 as long as there is none."""
+    """Return the mean seconds of similar cells; 0 as long as there is none."""
     groups = [
         [r["seconds"] for r in records if r["arm"] == cell.arm and r["rung"] == cell.rung],
         [r["seconds"] for r in records if r["rung"] == cell.rung],

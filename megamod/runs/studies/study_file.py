@@ -36,6 +36,7 @@ Settings = dict[str, object]
 
 
 def _check_name(name: str) -> str:
+    """Return the name if it is a plain file name."""
     if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
         raise ValueError("names are made of letters, digits, _ . and -")
     return name
@@ -133,7 +134,7 @@ class Study:
     cells: tuple[Cell, ...]
 
     def find_cell(self, name: str) -> Cell:
-        """The cell of that name.
+        """Return the cell of that name.
 
         Raises:
             UserError: if there is none, with the nearest one.
@@ -173,7 +174,7 @@ def read_study(path: Path) -> Study:
 
 
 def _merge_settings(file: StudyFile, arm: str, rung: str) -> Settings:
-    """Settings of an arm at a rung."""
+    """Return the settings of an arm at a rung."""
     merged: Settings = {}
     for level in (file.common, file.rungs[rung], file.arms[arm]):
         merged |= {key: _value_for_rung(value, rung, file.rungs) for key, value in level.items()}
@@ -181,7 +182,7 @@ def _merge_settings(file: StudyFile, arm: str, rung: str) -> Settings:
 
 
 def _value_for_rung(value: object, rung: str, rungs: Mapping[str, object]) -> object:
-    """The value for a rung, if it is a mapping by rungs; else the value."""
+    """Return the value for a rung if it is a mapping by rungs, otherwise the value itself."""
     if not isinstance(value, dict):
         return value
     if rung not in value or not set(value) <= set(rungs):

@@ -48,11 +48,11 @@ class Job:
     flags: Mapping[str, object]
 
     def folder(self, output: Path) -> Path:
-        """Output folder of the run."""
+        """Return the output folder of the run."""
         return output / self.task / self.model / f"N-{self.instances}" / f"seed-{self.seed}"
 
     def list_arguments(self, output: Path) -> list[str]:
-        """Command-line arguments of the run."""
+        """Return the command-line arguments of the run."""
         values = {**self.flags, "seed": self.seed, "output_dir": str(self.folder(output))}
         return format_flags(values)
 
@@ -149,6 +149,9 @@ def _check_flags_by_name(value: Mapping[str, object], key: str, where: str) -> d
 
 
 def _check_flags(value: object, where: str) -> Flags:
+    """Return a copy of flags from the file, checked to be a mapping without the flags that the
+    sweep sets.
+    """
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
         raise UserError(f"{where}: {value!r} is not `flag: value` lines")
     for name in ("output_dir", "seed", "seeds"):
@@ -166,6 +169,7 @@ def _make_jobs(
     seeds: Sequence[int],
     where: str,
 ) -> Iterator[Job]:
+    """Yield a job for each number of instances and each seed of a task and a model."""
     flags = {**common, **task_flags, **model_flags}
     launcher = flags.pop("launcher", "glue")
     if launcher not in LAUNCHERS:
@@ -234,10 +238,10 @@ def _run_job(job: Job, output: Path, launchers: Path, command: Sequence[str]) ->
 
 
 def _write_summary(jobs: Sequence[Job], output: Path) -> str:
-    """Write summary.json, scores.png and trade_off.png of finished jobs.
+    """Write summary.json of finished jobs and, if any was scored, scores.png and trade_off.png.
 
     Returns:
-        a table of scores.
+        a table of scores and a list of the files.
     """
     runs: dict[tuple[str, int], dict[str, list[dict[str, float]]]] = {}
     for job in jobs:
@@ -274,11 +278,12 @@ def _write_summary(jobs: Sequence[Job], output: Path) -> str:
             row["GLUE"] = f"{average_task_scores({task: means[task] for task in GLUE}):.4f}"
         rows[f"{model}, N = {instances}"] = row
     write_json(output / "summary.json", summary)
+    files = {"numbers": "summary.json"}
     if lines:
         plot_scores_by_instances(lines, output / "scores.png")
         plot_trade_off(speeds, output / "trade_off.png")
+        files |= {"plots": "scores.png", "": "trade_off.png"}
     table = format_score_table(rows, "score on dev") if rows else "nothing was scored (do_eval)"
-    files = {"numbers": "summary.json", "plots": "scores.png", "": "trade_off.png"}
     return "\n".join(
         ["", table, "", *(f"{label:7}  {output / file}" for label, file in files.items())]
     )

@@ -43,12 +43,12 @@ class StudyText:
 
     @cached_property
     def training_bin(self) -> Path:
-        """Data-bin of the training domains."""
+        """Write the data-bin of the training domains; return its folder."""
         return self._make_bin("domains", {name: self._cut_held_out(name) for name in self.domains})
 
     @cached_property
     def random_bin(self) -> Path:
-        """Data-bin of a random split of the same training text."""
+        """Write the data-bin of a random split of the same training text; return its folder."""
         count = len(self.domains)
         documents = [
             text for name in self.domains for text in self._iterate_documents(name, "train")
@@ -69,12 +69,12 @@ class StudyText:
 
     @cached_property
     def novel_bin(self) -> Path:
-        """Data-bin of the novel domains."""
+        """Write the data-bin of the novel domains; return its folder."""
         return self._make_bin("novel", {name: self._cut_held_out(name) for name in self.novel})
 
     @property
     def digest(self) -> str:
-        """Of the training domains' data-bin."""
+        """Return the digest of the training domains' data-bin."""
         return DataBin(self.training_bin).digest
 
     def _make_bin(self, kind: str, inputs: dict[str, Path]) -> Path:
@@ -85,7 +85,9 @@ class StudyText:
         return output
 
     def _cut_held_out(self, name: str) -> Path:
-        """Folder of a domain with its held-out text cut; the source itself if nothing is cut."""
+        """Write a domain with its held-out text cut; return the folder, which is the source if
+        nothing is cut.
+        """
         if self.held_out_bytes is None:
             return self.source / name
         folder = self.work / "text" / name
@@ -103,7 +105,7 @@ class StudyText:
 
 
 def _take_documents(documents: Iterable[str], limit: int | None) -> Iterator[str]:
-    """Documents from the first on, as many as fit into `limit` bytes, and one in any case."""
+    """Yield documents from the first on, as many as fit into `limit` bytes, but at least one."""
     total = 0
     for text in documents:
         total += len(text.encode())
