@@ -85,7 +85,7 @@ class RunSpec:
         config: of the whole model, all domains.
         topology: ranks and domains.
         data_digest: of the training data; ranks and a resumed run must agree on it.
-        tokenizer: folder copied beside the model; None: none.
+        tokenizer: folder that is copied into the model folder; None: none.
         card: content of the model card.
         groups: names of the losses that the log shows separately, such as domains.
         unit: items that a loss is the mean over: "tokens" or "examples".
@@ -97,7 +97,7 @@ class RunSpec:
             the number of finished steps.
         flops_per_token: from the module to the operations of a training step per token; None: the
             log shows no MFU.
-        companions: further files copied beside the model.
+        companions: further files that are copied into the model folder.
         settings: further values that a resumed run must agree on.
         make_choice: from the device to the selection of a step's data, see `train.loop.train`;
             None: all data.
