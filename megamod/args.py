@@ -253,7 +253,7 @@ def refuse_unused_flags(model: ModelArgs, mux: MuxArgs, data: DataArgs) -> None:
     """Check that no flag of a pretraining run is read and ignored.
 
     Raises:
-        UserError: for a flag that is not its default and has no effect together with the other flags.
+        UserError: for a flag that is not its default and has no effect with the others given.
     """
     causal, plain = mux.objective == "causal_lm", mux.num_instances == 1
     named_size = "/" not in model.model and not Path(model.model).is_dir()

@@ -154,7 +154,7 @@ def select_experts(args: MoeArgs) -> "list[Expert]":
         if args.domains is not None:
             raise UserError("--domains goes with --models; a forest has names, see --experts")
         known = {(e.path, e.member): e for e in open_forest(args.forest).experts}
-        sources, _ = select_forest_parents(args.forest, only=args.experts)
+        sources, _ = select_forest_parents(args.forest, only_domains=args.experts)
         experts = [known[source.folder, source.member] for source in sources]
     else:
         if args.experts is not None:

@@ -54,13 +54,13 @@ class CausalLMObjective:
 
     Args:
         domains: names by number.
-        choose: True if the model selects an expert by the domain of the batch.
+        selects_expert: True if the model selects an expert by the domain of the batch.
     """
 
     def __init__(self, domains: tuple[str, ...], device: torch.device, selects_expert: bool):
         self.domains = domains
         self.device = device
-        self.choose = selects_expert
+        self.selects_expert = selects_expert
 
     def count_items(self, batch: Batch) -> Sequence[float]:
         return (batch["tokens"],)
@@ -82,7 +82,7 @@ class CausalLMObjective:
             position_ids=None if mask is not None else positions,
             shift_labels=labels,
             num_items_in_batch=item_totals[0],
-            domain=self.domains[batch["domain"]] if self.choose else None,
+            domain=self.domains[batch["domain"]] if self.selects_expert else None,
         )
         domains = batch["domains"].to(self.device, non_blocking=True)
         totals = torch.zeros(2, len(self.domains), device=self.device)
@@ -110,7 +110,7 @@ class MixtureLMObjective(CausalLMObjective):
         coefficient: float,
         experts: Sequence[str],
     ):
-        super().__init__(domains, device, choose=False)
+        super().__init__(domains, device, selects_expert=False)
         self.coefficient = coefficient
         self.experts = tuple(experts)
 
