@@ -17,7 +17,7 @@ from megamod.flags import parse_args
 
 
 def main() -> None:
-    """Parse, compute the shares, print and write them."""
+    """Parse the flags, compute the shares, print and write them."""
     from megamod.runs.attribution import AttributionArgs, attribute
 
     argv = sys.argv[1:]

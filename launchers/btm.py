@@ -23,7 +23,7 @@ from megamod.flags import parse_args
 
 
 def main() -> None:
-    """Parse, run all jobs, and print the path of the forest."""
+    """Parse the flags, run all jobs, and print the path of the forest."""
     parsed = parse_args(BtmArgs, RunArgs, SafetyArgs, ModelArgs, OptimArgs, DataArgs, doc=__doc__)
     run_campaign(parsed, Path(__file__).resolve().parent)
 

@@ -19,7 +19,7 @@ from megamod.errors import UserError, run_main
 
 
 def main() -> None:
-    """Check, and print the table."""
+    """Parse the command line, check every host, and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

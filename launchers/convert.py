@@ -25,7 +25,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 def main() -> None:
-    """Parse, convert or export, and say what was done."""
+    """Parse the command line, convert or export, and print what was done."""
     options = parse_arguments()
     module = import_format(options.format)
     format_options = Options(tuple(options.domains), options.num_attention_heads)
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line; see `--help`."""
+    """Parse the command line; see `--help`."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -39,7 +39,7 @@ class BarrierArgs(Arguments):
 
 
 def main() -> None:
-    """Parse, compute missing curves, print the table."""
+    """Parse the flags, compute the missing curves, and print the table."""
     arguments = sys.argv[1:]
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--study", *arguments]

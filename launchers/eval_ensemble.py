@@ -24,7 +24,7 @@ from megamod.runs.studies.ensemble_args import EnsembleArgs
 
 
 def main() -> None:
-    """Parse, estimate, score, print, write."""
+    """Parse the flags, estimate the prior, score the mixture, print and write the results."""
     (args,) = parse_args(EnsembleArgs, doc=__doc__)
     require_values(args, "forest", "data", "domain")
 

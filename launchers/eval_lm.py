@@ -57,7 +57,7 @@ class EvalArgs(Arguments):
 
 
 def main() -> None:
-    """Parse, score one model after the other, print, write."""
+    """Parse the flags, score one model after the other, print and write the results."""
     (args,) = parse_args(EvalArgs, doc=__doc__)
     require_values(args, "model", "data")
     for flag in ("output", "jsonl", "plot"):

@@ -38,7 +38,7 @@ class SweepArgs(Arguments):
 
 
 def main() -> None:
-    """Parse, run what is missing, print the table."""
+    """Parse the flags, run the jobs that are missing, and print the table."""
     arguments = sys.argv[1:]
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--sweep", *arguments]

@@ -23,7 +23,7 @@ from megamod.runs.finetune.args import FinetuneOptimArgs, FinetuneRunArgs, OneTa
 
 
 def main() -> None:
-    """Parse, train, score, predict."""
+    """Parse the flags, train, score and predict."""
     parsed = parse_args(
         FinetuneRunArgs, SafetyArgs, FinetuneOptimArgs, OneTaskArgs, TaskArgs, doc=__doc__
     )

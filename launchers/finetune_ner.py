@@ -27,7 +27,7 @@ from megamod.runs.finetune.args import (
 
 
 def main() -> None:
-    """Parse, train, score, predict."""
+    """Parse the flags, train, score and predict."""
     parsed = parse_args(
         FinetuneRunArgs, SafetyArgs, FinetuneOptimArgs, OneTaskArgs, TaskArgs, WordArgs, doc=__doc__
     )

@@ -76,7 +76,7 @@ class BranchArgs(Arguments):
 
 
 def main() -> None:
-    """Run the verb, then print the forest."""
+    """Run the subcommand, then print the forest."""
     known = " ".join(VERBS)
     verb = ""
     if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
@@ -88,7 +88,7 @@ def main() -> None:
     args, start = parse_args(ForestArgs, BranchArgs, doc=__doc__)
 
     if verb == "branch":
-        begin(args, start)
+        branch_expert(args, start)
         return
     require_values(args, "forest")
 
@@ -126,7 +126,7 @@ def main() -> None:
     print(format_forest(open_forest(args.forest)))
 
 
-def begin(args: ForestArgs, start: BranchArgs) -> None:
+def branch_expert(args: ForestArgs, start: BranchArgs) -> None:
     """Write a new expert's first checkpoint and print the command that trains it."""
     require_values(args, "domain")
     require_values(start, "output_dir")

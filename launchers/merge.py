@@ -26,7 +26,7 @@ _SHORT = {"-j": "--num_threads"}  # as mergekit spells it
 
 
 def main() -> None:
-    """Parse, merge, and print what was merged."""
+    """Parse the flags, merge, and print what was merged."""
     from megamod.runs.merge import MergeArgs, run_merge
 
     argv = [_SHORT.get(word, word) for word in sys.argv[1:]]

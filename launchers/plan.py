@@ -25,7 +25,7 @@ from megamod.planning.plan_args import PlanArgs
 
 
 def main() -> None:
-    """Parse, plan every job, and print."""
+    """Parse the flags, plan every job, and print the plans."""
     parsed = parse_args(
         PlanArgs, RunArgs, SafetyArgs, ModelArgs, OptimArgs, MuxArgs, DataArgs, BtmArgs, doc=__doc__
     )

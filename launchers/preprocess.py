@@ -26,7 +26,7 @@ from megamod.tables import format_table
 
 
 def main() -> None:
-    """Write a data-bin, or a sample of lines, as the command line says."""
+    """Parse the command line; write a data-bin, or a sample of lines."""
     options = parse_arguments()
 
     from megamod.data.corpus.binarize import binarize
@@ -35,7 +35,7 @@ def main() -> None:
 
     inputs: dict[str, str | list[str]] = {**parse_domain_paths(options.input)}
     if options.sample_lines is not None:
-        print(sample(options, inputs))
+        print(write_line_sample(options, inputs))
         return
     if options.tokenizer is None:
         raise UserError("--tokenizer is missing: sentencepiece:8192, or a folder; see --help")
@@ -57,11 +57,11 @@ def main() -> None:
         streaming=options.streaming,
         do_lower_case=None if options.do_lower_case is None else options.do_lower_case == "true",
     )
-    print(summary(header, options.output_dir))
+    print(format_summary(header, options.output_dir))
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line; see `--help`."""
+    """Parse the command line; see `--help`."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -128,8 +128,8 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def sample(options: argparse.Namespace, inputs: dict[str, str]) -> str:
-    """Draw lines of text files; a report with one line per domain.
+def write_line_sample(options: argparse.Namespace, inputs: dict[str, str]) -> str:
+    """Write a sample of lines of text files; return a report with one line per domain.
 
     Raises:
         UserError: for other flags, and for files without enough lines.
@@ -156,8 +156,8 @@ def sample(options: argparse.Namespace, inputs: dict[str, str]) -> str:
     )
 
 
-def summary(header: dict, output: Path) -> str:
-    """Table of the totals of each domain; the last line names the result."""
+def format_summary(header: dict, output: Path) -> str:
+    """Return a table of the totals of each domain; the last line names the result."""
     rows = [("domain", "train tokens", "valid tokens", "test tokens", "bytes", "replaced")]
     for name, splits in header["domains"].items():
         tokens = [f"{splits[split]['tokens']:,}" for split in ("train", "valid", "test")]

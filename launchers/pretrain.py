@@ -27,7 +27,7 @@ from megamod.flags import parse_args, require_values
 
 
 def main() -> None:
-    """Parse, train, and say where everything is."""
+    """Parse the flags, train, and print the output paths."""
     parsed = parse_args(RunArgs, SafetyArgs, ModelArgs, OptimArgs, MuxArgs, DataArgs, doc=__doc__)
     *common, mux, data = parsed
     require_values(parsed[0], "output_dir")

@@ -49,13 +49,13 @@ class StudyArgs(Arguments):
 
 
 def main() -> None:
-    """Parse, run what is missing, print the table."""
-    words = sys.argv[1:]
-    if words and not words[0].startswith("-"):
-        words = ["--study", *words]
-    (args,) = parse_args(StudyArgs, argv=words, doc=__doc__)
+    """Parse the flags, run the cells that are missing, and print the table."""
+    arguments = sys.argv[1:]
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--study", *arguments]
+    (args,) = parse_args(StudyArgs, argv=arguments, doc=__doc__)
     require_values(args, "study")
-    path = find_study(args.study)
+    path = find_study_file(args.study)
     for document in args.document or ():
         if not Path(document).is_file():
             raise UserError(f"--document {document}: there is no such file")
@@ -70,13 +70,13 @@ def main() -> None:
         return
     evidence = Path(args.evidence) if args.evidence else EVIDENCE / study.name
     if not args.table:
-        make_runs(args, study, cells, evidence)
+        run_missing_cells(args, study, cells, evidence)
     if not args.repeat:
-        show(args, study, evidence)
+        print_table(args, study, evidence)
 
 
-def find_study(name: str) -> Path:
-    """The file of a study.
+def find_study_file(name: str) -> Path:
+    """Return the path of a study's file.
 
     Raises:
         UserError: if there is none.
@@ -88,8 +88,8 @@ def find_study(name: str) -> Path:
     raise UserError(f"--study {name}: is no file and none of {known}")
 
 
-def make_runs(args: StudyArgs, study, cells: list, evidence: Path) -> None:
-    """Run what is missing, or --cells anew."""
+def run_missing_cells(args: StudyArgs, study, cells: list, evidence: Path) -> None:
+    """Run the cells that have no figures yet, or with --repeat run --cells again."""
     require_values(args, "inputs")
     if not Path(args.inputs).is_dir():
         raise UserError(f"--inputs {args.inputs}: there is no such folder")
@@ -109,11 +109,11 @@ def make_runs(args: StudyArgs, study, cells: list, evidence: Path) -> None:
     elif args.jobs == 1:
         run_cells(study, cells, folders)
     else:
-        words = [sys.argv[0], *sys.argv[1:], "--jobs", "1"]
-        run_in_processes(study, cells, folders, words, args.jobs)
+        arguments = [sys.argv[0], *sys.argv[1:], "--jobs", "1"]
+        run_in_processes(study, cells, folders, arguments, args.jobs)
 
 
-def show(args: StudyArgs, study, evidence: Path) -> None:
+def print_table(args: StudyArgs, study, evidence: Path) -> None:
     """Print the table; write it into --document and draw --plot."""
     from megamod.files import write_atomic
     from megamod.runs.studies.report import fill_document, format_markdown, plot_study, read_records

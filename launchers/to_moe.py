@@ -21,7 +21,7 @@ from megamod.flags import parse_args, refuse_changes
 
 
 def main() -> None:
-    """Parse and convert."""
+    """Parse the flags, convert the experts to a mixture, and print it."""
     from megamod.runs.edit_moe import EditArgs, run_edit
     from megamod.runs.to_moe import MoeArgs, run_to_moe
 

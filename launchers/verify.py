@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
     path = parser.parse_args().path
     faults = []
-    for title, group_faults in groups(path):
+    for title, group_faults in iterate_file_groups(path):
         print(f"{'FAULT' if group_faults else 'ok':<7}{title}", flush=True)
         faults += group_faults
     if faults:
@@ -35,8 +35,8 @@ def main() -> None:
         raise UserError(f"{path} is damaged, {len(faults)} faults:{listed}")
 
 
-def groups(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """Iterate over (title, faults) of each group of files under a path."""
+def iterate_file_groups(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield (title, faults) for each group of files under a path."""
     from megamod.states.forest import FILE
 
     if not path.is_dir() and not (path.name == FILE and path.is_file()):

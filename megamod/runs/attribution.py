@@ -53,8 +53,8 @@ class Document:
     shares: list[list[float]]
 
     @property
-    def mean(self) -> list[float]:
-        """Share of each expert in the whole document."""
+    def mean_shares(self) -> list[float]:
+        """Return the share of each expert in the whole document."""
         return torch.tensor(self.shares).mean(0).tolist()
 
 
@@ -100,7 +100,7 @@ def format_documents(record: MoeRecord, documents: Sequence[Document]) -> str:
     """Format the shares per document as a table."""
     rows = [("document", "tokens", *record.domains, "begins")]
     for number, document in enumerate(documents, start=1):
-        shown = (f"{100 * share:.1f} %" for share in document.mean)
+        shown = (f"{100 * share:.1f} %" for share in document.mean_shares)
         begins = " ".join("".join(document.tokens[:12]).split())[:32]
         rows.append((str(number), str(len(document.tokens)), *shown, begins))
     return format_table(rows, right=range(len(record.domains) + 2))
@@ -127,7 +127,11 @@ def _write_files(
         "text": args.text,
         "experts": [asdict(expert) for expert in record.experts],
         "documents": [
-            {"shares": document.mean, "tokens": document.tokens, "token_shares": document.shares}
+            {
+                "shares": document.mean_shares,
+                "tokens": document.tokens,
+                "token_shares": document.shares,
+            }
             for document in documents
         ],
     }
@@ -135,7 +139,7 @@ def _write_files(
     write_atomic(folder / "tokens.txt", format_tokens(record, documents) + "\n")
     plot_attribution(
         record.domains,
-        [document.mean for document in documents],
+        [document.mean_shares for document in documents],
         documents[0].tokens,
         documents[0].shares,
         folder / "attribution.png",

@@ -113,7 +113,7 @@ def run_to_moe(args: MoeArgs) -> None:
     plan = convert_to_moe(
         recipe,
         None if args.output_dir is None else Path(args.output_dir),
-        _choose_rows(args, recipe),
+        _select_router_rows(args, recipe),
         [expert.data_digest for expert in experts],
         chosen=chosen,
         anchor=args.anchor,
@@ -211,7 +211,7 @@ def _make_recipe(args: MoeArgs, experts: "Sequence[Expert]") -> "MergeRecipe":
     return replace(recipe, align={"method": "weight"}, origin="--align")
 
 
-def _choose_rows(args: MoeArgs, recipe: "MergeRecipe") -> "Callable[[MoePlan], RouterRows]":
+def _select_router_rows(args: MoeArgs, recipe: "MergeRecipe") -> "Callable[[MoePlan], RouterRows]":
     from megamod.merging.moe.rows import draw_rows, read_rows_file
 
     if args.router == "random":
