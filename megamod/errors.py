@@ -88,9 +88,7 @@ def is_distributed_failure(error: RuntimeError) -> bool:
 
 
 def is_user_fixable(error: Exception) -> bool:
-    """Return True if the user can mend the error's cause: wrong input, a full disk, too little
-    memory.
-    """
+    """Return True for errors that the user can mend: wrong input, a full disk, little memory."""
     from torch import OutOfMemoryError
 
     kinds = (UserError, OSError, MemoryError, OutOfMemoryError)

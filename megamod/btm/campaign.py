@@ -250,6 +250,7 @@ def _parse_rounds(
 def _check_known_domains(
     domains: Sequence[str], available: Sequence[str], flag: str, data: str
 ) -> None:
+    """Raise UserError, naming the flag, if a domain is not among those of the data."""
     for domain in domains:
         if domain not in available:
             raise UserError(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megamod.btm import tasks as make
+from megamod.btm import tasks as task_builders
 from megamod.btm.campaign import Campaign, Parsed, build_campaign, check_campaign_data
 from megamod.btm.collect import add_round_to_forest
 from megamod.btm.jobs import (
@@ -257,7 +257,7 @@ def run_campaign(parsed: Parsed, launchers: Path) -> None:
         return
     check_campaign_data(campaign, parsed)
     output = campaign.output
-    for folder in ("jobs", "logs", make.PRIORS, make.EVALUATION):
+    for folder in ("jobs", "logs", task_builders.PRIORS, task_builders.EVALUATION):
         (output / folder).mkdir(parents=True, exist_ok=True)
     driver_lock = acquire_lock(output / "jobs" / ".driver.lock")
     if driver_lock is None:
@@ -298,17 +298,22 @@ def plan_waves(campaign: Campaign, parsed: Parsed, hosts: HostSlots) -> list[Wav
                 f"--seed_gpus {gpus}: --global_batch_size {campaign.batch} is not a multiple of "
                 f"{gpus} slots x --per_device_train_batch_size {run.per_device_train_batch_size}"
             )
-        waves.append(([make.make_seed_task(campaign, parsed, gpus)], _do_nothing))
+        waves.append(([task_builders.make_seed_task(campaign, parsed, gpus)], _do_nothing))
     if btm.in_one_world:
-        world = make.make_world_task(campaign, parsed)
+        world = task_builders.make_world_task(campaign, parsed)
         check_job_fits(hosts, world.gpus, "--in_one_world")
         waves.append(([world], lambda: add_round_to_forest(campaign, 0, in_one_world=True)))
     else:
         check_job_fits(hosts, btm.gpus_per_expert, "--gpus_per_expert")
         for number, round_ in enumerate(campaign.rounds):
-            tasks = [make.make_expert_task(campaign, parsed, number, domain) for domain in round_]
+            tasks = [
+                task_builders.make_expert_task(campaign, parsed, number, domain)
+                for domain in round_
+            ]
             waves.append((tasks, lambda n=number: add_round_to_forest(campaign, n)))
-    return waves + [([task], _do_nothing) for task in make.make_final_tasks(campaign, parsed)]
+    return waves + [
+        ([task], _do_nothing) for task in task_builders.make_final_tasks(campaign, parsed)
+    ]
 
 
 def describe_waves(

@@ -139,6 +139,7 @@ def read_log_tail(log_path: Path, first_byte: int, max_lines: int = 12) -> str:
 
 
 def _is_launcher(process: psutil.Process) -> bool:
+    """Return True for a process of DeepSpeed's launcher; False if the process has ended."""
     try:
         return any("deepspeed.launcher" in word for word in process.cmdline())
     except psutil.Error:
@@ -146,6 +147,7 @@ def _is_launcher(process: psutil.Process) -> bool:
 
 
 def _get_parent_pid(process: psutil.Process) -> int:
+    """Return the id of the parent process; 0 if the process has ended."""
     try:
         return process.ppid()
     except psutil.Error:

@@ -194,6 +194,7 @@ def _resolve_alias(
 
 
 def _list_release_names(key: str, aliases: Mapping[str, str]) -> Iterator[str]:
+    """Yield the names under which a release may store one of our keys."""
     for start, target in aliases.items():
         if key.startswith(target):
             yield start + key.removeprefix(target)

@@ -229,9 +229,7 @@ def _find_dense_file(source: Path) -> Path:
 
 
 def _read_settings(folder: Path, checkpoint: Checkpoint) -> dict[str, object]:
-    """Return the settings of config.json in the folder, then of the checkpoint: cfg.model, else
-    args.
-    """
+    """Return the settings of config.json, overridden by the checkpoint's cfg.model, else args."""
     in_folder: object = {}
     if (folder / "config.json").exists():
         try:
@@ -251,6 +249,7 @@ def _read_settings(folder: Path, checkpoint: Checkpoint) -> dict[str, object]:
 
 
 def _check_settings(settings: Mapping[str, object], file: Path) -> None:
+    """Raise UserError for a setting of the model that our GPT does not have."""
     for key, needed in _SETTINGS.items():
         if settings.get(key, needed) != needed:
             raise UserError(
@@ -294,9 +293,7 @@ def _collect_experts(
 def _detect_shape(
     dense: Mapping[str, Tensor], settings: Mapping[str, object], options: Options, file: Path
 ) -> tuple[int, dict[str, object]]:
-    """Detect the number of layers and the fields of the configuration from the shapes of
-    weights.
-    """
+    """Detect layer count and configuration fields from the shapes of the weights."""
     for key in (_TOKENS, _POSITIONS, "decoder.layers.0.fc1.weight"):
         if key not in dense:
             raise UserError(f"{file}: {key} is missing, so this is no language model of fairseq")

@@ -45,10 +45,8 @@ class StepShape:
         """Micro-batches of a rank in a step."""
         return self.global_batch // (self.ranks * self.micro_batch)
 
-    def sample_indices(self, micro_batch_index: int) -> np.ndarray:
-        """Return the global sample indices of this rank's micro-batch `micro_batch_index`:
-        [micro_batch] int64.
-        """
+    def get_sample_indices(self, micro_batch_index: int) -> np.ndarray:
+        """Return the global sample indices of this rank's micro-batch: [micro_batch] int64."""
         step, index_in_step = divmod(micro_batch_index, self.micro_steps)
         start = step * self.global_batch + self.first_sample + index_in_step * self.micro_batch
         return np.arange(start, start + self.micro_batch)

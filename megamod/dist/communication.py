@@ -57,10 +57,14 @@ def compute_step_traffic(
         ranks = topology.world_size
         if scope is Scope.DOMAIN:
             ranks = topology.ranks_per_domain
-        scope_counts = {name: size for name, size in element_counts.items() if parameter_scopes[name] is scope}
+        scope_counts = {
+            name: size for name, size in element_counts.items() if parameter_scopes[name] is scope
+        }
         if zero_stage == 3:
             gathers = {
-                name: (2 * (1 + (name in tied_names)) if sum(scope_counts.values()) > live_limit else 1)
+                name: (
+                    2 * (1 + (name in tied_names)) if sum(scope_counts.values()) > live_limit else 1
+                )
                 for name, size in scope_counts.items()
                 if size > persistence_threshold
             }
@@ -78,16 +82,20 @@ def _count_elements(parameter_elements: int, ranks: int, zero_stage: int, micro_
     """
     if zero_stage == 0:
         return 2 * parameter_elements
-    return 2 * parameter_elements * (micro_steps if zero_stage == 2 else 1) + _round_up(parameter_elements, ALIGNMENT * ranks)
+    reductions = micro_steps if zero_stage == 2 else 1
+    return 2 * parameter_elements * reductions + _round_up(parameter_elements, ALIGNMENT * ranks)
 
 
 def _count_stage_3_elements(
-    element_counts: Mapping[str, int], gather_counts: Mapping[str, int], ranks: int, micro_steps: int
+    element_counts: Mapping[str, int],
+    gather_counts: Mapping[str, int],
+    ranks: int,
+    micro_steps: int,
 ) -> int:
     """Count the elements in all-gathers and reduce-scatters of a step of ZeRO 3.
 
-    Gradients are scattered after every micro-batch. Weights are gathered `gather_counts` times in it, and
-    those that ZeRO 3 keeps whole once per step.
+    Gradients are scattered after every micro-batch. Weights are gathered `gather_counts` times in
+    it, and those that ZeRO 3 keeps whole once per step.
     """
     padded = {name: _round_up(size, ranks) for name, size in element_counts.items()}
     gathered = sum(padded[name] * times for name, times in gather_counts.items())

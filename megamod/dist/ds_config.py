@@ -182,22 +182,26 @@ def _check_offload(zero: Mapping[str, object]) -> None:
 
 
 def _read_json(path: Path) -> dict[str, object]:
-    """Read a JSON object; raise UserError for doubled keys, constants such as NaN, or other content."""
-    def without_doubles(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Read a JSON object.
+
+    Raise UserError for doubled keys, constants such as NaN, or other content.
+    """
+
+    def refuse_doubled_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
         names = [key for key, _ in pairs]
         doubled = next((key for key in names if names.count(key) > 1), None)
         if doubled is not None:
             raise UserError(f"{path}: key {doubled!r} appears twice in one block")
         return dict(pairs)
 
-    def no_number(word: str) -> None:
+    def refuse_constant(word: str) -> None:
         raise UserError(f"{path}: {word} is not a number of JSON")
 
     try:
         config = json.loads(
             path.read_bytes().decode("utf-8-sig"),
-            object_pairs_hook=without_doubles,
-            parse_constant=no_number,
+            object_pairs_hook=refuse_doubled_keys,
+            parse_constant=refuse_constant,
         )
     except OSError as error:
         raise UserError(f"DeepSpeed file {path} cannot be read: {error.strerror}") from error
@@ -298,7 +302,9 @@ def _merge_values(
     for key, value in config.get("optimizer", {}).get("params", {}).items():
         if key != "torch_adam":  # the run chooses the class of AdamW
             final[f"optimizer.params.{key}"] = value
-    return final | {f"{kind}.enabled": _get_key_path(config, f"{kind}.enabled") is True for kind in HALF}
+    return final | {
+        f"{kind}.enabled": _get_key_path(config, f"{kind}.enabled") is True for kind in HALF
+    }
 
 
 def _resolve_batch_sizes(

@@ -74,7 +74,9 @@ class HostfileReport:
             ssh = "not tried" if seconds is None else f"{seconds:.2f} s"
             rows.append([host.name, str(len(host_ranks)), ssh, format_range(host_ranks)])
             if self.experts is not None:
-                local_experts = [int(e) for e, ranks in self.experts.items() if set(ranks) & set(host_ranks)]
+                local_experts = [
+                    int(e) for e, ranks in self.experts.items() if set(ranks) & set(host_ranks)
+                ]
                 rows[-1].append(format_range(range(local_experts[0], local_experts[-1] + 1)))
         return format_table(rows)
 
@@ -168,7 +170,9 @@ def find_split_groups(hosts: Sequence[str], groups: Mapping[str, range]) -> dict
         machines of each such group, by name.
     """
     ranks_per_host = Counter(hosts)
-    hosts_by_group = {name: list(dict.fromkeys(hosts[r] for r in ranks)) for name, ranks in groups.items()}
+    hosts_by_group = {
+        name: list(dict.fromkeys(hosts[r] for r in ranks)) for name, ranks in groups.items()
+    }
     return {
         name: machines
         for name, machines in hosts_by_group.items()
@@ -225,15 +229,15 @@ def _parse_line(raw: bytes, number: int) -> tuple[_HostLine | None, list[str]]:
         shown = " ".join([name, *slots])
         faults.append(f"{shown!r} is not `NAME slots=N` with N of 1 or more, given once")
     if not _is_reachable_name(name):
-        allowed = "letters, digits, dots, _ and -, or USER@NAME, or an IPv6 address without brackets"
+        allowed = (
+            "letters, digits, dots, _ and -, or USER@NAME, or an IPv6 address without brackets"
+        )
         return None, [*faults, f"{name!r} is no host name: {allowed}"]
     return _HostLine(number, name, int(right[1]) if right else 0), faults
 
 
 def _is_reachable_name(name: str) -> bool:
-    """Return True for names that ssh accepts: NAME, USER@NAME, or an IPv6 address in place of
-    NAME.
-    """
+    """Return True for names that ssh accepts: NAME or USER@NAME; NAME may be an IPv6 address."""
     user, _, host = name.rpartition("@")
     if "@" in name and not NAME.fullmatch(user):
         return False
@@ -264,19 +268,28 @@ def _assign_expert_ranks(
     machines = [line.name for line in lines for _ in range(line.slots)]
     world = len(machines)
     if world % experts and experts % world:
-        allowed_counts = [n for n in range(1, 2 * world + experts) if not (n % experts and experts % n)]
-        nearest_counts = [*[n for n in allowed_counts if n < world][-1:], next(n for n in allowed_counts if n > world)]
+        allowed_counts = [
+            n for n in range(1, 2 * world + experts) if not (n % experts and experts % n)
+        ]
+        nearest_counts = [
+            *[n for n in allowed_counts if n < world][-1:],
+            next(n for n in allowed_counts if n > world),
+        ]
         possible = " or ".join(map(str, nearest_counts))
         fault = f"{world} slots cannot give {experts} experts as many ranks each; use {possible}"
         return None, [(0, fault)]
     ranks_per_expert, experts_per_rank = max(1, world // experts), max(1, experts // world)
-    groups = {str(e): range(e // experts_per_rank * ranks_per_expert, e // experts_per_rank * ranks_per_expert + ranks_per_expert) for e in range(experts)}
+    groups = {
+        str(e): range(start, start + ranks_per_expert)
+        for e in range(experts)
+        for start in [e // experts_per_rank * ranks_per_expert]
+    }
     numbers = {line.name: line.number for line in lines}
     faults = []
     for name, split in find_split_groups(machines, groups).items():
         fault = (
-            f"expert {name} has ranks {format_range(groups[name])}, on {' and '.join(split)}, where one "
-            f"machine could hold all; give slots in multiples of {ranks_per_expert}"
+            f"expert {name} has ranks {format_range(groups[name])}, on {' and '.join(split)}, "
+            f"where one machine could hold all; give slots in multiples of {ranks_per_expert}"
         )
         faults.append((numbers[split[0]], fault))
     return groups, faults

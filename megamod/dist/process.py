@@ -12,7 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed
 
-from megamod.errors import PeerError, UserError, is_user_fixable, is_distributed_failure
+from megamod.errors import PeerError, UserError, is_distributed_failure, is_user_fixable
 
 
 @dataclass(frozen=True)
@@ -20,15 +20,16 @@ class _ProcessStarter:
     """A program that starts ranks.
 
     Attributes:
-        sign: a variable that is set if the program started this process.
-        rank, world, local: variables of the rank, the number of ranks, and the rank on the host.
+        presence_variable: is set if the program started this process.
+        rank_variable, world_size_variable, local_rank_variable: hold the rank, the number of ranks
+            and the rank on the host.
     """
 
     name: str
-    sign: str
-    rank: str
-    world: str
-    local: str
+    presence_variable: str
+    rank_variable: str
+    world_size_variable: str
+    local_rank_variable: str
 
 
 _OWN = _ProcessStarter("the launcher", "RANK", "RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -55,7 +56,7 @@ def set_rank_variables() -> None:
     Raises:
         UserError: for variables that are incomplete, not numbers, or contradict each other.
     """
-    numbers_of_launcher = _read_rank_numbers(_OWN)
+    launcher_numbers = _read_rank_numbers(_OWN)
     # A batch script also has the variables of task 0; only processes of srun have a step.
     in_script = "SLURM_JOB_ID" in os.environ and "SLURM_STEP_ID" not in os.environ
     starters = (*_MPI, *(() if in_script else (_SLURM,)))
@@ -64,40 +65,45 @@ def set_rank_variables() -> None:
     if not active:
         return
     starter, (rank_, world, local) = active[0]
-    if numbers_of_launcher is None:
+    ranks_text = (
+        f"{starter.rank_variable}={rank_} and {starter.world_size_variable}={world} "
+        f"of {starter.name}"
+    )
+    if launcher_numbers is None:
         if "MASTER_ADDR" not in os.environ:
             raise UserError(
-                f"{starter.rank}={rank_} and {starter.world}={world} of {starter.name}, but "
-                "MASTER_ADDR is not set: give all ranks the name of the first host in it, and a "
-                "free port of it in MASTER_PORT (29500 if there is none)"
+                f"{ranks_text}, but MASTER_ADDR is not set: give all ranks the name of the first host "
+                "in it, and a free port of it in MASTER_PORT (29500 if there is none)"
             )
         os.environ |= dict(RANK=str(rank_), WORLD_SIZE=str(world), LOCAL_RANK=str(local))
         os.environ.setdefault("MASTER_PORT", "29500")
         return
     renumbered = any(name in os.environ for name in _RENUMBERING)
-    if not renumbered and numbers_of_launcher[:2] != (rank_, world):
+    if not renumbered and launcher_numbers[:2] != (rank_, world):
         raise UserError(
-            f"RANK={numbers_of_launcher[0]} and WORLD_SIZE={numbers_of_launcher[1]} contradict {starter.rank}={rank_} and "
-            f"{starter.world}={world} of {starter.name}: leave RANK and WORLD_SIZE unset"
+            f"RANK={launcher_numbers[0]} and WORLD_SIZE={launcher_numbers[1]} contradict {ranks_text}: "
+            "leave RANK and WORLD_SIZE unset"
         )
 
 
 def _read_rank_numbers(starter: _ProcessStarter) -> tuple[int, int, int] | None:
-    """Rank, world size and local rank from a program's variables; None if it is not active."""
-    if starter.sign not in os.environ:
+    """Read rank, world size and local rank from a program's variables; None if it is not active."""
+    if starter.presence_variable not in os.environ:
         return None
     numbers = []
-    for name in (starter.rank, starter.world, starter.local):
-        text = os.environ.get(name, "0" if name == _OWN.local else "")
+    for name in (starter.rank_variable, starter.world_size_variable, starter.local_rank_variable):
+        text = os.environ.get(name, "0" if name == _OWN.local_rank_variable else "")
         if not text.isdecimal():
             value = repr(text) if text else "not set"
-            raise UserError(f"{starter.sign} is set by {starter.name}, but {name} is {value}")
+            raise UserError(
+                f"{starter.presence_variable} is set by {starter.name}, but {name} is {value}"
+            )
         numbers.append(int(text))
     rank_, world, local = numbers
     if max(rank_, local) >= world:
         raise UserError(
-            f"{starter.rank}={rank_} and {starter.local}={local} must be below "
-            f"{starter.world}={world}"
+            f"{starter.rank_variable}={rank_} and {starter.local_rank_variable}={local} must be "
+            f"below {starter.world_size_variable}={world}"
         )
     return rank_, world, local
 
@@ -217,8 +223,8 @@ def fail_together(exchange_errors: bool = True) -> Iterator[None]:
     `check_peers` or is `all_reduce` of this module. Afterwards collectives work as before.
 
     Args:
-        exchange_errors: False where the block has other collectives (a forward pass with ZeRO 3). An error is
-            then raised on its own rank alone, and ends the others when that rank exits.
+        exchange_errors: False where the block has other collectives (a forward pass with ZeRO 3).
+            An error is then raised on its own rank alone, and ends the others when that rank exits.
     Raises:
         UserError: on every rank, for an error that the user can mend.
         PeerError: on the other ranks, for any other error; its own rank raises the error itself.
@@ -230,7 +236,9 @@ def fail_together(exchange_errors: bool = True) -> Iterator[None]:
     except _PeerFailed:
         failed = True
     except Exception as caught:
-        if not exchange_errors or (isinstance(caught, RuntimeError) and is_distributed_failure(caught)):
+        if not exchange_errors or (
+            isinstance(caught, RuntimeError) and is_distributed_failure(caught)
+        ):
             raise
         error, failed = caught, True
         traceback.clear_frames(caught.__traceback__)  # they may hold most of the memory
@@ -255,7 +263,7 @@ def check_peers() -> None:
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> None:
-    """Sum a tensor over all ranks in place, inside a `together` block; collective."""
+    """Sum a tensor over all ranks in place, inside a `fail_together` block; collective."""
     check_peers()
     torch.distributed.all_reduce(tensor)
 
@@ -269,7 +277,10 @@ def _describe_error(error: Exception) -> str:
 
 
 def gather_texts(text: str, max_bytes: int = 255) -> list[str]:
-    """Gather the texts of all ranks, cut after `max_bytes` bytes, in the order of ranks; collective."""
+    """Gather the texts of all ranks, cut after `max_bytes` bytes, in the order of ranks.
+
+    Collective.
+    """
     data = text.encode()[:max_bytes]
     encoded_text = make_control_tensor([len(data), *data, *[0] * (max_bytes - len(data))])
     rows = [torch.empty_like(encoded_text) for _ in range(torch.distributed.get_world_size())]
@@ -287,7 +298,9 @@ def check_ranks_agree(texts_by_name: Mapping[str, str]) -> None:
     Raises:
         UserError: on every rank, naming the facts that differ.
     """
-    digests = make_control_tensor([float(zlib.crc32(text.encode())) for text in texts_by_name.values()])
+    digests = make_control_tensor(
+        [float(zlib.crc32(text.encode())) for text in texts_by_name.values()]
+    )
     lowest, highest = digests.clone(), digests.clone()
     torch.distributed.all_reduce(lowest, torch.distributed.ReduceOp.MIN)
     torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
@@ -304,12 +317,13 @@ def check_ranks_agree(texts_by_name: Mapping[str, str]) -> None:
 
 
 def _destroy_process_group() -> None:
+    """Destroy the process group if there is one."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def get_rank() -> int:
-    """Rank of this process; 0 before a process group exists."""
+    """Return the rank of this process; 0 before a process group exists."""
     return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
@@ -324,5 +338,5 @@ def read_launcher_world_size() -> int:
 
 
 def read_launcher_rank() -> int:
-    """Rank of this process announced by the launcher; 0 for plain `python`."""
+    """Return the rank announced by the launcher; 0 for plain `python`."""
     return int(os.environ.get("RANK", "0"))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from megamod.dist.hostfile import format_range, find_split_groups
+from megamod.dist.hostfile import find_split_groups, format_range
 from megamod.dist.scope import Sharing
 from megamod.errors import UserError
 from megamod.tables import format_table
@@ -97,8 +97,12 @@ class DomainTopology:
             rows.append((str(rank), hosts[rank], devices[rank], ",".join(domains), shared, experts))
         lines = [format_table(rows)]
         if self.sharing is not Sharing.DENSE:
-            split_groups = find_split_groups(hosts, {domain: self.get_domain_ranks(domain) for domain in self.domains})
-            listed = "; ".join(f"{domain} on {', '.join(names)}" for domain, names in split_groups.items())
+            split_groups = find_split_groups(
+                hosts, {domain: self.get_domain_ranks(domain) for domain in self.domains}
+            )
+            listed = "; ".join(
+                f"{domain} on {', '.join(names)}" for domain, names in split_groups.items()
+            )
             if split_groups:
                 lines.append(
                     f"warning: gradients of experts cross between hosts, though one host could "

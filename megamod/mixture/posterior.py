@@ -66,8 +66,9 @@ def compute_token_weights(
 
 
 def mix_log_probs(log_weights: Tensor, log_probs: Tensor) -> Tensor:
-    """Compute log-probabilities of the mixture [B, T], float32, from [E, B, T] of weights and
-    experts.
+    """Compute the log-probabilities of the mixture, [B, T] float32.
+
+    Weights and the experts' log-probabilities are [E, B, T].
     """
     return torch.logsumexp(log_weights.float() + log_probs.float(), dim=0)
 
@@ -109,9 +110,7 @@ def _sum_with_decay(values: Tensor, decay: Tensor) -> Tensor:
 
 
 def _shift_by_one(values: Tensor) -> Tensor:
-    """Shift values by one position, 0 at the first: each position has the value of the one
-    before.
-    """
+    """Shift values by one position to the right; the first becomes 0."""
     return pad(values[..., :-1], (1, 0))
 
 

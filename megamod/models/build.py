@@ -128,8 +128,9 @@ def make_multiplexed_config(
 
 
 def _make_generator_fields(shape: Mapping[str, object], flags: EncoderFlags) -> dict[str, object]:
-    """Make the fields of what replaces tokens: chance, or a model of `generator_size` of the
-    width.
+    """Make the configuration fields of the generator, or of chance in its place.
+
+    A generator has `generator_size` of the model's width.
     """
     names = ("generator", "gen_loss_weight", "disc_loss_weight")
     fields = {name: getattr(flags, name) for name in names}

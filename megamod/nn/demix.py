@@ -40,10 +40,10 @@ class DomainExperts(nn.Module):
         if not torch.is_grad_enabled() or len(self.experts) == 1:
             return output
         if isinstance(output, tuple):
-            return _ZeroGradient.apply(output[0], *self._idle_parameters()), *output[1:]
-        return _ZeroGradient.apply(output, *self._idle_parameters())
+            return _ZeroGradient.apply(output[0], *self._iterate_idle_parameters()), *output[1:]
+        return _ZeroGradient.apply(output, *self._iterate_idle_parameters())
 
-    def _idle_parameters(self) -> Iterator[nn.Parameter]:
+    def _iterate_idle_parameters(self) -> Iterator[nn.Parameter]:
         for domain, expert in self.experts.items():
             if domain != self.domain:
                 yield from (p for p in expert.parameters() if p.requires_grad)

@@ -136,9 +136,7 @@ class EncoderEmbeddings(nn.Module):
         return x, attended
 
     def has_plain_modules(self) -> bool:
-        """Return True if kernels may read the tables and the norm in place of calling the
-        modules.
-        """
+        """Return True if kernels may use the tables and the norm without calling modules."""
         tables = (self.word_embeddings, self.position_embeddings, self.token_type_embeddings)
         return is_plain(*tables, self.LayerNorm)
 
@@ -238,9 +236,7 @@ class EncoderLayer(nn.Module):
     def apply_feed_forward(
         self, x: Tensor, conditions: tuple[Tensor, ...] = (), norm: bool = True
     ) -> Tensor:
-        """Apply feed-forward, residual and norm, the second half of the block: [B, L, D] ->
-        [B, L, D].
-        """
+        """Apply feed-forward, residual and norm: [B, L, D] -> [B, L, D]."""
         update = F.gelu(self.intermediate["dense"](x))
         return self._add_residual(self.output, update, x, conditions, norm)
 
@@ -320,8 +316,9 @@ class EncoderModel(nn.Module):
 
 
 def make_key_mask(attention_mask: Tensor) -> Tensor:
-    """Make an additive mask of attention scores: [R, L], nonzero at real tokens -> float [R, 1,
-    1, L].
+    """Make an additive mask of attention scores.
+
+    [R, L], nonzero at real tokens -> float [R, 1, 1, L].
     """
     return (attention_mask == 0)[:, None, None, :] * MASKED
 
@@ -357,9 +354,7 @@ def initialise_weights(module: nn.Module, standard_deviation: float) -> None:
 
 
 def was_loaded_from_file(parameter: Tensor) -> bool:
-    """Return True inside `from_pretrained` for weights from a file, of which parts must not be
-    set.
-    """
+    """Return True inside `from_pretrained` if the module's weights came from a file."""
     return getattr(parameter, "_is_hf_initialized", False)
 
 

@@ -54,8 +54,9 @@ class TaskHeads(nn.Module):
         ]
 
     def compute_row_logits(self, pooled: Tensor, row_task_ids: Tensor) -> Tensor:
-        """Compute logits of rows: [B, D] -> [B, C], C of the largest task, unused ones very
-        small.
+        """Compute logits of rows: [B, D] -> [B, C].
+
+        C is that of the largest task; logits that a smaller task does not use are very small.
         """
         logits = torch.einsum("bd,bcd->bc", self.dropout(pooled), self.weight[row_task_ids])
         return self._mask_unused(logits + self.bias[row_task_ids], row_task_ids)

@@ -105,7 +105,7 @@ def format_checkpoint_name(step: int) -> str:
 
 
 def parse_checkpoint_step(checkpoint: Path) -> int:
-    """Step of a checkpoint, from the name of its folder."""
+    """Parse the step of a checkpoint from the name of its folder."""
     return int(checkpoint.name.removeprefix("step-"))
 
 

@@ -85,6 +85,7 @@ def _have_equal_bytes(first: Path, second: Path) -> bool:
 
 
 def _read_bytes(file: Path) -> bytes:
+    """Read a file; raise UserError if that fails."""
     try:
         return file.read_bytes()
     except OSError as error:
@@ -127,6 +128,7 @@ def _parse_added_tokens(content: Mapping) -> Iterator[tuple[str, int]]:
 
 
 def _number_lines(content: list[str]) -> Iterator[tuple[str, int]]:
+    """Yield each line with its number from 0."""
     for number, line in enumerate(content):
         yield line.rstrip("\r"), number
 

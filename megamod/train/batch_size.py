@@ -7,9 +7,7 @@ from megamod.dist.topology import DomainTopology
 
 
 def count_domains_per_rank(topology: DomainTopology) -> int:
-    """Count the domains that a rank trains in turn: 1 where micro-batches are not tied to
-    experts.
-    """
+    """Count the domains that take turns on a rank; 1 if a micro-batch may be of any."""
     return 1 if topology.sharing is Sharing.DENSE else len(topology.get_rank_domains(0))
 
 

@@ -238,16 +238,18 @@ class Checkpoints:
         return paths
 
     def _get_name_prefix(self) -> str:
-        """Return the prefix of parameter names: the domain for independent models, whose
-        names are equal.
+        """Return the prefix of parameter names.
+
+        Independent models have equal names, so it is their domain.
         """
         if self.topology.sharing is Sharing.BTM:
             return self.topology.get_rank_domains(dist.get_rank())[0] + ":"
         return ""
 
     def _get_state_folder(self, folder: Path) -> Path:
-        """Return the folder of state.json: independent models have their own steps and loss
-        scales.
+        """Return the folder of state.json.
+
+        Independent models have their own, as their steps and loss scales differ.
         """
         if self.topology.sharing is Sharing.BTM:
             return folder / self.topology.get_rank_domains(dist.get_rank())[0]

@@ -159,9 +159,7 @@ def make_loop_plan(
 
 
 def get_offload_folder(run: RunArgs) -> Path:
-    """Return the folder of an optimizer offloaded to "nvme", where the DeepSpeed file says
-    "auto".
-    """
+    """Return the folder that replaces "auto" as nvme_path of an offloaded optimizer."""
     return Path(run.output_dir or ".") / "offload"
 
 

@@ -29,6 +29,7 @@ class _EngineExperts(DomainExperts, MoE):
     """
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+        """Create DeepSpeed's groups of this expert size if they do not exist."""
         if self.expert_group_name not in groups._get_expert_parallel_group_dict():
             groups._create_expert_and_data_parallel(
                 self.ep_size, use_data_before_expert_parallel_=use_data_before_expert_parallel_
@@ -119,7 +120,7 @@ def _check_expert_groups(name: str, topology: DomainTopology) -> None:
 
 
 def get_loss_group(engine: deepspeed.DeepSpeedEngine) -> dist.ProcessGroup | None:
-    """Process group whose tokens form one loss: the domain's ranks for BTM, else the world."""
+    """Return the group whose tokens form one loss: the domain's ranks for BTM, else None (all)."""
     return engine.mpu.get_data_parallel_group() if engine.mpu is not None else None
 
 

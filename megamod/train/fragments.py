@@ -102,6 +102,7 @@ def _unwrap_optimizer(engine: deepspeed.DeepSpeedEngine) -> torch.optim.Optimize
 def _iterate_stage_1_2_fragments(
     zero: DeepSpeedZeroOptimizer, names: dict[torch.nn.Parameter, str]
 ) -> Iterator[Fragment]:
+    """Yield this rank's fragments of ZeRO stage 1 and 2."""
     for flat, parameters in zip(
         zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True
     ):
@@ -140,6 +141,7 @@ def _iterate_stage_3_shards(
 def _iterate_stage_3_fragments(
     zero: DeepSpeedZeroOptimizer_Stage3, group_index: int, names: dict[torch.nn.Parameter, str]
 ) -> Iterator[Fragment]:
+    """Yield this rank's fragments of ZeRO stage 3 in a group of parameters."""
     for parameter in zero.fp16_groups[group_index]:
         _, offset, size = zero.grad_position[zero.get_param_id(parameter)]
         start = size * zero._get_param_partition_rank(parameter)
@@ -173,8 +175,9 @@ def _make_fragment(
     offset: int,
     size: int,
 ) -> Fragment:
-    """Make a fragment of the range [offset, offset + size) of an optimized tensor and its
-    moments.
+    """Make a fragment of elements [offset, offset + size) of the flat masters and moments.
+
+    Moments that do not exist yet become 0.
     """
     state = optimizer.state[optimized]
     if not state:

@@ -105,7 +105,7 @@ def train(
         _evaluate_or_save(evaluate, state, saver, engine)
     engine.train()  # a loaded model is in evaluation mode
 
-    def due(interval_steps: int) -> bool:
+    def is_due(interval_steps: int) -> bool:
         return state.step == plan.stop_step or (
             interval_steps > 0 and state.step % interval_steps == 0
         )
@@ -144,15 +144,17 @@ def train(
                 stop = _handle_skipped_step(plan, state, checkpoints)
                 batches = open_batches(state.data_step) if plan.nonfinite == "rollback" else batches
 
-        if due(plan.logging_steps) or due(plan.eval_steps) or due(plan.save_steps):
+        if is_due(plan.logging_steps) or is_due(plan.eval_steps) or is_due(plan.save_steps):
             if not is_one_group:  # independent models exchange signals only here
                 _, stop = _all_reduce_totals_and_stop((), max(stop, signals.stop_reason), None)
             monitor.write_record(state)
-            if due(plan.eval_steps):
+            if is_due(plan.eval_steps):
                 checkpoints.begin_evaluation(state.step)
-            if due(plan.save_steps) or (due(plan.eval_steps) and runs_forward_together(engine)):
+            if is_due(plan.save_steps) or (
+                is_due(plan.eval_steps) and runs_forward_together(engine)
+            ):
                 saver.save(state)
-            if due(plan.eval_steps):
+            if is_due(plan.eval_steps):
                 _evaluate_or_save(evaluate, state, saver, engine)
             if stop and not is_one_group:
                 break
@@ -315,6 +317,7 @@ class _Saver:
         return f"a checkpoint could not be written to {self.checkpoints.folder}"
 
     def raise_if_failed(self) -> None:
+        """Raise UserError if a checkpoint could not be written."""
         if self.failed:
             raise UserError(
                 f"{self.checkpoints.folder}: a checkpoint could not be written, see the log above"
@@ -341,5 +344,6 @@ class _Signals:
         self.stop_reason = Stop.SIGNAL
 
     def restore(self) -> None:
+        """Restore the previous signal handlers."""
         for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)

@@ -208,6 +208,7 @@ class Monitor:
         )
 
     def _print_line(self, line: str) -> None:
+        """Log a line above the progress bar."""
         with tqdm.external_write_mode(file=sys.stderr):  # redraws the bar below
             logger.info("%s", line)
 
@@ -257,6 +258,7 @@ def _drop_records_after(path: Path, step: int) -> None:
 
 
 def _read_step(line: str) -> float:
+    """Read the step of a line of metrics.jsonl; infinity if the line is cut."""
     try:
         return json.loads(line)["step"]
     except ValueError:  # a line that a kill cut short

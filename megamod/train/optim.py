@@ -62,9 +62,7 @@ def make_constant_schedule(peak_rate: float, warmup_steps: int, max_steps: int) 
 
 
 def make_cosine_schedule(peak_rate: float, warmup_steps: int, max_steps: int) -> Schedule:
-    """Make a schedule: linear from 0 to peak over the warm-up, then half a cosine to 0 at the
-    end.
-    """
+    """Make a schedule: a linear warm-up to the peak, then half a cosine to 0 at the end."""
 
     def rate(finished_steps: int) -> float:
         if finished_steps < warmup_steps:

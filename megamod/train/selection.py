@@ -34,7 +34,7 @@ def score_uncertainty(
     rule: str = "release",
     regression: str = "borrow",
 ) -> Tensor:
-    """Score of each candidate row.
+    """Score each candidate row by its entropy.
 
     "release" multiplies a row's entropy by its task's mean, which also favours uncertain tasks;
     with "paper" the row's entropy decides alone. Both divide by the largest mean of a task.
@@ -161,9 +161,7 @@ class UncertaintySelector:
 
     @torch.no_grad()
     def _compute_entropy(self, engine: deepspeed.DeepSpeedEngine, batch: Batch) -> Tensor:
-        """Compute the entropy of all candidates of a micro-batch, in one forward pass: [T *
-        rows] float32.
-        """
+        """Compute the entropy of all candidates in one forward pass: [T * rows] float32."""
         names = (*self.inputs, "task_ids", *(("token_labels",) if "token_labels" in batch else ()))
         fields = {name: batch[name].to(self.device, non_blocking=True) for name in names}
         engine.train(self.dropout)

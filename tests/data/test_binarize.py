@@ -77,7 +77,7 @@ def naive(texts: list[str], tokenizer) -> list[list[int]]:
 def stored(output: Path, domain: str, split: str) -> list[list[int]]:
     data = IndexedDataset(output / format_split_prefix(domain, split))
     return [
-        data.domain_tokens[data.offsets[item] : data.offsets[item + 1]].tolist()
+        data.tokens[data.offsets[item] : data.offsets[item + 1]].tolist()
         for item in range(len(data))
     ]
 
@@ -332,5 +332,5 @@ def test_wide_vocabularies_are_stored_in_four_bytes(tmp_path):
     header = binarize({"a": documents}, wide, tmp_path / "out")
     data = IndexedDataset(tmp_path / "out" / "a" / "train")
     assert np.dtype(data.dtype) == np.int32
-    assert int(data.domain_tokens.max()) == header["domains"]["a"]["train"]["max_id"] == 69999
+    assert int(data.tokens.max()) == header["domains"]["a"]["train"]["max_id"] == 69999
     assert not (tmp_path / "out" / "dict.txt").exists()

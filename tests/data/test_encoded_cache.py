@@ -31,12 +31,12 @@ def never():
 
 
 def same(first, other) -> bool:
-    if (first.heads is None) != (other.heads is None):
+    if (first.word_starts is None) != (other.word_starts is None):
         return False
     pairs = [
         (getattr(first, n), getattr(other, n)) for n in ("ids", "segments", "offsets", "labels")
     ]
-    pairs += list(zip(first.heads or [], other.heads or [], strict=True))
+    pairs += list(zip(first.word_starts or [], other.word_starts or [], strict=True))
     numbers = all(getattr(first, n) == getattr(other, n) for n in ("pad_id", "cut", "longest"))
     return numbers and all(
         (a is None) == (b is None) and (a is None or (a.dtype == b.dtype and np.array_equal(a, b)))

@@ -6,7 +6,13 @@ import time
 
 import pytest
 
-from megamod.dist.hostfile import Host, HostfileFaults, check_hostfile, read_hostfile, find_split_groups
+from megamod.dist.hostfile import (
+    Host,
+    HostfileFaults,
+    check_hostfile,
+    find_split_groups,
+    read_hostfile,
+)
 from megamod.dist.scope import Sharing
 from megamod.dist.topology import DomainTopology
 from megamod.errors import UserError
@@ -81,7 +87,9 @@ def test_users_and_ipv6_addresses(tmp_path):
     file = write(tmp_path, text)
     hosts = read_hostfile(file)
     assert {host.name: len(host.slots) for host in hosts} == dict(fetch_hostfile(str(file)))
-    assert [line.partition(":")[0] for line in check_hostfile(file).list_launcher_limits()] == ["note"] * 2
+    assert [line.partition(":")[0] for line in check_hostfile(file).list_launcher_limits()] == [
+        "note"
+    ] * 2
     assert "no IPv6 address (fd00::12)" in check_hostfile(file).list_launcher_limits()[0]
     with pytest.raises(UserError, match=r"ada@node-1 cannot be selected by DeepSpeed's --include"):
         read_hostfile(file, selectable=True)
@@ -92,7 +100,9 @@ def test_users_and_ipv6_addresses(tmp_path):
             chosen = []
         assert (chosen == [host.name]) == (host.name == "node-2")
     plain = write(tmp_path, "node-1 slots=2\nnode_2.local slots=1\n")
-    assert not check_hostfile(plain).list_launcher_limits() and read_hostfile(plain, selectable=True)
+    assert not check_hostfile(plain).list_launcher_limits() and read_hostfile(
+        plain, selectable=True
+    )
 
 
 def test_all_faults_at_once(tmp_path):

@@ -1,6 +1,13 @@
 import pytest
 
-from megamod.dist.scope import Scope, Sharing, to_dense_name, parse_expert_domain, find_scopes, parse_sharing
+from megamod.dist.scope import (
+    Scope,
+    Sharing,
+    find_scopes,
+    parse_expert_domain,
+    parse_sharing,
+    to_dense_name,
+)
 from megamod.models.lm.configuration import UNTIE
 
 NAMES = {

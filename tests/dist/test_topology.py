@@ -83,7 +83,9 @@ def test_the_table():
         ["2", "n1", "cpu", "med", "0-3", "2-3"],
         ["3", "n1", "cpu", "med", "0-3", "2-3"],
     ]
-    independent = DomainTopology(2, ("law", "med"), Sharing.BTM).format_layout(["n"] * 2, ["cpu"] * 2)
+    independent = DomainTopology(2, ("law", "med"), Sharing.BTM).format_layout(
+        ["n"] * 2, ["cpu"] * 2
+    )
     assert independent.splitlines()[2].split() == ["1", "n", "cpu", "med", "1", "-"]
     two = DomainTopology(1, ("law", "med"), Sharing.DEMIX).format_layout(["n"], ["cpu"])
     assert two.splitlines()[1].split() == ["0", "n", "cpu", "law,med", "0", "0"]

@@ -113,7 +113,7 @@ def test_prefix_columns_are_the_keys():
         [
             F.layer_norm(
                 F.gelu(
-                    demux.get_dense(torch.cat([hidden[:, i : i + 1].expand_as(hidden), hidden], -1))
+                    demux.dense(torch.cat([hidden[:, i : i + 1].expand_as(hidden), hidden], -1))
                 ),
                 (D,),
                 eps=1e-6,

@@ -349,13 +349,13 @@ def _write_split(
     start = [tokenizer.bos_id] if add_bos else []
     tokens, largest, reported = 0, tokenizer.eos_id, 0
 
-    def counted() -> Iterator[str]:
+    def count_items() -> Iterator[str]:
         for text in texts:
             tally.add_item(text)
             yield text
 
     with IndexedWriter(prefix, select_token_dtype(tokenizer.vocab_size)) as writer:
-        for ids in encode(counted()):
+        for ids in encode(count_items()):
             ids = np.concatenate([start, ids, [tokenizer.eos_id]]).astype(np.int32)
             writer.add_item(ids)
             tokens += len(ids)

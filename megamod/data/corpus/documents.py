@@ -87,6 +87,7 @@ class Decoding:
         return re.sub("[\0\ud800-\udfff]", "�", text)
 
     def _raise_if_strict(self, where: str | Path, problem: str) -> None:
+        """Raise UserError with place and problem if undecodable bytes are errors."""
         if self.errors == "strict":
             raise UserError(
                 f"{where}: {problem}; correct the file, or pass --encoding_errors replace to "
@@ -286,7 +287,7 @@ def _is_json_object(line: str) -> bool:
 
 
 def assign_split(document: str, seed: int) -> str:
-    """Split of a document, a pure function of seed and content.
+    """Assign a document to "train", "valid" or "test" by a hash of seed and content.
 
     Equal documents are therefore in one split and never leak from train into test.
     """
@@ -308,6 +309,7 @@ def read_decoded_lines(path: Path, decoding: Decoding) -> Iterator[tuple[int, st
 
 
 def _read_json_cells(path: Path, text_column: str, decoding: Decoding) -> Cells:
+    """Yield place and value of a key of every JSON line; raise UserError if it is missing."""
     for number, line in read_decoded_lines(path, decoding):
         if line.strip():
             where = f"{path}:{number}"

@@ -28,7 +28,7 @@ def read_csv_column(path: Path, column: str, decode_line: Decode) -> Cells:
         UserError: naming file and line.
     """
 
-    def lines() -> Iterator[str]:
+    def decode_lines() -> Iterator[str]:
         offset = 0
         for raw in read_raw_lines(path):
             begin = len(BOM) if offset == 0 and raw.startswith(BOM) else 0
@@ -36,7 +36,7 @@ def read_csv_column(path: Path, column: str, decode_line: Decode) -> Cells:
             offset += len(raw)
 
     csv.field_size_limit(LONGEST_CELL)
-    rows = csv.reader(lines(), strict=True)
+    rows = csv.reader(decode_lines(), strict=True)
     try:
         yield from _select_column_cells(path, column, ((rows.line_num, row) for row in rows if row))
     except csv.Error as error:

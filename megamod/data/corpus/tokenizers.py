@@ -281,6 +281,7 @@ def _cut_long_text(text: str) -> Iterator[str]:
 
 
 def _load_huggingface(spec: str, do_lower_case: bool | None) -> Tokenizer:
+    """Load a Hugging Face tokenizer by folder or name; raise UserError if there is none."""
     try:
         return _wrap_fast_tokenizer(load_fast_tokenizer(spec, do_lower_case), spec)
     except UserError:

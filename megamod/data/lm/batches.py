@@ -143,9 +143,7 @@ class TrainBatches(StepBatches):
         }
 
     def _find_prepared_row(self, micro_batch_index: int) -> int:
-        """Return the row of a micro-batch in the prepared range, and prepare another range
-        if needed.
-        """
+        """Return a micro-batch's row in the prepared range; prepare another if needed."""
         if micro_batch_index < 0:
             raise IndexError(f"micro-batch {micro_batch_index} is before the first")
         size = -(-AHEAD // self.shape.micro_batch)
@@ -216,8 +214,9 @@ def iterate_train_batches(
 def iterate_eval_batches(
     blocks: TokenBlocks, batch_size: int, max_batches: int | None = None
 ) -> Iterator[Batch]:
-    """Yield all blocks in file order: `input_ids`, `labels`, `tokens`, and `attention_mask` if
-    padded.
+    """Yield all blocks in file order.
+
+    A batch has `input_ids`, `labels` and `tokens`, and `attention_mask` if rows are padded.
 
     The last batch may have fewer sequences. A domain token is an input, but is not scored.
 

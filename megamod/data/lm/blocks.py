@@ -85,9 +85,7 @@ class TokenBlocks:
         )
 
     def find_item_starts(self, block_indices: np.ndarray) -> np.ndarray:
-        """Return a mask of the blocks that begin at the start of an item, bool of the shape
-        of `block_indices`.
-        """
+        """Return True for blocks that start an item, bool of the shape of `block_indices`."""
         starts, offsets = np.asarray(block_indices) * self.span, self.dataset.offsets
         return offsets[np.searchsorted(offsets, starts)] == starts
 

@@ -114,7 +114,7 @@ class MaskedBatches(StepBatches):
 
     def __getitem__(self, micro_batch_index: int) -> Batch:
         """Return the micro-batch `micro_batch_index` of this rank."""
-        sample_indices = self.shape.sample_indices(micro_batch_index)
+        sample_indices = self.shape.get_sample_indices(micro_batch_index)
         return self.build_batch(sample_indices, *self.order.select_blocks(sample_indices))
 
     def build_batch(

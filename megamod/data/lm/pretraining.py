@@ -103,8 +103,7 @@ class LmData:
         instances: int,
         prefix: int,
     ) -> MaskedBatches:
-        """Build the micro-batches of one rank with masked tokens of a split, all domains in
-        one stream.
+        """Build one rank's micro-batches of masked tokens, all domains in one stream.
 
         Args:
             sampler: see `build_train_batches`.

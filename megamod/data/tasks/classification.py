@@ -98,9 +98,7 @@ class EncodedRows:
         return hashed.hexdigest()
 
     def padded_length(self, row_indices: np.ndarray) -> int:
-        """Return the length of the longest row, rounded up to a multiple of 8 if the limit
-        allows it.
-        """
+        """Return the longest row's length, rounded up to 8 if the limit allows it."""
         longest_row = int((self.offsets[row_indices + 1] - self.offsets[row_indices]).max())
         return min(-(-longest_row // 8) * 8, self.longest)
 
@@ -274,7 +272,7 @@ class TrainRows(StepBatches):
 
     def select_rows(self, micro_batch_index: int) -> np.ndarray:
         """Select the rows of micro-batch `micro_batch_index`: [R] numbers."""
-        return self.order.select_blocks(self.shape.sample_indices(micro_batch_index))[1]
+        return self.order.select_blocks(self.shape.get_sample_indices(micro_batch_index))[1]
 
     def __getitem__(self, micro_batch_index: int) -> Batch:
         """Return the micro-batch `micro_batch_index` of this rank."""
@@ -380,6 +378,7 @@ def _flatten_rows(rows: Sequence[Sequence[int]], kind: type) -> np.ndarray:
 
 
 def _warn_of_cuts(cut_rows: int, row_count: int, limits: RowLengthLimits) -> None:
+    """Log a warning if rows were cut."""
     if cut_rows:
         logger.warning(
             "%d of %d rows were cut to %d tokens", cut_rows, row_count, limits.max_tokens

@@ -37,9 +37,7 @@ def compute_cache_key(
     labels: Sequence[str],
     label_all: bool,
 ) -> str:
-    """Compute the name of the cache file of rows encoded with these settings, without its
-    ending.
-    """
+    """Compute the name, without ending, of the cache file of rows encoded in this way."""
     hashed = hashlib.sha256()
     columns: Iterable[Sequence[object]] = rows.texts if isinstance(rows, TextSet) else [rows.words]
     for part in (*columns, [] if rows.labels is None else list(rows.labels)):

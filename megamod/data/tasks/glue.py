@@ -259,9 +259,7 @@ def _read_tsv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def _read_csv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yield the cells of the rows of a CSV file, with the number of the line where each row
-    ends.
-    """
+    """Yield the cells of each CSV row with the number of the line where the row ends."""
     reader = csv.reader((f"{line}\n" for _, line in read_lines(path)), strict=True)
     try:
         for cells in reader:

@@ -79,7 +79,7 @@ class TaskMixture(StepBatches):
 
     def select_rows(self, micro_batch_index: int) -> tuple[np.ndarray, np.ndarray]:
         """Select the tasks [R] and row numbers [R] of micro-batch `micro_batch_index`."""
-        sample_indices = self.shape.sample_indices(micro_batch_index)
+        sample_indices = self.shape.get_sample_indices(micro_batch_index)
         if self.sampling == "uncertainty":
             tasks = np.arange(len(self.encoded)).repeat(len(sample_indices))
             return tasks, self.by_task.select_domain_blocks(

@@ -252,9 +252,7 @@ def get_max_sequence_length(config: PreTrainedConfig) -> int | None:
 
 
 def has_own_feed_forward(untie: str, layer_index: int, layer_count: int) -> bool:
-    """Return True if each domain has a feed-forward of its own in this layer, the rest being
-    shared.
-    """
+    """Return True if the layer has a feed-forward per domain and shares the rest."""
     return (
         untie == "feedforward"
         or (untie == "feedforward_every_other" and layer_index % 2 == 1)

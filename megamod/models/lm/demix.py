@@ -80,10 +80,10 @@ class DemixForCausalLM(DemixPreTrainedModel, BoundedGeneration, GenerationMixin)
         self.model = DemixModel(config, local_domains)
         has_head_per_domain = config.untie in ("input_output", "transformer_output")
 
-        def head() -> OutputHead:
+        def make_head() -> OutputHead:
             return OutputHead(config.hidden_size, config.vocab_size)
 
-        self.lm_head = DomainExperts(head, domains) if has_head_per_domain else head()
+        self.lm_head = DomainExperts(make_head, domains) if has_head_per_domain else make_head()
         if config.untie == "input_output":
             self._tied_weights_keys = {
                 f"lm_head.{EXPERTS_COMPONENT}.{domain}.weight": (

@@ -66,10 +66,10 @@ class DemixModel(DemixPreTrainedModel):
         domains = config.domains if local_domains is None else list(local_domains)
         size, untie = config.hidden_size, config.untie
 
-        def per_domain(build: Callable[[], nn.Module], is_per_domain: bool) -> nn.Module:
+        def build_per_domain(build: Callable[[], nn.Module], is_per_domain: bool) -> nn.Module:
             return DomainExperts(build, domains) if is_per_domain else build()
 
-        def block(layer: int) -> DecoderBlock:
+        def build_block(layer: int) -> DecoderBlock:
             is_per_domain = has_own_feed_forward(untie, layer, config.num_hidden_layers)
             return DecoderBlock(
                 SelfAttention(
@@ -79,13 +79,15 @@ class DemixModel(DemixPreTrainedModel):
                     config.attention_probs_dropout_prob,
                     config._attn_implementation or "sdpa",
                 ),
-                per_domain(lambda: FeedForward(size, config.intermediate_size), is_per_domain),
+                build_per_domain(
+                    lambda: FeedForward(size, config.intermediate_size), is_per_domain
+                ),
                 size,
                 config.layer_norm_eps,
                 config.hidden_dropout_prob,
             )
 
-        self.embeddings = per_domain(
+        self.embeddings = build_per_domain(
             lambda: Embeddings(
                 config.vocab_size, size, config.max_position_embeddings, config.pad_token_id
             ),
@@ -93,7 +95,7 @@ class DemixModel(DemixPreTrainedModel):
         )
         whole_blocks = untie in ("transformer", "transformer_output")
         self.layers = nn.ModuleList(
-            per_domain(lambda layer=layer: block(layer), whole_blocks)
+            build_per_domain(lambda layer=layer: build_block(layer), whole_blocks)
             for layer in range(config.num_hidden_layers)
         )
         self.final_norm = nn.LayerNorm(size, eps=config.layer_norm_eps)

@@ -11,8 +11,10 @@ ACTIVE_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_
 
 
 def compute_flops_per_token(config: LmConfig, module: nn.Module, sequence_length: int) -> float:
-    """Compute 6 N + 12 sum over layers of (heads x head size x span), frozen weights 4 instead
-    of 6.
+    """Compute the floating-point operations of one token in training.
+
+    It is 6 N + 12 sum over layers of (heads x head size x span); frozen weights count 4 instead of
+    6.
 
     N counts the parameters that take part in a matrix product for one token; the span of a layer is
     `sequence_length`, or its attention window if that is shorter.

@@ -40,9 +40,7 @@ class ExpertCache:
         return self.get_seq_length(layer)
 
     def get_mask_sizes(self, queries: int, layer: int) -> tuple[int, int]:
-        """Return the number of keys that `queries` new tokens attend to, and the position
-        of the first.
-        """
+        """Return how many keys `queries` new tokens attend to, and the first key's position."""
         return self.get_seq_length(layer) + queries, 0
 
     def update(
@@ -99,7 +97,7 @@ def fill_mask_and_positions(
     expert_cache: ExpertCache,
     pad_id: int | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Mask [B, S] and positions [B, L] as models take them, where they are not given.
+    """Return mask [B, S] and positions [B, L] as models take them, made where they are None.
 
     Padding is then recognised by its id in the first pass, and remembered by the cache.
     """

@@ -232,9 +232,7 @@ def find_stock_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 @functools.cache
 def make_dense_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """Make the stock class with `HostMixin`, under the stock name, which is what config.json
-    states.
-    """
+    """Make the stock class with `HostMixin`; it has the stock name, which config.json states."""
     return type(stock.__name__, (HostMixin, stock), {"__doc__": HostMixin.__doc__})
 
 

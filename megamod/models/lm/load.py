@@ -106,9 +106,7 @@ def select_lm_class(config: LmConfig) -> type:
 
 
 def _build_host(config: LmConfig, seed: int, local_domains: Sequence[str] | None) -> LanguageModel:
-    """Build a model with new weights in the order of the dense model's modules, copied per
-    domain.
-    """
+    """Build a host model with new weights in the order of the dense model, copied per domain."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = select_lm_class(config)(config, ())

@@ -123,9 +123,7 @@ class MuxMaskedLM(MuxPreTrainedModel):
         logits: Tensor | None,
         num_items: Tensor | float | None,
     ) -> Tensor:
-        """Compute the mean loss (nats) of labels that are not dropped, from `logits` if
-        there are any.
-        """
+        """Compute the mean loss (nats) of kept labels, from `logits` if they are given."""
         aligned_labels = self.align_labels(labels)
         selected = aligned_labels != IGNORED
         targets = aligned_labels[selected]

@@ -126,6 +126,7 @@ class MuxConfig(PreTrainedConfig):
         return self.num_instances + 1 if self.demuxing_variant == "index" else 0
 
     def _check_choice(self, name: str, allowed: tuple[str, ...]) -> None:
+        """Raise ValueError unless the field's value is allowed."""
         if getattr(self, name) not in allowed:
             raise ValueError(
                 f"{name} {getattr(self, name)!r}: choose one of {', '.join(allowed)}"
@@ -190,9 +191,7 @@ class MuxElectraConfig(MuxConfig):
         super().__post_init__(**kwargs)
 
     def get_text_config(self, *args: object, **kwargs: object) -> "MuxElectraConfig":
-        """Return this configuration: transformers would take `generator` for the one of a
-        text model.
-        """
+        """Return this configuration, for which transformers would take `generator`."""
         return self
 
     def make_generator_config(self) -> "MuxElectraConfig":

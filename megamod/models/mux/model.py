@@ -242,7 +242,7 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
             embeddings: replace the model's own.
         """
         embeddings = embeddings or self.backbone.embeddings
-        mask, attended = self._encoder_mask(batch), None
+        mask, attended = self._make_encoder_mask(batch), None
         instance_positions, mixed_positions = self._select_positions(batch)
         table, kernels = embeddings.word_embeddings.weight, self.config.kernels
         keyed_mean = self.config.muxing_variant in KEYED_MEANS
@@ -387,8 +387,8 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
             return multiplex(x, key, self.config.kernels)
         return multiplex_orthogonal(x, key.to(x.dtype))
 
-    def _encoder_mask(self, batch: PreparedBatch) -> Tensor | None:
-        """Mask, bool [B, 1, 1, T], False where all instances are padding; None if unused."""
+    def _make_encoder_mask(self, batch: PreparedBatch) -> Tensor | None:
+        """Make a mask, bool [B, 1, 1, T], False where all instances are padding; None if unused."""
         if not self.config.mask_padding or batch.mask is None:
             return None
         mask = batch.mask != 0
