@@ -65,14 +65,14 @@ def set_rank_variables() -> None:
     if not active:
         return
     starter, (rank_, world, local) = active[0]
-    ranks_text = (
+    values = (
         f"{starter.rank_variable}={rank_} and {starter.world_size_variable}={world} "
         f"of {starter.name}"
     )
     if launcher_numbers is None:
         if "MASTER_ADDR" not in os.environ:
             raise UserError(
-                f"{ranks_text}, but MASTER_ADDR is not set: give all ranks the name of the first host "
+                f"{values}, but MASTER_ADDR is not set: give all ranks the name of the first host "
                 "in it, and a free port of it in MASTER_PORT (29500 if there is none)"
             )
         os.environ |= dict(RANK=str(rank_), WORLD_SIZE=str(world), LOCAL_RANK=str(local))
@@ -81,7 +81,7 @@ def set_rank_variables() -> None:
     renumbered = any(name in os.environ for name in _RENUMBERING)
     if not renumbered and launcher_numbers[:2] != (rank_, world):
         raise UserError(
-            f"RANK={launcher_numbers[0]} and WORLD_SIZE={launcher_numbers[1]} contradict {ranks_text}: "
+            f"RANK={launcher_numbers[0]} and WORLD_SIZE={launcher_numbers[1]} contradict {values}: "
             "leave RANK and WORLD_SIZE unset"
         )
 
