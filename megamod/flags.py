@@ -162,7 +162,10 @@ def _format_value(value: object) -> str:
 
 
 def _read_recipe(path: Path, fields_by_name: dict[str, Field]) -> dict[str, tuple[object, str]]:
-    """Read the values of a recipe with their origin, by field name."""
+    """Read the values of a recipe with their origin, by field name.
+
+    Raise UserError for a bad file.
+    """
     try:
         loader = yaml.SafeLoader(path.read_bytes())
         node = loader.get_single_node()
@@ -196,7 +199,7 @@ def _read_recipe(path: Path, fields_by_name: dict[str, Field]) -> dict[str, tupl
 def _parse_flags(
     arguments: list[str], classes: Sequence[type], doc: str | None
 ) -> argparse.Namespace:
-    """Parse the flags on the command line, as text."""
+    """Parse the flags on the command line, as text; raise UserError for unknown words."""
     description, _, epilog = (doc or "").strip().partition("\n\n")
     parser = _Parser(
         usage="%(prog)s [RECIPE.yaml] [--flag value ...]",
@@ -242,7 +245,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _find_spelling(flag_field: Field, flags: dict[str, object]) -> tuple[str, object] | None:
-    """Find spelling and value of a field's flag on the command line; None without one."""
+    """Find spelling and value of a field's flag on the command line; None without one.
+
+    Raise UserError if two spellings have different values.
+    """
     spellings = (flag_field.name, flag_field.metadata["alias"])
     values = {name: flags[name] for name in spellings if flags.get(name) is not None}
     if len({os.path.normpath(str(value)) for value in values.values()}) > 1:

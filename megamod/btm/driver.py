@@ -169,7 +169,7 @@ class Driver:
         job.process = start_process(command, variables, lock, self._get_process_mark(job.task), log)
 
     def _check_job(self, job: RunningTask, jobs: Sequence[RunningTask]) -> None:
-        """Check whether the program of a task has ended, and handle its exit code."""
+        """Check whether a task's program has ended; handle its exit code and update the job."""
         if self.signals:
             self._stop_job(job)
         if job.adopted:
@@ -211,7 +211,7 @@ class Driver:
             job.row.state = "stopped" if self.signals else "waiting"
 
     def _stop_job(self, job: RunningTask) -> None:
-        """Ask a job to stop; kill it at the second signal."""
+        """Ask a job to stop and mark it so; kill it at the second signal."""
         if job.row.state != "stopping":
             job.row.state = "stopping"
             request_stop(self._get_process_mark(job.task))

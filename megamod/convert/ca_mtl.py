@@ -132,7 +132,10 @@ def _to_release_key(key: str, last_layer: int) -> str:
 def _stack_heads(
     state: dict[str, Tensor], heads: Mapping[tuple[int, str], Tensor], hidden_size: int, file: Path
 ) -> list[int]:
-    """Put all heads into one tensor of `state`; return the number of labels of each."""
+    """Put all heads into one tensor of `state`; return the number of labels of each.
+
+    Raise UserError for a head that is missing or has another shape.
+    """
     count = 1 + max((task for task, _ in heads), default=-1)
     for task in range(count):
         for kind, shape in (("weight", 2), ("bias", 1)):

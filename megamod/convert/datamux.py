@@ -201,7 +201,10 @@ def _list_release_names(key: str, aliases: Mapping[str, str]) -> Iterator[str]:
 
 
 def _read_settings(folder: Path) -> tuple[dict[str, object], str]:
-    """Return the fields of config.json, and the name of the original class."""
+    """Return the fields of config.json, and the original class.
+
+    Raise UserError if it names none of ours.
+    """
     path = folder / "config.json"
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
@@ -225,7 +228,10 @@ def _read_settings(folder: Path) -> tuple[dict[str, object], str]:
 def _make_config(
     settings: Mapping[str, object], original: Original, options: Options, file: Path
 ) -> tuple[dict[str, object], dict[str, str], dict[str, str]]:
-    """Return our fields, the original fields that are dropped, and the defaults of absent ones."""
+    """Return our fields, the original fields that are dropped, and the defaults of absent ones.
+
+    Raise UserError for fields that are missing or cannot be converted.
+    """
     path = file.parent / "config.json"
     present = {key: value for key, value in settings.items() if value is not None}
     if options.num_attention_heads is not None:
@@ -265,7 +271,10 @@ def _make_config(
 def _add_generator_config(
     config: dict[str, object], stored: Mapping[str, Tensor], missing: dict[str, str], file: Path
 ) -> None:
-    """Add the configuration of the wrapper's generator, as its weights show it, to `config`."""
+    """Add the configuration of the wrapper's generator, as its weights show it, to `config`.
+
+    Raise UserError if a weight is missing.
+    """
     layers = [re.match(r"generator\.electra\.encoder\.layer\.(\d{1,4})\.", key) for key in stored]
     numbers = [int(layer[1]) for layer in layers if layer]
     if not numbers:

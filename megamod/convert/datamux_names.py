@@ -61,7 +61,10 @@ def list_tensor_shapes(
 
 
 def _list_parameter_shapes(kind: type[PreTrainedModel], fields: Mapping[str, object]) -> Shapes:
-    """List names and shapes of a model's parameters, tied ones once; nothing is allocated."""
+    """List names and shapes of a model's parameters, tied ones once; nothing is allocated.
+
+    Raise UserError if transformers refuses the configuration.
+    """
     values = {name: value for name, value in fields.items() if name != "model_type"} | _SOME_IDS
     values["prefix_first_token_id"] = values["num_instances"]
     try:

@@ -178,7 +178,10 @@ def _insert_domain(name: str, domain: str) -> str:
 
 
 def _find_shared_file(source: Path) -> Path | None:
-    """Find the shared file of a DEMix checkpoint; None if the source is not one."""
+    """Find the shared file of a DEMix checkpoint; None if the source is not one.
+
+    Raise UserError if there are several, none for the rank files, or no source.
+    """
     if source.is_file():
         return source if source.stem.endswith("-shared") else None
     if not source.is_dir():
@@ -229,7 +232,10 @@ def _find_dense_file(source: Path) -> Path:
 
 
 def _read_settings(folder: Path, checkpoint: Checkpoint) -> dict[str, object]:
-    """Return the settings of config.json, overridden by the checkpoint's cfg.model, else args."""
+    """Return the settings of config.json, overridden by the checkpoint's cfg.model, else args.
+
+    Raise UserError if config.json is not JSON.
+    """
     in_folder: object = {}
     if (folder / "config.json").exists():
         try:
@@ -261,7 +267,7 @@ def _check_settings(settings: Mapping[str, object], file: Path) -> None:
 def _collect_experts(
     ranks: Sequence[Checkpoint], domains: Sequence[str], shared_file: Path
 ) -> dict[str, dict[str, Tensor]]:
-    """Collect each domain's expert from the first of its ranks; compare all ranks."""
+    """Collect each domain's expert from its first rank; raise UserError if another rank differs."""
     where = shared_file.parent
     if not domains or len(ranks) % len(domains):
         listed = f"{len(domains)} names ({', '.join(domains)})" if domains else "nothing"
@@ -293,7 +299,10 @@ def _collect_experts(
 def _detect_shape(
     dense: Mapping[str, Tensor], settings: Mapping[str, object], options: Options, file: Path
 ) -> tuple[int, dict[str, object]]:
-    """Detect layer count and configuration fields from the shapes of the weights."""
+    """Detect layer count and configuration fields from the shapes of the weights.
+
+    Raise UserError for missing weights, or a number of heads that is unknown or does not fit.
+    """
     for key in (_TOKENS, _POSITIONS, "decoder.layers.0.fc1.weight"):
         if key not in dense:
             raise UserError(f"{file}: {key} is missing, so this is no language model of fairseq")
@@ -359,7 +368,7 @@ def _list_expected_shapes(
 
 
 def _detect_untie(expert_tensors: Mapping[str, Tensor], layer_count: int, file: Path) -> str:
-    """Detect from the rank files which layers have experts; return the value of `untie`."""
+    """Detect `untie` from the tensors in rank files; raise UserError for another layout."""
     kinds = {
         "feedforward": range(layer_count),
         "feedforward_every_other": range(1, layer_count, 2),

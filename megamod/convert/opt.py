@@ -94,7 +94,10 @@ def _read_config(source: Path) -> dict[str, object]:
 def _select_dense_weights(
     state: Mapping[str, Tensor], untie: str, domains: tuple[str, ...], source: Path
 ) -> Mapping[str, Tensor]:
-    """Select the weights of one dense model."""
+    """Select the weights of one dense model.
+
+    Raise UserError if `domains` does not name one expert.
+    """
     if untie == "none":
         if domains:
             raise UserError(f"--domains: {source} has no experts to choose from")
@@ -109,6 +112,8 @@ def _select_dense_weights(
 
 def _scale_embeddings(tokens: Tensor, source: Path) -> Tensor:
     """Multiply the embeddings by the factor that our model applies to them in each pass.
+
+    Raise UserError if the product is not finite.
 
     Rounded to the dtype of the weights, as the product is there.
     """

@@ -241,7 +241,10 @@ def _read_safetensors(path: Path) -> "dict[str, Tensor]":
 
 
 def _run_child() -> None:
-    """Read the pickle named first on the command line into the folder named second."""
+    """Check the pickle named first on the command line and copy it to the folder named second.
+
+    Raise UserError if it names anything but tensors, plain values and settings.
+    """
     path, folder = Path(sys.argv[1]), Path(sys.argv[2])
     _limit_resources(path.stat().st_size)
     listed = list_pickle_globals(path)

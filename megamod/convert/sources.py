@@ -104,7 +104,7 @@ def _is_stock_type(kind: object) -> bool:
 
 
 def _read_config_fields(source: str, where: str) -> dict[str, object]:
-    """Read the fields of config.json, of a folder or from the hub."""
+    """Read the fields of config.json, of a folder or from the hub; raise UserError without one."""
     path = Path(source)
     if path.suffix in FAIRSEQ or (path.is_dir() and not (path / "config.json").is_file()):
         if path.is_file() or any(file.suffix in FAIRSEQ for file in path.glob("*")):
@@ -157,7 +157,10 @@ def _check_fields(
 
 
 def _convert_into_cache(source: str, flag: str) -> Path:
-    """Convert a released checkpoint into the cache, unless it is there; return the folder."""
+    """Convert a released checkpoint into the cache, unless it is there; return the folder.
+
+    Raise UserError if that fails.
+    """
     folder = resolve_model_folder(source, flag)
     stored = find_weight_file(folder)
     files = [folder / "config.json", stored]

@@ -87,7 +87,10 @@ def set_rank_variables() -> None:
 
 
 def _read_rank_numbers(starter: _ProcessStarter) -> tuple[int, int, int] | None:
-    """Read rank, world size and local rank from a program's variables; None if it is not active."""
+    """Read rank, world size and local rank from a program's variables.
+
+    Return None if the program is not active; raise UserError for numbers that are missing or wrong.
+    """
     if starter.presence_variable not in os.environ:
         return None
     numbers = []

@@ -122,7 +122,10 @@ def _normalise_weights(
     has_history: Tensor | None = None,
     first_over_all: bool = False,
 ) -> Tensor:
-    """Normalise log-weights over experts; uniform where `has_history` is False."""
+    """Normalise log-weights over experts; uniform where `has_history` is False.
+
+    Raise ValueError for an unknown rule.
+    """
     if rule not in RULES:
         raise ValueError(f"rule {rule!r} is unknown; choose one of {', '.join(RULES)}")
     shape = (-1, *[1] * (evidence.ndim - 1))

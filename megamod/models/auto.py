@@ -182,7 +182,10 @@ def _make_host_config(
     untie: str,
     attn_implementation: str | None,
 ) -> PreTrainedConfig:
-    """Make the configuration of a stock model, with experts if `untie` asks for them."""
+    """Make the configuration of a stock model, with experts if `untie` asks for them.
+
+    Raise UserError for a quantised model, or one that cannot be untied so.
+    """
     if getattr(config, "quantization_config", None):
         raise UserError(
             f"--model {model} is quantised (quantization_config) and cannot be trained: dequantise "

@@ -163,7 +163,7 @@ def make_bert_config(preset: str, vocab_size: int, **multiplexing: object) -> Pr
 
 
 def select_pretraining_class(config: PreTrainedConfig, objective: str) -> type:
-    """Select the Auto class that pretrains this configuration, and name the head in it."""
+    """Select the Auto class that pretrains this configuration; set `architectures` of ELECTRA."""
     if isinstance(config, MuxElectraConfig):
         # ELECTRA has two heads for pretraining; this one replaces tokens by itself.
         config.architectures = ["MuxElectraForReplacedTokens"]

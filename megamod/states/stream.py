@@ -282,7 +282,10 @@ def _write_bytes(descriptor: int, content: memoryview, offset: int) -> None:
 
 
 def _find_weight_files(folder: Path) -> dict[Path, set[str] | None]:
-    """Find the weight files, each with its tensors in the index; None where there is no index."""
+    """Find the weight files, each with its tensors in the index; None where there is no index.
+
+    Raise UserError if a file is missing.
+    """
     index_file = folder / INDEX_FILE
     if folder.suffix == ".safetensors" and folder.is_file():
         return {folder: None}
@@ -313,7 +316,7 @@ def _find_weight_files(folder: Path) -> dict[Path, set[str] | None]:
 
 
 def _read_tensor_locations(file: Path) -> Iterator[tuple[str, tuple[Spec, _Location]]]:
-    """Yield name, specification and file offset of each tensor, in the order of offsets."""
+    """Yield name, specification and file offset of each tensor, by offset; UserError if damaged."""
     try:
         with safe_open(file, framework="pt"):  # checks every length and offset
             pass

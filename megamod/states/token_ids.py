@@ -93,7 +93,7 @@ def _read_bytes(file: Path) -> bytes:
 
 
 def _read_content(file: Path) -> object:
-    """Read parsed JSON, or the lines of a text file."""
+    """Read parsed JSON, or the lines of a text file; raise UserError if it is damaged."""
     raw = _read_bytes(file)
     try:
         text = raw.decode("utf-8")

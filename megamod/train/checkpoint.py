@@ -145,7 +145,10 @@ class Checkpoints:
         return state
 
     def load(self, path: Path) -> TrainState:
-        """Load the checkpoint in `path` into the engine; collective."""
+        """Load the checkpoint in `path` into the engine; collective.
+
+        Raise UserError if it was made with other settings.
+        """
         folder = self._get_state_folder(path)
         if not (folder / STATE).is_file():
             raise UserError(f"{path} was made with another --untie: it has no {folder / STATE}")
@@ -339,7 +342,10 @@ def _check_branched_model(folder: Path, config: PreTrainedConfig) -> None:
 
 
 def _read_optimizer(path: Path, engine: deepspeed.DeepSpeedEngine, prefix: str) -> None:
-    """Fill this rank's fragments from the fragments of any number of ranks."""
+    """Fill this rank's fragments from the fragments of any number of ranks.
+
+    Raise UserError if elements are missing.
+    """
     pieces = read_fragment_ranges(path)
     opened = {file: safe_open(file, framework="pt") for row in pieces.values() for *_, file in row}
     for fragment in iterate_fragments(engine):

@@ -79,7 +79,7 @@ def train(
     evaluate: Callable[[int], None],
     select_batches: SelectBatches | None = None,
 ) -> TrainState:
-    """Train from `state` to the last step; log, save and evaluate on the way.
+    """Train from `state`, and update it, to the last step; log, save and evaluate on the way.
 
     A failed evaluation loses no step: a checkpoint is written first where one is due, otherwise
     when the evaluation fails. A resumed run repeats an evaluation that did not end.

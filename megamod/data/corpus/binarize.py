@@ -196,7 +196,7 @@ def _check_domain_names(inputs: Mapping[str, object]) -> None:
 
 
 def _read_existing_header(output: Path) -> dict | None:
-    """Read the header of the data-bin at `output`; None if there is nothing."""
+    """Read the header of a data-bin; None if there is nothing, UserError for other content."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
     try:
@@ -274,6 +274,8 @@ def _sample_train_documents(
 def _lock_work_folder(output: Path, key: str) -> Iterator[Path]:
     """Yield a hidden folder next to `output`, locked; it is removed when the block succeeds.
 
+    Raise UserError if another run has locked it.
+
     It is emptied unless an interrupted run of the same key left it.
     """
     work = output.with_name(f".{output.name}.partial")
@@ -302,7 +304,10 @@ def _write_splits(
     workers: int,
     work: Path,
 ) -> dict[str, dict[str, dict]]:
-    """Write the splits that are not complete yet; header entries by domain and split."""
+    """Write the incomplete splits; return header entries by domain and split.
+
+    Raise UserError if a text has changed since it was first read.
+    """
     from tqdm import tqdm
 
     domains: dict[str, dict[str, dict]] = {name: {} for name in sources}

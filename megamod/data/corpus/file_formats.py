@@ -201,7 +201,10 @@ class _ZstandardFile(io.RawIOBase):
         return True
 
     def readinto(self, buffer: memoryview) -> int:
-        """Fill the buffer; 0 at the end of the last frame."""
+        """Fill the buffer; return the number of bytes, 0 at the end of the last frame.
+
+        Raise EOFError for a file that ends inside a frame, LZMAError for a damaged one.
+        """
         while not self._output:
             self._input = self._input or self._file.read(CHUNK)
             if not self._input:

@@ -277,7 +277,7 @@ def _build_file_paths(prefix: str | Path) -> tuple[Path, Path]:
 
 
 def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:
-    """Read and check an index: dtype, sizes [n] and token offsets [n+1]."""
+    """Read an index: dtype, sizes [n] and token offsets [n+1]; raise UserError if it is damaged."""
     length = path.stat().st_size
     with open(path, "rb") as file:
         head = file.read(HEADER.size)

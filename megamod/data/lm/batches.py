@@ -143,7 +143,10 @@ class TrainBatches(StepBatches):
         }
 
     def _find_prepared_row(self, micro_batch_index: int) -> int:
-        """Return a micro-batch's row in the prepared range; prepare another if needed."""
+        """Return a micro-batch's row in the prepared range; prepare another if needed.
+
+        Raise IndexError for a negative index.
+        """
         if micro_batch_index < 0:
             raise IndexError(f"micro-batch {micro_batch_index} is before the first")
         size = -(-AHEAD // self.shape.micro_batch)

@@ -134,7 +134,7 @@ class TokenBlocks:
         return rows
 
     def read_block_into(self, row: np.ndarray, block_index: int) -> None:
-        """Read one block and its preceding token into the beginning of `row` [span + 1]."""
+        """Write a block and its preceding token to the beginning of `row` [span + 1]."""
         start = block_index * self.span
         piece = self.dataset.tokens[max(start - 1, 0) : start + self.span]
         skipped = int(start == 0)

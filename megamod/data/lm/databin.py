@@ -194,7 +194,10 @@ class DataBin:
         self.digest = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
     def _find_fairseq_dictionary(self) -> Path:
-        """Find the dict.txt of the folder, or the one that all folders of domains share."""
+        """Find the dict.txt that all domains share.
+
+        Raise UserError if it is missing or they differ.
+        """
         dictionary = self.path / "dict.txt"
         if dictionary.exists():
             return dictionary

@@ -169,7 +169,10 @@ def make_sampler(name: str, blocks_per_domain: Sequence[int], seed: int, alpha: 
 
 
 def _allocate_quotas(shares: np.ndarray, total: int) -> np.ndarray:
-    """Allocate integers >= 1 near total * shares with sum `total`, by largest remainders."""
+    """Allocate integers >= 1 near total * shares with sum `total`, by largest remainders.
+
+    Raise ValueError if there are more shares than `total`.
+    """
     if len(shares) > total:
         raise ValueError(f"{len(shares)} domains: at most {total} are allowed")
     exact = 1 + shares * (total - len(shares))

@@ -129,7 +129,7 @@ def _detect_layout(
     is_test: bool,
     label_after_word: bool,
 ) -> _ColumnLayout:
-    """Detect the layout from the lines that are no comments."""
+    """Detect the layout from lines that are no comments; raise UserError without a sentence."""
     certain = [block[_count_possible_comments(block) :] for block in blocks]
     certain = [block for block in certain if block]
     if not certain:  # every line begins with #: none of them is a comment but by its form
@@ -196,7 +196,10 @@ def _read_column_names(blocks: list[list[Numbered]]) -> list[str] | None:
 def _normalise_columns(
     where: str, width: int, word: int, label: int, is_test: bool
 ) -> tuple[int, int | None]:
-    """Count both columns from 0; the label is None where a test file has none."""
+    """Count both columns from 0; the label is None where a test file has none.
+
+    Raise UserError if a column does not exist, or both are the same one.
+    """
     if not -width <= word < width:
         raise UserError(f"{where}: {width} columns, there is no column {word} (--word_column)")
     if not -width <= label < width:

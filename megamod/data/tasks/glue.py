@@ -174,7 +174,10 @@ def _read_rows(task: TaskSpec, split: str, source: Path | RowTable) -> Rows:
 def _read_table_rows(
     task: TaskSpec, split: str, path: Path, lines: Iterator[tuple[int, list[str]]]
 ) -> Rows:
-    """Yield origin, texts and label of numbered lines of cells."""
+    """Yield origin, texts and label of numbered lines of cells.
+
+    Raise UserError for an empty file or a line with too few cells.
+    """
     columns = [*task.texts, task.label]
     indices: list[int | None] | None = None
     width = 0
@@ -208,7 +211,10 @@ def _find_column_indices(
     split: str,
     where: str,
 ) -> list[int | None]:
-    """Find the indices of the columns; that of the label is None if it is hidden."""
+    """Find the indices of the columns; that of the label is None if it is hidden.
+
+    Raise UserError for columns that are missing or have the same name.
+    """
     test = split.startswith("test")
     if header is not None:
         if len(set(header)) < len(header):
@@ -259,7 +265,10 @@ def _read_tsv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def _read_csv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yield the cells of each CSV row with the number of the line where the row ends."""
+    """Yield the cells of each CSV row with the number of its last line.
+
+    Raise UserError if it is not CSV.
+    """
     reader = csv.reader((f"{line}\n" for _, line in read_lines(path)), strict=True)
     try:
         for cells in reader:
@@ -272,7 +281,7 @@ def _read_csv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
 def _read_dict_rows(
     task: TaskSpec, split: str, table: RowTable, columns: Mapping[str, str] | None = None
 ) -> Rows:
-    """Yield origin, texts and label of table rows.
+    """Yield origin, texts and label of table rows; raise UserError if its labels do not fit.
 
     Numbers of named labels become names; -1 is a hidden label.
 
@@ -300,7 +309,7 @@ def _read_dict_rows(
 
 
 def _find_label_name(number: str, names: Sequence[str], where: str) -> str | None:
-    """Find the name of a label by its number; None for -1."""
+    """Find the name of a label by its number; None for -1, UserError for one out of range."""
     index = int(number) if number.removeprefix("-").isdecimal() else len(names)
     if not -1 <= index < len(names):
         raise UserError(f"{where}: label {number[:60]!r} is not one of 0 to {len(names) - 1}")

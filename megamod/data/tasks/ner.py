@@ -104,7 +104,7 @@ def collect_labels(sets: dict[str, TokenSet], entities: bool) -> tuple[str, ...]
 
 
 def _read_sentences(task: TaskSpec, split: str, source: Path | RowTable) -> TokenSet:
-    """Read the sentences of one split as its source spells them."""
+    """Read the sentences of one split as its source spells them; raise UserError without any."""
     if isinstance(source, Path):
         kind = require_format(source, FORMATS)
         if kind in ("JSON lines", "JSON"):
@@ -139,7 +139,10 @@ def _normalise_labels(sentences: TokenSet, labels: Sequence[str]) -> None:
 
 
 def _read_row_sentences(task: TaskSpec, split: str, table: RowTable) -> TokenSet:
-    """Read the sentences of rows with a list of words and a list of labels."""
+    """Read the sentences of rows with a list of words and a list of labels.
+
+    Raise UserError for words without labels, or values that are no words.
+    """
     word_name, label_name = task.texts[0].name, task.label.name
     names = table.names.get(label_name)
     words, labels, lines = [], [], []

@@ -223,9 +223,9 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
         self.config.prior = prior
 
     def _select_experts(self) -> tuple[list[int], Tensor]:
-        """Select the experts with a prior above 0, top k at most.
+        """Select the experts with a prior above 0, `topk` at most.
 
-        Return their indices and prior [E].
+        Return their indices and prior [E]; raise ValueError if `topk` is set without a prior.
         """
         prior = self.config.prior
         count = len(self.domains)

@@ -295,7 +295,9 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         retrieved_instances: Tensor | None,
         num_items: Tensor | float | None,
     ) -> None:
-        """Retrieve one token per mixed position; set loss and counts of the output.
+        """Retrieve one token per mixed position; set loss and counts of `output` in place.
+
+        Raise ValueError if the model has no retrieval head.
 
         Args:
             hidden: states [B, T, D].
@@ -352,7 +354,10 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         return score_tokens(states, decoder, labels, return_logits=not self.training)[:2]
 
     def _prepend_prefix(self, prefix: Tensor, tokens: Tensor) -> Tensor:
-        """Prepend a prefix [B * N, P]; in pretraining drop as many last tokens."""
+        """Prepend a prefix [B * N, P]; in pretraining drop as many last tokens.
+
+        Raise ValueError if no token would remain.
+        """
         if not self.pretraining:
             return torch.cat([prefix, tokens], 1)
         kept_columns = tokens.shape[1] - prefix.shape[1]
