@@ -19,7 +19,7 @@ from pathlib import Path
 
 from megamod.convert import FORMATS, Options, import_format
 from megamod.errors import UserError, run_main
-from megamod.states.output_folder import new_folder
+from megamod.states.output_folder import create_new_folder
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -39,13 +39,13 @@ def main() -> None:
     from megamod.states.tokenizer_files import copy_tokenizer
 
     if way == "export":
-        with new_folder(options.output_dir) as folder:
+        with create_new_folder(options.output_dir) as folder:
             files = module.export(options.input, folder, format_options)
             files += copy_tokenizer(source, folder)
         print(f"{options.output_dir}: {', '.join(file.name for file in files)}")
         return
     converted = module.convert(options.input, format_options)
-    with new_folder(options.output_dir) as folder:
+    with create_new_folder(options.output_dir) as folder:
         write_converted_model(converted, folder, options.dtype)
         if copy_tokenizer(source, folder) and all((folder / n).is_file() for n in GPT2_FILES):
             load_tokenizer(folder).save(folder)  # what AutoTokenizer reads

@@ -33,11 +33,11 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write indented JSON by `write_atomic`, see `to_json`."""
-    write_atomic(path, to_json(value, indent=2) + "\n")
+    """Write indented JSON by `write_atomic`, see `format_json`."""
+    write_atomic(path, format_json(value, indent=2) + "\n")
 
 
-def to_json(value: object, indent: int | None = None) -> str:
+def format_json(value: object, indent: int | None = None) -> str:
     """Format JSON text; numbers that are not finite are null, as JSON has no word for them.
 
     Python's own spelling of them (`Infinity`, `NaN`) is refused by every other reader.
@@ -60,7 +60,7 @@ def _replace_non_finite(value: object) -> object:
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def create_folder_atomically(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling folder that takes the name `path` if the block succeeds.
 
     Raises:
@@ -102,7 +102,7 @@ def sync_tree(root: Path) -> None:
         sync_folder(Path(folder))
 
 
-def sha256(path: Path) -> str:
+def hash_file(path: Path) -> str:
     """Compute the hexadecimal SHA-256 of a file's content."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -54,13 +54,13 @@ def test_content_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
 
 def test_json_has_no_word_for_numbers_that_are_not_finite():
     value = {"a": [math.inf, (1.5, -math.inf)], "b": {"c": math.nan}, "d": "é", "e": True}
-    text = files.to_json(value)
+    text = files.format_json(value)
     assert text == '{"a": [null, [1.5, null]], "b": {"c": null}, "d": "é", "e": true}'
-    assert files.to_json({"a": 1}, indent=2) == '{\n  "a": 1\n}'
+    assert files.format_json({"a": 1}, indent=2) == '{\n  "a": 1\n}'
 
 
 def test_atomic_folder_appears_with_its_content(tmp_path):
-    with files.atomic_folder(tmp_path / "deep" / "out") as folder:
+    with files.create_folder_atomically(tmp_path / "deep" / "out") as folder:
         assert not (tmp_path / "deep" / "out").exists()
         (folder / "a").write_text("1")
     assert (tmp_path / "deep" / "out" / "a").read_text() == "1"
@@ -68,7 +68,10 @@ def test_atomic_folder_appears_with_its_content(tmp_path):
 
 
 def test_atomic_folder_that_fails_leaves_nothing(tmp_path):
-    with pytest.raises(KeyboardInterrupt), files.atomic_folder(tmp_path / "out") as folder:
+    with (
+        pytest.raises(KeyboardInterrupt),
+        files.create_folder_atomically(tmp_path / "out") as folder,
+    ):
         (folder / "a").write_text("1")
         raise KeyboardInterrupt
     assert os.listdir(tmp_path) == []
@@ -79,7 +82,7 @@ def test_atomic_folder_never_replaces(tmp_path):
     (tmp_path / "out" / "mine").write_text("precious")
     with (
         pytest.raises(FileExistsError, match="out exists already"),
-        files.atomic_folder(tmp_path / "out"),
+        files.create_folder_atomically(tmp_path / "out"),
     ):
         pass
     assert (tmp_path / "out" / "mine").read_text() == "precious"
@@ -100,4 +103,4 @@ def test_sync_tree_reaches_every_file_and_folder(tmp_path, monkeypatch):
 def test_sha256(tmp_path):
     (tmp_path / "a").write_bytes(bytes(range(256)) * 1000)
     expected = hashlib.sha256(bytes(range(256)) * 1000).hexdigest()
-    assert files.sha256(tmp_path / "a") == expected
+    assert files.hash_file(tmp_path / "a") == expected

@@ -7,7 +7,7 @@ from pathlib import Path
 from megamod.btm.campaign import Campaign
 from megamod.btm.forest_entry import RECORD, make_forest_entry
 from megamod.btm.tasks import WORLD, get_expert_folder
-from megamod.files import sha256
+from megamod.files import hash_file
 from megamod.states.checkpoint_folder import StateRecord, format_checkpoint_name
 from megamod.states.forest import Expert, Parent, edit_forest
 
@@ -43,7 +43,7 @@ def _make_world_expert(campaign: Campaign, domain: str) -> Expert:
         tokens=saved.state.tokens.get(domain, 0),
         gpus=saved.world_size // len(campaign.domains),
         data_digest=saved.settings.get("data digest"),
-        config_digest=sha256(run / "model" / domain / "config.json"),
+        config_digest=hash_file(run / "model" / domain / "config.json"),
     )
     return replace(entry, parents=_read_parents(run))
 

@@ -143,7 +143,7 @@ class Driver:
         """Start the next program of a task if one is left, its pause is over and slots are free."""
         if time.monotonic() < job.not_before:
             return
-        stage = job.task.next_stage()
+        stage = job.task.find_next_stage()
         if stage is None:
             job.ended, job.row.state = True, "done"
             return
@@ -182,7 +182,7 @@ class Driver:
         kill_processes(self._get_process_mark(job.task))
         if self.signals:
             job.row.state = "stopped"
-        elif code == 0 and job.task.next_stage() is not job.stage:
+        elif code == 0 and job.task.find_next_stage() is not job.stage:
             self._start_next_stage(job, jobs)
         elif code in (USER_ERROR, POLICY_STOP):
             self._record_failure(job, code, f"{job.stage.launcher} ended with exit code {code}")

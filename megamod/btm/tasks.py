@@ -59,7 +59,7 @@ class Task:
     folder: Path | None = None
     last: int = 0
 
-    def next_stage(self) -> Stage | None:
+    def find_next_stage(self) -> Stage | None:
         """Return the next program to run; None once all have finished."""
         return next((stage for stage in self.stages if not stage.done()), None)
 

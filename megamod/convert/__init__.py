@@ -3,7 +3,8 @@
 A format is a key of `FORMATS` and a module of that name in this package, with one or both of
     convert(source: Path, options: Options) -> Converted
     export(source: Path, folder: Path, options: Options) -> list[Path]
-Both are pure functions on state dicts; the caller writes the files into a `new_folder`.
+Both are pure functions on state dicts; the caller writes the files into the folder of
+`create_new_folder`.
 """
 
 import importlib

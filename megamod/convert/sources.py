@@ -21,7 +21,7 @@ from megamod.convert import datamux
 from megamod.convert.reading import INDEX_FILES, find_weight_file, list_shards
 from megamod.convert.writing import write_converted_model
 from megamod.errors import UserError
-from megamod.files import atomic_folder
+from megamod.files import create_folder_atomically
 from megamod.models.auto import resolve_model_folder
 from megamod.states import weight_files
 from megamod.states.tokenizer_files import copy_tokenizer
@@ -174,7 +174,7 @@ def _convert_into_cache(source: str, flag: str) -> Path:
         return target
     try:
         converted = datamux.convert(folder)
-        with atomic_folder(target) as new:
+        with create_folder_atomically(target) as new:
             write_converted_model(converted, new, "float32")
             copy_tokenizer(folder, new)
     except FileExistsError:  # another rank was faster

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from megamod.evaluation.ensemble import DomainResult, MixingProtocol
 from megamod.evaluation.perplexity import Score, format_matrix
-from megamod.files import to_json
+from megamod.files import format_json
 from megamod.tables import format_table
 
 Results = Mapping[str, DomainResult]
@@ -75,7 +75,7 @@ def record_results(results: Results, protocol: MixingProtocol) -> dict[str, obje
 
 def format_json_lines(results: Results) -> str:
     """Format JSON lines: one per batch of the estimate, then of the reported mode."""
-    return "".join(f"{to_json(line)}\n" for result in results.values() for line in result.lines)
+    return "".join(f"{format_json(line)}\n" for result in results.values() for line in result.lines)
 
 
 def _record_domain(result: DomainResult, protocol: MixingProtocol) -> dict[str, object]:

@@ -32,7 +32,7 @@ from megamod.evaluation.saved import (
     open_held_out_blocks,
     open_held_out_data,
 )
-from megamod.files import sha256, write_atomic
+from megamod.files import hash_file, write_atomic
 from megamod.models.lm.configuration import get_default_sequence_length, read_lm_config
 from megamod.models.lm.forest import LoadedExpert, load_experts
 from megamod.states.forest import Expert, Forest
@@ -237,7 +237,7 @@ class SequentialScores:
     def _digest_file(self, path: Path) -> str:
         """Return the SHA-256 of a file, computed once."""
         if path not in self._digests:
-            self._digests[path] = sha256(path)
+            self._digests[path] = hash_file(path)
         return self._digests[path]
 
 

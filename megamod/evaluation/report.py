@@ -12,7 +12,7 @@ from megamod.evaluation.perplexity import (
     select_own_scores,
 )
 from megamod.evaluation.plots import plot_curves, plot_matrix
-from megamod.files import to_json, write_json
+from megamod.files import format_json, write_json
 from megamod.tables import format_table
 
 
@@ -146,7 +146,7 @@ def format_score_lines(models: Mapping[str, ScoreMatrix], split: str) -> str:
         for expert, row in matrix.items()
         for domain, score in row.items()
     ]
-    return "".join(f"{to_json(line)}\n" for line in lines)
+    return "".join(f"{format_json(line)}\n" for line in lines)
 
 
 def list_heat_map_rows(models: Mapping[str, ScoreMatrix]) -> dict[str, dict[str, float]]:

@@ -23,7 +23,7 @@ from megamod.merging.lora import CONFIG, PREFIX, WEIGHTS
 from megamod.merging.naming import rename_to_template
 from megamod.merging.tensors import TensorSource, describe_source
 from megamod.states.forest import read_model_config
-from megamod.states.output_folder import check_new_folder, new_folder
+from megamod.states.output_folder import check_new_folder, create_new_folder
 from megamod.states.stream import ModelFolder
 from megamod.states.weights import write_tensors
 
@@ -156,7 +156,7 @@ def _write_adapter(
         "lora_dropout": 0.0,
         "inference_mode": True,
     }
-    with new_folder(output) as folder:
+    with create_new_folder(output) as folder:
         write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
         write_json(folder / CONFIG, config)
     return ExtractedAdapter(

@@ -31,7 +31,7 @@ from megamod.merging.statistics import check_calibration, find_or_compute_statis
 from megamod.merging.tensors import ModelTensor, TensorSource, have_same_bits
 from megamod.merging.vocabulary import Vocabulary, unite_vocabularies
 from megamod.merging.vocabulary_view import view_with_vocabulary
-from megamod.states.output_folder import check_new_folder, new_folder
+from megamod.states.output_folder import check_new_folder, create_new_folder
 from megamod.states.stream import PIECE, ModelFolder, Spec, iterate_pieces, write_streamed_tensors
 
 SHARD_BYTES = 5 * 10**9
@@ -116,7 +116,7 @@ def merge(
         files = find_or_compute_statistics(recipe, Path(stack.enter_context(TemporaryDirectory())))
         statistics = [file and stack.enter_context(ModelFolder(file)) for file in files]
         plan = replace(plan, statistics=statistics)
-        folder = stack.enter_context(new_folder(output))
+        folder = stack.enter_context(create_new_folder(output))
         digests = write_weights_and_hash_sources(
             folder,
             plan.files,

@@ -21,7 +21,7 @@ from megamod.merging.moe.record import MoeRecord, format_experts, read_moe_recor
 from megamod.models.lm.configuration import get_max_sequence_length
 from megamod.models.lm.load import load_lm
 from megamod.models.lm.routing import record_routing
-from megamod.states.output_folder import check_new_folder, new_folder
+from megamod.states.output_folder import check_new_folder, create_new_folder
 from megamod.tables import format_table
 
 
@@ -83,7 +83,7 @@ def attribute(args: AttributionArgs) -> None:
         documents.append(Document([tokenizer.decode([token]) for token in ids], shares.tolist()))
     print(format_experts(record), "", format_documents(record, documents), sep="\n")
     if args.output_dir is not None:
-        with new_folder(Path(args.output_dir)) as output:
+        with create_new_folder(Path(args.output_dir)) as output:
             _write_files(output, args, record, documents)
         print(f"written to {args.output_dir}")
 

@@ -23,7 +23,7 @@ from megamod.data.corpus.binarize import HEADER
 from megamod.data.corpus.tokenizers import load_tokenizer
 from megamod.data.lm.databin import DataBin
 from megamod.errors import UserError
-from megamod.files import sha256
+from megamod.files import hash_file
 from megamod.merging.alignment.calibration import read_token_ids
 from megamod.merging.merge import merge
 from megamod.merging.moe.plan import MoePlan
@@ -181,7 +181,7 @@ def read_texts(calibration: Calibration, domains: Sequence[str], folder: Path) -
             Path(files[domain]), lambda text: tokenizer.encode_batch([text])[0].tolist(), LONGEST**2
         )
         ids = [token for item in items for token in (*item, end)][: calibration.tokens]
-        read[domain] = Text(torch.tensor(ids), files[domain], sha256(Path(files[domain])))
+        read[domain] = Text(torch.tensor(ids), files[domain], hash_file(Path(files[domain])))
     return read
 
 
@@ -196,7 +196,7 @@ def _read_databin(
     for domain in domains:
         ids = data.open_split(domain, "valid").tokens[:tokens]
         ids = torch.tensor(ids.tolist(), dtype=torch.int64)
-        texts[domain] = Text(ids, str(data.path), sha256(data.path / HEADER))
+        texts[domain] = Text(ids, str(data.path), hash_file(data.path / HEADER))
     return texts
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from safetensors import safe_open
 
 from megamod.errors import UserError
-from megamod.files import sha256, write_json
+from megamod.files import hash_file, write_json
 from megamod.states.manifest import MANIFEST
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def read_fragment_ranges(folder: Path) -> dict[str, list[tuple[int, int, Path]]]
 
 def make_digest_entry(file: Path, digest: str | None = None) -> dict[str, object]:
     """Make the entry of a file in the manifest; `digest` if it is known already."""
-    return {"bytes": file.stat().st_size, "sha256": digest or sha256(file)}
+    return {"bytes": file.stat().st_size, "sha256": digest or hash_file(file)}
 
 
 def write_manifest(folder: Path, entries: Mapping[str, Mapping[str, object]]) -> None:

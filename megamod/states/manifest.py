@@ -10,7 +10,7 @@ import logging
 from pathlib import Path
 
 from megamod.errors import UserError
-from megamod.files import sha256
+from megamod.files import hash_file
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +87,6 @@ def find_checkpoint_faults(path: Path, check_digests: bool = True) -> list[str]:
             faults.append(f"{file} is missing")
         elif file.stat().st_size != size:
             faults.append(f"{file} has {file.stat().st_size} bytes, not {size}")
-        elif check_digests and sha256(file) != digest:
+        elif check_digests and hash_file(file) != digest:
             faults.append(f"{file} does not have the SHA-256 digest of its manifest")
     return faults

@@ -6,11 +6,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megamod.errors import UserError
-from megamod.files import atomic_folder
+from megamod.files import create_folder_atomically
 
 
 def check_new_folder(path: Path) -> None:
-    """Check that `new_folder` can create a folder.
+    """Check that `create_new_folder` can create a folder.
 
     Raises:
         UserError: if it exists and is not an empty folder, or lies where nothing can be written.
@@ -26,7 +26,7 @@ def check_new_folder(path: Path) -> None:
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def create_new_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder that is renamed to `path` at the end, or removed on an error.
 
     Raises:
@@ -35,7 +35,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     path = Path(path)
     check_new_folder(path)
     try:
-        with atomic_folder(path) as folder:
+        with create_folder_atomically(path) as folder:
             yield folder
             if path.exists():
                 path.rmdir()

@@ -27,7 +27,7 @@ from megamod.dist.process import broadcast_from_rank_0, is_true_on_all_ranks
 from megamod.dist.scope import Sharing
 from megamod.dist.topology import DomainTopology
 from megamod.errors import UserError
-from megamod.files import sha256, sync_file, sync_folder, write_atomic
+from megamod.files import hash_file, sync_file, sync_folder, write_atomic
 from megamod.models.lm.configuration import DemixConfig, read_lm_config
 from megamod.states.checkpoint_folder import (
     LATEST,
@@ -289,7 +289,7 @@ class Checkpoints:
         """
         with ThreadPoolExecutor(8) as pool:
             jobs = {
-                file: (pool.submit(sync_file, file), pool.submit(sha256, file))
+                file: (pool.submit(sync_file, file), pool.submit(hash_file, file))
                 for write in writers
                 for file in write(folder)
             }

@@ -159,7 +159,7 @@ def train(
             if stop and not is_one_group:
                 break
 
-    signals.restore()
+    signals.restore_handlers()
     if monitor.steps:
         monitor.write_record(state)
     saver.save(state)
@@ -343,7 +343,7 @@ class _Signals:
             raise KeyboardInterrupt
         self.stop_reason = Stop.SIGNAL
 
-    def restore(self) -> None:
+    def restore_handlers(self) -> None:
         """Restore the previous signal handlers."""
         for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)

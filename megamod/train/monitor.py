@@ -16,7 +16,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from megamod.dist.process import get_rank
-from megamod.files import to_json, write_atomic, write_json
+from megamod.files import format_json, write_atomic, write_json
 from megamod.states.checkpoint_folder import TrainState
 from megamod.train.objectives import BatchScore
 
@@ -177,7 +177,7 @@ class Monitor:
     def _append_record(self, record: Mapping[str, object], tags: Mapping[str, float]) -> None:
         """Append a record to metrics.jsonl and TensorBoard; a disk error is logged."""
         try:
-            self.metrics.write(to_json(record) + "\n")
+            self.metrics.write(format_json(record) + "\n")
             self.metrics.flush()  # after an error the text stays in the buffer for the next call
             if self.writer is not None:
                 for tag, value in tags.items():

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from megamod.convert import FORMATS, Options, import_format
 from megamod.convert.fairseq_lm import build_key_map, convert, export
 from megamod.errors import UserError
-from megamod.states.output_folder import new_folder
+from megamod.states.output_folder import create_new_folder
 from megamod.states.weights import write_index, write_weights
 
 GOLDEN = Path(__file__).resolve().parents[2].parent / "shared" / "golden" / "demix_btm"
@@ -313,15 +313,18 @@ def test_export_refuses_what_fairseq_has_no_files_for(tmp_path):
 
 def test_new_folder_is_whole_or_absent(tmp_path):
     (tmp_path / "empty").mkdir()
-    with new_folder(tmp_path / "empty") as folder:
+    with create_new_folder(tmp_path / "empty") as folder:
         (folder / "x").write_text("1")
     assert (tmp_path / "empty" / "x").read_text() == "1"
-    with pytest.raises(UserError, match="exists already"), new_folder(tmp_path / "empty"):
+    with pytest.raises(UserError, match="exists already"), create_new_folder(tmp_path / "empty"):
         pass
-    with pytest.raises(RuntimeError), new_folder(tmp_path / "failed") as folder:
+    with pytest.raises(RuntimeError), create_new_folder(tmp_path / "failed") as folder:
         (folder / "x").write_text("1")
         raise RuntimeError
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"), new_folder(tmp_path / "file" / "x"):
+    with (
+        pytest.raises(UserError, match="cannot be written"),
+        create_new_folder(tmp_path / "file" / "x"),
+    ):
         pass

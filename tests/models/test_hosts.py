@@ -84,9 +84,9 @@ def test_experts_in_place_of_the_feed_forward_change_no_bit(family):
         if ours[name] is not None:
             scale = theirs[name].abs().max()
             torch.testing.assert_close(ours[name] / scale, theirs[name] / scale, rtol=0, atol=2e-6)
-    hidden = model.hidden_states(IDS)
+    hidden = model.compute_hidden_states(IDS)
     # Another shape of the same product, which BLAS may sum in another order.
-    torch.testing.assert_close(model.logits(hidden), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(model.compute_logits(hidden), expected, rtol=0, atol=1e-6)
     scored = expected.float().log_softmax(-1)[:, :-1].gather(-1, IDS[:, 1:, None])[..., 0]
     torch.testing.assert_close(output.token_log_probs[:, :-1], scored, rtol=1e-5, atol=1e-5)
 

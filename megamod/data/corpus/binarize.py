@@ -32,7 +32,7 @@ from megamod.data.corpus.tokenizers import (
     load_tokenizer,
 )
 from megamod.errors import UserError
-from megamod.files import sha256, sync_folder, sync_tree, write_json
+from megamod.files import hash_file, sync_folder, sync_tree, write_json
 
 FORMAT = 1
 HEADER = "databin.json"
@@ -381,7 +381,7 @@ def _write_split(
 def _hash_split_files(prefix: Path) -> dict[str, str]:
     """Hash those of the two files of a split that exist."""
     files = {ending: prefix.with_name(f"{prefix.name}.{ending}") for ending in ("bin", "idx")}
-    return {ending: sha256(file) for ending, file in files.items() if file.exists()}
+    return {ending: hash_file(file) for ending, file in files.items() if file.exists()}
 
 
 def _complete_databin(databin: Path, header: dict, tokenizer: Tokenizer) -> None:

@@ -10,7 +10,7 @@ from megamod.data.corpus.binarize import FORMAT, HEADER
 from megamod.data.corpus.documents import SPLITS
 from megamod.data.corpus.indexed import Dictionary, IndexedDataset, format_split_prefix
 from megamod.errors import UserError
-from megamod.files import sha256
+from megamod.files import hash_file
 
 if TYPE_CHECKING:
     from megamod.data.lm.blocks import TokenBlocks
@@ -159,7 +159,7 @@ class DataBin:
         if not self.domains:
             raise UserError(f"{path}: holds no domain")
         self._header = header
-        self.digest = sha256(path)
+        self.digest = hash_file(path)
 
     def _read_fairseq_folder(self) -> None:
         """Set the attributes from fairseq's files; raise UserError if there are none."""
@@ -190,7 +190,7 @@ class DataBin:
         self.vocab_size = len(Dictionary.load(dictionary))
         self.bos_id, self.pad_id, self.eos_id, self.unk_id = range(4)
         parts = [dictionary, *(flat or files)]
-        digests = [(str(file.relative_to(self.path)), sha256(file)) for file in parts]
+        digests = [(str(file.relative_to(self.path)), hash_file(file)) for file in parts]
         self.digest = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
     def _find_fairseq_dictionary(self) -> Path:
@@ -204,7 +204,7 @@ class DataBin:
         copies = [file for name in self.domains if (file := self.path / name / "dict.txt").exists()]
         if self._flat or len(copies) < len(self.domains):
             raise UserError(f"--data {self.path}: holds token files but no dict.txt")
-        different = [file for file in copies if sha256(file) != sha256(copies[0])]
+        different = [file for file in copies if hash_file(file) != hash_file(copies[0])]
         if different:
             raise UserError(
                 f"--data {self.path}: {different[0]} differs from {copies[0]}, so the domains do "

@@ -8,7 +8,7 @@ from megamod.data.corpus.documents import SPLITS
 from megamod.data.corpus.tokenizers import load_tokenizer
 from megamod.data.lm.databin import DataBin
 from megamod.errors import UserError
-from megamod.files import sha256
+from megamod.files import hash_file
 
 
 def check_databin(path: Path) -> Iterator[tuple[str, list[str]]]:
@@ -42,7 +42,7 @@ def check_databin(path: Path) -> Iterator[tuple[str, list[str]]]:
             expected = header["domains"][domain][split].get("sha256", {}) if header else {}
             for ending, digest in expected.items():
                 file = prefix.with_name(f"{prefix.name}.{ending}")
-                if file.exists() and sha256(file) != digest:
+                if file.exists() and hash_file(file) != digest:
                     faults.append(f"{file} does not have the SHA-256 digest of databin.json")
             yield title, faults
 

@@ -97,7 +97,7 @@ class EncodedRows:
             hashed.update(b"none" if part is None else part.tobytes())
         return hashed.hexdigest()
 
-    def padded_length(self, row_indices: np.ndarray) -> int:
+    def compute_padded_length(self, row_indices: np.ndarray) -> int:
         """Return the longest row's length, rounded up to 8 if the limit allows it."""
         longest_row = int((self.offsets[row_indices + 1] - self.offsets[row_indices]).max())
         return min(-(-longest_row // 8) * 8, self.longest)
@@ -113,7 +113,7 @@ class EncodedRows:
             are any, and `items`, the number of labels.
         """
         starts, ends = self.offsets[row_indices], self.offsets[row_indices + 1]
-        length = pad_to or self.padded_length(row_indices)
+        length = pad_to or self.compute_padded_length(row_indices)
         index = starts[:, None] + np.arange(length)
         is_token = index < ends[:, None]
         index = np.where(is_token, index, 0)

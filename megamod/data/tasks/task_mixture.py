@@ -127,7 +127,9 @@ class TaskMixture(StepBatches):
             for task, encoded in enumerate(self.encoded)
         ]
         length = max(
-            encoded.padded_length(row_indices[index]) for index, encoded in parts if len(index)
+            encoded.compute_padded_length(row_indices[index])
+            for index, encoded in parts
+            if len(index)
         )
         shape = (len(row_indices), length)
         batch: Batch = {

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megamod.documents import Document, read_document
 from megamod.errors import UserError
-from megamod.files import atomic_folder, write_json
+from megamod.files import create_folder_atomically, write_json
 from megamod.merging.alignment.groups import Group
 from megamod.merging.alignment.options import Options
 from megamod.merging.alignment.symmetry import Symmetry
@@ -74,7 +74,7 @@ class Alignment:
             UserError: if it exists.
         """
         try:
-            with atomic_folder(folder) as temporary:
+            with create_folder_atomically(folder) as temporary:
                 write_tensors(
                     temporary / _PERMUTATIONS,
                     {name: index.contiguous() for name, index in self.permutations.items()},

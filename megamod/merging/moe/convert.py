@@ -19,7 +19,7 @@ from megamod.merging.moe.plan import MoePlan, compute_moe_tensor, make_moe_plan
 from megamod.merging.moe.record import ExpertRecord, MoeRecord, write_moe_card, write_moe_record
 from megamod.merging.moe.rows import RouterRows
 from megamod.merging.recipe import InputModel, MergeRecipe
-from megamod.states.output_folder import check_new_folder, new_folder
+from megamod.states.output_folder import check_new_folder, create_new_folder
 
 
 def convert_to_moe(
@@ -61,7 +61,7 @@ def convert_to_moe(
             return plan
         check_space(output, plan.nbytes)
         rows = make_rows(plan)
-        folder = stack.enter_context(new_folder(output))
+        folder = stack.enter_context(create_new_folder(output))
         produce = partial(compute_moe_tensor, plan, rows.rows)
         digests = write_weights_and_hash_sources(
             folder, plan.files, plan.specs, produce, dense.folders, threads=threads, quiet=quiet

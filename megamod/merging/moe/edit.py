@@ -27,7 +27,7 @@ from megamod.merging.moe.record import (
 from megamod.merging.tensors import TensorSource, describe_source, have_same_bits
 from megamod.models.lm.moe_families import FEED_FORWARD, LAYERS, MoeFamily
 from megamod.states.forest import Expert, read_model_config
-from megamod.states.output_folder import new_folder
+from megamod.states.output_folder import create_new_folder
 from megamod.states.stream import (
     ModelFolder,
     Spec,
@@ -215,7 +215,7 @@ def _write_mixture(
     tensors = dict(_plan_tensors(mixture, order, rows))
     specs = {name: tensor.spec for name, tensor in tensors.items()}
     check_space(output, sum(spec.nbytes for spec in specs.values()))
-    with new_folder(output) as folder:
+    with create_new_folder(output) as folder:
         write_streamed_tensors(
             folder, plan_shards(specs, shard), specs, lambda name: tensors[name].elements()
         )

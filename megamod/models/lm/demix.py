@@ -124,10 +124,10 @@ class DemixForCausalLM(DemixPreTrainedModel, BoundedGeneration, GenerationMixin)
 
     def save_pretrained(self, *args: object, **kwargs: object) -> None:
         """Save as every model does; the folder names the domains whose experts are in it."""
-        with config_with_local_domains(self):
+        with restrict_config_to_local_domains(self):
             super().save_pretrained(*args, **kwargs)
 
-    def hidden_states(
+    def compute_hidden_states(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
@@ -140,11 +140,11 @@ class DemixForCausalLM(DemixPreTrainedModel, BoundedGeneration, GenerationMixin)
         """
         return self.model(input_ids, attention_mask, position_ids, past_key_values)[0]
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Compute logits [..., V] of what `hidden_states` returned."""
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """Compute logits [..., V] of states [..., D] of `compute_hidden_states`."""
         return self.lm_head(hidden)
 
-    def score(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def score_states(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return summed loss and log-probabilities [...] of labels that are not -100."""
         return self.lm_head(hidden, labels)
 
@@ -220,7 +220,7 @@ class DemixForCausalLM(DemixPreTrainedModel, BoundedGeneration, GenerationMixin)
 
 
 @contextmanager
-def config_with_local_domains(model: PreTrainedModel) -> Iterator[None]:
+def restrict_config_to_local_domains(model: PreTrainedModel) -> Iterator[None]:
     """Let the configuration name only the domains that this process holds, inside the block."""
     config, group = model.config, next(iterate_domain_experts(model), None)
     domains = getattr(config, "domains", None)
@@ -250,7 +250,7 @@ def score_labels(
     num_items_in_batch: Tensor | float | None,
 ) -> tuple[Tensor, Tensor]:
     """Return loss and log-probabilities [B, L] of hidden states; arguments as in `forward`."""
-    total, log_probs = model.score(hidden, shift_labels)
+    total, log_probs = model.score_states(hidden, shift_labels)
     return total / get_loss_divisor(shift_labels, num_items_in_batch), log_probs
 
 

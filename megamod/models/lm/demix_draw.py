@@ -20,13 +20,13 @@ def draw_module_weights(
     if isinstance(module, SelfAttention):
         for projection in (module.q_proj, module.k_proj, module.v_proj):
             nn.init.xavier_uniform_(projection.weight, gain=2**-0.5, generator=generator)
-            _uniform(projection.bias, projection.in_features, generator)
+            _fill_uniform(projection.bias, projection.in_features, generator)
         nn.init.xavier_uniform_(module.out_proj.weight, generator=generator)
         nn.init.zeros_(module.out_proj.bias)
     elif isinstance(module, FeedForward):
         for linear in (module.fc1, module.fc2):
-            _uniform(linear.weight, linear.in_features, generator)
-            _uniform(linear.bias, linear.in_features, generator)
+            _fill_uniform(linear.weight, linear.in_features, generator)
+            _fill_uniform(linear.bias, linear.in_features, generator)
     elif isinstance(module, Embeddings):
         for table in (module.tokens, module.positions):
             nn.init.normal_(table.weight, std=config.hidden_size**-0.5, generator=generator)
@@ -37,7 +37,7 @@ def draw_module_weights(
         nn.init.zeros_(module.bias)
 
 
-def _uniform(tensor: Tensor, fan_in: int, generator: torch.Generator | None) -> None:
+def _fill_uniform(tensor: Tensor, fan_in: int, generator: torch.Generator | None) -> None:
     """Draw the default of torch.nn.Linear, for weights and biases alike."""
     bound = fan_in**-0.5
     nn.init.uniform_(tensor, -bound, bound, generator=generator)

@@ -345,14 +345,16 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
         hidden, token_log_probs, label_log_probs = [], [], []
         for expert, expert_cache in zip(expert_indices, expert_caches, strict=True):
             part = self._select_part(expert)
-            states = part.hidden_states(input_ids, attention_mask, position_ids, expert_cache)
+            states = part.compute_hidden_states(
+                input_ids, attention_mask, position_ids, expert_cache
+            )
             rows, targets = states, following
             if cached_length:  # the last cached position is asked for the first token of this pass
                 rows = torch.cat([expert_cache.get_last_states(), states], dim=1)
                 targets = torch.cat([input_ids[:, :1], following], dim=1)
             if shift_labels is None:  # nothing is known yet of what follows the last token
                 rows, targets = rows[:, :-1], targets[:, :-1]
-            log_probs = part.score(rows, targets)[1]
+            log_probs = part.score_states(rows, targets)[1]
             if shift_labels is not None:
                 label_log_probs.append(log_probs[:, -length:])
                 log_probs = log_probs[:, :-1]
@@ -380,7 +382,7 @@ class ForestForCausalLM(PreTrainedModel, BoundedGeneration, GenerationMixin):
         for number, expert in enumerate(expert_indices):
             logits = (
                 self._select_part(expert)
-                .logits(select_logit_states(hidden[number], logits_to_keep))
+                .compute_logits(select_logit_states(hidden[number], logits_to_keep))
                 .float()
             )
             # Output matrices may be padded; the rows that all experts have are those of tokens.

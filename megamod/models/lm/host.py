@@ -25,7 +25,7 @@ from transformers.modeling_outputs import ModelOutput
 from megamod.dist.scope import EXPERTS_COMPONENT
 from megamod.models.calls import format_output
 from megamod.models.lm.configuration import HOST_TYPE, check_domain_names, has_own_feed_forward
-from megamod.models.lm.demix import DemixOutput, config_with_local_domains, score_labels
+from megamod.models.lm.demix import DemixOutput, restrict_config_to_local_domains, score_labels
 from megamod.models.lm.documents import compute_document_positions
 from megamod.models.lm.hosts import HOSTS, UNTIE_OF_HOSTS, Host
 from megamod.nn.demix import DomainExperts, select_domain
@@ -91,10 +91,10 @@ class HostMixin:
 
     def save_pretrained(self, *args: object, **kwargs: object) -> None:
         """Save as every model does; the folder names the domains whose experts are in it."""
-        with config_with_local_domains(self):
+        with restrict_config_to_local_domains(self):
             super().save_pretrained(*args, **kwargs)
 
-    def hidden_states(
+    def compute_hidden_states(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
@@ -116,8 +116,8 @@ class HostMixin:
         inputs = self._make_inputs(input_ids, attention_mask, position_ids, past_key_values)
         return self.base_model(**inputs)[0]
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Compute logits [..., V] of what `hidden_states` returned."""
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """Compute logits [..., V] of states [..., D] of `compute_hidden_states`."""
         if self.host is None:
             return hidden
         head = self.get_output_embeddings()
@@ -126,7 +126,7 @@ class HostMixin:
             scores = head.softcap * torch.tanh(scores / head.softcap)
         return scores
 
-    def score(self, hidden: Tensor, labels: Tensor) -> Scores:
+    def score_states(self, hidden: Tensor, labels: Tensor) -> Scores:
         """Return summed loss and log-probabilities [...] of labels that are not -100."""
         if self.host is not None:
             return self.get_output_embeddings()(hidden, labels)
@@ -172,7 +172,7 @@ class HostMixin:
         if self.document_end is not None:  # rows are padded on the right, which nothing attends to
             attention_mask = None
             position_ids = compute_document_positions(input_ids, self.document_end)
-        hidden = self.hidden_states(input_ids, attention_mask, position_ids)
+        hidden = self.compute_hidden_states(input_ids, attention_mask, position_ids)
         output = DemixOutput()
         output["loss"], output["token_log_probs"] = score_labels(
             self, hidden, shift_labels, num_items_in_batch

@@ -36,7 +36,7 @@ class LanguageModel(Protocol):
 
     def set_domain(self, domain: str) -> None: ...
 
-    def hidden_states(
+    def compute_hidden_states(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
@@ -44,9 +44,9 @@ class LanguageModel(Protocol):
         past_key_values: Cache | None = None,
     ) -> Tensor: ...
 
-    def logits(self, hidden: Tensor) -> Tensor: ...
+    def compute_logits(self, hidden: Tensor) -> Tensor: ...
 
-    def score(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]: ...
+    def score_states(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 def build_lm(

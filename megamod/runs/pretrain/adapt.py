@@ -22,7 +22,7 @@ from megamod.errors import UserError
 from megamod.evaluation.perplexity import select_own_scores
 from megamod.evaluation.plots import read_metrics
 from megamod.evaluation.report import write_report
-from megamod.files import sha256, sync_folder, write_json
+from megamod.files import hash_file, sync_folder, write_json
 from megamod.models.lm.flops import compute_flops_per_token
 from megamod.runs.pretrain.adapt_args import AdaptArgs
 from megamod.runs.pretrain.adapt_start import (
@@ -233,7 +233,7 @@ def _make_expert(
         tokens=sum(state.tokens.values()),
         gpus=dist.get_world_size(),
         data_digest=data.digest,
-        config_digest=sha256(output / "model" / "config.json"),
+        config_digest=hash_file(output / "model" / "config.json"),
     )
 
 

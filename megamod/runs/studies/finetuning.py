@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megamod.args import SafetyArgs
 from megamod.errors import UserError
-from megamod.files import sha256
+from megamod.files import hash_file
 from megamod.flags import format_flags, parse_args
 from megamod.runs.finetune.args import (
     FinetuneOptimArgs,
@@ -77,7 +77,7 @@ def _finetune(
             flags[name] = str(find_package_folder(str(flags[name])))
             weights = Path(flags[name]) / "model.safetensors"
             if name == "model" and weights.is_file():
-                digests["model"] = sha256(weights)[:16]
+                digests["model"] = hash_file(weights)[:16]
     names = flags.get("data_dir", [])
     folders = [str(inputs / name) for name in (names if isinstance(names, list) else [names])]
     if folders:

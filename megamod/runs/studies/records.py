@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from megamod.errors import UserError
-from megamod.files import to_json, write_json
+from megamod.files import format_json, write_json
 from megamod.runs.studies.study_file import Cell, Study
 from megamod.runs.training import compute_code_digest
 from megamod.version import __version__
@@ -86,7 +86,7 @@ def digest_configuration(config: Mapping[str, object]) -> str:
 def write_record(folder: Path, record: Record) -> None:
     """Write a cell's file."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / f"{record['cell']}.json", json.loads(to_json(record)))
+    write_json(folder / f"{record['cell']}.json", json.loads(format_json(record)))
 
 
 def read_record(folder: Path, cell: Cell) -> Record | None:
