@@ -113,9 +113,8 @@ def _select_dense_weights(
 def _scale_embeddings(tokens: Tensor, source: Path) -> Tensor:
     """Multiply the embeddings by the factor that our model applies to them in each pass.
 
-    Raise UserError if the product is not finite.
-
-    Rounded to the dtype of the weights, as the product is there.
+    It is rounded to the dtype of the weights, as the product is there. Raise UserError if it is not
+    finite.
     """
     scaled = math.sqrt(tokens.shape[1]) * tokens
     if not torch.isfinite(scaled).all():
@@ -124,6 +123,7 @@ def _scale_embeddings(tokens: Tensor, source: Path) -> Tensor:
 
 
 def _make_opt_config(config: Mapping[str, object], dtype: torch.dtype) -> dict[str, object]:
+    """Make the config.json of OPT from that of our GPT."""
     return {
         "model_type": "opt",
         "architectures": ["OPTForCausalLM"],

@@ -260,7 +260,7 @@ def fail_together(exchange_errors: bool = True) -> Iterator[None]:
 
 
 def check_peers() -> None:
-    """Leave the surrounding `together` block if another rank failed in it; collective."""
+    """Leave the surrounding `fail_together` block if another rank failed in it; collective."""
     if not is_true_on_all_ranks(True):
         raise _PeerFailed
 

@@ -62,7 +62,7 @@ def extract_lora(
     """Write the folder of an adapter; it appears whole or not at all.
 
     Args:
-        base, tuned: model folders of one architecture that transformers knows.
+        base, finetuned: model folders of one architecture that transformers knows.
         rank: largest rank of an update.
         dtype: name of the dtype that is stored; None: float32.
     Raises:

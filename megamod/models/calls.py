@@ -78,6 +78,7 @@ class BoundedGeneration(GenerationMixin):
     def _prepare_generated_length(
         self, generation_config: GenerationConfig, **prompt: object
     ) -> GenerationConfig:
+        """Set the lengths as every model does, then cut them at the last position."""
         settled = super()._prepare_generated_length(generation_config, **prompt)
         length, limit = prompt["input_ids_length"], self.config.max_position_embeddings
         if prompt["model_input_name"] == "inputs_embeds":

@@ -141,6 +141,7 @@ class EncoderEmbeddings(nn.Module):
         return is_plain(*tables, self.LayerNorm)
 
     def _collect_tables(self) -> Tables:
+        """Collect what the kernels read."""
         return Tables(
             self.word_embeddings.weight,
             self.position_embeddings.weight,

@@ -236,7 +236,7 @@ def write_streamed_tensors(
                 offset += specs[name].nbytes
         failed = threading.Event()
 
-        def make(descriptor: int, offset: int, name: str) -> None:
+        def write_tensor(descriptor: int, offset: int, name: str) -> None:
             left = specs[name].nbytes
             for piece in produce(name):
                 if failed.is_set():
@@ -252,13 +252,13 @@ def write_streamed_tensors(
 
         if threads == 1:
             for location in tensors:
-                make(*location)
+                write_tensor(*location)
         else:
             # The large ones first, so that no thread is left alone with one at the end.
             tensors.sort(key=lambda location: -specs[location[2]].nbytes)
             pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
             try:
-                jobs = [pool.submit(make, *location) for location in tensors]
+                jobs = [pool.submit(write_tensor, *location) for location in tensors]
                 for finished in as_completed(jobs):
                     finished.result()
             finally:

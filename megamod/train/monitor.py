@@ -40,7 +40,7 @@ class Monitor:
         groups: names of the losses that are logged separately, such as domains.
         unit: items that a loss is the mean over: "tokens" or "examples".
         flops_per_token: of a forward and backward pass; None where that is not defined.
-        peak: FLOP/s of one device; None if unknown, and then no MFU is printed.
+        peak_flops: FLOP/s of one device; None if unknown, and then no MFU is printed.
     """
 
     def __init__(

@@ -157,8 +157,8 @@ class ClassificationObjective:
         inputs: names of the fields of a batch that the model takes; it returns `logits` [R, C] or
             [R, L, C].
         regression: True for values, with C = 1.
-        retrieved: tokens that a multiplexed model retrieves as a second term of the loss, per real
-            token of a batch; 0: none, and the loss is that of the logits alone.
+        retrieved_per_token: tokens that a multiplexed model retrieves as a second term of the loss,
+            per real token of a batch; 0: none, and the loss is that of the logits alone.
     """
 
     def __init__(
@@ -171,13 +171,13 @@ class ClassificationObjective:
         self.inputs = tuple(inputs)
         self.device = device
         self.regression = regression
-        self.retrieved = retrieved_per_token
+        self.retrieved_per_token = retrieved_per_token
 
     def count_items(self, batch: Batch) -> Sequence[float]:
-        if not self.retrieved:
+        if not self.retrieved_per_token:
             return (batch["items"],)
         # The expected number, because the model draws the tokens that it retrieves.
-        return batch["items"], self.retrieved * float(batch["attention_mask"].sum())
+        return batch["items"], self.retrieved_per_token * float(batch["attention_mask"].sum())
 
     def compute_loss(
         self, engine: deepspeed.DeepSpeedEngine, batch: Batch, item_totals: Sequence[float]
@@ -187,7 +187,7 @@ class ClassificationObjective:
             for name in (*self.inputs, "labels")
         }
         count = torch.tensor([float(batch["items"])], device=self.device)
-        if self.retrieved:
+        if self.retrieved_per_token:
             return self._score_with_retrieval(
                 engine(
                     **fields, num_items_in_batch=item_totals[0], num_retrieval_items=item_totals[1]
@@ -262,26 +262,26 @@ class EncoderObjective:
     """Pretraining of an encoder: masked, replaced or retrieved tokens, or several of these.
 
     Args:
-        losses: `compute_masked_losses` or `compute_replaced_losses` with all arguments but model,
-            batch and items.
-        terms: fields of a batch with the number of items of each sum.
-        shown: name of the loss that the log shows.
+        compute_losses: `compute_masked_losses` or `compute_replaced_losses` with all arguments but
+            model, batch and items.
+        item_fields: fields of a batch with the number of items of each sum.
+        main_loss: name of the loss that the log shows.
     """
 
     def __init__(self, compute_losses: ComputeLosses, item_fields: Sequence[str], main_loss: str):
-        self.losses = compute_losses
-        self.terms = tuple(item_fields)
-        self.shown = main_loss
+        self.compute_losses = compute_losses
+        self.item_fields = tuple(item_fields)
+        self.main_loss = main_loss
 
     def count_items(self, batch: Batch) -> Sequence[float]:
-        return tuple(batch[name] for name in self.terms)
+        return tuple(batch[name] for name in self.item_fields)
 
     def compute_loss(
         self, engine: deepspeed.DeepSpeedEngine, batch: Batch, item_totals: Sequence[float]
     ) -> BatchScore:
-        losses = self.losses(engine, batch, item_totals)
-        shown = losses[self.shown]
-        further = {n: pair for n, pair in losses.items() if n not in ("loss", self.shown)}
+        losses = self.compute_losses(engine, batch, item_totals)
+        shown = losses[self.main_loss]
+        further = {n: pair for n, pair in losses.items() if n not in ("loss", self.main_loss)}
         return BatchScore(losses["loss"], shown[:1], shown[1:], further)
 
 

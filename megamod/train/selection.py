@@ -150,6 +150,7 @@ class UncertaintySelector:
         ]
 
     def _score_rows(self, entropy: Tensor, row_task_ids: Tensor) -> Tensor:
+        """Score the candidates of a micro-batch, see `score_uncertainty`."""
         return score_uncertainty(
             entropy,
             row_task_ids,

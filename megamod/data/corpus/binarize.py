@@ -85,7 +85,7 @@ def binarize(
     """Write a data-bin and return its header.
 
     Args:
-        inputs: a source for `open_source` by domain; all later steps keep the order of domains.
+        inputs: a source for `open_document_source` by domain; all later steps keep this order.
         tokenizer: an argument of `load_tokenizer`, `sentencepiece:VOCAB` or `wordpiece:VOCAB` to
             train one on the train splits, or a tokenizer.
         output: output folder. An existing data-bin of the same text, tokenizer and options is
@@ -98,7 +98,7 @@ def binarize(
         seed: seed of the division of sources without splits.
         workers: processes; the default follows the amount of text. The output does not depend on
             it.
-        do_lower_case: for BERT's word pieces, see `load_fast`.
+        do_lower_case: for BERT's word pieces, see `load_fast_tokenizer`.
         streaming: read data sets of the hub without storing them.
 
     Returns:
@@ -234,6 +234,7 @@ def _compute_header_identity(header: dict) -> str:
 def _iterate_items(
     source: DocumentSource, item_unit: str, only_split: str | None = None
 ) -> Iterator[tuple[str, str]]:
+    """Yield split and text of the lines or documents of a source."""
     return (
         source.iterate_lines(only_split)
         if item_unit == "line"

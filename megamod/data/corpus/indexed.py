@@ -50,6 +50,8 @@ class IndexedWriter:
     Args:
         prefix: path without ending, in an existing folder.
         dtype: integer type of the ids, see `select_token_dtype`.
+    Raises:
+        ValueError: for a dtype that token files do not have.
     """
 
     def __init__(self, prefix: str | Path, dtype: np.dtype):

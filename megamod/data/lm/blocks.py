@@ -58,6 +58,8 @@ class TokenBlocks:
         block_size: length T of a sequence.
         eos_id, pad_id: ids of the tokenizer.
         domain_token: id that is prepended to inputs and targets; blocks then have T - 1 tokens.
+    Raises:
+        UserError: if T leaves no token of text.
     """
 
     def __init__(

@@ -38,6 +38,8 @@ class KeyedPermutation:
     Args:
         n: size, at least 1, or an array of sizes that broadcasts with the indices.
         key: see `make_random_key`; a key, or an array of keys that broadcasts with the indices.
+    Raises:
+        ValueError: for a size below 1.
     """
 
     def __init__(self, n: int | np.ndarray, key: int | np.ndarray):
@@ -70,8 +72,10 @@ class Sampler:
     """Order of the blocks of domains.
 
     Args:
-        lengths: number of blocks of each of the E domains.
+        blocks_per_domain: number of blocks of each of the E domains.
         seed: seed of the run.
+    Raises:
+        ValueError: if there is no domain, or one without a block.
     """
 
     def __init__(self, blocks_per_domain: Sequence[int], seed: int):
@@ -95,7 +99,7 @@ class BalancedSampler(Sampler):
     """Domains alternate: sample j is the (j // E)-th sample of domain j % E.
 
     Args:
-        lengths: number of blocks of each of the E domains.
+        blocks_per_domain: number of blocks of each of the E domains.
         seed: seed of the run.
     """
 
@@ -131,9 +135,11 @@ class TemperatureSampler(Sampler):
     order that is the same in all cycles. Within a domain every block occurs once per epoch.
 
     Args:
-        lengths: number of blocks of each domain.
+        blocks_per_domain: number of blocks of each domain.
         seed: seed of the run.
         alpha: exponent from 0 to 1.
+    Raises:
+        ValueError: for another exponent, or as `Sampler`.
     """
 
     def __init__(self, blocks_per_domain: Sequence[int], seed: int, alpha: float):

@@ -202,6 +202,7 @@ class HostMixin:
 
     def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         # Tables of rotary frequencies lose their meaning in half precision: buffers keep theirs.
+        """Convert parameters and buffers as every module does, but keep the buffers' dtypes."""
         float_buffers = [
             (module, name, buffer)
             for module in self.modules()

@@ -70,7 +70,7 @@ class MuxMaskedLM(MuxPreTrainedModel):
             labels: [R, S] tokens to predict, -100 elsewhere.
             num_items_in_batch, num_retrieval_items: divisors of the summed losses; None for the
                 numbers of items in this batch.
-            retrieval_slots: [B, T], see `retrieval_targets`; None to draw them.
+            retrieval_slots: [B, T], see `draw_retrieved_instances`; None to draw them.
             output_logits: False: with labels, compute no logits, which is faster; None: as the
                 configuration says.
         Returns:

@@ -71,7 +71,7 @@ class MuxSequenceClassifier(MuxPreTrainedModel):
             labels: [R] classes, or values if num_labels is 1.
             num_items_in_batch, num_retrieval_items: divisors of the summed losses; None for the
                 numbers of items in this batch.
-            retrieval_slots: [B, T], see `retrieval_targets`; None to draw them.
+            retrieval_slots: [B, T], see `draw_retrieved_instances`; None to draw them.
         Returns:
             `MuxOutput` with logits [R, C].
         """

@@ -180,7 +180,7 @@ class MuxElectraForReplacedTokens(MuxElectraForPreTraining):
             num_items_in_batch, num_retrieval_items, num_generator_items,
             num_generator_retrieval_items: divisors of the summed losses of discriminator and
                 generator; None for the numbers of items in this batch.
-            retrieval_slots, generator_slots: [B, T], see `retrieval_targets`; None to draw them.
+            retrieval_slots, generator_slots: [B, T], see `draw_retrieved_instances`; None: drawn.
         Returns:
             `MuxElectraOutput`.
         Raises:

@@ -25,8 +25,8 @@ class FinetuneModel(Protocol):
         has_many_tasks: the model is made for any number of tasks, even if it has one.
         inputs: fields of a batch that the model takes.
         instances: N, rows that share a forward pass.
-        pad_to: see `Encoded.gather`.
-        ensemble: see `held_out_rows`.
+        pad_to: see `EncodedRows.gather_batch`.
+        ensemble: see `iterate_held_out_rows`.
     """
 
     tasks: Sequence[FinetuneTask]

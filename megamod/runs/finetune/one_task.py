@@ -47,7 +47,7 @@ class OneTaskModel(FinetuneModel):
     Attributes:
         weights: folder or name whose weights start the run; None: new ones.
         trained: the run does not train, so all weights must come from there.
-        retrieved: see `Classify`.
+        retrieved: `retrieved_per_token` of `ClassificationObjective`.
     """
 
     task: FinetuneTask

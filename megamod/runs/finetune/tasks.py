@@ -140,7 +140,7 @@ def encode_rows(
     """Return the task with its rows as token ids.
 
     Args:
-        cache_dir: see `cached`; None: nothing is kept.
+        cache_dir: see `load_or_encode`; None: nothing is kept.
         label_all: see `encode_words`.
     """
 
