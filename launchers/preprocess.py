@@ -163,7 +163,7 @@ def format_summary(header: dict, output: Path) -> str:
         tokens = [f"{splits[split]['tokens']:,}" for split in ("train", "valid", "test")]
         text = sum(of["bytes"] for of in splits.values())
         rows.append((name, *tokens, f"{text:,}", str(header["replaced"][name])))
-    lines = [format_table(rows, right=range(1, 6))]
+    lines = [format_table(rows, right_aligned_columns=range(1, 6))]
     total = sum(of["tokens"] for splits in header["domains"].values() for of in splits.values())
     kind, vocabulary = header["tokenizer"]["kind"], header["vocab_size"]
     lines.append(

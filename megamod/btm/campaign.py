@@ -248,13 +248,13 @@ def _parse_rounds(
 
 
 def _check_known_domains(
-    domains: Sequence[str], available: Sequence[str], flag: str, data: str
+    domains: Sequence[str], available: Sequence[str], flag: str, data_folder: str
 ) -> None:
     """Raise UserError, naming the flag, if a domain is not among those of the data."""
     for domain in domains:
         if domain not in available:
             raise UserError(
-                f"{flag}: {domain!r} is not in {data}, which holds {', '.join(available)}"
+                f"{flag}: {domain!r} is not in {data_folder}, which holds {', '.join(available)}"
             )
 
 

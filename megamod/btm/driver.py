@@ -247,7 +247,7 @@ def run_campaign(parsed: Parsed, launchers: Path) -> None:
     btm = parsed[0]
     campaign = build_campaign(parsed)
     hosts = (
-        read_hostfile(btm.hostfile, selectable=True)
+        read_hostfile(btm.hostfile, require_selectable=True)
         if btm.hostfile
         else list_local_slots(btm.slots)
     )
@@ -350,12 +350,12 @@ def _count_usable_slots(sequence_count: int, hosts: HostSlots) -> int:
     )
 
 
-def _raise_failures(failed: Sequence[RunningTask]) -> None:
+def _raise_failures(failed_jobs: Sequence[RunningTask]) -> None:
     """Raise the exception of the worst failure."""
-    if not failed:
+    if not failed_jobs:
         return
-    codes = {job.code for job in failed}
-    text = "\n".join(job.fault for job in failed)
+    codes = {job.code for job in failed_jobs}
+    text = "\n".join(job.fault for job in failed_jobs)
     if USER_ERROR in codes:
         raise UserError(text)
     if POLICY_STOP in codes:

@@ -67,7 +67,7 @@ def format_forest(forest: Forest) -> str:
         path = f"{expert.path} ({expert.member})" if expert.member else str(expert.path)
         numbers = (expert.start_update, expert.updates, expert.tokens, size)
         rows.append((expert.domain, path, parents or "-", *(f"{n:,}" for n in numbers)))
-    return format_table(rows, right=range(3, len(rows[0])))
+    return format_table(rows, right_aligned_columns=range(3, len(rows[0])))
 
 
 def _list_expert_files(expert: Expert) -> list[Path]:

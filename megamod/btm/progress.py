@@ -61,7 +61,8 @@ def read_progress(folder: Path | None, row: Row) -> None:
 def format_jobs(rows: Sequence[Row]) -> str:
     """Format the table of all jobs."""
     return format_table(
-        [COLUMNS, *(row.format_cells() for row in rows)], right=range(2, len(COLUMNS) - 1)
+        [COLUMNS, *(row.format_cells() for row in rows)],
+        right_aligned_columns=range(2, len(COLUMNS) - 1),
     )
 
 

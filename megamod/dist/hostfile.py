@@ -106,16 +106,16 @@ class _HostLine:
     slots: int
 
 
-def read_hostfile(path: str | Path, *, selectable: bool = False) -> HostSlots:
+def read_hostfile(path: str | Path, *, require_selectable: bool = False) -> HostSlots:
     """Read a hostfile: lines of `NAME slots=N`, and comments.
 
     Args:
-        selectable: refuse names that `--include` of DeepSpeed's launcher cannot select.
+        require_selectable: refuse names that `--include` of DeepSpeed's launcher cannot select.
     Raises:
         UserError: naming the file and its faults with their lines.
     """
     hosts = check_hostfile(path).hosts
-    for host in hosts if selectable else ():
+    for host in hosts if require_selectable else ():
         if set(host.name) & set(SEPARATORS):
             raise UserError(
                 f"hostfile {path}: {host.name} cannot be selected by DeepSpeed's --include, which "

@@ -133,17 +133,17 @@ def check_launcher_variables() -> None:
             )
 
 
-def check_device(local_rank: int, devices: int) -> None:
+def check_device(local_rank: int, device_count: int) -> None:
     """Check that this host has a device for the rank.
 
     Raises:
         UserError: naming host, rank and devices.
     """
-    if local_rank >= devices:
+    if local_rank >= device_count:
         raise UserError(
-            f"LOCAL_RANK is {local_rank}, but this process on {os.uname().nodename} sees {devices} "
-            f"devices: the hostfile gives it too many slots, or CUDA_VISIBLE_DEVICES or Slurm's "
-            f"--gpus-per-task leaves out some (use --gpus-per-node)"
+            f"LOCAL_RANK is {local_rank}, but this process on {os.uname().nodename} sees "
+            f"{device_count} devices: the hostfile gives it too many slots, or "
+            "CUDA_VISIBLE_DEVICES or Slurm's --gpus-per-task leaves out some (use --gpus-per-node)"
         )
 
 

@@ -132,4 +132,4 @@ def format_score_table(rows: Mapping[str, Mapping[str, float | str]], corner: st
     for name, row in rows.items():
         values = (row.get(column, "-") for column in columns)
         cells.append([name, *(v if isinstance(v, str) else f"{v:.4f}" for v in values)])
-    return format_table(cells, right=range(1, len(cells[0])))
+    return format_table(cells, right_aligned_columns=range(1, len(cells[0])))

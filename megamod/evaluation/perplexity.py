@@ -210,4 +210,4 @@ def format_matrix(
         marks = ("*" if row.get(c) == best[c] and len(matrix) > 1 else " " for c in columns)
         cells = (f"{row.get(c, '-')}{mark}" for c, mark in zip(columns, marks, strict=True))
         table.append([name, *cells])
-    return format_table(table, right=range(1, len(table[0])))
+    return format_table(table, right_aligned_columns=range(1, len(table[0])))

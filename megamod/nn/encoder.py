@@ -34,14 +34,14 @@ class EncoderEmbeddings(nn.Module):
 
     def forward(
         self,
-        words: Tensor,
+        ids_or_vectors: Tensor,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
     ) -> Tensor:
         """Embed tokens, or vectors in their place.
 
         Args:
-            words: ids [R, T], or vectors [R, T, D].
+            ids_or_vectors: ids [R, T], or vectors [R, T, D].
             token_type_ids: [R, T]; None for segment 0 everywhere.
             position_ids: [R, T] or [1, T] rows of the position table; None for consecutive ones.
         Returns:
@@ -49,20 +49,26 @@ class EncoderEmbeddings(nn.Module):
         """
         if not is_plain(self.position_embeddings, self.token_type_embeddings):
             if position_ids is None:
-                last = self.first_position + words.shape[1]
-                position_ids = torch.arange(self.first_position, last, device=words.device)[None]
+                last = self.first_position + ids_or_vectors.shape[1]
+                position_ids = torch.arange(
+                    self.first_position, last, device=ids_or_vectors.device
+                )[None]
             if token_type_ids is None:
                 token_type_ids = torch.zeros_like(position_ids)
         if position_ids is None:
             start, table = self.first_position, self.position_embeddings.weight
-            added = table[start : start + words.shape[1]]
+            added = table[start : start + ids_or_vectors.shape[1]]
         else:
             added = self.position_embeddings(position_ids)
         if token_type_ids is None:
             added = added + self.token_type_embeddings.weight[0]
         else:
             added = added + self.token_type_embeddings(token_type_ids)
-        vectors = words if words.is_floating_point() else self.word_embeddings(words)
+        vectors = (
+            ids_or_vectors
+            if ids_or_vectors.is_floating_point()
+            else self.word_embeddings(ids_or_vectors)
+        )
         return self.dropout(self.LayerNorm(vectors + added))
 
     def embed_multiplexed(

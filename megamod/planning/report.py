@@ -82,7 +82,7 @@ def format_curves(curves: Mapping[Sharing, Sequence[Point]]) -> str:
                 ),
             ]
         )
-    return format_table(lines, right=range(len(head)))
+    return format_table(lines, right_aligned_columns=range(len(head)))
 
 
 def _list_parameter_rows(plan: JobPlan) -> list[tuple[str, str]]:

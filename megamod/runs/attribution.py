@@ -103,7 +103,7 @@ def format_documents(record: MoeRecord, documents: Sequence[Document]) -> str:
         shown = (f"{100 * share:.1f} %" for share in document.mean_shares)
         begins = " ".join("".join(document.tokens[:12]).split())[:32]
         rows.append((str(number), str(len(document.tokens)), *shown, begins))
-    return format_table(rows, right=range(len(record.domains) + 2))
+    return format_table(rows, right_aligned_columns=range(len(record.domains) + 2))
 
 
 def format_tokens(record: MoeRecord, documents: Sequence[Document]) -> str:
@@ -116,7 +116,7 @@ def format_tokens(record: MoeRecord, documents: Sequence[Document]) -> str:
             first = record.domains[shares.index(max(shares))]
             shown = (f"{share:.3f}" for share in shares)
             rows.append((str(number), str(position), *shown, first, repr(token)))
-    return format_table(rows, right=range(len(record.domains) + 2))
+    return format_table(rows, right_aligned_columns=range(len(record.domains) + 2))
 
 
 def _write_files(

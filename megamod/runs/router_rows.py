@@ -348,4 +348,4 @@ def format_own_first(record: Mapping[str, object], domains: Sequence[str]) -> st
     ):
         shown = (f"{100 * share:.1f} %" for share in shares)
         rows.append((str(layer), *shown, f"{condition:.3g}"))
-    return format_table(rows, right=range(len(rows[0])))
+    return format_table(rows, right_aligned_columns=range(len(rows[0])))

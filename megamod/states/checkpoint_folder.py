@@ -137,12 +137,12 @@ def write_fragments(file: Path, fragments: Fragments) -> None:
 
 
 def read_fragments(
-    file: Path, select: Callable[[str], bool]
+    file: Path, is_selected: Callable[[str], bool]
 ) -> Iterator[tuple[str, int, dict[str, "Tensor"]]]:
     """Read the fragments of selected names in a file: name, offset, tensors by kind."""
     with safe_open(file, framework="pt") as tensors:
         for name, start in (tensors.metadata() or {}).items():
-            if not select(name):
+            if not is_selected(name):
                 continue
             yield name, int(start), {kind: tensors.get_tensor(f"{kind}/{name}") for kind in KINDS}
 

@@ -169,9 +169,9 @@ def _swap_group_in(zero: DeepSpeedZeroOptimizer_Stage3, group_index: int) -> Ite
 def _make_fragment(
     name: str,
     start: int,
-    master: Tensor,
+    flat_masters: Tensor,
     optimizer: torch.optim.Optimizer,
-    optimized: Tensor,
+    optimized_tensor: Tensor,
     offset: int,
     size: int,
 ) -> Fragment:
@@ -179,13 +179,13 @@ def _make_fragment(
 
     Moments that do not exist yet become 0.
     """
-    state = optimizer.state[optimized]
+    state = optimizer.state[optimized_tensor]
     if not state:
-        state["step"] = torch.zeros((), dtype=torch.float32, device=optimized.device)
-        state["exp_avg"] = torch.zeros_like(optimized)
-        state["exp_avg_sq"] = torch.zeros_like(optimized)
+        state["step"] = torch.zeros((), dtype=torch.float32, device=optimized_tensor.device)
+        state["exp_avg"] = torch.zeros_like(optimized_tensor)
+        state["exp_avg_sq"] = torch.zeros_like(optimized_tensor)
     flat_tensors = {
-        "master": master,
+        "master": flat_masters,
         "exp_avg": state["exp_avg"],
         "exp_avg_sq": state["exp_avg_sq"],
     }

@@ -119,8 +119,8 @@ class MixtureLMObjective(CausalLMObjective):
     ) -> BatchScore:
         with record_routing(engine.module) as layers:
             scored = super().compute_loss(engine, batch, items)
-        counted = (batch["labels"] != -100).to(self.device, non_blocking=True)
-        balance = compute_balance_losses(layers, counted.flatten())
+        is_target = (batch["labels"] != -100).to(self.device, non_blocking=True)
+        balance = compute_balance_losses(layers, is_target.flatten())
         loss = scored.loss + self.coefficient * balance.mean()
         further = {"balance_loss": _stack_sum_and_count(balance.mean(), 1)}
         further |= {
@@ -128,19 +128,19 @@ class MixtureLMObjective(CausalLMObjective):
             for n, value in enumerate(balance)
         }
         return replace(
-            scored, loss=loss, further=further | self._count_loads(layers, batch, counted)
+            scored, loss=loss, further=further | self._count_loads(layers, batch, is_target)
         )
 
     def _count_loads(
-        self, layers: Sequence[Routing], batch: Batch, counted: Tensor
+        self, layers: Sequence[Routing], batch: Batch, is_target: Tensor
     ) -> dict[str, Tensor]:
-        """Assignments of each expert, and of all, to the tokens of each domain."""
+        """Count the assignments of each expert, and of all, to the tokens of each domain."""
         domains = batch["domains"].to(self.device, non_blocking=True)
-        rows = domains[:, None].expand(counted.shape).flatten()
+        rows = domains[:, None].expand(is_target.shape).flatten()
         loads = torch.zeros(len(self.domains) * len(self.experts), device=self.device)
         for routing in layers:
             cells = rows[:, None] * len(self.experts) + routing.experts
-            ones = counted.flatten()[:, None].expand(cells.shape).flatten().float()
+            ones = is_target.flatten()[:, None].expand(cells.shape).flatten().float()
             loads.index_add_(0, cells.flatten(), ones)
         loads = loads.view(len(self.domains), len(self.experts))
         return {
@@ -327,7 +327,7 @@ def compute_replaced_losses(
     item_totals: Sequence[float],
     device: torch.device,
     config: PreTrainedConfig,
-    weight: float = 1.0,
+    discriminator_weight: float = 1.0,
 ) -> dict[str, Tensor]:
     """Compute the losses of a discriminator of replaced tokens.
 
@@ -335,7 +335,8 @@ def compute_replaced_losses(
         item_totals: divisors in "loss" of the sums over classified, retrieved and masked tokens,
             and over those that a multiplexed generator retrieves.
         config: of the model; the tokens of a plain ELECTRA are replaced by random ones here.
-        weight: of a plain discriminator in "loss"; other models have it in their configuration.
+        discriminator_weight: of a plain discriminator in "loss"; other models have it in their
+            configuration.
     Returns:
         as `compute_masked_losses`; "task_loss" is the discriminator's, "recall" and "precision" are
         those of replaced tokens, and "generator_loss" is present if the model has a generator.
@@ -350,7 +351,7 @@ def compute_replaced_losses(
             logits, corrupted.float(), reduction="sum"
         )
         losses = {
-            "loss": weight * total / tokens,
+            "loss": discriminator_weight * total / tokens,
             "task_loss": _stack_sum_and_count(total, batch["tokens"]),
         }
         return losses | _count_detections(logits, corrupted)
@@ -381,7 +382,10 @@ def compute_replaced_losses(
 
 
 def _collect_loss_terms(
-    output: "MuxOutput", batch: Batch, task_divisor_and_count: tuple[float, float], positions: float
+    output: "MuxOutput",
+    batch: Batch,
+    task_divisor_and_count: tuple[float, float],
+    retrieval_divisor: float,
 ) -> dict[str, Tensor]:
     """Collect sums and counts, [2] float32, of the terms that the model computed."""
     losses = {}
@@ -391,19 +395,19 @@ def _collect_loss_terms(
         )
     if output.retrieval_loss is not None:
         losses["retrieval_loss"] = _stack_sum_and_count(
-            output.retrieval_loss * positions, batch["positions"]
+            output.retrieval_loss * retrieval_divisor, batch["positions"]
         )
         right = (output.retrieval_correct, output.retrieval_count)
         losses["retrieval_accuracy"] = torch.stack(right).float()
     return losses
 
 
-def _count_detections(logits: Tensor, corrupted: Tensor) -> dict[str, Tensor]:
+def _count_detections(logits: Tensor, is_replaced: Tensor) -> dict[str, Tensor]:
     """Count correct detections of replaced tokens: [2] float32 each for recall and precision."""
     predicted = logits.detach() > 0
-    right = (predicted & corrupted).sum().float()
+    right = (predicted & is_replaced).sum().float()
     return {
-        "recall": torch.stack((right, corrupted.sum().float())),
+        "recall": torch.stack((right, is_replaced.sum().float())),
         "precision": torch.stack((right, predicted.sum().float())),
     }
 

@@ -170,10 +170,10 @@ class UncertaintySelector:
         engine.train()
         return entropy
 
-    def _gather_from_ranks(self, local: Tensor) -> Tensor:
+    def _gather_from_ranks(self, local_values: Tensor) -> Tensor:
         """Gather [micro-batches, T * rows] of all ranks: flat, by task, rank and micro-batch."""
-        parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, local.contiguous())
+        parts = [torch.empty_like(local_values) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, local_values.contiguous())
         sizes = (len(self.tasks), self.mixture.shape.micro_batch)
         by_task = torch.stack(parts).unflatten(-1, sizes)
         return by_task.movedim(2, 0).flatten()

@@ -92,7 +92,7 @@ def test_users_and_ipv6_addresses(tmp_path):
     ] * 2
     assert "no IPv6 address (fd00::12)" in check_hostfile(file).list_launcher_limits()[0]
     with pytest.raises(UserError, match=r"ada@node-1 cannot be selected by DeepSpeed's --include"):
-        read_hostfile(file, selectable=True)
+        read_hostfile(file, require_selectable=True)
     for host in hosts:  # DeepSpeed selects what is said to be selectable, and nothing else
         try:
             chosen = list(parse_node_config_list(f"{host.name}:0"))
@@ -101,7 +101,7 @@ def test_users_and_ipv6_addresses(tmp_path):
         assert (chosen == [host.name]) == (host.name == "node-2")
     plain = write(tmp_path, "node-1 slots=2\nnode_2.local slots=1\n")
     assert not check_hostfile(plain).list_launcher_limits() and read_hostfile(
-        plain, selectable=True
+        plain, require_selectable=True
     )
 
 

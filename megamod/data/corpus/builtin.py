@@ -126,9 +126,9 @@ def _find_header_folders() -> list[Path]:
     return folders
 
 
-def _read_help_topics(standard: Path) -> Iterator[str]:
+def _read_help_topics(standard_library: Path) -> Iterator[str]:
     """Yield sections of the strings in `pydoc_data.topics`, which is parsed and not imported."""
-    source = _read_utf8_text(standard / "pydoc_data" / "topics.py")
+    source = _read_utf8_text(standard_library / "pydoc_data" / "topics.py")
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Dict):
             values = [ast.literal_eval(value) for value in node.values]

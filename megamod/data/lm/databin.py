@@ -217,10 +217,10 @@ def _build_index_path(prefix: Path) -> Path:
     return prefix.with_name(f"{prefix.name}.idx")
 
 
-def _read_whole_number(entry: dict, key: str, below: int | None = None) -> int:
+def _read_whole_number(entry: dict, key: str, upper_limit: int | None = None) -> int:
     """Return an entry that is a whole number below a limit; raise ValueError for others."""
     value = entry[key]
-    if type(value) is not int or value < 0 or (below is not None and value >= below):
-        limit = "" if below is None else f" below the vocabulary size {below}"
+    if type(value) is not int or value < 0 or (upper_limit is not None and value >= upper_limit):
+        limit = "" if upper_limit is None else f" below the vocabulary size {upper_limit}"
         raise ValueError(f"{key} is {value!r}, not a whole number{limit}")
     return value

@@ -112,8 +112,8 @@ def _read_blocks(path: Path) -> Iterator[list[Numbered]]:
         yield block
 
 
-def _split_cells(line: str, tabs: bool) -> list[str]:
-    return line.split("\t") if tabs else re.split("[ \t]+", line.strip(BLANKS))
+def _split_cells(line: str, is_tab_separated: bool) -> list[str]:
+    return line.split("\t") if is_tab_separated else re.split("[ \t]+", line.strip(BLANKS))
 
 
 def _count_possible_comments(block: list[Numbered]) -> int:
@@ -171,17 +171,17 @@ def _find_most_frequent(values: Iterable[object]) -> object:
     return Counter(values).most_common(1)[0][0]
 
 
-def _are_word_numbers(firsts: list[list[str]]) -> bool:
+def _are_word_numbers(first_cells: list[list[str]]) -> bool:
     """Return True if the first cells of every sentence are 1, 2, 3, ... or 0, 1, 2, ..."""
-    return max(map(len, firsts)) > 1 and all(
-        row == [str(number + (row[0] != "0")) for number in range(len(row))] for row in firsts
+    return max(map(len, first_cells)) > 1 and all(
+        row == [str(number + (row[0] != "0")) for number in range(len(row))] for row in first_cells
     )
 
 
-def _find_entity_column(rows: list[list[str]], word: int, width: int) -> int:
+def _find_entity_column(rows: list[list[str]], word_column: int, column_count: int) -> int:
     """Find the first column of entity labels after the word, else the last."""
-    for column in range(word % width + 1, width):
-        labels = {row[column].strip(BLANKS) for row in rows if len(row) == width}
+    for column in range(word_column % column_count + 1, column_count):
+        labels = {row[column].strip(BLANKS) for row in rows if len(row) == column_count}
         if all(label == OUTSIDE or parse_entity_label(label) for label in labels):
             return column
     return -1

@@ -80,7 +80,7 @@ def read_token_task(
     return replace(task, labels=labels), sets
 
 
-def collect_labels(sets: dict[str, TokenSet], entities: bool) -> tuple[str, ...]:
+def collect_labels(token_sets: dict[str, TokenSet], are_entities: bool) -> tuple[str, ...]:
     """Collect the labels of the train split in an order that does not depend on the file's.
 
     O comes first, then B- and I- of each type by name, both even if one of them does not occur;
@@ -89,18 +89,18 @@ def collect_labels(sets: dict[str, TokenSet], entities: bool) -> tuple[str, ...]
     Raises:
         UserError: if there is no train split to take them from, or it has one label only.
     """
-    if "train" not in sets or sets["train"].labels is None:
+    if "train" not in token_sets or token_sets["train"].labels is None:
         raise UserError("the labels come from a train split, or from a trained model; give either")
-    labels = {label for row in sets["train"].labels for label in row}
-    if entities:
+    labels = {label for row in token_sets["train"].labels for label in row}
+    if are_entities:
         types = sorted({parse_entity_label(label)[1] for label in labels if label != OUTSIDE})
         labels = (OUTSIDE, *(format_entity_label(part, kind) for kind in types for part in "BI"))
     if len(labels) < 2:
         raise UserError(
-            f"{sets['train'].where}: all its labels are {min(labels)[:60]!r}, a task needs two or "
-            "more; --label_column names another column"
+            f"{token_sets['train'].where}: all its labels are {min(labels)[:60]!r}, a task needs "
+            "two or more; --label_column names another column"
         )
-    return tuple(labels) if entities else tuple(sorted(labels))
+    return tuple(labels) if are_entities else tuple(sorted(labels))
 
 
 def _read_sentences(task: TaskSpec, split: str, source: Path | RowTable) -> TokenSet:

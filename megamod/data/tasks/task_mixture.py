@@ -63,18 +63,18 @@ class TaskMixture(StepBatches):
         """SHA-256 of the rows of all tasks."""
         return hashlib.sha256("".join(rows.digest for rows in self.encoded).encode()).hexdigest()
 
-    def compute_steps_per_epoch(self, share: float) -> int:
+    def compute_steps_per_epoch(self, epoch_share: float) -> int:
         """Compute the steps of an epoch.
 
         "uniform" and "uncertainty" have as many as the largest task takes, times the tasks.
 
         Args:
-            share: share of it, 0 to 1, of "uniform" and "uncertainty".
+            epoch_share: share of it, 0 to 1, of "uniform" and "uncertainty".
         """
         if self.sampling == "sequential":
             return sum(self.steps_by_task)
         if self.sampling in ("uniform", "uncertainty"):
-            return max(1, int(max(self.steps_by_task) * len(self.steps_by_task) * share))
+            return max(1, int(max(self.steps_by_task) * len(self.steps_by_task) * epoch_share))
         return math.ceil(sum(map(len, self.encoded)) / self.shape.global_batch)
 
     def select_rows(self, micro_batch_index: int) -> tuple[np.ndarray, np.ndarray]:

@@ -160,7 +160,10 @@ def make_losses(mux: MuxArgs, config: PreTrainedConfig, device: torch.device) ->
     if mux.objective == "masked_lm":
         return partial(compute_masked_losses, device=device, multiplexed=mux.num_instances > 1)
     return partial(
-        compute_replaced_losses, device=device, config=config, weight=mux.disc_loss_weight
+        compute_replaced_losses,
+        device=device,
+        config=config,
+        discriminator_weight=mux.disc_loss_weight,
     )
 
 
