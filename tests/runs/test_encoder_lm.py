@@ -270,7 +270,7 @@ def test_the_objective_divides_each_sum_by_its_own_items(bare):
 
 def test_the_stock_model_is_scored_alike(bare):
     model, batch = AutoModelForMaskedLM.from_pretrained(bare / "plain").eval(), batch_of(bare, 1)
-    scored = masked(multiplexed=False).score(model, batch, (4.0, 1.0))
+    scored = masked(multiplexed=False).compute_loss(model, batch, (4.0, 1.0))
     mean = model(input_ids=batch["input_ids"], labels=batch["labels"]).loss.item()
     assert scored.loss.item() == pytest.approx(mean * batch["masked"] / 4, rel=1e-5)
     assert not scored.further

@@ -197,7 +197,7 @@ def test_changed_settings_are_refused(workspace, tmp_path):
 
     changed = {**STUDY, "common": {**COMMON, "max_steps": 5}}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(changed))
-    cell = read_study(tmp_path / "tiny.yaml").cell("dense.short.s1")
+    cell = read_study(tmp_path / "tiny.yaml").find_cell("dense.short.s1")
     with pytest.raises(UserError, match="max_steps: 4 then, 5 now"):
         read_record(workspace / "evidence", cell)
 

@@ -33,11 +33,11 @@ def test_settings_of_cells(tmp_path):
     assert [cell.name for cell in study.cells] == [
         *("x.a.s3", "y.a.s3", "x.a.s1", "y.a.s1", "x.b.s3", "y.b.s3", "x.b.s1", "y.b.s1"),
     ]
-    assert study.cell("x.a.s3").settings == dict(model="tiny", max_steps=4, learning_rate=0.1)
-    assert study.cell("x.b.s1").settings == dict(model="tiny", max_steps=9, learning_rate=0.2)
-    assert study.cell("y.a.s1").settings == dict(model="125m", max_steps=4)
+    assert study.find_cell("x.a.s3").settings == dict(model="tiny", max_steps=4, learning_rate=0.1)
+    assert study.find_cell("x.b.s1").settings == dict(model="tiny", max_steps=9, learning_rate=0.2)
+    assert study.find_cell("y.a.s1").settings == dict(model="125m", max_steps=4)
     with pytest.raises(UserError, match=r"no 'x.a.s2'; the nearest: x.a.s"):
-        study.cell("x.a.s2")
+        study.find_cell("x.a.s2")
 
 
 @pytest.mark.parametrize(
