@@ -138,15 +138,17 @@ def _score_rows(
         logits.div_(softcap).tanh_()
         slope = 1 - logits.square() if differentiate else None  # of softcap * tanh(z / softcap)
         logits.mul_(softcap)
-    normaliser = logits.logsumexp(dim=1, keepdim=True)
     counted = (labels != IGNORE_INDEX)[:, None]
     target = labels[:, None].where(counted, 0)
-    log_probs = (logits.gather(1, target) - normaliser).where(counted, 0.0)
+    # In place, with one exponential for the loss and the gradient.
+    logits.sub_(logits.amax(dim=1, keepdim=True))
+    chosen = logits.gather(1, target)
+    total = logits.exp_().sum(dim=1, keepdim=True)
+    log_probs = (chosen - total.log()).where(counted, 0.0)
     if not differentiate:
         return None, log_probs[:, 0]
-    gradient = logits.sub_(normaliser).exp_()
-    gradient.scatter_add_(1, target, torch.full_like(log_probs, -1.0))
-    gradient.mul_(counted)
+    gradient = logits.mul_(counted / total)
+    gradient.scatter_add_(1, target, -counted.float())
     if slope is not None:
         gradient.mul_(slope)
     return gradient.mul_(scale) if scale != 1.0 else gradient, log_probs[:, 0]

@@ -61,7 +61,7 @@ def measured(rank: int, case: Case) -> int:
     for number, shape in enumerate((small, large)):  # the first one only brings in the libraries
         if number:
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-            before = _status("VmRSS")
+            before = memory_status("VmRSS")
         model = DemixForCausalLM(
             DemixConfig(vocab_size=VOCAB, max_position_embeddings=LENGTH, domains=["x"], **shape)
         )
@@ -84,7 +84,7 @@ def measured(rank: int, case: Case) -> int:
         if not number:
             engine.destroy()
             del engine
-    return _status("VmHWM") - before
+    return memory_status("VmHWM") - before
 
 
 def planned(case: Case, folder: Path) -> int:
@@ -121,7 +121,8 @@ def _alone():
     return DomainTopology(1, ("x",), Sharing.DENSE)
 
 
-def _status(key: str) -> int:
+def memory_status(key: str) -> int:
+    """Bytes of an entry of /proc/self/status, such as VmRSS or VmHWM."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key + ":"):
             return 1024 * int(line.split()[1])

@@ -19,11 +19,14 @@ import merge  # noqa: E402
 import multitask_step  # noqa: E402
 import mux_throughput  # noqa: E402
 import step  # noqa: E402
+import trainer_step  # noqa: E402
 
 FLOORS = {  # (limit, True if larger is better)
     "step, ZeRO 1 / hand-written loop": (1.03, False),
     "step, ZeRO 0 / hand-written loop": (1.03, False),
     "DEMix step / dense step, 2 ranks": (1.02, False),
+    trainer_step.TIME: (1.0, False),
+    trainer_step.MEMORY: (0.8, False),
     "checkpoint / torch.save + fsync": (1.15, False),
     "loader / nanoGPT-style reader": (3.0, True),
     "seconds to the first batch at step 10^6": (1.0, False),
@@ -40,7 +43,7 @@ FLOORS = {  # (limit, True if larger is better)
 
 def main() -> int:
     """Run, print a table, and tell whether every floor was reached."""
-    results = {**step.measure(), **checkpoint.measure()}
+    results = {**step.measure(), **trainer_step.measure(), **checkpoint.measure()}
     results["loader / nanoGPT-style reader"] = sorted(min(loader.measure().values()))
     results["seconds to the first batch at step 10^6"] = loader.seconds_to_resume()
     results |= merge.measure("--large" in sys.argv)

@@ -123,7 +123,7 @@ def loop_against_hand(stage: int) -> list[float]:
 
     asked = [0.0]
     through_loop(engine, DOMAINS, torch.device("cpu"), batches, steps)
-    return _ratios(ours[1:], theirs[1:])
+    return ratios(ours[1:], theirs[1:])
 
 
 def through_loop(
@@ -188,7 +188,7 @@ def demix_against_dense(rank: int) -> list[float]:
             finish_micro_step(engine, CLIP)
             torch.distributed.barrier()
             times[untie].append(time.perf_counter() - started)
-    return _ratios(times["feedforward"][1:], times["none"][1:])
+    return ratios(times["feedforward"][1:], times["none"][1:])
 
 
 class _NoCheckpoints:
@@ -204,7 +204,8 @@ class _NoCheckpoints:
     def end_evaluation(self) -> None: ...
 
 
-def _ratios(ours: list[float], theirs: list[float]) -> list[float]:
+def ratios(ours: list[float], theirs: list[float]) -> list[float]:
+    """Sorted ratios ours / theirs of the minima of each repeat."""
     pieces = range(0, ROUNDS * REPEATS, ROUNDS)
     return sorted(min(ours[i : i + ROUNDS]) / min(theirs[i : i + ROUNDS]) for i in pieces)
 
