@@ -32,7 +32,7 @@ def main() -> None:
     *common, mux, data = parsed
     require_values(parsed[0], "output_dir")
     require_values(data, "data")
-    refuse_unused_flags(common[2], mux, data)
+    refuse_unused_flags(common[2], mux, data, common[3])
     # Imported late, so that --help and errors in flags answer at once.
     from megamod.runs.node_log import start_logging
 

@@ -91,8 +91,16 @@ class SafetyArgs(Arguments):
 
 @dataclass
 class OptimArgs(Arguments):
-    """AdamW and its schedule; the defaults are those of the DEMix release."""
+    """AdamW or Muon and the schedule; the defaults are those of the DEMix release."""
 
+    optim: Literal["adamw", "muon"] = option(
+        "adamw",
+        "muon: hidden matrices by Muon, embeddings, output head, norms and biases by AdamW; causal "
+        "language models alone",
+    )
+    muon_learning_rate: float = option(
+        0.02, "peak learning rate of Muon; --learning_rate is AdamW's", least=0
+    )
     learning_rate: float = option(5e-4, "peak learning rate", least=0)
     lr_scheduler_type: Literal["linear", "constant", "cosine", "warmup_stable_decay"] = option(
         "linear",
@@ -115,6 +123,13 @@ class OptimArgs(Arguments):
         if self.warmup_steps is not None:
             steps = f"--warmup_steps is {self.warmup_steps}"
             refuse_changes(self, ("warmup_ratio",), steps)
+        if self.optim == "adamw":
+            refuse_changes(self, ("muon_learning_rate",), "--optim is adamw")
+        elif not self.learning_rate:
+            raise UserError(
+                "--optim muon: --learning_rate is 0; both optimizers follow its schedule, so it "
+                "must be above 0"
+            )
 
 
 @dataclass
@@ -136,6 +151,9 @@ class ModelArgs(Arguments):
         None, "model folder whose weights start the run, in place of those of --model"
     )
     from_scratch: bool = option(False, "new weights in the shape of the folder in --model")
+    vocab_multiple: int | None = option(
+        None, "pad the vocabulary of a stock model that is drawn to a multiple of this", least=1
+    )
     gradient_checkpointing: bool = option(False, "recompute blocks in the backward pass")
     torch_compile: bool = option(False, "compile blocks with torch at the first step")
     attn_implementation: Literal["sdpa", "eager"] | None = option(
@@ -249,7 +267,7 @@ MIXTURE_FLAGS = ("train", "router_aux_loss_coef")
 """Flags of `ModelArgs` that belong to mixtures of experts."""
 
 
-def refuse_unused_flags(model: ModelArgs, mux: MuxArgs, data: DataArgs) -> None:
+def refuse_unused_flags(model: ModelArgs, mux: MuxArgs, data: DataArgs, optim: OptimArgs) -> None:
     """Check that no flag of a pretraining run is read and ignored.
 
     Raises:
@@ -266,8 +284,11 @@ def refuse_unused_flags(model: ModelArgs, mux: MuxArgs, data: DataArgs) -> None:
         refuse_changes(mux, names, "it belongs to encoders, and --objective is causal_lm")
     else:
         reason = f"--objective {mux.objective} trains an encoder"
-        refuse_changes(model, ("untie", "attn_implementation", *MIXTURE_FLAGS), reason)
+        refuse_changes(
+            model, ("untie", "attn_implementation", "vocab_multiple", *MIXTURE_FLAGS), reason
+        )
         refuse_changes(data, ("domain_token", "mask_documents"), reason)
+        refuse_changes(optim, ("optim",), reason)
     if plain:
         names = ("muxing_variant", "demuxing_variant", "num_hidden_demux_layers", "learn_muxing")
         refuse_changes(mux, (*names, "task_loss_coeff"), "--num_instances is 1")

@@ -15,8 +15,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import torch
-
 from megamod.btm.forest_entry import RECORD
 from megamod.btm.parents import ParentModel
 from megamod.dist.scope import parse_expert_domain, to_dense_name
@@ -46,6 +44,8 @@ from megamod.states.weights import read_weights
 
 SCHEDULE = ("max_steps", "learning_rate", "lr_scheduler_type", "warmup_ratio", "warmup_steps")
 """Settings that a branched run shares with its parent, because they define the schedule."""
+OPTIMIZER = ("optim", "muon_learning_rate")
+"""Further settings that it shares. Older runs, which had no choice, say nothing of them."""
 
 _SKIPPED = (MANIFEST, STATE, "config.json", "README.md", "merge.json", RECORD)
 
@@ -166,6 +166,7 @@ def _read_parent_state(source: ParentModel) -> StateRecord:
     """Return a parent's state with its data position reset and only the schedule settings."""
     record = StateRecord.read(source.model)
     settings = {name: record.settings.get(name) for name in SCHEDULE}
+    settings |= {name: record.settings[name] for name in OPTIMIZER if name in record.settings}
     return replace(
         record, state=TrainState(step=record.state.step), settings=settings, branched=True
     )
@@ -205,11 +206,9 @@ def _check_optimizer_complete(
 
 
 def _write_new_optimizer(start_folder: Path, path: Path, prefix: str) -> None:
-    """Write the weights as master weights, with zero moments."""
+    """Write the weights as master weights; a run takes the moments, which are missing, as zero."""
     fragments = {}
     for name, weight in read_weights(start_folder).items():
         if weight.is_floating_point():
-            master = weight.float().reshape(-1)
-            moments = {kind: torch.zeros_like(master) for kind in KINDS[1:]}
-            fragments[prefix + name] = 0, {KINDS[0]: master, **moments}
+            fragments[prefix + name] = 0, {KINDS[0]: weight.float().reshape(-1)}
     write_fragments(path, fragments)

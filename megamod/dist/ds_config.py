@@ -348,7 +348,9 @@ def _check_optimizer(name: str, block: dict) -> None:
     """Check the block; the run itself constructs AdamW with its values."""
     kind = block.get("type", "AdamW")
     if str(kind).lower() not in ("adam", "adamw"):
-        raise UserError(f"{name}: optimizer.type is {kind!r}; the run trains with AdamW only")
+        raise UserError(
+            f"{name}: optimizer.type is {kind!r}; the run trains with AdamW, or with --optim muon"
+        )
     for key, value in block.get("params", {}).items():
         numbers = value if key == "betas" and isinstance(value, list) else [value]
         if key != "torch_adam" and not all(

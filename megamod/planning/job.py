@@ -252,6 +252,7 @@ def _make_job(
             int(zero.get("stage3_max_reuse_distance", LIVE)),
         ),
         persistent=int(zero.get("stage3_param_persistence_threshold", PERSISTENT)),
+        muon=settled.optim.optim == "muon",
     )
     return Job(
         name,

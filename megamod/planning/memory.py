@@ -1,12 +1,13 @@
 """Memory of one rank in closed form: weights, gradients, optimizer state and buffers.
 
 Source of the stages: Rajbhandari et al. 2020 (ZeRO), section 5. Adam keeps two float32 moments
-(Kingma and Ba 2015); with a ZeRO stage there is a float32 master copy too, even in float32
-training. Padding follows DeepSpeed; `tests/planning` counts the tensors of an engine.
+(Kingma and Ba 2015), Muon one momentum in the precision of gradients; with a ZeRO stage there is a
+float32 master copy too, even in float32 training. Padding follows DeepSpeed; `tests/planning`
+counts the tensors of an engine.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from megamod.dist.communication import ALIGNMENT
@@ -40,6 +41,7 @@ class Setting:
         buffers: number of these buffers (two if reduction overlaps with the backward pass).
         live: largest number of weight elements that ZeRO 3 holds gathered.
         persistent: ZeRO 3 keeps parameters up to this many elements unpartitioned.
+        muon: hidden matrices are trained by Muon.
     """
 
     stage: int
@@ -54,6 +56,7 @@ class Setting:
     buffers: int = 1
     live: int = LIVE
     persistent: int = PERSISTENT
+    muon: bool = False
 
     @property
     def element_bytes(self) -> int:
@@ -105,6 +108,7 @@ def compute_memory(
     topology: DomainTopology,
     setting: Setting,
     activations: int = 0,
+    hidden: Collection[str] = (),
 ) -> Memory:
     """Compute the memory of a rank.
 
@@ -112,10 +116,14 @@ def compute_memory(
         sizes: elements of each trained parameter that a rank holds, by name.
         frozen: elements of the frozen parameters.
         activations: peak activation bytes of a micro-batch.
+        hidden: names of the parameters that Muon trains, if `setting` has it.
     """
+    by_muon = {name: size for name, size in sizes.items() if setting.muon and name in hidden}
+    by_adam = {name: size for name, size in sizes.items() if name not in by_muon}
     parts = [
-        _compute_group_memory(*group, setting)
-        for group in _group_parameters(sizes, topology)
+        _compute_group_memory(*group, setting, muon)
+        for some, muon in ((by_muon, True), (by_adam, False))
+        for group in _group_parameters(some, topology)
         if group[0]
     ]
     buffers = _compute_buffers(sizes, setting)
@@ -154,7 +162,7 @@ def _group_parameters(
 
 
 def _compute_group_memory(
-    group_sizes: list[int], ranks: int, limit: float, setting: Setting
+    group_sizes: list[int], ranks: int, limit: float, setting: Setting, muon: bool
 ) -> Memory:
     """Compute the memory that the parameters of one group of ranks take on a rank."""
     element, total, offloaded = setting.element_bytes, sum(group_sizes), 0
@@ -162,7 +170,8 @@ def _compute_group_memory(
     accumulates = setting.micro_steps > 1 or setting.stage == 3  # stage 3 never frees this buffer
     if setting.stage == 0:
         full_bytes = element * total
-        return Memory(full_bytes, full_bytes, MOMENTS * total, full_bytes * accumulates, 0, 0, 0, 0)
+        moments = (element if muon else MOMENTS) * total
+        return Memory(full_bytes, full_bytes, moments, full_bytes * accumulates, 0, 0, 0, 0)
     if setting.stage == 3:
         shard = sum(-(-size // ranks) for size in group_sizes)
         whole = sum(size for size in group_sizes if size <= setting.persistent)
@@ -172,6 +181,12 @@ def _compute_group_memory(
         unit = ALIGNMENT * ranks
         padded = -(-total // unit) * unit
         shard, weights = padded // ranks, element * padded
+    moments = MOMENTS * shard
+    if muon and setting.stage == 3:
+        moments = element * shard
+    elif muon:  # DeepSpeed holds whole matrices, and a second copy for steps that are skipped
+        divided = min(2, ranks - 1)  # boundaries of a rank's shard
+        moments = 2 * summed * min(total, shard + divided * max(group_sizes))
     stage_1 = setting.stage == 1
     gradients = summed * (total if stage_1 else shard)
     copies = (4 if element < 4 else 0) + (summed if setting.stage < 3 else 0)
@@ -181,7 +196,7 @@ def _compute_group_memory(
     return Memory(
         weights,
         gradients,
-        (MASTER + MOMENTS) * shard,
+        MASTER * shard + moments,
         gradients * accumulates,
         0,
         0,

@@ -19,6 +19,7 @@ from megamod.models.lm.load import select_lm_class
 from megamod.models.presets import PRESETS, SHAPE
 from megamod.planning.activations import PassCost, measure_pass
 from megamod.planning.job import Job
+from megamod.train.hidden_matrices import mark_hidden_matrices
 from megamod.train.objectives import compute_masked_losses, compute_replaced_losses
 
 
@@ -44,6 +45,14 @@ class Network:
     def trained_sizes(self) -> dict[str, int]:
         """Elements of each trained parameter that a rank holds, by name."""
         return {n: p.numel() for n, p in self.rank_module.named_parameters() if p.requires_grad}
+
+    @cached_property
+    def hidden(self) -> frozenset[str]:
+        """Names of the parameters that Muon trains."""
+        if not self.job.setting.muon:
+            return frozenset()
+        mark_hidden_matrices(self.rank_module)
+        return frozenset(n for n, p in self.rank_module.named_parameters() if p.use_muon)
 
     @cached_property
     def frozen_parameters(self) -> int:
@@ -176,6 +185,7 @@ def build_network(job: Job) -> Network:
         max_positions=job.data.max_seq_length,
         attn_implementation=job.model.attn_implementation,
         overrides={name: getattr(job.model, name) for name in SHAPE},
+        vocab_multiple=job.model.vocab_multiple,
     )
     return Network(job, config)
 

@@ -8,7 +8,7 @@ from functools import cached_property
 from megamod.btm.placement import format_include
 from megamod.dist.communication import Traffic
 from megamod.dist.ds_config import apply_sharing_rules
-from megamod.dist.scope import Sharing
+from megamod.dist.scope import Scope, Sharing, find_scopes
 from megamod.dist.topology import DomainTopology
 from megamod.errors import UserError
 from megamod.planning.job import Job
@@ -69,6 +69,7 @@ class JobPlan:
             topology or self.job.topology,
             setting,
             passed,
+            self.network.hidden,
         )
 
     @cached_property
@@ -98,11 +99,19 @@ class JobPlan:
     @property
     def checkpoint_bytes(self) -> int:
         """Bytes of one checkpoint on disk: weights, master weights and moments."""
+        setting, sizes = self.job.setting, self.network.trained_sizes
         total, trained = (
             self.network.total_parameters,
             self.network.total_parameters - self.network.frozen_parameters,
         )
-        return total * self.job.setting.element_bytes + trained * (MASTER + MOMENTS)
+        states = trained * (MASTER + MOMENTS)
+        if setting.muon:  # domains have equal experts
+            domains, held = self.job.topology.domains, self.job.topology.get_rank_domains(0)
+            where = find_scopes(sizes, self.job.topology.sharing)
+            copies = {Scope.WORLD: 1, Scope.DOMAIN: len(domains) // len(held)}
+            hidden = sum(sizes[name] * copies[where[name]] for name in self.network.hidden)
+            states -= hidden * (MOMENTS - setting.element_bytes)
+        return total * setting.element_bytes + states
 
     @property
     def tokens_per_second(self) -> dict[float, float]:
@@ -153,6 +162,8 @@ class JobPlan:
             yield f"{ranks} ranks", needed
             if self.can_hold(needed):
                 break
+        if setting.muon:
+            return  # it cannot be offloaded
         if setting.stage and setting.offload == "none":
             needed = self.compute_memory_with(replace(setting, offload="cpu"))
             change = (

@@ -179,6 +179,7 @@ def execute_run(
         ds_config,
         topology,
         decay_vectors=settled.optim.decay_norms_and_biases,
+        muon=settled.optim.optim == "muon",
     )
     export = ModelExport(
         engine,

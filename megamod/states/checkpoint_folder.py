@@ -8,8 +8,9 @@
                                         models: in the folder of each)
                       /manifest.json    bytes and SHA-256 of every file
 
-A fragment is a range of one flattened parameter: float32 tensors KIND/NAME for each of `KINDS`, and
-the offset of the range under NAME in the metadata of the file. Importing this needs no torch.
+A fragment is a range of one flattened parameter: tensors KIND/NAME for those of `KINDS` that its
+optimizer has, and the offset of the range under NAME in the metadata of the file. Importing this
+needs no torch.
 """
 
 import json
@@ -30,8 +31,9 @@ if TYPE_CHECKING:
 LATEST = "latest"
 PENDING = "evaluating"
 STATE = "state.json"
-KINDS = ("master", "exp_avg", "exp_avg_sq")
-"""Tensors of a fragment: the weight in float32, and the two moments of Adam."""
+KINDS = ("master", "exp_avg", "exp_avg_sq", "momentum")
+"""Tensors of a fragment: the weight in float32; AdamW's two moments in float32, or the momentum of
+Muon in the precision of its gradients."""
 
 Fragments = Mapping[str, tuple[int, Mapping[str, "Tensor"]]]
 """By the parameter's name: offset of the range in elements, and a tensor for each kind."""
@@ -141,10 +143,12 @@ def read_fragments(
 ) -> Iterator[tuple[str, int, dict[str, "Tensor"]]]:
     """Read the fragments of selected names in a file: name, offset, tensors by kind."""
     with safe_open(file, framework="pt") as tensors:
+        held = set(tensors.keys())
         for name, start in (tensors.metadata() or {}).items():
             if not is_selected(name):
                 continue
-            yield name, int(start), {kind: tensors.get_tensor(f"{kind}/{name}") for kind in KINDS}
+            kinds = [kind for kind in KINDS if f"{kind}/{name}" in held]
+            yield name, int(start), {kind: tensors.get_tensor(f"{kind}/{name}") for kind in kinds}
 
 
 def read_fragment_ranges(folder: Path) -> dict[str, list[tuple[int, int, Path]]]:

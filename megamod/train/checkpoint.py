@@ -167,7 +167,7 @@ class Checkpoints:
                 f"{path} was made with other settings; a resumed run must keep them. "
                 + "; ".join(differences)
             )
-        _read_optimizer(path, self.engine, self._get_name_prefix())
+        _read_optimizer(path, self.engine, self._get_name_prefix(), saved.branched)
         set_optimizer_steps(self.engine, saved.optimizer_steps)
         copy_masters_to_weights(self.engine)
         scaler = getattr(self.engine.optimizer, "loss_scaler", None)
@@ -341,24 +341,35 @@ def _check_branched_model(folder: Path, config: PreTrainedConfig) -> None:
         )
 
 
-def _read_optimizer(path: Path, engine: deepspeed.DeepSpeedEngine, prefix: str) -> None:
+def _read_optimizer(
+    path: Path, engine: deepspeed.DeepSpeedEngine, prefix: str, branched: bool
+) -> None:
     """Fill this rank's fragments from the fragments of any number of ranks.
 
-    Raise UserError if elements are missing.
+    Raise UserError if elements are missing. Moments that a `branched` checkpoint lacks are zero.
     """
     pieces = read_fragment_ranges(path)
     opened = {file: safe_open(file, framework="pt") for row in pieces.values() for *_, file in row}
+    keys = {file: set(tensors.keys()) for file, tensors in opened.items()}
     for fragment in iterate_fragments(engine):
         name = prefix + fragment.name
-        stop = fragment.start + len(fragment.tensors["master"])
-        filled = 0
-        for start, end, file in pieces.get(name, []):
-            low, high = max(start, fragment.start), min(end, stop)
-            if low >= high:
-                continue
-            for kind, tensor in fragment.tensors.items():
-                source = opened[file].get_slice(f"{kind}/{name}")[low - start : high - start]
-                tensor[low - fragment.start : high - fragment.start].copy_(source)
-            filled += high - low
-        if filled != stop - fragment.start:
-            raise UserError(f"{path}: the optimizer's state of {name} is incomplete")
+        parts = {
+            kind: (0, tensor) if kind in fragment.whole else (fragment.start, tensor)
+            for kind, tensor in {**fragment.tensors, **fragment.whole}.items()
+        }
+        for kind, (offset, tensor) in parts.items():
+            filled = 0
+            for start, end, file in pieces.get(name, []):
+                low, high = max(start, offset), min(end, offset + len(tensor))
+                if low >= high:
+                    continue
+                into = tensor[low - offset : high - offset]
+                if f"{kind}/{name}" in keys[file]:
+                    into.copy_(opened[file].get_slice(f"{kind}/{name}")[low - start : high - start])
+                elif branched:
+                    into.zero_()
+                else:
+                    continue
+                filled += high - low
+            if filled != len(tensor):
+                raise UserError(f"{path}: the optimizer's state of {name} is incomplete")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megamod.args import OptimArgs, RunArgs, SafetyArgs, apply_ds_values
 from megamod.data.batches import StepShape
-from megamod.dist.ds_config import apply_sharing_rules, resolve_ds_config
+from megamod.dist.ds_config import apply_sharing_rules, get_offload_device, resolve_ds_config
 from megamod.dist.process import is_true_on_all_ranks
 from megamod.dist.scope import Sharing
 from megamod.dist.topology import DomainTopology
@@ -75,7 +75,8 @@ def resolve_settings(
     Args:
         hidden_size: hidden size of the model, for bucket sizes that are "auto".
     Raises:
-        UserError: see `resolve_ds_config`, `apply_sharing_rules` and `make_loop_plan`.
+        UserError: see `resolve_ds_config`, `apply_sharing_rules`, `apply_muon_rules` and
+            `make_loop_plan`.
     """
     run, optim = copy.copy(run), copy.copy(optim)
     steps = count_micro_steps(run, topology)
@@ -117,8 +118,43 @@ def resolve_settings(
         count_domains_per_rank(topology),
     )
     apply_sharing_rules(resolved.config, topology.sharing, topology.world_size)
+    if optim.optim == "muon":
+        apply_muon_rules(resolved.config)
     plan = make_loop_plan(run, optim, safety, topology)
     return ResolvedSettings(resolved.config, run, optim, plan, topology)
+
+
+def apply_muon_rules(config: dict[str, object]) -> None:
+    """Refuse settings that DeepSpeed does not combine with Muon; set those it requires.
+
+    Args:
+        config: a resolved configuration; changed in place.
+    Raises:
+        UserError: for offloading, fp16, clipping, and quantized gradients.
+    """
+    zero = config["zero_optimization"]
+    for state in ("optimizer", "param"):
+        if get_offload_device(zero, state) != "none":
+            raise UserError(
+                f"--optim muon with zero_optimization.offload_{state} is not supported; remove the "
+                "block"
+            )
+    if config.get("fp16", {}).get("enabled"):
+        raise UserError(
+            "--optim muon with fp16 is not supported, because its momentum would mix gradients of "
+            "several loss scales; use bf16"
+        )
+    if config["gradient_clipping"]:
+        raise UserError(
+            f"--optim muon: --max_grad_norm {config['gradient_clipping']} would scale down the "
+            "orthogonalized updates, whose size is set by the rate; give 0"
+        )
+    if zero.get("zero_quantized_gradients"):
+        raise UserError(
+            "--optim muon needs whole gradients; remove zero_optimization.zero_quantized_gradients"
+        )
+    if zero["stage"] == 3:
+        zero["reduce_scatter"] = False  # a matrix is orthogonalized as a whole
 
 
 def make_loop_plan(

@@ -17,6 +17,7 @@ from torch import nn
 from megamod.dist.scope import Sharing
 from megamod.dist.topology import DomainGroup, DomainTopology
 from megamod.nn.demix import DomainExperts, iterate_domain_experts
+from megamod.train.hidden_matrices import mark_hidden_matrices
 
 MakeOptimizer = Callable[[list[dict[str, object]]], torch.optim.Optimizer]
 
@@ -43,6 +44,7 @@ def build_engine(
     topology: DomainTopology,
     *,
     decay_vectors: bool = True,
+    muon: bool = False,
 ) -> deepspeed.DeepSpeedEngine:
     """Wrap a model for training; parameters that require no gradient stay as they are.
 
@@ -55,6 +57,7 @@ def build_engine(
         make_optimizer: from parameter groups to an optimizer.
         config: resolved DeepSpeed configuration.
         decay_vectors: False for no weight decay of norms and biases.
+        muon: True if `make_optimizer` makes Muon, which needs hidden matrices in a group of theirs.
     Raises:
         AssertionError: if DeepSpeed groups other ranks together than `topology` does.
     """
@@ -67,18 +70,11 @@ def build_engine(
         for block in ("offload_optimizer", "offload_param"):
             if block in zero:  # without a GPU no memory is pinned for transfers
                 zero[block]["pin_memory"] = False
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    parameters: list[dict[str, object]] = [{"params": trained, "name": "all"}]
-    if not decay_vectors:
-        matrices = [parameter for parameter in trained if parameter.dim() > 1]
-        vectors = [parameter for parameter in trained if parameter.dim() <= 1]
-        parameters = [
-            {"params": matrices, "name": "matrices"},
-            {"params": vectors, "name": "vectors", "weight_decay": 0.0},
-        ]
+    parameters = _make_parameter_groups(model, decay_vectors, muon)
     if topology.sharing is Sharing.DEMIX:
         group_name = _mark_deepspeed_experts(model, topology)
         parameters = split_params_into_different_moe_groups_for_optimizer(parameters)
+        parameters = [group for group in parameters if group["params"]]
     groups.mpu = mpu  # DeepSpeed sets it, but never back, so a second engine would inherit it
     engine, *_ = deepspeed.initialize(
         model=model,
@@ -89,7 +85,32 @@ def build_engine(
     )
     if topology.sharing is Sharing.DEMIX:
         _check_expert_groups(group_name, topology)
+    if zero["stage"] == 0 and dist.get_world_size() == 1:
+        # DeepSpeed would copy all gradients to one buffer, reduce it with nobody, and copy it back.
+        engine.enable_backward_allreduce = False
     return engine
+
+
+def _make_parameter_groups(
+    model: nn.Module, decay_vectors: bool, muon: bool
+) -> list[dict[str, object]]:
+    """Make groups of the trained parameters with their settings, none of them empty."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups: list[dict[str, object]] = []
+    if muon:
+        mark_hidden_matrices(model)
+        hidden = [parameter for parameter in trained if parameter.use_muon]
+        groups = [{"params": hidden, "name": "hidden", "use_muon": True}]
+        trained = [parameter for parameter in trained if not parameter.use_muon]
+    kind = {"use_muon": False} if muon else {}
+    if decay_vectors:
+        groups.append({"params": trained, "name": "all", **kind})
+    else:
+        matrices = [parameter for parameter in trained if parameter.dim() > 1]
+        vectors = [parameter for parameter in trained if parameter.dim() <= 1]
+        groups.append({"params": matrices, "name": "matrices", **kind})
+        groups.append({"params": vectors, "name": "vectors", "weight_decay": 0.0, **kind})
+    return [group for group in groups if group["params"]]
 
 
 def _mark_deepspeed_experts(model: nn.Module, topology: DomainTopology) -> str:
@@ -143,7 +164,10 @@ def finish_micro_step(engine: deepspeed.DeepSpeedEngine, max_grad_norm: float) -
         engine.step()
         return float(engine.get_global_grad_norm()) if engine.was_step_applied() else None
     # Without ZeRO the engine would apply gradients that are NaN.
-    parameters = [p for p in engine.module.parameters() if p.grad is not None]
+    parameters = [p for p in engine.module.parameters() if p.requires_grad]
+    for parameter in parameters:
+        if parameter.grad is None:  # unused here; several ranks would send zeros, which decay it
+            parameter.grad = torch.zeros_like(parameter)
     norm = nn.utils.get_total_norm([p.grad for p in parameters])
     applied = bool(norm.isfinite())
     if not applied:

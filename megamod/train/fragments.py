@@ -7,7 +7,7 @@ named parameters, which any world size and stage can read.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import deepspeed
 import torch
@@ -23,13 +23,18 @@ class Fragment:
     Attributes:
         name: the parameter's name in the module.
         start: offset of the range in the flattened parameter, in elements.
-        tensors: one-dimensional float32 views of equal length; "master" (the weight), "exp_avg" and
-            "exp_avg_sq". Writing into them changes the optimizer's state.
+        tensors: one-dimensional views of equal length; "master" (the weight, float32), and the
+            moments of the optimizer, AdamW's "exp_avg" and "exp_avg_sq" (float32) or Muon's
+            "momentum". Writing into them changes the optimizer's state.
+        whole: views of state that this rank holds for the whole parameter, flattened, a range of
+            which is among `tensors`: the momentum of a matrix that ZeRO 1 or 2 divides. All of it
+            must be written.
     """
 
     name: str
     start: int
     tensors: dict[str, Tensor]
+    whole: dict[str, Tensor] = field(default_factory=dict)
 
 
 def iterate_fragment_shards(engine: deepspeed.DeepSpeedEngine) -> Iterator[list[Fragment]]:
@@ -52,7 +57,14 @@ def iterate_fragment_shards(engine: deepspeed.DeepSpeedEngine) -> Iterator[list[
     else:
         yield [
             _make_fragment(
-                names[parameter], 0, parameter.data, optimizer, parameter, 0, parameter.numel()
+                names[parameter],
+                0,
+                parameter.data,
+                optimizer,
+                parameter,
+                0,
+                parameter.numel(),
+                group.get("use_muon", False),
             )
             for group in optimizer.param_groups
             for parameter in group["params"]
@@ -90,7 +102,8 @@ def read_optimizer_steps(engine: deepspeed.DeepSpeedEngine) -> float:
 def set_optimizer_steps(engine: deepspeed.DeepSpeedEngine, steps: float) -> None:
     """Inverse of `optimizer_steps`; call it after `fragments` created the state."""
     for state in _unwrap_optimizer(engine).state.values():
-        state["step"].fill_(steps)
+        if "step" in state:  # Muon counts none
+            state["step"].fill_(steps)
 
 
 def _unwrap_optimizer(engine: deepspeed.DeepSpeedEngine) -> torch.optim.Optimizer:
@@ -103,22 +116,38 @@ def _iterate_stage_1_2_fragments(
     zero: DeepSpeedZeroOptimizer, names: dict[torch.nn.Parameter, str]
 ) -> Iterator[Fragment]:
     """Yield this rank's fragments of ZeRO stage 1 and 2."""
-    for flat, parameters in zip(
-        zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True
-    ):
-        for parameter in parameters:
+    for group, flat in enumerate(zero.single_partition_of_fp32_groups):
+        momenta = _get_whole_momenta(zero, group, flat)
+        for parameter in zero.bit16_groups[group]:
             mapping = parameter._hp_mapping
-            if mapping is not None:
-                in_flat, in_parameter = mapping.hp_fragment_address, mapping.lp_fragment_address
-                yield _make_fragment(
-                    names[parameter],
-                    in_parameter.start,
-                    flat.data,
-                    zero.optimizer,
-                    flat,
-                    in_flat.start,
-                    in_flat.numel,
-                )
+            if mapping is None:
+                continue
+            name, start = names[parameter], mapping.lp_fragment_address.start
+            offset, size = mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
+            if momenta is None:
+                yield _make_fragment(name, start, flat.data, zero.optimizer, flat, offset, size)
+                continue
+            momentum = momenta[parameter]
+            tensors = {
+                "master": flat.data.narrow(0, offset, size),
+                "momentum": momentum.narrow(0, start, size),
+            }
+            yield Fragment(name, start, tensors, {"momentum": momentum})
+
+
+def _get_whole_momenta(
+    zero: DeepSpeedZeroOptimizer, group: int, flat: Tensor
+) -> dict[torch.nn.Parameter, Tensor] | None:
+    """Return Muon's momentum of each matrix in this rank's part; None for a group of AdamW."""
+    if not zero.optimizer.param_groups[group].get("use_muon"):
+        return None
+    held, state = zero.params_in_partition[group], zero.optimizer.state[flat]
+    sizes = [parameter.numel() for parameter in held]
+    if "momentum_buffer" not in state:
+        # In the precision of gradients, as DeepSpeed allocates it at the first step.
+        dtype = held[0].dtype if held else flat.dtype
+        state["momentum_buffer"] = torch.zeros(sum(sizes), dtype=dtype, device=flat.device)
+    return dict(zip(held, state["momentum_buffer"].split(sizes), strict=True))
 
 
 def _iterate_stage_3_shards(
@@ -142,14 +171,16 @@ def _iterate_stage_3_fragments(
     zero: DeepSpeedZeroOptimizer_Stage3, group_index: int, names: dict[torch.nn.Parameter, str]
 ) -> Iterator[Fragment]:
     """Yield this rank's fragments of ZeRO stage 3 in a group of parameters."""
+    muon = zero.use_muon and zero.sub_groups_using_muon[group_index]
     for parameter in zero.fp16_groups[group_index]:
         _, offset, size = zero.grad_position[zero.get_param_id(parameter)]
         start = size * zero._get_param_partition_rank(parameter)
         numel = min(size, parameter.ds_numel - start)  # the last rank's share is padded
         if numel > 0:
             flat = zero.fp32_partitioned_groups_flat[group_index]
+            optimizer = zero.optimizer
             yield _make_fragment(
-                names[parameter], start, flat.data, zero.optimizer, flat, offset, numel
+                names[parameter], start, flat.data, optimizer, flat, offset, numel, muon
             )
 
 
@@ -174,21 +205,24 @@ def _make_fragment(
     optimized_tensor: Tensor,
     offset: int,
     size: int,
+    muon: bool = False,
 ) -> Fragment:
     """Make a fragment of elements [offset, offset + size) of the flat masters and moments.
 
     Moments that do not exist yet become 0.
     """
     state = optimizer.state[optimized_tensor]
-    if not state:
-        state["step"] = torch.zeros((), dtype=torch.float32, device=optimized_tensor.device)
-        state["exp_avg"] = torch.zeros_like(optimized_tensor)
-        state["exp_avg_sq"] = torch.zeros_like(optimized_tensor)
-    flat_tensors = {
-        "master": flat_masters,
-        "exp_avg": state["exp_avg"],
-        "exp_avg_sq": state["exp_avg_sq"],
-    }
+    if muon:
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(optimized_tensor)
+        moments = {"momentum": state["momentum_buffer"]}
+    else:
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=optimized_tensor.device)
+            state["exp_avg"] = torch.zeros_like(optimized_tensor)
+            state["exp_avg_sq"] = torch.zeros_like(optimized_tensor)
+        moments = {kind: state[kind] for kind in ("exp_avg", "exp_avg_sq")}
+    flat_tensors = {"master": flat_masters, **moments}
     return Fragment(
         name,
         start,

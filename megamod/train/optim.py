@@ -1,4 +1,4 @@
-"""AdamW, and learning-rate schedules that are functions of the step."""
+"""Optimizers, and learning-rate schedules that are functions of the step."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -32,11 +32,16 @@ def make_optimizer_factory(
     optim: OptimArgs,
 ) -> Callable[[list[dict[str, object]]], torch.optim.Optimizer]:
     """Return a function from parameter groups to the optimizer that the flags describe."""
+    betas, eps = (optim.adam_beta1, optim.adam_beta2), optim.adam_epsilon
+    if optim.optim == "adamw":
+        return partial(make_adamw, betas=betas, eps=eps, weight_decay=optim.weight_decay)
+    from megamod.train.muon import make_muon  # a second of import time
+
     return partial(
-        make_adamw,
-        betas=(optim.adam_beta1, optim.adam_beta2),
-        eps=optim.adam_epsilon,
+        make_muon,
+        scale=optim.muon_learning_rate / optim.learning_rate,
         weight_decay=optim.weight_decay,
+        adamw={"betas": betas, "eps": eps},
     )
 
 
@@ -99,6 +104,6 @@ SCHEDULES = {
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Set the learning rate of every parameter group."""
+    """Set the learning rate of every parameter group, times its `rate_scale` (Muon has one)."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get("rate_scale", 1.0)

@@ -226,7 +226,7 @@ def test_an_average_begins_afresh(tmp_path):
     for name, tensor in expected.items():
         assert torch.allclose(got[name].double(), tensor, atol=1e-7)
         assert torch.equal(start[name], got[name].flatten())
-        assert not masters(folder, "exp_avg")[name].any()
+    assert not masters(folder, "exp_avg")  # a run takes moments that are missing as zero
     assert state_of(folder)["optimizer_steps"] == 0.0
 
 

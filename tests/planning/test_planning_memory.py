@@ -1,8 +1,17 @@
 """Bytes of a rank: counted in an engine of DeepSpeed, and by hand for many ranks."""
 
 import pytest
+import torch
 from ranks import on_ranks
-from train.tiny_runs import DOMAINS, RECIPE, ds_config, make_batch, tiny_config
+from train.tiny_runs import (
+    DOMAINS,
+    RECIPE,
+    ds_config,
+    make_batch,
+    model_of,
+    muon_of_recipe,
+    tiny_config,
+)
 
 from megamod.dist.scope import Sharing, parse_sharing
 from megamod.dist.topology import DomainTopology
@@ -13,17 +22,22 @@ CASES = [
     *[("none", stage, kind) for stage in (1, 2, 3) for kind in ("fp32", "bf16", "fp16")],
     *[("feedforward", stage, "bf16") for stage in (1, 2)],
     ("none", 3, "bf16", "cpu"),  # weights on the host
+    *[("none", stage, "fp32", "muon") for stage in (0, 1, 2, 3)],
+    *[("none", stage, "bf16", "muon") for stage in (1, 3)],
+    ("feedforward", 2, "bf16", "muon"),
 ]
 TWO_RANKS = [
     *[("none", stage, kind) for stage in (1, 2, 3) for kind in ("fp32", "bf16")],
     *[(untie, stage, "bf16") for untie in ("feedforward", "all") for stage in (1, 2)],
     ("none", 3, "bf16", "cpu"),
+    ("none", 3, "bf16", "muon"),
 ]
 
 
-def settings(stage: int, precision: str, weights: str = "none") -> Setting:
+def settings(stage: int, precision: str, more: str = "none") -> Setting:
+    weights, muon = ("none", True) if more == "muon" else (more, False)
     return Setting(
-        stage, precision, 2, 1, False, offload_param=weights, bucket=1000, persistent=100
+        stage, precision, 2, 1, False, offload_param=weights, bucket=1000, persistent=100, muon=muon
     )
 
 
@@ -35,6 +49,7 @@ def counted(rank: int, world: int, cases: list[tuple]) -> list[tuple]:
     from deepspeed.accelerator import get_accelerator
 
     from megamod.models.lm.demix import DemixForCausalLM
+    from megamod.train.deepspeed_settings import apply_muon_rules
     from megamod.train.engine import build_engine, finish_micro_step
     from megamod.train.optim import make_adamw
 
@@ -52,9 +67,14 @@ def counted(rank: int, world: int, cases: list[tuple]) -> list[tuple]:
             "reduce_bucket_size": 1000,
             "stage3_param_persistence_threshold": 100,
         }
-        if where:
+        muon = where == ["muon"]
+        if muon:
+            config["gradient_clipping"] = 0.0
+            apply_muon_rules(config)
+        elif where:
             config["zero_optimization"]["offload_param"] = {"device": where[0]}
-        engine = build_engine(model, lambda groups: make_adamw(groups, **RECIPE), config, topology)
+        maker = muon_of_recipe if muon else lambda groups: make_adamw(groups, **RECIPE)
+        engine = build_engine(model, maker, config, topology, muon=muon)
         batch = make_batch(held[0], 0, 0, ragged=False)
         domain = held[0] if demix else None
         engine.backward(loss_of(engine, batch, domain))
@@ -63,12 +83,59 @@ def counted(rank: int, world: int, cases: list[tuple]) -> list[tuple]:
             finish_micro_step(engine, 0.5)
             engine.backward(loss_of(engine, batch, domain))
         finish_micro_step(engine, 0.5)
-        needed = compute_memory(sizes, 0, topology, settings(stage, precision, *where))
-        away = storage_bytes(engine.optimizer.param_groups_fp16_flat_cpu_memory) if where else 0
+        hidden = {n for n, p in model.named_parameters() if muon and p.use_muon}
+        setting = settings(stage, precision, *where)
+        needed = compute_memory(sizes, 0, topology, setting, hidden=hidden)
+        away = 0
+        if setting.offload_param != "none":
+            away = storage_bytes(engine.optimizer.param_groups_fp16_flat_cpu_memory)
         result = (weight_bytes(engine, stage) - away, gradients, optimizer_bytes(engine, stage))
         expected = (needed.weights, needed.gradients, needed.optimizer, needed.host_weights)
         output.append(((*result, away), expected))
     return output
+
+
+HOSTS = [("llama", "none", 1), ("gpt2", "none", 3), ("apertus", "feedforward", 1)]
+
+
+def counted_of_hosts(rank: int) -> list[tuple]:
+    """Bytes of weights and optimizer of engines around stock models, and of their plans.
+
+    The plan knows the model without storage.
+    """
+    from megamod.models.lm.load import select_lm_class
+    from megamod.train.engine import build_engine, finish_micro_step
+    from megamod.train.optim import make_adamw
+
+    output = []
+    for family, untie, stage in HOSTS:
+        domains = DOMAINS[:2]
+        topology = DomainTopology(1, domains, parse_sharing(untie))
+        config, model = model_of(untie, domains, family=family)
+        with torch.device("meta"):
+            planned = select_lm_class(config)(config, domains if untie != "none" else None)
+        sizes = {name: parameter.numel() for name, parameter in planned.named_parameters()}
+        assert sizes == {name: p.numel() for name, p in model.named_parameters()}
+        settings_of_engine = ds_config(stage, 1, 0.5)
+        settings_of_engine["zero_optimization"]["stage3_param_persistence_threshold"] = 100
+        engine = build_engine(
+            model, lambda groups: make_adamw(groups, **RECIPE), settings_of_engine, topology
+        )
+        batch = make_batch(domains[0], 0, 0, ragged=False)
+        engine.backward(loss_of(engine, batch, domains[0] if untie != "none" else None))
+        finish_micro_step(engine, 0.5)
+        needed = compute_memory(sizes, 0, topology, settings(stage, "fp32"))
+        output.append(
+            (
+                (weight_bytes(engine, stage), optimizer_bytes(engine, stage)),
+                (needed.weights, needed.optimizer),
+            )
+        )
+    return output
+
+
+def all_counted(rank: int) -> tuple[list[tuple], list[tuple]]:
+    return counted(rank, 1, CASES), counted_of_hosts(rank)
 
 
 def loss_of(engine, batch, domain):
@@ -107,8 +174,9 @@ def optimizer_bytes(engine, stage: int) -> int:
         base = zero.optimizer
         name = "fp32_partitioned_groups_flat" if stage == 3 else "single_partition_of_fp32_groups"
         masters = getattr(zero, name)
-    states = [state[name] for state in base.state.values() for name in ("exp_avg", "exp_avg_sq")]
-    return storage_bytes([*masters, *states])
+    states = [t for state in base.state.values() for name, t in state.items() if name != "step"]
+    copies = [copy for copy, _ in getattr(zero, "_muon_pending_momentum", {}).values()]
+    return storage_bytes([*masters, *states, *copies])
 
 
 def storage_bytes(tensors) -> int:
@@ -117,13 +185,19 @@ def storage_bytes(tensors) -> int:
 
 
 @pytest.fixture(scope="module")
-def alone() -> list[tuple]:
-    return on_ranks(1, counted, 1, CASES)[0]
+def alone() -> tuple[list[tuple], list[tuple]]:
+    return on_ranks(1, all_counted)[0]
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=lambda number: str(CASES[number]))
 def test_bytes_are_those_of_the_engine(alone, number):
-    result, expected = alone[number]
+    result, expected = alone[0][number]
+    assert result == expected
+
+
+@pytest.mark.parametrize("number", range(len(HOSTS)), ids=lambda number: str(HOSTS[number]))
+def test_bytes_of_stock_models_are_those_of_the_engine(alone, number):
+    result, expected = alone[1][number]
     assert result == expected
 
 

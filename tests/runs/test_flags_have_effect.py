@@ -87,7 +87,7 @@ def described(folder: Path, monkeypatch, flags: tuple[str, ...]) -> str:
     fixed += ("--per_device_train_batch_size", "4", "--max_steps", "9")
     parsed = parse_args(*CLASSES, argv=[*fixed, *flags])
     *common, mux, data = parsed
-    refuse_unused_flags(common[2], mux, data)
+    refuse_unused_flags(common[2], mux, data, common[3])
     seen = []
 
     def execute_run(recipe, parsed, **options):
@@ -103,7 +103,9 @@ def described(folder: Path, monkeypatch, flags: tuple[str, ...]) -> str:
         objective = vars(recipe.make_objective(torch.device("cpu")))
         objective = [re.sub(" at 0x[0-9a-f]+", "", str(value)) for value in objective.values()]
         config_text = recipe.config.to_dict(), recipe.config._attn_implementation
-        seen.append((config_text, recipe.card.text(), config, shared, schedule, objective, options))
+        seen.append(
+            (config_text, recipe.card.format_text(), config, shared, schedule, objective, options)
+        )
         seen.append([batch[number] for number in range(20)])
 
     for module in (causal_lm, encoder_lm):
@@ -185,7 +187,7 @@ def test_run_yaml_of_any_mode_is_accepted(folder, monkeypatch):
         argv = ["--data", "bin", "--output_dir", "out", "--max_seq_length", "16", *flags]
         write_run_recipe(folder / "run.yaml", *parse_args(*CLASSES, argv=argv))
         again = parse_args(*CLASSES, argv=[str(folder / "run.yaml")])
-        refuse_unused_flags(again[2], *again[4:])
+        refuse_unused_flags(again[2], *again[4:], again[3])
         assert before, mode
 
 

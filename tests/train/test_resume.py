@@ -40,9 +40,9 @@ class DyingObjective:
 
     def __init__(self, objective, fatal: int):
         self.objective, self.left = objective, fatal
-        self.domains, self.count = objective.domains, objective.count_items
+        self.domains, self.count_items = objective.domains, objective.count_items
 
-    def score(self, *arguments):
+    def compute_loss(self, *arguments):
         self.left -= 1
         if self.left < 0:
             raise Cut

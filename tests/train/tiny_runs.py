@@ -21,10 +21,12 @@ from megamod.models.lm.host import make_dense_class, make_host_classes
 from megamod.runs.pretrain.causal_lm import make_card
 from megamod.states.checkpoint_folder import TrainState
 from megamod.train.checkpoint import Checkpoints
+from megamod.train.deepspeed_settings import apply_muon_rules
 from megamod.train.engine import build_engine
 from megamod.train.export import ModelExport
 from megamod.train.loop import Plan, train
 from megamod.train.monitor import Monitor
+from megamod.train.muon import make_muon
 from megamod.train.objectives import CausalLMObjective
 from megamod.train.optim import make_adamw, make_linear_schedule, set_learning_rate
 
@@ -34,6 +36,7 @@ VOCAB, LENGTH, MICRO = 40, 12, 2
 # bias) into updates of full size; with this one the update is smooth in the gradient.
 RECIPE = dict(betas=(0.9, 0.95), eps=1e-2, weight_decay=0.1)
 PEAK, WARMUP = 3e-3, 2
+MUON_SCALE = 4.0  # learning rate of Muon as a multiple of AdamW's
 NOTHING: Mapping[str, object] = MappingProxyType({})
 
 
@@ -197,16 +200,24 @@ def ds_config(
 
 
 def masters(checkpoint: Path, kind: str = "master") -> dict[str, torch.Tensor]:
-    """Flat float32 tensors put together from what all ranks wrote: "master" or a moment of Adam."""
+    """Flat tensors put together from what all ranks wrote: "master", or a moment by its name."""
     pieces: dict[str, dict[int, torch.Tensor]] = {}
     for file in checkpoint.glob("optimizer-*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
+            held = set(tensors.keys())
             for name, start in tensors.metadata().items():
-                piece = tensors.get_tensor(f"{kind}/{name}")
-                pieces.setdefault(name, {})[int(start)] = piece
+                if f"{kind}/{name}" in held:
+                    piece = tensors.get_tensor(f"{kind}/{name}")
+                    pieces.setdefault(name, {})[int(start)] = piece
     return {
         name: torch.cat([parts[start] for start in sorted(parts)]) for name, parts in pieces.items()
     }
+
+
+def muon_of_recipe(groups: list[dict[str, object]]) -> torch.optim.Optimizer:
+    """Muon and AdamW with the settings of `RECIPE`."""
+    moments = {name: value for name, value in RECIPE.items() if name != "weight_decay"}
+    return make_muon(groups, MUON_SCALE, RECIPE["weight_decay"], moments)
 
 
 class Tiny(NamedTuple):
@@ -235,12 +246,14 @@ def build_tiny(
     settings: dict | None = None,
     keep: int | None = None,
     prepare=lambda model: None,
+    muon: bool = False,
 ) -> Tiny:
     """An engine around new weights, and its checkpoints in FOLDER/checkpoints; collective.
 
     Args:
         family: of transformers; None for our decoder.
         prepare: called with the model before an engine is made of it.
+        muon: Muon for hidden matrices; then without clipping.
     """
     sharing = parse_sharing(untie)
     topology = DomainTopology(get_world_size(), tuple(domains), sharing)
@@ -250,12 +263,17 @@ def build_tiny(
     )
     prepare(model)
     micro_steps = per_domain * len(domains) // get_world_size()
+    config_of_engine = ds_config(stage, micro_steps, clip, precision, offload)
+    if muon:
+        config_of_engine["gradient_clipping"] = 0.0
+        apply_muon_rules(config_of_engine)
     engine = build_engine(
         model,
-        lambda groups: make_adamw(groups, **RECIPE),
-        ds_config(stage, micro_steps, clip, precision, offload),
+        muon_of_recipe if muon else lambda groups: make_adamw(groups, **RECIPE),
+        config_of_engine,
         topology,
         decay_vectors=decay_vectors,
+        muon=muon,
     )
     folder.mkdir(parents=True, exist_ok=True)
     run_file = folder / "run.yaml"

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from megamod.args import OptimArgs, RunArgs
 from megamod.data.tasks.specs import METRICS
 from megamod.errors import UserError
-from megamod.flags import Arguments, option
+from megamod.flags import Arguments, option, refuse_changes
 
 NAMED = {"CA-MTL-base": ("bert-base-cased", "base"), "CA-MTL-large": ("bert-large-cased", "large")}
 """Names in the release of CA-MTL: the encoder on the hub and the variant."""
@@ -178,6 +178,10 @@ class FinetuneOptimArgs(OptimArgs):
     adam_epsilon: float = option(1e-8, "added to the root of the second moment", least=0)
     weight_decay: float = option(0.0, "decoupled weight decay of all parameters", least=0)
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: off", least=0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        refuse_changes(self, ("optim",), "finetuning trains with AdamW")
 
 
 @dataclass

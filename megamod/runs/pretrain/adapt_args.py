@@ -66,3 +66,7 @@ class AdaptOptimArgs(OptimArgs):
     """AdamW and its schedule; a tenth of the learning rate of pretraining."""
 
     learning_rate: float = option(5e-5, "peak learning rate", least=0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        refuse_changes(self, ("optim",), "adaptation trains with AdamW")
