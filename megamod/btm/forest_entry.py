@@ -7,6 +7,7 @@ from pathlib import Path
 import yaml
 
 from megamod.errors import UserError
+from megamod.flags import read_run_recipe
 from megamod.states.checkpoint_folder import STATE, StateRecord, is_optimizer_file
 from megamod.states.forest import Expert, Forest, Parent, read_model_config
 from megamod.states.manifest import list_checkpoints
@@ -50,11 +51,9 @@ def _read_training_domains(folder: Path) -> list[str]:
 
     Of independent models trained in one job, the domain after which the folder is named.
     """
-    try:
-        settings = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
-        domains = [name for name in settings["domains"] or () if isinstance(name, str)]
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
-        return []
+    settings = read_run_recipe(folder)
+    names = settings.get("domains")
+    domains = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
     return [folder.name] if settings.get("untie") == "all" and folder.name in domains else domains
 
 

@@ -1,6 +1,6 @@
 """Scores of language models in folders, loaded one after the other."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from megamod.evaluation.perplexity import (
     ScoreMatrix,
     prepend_context,
 )
+from megamod.models.auto import check_document_masking
 from megamod.models.lm.configuration import (
     DemixConfig,
     LmConfig,
@@ -51,6 +52,7 @@ class HeldOut:
         context_window: preceding tokens that are read with each sequence and not scored; sequences
             are shorter by as many.
         force_domain_token: domain whose token starts all sequences; None: the domain of the text.
+        mask_documents: True for a model folder whose attention stops at the ends of documents.
     """
 
     path: str
@@ -63,6 +65,7 @@ class HeldOut:
     experts: Sequence[str] | None = None
     context_window: int = 0
     force_domain_token: str | None = None
+    mask_documents: Callable[[Path], bool] = lambda folder: False
 
 
 @dataclass(frozen=True)
@@ -72,12 +75,14 @@ class SavedModel:
     Attributes:
         rows: name of each row of the score matrix -> domain of the expert that it scores;
             None for a model without experts to select.
+        document_end: id at which attention stops; None: at none.
     """
 
     folder: Path
     config: LmConfig
     data: LmData
     rows: Mapping[str, str | None]
+    document_end: int | None = None
 
 
 def find_models(folder: Path, held_out: HeldOut) -> list[SavedModel]:
@@ -119,7 +124,11 @@ def find_models(folder: Path, held_out: HeldOut) -> list[SavedModel]:
             open_held_out_blocks(
                 data, held_out, domain
             )  # raises for a missing file before any scoring
-        models.append(SavedModel(path, config, data, rows))
+        end = None
+        if held_out.mask_documents(path):
+            check_document_masking(config)
+            end = data.special_ids["eos_token_id"]
+        models.append(SavedModel(path, config, data, rows, end))
     return models if held_out.experts is None else _select_experts(folder, models, held_out.experts)
 
 
@@ -154,6 +163,7 @@ def score_models(
         members = [member for member in saved.rows.values() if member is not None]
         # Experts that were not requested are not read.
         model = load_lm_for_scoring(saved.folder, members).to(device)
+        model.document_end = saved.document_end
         for row, member in saved.rows.items():
             if member is not None:
                 model.set_domain(member)

@@ -17,7 +17,7 @@ from megamod.models.lm.configuration import (
     read_lm_config,
 )
 from megamod.models.lm.host import make_host_classes
-from megamod.models.lm.hosts import HOSTS, UNTIE_OF_HOSTS, WITHOUT_DOCUMENTS
+from megamod.models.lm.hosts import HOSTS, UNTIE_OF_HOSTS
 from megamod.models.lm.load import check_same_family
 from megamod.models.presets import PRESETS
 from megamod.states.weight_files import has_weights
@@ -66,6 +66,11 @@ def find_start_folder(
         return None
     saved = read_lm_config(folder, flag)
     check_same_family(f"{flag} {folder}", saved, config)
+    if config.model_type != DemixConfig.model_type and saved.vocab_size < config.vocab_size:
+        raise UserError(
+            f"{flag} {folder}: its weights have a vocabulary of {saved.vocab_size}, which "
+            f"--vocab_multiple would pad to {config.vocab_size}; give --from_scratch"
+        )
     saved_untie = get_untie(saved)
     if saved_untie != "none":
         missing = [name for name in get_domains(config) if name not in get_domains(saved)]
@@ -92,6 +97,7 @@ def make_lm_config(
     max_positions: int,
     attn_implementation: str | None,
     overrides: dict[str, int | None],
+    vocab_multiple: int | None = None,
 ) -> PreTrainedConfig:
     """Make the configuration of a language model to train.
 
@@ -101,6 +107,7 @@ def make_lm_config(
         max_positions: tokens per sequence.
         attn_implementation: None for the best that the class supports.
         overrides: fields that replace the preset's, where not None.
+        vocab_multiple: the vocabulary of a stock model is padded to a multiple of this.
     Raises:
         UserError: if the preset or folder is unknown, or does not fit the data.
     """
@@ -113,12 +120,19 @@ def make_lm_config(
         config = read_lm_config(folder, "--model")
         _check_folder_fits_data(model, config, vocab_size, special_ids, max_positions)
         if config.model_type != DemixConfig.model_type:
+            if vocab_multiple is not None:
+                config.vocab_size = -(-config.vocab_size // vocab_multiple) * vocab_multiple
             return _make_host_config(model, config, domains, untie, attn_implementation)
         max_positions = config.max_position_embeddings
         names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
         shape = {name: getattr(config, name) for name in names}
     else:
         shape = PRESETS["demix"][model] | changes
+    if vocab_multiple is not None:
+        raise UserError(
+            f"--vocab_multiple {vocab_multiple} pads stock models; the vocabulary of the project's "
+            "GPT is that of the data"
+        )
     try:
         return DemixConfig(
             **shape,
@@ -221,11 +235,14 @@ def _make_host_config(
 def check_document_masking(config: PreTrainedConfig) -> None:
     """Raise UserError if a family's attention cannot stop at the ends of documents."""
     kind = getattr(config, "host", config.model_type)
-    known = kind == DemixConfig.model_type or kind in HOSTS
-    if kind in WITHOUT_DOCUMENTS or not known:
+    if kind != DemixConfig.model_type and kind not in HOSTS:
         raise UserError(
             f"--mask_documents: attention of a {kind} cannot stop at the ends of documents; leave "
             "the flag out"
+        )
+    if kind == "falcon" and config.alibi:
+        raise UserError(
+            "--mask_documents: a falcon with ALiBi counts positions in its mask; leave the flag out"
         )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs.test_host_pretrain import make_place
 from safetensors.torch import load_file
 
 from megamod.data.corpus.binarize import binarize
@@ -94,3 +95,36 @@ def test_two_rounds(tmp_path):
     for name in ("mixture", "average"):
         text = (out / "evaluation" / f"{name}.json").read_text()
         assert all(f'"{domain}"' in text for domain in texts)
+
+
+STOCK = """
+model: {folder}
+data: {data}
+seed_share: 0.5
+average: true
+max_steps: 4
+per_device_train_batch_size: 1
+global_batch_size: 4
+save_steps: 0
+eval_batches: 1
+max_seq_length: 16
+report_to: none
+slots: 1
+"""
+
+
+@pytest.mark.slow  # three jobs, each a process of its own
+def test_a_campaign_from_a_stock_model(tmp_path):
+    make_place(tmp_path)
+    recipe = STOCK.format(folder=tmp_path / "llama", data=tmp_path / "bin")
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    out = tmp_path / "out"
+    done = start(tmp_path / "recipe.yaml", "--output_dir", out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    law, med = (weights(out / "experts" / domain / "model") for domain in ("law", "med"))
+    for name, tensor in weights(out / "average").items():
+        torch.testing.assert_close(tensor, (law[name] + med[name]) / 2, rtol=0, atol=1e-6)
+    assert any(not torch.equal(law[name], tensor) for name, tensor in med.items())
+    for folder in (out / "seed" / "model", out / "experts" / "law" / "model", out / "average"):
+        config = json.loads((folder / "config.json").read_text())
+        assert (config["model_type"], "domains" in config) == ("llama", False)

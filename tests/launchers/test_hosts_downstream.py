@@ -1,23 +1,27 @@
 """Stock folders in every command after training: forests, scores, mixtures, merges, plans."""
 
-import importlib.util
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from launch import launch
 from models.tiny_hosts import tiny_stock
 from ranks import on_ranks
 from runs.test_host_pretrain import LENGTH, save_tokenizer, words_of
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import megamod  # noqa: F401  (registers the models)
 from megamod.btm.branch import write_branch_checkpoint
 from megamod.btm.parents import find_parent
 from megamod.data.corpus.binarize import binarize
 from megamod.data.lm.pretraining import LmData
+from megamod.data.lm.text_blocks import read_text_blocks
 from megamod.errors import UserError
 from megamod.models.auto import make_lm_config
 from megamod.models.lm.forest import ForestForCausalLM
@@ -26,21 +30,8 @@ from megamod.states.forest import open_forest
 from megamod.states.tokenizer_files import copy_tokenizer
 from megamod.states.weights import extract_expert_weights, read_weights
 
-LAUNCHERS = Path(__file__).resolve().parents[2] / "launchers"
 DOMAINS = ("law", "med")
 IDS = torch.tensor([[5, 9, 33, 70, 12, 8, 101, 44], [7, 7, 90, 3, 60, 61, 200, 2]])
-
-
-def launch(name: str, *words: object) -> None:
-    """A launcher in this process."""
-    spec = importlib.util.spec_from_file_location(f"launch_{name}", LAUNCHERS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    before, sys.argv = sys.argv, [f"{name}.py", *map(str, words)]
-    try:
-        module.main()
-    finally:
-        sys.argv = before
 
 
 def stock_folder(folder: Path, family: str, seed: int, tokenizer: Path | None, **more) -> Path:
@@ -92,6 +83,32 @@ def root(tmp_path_factory) -> Path:
 def stock_log_probs(folder: Path, size: int = 320) -> torch.Tensor:
     logits = AutoModelForCausalLM.from_pretrained(folder).eval()(IDS).logits
     return logits.float().log_softmax(-1)[..., :size]
+
+
+WITHOUT_MEGAMOD = """
+import sys
+sys.modules["megamod"] = sys.modules["megamod_kernels"] = None
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+output, *folders = sys.argv[1:]
+ids = torch.tensor(%s)
+with torch.no_grad():
+    save_file(
+        {f: AutoModelForCausalLM.from_pretrained(f).eval()(ids).logits for f in folders}, output
+    )
+"""
+
+
+def check_without_megamod(expected: dict[Path, torch.Tensor], output: Path) -> None:
+    """Folders give these logits on `IDS` in a process that cannot import our packages."""
+    program = WITHOUT_MEGAMOD % IDS.tolist()
+    command = [sys.executable, "-W", "ignore", "-c", program, output, *expected]
+    done = subprocess.run([str(w) for w in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    logits = load_file(output)
+    for folder, tensor in expected.items():
+        assert torch.equal(logits[str(folder)], tensor), folder
 
 
 @torch.no_grad()
@@ -232,12 +249,19 @@ def grow_and_branch(rank: int, root: Path) -> None:
         adapt(run_args, SafetyArgs(), optim, arguments)
 
 
+@pytest.mark.slow  # a process of its own imports transformers
 def test_branching_and_adapting(root):
     binarize({"zoo": words_of("zoo")}, str(root / "words"), root / "new bin")
     on_ranks(1, grow_and_branch, root)
     law = root / "branched" / "model"
     assert "domains" not in json.loads((law / "config.json").read_text())
-    AutoModelForCausalLM.from_pretrained(law)
+    model = AutoModelForCausalLM.from_pretrained(law).eval()
+    expert = ("--input", root / "demix", "--output_dir", root / "expert", "--domains", "med")
+    launch("convert", "--format", "expert", *expert)
+    demix = AutoModelForCausalLM.from_pretrained(root / "demix").eval()
+    with torch.no_grad():
+        expected = {law: model(IDS).logits, root / "expert": demix(IDS, domain="med").logits}
+    check_without_megamod(expected, root / "logits.safetensors")
     grown = read_weights(root / "grown" / "model")
     before, med, new = (
         read_weights(root / "demix"),
@@ -253,12 +277,47 @@ def test_branching_and_adapting(root):
 
 def test_plans_hold_the_parameters_of_the_model(root, capsys):
     flags = ("--world_size", 2, "--max_seq_length", LENGTH, "--max_steps", 10)
-    for name, more in (("gpt2", ()), ("llama", ("--untie", "feedforward", "--domains", "a", "b"))):
+    muon = ("--optim", "muon", "--max_grad_norm", 0)
+    for name, more in (
+        ("gpt2", ()),
+        ("llama", ("--untie", "feedforward", "--domains", "a", "b")),
+        ("llama", muon),
+    ):
         launch("plan", "--model", root / name, *flags, *more, "--json", root / "plan.json")
         text = (root / "plan.json").read_text() + capsys.readouterr().out
         model = AutoModelForCausalLM.from_pretrained(root / name)
         count = sum(parameter.numel() for parameter in model.parameters())
         assert f"{count:,}" in text or str(count) in text
+    # Weights, masters and two moments are 16 bytes; of a hidden matrix one moment is missing.
+    hidden = sum(p.numel() for n, p in model.named_parameters() if ".layers." in n and p.dim() > 1)
+    (job,) = json.loads((root / "plan.json").read_text())["jobs"]
+    assert job["checkpoint_bytes"] == 16 * count - 4 * hidden
+
+
+def test_barriers_between_stock_models(root, tmp_path):
+    lines = [text for domain in DOMAINS for text in words_of(domain, 6)]
+    (tmp_path / "valid.txt").write_text("\n".join(lines) + "\n")
+    study = {
+        "models": [str(root / "llama"), str(root / "llama2")],
+        "task": "clm",
+        "data": str(tmp_path / "valid.txt"),
+        "tokenizer": str(root / "words"),
+        "max_seq_length": LENGTH,
+        "points": 3,
+        "variants": {"vanilla": {"method": "identity"}},
+    }
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    launch("eval_barrier", tmp_path / "study.yaml", "--output_dir", tmp_path / "out")
+    curve = json.loads((tmp_path / "out/curves/clm/vanilla/1-2.json").read_text())
+    (losses,) = curve["losses"].values()
+    models = ("--models", root / "llama", root / "llama2", "--output_dir", tmp_path / "mean")
+    launch("merge", "--merge_method", "linear", *models)
+    encode = AutoTokenizer.from_pretrained(root / "words").encode
+    blocks = torch.from_numpy(read_text_blocks(tmp_path / "valid.txt", encode, LENGTH))
+    for folder, loss in zip((root / "llama2", tmp_path / "mean"), losses, strict=False):
+        model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        with torch.no_grad():
+            assert loss == pytest.approx(float(model(blocks, labels=blocks).loss), rel=1e-4)
 
 
 def test_verify(root, capsys):

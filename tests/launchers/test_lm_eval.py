@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from models.tiny_hosts import tiny_stock
 from saved_models import VOCAB, make_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -136,13 +137,17 @@ def test_dense_models_experts_and_forests_through_the_library(tmp_path):
         "dense": make_model(tmp_path / "dense", max_position_embeddings=32),
         "demix": make_model(tmp_path / "demix", "feedforward", max_position_embeddings=32),
         "forest": tmp_path / "forest",
+        "stock": tmp_path / "stock",
     }
+    ids = dict(vocab_size=VOCAB, bos_token_id=0, pad_token_id=1, eos_token_id=2)
+    tiny_stock("llama", **ids).save_pretrained(folders["stock"])
     with edit_forest(folders["forest"]) as experts:
         experts.append(Expert("law", folders["demix"], "law"))
         experts.append(Expert("sql", folders["dense"]))
     tasks = TaskManager(include_path=str(write_tasks(tmp_path / "tasks")), include_defaults=False)
     for kind, chosen in (
         ("dense", {}),
+        ("stock", {}),
         ("demix", {"domain": "law"}),
         ("forest", {"domain": "law"}),
     ):

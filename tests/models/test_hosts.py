@@ -14,7 +14,7 @@ from megamod.errors import UserError
 from megamod.models.auto import make_lm_config
 from megamod.models.lm.configuration import DemixConfig, read_lm_config
 from megamod.models.lm.host import make_dense_class, make_host_classes
-from megamod.models.lm.hosts import HOSTS, WITHOUT_DOCUMENTS
+from megamod.models.lm.hosts import HOSTS
 from megamod.models.lm.load import build_lm, load_lm
 from megamod.states.weights import extract_expert_weights
 
@@ -108,7 +108,7 @@ def packed_and_apart(model: PreTrainedModel) -> None:
     )
 
 
-@pytest.mark.parametrize("family", [None, *sorted(set(HOSTS) - set(WITHOUT_DOCUMENTS))])
+@pytest.mark.parametrize("family", [None, *HOSTS])
 @torch.no_grad()
 def test_attention_stops_at_the_ends_of_documents(family):
     if family is None:

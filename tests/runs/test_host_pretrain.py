@@ -1,11 +1,14 @@
 """Runs that start from a folder of transformers: weights, files beside them, refusals."""
 
 import json
+import os
 import random
+import signal
 from pathlib import Path
 
 import pytest
 import torch
+from launch import launch
 from models.tiny_hosts import tiny_stock
 from ranks import on_ranks
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -19,6 +22,7 @@ from megamod.data.lm.pretraining import LmData
 from megamod.errors import UserError
 from megamod.flags import parse_args
 from megamod.states.weights import read_weights
+from megamod.train.objectives import BatchScore, CausalLMObjective
 
 DOMAINS = ("law", "med")
 LENGTH = 16
@@ -91,6 +95,8 @@ REFUSED = {
     "other family": (("--model", "llama", "--init_from", "gpt2"), "is a gpt2, the model of this"),
     "unknown layers": (("--model", "mamba", "--untie", "feedforward"), "layers are not known"),
     "more data ids": (("--model", "short"), "a vocabulary of 290"),
+    "longer than the weights": (("--model", "llama", "--vocab_multiple", 96), "would pad to 384"),
+    "longer than ours": (("--model", "tiny", "--vocab_multiple", 96), "pads stock models"),
 }
 
 
@@ -116,7 +122,8 @@ def alone(rank: int, root: Path) -> None:
         assert not (root / "refused").exists(), name
     llama = root / "llama"
     start(root, "dense", "--model", llama)
-    start(root, "drawn", "--model", llama, "--from_scratch", "--max_steps", 1)
+    padded = ("--from_scratch", "--vocab_multiple", 96)
+    start(root, "drawn", "--model", llama, *padded, "--max_steps", 1)
     start(root, "masked", "--model", llama, "--mask_documents", "--max_steps", 1)
     start(root, "demix", "--model", llama, "--untie", "feedforward", "--gradient_checkpointing")
     start(root, "cut", "--model", llama, "--untie", "feedforward", "--stop_step", 2)
@@ -125,6 +132,21 @@ def alone(rank: int, root: Path) -> None:
     with pytest.raises(UserError, match="has experts of law, med: train it with --untie feedf"):
         start(root, "refused", "--model", demix)
     start(root, "again", "--model", demix, "--untie", "feedforward", "--max_steps", 1)
+    start(root, "killed", "--model", llama)
+
+
+def killed(rank: int, root: Path) -> None:
+    """A run whose process is killed in the third step; the checkpoint is that of the second."""
+    score, calls = CausalLMObjective.compute_loss, []
+
+    def score_or_die(*arguments: object) -> BatchScore:
+        calls.append(None)
+        if len(calls) == 2 * 4 + 2:  # four micro-batches are a step
+            os.kill(os.getpid(), signal.SIGKILL)
+        return score(*arguments)
+
+    CausalLMObjective.compute_loss = score_or_die
+    start(root, "killed", "--model", root / "llama")
 
 
 def together(rank: int, root: Path) -> None:
@@ -139,6 +161,9 @@ def root(tmp_path_factory) -> Path:
     """The runs of one rank and of two, done."""
     root = make_place(tmp_path_factory.mktemp("host_pretrain"))
     make_wrong(root)
+    with pytest.raises(AssertionError, match="ended without an answer"):
+        on_ranks(1, killed, root)
+    assert not (root / "killed" / "model").exists()
     on_ranks(1, alone, root)
     on_ranks(2, together, root)
     return root
@@ -160,6 +185,30 @@ def test_the_first_loss_is_that_of_the_stock_model(root):
     assert first_loss(root, "demix") == pytest.approx(float(expected), rel=1e-5)
     assert abs(first_loss(root, "drawn") - float(expected)) > 0.01
     assert abs(first_loss(root, "masked") - float(expected)) > 1e-5
+
+
+def test_a_drawn_vocabulary_is_padded(root):
+    model = AutoModelForCausalLM.from_pretrained(root / "drawn" / "model")
+    assert model.config.vocab_size == 384 == len(model.get_output_embeddings().weight)
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(root):
+    whole, resumed = (read_weights(root / run / "model") for run in ("dense", "killed"))
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+    log = map(json.loads, (root / "killed" / "metrics.jsonl").read_text().splitlines())
+    assert [record["step"] for record in log if "loss" in record] == [1, 2, 3]
+
+
+def test_scores_of_a_folder_are_those_of_its_run(root):
+    """Attention stops at the ends of documents in both, unless the user wants it otherwise."""
+    ours = json.loads((root / "masked" / "perplexity.json").read_text())["mean_of_own"]
+    folder, output = root / "masked" / "model", root / "scores.json"
+    words = ("--data", root / "bin", "--split", "valid", "--max_seq_length", LENGTH)
+    for more, same in (((), True), (("--mask_documents", "false"), False)):
+        launch("eval_lm", "--model", folder, *words, "--output", output, *more)
+        (scores,) = json.loads(output.read_text())["models"].values()
+        mean = sum(scores["own"].values()) / len(DOMAINS)
+        assert (mean == pytest.approx(ours, rel=1e-6)) == same
 
 
 def test_a_dense_run_leaves_a_stock_folder(root):

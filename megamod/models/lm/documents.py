@@ -1,5 +1,7 @@
 """Attention that stops at the ends of documents, in rows that hold several."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -21,3 +23,22 @@ def compute_document_mask(positions: Tensor) -> Tensor:
     same = documents[:, :, None] == documents[:, None, :]
     causal = torch.ones(length, length, dtype=torch.bool, device=positions.device).tril()
     return (same & causal)[:, None]
+
+
+def make_additive_mask(positions: Tensor, dtype: torch.dtype) -> Tensor:
+    """Make [B, 1, L, L]: 0 where `compute_document_mask` is True, else the least of `dtype`."""
+    allowed = compute_document_mask(positions)
+    zeros = torch.zeros(allowed.shape, dtype=dtype, device=positions.device)
+    return zeros.masked_fill(~allowed, torch.finfo(dtype).min)
+
+
+def make_alibi_of_rows(
+    build_alibi_tensor: Callable[..., Tensor], attention_mask: Tensor, *args: object, **more: object
+) -> Tensor:
+    """Make the biases of BLOOM, which counts positions in a mask [B, L], for [B, 1, L, L] too.
+
+    A softmax does not change if all keys of a document are some positions further on.
+    """
+    if attention_mask.dim() == 4:
+        attention_mask = torch.ones_like(attention_mask[:, 0, 0])
+    return build_alibi_tensor(attention_mask, *args, **more)

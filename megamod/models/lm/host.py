@@ -26,8 +26,12 @@ from megamod.dist.scope import EXPERTS_COMPONENT
 from megamod.models.calls import format_output
 from megamod.models.lm.configuration import HOST_TYPE, check_domain_names, has_own_feed_forward
 from megamod.models.lm.demix import DemixOutput, restrict_config_to_local_domains, score_labels
-from megamod.models.lm.documents import compute_document_positions
-from megamod.models.lm.hosts import HOSTS, UNTIE_OF_HOSTS, Host
+from megamod.models.lm.documents import (
+    compute_document_positions,
+    make_additive_mask,
+    make_alibi_of_rows,
+)
+from megamod.models.lm.hosts import DOCUMENTS_BY_MASK, HOSTS, UNTIE_OF_HOSTS, Host
 from megamod.nn.demix import DomainExperts, select_domain
 
 Scores = tuple[Tensor, Tensor]
@@ -54,6 +58,9 @@ class HostMixin:
                 _get_logit_scale(config, self.host),
                 _get_softcap(config, self.host),
             )
+        if self._family == "bloom":
+            build = self.base_model.build_alibi_tensor
+            self.base_model.build_alibi_tensor = functools.partial(make_alibi_of_rows, build)
         domains = getattr(config, "domains", ()) if local_domains is None else local_domains
         if domains and config.model_type == HOST_TYPE:
             self.copy_feed_forwards(domains)
@@ -61,9 +68,13 @@ class HostMixin:
                 self.set_domain(str(config.domain))
 
     @property
+    def _family(self) -> str:
+        return getattr(self.config, "host", self.config.model_type)
+
+    @property
     def host(self) -> Host | None:
         """Row of the model's family in the table of hosts; None if it has none."""
-        return HOSTS.get(getattr(self.config, "host", self.config.model_type))
+        return HOSTS.get(self._family)
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -170,8 +181,9 @@ class HostMixin:
                 **others,
             )
         if self.document_end is not None:  # rows are padded on the right, which nothing attends to
-            attention_mask = None
             position_ids = compute_document_positions(input_ids, self.document_end)
+            by_mask = self._family in DOCUMENTS_BY_MASK
+            attention_mask = make_additive_mask(position_ids, self.dtype) if by_mask else None
         hidden = self.compute_hidden_states(input_ids, attention_mask, position_ids)
         output = DemixOutput()
         output["loss"], output["token_log_probs"] = score_labels(

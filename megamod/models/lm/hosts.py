@@ -57,8 +57,9 @@ HOSTS: dict[str, Host] = {
     "biogpt": Host("biogpt.layers", ("fc1", "fc2"), positions="biogpt.embed_positions"),
 }
 
-WITHOUT_DOCUMENTS = ("bloom", "falcon", "mpt", "opt", "xglm", "biogpt")
-"""Families whose attention does not follow `position_ids` that begin anew within a row."""
+DOCUMENTS_BY_MASK = ("bloom", "falcon", "mpt", "opt", "xglm", "biogpt")
+"""Families that need a mask to stop attention at documents: they do not read the borders off
+`position_ids` that begin anew within a row."""
 
 UNTIE_OF_HOSTS = ("none", "feedforward", "feedforward_every_other", "feedforward_top")
 """Parts of a stock model that can exist once per domain: those inside single layers."""

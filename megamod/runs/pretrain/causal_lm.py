@@ -64,6 +64,7 @@ def pretrain(
         max_positions=data_args.max_seq_length,
         attn_implementation=model.attn_implementation,
         overrides={name: getattr(model, name) for name in SHAPE},
+        vocab_multiple=model.vocab_multiple,
     )
     start = find_start_folder(model.model, model.init_from, model.from_scratch, config)
     stock = list_stock_files(model.model, config, data)
