@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from models.tiny_hosts import LAYERS, LENGTH, VOCAB, tiny_stock, tiny_stock_config
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
@@ -199,6 +200,22 @@ def test_some_layers_alone_are_untied(untie):
         name.split(".")[2] for name, _ in model.named_parameters() if parse_expert_domain(name)
     }
     assert layers == {"1"}
+
+
+def test_no_storage_of_a_fake_tensor_is_copied(monkeypatch):
+    """Plans build models on fake tensors, whose storages have no memory behind their address."""
+
+    def refuse(*arguments):
+        raise AssertionError("a storage is copied")
+
+    monkeypatch.setattr(torch.Tensor, "__deepcopy__", refuse)
+    kind, model_class = make_host_classes("llama")
+    fields = tiny_stock_config("llama").to_dict() | {"domains": DOMAINS, "untie": "feedforward"}
+    config = kind(**{name: value for name, value in fields.items() if name != "model_type"})
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = model_class(config)
+    law, med = (model.model.layers[0].mlp.experts[name].up_proj.weight for name in DOMAINS)
+    assert law is not med and law.shape == med.shape and med.requires_grad
 
 
 def test_buffers_keep_their_precision():

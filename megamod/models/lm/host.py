@@ -89,7 +89,7 @@ class HostMixin:
                 continue
             for name in self.host.feed_forward:
                 experts = [getattr(layer, name)]
-                experts += [copy.deepcopy(experts[0]) for _ in domains[1:]]
+                experts += [_copy_module(experts[0]) for _ in domains[1:]]
                 setattr(layer, name, DomainExperts(experts.pop, domains))
 
     def set_domain(self, domain: str) -> None:
@@ -305,6 +305,15 @@ def takes_position_ids(model: type[PreTrainedModel]) -> bool:
     """Return True if the stock class takes `position_ids`; those with ALiBi do not."""
     stock = next(base for base in model.__mro__ if base.__module__.startswith("transformers."))
     return "position_ids" in inspect.signature(stock.forward).parameters
+
+
+def _copy_module(module: nn.Module) -> nn.Module:
+    """Copy a module with weights of its own."""
+    # `Tensor.__deepcopy__` copies storages, and those of the fake tensors of a plan have no memory.
+    weights = {
+        id(p): nn.Parameter(p.detach().clone(), p.requires_grad) for p in module.parameters()
+    }
+    return copy.deepcopy(module, weights | {id(b): b.clone() for b in module.buffers()})
 
 
 def _register_checkpoint_renaming(
