@@ -7,7 +7,7 @@ Each domain is NAME=PATH, where PATH is one of
     FILE.txt       documents with blank lines between them      \\  divided 90/5/5 into train, valid
     FILE.jsonl     one JSON object per line, key --text_column   |  and test by a hash of the text
     FILE.csv, FILE.tsv, FILE.parquet   the same column of a table  /
-    FOLDER         with train, valid and test files in these formats
+    FOLDER         with train, valid and test files in these formats, or shards of them
     FOLDER         written by datasets' save_to_disk
     hf:NAME[:CONFIG]   a data set of the Hugging Face hub
 --builtin uses four domains of real text from this Python installation.
@@ -19,6 +19,7 @@ The same command resumes an interrupted run.
 """
 
 import argparse
+import logging
 from pathlib import Path
 
 from megamod.errors import UserError, run_main
@@ -28,6 +29,8 @@ from megamod.tables import format_table
 def main() -> None:
     """Parse the command line; write a data-bin, or a sample of lines."""
     options = parse_arguments()
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("megamod").setLevel(logging.INFO)
 
     from megamod.data.corpus.binarize import binarize
     from megamod.data.corpus.builtin import load_builtin_documents

@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-LEAVES = {"megamod.documents", "megamod.errors", "megamod.files", "megamod.tables"}
+LEAVES = {
+    "megamod.documents",
+    "megamod.errors",
+    "megamod.files",
+    "megamod.progress",
+    "megamod.tables",
+}
 DATA = {"megamod.data", "megamod.data.corpus", "megamod.data.lm", "megamod.data.tasks"}
 
 # Room of the house -> rooms it may import, besides the leaves and itself; and outside packages,
@@ -20,6 +26,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "megamod.version": (set(), set()),
     "megamod.errors": (set(), {"torch"}),
     "megamod.files": (set(), set()),
+    "megamod.progress": (set(), {"tqdm"}),
     "megamod.tables": (set(), set()),
     "megamod.documents": ({"megamod.errors"}, {"pydantic", "yaml"}),
     "megamod.flags": (set(), {"yaml"}),
@@ -45,7 +52,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "megamod.data.corpus": (
         {"megamod.data"},
         {"numpy", "torch", "transformers", "tokenizers", "datasets", "sentencepiece"}
-        | {"google", "tqdm", "pyarrow", "zstandard"},  # google: protobuf, of SentencePiece models
+        | {"google", "pyarrow", "zstandard"},  # google: protobuf, of SentencePiece models
     ),
     "megamod.data.lm": (
         {"megamod.data", "megamod.data.corpus", "megamod.dist.scope"},
@@ -110,8 +117,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         | {"megamod.merging.moe"}
         | {"megamod.evaluation", "megamod.mixture", "megamod.states", "megamod.train"}
         | {"megamod.convert", "megamod.version"},
-        {"torch", "transformers", "deepspeed", "huggingface_hub", "numpy", "yaml", "tqdm"}
-        | {"pydantic"},
+        {"torch", "transformers", "deepspeed", "huggingface_hub", "numpy", "yaml"} | {"pydantic"},
     ),
     "megamod.planning": (
         {"megamod.args", "megamod.flags", "megamod.btm", "megamod.dist", "megamod.dist.scope"}

@@ -35,6 +35,7 @@ from megamod.evaluation.saved import (
 from megamod.files import hash_file, write_atomic
 from megamod.models.lm.configuration import get_default_sequence_length, read_lm_config
 from megamod.models.lm.forest import LoadedExpert, load_experts
+from megamod.progress import progress
 from megamod.states.forest import Expert, Forest
 from megamod.states.stream import ModelFolder
 
@@ -181,7 +182,9 @@ class SequentialScores:
                     missing.setdefault(domain, []).append(text)
         for expert in self.experts.load_each([d for d in self.experts.domains if d in missing]):
             for text in missing[expert.domain]:
-                scores = torch.cat(list(self.experts.compute_log_probs(expert, text)))
+                title = f"{expert.domain} on {text.domain}, {text.split}"
+                log_probs = self.experts.compute_log_probs(expert, text)
+                scores = torch.cat(list(progress(log_probs, title)))
                 if self.cache_dir is None:
                     self._scores[text, expert.domain] = scores
                 else:
@@ -262,6 +265,7 @@ class ParallelScores:
             self._loaded = [by_domain[domain] for domain in mine]
         masks = self.experts.load_target_masks(text)
         streams = [self.experts.compute_log_probs(expert, text) for expert in self._loaded]
+        bar = progress(None, f"{text.domain}, {text.split}", total=len(masks), unit="sequence")
         first = 0
         while first < len(masks):
             own_scores = [next(stream) for stream in streams]
@@ -271,6 +275,8 @@ class ParallelScores:
                 rows = slice(start, start + size)
                 yield scores[:, rows], masks[first : first + count][rows]
             first += count
+            bar.update(count)
+        bar.close()
 
     def _gather_scores(self, ours: list[Tensor], experts: int, count: int, span: int) -> Tensor:
         """Gather the scores of all ranks, [E, B, T]."""

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from megamod.data.lm.blocks import IGNORE
 from megamod.mixture.ensemble import compute_perplexity
+from megamod.progress import progress
 from megamod.tables import format_table
 
 Batch = dict[str, object]
@@ -85,7 +86,10 @@ class DomainEvaluation:
                 own_batches = select_share(self.batches(domain), self.part, self.parts)
                 domain_argument = expert if self.takes_domain else None
                 sums[row, column] = sum_batch_nll(
-                    self.model, own_batches, domain_argument, self.device
+                    self.model,
+                    progress(own_batches, f"{expert} on {domain}"),
+                    domain_argument,
+                    self.device,
                 )
         self.reduce(sums)
         return {

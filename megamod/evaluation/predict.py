@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from megamod.data.tasks.classification import EncodedRows, HeldOutBatch
+from megamod.progress import progress
 
 
 class Predictor:
@@ -55,7 +56,8 @@ class Predictor:
         answers = None
         try:
             # With parameters divided over the ranks (ZeRO 3) all of them must run equally often.
-            for number in range(self.part, -(-len(batches) // self.parts) * self.parts, self.parts):
+            padded = -(-len(batches) // self.parts) * self.parts
+            for number in progress(range(self.part, padded, self.parts), "predicting"):
                 batch = batches[min(number, len(batches) - 1)]
                 logits = self.compute_logits(batch)
                 if answers is None:

@@ -52,14 +52,13 @@ def write_report(output: Path, matrix: ScoreMatrix, split: str, step: int) -> st
         title = f"{split} perplexity after {step} steps"
         plot_matrix(table, output / "experts.png", title)
         outputs["experts by domain"] = output / "experts.png"
-    return "\n".join(
-        [
-            f"\n{split} perplexity after {step} steps (* best of the column)",
-            format_matrix(table),
-            f"mean over domains, each under its own expert: {mean:.2f}\n",
-            format_table([(name, str(path)) for name, path in outputs.items()]),
-        ]
-    )
+    stars = " (* best of the column)" if len(table) > 1 else ""
+    lines = [f"\n{split} perplexity after {step} steps{stars}", format_matrix(table)]
+    if len(own_domain) > 1:
+        experts = ", each under its own expert" if DENSE not in matrix else ""
+        lines.append(f"mean over domains{experts}: {mean:.2f}")
+    lines += ["", format_table([(name, str(path)) for name, path in outputs.items()])]
+    return "\n".join(lines)
 
 
 def average_perplexity(scores: Mapping[str, Score]) -> float:

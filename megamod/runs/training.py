@@ -201,6 +201,10 @@ def execute_run(
         {field.name: field.default for args in parsed for field in fields(args)},
     )
     state = checkpoints.resume(safety.resume) or TrainState()
+    if state.step >= settled.plan.stop_step > 0:
+        logger.info("%s: has its %d steps already, nothing is trained", output, state.step)
+    elif state.step:
+        logger.info("%s: resumes at step %d of %d", output, state.step, run.max_steps)
     record_run(output, ds_config, parsed)
     with node_log(output, table, state.step):
         monitor = make_monitor(run, recipe.groups, recipe.unit, engine, topology, flops, state.step)

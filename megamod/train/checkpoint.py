@@ -164,7 +164,7 @@ class Checkpoints:
         ]
         if differences:
             raise UserError(
-                f"{path} was made with other settings; a resumed run must keep them. "
+                f"{path} was made with other settings; give those again, or another --output_dir: "
                 + "; ".join(differences)
             )
         _read_optimizer(path, self.engine, self._get_name_prefix(), saved.branched)

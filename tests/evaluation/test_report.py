@@ -49,11 +49,12 @@ def test_report_of_a_run_with_experts(run):
 def test_report_of_a_dense_run_has_no_heat_map(run):
     output = write_report(run, BASELINE, "test", 5)
     assert {path.name for path in run.glob("*.png")} == {"loss.png"}
-    assert "12.00" in output and "experts.png" not in output
+    assert "mean over domains: 12.00\n" in output and "experts.png" not in output
 
 
 def test_bits_per_byte_of_unknown_text_are_null(run):
-    write_report(run, {DENSE: {"law": score(4.0)}}, "test", 5)
+    output = write_report(run, {DENSE: {"law": score(4.0)}}, "test", 5)
+    assert "mean over domains" not in output and "*" not in output
     assert json.loads((run / "perplexity.json").read_text())["bits_per_byte"] == {"law": None}
 
 

@@ -12,6 +12,7 @@ folder next to OUT, which becomes OUT by one rename; a killed run resumes with t
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -33,6 +34,9 @@ from megamod.data.corpus.tokenizers import (
 )
 from megamod.errors import UserError
 from megamod.files import hash_file, sync_folder, sync_tree, write_json
+from megamod.progress import progress
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1
 HEADER = "databin.json"
@@ -129,7 +133,7 @@ def binarize(
         )
         for name, spec in inputs.items()
     }
-    train = None
+    train, named = None, tokenizer
     if not isinstance(tokenizer, Tokenizer):
         train = find_trainer(str(tokenizer))
         if train is None:
@@ -142,6 +146,7 @@ def binarize(
     item_unit = item_unit or ("line" if gpt2 else "document")
     tallies = {name: _count_items(name, source, item_unit) for name, source in sources.items()}
     if not isinstance(tokenizer, Tokenizer):
+        logger.info("training the tokenizer %s, up to a minute", named)
         tokenizer = train(_sample_train_documents(sources, tallies))
     header = {
         "format": FORMAT,
@@ -161,6 +166,7 @@ def binarize(
                 f"--output_dir {output}: holds a data-bin made from other text or with another "
                 "tokenizer or other options; choose a new folder"
             )
+        logger.info("%s: is this data-bin already, nothing is written", output)
         return existing
     if workers is None:
         total = sum(tally.bytes for counters in tallies.values() for tally in counters.values())
@@ -245,7 +251,9 @@ def _iterate_items(
 def _count_items(name: str, source: DocumentSource, item_unit: str) -> dict[str, ItemCounter]:
     """Read a whole source, which raises all errors of its content; a tally per split."""
     tallies = {split: ItemCounter() for split in SPLITS}
-    for split, text in _iterate_items(source, item_unit):
+    for split, text in progress(
+        _iterate_items(source, item_unit), f"reading {name}", unit=item_unit
+    ):
         tallies[split].add_item(text)
     empty = [split for split, tally in tallies.items() if not tally.bytes]
     if len(empty) == len(SPLITS):
@@ -309,13 +317,11 @@ def _write_splits(
 
     Raise UserError if a text has changed since it was first read.
     """
-    from tqdm import tqdm
-
     domains: dict[str, dict[str, dict]] = {name: {} for name in sources}
     total = sum(tally.bytes for counters in tallies.values() for tally in counters.values())
     with (
         open_encoder(tokenizer, workers) as encode,
-        tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar,
+        progress(total=total, unit="B") as bar,
     ):
         for name, source in sources.items():
             folder = work / "databin" / name

@@ -25,6 +25,7 @@ from megamod.merging.alignment.options import Options
 from megamod.merging.merge import SHARD_BYTES, merge
 from megamod.merging.plan import MergePlan
 from megamod.merging.recipe import GREEDY_SOUP, MergeRecipe
+from megamod.progress import progress
 from megamod.runs.studies.barrier import HEADS, open_held_out
 from megamod.runs.studies.barrier_recipe import CLM, MLM, BarrierStudy, check_fields
 
@@ -109,14 +110,17 @@ def select_models(
     Raises:
         UserError: if no model has a finite loss.
     """
-    alone = [_compute_mean_loss(losses, load_model(path, auto).to(device).eval()) for path in paths]
+    alone = [
+        _compute_mean_loss(losses, load_model(path, auto).to(device).eval())
+        for path in progress(paths, "single models", unit="model")
+    ]
     order = sorted(range(len(paths)), key=lambda number: (alone[number], number))
     if not math.isfinite(alone[order[0]]):
         raise UserError(f"evaluation: the loss of every model is {alone[order[0]]}; none is usable")
     candidates: list[Candidate] = []
     soup: Mapping[str, Tensor] = {}
     best, count = math.inf, 0
-    for number in order:
+    for number in progress(order, "soup", unit="model"):
         model = load_model(paths[number], auto).to(device).eval()
         updated = _add_to_mean(soup, model.state_dict(), count)
         if count:
