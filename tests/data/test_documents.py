@@ -144,15 +144,49 @@ def test_a_single_file_is_divided_and_duplicates_stay_together(tmp_path):
 def test_a_folder_has_one_file_per_split(tmp_path):
     write(tmp_path / "train.txt", "a\n\n\n\nb\nc\n")
     write(tmp_path / "dev.jsonl", '{"text": "d\\ne"}\n{"text": "f"}\n')
-    with pytest.raises(UserError, match="the split test is needed"):
-        open_document_source(tmp_path)
     write(tmp_path / "test.txt", "g")
     source = open_document_source(tmp_path)
     expected = [("train", "a"), ("train", "b\nc"), ("valid", "d\ne"), ("valid", "f"), ("test", "g")]
     assert list(source.iterate_documents()) == expected
     assert [line for _, line in source.iterate_lines("valid")] == ["d", "e", "", "f"]
     write(tmp_path / "valid.txt", "h")
-    with pytest.raises(UserError, match=r"found dev\.jsonl and valid\.txt"):
+    with pytest.raises(UserError, match=r"valid .* there is dev\.jsonl and valid\.txt"):
+        open_document_source(tmp_path)
+    (tmp_path / "train.txt").unlink()
+    with pytest.raises(UserError, match=r"split train is needed, .* there is none"):
+        open_document_source(tmp_path)
+
+
+def test_a_missing_split_is_cut_out_of_train(tmp_path):
+    texts = [f"document {number}" for number in range(200)]
+    write(tmp_path / "train.txt", "\n\n".join(texts))
+    write(tmp_path / "valid.txt", "v")
+    source = open_document_source(tmp_path)
+    tests = [text for text in texts if assign_split(text, 0) == "test"]
+    pairs = list(source.iterate_documents())
+    assert [text for split, text in pairs if split == "test"] == tests and 2 < len(tests) < 30
+    assert [text for split, text in pairs if split == "train"] == [
+        text for text in texts if text not in tests
+    ]
+    assert list(source.iterate_documents("valid")) == [("valid", "v")]
+    assert list(source.iterate_documents("test")) == [("test", text) for text in tests]
+    assert list(source.iterate_lines("test"))[:3] == [
+        ("test", tests[0]),
+        ("test", ""),
+        ("test", tests[1]),
+    ]
+
+
+def test_shards_of_a_split_are_read_in_order(tmp_path):
+    for number in range(2):
+        write(tmp_path / f"train-{number:05}-of-00002.jsonl", f'{{"text": "t{number}"}}\n')
+    for split in ("validation", "test"):
+        write(tmp_path / f"{split}-00000-of-00001.jsonl", f'{{"text": "{split}"}}\n')
+    assert list(open_document_source(tmp_path).iterate_documents()) == [
+        *(("train", "t0"), ("train", "t1"), ("valid", "validation"), ("test", "test"))
+    ]
+    (tmp_path / "train-00000-of-00002.jsonl").unlink()
+    with pytest.raises(UserError, match="1 of 2 files of the split train: train-00001-of-00002"):
         open_document_source(tmp_path)
 
 
@@ -179,8 +213,11 @@ def test_saved_data_sets(tmp_path):
     with pytest.raises(UserError, match="no column 'body'"):
         open_document_source(tmp_path / "one", text_column="body")
     datasets.DatasetDict({"train": table, "test": table}).save_to_disk(tmp_path / "two")
-    with pytest.raises(UserError, match="look at valid"):
-        open_document_source(tmp_path / "two")
+    splits = [split for split, _ in open_document_source(tmp_path / "two").iterate_documents()]
+    assert splits.count("test") == 120 and 0 < splits.count("valid") < 20
+    datasets.DatasetDict({"train": table, "other": table}).save_to_disk(tmp_path / "other")
+    with pytest.raises(UserError, match=r"has the splits \['other', 'train'\]"):
+        open_document_source(tmp_path / "other")
     datasets.Dataset.from_dict({"text": ["a", None]}).save_to_disk(tmp_path / "null")
     with pytest.raises(UserError, match="null, row 1: 'text' is null"):
         list(open_document_source(tmp_path / "null").iterate_documents())

@@ -110,7 +110,7 @@ def test_a_folder_of_splits_with_any_endings(tmp_path):
     splits = dict(open_document_source(tmp_path).iterate_documents())
     assert splits == {"train": '{"text": "a"}', "valid": "a", "test": "a"}
     (tmp_path / "test.jsonl").write_bytes(content)
-    with pytest.raises(UserError, match=r"split test .* found test.jl.gz and test.jsonl"):
+    with pytest.raises(UserError, match=r"split test .* there is test.jl.gz and test.jsonl"):
         open_document_source(tmp_path)
 
 

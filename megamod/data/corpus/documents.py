@@ -9,6 +9,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -100,8 +101,8 @@ class DocumentSource:
 
     Args:
         where: the user's name of the source, for messages.
-        readers: a function per split that iterates over its documents; or a single one under the
-            key "", whose documents `assign_split` divides.
+        readers: a function per split that iterates over its documents. `assign_split` cuts splits
+            without one out of train; a single function under the key "" is divided whole.
         decoding: counts replaced characters, from the start of the latest pass.
         seed: seed of the division.
         line_readers: a function per split that iterates over its lines, for plain text.
@@ -121,11 +122,14 @@ class DocumentSource:
     def iterate_documents(self, only_split: str | None = None) -> Iterator[tuple[str, str]]:
         """Yield pairs (split, document) in the order of the source, of all splits or one."""
         self.decoding.replaced = 0
+        absent = [split for split in SPLITS if split not in self.readers]
         for split, reader in self.readers.items():
-            if only_split and split not in ("", only_split):
+            divided = absent if split in ("", "train") else []
+            if only_split not in (None, split, *divided):
                 continue
             for document in reader():
-                name = split or assign_split(document, self.seed)
+                drawn = assign_split(document, self.seed) if divided else split
+                name = drawn if drawn in divided else split
                 if only_split in (None, name):
                     yield name, document
 
@@ -207,7 +211,7 @@ def open_document_source(
         )
     if path.is_file():
         return DocumentSource(
-            where, {"": _make_file_reader(path, text_column, decoding)}, decoding, seed
+            where, {"": _make_file_reader([path], text_column, decoding)}, decoding, seed
         )
     if any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
         loaded = load_saved_dataset(path)
@@ -216,13 +220,16 @@ def open_document_source(
         )
     files = _find_split_files(path)
     readers = {
-        split: _make_file_reader(file, text_column, decoding) for split, file in files.items()
+        split: _make_file_reader(shards, text_column, decoding) for split, shards in files.items()
     }
     line_readers = {}
-    if all(require_format(file, FORMATS) == "text" for file in files.values()):
+    is_text = all(require_format(file, FORMATS) == "text" for file in chain(*files.values()))
+    if is_text and len(files) == len(SPLITS):
         line_readers = {
-            split: lambda file=file: (line for _, line in read_decoded_lines(file, decoding))
-            for split, file in files.items()
+            split: lambda shards=shards: (
+                line for file in shards for _, line in read_decoded_lines(file, decoding)
+            )
+            for split, shards in files.items()
         }
     return DocumentSource(where, readers, decoding, seed, line_readers)
 
@@ -332,30 +339,48 @@ def _require_string(value: object, text_column: str, where: str) -> str:
 
 
 def _make_file_reader(
-    path: Path, text_column: str, decoding: Decoding
+    files: Sequence[Path], text_column: str, decoding: Decoding
 ) -> Callable[[], Iterator[str]]:
-    """Return a function that reads a file's documents; raise UserError if the column is missing."""
-    if require_format(path, FORMATS) != "text":
-        next(read_documents(path, text_column, decoding), None)  # checks the key or column
-    return lambda: read_documents(path, text_column, decoding)
+    """Return a function that reads the documents of files; UserError if a column is missing."""
+    for file in files:
+        if require_format(file, FORMATS) != "text":
+            next(read_documents(file, text_column, decoding), None)  # checks the key or column
+    return lambda: chain.from_iterable(
+        read_documents(file, text_column, decoding) for file in files
+    )
 
 
-def _find_split_files(folder: Path) -> dict[str, Path]:
-    """Find the file of each split in a folder; raise UserError unless each has exactly one."""
-    files = {}
+def _find_split_files(folder: Path) -> dict[str, list[Path]]:
+    """Find the file, or all shards in order, of each split that a folder has.
+
+    Raises:
+        UserError: if there is none for train, several for a split, or a shard is missing.
+    """
+    files: dict[str, list[Path]] = {}
+    known = [file for file in sorted(folder.iterdir()) if find_format(file) in FORMATS]
     for split, spellings in SPELLINGS.items():
-        matches = [
+        name = rf"(?:{'|'.join(spellings)})"
+        matches = [file for file in known if re.fullmatch(name, strip_format_endings(file))]
+        shards = [
             file
-            for file in sorted(folder.iterdir())
-            if strip_format_endings(file) in spellings and find_format(file) in FORMATS
+            for file in known
+            if re.fullmatch(rf"{name}-\d+-of-\d+", strip_format_endings(file))
         ]
-        if len(matches) != 1:
-            names = " and ".join(file.name for file in matches) or "none"
+        names = " and ".join(file.name for file in (matches + shards)[:4]) or "none"
+        if shards and not matches:
+            _, first, last = strip_format_endings(shards[-1]).replace("-of-", "-").rsplit("-", 2)
+            if not len(shards) == int(first) + 1 == int(last):
+                raise UserError(
+                    f"{folder}: {len(shards)} of {int(last)} files of the split {split}: {names}"
+                )
+        elif len(matches) + len(shards) > 1 or (split == "train" and not matches):
             raise UserError(
                 f"{folder}: one file for the split {split} is needed, named "
-                f"{' or '.join(spellings)} with an ending such as .txt or .jsonl.gz; found {names}"
+                f"{' or '.join(spellings)} with an ending such as .txt or .jsonl.gz, or its shards "
+                f"{spellings[0]}-00000-of-00002...; there is {names}"
             )
-        files[split] = matches[0]
+        if matches or shards:
+            files[split] = matches or shards
     return files
 
 

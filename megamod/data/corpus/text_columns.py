@@ -119,19 +119,19 @@ def find_split_tables(
     Args:
         splits: spellings of each split.
     Raises:
-        UserError: if several tables do not match the splits one to one.
+        UserError: if none of several tables is train, a table is no split, or two are one split.
     """
     tables = dict(loaded) if isinstance(loaded, Mapping) else {"": loaded}
     if len(tables) == 1:
         return {"": next(iter(tables.values()))}
     names = {split: [n for n in spellings if n in tables] for split, spellings in splits.items()}
-    unmatched = [split for split, matches in names.items() if len(matches) != 1]
-    if unmatched:
+    matched = {split: tables[matches[0]] for split, matches in names.items() if matches}
+    if len(matched) != len(tables) or "train" not in matched:
         raise UserError(
-            f"{where}: the splits {sorted(tables)} do not give one each of train, valid and "
-            f"test (look at {', '.join(unmatched)}); a single split is divided instead"
+            f"{where}: has the splits {sorted(tables)}; allowed are train and at most one each of "
+            "valid and test, or a single split, which is divided"
         )
-    return {split: tables[matches[0]] for split, matches in names.items()}
+    return matched
 
 
 def read_dataset_column(table: "Dataset | IterableDataset", column: str, where: str) -> Cells:
