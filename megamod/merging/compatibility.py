@@ -97,24 +97,23 @@ def refuse_quantised_model(folder: Path, config: Mapping[str, object]) -> None:
 
 def warn_of_config_differences(first: Path, second: Path) -> None:
     """Log the fields of two configurations that change the function of equal weights."""
-    configs = (
-        make_dense_config(read_model_config(first)),
-        make_dense_config(read_model_config(second)),
-    )
-    if configs[0] == configs[1]:
-        return
-    differing = _list_config_differences(*configs)
+    configs = (make_dense_config(read_model_config(folder)) for folder in (first, second))
+    if listed := describe_config_differences(*configs):
+        logger.warning(
+            "%s and %s differ in %s; the result has the values of the first, so the weights "
+            "of the second are used with settings that they were not trained with",
+            *(first, second, listed),
+        )
+
+
+def describe_config_differences(first: Mapping[str, object], second: Mapping[str, object]) -> str:
+    """Fields that change the function of equal weights, with both values; "" if there are none."""
+    differing = _list_config_differences(first, second)
     if differing:
-        differing = _list_config_differences(*(_fill_in_defaults(config) for config in configs))
-    if not differing:
-        return
+        differing = _list_config_differences(_fill_in_defaults(first), _fill_in_defaults(second))
     listed = [f"{key} {ours!r} / {theirs!r}" for key, ours, theirs in differing]
     more = f" and {len(listed) - _MOST} more" if len(listed) > _MOST else ""
-    logger.warning(
-        "%s and %s differ in %s%s; the result has the values of the first, so the weights "
-        "of the second are used with settings that they were not trained with",
-        *(first, second, ", ".join(text[:160] for text in listed[:_MOST]), more),
-    )
+    return ", ".join(text[:160] for text in listed[:_MOST]) + more
 
 
 def _list_config_differences(

@@ -153,6 +153,13 @@ def check_new_expert(path: str | Path, expert: Expert, replaced: str | None = No
     _check_experts([*experts, expert], file)
 
 
+def check_editable(path: str | Path) -> None:
+    """Raise UserError if this process cannot replace a forest.json; nothing is written."""
+    file = resolve_forest_path(path)
+    if not os.access(file.parent, os.W_OK):
+        raise UserError(f"{file}: its folder cannot be written, so no expert can be added")
+
+
 @contextmanager
 def edit_forest(path: str | Path) -> Iterator[list[Expert]]:
     """Yield the experts of a forest.json, to be changed in place; an absent file holds none.

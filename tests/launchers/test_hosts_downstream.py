@@ -162,7 +162,8 @@ def test_scores_and_mixtures(root, capsys):
     assert scored["own"]["law"] == pytest.approx(math.exp(total / count), rel=1e-4)
     launch("eval_lm", "--model", root / "demix", *common)
     launch("eval_lm", "--model", root / "forest", *common)
-    launch("eval_ensemble", "--forest", root / "forest", *common, "--domain", *DOMAINS)
+    prior = ("--prior_output", root / "prior_{domain}.json")
+    launch("eval_ensemble", "--forest", root / "forest", *common, "--domain", *DOMAINS, *prior)
     shown = capsys.readouterr().out
     assert all(name in shown for name in ("law", "med", "art", "tax", "new"))
 

@@ -131,6 +131,39 @@ def test_only_what_is_missing_is_made(workspace):
         run_study(read_study(path), out, torch.device("cpu"))
 
 
+def test_mistakes_are_found_before_the_first_curve(workspace, tmp_path):
+    path = study(workspace, "bert", "mlm", pairs=[[1, 2]])
+    content = yaml.safe_load(path.read_text())
+    for calibration, message in (
+        ({}, "variants, late: align.calibration.path is missing"),
+        ({"path": str(tmp_path / "no.txt")}, r"variants, late: .*no\.txt"),
+        ({"path": str(workspace / "train.txt"), "fraction": 0.001}, "variants, late: .* fraction"),
+    ):
+        changed = content["variants"] | {"late": {"calibration": calibration}}
+        path.write_text(yaml.safe_dump(content | {"variants": changed}, sort_keys=False))
+        with pytest.raises(UserError, match=message):
+            run_study(read_study(path), tmp_path / "out", torch.device("cpu"))
+    models = [*content["models"][:2], str(tmp_path / "gone")]
+    path.write_text(yaml.safe_dump(content | {"models": models, "pairs": [[1, 2], [1, 3]]}))
+    with pytest.raises(UserError, match="gone"):
+        run_study(read_study(path), tmp_path / "out", torch.device("cpu"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_of_other_settings_are_reported(workspace, tmp_path, caplog):
+    torch.manual_seed(3)
+    other = BertForMaskedLM(BertConfig(**BERT, layer_norm_eps=1e-5))
+    other.save_pretrained(tmp_path / "other")
+    models = [str(workspace / "bert-1"), str(tmp_path / "other")]
+    path = study(workspace, "bert", "mlm", models=models, pairs=[[1, 2]], points=2, max_items=1)
+    content = yaml.safe_load(path.read_text())
+    content["variants"] = {"vanilla": {"method": "identity"}}
+    path.write_text(yaml.safe_dump(content))
+    run_study(read_study(path), tmp_path / "out", torch.device("cpu"))
+    (warning,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert "models 1 and 2 differ in layer_norm_eps 1e-12 / 1e-05" in warning.getMessage()
+
+
 def test_a_study_that_cannot_be_leaves_nothing(workspace, tmp_path):
     path = study(
         workspace, "bert", "mlm", models=[str(workspace / "bert-1"), str(tmp_path / "gone")]

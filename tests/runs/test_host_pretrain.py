@@ -86,6 +86,10 @@ def start(root: Path, output: str, *flags: object) -> None:
 
 REFUSED = {
     "no tokenizer of the data": (("--model", "other"), "was made with another tokenizer"),
+    "tokenizer of the start": (
+        ("--model", "llama", "--init_from", "other"),
+        "their tokenizers differ: .* --tokenizer .*other",
+    ),
     "encoder": (("--model", "bert"), "model_type 'bert'; a causal language model is needed"),
     "shape": (("--model", "llama", "--hidden_size", 8), "--hidden_size cannot change the model"),
     "length": (("--model", "llama", "--max_seq_length", 33), "32 positions; the data need 300"),

@@ -345,7 +345,7 @@ def launch(monkeypatch, *words: object) -> None:
 
 def test_launcher(workspace, tmp_path, monkeypatch, capsys):
     launch(monkeypatch, workspace / "tiny.yaml", "--list", "true")
-    assert capsys.readouterr().out.startswith("dense.short.s1 {'model': 'tiny', ")
+    assert capsys.readouterr().out.startswith("dense.short.s1: model tiny, ")
     document, plot = tmp_path / "doc.md", tmp_path / "plot.png"
     document.write_text("<!-- study tiny -->\n<!-- end of study tiny -->\n")
     shown = ("--table", "true", "--document", document, "--plot", plot)

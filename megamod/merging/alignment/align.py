@@ -139,7 +139,7 @@ def _find_common_symmetry(
     Raises:
         UserError: if the models do not fit each other or the options.
     """
-    _check_same_architecture(config, other_config)
+    check_same_architecture(config, other_config)
     symmetry = find_symmetry(config, shapes, qk=options.qk)
     _check_same_shapes(shapes, other_shapes, symmetry.tied)
     rotated = any(
@@ -191,7 +191,7 @@ def _check_same_shapes(
             raise UserError(f"{name} is missing in the {where} model")
 
 
-def _check_same_architecture(first: Mapping[str, object], second: Mapping[str, object]) -> None:
+def check_same_architecture(first: Mapping[str, object], second: Mapping[str, object]) -> None:
     """Refuse two models whose configurations give equal shapes different meanings.
 
     Raises:

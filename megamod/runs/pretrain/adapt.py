@@ -40,7 +40,7 @@ from megamod.runs.pretrain.adapt_start import (
 from megamod.runs.pretrain.causal_lm import log_own_perplexity, make_evaluation
 from megamod.runs.training import ActiveRun, RunSpec, execute_run
 from megamod.states.checkpoint_folder import TrainState
-from megamod.states.forest import FILE, Expert, Forest, Parent, edit_forest
+from megamod.states.forest import FILE, Expert, Forest, Parent, check_editable, edit_forest
 from megamod.states.grow import add_expert
 from megamod.states.weights import read_weights
 from megamod.train.export import Card, ModelExport
@@ -65,6 +65,8 @@ def adapt(run: RunArgs, safety: SafetyArgs, optim: OptimArgs, args: AdaptArgs) -
             )
         print(f"{forest.path} has the expert {args.domain} of this run already: {existing.path}")
         return
+    if forest.path.is_file():
+        check_editable(forest.path)
     data = open_domain_data(args, forest)
     device = join_process_group(safety.dist_timeout)
     batch_size = run.per_device_eval_batch_size

@@ -17,6 +17,7 @@ from megamod.dist.topology import DomainTopology
 from megamod.errors import UserError
 from megamod.evaluation.perplexity import DENSE, DomainEvaluation, select_own_scores
 from megamod.evaluation.report import write_report
+from megamod.evaluation.saved import check_tokenizer_matches
 from megamod.models.auto import (
     check_document_masking,
     find_start_folder,
@@ -68,6 +69,8 @@ def pretrain(
     )
     start = find_start_folder(model.model, model.init_from, model.from_scratch, config)
     stock = list_stock_files(model.model, config, data)
+    if start is not None:
+        check_tokenizer_matches(start[0], data.databin, start[1])
     log_start(model, start, config)
     if data_args.mask_documents:
         check_document_masking(config)

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -32,6 +33,7 @@ from megamod.errors import UserError
 from megamod.evaluation.encoder_lm import score_encoder
 from megamod.evaluation.perplexity import select_share
 from megamod.evaluation.plots import plot_curves
+from megamod.evaluation.saved import check_tokenizer_matches
 from megamod.files import write_json
 from megamod.flags import find_origin, refuse_changes
 from megamod.models import build
@@ -82,6 +84,8 @@ def pretrain(
     rank, split = read_launcher_rank(), data_args.eval_split
     config = build_encoder_config(model, mux, data.databin, data.block_size)
     start = find_weight_source(model, config)
+    if start is not None and (folder := Path(astuple(start)[0])).is_dir():
+        check_tokenizer_matches(folder, data.databin, start.flag)
     masking = make_masking(data.databin, mux)
     shown = "task_loss" if mux.task_loss_coeff > 0 else "retrieval_loss"
     terms = TERMS[mux.objective]

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
@@ -44,21 +43,23 @@ from megamod.evaluation.plots import plot_barriers, plot_losses_along_line
 from megamod.files import write_json
 from megamod.merging.alignment.align import (
     align_models,
+    check_same_architecture,
     collect_float_shapes,
     find_position_limit,
 )
 from megamod.merging.alignment.calibration import iterate_whole_batches, read_token_ids
 from megamod.merging.alignment.measure import load_model
-from megamod.merging.alignment.options import BY_TEXT, Options
+from megamod.merging.alignment.options import BY_TEXT
 from megamod.merging.alignment.permute import (
     compute_axis_changes,
     map_untied_tensors,
     permute_state,
     prepare_reference,
 )
-from megamod.merging.alignment.record import Alignment
 from megamod.merging.alignment.symmetry import find_symmetry
+from megamod.merging.compatibility import describe_config_differences, refuse_quantised_model
 from megamod.models.classifier_inputs import list_input_fields
+from megamod.progress import progress
 from megamod.runs.finetune.args import RowArgs
 from megamod.runs.finetune.one_task import select_head_class
 from megamod.runs.finetune.source import load_matching_tokenizer
@@ -105,27 +106,85 @@ def run_study(study: BarrierStudy, output: Path, device: torch.device) -> str:
     """
     disable_progress_bar()
     record = _check_study_record(study, output)
+    _check_models(study)
     held_out = {task: open_held_out(study, task) for task in study.tasks}
+    calibration = {
+        (task, name): _read_calibration(study, name, held_out[task])
+        for task in study.tasks
+        for name in study.variants
+    }
     jobs = [
         (task, name, pair)
         for task in study.tasks
         for name in study.variants
         for pair in study.pairs
     ]
-    with tqdm(total=len(jobs) * study.points, unit="point", disable=None) as bar:
+    with progress(total=len(jobs) * study.points, unit="point") as bar:
         for task, name, pair in jobs:
             path = _find_curve_path(output, task, name, pair)
             if path.exists():
                 bar.update(study.points)
                 continue
             advance = partial(bar.update, 1)
-            curve = _compute_curve(
-                study, task, study.variants[name], pair, held_out[task], device, advance
-            )
+            items = calibration[task, name]
+            curve = _compute_curve(study, task, name, pair, held_out[task], items, device, advance)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(output / RECORD, record)
             write_json(path, curve)
     return _write_results(study, output)
+
+
+def _check_models(study: BarrierStudy) -> None:
+    """Warn of pairs in which equal weights have different functions.
+
+    Raises:
+        UserError: for a model that is missing, quantised, or without the head of a task; for pairs
+            of different architectures.
+    """
+    for task in study.tasks:
+        head = HEADS.get(task) or select_head_class(find_any_task(task))
+        configs: dict[str, dict[str, object]] = {}
+        for name, model in study.models.items():
+            source = resolve_model(
+                model.replace("{task}", task),
+                "models",
+                partial(has_auto_class, head),
+                f"a model with a head for {task}",
+            )
+            configs[name] = source.config.to_dict()
+            refuse_quantised_model(Path(source.name), configs[name])
+        for first, second in study.pairs:
+            check_same_architecture(configs[first], configs[second])
+            if listed := describe_config_differences(configs[first], configs[second]):
+                logger.warning(
+                    "models %s and %s differ in %s; the curve has the values of the second, so the "
+                    "weights of the first are used with settings that they were not trained with",
+                    *(first, second, listed),
+                )
+
+
+def _read_calibration(
+    study: BarrierStudy, variant: str, held_out: HeldOutTask
+) -> Sequence[Sequence[int]] | None:
+    """Read the token ids that a variant compares features on; None for methods that need no text.
+
+    Raises:
+        UserError: if there is no text, or the fraction is less than one item.
+    """
+    options = study.variants[variant]
+    if options.method not in BY_TEXT:
+        return None
+    calibration, items = options.calibration, held_out.calibration
+    try:
+        if calibration.path is not None:
+            path, length = Path(calibration.path), study.max_seq_length
+            items = read_token_ids(path, held_out.tokenize, length)
+        if items is None:
+            raise UserError("align.calibration.path is missing: text to compare the models on")
+        next(iterate_whole_batches(items, calibration.batch_size, calibration.fraction))
+    except UserError as error:
+        raise UserError(f"variants, {variant}: {error}") from error
+    return items
 
 
 def _check_study_record(study: BarrierStudy, output: Path) -> dict[str, object]:
@@ -261,9 +320,10 @@ def _make_tokenize(tokenizer: "PreTrainedTokenizerFast") -> Callable[[str], list
 def _compute_curve(
     study: BarrierStudy,
     task: str,
-    options: Options,
+    variant: str,
     pair: tuple[str, str],
     held_out: HeldOutTask,
+    items: Sequence[Sequence[int]] | None,
     device: torch.device,
     advance: Callable[[], object],
 ) -> dict[str, object]:
@@ -271,13 +331,21 @@ def _compute_curve(
     barriers.
 
     Args:
+        items: see `_read_calibration`.
         advance: called after every point.
     """
+    options = study.variants[variant]
     first, second = (
         load_model(study.models[name].replace("{task}", task), HEADS.get(task)).to(device)
         for name in pair
     )
-    alignment = _align_pair(first, second, options, held_out, study.max_seq_length)
+    batches = None
+    if items is not None:
+        text = options.calibration
+        batches = iterate_whole_batches(
+            items, text.batch_size, text.fraction, pad_id=held_out.pad_id
+        )
+    alignment = align_models(first, second, batches, options)
     config, shapes = first.config.to_dict(), collect_float_shapes(first.state_dict())
     symmetry = find_symmetry(config, shapes, qk=options.qk)
     ends = (
@@ -298,26 +366,6 @@ def _compute_curve(
         },
         "costs": dict(alignment.costs),
     }
-
-
-def _align_pair(
-    first: PreTrainedModel,
-    second: PreTrainedModel,
-    options: Options,
-    held_out: HeldOutTask,
-    max_length: int,
-) -> Alignment:
-    if options.method not in BY_TEXT:
-        return align_models(first, second, None, options)
-    calibration, items = options.calibration, held_out.calibration
-    if calibration.path is not None:
-        items = read_token_ids(Path(calibration.path), held_out.tokenize, max_length)
-    if items is None:
-        raise UserError("align.calibration.path is missing: text to compare the models on")
-    batches = iterate_whole_batches(
-        items, calibration.batch_size, calibration.fraction, pad_id=held_out.pad_id
-    )
-    return align_models(first, second, batches, options)
 
 
 def _untie(model: PreTrainedModel) -> None:
