@@ -242,6 +242,9 @@ def _parse_flags(
         if word.startswith("-"):
             flag = word.partition("=")[0]
             flags = [a for action in parser._actions for a in action.option_strings]
+            for answer in _FOREIGN.get(flag.lstrip("-"), ()):
+                if re.match(r"--\w+", answer)[0] in flags:
+                    raise UserError(f"unknown flag {flag!r}; here it is {answer}")
             raise _make_unknown_error("unknown flag", flag, flags)
     if unknown:
         raise UserError(f"unexpected argument {unknown[0]!r}; a recipe is the first argument")
@@ -333,9 +336,10 @@ def _check_value(flag_field: Field, value: object, where: str) -> object:
 
 
 def _make_unknown_error(problem: str, word: str, words: Iterable[str]) -> UserError:
-    """Make the error for an unknown word, with the nearest known one."""
-    nearest = difflib.get_close_matches(word, list(words), n=1, cutoff=0)[0]
-    return UserError(f"{problem} {word!r}; the nearest is {nearest!r}, --help lists all")
+    """Make the error for an unknown word, with the nearest known one if it is similar."""
+    near = difflib.get_close_matches(word, list(words), n=1, cutoff=0.75)
+    nearest = f"the nearest is {near[0]!r}, " if near else ""
+    return UserError(f"{problem} {word!r}; {nearest}--help lists all")
 
 
 # How help and messages name a type.
@@ -346,5 +350,26 @@ _NAMES = {
     bool: ("BOOL", "true or false"),
     list[str]: ("NAME", "a list of names"),
     list[float]: ("FLOAT", "a list of numbers"),
+}
+# Flags of other programs, and their spelling here: the first that a launcher has.
+_FOREIGN = {
+    "lr": ("--learning_rate",),
+    "N": ("--num_instances",),
+    "fp16": ("--precision fp16",),
+    "bf16": ("--precision bf16",),
+    "batch_size": ("--per_device_train_batch_size", "--per_device_eval_batch_size"),
+    "train_batch_size": ("--per_device_train_batch_size",),
+    "eval_batch_size": ("--per_device_eval_batch_size",),
+    "max_length": ("--max_seq_length",),
+    "block_size": ("--max_seq_length",),
+    "steps": ("--max_steps",),
+    "epochs": ("--num_train_epochs", "--max_steps"),
+    "num_train_epochs": ("--max_steps",),
+    "overwrite_output_dir": ("--output_dir with a new folder, since no run is overwritten",),
+    "resume_from_checkpoint": ("--resume PATH",),
+    "eval_strategy": ("--eval_steps N",),
+    "save_strategy": ("--save_steps N",),
+    "dataset_name": ("--data, a folder written by launchers/preprocess.py",),
+    "train_file": ("--data, a folder written by launchers/preprocess.py",),
 }
 _TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}

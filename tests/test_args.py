@@ -334,3 +334,18 @@ def test_numbers_as_a_list(tmp_path):
             UserError, match=r"--weights: .* is not allowed; give a list of numbers"
         ):
             parse_args(Weights, argv=["--weights", "1", wrong])
+
+
+@pytest.mark.parametrize(
+    ("flag", "answer"),
+    [
+        ("--lr", "here it is --learning_rate"),
+        ("--bf16", "here it is --precision bf16"),
+        ("--overwrite_output_dir", "here it is --output_dir with a new folder"),
+        ("--epochs=3", "here it is --max_steps"),
+        ("--zzz", "unknown flag '--zzz'; --help lists all"),
+        ("--lerning_rate", "the nearest is '--learning_rate'"),
+    ],
+)
+def test_flags_of_other_programs_are_answered(flag, answer):
+    assert answer in message(flag)

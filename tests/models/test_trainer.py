@@ -175,6 +175,11 @@ def test_arguments_that_no_model_has_are_refused():
             model(**arguments, output_attentions=True)
         with pytest.raises(ValueError, match=r"not support inputs_embeds of shape \(2, 3, 4\)"):
             model(**arguments, inputs_embeds=torch.zeros(2, 3, 4))
+        arguments.pop("input_ids")
+        with pytest.raises(ValueError, match=r"not support inputs_embeds of shape \(2, 3, 4\)"):
+            model(**arguments, inputs_embeds=torch.zeros(2, 3, 4))
+        with pytest.raises(ValueError, match="needs input_ids"):
+            model(**arguments)
 
 
 def tokenizer_of(words: dict[str, int], **special: str) -> PreTrainedTokenizerFast:

@@ -105,7 +105,7 @@ class CaMtlForMultiTask(CheckedLoading):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         task_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
@@ -134,6 +134,8 @@ class CaMtlForMultiTask(CheckedLoading):
         """
         token_labels = more.pop("token_labels", None)
         check_extra_arguments(self, more)
+        if input_ids is None:
+            raise ValueError(f"{type(self).__name__} needs input_ids")
         if labels is not None and labels.dim() == 2 and token_labels is None:
             labels, token_labels = None, labels
         task_ids = self._require_task_ids(input_ids, task_ids)

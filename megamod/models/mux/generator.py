@@ -155,7 +155,7 @@ class MuxElectraForReplacedTokens(MuxElectraForPreTraining):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,

@@ -190,7 +190,7 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
 
     def prepare_batch(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -198,8 +198,10 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         """Fill up the last group with copies of rows, and check that the batch fits the model.
 
         Raises:
-            ValueError: for a batch that is empty or too long.
+            ValueError: for a batch that is missing, empty or too long.
         """
+        if input_ids is None:
+            raise ValueError(f"{type(self).__name__} needs input_ids")
         N, rows = self.config.num_instances, len(input_ids)
         if not rows:
             raise ValueError("the batch has no rows")
