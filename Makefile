@@ -16,13 +16,13 @@ $(VENV)/.installed: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip 'setuptools>=77' wheel
 	if nvidia-smi >/dev/null 2>&1; then \
-	  $(BIN)/python -m pip install --quiet -c constraints.txt torch; \
+	  $(BIN)/python -m pip install -c constraints.txt torch; \
 	else \
-	  $(BIN)/python -m pip install --quiet --no-index --no-deps torch==2.13.0+cpu 2>/dev/null \
-	  || $(BIN)/python -m pip install --quiet --no-deps --retries 1 --index-url $(CPU_WHEELS) -c constraints.txt torch \
-	  || $(BIN)/python -m pip install --quiet -c constraints.txt torch; \
+	  $(BIN)/python -m pip install --no-index --no-deps torch==2.13.0+cpu 2>/dev/null \
+	  || $(BIN)/python -m pip install --no-deps --retries 1 --index-url $(CPU_WHEELS) -c constraints.txt torch \
+	  || $(BIN)/python -m pip install -c constraints.txt torch; \
 	fi
-	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet -c constraints.txt --editable '.[dev]'
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install -c constraints.txt --editable '.[dev]'
 	touch $@
 
 .PHONY: test lint

@@ -8,7 +8,8 @@ encoder that reads several texts in one pass (MUX-BERT, MUX-ELECTRA).
     torchrun --nproc_per_node 2 launchers/pretrain.py RECIPE.yaml --output_dir OUT
     python launchers/pretrain.py RECIPE.yaml --output_dir OUT      (one process)
     python launchers/pretrain.py --objective masked_lm --model small --num_instances 5 \\
-        --task_loss_coeff 0 --retrieval_loss_coeff 1 --data DATABIN --output_dir runs/warm-up
+        --per_device_train_batch_size 40 --max_seq_length 128 --task_loss_coeff 0 \\
+        --retrieval_loss_coeff 1 --data DATABIN --output_dir runs/warm-up
 
 The same command resumes an interrupted run. DATABIN comes from launchers/preprocess.py.
 """

@@ -66,7 +66,8 @@ def main() -> None:
     cells = [study.find_cell(name) for name in args.cells] if args.cells else list(study.cells)
     if args.list:
         for cell in cells:
-            print(cell.name, cell.settings)
+            settings = ", ".join(f"{name} {value}" for name, value in cell.settings.items())
+            print(f"{cell.name}: {settings}")
         return
     evidence = Path(args.evidence) if args.evidence else EVIDENCE / study.name
     if not args.table:
