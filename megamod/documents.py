@@ -19,6 +19,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    TypeAdapter,
     ValidationError,
     model_validator,
 )
@@ -47,11 +48,13 @@ class Document(BaseModel):
     def _check_keys(cls, value: object) -> object:
         if isinstance(value, cls):
             return value
+        keys = [field.alias or name for name, field in cls.model_fields.items()]
         if not isinstance(value, dict):
-            keys = ", ".join(cls.model_fields)
-            raise ValueError(f"{shorten(value)} is not `key: value` lines; keys are {keys}")
+            raise ValueError(
+                f"{shorten(value)} is not `key: value` lines; keys are {', '.join(keys)}"
+            )
         for key in value:
-            check_word(key, cls.model_fields, "unknown key")
+            check_word(key, keys, "unknown key")
         return value
 
 
@@ -90,7 +93,7 @@ def check_document(value: object, schema: type[Schema], origin: str, key: str = 
         UserError: naming the origin, the key, the value and what is allowed.
     """
     try:
-        return schema.model_validate(value)
+        return TypeAdapter(schema).validate_python(value)
     except ValidationError as error:
         raise UserError(_sentence(error, origin, key)) from error
 
@@ -128,8 +131,12 @@ def _bad_name(name: object) -> str:
     )
 
 
-def _as_name(value: object) -> str:
-    """A name; YAML reads `1` and `1.5` as numbers."""
+def as_name(value: object) -> str:
+    """Return a file's value as a name; YAML reads `1` and `1.5` as numbers.
+
+    Raises:
+        ValueError: if it does not consist of allowed characters.
+    """
     text = str(value) if type(value) in (int, float) else value
     if not isinstance(text, str) or not _NAME.fullmatch(text):
         raise ValueError(_bad_name(value))
@@ -142,7 +149,7 @@ def _as_number(value: object) -> int | float:
     return value
 
 
-Name = Annotated[str, BeforeValidator(_as_name)]
+Name = Annotated[str, BeforeValidator(as_name)]
 """A name that becomes part of a file's name."""
 Items = Annotated[tuple[Item, ...], BeforeValidator(lambda v: tuple(v) if type(v) is list else v)]
 """A list."""

@@ -214,16 +214,28 @@ def test_blocks_of_text(tmp_path):
     ("text", "message"),
     [
         ("[1]", "not `key: value` lines"),
-        ("{models: [a], variants: {x: {}}}", "is not two or more models"),
-        ("{models: [a, b], variants: {x: {}}, pair: 1}", "unknown key 'pair'; allowed are models"),
+        ("{models: [a], variants: {x: {}}}", "has fewer than 2 items"),
+        (
+            "{models: [a, b], variants: {x: {}}, pair: 1}",
+            "unknown key 'pair'; the nearest is 'pairs'",
+        ),
         ("{models: [a, b], pairs: [[1, 3]], variants: {x: {}}}", "is not two of 1, 2"),
-        ("{models: [a, b]}", "variants: None is not names"),
+        ("{models: [a, b], pairs: [], variants: {x: {}}}", r"pairs: \[\] has fewer than 1 items"),
+        ("{models: {a: b, ../c: d}, variants: {x: {}}}", "models: '../c' is not made of letters"),
+        ("{models: [a, b], variants: {../x: {}}}", "variants: '../x' is not made of letters"),
+        ("{models: [a, b], variants: {x: {seed: 3}}}", "variants.x: seed has no effect with"),
+        ("{models: [a, b], task: clm, seed: 1, variants: {x: {}}}", "seed: has no effect without"),
+        ("{models: [a, b], task: ../x, variants: {x: {}}}", r"task\[0\]: '../x' is not made of"),
+        ("{models: [a, b]}", "variants is missing"),
         ("{models: [a, b], variants: {x: {method: magic}}}", "'magic' is not one of activation"),
         (
             "{models: [a, b], variants: {x: {}}, points: 1}",
-            "1 is not a whole number from 2",
+            "points: 1 is not 2 or more",
         ),
-        ("{models: [a, b], variants: {x: {}}, mlm_probability: 1.5}", "not between 0 and 1"),
+        (
+            "{models: [a, b], variants: {x: {}}, mlm_probability: 1.5}",
+            "1.5 is not less than 1",
+        ),
     ],
 )
 def test_mistakes_in_a_study(tmp_path, text, message):

@@ -134,8 +134,11 @@ def test_ties_keep_the_order_and_do_no_harm(folder, monkeypatch):
     [
         ({"evaluation": None}, "evaluation: is missing; give"),
         ({"evaluation": {"dta": "x"}}, "evaluation: unknown key 'dta'"),
-        ({"evaluation": {"data": "x", "batch_size": 0}}, "evaluation, batch_size: 0"),
-        ({"evaluation": {"task": 3}}, "task: 3 is not clm"),
+        (
+            {"evaluation": {"data": "x", "batch_size": 0}},
+            "evaluation.batch_size: 0 is not 1",
+        ),
+        ({"evaluation": {"task": 3}}, "evaluation.task: 3 is not text"),
         ({"evaluation": {"task": "mlm"}}, "data: None is not a file"),
         ({"evaluation": {"task": "nosuch", "data": "x"}}, "nosuch"),
         ({"align": {"method": "weight"}}, "greedy_soup does not support align"),

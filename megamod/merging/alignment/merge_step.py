@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 
+from megamod.documents import check_document
 from megamod.errors import UserError
 from megamod.merging.alignment.align import align_folders, align_weights
 from megamod.merging.alignment.folder import PermutedFolder, find_folder_symmetry
-from megamod.merging.alignment.options import BY_TEXT, Options, read_options
+from megamod.merging.alignment.options import BY_TEXT, EffectiveOptions, Options
 from megamod.merging.alignment.record import Alignment, make_identity_alignment
 from megamod.merging.tensors import TensorSource, describe_source
 from megamod.states.forest import read_model_config
@@ -22,7 +23,7 @@ def align_folder_views(
         UserError: if the models cannot be aligned, or the result would need an output matrix that
             is no longer tied.
     """
-    options = read_options(block, origin)
+    options = check_document(block, EffectiveOptions, origin, "align")
     if options.method == "identity" and not options.compat.scale:
         return list(folders)
     views: list[TensorSource] = [folders[0]]

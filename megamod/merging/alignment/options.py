@@ -1,12 +1,10 @@
 """Options of an alignment: the `align:` block of a recipe."""
 
-from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from megamod.documents import Document, Items, Number, check_document
-from megamod.errors import UserError
+from megamod.documents import Document, Items, Number
 from megamod.merging.alignment.matching import ATTENTION
 
 METHODS = ("activation", "ot", "weight", "identity")
@@ -146,18 +144,14 @@ def list_unused_keys(options: Options) -> list[str]:
     return unused
 
 
-def read_options(block: Mapping[str, object], origin: str, key: str = "align") -> Options:
-    """Read the options of a block that people write, and refuse keys that have no effect.
-
-    Args:
-        origin: file, and `key`: that of the block, for messages.
-    Raises:
-        UserError: naming the key that is not known, has a value that is not allowed, or no effect.
-    """
-    options = check_document(block, Options, origin, key)
+def _refuse_unused(options: Options) -> Options:
     if unused := list_unused_keys(options):
-        raise UserError(
-            f"{origin}, {key}.{unused[0]} has no effect with method {options.method} and groups "
+        raise ValueError(
+            f"{unused[0]} has no effect with method {options.method} and groups "
             f"{', '.join(options.groups) or 'none'}; leave it out"
         )
     return options
+
+
+EffectiveOptions = Annotated[Options, AfterValidator(_refuse_unused)]
+"""Schema of documents that people write: keys without effect are refused, too."""

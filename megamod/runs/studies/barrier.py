@@ -11,7 +11,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,7 +64,7 @@ from megamod.runs.finetune.args import RowArgs
 from megamod.runs.finetune.one_task import select_head_class
 from megamod.runs.finetune.source import load_matching_tokenizer
 from megamod.runs.finetune.tasks import open_task
-from megamod.runs.studies.barrier_recipe import CLM, MLM, BarrierStudy
+from megamod.runs.studies.barrier_recipe import CLM, MLM, BarrierStudy, HeldOutSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -73,6 +73,8 @@ logger = logging.getLogger(__name__)
 
 RESULTS = "results.json"
 RECORD = "study.json"
+_RECORDED = ("models", "pairs", "tasks", "variants", "data", "tokenizer", "max_seq_length")
+_RECORDED += ("batch_size", "points", "max_items", "seed", "mlm_probability", "char_split")
 
 
 HEADS = {MLM: AutoModelForMaskedLM, CLM: AutoModelForCausalLM}
@@ -107,7 +109,11 @@ def run_study(study: BarrierStudy, output: Path, device: torch.device) -> str:
     disable_progress_bar()
     record = _check_study_record(study, output)
     _check_models(study)
-    held_out = {task: open_held_out(study, task) for task in study.tasks}
+    first = next(iter(study.models.values()))
+    held_out = {
+        task: open_held_out(study, task, first.replace("{task}", task), study.char_split)
+        for task in study.tasks
+    }
     calibration = {
         (task, name): _read_calibration(study, name, held_out[task])
         for task in study.tasks
@@ -193,7 +199,8 @@ def _check_study_record(study: BarrierStudy, output: Path) -> dict[str, object]:
     Raises:
         UserError: if the folder holds results of a different study.
     """
-    record = json.loads(json.dumps(asdict(study), default=str))
+    values = study.model_dump(mode="json")
+    record = {key: values[key] for key in _RECORDED}
     path = output / RECORD
     if path.exists():
         previous = json.loads(path.read_text(encoding="utf-8"))
@@ -215,32 +222,36 @@ def _find_curve_path(output: Path, task: str, variant: str, pair: tuple[str, str
     return output / "curves" / task / variant / f"{pair[0]}-{pair[1]}.json"
 
 
-def open_held_out(study: BarrierStudy, task: str) -> HeldOutTask:
+def open_held_out(
+    settings: HeldOutSettings, task: str, first: str, char_split: bool = False
+) -> HeldOutTask:
     """Open the tokenizer and the held-out data of a task.
 
+    Args:
+        first: folder or hub id of the first model.
+        char_split: see `text_blocks`.
     Raises:
         UserError: for missing data, or data that do not fit the model.
     """
-    first = next(iter(study.models.values())).replace("{task}", task)
     if task in (MLM, CLM):
-        return _open_text_task(study, task, first)
+        return _open_text_task(settings, task, first, char_split)
     spec = find_any_task(task)
     kind = select_head_class(spec)
     source = resolve_model(
         first, "models", lambda name: has_auto_class(kind, name), f"a model with a head for {task}"
     )
-    tokenizer = load_matching_tokenizer(source.config, first, study.tokenizer)
-    limits = RowArgs(max_seq_length=study.max_seq_length, max_eval_samples=study.max_items)
+    tokenizer = load_matching_tokenizer(source.config, first, settings.tokenizer)
+    limits = RowArgs(max_seq_length=settings.max_seq_length, max_eval_samples=settings.max_items)
     splits = spec.list_splits("dev")
     opened = open_task(
-        spec, study.data, (*splits, "train"), source.config, tokenizer, limits, trained=True
+        spec, settings.data, (*splits, "train"), source.config, tokenizer, limits, trained=True
     )
     train, inputs = opened.encoded["train"], list_input_fields(source.config)
 
     def losses(model: torch.nn.Module) -> dict[str, float]:
         return {
             split: compute_classifier_loss(
-                model, opened.encoded[split], inputs, spec.is_regression, study.batch_size
+                model, opened.encoded[split], inputs, spec.is_regression, settings.batch_size
             )
             for split in splits
         }
@@ -251,21 +262,23 @@ def open_held_out(study: BarrierStudy, task: str) -> HeldOutTask:
     return HeldOutTask(losses, items, _make_tokenize(tokenizer), train.pad_id)
 
 
-def _check_length(model: PreTrainedModel, study: BarrierStudy) -> PreTrainedModel:
-    """Return the model, after a check that its positions suffice for the blocks of the study."""
+def _check_length(model: PreTrainedModel, settings: HeldOutSettings) -> PreTrainedModel:
+    """Return the model, after a check that its positions suffice for the blocks."""
     positions = find_position_limit(model.config)
-    if positions is not None and study.max_seq_length > positions:
+    if positions is not None and settings.max_seq_length > positions:
         raise UserError(
-            f"max_seq_length {study.max_seq_length}: {model.name_or_path or 'a model'} has "
+            f"max_seq_length {settings.max_seq_length}: {model.name_or_path or 'a model'} has "
             f"{positions} positions; give {positions} or less"
         )
     return model
 
 
-def _open_text_task(study: BarrierStudy, task: str, first: str) -> HeldOutTask:
-    if study.data is None:
+def _open_text_task(
+    settings: HeldOutSettings, task: str, first: str, char_split: bool
+) -> HeldOutTask:
+    if settings.data is None:
         raise UserError(f"data is missing: give a text file to measure the {task} loss on")
-    tokenizer = load_tokenizer(study.tokenizer or first)
+    tokenizer = load_tokenizer(settings.tokenizer or first)
     if tokenizer.original is not None:
         tokenize = _make_tokenize(tokenizer.original)
     else:
@@ -274,16 +287,18 @@ def _open_text_task(study: BarrierStudy, task: str, first: str) -> HeldOutTask:
             return [tokenizer.bos_id, *tokenizer.encode_batch([text])[0].tolist()]
 
     blocks = read_text_blocks(
-        Path(study.data),
+        Path(settings.data),
         tokenize,
-        study.max_seq_length,
-        max_blocks=study.max_items,
-        space_characters=study.char_split,
+        settings.max_seq_length,
+        max_blocks=settings.max_items,
+        space_characters=char_split,
     )
     if task == CLM:
         return HeldOutTask(
             lambda model: {
-                "loss": compute_causal_loss(_check_length(model, study), blocks, study.batch_size)
+                "loss": compute_causal_loss(
+                    _check_length(model, settings), blocks, settings.batch_size
+                )
             },
             None,
             tokenize,
@@ -292,19 +307,24 @@ def _open_text_task(study: BarrierStudy, task: str, first: str) -> HeldOutTask:
     original = tokenizer.original
     if original is None or original.mask_token_id is None:
         raise UserError(
-            f"tokenizer {study.tokenizer or first}: has no [MASK] token, which the task mlm needs"
+            f"tokenizer {settings.tokenizer or first}: has no [MASK] token, which the task mlm "
+            "needs"
         )
     masking = Masking(
         mask_id=original.mask_token_id,
         pad_id=original.pad_token_id,
         special_ids=tuple(original.all_special_ids),
         vocab_size=len(original),
-        probability=study.mlm_probability,
+        probability=settings.mlm_probability,
     )
     return HeldOutTask(
         lambda model: {
             "loss": compute_masked_loss(
-                _check_length(model, study), blocks, masking, study.seed, study.batch_size
+                _check_length(model, settings),
+                blocks,
+                masking,
+                settings.seed,
+                settings.batch_size,
             ),
         },
         None,

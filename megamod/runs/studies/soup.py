@@ -18,21 +18,18 @@ import torch
 from torch import Tensor
 
 from megamod.data.tasks.specs import find_any_task
+from megamod.documents import check_document
 from megamod.errors import UserError
 from megamod.evaluation.barrier import Losses
 from megamod.merging.alignment.measure import load_model
-from megamod.merging.alignment.options import Options
 from megamod.merging.merge import SHARD_BYTES, merge
 from megamod.merging.plan import MergePlan
 from megamod.merging.recipe import GREEDY_SOUP, MergeRecipe
 from megamod.progress import progress
 from megamod.runs.studies.barrier import HEADS, open_held_out
-from megamod.runs.studies.barrier_recipe import CLM, MLM, BarrierStudy, check_fields
+from megamod.runs.studies.barrier_recipe import CLM, MLM, Evaluation
 
 logger = logging.getLogger(__name__)
-
-_KEYS = ("task", "data", "tokenizer", "max_seq_length", "batch_size", "max_items", "seed")
-_KEYS += ("mlm_probability",)
 
 
 @dataclass(frozen=True)
@@ -76,15 +73,15 @@ def greedy_soup(
             each other, or no model has a finite loss.
     """
     uniform = _build_average_recipe(recipe, range(len(recipe.inputs)))
-    study = _build_study(recipe)
+    settings = _evaluation(recipe)
     options = {"shard_bytes": shard_bytes, "threads": threads, "quiet": quiet}
     plan = merge(uniform, output, dry_run=True, copy_tokenizer=copy_tokenizer, **options)
     if dry_run:
         return plan, []
-    losses = open_held_out(study, study.tasks[0]).losses
     paths = [str(model.path) for model in recipe.inputs]
+    losses = open_held_out(settings, settings.task, paths[0]).losses
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    candidates = select_models(paths, losses, device, HEADS.get(study.tasks[0]))
+    candidates = select_models(paths, losses, device, HEADS.get(settings.task))
     kept = sorted(candidate.number for candidate in candidates if candidate.kept)
     record = {"merge_method": GREEDY_SOUP, "evaluation": dict(recipe.evaluation)}
     record |= {"tasted": [asdict(candidate) for candidate in candidates]}
@@ -192,32 +189,22 @@ def _build_average_recipe(recipe: MergeRecipe, numbers: Sequence[int]) -> MergeR
     return replace(recipe, method="linear", inputs=inputs, tokenizer=0, cut_vocabularies=False)
 
 
-def _build_study(recipe: MergeRecipe) -> BarrierStudy:
-    """Build a study from the `evaluation:` block.
+def _evaluation(recipe: MergeRecipe) -> Evaluation:
+    """Check the `evaluation:` block.
 
     Raises:
         UserError: naming the key that is missing or wrong.
     """
-    where = f"{recipe.origin}, evaluation"
     if recipe.evaluation is None:
         raise UserError(
-            f"{where}: is missing; give `evaluation: {{task: clm, data: FILE}}`, the text that "
-            "the losses are measured on"
+            f"{recipe.origin}, evaluation: is missing; give `evaluation: {{task: clm, data: FILE}}`"
+            ", the text that the losses are measured on"
         )
-    fields = dict(recipe.evaluation)
-    for key in fields:
-        if key not in _KEYS:
-            raise UserError(f"{where}: unknown key {key!r}; allowed are {', '.join(_KEYS)}")
-    task = fields.pop("task", CLM)
-    if not isinstance(task, str):
-        raise UserError(f"{where}, task: {task!r} is not clm, mlm or the name of a task")
-    fields = check_fields(fields, Path(where))
-    if unused := [key for key in ("seed", "mlm_probability") if key in fields and task != MLM]:
-        raise UserError(f"{where}, {unused[0]}: has no effect with task {task}; leave it out")
-    if task not in (CLM, MLM):
-        find_any_task(task)
-    elif not isinstance(fields.get("data"), str) or not Path(fields["data"]).is_file():
-        raise UserError(f"{where}, data: {fields.get('data')!r} is not a file; give a text file")
-    models = {str(number): str(model.path) for number, model in enumerate(recipe.inputs)}
-    variants = {GREEDY_SOUP: Options(method="identity")}
-    return BarrierStudy(models, (), (task,), variants, **fields)
+    settings = check_document(recipe.evaluation, Evaluation, recipe.origin, "evaluation")
+    if settings.task not in (CLM, MLM):
+        find_any_task(settings.task)
+    elif settings.data is None or not Path(settings.data).is_file():
+        raise UserError(
+            f"{recipe.origin}, evaluation.data: {settings.data!r} is not a file; give a text file"
+        )
+    return settings
