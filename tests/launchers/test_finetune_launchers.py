@@ -120,6 +120,20 @@ def test_jobs_of_a_sweep(tmp_path):
     assert words[-2:] == ["--output_dir", str(tmp_path / "toy" / "mux" / "N-2" / "seed-1")]
 
 
+@pytest.mark.parametrize(
+    "launch",
+    [
+        ["deepspeed", "--num_gpus", "2", "--master_port=29501"],
+        ["torchrun", "--nproc-per-node=2", "--standalone"],
+        ["srun", "-N", "1", "--ntasks-per-node=2", "python"],
+        ["accelerate", "launch", "--num_processes", "2", "--cpu"],
+    ],
+)
+def test_programs_that_start_a_sweep(tmp_path, launch):
+    (tmp_path / "s.yaml").write_text(f"{{tasks: {{rte: }}, models: {{a: }}, launch: {launch}}}")
+    assert read_sweep(tmp_path / "s.yaml")[1] == launch
+
+
 def test_flags_of_one_number_of_instances_win(tmp_path):
     (tmp_path / "s.yaml").write_text(
         "tasks: {rte: {learning_rate: 1.0}}\n"
@@ -135,12 +149,32 @@ def test_flags_of_one_number_of_instances_win(tmp_path):
     [
         ("[1]", "not `key: value` lines"),
         ("{tasks: {rte: }}", "models is missing"),
-        ("{tasks: {rte: }, models: {a: }, seed: 1}", "unknown key 'seed'; allowed are common"),
-        ("{tasks: {rte: }, models: {a: {seed: 1}}}", "models, a: seed is chosen for each run"),
-        ("{tasks: {rte: }, models: {a: }, seeds: [x]}", "not a list of whole numbers"),
+        ("{tasks: {rte: }, models: {a: }, seed: 1}", "unknown key 'seed'; the nearest is 'seeds'"),
+        ("{tasks: {rte: }, models: {a: {seed: 1}}}", "models.a: seed is chosen for each run"),
+        ("{tasks: {rte: }, models: {a: }, seeds: [x]}", r"seeds\[0\]: 'x' is not a whole number"),
         ("{tasks: {rte: {launcher: x}}, models: {a: }}", "launcher 'x' is not allowed"),
         ("{tasks: {rte: }, models: {a: {num_instances: [0]}}}", "0 is not a whole number from 1"),
+        ("{tasks: {rte: }, models: {a: {num_instances: {2: {seed: 1}}}}}", "instances.2: seed is"),
+        ("{tasks: {rte: }, models: {a: {output-dir: x}}}", "output-dir is chosen for each run"),
+        ("{tasks: {rte: 3}, models: {a: }}", "tasks.rte: 3 is not `key: value` lines"),
+        ("{tasks: {../../x: }, models: {a: }}", "tasks: '../../x' is not made of letters"),
+        ("{tasks: {rte: }, models: {a/b: }}", "models: 'a/b' is not made of letters"),
         ("{", "not YAML"),
+        *(
+            (f"{{tasks: {{rte: }}, models: {{a: }}, launch: {launch}}}", message)
+            for launch, message in (
+                ("[sh, -c, 'touch x']", "launch: 'sh' is not one of deepspeed, torchrun, srun"),
+                ("[/bin/deepspeed]", "launch: '/bin/deepspeed' is not one of deepspeed"),
+                ("deepspeed", "launch: 'deepspeed' is not a list"),
+                ("[deepspeed, --num_gpus, 2]", r"launch\[2\]: 2 is not text"),
+                ("[deepspeed, --no_python, sh]", "'--no_python' is not a flag of deepspeed that"),
+                ("[torchrun, --nnodes]", "launch: --nnodes has no value"),
+                ("[torchrun, --standalone, sh]", "'sh' is not a flag of torchrun"),
+                ("[srun, -n, '1', sh, -c, x]", "'sh' is not a flag of srun"),
+                ("[srun, '--export=LD_PRELOAD=x']", "'--export=LD_PRELOAD=x' is not a flag"),
+                ("[accelerate, test]", "accelerate needs `launch` after it"),
+            )
+        ),
     ],
 )
 def test_mistakes_in_a_sweep(tmp_path, text, message):

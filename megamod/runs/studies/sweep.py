@@ -13,11 +13,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-import yaml
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from megamod.btm.placement import find_free_port
 from megamod.data.tasks.specs import GLUE
+from megamod.documents import Document, Items, Name, check_document, read_document, shorten
 from megamod.errors import UserError
 from megamod.evaluation.glue import (
     average_task_scores,
@@ -32,8 +34,70 @@ logger = logging.getLogger(__name__)
 
 RECORD = "job.json"
 LAUNCHERS = ("glue", "ner", "mtl")
-KEYS = ("common", "tasks", "models", "seeds", "launch")
-Flags = dict[str, object]
+LAUNCH_FLAGS = {
+    "deepspeed": "num_gpus= num_nodes= include= exclude= hostfile= master_addr= master_port= "
+    "node_rank= no_ssh force_multi bind_cores_to_rank bind_core_list=",
+    "torchrun": "nnodes= nproc_per_node= node_rank= rdzv_backend= rdzv_endpoint= rdzv_id= "
+    "max_restarts= master_addr= master_port= standalone",
+    "srun": "nodes= N= ntasks= n= ntasks_per_node= gpus= G= gpus_per_node= gpus_per_task= "
+    "cpus_per_task= c= mem= gres= partition= p= account= A= qos= q= constraint= C= nodelist= w= "
+    "job_name= J= time= t= exclusive",
+    "accelerate": "num_processes= num_machines= machine_rank= main_process_ip= main_process_port= "
+    "mixed_precision= gpu_ids= num_cpu_threads_per_process= multi_gpu cpu",
+}
+"""Programs that a sweep may start, and those of their flags that start no other program; `=`: the
+flag has a value."""
+
+
+def _checked_flags(flags: dict[str, object]) -> dict[str, object]:
+    for name in flags:
+        if name.replace("-", "_") in ("output_dir", "seed", "seeds"):
+            raise ValueError(f"{name} is chosen for each run; leave it out")
+    return flags
+
+
+def _checked_launch(words: tuple[str, ...]) -> tuple[str, ...]:
+    if not words:
+        return words
+    program, *rest = words
+    if program not in LAUNCH_FLAGS:
+        raise ValueError(f"{shorten(program)} is not one of {', '.join(LAUNCH_FLAGS)}")
+    if program == "accelerate":
+        if rest[:1] != ["launch"]:
+            raise ValueError("accelerate needs `launch` after it")
+        rest = rest[1:]
+    if program == "srun" and rest[-1:] == ["python"]:
+        rest = rest[:-1]
+    known = {flag.rstrip("="): flag.endswith("=") for flag in LAUNCH_FLAGS[program].split()}
+    following = iter(rest)
+    for word in following:
+        flag, equals, _ = word.partition("=")
+        name = flag.lstrip("-").replace("-", "_")
+        if flag[:1] != "-" or name not in known:
+            raise ValueError(
+                f"{shorten(word)} is not a flag of {program} that a sweep may set; allowed are "
+                f"{', '.join(known)}"
+            )
+        if known[name] and not equals and next(following, None) is None:
+            raise ValueError(f"{word} has no value")
+    return words
+
+
+Flags = Annotated[
+    dict[str, object],
+    BeforeValidator(lambda value: {} if value is None else value),
+    AfterValidator(_checked_flags),
+]
+
+
+class SweepFile(Document):
+    """The content of a sweep's file."""
+
+    common: Flags = Field({})
+    tasks: dict[Name, Flags] = Field(min_length=1)
+    models: dict[Name, Flags] = Field(min_length=1)
+    seeds: Items[Annotated[int, Field(ge=0)]] = Field((1,), min_length=1)
+    launch: Annotated[Items[str], AfterValidator(_checked_launch)] = ()
 
 
 @dataclass(frozen=True)
@@ -77,34 +141,11 @@ def read_sweep(path: Path) -> tuple[list[Job], list[str]]:
     Raises:
         UserError: naming the key that is wrong and what is allowed.
     """
-    where = f"{path}"
-    try:
-        value = yaml.safe_load(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{where}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: not `key: value` lines; keys are {', '.join(KEYS)}")
-    for key in value:
-        if key not in KEYS:
-            raise UserError(f"{where}: unknown key {key!r}; allowed are {', '.join(KEYS)}")
-    tasks, models = (_check_flags_by_name(value, key, where) for key in ("tasks", "models"))
-    common = _check_flags(value.get("common") or {}, f"{where}, common")
-    seeds = value.get("seeds", [1])
-    if (
-        not isinstance(seeds, list)
-        or not all(type(s) is int and s >= 0 for s in seeds)
-        or not seeds
-    ):
-        raise UserError(f"{where}, seeds: {seeds!r} is not a list of whole numbers")
-    launch = value.get("launch", [])
-    if not isinstance(launch, list) or not all(isinstance(word, str) for word in launch):
-        raise UserError(f"{where}, launch: {launch!r} is not a list of words")
-    jobs = []
-    for task, model in itertools.product(tasks, models):
-        jobs += _make_jobs(task, model, common, tasks[task], models[model], seeds, where)
-    return jobs, launch
+    file = read_document(path, SweepFile)
+    jobs: list[Job] = []
+    for task, model in itertools.product(file.tasks, file.models):
+        jobs += _make_jobs(task, model, file, str(path))
+    return jobs, [*file.launch]
 
 
 def run_sweep(
@@ -138,39 +179,9 @@ def run_sweep(
     return table
 
 
-def _check_flags_by_name(value: Mapping[str, object], key: str, where: str) -> dict[str, Flags]:
-    blocks = value.get(key)
-    if not isinstance(blocks, dict) or not blocks:
-        raise UserError(f"{where}: {key} is missing: names, each with its flags")
-    return {
-        str(name): _check_flags(flags or {}, f"{where}, {key}, {name}")
-        for name, flags in blocks.items()
-    }
-
-
-def _check_flags(value: object, where: str) -> Flags:
-    """Return a copy of flags from the file, checked to be a mapping without the flags that the
-    sweep sets.
-    """
-    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
-        raise UserError(f"{where}: {value!r} is not `flag: value` lines")
-    for name in ("output_dir", "seed", "seeds"):
-        if name in value:
-            raise UserError(f"{where}: {name} is chosen for each run; leave it out")
-    return dict(value)
-
-
-def _make_jobs(
-    task: str,
-    model: str,
-    common: Flags,
-    task_flags: Flags,
-    model_flags: Flags,
-    seeds: Sequence[int],
-    where: str,
-) -> Iterator[Job]:
+def _make_jobs(task: str, model: str, file: SweepFile, where: str) -> Iterator[Job]:
     """Yield a job for each number of instances and each seed of a task and a model."""
-    flags = {**common, **task_flags, **model_flags}
+    flags = {**file.common, **file.tasks[task], **file.models[model]}
     launcher = flags.pop("launcher", "glue")
     if launcher not in LAUNCHERS:
         raise UserError(
@@ -190,14 +201,15 @@ def _make_jobs(
             raise UserError(
                 f"{where}, {model}: num_instances {instances!r} is not a whole number from 1"
             )
-        count_flags = _check_flags(block, f"{where}, {model}, num_instances {instances}")
+        key = f"models.{model}.num_instances.{instances}"
+        count_flags = check_document(block, Flags, where, key)
         job_flags = {
             name: flag.replace("{N}", str(instances or 1)) if isinstance(flag, str) else flag
             for name, flag in {**flags, **count_flags}.items()
         }
         if instances is not None:
             job_flags["num_instances"] = instances
-        for seed in seeds:
+        for seed in file.seeds:
             yield Job(task, model, instances or 1, seed, launcher, job_flags)
 
 
@@ -223,7 +235,8 @@ def _is_finished(job: Job, output: Path) -> bool:
 def _run_job(job: Job, output: Path, launchers: Path, command: Sequence[str]) -> bool:
     """Run the job; return True if it succeeds and has results."""
     folder, words = job.folder(output), job.list_arguments(output)
-    if Path(command[0]).name == "deepspeed" and "--master_port" not in command:
+    port_is_set = any(word.startswith("--master_port") for word in command)
+    if command[0] == "deepspeed" and not port_is_set:
         # Concurrent launchers cannot share the default port.
         command = [*command, "--master_port", str(find_free_port(()))]
     folder.mkdir(parents=True, exist_ok=True)
