@@ -19,46 +19,44 @@ ones. A setting may have a value for each rung.
 """
 
 import difflib
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from megamod.documents import Document, Name, read_document, shorten
 from megamod.errors import UserError
 
-Scalar = bool | int | float | str | None
-Setting = Scalar | list[Scalar] | dict[str, Scalar | list[Scalar]]
 Settings = dict[str, object]
 
 
-def _check_name(name: str) -> str:
-    """Return the name if it is a plain file name."""
-    if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
-        raise ValueError("names are made of letters, digits, _ . and -")
-    return name
+def _checked_setting(value: object) -> object:
+    by_rung = isinstance(value, dict)
+    for entry in value.values() if by_rung else [value]:
+        for scalar in entry if isinstance(entry, list) else [entry]:
+            if not isinstance(scalar, bool | int | float | str | None):
+                raise ValueError(f"{shorten(scalar)} is not a number, text, true, false or none")
+    if by_rung and not all(isinstance(rung, str) for rung in value):
+        raise ValueError(f"{shorten(value)} has keys that are not names of rungs")
+    return value
 
 
-Name = Annotated[str, AfterValidator(_check_name)]
+Setting = Annotated[Any, AfterValidator(_checked_setting)]
+"""Value of a flag: a scalar or a list of them, or such values by rung."""
 
 
-class _Schema(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class TextSpec(_Schema):
+class TextSpec(Document):
     """Text of a study of language models; folders of these names lie below INPUTS/domains."""
 
     domains: list[Name] = Field(min_length=1)
-    novel: list[Name] = []
+    novel: list[Name] = Field([])
     tokenizer: str
     held_out_bytes: int | None = Field(None, ge=1)
 
 
-class Table(_Schema):
+class Table(Document):
     """Lines of a table: for each its arm and the row of that arm's scores.
 
     With columns "rungs" a column is a rung and shows `value` of the line's row; with columns "rows"
@@ -67,12 +65,12 @@ class Table(_Schema):
 
     value: str
     columns: Literal["rungs", "rows"] = "rungs"
-    rows: list[str] = []
+    rows: list[str] = Field([])
     lines: dict[str, list[str]]
     baseline: list[str]
     compare: Literal["ratio", "difference"] = "ratio"
     digits: int = Field(2, ge=0, le=6)
-    plot: list[str] = []
+    plot: list[str] = Field([])
 
     @model_validator(mode="after")
     def _check(self) -> "Table":
@@ -86,14 +84,14 @@ class Table(_Schema):
         return self
 
 
-class StudyFile(_Schema):
+class StudyFile(Document):
     """The content of a study's file."""
 
     title: str
     kind: Literal["language_models", "finetuning"]
     text: TextSpec | None = None
-    common: dict[str, Setting] = {}
-    rungs: dict[Name, dict[str, Setting]] = {"all": {}}
+    common: dict[str, Setting] = Field({})
+    rungs: dict[Name, dict[str, Setting]] = Field({"all": {}})
     arms: dict[Name, dict[str, Setting]] = Field(min_length=1)
     seeds: list[int] = Field([1], min_length=1)
     table: Table
@@ -152,18 +150,7 @@ def read_study(path: Path) -> Study:
     Raises:
         UserError: naming the file, the key and what is wrong.
     """
-    try:
-        value = yaml.safe_load(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
-    try:
-        file = StudyFile.model_validate(value)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise UserError(f"{path}, {where}: {first['msg'].removeprefix('Value error, ')}") from error
+    file = read_document(path, StudyFile)
     cells = [
         Cell(arm, rung, seed, _merge_settings(file, arm, rung))
         for rung in file.rungs
