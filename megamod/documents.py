@@ -30,6 +30,7 @@ _LARGEST_FILE = {"JSON": 16 * 2**20, "YAML": 2**20}  # bytes; YAML is read at so
 _LARGEST_DEPTH = 100
 _MOST_VALUES = 10**6  # aliases of YAML count as often as they are used
 _NAME = re.compile(r"(?!\.)[A-Za-z0-9_.+-]{1,100}")
+_DOMAIN = re.compile(r"[A-Za-z0-9_-]{1,100}")
 _short = Repr()
 _short.maxstring = _short.maxother = 80
 _short.maxdict = _short.maxlist = 12
@@ -54,7 +55,7 @@ class Document(BaseModel):
                 f"{shorten(value)} is not `key: value` lines; keys are {', '.join(keys)}"
             )
         for key in value:
-            check_word(key, keys, "unknown key")
+            check_known_word(key, keys, "unknown key")
         return value
 
 
@@ -109,7 +110,19 @@ def check_name(name: str, origin: str) -> str:
     return name
 
 
-def check_word(word: object, known: Iterable[str], what: str) -> None:
+def check_domain(name: str, origin: str) -> str:
+    """Return the name of a domain, which becomes part of the names of files and parameters.
+
+    Raises:
+        UserError: naming the origin, if it does not consist of allowed characters.
+    """
+    if not _DOMAIN.fullmatch(name):
+        allowed = "letters, digits, _ and - (at most 100)"
+        raise UserError(f"{origin}: {shorten(name)} is not made of {allowed}")
+    return name
+
+
+def check_known_word(word: object, known: Iterable[str], what: str) -> None:
     """Raise UserError with the nearest known word if the word is not known."""
     known = tuple(known)
     if word not in known:
@@ -151,6 +164,8 @@ def _as_number(value: object) -> int | float:
 
 Name = Annotated[str, BeforeValidator(as_name)]
 """A name that becomes part of a file's name."""
+Key = Annotated[str, BeforeValidator(str)]
+"""A key that is text, whatever YAML reads it as."""
 Items = Annotated[tuple[Item, ...], BeforeValidator(lambda v: tuple(v) if type(v) is list else v)]
 """A list."""
 Number = Annotated[Any, AfterValidator(_as_number)]

@@ -62,7 +62,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         {"megamod.data", "megamod.data.corpus", "megamod.data.lm"},
         {"numpy", "torch", "transformers", "datasets", "pydantic", "safetensors", "pyarrow"},
     ),
-    "megamod.states": ({"megamod.dist.scope"}, {"torch", "safetensors"}),
+    "megamod.states": ({"megamod.dist.scope"}, {"torch", "safetensors", "pydantic"}),
     "megamod.convert": (
         {"megamod", "megamod.models", "megamod.states", "megamod.dist.scope"},
         {"torch", "safetensors", "transformers", "huggingface_hub"},
@@ -90,7 +90,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "megamod.merging": (
         {"megamod.version", "megamod.states", "megamod.convert", "megamod.merging.alignment"}
         | {"megamod.merging.tensors", "megamod.merging.known_models"},
-        {"torch", "yaml", "tqdm"},
+        {"torch", "pydantic", "tqdm"},
     ),
     # Configurations of mixtures of experts are built by their classes.
     "megamod.merging.moe": (

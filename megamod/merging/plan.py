@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from megamod.documents import check_known_word
 from megamod.errors import UserError
 from megamod.merging.assembly import TensorPlan, plan_tensors
 from megamod.merging.methods.table import METHODS, Method, list_parameters
 from megamod.merging.model_folder import build_merged_config
 from megamod.merging.recipe import MergeRecipe
-from megamod.merging.settings import WITHOUT_EFFECT, Scope, check_known_word, check_parameters
+from megamod.merging.settings import WITHOUT_EFFECT, Scope, check_parameters
 from megamod.merging.tensors import MergeTensor, ModelTensor, TensorSource
 from megamod.merging.vocabulary import Vocabulary
 from megamod.states.forest import HOST_TYPE, read_model_config

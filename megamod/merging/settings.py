@@ -1,12 +1,12 @@
 """Parameters of a merge for one tensor: filters, gradients over the layers, order of lookup."""
 
-import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from megamod.documents import check_known_word
 from megamod.errors import UserError
 
 if TYPE_CHECKING:
@@ -95,15 +95,6 @@ def compute_relative_depth(layer: int, count: int) -> float:
     one.
     """
     return layer / (count - 1) if count > 1 else 1.0
-
-
-def check_known_word(word: str, known: Sequence[str], what: str) -> None:
-    """Raise UserError with the nearest known word if the word is not known."""
-    if word not in known:
-        nearest = difflib.get_close_matches(word, known, n=1, cutoff=0)[0]
-        raise UserError(
-            f"{what} {word!r}; the nearest is {nearest!r}, there are {', '.join(known)}"
-        )
 
 
 def _look_up_parameter(

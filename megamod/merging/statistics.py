@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megamod.documents import check_document
+from megamod.documents import check_document, check_known_word
 from megamod.errors import UserError
 from megamod.files import sync_file, sync_folder
 from megamod.merging.methods.statistics import INPUT_FIRST
 from megamod.merging.recipe import InputModel, MergeRecipe
-from megamod.merging.settings import check_known_word
 from megamod.progress import progress
 from megamod.states.forest import read_model_config
 from megamod.states.stream import ModelFolder

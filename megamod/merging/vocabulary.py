@@ -8,17 +8,33 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+from pydantic import BeforeValidator, Field
 from torch import Tensor
 
+from megamod.documents import Document, Key, shorten
 from megamod.errors import UserError
-from megamod.merging.settings import check_known_word
 
 UNION = "union"
 FILE = "tokenizer.json"
 Donors = tuple[tuple[int, int], ...]
 """Rows to average, as (number of the model, number of the row); none: zeros."""
+
+
+class TokenEntry(Document):
+    """Source of the row of a word, as files have it."""
+
+    source: Any
+    force: bool = False
+
+
+class TokenizerBlock(Document):
+    """The `tokenizer:` block of a recipe."""
+
+    source: Any
+    tokens: Annotated[dict[Key, TokenEntry], BeforeValidator(lambda value: value or {})] = Field({})
 
 
 @dataclass(frozen=True)
@@ -100,7 +116,7 @@ class _TokenizerWords:
 def read_vocabulary_request(
     block: object, find: Callable[[object, str], int | None], where: str
 ) -> VocabularyRequest:
-    """Read the `tokenizer:` block of a recipe, or the value of `tokenizer_source`.
+    """Look up the models of a recipe's `tokenizer:` block, or of its `tokenizer_source`.
 
     Args:
         find: from the name of a model and its key in the recipe to the number of the input; None
@@ -109,57 +125,44 @@ def read_vocabulary_request(
     Raises:
         UserError: naming the key, if it is not known or its value is of the wrong kind.
     """
-    if not isinstance(block, dict):
+    if not isinstance(block, TokenizerBlock):
         return VocabularyRequest(find(block, where), recipe_key=where)
-    for key in block:
-        check_known_word(str(key), ("source", "tokens"), f"{where}: unknown key")
-    if "source" not in block:
-        raise UserError(f"{where}: has no `source: ...`; give union, base, or one of the models")
-    entries = block.get("tokens") or {}
-    if not isinstance(entries, dict):
-        raise UserError(f"{where}, tokens: is {entries!r}, not `WORD: {{source: ...}}` lines")
     origins = {
-        str(word): _read_row_origin(entry, find, f"{where}, tokens, {word!r}")
-        for word, entry in entries.items()
+        word: _read_row_origin(entry, find, f"{where}.tokens.{word!r}")
+        for word, entry in block.tokens.items()
     }
-    return VocabularyRequest(find(block["source"], f"{where}, source"), origins, where)
+    return VocabularyRequest(find(block.source, f"{where}.source"), origins, where)
 
 
 def _read_row_origin(
-    entry: object, find: Callable[[object, str], int | None], where: str
+    entry: TokenEntry, find: Callable[[object, str], int | None], where: str
 ) -> RowOrigin:
-    """Read the `source:` and `force:` of one word; raise UserError naming the key."""
-    if not isinstance(entry, dict) or "source" not in entry:
-        raise UserError(f"{where}: is {entry!r}; give `source: MODEL` or `source: {{kind: zero}}`")
-    for key in entry:
-        check_known_word(str(key), ("source", "force"), f"{where}: unknown key")
-    force, source = entry.get("force", False), entry["source"]
-    if not isinstance(force, bool):
-        raise UserError(f"{where}, force: {force!r} is not true or false")
+    """Look up the model of one word; raise UserError naming the key."""
+    force, source = entry.force, entry.source
     if not isinstance(source, dict):
-        return RowOrigin(_find_one_model(source, find, f"{where}, source"), None, force)
+        return RowOrigin(_find_one_model(source, find, f"{where}.source"), None, force)
     if source == {"kind": "zero"}:
         return RowOrigin(None, None, force)
-    keys = sorted(source)
+    keys = sorted(map(str, source))
     if source.get("kind") != "model_token" or keys not in (
         ["kind", "model", "token"],
         ["kind", "model", "token_id"],
     ):
         raise UserError(
-            f"{where}, source: is {source!r}; give a model, {{kind: zero}}, or {{kind: "
+            f"{where}.source: is {shorten(source)}; give a model, {{kind: zero}}, or {{kind: "
             "model_token, model: MODEL, token: WORD}, with token_id in place of token for a number"
         )
     word = source.get("token", source.get("token_id"))
     if not isinstance(word, str) if "token" in source else type(word) is not int or word < 0:
-        raise UserError(f"{where}, source, {keys[-1]}: {word!r} is not a word or number")
-    return RowOrigin(_find_one_model(source["model"], find, f"{where}, source, model"), word, force)
+        raise UserError(f"{where}.source.{keys[-1]}: {shorten(word)} is not a word or number")
+    return RowOrigin(_find_one_model(source["model"], find, f"{where}.source.model"), word, force)
 
 
 def _find_one_model(name: object, find: Callable[[object, str], int | None], where: str) -> int:
     """Return the number of the model of that name; raise UserError for the union."""
     number = find(name, where)
     if number is None:
-        raise UserError(f"{where}: is {name!r}; give one of the models")
+        raise UserError(f"{where}: is {shorten(name)}; give one of the models")
     return number
 
 

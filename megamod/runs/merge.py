@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from megamod.documents import check_known_word
 from megamod.errors import UserError
 from megamod.flags import Arguments, option, require_values
 
@@ -134,7 +135,6 @@ def build_recipe_from_flags(args: MergeArgs) -> "MergeRecipe":
     from megamod.btm.parents import select_forest_parents, select_largest_weights
     from megamod.merging.methods.table import METHODS
     from megamod.merging.recipe import GREEDY_SOUP, build_weighted_recipe
-    from megamod.merging.settings import check_known_word
     from megamod.states.forest import open_forest
 
     methods = (*METHODS, GREEDY_SOUP)

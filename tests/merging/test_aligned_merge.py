@@ -98,7 +98,7 @@ def test_models_that_compute_the_same_still_do_when_merged(
         ("align: {method: activation}", "align.calibration.path is missing"),
         ("align: {method: weight, head_follow_residual: false}", "is no longer tied"),
         ("align: {calibration: {path: nowhere.txt}}", "nowhere.txt: cannot be read"),
-        ("align: 3", "align is 3, not"),
+        ("align: 3", "align: 3 is not `key: value` lines"),
     ],
 )
 def test_alignments_that_cannot_be(models_root, tmp_path, align, message):

@@ -267,7 +267,7 @@ def test_statistics_are_measured_on_text_of_the_recipe(texts, tmp_path, method):
         ("{path: nowhere.txt}", "calibration: path is 'nowhere.txt'; give a file with text"),
         ("{fraction: 1}", "calibration: path is None"),
         ("{path: 0.txt, special_tokens: true}", "unknown key 'special_tokens'"),
-        ("3", "calibration is 3, not"),
+        ("3", "calibration: 3 is not `key: value` lines"),
     ],
 )
 def test_text_that_cannot_be_measured_on(texts, tmp_path, monkeypatch, block, message):

@@ -242,9 +242,9 @@ def test_models_with_the_same_words_in_another_order(tmp_path, kind):
     ("extra", "message"),
     [
         ("tokenizer: {source: union, pad_to_multiple_of: 8}", "key 'pad_to_multiple_of'"),
-        ("tokenizer: {tokens: {}}", "has no `source: ...`"),
-        ("tokenizer: {source: union, tokens: 3}", "tokens: is 3"),
-        ("tokenizer: {source: union, tokens: {a: 3}}", "tokens, 'a': is 3; give `source: MODEL`"),
+        ("tokenizer: {tokens: {}}", "tokenizer.source is missing"),
+        ("tokenizer: {source: union, tokens: 3}", "tokens: 3 is not `key: value` lines"),
+        ("tokenizer: {source: union, tokens: {a: 3}}", "tokens.a: 3 is not `key: value`"),
         ("tokenizer: {source: union, tokens: {a: {source: '@d'}}}", "give union, base, or one of"),
         ("tokenizer: {source: union, tokens: {a: {source: union}}}", "'union'; give one of the"),
         ("tokenizer: {source: union, tokens: {a: {source: {kind: ones}}}}", "{kind: zero}, or"),
