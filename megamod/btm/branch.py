@@ -18,6 +18,7 @@ from pathlib import Path
 from megamod.btm.forest_entry import RECORD
 from megamod.btm.parents import ParentModel
 from megamod.dist.scope import parse_expert_domain, to_dense_name
+from megamod.documents import check_name
 from megamod.errors import UserError
 from megamod.files import create_folder_atomically, write_json
 from megamod.merging.merge import average_folders
@@ -72,7 +73,8 @@ def write_branch_checkpoint(
     Returns:
         the checkpoint.
     Raises:
-        UserError: if the run has checkpoints already, or the parents are not compatible.
+        UserError: if a domain's name cannot be a folder's, the run has checkpoints already, or the
+            parents are not compatible.
     """
     run_folder = Path(run_folder)
     if list_checkpoints(run_folder / "checkpoints"):
@@ -81,6 +83,8 @@ def write_branch_checkpoint(
         )
     if len(domains) != 1 and not in_one_job:
         raise UserError(f"--domain: one expert has one domain, not {', '.join(domains)}")
+    for domain in domains:
+        check_name(domain, "--domain")
     keeps_optimizer = len(parents) == 1 and parents[0].step is not None
     step = parents[0].step if keeps_optimizer else 0
     final = run_folder / "checkpoints" / format_checkpoint_name(step)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megamod.args import DataArgs, ModelArgs, OptimArgs, RunArgs, SafetyArgs
+from megamod.documents import check_domain
 from megamod.errors import UserError
 from megamod.flags import Arguments, find_origin, option, require_values
 from megamod.tables import format_table
@@ -262,7 +263,7 @@ def read_databin_domains(data: Path) -> tuple[str, ...]:
     """Read the domains of a data-bin from its header, without opening its token files.
 
     Raises:
-        UserError: if the folder is not a data-bin.
+        UserError: if the folder is not a data-bin, or a domain's name cannot be a folder's.
     """
     header = data / "databin.json"
     try:
@@ -274,4 +275,4 @@ def read_databin_domains(data: Path) -> tuple[str, ...]:
         raise UserError(f"{header}: cannot be read: {error!r}") from error
     if not domains:
         raise UserError(f"--data {data}: is not a data-bin; launchers/preprocess.py writes one")
-    return tuple(domains)
+    return tuple(check_domain(domain, f"--data {data}") for domain in domains)

@@ -1,15 +1,13 @@
 """Adds finished experts to the forest."""
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 from megamod.btm.campaign import Campaign
-from megamod.btm.forest_entry import RECORD, make_forest_entry
+from megamod.btm.forest_entry import make_forest_entry, read_branch
 from megamod.btm.tasks import WORLD, get_expert_folder
 from megamod.files import hash_file
 from megamod.states.checkpoint_folder import StateRecord, format_checkpoint_name
-from megamod.states.forest import Expert, Parent, edit_forest
+from megamod.states.forest import Expert, edit_forest, parents_of
 
 
 def add_round_to_forest(campaign: Campaign, round_index: int, in_one_world: bool = False) -> None:
@@ -45,13 +43,5 @@ def _make_world_expert(campaign: Campaign, domain: str) -> Expert:
         data_digest=saved.settings.get("data digest"),
         config_digest=hash_file(run / "model" / domain / "config.json"),
     )
-    return replace(entry, parents=_read_parents(run))
-
-
-def _read_parents(run: Path) -> tuple[Parent, ...]:
-    """Read the parents of a run from its branch.json; empty without one."""
-    record = run / RECORD
-    if not record.is_file():
-        return ()
-    saved = json.loads(record.read_text(encoding="utf-8"))
-    return tuple(Parent(**parent) for parent in saved["parents"])
+    branched = read_branch(run)
+    return replace(entry, parents=parents_of(branched.parents) if branched else ())

@@ -3,19 +3,39 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Literal
 
 import yaml
 
+from megamod.documents import Document, Items, read_document
 from megamod.errors import UserError
 from megamod.flags import read_run_recipe
 from megamod.states.checkpoint_folder import STATE, StateRecord, is_optimizer_file
-from megamod.states.forest import Expert, Forest, Parent, read_model_config
+from megamod.states.forest import Expert, Forest, ParentEntry, parents_of, read_model_config
 from megamod.states.manifest import list_checkpoints
 from megamod.tables import format_table
 
 RECORD = "branch.json"  # in the folder of a branched run: its parents and first step
 WITHOUT_EFFECT = ("output_dir", "data", "deepspeed", "report_to", "logging_steps")
 """Settings of a run that do not affect its model."""
+
+
+class BranchRecord(Document):
+    """Content of branch.json."""
+
+    format: Literal[1] = 1
+    parents: Items[ParentEntry]
+    start_update: int
+
+
+def read_branch(run: Path) -> BranchRecord | None:
+    """Read branch.json of a run; None if the run was not branched.
+
+    Raises:
+        UserError: if it is malformed.
+    """
+    file = run / RECORD
+    return read_document(file, BranchRecord) if file.is_file() else None
 
 
 def make_forest_entry(path: Path, domain: str | None = None, member: str | None = None) -> Expert:
@@ -85,11 +105,9 @@ def _list_expert_files(expert: Expert) -> list[Path]:
 def _read_training_record(run: Path) -> dict[str, object]:
     """Read the training record of a run from its last checkpoint; empty for a bare model."""
     history: dict[str, object] = {}
-    record = run / RECORD
-    if record.is_file():
-        branched = json.loads(record.read_text(encoding="utf-8"))
-        history["parents"] = tuple(Parent(**parent) for parent in branched["parents"])
-        history["start_update"] = branched["start_update"]
+    if branched := read_branch(run):
+        history["parents"] = parents_of(branched.parents)
+        history["start_update"] = branched.start_update
     checkpoints = list_checkpoints(run / "checkpoints")
     if checkpoints and (checkpoints[-1] / STATE).is_file():
         saved = StateRecord.read(checkpoints[-1])

@@ -14,12 +14,13 @@ Source: Li et al. 2022 (Branch-Train-Merge), section 2, for what a forest is.
 import fcntl
 import json
 import os
-import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
+from megamod.documents import Document, Items, Name, check_name, read_document
 from megamod.errors import UserError
 from megamod.files import write_json
 from megamod.states.token_ids import check_same_ids
@@ -188,47 +189,44 @@ def edit_forest(path: str | Path) -> Iterator[list[Expert]]:
         write_json(file, record)
 
 
+class ParentEntry(Document):
+    """A `Parent` as files have it."""
+
+    path: str
+    weight: float
+
+
+def parents_of(entries: Iterable[ParentEntry]) -> tuple[Parent, ...]:
+    """The parents that a file lists."""
+    return tuple(Parent(entry.path, entry.weight) for entry in entries)
+
+
+class _ExpertEntry(Document):
+    domain: Name
+    path: str
+    member: str | None = None
+    parents: Items[ParentEntry] = ()
+    seed: int | None = None
+    start_update: int = 0
+    updates: int = 0
+    tokens: int = 0
+    gpus: int = 1
+    data_digest: str | None = None
+    config_digest: str | None = None
+
+
+class _ForestFile(Document):
+    format: Literal[FORMAT]
+    experts: Items[_ExpertEntry]
+
+
 def _read(file: Path) -> list[Expert]:
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: cannot be read as JSON: {error}") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise UserError(f"{file}: is no forest of format {FORMAT}")
-    if unknown := record.keys() - {"format", "experts"}:
-        raise UserError(f"{file}: unknown key {sorted(unknown)[0]!r}; allowed are format, experts")
-    entries = record.get("experts")
-    if not isinstance(entries, list):
-        raise UserError(f"{file}: experts is not a list")
-    return [
-        _expert(entry, f"{file}, experts[{number}]", file.parent)
-        for number, entry in enumerate(entries)
-    ]
-
-
-def _expert(entry: object, where: str, folder: Path) -> Expert:
-    known = {field.name: field.type for field in fields(Expert)}
-    if not isinstance(entry, dict):
-        raise UserError(f"{where}: is not an object")
-    if unknown := entry.keys() - known.keys():
-        raise UserError(
-            f"{where}: unknown key {sorted(unknown)[0]!r}; allowed are {', '.join(known)}"
-        )
-    for name in ("domain", "path"):
-        if not isinstance(entry.get(name), str):
-            raise UserError(f"{where}: {name} is {entry.get(name)!r}, not a text")
-    kinds = dict.fromkeys(("member", "data_digest", "config_digest"), (str, type(None)))
-    kinds |= dict.fromkeys(("start_update", "updates", "tokens", "gpus"), (int,))
-    for name, kind in (kinds | {"seed": (int, type(None))}).items():
-        if name in entry and type(entry[name]) not in kind:
-            raise UserError(f"{where}: {name} is {entry[name]!r}")
-    try:
-        parents = tuple(
-            Parent(str(p["path"]), float(p["weight"])) for p in entry.get("parents", ())
-        )
-    except (TypeError, KeyError, ValueError) as error:
-        raise UserError(f"{where}: parents is not a list of paths and weights: {error}") from error
-    return Expert(**{**entry, "path": (folder / entry["path"]).absolute(), "parents": parents})
+    experts = []
+    for entry in read_document(file, _ForestFile).experts:
+        path = (file.parent / entry.path).absolute()
+        parents = parents_of(entry.parents)
+        experts.append(Expert(**{**dict(entry), "path": path, "parents": parents}))
+    return experts
 
 
 def _entry(expert: Expert, folder: Path) -> dict[str, object]:
@@ -264,8 +262,7 @@ def _check_experts(experts: list[Expert], where: Path) -> None:
     """Check that names are unique, folders and members exist, and vocabularies are equal."""
     names = [expert.domain for expert in experts]
     for name in names:
-        if not re.fullmatch(r"[\w.+-]+", name):
-            raise UserError(f"{where}: domain {name!r} is not made of letters, digits, . _ + and -")
+        check_name(name, f"{where}, domain")
         if names.count(name) > 1:
             raise UserError(f"{where}: domain {name!r} is listed twice")
     sizes: dict[int, str] = {}

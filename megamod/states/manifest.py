@@ -5,10 +5,12 @@
 Written by `megamod.train.checkpoint`; here a folder can be looked at without DeepSpeed.
 """
 
-import json
 import logging
 from pathlib import Path
 
+from pydantic import Field
+
+from megamod.documents import Document, read_document
 from megamod.errors import UserError
 from megamod.files import hash_file
 
@@ -16,6 +18,15 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 FULL_CHECK_BYTES = 10**9  # above this, opening a checkpoint checks sizes only; `verify` checks all
+
+
+class _File(Document):
+    bytes: int
+    sha256: str
+
+
+class _Manifest(Document):
+    files: dict[str, _File] = Field(min_length=1)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -67,21 +78,15 @@ def find_checkpoint_faults(path: Path, check_digests: bool = True) -> list[str]:
         check_digests: compare SHA-256 digests too, not only names and sizes.
     """
     file = path / MANIFEST
-    try:
-        listed = json.loads(file.read_text())["files"]
-        expected = {
-            name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in listed.items()
-        }
-    except FileNotFoundError:
+    if not file.exists():
         return [f"{file} is missing"]
-    except OSError as error:
-        return [f"{file} cannot be read: {error.strerror}"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return [f"{file} is unreadable: {error!r}"]
-    if not expected:
-        return [f"{file} lists no file"]
+    try:
+        listed = read_document(file, _Manifest).files
+    except UserError as error:
+        return [str(error)]
     faults = []
-    for name, (size, digest) in expected.items():
+    for name, entry in listed.items():
+        size, digest = entry.bytes, entry.sha256
         file = path / name
         if not file.is_file():
             faults.append(f"{file} is missing")

@@ -313,6 +313,12 @@ def test_bad_choices_are_refused_and_change_nothing(tmp_path):
         ),
         (
             lambda: write_branch_checkpoint(
+                [ParentModel(law)], [1], ["../a"], tmp_path / "new", in_one_job=True
+            ),
+            "--domain: '../a' is not made of letters",
+        ),
+        (
+            lambda: write_branch_checkpoint(
                 [ParentModel(law), ParentModel(wide)], [1, 1], ["a"], tmp_path / "new"
             ),
             "vocab_size",
