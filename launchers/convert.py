@@ -18,6 +18,7 @@ import argparse
 from pathlib import Path
 
 from megamod.convert import FORMATS, Options, import_format
+from megamod.documents import check_name
 from megamod.errors import UserError, run_main
 from megamod.states.output_folder import create_new_folder
 
@@ -27,6 +28,8 @@ DTYPES = ("float32", "float16", "bfloat16")
 def main() -> None:
     """Parse the command line, convert or export, and print what was done."""
     options = parse_arguments()
+    for name in options.domains:
+        check_name(name, "--domains")
     module = import_format(options.format)
     format_options = Options(tuple(options.domains), options.num_attention_heads)
     source = options.input if options.input.is_dir() else options.input.parent

@@ -3,12 +3,12 @@
 Flags are spelled as in the Trainer of transformers.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
+from megamod.documents import check_domain
 from megamod.errors import UserError
 from megamod.flags import (
     Arguments,
@@ -257,8 +257,7 @@ class DataArgs(Arguments):
         if self.mask_documents and self.domain_token:
             raise UserError("--mask_documents would hide the token of --domain_token; give one")
         for name in self.domains or ():
-            if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-                raise UserError(f"--domains: {name!r} is not made of letters, digits, _ and -")
+            check_domain(name, "--domains")
             if self.domains.count(name) > 1:
                 raise UserError(f"--domains: {name!r} is named twice")
 

@@ -292,7 +292,7 @@ def test_databin_refusals(tmp_path, header):
         (lambda h: h.update(pad_id=None), "pad_id is None"),
         (lambda h: h.update(domains={}), "holds no domain"),
         (lambda h: h.update(domains=[1]), "not the header of a data-bin"),
-        (lambda h: h["domains"].update({"../x": {}}), r"domain '\.\./x' is not made of"),
+        (lambda h: h["domains"].update({"../x": {}}), r"domains: '\.\./x' is not made of"),
         (lambda h: h["domains"]["a"]["train"].pop("tokens"), "lacks the key 'tokens'"),
         (lambda h: h["domains"]["a"].update(train=3), "not the header of a data-bin"),
     ],

@@ -14,7 +14,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -32,6 +31,7 @@ from megamod.data.corpus.tokenizers import (
     find_trainer,
     load_tokenizer,
 )
+from megamod.documents import check_domain
 from megamod.errors import UserError
 from megamod.files import hash_file, sync_folder, sync_tree, write_json
 from megamod.progress import progress
@@ -194,11 +194,9 @@ def _check_domain_names(inputs: Mapping[str, object]) -> None:
     if not inputs:
         raise UserError("no domain given: pass --input NAME=PATH or --builtin")
     for name in inputs:
-        if not re.fullmatch("[A-Za-z0-9_-]+", name) or name == "tokenizer":
-            raise UserError(
-                f"--input {name}=...: a domain name consists of letters, digits, _ and -, and must "
-                'not be "tokenizer", which is a folder of every data-bin'
-            )
+        check_domain(name, "--input")
+        if name == "tokenizer":
+            raise UserError("--input tokenizer=...: is the name of a folder of every data-bin")
 
 
 def _read_existing_header(output: Path) -> dict | None:

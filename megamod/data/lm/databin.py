@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from megamod.data.corpus.binarize import FORMAT, HEADER
 from megamod.data.corpus.documents import SPLITS
 from megamod.data.corpus.indexed import Dictionary, IndexedDataset, format_split_prefix
+from megamod.documents import check_domain
 from megamod.errors import UserError
 from megamod.files import hash_file
 
@@ -142,8 +143,7 @@ class DataBin:
                     _read_whole_number(header, name, self.vocab_size)
                 setattr(self, name, header[name])
             for name, splits in header["domains"].items():
-                if not re.fullmatch("[A-Za-z0-9_-]+", name):
-                    raise ValueError(f"domain {name!r} is not made of letters, digits, _ and -")
+                check_domain(name, f"{path}, domains")
                 for split in splits.values():
                     for key in ("items", "tokens", "bytes"):
                         _read_whole_number(split, key)

@@ -1,6 +1,5 @@
 """Configurations of the models: written beside the weights, read back by `from_pretrained`."""
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -10,6 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedConfig
 
+from megamod.documents import check_domain
 from megamod.errors import UserError
 from megamod.mixture.posterior import RULES
 from megamod.states.forest import HOST_TYPE
@@ -263,11 +263,9 @@ def has_own_feed_forward(untie: str, layer_index: int, layer_count: int) -> bool
 def check_domain_names(domains: Sequence[str]) -> None:
     """Raise ValueError for names that are doubled or cannot be part of a parameter's name."""
     for domain in domains:
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", domain) or hasattr(nn.ModuleDict, domain):
-            raise ValueError(
-                f"domain {domain!r}: a name is made of letters, digits, _ and -, "
-                "and is not the name of a method of torch modules"
-            )
+        check_domain(domain, "domains")
+        if hasattr(nn.ModuleDict, domain):
+            raise ValueError(f"domain {domain!r}: is the name of a method of torch modules")
     doubled = {domain for domain in domains if domains.count(domain) > 1}
     if doubled:
         raise ValueError(f"domain {sorted(doubled)[0]!r} is named twice")

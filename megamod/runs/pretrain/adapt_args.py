@@ -1,10 +1,10 @@
 """The flags of an adaptation. Light, so that a launcher can read them before anything heavy."""
 
-import re
 from dataclasses import dataclass
 from typing import Literal
 
 from megamod.args import OptimArgs
+from megamod.documents import check_domain
 from megamod.errors import UserError
 from megamod.flags import Arguments, option, refuse_changes
 
@@ -45,8 +45,8 @@ class AdaptArgs(Arguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.domain is not None and not re.fullmatch(r"[A-Za-z0-9_-]+", self.domain):
-            raise UserError(f"--domain: {self.domain!r} is not made of letters, digits, _ and -")
+        if self.domain is not None:
+            check_domain(self.domain, "--domain")
         if self.forest is not None and self.model is not None:
             raise UserError(f"--forest {self.forest} and --model {self.model}: give one of the two")
         if self.start is not None and self.prior is not None:
