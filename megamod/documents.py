@@ -31,9 +31,9 @@ _LARGEST_DEPTH = 100
 _MOST_VALUES = 10**6  # aliases of YAML count as often as they are used
 _NAME = re.compile(r"(?!\.)[A-Za-z0-9_.+-]{1,100}")
 _DOMAIN = re.compile(r"[A-Za-z0-9_-]{1,100}")
+_LONGEST_VALUE = 120  # characters of a value in a message
 _short = Repr()
-_short.maxstring = _short.maxother = 80
-_short.maxdict = _short.maxlist = 12
+_short.maxlevel, _short.maxstring, _short.maxother = 4, 80, 80
 
 
 class Document(BaseModel):
@@ -96,7 +96,7 @@ def check_document(value: object, schema: type[Schema], origin: str, key: str = 
     try:
         return TypeAdapter(schema).validate_python(value)
     except ValidationError as error:
-        raise UserError(_sentence(error, origin, key)) from error
+        raise UserError(_format_error(error, origin, key)) from error
 
 
 def check_name(name: str, origin: str) -> str:
@@ -106,7 +106,7 @@ def check_name(name: str, origin: str) -> str:
         UserError: naming the origin, if it does not consist of allowed characters.
     """
     if not _NAME.fullmatch(name):
-        raise UserError(f"{origin}: {_bad_name(name)}")
+        raise UserError(f"{origin}: {_describe_bad_name(name)}")
     return name
 
 
@@ -133,18 +133,19 @@ def check_known_word(word: object, known: Iterable[str], what: str) -> None:
 
 
 def shorten(value: object) -> str:
-    """The representation of a value, cut to a length that fits a message."""
-    return _short.repr(value)
+    """Return the representation of a value, cut to a length that fits a message."""
+    text = _short.repr(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
 
 
-def _bad_name(name: object) -> str:
+def _describe_bad_name(name: object) -> str:
     return (
         f"{shorten(name)} is not made of letters, digits, _ . + and - (at most 100, the first not "
         "a dot)"
     )
 
 
-def as_name(value: object) -> str:
+def parse_name(value: object) -> str:
     """Return a file's value as a name; YAML reads `1` and `1.5` as numbers.
 
     Raises:
@@ -152,23 +153,23 @@ def as_name(value: object) -> str:
     """
     text = str(value) if type(value) in (int, float) else value
     if not isinstance(text, str) or not _NAME.fullmatch(text):
-        raise ValueError(_bad_name(value))
+        raise ValueError(_describe_bad_name(value))
     return text
 
 
-def _as_number(value: object) -> int | float:
+def _parse_number(value: object) -> int | float:
     if type(value) not in (int, float) or not math.isfinite(value):
         raise ValueError(f"{shorten(value)} is not a finite number")
     return value
 
 
-Name = Annotated[str, BeforeValidator(as_name)]
+Name = Annotated[str, BeforeValidator(parse_name)]
 """A name that becomes part of a file's name."""
 Key = Annotated[str, BeforeValidator(str)]
 """A key that is text, whatever YAML reads it as."""
 Items = Annotated[tuple[Item, ...], BeforeValidator(lambda v: tuple(v) if type(v) is list else v)]
 """A list."""
-Number = Annotated[Any, AfterValidator(_as_number)]
+Number = Annotated[Any, AfterValidator(_parse_number)]
 """A number that keeps its type: a whole one stays whole in records."""
 
 
@@ -188,7 +189,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-def _without_doubles(pairs: list[tuple[str, object]]) -> dict[str, object]:
+def _build_mapping(pairs: list[tuple[str, object]]) -> dict[str, object]:
     content = dict(pairs)
     if len(content) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -197,11 +198,11 @@ def _without_doubles(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _parse(data: bytes, kind: str, origin: str) -> object:
-    """The value in a file's bytes, of bounded depth and size."""
+    """Return the value in a file's bytes, of bounded depth and size."""
     try:
         text = data.decode("utf-8-sig")
         if kind == "JSON":
-            value = json.loads(text, object_pairs_hook=_without_doubles)
+            value = json.loads(text, object_pairs_hook=_build_mapping)
         else:
             value = _Loader(text).get_single_data()
     except UnicodeDecodeError as error:
@@ -250,6 +251,7 @@ _MISTAKES = {
     "finite_number": "is not a finite number",
     "bool_type": "is not true or false",
     "tuple_type": "is not a list",
+    "list_type": "is not a list",
     "dict_type": "is not `key: value` lines",
     "greater_than": "is not more than {gt:g}",
     "greater_than_equal": "is not {ge:g} or more",
@@ -261,11 +263,11 @@ _MISTAKES = {
 """Our words, by pydantic's name of the mistake."""
 
 
-def _sentence(error: ValidationError, origin: str, key: str) -> str:
-    """The first error of a validation as one sentence."""
+def _format_error(error: ValidationError, origin: str, key: str) -> str:
+    """Format the first error of a validation as one sentence."""
     first = error.errors(include_url=False)[0]
     kind, location, context = first["type"], first["loc"], first.get("ctx", {})
-    path = key + "".join(map(_step, location[:-2] if "[key]" in location else location))
+    path = key + "".join(map(_format_step, location[:-2] if "[key]" in location else location))
     where = f"{origin}, {path.removeprefix('.')}" if path else origin
     if kind == "missing":
         return f"{where} is missing"
@@ -273,19 +275,19 @@ def _sentence(error: ValidationError, origin: str, key: str) -> str:
         return f"{where}: {context['error']}"
     value = shorten([*first["input"]] if type(first["input"]) is tuple else first["input"])
     if kind == "literal_error":
-        return f"{where}: {value} is not one of {_choices(context['expected'])}"
+        return f"{where}: {value} is not one of {_list_choices(context['expected'])}"
     if kind not in _MISTAKES:
         return f"{where}: {value}: {first['msg']}"
     return f"{where}: {value} {_MISTAKES[kind].format(**context)}"
 
 
-def _step(part: str | int) -> str:
-    """One part of a path: an index, or a key."""
+def _format_step(part: str | int) -> str:
+    """Format one part of a path: an index, or a key."""
     if type(part) is int:
         return f"[{part}]"
     return f".{part}" if _NAME.fullmatch(part) else f".{shorten(part)}"
 
 
-def _choices(expected: str) -> str:
-    """Values of a Literal, which pydantic spells `'a', 'b' or 'c'`."""
+def _list_choices(expected: str) -> str:
+    """List the values of a Literal, which pydantic spells `'a', 'b' or 'c'`."""
     return expected.replace("'", "").replace(" or ", ", ")

@@ -146,6 +146,9 @@ def test_large_documents_are_refused(tmp_path):
         read(tmp_path, aliases)
     with pytest.raises(UserError, match="is nested more than 100 deep"):
         read(tmp_path, "name: &a [*a]")
+    with pytest.raises(UserError, match=r"words: \{'xxx.*y\.\.\. is not a list") as error:
+        read(tmp_path, f"name: a\nwords: {{{', '.join(f'{x * 50}: {x * 50}' for x in 'xyz')}}}")
+    assert len(str(error.value)) < 400
 
 
 def test_merged_keys_are_no_doubles(tmp_path):

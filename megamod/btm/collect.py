@@ -7,7 +7,7 @@ from megamod.btm.forest_entry import make_forest_entry, read_branch
 from megamod.btm.tasks import WORLD, get_expert_folder
 from megamod.files import hash_file
 from megamod.states.checkpoint_folder import StateRecord, format_checkpoint_name
-from megamod.states.forest import Expert, edit_forest, parents_of
+from megamod.states.forest import Expert, edit_forest, make_parents
 
 
 def add_round_to_forest(campaign: Campaign, round_index: int, in_one_world: bool = False) -> None:
@@ -44,4 +44,4 @@ def _make_world_expert(campaign: Campaign, domain: str) -> Expert:
         config_digest=hash_file(run / "model" / domain / "config.json"),
     )
     branched = read_branch(run)
-    return replace(entry, parents=parents_of(branched.parents) if branched else ())
+    return replace(entry, parents=make_parents(branched.parents) if branched else ())

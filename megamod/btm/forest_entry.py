@@ -11,7 +11,7 @@ from megamod.documents import Document, Items, read_document
 from megamod.errors import UserError
 from megamod.flags import read_run_recipe
 from megamod.states.checkpoint_folder import STATE, StateRecord, is_optimizer_file
-from megamod.states.forest import Expert, Forest, ParentEntry, parents_of, read_model_config
+from megamod.states.forest import Expert, Forest, ParentEntry, make_parents, read_model_config
 from megamod.states.manifest import list_checkpoints
 from megamod.tables import format_table
 
@@ -106,7 +106,7 @@ def _read_training_record(run: Path) -> dict[str, object]:
     """Read the training record of a run from its last checkpoint; empty for a bare model."""
     history: dict[str, object] = {}
     if branched := read_branch(run):
-        history["parents"] = parents_of(branched.parents)
+        history["parents"] = make_parents(branched.parents)
         history["start_update"] = branched.start_update
     checkpoints = list_checkpoints(run / "checkpoints")
     if checkpoints and (checkpoints[-1] / STATE).is_file():

@@ -196,8 +196,8 @@ class ParentEntry(Document):
     weight: float
 
 
-def parents_of(entries: Iterable[ParentEntry]) -> tuple[Parent, ...]:
-    """The parents that a file lists."""
+def make_parents(entries: Iterable[ParentEntry]) -> tuple[Parent, ...]:
+    """Make the parents that a file lists."""
     return tuple(Parent(entry.path, entry.weight) for entry in entries)
 
 
@@ -224,7 +224,7 @@ def _read(file: Path) -> list[Expert]:
     experts = []
     for entry in read_document(file, _ForestFile).experts:
         path = (file.parent / entry.path).absolute()
-        parents = parents_of(entry.parents)
+        parents = make_parents(entry.parents)
         experts.append(Expert(**{**dict(entry), "path": path, "parents": parents}))
     return experts
 

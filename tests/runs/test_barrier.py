@@ -210,6 +210,13 @@ def test_blocks_of_text(tmp_path):
         read_text_blocks(tmp_path / "t.txt", lambda line: [1], 40)
 
 
+def test_a_study_without_pairs_compares_all(tmp_path):
+    for pairs in ("", "pairs: , "):
+        (tmp_path / "s.yaml").write_text(f"{{models: [a, b, c], {pairs}variants: {{x: {{}}}}}}")
+        study = read_study(tmp_path / "s.yaml")
+        assert study.pairs == (("1", "2"), ("1", "3"), ("2", "3"))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

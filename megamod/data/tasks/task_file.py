@@ -17,7 +17,7 @@ USUAL = {
 }
 
 
-def _checked_column(value: object) -> str | int:
+def _check_column(value: object) -> str | int:
     if isinstance(value, int) and not isinstance(value, bool) and value >= -1:
         return value
     if isinstance(value, str) and value:
@@ -25,13 +25,13 @@ def _checked_column(value: object) -> str | int:
     raise ValueError(f"{shorten(value)} is not a name or a number from 0 (-1: the last)")
 
 
-def _checked_split(split: str) -> str:
+def _check_split(split: str) -> str:
     if not re.fullmatch(r"(train|dev\w*|test\w*)", split):
         raise ValueError(f"split {shorten(split)} is not train, dev... or test...")
     return split
 
 
-_Column = Annotated[Any, AfterValidator(_checked_column)]
+_Column = Annotated[Any, AfterValidator(_check_column)]
 _Label = Annotated[str, BeforeValidator(lambda label: str(label).strip())]
 
 
@@ -47,7 +47,7 @@ class _TaskFile(Document):
     label: _Column
     labels: Items[_Label] = ()
     metrics: Items[Literal[METRICS]] = Field((), min_length=1)
-    files: dict[Annotated[str, AfterValidator(_checked_split)], str] = Field({})
+    files: dict[Annotated[str, AfterValidator(_check_split)], str] = Field({})
     header: bool = True
     bounds: Annotated[Items[float], Field(min_length=2, max_length=2)] | None = None
     hub: str | None = None

@@ -4,9 +4,9 @@ import itertools
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
-from megamod.documents import Document, Items, Name, as_name, read_document
+from megamod.documents import Document, Items, Name, parse_name, read_document
 from megamod.merging.alignment.options import EffectiveOptions
 
 MLM, CLM = "mlm", "clm"
@@ -48,28 +48,29 @@ class Evaluation(HeldOutSettings):
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """The task, as a study has its tasks."""
+        """Return the task, as a study has its tasks."""
         return (self.task,)
 
 
-def _named_models(value: object) -> object:
-    """Models by name; those of a list have their numbers as names."""
+def _number_models(value: object) -> object:
+    """Return models by name; those of a list have their numbers as names."""
     return dict(enumerate(value, start=1)) if isinstance(value, list) else value
 
 
-def _all_pairs(data: dict) -> tuple[tuple[str, ...], ...]:
-    """All pairs of the models, which are validated before."""
-    return tuple(itertools.combinations(data.get("models", ()), 2))
+def _fill_pairs(value: object, info: ValidationInfo) -> object:
+    """Return all pairs of the models, which are validated before, where a study names no pairs."""
+    models = info.data.get("models", ())
+    return tuple(itertools.combinations(models, 2)) if value is None else value
 
 
-def _as_label(value: object) -> str:
-    """The name of a variant, which may have blanks within."""
+def _parse_label(value: object) -> str:
+    """Parse the name of a variant, which may have blanks within."""
     blanks = isinstance(value, str) and value.strip() == value
-    as_name(value.replace(" ", "_") if blanks else value)
+    parse_name(value.replace(" ", "_") if blanks else value)
     return str(value)
 
 
-_Label = Annotated[str, BeforeValidator(_as_label)]
+_Label = Annotated[str, BeforeValidator(_parse_label)]
 _Variant = Annotated[EffectiveOptions, BeforeValidator(lambda value: value or {})]
 
 
@@ -85,8 +86,10 @@ class BarrierStudy(HeldOutSettings):
         variants: alignment options by name; the method "identity" does not align.
     """
 
-    models: Annotated[dict[Name, str], Field(min_length=2), BeforeValidator(_named_models)]
-    pairs: Items[Items[Name]] = Field(default_factory=_all_pairs, min_length=1)
+    models: Annotated[dict[Name, str], Field(min_length=2), BeforeValidator(_number_models)]
+    pairs: Annotated[
+        Items[Items[Name]], Field(min_length=1, validate_default=True), BeforeValidator(_fill_pairs)
+    ] = None
     tasks: Annotated[
         Items[Name],
         BeforeValidator(lambda value: value if isinstance(value, list) else [value]),

@@ -73,7 +73,7 @@ def greedy_soup(
             each other, or no model has a finite loss.
     """
     uniform = _build_average_recipe(recipe, range(len(recipe.inputs)))
-    settings = _evaluation(recipe)
+    settings = _read_evaluation(recipe)
     options = {"shard_bytes": shard_bytes, "threads": threads, "quiet": quiet}
     plan = merge(uniform, output, dry_run=True, copy_tokenizer=copy_tokenizer, **options)
     if dry_run:
@@ -189,7 +189,7 @@ def _build_average_recipe(recipe: MergeRecipe, numbers: Sequence[int]) -> MergeR
     return replace(recipe, method="linear", inputs=inputs, tokenizer=0, cut_vocabularies=False)
 
 
-def _evaluation(recipe: MergeRecipe) -> Evaluation:
+def _read_evaluation(recipe: MergeRecipe) -> Evaluation:
     """Check the `evaluation:` block.
 
     Raises:

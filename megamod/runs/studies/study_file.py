@@ -32,7 +32,8 @@ from megamod.errors import UserError
 Settings = dict[str, object]
 
 
-def _checked_setting(value: object) -> object:
+def _check_setting(value: object) -> object:
+    """Refuse values that are no flag's."""
     by_rung = isinstance(value, dict)
     for entry in value.values() if by_rung else [value]:
         for scalar in entry if isinstance(entry, list) else [entry]:
@@ -43,7 +44,7 @@ def _checked_setting(value: object) -> object:
     return value
 
 
-Setting = Annotated[Any, AfterValidator(_checked_setting)]
+Setting = Annotated[Any, AfterValidator(_check_setting)]
 """Value of a flag: a scalar or a list of them, or such values by rung."""
 
 

@@ -49,14 +49,16 @@ LAUNCH_FLAGS = {
 flag has a value."""
 
 
-def _checked_flags(flags: dict[str, object]) -> dict[str, object]:
+def _check_flags(flags: dict[str, object]) -> dict[str, object]:
+    """Refuse flags that the sweep sets itself."""
     for name in flags:
         if name.replace("-", "_") in ("output_dir", "seed", "seeds"):
             raise ValueError(f"{name} is chosen for each run; leave it out")
     return flags
 
 
-def _checked_launch(words: tuple[str, ...]) -> tuple[str, ...]:
+def _check_launch(words: tuple[str, ...]) -> tuple[str, ...]:
+    """Refuse words that could start another program than those of `LAUNCH_FLAGS`."""
     if not words:
         return words
     program, *rest = words
@@ -86,7 +88,7 @@ def _checked_launch(words: tuple[str, ...]) -> tuple[str, ...]:
 Flags = Annotated[
     dict[str, object],
     BeforeValidator(lambda value: {} if value is None else value),
-    AfterValidator(_checked_flags),
+    AfterValidator(_check_flags),
 ]
 
 
@@ -97,7 +99,7 @@ class SweepFile(Document):
     tasks: dict[Name, Flags] = Field(min_length=1)
     models: dict[Name, Flags] = Field(min_length=1)
     seeds: Items[Annotated[int, Field(ge=0)]] = Field((1,), min_length=1)
-    launch: Annotated[Items[str], AfterValidator(_checked_launch)] = ()
+    launch: Annotated[Items[str], AfterValidator(_check_launch)] = ()
 
 
 @dataclass(frozen=True)
