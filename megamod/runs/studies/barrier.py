@@ -64,7 +64,14 @@ from megamod.runs.finetune.args import RowArgs
 from megamod.runs.finetune.one_task import select_head_class
 from megamod.runs.finetune.source import load_matching_tokenizer
 from megamod.runs.finetune.tasks import open_task
-from megamod.runs.studies.barrier_recipe import CLM, MLM, BarrierStudy, HeldOutSettings
+from megamod.runs.studies.barrier_recipe import (
+    CLM,
+    MLM,
+    RECORD,
+    BarrierStudy,
+    HeldOutSettings,
+    check_record,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -72,9 +79,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RESULTS = "results.json"
-RECORD = "study.json"
-_RECORDED = ("models", "pairs", "tasks", "variants", "data", "tokenizer", "max_seq_length")
-_RECORDED += ("batch_size", "points", "max_items", "seed", "mlm_probability", "char_split")
 
 
 HEADS = {MLM: AutoModelForMaskedLM, CLM: AutoModelForCausalLM}
@@ -107,7 +111,7 @@ def run_study(study: BarrierStudy, output: Path, device: torch.device) -> str:
         UserError: for models, data or settings that do not fit, or a folder of another study.
     """
     disable_progress_bar()
-    record = _check_study_record(study, output)
+    record = check_record(study, output)
     _check_models(study)
     first = next(iter(study.models.values()))
     held_out = {
@@ -191,31 +195,6 @@ def _read_calibration(
     except UserError as error:
         raise UserError(f"variants, {variant}: {error}") from error
     return items
-
-
-def _check_study_record(study: BarrierStudy, output: Path) -> dict[str, object]:
-    """Return the study as JSON values.
-
-    Raises:
-        UserError: if the folder holds results of a different study.
-    """
-    values = study.model_dump(mode="json")
-    record = {key: values[key] for key in _RECORDED}
-    path = output / RECORD
-    if path.exists():
-        previous = json.loads(path.read_text(encoding="utf-8"))
-        # Pairs, tasks, models and variants may be added; recorded ones must not change.
-        fixed = [key for key in record if key not in ("models", "pairs", "tasks", "variants")]
-        differs = [key for key in fixed if record[key] != previous[key]]
-        for key in ("models", "variants"):
-            shared = set(record[key]) & set(previous[key])
-            differs += [f"{key}.{n}" for n in shared if record[key][n] != previous[key][n]]
-        if differs:
-            raise UserError(
-                f"{output}: holds a study with another {differs[0]}; remove it or choose another "
-                "--output_dir"
-            )
-    return record
 
 
 def _find_curve_path(output: Path, task: str, variant: str, pair: tuple[str, str]) -> Path:

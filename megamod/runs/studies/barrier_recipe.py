@@ -1,15 +1,20 @@
 """Barrier study files: models, pairs, tasks and alignments."""
 
 import itertools
+import json
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
 from megamod.documents import Document, Items, Name, parse_name, read_document
+from megamod.errors import UserError
 from megamod.merging.alignment.options import EffectiveOptions
 
 MLM, CLM = "mlm", "clm"
+RECORD = "study.json"
+_RECORDED = ("models", "pairs", "tasks", "variants", "data", "tokenizer", "max_seq_length")
+_RECORDED += ("batch_size", "points", "max_items", "seed", "mlm_probability", "char_split")
 
 
 class HeldOutSettings(Document):
@@ -121,3 +126,28 @@ def read_study(path: Path) -> BarrierStudy:
         UserError: naming the key that is wrong and what is allowed.
     """
     return read_document(path, BarrierStudy)
+
+
+def check_record(study: BarrierStudy, output: Path) -> dict[str, object]:
+    """Return the study as JSON values.
+
+    Raises:
+        UserError: if the folder holds results of a different study.
+    """
+    values = study.model_dump(mode="json")
+    record = {key: values[key] for key in _RECORDED}
+    path = output / RECORD
+    if path.exists():
+        previous = json.loads(path.read_text(encoding="utf-8"))
+        # Pairs, tasks, models and variants may be added; recorded ones must not change.
+        fixed = [key for key in record if key not in ("models", "pairs", "tasks", "variants")]
+        differs = [key for key in fixed if record[key] != previous[key]]
+        for key in ("models", "variants"):
+            shared = set(record[key]) & set(previous[key])
+            differs += [f"{key}.{n}" for n in shared if record[key][n] != previous[key][n]]
+        if differs:
+            raise UserError(
+                f"{output}: holds a study with another {differs[0]}; remove it or choose another "
+                "--output_dir"
+            )
+    return record
