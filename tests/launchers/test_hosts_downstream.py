@@ -250,6 +250,27 @@ def grow_and_branch(rank: int, root: Path) -> None:
         adapt(run_args, SafetyArgs(), optim, arguments)
 
 
+def check_mixture_of_adapted(root: Path, new: dict[str, torch.Tensor]) -> None:
+    """All experts of the grown model become one mixture; its router is calibrated and attributed.
+
+    Args:
+        new: weights of the dense model with the third expert, of the domain zoo.
+    """
+    text = root / "zoo.txt"
+    text.write_text("\n".join(words_of("zoo")))
+    texts = [f"{domain}={text}" for domain in (*DOMAINS, "zoo")]
+    moe = ("--forest", root / "grown" / "model", "--output_dir", root / "moe")
+    launch("to_moe", *moe, "--calibration", *texts, "--no_centre", "--max_seq_length", LENGTH)
+    launch("attribute", "--model", root / "moe", text, "--max_documents", 2)
+    model = AutoModelForCausalLM.from_pretrained(root / "moe")
+    assert type(model).__name__ == "MixtralForCausalLM"
+    stored = read_weights(root / "moe")
+    for layer in range(2):
+        expert = stored[f"model.layers.{layer}.block_sparse_moe.experts.2.w2.weight"]
+        assert torch.equal(expert, new[f"model.layers.{layer}.mlp.down_proj.weight"])
+    assert torch.equal(stored["model.norm.weight"], new["model.norm.weight"])
+
+
 @pytest.mark.slow  # a process of its own imports transformers
 def test_branching_and_adapting(root):
     binarize({"zoo": words_of("zoo")}, str(root / "words"), root / "new bin")
@@ -271,6 +292,7 @@ def test_branching_and_adapting(root):
     assert all(torch.equal(grown[name], tensor) for name, tensor in before.items())
     changed = {name for name in new if not torch.equal(new[name], med[name])}
     assert changed and all(".mlp." in name for name in changed)
+    check_mixture_of_adapted(root, new)
     whole = AutoModelForCausalLM.from_pretrained(root / "whole" / "model")
     assert type(whole) is type(tiny_stock("bloom"))
     assert "zoo" in open_forest(root / "forest").domains

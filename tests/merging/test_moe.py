@@ -112,8 +112,8 @@ def farthest(first: Tensor, second: Tensor) -> float:
 def test_class_computes_what_its_experts_compute(tmp_path, row):
     """Float64, the plain loop: forced routing is one expert; equal experts are the dense model."""
     kind, changes = ROWS[row]
-    dense = dense_models(tmp_path, kind, **changes)
-    folder = to_moe(tmp_path, "a", "b", "c", topk=1)
+    dense = dense_models(tmp_path, kind, count=2, **changes)
+    folder = to_moe(tmp_path, "a", "b", topk=1)
     shared = load(folder).state_dict()
     for expert, model in enumerate(dense):
         # The expert's feed-forward with the shared weights, as a dense model.
