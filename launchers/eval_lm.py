@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from megamod.args import VERIFY_DATA
 from megamod.errors import UserError, run_main
 from megamod.flags import Arguments, option, parse_args, read_run_recipe, require_values
 
@@ -31,6 +32,7 @@ class EvalArgs(Arguments):
         None, "model folders to score", alias="model_name_or_path"
     )
     data: str | None = option(None, "data-bin folder written by launchers/preprocess.py")
+    verify_data: Literal["size", "sample", "full"] = option("sample", VERIFY_DATA)
     domains: list[str] | None = option(  # noqa: RUF009
         None, "domains to score, in this order; none: all of the data-bin"
     )
@@ -97,6 +99,7 @@ def main() -> None:
         args.context_window,
         args.force_domain_token,
         partial(masks_documents, args.mask_documents),
+        args.verify_data,
     )
     folders = {model: find_models(Path(model), held_out) for model in args.model}
     models = {model: score_models(parts, held_out, device) for model, parts in folders.items()}

@@ -17,6 +17,11 @@ from megamod.flags import (
     set_values,
 )
 
+VERIFY_DATA = (
+    "check of the token files against their digests before they are read: file sizes, a sample of "
+    "blocks, or everything"
+)
+
 
 @dataclass
 class RunArgs(Arguments):
@@ -70,6 +75,12 @@ class SafetyArgs(Arguments):
     resume: str = option("auto", "auto: from the newest checkpoint, if any; none; or PATH of one")
     nonfinite: Literal["stop", "skip", "rollback"] = option(
         "stop", "policy for a step whose loss or gradient is not finite (fp16: always skip)"
+    )
+    max_nonfinite_steps: int = option(
+        10,
+        "steps of the last 100 that may be skipped or rolled back; with more the run stops with "
+        "exit code 3 and publishes no model",
+        least=0,
     )
     spike_factor: float = option(
         0.0, "a loss above this multiple of its running mean counts as not finite; 0: off", least=0
@@ -249,8 +260,11 @@ class DataArgs(Arguments):
     max_seq_length: int = option(1024, "tokens per sequence", least=2)
     mask_documents: bool = option(False, "no attention across the ends of documents")
     domain_token: bool = option(False, "begin each sequence with the token of its domain")
-    dataloader_num_workers: int = option(0, "processes that read data, per rank", least=0)
+    dataloader_num_workers: int = option(
+        0, "processes that read data, per rank", least=0, most=1024
+    )
     eval_split: Literal["valid", "test", "train"] = option("valid", "split of the evaluation")
+    verify_data: Literal["size", "sample", "full"] = option("sample", VERIFY_DATA)
 
     def __post_init__(self):
         super().__post_init__()

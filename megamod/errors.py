@@ -11,7 +11,8 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -42,6 +43,39 @@ class Interrupted(RuntimeError):
     exit_code = 130
 
 
+@contextmanager
+def report_damage(where: str) -> Iterator[None]:
+    """Turn whatever a damaged file makes its reader raise into a UserError.
+
+    For calls that read files of others by a library: a fault of the file is no fault of the
+    program, and each library has its own kinds of errors for it.
+
+    Args:
+        where: the file and what went wrong, such as "FOLDER cannot be read as a model".
+    """
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # libraries in Rust panic with one that is no Exception
+        kind, text = type(error).__name__, " ".join(str(error).split())[:300]
+        if kind == "UnpicklingError":  # its text recommends to run what the file names
+            kind, text = (
+                "",
+                "its pickle names more than tensors, so it is refused and nothing was run",
+            )
+        plain = isinstance(error, (OSError, ValueError, RuntimeError)) and text
+        raise UserError(f"{where}: {text if plain else f'{kind} {text}'.strip()}") from error
+
+
+EXIT_CALLS: list[Callable[[], None]] = []
+"""Functions to call before a rank ends at once, without unwinding; they need no other rank."""
+
+
+LOSS_DESCRIBERS: list[Callable[[], str]] = []
+"""Functions that name the ranks that are lost, for the message of a distributed failure."""
+
+
 def run_main(main: Callable[[], None]) -> None:
     """Call `main` and end the process with the exit code its outcome has.
 
@@ -62,13 +96,30 @@ def run_main(main: Callable[[], None]) -> None:
         sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         _exit_with_message("Interrupted", Interrupted.exit_code)
-    except RuntimeError as error:
-        if not is_distributed_failure(error):
+    except Exception as error:
+        lost = isinstance(error, RuntimeError) and is_distributed_failure(error)
+        if not lost and not is_user_fixable(error):
             raise
+        if "--traceback" in sys.argv:
+            traceback.print_exc()
+        if not lost:
+            _exit_with_message(_describe_fixable(error), UserError.exit_code)
         where = f"rank {os.environ.get('RANK', '0')} on {os.uname().nodename}"
-        _exit_with_message(
-            f"DistributedFailure: {where} lost its peers: {error}", DistributedFailure.exit_code
-        )
+        named = "".join(f"; {describe()}" for describe in LOSS_DESCRIBERS)
+        reason = " ".join(str(error).split())[:300]
+        message = f"DistributedFailure: {where} lost its peers{named}: {reason}"
+        _exit_with_message(message, DistributedFailure.exit_code)
+
+
+def _describe_fixable(error: Exception) -> str:
+    """Describe an error of the operating system, or too little memory, in one sentence."""
+    if isinstance(error, OSError) and error.strerror:
+        file = f"{error.filename}"
+        short = file if len(file) < 200 else f"{file[:100]}..."
+        return f"{type(error).__name__}: {short}: {error.strerror}"
+    text = " ".join(str(error).split())[:300]
+    memory = not isinstance(error, OSError)
+    return f"{type(error).__name__}: {'not enough memory: ' if memory else ''}{text}"
 
 
 def is_distributed_failure(error: RuntimeError) -> bool:
@@ -113,6 +164,8 @@ def _exit_with_message(message: str, exit_code: int) -> None:
     print(message, file=sys.stderr, flush=True)
     if "RANK" in os.environ:
         # Other ranks may be gone: the orderly shutdown of the process group could wait for them.
+        for leave in EXIT_CALLS:
+            leave()
         sys.stdout.flush()
         os._exit(exit_code)
     sys.exit(exit_code)

@@ -113,6 +113,27 @@ def forbidden_call(node: ast.Call) -> list[tuple[str, str]]:
     return bad
 
 
+def asking(tree: ast.AST) -> list[int]:
+    """Lines where transformers may ask on standard input if it should run the code of a folder."""
+    return [
+        node.lineno
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and re.fullmatch(r"(\w+\.)*[Aa]uto\w*\.from_pretrained", spelled(node.func))
+        and not any(keyword.arg == "trust_remote_code" for keyword in node.keywords)
+    ]
+
+
+@pytest.mark.parametrize("path", PUBLIC, ids=label)
+def test_nothing_asks_about_code_of_folders(path):
+    assert asking(ast.parse(path.read_text(encoding="utf-8"))) == []
+
+
+def test_questions_are_found():
+    assert asking(ast.parse("AutoConfig.from_pretrained(x)\nauto.from_pretrained(x)")) == [1, 2]
+    assert asking(ast.parse("AutoModel.from_pretrained(x, trust_remote_code=False)")) == []
+
+
 def is_true(value: ast.expr | None) -> bool:
     """The literal True."""
     return isinstance(value, ast.Constant) and value.value is True

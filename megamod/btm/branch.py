@@ -21,6 +21,7 @@ from megamod.dist.scope import parse_expert_domain, to_dense_name
 from megamod.documents import check_name
 from megamod.errors import UserError
 from megamod.files import create_folder_atomically, write_json
+from megamod.folder_lock import hold
 from megamod.merging.merge import average_folders
 from megamod.states.checkpoint_folder import (
     KINDS,
@@ -93,7 +94,11 @@ def write_branch_checkpoint(
         asdict(Parent(_format_parent_name(parent), float(weight) / total))
         for parent, weight in zip(parents, weights, strict=True)
     ]
-    with _remove_new_folders_on_failure(final.parent), create_folder_atomically(final) as folder:
+    with (
+        _remove_new_folders_on_failure(final.parent),
+        hold(run_folder),
+        create_folder_atomically(final) as folder,
+    ):
         base = folder / ".start"
         _write_start_model(parents, weights, base)
         record = _read_parent_state(parents[0]) if keeps_optimizer else StateRecord(branched=True)

@@ -35,6 +35,7 @@ from megamod.btm.progress import Row, Screen, read_progress
 from megamod.btm.tasks import Stage, Task
 from megamod.dist.hostfile import Host, HostSlots, read_hostfile
 from megamod.errors import DistributedFailure, Interrupted, PolicyStop, UserError
+from megamod.folder_lock import hold
 
 POLL_SECONDS = 0.2
 ADOPTED_POLL_SECONDS = 1.0  # between two checks of the lock of a job that another driver started
@@ -259,11 +260,15 @@ def run_campaign(parsed: Parsed, launchers: Path) -> None:
     output = campaign.output
     for folder in ("jobs", "logs", task_builders.PRIORS, task_builders.EVALUATION):
         (output / folder).mkdir(parents=True, exist_ok=True)
-    driver_lock = acquire_lock(output / "jobs" / ".driver.lock")
-    if driver_lock is None:
-        raise UserError(f"--output_dir {output}: another driver is running there")
+    with hold(output / "jobs", f"--output_dir {output}"):
+        driver = Driver(launchers, output, hosts, btm.hostfile, btm.max_restarts)
+        _run_waves(campaign, waves, driver)
+    print(f"\nthe forest of {', '.join(campaign.domains)} is {output / 'forest.json'}")
+
+
+def _run_waves(campaign: Campaign, waves: "Sequence[Wave]", driver: Driver) -> None:
+    """Run the waves one after the other; signals go to the driver meanwhile."""
     print(campaign.format_token_counts(), flush=True)
-    driver = Driver(launchers, output, hosts, btm.hostfile, btm.max_restarts)
     before = {n: signal.signal(n, driver.handle_signal) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
         for tasks, after in waves:
@@ -272,8 +277,6 @@ def run_campaign(parsed: Parsed, launchers: Path) -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        _close_lock(driver_lock)
-    print(f"\nthe forest of {', '.join(campaign.domains)} is {output / 'forest.json'}")
 
 
 Wave = tuple[list[Task], Callable[[], None]]

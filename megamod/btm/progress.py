@@ -1,6 +1,5 @@
 """Progress of all jobs: read from the metrics of their runs, shown as a table or line by line."""
 
-import json
 import os
 import sys
 import time
@@ -9,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from megamod.states.metrics_file import read_record
 from megamod.tables import format_table
 
 TAIL_BYTES = 16_384
@@ -44,13 +44,12 @@ def read_progress(folder: Path | None, row: Row) -> None:
         return
     with open(path, "rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
-        lines = file.read().decode(errors="replace").splitlines()
+        lines = file.read().splitlines()
     for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:  # truncated at either end of the window
+        record = read_record(line)
+        if record is None:  # truncated at either end of the window
             continue
-        if "perplexity" in record:
+        if isinstance(record.get("perplexity"), dict):
             scores = [score for score in record["perplexity"].values() if score is not None]
             row.perplexity = sum(scores) / len(scores) if scores else None
         elif "loss" in record:

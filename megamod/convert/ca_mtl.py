@@ -5,7 +5,6 @@ the tasks are an option (`domains`), in the order of the ids. Names differ for t
 one tensor here, and for the last block of "base", whose parts the release calls new_....
 """
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from megamod.convert import NO_OPTIONS, ConvertedModel, Options
 from megamod.convert.reading import find_weight_file, read_checkpoint
 from megamod.errors import UserError
 from megamod.files import write_json
+from megamod.states.config_file import read_config_file
 from megamod.states.weights import DENSE_FILE, read_weights, write_tensors
 
 _STOCK = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
@@ -37,12 +37,8 @@ def convert(source: Path, options: Options = NO_OPTIONS) -> ConvertedModel:
         UserError: for fields, heads or names that are missing or do not fit each other.
     """
     file = find_weight_file(Path(source))
-    path = file.parent / "config.json"
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        fields = {name: settings[name] for name in (*_STOCK, *_MORE) if name in settings}
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
+    path, settings = file.parent / "config.json", read_config_file(file.parent)
+    fields = {name: settings[name] for name in (*_STOCK, *_MORE) if name in settings}
     if lacking := [name for name in _STOCK if name not in fields]:
         raise UserError(f"{path}: {lacking[0]} is missing")
     stored = read_checkpoint(file).tensors
@@ -88,10 +84,7 @@ def export(source: Path, folder: Path, options: Options = NO_OPTIONS) -> list[Pa
     Raises:
         UserError: if the folder is not a CA-MTL model, or has heads that the release lacks.
     """
-    try:
-        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{source}: is not a CA-MTL model: {error}") from error
+    config = read_config_file(source)
     if config.get("model_type") != "ca_mtl":
         raise UserError(f"{source}: is of type {config.get('model_type')!r}, not ca_mtl")
     if "token" in config["task_kinds"]:

@@ -21,6 +21,7 @@ from megamod.convert.datamux_names import FAMILIES, Head, list_tensor_shapes
 from megamod.convert.reading import find_weight_file, read_checkpoint
 from megamod.errors import UserError
 from megamod.files import write_json
+from megamod.states.config_file import check_claims, check_sizes, read_config_file
 from megamod.states.weights import DENSE_FILE, read_weights, write_tensors
 
 _STOCK = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
@@ -206,15 +207,16 @@ def _read_settings(folder: Path) -> tuple[dict[str, object], str]:
     Raise UserError if it names none of ours.
     """
     path = folder / "config.json"
+    settings = read_config_file(folder)
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(settings.get("config"), dict):
             settings = settings["config"] | {"architectures": [settings.get("case", "")]}
+            check_sizes(settings, str(path))
+            check_claims(settings, folder)
         named = settings["architectures"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError) as error:
         raise UserError(
-            f"{path}: cannot be read, or does not name the class of the model in `architectures`: "
-            f"{error!r}"
+            f"{path}: does not name the class of the model in `architectures`"
         ) from error
     name = find_original_class(settings)
     if name is None:

@@ -4,7 +4,6 @@ The result is a stock model of transformers in safetensors, every tied matrix st
 is read from the weights; the head of next-sentence prediction is dropped.
 """
 
-import json
 import re
 from pathlib import Path
 
@@ -13,8 +12,9 @@ import torch
 from megamod.convert import NO_OPTIONS, ConvertedModel, Options
 from megamod.convert.datamux import find_original_class
 from megamod.convert.reading import find_weight_file, read_checkpoint
-from megamod.errors import UserError
+from megamod.errors import UserError, report_damage
 from megamod.models.pretrained import MAX_FOREIGN
+from megamod.states.config_file import read_config_file
 
 _OLD = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 _INSIDE = ("embeddings.", "encoder.", "pooler.")
@@ -38,13 +38,10 @@ def convert(source: Path, options: Options = NO_OPTIONS) -> ConvertedModel:
             shape than config.json says.
     """
     file = find_weight_file(Path(source))
-    path = file.parent / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+    path, config = file.parent / "config.json", read_config_file(file.parent)
+    with report_damage(f"{path}: cannot be read as that of a BERT"):
         kind = config.get("model_type", "bert")
         rows, size = int(config["vocab_size"]), int(config["hidden_size"])
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path}: cannot be read as that of a BERT: {error!r}") from error
     if kind != "bert":
         raise UserError(f"{path}: model_type is {kind!r}, not 'bert'")
     if original := find_original_class(config):

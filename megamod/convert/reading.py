@@ -23,11 +23,13 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from megamod.errors import UserError, run_main
+from megamod.errors import UserError, report_damage, run_main
 from megamod.files import write_json
+from megamod.states.weight_files import read_index
 
 if TYPE_CHECKING:  # the child refuses a file before it spends seconds on loading torch
     from torch import Tensor
@@ -76,6 +78,8 @@ _RENAMED = {"__builtin__.unicode": "builtins.str", "__builtin__.long": "builtins
 _LEGACY_PICKLES = 5  # magic number, version, machine, the object, keys of its storages
 _STRINGS = ("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8")
 _STRINGS += ("STRING", "BINSTRING", "SHORT_BINSTRING")
+_EXPANSION = 8  # bytes of tensors per byte of the file: several may share one storage
+_MOST_SETTINGS = 100_000  # values of the settings, each as often as it is referred to
 _TIMEOUT = 3600  # seconds until a child that does not even use the processor is ended
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "state.safetensors")
@@ -118,10 +122,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
             )
         except subprocess.TimeoutExpired as error:
             raise UserError(f"{path}: reading it took more than {_TIMEOUT} s") from error
-        if child.returncode == UserError.exit_code:
-            raise UserError(child.stderr.strip().splitlines()[-1].removeprefix("UserError: "))
+        reason = (child.stderr.strip().splitlines() or ["it was ended"])[-1]
+        if child.returncode == UserError.exit_code and reason.startswith("UserError: "):
+            raise UserError(reason.removeprefix("UserError: "))
         if child.returncode != 0:
-            reason = (child.stderr.strip().splitlines() or ["it was ended"])[-1]
             raise UserError(
                 f"{path}: could not be read within the limits on memory and time (exit code "
                 f"{child.returncode}: {reason[:300]})"
@@ -135,7 +139,7 @@ def _read_shards(index: Path) -> Checkpoint:
     tensors: dict[str, Tensor] = {}
     for shard in list_shards(index):
         tensors |= read_checkpoint(shard).tensors
-    weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    weight_map = read_index(index.parent, index.name)
     if absent := sorted(weight_map.keys() - tensors.keys()):
         raise UserError(f"{index}: {absent[0]} is not in {weight_map[absent[0]]}")
     return Checkpoint(tensors, {})
@@ -148,13 +152,7 @@ def list_shards(index: Path) -> list[Path]:
         UserError: if the index is malformed or names a file outside its folder or one that is not
             there.
     """
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        outside = [name for name in names if Path(name).name != name]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index}: is no index of weight files: {error!r}") from error
-    if outside or not names:
-        raise UserError(f"{index}: names {outside or 'no files'}; files beside it are allowed")
+    names = sorted(set(read_index(index.parent, index.name).values()))
     for name in names:
         if not (index.parent / name).is_file():
             raise UserError(f"{index.parent}: the weight file {name} is missing")
@@ -231,13 +229,10 @@ def _iterate_pickle_globals(file: BinaryIO) -> Iterator[str]:
 
 def _read_safetensors(path: Path) -> "dict[str, Tensor]":
     """Read the tensors of a safetensors file; raise UserError if it is not whole."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    try:
+    with report_damage(f"{path}: is not a whole safetensors file"):
         return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path}: is not a whole safetensors file: {error}") from error
 
 
 def _run_child() -> None:
@@ -309,6 +304,7 @@ def _load_pickle(path: Path) -> "tuple[dict[str, Tensor], dict[str, object]]":
     if not isinstance(model, dict):
         raise UserError(f'{path}: "model" is a {type(model).__name__}, not a dict of tensors')
     tensors = {}
+    left = _EXPANSION * path.stat().st_size
     for name, value in model.items():
         if not isinstance(value, torch.Tensor):
             if model is content:
@@ -318,9 +314,15 @@ def _load_pickle(path: Path) -> "tuple[dict[str, Tensor], dict[str, object]]":
             raise UserError(f"{path}: {name!r} is not an ordinary tensor")
         if value.nbytes > value.untyped_storage().nbytes():
             raise UserError(f"{path}: {name!r} claims more elements than the file stores for it")
+        left -= value.nbytes
+        if left < 0:
+            raise UserError(
+                f"{path}: its tensors share storage, and together have more than "
+                f"{_EXPANSION} times the bytes of the file"
+            )
         tensors[str(name)] = value.detach().clone(memory_format=torch.contiguous_format)
     settings = {str(k): v for k, v in content.items() if k in ("cfg", "args", "config")}
-    return tensors, _to_json_value(settings, 0)
+    return tensors, _to_json_value(settings, 0, iter(range(_MOST_SETTINGS)), path)
 
 
 class _StandIn:
@@ -342,10 +344,19 @@ class _StandIn:
         self.__dict__["state"] = state
 
 
-def _to_json_value(value: object, depth: int) -> object:
-    """Convert a value to plain JSON values; a type or tensor among the settings becomes null."""
+def _to_json_value(value: object, depth: int, budget: Iterator[int], path: Path) -> object:
+    """Convert a value to plain JSON values; a type or tensor among the settings becomes null.
+
+    Args:
+        budget: has an item for every value that may still come.
+    Raises:
+        UserError: naming the path, if there are more.
+    """
+    if next(budget, None) is None:
+        raise UserError(f"{path}: its settings have more than {_MOST_SETTINGS:,} values")
     if depth > 20:
         return None
+    plain = partial(_to_json_value, depth=depth + 1, budget=budget, path=path)
     if isinstance(value, argparse.Namespace):
         value = vars(value)
     if isinstance(value, _StandIn):
@@ -353,18 +364,14 @@ def _to_json_value(value: object, depth: int) -> object:
         if type(value).__name__ == "scalar":
             return _unpack_scalar(*attributes["arguments"])
         if "state" not in attributes:  # an enumeration: its value
-            return (
-                _to_json_value(attributes["arguments"][0], depth + 1)
-                if len(attributes["arguments"]) == 1
-                else None
-            )
+            return plain(attributes["arguments"][0]) if len(attributes["arguments"]) == 1 else None
         state = attributes["state"]
         content_keys = ("_content", "_val")
-        return next((_to_json_value(state[k], depth + 1) for k in content_keys if k in state), None)
+        return next((plain(state[k]) for k in content_keys if k in state), None)
     if isinstance(value, dict):
-        return {str(key): _to_json_value(item, depth + 1) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set)):
-        return [_to_json_value(item, depth + 1) for item in value]
+        return [plain(item) for item in value]
     return value if isinstance(value, (str, int, float, bool)) else None
 
 

@@ -20,10 +20,11 @@ import megamod  # noqa: F401  (makes our configurations known)
 from megamod.convert import datamux
 from megamod.convert.reading import INDEX_FILES, find_weight_file, list_shards
 from megamod.convert.writing import write_converted_model
-from megamod.errors import UserError
+from megamod.errors import UserError, report_damage
 from megamod.files import create_folder_atomically
 from megamod.models.auto import resolve_model_folder
 from megamod.states import weight_files
+from megamod.states.config_file import check_sizes, read_config_file
 from megamod.states.tokenizer_files import copy_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -66,11 +67,8 @@ def resolve_model(
             f"{where}: is a model of type {kind!r}{needed_kind and '; needed is '}{needed_kind}"
         )
     name = source if original is None else str(_convert_into_cache(source, flag))
-    try:
+    with report_damage(f"{where}: config.json cannot be used"):
         return ResolvedModel(name, AutoConfig.from_pretrained(name, trust_remote_code=False))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{where}: config.json cannot be used: {reason}") from error
 
 
 def is_model_source(name: str) -> bool:
@@ -116,11 +114,14 @@ def _read_config_fields(source: str, where: str) -> dict[str, object]:
         raise UserError(f"{where}: there is no model (no config.json)")
     if not path.is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
         raise UserError(f"{where}: there is no such folder")
-    try:
+    if path.is_dir():
+        try:
+            return read_config_file(path)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+    with report_damage(f"{where}: no configuration there"):
         fields, _ = PreTrainedConfig.get_config_dict(source)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{where}: no configuration there: {reason}") from error
+    check_sizes(fields, f"{where}: config.json")
     return fields
 
 

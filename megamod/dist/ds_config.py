@@ -256,6 +256,9 @@ def _check_refused_keys(name: str, config: dict) -> None:
 
 def _check_scalars(name: str, config: dict) -> None:
     """Raise UserError for a top-level value of the wrong type or range."""
+    for key, value in _iterate_leaves(config):
+        if type(value) is int and abs(value) >= 2**62:
+            raise UserError(f"{name}: {key} is {value!r:.60}, which no size or interval can be")
     for key, kind in SCALARS.items():
         value = config.get(key, "auto")
         if value == "auto":

@@ -12,6 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed
 
+from megamod.dist.watch import start_heartbeat, stop_heartbeat, watch_launcher
 from megamod.errors import PeerError, UserError, is_distributed_failure, is_user_fixable
 
 
@@ -72,8 +73,8 @@ def set_rank_variables() -> None:
     if launcher_numbers is None:
         if "MASTER_ADDR" not in os.environ:
             raise UserError(
-                f"{values}, but MASTER_ADDR is not set: give all ranks the name of the first host "
-                "in it, and a free port of it in MASTER_PORT (29500 if there is none)"
+                f"{values}, but MASTER_ADDR is not set: give all ranks the name of the first "
+                "host in it, and a free port of it in MASTER_PORT (29500 if there is none)"
             )
         os.environ |= dict(RANK=str(rank_), WORLD_SIZE=str(world), LOCAL_RANK=str(local))
         os.environ.setdefault("MASTER_PORT", "29500")
@@ -81,8 +82,8 @@ def set_rank_variables() -> None:
     renumbered = any(name in os.environ for name in _RENUMBERING)
     if not renumbered and launcher_numbers[:2] != (rank_, world):
         raise UserError(
-            f"RANK={launcher_numbers[0]} and WORLD_SIZE={launcher_numbers[1]} contradict {values}: "
-            "leave RANK and WORLD_SIZE unset"
+            f"RANK={launcher_numbers[0]} and WORLD_SIZE={launcher_numbers[1]} contradict "
+            f"{values}: leave RANK and WORLD_SIZE unset"
         )
 
 
@@ -165,6 +166,8 @@ def join_process_group(timeout_seconds: float) -> torch.device:
     alone = os.environ.get("WORLD_SIZE", "1") == "1" and "MASTER_ADDR" not in os.environ
     if alone:
         os.environ |= dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    else:
+        watch_launcher(timeout_seconds)
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         # DeepSpeed would compile a shared-memory collective; a process killed during that build
@@ -194,6 +197,7 @@ def join_process_group(timeout_seconds: float) -> torch.device:
     )
     # Otherwise threads of gloo may outlive the interpreter, which aborts the process.
     atexit.register(_destroy_process_group)
+    start_heartbeat(timeout_seconds)
     return torch.device(accelerator.device_name(local_rank))
 
 
@@ -321,6 +325,7 @@ def check_ranks_agree(texts_by_name: Mapping[str, str]) -> None:
 
 def _destroy_process_group() -> None:
     """Destroy the process group if there is one."""
+    stop_heartbeat()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

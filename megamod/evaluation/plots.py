@@ -1,6 +1,5 @@
 """Plots of runs: loss curves, the domain-by-expert heat map, scores of multiplexed models."""
 
-import json
 from collections.abc import Mapping, Sequence
 from math import ceil, inf, isfinite, nan
 from pathlib import Path
@@ -8,28 +7,22 @@ from types import ModuleType
 
 from megamod.errors import UserError
 from megamod.evaluation.paired import Estimate
+from megamod.states.metrics_file import read_record
 
 Numbers = Mapping[str, Mapping[str, float]]
 
 
 def read_metrics(path: Path) -> list[dict[str, object]]:
-    """Read the records of a metrics.jsonl, without a last line that a kill cut short.
+    """Read the records of a metrics.jsonl without its damaged lines, such as one cut by a kill.
 
     Raises:
-        UserError: if the file is missing, or a line before the last is not JSON.
+        UserError: if the file is missing.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_bytes().splitlines()
     except FileNotFoundError:
         raise UserError(f"{path}: no such metrics file") from None
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            if number < len(lines):
-                raise UserError(f"{path}, line {number}: not JSON: {error}") from error
-    return records
+    return [record for line in lines if (record := read_record(line)) is not None]
 
 
 def plot_curves(metrics: Path, output: Path) -> None:

@@ -53,6 +53,7 @@ class HeldOut:
             are shorter by as many.
         force_domain_token: domain whose token starts all sequences; None: the domain of the text.
         mask_documents: True for a model folder whose attention stops at the ends of documents.
+        verify: see `DataBin`.
     """
 
     path: str
@@ -66,6 +67,7 @@ class HeldOut:
     context_window: int = 0
     force_domain_token: str | None = None
     mask_documents: Callable[[Path], bool] = lambda folder: False
+    verify: str = "sample"
 
 
 @dataclass(frozen=True)
@@ -209,7 +211,7 @@ def open_held_out_data(folder: Path, config: LmConfig, held_out: HeldOut) -> LmD
     Raises:
         UserError: if vocabulary, domains or sequence length do not match.
     """
-    databin = DataBin(held_out.path)
+    databin = DataBin(held_out.path, held_out.verify)
     check_tokenizer_matches(folder, databin, "--model")
     block_size = held_out.block_size or get_default_sequence_length(config)
     longest = get_max_sequence_length(config)
@@ -263,6 +265,7 @@ def open_held_out_data(folder: Path, config: LmConfig, held_out: HeldOut) -> LmD
         domains=domains if domain_token else None,
         block_size=block_size,
         domain_token=domain_token,
+        verify=held_out.verify,
     )
     for domain in held_out.domains:
         if domain not in data.databin.domains:

@@ -13,7 +13,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from megamod.errors import UserError
+from megamod.errors import UserError, report_damage
+from megamod.states.weights import check_finite
 
 MAX_MISSING = 0.1  # share of the backbone's elements
 MAX_FOREIGN = 0.02  # share of the file's tensors, and never so few as two
@@ -54,27 +55,28 @@ def load_pretrained(
     Returns:
         the model and transformers' loading report.
     Raises:
-        UserError: if it cannot be loaded, lacks weights, or would ignore some of its file.
+        UserError: if it cannot be loaded, lacks weights, has some that are not finite, or would
+            ignore some of its file.
     """
     before = logging.get_verbosity()
     logging.set_verbosity_error()  # the report is checked instead of printed
     try:
-        model, report = auto.from_pretrained(
-            source,
-            dtype=torch.float32,
-            output_loading_info=True,
-            trust_remote_code=False,
-            **options,
-        )
-    except UserError as error:
-        raise UserError(f"{flag} {error}") from error
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{flag} {source}: cannot be loaded: {reason}") from error
+        with report_damage(f"{flag} {source}: cannot be loaded"):
+            model, report = auto.from_pretrained(
+                source,
+                dtype=torch.float32,
+                output_loading_info=True,
+                trust_remote_code=False,
+                **options,
+            )
+    except UserError as error:  # of our own classes, which do not know the flag
+        text = str(error)
+        raise UserError(text if text.startswith(flag) else f"{flag} {text}") from error
     finally:
         logging.set_verbosity(before)
     check_missing_weights(model, report, f"{flag} {source}")
     check_foreign_weights(model, report, f"{flag} {source}")
+    check_finite(model.named_parameters(), f"{flag} {source}")
     return model, report
 
 

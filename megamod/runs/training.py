@@ -7,7 +7,8 @@ all kinds have in common, in a fixed order.
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from importlib.util import find_spec
@@ -27,20 +28,27 @@ from megamod.data.lm.batches import iterate_train_batches
 from megamod.dist.communication import compute_step_traffic
 from megamod.dist.process import (
     check_ranks_agree,
+    fail_together,
     gather_texts,
     is_true_on_all_ranks,
     join_process_group,
     read_launcher_rank,
 )
 from megamod.dist.topology import DomainTopology
+from megamod.dist.watch import stop_heartbeat
 from megamod.errors import UserError
 from megamod.files import write_json
 from megamod.flags import Arguments, write_run_recipe
+from megamod.folder_lock import hold
 from megamod.runs.node_log import node_log
 from megamod.states.checkpoint_folder import TrainState
 from megamod.train.checkpoint import Checkpoints
 from megamod.train.compiled import check_compile_stage, check_compiler, compile_blocks
-from megamod.train.deepspeed_settings import remove_offload_files, resolve_settings
+from megamod.train.deepspeed_settings import (
+    ResolvedSettings,
+    remove_offload_files,
+    resolve_settings,
+)
 from megamod.train.engine import build_engine
 from megamod.train.export import Card, ModelExport, publish_model
 from megamod.train.loop import SelectBatches, train
@@ -52,12 +60,18 @@ logger = logging.getLogger(__name__)
 
 FREE_ON_RESUME = frozenset(
     (
-        *("output_dir", "data", "init_from", "from_scratch", "resume", "deepspeed", "precision"),
+        *("output_dir", "data", "verify_data", "init_from", "from_scratch", "resume", "deepspeed"),
         *("stop_step", "logging_steps", "eval_steps", "save_steps", "save_total_limit"),
         *("per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size"),
         *("per_device_eval_batch_size", "eval_batches", "eval_split", "dataloader_num_workers"),
-        *("nonfinite", "spike_factor", "save_failure", "dist_timeout", "report_to"),
-        *("print_groups", "allow_unknown_ds_keys", "gradient_checkpointing"),
+        *("nonfinite", "max_nonfinite_steps", "spike_factor", "save_failure", "dist_timeout"),
+        *(
+            "precision",
+            "report_to",
+            "print_groups",
+            "allow_unknown_ds_keys",
+            "gradient_checkpointing",
+        ),
         *("attn_implementation", "torch_compile"),
     )
 )
@@ -141,7 +155,8 @@ def execute_run(
     Returns:
         the finished run; None with --print_groups.
     Raises:
-        UserError, PolicyStop, Interrupted: see `megamod.train.loop.train`.
+        UserError, PolicyStop, Interrupted: see `megamod.train.loop.train`; UserError also if
+            another job writes into the output folder.
     """
     run, safety, optim = (
         _find_arguments(parsed, kind) for kind in (RunArgs, SafetyArgs, OptimArgs)
@@ -167,6 +182,26 @@ def execute_run(
         print(table, flush=True)
     if safety.print_groups:
         return None
+    with hold_output(output):
+        return _train(
+            recipe, parsed, settled, batches, device, table, workers, checkpointing, compiled
+        )
+
+
+def _train(
+    recipe: RunSpec,
+    parsed: Sequence[Arguments],
+    settled: ResolvedSettings,
+    batches: StepBatches,
+    device: torch.device,
+    table: str,
+    workers: int,
+    checkpointing: bool,
+    compiled: bool,
+) -> ActiveRun:
+    """Do the second half of `execute_run`, which writes into the held output folder."""
+    run, safety = (_find_arguments(parsed, kind) for kind in (RunArgs, SafetyArgs))
+    topology, ds_config, output = recipe.topology, settled.ds_config, Path(run.output_dir)
     model = recipe.make_model()
     if checkpointing:
         model.gradient_checkpointing_enable()
@@ -225,8 +260,23 @@ def execute_run(
         publish_model(
             partial(recipe.write_model, export) if recipe.write_model else export, output / "model"
         )
+    stop_heartbeat()  # ranks may end at different times now
     remove_offload_files(run, ds_config)
     return running
+
+
+@contextmanager
+def hold_output(folder: Path) -> Iterator[None]:
+    """Hold the output folder for this job, by its rank 0, for the time of the block; collective.
+
+    Raises:
+        UserError: on every rank, if another process holds it.
+    """
+    with ExitStack() as stack:
+        with fail_together():
+            if dist.get_rank() == 0:
+                stack.enter_context(hold(folder))
+        yield
 
 
 def format_group_table(topology: DomainTopology, device: torch.device) -> str:

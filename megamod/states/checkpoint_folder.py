@@ -1,6 +1,7 @@
 """Format of a checkpoint folder: names of its files, state.json, optimizer fragments, manifest.
 
     checkpoints/latest                  name of the newest checkpoint
+    checkpoints/sound                   step of the newest one that finite steps followed
     checkpoints/evaluating              step of an evaluation that has not ended
     checkpoints/step-N/                 a model folder: config.json, weight files, tokenizer
                       /optimizer-R.safetensors   fragments of rank R (optimizer-R-P: part P of them)
@@ -17,11 +18,12 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
 
+from pydantic import Field
 from safetensors import safe_open
 
-from megamod.errors import UserError
+from megamod.documents import Document, Items, read_document
 from megamod.files import hash_file, write_json
 from megamod.states.manifest import MANIFEST
 
@@ -29,8 +31,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LATEST = "latest"
+SOUND = "sound"
 PENDING = "evaluating"
 STATE = "state.json"
+WINDOW = 100  # data steps over which steps that are not finite are counted
 KINDS = ("master", "exp_avg", "exp_avg_sq", "momentum")
 """Tensors of a fragment: the weight in float32; AdamW's two moments in float32, or the momentum of
 Muon in the precision of its gradients."""
@@ -49,6 +53,7 @@ class TrainState:
         tokens: target tokens trained on, per domain.
         skipped: steps whose update was left out because a loss or gradient was not finite.
         mean_loss: running mean of the loss, in nats per token, for spike detection.
+        nonfinite_steps: data steps, among the last `WINDOW`, that were not finite (fp16: none).
     """
 
     step: int = 0
@@ -56,6 +61,39 @@ class TrainState:
     tokens: dict[str, int] = field(default_factory=dict)
     skipped: int = 0
     mean_loss: float | None = None
+    nonfinite_steps: list[int] = field(default_factory=list)
+
+    def add_nonfinite(self) -> int:
+        """Record that the last data step was not finite; return how many of the window were."""
+        first = self.data_step - WINDOW
+        self.nonfinite_steps = [step for step in self.nonfinite_steps if step > first]
+        self.nonfinite_steps.append(self.data_step)
+        return len(self.nonfinite_steps)
+
+
+_Count = Annotated[int, Field(ge=0)]
+
+
+class _TrainState(Document):
+    """Schema of the progress in state.json, see `TrainState`."""
+
+    step: _Count
+    data_step: _Count
+    tokens: dict[str, _Count]
+    skipped: _Count = 0
+    mean_loss: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    nonfinite_steps: Items[_Count] = ()
+
+
+class _StateFile(Document):
+    """Schema of state.json, see `StateRecord`."""
+
+    state: _TrainState
+    optimizer_steps: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    loss_scaler: dict[str, bool | int | float] = Field({})
+    settings: dict[str, Any] = Field({})
+    world_size: Annotated[int, Field(ge=1)] = 1
+    branched: bool = False
 
 
 @dataclass
@@ -82,6 +120,8 @@ class StateRecord:
         record = asdict(self)
         if not self.branched:
             del record["branched"]
+        if not self.state.nonfinite_steps:  # the same file as before this field existed
+            del record["state"]["nonfinite_steps"]
         file = folder / STATE
         file.write_text(json.dumps(record, indent=2) + "\n")
         return file
@@ -93,12 +133,10 @@ class StateRecord:
         Raises:
             UserError: if it is missing or malformed.
         """
-        file = folder / STATE
-        try:
-            record = json.loads(file.read_text(encoding="utf-8"))
-            return cls(**{**record, "state": TrainState(**record["state"])})
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{file} cannot be read: {error!r}") from error
+        record = read_document(folder / STATE, _StateFile).model_dump()
+        state = record["state"]
+        state["nonfinite_steps"] = list(state["nonfinite_steps"])
+        return cls(**{**record, "state": TrainState(**state)})
 
 
 def format_checkpoint_name(step: int) -> str:
@@ -144,7 +182,8 @@ def read_fragments(
     """Read the fragments of selected names in a file: name, offset, tensors by kind."""
     with safe_open(file, framework="pt") as tensors:
         held = set(tensors.keys())
-        for name, start in (tensors.metadata() or {}).items():
+        # Metadata come in another order in every process, and copies must be equal bit for bit.
+        for name, start in sorted((tensors.metadata() or {}).items()):
             if not is_selected(name):
                 continue
             kinds = [kind for kind in KINDS if f"{kind}/{name}" in held]
@@ -156,7 +195,7 @@ def read_fragment_ranges(folder: Path) -> dict[str, list[tuple[int, int, Path]]]
     ranges: dict[str, list[tuple[int, int, Path]]] = {}
     for file in list_optimizer_files(folder):
         with safe_open(file, framework="pt") as tensors:
-            for name, start in (tensors.metadata() or {}).items():
+            for name, start in sorted((tensors.metadata() or {}).items()):
                 size = tensors.get_slice(f"{KINDS[0]}/{name}").get_shape()[0]
                 ranges.setdefault(name, []).append((int(start), int(start) + size, file))
     return ranges
@@ -179,3 +218,13 @@ def write_manifest(folder: Path, entries: Mapping[str, Mapping[str, object]]) ->
 def make_digest_entries(folder: Path, files: Iterable[Path]) -> dict[str, dict[str, object]]:
     """Make the manifest entries of files in a folder, by relative path."""
     return {str(file.relative_to(folder)): make_digest_entry(file) for file in files}
+
+
+def seal_models(folder: Path) -> None:
+    """Write a manifest into every model folder: this one, or those of its subfolders."""
+    for config in folder.rglob("config.json"):
+        files = (file for file in config.parent.iterdir() if file.is_file())
+        entries = make_digest_entries(
+            config.parent, (file for file in files if file.name != MANIFEST)
+        )
+        write_manifest(config.parent, entries)

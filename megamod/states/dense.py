@@ -7,6 +7,7 @@ from pathlib import Path
 from megamod.files import write_json
 from megamod.states.forest import HOST_TYPE, read_model_config
 from megamod.states.grow import link_or_copy
+from megamod.states.manifest import MANIFEST
 from megamod.states.stream import ModelFolder, write_streamed_tensors
 from megamod.states.weights import DENSE_FILE
 
@@ -62,6 +63,7 @@ def write_dense_model(
     write_json(folder / "config.json", config)
     for file in source.iterdir():
         weights = file.suffix == ".safetensors" or file.name.endswith(".index.json")
-        if file.is_file() and not weights and file.name not in ("config.json", *skipped_names):
+        names = ("config.json", MANIFEST, *skipped_names)
+        if file.is_file() and not weights and file.name not in names:
             shutil.copyfile(file, folder / file.name)
     return sorted(file for file in folder.iterdir() if file.is_file())

@@ -12,7 +12,6 @@ Source: Li et al. 2022 (Branch-Train-Merge), section 2, for what a forest is.
 """
 
 import fcntl
-import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from typing import Literal
 from megamod.documents import Document, Items, Name, check_name, read_document
 from megamod.errors import UserError
 from megamod.files import write_json
+from megamod.states.config_file import read_config_file
 from megamod.states.token_ids import check_same_ids
 from megamod.states.tokenizer_files import copy_tokenizer, list_tokenizer_files
 from megamod.states.weight_files import has_weights
@@ -295,16 +295,9 @@ def read_model_config(folder: Path) -> dict[str, object]:
     """Read config.json of a model folder, with the names of its domains if it has experts.
 
     Raises:
-        UserError: if there is none, it is no JSON object, or lacks them.
+        UserError: as `read_config_file`, or if it lacks them.
     """
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{folder}: there is no model (no config.json)") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{folder}/config.json: cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{folder}/config.json: is not an object")
+    config = read_config_file(folder)
     domains = config.get("domains")
     named = isinstance(domains, list) and all(isinstance(domain, str) for domain in domains)
     if config.get("untie", "none") != "none" and not (named and domains):

@@ -6,6 +6,7 @@ Written by `megamod.train.checkpoint`; here a folder can be looked at without De
 """
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pydantic import Field
@@ -17,7 +18,8 @@ from megamod.files import hash_file
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-FULL_CHECK_BYTES = 10**9  # above this, opening a checkpoint checks sizes only; `verify` checks all
+FULL_CHECK_BYTES = 10**11  # above this, opening a checkpoint checks sizes only; `verify` checks all
+THREADS = 8  # that compute digests; they wait for the disk, not for each other
 
 
 class _File(Document):
@@ -35,9 +37,11 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(folders, key=lambda path: int(path.name[5:]))
 
 
-def find_checkpoint(folder: Path, choice: str) -> Path | None:
+def find_checkpoint(folder: Path, choice: str, below: int | None = None) -> Path | None:
     """Find the checkpoint that `--resume` means.
 
+    Args:
+        below: "auto" considers checkpoints of smaller steps only; None: all.
     Raises:
         UserError: if `choice` is a path that is not a valid checkpoint; if it is "auto" and
             checkpoints exist but none is valid; if it is "none" and checkpoints exist.
@@ -49,6 +53,8 @@ def find_checkpoint(folder: Path, choice: str) -> Path | None:
             raise UserError(f"--resume {choice}: not a valid checkpoint: {faults[0]}")
         return path
     existing = list_checkpoints(folder)
+    if below is not None:
+        existing = [path for path in existing if int(path.name[5:]) < below]
     if choice == "none":
         if existing:
             raise UserError(
@@ -84,14 +90,16 @@ def find_checkpoint_faults(path: Path, check_digests: bool = True) -> list[str]:
         listed = read_document(file, _Manifest).files
     except UserError as error:
         return [str(error)]
-    faults = []
-    for name, entry in listed.items():
-        size, digest = entry.bytes, entry.sha256
-        file = path / name
+
+    def find_fault(name: str) -> str | None:
+        file, size, digest = path / name, listed[name].bytes, listed[name].sha256
         if not file.is_file():
-            faults.append(f"{file} is missing")
-        elif file.stat().st_size != size:
-            faults.append(f"{file} has {file.stat().st_size} bytes, not {size}")
-        elif check_digests and hash_file(file) != digest:
-            faults.append(f"{file} does not have the SHA-256 digest of its manifest")
-    return faults
+            return f"{file} is missing"
+        if file.stat().st_size != size:
+            return f"{file} has {file.stat().st_size} bytes, not {size}"
+        if check_digests and hash_file(file) != digest:
+            return f"{file} does not have the SHA-256 digest of its manifest"
+        return None
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        return [text for text in pool.map(find_fault, listed) if text is not None]

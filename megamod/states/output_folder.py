@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megamod.errors import UserError
 from megamod.files import create_folder_atomically
+from megamod.folder_lock import hold_name
 
 
 def check_new_folder(path: Path) -> None:
@@ -30,12 +31,13 @@ def create_new_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder that is renamed to `path` at the end, or removed on an error.
 
     Raises:
-        UserError: if `path` exists and is not an empty folder, or cannot be written.
+        UserError: if `path` exists and is not an empty folder, cannot be written, or another
+            process is writing it.
     """
     path = Path(path)
     check_new_folder(path)
     try:
-        with create_folder_atomically(path) as folder:
+        with hold_name(path), create_folder_atomically(path) as folder:
             yield folder
             if path.exists():
                 path.rmdir()

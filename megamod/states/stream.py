@@ -26,6 +26,7 @@ from torch import Tensor
 from megamod.dist.scope import parse_expert_domain, to_dense_name
 from megamod.errors import UserError
 from megamod.files import write_json
+from megamod.states.weight_files import read_index
 from megamod.states.weights import (
     DENSE_FILE,
     DTYPES,
@@ -286,7 +287,6 @@ def _find_weight_files(folder: Path) -> dict[Path, set[str] | None]:
 
     Raise UserError if a file is missing.
     """
-    index_file = folder / INDEX_FILE
     if folder.suffix == ".safetensors" and folder.is_file():
         return {folder: None}
     if not has_index(folder):
@@ -299,17 +299,9 @@ def _find_weight_files(folder: Path) -> dict[Path, set[str] | None]:
                 else f"{folder}: is not a folder"
             )
         return {folder / DENSE_FILE: None}
-    try:
-        weight_map = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
-        files: dict[Path, set[str] | None] = {}
-        for name, file in weight_map.items():
-            if not isinstance(file, str) or Path(file).name != file:
-                raise UserError(f"{index_file}: {name} is in {file!r}, not a file of this folder")
-            files.setdefault(folder / file, set()).add(name)
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index_file}: is not the index of a model: {error!r}") from error
+    files: dict[Path, set[str] | None] = {}
+    for name, file in read_index(folder).items():
+        files.setdefault(folder / file, set()).add(name)
     if missing := sorted(file.name for file in files if not file.is_file()):
         raise UserError(f"{folder}: the weight file {missing[0]} is missing")
     return files

@@ -11,6 +11,7 @@ from megamod.errors import UserError
 from megamod.states.checkpoint_folder import LATEST, STATE
 from megamod.states.forest import FILE, open_forest
 from megamod.states.manifest import MANIFEST, find_checkpoint_faults, list_checkpoints
+from megamod.states.weight_files import INDEX_FILE, read_index
 
 CheckResult = tuple[str, list[str]]
 """Description of a checked group of files, and its faults, one sentence each."""
@@ -81,20 +82,23 @@ def check_checkpoint(path: Path) -> CheckResult:
 
 
 def check_model_files(path: Path) -> CheckResult:
-    """Check that weight files can be opened and hold the tensors of the index; no digests."""
+    """Check that weight files can be opened and hold the tensors of the index; and the digests.
+
+    A model folder without a manifest, such as one of another program, has no digests.
+    """
     from safetensors import SafetensorError, safe_open
 
     faults: list[str] = []
     stored_in: dict[str, str] = {}
-    index, where = path / "model.safetensors.index.json", path / "config.json"
+    index, where = path / INDEX_FILE, path / "config.json"
     try:
         config = json.loads(where.read_text(encoding="utf-8"))
         if not isinstance(config, dict) or "model_type" not in config:
             faults.append(f"{where} names no model_type")
-        where, listed_in = index, {}
-        if index.exists():
-            listed_in = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        listed_in = read_index(path) if index.exists() else {}
+    except UserError as error:
+        return f"{path}: model", [str(error)]
+    except (OSError, ValueError, RecursionError) as error:
         return f"{path}: model", [f"{where} is unreadable: {error!r}"]
     files = sorted(set(listed_in.values())) or ["model.safetensors"]
     for name in files:
@@ -109,10 +113,12 @@ def check_model_files(path: Path) -> CheckResult:
             for name in sorted(listed_in.keys() | stored_in.keys())
             if listed_in.get(name) != stored_in.get(name)
         ]
+    if (path / MANIFEST).exists():
+        faults += find_checkpoint_faults(path)
     return f"{path}: model, {len(files)} weight files, {len(stored_in)} tensors", faults
 
 
 def _is_checkpoint(path: Path) -> bool:
     """Return True for a folder with the files or the place of a checkpoint."""
-    named = any((path / name).exists() for name in (MANIFEST, STATE))
-    return named or path in list_checkpoints(path.parent)
+    listed = (path / MANIFEST).exists() and not (path / "config.json").exists()
+    return listed or (path / STATE).exists() or path in list_checkpoints(path.parent)

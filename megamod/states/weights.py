@@ -17,9 +17,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from megamod.dist.scope import parse_expert_domain, to_dense_name
-from megamod.errors import UserError
+from megamod.errors import UserError, report_damage
 from megamod.files import write_json
-from megamod.states.weight_files import DENSE_FILE, INDEX_FILE
+from megamod.states.weight_files import DENSE_FILE, INDEX_FILE, read_index
 
 DTYPES = {
     torch.float64: "F64",
@@ -118,21 +118,52 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """Read every tensor of a model folder, by name.
 
     Raises:
-        UserError: if the folder has no weights, or a file of its index is missing.
+        UserError: if the folder has no weights, or a file of its index is missing or damaged.
     """
     folder = Path(folder)
-    if has_index(folder):
-        index = json.loads((folder / INDEX_FILE).read_text())
-        files = sorted(set(index["weight_map"].values()))
-    else:
-        files = [DENSE_FILE]
+    files = sorted(set(read_index(folder).values())) if has_index(folder) else [DENSE_FILE]
     state: dict[str, Tensor] = {}
     for file in files:
         if not (folder / file).exists():
             raise UserError(f"{folder}: the weight file {file} is missing")
-        with safe_open(folder / file, framework="pt") as tensors:
+        with (
+            report_damage(f"{folder / file}: cannot be read as weights"),
+            safe_open(folder / file, framework="pt") as tensors,
+        ):
             state |= {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
     return state
+
+
+def find_non_finite_weight(folder: Path) -> str | None:
+    """Name the first tensor with a NaN or an infinity in the weight files of a folder or below."""
+    for file in sorted(folder.rglob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                if not is_finite(tensors.get_tensor(name)):
+                    return f"{name} in {file.relative_to(folder)}"
+    return None
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return True if no element is NaN or infinite."""
+    # A finite sum has finite terms, and is cheaper to compute than a mask of all elements. Only a
+    # sum that overflows needs the mask.
+    return not tensor.is_floating_point() or bool(
+        tensor.sum(dtype=torch.float32).isfinite() or tensor.isfinite().all()
+    )
+
+
+def check_finite(tensors: Iterable[tuple[str, Tensor]], where: str) -> None:
+    """Check weights that were loaded.
+
+    Args:
+        where: how the message names their origin.
+    Raises:
+        UserError: if one of them has a NaN or an infinity.
+    """
+    bad = next((name for name, tensor in tensors if not is_finite(tensor)), None)
+    if bad is not None:
+        raise UserError(f"{where}: {bad} holds values that are not finite (NaN or infinite)")
 
 
 def extract_expert_weights(state: Mapping[str, Tensor], domain: str) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -26,12 +27,13 @@ from transformers import PreTrainedConfig
 from megamod.dist.process import broadcast_from_rank_0, is_true_on_all_ranks
 from megamod.dist.scope import Sharing
 from megamod.dist.topology import DomainTopology
-from megamod.errors import UserError
+from megamod.errors import UserError, report_damage
 from megamod.files import hash_file, sync_file, sync_folder, write_atomic
 from megamod.models.lm.configuration import DemixConfig, read_lm_config
 from megamod.states.checkpoint_folder import (
     LATEST,
     PENDING,
+    SOUND,
     STATE,
     StateRecord,
     TrainState,
@@ -73,6 +75,22 @@ ModelWriter = Callable[[Path], list[Path]]
 """Writes this rank's files of the model folder and returns them. Called on every rank."""
 
 
+@dataclass(frozen=True)
+class History:
+    """Steps between the last checkpoint and the one to write.
+
+    Attributes:
+        sound: step of the last checkpoint if finite steps followed it; None: it is as before.
+        replaced: step of the last checkpoint if nothing was trained since: its weights are equal.
+        diverged: the run stops because a step was not finite, so no older checkpoint is deleted
+            but the replaced one.
+    """
+
+    sound: int | None = None
+    replaced: int | None = None
+    diverged: bool = False
+
+
 class Checkpoints:
     """The checkpoints of one run."""
 
@@ -101,8 +119,11 @@ class Checkpoints:
         self.keep = keep_count
         self.defaults = defaults
 
-    def save(self, state: TrainState) -> bool:
-        """Write a checkpoint; collective. False if any rank could not write its part."""
+    def save(self, state: TrainState, history: History | None = None) -> bool:
+        """Write a checkpoint; collective. False if any rank could not write its part.
+
+        Beyond the number to keep older ones are deleted, but never the last sound one.
+        """
         final = self.folder / format_checkpoint_name(state.step)
         nonce = broadcast_from_rank_0(secrets.randbits(32))
         temporary = self.folder / f".tmp-{format_checkpoint_name(state.step)}-{nonce:08x}"
@@ -118,6 +139,7 @@ class Checkpoints:
         if is_true_on_all_ranks(written) and dist.get_rank() == 0:
             try:
                 self._commit(temporary, final)
+                self._delete_older(final, history or History())
             except OSError as error:
                 logger.error("checkpoint %s: %s", final.name, error)
                 written = False
@@ -153,6 +175,10 @@ class Checkpoints:
         if not (folder / STATE).is_file():
             raise UserError(f"{path} was made with another --untie: it has no {folder / STATE}")
         saved = StateRecord.read(folder)
+        if path.name.startswith("step-") and path.name != format_checkpoint_name(saved.state.step):
+            raise UserError(
+                f"{folder / STATE}: step is {saved.state.step}, in a folder {path.name}"
+            )
         saved_settings = {**self.defaults, **saved.settings}
         if saved.branched:  # from another run: it says only what both must agree on
             saved_settings = {**self.settings, **saved.settings}
@@ -167,7 +193,8 @@ class Checkpoints:
                 f"{path} was made with other settings; give those again, or another --output_dir: "
                 + "; ".join(differences)
             )
-        _read_optimizer(path, self.engine, self._get_name_prefix(), saved.branched)
+        with report_damage(f"{path}: its optimizer's state cannot be read"):
+            _read_optimizer(path, self.engine, self._get_name_prefix(), saved.branched)
         set_optimizer_steps(self.engine, saved.optimizer_steps)
         copy_masters_to_weights(self.engine)
         scaler = getattr(self.engine.optimizer, "loss_scaler", None)
@@ -200,16 +227,16 @@ class Checkpoints:
             due = record.read_text(encoding="utf-8").strip() == str(step)
         return bool(broadcast_from_rank_0(due))
 
-    def find_newest(self) -> Path | None:
-        """Find the newest valid checkpoint of this run; collective."""
-        return self._select_checkpoint("auto")
+    def find_newest(self, below: int | None = None) -> Path | None:
+        """Find the newest valid checkpoint of this run, of a step `below` a limit; collective."""
+        return self._select_checkpoint("auto", below)
 
-    def _select_checkpoint(self, choice: str) -> Path | None:
+    def _select_checkpoint(self, choice: str, below: int | None = None) -> Path | None:
         """Select a checkpoint on rank 0 and return it on every rank; collective."""
         step, fault = -1, None
         if dist.get_rank() == 0:
             try:
-                path = find_checkpoint(self.folder, choice)
+                path = find_checkpoint(self.folder, choice, below)
                 if path is not None:
                     step = parse_checkpoint_step(path) if choice == "auto" else 0
             except UserError as error:
@@ -315,11 +342,40 @@ class Checkpoints:
             shutil.rmtree(final)
         os.rename(temporary, final)
         write_atomic(self.folder / LATEST, final.name + "\n")  # syncs both names
+
+    def _delete_older(self, final: Path, history: History) -> None:
+        """Delete checkpoints beyond the number to keep, see `save`."""
+        if history.sound is not None:
+            write_atomic(self.folder / SOUND, f"{history.sound}\n")
+        if not self.keep:
+            return
         # Later steps belong to an abandoned run or are invalid: they do not count.
         existing = list_checkpoints(self.folder)
-        existing = existing[: existing.index(final) + 1]
-        for old in existing[: -self.keep if self.keep else 0]:
-            shutil.rmtree(old)
+        existing = existing[: existing.index(final)]
+        older = existing[: len(existing) + 1 - self.keep]
+        if history.diverged:
+            older = [path for path in older if parse_checkpoint_step(path) == history.replaced]
+        sound = self.find_sound()
+        for path in older:
+            if path != sound:
+                shutil.rmtree(path)
+
+    def find_sound(self) -> Path | None:
+        """Return the newest checkpoint that finite steps followed, as far as this is known."""
+        try:
+            step = int((self.folder / SOUND).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        path = self.folder / format_checkpoint_name(step)
+        return path if path.is_dir() else None
+
+    def delete_after(self, step: int) -> None:
+        """Delete the checkpoints of later steps, which a rollback has rejected; collective."""
+        if dist.get_rank() == 0:
+            for path in list_checkpoints(self.folder):
+                if parse_checkpoint_step(path) > step:
+                    shutil.rmtree(path, ignore_errors=True)
+        dist.barrier()
 
 
 def _check_branched_model(folder: Path, config: PreTrainedConfig) -> None:

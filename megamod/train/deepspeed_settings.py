@@ -189,6 +189,7 @@ def make_loop_plan(
         save_steps=run.save_steps,
         seed=run.seed,
         nonfinite=safety.nonfinite,
+        max_nonfinite_steps=safety.max_nonfinite_steps,
         spike_factor=safety.spike_factor,
         save_failure=safety.save_failure,
     )

@@ -16,6 +16,7 @@ from torch import nn
 
 from megamod.dist.scope import Sharing
 from megamod.dist.topology import DomainGroup, DomainTopology
+from megamod.errors import PolicyStop, UserError
 from megamod.nn.demix import DomainExperts, iterate_domain_experts
 from megamod.train.hidden_matrices import mark_hidden_matrices
 
@@ -76,13 +77,18 @@ def build_engine(
         parameters = split_params_into_different_moe_groups_for_optimizer(parameters)
         parameters = [group for group in parameters if group["params"]]
     groups.mpu = mpu  # DeepSpeed sets it, but never back, so a second engine would inherit it
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=make_optimizer(parameters),
-        config=config,
-        mpu=mpu,
-        dist_init_required=False,
-    )
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=make_optimizer(parameters),
+            config=config,
+            mpu=mpu,
+            dist_init_required=False,
+        )
+    except ValueError as error:
+        if "is not supported on your device" not in str(error):
+            raise
+        raise UserError(f"--precision: {error}") from error
     if topology.sharing is Sharing.DEMIX:
         _check_expert_groups(group_name, topology)
     if zero["stage"] == 0 and dist.get_world_size() == 1:
@@ -158,10 +164,12 @@ def finish_micro_step(engine: deepspeed.DeepSpeedEngine, max_grad_norm: float) -
     Returns:
         the gradient norm before clipping; None before the last micro-step, and if the update was
         skipped because the norm is not finite.
+    Raises:
+        PolicyStop: fp16 gradients overflow whatever the loss scale.
     """
     boundary = engine.is_gradient_accumulation_boundary()
     if not boundary or engine.zero_optimization_stage() > 0:
-        engine.step()
+        _step(engine)
         return float(engine.get_global_grad_norm()) if engine.was_step_applied() else None
     # Without ZeRO the engine would apply gradients that are NaN.
     parameters = [p for p in engine.module.parameters() if p.requires_grad]
@@ -175,5 +183,18 @@ def finish_micro_step(engine: deepspeed.DeepSpeedEngine, max_grad_norm: float) -
             parameter.grad = None
     elif max_grad_norm > 0:
         nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
-    engine.step()
+    _step(engine)
     return float(norm) if applied else None
+
+
+def _step(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Call the engine's step, whose bare exception about the loss scale gets a type."""
+    try:
+        engine.step()
+    except Exception as error:
+        if "loss scale already at minimum" not in str(error):
+            raise
+        raise PolicyStop(
+            "fp16: gradients overflow at the smallest loss scale, so training has diverged; "
+            "--precision bf16 or a smaller --learning_rate may help"
+        ) from error

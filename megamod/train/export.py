@@ -4,6 +4,7 @@ Dense and DEMix runs write one folder; independent models (BTM) write one folder
 """
 
 import copy
+import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,12 +15,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from megamod.dist.process import check_peers, fail_together
+from megamod.dist.process import (
+    check_peers,
+    fail_together,
+    make_control_tensor,
+    sum_over_ranks,
+)
 from megamod.dist.scope import Sharing, parse_expert_domain
 from megamod.dist.topology import DomainTopology
+from megamod.errors import PolicyStop
 from megamod.files import sync_folder, sync_tree
-from megamod.states.weights import write_index, write_weights
+from megamod.states.checkpoint_folder import seal_models
+from megamod.states.weights import find_non_finite_weight, write_index, write_weights
 from megamod.version import __version__
+
+logger = logging.getLogger(__name__)
 
 TEMPLATE = """---
 library_name: {library}
@@ -188,12 +198,16 @@ def _collect_persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
 def publish_model(export: Callable[[Path], object], folder: Path) -> None:
     """Write the model folder after the checkpoints, whole or not at all; collective.
 
+    It gets a manifest with the digests of its files, as a checkpoint has.
+
     Args:
         export: a `ModelExport`, or another function that writes into a folder on every rank.
     Raises:
         UserError: on every rank, if one of them cannot write.
+        PolicyStop: on every rank, if a weight is not finite: nothing is published then.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
+    bad = make_control_tensor([0.0])
     with fail_together():
         if dist.get_rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -201,8 +215,16 @@ def publish_model(export: Callable[[Path], object], folder: Path) -> None:
         check_peers()
         export(temporary)
         check_peers()
-        if dist.get_rank() == 0:
+        if dist.get_rank() == 0 and (name := find_non_finite_weight(temporary)):
+            logger.error("%s is not finite", name)
+            shutil.rmtree(temporary)
+            bad += 1
+        sum_over_ranks(bad)
+        if not bad and dist.get_rank() == 0:
+            seal_models(temporary)
             sync_tree(temporary)
             shutil.rmtree(folder, ignore_errors=True)
             temporary.rename(folder)
             sync_folder(folder.parent)
+    if bad:
+        raise PolicyStop(f"the model holds weights that are not finite, so {folder} is not written")

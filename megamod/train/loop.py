@@ -16,7 +16,8 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from megamod.dist.process import fail_together, make_control_tensor
+from megamod.dist.process import fail_together, is_true_on_all_ranks, make_control_tensor
+from megamod.dist.watch import note_step
 from megamod.errors import (
     Interrupted,
     PolicyStop,
@@ -24,8 +25,8 @@ from megamod.errors import (
     is_distributed_failure,
     is_user_fixable,
 )
-from megamod.states.checkpoint_folder import TrainState
-from megamod.train.checkpoint import Checkpoints
+from megamod.states.checkpoint_folder import WINDOW, TrainState
+from megamod.train.checkpoint import Checkpoints, History
 from megamod.train.engine import finish_micro_step, get_loss_group, runs_forward_together
 from megamod.train.monitor import Monitor
 from megamod.train.objectives import Batch, BatchScore, Objective
@@ -56,6 +57,7 @@ class Plan:
     save_steps: int
     seed: int
     nonfinite: str
+    max_nonfinite_steps: int
     spike_factor: float
     save_failure: str
 
@@ -89,7 +91,8 @@ def train(
             those that `megamod.dist.process.fail_together` allows.
         select_batches: selects the data of a step to train on; None: all of them.
     Raises:
-        PolicyStop: a loss or gradient was not finite and the policy is to stop.
+        PolicyStop: a loss or gradient was not finite and the policy is to stop, or steps were
+            skipped or rolled back too often.
         Interrupted: SIGTERM or SIGUSR1 arrived. In both cases a checkpoint was written before.
         UserError: a checkpoint could not be written (raised at the end, or at once with
             `save_failure` "stop"), or an evaluation failed.
@@ -132,16 +135,19 @@ def train(
         scores, grad_norm = _take_step(
             engine, objective, micro_batches, item_totals, plan, state, group
         )
+        note_step()
         state.step += 1
         state.data_step += 1
         monitor.add_step(
             scores, grad_norm, rate, fetch_time - start_time, time.perf_counter() - start_time
         )
+        # With fp16 an overflow is routine: the loss scale is halved and training goes on.
+        routine = engine.fp16_enabled()
+        saver.note_step(grad_norm is not None or routine)
         if grad_norm is None:
             state.skipped += 1
-            if not engine.fp16_enabled():
-                # With fp16 an overflow is routine: the loss scale is halved and training goes on.
-                stop = _handle_skipped_step(plan, state, checkpoints)
+            if not routine:
+                stop = max(stop, _handle_skipped_step(plan, state, saver))
                 batches = open_batches(state.data_step) if plan.nonfinite == "rollback" else batches
 
         if is_due(plan.logging_steps) or is_due(plan.eval_steps) or is_due(plan.save_steps):
@@ -162,11 +168,13 @@ def train(
     signals.restore_handlers()
     if monitor.steps:
         monitor.write_record(state)
-    saver.save(state)
+    saver.save(state, diverged=stop is Stop.NONFINITE)
     if stop is Stop.NONFINITE:
+        raise PolicyStop(_format_reason(plan, state, checkpoints))
+    if state.step and not is_true_on_all_ranks(state.skipped < state.step):
         raise PolicyStop(
-            f"a loss or gradient was not finite at step {state.step}; its update was skipped, "
-            f"a checkpoint is in {checkpoints.folder}. --nonfinite skip or rollback goes on instead"
+            f"none of {state.step} steps had a finite loss and gradient, so nothing was trained "
+            "and no model is published"
         )
     if stop is Stop.SIGNAL:
         raise Interrupted(
@@ -250,22 +258,46 @@ def _is_loss_spike(
     return False
 
 
-def _handle_skipped_step(plan: Plan, state: TrainState, checkpoints: Checkpoints) -> Stop:
+def _handle_skipped_step(plan: Plan, state: TrainState, saver: "_Saver") -> Stop:
     """Apply the policy for a skipped step."""
     logger.warning(
         "step %d: loss or gradient not finite, update skipped (policy: %s)",
         state.step,
         plan.nonfinite,
     )
+    if state.add_nonfinite() > plan.max_nonfinite_steps or plan.nonfinite == "stop":
+        return Stop.NONFINITE
     if plan.nonfinite == "rollback":
-        path = checkpoints.find_newest()
+        # The weights that this step began with are no start: if they are a checkpoint's, an older
+        # one is needed. So every rollback makes progress towards the first checkpoint or the end.
+        path = saver.checkpoints.find_newest(below=state.step - 1)
         if path is None:
             return Stop.NONFINITE
-        data_step, skipped = state.data_step, state.skipped
-        vars(state).update(vars(checkpoints.load(path)))
-        state.data_step, state.skipped = data_step, skipped
+        kept = {name: getattr(state, name) for name in ("data_step", "skipped", "nonfinite_steps")}
+        vars(state).update(vars(saver.checkpoints.load(path)) | kept)
+        saver.checkpoints.delete_after(state.step)
+        saver.note_rollback(state)
         logger.warning("rolled back to %s; the data in between are skipped", path.name)
-    return Stop.NONFINITE if plan.nonfinite == "stop" else Stop.NO
+    return Stop.NO
+
+
+def _format_reason(plan: Plan, state: TrainState, checkpoints: Checkpoints) -> str:
+    """Format the message of a run that stops because a step was not finite."""
+    count, limit = len(state.nonfinite_steps), plan.max_nonfinite_steps
+    text = (
+        f"a loss or gradient was not finite at step {state.step}; its update was skipped, a "
+        f"checkpoint is in {checkpoints.folder}"
+    )
+    if plan.nonfinite == "stop":
+        text += ". --nonfinite skip or rollback goes on instead"
+    elif count > limit:
+        text += f". {count} of the last {WINDOW} steps were so; --max_nonfinite_steps {limit}"
+    else:
+        text += ". --nonfinite rollback: there is no earlier checkpoint to go back to"
+    sound = checkpoints.find_sound()
+    if sound is not None:
+        text += f". --resume {sound} goes back to the last one that finite steps followed"
+    return text
 
 
 def _all_reduce_totals_and_stop(
@@ -287,24 +319,48 @@ def _compute_dropout_seed(seed: int, data_step: int) -> int:
 
 
 class _Saver:
-    """Saves each state once, except the loaded one, and remembers failures."""
+    """Saves each state once, except the loaded one, and remembers failures.
+
+    A checkpoint is sound, and stays until a later one is, if all steps up to the next checkpoint
+    were finite; or if the first was, and no step of the window before the checkpoint failed.
+    """
 
     def __init__(self, checkpoints: Checkpoints, on_failure: str, loaded_state: TrainState):
         self.checkpoints = checkpoints
         self.on_failure = on_failure
-        self.saved = (loaded_state.step, loaded_state.data_step)
         self.failed = False
+        self._begin(loaded_state)
 
-    def save(self, state: TrainState) -> None:
-        """Save a state, unless it is saved already.
+    def _begin(self, state: TrainState) -> None:
+        """Start counting the steps after the checkpoint of `state`."""
+        self.saved = (state.step, state.data_step)
+        self.healthy = not state.nonfinite_steps
+        self.finite: list[bool] = []
+
+    def note_step(self, finite: bool) -> None:
+        """Note whether a step was finite."""
+        self.finite.append(finite)
+
+    def note_rollback(self, state: TrainState) -> None:
+        """Note that the weights are those of a checkpoint, although the data went on."""
+        self._begin(state)
+        self.saved = (state.step, -1)
+
+    def save(self, state: TrainState, *, diverged: bool = False) -> None:
+        """Save a state, unless it is saved already; `diverged`: see `History`.
 
         Raise UserError on failure if that is the policy.
         """
         position = (state.step, state.data_step)
         if position == self.saved:
             return
-        if self.checkpoints.save(state):
-            self.saved = position
+        steps = self.finite
+        sound = bool(steps) and steps[0] and (all(steps) or self.healthy)
+        sound, unchanged = is_true_on_all_ranks(sound), is_true_on_all_ranks(not any(steps))
+        last = self.saved[0] or None
+        history = History(last if sound else None, last if unchanged else None, diverged)
+        if self.checkpoints.save(state, history):
+            self._begin(state)
             return
         self.failed = True
         if self.on_failure == "stop":

@@ -1,12 +1,11 @@
 """Log of a run: metrics.jsonl, TensorBoard, a console line per log step, a progress bar."""
 
-import json
 import logging
 import os
 import platform
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from tqdm import tqdm
 from megamod.dist.process import get_rank
 from megamod.files import format_json, write_atomic, write_json
 from megamod.states.checkpoint_folder import TrainState
+from megamod.states.metrics_file import read_record
 from megamod.train.objectives import BatchScore
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,8 @@ class Monitor:
         self.reset()
         if get_rank() > 0:
             return
-        _drop_records_after(self.folder / "metrics.jsonl", first_step)
+        self.first_step = first_step
+        _drop_records(self.folder / "metrics.jsonl", lambda record: record["step"] > first_step)
         self.metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -140,12 +141,22 @@ class Monitor:
     ) -> None:
         """Log one kind of score, by domain or task."""
         if get_rank() == 0:
+            if step == self.first_step:
+                self._drop_evaluation(step, split, kind)
             tag = {"perplexity": "ppl"}.get(kind, kind)
             tags = {f"{split}/{name}/{tag}": value for name, value in scores.items()}
             self._append_record({"step": step, kind: dict(scores), "split": split}, tags)
             text = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
             self._print_line(f"step {step}  {split} {kind}  {text}")
         self.since = time.perf_counter()
+
+    def _drop_evaluation(self, step: int, split: str, kind: str) -> None:
+        """Drop the scores of an evaluation that a resumed run repeats."""
+        key = {"step": step, "split": split}
+        path = self.folder / "metrics.jsonl"
+        self.metrics.close()
+        _drop_records(path, lambda record: kind in record and record.items() >= key.items())
+        self.metrics = open(path, "a", encoding="utf-8")  # noqa: SIM115
 
     def close(self) -> None:
         """Flush and close the files."""
@@ -249,20 +260,28 @@ def write_environment(path: Path) -> None:
     )
 
 
-def _drop_records_after(path: Path, step: int) -> None:
-    """Drop records of steps that a resumed run repeats."""
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        kept_lines = [line for line in lines if _read_step(line) <= step]
-        write_atomic(path, "".join(line + "\n" for line in kept_lines))
-
-
-def _read_step(line: str) -> float:
-    """Read the step of a line of metrics.jsonl; infinity if the line is cut."""
+def _drop_records(path: Path, drop: Callable[[dict], bool]) -> None:
+    """Drop records from a log; damaged lines go to a file of their own, as a log stops no run."""
     try:
-        return json.loads(line)["step"]
-    except ValueError:  # a line that a kill cut short
-        return float("inf")
+        lines = path.read_bytes().splitlines(keepends=True)
+        kept, damaged = [], []
+        for line in lines:
+            record = read_record(line)
+            if record is not None:
+                kept += [] if drop(record) else [line if line.endswith(b"\n") else line + b"\n"]
+            elif line.endswith(b"\n"):  # otherwise a kill cut it short
+                damaged.append(line)
+        if damaged:
+            aside = path.with_name(f"{path.name}.damaged")
+            logger.warning("%s: %d damaged lines are moved to %s", path, len(damaged), aside)
+            with open(aside, "ab") as file:
+                file.writelines(damaged)
+        if len(kept) < len(lines):
+            write_atomic(path, b"".join(kept))
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        logger.error("%s: cannot be rewritten: %s", path, error.strerror)
 
 
 def _measure_memory() -> int:

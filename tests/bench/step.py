@@ -158,6 +158,7 @@ def through_loop(
         save_steps=0,
         seed=1,
         nonfinite="stop",
+        max_nonfinite_steps=0,
         spike_factor=0.0,
         save_failure="continue",
     )

@@ -246,7 +246,7 @@ def test_a_killed_driver_leaves_jobs_that_the_next_one_waits_for(folder):
 def test_two_drivers_do_not_share_a_folder(folder):
     driver = begin(folder, "--seed_share", "0", PAUSE="0.3")
     wait_for((folder / "out" / "experts" / "law" / "metrics.jsonl").exists)
-    assert "another driver is running there" in ended(begin(folder, "--seed_share", "0"), 2)
+    assert "out: is in use by process" in ended(begin(folder, "--seed_share", "0"), 2)
     driver.terminate()
     ended(driver, 130)
 

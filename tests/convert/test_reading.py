@@ -207,7 +207,10 @@ def test_stand_ins_do_nothing():
     assert not any(name.startswith(("os.", "posix.", "subprocess.", "sys.")) for name in STAND_INS)
     built = reading._StandIn.make_type("omegaconf.nodes.AnyNode")("touch", "x")
     built.__setstate__({"_val": 3})
-    assert type(built).__name__ == "AnyNode" and reading._to_json_value(built, 0) == 3
+    assert (
+        type(built).__name__ == "AnyNode"
+        and reading._to_json_value(built, 0, iter(range(9)), Path("x")) == 3
+    )
 
 
 def test_a_bare_state_dict_keeps_its_tensors_only(tmp_path):
@@ -327,5 +330,19 @@ def test_shards_are_read_together(tmp_path):
     with pytest.raises(UserError, match=r"the weight file pytorch_model-a\.bin is missing"):
         read_checkpoint(index)
     index.write_text(json.dumps({"weight_map": {"x": "../other.bin"}}))
-    with pytest.raises(UserError, match="files beside it are allowed"):
+    with pytest.raises(UserError, match="not a file of this folder"):
         read_checkpoint(index)
+
+
+def test_small_files_that_expand_are_refused(tmp_path):
+    """One storage for thousands of tensors, and lists of lists of lists."""
+    tensor = torch.zeros(500, 500)
+    torch.save({"model": {f"w{number}": tensor for number in range(2000)}}, tmp_path / "shared.pt")
+    with pytest.raises(UserError, match="share storage, and together have more than 8 times"):
+        read_checkpoint(tmp_path / "shared.pt")
+    nested = ["ha"]
+    for _ in range(18):
+        nested = [nested] * 10
+    torch.save({"model": {}, "cfg": nested}, tmp_path / "nested.pt")
+    with pytest.raises(UserError, match="its settings have more than 100,000 values"):
+        read_checkpoint(tmp_path / "nested.pt")

@@ -316,7 +316,7 @@ def test_kill_at_random_times(baseline, inputs, tmp_path):
 def test_two_runs_into_one_folder(inputs, tokenizer, tmp_path):
     with (
         module._lock_work_folder(tmp_path / "out", "key"),
-        pytest.raises(UserError, match="another run is writing it"),
+        pytest.raises(UserError, match="is in use by process"),
     ):
         binarize(inputs, tokenizer, tmp_path / "out")
 

@@ -82,7 +82,7 @@ def test_ids_are_read_only_and_pickle_as_a_path(tmp_path):
     dataset = IndexedDataset(write(tmp_path / "a"))
     with pytest.raises(ValueError):
         dataset.tokens[0] = 1
-    assert dataset.__reduce__() == (IndexedDataset, (tmp_path / "a",))
+    assert dataset.__reduce__() == (IndexedDataset, (tmp_path / "a", None, False))
     assert copy.copy(dataset)[2].tolist() == [8, 9, 2]
 
 

@@ -23,6 +23,9 @@ class Tokens:
         self.tokens = (first + np.arange(count) % 20).astype(np.uint16)
         self.tokens[::7] = 1
 
+    def check(self, ids: np.ndarray, start: int) -> None:
+        assert np.array_equal(ids, self.tokens[start : start + len(ids)])
+
 
 def batches_of(
     rank: int = 0, ranks: int = 1, micro: int = 12, seed: int = 3, prefix: int = 0, **changes

@@ -198,6 +198,10 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "latin.json").write_bytes(b'{"a": "\xe9"}')
     with pytest.raises(UserError, match=r"latin\.json is not JSON"):
         resolve_ds_config(str(tmp_path / "latin.json"), VALUES, {})
+    huge = {"zero_optimization": {"reduce_bucket_size": 10**30}}
+    (tmp_path / "huge.json").write_text(json.dumps(huge))
+    with pytest.raises(UserError, match=r"reduce_bucket_size is 1000\d+"):
+        resolve_ds_config(str(tmp_path / "huge.json"), VALUES, {})
 
 
 def test_switched_off_blocks_and_nulls_pass(resolve):

@@ -156,9 +156,16 @@ def processes(output: Path) -> list[psutil.Process]:
 
 
 def digests(output: Path) -> dict[str, str]:
-    """Digests of weights, optimizer states and what the forest says of its experts."""
+    """Digests of models and of all checkpoints, and what the forest says of its experts.
+
+    Only run.yaml, and the manifests with its digest, name the folder and so differ.
+    """
     files = sorted(output.glob("experts/*/model/*.safetensors"))
-    files += sorted(output.glob("experts/*/checkpoints/step-40/optimizer-*.safetensors"))
+    files += [
+        file
+        for file in sorted(output.glob("experts/*/checkpoints/step-*/*"))
+        if file.name not in ("run.yaml", "manifest.json")
+    ]
     message = {
         str(f.relative_to(output)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files
     }

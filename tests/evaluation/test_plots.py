@@ -55,16 +55,15 @@ def write_metrics(path: Path) -> list[dict]:
     return records
 
 
-def test_metrics_survive_a_cut_last_line(tmp_path):
+def test_damaged_lines_of_the_metrics_are_skipped(tmp_path):
     records = write_metrics(tmp_path / "metrics.jsonl")
     assert plots.read_metrics(tmp_path / "metrics.jsonl") == records
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 4')
     assert plots.read_metrics(tmp_path / "metrics.jsonl") == records
-    with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write("\n{}\n")
-    with pytest.raises(UserError, match="line 5: not JSON"):
-        plots.read_metrics(tmp_path / "metrics.jsonl")
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(b'\n{}\n[1]\n\xff\xfe\n{"step": "4"}\n')
+    assert plots.read_metrics(tmp_path / "metrics.jsonl") == records
     with pytest.raises(UserError, match="no such metrics file"):
         plots.read_metrics(tmp_path / "none.jsonl")
 

@@ -231,9 +231,13 @@ def test_other_faults_of_a_data_bin(data_bin, monkeypatch):
     whole = model.read_bytes()
     model.write_bytes(whole[: len(whole) // 2])
     (fault,) = check(monkeypatch, data_bin)
+    assert "tokenizer/sentencepiece.model is missing or does not have the SHA-256" in fault
+    header = json.loads((data_bin / "databin.json").read_text())
+    del header["digest"], header["files"]  # as in earlier versions
+    (data_bin / "databin.json").write_text(json.dumps(header))
+    (fault,) = check(monkeypatch, data_bin)
     assert "tokenizer cannot be loaded" in fault
     model.write_bytes(whole)
-    header = json.loads((data_bin / "databin.json").read_text())
     other = {**header, "tokenizer": {**header["tokenizer"], "digest": "0"}}
     (data_bin / "databin.json").write_text(json.dumps(other))
     (fault,) = check(monkeypatch, data_bin)

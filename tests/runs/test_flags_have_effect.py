@@ -55,7 +55,7 @@ VALUES = {
 READ_LATER = {
     "output_dir", "data", "init_from", "resume", "report_to", "save_total_limit", "dist_timeout",
     "print_groups", "per_device_eval_batch_size", "eval_batches", "allow_unknown_ds_keys",
-    "decay_norms_and_biases", "mask_documents",
+    "decay_norms_and_biases", "mask_documents", "verify_data",
 }  # fmt: skip
 ANY_MODE = (RunArgs, SafetyArgs, OptimArgs)  # read by what all modes share: tried in one mode
 

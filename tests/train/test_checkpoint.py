@@ -24,7 +24,7 @@ from megamod.states.manifest import find_checkpoint, find_checkpoint_faults, lis
 from megamod.train.checkpoint import Checkpoints
 from megamod.train.fragments import iterate_fragments
 
-KILLS = 30
+KILLS = int(os.environ.get("MEGAMOD_DRILL_KILLS", "30"))
 
 
 class Crash(BaseException):
@@ -274,9 +274,9 @@ def full_disk(rank: int, root: Path) -> dict[str, str]:
     class Limited:
         def __init__(self, objective):
             self.objective, self.calls = objective, 0
-            self.count = objective.count_items
+            self.count_items = objective.count_items
 
-        def score(self, *arguments):
+        def compute_loss(self, *arguments):
             step = self.calls // 4 + 1
             self.calls += 1
             soft = 4096 if (rank, step) == (1, 2) else hard
@@ -316,7 +316,7 @@ def test_a_rank_without_disk_ends_the_run_as_wanted(tmp_path):
         policy: sorted(path.name for path in (tmp_path / policy / "checkpoints").iterdir())
         for policy in ("continue", "stop")
     }
-    assert names["continue"] == ["latest", "step-1", "step-3", "step-4"]
+    assert names["continue"] == ["latest", "sound", "step-1", "step-3", "step-4"]
     assert names["stop"] == ["latest", "step-1"]
 
 
@@ -327,8 +327,8 @@ def save_for_ever(root: Path, write: int) -> None:
     join_process_group(timeout_seconds=60)
     save = Checkpoints.save
 
-    def reporting(self, state):
-        saved = save(self, state)
+    def reporting(self, state, *history):
+        saved = save(self, state, *history)
         os.write(write, state.step.to_bytes(8, "little"))
         return saved
 

@@ -35,9 +35,9 @@ class Faulty:
 
     def __init__(self, objective, number: int, fault):
         self.objective, self.left, self.fault = objective, number, fault
-        self.count = objective.count_items
+        self.count_items = objective.count_items
 
-    def score(self, *arguments):
+    def compute_loss(self, *arguments):
         scored = self.objective.compute_loss(*arguments)
         self.left -= 1
         return self.fault(scored) if self.left == -1 else scored

@@ -84,6 +84,33 @@ def test_a_resumed_run_forgets_what_it_makes_again(tmp_path):
     ]
 
 
+def test_damaged_lines_stop_no_run_and_are_kept_aside(tmp_path, caplog):
+    damaged = b'[1]\n\xff\xfe\n{"step": "two"}\n' + b"[" * 100_000 + b"\n"
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 2}\n' + damaged + b'{"step": 4}\n{"st')
+    monitor_in(tmp_path, first_step=5).close()
+    assert records(tmp_path) == [{"step": 2}, {"step": 4}]
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == damaged
+    assert "4 damaged lines are moved to" in caplog.text
+
+
+def test_a_repeated_evaluation_stands_once(tmp_path):
+    """As after a kill between the evaluation and the next checkpoint."""
+    first = monitor_in(tmp_path)
+    for step in (4, 8):
+        first.log_scores(step, {"law": float(step)}, "valid")
+        first.log_scores(step, {"law": 0.5}, "valid", kind="accuracy")
+    first.close()
+    again = monitor_in(tmp_path, first_step=8)
+    again.log_scores(8, {"law": 8.5}, "valid")
+    again.close()
+    assert records(tmp_path) == [
+        {"step": 4, "perplexity": {"law": 4.0}, "split": "valid"},
+        {"step": 4, "accuracy": {"law": 0.5}, "split": "valid"},
+        {"step": 8, "accuracy": {"law": 0.5}, "split": "valid"},
+        {"step": 8, "perplexity": {"law": 8.5}, "split": "valid"},
+    ]
+
+
 def test_tensorboard_has_the_same_numbers(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

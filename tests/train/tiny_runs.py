@@ -302,6 +302,7 @@ def run_tiny(
     save_steps: int = 0,
     resume: str = "auto",
     nonfinite: str = "stop",
+    max_nonfinite_steps: int = 10,
     spike_factor: float = 0.0,
     save_failure: str = "continue",
     batches=None,
@@ -335,6 +336,7 @@ def run_tiny(
         save_steps=save_steps,
         seed=5,
         nonfinite=nonfinite,
+        max_nonfinite_steps=max_nonfinite_steps,
         spike_factor=spike_factor,
         save_failure=save_failure,
     )

@@ -9,7 +9,6 @@ All input is read and checked before anything is written. Splits are written one
 folder next to OUT, which becomes OUT by one rename; a killed run resumes with the next split.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -24,7 +23,12 @@ from pathlib import Path
 import numpy as np
 
 from megamod.data.corpus.documents import SPLITS, DocumentSource, open_document_source
-from megamod.data.corpus.indexed import IndexedWriter, format_split_prefix, select_token_dtype
+from megamod.data.corpus.indexed import (
+    IndexedWriter,
+    compute_block_digests,
+    format_split_prefix,
+    select_token_dtype,
+)
 from megamod.data.corpus.pool import EncodeTexts, open_encoder
 from megamod.data.corpus.tokenizers import (
     Tokenizer,
@@ -33,7 +37,8 @@ from megamod.data.corpus.tokenizers import (
 )
 from megamod.documents import check_domain
 from megamod.errors import UserError
-from megamod.files import hash_file, sync_folder, sync_tree, write_json
+from megamod.files import format_json, hash_file, sync_folder, sync_tree, write_atomic, write_json
+from megamod.folder_lock import hold_name
 from megamod.progress import progress
 
 logger = logging.getLogger(__name__)
@@ -43,6 +48,7 @@ HEADER = "databin.json"
 ITEMS = ("document", "line")
 BYTES_PER_WORKER = 64 << 20  # a worker process takes seconds to start
 SAMPLE_BYTES = 8 << 20
+MOST_WORKERS = 1024
 
 
 @dataclass
@@ -109,8 +115,9 @@ def binarize(
         The content of databin.json: {"format", "tokenizer": {"kind", "digest"}, "vocab_size",
         "bos_id", "pad_id", "eos_id", "unk_id", "items", "bos", "replaced": {NAME: characters},
         "domains": {NAME: {SPLIT: {"items", "tokens", "bytes", "max_id", "text_sha256",
-        "sha256": {"bin", "idx"}}}}}. "bytes" counts the UTF-8 text of the items without line ends
-        between them; "tokens" includes the bos and eos of each item.
+        "sha256": {"bin", "idx"}, "blocks"}}}, "files": {PATH: SHA-256}, "digest"}. "blocks": see
+        `compute_block_digests`, "digest": `compute_header_digest`. "bytes" counts the UTF-8 text of
+        the items without line ends between them; "tokens" includes the bos and eos of each item.
 
     Raises:
         UserError: on bad input, an empty split, or an output folder that is not empty and not the
@@ -120,8 +127,8 @@ def binarize(
     _check_domain_names(inputs)
     if item_unit not in (None, *ITEMS):
         raise UserError(f"--items {item_unit}: allowed are {' and '.join(ITEMS)}")
-    if workers is not None and workers < 1:
-        raise UserError(f"--workers {workers}: at least 1 is needed")
+    if workers is not None and not 1 <= workers <= MOST_WORKERS:
+        raise UserError(f"--workers {workers}: allowed are 1 to {MOST_WORKERS}")
     existing = _read_existing_header(output)
     sources = {
         name: open_document_source(
@@ -279,19 +286,15 @@ def _sample_train_documents(
 
 @contextmanager
 def _lock_work_folder(output: Path, key: str) -> Iterator[Path]:
-    """Yield a hidden folder next to `output`, locked; it is removed when the block succeeds.
+    """Yield a hidden folder next to `output`, whose name is held; remove it on success.
 
     Raise UserError if another run has locked it.
 
     It is emptied unless an interrupted run of the same key left it.
     """
     work = output.with_name(f".{output.name}.partial")
-    (work / "parts").mkdir(parents=True, exist_ok=True)
-    with open(work / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"--output_dir {output}: another run is writing it") from None
+    with hold_name(output):
+        (work / "parts").mkdir(parents=True, exist_ok=True)
         record = work / "run.json"
         if not record.exists() or json.loads(record.read_text()) != {"key": key}:
             for folder in ("parts", "databin"):
@@ -330,7 +333,7 @@ def _write_splits(
                 record = work / "parts" / f"{name}.{split}.json"
                 if record.exists():
                     entry = json.loads(record.read_text())
-                    if _hash_split_files(prefix) == entry["sha256"]:
+                    if _hash_split_files(prefix) == entry["sha256"] and "blocks" in entry:
                         domains[name][split] = entry
                         bar.update(entry["bytes"])
                         continue
@@ -380,6 +383,7 @@ def _write_split(
         "max_id": largest,
         "text_sha256": tally.digest,
         "sha256": _hash_split_files(prefix),
+        "blocks": compute_block_digests(prefix.with_name(f"{prefix.name}.bin")),
     }
 
 
@@ -399,5 +403,23 @@ def _complete_databin(databin: Path, header: dict, tokenizer: Tokenizer) -> None
     tokenizer.save(databin / "tokenizer")
     for folder in (databin, *(databin / name for name in header["domains"])):
         tokenizer.save_dictionary(folder / "dict.txt")
+    header["files"] = {
+        str(file.relative_to(databin)): hash_file(file)
+        for file in sorted(databin.rglob("*"))
+        if file.is_file() and file.suffix not in (".bin", ".idx")
+    }
     sync_tree(databin)
-    write_json(databin / HEADER, header)
+    text = format_header({**header, "digest": ""})
+    header["digest"] = compute_header_digest(text, "")
+    write_atomic(databin / HEADER, format_header(header))
+
+
+def format_header(header: Mapping[str, object]) -> str:
+    """Format the content of databin.json."""
+    return format_json(header, indent=2) + "\n"
+
+
+def compute_header_digest(text: str, digest: str) -> str:
+    """Compute the SHA-256 of databin.json with an empty "digest" in place of `digest`."""
+    empty = text.replace(f'"digest": "{digest}"\n}}', '"digest": ""\n}')
+    return hashlib.sha256(empty.encode()).hexdigest()

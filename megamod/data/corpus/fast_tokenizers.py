@@ -43,7 +43,7 @@ def load_fast_tokenizer(spec: str, do_lower_case: bool | None = None) -> "PreTra
         check_encodes_text(fast, spec)
         return fast
     options = {} if do_lower_case is None else {"do_lower_case": do_lower_case}
-    fast = AutoTokenizer.from_pretrained(spec, **options)
+    fast = AutoTokenizer.from_pretrained(spec, trust_remote_code=False, **options)
     if not fast.is_fast:
         raise UserError(f"--tokenizer {spec}: only fast tokenizers (tokenizer.json) are read")
     normalizer = fast.backend_tokenizer.normalizer

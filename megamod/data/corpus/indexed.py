@@ -7,10 +7,13 @@
 Source: fairseq MMapIndexedDataset and Dictionary.
 """
 
+import hashlib
 import os
 import re
 import secrets
 import struct
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -27,6 +30,7 @@ CODES = {np.dtype(name): code for code, name in DTYPES.items()}
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
 OVERWRITE = "#fairseq:overwrite"
 SCAN = 1 << 20  # items or tokens checked at once
+BLOCK_BYTES = 4 << 20  # of a .bin that have a digest of their own
 
 
 def format_split_prefix(domain: str, split: str) -> str:
@@ -119,7 +123,8 @@ class IndexedDataset:
 
     Args:
         prefix: path without ending.
-        vocab_size: checks all ids against it, see `check_ids`; None: no check.
+        vocab_size: ids are checked against it; None: no check.
+        scan: check all ids now, see `check_ids`; False: readers check what they read, by `check`.
 
     Attributes:
         sizes: [n] int32, tokens of each item.
@@ -130,8 +135,8 @@ class IndexedDataset:
         UserError: if a file is missing, malformed or empty, or an id is outside the vocabulary.
     """
 
-    def __init__(self, prefix: str | Path, vocab_size: int | None = None):
-        self.prefix = Path(prefix)
+    def __init__(self, prefix: str | Path, vocab_size: int | None = None, scan: bool = True):
+        self.prefix, self.vocab_size = Path(prefix), vocab_size
         self.bin_path, self.idx_path = _build_file_paths(prefix)
         try:
             self.dtype, self.sizes, self.offsets = _read_index(self.idx_path)
@@ -146,7 +151,7 @@ class IndexedDataset:
             self.tokens = np.asarray(np.memmap(self.bin_path, dtype=self.dtype, mode="r"))
         except OSError as error:
             raise UserError(f"{error.filename or self.prefix}: {error.strerror}") from error
-        if vocab_size is not None:
+        if vocab_size is not None and scan:
             self.check_ids(vocab_size)
 
     def __len__(self) -> int:
@@ -157,8 +162,18 @@ class IndexedDataset:
         item = range(len(self))[item]
         return self.tokens[self.offsets[item] : self.offsets[item + 1]]
 
-    def __reduce__(self) -> tuple[type, tuple[Path]]:
-        return IndexedDataset, (self.prefix,)  # a worker process maps the file, it gets no copy
+    def __reduce__(self) -> tuple[type, tuple[Path, int | None, bool]]:
+        # A worker process maps the file, it gets no copy.
+        return IndexedDataset, (self.prefix, self.vocab_size, False)
+
+    def check(self, ids: np.ndarray, start: int) -> None:
+        """Check ids that were read from token `start` on, as cheaply as every batch needs it.
+
+        Raises:
+            UserError: as `check_ids`.
+        """
+        if self.vocab_size is not None and has_ids_outside(ids, self.vocab_size):
+            self._refuse(start, ids, self.vocab_size)
 
     def check_ids(self, vocab_size: int) -> None:
         """Check all ids against the vocabulary, in one pass over the file.
@@ -168,15 +183,50 @@ class IndexedDataset:
         """
         for start in range(0, len(self.tokens), SCAN):
             chunk = self.tokens[start : start + SCAN]
-            if chunk.max() < vocab_size and chunk.min() >= 0:
-                continue
-            position = start + int(np.argmax((chunk >= vocab_size) | (chunk < 0)))
-            item = int(np.searchsorted(self.offsets, position, side="right")) - 1
-            raise UserError(
-                f"{self.bin_path}: token id {self.tokens[position]} at byte "
-                f"{position * self.dtype.itemsize} (item {item}) is outside the vocabulary of "
-                f"{vocab_size}: allowed are 0 to {vocab_size - 1}"
-            )
+            if has_ids_outside(chunk, vocab_size):
+                self._refuse(start, chunk, vocab_size)
+
+    def _refuse(self, start: int, ids: np.ndarray, vocab_size: int) -> None:
+        position = start + int(np.argmax((ids >= vocab_size) | (ids < 0)))
+        item = int(np.searchsorted(self.offsets, position, side="right")) - 1
+        raise UserError(
+            f"{self.bin_path}: token id {self.tokens[position]} at byte "
+            f"{position * self.dtype.itemsize} (item {item}) is outside the vocabulary of "
+            f"{vocab_size}: allowed are 0 to {vocab_size - 1}"
+        )
+
+
+def has_ids_outside(ids: np.ndarray, vocab_size: int) -> bool:
+    """Return True if an id is negative or not below the size of the vocabulary."""
+    # As unsigned numbers negative ids are the largest, so that one pass finds both.
+    return ids.size > 0 and int(ids.view(f"u{ids.dtype.itemsize}").max()) >= vocab_size
+
+
+def compute_block_digests(path: Path) -> str:
+    """Compute the digests of each `BLOCK_BYTES` of a file, 16 hexadecimal digits each, in a row."""
+    with open(path, "rb") as file:
+        return "".join(map(_digest, iter(partial(file.read, BLOCK_BYTES), b"")))
+
+
+def check_blocks(path: Path, digests: str, numbers: Iterable[int]) -> None:
+    """Compare some blocks of a file with the digests that `compute_block_digests` computed.
+
+    Raises:
+        UserError: naming the first block that differs.
+    """
+    with open(path, "rb") as file:
+        for number in sorted(numbers):
+            file.seek(number * BLOCK_BYTES)
+            if _digest(file.read(BLOCK_BYTES)) != digests[16 * number : 16 * number + 16]:
+                first = number * BLOCK_BYTES
+                raise UserError(
+                    f"{path}: the {BLOCK_BYTES >> 20} MiB from byte {first} on do not have their "
+                    "digest: the file was damaged or replaced; copy it again"
+                )
+
+
+def _digest(block: bytes) -> str:
+    return hashlib.blake2b(block, digest_size=8).hexdigest()
 
 
 class Dictionary:

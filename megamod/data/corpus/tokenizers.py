@@ -19,7 +19,7 @@ import numpy as np
 from megamod.data.corpus import sentencepiece_model
 from megamod.data.corpus.fast_tokenizers import load_fast_tokenizer
 from megamod.data.corpus.indexed import Dictionary
-from megamod.errors import UserError
+from megamod.errors import UserError, report_damage
 from megamod.files import write_atomic
 
 if TYPE_CHECKING:
@@ -282,18 +282,12 @@ def _cut_long_text(text: str) -> Iterator[str]:
 
 def _load_huggingface(spec: str, do_lower_case: bool | None) -> Tokenizer:
     """Load a Hugging Face tokenizer by folder or name; raise UserError if there is none."""
-    try:
+    allowed = (
+        f"Allowed are a Hugging Face folder or name, a folder with {', '.join(GPT2_FILES)}, a "
+        f"SentencePiece .model file, and {' or '.join(f'{kind}:VOCAB' for kind in TRAINERS)}"
+    )
+    with report_damage(f"--tokenizer {spec}: no tokenizer found. {allowed}. Reason"):
         return _wrap_fast_tokenizer(load_fast_tokenizer(spec, do_lower_case), spec)
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"--tokenizer {spec}: no tokenizer found. Allowed are a Hugging Face folder or name, a "
-            f"folder with {', '.join(GPT2_FILES)}, a SentencePiece .model file, and "
-            f"{' or '.join(f'{kind}:VOCAB' for kind in TRAINERS)}. "
-            f"({reason})"
-        ) from error
 
 
 def _wrap_fast_tokenizer(tokenizer: "PreTrainedTokenizerFast", spec: str) -> Tokenizer:
@@ -323,7 +317,7 @@ def _load_gpt2(folder: Path) -> Tokenizer:
     from tokenizers import decoders, models, pre_tokenizers
 
     dictionary = Dictionary.load(folder / "dict.txt")
-    try:
+    with report_damage(f"--tokenizer {folder}"):
         encoder = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
         token_of = {str(number): token for token, number in encoder.items()}
         lines = (folder / "vocab.bpe").read_text(encoding="utf-8").split("\n")
@@ -337,8 +331,6 @@ def _load_gpt2(folder: Path) -> Tokenizer:
             )
             raise ValueError(f"dict.txt {lacking}" if missing else "a symbol occurs twice")
         backend = Backend(models.BPE(vocab, merges))
-    except Exception as error:  # `tokenizers` raises bare Exception on a merge outside vocab
-        raise UserError(f"--tokenizer {folder}: {error}") from error
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(list(FAIRSEQ_SYMBOLS))
@@ -348,7 +340,8 @@ def _load_gpt2(folder: Path) -> Tokenizer:
 
 def _load_sentencepiece(content: bytes, where: str) -> Tokenizer:
     """Load a serialised SentencePiece model; raise UserError if it has no eos."""
-    backend, exact, ids = sentencepiece_model.convert_model(content, f"--tokenizer {where}")
+    with report_damage(f"--tokenizer {where}: no SentencePiece model"):
+        backend, exact, ids = sentencepiece_model.convert_model(content, f"--tokenizer {where}")
     if ids["eos"] is None:
         raise UserError(f"--tokenizer {where}: it defines no eos token")
     return Tokenizer(

@@ -116,12 +116,14 @@ class TrainBatches(StepBatches):
         domain = int(domains[0]) if self._alike[row] else None
         if domain is not None:
             rows = self.blocks[domain].read_blocks(indices)
+            self.blocks[domain].check(rows, indices)
         else:
             rows = np.zeros((len(indices), any_blocks.span + 1), dtype=np.int64)
             for target, block_domain, index in zip(
                 rows, domains.tolist(), indices.tolist(), strict=True
             ):
                 self.blocks[block_domain].read_block_into(target, index)
+                self.blocks[block_domain].check(target[None], [index])
         domain_tokens = None if self._domain_tokens is None else self._domain_tokens[domains]
         inputs, labels, padded = build_inputs_and_labels(
             rows,

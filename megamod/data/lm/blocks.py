@@ -4,11 +4,13 @@ Source: fairseq's `TokenBlockDataset` (break mode "none") and `MonolingualDatase
 (Gururangan et al. 2022).
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from megamod.data.corpus.indexed import IndexedDataset
+from megamod.data.corpus.indexed import IndexedDataset, has_ids_outside
 from megamod.errors import UserError
 
 IGNORE = -100
@@ -99,6 +101,7 @@ class TokenBlocks:
 
         Raises:
             IndexError: for an index outside the blocks.
+            UserError: for an id outside the vocabulary.
         """
         block_indices = np.asarray(block_indices, dtype=np.int64)
         if ((block_indices < 0) | (block_indices >= len(self))).any():
@@ -110,6 +113,7 @@ class TokenBlocks:
             self.read_blocks(block_indices),
             self.count_targets(block_indices) - (domain_tokens is not None),
         )
+        self.check(rows, block_indices)
         return build_inputs_and_labels(
             rows,
             self.find_item_starts(block_indices),
@@ -118,6 +122,17 @@ class TokenBlocks:
             self.pad_id,
             domain_tokens,
         )
+
+    def check(self, rows: np.ndarray, indices: Sequence[int] | np.ndarray) -> None:
+        """Check the ids of rows that `read_blocks` or `read_block_into` filled.
+
+        Raises:
+            UserError: naming the file and the place of an id outside the vocabulary.
+        """
+        limit = self.dataset.vocab_size
+        if limit is not None and has_ids_outside(rows, limit):
+            for row, index in zip(rows, indices, strict=True):
+                self.dataset.check(row, int(index) * self.span - 1)
 
     def read_blocks(self, block_indices: np.ndarray) -> np.ndarray:
         """Read the preceding token and the tokens of each block, [B, span + 1] int64, 0 at padding.

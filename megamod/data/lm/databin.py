@@ -2,19 +2,32 @@
 
 import hashlib
 import json
+import os
+import random
 import re
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megamod.data.corpus.binarize import FORMAT, HEADER
+from megamod.data.corpus.binarize import FORMAT, HEADER, compute_header_digest
 from megamod.data.corpus.documents import SPLITS
-from megamod.data.corpus.indexed import Dictionary, IndexedDataset, format_split_prefix
+from megamod.data.corpus.indexed import (
+    BLOCK_BYTES,
+    Dictionary,
+    IndexedDataset,
+    check_blocks,
+    format_split_prefix,
+)
 from megamod.documents import check_domain
 from megamod.errors import UserError
 from megamod.files import hash_file
 
 if TYPE_CHECKING:
     from megamod.data.lm.blocks import TokenBlocks
+
+
+SAMPLE_BLOCKS = 16  # of a split, whose digests are compared when it is opened
 
 
 class DataBin:
@@ -28,16 +41,22 @@ class DataBin:
         vocab_size, bos_id, pad_id, eos_id, unk_id: of the tokenizer (fairseq: ids 0 to 3).
         digest: SHA-256 of the header (fairseq: of the dictionary and the indices).
 
+    Args:
+        verify: how tokens are compared with their digests when a split is opened: "size" of the
+            file alone, a "sample" of blocks, or in "full"; with "sample" and "full" the tokenizer
+            too. Data-bins of fairseq, and older ones of ours, have fewer digests or none.
+        share: part and number of parts; each checks its part of the tokens.
+
     Raises:
-        UserError: if the folder is not a data-bin or its header is malformed.
+        UserError: if the folder is not a data-bin, its header is malformed or a digest differs.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    def __init__(self, path: str | Path, verify: str = "sample", share: tuple[int, int] = (0, 1)):
+        self.path, self.verify, self.share = Path(path), verify, share
         self._header: dict | None = None
         self._flat = False
         header = self.path / HEADER
-        if header.exists():
+        if os.path.lexists(header):
             self._read_header(header)
         else:
             self._read_fairseq_folder()
@@ -75,23 +94,40 @@ class DataBin:
     def open_split(self, domain: str, split: str) -> IndexedDataset:
         """Open the tokens of the "train", "valid" or "test" split of a domain.
 
-        Ids are checked against the vocabulary: by the header, or by reading all of them.
+        Ids are checked against the vocabulary as they are read; without a header all of them now.
 
         Raises:
-            UserError: for an unknown domain, or a missing, malformed or empty split.
+            UserError: for an unknown domain, a missing, malformed or empty split, or another digest
+                than that of the header.
         """
         prefix = self.find_split_prefix(domain, split)
         if self._header is None:
             return IndexedDataset(prefix, self.vocab_size)
         expected = self._header["domains"][domain][split]
-        dataset = IndexedDataset(prefix)
+        dataset = IndexedDataset(prefix, self.vocab_size, scan=False)
         for name, actual in (("items", len(dataset)), ("tokens", len(dataset.tokens))):
             if actual != expected[name]:
                 raise UserError(
                     f"{prefix}: holds {actual} {name}, but {HEADER} says {expected[name]} for the "
                     f"split {split} of domain {domain}; they are from different runs"
                 )
+        self._check_digests(dataset, expected)
         return dataset
+
+    def _check_digests(self, dataset: IndexedDataset, expected: Mapping[str, object]) -> None:
+        """Compare the digest of the index, and those of the tokens that `verify` asks for."""
+        digests, (part, parts) = expected.get("sha256", {}), self.share
+        if "idx" in digests and hash_file(dataset.idx_path) != digests["idx"]:
+            raise UserError(f"{dataset.idx_path}: does not have the digest that {HEADER} says")
+        if self.verify == "full" and part == zlib.crc32(str(dataset.prefix).encode()) % parts:
+            if "bin" in digests and hash_file(dataset.bin_path) != digests["bin"]:
+                raise UserError(f"{dataset.bin_path}: does not have the digest that {HEADER} says")
+        elif self.verify == "sample" and "blocks" in expected:
+            mine = range(-(-dataset.tokens.nbytes // BLOCK_BYTES))[part::parts]
+            count = min(len(mine), -(-SAMPLE_BLOCKS // parts))
+            # Other blocks in every run, so that none stays unread for ever.
+            numbers = random.SystemRandom().sample(mine, count)
+            check_blocks(dataset.bin_path, expected["blocks"], numbers)
 
     def open_blocks(
         self, domain: str, split: str, block_size: int, domain_token: int | None = None
@@ -133,7 +169,8 @@ class DataBin:
     def _read_header(self, path: Path) -> None:
         """Read databin.json into the attributes; raise UserError if it is malformed."""
         try:
-            header = json.loads(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            header = json.loads(text)
             if header["format"] != FORMAT:
                 raise UserError(f"{path}: format {header['format']!r}, only {FORMAT} can be read")
             self.domains = tuple(header["domains"])
@@ -158,6 +195,18 @@ class DataBin:
             raise UserError(f"{path}: is not the header of a data-bin: {error}") from error
         if not self.domains:
             raise UserError(f"{path}: holds no domain")
+        digest = header.get("digest")
+        if (digest is None) is not ("files" not in header):
+            raise UserError(f"{path}: has one of the keys files and digest; copy it again")
+        if digest is not None and compute_header_digest(text, digest) != digest:
+            raise UserError(f"{path}: does not have the digest in its last line; copy it again")
+        for name, expected in header.get("files", {}).items() if self.verify != "size" else ():
+            file = self.path / name
+            if not file.is_file() or hash_file(file) != expected:
+                raise UserError(
+                    f"{file}: is missing or does not have the digest that {HEADER} says; copy it "
+                    "again"
+                )
         self._header = header
         self.digest = hash_file(path)
 

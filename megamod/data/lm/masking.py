@@ -202,4 +202,6 @@ def iterate_held_out_batches(
 
 
 def _read_block(dataset: IndexedDataset, block_index: int, block_size: int) -> np.ndarray:
-    return dataset.tokens[block_index * block_size : (block_index + 1) * block_size]
+    ids = dataset.tokens[block_index * block_size : (block_index + 1) * block_size]
+    dataset.check(ids, block_index * block_size)
+    return ids

@@ -26,9 +26,23 @@ class LmData:
     """
 
     def __init__(
-        self, path: str, *, domains: Sequence[str] | None, block_size: int, domain_token: bool
+        self,
+        path: str,
+        *,
+        domains: Sequence[str] | None,
+        block_size: int,
+        domain_token: bool,
+        verify: str = "sample",
+        share: tuple[int, int] = (0, 1),
     ):
-        self.databin = DataBin(path)
+        """Open a data-bin.
+
+        Args:
+            block_size: tokens per sequence.
+            domain_token: begin sequences with the token of their domain.
+            verify, share: see `DataBin`.
+        """
+        self.databin = DataBin(path, verify, share)
         self.domains = tuple(domains or self.databin.domains)
         self.block_size = block_size
         self.special_ids = self.databin.special_ids

@@ -17,14 +17,21 @@ def check_databin(path: Path) -> Iterator[tuple[str, list[str]]]:
     The index of a split is read, its digests are compared, and all ids are checked.
     """
     try:
-        data = DataBin(path)
+        data = DataBin(path, verify="size")
     except UserError as error:
         yield f"{path}: data-bin", [str(error)]
         return
     file = path / "databin.json"
     header = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     yield f"{path}: data-bin, {len(data.domains)} domains, {data.vocab_size:,} ids", []
-    if "tokenizer" in header:
+    faults = [
+        f"{path / name} is missing or does not have the SHA-256 digest of databin.json"
+        for name, digest in header.get("files", {}).items()
+        if not (path / name).is_file() or hash_file(path / name) != digest
+    ]
+    if "files" in header:
+        yield f"{path}: tokenizer and dictionaries, {len(header['files'])} files", faults
+    elif "tokenizer" in header:  # of an earlier version, which recorded no digests of files
         folder = path / "tokenizer"
         yield f"{folder}: tokenizer", _find_tokenizer_faults(folder, header["tokenizer"]["digest"])
     for domain in data.domains:

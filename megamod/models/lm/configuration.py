@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedConfig
 
 from megamod.documents import check_domain
-from megamod.errors import UserError
+from megamod.errors import UserError, report_damage
 from megamod.mixture.posterior import RULES
+from megamod.states.config_file import read_config_file
 from megamod.states.forest import HOST_TYPE
 
 UNTIE = (
@@ -192,16 +192,12 @@ def read_lm_config(folder: Path, flag: str | None = None) -> PreTrainedConfig:
         UserError: if it is of another kind, or needs code that is not part of transformers.
     """
     where = str(folder) if flag is None else f"{flag} {folder}"
-    try:
+    with report_damage(f"{where}: config.json cannot be used"):
+        read_config_file(Path(folder))
         fields, _ = PreTrainedConfig.get_config_dict(folder)
         kind = fields.get("model_type")
         _check_is_causal_lm(where, kind, fields)
         return _find_config_class(kind).from_dict(fields)
-    except UserError:
-        raise
-    except (OSError, ValueError, TypeError, AttributeError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{where}: config.json cannot be used: {reason}") from error
 
 
 def _check_is_causal_lm(where: str, kind: object, fields: Mapping[str, object]) -> None:

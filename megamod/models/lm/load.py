@@ -5,17 +5,16 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers.cache_utils import Cache
 
 from megamod.dist.scope import to_dense_name
-from megamod.errors import UserError
+from megamod.errors import UserError, report_damage
 from megamod.models.lm.configuration import HOST_TYPE, DemixConfig, LmConfig, read_lm_config
 from megamod.models.lm.demix import DemixForCausalLM, DemixOutput, draw_lm_weights
 from megamod.models.lm.host import find_stock_class, make_dense_class, make_host_classes
 from megamod.states.weight_files import has_weights
-from megamod.states.weights import copy_to_experts, read_weights
+from megamod.states.weights import check_finite, copy_to_experts, read_weights
 
 
 class LanguageModel(Protocol):
@@ -88,6 +87,7 @@ def build_lm(
                 f"{tuple(state[name].shape)}, the model needs {tuple(parameter.shape)}"
             )
         parameter.data.copy_(state[name])
+    check_finite(parameters.items(), f"{flag} {init_from}")
     model.tie_weights()
     return model
 
@@ -130,7 +130,7 @@ def load_lm(
         flag: the option that named the folder, for messages.
         kwargs: passed to `from_pretrained`, such as dtype.
     Raises:
-        UserError: if the folder is no language model, or lacks weights.
+        UserError: if the folder is no language model, lacks weights, or has some not finite.
     """
     saved = read_lm_config(folder, flag)
     config = saved if config is None else config
@@ -139,7 +139,7 @@ def load_lm(
     if not has_weights(folder):
         raise UserError(f"{where}: cannot be read as a model: it holds no weights")
     split = config.model_type == HOST_TYPE and saved.model_type != HOST_TYPE
-    try:
+    with report_damage(f"{where}: cannot be read as a model"):
         model, report = select_lm_class(config).from_pretrained(
             folder,
             () if split else local_domains,
@@ -147,11 +147,9 @@ def load_lm(
             output_loading_info=True,
             **kwargs,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{where}: cannot be read as a model: {reason}") from error
     if report["missing_keys"]:
         raise UserError(f"{where}: the weights lack {min(report['missing_keys'])}")
+    check_finite(model.named_parameters(), where)
     if split:
         model.copy_feed_forwards(config.domains if local_domains is None else local_domains)
     return model

@@ -34,7 +34,9 @@ class RowArgs(Arguments):
         False, "labels of words: read an I- that begins an entity as B-, instead of refusing it"
     )
     cache_dir: str | None = option(None, "folder of a cache of token ids; none: no cache")
-    dataloader_num_workers: int = option(0, "processes per rank that prepare batches", least=0)
+    dataloader_num_workers: int = option(
+        0, "processes per rank that prepare batches", least=0, most=1024
+    )
 
 
 @dataclass

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from torch import nn
 from transformers.utils.logging import disable_progress_bar
@@ -43,7 +44,7 @@ from megamod.runs.finetune.records import (
     make_table_row,
 )
 from megamod.runs.finetune.scores import make_predictors, predict_splits, score_splits
-from megamod.runs.training import ActiveRun, RunSpec, execute_run
+from megamod.runs.training import ActiveRun, RunSpec, execute_run, hold_output
 from megamod.train.deepspeed_settings import resolve_settings
 from megamod.train.export import publish_model
 
@@ -60,7 +61,7 @@ def finetune(model: FinetuneModel, parsed: Sequence[Arguments]) -> None:
         UserError: for arguments or ranks that do not fit, before anything is written.
     """
     disable_progress_bar()
-    run, safety, _, stage, args = parsed[:5]
+    run, safety, _, stage, _ = parsed[:5]
     output = Path(run.output_dir)
     _set_batch_sizes(run, model)
     if stage.do_train:
@@ -69,19 +70,27 @@ def finetune(model: FinetuneModel, parsed: Sequence[Arguments]) -> None:
             return
     else:
         device = join_process_group(safety.dist_timeout)
-        predictors = make_predictors(model, model.make_module(run.seed).to(device), device)
-        record: Record = {}
-        if stage.do_eval:
-            scores = score_splits(model, predictors, run)
-            record["last"] = record["best"] = _make_evaluation(model, scores, predictors, 0)
-        if stage.do_predict:
-            scores = predict_splits(
-                model, predictors, run, args.predict_split, output / "predictions"
-            )
-            record |= make_predictions_record(model, scores)
-        records = {run.seed: record}
+        with hold_output(output):
+            records = {run.seed: _score_and_predict(model, parsed, device)}
     if read_launcher_rank() == 0:
         print(_write_results(model, records, output, stage))
+
+
+def _score_and_predict(
+    model: FinetuneModel, parsed: Sequence[Arguments], device: torch.device
+) -> Record:
+    """Score and predict with a model that is not trained."""
+    run, _, _, stage, args = parsed[:5]
+    predictors = make_predictors(model, model.make_module(run.seed).to(device), device)
+    record: Record = {}
+    if stage.do_eval:
+        scores = score_splits(model, predictors, run)
+        record["last"] = record["best"] = _make_evaluation(model, scores, predictors, 0)
+    if stage.do_predict:
+        folder = Path(run.output_dir) / "predictions"
+        scores = predict_splits(model, predictors, run, args.predict_split, folder)
+        record |= make_predictions_record(model, scores)
+    return record
 
 
 def _train_with_seeds(

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from megamod.args import OptimArgs
+from megamod.args import VERIFY_DATA, OptimArgs
 from megamod.documents import check_domain
 from megamod.errors import UserError
 from megamod.flags import Arguments, option, refuse_changes
@@ -20,6 +20,7 @@ class AdaptArgs(Arguments):
         None, "folder of a dense model, instead of --forest", alias="model_name_or_path"
     )
     data: str | None = option(None, "data-bin folder written by launchers/preprocess.py")
+    verify_data: Literal["size", "sample", "full"] = option("sample", VERIFY_DATA)
     domain: str | None = option(None, "domain of the data-bin to adapt to; names the new expert")
     method: Literal["feedforward", "full"] = option(
         "feedforward", "train the feed-forward networks alone, or everything"
@@ -36,7 +37,9 @@ class AdaptArgs(Arguments):
     max_seq_length: int | None = option(
         None, "tokens per sequence; none: as many as the experts have positions", least=2
     )
-    dataloader_num_workers: int = option(0, "processes that read data, per rank", least=0)
+    dataloader_num_workers: int = option(
+        0, "processes that read data, per rank", least=0, most=1024
+    )
     eval_split: Literal["valid", "test", "train"] = option("valid", "split of the evaluation")
     gradient_checkpointing: bool = option(False, "recompute blocks in the backward pass")
     attn_implementation: Literal["sdpa", "eager"] | None = option(

@@ -85,7 +85,7 @@ def open_domain_data(args: AdaptArgs, forest: Forest) -> LmData:
     Raises:
         UserError: if domain, split, vocabulary or sequence length do not fit.
     """
-    databin = DataBin(args.data)
+    databin = DataBin(args.data, args.verify_data)
     if args.domain not in databin.domains:
         raise UserError(
             f"--domain {args.domain} is not in the data-bin {args.data}; it holds "
@@ -112,7 +112,13 @@ def open_domain_data(args: AdaptArgs, forest: Forest) -> LmData:
             f"--max_seq_length {args.max_seq_length}: the experts have {positions} positions"
         )
     block_size = args.max_seq_length or min(map(get_default_sequence_length, configs.values()))
-    data = LmData(args.data, domains=[args.domain], block_size=block_size, domain_token=False)
+    data = LmData(
+        args.data,
+        domains=[args.domain],
+        block_size=block_size,
+        domain_token=False,
+        verify=args.verify_data,
+    )
     for split in dict.fromkeys(("train", "valid", args.eval_split)):
         data.open_splits(split)
     return data

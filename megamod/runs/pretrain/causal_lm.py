@@ -51,6 +51,8 @@ def pretrain(
         domains=data_args.domains,
         block_size=data_args.max_seq_length,
         domain_token=data_args.domain_token,
+        verify=data_args.verify_data,
+        share=(read_launcher_rank(), read_launcher_world_size()),
     )
     sharing = parse_sharing(model.untie)
     topology = DomainTopology(read_launcher_world_size(), data.domains, sharing)

@@ -29,7 +29,7 @@ from megamod.dist.process import get_rank as my_rank
 from megamod.dist.process import read_launcher_rank, read_launcher_world_size, sum_over_ranks
 from megamod.dist.scope import Sharing
 from megamod.dist.topology import DomainTopology
-from megamod.errors import UserError
+from megamod.errors import UserError, report_damage
 from megamod.evaluation.encoder_lm import score_encoder
 from megamod.evaluation.perplexity import select_share
 from megamod.evaluation.plots import plot_curves
@@ -79,6 +79,8 @@ def pretrain(
         domains=data_args.domains,
         block_size=data_args.max_seq_length,
         domain_token=False,
+        verify=data_args.verify_data,
+        share=(read_launcher_rank(), read_launcher_world_size()),
     )
     topology = DomainTopology(read_launcher_world_size(), data.domains, Sharing.DENSE)
     rank, split = read_launcher_rank(), data_args.eval_split
@@ -288,7 +290,9 @@ def read_mask_id(data: DataBin) -> int:
     Raises:
         UserError: if its tokenizer has none.
     """
-    tokenizer = AutoTokenizer.from_pretrained(data.path / "tokenizer")
+    folder = data.path / "tokenizer"
+    with report_damage(f"--data {data.path}: its tokenizer cannot be read"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if tokenizer.mask_token_id is None:
         raise UserError(
             f"--data {data.path}: its tokenizer has no mask token; preprocess with one of BERT"

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from megamod.args import VERIFY_DATA
 from megamod.errors import UserError
 from megamod.flags import Arguments, option
 
@@ -16,6 +17,7 @@ class EnsembleArgs(Arguments):
 
     forest: str | None = option(None, "forest.json, or a folder of experts")
     data: str | None = option(None, "data-bin folder written by launchers/preprocess.py")
+    verify_data: Literal["size", "sample", "full"] = option("sample", VERIFY_DATA)
     domain: list[str] | None = option(  # noqa: RUF009
         None, "domains of the data-bin to score", alias="domains"
     )

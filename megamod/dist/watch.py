@@ -1,0 +1,205 @@
+"""Each rank watches its launcher and tells the others that it is alive.
+
+A rank ends when its launcher has ended, by the signal that makes a run save and stop. Its signs of
+life are in the store of the process group, so that a rank that is lost can be named with its host.
+"""
+
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from itertools import pairwise
+
+import psutil
+import torch.distributed as dist
+
+from megamod.errors import LOSS_DESCRIBERS, DistributedFailure
+
+POLL = 1.0  # seconds between two looks at the launcher
+BEAT = 2.0  # seconds between two signs of life
+SILENCE = 30.0  # seconds without one until rank 0 reports a rank
+STALLED = 0.8  # share of the timeout without a step until stacks are printed
+
+PROGRAMS = ("deepspeed", "torchrun", "accelerate")
+MODULES = (
+    *("deepspeed.launcher.runner", "deepspeed.launcher.launch"),
+    *("torch.distributed.run", "torch.distributed.launch", "accelerate.commands.launch"),
+)
+
+
+def watch_launcher(grace: float) -> None:
+    """End this process after its launcher, by SIGTERM, in a thread; without a launcher do nothing.
+
+    The launchers of DeepSpeed and torch leave ranks running when they are killed, and that of
+    DeepSpeed also when it is terminated.
+
+    Args:
+        grace: seconds from the signal until the process is ended at once.
+    """
+    title = "launcher"
+    if any(thread.name == title for thread in threading.enumerate()):
+        return
+    with suppress(psutil.Error):
+        parents = [p for p in psutil.Process().parents() if is_launcher(p.cmdline())]
+        if parents:
+            arguments = (parents, grace)
+            threading.Thread(target=_end_after, args=arguments, name=title, daemon=True).start()
+
+
+def is_launcher(command: Sequence[str]) -> bool:
+    """Return True for the command line of a program that starts ranks."""
+    words = command[:5]
+    modules = [after for word, after in pairwise(words) if word == "-m"]
+    names = [os.path.basename(word) for word in words[:2]]
+    return bool(set(modules) & set(MODULES) or set(names) & set(PROGRAMS))
+
+
+def _end_after(parents: Sequence[psutil.Process], grace: float) -> None:
+    while all(map(_is_alive, parents)):
+        time.sleep(POLL)
+    gone = next(parent.pid for parent in parents if not _is_alive(parent))
+    print(f"the launcher, process {gone}, is gone: this rank ends", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(grace)
+    os._exit(DistributedFailure.exit_code)
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+class Heartbeat:
+    """Signs of life of all ranks in the store of the process group, from a thread of each rank.
+
+    Args:
+        timeout: of collectives, in seconds.
+    """
+
+    def __init__(self, timeout: float):
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.timeout = timeout
+        self.steps = 0
+        store = dist.distributed_c10d._get_default_store()
+        # A store has one connection, on which a waiting call holds up all others.
+        self._writer, self._reader = store.clone(), store.clone()
+        for connection in (self._writer, self._reader):
+            connection.set_timeout(timedelta(seconds=5 * BEAT))
+        self._stop = threading.Event()
+        self._beat(0)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        LOSS_DESCRIBERS.append(self.describe_lost)
+
+    def step(self) -> None:
+        """Note that a step of the run has ended."""
+        self.steps += 1
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._stop.set()
+        self._thread.join(2 * BEAT)
+        with suppress(ValueError):
+            LOSS_DESCRIBERS.remove(self.describe_lost)
+
+    def describe_lost(self) -> str:
+        """Name the ranks without a sign of life, with their hosts; takes some seconds."""
+        try:
+            self._reader.set(f"failed/{self.rank}", "1")  # it ends, but it is not the reason
+            before = self._read(range(self.world))
+            time.sleep(2.5 * BEAT)
+            after = self._read(range(self.world))
+            silent = [
+                rank
+                for rank in range(self.world)
+                if before[rank] == after[rank] and not self._reader.check([f"failed/{rank}"])
+            ]
+        except RuntimeError:  # the store lies in the process of rank 0 or of its launcher
+            return f"no answer from rank 0 on {os.environ.get('MASTER_ADDR')}"
+        if not silent:
+            return "all ranks show signs of life"
+        return "no sign of life of " + ", ".join(_format_rank(rank, after[rank]) for rank in silent)
+
+    def _beat(self, count: int) -> None:
+        self._writer.set(f"beat/{self.rank}", f"{count} {os.uname().nodename} {os.getpid()}")
+
+    def _read(self, ranks: Iterable[int]) -> list[str]:
+        """Read the last sign of life of ranks: count, host and process; empty if there was none."""
+        texts = []
+        for rank in ranks:
+            key = f"beat/{rank}"
+            texts.append(self._reader.get(key).decode() if self._reader.check([key]) else "")
+        return texts
+
+    def _run(self) -> None:
+        count, seen, reported = 0, [("", time.monotonic())] * self.world, set()
+        steps, since, dumped = self.steps, time.monotonic(), False
+        while not self._stop.wait(BEAT):
+            count += 1
+            try:
+                self._beat(count)
+                if self.rank == 0 and count % 5 == 0:
+                    self._report(seen, reported)
+            except RuntimeError:
+                return  # the store is gone: collectives fail, and the error there names rank 0
+            now = time.monotonic()
+            if self.steps != steps:
+                steps, since, dumped = self.steps, now, False
+            elif not dumped and now - since > STALLED * self.timeout:
+                dumped = True
+                print(
+                    f"rank {self.rank} on {os.uname().nodename}: no step has ended for "
+                    f"{now - since:.0f} s; its stacks:",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                faulthandler.dump_traceback(all_threads=True)
+
+    def _report(self, seen: list[tuple[str, float]], reported: set[int]) -> None:
+        """Report ranks that were silent for a while, once each."""
+        now = time.monotonic()
+        for rank, text in enumerate(self._read(range(self.world))):
+            if text != seen[rank][0]:
+                seen[rank] = text, now
+                reported.discard(rank)
+            elif now - seen[rank][1] > SILENCE and rank not in reported:
+                reported.add(rank)
+                name, silence = _format_rank(rank, text), now - seen[rank][1]
+                print(f"no sign of life of {name} for {silence:.0f} s", file=sys.stderr, flush=True)
+
+
+def _format_rank(rank: int, text: str) -> str:
+    """Format a rank with host and process, from its last sign of life."""
+    words = text.split()
+    return f"rank {rank} on {words[1]} (process {words[2]})" if len(words) == 3 else f"rank {rank}"
+
+
+_heartbeat: Heartbeat | None = None
+
+
+def start_heartbeat(timeout: float) -> None:
+    """Start the signs of life of this rank, if there are others; `stop_heartbeat` ends them."""
+    global _heartbeat
+    if dist.get_world_size() > 1 and _heartbeat is None:
+        _heartbeat = Heartbeat(timeout)
+
+
+def stop_heartbeat() -> None:
+    """End the signs of life, before the process group is left."""
+    global _heartbeat
+    if _heartbeat is not None:
+        _heartbeat.stop()
+        _heartbeat = None
+
+
+def note_step() -> None:
+    """Note that a step has ended: without one for long, stacks are printed."""
+    if _heartbeat is not None:
+        _heartbeat.step()

@@ -1,0 +1,143 @@
+"""Ranks end with their launcher, and the message about a lost rank names it."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from ranks import free_port
+
+from megamod.dist import watch
+from megamod.dist.watch import Heartbeat, is_launcher
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("/venv/bin/python /venv/bin/torchrun --nproc_per_node 2 launchers/pretrain.py", True),
+        ("python -u -m deepspeed.launcher.launch --world_info=x launchers/pretrain.py", True),
+        ("python -m torch.distributed.run launchers/pretrain.py", True),
+        ("/venv/bin/python3 /venv/bin/deepspeed --num_gpus 2 launchers/pretrain.py", True),
+        ("python launchers/btm.py r.yaml --deepspeed ds.json", False),
+        ("python -m pytest tests/dist", False),
+        ("bash -c torchrun", False),
+        ("", False),
+    ],
+)
+def test_launchers_are_recognised(command, expected):
+    assert is_launcher(command.split()) is expected
+
+
+LAUNCHER = """
+import subprocess, sys
+rank = "import time; from megamod.dist.watch import watch_launcher; watch_launcher(30);"
+rank += "print('up', flush=True); time.sleep(60)"
+subprocess.run([sys.executable, "-c", rank])
+"""
+
+
+@pytest.mark.slow  # imports torch in another process
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_rank_ends_after_its_launcher(tmp_path, number):
+    program = tmp_path / "torchrun"
+    program.write_text(LAUNCHER)
+    launcher = subprocess.Popen(
+        [sys.executable, str(program)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert launcher.stdout.readline() == "up\n"
+    launcher.send_signal(number)
+    began = time.monotonic()
+    # The rank holds the other end of the pipe: it ends with the rank.
+    assert f"the launcher, process {launcher.pid}, is gone" in launcher.stdout.read()
+    assert time.monotonic() - began < 10
+    launcher.wait()
+
+
+RANK = """
+import os, signal, torch
+from megamod.dist.process import join_process_group
+from megamod.errors import run_main
+def main():
+    join_process_group(60)
+    torch.distributed.barrier()
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    while True:
+        torch.distributed.all_reduce(torch.ones(1))
+run_main(main)
+"""
+
+
+@pytest.mark.slow  # starts ranks
+def test_a_lost_rank_is_named_with_its_host():
+    meet = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE="3")
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", RANK],
+            env={**os.environ, **meet, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(3)
+    ]
+    errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [4, -signal.SIGKILL, 4]
+    name = f"no sign of life of rank 1 on {os.uname().nodename} (process {ranks[1].pid})"
+    for rank in (0, 2):
+        assert f"rank {rank} on {os.uname().nodename} lost its peers; {name}: " in errors[rank]
+
+
+class Store:
+    """Stands for a store that all ranks share; those in `beating` send signs of life."""
+
+    def __init__(self, beating):
+        self.values, self.beating, self.count = {}, beating, 0
+
+    def clone(self):
+        return self
+
+    def set_timeout(self, timeout):
+        pass
+
+    def set(self, key, value):
+        self.values[key] = value.encode()
+
+    def get(self, key):
+        rank = int(key.removeprefix("beat/"))
+        if rank in self.beating:
+            self.count += 1
+            self.values[key] = f"{self.count} node{rank} {100 + rank}".encode()
+        return self.values[key]
+
+    def check(self, keys):
+        return all(key in self.values for key in keys)
+
+
+@pytest.fixture
+def heartbeat(monkeypatch):
+    store = Store({0, 2})
+    store.values |= {f"beat/{rank}": b"0 node1 101" for rank in range(4)}
+    monkeypatch.setattr(watch, "BEAT", 0.02)
+    monkeypatch.setattr(watch, "SILENCE", 0.3)
+    monkeypatch.setattr(watch.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(watch.dist, "get_world_size", lambda: 4)
+    monkeypatch.setattr(watch.dist.distributed_c10d, "_get_default_store", lambda: store)
+    beat = Heartbeat(timeout=1.0)
+    yield beat, store
+    beat.stop()
+
+
+def test_silent_ranks_are_reported_once_and_stacks_before_the_timeout(heartbeat, capfd):
+    beat, store = heartbeat
+    store.values["failed/3"] = b"1"  # it ended because another one did
+    assert beat.describe_lost() == "no sign of life of rank 1 on node1 (process 101)"
+    time.sleep(1.5)
+    beat.step()
+    beat.stop()
+    shown = capfd.readouterr().err
+    assert len(re.findall(r"no sign of life of rank 1 on node1 \(process 101\) for", shown)) == 1
+    assert "no sign of life of rank 2" not in shown
+    assert shown.count("no step has ended for") == 1 and "test_watch.py" in shown

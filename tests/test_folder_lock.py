@@ -1,0 +1,120 @@
+"""One process at a time writes a folder; leftovers of dead ones go, those of living ones stay."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+
+import pytest
+
+from megamod import folder_lock
+from megamod.errors import UserError
+from megamod.folder_lock import Holder, hold, hold_name
+from megamod.states.output_folder import create_new_folder
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from megamod.folder_lock import hold
+with hold(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def other(tmp_path):
+    """A process that holds OUT."""
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / "out")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def refused(folder) -> str:
+    with pytest.raises(UserError) as caught, hold(folder):
+        pass
+    return str(caught.value)
+
+
+def test_a_second_process_is_refused_at_once_until_the_first_is_dead(other, tmp_path):
+    out = tmp_path / "out"
+    began = time.monotonic()
+    message = refused(out)
+    assert f"in use by process {other.pid} on {os.uname().nodename} since 20" in message
+    assert time.monotonic() - began < 1
+    other.kill()
+    other.wait()
+    (out / ".evaluations.json.0123abcd.tmp").write_text("cut")
+    (out / ".notes.tmp").write_text("mine")
+    with hold(out):
+        assert json.loads((out / ".in_use").read_text())["pid"] == os.getpid()
+        with hold(out):  # the same process again
+            pass
+        assert (out / ".in_use").exists()
+    assert [path.name for path in out.iterdir()] == [".notes.tmp"]
+
+
+def lock_of(folder, **changes) -> None:
+    folder.mkdir()
+    holder = replace(Holder.here(), **changes)
+    (folder / ".in_use").write_text(json.dumps(asdict(holder)))
+
+
+def test_a_number_that_another_process_got_is_not_the_holder(tmp_path):
+    lock_of(tmp_path / "out", started=1)
+    with hold(tmp_path / "out"):
+        pass
+
+
+def test_a_holder_on_another_machine_is_known_by_its_touch(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_lock, "WATCH", 1.5)
+    out = tmp_path / "out"
+    lock_of(out, machine="another", host="node7", pid=7)
+    file = out / ".in_use"
+    touches = iter([1.0, 2.0])
+    monkeypatch.setattr(folder_lock, "_touched", lambda path: next(touches))
+    monkeypatch.setattr(folder_lock, "_now", lambda path: 3.0)
+    assert "process 7 on node7" in refused(out)
+    monkeypatch.setattr(folder_lock, "_touched", lambda path: 1.0)  # silent while it is watched
+    with hold(out):
+        assert json.loads(file.read_text())["pid"] == os.getpid()
+    file.write_text(json.dumps(asdict(replace(Holder.here(), machine="another"))))
+    monkeypatch.setattr(folder_lock, "_now", lambda path: 1.0 + folder_lock.STALE + 1)
+    began = time.monotonic()
+    with hold(out):
+        pass
+    assert time.monotonic() - began < 1
+
+
+def test_a_lock_that_took_the_place_of_a_dead_one_stays(tmp_path):
+    lock_of(tmp_path / "out")
+    file = tmp_path / "out" / ".in_use"
+    before = file.read_text()
+    folder_lock._delete(file, replace(Holder.here(), token="dead"))
+    assert file.read_text() == before
+
+
+def test_without_hard_links(tmp_path, monkeypatch):
+    def link(source, target):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    with hold(tmp_path / "out"):
+        assert json.loads((tmp_path / "out" / ".in_use").read_text())["pid"] == os.getpid()
+    assert not (tmp_path / "out").exists()  # nothing was written
+
+
+def test_leftovers_of_killed_writers_of_this_name_go(tmp_path):
+    for name in (".tmp-out-0123abcd", ".tmp-out-0123abcd-0123abcd", ".tmp-other-0123abcd"):
+        (tmp_path / name).mkdir()
+    with create_new_folder(tmp_path / "out") as folder:
+        (folder / "x").write_text("x")
+        with pytest.raises(UserError, match="is in use"), hold_name(tmp_path / "out"):
+            pass
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == [".tmp-other-0123abcd", ".tmp-out-0123abcd-0123abcd", "out"]
