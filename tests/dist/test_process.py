@@ -50,7 +50,7 @@ def test_plain_python_is_one_rank():
     program = (
         "import json, os\n"
         "from megamod.dist import process\n"
-        "device = process.join_process_group(timeout=60)\n"
+        "device = process.join_process_group(timeout_seconds=60)\n"
         "facts = [str(device), process.get_rank(), process.get_world_size()]\n"
         "facts += [process.is_true_on_all_ranks(True), os.environ['LOCAL_RANK']]\n"
         "print(json.dumps(facts))\n"
@@ -176,7 +176,7 @@ def test_a_host_with_too_few_devices():
 def test_ranks_of_other_launchers_meet(kind):
     program = (
         "from megamod.dist.process import gather_texts, join_process_group, get_rank\n"
-        "join_process_group(timeout=60)\n"
+        "join_process_group(timeout_seconds=60)\n"
         "print(*gather_texts(f'rank {get_rank()}'), sep=', ')\n"
     )
     kept = {
