@@ -95,7 +95,7 @@ def parsed(root: Path, *flags: object) -> EnsembleArgs:
         (("--domain", "law", "law"), "--domain: 'law' is named twice"),
         (("--experts", "law", "med"), "--experts: .* has no expert 'med'"),
         (("--topk", 4), "--topk 4: there are 3 experts, give 3 or less"),
-        (("--prior", "PRIOR"), "prior .*: key 'prior' has the wrong length: 2, domains: 3"),
+        (("--prior", "PRIOR"), "prior .*: 2 weights for 3 domains"),
         (("--prior", "nowhere.json"), r"prior nowhere\.json cannot be read"),
         (("--prior", "x", "--estimate_only"), "--estimate_only and --prior x"),
         (("--plot", "x.png", "--estimate_only"), "--plot x.png: nothing is scored"),

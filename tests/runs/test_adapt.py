@@ -108,7 +108,10 @@ def adapt_alone(rank: int, root: Path) -> None:
     with pytest.raises(UserError, match="start: 'law' then, 'code' now"):
         start(root, root / "resumed", start="code")
     start(root, root / "resumed")
-    with failing(causal_lm, "own_scores", call=2), pytest.raises(UserError, match="after step 1"):
+    with (
+        failing(causal_lm, "select_own_scores", call=2),
+        pytest.raises(UserError, match="after step 1"),
+    ):
         start(root, root / "failed", eval_steps=1)  # the first call is that of step 0
     assert (root / "failed" / "checkpoints" / "step-1").is_dir()
     start(root, root / "failed", eval_steps=1)

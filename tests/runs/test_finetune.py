@@ -166,7 +166,7 @@ def alone(rank: int, root: Path) -> None:
     shutil.copytree(root / "cut", root / "cut-kept")
     start(root, root / "cut")
     start(root, root / "cut", do_predict=True, per_device_eval_batch_size=8)  # nothing to train
-    with failing(run, "publish", call=2), pytest.raises(UserError, match="after step 4"):
+    with failing(run, "publish_model", call=2), pytest.raises(UserError, match="after step 4"):
         start(root, root / "failed", save_steps=0, eval_steps=2)  # step 4 is better than step 2
     assert (root / "failed" / "checkpoints" / "step-4").is_dir()
     start(root, root / "failed", save_steps=0, eval_steps=2)
