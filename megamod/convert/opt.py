@@ -111,7 +111,7 @@ def _select_dense_weights(
 
 
 def _scale_embeddings(tokens: Tensor, source: Path) -> Tensor:
-    """Multiply the embeddings by the factor that our model applies to them in each pass.
+    """Multiply the embeddings [V, D] by the factor that our model applies in each pass.
 
     It is rounded to the dtype of the weights, as the product is there. Raise UserError if it is not
     finite.

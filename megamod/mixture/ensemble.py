@@ -143,7 +143,10 @@ class Mixture:
         return MixedBatch(mixed, weights, posterior, self.average)
 
     def _make_prior(self, average: Tensor) -> Tensor:
-        """Make a prior with sum 1 from average posteriors; "history" bounds weights from below."""
+        """Make a prior [E] with sum 1 from average posteriors [E].
+
+        With "history" it is above 0 for every expert whose first prior is.
+        """
         if self.rule.name == "history":
             average = average.clamp(min=LEAST).where(self.prior > 0, 0.0)
         return average / average.sum()

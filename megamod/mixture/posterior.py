@@ -89,7 +89,9 @@ def average_final_posterior(log_weights: Tensor, mask: Tensor) -> Tensor:
 
 
 def _compute_evidence(log_probs: Tensor, prior: Tensor, mask: Tensor) -> Tensor:
-    """Subtract the log-probabilities of the best expert with a prior above 0, in float64.
+    """Subtract the best log-probability of experts with a prior above 0: [E, ...] float64.
+
+    Where `mask` [...] is False the result is 0.
 
     Only differences matter, and this keeps sums over long texts small and exact.
     """
@@ -100,7 +102,10 @@ def _compute_evidence(log_probs: Tensor, prior: Tensor, mask: Tensor) -> Tensor:
 
 
 def _sum_with_decay(values: Tensor, decay: Tensor) -> Tensor:
-    """Compute s_t = keep_t s_{t-1} + values_t along the last dimension, in log2(T) passes."""
+    """Compute s_t = decay_t s_{t-1} + values_t along the last dimension, in log2(T) passes.
+
+    Both tensors have the same shape [..., T].
+    """
     step = 1
     while step < values.shape[-1]:
         values = values + decay * pad(values[..., :-step], (step, 0))
@@ -110,7 +115,7 @@ def _sum_with_decay(values: Tensor, decay: Tensor) -> Tensor:
 
 
 def _shift_by_one(values: Tensor) -> Tensor:
-    """Shift values by one position to the right; the first becomes 0."""
+    """Shift values [..., T] by one position to the right; the first becomes 0."""
     return pad(values[..., :-1], (1, 0))
 
 
@@ -122,7 +127,7 @@ def _normalise_weights(
     has_history: Tensor | None = None,
     first_over_all: bool = False,
 ) -> Tensor:
-    """Normalise log-weights over experts; uniform where `has_history` is False.
+    """Normalise log-weights [E, ...] over experts; uniform where `has_history` [...] is False.
 
     Raise ValueError for an unknown rule.
     """

@@ -105,7 +105,7 @@ class RsaDemultiplexer(nn.Module):
         middle_layers: Sequence[nn.Module],
         pairs: Pairs | None,
     ) -> Tensor:
-        """Run `rsa_demux` by calls of the layers, for layers that were replaced."""
+        """Compute `rsa_demux` by calls of the layers, which may have been replaced."""
 
         def drop(x: Tensor) -> Tensor:
             return F.dropout(x, self.dropout, self.training)

@@ -181,6 +181,9 @@ def _draw_orthogonal_matrix(size: int, generator: torch.Generator | None) -> Ten
 
 
 def _make_rotation(matrix: Tensor) -> Tensor:
-    """Flip one column if the determinant is -1: uniform over rotations for a uniform `matrix`."""
+    """Flip the first column of an orthogonal [D, D] if its determinant is -1.
+
+    From a uniform matrix this makes a uniform rotation.
+    """
     sign = torch.linalg.det(matrix).sign()
     return torch.cat([matrix[:, :1] * sign, matrix[:, 1:]], 1)

@@ -140,7 +140,7 @@ class TaskHeads(nn.Module):
         return relative
 
     def _mask_unused(self, logits: Tensor, row_task_ids: Tensor) -> Tensor:
-        """Make logits beyond the number of labels of a row's task very small."""
+        """Make logits [B, ..., C] beyond the labels of a row's task very small."""
         sizes = torch.tensor(self.sizes, device=logits.device)[row_task_ids]
         used = torch.arange(logits.shape[-1], device=logits.device) < sizes[:, None]
         if logits.dim() == 3:

@@ -134,7 +134,10 @@ class MixtureLMObjective(CausalLMObjective):
     def _count_loads(
         self, layers: Sequence[Routing], batch: Batch, is_target: Tensor
     ) -> dict[str, Tensor]:
-        """Count the assignments of each expert, and of all, to the tokens of each domain."""
+        """Count how often each expert was selected for the tokens of each domain.
+
+        `is_target` is [B, T]. Each value is [2]: the count of the expert, and that of all experts.
+        """
         domains = batch["domains"].to(self.device, non_blocking=True)
         rows = domains[:, None].expand(is_target.shape).flatten()
         loads = torch.zeros(len(self.domains) * len(self.experts), device=self.device)
@@ -208,7 +211,7 @@ class ClassificationObjective:
     def _score_with_retrieval(
         self, output: "MuxOutput", item_total: float, count: Tensor
     ) -> BatchScore:
-        """Score a batch whose model computed task loss and retrieval loss."""
+        """Score a batch from the task loss and the retrieval loss that the model computed."""
         total = (output.task_loss.detach() * item_total)[None]
         right = torch.stack((output.retrieval_correct, output.retrieval_count)).float()
         return BatchScore(output.loss, total, count, {"retrieval_accuracy": right})

@@ -159,7 +159,7 @@ class TrainBatches(StepBatches):
         return row
 
     def _prepare_micro_batches(self, micro_batch_indices: np.ndarray) -> None:
-        """Compute domains, blocks and lengths of these micro-batches.
+        """Compute domains, blocks and lengths of these micro-batches, [n, micro_batch] each.
 
         Streams alternate within a step: with streams a and b its micro-batches are a0 b0 a1 b1,
         which are number 0 of both streams, then number 1.

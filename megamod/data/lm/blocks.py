@@ -83,7 +83,7 @@ class TokenBlocks:
         return -(-self.total // self.span)
 
     def count_targets(self, block_indices: np.ndarray) -> np.ndarray:
-        """Count the target tokens of blocks, int64, including the domain token."""
+        """Count target tokens, domain token included: int64 of the shape of `block_indices`."""
         return np.minimum(self.span, self.total - np.asarray(block_indices) * self.span) + (
             self.domain_token is not None
         )

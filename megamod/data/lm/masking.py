@@ -150,7 +150,7 @@ class MaskedBatches(StepBatches):
         }
 
     def _count_readable_positions(self, inputs: np.ndarray, retrieved_instances: np.ndarray) -> int:
-        """Count positions whose retrieved token is no padding."""
+        """Count positions [G, T] whose retrieved token, of inputs [R, T], is no padding."""
         by_group = inputs.reshape(len(retrieved_instances), self.instances, self.block_size)
         unprefixed = by_group[:, :, : self.block_size - self.prefix]
         retrieved = np.take_along_axis(

@@ -203,7 +203,7 @@ def _permute_by_feistel(value: np.ndarray, bits: np.ndarray, key: np.ndarray) ->
 
 
 def _mix_bits(word: np.ndarray) -> np.ndarray:
-    """Apply the finalizer of splitmix64 (Steele, Lea and Flood 2014)."""
+    """Apply the finalizer of splitmix64 (Steele, Lea and Flood 2014) to uint64 of any shape."""
     word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return word ^ (word >> np.uint64(31))

@@ -239,7 +239,7 @@ def shift_labels_left(labels: Tensor) -> Tensor:
 
 
 def get_loss_divisor(labels: Tensor, num_items: Tensor | float | None) -> Tensor | float:
-    """Return the divisor of a summed loss: `num_items`, or the number of labels but -100."""
+    """Return the divisor of a summed loss: `num_items`, or the number of labels except -100."""
     return (labels != -100).sum().clamp(min=1) if num_items is None else num_items
 
 

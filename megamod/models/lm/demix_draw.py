@@ -38,6 +38,6 @@ def draw_module_weights(
 
 
 def _fill_uniform(tensor: Tensor, fan_in: int, generator: torch.Generator | None) -> None:
-    """Draw the default of torch.nn.Linear, for weights and biases alike."""
+    """Fill a weight or bias with the default distribution of torch.nn.Linear, in place."""
     bound = fan_in**-0.5
     nn.init.uniform_(tensor, -bound, bound, generator=generator)

@@ -46,7 +46,7 @@ class ExpertCache:
     def update(
         self, key: Tensor, value: Tensor, layer: int, *_: object, **__: object
     ) -> tuple[Tensor, Tensor]:
-        """Return cached keys and values with the new ones added; called by self-attention."""
+        """Add keys and values [B, H, L, K] to the cache; return all of the layer [B, H, S, K]."""
         if self.cache is None:
             return key, value
         return self.cache.update(key, value, self.first + layer)

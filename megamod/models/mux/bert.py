@@ -123,7 +123,7 @@ class MuxMaskedLM(MuxPreTrainedModel):
         logits: Tensor | None,
         num_items: Tensor | float | None,
     ) -> Tensor:
-        """Compute the mean loss (nats) of kept labels, from `logits` if they are given."""
+        """Compute the mean loss (nats) of `labels` [R, S], from `logits` if they are given."""
         aligned_labels = self.align_labels(labels)
         selected = aligned_labels != IGNORED
         targets = aligned_labels[selected]

@@ -125,7 +125,7 @@ class MuxElectraForPreTraining(MuxElectraPreTrainedModel):
         retrieved_instances: Tensor | None,
         num_retrieval_items: Tensor | float | None,
     ) -> MuxOutput:
-        """Run the discriminator on a prepared batch: `forward` after `prepare_batch`."""
+        """Run the discriminator on a prepared batch; arguments and result as of `forward`."""
         hidden = self.encode(batch)
         needs_logits = labels is None or self.config.task_loss_coeff > 0
         output = MuxOutput()

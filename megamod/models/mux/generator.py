@@ -237,7 +237,7 @@ class MuxElectraForReplacedTokens(MuxElectraForPreTraining):
         retrieved_instances: Tensor | None,
         num_retrieval_items: Tensor | float | None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the loss of the generator, and the ids with its tokens in place of the masks."""
+        """Return the generator's loss, and ids [R, S] with its tokens in place of the masks."""
         generator, embeddings = self.generator, None
         if self.shares_embeddings:
             embeddings = self.backbone.embeddings

@@ -284,7 +284,7 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
         return self.demultiplexer(self.demux_module, *inputs)
 
     def compute_vocabulary_states(self, hidden: MixedStates, pairs: Pairs | None) -> Tensor:
-        """Compute inputs of the retrieval head's decoder: as `demultiplex`, of all columns."""
+        """Compute inputs of the retrieval head's decoder for all columns, or for `pairs` only."""
         if self.config.prefix_length:
             return self.retrieval_head(hidden.apply_norm(), self.config.num_instances, pairs)
         return self.retrieval_head(self.demux_module, hidden.apply_norm(), pairs)
@@ -347,7 +347,10 @@ class MuxPreTrainedModel(VocabularyAccess, CheckedLoading):
     def _score_retrieval(
         self, hidden: MixedStates, retrieved_instances: Tensor, targets: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return the summed retrieval loss (nats) and the number of correct tokens."""
+        """Return the summed retrieval loss (nats) and the number of correct tokens, scalars.
+
+        `retrieved_instances` and `targets` are [B, T].
+        """
         has_target = targets != IGNORED
         states = self.compute_vocabulary_states(
             hidden, build_retrieval_pairs(retrieved_instances, has_target)
