@@ -270,7 +270,7 @@ def test_weights_that_cannot_be_scored_are_refused(root, tmp_path, weights):
     state = {name: tensor.clone() for name, tensor in read_weights(folder).items()}
     file.unlink()
     if weights == "nan":
-        message = "gives no token of law a finite log-probability"
+        message = "holds values that are not finite"
         write_weights(folder, {k: t.fill_(torch.nan) for k, t in state.items()}, has_experts=False)
     elif weights is not None:
         file.write_bytes(weights)

@@ -193,7 +193,10 @@ def read_lm_config(folder: Path, flag: str | None = None) -> PreTrainedConfig:
     """
     where = str(folder) if flag is None else f"{flag} {folder}"
     with report_damage(f"{where}: config.json cannot be used"):
-        read_config_file(Path(folder))
+        try:
+            read_config_file(Path(folder))
+        except UserError as error:
+            raise UserError(f"{where}: config.json cannot be used: {error}") from error
         fields, _ = PreTrainedConfig.get_config_dict(folder)
         kind = fields.get("model_type")
         _check_is_causal_lm(where, kind, fields)
