@@ -11,7 +11,7 @@ def test_experts_of_one_world(tmp_path):
     campaign = Campaign((("law", "med"),), ("law", "med"), 10, 4, 8, 4, 16, tmp_path)
     run = tmp_path / "experts" / "world"
     for domain, tokens in (("law", 384), ("med", 380)):
-        state = {"step": 10, "tokens": {"law": tokens, "med": tokens}}
+        state = {"step": 10, "data_step": 10, "tokens": {"law": tokens, "med": tokens}}
         saved = {"state": state, "settings": {"seed": 3, "data digest": "d"}, "world_size": 4}
         for folder, name, record in (
             (run / "checkpoints" / "step-10" / domain, "state.json", saved),

@@ -34,7 +34,7 @@ signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
 def save(step):
     folder = out / "checkpoints" / f"step-{step}"
     folder.mkdir(parents=True, exist_ok=True)
-    state = {"step": step, "tokens": {out.name: 10 * step}}
+    state = {"step": step, "data_step": step, "tokens": {out.name: 10 * step}}
     record = {"state": state, "settings": {"seed": 1, "data digest": "d"}, "world_size": 1}
     (folder / "state.json").write_text(json.dumps(record))
 
