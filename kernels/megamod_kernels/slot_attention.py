@@ -1,5 +1,7 @@
 """Attention among the N instances of each position, for contextual multiplexing.
 
+A slot is the place of an instance among N; this is not the Slot Attention of Locatello et al. 2020.
+
 Stock attention treats this as B * L sequences of length N: it permutes every tensor and runs nearly
 empty tiles. Here a tile holds all instances of as many positions as fit, row r being instance r % N
 of the tile's position r // N. One matrix product computes all scores, and scores between different

@@ -85,7 +85,12 @@ def slot_attention_fwd_kernel(
     SHIFT: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
-    """Compute softmax(q k^T) v over the instances of each position, for one head and tile."""
+    """Compute softmax(scale q k^T) v over the instances of each position, for one head and tile.
+
+    q, k, v: [groups, N, length, HEADS * K], addressed by strides, the last axis contiguous;
+    output as they are, contiguous; mask [groups, N, length], contiguous, read if SHIFT is not 0.
+    K is the width of a head. With DROPOUT the probabilities are dropped as `seed` draws them.
+    """
     head = tl.program_id(0) % HEADS
     rows = tl.arange(0, ROWS)
     tile_position, instance = rows // N, rows % N

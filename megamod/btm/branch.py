@@ -141,7 +141,10 @@ def _remove_new_folders_on_failure(folder: Path) -> Iterator[None]:
 def _write_start_model(
     parents: Sequence[ParentModel], weights: Sequence[float], start_folder: Path
 ) -> None:
-    """Write the initial weights as a dense model folder."""
+    """Write the start model as a dense folder.
+
+    It is the average of several parents by `weights`, in float32, or a copy of the only one.
+    """
     if len(parents) > 1:
         # In float32, because the optimizer's master weights are copied from it.
         average_folders(

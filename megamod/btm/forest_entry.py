@@ -103,15 +103,18 @@ def _list_expert_files(expert: Expert) -> list[Path]:
 
 
 def _read_training_record(run: Path) -> dict[str, object]:
-    """Read the training record of a run from its last checkpoint; empty for a bare model."""
-    history: dict[str, object] = {}
+    """Read the training record of a run from its branch record, last checkpoint and run.yaml.
+
+    A file that is missing leaves its fields out; of a bare model the record is empty.
+    """
+    record: dict[str, object] = {}
     if branched := read_branch(run):
-        history["parents"] = make_parents(branched.parents)
-        history["start_update"] = branched.start_update
+        record["parents"] = make_parents(branched.parents)
+        record["start_update"] = branched.start_update
     checkpoints = list_checkpoints(run / "checkpoints")
     if checkpoints and (checkpoints[-1] / STATE).is_file():
         saved = StateRecord.read(checkpoints[-1])
-        history |= {
+        record |= {
             "updates": saved.state.step,
             "tokens": sum(saved.state.tokens.values()),
             "gpus": saved.world_size,
@@ -122,5 +125,5 @@ def _read_training_record(run: Path) -> dict[str, object]:
         settings = yaml.safe_load((run / "run.yaml").read_text(encoding="utf-8"))
         relevant = {key: value for key, value in settings.items() if key not in WITHOUT_EFFECT}
         text = json.dumps(relevant, sort_keys=True).encode()
-        history["config_digest"] = hashlib.sha256(text).hexdigest()
-    return history
+        record["config_digest"] = hashlib.sha256(text).hexdigest()
+    return record

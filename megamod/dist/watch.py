@@ -22,6 +22,7 @@ from megamod.errors import LOSS_DESCRIBERS, DistributedFailure
 
 POLL = 1.0  # seconds between two looks at the launcher
 BEAT = 2.0  # seconds between two signs of life
+REPORT_EVERY = 5  # signs of life between two looks for silent ranks
 SILENCE = 30.0  # seconds without one until rank 0 reports a rank
 STALLED = 0.8  # share of the timeout without a step until stacks are printed
 
@@ -139,13 +140,18 @@ class Heartbeat:
         return texts
 
     def _run(self) -> None:
+        """Loop of the thread: beat, report silent ranks on rank 0, print stacks of a stalled rank.
+
+        A rank is stalled if no step ends for `STALLED` of the timeout; its stacks are printed to
+        standard error once. Returns when the store is gone.
+        """
         count, seen, reported = 0, [("", time.monotonic())] * self.world, set()
         steps, since, dumped = self.steps, time.monotonic(), False
         while not self._stop.wait(BEAT):
             count += 1
             try:
                 self._beat(count)
-                if self.rank == 0 and count % 5 == 0:
+                if self.rank == 0 and count % REPORT_EVERY == 0:
                     self._report(seen, reported)
             except RuntimeError:
                 return  # the store is gone: collectives fail, and the error there names rank 0

@@ -108,7 +108,14 @@ def build_stacked_config(
 
 
 class _StackedModels:
-    """The models whose layers are stacked, with their settings completed by their classes."""
+    """The models whose layers are stacked, with their settings completed by their classes.
+
+    Attributes:
+        configs, folders: of each model, the first one that of the result.
+        layers: for each stacked layer, the index of its model and its number there.
+        sections: language settings of each model, with those of single layers that are defaults.
+        signatures: description of each layer of each model; None if a class is unknown.
+    """
 
     def __init__(self, config: Mapping[str, object], folder: Path, origins: Sequence[LayerOrigin]):
         self.folder, self.origins = folder, origins
@@ -128,16 +135,16 @@ class _StackedModels:
 
         built = [build_config(model) for model in self.configs]
         self.sections: list[dict[str, object]] = []
-        for raw, complete, depth in zip(self.configs, built, self.depths, strict=True):
+        for raw, built_config, depth in zip(self.configs, built, self.depths, strict=True):
             section = dict(find_language_section(raw)[1])
-            if complete is not None:
-                stored = complete.get_text_config().to_dict()
-                listed = dict(iterate_per_layer_fields(complete, depth))
+            if built_config is not None:
+                stored = built_config.get_text_config().to_dict()
+                listed = dict(iterate_per_layer_fields(built_config, depth))
                 section = {k: v for k, v in listed.items() if k in stored} | section
             self.sections.append(section)
         self.signatures: list[list[dict[str, object]]] | None = None
         if None not in built:
-            signatures = [describe_layers(o, d) for o, d in zip(built, self.depths, strict=True)]
+            signatures = [describe_layers(*pair) for pair in zip(built, self.depths, strict=True)]
             self.signatures = None if None in signatures else signatures
 
     @property

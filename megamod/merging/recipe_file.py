@@ -75,11 +75,11 @@ class _Module(Document):
     parameters: _Parameters = Field({})
 
     @model_validator(mode="after")
-    def _check_shape(self) -> "_Module":
-        shapes = [key for key in ("models", "slices", "modules") if key in type(self).model_fields]
-        present = [key for key in shapes if getattr(self, key) is not None]
+    def _check_exactly_one_form(self) -> "_Module":
+        forms = [key for key in ("models", "slices", "modules") if key in type(self).model_fields]
+        present = [key for key in forms if getattr(self, key) is not None]
         if len(present) != 1:
-            state = "all of " + ", ".join(present) if present else "none of " + ", ".join(shapes)
+            state = "all of " + ", ".join(present) if present else "none of " + ", ".join(forms)
             raise ValueError(f"has {state}; give exactly one")
         return self
 

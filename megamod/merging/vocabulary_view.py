@@ -19,7 +19,7 @@ from megamod.states.stream import PIECE, Spec
 
 _EXPERT = r"(?:\.experts\.[^.]+)?"
 _KNOWN = re.compile(rf"(?:^|\.)({INPUT_NAMES}|{OUTPUT_NAMES}){_EXPERT}\.(?:weight|bias)$")
-_ELSE = re.compile(r"position|wpe|token_type")
+_NOT_VOCABULARY = re.compile(r"position|wpe|token_type")
 _INPUT = re.compile(rf"(?:^|\.)(?:{INPUT_NAMES}){_EXPERT}\.weight$")
 
 
@@ -30,14 +30,14 @@ class VocabularyView(TensorView):
 
     Args:
         number: of the source among `folders`, which are those of all models.
-        by_word: for each source its tensors with a row for every word.
+        vocabulary_tensors: for each source its tensors with a row for every word.
     """
 
     def __init__(
         self,
         number: int,
         folders: Sequence[TensorSource],
-        by_word: Sequence[Sequence[str]],
+        vocabulary_tensors: Sequence[Sequence[str]],
         vocabulary: Vocabulary,
     ):
         super().__init__(folders[number])
@@ -45,7 +45,7 @@ class VocabularyView(TensorView):
         self._rows, self._donors = vocabulary.rows[number], vocabulary.donors[number]
         self._word_tensors: set[str] = set()
         used = {model for donors in self._donors.values() for model, _ in donors}
-        for name in by_word[number]:
+        for name in vocabulary_tensors[number]:
             spec = self.source.tensors[name]
             self.tensors[name] = Spec(spec.dtype, (len(vocabulary), *spec.shape[1:]))
             self._word_tensors.add(name)
@@ -102,22 +102,22 @@ def view_with_vocabulary(
     Raises:
         UserError: naming folder and tensor, if embeddings cannot be told apart or rows are missing.
     """
-    by_word = [_list_word_tensors(folder) for folder in folders]
+    vocabulary_tensors = [_list_vocabulary_tensors(folder) for folder in folders]
     needed = [int(rows.max()) for rows in vocabulary.rows]
     for donors in vocabulary.donors:
         for model, row in (donor for word_donors in donors.values() for donor in word_donors):
             needed[model] = max(needed[model], row)
-    for folder, names, most in zip(folders, by_word, needed, strict=True):
+    for folder, names, most in zip(folders, vocabulary_tensors, needed, strict=True):
         for name in names:
             if folder.tensors[name].shape[0] <= most:
                 raise UserError(
                     f"{folder.folder}: {name} has {folder.tensors[name].shape[0]} rows, but a "
                     f"word has row {most}"
                 )
-    return [VocabularyView(n, folders, by_word, vocabulary) for n in range(len(folders))]
+    return [VocabularyView(n, folders, vocabulary_tensors, vocabulary) for n in range(len(folders))]
 
 
-def _list_word_tensors(folder: TensorSource) -> list[str]:
+def _list_vocabulary_tensors(folder: TensorSource) -> list[str]:
     """List the tensors with a row for every word, by name.
 
     Raises:
@@ -135,7 +135,9 @@ def _list_word_tensors(folder: TensorSource) -> list[str]:
     unknown = [
         name
         for name in shaped
-        if name not in known and len(folder.tensors[name].shape) > 1 and not _ELSE.search(name)
+        if name not in known
+        and len(folder.tensors[name].shape) > 1
+        and not _NOT_VOCABULARY.search(name)
     ]
     if unknown or not any(_INPUT.search(name) for name in known):
         tensor = f"whether {unknown[0]}" if unknown else "which tensor"

@@ -21,12 +21,13 @@ class EncoderEmbeddings(nn.Module):
     def __init__(self, config: PreTrainedConfig, size: int):
         super().__init__()
         self.first_position = config.first_position
-        padded = config.pad_token_id if config.first_position else None
+        # RoBERTa's table of positions has a row for padding; its positions start after it.
+        position_padding_id = config.pad_token_id if config.first_position else None
         self.word_embeddings = nn.Embedding(
             config.vocab_size, size, padding_idx=config.pad_token_id
         )
         self.position_embeddings = nn.Embedding(
-            config.max_position_embeddings, size, padding_idx=padded
+            config.max_position_embeddings, size, padding_idx=position_padding_id
         )
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, size)
         self.LayerNorm = nn.LayerNorm(size, eps=config.layer_norm_eps)

@@ -119,6 +119,9 @@ def check_model_files(path: Path) -> CheckResult:
 
 
 def _is_checkpoint(path: Path) -> bool:
-    """Return True for a folder with the files or the place of a checkpoint."""
-    listed = (path / MANIFEST).exists() and not (path / "config.json").exists()
-    return listed or (path / STATE).exists() or path in list_checkpoints(path.parent)
+    """Return True if the folder has a checkpoint's manifest or state, or is named as one.
+
+    The name counts too, so that a checkpoint that lost both files is checked as one.
+    """
+    has_manifest_only = (path / MANIFEST).exists() and not (path / "config.json").exists()
+    return has_manifest_only or (path / STATE).exists() or path in list_checkpoints(path.parent)

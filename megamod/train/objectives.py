@@ -406,7 +406,12 @@ def _collect_loss_terms(
 
 
 def _count_detections(logits: Tensor, is_replaced: Tensor) -> dict[str, Tensor]:
-    """Count correct detections of replaced tokens: [2] float32 each for recall and precision."""
+    """Count correct detections of replaced tokens for recall and precision.
+
+    Returns:
+        [2] float32 each: the correct detections, and the replaced tokens (recall) or the tokens
+        predicted to be replaced (precision).
+    """
     predicted = logits.detach() > 0
     right = (predicted & is_replaced).sum().float()
     return {

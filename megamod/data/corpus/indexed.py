@@ -1,4 +1,4 @@
-"""Token files in fairseq's format: `PREFIX.bin` with the ids, `PREFIX.idx` with item offsets.
+"""Token files in fairseq's format: `PREFIX.bin`, `PREFIX.idx`, and the vocabulary `dict.txt`.
 
     .idx   9 bytes "MMIDIDX\\0\\0", u64 version 1, u8 dtype code, u64 number of items n,
            n x i32 sizes in tokens, n x i64 byte offsets into .bin           (little endian)

@@ -91,7 +91,7 @@ class EncodedRows:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of ids and labels."""
+        """SHA-256 of ids, segments, offsets and labels, in hexadecimal."""
         hashed = hashlib.sha256(self.ids.tobytes())
         for part in (self.segments, self.offsets, self.labels):
             hashed.update(b"none" if part is None else part.tobytes())

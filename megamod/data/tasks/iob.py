@@ -118,7 +118,7 @@ def _parse_label(label: str) -> tuple[str | None, str | None] | None:
 
 
 def _raise_unknown_label(label: str, where: str) -> NoReturn:
-    """Raise UserError for a label that the task does not have."""
+    """Raise UserError for a label that fits no entity scheme."""
     raise UserError(
         f"{where}: label {label[:60]!r} is none of O, B-TYPE, I-TYPE, nor of IOBES or BILOU"
     )

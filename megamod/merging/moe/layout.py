@@ -75,7 +75,11 @@ def _split_tensors(source: ModelFolder, family: MoeFamily) -> Iterator[Placed]:
 def _split_experts(
     name: str, spec: Spec, block: str, family: MoeFamily, parts: tuple[str, ...]
 ) -> Iterator[Placed]:
-    """Yield the tensors in files of a tensor [E, rows, columns] with these parts per expert."""
+    """Yield the per-expert tensors of the files, cut from a fused tensor [E, rows, columns].
+
+    The rows of each expert are `parts`, such as gate and up, one below the other; `block` is the
+    prefix of the names.
+    """
     for target, covered in family.tensors.items():
         if "{e}" not in target and covered == parts:
             yield f"{block}.{target}", name, 0, spec

@@ -197,8 +197,9 @@ def _set_steps(run: RunArgs, stage: StageArgs, steps_per_epoch: float) -> None:
 
 
 class _DevEvaluation:
-    """Scores the dev splits when it is called in training, and publishes the model if it is the
-    best.
+    """Evaluation during training: scores the dev splits, logs the scores, publishes the best model.
+
+    Every rank calls it; rank 0 saves the record of the best evaluation.
     """
 
     def __init__(self, model: FinetuneModel, run: RunArgs, running: ActiveRun, best: BestModel):
